@@ -1,0 +1,167 @@
+//! The configuration: one TOML file, read and checked as a whole before the first socket is bound.
+//!
+//! The doc comment of a field is its documentation. Durations are strings: `250ms`, `4s`, `5m`, `1h`, or `off` where allowed.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub listen: Listen,
+    pub admin: Admin,
+    pub limits: Limits,
+    pub timeouts: Timeouts,
+    pub bbr: Bbr,
+    pub steering: Steering,
+    /// At least one; names are unique.
+    pub pools: Vec<Pool>,
+    /// First match wins. Empty: everything goes to the first pool.
+    pub routes: Vec<Route>,
+}
+
+#[derive(Debug, Clone)]
+pub struct Listen {
+    /// Default `0.0.0.0:8080`.
+    pub address: SocketAddr,
+    /// Worker threads; 0 (default) is one per core.
+    pub workers: usize,
+    /// Client connections at once over all workers; default 16384.
+    pub max_connections: usize,
+}
+
+#[derive(Debug, Clone)]
+pub struct Admin {
+    /// `/livez`, `/readyz`, `/metrics`; default `127.0.0.1:9901`.
+    pub address: SocketAddr,
+}
+
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Request or response head, bytes; default 65536. More is 431 (request) or 502 (response).
+    pub head_bytes: usize,
+    /// Header fields in a head; default 128.
+    pub headers: usize,
+    /// Request body, bytes; default 33554432 (32 MiB). More is 413.
+    pub body_bytes: u64,
+    /// Part of a request body held in memory, the rest goes to an unlinked file; default 1048576.
+    pub body_memory_bytes: usize,
+}
+
+#[derive(Debug, Clone)]
+pub struct Timeouts {
+    /// A request head, from its first byte; default 10s. Then 408.
+    pub head: Duration,
+    /// A request body, from the end of the head; default 60s. Then 408.
+    pub body: Duration,
+    /// An idle client connection between requests; default 75s.
+    pub keep_alive: Duration,
+    /// TCP connect to an endpoint; default 1s. Then the next of the list.
+    pub connect: Duration,
+    /// From the request sent to the response head; `None` is off; default 10m. Then 504.
+    pub first_byte: Option<Duration>,
+    /// No byte of a response for this long; `None` is off; default 5m. Then the connection is broken off.
+    pub idle: Option<Duration>,
+    /// An idle endpoint connection in its pool; default 4s, below uvicorn's 5s.
+    pub endpoint_keep_alive: Duration,
+    /// After SIGTERM, how long running responses may take; default 30s.
+    pub drain: Duration,
+}
+
+#[derive(Debug, Clone)]
+pub struct Bbr {
+    /// Read the model from JSON bodies; default true.
+    pub enabled: bool,
+    /// Request header that carries the model to the endpoint; default `X-Gateway-Model-Name`.
+    pub header: http::HeaderName,
+    /// Model to report when the body names none; default none.
+    pub default_model: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SteeringMode {
+    /// The best path that passed its self-test, where it pays.
+    Auto,
+    /// The ingress path for everything that can be steered, whatever its size.
+    Ingress,
+    /// User space carries every byte.
+    Off,
+}
+
+#[derive(Debug, Clone)]
+pub struct Steering {
+    pub mode: SteeringMode,
+    /// In `auto`, bodies with a Content-Length below this are relayed; default 16384.
+    pub min_bytes: u64,
+    /// In `auto`, bodies above this from an endpoint that is not on this machine are relayed (they arrive in small fragments,
+    /// which redirect one by one); default 65536.
+    pub max_remote_bytes: u64,
+    /// SO_SNDBUF of a client connection whose response is steered, bytes; default 1048576.
+    pub client_send_buffer: u32,
+    /// SO_RCVBUF of an endpoint connection, bytes; default 524288.
+    pub endpoint_receive_buffer: u32,
+    /// Endpoint connections that can be steered at once; default 16384. Sizes the kernel maps.
+    pub max_flows: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FailureMode {
+    /// The EPP fails: an endpoint of the pool, or `default_upstream`.
+    Open,
+    /// The EPP fails: 503.
+    Closed,
+}
+
+#[derive(Debug, Clone)]
+pub struct Pool {
+    pub name: String,
+    /// `ip:port` each. May be empty only with an EPP and `passthrough`.
+    pub endpoints: Vec<SocketAddr>,
+    /// Default `closed`, as in InferencePool v1.
+    pub failure_mode: FailureMode,
+    /// Where fail-open sends requests; default: the built-in picker chooses among `endpoints`.
+    pub default_upstream: Option<SocketAddr>,
+    /// Dial endpoints that the EPP names and the pool does not list; default false.
+    pub passthrough: bool,
+    pub picker: Picker,
+}
+
+#[derive(Debug, Clone)]
+pub enum Picker {
+    /// Least in-flight with prefix affinity, in this process.
+    Builtin,
+    Epp(Epp),
+}
+
+#[derive(Debug, Clone)]
+pub struct Epp {
+    /// `host:port` of the EPP's gRPC service.
+    pub address: String,
+    pub tls: EppTls,
+    /// Default 1s.
+    pub connect_timeout: Duration,
+    /// From the end of the request's body to the pick; default 30s (an EPP may queue requests).
+    pub decision_timeout: Duration,
+    /// How long a response head waits for the EPP's mutation of it; default 100ms, `off` does not wait.
+    pub response_timeout: Option<Duration>,
+    /// Header that carries the pick; default `x-gateway-destination-endpoint`.
+    pub header: http::HeaderName,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EppTls {
+    /// Plain HTTP/2.
+    Off,
+    /// TLS, certificate not verified: the EPP's own default certificate is self-signed without names.
+    Insecure,
+    /// TLS, verified against this CA file.
+    Ca { file: PathBuf, server_name: Option<String> },
+}
+
+/// Every condition given must hold.
+#[derive(Debug, Clone)]
+pub struct Route {
+    pub host: Option<String>,
+    pub path_prefix: Option<String>,
+    pub model: Option<String>,
+    /// Name of a pool.
+    pub pool: String,
+}

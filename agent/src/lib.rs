@@ -1,0 +1,15 @@
+//! Penstock: routes each inference request to the endpoint its picker names, then lets the kernel carry the answer.
+//!
+//! Modules stand in the order in which a request meets them; a module never imports from one that calls it.
+
+pub mod config;
+pub mod metrics;
+pub mod admin;
+pub mod http;
+pub mod bbr;
+pub mod route;
+pub mod picker;
+pub mod endpoint;
+pub mod kernel;
+pub mod steer;
+pub mod epp_server;
