@@ -187,7 +187,7 @@ mod tests {
         assert_eq!((status, body.as_str()), (503, "listeners\npicker: a\n"));
         let (status, _, body) = ask(&server, "GET /readyz?verbose");
         assert_eq!((status, body.as_str()), (503, "listeners\npicker: a\nsteering: active (ingress)\npools: 1\n"));
-        gates.map(crate::readiness::Gate::open);
+        gates.into_iter().for_each(crate::readiness::Gate::open);
         let (status, _, body) = ask(&server, "GET /readyz");
         assert_eq!((status, body.as_str()), (200, "ok\n"));
         let (status, _, body) = ask(&server, "GET /readyz?x=1&verbose=1");

@@ -58,7 +58,7 @@ impl Metrics {
         })
     }
 
-    /// The metrics of the pool at this index of the configuration that [`Metrics::new`] was given.
+    /// The metrics of the pool at this index of what [`Metrics::new`] was given. Panics beyond it.
     pub fn pool(&self, index: usize) -> &PoolMetrics {
         &self.pools[index]
     }

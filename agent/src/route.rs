@@ -84,7 +84,10 @@ mod tests {
     use super::*;
     use crate::config::Pool;
 
-    fn router(routes: &[(Option<&str>, Option<&str>, Option<&str>, &str)]) -> Router {
+    /// host, path prefix, model, pool
+    type Line<'a> = (Option<&'a str>, Option<&'a str>, Option<&'a str>, &'a str);
+
+    fn router(routes: &[Line<'_>]) -> Router {
         let mut config = Config::new(["a", "b", "c"].map(|name| Pool::new(name, vec![])).to_vec());
         let own = |text: Option<&str>| text.map(str::to_owned);
         config.routes = routes
