@@ -4,6 +4,7 @@
 
 pub mod config;
 pub mod metrics;
+pub mod readiness;
 pub mod admin;
 pub mod http;
 pub mod bbr;
