@@ -81,7 +81,8 @@ impl Kernel {
         program.attach(&sources_fd)?;
 
         let ring: RingBuf<MapData> = ebpf.take_map("EVENTS").ok_or(LoadError::Missing("map EVENTS"))?.try_into()?;
-        let missed: Array<MapData, u64> = ebpf.take_map("MISSED").ok_or(LoadError::Missing("map MISSED"))?.try_into()?;
+        let missed: Array<MapData, u64> =
+            ebpf.take_map("MISSED").ok_or(LoadError::Missing("map MISSED"))?.try_into()?;
         let slots = match ebpf.take_map("SLOTS") {
             Some(Map::Array(data)) => Arc::new(Slots::map(data.fd().as_fd(), max_flows)?),
             _ => return Err(LoadError::Missing("map SLOTS")),

@@ -80,8 +80,10 @@ impl Rig {
     async fn new(steering: &Rc<WorkerSteering>) -> Result<(Self, TcpStream, TcpStream)> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address: SocketAddr = listener.local_addr()?;
-        let (endpoint, server) =
-            tokio::join!(EndpointConnection::connect(address, DEADLINE, Some(steering), SEND_BUFFER), listener.accept());
+        let (endpoint, server) = tokio::join!(
+            EndpointConnection::connect(address, DEADLINE, Some(steering), SEND_BUFFER),
+            listener.accept()
+        );
         let (reader, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
         let mut client = ClientSocket::new(accepted?.0)?;
         let key = client.make_target(steering, SEND_BUFFER)?;

@@ -18,9 +18,7 @@ use std::{
 
 use thiserror::Error;
 
-use crate::{
-    kernel::{Kernel, LoadError, Maps, slots::SlotRef, socket},
-};
+use crate::kernel::{Kernel, LoadError, Maps, slots::SlotRef, socket};
 
 /// Whether the kernel can steer, and if not, why.
 #[derive(Clone)]

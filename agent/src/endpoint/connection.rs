@@ -114,7 +114,7 @@ impl EndpointConnection {
     /// From now on, only errors wake us.
     pub fn quiet(&mut self) -> io::Result<()> {
         if let Io::Ready(stream) = std::mem::replace(&mut self.io, Io::Gone) {
-            self.io = Io::Quiet(AsyncFd::register_with_interest(stream.into_std()?, Interest::PRIORITY)?);
+            self.io = Io::Quiet(socket::watch_errors(stream.into_std()?)?);
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ use std::{
 
 use bytes::BytesMut;
 use nix::sys::socket::{self, MsgFlags};
+use tokio::io::{Interest, unix::AsyncFd};
 
 nix::ioctl_read_bad!(siocoutq, libc::TIOCOUTQ, libc::c_int);
 
@@ -54,9 +55,8 @@ pub fn receive_into(socket: impl AsFd, buf: &mut BytesMut) -> io::Result<usize> 
     let spare = buf.spare_capacity_mut();
     debug_assert!(!spare.is_empty());
     // SAFETY: the kernel writes at most `spare.len()` bytes to memory that is ours.
-    let n = unsafe {
-        libc::recv(socket.as_fd().as_raw_fd(), spare.as_mut_ptr().cast(), spare.len(), libc::MSG_DONTWAIT)
-    };
+    let n =
+        unsafe { libc::recv(socket.as_fd().as_raw_fd(), spare.as_mut_ptr().cast(), spare.len(), libc::MSG_DONTWAIT) };
     let n = usize::try_from(n).map_err(|_| io::Error::last_os_error())?;
     // SAFETY: the kernel has initialised the next `n` bytes.
     unsafe { buf.set_len(buf.len() + n) };
@@ -66,6 +66,13 @@ pub fn receive_into(socket: impl AsFd, buf: &mut BytesMut) -> io::Result<usize> 
 /// Looks at what is there without taking it; results as in [`receive_into`].
 pub fn peek(socket: impl AsFd, buf: &mut [u8]) -> io::Result<usize> {
     Ok(socket::recv(socket.as_fd().as_raw_fd(), buf, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK)?)
+}
+
+/// Registers a connection with the runtime so that nothing but an error or a hang-up wakes whoever waits on it: urgent
+/// data, which HTTP does not use, is the only thing asked for, and errors are always told.
+pub fn watch_errors(stream: std::net::TcpStream) -> io::Result<AsyncFd<std::net::TcpStream>> {
+    // SAFETY: a TcpStream keeps its descriptor until it is dropped.
+    Ok(unsafe { AsyncFd::register_with_interest(stream, Interest::PRIORITY) }?)
 }
 
 /// The next close sends RST, so that the peer cannot take it for the end of a message.
@@ -84,6 +91,7 @@ pub fn set_send_buffer(socket: impl AsFd, bytes: u32) -> io::Result<()> {
 
 /// CLOCK_MONOTONIC in ns, the clock of the kernel program's stamps.
 pub fn monotonic_ns() -> u64 {
-    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).unwrap_or(nix::sys::time::TimeSpec::new(0, 0));
+    let now =
+        nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).unwrap_or(nix::sys::time::TimeSpec::new(0, 0));
     now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64
 }
