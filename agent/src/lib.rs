@@ -2,14 +2,14 @@
 //!
 //! Modules stand in the order in which a request meets them; a module never imports from one that calls it.
 
-pub mod config;
-pub mod metrics;
 pub mod admin;
-pub mod http;
 pub mod bbr;
-pub mod route;
-pub mod picker;
+pub mod config;
 pub mod endpoint;
-pub mod kernel;
-pub mod steer;
 pub mod epp_server;
+pub mod http;
+pub mod kernel;
+pub mod metrics;
+pub mod picker;
+pub mod route;
+pub mod steer;
