@@ -29,13 +29,14 @@ pub struct ClientSocket {
     /// Bytes were redirected since the account was last found to match.
     unsettled: bool,
     key: Option<u64>,
+    resets: bool,
 }
 
 impl ClientSocket {
     pub fn new(stream: TcpStream) -> io::Result<Self> {
         stream.set_nodelay(true)?;
         let base = socket::bytes_written(&stream)?;
-        Ok(Self { stream, base, account: 0, unsettled: false, key: None })
+        Ok(Self { stream, base, account: 0, unsettled: false, key: None, resets: false })
     }
 
     pub fn stream(&self) -> &TcpStream {
@@ -129,6 +130,9 @@ impl ClientSocket {
         const LINGER_BYTES: usize = 1 << 20;
         let linger = async {
             self.settle().await?;
+            if self.resets {
+                socket::set_reset_on_close(&self.stream, false);
+            }
             self.stream.shutdown().await?;
             let mut rest = [0; 4096];
             let mut taken = 0;
@@ -144,12 +148,17 @@ impl ClientSocket {
         let _ = tokio::time::timeout(LINGER, linger).await;
     }
 
-    /// Breaks the connection off so that the client cannot take it for the end of a message: by RST where only the close
-    /// would end the message, else by FIN in its middle, which lets through what has been sent.
-    pub async fn abort(mut self, until_close: bool) {
-        if until_close {
-            socket::reset_on_close(&self.stream);
-        } else {
+    /// From here on, any end of the connection, that of the process included, is a reset: the body being sent ends only by
+    /// close, and an early FIN would look like its end. [`close`](Self::close) in order takes it back.
+    pub fn reset_on_close(&mut self) {
+        self.resets = true;
+        socket::set_reset_on_close(&self.stream, true);
+    }
+
+    /// Breaks the connection off in the middle of a message. What has been sent of it still arrives, except where only a
+    /// reset tells the client that it is not the whole.
+    pub async fn abort(mut self) {
+        if !self.resets {
             let _ = tokio::time::timeout(Duration::from_secs(1), self.settle()).await;
         }
     }

@@ -7,7 +7,7 @@
 
 mod span;
 
-use std::{io, time::Duration};
+use std::time::Duration;
 
 use bytes::BytesMut;
 use penstock_common::framing::Framing;
@@ -70,6 +70,8 @@ pub struct Delivery<'a> {
     pub endpoint: &'a mut EndpointConnection,
     /// The body, from the first byte of `pending` on.
     pub framing: Framing,
+    /// The response head, or nothing: goes out before the body, with its first bytes where there are any.
+    pub lead: BytesMut,
     /// Read from the endpoint and not yet written.
     pub pending: BytesMut,
     /// Set when the kernel is to carry what it can.
@@ -91,7 +93,8 @@ impl<'a> Delivery<'a> {
         idle: Option<Duration>,
     ) -> Self {
         let account = Account::default();
-        Self { client, endpoint, framing, pending, target: None, decode: false, idle, account, hold: false }
+        let lead = BytesMut::new();
+        Self { client, endpoint, framing, lead, pending, target: None, decode: false, idle, account, hold: false }
     }
 
     /// Delivers the whole body.
@@ -101,7 +104,7 @@ impl<'a> Delivery<'a> {
         }
         loop {
             let step = match self.forward().await {
-                Err(_) => Err(End::ClientGone),
+                Err(end) => Err(end),
                 Ok(()) if self.framing.is_invalid() => Err(End::Broken),
                 Ok(()) if self.framing.is_done() => Err(End::Complete { reusable: self.pending.is_empty() }),
                 Ok(()) => match self.armable() {
@@ -116,24 +119,31 @@ impl<'a> Delivery<'a> {
     }
 
     /// Writes what user space holds, up to the end of the message. What lies behind that stays in `pending`.
-    async fn forward(&mut self) -> io::Result<()> {
+    async fn forward(&mut self) -> Result<(), End> {
+        let mut lead = std::mem::take(&mut self.lead);
         while !self.pending.is_empty() && !self.framing.is_done() && !self.framing.is_invalid() {
-            let taken = if self.decode {
+            let (taken, payload) = if self.decode {
                 let (taken, payload) = self.framing.next(&self.pending);
-                self.client.write_all(payload.unwrap_or_default()).await?;
-                taken
+                (taken, payload.unwrap_or_default())
             } else {
                 let taken = self.framing.feed(&self.pending);
-                self.client.write_all(&self.pending[..taken]).await?;
-                taken
+                (taken, &self.pending[..taken])
             };
+            let out = if lead.is_empty() {
+                payload
+            } else {
+                lead.extend_from_slice(payload);
+                &lead
+            };
+            write(self.client, out, self.idle).await?;
+            lead.clear();
             let _ = self.pending.split_to(taken);
             let now = monotonic_ns();
             self.account.stamp(now, now);
             self.account.relayed += taken as u64;
             self.account.pieces += 1;
         }
-        Ok(())
+        if lead.is_empty() { Ok(()) } else { write(self.client, &lead, self.idle).await }
     }
 
     /// The target, when the kernel may take over now: nothing is held here or let through unread, and the client has
@@ -184,4 +194,14 @@ impl<'a> Delivery<'a> {
             self.pending.reserve(if filled { MAX_BUFFER } else { MIN_BUFFER });
         }
     }
+}
+
+/// Writes all of it, in the idle time at most.
+async fn write(client: &mut ClientSocket, out: &[u8], idle: Option<Duration>) -> Result<(), End> {
+    let write = client.write_all(out);
+    match idle {
+        Some(idle) => tokio::time::timeout(idle, write).await.map_err(|_| End::Idle)?,
+        None => write.await,
+    }
+    .map_err(|_| End::ClientGone)
 }

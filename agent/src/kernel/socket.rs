@@ -75,10 +75,10 @@ pub fn watch_errors(stream: std::net::TcpStream) -> io::Result<AsyncFd<std::net:
     Ok(unsafe { AsyncFd::register_with_interest(stream, Interest::PRIORITY) }?)
 }
 
-/// The next close sends RST, so that the peer cannot take it for the end of a message.
-pub fn reset_on_close(socket: impl AsFd) {
+/// Whether the close sends RST, so that the peer cannot take it for the end of a message.
+pub fn set_reset_on_close(socket: impl AsFd, reset: bool) {
     // On a socket that is already dead there is nothing left to reset.
-    let _ = socket2::SockRef::from(&socket.as_fd()).set_linger(Some(std::time::Duration::ZERO));
+    let _ = socket2::SockRef::from(&socket.as_fd()).set_linger(reset.then_some(std::time::Duration::ZERO));
 }
 
 /// SO_SNDBUF, beyond `net.core.wmem_max` where we may. The kernel doubles the value for its own overhead.

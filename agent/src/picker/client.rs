@@ -303,9 +303,6 @@ impl Drop for CancelOnDrop {
         }
     }
 }
-<<<<<<< HEAD
-=======
 
 #[cfg(test)]
 mod tests;
->>>>>>> wt-builtin
