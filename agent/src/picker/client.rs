@@ -303,3 +303,9 @@ impl Drop for CancelOnDrop {
         }
     }
 }
+<<<<<<< HEAD
+=======
+
+#[cfg(test)]
+mod tests;
+>>>>>>> wt-builtin

@@ -343,6 +343,3 @@ fn parse(list: &str) -> Result<Vec<SocketAddr>, PickError> {
 
 #[cfg(test)]
 mod tests;
-
-#[cfg(test)]
-mod tests;
