@@ -2,7 +2,10 @@ use super::*;
 
 const CLIENT: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 7));
 
-fn map(fields: &[(&str, &str)]) -> HeaderMap {
+/// Names and values.
+type Fields<'a> = &'a [(&'a str, &'a str)];
+
+fn map(fields: Fields<'_>) -> HeaderMap {
     fields
         .iter()
         .map(|(name, value)| (name.parse::<HeaderName>().unwrap(), HeaderValue::from_str(value).unwrap()))
@@ -12,7 +15,7 @@ fn map(fields: &[(&str, &str)]) -> HeaderMap {
         })
 }
 
-fn prepared(fields: &[(&str, &str)]) -> HeaderMap {
+fn prepared(fields: Fields<'_>) -> HeaderMap {
     let mut headers = map(fields);
     let (destination, model) = (HeaderName::from_static("x-pick"), HeaderName::from_static("x-gateway-model-name"));
     prepare_request(&mut headers, Version::HTTP_11, CLIENT, &destination, &model);
@@ -21,7 +24,7 @@ fn prepared(fields: &[(&str, &str)]) -> HeaderMap {
 
 #[test]
 fn hop_by_hop_fields_stay_behind() {
-    let table: &[(&[(&str, &str)], &[&str])] = &[
+    let table: &[(Fields<'_>, &[&str])] = &[
         (&[("connection", "close"), ("a", "1")], &["a"]),
         (&[("connection", "X-Hop , keep-alive"), ("x-hop", "1"), ("keep-alive", "timeout=5")], &[]),
         (&[("connection", "x-b"), ("connection", "x-c"), ("x-b", "1"), ("x-c", "1"), ("x-d", "1")], &["x-d"]),

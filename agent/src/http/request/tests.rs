@@ -181,35 +181,32 @@ fn takes_nothing_beyond_the_head() {
     assert_eq!(length, with("Content-Length: 5\r\n").len());
 }
 
-/// Heads near the edge of validity: plausible parts, some of them wrong, and separators that parsers disagree about.
+/// One of `usual`, and now and then one of `odd`.
+fn mostly(usual: &[&'static str], odd: &[&'static str]) -> impl Strategy<Value = &'static str> + use<> {
+    prop_oneof![12 => prop::sample::select(usual.to_vec()), 1 => prop::sample::select(odd.to_vec())]
+}
+
+/// Heads near the edge of validity: plausible parts, some of them wrong, and line ends that parsers disagree about.
 fn heads() -> impl Strategy<Value = Vec<u8>> {
-    let method = prop::sample::select(vec!["GET", "POST", "OPTIONS", "CONNECT", "PRI", "g@t", "M-SEARCH", ""]);
-    let target = prop_oneof![
-        prop::sample::select(vec!["/", "*", "http://h/a", "http://h", "h:1", "/a#b"]).prop_map(String::from),
-        "/[!-~]{0,12}"
-    ];
-    let version = prop::sample::select(vec!["HTTP/1.1", "HTTP/1.1", "HTTP/1.1", "HTTP/1.0", "HTTP/2.0", "http/1.1"]);
-    let field = prop::sample::select(vec![
-        "Host: h",
-        "Host: h:80",
-        "Content-Length: 5",
-        "content-length: 5, 5",
-        "Transfer-Encoding: chunked",
-        "transfer-encoding: gzip, chunked",
-        "Transfer-Encoding : chunked",
-        "Connection: close, x-a",
-        "X-A: b",
-        "Expect: 100-continue",
-        " folded",
-        "a: \u{ff}",
-        "a",
-    ]);
-    let end = || prop::sample::select(vec!["\r\n", "\r\n", "\r\n", "\r\n", "\r\n", "\r\n", "\n", "\r", "\r\r\n"]);
-    let fields = prop::collection::vec((field, end()), 0..5);
-    (prop::sample::select(vec!["", "", "\r\n", "\n"]), method, target, version, end(), fields).prop_map(
-        |(lead, method, target, version, end, fields)| {
-            let fields: String = fields.into_iter().map(|(field, end)| format!("{field}{end}")).collect();
-            format!("{lead}{method} {target} {version}{end}Host: h\r\n{fields}\r\nrest").into_bytes()
+    let method = mostly(&["GET", "POST", "OPTIONS", "M-SEARCH"], &["CONNECT", "PRI", "g@t", ""]);
+    let known = mostly(&["/", "/v1/completions?a=b", "http://h/a", "http://H:80"], &["*", "h:1", "/a#b", "http://i"]);
+    let target = prop_oneof![known.prop_map(String::from), "/[!-~]{0,3}", "/[a-z%/?=]{0,12}"];
+    let version = mostly(&["HTTP/1.1", "HTTP/1.0"], &["HTTP/2.0", "HTTP/1.2", "http/1.1"]);
+    let host = mostly(&["Host: h", "host: h:80"], &["Host:", "Host: i", "a: b"]);
+    let framing = mostly(
+        &["x-b: c", "Content-Length: 5", "Transfer-Encoding: chunked"],
+        &["content-length: 5, 5", "transfer-encoding: gzip, chunked", "Transfer-Encoding : chunked"],
+    );
+    let other = mostly(
+        &["Connection: close, x-a", "X-A: b", "Expect: 100-continue", "a: \u{ff}", "te: trailers"],
+        &["Content-Length: 5", "Host: h", " folded", "a"],
+    );
+    let end = || prop_oneof![40 => Just("\r\n"), 1 => prop::sample::select(vec!["\n", "\r", "\r\r\n"])];
+    let fields = (host, framing, prop::collection::vec((other, end()), 0..4));
+    (mostly(&["", "\r\n"], &["\n"]), method, target, version, end(), fields).prop_map(
+        |(lead, method, target, version, end, (host, framing, others))| {
+            let others: String = others.into_iter().map(|(field, end)| format!("{field}{end}")).collect();
+            format!("{lead}{method} {target} {version}{end}{host}\r\n{framing}\r\n{others}\r\nrest").into_bytes()
         },
     )
 }
@@ -259,11 +256,13 @@ proptest! {
         prop_assert_eq!(values("host").len(), 1);
         prop_assert!(values("transfer-encoding").is_empty() && values("expect").is_empty());
         let length = body_len.or((head.parts.method == Method::POST).then_some(0)).map(|n| n.to_string());
-        prop_assert_eq!(values("content-length"), length.iter().map(|n| n.as_bytes()).collect::<Vec<_>>());
+        prop_assert_eq!(values("content-length"), length.iter().map(String::as_bytes).collect::<Vec<_>>());
 
-        let (same, length) = parse(&out).expect("strict").expect("complete");
-        prop_assert_eq!(length, out.len());
-        prop_assert_eq!(same.parts.uri, head.parts.uri);
+        // This parser agrees, except that it refuses the empty Host that stands for none in HTTP/1.0.
+        if head.parts.headers.contains_key(header::HOST) {
+            let (same, length) = parse(&out).expect("strict").expect("complete");
+            prop_assert_eq!((same.parts.uri, length), (head.parts.uri, out.len()));
+        }
     }
 }
 
