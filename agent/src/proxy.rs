@@ -172,7 +172,15 @@ async fn answered(
     let bbr = &worker.shared.config.bbr;
     set_model(&mut request.parts, &bbr.header, upload.model().or(bbr.default_model.as_deref()));
     mutation::apply(&picked.mutation, &mut request.parts.headers);
-    let answer = dispatch::dispatch(worker, client, request, upload, &mut picked).await?;
+    let answer = match dispatch::dispatch(worker, client, request, upload, &mut picked).await {
+        Err(Error::Evicted(reply)) => {
+            worker.shared.metrics.pool(request.pool).evicted();
+            immediate(client, &reply, request.keep_alive).await?;
+            request.record.status(reply.status, "evicted");
+            return Ok(if request.keep_alive { After::Next } else { After::Close });
+        }
+        answer => answer?,
+    };
     respond::respond(worker, client, request, picked, answer).await
 }
 

@@ -5,7 +5,6 @@
 use std::{io, net::SocketAddr, time::Duration};
 
 use bytes::{Bytes, BytesMut};
-use http::Version;
 use tokio::time::Instant;
 
 use super::{
@@ -53,7 +52,7 @@ pub(super) async fn dispatch(
                     Err(error) => {
                         tracing::info!(%address, %error, "endpoint cannot be reached");
                         worker.shared.metrics.endpoint_connection(Connection::Failed);
-                        picker.report_failure(address, Instant::now());
+                        picker.report_failure(address, Instant::now().into_std());
                         last = Some(Error::Connect { address, error });
                         break;
                     }
@@ -111,16 +110,12 @@ async fn attempt(
     let stream = &mut picked.stream;
     tokio::select! {
         biased;
-        head = within(limit, read_head(worker, client_version(request), endpoint, request)) => {
+        head = within(limit, read_head(worker, endpoint, request)) => {
             head.ok_or(Error::FirstByte(address))?
         }
         reply = evicted(stream) => Err(Error::Evicted(Box::new(reply)).into()),
         () = client.gone() => Err(Error::ClientGone.into()),
     }
-}
-
-fn client_version(request: &Request) -> Version {
-    request.parts.version
 }
 
 async fn within<T>(limit: Option<Duration>, work: impl Future<Output = T>) -> Option<T> {
@@ -172,7 +167,6 @@ async fn send(
 /// are advice.
 async fn read_head(
     worker: &Worker,
-    _client: Version,
     endpoint: &mut EndpointConnection,
     request: &Request,
 ) -> Result<(ResponseHead, BytesMut), Failed> {

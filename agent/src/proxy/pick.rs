@@ -52,7 +52,7 @@ pub(super) async fn pick(
     let started = Instant::now();
     let metrics = worker.shared.metrics.pool(request.pool);
     let open = worker.shared.metrics.epp_stream();
-    let asked = ask(client_of_epp, settings, client, buf, request, upload).await;
+    let asked = ask(client_of_epp, worker.shared.config.limits.body_bytes, settings, client, buf, request, upload).await;
     drop(open);
     let failure = match asked {
         Asked::Answered(Outcome::Immediate(reply), _) => {
@@ -101,7 +101,7 @@ fn admitted(pool: &config::Pool, decision: Decision) -> Result<(Vec<SocketAddr>,
 }
 
 fn builtin(worker: &Worker, pool: usize, upload: &mut Upload) -> Result<Picked, Error> {
-    let pick = worker.shared.pickers[pool].pick(&upload.prompt(), None, Instant::now())?;
+    let pick = worker.shared.pickers[pool].pick(&upload.prompt(), None, Instant::now().into_std())?;
     Ok(unasked(pick.endpoints))
 }
 
@@ -126,13 +126,14 @@ enum Asked {
 /// Asks the EPP; once more on a fresh connection when the first was lost before any answer.
 async fn ask(
     epp: &EppClient,
+    limit: u64,
     settings: &config::Epp,
     client: &mut ClientSocket,
     buf: &mut BytesMut,
     request: &Request,
     upload: &mut Upload,
 ) -> Asked {
-    let limits = Limits { replaced_body: upload.kept.limit().try_into().unwrap_or(usize::MAX) };
+    let limits = Limits { replaced_body: limit.try_into().unwrap_or(usize::MAX) };
     let mut retried = false;
     loop {
         let mut stream = Box::new(epp.open(&request.parts, upload.has_body(), None, limits));
