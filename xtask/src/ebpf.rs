@@ -20,6 +20,7 @@ pub(crate) struct Args {
     no_setup: bool,
 }
 
+#[derive(Clone, Copy)]
 pub(crate) enum Warnings {
     Allow,
     Deny,
@@ -59,7 +60,7 @@ pub(crate) fn build(warnings: Warnings) -> Result<()> {
 
 fn install(built: &Path) -> Result<()> {
     let object = root().join("target/bpf/penstock.bpf.o");
-    let content = fs::read(&built).with_context(|| format!("reading {}", built.display()))?;
+    let content = fs::read(built).with_context(|| format!("reading {}", built.display()))?;
     if !content.windows(5).any(|name| name == b".BTF\0") {
         bail!("{} has no BTF, which the kernel asks for: was it linked by bpf-linker with --btf?", built.display());
     }

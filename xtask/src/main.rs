@@ -15,6 +15,8 @@ mod command;
 mod progress;
 mod toolchain;
 
+use std::process::ExitCode;
+
 use clap::Parser;
 
 #[derive(Parser)]
@@ -34,13 +36,19 @@ enum Verb {
     Lint,
 }
 
-fn main() -> anyhow::Result<()> {
-    match Verb::parse() {
+fn main() -> ExitCode {
+    let done = match Verb::parse() {
         Verb::Setup(args) => setup::main(&args),
         Verb::BuildEbpf(args) => ebpf::main(&args),
         Verb::Run(args) => run::main(&args),
         Verb::Demo(args) => demo::main(&args),
         Verb::Test(args) => test::main(&args),
         Verb::Lint => lint::main(),
+    };
+    if let Err(error) = done {
+        // In one line: where in xtask it came from helps nobody.
+        eprintln!("xtask: {error:#}");
+        return ExitCode::FAILURE;
     }
+    ExitCode::SUCCESS
 }
