@@ -1,1 +1,54 @@
-fn main() {}
+//! The verbs of the project, for people and for CI alike: `cargo xtask VERB`.
+//!
+//! This file lists them; each has its own. What several verbs need stands below them: how the kernel program can be
+//! built on this machine (`toolchain`), how commands are made (`command`), and how long work is shown (`progress`).
+
+mod demo;
+mod lint;
+mod run;
+mod test;
+
+mod ebpf;
+mod setup;
+
+mod command;
+mod progress;
+mod toolchain;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about, disable_help_subcommand = true)]
+enum Verb {
+    /// Install what building the kernel program needs; does nothing where it is all there
+    Setup(setup::Args),
+    /// Build the kernel program into target/bpf/penstock.bpf.o
+    BuildEbpf(ebpf::Args),
+    /// Build everything and start the agent: cargo xtask run -- --config FILE
+    Run(run::Args),
+    /// Build what the demo needs and start it: cargo xtask demo -- ARGUMENTS
+    Demo(demo::Args),
+    /// Install what is missing, build everything, run every test
+    Test(test::Args),
+    /// Formatting, clippy and the rules of the house
+    Lint,
+}
+
+fn main() -> ExitCode {
+    let done = match Verb::parse() {
+        Verb::Setup(args) => setup::main(&args),
+        Verb::BuildEbpf(args) => ebpf::main(&args),
+        Verb::Run(args) => run::main(&args),
+        Verb::Demo(args) => demo::main(&args),
+        Verb::Test(args) => test::main(&args),
+        Verb::Lint => lint::main(),
+    };
+    if let Err(error) = done {
+        // In one line: where in xtask it came from helps nobody.
+        eprintln!("xtask: {error:#}");
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
+}

@@ -1,0 +1,163 @@
+//! `cargo xtask setup`: installs what is missing to build the kernel program and, with `--tests`, to run every test.
+//!
+//! Looks first and installs only what is missing, so a second run takes no time and needs no network.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+
+use crate::{
+    command::{command, find, foreign, output, root},
+    progress::quietly,
+    toolchain::{Compiler, DEBIAN_PACKAGES, LINKER_VERSION, LLVM, linker, missing_packages},
+};
+
+/// What the tests drive the agent with, as its users do.
+const OPENAI: &str = "openai==3.54.0";
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// Only say what is missing; fails if something is
+    #[arg(long)]
+    check: bool,
+    /// Also what the tests need: ip, and Python with the openai client in target/venv
+    #[arg(long)]
+    tests: bool,
+}
+
+pub(crate) fn main(args: &Args) -> Result<()> {
+    if args.check {
+        return check(args.tests);
+    }
+    kernel_build()?;
+    if args.tests {
+        test_needs()?;
+    }
+    eprintln!("setup: complete");
+    Ok(())
+}
+
+fn check(tests: bool) -> Result<()> {
+    let compiler = Compiler::find();
+    let mut lines = vec![
+        ("compiler for the kernel's target", compiler.as_ref().map(|compiler| compiler.name().to_owned())),
+        ("bpf-linker", linker().map(|path| path.display().to_string())),
+    ];
+    if tests {
+        lines.push(("ip", find("ip").map(|path| path.display().to_string())));
+        lines.push(("Python with openai", has_openai().then(|| venv().display().to_string())));
+        // Not installed by setup: `cargo test` runs the same tests.
+        let nextest = find("cargo-nextest").map(|path| path.display().to_string());
+        lines.push(("cargo-nextest (optional)", Some(nextest.unwrap_or_else(|| "no: cargo test is used".to_owned()))));
+    }
+    for (what, found) in &lines {
+        println!("{what:34} {}", found.as_deref().unwrap_or("MISSING"));
+    }
+    if lines.iter().any(|(_, found)| found.is_none()) {
+        bail!("something is missing: run `cargo xtask setup{}`", if tests { " --tests" } else { "" });
+    }
+    Ok(())
+}
+
+/// A compiler for the kernel's target, and bpf-linker.
+pub(crate) fn kernel_build() -> Result<()> {
+    match (Compiler::find(), linker()) {
+        (Some(compiler), Some(_)) => {
+            eprintln!("setup: kernel programs are built with {} and bpf-linker", compiler.name());
+            return Ok(());
+        }
+        (Some(Compiler::Nightly), None) if find("cargo-binstall").is_some() => {
+            let mut binstall = foreign("cargo");
+            return quietly("setup: bpf-linker", binstall.args(["binstall", "--no-confirm", "bpf-linker"]));
+        }
+        _ => {}
+    }
+
+    if !can_apt() {
+        let lacks = match (Compiler::find(), linker()) {
+            (None, None) => "a compiler for the kernel's target and bpf-linker are",
+            (None, Some(_)) => "a compiler for the kernel's target is",
+            _ => "bpf-linker is",
+        };
+        bail!(
+            "{lacks} missing: either run `rustup toolchain install nightly --component rust-src` and install bpf-linker \
+             {LINKER_VERSION} or later (`cargo binstall bpf-linker`), or run this as root on Debian 12, where apt-get \
+             installs {} and cargo builds bpf-linker",
+            DEBIAN_PACKAGES.join(" ")
+        );
+    }
+    apt_install(&DEBIAN_PACKAGES)?;
+    if linker().is_none() {
+        install_linker()?;
+    }
+    Ok(())
+}
+
+/// From source, against Debian's LLVM. Built by the cargo of the user's PATH.
+fn install_linker() -> Result<()> {
+    let llvm = |what: &str| output(command(format!("llvm-config-{LLVM}")).arg(what));
+    let (Some(prefix), Some(libraries)) = (llvm("--prefix"), llvm("--libdir")) else {
+        bail!("llvm-config-{LLVM} does not run, though llvm-{LLVM}-dev is installed");
+    };
+    // --force: one that is there but does not start, or is too old, is replaced.
+    quietly(
+        "setup: bpf-linker",
+        foreign("cargo")
+            .args(["install", "bpf-linker", "--force", "--no-default-features", "--version", LINKER_VERSION])
+            .args(["--features", &format!("llvm-{LLVM}")])
+            .env("LLVM_PREFIX", prefix)
+            .env("RUSTFLAGS", format!("-L native={libraries}")),
+    )?;
+    if linker().is_none() {
+        bail!("bpf-linker is installed and does not start: see `bpf-linker --version`");
+    }
+    Ok(())
+}
+
+/// `ip` makes network namespaces; Python's openai client is what users point at the agent.
+pub(crate) fn test_needs() -> Result<()> {
+    if find("ip").is_none() {
+        apt_install(&["iproute2"])?;
+    }
+    if !has_openai() {
+        let venv_works = output(command("python3").args(["-c", "import venv, ensurepip"])).is_some();
+        if !venv_works {
+            apt_install(&["python3", "python3-venv"])?;
+        }
+        quietly("setup: Python environment", command("python3").args(["-m", "venv", "--clear"]).arg(venv()))?;
+        let mut pip = command(venv().join("bin/python"));
+        quietly("setup: openai", pip.args(["-m", "pip", "install", "--no-input", OPENAI]))?;
+    }
+    Ok(())
+}
+
+fn venv() -> PathBuf {
+    root().join("target/venv")
+}
+
+fn has_openai() -> bool {
+    let find = "import importlib.util, sys; sys.exit(importlib.util.find_spec('openai') is None)";
+    output(command(venv().join("bin/python")).args(["-c", find])).is_some()
+}
+
+fn can_apt() -> bool {
+    find("apt-get").is_some() && output(command("id").arg("-u")).as_deref() == Some("0")
+}
+
+fn apt_install(packages: &[&str]) -> Result<()> {
+    let missing = missing_packages(packages);
+    if missing.is_empty() {
+        return Ok(());
+    }
+    if !can_apt() {
+        bail!("missing: {}; install them, or run this as root where apt-get is", missing.join(", "));
+    }
+    let apt = |args: &[&str]| {
+        let mut apt = command("apt-get");
+        apt.args(["-o", "DPkg::Lock::Timeout=120"]).args(args).env("DEBIAN_FRONTEND", "noninteractive");
+        apt
+    };
+    quietly("setup: package lists", &mut apt(&["update"]))?;
+    let mut install = apt(&["install", "--yes", "--no-install-recommends"]);
+    quietly("setup: packages", install.args(missing))
+}
