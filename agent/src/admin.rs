@@ -1,1 +1,285 @@
-//! To come.
+//! The admin server: `/livez`, `/readyz`, `/metrics`.
+//!
+//! It has its own thread and runtime and takes no lock of the data plane for longer than a copy, so a stuck data plane can
+//! still be looked at. Connections are few, short and limited in time: one request each. It is bound when [`start`] returns.
+
+mod answer;
+
+use std::{
+    convert::Infallible,
+    io,
+    net::{SocketAddr, TcpListener},
+    sync::Arc,
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use hyper::{server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::sync::{Semaphore, oneshot};
+
+use crate::{metrics::Metrics, readiness::Readiness};
+use answer::Answers;
+
+/// Dropping it ends the server; [`AdminHandle::stop`] also waits for its thread.
+#[derive(Debug)]
+pub struct AdminHandle {
+    local_addr: SocketAddr,
+    /// Closed by being dropped.
+    stop: oneshot::Sender<Infallible>,
+    thread: JoinHandle<()>,
+}
+
+impl AdminHandle {
+    /// With the port the kernel chose, where 0 was asked for.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.local_addr
+    }
+
+    /// Ends the server and its open connections; the address is free when it returns.
+    pub fn stop(self) {
+        drop(self.stop);
+        if self.thread.join().is_err() {
+            tracing::error!("the admin thread had panicked");
+        }
+    }
+}
+
+/// Serves at `addr`. `verbose` gives the lines that `/readyz?verbose` adds; it runs on the admin thread and must not block.
+pub fn start(
+    addr: SocketAddr,
+    metrics: Arc<Metrics>,
+    readiness: Readiness,
+    verbose: impl Fn() -> Vec<String> + Send + Sync + 'static,
+) -> io::Result<AdminHandle> {
+    let answers = Answers { metrics, readiness, verbose: Box::new(verbose) };
+    serve(addr, answers, Bounds { connections: 64, head: Duration::from_secs(5), whole: Duration::from_secs(30) })
+}
+
+#[derive(Clone, Copy)]
+struct Bounds {
+    connections: usize,
+    /// From the connection to the end of the request's head.
+    head: Duration,
+    /// From the connection to its end.
+    whole: Duration,
+}
+
+fn serve(addr: SocketAddr, answers: Answers, bounds: Bounds) -> io::Result<AdminHandle> {
+    let listener = TcpListener::bind(addr)?;
+    listener.set_nonblocking(true)?;
+    let local_addr = listener.local_addr()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let listener = {
+        let _inside = runtime.enter();
+        tokio::net::TcpListener::from_std(listener)?
+    };
+    let (stop, stopped) = oneshot::channel::<Infallible>();
+    let thread = thread::Builder::new().name("admin".to_owned()).spawn(move || {
+        runtime.block_on(async {
+            tokio::select! {
+                () = accept(listener, Arc::new(answers), bounds) => {}
+                _ = stopped => {}
+            }
+        });
+    })?;
+    Ok(AdminHandle { local_addr, stop, thread })
+}
+
+async fn accept(listener: tokio::net::TcpListener, answers: Arc<Answers>, bounds: Bounds) {
+    let permits = Arc::new(Semaphore::new(bounds.connections));
+    // Those beyond the bound wait in the listener's queue. The semaphore is never closed.
+    while let Ok(permit) = Arc::clone(&permits).acquire_owned().await {
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // No file descriptor left, most likely: trying again at once would only spin.
+                tracing::warn!(%error, "admin: accept failed");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let answers = Arc::clone(&answers);
+        tokio::spawn(async move {
+            let service = service_fn(|request| {
+                let answer = answers.answer(&request);
+                async { Ok::<_, Infallible>(answer) }
+            });
+            let connection = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(bounds.head)
+                .keep_alive(false)
+                .serve_connection(TokioIo::new(stream), service);
+            match tokio::time::timeout(bounds.whole, connection).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::debug!(%error, "admin: connection"),
+                Err(_) => tracing::debug!("admin: connection took too long"),
+            }
+            drop(permit);
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{Read, Write},
+        net::{Ipv4Addr, TcpStream},
+        time::Instant,
+    };
+
+    use super::*;
+
+    const ANY_PORT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
+    struct Server {
+        metrics: Arc<Metrics>,
+        readiness: Readiness,
+        handle: AdminHandle,
+    }
+
+    fn server(bounds: Bounds) -> Server {
+        let metrics = Metrics::new(&["a".to_owned()]);
+        let readiness = Readiness::new();
+        let verbose = || vec!["steering: active (ingress)".to_owned(), "pools: 1".to_owned()];
+        let answers =
+            Answers { metrics: Arc::clone(&metrics), readiness: readiness.clone(), verbose: Box::new(verbose) };
+        Server { metrics, readiness, handle: serve(ANY_PORT, answers, bounds).unwrap() }
+    }
+
+    fn patient() -> Bounds {
+        Bounds { connections: 64, head: Duration::from_secs(60), whole: Duration::from_secs(60) }
+    }
+
+    fn connect(server: &Server) -> TcpStream {
+        let stream = TcpStream::connect(server.handle.local_addr()).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream
+    }
+
+    fn rest(mut stream: TcpStream) -> String {
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    }
+
+    /// Status, head and body.
+    fn ask(server: &Server, request: &str) -> (u16, String, String) {
+        let mut stream = connect(server);
+        write!(stream, "{request} HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+        let answer = rest(stream);
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (head[9..12].parse().unwrap(), head.to_lowercase(), body.to_owned())
+    }
+
+    #[test]
+    fn alive() {
+        let server = server(patient());
+        let (status, _, body) = ask(&server, "GET /livez");
+        assert_eq!((status, body.as_str()), (200, "ok\n"));
+    }
+
+    #[test]
+    fn ready_when_the_gates_are_open_and_until_the_drain() {
+        let server = server(patient());
+        let gates = [server.readiness.gate("listeners"), server.readiness.gate("picker: a")];
+        let (status, _, body) = ask(&server, "GET /readyz");
+        assert_eq!((status, body.as_str()), (503, "listeners\npicker: a\n"));
+        let (status, _, body) = ask(&server, "GET /readyz?verbose");
+        assert_eq!((status, body.as_str()), (503, "listeners\npicker: a\nsteering: active (ingress)\npools: 1\n"));
+        gates.into_iter().for_each(crate::readiness::Gate::open);
+        let (status, _, body) = ask(&server, "GET /readyz");
+        assert_eq!((status, body.as_str()), (200, "ok\n"));
+        let (status, _, body) = ask(&server, "GET /readyz?x=1&verbose=1");
+        assert_eq!((status, body.as_str()), (200, "ok\nsteering: active (ingress)\npools: 1\n"));
+        server.readiness.draining();
+        let (status, _, body) = ask(&server, "GET /readyz");
+        assert_eq!((status, body.as_str()), (503, "draining\n"));
+    }
+
+    #[test]
+    fn metrics_are_open_metrics() {
+        let server = server(patient());
+        server.metrics.client_aborted();
+        let (status, head, body) = ask(&server, "GET /metrics");
+        assert_eq!(status, 200);
+        assert!(head.contains("content-type: application/openmetrics-text; version=1.0.0; charset=utf-8"), "{head}");
+        assert_eq!(body, server.metrics.encode());
+        assert!(body.contains("penstock_client_aborts_total 1\n"));
+    }
+
+    #[test]
+    fn others_are_refused() {
+        let server = server(patient());
+        for (request, status) in [
+            ("GET /", 404),
+            ("GET /metrics/", 404),
+            ("POST /nowhere", 404),
+            ("POST /metrics", 405),
+            ("DELETE /livez", 405),
+            ("HEAD /readyz", 405),
+        ] {
+            let (found, head, _) = ask(&server, request);
+            assert_eq!(found, status, "{request}");
+            assert_eq!(head.contains("allow: get"), status == 405, "{head}");
+        }
+    }
+
+    #[test]
+    fn a_silent_client_is_closed() {
+        let short = Duration::from_millis(30);
+        for bounds in [Bounds { head: short, ..patient() }, Bounds { whole: short, ..patient() }] {
+            let server = server(bounds);
+            let mut silent = connect(&server);
+            silent.write_all(b"GET /livez HTTP/1.1\r\n").unwrap();
+            // Ends, with or without a 408, well before the deadline of the read.
+            let _ = rest(silent);
+        }
+    }
+
+    #[test]
+    fn connections_beyond_the_bound_wait_for_those_before() {
+        let server = server(Bounds { connections: 1, ..patient() });
+        let mut first = connect(&server);
+        // Served once its answer is here; without its head it only holds the permit.
+        let mut second = connect(&server);
+        second.write_all(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+        second.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+        let error = second.read(&mut [0; 1]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        first.write_all(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+        assert!(rest(first).ends_with("ok\n"));
+        second.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        assert!(rest(second).ends_with("ok\n"));
+    }
+
+    #[test]
+    fn stop_frees_the_address_and_ends_open_connections() {
+        let server = server(patient());
+        let addr = server.handle.local_addr();
+        let open = connect(&server);
+        server.handle.stop();
+        assert!(TcpStream::connect(addr).is_err());
+        // Reset or end, according to whether it had been accepted.
+        let _ = (&open).read(&mut [0; 1]);
+    }
+
+    #[test]
+    fn drop_ends_the_server() {
+        let server = server(patient());
+        let addr = server.handle.local_addr();
+        drop(server);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while TcpStream::connect(addr).is_ok() {
+            assert!(Instant::now() < deadline, "still listening");
+            thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn an_address_in_use_is_an_error() {
+        let server = server(patient());
+        let result = start(server.handle.local_addr(), server.metrics, server.readiness, Vec::new);
+        assert_eq!(result.unwrap_err().kind(), io::ErrorKind::AddrInUse);
+    }
+}

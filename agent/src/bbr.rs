@@ -1,1 +1,347 @@
-//! To come.
+//! Body-based routing: finds the top-level `model` (and `stream`) of a JSON body while it uploads.
+//!
+//! Given slices of any size, gives the model as soon as its value is complete, and at the end the verdict whether the whole
+//! body was JSON (RFC 8259). Memory is constant: nesting is one bit a level, only the model's value is kept, and that is bounded.
+//! An object that names its model twice is refused, because the model server may read the other one.
+//!
+//! Stricter than the grammar only in: depth, that duplicate, the model's length, and the model being real Unicode. A lone
+//! surrogate elsewhere (a prompt cut inside an emoji) is grammatical and is left for the model server to judge.
+
+mod capture;
+mod error;
+mod nesting;
+mod number;
+#[cfg(test)]
+mod tests;
+mod text;
+
+pub use error::{Found, JsonError};
+
+use capture::Capture;
+use nesting::Nesting;
+use number::Number;
+use text::{Piece, Text};
+
+/// A model name longer than this many bytes is an error.
+pub const MAX_MODEL: usize = 256;
+/// Objects and arrays may be nested this deep; one level more is an error (the limit serde_json has, too).
+pub const MAX_DEPTH: u8 = 127;
+/// The longest key that matters is `stream`.
+const MAX_KEY: usize = 6;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Model {
+    /// Not seen so far; in a [`Summary`]: the body has none.
+    NotYet,
+    Found(String),
+    /// The value's JSON text, cut after [`MAX_MODEL`] bytes.
+    NotAString(String),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Summary {
+    pub model: Model,
+    /// The top-level `stream`, where it is a boolean; the last one counts.
+    pub stream: Option<bool>,
+}
+
+#[derive(Debug)]
+pub struct ModelScanner {
+    /// Bytes of the body consumed.
+    offset: u64,
+    state: State,
+    nesting: Nesting,
+    /// The top-level member whose value is being read.
+    member: Member,
+    keep: Keep,
+    capture: Capture,
+    /// Offset of the opening quote of the string being read, or of the last one.
+    text_start: u64,
+    found: Summary,
+    failed: Option<JsonError>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Value,
+    ElementOrClose,
+    KeyOrClose,
+    Key,
+    Colon,
+    CommaOrClose,
+    End,
+    KeyText(Text),
+    ValueText(Text),
+    Number(Number),
+    /// What is left of `true`, `false` or `null`, and the boolean it makes.
+    Literal(&'static [u8], Option<bool>),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Member {
+    Model,
+    Stream,
+    Other,
+}
+
+/// What goes into the capture.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Keep {
+    Nothing,
+    /// The decoded characters of the current string.
+    Text,
+    /// The JSON text of the current value, whatever is nested in it.
+    Raw,
+}
+
+impl Default for ModelScanner {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl ModelScanner {
+    pub fn new() -> Self {
+        Self {
+            offset: 0,
+            state: State::Value,
+            nesting: Nesting::default(),
+            member: Member::Other,
+            keep: Keep::Nothing,
+            capture: Capture::default(),
+            text_start: 0,
+            found: Summary { model: Model::NotYet, stream: None },
+            failed: None,
+        }
+    }
+
+    /// Reads the next bytes of the body. After an error every call repeats it.
+    pub fn feed(&mut self, mut bytes: &[u8]) -> Result<(), JsonError> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        while !bytes.is_empty() {
+            let used = self.step(bytes).inspect_err(|error| self.failed = Some(error.clone()))?;
+            let (read, rest) = bytes.split_at(used);
+            if self.keep == Keep::Raw {
+                self.capture.push(read);
+                if self.nesting.depth() == 1 && self.state == State::CommaOrClose {
+                    self.keep = Keep::Nothing;
+                    self.found.model = Model::NotAString(self.capture.cut_text());
+                }
+            }
+            self.offset += used as u64;
+            bytes = rest;
+        }
+        Ok(())
+    }
+
+    pub fn model(&self) -> &Model {
+        &self.found.model
+    }
+
+    pub fn stream(&self) -> Option<bool> {
+        self.found.stream
+    }
+
+    /// The body is complete.
+    pub fn finish(self) -> Result<Summary, JsonError> {
+        if let Some(error) = self.failed {
+            return Err(error);
+        }
+        let complete = match self.state {
+            State::End => true,
+            State::Number(number) => number.is_complete() && self.nesting.depth() == 0,
+            _ => false,
+        };
+        if complete { Ok(self.found) } else { Err(self.error(Found::EndOfInput)) }
+    }
+
+    /// Consumes some of `bytes`, which are not empty; 0 when the first of them ends a number and belongs to what follows.
+    fn step(&mut self, bytes: &[u8]) -> Result<usize, JsonError> {
+        let byte = bytes[0];
+        match self.state {
+            State::KeyText(mut text) => {
+                let (used, closed) = self.read_text(&mut text, bytes)?;
+                if closed {
+                    self.end_key()?;
+                } else {
+                    self.state = State::KeyText(text);
+                }
+                return Ok(used);
+            }
+            State::ValueText(mut text) => {
+                let (used, closed) = self.read_text(&mut text, bytes)?;
+                if closed {
+                    self.end_text()?;
+                } else {
+                    self.state = State::ValueText(text);
+                }
+                return Ok(used);
+            }
+            State::Number(number) => {
+                return match number.next(byte) {
+                    Some(number) => {
+                        self.state = State::Number(number);
+                        Ok(1)
+                    }
+                    None if number.is_complete() => {
+                        self.end_value();
+                        Ok(0)
+                    }
+                    None => Err(self.error(Found::Byte(byte))),
+                };
+            }
+            State::Literal([first, rest @ ..], boolean) if *first == byte => {
+                self.state = State::Literal(rest, boolean);
+                if rest.is_empty() {
+                    if self.value_of() == Member::Stream {
+                        self.found.stream = boolean;
+                    }
+                    self.end_value();
+                }
+                return Ok(1);
+            }
+            State::Literal(..) => return Err(self.error(Found::Byte(byte))),
+            _ => {}
+        }
+        if is_white(byte) {
+            return Ok(bytes.iter().position(|&byte| !is_white(byte)).unwrap_or(bytes.len()));
+        }
+        match (self.state, byte) {
+            (State::ElementOrClose, b']') | (State::KeyOrClose, b'}') => self.close(),
+            (State::CommaOrClose, b'}') if self.nesting.in_object() => self.close(),
+            (State::CommaOrClose, b']') if !self.nesting.in_object() => self.close(),
+            (State::CommaOrClose, b',') => {
+                self.state = if self.nesting.in_object() { State::Key } else { State::Value };
+            }
+            (State::Key | State::KeyOrClose, b'"') => self.begin_key(),
+            (State::Colon, b':') => self.state = State::Value,
+            (State::Value | State::ElementOrClose, _) => self.begin_value(byte)?,
+            _ => return Err(self.error(Found::Byte(byte))),
+        }
+        Ok(1)
+    }
+
+    fn read_text(&mut self, text: &mut Text, bytes: &[u8]) -> Result<(usize, bool), JsonError> {
+        let Some((used, piece)) = text.step(bytes) else {
+            return Err(self.error(Found::Byte(bytes[0])));
+        };
+        if self.keep == Keep::Text {
+            match piece {
+                Piece::Bytes(bytes) => self.capture.push(bytes),
+                Piece::Unit(unit) => self.capture.push_unit(unit),
+                Piece::Part | Piece::Close => {}
+            }
+        }
+        Ok((used, piece == Piece::Close))
+    }
+
+    fn begin_key(&mut self) {
+        self.text_start = self.offset;
+        if self.nesting.depth() == 1 {
+            self.keep = Keep::Text;
+            self.capture.start(MAX_KEY);
+        }
+        self.state = State::KeyText(Text::Plain);
+    }
+
+    fn end_key(&mut self) -> Result<(), JsonError> {
+        if self.keep == Keep::Text {
+            self.keep = Keep::Nothing;
+            self.member = match self.capture.decoded() {
+                Ok(b"model") => Member::Model,
+                Ok(b"stream") => Member::Stream,
+                _ => Member::Other,
+            };
+            if self.member == Member::Model && self.found.model != Model::NotYet {
+                return Err(self.error(Found::SecondModel));
+            }
+        }
+        self.state = State::Colon;
+        Ok(())
+    }
+
+    /// The top-level member that the value at this point is the value of.
+    fn value_of(&self) -> Member {
+        if self.nesting.depth() == 1 && self.nesting.in_object() { self.member } else { Member::Other }
+    }
+
+    fn begin_value(&mut self, byte: u8) -> Result<(), JsonError> {
+        let member = self.value_of();
+        let state = match byte {
+            b'"' => State::ValueText(Text::Plain),
+            b'{' => State::KeyOrClose,
+            b'[' => State::ElementOrClose,
+            b't' => State::Literal(b"rue", Some(true)),
+            b'f' => State::Literal(b"alse", Some(false)),
+            b'n' => State::Literal(b"ull", None),
+            _ => State::Number(Number::start(byte).ok_or_else(|| self.error(Found::Byte(byte)))?),
+        };
+        match member {
+            Member::Model => {
+                self.keep = if byte == b'"' { Keep::Text } else { Keep::Raw };
+                self.capture.start(MAX_MODEL);
+            }
+            Member::Stream => self.found.stream = None,
+            Member::Other => {}
+        }
+        self.text_start = self.offset;
+        if matches!(byte, b'{' | b'[') && !self.nesting.open(byte == b'{') {
+            return Err(self.error(Found::TooDeep));
+        }
+        self.state = state;
+        Ok(())
+    }
+
+    fn end_text(&mut self) -> Result<(), JsonError> {
+        if self.keep == Keep::Text {
+            self.keep = Keep::Nothing;
+            let text = self.capture.decoded().map_err(|found| self.error(found))?;
+            self.found.model = Model::Found(String::from_utf8_lossy(text).into_owned());
+        }
+        self.end_value();
+        Ok(())
+    }
+
+    fn close(&mut self) {
+        self.nesting.close();
+        self.end_value();
+    }
+
+    fn end_value(&mut self) {
+        self.state = if self.nesting.depth() == 0 { State::End } else { State::CommaOrClose };
+    }
+
+    /// An error at this point; the strings that are refused as a whole are pointed at by their opening quote.
+    fn error(&self, found: Found) -> JsonError {
+        let (offset, expected) = match found {
+            Found::Byte(_) | Found::EndOfInput => (self.offset, self.expected()),
+            Found::TooDeep => (self.offset, "at most 127 levels"),
+            Found::SecondModel => (self.text_start, "one model"),
+            Found::LongModel => (self.text_start, "at most 256 bytes"),
+            Found::LoneSurrogate => (self.text_start, "Unicode characters"),
+        };
+        JsonError { offset, found, expected }
+    }
+
+    fn expected(&self) -> &'static str {
+        match self.state {
+            State::Value => "a value",
+            State::ElementOrClose => "a value or `]`",
+            State::KeyOrClose => "`\"` of a key, or `}`",
+            State::Key => "`\"` of a key",
+            State::Colon => "`:`",
+            State::CommaOrClose if self.nesting.in_object() => "`,` or `}`",
+            State::CommaOrClose => "`,` or `]`",
+            State::End => "the end of the document",
+            State::KeyText(text) | State::ValueText(text) => text.expected(),
+            State::Number(number) => number.expected(),
+            State::Literal(..) => "`true`, `false` or `null`",
+        }
+    }
+}
+
+fn is_white(byte: u8) -> bool {
+    matches!(byte, b' ' | b'\t' | b'\n' | b'\r')
+}

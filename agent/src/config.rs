@@ -1,10 +1,32 @@
 //! The configuration: one TOML file, read and checked as a whole before the first socket is bound.
 //!
 //! The doc comment of a field is its documentation. Durations are strings: `250ms`, `4s`, `5m`, `1h`, or `off` where allowed.
+//! A [`Config`] that came out of [`Config::load`] or [`Config::parse`] holds everything this file says; what cannot hold is
+//! reported with file, line, key, what was found and what was expected, all of it at once.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+mod default;
+mod document;
 
-#[derive(Debug, Clone)]
+mod error;
+mod overrides;
+mod pools;
+mod routes;
+mod sections;
+#[cfg(test)]
+mod tests;
+mod value;
+
+pub use default::default_toml;
+pub use error::{ConfigError, ConfigErrors};
+pub use overrides::Overrides;
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
     pub listen: Listen,
     pub admin: Admin,
@@ -18,7 +40,33 @@ pub struct Config {
     pub routes: Vec<Route>,
 }
 
-#[derive(Debug, Clone)]
+impl Config {
+    /// Reads and checks the file at `path`.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self, ConfigErrors> {
+        Self::load_with(path, &Overrides::default())
+    }
+
+    /// As [`Config::load`], with flags and environment on top, so that the result is checked as it will run.
+    pub fn load_with(path: impl AsRef<Path>, overrides: &Overrides) -> Result<Self, ConfigErrors> {
+        let path = path.as_ref();
+        let file = path.display().to_string();
+        let text = std::fs::read_to_string(path).map_err(|error| {
+            ConfigErrors::from(ConfigError::Unreadable { file: file.clone(), reason: error.to_string() })
+        })?;
+        Self::parse_with(&text, &file, overrides)
+    }
+
+    /// Checks `text`; `file_name` appears in errors, and relative paths in the text start at its folder.
+    pub fn parse(text: &str, file_name: &str) -> Result<Self, ConfigErrors> {
+        Self::parse_with(text, file_name, &Overrides::default())
+    }
+
+    pub fn parse_with(text: &str, file_name: &str, overrides: &Overrides) -> Result<Self, ConfigErrors> {
+        document::read(text, file_name, |root| sections::config(root, overrides))
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listen {
     /// Default `0.0.0.0:8080`.
     pub address: SocketAddr,
@@ -28,13 +76,13 @@ pub struct Listen {
     pub max_connections: usize,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Admin {
     /// `/livez`, `/readyz`, `/metrics`; default `127.0.0.1:9901`.
     pub address: SocketAddr,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {
     /// Request or response head, bytes; default 65536. More is 431 (request) or 502 (response).
     pub head_bytes: usize,
@@ -46,7 +94,7 @@ pub struct Limits {
     pub body_memory_bytes: usize,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Timeouts {
     /// A request head, from its first byte; default 10s. Then 408.
     pub head: Duration,
@@ -66,7 +114,7 @@ pub struct Timeouts {
     pub drain: Duration,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bbr {
     /// Read the model from JSON bodies; default true.
     pub enabled: bool,
@@ -76,7 +124,7 @@ pub struct Bbr {
     pub default_model: Option<String>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum SteeringMode {
     /// The best path that passed its self-test, where it pays.
     Auto,
@@ -86,13 +134,13 @@ pub enum SteeringMode {
     Off,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Steering {
     pub mode: SteeringMode,
     /// In `auto`, bodies with a Content-Length below this are relayed; default 16384.
     pub min_bytes: u64,
     /// In `auto`, bodies above this from an endpoint that is not on this machine are relayed (they arrive in small fragments,
-    /// which redirect one by one); default 65536.
+    /// which redirect one by one); 0 or at least `min_bytes`; default 65536.
     pub max_remote_bytes: u64,
     /// SO_SNDBUF of a client connection whose response is steered, bytes; default 1048576.
     pub client_send_buffer: u32,
@@ -110,31 +158,32 @@ pub enum FailureMode {
     Closed,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pool {
     pub name: String,
     /// `ip:port` each. May be empty only with an EPP and `passthrough`.
     pub endpoints: Vec<SocketAddr>,
     /// Default `closed`, as in InferencePool v1.
     pub failure_mode: FailureMode,
-    /// Where fail-open sends requests; default: the built-in picker chooses among `endpoints`.
+    /// With `open` only: where it sends requests; default: the built-in picker chooses among `endpoints`.
     pub default_upstream: Option<SocketAddr>,
     /// Dial endpoints that the EPP names and the pool does not list; default false.
     pub passthrough: bool,
     pub picker: Picker,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Picker {
     /// Least in-flight with prefix affinity, in this process.
     Builtin,
     Epp(Epp),
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Epp {
     /// `host:port` of the EPP's gRPC service.
     pub address: String,
+    /// Default `off`.
     pub tls: EppTls,
     /// Default 1s.
     pub connect_timeout: Duration,
@@ -153,14 +202,22 @@ pub enum EppTls {
     /// TLS, certificate not verified: the EPP's own default certificate is self-signed without names.
     Insecure,
     /// TLS, verified against this CA file.
-    Ca { file: PathBuf, server_name: Option<String> },
+    Ca {
+        /// PEM; a relative path starts at the folder of the configuration file.
+        file: PathBuf,
+        /// Name the certificate must carry; default: the host of `address`.
+        server_name: Option<String>,
+    },
 }
 
 /// Every condition given must hold.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Route {
+    /// Without port; letter case does not matter.
     pub host: Option<String>,
+    /// Whole segments: `/v1` holds for `/v1` and `/v1/models`, not for `/v10`.
     pub path_prefix: Option<String>,
+    /// The model that the request's body names, exactly.
     pub model: Option<String>,
     /// Name of a pool.
     pub pool: String,

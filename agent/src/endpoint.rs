@@ -1,1 +1,4 @@
-//! To come.
+//! Connections to model servers: dialling, keeping, and reading them.
+
+pub mod connection;
+pub mod pool;

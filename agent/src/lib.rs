@@ -4,12 +4,22 @@
 
 pub mod config;
 pub mod metrics;
+pub mod readiness;
 pub mod admin;
 pub mod http;
 pub mod bbr;
 pub mod route;
 pub mod picker;
-pub mod endpoint;
 pub mod kernel;
 pub mod steer;
+pub mod client;
+pub mod endpoint;
+pub mod deliver;
+pub mod selftest;
+pub mod error;
+pub mod upload;
+pub mod proxy;
+pub mod connection;
+pub mod worker;
+pub mod app;
 pub mod epp_server;

@@ -1,1 +1,13 @@
-fn main() {}
+//! `penstock`: the command line.
+
+mod cli;
+mod doctor;
+mod run;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+fn main() -> ExitCode {
+    cli::Cli::parse().run()
+}

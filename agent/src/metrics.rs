@@ -1,1 +1,308 @@
-//! To come.
+//! What the agent counts and measures, as Prometheus reads it.
+//!
+//! One [`Metrics`] is made at start and shared; there is nothing global, so tests count for themselves. Names, labels and
+//! help stand in `families`. Recording never waits for a scrape longer than one metric takes to be written out.
+
+mod families;
+mod labels;
+mod pool;
+
+pub use labels::{Connection, EppOutcome, Path};
+pub use pool::PoolMetrics;
+
+use std::{fmt, sync::Arc};
+
+use parking_lot::Mutex;
+use prometheus_client::{
+    encoding::text,
+    metrics::{counter::Counter, gauge::Gauge},
+    registry::Registry,
+};
+
+use families::Families;
+use labels::{ByFlow, ByPath, ByReason, ByResult, PathState};
+
+/// Reason of a request that was answered by its endpoint, as [`PoolMetrics::request`] takes it.
+pub const OK: &str = "ok";
+
+/// Content type of [`Metrics::encode`].
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+pub struct Metrics {
+    registry: Registry,
+    families: Arc<Families>,
+    pools: Vec<PoolMetrics>,
+    unrouted: PoolMetrics,
+    /// By [`Path`].
+    body_bytes: [Counter; Path::ALL.len()],
+    /// By [`Connection`].
+    endpoint_connections: [Counter; Connection::ALL.len()],
+    /// By [`Path`]: the state it is shown with.
+    path_states: Mutex<[Option<PathState>; Path::ALL.len()]>,
+}
+
+impl Metrics {
+    /// `pool_names` in the order of the configuration, so that indices agree.
+    pub fn new(pool_names: &[String]) -> Arc<Self> {
+        let mut registry = Registry::with_prefix("penstock");
+        let families = Arc::new(Families::register(&mut registry));
+        Arc::new(Self {
+            pools: pool_names.iter().map(|name| PoolMetrics::new(name, &families)).collect(),
+            unrouted: PoolMetrics::new("", &families),
+            body_bytes: Path::ALL.map(|path| families.body_bytes.get_or_create_owned(&ByPath { path })),
+            endpoint_connections: Connection::ALL
+                .map(|result| families.endpoint_connections.get_or_create_owned(&ByResult { result })),
+            path_states: Mutex::default(),
+            registry,
+            families,
+        })
+    }
+
+    /// The metrics of the pool at this index of what [`Metrics::new`] was given. Panics beyond it.
+    pub fn pool(&self, index: usize) -> &PoolMetrics {
+        &self.pools[index]
+    }
+
+    /// The metrics of requests that no pool has seen: heads that are not HTTP, and those no route matches.
+    pub fn unrouted(&self) -> &PoolMetrics {
+        &self.unrouted
+    }
+
+    /// Handles for a pool that came with a reload. The same name gives the same series.
+    pub fn pool_named(&self, name: &str) -> PoolMetrics {
+        PoolMetrics::new(name, &self.families)
+    }
+
+    /// Counts a client connection until the guard is dropped.
+    pub fn client_connection(&self) -> InFlight {
+        InFlight::new(&self.families.client_connections)
+    }
+
+    /// A client connection was closed at once because too many were open.
+    pub fn client_refused(&self) {
+        self.families.client_connections_refused.inc();
+    }
+
+    /// A client went away before its answer was complete.
+    pub fn client_aborted(&self) {
+        self.families.client_aborts.inc();
+    }
+
+    /// Counts a stream to an EPP until the guard is dropped.
+    pub fn epp_stream(&self) -> InFlight {
+        InFlight::new(&self.families.epp_streams_inflight)
+    }
+
+    /// A request asked for a connection to an endpoint.
+    pub fn endpoint_connection(&self, result: Connection) {
+        self.endpoint_connections[result as usize].inc();
+    }
+
+    /// A request is sent again.
+    pub fn endpoint_retried(&self, reason: &'static str) {
+        self.families.endpoint_retries.get_or_create(&ByReason { reason }).inc();
+    }
+
+    /// A response is carried by `path`; once per response.
+    pub fn flow(&self, path: Path, reason: &'static str) {
+        self.families.flows.get_or_create(&ByFlow { path, reason }).inc();
+    }
+
+    /// Bytes of a body that went along `path`.
+    pub fn body_bytes(&self, path: Path, bytes: u64) {
+        self.body_bytes[path as usize].inc_by(bytes);
+    }
+
+    /// The kernel gave a flow back before the end of its message.
+    pub fn steer_stopped(&self, reason: &'static str) {
+        self.families.steer_stops.get_or_create(&ByReason { reason }).inc();
+    }
+
+    /// Events of the kernel program were lost.
+    pub fn steer_events_missed(&self, events: u64) {
+        self.families.steer_events_missed.inc_by(events);
+    }
+
+    /// Counts a slot of the kernel maps until the guard is dropped.
+    pub fn slot(&self) -> InFlight {
+        InFlight::new(&self.families.slots_in_use)
+    }
+
+    /// What the self-test of a path said; replaces what was said of it before.
+    pub fn set_steering_path(&self, path: Path, active: bool, reason: &str) {
+        let state = PathState { path, reason: reason.to_owned() };
+        let mut shown = self.path_states.lock();
+        if let Some(before) = shown[path as usize].replace(state.clone()) {
+            self.families.steering_path_info.remove(&before);
+        }
+        self.families.steering_path_info.get_or_create(&state).set(1);
+        self.families.steering_path_active.get_or_create(&ByPath { path }).set(i64::from(active));
+    }
+
+    /// OpenMetrics text, of type [`CONTENT_TYPE`].
+    pub fn encode(&self) -> String {
+        let mut text = String::with_capacity(16 << 10);
+        // A String takes everything, and no metric here fails to encode; what was written stands if one ever does.
+        let _ = text::encode(&mut text, &self.registry);
+        text
+    }
+}
+
+impl fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Metrics").field("pools", &self.pools.len()).finish_non_exhaustive()
+    }
+}
+
+/// Adds one to a gauge for as long as it lives.
+#[derive(Debug)]
+#[must_use = "counts only while it is held"]
+pub struct InFlight(Gauge);
+
+impl InFlight {
+    fn new(gauge: &Gauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn metrics() -> Arc<Metrics> {
+        Metrics::new(&["gpu".to_owned(), "cpu".to_owned()])
+    }
+
+    #[track_caller]
+    fn assert_line(metrics: &Metrics, line: &str) {
+        let text = metrics.encode();
+        assert!(text.lines().any(|l| l == line), "no line {line:?} in\n{text}");
+    }
+
+    #[test]
+    fn requests_are_counted_by_pool_status_and_reason() {
+        let metrics = metrics();
+        metrics.pool(0).request(200, OK, Duration::from_millis(3));
+        metrics.pool(0).request(200, OK, Duration::from_millis(3));
+        metrics.pool(0).request(200, "client_aborted", Duration::from_millis(3));
+        metrics.pool(1).request(503, "fail_closed", Duration::from_secs(1000));
+        metrics.unrouted().request(404, "no_route", Duration::ZERO);
+        assert_line(&metrics, r#"penstock_requests_total{pool="gpu",status="200",reason="ok"} 2"#);
+        assert_line(&metrics, r#"penstock_requests_total{pool="gpu",status="200",reason="client_aborted"} 1"#);
+        assert_line(&metrics, r#"penstock_requests_total{pool="cpu",status="503",reason="fail_closed"} 1"#);
+        assert_line(&metrics, r#"penstock_requests_total{pool="",status="404",reason="no_route"} 1"#);
+        assert_line(&metrics, r#"penstock_request_duration_seconds_bucket{le="0.005",pool="gpu"} 3"#);
+        assert_line(&metrics, r#"penstock_request_duration_seconds_bucket{le="655.36",pool="cpu"} 0"#);
+        assert_line(&metrics, r#"penstock_request_duration_seconds_count{pool="cpu"} 1"#);
+    }
+
+    #[test]
+    fn a_pool_of_a_reload_shares_its_series() {
+        let metrics = metrics();
+        metrics.pool(0).evicted();
+        metrics.pool_named("gpu").evicted();
+        assert_line(&metrics, r#"penstock_evictions_total{pool="gpu"} 2"#);
+    }
+
+    #[test]
+    fn exchanges_take_microseconds_or_a_minute() {
+        let metrics = metrics();
+        assert!(!metrics.encode().contains("epp_exchange"));
+        metrics.pool(0).epp_exchange(EppOutcome::Picked, Duration::from_micros(40));
+        metrics.pool(0).epp_exchange(EppOutcome::FailClosed, Duration::from_secs(59));
+        metrics.pool(0).epp_failed("timeout");
+        assert_line(&metrics, r#"penstock_epp_exchange_seconds_bucket{le="0.00005",pool="gpu",outcome="picked"} 1"#);
+        assert_line(&metrics, r#"penstock_epp_exchange_seconds_bucket{le="30.0",pool="gpu",outcome="fail_closed"} 0"#);
+        assert_line(&metrics, r#"penstock_epp_exchange_seconds_bucket{le="60.0",pool="gpu",outcome="fail_closed"} 1"#);
+        assert_line(&metrics, r#"penstock_epp_failures_total{pool="gpu",reason="timeout"} 1"#);
+    }
+
+    #[test]
+    fn guards_count_while_they_are_held() {
+        let metrics = metrics();
+        let guards = [
+            metrics.client_connection(),
+            metrics.epp_stream(),
+            metrics.slot(),
+            metrics.pool(1).active_request(),
+            metrics.pool(1).active_request(),
+        ];
+        let gauges = [
+            ("penstock_client_connections", 1),
+            ("penstock_epp_streams_inflight", 1),
+            ("penstock_slots_in_use", 1),
+            (r#"penstock_active_requests{pool="cpu"}"#, 2),
+        ];
+        for (gauge, value) in gauges {
+            assert_line(&metrics, &format!("{gauge} {value}"));
+        }
+        drop(guards);
+        for (gauge, _) in gauges {
+            assert_line(&metrics, &format!("{gauge} 0"));
+        }
+    }
+
+    #[test]
+    fn steering_counts() {
+        let metrics = metrics();
+        metrics.flow(Path::Ingress, "eligible");
+        metrics.body_bytes(Path::Ingress, 10);
+        metrics.body_bytes(Path::Relay, 5);
+        metrics.steer_stopped("room");
+        metrics.steer_events_missed(3);
+        metrics.endpoint_connection(Connection::Reused);
+        metrics.endpoint_retried("reset");
+        metrics.client_refused();
+        metrics.client_aborted();
+        metrics.pool(0).time_to_first_token(Duration::from_millis(30));
+        metrics.pool(0).time_per_output_chunk(Duration::from_millis(30));
+        for line in [
+            r#"penstock_flows_total{path="ingress",reason="eligible"} 1"#,
+            r#"penstock_body_bytes_total{path="local"} 0"#,
+            r#"penstock_body_bytes_total{path="ingress"} 10"#,
+            r#"penstock_body_bytes_total{path="relay"} 5"#,
+            r#"penstock_steer_stops_total{reason="room"} 1"#,
+            "penstock_steer_events_missed_total 3",
+            r#"penstock_endpoint_connections_total{result="new"} 0"#,
+            r#"penstock_endpoint_connections_total{result="reused"} 1"#,
+            r#"penstock_endpoint_retries_total{reason="reset"} 1"#,
+            "penstock_client_connections_refused_total 1",
+            "penstock_client_aborts_total 1",
+            r#"penstock_ttft_seconds_bucket{le="0.04",pool="gpu"} 1"#,
+            r#"penstock_time_per_output_chunk_seconds_bucket{le="0.05",pool="gpu"} 1"#,
+        ] {
+            assert_line(&metrics, line);
+        }
+    }
+
+    #[test]
+    fn a_path_has_one_state_at_a_time() {
+        let metrics = metrics();
+        metrics.set_steering_path(Path::Ingress, true, "passed");
+        assert_line(&metrics, r#"penstock_steering_path_active{path="ingress"} 1"#);
+        metrics.set_steering_path(Path::Ingress, false, "no \"BTF\"");
+        assert_line(&metrics, r#"penstock_steering_path_active{path="ingress"} 0"#);
+        assert_line(&metrics, r#"penstock_steering_path_info{path="ingress",reason="no \"BTF\""} 1"#);
+        assert_eq!(metrics.encode().matches("steering_path_info{").count(), 1);
+    }
+
+    #[test]
+    fn doc_comments_are_the_help() {
+        let metrics = metrics();
+        assert_line(&metrics, "# HELP penstock_client_connections Client connections that are open.");
+        assert_line(&metrics, "# TYPE penstock_client_connections gauge");
+        assert_line(&metrics, &format!("penstock_build_info{{version=\"{}\"}} 1", env!("CARGO_PKG_VERSION")));
+        let text = metrics.encode();
+        assert!(text.ends_with("# EOF\n"));
+        assert!(text.lines().filter(|line| !line.starts_with('#')).all(|line| line.starts_with("penstock_")));
+    }
+}

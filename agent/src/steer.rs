@@ -1,1 +1,135 @@
-//! To come.
+//! Who may be steered and how a connection becomes known to the kernel program.
+//!
+//! Only this module inserts sockets. An endpoint connection is inserted once, right after connect and before its first
+//! request, when its receive queue is empty (bytes queued before insertion are not seen, and partly read ones are sent
+//! twice); it stays until it is closed, because taking it out would lose bytes that were let through. A client
+//! connection is inserted when it first becomes a target.
+
+pub mod choice;
+
+use std::{
+    cell::RefCell,
+    io,
+    os::fd::AsFd,
+    rc::Rc,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use thiserror::Error;
+
+use crate::kernel::{Kernel, LoadError, Maps, slots::SlotRef, socket};
+
+/// Whether the kernel can steer, and if not, why.
+#[derive(Clone)]
+pub enum Steering {
+    Active(Arc<Kernel>),
+    /// Switched off in the configuration.
+    Off,
+    Unavailable(Arc<str>),
+}
+
+impl Steering {
+    /// One line for logs and `/readyz?verbose`.
+    pub fn describe(&self) -> String {
+        match self {
+            Self::Active(_) => "steering: active (ingress)".into(),
+            Self::Off => "steering: off (configured)".into(),
+            Self::Unavailable(why) => format!("steering: unavailable: {why}"),
+        }
+    }
+
+    /// What the worker `number` of `workers` needs; `None` when it only relays.
+    pub fn worker(&self, number: usize, workers: usize) -> Result<Option<Rc<WorkerSteering>>, LoadError> {
+        let Self::Active(kernel) = self else { return Ok(None) };
+        WorkerSteering::new(kernel, number, workers).map(Some)
+    }
+}
+
+#[derive(Debug, Error)]
+pub enum RegisterError {
+    #[error("no slot is free")]
+    NoSlot,
+    #[error("the kernel refuses the socket: {0}")]
+    Map(#[from] aya::maps::MapError),
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+/// One worker's share of the slots and its handles of the maps.
+pub struct WorkerSteering {
+    kernel: Arc<Kernel>,
+    maps: RefCell<Maps>,
+    free: RefCell<Vec<u32>>,
+}
+
+impl WorkerSteering {
+    pub fn new(kernel: &Arc<Kernel>, number: usize, workers: usize) -> Result<Rc<Self>, LoadError> {
+        let (count, number, workers) = (kernel.slots().len() as usize, number, workers.max(1));
+        let free = (count * number / workers..count * (number + 1) / workers).map(|slot| slot as u32).rev().collect();
+        Ok(Rc::new(Self { kernel: Arc::clone(kernel), maps: RefCell::new(kernel.maps()?), free: RefCell::new(free) }))
+    }
+
+    /// Makes a fresh endpoint connection known. The socket must not have received anything yet.
+    pub fn register_source(self: &Rc<Self>, endpoint: impl AsFd) -> Result<Source, RegisterError> {
+        let cookie = socket::cookie(&endpoint)?;
+        let index = self.free.borrow_mut().pop().ok_or(RegisterError::NoSlot)?;
+        let source = Source { index, cookie, steering: Rc::clone(self) };
+        source.slot().reset();
+        let mut maps = self.maps.borrow_mut();
+        maps.index.insert(cookie, index, 0)?;
+        maps.sources.insert(cookie, endpoint.as_fd().as_raw(), 0)?;
+        drop(maps);
+        Ok(source)
+    }
+
+    /// Makes a client connection a possible target; returns its key. The kernel forgets it when it is closed.
+    pub fn register_target(&self, client: impl AsFd) -> Result<u64, RegisterError> {
+        let cookie = socket::cookie(&client)?;
+        self.maps.borrow_mut().targets.insert(cookie, client.as_fd().as_raw(), 0)?;
+        Ok(cookie)
+    }
+
+    /// Slots of this worker that no endpoint connection holds.
+    pub fn free_slots(&self) -> usize {
+        self.free.borrow().len()
+    }
+}
+
+/// An endpoint connection's slot. Drop it only after the socket is closed: then no verdict can touch the slot any more.
+pub struct Source {
+    index: u32,
+    cookie: u64,
+    steering: Rc<WorkerSteering>,
+}
+
+impl Source {
+    pub fn slot(&self) -> SlotRef<'_> {
+        self.steering.kernel.slots().get(self.index)
+    }
+
+    /// Ready when the kernel has let go of the slot; the task is woken when it does.
+    pub fn poll_released(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.steering.kernel.events().poll_released(self.index, self.slot(), cx)
+    }
+}
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        // Missing when registration failed half-way.
+        let _ = self.steering.maps.borrow_mut().index.remove(&self.cookie);
+        self.steering.free.borrow_mut().push(self.index);
+    }
+}
+
+/// aya takes anything with a raw descriptor.
+trait AsRaw {
+    fn as_raw(&self) -> std::os::fd::RawFd;
+}
+
+impl AsRaw for std::os::fd::BorrowedFd<'_> {
+    fn as_raw(&self) -> std::os::fd::RawFd {
+        use std::os::fd::AsRawFd as _;
+        self.as_raw_fd()
+    }
+}

@@ -1,1 +1,290 @@
-//! To come.
+//! Request heads: bytes from a client in, a head that only one reading fits out.
+//!
+//! Given what has arrived so far it answers "not yet", a head with its length in bytes, or an error that says what was
+//! found, what was expected, and which status answers it. An accepted target is in origin form or `*`: the authority of
+//! an absolute target equals Host, so nothing is lost. After an error the connection must be closed, because where the
+//! next request would begin is unknown.
+
+use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, Version, header, request};
+
+use super::head::{self, Declared, HeadError, HeadLimits, shown};
+
+/// Empty lines tolerated before a request (RFC 9112 §2.2: some clients end a body with a CR LF too many).
+const LEADING_BLANK_LINES: usize = 4;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RequestBody {
+    None,
+    Length(u64),
+    Chunked,
+}
+
+#[derive(Debug, Clone)]
+pub struct RequestHead {
+    /// The fields are as sent; [`super::headers::prepare_request`] makes them fit to travel.
+    pub parts: request::Parts,
+    pub body: RequestBody,
+    /// The client lets the connection be used again.
+    pub keep_alive: bool,
+    /// The client waits for `100 Continue` before it sends the body.
+    pub expect_continue: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RequestError {
+    #[error(transparent)]
+    Head(#[from] HeadError),
+    #[error("found more than {LEADING_BLANK_LINES} empty lines, expected a request")]
+    BlankLines,
+    #[error("found the request line \"{found}\", expected `METHOD target HTTP/1.1`")]
+    RequestLine { found: String },
+    #[error("the request line does not end within {limit} bytes")]
+    RequestLineTooLong { limit: usize },
+    #[error("found the preface of HTTP/2, expected HTTP/1.1")]
+    Http2Preface,
+    #[error("found version \"{found}\", expected HTTP/1.1 or HTTP/1.0")]
+    Version { found: String },
+    #[error("method {found} is not implemented here")]
+    Method { found: String },
+    #[error("found target \"{found}\", expected a path, or an http or https URL")]
+    Target { found: String },
+    #[error("found target `*` with method {method}, expected it only with OPTIONS")]
+    Asterisk { method: String },
+    #[error("the request has no Host, expected one")]
+    HostMissing,
+    #[error("found several Host fields, \"{found}\", expected one")]
+    HostRepeated { found: String },
+    #[error("found Host \"{found}\", expected a host name or address with an optional port")]
+    Host { found: String },
+    #[error("found target \"{target}\" with Host \"{host}\", expected the same host in both")]
+    HostMismatch { target: String, host: String },
+    #[error("found Expect \"{found}\", expected 100-continue or none")]
+    Expectation { found: String },
+}
+
+impl RequestError {
+    pub fn status(&self) -> StatusCode {
+        match self {
+            Self::Head(fault) => fault.status(),
+            Self::RequestLineTooLong { .. } => StatusCode::URI_TOO_LONG,
+            Self::Http2Preface | Self::Version { .. } => StatusCode::HTTP_VERSION_NOT_SUPPORTED,
+            // Not 405: no resource here has these methods, and 405 would owe the client an Allow field (RFC 9110 §15.5.6).
+            Self::Method { .. } => StatusCode::NOT_IMPLEMENTED,
+            Self::Expectation { .. } => StatusCode::EXPECTATION_FAILED,
+            Self::BlankLines
+            | Self::RequestLine { .. }
+            | Self::Target { .. }
+            | Self::Asterisk { .. }
+            | Self::HostMissing
+            | Self::HostRepeated { .. }
+            | Self::Host { .. }
+            | Self::HostMismatch { .. } => StatusCode::BAD_REQUEST,
+        }
+    }
+
+    /// Label for metrics and logs.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Head(fault) => fault.reason(),
+            Self::BlankLines => "blank_lines",
+            Self::RequestLine { .. } => "request_line",
+            Self::RequestLineTooLong { .. } => "request_line_too_long",
+            Self::Http2Preface => "http2_preface",
+            Self::Version { .. } => "version",
+            Self::Method { .. } => "method",
+            Self::Target { .. } => "target",
+            Self::Asterisk { .. } => "asterisk_target",
+            Self::HostMissing => "host_missing",
+            Self::HostRepeated { .. } => "host_repeated",
+            Self::Host { .. } => "host",
+            Self::HostMismatch { .. } => "host_mismatch",
+            Self::Expectation { .. } => "expectation",
+        }
+    }
+}
+
+/// Reads the request head that starts `buf`; with it its length in bytes, tolerated empty lines included. `None`: more
+/// bytes are needed.
+pub fn parse_request(buf: &[u8], limits: &HeadLimits) -> Result<Option<(RequestHead, usize)>, RequestError> {
+    let window = &buf[..buf.len().min(limits.bytes)];
+    let mut skip = 0;
+    while window[skip..].starts_with(b"\r\n") {
+        skip += 2;
+        if skip > 2 * LEADING_BLANK_LINES {
+            return Err(RequestError::BlankLines);
+        }
+    }
+    match head::end(&window[skip..])? {
+        Some(length) => parse(&window[skip..skip + length], limits).map(|head| Some((head, skip + length))),
+        None if window.len() < limits.bytes => Ok(None),
+        None if window[skip..].contains(&b'\n') => Err(HeadError::TooLong { limit: limits.bytes }.into()),
+        None => Err(RequestError::RequestLineTooLong { limit: limits.bytes }),
+    }
+}
+
+/// Reads one complete head.
+fn parse(bytes: &[u8], limits: &HeadLimits) -> Result<RequestHead, RequestError> {
+    let mut fields = Vec::with_capacity(limits.headers);
+    let mut raw = httparse::Request::new(&mut []);
+    let fields = &mut fields.spare_capacity_mut()[..limits.headers];
+    let read = raw.parse_with_uninit_headers(bytes, fields);
+    let (Ok(httparse::Status::Complete(_)), Some(method), Some(target), Some(minor)) =
+        (read, raw.method, raw.path, raw.version)
+    else {
+        return Err(fault(bytes, read.err(), limits));
+    };
+
+    let line = || RequestError::RequestLine { found: shown(head::start_line(bytes)) };
+    let method = Method::from_bytes(method.as_bytes()).map_err(|_| line())?;
+    let version = if minor == 0 { Version::HTTP_10 } else { Version::HTTP_11 };
+    let mut headers = head::fields(raw.headers, limits.headers)?;
+
+    if matches!(method, Method::CONNECT | Method::TRACE) {
+        return Err(RequestError::Method { found: method.to_string() });
+    }
+    let target = parse_target(&method, target)?;
+    check_host(&mut headers, version, target.authority.as_ref())?;
+    let body = match head::declared(&headers, version)? {
+        Declared::Nothing => RequestBody::None,
+        Declared::Length(bytes) => RequestBody::Length(bytes),
+        Declared::Chunked => RequestBody::Chunked,
+    };
+    // RFC 9110 §10.1.1: an HTTP/1.0 client does not wait, and without a body there is nothing to wait for.
+    let has_body = !matches!(body, RequestBody::None | RequestBody::Length(0));
+    let expect_continue = expects_continue(&headers)? && version == Version::HTTP_11 && has_body;
+    let keep_alive = head::keep_alive(&headers, version);
+
+    let (mut parts, ()) = http::Request::new(()).into_parts();
+    (parts.method, parts.uri, parts.version, parts.headers) = (method, target.uri, version, headers);
+    Ok(RequestHead { parts, body, keep_alive, expect_continue })
+}
+
+/// Names what `httparse` did not take.
+fn fault(bytes: &[u8], error: Option<httparse::Error>, limits: &HeadLimits) -> RequestError {
+    let line = head::start_line(bytes);
+    let words: Vec<&[u8]> = line.split(|&b| b == b' ').collect();
+    match (error, words.as_slice()) {
+        (Some(httparse::Error::TooManyHeaders), _) => HeadError::TooManyFields { limit: limits.headers }.into(),
+        (_, [b"PRI", b"*", b"HTTP/2.0"]) => RequestError::Http2Preface,
+        (Some(httparse::Error::Version), [_, _, version]) if is_version(version) => {
+            RequestError::Version { found: shown(version) }
+        }
+        // A bad byte in the request line is `Token` to httparse, one in a field line `HeaderName` or `HeaderValue`.
+        (Some(httparse::Error::Token | httparse::Error::Version | httparse::Error::NewLine), _) => {
+            RequestError::RequestLine { found: shown(line) }
+        }
+        _ => head::field_fault(bytes)
+            .map_or_else(|| RequestError::RequestLine { found: shown(line) }, RequestError::Head),
+    }
+}
+
+/// `HTTP/` digit `.` digit (RFC 9112 §2.3).
+fn is_version(word: &[u8]) -> bool {
+    matches!(word, [b'H', b'T', b'T', b'P', b'/', major, b'.', minor] if major.is_ascii_digit() && minor.is_ascii_digit())
+}
+
+struct Target {
+    /// Origin form, or `*`.
+    uri: Uri,
+    /// Of an absolute target: host, port, and the port that the scheme stands for.
+    authority: Option<Authority>,
+}
+
+/// RFC 9112 §3.2: origin form, absolute form, or `*`. (Authority form belongs to CONNECT.)
+fn parse_target(method: &Method, target: &str) -> Result<Target, RequestError> {
+    let wrong = || RequestError::Target { found: shown(target.as_bytes()) };
+    // A fragment never travels, and raw bytes beyond ASCII have no agreed reading; `http` would cut the one and keep the other.
+    if !target.bytes().all(|b| matches!(b, 0x21..=0x7e) && b != b'#') {
+        return Err(wrong());
+    }
+    if target == "*" && method != Method::OPTIONS {
+        return Err(RequestError::Asterisk { method: method.to_string() });
+    }
+    if target == "*" || target.starts_with('/') {
+        let uri = target.parse().map_err(|_| wrong())?;
+        return Ok(Target { uri, authority: None });
+    }
+    let (scheme, rest) = target.split_once("://").ok_or_else(wrong)?;
+    let default_port = match scheme.to_ascii_lowercase().as_str() {
+        "http" => 80,
+        "https" => 443,
+        _ => return Err(wrong()),
+    };
+    let (authority, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
+    let (host, port) = parse_host(authority.as_bytes()).ok_or_else(wrong)?;
+    let origin = match path {
+        // RFC 9112 §3.2.4: OPTIONS of a whole server goes on as `*`.
+        "" if method == Method::OPTIONS => "*".to_owned(),
+        _ if path.starts_with('/') => path.to_owned(),
+        _ => format!("/{path}"),
+    };
+    let authority = Authority { text: authority.to_owned(), host, port, default_port };
+    Ok(Target { uri: origin.parse().map_err(|_| wrong())?, authority: Some(authority) })
+}
+
+struct Authority {
+    text: String,
+    host: String,
+    port: Option<u16>,
+    default_port: u16,
+}
+
+/// RFC 9112 §3.2: exactly one valid Host in HTTP/1.1, at most one in HTTP/1.0, and the same as in an absolute target.
+fn check_host(headers: &mut HeaderMap, version: Version, target: Option<&Authority>) -> Result<(), RequestError> {
+    let mut hosts = headers.get_all(header::HOST).iter();
+    let (host, second) = (hosts.next(), hosts.next());
+    if second.is_some() {
+        return Err(RequestError::HostRepeated { found: shown(&head::joined(headers, &header::HOST)) });
+    }
+    let Some(value) = host else {
+        if version == Version::HTTP_11 {
+            return Err(RequestError::HostMissing);
+        }
+        if let Some(value) = target.and_then(|t| HeaderValue::from_str(&t.text).ok()) {
+            headers.insert(header::HOST, value);
+        }
+        return Ok(());
+    };
+    let found = || shown(value.as_bytes());
+    let (host, port) = parse_host(value.as_bytes()).ok_or_else(|| RequestError::Host { found: found() })?;
+    match target {
+        Some(t) if t.host != host || t.port.unwrap_or(t.default_port) != port.unwrap_or(t.default_port) => {
+            Err(RequestError::HostMismatch { target: shown(t.text.as_bytes()), host: found() })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// `uri-host [":" port]` (RFC 9110 §7.2, RFC 3986 §3.2.2), the host in lower case. Without user information, and not empty.
+fn parse_host(value: &[u8]) -> Option<(String, Option<u16>)> {
+    let text = std::str::from_utf8(value).ok()?;
+    let split = if text.starts_with('[') { text.find(']')? + 1 } else { text.find(':').unwrap_or(text.len()) };
+    let (host, port) = text.split_at(split);
+    let port = match port.strip_prefix(':') {
+        None if port.is_empty() => None,
+        Some("") => None,
+        Some(digits) if digits.bytes().all(|b| b.is_ascii_digit()) => Some(digits.parse().ok()?),
+        _ => return None,
+    };
+    let valid = match host.strip_prefix('[').and_then(|h| h.strip_suffix(']')) {
+        Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
+        None => !host.is_empty() && host.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=%".contains(&b)),
+    };
+    valid.then(|| (host.to_ascii_lowercase(), port))
+}
+
+/// RFC 9110 §10.1.1: `100-continue` is the only expectation there is.
+fn expects_continue(headers: &HeaderMap) -> Result<bool, RequestError> {
+    if !headers.contains_key(header::EXPECT) {
+        return Ok(false);
+    }
+    let value = head::joined(headers, &header::EXPECT);
+    if value.eq_ignore_ascii_case(b"100-continue") {
+        Ok(true)
+    } else {
+        Err(RequestError::Expectation { found: shown(&value) })
+    }
+}
+
+#[cfg(test)]
+mod tests;

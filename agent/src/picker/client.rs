@@ -1,1 +1,308 @@
-//! To come.
+//! Asking an EPP: `EppClient` per worker and EPP, `PickStream` per request.
+//!
+//! Given a request's head and pieces of its body, a stream gives the EPP's outcome, and later carries the head and the end of
+//! the response. It drives the exchange over the shared connection, without tasks of its own and without a deadline: whoever
+//! waits decides for how long. The EPP may send its headers only with its first message, so sending never waits for them.
+//! After the outcome nothing that happens to the stream is an error. Dropping a stream cancels it; `finish` ends it.
+
+use std::{
+    net::SocketAddr,
+    task::{Context, Poll, Waker, ready},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::{
+    StreamExt,
+    future::{BoxFuture, FutureExt, poll_fn},
+};
+use penstock_proto::ext_proc::{
+    HeaderMutation, ProcessingRequest, ProcessingResponse, external_processor_client::ExternalProcessorClient,
+};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::PollSender;
+use tonic::{CancellationHandle, Streaming};
+
+use super::{
+    connection::{Connection, Http2},
+    error::PickError,
+    exchange::{Event, Exchange, ImmediateReply, Limits, Outcome},
+};
+use crate::config;
+
+/// Messages between the agent and the connection, beyond which `send_body` waits for the EPP to take them.
+const QUEUE: usize = 4;
+/// How long the rest of a finished stream is read, so that it ends by the EPP's close and not by a reset.
+const CLOSE: Duration = Duration::from_secs(1);
+/// A message of the EPP may be this much longer than the body in it.
+const MESSAGE: usize = 1 << 20;
+
+/// The way to one EPP. Cheap to clone; clones share the connection.
+#[derive(Clone)]
+pub struct EppClient {
+    connection: Connection,
+    origin: http::Uri,
+    header: http::HeaderName,
+}
+
+impl EppClient {
+    /// Fails on an address that is none and on a CA file that cannot be read. Connects with the first request.
+    pub fn new(epp: &config::Epp) -> anyhow::Result<Self> {
+        let connection = Connection::new(epp)?;
+        Ok(Self { origin: connection.origin()?, connection, header: epp.header.clone() })
+    }
+
+    /// Starts asking about a request. Does not wait, and must be called on a tokio runtime. `subset`: choose among these.
+    pub fn open(
+        &self,
+        request: &http::request::Parts,
+        has_body: bool,
+        subset: Option<&[SocketAddr]>,
+        limits: Limits,
+    ) -> PickStream {
+        let (out, messages) = mpsc::channel(QUEUE);
+        let mut request_stream = tonic::Request::new(ReceiverStream::new(messages));
+        let cancel = CancelOnDrop(Some(request_stream.cancellation_handle()));
+        let call = call(self.connection.clone(), self.origin.clone(), request_stream, limits.replaced_body + MESSAGE);
+        let mut stream = PickStream {
+            _cancel: cancel,
+            exchange: Exchange::new(self.header.clone(), request, has_body, subset, limits),
+            out: Some(PollSender::new(out)),
+            answer: Answer::Awaited(call.boxed()),
+        };
+        // The head leaves now, not when the first piece of the body is there; whoever waits later registers its own waker.
+        let mut nobody = Context::from_waker(Waker::noop());
+        let _ = stream.poll_send(&mut nobody);
+        let _ = stream.poll_answer(&mut nobody);
+        stream
+    }
+}
+
+async fn call(
+    connection: Connection,
+    origin: http::Uri,
+    request: tonic::Request<ReceiverStream<ProcessingRequest>>,
+    message_limit: usize,
+) -> Result<(Streaming<ProcessingResponse>, Http2), PickError> {
+    let http2 = connection.get().await.map_err(PickError::Connect)?;
+    let mut client =
+        ExternalProcessorClient::with_origin(http2.clone(), origin).max_decoding_message_size(message_limit);
+    match client.process(request).await {
+        Ok(response) => Ok((response.into_inner(), http2)),
+        Err(status) => Err(failure(&status, &http2, false)),
+    }
+}
+
+fn failure(status: &tonic::Status, http2: &Http2, answered: bool) -> PickError {
+    let message = status.message().to_owned();
+    if http2.is_transport(status) {
+        PickError::Reset { message, answered }
+    } else {
+        PickError::Status { code: status.code(), message }
+    }
+}
+
+/// What the EPP says about a response's head.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ResponseReply {
+    /// None: the stream is over, or the EPP took too long.
+    Mutation(Option<HeaderMutation>),
+    Evicted(ImmediateReply),
+}
+
+/// One request's stream to its EPP.
+pub struct PickStream {
+    /// First, so that the stream is cancelled before the end of `out` could look like an orderly close.
+    _cancel: CancelOnDrop,
+    exchange: Exchange,
+    out: Option<PollSender<ProcessingRequest>>,
+    answer: Answer,
+}
+
+enum Answer {
+    Awaited(BoxFuture<'static, Result<(Streaming<ProcessingResponse>, Http2), PickError>>),
+    Open(Box<Streaming<ProcessingResponse>>, Http2),
+    Over,
+}
+
+impl PickStream {
+    /// Hands over a piece of the body, of any size. Waits while the EPP does not take it; returns early with the EPP's outcome
+    /// or failure, after which no more of the body is wanted. Cancel-safe: the piece is taken at once, and what of it has not
+    /// left goes with the next call of any method.
+    pub async fn send_body(&mut self, piece: Bytes, end: bool) -> Result<Option<Outcome>, PickError> {
+        self.exchange.request_body(piece, end);
+        poll_fn(|cx| {
+            if let Poll::Ready(outcome) = self.poll_outcome(cx)
+                && let Some(outcome) = outcome.transpose()
+            {
+                return Poll::Ready(outcome.map(Some));
+            }
+            self.poll_send(cx).map(|()| Ok(None))
+        })
+        .await
+    }
+
+    /// Waits for the outcome, however long it takes. Cancel-safe.
+    pub async fn outcome(&mut self) -> Result<Outcome, PickError> {
+        poll_fn(|cx| {
+            let _ = self.poll_send(cx);
+            self.poll_outcome(cx)
+        })
+        .await
+        .and_then(|outcome| outcome.ok_or(PickError::ClosedWithoutPick))
+    }
+
+    /// The outcome as far as it is known when the time is up.
+    pub fn at_deadline(&mut self) -> Result<Outcome, PickError> {
+        self.exchange.deadline();
+        while let Some(event) = self.exchange.next_event() {
+            if let Event::Outcome(outcome) = event? {
+                return Ok(outcome);
+            }
+        }
+        Err(PickError::Deadline)
+    }
+
+    /// Tells the EPP about the head of the response that `served` gave, and waits at most `wait` for its mutation of it; with
+    /// none it does not wait. Cancel-safe: the head has been taken, the reply is lost.
+    pub async fn response_headers(
+        &mut self,
+        status: http::StatusCode,
+        headers: &http::HeaderMap,
+        served: SocketAddr,
+        end_of_stream: bool,
+        wait: Option<Duration>,
+    ) -> ResponseReply {
+        self.exchange.response_headers(status, headers, served, end_of_stream);
+        let reply = poll_fn(|cx| {
+            let _ = self.poll_send(cx);
+            loop {
+                match ready!(self.poll_event(cx)) {
+                    Some(Ok(Event::ResponseHead(mutation))) => {
+                        return Poll::Ready(ResponseReply::Mutation(Some(mutation)));
+                    }
+                    Some(Ok(Event::Outcome(Outcome::Immediate(reply)))) => {
+                        return Poll::Ready(ResponseReply::Evicted(reply));
+                    }
+                    Some(_) => {}
+                    None => return Poll::Ready(ResponseReply::Mutation(None)),
+                }
+            }
+        });
+        let reply = match wait {
+            Some(wait) => tokio::time::timeout(wait, reply).await.ok(),
+            None => reply.now_or_never(),
+        };
+        reply.unwrap_or(ResponseReply::Mutation(None))
+    }
+
+    /// Resolves when the EPP evicts the request, and never otherwise: the response does not depend on the EPP. Cancel-safe.
+    pub async fn evicted(&mut self) -> ImmediateReply {
+        poll_fn(|cx| {
+            let _ = self.poll_send(cx);
+            loop {
+                match ready!(self.poll_event(cx)) {
+                    Some(Ok(Event::Outcome(Outcome::Immediate(reply)))) => return Poll::Ready(reply),
+                    Some(_) => {}
+                    None => return Poll::Pending,
+                }
+            }
+        })
+        .await
+    }
+
+    /// The response is over: says so, closes the sending side, and leaves the EPP a second to close the other.
+    pub fn finish(mut self) {
+        self.exchange.response_end();
+        let close = async move {
+            poll_fn(|cx| {
+                if self.poll_send(cx).is_ready() {
+                    self.out = None;
+                }
+                while ready!(self.poll_event(cx)).is_some() {}
+                Poll::Ready(())
+            })
+            .await;
+        };
+        tokio::spawn(tokio::time::timeout(CLOSE, close));
+    }
+
+    /// None: the stream is over and its outcome has been given.
+    fn poll_outcome(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Outcome>, PickError>> {
+        loop {
+            match ready!(self.poll_event(cx)) {
+                Some(Ok(Event::Outcome(outcome))) => return Poll::Ready(Ok(Some(outcome))),
+                Some(Ok(Event::ResponseHead(_))) => {}
+                Some(Err(error)) => return Poll::Ready(Err(error)),
+                None => return Poll::Ready(Ok(None)),
+            }
+        }
+    }
+
+    fn poll_event(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Event, PickError>>> {
+        loop {
+            if let Some(event) = self.exchange.next_event() {
+                return Poll::Ready(Some(event));
+            }
+            if matches!(self.answer, Answer::Over) {
+                return Poll::Ready(None);
+            }
+            ready!(self.poll_answer(cx));
+        }
+    }
+
+    /// One step of the EPP's side, into the exchange.
+    fn poll_answer(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        match &mut self.answer {
+            Answer::Awaited(call) => match ready!(call.poll_unpin(cx)) {
+                Ok((replies, http2)) => self.answer = Answer::Open(Box::new(replies), http2),
+                Err(error) => self.over(|exchange| exchange.failed(error)),
+            },
+            Answer::Open(replies, http2) => match ready!(replies.poll_next_unpin(cx)) {
+                Some(Ok(reply)) => self.exchange.receive(reply),
+                Some(Err(status)) => {
+                    let error = failure(&status, http2, self.exchange.answered());
+                    self.over(|exchange| exchange.failed(error));
+                }
+                None => self.over(Exchange::closed),
+            },
+            Answer::Over => {}
+        }
+        Poll::Ready(())
+    }
+
+    fn over(&mut self, end: impl FnOnce(&mut Exchange)) {
+        self.answer = Answer::Over;
+        self.out = None;
+        end(&mut self.exchange);
+    }
+
+    /// Ready when every message has left, or never will.
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        while let Some(out) = &mut self.out
+            && self.exchange.has_message()
+        {
+            // A channel without a receiver is a stream that is over; the EPP's side says why.
+            let sent = ready!(out.poll_reserve(cx)).is_ok()
+                && self.exchange.next_message().is_none_or(|message| out.send_item(message).is_ok());
+            if !sent {
+                self.out = None;
+            }
+        }
+        Poll::Ready(())
+    }
+}
+
+struct CancelOnDrop(Option<CancellationHandle>);
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        if let Some(handle) = self.0.take() {
+            handle.cancel();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,345 @@
-//! To come.
+//! What is said on one picker stream: a state machine without sockets, clock or tasks.
+//!
+//! Given the request's head, pieces of its body, the EPP's messages and the end of its stream, it gives the messages to send
+//! (`next_message`) and events (`next_event`): the decision, an immediate response, the mutation of the response's head.
+//! Exactly one end of stream goes out per direction. There is at most one decision or failure; after the decision nothing that
+//! the EPP does is an error. The EPP's replies may come in any order.
+
+use std::{collections::VecDeque, net::SocketAddr};
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName};
+use penstock_proto::ext_proc::{
+    BodyResponse, CommonResponse, HeaderMutation, ImmediateResponse, ProcessingRequest, ProcessingResponse,
+    body_mutation::Mutation, common_response::ResponseStatus, processing_request::Request,
+    processing_response::Response,
+};
+
+use super::{error::PickError, message, replacement::Replacement};
+
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Bytes of a body that the EPP puts in place of the client's.
+    pub replaced_body: usize,
+}
+
+/// Where the request goes and what becomes of it on the way.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Decision {
+    /// In the order to try them; at least one, no duplicates.
+    pub endpoints: Vec<SocketAddr>,
+    /// For the request's head; the pick itself is taken out.
+    pub mutation: HeaderMutation,
+    pub body: Body,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Body {
+    /// As the client sent it.
+    Original,
+    /// These pieces instead, in order.
+    Replaced(Vec<Bytes>),
+}
+
+/// The EPP's answer to the client. After a decision it means: break off the request.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ImmediateReply {
+    pub status: http::StatusCode,
+    pub headers: HeaderMutation,
+    pub body: Bytes,
+    /// For the log.
+    pub details: String,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Outcome {
+    Picked(Decision),
+    Immediate(ImmediateReply),
+}
+
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    Outcome(Outcome),
+    /// The EPP's reply to the head of the response.
+    ResponseHead(HeaderMutation),
+}
+
+#[derive(Debug)]
+pub struct Exchange {
+    /// Header that carries the pick.
+    header: HeaderName,
+    subset: Option<Vec<SocketAddr>>,
+    served: Option<SocketAddr>,
+    outbox: VecDeque<ProcessingRequest>,
+    /// Body messages so far, and whether the last of them (or the head) had the end of stream.
+    pieces_sent: usize,
+    request_ended: bool,
+    response: ResponsePhase,
+    /// The EPP has replied to the head of the request.
+    head_answered: bool,
+    answered: bool,
+    by_metadata: Option<String>,
+    by_header: Option<String>,
+    mutation: HeaderMutation,
+    replacement: Replacement,
+    /// A decision, an immediate response or a failure has been given.
+    settled: bool,
+    events: VecDeque<Result<Event, PickError>>,
+}
+
+#[derive(Debug, PartialEq)]
+enum ResponsePhase {
+    Before,
+    Body,
+    Ended,
+}
+
+impl Exchange {
+    /// Queues the first message.
+    pub fn new(
+        header: HeaderName,
+        request: &http::request::Parts,
+        has_body: bool,
+        subset: Option<&[SocketAddr]>,
+        limits: Limits,
+    ) -> Self {
+        let mut exchange = Self {
+            header,
+            subset: subset.map(<[_]>::to_vec),
+            served: None,
+            outbox: VecDeque::new(),
+            pieces_sent: 0,
+            request_ended: !has_body,
+            response: ResponsePhase::Before,
+            head_answered: false,
+            answered: false,
+            by_metadata: None,
+            by_header: None,
+            mutation: HeaderMutation::default(),
+            replacement: Replacement::new(limits.replaced_body),
+            settled: false,
+            events: VecDeque::new(),
+        };
+        exchange.queue(message::request_head(request, !has_body));
+        exchange.outbox[0].protocol_config = Some(message::protocol_config());
+        exchange
+    }
+
+    /// A piece of the request's body, of any size. What comes after the end is not sent.
+    pub fn request_body(&mut self, piece: Bytes, end: bool) {
+        if self.request_ended {
+            return;
+        }
+        self.request_ended = end;
+        for request in message::request_body(piece, end) {
+            self.pieces_sent += 1;
+            self.queue(request);
+        }
+        self.settle();
+    }
+
+    /// The head of the response that `served` gave.
+    pub fn response_headers(
+        &mut self,
+        status: http::StatusCode,
+        headers: &HeaderMap,
+        served: SocketAddr,
+        end_of_stream: bool,
+    ) {
+        if self.response != ResponsePhase::Before {
+            return;
+        }
+        self.served = Some(served);
+        self.response = if end_of_stream { ResponsePhase::Ended } else { ResponsePhase::Body };
+        self.queue(message::response_head(status, headers, end_of_stream));
+    }
+
+    /// The response is over.
+    pub fn response_end(&mut self) {
+        if self.response == ResponsePhase::Body {
+            self.response = ResponsePhase::Ended;
+            self.queue(message::response_end());
+        }
+    }
+
+    pub fn next_message(&mut self) -> Option<ProcessingRequest> {
+        self.outbox.pop_front()
+    }
+
+    pub fn has_message(&self) -> bool {
+        !self.outbox.is_empty()
+    }
+
+    pub fn next_event(&mut self) -> Option<Result<Event, PickError>> {
+        self.events.pop_front()
+    }
+
+    /// Whether the EPP has said anything.
+    pub fn answered(&self) -> bool {
+        self.answered
+    }
+
+    /// A message from the EPP.
+    pub fn receive(&mut self, reply: ProcessingResponse) {
+        self.answered = true;
+        if !self.settled
+            && let Some(list) = reply.dynamic_metadata.as_ref().and_then(message::metadata_destination)
+        {
+            self.by_metadata = Some(list);
+        }
+        match reply.response {
+            Some(Response::ImmediateResponse(immediate)) => self.immediate(immediate),
+            Some(Response::ResponseHeaders(head)) => {
+                let mutation = head.response.and_then(|common| common.header_mutation).unwrap_or_default();
+                self.events.push_back(Ok(Event::ResponseHead(mutation)));
+            }
+            Some(Response::RequestHeaders(head)) if !self.settled => {
+                self.request_head(head.response.unwrap_or_default())
+            }
+            Some(Response::RequestBody(body)) if !self.settled => self.body_reply(body),
+            // Replies about the response's body and about trailers change nothing; what is late about the request neither.
+            _ => {}
+        }
+        self.settle();
+    }
+
+    /// The EPP has ended the stream with status OK: carry on without it.
+    pub fn closed(&mut self) {
+        if self.settled {
+            return;
+        }
+        let verdict = if self.destination().is_none() {
+            Err(PickError::ClosedWithoutPick)
+        } else if self.replacement.is_untouched() || self.replacement.is_whole(self.pieces_sent, self.request_ended) {
+            self.decide()
+        } else {
+            Err(PickError::BodyPartial)
+        };
+        self.finish(verdict);
+    }
+
+    /// The stream is lost, or the EPP has ended it with an error.
+    pub fn failed(&mut self, error: PickError) {
+        if !self.settled {
+            self.finish(Err(error));
+        }
+    }
+
+    /// The time for the decision is over. Some EPPs pick by the header reply alone and are silent about the body: then the
+    /// body is the client's. A replacement that has begun and not ended is a failure: part of each would be nobody's request.
+    pub fn deadline(&mut self) {
+        if self.settled {
+            return;
+        }
+        let verdict = if !(self.head_answered && self.request_ended && self.destination().is_some()) {
+            Err(PickError::Deadline)
+        } else if self.replacement.is_untouched() {
+            self.decide()
+        } else {
+            Err(PickError::BodyPartial)
+        };
+        self.finish(verdict);
+    }
+
+    fn queue(&mut self, request: Request) {
+        let metadata_context = message::metadata(self.subset.as_deref(), self.served);
+        self.outbox.push_back(ProcessingRequest { request: Some(request), metadata_context, protocol_config: None });
+    }
+
+    fn immediate(&mut self, reply: ImmediateResponse) {
+        self.settled = true;
+        let code = reply.status.and_then(|status| u16::try_from(status.code).ok());
+        // A final status only: without one, as with one that is none, Envoy answers 200 or worse.
+        let status =
+            code.and_then(|code| http::StatusCode::from_u16(code).ok()).filter(|status| status.as_u16() >= 200);
+        self.events.push_back(Ok(Event::Outcome(Outcome::Immediate(ImmediateReply {
+            status: status.unwrap_or(http::StatusCode::INTERNAL_SERVER_ERROR),
+            headers: reply.headers.unwrap_or_default(),
+            body: reply.body,
+            details: reply.details,
+        }))));
+    }
+
+    fn request_head(&mut self, mut reply: CommonResponse) {
+        self.head_answered = true;
+        self.mutate(reply.header_mutation.take());
+        if reply.status() == ResponseStatus::ContinueAndReplace {
+            let body = match reply.body_mutation.and_then(|mutation| mutation.mutation) {
+                Some(Mutation::Body(body)) => body,
+                _ => Bytes::new(),
+            };
+            self.replace(|replacement| replacement.whole(body));
+        }
+    }
+
+    fn body_reply(&mut self, reply: BodyResponse) {
+        let mut reply = reply.response.unwrap_or_default();
+        self.mutate(reply.header_mutation.take());
+        self.replace(|replacement| replacement.reply(reply.body_mutation.and_then(|mutation| mutation.mutation)));
+    }
+
+    fn replace(&mut self, step: impl FnOnce(&mut Replacement) -> Result<(), PickError>) {
+        if let Err(error) = step(&mut self.replacement) {
+            self.finish(Err(error));
+        }
+    }
+
+    fn mutate(&mut self, mutation: Option<HeaderMutation>) {
+        for set in mutation.iter().flat_map(|mutation| &mutation.set_headers) {
+            match &set.header {
+                Some(header) if header.key.eq_ignore_ascii_case(self.header.as_str()) => {
+                    self.by_header = Some(String::from_utf8_lossy(message::value(header)).into_owned());
+                }
+                _ => self.mutation.set_headers.push(set.clone()),
+            }
+        }
+        self.mutation.remove_headers.extend(mutation.into_iter().flat_map(|mutation| mutation.remove_headers));
+    }
+
+    /// Decides as soon as everything is there.
+    fn settle(&mut self) {
+        let whole = self.replacement.is_whole(self.pieces_sent, self.request_ended);
+        if !self.settled && self.head_answered && whole {
+            let verdict = self.decide();
+            self.finish(verdict);
+        }
+    }
+
+    fn finish(&mut self, verdict: Result<Decision, PickError>) {
+        self.settled = true;
+        self.events.push_back(verdict.map(|decision| Event::Outcome(Outcome::Picked(decision))));
+    }
+
+    fn decide(&mut self) -> Result<Decision, PickError> {
+        let endpoints = parse(self.destination().ok_or(PickError::NoDestination)?)?;
+        let body = self.replacement.take()?;
+        Ok(Decision { endpoints, mutation: std::mem::take(&mut self.mutation), body })
+    }
+
+    /// Metadata first: a client cannot have set it.
+    fn destination(&self) -> Option<&str> {
+        let given = |list: &Option<String>| list.as_deref().is_some_and(|list| !list.trim().is_empty());
+        [&self.by_metadata, &self.by_header].into_iter().find(|list| given(list)).and_then(|list| list.as_deref())
+    }
+}
+
+/// `ip:port` and `[ip]:port`, separated by commas.
+fn parse(list: &str) -> Result<Vec<SocketAddr>, PickError> {
+    let mut endpoints = Vec::new();
+    let mut bad = Vec::new();
+    for entry in list.split(',').map(str::trim).filter(|entry| !entry.is_empty()) {
+        match entry.parse() {
+            Ok(endpoint) if endpoints.contains(&endpoint) => {}
+            Ok(endpoint) => endpoints.push(endpoint),
+            Err(_) => bad.push(entry),
+        }
+    }
+    match (endpoints.is_empty(), bad.is_empty()) {
+        (_, false) => Err(PickError::BadDestination(bad.join(", "))),
+        (true, true) => Err(PickError::NoDestination),
+        (false, true) => Ok(endpoints),
+    }
+}
+
+#[cfg(test)]
+mod tests;

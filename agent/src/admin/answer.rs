@@ -1,0 +1,70 @@
+//! What the admin server answers, as a function of the request's method and target.
+
+use std::{fmt::Write, sync::Arc};
+
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body_util::Full;
+use hyper::body::Bytes;
+
+use crate::{
+    metrics::{self, Metrics},
+    readiness::Readiness,
+};
+
+pub(super) struct Answers {
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) readiness: Readiness,
+    pub(super) verbose: Box<dyn Fn() -> Vec<String> + Send + Sync>,
+}
+
+impl Answers {
+    pub(super) fn answer<B>(&self, request: &Request<B>) -> Response<Full<Bytes>> {
+        let path = request.uri().path();
+        if !matches!(path, "/livez" | "/readyz" | "/metrics") {
+            return text(StatusCode::NOT_FOUND, "not found\n".to_owned());
+        }
+        if request.method() != Method::GET {
+            let mut answer = text(StatusCode::METHOD_NOT_ALLOWED, "only GET\n".to_owned());
+            answer.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"));
+            return answer;
+        }
+        match path {
+            "/livez" => text(StatusCode::OK, "ok\n".to_owned()),
+            "/readyz" => self.readyz(is_verbose(request.uri().query())),
+            _ => respond(StatusCode::OK, metrics::CONTENT_TYPE, self.metrics.encode()),
+        }
+    }
+
+    fn readyz(&self, verbose: bool) -> Response<Full<Bytes>> {
+        let mut lines = self.readiness.pending();
+        let status = if lines.is_empty() {
+            lines.push("ok".to_owned());
+            StatusCode::OK
+        } else {
+            StatusCode::SERVICE_UNAVAILABLE
+        };
+        if verbose {
+            lines.extend((self.verbose)());
+        }
+        let mut body = String::new();
+        for line in lines {
+            let _ = writeln!(body, "{line}");
+        }
+        text(status, body)
+    }
+}
+
+fn is_verbose(query: Option<&str>) -> bool {
+    query.is_some_and(|query| query.split('&').any(|pair| pair.split('=').next() == Some("verbose")))
+}
+
+fn text(status: StatusCode, body: String) -> Response<Full<Bytes>> {
+    respond(status, "text/plain; charset=utf-8", body)
+}
+
+fn respond(status: StatusCode, content_type: &'static str, body: String) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from(body)));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+}

@@ -1,0 +1,202 @@
+//! The agent as a whole: from a checked configuration to running threads, and down again.
+//!
+//! Everything that can fail at start fails in [`Agent::start`], before a request is taken. Workers, the admin server and
+//! the kernel's events have threads of their own.
+
+use std::{
+    io,
+    net::SocketAddr,
+    sync::{Arc, atomic::AtomicBool},
+    thread::JoinHandle,
+};
+
+use anyhow::{Context as _, Result};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    admin::{self, AdminHandle},
+    config::Config,
+    metrics::{self, Metrics},
+    picker::builtin::BuiltinPicker,
+    readiness::{Gate, Readiness},
+    route::Router,
+    selftest,
+    steer::Steering,
+    worker::{Shared, Worker},
+};
+
+/// Connections that the kernel holds for us until a worker accepts them.
+const BACKLOG: i32 = 4096;
+
+/// A running agent. Dropping it breaks off what runs.
+pub struct Agent {
+    shared: Arc<Shared>,
+    readiness: Readiness,
+    admin: AdminHandle,
+    workers: Vec<JoinHandle<()>>,
+    address: SocketAddr,
+    steering: Steering,
+}
+
+impl Agent {
+    pub fn start(config: Config) -> Result<Self> {
+        let count = match config.listen.workers {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            count => count,
+        };
+        raise_descriptor_limit();
+        let names: Vec<String> = config.pools.iter().map(|pool| pool.name.clone()).collect();
+        let metrics = Metrics::new(&names);
+        let readiness = Readiness::new();
+        let gates: Vec<Gate> = (0..count).map(|number| readiness.gate(format!("worker {number}"))).collect();
+
+        let steering = selftest::start(&config.steering);
+        metrics.set_steering_path(
+            metrics::Path::Ingress,
+            matches!(steering, Steering::Active(_)),
+            &steering.describe(),
+        );
+        match &steering {
+            Steering::Unavailable(_) => tracing::warn!("{}", steering.describe()),
+            _ => tracing::info!("{}", steering.describe()),
+        }
+
+        let listeners = listen(config.listen.address, count)
+            .with_context(|| format!("listening on {}", config.listen.address))?;
+        let address = listeners[0].local_addr()?;
+        let status = steering.describe();
+        let admin = admin::start(config.admin.address, Arc::clone(&metrics), readiness.clone(), move || {
+            vec![status.clone()]
+        })
+        .with_context(|| format!("the admin server on {}", config.admin.address))?;
+
+        let shared = Arc::new(Shared {
+            router: Router::new(&config),
+            pickers: config.pools.iter().map(|pool| BuiltinPicker::new(pool.endpoints.clone())).collect(),
+            metrics,
+            draining: CancellationToken::new(),
+            force: CancellationToken::new(),
+            config,
+        });
+        let failed = Arc::new(AtomicBool::new(false));
+        let mut workers = Vec::with_capacity(count);
+        for (number, (listener, gate)) in listeners.into_iter().zip(gates).enumerate() {
+            let (shared, steering, failed) = (Arc::clone(&shared), steering.clone(), Arc::clone(&failed));
+            let run = move || {
+                if let Err(error) = work(shared, &steering, number, count, listener, gate) {
+                    tracing::error!(number, "worker: {error:#}");
+                    failed.store(true, std::sync::atomic::Ordering::Relaxed);
+                }
+            };
+            workers.push(std::thread::Builder::new().name(format!("penstock-{number}")).spawn(run)?);
+        }
+        tracing::info!(%address, admin = %admin.local_addr(), workers = count, "penstock {}", env!("CARGO_PKG_VERSION"));
+        Ok(Self { shared, readiness, admin, workers, address, steering })
+    }
+
+    /// Where clients connect; the port is the one that was bound.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    pub fn admin_address(&self) -> SocketAddr {
+        self.admin.local_addr()
+    }
+
+    pub fn steering(&self) -> &Steering {
+        &self.steering
+    }
+
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.shared.metrics
+    }
+
+    pub fn readiness(&self) -> &Readiness {
+        &self.readiness
+    }
+
+    /// Not ready any more, no new connections; what runs may finish.
+    pub fn drain(&self) {
+        self.readiness.draining();
+        self.shared.draining.cancel();
+    }
+
+    /// Breaks off what still runs.
+    pub fn force(&self) {
+        self.drain();
+        self.shared.force.cancel();
+    }
+
+    /// Every worker has ended.
+    pub fn is_done(&self) -> bool {
+        self.workers.iter().all(JoinHandle::is_finished)
+    }
+
+    /// Waits for the workers to end, after [`drain`](Self::drain).
+    pub fn join(mut self) {
+        self.join_workers();
+    }
+
+    fn join_workers(&mut self) {
+        for worker in self.workers.drain(..) {
+            // A worker that panicked has said so already.
+            let _ = worker.join();
+        }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        self.force();
+        self.join_workers();
+    }
+}
+
+/// A worker's thread.
+fn work(
+    shared: Arc<Shared>,
+    steering: &Steering,
+    number: usize,
+    count: usize,
+    listener: std::net::TcpListener,
+    gate: Gate,
+) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let connections = shared.config.listen.max_connections.div_ceil(count);
+    tokio::task::LocalSet::new().block_on(&runtime, async {
+        let steering = steering.worker(number, count)?;
+        let worker = Worker::new(shared, steering)?;
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        gate.open();
+        worker.serve(listener, connections).await;
+        Ok(())
+    })
+}
+
+/// One listener for each worker, on the same address (SO_REUSEPORT).
+fn listen(address: SocketAddr, count: usize) -> io::Result<Vec<std::net::TcpListener>> {
+    let mut listeners: Vec<std::net::TcpListener> = Vec::with_capacity(count);
+    for _ in 0..count {
+        // Port 0 is chosen once.
+        let address = listeners.first().map_or(Ok(address), std::net::TcpListener::local_addr)?;
+        let socket = socket2::Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
+        socket.set_reuse_address(true)?;
+        socket.set_reuse_port(true)?;
+        socket.set_nonblocking(true)?;
+        socket.bind(&address.into())?;
+        socket.listen(BACKLOG)?;
+        listeners.push(socket.into());
+    }
+    Ok(listeners)
+}
+
+/// Each request may hold two descriptors.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        tracing::warn!(%error, soft, "the limit of open files stays low");
+    }
+}

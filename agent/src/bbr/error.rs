@@ -1,0 +1,38 @@
+//! Why a body is not JSON that can be routed: where, what was found, what was expected there.
+
+use std::fmt;
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("byte {offset}: found {found}, expected {expected}")]
+pub struct JsonError {
+    /// Offset in the body, from 0.
+    pub offset: u64,
+    pub found: Found,
+    pub expected: &'static str,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Found {
+    /// A byte that the grammar (or UTF-8) does not allow here.
+    Byte(u8),
+    EndOfInput,
+    TooDeep,
+    SecondModel,
+    LongModel,
+    /// In the model's name; elsewhere it is let through.
+    LoneSurrogate,
+}
+
+impl fmt::Display for Found {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Found::Byte(byte @ 0x21..=0x7e) => write!(f, "`{}`", char::from(*byte)),
+            Found::Byte(byte) => write!(f, "byte 0x{byte:02x}"),
+            Found::EndOfInput => f.write_str("the end of the body"),
+            Found::TooDeep => f.write_str("one more level of nesting"),
+            Found::SecondModel => f.write_str("a second top-level key \"model\""),
+            Found::LongModel => f.write_str("a longer model"),
+            Found::LoneSurrogate => f.write_str("a model with a lone surrogate"),
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! The verbs and their flags. Exit codes: 0 fine, 1 failed, 64 the configuration or the command line is wrong (EX_USAGE).
+
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use penstock_agent::{
+    config::{self, Config, Overrides},
+    epp_server::{self, EppServerConfig, EppServerTls},
+};
+use tracing_subscriber::EnvFilter;
+
+use crate::{doctor, run};
+
+const USAGE: u8 = 64;
+
+/// Routes each inference request to the endpoint its picker names, and steers the answer in the kernel.
+#[derive(Parser)]
+#[command(name = "penstock", version)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+    /// What is logged: a tracing filter, such as `info,penstock::access=off`.
+    #[arg(long, global = true, env = "PENSTOCK_LOG", default_value = "info")]
+    log: String,
+    #[arg(long, global = true, env = "PENSTOCK_LOG_FORMAT", value_enum, default_value = "text")]
+    log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Run the agent.
+    Run(Configured),
+    /// Read the configuration and say what is wrong with it.
+    Check(Configured),
+    /// Say what this machine lets the agent do, and what to do about the rest.
+    Doctor,
+    /// Serve the built-in picker over ext_proc, for Envoy or another Penstock.
+    Epp(Epp),
+    /// Print the version.
+    Version,
+    /// Help with the configuration.
+    Config {
+        #[command(subcommand)]
+        verb: ConfigVerb,
+    },
+}
+
+#[derive(Subcommand)]
+enum ConfigVerb {
+    /// Print every setting with its default and what it means.
+    Default,
+}
+
+#[derive(Args)]
+struct Configured {
+    #[arg(long, env = "PENSTOCK_CONFIG", default_value = "/etc/penstock/penstock.toml")]
+    config: PathBuf,
+    #[command(flatten)]
+    overrides: Overrides,
+}
+
+#[derive(Args)]
+struct Epp {
+    /// The production EPP's port is the default.
+    #[arg(long, default_value = "0.0.0.0:9002")]
+    listen: SocketAddr,
+    /// `ip:port`, once for each endpoint.
+    #[arg(long = "endpoint", required = true)]
+    endpoints: Vec<SocketAddr>,
+    #[arg(long, value_enum, default_value = "self-signed")]
+    tls: Tls,
+    /// Answer 429 when every eligible endpoint has this many requests in flight.
+    #[arg(long)]
+    max_inflight: Option<usize>,
+    /// Wait before each answer, in milliseconds; for tests.
+    #[arg(long, default_value_t = 0)]
+    delay_ms: u64,
+    /// Largest request body, bytes.
+    #[arg(long, default_value_t = 10 << 20)]
+    max_body: usize,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Tls {
+    Off,
+    SelfSigned,
+}
+
+impl Cli {
+    pub(crate) fn run(self) -> ExitCode {
+        start_logging(&self.log, self.log_format);
+        match self.verb {
+            Verb::Run(configured) => with_config(&configured, |config| run::agent(config).map(|()| ExitCode::SUCCESS)),
+            Verb::Check(configured) => with_config(&configured, |config| {
+                println!("{} is fine: {} pools, {} routes", configured.config.display(), config.pools.len(), config.routes.len());
+                Ok(ExitCode::SUCCESS)
+            }),
+            Verb::Doctor => doctor::run(),
+            Verb::Epp(epp) => report(epp.serve()),
+            Verb::Version => {
+                println!("penstock {}", env!("CARGO_PKG_VERSION"));
+                ExitCode::SUCCESS
+            }
+            Verb::Config { verb: ConfigVerb::Default } => {
+                print!("{}", config::default_toml());
+                ExitCode::SUCCESS
+            }
+        }
+    }
+}
+
+fn with_config(configured: &Configured, then: impl FnOnce(Config) -> anyhow::Result<ExitCode>) -> ExitCode {
+    match Config::load_with(&configured.config, &configured.overrides) {
+        Ok(config) => report(then(config)),
+        Err(errors) => {
+            eprintln!("{errors}");
+            ExitCode::from(USAGE)
+        }
+    }
+}
+
+fn report(result: anyhow::Result<ExitCode>) -> ExitCode {
+    result.unwrap_or_else(|error| {
+        eprintln!("penstock: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn start_logging(filter: &str, format: LogFormat) {
+    let filter = EnvFilter::try_new(filter).unwrap_or_else(|error| {
+        eprintln!("penstock: --log {filter}: {error}; logging at level info");
+        EnvFilter::new("info")
+    });
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => builder.init(),
+        LogFormat::Json => builder.json().flatten_event(true).init(),
+    }
+}
+
+impl Epp {
+    fn serve(self) -> anyhow::Result<ExitCode> {
+        let config = EppServerConfig {
+            listen: self.listen,
+            endpoints: self.endpoints,
+            tls: match self.tls {
+                Tls::Off => EppServerTls::Off,
+                Tls::SelfSigned => EppServerTls::SelfSigned,
+            },
+            max_inflight: self.max_inflight,
+            delay: (self.delay_ms > 0).then(|| Duration::from_millis(self.delay_ms)),
+            max_body: self.max_body,
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async {
+            let listener = tokio::net::TcpListener::bind(config.listen).await?;
+            tracing::info!(address = %listener.local_addr()?, "penstock epp");
+            epp_server::serve(config, listener, run::terminated()).await
+        })?;
+        Ok(ExitCode::SUCCESS)
+    }
+}

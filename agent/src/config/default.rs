@@ -1,0 +1,113 @@
+//! The defaults, as values and as a file. A test holds the two together.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    time::Duration,
+};
+
+use http::HeaderName;
+
+use super::{
+    Admin, Bbr, Config, Epp, EppTls, FailureMode, Limits, Listen, Picker, Pool, Steering, SteeringMode, Timeouts,
+};
+
+/// A complete commented file. Its settings are the defaults; what has none is commented out, as `#key = value`.
+pub fn default_toml() -> String {
+    include_str!("default.toml").to_owned()
+}
+
+impl Config {
+    /// The defaults around these pools.
+    pub fn new(pools: Vec<Pool>) -> Self {
+        Self {
+            listen: Listen::default(),
+            admin: Admin::default(),
+            limits: Limits::default(),
+            timeouts: Timeouts::default(),
+            bbr: Bbr::default(),
+            steering: Steering::default(),
+            pools,
+            routes: Vec::new(),
+        }
+    }
+}
+
+impl Default for Listen {
+    fn default() -> Self {
+        Self { address: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 8080)), workers: 0, max_connections: 16_384 }
+    }
+}
+
+impl Default for Admin {
+    fn default() -> Self {
+        Self { address: SocketAddr::from((Ipv4Addr::LOCALHOST, 9901)) }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { head_bytes: 64 << 10, headers: 128, body_bytes: 32 << 20, body_memory_bytes: 1 << 20 }
+    }
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self {
+            head: Duration::from_secs(10),
+            body: Duration::from_secs(60),
+            keep_alive: Duration::from_secs(75),
+            connect: Duration::from_secs(1),
+            first_byte: Some(Duration::from_secs(600)),
+            idle: Some(Duration::from_secs(300)),
+            endpoint_keep_alive: Duration::from_secs(4),
+            drain: Duration::from_secs(30),
+        }
+    }
+}
+
+impl Default for Bbr {
+    fn default() -> Self {
+        Self { enabled: true, header: HeaderName::from_static("x-gateway-model-name"), default_model: None }
+    }
+}
+
+impl Default for Steering {
+    fn default() -> Self {
+        Self {
+            mode: SteeringMode::Auto,
+            min_bytes: 16 << 10,
+            max_remote_bytes: 64 << 10,
+            client_send_buffer: 1 << 20,
+            endpoint_receive_buffer: 512 << 10,
+            max_flows: 16_384,
+        }
+    }
+}
+
+impl Pool {
+    /// A pool with the built-in picker that fails closed.
+    pub fn new(name: impl Into<String>, endpoints: Vec<SocketAddr>) -> Self {
+        Self {
+            name: name.into(),
+            endpoints,
+            failure_mode: FailureMode::Closed,
+            default_upstream: None,
+            passthrough: false,
+            picker: Picker::Builtin,
+        }
+    }
+}
+
+impl Epp {
+    /// The EPP at `host:port`, without TLS.
+    pub fn new(address: impl Into<String>) -> Self {
+        Self {
+            address: address.into(),
+            tls: EppTls::Off,
+            connect_timeout: Duration::from_secs(1),
+            decision_timeout: Duration::from_secs(30),
+            response_timeout: Some(Duration::from_millis(100)),
+            header: HeaderName::from_static("x-gateway-destination-endpoint"),
+        }
+    }
+}

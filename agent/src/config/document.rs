@@ -1,0 +1,214 @@
+//! A TOML text as a tree that knows its lines, and the errors found while it is read.
+//!
+//! Reading never stops at an error: the reader gets the default instead and goes on, so that one run reports everything.
+//! A key has at most one error, so a check that runs on such a stand-in value adds no second, misleading one. A section
+//! learns its keys by being asked for them; what nobody asked for is unknown and an error.
+
+use std::{cell::RefCell, fmt::Display, ops::Range};
+
+use toml::{
+    Spanned,
+    de::{DeTable, DeValue},
+};
+
+use super::{
+    error::{ConfigError, ConfigErrors},
+    value::{self, Parsed},
+};
+
+/// Reads all of `text` with `read`, which is given the root section. `Err` with every error, in the order of lines.
+pub(super) fn read<T>(text: &str, file: &str, read: impl FnOnce(&mut Section<'_>) -> T) -> Result<T, ConfigErrors> {
+    let place = Place { text, file, errors: RefCell::default() };
+    let (tree, syntax) = DeTable::parse_recoverable(text);
+    for error in syntax {
+        let line = place.line(error.span().map_or(0, |span| span.start));
+        let message = error.message().replace('\n', ", ");
+        place.errors.borrow_mut().push(ConfigError::Syntax { file: file.to_owned(), line, message });
+    }
+    ConfigErrors::check(place.errors.take())?;
+
+    let mut root =
+        Section { place: &place, path: String::new(), start: 0, table: Some(tree.get_ref()), known: Vec::new() };
+    let value = read(&mut root);
+    root.finish();
+    ConfigErrors::check(place.errors.take())?;
+    Ok(value)
+}
+
+struct Place<'d> {
+    text: &'d str,
+    file: &'d str,
+    errors: RefCell<Vec<ConfigError>>,
+}
+
+impl Place<'_> {
+    fn line(&self, offset: usize) -> usize {
+        self.text.bytes().take(offset).filter(|&byte| byte == b'\n').count() + 1
+    }
+
+    fn report(&self, offset: usize, key: String, found: String, expected: String) {
+        let mut errors = self.errors.borrow_mut();
+        if !errors.iter().any(|error| matches!(error, ConfigError::Value { key: known, .. } if *known == key)) {
+            let line = self.line(offset);
+            errors.push(ConfigError::Value { file: self.file.to_owned(), line, key, found, expected });
+        }
+    }
+}
+
+/// One table of the file, or the absence of one: then every key has its default.
+pub(super) struct Section<'d> {
+    place: &'d Place<'d>,
+    path: String,
+    /// Byte offset of its first line, for errors about keys it lacks.
+    start: usize,
+    table: Option<&'d DeTable<'d>>,
+    known: Vec<&'static str>,
+}
+
+impl<'d> Section<'d> {
+    /// The value of `key`, or `None` if the key is absent or its value is wrong.
+    pub(super) fn read<T>(&mut self, key: &'static str, parse: impl FnOnce(&DeValue<'_>) -> Parsed<T>) -> Option<T> {
+        let value = self.get(key)?;
+        self.parse(value, self.path_of(key), parse)
+    }
+
+    /// As [`Section::read`]; absence is an error.
+    pub(super) fn require<T>(
+        &mut self,
+        key: &'static str,
+        expected: &str,
+        parse: impl FnOnce(&DeValue<'_>) -> Parsed<T>,
+    ) -> Option<T> {
+        if !self.has(key) {
+            self.reject(key, "nothing", expected);
+        }
+        self.read(key, parse)
+    }
+
+    /// The elements of an array; absent is empty, and wrong elements are left out.
+    pub(super) fn list<T>(
+        &mut self,
+        key: &'static str,
+        expected: &str,
+        parse: impl Fn(&DeValue<'_>) -> Parsed<T>,
+    ) -> Vec<T> {
+        let Some(value) = self.get(key) else { return Vec::new() };
+        let DeValue::Array(elements) = value.get_ref() else {
+            self.reject(key, value::shown(value.get_ref()), expected);
+            return Vec::new();
+        };
+        let path = self.path_of(key);
+        let parsed =
+            elements.iter().enumerate().map(|(i, element)| self.parse(element, format!("{path}[{i}]"), &parse));
+        parsed.flatten().collect()
+    }
+
+    /// The table under `key`, read by `read`.
+    pub(super) fn section<T>(&mut self, key: &'static str, read: impl FnOnce(&mut Section<'d>) -> T) -> T {
+        let value = self.get(key);
+        let table = match value.map(Spanned::get_ref) {
+            Some(DeValue::Table(table)) => Some(table),
+            Some(other) => {
+                self.reject(key, value::shown(other), "a section");
+                None
+            }
+            None => None,
+        };
+        self.child(self.path_of(key), value.map_or(self.start, |value| value.span().start), table, read)
+    }
+
+    /// The `[[key]]` sections, each read by `read` in the order of the file.
+    pub(super) fn sections<T>(&mut self, key: &'static str, mut read: impl FnMut(&mut Section<'d>) -> T) -> Vec<T> {
+        let Some(value) = self.get(key) else { return Vec::new() };
+        let expected = format!("[[{key}]] sections");
+        let DeValue::Array(elements) = value.get_ref() else {
+            self.reject(key, value::shown(value.get_ref()), &expected);
+            return Vec::new();
+        };
+        let mut items = Vec::with_capacity(elements.len());
+        for (index, element) in elements.iter().enumerate() {
+            let path = format!("{}[{index}]", self.path_of(key));
+            match element.get_ref() {
+                DeValue::Table(table) => items.push(self.child(path, element.span().start, Some(table), &mut read)),
+                other => self.reject(key, value::shown(other), &expected),
+            }
+        }
+        items
+    }
+
+    /// Whether the file sets `key`.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.table.is_some_and(|table| table.contains_key(key))
+    }
+
+    /// An error about `key`, which may be absent or be an element as in `endpoints[1]`.
+    pub(super) fn reject(&self, key: &str, found: impl Display, expected: impl Display) {
+        let span = self.span_of(key);
+        self.place.report(span.start, self.path_of(key), found.to_string(), expected.to_string());
+    }
+
+    /// Folder of the file, where relative paths start.
+    pub(super) fn folder(&self) -> &'d std::path::Path {
+        std::path::Path::new(self.place.file).parent().unwrap_or(std::path::Path::new(""))
+    }
+
+    fn child<T>(
+        &self,
+        path: String,
+        start: usize,
+        table: Option<&'d DeTable<'d>>,
+        read: impl FnOnce(&mut Section<'d>) -> T,
+    ) -> T {
+        let mut section = Section { place: self.place, path, start, table, known: Vec::new() };
+        let value = read(&mut section);
+        section.finish();
+        value
+    }
+
+    fn parse<T>(
+        &self,
+        value: &Spanned<DeValue<'_>>,
+        path: String,
+        parse: impl FnOnce(&DeValue<'_>) -> Parsed<T>,
+    ) -> Option<T> {
+        let parsed = parse(value.get_ref());
+        parsed
+            .map_err(|expected| {
+                self.place.report(value.span().start, path, value::shown(value.get_ref()), expected.0.into_owned());
+            })
+            .ok()
+    }
+
+    fn get(&mut self, key: &'static str) -> Option<&'d Spanned<DeValue<'d>>> {
+        self.known.push(key);
+        self.table?.get(key)
+    }
+
+    fn path_of(&self, key: &str) -> String {
+        if self.path.is_empty() { key.to_owned() } else { format!("{}.{key}", self.path) }
+    }
+
+    fn span_of(&self, key: &str) -> Range<usize> {
+        let (name, index) = match key.strip_suffix(']').and_then(|key| key.split_once('[')) {
+            Some((name, index)) => (name, index.parse::<usize>().ok()),
+            None => (key, None),
+        };
+        let Some((name, value)) = self.table.and_then(|table| table.get_key_value(name)) else {
+            return self.start..self.start;
+        };
+        match (value.get_ref(), index) {
+            (DeValue::Array(elements), Some(index)) => elements.get(index).map_or(name.span(), Spanned::span),
+            _ => name.span(),
+        }
+    }
+
+    fn finish(self) {
+        for key in self.table.into_iter().flat_map(|table| table.keys()) {
+            if !self.known.iter().any(|known| *known == key.get_ref()) {
+                let expected = format!("one of {}", self.known.join(", "));
+                let path = self.path_of(key.get_ref());
+                self.place.report(key.span().start, path, "an unknown key".to_owned(), expected);
+            }
+        }
+    }
+}

@@ -1,0 +1,46 @@
+//! Flags and environment on top of the file: what differs from one node to the next, and nothing else.
+
+use std::net::SocketAddr;
+
+use super::SteeringMode;
+
+/// Flattened into the command line; a flag wins over its variable, a variable over the file.
+#[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args)]
+pub struct Overrides {
+    /// Address to listen on, instead of `listen.address`
+    #[arg(long, env = "PENSTOCK_LISTEN", value_name = "IP:PORT")]
+    pub listen: Option<SocketAddr>,
+    /// Address of the admin server, instead of `admin.address`
+    #[arg(long, env = "PENSTOCK_ADMIN", value_name = "IP:PORT")]
+    pub admin: Option<SocketAddr>,
+    /// Steering mode, instead of `steering.mode`
+    #[arg(long, env = "PENSTOCK_STEERING", value_name = "MODE")]
+    pub steering: Option<SteeringMode>,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{Args, Command, FromArgMatches};
+
+    use super::*;
+
+    fn command() -> Command {
+        Overrides::augment_args(Command::new("penstock"))
+    }
+
+    #[test]
+    fn flags_fill_it() {
+        let line = ["penstock", "--listen", "[::1]:1", "--steering", "ingress"];
+        let overrides = Overrides::from_arg_matches(&command().get_matches_from(line)).unwrap();
+        assert_eq!(overrides.listen, Some("[::1]:1".parse().unwrap()));
+        assert_eq!(overrides.steering, Some(SteeringMode::Ingress));
+        assert!(command().try_get_matches_from(["penstock", "--steering", "on"]).is_err());
+    }
+
+    #[test]
+    fn each_flag_has_its_variable() {
+        let command = command();
+        let variables: Vec<_> = command.get_arguments().filter_map(|arg| arg.get_env()?.to_str()).collect();
+        assert_eq!(variables, ["PENSTOCK_LISTEN", "PENSTOCK_ADMIN", "PENSTOCK_STEERING"]);
+    }
+}

@@ -1,0 +1,117 @@
+//! The file's sections into the structures of [`super`], with the checks that concern one section or the whole.
+
+use std::net::SocketAddr;
+
+use super::{
+    Admin, Bbr, Config, Limits, Listen, Overrides, Steering, SteeringMode, Timeouts, document::Section, pools, routes,
+    value,
+};
+
+const MIB: u32 = 1 << 20;
+
+pub(super) fn config(root: &mut Section<'_>, overrides: &Overrides) -> Config {
+    let listen = root.section("listen", |section| listen(section, overrides));
+    let admin = root.section("admin", |section| admin(section, overrides, &listen));
+    let limits = root.section("limits", limits);
+    let timeouts = root.section("timeouts", timeouts);
+    let bbr = root.section("bbr", bbr);
+    let steering = root.section("steering", |section| steering(section, overrides));
+    let pools = pools::pools(root, listen.address);
+    let routes = routes::routes(root, &pools);
+    Config { listen, admin, limits, timeouts, bbr, steering, pools, routes }
+}
+
+fn listen(section: &mut Section<'_>, overrides: &Overrides) -> Listen {
+    let default = Listen::default();
+    let address = section.read("address", value::listen_address);
+    Listen {
+        address: overrides.listen.or(address).unwrap_or(default.address),
+        workers: section.read("workers", value::integer(0..=1024)).unwrap_or(default.workers),
+        max_connections: section
+            .read("max_connections", value::integer(1..=1_048_576))
+            .unwrap_or(default.max_connections),
+    }
+}
+
+fn admin(section: &mut Section<'_>, overrides: &Overrides, listen: &Listen) -> Admin {
+    let address = section.read("address", value::listen_address);
+    let address = overrides.admin.or(address).unwrap_or(Admin::default().address);
+    if collide(address, listen.address) {
+        section.reject("address", address, format_args!("another port than listen.address ({})", listen.address));
+    }
+    Admin { address }
+}
+
+/// Whether the two cannot both be bound.
+fn collide(a: SocketAddr, b: SocketAddr) -> bool {
+    a.port() == b.port() && a.port() != 0 && (a.ip() == b.ip() || a.ip().is_unspecified() || b.ip().is_unspecified())
+}
+
+fn limits(section: &mut Section<'_>) -> Limits {
+    let default = Limits::default();
+    let limits = Limits {
+        head_bytes: section.read("head_bytes", value::integer(1024..=1 << 20)).unwrap_or(default.head_bytes),
+        headers: section.read("headers", value::integer(16..=1024)).unwrap_or(default.headers),
+        body_bytes: section.read("body_bytes", value::integer(1..=1 << 40)).unwrap_or(default.body_bytes),
+        body_memory_bytes: section
+            .read("body_memory_bytes", value::integer(0..=1 << 30))
+            .unwrap_or(default.body_memory_bytes),
+    };
+    // The default of one must not turn a smaller value of the other into an error.
+    if section.has("body_memory_bytes") && limits.body_memory_bytes as u64 > limits.body_bytes {
+        let expected = format_args!("at most limits.body_bytes ({})", limits.body_bytes);
+        section.reject("body_memory_bytes", limits.body_memory_bytes, expected);
+    }
+    limits
+}
+
+fn timeouts(section: &mut Section<'_>) -> Timeouts {
+    let default = Timeouts::default();
+    Timeouts {
+        head: section.read("head", value::duration).unwrap_or(default.head),
+        body: section.read("body", value::duration).unwrap_or(default.body),
+        keep_alive: section.read("keep_alive", value::duration).unwrap_or(default.keep_alive),
+        connect: section.read("connect", value::duration).unwrap_or(default.connect),
+        first_byte: section.read("first_byte", value::duration_or_off).unwrap_or(default.first_byte),
+        idle: section.read("idle", value::duration_or_off).unwrap_or(default.idle),
+        endpoint_keep_alive: section
+            .read("endpoint_keep_alive", value::duration)
+            .unwrap_or(default.endpoint_keep_alive),
+        drain: section.read("drain", value::duration).unwrap_or(default.drain),
+    }
+}
+
+fn bbr(section: &mut Section<'_>) -> Bbr {
+    let default = Bbr::default();
+    Bbr {
+        enabled: section.read("enabled", value::boolean).unwrap_or(default.enabled),
+        header: section.read("header", value::header_name).unwrap_or(default.header),
+        default_model: section.read("default_model", value::non_empty),
+    }
+}
+
+fn steering(section: &mut Section<'_>, overrides: &Overrides) -> Steering {
+    const MODES: &[(&str, SteeringMode)] =
+        &[("auto", SteeringMode::Auto), ("ingress", SteeringMode::Ingress), ("off", SteeringMode::Off)];
+    let default = Steering::default();
+    let mode = section.read("mode", value::one_of(MODES));
+    let buffer = || value::integer(16_384..=64 * MIB);
+    let steering = Steering {
+        mode: overrides.steering.or(mode).unwrap_or(default.mode),
+        min_bytes: section.read("min_bytes", value::integer(0..=1 << 40)).unwrap_or(default.min_bytes),
+        max_remote_bytes: section
+            .read("max_remote_bytes", value::integer(0..=1 << 40))
+            .unwrap_or(default.max_remote_bytes),
+        client_send_buffer: section.read("client_send_buffer", buffer()).unwrap_or(default.client_send_buffer),
+        endpoint_receive_buffer: section
+            .read("endpoint_receive_buffer", buffer())
+            .unwrap_or(default.endpoint_receive_buffer),
+        max_flows: section.read("max_flows", value::integer(1..=1_048_576)).unwrap_or(default.max_flows),
+    };
+    // 0 is the way to say "nothing remote"; between 0 and min_bytes the two only contradict each other.
+    if (1..steering.min_bytes).contains(&steering.max_remote_bytes) {
+        let expected = format_args!("0, or at least steering.min_bytes ({})", steering.min_bytes);
+        section.reject("max_remote_bytes", steering.max_remote_bytes, expected);
+    }
+    steering
+}

@@ -1,0 +1,396 @@
+//! Good files give what they say; bad files give exactly these messages.
+
+use std::time::Duration;
+
+use super::*;
+
+const POOL: &str = "[[pools]]\nname = \"a\"\nendpoints = [\"127.0.0.1:8000\"]\n";
+
+fn pool() -> Pool {
+    Pool::new("a", vec!["127.0.0.1:8000".parse().unwrap()])
+}
+
+fn messages(text: &str) -> Vec<String> {
+    let errors = Config::parse(text, "p.toml").expect_err(text);
+    errors.iter().map(ToString::to_string).collect()
+}
+
+/// One error for one bad line, put in front of (a section) or behind (keys of the pool) a good pool.
+#[track_caller]
+fn assert_message(text: &str, expected: &str) {
+    assert_eq!(messages(text), [expected], "{text}");
+}
+
+#[test]
+fn a_pool_is_enough() {
+    assert_eq!(Config::parse(POOL, "p.toml").unwrap(), Config::new(vec![pool()]));
+}
+
+#[test]
+fn the_default_file_is_the_defaults() {
+    let pool = Pool::new("default", vec!["127.0.0.1:8000".parse().unwrap()]);
+    assert_eq!(Config::parse(&default_toml(), "p.toml").unwrap(), Config::new(vec![pool]));
+}
+
+/// The default file with its commented settings switched on: `#key = …` and `#[[section]]`, but not `# prose`.
+fn everything_on() -> String {
+    let text = default_toml();
+    let lines = text.lines().map(|line| match line.strip_prefix('#') {
+        Some(setting) if !setting.starts_with(' ') => format!("{setting}\n"),
+        _ => format!("{line}\n"),
+    });
+    lines.collect::<String>().replace("kind = \"builtin\"", "kind = \"epp\"").replace("\"closed\"", "\"open\"")
+}
+
+#[test]
+fn the_commented_settings_of_the_default_file_are_the_defaults() {
+    let text = everything_on().replace("ca_file = ", "#").replace("server_name = ", "#");
+    let config = Config::parse(&text, "p.toml").unwrap();
+    assert_eq!(config.pools[0].picker, Picker::Epp(Epp::new("127.0.0.1:9002")));
+    assert_eq!(config.pools[0].default_upstream, Some("127.0.0.1:8001".parse().unwrap()));
+    let route = Route {
+        host: Some("llm.example.com".into()),
+        path_prefix: Some("/v1".into()),
+        model: Some("llama-3.1-8b".into()),
+        pool: "default".into(),
+    };
+    assert_eq!(config.routes, [route]);
+}
+
+#[test]
+fn the_default_file_has_every_key() {
+    let text = everything_on();
+    let mut sections = 0;
+    for (at, header) in text.match_indices("\n[").map(|(at, _)| (at, text[at + 1..].lines().next().unwrap())) {
+        // An unknown key makes the reader list those it knows.
+        let body = at + 1 + header.len();
+        let probed = format!("{}\nno_such_key = 1{}", &text[..body], &text[body..]);
+        let messages = messages(&probed);
+        let known = messages.iter().find_map(|message| message.split_once("found an unknown key, expected one of "));
+        let (_, known) = known.unwrap_or_else(|| panic!("{header}: {messages:?}"));
+        let section = &text[body..];
+        let section = &section[..section.find("\n[").unwrap_or(section.len())];
+        for key in known.split(", ").filter(|key| *key != "picker") {
+            assert!(section.lines().any(|line| line.starts_with(&format!("{key} = "))), "{header} lacks {key}");
+        }
+        sections += 1;
+    }
+    assert_eq!(sections, 9);
+    assert_eq!(
+        messages(&format!("top = 1\n{text}"))[0],
+        "p.toml:1: top: found an unknown key, expected one of listen, admin, limits, timeouts, bbr, steering, pools, routes"
+    );
+}
+
+#[test]
+fn every_setting_is_read() {
+    let text = r#"
+        [listen]
+        address = "[::1]:80"
+        workers = 3
+        max_connections = 1_000
+        [admin]
+        address = "127.0.0.1:0"
+        [limits]
+        head_bytes = 0x400
+        headers = 16
+        body_bytes = 5
+        body_memory_bytes = 4
+        [timeouts]
+        head = "1ms"
+        body = "2s"
+        keep_alive = "3m"
+        connect = "4h"
+        first_byte = "off"
+        idle = "off"
+        endpoint_keep_alive = "5s"
+        drain = "24h"
+        [bbr]
+        enabled = false
+        header = "X-Model"
+        default_model = "m"
+        [steering]
+        mode = "ingress"
+        min_bytes = 1
+        max_remote_bytes = 0
+        client_send_buffer = 16384
+        endpoint_receive_buffer = 67108864
+        max_flows = 7
+        [[pools]]
+        name = "team/gpu"
+        failure_mode = "open"
+        default_upstream = "127.0.0.2:1"
+        passthrough = true
+        picker = { kind = "epp", address = "epp.svc:9002", tls = "insecure", connect_timeout = "2s", decision_timeout = "3s", response_timeout = "off", header = "x-pick" }
+    "#;
+    let pool = Pool {
+        name: "team/gpu".into(),
+        endpoints: vec![],
+        failure_mode: FailureMode::Open,
+        default_upstream: Some("127.0.0.2:1".parse().unwrap()),
+        passthrough: true,
+        picker: Picker::Epp(Epp {
+            address: "epp.svc:9002".into(),
+            tls: EppTls::Insecure,
+            connect_timeout: Duration::from_secs(2),
+            decision_timeout: Duration::from_secs(3),
+            response_timeout: None,
+            header: http::HeaderName::from_static("x-pick"),
+        }),
+    };
+    let expected = Config {
+        listen: Listen { address: "[::1]:80".parse().unwrap(), workers: 3, max_connections: 1000 },
+        admin: Admin { address: "127.0.0.1:0".parse().unwrap() },
+        limits: Limits { head_bytes: 1024, headers: 16, body_bytes: 5, body_memory_bytes: 4 },
+        timeouts: Timeouts {
+            head: Duration::from_millis(1),
+            body: Duration::from_secs(2),
+            keep_alive: Duration::from_secs(180),
+            connect: Duration::from_secs(4 * 3600),
+            first_byte: None,
+            idle: None,
+            endpoint_keep_alive: Duration::from_secs(5),
+            drain: Duration::from_secs(24 * 3600),
+        },
+        bbr: Bbr { enabled: false, header: http::HeaderName::from_static("x-model"), default_model: Some("m".into()) },
+        steering: Steering {
+            mode: SteeringMode::Ingress,
+            min_bytes: 1,
+            max_remote_bytes: 0,
+            client_send_buffer: 16_384,
+            endpoint_receive_buffer: 67_108_864,
+            max_flows: 7,
+        },
+        pools: vec![pool],
+        routes: vec![],
+    };
+    assert_eq!(Config::parse(text, "p.toml").unwrap(), expected);
+}
+
+#[test]
+fn bad_sections() {
+    const DURATION: &str = r#"a duration such as "250ms", "4s", "5m" or "1h", from 1ms to 24h"#;
+    let cases = [
+        ("[listen]\naddress = \"localhost:8080\"", r#"p.toml:2: listen.address: found "localhost:8080", expected ip:port, such as "0.0.0.0:8080" or "[::]:8080""#.to_owned()),
+        ("[listen]\n\nworkers = -1", "p.toml:3: listen.workers: found -1, expected an integer from 0 to 1024".to_owned()),
+        ("[listen]\nport = 1", "p.toml:2: listen.port: found an unknown key, expected one of address, workers, max_connections".to_owned()),
+        ("listen = 5", "p.toml:1: listen: found 5, expected a section".to_owned()),
+        ("[admin]\naddress = \"127.0.0.1:8080\"", "p.toml:2: admin.address: found 127.0.0.1:8080, expected another port than listen.address (0.0.0.0:8080)".to_owned()),
+        ("[limits]\nhead_bytes = 100", "p.toml:2: limits.head_bytes: found 100, expected an integer from 1024 to 1048576".to_owned()),
+        ("[limits]\nheaders = 1.5", "p.toml:2: limits.headers: found 1.5, expected an integer from 16 to 1024".to_owned()),
+        ("[limits]\nbody_bytes = 10\nbody_memory_bytes = 11", "p.toml:3: limits.body_memory_bytes: found 11, expected at most limits.body_bytes (10)".to_owned()),
+        ("[timeouts]\nhead = 10", format!("p.toml:2: timeouts.head: found 10, expected {DURATION}")),
+        ("[timeouts]\nhead = \"0s\"", format!("p.toml:2: timeouts.head: found \"0s\", expected {DURATION}")),
+        ("[timeouts]\nhead = \"1.5s\"", format!("p.toml:2: timeouts.head: found \"1.5s\", expected {DURATION}")),
+        ("[timeouts]\nhead = \"off\"", format!("p.toml:2: timeouts.head: found \"off\", expected {DURATION}")),
+        ("[timeouts]\nhead = \"99999999999999999999h\"", format!("p.toml:2: timeouts.head: found \"99999999999999999999h\", expected {DURATION}")),
+        ("[timeouts]\nidle = false", format!("p.toml:2: timeouts.idle: found false, expected \"off\" or {DURATION}")),
+        ("[bbr]\nenabled = \"yes\"", r#"p.toml:2: bbr.enabled: found "yes", expected true or false"#.to_owned()),
+        ("[bbr]\nheader = \"Content-Length\"", r#"p.toml:2: bbr.header: found "Content-Length", expected the name of a header that does not frame the message"#.to_owned()),
+        ("[bbr]\ndefault_model = \"\"", r#"p.toml:2: bbr.default_model: found "", expected a text that is not empty"#.to_owned()),
+        ("[steering]\nmode = \"on\"", r#"p.toml:2: steering.mode: found "on", expected "auto" or "ingress" or "off""#.to_owned()),
+        ("[steering]\nmin_bytes = 10\nmax_remote_bytes = 9", "p.toml:3: steering.max_remote_bytes: found 9, expected 0, or at least steering.min_bytes (10)".to_owned()),
+        ("[steering]\nclient_send_buffer = 1", "p.toml:2: steering.client_send_buffer: found 1, expected an integer from 16384 to 67108864".to_owned()),
+        ("[steering]\nendpoint_receive_buffer = 99999999999", "p.toml:2: steering.endpoint_receive_buffer: found 99999999999, expected an integer from 16384 to 67108864".to_owned()),
+        ("[steering]\nmax_flows = 0", "p.toml:2: steering.max_flows: found 0, expected an integer from 1 to 1048576".to_owned()),
+    ];
+    for (section, expected) in cases {
+        assert_message(&format!("{section}\n{POOL}"), &expected);
+    }
+}
+
+#[test]
+fn bad_pools() {
+    let cases = [
+        ("", "p.toml:1: pools: found none, expected at least one [[pools]] section"),
+        ("pools = [1]", "p.toml:1: pools: found 1, expected [[pools]] sections"),
+        (
+            "[[pools]]\nendpoints = [\"127.0.0.1:8000\"]",
+            "p.toml:1: pools[0].name: found nothing, expected the name of the pool",
+        ),
+        (
+            "[[pools]]\nname = \"a b\"\nendpoints = [\"127.0.0.1:8000\"]",
+            r#"p.toml:2: pools[0].name: found "a b", expected 1 to 253 letters, digits or any of . _ - /"#,
+        ),
+        (
+            "[[pools]]\nname = \"a\"",
+            r#"p.toml:1: pools[0].endpoints: found none, expected at least one, or picker.kind = "epp" with passthrough = true"#,
+        ),
+        (
+            "[[pools]]\nname = \"a\"\npassthrough = true",
+            r#"p.toml:1: pools[0].endpoints: found none, expected at least one, or picker.kind = "epp" with passthrough = true"#,
+        ),
+        (
+            "[[pools]]\nname = \"a\"\nendpoints = \"127.0.0.1:8000\"",
+            r#"p.toml:3: pools[0].endpoints: found "127.0.0.1:8000", expected an array of ip:port"#,
+        ),
+        (
+            "[[pools]]\nname = \"a\"\nendpoints = [\n  \"127.0.0.1:8000\",\n  \"127.0.0.1:0\",\n]",
+            r#"p.toml:5: pools[0].endpoints[1]: found "127.0.0.1:0", expected ip:port of a server, such as "10.0.0.7:8000" or "[fd00::7]:8000""#,
+        ),
+        (
+            "[[pools]]\nname = \"a\"\nendpoints = [\"127.0.0.1:8000\",\n\"127.0.0.1:8000\"]",
+            r#"p.toml:4: pools[0].endpoints[1]: found "127.0.0.1:8000" again, expected each endpoint once"#,
+        ),
+        (
+            "[[pools]]\nname = \"a\"\nendpoints = [\"127.0.0.1:8080\"]",
+            r#"p.toml:3: pools[0].endpoints[0]: found "127.0.0.1:8080", expected another server than listen.address (0.0.0.0:8080)"#,
+        ),
+    ];
+    for (text, expected) in cases {
+        assert_message(text, expected);
+    }
+    let cases = [
+        (
+            "[[pools]]\nname = \"a\"\nendpoints = [\"127.0.0.1:8001\"]",
+            r#"p.toml:5: pools[1].name: found "a" again, expected a name that no other pool has"#,
+        ),
+        (
+            "default_upstream = \"127.0.0.1:1\"",
+            r#"p.toml:4: pools[0].default_upstream: found failure_mode "closed", which never uses it, expected failure_mode = "open""#,
+        ),
+        ("failure_mode = \"ajar\"", r#"p.toml:4: pools[0].failure_mode: found "ajar", expected "open" or "closed""#),
+        ("picker.kind = \"random\"", r#"p.toml:4: pools[0].picker.kind: found "random", expected "builtin" or "epp""#),
+        ("picker = \"epp\"", r#"p.toml:4: pools[0].picker: found "epp", expected a section"#),
+        (
+            "[pools.picker]\naddress = \"epp:9002\"",
+            r#"p.toml:5: pools[0].picker.address: found a setting of an EPP, expected kind = "epp" beside it"#,
+        ),
+        (
+            "[pools.picker]\nkind = \"epp\"",
+            "p.toml:4: pools[0].picker.address: found nothing, expected host:port of the EPP",
+        ),
+    ];
+    for (more, expected) in cases {
+        assert_message(&format!("{POOL}{more}"), expected);
+    }
+}
+
+#[test]
+fn bad_epps() {
+    const HOST_PORT: &str = r#"expected host:port, such as "epp.default.svc:9002""#;
+    for address in ["epp", "epp:0", ":9002", "http://epp:9002", "user@epp:9002", "epp:99999", ""] {
+        assert_message(
+            &format!("{POOL}[pools.picker]\nkind = \"epp\"\naddress = \"{address}\""),
+            &format!("p.toml:6: pools[0].picker.address: found \"{address}\", {HOST_PORT}"),
+        );
+    }
+    let cases = [
+        ("tls = \"on\"", r#"tls: found "on", expected "off" or "insecure" or "ca""#),
+        ("tls = \"ca\"", "ca_file: found nothing, expected the file with the CA's certificate"),
+        ("ca_file = \"ca.pem\"", r#"ca_file: found a setting that nothing uses, expected tls = "ca" beside it"#),
+        (
+            "tls = \"insecure\"\nserver_name = \"a\"",
+            r#"server_name: found a setting that nothing uses, expected tls = "ca" beside it"#,
+        ),
+        ("header = \"a b\"", r#"header: found "a b", expected the name of a header that does not frame the message"#),
+    ];
+    for (more, expected) in cases {
+        let messages = messages(&format!("{POOL}[pools.picker]\nkind = \"epp\"\naddress = \"[::1]:1\"\n{more}"));
+        assert_eq!(messages.len(), 1, "{messages:?}");
+        assert_eq!(messages[0].split_once(": pools[0].picker.").unwrap().1, expected);
+    }
+}
+
+#[test]
+fn a_pool_that_opens_needs_a_place_to_send_to() {
+    assert_message(
+        "[[pools]]\nname = \"a\"\nfailure_mode = \"open\"\npassthrough = true\npicker = { kind = \"epp\", address = \"e:1\" }",
+        r#"p.toml:3: pools[0].failure_mode: found "open" without a place to send to, expected endpoints or default_upstream"#,
+    );
+}
+
+#[test]
+fn bad_routes() {
+    let cases = [
+        ("[[routes]]\nhost = \"a\"", r#"p.toml:4: routes[0].pool: found nothing, expected the name of a pool"#),
+        ("[[routes]]\npool = \"b\"", r#"p.toml:5: routes[0].pool: found "b", expected one of a"#),
+        (
+            "[[routes]]\npool = \"a\"\nhost = \"llm:80\"",
+            r#"p.toml:6: routes[0].host: found "llm:80", expected a host without port, such as "llm.example.com""#,
+        ),
+        (
+            "[[routes]]\npool = \"a\"\npath_prefix = \"v1\"",
+            r#"p.toml:6: routes[0].path_prefix: found "v1", expected a path that starts with "/", without query"#,
+        ),
+        (
+            "[[routes]]\npool = \"a\"\n[[routes]]\npool = \"a\"\nmodel = \"m\"",
+            "p.toml:7: routes[1].pool: found a route that routes[0] always wins over, expected the narrower route first",
+        ),
+    ];
+    for (more, expected) in cases {
+        assert_message(&format!("{POOL}{more}"), expected);
+    }
+}
+
+#[test]
+fn everything_wrong_is_reported_in_the_order_of_the_file() {
+    let text =
+        "[limits]\nheaders = 1\nhead = 2\n[timeouts]\ndrain = 3\n[[pools]]\nname = \"a\"\n[[routes]]\npool = \"b\"";
+    let places: Vec<String> = messages(text).iter().map(|m| m.split(": found").next().unwrap().to_owned()).collect();
+    let expected = [
+        "p.toml:2: limits.headers",
+        "p.toml:3: limits.head",
+        "p.toml:5: timeouts.drain",
+        "p.toml:6: pools[0].endpoints",
+        "p.toml:9: routes[0].pool",
+    ];
+    assert_eq!(places, expected);
+}
+
+#[test]
+fn broken_toml_names_the_line() {
+    for (text, line) in [("[listen\n", 1), ("[listen]\nworkers = \n", 2), ("[a]\nb = 1\nb = 2\n", 3)] {
+        let message = &messages(text)[0];
+        assert!(message.starts_with(&format!("p.toml:{line}: not valid TOML: ")), "{message}");
+    }
+}
+
+#[test]
+fn overrides_win_and_are_checked() {
+    let overrides = Overrides {
+        listen: Some("127.0.0.1:1".parse().unwrap()),
+        admin: Some("127.0.0.1:2".parse().unwrap()),
+        steering: Some(SteeringMode::Off),
+    };
+    let config = Config::parse_with(POOL, "p.toml", &overrides).unwrap();
+    assert_eq!(config.listen.address.port(), 1);
+    assert_eq!(config.admin.address.port(), 2);
+    assert_eq!(config.steering.mode, SteeringMode::Off);
+
+    let colliding = Overrides { listen: Some("127.0.0.1:9901".parse().unwrap()), ..Overrides::default() };
+    let errors = Config::parse_with(POOL, "p.toml", &colliding).unwrap_err();
+    assert_eq!(
+        errors.to_string(),
+        "p.toml:1: admin.address: found 127.0.0.1:9901, expected another port than listen.address (127.0.0.1:9901)"
+    );
+}
+
+#[test]
+fn files_are_found_beside_the_configuration() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("penstock.toml");
+    let ca = folder.path().join("ca.pem");
+    let tls = format!("{POOL}[pools.picker]\nkind = \"epp\"\naddress = \"e:1\"\ntls = \"ca\"\nca_file = \"ca.pem\"\n");
+    std::fs::write(&path, tls).unwrap();
+
+    let error = Config::load(&path).unwrap_err().to_string();
+    assert!(
+        error.starts_with(&format!("{}:8: pools[0].picker.ca_file: found {} (", path.display(), ca.display())),
+        "{error}"
+    );
+    assert!(error.ends_with("), expected a PEM file with a certificate"), "{error}");
+
+    std::fs::write(&ca, "not a certificate").unwrap();
+    assert!(Config::load(&path).is_err());
+
+    let certificate = rcgen::generate_simple_self_signed(["e".to_owned()]).unwrap();
+    std::fs::write(&ca, certificate.cert.pem()).unwrap();
+    let config = Config::load(&path).unwrap();
+    let Picker::Epp(epp) = &config.pools[0].picker else { panic!("{config:?}") };
+    assert_eq!(epp.tls, EppTls::Ca { file: ca, server_name: None });
+
+    let missing = folder.path().join("missing.toml");
+    let error = Config::load(&missing).unwrap_err().to_string();
+    assert!(error.starts_with(&format!("{}: cannot be read: ", missing.display())), "{error}");
+}

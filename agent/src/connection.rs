@@ -1,0 +1,82 @@
+//! A client's connection: one request after the other, until one side has enough.
+
+use std::{io, net::SocketAddr};
+
+use bytes::BytesMut;
+use tokio::time::{Instant, timeout_at};
+use tokio::net::TcpStream;
+
+use crate::{
+    client::ClientSocket,
+    error::Error,
+    http::{
+        head::HeadLimits,
+        request::{RequestHead, parse_request},
+    },
+    proxy::{self, After},
+    worker::Worker,
+};
+
+/// First read of a connection; larger heads grow the buffer up to the configured limit.
+const READ: usize = 4096;
+
+/// Serves the connection to its end.
+pub async fn serve(worker: &Worker, stream: TcpStream, peer: SocketAddr) {
+    // Fails only when the client has left already.
+    let Ok(mut client) = ClientSocket::new(stream) else { return };
+    let mut buf = BytesMut::new();
+    loop {
+        let head = tokio::select! {
+            biased;
+            head = read_head(worker, &mut client, &mut buf) => head,
+            // Between requests nothing is lost by closing.
+            () = worker.shared.draining.cancelled(), if buf.is_empty() => return client.close().await,
+        };
+        let after = match head {
+            Ok(Some(head)) => proxy::run(worker, &mut client, &mut buf, head, peer).await,
+            Ok(None) => return client.close().await,
+            Err(error) => {
+                proxy::refuse(worker, &mut client, &error).await;
+                After::Close
+            }
+        };
+        match after {
+            After::Next if !worker.shared.draining.is_cancelled() => {}
+            After::Next | After::Close => return client.close().await,
+            After::Abort => return client.abort().await,
+        }
+    }
+}
+
+/// Reads the next request's head; `None` when the client has no more, or nothing to say for too long.
+async fn read_head(worker: &Worker, client: &mut ClientSocket, buf: &mut BytesMut) -> Result<Option<RequestHead>, Error> {
+    let config = &worker.shared.config;
+    let limits = HeadLimits { bytes: config.limits.head_bytes, headers: config.limits.headers };
+    let mut begun: Option<Instant> = (!buf.is_empty()).then(Instant::now);
+    let idle = Instant::now() + config.timeouts.keep_alive;
+    loop {
+        if begun.is_some()
+            && let Some((head, length)) = parse_request(buf, &limits)?
+        {
+            let _ = buf.split_to(length);
+            return Ok(Some(head));
+        }
+        if buf.capacity() - buf.len() < READ / 4 {
+            buf.reserve(READ);
+        }
+        let until = begun.map_or(idle, |begun| begun + config.timeouts.head);
+        match timeout_at(until, client.read(buf)).await {
+            Err(_) if begun.is_some() => return Err(Error::HeadTimeout(config.timeouts.head)),
+            Err(_) => return Ok(None),
+            Ok(Ok(0)) if begun.is_some() => return Err(Error::HeadCut),
+            Ok(Ok(0)) => return Ok(None),
+            Ok(Ok(_)) => begun = begun.or_else(|| Some(Instant::now())),
+            Ok(Err(error)) => return gone(&error),
+        }
+    }
+}
+
+fn gone(error: &io::Error) -> Result<Option<RequestHead>, Error> {
+    tracing::trace!(%error, "client connection");
+    Err(Error::ClientGone)
+}

@@ -1,0 +1,207 @@
+//! Delivering a response body: from the endpoint's connection to the client's, through the kernel where that was chosen and
+//! through user space where not, with the same bytes either way.
+//!
+//! Given both connections, the framing, and the bytes read behind the head, it ends when the message does or when something
+//! breaks. In between it hands the flow to the kernel whenever user space holds nothing, and takes it back when the kernel
+//! stops. Dropping the future breaks the delivery off: both connections can then only be closed.
+
+mod span;
+
+use std::time::Duration;
+
+use bytes::BytesMut;
+use penstock_common::framing::Framing;
+use tokio::time::Instant;
+
+use crate::{client::ClientSocket, endpoint::connection::EndpointConnection, kernel::socket::monotonic_ns};
+
+/// First read buffer; it grows towards the largest while reads fill it.
+const MIN_BUFFER: usize = 16 * 1024;
+const MAX_BUFFER: usize = 256 * 1024;
+
+/// How a delivery ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// Every byte of the message is written or redirected. `reusable`: the endpoint connection may take another request.
+    Complete { reusable: bool },
+    /// The client has left or its connection broke.
+    ClientGone,
+    /// The endpoint closed or reset inside the message, or sent something that is no message.
+    Broken,
+    /// No byte came for the idle time.
+    Idle,
+}
+
+/// What was carried, and by whom.
+#[derive(Debug, Default, Clone)]
+pub struct Account {
+    pub relayed: u64,
+    pub steered: u64,
+    /// Pieces that user space wrote, and segments that the kernel redirected.
+    pub pieces: u64,
+    pub segments: u64,
+    /// Times at which the kernel gave the flow back before the end, by reason.
+    pub stops: Vec<u32>,
+    /// First and last byte of the body, CLOCK_MONOTONIC ns; 0: none.
+    pub first_ns: u64,
+    pub last_ns: u64,
+}
+
+impl Account {
+    fn stamp(&mut self, first: u64, last: u64) {
+        if self.first_ns == 0 {
+            self.first_ns = first;
+        }
+        self.last_ns = self.last_ns.max(last);
+    }
+}
+
+/// What the kernel needs for its part.
+#[derive(Debug, Clone, Copy)]
+pub struct Target {
+    /// The client's key in the target map.
+    pub key: u64,
+    /// Its send buffer, bytes.
+    pub send_buffer: u32,
+}
+
+pub struct Delivery<'a> {
+    pub client: &'a mut ClientSocket,
+    pub endpoint: &'a mut EndpointConnection,
+    /// The body, from the first byte of `pending` on.
+    pub framing: Framing,
+    /// The response head, or nothing: goes out before the body, with its first bytes where there are any.
+    pub lead: BytesMut,
+    /// Read from the endpoint and not yet written.
+    pub pending: BytesMut,
+    /// Set when the kernel is to carry what it can.
+    pub target: Option<Target>,
+    /// Decode chunked for a client that does not know it.
+    pub decode: bool,
+    pub idle: Option<Duration>,
+    pub account: Account,
+    /// After a stop for want of room: relay until the client has caught up.
+    hold: bool,
+}
+
+impl<'a> Delivery<'a> {
+    pub fn new(
+        client: &'a mut ClientSocket,
+        endpoint: &'a mut EndpointConnection,
+        framing: Framing,
+        pending: BytesMut,
+        idle: Option<Duration>,
+    ) -> Self {
+        let account = Account::default();
+        let lead = BytesMut::new();
+        Self { client, endpoint, framing, lead, pending, target: None, decode: false, idle, account, hold: false }
+    }
+
+    /// Delivers the whole body.
+    pub async fn run(&mut self) -> End {
+        if let (Some(_), Some(source)) = (self.target, self.endpoint.source()) {
+            source.slot().begin_message();
+        }
+        loop {
+            let step = match self.forward().await {
+                Err(end) => Err(end),
+                Ok(()) if self.framing.is_invalid() => Err(End::Broken),
+                Ok(()) if self.framing.is_done() => Err(End::Complete { reusable: self.pending.is_empty() }),
+                Ok(()) => match self.armable() {
+                    Some(target) => self.span(target).await,
+                    None => self.read().await,
+                },
+            };
+            if let Err(end) = step {
+                return end;
+            }
+        }
+    }
+
+    /// Writes what user space holds, up to the end of the message. What lies behind that stays in `pending`.
+    async fn forward(&mut self) -> Result<(), End> {
+        let mut lead = std::mem::take(&mut self.lead);
+        while !self.pending.is_empty() && !self.framing.is_done() && !self.framing.is_invalid() {
+            let (taken, payload) = if self.decode {
+                let (taken, payload) = self.framing.next(&self.pending);
+                (taken, payload.unwrap_or_default())
+            } else {
+                let taken = self.framing.feed(&self.pending);
+                (taken, &self.pending[..taken])
+            };
+            let out = if lead.is_empty() {
+                payload
+            } else {
+                lead.extend_from_slice(payload);
+                &lead
+            };
+            write(self.client, out, self.idle).await?;
+            lead.clear();
+            let _ = self.pending.split_to(taken);
+            let now = monotonic_ns();
+            self.account.stamp(now, now);
+            self.account.relayed += taken as u64;
+            self.account.pieces += 1;
+        }
+        if lead.is_empty() { Ok(()) } else { write(self.client, &lead, self.idle).await }
+    }
+
+    /// The target, when the kernel may take over now: nothing is held here or let through unread, and the client has
+    /// caught up since the last stop for want of room.
+    fn armable(&mut self) -> Option<Target> {
+        let target = self.target?;
+        if self.endpoint.source()?.slot().passed() != self.endpoint.consumed {
+            return None;
+        }
+        if self.hold && self.client.send_queue().is_ok_and(|queued| queued > target.send_buffer / 4) {
+            return None;
+        }
+        self.hold = false;
+        Some(target)
+    }
+
+    /// Reads more, as user space.
+    async fn read(&mut self) -> Result<(), End> {
+        self.make_room();
+        let (client, endpoint, pending) = (&*self.client, &mut *self.endpoint, &mut self.pending);
+        let idle = async {
+            match self.idle {
+                Some(idle) => tokio::time::sleep_until(Instant::now() + idle).await,
+                None => std::future::pending().await,
+            }
+        };
+        let received = tokio::select! {
+            biased;
+            received = endpoint.read(pending) => received,
+            () = client.gone() => return Err(End::ClientGone),
+            () = idle => return Err(End::Idle),
+        };
+        match received {
+            Ok(0) => Err(self.end_of_stream()),
+            Ok(_) => Ok(()),
+            Err(_) => Err(End::Broken),
+        }
+    }
+
+    fn end_of_stream(&self) -> End {
+        if self.framing.may_close() { End::Complete { reusable: false } } else { End::Broken }
+    }
+
+    /// Spare capacity for the next read.
+    fn make_room(&mut self) {
+        let filled = self.pending.capacity() == 0 && self.account.relayed >= MAX_BUFFER as u64;
+        if self.pending.capacity() - self.pending.len() < MIN_BUFFER {
+            self.pending.reserve(if filled { MAX_BUFFER } else { MIN_BUFFER });
+        }
+    }
+}
+
+/// Writes all of it, in the idle time at most.
+async fn write(client: &mut ClientSocket, out: &[u8], idle: Option<Duration>) -> Result<(), End> {
+    let write = client.write_all(out);
+    match idle {
+        Some(idle) => tokio::time::timeout(idle, write).await.map_err(|_| End::Idle)?,
+        None => write.await,
+    }
+    .map_err(|_| End::ClientGone)
+}

@@ -1,0 +1,111 @@
+//! One span in the kernel: arm, sleep, take back.
+//!
+//! The order is what keeps bytes in order. Arm first, then read once more: the read waits for any verdict in progress, so
+//! when it finds nothing, every later verdict sees the arming, and every stop sends an event. When it finds bytes, the
+//! kernel refuses the arming by itself (they count as passed) or has stopped already, and user space goes on.
+
+use std::{future::poll_fn, io};
+
+use penstock_common::slot::stop;
+use tokio::time::Instant;
+
+use super::{Delivery, End, Target};
+use crate::kernel::{slots::SlotRef, socket::monotonic_ns};
+
+/// What ended the wait for the kernel.
+enum Wake {
+    Released,
+    Endpoint,
+    Client,
+    Idle,
+}
+
+impl Delivery<'_> {
+    /// Lets the kernel carry what it can. `Ok` goes on in user space.
+    pub(super) async fn span(&mut self, target: Target) -> Result<(), End> {
+        // The kernel's account of the target begins with the arming: nothing may be on its way from an earlier span.
+        self.client.settle().await.map_err(|_| End::ClientGone)?;
+        let before = self.slot()?.redirected();
+        let segments = self.slot()?.segments();
+        self.slot()?.arm(target.key, self.framing, self.endpoint.consumed, true);
+        self.make_room();
+        let result = match self.endpoint.read_now(&mut self.pending) {
+            // Bytes that had been let through, or the end of the stream: the kernel redirects nothing any more.
+            Ok(n) => Ok(if n == 0 { Some(Wake::Endpoint) } else { None }),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.sleep().await.map(Some),
+            Err(error) => Err(error),
+        };
+        let slot = self.slot()?;
+        if !slot.is_released() {
+            slot.disarm();
+        }
+        self.take_back(before, segments)?;
+        match result {
+            Ok(None | Some(Wake::Released)) => Ok(()),
+            // An error or the end: the next read tells which. What was redirected is on its way.
+            Ok(Some(Wake::Endpoint)) => self.read().await,
+            Ok(Some(Wake::Client)) => Err(End::ClientGone),
+            Ok(Some(Wake::Idle)) => Err(End::Idle),
+            Err(_) => Err(End::Broken),
+        }
+    }
+
+    fn slot(&self) -> Result<SlotRef<'_>, End> {
+        self.endpoint.source().map(|source| source.slot()).ok_or(End::Broken)
+    }
+
+    /// Enters the kernel's books into ours. The slot is released.
+    fn take_back(&mut self, before: u64, segments: u64) -> Result<(), End> {
+        let slot = self.slot()?;
+        let (steered, segments) = (slot.redirected() - before, slot.segments() - segments);
+        let (framing, stop, stamps) = (slot.framing(), slot.stop(), slot.stamps());
+        self.framing = framing;
+        self.client.add_redirected(steered);
+        self.account.steered += steered;
+        self.account.segments += segments;
+        if steered > 0 {
+            self.account.stamp(stamps.0, stamps.1);
+        }
+        if stop != 0 {
+            self.account.stops.push(stop);
+            self.hold = stop == stop::ROOM;
+        }
+        if stop == stop::TARGET {
+            self.target = None;
+        }
+        Ok(())
+    }
+
+    /// Sleeps until the kernel lets go of the slot, or one of the peers or the idle time ends it.
+    async fn sleep(&mut self) -> io::Result<Wake> {
+        self.endpoint.quiet()?;
+        let wake = self.wake().await;
+        self.endpoint.attentive()?;
+        Ok(wake)
+    }
+
+    async fn wake(&self) -> Wake {
+        let Some(source) = self.endpoint.source() else { return Wake::Endpoint };
+        tokio::select! {
+            biased;
+            () = poll_fn(|cx| source.poll_released(cx)) => Wake::Released,
+            () = self.client.gone() => Wake::Client,
+            () = self.endpoint.broken() => Wake::Endpoint,
+            () = self.idle_since_last(source.slot()) => Wake::Idle,
+        }
+    }
+
+    /// Resolves when the kernel has redirected nothing for the idle time.
+    async fn idle_since_last(&self, slot: SlotRef<'_>) {
+        let Some(idle) = self.idle else { return std::future::pending().await };
+        let mut since = monotonic_ns();
+        loop {
+            tokio::time::sleep_until(Instant::now() + idle).await;
+            let last = slot.stamps().1.max(since);
+            if monotonic_ns() - last >= idle.as_nanos() as u64 {
+                return;
+            }
+            since = last;
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! One connection to an endpoint: what was read of it, its slot where it can be steered, and the two ways of waiting on it.
+//!
+//! While user space reads, tokio watches for bytes. While the kernel redirects, each segment would wake the thread for
+//! nothing, so the socket is watched for errors only; bytes, FIN and the end of the message come as events of the slot.
+
+use std::{io, net::SocketAddr, rc::Rc, time::Duration};
+
+use bytes::BytesMut;
+use tokio::{
+    io::{AsyncWriteExt as _, Interest, unix::AsyncFd},
+    net::{TcpSocket, TcpStream},
+    time::Instant,
+};
+
+use crate::{
+    kernel::socket,
+    steer::{Source, WorkerSteering},
+};
+
+pub struct EndpointConnection {
+    // Before `source`: a slot outlives its socket.
+    io: Io,
+    source: Option<Source>,
+    pub address: SocketAddr,
+    /// The endpoint's address is on this machine.
+    pub local: bool,
+    /// Bytes that user space has read since the connection was made.
+    pub consumed: u64,
+    /// Requests sent on it.
+    pub requests: u64,
+    pub(super) idle_since: Instant,
+}
+
+enum Io {
+    Ready(TcpStream),
+    Quiet(AsyncFd<std::net::TcpStream>),
+    /// Only while one becomes the other, or after that has failed.
+    Gone,
+}
+
+fn gone() -> io::Error {
+    io::ErrorKind::NotConnected.into()
+}
+
+impl EndpointConnection {
+    /// Connects, and makes the connection known to the kernel before anything can arrive on it.
+    pub async fn connect(
+        address: SocketAddr,
+        timeout: Duration,
+        steering: Option<&Rc<WorkerSteering>>,
+        receive_buffer: u32,
+    ) -> io::Result<Self> {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        if steering.is_some() {
+            // What is let through while a client stalls waits here, so this bounds it. The kernel doubles the value.
+            socket.set_recv_buffer_size(receive_buffer / 2)?;
+        }
+        let stream = tokio::time::timeout(timeout, socket.connect(address)).await??;
+        stream.set_nodelay(true)?;
+        let local = address.ip().is_loopback() || stream.local_addr()?.ip() == address.ip();
+        let source = steering.and_then(|steering| match steering.register_source(&stream) {
+            Ok(source) => Some(source),
+            Err(error) => {
+                tracing::debug!(%address, %error, "endpoint connection cannot be steered");
+                None
+            }
+        });
+        let (consumed, requests, idle_since) = (0, 0, Instant::now());
+        Ok(Self { io: Io::Ready(stream), source, address, local, consumed, requests, idle_since })
+    }
+
+    pub fn source(&self) -> Option<&Source> {
+        self.source.as_ref()
+    }
+
+    fn ready(&self) -> io::Result<&TcpStream> {
+        match &self.io {
+            Io::Ready(stream) => Ok(stream),
+            _ => Err(gone()),
+        }
+    }
+
+    pub async fn write_all(&mut self, buf: &[u8]) -> io::Result<()> {
+        match &mut self.io {
+            Io::Ready(stream) => stream.write_all(buf).await,
+            _ => Err(gone()),
+        }
+    }
+
+    /// Reads what is there, at most the buffer's spare capacity; 0 is the end of the stream. Cancel-safe.
+    pub async fn read(&mut self, buf: &mut BytesMut) -> io::Result<usize> {
+        loop {
+            let stream = self.ready()?;
+            stream.readable().await?;
+            match stream.try_io(Interest::READABLE, || socket::receive_into(stream, buf)) {
+                Ok(n) => {
+                    self.consumed += n as u64;
+                    return Ok(n);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Reads what is there without waiting. Unlike tokio's readiness, the answer is the socket's own, and given after any
+    /// verdict that was in progress.
+    pub fn read_now(&mut self, buf: &mut BytesMut) -> io::Result<usize> {
+        let n = socket::receive_into(self.ready()?, buf)?;
+        self.consumed += n as u64;
+        Ok(n)
+    }
+
+    /// From now on, only errors wake us.
+    pub fn quiet(&mut self) -> io::Result<()> {
+        if let Io::Ready(stream) = std::mem::replace(&mut self.io, Io::Gone) {
+            self.io = Io::Quiet(socket::watch_errors(stream.into_std()?)?);
+        }
+        Ok(())
+    }
+
+    /// From now on, bytes wake us again.
+    pub fn attentive(&mut self) -> io::Result<()> {
+        match std::mem::replace(&mut self.io, Io::Gone) {
+            Io::Quiet(quiet) => self.io = Io::Ready(TcpStream::from_std(quiet.into_inner())?),
+            other => self.io = other,
+        }
+        Ok(())
+    }
+
+    /// Resolves when a quiet connection breaks. Cancel-safe.
+    pub async fn broken(&self) {
+        match &self.io {
+            Io::Quiet(quiet) => {
+                // Whatever is ready on a socket without urgent data is an error or a hang-up.
+                let _ = quiet.ready(Interest::PRIORITY).await;
+            }
+            _ => std::future::pending().await,
+        }
+    }
+
+    /// Nothing has come on an idle connection: neither its end nor bytes that nobody asked for.
+    pub(super) fn is_alive(&self) -> bool {
+        let Ok(stream) = self.ready() else { return false };
+        matches!(socket::peek(stream, &mut [0]), Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+    }
+}
+
+impl Drop for EndpointConnection {
+    fn drop(&mut self) {
+        // The kernel must not go on redirecting to a client that we are about to leave.
+        if let Some(source) = &self.source {
+            source.slot().disarm();
+        }
+    }
+}

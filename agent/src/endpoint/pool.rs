@@ -1,0 +1,75 @@
+//! Idle connections by endpoint, one pool for each worker. Last in, first out; none is kept longer than the limit, which
+//! stands below the model servers' own (uvicorn closes after 5 s).
+
+use std::{cell::RefCell, collections::HashMap, io, net::SocketAddr, rc::Rc, time::Duration};
+
+use tokio::time::Instant;
+
+use super::connection::EndpointConnection;
+use crate::steer::WorkerSteering;
+
+/// Idle connections kept for one endpoint.
+const MAX_IDLE: usize = 256;
+
+pub struct Pool {
+    idle: RefCell<HashMap<SocketAddr, Vec<EndpointConnection>>>,
+    steering: Option<Rc<WorkerSteering>>,
+    keep_alive: Duration,
+    connect_timeout: Duration,
+    receive_buffer: u32,
+}
+
+impl Pool {
+    pub fn new(
+        steering: Option<Rc<WorkerSteering>>,
+        keep_alive: Duration,
+        connect_timeout: Duration,
+        receive_buffer: u32,
+    ) -> Self {
+        Self { idle: RefCell::default(), steering, keep_alive, connect_timeout, receive_buffer }
+    }
+
+    pub fn steering(&self) -> Option<&Rc<WorkerSteering>> {
+        self.steering.as_ref()
+    }
+
+    /// An idle connection that has not been closed meanwhile.
+    pub fn reuse(&self, address: SocketAddr) -> Option<EndpointConnection> {
+        let mut idle = self.idle.borrow_mut();
+        let connections = idle.get_mut(&address)?;
+        while let Some(connection) = connections.pop() {
+            if connection.idle_since.elapsed() < self.keep_alive && connection.is_alive() {
+                return Some(connection);
+            }
+        }
+        idle.remove(&address);
+        None
+    }
+
+    /// A new connection. The error kinds are those of `connect(2)`, and `TimedOut`.
+    pub async fn connect(&self, address: SocketAddr) -> io::Result<EndpointConnection> {
+        EndpointConnection::connect(address, self.connect_timeout, self.steering.as_ref(), self.receive_buffer).await
+    }
+
+    /// Takes back a connection on which nothing is outstanding.
+    pub fn put(&self, mut connection: EndpointConnection) {
+        if connection.attentive().is_err() {
+            return;
+        }
+        connection.idle_since = Instant::now();
+        let mut idle = self.idle.borrow_mut();
+        let connections = idle.entry(connection.address).or_default();
+        if connections.len() == MAX_IDLE {
+            connections.remove(0);
+        }
+        connections.push(connection);
+    }
+
+    /// Closes what has been idle too long. Called about once a second.
+    pub fn sweep(&self) {
+        self.idle.borrow_mut().retain(|_, connections| {
+            connections.retain(|connection| connection.idle_since.elapsed() < self.keep_alive);
+            !connections.is_empty()
+        });
+    }
+}

@@ -1,0 +1,22 @@
+//! gRPC health: the names that proxies and kubelets ask pickers for. There is one replica, so it always leads and is ready.
+
+use penstock_proto::health::{
+    HealthCheckRequest, HealthCheckResponse, health_check_response::ServingStatus, health_server,
+};
+use tonic::{Request, Response, Status};
+
+const SERVICES: [&str; 4] = ["", "liveness", "readiness", "envoy.service.ext_proc.v3.ExternalProcessor"];
+
+pub(super) struct Health;
+
+#[tonic::async_trait]
+impl health_server::Health for Health {
+    async fn check(&self, request: Request<HealthCheckRequest>) -> Result<Response<HealthCheckResponse>, Status> {
+        let service = &request.get_ref().service;
+        if SERVICES.contains(&service.as_str()) {
+            Ok(Response::new(HealthCheckResponse { status: ServingStatus::Serving.into() }))
+        } else {
+            Err(Status::not_found(format!("no service `{service}` here")))
+        }
+    }
+}

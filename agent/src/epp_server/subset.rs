@@ -1,0 +1,43 @@
+//! What the proxy says in the metadata: which endpoints to choose from, and which one gave the response.
+//!
+//! Proxies write addresses as a list of strings or as one string with commas, each `ip:port` or only `ip`; all are read.
+
+use std::net::{IpAddr, SocketAddr};
+
+use penstock_proto::core::Metadata;
+use prost_types::value::Kind;
+
+/// The endpoints among `all` that the subset hint names. None without a hint; empty if it names none of them.
+pub(super) fn subset(metadata: &Metadata, all: &[SocketAddr]) -> Option<Vec<SocketAddr>> {
+    let names = strings(metadata, "envoy.lb.subset_hint", "x-gateway-destination-endpoint-subset")?;
+    let named = |endpoint: &&SocketAddr| names.iter().any(|name| names_endpoint(name, endpoint));
+    Some(all.iter().filter(named).copied().collect())
+}
+
+/// The endpoint that gave the response; the last one, should there be several.
+pub(super) fn served(metadata: &Metadata) -> Option<SocketAddr> {
+    strings(metadata, "envoy.lb", "x-gateway-destination-endpoint-served")?.last()?.parse().ok()
+}
+
+fn names_endpoint(name: &str, endpoint: &SocketAddr) -> bool {
+    if let Ok(address) = name.parse::<SocketAddr>() {
+        return address == *endpoint;
+    }
+    name.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().is_ok_and(|ip| ip == endpoint.ip())
+}
+
+fn strings<'a>(metadata: &'a Metadata, namespace: &str, key: &str) -> Option<Vec<&'a str>> {
+    let values = match metadata.filter_metadata.get(namespace)?.fields.get(key)?.kind.as_ref()? {
+        Kind::StringValue(text) => vec![text.as_str()],
+        Kind::ListValue(list) => list
+            .values
+            .iter()
+            .filter_map(|value| match &value.kind {
+                Some(Kind::StringValue(text)) => Some(text.as_str()),
+                _ => None,
+            })
+            .collect(),
+        _ => return None,
+    };
+    Some(values.into_iter().flat_map(|text| text.split(',')).map(str::trim).filter(|text| !text.is_empty()).collect())
+}

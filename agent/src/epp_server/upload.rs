@@ -1,0 +1,47 @@
+//! The body of one request while it arrives: kept, since it goes back whole; scanned for its model; hashed for affinity.
+
+use bytes::{Bytes, BytesMut};
+
+use super::refusal::Refusal;
+use crate::{
+    bbr::{JsonError, Model, ModelScanner},
+    picker::builtin::{PromptHash, PromptHasher},
+};
+
+#[derive(Debug)]
+pub(super) struct Upload {
+    limit: usize,
+    body: BytesMut,
+    scanner: ModelScanner,
+    json: Result<(), JsonError>,
+    hasher: PromptHasher,
+}
+
+impl Upload {
+    pub(super) fn new(limit: usize) -> Self {
+        let (scanner, hasher) = (ModelScanner::new(), PromptHasher::new());
+        Self { limit, body: BytesMut::new(), scanner, json: Ok(()), hasher }
+    }
+
+    /// Refuses at once what does not fit; what is wrong with the JSON is said at the end, as production pickers do.
+    pub(super) fn push(&mut self, piece: &[u8]) -> Result<(), Refusal> {
+        if piece.len() > self.limit - self.body.len() {
+            return Err(Refusal::TooLong(self.limit));
+        }
+        self.body.extend_from_slice(piece);
+        self.hasher.update(piece);
+        if self.json.is_ok() {
+            self.json = self.scanner.feed(piece);
+        }
+        Ok(())
+    }
+
+    pub(super) fn finish(self) -> Result<(PromptHash, Bytes), Refusal> {
+        self.json?;
+        match self.scanner.finish()?.model {
+            Model::Found(_) => Ok((self.hasher.finish(), self.body.freeze())),
+            Model::NotYet => Err(Refusal::NoModel),
+            Model::NotAString(text) => Err(Refusal::ModelIsNotAString(text)),
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! What the heads of requests and responses have in common: where they end, their field lines, and the two fields that
+//! say how long the body is.
+//!
+//! `httparse` reads the lines; what it lets pass and another parser might read differently (bare LF, bare CR) is refused
+//! before it runs, and what it refuses is named afterwards. A fault is found at the first wrong byte, so the answer does
+//! not depend on how the bytes were cut into reads.
+
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Version, header};
+
+/// How large a head may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeadLimits {
+    /// Start line, fields and blank line, bytes.
+    pub bytes: usize,
+    /// Field lines.
+    pub headers: usize,
+}
+
+/// A head that must not be read as HTTP/1.1, whichever side sent it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum HeadError {
+    #[error("the head does not end within {limit} bytes")]
+    TooLong { limit: usize },
+    #[error("the head has more than {limit} header fields")]
+    TooManyFields { limit: usize },
+    #[error("found a line feed alone after \"{line}\", expected lines to end with CR LF")]
+    BareLf { line: String },
+    #[error("found a carriage return alone after \"{line}\", expected lines to end with CR LF")]
+    BareCr { line: String },
+    #[error("found control character 0x{byte:02x} after \"{line}\", expected visible characters, blanks and tabs")]
+    Control { byte: u8, line: String },
+    #[error("found the folded line \"{line}\", expected each field on one line")]
+    FoldedLine { line: String },
+    #[error("found blanks before the colon in \"{line}\", expected `name: value`")]
+    BlankBeforeColon { line: String },
+    #[error("found the field line \"{line}\", expected `name: value`")]
+    FieldLine { line: String },
+    #[error("found Content-Length \"{found}\", expected one number of bytes")]
+    ContentLength { found: String },
+    #[error("found several values of Content-Length, \"{found}\", expected one")]
+    ContentLengthRepeated { found: String },
+    #[error("found Transfer-Encoding \"{found}\" beside Content-Length, expected one of them")]
+    LengthAndEncoding { found: String },
+    #[error("found Transfer-Encoding \"{found}\", expected `chunked`")]
+    TransferEncoding { found: String },
+    #[error("found Transfer-Encoding \"{found}\", and only `chunked` is implemented")]
+    TransferCoding { found: String },
+    #[error("found Transfer-Encoding \"{found}\" in an HTTP/1.0 message, which cannot have one")]
+    TransferEncodingInHttp10 { found: String },
+}
+
+impl HeadError {
+    /// The status that answers a request with this fault.
+    pub fn status(&self) -> StatusCode {
+        match self {
+            Self::TooLong { .. } | Self::TooManyFields { .. } => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            Self::TransferCoding { .. } => StatusCode::NOT_IMPLEMENTED,
+            _ => StatusCode::BAD_REQUEST,
+        }
+    }
+
+    /// Label for metrics and logs.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::TooLong { .. } => "head_too_long",
+            Self::TooManyFields { .. } => "too_many_fields",
+            Self::BareLf { .. } => "bare_lf",
+            Self::BareCr { .. } => "bare_cr",
+            Self::Control { .. } => "control_character",
+            Self::FoldedLine { .. } => "folded_line",
+            Self::BlankBeforeColon { .. } => "blank_before_colon",
+            Self::FieldLine { .. } => "field_line",
+            Self::ContentLength { .. } => "content_length",
+            Self::ContentLengthRepeated { .. } => "content_length_repeated",
+            Self::LengthAndEncoding { .. } => "length_and_encoding",
+            Self::TransferEncoding { .. } => "transfer_encoding",
+            Self::TransferCoding { .. } => "transfer_coding",
+            Self::TransferEncodingInHttp10 { .. } => "transfer_encoding_in_http10",
+        }
+    }
+}
+
+/// Where the head that starts `buf` ends, its blank line included; `None` when the end has not arrived.
+///
+/// Lines end with CR LF and nothing else. RFC 9112 §2.2 would let us take a bare LF; an endpoint or a proxy behind us
+/// that does not is how requests are smuggled.
+pub(super) fn end(buf: &[u8]) -> Result<Option<usize>, HeadError> {
+    let (mut line, mut previous) = (0, 0);
+    for (at, &byte) in buf.iter().enumerate() {
+        match byte {
+            b'\n' if previous != b'\r' => return Err(HeadError::BareLf { line: shown(&buf[line..at]) }),
+            b'\n' if at == line + 1 => return Ok(Some(at + 1)),
+            b'\n' => line = at + 1,
+            _ if previous == b'\r' => return Err(HeadError::BareCr { line: shown(&buf[line..at - 1]) }),
+            b'\t' | b'\r' => {}
+            0..0x20 | 0x7f => return Err(HeadError::Control { byte, line: shown(&buf[line..at]) }),
+            _ => {}
+        }
+        previous = byte;
+    }
+    Ok(None)
+}
+
+/// The first line of a complete head.
+pub(super) fn start_line(head: &[u8]) -> &[u8] {
+    lines(head).next().unwrap_or_default()
+}
+
+/// Names what is wrong with the field lines of a complete head; `None` when they are well formed.
+pub(super) fn field_fault(head: &[u8]) -> Option<HeadError> {
+    lines(head).skip(1).take_while(|line| !line.is_empty()).find_map(|line| {
+        let name = line.split(|&b| b == b':').next().unwrap_or_default();
+        let blank = |b: &u8| matches!(b, b' ' | b'\t');
+        if line.first().is_some_and(blank) {
+            Some(HeadError::FoldedLine { line: shown(line) })
+        } else if name.len() < line.len() && name.last().is_some_and(blank) {
+            Some(HeadError::BlankBeforeColon { line: shown(line) })
+        } else if name.len() == line.len() || HeaderName::from_bytes(name).is_err() {
+            Some(HeadError::FieldLine { line: shown(line) })
+        } else {
+            None
+        }
+    })
+}
+
+fn lines(head: &[u8]) -> impl Iterator<Item = &[u8]> {
+    head.split(|&b| b == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line))
+}
+
+/// The fields as a map, in order.
+pub(super) fn fields(parsed: &[httparse::Header<'_>], limit: usize) -> Result<HeaderMap, HeadError> {
+    // Room for the handful of fields that forwarding adds.
+    let mut map = HeaderMap::try_with_capacity(parsed.len() + 8).map_err(|_| HeadError::TooManyFields { limit })?;
+    for field in parsed {
+        let name = HeaderName::from_bytes(field.name.as_bytes());
+        let value = HeaderValue::from_bytes(field.value);
+        let (Ok(name), Ok(value)) = (name, value) else {
+            return Err(HeadError::FieldLine { line: shown(&[field.name.as_bytes(), b": ", field.value].concat()) });
+        };
+        map.try_append(name, value).map_err(|_| HeadError::TooManyFields { limit })?;
+    }
+    Ok(map)
+}
+
+/// What the fields say about the body.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Declared {
+    Nothing,
+    Length(u64),
+    Chunked,
+}
+
+/// The body's length as declared (RFC 9112 §6.1 to §6.3), where only one reading is possible.
+///
+/// Stricter than the RFC, which lets a recipient prefer Transfer-Encoding over Content-Length and merge equal lengths.
+pub(super) fn declared(headers: &HeaderMap, version: Version) -> Result<Declared, HeadError> {
+    let encoded = headers.contains_key(header::TRANSFER_ENCODING);
+    let found = joined(headers, &header::TRANSFER_ENCODING);
+    if encoded && headers.contains_key(header::CONTENT_LENGTH) {
+        Err(HeadError::LengthAndEncoding { found: shown(&found) })
+    } else if encoded && version == Version::HTTP_10 {
+        Err(HeadError::TransferEncodingInHttp10 { found: shown(&found) })
+    } else if encoded {
+        chunked(&found).map(|()| Declared::Chunked)
+    } else if headers.contains_key(header::CONTENT_LENGTH) {
+        length(&joined(headers, &header::CONTENT_LENGTH)).map(Declared::Length)
+    } else {
+        Ok(Declared::Nothing)
+    }
+}
+
+fn length(value: &[u8]) -> Result<u64, HeadError> {
+    if value.contains(&b',') {
+        return Err(HeadError::ContentLengthRepeated { found: shown(value) });
+    }
+    // `parse` alone would take a plus sign.
+    let digits = std::str::from_utf8(value).ok().filter(|text| text.bytes().all(|b| b.is_ascii_digit()));
+    let length = digits.and_then(|text| text.parse().ok());
+    length.ok_or_else(|| HeadError::ContentLength { found: shown(value) })
+}
+
+fn chunked(value: &[u8]) -> Result<(), HeadError> {
+    if value.eq_ignore_ascii_case(b"chunked") {
+        return Ok(());
+    }
+    let codings: Vec<&[u8]> = value.split(|&b| b == b',').map(<[u8]>::trim_ascii).collect();
+    let is_chunked = |coding: &&[u8]| coding.eq_ignore_ascii_case(b"chunked");
+    let well_formed = codings.iter().all(|coding| !coding.is_empty());
+    // RFC 9112 §6.1: chunked is applied once and last; before it may stand codings that we do not have.
+    if well_formed && codings.iter().position(is_chunked) == Some(codings.len() - 1) {
+        Err(HeadError::TransferCoding { found: shown(value) })
+    } else {
+        Err(HeadError::TransferEncoding { found: shown(value) })
+    }
+}
+
+/// All values of a field as one list (RFC 9110 §5.3).
+pub(super) fn joined(headers: &HeaderMap, name: &HeaderName) -> Vec<u8> {
+    let values: Vec<&[u8]> = headers.get_all(name).iter().map(HeaderValue::as_bytes).collect();
+    values.join(&b", "[..])
+}
+
+/// Whether the sender lets the connection be used again (RFC 9112 §9.3).
+pub(super) fn keep_alive(headers: &HeaderMap, version: Version) -> bool {
+    let options = joined(headers, &header::CONNECTION);
+    let has =
+        |option: &str| options.split(|&b| b == b',').any(|o| o.trim_ascii().eq_ignore_ascii_case(option.as_bytes()));
+    !has("close") && (version != Version::HTTP_10 || has("keep-alive"))
+}
+
+/// Bytes from the wire as they may stand in a log line or an error body: escaped, and cut after 80 bytes.
+pub(super) fn shown(bytes: &[u8]) -> String {
+    const MOST: usize = 80;
+    let cut = &bytes[..bytes.len().min(MOST)];
+    format!("{}{}", cut.escape_ascii(), if bytes.len() > MOST { "..." } else { "" })
+}

@@ -1,0 +1,222 @@
+use proptest::prelude::*;
+
+use super::*;
+
+const LIMITS: HeadLimits = HeadLimits { bytes: 4096, headers: 32 };
+
+fn parse(input: impl AsRef<[u8]>, method: &Method) -> Result<Option<(ResponseHead, usize)>, ResponseError> {
+    parse_response(input.as_ref(), &LIMITS, method)
+}
+
+fn ok(input: &str) -> ResponseHead {
+    parse(input, &Method::GET).expect(input).expect(input).0
+}
+
+#[test]
+fn refuses_each_trick_by_name() {
+    let long = format!("HTTP/1.1 200 OK\r\na: {}\r\n\r\n", "x".repeat(LIMITS.bytes));
+    let table: &[(&str, &str, &str)] = &[
+        (
+            "TE and CL",
+            "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n",
+            "length_and_encoding",
+        ),
+        ("two lengths", "HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n", "content_length_repeated"),
+        ("bad length", "HTTP/1.1 200 OK\r\nContent-Length: five\r\n\r\n", "content_length"),
+        ("unknown coding", "HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", "transfer_coding"),
+        ("not chunked", "HTTP/1.1 200 OK\r\nTransfer-Encoding: identity\r\n\r\n", "transfer_encoding"),
+        ("TE in 1.0", "HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", "transfer_encoding_in_http10"),
+        ("bad length in a 304", "HTTP/1.1 304 OK\r\nContent-Length: five\r\n\r\n", "content_length"),
+        ("bare LF", "HTTP/1.1 200 OK\nContent-Length: 5\r\n\r\n", "bare_lf"),
+        ("folded", "HTTP/1.1 200 OK\r\na: b\r\n c\r\n\r\n", "folded_line"),
+        ("blank before the colon", "HTTP/1.1 200 OK\r\nContent-Length : 5\r\n\r\n", "blank_before_colon"),
+        ("NUL", "HTTP/1.1 200 OK\r\na: \0\r\n\r\n", "control_character"),
+        ("left over line end", "\r\nHTTP/1.1 200 OK\r\n\r\n", "status_line"),
+        ("status 099", "HTTP/1.1 099 OK\r\n\r\n", "status_line"),
+        ("status 20", "HTTP/1.1 20 OK\r\n\r\n", "status_line"),
+        ("HTTP/2", "HTTP/2.0 200 OK\r\n\r\n", "status_line"),
+        ("not HTTP", "220 mail ready\r\n\r\n", "status_line"),
+        ("a chunk", "5\r\nhello\r\n\r\n", "status_line"),
+        ("interim with a body", "HTTP/1.1 103 A\r\nContent-Length: 5\r\n\r\n", "interim_body"),
+        ("unasked upgrade", "HTTP/1.1 101 Switching Protocols\r\nUpgrade: a\r\n\r\n", "switching_protocols"),
+        ("too long", &long, "head_too_long"),
+    ];
+    for (trick, input, reason) in table {
+        let error = parse(input, &Method::GET).expect_err(trick);
+        assert_eq!((error.status(), error.reason()), (StatusCode::BAD_GATEWAY, *reason), "{trick}: {error}");
+    }
+}
+
+#[test]
+fn the_body_ends_where_rfc_9112_says() {
+    use BodyKind::{Chunked, Length, None, UntilClose};
+    let (get, head) = (Method::GET, Method::HEAD);
+    let table: &[(&str, &Method, BodyKind, bool)] = &[
+        ("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", &get, Length(5), true),
+        ("HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\n", &get, Length(5), false),
+        ("HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\n", &get, Length(5), false),
+        ("HTTP/1.0 200 OK\r\nContent-Length: 5\r\nConnection: keep-alive\r\n\r\n", &get, Length(5), true),
+        ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", &get, Chunked, true),
+        ("HTTP/1.1 200 OK\r\n\r\n", &get, UntilClose, false),
+        ("HTTP/1.1 200\r\nContent-Length: 0\r\n\r\n", &get, Length(0), true),
+        ("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", &head, None, true),
+        ("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", &head, None, true),
+        ("HTTP/1.1 200 OK\r\n\r\n", &head, None, true),
+        ("HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n", &get, None, true),
+        ("HTTP/1.1 204 No Content\r\n\r\n", &get, None, true),
+        ("HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n", &get, None, true),
+        ("HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n", &get, None, false),
+        ("HTTP/1.1 100 Continue\r\n\r\n", &get, None, true),
+        ("HTTP/1.1 799 Odd\r\nContent-Length: 1\r\n\r\n", &get, Length(1), true),
+    ];
+    for (input, method, body, keep_alive) in table {
+        let (head, length) = parse(input, method).expect(input).expect(input);
+        assert_eq!((head.body, head.keep_alive, length), (*body, *keep_alive, input.len()), "{input:?}");
+        assert_eq!(head.framing.is_done(), matches!(body, None | Length(0)), "{input:?}");
+        assert_eq!(head.framing.is_until_close(), *body == UntilClose, "{input:?}");
+        assert_eq!(head.interim, input.contains(" 100 "));
+    }
+}
+
+#[test]
+fn the_client_gets_the_same_framing() {
+    let (new, old) = (Version::HTTP_11, Version::HTTP_10);
+    // (endpoint's fields, client wants to keep, client's version, what follows the date, client stays)
+    let table: &[(&str, bool, Version, &str, bool)] = &[
+        ("Content-Length: 05\r\n", true, new, "content-length: 5\r\n", true),
+        ("Content-Length: 5\r\nConnection: close\r\n", true, new, "content-length: 5\r\n", true),
+        ("Content-Length: 5\r\n", false, new, "content-length: 5\r\nconnection: close\r\n", false),
+        ("Content-Length: 5\r\n", true, old, "content-length: 5\r\nconnection: keep-alive\r\n", true),
+        ("Transfer-Encoding: Chunked\r\n", true, new, "transfer-encoding: chunked\r\n", true),
+        ("Transfer-Encoding: chunked\r\n", true, old, "connection: close\r\n", false),
+        ("", true, new, "connection: close\r\n", false),
+        ("Keep-Alive: timeout=5\r\nUpgrade: a\r\n", true, new, "connection: close\r\n", false),
+    ];
+    for (fields, keep, client, expected, stays) in table {
+        let head = ok(&format!("HTTP/1.1 200 Fine\r\nDate: now\r\n{fields}\r\n"));
+        let mut out = BytesMut::new();
+        assert_eq!(head.write_head(&mut out, *keep, *client), *stays, "{fields}");
+        let expected = format!("HTTP/1.1 200 Fine\r\ndate: now\r\n{expected}\r\n");
+        assert_eq!(out, expected.as_bytes(), "{fields} to {client:?}");
+        assert_eq!(head.needs_dechunk(*client), fields.starts_with("Transfer") && *client == old);
+    }
+}
+
+#[test]
+fn heads_without_a_body() {
+    let table: &[(&str, Method, &str)] = &[
+        ("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", Method::HEAD, "HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n"),
+        ("HTTP/1.1 304 N\r\nContent-Length: 5\r\n\r\n", Method::GET, "HTTP/1.1 304 N\r\ncontent-length: 5\r\n\r\n"),
+        ("HTTP/1.1 204 N\r\nContent-Length: 0\r\n\r\n", Method::GET, "HTTP/1.1 204 N\r\n\r\n"),
+        ("HTTP/1.1 103 E\r\nLink: a\r\n\r\n", Method::GET, "HTTP/1.1 103 E\r\nlink: a\r\n\r\n"),
+        ("HTTP/1.1 200\r\nTransfer-Encoding: chunked\r\n\r\n", Method::HEAD, "HTTP/1.1 200 \r\n\r\n"),
+    ];
+    for (input, method, expected) in table {
+        let (head, _) = parse(input, method).unwrap().unwrap();
+        let mut out = BytesMut::new();
+        assert!(head.write_head(&mut out, true, Version::HTTP_11));
+        assert_eq!(out, expected.as_bytes());
+    }
+    let mut out = BytesMut::new();
+    assert!(ok("HTTP/1.1 100 Continue\r\n\r\n").write_head(&mut out, true, Version::HTTP_10));
+    assert!(out.is_empty());
+}
+
+#[test]
+fn a_mutation_cannot_change_the_framing() {
+    let mut head = ok("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n");
+    for (name, value) in [("content-length", "6"), ("transfer-encoding", "chunked"), ("connection", "close")] {
+        head.headers.insert(name, value.parse().unwrap());
+    }
+    let mut out = BytesMut::new();
+    assert!(head.write_head(&mut out, true, Version::HTTP_11));
+    assert_eq!(out, "HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n".as_bytes());
+}
+
+#[test]
+fn requests_go_out_in_origin_form() {
+    let request = |method: &str, target: &str| {
+        let fields =
+            [("accept", "*/*"), ("host", "h"), ("content-length", "9"), ("expect", "100-continue"), ("te", "a")];
+        let mut request = http::Request::builder().method(method).uri(target);
+        for (name, value) in fields {
+            request = request.header(name, value);
+        }
+        request.body(()).unwrap().into_parts().0
+    };
+    let table = [
+        ("GET", "/a?b", None, "GET /a?b HTTP/1.1\r\nhost: h\r\naccept: */*\r\n\r\n"),
+        ("GET", "http://h/a", None, "GET /a HTTP/1.1\r\nhost: h\r\naccept: */*\r\n\r\n"),
+        ("OPTIONS", "*", None, "OPTIONS * HTTP/1.1\r\nhost: h\r\naccept: */*\r\n\r\n"),
+        ("POST", "/", Some(7), "POST / HTTP/1.1\r\nhost: h\r\naccept: */*\r\ncontent-length: 7\r\n\r\n"),
+        ("POST", "/", None, "POST / HTTP/1.1\r\nhost: h\r\naccept: */*\r\ncontent-length: 0\r\n\r\n"),
+        ("DELETE", "/", Some(0), "DELETE / HTTP/1.1\r\nhost: h\r\naccept: */*\r\ncontent-length: 0\r\n\r\n"),
+    ];
+    for (method, target, body_len, expected) in table {
+        let mut out = BytesMut::new();
+        write_request(&request(method, target), body_len, &mut out);
+        assert_eq!(out, expected.as_bytes());
+    }
+}
+
+/// Heads near the edge of validity.
+fn heads() -> impl Strategy<Value = Vec<u8>> {
+    let version = prop::sample::select(vec!["HTTP/1.1", "HTTP/1.1", "HTTP/1.0", "HTTP/2.0"]);
+    let status =
+        prop::sample::select(vec!["200 OK", "200", "204 ", "304 Not Modified", "100 Continue", "99 x", "404 a\tb"]);
+    let field = prop::sample::select(vec![
+        "Content-Length: 5",
+        "content-length: 5, 5",
+        "Transfer-Encoding: chunked",
+        "transfer-encoding: gzip, chunked",
+        "Connection: close",
+        "X-A: b",
+        " folded",
+        "a: \u{ff}",
+        "a",
+    ]);
+    let end = || prop::sample::select(vec!["\r\n", "\r\n", "\r\n", "\r\n", "\r\n", "\r\n", "\n", "\r"]);
+    (version, status, end(), prop::collection::vec((field, end()), 0..4)).prop_map(|(version, status, end, fields)| {
+        let fields: String = fields.into_iter().map(|(field, end)| format!("{field}{end}")).collect();
+        format!("{version} {status}{end}{fields}\r\nrest").into_bytes()
+    })
+}
+
+fn outcome(input: &[u8]) -> Result<Option<(String, usize)>, ResponseError> {
+    let limits = HeadLimits { bytes: 90, headers: 3 };
+    parse_response(input, &limits, &Method::GET).map(|head| head.map(|(head, length)| (format!("{head:?}"), length)))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
+    #[test]
+    fn never_panics(input in prop::collection::vec(any::<u8>(), 0..300)) {
+        let _ = outcome(&input);
+    }
+
+    #[test]
+    fn does_not_depend_on_cuts(input in heads()) {
+        let whole = outcome(&input);
+        let first = (0..=input.len()).map(|end| outcome(&input[..end])).find(|o| !matches!(o, Ok(None)));
+        prop_assert_eq!(first.unwrap_or(Ok(None)), whole);
+    }
+
+    /// What is accepted goes on as a head in which another parser, and this one, find the same response.
+    #[test]
+    fn goes_on_with_the_same_meaning(input in heads()) {
+        let Ok(Some((head, _))) = parse(&input, &Method::GET) else { return Ok(()) };
+        let mut out = BytesMut::new();
+        let stays = head.write_head(&mut out, true, Version::HTTP_11);
+
+        let mut fields = [httparse::EMPTY_HEADER; 64];
+        let mut again = httparse::Response::new(&mut fields);
+        prop_assert_eq!(again.parse(&out), Ok(httparse::Status::Complete(out.len())));
+        prop_assert_eq!(again.code, Some(head.status.as_u16()));
+
+        let (same, length) = parse(&out, &Method::GET).expect("strict").expect("complete");
+        prop_assert_eq!(length, out.len());
+        prop_assert_eq!((same.body, same.reason, same.interim), (head.body, head.reason, head.interim));
+        prop_assert_eq!(same.keep_alive, stays);
+    }
+}

@@ -1,0 +1,151 @@
+//! Offsets of three fields of the running kernel, read from its BTF (Documentation/bpf/btf.rst).
+//!
+//! aya relocates field accesses of C programs only, so the Rust program gets the offsets as a global.
+
+use std::{fs, path::Path};
+
+use penstock_common::slot::Offsets;
+use thiserror::Error;
+
+const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
+
+#[derive(Debug, Error)]
+pub enum BtfError {
+    #[error("{VMLINUX} cannot be read ({0}); the kernel needs CONFIG_DEBUG_INFO_BTF")]
+    Read(#[from] std::io::Error),
+    #[error("{VMLINUX} is not little-endian BTF version 1")]
+    Format,
+    #[error("{VMLINUX} has no {0}")]
+    Missing(&'static str),
+}
+
+/// Reads the running kernel's offsets.
+pub(super) fn offsets() -> Result<Offsets, BtfError> {
+    offsets_in(&fs::read(Path::new(VMLINUX))?)
+}
+
+fn offsets_in(bytes: &[u8]) -> Result<Offsets, BtfError> {
+    let btf = Btf::parse(bytes).ok_or(BtfError::Format)?;
+    let field = |of: &'static str, name: &'static str| {
+        btf.structs(of).find_map(|id| btf.member(id, name, 0)).map(|bits| bits / 8).ok_or(BtfError::Missing(name))
+    };
+    Ok(Offsets {
+        sk_wmem_queued: field("sock", "sk_wmem_queued")?,
+        sk_sndbuf: field("sock", "sk_sndbuf")?,
+        write_seq: field("tcp_sock", "write_seq")?,
+        reserved: 0,
+    })
+}
+
+const KIND_ARRAY: u32 = 3;
+const KIND_STRUCT: u32 = 4;
+const KIND_UNION: u32 = 5;
+const KIND_ENUM: u32 = 6;
+const KIND_FUNC_PROTO: u32 = 13;
+const KIND_VAR: u32 = 14;
+const KIND_DATASEC: u32 = 15;
+const KIND_DECL_TAG: u32 = 17;
+const KIND_ENUM64: u32 = 19;
+const KIND_INT: u32 = 1;
+
+/// Depth of anonymous members that are followed; the kernel nests far less.
+const MAX_DEPTH: u32 = 8;
+
+struct Btf<'a> {
+    types: &'a [u8],
+    strings: &'a [u8],
+    /// Start of each type in `types`; ids begin at 1.
+    starts: Vec<usize>,
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+}
+
+impl<'a> Btf<'a> {
+    fn parse(bytes: &'a [u8]) -> Option<Self> {
+        if bytes.get(..3)? != [0x9f, 0xeb, 1] {
+            return None;
+        }
+        let header = u32_at(bytes, 4)? as usize;
+        let section = |offset: usize, len: usize| -> Option<&'a [u8]> {
+            let start = header + u32_at(bytes, offset)? as usize;
+            bytes.get(start..start + u32_at(bytes, len)? as usize)
+        };
+        let (types, strings) = (section(8, 12)?, section(16, 20)?);
+        let mut starts = Vec::new();
+        let mut at = 0;
+        while at < types.len() {
+            starts.push(at);
+            let info = u32_at(types, at + 4)?;
+            let members = (info & 0xffff) as usize;
+            at += 12
+                + match info >> 24 & 0x1f {
+                    KIND_INT | KIND_VAR | KIND_DECL_TAG => 4,
+                    KIND_ARRAY => 12,
+                    KIND_STRUCT | KIND_UNION | KIND_DATASEC | KIND_ENUM64 => members * 12,
+                    KIND_ENUM | KIND_FUNC_PROTO => members * 8,
+                    _ => 0,
+                };
+        }
+        Some(Self { types, strings, starts })
+    }
+
+    fn name(&self, offset: u32) -> &'a [u8] {
+        let rest = self.strings.get(offset as usize..).unwrap_or_default();
+        rest.split(|&b| b == 0).next().unwrap_or_default()
+    }
+
+    fn info(&self, id: u32) -> Option<(usize, u32)> {
+        let start = *self.starts.get((id as usize).checked_sub(1)?)?;
+        Some((start, u32_at(self.types, start + 4)?))
+    }
+
+    /// Ids of the structs with this name (a declaration may share it).
+    fn structs(&self, name: &'static str) -> impl Iterator<Item = u32> {
+        (1..=self.starts.len() as u32).filter(move |&id| {
+            self.info(id).is_some_and(|(start, info)| {
+                info >> 24 & 0x1f == KIND_STRUCT
+                    && u32_at(self.types, start).is_some_and(|offset| self.name(offset) == name.as_bytes())
+            })
+        })
+    }
+
+    /// Offset in bits of a member, also inside anonymous structs and unions.
+    fn member(&self, id: u32, name: &str, depth: u32) -> Option<u32> {
+        let (start, info) = self.info(id)?;
+        if !matches!(info >> 24 & 0x1f, KIND_STRUCT | KIND_UNION) || depth > MAX_DEPTH {
+            return None;
+        }
+        // With kind_flag the offset's upper byte is the size of a bit field.
+        let mask = if info >> 31 == 1 { 0x00ff_ffff } else { u32::MAX };
+        (0..(info & 0xffff) as usize).find_map(|n| {
+            let at = start + 12 + n * 12;
+            let offset = u32_at(self.types, at + 8)? & mask;
+            match self.name(u32_at(self.types, at)?) {
+                b"" => self.member(u32_at(self.types, at + 4)?, name, depth + 1).map(|inner| offset + inner),
+                found if found == name.as_bytes() => Some(offset),
+                _ => None,
+            }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_running_kernel_has_the_fields() {
+        let offsets = offsets().expect("BTF of the running kernel");
+        assert!(offsets.sk_wmem_queued > 0 && offsets.sk_sndbuf > 0);
+        // write_seq belongs to tcp_sock, behind the struct sock that it begins with.
+        assert!(offsets.write_seq > offsets.sk_sndbuf);
+    }
+
+    #[test]
+    fn refuses_what_is_not_btf() {
+        assert!(matches!(offsets_in(b""), Err(BtfError::Format)));
+        assert!(matches!(offsets_in(&[0u8; 64]), Err(BtfError::Format)));
+    }
+}

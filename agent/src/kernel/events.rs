@@ -1,0 +1,97 @@
+//! Events of the kernel program: a thread sleeps on the ring buffer and wakes the task that waits for the slot named.
+//!
+//! An event is a hint. What happened stands in the slot, so a spurious one is harmless; when the ring was full, every
+//! waiting task is woken to look.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    task::{Context, Poll},
+    thread::JoinHandle,
+};
+
+use aya::maps::{Array, MapData, RingBuf};
+use futures_util::task::AtomicWaker;
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::eventfd::{EfdFlags, EventFd},
+};
+
+use super::slots::SlotRef;
+
+pub struct Events {
+    shared: Arc<Shared>,
+    stop: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    wakers: Box<[AtomicWaker]>,
+    missed: AtomicU64,
+}
+
+impl Events {
+    pub(super) fn start(ring: RingBuf<MapData>, missed: Array<MapData, u64>, slots: u32) -> io::Result<Self> {
+        let wakers = (0..slots).map(|_| AtomicWaker::new()).collect();
+        let shared = Arc::new(Shared { wakers, missed: AtomicU64::new(0) });
+        let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
+        let (theirs, until) = (Arc::clone(&shared), Arc::clone(&stop));
+        let thread = std::thread::Builder::new()
+            .name("penstock-events".into())
+            .spawn(move || run(ring, &missed, &theirs, &until))?;
+        Ok(Self { shared, stop, thread: Some(thread) })
+    }
+
+    /// Ready when the slot at `index` is released; otherwise the task is woken when the kernel says something of it.
+    pub fn poll_released(&self, index: u32, slot: SlotRef<'_>, cx: &mut Context<'_>) -> Poll<()> {
+        // Register first: an event between the look and the registration would be lost the other way round.
+        self.shared.wakers[index as usize].register(cx.waker());
+        if slot.is_released() { Poll::Ready(()) } else { Poll::Pending }
+    }
+
+    /// Events that found the ring full.
+    pub fn missed(&self) -> u64 {
+        self.shared.missed.load(Relaxed)
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        let _ = self.stop.write(1);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn run(mut ring: RingBuf<MapData>, missed: &Array<MapData, u64>, shared: &Shared, stop: &EventFd) {
+    loop {
+        while let Some(item) = ring.next() {
+            let index = item.get(..8).and_then(|bytes| bytes.try_into().ok()).map_or(u64::MAX, u64::from_ne_bytes);
+            if let Some(waker) = usize::try_from(index).ok().and_then(|index| shared.wakers.get(index)) {
+                waker.wake();
+            }
+        }
+        let total = missed.get(&0, 0).unwrap_or_default();
+        if shared.missed.swap(total, Relaxed) != total {
+            shared.wakers.iter().for_each(AtomicWaker::wake);
+        }
+        if wait(&ring, stop.as_fd()).is_err() {
+            return;
+        }
+    }
+}
+
+/// Sleeps until the ring has something; an error says that it is time to end.
+fn wait(ring: &RingBuf<MapData>, stop: BorrowedFd<'_>) -> Result<(), ()> {
+    let ring: OwnedFd = super::socket::borrow(ring).try_clone_to_owned().map_err(drop)?;
+    let mut fds = [PollFd::new(ring.as_fd(), PollFlags::POLLIN), PollFd::new(stop, PollFlags::POLLIN)];
+    match poll(&mut fds, PollTimeout::NONE) {
+        Ok(_) | Err(nix::errno::Errno::EINTR) if fds[1].any() != Some(true) => Ok(()),
+        _ => Err(()),
+    }
+}

@@ -1,0 +1,97 @@
+//! Socket calls without a safe wrapper: what a TCP connection has sent and queued, its cookie, a read that does not pass
+//! through tokio's readiness, and the end that resets.
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
+};
+
+use bytes::BytesMut;
+use nix::sys::socket::{self, MsgFlags};
+use tokio::io::{Interest, unix::AsyncFd};
+
+nix::ioctl_read_bad!(siocoutq, libc::TIOCOUTQ, libc::c_int);
+
+/// Borrows the descriptor of something that only has a raw one.
+pub(super) fn borrow<T: AsRawFd>(owner: &T) -> BorrowedFd<'_> {
+    // SAFETY: `owner` keeps the descriptor open for as long as it is borrowed.
+    unsafe { BorrowedFd::borrow_raw(owner.as_raw_fd()) }
+}
+
+/// SO_COOKIE: names this socket and no other until reboot.
+pub fn cookie(socket: impl AsFd) -> io::Result<u64> {
+    Ok(socket2::SockRef::from(&socket.as_fd()).cookie()?)
+}
+
+/// Bytes ever written to the connection, by us or by the kernel for us: `tcpi_bytes_acked` plus those still queued
+/// (SIOCOUTQ). Its growth tells when what was redirected has reached the socket.
+pub fn bytes_written(socket: impl AsFd) -> io::Result<u64> {
+    let fd = socket.as_fd();
+    // SAFETY: tcp_info is plain integers; the kernel fills at most `len` bytes of it.
+    let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
+    let mut len = size_of::<libc::tcp_info>() as libc::socklen_t;
+    // SAFETY: pointers to locals of the sizes given.
+    let result = unsafe {
+        libc::getsockopt(fd.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, (&raw mut info).cast(), &raw mut len)
+    };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(info.tcpi_bytes_acked + u64::from(send_queue(fd)?))
+}
+
+/// Bytes in the send queue, sent or not, that the peer has not acknowledged (SIOCOUTQ).
+pub fn send_queue(socket: impl AsFd) -> io::Result<u32> {
+    let mut queued: libc::c_int = 0;
+    // SAFETY: the ioctl writes one int to the pointer.
+    unsafe { siocoutq(socket.as_fd().as_raw_fd(), &raw mut queued) }?;
+    Ok(queued.max(0) as u32)
+}
+
+/// Reads what is there into the buffer's spare capacity, which must not be empty. `Ok(0)` is the end of the stream,
+/// `WouldBlock` that nothing is there now; the socket lock that the call takes makes it wait for a verdict in progress
+/// (`tcp_bpf_recvmsg_parser`).
+pub fn receive_into(socket: impl AsFd, buf: &mut BytesMut) -> io::Result<usize> {
+    let spare = buf.spare_capacity_mut();
+    debug_assert!(!spare.is_empty());
+    // SAFETY: the kernel writes at most `spare.len()` bytes to memory that is ours.
+    let n =
+        unsafe { libc::recv(socket.as_fd().as_raw_fd(), spare.as_mut_ptr().cast(), spare.len(), libc::MSG_DONTWAIT) };
+    let n = usize::try_from(n).map_err(|_| io::Error::last_os_error())?;
+    // SAFETY: the kernel has initialised the next `n` bytes.
+    unsafe { buf.set_len(buf.len() + n) };
+    Ok(n)
+}
+
+/// Looks at what is there without taking it; results as in [`receive_into`].
+pub fn peek(socket: impl AsFd, buf: &mut [u8]) -> io::Result<usize> {
+    Ok(socket::recv(socket.as_fd().as_raw_fd(), buf, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK)?)
+}
+
+/// Registers a connection with the runtime so that nothing but an error or a hang-up wakes whoever waits on it: urgent
+/// data, which HTTP does not use, is the only thing asked for, and errors are always told.
+pub fn watch_errors(stream: std::net::TcpStream) -> io::Result<AsyncFd<std::net::TcpStream>> {
+    // SAFETY: a TcpStream keeps its descriptor until it is dropped.
+    Ok(unsafe { AsyncFd::register_with_interest(stream, Interest::PRIORITY) }?)
+}
+
+/// Whether the close sends RST, so that the peer cannot take it for the end of a message.
+pub fn set_reset_on_close(socket: impl AsFd, reset: bool) {
+    // On a socket that is already dead there is nothing left to reset.
+    let _ = socket2::SockRef::from(&socket.as_fd()).set_linger(reset.then_some(std::time::Duration::ZERO));
+}
+
+/// SO_SNDBUF, beyond `net.core.wmem_max` where we may. The kernel doubles the value for its own overhead.
+pub fn set_send_buffer(socket: impl AsFd, bytes: u32) -> io::Result<()> {
+    let value = bytes as libc::c_int / 2;
+    socket::setsockopt(&socket.as_fd(), socket::sockopt::SndBufForce, &(value as usize))
+        .or_else(|_| socket::setsockopt(&socket.as_fd(), socket::sockopt::SndBuf, &(value as usize)))?;
+    Ok(())
+}
+
+/// CLOCK_MONOTONIC in ns, the clock of the kernel program's stamps.
+pub fn monotonic_ns() -> u64 {
+    let now =
+        nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).unwrap_or(nix::sys::time::TimeSpec::new(0, 0));
+    now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64
+}

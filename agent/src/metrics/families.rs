@@ -1,0 +1,101 @@
+//! Every metric the agent exports, with its name, its labels and its help. The doc comment is the HELP text.
+
+use prometheus_client::{
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram, info::Info},
+    registry::Registry,
+};
+
+use super::labels::{
+    Build, ByAnswer, ByFlow, ByOutcome, ByPath, ByPool, ByPoolAndReason, ByReason, ByResult, PathState,
+};
+
+type Histograms<Labels> = Family<Labels, Histogram, fn() -> Histogram>;
+
+macro_rules! families {
+    ($($(#[doc = $help:literal])+ $field:ident: $type:ty = $name:literal $(in $new:expr)?;)+) => {
+        #[derive(Debug)]
+        pub(super) struct Families {
+            $($(#[doc = $help])+ pub(super) $field: $type,)+
+        }
+
+        impl Families {
+            pub(super) fn register(registry: &mut Registry) -> Self {
+                let families = Self { $($field: families!(@new $($new)?),)+ };
+                // The registry ends each text with a full stop of its own.
+                $(registry.register($name, concat!($($help),+).trim().trim_end_matches('.'), families.$field.clone());)+
+                registry.register("build", "The running agent", Info::new(Build { version: env!("CARGO_PKG_VERSION") }));
+                families
+            }
+        }
+    };
+    (@new) => { Default::default() };
+    (@new $buckets:expr) => { Family::new_with_constructor(|| Histogram::new($buckets)) };
+}
+
+families! {
+    /// Requests answered, whoever wrote the answer; pool is empty where none was reached.
+    requests: Family<ByAnswer, Counter> = "requests";
+    /// Time from the first byte of a request to the last byte of its answer.
+    request_duration: Histograms<ByPool> = "request_duration_seconds" in REQUEST_SECONDS;
+    /// Requests that are being read, picked for, forwarded or answered.
+    active_requests: Family<ByPool, Gauge> = "active_requests";
+    /// Time from the request sent to the first byte of the response's body.
+    ttft: Histograms<ByPool> = "ttft_seconds" in TTFT_SECONDS;
+    /// Mean time between the chunks of a streamed response after its first.
+    time_per_output_chunk: Histograms<ByPool> = "time_per_output_chunk_seconds" in CHUNK_SECONDS;
+
+    /// Client connections that are open.
+    client_connections: Gauge = "client_connections";
+    /// Client connections closed at once because listen.max_connections were open.
+    client_connections_refused: Counter = "client_connections_refused";
+    /// Requests whose client went away before the answer was complete.
+    client_aborts: Counter = "client_aborts";
+
+    /// Time from the end of a request's body to the EPP's decision, or to giving up on it.
+    epp_exchange: Histograms<ByOutcome> = "epp_exchange_seconds" in EPP_SECONDS;
+    /// Exchanges with the EPP that failed, whatever the pool's failure mode made of it.
+    epp_failures: Family<ByPoolAndReason, Counter> = "epp_failures";
+    /// Streams to EPPs that are open; one lives as long as the response of its request.
+    epp_streams_inflight: Gauge = "epp_streams_inflight";
+    /// Requests that the EPP gave up while they were being answered.
+    evictions: Family<ByPool, Counter> = "evictions";
+
+    /// Connections to endpoints that requests asked for, by where they came from.
+    endpoint_connections: Family<ByResult, Counter> = "endpoint_connections";
+    /// Requests sent again, on another connection or to another endpoint.
+    endpoint_retries: Family<ByReason, Counter> = "endpoint_retries";
+
+    /// Responses, each once, by who carried the body and why.
+    flows: Family<ByFlow, Counter> = "flows";
+    /// Bytes of response bodies, by who carried them.
+    body_bytes: Family<ByPath, Counter> = "body_bytes";
+    /// Times the kernel gave a steered flow back before the end of its message.
+    steer_stops: Family<ByReason, Counter> = "steer_stops";
+    /// Events of the kernel program that found no room in the ring buffer.
+    steer_events_missed: Counter = "steer_events_missed";
+    /// Endpoint connections that hold a slot of the kernel maps.
+    slots_in_use: Gauge = "slots_in_use";
+    /// Whether a path passed its self-test and is in use.
+    steering_path_active: Family<ByPath, Gauge> = "steering_path_active";
+    /// Why a path is active or not; always 1.
+    steering_path_info: Family<PathState, Gauge> = "steering_path_info";
+}
+
+/// gen_ai.server.request.duration, with room below for the agent's own answers and above for long generations.
+const REQUEST_SECONDS: [f64; 20] = [
+    0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92,
+    163.84, 327.68, 655.36,
+];
+
+/// gen_ai.server.time_to_first_token.
+const TTFT_SECONDS: [f64; 16] =
+    [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0];
+
+/// gen_ai.server.time_per_output_token.
+const CHUNK_SECONDS: [f64; 13] = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5];
+
+/// From an EPP on the same machine to one that queues requests.
+const EPP_SECONDS: [f64; 19] = [
+    0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
+    10.0, 30.0, 60.0,
+];

@@ -1,0 +1,64 @@
+//! Which endpoint was last given a prefix: a table of fixed size, so that neither memory nor the time under the lock depends on
+//! the traffic. Sets of four, and in a full set the entry that was used longest ago gives way.
+
+use super::prompt::PromptHash;
+
+const SETS: usize = 16384;
+const WAYS: usize = 4;
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Entry {
+    hash: u64,
+    endpoint: u32,
+    /// The pick that used it last; 0 is an empty entry.
+    used: u32,
+}
+
+#[derive(Debug)]
+pub(super) struct Affinity {
+    /// 1 MiB.
+    sets: Box<[[Entry; WAYS]]>,
+    clock: u32,
+}
+
+impl Affinity {
+    pub(super) fn new() -> Self {
+        Self { sets: vec![[Entry::default(); WAYS]; SETS].into_boxed_slice(), clock: 0 }
+    }
+
+    /// The endpoint that knows the longest part of `prompt`, among those that `suits`.
+    pub(super) fn longest(&self, prompt: &PromptHash, suits: impl Fn(usize) -> bool) -> Option<usize> {
+        let known = prompt.blocks.iter().rev().filter_map(|&hash| self.get(hash));
+        known.map(|endpoint| endpoint as usize).find(|&endpoint| suits(endpoint))
+    }
+
+    /// `endpoint` is about to know all of `prompt`.
+    pub(super) fn learn(&mut self, prompt: &PromptHash, endpoint: usize) {
+        // A wrapped clock only makes some young entries look old for a while.
+        self.clock = self.clock.wrapping_add(1).max(1);
+        let Ok(endpoint) = u32::try_from(endpoint) else { return };
+        for &hash in &prompt.blocks {
+            let set = &mut self.sets[set_of(hash)];
+            let known = set.iter().position(|entry| entry.used != 0 && entry.hash == hash);
+            let oldest = || (0..WAYS).min_by_key(|&way| set[way].used).unwrap_or(0);
+            let way = known.unwrap_or_else(oldest);
+            set[way] = Entry { hash, endpoint, used: self.clock };
+        }
+    }
+
+    fn get(&self, hash: u64) -> Option<u32> {
+        self.sets[set_of(hash)].iter().find(|entry| entry.used != 0 && entry.hash == hash).map(|entry| entry.endpoint)
+    }
+
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.sets.iter().flatten().filter(|entry| entry.used != 0).count()
+    }
+}
+
+#[cfg(test)]
+pub(super) const CAPACITY: usize = SETS * WAYS;
+
+fn set_of(hash: u64) -> usize {
+    hash as usize % SETS
+}

@@ -1,0 +1,406 @@
+use std::time::Instant;
+
+use http::{HeaderMap, StatusCode, request::Parts};
+use penstock_proto::ext_proc::{processing_request::Request, processing_response::Response};
+use tokio::{io::AsyncReadExt, net::TcpListener, sync::mpsc::unbounded_channel};
+use tonic::transport::{Identity, Server, ServerTlsConfig};
+
+use super::*;
+use crate::{
+    config::{Epp, EppTls},
+    picker::exchange::{Body, Decision},
+};
+
+#[path = "epp.rs"]
+mod epp;
+use epp::{serve, serve_on};
+
+const LIMITS: Limits = Limits { replaced_body: 1 << 20 };
+const A: &str = "10.0.0.1:8000";
+
+fn epp_settings() -> Epp {
+    Epp {
+        address: "127.0.0.1:9002".to_owned(),
+        tls: EppTls::Off,
+        connect_timeout: Duration::from_secs(5),
+        decision_timeout: Duration::from_secs(30),
+        response_timeout: None,
+        header: http::HeaderName::from_static("x-gateway-destination-endpoint"),
+    }
+}
+
+fn client_to(address: &str, tls: EppTls, connect_timeout: Duration) -> EppClient {
+    EppClient::new(&Epp { address: address.to_owned(), tls, connect_timeout, ..epp_settings() }).unwrap()
+}
+
+fn client(address: SocketAddr) -> EppClient {
+    client_to(&address.to_string(), EppTls::Off, Duration::from_secs(5))
+}
+
+fn post() -> Parts {
+    http::Request::post("/v1/completions").header("host", "llm").body(()).unwrap().into_parts().0
+}
+
+/// What must happen happens long before this.
+async fn soon<T>(what: impl Future<Output = T>) -> T {
+    tokio::time::timeout(Duration::from_secs(20), what).await.expect("in time")
+}
+
+fn addresses(list: &[&str]) -> Vec<SocketAddr> {
+    list.iter().map(|address| address.parse().unwrap()).collect()
+}
+
+#[track_caller]
+fn picked(outcome: Result<Outcome, PickError>) -> Decision {
+    match outcome {
+        Ok(Outcome::Picked(decision)) => decision,
+        other => panic!("no decision: {other:?}"),
+    }
+}
+
+/// Asks about a request without a body.
+async fn ask(client: &EppClient) -> Result<Outcome, PickError> {
+    soon(client.open(&post(), false, None, LIMITS).outcome()).await
+}
+
+#[tokio::test]
+async fn picks_by_header_and_by_metadata() {
+    let by_header = serve(Server::builder(), async |mut call| {
+        call.next().await;
+        call.pick("10.0.0.1:8000, [fd00::1]:8000").await;
+    });
+    let by_metadata = serve(Server::builder(), async |mut call| {
+        call.next().await;
+        call.pick_by_metadata("10.0.0.1:8000,[fd00::1]:8000").await;
+    });
+    for address in [by_header.await, by_metadata.await] {
+        let decision = picked(ask(&client(address)).await);
+        assert_eq!(decision.endpoints, addresses(&[A, "[fd00::1]:8000"]));
+        assert_eq!(decision.body, Body::Original);
+    }
+}
+
+#[tokio::test]
+async fn pieces_arrive_while_the_client_still_uploads() {
+    let (seen, mut arrived) = unbounded_channel();
+    let address = serve(Server::builder(), move |mut call| {
+        let seen = seen.clone();
+        async move {
+            let Request::RequestHeaders(_) = call.next().await else { panic!("no head") };
+            loop {
+                let Request::RequestBody(piece) = call.next().await else { panic!("no body") };
+                call.keep_piece().await;
+                seen.send(piece.body).unwrap();
+                if piece.end_of_stream {
+                    return call.pick(A).await;
+                }
+            }
+        }
+    })
+    .await;
+    let mut stream = client(address).open(&post(), true, None, LIMITS);
+    for (piece, end) in [("one", false), ("two", false), ("three", true)] {
+        assert_eq!(soon(stream.send_body(piece.into(), end)).await.unwrap(), None);
+        assert_eq!(soon(arrived.recv()).await.unwrap(), piece);
+    }
+    assert_eq!(picked(soon(stream.outcome()).await).body, Body::Original);
+}
+
+#[tokio::test]
+async fn an_epp_that_is_silent_until_it_has_the_body_and_then_replaces_it() {
+    let address = serve(Server::builder(), async |mut call| {
+        let mut body = Bytes::from(call.body().await);
+        call.pick(A).await;
+        while !body.is_empty() {
+            let piece = body.split_to(body.len().min(62_000));
+            call.stream_body(piece, body.is_empty()).await;
+        }
+    })
+    .await;
+    // More than fits into the queue and into a server's first window.
+    let body: Bytes = (0..900_000_u32).map(|n| n as u8).collect();
+    let mut stream = client(address).open(&post(), true, None, LIMITS);
+    for piece in body.chunks(200_000) {
+        assert_eq!(soon(stream.send_body(body.slice_ref(piece), false)).await.unwrap(), None);
+    }
+    let mut outcome = soon(stream.send_body(Bytes::new(), true)).await.transpose();
+    if outcome.is_none() {
+        outcome = Some(soon(stream.outcome()).await);
+    }
+    let Body::Replaced(pieces) = picked(outcome.unwrap()).body else { panic!("not replaced") };
+    assert!(pieces.concat() == body);
+}
+
+#[tokio::test]
+async fn a_send_that_the_epp_does_not_take_ends_with_its_answer() {
+    let address = serve(Server::builder(), async |mut call| {
+        call.next().await;
+        // Reads no further until the window must be full.
+        call.next().await;
+        call.immediate(429).await;
+        std::future::pending::<()>().await;
+    })
+    .await;
+    let mut stream = client(address).open(&post(), true, None, LIMITS);
+    let piece = Bytes::from(vec![b'x'; 32 << 20]);
+    let Some(Outcome::Immediate(reply)) = soon(stream.send_body(piece, false)).await.unwrap() else { panic!("picked") };
+    assert_eq!(reply.status, StatusCode::TOO_MANY_REQUESTS);
+}
+
+#[tokio::test]
+async fn a_send_can_be_cancelled_and_loses_nothing() {
+    let (gate, opened) = tokio::sync::watch::channel(false);
+    let address = serve(Server::builder(), move |mut call| {
+        let mut opened = opened.clone();
+        async move {
+            opened.wait_for(|open| *open).await.unwrap();
+            let body = call.body().await;
+            call.pick(&format!("10.0.0.1:{}", body.len() >> 10)).await;
+            call.keep_piece().await;
+            call.stream_body(Bytes::new(), true).await;
+        }
+    })
+    .await;
+    let mut stream = client(address).open(&post(), true, None, LIMITS);
+    let piece = Bytes::from(vec![b'x'; 8 << 20]);
+    assert!(stream.send_body(piece, false).now_or_never().is_none(), "more than the queue takes");
+    gate.send(true).unwrap();
+    assert_eq!(soon(stream.send_body(Bytes::new(), true)).await.unwrap(), None);
+    assert_eq!(picked(soon(stream.outcome()).await).endpoints, addresses(&["10.0.0.1:8192"]));
+}
+
+#[tokio::test]
+async fn ends_without_a_pick() {
+    let closes = serve(Server::builder(), async |mut call| drop(call.next().await)).await;
+    let fails = serve(Server::builder(), async |mut call| {
+        call.next().await;
+        call.reply(Err(tonic::Status::failed_precondition("not like this"))).await;
+    })
+    .await;
+    let fails_late = serve(Server::builder(), async |mut call| {
+        call.next().await;
+        call.keep_piece().await;
+        call.reply(Err(tonic::Status::unavailable("not the leader"))).await;
+    })
+    .await;
+    let answers = serve(Server::builder(), async |call| call.immediate(503).await).await;
+    for (address, reason) in
+        [(closes, "closed_without_pick"), (fails, "failed_precondition"), (fails_late, "unavailable")]
+    {
+        let mut stream = client(address).open(&post(), true, None, LIMITS);
+        let error = soon(stream.outcome()).await.unwrap_err();
+        assert_eq!((error.reason(), error.retry_on_fresh_channel()), (reason, false), "{error}");
+    }
+    let Ok(Outcome::Immediate(reply)) = ask(&client(answers)).await else { panic!("no answer") };
+    assert_eq!(reply.status, StatusCode::SERVICE_UNAVAILABLE);
+}
+
+#[tokio::test]
+async fn at_the_deadline_the_head_alone_is_a_pick() {
+    let address = serve(Server::builder(), async |mut call| {
+        call.body().await;
+        call.pick(A).await;
+        call.send(Response::ResponseHeaders(epp::head(&[]))).await;
+        std::future::pending::<()>().await;
+    })
+    .await;
+    let client = client(address);
+    let mut stream = client.open(&post(), true, None, LIMITS);
+    assert_eq!(stream.at_deadline().unwrap_err().reason(), "deadline");
+    let mut stream = client.open(&post(), true, None, LIMITS);
+    assert_eq!(soon(stream.send_body(Bytes::new(), true)).await.unwrap(), None);
+    // The reply after the pick shows that the pick is there; it decides nothing itself.
+    let event = soon(poll_fn(|cx| stream.poll_event(cx))).await;
+    assert!(matches!(event, Some(Ok(Event::ResponseHead(_)))), "{event:?}");
+    assert_eq!(picked(stream.at_deadline()).endpoints, addresses(&[A]));
+}
+
+#[tokio::test]
+async fn an_epp_that_is_down_fails_at_once_and_is_tried_again() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    drop(listener);
+    let client = client(address);
+    for _ in 0..2 {
+        let error = ask(&client).await.unwrap_err();
+        assert_eq!((error.reason(), error.retry_on_fresh_channel()), ("connect", false), "{error}");
+    }
+    let listener = TcpListener::bind(address).await.unwrap();
+    serve_on(listener, Server::builder(), async |call| call.pick(A).await);
+    assert_eq!(picked(ask(&client).await).endpoints, addresses(&[A]));
+}
+
+#[tokio::test]
+async fn those_who_wait_for_a_connection_fail_together() {
+    // Takes TCP connections and says nothing, so that TLS hangs.
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let client = client_to(&address, EppTls::Insecure, Duration::from_millis(250));
+    let start = Instant::now();
+    let asked = futures_util::future::join_all((0..40).map(|_| ask(&client))).await;
+    assert!(asked.iter().all(|outcome| outcome.as_ref().is_err_and(|error| error.reason() == "connect")));
+    assert!(start.elapsed() < Duration::from_secs(5), "one after the other: {:?}", start.elapsed());
+}
+
+#[tokio::test]
+async fn a_lost_connection_is_not_met_again() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let client = client(listener.local_addr().unwrap());
+    let mut waiting: Vec<_> = (0..3).map(|_| client.open(&post(), false, None, LIMITS)).collect();
+    let lose = async {
+        let (mut connection, _) = listener.accept().await.unwrap();
+        connection.read_exact(&mut [0; 24]).await.unwrap();
+    };
+    let outcomes = futures_util::future::join_all(waiting.iter_mut().map(PickStream::outcome));
+    let (outcomes, ()) = soon(async { tokio::join!(outcomes, lose) }).await;
+    for outcome in outcomes {
+        let error = outcome.unwrap_err();
+        assert_eq!((error.reason(), error.retry_on_fresh_channel()), ("reset", true), "{error}");
+    }
+    serve_on(listener, Server::builder(), async |call| call.pick(A).await);
+    assert_eq!(picked(ask(&client).await).endpoints, addresses(&[A]));
+}
+
+#[tokio::test]
+async fn tls() {
+    let signed = |name: &str| rcgen::generate_simple_self_signed(vec![name.to_owned()]).unwrap();
+    let certificate = signed("epp.example");
+    let identity = Identity::from_pem(certificate.cert.pem(), certificate.signing_key.serialize_pem());
+    let server = Server::builder().tls_config(ServerTlsConfig::new().identity(identity)).unwrap();
+    let address = serve(server, async |call| call.pick(A).await).await.to_string();
+    let file = |pem: String| {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), pem).unwrap();
+        file
+    };
+    let (ours, other) = (file(certificate.cert.pem()), file(signed("epp.example").cert.pem()));
+    let ca = |file: &tempfile::NamedTempFile, name: Option<&str>| EppTls::Ca {
+        file: file.path().to_owned(),
+        server_name: name.map(str::to_owned),
+    };
+    let rows = [
+        (EppTls::Insecure, true),
+        (ca(&ours, Some("epp.example")), true),
+        (ca(&ours, Some("other.example")), false),
+        (ca(&ours, None), false),
+        (ca(&other, Some("epp.example")), false),
+    ];
+    for (tls, works) in rows {
+        let outcome = ask(&client_to(&address, tls.clone(), Duration::from_secs(5))).await;
+        if works {
+            assert_eq!(picked(outcome).endpoints, addresses(&[A]));
+        } else {
+            assert_eq!(outcome.unwrap_err().reason(), "connect", "{tls:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_response_phase() {
+    let (seen, mut end) = unbounded_channel();
+    let address = serve(Server::builder(), move |mut call| {
+        let seen = seen.clone();
+        async move {
+            call.next().await;
+            call.pick(A).await;
+            call.next().await;
+            call.send(Response::ResponseHeaders(epp::head(&[("x-session-token", "t")]))).await;
+            seen.send((call.message().await, call.message().await)).unwrap();
+        }
+    })
+    .await;
+    let mut stream = client(address).open(&post(), false, None, LIMITS);
+    picked(soon(stream.outcome()).await);
+    let wait = Some(Duration::from_secs(20));
+    let reply = stream.response_headers(StatusCode::OK, &HeaderMap::new(), A.parse().unwrap(), false, wait).await;
+    let ResponseReply::Mutation(Some(mutation)) = reply else { panic!("{reply:?}") };
+    assert_eq!(mutation.set_headers[0].header.as_ref().unwrap().raw_value, "t");
+    stream.finish();
+
+    let (last, close) = soon(end.recv()).await.unwrap();
+    let last = last.unwrap().expect("a last message");
+    let Some(Request::ResponseBody(body)) = last.request else { panic!("no response body") };
+    assert!(body.end_of_stream);
+    let metadata = last.metadata_context.expect("metadata").filter_metadata;
+    assert!(format!("{:?}", metadata["envoy.lb"]).contains(A));
+    assert_eq!(close.expect("a half-close, not a reset"), None);
+}
+
+#[tokio::test]
+async fn eviction() {
+    let address = serve(Server::builder(), async |mut call| {
+        call.next().await;
+        call.pick(A).await;
+        let Request::ResponseHeaders(_) = call.next().await else { panic!("no response") };
+        call.send(Response::ResponseHeaders(epp::head(&[]))).await;
+        call.immediate(429).await;
+    })
+    .await;
+    let client = client(address);
+    for wait in [None, Some(Duration::from_secs(20))] {
+        let mut stream = client.open(&post(), false, None, LIMITS);
+        picked(soon(stream.outcome()).await);
+        let served = A.parse().unwrap();
+        let reply = stream.response_headers(StatusCode::OK, &HeaderMap::new(), served, false, wait).await;
+        assert_eq!(matches!(reply, ResponseReply::Mutation(Some(_))), wait.is_some());
+        assert_eq!(soon(stream.evicted()).await.status, StatusCode::TOO_MANY_REQUESTS);
+        stream.finish();
+    }
+}
+
+#[tokio::test]
+async fn the_response_does_not_depend_on_the_epp() {
+    for error in [None, Some(tonic::Status::internal("gone"))] {
+        let address = serve(Server::builder(), move |mut call| {
+            let error = error.clone();
+            async move {
+                call.next().await;
+                call.pick(A).await;
+                call.next().await;
+                if let Some(error) = error {
+                    call.reply(Err(error)).await;
+                }
+            }
+        })
+        .await;
+        let mut stream = client(address).open(&post(), false, None, LIMITS);
+        picked(soon(stream.outcome()).await);
+        let wait = Some(Duration::from_secs(20));
+        let served = A.parse().unwrap();
+        let reply = stream.response_headers(StatusCode::OK, &HeaderMap::new(), served, false, wait).await;
+        assert_eq!(reply, ResponseReply::Mutation(None));
+        assert!(stream.evicted().now_or_never().is_none());
+    }
+}
+
+#[tokio::test]
+async fn a_dropped_stream_is_cancelled() {
+    let (seen, mut end) = unbounded_channel();
+    let address = serve(Server::builder(), move |mut call| {
+        let seen = seen.clone();
+        async move {
+            call.next().await;
+            seen.send(None).unwrap();
+            seen.send(Some(call.message().await)).unwrap();
+        }
+    })
+    .await;
+    let mut stream = client(address).open(&post(), true, None, LIMITS);
+    tokio::select! {
+        _ = stream.outcome() => panic!("no outcome"),
+        started = soon(end.recv()) => assert!(matches!(started, Some(None))),
+    }
+    drop(stream);
+    let end = soon(end.recv()).await.unwrap().expect("the end of the stream");
+    assert_eq!(end.expect_err("a reset, not a half-close").code(), tonic::Code::Cancelled);
+}
+
+#[test]
+fn settings_that_cannot_work_are_refused() {
+    for address in ["", "epp", "http://epp:9002", "a b:1"] {
+        let epp = Epp { address: address.to_owned(), ..epp_settings() };
+        assert!(EppClient::new(&epp).is_err(), "{address:?}");
+    }
+    let tls = EppTls::Ca { file: "no/such/file".into(), server_name: None };
+    assert!(EppClient::new(&Epp { tls, ..epp_settings() }).is_err());
+}

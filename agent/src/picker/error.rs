@@ -1,0 +1,77 @@
+//! Why an EPP did not pick. Every variant is a matter for the pool's failure mode.
+//!
+//! Given by the exchange (what the EPP said) and by the client (what became of the stream). An answer that the EPP meant for
+//! the client is not among them: that is `Outcome::Immediate`.
+
+use std::sync::Arc;
+
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum PickError {
+    #[error("cannot connect to the EPP: {0}")]
+    Connect(Arc<std::io::Error>),
+    /// The connection, or the stream alone, was lost before the EPP had answered.
+    #[error("the stream to the EPP broke off: {message}")]
+    Reset { message: String, answered: bool },
+    #[error("the EPP answered with gRPC status {}: {message}", label(*.code))]
+    Status { code: tonic::Code, message: String },
+    #[error("the EPP closed the stream without a pick")]
+    ClosedWithoutPick,
+    #[error("the EPP answered without naming an endpoint")]
+    NoDestination,
+    /// The entries that are no `ip:port`.
+    #[error("the EPP named what is no ip:port: {0}")]
+    BadDestination(String),
+    #[error("the EPP's replacement of the body is larger than {limit} bytes")]
+    BodyTooLarge { limit: usize },
+    #[error("the EPP replaced only a part of the body")]
+    BodyPartial,
+    #[error("the EPP did not answer in time")]
+    Deadline,
+}
+
+impl PickError {
+    /// A stable label for metrics and logs.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            PickError::Connect(_) => "connect",
+            PickError::Reset { .. } => "reset",
+            PickError::Status { code, .. } => label(*code),
+            PickError::ClosedWithoutPick => "closed_without_pick",
+            PickError::NoDestination => "no_destination",
+            PickError::BadDestination(_) => "bad_destination",
+            PickError::BodyTooLarge { .. } => "body_too_large",
+            PickError::BodyPartial => "body_partial",
+            PickError::Deadline => "deadline",
+        }
+    }
+
+    /// Whether the request can be asked again at once: the transport was lost through no fault of this request and before any
+    /// answer. The next `open` does not meet the same connection.
+    pub fn retry_on_fresh_channel(&self) -> bool {
+        matches!(self, PickError::Reset { answered: false, .. })
+    }
+}
+
+/// The names of the gRPC specification, lower-case.
+fn label(code: tonic::Code) -> &'static str {
+    use tonic::Code;
+    match code {
+        Code::Ok => "ok",
+        Code::Cancelled => "cancelled",
+        Code::Unknown => "unknown",
+        Code::InvalidArgument => "invalid_argument",
+        Code::DeadlineExceeded => "deadline_exceeded",
+        Code::NotFound => "not_found",
+        Code::AlreadyExists => "already_exists",
+        Code::PermissionDenied => "permission_denied",
+        Code::ResourceExhausted => "resource_exhausted",
+        Code::FailedPrecondition => "failed_precondition",
+        Code::Aborted => "aborted",
+        Code::OutOfRange => "out_of_range",
+        Code::Unimplemented => "unimplemented",
+        Code::Internal => "internal",
+        Code::Unavailable => "unavailable",
+        Code::DataLoss => "data_loss",
+        Code::Unauthenticated => "unauthenticated",
+    }
+}

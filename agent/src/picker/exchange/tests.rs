@@ -1,0 +1,349 @@
+use penstock_proto::{
+    core::{HeaderValue, HeaderValueOption},
+    ext_proc::{
+        BodyMutation, HeadersResponse, HttpBody, HttpHeaders, StreamedBodyResponse, TrailersResponse,
+        body_mutation::Mutation,
+    },
+    http_type::HttpStatus,
+};
+use prost_types::{ListValue, Struct, Value, value::Kind};
+
+use super::*;
+use crate::picker::message;
+
+/// What happens on a stream, after the head of a request with a body has gone out.
+#[derive(Debug, Clone)]
+enum Step {
+    /// A piece of the client's body; the last one.
+    Piece,
+    End,
+    Reply(Box<ProcessingResponse>),
+    Closed,
+    Failed,
+    Deadline,
+}
+use Step::*;
+
+fn reply(response: Response) -> Step {
+    Reply(Box::new(ProcessingResponse { response: Some(response), dynamic_metadata: None }))
+}
+
+fn option(name: &str, value: &str) -> HeaderValueOption {
+    let header = HeaderValue { key: name.into(), value: String::new(), raw_value: value.to_owned().into() };
+    HeaderValueOption { header: Some(header), ..Default::default() }
+}
+
+fn mutation(headers: &[(&str, &str)]) -> Option<HeaderMutation> {
+    let set_headers = headers.iter().map(|(name, value)| option(name, value)).collect();
+    Some(HeaderMutation { set_headers, remove_headers: vec![] })
+}
+
+/// A header reply that picks `list`.
+fn head(list: &str) -> Step {
+    let response = Some(CommonResponse {
+        header_mutation: mutation(&[(message::DESTINATION, list)]),
+        clear_route_cache: true,
+        ..Default::default()
+    });
+    reply(Response::RequestHeaders(HeadersResponse { response }))
+}
+
+fn with_metadata(step: Step, kind: Kind) -> Step {
+    let one = |key: &str, kind| Struct { fields: [(key.to_owned(), Value { kind: Some(kind) })].into() };
+    let Reply(mut message) = step else { panic!("not a reply") };
+    message.dynamic_metadata = Some(one("envoy.lb", Kind::StructValue(one(message::DESTINATION, kind))));
+    Reply(message)
+}
+
+fn text(text: &str) -> Kind {
+    Kind::StringValue(text.into())
+}
+
+fn no_pick() -> Step {
+    reply(Response::RequestHeaders(HeadersResponse::default()))
+}
+
+fn body(mutation: Mutation) -> Step {
+    let body_mutation = Some(BodyMutation { mutation: Some(mutation) });
+    reply(Response::RequestBody(BodyResponse {
+        response: Some(CommonResponse { body_mutation, ..Default::default() }),
+    }))
+}
+
+fn streamed(piece: &'static str, end_of_stream: bool) -> Step {
+    body(Mutation::StreamedResponse(StreamedBodyResponse { body: piece.into(), end_of_stream }))
+}
+
+fn kept() -> Step {
+    reply(Response::RequestBody(BodyResponse::default()))
+}
+
+fn immediate(code: i32) -> Step {
+    let status = Some(HttpStatus { code });
+    reply(Response::ImmediateResponse(ImmediateResponse { status, body: "no".into(), ..Default::default() }))
+}
+
+fn trailers() -> Step {
+    reply(Response::RequestTrailers(TrailersResponse::default()))
+}
+
+fn replace_at_head(list: &str, whole: &'static str) -> Step {
+    let response = Some(CommonResponse {
+        status: ResponseStatus::ContinueAndReplace.into(),
+        header_mutation: mutation(&[(message::DESTINATION, list)]),
+        body_mutation: Some(BodyMutation { mutation: Some(Mutation::Body(whole.into())) }),
+        ..Default::default()
+    });
+    reply(Response::RequestHeaders(HeadersResponse { response }))
+}
+
+fn request() -> http::request::Parts {
+    let request = http::Request::post("/v1/completions?x=1").header("Host", "llm.example").header("X-Id", "7");
+    request.body(()).unwrap().into_parts().0
+}
+
+fn exchange(has_body: bool, subset: Option<&[SocketAddr]>) -> Exchange {
+    let header = HeaderName::from_static(message::DESTINATION);
+    Exchange::new(header, &request(), has_body, subset, Limits { replaced_body: 10 })
+}
+
+fn step(exchange: &mut Exchange, step: Step) {
+    match step {
+        Piece => exchange.request_body("piece".into(), false),
+        End => exchange.request_body("end".into(), true),
+        Reply(reply) => exchange.receive(*reply),
+        Closed => exchange.closed(),
+        Failed => exchange.failed(PickError::Reset { message: String::new(), answered: exchange.answered() }),
+        Deadline => exchange.deadline(),
+    }
+}
+
+/// Everything that came out, in short: `a:1,b:2 original`, `a:1 replaced xyz`, `immediate 429`, `error closed_without_pick`.
+fn run(exchange: &mut Exchange, steps: Vec<Step>) -> (Vec<String>, usize) {
+    let mut seen = Vec::new();
+    let mut at = 0;
+    for (index, next) in steps.into_iter().enumerate() {
+        step(exchange, next);
+        while let Some(event) = exchange.next_event() {
+            at = index + 1;
+            seen.push(match event {
+                Err(error) => format!("error {}", error.reason()),
+                Ok(Event::ResponseHead(mutation)) => format!("response head {}", mutation.set_headers.len()),
+                Ok(Event::Outcome(Outcome::Immediate(reply))) => format!("immediate {}", reply.status.as_u16()),
+                Ok(Event::Outcome(Outcome::Picked(decision))) => {
+                    let endpoints: Vec<_> = decision.endpoints.iter().map(ToString::to_string).collect();
+                    let body = match decision.body {
+                        Body::Original => "original".to_owned(),
+                        Body::Replaced(pieces) => format!("replaced {}", String::from_utf8_lossy(&pieces.concat())),
+                    };
+                    format!("{} {body}", endpoints.join(","))
+                }
+            });
+        }
+    }
+    (seen, at)
+}
+
+const A: &str = "10.0.0.1:1";
+
+/// Each row: the steps, what comes out, and after which step the last of it does.
+#[test]
+fn every_order_of_replies() {
+    #[rustfmt::skip]
+    let rows: Vec<(&str, Vec<Step>, &[&str], usize)> = vec![
+        // How the known EPPs answer.
+        ("GIE: silent until the end, head, then the body streamed", vec![Piece, End, head(A), streamed("new", false), streamed("er", true)], &["10.0.0.1:1 replaced newer"], 5),
+        ("lwepp: an empty reply per piece, then the head", vec![Piece, kept(), Piece, kept(), End, kept(), head(A)], &["10.0.0.1:1 original"], 7),
+        ("lwepp, late", vec![Piece, Piece, End, kept(), kept(), kept(), head(A)], &["10.0.0.1:1 original"], 7),
+        ("empty replies after the head", vec![Piece, End, head(A), kept(), kept()], &["10.0.0.1:1 original"], 5),
+        ("empty replies, then streamed all the same", vec![Piece, kept(), End, streamed("new", true), head(A)], &["10.0.0.1:1 replaced new"], 5),
+        ("llm-d: closes after the request phase", vec![Piece, End, head(A), streamed("new", true), Closed], &["10.0.0.1:1 replaced new"], 4),
+        // Other orders.
+        ("head before the end of the body", vec![Piece, head(A), streamed("n", false), End, streamed("ew", true)], &["10.0.0.1:1 replaced new"], 5),
+        ("all replies before the end", vec![Piece, kept(), head(A), End, kept()], &["10.0.0.1:1 original"], 5),
+        ("body before head", vec![Piece, End, streamed("new", true), head(A)], &["10.0.0.1:1 replaced new"], 4),
+        ("two ends", vec![End, streamed("new", true), streamed("", true), head(A), streamed("x", true)], &["10.0.0.1:1 replaced new"], 4),
+        ("two ends of ours", vec![End, End, head(A), kept()], &["10.0.0.1:1 original"], 4),
+        ("an empty replacement", vec![End, head(A), streamed("", true)], &["10.0.0.1:1 replaced "], 3),
+        ("trailers mean nothing", vec![End, trailers(), head(A), trailers(), kept()], &["10.0.0.1:1 original"], 5),
+        // Other ways to replace.
+        ("whole bodies, one per piece", vec![Piece, body(Mutation::Body("ab".into())), End, body(Mutation::Body("cd".into())), head(A)], &["10.0.0.1:1 replaced abcd"], 5),
+        ("dropped, then whole", vec![Piece, body(Mutation::ClearBody(true)), End, body(Mutation::Body("cd".into())), head(A)], &["10.0.0.1:1 replaced cd"], 5),
+        ("cleared", vec![End, head(A), body(Mutation::ClearBody(true))], &["10.0.0.1:1 replaced "], 3),
+        ("not cleared", vec![End, head(A), body(Mutation::ClearBody(false))], &["10.0.0.1:1 original"], 3),
+        ("one piece kept and one replaced", vec![Piece, kept(), End, body(Mutation::Body("cd".into())), head(A)], &["error body_partial"], 5),
+        ("replaced per piece and streamed", vec![Piece, body(Mutation::Body("ab".into())), End, streamed("cd", true), head(A)], &["error body_partial"], 5),
+        ("with the head", vec![Piece, replace_at_head(A, "whole")], &["10.0.0.1:1 replaced whole"], 2),
+        ("as large as may be", vec![End, head(A), streamed("12345", false), streamed("67890", true)], &["10.0.0.1:1 replaced 1234567890"], 4),
+        ("too large", vec![End, head(A), streamed("12345", false), streamed("678901", false), streamed("", true)], &["error body_too_large"], 4),
+        // Where the pick is.
+        ("metadata before header", vec![End, with_metadata(head("10.0.0.2:2"), text(A)), kept()], &["10.0.0.1:1 original"], 3),
+        ("metadata alone", vec![End, with_metadata(no_pick(), text(A)), kept()], &["10.0.0.1:1 original"], 3),
+        ("metadata with the body reply", vec![End, with_metadata(kept(), text(A)), no_pick()], &["10.0.0.1:1 original"], 3),
+        ("metadata as a list", vec![End, with_metadata(no_pick(), Kind::ListValue(ListValue { values: vec![Value { kind: Some(text(A)) }, Value { kind: Some(text("[::1]:2")) }] })), kept()], &["10.0.0.1:1,[::1]:2 original"], 3),
+        ("empty metadata", vec![End, with_metadata(head(A), text(" ")), kept()], &["10.0.0.1:1 original"], 3),
+        ("metadata that is no text", vec![End, with_metadata(head(A), Kind::BoolValue(true)), kept()], &["10.0.0.1:1 original"], 3),
+        ("a list", vec![End, head(" 10.0.0.1:1, [fd00::2]:8000 ,10.0.0.1:1,,10.0.0.3:3"), kept()], &["10.0.0.1:1,[fd00::2]:8000,10.0.0.3:3 original"], 3),
+        ("a name in the list", vec![End, head("10.0.0.1:1,pod-7:8000"), kept()], &["error bad_destination"], 3),
+        ("only commas", vec![End, head(" , "), kept()], &["error no_destination"], 3),
+        ("none", vec![End, no_pick(), kept()], &["error no_destination"], 3),
+        // Immediate responses.
+        ("at once", vec![immediate(429)], &["immediate 429"], 1),
+        ("while uploading", vec![Piece, immediate(503), Piece, End], &["immediate 503"], 2),
+        ("after the head", vec![End, head(A), immediate(429), kept()], &["immediate 429"], 3),
+        ("then closed", vec![End, immediate(429), Closed], &["immediate 429"], 2),
+        ("eviction", vec![End, head(A), kept(), immediate(429)], &["10.0.0.1:1 original", "immediate 429"], 4),
+        ("without a status", vec![immediate(0)], &["immediate 500"], 1),
+        ("with an interim status", vec![immediate(103)], &["immediate 500"], 1),
+        // Clean close.
+        ("before anything", vec![Piece, Closed], &["error closed_without_pick"], 2),
+        ("after empty replies", vec![End, kept(), Closed], &["error closed_without_pick"], 3),
+        ("after a head without a pick", vec![End, no_pick(), Closed], &["error closed_without_pick"], 3),
+        ("after the head", vec![End, head(A), Closed], &["10.0.0.1:1 original"], 3),
+        ("after the head, while uploading", vec![Piece, head(A), Closed, Piece, End], &["10.0.0.1:1 original"], 3),
+        ("within the replacement", vec![End, head(A), streamed("n", false), Closed], &["error body_partial"], 4),
+        ("after the decision", vec![End, head(A), kept(), Closed, Closed], &["10.0.0.1:1 original"], 3),
+        // Error close.
+        ("lost before anything", vec![Piece, Failed], &["error reset"], 2),
+        ("lost after the head", vec![End, head(A), Failed], &["error reset"], 3),
+        ("lost after the decision", vec![End, head(A), kept(), Failed], &["10.0.0.1:1 original"], 3),
+        // Deadline.
+        ("nothing came", vec![Piece, End, Deadline], &["error deadline"], 3),
+        ("replies without the head", vec![End, kept(), Deadline], &["error deadline"], 3),
+        ("the head alone", vec![Piece, End, head(A), Deadline], &["10.0.0.1:1 original"], 4),
+        ("the head and some empty replies", vec![Piece, End, head(A), kept(), Deadline], &["10.0.0.1:1 original"], 5),
+        ("the head alone, still uploading", vec![Piece, head(A), Deadline], &["error deadline"], 3),
+        ("a head without a pick", vec![End, no_pick(), Deadline], &["error deadline"], 3),
+        ("within the replacement", vec![End, head(A), streamed("n", false), Deadline], &["error body_partial"], 4),
+        ("deadline after the decision", vec![End, head(A), kept(), Deadline], &["10.0.0.1:1 original"], 3),
+    ];
+    for (name, steps, expected, at) in rows {
+        assert_eq!(
+            run(&mut exchange(true, None), steps),
+            (expected.iter().map(|s| (*s).to_owned()).collect(), at),
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn a_request_without_a_body_is_decided_by_the_head() {
+    let mut exchange = exchange(false, None);
+    assert_eq!(run(&mut exchange, vec![Piece, End, head(A)]), (vec!["10.0.0.1:1 original".to_owned()], 3));
+    let Some(Request::RequestHeaders(head)) = exchange.next_message().and_then(|message| message.request) else {
+        panic!("no head");
+    };
+    assert!(head.end_of_stream);
+    assert!(!exchange.has_message(), "no body message");
+}
+
+#[test]
+fn a_bad_destination_is_named() {
+    let mut exchange = exchange(true, None);
+    for next in [End, head("10.0.0.1:1, pod-7:80, [::1]"), kept()] {
+        step(&mut exchange, next);
+    }
+    let Some(Err(PickError::BadDestination(bad))) = exchange.next_event() else { panic!("accepted") };
+    assert_eq!(bad, "pod-7:80, [::1]");
+}
+
+#[test]
+fn mutations_of_head_and_body_replies_add_up_without_the_pick() {
+    let mut exchange = exchange(true, None);
+    let common = |mutation| Some(CommonResponse { header_mutation: mutation, ..Default::default() });
+    let mut first = mutation(&[("X-Gateway-Destination-Endpoint", A), ("traceparent", "t")]);
+    first.as_mut().unwrap().remove_headers.push("x-token".into());
+    let second = mutation(&[("x-model", "m")]);
+    exchange.request_body(Bytes::new(), true);
+    exchange.receive(ProcessingResponse {
+        response: Some(Response::RequestHeaders(HeadersResponse { response: common(first) })),
+        dynamic_metadata: None,
+    });
+    exchange.receive(ProcessingResponse {
+        response: Some(Response::RequestBody(BodyResponse { response: common(second) })),
+        dynamic_metadata: None,
+    });
+    let Some(Ok(Event::Outcome(Outcome::Picked(decision)))) = exchange.next_event() else { panic!("no decision") };
+    assert_eq!(decision.mutation.set_headers, [option("traceparent", "t"), option("x-model", "m")]);
+    assert_eq!(decision.mutation.remove_headers, ["x-token"]);
+}
+
+#[test]
+fn what_goes_out() {
+    let subset: Vec<SocketAddr> = vec![A.parse().unwrap(), "[::1]:2".parse().unwrap()];
+    let mut exchange = exchange(true, Some(&subset));
+    let large = Bytes::from(vec![b'x'; 2 * message::PIECE + 1]);
+    exchange.request_body(large, false);
+    exchange.request_body(Bytes::new(), false);
+    exchange.request_body(Bytes::new(), true);
+    exchange.request_body(Bytes::from_static(b"late"), true);
+    let headers =
+        [(http::header::CONTENT_TYPE, http::HeaderValue::from_static("text/event-stream"))].into_iter().collect();
+    exchange.response_headers(http::StatusCode::OK, &headers, A.parse().unwrap(), false);
+    exchange.response_end();
+    exchange.response_end();
+
+    let messages: Vec<_> = std::iter::from_fn(|| exchange.next_message()).collect();
+    let pairs = |head: &HttpHeaders| -> Vec<(String, String)> {
+        let all = head.headers.iter().flat_map(|map| &map.headers);
+        all.map(|field| (field.key.clone(), String::from_utf8(field.raw_value.to_vec()).unwrap())).collect()
+    };
+    let short: Vec<_> = messages
+        .iter()
+        .map(|message| match message.request.as_ref().unwrap() {
+            Request::RequestHeaders(head) => format!("head {:?} {}", pairs(head), head.end_of_stream),
+            Request::ResponseHeaders(head) => format!("response {:?} {}", pairs(head), head.end_of_stream),
+            Request::RequestBody(HttpBody { body, end_of_stream }) => format!("body {} {end_of_stream}", body.len()),
+            Request::ResponseBody(HttpBody { body, end_of_stream }) => format!("answer {} {end_of_stream}", body.len()),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    let head = r#"head [(":method", "POST"), (":path", "/v1/completions?x=1"), (":scheme", "http"), (":authority", "llm.example"), ("x-id", "7")] false"#;
+    let response = r#"response [(":status", "200"), ("content-type", "text/event-stream")] false"#;
+    let body = ["body 62000 false", "body 62000 false", "body 1 false", "body 0 true"];
+    assert_eq!(short, [&[head][..], &body, &[response, "answer 0 true"]].concat());
+
+    let configs: Vec<_> = messages.iter().map(|message| message.protocol_config).collect();
+    assert_eq!(configs[0], Some(message::protocol_config()));
+    assert!(configs[1..].iter().all(Option::is_none));
+    for (index, message) in messages.iter().enumerate() {
+        let metadata = &message.metadata_context.as_ref().expect("on every message").filter_metadata;
+        let hint = &metadata["envoy.lb.subset_hint"].fields["x-gateway-destination-endpoint-subset"];
+        let values = vec![Value { kind: Some(text(A)) }, Value { kind: Some(text("[::1]:2")) }];
+        assert_eq!(hint.kind, Some(Kind::ListValue(ListValue { values })));
+        let served = metadata.get("envoy.lb").map(|lb| &lb.fields["x-gateway-destination-endpoint-served"]);
+        assert_eq!(served.and_then(|value| value.kind.clone()), (index >= 5).then(|| text(A)));
+    }
+}
+
+#[test]
+fn the_end_is_on_the_last_piece_or_on_the_response_head() {
+    let mut exchange = exchange(true, None);
+    exchange.request_body(vec![b'x'; message::PIECE + 1].into(), true);
+    exchange.response_headers(http::StatusCode::NO_CONTENT, &HeaderMap::new(), A.parse().unwrap(), true);
+    exchange.response_end();
+    let ends: Vec<_> = std::iter::from_fn(|| exchange.next_message())
+        .map(|message| match message.request.unwrap() {
+            Request::RequestHeaders(head) | Request::ResponseHeaders(head) => head.end_of_stream,
+            Request::RequestBody(body) | Request::ResponseBody(body) => body.end_of_stream,
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(ends, [false, false, true, true]);
+}
+
+#[test]
+fn without_a_subset_there_is_no_metadata_and_an_empty_one_is_said() {
+    assert_eq!(exchange(true, None).next_message().unwrap().metadata_context, None);
+    let metadata = exchange(true, Some(&[])).next_message().unwrap().metadata_context.unwrap();
+    let hint = &metadata.filter_metadata["envoy.lb.subset_hint"].fields["x-gateway-destination-endpoint-subset"];
+    assert_eq!(hint.kind, Some(Kind::ListValue(ListValue { values: vec![] })));
+}
+
+#[test]
+fn the_reply_to_the_response_head() {
+    let mut exchange = exchange(true, None);
+    let response = Some(CommonResponse { header_mutation: mutation(&[("x-served", A)]), ..Default::default() });
+    let steps = vec![End, head(A), kept(), reply(Response::ResponseHeaders(HeadersResponse { response }))];
+    assert_eq!(run(&mut exchange, steps).0, ["10.0.0.1:1 original", "response head 1"]);
+}

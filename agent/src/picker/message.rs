@@ -1,0 +1,118 @@
+//! The messages that the agent writes on a picker stream, and where it finds the pick in those it reads.
+//!
+//! Given HTTP heads, pieces of bodies and addresses, it makes the parts of `ProcessingRequest`. Names are lower-case and values
+//! are in `raw_value`, as pickers expect. Nothing here has state.
+
+use std::net::SocketAddr;
+
+use bytes::Bytes;
+use http::HeaderMap;
+use penstock_proto::{
+    core::{self, HeaderValue, Metadata},
+    ext_proc::{BodySendMode, HttpBody, HttpHeaders, ProtocolConfiguration, processing_request::Request},
+};
+use prost_types::{ListValue, Struct, Value, value::Kind};
+
+/// Pieces of a body are at most this long: the size that pickers themselves cut their answers to.
+pub const PIECE: usize = 62_000;
+
+pub const DESTINATION: &str = "x-gateway-destination-endpoint";
+const SERVED: &str = "x-gateway-destination-endpoint-served";
+const SUBSET: &str = "x-gateway-destination-endpoint-subset";
+const LB: &str = "envoy.lb";
+const LB_SUBSET: &str = "envoy.lb.subset_hint";
+
+/// The head of a request. `:authority` stands for `host`, as HTTP/2 has it.
+pub fn request_head(request: &http::request::Parts, end_of_stream: bool) -> Request {
+    let uri = &request.uri;
+    let host = request.headers.get(http::header::HOST);
+    let authority = uri
+        .authority()
+        .map(|a| Bytes::copy_from_slice(a.as_str().as_bytes()))
+        .or_else(|| host.map(|value| Bytes::copy_from_slice(value.as_bytes())));
+    let path = uri.path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
+    let mut headers = vec![
+        header(":method", Bytes::copy_from_slice(request.method.as_str().as_bytes())),
+        header(":path", Bytes::copy_from_slice(path.as_bytes())),
+        header(":scheme", Bytes::copy_from_slice(uri.scheme_str().unwrap_or("http").as_bytes())),
+    ];
+    headers.extend(authority.map(|authority| header(":authority", authority)));
+    headers.extend(fields(&request.headers).filter(|field| field.key != "host"));
+    Request::RequestHeaders(HttpHeaders { headers: Some(core::HeaderMap { headers }), end_of_stream })
+}
+
+/// The head of a response.
+pub fn response_head(status: http::StatusCode, headers: &HeaderMap, end_of_stream: bool) -> Request {
+    let mut all = vec![header(":status", Bytes::copy_from_slice(status.as_str().as_bytes()))];
+    all.extend(fields(headers));
+    Request::ResponseHeaders(HttpHeaders { headers: Some(core::HeaderMap { headers: all }), end_of_stream })
+}
+
+/// One message per piece of `body`; an empty one only to carry the end.
+pub fn request_body(mut body: Bytes, end: bool) -> impl Iterator<Item = Request> {
+    let mut done = body.is_empty() && !end;
+    std::iter::from_fn(move || {
+        if done {
+            return None;
+        }
+        let piece = body.split_to(body.len().min(PIECE));
+        done = body.is_empty();
+        Some(Request::RequestBody(HttpBody { body: piece, end_of_stream: end && done }))
+    })
+}
+
+/// The end of a response, without any of its body.
+pub fn response_end() -> Request {
+    Request::ResponseBody(HttpBody { body: Bytes::new(), end_of_stream: true })
+}
+
+/// Both bodies full duplex, sent without waiting: there are pickers that refuse anything else.
+pub fn protocol_config() -> ProtocolConfiguration {
+    ProtocolConfiguration {
+        request_body_mode: BodySendMode::FullDuplexStreamed.into(),
+        response_body_mode: BodySendMode::FullDuplexStreamed.into(),
+        send_body_without_waiting_for_header_response: true,
+    }
+}
+
+/// What accompanies every message: the endpoints to choose from, and once there is a response the one that gave it.
+pub fn metadata(subset: Option<&[SocketAddr]>, served: Option<SocketAddr>) -> Option<Metadata> {
+    let text = |address: &SocketAddr| Value { kind: Some(Kind::StringValue(address.to_string())) };
+    let one = |key: &str, kind| Struct { fields: [(key.to_owned(), Value { kind: Some(kind) })].into() };
+    let subset = subset.map(|list| {
+        let values = list.iter().map(text).collect();
+        (LB_SUBSET.to_owned(), one(SUBSET, Kind::ListValue(ListValue { values })))
+    });
+    let served = served.map(|address| (LB.to_owned(), one(SERVED, Kind::StringValue(address.to_string()))));
+    let filter_metadata: std::collections::HashMap<_, _> = subset.into_iter().chain(served).collect();
+    (!filter_metadata.is_empty()).then_some(Metadata { filter_metadata })
+}
+
+/// The pick in an EPP's dynamic metadata: a string, or from some a list of strings.
+pub fn metadata_destination(metadata: &Struct) -> Option<String> {
+    let Kind::StructValue(lb) = metadata.fields.get(LB)?.kind.as_ref()? else { return None };
+    match lb.fields.get(DESTINATION)?.kind.as_ref()? {
+        Kind::StringValue(list) => Some(list.clone()),
+        Kind::ListValue(list) => {
+            let text = |value: &Value| match &value.kind {
+                Some(Kind::StringValue(text)) => Some(text.clone()),
+                _ => None,
+            };
+            Some(list.values.iter().filter_map(text).collect::<Vec<_>>().join(","))
+        }
+        _ => None,
+    }
+}
+
+/// The bytes of a header value: pickers use either field.
+pub fn value(header: &HeaderValue) -> &[u8] {
+    if header.raw_value.is_empty() { header.value.as_bytes() } else { &header.raw_value }
+}
+
+fn fields(headers: &HeaderMap) -> impl Iterator<Item = HeaderValue> {
+    headers.iter().map(|(name, value)| header(name.as_str(), Bytes::copy_from_slice(value.as_bytes())))
+}
+
+fn header(key: &str, raw_value: Bytes) -> HeaderValue {
+    HeaderValue { key: key.to_owned(), value: String::new(), raw_value }
+}

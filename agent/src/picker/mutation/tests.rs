@@ -1,0 +1,94 @@
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, HeaderValue};
+use penstock_proto::{
+    core::{self, HeaderValueOption, header_value_option::HeaderAppendAction},
+    ext_proc::HeaderMutation,
+};
+
+use super::apply;
+
+const APPEND: i32 = HeaderAppendAction::AppendIfExistsOrAdd as i32;
+const ABSENT: i32 = HeaderAppendAction::AddIfAbsent as i32;
+const OVERWRITE: i32 = HeaderAppendAction::OverwriteIfExistsOrAdd as i32;
+const EXISTING: i32 = HeaderAppendAction::OverwriteIfExists as i32;
+
+fn headers(list: &[(&str, &str)]) -> HeaderMap {
+    let pair = |(name, value): &(&str, &str)| {
+        (HeaderName::from_bytes(name.as_bytes()).unwrap(), HeaderValue::from_bytes(value.as_bytes()).unwrap())
+    };
+    list.iter().map(pair).collect()
+}
+
+fn set(key: &str, value: &[u8], append: Option<bool>, append_action: i32) -> HeaderValueOption {
+    let raw_value = Bytes::copy_from_slice(value);
+    let header = Some(core::HeaderValue { key: key.into(), value: String::new(), raw_value });
+    HeaderValueOption { header, append, append_action }
+}
+
+#[test]
+fn one_set() {
+    let before = [("a", "1"), ("a", "2"), ("host", "h"), ("content-length", "7"), ("connection", "close")];
+    // name, value, append, append_action; the values of that name after it; skipped as invalid
+    #[rustfmt::skip]
+    let rows: &[(&str, &str, Option<bool>, i32, &[&str], usize)] = &[
+        ("a", "3", None,        APPEND,    &["3"], 0),
+        ("a", "3", Some(false), APPEND,    &["3"], 0),
+        ("a", "3", Some(true),  APPEND,    &["1", "2", "3"], 0),
+        ("a", "3", Some(true),  OVERWRITE, &["1", "2", "3"], 0),
+        ("a", "2", Some(true),  APPEND,    &["1", "2", "2"], 0),
+        ("a", "3", None,        OVERWRITE, &["3"], 0),
+        ("a", "3", None,        ABSENT,    &["1", "2"], 0),
+        ("a", "3", None,        EXISTING,  &["3"], 0),
+        ("A", "3", None,        OVERWRITE, &["3"], 0),
+        ("b", "3", None,        APPEND,    &["3"], 0),
+        ("b", "3", Some(true),  APPEND,    &["3"], 0),
+        ("b", "3", None,        ABSENT,    &["3"], 0),
+        ("b", "3", None,        OVERWRITE, &["3"], 0),
+        ("b", "3", None,        EXISTING,  &[], 0),
+        ("b", "",  None,        APPEND,    &[""], 0),
+        // An action that is not known counts as 0.
+        ("a", "3", None,        99,        &["3"], 0),
+        // The echo of one of several values.
+        ("a", "1", None,        APPEND,    &["1", "2"], 0),
+        ("a", "2", None,        OVERWRITE, &["1", "2"], 0),
+        ("host", "evil",          None, OVERWRITE, &["h"], 0),
+        ("content-length", "9",   None, OVERWRITE, &["7"], 0),
+        ("Connection", "upgrade", None, OVERWRITE, &["close"], 0),
+        ("transfer-encoding", "chunked", None, OVERWRITE, &[], 0),
+        ("x-envoy-original-path", "/",   None, OVERWRITE, &[], 0),
+        (":path", "/other",   None, OVERWRITE, &[], 0),
+        ("in valid", "x",     None, OVERWRITE, &[], 1),
+        ("", "x",             None, OVERWRITE, &[], 1),
+        ("b", "line\nbreak",  None, OVERWRITE, &[], 1),
+    ];
+    for row @ (name, value, append, action, after, invalid) in rows {
+        let mut map = headers(&before);
+        let set_headers = vec![set(name, value.as_bytes(), *append, *action)];
+        let skipped = apply(&HeaderMutation { set_headers, remove_headers: vec![] }, &mut map);
+        let values: Vec<_> = HeaderName::from_bytes(name.as_bytes())
+            .map(|name| map.get_all(name).iter().map(|value| value.to_str().unwrap().to_owned()).collect())
+            .unwrap_or_default();
+        assert_eq!((values, skipped), (after.iter().map(|s| (*s).to_owned()).collect(), *invalid), "{row:?}");
+    }
+}
+
+#[test]
+fn removals_come_first_and_spare_what_is_protected() {
+    let mut map = headers(&[("a", "1"), ("a", "2"), ("b", "1"), ("host", "h"), ("te", "trailers")]);
+    let remove_headers = ["A", "b", "absent", "host", ":path", "te", "no good"].map(str::to_owned).to_vec();
+    let skipped = apply(&HeaderMutation { set_headers: vec![set("b", b"2", None, 0)], remove_headers }, &mut map);
+    assert_eq!(map, headers(&[("host", "h"), ("te", "trailers"), ("b", "2")]));
+    assert_eq!(skipped, 1);
+}
+
+#[test]
+fn the_value_is_raw_or_text_and_need_not_be_utf8() {
+    let mut map = HeaderMap::new();
+    let text = core::HeaderValue { key: "text".into(), value: "t".into(), raw_value: Bytes::new() };
+    let both = core::HeaderValue { key: "both".into(), value: "t".into(), raw_value: Bytes::from_static(b"raw") };
+    let plain = |header| HeaderValueOption { header: Some(header), append: None, append_action: 0 };
+    let set_headers = vec![plain(text), plain(both), set("bytes", b"\xff\xfe", None, 0), HeaderValueOption::default()];
+    assert_eq!(apply(&HeaderMutation { set_headers, remove_headers: vec![] }, &mut map), 1);
+    assert_eq!((map["text"].as_bytes(), map["both"].as_bytes()), (&b"t"[..], &b"raw"[..]));
+    assert_eq!(map["bytes"].as_bytes(), b"\xff\xfe");
+}

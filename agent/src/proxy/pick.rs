@@ -1,0 +1,206 @@
+//! The pick: the EPP's while the body uploads, the built-in picker's where that is configured, and the failure mode's
+//! when the EPP fails, at whatever moment. The whole body is here before a request goes on, so failing open loses nothing.
+
+use std::net::SocketAddr;
+
+use bytes::{Bytes, BytesMut};
+use penstock_proto::ext_proc::HeaderMutation;
+use tokio::time::{Instant, timeout};
+
+use super::Request;
+use crate::{
+    client::ClientSocket,
+    config::{self, FailureMode},
+    error::Error,
+    metrics::EppOutcome,
+    picker::{
+        client::{EppClient, PickStream},
+        error::PickError,
+        exchange::{Body, Decision, ImmediateReply, Limits, Outcome},
+    },
+    upload::Upload,
+    worker::Worker,
+};
+
+pub(super) struct Picked {
+    /// In the order to try them; never empty.
+    pub(super) endpoints: Vec<SocketAddr>,
+    pub(super) mutation: HeaderMutation,
+    pub(super) body: Body,
+    /// The EPP's stream: it lives as long as the response.
+    pub(super) stream: Option<PickStream>,
+}
+
+pub(super) enum Verdict {
+    Forward(Picked),
+    /// The EPP answers the client itself.
+    Reply(ImmediateReply),
+}
+
+pub(super) async fn pick(
+    worker: &Worker,
+    client: &mut ClientSocket,
+    buf: &mut BytesMut,
+    request: &mut Request,
+    upload: &mut Upload,
+) -> Result<Verdict, Error> {
+    let pool = &worker.shared.config.pools[request.pool];
+    let (Some(client_of_epp), config::Picker::Epp(settings)) = (&worker.epps[request.pool], &pool.picker) else {
+        upload.rest(client, buf).await?;
+        return builtin(worker, request.pool, upload).map(Verdict::Forward);
+    };
+    let started = Instant::now();
+    let metrics = worker.shared.metrics.pool(request.pool);
+    let open = worker.shared.metrics.epp_stream();
+    let asked = ask(client_of_epp, worker.shared.config.limits.body_bytes, settings, client, buf, request, upload).await;
+    drop(open);
+    let failure = match asked {
+        Asked::Answered(Outcome::Immediate(reply), _) => {
+            metrics.epp_exchange(EppOutcome::Immediate, started.elapsed());
+            return Ok(Verdict::Reply(reply));
+        }
+        Asked::Answered(Outcome::Picked(decision), stream) => match admitted(pool, decision) {
+            Ok((endpoints, decision)) => {
+                metrics.epp_exchange(EppOutcome::Picked, started.elapsed());
+                request.record.picked_in(started.elapsed());
+                upload.rest(client, buf).await?;
+                let Decision { mutation, body, .. } = decision;
+                return Ok(Verdict::Forward(Picked { endpoints, mutation, body, stream: Some(*stream) }));
+            }
+            Err(stranger) => Error::Stranger(stranger),
+        },
+        Asked::Failed(error) => Error::Picker(error),
+        Asked::Client(error) => return Err(error),
+    };
+    metrics.epp_failed(match &failure {
+        Error::Picker(error) => error.reason(),
+        other => other.reason(),
+    });
+    tracing::warn!(pool = pool.name, mode = ?pool.failure_mode, error = %failure, "the endpoint picker failed");
+    match pool.failure_mode {
+        FailureMode::Closed => {
+            metrics.epp_exchange(EppOutcome::FailClosed, started.elapsed());
+            Err(failure)
+        }
+        FailureMode::Open => {
+            metrics.epp_exchange(EppOutcome::FailOpen, started.elapsed());
+            upload.rest(client, buf).await?;
+            open_pick(worker, pool, request.pool, upload).map(Verdict::Forward)
+        }
+    }
+}
+
+/// Those of the EPP's endpoints that may be dialled: the pool's own, or all with `passthrough`.
+fn admitted(pool: &config::Pool, decision: Decision) -> Result<(Vec<SocketAddr>, Decision), SocketAddr> {
+    let known = |endpoint: &SocketAddr| pool.passthrough || pool.endpoints.contains(endpoint);
+    let endpoints: Vec<_> = decision.endpoints.iter().copied().filter(known).collect();
+    match decision.endpoints.first() {
+        Some(&stranger) if endpoints.is_empty() => Err(stranger),
+        _ => Ok((endpoints, decision)),
+    }
+}
+
+fn builtin(worker: &Worker, pool: usize, upload: &mut Upload) -> Result<Picked, Error> {
+    let pick = worker.shared.pickers[pool].pick(&upload.prompt(), None, Instant::now().into_std())?;
+    Ok(unasked(pick.endpoints))
+}
+
+fn open_pick(worker: &Worker, pool: &config::Pool, index: usize, upload: &mut Upload) -> Result<Picked, Error> {
+    match pool.default_upstream {
+        Some(upstream) => Ok(unasked(vec![upstream])),
+        None => builtin(worker, index, upload),
+    }
+}
+
+fn unasked(endpoints: Vec<SocketAddr>) -> Picked {
+    Picked { endpoints, mutation: HeaderMutation::default(), body: Body::Original, stream: None }
+}
+
+enum Asked {
+    Answered(Outcome, Box<PickStream>),
+    Failed(PickError),
+    /// Not the picker's fault.
+    Client(Error),
+}
+
+/// Asks the EPP; once more on a fresh connection when the first was lost before any answer.
+async fn ask(
+    epp: &EppClient,
+    limit: u64,
+    settings: &config::Epp,
+    client: &mut ClientSocket,
+    buf: &mut BytesMut,
+    request: &Request,
+    upload: &mut Upload,
+) -> Asked {
+    let limits = Limits { replaced_body: limit.try_into().unwrap_or(usize::MAX) };
+    let mut retried = false;
+    loop {
+        let mut stream = Box::new(epp.open(&request.parts, upload.has_body(), None, limits));
+        match converse(&mut stream, settings, client, buf, upload).await {
+            Ok(outcome) => return Asked::Answered(outcome, stream),
+            Err(Asked::Failed(error)) if error.retry_on_fresh_channel() && !retried => retried = true,
+            Err(other) => return other,
+        }
+    }
+}
+
+/// Sends what is kept of the body, then the rest as the client uploads it, until the EPP has answered or the decision
+/// timeout has passed since the EPP had everything, or since it took nothing more.
+async fn converse(
+    stream: &mut PickStream,
+    settings: &config::Epp,
+    client: &mut ClientSocket,
+    buf: &mut BytesMut,
+    upload: &mut Upload,
+) -> Result<Outcome, Asked> {
+    let patience = settings.decision_timeout;
+    if upload.has_body() {
+        let (mut sent, total) = (0, upload.kept.len());
+        let mut kept = upload.kept.pieces();
+        while let Some(piece) = kept.next().await.map_err(|error| Asked::Client(error.into()))? {
+            sent += piece.len() as u64;
+            let end = sent == total && upload.is_done();
+            if let Some(outcome) = send(stream, piece, end, patience).await? {
+                return Ok(outcome);
+            }
+        }
+        let mut ended = upload.is_done() && total > 0;
+        while !ended {
+            let read = tokio::select! {
+                biased;
+                outcome = stream.outcome() => return outcome.map_err(Asked::Failed),
+                read = upload.read(client, buf) => read.map_err(Asked::Client)?,
+            };
+            if let Some(piece) = &read {
+                upload.keep(piece).await.map_err(Asked::Client)?;
+            } else {
+                upload.end().map_err(Asked::Client)?;
+            }
+            ended = upload.is_done();
+            if let Some(outcome) = send(stream, read.unwrap_or_default(), ended, patience).await? {
+                return Ok(outcome);
+            }
+        }
+    }
+    tokio::select! {
+        biased;
+        outcome = timeout(patience, stream.outcome()) => match outcome {
+            Ok(outcome) => outcome.map_err(Asked::Failed),
+            Err(_) => stream.at_deadline().map_err(Asked::Failed),
+        },
+        () = client.gone() => Err(Asked::Client(Error::ClientGone)),
+    }
+}
+
+async fn send(
+    stream: &mut PickStream,
+    piece: Bytes,
+    end: bool,
+    patience: std::time::Duration,
+) -> Result<Option<Outcome>, Asked> {
+    match timeout(patience, stream.send_body(piece, end)).await {
+        Ok(sent) => sent.map_err(Asked::Failed),
+        Err(_) => Err(Asked::Failed(PickError::Deadline)),
+    }
+}

@@ -1,0 +1,49 @@
+//! `penstock run`: start, wait for a signal, drain.
+
+use std::time::Duration;
+
+use penstock_agent::{app::Agent, config::Config};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time::Instant,
+};
+
+/// How often a draining agent looks whether it is done.
+const LOOK: Duration = Duration::from_millis(20);
+
+pub(crate) fn agent(config: Config) -> anyhow::Result<()> {
+    let drain = config.timeouts.drain;
+    // The signal handlers stand before the first request is taken.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let guard = runtime.enter();
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    drop(guard);
+    let agent = Agent::start(config)?;
+    runtime.block_on(async {
+        tokio::select! { _ = terminate.recv() => {} _ = interrupt.recv() => {} }
+        tracing::info!(deadline = ?drain, "draining");
+        agent.drain();
+        let deadline = Instant::now() + drain;
+        while !agent.is_done() {
+            tokio::select! {
+                _ = terminate.recv() => agent.force(),
+                _ = interrupt.recv() => agent.force(),
+                () = tokio::time::sleep_until(deadline) => agent.force(),
+                () = tokio::time::sleep(LOOK) => {}
+            }
+        }
+    });
+    agent.join();
+    tracing::info!("stopped");
+    Ok(())
+}
+
+/// Resolves at SIGTERM or SIGINT.
+pub(crate) async fn terminated() {
+    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        return;
+    };
+    tokio::select! { _ = terminate.recv() => {} _ = interrupt.recv() => {} }
+}

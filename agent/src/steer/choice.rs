@@ -1,0 +1,118 @@
+//! Which path carries a response body: one pure rule, and the reason it gives.
+
+use penstock_common::framing::{Framing, state};
+
+use crate::config::{Steering, SteeringMode};
+
+/// What is known of a response when its head has been read.
+#[derive(Debug, Clone, Copy)]
+pub struct Response {
+    /// The kernel program is loaded, has proven itself, and both sockets are in its maps.
+    pub registered: bool,
+    /// The body still to come.
+    pub framing: Framing,
+    /// `Content-Type: text/event-stream`.
+    pub event_stream: bool,
+    /// The endpoint's address is on this machine.
+    pub local_endpoint: bool,
+    /// The client speaks HTTP/1.0 and gets a chunked body decoded.
+    pub decode: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Path {
+    /// The kernel moves the bytes from the endpoint's socket to the client's.
+    Ingress,
+    /// User space does.
+    Relay,
+}
+
+impl Path {
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Ingress => "ingress",
+            Self::Relay => "relay",
+        }
+    }
+}
+
+/// The path, and why: a metric label.
+pub fn choose(config: &Steering, response: &Response) -> (Path, &'static str) {
+    let relay = |reason| (Path::Relay, reason);
+    let framing = &response.framing;
+    if framing.is_done() {
+        return relay("complete");
+    }
+    if config.mode == SteeringMode::Off {
+        return relay("off");
+    }
+    if !response.registered {
+        return relay("unavailable");
+    }
+    if response.decode {
+        return relay("http10");
+    }
+    if config.mode == SteeringMode::Ingress {
+        return (Path::Ingress, "forced");
+    }
+    match framing.state {
+        state::LENGTH if framing.left < config.min_bytes => relay("small"),
+        state::LENGTH if !response.local_endpoint && framing.left > config.max_remote_bytes => relay("large_remote"),
+        state::LENGTH => (Path::Ingress, "length"),
+        _ if response.event_stream => (Path::Ingress, "event_stream"),
+        _ if !response.local_endpoint => relay("unsized_remote"),
+        state::UNTIL_CLOSE => (Path::Ingress, "until_close"),
+        _ => (Path::Ingress, "chunked"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(mode: SteeringMode) -> Steering {
+        Steering {
+            mode,
+            min_bytes: 1000,
+            max_remote_bytes: 5000,
+            client_send_buffer: 1,
+            endpoint_receive_buffer: 1,
+            max_flows: 1,
+        }
+    }
+
+    #[test]
+    fn each_reason_has_its_case() {
+        let base = Response {
+            registered: true,
+            framing: Framing::chunked(),
+            event_stream: false,
+            local_endpoint: true,
+            decode: false,
+        };
+        let length = |n| Response { framing: Framing::length(n), ..base };
+        let remote = |r: Response| Response { local_endpoint: false, ..r };
+        use Path::{Ingress, Relay};
+        use SteeringMode::{Auto, Ingress as Forced, Off};
+        let rows = [
+            (Auto, base, (Ingress, "chunked")),
+            (Auto, Response { framing: Framing::none(), ..base }, (Relay, "complete")),
+            (Off, base, (Relay, "off")),
+            (Auto, Response { registered: false, ..base }, (Relay, "unavailable")),
+            (Auto, Response { decode: true, ..base }, (Relay, "http10")),
+            (Forced, Response { decode: true, ..base }, (Relay, "http10")),
+            (Forced, length(1), (Ingress, "forced")),
+            (Auto, length(999), (Relay, "small")),
+            (Auto, length(1000), (Ingress, "length")),
+            (Auto, length(1 << 40), (Ingress, "length")),
+            (Auto, remote(length(5000)), (Ingress, "length")),
+            (Auto, remote(length(5001)), (Relay, "large_remote")),
+            (Auto, remote(base), (Relay, "unsized_remote")),
+            (Auto, remote(Response { event_stream: true, ..base }), (Ingress, "event_stream")),
+            (Auto, Response { framing: Framing::until_close(), ..base }, (Ingress, "until_close")),
+        ];
+        for (mode, response, expected) in rows {
+            assert_eq!(choose(&config(mode), &response), expected, "{mode:?} {response:?}");
+        }
+    }
+}

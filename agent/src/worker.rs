@@ -1,0 +1,117 @@
+//! One worker: a core, its current-thread runtime, its listener, its endpoint connections and its channels to the EPPs.
+//! Nothing of a request crosses to another worker.
+
+use std::{io, net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
+
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    config::{self, Config},
+    connection,
+    endpoint::pool::Pool,
+    metrics::Metrics,
+    picker::{builtin::BuiltinPicker, client::EppClient},
+    route::Router,
+    steer::WorkerSteering,
+};
+
+/// What all workers share.
+pub struct Shared {
+    pub config: Config,
+    pub router: Router,
+    pub metrics: Arc<Metrics>,
+    /// One for each pool: picks for `builtin` and for fail-open, and counts what is in flight.
+    pub pickers: Vec<BuiltinPicker>,
+    /// No new connections or requests; what runs may finish.
+    pub draining: CancellationToken,
+    /// Break off what still runs.
+    pub force: CancellationToken,
+}
+
+pub struct Worker {
+    pub shared: Arc<Shared>,
+    /// One for each pool that asks an EPP.
+    pub epps: Vec<Option<EppClient>>,
+    pub endpoints: Pool,
+}
+
+impl Worker {
+    /// Must be called on the worker's runtime.
+    pub fn new(shared: Arc<Shared>, steering: Option<Rc<WorkerSteering>>) -> anyhow::Result<Rc<Self>> {
+        let config = &shared.config;
+        let epp = |pool: &config::Pool| match &pool.picker {
+            config::Picker::Builtin => Ok(None),
+            config::Picker::Epp(epp) => EppClient::new(epp).map(Some),
+        };
+        let epps = config.pools.iter().map(epp).collect::<anyhow::Result<_>>()?;
+        let (timeouts, receive_buffer) = (&config.timeouts, config.steering.endpoint_receive_buffer);
+        let endpoints = Pool::new(steering, timeouts.endpoint_keep_alive, timeouts.connect, receive_buffer);
+        Ok(Rc::new(Self { epps, endpoints, shared }))
+    }
+
+    /// Serves until drained: returns when the last connection has ended after `draining`, or all are broken off by `force`.
+    pub async fn serve(self: Rc<Self>, listener: TcpListener, max_connections: usize) {
+        let permits = Arc::new(Semaphore::new(max_connections));
+        let connections = TaskTracker::new();
+        let accept = async {
+            loop {
+                // Beyond the limit, clients wait in the kernel's queue.
+                let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
+                let (stream, peer) = accept(&listener).await;
+                let worker = Rc::clone(&self);
+                connections.spawn_local(async move {
+                    worker.connection(stream, peer).await;
+                    drop(permit);
+                });
+            }
+        };
+        let sweep = async {
+            loop {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                self.endpoints.sweep();
+            }
+        };
+        tokio::select! {
+            () = accept => {}
+            () = sweep => {}
+            () = self.shared.draining.cancelled() => {}
+        }
+        // What the kernel has accepted for us already is served too.
+        while let Some(Ok((stream, peer))) = futures_util::FutureExt::now_or_never(listener.accept()) {
+            let worker = Rc::clone(&self);
+            connections.spawn_local(async move { worker.connection(stream, peer).await });
+        }
+        drop(listener);
+        connections.close();
+        connections.wait().await;
+    }
+
+    async fn connection(self: Rc<Self>, stream: TcpStream, peer: SocketAddr) {
+        let _open = self.shared.metrics.client_connection();
+        tokio::select! {
+            biased;
+            () = self.shared.force.cancelled() => {}
+            () = connection::serve(&self, stream, peer) => {}
+        }
+    }
+}
+
+/// Accepts; errors (no descriptors left, a client gone already) are waited out.
+async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
+    let mut wait = Duration::from_millis(5);
+    loop {
+        match listener.accept().await {
+            Ok(accepted) => return accepted,
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            Err(error) => {
+                tracing::warn!(%error, "accept");
+                tokio::time::sleep(wait).await;
+                wait = (wait * 2).min(Duration::from_secs(1));
+            }
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! The verdict: what happens to one segment that an endpoint sent.
+//!
+//! Given the connection's slot and the segment's length, it lets the segment through to user space or has it redirected
+//! to the client's socket, and keeps the books. A redirect happens only when user space has consumed every byte that was
+//! let through, the segment lies inside the message, and the client's send buffer has room: so no byte overtakes another
+//! and kernel memory stays bounded. Any other outcome stops steering until the agent arms again. The kernel serialises
+//! calls for one connection by its socket lock (`sk_psock_verdict_data_ready`).
+
+use core::sync::atomic::Ordering::Acquire;
+
+use crate::{
+    framing::Framing,
+    slot::{Slot, Word, stop},
+};
+
+/// What the verdict needs of the kernel; tests put a model in its place.
+pub trait Kernel {
+    /// Loads with acquire order. The target has no such load in Rust's core library, so each side brings its own.
+    fn load_acquire(&mut self, word: &Word) -> u64;
+    /// Stores 0 with release order.
+    fn clear_release(&mut self, word: &Word);
+    /// Advances `framing` over the whole segment. False: it ends before the segment does, is invalid, or is too long to tell.
+    fn parse(&mut self, framing: &mut Framing, len: u32) -> bool;
+    /// Fill of the target's send buffer; `None`: no such target.
+    fn target(&mut self, key: u64) -> Option<SendBuffer>;
+    /// Has the segment queued for the target.
+    fn redirect(&mut self, key: u64) -> bool;
+    /// CLOCK_MONOTONIC, ns.
+    fn now(&mut self) -> u64;
+    /// Tells the agent that the slot has something for it.
+    fn event(&mut self);
+}
+
+/// `struct tcp_sock` of the target, as far as it matters here.
+#[derive(Clone, Copy)]
+pub struct SendBuffer {
+    pub write_seq: u32,
+    pub queued: i32,
+    pub limit: i32,
+}
+
+/// Decides on a segment of `len` bytes; `len` 0 is the endpoint's FIN. The segment passes to user space unless
+/// [`Kernel::redirect`] took it.
+#[inline(always)]
+pub fn verdict(slot: &mut Slot, len: u32, kernel: &mut impl Kernel) {
+    if slot.armed.get() == 0 {
+        add(&slot.passed, len);
+        return;
+    }
+    // Read again, for what the agent wrote before it armed.
+    let armed = kernel.load_acquire(&slot.armed);
+    match try_redirect(slot, armed, len, kernel) {
+        Ok(()) if slot.framing.is_done() => {
+            kernel.clear_release(&slot.armed);
+            if slot.wake != 0 {
+                kernel.event();
+            }
+        }
+        Ok(()) => {}
+        Err(reason) => {
+            slot.stop = reason;
+            add(&slot.passed, len);
+            kernel.clear_release(&slot.armed);
+            kernel.event();
+        }
+    }
+}
+
+#[inline(always)]
+fn try_redirect(slot: &mut Slot, armed: u64, len: u32, kernel: &mut impl Kernel) -> Result<(), u32> {
+    if armed.wrapping_sub(1) != slot.passed.get() {
+        return Err(stop::REFUSED);
+    }
+    if len == 0 {
+        return Err(stop::FIN);
+    }
+    let mut framing = slot.framing;
+    if !kernel.parse(&mut framing, len) {
+        return Err(stop::FRAMING);
+    }
+    let key = slot.target.get();
+    let redir = slot.redir.get();
+    let Some(buffer) = kernel.target(key) else { return Err(stop::TARGET) };
+    if slot.wbase >> 32 == 0 {
+        slot.wbase = 1 << 32 | u64::from(buffer.write_seq.wrapping_sub(redir as u32));
+    }
+    // Redirected, but not yet in the target's send queue.
+    let backlog = (redir as u32).wrapping_sub(buffer.write_seq.wrapping_sub(slot.wbase as u32));
+    let room = i64::from(buffer.limit) - i64::from(buffer.queued) - i64::from(backlog) - i64::from(len);
+    if room < 0 {
+        return Err(stop::ROOM);
+    }
+    if !kernel.redirect(key) {
+        return Err(stop::TARGET);
+    }
+    add(&slot.redir, len);
+    slot.segments += 1;
+    slot.framing = framing;
+    let now = kernel.now();
+    if slot.first_ns.get() == 0 {
+        slot.first_ns.set(now);
+    }
+    slot.last_ns.set(now);
+    Ok(())
+}
+
+/// Only one side writes the counter at a time, so no read-modify-write is needed.
+#[inline(always)]
+fn add(counter: &Word, n: u32) {
+    counter.set(counter.get() + u64::from(n));
+}
+
+/// True when the agent may take the slot's books: the kernel writes nothing but `passed` until the next arming.
+pub fn is_released(slot: &Slot) -> bool {
+    slot.armed.atomic().load(Acquire) == 0
+}
