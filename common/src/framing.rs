@@ -6,7 +6,7 @@
 
 /// Longest chunk-size line (size, extensions, CRLF) that is accepted, in bytes.
 pub const MAX_CHUNK_LINE: u32 = 4096;
-/// Longest trailer section that is accepted, in bytes.
+/// Longest trailer section (with the empty line that ends it) that is accepted, in bytes.
 pub const MAX_TRAILERS: u32 = 16 * 1024;
 
 /// The parser's states; plain numbers because the value lives in memory that the kernel and user space share.
@@ -59,7 +59,7 @@ pub struct Framing {
     pub state: u32,
     /// Bytes of the current chunk-size line, or of the trailer section.
     pub line: u32,
-    /// Chunks with payload begun so far.
+    /// Chunks with payload begun so far; wraps.
     pub chunks: u32,
     /// Always 0; makes the padding visible.
     pub reserved: u32,
@@ -131,6 +131,12 @@ impl Framing {
     #[inline(always)]
     pub fn step(&mut self, byte: u8) {
         use state::*;
+        // By the state before the byte, so that the LF that ends the line or the message counts as part of it.
+        let limit = if self.state >= TRAILER_FIRST { MAX_TRAILERS } else { MAX_CHUNK_LINE };
+        if self.line >= limit {
+            self.state = INVALID;
+            return;
+        }
         self.line += 1;
         self.state = match self.state {
             SIZE_FIRST | SIZE => self.size(byte),
@@ -150,7 +156,7 @@ impl Framing {
                 if self.left == 0 {
                     TRAILER_FIRST
                 } else {
-                    self.chunks += 1;
+                    self.chunks = self.chunks.wrapping_add(1);
                     CHUNK
                 }
             }
@@ -169,10 +175,6 @@ impl Framing {
             END_LF if byte == b'\n' => DONE,
             _ => INVALID,
         };
-        let limit = if self.state >= TRAILER_FIRST { MAX_TRAILERS } else { MAX_CHUNK_LINE };
-        if self.line > limit {
-            self.state = INVALID;
-        }
     }
 
     #[inline(always)]

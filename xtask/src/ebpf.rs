@@ -45,7 +45,7 @@ pub(crate) fn build(warnings: Warnings) -> Result<()> {
     let target = root().join("target/ebpf");
     let linker = format!("linker={}", linker.display());
     // The target's own flags: with --target, cargo does not pass them to build scripts and procedural macros.
-    let flags = ["-C", "debuginfo=2", "-C", &linker, "-C", "link-arg=--btf"];
+    let flags = ["-C", "target-cpu=v3", "-C", "debuginfo=2", "-C", &linker, "-C", "link-arg=--btf"];
     let mut cargo = compiler.cargo_build();
     cargo.args(["--release", "--package", "penstock-ebpf", "--target-dir"]).arg(&target);
     cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));

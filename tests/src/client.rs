@@ -1,0 +1,506 @@
+//! An exact HTTP/1.1 client on one socket: it sends what it is told, in the pieces it is told, and reports what came
+//! back, when, and how it ended. It never retries, follows or reconnects. The framing of responses is undone by
+//! [`Decoder`], which shares nothing with the agent.
+//!
+//! Reading happens only inside the calls: a client that is not called is a client that has stalled.
+
+use std::collections::VecDeque;
+use std::io::ErrorKind;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use bytes::{Buf, Bytes, BytesMut};
+use socket2::{Domain, Socket, Type};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::time::{sleep, timeout};
+
+use crate::decoder::{Decoder, Framed};
+
+/// How a body ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BodyEnd {
+    /// Where its framing says.
+    Complete,
+    /// The connection ended cleanly before that.
+    Truncated,
+    /// The connection was reset before that.
+    Reset,
+}
+
+/// How a connection ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConnectionEnd {
+    Fin,
+    Reset,
+}
+
+/// How fast a body is taken from the socket.
+#[derive(Clone, Copy, Debug)]
+pub enum Pace {
+    Fast,
+    /// At most `bytes` every `tick`.
+    Slow {
+        bytes: usize,
+        tick: Duration,
+    },
+}
+
+/// A request body and how it is put on the wire.
+#[derive(Clone, Debug)]
+enum Body {
+    None,
+    /// With `content-length`.
+    Sized(Bytes),
+    /// In chunks of this many bytes.
+    Chunked(Bytes, usize),
+}
+
+#[derive(Clone, Debug)]
+pub struct Request {
+    method: String,
+    target: String,
+    headers: Vec<(String, String)>,
+    body: Body,
+    pieces: Option<(usize, Duration)>,
+}
+
+impl Request {
+    #[must_use]
+    pub fn new(method: &str, target: &str) -> Self {
+        Self {
+            method: method.to_owned(),
+            target: target.to_owned(),
+            headers: Vec::new(),
+            body: Body::None,
+            pieces: None,
+        }
+    }
+
+    #[must_use]
+    pub fn get(target: &str) -> Self {
+        Self::new("GET", target)
+    }
+
+    #[must_use]
+    pub fn post(target: &str, body: impl Into<Bytes>) -> Self {
+        Self::new("POST", target).body(body)
+    }
+
+    #[must_use]
+    pub fn header(mut self, name: &str, value: impl Into<String>) -> Self {
+        self.headers.push((name.to_owned(), value.into()));
+        self
+    }
+
+    /// A body with `content-length`.
+    #[must_use]
+    pub fn body(mut self, body: impl Into<Bytes>) -> Self {
+        self.body = Body::Sized(body.into());
+        self
+    }
+
+    /// A body in chunks of `size` bytes.
+    #[must_use]
+    pub fn chunked(mut self, body: impl Into<Bytes>, size: usize) -> Self {
+        self.body = Body::Chunked(body.into(), size.max(1));
+        self
+    }
+
+    /// The whole message, head included, in writes of `bytes` with `pause` after each.
+    #[must_use]
+    pub fn piecewise(mut self, bytes: usize, pause: Duration) -> Self {
+        self.pieces = Some((bytes.max(1), pause));
+        self
+    }
+
+    /// The bytes of the message. `host` is used when no `host` header was given.
+    #[must_use]
+    pub fn wire(&self, host: &str) -> Vec<u8> {
+        let mut wire = format!("{} {} HTTP/1.1\r\n", self.method, self.target).into_bytes();
+        let mut header = |name: &str, value: &str| wire.extend_from_slice(format!("{name}: {value}\r\n").as_bytes());
+        if !self.headers.iter().any(|(name, _)| name.eq_ignore_ascii_case("host")) {
+            header("host", host);
+        }
+        for (name, value) in &self.headers {
+            header(name, value);
+        }
+        match &self.body {
+            Body::None => {}
+            Body::Sized(body) => header("content-length", &body.len().to_string()),
+            Body::Chunked(..) => header("transfer-encoding", "chunked"),
+        }
+        wire.extend_from_slice(b"\r\n");
+        match &self.body {
+            Body::None => {}
+            Body::Sized(body) => wire.extend_from_slice(body),
+            Body::Chunked(body, size) => {
+                for chunk in body.chunks(*size) {
+                    wire.extend_from_slice(format!("{:x}\r\n", chunk.len()).as_bytes());
+                    wire.extend_from_slice(chunk);
+                    wire.extend_from_slice(b"\r\n");
+                }
+                wire.extend_from_slice(b"0\r\n\r\n");
+            }
+        }
+        wire
+    }
+}
+
+/// A response head, interim or final.
+#[derive(Clone, Debug)]
+pub struct Head {
+    pub status: u16,
+    pub reason: String,
+    /// In their order and their case.
+    pub headers: Vec<(String, String)>,
+    /// The bytes it came in.
+    pub raw: Bytes,
+    /// When its last byte was read.
+    pub at: Instant,
+}
+
+impl Head {
+    /// The first header of that name.
+    #[must_use]
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
+    }
+
+    fn framed(&self, to_head: bool) -> Result<Framed> {
+        if to_head || self.status < 200 || self.status == 204 || self.status == 304 {
+            return Ok(Framed::Nothing);
+        }
+        if let Some(coding) = self.header("transfer-encoding") {
+            if !coding.eq_ignore_ascii_case("chunked") {
+                bail!("transfer-encoding {coding}");
+            }
+            return Ok(Framed::Chunked);
+        }
+        match self.header("content-length") {
+            Some(length) => Ok(Framed::Length(length.parse().with_context(|| format!("content-length {length:?}"))?)),
+            None => Ok(Framed::UntilClose),
+        }
+    }
+}
+
+/// Payload bytes as they arrived together.
+#[derive(Clone, Copy, Debug)]
+pub struct Arrival {
+    pub at: Instant,
+    pub len: usize,
+}
+
+/// What is known of a body once it has ended.
+#[derive(Clone, Debug)]
+pub struct BodyRead {
+    pub end: BodyEnd,
+    pub len: u64,
+    pub arrivals: Vec<Arrival>,
+    pub trailers: Vec<(String, String)>,
+    /// Chunks with data, when the body was chunked.
+    pub chunks: u64,
+}
+
+#[derive(Clone, Debug)]
+pub struct Response {
+    /// Heads with a 1xx status that came first.
+    pub interim: Vec<Head>,
+    pub head: Head,
+    pub body: Vec<u8>,
+    pub read: BodyRead,
+    /// When the last byte of the request had been written.
+    pub sent: Instant,
+}
+
+impl Response {
+    #[must_use]
+    pub fn status(&self) -> u16 {
+        self.head.status
+    }
+
+    #[must_use]
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.head.header(name)
+    }
+
+    #[must_use]
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+
+    pub fn json<T: serde::de::DeserializeOwned>(&self) -> Result<T> {
+        serde_json::from_slice(&self.body).with_context(|| format!("body {:?}", self.text()))
+    }
+
+    /// The `data:` payloads of an event stream.
+    #[must_use]
+    pub fn events(&self) -> Vec<String> {
+        self.text().split("\n\n").filter_map(|event| event.strip_prefix("data: ").map(str::to_owned)).collect()
+    }
+
+    /// From the request's last byte to the body's first piece.
+    #[must_use]
+    pub fn time_to_first_byte(&self) -> Option<Duration> {
+        self.read.arrivals.first().map(|first| first.at.saturating_duration_since(self.sent))
+    }
+}
+
+/// One step of reading a body.
+#[derive(Clone, Debug)]
+pub enum Piece {
+    Data(Bytes),
+    End(BodyEnd),
+}
+
+pub struct Client {
+    stream: TcpStream,
+    peer: SocketAddr,
+    buffer: BytesMut,
+    /// For every request without its final head yet: was it HEAD.
+    awaited: VecDeque<bool>,
+    decoder: Option<Decoder>,
+    recorded: Option<Vec<u8>>,
+    sent: Instant,
+    /// Longest wait for a byte; a call fails after it. Ten seconds unless changed.
+    pub patience: Duration,
+}
+
+impl Client {
+    pub async fn connect(peer: SocketAddr) -> Result<Self> {
+        Self::connect_with(peer, None).await
+    }
+
+    /// With `SO_RCVBUF` set before the connection is made, so that it bounds the window from the start. The kernel
+    /// doubles the value.
+    pub async fn connect_with(peer: SocketAddr, rcvbuf: Option<usize>) -> Result<Self> {
+        let socket = Socket::new(Domain::for_address(peer), Type::STREAM.nonblocking(), None)?;
+        if let Some(bytes) = rcvbuf {
+            socket.set_recv_buffer_size(bytes)?;
+        }
+        let stream = TcpSocket::from_std_stream(socket.into()).connect(peer).await?;
+        stream.set_nodelay(true)?;
+        Ok(Self {
+            stream,
+            peer,
+            buffer: BytesMut::new(),
+            awaited: VecDeque::new(),
+            decoder: None,
+            recorded: None,
+            sent: Instant::now(),
+            patience: Duration::from_secs(10),
+        })
+    }
+
+    pub fn local_addr(&self) -> Result<SocketAddr> {
+        Ok(self.stream.local_addr()?)
+    }
+
+    /// Keeps every byte that is read from now on, for [`Self::recorded`].
+    pub fn record(&mut self) {
+        self.recorded = Some(Vec::new());
+    }
+
+    /// All bytes read since [`Self::record`], as they were on the wire.
+    #[must_use]
+    pub fn recorded(&self) -> &[u8] {
+        self.recorded.as_deref().unwrap_or_default()
+    }
+
+    /// Bytes read that belong to no response yet.
+    #[must_use]
+    pub fn surplus(&self) -> &[u8] {
+        &self.buffer
+    }
+
+    /// Sends a request and reads all of its response.
+    pub async fn request(&mut self, request: &Request) -> Result<Response> {
+        self.send(request).await?;
+        self.response().await
+    }
+
+    pub async fn send(&mut self, request: &Request) -> Result<()> {
+        let wire = request.wire(&self.peer.to_string());
+        self.awaited.push_back(request.method == "HEAD");
+        match request.pieces {
+            None => self.stream.write_all(&wire).await?,
+            Some((bytes, pause)) => {
+                for piece in wire.chunks(bytes) {
+                    self.stream.write_all(piece).await?;
+                    sleep(pause).await;
+                }
+            }
+        }
+        self.sent = Instant::now();
+        Ok(())
+    }
+
+    /// Writes bytes that need not be a request, or a whole one. A response read afterwards is taken for one to a GET.
+    pub async fn send_raw(&mut self, bytes: &[u8]) -> Result<()> {
+        self.stream.write_all(bytes).await?;
+        self.sent = Instant::now();
+        Ok(())
+    }
+
+    /// Shuts the sending side down.
+    pub async fn finish(&mut self) -> Result<()> {
+        Ok(self.stream.shutdown().await?)
+    }
+
+    /// Closes with a reset.
+    pub fn reset(self) -> Result<()> {
+        socket2::SockRef::from(&self.stream).set_linger(Some(Duration::ZERO))?;
+        Ok(())
+    }
+
+    /// Reads all of the next response.
+    pub async fn response(&mut self) -> Result<Response> {
+        let mut interim = Vec::new();
+        let head = loop {
+            let head = self.head().await?;
+            if head.status >= 200 || head.status == 101 {
+                break head;
+            }
+            interim.push(head);
+        };
+        let mut body = Vec::new();
+        let read = self.read_body(Pace::Fast, |bytes| {
+            body.extend_from_slice(bytes);
+            Ok(())
+        });
+        let read = read.await?;
+        Ok(Response { interim, head, body, read, sent: self.sent })
+    }
+
+    /// Reads the next head, interim ones included. After a final one the body is read with [`Self::piece`] or
+    /// [`Self::read_body`]. Fails when the connection ends first.
+    pub async fn head(&mut self) -> Result<Head> {
+        loop {
+            let mut headers = [httparse::EMPTY_HEADER; 128];
+            let mut parsed = httparse::Response::new(&mut headers);
+            if let httparse::Status::Complete(len) = parsed.parse(&self.buffer)? {
+                let status = parsed.code.unwrap_or_default();
+                let reason = parsed.reason.unwrap_or_default().to_owned();
+                let owned = |header: &httparse::Header<'_>| {
+                    (header.name.to_owned(), String::from_utf8_lossy(header.value).into_owned())
+                };
+                let headers = parsed.headers.iter().map(owned).collect();
+                let raw = self.buffer.split_to(len).freeze();
+                let head = Head { status, reason, headers, raw, at: Instant::now() };
+                if status >= 200 {
+                    let to_head = self.awaited.pop_front().unwrap_or(false);
+                    self.decoder = Some(Decoder::new(head.framed(to_head)?));
+                } else if status == 101 {
+                    self.awaited.pop_front();
+                    self.decoder = Some(Decoder::new(Framed::UntilClose));
+                }
+                return Ok(head);
+            }
+            if let Some(end) = self.fill(usize::MAX).await? {
+                bail!("the connection ended ({end:?}) in a head, after {:?}", String::from_utf8_lossy(&self.buffer));
+            }
+        }
+    }
+
+    /// The next payload bytes, at most `limit` wire bytes' worth, or the end of the body.
+    pub async fn piece(&mut self, limit: usize) -> Result<Piece> {
+        let decoder = self.decoder.as_mut().context("no head was read for this body")?;
+        loop {
+            if decoder.complete() {
+                return Ok(Piece::End(BodyEnd::Complete));
+            }
+            let n = self.buffer.len().min(limit);
+            if n > 0 {
+                let mut data = BytesMut::new();
+                let taken = decoder.decode(&self.buffer[..n], |bytes| data.extend_from_slice(bytes))?;
+                self.buffer.advance(taken);
+                if !data.is_empty() {
+                    return Ok(Piece::Data(data.freeze()));
+                }
+                continue;
+            }
+            let read = read_some(&mut self.stream, &mut self.buffer, self.recorded.as_mut(), limit);
+            match timeout(self.patience, read).await.context("no byte of the body came in time")?? {
+                None => {}
+                Some(ConnectionEnd::Reset) => return Ok(Piece::End(BodyEnd::Reset)),
+                Some(ConnectionEnd::Fin) if decoder.complete_at_close() => return Ok(Piece::End(BodyEnd::Complete)),
+                Some(ConnectionEnd::Fin) => return Ok(Piece::End(BodyEnd::Truncated)),
+            }
+        }
+    }
+
+    /// Reads the rest of the body at `pace` and gives its pieces to `sink`, whose error ends the reading.
+    pub async fn read_body(&mut self, pace: Pace, mut sink: impl FnMut(&[u8]) -> Result<()>) -> Result<BodyRead> {
+        let mut arrivals = Vec::new();
+        let mut len = 0;
+        loop {
+            let limit = match pace {
+                Pace::Fast => usize::MAX,
+                Pace::Slow { bytes, .. } => bytes.max(1),
+            };
+            match self.piece(limit).await? {
+                Piece::Data(data) => {
+                    arrivals.push(Arrival { at: Instant::now(), len: data.len() });
+                    len += data.len() as u64;
+                    sink(&data)?;
+                }
+                Piece::End(end) => {
+                    let decoder = self.decoder.take().context("a body was read")?;
+                    let (trailers, chunks) = (decoder.trailers().to_vec(), decoder.chunks());
+                    return Ok(BodyRead { end, len, arrivals, trailers, chunks });
+                }
+            }
+            if let Pace::Slow { tick, .. } = pace {
+                sleep(tick).await;
+            }
+        }
+    }
+
+    /// Reads until the connection ends; what came is in [`Self::surplus`] (and in [`Self::recorded`]).
+    pub async fn until_end(&mut self) -> Result<ConnectionEnd> {
+        loop {
+            if let Some(end) = self.fill(usize::MAX).await? {
+                return Ok(end);
+            }
+        }
+    }
+
+    async fn fill(&mut self, limit: usize) -> Result<Option<ConnectionEnd>> {
+        let read = read_some(&mut self.stream, &mut self.buffer, self.recorded.as_mut(), limit);
+        timeout(self.patience, read).await.context("no byte came in time")?
+    }
+}
+
+/// Appends what the socket has, at most `limit` bytes, or tells how it ended.
+async fn read_some(
+    stream: &mut TcpStream,
+    buffer: &mut BytesMut,
+    recorded: Option<&mut Vec<u8>>,
+    limit: usize,
+) -> Result<Option<ConnectionEnd>> {
+    let before = buffer.len();
+    buffer.reserve(limit.min(64 << 10));
+    match stream.take(limit as u64).read_buf(buffer).await {
+        Ok(0) => Ok(Some(ConnectionEnd::Fin)),
+        Ok(_) => {
+            if let Some(recorded) = recorded {
+                recorded.extend_from_slice(&buffer[before..]);
+            }
+            Ok(None)
+        }
+        Err(error) if matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) => {
+            Ok(Some(ConnectionEnd::Reset))
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Sends `request` on a connection of its own and returns every byte that came back until the connection ended: what
+/// two data paths are compared by. The request should ask for `connection: close`.
+pub async fn exchange_raw(peer: SocketAddr, request: &[u8]) -> Result<(Vec<u8>, ConnectionEnd)> {
+    let mut client = Client::connect(peer).await?;
+    client.send_raw(request).await?;
+    let end = client.until_end().await?;
+    Ok((client.buffer.to_vec(), end))
+}

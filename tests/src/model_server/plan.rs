@@ -1,0 +1,201 @@
+//! What a test asks the model server to do, as JSON in the request header `x-test-plan`, and what the server tells a test
+//! about the request it got. A request with a plan is answered by it whatever its target.
+
+use serde::{Deserialize, Serialize};
+
+use crate::client::Request;
+use crate::content::{Alphabet, Checker};
+
+/// One response, byte by byte. The default is 200 with an empty body and `content-length: 0`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Plan {
+    pub status: u16,
+    /// Sent after the server's own.
+    pub headers: Vec<(String, String)>,
+    /// Status codes of heads that are sent before the response's, each in a write of its own.
+    pub interim: Vec<u16>,
+    pub framing: Framing,
+    /// Bytes of payload.
+    pub size: u64,
+    pub stream_id: u64,
+    pub alphabet: Alphabet,
+    /// Added to the size that `content-length` declares. Too large a length ends with the connection if `after` does.
+    pub length_error: i64,
+    /// Lengths of the chunks, when chunked.
+    pub chunks: Lengths,
+    /// Put after the size of every chunk, the last one included: `name=value`.
+    pub chunk_extension: Option<String>,
+    pub trailers: Vec<(String, String)>,
+    pub head: HeadWrites,
+    /// Lengths of the writes after the head.
+    pub writes: Lengths,
+    pub pauses: Option<Pauses>,
+    pub fault: Option<Fault>,
+    pub after: After,
+}
+
+impl Default for Plan {
+    fn default() -> Self {
+        Self {
+            status: 200,
+            headers: Vec::new(),
+            interim: Vec::new(),
+            framing: Framing::ContentLength,
+            size: 0,
+            stream_id: 0,
+            alphabet: Alphabet::Binary,
+            length_error: 0,
+            chunks: Lengths::Fixed(4096),
+            chunk_extension: None,
+            trailers: Vec::new(),
+            head: HeadWrites::default(),
+            writes: Lengths::Fixed(64 << 10),
+            pauses: None,
+            fault: None,
+            after: After::KeepAlive,
+        }
+    }
+}
+
+impl Plan {
+    /// The header's value.
+    #[must_use]
+    pub fn header(&self) -> String {
+        serde_json::to_string(self).expect("a plan is JSON")
+    }
+
+    /// `GET /test/body` with this plan.
+    #[must_use]
+    pub fn request(&self) -> Request {
+        Request::get("/test/body").header("x-test-plan", self.header())
+    }
+
+    /// Checks the payload this plan asks for.
+    #[must_use]
+    pub fn checker(&self) -> Checker {
+        Checker::of(self.alphabet, self.stream_id)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Framing {
+    ContentLength,
+    Chunked,
+    /// Neither length nor chunks; the end of the connection is the end of the body.
+    UntilClose,
+    /// No body and no header about one, as for 204 and 304.
+    None,
+}
+
+/// A sequence of lengths in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Lengths {
+    Fixed(u64),
+    /// Each of 1 to `max`.
+    Random {
+        seed: u64,
+        max: u64,
+    },
+    OneByte,
+}
+
+/// Pauses between writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pauses {
+    pub seed: u64,
+    /// After this many writes each.
+    pub every: u64,
+    /// Each of 0 to this.
+    pub up_to_us: u64,
+}
+
+/// How the head meets the wire.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HeadWrites {
+    /// Bytes of the head that get a write of their own.
+    pub split_at: Option<usize>,
+    /// Between the two writes of a split head, and between a head and a body in separate writes.
+    pub pause_us: u64,
+    /// The first bytes of the body share the head's (last) write.
+    pub with_body: bool,
+}
+
+/// What goes wrong after so many bytes of the body as it is on the wire, chunk-size lines included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fault {
+    pub after: u64,
+    pub kind: FaultKind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FaultKind {
+    /// Nothing more comes, and the connection stays.
+    Stall,
+    /// The rest comes after this many milliseconds.
+    StallMs(u64),
+    /// A reset. What the peer's window had no room for is lost with it.
+    Reset,
+    /// An end of the connection in good manners.
+    Close,
+}
+
+/// What becomes of the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum After {
+    KeepAlive,
+    /// The response says `connection: close`, and it is closed.
+    Close,
+    /// It is closed without having been announced.
+    SilentClose,
+}
+
+/// A request as the server got it; `/test/echo` answers with it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Echo {
+    pub method: String,
+    pub target: String,
+    /// In their order and their case.
+    pub headers: Vec<(String, String)>,
+    /// `none`, `content-length` or `chunked`.
+    pub body_framing: String,
+    pub body_length: u64,
+    /// FNV-1a of the body: see [`crate::content::Fnv`].
+    pub body_hash: u64,
+    pub trailers: Vec<(String, String)>,
+    /// Which request of its connection it is, from 1.
+    pub count: u64,
+}
+
+impl Echo {
+    /// The first header of that name.
+    #[must_use]
+    pub fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plan_needs_only_what_it_changes() {
+        let plan: Plan = serde_json::from_str(
+            r#"{"framing":"chunked","size":5,"writes":"one_byte","fault":{"after":3,"kind":{"stall_ms":4}}}"#,
+        )
+        .unwrap();
+        let fault = Some(Fault { after: 3, kind: FaultKind::StallMs(4) });
+        let expected = Plan { framing: Framing::Chunked, size: 5, writes: Lengths::OneByte, fault, ..Plan::default() };
+        assert_eq!(plan, expected);
+        assert_eq!(serde_json::from_str::<Plan>(&plan.header()).unwrap(), plan);
+        assert!(serde_json::from_str::<Plan>(r#"{"sise":5}"#).is_err());
+    }
+}
