@@ -20,7 +20,7 @@ pub(super) fn borrow<T: AsRawFd>(owner: &T) -> BorrowedFd<'_> {
 
 /// SO_COOKIE: names this socket and no other until reboot.
 pub fn cookie(socket: impl AsFd) -> io::Result<u64> {
-    Ok(socket2::SockRef::from(&socket.as_fd()).cookie()?)
+    socket2::SockRef::from(&socket.as_fd()).cookie()
 }
 
 /// Bytes ever written to the connection, by us or by the kernel for us: `tcpi_bytes_acked` plus those still queued
