@@ -101,7 +101,8 @@ pub struct Slot {
 const _: () = assert!(size_of::<Slot>() == 128);
 const _: () = assert!(size_of::<Framing>() == 24);
 // No padding: the fields fill the size.
-const _: () = assert!(8 * 4 + 24 + 8 + 8 * 2 + 8 + 4 * 2 + 8 * 4 == 128);
+const _: () =
+    assert!(6 * size_of::<Word>() + size_of::<Framing>() + 6 * size_of::<u64>() + 2 * size_of::<u32>() == 128);
 
 /// Offsets into the kernel's own structures, read from its BTF at load and handed to the program as a global.
 #[repr(C)]
