@@ -8,6 +8,7 @@ pub mod events;
 mod object;
 pub mod slots;
 pub mod socket;
+pub mod version;
 
 use std::{os::fd::AsFd, sync::Arc};
 

@@ -25,7 +25,7 @@ use crate::{
     config::{self, SteeringMode},
     deliver::{Account, Delivery, End, Target},
     endpoint::connection::EndpointConnection,
-    kernel::Kernel,
+    kernel::{Kernel, version},
     steer::{Steering, WorkerSteering},
 };
 
@@ -38,6 +38,10 @@ const SEND_BUFFER: u32 = 256 * 1024;
 pub fn start(config: &config::Steering) -> Steering {
     if config.mode == SteeringMode::Off {
         return Steering::Off;
+    }
+    let release = version::release();
+    if !version::is_sound(&release) {
+        return Steering::Unavailable(format!("kernel {release} may lose or repeat bytes in sockmap").into());
     }
     let kernel = match Kernel::load(config.max_flows) {
         Ok(kernel) => Arc::new(kernel),
