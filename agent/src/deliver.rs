@@ -158,10 +158,13 @@ impl<'a> Delivery<'a> {
         if lead.is_empty() { Ok(()) } else { write(self.client, &lead, self.idle).await }
     }
 
-    /// The target, when the kernel may take over: always, except after a stop for want of room until the client has caught
-    /// up.
+    /// The target, when the kernel may take over: nothing that it let through is unread, and the client has caught up since
+    /// the last stop for want of room. A stream that never pauses stays in user space, which carries bulk no worse.
     fn armable(&mut self) -> Option<Target> {
         let target = self.target?;
+        if self.endpoint.source()?.slot().passed() != self.endpoint.consumed {
+            return None;
+        }
         if self.hold && self.client.send_queue().is_ok_and(|queued| queued > target.send_buffer / 4) {
             return None;
         }

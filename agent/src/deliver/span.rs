@@ -1,11 +1,8 @@
-//! One span in the kernel: find a quiet moment, arm, sleep, take back.
+//! One span in the kernel: arm, sleep, take back.
 //!
 //! The order is what keeps bytes in order. Arm first, then read once more: the read waits for any verdict in progress, so
 //! when it finds nothing, every later verdict sees the arming, and every stop sends an event. When it finds bytes, the
 //! kernel refuses the arming by itself (they count as passed) or has stopped already, and user space goes on.
-//!
-//! A stream that never pauses has no quiet moment, so one is made: behind the gate (SO_RCVLOWAT) new bytes stay in the TCP
-//! queue, before the verdict, while user space forwards what was let through; opened, they all meet the armed slot.
 
 use std::{future::poll_fn, io};
 
@@ -28,15 +25,11 @@ enum Wake {
 impl Delivery<'_> {
     /// Lets the kernel carry what it can. False: nothing came of it, user space has to read.
     pub(super) async fn span(&mut self, target: Target) -> Result<bool, End> {
-        if self.slot()?.passed() != self.endpoint.consumed && !self.catch_up().await? {
-            return Ok(self.framing.is_done() || self.framing.is_invalid());
-        }
         // The kernel's account of the target begins with the arming: nothing may be on its way from an earlier span.
         self.client.settle().await.map_err(|_| End::ClientGone)?;
         let before = self.slot()?.redirected();
         let segments = self.slot()?.segments();
         self.slot()?.arm(target.key, self.framing, self.endpoint.consumed, true);
-        self.endpoint.gate(false).map_err(|_| End::Broken)?;
         self.make_room();
         let result = match self.endpoint.read_now(&mut self.pending) {
             Ok(0) => Ok(Wake::Endpoint),
@@ -61,35 +54,6 @@ impl Delivery<'_> {
             Ok(Wake::Idle) => Err(End::Idle),
             Err(_) => Err(End::Broken),
         }
-    }
-
-    /// Forwards what was let through while the gate keeps more from coming. False: the kernel cannot be armed now, because
-    /// the message or the stream is over, the client has fallen behind, or the gate did not hold (it yields to memory
-    /// pressure and to FIN).
-    async fn catch_up(&mut self) -> Result<bool, End> {
-        self.endpoint.gate(true).map_err(|_| End::Broken)?;
-        let quiet = loop {
-            self.make_room();
-            match self.endpoint.read_now(&mut self.pending) {
-                Ok(0) => {
-                    self.end_of_stream().await?;
-                    break false;
-                }
-                Ok(n) => self.received(n),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    break self.slot()?.passed() == self.endpoint.consumed;
-                }
-                Err(_) => return Err(End::Broken),
-            }
-            self.forward().await?;
-            if self.framing.is_done() || self.framing.is_invalid() || self.armable().is_none() {
-                break false;
-            }
-        };
-        if !quiet {
-            self.endpoint.gate(false).map_err(|_| End::Broken)?;
-        }
-        Ok(quiet)
     }
 
     fn slot(&self) -> Result<SlotRef<'_>, End> {
