@@ -84,7 +84,7 @@ impl Delivery<'_> {
 
     /// Sleeps until the kernel lets go of the slot, or one of the peers or the idle time ends it.
     async fn sleep(&mut self) -> io::Result<Wake> {
-        // Often the rest was waiting behind the gate and is through already.
+        // A short rest may be through already.
         if self.endpoint.source().is_some_and(|source| source.slot().is_released()) {
             return Ok(Wake::Released);
         }
