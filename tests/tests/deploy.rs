@@ -13,6 +13,7 @@ use k8s_openapi::{
     serde::{Serialize, de::DeserializeOwned},
 };
 use penstock_agent::config::Config;
+use penstock_tests::process::Process;
 use serde_json::Value;
 
 /// `penstock run`'s default.
@@ -43,7 +44,7 @@ fn manifest<T: Resource + DeserializeOwned>() -> T {
 }
 
 fn pod() -> PodSpec {
-    manifest::<DaemonSet>().spec.expect("a spec").template.spec.expect("a pod's spec")
+    manifest::<DaemonSet>().spec.template.spec.expect("a pod's spec")
 }
 
 fn container() -> Container {
@@ -116,9 +117,8 @@ fn everything_is_in_one_namespace_and_refers_to_what_is_there() {
         container().volume_mounts.expect("mounts").into_iter().map(|mount| mount.name).collect();
     assert_eq!(mounted, volumes.into_iter().map(|volume| volume.name).collect(), "every volume is mounted");
 
-    let spec = set.spec.expect("a spec");
-    let labels = spec.template.metadata.and_then(|metadata| metadata.labels);
-    assert_eq!(spec.selector.match_labels, labels, "the selector is the pods' labels");
+    let labels = set.spec.template.metadata.and_then(|metadata| metadata.labels);
+    assert_eq!(set.spec.selector.match_labels, labels, "the selector is the pods' labels");
 }
 
 #[test]
@@ -150,7 +150,7 @@ fn ports_are_the_configured_ones() {
     assert_eq!(port("http"), i32::from(config.listen.address.port()));
     assert_eq!(port("admin"), i32::from(config.admin.address.port()));
 
-    let metadata = manifest::<DaemonSet>().spec.and_then(|spec| spec.template.metadata).expect("the pods' metadata");
+    let metadata = manifest::<DaemonSet>().spec.template.metadata.expect("the pods' metadata");
     let annotations = metadata.annotations.expect("annotations");
     assert_eq!(annotations["prometheus.io/port"], config.admin.address.port().to_string());
     assert_eq!(annotations["prometheus.io/path"], "/metrics");
@@ -204,6 +204,26 @@ fn unit(key: &str) -> Vec<&'static str> {
     static UNIT: std::sync::LazyLock<String> = std::sync::LazyLock::new(|| read("deploy/penstock.service"));
     let values = UNIT.lines().filter_map(|line| line.split_once('='));
     values.filter(|(name, _)| *name == key).map(|(_, value)| value).collect()
+}
+
+/// Runs the agent's binary, as it is built for these tests.
+fn penstock(arguments: &[&str]) -> String {
+    let binary = Process::binary("penstock").unwrap_or_else(|error| panic!("{error:#}"));
+    let output = Command::new(binary).args(arguments).current_dir(root()).output().expect("penstock starts");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "penstock {arguments:?}: {text}{}", String::from_utf8_lossy(&output.stderr));
+    text
+}
+
+#[test]
+fn the_agent_takes_the_flags_and_the_file() {
+    penstock(&["check", "--config", "deploy/penstock.toml"]);
+    // With --help added, the command line is read and nothing is done; it also names the default.
+    assert!(penstock(&["run", "--config", CONFIG_PATH, "--help"]).contains(CONFIG_PATH));
+    assert!(penstock(&["run", "--help"]).contains("PENSTOCK_LOG_FORMAT"));
+    let env = container().env.expect("environment");
+    let [log_format] = &env[..] else { panic!("one variable, which is looked at here: {env:?}") };
+    assert_eq!((log_format.name.as_str(), log_format.value.as_deref()), ("PENSTOCK_LOG_FORMAT", Some("json")));
 }
 
 #[test]
