@@ -61,14 +61,13 @@ impl Agent {
             _ => tracing::info!("{}", steering.describe()),
         }
 
-        let listeners = listen(config.listen.address, count)
-            .with_context(|| format!("listening on {}", config.listen.address))?;
+        let listeners =
+            listen(config.listen.address, count).with_context(|| format!("listening on {}", config.listen.address))?;
         let address = listeners[0].local_addr()?;
         let status = steering.describe();
-        let admin = admin::start(config.admin.address, Arc::clone(&metrics), readiness.clone(), move || {
-            vec![status.clone()]
-        })
-        .with_context(|| format!("the admin server on {}", config.admin.address))?;
+        let admin =
+            admin::start(config.admin.address, Arc::clone(&metrics), readiness.clone(), move || vec![status.clone()])
+                .with_context(|| format!("the admin server on {}", config.admin.address))?;
 
         let shared = Arc::new(Shared {
             router: Router::new(&config),

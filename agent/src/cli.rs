@@ -98,7 +98,12 @@ impl Cli {
         match self.verb {
             Verb::Run(configured) => with_config(&configured, |config| run::agent(config).map(|()| ExitCode::SUCCESS)),
             Verb::Check(configured) => with_config(&configured, |config| {
-                println!("{} is fine: {} pools, {} routes", configured.config.display(), config.pools.len(), config.routes.len());
+                println!(
+                    "{} is fine: {} pools, {} routes",
+                    configured.config.display(),
+                    config.pools.len(),
+                    config.routes.len()
+                );
                 Ok(ExitCode::SUCCESS)
             }),
             Verb::Doctor => doctor::run(),

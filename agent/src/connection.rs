@@ -3,8 +3,8 @@
 use std::{io, net::SocketAddr};
 
 use bytes::BytesMut;
-use tokio::time::{Instant, timeout_at};
 use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout_at};
 
 use crate::{
     client::ClientSocket,
@@ -49,7 +49,11 @@ pub async fn serve(worker: &Worker, stream: TcpStream, peer: SocketAddr) {
 }
 
 /// Reads the next request's head; `None` when the client has no more, or nothing to say for too long.
-async fn read_head(worker: &Worker, client: &mut ClientSocket, buf: &mut BytesMut) -> Result<Option<RequestHead>, Error> {
+async fn read_head(
+    worker: &Worker,
+    client: &mut ClientSocket,
+    buf: &mut BytesMut,
+) -> Result<Option<RequestHead>, Error> {
     let config = &worker.shared.config;
     let limits = HeadLimits { bytes: config.limits.head_bytes, headers: config.limits.headers };
     let mut begun: Option<Instant> = (!buf.is_empty()).then(Instant::now);

@@ -82,6 +82,9 @@ pub struct Delivery<'a> {
     pub account: Account,
     /// After a stop for want of room: relay until the client has caught up.
     hold: bool,
+    /// Size of the next read, and whether the last one filled it.
+    buffer: usize,
+    filled: bool,
 }
 
 impl<'a> Delivery<'a> {
@@ -94,7 +97,8 @@ impl<'a> Delivery<'a> {
     ) -> Self {
         let account = Account::default();
         let lead = BytesMut::new();
-        Self { client, endpoint, framing, lead, pending, target: None, decode: false, idle, account, hold: false }
+        let (target, decode, hold, buffer, filled) = (None, false, false, MIN_BUFFER, false);
+        Self { client, endpoint, framing, lead, pending, target, decode, idle, account, hold, buffer, filled }
     }
 
     /// Delivers the whole body.
@@ -146,13 +150,10 @@ impl<'a> Delivery<'a> {
         if lead.is_empty() { Ok(()) } else { write(self.client, &lead, self.idle).await }
     }
 
-    /// The target, when the kernel may take over now: nothing is held here or let through unread, and the client has
-    /// caught up since the last stop for want of room.
+    /// The target, when the kernel may take over: always, except after a stop for want of room until the client has caught
+    /// up.
     fn armable(&mut self) -> Option<Target> {
         let target = self.target?;
-        if self.endpoint.source()?.slot().passed() != self.endpoint.consumed {
-            return None;
-        }
         if self.hold && self.client.send_queue().is_ok_and(|queued| queued > target.send_buffer / 4) {
             return None;
         }
@@ -178,7 +179,10 @@ impl<'a> Delivery<'a> {
         };
         match received {
             Ok(0) => Err(self.end_of_stream()),
-            Ok(_) => Ok(()),
+            Ok(n) => {
+                self.received(n);
+                Ok(())
+            }
             Err(_) => Err(End::Broken),
         }
     }
@@ -187,12 +191,20 @@ impl<'a> Delivery<'a> {
         if self.framing.may_close() { End::Complete { reusable: false } } else { End::Broken }
     }
 
-    /// Spare capacity for the next read.
+    /// Spare capacity for the next read: more than before when the last one filled what there was.
     fn make_room(&mut self) {
-        let filled = self.pending.capacity() == 0 && self.account.relayed >= MAX_BUFFER as u64;
-        if self.pending.capacity() - self.pending.len() < MIN_BUFFER {
-            self.pending.reserve(if filled { MAX_BUFFER } else { MIN_BUFFER });
+        debug_assert!(self.pending.is_empty() || self.framing.is_done());
+        if self.filled {
+            self.buffer = (self.buffer * 4).min(MAX_BUFFER);
         }
+        if self.pending.capacity() - self.pending.len() < self.buffer {
+            self.pending.reserve(self.buffer);
+        }
+    }
+
+    /// Takes note of a read into the room that was made.
+    fn received(&mut self, n: usize) {
+        self.filled = n >= self.buffer;
     }
 }
 

@@ -10,7 +10,10 @@ pub(crate) fn run() -> ExitCode {
     println!("kernel        {}", release.unwrap_or_else(|error| error.to_string()));
     println!("capabilities  {}", capabilities());
     let btf = Path::new("/sys/kernel/btf/vmlinux");
-    println!("btf           {}", if btf.exists() { "present" } else { "MISSING: the kernel needs CONFIG_DEBUG_INFO_BTF" });
+    println!(
+        "btf           {}",
+        if btf.exists() { "present" } else { "MISSING: the kernel needs CONFIG_DEBUG_INFO_BTF" }
+    );
     let kernel = match Kernel::load(64) {
         Ok(kernel) => Arc::new(kernel),
         Err(error) => {
@@ -40,6 +43,11 @@ fn capabilities() -> String {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     let effective = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or_default();
-    let missing: Vec<&str> = NEEDED.iter().filter(|(_, bit)| effective >> bit & 1 == 0).map(|(name, _)| *name).collect();
-    if missing.is_empty() { "CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON".into() } else { format!("MISSING {}", missing.join(", ")) }
+    let missing: Vec<&str> =
+        NEEDED.iter().filter(|(_, bit)| effective >> bit & 1 == 0).map(|(name, _)| *name).collect();
+    if missing.is_empty() {
+        "CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON".into()
+    } else {
+        format!("MISSING {}", missing.join(", "))
+    }
 }

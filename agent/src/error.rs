@@ -110,7 +110,13 @@ impl Error {
             "error": { "message": self.to_string(), "type": kind, "param": null, "code": self.reason() }
         });
         let retry = if status == StatusCode::SERVICE_UNAVAILABLE { "retry-after: 1\r\n" } else { "" };
-        write_reply(out, status, &format!("content-type: application/json\r\n{retry}"), body.to_string().as_bytes(), keep_alive);
+        write_reply(
+            out,
+            status,
+            &format!("content-type: application/json\r\n{retry}"),
+            body.to_string().as_bytes(),
+            keep_alive,
+        );
     }
 }
 
@@ -120,7 +126,8 @@ pub fn write_reply(out: &mut BytesMut, status: StatusCode, fields: &str, body: &
     let reason = status.canonical_reason().unwrap_or_default();
     let length = body.len();
     out.put_slice(
-        format!("HTTP/1.1 {} {reason}\r\n{fields}content-length: {length}\r\n{connection}\r\n", status.as_u16()).as_bytes(),
+        format!("HTTP/1.1 {} {reason}\r\n{fields}content-length: {length}\r\n{connection}\r\n", status.as_u16())
+            .as_bytes(),
     );
     out.put_slice(body);
 }

@@ -181,7 +181,7 @@ async fn answered(
         }
         answer => answer?,
     };
-    respond::respond(worker, client, request, picked, answer).await
+    respond::respond(worker, client, request, *picked, answer).await
 }
 
 /// Sends the picker's own answer to the client.

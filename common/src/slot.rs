@@ -13,7 +13,7 @@ use crate::framing::Framing;
 /// [`Kernel`](crate::verdict::Kernel) in the program.
 #[repr(transparent)]
 #[derive(Default)]
-#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::KnownLayout))]
+#[cfg_attr(feature = "user", derive(zerocopy::IntoBytes, zerocopy::FromBytes, zerocopy::KnownLayout))]
 pub struct Word(UnsafeCell<u64>);
 
 // SAFETY: every access is a volatile or atomic access of one aligned machine word.
@@ -72,7 +72,7 @@ pub mod stop {
 
 /// State of one endpoint connection. Times are CLOCK_MONOTONIC nanoseconds (`bpf_ktime_get_ns`).
 #[repr(C)]
-#[cfg_attr(feature = "user", derive(zerocopy::FromBytes, zerocopy::KnownLayout))]
+#[cfg_attr(feature = "user", derive(zerocopy::IntoBytes, zerocopy::FromBytes, zerocopy::KnownLayout))]
 pub struct Slot {
     /// 0: pass. Else `1 +` the value that `passed` must have for a redirect.
     pub armed: Word,
@@ -100,8 +100,6 @@ pub struct Slot {
 
 const _: () = assert!(size_of::<Slot>() == 128);
 const _: () = assert!(size_of::<Framing>() == 24);
-// No padding: the fields fill the size.
-const _: () = assert!(8 * 4 + 24 + 8 + 8 * 2 + 8 + 4 * 2 + 8 * 4 == 128);
 
 /// Offsets into the kernel's own structures, read from its BTF at load and handed to the program as a global.
 #[repr(C)]

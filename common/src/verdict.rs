@@ -21,6 +21,8 @@ pub trait Kernel {
     fn clear_release(&mut self, word: &Word);
     /// Advances `framing` over the whole segment. False: it ends before the segment does, is invalid, or is too long to tell.
     fn parse(&mut self, framing: &mut Framing, len: u32) -> bool;
+    /// The endpoint has closed its side, with this segment or before it.
+    fn closed(&mut self) -> bool;
     /// Fill of the target's send buffer; `None`: no such target.
     fn target(&mut self, key: u64) -> Option<SendBuffer>;
     /// Has the segment queued for the target.
@@ -51,8 +53,9 @@ pub fn verdict(slot: &mut Slot, len: u32, kernel: &mut impl Kernel) {
     let armed = kernel.load_acquire(&slot.armed);
     match try_redirect(slot, armed, len, kernel) {
         Ok(()) if slot.framing.is_done() => {
+            let wake = slot.wake;
             kernel.clear_release(&slot.armed);
-            if slot.wake != 0 {
+            if wake != 0 {
                 kernel.event();
             }
         }
@@ -77,6 +80,10 @@ fn try_redirect(slot: &mut Slot, armed: u64, len: u32, kernel: &mut impl Kernel)
     let mut framing = slot.framing;
     if !kernel.parse(&mut framing, len) {
         return Err(stop::FRAMING);
+    }
+    // A FIN that comes with data brings no empty segment of its own, so nothing else would tell the agent.
+    if !framing.is_done() && kernel.closed() {
+        return Err(stop::FIN);
     }
     let key = slot.target.get();
     let redir = slot.redir.get();

@@ -156,8 +156,9 @@ mod tests {
     #[test]
     fn table() {
         use Framed::*;
-        // framing, wire, payload, bytes left over, complete, complete at close
-        let good: &[(Framed, &[u8], &[u8], usize, bool, bool)] = &[
+        /// framing, wire, payload, bytes left over, complete, complete at close
+        type Case = (Framed, &'static [u8], &'static [u8], usize, bool, bool);
+        let good: &[Case] = &[
             (Nothing, b"next", b"", 4, true, true),
             (Length(0), b"next", b"", 4, true, true),
             (Length(3), b"abcnext", b"abc", 4, true, true),

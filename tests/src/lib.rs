@@ -9,6 +9,7 @@ mod eventually;
 pub mod model_server;
 mod own_runtime;
 pub mod process;
+pub mod scripted_epp;
 
 pub use client::{BodyEnd, Client, Request, Response};
 pub use content::{Alphabet, Checker};
@@ -16,3 +17,4 @@ pub use decoder::{Decoder, Framed};
 pub use eventually::eventually;
 pub use model_server::{ModelServer, Plan};
 pub use process::Process;
+pub use scripted_epp::ScriptedEpp;

@@ -1,8 +1,11 @@
-//! One span in the kernel: arm, sleep, take back.
+//! One span in the kernel: find a quiet moment, arm, sleep, take back.
 //!
 //! The order is what keeps bytes in order. Arm first, then read once more: the read waits for any verdict in progress, so
 //! when it finds nothing, every later verdict sees the arming, and every stop sends an event. When it finds bytes, the
 //! kernel refuses the arming by itself (they count as passed) or has stopped already, and user space goes on.
+//!
+//! A stream that never pauses has no quiet moment, so one is made: behind the gate (SO_RCVLOWAT) new bytes stay in the TCP
+//! queue, before the verdict, while user space forwards what was let through; opened, they all meet the armed slot.
 
 use std::{future::poll_fn, io};
 
@@ -23,11 +26,15 @@ enum Wake {
 impl Delivery<'_> {
     /// Lets the kernel carry what it can. `Ok` goes on in user space.
     pub(super) async fn span(&mut self, target: Target) -> Result<(), End> {
+        if self.slot()?.passed() != self.endpoint.consumed && !self.catch_up().await? {
+            return Ok(());
+        }
         // The kernel's account of the target begins with the arming: nothing may be on its way from an earlier span.
         self.client.settle().await.map_err(|_| End::ClientGone)?;
         let before = self.slot()?.redirected();
         let segments = self.slot()?.segments();
         self.slot()?.arm(target.key, self.framing, self.endpoint.consumed, true);
+        self.endpoint.gate(false).map_err(|_| End::Broken)?;
         self.make_room();
         let result = match self.endpoint.read_now(&mut self.pending) {
             // Bytes that had been let through, or the end of the stream: the kernel redirects nothing any more.
@@ -35,6 +42,9 @@ impl Delivery<'_> {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.sleep().await.map(Some),
             Err(error) => Err(error),
         };
+        if let Ok(None) = result {
+            self.received(self.pending.len());
+        }
         let slot = self.slot()?;
         if !slot.is_released() {
             slot.disarm();
@@ -48,6 +58,32 @@ impl Delivery<'_> {
             Ok(Some(Wake::Idle)) => Err(End::Idle),
             Err(_) => Err(End::Broken),
         }
+    }
+
+    /// Forwards what was let through while the gate keeps more from coming. False: the kernel cannot be armed now, because
+    /// the message or the stream is over, the client has fallen behind, or the gate did not hold (it yields to memory
+    /// pressure and to FIN).
+    async fn catch_up(&mut self) -> Result<bool, End> {
+        self.endpoint.gate(true).map_err(|_| End::Broken)?;
+        let quiet = loop {
+            self.make_room();
+            match self.endpoint.read_now(&mut self.pending) {
+                Ok(0) => return Err(self.end_of_stream()),
+                Ok(n) => self.received(n),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    break self.slot()?.passed() == self.endpoint.consumed;
+                }
+                Err(_) => return Err(End::Broken),
+            }
+            self.forward().await?;
+            if self.framing.is_done() || self.framing.is_invalid() || self.armable().is_none() {
+                break false;
+            }
+        };
+        if !quiet {
+            self.endpoint.gate(false).map_err(|_| End::Broken)?;
+        }
+        Ok(quiet)
     }
 
     fn slot(&self) -> Result<SlotRef<'_>, End> {
@@ -78,6 +114,10 @@ impl Delivery<'_> {
 
     /// Sleeps until the kernel lets go of the slot, or one of the peers or the idle time ends it.
     async fn sleep(&mut self) -> io::Result<Wake> {
+        // Often the rest was waiting behind the gate and is through already.
+        if self.endpoint.source().is_some_and(|source| source.slot().is_released()) {
+            return Ok(Wake::Released);
+        }
         self.endpoint.quiet()?;
         let wake = self.wake().await;
         self.endpoint.attentive()?;

@@ -29,6 +29,8 @@ pub struct EndpointConnection {
     /// Requests sent on it.
     pub requests: u64,
     pub(super) idle_since: Instant,
+    /// The gate is shut.
+    shut: bool,
 }
 
 enum Io {
@@ -66,7 +68,7 @@ impl EndpointConnection {
             }
         });
         let (consumed, requests, idle_since) = (0, 0, Instant::now());
-        Ok(Self { io: Io::Ready(stream), source, address, local, consumed, requests, idle_since })
+        Ok(Self { io: Io::Ready(stream), source, address, local, consumed, requests, idle_since, shut: false })
     }
 
     pub fn source(&self) -> Option<&Source> {
@@ -109,6 +111,16 @@ impl EndpointConnection {
         let n = socket::receive_into(self.ready()?, buf)?;
         self.consumed += n as u64;
         Ok(n)
+    }
+
+    /// Shut, keeps new bytes from the verdict, in the TCP queue, as far as the kernel can; opened, lets the verdict see them
+    /// all at once.
+    pub fn gate(&mut self, shut: bool) -> io::Result<()> {
+        if self.shut != shut {
+            socket::set_receive_low_water(self.ready()?, if shut { i32::MAX } else { 1 })?;
+            self.shut = shut;
+        }
+        Ok(())
     }
 
     /// From now on, only errors wake us.

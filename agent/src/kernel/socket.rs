@@ -20,7 +20,7 @@ pub(super) fn borrow<T: AsRawFd>(owner: &T) -> BorrowedFd<'_> {
 
 /// SO_COOKIE: names this socket and no other until reboot.
 pub fn cookie(socket: impl AsFd) -> io::Result<u64> {
-    Ok(socket2::SockRef::from(&socket.as_fd()).cookie()?)
+    socket2::SockRef::from(&socket.as_fd()).cookie()
 }
 
 /// Bytes ever written to the connection, by us or by the kernel for us: `tcpi_bytes_acked` plus those still queued
@@ -87,6 +87,22 @@ pub fn set_send_buffer(socket: impl AsFd, bytes: u32) -> io::Result<()> {
     socket::setsockopt(&socket.as_fd(), socket::sockopt::SndBufForce, &(value as usize))
         .or_else(|_| socket::setsockopt(&socket.as_fd(), socket::sockopt::SndBuf, &(value as usize)))?;
     Ok(())
+}
+
+/// SO_RCVLOWAT: below it, arriving bytes neither wake anyone nor reach the verdict; the kernel caps it at half the receive
+/// buffer. Setting it looks at the queue anew (`tcp_set_rcvlowat`, `tcp_data_ready`).
+pub fn set_receive_low_water(socket: impl AsFd, bytes: i32) -> io::Result<()> {
+    // SAFETY: passes one int by pointer, with its size.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            (&raw const bytes).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// CLOCK_MONOTONIC in ns, the clock of the kernel program's stamps.

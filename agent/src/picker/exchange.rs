@@ -194,7 +194,7 @@ impl Exchange {
                 self.events.push_back(Ok(Event::ResponseHead(mutation)));
             }
             Some(Response::RequestHeaders(head)) if !self.settled => {
-                self.request_head(head.response.unwrap_or_default())
+                self.request_head(head.response.unwrap_or_default());
             }
             Some(Response::RequestBody(body)) if !self.settled => self.body_reply(body),
             // Replies about the response's body and about trailers change nothing; what is late about the request neither.

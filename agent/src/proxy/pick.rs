@@ -32,7 +32,7 @@ pub(super) struct Picked {
 }
 
 pub(super) enum Verdict {
-    Forward(Picked),
+    Forward(Box<Picked>),
     /// The EPP answers the client itself.
     Reply(ImmediateReply),
 }
@@ -47,12 +47,13 @@ pub(super) async fn pick(
     let pool = &worker.shared.config.pools[request.pool];
     let (Some(client_of_epp), config::Picker::Epp(settings)) = (&worker.epps[request.pool], &pool.picker) else {
         upload.rest(client, buf).await?;
-        return builtin(worker, request.pool, upload).map(Verdict::Forward);
+        return builtin(worker, request.pool, upload).map(|picked| Verdict::Forward(Box::new(picked)));
     };
     let started = Instant::now();
     let metrics = worker.shared.metrics.pool(request.pool);
     let open = worker.shared.metrics.epp_stream();
-    let asked = ask(client_of_epp, worker.shared.config.limits.body_bytes, settings, client, buf, request, upload).await;
+    let asked =
+        ask(client_of_epp, worker.shared.config.limits.body_bytes, settings, client, buf, request, upload).await;
     drop(open);
     let failure = match asked {
         Asked::Answered(Outcome::Immediate(reply), _) => {
@@ -65,7 +66,8 @@ pub(super) async fn pick(
                 request.record.picked_in(started.elapsed());
                 upload.rest(client, buf).await?;
                 let Decision { mutation, body, .. } = decision;
-                return Ok(Verdict::Forward(Picked { endpoints, mutation, body, stream: Some(*stream) }));
+                let picked = Picked { endpoints, mutation, body, stream: Some(*stream) };
+                return Ok(Verdict::Forward(Box::new(picked)));
             }
             Err(stranger) => Error::Stranger(stranger),
         },
@@ -85,7 +87,7 @@ pub(super) async fn pick(
         FailureMode::Open => {
             metrics.epp_exchange(EppOutcome::FailOpen, started.elapsed());
             upload.rest(client, buf).await?;
-            open_pick(worker, pool, request.pool, upload).map(Verdict::Forward)
+            open_pick(worker, pool, request.pool, upload).map(|picked| Verdict::Forward(Box::new(picked)))
         }
     }
 }

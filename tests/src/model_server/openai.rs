@@ -175,7 +175,7 @@ async fn event(connection: &mut Connection, data: &str) -> Result<(), Stop> {
 }
 
 impl Job {
-    fn envelope(&self, object: &str, choices: Value) -> Value {
+    fn envelope(&self, object: &str, choices: &Value) -> Value {
         let Self { id, model, .. } = self;
         json!({"id": id, "object": object, "created": *CREATED, "model": model, "choices": choices})
     }
@@ -194,12 +194,12 @@ impl Job {
         } else {
             choice["text"] = delta.get("content").cloned().unwrap_or_else(|| json!(""));
         }
-        self.envelope(if self.chat { "chat.completion.chunk" } else { "text_completion" }, json!([choice]))
+        self.envelope(if self.chat { "chat.completion.chunk" } else { "text_completion" }, &json!([choice]))
     }
 
     /// The event that carries the usage, and no choice.
     fn usage_part(&self) -> Value {
-        let mut part = self.envelope(if self.chat { "chat.completion.chunk" } else { "text_completion" }, json!([]));
+        let mut part = self.envelope(if self.chat { "chat.completion.chunk" } else { "text_completion" }, &json!([]));
         part["usage"] = self.usage();
         part
     }
@@ -213,7 +213,7 @@ impl Job {
         } else {
             choice["text"] = json!(text);
         }
-        let mut whole = self.envelope(if self.chat { "chat.completion" } else { "text_completion" }, json!([choice]));
+        let mut whole = self.envelope(if self.chat { "chat.completion" } else { "text_completion" }, &json!([choice]));
         whole["usage"] = self.usage();
         whole
     }

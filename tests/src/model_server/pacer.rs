@@ -24,9 +24,8 @@ pub(super) struct Pacer(Option<AsyncFd<Timer>>);
 impl Pacer {
     /// Cancel-safe. Needs a tokio runtime.
     pub(super) async fn sleep(&mut self, duration: Duration) {
-        if duration >= COARSE {
-            tokio::time::sleep(duration).await;
-        } else if !duration.is_zero() && self.short(duration).await.is_err() {
+        let done = duration.is_zero() || (duration < COARSE && self.short(duration).await.is_ok());
+        if !done {
             tokio::time::sleep(duration).await;
         }
     }

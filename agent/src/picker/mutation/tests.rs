@@ -29,6 +29,7 @@ fn set(key: &str, value: &[u8], append: Option<bool>, append_action: i32) -> Hea
 fn one_set() {
     let before = [("a", "1"), ("a", "2"), ("host", "h"), ("content-length", "7"), ("connection", "close")];
     // name, value, append, append_action; the values of that name after it; skipped as invalid
+    #[allow(clippy::type_complexity)]
     #[rustfmt::skip]
     let rows: &[(&str, &str, Option<bool>, i32, &[&str], usize)] = &[
         ("a", "3", None,        APPEND,    &["3"], 0),

@@ -1,0 +1,185 @@
+//! One stream as a script sees it: what the peer has said so far, and the way to answer.
+
+use penstock_proto::core::Metadata;
+use penstock_proto::ext_proc::processing_response::Response;
+use penstock_proto::ext_proc::{ProcessingResponse, ProtocolConfiguration};
+use tokio::sync::mpsc;
+use tonic::Status;
+
+use super::fault::Harm;
+use super::{Answer, record};
+
+pub struct Exchange {
+    pub request_headers: Vec<(String, String)>,
+    /// As far as it has come.
+    pub request_body: Vec<u8>,
+    pub response_headers: Vec<(String, String)>,
+    /// The last message's.
+    pub metadata: Option<Metadata>,
+    pub protocol_config: Option<ProtocolConfiguration>,
+    /// Whatever a script wants to remember: the endpoint it picked, body it holds back.
+    pub picked: Option<String>,
+    pub held: Vec<u8>,
+    /// Befalls the stream when the reply to the request's headers has been sent.
+    pub(super) after_header_reply: Option<Harm>,
+    replies: mpsc::Sender<Result<ProcessingResponse, Status>>,
+}
+
+impl Exchange {
+    pub(super) fn new(replies: mpsc::Sender<Result<ProcessingResponse, Status>>) -> Self {
+        Self {
+            request_headers: Vec::new(),
+            request_body: Vec::new(),
+            response_headers: Vec::new(),
+            metadata: None,
+            protocol_config: None,
+            picked: None,
+            held: Vec::new(),
+            after_header_reply: None,
+            replies,
+        }
+    }
+
+    pub(super) fn replies(&self) -> mpsc::Sender<Result<ProcessingResponse, Status>> {
+        self.replies.clone()
+    }
+
+    /// Sends a message. Waits while the peer takes none.
+    pub async fn send(&mut self, message: ProcessingResponse) -> Answer {
+        let header_reply = matches!(message.response, Some(Response::RequestHeaders(_)));
+        // A peer that is gone is noticed by whoever runs the script.
+        let _ = self.replies.send(Ok(message)).await;
+        match self.after_header_reply.take_if(|_| header_reply) {
+            Some(harm) => harm.strike(self).await,
+            None => Ok(()),
+        }
+    }
+
+    /// The endpoints the picker may choose from, if the last message limits them.
+    #[must_use]
+    pub fn subset(&self) -> Option<Vec<String>> {
+        record::subset(self.metadata.as_ref())
+    }
+
+    /// The endpoint that the last message says the response came from.
+    #[must_use]
+    pub fn served(&self) -> Option<String> {
+        record::served(self.metadata.as_ref())
+    }
+}
+
+/// Messages to send, for scripts that do not care to spell them out.
+pub mod reply {
+    use bytes::Bytes;
+    use penstock_proto::core::{HeaderValue, HeaderValueOption};
+    use penstock_proto::ext_proc::body_mutation::Mutation;
+    use penstock_proto::ext_proc::processing_response::Response;
+    use penstock_proto::ext_proc::{
+        BodyMutation, BodyResponse, CommonResponse, HeaderMutation, HeadersResponse, ImmediateResponse,
+        ProcessingResponse, StreamedBodyResponse, TrailersResponse,
+    };
+    use penstock_proto::http_type::HttpStatus;
+    use penstock_proto::prost_types::{Struct, Value, value::Kind};
+
+    /// The header and the metadata key that name the endpoint.
+    pub const DESTINATION: &str = "x-gateway-destination-endpoint";
+    /// The most body in one message of the production picker.
+    const PIECE: usize = 62_000;
+
+    fn message(response: Response) -> ProcessingResponse {
+        ProcessingResponse { response: Some(response), ..ProcessingResponse::default() }
+    }
+
+    /// Sets `headers`, each over what was there, as the Go pickers do: by the default of the action.
+    #[must_use]
+    pub fn mutation(headers: &[(&str, &str)]) -> HeaderMutation {
+        let set = |(name, value): &(&str, &str)| HeaderValueOption {
+            header: Some(HeaderValue {
+                key: (*name).to_owned(),
+                raw_value: Bytes::copy_from_slice(value.as_bytes()),
+                ..HeaderValue::default()
+            }),
+            ..HeaderValueOption::default()
+        };
+        HeaderMutation { set_headers: headers.iter().map(set).collect(), remove_headers: Vec::new() }
+    }
+
+    #[must_use]
+    pub fn request_headers(mutation: HeaderMutation) -> ProcessingResponse {
+        let response =
+            CommonResponse { header_mutation: Some(mutation), clear_route_cache: true, ..CommonResponse::default() };
+        message(Response::RequestHeaders(HeadersResponse { response: Some(response) }))
+    }
+
+    /// The reply to the request's headers that names `endpoints` in both places, and sets `headers`.
+    #[must_use]
+    pub fn pick(endpoints: &str, headers: &[(&str, &str)]) -> ProcessingResponse {
+        let mut all = vec![(DESTINATION, endpoints)];
+        all.extend_from_slice(headers);
+        let mut message = request_headers(mutation(&all));
+        message.dynamic_metadata = Some(destination(endpoints));
+        message
+    }
+
+    /// `envoy.lb` metadata that names `endpoints`.
+    #[must_use]
+    pub fn destination(endpoints: &str) -> Struct {
+        let of = |key: &str, kind| Struct { fields: [(key.to_owned(), Value { kind: Some(kind) })].into() };
+        of("envoy.lb", Kind::StructValue(of(DESTINATION, Kind::StringValue(endpoints.to_owned()))))
+    }
+
+    fn streamed(body: Bytes, end_of_stream: bool) -> BodyResponse {
+        let mutation = Mutation::StreamedResponse(StreamedBodyResponse { body, end_of_stream });
+        let response = CommonResponse {
+            body_mutation: Some(BodyMutation { mutation: Some(mutation) }),
+            ..CommonResponse::default()
+        };
+        BodyResponse { response: Some(response) }
+    }
+
+    /// The whole of a request's body, in as many messages as it takes.
+    pub fn request_body(body: &Bytes) -> impl Iterator<Item = ProcessingResponse> {
+        let last = body.len().saturating_sub(1) / PIECE;
+        (0..=last).map(move |n| {
+            let piece = body.slice(n * PIECE..body.len().min((n + 1) * PIECE));
+            message(Response::RequestBody(streamed(piece, n == last)))
+        })
+    }
+
+    /// A reply to a piece of the request's body that changes nothing.
+    #[must_use]
+    pub fn request_body_unchanged() -> ProcessingResponse {
+        message(Response::RequestBody(BodyResponse { response: Some(CommonResponse::default()) }))
+    }
+
+    #[must_use]
+    pub fn response_headers(headers: &[(&str, &str)]) -> ProcessingResponse {
+        let response = CommonResponse { header_mutation: Some(mutation(headers)), ..CommonResponse::default() };
+        message(Response::ResponseHeaders(HeadersResponse { response: Some(response) }))
+    }
+
+    #[must_use]
+    pub fn response_body(body: Bytes, end_of_stream: bool) -> ProcessingResponse {
+        message(Response::ResponseBody(streamed(body, end_of_stream)))
+    }
+
+    #[must_use]
+    pub fn response_body_unchanged() -> ProcessingResponse {
+        message(Response::ResponseBody(BodyResponse { response: Some(CommonResponse::default()) }))
+    }
+
+    #[must_use]
+    pub fn response_trailers() -> ProcessingResponse {
+        message(Response::ResponseTrailers(TrailersResponse::default()))
+    }
+
+    #[must_use]
+    pub fn immediate(status: u16, headers: &[(&str, &str)], body: &str) -> ProcessingResponse {
+        message(Response::ImmediateResponse(ImmediateResponse {
+            status: Some(HttpStatus { code: status.into() }),
+            headers: Some(mutation(headers)),
+            body: Bytes::copy_from_slice(body.as_bytes()),
+            ..ImmediateResponse::default()
+        }))
+    }
+}
