@@ -12,7 +12,7 @@ use core::{arch::asm, ffi::c_void};
 
 use aya_ebpf::{
     EbpfContext as _, Global,
-    bindings::{BPF_F_MMAPABLE, sk_action::SK_PASS},
+    bindings::{__sk_buff, BPF_F_MMAPABLE, sk_action::SK_PASS},
     helpers::generated::{
         bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_loop, bpf_map_lookup_elem, bpf_probe_read_kernel, bpf_sk_release,
         bpf_skb_load_bytes, bpf_skc_to_tcp_sock,
@@ -101,6 +101,18 @@ impl Kernel for Segment<'_> {
         unsafe { bpf_loop(MAX_STEPS, step as *mut c_void, walk_ptr.cast(), 0) };
         *framing = walk.framing;
         walk.at == len && !walk.framing.is_invalid()
+    }
+
+    /// `tcp_fin` changes the state before it lets anyone see the segment.
+    #[inline(always)]
+    fn closed(&mut self) -> bool {
+        const ESTABLISHED: u32 = 1;
+        let skb: *mut __sk_buff = self.ctx.as_ptr().cast();
+        // SAFETY: the context, and the socket that the verifier has us check for null.
+        unsafe {
+            let socket = (*skb).__bindgen_anon_2.sk;
+            socket.is_null() || (*socket).state != ESTABLISHED
+        }
     }
 
     #[inline(always)]

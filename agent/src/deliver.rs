@@ -18,6 +18,9 @@ use crate::{client::ClientSocket, endpoint::connection::EndpointConnection, kern
 /// First read buffer; it grows towards the largest while reads fill it.
 const MIN_BUFFER: usize = 16 * 1024;
 const MAX_BUFFER: usize = 256 * 1024;
+/// How long bytes that were let through may come behind the end of the stream: turns, and the length of one.
+const LATE_TURNS: u32 = 1000;
+const LATE_TURN: Duration = Duration::from_millis(1);
 
 /// How a delivery ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -111,14 +114,19 @@ impl<'a> Delivery<'a> {
                 Err(end) => Err(end),
                 Ok(()) if self.framing.is_invalid() => Err(End::Broken),
                 Ok(()) if self.framing.is_done() => Err(End::Complete { reusable: self.pending.is_empty() }),
-                Ok(()) => match self.armable() {
-                    Some(target) => self.span(target).await,
-                    None => self.read().await,
-                },
+                Ok(()) => self.more().await,
             };
             if let Err(end) = step {
                 return end;
             }
+        }
+    }
+
+    /// More of the body: through the kernel, else what can be read.
+    async fn more(&mut self) -> Result<(), End> {
+        match self.armable() {
+            Some(target) if self.span(target).await? => Ok(()),
+            _ => self.read().await,
         }
     }
 
@@ -178,7 +186,7 @@ impl<'a> Delivery<'a> {
             () = idle => return Err(End::Idle),
         };
         match received {
-            Ok(0) => Err(self.end_of_stream()),
+            Ok(0) => self.end_of_stream().await,
             Ok(n) => {
                 self.received(n);
                 Ok(())
@@ -187,8 +195,21 @@ impl<'a> Delivery<'a> {
         }
     }
 
-    fn end_of_stream(&self) -> End {
-        if self.framing.may_close() { End::Complete { reusable: false } } else { End::Broken }
+    /// The endpoint has closed its side. Bytes that the verdict let through under memory pressure may come after that
+    /// (`sk_psock_verdict_apply` leaves them to a worker); they are waited for, and go on.
+    async fn end_of_stream(&mut self) -> Result<(), End> {
+        for _ in 0..LATE_TURNS {
+            let late = self.endpoint.source().is_some_and(|source| source.slot().passed() != self.endpoint.consumed);
+            if !late {
+                return Err(if self.framing.may_close() { End::Complete { reusable: false } } else { End::Broken });
+            }
+            tokio::time::sleep(LATE_TURN).await;
+            self.make_room();
+            if self.endpoint.read_now(&mut self.pending).is_ok_and(|n| n > 0) {
+                return Ok(());
+            }
+        }
+        Err(End::Broken)
     }
 
     /// Spare capacity for the next read: more than before when the last one filled what there was.

@@ -2,6 +2,7 @@
 //! scripted endpoint picker, and child processes. Nothing here is used by the agent, and nothing but the wire is shared
 //! with it.
 
+pub mod agent;
 pub mod client;
 pub mod content;
 mod decoder;

@@ -17,6 +17,8 @@ use crate::kernel::{slots::SlotRef, socket::monotonic_ns};
 
 /// What ended the wait for the kernel.
 enum Wake {
+    /// Nothing to wait for: bytes were let through, and have been read.
+    Bytes,
     Released,
     Endpoint,
     Client,
@@ -24,10 +26,10 @@ enum Wake {
 }
 
 impl Delivery<'_> {
-    /// Lets the kernel carry what it can. `Ok` goes on in user space.
-    pub(super) async fn span(&mut self, target: Target) -> Result<(), End> {
+    /// Lets the kernel carry what it can. False: nothing came of it, user space has to read.
+    pub(super) async fn span(&mut self, target: Target) -> Result<bool, End> {
         if self.slot()?.passed() != self.endpoint.consumed && !self.catch_up().await? {
-            return Ok(());
+            return Ok(self.framing.is_done() || self.framing.is_invalid());
         }
         // The kernel's account of the target begins with the arming: nothing may be on its way from an earlier span.
         self.client.settle().await.map_err(|_| End::ClientGone)?;
@@ -37,25 +39,26 @@ impl Delivery<'_> {
         self.endpoint.gate(false).map_err(|_| End::Broken)?;
         self.make_room();
         let result = match self.endpoint.read_now(&mut self.pending) {
-            // Bytes that had been let through, or the end of the stream: the kernel redirects nothing any more.
-            Ok(n) => Ok(if n == 0 { Some(Wake::Endpoint) } else { None }),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.sleep().await.map(Some),
+            Ok(0) => Ok(Wake::Endpoint),
+            Ok(n) => {
+                self.received(n);
+                Ok(Wake::Bytes)
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.sleep().await,
             Err(error) => Err(error),
         };
-        if let Ok(None) = result {
-            self.received(self.pending.len());
-        }
         let slot = self.slot()?;
         if !slot.is_released() {
             slot.disarm();
         }
-        self.take_back(before, segments)?;
+        let steered = self.take_back(before, segments)?;
         match result {
-            Ok(None | Some(Wake::Released)) => Ok(()),
-            // An error or the end: the next read tells which. What was redirected is on its way.
-            Ok(Some(Wake::Endpoint)) => self.read().await,
-            Ok(Some(Wake::Client)) => Err(End::ClientGone),
-            Ok(Some(Wake::Idle)) => Err(End::Idle),
+            Ok(Wake::Bytes) => Ok(true),
+            // An error or the end: reading tells which. What was redirected is on its way.
+            Ok(Wake::Endpoint) => Ok(false),
+            Ok(Wake::Released) => Ok(steered || self.framing.is_done()),
+            Ok(Wake::Client) => Err(End::ClientGone),
+            Ok(Wake::Idle) => Err(End::Idle),
             Err(_) => Err(End::Broken),
         }
     }
@@ -68,7 +71,10 @@ impl Delivery<'_> {
         let quiet = loop {
             self.make_room();
             match self.endpoint.read_now(&mut self.pending) {
-                Ok(0) => return Err(self.end_of_stream()),
+                Ok(0) => {
+                    self.end_of_stream().await?;
+                    break false;
+                }
                 Ok(n) => self.received(n),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     break self.slot()?.passed() == self.endpoint.consumed;
@@ -90,8 +96,8 @@ impl Delivery<'_> {
         self.endpoint.source().map(|source| source.slot()).ok_or(End::Broken)
     }
 
-    /// Enters the kernel's books into ours. The slot is released.
-    fn take_back(&mut self, before: u64, segments: u64) -> Result<(), End> {
+    /// Enters the kernel's books into ours; true when it carried something. The slot is released.
+    fn take_back(&mut self, before: u64, segments: u64) -> Result<bool, End> {
         let slot = self.slot()?;
         let (steered, segments) = (slot.redirected() - before, slot.segments() - segments);
         let (framing, stop, stamps) = (slot.framing(), slot.stop(), slot.stamps());
@@ -109,7 +115,7 @@ impl Delivery<'_> {
         if stop == stop::TARGET {
             self.target = None;
         }
-        Ok(())
+        Ok(steered > 0)
     }
 
     /// Sleeps until the kernel lets go of the slot, or one of the peers or the idle time ends it.
@@ -117,6 +123,10 @@ impl Delivery<'_> {
         // Often the rest was waiting behind the gate and is through already.
         if self.endpoint.source().is_some_and(|source| source.slot().is_released()) {
             return Ok(Wake::Released);
+        }
+        // Let through before the arming, and not handed over yet (memory pressure): no event will tell of them.
+        if self.endpoint.source().is_some_and(|source| source.slot().passed() != self.endpoint.consumed) {
+            return Ok(Wake::Endpoint);
         }
         self.endpoint.quiet()?;
         let wake = self.wake().await;

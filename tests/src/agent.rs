@@ -1,0 +1,68 @@
+//! The agent in this process, on ports of its own, as the tests of the whole use it.
+//!
+//! Kernel steering is required where a test asks for it: on a machine that cannot steer the test fails with the reason.
+
+use std::{net::SocketAddr, sync::Once, time::Duration};
+
+use penstock_agent::{
+    app::Agent,
+    config::{Config, Epp, FailureMode, Picker, Pool, SteeringMode},
+    steer::Steering,
+};
+use tracing_subscriber::EnvFilter;
+
+/// An agent that ends with the test.
+pub struct TestAgent {
+    pub agent: Agent,
+    pub addr: SocketAddr,
+}
+
+/// One pool over `endpoints`, picked by the built-in picker.
+pub fn builtin_pool(endpoints: &[SocketAddr]) -> Pool {
+    Pool::new("default", endpoints.to_vec())
+}
+
+/// One pool over `endpoints`, picked by the EPP at `epp`.
+pub fn epp_pool(endpoints: &[SocketAddr], epp: SocketAddr, failure_mode: FailureMode) -> Pool {
+    Pool { picker: Picker::Epp(Epp::new(epp.to_string())), failure_mode, ..builtin_pool(endpoints) }
+}
+
+impl TestAgent {
+    /// Starts with one pool; `adjust` changes what the test is about.
+    pub fn start(pool: Pool, steering: SteeringMode, adjust: impl FnOnce(&mut Config)) -> Self {
+        trace();
+        let mut config = Config::new(vec![pool]);
+        config.listen.address = SocketAddr::from(([127, 0, 0, 1], 0));
+        config.listen.workers = 2;
+        config.admin.address = SocketAddr::from(([127, 0, 0, 1], 0));
+        config.steering.mode = steering;
+        config.steering.max_flows = 4096;
+        config.timeouts.drain = Duration::from_secs(5);
+        adjust(&mut config);
+        let wants_kernel = config.steering.mode != SteeringMode::Off;
+        let agent = Agent::start(config).expect("the agent starts");
+        if wants_kernel && !matches!(agent.steering(), Steering::Active(_)) {
+            panic!("this test needs the kernel: {}", agent.steering().describe());
+        }
+        Self { addr: agent.address(), agent }
+    }
+
+    /// Sum of the samples of a metric whose labels contain all of `labels` (`path="ingress"`); 0 when there is none.
+    pub fn metric(&self, name: &str, labels: &[&str]) -> f64 {
+        let text = self.agent.metrics().encode();
+        let samples = text.lines().filter(|line| {
+            line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']))
+                && labels.iter().all(|label| line.contains(label))
+        });
+        samples.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+    }
+}
+
+/// Logs of the agent go to the test's output, where a failure shows them. `PENSTOCK_LOG` filters.
+fn trace() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let filter = EnvFilter::try_from_env("PENSTOCK_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+        tracing_subscriber::fmt().with_env_filter(filter).with_test_writer().init();
+    });
+}
