@@ -22,6 +22,10 @@ const MAX_BUFFER: usize = 256 * 1024;
 const LATE_TURNS: u32 = 1000;
 const LATE_TURN: Duration = Duration::from_millis(1);
 
+/// Reasons for a stop, and none.
+const STOPS: usize = 6;
+const _: () = assert!(penstock_common::slot::stop::FIN as usize + 1 == STOPS);
+
 /// How a delivery ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
@@ -43,8 +47,8 @@ pub struct Account {
     /// Pieces that user space wrote, and segments that the kernel redirected.
     pub pieces: u64,
     pub segments: u64,
-    /// Times at which the kernel gave the flow back before the end, by reason.
-    pub stops: Vec<u32>,
+    /// How often the kernel gave the flow back before the end, by reason (`penstock_common::slot::stop`).
+    pub stops: [u32; STOPS],
     /// First and last byte of the body, CLOCK_MONOTONIC ns; 0: none.
     pub first_ns: u64,
     pub last_ns: u64,

@@ -90,6 +90,11 @@ impl WorkerSteering {
         Ok(cookie)
     }
 
+    /// Events of the kernel that found no room, of all workers, since anyone last asked.
+    pub fn take_missed_events(&self) -> u64 {
+        self.kernel.events().take_missed()
+    }
+
     /// Slots of this worker that no endpoint connection holds.
     pub fn free_slots(&self) -> usize {
         self.free.borrow().len()

@@ -49,7 +49,13 @@ impl Worker {
         };
         let epps = config.pools.iter().map(epp).collect::<anyhow::Result<_>>()?;
         let (timeouts, receive_buffer) = (&config.timeouts, config.steering.endpoint_receive_buffer);
-        let endpoints = Pool::new(steering, timeouts.endpoint_keep_alive, timeouts.connect, receive_buffer);
+        let endpoints = Pool::new(
+            Arc::clone(&shared.metrics),
+            steering,
+            timeouts.endpoint_keep_alive,
+            timeouts.connect,
+            receive_buffer,
+        );
         Ok(Rc::new(Self { epps, endpoints, shared }))
     }
 
@@ -73,6 +79,9 @@ impl Worker {
             loop {
                 tokio::time::sleep(Duration::from_secs(1)).await;
                 self.endpoints.sweep();
+                if let Some(steering) = self.endpoints.steering() {
+                    self.shared.metrics.steer_events_missed(steering.take_missed_events());
+                }
             }
         };
         tokio::select! {

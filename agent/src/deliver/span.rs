@@ -73,7 +73,9 @@ impl Delivery<'_> {
             self.account.stamp(stamps.0, stamps.1);
         }
         if stop != 0 {
-            self.account.stops.push(stop);
+            if let Some(count) = self.account.stops.get_mut(stop as usize) {
+                *count += 1;
+            }
             self.hold = stop == stop::ROOM;
         }
         if stop == stop::TARGET {

@@ -14,6 +14,7 @@ use tokio::{
 
 use crate::{
     kernel::socket,
+    metrics::InFlight,
     steer::{Source, WorkerSteering},
 };
 
@@ -29,6 +30,8 @@ pub struct EndpointConnection {
     /// Requests sent on it.
     pub requests: u64,
     pub(super) idle_since: Instant,
+    /// The slot, in the metrics.
+    pub(super) counted: Option<InFlight>,
 }
 
 enum Io {
@@ -66,7 +69,7 @@ impl EndpointConnection {
             }
         });
         let (consumed, requests, idle_since) = (0, 0, Instant::now());
-        Ok(Self { io: Io::Ready(stream), source, address, local, consumed, requests, idle_since })
+        Ok(Self { io: Io::Ready(stream), source, address, local, consumed, requests, idle_since, counted: None })
     }
 
     pub fn source(&self) -> Option<&Source> {

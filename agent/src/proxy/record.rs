@@ -71,11 +71,12 @@ impl Record {
     ) {
         let all = &worker.shared.metrics;
         // Chosen for the kernel, but everything was here before it could be armed.
-        let (path, reason) = if path == Path::Ingress && account.steered == 0 && account.stops.is_empty() {
-            (Path::Relay, "arrived")
-        } else {
-            (path, reason)
-        };
+        let (path, reason) =
+            if path == Path::Ingress && account.steered == 0 && account.stops.iter().all(|&stops| stops == 0) {
+                (Path::Relay, "arrived")
+            } else {
+                (path, reason)
+            };
         let label = match path {
             Path::Ingress => metrics::Path::Ingress,
             Path::Relay => metrics::Path::Relay,
@@ -83,8 +84,10 @@ impl Record {
         all.flow(label, reason);
         all.body_bytes(metrics::Path::Relay, account.relayed);
         all.body_bytes(metrics::Path::Ingress, account.steered);
-        for &reason in &account.stops {
-            all.steer_stopped(stop::label(reason));
+        for (reason, &times) in (0..).zip(&account.stops) {
+            for _ in 0..times {
+                all.steer_stopped(stop::label(reason));
+            }
         }
         let pieces = account.pieces + account.segments;
         if account.first_ns > 0 {
