@@ -29,7 +29,7 @@ impl Delivery<'_> {
         self.client.settle().await.map_err(|_| End::ClientGone)?;
         let before = self.slot()?.redirected();
         let segments = self.slot()?.segments();
-        self.slot()?.arm(target.key, self.framing, self.endpoint.consumed, true);
+        self.slot()?.arm(target.key, self.framing, self.endpoint.consumed);
         self.make_room();
         let result = match self.endpoint.read_now(&mut self.pending) {
             Ok(0) => Ok(Wake::Endpoint),

@@ -96,10 +96,7 @@ impl EndpointConnection {
             let stream = self.ready()?;
             stream.readable().await?;
             match stream.try_io(Interest::READABLE, || socket::receive_into(stream, buf)) {
-                Ok(n) => {
-                    self.consumed += n as u64;
-                    return Ok(n);
-                }
+                Ok(n) => return self.take(n),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(error),
             }
@@ -110,6 +107,14 @@ impl EndpointConnection {
     /// verdict that was in progress.
     pub fn read_now(&mut self, buf: &mut BytesMut) -> io::Result<usize> {
         let n = socket::receive_into(self.ready()?, buf)?;
+        self.take(n)
+    }
+
+    /// Books `n` bytes read, unless the kernel no longer knows what it has let through.
+    fn take(&mut self, n: usize) -> io::Result<usize> {
+        if self.source.as_ref().is_some_and(|source| source.slot().is_astray()) {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the kernel lost track of the stream"));
+        }
         self.consumed += n as u64;
         Ok(n)
     }
