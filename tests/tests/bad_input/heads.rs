@@ -89,11 +89,11 @@ async fn hosts() {
 
 #[tokio::test]
 async fn large_heads() {
-    let mut setting = Setting::start(|config| {
+    let setting = Setting::start(|config| {
         config.limits.head_bytes = 4096;
         config.limits.headers = 32;
     });
-    let setting = &mut setting.await;
+    let mut setting = setting.await;
     let long = "x".repeat(5000);
     let rows = [
         refused(431, "head_too_long", get(&format!("a: {long}\r\n"))).says("4096"),
