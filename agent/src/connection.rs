@@ -30,7 +30,7 @@ pub async fn serve(worker: &Worker, stream: TcpStream, peer: SocketAddr) {
             biased;
             head = read_head(worker, &mut client, &mut buf) => head,
             // Between requests nothing is lost by closing.
-            () = worker.shared.draining.cancelled(), if buf.is_empty() => return client.close().await,
+            () = worker.shared.draining.cancelled(), if !has_begun(&buf) => return client.close().await,
         };
         let after = match head {
             Ok(Some(head)) => proxy::run(worker, &mut client, &mut buf, head, peer).await,
@@ -56,12 +56,10 @@ async fn read_head(
 ) -> Result<Option<RequestHead>, Error> {
     let config = &worker.shared.config;
     let limits = HeadLimits { bytes: config.limits.head_bytes, headers: config.limits.headers };
-    let mut begun: Option<Instant> = (!buf.is_empty()).then(Instant::now);
+    let mut begun: Option<Instant> = has_begun(buf).then(Instant::now);
     let idle = Instant::now() + config.timeouts.keep_alive;
     loop {
-        if begun.is_some()
-            && let Some((head, length)) = parse_request(buf, &limits)?
-        {
+        if let Some((head, length)) = parse_request(buf, &limits)? {
             let _ = buf.split_to(length);
             return Ok(Some(head));
         }
@@ -74,10 +72,15 @@ async fn read_head(
             Err(_) => return Ok(None),
             Ok(Ok(0)) if begun.is_some() => return Err(Error::HeadCut),
             Ok(Ok(0)) => return Ok(None),
-            Ok(Ok(_)) => begun = begun.or_else(|| Some(Instant::now())),
+            Ok(Ok(_)) => begun = begun.or_else(|| has_begun(buf).then(Instant::now)),
             Ok(Err(error)) => return gone(&error),
         }
     }
+}
+
+/// Empty lines before a request (RFC 9112 §2.2) do not begin one: some clients end a body with one, and then wait.
+fn has_begun(buf: &[u8]) -> bool {
+    buf.iter().any(|&byte| byte != b'\r' && byte != b'\n')
 }
 
 fn gone(error: &io::Error) -> Result<Option<RequestHead>, Error> {
