@@ -181,6 +181,10 @@ impl<'a> World<'a> {
         slot.words().redir.set(redir);
         let consumed = random.pick(&[0, 1 << 40]);
         slot.words().passed.set(consumed);
+        // As if the stream had begun where the counters did.
+        let begun = FIRST_SEQUENCE.wrapping_sub(consumed as u32).wrapping_sub(redir as u32);
+        // SAFETY: one thread, and nothing looks at the slot yet.
+        unsafe { (*slot.0.get()).origin = 1 << 32 | u64::from(begun) };
         let framing = messages[0].framing;
         let sequence = random.pick(&[0, u32::MAX - 100, 1 << 31]);
         let agent = Agent {
@@ -649,6 +653,9 @@ fn append_message(wire: &mut Vec<u8>, random: &mut Random) -> Framing {
     Framing::chunked()
 }
 
+/// Of the first byte; wraps early in every stream.
+const FIRST_SEQUENCE: u32 = 0xffff_ffc0;
+
 /// One segment's verdict in progress; at each call out of it, the others may move.
 struct Segment<'w, 'a> {
     world: &'w mut World<'a>,
@@ -676,8 +683,7 @@ impl Kernel for Segment<'_, '_> {
     }
 
     fn sequence(&mut self) -> u32 {
-        // Wraps early in every stream.
-        0xffff_ffc0_u32.wrapping_add((self.segment.start - self.overlap) as u32)
+        FIRST_SEQUENCE.wrapping_add((self.segment.start - self.overlap) as u32)
     }
 
     fn trim(&mut self, bytes: u32) -> bool {
