@@ -65,6 +65,11 @@ impl ClientSocket {
         self.stream.read_buf(buf).await
     }
 
+    /// Reads what is there without waiting.
+    pub fn read_now(&self, buf: &mut BytesMut) -> io::Result<usize> {
+        socket::receive_into(&self.stream, buf)
+    }
+
     /// Writes all of it, behind whatever the kernel has redirected. Not cancel-safe: after a cancelled write the
     /// connection can only be broken off.
     pub async fn write_all(&mut self, buf: &[u8]) -> io::Result<()> {

@@ -56,7 +56,7 @@ pub fn start(config: &config::Steering) -> Steering {
 /// Runs every case.
 pub fn prove(kernel: &Arc<Kernel>) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let steering = WorkerSteering::new(kernel, 0, 1)?;
+    let steering = WorkerSteering::new(kernel)?;
     runtime.block_on(async {
         tokio::time::timeout(DEADLINE, async {
             stalled_reader(&steering).await.context("a reader that stalls")?;

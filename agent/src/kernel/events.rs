@@ -5,7 +5,7 @@
 
 use std::{
     io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -91,8 +91,7 @@ fn run(mut ring: RingBuf<MapData>, missed: &Array<MapData, u64>, shared: &Shared
 
 /// Sleeps until the ring has something, or a second has passed and missed events are worth a look; an error says that it is time to end.
 fn wait(ring: &RingBuf<MapData>, stop: BorrowedFd<'_>) -> Result<(), ()> {
-    let ring: OwnedFd = super::socket::borrow(ring).try_clone_to_owned().map_err(drop)?;
-    let mut fds = [PollFd::new(ring.as_fd(), PollFlags::POLLIN), PollFd::new(stop, PollFlags::POLLIN)];
+    let mut fds = [PollFd::new(super::socket::borrow(ring), PollFlags::POLLIN), PollFd::new(stop, PollFlags::POLLIN)];
     match poll(&mut fds, 1000u16) {
         Ok(_) | Err(nix::errno::Errno::EINTR) if fds[1].any() != Some(true) => Ok(()),
         _ => Err(()),

@@ -8,6 +8,7 @@ use std::{
 };
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use parking_lot::Mutex;
 use penstock_common::{
     framing::Framing,
     slot::{Slot, Word},
@@ -17,6 +18,7 @@ use penstock_common::{
 pub struct Slots {
     base: NonNull<Slot>,
     count: u32,
+    free: Mutex<Vec<u32>>,
 }
 
 // SAFETY: the memory is shared with the kernel anyway; access goes through atomics, or through `SlotRef` whose rules say
@@ -31,7 +33,7 @@ impl Slots {
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a fresh mapping of the array map's values, chosen by the kernel; the map has BPF_F_MMAPABLE.
         let base = unsafe { mmap(None, bytes, protection, MapFlags::MAP_SHARED, fd, 0) }?;
-        Ok(Self { base: base.cast(), count })
+        Ok(Self { base: base.cast(), count, free: Mutex::new((0..count).rev().collect()) })
     }
 
     pub fn len(&self) -> u32 {
@@ -40,6 +42,16 @@ impl Slots {
 
     pub fn is_empty(&self) -> bool {
         self.count == 0
+    }
+
+    /// A slot for a new connection, by its index; taken once a connection, so workers hardly meet at the lock.
+    pub fn take(&self) -> Option<u32> {
+        self.free.lock().pop()
+    }
+
+    /// Takes back a slot that no verdict can touch any more.
+    pub fn give_back(&self, index: u32) {
+        self.free.lock().push(index);
     }
 
     /// The slot at `index`.

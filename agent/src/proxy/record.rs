@@ -1,18 +1,13 @@
 //! What a request leaves behind: metrics, and one line in the access log (target `penstock::access`).
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, time::Duration};
 
 use http::{StatusCode, request};
 use penstock_common::slot::stop;
 use tokio::time::Instant;
 
 use crate::{
-    deliver::Account,
-    error::Error,
-    kernel::socket::monotonic_ns,
-    metrics::{self, Metrics},
-    steer::choice::Path,
-    worker::Worker,
+    deliver::Account, error::Error, kernel::socket::monotonic_ns, metrics, steer::choice::Path, worker::Worker,
 };
 
 pub(super) struct Record {
@@ -25,11 +20,10 @@ pub(super) struct Record {
     path: &'static str,
     path_reason: &'static str,
     account: Account,
-    _metrics: Arc<Metrics>,
 }
 
 impl Record {
-    pub(super) fn new(metrics: &Arc<Metrics>) -> Self {
+    pub(super) fn new() -> Self {
         Self {
             started: Instant::now(),
             started_ns: monotonic_ns(),
@@ -40,7 +34,6 @@ impl Record {
             path: "none",
             path_reason: "none",
             account: Account::default(),
-            _metrics: Arc::clone(metrics),
         }
     }
 
