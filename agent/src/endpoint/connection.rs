@@ -179,3 +179,6 @@ fn book(source: Option<&Source>, consumed: &mut u64, n: usize) -> io::Result<usi
     *consumed += n as u64;
     Ok(n)
 }
+
+#[cfg(test)]
+mod tests;
