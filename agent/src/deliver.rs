@@ -83,6 +83,8 @@ pub struct Delivery<'a> {
     pub decode: bool,
     pub idle: Option<Duration>,
     pub account: Account,
+    /// While the kernel has the flow: its counts of bytes and segments when it got it.
+    armed: Option<(u64, u64)>,
     /// After a stop for want of room: relay until the client has caught up.
     hold: bool,
     /// Size of the next read, and whether the last one filled it.
@@ -100,8 +102,8 @@ impl<'a> Delivery<'a> {
     ) -> Self {
         let account = Account::default();
         let lead = BytesMut::new();
-        let (target, decode, hold, buffer, filled) = (None, false, false, MIN_BUFFER, false);
-        Self { client, endpoint, framing, lead, pending, target, decode, idle, account, hold, buffer, filled }
+        let (target, decode, armed, hold, buffer, filled) = (None, false, None, false, MIN_BUFFER, false);
+        Self { client, endpoint, framing, lead, pending, target, decode, idle, account, armed, hold, buffer, filled }
     }
 
     /// Delivers the whole body.

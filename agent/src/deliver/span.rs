@@ -33,8 +33,7 @@ impl Delivery<'_> {
         }
         // The kernel's account of the target begins with the arming: nothing may be on its way from an earlier span.
         self.client.settle().await.map_err(|_| End::ClientGone)?;
-        let before = self.slot()?.redirected();
-        let segments = self.slot()?.segments();
+        self.armed = Some((self.slot()?.redirected(), self.slot()?.segments()));
         self.slot()?.arm(target.key, self.framing, self.endpoint.consumed, true);
         self.endpoint.gate(false).map_err(|_| End::Broken)?;
         self.make_room();
@@ -51,7 +50,7 @@ impl Delivery<'_> {
         if !slot.is_released() {
             slot.disarm();
         }
-        let steered = self.take_back(before, segments)?;
+        let steered = self.take_back()?;
         match result {
             Ok(Wake::Bytes) => Ok(true),
             // An error or the end: reading tells which. What was redirected is on its way.
@@ -96,8 +95,20 @@ impl Delivery<'_> {
         self.endpoint.source().map(|source| source.slot()).ok_or(End::Broken)
     }
 
+    /// Takes the flow back after `run` was dropped, for the account's sake; the connections can only be closed. A segment
+    /// that the kernel is just looking at may be missing.
+    pub fn abandon(&mut self) {
+        if self.armed.is_some()
+            && let Ok(slot) = self.slot()
+        {
+            slot.disarm();
+            let _ = self.take_back();
+        }
+    }
+
     /// Enters the kernel's books into ours; true when it carried something. The slot is released.
-    fn take_back(&mut self, before: u64, segments: u64) -> Result<bool, End> {
+    fn take_back(&mut self) -> Result<bool, End> {
+        let (before, segments) = self.armed.take().ok_or(End::Broken)?;
         let slot = self.slot()?;
         let (steered, segments) = (slot.redirected() - before, slot.segments() - segments);
         let (framing, stop, stamps) = (slot.framing(), slot.stop(), slot.stamps());
