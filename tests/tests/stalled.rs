@@ -3,7 +3,8 @@
 //!
 //! The sharp bound is told by the server: it cannot send what nobody takes. What the kernel redirects without a limit would
 //! be in no socket's account, only in pages that are neither free nor anybody's, and would come to the whole body; that
-//! figure is the whole machine's, so it is held to a quarter of the body.
+//! figure is the whole machine's, so it gets 64 MiB on top. MemAvailable, which whatever runs beside the test moves by
+//! hundreds of MiB, is only printed.
 
 use std::time::{Duration, Instant};
 
@@ -110,9 +111,7 @@ async fn stall(steering: &str, time: Duration) {
     assert!(on_its_way <= bound, "{on_its_way} bytes on their way, {bound} allowed");
     assert!(held.rss - before.rss.min(held.rss) <= 8 * MIB, "{before:?} {held:?}");
     let kernel = held.kernel.saturating_sub(before.kernel);
-    assert!(kernel <= BODY / 4, "{before:?} {held:?}");
-    let available = before.available.saturating_sub(held.available);
-    assert!(available <= BODY / 4, "{before:?} {held:?}");
+    assert!(kernel <= bound + 64 * MIB, "{before:?} {held:?}");
 
     let begin = Instant::now();
     let read = Reader::Fast.take(&mut client, &mut checker).await.unwrap();
