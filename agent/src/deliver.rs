@@ -89,6 +89,8 @@ pub struct Delivery<'a> {
     pub decode: bool,
     pub idle: Option<Duration>,
     pub account: Account,
+    /// While the kernel has the flow: its counts of bytes and segments when it got it.
+    armed: Option<(u64, u64)>,
     /// After a stop for want of room: relay until the client has caught up.
     hold: bool,
     /// Armings in a row that were stopped before a byte was redirected.
@@ -108,7 +110,7 @@ impl<'a> Delivery<'a> {
     ) -> Self {
         let account = Account::default();
         let lead = BytesMut::new();
-        let (target, decode, hold, fruitless, buffer, filled) = (None, false, false, 0, MIN_BUFFER, false);
+        let (target, decode, armed, hold, fruitless, buffer, filled) = (None, false, None, false, 0, MIN_BUFFER, false);
         Self {
             client,
             endpoint,
@@ -119,6 +121,7 @@ impl<'a> Delivery<'a> {
             decode,
             idle,
             account,
+            armed,
             hold,
             fruitless,
             buffer,

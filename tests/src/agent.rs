@@ -40,7 +40,9 @@ impl TestAgent {
         config.timeouts.drain = Duration::from_secs(5);
         adjust(&mut config);
         let wants_kernel = config.steering.mode != SteeringMode::Off;
-        let agent = Agent::start(config).expect("the agent starts");
+        // The self-test has a runtime of its own, which cannot be started inside the test's.
+        let start = std::thread::spawn(|| Agent::start(config));
+        let agent = start.join().expect("the agent's start does not panic").expect("the agent starts");
         if wants_kernel && !matches!(agent.steering(), Steering::Active(_)) {
             panic!("this test needs the kernel: {}", agent.steering().describe());
         }
@@ -49,13 +51,22 @@ impl TestAgent {
 
     /// Sum of the samples of a metric whose labels contain all of `labels` (`path="ingress"`); 0 when there is none.
     pub fn metric(&self, name: &str, labels: &[&str]) -> f64 {
-        let text = self.agent.metrics().encode();
-        let samples = text.lines().filter(|line| {
-            line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']))
-                && labels.iter().all(|label| line.contains(label))
-        });
-        samples.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+        sum(&self.agent.metrics().encode(), name, labels)
     }
+
+    /// As [`Self::metric`], of a counter.
+    pub fn count(&self, name: &str, labels: &[&str]) -> u64 {
+        self.metric(name, labels) as u64
+    }
+}
+
+/// Sum of the samples of a metric in `text` whose labels contain all of `labels`.
+pub(crate) fn sum(text: &str, name: &str, labels: &[&str]) -> f64 {
+    let samples = text.lines().filter(|line| {
+        line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']))
+            && labels.iter().all(|label| line.contains(label))
+    });
+    samples.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
 }
 
 /// Logs of the agent go to the test's output, where a failure shows them. `PENSTOCK_LOG` filters.

@@ -201,6 +201,8 @@ pub struct BodyRead {
     pub trailers: Vec<(String, String)>,
     /// Chunks with data, when the body was chunked.
     pub chunks: u64,
+    /// Bytes of the body as it was on the wire, framing included.
+    pub wire: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -261,6 +263,10 @@ pub struct Client {
     /// For every request without its final head yet: was it HEAD.
     awaited: VecDeque<bool>,
     decoder: Option<Decoder>,
+    /// Wire bytes of the body so far.
+    wire: u64,
+    /// Told once by the socket, and as often as it is asked for by us.
+    ended: Option<ConnectionEnd>,
     recorded: Option<Vec<u8>>,
     sent: Instant,
     /// Longest wait for a byte; a call fails after it. Ten seconds unless changed.
@@ -287,6 +293,8 @@ impl Client {
             buffer: BytesMut::new(),
             awaited: VecDeque::new(),
             decoder: None,
+            wire: 0,
+            ended: None,
             recorded: None,
             sent: Instant::now(),
             patience: Duration::from_secs(10),
@@ -388,6 +396,7 @@ impl Client {
                 let headers = parsed.headers.iter().map(owned).collect();
                 let raw = self.buffer.split_to(len).freeze();
                 let head = Head { status, reason, headers, raw, at: Instant::now() };
+                self.wire = 0;
                 if status >= 200 {
                     let to_head = self.awaited.pop_front().unwrap_or(false);
                     self.decoder = Some(Decoder::new(head.framed(to_head)?));
@@ -415,13 +424,17 @@ impl Client {
                 let mut data = BytesMut::new();
                 let taken = decoder.decode(&self.buffer[..n], |bytes| data.extend_from_slice(bytes))?;
                 self.buffer.advance(taken);
+                self.wire += taken as u64;
                 if !data.is_empty() {
                     return Ok(Piece::Data(data.freeze()));
                 }
                 continue;
             }
-            let read = read_some(&mut self.stream, &mut self.buffer, self.recorded.as_mut(), limit);
-            match timeout(self.patience, read).await.context("no byte of the body came in time")?? {
+            if self.ended.is_none() {
+                let read = read_some(&mut self.stream, &mut self.buffer, self.recorded.as_mut(), limit);
+                self.ended = timeout(self.patience, read).await.context("no byte of the body came in time")??;
+            }
+            match self.ended {
                 None => {}
                 Some(ConnectionEnd::Reset) => return Ok(Piece::End(BodyEnd::Reset)),
                 Some(ConnectionEnd::Fin) if decoder.complete_at_close() => return Ok(Piece::End(BodyEnd::Complete)),
@@ -448,7 +461,7 @@ impl Client {
                 Piece::End(end) => {
                     let decoder = self.decoder.take().context("a body was read")?;
                     let (trailers, chunks) = (decoder.trailers().to_vec(), decoder.chunks());
-                    return Ok(BodyRead { end, len, arrivals, trailers, chunks });
+                    return Ok(BodyRead { end, len, arrivals, trailers, chunks, wire: self.wire });
                 }
             }
             if let Pace::Slow { tick, .. } = pace {

@@ -3,6 +3,7 @@
 //! with it.
 
 pub mod agent;
+pub mod agent_process;
 pub mod client;
 pub mod content;
 mod decoder;
@@ -10,6 +11,8 @@ mod eventually;
 pub mod model_server;
 mod own_runtime;
 pub mod process;
+pub mod random;
+pub mod reader;
 pub mod scripted_epp;
 
 pub use client::{BodyEnd, Client, Request, Response};
@@ -18,4 +21,6 @@ pub use decoder::{Decoder, Framed};
 pub use eventually::eventually;
 pub use model_server::{ModelServer, Plan};
 pub use process::Process;
+pub use random::Random;
+pub use reader::Reader;
 pub use scripted_epp::ScriptedEpp;

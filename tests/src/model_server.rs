@@ -64,6 +64,7 @@ struct Shared {
     open: AtomicU64,
     requests: AtomicU64,
     aborted: AtomicU64,
+    written: AtomicU64,
     uploads_broken: AtomicU64,
     running: AtomicU64,
     waiting: AtomicU64,
@@ -124,6 +125,12 @@ impl ModelServer {
         self.shared.aborted.load(Ordering::Relaxed)
     }
 
+    /// Bytes of responses that the kernel has taken from the server, in whole writes.
+    #[must_use]
+    pub fn written(&self) -> u64 {
+        self.shared.written.load(Ordering::Relaxed)
+    }
+
     /// Requests whose body ended early or whose bytes made no request.
     #[must_use]
     pub fn uploads_broken(&self) -> u64 {
@@ -173,6 +180,7 @@ async fn listen(options: Options) -> Result<Arc<Shared>> {
         open: AtomicU64::default(),
         requests: AtomicU64::default(),
         aborted: AtomicU64::default(),
+        written: AtomicU64::default(),
         uploads_broken: AtomicU64::default(),
         running: AtomicU64::default(),
         waiting: AtomicU64::default(),

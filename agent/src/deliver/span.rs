@@ -28,8 +28,7 @@ impl Delivery<'_> {
     pub(super) async fn span(&mut self, target: Target) -> Result<bool, End> {
         // The kernel's account of the target begins with the arming: nothing may be on its way from an earlier span.
         within(self.idle, self.client.settle()).await?;
-        let before = self.slot()?.redirected();
-        let segments = self.slot()?.segments();
+        self.armed = Some((self.slot()?.redirected(), self.slot()?.segments()));
         self.slot()?.arm(target.key, self.framing, self.endpoint.consumed);
         self.make_room();
         let result = match self.endpoint.read_now(&mut self.pending) {
@@ -47,7 +46,7 @@ impl Delivery<'_> {
             // Waits for a verdict in progress, which may have seen the slot armed.
             self.endpoint.wait_for_verdict();
         }
-        let steered = self.take_back(before, segments)?;
+        let steered = self.take_back()?;
         match result {
             Ok(Wake::Bytes) => Ok(true),
             // An error or the end: reading tells which. What was redirected is on its way.
@@ -63,8 +62,20 @@ impl Delivery<'_> {
         self.endpoint.source().map(|source| source.slot()).ok_or(End::Broken)
     }
 
+    /// Takes the flow back after `run` was dropped, for the account's sake; the connections can only be closed.
+    pub fn abandon(&mut self) {
+        if self.armed.is_some()
+            && let Ok(slot) = self.slot()
+        {
+            slot.disarm();
+            self.endpoint.wait_for_verdict();
+            let _ = self.take_back();
+        }
+    }
+
     /// Enters the kernel's books into ours; true when it carried something. The slot is released.
-    fn take_back(&mut self, before: u64, segments: u64) -> Result<bool, End> {
+    fn take_back(&mut self) -> Result<bool, End> {
+        let (before, segments) = self.armed.take().ok_or(End::Broken)?;
         let slot = self.slot()?;
         let steered = slot.redirected().saturating_sub(before);
         let segments = slot.segments().saturating_sub(segments);

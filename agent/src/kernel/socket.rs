@@ -24,7 +24,9 @@ pub fn cookie(socket: impl AsFd) -> io::Result<u64> {
 }
 
 /// Bytes ever written to the connection, by us or by the kernel for us: `tcpi_bytes_acked` plus those still queued
-/// (SIOCOUTQ). Its growth tells when what was redirected has reached the socket.
+/// (SIOCOUTQ). Its growth tells when what was redirected has reached the socket. `NotConnected` once the connection is gone:
+/// a reset empties the queue, and then the sum never comes out; nor need any read tell of it, because whoever writes next, the
+/// kernel's own worker included, takes the socket's error (`sock_error`).
 pub fn bytes_written(socket: impl AsFd) -> io::Result<u64> {
     let fd = socket.as_fd();
     // SAFETY: tcp_info is plain integers; the kernel fills at most `len` bytes of it.
@@ -36,6 +38,10 @@ pub fn bytes_written(socket: impl AsFd) -> io::Result<u64> {
     };
     if result != 0 {
         return Err(io::Error::last_os_error());
+    }
+    const TCP_CLOSE: u8 = 7;
+    if info.tcpi_state == TCP_CLOSE {
+        return Err(io::ErrorKind::NotConnected.into());
     }
     Ok(info.tcpi_bytes_acked + u64::from(send_queue(fd)?))
 }

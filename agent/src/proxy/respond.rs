@@ -92,6 +92,9 @@ pub(super) async fn respond(
         end = delivery.run() => Some(end),
         _ = evicted(&mut picked.stream) => None,
     };
+    if end.is_none() {
+        delivery.abandon();
+    }
     let account = std::mem::take(&mut delivery.account);
     drop(delivery);
     drop(in_flight);

@@ -164,7 +164,14 @@ impl Connection {
 
     /// One write, unless the socket has no room for all of it.
     pub(super) async fn write(&mut self, bytes: &[u8]) -> Result<(), Stop> {
-        self.stream.write_all(bytes).await.map_err(|_| Stop::PeerGone)
+        self.stream.write_all(bytes).await.map_err(|_| Stop::PeerGone)?;
+        self.shared.written.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// From now on, only full segments leave.
+    pub(super) fn cork(&self) {
+        let _ = socket2::SockRef::from(&self.stream).set_tcp_cork(true);
     }
 
     /// Waits, for ever if no duration is given, and notices a peer that leaves meanwhile.

@@ -31,6 +31,8 @@ pub struct Plan {
     /// Lengths of the writes after the head.
     pub writes: Lengths,
     pub pauses: Option<Pauses>,
+    /// From the body on, only full segments leave; with a close, the last bytes and the FIN share one (`TCP_CORK`).
+    pub cork: bool,
     pub fault: Option<Fault>,
     pub after: After,
 }
@@ -52,6 +54,7 @@ impl Default for Plan {
             head: HeadWrites::default(),
             writes: Lengths::Fixed(64 << 10),
             pauses: None,
+            cork: false,
             fault: None,
             after: After::KeepAlive,
         }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::connection::{Connection, Stop};
 use super::plan::{After, FaultKind, Framing, Lengths, Plan};
 use super::request::Request;
+use crate::random::Random;
 
 pub(super) async fn respond(connection: &mut Connection, request: &Request, plan: &Plan) -> Result<After, Stop> {
     for status in &plan.interim {
@@ -29,6 +30,9 @@ pub(super) async fn respond(connection: &mut Connection, request: &Request, plan
         if !bodiless {
             connection.pause(pause).await?;
         }
+    }
+    if plan.cork {
+        connection.cork();
     }
     if !bodiless {
         body(connection, plan, &mut wire, first).await?;
@@ -63,7 +67,7 @@ fn head(connection: &Connection, plan: &Plan) -> String {
 /// Writes the bytes after the head; `first` goes before them in the first write.
 async fn body(connection: &mut Connection, plan: &Plan, wire: &mut Wire<'_>, first: Vec<u8>) -> Result<(), Stop> {
     let mut lengths = Sequence::new(plan.writes);
-    let mut random = plan.pauses.map(|pauses| Random(pauses.seed));
+    let mut random = plan.pauses.map(|pauses| Random::new(pauses.seed));
     let (mut sent, mut writes) = (0, 0_u64);
     let mut buffer = first;
     loop {
@@ -184,7 +188,7 @@ struct Sequence {
 impl Sequence {
     fn new(lengths: Lengths) -> Self {
         let seed = if let Lengths::Random { seed, .. } = lengths { seed } else { 0 };
-        Self { lengths, random: Random(seed) }
+        Self { lengths, random: Random::new(seed) }
     }
 
     fn next(&mut self) -> u64 {
@@ -193,17 +197,5 @@ impl Sequence {
             Lengths::Random { max, .. } => 1 + self.random.below(max),
             Lengths::OneByte => 1,
         }
-    }
-}
-
-/// Numbers that a seed decides (a Weyl sequence through a multiply and a shift).
-struct Random(u64);
-
-impl Random {
-    /// One of `0..n`; 0 when `n` is.
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ (self.0 >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        (mixed ^ (mixed >> 32)) % n.max(1)
     }
 }

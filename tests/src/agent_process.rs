@@ -1,0 +1,69 @@
+//! The agent as a process of its own, for tests that measure it, signal it or kill it.
+
+use std::{collections::HashSet, io::Write as _, net::SocketAddr, process::Command, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use tempfile::NamedTempFile;
+
+use crate::{Client, Process, Request, agent};
+
+const SOON: Duration = Duration::from_secs(20);
+
+pub struct AgentProcess {
+    pub process: Process,
+    pub addr: SocketAddr,
+    pub admin: SocketAddr,
+    _config: NamedTempFile,
+}
+
+impl AgentProcess {
+    /// Starts `penstock run` at `listen` (port 0 takes a free one) over one pool; `settings` are further sections of the
+    /// configuration, and `steering` is its mode. Fails with the reason on a machine that cannot steer as asked.
+    pub async fn start(listen: SocketAddr, endpoint: SocketAddr, steering: &str, settings: &str) -> Result<Self> {
+        let mut config = NamedTempFile::new()?;
+        writeln!(
+            config,
+            "[listen]\naddress = \"{listen}\"\nworkers = 2\n[admin]\naddress = \"127.0.0.1:0\"\n\
+             [steering]\nmode = \"{steering}\"\nmax_flows = 1024\n{settings}\n\
+             [[pools]]\nname = \"default\"\nendpoints = [\"{endpoint}\"]"
+        )?;
+        let mut command = Command::new(Process::binary("penstock")?);
+        command.args(["run", "--log-format", "json", "--log", "info,penstock::access=off", "--config"]);
+        command.arg(config.path());
+        let mut process = Process::spawn(command)?;
+        let line = process.line("\"admin\":", SOON).await?;
+        let started: serde_json::Value = serde_json::from_str(&line)?;
+        let address = |name: &str| -> Result<SocketAddr> {
+            let text = started[name].as_str().with_context(|| format!("no {name} in {line}"))?;
+            text.parse().with_context(|| format!("{name} in {line}"))
+        };
+        let (addr, admin) = (address("address")?, address("admin")?);
+        let wanted = if steering == "off" { "steering: off" } else { "steering: active" };
+        let output = process.output();
+        ensure!(output.iter().any(|line| line.contains(wanted)), "this test needs the kernel: {output:#?}");
+        Ok(Self { process, addr, admin, _config: config })
+    }
+
+    /// Status and body that the admin server answers.
+    pub async fn ask_admin(&self, path: &str) -> Result<(u16, String)> {
+        let response = Client::connect(self.admin).await?.request(&Request::get(path)).await?;
+        Ok((response.status(), response.text()))
+    }
+
+    /// Sum of the samples of a metric whose labels contain all of `labels`; 0 when there is none.
+    pub async fn metric(&self, name: &str, labels: &[&str]) -> Result<f64> {
+        Ok(agent::sum(&self.ask_admin("/metrics").await?.1, name, labels))
+    }
+
+    /// Ids of the kernel programs that it holds (`/proc/pid/fdinfo`).
+    pub fn programs(&self) -> Result<HashSet<u32>> {
+        let mut ids = HashSet::new();
+        for entry in std::fs::read_dir(format!("/proc/{}/fdinfo", self.process.id()))? {
+            // A descriptor may be closed between the listing and the reading.
+            let Ok(text) = std::fs::read_to_string(entry?.path()) else { continue };
+            let id = text.lines().find_map(|line| line.strip_prefix("prog_id:"));
+            ids.extend(id.and_then(|id| id.trim().parse::<u32>().ok()));
+        }
+        Ok(ids)
+    }
+}

@@ -1,0 +1,265 @@
+//! What breaks is seen to be broken, at once and by everyone it concerns, on every path; and what an unconcerned party
+//! does breaks nothing.
+
+use std::{sync::Arc, time::Duration};
+
+use penstock_agent::config::{FailureMode, SteeringMode};
+use penstock_proto::ext_proc::{HttpBody, HttpHeaders};
+use penstock_tests::{
+    BodyEnd, Client, ModelServer, Plan, Reader, ScriptedEpp,
+    agent::{TestAgent, builtin_pool, epp_pool},
+    eventually,
+    model_server::{After, Fault, FaultKind, Framing, HeadWrites, Lengths, Options, Pauses},
+    reader::at_least,
+    scripted_epp::{Answer, End, Exchange, Production, Script, StreamEnd, reply},
+};
+use tokio::sync::Notify;
+
+const SOON: Duration = Duration::from_secs(10);
+/// A break is passed on within this.
+const AT_ONCE: Duration = Duration::from_secs(1);
+const MODES: [SteeringMode; 2] = [SteeringMode::Off, SteeringMode::Ingress];
+const FRAMINGS: [Framing; 3] = [Framing::ContentLength, Framing::Chunked, Framing::UntilClose];
+
+async fn server() -> ModelServer {
+    ModelServer::start(Options { idle_close: None, ..Options::default() }).await.unwrap()
+}
+
+fn steered(agent: &TestAgent) -> u64 {
+    agent.count("penstock_body_bytes_total", &[r#"path="ingress""#])
+}
+
+/// A body that comes in small pieces behind its head, for as long as it takes.
+fn trickle(framing: Framing, size: u64) -> Plan {
+    Plan {
+        framing,
+        size,
+        stream_id: 7,
+        writes: Lengths::Fixed(1000),
+        pauses: Some(Pauses { seed: 7, every: 1, up_to_us: 500 }),
+        ..Plan::default()
+    }
+}
+
+/// As [`trickle`], and then nothing.
+fn stalling(framing: Framing, after: u64) -> Plan {
+    Plan { fault: Some(Fault { after, kind: FaultKind::Stall }), ..trickle(framing, 1 << 30) }
+}
+
+/// How the response to `plan` ends; every byte before that is compared. A head that a reset has overtaken counts as reset.
+async fn end(agent: &TestAgent, plan: &Plan) -> (BodyEnd, u64) {
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    client.send(&plan.request()).await.unwrap();
+    match client.head().await {
+        Ok(head) => assert_eq!(head.status, 200, "{plan:?}"),
+        Err(error) => {
+            assert!(error.to_string().contains("Reset"), "{error:#}: {plan:?}");
+            return (BodyEnd::Reset, 0);
+        }
+    }
+    let read = Reader::Fast.take(&mut client, &mut plan.checker()).await;
+    let read = read.unwrap_or_else(|error| panic!("{error:#}: {plan:?}"));
+    (read.end, read.len)
+}
+
+#[tokio::test]
+async fn endpoints_that_break_off() {
+    for mode in MODES {
+        let server = server().await;
+        let agent = TestAgent::start(builtin_pool(&[server.addr]), mode, |_| {});
+        for framing in FRAMINGS {
+            for kind in [FaultKind::Reset, FaultKind::Close] {
+                // With the head, just behind it, and in the middle.
+                for after in [0, 10, 60_000] {
+                    let with_body = after == 10;
+                    let fault = Some(Fault { after, kind });
+                    let head = HeadWrites { with_body, pause_us: 3000, ..HeadWrites::default() };
+                    let plan = Plan { fault, head, ..trickle(framing, 100_000) };
+                    let (end, len) = end(&agent, &plan).await;
+                    let what = format!("{mode:?} {framing:?} {kind:?} after {after}: {end:?} after {len}");
+                    match (framing, kind) {
+                        // Nobody can tell this end from the right one.
+                        (Framing::UntilClose, FaultKind::Close) => {
+                            assert_eq!((end, len), (BodyEnd::Complete, after), "{what}");
+                        }
+                        (Framing::UntilClose, _) => assert_eq!(end, BodyEnd::Reset, "{what}"),
+                        _ => assert_ne!(end, BodyEnd::Complete, "{what}"),
+                    }
+                    assert!(len <= after, "{what}");
+                }
+            }
+        }
+        eventually(SOON, || server.connections_open() == 0).await;
+        assert_eq!(steered(&agent) > 0, mode == SteeringMode::Ingress);
+    }
+}
+
+#[tokio::test]
+async fn wrong_lengths() {
+    for mode in MODES {
+        let server = server().await;
+        let agent = TestAgent::start(builtin_pool(&[server.addr]), mode, |config| config.listen.workers = 1);
+        for size in [100, 100_000] {
+            let more = Plan { length_error: 10, after: After::SilentClose, ..trickle(Framing::ContentLength, size) };
+            let (found, len) = end(&agent, &more).await;
+            assert_eq!((found == BodyEnd::Complete, len), (false, size), "{mode:?}");
+        }
+        for size in [100, 100_000] {
+            let accepted = server.connections_accepted();
+            // The surplus comes with the last byte that counts.
+            let less = Plan { length_error: -10, ..trickle(Framing::ContentLength, size) };
+            let mut client = Client::connect(agent.addr).await.unwrap();
+            for _ in 0..2 {
+                client.send(&less.request()).await.unwrap();
+                let head = client.head().await.unwrap();
+                assert_eq!(head.header("x-request-count"), Some("1"), "{mode:?}");
+                let read = Reader::Fast.take(&mut client, &mut less.checker()).await.unwrap();
+                assert_eq!((read.end, read.len), (BodyEnd::Complete, size - 10), "{mode:?}");
+            }
+            assert_eq!(server.connections_accepted(), accepted + 2, "{mode:?}");
+        }
+    }
+}
+
+/// While the endpoint has more to send, while it pauses, and while the client does not read.
+#[tokio::test]
+async fn clients_that_leave() {
+    for mode in MODES {
+        for framing in FRAMINGS {
+            for reset in [false, true] {
+                for plan in [
+                    stalling(framing, 100_000),
+                    trickle(framing, 1 << 30),
+                    Plan { pauses: None, writes: Lengths::Fixed(64 << 10), ..trickle(framing, 1 << 30) },
+                ] {
+                    println!("{mode:?} {framing:?} reset {reset} {:?} {:?}", plan.writes, plan.fault);
+                    let server = server().await;
+                    let epp = ScriptedEpp::start(Production::new(&[server.addr])).await.unwrap();
+                    let pool = epp_pool(&[server.addr], epp.addr, FailureMode::Closed);
+                    let agent = TestAgent::start(pool, mode, |config| config.listen.workers = 1);
+                    let mut client = Client::connect(agent.addr).await.unwrap();
+                    client.send(&plan.request()).await.unwrap();
+                    assert_eq!(client.head().await.unwrap().status, 200);
+                    // Chunked has fewer bytes of payload than of wire.
+                    assert_eq!(at_least(&mut client, &mut plan.checker(), 90_000).await.unwrap(), None);
+                    if reset {
+                        client.reset().unwrap();
+                    } else {
+                        client.finish().await.unwrap();
+                        drop(client);
+                    }
+                    eventually(AT_ONCE, || (server.aborted(), server.connections_open()) == (1, 0)).await;
+                    // tonic may show its server a cancellation as an orderly end; the agent's own tests look closer.
+                    let ended = |end| epp.streams_ended(end) == 1;
+                    eventually(AT_ONCE, || ended(StreamEnd::Cancelled) || ended(StreamEnd::HalfClosed)).await;
+                    eventually(AT_ONCE, || agent.count("penstock_client_aborts_total", &[]) == 1).await;
+                    // A stream that never pauses may stay in user space.
+                    if plan.pauses.is_some() {
+                        assert_eq!(steered(&agent) > 0, mode == SteeringMode::Ingress);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_endpoint_that_falls_silent() {
+    for mode in MODES {
+        for framing in FRAMINGS {
+            let server = server().await;
+            let agent = TestAgent::start(builtin_pool(&[server.addr]), mode, |config| {
+                config.timeouts.idle = Some(Duration::from_millis(300));
+            });
+            let (end, len) = end(&agent, &stalling(framing, 50_000)).await;
+            let expected = if framing == Framing::UntilClose { BodyEnd::Reset } else { BodyEnd::Truncated };
+            assert_eq!(end, expected, "{mode:?} {framing:?} after {len}");
+            if framing == Framing::ContentLength {
+                assert_eq!(len, 50_000, "what had come before was delivered");
+            }
+            eventually(AT_ONCE, || (server.aborted(), server.connections_open()) == (1, 0)).await;
+            let reasons = ["reason=\"idle_timeout\""];
+            eventually(AT_ONCE, || agent.count("penstock_requests_total", &reasons) == 1).await;
+        }
+    }
+}
+
+/// The production picker, until the test evicts the request.
+struct Evicting {
+    inner: Production,
+    evict: Arc<Notify>,
+}
+
+#[tonic::async_trait]
+impl Script for Evicting {
+    async fn request_headers(&self, exchange: &mut Exchange, headers: &HttpHeaders) -> Answer {
+        self.inner.request_headers(exchange, headers).await
+    }
+
+    async fn request_body(&self, exchange: &mut Exchange, body: &HttpBody) -> Answer {
+        self.inner.request_body(exchange, body).await
+    }
+
+    async fn response_headers(&self, exchange: &mut Exchange, headers: &HttpHeaders) -> Answer {
+        self.inner.response_headers(exchange, headers).await?;
+        self.evict.notified().await;
+        exchange.send(reply::immediate(429, &[], "evicted")).await?;
+        Err(End::Close)
+    }
+}
+
+#[tokio::test]
+async fn an_eviction_breaks_the_response_off() {
+    for mode in MODES {
+        for framing in FRAMINGS {
+            for plan in [stalling(framing, 100_000), trickle(framing, 1 << 30)] {
+                let server = server().await;
+                let evict = Arc::new(Notify::new());
+                let script = Evicting { inner: Production::new(&[server.addr]), evict: Arc::clone(&evict) };
+                let epp = ScriptedEpp::start(script).await.unwrap();
+                let pool = epp_pool(&[server.addr], epp.addr, FailureMode::Closed);
+                let agent = TestAgent::start(pool, mode, |_| {});
+                let mut client = Client::connect(agent.addr).await.unwrap();
+                client.send(&plan.request()).await.unwrap();
+                assert_eq!(client.head().await.unwrap().status, 200);
+                let mut checker = plan.checker();
+                assert_eq!(at_least(&mut client, &mut checker, 90_000).await.unwrap(), None);
+                evict.notify_one();
+                let read = Reader::Fast.take(&mut client, &mut checker).await.unwrap();
+                match framing {
+                    Framing::UntilClose => assert_eq!(read.end, BodyEnd::Reset, "{mode:?}"),
+                    _ => assert_ne!(read.end, BodyEnd::Complete, "{mode:?} {framing:?}"),
+                }
+                eventually(AT_ONCE, || (server.aborted(), server.connections_open()) == (1, 0)).await;
+                eventually(AT_ONCE, || agent.count("penstock_evictions_total", &[]) == 1).await;
+                assert_eq!(steered(&agent) > 0, mode == SteeringMode::Ingress);
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_picker_that_dies_takes_no_response_with_it() {
+    for mode in MODES {
+        let server = server().await;
+        let mut epp = ScriptedEpp::start(Production::new(&[server.addr])).await.unwrap();
+        let pool = epp_pool(&[server.addr], epp.addr, FailureMode::Closed);
+        let agent = TestAgent::start(pool, mode, |_| {});
+        for framing in FRAMINGS {
+            // More than all the buffers on the way hold, so the response cannot be over when the picker dies.
+            let pause = Some(Fault { after: 100_000, kind: FaultKind::StallMs(300) });
+            let plan = Plan { fault: pause, pauses: None, ..trickle(framing, 32 << 20) };
+            let mut client = Client::connect_with(agent.addr, Some(64 << 10)).await.unwrap();
+            client.send(&plan.request()).await.unwrap();
+            assert_eq!(client.head().await.unwrap().status, 200);
+            let mut checker = plan.checker();
+            assert_eq!(at_least(&mut client, &mut checker, 90_000).await.unwrap(), None);
+            epp.stop();
+            let read = Reader::Fast.take(&mut client, &mut checker).await.unwrap();
+            assert_eq!((read.end, read.len), (BodyEnd::Complete, plan.size), "{mode:?} {framing:?}");
+            epp.restart().await.unwrap();
+        }
+        eventually(SOON, || agent.count("penstock_requests_total", &["reason=\"ok\""]) == 3).await;
+        assert_eq!(steered(&agent) > 0, mode == SteeringMode::Ingress);
+    }
+}

@@ -1,0 +1,346 @@
+//! Every response arrives byte for byte on every path: whatever its framing and size, however it is cut into writes, and
+//! however slowly it is read.
+
+use std::time::Duration;
+
+use penstock_agent::config::SteeringMode;
+use penstock_tests::{
+    BodyEnd, Client, ModelServer, Plan, Random, Reader, Request,
+    agent::{TestAgent, builtin_pool},
+    client::Head,
+    eventually,
+    model_server::{After, Fault, FaultKind, Framing, HeadWrites, Lengths, Options, Pauses},
+};
+
+const SOON: Duration = Duration::from_secs(10);
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+
+/// Each scenario, on each path.
+macro_rules! on_every_path {
+    ($($scenario:ident)+) => {
+        mod off { $(#[tokio::test] async fn $scenario() { super::$scenario(super::SteeringMode::Off).await; })+ }
+        mod ingress { $(#[tokio::test] async fn $scenario() { super::$scenario(super::SteeringMode::Ingress).await; })+ }
+        mod auto { $(#[tokio::test] async fn $scenario() { super::$scenario(super::SteeringMode::Auto).await; })+ }
+    };
+}
+
+on_every_path! {
+    framings_sizes_and_writes
+    what_comes_after_a_pause_is_steered
+    one_byte_at_a_time
+    large_bodies
+    slow_and_stalled_clients
+    the_last_bytes_come_with_the_end
+    a_client_that_stalls_before_an_orderly_end
+    http10_clients_get_chunks_decoded
+}
+
+/// One response and how it is asked for and taken.
+#[derive(Debug)]
+struct Case {
+    plan: Plan,
+    head_only: bool,
+    reader: Reader,
+}
+
+impl Case {
+    fn new(framing: Framing, size: u64, random: &mut Random) -> Self {
+        let (chunked, seed) = (framing == Framing::Chunked, random.below(u64::MAX));
+        let plan = Plan {
+            framing,
+            size,
+            stream_id: seed,
+            chunks: Lengths::Random { seed, max: 1 + size.max(20) / 20 },
+            chunk_extension: chunked.then(|| "name=\"a value\";flag".to_owned()),
+            trailers: if chunked { vec![("x-sum".to_owned(), "1".to_owned())] } else { Vec::new() },
+            ..Plan::default()
+        };
+        Self { plan, head_only: false, reader: Reader::Fast }
+    }
+
+    /// Cut and held up at random.
+    fn in_pieces(mut self, random: &mut Random) -> Self {
+        let (seed, max) = (random.below(u64::MAX), 1 + self.plan.size / 10);
+        self.plan.writes = Lengths::Random { seed, max };
+        self.plan.pauses = Some(Pauses { seed, every: 1 + random.below(3), up_to_us: 2000 });
+        self
+    }
+
+    fn with_head(mut self, with_body: bool) -> Self {
+        self.plan.head = HeadWrites { with_body, pause_us: 500, ..HeadWrites::default() };
+        self
+    }
+
+    fn read_by(mut self, reader: Reader) -> Self {
+        self.reader = reader;
+        self
+    }
+
+    fn request(&self) -> Request {
+        let method = if self.head_only { "HEAD" } else { "GET" };
+        Request::new(method, "/test/body").header("x-test-plan", self.plan.header())
+    }
+
+    /// Held up in the middle, so that the kernel has the flow when the rest comes.
+    fn with_a_pause(mut self) -> Self {
+        self.plan.fault = Some(Fault { after: self.plan.size / 2, kind: FaultKind::StallMs(100) });
+        self
+    }
+
+    /// Whether the kernel carries some of it: always (true), never (false), or as the timing has it.
+    fn steered(&self, mode: SteeringMode) -> Option<bool> {
+        let plan = &self.plan;
+        let bodiless = self.head_only || plan.framing == Framing::None;
+        let small = plan.framing == Framing::ContentLength && plan.size <= 16 * KIB;
+        let empty = plan.size == 0 && plan.framing != Framing::Chunked;
+        if mode == SteeringMode::Off || bodiless || empty {
+            return Some(false);
+        }
+        if small && mode == SteeringMode::Auto {
+            // What has come with the head does not count.
+            return (plan.size < 16 * KIB).then_some(false);
+        }
+        plan.fault.is_some().then_some(true)
+    }
+}
+
+/// A server, an agent, and what has been exchanged.
+struct Rig {
+    mode: SteeringMode,
+    server: ModelServer,
+    agent: TestAgent,
+    responses: u64,
+    wire: u64,
+    steered: u64,
+}
+
+impl Rig {
+    async fn start(mode: SteeringMode) -> Self {
+        let server = ModelServer::start(Options { idle_close: None, ..Options::default() }).await.unwrap();
+        let agent = TestAgent::start(builtin_pool(&[server.addr]), mode, |config| {
+            // One pool of endpoint connections, so that it is known which one a request gets.
+            config.listen.workers = 1;
+            config.timeouts.endpoint_keep_alive = Duration::from_secs(60);
+        });
+        Self { mode, server, agent, responses: 0, wire: 0, steered: 0 }
+    }
+
+    /// One response, compared; the agent's account of it must add up.
+    async fn exchange(&mut self, client: &mut Client, case: &Case) -> Head {
+        let what = format!("{:?} {case:?}", self.mode);
+        client.send(&case.request()).await.unwrap();
+        let head = client.head().await.unwrap_or_else(|error| panic!("{error:#}: {what}"));
+        assert_eq!(head.status, case.plan.status, "{what}");
+        let mut checker = case.plan.checker();
+        let read = case.reader.take(client, &mut checker).await.unwrap_or_else(|error| panic!("{error:#}: {what}"));
+        let size = if case.head_only { 0 } else { case.plan.size };
+        assert_eq!((read.end, read.len), (BodyEnd::Complete, size), "{what}");
+        if !case.head_only {
+            assert_eq!(read.trailers, case.plan.trailers, "{what}");
+        }
+        self.responses += 1;
+        self.wire += read.wire;
+        let steered = self.books().await - self.steered;
+        self.steered += steered;
+        match case.steered(self.mode) {
+            Some(true) => assert!(steered > 0, "nothing steered: {what}"),
+            Some(false) => assert_eq!(steered, 0, "steered: {what}"),
+            None => {}
+        }
+        head
+    }
+
+    /// Bytes steered so far, once all responses so far are in the books.
+    async fn books(&self) -> u64 {
+        let count = |name, labels: &[&str]| self.agent.count(name, labels);
+        eventually(SOON, || count("penstock_requests_total", &[]) == self.responses).await;
+        let steered = count("penstock_body_bytes_total", &[r#"path="ingress""#]);
+        let relayed = count("penstock_body_bytes_total", &[r#"path="relay""#]);
+        assert_eq!(steered + relayed, self.wire, "steered {steered}, relayed {relayed}");
+        assert_eq!(count("penstock_flows_total", &[]), self.responses);
+        steered
+    }
+
+    /// On a connection of its own.
+    async fn alone(&mut self, case: &Case, rcvbuf: Option<usize>) {
+        let mut client = Client::connect_with(self.agent.addr, rcvbuf).await.unwrap();
+        self.exchange(&mut client, case).await;
+    }
+
+    fn report(&self, seed: u64) {
+        let stops: Vec<String> = ["refused", "framing", "room", "target", "fin"]
+            .map(|reason| (reason, self.agent.count("penstock_steer_stops_total", &[&format!("\"{reason}\"")])))
+            .into_iter()
+            .filter(|(_, count)| *count > 0)
+            .map(|(reason, count)| format!("{reason} {count}"))
+            .collect();
+        let Self { mode, responses, wire, steered, .. } = self;
+        println!("{mode:?} seed {seed}: {responses} responses, {wire} bytes, {steered} steered; stops: {stops:?}");
+    }
+
+    fn stops(&self, reason: &str) -> u64 {
+        self.agent.count("penstock_steer_stops_total", &[&format!("reason=\"{reason}\"")])
+    }
+}
+
+fn random(seed: u64) -> Random {
+    println!("seed {seed}");
+    Random::new(seed)
+}
+
+const FRAMED: [Framing; 2] = [Framing::ContentLength, Framing::Chunked];
+const ALL: [Framing; 3] = [Framing::ContentLength, Framing::Chunked, Framing::UntilClose];
+
+async fn framings_sizes_and_writes(mode: SteeringMode) {
+    let seed = Random::fresh_seed();
+    let (mut random, mut rig) = (random(seed), Rig::start(mode).await);
+    let mut kept = Client::connect(rig.agent.addr).await.unwrap();
+    let mut count = 0;
+    for size in [0, 1, 100, 16 * KIB, MIB] {
+        for with_body in [false, true] {
+            for framing in FRAMED {
+                let whole = Case::new(framing, size, &mut random).with_head(with_body);
+                let pieces = Case::new(framing, size, &mut random).with_head(with_body).in_pieces(&mut random);
+                let to_head = Case { head_only: true, ..Case::new(framing, size, &mut random) };
+                let none = Plan { status: 204, framing: Framing::None, ..Plan::default() };
+                let none = Case { plan: none, head_only: false, reader: Reader::Fast };
+                for case in [whole, pieces, to_head, none] {
+                    let head = rig.exchange(&mut kept, &case).await;
+                    count += 1;
+                    assert_eq!(head.header("x-request-count"), Some(count.to_string().as_str()), "{case:?}");
+                }
+            }
+        }
+    }
+    // Each response came on the one connection to the endpoint, through the one connection of the client.
+    assert_eq!((rig.server.connections_accepted(), rig.server.requests()), (1, count));
+    for size in [0, 1, 100, 16 * KIB, MIB] {
+        for with_body in [false, true] {
+            let case = Case::new(Framing::UntilClose, size, &mut random).with_head(with_body);
+            rig.alone(&case, None).await;
+            rig.alone(&case.in_pieces(&mut random), None).await;
+        }
+    }
+    let many_chunks = Case::new(Framing::Chunked, 100 * KIB, &mut random);
+    let plan = Plan { chunks: Lengths::OneByte, chunk_extension: None, ..many_chunks.plan };
+    rig.alone(&Case { plan, ..many_chunks }, None).await;
+    rig.report(seed);
+}
+
+async fn what_comes_after_a_pause_is_steered(mode: SteeringMode) {
+    let seed = Random::fresh_seed();
+    let (mut random, mut rig) = (random(seed), Rig::start(mode).await);
+    for framing in ALL {
+        for size in [100, 16 * KIB, MIB] {
+            for with_body in [false, true] {
+                rig.alone(&Case::new(framing, size, &mut random).with_head(with_body).with_a_pause(), None).await;
+            }
+        }
+    }
+    rig.report(seed);
+}
+
+async fn one_byte_at_a_time(mode: SteeringMode) {
+    let seed = Random::fresh_seed();
+    let (mut random, mut rig) = (random(seed), Rig::start(mode).await);
+    for framing in ALL {
+        for size in [1, 100, 2000] {
+            let mut case = Case::new(framing, size, &mut random).with_head(size == 100);
+            case.plan.writes = Lengths::OneByte;
+            case.plan.pauses = Some(Pauses { seed, every: 10, up_to_us: 1000 });
+            rig.alone(&case, None).await;
+        }
+    }
+    if mode == SteeringMode::Ingress {
+        assert!(rig.steered > 0);
+    }
+    rig.report(seed);
+}
+
+async fn large_bodies(mode: SteeringMode) {
+    let seed = Random::fresh_seed();
+    let (mut random, mut rig) = (random(seed), Rig::start(mode).await);
+    for framing in ALL {
+        rig.alone(&Case::new(framing, 64 * MIB, &mut random), None).await;
+    }
+    rig.report(seed);
+}
+
+async fn slow_and_stalled_clients(mode: SteeringMode) {
+    let seed = Random::fresh_seed();
+    let (mut random, mut rig) = (random(seed), Rig::start(mode).await);
+    let slow = Reader::Slow { bytes: 8192, tick: Duration::from_millis(1) };
+    let stalled = Reader::Stalled { after: 100_000, pause: Duration::from_millis(300) };
+    for framing in ALL {
+        rig.alone(&Case::new(framing, 2 * MIB, &mut random).read_by(slow), Some(8192)).await;
+        rig.alone(&Case::new(framing, 16 * MIB, &mut random).read_by(stalled), Some(16384)).await;
+        rig.alone(&Case::new(framing, 8 * MIB, &mut random).in_pieces(&mut random).read_by(stalled), None).await;
+    }
+    if mode != SteeringMode::Off {
+        assert!(rig.stops("room") > 0, "the room gate did not trip");
+    }
+    rig.report(seed);
+}
+
+/// The FIN shares a segment with data, or follows at once.
+async fn the_last_bytes_come_with_the_end(mode: SteeringMode) {
+    let seed = Random::fresh_seed();
+    let (mut random, mut rig) = (random(seed), Rig::start(mode).await);
+    for cork in [true, false] {
+        for size in [1, 100, 1000, 16 * KIB, 60_000, 100_000, MIB] {
+            for with_body in [true, false] {
+                let mut case = Case::new(Framing::UntilClose, size, &mut random).with_head(with_body);
+                case.plan.cork = cork;
+                rig.alone(&case, None).await;
+                case.plan.stream_id += 1;
+                case.plan.pauses = Some(Pauses { seed, every: 1, up_to_us: 3000 });
+                case.plan.writes = Lengths::Random { seed, max: 1 + size / 3 };
+                rig.alone(&case, Some(4096)).await;
+            }
+        }
+    }
+    // A message that is framed is complete, whatever comes behind it.
+    for framing in FRAMED {
+        let mut case = Case::new(framing, 20_000, &mut random);
+        (case.plan.cork, case.plan.after) = (true, After::SilentClose);
+        rig.alone(&case, None).await;
+    }
+    rig.report(seed);
+}
+
+/// Longer than the agent lingers: what is queued then is the kernel's to deliver.
+async fn a_client_that_stalls_before_an_orderly_end(mode: SteeringMode) {
+    let seed = Random::fresh_seed();
+    let (mut random, mut rig) = (random(seed), Rig::start(mode).await);
+    let stalled = Reader::Stalled { after: 1, pause: Duration::from_millis(2500) };
+    for framing in ALL {
+        for size in [300 * KIB, 3 * MIB] {
+            let mut case = Case::new(framing, size, &mut random).in_pieces(&mut random).read_by(stalled);
+            case.plan.after = After::Close;
+            case.plan.writes = Lengths::Fixed(10_000);
+            case.plan.pauses = Some(Pauses { seed, every: 5, up_to_us: 500 });
+            let mut client = Client::connect_with(rig.agent.addr, Some(4096)).await.unwrap();
+            rig.exchange(&mut client, &case).await;
+        }
+    }
+    rig.report(seed);
+}
+
+/// Decoding is user space's on every path.
+async fn http10_clients_get_chunks_decoded(mode: SteeringMode) {
+    let seed = Random::fresh_seed();
+    let (mut random, mut rig) = (random(seed), Rig::start(mode).await);
+    let case = Case::new(Framing::Chunked, MIB, &mut random).in_pieces(&mut random);
+    let mut client = Client::connect(rig.agent.addr).await.unwrap();
+    let plan = case.plan.header();
+    client.send_raw(format!("GET /test/body HTTP/1.0\r\nx-test-plan: {plan}\r\n\r\n").as_bytes()).await.unwrap();
+    let head = client.head().await.unwrap();
+    assert_eq!((head.header("transfer-encoding"), head.header("content-length")), (None, None));
+    let read = case.reader.take(&mut client, &mut case.plan.checker()).await.unwrap();
+    assert_eq!((read.end, read.len), (BodyEnd::Complete, MIB));
+    eventually(SOON, || rig.agent.count("penstock_requests_total", &[]) == 1).await;
+    assert_eq!(rig.agent.count("penstock_body_bytes_total", &[r#"path="ingress""#]), 0);
+    rig.responses = 1;
+    rig.report(seed);
+}
