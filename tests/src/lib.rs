@@ -10,7 +10,9 @@ mod eventually;
 pub mod model_server;
 mod own_runtime;
 pub mod process;
+mod refusing;
 pub mod scripted_epp;
+pub mod stage;
 
 pub use client::{BodyEnd, Client, Request, Response};
 pub use content::{Alphabet, Checker};
@@ -18,4 +20,6 @@ pub use decoder::{Decoder, Framed};
 pub use eventually::eventually;
 pub use model_server::{ModelServer, Plan};
 pub use process::Process;
+pub use refusing::Refusing;
 pub use scripted_epp::ScriptedEpp;
+pub use stage::Stage;

@@ -28,6 +28,7 @@ use tonic::{Status, Streaming};
 use crate::own_runtime::OwnRuntime;
 use transport::{Cut, Cutter, Incoming};
 
+mod answering;
 mod exchange;
 mod fault;
 mod personality;
@@ -36,6 +37,7 @@ mod record;
 mod tests;
 mod transport;
 
+pub use answering::Answering;
 pub use exchange::{Exchange, reply};
 pub use fault::{Fault, Faulty, Harm, Moment};
 pub use personality::{Dynamo, Endpoints, Lwepp, Production};
