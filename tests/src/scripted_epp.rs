@@ -326,7 +326,14 @@ impl Server {
                     self.record.streams.lock()[index].took(message.clone(), Instant::now());
                     self.message(exchange, message).await
                 }
-                Ok(None) => return (StreamEnd::HalfClosed, self.script.half_close(exchange).await),
+                Ok(None) => {
+                    // tonic shows a reset as an end in good manners too. What tells them apart, the replies that nobody
+                    // takes any more, is known when the tasks that were woken together with this one have run.
+                    for _ in 0..4 {
+                        tokio::task::yield_now().await;
+                    }
+                    return (StreamEnd::HalfClosed, self.script.half_close(exchange).await);
+                }
                 Err(_) => return (StreamEnd::Cancelled, Ok(())),
             };
             if outcome.is_err() {

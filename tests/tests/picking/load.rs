@@ -52,5 +52,6 @@ async fn a_thousand_requests_wait_for_their_picks_side_by_side() {
     assert!(median >= THINKS && median <= bound / 2, "median {median:?}, bound {bound:?}");
     assert!(max <= bound, "max {max:?}, bound {bound:?}");
     assert!(wall < REQUESTS * THINKS / 4, "{wall:?}");
+    assert_eq!(stage.epp.streams_started(), 1030, "each is asked once");
     assert_eq!(stage.epp.connections_accepted(), 1);
 }
