@@ -127,7 +127,7 @@ async fn handshake(io: impl hyper::rt::Read + hyper::rt::Write + Unpin + Send + 
         .map_err(io::Error::other)?;
     tokio::spawn(async move {
         if let Err(error) = connection.await {
-            tracing::debug!(%error, "connection to the EPP ended");
+            tracing::debug!(?error, "connection to the EPP ended");
         }
     });
     Ok(Http2 { send, lost: Arc::default() })
