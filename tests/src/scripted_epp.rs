@@ -45,8 +45,11 @@ pub use record::{StreamEnd, StreamRecord, header};
 
 /// Replies under way to the peer, beyond which a script waits for it.
 const REPLIES: usize = 64;
-/// HTTP/2 windows as Go's server has them at first.
+/// A stream's HTTP/2 window, as Go's server has it at first.
 const WINDOW: u32 = 65_535;
+/// All streams together have more: h2, unlike Go's server, closes a connection for the small frames that wait on it, and
+/// allows fewer of them the smaller this is. A burst of requests is to be taken, not punished.
+const CONNECTION_WINDOW: u32 = 16 << 20;
 
 /// Why a script wants no more of a stream.
 #[derive(Debug)]
@@ -199,7 +202,7 @@ async fn listen(addr: SocketAddr, script: Arc<dyn Script>, record: Arc<Record>) 
     tokio::spawn(accept(listener, script, record, die, connections));
     let grpc = tonic::transport::Server::builder()
         .initial_stream_window_size(WINDOW)
-        .initial_connection_window_size(WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
         .add_service(ExternalProcessorServer::new(server.clone()))
         .add_service(HealthServer::new(server));
     tokio::spawn(grpc.serve_with_incoming(ReceiverStream::new(incoming).map(Ok::<_, std::io::Error>)));

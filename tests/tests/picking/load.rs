@@ -30,7 +30,6 @@ async fn timed(client: &mut Client) -> Duration {
 /// a machine that others use too, which still tells it from waiting in turn: that would be 50 s.
 #[tokio::test]
 async fn a_thousand_requests_wait_for_their_picks_side_by_side() {
-    // About what it has read: a server in Rust closes a connection that has many small frames waiting.
     let thinks = Fault::At(Moment::RequestBody(usize::MAX), Harm::Delay(THINKS));
     let mut stage =
         Stage::with(|all| Faulty::new(Production::new(all), thinks), |config| config.listen.workers = 1).await;
