@@ -13,7 +13,9 @@ mod own_runtime;
 pub mod process;
 pub mod random;
 pub mod reader;
+mod refusing;
 pub mod scripted_epp;
+pub mod stage;
 
 pub use client::{BodyEnd, Client, Request, Response};
 pub use content::{Alphabet, Checker};
@@ -23,4 +25,6 @@ pub use model_server::{ModelServer, Plan};
 pub use process::Process;
 pub use random::Random;
 pub use reader::Reader;
+pub use refusing::Refusing;
 pub use scripted_epp::ScriptedEpp;
+pub use stage::Stage;

@@ -28,6 +28,7 @@ use tonic::{Status, Streaming};
 use crate::own_runtime::OwnRuntime;
 use transport::{Cut, Cutter, Incoming};
 
+mod answering;
 mod exchange;
 mod fault;
 mod personality;
@@ -36,6 +37,7 @@ mod record;
 mod tests;
 mod transport;
 
+pub use answering::Answering;
 pub use exchange::{Exchange, reply};
 pub use fault::{Fault, Faulty, Harm, Moment};
 pub use personality::{Dynamo, Endpoints, Lwepp, Production};
@@ -43,8 +45,11 @@ pub use record::{StreamEnd, StreamRecord, header};
 
 /// Replies under way to the peer, beyond which a script waits for it.
 const REPLIES: usize = 64;
-/// HTTP/2 windows as Go's server has them at first.
+/// A stream's HTTP/2 window, as Go's server has it at first.
 const WINDOW: u32 = 65_535;
+/// All streams together have more: h2, unlike Go's server, closes a connection for the small frames that wait on it, and
+/// allows fewer of them the smaller this is. A burst of requests is to be taken, not punished.
+const CONNECTION_WINDOW: u32 = 16 << 20;
 
 /// Why a script wants no more of a stream.
 #[derive(Debug)]
@@ -197,7 +202,7 @@ async fn listen(addr: SocketAddr, script: Arc<dyn Script>, record: Arc<Record>) 
     tokio::spawn(accept(listener, script, record, die, connections));
     let grpc = tonic::transport::Server::builder()
         .initial_stream_window_size(WINDOW)
-        .initial_connection_window_size(WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
         .add_service(ExternalProcessorServer::new(server.clone()))
         .add_service(HealthServer::new(server));
     tokio::spawn(grpc.serve_with_incoming(ReceiverStream::new(incoming).map(Ok::<_, std::io::Error>)));
@@ -324,7 +329,14 @@ impl Server {
                     self.record.streams.lock()[index].took(message.clone(), Instant::now());
                     self.message(exchange, message).await
                 }
-                Ok(None) => return (StreamEnd::HalfClosed, self.script.half_close(exchange).await),
+                Ok(None) => {
+                    // tonic shows a reset as an end in good manners too. What tells them apart, the replies that nobody
+                    // takes any more, is known when the tasks that were woken together with this one have run.
+                    for _ in 0..4 {
+                        tokio::task::yield_now().await;
+                    }
+                    return (StreamEnd::HalfClosed, self.script.half_close(exchange).await);
+                }
                 Err(_) => return (StreamEnd::Cancelled, Ok(())),
             };
             if outcome.is_err() {

@@ -124,10 +124,15 @@ async fn handshake(io: impl hyper::rt::Read + hyper::rt::Write + Unpin + Send + 
         .keep_alive_timeout(PING_TIMEOUT)
         .handshake(io)
         .await
-        .map_err(io::Error::other)?;
+        .map_err(|error| {
+            // Keeps the kind: a reset is worth another attempt.
+            let h2 = error.source().and_then(|source| source.downcast_ref::<h2::Error>());
+            let kind = h2.and_then(h2::Error::get_io).map_or(io::ErrorKind::Other, io::Error::kind);
+            io::Error::new(kind, error)
+        })?;
     tokio::spawn(async move {
         if let Err(error) = connection.await {
-            tracing::debug!(%error, "connection to the EPP ended");
+            tracing::debug!(?error, "connection to the EPP ended");
         }
     });
     Ok(Http2 { send, lost: Arc::default() })

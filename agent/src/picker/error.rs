@@ -3,7 +3,7 @@
 //! Given by the exchange (what the EPP said) and by the client (what became of the stream). An answer that the EPP meant for
 //! the client is not among them: that is `Outcome::Immediate`.
 
-use std::sync::Arc;
+use std::{io::ErrorKind, sync::Arc};
 
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum PickError {
@@ -48,7 +48,17 @@ impl PickError {
     /// Whether the request can be asked again at once: the transport was lost through no fault of this request and before any
     /// answer. The next `open` does not meet the same connection.
     pub fn retry_on_fresh_channel(&self) -> bool {
-        matches!(self, PickError::Reset { answered: false, .. })
+        match self {
+            PickError::Reset { answered, .. } => !answered,
+            // The same loss, noticed while the connection was being made.
+            PickError::Connect(error) => {
+                matches!(
+                    error.kind(),
+                    ErrorKind::ConnectionReset | ErrorKind::ConnectionAborted | ErrorKind::BrokenPipe
+                )
+            }
+            _ => false,
+        }
     }
 }
 

@@ -142,7 +142,10 @@ async fn ask(
         let mut stream = Box::new(epp.open(&request.parts, upload.has_body(), None, limits));
         match converse(&mut stream, settings, client, buf, upload).await {
             Ok(outcome) => return Asked::Answered(outcome, stream),
-            Err(Asked::Failed(error)) if error.retry_on_fresh_channel() && !retried => retried = true,
+            Err(Asked::Failed(error)) if error.retry_on_fresh_channel() && !retried => {
+                tracing::debug!(%error, "asked again on a fresh connection");
+                retried = true;
+            }
             Err(other) => return other,
         }
     }

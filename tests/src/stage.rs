@@ -1,0 +1,88 @@
+//! What most tests of picking begin with: two endpoints, a scripted picker, an agent with one pool over the endpoints that
+//! asks the picker and fails closed, and a client.
+
+use std::net::SocketAddr;
+
+use penstock_agent::config::{Config, Epp, FailureMode, Picker, SteeringMode};
+
+use crate::agent::{TestAgent, epp_pool};
+use crate::client::{Client, Request, Response};
+use crate::content::Alphabet;
+use crate::model_server::{Echo, ModelServer, Options};
+use crate::scripted_epp::{Script, ScriptedEpp};
+
+pub struct Stage {
+    pub client: Client,
+    pub agent: TestAgent,
+    pub epp: ScriptedEpp,
+    pub one: ModelServer,
+    pub two: ModelServer,
+}
+
+impl Stage {
+    /// `script` is given the addresses of the endpoints. Bytes are relayed.
+    pub async fn new<S: Script>(script: impl FnOnce(&[SocketAddr]) -> S) -> Self {
+        Self::with(script, |_| {}).await
+    }
+
+    /// `adjust` changes what the test is about; steering is off and the pool is the first.
+    pub async fn with<S: Script>(script: impl FnOnce(&[SocketAddr]) -> S, adjust: impl FnOnce(&mut Config)) -> Self {
+        let one = ModelServer::start(Options::default()).await.expect("an endpoint");
+        let two = ModelServer::start(Options::default()).await.expect("an endpoint");
+        let epp = ScriptedEpp::start(script(&[one.addr, two.addr])).await.expect("a picker");
+        let pool = epp_pool(&[one.addr, two.addr], epp.addr, FailureMode::Closed);
+        let agent = TestAgent::start(pool, SteeringMode::Off, adjust);
+        let client = Client::connect(agent.addr).await.expect("the agent accepts");
+        Self { client, agent, epp, one, two }
+    }
+
+    pub async fn request(&mut self, request: &Request) -> Response {
+        self.client.request(request).await.expect("a response")
+    }
+
+    /// Requests that the endpoints have read.
+    pub fn requests(&self) -> (u64, u64) {
+        (self.one.requests(), self.two.requests())
+    }
+}
+
+/// The settings of the first pool's EPP.
+pub fn epp(config: &mut Config) -> &mut Epp {
+    match &mut config.pools[0].picker {
+        Picker::Epp(epp) => epp,
+        Picker::Builtin => panic!("the pool has no EPP"),
+    }
+}
+
+/// A JSON body of about `len` bytes that names `model` first.
+pub fn json(model: &str, len: usize) -> Vec<u8> {
+    let prompt = String::from_utf8(Alphabet::Text.bytes(1, 0, len)).expect("text");
+    format!(r#"{{"model":"{model}","prompt":"{prompt}"}}"#).into_bytes()
+}
+
+/// A POST that is answered with what the endpoint got.
+pub fn echo(body: impl Into<bytes::Bytes>) -> Request {
+    Request::post("/test/echo", body).header("content-type", "application/json")
+}
+
+impl Response {
+    /// The endpoint that gave it.
+    #[must_use]
+    pub fn served_by(&self) -> Option<SocketAddr> {
+        self.header("x-served-by")?.parse().ok()
+    }
+
+    /// What the endpoint says it got.
+    #[must_use]
+    pub fn echoed(&self) -> Echo {
+        assert_eq!(self.status(), 200, "{}", self.text());
+        self.json().expect("an echo")
+    }
+
+    /// `error.code` of an error of the agent's own; empty when it is none.
+    #[must_use]
+    pub fn error_code(&self) -> String {
+        let body: serde_json::Value = self.json().unwrap_or_default();
+        body["error"]["code"].as_str().unwrap_or_default().to_owned()
+    }
+}

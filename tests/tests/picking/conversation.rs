@@ -1,0 +1,148 @@
+//! What the picker is told, and when.
+
+use penstock_proto::ext_proc::{BodySendMode, processing_request::Request as Told};
+use penstock_tests::{
+    Client, Plan, Request, Stage,
+    client::{Pace, Piece},
+    content::Fnv,
+    eventually,
+    scripted_epp::{Production, StreamEnd, header},
+    stage::{echo, json},
+};
+
+use crate::SOON;
+
+#[tokio::test]
+async fn the_head_comes_with_pseudo_headers() {
+    let mut stage = Stage::new(Production::new).await;
+    stage.request(&echo(r#"{"model":"m"}"#).header("host", "models.example").header("x-own", "1")).await;
+    let told = stage.epp.streams()[0].request_headers();
+    let expected = [
+        (":method", "POST"),
+        (":path", "/test/echo"),
+        (":scheme", "http"),
+        (":authority", "models.example"),
+        ("x-own", "1"),
+        ("content-length", "13"),
+    ];
+    for (name, value) in expected {
+        assert_eq!(header(&told, name), Some(value), "{name}");
+    }
+    assert!(header(&told, "x-request-id").is_some_and(|id| !id.is_empty()));
+    assert!(told.iter().all(|(name, _)| *name == name.to_lowercase()));
+}
+
+#[tokio::test]
+async fn only_the_first_message_says_how_bodies_are_sent() {
+    let mut stage = Stage::new(Production::new).await;
+    stage.request(&echo(json("m", 200_000))).await;
+    let stream = &stage.epp.streams()[0];
+    let first = stream.protocol_config().unwrap();
+    let duplex = i32::from(BodySendMode::FullDuplexStreamed);
+    assert_eq!((first.request_body_mode, first.response_body_mode), (duplex, duplex));
+    assert!(first.send_body_without_waiting_for_header_response);
+    assert!(stream.messages.len() > 4 && stream.messages[1..].iter().all(|message| message.protocol_config.is_none()));
+}
+
+#[tokio::test]
+async fn a_request_without_a_body_ends_with_its_head() {
+    let mut stage = Stage::new(Production::new).await;
+    stage.request(&Request::get("/test/echo")).await;
+    let stream = &stage.epp.streams()[0];
+    let Some(Told::RequestHeaders(head)) = &stream.messages[0].request else { panic!("{:?}", stream.kinds()) };
+    assert!(head.end_of_stream);
+    assert!(!stream.kinds().contains(&"request_body"));
+}
+
+#[tokio::test]
+async fn the_body_is_told_in_pieces_and_ends_once() {
+    let mut stage = Stage::new(Production::new).await;
+    let body = json("m", 1 << 20);
+    stage.request(&echo(body.clone())).await;
+    let stream = &stage.epp.streams()[0];
+    assert!(stream.request_body() == (body, 1), "the whole body, and one end");
+    for message in &stream.messages {
+        match &message.request {
+            Some(Told::RequestBody(piece)) => assert!(piece.body.len() <= 62_000, "{}", piece.body.len()),
+            Some(Told::RequestHeaders(head)) => assert!(!head.end_of_stream),
+            _ => {}
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_picker_sees_the_body_while_the_client_uploads() {
+    let mut stage = Stage::new(Production::new).await;
+    let body = json("m", 300_000);
+    let wire = echo(body.clone()).wire("agent");
+    let (begin, rest) = wire.split_at(150_000);
+    stage.client.send_raw(begin).await.unwrap();
+    // Of what was sent, all but the head.
+    let uploaded = body.len() - rest.len();
+    let epp = &stage.epp;
+    eventually(SOON, || {
+        epp.streams().first().is_some_and(|stream| stream.request_body() == (body[..uploaded].to_vec(), 0))
+    })
+    .await;
+    stage.client.send_raw(rest).await.unwrap();
+    assert_eq!(stage.client.response().await.unwrap().echoed().body_hash, Fnv::of(&body).value());
+}
+
+#[tokio::test]
+async fn the_response_is_told_with_the_endpoint_that_served_it() {
+    let mut stage = Stage::new(Production::new).await;
+    let plan = Plan { status: 201, size: 100_000, ..Plan::default() };
+    let response = stage.request(&plan.request()).await;
+    plan.checker().feed(&response.body).unwrap();
+    eventually(SOON, || stage.epp.streams_ended(StreamEnd::HalfClosed) == 1).await;
+    let stream = &stage.epp.streams()[0];
+    assert_eq!(stream.kinds(), ["request_headers", "response_headers", "response_body"]);
+    assert_eq!(header(&stream.response_headers(), ":status"), Some("201"));
+    assert_eq!(stream.response_body(), (Vec::new(), 1));
+    assert_eq!(stream.served(), Some(stage.one.addr.to_string()));
+    assert_eq!(stage.epp.streams_open(), 0);
+}
+
+#[tokio::test]
+async fn the_stream_is_open_while_the_response_flows() {
+    let stage = Stage::new(Production::new).await;
+    // More than all the buffers on the way hold, so that it flows only as the client reads.
+    let plan = Plan { size: 32 << 20, ..Plan::default() };
+    let mut client = Client::connect_with(stage.agent.addr, Some(64 << 10)).await.unwrap();
+    client.send(&plan.request()).await.unwrap();
+    assert_eq!(client.head().await.unwrap().status, 200);
+    let Piece::Data(first) = client.piece(1000).await.unwrap() else { panic!("a body") };
+    eventually(SOON, || stage.epp.streams()[0].kinds() == ["request_headers", "response_headers"]).await;
+    assert_eq!(stage.epp.streams_open(), 1);
+    assert_eq!(stage.agent.metric("penstock_active_requests", &[]), 1.0);
+    let mut checker = plan.checker();
+    checker.feed(&first).unwrap();
+    client.read_body(Pace::Fast, |bytes| Ok(checker.feed(bytes)?)).await.unwrap();
+    assert_eq!(checker.offset(), plan.size);
+    eventually(SOON, || stage.epp.streams_ended(StreamEnd::HalfClosed) == 1).await;
+}
+
+#[tokio::test]
+async fn a_picker_that_skips_the_response_is_left_alone() {
+    let mut stage = Stage::new(|all| Production::new(all).skipping_response()).await;
+    for _ in 0..3 {
+        assert_eq!(stage.request(&echo(json("m", 1000))).await.status(), 200);
+    }
+    assert_eq!(stage.epp.streams_ended(StreamEnd::Script), 3);
+    assert_eq!(stage.epp.connections_accepted(), 1);
+}
+
+#[tokio::test]
+async fn a_response_does_not_depend_on_the_picker_staying_alive() {
+    let mut stage = Stage::new(Production::new).await;
+    let plan = Plan { size: 32 << 20, ..Plan::default() };
+    let mut client = Client::connect_with(stage.agent.addr, Some(64 << 10)).await.unwrap();
+    client.send(&plan.request()).await.unwrap();
+    assert_eq!(client.head().await.unwrap().status, 200);
+    stage.epp.stop();
+    let mut checker = plan.checker();
+    client.read_body(Pace::Fast, |bytes| Ok(checker.feed(bytes)?)).await.unwrap();
+    assert_eq!(checker.offset(), plan.size);
+    stage.epp.restart().await.unwrap();
+    assert_eq!(stage.request(&echo(r#"{"model":"m"}"#)).await.status(), 200);
+}

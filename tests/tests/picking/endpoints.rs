@@ -1,0 +1,94 @@
+//! Connections to endpoints that are kept, and what becomes of a request when one of them dies.
+
+use std::net::SocketAddr;
+
+use penstock_agent::config::SteeringMode;
+use penstock_tests::{
+    Client, Plan, Request, ScriptedEpp, Stage,
+    agent::{TestAgent, epp_pool},
+    content::Fnv,
+    model_server::After,
+    scripted_epp::Production,
+    stage::{echo, json},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpListener,
+    sync::watch,
+};
+
+#[tokio::test]
+async fn one_closed_between_requests_is_replaced() {
+    let mut stage = Stage::new(|all| Production::new(&all[..1])).await;
+    let silent = Plan { size: 100, after: After::SilentClose, ..Plan::default() };
+    let body = json("m", 200_000);
+    for _ in 0..3 {
+        assert_eq!(stage.request(&silent.request()).await.status(), 200);
+        assert_eq!(stage.request(&echo(body.clone())).await.echoed().body_hash, Fnv::of(&body).value());
+        assert_eq!(stage.request(&silent.request()).await.header("x-request-count"), Some("2"));
+    }
+}
+
+#[tokio::test]
+async fn one_that_announces_its_end_is_not_kept() {
+    let mut stage = Stage::new(|all| Production::new(&all[..1])).await;
+    let closing = Plan { size: 100, after: After::Close, ..Plan::default() };
+    for _ in 0..3 {
+        let response = stage.request(&closing.request()).await;
+        assert_eq!((response.header("x-request-count"), response.header("connection")), (Some("1"), None));
+    }
+    assert_eq!(stage.agent.metric("penstock_endpoint_retries_total", &[]), 0.0);
+}
+
+/// Answers the first request of each connection, and to the second says `last_words` and closes. Counts connections.
+async fn one_request_each(last_words: &'static [u8]) -> (SocketAddr, watch::Receiver<u64>) {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    let (accepted, connections) = watch::channel(0);
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            accepted.send_modify(|accepted| *accepted += 1);
+            tokio::spawn(async move {
+                for answer in [b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok".as_slice(), last_words] {
+                    let mut request = Vec::new();
+                    while !request.ends_with(b"END\"}") {
+                        if stream.read_buf(&mut request).await.unwrap_or(0) == 0 {
+                            return;
+                        }
+                    }
+                    let _ = stream.write_all(answer).await;
+                }
+            });
+        }
+    });
+    (addr, connections)
+}
+
+/// Two POSTs on one client connection; the second meets the end of the kept connection.
+async fn second_of_two(last_words: &'static [u8]) -> (penstock_tests::Response, u64) {
+    let (endpoint, connections) = one_request_each(last_words).await;
+    let epp = ScriptedEpp::start(Production::new(&[endpoint])).await.unwrap();
+    let pool = epp_pool(&[endpoint], epp.addr, penstock_agent::config::FailureMode::Closed);
+    let agent = TestAgent::start(pool, SteeringMode::Off, |_| {});
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    let post =
+        Request::post("/v1/completions", r#"{"model":"m","prompt":"END"}"#).header("content-type", "application/json");
+    assert_eq!(client.request(&post).await.unwrap().text(), "ok");
+    let response = client.request(&post).await.unwrap();
+    drop(agent);
+    let connections = *connections.borrow();
+    (response, connections)
+}
+
+#[tokio::test]
+async fn a_post_is_sent_again_when_a_kept_connection_dies_before_a_byte() {
+    let (response, connections) = second_of_two(b"").await;
+    assert_eq!((response.status(), response.text().as_str(), connections), (200, "ok", 2));
+}
+
+#[tokio::test]
+async fn nothing_is_sent_again_after_a_byte_of_the_response() {
+    let (response, connections) = second_of_two(b"H").await;
+    assert_eq!((response.status(), response.error_code().as_str(), connections), (502, "endpoint_closed", 1));
+}

@@ -1,0 +1,142 @@
+//! The picker answers the client itself, or takes its decision back.
+
+use std::sync::Arc;
+
+use penstock_agent::config::FailureMode;
+use penstock_proto::ext_proc::HttpHeaders;
+use penstock_tests::{
+    BodyEnd, Plan, Stage,
+    client::Pace,
+    eventually,
+    model_server::{Fault as ServerFault, FaultKind},
+    scripted_epp::{Answer, Answering, Exchange, Fault, Faulty, Harm, Moment, Production, Script, StreamEnd, reply},
+    stage::{echo, epp, json},
+};
+use tokio::sync::Notify;
+
+use crate::SOON;
+
+fn refusing(all: &[std::net::SocketAddr], moment: Moment) -> Faulty<Production> {
+    Faulty::new(Production::new(all), Fault::At(moment, Harm::Immediate(429))).times(1)
+}
+
+#[tokio::test]
+async fn status_fields_and_body_reach_the_client() {
+    let fields = [("retry-after", "7"), ("x-why", "queue full"), ("content-type", "application/json")];
+    let body = r#"{"error":"later"}"#;
+    let mut stage = Stage::new(|_| Answering::new(move |_| vec![reply::immediate(429, &fields, body)])).await;
+    for _ in 0..2 {
+        let response = stage.request(&echo(json("m", 1000))).await;
+        assert_eq!((response.status(), response.text().as_str()), (429, body));
+        for (name, value) in fields {
+            assert_eq!(response.header(name), Some(value));
+        }
+    }
+    assert_eq!(stage.requests(), (0, 0));
+}
+
+#[tokio::test]
+async fn it_is_no_failure_to_open_for() {
+    let mut stage = Stage::with(
+        |all| refusing(all, Moment::RequestHeaders),
+        |config| config.pools[0].failure_mode = FailureMode::Open,
+    )
+    .await;
+    assert_eq!(stage.request(&echo("{}")).await.status(), 429);
+    assert_eq!(stage.requests(), (0, 0));
+}
+
+#[tokio::test]
+async fn after_the_whole_body_the_connection_goes_on() {
+    let mut stage = Stage::new(|all| refusing(all, Moment::RequestBody(usize::MAX))).await;
+    let response = stage.request(&echo(json("m", 200_000))).await;
+    assert_eq!((response.status(), response.text().as_str()), (429, "request evicted by flow control"));
+    assert_eq!(response.header("x-llm-d-request-dropped-reason"), Some("evicted"));
+    assert_eq!(response.header("connection"), None);
+    assert_eq!(stage.request(&echo(json("m", 200_000))).await.status(), 200);
+}
+
+#[tokio::test]
+async fn before_the_whole_body_the_client_need_not_send_the_rest() {
+    let mut stage = Stage::new(|all| refusing(all, Moment::RequestBody(1))).await;
+    let wire = echo(json("m", 300_000)).wire("agent");
+    stage.client.send_raw(&wire[..150_000]).await.unwrap();
+    let response = stage.client.response().await.unwrap();
+    assert_eq!((response.status(), response.header("connection")), (429, Some("close")));
+    stage.client.until_end().await.unwrap();
+    assert_eq!(stage.requests(), (0, 0));
+}
+
+#[tokio::test]
+async fn an_eviction_before_the_response_has_begun_is_an_answer() {
+    // It comes in place of the reply to the response's head.
+    let mut stage =
+        Stage::with(|all| refusing(all, Moment::ResponseHeaders), |config| epp(config).response_timeout = Some(SOON))
+            .await;
+    let body = json("m", 100_000);
+    assert_eq!(stage.request(&echo(body.clone())).await.status(), 429);
+    eventually(SOON, || stage.one.connections_open() == 0).await;
+    assert_eq!(stage.request(&echo(body)).await.status(), 200);
+    assert_eq!(stage.agent.metric("penstock_evictions_total", &[]), 1.0);
+}
+
+/// Evicts when told, once the response has begun.
+struct Evicting {
+    inner: Production,
+    now: Arc<Notify>,
+}
+
+#[tonic::async_trait]
+impl Script for Evicting {
+    async fn request_headers(&self, exchange: &mut Exchange, headers: &HttpHeaders) -> Answer {
+        self.inner.request_headers(exchange, headers).await
+    }
+
+    async fn response_headers(&self, exchange: &mut Exchange, headers: &HttpHeaders) -> Answer {
+        self.inner.response_headers(exchange, headers).await?;
+        self.now.notified().await;
+        exchange.send(reply::immediate(429, &[], "evicted")).await
+    }
+}
+
+#[tokio::test]
+async fn an_eviction_during_the_response_breaks_it_off() {
+    let now = Arc::new(Notify::new());
+    let mut stage = Stage::new(|all| Evicting { inner: Production::new(all), now: Arc::clone(&now) }).await;
+    let stall = ServerFault { after: 5000, kind: FaultKind::Stall };
+    let plan = Plan { size: 10_000, fault: Some(stall), ..Plan::default() };
+    stage.client.send(&plan.request()).await.unwrap();
+    assert_eq!(stage.client.head().await.unwrap().status, 200);
+    now.notify_one();
+    let mut checker = plan.checker();
+    let read = stage.client.read_body(Pace::Fast, |bytes| Ok(checker.feed(bytes)?)).await.unwrap();
+    assert_ne!(read.end, BodyEnd::Complete);
+    eventually(SOON, || stage.one.aborted() == 1 && stage.one.connections_open() == 0).await;
+    eventually(SOON, || stage.epp.streams_ended(StreamEnd::Cancelled) == 1).await;
+    assert_eq!(stage.agent.metric("penstock_evictions_total", &[]), 1.0);
+}
+
+/// Evicts when told, once it has picked.
+struct BeforeHead(Production, Arc<Notify>);
+#[tonic::async_trait]
+impl Script for BeforeHead {
+    async fn request_headers(&self, exchange: &mut Exchange, headers: &HttpHeaders) -> Answer {
+        self.0.request_headers(exchange, headers).await?;
+        self.1.notified().await;
+        exchange.send(reply::immediate(503, &[], "evicted")).await
+    }
+}
+
+#[tokio::test]
+async fn an_eviction_while_the_endpoint_thinks_is_an_answer() {
+    let now = Arc::new(Notify::new());
+    let mut stage = Stage::new(|all| BeforeHead(Production::new(all), Arc::clone(&now))).await;
+    let mut plan = Plan::default();
+    (plan.head.split_at, plan.head.pause_us) = (Some(0), 3_600_000_000);
+    stage.client.send(&plan.request()).await.unwrap();
+    eventually(SOON, || stage.one.requests() == 1).await;
+    now.notify_one();
+    let response = stage.client.response().await.unwrap();
+    assert_eq!((response.status(), response.text().as_str()), (503, "evicted"));
+    eventually(SOON, || stage.one.connections_open() == 0).await;
+}

@@ -1,0 +1,17 @@
+//! Requests through an agent that asks an endpoint picker, in this process and with steering off: where they go, what the
+//! picker is told, what it changes, and what happens when it fails.
+
+mod conversation;
+mod endpoints;
+mod failure;
+mod immediate;
+mod leaving;
+mod load;
+mod model;
+mod mutations;
+mod routing;
+
+use std::time::Duration;
+
+/// Longest wait for what is to happen soon; a bound for a machine that is busy, not an expectation.
+const SOON: Duration = Duration::from_secs(10);
