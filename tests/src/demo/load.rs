@@ -18,7 +18,7 @@ const ROUNDS: u32 = 3;
 /// Events of a chat that are no token: the role, the reason of the end, `[DONE]`.
 const OTHER_EVENTS: usize = 3;
 
-/// CPU time of one agent's rounds.
+/// CPU time that went into one agent's rounds.
 #[derive(Default)]
 struct Cost {
     agent: Duration,
@@ -26,7 +26,7 @@ struct Cost {
     tokens: u32,
 }
 
-/// Fails when an answer of the load is not whole; otherwise always true to its figures, whatever they are.
+/// Fails when an answer of the load is not whole; the figures are printed, and not judged.
 pub(super) async fn compare(fleet: &Fleet) -> Result<()> {
     let relaying = fleet.relaying_agent().await?;
     println!(
@@ -44,11 +44,14 @@ pub(super) async fn compare(fleet: &Fleet) -> Result<()> {
         off.round(fleet, &relaying).await?;
     }
     println!("CPU time per streamed token, µs, in {:.0} s:", begin.elapsed().as_secs_f64());
-    println!("{:<14} {:>12} {:>26}", "", "the agent", "model servers and picker");
+    println!("{:<14} {:>12} {:>26} {:>12}", "", "the agent", "model servers and picker", "together");
     for (name, cost) in [("steering on", &on), ("steering off", &off)] {
-        println!("{name:<14} {:>12.2} {:>26.2}", cost.per_token(cost.agent), cost.per_token(cost.others));
+        let [agent, others, all] = [cost.agent, cost.others, cost.all()].map(|cpu| cost.per_token(cpu));
+        println!("{name:<14} {agent:>12.2} {others:>26.2} {all:>12.2}");
     }
-    println!("{:<14} {:>12.2} {:>26.2}", "on / off", ratio(on.agent, off.agent), ratio(on.others, off.others));
+    let [agent, others, all] =
+        [(on.agent, off.agent), (on.others, off.others), (on.all(), off.all())].map(|(on, off)| ratio(on, off));
+    println!("{:<14} {agent:>12.2} {others:>26.2} {all:>12.2}", "on / off");
     println!("What the kernel spends on a redirected byte counts to whoever sends it, or to the kernel's own threads.");
     Ok(())
 }
@@ -65,6 +68,10 @@ impl Cost {
         self.others += fleet.others_cpu()? - others;
         self.tokens += (STREAMS * TOKENS) as u32;
         Ok(())
+    }
+
+    fn all(&self) -> Duration {
+        self.agent + self.others
     }
 
     fn per_token(&self, cpu: Duration) -> f64 {

@@ -46,7 +46,7 @@ struct Answered {
 /// Whether every answer was exact and came the way it should.
 pub(super) async fn run(fleet: &mut Fleet, steers: bool) -> Result<bool> {
     println!(
-        "{:>2}  {:<29} {:<8}  {:<21} {:>11} {:>7}  {:>8}  exact",
+        "{:>2}  {:<29} {:<8}  {:<20} {:>10} {:>10}  {:>8}  exact",
         "#", "asked", "endpoint", "carried by: why", "kernel B", "user B", "ttft"
     );
     let (mut rows, mut wrong, mut kernel, mut user, mut picks) = (0, 0, 0, 0, Vec::new());
@@ -225,7 +225,7 @@ async fn sent(endpoint: &str, id: &str) -> Result<Sent> {
 fn print(row: usize, answered: &Answered, access: &Access, problems: &[String]) {
     let carrier = if access.by_kernel() { "kernel" } else { "user space" };
     println!(
-        "{row:>2}  {:<29} {:<8}  {:<21} {:>11} {:>7}  {:>5.1} ms  {}",
+        "{row:>2}  {:<29} {:<8}  {:<20} {:>10} {:>10}  {:>5.1} ms  {}",
         answered.ask.what,
         access.endpoint.rsplit_once(':').map_or("-".to_owned(), |(_, port)| format!(":{port}")),
         format!("{carrier}: {}", access.carried_why),
