@@ -15,7 +15,7 @@ use aya_ebpf::{
     bindings::{__sk_buff, BPF_F_MMAPABLE, sk_action::SK_PASS},
     helpers::generated::{
         bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_loop, bpf_map_lookup_elem, bpf_probe_read_kernel, bpf_sk_release,
-        bpf_skb_load_bytes, bpf_skc_to_tcp_sock,
+        bpf_skb_adjust_room, bpf_skb_load_bytes, bpf_skc_to_tcp_sock,
     },
     macros::{map, stream_verdict},
     maps::{Array, HashMap, RingBuf, SockHash},
@@ -46,7 +46,7 @@ static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
 static MISSED: Array<u64> = Array::with_max_entries(1, 0);
 
 #[unsafe(no_mangle)]
-static OFFSETS: Global<Offsets> = Global::new(Offsets { sk_wmem_queued: 0, sk_sndbuf: 0, write_seq: 0, reserved: 0 });
+static OFFSETS: Global<Offsets> = Global::new(Offsets { sk_wmem_queued: 0, sk_sndbuf: 0, write_seq: 0, skb_cb: 0 });
 
 /// Bytes of chunk syntax and runs of payload that one call looks at; a segment with more goes to user space.
 const MAX_STEPS: u32 = 4096;
@@ -77,16 +77,40 @@ impl Kernel for Segment<'_> {
     /// old value are fully ordered (Documentation/bpf/standardization/instruction-set.rst, JITs of x86-64 and arm64).
     #[inline(always)]
     fn load_acquire(&mut self, word: &Word) -> u64 {
-        let mut value = 0u64;
-        // SAFETY: adds 0 to a word that we hold a reference to.
-        unsafe { asm!("{0} = atomic_fetch_add((u64 *)({1} + 0), {0})", inout(reg) value, in(reg) word.as_ptr()) };
-        value
+        fetch_add(word.as_ptr(), 0)
     }
 
     #[inline(always)]
     fn clear_release(&mut self, word: &Word) {
         // SAFETY: exchanges a word that we hold a reference to.
         unsafe { asm!("{0} = xchg_64({1} + 0, {0})", inout(reg) 0u64 => _, in(reg) word.as_ptr()) };
+    }
+
+    #[inline(always)]
+    fn sequence(&mut self) -> u32 {
+        // The context is the kernel's own sk_buff, whatever the verifier makes of its fields.
+        let skb: *const u8 = self.ctx.as_ptr().cast();
+        // SAFETY: the helper checks the address itself.
+        unsafe { read_u32(skb, OFFSETS.load().skb_cb) }
+    }
+
+    #[inline(always)]
+    fn trim(&mut self, bytes: u32) -> bool {
+        let skb: *mut __sk_buff = self.ctx.as_ptr().cast();
+        let mut left = bytes;
+        // One call takes at most 4095 bytes (sk_skb_adjust_room), and a segment has at most 64 KiB.
+        for _ in 0..17 {
+            if left == 0 {
+                return true;
+            }
+            let now = if left > 4095 { 4095 } else { left };
+            // SAFETY: a helper on the context; mode and flags 0 are all that it takes.
+            if unsafe { bpf_skb_adjust_room(skb, -(now as i32), 0, 0) } != 0 {
+                return false;
+            }
+            left -= now;
+        }
+        left == 0
     }
 
     #[inline(always)]
@@ -146,11 +170,18 @@ impl Kernel for Segment<'_> {
     fn event(&mut self) {
         if EVENTS.output::<u64>(u64::from(self.index), 0).is_err() {
             if let Some(missed) = MISSED.get_ptr_mut(0) {
-                // SAFETY: an element of an array map is always there; a lost increment still leaves it changed.
-                unsafe { *missed += 1 };
+                fetch_add(missed, 1);
             }
         }
     }
+}
+
+#[inline(always)]
+fn fetch_add(word: *mut u64, n: u64) -> u64 {
+    let mut value = n;
+    // SAFETY: the pointer is to a word of a map's value, which the verifier checks.
+    unsafe { asm!("{0} = atomic_fetch_add((u64 *)({1} + 0), {0})", inout(reg) value, in(reg) word) };
+    value
 }
 
 /// Reads the fields at the offsets that the agent found in the kernel's BTF.

@@ -6,16 +6,20 @@
 use std::{
     io,
     net::SocketAddr,
-    sync::{Arc, atomic::AtomicBool},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread::JoinHandle,
 };
 
 use anyhow::{Context as _, Result};
+use http::HeaderName;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     admin::{self, AdminHandle},
-    config::Config,
+    config::{Config, Picker},
     metrics::{self, Metrics},
     picker::builtin::BuiltinPicker,
     readiness::{Gate, Readiness},
@@ -72,19 +76,22 @@ impl Agent {
         let shared = Arc::new(Shared {
             router: Router::new(&config),
             pickers: config.pools.iter().map(|pool| BuiltinPicker::new(pool.endpoints.clone())).collect(),
+            pick_headers: pick_headers(&config),
             metrics,
             draining: CancellationToken::new(),
             force: CancellationToken::new(),
+            failed: AtomicBool::new(false),
             config,
         });
-        let failed = Arc::new(AtomicBool::new(false));
         let mut workers = Vec::with_capacity(count);
         for (number, (listener, gate)) in listeners.into_iter().zip(gates).enumerate() {
-            let (shared, steering, failed) = (Arc::clone(&shared), steering.clone(), Arc::clone(&failed));
+            let (shared, steering) = (Arc::clone(&shared), steering.clone());
             let run = move || {
-                if let Err(error) = work(shared, &steering, number, count, listener, gate) {
+                if let Err(error) = work(Arc::clone(&shared), &steering, count, listener, gate) {
                     tracing::error!(number, "worker: {error:#}");
-                    failed.store(true, std::sync::atomic::Ordering::Relaxed);
+                    // Better none than some: whoever watches the process starts it again.
+                    shared.failed.store(true, Ordering::Relaxed);
+                    shared.force.cancel();
                 }
             };
             workers.push(std::thread::Builder::new().name(format!("penstock-{number}")).spawn(run)?);
@@ -131,6 +138,11 @@ impl Agent {
         self.workers.iter().all(JoinHandle::is_finished)
     }
 
+    /// A worker could not start or go on, so the agent is going down.
+    pub fn has_failed(&self) -> bool {
+        self.shared.failed.load(Ordering::Relaxed)
+    }
+
     /// Waits for the workers to end, after [`drain`](Self::drain).
     pub fn join(mut self) {
         self.join_workers();
@@ -155,7 +167,6 @@ impl Drop for Agent {
 fn work(
     shared: Arc<Shared>,
     steering: &Steering,
-    number: usize,
     count: usize,
     listener: std::net::TcpListener,
     gate: Gate,
@@ -163,13 +174,24 @@ fn work(
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let connections = shared.config.listen.max_connections.div_ceil(count);
     tokio::task::LocalSet::new().block_on(&runtime, async {
-        let steering = steering.worker(number, count)?;
+        let steering = steering.worker()?;
         let worker = Worker::new(shared, steering)?;
         let listener = tokio::net::TcpListener::from_std(listener)?;
         gate.open();
         worker.serve(listener, connections).await;
         Ok(())
     })
+}
+
+fn pick_headers(config: &Config) -> Vec<HeaderName> {
+    let configured = config.pools.iter().filter_map(|pool| match &pool.picker {
+        Picker::Epp(epp) => Some(epp.header.clone()),
+        Picker::Builtin => None,
+    });
+    let mut headers: Vec<_> = configured.chain([HeaderName::from_static("x-gateway-destination-endpoint")]).collect();
+    headers.sort_unstable_by(|a, b| a.as_str().cmp(b.as_str()));
+    headers.dedup();
+    headers
 }
 
 /// One listener for each worker, on the same address (SO_REUSEPORT).

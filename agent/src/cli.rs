@@ -7,6 +7,7 @@ use penstock_agent::{
     config::{self, Config, Overrides},
     epp_server::{self, EppServerConfig, EppServerTls},
 };
+use tracing_appender::non_blocking::WorkerGuard;
 use tracing_subscriber::EnvFilter;
 
 use crate::{doctor, run};
@@ -94,7 +95,8 @@ enum Tls {
 
 impl Cli {
     pub(crate) fn run(self) -> ExitCode {
-        start_logging(&self.log, self.log_format);
+        // Writes what is still queued when it is dropped.
+        let _writer = start_logging(&self.log, self.log_format);
         match self.verb {
             Verb::Run(configured) => with_config(&configured, |config| run::agent(config).map(|()| ExitCode::SUCCESS)),
             Verb::Check(configured) => with_config(&configured, |config| {
@@ -137,16 +139,21 @@ fn report(result: anyhow::Result<ExitCode>) -> ExitCode {
     })
 }
 
-fn start_logging(filter: &str, format: LogFormat) {
+/// Logs to stderr through a thread of its own: a worker must not wait for whoever reads the log. When the queue is full,
+/// lines are dropped.
+fn start_logging(filter: &str, format: LogFormat) -> WorkerGuard {
     let filter = EnvFilter::try_new(filter).unwrap_or_else(|error| {
         eprintln!("penstock: --log {filter}: {error}; logging at level info");
         EnvFilter::new("info")
     });
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let (writer, guard) = tracing_appender::non_blocking(std::io::stderr());
+    let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_ansi(colours);
     match format {
         LogFormat::Text => builder.init(),
         LogFormat::Json => builder.json().flatten_event(true).init(),
     }
+    guard
 }
 
 impl Epp {

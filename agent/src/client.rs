@@ -20,6 +20,12 @@ use crate::{
 /// Longest wait between two looks at a socket that has not settled: a jiffy at HZ=100.
 const SETTLE_STEP: Duration = Duration::from_millis(10);
 
+/// How long the kernel's worker may take to hand over what was redirected, before a close is a reset.
+const SETTLE: Duration = Duration::from_secs(30);
+/// How long, and for how many bytes, a closed connection is still read.
+const LINGER: Duration = Duration::from_secs(1);
+const LINGER_BYTES: usize = 1 << 20;
+
 pub struct ClientSocket {
     stream: TcpStream,
     /// `socket::bytes_written` when the connection was taken over.
@@ -57,6 +63,11 @@ impl ClientSocket {
     /// Reads what is there; 0 is the end of the stream. Cancel-safe.
     pub async fn read(&mut self, buf: &mut BytesMut) -> io::Result<usize> {
         self.stream.read_buf(buf).await
+    }
+
+    /// Reads what is there without waiting.
+    pub fn read_now(&self, buf: &mut BytesMut) -> io::Result<usize> {
+        socket::receive_into(&self.stream, buf)
     }
 
     /// Writes all of it, behind whatever the kernel has redirected. Not cancel-safe: after a cancelled write the
@@ -126,13 +137,15 @@ impl ClientSocket {
     /// Ends the connection in order: everything written arrives, then FIN. Reads on for a moment, because closing with
     /// bytes unread would send RST and take what is on its way from the client.
     pub async fn close(mut self) {
-        const LINGER: Duration = Duration::from_secs(1);
-        const LINGER_BYTES: usize = 1 << 20;
+        if !matches!(tokio::time::timeout(SETTLE, self.settle()).await, Ok(Ok(()))) {
+            // What was redirected has not all arrived at the socket, and the close would drop it: not without a sign.
+            socket::set_reset_on_close(&self.stream, true);
+            return;
+        }
+        if self.resets {
+            socket::set_reset_on_close(&self.stream, false);
+        }
         let linger = async {
-            self.settle().await?;
-            if self.resets {
-                socket::set_reset_on_close(&self.stream, false);
-            }
             self.stream.shutdown().await?;
             let mut rest = [0; 4096];
             let mut taken = 0;

@@ -1,6 +1,6 @@
 //! A client's connection: one request after the other, until one side has enough.
 
-use std::{io, net::SocketAddr};
+use std::net::SocketAddr;
 
 use bytes::BytesMut;
 use tokio::net::TcpStream;
@@ -26,13 +26,7 @@ pub async fn serve(worker: &Worker, stream: TcpStream, peer: SocketAddr) {
     let Ok(mut client) = ClientSocket::new(stream) else { return };
     let mut buf = BytesMut::new();
     loop {
-        let head = tokio::select! {
-            biased;
-            head = read_head(worker, &mut client, &mut buf) => head,
-            // Between requests nothing is lost by closing.
-            () = worker.shared.draining.cancelled(), if buf.is_empty() => return client.close().await,
-        };
-        let after = match head {
+        let after = match read_head(worker, &mut client, &mut buf).await {
             Ok(Some(head)) => proxy::run(worker, &mut client, &mut buf, head, peer).await,
             Ok(None) => return client.close().await,
             Err(error) => {
@@ -48,7 +42,8 @@ pub async fn serve(worker: &Worker, stream: TcpStream, peer: SocketAddr) {
     }
 }
 
-/// Reads the next request's head; `None` when the client has no more, or nothing to say for too long.
+/// Reads the next request's head; `None` when the client has no more or nothing to say for too long, or when the agent
+/// drains and no request has begun.
 async fn read_head(
     worker: &Worker,
     client: &mut ClientSocket,
@@ -56,12 +51,10 @@ async fn read_head(
 ) -> Result<Option<RequestHead>, Error> {
     let config = &worker.shared.config;
     let limits = HeadLimits { bytes: config.limits.head_bytes, headers: config.limits.headers };
-    let mut begun: Option<Instant> = (!buf.is_empty()).then(Instant::now);
+    let mut begun: Option<Instant> = has_begun(buf).then(Instant::now);
     let idle = Instant::now() + config.timeouts.keep_alive;
     loop {
-        if begun.is_some()
-            && let Some((head, length)) = parse_request(buf, &limits)?
-        {
+        if let Some((head, length)) = parse_request(buf, &limits)? {
             let _ = buf.split_to(length);
             return Ok(Some(head));
         }
@@ -69,18 +62,28 @@ async fn read_head(
             buf.reserve(READ);
         }
         let until = begun.map_or(idle, |begun| begun + config.timeouts.head);
-        match timeout_at(until, client.read(buf)).await {
+        let read = tokio::select! {
+            biased;
+            read = timeout_at(until, client.read(buf)) => read,
+            () = worker.shared.draining.cancelled(), if begun.is_none() => {
+                // What is in the socket already was sent to an agent that took requests.
+                match client.read_now(buf) {
+                    Ok(n) if n > 0 => Ok(Ok(n)),
+                    _ => return Ok(None),
+                }
+            }
+        };
+        match read {
             Err(_) if begun.is_some() => return Err(Error::HeadTimeout(config.timeouts.head)),
-            Err(_) => return Ok(None),
             Ok(Ok(0)) if begun.is_some() => return Err(Error::HeadCut),
-            Ok(Ok(0)) => return Ok(None),
-            Ok(Ok(_)) => begun = begun.or_else(|| Some(Instant::now())),
-            Ok(Err(error)) => return gone(&error),
+            Ok(Err(_)) if begun.is_some() => return Err(Error::ClientGone),
+            Err(_) | Ok(Ok(0) | Err(_)) => return Ok(None),
+            Ok(Ok(_)) => begun = begun.or_else(|| has_begun(buf).then(Instant::now)),
         }
     }
 }
 
-fn gone(error: &io::Error) -> Result<Option<RequestHead>, Error> {
-    tracing::trace!(%error, "client connection");
-    Err(Error::ClientGone)
+/// Empty lines before a request (RFC 9112 §2.2) do not begin one: some clients end a body with one, and then wait.
+fn has_begun(buf: &[u8]) -> bool {
+    buf.iter().any(|&byte| byte != b'\r' && byte != b'\n')
 }

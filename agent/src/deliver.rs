@@ -7,7 +7,7 @@
 
 mod span;
 
-use std::time::Duration;
+use std::{io, time::Duration};
 
 use bytes::BytesMut;
 use penstock_common::framing::Framing;
@@ -18,9 +18,15 @@ use crate::{client::ClientSocket, endpoint::connection::EndpointConnection, kern
 /// First read buffer; it grows towards the largest while reads fill it.
 const MIN_BUFFER: usize = 16 * 1024;
 const MAX_BUFFER: usize = 256 * 1024;
+/// After so many armings in a row that brought nothing, the rest of the body is relayed.
+const MAX_FRUITLESS: u32 = 4;
 /// How long bytes that were let through may come behind the end of the stream: turns, and the length of one.
 const LATE_TURNS: u32 = 1000;
 const LATE_TURN: Duration = Duration::from_millis(1);
+
+/// Reasons for a stop, and none.
+const STOPS: usize = 6;
+const _: () = assert!(penstock_common::slot::stop::FIN as usize + 1 == STOPS);
 
 /// How a delivery ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,8 +49,8 @@ pub struct Account {
     /// Pieces that user space wrote, and segments that the kernel redirected.
     pub pieces: u64,
     pub segments: u64,
-    /// Times at which the kernel gave the flow back before the end, by reason.
-    pub stops: Vec<u32>,
+    /// How often the kernel gave the flow back before the end, by reason (`penstock_common::slot::stop`).
+    pub stops: [u32; STOPS],
     /// First and last byte of the body, CLOCK_MONOTONIC ns; 0: none.
     pub first_ns: u64,
     pub last_ns: u64,
@@ -85,6 +91,8 @@ pub struct Delivery<'a> {
     pub account: Account,
     /// After a stop for want of room: relay until the client has caught up.
     hold: bool,
+    /// Armings in a row that were stopped before a byte was redirected.
+    fruitless: u32,
     /// Size of the next read, and whether the last one filled it.
     buffer: usize,
     filled: bool,
@@ -100,8 +108,22 @@ impl<'a> Delivery<'a> {
     ) -> Self {
         let account = Account::default();
         let lead = BytesMut::new();
-        let (target, decode, hold, buffer, filled) = (None, false, false, MIN_BUFFER, false);
-        Self { client, endpoint, framing, lead, pending, target, decode, idle, account, hold, buffer, filled }
+        let (target, decode, hold, fruitless, buffer, filled) = (None, false, false, 0, MIN_BUFFER, false);
+        Self {
+            client,
+            endpoint,
+            framing,
+            lead,
+            pending,
+            target,
+            decode,
+            idle,
+            account,
+            hold,
+            fruitless,
+            buffer,
+            filled,
+        }
     }
 
     /// Delivers the whole body.
@@ -147,7 +169,7 @@ impl<'a> Delivery<'a> {
                 lead.extend_from_slice(payload);
                 &lead
             };
-            write(self.client, out, self.idle).await?;
+            within(self.idle, self.client.write_all(out)).await?;
             lead.clear();
             let _ = self.pending.split_to(taken);
             let now = monotonic_ns();
@@ -155,13 +177,16 @@ impl<'a> Delivery<'a> {
             self.account.relayed += taken as u64;
             self.account.pieces += 1;
         }
-        if lead.is_empty() { Ok(()) } else { write(self.client, &lead, self.idle).await }
+        if lead.is_empty() { Ok(()) } else { within(self.idle, self.client.write_all(&lead)).await }
     }
 
-    /// The target, when the kernel may take over: always, except after a stop for want of room until the client has caught
-    /// up.
+    /// The target, when the kernel may take over: nothing that it let through is unread, and the client has caught up since
+    /// the last stop for want of room. A stream that never pauses stays in user space, which carries bulk no worse.
     fn armable(&mut self) -> Option<Target> {
         let target = self.target?;
+        if self.endpoint.source()?.slot().passed() != self.endpoint.consumed {
+            return None;
+        }
         if self.hold && self.client.send_queue().is_ok_and(|queued| queued > target.send_buffer / 4) {
             return None;
         }
@@ -229,12 +254,11 @@ impl<'a> Delivery<'a> {
     }
 }
 
-/// Writes all of it, in the idle time at most.
-async fn write(client: &mut ClientSocket, out: &[u8], idle: Option<Duration>) -> Result<(), End> {
-    let write = client.write_all(out);
+/// Waits for something that the client's connection does, in the idle time at most.
+async fn within(idle: Option<Duration>, work: impl Future<Output = io::Result<()>>) -> Result<(), End> {
     match idle {
-        Some(idle) => tokio::time::timeout(idle, write).await.map_err(|_| End::Idle)?,
-        None => write.await,
+        Some(idle) => tokio::time::timeout(idle, work).await.map_err(|_| End::Idle)?,
+        None => work.await,
     }
     .map_err(|_| End::ClientGone)
 }

@@ -8,6 +8,9 @@ pub mod events;
 mod object;
 pub mod slots;
 pub mod socket;
+#[cfg(test)]
+pub mod tun;
+pub mod version;
 
 use std::{os::fd::AsFd, sync::Arc};
 

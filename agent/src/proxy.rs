@@ -11,7 +11,7 @@ mod respond;
 use std::net::SocketAddr;
 
 use bytes::BytesMut;
-use http::{HeaderName, HeaderValue, request};
+use http::{HeaderName, HeaderValue, Method, request};
 
 use self::{
     pick::{Picked, Verdict},
@@ -52,8 +52,9 @@ struct Request {
 
 /// Answers a request whose head could not be read.
 pub async fn refuse(worker: &Worker, client: &mut ClientSocket, error: &Error) {
-    let record = Record::new(&worker.shared.metrics);
-    answer(client, error, false).await;
+    let record = Record::new();
+    // Which method it would have been is not known; a body is right for all but HEAD, and the connection closes.
+    answer(client, &Method::GET, error, false).await;
     record.finish_unrouted(worker, error);
 }
 
@@ -65,12 +66,12 @@ pub async fn run(
     head: RequestHead,
     peer: SocketAddr,
 ) -> After {
-    let record = Record::new(&worker.shared.metrics);
+    let record = Record::new();
     let mut request = Request { parts: head.parts, keep_alive: head.keep_alive, pool: 0, record };
     let mut upload = match take(worker, client, buf, &mut request, head.body, head.expect_continue, peer).await {
         Ok(upload) => upload,
         Err(error) => {
-            answer(client, &error, false).await;
+            answer(client, &request.parts.method, &error, false).await;
             request.record.finish_unrouted(worker, &error);
             return close_after(&error);
         }
@@ -83,7 +84,7 @@ pub async fn run(
         Err(error) => {
             // With the rest of the body unread, the next request cannot be found.
             let keep_alive = upload.is_done() && request.keep_alive && !matches!(error, Error::ClientGone);
-            answer(client, error, keep_alive).await;
+            answer(client, &request.parts.method, error, keep_alive).await;
             if keep_alive { After::Next } else { close_after(error) }
         }
     };
@@ -95,12 +96,12 @@ fn close_after(error: &Error) -> After {
     if matches!(error, Error::ClientGone) { After::Abort } else { After::Close }
 }
 
-async fn answer(client: &mut ClientSocket, error: &Error, keep_alive: bool) {
+async fn answer(client: &mut ClientSocket, method: &Method, error: &Error, keep_alive: bool) {
     if matches!(error, Error::ClientGone) {
         return;
     }
     let mut out = BytesMut::new();
-    error.write(&mut out, keep_alive);
+    error.write(&mut out, method, keep_alive);
     // A client that does not take its answer is found by the next read.
     let _ = client.write_all(&out).await;
 }
@@ -118,7 +119,11 @@ async fn take(
     let config = &worker.shared.config;
     let mut upload = Upload::new(body, &request.parts.headers, &config.limits, &config.bbr, config.timeouts.body)?;
     let (headers, version) = (&mut request.parts.headers, request.parts.version);
-    headers::prepare_request(headers, version, peer.ip(), &pick_header(worker), &config.bbr.header);
+    for pick in &worker.shared.pick_headers {
+        // A client's copy is removed whichever pool the request goes to.
+        headers::remove_control(headers, pick, &config.bbr.header);
+    }
+    headers::prepare_request(headers, version, peer.ip(), &config.bbr.header);
     if expect_continue && upload.has_body() && buf.is_empty() {
         client.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await.map_err(|_| Error::ClientGone)?;
     }
@@ -134,15 +139,6 @@ async fn take(
     let model = request.parts.headers.get(&config.bbr.header).and_then(|model| model.to_str().ok());
     request.pool = worker.shared.router.route(host, request.parts.uri.path(), model).map_err(|_| Error::NoRoute)?;
     Ok(upload)
-}
-
-/// The header that carries a pick; a client's copy of it is removed whichever pool the request goes to.
-fn pick_header(worker: &Worker) -> HeaderName {
-    let epp = worker.shared.config.pools.iter().find_map(|pool| match &pool.picker {
-        crate::config::Picker::Epp(epp) => Some(epp.header.clone()),
-        crate::config::Picker::Builtin => None,
-    });
-    epp.unwrap_or(HeaderName::from_static("x-gateway-destination-endpoint"))
 }
 
 fn set_model(parts: &mut request::Parts, header: &HeaderName, model: Option<&str>) {
@@ -163,7 +159,7 @@ async fn answered(
         Verdict::Forward(picked) => picked,
         Verdict::Reply(reply) => {
             let keep_alive = request.keep_alive && upload.is_done();
-            immediate(client, &reply, keep_alive).await?;
+            immediate(client, &request.parts.method, &reply, keep_alive).await?;
             request.record.status(reply.status, "picker_reply");
             return Ok(if keep_alive { After::Next } else { After::Close });
         }
@@ -175,17 +171,24 @@ async fn answered(
     let answer = match dispatch::dispatch(worker, client, request, upload, &mut picked).await {
         Err(Error::Evicted(reply)) => {
             worker.shared.metrics.pool(request.pool).evicted();
-            immediate(client, &reply, request.keep_alive).await?;
+            immediate(client, &request.parts.method, &reply, request.keep_alive).await?;
             request.record.status(reply.status, "evicted");
             return Ok(if request.keep_alive { After::Next } else { After::Close });
         }
         answer => answer?,
     };
+    // An endpoint has answered, so the request will not go out again.
+    upload.forget();
     respond::respond(worker, client, request, *picked, answer).await
 }
 
 /// Sends the picker's own answer to the client.
-async fn immediate(client: &mut ClientSocket, reply: &ImmediateReply, keep_alive: bool) -> Result<(), Error> {
+async fn immediate(
+    client: &mut ClientSocket,
+    method: &Method,
+    reply: &ImmediateReply,
+    keep_alive: bool,
+) -> Result<(), Error> {
     let mut headers = http::HeaderMap::new();
     mutation::apply(&reply.headers, &mut headers);
     let mut fields = String::new();
@@ -198,7 +201,7 @@ async fn immediate(client: &mut ClientSocket, reply: &ImmediateReply, keep_alive
         fields.push_str("content-type: text/plain\r\n");
     }
     let mut out = BytesMut::new();
-    write_reply(&mut out, reply.status, &fields, &reply.body, keep_alive);
+    write_reply(&mut out, method, reply.status, &fields, &reply.body, keep_alive);
     client.write_all(&out).await.map_err(|_| Error::ClientGone)
 }
 

@@ -8,6 +8,8 @@ use tokio::{
     time::Instant,
 };
 
+/// How often a running agent is asked whether its workers live.
+const WATCH: Duration = Duration::from_secs(1);
 /// How often a draining agent looks whether it is done.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -21,21 +23,33 @@ pub(crate) fn agent(config: Config) -> anyhow::Result<()> {
     drop(guard);
     let agent = Agent::start(config)?;
     runtime.block_on(async {
-        tokio::select! { _ = terminate.recv() => {} _ = interrupt.recv() => {} }
+        while !agent.has_failed() {
+            tokio::select! {
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+                () = tokio::time::sleep(WATCH) => {}
+            }
+        }
         tracing::info!(deadline = ?drain, "draining");
         agent.drain();
         let deadline = Instant::now() + drain;
+        let mut forced = false;
         while !agent.is_done() {
             tokio::select! {
                 _ = terminate.recv() => agent.force(),
                 _ = interrupt.recv() => agent.force(),
-                () = tokio::time::sleep_until(deadline) => agent.force(),
+                () = tokio::time::sleep_until(deadline), if !forced => {
+                    agent.force();
+                    forced = true;
+                }
                 () = tokio::time::sleep(LOOK) => {}
             }
         }
     });
+    let failed = agent.has_failed();
     agent.join();
     tracing::info!("stopped");
+    anyhow::ensure!(!failed, "a worker failed; the log says why");
     Ok(())
 }
 

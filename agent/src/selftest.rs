@@ -25,7 +25,7 @@ use crate::{
     config::{self, SteeringMode},
     deliver::{Account, Delivery, End, Target},
     endpoint::connection::EndpointConnection,
-    kernel::Kernel,
+    kernel::{Kernel, version},
     steer::{Steering, WorkerSteering},
 };
 
@@ -38,6 +38,10 @@ const SEND_BUFFER: u32 = 256 * 1024;
 pub fn start(config: &config::Steering) -> Steering {
     if config.mode == SteeringMode::Off {
         return Steering::Off;
+    }
+    let release = version::release();
+    if !version::is_sound(&release) {
+        return Steering::Unavailable(format!("kernel {release} may lose or repeat bytes in sockmap").into());
     }
     let kernel = match Kernel::load(config.max_flows) {
         Ok(kernel) => Arc::new(kernel),
@@ -52,7 +56,7 @@ pub fn start(config: &config::Steering) -> Steering {
 /// Runs every case.
 pub fn prove(kernel: &Arc<Kernel>) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let steering = WorkerSteering::new(kernel, 0, 1)?;
+    let steering = WorkerSteering::new(kernel)?;
     runtime.block_on(async {
         tokio::time::timeout(DEADLINE, async {
             stalled_reader(&steering).await.context("a reader that stalls")?;
@@ -131,7 +135,7 @@ async fn stalled_reader(steering: &Rc<WorkerSteering>) -> Result<()> {
     read?;
     ensure!(end == End::Complete { reusable: true }, "the delivery ended as {end:?}");
     ensure!(account.steered > 0, "the kernel redirected nothing");
-    ensure!(account.stops.contains(&stop::ROOM), "the room gate did not trip");
+    ensure!(account.stops[stop::ROOM as usize] > 0, "the room gate did not trip");
     ensure!(account.steered + account.relayed == BODY as u64, "the account does not add up: {account:?}");
     compare(&got, &body)
 }
@@ -197,6 +201,6 @@ mod tests {
         for _ in 0..10 {
             prove(&kernel).expect("self-test");
         }
-        assert_eq!(kernel.events().missed(), 0);
+        assert_eq!(kernel.events().take_missed(), 0);
     }
 }

@@ -39,10 +39,10 @@ impl Steering {
         }
     }
 
-    /// What the worker `number` of `workers` needs; `None` when it only relays.
-    pub fn worker(&self, number: usize, workers: usize) -> Result<Option<Rc<WorkerSteering>>, LoadError> {
+    /// What a worker needs; `None` when it only relays.
+    pub fn worker(&self) -> Result<Option<Rc<WorkerSteering>>, LoadError> {
         let Self::Active(kernel) = self else { return Ok(None) };
-        WorkerSteering::new(kernel, number, workers).map(Some)
+        WorkerSteering::new(kernel).map(Some)
     }
 }
 
@@ -56,24 +56,21 @@ pub enum RegisterError {
     Io(#[from] io::Error),
 }
 
-/// One worker's share of the slots and its handles of the maps.
+/// One worker's handles of the maps.
 pub struct WorkerSteering {
     kernel: Arc<Kernel>,
     maps: RefCell<Maps>,
-    free: RefCell<Vec<u32>>,
 }
 
 impl WorkerSteering {
-    pub fn new(kernel: &Arc<Kernel>, number: usize, workers: usize) -> Result<Rc<Self>, LoadError> {
-        let (count, number, workers) = (kernel.slots().len() as usize, number, workers.max(1));
-        let free = (count * number / workers..count * (number + 1) / workers).map(|slot| slot as u32).rev().collect();
-        Ok(Rc::new(Self { kernel: Arc::clone(kernel), maps: RefCell::new(kernel.maps()?), free: RefCell::new(free) }))
+    pub fn new(kernel: &Arc<Kernel>) -> Result<Rc<Self>, LoadError> {
+        Ok(Rc::new(Self { kernel: Arc::clone(kernel), maps: RefCell::new(kernel.maps()?) }))
     }
 
     /// Makes a fresh endpoint connection known. The socket must not have received anything yet.
     pub fn register_source(self: &Rc<Self>, endpoint: impl AsFd) -> Result<Source, RegisterError> {
         let cookie = socket::cookie(&endpoint)?;
-        let index = self.free.borrow_mut().pop().ok_or(RegisterError::NoSlot)?;
+        let index = self.kernel.slots().take().ok_or(RegisterError::NoSlot)?;
         let source = Source { index, cookie, steering: Rc::clone(self) };
         source.slot().reset();
         let mut maps = self.maps.borrow_mut();
@@ -90,9 +87,9 @@ impl WorkerSteering {
         Ok(cookie)
     }
 
-    /// Slots of this worker that no endpoint connection holds.
-    pub fn free_slots(&self) -> usize {
-        self.free.borrow().len()
+    /// Events of the kernel that found no room, of all workers, since anyone last asked.
+    pub fn take_missed_events(&self) -> u64 {
+        self.kernel.events().take_missed()
     }
 }
 
@@ -118,7 +115,7 @@ impl Drop for Source {
     fn drop(&mut self) {
         // Missing when registration failed half-way.
         let _ = self.steering.maps.borrow_mut().index.remove(&self.cookie);
-        self.steering.free.borrow_mut().push(self.index);
+        self.steering.kernel.slots().give_back(self.index);
     }
 }
 

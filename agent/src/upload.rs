@@ -132,6 +132,11 @@ impl Upload {
         self.end()
     }
 
+    /// Lets go of the copy. The request will not be sent again.
+    pub fn forget(&mut self) {
+        self.kept = ReplayBody::new(0, 0);
+    }
+
     /// The prompt as the built-in picker knows it.
     pub fn prompt(&mut self) -> PromptHash {
         std::mem::replace(&mut self.hasher, PromptHasher::new()).finish()

@@ -1,8 +1,15 @@
 //! One worker: a core, its current-thread runtime, its listener, its endpoint connections and its channels to the EPPs.
 //! Nothing of a request crosses to another worker.
 
-use std::{io, net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    rc::Rc,
+    sync::{Arc, atomic::AtomicBool},
+    time::Duration,
+};
 
+use http::HeaderName;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
@@ -26,10 +33,14 @@ pub struct Shared {
     pub metrics: Arc<Metrics>,
     /// One for each pool: picks for `builtin` and for fail-open, and counts what is in flight.
     pub pickers: Vec<BuiltinPicker>,
+    /// The headers in which EPPs name their picks: `picker.header` of every pool, and the protocol's own.
+    pub pick_headers: Vec<HeaderName>,
     /// No new connections or requests; what runs may finish.
     pub draining: CancellationToken,
     /// Break off what still runs.
     pub force: CancellationToken,
+    /// A worker could not start or go on.
+    pub failed: AtomicBool,
 }
 
 pub struct Worker {
@@ -49,7 +60,13 @@ impl Worker {
         };
         let epps = config.pools.iter().map(epp).collect::<anyhow::Result<_>>()?;
         let (timeouts, receive_buffer) = (&config.timeouts, config.steering.endpoint_receive_buffer);
-        let endpoints = Pool::new(steering, timeouts.endpoint_keep_alive, timeouts.connect, receive_buffer);
+        let endpoints = Pool::new(
+            Arc::clone(&shared.metrics),
+            steering,
+            timeouts.endpoint_keep_alive,
+            timeouts.connect,
+            receive_buffer,
+        );
         Ok(Rc::new(Self { epps, endpoints, shared }))
     }
 
@@ -73,6 +90,9 @@ impl Worker {
             loop {
                 tokio::time::sleep(Duration::from_secs(1)).await;
                 self.endpoints.sweep();
+                if let Some(steering) = self.endpoints.steering() {
+                    self.shared.metrics.steer_events_missed(steering.take_missed_events());
+                }
             }
         };
         tokio::select! {
@@ -80,12 +100,15 @@ impl Worker {
             () = sweep => {}
             () = self.shared.draining.cancelled() => {}
         }
-        // What the kernel has accepted for us already is served too.
-        while let Some(Ok((stream, peer))) = futures_util::FutureExt::now_or_never(listener.accept()) {
-            let worker = Rc::clone(&self);
-            connections.spawn_local(async move { worker.connection(stream, peer).await });
+        // What the kernel has accepted for us already is served too; the socket itself says what there is.
+        if let Ok(listener) = listener.into_std() {
+            while let Ok((stream, peer)) = listener.accept() {
+                let adopted = stream.set_nonblocking(true).and_then(|()| TcpStream::from_std(stream));
+                let Ok(stream) = adopted else { continue };
+                let worker = Rc::clone(&self);
+                connections.spawn_local(async move { worker.connection(stream, peer).await });
+            }
         }
-        drop(listener);
         connections.close();
         connections.wait().await;
     }

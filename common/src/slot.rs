@@ -93,9 +93,12 @@ pub struct Slot {
     pub segments: u64,
     /// One of [`stop`]: why the last armed span ended early.
     pub stop: u32,
-    /// Not 0: send an event at the end of the message too, not only at a stop.
-    pub wake: u32,
-    pub reserved: [u64; 4],
+    pub reserved0: u32,
+    /// `1 << 32 |` the TCP sequence number of the first byte that the endpoint sent; 0: none yet.
+    pub origin: u64,
+    /// Not 0: the kernel's account of the stream and the stream differ. Nothing read from the connection can be trusted.
+    pub astray: Word,
+    pub reserved: [u64; 2],
 }
 
 const _: () = assert!(size_of::<Slot>() == 128);
@@ -112,5 +115,6 @@ pub struct Offsets {
     pub sk_sndbuf: u32,
     /// `struct tcp_sock::write_seq`: sequence number behind the last byte written.
     pub write_seq: u32,
-    pub reserved: u32,
+    /// `struct sk_buff::cb`, which begins with `struct tcp_skb_cb::seq` in a receive queue.
+    pub skb_cb: u32,
 }

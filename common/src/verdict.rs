@@ -19,6 +19,10 @@ pub trait Kernel {
     fn load_acquire(&mut self, word: &Word) -> u64;
     /// Stores 0 with release order.
     fn clear_release(&mut self, word: &Word);
+    /// TCP sequence number of the segment's first byte.
+    fn sequence(&mut self) -> u32;
+    /// Cuts bytes off the segment's front. False: they are still there.
+    fn trim(&mut self, bytes: u32) -> bool;
     /// Advances `framing` over the whole segment. False: it ends before the segment does, is invalid, or is too long to tell.
     fn parse(&mut self, framing: &mut Framing, len: u32) -> bool;
     /// The endpoint has closed its side, with this segment or before it.
@@ -45,6 +49,7 @@ pub struct SendBuffer {
 /// [`Kernel::redirect`] took it.
 #[inline(always)]
 pub fn verdict(slot: &mut Slot, len: u32, kernel: &mut impl Kernel) {
+    let len = if len == 0 { 0 } else { without_overlap(slot, len, kernel) };
     if slot.armed.get() == 0 {
         add(&slot.passed, len);
         return;
@@ -53,11 +58,8 @@ pub fn verdict(slot: &mut Slot, len: u32, kernel: &mut impl Kernel) {
     let armed = kernel.load_acquire(&slot.armed);
     match try_redirect(slot, armed, len, kernel) {
         Ok(()) if slot.framing.is_done() => {
-            let wake = slot.wake;
             kernel.clear_release(&slot.armed);
-            if wake != 0 {
-                kernel.event();
-            }
+            kernel.event();
         }
         Ok(()) => {}
         Err(reason) => {
@@ -69,9 +71,31 @@ pub fn verdict(slot: &mut Slot, len: u32, kernel: &mut impl Kernel) {
     }
 }
 
+/// Cuts off what earlier segments have brought already; returns the length that is left.
+///
+/// A retransmitted segment may begin before the end of what has arrived. `tcp_recvmsg` skips that part by its offset;
+/// `tcp_read_skb` hands over the whole segment, so without this the bytes would be delivered twice.
+#[inline(always)]
+fn without_overlap(slot: &mut Slot, len: u32, kernel: &mut impl Kernel) -> u32 {
+    let sequence = kernel.sequence();
+    if slot.origin >> 32 == 0 {
+        slot.origin = 1 << 32 | u64::from(sequence);
+    }
+    let expected = (slot.origin as u32).wrapping_add(slot.passed.get() as u32).wrapping_add(slot.redir.get() as u32);
+    let overlap = expected.wrapping_sub(sequence);
+    if overlap == 0 {
+        return len;
+    }
+    if overlap < len && kernel.trim(overlap) {
+        return len - overlap;
+    }
+    slot.astray.set(1);
+    len
+}
+
 #[inline(always)]
 fn try_redirect(slot: &mut Slot, armed: u64, len: u32, kernel: &mut impl Kernel) -> Result<(), u32> {
-    if armed.wrapping_sub(1) != slot.passed.get() {
+    if armed.wrapping_sub(1) != slot.passed.get() || slot.astray.get() != 0 {
         return Err(stop::REFUSED);
     }
     if len == 0 {

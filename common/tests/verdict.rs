@@ -99,6 +99,7 @@ struct Seen {
     armed_in_window: u64,
     disarmed: u64,
     fin_with_data: u64,
+    overlaps: u64,
     complete: u64,
     broken: u64,
 }
@@ -180,6 +181,10 @@ impl<'a> World<'a> {
         slot.words().redir.set(redir);
         let consumed = random.pick(&[0, 1 << 40]);
         slot.words().passed.set(consumed);
+        // As if the stream had begun where the counters did.
+        let begun = FIRST_SEQUENCE.wrapping_sub(consumed as u32).wrapping_sub(redir as u32);
+        // SAFETY: one thread, and nothing looks at the slot yet.
+        unsafe { (*slot.0.get()).origin = 1 << 32 | u64::from(begun) };
         let framing = messages[0].framing;
         let sequence = random.pick(&[0, u32::MAX - 100, 1 << 31]);
         let agent = Agent {
@@ -345,10 +350,14 @@ impl<'a> World<'a> {
     fn verdict(&mut self, segment: Range<usize>) {
         self.locked = true;
         self.haste = self.random.pick(&[1, 2, 20]);
-        let len = segment.len() as u32;
+        // A retransmission may begin before what has arrived; the program gets it whole.
+        let overlap =
+            if !segment.is_empty() && self.random.one_in(8) { self.random.within(0, segment.start.min(20)) } else { 0 };
+        self.seen.overlaps += u64::from(overlap > 0);
+        let len = (segment.len() + overlap) as u32;
         let slot = self.slot.0.get();
         let armed = &self.slot.words().armed;
-        let mut kernel = Segment { world: self, segment: segment.clone(), redirected: false, asked: false };
+        let mut kernel = Segment { world: self, segment: segment.clone(), overlap, redirected: false, asked: false };
         if armed.get() == 0 {
             // The verdict has read 0 and not yet counted: whatever is armed meanwhile, it does not see.
             kernel.world.interleave();
@@ -363,6 +372,7 @@ impl<'a> World<'a> {
             verdict(unsafe { &mut *slot }, len, &mut kernel);
         }
         let (redirected, asked) = (kernel.redirected, kernel.asked);
+        assert_eq!(kernel.overlap, 0, "bytes that had arrived are delivered again");
         if self.haste == 1 && asked && !redirected && self.slot_stop() == stop::ROOM {
             let full = self.queued() + self.backlogged() + segment.len();
             assert!(full > self.send_limit, "stopped for want of room, and there is room");
@@ -516,7 +526,6 @@ impl<'a> World<'a> {
                     (&raw mut (*raw).framing).write_volatile(self.agent.framing);
                     (&raw mut (*raw).wbase).write_volatile(0);
                     (&raw mut (*raw).stop).write_volatile(0);
-                    (&raw mut (*raw).wake).write_volatile(1);
                 }
                 slot.target.set(KEY);
                 At::Arm
@@ -644,10 +653,15 @@ fn append_message(wire: &mut Vec<u8>, random: &mut Random) -> Framing {
     Framing::chunked()
 }
 
+/// Of the first byte; wraps early in every stream.
+const FIRST_SEQUENCE: u32 = 0xffff_ffc0;
+
 /// One segment's verdict in progress; at each call out of it, the others may move.
 struct Segment<'w, 'a> {
     world: &'w mut World<'a>,
     segment: Range<usize>,
+    /// Bytes in front of it that had arrived before.
+    overlap: usize,
     redirected: bool,
     /// The target was looked up.
     asked: bool,
@@ -666,6 +680,16 @@ impl Kernel for Segment<'_, '_> {
         self.world.armed = false;
         word.atomic().store(0, SeqCst);
         self.world.interleave();
+    }
+
+    fn sequence(&mut self) -> u32 {
+        FIRST_SEQUENCE.wrapping_add((self.segment.start - self.overlap) as u32)
+    }
+
+    fn trim(&mut self, bytes: u32) -> bool {
+        assert_eq!(bytes as usize, self.overlap);
+        self.overlap = 0;
+        true
     }
 
     fn parse(&mut self, framing: &mut Framing, _: u32) -> bool {
@@ -745,6 +769,9 @@ fn every_byte_arrives_once_and_in_order_and_no_wake_up_is_lost() {
         assert!(seen.stops.iter().all(|&stops| stops > 0), "{seen:?}");
         let counts = [seen.redirects, seen.relayed, seen.slept, seen.late, seen.armed_in_window, seen.disarmed];
         assert!(counts.iter().all(|&count| count > 100), "{seen:?}");
-        assert!(seen.fin_with_data > 1000 && seen.complete > 1000 && seen.broken > 1000, "{seen:?}");
+        assert!(
+            seen.overlaps > 1000 && seen.fin_with_data > 1000 && seen.complete > 1000 && seen.broken > 1000,
+            "{seen:?}"
+        );
     }
 }

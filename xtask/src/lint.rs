@@ -33,11 +33,19 @@ const NEVER_IN_TEXT: [&str; 7] = [
 
 pub(crate) fn main() -> Result<()> {
     let mut steps = Steps::default();
-    steps.step("formatting", || run(cargo().args(["fmt", "--all", "--check"])))?;
-    steps.step("rules of the house", rules)?;
-    steps.step("dependencies", dependencies)?;
-    steps.step("kernel program without warnings", || ebpf::build(ebpf::Warnings::Deny))?;
-    steps.step("clippy", || run(cargo().args(["clippy", "--all-targets", "--", "-D", "warnings"])))
+    // Each is run even when one before it has failed, so that all there is to mend is seen at once.
+    let results = [
+        steps.step("formatting", || run(cargo().args(["fmt", "--all", "--check"]))),
+        steps.step("rules of the house", rules),
+        steps.step("dependencies", dependencies),
+        steps.step("kernel program without warnings", || ebpf::build(ebpf::Warnings::Deny)),
+        steps.step("clippy", || run(cargo().args(["clippy", "--all-targets", "--", "-D", "warnings"]))),
+    ];
+    let errors: Vec<String> = results.into_iter().filter_map(|result| Some(format!("{:#}", result.err()?))).collect();
+    if !errors.is_empty() {
+        bail!("{}", errors.join("; "));
+    }
+    Ok(())
 }
 
 fn rules() -> Result<()> {

@@ -1,18 +1,16 @@
-//! One span in the kernel: find a quiet moment, arm, sleep, take back.
+//! One span in the kernel: arm, sleep, take back.
 //!
 //! The order is what keeps bytes in order. Arm first, then read once more: the read waits for any verdict in progress, so
 //! when it finds nothing, every later verdict sees the arming, and every stop sends an event. When it finds bytes, the
 //! kernel refuses the arming by itself (they count as passed) or has stopped already, and user space goes on.
-//!
-//! A stream that never pauses has no quiet moment, so one is made: behind the gate (SO_RCVLOWAT) new bytes stay in the TCP
-//! queue, before the verdict, while user space forwards what was let through; opened, they all meet the armed slot.
 
-use std::{future::poll_fn, io};
+use std::{future::poll_fn, io, time::Duration};
+
+use bytes::BytesMut;
 
 use penstock_common::slot::stop;
-use tokio::time::Instant;
 
-use super::{Delivery, End, Target};
+use super::{Delivery, End, MAX_FRUITLESS, MIN_BUFFER, Target, within};
 use crate::kernel::{slots::SlotRef, socket::monotonic_ns};
 
 /// What ended the wait for the kernel.
@@ -28,15 +26,11 @@ enum Wake {
 impl Delivery<'_> {
     /// Lets the kernel carry what it can. False: nothing came of it, user space has to read.
     pub(super) async fn span(&mut self, target: Target) -> Result<bool, End> {
-        if self.slot()?.passed() != self.endpoint.consumed && !self.catch_up().await? {
-            return Ok(self.framing.is_done() || self.framing.is_invalid());
-        }
         // The kernel's account of the target begins with the arming: nothing may be on its way from an earlier span.
-        self.client.settle().await.map_err(|_| End::ClientGone)?;
+        within(self.idle, self.client.settle()).await?;
         let before = self.slot()?.redirected();
         let segments = self.slot()?.segments();
-        self.slot()?.arm(target.key, self.framing, self.endpoint.consumed, true);
-        self.endpoint.gate(false).map_err(|_| End::Broken)?;
+        self.slot()?.arm(target.key, self.framing, self.endpoint.consumed);
         self.make_room();
         let result = match self.endpoint.read_now(&mut self.pending) {
             Ok(0) => Ok(Wake::Endpoint),
@@ -50,6 +44,8 @@ impl Delivery<'_> {
         let slot = self.slot()?;
         if !slot.is_released() {
             slot.disarm();
+            // Waits for a verdict in progress, which may have seen the slot armed.
+            self.endpoint.wait_for_verdict();
         }
         let steered = self.take_back(before, segments)?;
         match result {
@@ -63,35 +59,6 @@ impl Delivery<'_> {
         }
     }
 
-    /// Forwards what was let through while the gate keeps more from coming. False: the kernel cannot be armed now, because
-    /// the message or the stream is over, the client has fallen behind, or the gate did not hold (it yields to memory
-    /// pressure and to FIN).
-    async fn catch_up(&mut self) -> Result<bool, End> {
-        self.endpoint.gate(true).map_err(|_| End::Broken)?;
-        let quiet = loop {
-            self.make_room();
-            match self.endpoint.read_now(&mut self.pending) {
-                Ok(0) => {
-                    self.end_of_stream().await?;
-                    break false;
-                }
-                Ok(n) => self.received(n),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    break self.slot()?.passed() == self.endpoint.consumed;
-                }
-                Err(_) => return Err(End::Broken),
-            }
-            self.forward().await?;
-            if self.framing.is_done() || self.framing.is_invalid() || self.armable().is_none() {
-                break false;
-            }
-        };
-        if !quiet {
-            self.endpoint.gate(false).map_err(|_| End::Broken)?;
-        }
-        Ok(quiet)
-    }
-
     fn slot(&self) -> Result<SlotRef<'_>, End> {
         self.endpoint.source().map(|source| source.slot()).ok_or(End::Broken)
     }
@@ -99,7 +66,8 @@ impl Delivery<'_> {
     /// Enters the kernel's books into ours; true when it carried something. The slot is released.
     fn take_back(&mut self, before: u64, segments: u64) -> Result<bool, End> {
         let slot = self.slot()?;
-        let (steered, segments) = (slot.redirected() - before, slot.segments() - segments);
+        let steered = slot.redirected().saturating_sub(before);
+        let segments = slot.segments().saturating_sub(segments);
         let (framing, stop, stamps) = (slot.framing(), slot.stop(), slot.stamps());
         self.framing = framing;
         self.client.add_redirected(steered);
@@ -109,10 +77,14 @@ impl Delivery<'_> {
             self.account.stamp(stamps.0, stamps.1);
         }
         if stop != 0 {
-            self.account.stops.push(stop);
+            if let Some(count) = self.account.stops.get_mut(stop as usize) {
+                *count += 1;
+            }
             self.hold = stop == stop::ROOM;
         }
-        if stop == stop::TARGET {
+        // Arming costs more than it brings where every segment stops it.
+        self.fruitless = if steered > 0 { 0 } else { self.fruitless + u32::from(stop != 0) };
+        if stop == stop::TARGET || self.fruitless >= MAX_FRUITLESS {
             self.target = None;
         }
         Ok(steered > 0)
@@ -120,7 +92,7 @@ impl Delivery<'_> {
 
     /// Sleeps until the kernel lets go of the slot, or one of the peers or the idle time ends it.
     async fn sleep(&mut self) -> io::Result<Wake> {
-        // Often the rest was waiting behind the gate and is through already.
+        // A short rest may be through already.
         if self.endpoint.source().is_some_and(|source| source.slot().is_released()) {
             return Ok(Wake::Released);
         }
@@ -128,6 +100,9 @@ impl Delivery<'_> {
         if self.endpoint.source().is_some_and(|source| source.slot().passed() != self.endpoint.consumed) {
             return Ok(Wake::Endpoint);
         }
+        // Nothing is read before the kernel lets go.
+        self.pending = BytesMut::new();
+        self.buffer = MIN_BUFFER;
         self.endpoint.quiet()?;
         let wake = self.wake().await;
         self.endpoint.attentive()?;
@@ -148,14 +123,14 @@ impl Delivery<'_> {
     /// Resolves when the kernel has redirected nothing for the idle time.
     async fn idle_since_last(&self, slot: SlotRef<'_>) {
         let Some(idle) = self.idle else { return std::future::pending().await };
-        let mut since = monotonic_ns();
+        let idle = idle.as_nanos() as u64;
+        let armed = monotonic_ns();
         loop {
-            tokio::time::sleep_until(Instant::now() + idle).await;
-            let last = slot.stamps().1.max(since);
-            if monotonic_ns() - last >= idle.as_nanos() as u64 {
+            let passed = monotonic_ns().saturating_sub(slot.stamps().1.max(armed));
+            if passed >= idle {
                 return;
             }
-            since = last;
+            tokio::time::sleep(Duration::from_nanos(idle - passed)).await;
         }
     }
 }

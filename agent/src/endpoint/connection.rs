@@ -7,13 +7,17 @@ use std::{io, net::SocketAddr, rc::Rc, time::Duration};
 
 use bytes::BytesMut;
 use tokio::{
-    io::{AsyncWriteExt as _, Interest, unix::AsyncFd},
-    net::{TcpSocket, TcpStream},
+    io::{AsyncReadExt as _, Interest, unix::AsyncFd},
+    net::{
+        TcpSocket, TcpStream,
+        tcp::{ReadHalf, WriteHalf},
+    },
     time::Instant,
 };
 
 use crate::{
     kernel::socket,
+    metrics::InFlight,
     steer::{Source, WorkerSteering},
 };
 
@@ -26,11 +30,9 @@ pub struct EndpointConnection {
     pub local: bool,
     /// Bytes that user space has read since the connection was made.
     pub consumed: u64,
-    /// Requests sent on it.
-    pub requests: u64,
     pub(super) idle_since: Instant,
-    /// The gate is shut.
-    shut: bool,
+    /// The slot, in the metrics.
+    pub(super) counted: Option<InFlight>,
 }
 
 enum Io {
@@ -67,8 +69,8 @@ impl EndpointConnection {
                 None
             }
         });
-        let (consumed, requests, idle_since) = (0, 0, Instant::now());
-        Ok(Self { io: Io::Ready(stream), source, address, local, consumed, requests, idle_since, shut: false })
+        let (consumed, idle_since) = (0, Instant::now());
+        Ok(Self { io: Io::Ready(stream), source, address, local, consumed, idle_since, counted: None })
     }
 
     pub fn source(&self) -> Option<&Source> {
@@ -82,45 +84,32 @@ impl EndpointConnection {
         }
     }
 
-    pub async fn write_all(&mut self, buf: &[u8]) -> io::Result<()> {
-        match &mut self.io {
-            Io::Ready(stream) => stream.write_all(buf).await,
-            _ => Err(gone()),
-        }
+    /// Both directions at once.
+    pub fn split(&mut self) -> io::Result<(Reader<'_>, WriteHalf<'_>)> {
+        let Io::Ready(stream) = &mut self.io else { return Err(gone()) };
+        let (half, writer) = stream.split();
+        Ok((Reader { half, source: self.source.as_ref(), consumed: &mut self.consumed }, writer))
     }
 
     /// Reads what is there, at most the buffer's spare capacity; 0 is the end of the stream. Cancel-safe.
     pub async fn read(&mut self, buf: &mut BytesMut) -> io::Result<usize> {
-        loop {
-            let stream = self.ready()?;
-            stream.readable().await?;
-            match stream.try_io(Interest::READABLE, || socket::receive_into(stream, buf)) {
-                Ok(n) => {
-                    self.consumed += n as u64;
-                    return Ok(n);
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error),
-            }
-        }
+        self.split()?.0.read(buf).await
     }
 
     /// Reads what is there without waiting. Unlike tokio's readiness, the answer is the socket's own, and given after any
     /// verdict that was in progress.
     pub fn read_now(&mut self, buf: &mut BytesMut) -> io::Result<usize> {
         let n = socket::receive_into(self.ready()?, buf)?;
-        self.consumed += n as u64;
-        Ok(n)
+        book(self.source.as_ref(), &mut self.consumed, n)
     }
 
-    /// Shut, keeps new bytes from the verdict, in the TCP queue, as far as the kernel can; opened, lets the verdict see them
-    /// all at once.
-    pub fn gate(&mut self, shut: bool) -> io::Result<()> {
-        if self.shut != shut {
-            socket::set_receive_low_water(self.ready()?, if shut { i32::MAX } else { 1 })?;
-            self.shut = shut;
-        }
-        Ok(())
+    /// Returns when no verdict of this connection is in progress: the call takes the lock that verdicts run under.
+    pub fn wait_for_verdict(&self) {
+        let _ = match &self.io {
+            Io::Ready(stream) => socket::peek(stream, &mut [0]),
+            Io::Quiet(quiet) => socket::peek(quiet.get_ref(), &mut [0]),
+            Io::Gone => return,
+        };
     }
 
     /// From now on, only errors wake us.
@@ -166,3 +155,30 @@ impl Drop for EndpointConnection {
         }
     }
 }
+
+/// The reading side of a split connection.
+pub struct Reader<'a> {
+    half: ReadHalf<'a>,
+    source: Option<&'a Source>,
+    consumed: &'a mut u64,
+}
+
+impl Reader<'_> {
+    /// As [`EndpointConnection::read`].
+    pub async fn read(&mut self, buf: &mut BytesMut) -> io::Result<usize> {
+        let n = self.half.read_buf(buf).await?;
+        book(self.source, self.consumed, n)
+    }
+}
+
+/// Books `n` bytes read, unless the kernel no longer knows what it has let through.
+fn book(source: Option<&Source>, consumed: &mut u64, n: usize) -> io::Result<usize> {
+    if source.is_some_and(|source| source.slot().is_astray()) {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "the kernel lost track of the stream"));
+    }
+    *consumed += n as u64;
+    Ok(n)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,12 +1,12 @@
 //! Idle connections by endpoint, one pool for each worker. Last in, first out; none is kept longer than the limit, which
 //! stands below the model servers' own (uvicorn closes after 5 s).
 
-use std::{cell::RefCell, collections::HashMap, io, net::SocketAddr, rc::Rc, time::Duration};
+use std::{cell::RefCell, collections::HashMap, io, net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
 use super::connection::EndpointConnection;
-use crate::steer::WorkerSteering;
+use crate::{metrics::Metrics, steer::WorkerSteering};
 
 /// Idle connections kept for one endpoint.
 const MAX_IDLE: usize = 256;
@@ -17,16 +17,18 @@ pub struct Pool {
     keep_alive: Duration,
     connect_timeout: Duration,
     receive_buffer: u32,
+    metrics: Arc<Metrics>,
 }
 
 impl Pool {
     pub fn new(
+        metrics: Arc<Metrics>,
         steering: Option<Rc<WorkerSteering>>,
         keep_alive: Duration,
         connect_timeout: Duration,
         receive_buffer: u32,
     ) -> Self {
-        Self { idle: RefCell::default(), steering, keep_alive, connect_timeout, receive_buffer }
+        Self { idle: RefCell::default(), steering, keep_alive, connect_timeout, receive_buffer, metrics }
     }
 
     pub fn steering(&self) -> Option<&Rc<WorkerSteering>> {
@@ -48,7 +50,10 @@ impl Pool {
 
     /// A new connection. The error kinds are those of `connect(2)`, and `TimedOut`.
     pub async fn connect(&self, address: SocketAddr) -> io::Result<EndpointConnection> {
-        EndpointConnection::connect(address, self.connect_timeout, self.steering.as_ref(), self.receive_buffer).await
+        let (timeout, steering) = (self.connect_timeout, self.steering.as_ref());
+        let mut connection = EndpointConnection::connect(address, timeout, steering, self.receive_buffer).await?;
+        connection.counted = connection.source().map(|_| self.metrics.slot());
+        Ok(connection)
     }
 
     /// Takes back a connection on which nothing is outstanding.

@@ -38,17 +38,11 @@ const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Makes a client's fields fit to travel: hop-by-hop and control fields out, forwarding fields in.
 ///
-/// `destination` and `model` are the configured headers that carry the pick and the model; both are the agent's to set.
-pub fn prepare_request(
-    headers: &mut HeaderMap,
-    version: Version,
-    client: IpAddr,
-    destination: &HeaderName,
-    model: &HeaderName,
-) {
+/// `model` is the configured header that carries the model, which is the agent's to set.
+pub fn prepare_request(headers: &mut HeaderMap, version: Version, client: IpAddr, model: &HeaderName) {
     // What the client asks to remove goes first, so that it cannot name a field that is added below.
     remove_hop_by_hop(headers);
-    remove_control(headers, destination, model);
+    remove_control(headers, model, model);
     add_request_id(headers);
     add_forwarded(headers, client);
     add_via(headers, version);

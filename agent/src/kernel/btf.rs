@@ -1,4 +1,4 @@
-//! Offsets of three fields of the running kernel, read from its BTF (Documentation/bpf/btf.rst).
+//! Offsets of four fields of the running kernel, read from its BTF (Documentation/bpf/btf.rst).
 //!
 //! aya relocates field accesses of C programs only, so the Rust program gets the offsets as a global.
 
@@ -33,7 +33,7 @@ fn offsets_in(bytes: &[u8]) -> Result<Offsets, BtfError> {
         sk_wmem_queued: field("sock", "sk_wmem_queued")?,
         sk_sndbuf: field("sock", "sk_sndbuf")?,
         write_seq: field("tcp_sock", "write_seq")?,
-        reserved: 0,
+        skb_cb: field("sk_buff", "cb")?,
     })
 }
 

@@ -5,7 +5,7 @@
 
 use std::{
     io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -53,9 +53,9 @@ impl Events {
         if slot.is_released() { Poll::Ready(()) } else { Poll::Pending }
     }
 
-    /// Events that found the ring full.
-    pub fn missed(&self) -> u64 {
-        self.shared.missed.load(Relaxed)
+    /// Events that found the ring full, since the last call.
+    pub fn take_missed(&self) -> u64 {
+        self.shared.missed.swap(0, Relaxed)
     }
 }
 
@@ -69,6 +69,7 @@ impl Drop for Events {
 }
 
 fn run(mut ring: RingBuf<MapData>, missed: &Array<MapData, u64>, shared: &Shared, stop: &EventFd) {
+    let mut seen = 0;
     loop {
         while let Some(item) = ring.next() {
             let index = item.get(..8).and_then(|bytes| bytes.try_into().ok()).map_or(u64::MAX, u64::from_ne_bytes);
@@ -76,8 +77,10 @@ fn run(mut ring: RingBuf<MapData>, missed: &Array<MapData, u64>, shared: &Shared
                 waker.wake();
             }
         }
-        let total = missed.get(&0, 0).unwrap_or_default();
-        if shared.missed.swap(total, Relaxed) != total {
+        let total = missed.get(&0, 0).unwrap_or(seen);
+        if total != seen {
+            shared.missed.fetch_add(total.wrapping_sub(seen), Relaxed);
+            seen = total;
             shared.wakers.iter().for_each(AtomicWaker::wake);
         }
         if wait(&ring, stop.as_fd()).is_err() {
@@ -88,8 +91,7 @@ fn run(mut ring: RingBuf<MapData>, missed: &Array<MapData, u64>, shared: &Shared
 
 /// Sleeps until the ring has something, or a second has passed and missed events are worth a look; an error says that it is time to end.
 fn wait(ring: &RingBuf<MapData>, stop: BorrowedFd<'_>) -> Result<(), ()> {
-    let ring: OwnedFd = super::socket::borrow(ring).try_clone_to_owned().map_err(drop)?;
-    let mut fds = [PollFd::new(ring.as_fd(), PollFlags::POLLIN), PollFd::new(stop, PollFlags::POLLIN)];
+    let mut fds = [PollFd::new(super::socket::borrow(ring), PollFlags::POLLIN), PollFd::new(stop, PollFlags::POLLIN)];
     match poll(&mut fds, 1000u16) {
         Ok(_) | Err(nix::errno::Errno::EINTR) if fds[1].any() != Some(true) => Ok(()),
         _ => Err(()),

@@ -8,12 +8,17 @@ use std::{
 };
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
-use penstock_common::{framing::Framing, slot::Slot};
+use parking_lot::Mutex;
+use penstock_common::{
+    framing::Framing,
+    slot::{Slot, Word},
+};
 
 /// The whole table. Lives as long as any slot of it is used.
 pub struct Slots {
     base: NonNull<Slot>,
     count: u32,
+    free: Mutex<Vec<u32>>,
 }
 
 // SAFETY: the memory is shared with the kernel anyway; access goes through atomics, or through `SlotRef` whose rules say
@@ -28,7 +33,7 @@ impl Slots {
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a fresh mapping of the array map's values, chosen by the kernel; the map has BPF_F_MMAPABLE.
         let base = unsafe { mmap(None, bytes, protection, MapFlags::MAP_SHARED, fd, 0) }?;
-        Ok(Self { base: base.cast(), count })
+        Ok(Self { base: base.cast(), count, free: Mutex::new((0..count).rev().collect()) })
     }
 
     pub fn len(&self) -> u32 {
@@ -37,6 +42,16 @@ impl Slots {
 
     pub fn is_empty(&self) -> bool {
         self.count == 0
+    }
+
+    /// A slot for a new connection, by its index; taken once a connection, so workers hardly meet at the lock.
+    pub fn take(&self) -> Option<u32> {
+        self.free.lock().pop()
+    }
+
+    /// Takes back a slot that no verdict can touch any more.
+    pub fn give_back(&self, index: u32) {
+        self.free.lock().push(index);
     }
 
     /// The slot at `index`.
@@ -58,6 +73,17 @@ impl Drop for Slots {
     }
 }
 
+/// Accessors of the slot's words.
+macro_rules! words {
+    ($($method:ident => $field:ident,)+) => {
+        $(fn $method(&self) -> &Word {
+            // SAFETY: inside the live mapping; words are accessed as whole words, and the plain fields between them are
+            // never behind a reference, because the kernel writes them.
+            unsafe { &(*self.slot.as_ptr()).$field }
+        })+
+    };
+}
+
 /// One slot, as its endpoint connection's owner sees it. Fields other than the words may be touched only while the slot is
 /// released (`armed == 0`), which the methods see to.
 #[derive(Clone, Copy)]
@@ -67,9 +93,14 @@ pub struct SlotRef<'a> {
 }
 
 impl SlotRef<'_> {
-    fn slot(&self) -> &Slot {
-        // SAFETY: inside the live mapping; the words are accessed as whole words.
-        unsafe { self.slot.as_ref() }
+    words! {
+        armed => armed,
+        passed_word => passed,
+        redir => redir,
+        target => target,
+        first_ns => first_ns,
+        last_ns => last_ns,
+        astray => astray,
     }
 
     /// Everything back to zero, before the connection is known to the kernel program.
@@ -81,13 +112,13 @@ impl SlotRef<'_> {
     /// Starts a message: its stamps begin anew. Only while released.
     pub fn begin_message(&self) {
         debug_assert!(self.is_released());
-        self.slot().first_ns.set(0);
-        self.slot().last_ns.set(0);
+        self.first_ns().set(0);
+        self.last_ns().set(0);
     }
 
     /// Hands the rest of the message to the kernel: redirect to `target` while exactly `consumed` bytes have been let
-    /// through. `wake` asks for an event at the end of the message too. Only while released.
-    pub fn arm(&self, target: u64, framing: Framing, consumed: u64, wake: bool) {
+    /// through. Only while released.
+    pub fn arm(&self, target: u64, framing: Framing, consumed: u64) {
         debug_assert!(self.is_released());
         let slot = self.slot.as_ptr();
         // SAFETY: released, so these fields are ours.
@@ -95,21 +126,20 @@ impl SlotRef<'_> {
             (&raw mut (*slot).framing).write_volatile(framing);
             (&raw mut (*slot).wbase).write_volatile(0);
             (&raw mut (*slot).stop).write_volatile(0);
-            (&raw mut (*slot).wake).write_volatile(u32::from(wake));
         }
-        self.slot().target.set(target);
-        self.slot().armed.atomic().store(consumed + 1, SeqCst);
+        self.target().set(target);
+        self.armed().atomic().store(consumed + 1, SeqCst);
     }
 
     /// The kernel has let go of the slot: what it wrote may be read.
     pub fn is_released(&self) -> bool {
-        self.slot().armed.atomic().load(Acquire) == 0
+        self.armed().atomic().load(Acquire) == 0
     }
 
     /// Takes the slot back although the kernel has not let go. Only when no redirect can happen any more: the arming was
     /// refused, the endpoint has closed, or the connection is broken off.
     pub fn disarm(&self) {
-        self.slot().armed.atomic().store(0, SeqCst);
+        self.armed().atomic().store(0, SeqCst);
     }
 
     /// Where the message stands. Only while released.
@@ -127,12 +157,17 @@ impl SlotRef<'_> {
 
     /// Bytes let through to user space since the connection was made.
     pub fn passed(&self) -> u64 {
-        self.slot().passed.atomic().load(Acquire)
+        self.passed_word().atomic().load(Acquire)
+    }
+
+    /// What the kernel let through cannot be trusted any more: the connection must be broken off.
+    pub fn is_astray(&self) -> bool {
+        self.astray().get() != 0
     }
 
     /// Bytes redirected since the connection was made; may grow while armed.
     pub fn redirected(&self) -> u64 {
-        self.slot().redir.atomic().load(Acquire)
+        self.redir().atomic().load(Acquire)
     }
 
     /// Segments redirected since the connection was made.
@@ -143,6 +178,6 @@ impl SlotRef<'_> {
 
     /// First and last redirect of the message, CLOCK_MONOTONIC ns; 0: none yet.
     pub fn stamps(&self) -> (u64, u64) {
-        (self.slot().first_ns.atomic().load(Relaxed), self.slot().last_ns.atomic().load(Relaxed))
+        (self.first_ns().atomic().load(Relaxed), self.last_ns().atomic().load(Relaxed))
     }
 }

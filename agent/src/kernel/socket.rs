@@ -89,22 +89,6 @@ pub fn set_send_buffer(socket: impl AsFd, bytes: u32) -> io::Result<()> {
     Ok(())
 }
 
-/// SO_RCVLOWAT: below it, arriving bytes neither wake anyone nor reach the verdict; the kernel caps it at half the receive
-/// buffer. Setting it looks at the queue anew (`tcp_set_rcvlowat`, `tcp_data_ready`).
-pub fn set_receive_low_water(socket: impl AsFd, bytes: i32) -> io::Result<()> {
-    // SAFETY: passes one int by pointer, with its size.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_fd().as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_RCVLOWAT,
-            (&raw const bytes).cast(),
-            size_of::<libc::c_int>() as libc::socklen_t,
-        )
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-}
-
 /// CLOCK_MONOTONIC in ns, the clock of the kernel program's stamps.
 pub fn monotonic_ns() -> u64 {
     let now =

@@ -39,7 +39,7 @@ families! {
     request_duration: Histograms<ByPool> = "request_duration_seconds" in REQUEST_SECONDS;
     /// Requests that are being read, picked for, forwarded or answered.
     active_requests: Family<ByPool, Gauge> = "active_requests";
-    /// Time from the request sent to the first byte of the response's body.
+    /// Time from the request's head to the first byte of the response's body.
     ttft: Histograms<ByPool> = "ttft_seconds" in TTFT_SECONDS;
     /// Mean time between the chunks of a streamed response after its first.
     time_per_output_chunk: Histograms<ByPool> = "time_per_output_chunk_seconds" in CHUNK_SECONDS;
@@ -51,7 +51,7 @@ families! {
     /// Requests whose client went away before the answer was complete.
     client_aborts: Counter = "client_aborts";
 
-    /// Time from the end of a request's body to the EPP's decision, or to giving up on it.
+    /// Time from the opening of the EPP's stream to its decision, or to giving up on it; the upload of the body is part of it.
     epp_exchange: Histograms<ByOutcome> = "epp_exchange_seconds" in EPP_SECONDS;
     /// Exchanges with the EPP that failed, whatever the pool's failure mode made of it.
     epp_failures: Family<ByPoolAndReason, Counter> = "epp_failures";

@@ -64,7 +64,7 @@ impl PoolMetrics {
         InFlight::new(&self.active_requests)
     }
 
-    /// From the request sent to the first byte of the response's body.
+    /// From the request's head to the first byte of the response's body.
     pub fn time_to_first_token(&self, time: Duration) {
         self.ttft.observe(time.as_secs_f64());
     }

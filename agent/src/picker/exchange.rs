@@ -288,7 +288,9 @@ impl Exchange {
         for set in mutation.iter().flat_map(|mutation| &mutation.set_headers) {
             match &set.header {
                 Some(header) if header.key.eq_ignore_ascii_case(self.header.as_str()) => {
-                    self.by_header = Some(String::from_utf8_lossy(message::value(header)).into_owned());
+                    // The first counts: production EPPs set the pick and then echo the request's own headers.
+                    let pick = || String::from_utf8_lossy(message::value(header)).into_owned();
+                    self.by_header.get_or_insert_with(pick);
                 }
                 _ => self.mutation.set_headers.push(set.clone()),
             }

@@ -2,10 +2,10 @@
 //! back. A connect that fails moves on to the next; a kept connection that dies before a byte of the response is replaced
 //! by a fresh one to the same endpoint, once.
 
-use std::{io, net::SocketAddr, time::Duration};
+use std::{cell::Cell, net::SocketAddr, time::Duration};
 
 use bytes::{Bytes, BytesMut};
-use tokio::time::Instant;
+use tokio::{io::AsyncWriteExt as _, net::tcp::WriteHalf, time::Instant};
 
 use super::{
     Request,
@@ -14,9 +14,10 @@ use super::{
 };
 use crate::{
     client::ClientSocket,
-    endpoint::connection::EndpointConnection,
+    endpoint::connection::{EndpointConnection, Reader},
     error::Error,
     http::{
+        body::BodyError,
         head::HeadLimits,
         response::{ResponseHead, parse_response, write_request},
     },
@@ -40,7 +41,7 @@ pub(super) async fn dispatch(
 ) -> Result<Answer, Error> {
     let mut last = None;
     let picker = &worker.shared.pickers[request.pool];
-    for address in picked.endpoints.clone() {
+    for address in std::mem::take(&mut picked.endpoints) {
         let in_flight = picker.begin(address);
         let mut kept = worker.endpoints.reuse(address);
         loop {
@@ -60,8 +61,10 @@ pub(super) async fn dispatch(
             };
             worker.shared.metrics.endpoint_connection(if reused { Connection::Reused } else { Connection::New });
             match attempt(worker, client, request, upload, picked, &mut endpoint).await {
-                Ok((head, pending)) => {
+                Ok((mut head, pending, sent)) => {
                     picker.report_success(address);
+                    // What is left of the request would be taken for the next one.
+                    head.keep_alive &= sent;
                     return Ok(Answer { endpoint, head, pending, in_flight });
                 }
                 Err(Failed::Early) if reused => worker.shared.metrics.endpoint_retried("kept_connection_closed"),
@@ -85,35 +88,40 @@ impl From<Error> for Failed {
     }
 }
 
-/// One request on one connection, up to the head of its response.
+/// A response head, what was read behind it, and whether the whole request had been sent by then.
+type Read = (ResponseHead, BytesMut, bool);
+
+/// One request on one connection, up to the head of its response. An endpoint may answer before it has taken the whole
+/// body, so both directions go at once.
 async fn attempt(
     worker: &Worker,
     client: &mut ClientSocket,
-    request: &mut Request,
+    request: &Request,
     upload: &Upload,
     picked: &mut Picked,
     endpoint: &mut EndpointConnection,
-) -> Result<(ResponseHead, BytesMut), Failed> {
+) -> Result<Read, Failed> {
     let address = endpoint.address;
     let limit = worker.shared.config.timeouts.first_byte;
-    endpoint.requests += 1;
+    let (reader, writer) = endpoint.split().map_err(|_| Failed::Early)?;
+    let sent = Cell::new(false);
+    let send = async {
+        match send(writer, request, upload, &picked.body).await {
+            Ok(()) => sent.set(true),
+            // Not the end: the endpoint may have answered and closed. What it sent tells.
+            Err(Written::Endpoint) => {}
+            Err(Written::Body(error)) => return error,
+        }
+        std::future::pending().await
+    };
     tokio::select! {
         biased;
-        answer = within(limit, send(endpoint, request, upload, &picked.body)) => {
-            if answer.ok_or(Error::FirstByte(address))?.is_err_and(|error| error == Written::Body) {
-                return Err(Error::from(crate::http::body::BodyError::File(io::ErrorKind::Other.into())).into());
-            }
-            // A failed write is not the end: the endpoint may have answered before it read everything.
+        head = within(limit, read_head(worker, reader, address, request)) => {
+            let (head, pending) = head.ok_or(Error::FirstByte(address))??;
+            Ok((head, pending, sent.get()))
         }
-        () = client.gone() => return Err(Error::ClientGone.into()),
-    }
-    let stream = &mut picked.stream;
-    tokio::select! {
-        biased;
-        head = within(limit, read_head(worker, endpoint, request)) => {
-            head.ok_or(Error::FirstByte(address))?
-        }
-        reply = evicted(stream) => Err(Error::Evicted(Box::new(reply)).into()),
+        error = send => Err(Error::from(error).into()),
+        reply = evicted(&mut picked.stream) => Err(Error::Evicted(Box::new(reply)).into()),
         () = client.gone() => Err(Error::ClientGone.into()),
     }
 }
@@ -125,20 +133,14 @@ async fn within<T>(limit: Option<Duration>, work: impl Future<Output = T>) -> Op
     }
 }
 
-#[derive(PartialEq, Eq)]
 enum Written {
     /// The kept body could not be read back.
-    Body,
+    Body(BodyError),
     /// The endpoint does not take any more.
     Endpoint,
 }
 
-async fn send(
-    endpoint: &mut EndpointConnection,
-    request: &Request,
-    upload: &Upload,
-    body: &Body,
-) -> Result<(), Written> {
+async fn send(mut endpoint: WriteHalf<'_>, request: &Request, upload: &Upload, body: &Body) -> Result<(), Written> {
     let length = match body {
         Body::Original if upload.has_body() => Some(upload.kept.len()),
         Body::Original => None,
@@ -150,7 +152,7 @@ async fn send(
     let mut replaced = if let Body::Replaced(pieces) = body { pieces.iter() } else { [].iter() };
     loop {
         let piece: Option<Bytes> = match body {
-            Body::Original => kept.next().await.map_err(|_| Written::Body)?,
+            Body::Original => kept.next().await.map_err(Written::Body)?,
             Body::Replaced(_) => replaced.next().cloned(),
         };
         let Some(piece) = piece else { break };
@@ -167,18 +169,19 @@ async fn send(
 /// are advice.
 async fn read_head(
     worker: &Worker,
-    endpoint: &mut EndpointConnection,
+    mut endpoint: Reader<'_>,
+    address: SocketAddr,
     request: &Request,
 ) -> Result<(ResponseHead, BytesMut), Failed> {
     let limits = &worker.shared.config.limits;
     let limits = HeadLimits { bytes: limits.head_bytes, headers: limits.headers };
-    let address: SocketAddr = endpoint.address;
     let mut buf = BytesMut::with_capacity(READ);
+    let mut answered = false;
     loop {
         match endpoint.read(&mut buf).await {
-            Ok(0) | Err(_) if buf.is_empty() => return Err(Failed::Early),
+            Ok(0) | Err(_) if !answered => return Err(Failed::Early),
             Ok(0) | Err(_) => return Err(Error::EndpointClosed(address).into()),
-            Ok(_) => {}
+            Ok(_) => answered = true,
         }
         let bad = |error| Error::Response { address, error };
         while let Some((head, length)) = parse_response(&buf, &limits, &request.parts.method).map_err(bad)? {

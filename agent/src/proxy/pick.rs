@@ -12,7 +12,7 @@ use crate::{
     client::ClientSocket,
     config::{self, FailureMode},
     error::Error,
-    metrics::EppOutcome,
+    metrics::{EppOutcome, InFlight},
     picker::{
         client::{EppClient, PickStream},
         error::PickError,
@@ -29,6 +29,8 @@ pub(super) struct Picked {
     pub(super) body: Body,
     /// The EPP's stream: it lives as long as the response.
     pub(super) stream: Option<PickStream>,
+    /// The stream, in the metrics.
+    pub(super) _open: Option<InFlight>,
 }
 
 pub(super) enum Verdict {
@@ -54,7 +56,6 @@ pub(super) async fn pick(
     let open = worker.shared.metrics.epp_stream();
     let asked =
         ask(client_of_epp, worker.shared.config.limits.body_bytes, settings, client, buf, request, upload).await;
-    drop(open);
     let failure = match asked {
         Asked::Answered(Outcome::Immediate(reply), _) => {
             metrics.epp_exchange(EppOutcome::Immediate, started.elapsed());
@@ -66,7 +67,7 @@ pub(super) async fn pick(
                 request.record.picked_in(started.elapsed());
                 upload.rest(client, buf).await?;
                 let Decision { mutation, body, .. } = decision;
-                let picked = Picked { endpoints, mutation, body, stream: Some(*stream) };
+                let picked = Picked { endpoints, mutation, body, stream: Some(*stream), _open: Some(open) };
                 return Ok(Verdict::Forward(Box::new(picked)));
             }
             Err(stranger) => Error::Stranger(stranger),
@@ -115,7 +116,7 @@ fn open_pick(worker: &Worker, pool: &config::Pool, index: usize, upload: &mut Up
 }
 
 fn unasked(endpoints: Vec<SocketAddr>) -> Picked {
-    Picked { endpoints, mutation: HeaderMutation::default(), body: Body::Original, stream: None }
+    Picked { endpoints, mutation: HeaderMutation::default(), body: Body::Original, stream: None, _open: None }
 }
 
 enum Asked {

@@ -1,18 +1,13 @@
 //! What a request leaves behind: metrics, and one line in the access log (target `penstock::access`).
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, time::Duration};
 
 use http::{StatusCode, request};
 use penstock_common::slot::stop;
 use tokio::time::Instant;
 
 use crate::{
-    deliver::Account,
-    error::Error,
-    kernel::socket::monotonic_ns,
-    metrics::{self, Metrics},
-    steer::choice::Path,
-    worker::Worker,
+    deliver::Account, error::Error, kernel::socket::monotonic_ns, metrics, steer::choice::Path, worker::Worker,
 };
 
 pub(super) struct Record {
@@ -25,11 +20,10 @@ pub(super) struct Record {
     path: &'static str,
     path_reason: &'static str,
     account: Account,
-    _metrics: Arc<Metrics>,
 }
 
 impl Record {
-    pub(super) fn new(metrics: &Arc<Metrics>) -> Self {
+    pub(super) fn new() -> Self {
         Self {
             started: Instant::now(),
             started_ns: monotonic_ns(),
@@ -40,7 +34,6 @@ impl Record {
             path: "none",
             path_reason: "none",
             account: Account::default(),
-            _metrics: Arc::clone(metrics),
         }
     }
 
@@ -71,11 +64,12 @@ impl Record {
     ) {
         let all = &worker.shared.metrics;
         // Chosen for the kernel, but everything was here before it could be armed.
-        let (path, reason) = if path == Path::Ingress && account.steered == 0 && account.stops.is_empty() {
-            (Path::Relay, "arrived")
-        } else {
-            (path, reason)
-        };
+        let (path, reason) =
+            if path == Path::Ingress && account.steered == 0 && account.stops.iter().all(|&stops| stops == 0) {
+                (Path::Relay, "arrived")
+            } else {
+                (path, reason)
+            };
         let label = match path {
             Path::Ingress => metrics::Path::Ingress,
             Path::Relay => metrics::Path::Relay,
@@ -83,8 +77,10 @@ impl Record {
         all.flow(label, reason);
         all.body_bytes(metrics::Path::Relay, account.relayed);
         all.body_bytes(metrics::Path::Ingress, account.steered);
-        for &reason in &account.stops {
-            all.steer_stopped(stop::label(reason));
+        for (reason, &times) in (0..).zip(&account.stops) {
+            for _ in 0..times {
+                all.steer_stopped(stop::label(reason));
+            }
         }
         let pieces = account.pieces + account.segments;
         if account.first_ns > 0 {

@@ -25,6 +25,8 @@ use crate::{
     worker::Worker,
 };
 
+const EVENT_STREAM: &[u8] = b"text/event-stream";
+
 /// What an endpoint has answered so far.
 pub(super) struct Answer {
     pub(super) endpoint: EndpointConnection,
@@ -65,7 +67,7 @@ pub(super) async fn respond(
             ResponseReply::Evicted(reply) => {
                 worker.shared.metrics.pool(request.pool).evicted();
                 drop(endpoint);
-                immediate(client, &reply, request.keep_alive).await?;
+                immediate(client, &request.parts.method, &reply, request.keep_alive).await?;
                 request.record.status(reply.status, "evicted");
                 return Ok(if request.keep_alive { After::Next } else { After::Close });
             }
@@ -134,7 +136,8 @@ fn path(
     let event_stream = head
         .headers
         .get(header::CONTENT_TYPE)
-        .is_some_and(|kind| kind.as_bytes().to_ascii_lowercase().starts_with(b"text/event-stream"));
+        .and_then(|kind| kind.as_bytes().get(..EVENT_STREAM.len()))
+        .is_some_and(|kind| kind.eq_ignore_ascii_case(EVENT_STREAM));
     let response = Response {
         registered: endpoint.source().is_some(),
         framing,

@@ -7,7 +7,7 @@ use crate::config::{Steering, SteeringMode};
 /// What is known of a response when its head has been read.
 #[derive(Debug, Clone, Copy)]
 pub struct Response {
-    /// The kernel program is loaded, has proven itself, and both sockets are in its maps.
+    /// The kernel program is loaded and has proven itself, and the endpoint's connection has a slot.
     pub registered: bool,
     /// The body still to come.
     pub framing: Framing,

@@ -18,7 +18,8 @@ fn map(fields: Fields<'_>) -> HeaderMap {
 fn prepared(fields: Fields<'_>) -> HeaderMap {
     let mut headers = map(fields);
     let (destination, model) = (HeaderName::from_static("x-pick"), HeaderName::from_static("x-gateway-model-name"));
-    prepare_request(&mut headers, Version::HTTP_11, CLIENT, &destination, &model);
+    remove_control(&mut headers, &destination, &model);
+    prepare_request(&mut headers, Version::HTTP_11, CLIENT, &model);
     headers
 }
 

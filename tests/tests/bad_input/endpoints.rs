@@ -1,0 +1,223 @@
+//! Endpoints that misbehave: the client gets a whole error, or exactly the message, and the endpoint's connection is not used
+//! again.
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use penstock_agent::config::SteeringMode;
+use penstock_tests::{
+    Alphabet, Plan,
+    agent::{TestAgent, builtin_pool},
+    client::{Client, Request},
+    content::Fnv,
+    eventually,
+    model_server::HeadWrites,
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+};
+
+use crate::setting::{Setting, echo, error};
+
+const SOON: Duration = Duration::from_secs(10);
+
+#[derive(Clone, Copy)]
+enum Then {
+    Keep,
+    Close,
+    Reset,
+}
+
+/// Answers every request, which must have no body, with the same bytes.
+struct Endpoint {
+    addr: SocketAddr,
+    accepted: Arc<AtomicU64>,
+}
+
+impl Endpoint {
+    async fn start(answer: &[u8], then: Then) -> Self {
+        let listener = TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let (addr, accepted) = (listener.local_addr().unwrap(), Arc::new(AtomicU64::new(0)));
+        let (answer, count) = (answer.to_vec(), Arc::clone(&accepted));
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                count.fetch_add(1, Ordering::Relaxed);
+                tokio::spawn(serve(stream, answer.clone(), then));
+            }
+        });
+        Self { addr, accepted }
+    }
+
+    fn accepted(&self) -> u64 {
+        self.accepted.load(Ordering::Relaxed)
+    }
+}
+
+async fn serve(mut stream: TcpStream, answer: Vec<u8>, then: Then) {
+    while let Some((_, rest)) = head(&mut stream).await {
+        assert!(rest.is_empty());
+        if stream.write_all(&answer).await.is_err() {
+            return;
+        }
+        match then {
+            Then::Keep => {}
+            Then::Close => return,
+            Then::Reset => return socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap(),
+        }
+    }
+}
+
+/// A request's head, and what came behind it; `None` at the end.
+async fn head(stream: &mut TcpStream) -> Option<(String, Vec<u8>)> {
+    let mut bytes = Vec::new();
+    loop {
+        if let Some(at) = bytes.windows(4).position(|end| end == b"\r\n\r\n") {
+            let rest = bytes.split_off(at + 4);
+            return Some((String::from_utf8(bytes).unwrap(), rest));
+        }
+        if stream.read_buf(&mut bytes).await.ok()? == 0 {
+            return None;
+        }
+    }
+}
+
+async fn before(endpoint: SocketAddr) -> (TestAgent, Client) {
+    let agent = TestAgent::start(builtin_pool(&[endpoint]), SteeringMode::Off, |config| {
+        config.limits.head_bytes = 4096;
+        config.limits.headers = 32;
+    });
+    let client = Client::connect(agent.addr).await.unwrap();
+    (agent, client)
+}
+
+#[tokio::test]
+async fn answers_that_are_none() {
+    let ok = |fields: &str, body: &str| format!("HTTP/1.1 200 OK\r\n{fields}\r\n{body}");
+    let chunked = "5\r\nhello\r\n0\r\n\r\n";
+    let rows = [
+        ("bad_response", ok("content-length: 5\r\ntransfer-encoding: chunked\r\n", chunked)),
+        ("bad_response", ok("transfer-encoding: chunked\r\ncontent-length: 5\r\n", chunked)),
+        ("bad_response", ok("content-length: 5\r\ncontent-length: 5\r\n", "hello")),
+        ("bad_response", ok("content-length: 5\r\ncontent-length: 6\r\n", "hello")),
+        ("bad_response", ok("content-length: 5, 5\r\n", "hello")),
+        ("bad_response", ok("content-length: -5\r\n", "hello")),
+        ("bad_response", ok("transfer-encoding: xchunked\r\n", chunked)),
+        ("bad_response", ok("transfer-encoding: gzip, chunked\r\n", chunked)),
+        ("bad_response", ok("a : b\r\ncontent-length: 5\r\n", "hello")),
+        ("bad_response", ok("a: b\r\n c\r\ncontent-length: 5\r\n", "hello")),
+        ("bad_response", ok("a: b\nc: d\r\ncontent-length: 5\r\n", "hello")),
+        ("bad_response", ok("a: \0\r\ncontent-length: 5\r\n", "hello")),
+        ("bad_response", ok(&format!("a: {}\r\n", "x".repeat(5000)), "")),
+        ("bad_response", ok(&"a: b\r\n".repeat(33), "")),
+        ("bad_response", "x".repeat(5000)),
+        ("bad_response", "garbage\r\n\r\n".to_owned()),
+        ("bad_response", "HTTP/2 200\r\n\r\n".to_owned()),
+        ("bad_response", "HTTP/1.1 99 x\r\n\r\n".to_owned()),
+        ("bad_response", "HTTP/1.1 2000 x\r\n\r\n".to_owned()),
+        ("bad_response", "\r\nHTTP/1.1 200 OK\n\n".to_owned()),
+        ("bad_response", "HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\n\r\n".to_owned()),
+        ("bad_response", "HTTP/1.1 103 Early Hints\r\ncontent-length: 5\r\n\r\nhello".to_owned()),
+        ("endpoint_closed", String::new()),
+        ("endpoint_closed", "HTTP/1.1 20".to_owned()),
+        ("endpoint_closed", "HTTP/1.1 200 OK\r\ncontent-length: 5\r\n".to_owned()),
+        ("endpoint_closed", "HTTP/1.1 100 Continue\r\n\r\n".to_owned()),
+    ];
+    for (code, answer) in rows {
+        let shown = answer[..answer.len().min(200)].escape_default().to_string();
+        let thens: &[Then] =
+            if code == "bad_response" { &[Then::Keep, Then::Close] } else { &[Then::Close, Then::Reset] };
+        for &then in thens {
+            let endpoint = Endpoint::start(answer.as_bytes(), then).await;
+            let (_agent, mut client) = before(endpoint.addr).await;
+            // The client's connection is kept; the endpoint's is not.
+            for accepted in 1..=2 {
+                let response = client.request(&echo()).await.unwrap();
+                assert_eq!((response.status(), error(&response).0.as_str()), (502, code), "{shown}");
+                assert_eq!((response.header("connection"), endpoint.accepted()), (None, accepted), "{shown}");
+            }
+            assert_eq!(client.surplus(), b"");
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_endpoint_that_does_not_answer() {
+    let mut setting = Setting::start(|config| config.timeouts.first_byte = Some(Duration::from_millis(300))).await;
+    let pause = |split_at| HeadWrites { split_at: Some(split_at), pause_us: 60_000_000, ..HeadWrites::default() };
+    let mut client = setting.client().await;
+    for (aborted, split_at) in [(1, 0), (2, 20)] {
+        let response = client.request(&Plan { head: pause(split_at), ..Plan::default() }.request()).await.unwrap();
+        assert_eq!((response.status(), error(&response).0.as_str()), (504, "first_byte_timeout"));
+        eventually(SOON, || setting.server.aborted() == aborted).await;
+    }
+    assert_eq!(client.request(&echo()).await.unwrap().status(), 200);
+    setting.unharmed().await;
+}
+
+#[tokio::test]
+async fn bytes_behind_the_message() {
+    for answer in [
+        "HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhelloHTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil",
+        "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n0\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 5\r\n\r\nhello!",
+    ] {
+        let endpoint = Endpoint::start(answer.as_bytes(), Then::Keep).await;
+        let (_agent, mut client) = before(endpoint.addr).await;
+        for accepted in 1..=3 {
+            let response = client.request(&echo()).await.unwrap();
+            assert_eq!((response.status(), response.text().as_str()), (200, "hello"), "{answer}");
+            assert_eq!(endpoint.accepted(), accepted, "{answer}");
+        }
+        assert_eq!(client.surplus(), b"");
+    }
+    // Without a body there is nothing in front of them.
+    for answer in ["HTTP/1.1 204 No Content\r\n\r\nevil", "HTTP/1.1 304 Not Modified\r\ncontent-length: 4\r\n\r\nevil"]
+    {
+        let endpoint = Endpoint::start(answer.as_bytes(), Then::Keep).await;
+        let (_agent, mut client) = before(endpoint.addr).await;
+        for accepted in 1..=2 {
+            assert_eq!(client.request(&echo()).await.unwrap().read.len, 0);
+            assert_eq!((endpoint.accepted(), client.surplus()), (accepted, &b""[..]), "{answer}");
+        }
+    }
+}
+
+/// A kept connection that the endpoint closes under the next request: the whole body goes out again, from the file.
+#[tokio::test]
+async fn a_spilled_body_is_sent_again() {
+    let body = Alphabet::Binary.bytes(4, 0, 3 << 20);
+    let listener = TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    let endpoint = tokio::spawn(async move {
+        let ok = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
+        let (mut first, _) = listener.accept().await.unwrap();
+        head(&mut first).await.unwrap();
+        first.write_all(ok).await.unwrap();
+        let (_, begun) = head(&mut first).await.unwrap();
+        drop(first);
+        let (mut second, _) = listener.accept().await.unwrap();
+        let (head, mut body) = head(&mut second).await.unwrap();
+        assert!(head.contains("\r\ncontent-length: 3145728\r\n"), "{head}");
+        while body.len() < 3 << 20 {
+            assert_ne!(second.read_buf(&mut body).await.unwrap(), 0);
+        }
+        second.write_all(ok).await.unwrap();
+        (begun.len(), Fnv::of(&body).value(), second)
+    });
+    let agent =
+        TestAgent::start(builtin_pool(&[addr]), SteeringMode::Off, |config| config.limits.body_memory_bytes = 64 << 10);
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    assert_eq!(client.request(&echo()).await.unwrap().status(), 200);
+    let response = client.request(&Request::post("/test/echo", body.clone())).await.unwrap();
+    let (begun, hash, _second) = endpoint.await.unwrap();
+    assert_eq!((response.status(), hash), (200, Fnv::of(&body).value()));
+    assert!(begun < 3 << 20);
+    assert_eq!(agent.metric("penstock_endpoint_retries_total", &[]), 1.0);
+}

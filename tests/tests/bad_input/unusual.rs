@@ -1,0 +1,177 @@
+//! What is unusual and right: answered, and carried to the endpoint byte for byte.
+
+use penstock_tests::{
+    Alphabet, BodyEnd, Plan,
+    client::{Client, Request},
+    content::Fnv,
+    model_server::{After, Echo, Framing},
+};
+
+use crate::setting::{Setting, closed, echo, error, get, post};
+
+#[tokio::test]
+async fn pipelined_requests() {
+    let mut setting = Setting::start(|_| {}).await;
+    let json = "content-type: application/json\r\ncontent-length: 13\r\nx-id: 2\r\n";
+    let wire = [
+        post("content-length: 5\r\nx-id: 1\r\n", "hello"),
+        post(json, r#"{"model":"m"}"#),
+        post("transfer-encoding: chunked\r\nx-id: 3\r\n", "5\r\nhello\r\n0\r\n\r\n"),
+        get("x-id: 4\r\n"),
+    ];
+    let (mut response, mut client) = setting.answer(&wire.concat()).await;
+    for (id, length) in [("1", 5), ("2", 13), ("3", 5), ("4", 0)] {
+        if id != "1" {
+            response = client.response().await.unwrap();
+        }
+        let seen: Echo = response.json().unwrap();
+        assert_eq!((seen.header("x-id"), seen.body_length), (Some(id), length));
+    }
+
+    let (response, mut client) = setting.answer(&[wire[0].clone(), b"GET /\r\n\r\n".to_vec()].concat()).await;
+    assert_eq!(response.status(), 200);
+    let response = client.response().await.unwrap();
+    assert_eq!((response.status(), error(&response).0.as_str()), (400, "request_line"));
+    closed(&mut client).await;
+
+    // The last one asks for the close: what lies behind it is not answered.
+    let (response, mut client) = setting.answer(&[get("connection: close\r\n"), get("")].concat()).await;
+    assert_eq!((response.status(), response.header("connection")), (200, Some("close")));
+    closed(&mut client).await;
+    setting.unharmed().await;
+}
+
+#[tokio::test]
+async fn a_body_is_asked_for() {
+    let setting = Setting::start(|_| {}).await;
+    for (framing, body) in [("content-length: 5", "hello"), ("transfer-encoding: chunked", "5\r\nhello\r\n0\r\n\r\n")] {
+        let mut client = setting.client().await;
+        client.send_raw(&post(&format!("Expect: 100-Continue\r\n{framing}\r\n"), "")).await.unwrap();
+        assert_eq!(client.head().await.unwrap().raw, &b"HTTP/1.1 100 Continue\r\n\r\n"[..]);
+        client.send_raw(body.as_bytes()).await.unwrap();
+        let response = client.response().await.unwrap();
+        let seen: Echo = response.json().unwrap();
+        assert_eq!((response.interim.len(), seen.body_length, seen.header("expect")), (0, 5, None));
+    }
+    // Nothing to wait for: no body, or it is here already, or the client is too old to know.
+    for wire in [
+        get("expect: 100-continue\r\n"),
+        post("expect: 100-continue\r\ncontent-length: 0\r\n", ""),
+        post("expect: 100-continue\r\ncontent-length: 5\r\n", "hello"),
+        b"POST /test/echo HTTP/1.0\r\nexpect: 100-continue\r\ncontent-length: 5\r\n\r\nhello".to_vec(),
+    ] {
+        let (response, _) = setting.answer(&wire).await;
+        assert_eq!((response.status(), response.interim.len()), (200, 0), "{}", wire.escape_ascii());
+    }
+}
+
+#[tokio::test]
+async fn lines_and_targets() {
+    let setting = Setting::start(|_| {}).await;
+    for (line, target) in [
+        ("\r\n\r\nGET /test/echo HTTP/1.1", "/test/echo"),
+        ("GET http://X/test/echo?a=http://y HTTP/1.1", "/test/echo?a=http://y"),
+        ("GET http://x:80/test/echo HTTP/1.1", "/test/echo"),
+    ] {
+        let (response, mut client) = setting.answer(format!("{line}\r\nhost: x\r\n\r\n").as_bytes()).await;
+        assert_eq!(response.json::<Echo>().unwrap().target, target);
+        assert_eq!(client.request(&echo()).await.unwrap().status(), 200);
+    }
+}
+
+#[tokio::test]
+async fn http_1_0() {
+    let mut setting = Setting::start(|_| {}).await;
+    let old = |plan: &Plan, fields: &str| {
+        format!("GET /test/body HTTP/1.0\r\n{fields}x-test-plan: {}\r\n\r\n", plan.header()).into_bytes()
+    };
+    let plan = Plan { size: 5000, stream_id: 7, ..Plan::default() };
+    let (response, mut client) = setting.answer(&old(&plan, "")).await;
+    assert_eq!((response.header("connection"), response.read.len), (Some("close"), 5000));
+    closed(&mut client).await;
+
+    let kept = old(&plan, "connection: keep-alive\r\n");
+    let (response, mut client) = setting.answer(&kept).await;
+    assert_eq!((response.header("connection"), response.read.len), (Some("keep-alive"), 5000));
+    client.send_raw(&kept).await.unwrap();
+    plan.checker().feed(&client.response().await.unwrap().body).unwrap();
+
+    // It knows no chunks: decoded, and ended by the close, whatever was asked for.
+    let trailers = vec![("x-trailer".to_owned(), "1".to_owned())];
+    let chunked = Plan { framing: Framing::Chunked, size: 100_000, trailers, ..plan };
+    let (response, mut client) = setting.answer(&old(&chunked, "connection: keep-alive\r\n")).await;
+    assert_eq!((response.header("transfer-encoding"), response.header("content-length")), (None, None));
+    assert_eq!((response.header("connection"), response.read.len), (Some("close"), 100_000));
+    chunked.checker().feed(&response.body).unwrap();
+    closed(&mut client).await;
+    setting.unharmed().await;
+}
+
+#[tokio::test]
+async fn responses_without_a_body() {
+    let mut setting = Setting::start(|_| {}).await;
+    let mut client = setting.client().await;
+    for status in [204, 304] {
+        let headers = vec![("etag".to_owned(), "\"x\"".to_owned())];
+        let plan = Plan { status, headers, framing: Framing::None, ..Plan::default() };
+        let response = client.request(&plan.request()).await.unwrap();
+        assert_eq!(
+            (response.status(), response.header("etag"), response.header("connection")),
+            (status, Some("\"x\""), None)
+        );
+    }
+    for (framing, length) in [(Framing::ContentLength, Some("1000")), (Framing::Chunked, None)] {
+        let plan = Plan { size: 1000, framing, ..Plan::default() };
+        let head = Request::new("HEAD", "/test/body").header("x-test-plan", plan.header());
+        let response = client.request(&head).await.unwrap();
+        assert_eq!((response.status(), response.header("content-length")), (200, length));
+    }
+    let plan = Plan { size: 1000, interim: vec![103, 100, 103], ..Plan::default() };
+    let response = client.request(&plan.request()).await.unwrap();
+    // Interim heads are the endpoint's advice to the agent and end there.
+    assert_eq!((response.status(), response.interim.len(), response.read.len), (200, 0, 1000));
+    let response =
+        client.request(&Plan { framing: Framing::UntilClose, after: After::KeepAlive, ..plan }.request()).await;
+    let response = response.unwrap();
+    assert_eq!((response.header("connection"), response.read.len), (Some("close"), 1000));
+    assert_eq!(response.read.end, BodyEnd::Complete);
+    closed(&mut client).await;
+    setting.unharmed().await;
+}
+
+async fn arrives(client: &mut Client, request: Request, body: &[u8]) -> Echo {
+    let seen: Echo = client.request(&request).await.unwrap().json().unwrap();
+    assert_eq!((seen.body_framing.as_str(), seen.body_length), ("content-length", body.len() as u64));
+    assert_eq!(seen.body_hash, Fnv::of(body).value());
+    seen
+}
+
+#[tokio::test]
+async fn bodies_arrive_as_they_are() {
+    let mut setting = Setting::start(|config| config.limits.body_memory_bytes = 64 << 10).await;
+    let mut client = setting.client().await;
+    let binary = Alphabet::Binary.bytes(9, 0, 70_000);
+    let multipart =
+        b"--b\r\ncontent-disposition: form-data; name=\"file\"; filename=\"a\"\r\n\r\n\x00\xff{\r\n--b--\r\n".to_vec();
+    let json = b" {\"a\" : \"\\ud83d\",\r\n\t\"model\":\"\\u006d\" , \"n\":1.0e+2}\n".to_vec();
+    for (kind, body) in [
+        ("multipart/form-data; boundary=b", &multipart),
+        ("application/octet-stream", &binary),
+        ("audio/wav", &binary),
+        ("text/plain", &b"{\"model\":".to_vec()),
+        ("application/jsonl", &b"{}\n{}\n".to_vec()),
+        ("application/json", &json),
+    ] {
+        for chunked in [false, true] {
+            let request = Request::post("/test/echo", body.clone()).header("content-type", kind);
+            let request = if chunked { request.chunked(body.clone(), 777) } else { request };
+            let seen = arrives(&mut client, request, body).await;
+            assert_eq!((seen.header("content-type"), seen.header("transfer-encoding")), (Some(kind), None));
+        }
+    }
+    // More than is kept in memory.
+    let large = Alphabet::Binary.bytes(3, 0, 3 << 20);
+    arrives(&mut client, Request::post("/test/echo", large.clone()), &large).await;
+    arrives(&mut client, Request::new("PUT", "/test/echo").chunked(large.clone(), 5000), &large).await;
+    setting.unharmed().await;
+}

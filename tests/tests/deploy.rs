@@ -1,0 +1,301 @@
+//! The files in `deploy/` against the agent: what they say about ports, paths, flags and times is what the agent does, and
+//! Kubernetes knows every field of the manifests.
+
+use std::{collections::BTreeSet, fs, path::Path, process::Command, time::Duration};
+
+use k8s_openapi::{
+    Resource,
+    api::{
+        apps::v1::DaemonSet,
+        core::v1::{ConfigMap, Container, HTTPGetAction, Namespace, PodSpec, Probe, ServiceAccount},
+    },
+    apimachinery::pkg::util::intstr::IntOrString,
+    serde::{Serialize, de::DeserializeOwned},
+};
+use penstock_agent::config::Config;
+use penstock_tests::process::Process;
+use serde_json::Value;
+
+/// `penstock run`'s default.
+const CONFIG_PATH: &str = "/etc/penstock/penstock.toml";
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests is a folder of the workspace")
+}
+
+fn read(file: &str) -> String {
+    fs::read_to_string(root().join(file)).unwrap_or_else(|error| panic!("{file}: {error}"))
+}
+
+fn config() -> Config {
+    Config::parse(&read("deploy/penstock.toml"), "deploy/penstock.toml").unwrap_or_else(|errors| panic!("{errors}"))
+}
+
+fn documents() -> Vec<Value> {
+    serde_saphyr::from_multiple(&read("deploy/daemonset.yaml")).expect("daemonset.yaml is YAML")
+}
+
+/// The only document of its kind, typed.
+fn manifest<T: Resource + DeserializeOwned>() -> T {
+    let mut of_kind = documents().into_iter().filter(|document| document["kind"] == T::KIND);
+    let document = of_kind.next().unwrap_or_else(|| panic!("no {} in daemonset.yaml", T::KIND));
+    assert!(of_kind.next().is_none(), "more than one {}", T::KIND);
+    serde_json::from_value(document).unwrap_or_else(|error| panic!("{}: {error}", T::KIND))
+}
+
+fn pod() -> PodSpec {
+    manifest::<DaemonSet>().spec.template.spec.expect("a pod's spec")
+}
+
+fn container() -> Container {
+    let [container] = <[Container; 1]>::try_from(pod().containers).expect("one container");
+    container
+}
+
+/// What is in `source` and not the same in `typed`: types drop the fields they do not know.
+fn lost(source: &Value, typed: &Value, path: &str, found: &mut Vec<String>) {
+    match (source, typed) {
+        (Value::Object(source), Value::Object(typed)) => {
+            for (key, value) in source {
+                let path = format!("{path}.{key}");
+                match typed.get(key) {
+                    Some(typed) => lost(value, typed, &path, found),
+                    None => found.push(path),
+                }
+            }
+        }
+        (Value::Array(source), Value::Array(typed)) if source.len() == typed.len() => {
+            for (number, (source, typed)) in source.iter().zip(typed).enumerate() {
+                lost(source, typed, &format!("{path}[{number}]"), found);
+            }
+        }
+        _ if source == typed => {}
+        _ => found.push(format!("{path}: {source} is read as {typed}")),
+    }
+}
+
+fn assert_known<T: Resource + DeserializeOwned + Serialize>() {
+    let source = documents().into_iter().find(|document| document["kind"] == T::KIND).expect(T::KIND);
+    let typed = serde_json::to_value(manifest::<T>()).expect("a manifest serialises");
+    let mut found = Vec::new();
+    lost(&source, &typed, T::KIND, &mut found);
+    assert!(found.is_empty(), "Kubernetes does not know: {found:#?}");
+}
+
+#[test]
+fn kubernetes_knows_every_field() {
+    let kinds: BTreeSet<String> = documents().iter().map(|document| document["kind"].to_string()).collect();
+    assert_eq!(kinds.len(), 4, "each kind is looked at below: {kinds:?}");
+    assert_known::<Namespace>();
+    assert_known::<ServiceAccount>();
+    assert_known::<ConfigMap>();
+    assert_known::<DaemonSet>();
+}
+
+#[test]
+fn an_unknown_field_is_found() {
+    let mut found = Vec::new();
+    let source = serde_json::json!({ "metadata": { "name": "a", "lables": {} } });
+    let typed: Namespace = serde_json::from_value(source.clone()).expect("unknown fields are dropped");
+    lost(&source, &serde_json::to_value(typed).expect("serialises"), "Namespace", &mut found);
+    assert_eq!(found, ["Namespace.metadata.lables"]);
+}
+
+#[test]
+fn everything_is_in_one_namespace_and_refers_to_what_is_there() {
+    let namespace = manifest::<Namespace>().metadata.name;
+    let (account, map, set) = (manifest::<ServiceAccount>(), manifest::<ConfigMap>(), manifest::<DaemonSet>());
+    for metadata in [&account.metadata, &map.metadata, &set.metadata] {
+        assert_eq!(metadata.namespace, namespace);
+    }
+    assert_eq!(pod().service_account_name, account.metadata.name);
+
+    let volumes = pod().volumes.expect("volumes");
+    let config = volumes.iter().find_map(|volume| volume.config_map.as_ref()).expect("a volume from the ConfigMap");
+    assert_eq!(Some(&config.name), map.metadata.name.as_ref());
+    let mounted: BTreeSet<String> =
+        container().volume_mounts.expect("mounts").into_iter().map(|mount| mount.name).collect();
+    assert_eq!(mounted, volumes.into_iter().map(|volume| volume.name).collect(), "every volume is mounted");
+
+    let labels = set.spec.template.metadata.and_then(|metadata| metadata.labels);
+    assert_eq!(set.spec.selector.match_labels, labels, "the selector is the pods' labels");
+}
+
+#[test]
+fn the_config_map_holds_the_example_where_the_agent_reads_it() {
+    let data = manifest::<ConfigMap>().data.expect("data");
+    assert_eq!(data.len(), 1);
+    assert_eq!(data["penstock.toml"], read("deploy/penstock.toml"));
+
+    let mounts = container().volume_mounts.expect("mounts");
+    let mount = mounts.iter().find(|mount| mount.name == "config").expect("the mount of the configuration");
+    assert_eq!(format!("{}/penstock.toml", mount.mount_path), CONFIG_PATH);
+    assert_eq!(container().args.expect("arguments"), ["run", "--config", CONFIG_PATH]);
+}
+
+#[test]
+fn ports_are_the_configured_ones() {
+    let config = config();
+    assert_eq!(config.listen.address.port(), 8080, "the agent's default");
+    assert_eq!(config.admin.address.port(), 9901, "the agent's default");
+    assert!(config.admin.address.ip().is_unspecified(), "the kubelet probes the node's address");
+
+    let ports = container().ports.expect("ports");
+    let port = |name: &str| {
+        let port =
+            ports.iter().find(|port| port.name.as_deref() == Some(name)).unwrap_or_else(|| panic!("port {name}"));
+        assert_eq!(port.host_port, Some(port.container_port), "on the host's network they are one");
+        port.container_port
+    };
+    assert_eq!(port("http"), i32::from(config.listen.address.port()));
+    assert_eq!(port("admin"), i32::from(config.admin.address.port()));
+
+    let metadata = manifest::<DaemonSet>().spec.template.metadata.expect("the pods' metadata");
+    let annotations = metadata.annotations.expect("annotations");
+    assert_eq!(annotations["prometheus.io/port"], config.admin.address.port().to_string());
+    assert_eq!(annotations["prometheus.io/path"], "/metrics");
+
+    let exposed = format!("EXPOSE {} {}", config.listen.address.port(), config.admin.address.port());
+    assert!(read("deploy/Dockerfile").lines().any(|line| line == exposed), "{exposed}");
+}
+
+#[test]
+fn probes_ask_the_admin_port() {
+    let action =
+        |probe: Option<Probe>| -> HTTPGetAction { probe.and_then(|probe| probe.http_get).expect("an HTTP probe") };
+    let probes = [(action(container().liveness_probe), "/livez"), (action(container().readiness_probe), "/readyz")];
+    for (get, path) in probes {
+        assert_eq!(get.path.as_deref(), Some(path));
+        assert_eq!(get.port, IntOrString::String("admin".to_owned()));
+    }
+}
+
+#[test]
+fn the_pod_can_load_and_attach() {
+    let pod = pod();
+    assert_eq!(pod.host_network, Some(true));
+    assert_eq!(pod.dns_policy.as_deref(), Some("ClusterFirstWithHostNet"));
+    assert_eq!(container().security_context.and_then(|context| context.privileged), Some(true));
+
+    let paths: BTreeSet<String> =
+        pod.volumes.expect("volumes").into_iter().filter_map(|volume| Some(volume.host_path?.path)).collect();
+    let mounts = container().volume_mounts.expect("mounts");
+    for path in ["/sys/fs/bpf", "/sys/fs/cgroup", "/sys/kernel/btf"] {
+        assert!(paths.contains(path), "{path} is not taken from the host");
+        let mount = mounts.iter().find(|mount| mount.mount_path == path).unwrap_or_else(|| panic!("mount of {path}"));
+        assert_eq!(mount.read_only == Some(true), path != "/sys/fs/bpf", "{path}");
+    }
+}
+
+#[test]
+fn whoever_stops_the_agent_waits_for_the_drain() {
+    let drain = config().timeouts.drain;
+    let grace = pod().termination_grace_period_seconds.expect("a grace period");
+    assert!(Duration::from_secs(grace.unsigned_abs()) > drain, "{grace} s is not longer than {drain:?}");
+
+    let [stop] = unit("TimeoutStopSec")[..].try_into().expect("one TimeoutStopSec");
+    let stop: u64 = stop.strip_suffix('s').and_then(|number| number.parse().ok()).expect("seconds");
+    assert!(Duration::from_secs(stop) > drain, "{stop} s is not longer than {drain:?}");
+    assert_eq!(unit("KillSignal"), ["SIGTERM"]);
+}
+
+/// The values of a key of the systemd unit. The file is read once and kept.
+fn unit(key: &str) -> Vec<&'static str> {
+    static UNIT: std::sync::LazyLock<String> = std::sync::LazyLock::new(|| read("deploy/penstock.service"));
+    let values = UNIT.lines().filter_map(|line| line.split_once('='));
+    values.filter(|(name, _)| *name == key).map(|(_, value)| value).collect()
+}
+
+/// Runs the agent's binary, as it is built for these tests.
+fn penstock(arguments: &[&str]) -> String {
+    let binary = Process::binary("penstock").unwrap_or_else(|error| panic!("{error:#}"));
+    let output = Command::new(binary).args(arguments).current_dir(root()).output().expect("penstock starts");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "penstock {arguments:?}: {text}{}", String::from_utf8_lossy(&output.stderr));
+    text
+}
+
+#[test]
+fn the_agent_takes_the_flags_and_the_file() {
+    penstock(&["check", "--config", "deploy/penstock.toml"]);
+    // With --help added, the command line is read and nothing is done; it also names the default.
+    assert!(penstock(&["run", "--config", CONFIG_PATH, "--help"]).contains(CONFIG_PATH));
+    assert!(penstock(&["run", "--help"]).contains("PENSTOCK_LOG_FORMAT"));
+    let env = container().env.expect("environment");
+    let [log_format] = &env[..] else { panic!("one variable, which is looked at here: {env:?}") };
+    assert_eq!((log_format.name.as_str(), log_format.value.as_deref()), ("PENSTOCK_LOG_FORMAT", Some("json")));
+}
+
+#[test]
+fn the_unit_starts_the_agent_with_what_it_needs() {
+    assert_eq!(unit("ExecStart"), [format!("/usr/local/bin/penstock run --config {CONFIG_PATH}")]);
+    assert_eq!(unit("ExecStartPre"), [format!("/usr/local/bin/penstock check --config {CONFIG_PATH}")]);
+    // EX_USAGE, which the agent exits with when the configuration is wrong.
+    assert_eq!(unit("RestartPreventExitStatus"), ["64"]);
+    for key in ["AmbientCapabilities", "CapabilityBoundingSet"] {
+        assert_eq!(unit(key), ["CAP_BPF CAP_NET_ADMIN CAP_PERFMON"], "{key}");
+    }
+    let files: usize = unit("LimitNOFILE")[0].parse().expect("a number");
+    assert!(files > 2 * config().listen.max_connections, "a client's and an endpoint's socket for each connection");
+}
+
+/// The instructions of the Dockerfile, each with its arguments.
+fn dockerfile() -> Vec<(String, String)> {
+    let text = read("deploy/Dockerfile");
+    let lines = text.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
+    lines
+        .map(|line| line.split_once(' ').expect("an instruction and its arguments"))
+        .map(|(a, b)| (a.to_owned(), b.to_owned()))
+        .collect()
+}
+
+#[test]
+fn the_dockerfile_copies_what_is_there_and_all_of_the_workspace() {
+    let mut copied = BTreeSet::new();
+    for (_, arguments) in
+        dockerfile().iter().filter(|(name, arguments)| name == "COPY" && !arguments.starts_with("--from="))
+    {
+        let mut words: Vec<&str> = arguments.split(' ').collect();
+        words.pop().expect("a destination");
+        for source in words {
+            assert!(root().join(source).exists(), "COPY {source}: there is no such file");
+            copied.insert(source.to_owned());
+        }
+    }
+    let manifest: toml::Table = read("Cargo.toml").parse().expect("Cargo.toml is TOML");
+    for member in manifest["workspace"]["members"].as_array().expect("members") {
+        let member = member.as_str().expect("a folder");
+        assert!(copied.contains(member), "cargo does not start without the member {member}");
+    }
+}
+
+#[test]
+fn the_dockerfile_ends_in_the_agent_as_the_pod_starts_it() {
+    let last = |wanted: &str| {
+        let found = dockerfile().into_iter().rfind(|(name, _)| name == wanted);
+        found.unwrap_or_else(|| panic!("no {wanted}")).1
+    };
+    assert_eq!(last("ENTRYPOINT"), r#"["/usr/local/bin/penstock"]"#);
+    let arguments: Vec<String> = serde_json::from_str(&last("CMD")).expect("the exec form");
+    assert_eq!(Some(arguments), container().args);
+    assert_eq!(last("STOPSIGNAL"), "SIGTERM");
+}
+
+#[test]
+fn every_xtask_verb_in_the_dockerfile_is_one() {
+    let runs: Vec<String> = dockerfile().into_iter().filter(|(name, _)| name == "RUN").map(|(_, line)| line).collect();
+    assert!(runs.len() >= 3, "{runs:?}");
+    for line in runs {
+        let mut words = line.split(' ');
+        assert_eq!(words.next(), Some("cargo"), "{line}");
+        if words.next() != Some("xtask") {
+            continue;
+        }
+        // With --help added, the whole line is checked and nothing is done.
+        let arguments: Vec<&str> = words.collect();
+        let mut cargo = Command::new(env!("CARGO"));
+        cargo.args(["run", "--quiet", "--package", "penstock-xtask", "--"]).args(&arguments).arg("--help");
+        let output = cargo.current_dir(root()).output().expect("cargo starts");
+        assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+}
