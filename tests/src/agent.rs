@@ -40,7 +40,9 @@ impl TestAgent {
         config.timeouts.drain = Duration::from_secs(5);
         adjust(&mut config);
         let wants_kernel = config.steering.mode != SteeringMode::Off;
-        let agent = Agent::start(config).expect("the agent starts");
+        // The self-test has a runtime of its own, which cannot be started inside the test's.
+        let start = std::thread::spawn(|| Agent::start(config));
+        let agent = start.join().expect("the agent's start does not panic").expect("the agent starts");
         if wants_kernel && !matches!(agent.steering(), Steering::Active(_)) {
             panic!("this test needs the kernel: {}", agent.steering().describe());
         }
