@@ -7,6 +7,7 @@ pub mod agent_process;
 pub mod client;
 pub mod content;
 mod decoder;
+pub mod demo;
 mod eventually;
 pub mod model_server;
 mod own_runtime;

@@ -23,10 +23,12 @@ mod pacer;
 mod plan;
 mod planned;
 mod request;
+mod sent;
 #[cfg(test)]
 mod tests;
 
 pub use plan::{After, Echo, Fault, FaultKind, Framing, HeadWrites, Lengths, Pauses, Plan};
+pub use sent::Sent;
 
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -71,6 +73,7 @@ struct Shared {
     kv_cache_usage: Mutex<f64>,
     healthy: AtomicBool,
     seen: Mutex<Vec<Echo>>,
+    sent: Mutex<sent::Account>,
 }
 
 /// One more while it lives.
@@ -187,6 +190,7 @@ async fn listen(options: Options) -> Result<Arc<Shared>> {
         kv_cache_usage: Mutex::default(),
         healthy: AtomicBool::new(true),
         seen: Mutex::default(),
+        sent: Mutex::default(),
     });
     let server = Arc::clone(&shared);
     tokio::spawn(async move {

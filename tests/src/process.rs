@@ -101,6 +101,21 @@ impl Process {
         Ok(self.child.wait()?)
     }
 
+    /// SIGTERM, and waits for the end; SIGKILL when it has not come by the deadline.
+    #[expect(clippy::disallowed_methods, reason = "for destructors, which cannot await")]
+    pub fn stop(&mut self, deadline: Duration) -> Result<ExitStatus> {
+        let begin = Instant::now();
+        // An ended child keeps its id until it is waited for, so the signal cannot hit another process.
+        self.terminate()?;
+        while begin.elapsed() < deadline {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.kill()
+    }
+
     /// Waits for the process to end by itself.
     pub async fn ended(&mut self, deadline: Duration) -> Result<ExitStatus> {
         let begin = Instant::now();

@@ -21,7 +21,15 @@ pub(crate) fn command(program: impl AsRef<OsStr>) -> Command {
 
 /// The cargo that runs this xtask, for everything built for the host.
 pub(crate) fn cargo() -> Command {
-    command(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+    let mut command = command(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    // What says that xtask is the package being run: build scripts that look at it (ring's) would run again, and with them
+    // everything above, whenever builds with xtask and without it take turns.
+    for (name, _) in env::vars_os() {
+        if name.to_str().is_some_and(|name| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")) {
+            command.env_remove(&name);
+        }
+    }
+    command
 }
 
 /// A command without what `cargo xtask` put into the environment, for a toolchain that is not the one that runs this xtask.

@@ -1,4 +1,6 @@
 //! `cargo xtask demo -- ARGUMENTS`: builds the kernel program, the agent and the model servers, then becomes the demo.
+//!
+//! In the profile `demo`: optimised where it matters, and built in a few minutes.
 
 use anyhow::Result;
 
@@ -7,11 +9,10 @@ use crate::{
     ebpf,
 };
 
+const PROFILE: [&str; 2] = ["--profile", "demo"];
+
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Optimised, as it is deployed
-    #[arg(long)]
-    release: bool,
     /// For the demo
     #[arg(last = true)]
     demo: Vec<String>,
@@ -19,9 +20,14 @@ pub(crate) struct Args {
 
 pub(crate) fn main(args: &Args) -> Result<()> {
     ebpf::build(ebpf::Warnings::Allow)?;
-    let profile = args.release.then_some("--release");
-    run(cargo().args(["build", "--package", "penstock-agent", "--package", "penstock-tests", "--bins"]).args(profile))?;
+    run(cargo().arg("build").args(PROFILE).args([
+        "--package",
+        "penstock-agent",
+        "--package",
+        "penstock-tests",
+        "--bins",
+    ]))?;
     let mut demo = cargo();
-    demo.args(["run", "--package", "penstock-tests", "--bin", "penstock-demo"]).args(profile);
-    exec(demo.arg("--").args(&args.demo))
+    demo.args(["run", "--quiet"]).args(PROFILE).args(["--package", "penstock-tests", "--bin", "penstock-demo", "--"]);
+    exec(demo.args(&args.demo))
 }

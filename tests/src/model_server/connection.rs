@@ -14,6 +14,7 @@ use tokio::time::timeout;
 use super::pacer::Pacer;
 use super::plan::{After, Plan};
 use super::request::Request;
+use super::sent::Tally;
 use super::{Shared, openai, planned};
 
 /// Bytes of following requests that are read while a response is written.
@@ -32,13 +33,22 @@ pub(super) struct Connection {
     pacer: Pacer,
     pub(super) shared: Arc<Shared>,
     count: u64,
+    /// The response that is being written, when its request has a name.
+    tally: Option<Tally>,
 }
 
 impl Connection {
     pub(super) fn new(stream: TcpStream, shared: &Arc<Shared>) -> Self {
         // Writes are to reach the wire as they are made.
         let _ = stream.set_nodelay(true);
-        Self { stream, buffer: BytesMut::new(), pacer: Pacer::default(), shared: Arc::clone(shared), count: 0 }
+        Self {
+            stream,
+            buffer: BytesMut::new(),
+            pacer: Pacer::default(),
+            shared: Arc::clone(shared),
+            count: 0,
+            tally: None,
+        }
     }
 
     pub(super) async fn serve(mut self) {
@@ -48,7 +58,10 @@ impl Connection {
                 shared.seen.lock().push(request.echo.clone());
             }
             shared.requests.fetch_add(1, Ordering::Relaxed);
-            match self.respond(&request).await {
+            self.tally = Tally::of(&request.echo);
+            let responded = self.respond(&request).await;
+            self.tally = None;
+            match responded {
                 Ok(After::KeepAlive) if request.keep_alive => {}
                 Ok(_) | Err(Stop::Close) => break,
                 Err(Stop::PeerGone) => {
@@ -126,8 +139,18 @@ impl Connection {
         }
         match request.path() {
             "/test/body" => planned::respond(self, request, &Plan::default()).await,
+            "/test/sent" => self.sent(request).await,
             "/test/echo" => self.json(200, &serde_json::json!(request.echo)).await,
             _ => openai::respond(self, request).await,
+        }
+    }
+
+    async fn sent(&mut self, request: &Request) -> Result<After, Stop> {
+        let id = request.echo.target.split_once('?').map_or("", |(_, id)| id);
+        let sent = self.shared.sent.lock().find(id).cloned();
+        match sent {
+            Some(sent) => self.json(200, &serde_json::json!(sent)).await,
+            None => self.answer(404, "text/plain", b"no such request", After::KeepAlive).await,
         }
     }
 
@@ -164,6 +187,9 @@ impl Connection {
 
     /// One write, unless the socket has no room for all of it.
     pub(super) async fn write(&mut self, bytes: &[u8]) -> Result<(), Stop> {
+        if let Some(tally) = &mut self.tally {
+            tally.writing(bytes, &mut self.shared.sent.lock());
+        }
         self.stream.write_all(bytes).await.map_err(|_| Stop::PeerGone)?;
         self.shared.written.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         Ok(())

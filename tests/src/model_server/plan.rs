@@ -161,7 +161,7 @@ pub enum After {
 }
 
 /// A request as the server got it; `/test/echo` answers with it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Echo {
     pub method: String,
     pub target: String,

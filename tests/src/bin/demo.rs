@@ -1,0 +1,43 @@
+//! The main job in one command: model servers, a picker and the agent as processes of their own, real requests through
+//! them, and what became of every byte. Started by `cargo xtask demo`.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use penstock_tests::demo::{self, Options};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Starts three model servers, a picker and an agent, and shows what happens to requests.
+#[derive(Parser)]
+struct Args {
+    /// Leave everything running until Ctrl-C, for requests of your own
+    #[arg(long)]
+    keep: bool,
+    /// A kernel that cannot steer is no failure
+    #[arg(long)]
+    allow_relay: bool,
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    let args = Args::parse();
+    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+    else {
+        eprintln!("penstock-demo: signals cannot be waited for");
+        return ExitCode::FAILURE;
+    };
+    // Whichever way this ends, the child processes end with what it drops.
+    let outcome = tokio::select! {
+        outcome = demo::run(Options { keep: args.keep, allow_relay: args.allow_relay }) => outcome,
+        _ = interrupt.recv() => Err(anyhow::anyhow!("interrupted")),
+        _ = terminate.recv() => Err(anyhow::anyhow!("terminated")),
+    };
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("penstock-demo: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

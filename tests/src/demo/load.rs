@@ -1,0 +1,100 @@
+//! What a streamed token costs the agent with steering and without, in one run: two agents over the same servers and the
+//! same picker take the same load in turns.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use futures_util::future::try_join_all;
+use serde_json::json;
+
+use super::fleet::{AgentProcess, Fleet};
+use crate::client::{BodyEnd, Client, Request};
+
+const STREAMS: usize = 50;
+const TOKENS: usize = 100;
+const INTERVAL: Duration = Duration::from_millis(20);
+const ROUNDS: u32 = 3;
+/// Events of a chat that are no token: the role, the reason of the end, `[DONE]`.
+const OTHER_EVENTS: usize = 3;
+
+/// CPU time that went into one agent's rounds.
+#[derive(Default)]
+struct Cost {
+    agent: Duration,
+    others: Duration,
+    tokens: u32,
+}
+
+/// Fails when an answer of the load is not whole; the figures are printed, and not judged.
+pub(super) async fn compare(fleet: &Fleet) -> Result<()> {
+    let relaying = fleet.relaying_agent().await?;
+    println!(
+        "\n{ROUNDS} rounds for each agent in turns, {STREAMS} streams of {TOKENS} tokens, one every {} ms",
+        INTERVAL.as_millis()
+    );
+    let (mut on, mut off) = (Cost::default(), Cost::default());
+    // Connections, pages and code that the first streams touch are not the price of a token.
+    for agent in [&fleet.agent, &relaying] {
+        Cost::default().round(fleet, agent).await?;
+    }
+    let begin = Instant::now();
+    for _ in 0..ROUNDS {
+        on.round(fleet, &fleet.agent).await?;
+        off.round(fleet, &relaying).await?;
+    }
+    println!("CPU time per streamed token, µs, in {:.0} s:", begin.elapsed().as_secs_f64());
+    println!("{:<14} {:>12} {:>26} {:>12}", "", "the agent", "model servers and picker", "together");
+    for (name, cost) in [("steering on", &on), ("steering off", &off)] {
+        let [agent, others, all] = [cost.agent, cost.others, cost.all()].map(|cpu| cost.per_token(cpu));
+        println!("{name:<14} {agent:>12.2} {others:>26.2} {all:>12.2}");
+    }
+    let [agent, others, all] =
+        [(on.agent, off.agent), (on.others, off.others), (on.all(), off.all())].map(|(on, off)| ratio(on, off));
+    println!("{:<14} {agent:>12.2} {others:>26.2} {all:>12.2}", "on / off");
+    println!("What the kernel spends on a redirected byte counts to whoever sends it, or to the kernel's own threads.");
+    Ok(())
+}
+
+fn ratio(one: Duration, other: Duration) -> f64 {
+    one.as_secs_f64() / other.as_secs_f64()
+}
+
+impl Cost {
+    async fn round(&mut self, fleet: &Fleet, agent: &AgentProcess) -> Result<()> {
+        let (before, others) = (agent.cpu()?, fleet.others_cpu()?);
+        try_join_all((0..STREAMS).map(|number| stream(agent.address, number))).await?;
+        self.agent += agent.cpu()? - before;
+        self.others += fleet.others_cpu()? - others;
+        self.tokens += (STREAMS * TOKENS) as u32;
+        Ok(())
+    }
+
+    fn all(&self) -> Duration {
+        self.agent + self.others
+    }
+
+    fn per_token(&self, cpu: Duration) -> f64 {
+        cpu.as_secs_f64() * 1e6 / f64::from(self.tokens.max(1))
+    }
+}
+
+async fn stream(agent: SocketAddr, number: usize) -> Result<()> {
+    let body = json!({
+        "model": "sample",
+        "stream": true,
+        "max_tokens": TOKENS,
+        "x-test-interval-us": INTERVAL.as_micros() as u64,
+        "messages": [{"role": "user", "content": format!("Stream {number}")}],
+    });
+    let mut client = Client::connect(agent).await?;
+    let chat = Request::post("/v1/chat/completions", body.to_string()).header("content-type", "application/json");
+    let response = client.request(&chat).await?;
+    let events = response.events();
+    let whole = response.status() == 200
+        && response.read.end == BodyEnd::Complete
+        && events.len() == TOKENS + OTHER_EVENTS
+        && events.last().is_some_and(|last| last == "[DONE]");
+    ensure!(whole, "stream {number}: status {}, {} events", response.status(), events.len());
+    Ok(())
+}

@@ -1,0 +1,60 @@
+//! A client that nobody wrote for us: Python's `openai` package against the agent, with a picker, the kernel steering.
+
+use std::{path::Path, process::Command, time::Duration};
+
+use penstock_agent::config::{FailureMode, Pool, Route, SteeringMode};
+use penstock_tests::{
+    Process,
+    agent::{TestAgent, epp_pool},
+    model_server::{ModelServer, Options},
+    scripted_epp::{Endpoints, Production, ScriptedEpp},
+};
+
+/// The parts of `client.py`, in their order.
+const PARTS: [&str; 8] =
+    ["chat", "chat streamed", "text", "models", "errors", "kept connection", "abandoned", "20 streams at once"];
+
+#[tokio::test]
+async fn the_openai_package_finds_nothing_amiss() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let python = root.join("target/venv/bin/python");
+    assert!(python.is_file(), "no {}: run `cargo xtask setup --tests`", python.display());
+
+    let (one, two) =
+        (ModelServer::start(Options::default()).await.unwrap(), ModelServer::start(Options::default()).await.unwrap());
+    let endpoints = [one.addr, two.addr];
+    let epp = ScriptedEpp::start(Production::over(Endpoints::new(&endpoints))).await.unwrap();
+    // A port that was free a moment ago: nobody answers there.
+    let gone = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let agent = TestAgent::start(epp_pool(&endpoints, epp.addr, FailureMode::Closed), SteeringMode::Auto, |config| {
+        let unpickable = epp_pool(&endpoints, gone, FailureMode::Closed);
+        config.pools.push(Pool { name: "unpickable".to_owned(), ..unpickable });
+        let route = |model: Option<&str>, path_prefix: Option<&str>, pool: &str| Route {
+            host: None,
+            path_prefix: path_prefix.map(str::to_owned),
+            model: model.map(str::to_owned),
+            pool: pool.to_owned(),
+        };
+        config.routes = vec![
+            route(Some("sample"), None, "default"),
+            route(Some("unpickable"), None, "unpickable"),
+            route(None, Some("/v1/models"), "default"),
+            route(None, Some("/v1/nothing"), "default"),
+        ];
+    });
+
+    let mut command = Command::new(&python);
+    command.arg(root.join("tests/tests/openai/client.py")).arg(format!("http://{}/v1", agent.addr));
+    // A proxy of this shell's is not for loopback.
+    command.env("NO_PROXY", "*");
+    let mut client = Process::spawn(command).unwrap();
+    let summary = client.line("all parts held", Duration::from_secs(60)).await.unwrap();
+    assert!(client.ended(Duration::from_secs(10)).await.unwrap().success(), "{:?}", client.output());
+    let held: Vec<String> =
+        client.output().iter().filter_map(|line| line.strip_prefix("ok ").map(str::to_owned)).collect();
+    assert_eq!(held, PARTS, "{summary}");
+
+    // It was the kernel that carried the streams, and both endpoints that served them.
+    assert!(agent.metric("penstock_flows_total", &["path=\"ingress\"", "reason=\"event_stream\""]) >= 20.0);
+    assert!(one.requests() > 0 && two.requests() > 0, "{} and {}", one.requests(), two.requests());
+}
