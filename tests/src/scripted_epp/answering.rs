@@ -5,8 +5,10 @@ use penstock_proto::ext_proc::{HttpBody, HttpHeaders, ProcessingResponse};
 
 use super::{Answer, Exchange, Script, reply};
 
+type Answers = dyn Fn(&Exchange) -> Vec<ProcessingResponse> + Send + Sync;
+
 /// Leaves the body as it is, piece by piece, unless the function's messages replace it.
-pub struct Answering(Box<dyn Fn(&Exchange) -> Vec<ProcessingResponse> + Send + Sync>);
+pub struct Answering(Box<Answers>);
 
 impl Answering {
     pub fn new(answer: impl Fn(&Exchange) -> Vec<ProcessingResponse> + Send + Sync + 'static) -> Self {
