@@ -31,6 +31,8 @@ pub struct EndpointConnection {
     pub(super) idle_since: Instant,
     /// The gate is shut.
     shut: bool,
+    /// Nothing is outstanding on it.
+    resting: bool,
 }
 
 enum Io {
@@ -67,8 +69,14 @@ impl EndpointConnection {
                 None
             }
         });
+        if source.is_some() {
+            // What was let through has left the TCP queue, so the kernel would close with FIN although bytes are unread,
+            // behind a window that is shut: an endpoint that only writes would not learn of it for `tcp_fin_timeout`.
+            socket::set_reset_on_close(&stream, true);
+        }
         let (consumed, requests, idle_since) = (0, 0, Instant::now());
-        Ok(Self { io: Io::Ready(stream), source, address, local, consumed, requests, idle_since, shut: false })
+        let (io, shut, resting) = (Io::Ready(stream), false, false);
+        Ok(Self { io, source, address, local, consumed, requests, idle_since, shut, resting })
     }
 
     pub fn source(&self) -> Option<&Source> {
@@ -151,6 +159,11 @@ impl EndpointConnection {
         }
     }
 
+    /// Whether the last message is over; if not, closing the connection breaks it off.
+    pub fn set_resting(&mut self, resting: bool) {
+        self.resting = resting;
+    }
+
     /// Nothing has come on an idle connection: neither its end nor bytes that nobody asked for.
     pub(super) fn is_alive(&self) -> bool {
         let Ok(stream) = self.ready() else { return false };
@@ -163,6 +176,11 @@ impl Drop for EndpointConnection {
         // The kernel must not go on redirecting to a client that we are about to leave.
         if let Some(source) = &self.source {
             source.slot().disarm();
+        }
+        if self.resting
+            && let Ok(stream) = self.ready()
+        {
+            socket::set_reset_on_close(stream, false);
         }
     }
 }
