@@ -116,7 +116,11 @@ async fn exchange(mut client: Client, plan: &Plan, random: &mut Random, tally: &
         return Ok(None);
     }
     let reader = match random.below(4) {
-        0 => Reader::Slow { bytes: 1 + random.below(200_000) as usize, tick: Duration::from_millis(1) },
+        0 => {
+            // Half a second at most.
+            let bytes = 1 + plan.size / 250 + random.below(100_000);
+            Reader::Slow { bytes: bytes as usize, tick: Duration::from_millis(1) }
+        }
         1 => Reader::Stalled { after: random.below(plan.size + 1), pause: Duration::from_millis(random.below(100)) },
         _ => Reader::Fast,
     };

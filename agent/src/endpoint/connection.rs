@@ -33,6 +33,8 @@ pub struct EndpointConnection {
     pub(super) idle_since: Instant,
     /// The slot, in the metrics.
     pub(super) counted: Option<InFlight>,
+    /// Nothing is outstanding on it.
+    resting: bool,
 }
 
 enum Io {
@@ -69,8 +71,13 @@ impl EndpointConnection {
                 None
             }
         });
-        let (consumed, idle_since) = (0, Instant::now());
-        Ok(Self { io: Io::Ready(stream), source, address, local, consumed, idle_since, counted: None })
+        if source.is_some() {
+            // What was let through has left the TCP queue, so the kernel would close with FIN although bytes are unread,
+            // behind a window that is shut: an endpoint that only writes would not learn of it for `tcp_fin_timeout`.
+            socket::set_reset_on_close(&stream, true);
+        }
+        let (io, consumed, idle_since) = (Io::Ready(stream), 0, Instant::now());
+        Ok(Self { io, source, address, local, consumed, idle_since, counted: None, resting: false })
     }
 
     pub fn source(&self) -> Option<&Source> {
@@ -140,6 +147,11 @@ impl EndpointConnection {
         }
     }
 
+    /// Whether the last message is over; if not, closing the connection breaks it off.
+    pub fn set_resting(&mut self, resting: bool) {
+        self.resting = resting;
+    }
+
     /// Nothing has come on an idle connection: neither its end nor bytes that nobody asked for.
     pub(super) fn is_alive(&self) -> bool {
         let Ok(stream) = self.ready() else { return false };
@@ -152,6 +164,11 @@ impl Drop for EndpointConnection {
         // The kernel must not go on redirecting to a client that we are about to leave.
         if let Some(source) = &self.source {
             source.slot().disarm();
+        }
+        if self.resting
+            && let Ok(stream) = self.ready()
+        {
+            socket::set_reset_on_close(stream, false);
         }
     }
 }

@@ -39,8 +39,9 @@ impl Pool {
     pub fn reuse(&self, address: SocketAddr) -> Option<EndpointConnection> {
         let mut idle = self.idle.borrow_mut();
         let connections = idle.get_mut(&address)?;
-        while let Some(connection) = connections.pop() {
+        while let Some(mut connection) = connections.pop() {
             if connection.idle_since.elapsed() < self.keep_alive && connection.is_alive() {
+                connection.set_resting(false);
                 return Some(connection);
             }
         }

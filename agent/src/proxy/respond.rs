@@ -102,6 +102,7 @@ pub(super) async fn respond(
     match end {
         Some(End::Complete { reusable }) => {
             picked.finish();
+            endpoint.set_resting(true);
             if reusable && head.keep_alive {
                 worker.endpoints.put(endpoint);
             }
