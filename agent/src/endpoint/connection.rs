@@ -110,11 +110,12 @@ impl EndpointConnection {
         book(self.source.as_ref(), &mut self.consumed, n)
     }
 
-    /// Returns when no verdict of this connection is in progress: the call takes the lock that verdicts run under.
+    /// Returns when no verdict of this connection is in progress: reading TCP_INFO takes the lock that verdicts run under
+    /// (`tcp_get_info`), and unlike a read does not take the socket's error.
     pub fn wait_for_verdict(&self) {
         let _ = match &self.io {
-            Io::Ready(stream) => socket::peek(stream, &mut [0]),
-            Io::Quiet(quiet) => socket::peek(quiet.get_ref(), &mut [0]),
+            Io::Ready(stream) => socket::bytes_written(stream),
+            Io::Quiet(quiet) => socket::bytes_written(quiet.get_ref()),
             Io::Gone => return,
         };
     }
