@@ -8,7 +8,9 @@ mod fleet;
 mod load;
 mod tour;
 
-use anyhow::Result;
+use std::pin::pin;
+
+use anyhow::{Result, bail};
 
 use fleet::Fleet;
 
@@ -20,8 +22,23 @@ pub struct Options {
     pub allow_relay: bool,
 }
 
-/// Whether everything was as it should be. Child processes end when this returns or is dropped.
-pub async fn run(options: Options) -> Result<bool> {
+/// Whether everything was as it should be; fails when `stopped` resolves before that is known. Child processes end when
+/// this returns or is dropped.
+pub async fn run(options: Options, stopped: impl Future<Output = ()>) -> Result<bool> {
+    let mut stopped = pin!(stopped);
+    let (fleet, fine) = tokio::select! {
+        shown = show(options) => shown?,
+        () = &mut stopped => bail!("stopped by a signal"),
+    };
+    if options.keep {
+        invite(&fleet);
+        stopped.await;
+    }
+    drop(fleet);
+    Ok(fine)
+}
+
+async fn show(options: Options) -> Result<(Fleet, bool)> {
     let mut fleet = Fleet::start().await?;
     let why = fleet.agent.unavailable();
     if let Some(why) = &why {
@@ -40,11 +57,7 @@ pub async fn run(options: Options) -> Result<bool> {
         println!("no comparison of CPU time: there is no steering to compare with");
     }
     println!("\n{}", if fine { "all was right" } else { "NOT ALL WAS RIGHT: see above" });
-    if options.keep {
-        invite(&fleet);
-        std::future::pending::<()>().await;
-    }
-    Ok(fine)
+    Ok((fleet, fine))
 }
 
 fn invite(fleet: &Fleet) {

@@ -26,12 +26,10 @@ async fn main() -> ExitCode {
         eprintln!("penstock-demo: signals cannot be waited for");
         return ExitCode::FAILURE;
     };
-    // Whichever way this ends, the child processes end with what it drops.
-    let outcome = tokio::select! {
-        outcome = demo::run(Options { keep: args.keep, allow_relay: args.allow_relay }) => outcome,
-        _ = interrupt.recv() => Err(anyhow::anyhow!("interrupted")),
-        _ = terminate.recv() => Err(anyhow::anyhow!("terminated")),
+    let stopped = async {
+        tokio::select! { _ = interrupt.recv() => {} _ = terminate.recv() => {} }
     };
+    let outcome = demo::run(Options { keep: args.keep, allow_relay: args.allow_relay }, stopped).await;
     match outcome {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,

@@ -77,7 +77,7 @@ def errors(client):
         client.get("/nothing", cast_to=object)
         raise AssertionError("what the endpoint does not know was answered")
     except openai.NotFoundError as error:
-        assert (error.status_code, error.code, error.type) == (404, 404, "NotFoundError"), (error.code, error.type)
+        assert (error.status_code, error.code, error.type) == (404, "404", "NotFoundError"), (error.code, error.type)
     told("errors")
 
 
