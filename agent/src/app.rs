@@ -43,6 +43,7 @@ pub struct Agent {
 }
 
 impl Agent {
+    /// Blocks while the kernel proves itself (some tens of milliseconds), on a runtime of its own: not to be called on one.
     pub fn start(config: Config) -> Result<Self> {
         let count = match config.listen.workers {
             0 => std::thread::available_parallelism().map_or(1, usize::from),

@@ -18,8 +18,9 @@ use crate::{client::ClientSocket, endpoint::connection::EndpointConnection, kern
 /// First read buffer; it grows towards the largest while reads fill it.
 const MIN_BUFFER: usize = 16 * 1024;
 const MAX_BUFFER: usize = 256 * 1024;
-/// After so many armings in a row that brought nothing, the rest of the body is relayed.
+/// After so many spans in a row that the kernel stopped before they had lasted this long, the rest of the body is relayed.
 const MAX_FRUITLESS: u32 = 4;
+const SHORT_SPAN: Duration = Duration::from_millis(10);
 /// How long bytes that were let through may come behind the end of the stream: turns, and the length of one.
 const LATE_TURNS: u32 = 1000;
 const LATE_TURN: Duration = Duration::from_millis(1);
@@ -89,11 +90,11 @@ pub struct Delivery<'a> {
     pub decode: bool,
     pub idle: Option<Duration>,
     pub account: Account,
-    /// While the kernel has the flow: its counts of bytes and segments when it got it.
-    armed: Option<(u64, u64)>,
+    /// While the kernel has the flow: its counts of bytes and segments when it got it, and when that was.
+    armed: Option<(u64, u64, u64)>,
     /// After a stop for want of room: relay until the client has caught up.
     hold: bool,
-    /// Armings in a row that were stopped before a byte was redirected.
+    /// Spans in a row that were stopped at once.
     fruitless: u32,
     /// Size of the next read, and whether the last one filled it.
     buffer: usize,

@@ -5,6 +5,7 @@
 //! only relays.
 
 use std::{
+    cell::Cell,
     net::{Ipv4Addr, SocketAddr},
     rc::Rc,
     sync::Arc,
@@ -32,6 +33,8 @@ use crate::{
 /// The whole proof; it takes some tens of milliseconds.
 const DEADLINE: Duration = Duration::from_secs(5);
 const BODY: usize = 4 << 20;
+/// A sender that gets on no further for this long is stuck.
+const QUIET: Duration = Duration::from_millis(20);
 const SEND_BUFFER: u32 = 256 * 1024;
 
 /// Loads the kernel program and has it prove itself. Whatever fails is the reason why the agent only relays.
@@ -119,14 +122,24 @@ async fn stalled_reader(steering: &Rc<WorkerSteering>) -> Result<()> {
     let body: Vec<u8> = (0..BODY).map(pattern).collect();
     let mut got = vec![0; BODY];
     let (start_reading, stalled) = oneshot::channel::<()>();
-    let write = async { server.write_all(&body).await };
+    let sent = Cell::new(0);
+    let write = async {
+        while sent.get() < BODY {
+            sent.set(sent.get() + server.write(&body[sent.get()..]).await?);
+        }
+        std::io::Result::Ok(())
+    };
     let read = async {
         let _ = stalled.await;
         reader.read_exact(&mut got).await.map(drop)
     };
     let release = async {
-        // The reader begins only when the sender has nowhere left to send to.
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        // The reader begins when the sender has nowhere left to send to: it has stopped getting on.
+        let mut before = 0;
+        while sent.get() == 0 || sent.get() != before {
+            before = sent.get();
+            tokio::time::sleep(QUIET).await;
+        }
         let _ = start_reading.send(());
     };
     let ((end, account), written, read, ()) =

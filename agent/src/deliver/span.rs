@@ -10,7 +10,7 @@ use bytes::BytesMut;
 
 use penstock_common::slot::stop;
 
-use super::{Delivery, End, MAX_FRUITLESS, MIN_BUFFER, Target, within};
+use super::{Delivery, End, MAX_FRUITLESS, MIN_BUFFER, SHORT_SPAN, Target, within};
 use crate::kernel::{slots::SlotRef, socket::monotonic_ns};
 
 /// What ended the wait for the kernel.
@@ -28,7 +28,7 @@ impl Delivery<'_> {
     pub(super) async fn span(&mut self, target: Target) -> Result<bool, End> {
         // The kernel's account of the target begins with the arming: nothing may be on its way from an earlier span.
         within(self.idle, self.client.settle()).await?;
-        self.armed = Some((self.slot()?.redirected(), self.slot()?.segments()));
+        self.armed = Some((self.slot()?.redirected(), self.slot()?.segments(), monotonic_ns()));
         self.slot()?.arm(target.key, self.framing, self.endpoint.consumed);
         self.make_room();
         let result = match self.endpoint.read_now(&mut self.pending) {
@@ -75,7 +75,7 @@ impl Delivery<'_> {
 
     /// Enters the kernel's books into ours; true when it carried something. The slot is released.
     fn take_back(&mut self) -> Result<bool, End> {
-        let (before, segments) = self.armed.take().ok_or(End::Broken)?;
+        let (before, segments, since) = self.armed.take().ok_or(End::Broken)?;
         let slot = self.slot()?;
         let steered = slot.redirected().saturating_sub(before);
         let segments = slot.segments().saturating_sub(segments);
@@ -93,8 +93,9 @@ impl Delivery<'_> {
             }
             self.hold = stop == stop::ROOM;
         }
-        // Arming costs more than it brings where every segment stops it.
-        self.fruitless = if steered > 0 { 0 } else { self.fruitless + u32::from(stop != 0) };
+        // A flow that stops every span at once is bulk: it outruns the client, and user space carries it better.
+        let short = monotonic_ns().saturating_sub(since) < SHORT_SPAN.as_nanos() as u64;
+        self.fruitless = if stop != 0 && (steered == 0 || short) { self.fruitless + 1 } else { 0 };
         if stop == stop::TARGET || self.fruitless >= MAX_FRUITLESS {
             self.target = None;
         }
