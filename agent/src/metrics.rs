@@ -78,11 +78,6 @@ impl Metrics {
         InFlight::new(&self.families.client_connections)
     }
 
-    /// A client connection was closed at once because too many were open.
-    pub fn client_refused(&self) {
-        self.families.client_connections_refused.inc();
-    }
-
     /// A client went away before its answer was complete.
     pub fn client_aborted(&self) {
         self.families.client_aborts.inc();
@@ -261,7 +256,6 @@ mod tests {
         metrics.steer_events_missed(3);
         metrics.endpoint_connection(Connection::Reused);
         metrics.endpoint_retried("reset");
-        metrics.client_refused();
         metrics.client_aborted();
         metrics.pool(0).time_to_first_token(Duration::from_millis(30));
         metrics.pool(0).time_per_output_chunk(Duration::from_millis(30));
@@ -275,7 +269,6 @@ mod tests {
             r#"penstock_endpoint_connections_total{result="new"} 0"#,
             r#"penstock_endpoint_connections_total{result="reused"} 1"#,
             r#"penstock_endpoint_retries_total{reason="reset"} 1"#,
-            "penstock_client_connections_refused_total 1",
             "penstock_client_aborts_total 1",
             r#"penstock_ttft_seconds_bucket{le="0.04",pool="gpu"} 1"#,
             r#"penstock_time_per_output_chunk_seconds_bucket{le="0.05",pool="gpu"} 1"#,

@@ -46,8 +46,6 @@ families! {
 
     /// Client connections that are open.
     client_connections: Gauge = "client_connections";
-    /// Client connections closed at once because listen.max_connections were open.
-    client_connections_refused: Counter = "client_connections_refused";
     /// Requests whose client went away before the answer was complete.
     client_aborts: Counter = "client_aborts";
 
