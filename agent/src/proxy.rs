@@ -24,7 +24,10 @@ use crate::{
         headers,
         request::{RequestBody, RequestHead},
     },
-    picker::{exchange::ImmediateReply, mutation},
+    picker::{
+        exchange::{Body, ImmediateReply},
+        mutation,
+    },
     upload::Upload,
     worker::Worker,
 };
@@ -179,6 +182,7 @@ async fn answered(
     };
     // An endpoint has answered, so the request will not go out again.
     upload.forget();
+    picked.body = Body::Original;
     respond::respond(worker, client, request, *picked, answer).await
 }
 

@@ -125,9 +125,11 @@ async fn handshake(io: impl hyper::rt::Read + hyper::rt::Write + Unpin + Send + 
         .handshake(io)
         .await
         .map_err(|error| {
-            // Keeps the kind: a reset is worth another attempt.
-            let h2 = error.source().and_then(|source| source.downcast_ref::<h2::Error>());
-            let kind = h2.and_then(h2::Error::get_io).map_or(io::ErrorKind::Other, io::Error::kind);
+            // Keeps the kind: a reset is worth another attempt. It comes wrapped by h2, or bare when h2 had not begun.
+            let io = error.source().and_then(|source| {
+                source.downcast_ref::<io::Error>().or_else(|| source.downcast_ref::<h2::Error>()?.get_io())
+            });
+            let kind = io.map_or(io::ErrorKind::Other, io::Error::kind);
             io::Error::new(kind, error)
         })?;
     tokio::spawn(async move {
