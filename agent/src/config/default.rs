@@ -8,7 +8,8 @@ use std::{
 use http::HeaderName;
 
 use super::{
-    Admin, Bbr, Config, Epp, EppTls, FailureMode, Limits, Listen, Picker, Pool, Steering, SteeringMode, Timeouts,
+    Admin, Bbr, Config, Epp, EppTls, FailureMode, Limits, Listen, Picker, Pool, ResponseToPicker, Steering,
+    SteeringMode, Timeouts,
 };
 
 /// A complete commented file. Its settings are the defaults; what has none is commented out, as `#key = value`.
@@ -107,6 +108,8 @@ impl Epp {
             connect_timeout: Duration::from_secs(1),
             decision_timeout: Duration::from_secs(30),
             response_timeout: Some(Duration::from_millis(100)),
+            response_to_picker: ResponseToPicker::Headers,
+            response_queue_bytes: 1 << 20,
             header: HeaderName::from_static("x-gateway-destination-endpoint"),
         }
     }
