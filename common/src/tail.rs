@@ -28,7 +28,7 @@ pub struct Copies {
 /// Places a run of `len` bytes of which the first has the number `position`. Only the last [`TAIL`] bytes of it are copied.
 #[inline(always)]
 pub fn place(position: u32, len: u32) -> Copies {
-    let skip = if len > TAIL { len - TAIL } else { 0 };
+    let skip = len.saturating_sub(TAIL);
     let len = len - skip;
     let offset = position.wrapping_add(skip) & (RING - 1);
     let room = RING - offset;
