@@ -22,9 +22,10 @@ const SETTLE_STEP: Duration = Duration::from_millis(10);
 
 /// How long the kernel's worker may take to hand over what was redirected, before a close is a reset.
 const SETTLE: Duration = Duration::from_secs(30);
-/// How long, and for how many bytes, a closed connection is still read.
+/// How long, and for how many bytes, a closed connection is still read: a client that is answered before it has sent all of a
+/// large body usually looks for the answer only afterwards.
 const LINGER: Duration = Duration::from_secs(1);
-const LINGER_BYTES: usize = 1 << 20;
+const LINGER_BYTES: usize = 64 << 20;
 
 pub struct ClientSocket {
     stream: TcpStream,

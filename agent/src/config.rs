@@ -204,8 +204,8 @@ pub struct Epp {
 pub enum ResponseToPicker {
     /// Nothing but the end.
     Headers,
-    /// What it takes to count tokens: the last events of an event stream (which is steered all the same), or the whole of a
-    /// JSON document up to 256 KiB (which is relayed).
+    /// What it takes to count tokens: the last events of an event stream (which is steered all the same, for 8 KiB of kernel
+    /// memory for each endpoint connection), or the whole of a JSON document up to 256 KiB (which is relayed).
     Usage,
     /// Every byte. Such responses are relayed.
     Body,

@@ -183,6 +183,7 @@ async fn an_endpoint_that_falls_silent() {
     }
 }
 
+/// E6: in mid-response, whatever the framing and whoever carries it.
 #[tokio::test]
 async fn an_eviction_breaks_the_response_off() {
     for mode in MODES {

@@ -26,8 +26,20 @@ const END_TO_END: [HeaderName; 4] =
     [header::HOST, header::CONTENT_LENGTH, header::CONTENT_TYPE, header::CONTENT_ENCODING];
 
 /// Fields between gateway, picker and endpoint: from a client they would steer the request past the picker.
-const CONTROL: [&str; 4] =
-    ["x-prefiller-host-port", "x-encoder-hosts-ports", "x-data-parallel-host-port", "x-kv-cache-source-host-port"];
+const CONTROL: [&str; 11] = [
+    "x-prefiller-host-port",
+    "x-encoder-hosts-ports",
+    "x-data-parallel-host-port",
+    "x-kv-cache-source-host-port",
+    // Dynamo's, by which its frontend finds workers.
+    "x-worker-instance-id",
+    "x-dynamo-routing-mode",
+    "x-dynamo-prefill-worker-id",
+    "x-dynamo-decode-worker-id",
+    "x-dynamo-dp-rank",
+    "x-dynamo-token-data",
+    "x-dynamo-backend-instance-id",
+];
 
 /// Families of control fields, by prefix.
 const CONTROL_PREFIXES: [&str; 2] = ["x-gateway-destination-endpoint", "x-envoy-"];

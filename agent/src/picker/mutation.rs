@@ -2,7 +2,8 @@
 //!
 //! Given a `HeaderMutation` and the headers of a request or a response, it changes the headers as Envoy would, removals first.
 //! The names that say where and how a message travels are never touched: pseudo-headers, `host`, framing, hop-by-hop fields,
-//! `x-envoy-*`. Nothing fails: what is no header is skipped, and counted.
+//! `x-envoy-*`. Nothing fails: what is no header is skipped, and counted. An empty value is a value, whatever
+//! `keep_empty_value` says: Envoy's ext_proc filter does not look at that field either.
 
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 use penstock_proto::{

@@ -148,6 +148,12 @@ pub mod reply {
         pieces(body).map(|piece| message(Response::RequestBody(piece)))
     }
 
+    /// The whole of a request's body in one message, however large.
+    #[must_use]
+    pub fn request_body_in_one(body: &Bytes) -> ProcessingResponse {
+        message(Response::RequestBody(streamed(body.clone(), true)))
+    }
+
     /// The whole of a response's body.
     pub fn response_bodies(body: &Bytes) -> impl Iterator<Item = ProcessingResponse> {
         pieces(body).map(|piece| message(Response::ResponseBody(piece)))

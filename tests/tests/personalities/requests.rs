@@ -125,11 +125,14 @@ pub(crate) async fn fields_are_changed_both_ways<P: Personality>() {
 /// E4, E21, D15: what the picker says about prefill and its like reaches the endpoint as it was set; a client's copies reach
 /// nobody.
 pub(crate) async fn fields_for_disaggregation<P: Personality>() {
-    const FIELDS: [(&str, &str); 4] = [
+    const FIELDS: [(&str, &str); 7] = [
         ("x-prefiller-host-port", "10.0.0.7:8000"),
         ("x-encoder-hosts-ports", "10.0.0.8:8000,10.0.0.9:8000"),
         ("x-data-parallel-host-port", "10.0.0.7:8003"),
         ("x-kv-cache-source-host-port", "10.0.0.6:5600"),
+        ("x-dynamo-prefill-worker-id", "7"),
+        ("x-dynamo-decode-worker-id", "8"),
+        ("x-dynamo-dp-rank", "3"),
     ];
     let mut with = Stage::new(|all| P::over(Endpoints::new(all)).adding(&FIELDS)).await;
     let mut without = stage::<P>().await;

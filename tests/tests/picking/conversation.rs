@@ -32,6 +32,7 @@ async fn the_head_comes_with_pseudo_headers() {
     assert!(told.iter().all(|(name, _)| *name == name.to_lowercase()));
 }
 
+/// E2: full duplex both ways, without waiting for the reply to the headers.
 #[tokio::test]
 async fn only_the_first_message_says_how_bodies_are_sent() {
     let mut stage = Stage::new(Production::new).await;
@@ -54,6 +55,7 @@ async fn a_request_without_a_body_ends_with_its_head() {
     assert!(!stream.kinds().contains(&"request_body"));
 }
 
+/// E1: all of it, and one end.
 #[tokio::test]
 async fn the_body_is_told_in_pieces_and_ends_once() {
     let mut stage = Stage::new(Production::new).await;
@@ -70,6 +72,7 @@ async fn the_body_is_told_in_pieces_and_ends_once() {
     }
 }
 
+/// E2: what has arrived is told before the rest does.
 #[tokio::test]
 async fn the_picker_sees_the_body_while_the_client_uploads() {
     let mut stage = Stage::new(Production::new).await;
@@ -88,6 +91,7 @@ async fn the_picker_sees_the_body_while_the_client_uploads() {
     assert_eq!(stage.client.response().await.unwrap().echoed().body_hash, Fnv::of(&body).value());
 }
 
+/// E7, E8: head, served endpoint, and the end.
 #[tokio::test]
 async fn the_response_is_told_with_the_endpoint_that_served_it() {
     let mut stage = Stage::new(Production::new).await;
@@ -103,6 +107,7 @@ async fn the_response_is_told_with_the_endpoint_that_served_it() {
     assert_eq!(stage.epp.streams_open(), 0);
 }
 
+/// E7: the stream lives as long as the response.
 #[tokio::test]
 async fn the_stream_is_open_while_the_response_flows() {
     let stage = Stage::new(Production::new).await;
@@ -122,6 +127,7 @@ async fn the_stream_is_open_while_the_response_flows() {
     eventually(SOON, || stage.epp.streams_ended(StreamEnd::HalfClosed) == 1).await;
 }
 
+/// E19: it closes its streams with status OK after each pick.
 #[tokio::test]
 async fn a_picker_that_skips_the_response_is_left_alone() {
     let mut stage = Stage::new(|all| Production::new(all).skipping_response()).await;
@@ -132,6 +138,7 @@ async fn a_picker_that_skips_the_response_is_left_alone() {
     assert_eq!(stage.epp.connections_accepted(), 1);
 }
 
+/// E20: its death cuts nothing that flows.
 #[tokio::test]
 async fn a_response_does_not_depend_on_the_picker_staying_alive() {
     let mut stage = Stage::new(Production::new).await;

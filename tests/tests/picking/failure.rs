@@ -1,248 +1,306 @@
 //! When the picker fails: a pool that fails open answers from its own endpoints with the body intact, one that fails closed
 //! says 503 and sends nothing anywhere; whatever the fault, its moment, and the body.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::{Arc, LazyLock},
+    time::Duration,
+};
 
+use bytes::Bytes;
 use futures_util::future::join_all;
-use penstock_agent::config::{FailureMode, Picker};
+use penstock_agent::config::{Config, EppTls, FailureMode};
 use penstock_tests::{
     Refusing, Request, Stage,
     content::Fnv,
-    scripted_epp::{Fault, Faulty, Harm, Moment, Production},
+    eventually,
+    scripted_epp::{Answering, Fault, Faulty, Harm, Moment, Production, reply},
     stage::{echo, epp, json},
 };
+use tokio::sync::Semaphore;
 use tonic::Code;
+
+use crate::SOON;
 
 /// Long enough for a picker that answers, on a busy machine too.
 const DECISION: Duration = Duration::from_secs(2);
 
-/// What the request brings, in bytes of prompt.
-const BODIES: [Option<usize>; 3] = [None, Some(1 << 10), Some(1 << 20)];
+/// What the request brings.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Body {
+    None,
+    /// 1 KiB.
+    Small,
+    /// 20 MiB: beyond every window and buffer, and what is kept of it goes to a file.
+    Large,
+    /// 2 MiB, of which the client sends the last eighth when the picker has failed. What comes before is more than the
+    /// picker's window and the agent's queue hold, so that a picker that takes nothing is found out.
+    Paused,
+}
+
+const BODIES: [Body; 4] = [Body::None, Body::Small, Body::Large, Body::Paused];
+const MODES: [FailureMode; 2] = [FailureMode::Open, FailureMode::Closed];
+
+/// How many large bodies are under way at once.
+static LARGE: Semaphore = Semaphore::const_new(2);
+
+impl Body {
+    /// The bytes, and their hash: every byte is a function of its place.
+    fn content(self) -> (Bytes, u64) {
+        type Made = LazyLock<(Bytes, u64)>;
+        fn made(len: usize) -> (Bytes, u64) {
+            let body = json("m", len);
+            let hash = Fnv::of(&body).value();
+            (body.into(), hash)
+        }
+        static SMALL: Made = LazyLock::new(|| made(1 << 10));
+        static LARGE: Made = LazyLock::new(|| made(20 << 20));
+        static PAUSED: Made = LazyLock::new(|| made(2 << 20));
+        match self {
+            Self::None => (Bytes::new(), Fnv::of(b"").value()),
+            Self::Small => SMALL.clone(),
+            Self::Large => LARGE.clone(),
+            Self::Paused => PAUSED.clone(),
+        }
+    }
+
+    fn request(self) -> Request {
+        if self == Self::None { Request::get("/test/echo") } else { echo(self.content().0) }
+    }
+}
+
+/// What is wrong with the picker.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Wrong {
+    /// Nothing listens.
+    Absent,
+    /// It does not speak TLS, which the pool wants.
+    Tls,
+    Faulty(Fault),
+}
 
 /// What the pool is to do.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Expected {
-    /// Fail, as its mode says.
-    Fail,
+    /// Fail, as its mode says, for one of these reasons.
+    Fail(&'static [&'static str]),
     /// Follow the pick, which had come before the fault.
     Follow,
     /// Either: whether the pick gets out before the connection is cut is chance.
     Either,
 }
 
-/// One request with that body through a pool of that mode; the picker fails every time.
-async fn check(fault: Option<Fault>, mode: FailureMode, prompt: Option<usize>, expected: Expected) {
+/// One request with that body through a pool of that mode, whose picker is wrong in that way every time, and one more.
+async fn check(wrong: Wrong, mode: FailureMode, body: Body, expected: Expected) {
+    let _large = if body == Body::Large { Some(LARGE.acquire().await) } else { None };
     let refusing = Refusing::new().unwrap();
+    let fault = if let Wrong::Faulty(fault) = wrong { Some(fault) } else { None };
+    let never = Fault::At(Moment::ResponseBody, Harm::Close);
     let mut stage = Stage::with(
-        |all| Faulty::new(Production::new(all), fault.unwrap_or(Fault::Deaf)),
+        |all| Faulty::new(Production::new(all), fault.unwrap_or(never)),
         |config| {
             config.listen.workers = 1;
             config.pools[0].failure_mode = mode;
             epp(config).decision_timeout = DECISION;
-            if fault.is_none() {
-                epp(config).address = refusing.addr.to_string();
+            match wrong {
+                Wrong::Absent => epp(config).address = refusing.addr.to_string(),
+                Wrong::Tls => epp(config).tls = EppTls::Insecure,
+                Wrong::Faulty(_) => {}
             }
         },
     )
     .await;
-    let body = prompt.map(|len| json("m", len)).unwrap_or_default();
-    let request = if prompt.is_some() { echo(body.clone()) } else { Request::get("/test/echo") };
-    let response = stage.request(&request).await;
-    let case = format!("{fault:?}, {mode:?}, {prompt:?}: {} {}", response.status(), response.error_code());
+    stage.client.patience = SOON;
+    let (bytes, hash) = body.content();
+    let response = if body == Body::Paused {
+        let wire = body.request().wire("agent");
+        let (first, rest) = wire.split_at(wire.len() / 8 * 7);
+        stage.client.send_raw(first).await.unwrap();
+        eventually(SOON, || stage.agent.metric("penstock_epp_failures_total", &[]) > 0.0).await;
+        if mode == FailureMode::Open {
+            stage.client.send_raw(rest).await.unwrap();
+        }
+        stage.client.response().await.unwrap()
+    } else {
+        // A pool that fails closed answers at once, and need not take the rest of a large body.
+        let sent = stage.client.send_raw(&body.request().wire("agent")).await;
+        assert!(sent.is_ok() || (mode == FailureMode::Closed && body == Body::Large), "{sent:?}");
+        stage.client.response().await.unwrap()
+    };
+    let case = format!("{wrong:?}, {mode:?}, {body:?}: {} {}", response.status(), response.error_code());
     let opens = mode == FailureMode::Open || expected == Expected::Follow;
     if opens || (expected == Expected::Either && response.status() == 200) {
         let seen = response.echoed();
         assert!([stage.one.addr, stage.two.addr].contains(&response.served_by().unwrap()), "{case}");
-        assert_eq!((seen.body_length, seen.body_hash != 0), (body.len() as u64, true), "{case}");
-        assert!(prompt.is_none() || seen.body_hash == Fnv::of(&body).value(), "{case}");
+        assert_eq!((seen.body_length, seen.body_hash), (bytes.len() as u64, hash), "{case}");
+        assert_eq!(stage.requests().0 + stage.requests().1, 1, "{case}");
     } else {
         assert_eq!((response.status(), response.error_code().as_str()), (503, "picker_failed"), "{case}");
-        assert_eq!(stage.requests(), (0, 0), "{case}");
+        assert_eq!((stage.one.connections_accepted(), stage.two.connections_accepted()), (0, 0), "{case}");
     }
     let outcome = if mode == FailureMode::Open { r#"outcome="fail_open""# } else { r#"outcome="fail_closed""# };
-    let failures = stage.agent.metric("penstock_epp_exchange_seconds_count", &[outcome]);
+    let failures = stage.agent.count("penstock_epp_exchange_seconds_count", &[outcome]);
     match expected {
-        Expected::Fail => assert_eq!(failures, 1.0, "{case}"),
-        Expected::Follow => assert_eq!(failures, 0.0, "{case}"),
+        Expected::Fail(reasons) => {
+            let reason =
+                |reason: &&str| stage.agent.count("penstock_epp_failures_total", &[&format!("reason=\"{reason}\"")]);
+            let counted: u64 = reasons.iter().map(reason).sum();
+            assert_eq!((failures, counted), (1, 1), "{case}: {}", stage.agent.agent.metrics().encode());
+        }
+        Expected::Follow => assert_eq!(failures, 0, "{case}"),
         Expected::Either => {}
     }
     // Without an unread body the connection is as good as before.
-    assert!(response.header("connection").is_none() || (response.status() == 503 && prompt.is_some()), "{case}");
+    if response.header("connection").is_some() {
+        assert!(response.status() == 503 && body != Body::None, "{case}");
+        return;
+    }
+    let again = stage.request(&Request::get("/test/echo")).await;
+    assert!(
+        again.status() == 200 || (mode == FailureMode::Closed && again.status() == 503),
+        "{case}, {}",
+        again.status()
+    );
 }
 
-async fn matrix(fault: impl Fn(usize) -> Option<Fault>, expected: impl Fn(Option<usize>) -> Option<Expected>) {
-    let modes = [FailureMode::Open, FailureMode::Closed];
-    let cases = modes.into_iter().flat_map(|mode| BODIES.map(|body| (mode, body)));
-    let checks = cases.filter_map(|(mode, body)| {
-        let expected = expected(body)?;
-        Some(check(fault(body.unwrap_or_default()), mode, body, expected))
-    });
+async fn matrix(wrong: impl Fn(Body) -> Wrong, expected: impl Fn(Body) -> Option<Expected>) {
+    let cases = MODES.into_iter().flat_map(|mode| BODIES.map(|body| (mode, body)));
+    let checks = cases.filter_map(|(mode, body)| Some(check(wrong(body), mode, body, expected(body)?)));
     join_all(checks).await;
 }
 
-fn always(_: Option<usize>) -> Option<Expected> {
-    Some(Expected::Fail)
+async fn always(wrong: Wrong, reasons: &'static [&'static str]) {
+    matrix(|_| wrong, |_| Some(Expected::Fail(reasons))).await;
 }
 
+/// E11, E12: no picker at all.
 #[tokio::test]
 async fn it_refuses_connections() {
-    matrix(|_| None, always).await;
+    always(Wrong::Absent, &["connect"]).await;
 }
 
+/// E11, E12, E16: one that does not speak TLS.
+#[tokio::test]
+async fn it_fails_the_tls_handshake() {
+    always(Wrong::Tls, &["connect"]).await;
+}
+
+/// E11, E12.
 #[tokio::test]
 async fn it_resets_connections_at_once() {
-    matrix(|_| Some(Fault::ResetAtAccept), always).await;
+    always(Wrong::Faulty(Fault::ResetAtAccept), &["connect", "reset"]).await;
 }
 
+/// E11, E12, E13: connected, and the decision's deadline holds all the same.
 #[tokio::test]
 async fn it_accepts_connections_and_no_more() {
-    matrix(|_| Some(Fault::Deaf), always).await;
+    always(Wrong::Faulty(Fault::Deaf), &["deadline"]).await;
 }
 
-async fn at_head(harm: Harm) {
-    matrix(|_| Some(Fault::At(Moment::RequestHeaders, harm)), always).await;
+async fn at_head(harm: Harm, reasons: &'static [&'static str]) {
+    always(Wrong::Faulty(Fault::At(Moment::RequestHeaders, harm)), reasons).await;
 }
 
-async fn at_half_of_body(harm: Harm) {
-    let expected = |body: Option<usize>| body.map(|_| Expected::Fail);
-    matrix(|body| Some(Fault::At(Moment::RequestBody(body / 2), harm)), expected).await;
+async fn at_half_of_body(harm: Harm, reasons: &'static [&'static str]) {
+    let expected = |body| (body != Body::None).then_some(Expected::Fail(reasons));
+    matrix(|body| Wrong::Faulty(Fault::At(Moment::RequestBody(body.content().0.len() / 2), harm)), expected).await;
 }
 
 /// The reply to the head is the whole pick where there is no body. With one, the rest of the answer is missing: that is
-/// the client's body where the picker is merely silent about it, and a failure where the stream is lost.
-async fn after_head_reply(harm: Harm, loses_stream: bool) {
-    let expected = |body: Option<usize>| match (loses_stream, body) {
-        (false, _) => Some(Expected::Follow),
-        (true, None) => Some(Expected::Either),
-        (true, Some(_)) => Some(Expected::Fail),
+/// the client's body where the picker is merely silent about it (no reasons), and a failure where the stream is lost. It
+/// comes when the whole body is there, so no client has one to hold back.
+async fn after_head_reply(harm: Harm, reasons: &'static [&'static str]) {
+    let expected = |body| match (reasons, body) {
+        (_, Body::Paused) => None,
+        ([], _) => Some(Expected::Follow),
+        (_, Body::None) => Some(Expected::Either),
+        (reasons, _) => Some(Expected::Fail(reasons)),
     };
-    matrix(|_| Some(Fault::At(Moment::HeaderReply, harm)), expected).await;
+    matrix(|_| Wrong::Faulty(Fault::At(Moment::HeaderReply, harm)), expected).await;
 }
 
+async fn at_any_moment(harm: Harm, reasons: &'static [&'static str]) {
+    tokio::join!(at_head(harm, reasons), at_half_of_body(harm, reasons), after_head_reply(harm, reasons));
+}
+
+/// E11, E12, E13.
 #[tokio::test]
 async fn it_is_silent() {
-    tokio::join!(at_head(Harm::Silence), at_half_of_body(Harm::Silence), after_head_reply(Harm::Silence, false));
+    let harm = Harm::Silence;
+    tokio::join!(at_head(harm, &["deadline"]), at_half_of_body(harm, &["deadline"]), after_head_reply(harm, &[]));
 }
 
+/// E11, E12.
 #[tokio::test]
 async fn it_resets_the_connection() {
-    let harm = Harm::ResetConnection;
-    tokio::join!(at_head(harm), at_half_of_body(harm), after_head_reply(harm, true));
+    at_any_moment(Harm::ResetConnection, &["reset", "connect"]).await;
 }
 
+/// E11, E12.
 #[tokio::test]
 async fn it_dies() {
-    tokio::join!(at_head(Harm::Die), at_half_of_body(Harm::Die), after_head_reply(Harm::Die, true));
+    at_any_moment(Harm::Die, &["reset", "connect"]).await;
 }
 
+/// E11, E12.
 #[tokio::test]
 async fn it_answers_a_grpc_error() {
-    let harm = Harm::Status(Code::Unavailable);
-    tokio::join!(at_head(harm), at_half_of_body(harm), after_head_reply(harm, true));
+    at_any_moment(Harm::Status(Code::Unavailable), &["unavailable"]).await;
 }
 
+/// E11, E12: as gRPC servers do whose message is too large for them, or who have too much to do.
+#[tokio::test]
+async fn it_is_over_its_limits() {
+    at_any_moment(Harm::Status(Code::ResourceExhausted), &["resource_exhausted"]).await;
+}
+
+/// E11, E12, E19: the end in order is no failure when the pick has come before it.
 #[tokio::test]
 async fn it_closes_the_stream_without_a_pick() {
-    tokio::join!(at_head(Harm::Close), at_half_of_body(Harm::Close), after_head_reply(Harm::Close, false));
+    let reasons = &["closed_without_pick"];
+    tokio::join!(
+        at_head(Harm::Close, reasons),
+        at_half_of_body(Harm::Close, reasons),
+        after_head_reply(Harm::Close, &[])
+    );
 }
 
+/// E11, E12: what it puts in place of the body is larger than bodies may be here, in pieces or in one message.
 #[tokio::test]
-async fn the_decision_has_a_deadline() {
-    let mut stage = Stage::with(
-        |all| Faulty::new(Production::new(all), Fault::At(Moment::RequestHeaders, Harm::Silence)),
-        |config| epp(config).decision_timeout = Duration::from_millis(200),
-    )
-    .await;
-    let begin = Instant::now();
-    assert_eq!(stage.request(&echo(json("m", 10))).await.error_code(), "picker_failed");
-    let took = begin.elapsed();
-    assert!(took >= Duration::from_millis(200) && took < Duration::from_secs(5), "{took:?}");
-    assert_eq!(stage.agent.metric("penstock_epp_failures_total", &[r#"reason="deadline""#]), 1.0);
-}
-
-#[tokio::test]
-async fn a_picker_that_thinks_for_less_than_the_deadline_is_waited_for() {
-    let thinks = Fault::At(Moment::RequestHeaders, Harm::Delay(Duration::from_millis(300)));
-    let mut stage = Stage::new(|all| Faulty::new(Production::new(all), thinks)).await;
-    assert_eq!(stage.request(&echo(json("m", 10))).await.status(), 200);
-}
-
-#[tokio::test]
-async fn the_default_upstream_is_where_it_opens_to() {
-    let refusing = Refusing::new().unwrap();
-    let upstream = penstock_tests::ModelServer::start(Default::default()).await.unwrap();
-    let mut stage = Stage::with(Production::new, |config| {
-        let pool = &mut config.pools[0];
-        (pool.failure_mode, pool.default_upstream) = (FailureMode::Open, Some(upstream.addr));
-        let Picker::Epp(epp) = &mut pool.picker else { unreachable!("the pool has an EPP") };
-        epp.address = refusing.addr.to_string();
-    })
-    .await;
-    let body = json("m", 1 << 20);
-    let response = stage.request(&echo(body.clone())).await;
-    assert_eq!(response.served_by(), Some(upstream.addr));
-    assert_eq!(response.echoed().body_hash, Fnv::of(&body).value());
-    assert_eq!(stage.requests(), (0, 0));
-}
-
-/// With failure mode closed, so that only a second question can save the request.
-async fn asked_again_after(fault: Fault, connections: u64) {
-    let mut stage = Stage::new(|all| Faulty::new(Production::new(all), fault).times(1)).await;
-    let body = json("m", 1 << 20);
-    for _ in 0..2 {
-        let seen = stage.request(&echo(body.clone())).await.echoed();
-        assert_eq!(seen.body_hash, Fnv::of(&body).value(), "{fault:?}");
-    }
-    assert_eq!(stage.epp.connections_accepted(), connections, "{fault:?}");
-    assert_eq!(stage.agent.metric("penstock_epp_failures_total", &[]), 0.0, "{fault:?}");
-}
-
-#[tokio::test]
-async fn a_lost_connection_is_replaced_and_the_request_asked_again() {
-    asked_again_after(Fault::ResetAtAccept, 2).await;
-    asked_again_after(Fault::At(Moment::RequestHeaders, Harm::ResetConnection), 2).await;
-    asked_again_after(Fault::At(Moment::RequestBody(1 << 19), Harm::ResetConnection), 2).await;
-}
-
-/// Those without a decision are asked again: one bad stream fails nobody else.
-#[tokio::test]
-async fn one_reset_fails_none_of_the_requests_on_the_connection() {
-    let fault = Fault::At(Moment::RequestBody(1 << 10), Harm::ResetConnection);
-    let stage =
-        Stage::with(|all| Faulty::new(Production::new(all), fault).times(1), |config| config.listen.workers = 1).await;
-    let one = || async {
-        let mut client = penstock_tests::Client::connect(stage.agent.addr).await.unwrap();
-        client.request(&echo(json("m", 100_000))).await.unwrap().status()
+async fn its_answer_is_over_our_limits() {
+    const LIMIT: usize = 100_000;
+    let limits = |config: &mut Config, mode| {
+        config.limits.body_bytes = LIMIT as u64;
+        config.pools[0].failure_mode = mode;
     };
-    assert_eq!(join_all((0..20).map(|_| one())).await, [200; 20]);
-}
-
-#[tokio::test]
-async fn a_pick_outside_the_pool_is_a_failure() {
-    for (mode, status, code) in [(FailureMode::Closed, 502, "endpoint_not_in_pool"), (FailureMode::Open, 200, "")] {
-        let mut stage = Stage::with(
-            |all| Production::new(&all[..1]),
-            |config| {
-                config.pools[0].failure_mode = mode;
-                config.pools[0].endpoints.remove(0);
-            },
-        )
-        .await;
-        let response = stage.request(&echo(json("m", 1000))).await;
-        assert_eq!((response.status(), response.error_code().as_str()), (status, code));
-        assert_eq!(stage.requests(), (0, u64::from(status == 200)));
+    for mode in MODES {
+        let pieces: Arc<[Bytes]> = [Bytes::from(vec![b'x'; LIMIT + 1])].into();
+        let message: Arc<[Bytes]> = [Bytes::from(vec![b'x'; LIMIT + (2 << 20)])].into();
+        for (answer, cut, reasons) in
+            [(pieces, true, ["body_too_large"].as_slice()), (message, false, &["out_of_range", "resource_exhausted"])]
+        {
+            let script = |all: &[std::net::SocketAddr]| {
+                let picked = all[0].to_string();
+                Answering::new(move |_| {
+                    let body = if cut {
+                        reply::request_body(&answer[0]).collect()
+                    } else {
+                        vec![reply::request_body_in_one(&answer[0])]
+                    };
+                    [reply::pick(&picked, &[])].into_iter().chain(body).collect()
+                })
+            };
+            let mut stage = Stage::with(script, |config| limits(config, mode)).await;
+            let body = json("m", 1000);
+            let response = stage.request(&echo(body.clone())).await;
+            if mode == FailureMode::Open {
+                assert_eq!(response.echoed().body_hash, Fnv::of(&body).value());
+            } else {
+                assert_eq!((response.status(), response.error_code().as_str()), (503, "picker_failed"));
+                assert_eq!(stage.requests(), (0, 0));
+            }
+            let reason =
+                |reason: &&str| stage.agent.count("penstock_epp_failures_total", &[&format!("reason=\"{reason}\"")]);
+            assert_eq!(reasons.iter().map(reason).sum::<u64>(), 1, "{reasons:?}");
+        }
     }
-}
-
-#[tokio::test]
-async fn passthrough_lets_a_pick_outside_the_pool_be_dialled() {
-    let mut stage = Stage::with(
-        |all| Production::new(&all[..1]),
-        |config| {
-            config.pools[0].passthrough = true;
-            config.pools[0].endpoints.remove(0);
-        },
-    )
-    .await;
-    assert_eq!(stage.request(&echo(json("m", 1000))).await.served_by(), Some(stage.one.addr));
 }

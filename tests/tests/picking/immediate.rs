@@ -23,6 +23,7 @@ fn evicting(all: &[std::net::SocketAddr], after: EvictAfter, now: &Arc<Notify>) 
     Evicting { inner: Production::new(all), after, now: Arc::clone(now) }
 }
 
+/// E5: as the picker gave them.
 #[tokio::test]
 async fn status_fields_and_body_reach_the_client() {
     let fields = [("retry-after", "7"), ("x-why", "queue full"), ("content-type", "application/json")];
@@ -38,6 +39,7 @@ async fn status_fields_and_body_reach_the_client() {
     assert_eq!(stage.requests(), (0, 0));
 }
 
+/// E5, E11: an answer is an answer in a pool that fails open too.
 #[tokio::test]
 async fn it_is_no_failure_to_open_for() {
     let mut stage = Stage::with(
@@ -49,6 +51,7 @@ async fn it_is_no_failure_to_open_for() {
     assert_eq!(stage.requests(), (0, 0));
 }
 
+/// E5: what evicts a request before its pick is an answer to it.
 #[tokio::test]
 async fn after_the_whole_body_the_connection_goes_on() {
     let mut stage = Stage::new(|all| refusing(all, Moment::RequestBody(usize::MAX))).await;
@@ -70,6 +73,7 @@ async fn before_the_whole_body_the_client_need_not_send_the_rest() {
     assert_eq!(stage.requests(), (0, 0));
 }
 
+/// E6: before the head of the response has gone out.
 #[tokio::test]
 async fn an_eviction_before_the_response_has_begun_is_an_answer() {
     // It comes in place of the reply to the response's head.
@@ -83,6 +87,7 @@ async fn an_eviction_before_the_response_has_begun_is_an_answer() {
     assert_eq!(stage.agent.metric("penstock_evictions_total", &[]), 1.0);
 }
 
+/// E6: in the middle of the body, endpoint and client are broken off (on every path: `broken.rs`).
 #[tokio::test]
 async fn an_eviction_during_the_response_breaks_it_off() {
     let now = Arc::new(Notify::new());
@@ -100,6 +105,7 @@ async fn an_eviction_during_the_response_breaks_it_off() {
     assert_eq!(stage.agent.metric("penstock_evictions_total", &[]), 1.0);
 }
 
+/// E6: after dispatch, before the response.
 #[tokio::test]
 async fn an_eviction_while_the_endpoint_thinks_is_an_answer() {
     let now = Arc::new(Notify::new());

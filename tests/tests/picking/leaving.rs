@@ -12,6 +12,7 @@ use penstock_tests::{
 
 use crate::SOON;
 
+/// E18: before the pick.
 #[tokio::test]
 async fn a_client_that_leaves_while_the_picker_thinks_cancels_the_stream() {
     let silent = Fault::At(Moment::RequestBody(usize::MAX), Harm::Silence);
@@ -35,6 +36,7 @@ async fn leaves(stage: &Stage, request: &Request, then: impl FnMut() -> bool) {
     client.reset().unwrap();
 }
 
+/// E18: before the response.
 #[tokio::test]
 async fn a_client_that_leaves_while_the_endpoint_thinks_ends_it_all() {
     let stage = Stage::new(|all| Production::new(&all[..1])).await;
@@ -46,6 +48,7 @@ async fn a_client_that_leaves_while_the_endpoint_thinks_ends_it_all() {
     eventually(SOON, || stage.epp.streams_ended(StreamEnd::Cancelled) == 1).await;
 }
 
+/// E18: in the middle of the response.
 #[tokio::test]
 async fn a_client_that_leaves_during_its_response_ends_it_all() {
     let stage = Stage::new(|all| Production::new(&all[..1])).await;

@@ -9,6 +9,7 @@ mod leaving;
 mod load;
 mod model;
 mod mutations;
+mod patience;
 mod routing;
 mod silent;
 

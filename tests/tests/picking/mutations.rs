@@ -1,24 +1,33 @@
 //! What pickers change of requests and responses, as the endpoint and the client see it.
 
 use bytes::Bytes;
-use penstock_proto::core::{HeaderValue, HeaderValueOption};
+use penstock_proto::{
+    core::{HeaderValue, HeaderValueOption, header_value_option::HeaderAppendAction},
+    ext_proc::{HeaderMutation, HttpHeaders},
+};
 use penstock_tests::{
     Plan, Stage,
+    client::Head,
     content::Fnv,
-    model_server::Echo,
-    scripted_epp::{Answering, Dynamo, Lwepp, Production, reply},
+    model_server::{Echo, Framing},
+    scripted_epp::{Answer, Answering, Dynamo, Exchange, Lwepp, Production, Script, reply},
     stage::{echo, json},
 };
 
-fn append(name: &str, value: &str) -> HeaderValueOption {
+fn set(name: &str, value: &str, append: Option<bool>, action: HeaderAppendAction) -> HeaderValueOption {
     let header = HeaderValue { key: name.to_owned(), value: value.to_owned(), ..HeaderValue::default() };
-    HeaderValueOption { header: Some(header), append: Some(true), ..HeaderValueOption::default() }
+    HeaderValueOption { header: Some(header), append, append_action: action.into() }
+}
+
+fn append(name: &str, value: &str) -> HeaderValueOption {
+    set(name, value, Some(true), HeaderAppendAction::AppendIfExistsOrAdd)
 }
 
 fn all<'a>(seen: &'a Echo, name: &str) -> Vec<&'a str> {
     seen.headers.iter().filter(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str()).collect()
 }
 
+/// E4.
 #[tokio::test]
 async fn fields_of_a_request_are_set_appended_and_removed() {
     let mut stage = Stage::new(|all| {
@@ -43,6 +52,7 @@ async fn fields_of_a_request_are_set_appended_and_removed() {
     assert!(all(&seen, reply::DESTINATION).is_empty());
 }
 
+/// E4: nor is the target.
 #[tokio::test]
 async fn framing_and_host_are_not_the_pickers_to_change() {
     let mut stage = Stage::new(|all| {
@@ -57,6 +67,7 @@ async fn framing_and_host_are_not_the_pickers_to_change() {
     assert!(all(&seen, "transfer-encoding").is_empty());
 }
 
+/// E3.
 #[tokio::test]
 async fn a_replaced_body_comes_with_its_own_length() {
     let new = Bytes::from(json("other", 150_000));
@@ -73,6 +84,7 @@ async fn a_replaced_body_comes_with_its_own_length() {
     }
 }
 
+/// E3.
 #[tokio::test]
 async fn a_body_may_be_replaced_by_nothing() {
     let mut stage = Stage::new(|all| {
@@ -86,6 +98,7 @@ async fn a_body_may_be_replaced_by_nothing() {
     assert_eq!((all(&seen, "content-length"), seen.body_length), (vec!["0"], 0));
 }
 
+/// E3, E4.
 #[tokio::test]
 async fn production_rewrites_the_model_and_marks_the_response() {
     let mut stage = Stage::new(|all| Production::new(all).rewriting("adapter-7")).await;
@@ -96,6 +109,7 @@ async fn production_rewrites_the_model_and_marks_the_response() {
     assert_eq!(response.header("x-went-into-resp-headers"), Some("true"));
 }
 
+/// E4, E8.
 #[tokio::test]
 async fn lwepp_picks_what_the_request_says_and_names_who_served() {
     let mut stage = Stage::new(Lwepp::new).await;
@@ -111,6 +125,7 @@ async fn lwepp_picks_what_the_request_says_and_names_who_served() {
     assert_eq!(stage.requests(), (0, 2));
 }
 
+/// E3, E4.
 #[tokio::test]
 async fn dynamo_removes_fields_and_adds_tokens() {
     let mut stage = Stage::new(Dynamo::new).await;
@@ -121,6 +136,7 @@ async fn dynamo_removes_fields_and_adds_tokens() {
     assert_eq!(all(&seen, "content-length"), [seen.body_length.to_string()]);
 }
 
+/// E4.
 #[tokio::test]
 async fn a_changed_response_keeps_its_body_and_its_length() {
     let mut stage = Stage::new(Production::new).await;
@@ -129,4 +145,111 @@ async fn a_changed_response_keeps_its_body_and_its_length() {
     plan.checker().feed(&response.body).unwrap();
     assert_eq!((response.header("content-length"), response.body.len()), (Some("50000"), 50_000));
     assert_eq!(response.header("x-went-into-resp-headers"), Some("true"));
+}
+
+/// The first endpoint for requests without a body, and this mutation of request and response.
+struct Mutating {
+    picked: String,
+    mutation: HeaderMutation,
+}
+
+#[tonic::async_trait]
+impl Script for Mutating {
+    async fn request_headers(&self, exchange: &mut Exchange, _: &HttpHeaders) -> Answer {
+        let mut message = reply::request_headers(self.mutation.clone());
+        message.dynamic_metadata = Some(reply::destination(&self.picked));
+        exchange.send(message).await
+    }
+
+    async fn response_headers(&self, exchange: &mut Exchange, _: &HttpHeaders) -> Answer {
+        exchange.send(reply::response_mutation(self.mutation.clone())).await
+    }
+}
+
+fn mutation(set_headers: Vec<HeaderValueOption>, remove: &[&str]) -> HeaderMutation {
+    HeaderMutation { set_headers, remove_headers: remove.iter().map(|name| (*name).to_owned()).collect() }
+}
+
+fn values(head: &Head, name: &str) -> Vec<String> {
+    let named = head.headers.iter().filter(|(n, _)| n.eq_ignore_ascii_case(name));
+    named.map(|(_, value)| value.clone()).collect()
+}
+
+/// E4: each way to set a field, on one that is there and on one that is not, in both directions.
+#[tokio::test]
+async fn every_action_both_ways() {
+    use HeaderAppendAction::{AddIfAbsent, AppendIfExistsOrAdd, OverwriteIfExists, OverwriteIfExistsOrAdd};
+    // append, action; what becomes of a field with the value "old", and of one that is missing
+    let rows: [(_, _, &[&str], &[&str]); 8] = [
+        (None, AppendIfExistsOrAdd, &["new"], &["new"]),
+        (Some(false), AppendIfExistsOrAdd, &["new"], &["new"]),
+        (Some(true), AppendIfExistsOrAdd, &["old", "new"], &["new"]),
+        (Some(true), OverwriteIfExistsOrAdd, &["old", "new"], &["new"]),
+        (None, AddIfAbsent, &["old"], &["new"]),
+        (None, OverwriteIfExistsOrAdd, &["new"], &["new"]),
+        (Some(false), OverwriteIfExistsOrAdd, &["new"], &["new"]),
+        (None, OverwriteIfExists, &["new"], &[]),
+    ];
+    for (append, action, there, missing) in rows {
+        let options = ["x-there", "x-missing"].map(|name| set(name, "new", append, action)).to_vec();
+        let mutation = mutation(options, &["x-removed", "X-Removed-Too"]);
+        let mut stage = Stage::new(|all| Mutating { picked: all[0].to_string(), mutation }).await;
+        let fields = ["x-there", "x-removed", "x-removed-too"];
+        let plan = Plan {
+            size: 10,
+            headers: fields.map(|name| (name.to_owned(), "old".to_owned())).to_vec(),
+            ..Plan::default()
+        };
+        let request = fields.iter().fold(plan.request(), |request, name| request.header(name, "old"));
+        let response = stage.request(&request).await;
+        let seen = &stage.one.seen()[0];
+        let case = format!("{append:?} {action:?}");
+        assert_eq!((all(seen, "x-there"), all(seen, "x-missing")), (there.to_vec(), missing.to_vec()), "{case}");
+        let (head_there, head_missing) = (values(&response.head, "x-there"), values(&response.head, "x-missing"));
+        assert_eq!((head_there, head_missing), (own(there), own(missing)), "{case}");
+        for removed in ["x-removed", "x-removed-too"] {
+            assert!(all(seen, removed).is_empty() && values(&response.head, removed).is_empty(), "{case}");
+        }
+    }
+}
+
+fn own(texts: &[&str]) -> Vec<String> {
+    texts.iter().map(|text| (*text).to_owned()).collect()
+}
+
+/// E4: what says where a response ends and what becomes of its connection is not the picker's, whichever way it tries.
+#[tokio::test]
+async fn the_framing_of_a_response_is_not_the_pickers_to_change() {
+    let fields = [
+        ("content-length", "3"),
+        ("transfer-encoding", "gzip, chunked"),
+        ("connection", "close"),
+        ("keep-alive", "timeout=1"),
+        ("trailer", "x-sum"),
+        ("upgrade", "websocket"),
+        (":status", "500"),
+    ];
+    let names: Vec<_> = fields.iter().map(|(name, _)| *name).collect();
+    let each = |append, action| fields.iter().map(|(name, value)| set(name, value, append, action)).collect();
+    let mutations = [
+        mutation(each(None, HeaderAppendAction::OverwriteIfExistsOrAdd), &[]),
+        mutation(each(Some(true), HeaderAppendAction::AppendIfExistsOrAdd), &[]),
+        mutation(Vec::new(), &names),
+    ];
+    for mutation in mutations {
+        let mut stage = Stage::new(|all| Mutating { picked: all[0].to_string(), mutation }).await;
+        for (framing, declared) in [(Framing::ContentLength, "content-length"), (Framing::Chunked, "transfer-encoding")]
+        {
+            let plan = Plan { size: 50_000, framing, ..Plan::default() };
+            let response = stage.request(&plan.request()).await;
+            plan.checker().feed(&response.body).unwrap();
+            assert_eq!((response.status(), response.body.len()), (200, 50_000));
+            let expected = if framing == Framing::Chunked { "chunked" } else { "50000" };
+            assert_eq!(values(&response.head, declared), [expected]);
+            for (name, _) in fields {
+                assert!(name == declared || values(&response.head, name).is_empty(), "{framing:?} {name}");
+            }
+        }
+        assert_eq!(stage.agent.count("penstock_endpoint_connections_total", &[r#"result="new""#]), 1);
+    }
 }

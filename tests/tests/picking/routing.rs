@@ -91,6 +91,7 @@ fn posing(as_picked: &str) -> Request {
     CONTROL.iter().fold(echo(r#"{"model":"m"}"#), |request, name| request.header(name, as_picked))
 }
 
+/// E21.
 #[tokio::test]
 async fn control_fields_of_a_client_reach_neither_picker_nor_endpoint() {
     let mut stage = Stage::new(|all| Production::over(Endpoints::new(&all[1..]))).await;
@@ -103,6 +104,7 @@ async fn control_fields_of_a_client_reach_neither_picker_nor_endpoint() {
     assert_eq!(stage.one.connections_accepted(), 0);
 }
 
+/// E12, E21: it is not obeyed where the picker names none.
 #[tokio::test]
 async fn a_destination_of_the_client_is_no_pick() {
     let mut stage = Stage::new(|_| Answering::new(|_| vec![reply::request_headers(reply::mutation(&[]))])).await;
@@ -116,6 +118,7 @@ fn list(named: String) -> impl penstock_tests::scripted_epp::Script {
     Answering::new(move |_| vec![reply::pick(&named, &[])])
 }
 
+/// E10.
 #[tokio::test]
 async fn a_dead_first_choice_is_followed_by_the_second() {
     let dead = Refusing::new().unwrap();
@@ -132,6 +135,7 @@ async fn a_dead_first_choice_is_followed_by_the_second() {
     assert_eq!(stage.epp.streams()[0].served(), Some(stage.two.addr.to_string()));
 }
 
+/// E10: nothing outside the list is tried.
 #[tokio::test]
 async fn a_list_of_the_dead_is_a_bad_gateway() {
     let (dead, too) = (Refusing::new().unwrap(), Refusing::new().unwrap());
@@ -145,6 +149,7 @@ async fn a_list_of_the_dead_is_a_bad_gateway() {
     assert_eq!(stage.requests(), (0, 0));
 }
 
+/// E10: endpoints outside the pool are not dialled.
 #[tokio::test]
 async fn a_stranger_in_the_list_is_passed_over() {
     let mut stage = Stage::with(

@@ -33,7 +33,7 @@ async fn silent(times: u64) -> Stage {
     .await
 }
 
-/// The first few responses wait, and then none does.
+/// E20: the first few responses wait, and then none does.
 #[tokio::test]
 async fn it_is_waited_for_three_times() {
     let mut stage = silent(u64::MAX).await;
@@ -47,7 +47,7 @@ async fn it_is_waited_for_three_times() {
     assert_eq!(replies(&stage, "in_time"), 0);
 }
 
-/// A reply that would have been in time ends that, and replies count again.
+/// E20: a reply that would have been in time ends that, and replies count again.
 #[tokio::test]
 async fn when_it_speaks_again_it_is_waited_for_again() {
     let mut stage = silent(5).await;

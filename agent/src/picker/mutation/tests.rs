@@ -5,6 +5,8 @@ use penstock_proto::{
     ext_proc::HeaderMutation,
 };
 
+use prost::Message as _;
+
 use super::apply;
 
 const APPEND: i32 = HeaderAppendAction::AppendIfExistsOrAdd as i32;
@@ -70,6 +72,19 @@ fn one_set() {
             .map(|name| map.get_all(name).iter().map(|value| value.to_str().unwrap().to_owned()).collect())
             .unwrap_or_default();
         assert_eq!((values, skipped), (after.iter().map(|s| (*s).to_owned()).collect(), *invalid), "{row:?}");
+    }
+}
+
+/// As it comes from the wire: with `keep_empty_value` (field 4, which our messages do not have) and with none.
+#[test]
+fn an_empty_value_stays_whether_or_not_it_is_to_be_kept() {
+    for keep_empty_value in [&[][..], &[0x20, 0], &[0x20, 1]] {
+        let mut wire = set("a", b"", None, OVERWRITE).encode_to_vec();
+        wire.extend_from_slice(keep_empty_value);
+        let option = HeaderValueOption::decode(wire.as_slice()).unwrap();
+        let mut map = headers(&[("a", "1")]);
+        assert_eq!(apply(&HeaderMutation { set_headers: vec![option], remove_headers: vec![] }, &mut map), 0);
+        assert_eq!(map, headers(&[("a", "")]));
     }
 }
 

@@ -1,0 +1,118 @@
+//! When the picker does not answer at once, or not at all: the decision's deadline, the second question on a fresh
+//! connection, and where a pool that opens sends requests.
+
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+use penstock_agent::config::{FailureMode, Picker};
+use penstock_tests::{
+    Refusing, Stage,
+    content::Fnv,
+    scripted_epp::{Fault, Faulty, Harm, Moment, Production},
+    stage::{echo, epp, json},
+};
+
+/// E13: apart from the timeout of connecting.
+#[tokio::test]
+async fn the_decision_has_a_deadline() {
+    let mut stage = Stage::with(
+        |all| Faulty::new(Production::new(all), Fault::At(Moment::RequestHeaders, Harm::Silence)),
+        |config| epp(config).decision_timeout = Duration::from_millis(200),
+    )
+    .await;
+    let begin = Instant::now();
+    assert_eq!(stage.request(&echo(json("m", 10))).await.error_code(), "picker_failed");
+    let took = begin.elapsed();
+    assert!(took >= Duration::from_millis(200) && took < Duration::from_secs(5), "{took:?}");
+    assert_eq!(stage.agent.metric("penstock_epp_failures_total", &[r#"reason="deadline""#]), 1.0);
+}
+
+/// E13.
+#[tokio::test]
+async fn a_picker_that_thinks_for_less_than_the_deadline_is_waited_for() {
+    let thinks = Fault::At(Moment::RequestHeaders, Harm::Delay(Duration::from_millis(300)));
+    let mut stage = Stage::new(|all| Faulty::new(Production::new(all), thinks)).await;
+    assert_eq!(stage.request(&echo(json("m", 10))).await.status(), 200);
+}
+
+/// E11.
+#[tokio::test]
+async fn the_default_upstream_is_where_it_opens_to() {
+    let refusing = Refusing::new().unwrap();
+    let upstream = penstock_tests::ModelServer::start(Default::default()).await.unwrap();
+    let mut stage = Stage::with(Production::new, |config| {
+        let pool = &mut config.pools[0];
+        (pool.failure_mode, pool.default_upstream) = (FailureMode::Open, Some(upstream.addr));
+        let Picker::Epp(epp) = &mut pool.picker else { unreachable!("the pool has an EPP") };
+        epp.address = refusing.addr.to_string();
+    })
+    .await;
+    let body = json("m", 1 << 20);
+    let response = stage.request(&echo(body.clone())).await;
+    assert_eq!(response.served_by(), Some(upstream.addr));
+    assert_eq!(response.echoed().body_hash, Fnv::of(&body).value());
+    assert_eq!(stage.requests(), (0, 0));
+}
+
+/// With failure mode closed, so that only a second question can save the request.
+async fn asked_again_after(fault: Fault, connections: u64) {
+    let mut stage = Stage::new(|all| Faulty::new(Production::new(all), fault).times(1)).await;
+    let body = json("m", 1 << 20);
+    for _ in 0..2 {
+        let seen = stage.request(&echo(body.clone())).await.echoed();
+        assert_eq!(seen.body_hash, Fnv::of(&body).value(), "{fault:?}");
+    }
+    assert_eq!(stage.epp.connections_accepted(), connections, "{fault:?}");
+    assert_eq!(stage.agent.metric("penstock_epp_failures_total", &[]), 0.0, "{fault:?}");
+}
+
+#[tokio::test]
+async fn a_lost_connection_is_replaced_and_the_request_asked_again() {
+    asked_again_after(Fault::ResetAtAccept, 2).await;
+    asked_again_after(Fault::At(Moment::RequestHeaders, Harm::ResetConnection), 2).await;
+    asked_again_after(Fault::At(Moment::RequestBody(1 << 19), Harm::ResetConnection), 2).await;
+}
+
+/// Those without a decision are asked again: one bad stream fails nobody else.
+#[tokio::test]
+async fn one_reset_fails_none_of_the_requests_on_the_connection() {
+    let fault = Fault::At(Moment::RequestBody(1 << 10), Harm::ResetConnection);
+    let stage =
+        Stage::with(|all| Faulty::new(Production::new(all), fault).times(1), |config| config.listen.workers = 1).await;
+    let one = || async {
+        let mut client = penstock_tests::Client::connect(stage.agent.addr).await.unwrap();
+        client.request(&echo(json("m", 100_000))).await.unwrap().status()
+    };
+    assert_eq!(join_all((0..20).map(|_| one())).await, [200; 20]);
+}
+
+/// E11, E12.
+#[tokio::test]
+async fn a_pick_outside_the_pool_is_a_failure() {
+    for (mode, status, code) in [(FailureMode::Closed, 502, "endpoint_not_in_pool"), (FailureMode::Open, 200, "")] {
+        let mut stage = Stage::with(
+            |all| Production::new(&all[..1]),
+            |config| {
+                config.pools[0].failure_mode = mode;
+                config.pools[0].endpoints.remove(0);
+            },
+        )
+        .await;
+        let response = stage.request(&echo(json("m", 1000))).await;
+        assert_eq!((response.status(), response.error_code().as_str()), (status, code));
+        assert_eq!(stage.requests(), (0, u64::from(status == 200)));
+    }
+}
+
+#[tokio::test]
+async fn passthrough_lets_a_pick_outside_the_pool_be_dialled() {
+    let mut stage = Stage::with(
+        |all| Production::new(&all[..1]),
+        |config| {
+            config.pools[0].passthrough = true;
+            config.pools[0].endpoints.remove(0);
+        },
+    )
+    .await;
+    assert_eq!(stage.request(&echo(json("m", 1000))).await.served_by(), Some(stage.one.addr));
+}
