@@ -8,11 +8,11 @@
 #![no_main]
 #![feature(asm_experimental_arch)]
 
-use core::{arch::asm, ffi::c_void};
+use core::{arch::asm, ffi::c_void, ptr};
 
 use aya_ebpf::{
     EbpfContext as _, Global,
-    bindings::{__sk_buff, BPF_F_MMAPABLE, sk_action::SK_PASS},
+    bindings::{__sk_buff, BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, sk_action::SK_PASS},
     helpers::generated::{
         bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_loop, bpf_map_lookup_elem, bpf_probe_read_kernel, bpf_sk_release,
         bpf_skb_adjust_room, bpf_skb_load_bytes, bpf_skc_to_tcp_sock,
@@ -24,6 +24,7 @@ use aya_ebpf::{
 use penstock_common::{
     framing::Framing,
     slot::{Offsets, Slot, Word},
+    tail,
     verdict::{Kernel, SendBuffer, verdict},
 };
 
@@ -41,6 +42,9 @@ static SLOTS: Array<Slot> = Array::with_max_entries(16384, BPF_F_MMAPABLE);
 /// Indices of slots that have something for the agent.
 #[map]
 static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
+/// Rings of last payload bytes, by the index of the slot; the agent makes one where an EPP wants to know how responses end.
+#[map]
+static TAILS: HashMap<u32, [u8; tail::MEMORY]> = HashMap::with_max_entries(16384, BPF_F_NO_PREALLOC);
 /// Events that found `EVENTS` full.
 #[map]
 static MISSED: Array<u64> = Array::with_max_entries(1, 0);
@@ -114,12 +118,19 @@ impl Kernel for Segment<'_> {
     }
 
     #[inline(always)]
-    fn parse(&mut self, framing: &mut Framing, len: u32) -> bool {
+    fn parse(&mut self, framing: &mut Framing, len: u32, keep: bool) -> bool {
+        let ring = if keep {
+            TAILS.get_ptr_mut(self.index).map_or(ptr::null_mut(), |ring| ring.cast())
+        } else {
+            ptr::null_mut()
+        };
+        let position = framing.payload;
         let taken = framing.skip(u64::from(len)) as u32;
+        copy(self.ctx.as_ptr(), ring, position, 0, taken);
         if taken == len {
             return true;
         }
-        let mut walk = Walk { framing: *framing, skb: self.ctx.as_ptr(), at: taken, len };
+        let mut walk = Walk { framing: *framing, skb: self.ctx.as_ptr(), ring, at: taken, len };
         let walk_ptr: *mut Walk = &raw mut walk;
         // SAFETY: `step` is a function of the signature that bpf_loop calls, and `walk` outlives the call.
         unsafe { bpf_loop(MAX_STEPS, step as *mut c_void, walk_ptr.cast(), 0) };
@@ -210,6 +221,8 @@ unsafe fn read_u32(base: *const u8, offset: u32) -> u32 {
 struct Walk {
     framing: Framing,
     skb: *mut c_void,
+    /// Null, or where copies of the payload go.
+    ring: *mut u8,
     at: u32,
     len: u32,
 }
@@ -221,8 +234,10 @@ extern "C" fn step(_: u64, walk: *mut Walk) -> u64 {
     if walk.at >= walk.len {
         return 1;
     }
+    let position = walk.framing.payload;
     let payload = walk.framing.skip(u64::from(walk.len - walk.at)) as u32;
     if payload > 0 {
+        copy(walk.skb, walk.ring, position, walk.at, payload);
         walk.at += payload;
         return 0;
     }
@@ -237,6 +252,36 @@ extern "C" fn step(_: u64, walk: *mut Walk) -> u64 {
     walk.framing.step(byte);
     walk.at += 1;
     0
+}
+
+/// Copies the end of a run of payload into the ring, if there is one. `position` is the number of the run's first byte.
+#[inline(always)]
+fn copy(skb: *mut c_void, ring: *mut u8, position: u32, at: u32, len: u32) {
+    if ring.is_null() || len == 0 {
+        return;
+    }
+    let copies = tail::place(position, len);
+    let at = at + copies.skip;
+    let (offset, first, second) = (u64::from(copies.offset), bounded(copies.first), bounded(copies.second));
+    // SAFETY: at most RING - 1 + TAIL bytes from the start of the ring's memory, which the verifier checks; the helper fails
+    // where the segment has no such bytes.
+    unsafe {
+        if first > 0 {
+            bpf_skb_load_bytes(skb, at, ring.add((offset & u64::from(tail::RING - 1)) as usize).cast(), first);
+        }
+        if second > 0 {
+            bpf_skb_load_bytes(skb, at + first, ring.cast(), second);
+        }
+    }
+}
+
+/// The same length, where the verifier sees its bounds.
+#[inline(always)]
+fn bounded(len: u32) -> u32 {
+    let mut len = u64::from(len);
+    // SAFETY: does nothing; the compiler forgets what it knows of the value and leaves the comparison in place.
+    unsafe { asm!("/* {0} */", inout(reg) len) };
+    if len > u64::from(tail::TAIL) { 0 } else { len as u32 }
 }
 
 #[cfg(not(test))]

@@ -304,8 +304,24 @@ pub struct Epp {
     pub decision_timeout: Duration,
     /// How long a response head waits for the EPP's mutation of it; default 100ms, `off` does not wait.
     pub response_timeout: Option<Duration>,
+    /// What the EPP sees of response bodies; default `headers`.
+    pub response_to_picker: ResponseToPicker,
+    /// With `body`: bytes of one response that may wait for the EPP, from 65536 to 1073741824; default 1048576. Beyond it the
+    /// EPP is told no more of that response, and the client goes on.
+    pub response_queue_bytes: usize,
     /// Header that carries the pick; default `x-gateway-destination-endpoint`.
     pub header: http::HeaderName,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ResponseToPicker {
+    /// Nothing but the end.
+    Headers,
+    /// What it takes to count tokens: the last events of an event stream (which is steered all the same), or the whole of a
+    /// JSON document up to 256 KiB (which is relayed).
+    Usage,
+    /// Every byte. Such responses are relayed.
+    Body,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -7,13 +7,13 @@
 
 mod span;
 
-use std::{io, time::Duration};
+use std::{cell::RefCell, io, time::Duration};
 
 use bytes::BytesMut;
 use penstock_common::framing::Framing;
 use tokio::time::Instant;
 
-use crate::{client::ClientSocket, endpoint::connection::EndpointConnection, kernel::socket::monotonic_ns};
+use crate::{client::ClientSocket, endpoint::connection::EndpointConnection, kernel::socket::monotonic_ns, tee::Tee};
 
 /// First read buffer; it grows towards the largest while reads fill it.
 const MIN_BUFFER: usize = 16 * 1024;
@@ -75,6 +75,14 @@ pub struct Target {
     pub send_buffer: u32,
 }
 
+/// Counts at the moment when the kernel gets a flow.
+struct Armed {
+    redirected: u64,
+    segments: u64,
+    payload: u32,
+    since: u64,
+}
+
 pub struct Delivery<'a> {
     pub client: &'a mut ClientSocket,
     pub endpoint: &'a mut EndpointConnection,
@@ -88,10 +96,12 @@ pub struct Delivery<'a> {
     pub target: Option<Target>,
     /// Decode chunked for a client that does not know it.
     pub decode: bool,
+    /// Learns the payload, whoever carries it.
+    pub tee: Option<&'a RefCell<Tee>>,
     pub idle: Option<Duration>,
     pub account: Account,
-    /// While the kernel has the flow: its counts of bytes and segments when it got it, and when that was.
-    armed: Option<(u64, u64, u64)>,
+    /// While the kernel has the flow: what was so when it got it.
+    armed: Option<Armed>,
     /// After a stop for want of room: relay until the client has caught up.
     hold: bool,
     /// Spans in a row that were stopped at once.
@@ -111,7 +121,8 @@ impl<'a> Delivery<'a> {
     ) -> Self {
         let account = Account::default();
         let lead = BytesMut::new();
-        let (target, decode, armed, hold, fruitless, buffer, filled) = (None, false, None, false, 0, MIN_BUFFER, false);
+        let (target, decode, tee, armed) = (None, false, None, None);
+        let (hold, fruitless, buffer, filled) = (false, 0, MIN_BUFFER, false);
         Self {
             client,
             endpoint,
@@ -120,6 +131,7 @@ impl<'a> Delivery<'a> {
             pending,
             target,
             decode,
+            tee,
             idle,
             account,
             armed,
@@ -160,6 +172,7 @@ impl<'a> Delivery<'a> {
     async fn forward(&mut self) -> Result<(), End> {
         let mut lead = std::mem::take(&mut self.lead);
         while !self.pending.is_empty() && !self.framing.is_done() && !self.framing.is_invalid() {
+            let begin = self.framing;
             let (taken, payload) = if self.decode {
                 let (taken, payload) = self.framing.next(&self.pending);
                 (taken, payload.unwrap_or_default())
@@ -167,6 +180,10 @@ impl<'a> Delivery<'a> {
                 let taken = self.framing.feed(&self.pending);
                 (taken, &self.pending[..taken])
             };
+            if let Some(tee) = self.tee {
+                // Before the write, which waits for the client; the picker need not.
+                tee.borrow_mut().take_framed(begin, &self.pending[..taken]);
+            }
             let out = if lead.is_empty() {
                 payload
             } else {

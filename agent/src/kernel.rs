@@ -57,6 +57,7 @@ pub struct Kernel {
     sources: MapData,
     targets: MapData,
     index: MapData,
+    tails: MapData,
     _ebpf: Ebpf,
 }
 
@@ -69,7 +70,7 @@ impl Kernel {
         debug_assert_eq!(words.as_bytes(), offsets.as_bytes());
         let mut loader = EbpfLoader::new();
         loader.override_global("OFFSETS", &words, true);
-        for map in ["SOURCES", "TARGETS", "INDEX", "SLOTS"] {
+        for map in ["SOURCES", "TARGETS", "INDEX", "SLOTS", "TAILS"] {
             loader.map_max_entries(map, max_flows);
         }
         let mut ebpf = loader.load(object)?;
@@ -95,8 +96,9 @@ impl Kernel {
             Some(Map::SockHash(data) | Map::HashMap(data)) => Ok(data),
             _ => Err(LoadError::Missing(name)),
         };
-        let (sources, targets, index) = (take("SOURCES")?, take("TARGETS")?, take("INDEX")?);
-        Ok(Self { slots, events, sources, targets, index, _ebpf: ebpf })
+        let (sources, targets) = (take("SOURCES")?, take("TARGETS")?);
+        let (index, tails) = (take("INDEX")?, take("TAILS")?);
+        Ok(Self { slots, events, sources, targets, index, tails, _ebpf: ebpf })
     }
 
     /// Handles of the maps for one worker; they share the kernel's maps, not a lock.
@@ -108,6 +110,7 @@ impl Kernel {
             sources: Map::SockHash(again(&self.sources)?).try_into()?,
             targets: Map::SockHash(again(&self.targets)?).try_into()?,
             index: Map::HashMap(again(&self.index)?).try_into()?,
+            tails: Map::HashMap(again(&self.tails)?).try_into()?,
         })
     }
 
@@ -120,12 +123,16 @@ impl Kernel {
     }
 }
 
-/// One worker's handles of the program's maps. Keys are socket cookies.
+/// One worker's handles of the program's maps. Keys are socket cookies, that of `tails` is the index of the slot.
 pub struct Maps {
     pub sources: SockHash<MapData, u64>,
     pub targets: SockHash<MapData, u64>,
     pub index: HashMap<MapData, u64, u32>,
+    pub tails: HashMap<MapData, u32, Ring>,
 }
+
+/// The memory of a ring of last payload bytes (`penstock_common::tail`).
+pub type Ring = [u8; penstock_common::tail::MEMORY];
 
 const _: () = assert!(size_of::<Slot>() == 128);
 

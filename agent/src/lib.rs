@@ -15,6 +15,7 @@ pub mod kernel;
 pub mod steer;
 pub mod client;
 pub mod endpoint;
+pub mod tee;
 pub mod deliver;
 pub mod selftest;
 pub mod error;

@@ -5,6 +5,7 @@
 
 mod families;
 mod labels;
+mod models;
 mod pool;
 
 pub use labels::{Connection, EppOutcome, Path};

@@ -10,4 +10,5 @@ pub mod exchange;
 pub mod message;
 pub mod mutation;
 pub mod replacement;
+pub mod silence;
 pub mod tls;

@@ -10,7 +10,7 @@ mod respond;
 
 use std::net::SocketAddr;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use http::{HeaderName, HeaderValue, Method, request};
 
 use self::{
@@ -210,10 +210,10 @@ async fn immediate(
 }
 
 impl Picked {
-    /// Ends the picker's stream in order, when there is one.
-    fn finish(&mut self) {
+    /// Ends the picker's stream in order, when there is one; `rest` of the body is told before the end.
+    fn finish(&mut self, rest: Vec<Bytes>) {
         if let Some(stream) = self.stream.take() {
-            stream.finish();
+            stream.finish(rest);
         }
     }
 }

@@ -8,7 +8,7 @@
 pub mod choice;
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     io,
     os::fd::AsFd,
     rc::Rc,
@@ -18,7 +18,7 @@ use std::{
 
 use thiserror::Error;
 
-use crate::kernel::{Kernel, LoadError, Maps, slots::SlotRef, socket};
+use crate::kernel::{Kernel, LoadError, Maps, Ring, slots::SlotRef, socket};
 
 /// Whether the kernel can steer, and if not, why.
 #[derive(Clone)]
@@ -71,7 +71,7 @@ impl WorkerSteering {
     pub fn register_source(self: &Rc<Self>, endpoint: impl AsFd) -> Result<Source, RegisterError> {
         let cookie = socket::cookie(&endpoint)?;
         let index = self.kernel.slots().take().ok_or(RegisterError::NoSlot)?;
-        let source = Source { index, cookie, steering: Rc::clone(self) };
+        let source = Source { index, cookie, ring: Cell::new(false), steering: Rc::clone(self) };
         source.slot().reset();
         let mut maps = self.maps.borrow_mut();
         maps.index.insert(cookie, index, 0)?;
@@ -97,12 +97,28 @@ impl WorkerSteering {
 pub struct Source {
     index: u32,
     cookie: u64,
+    /// The connection has a ring.
+    ring: Cell<bool>,
     steering: Rc<WorkerSteering>,
 }
 
 impl Source {
     pub fn slot(&self) -> SlotRef<'_> {
         self.steering.kernel.slots().get(self.index)
+    }
+
+    /// Makes room for a copy of the last payload bytes, once. Fails when kernel memory or the map is exhausted.
+    pub fn make_ring(&self) -> Result<(), RegisterError> {
+        if !self.ring.get() {
+            self.steering.maps.borrow_mut().tails.insert(self.index, [0; size_of::<Ring>()], 0)?;
+            self.ring.set(true);
+        }
+        Ok(())
+    }
+
+    /// The ring as it is. Only while the slot is released.
+    pub fn ring(&self) -> Result<Ring, RegisterError> {
+        Ok(self.steering.maps.borrow().tails.get(&self.index, 0)?)
     }
 
     /// Ready when the kernel has let go of the slot; the task is woken when it does.
@@ -115,6 +131,9 @@ impl Drop for Source {
     fn drop(&mut self) {
         // Missing when registration failed half-way.
         let _ = self.steering.maps.borrow_mut().index.remove(&self.cookie);
+        if self.ring.get() {
+            let _ = self.steering.maps.borrow_mut().tails.remove(&self.index);
+        }
         self.steering.kernel.slots().give_back(self.index);
     }
 }

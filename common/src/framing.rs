@@ -61,13 +61,13 @@ pub struct Framing {
     pub line: u32,
     /// Chunks with payload begun so far; wraps.
     pub chunks: u32,
-    /// Always 0; makes the padding visible.
-    pub reserved: u32,
+    /// Payload bytes taken so far; wraps.
+    pub payload: u32,
 }
 
 impl Framing {
     const fn new(state: u32, left: u64) -> Self {
-        Self { left, state, line: 0, chunks: 0, reserved: 0 }
+        Self { left, state, line: 0, chunks: 0, payload: 0 }
     }
 
     /// No body: the response to HEAD, 1xx, 204, 304.
@@ -114,12 +114,17 @@ impl Framing {
     #[inline(always)]
     pub fn skip(&mut self, available: u64) -> u64 {
         let next = match self.state {
-            state::UNTIL_CLOSE => return available,
+            state::UNTIL_CLOSE => state::UNTIL_CLOSE,
             state::LENGTH => state::DONE,
             state::CHUNK => state::CHUNK_CR,
             _ => return 0,
         };
-        let taken = if available < self.left { available } else { self.left };
+        let unbounded = self.state == state::UNTIL_CLOSE;
+        let taken = if unbounded || available < self.left { available } else { self.left };
+        self.payload = self.payload.wrapping_add(taken as u32);
+        if unbounded {
+            return taken;
+        }
         self.left -= taken;
         if self.left == 0 {
             self.state = next;

@@ -1,5 +1,6 @@
 //! What the agent and its kernel program share, once: where a message ends ([`framing`]), the memory both write
-//! ([`slot`]), and the rule by which the kernel lets a segment through or keeps it ([`verdict`]).
+//! ([`slot`]), the rule by which the kernel lets a segment through or keeps it ([`verdict`]), and the copy that it makes of
+//! the last bytes of a message ([`tail`]).
 //!
 //! Nothing here allocates, blocks or knows a socket; the host tests run exactly what the kernel runs.
 
@@ -7,4 +8,5 @@
 
 pub mod framing;
 pub mod slot;
+pub mod tail;
 pub mod verdict;

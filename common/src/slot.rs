@@ -93,7 +93,8 @@ pub struct Slot {
     pub segments: u64,
     /// One of [`stop`]: why the last armed span ended early.
     pub stop: u32,
-    pub reserved0: u32,
+    /// Not 0: copies of the payload go into the connection's ring ([`crate::tail`]). Written by the agent while released.
+    pub keep: u32,
     /// `1 << 32 |` the TCP sequence number of the first byte that the endpoint sent; 0: none yet.
     pub origin: u64,
     /// Not 0: the kernel's account of the stream and the stream differ. Nothing read from the connection can be trusted.

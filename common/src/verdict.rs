@@ -24,7 +24,8 @@ pub trait Kernel {
     /// Cuts bytes off the segment's front. False: they are still there.
     fn trim(&mut self, bytes: u32) -> bool;
     /// Advances `framing` over the whole segment. False: it ends before the segment does, is invalid, or is too long to tell.
-    fn parse(&mut self, framing: &mut Framing, len: u32) -> bool;
+    /// With `keep`, what is payload is copied into the connection's ring on the way.
+    fn parse(&mut self, framing: &mut Framing, len: u32, keep: bool) -> bool;
     /// The endpoint has closed its side, with this segment or before it.
     fn closed(&mut self) -> bool;
     /// Fill of the target's send buffer; `None`: no such target.
@@ -102,7 +103,7 @@ fn try_redirect(slot: &mut Slot, armed: u64, len: u32, kernel: &mut impl Kernel)
         return Err(stop::FIN);
     }
     let mut framing = slot.framing;
-    if !kernel.parse(&mut framing, len) {
+    if !kernel.parse(&mut framing, len, slot.keep != 0) {
         return Err(stop::FRAMING);
     }
     // A FIN that comes with data brings no empty segment of its own, so nothing else would tell the agent.

@@ -692,7 +692,7 @@ impl Kernel for Segment<'_, '_> {
         true
     }
 
-    fn parse(&mut self, framing: &mut Framing, _: u32) -> bool {
+    fn parse(&mut self, framing: &mut Framing, _: u32, _: bool) -> bool {
         walk::parse(framing, &self.world.wire[self.segment.clone()], self.world.max_steps)
     }
 

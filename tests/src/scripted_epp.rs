@@ -1,6 +1,6 @@
 //! An endpoint picker that does what a test says. A [`Script`] has a method for each kind of message, with a default for
-//! each; ready ones behave as the pickers in the field do ([`Production`], [`Lwepp`], [`Dynamo`]), and [`Faulty`] lets any
-//! of them fail at a chosen moment.
+//! each; ready ones behave as the pickers in the field do ([`Gie`], [`LlmdRouter`], [`Lwepp`], [`Dynamo`]), [`Faulty`] lets any
+//! of them fail at a chosen moment, and [`Evicting`] lets them take their decision back.
 //!
 //! Like servers in Go it sends its HTTP/2 headers only with its first message, takes the messages of a stream one at a
 //! time (a script that waits holds up the sender through the flow-control window), and it records everything it takes.
@@ -29,6 +29,7 @@ use crate::own_runtime::OwnRuntime;
 use transport::{Cut, Cutter, Incoming};
 
 mod answering;
+mod evicting;
 mod exchange;
 mod fault;
 mod personality;
@@ -38,9 +39,10 @@ mod tests;
 mod transport;
 
 pub use answering::Answering;
+pub use evicting::{After as EvictAfter, Evicting};
 pub use exchange::{Exchange, reply};
 pub use fault::{Fault, Faulty, Harm, Moment};
-pub use personality::{Dynamo, Endpoints, Lwepp, Production};
+pub use personality::{Dynamo, Endpoints, Gie, LlmdRouter, Lwepp, Personality, Production, Refusal};
 pub use record::{StreamEnd, StreamRecord, header};
 
 /// Replies under way to the peer, beyond which a script waits for it.

@@ -4,14 +4,13 @@
 use std::{sync::Arc, time::Duration};
 
 use penstock_agent::config::{FailureMode, SteeringMode};
-use penstock_proto::ext_proc::{HttpBody, HttpHeaders};
 use penstock_tests::{
     BodyEnd, Client, ModelServer, Plan, Reader, ScriptedEpp,
     agent::{TestAgent, builtin_pool, epp_pool},
     eventually,
     model_server::{After, Fault, FaultKind, Framing, HeadWrites, Lengths, Options, Pauses},
     reader::at_least,
-    scripted_epp::{Answer, End, Exchange, Production, Script, StreamEnd, reply},
+    scripted_epp::{EvictAfter, Evicting, Production, StreamEnd},
 };
 use tokio::sync::Notify;
 
@@ -184,30 +183,6 @@ async fn an_endpoint_that_falls_silent() {
     }
 }
 
-/// The production picker, until the test evicts the request.
-struct Evicting {
-    inner: Production,
-    evict: Arc<Notify>,
-}
-
-#[tonic::async_trait]
-impl Script for Evicting {
-    async fn request_headers(&self, exchange: &mut Exchange, headers: &HttpHeaders) -> Answer {
-        self.inner.request_headers(exchange, headers).await
-    }
-
-    async fn request_body(&self, exchange: &mut Exchange, body: &HttpBody) -> Answer {
-        self.inner.request_body(exchange, body).await
-    }
-
-    async fn response_headers(&self, exchange: &mut Exchange, headers: &HttpHeaders) -> Answer {
-        self.inner.response_headers(exchange, headers).await?;
-        self.evict.notified().await;
-        exchange.send(reply::immediate(429, &[], "evicted")).await?;
-        Err(End::Close)
-    }
-}
-
 #[tokio::test]
 async fn an_eviction_breaks_the_response_off() {
     for mode in MODES {
@@ -215,7 +190,8 @@ async fn an_eviction_breaks_the_response_off() {
             for plan in [stalling(framing, 100_000), trickle(framing, 1 << 30)] {
                 let server = server().await;
                 let evict = Arc::new(Notify::new());
-                let script = Evicting { inner: Production::new(&[server.addr]), evict: Arc::clone(&evict) };
+                let inner = Production::new(&[server.addr]);
+                let script = Evicting { inner, after: EvictAfter::ResponseHead, now: Arc::clone(&evict) };
                 let epp = ScriptedEpp::start(script).await.unwrap();
                 let pool = epp_pool(&[server.addr], epp.addr, FailureMode::Closed);
                 let agent = TestAgent::start(pool, mode, |_| {});

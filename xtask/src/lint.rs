@@ -2,6 +2,8 @@
 //!
 //! The rules look at tracked files. Every finding is printed as `file:line: what`, then the verb fails.
 
+mod links;
+
 use std::fs;
 
 use anyhow::{Context, Result, bail};
@@ -62,6 +64,9 @@ fn rules() -> Result<()> {
         // Deleted and not yet committed, or not text: nothing to look at.
         let Ok(text) = fs::read_to_string(root().join(file)) else { continue };
         look_at(file, &text, &mut findings);
+        if file.ends_with(".md") {
+            links::look_at(root(), file, &text, &mut findings);
+        }
     }
     report(&findings)
 }

@@ -9,7 +9,7 @@ use http::HeaderName;
 
 use super::{
     Admin, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppTls, FailureMode, HealthCheck, Limits, Listen, Node, Picker,
-    Pool, Steering, SteeringMode, Subset, Timeouts,
+    Pool, ResponseToPicker, Steering, SteeringMode, Subset, Timeouts,
 };
 
 /// A complete commented file. Its settings are the defaults; what has none is commented out, as `#key = value`.
@@ -158,6 +158,8 @@ impl Epp {
             connect_timeout: Duration::from_secs(1),
             decision_timeout: Duration::from_secs(30),
             response_timeout: Some(Duration::from_millis(100)),
+            response_to_picker: ResponseToPicker::Headers,
+            response_queue_bytes: 1 << 20,
             header: HeaderName::from_static("x-gateway-destination-endpoint"),
         }
     }

@@ -4,7 +4,9 @@ use std::net::SocketAddr;
 
 use rustls::pki_types::{CertificateDer, ServerName, pem::PemObject};
 
-use super::{Epp, EppTls, FailureMode, Node, Picker, Pool, document::Section, endpoints, health, subset, value};
+use super::{
+    Epp, EppTls, FailureMode, Node, Picker, Pool, ResponseToPicker, document::Section, endpoints, health, subset, value,
+};
 
 pub(super) fn pools(root: &mut Section<'_>, listen: SocketAddr, node: &Node) -> Vec<Pool> {
     let mut names: Vec<String> = Vec::new();
@@ -83,7 +85,7 @@ fn picker(section: &mut Section<'_>) -> Picker {
         Epp,
     }
     const KINDS: &[(&str, Kind)] = &[("builtin", Kind::Builtin), ("epp", Kind::Epp)];
-    const EPP_ONLY: [&str; 8] = [
+    const EPP_ONLY: [&str; 10] = [
         "address",
         "tls",
         "ca_file",
@@ -91,6 +93,8 @@ fn picker(section: &mut Section<'_>) -> Picker {
         "connect_timeout",
         "decision_timeout",
         "response_timeout",
+        "response_to_picker",
+        "response_queue_bytes",
         "header",
     ];
     let epp_settings: Vec<&str> = EPP_ONLY.into_iter().filter(|key| section.has(key)).collect();
@@ -108,6 +112,8 @@ fn picker(section: &mut Section<'_>) -> Picker {
 }
 
 fn epp(section: &mut Section<'_>) -> Epp {
+    const TOLD: &[(&str, ResponseToPicker)] =
+        &[("headers", ResponseToPicker::Headers), ("usage", ResponseToPicker::Usage), ("body", ResponseToPicker::Body)];
     let address = section.require("address", "host:port of the EPP", value::host_port).unwrap_or_default();
     let default = Epp::new(address);
     Epp {
@@ -115,6 +121,12 @@ fn epp(section: &mut Section<'_>) -> Epp {
         connect_timeout: section.read("connect_timeout", value::duration).unwrap_or(default.connect_timeout),
         decision_timeout: section.read("decision_timeout", value::duration).unwrap_or(default.decision_timeout),
         response_timeout: section.read("response_timeout", value::duration_or_off).unwrap_or(default.response_timeout),
+        response_to_picker: section
+            .read("response_to_picker", value::one_of(TOLD))
+            .unwrap_or(default.response_to_picker),
+        response_queue_bytes: section
+            .read("response_queue_bytes", value::integer(64 << 10..=1 << 30))
+            .unwrap_or(default.response_queue_bytes),
         header: section.read("header", value::header_name).unwrap_or(default.header),
         address: default.address,
     }

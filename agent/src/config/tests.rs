@@ -143,7 +143,7 @@ fn every_setting_is_read() {
         failure_mode = "open"
         default_upstream = "127.0.0.2:1"
         passthrough = true
-        picker = { kind = "epp", address = "epp.svc:9002", tls = "insecure", connect_timeout = "2s", decision_timeout = "3s", response_timeout = "off", header = "x-pick" }
+        picker = { kind = "epp", address = "epp.svc:9002", tls = "insecure", connect_timeout = "2s", decision_timeout = "3s", response_timeout = "off", response_to_picker = "usage", response_queue_bytes = 65536, header = "x-pick" }
     "#;
     let pool = Pool {
         name: "team/gpu".into(),
@@ -170,6 +170,8 @@ fn every_setting_is_read() {
             connect_timeout: Duration::from_secs(2),
             decision_timeout: Duration::from_secs(3),
             response_timeout: None,
+            response_to_picker: ResponseToPicker::Usage,
+            response_queue_bytes: 65_536,
             header: http::HeaderName::from_static("x-pick"),
         }),
         subset: Subset { prefer: vec![Locality::Zone, Locality::Node], endpoints: vec![], empty: EmptySubset::Fail },
@@ -412,6 +414,8 @@ fn bad_epps() {
             "tls = \"insecure\"\nserver_name = \"a\"",
             r#"server_name: found a setting that nothing uses, expected tls = "ca" beside it"#,
         ),
+        ("response_to_picker = \"all\"", r#"response_to_picker: found "all", expected "headers" or "usage" or "body""#),
+        ("response_queue_bytes = 1", "response_queue_bytes: found 1, expected an integer from 65536 to 1073741824"),
         ("header = \"a b\"", r#"header: found "a b", expected the name of a header that does not frame the message"#),
     ];
     for (more, expected) in cases {

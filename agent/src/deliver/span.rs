@@ -8,9 +8,9 @@ use std::{future::poll_fn, io, time::Duration};
 
 use bytes::BytesMut;
 
-use penstock_common::slot::stop;
+use penstock_common::{slot::stop, tail};
 
-use super::{Delivery, End, MAX_FRUITLESS, MIN_BUFFER, SHORT_SPAN, Target, within};
+use super::{Armed, Delivery, End, MAX_FRUITLESS, MIN_BUFFER, SHORT_SPAN, Target, within};
 use crate::kernel::{slots::SlotRef, socket::monotonic_ns};
 
 /// What ended the wait for the kernel.
@@ -28,8 +28,14 @@ impl Delivery<'_> {
     pub(super) async fn span(&mut self, target: Target) -> Result<bool, End> {
         // The kernel's account of the target begins with the arming: nothing may be on its way from an earlier span.
         within(self.idle, self.client.settle()).await?;
-        self.armed = Some((self.slot()?.redirected(), self.slot()?.segments(), monotonic_ns()));
-        self.slot()?.arm(target.key, self.framing, self.endpoint.consumed);
+        let slot = self.slot()?;
+        self.armed = Some(Armed {
+            redirected: slot.redirected(),
+            segments: slot.segments(),
+            payload: self.framing.payload,
+            since: monotonic_ns(),
+        });
+        self.slot()?.arm(target.key, self.framing, self.endpoint.consumed, self.tee.is_some());
         self.make_room();
         let result = match self.endpoint.read_now(&mut self.pending) {
             Ok(0) => Ok(Wake::Endpoint),
@@ -75,10 +81,10 @@ impl Delivery<'_> {
 
     /// Enters the kernel's books into ours; true when it carried something. The slot is released.
     fn take_back(&mut self) -> Result<bool, End> {
-        let (before, segments, since) = self.armed.take().ok_or(End::Broken)?;
+        let before = self.armed.take().ok_or(End::Broken)?;
         let slot = self.slot()?;
-        let steered = slot.redirected().saturating_sub(before);
-        let segments = slot.segments().saturating_sub(segments);
+        let steered = slot.redirected().saturating_sub(before.redirected);
+        let segments = slot.segments().saturating_sub(before.segments);
         let (framing, stop, stamps) = (slot.framing(), slot.stop(), slot.stamps());
         self.framing = framing;
         self.client.add_redirected(steered);
@@ -86,6 +92,7 @@ impl Delivery<'_> {
         self.account.segments += segments;
         if steered > 0 {
             self.account.stamp(stamps.0, stamps.1);
+            self.read_ring(before.payload, steered);
         }
         if stop != 0 {
             if let Some(count) = self.account.stops.get_mut(stop as usize) {
@@ -94,12 +101,36 @@ impl Delivery<'_> {
             self.hold = stop == stop::ROOM;
         }
         // A flow that stops every span at once is bulk: it outruns the client, and user space carries it better.
-        let short = monotonic_ns().saturating_sub(since) < SHORT_SPAN.as_nanos() as u64;
+        let short = monotonic_ns().saturating_sub(before.since) < SHORT_SPAN.as_nanos() as u64;
         self.fruitless = if stop != 0 && (steered == 0 || short) { self.fruitless + 1 } else { 0 };
         if stop == stop::TARGET || self.fruitless >= MAX_FRUITLESS {
             self.target = None;
         }
         Ok(steered > 0)
+    }
+
+    /// Hands the end of what the kernel has redirected to the tee: `steered` bytes with their framing, from the payload byte
+    /// with the number `begin` on.
+    fn read_ring(&self, begin: u32, steered: u64) {
+        let (Some(tee), Some(source)) = (self.tee, self.endpoint.source()) else { return };
+        let mut tee = tee.borrow_mut();
+        let end = self.framing.payload;
+        // Numbers wrap, so those of a long span say nothing about its length.
+        let length = if steered > u64::from(u32::MAX) { u32::MAX } else { end.wrapping_sub(begin) };
+        if length > tail::TAIL {
+            tee.skipped();
+        }
+        match source.ring() {
+            Ok(ring) => {
+                let (older, newer) = tail::last(&ring, end, length);
+                tee.take(older);
+                tee.take(newer);
+            }
+            Err(error) => {
+                tracing::debug!(%error, "the end of a steered response cannot be read");
+                tee.skipped();
+            }
+        }
     }
 
     /// Sleeps until the kernel lets go of the slot, or one of the peers or the idle time ends it.

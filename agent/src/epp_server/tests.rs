@@ -38,6 +38,10 @@ use crate::{
 const SOON: Duration = Duration::from_secs(10);
 const BODY: &[u8] = br#"{"model":"llama","prompt":"hi"}"#;
 
+fn response_end() -> Ask {
+    Ask::ResponseBody(HttpBody { body: Bytes::new(), end_of_stream: true })
+}
+
 fn endpoint(n: u8) -> SocketAddr {
     SocketAddr::from(([10, 0, 0, n], 8000))
 }
@@ -305,7 +309,7 @@ async fn the_body_modes_of_the_proxy_are_respected() {
     let first = configured(BodySendMode::None, BodySendMode::Streamed, head("POST", false));
     exchange.asks.send(first).await.unwrap();
     exchange.header_reply().await;
-    exchange.send(message::response_end()).await;
+    exchange.send(response_end()).await;
     let Reply::ResponseBody(reply) = exchange.reply().await else { panic!("not a body reply") };
     assert_eq!(reply.response, Some(CommonResponse::default()));
 
@@ -401,7 +405,7 @@ async fn with_all_endpoints_at_the_limit_a_request_is_refused_with_429() {
     assert_eq!(set(&refused.headers.unwrap().set_headers), reason);
 
     busy.respond(endpoint(2)).await;
-    busy.send(message::response_end()).await;
+    busy.send(response_end()).await;
     assert!(matches!(busy.reply().await, Reply::ResponseBody(_)));
     let (third, _third) = epp.pick().await;
     assert_eq!(third, "10.0.0.2:8000", "the end of the response has ended the count, the stream being open");
@@ -472,7 +476,7 @@ async fn shutdown_lets_open_streams_end_and_takes_no_new_ones() {
     timeout(SOON, refused).await.expect("the listener is closed");
     exchange.respond(endpoint(1)).await;
     assert!(!epp.served.is_finished());
-    exchange.send(message::response_end()).await;
+    exchange.send(response_end()).await;
     assert!(matches!(exchange.reply().await, Reply::ResponseBody(_)));
     drop(exchange);
     timeout(SOON, epp.served).await.expect("it ends when the stream has").unwrap().unwrap();

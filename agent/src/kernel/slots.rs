@@ -117,8 +117,8 @@ impl SlotRef<'_> {
     }
 
     /// Hands the rest of the message to the kernel: redirect to `target` while exactly `consumed` bytes have been let
-    /// through. Only while released.
-    pub fn arm(&self, target: u64, framing: Framing, consumed: u64) {
+    /// through, and with `keep` copy the payload into the connection's ring. Only while released.
+    pub fn arm(&self, target: u64, framing: Framing, consumed: u64, keep: bool) {
         debug_assert!(self.is_released());
         let slot = self.slot.as_ptr();
         // SAFETY: released, so these fields are ours.
@@ -126,6 +126,7 @@ impl SlotRef<'_> {
             (&raw mut (*slot).framing).write_volatile(framing);
             (&raw mut (*slot).wbase).write_volatile(0);
             (&raw mut (*slot).stop).write_volatile(0);
+            (&raw mut (*slot).keep).write_volatile(u32::from(keep));
         }
         self.target().set(target);
         self.armed().atomic().store(consumed + 1, SeqCst);

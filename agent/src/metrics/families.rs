@@ -6,7 +6,7 @@ use prometheus_client::{
 };
 
 use super::labels::{
-    Build, ByAnswer, ByFlow, ByOutcome, ByPath, ByPool, ByPoolAndReason, ByReason, ByResult, PathState,
+    Build, ByAnswer, ByFlow, ByModel, ByOutcome, ByPath, ByPool, ByPoolAndReason, ByReason, ByResult, PathState,
 };
 
 type Histograms<Labels> = Family<Labels, Histogram, fn() -> Histogram>;
@@ -55,6 +55,12 @@ families! {
     epp_failures: Family<ByPoolAndReason, Counter> = "epp_failures";
     /// Streams to EPPs that are open; one lives as long as the response of its request.
     epp_streams_inflight: Gauge = "epp_streams_inflight";
+    /// Responses by what became of the question about their head: answered in time, given up, or not waited for.
+    epp_head_replies: Family<ByPoolAndReason, Counter> = "epp_head_replies";
+    /// Responses whose body the EPP was not told to the end, because it did not take it.
+    epp_bodies_given_up: Family<ByPool, Counter> = "epp_bodies_given_up";
+    /// Tokens that responses say they took, where the EPP's settings have the agent look: gen_ai.client.inference.tokens.
+    gen_ai_tokens: Family<ByModel, Counter> = "gen_ai_client_inference_tokens";
     /// Requests that the EPP gave up while they were being answered.
     evictions: Family<ByPool, Counter> = "evictions";
 

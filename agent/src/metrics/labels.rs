@@ -101,6 +101,14 @@ pub(super) struct ByPoolAndReason {
     pub(super) reason: &'static str,
 }
 
+/// With the names of OpenTelemetry's conventions. The model comes from responses, so [`super::models`] bounds its values.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct ByModel {
+    pub(super) pool: PoolName,
+    pub(super) gen_ai_response_model: Arc<str>,
+    pub(super) gen_ai_token_type: &'static str,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(super) struct ByReason {
     pub(super) reason: &'static str,

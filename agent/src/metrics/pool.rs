@@ -10,7 +10,8 @@ use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Hist
 use super::{
     InFlight, OK,
     families::Families,
-    labels::{ByAnswer, ByOutcome, ByPool, ByPoolAndReason, EppOutcome, PoolName},
+    labels::{ByAnswer, ByModel, ByOutcome, ByPool, ByPoolAndReason, EppOutcome, PoolName},
+    models::Models,
 };
 
 #[derive(Debug)]
@@ -26,6 +27,7 @@ pub struct PoolMetrics {
     ejections: Counter,
     /// By [`EppOutcome`]; filled on first use, because a pool may have no EPP and a histogram is twenty lines.
     epp_exchange: [OnceLock<Histogram>; EppOutcome::ALL.len()],
+    models: Models,
 }
 
 impl PoolMetrics {
@@ -45,6 +47,7 @@ impl PoolMetrics {
             evictions: families.evictions.get_or_create_owned(&pool),
             ejections: families.ejections.get_or_create_owned(&pool),
             epp_exchange: Default::default(),
+            models: Models::default(),
             families: Arc::clone(families),
             name,
         }
@@ -87,6 +90,27 @@ impl PoolMetrics {
     /// An exchange with the EPP failed.
     pub fn epp_failed(&self, reason: &'static str) {
         self.families.epp_failures.get_or_create(&ByPoolAndReason { pool: self.name.clone(), reason }).inc();
+    }
+
+    /// What became of the question about a response's head.
+    pub fn epp_head_reply(&self, reply: &'static str) {
+        let labels = ByPoolAndReason { pool: self.name.clone(), reason: reply };
+        self.families.epp_head_replies.get_or_create(&labels).inc();
+    }
+
+    /// The EPP did not take a response's body, and is told no more of it.
+    pub fn epp_body_given_up(&self) {
+        self.families.epp_bodies_given_up.get_or_create(&ByPool { pool: self.name.clone() }).inc();
+    }
+
+    /// The tokens that a response took.
+    pub fn tokens(&self, model: &str, input: u64, output: u64) {
+        let model = self.models.bounded(model);
+        for (kind, tokens) in [("input", input), ("output", output)] {
+            let labels =
+                ByModel { pool: self.name.clone(), gen_ai_response_model: Arc::clone(&model), gen_ai_token_type: kind };
+            self.families.gen_ai_tokens.get_or_create(&labels).inc_by(tokens);
+        }
     }
 
     /// The EPP gave up a request that was being answered.

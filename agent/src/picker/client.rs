@@ -7,8 +7,9 @@
 
 use std::{
     net::SocketAddr,
+    sync::Arc,
     task::{Context, Poll, Waker, ready},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -28,13 +29,15 @@ use super::{
     connection::{Connection, Http2},
     error::PickError,
     exchange::{Event, Exchange, ImmediateReply, Limits, Outcome},
+    silence::{Reply, Silence, Waiting},
 };
 use crate::config;
 
 /// Messages between the agent and the connection, beyond which `send_body` waits for the EPP to take them.
 const QUEUE: usize = 4;
-/// How long the rest of a finished stream is read, so that it ends by the EPP's close and not by a reset.
-const CLOSE: Duration = Duration::from_secs(1);
+/// How long a finished stream is given to take what is left to tell, and is read, so that it ends by the EPP's close and not by
+/// a reset.
+const CLOSE: Duration = Duration::from_secs(5);
 /// A message of the EPP may be this much longer than the body in it.
 const MESSAGE: usize = 1 << 20;
 
@@ -44,13 +47,15 @@ pub struct EppClient {
     connection: Connection,
     origin: http::Uri,
     header: http::HeaderName,
+    silence: Arc<Silence>,
 }
 
 impl EppClient {
     /// Fails on an address that is none and on a CA file that cannot be read. Connects with the first request.
     pub fn new(epp: &config::Epp) -> anyhow::Result<Self> {
+        let silence = Arc::default();
         let connection = Connection::new(epp)?;
-        Ok(Self { origin: connection.origin()?, connection, header: epp.header.clone() })
+        Ok(Self { origin: connection.origin()?, connection, header: epp.header.clone(), silence })
     }
 
     /// Starts asking about a request. Does not wait, and must be called on a tokio runtime. `subset`: choose among these.
@@ -70,6 +75,7 @@ impl EppClient {
             exchange: Exchange::new(self.header.clone(), request, has_body, subset, limits),
             out: Some(PollSender::new(out)),
             answer: Answer::Awaited(call.boxed()),
+            silence: Waiting::new(&self.silence),
         };
         // The head leaves now, not when the first piece of the body is there; whoever waits later registers its own waker.
         let mut nobody = Context::from_waker(Waker::noop());
@@ -118,6 +124,7 @@ pub struct PickStream {
     exchange: Exchange,
     out: Option<PollSender<ProcessingRequest>>,
     answer: Answer,
+    silence: Waiting,
 }
 
 enum Answer {
@@ -165,7 +172,8 @@ impl PickStream {
     }
 
     /// Tells the EPP about the head of the response that `served` gave, and waits at most `wait` for its mutation of it; with
-    /// none it does not wait. Cancel-safe: the head has been taken, the reply is lost.
+    /// none, and while the EPP is known to be silent about heads, it does not wait. Cancel-safe: the head has been taken, the
+    /// reply is lost.
     pub async fn response_headers(
         &mut self,
         status: http::StatusCode,
@@ -175,11 +183,13 @@ impl PickStream {
         wait: Option<Duration>,
     ) -> ResponseReply {
         self.exchange.response_headers(status, headers, served, end_of_stream);
+        let wait = self.silence.ask(wait, Instant::now());
         let reply = poll_fn(|cx| {
             let _ = self.poll_send(cx);
             loop {
                 match ready!(self.poll_event(cx)) {
                     Some(Ok(Event::ResponseHead(mutation))) => {
+                        self.silence.answered();
                         return Poll::Ready(ResponseReply::Mutation(Some(mutation)));
                     }
                     Some(Ok(Event::Outcome(Outcome::Immediate(reply)))) => {
@@ -191,19 +201,44 @@ impl PickStream {
             }
         });
         let reply = match wait {
-            Some(wait) => tokio::time::timeout(wait, reply).await.ok(),
+            Some(wait) => match tokio::time::timeout(wait, reply).await {
+                Ok(reply) => Some(reply),
+                Err(_) => {
+                    self.silence.timed_out();
+                    None
+                }
+            },
             None => reply.now_or_never(),
         };
         reply.unwrap_or(ResponseReply::Mutation(None))
     }
 
+    /// What became of the question about the response's head; `None`: there was none.
+    pub fn head_reply(&self) -> Option<Reply> {
+        self.silence.reply()
+    }
+
     /// Resolves when the EPP evicts the request, and never otherwise: the response does not depend on the EPP. Cancel-safe.
     pub async fn evicted(&mut self) -> ImmediateReply {
+        self.evicted_telling(|| None).await
+    }
+
+    /// As [`evicted`](Self::evicted), and tells the EPP about pieces of the response's body, one at a time as it takes them.
+    /// `more` is asked whenever the future is polled, so whoever produces pieces does it in the same task, before.
+    pub async fn evicted_telling(&mut self, mut more: impl FnMut() -> Option<Bytes>) -> ImmediateReply {
         poll_fn(|cx| {
-            let _ = self.poll_send(cx);
+            while self.poll_send(cx).is_ready()
+                && let Some(piece) = more()
+            {
+                // Without a stream the piece has nowhere to go.
+                if self.out.is_some() {
+                    self.exchange.response_body(piece, false);
+                }
+            }
             loop {
                 match ready!(self.poll_event(cx)) {
                     Some(Ok(Event::Outcome(Outcome::Immediate(reply)))) => return Poll::Ready(reply),
+                    Some(Ok(Event::ResponseHead(_))) => self.silence.late(Instant::now()),
                     Some(_) => {}
                     None => return Poll::Pending,
                 }
@@ -212,15 +247,24 @@ impl PickStream {
         .await
     }
 
-    /// The response is over: says so, closes the sending side, and leaves the EPP a second to close the other.
-    pub fn finish(mut self) {
+    /// The response is over: tells `rest` of its body and the end, closes the sending side, and leaves the EPP a moment to
+    /// close the other.
+    pub fn finish(mut self, rest: Vec<Bytes>) {
+        let last = rest.len();
+        for (number, piece) in (1..).zip(rest) {
+            self.exchange.response_body(piece, number == last);
+        }
         self.exchange.response_end();
         let close = async move {
             poll_fn(|cx| {
                 if self.poll_send(cx).is_ready() {
                     self.out = None;
                 }
-                while ready!(self.poll_event(cx)).is_some() {}
+                while let Some(event) = ready!(self.poll_event(cx)) {
+                    if let Ok(Event::ResponseHead(_)) = event {
+                        self.silence.late(Instant::now());
+                    }
+                }
                 Poll::Ready(())
             })
             .await;

@@ -154,12 +154,22 @@ impl Exchange {
         self.queue(message::response_head(status, headers, end_of_stream));
     }
 
+    /// A piece of the response's body, of any size. What comes before the head or after the end is not sent.
+    pub fn response_body(&mut self, piece: Bytes, end: bool) {
+        if self.response != ResponsePhase::Body {
+            return;
+        }
+        if end {
+            self.response = ResponsePhase::Ended;
+        }
+        for request in message::response_body(piece, end) {
+            self.queue(request);
+        }
+    }
+
     /// The response is over.
     pub fn response_end(&mut self) {
-        if self.response == ResponsePhase::Body {
-            self.response = ResponsePhase::Ended;
-            self.queue(message::response_end());
-        }
+        self.response_body(Bytes::new(), true);
     }
 
     pub fn next_message(&mut self) -> Option<ProcessingRequest> {

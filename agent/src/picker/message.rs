@@ -48,8 +48,16 @@ pub fn response_head(status: http::StatusCode, headers: &HeaderMap, end_of_strea
     Request::ResponseHeaders(HttpHeaders { headers: Some(core::HeaderMap { headers: all }), end_of_stream })
 }
 
+pub fn request_body(body: Bytes, end: bool) -> impl Iterator<Item = Request> {
+    pieces(body, end).map(Request::RequestBody)
+}
+
+pub fn response_body(body: Bytes, end: bool) -> impl Iterator<Item = Request> {
+    pieces(body, end).map(Request::ResponseBody)
+}
+
 /// One message per piece of `body`; an empty one only to carry the end.
-pub fn request_body(mut body: Bytes, end: bool) -> impl Iterator<Item = Request> {
+fn pieces(mut body: Bytes, end: bool) -> impl Iterator<Item = HttpBody> {
     let mut done = body.is_empty() && !end;
     std::iter::from_fn(move || {
         if done {
@@ -57,13 +65,8 @@ pub fn request_body(mut body: Bytes, end: bool) -> impl Iterator<Item = Request>
         }
         let piece = body.split_to(body.len().min(PIECE));
         done = body.is_empty();
-        Some(Request::RequestBody(HttpBody { body: piece, end_of_stream: end && done }))
+        Some(HttpBody { body: piece, end_of_stream: end && done })
     })
-}
-
-/// The end of a response, without any of its body.
-pub fn response_end() -> Request {
-    Request::ResponseBody(HttpBody { body: Bytes::new(), end_of_stream: true })
 }
 
 /// Both bodies full duplex, sent without waiting: there are pickers that refuse anything else.

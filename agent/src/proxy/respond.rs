@@ -1,7 +1,9 @@
 //! The response: its head goes to the picker and, as the picker changed it, to the client; its body goes the way that was
 //! chosen; then both connections are free for what comes next.
 
-use bytes::BytesMut;
+use std::cell::RefCell;
+
+use bytes::{Bytes, BytesMut};
 use http::header;
 
 use super::{After, Request, immediate, pick::Picked};
@@ -20,7 +22,11 @@ use crate::{
         exchange::ImmediateReply,
         mutation,
     },
-    steer::choice::{Path, Response, choose},
+    steer::{
+        Source,
+        choice::{Path, Response, choose},
+    },
+    tee::Tee,
     worker::Worker,
 };
 
@@ -54,13 +60,20 @@ pub(super) async fn respond(
     request.record.served(endpoint.address);
     headers::remove_hop_by_hop(&mut head.headers);
     headers::add_via(&mut head.headers, head.version);
-    if let Some(stream) = &mut picked.stream {
-        let wait = match &worker.shared.config.pools[request.pool].picker {
-            config::Picker::Epp(epp) => epp.response_timeout,
-            config::Picker::Builtin => None,
-        };
+    let settings = match &worker.shared.config.pools[request.pool].picker {
+        config::Picker::Epp(epp) => Some(epp),
+        config::Picker::Builtin => None,
+    };
+    let mut tee = None;
+    if let (Some(stream), Some(settings)) = (&mut picked.stream, settings) {
+        let wait = settings.response_timeout;
         let ended = head.framing.is_done();
-        match stream.response_headers(head.status, &head.headers, endpoint.address, ended, wait).await {
+        tee = tee_of(settings, &head);
+        let reply = stream.response_headers(head.status, &head.headers, endpoint.address, ended, wait).await;
+        if let Some(reply) = stream.head_reply() {
+            worker.shared.metrics.pool(request.pool).epp_head_reply(reply.label());
+        }
+        match reply {
             ResponseReply::Mutation(Some(change)) => drop(mutation::apply(&change, &mut head.headers)),
             ResponseReply::Mutation(None) => {}
             ResponseReply::Evicted(reply) => {
@@ -80,16 +93,18 @@ pub(super) async fn respond(
     if ends_by_close {
         client.reset_on_close();
     }
-    let (target, path, reason) = path(worker, client, request, &head, &endpoint, &pending);
+    let told = tee.as_ref().map(|tee| tee.borrow().wants_all());
+    let (target, path, reason) = path(worker, client, request, &head, &endpoint, &pending, told);
 
     let mut delivery = Delivery::new(client, &mut endpoint, head.framing, pending, worker.shared.config.timeouts.idle);
     delivery.lead = lead;
     delivery.target = target;
+    delivery.tee = tee.as_ref();
     delivery.decode = head.needs_dechunk(request.parts.version);
     let end = tokio::select! {
         biased;
         end = delivery.run() => Some(end),
-        _ = evicted(&mut picked.stream) => None,
+        _ = evicted_telling(&mut picked.stream, tee.as_ref()) => None,
     };
     if end.is_none() {
         delivery.abandon();
@@ -98,9 +113,10 @@ pub(super) async fn respond(
     drop(delivery);
     drop(in_flight);
     request.record.delivered(worker, request.pool, path, reason, account);
+    let rest = tee.map_or_else(Vec::new, |tee| account_for(worker, request.pool, tee.into_inner()));
     match end {
         Some(End::Complete { reusable }) => {
-            picked.finish();
+            picked.finish(rest);
             endpoint.set_resting(true);
             if reusable && head.keep_alive {
                 worker.endpoints.put(endpoint);
@@ -124,7 +140,36 @@ pub(super) async fn respond(
     }
 }
 
-/// Chooses the path and, for the kernel's, makes the client a target.
+/// As [`evicted`], and tells the picker what the tee has for it. It is polled after the delivery and in the same task, so
+/// whatever the delivery puts into the tee is taken out of it at once.
+async fn evicted_telling(stream: &mut Option<PickStream>, tee: Option<&RefCell<Tee>>) -> ImmediateReply {
+    match (stream, tee) {
+        (Some(stream), Some(tee)) => stream.evicted_telling(|| tee.borrow_mut().next_piece()).await,
+        (stream, _) => evicted(stream).await,
+    }
+}
+
+/// What the picker wants of this response's body, if there is one.
+fn tee_of(settings: &config::Epp, head: &ResponseHead) -> Option<RefCell<Tee>> {
+    let length = if let BodyKind::Length(length) = head.body { Some(length) } else { None };
+    let tee = Tee::new(settings.response_to_picker, &head.headers, length, settings.response_queue_bytes);
+    tee.filter(|_| !head.framing.is_done()).map(RefCell::new)
+}
+
+/// The end of the tee: enters it into the metrics, and gives what the picker is still to be told.
+fn account_for(worker: &Worker, pool: usize, mut tee: Tee) -> Vec<Bytes> {
+    let metrics = worker.shared.metrics.pool(pool);
+    if tee.given_up() {
+        metrics.epp_body_given_up();
+    }
+    if let Some(usage) = tee.usage() {
+        metrics.tokens(&usage.model, usage.input_tokens, usage.output_tokens);
+    }
+    tee.rest()
+}
+
+/// Chooses the path and, for the kernel's, makes the client a target. `told`: the picker wants to know of the body, and all
+/// of it or its end.
 fn path(
     worker: &Worker,
     client: &mut ClientSocket,
@@ -132,6 +177,7 @@ fn path(
     head: &ResponseHead,
     endpoint: &EndpointConnection,
     pending: &BytesMut,
+    told: Option<bool>,
 ) -> (Option<Target>, Path, &'static str) {
     let config = &worker.shared.config.steering;
     let mut framing = head.framing;
@@ -147,9 +193,16 @@ fn path(
         event_stream,
         local_endpoint: endpoint.local,
         decode: head.needs_dechunk(request.parts.version),
+        told: told == Some(true),
     };
     let (path, reason) = choose(config, &response);
     let (Path::Ingress, Some(steering)) = (path, worker.endpoints.steering()) else { return (None, path, reason) };
+    if told.is_some()
+        && let Some(Err(error)) = endpoint.source().map(Source::make_ring)
+    {
+        tracing::debug!(%error, "the end of the response could not be kept by the kernel");
+        return (None, Path::Relay, "response_to_picker");
+    }
     match client.make_target(steering, config.client_send_buffer) {
         Ok(key) => (Some(Target { key, send_buffer: config.client_send_buffer }), path, reason),
         Err(error) => {

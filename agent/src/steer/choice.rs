@@ -17,6 +17,8 @@ pub struct Response {
     pub local_endpoint: bool,
     /// The client speaks HTTP/1.0 and gets a chunked body decoded.
     pub decode: bool,
+    /// User space has to see the body, for the picker.
+    pub told: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,6 +53,9 @@ pub fn choose(config: &Steering, response: &Response) -> (Path, &'static str) {
     }
     if response.decode {
         return relay("http10");
+    }
+    if response.told {
+        return relay("response_to_picker");
     }
     if config.mode == SteeringMode::Ingress {
         return (Path::Ingress, "forced");
@@ -89,6 +94,7 @@ mod tests {
             event_stream: false,
             local_endpoint: true,
             decode: false,
+            told: false,
         };
         let length = |n| Response { framing: Framing::length(n), ..base };
         let remote = |r: Response| Response { local_endpoint: false, ..r };
@@ -101,6 +107,9 @@ mod tests {
             (Auto, Response { registered: false, ..base }, (Relay, "unavailable")),
             (Auto, Response { decode: true, ..base }, (Relay, "http10")),
             (Forced, Response { decode: true, ..base }, (Relay, "http10")),
+            (Auto, Response { told: true, ..base }, (Relay, "response_to_picker")),
+            (Forced, Response { told: true, ..base }, (Relay, "response_to_picker")),
+            (Off, Response { told: true, ..base }, (Relay, "off")),
             (Forced, length(1), (Ingress, "forced")),
             (Auto, length(999), (Relay, "small")),
             (Auto, length(1000), (Ingress, "length")),

@@ -137,13 +137,20 @@ pub mod reply {
         BodyResponse { response: Some(response) }
     }
 
-    /// The whole of a request's body, in as many messages as it takes.
-    pub fn request_body(body: &Bytes) -> impl Iterator<Item = ProcessingResponse> {
+    /// The whole of a body, in as many messages as it takes.
+    fn pieces(body: &Bytes) -> impl Iterator<Item = BodyResponse> {
         let last = body.len().saturating_sub(1) / PIECE;
-        (0..=last).map(move |n| {
-            let piece = body.slice(n * PIECE..body.len().min((n + 1) * PIECE));
-            message(Response::RequestBody(streamed(piece, n == last)))
-        })
+        (0..=last).map(move |n| streamed(body.slice(n * PIECE..body.len().min((n + 1) * PIECE)), n == last))
+    }
+
+    /// The whole of a request's body.
+    pub fn request_body(body: &Bytes) -> impl Iterator<Item = ProcessingResponse> {
+        pieces(body).map(|piece| message(Response::RequestBody(piece)))
+    }
+
+    /// The whole of a response's body.
+    pub fn response_bodies(body: &Bytes) -> impl Iterator<Item = ProcessingResponse> {
+        pieces(body).map(|piece| message(Response::ResponseBody(piece)))
     }
 
     /// A reply to a piece of the request's body that changes nothing.
@@ -154,7 +161,12 @@ pub mod reply {
 
     #[must_use]
     pub fn response_headers(headers: &[(&str, &str)]) -> ProcessingResponse {
-        let response = CommonResponse { header_mutation: Some(mutation(headers)), ..CommonResponse::default() };
+        response_mutation(mutation(headers))
+    }
+
+    #[must_use]
+    pub fn response_mutation(mutation: HeaderMutation) -> ProcessingResponse {
+        let response = CommonResponse { header_mutation: Some(mutation), ..CommonResponse::default() };
         message(Response::ResponseHeaders(HeadersResponse { response: Some(response) }))
     }
 

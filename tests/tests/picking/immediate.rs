@@ -3,13 +3,12 @@
 use std::sync::Arc;
 
 use penstock_agent::config::FailureMode;
-use penstock_proto::ext_proc::HttpHeaders;
 use penstock_tests::{
     BodyEnd, Plan, Stage,
     client::Pace,
     eventually,
     model_server::{Fault as ServerFault, FaultKind},
-    scripted_epp::{Answer, Answering, Exchange, Fault, Faulty, Harm, Moment, Production, Script, StreamEnd, reply},
+    scripted_epp::{Answering, EvictAfter, Evicting, Fault, Faulty, Harm, Moment, Production, StreamEnd, reply},
     stage::{echo, epp, json},
 };
 use tokio::sync::Notify;
@@ -18,6 +17,10 @@ use crate::SOON;
 
 fn refusing(all: &[std::net::SocketAddr], moment: Moment) -> Faulty<Production> {
     Faulty::new(Production::new(all), Fault::At(moment, Harm::Immediate(429))).times(1)
+}
+
+fn evicting(all: &[std::net::SocketAddr], after: EvictAfter, now: &Arc<Notify>) -> Evicting<Production> {
+    Evicting { inner: Production::new(all), after, now: Arc::clone(now) }
 }
 
 #[tokio::test]
@@ -80,29 +83,10 @@ async fn an_eviction_before_the_response_has_begun_is_an_answer() {
     assert_eq!(stage.agent.metric("penstock_evictions_total", &[]), 1.0);
 }
 
-/// Evicts when told, once the response has begun.
-struct Evicting {
-    inner: Production,
-    now: Arc<Notify>,
-}
-
-#[tonic::async_trait]
-impl Script for Evicting {
-    async fn request_headers(&self, exchange: &mut Exchange, headers: &HttpHeaders) -> Answer {
-        self.inner.request_headers(exchange, headers).await
-    }
-
-    async fn response_headers(&self, exchange: &mut Exchange, headers: &HttpHeaders) -> Answer {
-        self.inner.response_headers(exchange, headers).await?;
-        self.now.notified().await;
-        exchange.send(reply::immediate(429, &[], "evicted")).await
-    }
-}
-
 #[tokio::test]
 async fn an_eviction_during_the_response_breaks_it_off() {
     let now = Arc::new(Notify::new());
-    let mut stage = Stage::new(|all| Evicting { inner: Production::new(all), now: Arc::clone(&now) }).await;
+    let mut stage = Stage::new(|all| evicting(all, EvictAfter::ResponseHead, &now)).await;
     let stall = ServerFault { after: 5000, kind: FaultKind::Stall };
     let plan = Plan { size: 10_000, fault: Some(stall), ..Plan::default() };
     stage.client.send(&plan.request()).await.unwrap();
@@ -112,31 +96,20 @@ async fn an_eviction_during_the_response_breaks_it_off() {
     let read = stage.client.read_body(Pace::Fast, |bytes| Ok(checker.feed(bytes)?)).await.unwrap();
     assert_ne!(read.end, BodyEnd::Complete);
     eventually(SOON, || stage.one.aborted() == 1 && stage.one.connections_open() == 0).await;
-    eventually(SOON, || stage.epp.streams_ended(StreamEnd::Cancelled) == 1).await;
+    eventually(SOON, || stage.epp.streams_ended(StreamEnd::Script) == 1).await;
     assert_eq!(stage.agent.metric("penstock_evictions_total", &[]), 1.0);
-}
-
-/// Evicts when told, once it has picked.
-struct BeforeHead(Production, Arc<Notify>);
-#[tonic::async_trait]
-impl Script for BeforeHead {
-    async fn request_headers(&self, exchange: &mut Exchange, headers: &HttpHeaders) -> Answer {
-        self.0.request_headers(exchange, headers).await?;
-        self.1.notified().await;
-        exchange.send(reply::immediate(503, &[], "evicted")).await
-    }
 }
 
 #[tokio::test]
 async fn an_eviction_while_the_endpoint_thinks_is_an_answer() {
     let now = Arc::new(Notify::new());
-    let mut stage = Stage::new(|all| BeforeHead(Production::new(all), Arc::clone(&now))).await;
+    let mut stage = Stage::new(|all| evicting(all, EvictAfter::Pick, &now)).await;
     let mut plan = Plan::default();
     (plan.head.split_at, plan.head.pause_us) = (Some(0), 3_600_000_000);
     stage.client.send(&plan.request()).await.unwrap();
     eventually(SOON, || stage.one.requests() == 1).await;
     now.notify_one();
     let response = stage.client.response().await.unwrap();
-    assert_eq!((response.status(), response.text().as_str()), (503, "evicted"));
+    assert_eq!((response.status(), response.text().as_str()), (429, "request evicted by flow control"));
     eventually(SOON, || stage.one.connections_open() == 0).await;
 }

@@ -10,6 +10,7 @@ mod load;
 mod model;
 mod mutations;
 mod routing;
+mod silent;
 
 use std::time::Duration;
 

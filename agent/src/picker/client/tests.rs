@@ -19,14 +19,7 @@ const LIMITS: Limits = Limits { replaced_body: 1 << 20 };
 const A: &str = "10.0.0.1:8000";
 
 fn epp_settings() -> Epp {
-    Epp {
-        address: "127.0.0.1:9002".to_owned(),
-        tls: EppTls::Off,
-        connect_timeout: Duration::from_secs(5),
-        decision_timeout: Duration::from_secs(30),
-        response_timeout: None,
-        header: http::HeaderName::from_static("x-gateway-destination-endpoint"),
-    }
+    Epp { connect_timeout: Duration::from_secs(5), response_timeout: None, ..Epp::new("127.0.0.1:9002") }
 }
 
 fn client_to(address: &str, tls: EppTls, connect_timeout: Duration) -> EppClient {
@@ -321,7 +314,7 @@ async fn the_response_phase() {
     let reply = stream.response_headers(StatusCode::OK, &HeaderMap::new(), A.parse().unwrap(), false, wait).await;
     let ResponseReply::Mutation(Some(mutation)) = reply else { panic!("{reply:?}") };
     assert_eq!(mutation.set_headers[0].header.as_ref().unwrap().raw_value, "t");
-    stream.finish();
+    stream.finish(Vec::new());
 
     let (last, close) = soon(end.recv()).await.unwrap();
     let last = last.unwrap().expect("a last message");
@@ -350,7 +343,7 @@ async fn eviction() {
         let reply = stream.response_headers(StatusCode::OK, &HeaderMap::new(), served, false, wait).await;
         assert_eq!(matches!(reply, ResponseReply::Mutation(Some(_))), wait.is_some());
         assert_eq!(soon(stream.evicted()).await.status, StatusCode::TOO_MANY_REQUESTS);
-        stream.finish();
+        stream.finish(Vec::new());
     }
 }
 
@@ -412,7 +405,7 @@ async fn a_dropped_stream_is_reset_and_a_finished_one_half_closed() {
             started = soon(events.recv()) => assert!(started.unwrap().unwrap()),
         }
         if finish {
-            stream.finish();
+            stream.finish(Vec::new());
         } else {
             drop(stream);
         }

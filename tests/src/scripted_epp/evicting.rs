@@ -1,0 +1,59 @@
+//! A script that takes its decision back when a test says so: as a flow control that evicts requests under pressure, it may
+//! do it at any moment after the pick.
+
+use std::sync::Arc;
+
+use penstock_proto::ext_proc::{HttpBody, HttpHeaders};
+use tokio::sync::Notify;
+
+use super::{Answer, End, Exchange, Script, reply};
+
+/// When it waits to be told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum After {
+    /// When the request has been answered, and before it reads anything of the response.
+    Pick,
+    /// When it has answered the head of the response.
+    ResponseHead,
+}
+
+/// `inner`, which evicts each request with 429 when it is notified.
+pub struct Evicting<S> {
+    pub inner: S,
+    pub after: After,
+    pub now: Arc<Notify>,
+}
+
+impl<S> Evicting<S> {
+    async fn evict(&self, exchange: &mut Exchange, moment: After) -> Answer {
+        if self.after != moment {
+            return Ok(());
+        }
+        self.now.notified().await;
+        let why = [("x-llm-d-request-dropped-reason", "evicted")];
+        exchange.send(reply::immediate(429, &why, "request evicted by flow control")).await?;
+        Err(End::Close)
+    }
+}
+
+#[tonic::async_trait]
+impl<S: Script> Script for Evicting<S> {
+    async fn request_headers(&self, exchange: &mut Exchange, headers: &HttpHeaders) -> Answer {
+        self.inner.request_headers(exchange, headers).await?;
+        if headers.end_of_stream { self.evict(exchange, After::Pick).await } else { Ok(()) }
+    }
+
+    async fn request_body(&self, exchange: &mut Exchange, body: &HttpBody) -> Answer {
+        self.inner.request_body(exchange, body).await?;
+        if body.end_of_stream { self.evict(exchange, After::Pick).await } else { Ok(()) }
+    }
+
+    async fn response_headers(&self, exchange: &mut Exchange, headers: &HttpHeaders) -> Answer {
+        self.inner.response_headers(exchange, headers).await?;
+        self.evict(exchange, After::ResponseHead).await
+    }
+
+    async fn response_body(&self, exchange: &mut Exchange, body: &HttpBody) -> Answer {
+        self.inner.response_body(exchange, body).await
+    }
+}

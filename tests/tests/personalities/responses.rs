@@ -1,0 +1,88 @@
+//! Scenarios of the way back: who carries the bytes, and who may go away meanwhile.
+
+use penstock_agent::config::SteeringMode;
+use penstock_tests::{
+    BodyEnd, Client, Plan, Request, Stage,
+    client::Pace,
+    eventually,
+    model_server::Framing,
+    scripted_epp::{Endpoints, Personality, StreamEnd},
+};
+
+use crate::SOON;
+
+async fn stage<P: Personality>(mode: SteeringMode) -> Stage {
+    Stage::with(|all| P::over(Endpoints::new(all)), |config| config.steering.mode = mode).await
+}
+
+const TOKENS: usize = 40;
+
+async fn a_stream<P: Personality>(mode: SteeringMode) {
+    let mut stage = stage::<P>(mode).await;
+    let body = format!(
+        r#"{{"model":"m","stream":true,"stream_options":{{"include_usage":true}},"max_tokens":{TOKENS},"x-test-interval-us":1000,"prompt":"p"}}"#
+    );
+    let request = Request::post("/v1/completions", body).header("content-type", "application/json");
+    for _ in 0..2 {
+        let response = stage.request(&request).await;
+        assert_eq!(response.read.end, BodyEnd::Complete);
+        let events = response.events();
+        // The tokens, the end of the only choice, the usage, and the end.
+        assert_eq!((events.len(), events.last().map(String::as_str)), (TOKENS + 3, Some("[DONE]")));
+        let served = response.served_by().unwrap();
+        let (name, value) = P::mark(served);
+        assert_eq!(response.header(name), Some(value.as_str()));
+    }
+    eventually(SOON, || stage.epp.streams_ended(StreamEnd::HalfClosed) == 2).await;
+    for stream in stage.epp.streams() {
+        assert_eq!(stream.response_body(), (Vec::new(), 1));
+    }
+    let steered = stage.agent.count("penstock_body_bytes_total", &[r#"path="ingress""#]);
+    assert_eq!(steered > 0, mode != SteeringMode::Off, "{steered}");
+}
+
+/// E7, E18: a streamed completion, relayed.
+pub(crate) async fn a_stream_through_user_space<P: Personality>() {
+    a_stream::<P>(SteeringMode::Off).await;
+}
+
+/// E7, E18: a streamed completion, carried by the kernel; the picker is told all the same.
+pub(crate) async fn a_stream_through_the_kernel<P: Personality>() {
+    a_stream::<P>(SteeringMode::Auto).await;
+}
+
+/// E20: a picker that dies while the response flows takes nothing of it along; the next request finds the new one.
+pub(crate) async fn the_picker_dies<P: Personality>() {
+    for mode in [SteeringMode::Off, SteeringMode::Auto] {
+        let mut stage = stage::<P>(mode).await;
+        // More than all the buffers on the way hold, so that it flows only as the client reads.
+        let plan = Plan { size: 24 << 20, framing: Framing::Chunked, ..Plan::default() };
+        let mut client = Client::connect_with(stage.agent.addr, Some(64 << 10)).await.unwrap();
+        client.send(&plan.request()).await.unwrap();
+        assert_eq!(client.head().await.unwrap().status, 200);
+        stage.epp.stop();
+        let mut checker = plan.checker();
+        let read = client.read_body(Pace::Fast, |bytes| Ok(checker.feed(bytes)?)).await.unwrap();
+        assert_eq!((read.end, read.len, checker.offset()), (BodyEnd::Complete, plan.size, plan.size), "{mode:?}");
+        stage.epp.restart().await.unwrap();
+        assert_eq!(client.request(&Request::get("/test/echo")).await.unwrap().status(), 200, "{mode:?}");
+    }
+}
+
+/// E18: a client that leaves ends the endpoint's work and the picker's stream, whoever carries the bytes.
+pub(crate) async fn the_client_leaves<P: Personality>() {
+    for mode in [SteeringMode::Off, SteeringMode::Auto] {
+        let stage = stage::<P>(mode).await;
+        let body = r#"{"model":"m","stream":true,"max_tokens":1000000,"x-test-interval-us":1000,"prompt":"p"}"#;
+        let request = Request::post("/v1/completions", body).header("content-type", "application/json");
+        let mut client = Client::connect(stage.agent.addr).await.unwrap();
+        client.send(&request).await.unwrap();
+        client.head().await.unwrap();
+        client.piece(1000).await.unwrap();
+        client.reset().unwrap();
+        eventually(SOON, || (stage.one.aborted(), stage.one.connections_open()) == (1, 0)).await;
+        eventually(SOON, || stage.epp.streams_ended(StreamEnd::Cancelled) == 1).await;
+        // The connection to the picker lives on.
+        assert_eq!(stage.epp.connections_open(), 1, "{mode:?}");
+    }
+}

@@ -1,0 +1,239 @@
+//! `response_to_picker`: what the picker is told of the bodies of responses, in step with what the client gets.
+
+use penstock_agent::config::{ResponseToPicker, SteeringMode};
+use penstock_common::tail::TAIL;
+use penstock_proto::ext_proc::processing_request::Request as Told;
+use penstock_tests::{
+    BodyEnd, Client, Plan, Request, Response, Stage,
+    client::Pace,
+    eventually,
+    model_server::{Fault as ServerFault, FaultKind, Framing, Lengths},
+    scripted_epp::{
+        Endpoints, Fault, Faulty, Gie, Harm, LlmdRouter, Moment, Personality, Script, StreamEnd, StreamRecord,
+    },
+    stage::epp,
+};
+
+use crate::SOON;
+
+async fn stage<S: Script>(
+    script: impl FnOnce(&[std::net::SocketAddr]) -> S,
+    told: ResponseToPicker,
+    steering: SteeringMode,
+) -> Stage {
+    Stage::with(script, |config| {
+        config.steering.mode = steering;
+        epp(config).response_to_picker = told;
+    })
+    .await
+}
+
+/// A streamed completion with its usage.
+fn completion(tokens: u32, interval_us: u32) -> Request {
+    let body = format!(
+        r#"{{"model":"m","stream":true,"stream_options":{{"include_usage":true}},"max_tokens":{tokens},"x-test-interval-us":{interval_us},"prompt":"five words of a prompt"}}"#
+    );
+    Request::post("/v1/completions", body).header("content-type", "application/json")
+}
+
+/// The whole events within the last bytes of what the client got.
+fn last_events(body: &[u8]) -> &[u8] {
+    let Some(cut) = body.len().checked_sub(TAIL as usize).filter(|&cut| cut > 0) else { return body };
+    let text = std::str::from_utf8(&body[cut..]).unwrap();
+    text.split_once("\n\n").unwrap().1.as_bytes()
+}
+
+/// The streams, when all have ended in order.
+async fn ended(stage: &Stage, streams: usize) -> Vec<StreamRecord> {
+    eventually(SOON, || stage.epp.streams_ended(StreamEnd::HalfClosed) == streams).await;
+    stage.epp.streams()
+}
+
+fn tokens(stage: &Stage, kind: &str) -> u64 {
+    let labels = [r#"pool="default""#, r#"gen_ai_response_model="m""#, &format!("gen_ai_token_type=\"{kind}\"")];
+    stage.agent.count("penstock_gen_ai_client_inference_tokens_total", &labels)
+}
+
+fn relayed_for_the_picker(stage: &Stage) -> u64 {
+    stage.agent.count("penstock_flows_total", &[r#"path="relay""#, r#"reason="response_to_picker""#])
+}
+
+fn steered(stage: &Stage) -> u64 {
+    stage.agent.count("penstock_body_bytes_total", &[r#"path="ingress""#])
+}
+
+async fn last_events_are_told<P: Personality>(mode: SteeringMode) {
+    let mut stage = stage(|all| P::over(Endpoints::new(all)), ResponseToPicker::Usage, mode).await;
+    // From ones that the kernel carries to such as come at once, and shorter than the tail.
+    let streams = [(200, 1000), (200, 0), (5, 1000), (3, 0), (1500, 50), (100, 2000)];
+    for (number, (count, interval)) in streams.into_iter().enumerate() {
+        let response = stage.request(&completion(count, interval)).await;
+        assert_eq!(response.read.end, BodyEnd::Complete);
+        let told = ended(&stage, number + 1).await[number].response_body();
+        let expected = last_events(&response.body);
+        assert!(expected.ends_with(b"data: [DONE]\n\n") && expected.windows(7).any(|window| window == b"\"usage\""));
+        assert_eq!(String::from_utf8_lossy(&told.0), String::from_utf8_lossy(expected), "{count} {interval}");
+        assert_eq!(told.1, 1);
+    }
+    let output: u32 = streams.iter().map(|(count, _)| count).sum();
+    assert_eq!((tokens(&stage, "input"), tokens(&stage, "output")), (5 * streams.len() as u64, u64::from(output)));
+    assert_eq!(steered(&stage) > 0, mode != SteeringMode::Off);
+    assert_eq!(relayed_for_the_picker(&stage), 0);
+}
+
+/// E7: with `usage`, a stream that the kernel carries is told by its last events, without its chunk sizes.
+#[tokio::test]
+async fn usage_of_streams_that_the_kernel_carries() {
+    last_events_are_told::<LlmdRouter>(SteeringMode::Auto).await;
+    last_events_are_told::<Gie>(SteeringMode::Ingress).await;
+}
+
+/// E7: and so is one that is relayed.
+#[tokio::test]
+async fn usage_of_streams_that_are_relayed() {
+    last_events_are_told::<LlmdRouter>(SteeringMode::Off).await;
+}
+
+/// The kernel gives such a stream back again and again, so that its end is put together from what both carried.
+#[tokio::test]
+async fn usage_of_streams_whose_clients_are_slow() {
+    let stage = stage(LlmdRouter::new, ResponseToPicker::Usage, SteeringMode::Ingress).await;
+    for (number, pace) in [1, 3, 7].into_iter().enumerate() {
+        let mut client = Client::connect_with(stage.agent.addr, Some(4 << 10)).await.unwrap();
+        client.send(&completion(20_000, 1)).await.unwrap();
+        client.head().await.unwrap();
+        let mut body = Vec::new();
+        let pace = Pace::Slow { bytes: 40_000, tick: std::time::Duration::from_millis(pace) };
+        let read = client.read_body(pace, |bytes| {
+            body.extend_from_slice(bytes);
+            Ok(())
+        });
+        assert_eq!(read.await.unwrap().end, BodyEnd::Complete);
+        let told = ended(&stage, number + 1).await[number].response_body();
+        assert_eq!(String::from_utf8_lossy(&told.0), String::from_utf8_lossy(last_events(&body)));
+        assert_eq!(told.1, 1);
+    }
+    assert!(steered(&stage) > 0);
+    assert!(stage.agent.count("penstock_steer_stops_total", &[]) > 0);
+    assert_eq!(tokens(&stage, "output"), 60_000);
+}
+
+/// E7: a JSON document can only be parsed whole, so it is told whole, up to a limit.
+#[tokio::test]
+async fn usage_of_documents() {
+    let mut stage = stage(LlmdRouter::new, ResponseToPicker::Usage, SteeringMode::Ingress).await;
+    let body = r#"{"model":"m","max_tokens":20000,"prompt":"five words of a prompt"}"#;
+    let request = Request::post("/v1/completions", body).header("content-type", "application/json");
+    let response = stage.request(&request).await;
+    assert_eq!(ended(&stage, 1).await[0].response_body(), (response.body, 1));
+    assert_eq!((tokens(&stage, "input"), tokens(&stage, "output")), (5, 20_000));
+    assert_eq!((relayed_for_the_picker(&stage), steered(&stage)), (1, 0));
+
+    // Beyond the limit there is nothing to tell; where the length says so, the kernel carries it.
+    let large = Plan {
+        size: 300_000,
+        headers: vec![("content-type".to_owned(), "application/json".to_owned())],
+        ..Plan::default()
+    };
+    for (number, framing) in [Framing::ContentLength, Framing::Chunked].into_iter().enumerate() {
+        let plan = Plan { framing, ..large.clone() };
+        let response = stage.request(&plan.request()).await;
+        plan.checker().feed(&response.body).unwrap();
+        assert_eq!(ended(&stage, number + 2).await[number + 1].response_body(), (Vec::new(), 1), "{framing:?}");
+    }
+    assert_eq!(relayed_for_the_picker(&stage), 2);
+}
+
+/// What is neither events nor a document is not looked at, and carried as ever.
+#[tokio::test]
+async fn usage_of_anything_else() {
+    let mut stage = stage(LlmdRouter::new, ResponseToPicker::Usage, SteeringMode::Ingress).await;
+    let plan = Plan { size: 300_000, ..Plan::default() };
+    let response = stage.request(&plan.request()).await;
+    plan.checker().feed(&response.body).unwrap();
+    assert_eq!(ended(&stage, 1).await[0].response_body(), (Vec::new(), 1));
+    assert_eq!(relayed_for_the_picker(&stage), 0);
+}
+
+fn whole(plan: &Plan, response: &Response) {
+    assert_eq!(response.read.end, BodyEnd::Complete);
+    let mut checker = plan.checker();
+    checker.feed(&response.body).unwrap();
+    assert_eq!(checker.offset(), plan.size);
+}
+
+async fn every_byte_is_told<P: Personality>() {
+    let mut stage = stage(|all| P::over(Endpoints::new(all)), ResponseToPicker::Body, SteeringMode::Ingress).await;
+    let framings = [Framing::ContentLength, Framing::Chunked, Framing::UntilClose];
+    for (number, framing) in framings.into_iter().enumerate() {
+        let chunks = Lengths::Random { seed: 5, max: 100_000 };
+        let plan = Plan { framing, chunks, size: 900_000, stream_id: 3, ..Plan::default() };
+        let mut client = Client::connect(stage.agent.addr).await.unwrap();
+        let response = client.request(&plan.request()).await.unwrap();
+        whole(&plan, &response);
+        let stream = &ended(&stage, number + 1).await[number];
+        assert_eq!(stream.served(), Some(response.header("x-served-by").unwrap().to_owned()));
+        assert!(stream.response_body() == (response.body, 1), "{framing:?}");
+        for message in &stream.messages {
+            if let Some(Told::ResponseBody(piece)) = &message.request {
+                assert!(piece.body.len() <= 62_000, "{}", piece.body.len());
+            }
+        }
+    }
+    let response = stage.request(&completion(50, 100)).await;
+    assert!(ended(&stage, 4).await[3].response_body() == (response.body, 1));
+    assert_eq!((tokens(&stage, "output"), steered(&stage)), (50, 0));
+    assert_eq!(relayed_for_the_picker(&stage), 4);
+    assert_eq!(stage.agent.count("penstock_epp_bodies_given_up_total", &[]), 0);
+}
+
+/// E7: with `body`, every byte is told in order, in pieces, with one end.
+#[tokio::test]
+async fn every_byte() {
+    every_byte_is_told::<LlmdRouter>().await;
+    every_byte_is_told::<penstock_tests::scripted_epp::Lwepp>().await;
+}
+
+/// E20: a picker that does not take what it is told holds nobody up, and is told no more of that response.
+#[tokio::test]
+async fn a_picker_that_takes_nothing_holds_nobody_up() {
+    let silent = Fault::At(Moment::ResponseBody, Harm::Silence);
+    let mut stage =
+        stage(|all| Faulty::new(LlmdRouter::new(all), silent), ResponseToPicker::Body, SteeringMode::Off).await;
+    let plan = Plan { size: 16 << 20, ..Plan::default() };
+    let response = stage.request(&plan.request()).await;
+    whole(&plan, &response);
+    eventually(SOON, || stage.agent.count("penstock_epp_bodies_given_up_total", &[]) == 1).await;
+    assert_eq!(stage.request(&Request::get("/test/echo")).await.status(), 200);
+}
+
+/// E20: nor does one that dies, or fails, in the middle.
+#[tokio::test]
+async fn a_picker_that_fails_during_the_body_cuts_nothing() {
+    for harm in [Harm::Die, Harm::ResetConnection, Harm::Status(tonic::Code::Internal), Harm::Close] {
+        let fault = Fault::At(Moment::ResponseBody, harm);
+        let mut stage =
+            stage(|all| Faulty::new(LlmdRouter::new(all), fault), ResponseToPicker::Body, SteeringMode::Off).await;
+        let plan = Plan { size: 8 << 20, framing: Framing::Chunked, ..Plan::default() };
+        let response = stage.request(&plan.request()).await;
+        whole(&plan, &response);
+        assert_eq!(response.header("connection"), None, "{harm:?}");
+    }
+}
+
+/// E6: a picker that reads the body may take its decision back in the middle of it.
+#[tokio::test]
+async fn an_eviction_in_the_middle_of_the_body_breaks_it_off() {
+    let fault = Fault::At(Moment::ResponseBody, Harm::Immediate(429));
+    let mut stage =
+        stage(|all| Faulty::new(LlmdRouter::new(all), fault), ResponseToPicker::Body, SteeringMode::Off).await;
+    let stall = ServerFault { after: 50_000, kind: FaultKind::Stall };
+    let plan = Plan { size: 100_000, fault: Some(stall), ..Plan::default() };
+    stage.client.send(&plan.request()).await.unwrap();
+    assert_eq!(stage.client.head().await.unwrap().status, 200);
+    let mut checker = plan.checker();
+    let read = stage.client.read_body(Pace::Fast, |bytes| Ok(checker.feed(bytes)?)).await.unwrap();
+    assert_ne!(read.end, BodyEnd::Complete);
+    eventually(SOON, || (stage.one.aborted(), stage.one.connections_open()) == (1, 0)).await;
+    assert_eq!(stage.agent.count("penstock_evictions_total", &[]), 1);
+}

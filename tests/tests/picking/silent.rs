@@ -1,0 +1,65 @@
+//! A picker that keeps its streams and says nothing about the heads of responses.
+
+use std::time::{Duration, Instant};
+
+use penstock_agent::config::ResponseToPicker;
+use penstock_tests::{
+    Stage,
+    scripted_epp::{Fault, Faulty, Harm, Moment, Production},
+    stage::{echo, epp, json},
+};
+
+use crate::SOON;
+
+/// Long enough for a picker that answers, on a busy machine too.
+const WAIT: Duration = Duration::from_secs(1);
+const MARK: &str = "x-went-into-resp-headers";
+
+fn replies(stage: &Stage, reply: &str) -> u64 {
+    stage.agent.count("penstock_epp_head_replies_total", &[&format!("reason=\"{reply}\"")])
+}
+
+/// Silent about the heads of the first `times` responses.
+async fn silent(times: u64) -> Stage {
+    let fault = Fault::At(Moment::ResponseHeaders, Harm::Silence);
+    Stage::with(
+        |all| Faulty::new(Production::new(all), fault).times(times),
+        |config| {
+            config.listen.workers = 1;
+            epp(config).response_timeout = Some(WAIT);
+            assert_eq!(epp(config).response_to_picker, ResponseToPicker::Headers);
+        },
+    )
+    .await
+}
+
+/// The first few responses wait, and then none does.
+#[tokio::test]
+async fn it_is_waited_for_three_times() {
+    let mut stage = silent(u64::MAX).await;
+    let begin = Instant::now();
+    for request in 0..20 {
+        let response = stage.request(&echo(json("m", 100))).await;
+        assert_eq!((response.status(), response.header(MARK)), (200, None), "{request}");
+    }
+    assert!(begin.elapsed() >= 3 * WAIT);
+    assert_eq!((replies(&stage, "timed_out"), replies(&stage, "not_awaited")), (3, 17));
+    assert_eq!(replies(&stage, "in_time"), 0);
+}
+
+/// A reply that would have been in time ends that, and replies count again.
+#[tokio::test]
+async fn when_it_speaks_again_it_is_waited_for_again() {
+    let mut stage = silent(5).await;
+    for _ in 0..5 {
+        assert_eq!(stage.request(&echo(json("m", 100))).await.header(MARK), None);
+    }
+    let begin = Instant::now();
+    while replies(&stage, "in_time") == 0 {
+        assert!(begin.elapsed() < SOON, "nobody waits any more");
+        assert_eq!(stage.request(&echo(json("m", 100))).await.status(), 200);
+    }
+    assert_eq!(stage.request(&echo(json("m", 100))).await.header(MARK), Some("true"));
+    assert_eq!(replies(&stage, "timed_out"), 3);
+    assert!(replies(&stage, "not_awaited") >= 3);
+}
