@@ -20,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     admin::{self, AdminHandle},
     config::{Config, Picker},
+    endpoint::set::EndpointSet,
     metrics::{self, Metrics},
     picker::builtin::BuiltinPicker,
     readiness::{Gate, Readiness},
@@ -55,6 +56,8 @@ impl Agent {
         let readiness = Readiness::new();
         let gates: Vec<Gate> = (0..count).map(|number| readiness.gate(format!("worker {number}"))).collect();
 
+        let endpoints: Vec<_> = config.pools.iter().map(|pool| Arc::new(EndpointSet::new(pool))).collect();
+
         let steering = selftest::start(&config.steering);
         metrics.set_steering_path(
             metrics::Path::Ingress,
@@ -76,7 +79,8 @@ impl Agent {
 
         let shared = Arc::new(Shared {
             router: Router::new(&config),
-            pickers: config.pools.iter().map(|pool| BuiltinPicker::new(pool.endpoints.clone())).collect(),
+            pickers: endpoints.iter().map(|endpoints| BuiltinPicker::new(Arc::clone(endpoints))).collect(),
+            endpoints,
             pick_headers: pick_headers(&config),
             metrics,
             draining: CancellationToken::new(),

@@ -5,18 +5,24 @@
 //! reported with file, line, key, what was found and what was expected, all of it at once.
 
 mod default;
+mod dns;
 mod document;
+mod endpoints;
 
 mod error;
+mod health;
+mod node;
 mod overrides;
 mod pools;
 mod routes;
 mod sections;
+mod subset;
 #[cfg(test)]
 mod tests;
 mod value;
 
 pub use default::default_toml;
+pub use endpoints::expand;
 pub use error::{ConfigError, ConfigErrors};
 pub use overrides::Overrides;
 
@@ -34,6 +40,8 @@ pub struct Config {
     pub timeouts: Timeouts,
     pub bbr: Bbr,
     pub steering: Steering,
+    pub node: Node,
+    pub dns: Dns,
     /// At least one; names are unique.
     pub pools: Vec<Pool>,
     /// First match wins. Empty: everything goes to the first pool.
@@ -150,6 +158,27 @@ pub struct Steering {
     pub max_flows: u32,
 }
 
+/// Where this agent runs, in the words that endpoints use; `prefer` compares the two.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Node {
+    /// Default: not known.
+    pub name: Option<String>,
+    /// Default: not known.
+    pub zone: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Dns {
+    /// Servers to ask instead of the system's (`/etc/resolv.conf`); names are then taken as they are, without search domains.
+    pub servers: Vec<SocketAddr>,
+    /// One lookup with its repetitions; default 5s.
+    pub timeout: Duration,
+    /// An answer holds at least this long, whatever its TTL; default 1s.
+    pub min_ttl: Duration,
+    /// An answer holds at most this long; default 5m.
+    pub max_ttl: Duration,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FailureMode {
     /// The EPP fails: an endpoint of the pool, or `default_upstream`.
@@ -161,8 +190,14 @@ pub enum FailureMode {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pool {
     pub name: String,
-    /// `ip:port` each. May be empty only with an EPP and `passthrough`.
-    pub endpoints: Vec<SocketAddr>,
+    /// Always in the pool. May be empty with a name or a file beside it, or with an EPP and `passthrough`.
+    pub endpoints: Vec<Endpoint>,
+    /// A DNS name whose addresses are in the pool, looked up again when their TTL is over.
+    pub endpoints_dns: Option<NamedEndpoints>,
+    /// A TOML or JSON file of endpoints that is watched; a relative path starts at the folder of the configuration file.
+    pub endpoints_file: Option<PathBuf>,
+    /// Ports of endpoints that are given as an address without one: each address with each port is an endpoint.
+    pub ports: Vec<u16>,
     /// Default `closed`, as in InferencePool v1.
     pub failure_mode: FailureMode,
     /// With `open` only: where it sends requests; default: the built-in picker chooses among `endpoints`.
@@ -170,6 +205,84 @@ pub struct Pool {
     /// Dial endpoints that the EPP names and the pool does not list; default false.
     pub passthrough: bool,
     pub picker: Picker,
+    pub subset: Subset,
+    pub ejection: Ejection,
+    /// Active checks; default: none.
+    pub health: Option<HealthCheck>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    pub address: SocketAddr,
+    /// Name of the node it runs on.
+    pub node: Option<String>,
+    pub zone: Option<String>,
+    /// Gets no new requests; those it has may finish. Default false.
+    pub draining: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamedEndpoints {
+    pub name: String,
+    /// At least one.
+    pub ports: Vec<u16>,
+}
+
+/// The part of the pool that requests are to stay in: the hint that the EPP gets, and what the built-in picker chooses from.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Subset {
+    /// The first of these that has an endpoint ready is the subset; default: none, the whole pool.
+    pub prefer: Vec<Locality>,
+    /// These endpoints and no others are the subset; not together with `prefer`.
+    pub endpoints: Vec<SocketAddr>,
+    /// What an empty subset means; default `all`.
+    pub empty: EmptySubset,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Locality {
+    /// Endpoints with the agent's `node.name`.
+    Node,
+    /// Endpoints with the agent's `node.zone`.
+    Zone,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum EmptySubset {
+    /// The whole pool: the EPP gets no hint.
+    #[default]
+    All,
+    /// Nothing: the EPP gets the empty list, and answers 503.
+    Fail,
+}
+
+/// Passive health: an endpoint that fails requests is avoided for a time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ejection {
+    /// Failures in a row; 0 is off; default 3.
+    pub failures: u32,
+    /// How long the first ejection lasts; default 5s. Then one request is let through as a probe.
+    pub base: Duration,
+    /// Each ejection in a row lasts twice as long as the one before, up to this; default 1m.
+    pub max: Duration,
+    /// Part of the pool that may be ejected at once, and never the last endpoint; default 50.
+    pub max_percent: u32,
+    /// Whether a response with a 5xx status is a failure; default false.
+    pub server_errors: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// What is asked for with GET; 2xx is healthy.
+    pub path: String,
+    /// Default 5s.
+    pub interval: Duration,
+    /// From the connect to the response head; default 2s.
+    pub timeout: Duration,
+    /// Failures in a row until the endpoint is avoided; default 3.
+    pub unhealthy_after: u32,
+    /// Successes in a row until it is used again; default 1.
+    pub healthy_after: u32,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,4 +1,7 @@
-//! Connections to model servers: dialling, keeping, and reading them.
+//! The model servers of a pool: which there are and how they are, and the connections to them: dialling, keeping, reading.
 
 pub mod connection;
+mod health;
+pub mod in_flight;
 pub mod pool;
+pub mod set;

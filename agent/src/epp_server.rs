@@ -36,7 +36,7 @@ use tonic::{
     transport::{Server, server::TcpIncoming},
 };
 
-use crate::picker::builtin::BuiltinPicker;
+use crate::{config::Ejection, endpoint::set::EndpointSet, picker::builtin::BuiltinPicker};
 use health::Health;
 use session::{Session, Step};
 
@@ -72,7 +72,15 @@ pub async fn serve(
     listener: TcpListener,
     shutdown: impl Future<Output = ()> + Send,
 ) -> anyhow::Result<()> {
-    let mut picker = BuiltinPicker::new(config.endpoints);
+    // What a proxy had to pass over is avoided at once: it says so only after the request has gone elsewhere.
+    let rules = Ejection {
+        failures: 1,
+        base: Duration::from_secs(1),
+        max: Duration::from_secs(30),
+        max_percent: 100,
+        server_errors: false,
+    };
+    let mut picker = BuiltinPicker::new(Arc::new(EndpointSet::of(config.endpoints, rules)));
     if let Some(limit) = config.max_inflight {
         picker = picker.with_max_in_flight(limit);
     }

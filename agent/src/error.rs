@@ -36,7 +36,7 @@ pub enum Error {
     NoRoute,
     #[error("the endpoint picker failed: {0}")]
     Picker(#[from] PickError),
-    #[error("the endpoint picker named {0}, which is not in the pool")]
+    #[error("the endpoint picker named {0}, which is not in the pool or takes no new requests")]
     Stranger(SocketAddr),
     #[error("the pool has no endpoint for this request: {0}")]
     NoEndpoint(#[from] NoEndpoint),

@@ -5,6 +5,7 @@
 pub mod config;
 pub mod metrics;
 pub mod readiness;
+pub mod dns;
 pub mod admin;
 pub mod http;
 pub mod bbr;

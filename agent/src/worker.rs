@@ -6,10 +6,10 @@ use std::{
     net::SocketAddr,
     rc::Rc,
     sync::{Arc, atomic::AtomicBool},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use http::HeaderName;
+use http::{HeaderName, StatusCode};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
@@ -19,7 +19,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     config::{self, Config},
     connection,
-    endpoint::pool::Pool,
+    endpoint::{pool::Pool, set::EndpointSet},
     metrics::Metrics,
     picker::{builtin::BuiltinPicker, client::EppClient},
     route::Router,
@@ -31,7 +31,9 @@ pub struct Shared {
     pub config: Config,
     pub router: Router,
     pub metrics: Arc<Metrics>,
-    /// One for each pool: picks for `builtin` and for fail-open, and counts what is in flight.
+    /// One for each pool.
+    pub endpoints: Vec<Arc<EndpointSet>>,
+    /// One for each pool: picks for `builtin` and for fail-open.
     pub pickers: Vec<BuiltinPicker>,
     /// The headers in which EPPs name their picks: `picker.header` of every pool, and the protocol's own.
     pub pick_headers: Vec<HeaderName>,
@@ -41,6 +43,33 @@ pub struct Shared {
     pub force: CancellationToken,
     /// A worker could not start or go on.
     pub failed: AtomicBool,
+}
+
+impl Shared {
+    /// A request got no answer from `address`.
+    pub fn endpoint_failed(&self, pool: usize, address: SocketAddr) {
+        if self.endpoints[pool].failed(address, Instant::now()) {
+            self.metrics.pool(pool).ejected();
+            tracing::warn!(pool = self.config.pools[pool].name, %address, "endpoint ejected");
+        }
+    }
+
+    /// `address` answered with `status`.
+    pub fn endpoint_answered(&self, pool: usize, address: SocketAddr, status: StatusCode) {
+        if status.is_server_error() && self.endpoints[pool].counts_server_errors() {
+            self.endpoint_failed(pool, address);
+        } else {
+            self.endpoints[pool].succeeded(address);
+        }
+    }
+
+    /// Whether a request may still go to `address`. If not, idle connections to it are of no use.
+    fn is_dialled(&self, address: SocketAddr) -> bool {
+        let listed =
+            |endpoints: &Arc<EndpointSet>| endpoints.snapshot().get(address).is_some_and(|endpoint| !endpoint.draining);
+        let named = |pool: &config::Pool| pool.passthrough || pool.default_upstream == Some(address);
+        self.endpoints.iter().any(listed) || self.config.pools.iter().any(named)
+    }
 }
 
 pub struct Worker {
@@ -89,7 +118,7 @@ impl Worker {
         let sweep = async {
             loop {
                 tokio::time::sleep(Duration::from_secs(1)).await;
-                self.endpoints.sweep();
+                self.endpoints.sweep(|address| self.shared.is_dialled(address));
                 if let Some(steering) = self.endpoints.steering() {
                     self.shared.metrics.steer_events_missed(steering.take_missed_events());
                 }

@@ -8,8 +8,8 @@ use std::{
 use http::HeaderName;
 
 use super::{
-    Admin, Bbr, Config, Epp, EppTls, FailureMode, Limits, Listen, Picker, Pool, ResponseToPicker, Steering,
-    SteeringMode, Timeouts,
+    Admin, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppTls, FailureMode, HealthCheck, Limits, Listen, Node, Picker,
+    Pool, ResponseToPicker, Steering, SteeringMode, Subset, Timeouts,
 };
 
 /// A complete commented file. Its settings are the defaults; what has none is commented out, as `#key = value`.
@@ -27,6 +27,8 @@ impl Config {
             timeouts: Timeouts::default(),
             bbr: Bbr::default(),
             steering: Steering::default(),
+            node: Node::default(),
+            dns: Dns::default(),
             pools,
             routes: Vec::new(),
         }
@@ -85,16 +87,64 @@ impl Default for Steering {
     }
 }
 
+impl Default for Dns {
+    fn default() -> Self {
+        Self {
+            servers: Vec::new(),
+            timeout: Duration::from_secs(5),
+            min_ttl: Duration::from_secs(1),
+            max_ttl: Duration::from_secs(300),
+        }
+    }
+}
+
+impl Default for Ejection {
+    fn default() -> Self {
+        Self {
+            failures: 3,
+            base: Duration::from_secs(5),
+            max: Duration::from_secs(60),
+            max_percent: 50,
+            server_errors: false,
+        }
+    }
+}
+
+impl HealthCheck {
+    /// GET `path` every five seconds.
+    pub fn new(path: impl Into<String>) -> Self {
+        Self {
+            path: path.into(),
+            interval: Duration::from_secs(5),
+            timeout: Duration::from_secs(2),
+            unhealthy_after: 3,
+            healthy_after: 1,
+        }
+    }
+}
+
+impl From<SocketAddr> for Endpoint {
+    fn from(address: SocketAddr) -> Self {
+        Self { address, node: None, zone: None, draining: false }
+    }
+}
+
 impl Pool {
     /// A pool with the built-in picker that fails closed.
-    pub fn new(name: impl Into<String>, endpoints: Vec<SocketAddr>) -> Self {
+    pub fn new(name: impl Into<String>, endpoints: impl IntoIterator<Item = SocketAddr>) -> Self {
         Self {
             name: name.into(),
-            endpoints,
+            endpoints: endpoints.into_iter().map(Into::into).collect(),
+            endpoints_dns: None,
+            endpoints_file: None,
+            ports: Vec::new(),
             failure_mode: FailureMode::Closed,
             default_upstream: None,
             passthrough: false,
             picker: Picker::Builtin,
+            subset: Subset::default(),
+            ejection: Ejection::default(),
+            health: None,
         }
     }
 }

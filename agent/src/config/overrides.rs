@@ -16,6 +16,12 @@ pub struct Overrides {
     /// Steering mode, instead of `steering.mode`
     #[arg(long, env = "PENSTOCK_STEERING", value_name = "MODE")]
     pub steering: Option<SteeringMode>,
+    /// Name of the node this agent runs on, instead of `node.name`
+    #[arg(long, env = "PENSTOCK_NODE", value_name = "NAME")]
+    pub node: Option<String>,
+    /// Zone this agent runs in, instead of `node.zone`
+    #[arg(long, env = "PENSTOCK_ZONE", value_name = "NAME")]
+    pub zone: Option<String>,
 }
 
 #[cfg(test)]
@@ -41,6 +47,9 @@ mod tests {
     fn each_flag_has_its_variable() {
         let command = command();
         let variables: Vec<_> = command.get_arguments().filter_map(|arg| arg.get_env()?.to_str()).collect();
-        assert_eq!(variables, ["PENSTOCK_LISTEN", "PENSTOCK_ADMIN", "PENSTOCK_STEERING"]);
+        assert_eq!(
+            variables,
+            ["PENSTOCK_LISTEN", "PENSTOCK_ADMIN", "PENSTOCK_STEERING", "PENSTOCK_NODE", "PENSTOCK_ZONE"]
+        );
     }
 }

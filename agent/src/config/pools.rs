@@ -4,12 +4,14 @@ use std::net::SocketAddr;
 
 use rustls::pki_types::{CertificateDer, ServerName, pem::PemObject};
 
-use super::{Epp, EppTls, FailureMode, Picker, Pool, ResponseToPicker, document::Section, value};
+use super::{
+    Epp, EppTls, FailureMode, Node, Picker, Pool, ResponseToPicker, document::Section, endpoints, health, subset, value,
+};
 
-pub(super) fn pools(root: &mut Section<'_>, listen: SocketAddr) -> Vec<Pool> {
+pub(super) fn pools(root: &mut Section<'_>, listen: SocketAddr, node: &Node) -> Vec<Pool> {
     let mut names: Vec<String> = Vec::new();
     let pools = root.sections("pools", |section| {
-        let pool = pool(section, listen);
+        let pool = pool(section, listen, node);
         if names.contains(&pool.name) {
             section.reject("name", format_args!("{:?} again", pool.name), "a name that no other pool has");
         }
@@ -22,38 +24,42 @@ pub(super) fn pools(root: &mut Section<'_>, listen: SocketAddr) -> Vec<Pool> {
     pools
 }
 
-fn pool(section: &mut Section<'_>, listen: SocketAddr) -> Pool {
+fn pool(section: &mut Section<'_>, listen: SocketAddr, node: &Node) -> Pool {
     const MODES: &[(&str, FailureMode)] = &[("open", FailureMode::Open), ("closed", FailureMode::Closed)];
+    let ports = endpoints::ports(section);
     let pool = Pool {
         name: section.require("name", "the name of the pool", value::pool_name).unwrap_or_default(),
-        endpoints: section.list("endpoints", "an array of ip:port", value::endpoint),
+        endpoints: endpoints::listed(section, &ports, listen),
+        endpoints_dns: endpoints::named(section, &ports),
+        endpoints_file: endpoints::file(section),
+        ports,
         failure_mode: section.read("failure_mode", value::one_of(MODES)).unwrap_or(FailureMode::Closed),
         default_upstream: section.read("default_upstream", value::endpoint),
         passthrough: section.read("passthrough", value::boolean).unwrap_or(false),
         picker: section.section("picker", picker),
+        subset: section.section("subset", |section| subset::subset(section, node)),
+        ejection: section.section("ejection", health::ejection),
+        health: health::check(section),
     };
-    check_endpoints(section, &pool, listen);
+    check_endpoints(section, &pool);
     check_failure_mode(section, &pool);
     pool
 }
 
-fn check_endpoints(section: &Section<'_>, pool: &Pool, listen: SocketAddr) {
-    for (index, endpoint) in pool.endpoints.iter().enumerate() {
-        let key = format!("endpoints[{index}]");
-        if pool.endpoints[..index].contains(endpoint) {
-            section.reject(&key, format_args!("\"{endpoint}\" again"), "each endpoint once");
-        } else if is_own(*endpoint, listen) {
-            section.reject(
-                &key,
-                format_args!("\"{endpoint}\""),
-                format_args!("another server than listen.address ({listen})"),
-            );
-        }
-    }
+fn check_endpoints(section: &Section<'_>, pool: &Pool) {
     let named_by_epp = matches!(pool.picker, Picker::Epp(_)) && pool.passthrough;
-    if pool.endpoints.is_empty() && !named_by_epp {
-        section.reject("endpoints", "none", r#"at least one, or picker.kind = "epp" with passthrough = true"#);
+    if !has_endpoints(pool) && !named_by_epp {
+        section.reject(
+            "endpoints",
+            "none",
+            r#"at least one, endpoints_dns, endpoints_file, or picker.kind = "epp" with passthrough = true"#,
+        );
     }
+}
+
+/// Whether there is a source of endpoints; what a name or a file gives is not known yet.
+fn has_endpoints(pool: &Pool) -> bool {
+    !pool.endpoints.is_empty() || pool.endpoints_dns.is_some() || pool.endpoints_file.is_some()
 }
 
 fn check_failure_mode(section: &Section<'_>, pool: &Pool) {
@@ -65,17 +71,11 @@ fn check_failure_mode(section: &Section<'_>, pool: &Pool) {
                 r#"failure_mode = "open""#,
             );
         }
-        FailureMode::Open if pool.default_upstream.is_none() && pool.endpoints.is_empty() => {
+        FailureMode::Open if pool.default_upstream.is_none() && !has_endpoints(pool) => {
             section.reject("failure_mode", r#""open" without a place to send to"#, "endpoints or default_upstream");
         }
         FailureMode::Closed | FailureMode::Open => {}
     }
-}
-
-/// Whether dialling the endpoint reaches this agent's own listener, as far as the addresses tell.
-fn is_own(endpoint: SocketAddr, listen: SocketAddr) -> bool {
-    endpoint.port() == listen.port()
-        && (endpoint.ip() == listen.ip() || (listen.ip().is_unspecified() && endpoint.ip().is_loopback()))
 }
 
 fn picker(section: &mut Section<'_>) -> Picker {

@@ -3,8 +3,8 @@
 use std::net::SocketAddr;
 
 use super::{
-    Admin, Bbr, Config, Limits, Listen, Overrides, Steering, SteeringMode, Timeouts, document::Section, pools, routes,
-    value,
+    Admin, Bbr, Config, Limits, Listen, Overrides, Steering, SteeringMode, Timeouts, dns, document::Section, node,
+    pools, routes, value,
 };
 
 const MIB: u32 = 1 << 20;
@@ -16,9 +16,11 @@ pub(super) fn config(root: &mut Section<'_>, overrides: &Overrides) -> Config {
     let timeouts = root.section("timeouts", timeouts);
     let bbr = root.section("bbr", bbr);
     let steering = root.section("steering", |section| steering(section, overrides));
-    let pools = pools::pools(root, listen.address);
+    let node = root.section("node", |section| node::node(section, overrides));
+    let dns = root.section("dns", dns::dns);
+    let pools = pools::pools(root, listen.address, &node);
     let routes = routes::routes(root, &pools);
-    Config { listen, admin, limits, timeouts, bbr, steering, pools, routes }
+    Config { listen, admin, limits, timeouts, bbr, steering, node, dns, pools, routes }
 }
 
 fn listen(section: &mut Section<'_>, overrides: &Overrides) -> Listen {

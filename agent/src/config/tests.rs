@@ -7,7 +7,11 @@ use super::*;
 const POOL: &str = "[[pools]]\nname = \"a\"\nendpoints = [\"127.0.0.1:8000\"]\n";
 
 fn pool() -> Pool {
-    Pool::new("a", vec!["127.0.0.1:8000".parse().unwrap()])
+    Pool::new("a", [address("127.0.0.1:8000")])
+}
+
+fn address(text: &str) -> SocketAddr {
+    text.parse().unwrap()
 }
 
 fn messages(text: &str) -> Vec<String> {
@@ -28,7 +32,7 @@ fn a_pool_is_enough() {
 
 #[test]
 fn the_default_file_is_the_defaults() {
-    let pool = Pool::new("default", vec!["127.0.0.1:8000".parse().unwrap()]);
+    let pool = Pool::new("default", [address("127.0.0.1:8000")]);
     assert_eq!(Config::parse(&default_toml(), "p.toml").unwrap(), Config::new(vec![pool]));
 }
 
@@ -44,10 +48,13 @@ fn everything_on() -> String {
 
 #[test]
 fn the_commented_settings_of_the_default_file_are_the_defaults() {
-    let text = everything_on().replace("ca_file = ", "#").replace("server_name = ", "#");
+    let text = everything_on().replace("ca_file = ", "#").replace("server_name = ", "#").replace("prefer = ", "#");
     let config = Config::parse(&text, "p.toml").unwrap();
     assert_eq!(config.pools[0].picker, Picker::Epp(Epp::new("127.0.0.1:9002")));
     assert_eq!(config.pools[0].default_upstream, Some("127.0.0.1:8001".parse().unwrap()));
+    assert_eq!(config.pools[0].health, Some(HealthCheck::new("/health")));
+    assert_eq!(config.pools[0].endpoints_file, Some("endpoints.toml".into()));
+    assert_eq!(config.node, Node { name: Some("node-1".into()), zone: Some("zone-a".into()) });
     let route = Route {
         host: Some("llm.example.com".into()),
         path_prefix: Some("/v1".into()),
@@ -70,15 +77,15 @@ fn the_default_file_has_every_key() {
         let (_, known) = known.unwrap_or_else(|| panic!("{header}: {messages:?}"));
         let section = &text[body..];
         let section = &section[..section.find("\n[").unwrap_or(section.len())];
-        for key in known.split(", ").filter(|key| *key != "picker") {
+        for key in known.split(", ").filter(|key| !["picker", "subset", "ejection", "health"].contains(key)) {
             assert!(section.lines().any(|line| line.starts_with(&format!("{key} = "))), "{header} lacks {key}");
         }
         sections += 1;
     }
-    assert_eq!(sections, 9);
+    assert_eq!(sections, 14);
     assert_eq!(
         messages(&format!("top = 1\n{text}"))[0],
-        "p.toml:1: top: found an unknown key, expected one of listen, admin, limits, timeouts, bbr, steering, pools, routes"
+        "p.toml:1: top: found an unknown key, expected one of listen, admin, limits, timeouts, bbr, steering, node, dns, pools, routes"
     );
 }
 
@@ -116,8 +123,23 @@ fn every_setting_is_read() {
         client_send_buffer = 16384
         endpoint_receive_buffer = 67108864
         max_flows = 7
+        [node]
+        name = "n1"
+        zone = "a"
+        [dns]
+        servers = ["[::1]:53"]
+        timeout = "1s"
+        min_ttl = "2s"
+        max_ttl = "3s"
         [[pools]]
         name = "team/gpu"
+        endpoints = ["10.0.0.1", "10.0.0.2:80", { address = "10.0.0.3:80", node = "n1", zone = "a", draining = true }]
+        endpoints_dns = "models.svc"
+        endpoints_file = "/etc/endpoints.json"
+        ports = [8000, 8001]
+        subset = { prefer = ["zone", "node"], empty = "fail" }
+        ejection = { failures = 0, base = "1s", max = "2s", max_percent = 100, server_errors = true }
+        health = { path = "/live", interval = "1s", timeout = "2s", unhealthy_after = 4, healthy_after = 5 }
         failure_mode = "open"
         default_upstream = "127.0.0.2:1"
         passthrough = true
@@ -125,7 +147,20 @@ fn every_setting_is_read() {
     "#;
     let pool = Pool {
         name: "team/gpu".into(),
-        endpoints: vec![],
+        endpoints: vec![
+            address("10.0.0.1:8000").into(),
+            address("10.0.0.1:8001").into(),
+            address("10.0.0.2:80").into(),
+            Endpoint {
+                address: address("10.0.0.3:80"),
+                node: Some("n1".into()),
+                zone: Some("a".into()),
+                draining: true,
+            },
+        ],
+        endpoints_dns: Some(NamedEndpoints { name: "models.svc".into(), ports: vec![8000, 8001] }),
+        endpoints_file: Some("/etc/endpoints.json".into()),
+        ports: vec![8000, 8001],
         failure_mode: FailureMode::Open,
         default_upstream: Some("127.0.0.2:1".parse().unwrap()),
         passthrough: true,
@@ -138,6 +173,21 @@ fn every_setting_is_read() {
             response_to_picker: ResponseToPicker::Usage,
             response_queue_bytes: 65_536,
             header: http::HeaderName::from_static("x-pick"),
+        }),
+        subset: Subset { prefer: vec![Locality::Zone, Locality::Node], endpoints: vec![], empty: EmptySubset::Fail },
+        ejection: Ejection {
+            failures: 0,
+            base: Duration::from_secs(1),
+            max: Duration::from_secs(2),
+            max_percent: 100,
+            server_errors: true,
+        },
+        health: Some(HealthCheck {
+            path: "/live".into(),
+            interval: Duration::from_secs(1),
+            timeout: Duration::from_secs(2),
+            unhealthy_after: 4,
+            healthy_after: 5,
         }),
     };
     let expected = Config {
@@ -162,6 +212,13 @@ fn every_setting_is_read() {
             client_send_buffer: 16_384,
             endpoint_receive_buffer: 67_108_864,
             max_flows: 7,
+        },
+        node: Node { name: Some("n1".into()), zone: Some("a".into()) },
+        dns: Dns {
+            servers: vec![address("[::1]:53")],
+            timeout: Duration::from_secs(1),
+            min_ttl: Duration::from_secs(2),
+            max_ttl: Duration::from_secs(3),
         },
         pools: vec![pool],
         routes: vec![],
@@ -216,11 +273,11 @@ fn bad_pools() {
         ),
         (
             "[[pools]]\nname = \"a\"",
-            r#"p.toml:1: pools[0].endpoints: found none, expected at least one, or picker.kind = "epp" with passthrough = true"#,
+            r#"p.toml:1: pools[0].endpoints: found none, expected at least one, endpoints_dns, endpoints_file, or picker.kind = "epp" with passthrough = true"#,
         ),
         (
             "[[pools]]\nname = \"a\"\npassthrough = true",
-            r#"p.toml:1: pools[0].endpoints: found none, expected at least one, or picker.kind = "epp" with passthrough = true"#,
+            r#"p.toml:1: pools[0].endpoints: found none, expected at least one, endpoints_dns, endpoints_file, or picker.kind = "epp" with passthrough = true"#,
         ),
         (
             "[[pools]]\nname = \"a\"\nendpoints = \"127.0.0.1:8000\"",
@@ -261,6 +318,78 @@ fn bad_pools() {
         (
             "[pools.picker]\nkind = \"epp\"",
             "p.toml:4: pools[0].picker.address: found nothing, expected host:port of the EPP",
+        ),
+    ];
+    for (more, expected) in cases {
+        assert_message(&format!("{POOL}{more}"), expected);
+    }
+}
+
+#[test]
+fn bad_sources_of_endpoints() {
+    const ENTRY: &str =
+        r#"expected { address = "ip:port", node = "n1", zone = "a", draining = false }, all but address optional"#;
+    let cases = [
+        ("ports = [0]", "p.toml:4: pools[0].ports[0]: found 0, expected an integer from 1 to 65535".to_owned()),
+        ("ports = [1, 2, 1]", "p.toml:4: pools[0].ports[2]: found 1 again, expected each port once".to_owned()),
+        ("ports = [1,2,3,4,5,6,7,8,9]", "p.toml:4: pools[0].ports: found 9 ports, expected at most 8".to_owned()),
+        (
+            "endpoints_dns = \"models\"",
+            r#"p.toml:4: pools[0].endpoints_dns: found "models" without ports, expected ports beside it"#.to_owned(),
+        ),
+        (
+            "endpoints_file = \"\"",
+            r#"p.toml:4: pools[0].endpoints_file: found "", expected a text that is not empty"#.to_owned(),
+        ),
+    ];
+    for (more, expected) in cases {
+        assert_message(&format!("{POOL}{more}"), &expected);
+    }
+    let cases = [
+        (
+            "\"10.0.0.1\"",
+            r#"found "10.0.0.1", expected ip:port of a server, such as "10.0.0.7:8000" or "[fd00::7]:8000""#,
+        ),
+        (
+            "{ address = \"10.0.0.1:0\" }",
+            r#"found a table, expected ip:port of a server, such as "10.0.0.7:8000" or "[fd00::7]:8000""#,
+        ),
+        ("{ node = \"a\" }", ENTRY),
+        ("{ address = \"10.0.0.1:1\", weight = 1 }", ENTRY),
+    ];
+    for (element, expected) in cases {
+        let messages = messages(&format!("[[pools]]\nname = \"a\"\nendpoints = [\"10.0.0.9:1\", {element}]"));
+        assert!(messages.len() == 1 && messages[0].ends_with(expected), "{element}: {messages:?}");
+        assert!(messages[0].starts_with("p.toml:3: pools[0].endpoints[1]: "), "{messages:?}");
+    }
+}
+
+#[test]
+fn bad_subsets_and_health() {
+    let cases = [
+        (
+            "[pools.subset]\nprefer = [\"node\"]",
+            r#"p.toml:5: pools[0].subset.prefer[0]: found "node" without node.name, expected node.name, --node or PENSTOCK_NODE"#,
+        ),
+        (
+            "[pools.subset]\nprefer = [\"zone\"]\nendpoints = [\"10.0.0.1:1\"]\n[node]\nzone = \"a\"",
+            "p.toml:6: pools[0].subset.endpoints: found a second way to choose the subset, expected prefer or endpoints",
+        ),
+        (
+            "[pools.subset]\nempty = \"none\"",
+            r#"p.toml:5: pools[0].subset.empty: found "none", expected "all" or "fail""#,
+        ),
+        (
+            "[pools.ejection]\nbase = \"2m\"",
+            "p.toml:5: pools[0].ejection.base: found a base above max, expected base up to max",
+        ),
+        (
+            "[pools.health]\ninterval = \"1s\"",
+            r#"p.toml:4: pools[0].health.path: found nothing, expected the path to ask for, such as "/health""#,
+        ),
+        (
+            "[dns]\nmin_ttl = \"1h\"",
+            "p.toml:5: dns.min_ttl: found a min_ttl above max_ttl, expected min_ttl up to max_ttl",
         ),
     ];
     for (more, expected) in cases {
@@ -356,11 +485,14 @@ fn overrides_win_and_are_checked() {
         listen: Some("127.0.0.1:1".parse().unwrap()),
         admin: Some("127.0.0.1:2".parse().unwrap()),
         steering: Some(SteeringMode::Off),
+        node: Some("n2".into()),
+        zone: None,
     };
     let config = Config::parse_with(POOL, "p.toml", &overrides).unwrap();
     assert_eq!(config.listen.address.port(), 1);
     assert_eq!(config.admin.address.port(), 2);
     assert_eq!(config.steering.mode, SteeringMode::Off);
+    assert_eq!(config.node, Node { name: Some("n2".into()), zone: None });
 
     let colliding = Overrides { listen: Some("127.0.0.1:9901".parse().unwrap()), ..Overrides::default() };
     let errors = Config::parse_with(POOL, "p.toml", &colliding).unwrap_err();

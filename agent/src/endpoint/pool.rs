@@ -71,10 +71,12 @@ impl Pool {
         connections.push(connection);
     }
 
-    /// Closes what has been idle too long. Called about once a second.
-    pub fn sweep(&self) {
-        self.idle.borrow_mut().retain(|_, connections| {
-            connections.retain(|connection| connection.idle_since.elapsed() < self.keep_alive);
+    /// Closes what has been idle too long, and what leads to an endpoint that is no longer `wanted`. Called about once a
+    /// second.
+    pub fn sweep(&self, wanted: impl Fn(SocketAddr) -> bool) {
+        self.idle.borrow_mut().retain(|&address, connections| {
+            let wanted = wanted(address);
+            connections.retain(|connection| wanted && connection.idle_since.elapsed() < self.keep_alive);
             !connections.is_empty()
         });
     }

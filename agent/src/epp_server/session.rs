@@ -16,7 +16,10 @@ use penstock_proto::{
 use tonic::Status;
 
 use super::{refusal::Refusal, reply, subset, upload::Upload};
-use crate::picker::builtin::{BuiltinPicker, InFlight, Pick, PromptHash};
+use crate::{
+    endpoint::in_flight::InFlight,
+    picker::builtin::{BuiltinPicker, Pick, PromptHash},
+};
 
 type Replies = VecDeque<ProcessingResponse>;
 
@@ -86,7 +89,8 @@ impl Session {
         }
         let metadata = message.metadata_context.as_ref();
         // Proxies differ in the message that carries it; the last one counts.
-        if let Some(subset) = metadata.and_then(|metadata| subset::subset(metadata, self.picker.endpoints())) {
+        let endpoints = self.picker.endpoints().snapshot();
+        if let Some(subset) = metadata.and_then(|metadata| subset::subset(metadata, &endpoints)) {
             self.subset = Some(subset);
         }
         match message.request {
@@ -212,13 +216,13 @@ impl Session {
 
     /// Counts the request where it went. The endpoints before that one in the list did not answer the connect.
     fn served_by(&mut self, served: SocketAddr, now: Instant) {
-        self.picker.report_success(served);
+        self.picker.endpoints().succeeded(served);
         let Some(pick) = &self.pick else { return };
         let Some(at) = pick.endpoints.iter().position(|&endpoint| endpoint == served) else { return };
         if at > 0 && self.in_flight.is_some() {
-            self.in_flight = Some(self.picker.begin(served));
+            self.in_flight = Some(self.picker.endpoints().begin(served, now));
             for &endpoint in &pick.endpoints[..at] {
-                self.picker.report_failure(endpoint, now);
+                self.picker.endpoints().failed(endpoint, now);
             }
         }
     }

@@ -7,11 +7,13 @@ use std::net::{IpAddr, SocketAddr};
 use penstock_proto::core::Metadata;
 use prost_types::value::Kind;
 
+use crate::endpoint::set::Snapshot;
+
 /// The endpoints among `all` that the subset hint names. None without a hint; empty if it names none of them.
-pub(super) fn subset(metadata: &Metadata, all: &[SocketAddr]) -> Option<Vec<SocketAddr>> {
+pub(super) fn subset(metadata: &Metadata, all: &Snapshot) -> Option<Vec<SocketAddr>> {
     let names = strings(metadata, "envoy.lb.subset_hint", "x-gateway-destination-endpoint-subset")?;
-    let named = |endpoint: &&SocketAddr| names.iter().any(|name| names_endpoint(name, endpoint));
-    Some(all.iter().filter(named).copied().collect())
+    let named = |endpoint: &SocketAddr| names.iter().any(|name| names_endpoint(name, endpoint));
+    Some(all.endpoints().iter().map(|endpoint| endpoint.address).filter(named).collect())
 }
 
 /// The endpoint that gave the response; the last one, should there be several.

@@ -69,6 +69,9 @@ families! {
     /// Requests sent again, on another connection or to another endpoint.
     endpoint_retries: Family<ByReason, Counter> = "endpoint_retries";
 
+    /// Times that an endpoint was taken out of its pool for a while because it failed requests.
+    ejections: Family<ByPool, Counter> = "ejections";
+
     /// Responses, each once, by who carried the body and why.
     flows: Family<ByFlow, Counter> = "flows";
     /// Bytes of response bodies, by who carried them.

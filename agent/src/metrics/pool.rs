@@ -24,6 +24,7 @@ pub struct PoolMetrics {
     ttft: Histogram,
     time_per_output_chunk: Histogram,
     evictions: Counter,
+    ejections: Counter,
     /// By [`EppOutcome`]; filled on first use, because a pool may have no EPP and a histogram is twenty lines.
     epp_exchange: [OnceLock<Histogram>; EppOutcome::ALL.len()],
     models: Models,
@@ -44,6 +45,7 @@ impl PoolMetrics {
             ttft: families.ttft.get_or_create_owned(&pool),
             time_per_output_chunk: families.time_per_output_chunk.get_or_create_owned(&pool),
             evictions: families.evictions.get_or_create_owned(&pool),
+            ejections: families.ejections.get_or_create_owned(&pool),
             epp_exchange: Default::default(),
             models: Models::default(),
             families: Arc::clone(families),
@@ -114,5 +116,10 @@ impl PoolMetrics {
     /// The EPP gave up a request that was being answered.
     pub fn evicted(&self) {
         self.evictions.inc();
+    }
+
+    /// An endpoint was taken out for a while.
+    pub fn ejected(&self) {
+        self.ejections.inc();
     }
 }

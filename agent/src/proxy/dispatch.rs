@@ -40,9 +40,9 @@ pub(super) async fn dispatch(
     picked: &mut Picked,
 ) -> Result<Answer, Error> {
     let mut last = None;
-    let picker = &worker.shared.pickers[request.pool];
+    let (shared, pool) = (&worker.shared, request.pool);
     for address in std::mem::take(&mut picked.endpoints) {
-        let in_flight = picker.begin(address);
+        let in_flight = shared.endpoints[pool].begin(address, Instant::now().into_std());
         let mut kept = worker.endpoints.reuse(address);
         loop {
             let reused = kept.is_some();
@@ -53,7 +53,7 @@ pub(super) async fn dispatch(
                     Err(error) => {
                         tracing::info!(%address, %error, "endpoint cannot be reached");
                         worker.shared.metrics.endpoint_connection(Connection::Failed);
-                        picker.report_failure(address, Instant::now().into_std());
+                        shared.endpoint_failed(pool, address);
                         last = Some(Error::Connect { address, error });
                         break;
                     }
@@ -62,14 +62,22 @@ pub(super) async fn dispatch(
             worker.shared.metrics.endpoint_connection(if reused { Connection::Reused } else { Connection::New });
             match attempt(worker, client, request, upload, picked, &mut endpoint).await {
                 Ok((mut head, pending, sent)) => {
-                    picker.report_success(address);
+                    shared.endpoint_answered(pool, address, head.status);
                     // What is left of the request would be taken for the next one.
                     head.keep_alive &= sent;
                     return Ok(Answer { endpoint, head, pending, in_flight });
                 }
                 Err(Failed::Early) if reused => worker.shared.metrics.endpoint_retried("kept_connection_closed"),
-                Err(Failed::Early) => return Err(Error::EndpointClosed(address)),
-                Err(Failed::Final(error)) => return Err(error),
+                Err(Failed::Early) => {
+                    shared.endpoint_failed(pool, address);
+                    return Err(Error::EndpointClosed(address));
+                }
+                Err(Failed::Final(error)) => {
+                    if matches!(error, Error::FirstByte(_)) {
+                        shared.endpoint_failed(pool, address);
+                    }
+                    return Err(error);
+                }
             }
         }
     }

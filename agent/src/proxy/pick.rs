@@ -61,7 +61,7 @@ pub(super) async fn pick(
             metrics.epp_exchange(EppOutcome::Immediate, started.elapsed());
             return Ok(Verdict::Reply(reply));
         }
-        Asked::Answered(Outcome::Picked(decision), stream) => match admitted(pool, decision) {
+        Asked::Answered(Outcome::Picked(decision), stream) => match admitted(worker, request.pool, decision) {
             Ok((endpoints, decision)) => {
                 metrics.epp_exchange(EppOutcome::Picked, started.elapsed());
                 request.record.picked_in(started.elapsed());
@@ -93,10 +93,13 @@ pub(super) async fn pick(
     }
 }
 
-/// Those of the EPP's endpoints that may be dialled: the pool's own, or all with `passthrough`.
-fn admitted(pool: &config::Pool, decision: Decision) -> Result<(Vec<SocketAddr>, Decision), SocketAddr> {
-    let known = |endpoint: &SocketAddr| pool.passthrough || pool.endpoints.contains(endpoint);
-    let endpoints: Vec<_> = decision.endpoints.iter().copied().filter(known).collect();
+/// Those of the EPP's endpoints that may be dialled, those that are avoided last: the pool's own that are not draining, and
+/// strangers with `passthrough`.
+fn admitted(worker: &Worker, pool: usize, decision: Decision) -> Result<(Vec<SocketAddr>, Decision), SocketAddr> {
+    let (all, passthrough) = (worker.shared.endpoints[pool].snapshot(), worker.shared.config.pools[pool].passthrough);
+    let admits = |address: &SocketAddr| all.get(*address).map_or(passthrough, |endpoint| !endpoint.draining);
+    let mut endpoints: Vec<_> = decision.endpoints.iter().copied().filter(admits).collect();
+    worker.shared.endpoints[pool].avoided_last(&mut endpoints, Instant::now().into_std());
     match decision.endpoints.first() {
         Some(&stranger) if endpoints.is_empty() => Err(stranger),
         _ => Ok((endpoints, decision)),

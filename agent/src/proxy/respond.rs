@@ -11,14 +11,13 @@ use crate::{
     client::ClientSocket,
     config,
     deliver::{Delivery, End, Target},
-    endpoint::connection::EndpointConnection,
+    endpoint::{connection::EndpointConnection, in_flight::InFlight},
     error::Error,
     http::{
         headers,
         response::{BodyKind, ResponseHead},
     },
     picker::{
-        builtin::InFlight,
         client::{PickStream, ResponseReply},
         exchange::ImmediateReply,
         mutation,

@@ -176,7 +176,7 @@ pub(crate) async fn the_first_of_the_list_is_dead<P: Personality>() {
     let dead = Refusing::new().unwrap();
     let mut stage = Stage::with(
         |all| P::over(Endpoints::new(&[dead.addr, all[1]]).offering(2)),
-        |config| config.pools[0].endpoints.push(dead.addr),
+        |config| config.pools[0].endpoints.push(dead.addr.into()),
     )
     .await;
     let body = json("m", 100_000);

@@ -124,7 +124,7 @@ async fn a_dead_first_choice_is_followed_by_the_second() {
     let dead = Refusing::new().unwrap();
     let mut stage = Stage::with(
         |all| list(format!("{}, {}", dead.addr, all[1])),
-        |config| config.pools[0].endpoints.push(dead.addr),
+        |config| config.pools[0].endpoints.push(dead.addr.into()),
     )
     .await;
     let body = penstock_tests::stage::json("m", 1000);
@@ -141,7 +141,7 @@ async fn a_list_of_the_dead_is_a_bad_gateway() {
     let (dead, too) = (Refusing::new().unwrap(), Refusing::new().unwrap());
     let mut stage = Stage::with(
         |_| list(format!("{},{}", dead.addr, too.addr)),
-        |config| config.pools[0].endpoints.extend([dead.addr, too.addr]),
+        |config| config.pools[0].endpoints.extend([dead.addr.into(), too.addr.into()]),
     )
     .await;
     let response = stage.request(&echo("{}")).await;

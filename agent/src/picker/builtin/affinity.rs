@@ -9,6 +9,7 @@ const WAYS: usize = 4;
 #[derive(Debug, Clone, Copy, Default)]
 struct Entry {
     hash: u64,
+    /// Its id in the set.
     endpoint: u32,
     /// The pick that used it last; 0 is an empty entry.
     used: u32,
@@ -27,16 +28,14 @@ impl Affinity {
     }
 
     /// The endpoint that knows the longest part of `prompt`, among those that `suits`.
-    pub(super) fn longest(&self, prompt: &PromptHash, suits: impl Fn(usize) -> bool) -> Option<usize> {
-        let known = prompt.blocks.iter().rev().filter_map(|&hash| self.get(hash));
-        known.map(|endpoint| endpoint as usize).find(|&endpoint| suits(endpoint))
+    pub(super) fn longest(&self, prompt: &PromptHash, suits: impl Fn(u32) -> bool) -> Option<u32> {
+        prompt.blocks.iter().rev().filter_map(|&hash| self.get(hash)).find(|&endpoint| suits(endpoint))
     }
 
     /// `endpoint` is about to know all of `prompt`.
-    pub(super) fn learn(&mut self, prompt: &PromptHash, endpoint: usize) {
+    pub(super) fn learn(&mut self, prompt: &PromptHash, endpoint: u32) {
         // A wrapped clock only makes some young entries look old for a while.
         self.clock = self.clock.wrapping_add(1).max(1);
-        let Ok(endpoint) = u32::try_from(endpoint) else { return };
         for &hash in &prompt.blocks {
             let set = &mut self.sets[set_of(hash)];
             let known = set.iter().position(|entry| entry.used != 0 && entry.hash == hash);

@@ -1,15 +1,25 @@
 //! Deterministic: time is an argument, and rotation starts at the first endpoint.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::collections::BTreeMap;
 
 use super::{affinity::CAPACITY, *};
+use crate::{
+    config::{self, Ejection},
+    endpoint::set::Source,
+};
 
 fn endpoint(n: u8) -> SocketAddr {
     SocketAddr::from(([10, 0, 0, n], 8000))
 }
 
+/// One failure ejects.
 fn picker(endpoints: u8) -> BuiltinPicker {
-    BuiltinPicker::new((1..=endpoints).map(endpoint).collect())
+    let rules = Ejection { failures: 1, max_percent: 100, ..Ejection::default() };
+    BuiltinPicker::new(Arc::new(EndpointSet::of((1..=endpoints).map(endpoint), rules)))
+}
+
+fn in_flight(picker: &BuiltinPicker, n: u8) -> usize {
+    picker.endpoints().snapshot().get(endpoint(n)).unwrap().in_flight()
 }
 
 fn hash(body: &[u8]) -> PromptHash {
@@ -42,17 +52,21 @@ fn spreads_evenly_under_load() {
     let (picker, now) = (picker(3), Instant::now());
     let guards: Vec<_> = (0..30).map(|_| picker.pick_and_begin(&PromptHash::none(), None, now).unwrap().1).collect();
     for n in 1..=3 {
-        assert_eq!(picker.in_flight(endpoint(n)), 10);
+        assert_eq!(in_flight(&picker, n), 10);
     }
     drop(guards);
-    assert_eq!(picker.in_flight(endpoint(1)), 0);
+    assert_eq!(in_flight(&picker, 1), 0);
 }
 
 #[test]
 fn least_in_flight_first_then_the_fallbacks() {
     let (picker, now) = (picker(4), Instant::now());
-    let _busy =
-        [picker.begin(endpoint(1)), picker.begin(endpoint(1)), picker.begin(endpoint(2)), picker.begin(endpoint(4))];
+    let _busy = [
+        picker.endpoints().begin(endpoint(1), now),
+        picker.endpoints().begin(endpoint(1), now),
+        picker.endpoints().begin(endpoint(2), now),
+        picker.endpoints().begin(endpoint(4), now),
+    ];
     let pick = picker.pick(&PromptHash::none(), None, now).unwrap();
     assert_eq!(pick.endpoints, [endpoint(3), endpoint(2), endpoint(4)]);
 }
@@ -88,55 +102,44 @@ fn affinity_yields_to_load() {
     let (picker, now) = (picker(2), Instant::now());
     let hash = hash(&prompt(b'a', 4));
     assert_eq!(best(&picker, &hash, now), endpoint(1));
-    let mut busy: Vec<_> = (0..AFFINITY_SLACK).map(|_| picker.begin(endpoint(1))).collect();
+    let mut busy: Vec<_> = (0..AFFINITY_SLACK).map(|_| picker.endpoints().begin(endpoint(1), now)).collect();
     assert_eq!(best(&picker, &hash, now), endpoint(1), "within the slack");
-    busy.push(picker.begin(endpoint(1)));
+    busy.push(picker.endpoints().begin(endpoint(1), now));
     assert_eq!(best(&picker, &hash, now), endpoint(2), "beyond it");
     drop(busy);
     assert_eq!(best(&picker, &hash, now), endpoint(2), "which now knows the prefix");
 }
 
 #[test]
-fn a_failed_endpoint_is_avoided_for_a_second_then_two_up_to_thirty() {
-    let (picker, mut now) = (picker(2), Instant::now());
-    for seconds in [1, 2, 4, 8, 16, 30, 30] {
-        picker.report_failure(endpoint(1), now);
-        picker.report_failure(endpoint(1), now);
-        let last = now + Duration::from_secs(seconds) - Duration::from_nanos(1);
-        for now in [now, last] {
-            assert_eq!(picker.pick(&PromptHash::none(), None, now).unwrap().endpoints, [endpoint(2)]);
-        }
-        now += Duration::from_secs(seconds);
-        assert_eq!(picker.pick(&PromptHash::none(), None, now).unwrap().endpoints.len(), 2);
-    }
-    picker.report_failure(endpoint(1), now);
-    picker.report_success(endpoint(1));
-    assert_eq!(picker.pick(&PromptHash::none(), None, now).unwrap().endpoints.len(), 2);
-    picker.report_failure(endpoint(1), now);
-    let after = now + ejection::FIRST;
-    assert_eq!(
-        picker.pick(&PromptHash::none(), None, after).unwrap().endpoints.len(),
-        2,
-        "success resets the doubling"
-    );
-}
-
-#[test]
-fn affinity_does_not_hold_to_an_ejected_endpoint() {
+fn an_ejected_endpoint_is_avoided_and_its_prefixes_go_elsewhere() {
     let (picker, now) = (picker(2), Instant::now());
     let hash = hash(&prompt(b'a', 4));
     assert_eq!(best(&picker, &hash, now), endpoint(1));
-    picker.report_failure(endpoint(1), now);
-    assert_eq!(best(&picker, &hash, now), endpoint(2));
+    assert!(picker.endpoints().failed(endpoint(1), now));
+    assert_eq!(picker.pick(&hash, None, now).unwrap().endpoints, [endpoint(2)]);
+    picker.endpoints().succeeded(endpoint(1));
+    assert_eq!(picker.pick(&hash, None, now).unwrap().endpoints.len(), 2);
 }
 
 #[test]
-fn with_all_ejected_all_are_eligible() {
+fn with_nothing_else_left_an_ejected_endpoint_is_eligible() {
     let (picker, now) = (picker(2), Instant::now());
-    picker.report_failure(endpoint(1), now);
-    picker.report_failure(endpoint(2), now);
-    assert_eq!(picker.pick(&PromptHash::none(), None, now).unwrap().endpoints.len(), 2);
+    picker.endpoints().failed(endpoint(1), now);
     assert_eq!(picker.pick(&PromptHash::none(), Some(&[endpoint(1)]), now).unwrap().endpoints, [endpoint(1)]);
+}
+
+#[test]
+fn the_set_may_change_and_what_drains_is_not_picked() {
+    let (picker, now) = (picker(2), Instant::now());
+    let hash = hash(&prompt(b'a', 4));
+    assert_eq!(best(&picker, &hash, now), endpoint(1));
+    let draining = config::Endpoint { draining: true, ..endpoint(1).into() };
+    picker.endpoints().replace(Source::Config, vec![draining.clone(), endpoint(3).into()]);
+    assert_eq!(picker.pick(&hash, None, now).unwrap().endpoints, [endpoint(3)]);
+    picker.endpoints().replace(Source::Config, vec![draining]);
+    assert_eq!(picker.pick(&hash, None, now), Err(NoEndpoint::NoneEligible));
+    picker.endpoints().replace(Source::Config, vec![]);
+    assert_eq!(picker.pick(&hash, None, now), Err(NoEndpoint::NoneEligible));
 }
 
 #[test]
@@ -148,10 +151,6 @@ fn a_subset_is_kept_to() {
     }
     assert_eq!(pick(&[]), Err(NoEndpoint::NoneEligible));
     assert_eq!(pick(&[endpoint(9)]), Err(NoEndpoint::NoneEligible));
-    assert_eq!(
-        super::BuiltinPicker::new(Vec::new()).pick(&PromptHash::none(), None, now),
-        Err(NoEndpoint::NoneEligible)
-    );
 }
 
 #[test]
@@ -164,16 +163,6 @@ fn the_limit_holds_also_against_affinity() {
     assert_eq!(picker.pick(&hash, None, now), Err(NoEndpoint::Saturated));
     drop(two);
     assert_eq!(best(&picker, &hash, now), endpoint(2));
-}
-
-#[test]
-fn unknown_endpoints_are_not_counted_and_repeated_ones_are_one() {
-    let picker = BuiltinPicker::new(vec![endpoint(1), endpoint(1)]);
-    assert_eq!(picker.endpoints(), [endpoint(1)]);
-    let _unknown = picker.begin(endpoint(9));
-    picker.report_failure(endpoint(9), Instant::now());
-    picker.report_success(endpoint(9));
-    assert_eq!(picker.in_flight(endpoint(9)), 0);
 }
 
 #[test]

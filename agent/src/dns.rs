@@ -1,0 +1,134 @@
+//! Names to addresses, without blocking: the system's resolver settings (`/etc/resolv.conf`, `/etc/hosts`), or the servers
+//! of `[dns]`.
+//!
+//! An answer says for how long it holds, so that whoever keeps it knows when to look again. Nothing is cached here. Tasks of
+//! a lookup run on the runtime of the caller.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use hickory_resolver::{
+    TokioResolver,
+    config::{ConnectionConfig, LookupIpStrategy, NameServerConfig, ResolverConfig},
+    net::{NetError, runtime::TokioRuntimeProvider},
+};
+use thiserror::Error;
+
+use crate::config;
+
+/// When to try again after a failure.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// Cheap to clone.
+#[derive(Clone)]
+pub struct Dns {
+    resolver: Result<Arc<TokioResolver>, DnsError>,
+    settings: config::Dns,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    /// Sorted, each once, at least one. Of a name with both families these are the IPv4 ones: a server counts once.
+    pub addresses: Vec<IpAddr>,
+    /// How long it holds: the shortest TTL, within the bounds of `[dns]`.
+    pub holds: Duration,
+}
+
+#[derive(Debug, Clone, Error)]
+pub enum DnsError {
+    #[error("no resolver: {0}")]
+    Settings(NetError),
+    #[error("{name}: {error}")]
+    Lookup { name: String, error: NetError },
+    #[error("{name}: no answer within {after:?}")]
+    Timeout { name: String, after: Duration },
+}
+
+impl Dns {
+    /// Reads the system's settings, unless `[dns]` names servers. What is wrong with them is the answer to every lookup.
+    pub fn new(settings: &config::Dns) -> Self {
+        let resolver = resolver(settings).map(Arc::new).map_err(DnsError::Settings);
+        Self { resolver, settings: settings.clone() }
+    }
+
+    /// The addresses of `host`, which may be an address itself. Takes `dns.timeout` at most.
+    pub async fn resolve(&self, host: &str) -> Result<Answer, DnsError> {
+        let resolver = self.resolver.as_ref().map_err(Clone::clone)?;
+        let timeout = self.settings.timeout;
+        let found = tokio::time::timeout(timeout, resolver.lookup_ip(host))
+            .await
+            .map_err(|_| DnsError::Timeout { name: host.to_owned(), after: timeout })?
+            .map_err(|error| DnsError::Lookup { name: host.to_owned(), error })?;
+        let mut addresses: Vec<IpAddr> = found.iter().collect();
+        addresses.sort_unstable();
+        addresses.dedup();
+        if addresses.is_empty() {
+            let error = NetError::Message("the name has no address");
+            return Err(DnsError::Lookup { name: host.to_owned(), error });
+        }
+        let ttl = found.valid_until().saturating_duration_since(Instant::now());
+        Ok(Answer { addresses, holds: ttl.clamp(self.settings.min_ttl, self.settings.max_ttl) })
+    }
+
+    /// How long to wait after a failure before the next lookup.
+    pub fn retry_after(&self) -> Duration {
+        RETRY.clamp(self.settings.min_ttl, self.settings.max_ttl)
+    }
+}
+
+fn resolver(settings: &config::Dns) -> Result<TokioResolver, NetError> {
+    let mut builder = if settings.servers.is_empty() {
+        TokioResolver::builder_tokio()?
+    } else {
+        let servers = settings.servers.iter().map(|&address| server(address)).collect();
+        let config = ResolverConfig::from_parts(None, Vec::new(), servers);
+        TokioResolver::builder_with_config(config, TokioRuntimeProvider::default())
+    };
+    let options = builder.options_mut();
+    options.ip_strategy = LookupIpStrategy::Ipv4thenIpv6;
+    options.cache_size = 0;
+    // One lost packet is made up for within the time of a lookup.
+    (options.attempts, options.timeout) = (2, settings.timeout / 3);
+    builder.build()
+}
+
+fn server(address: SocketAddr) -> NameServerConfig {
+    let mut server = NameServerConfig::udp_and_tcp(address.ip());
+    let ports = |mut connection: ConnectionConfig| {
+        connection.port = address.port();
+        connection
+    };
+    server.connections = server.connections.into_iter().map(ports).collect();
+    server
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_address_is_its_own_answer() {
+        let dns = Dns::new(&config::Dns { servers: vec!["127.0.0.1:9".parse().unwrap()], ..config::Dns::default() });
+        for (text, address) in [("10.0.0.7", "10.0.0.7"), ("fd00::7", "fd00::7")] {
+            let answer = dns.resolve(text).await.unwrap();
+            assert_eq!(answer.addresses, [address.parse::<IpAddr>().unwrap()]);
+            assert_eq!(answer.holds, config::Dns::default().max_ttl);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_server_that_is_not_there_is_an_error_in_time() {
+        // Bound, so that nobody else answers there, and silent.
+        let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let settings = config::Dns {
+            servers: vec![silent.local_addr().unwrap()],
+            timeout: Duration::from_millis(300),
+            ..config::Dns::default()
+        };
+        let error = Dns::new(&settings).resolve("models.test").await.unwrap_err();
+        assert!(error.to_string().starts_with("models.test: "), "{error}");
+    }
+}

@@ -1,0 +1,298 @@
+//! The endpoints of one pool, as they are now. Sources replace their part of it, requests take a [`Snapshot`]: neither waits
+//! for the other for longer than a pointer is copied.
+//!
+//! An endpoint that stays in the set keeps its health and its count of requests. One that is draining or gone gets no new
+//! requests; those it has run to their end. One that is avoided (ejected, or down by its checks) gets requests only when
+//! nothing better is left.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use parking_lot::{Mutex, RwLock};
+
+use super::{
+    health::Health,
+    in_flight::{Counter, InFlight},
+};
+use crate::config::{self, Ejection, HealthCheck};
+
+/// Who says which endpoints there are. The set is all of them; of an address that several name, the first in this order counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    Config,
+    File,
+    Dns,
+}
+
+#[derive(Debug)]
+pub struct EndpointSet {
+    rules: Ejection,
+    snapshot: RwLock<Arc<Snapshot>>,
+    /// Held while the set changes and while an endpoint is ejected, so that the limit on those holds.
+    changing: Mutex<Parts>,
+}
+
+#[derive(Debug, Default)]
+struct Parts {
+    /// By [`Source`].
+    listed: [Vec<config::Endpoint>; 3],
+    next_id: u32,
+}
+
+/// The endpoints at one moment, in the order of their sources, each address once.
+#[derive(Debug, Default)]
+pub struct Snapshot {
+    endpoints: Vec<Endpoint>,
+    index: HashMap<SocketAddr, usize>,
+}
+
+#[derive(Debug)]
+pub struct Endpoint {
+    pub address: SocketAddr,
+    pub node: Option<String>,
+    pub zone: Option<String>,
+    pub draining: bool,
+    state: Arc<State>,
+}
+
+/// What an endpoint keeps from one snapshot to the next.
+#[derive(Debug)]
+struct State {
+    id: u32,
+    in_flight: Counter,
+    health: Health,
+}
+
+impl EndpointSet {
+    /// The endpoints that the configuration lists; other sources add theirs.
+    pub fn new(pool: &config::Pool) -> Self {
+        Self::of(pool.endpoints.clone(), pool.ejection.clone())
+    }
+
+    pub fn of(endpoints: impl IntoIterator<Item = impl Into<config::Endpoint>>, rules: Ejection) -> Self {
+        let set = Self { rules, snapshot: RwLock::default(), changing: Mutex::default() };
+        set.replace(Source::Config, endpoints.into_iter().map(Into::into).collect());
+        set
+    }
+
+    /// The endpoints now. They stay as they are in it, except for their health and their requests.
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        Arc::clone(&self.snapshot.read())
+    }
+
+    /// What `source` says from now on. True if that changes the set.
+    pub fn replace(&self, source: Source, endpoints: Vec<config::Endpoint>) -> bool {
+        let mut parts = self.changing.lock();
+        let part = &mut parts.listed[source as usize];
+        if *part == endpoints {
+            return false;
+        }
+        *part = endpoints;
+        let snapshot = parts.merged(&self.snapshot());
+        *self.snapshot.write() = Arc::new(snapshot);
+        true
+    }
+
+    /// A request goes to `address`, until the guard is dropped. One that is not in the set is not counted.
+    pub fn begin(&self, address: SocketAddr, now: Instant) -> InFlight {
+        self.snapshot().get(address).map_or_else(InFlight::uncounted, |endpoint| {
+            endpoint.state.health.begins(&self.rules, now);
+            endpoint.state.in_flight.begin()
+        })
+    }
+
+    /// A request to `address` got an answer.
+    pub fn succeeded(&self, address: SocketAddr) {
+        if let Some(endpoint) = self.snapshot().get(address) {
+            endpoint.state.health.succeeded();
+        }
+    }
+
+    /// A request to `address` got none. True if the endpoint is ejected by that.
+    pub fn failed(&self, address: SocketAddr, now: Instant) -> bool {
+        let _changing = self.changing.lock();
+        let snapshot = self.snapshot();
+        let Some(endpoint) = snapshot.get(address) else { return false };
+        endpoint.state.health.failed(&self.rules, now, snapshot.may_eject_one_more(self.rules.max_percent))
+    }
+
+    /// Whether a response with a 5xx status is a failure.
+    pub fn counts_server_errors(&self) -> bool {
+        self.rules.server_errors
+    }
+
+    /// Those in the list that are avoided go behind the others; the order is otherwise kept.
+    pub fn avoided_last(&self, addresses: &mut [SocketAddr], now: Instant) {
+        let snapshot = self.snapshot();
+        addresses.sort_by_key(|&address| snapshot.get(address).is_some_and(|endpoint| endpoint.is_avoided(now)));
+    }
+}
+
+impl Parts {
+    fn merged(&mut self, before: &Snapshot) -> Snapshot {
+        let mut merged = Snapshot::default();
+        for listed in self.listed.iter().flatten() {
+            if merged.index.contains_key(&listed.address) {
+                continue;
+            }
+            let kept = before.get(listed.address).map(|endpoint| Arc::clone(&endpoint.state));
+            let state = kept.unwrap_or_else(|| {
+                self.next_id += 1;
+                Arc::new(State { id: self.next_id, in_flight: Counter::default(), health: Health::default() })
+            });
+            let config::Endpoint { address, node, zone, draining } = listed.clone();
+            merged.index.insert(address, merged.endpoints.len());
+            merged.endpoints.push(Endpoint { address, node, zone, draining, state });
+        }
+        merged
+    }
+}
+
+impl Snapshot {
+    pub fn endpoints(&self) -> &[Endpoint] {
+        &self.endpoints
+    }
+
+    pub fn get(&self, address: SocketAddr) -> Option<&Endpoint> {
+        self.index.get(&address).map(|&at| &self.endpoints[at])
+    }
+
+    /// Those that may get new requests.
+    pub fn ready(&self) -> impl Iterator<Item = &Endpoint> {
+        self.endpoints.iter().filter(|endpoint| !endpoint.draining)
+    }
+
+    fn may_eject_one_more(&self, max_percent: u32) -> bool {
+        let ready = self.ready().count();
+        let ejected = self.ready().filter(|endpoint| endpoint.state.health.is_ejected()).count();
+        let most = (ready * max_percent as usize / 100).min(ready.saturating_sub(1));
+        ejected < most
+    }
+}
+
+impl Endpoint {
+    /// Not the same as that of any other endpoint that was ever in the set.
+    pub fn id(&self) -> u32 {
+        self.state.id
+    }
+
+    pub fn in_flight(&self) -> usize {
+        self.state.in_flight.now()
+    }
+
+    /// Requests go elsewhere if they can.
+    pub fn is_avoided(&self, now: Instant) -> bool {
+        self.state.health.is_avoided(now)
+    }
+
+    /// How long until a request may try it again; none if it is not ejected.
+    pub fn ejected_for(&self, now: Instant) -> Option<Duration> {
+        self.state.health.ejected_until().map(|until| until.saturating_duration_since(now))
+    }
+
+    /// A check has its result. True if the endpoint went up or down by it.
+    pub fn checked(&self, healthy: bool, rules: &HealthCheck) -> bool {
+        self.state.health.checked(healthy, rules)
+    }
+
+    /// `draining`, `unhealthy`, `ejected` or `ready`: what of these holds first.
+    pub fn state(&self) -> &'static str {
+        if self.draining {
+            "draining"
+        } else if self.state.health.is_down() {
+            "unhealthy"
+        } else if self.state.health.is_ejected() {
+            "ejected"
+        } else {
+            "ready"
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn address(n: u8) -> SocketAddr {
+        SocketAddr::from(([10, 0, 0, n], 8000))
+    }
+
+    fn listed(numbers: impl IntoIterator<Item = u8>) -> Vec<config::Endpoint> {
+        numbers.into_iter().map(|n| address(n).into()).collect()
+    }
+
+    fn set(endpoints: u8) -> EndpointSet {
+        EndpointSet::of(listed(1..=endpoints), Ejection { failures: 1, ..Ejection::default() })
+    }
+
+    fn addresses(set: &EndpointSet) -> Vec<SocketAddr> {
+        set.snapshot().endpoints().iter().map(|endpoint| endpoint.address).collect()
+    }
+
+    #[test]
+    fn the_set_is_all_sources_and_the_first_counts() {
+        let set = set(2);
+        let named = config::Endpoint { zone: Some("a".into()), ..address(2).into() };
+        assert!(set.replace(Source::Dns, vec![address(3).into(), address(3).into()]));
+        assert!(set.replace(Source::File, vec![named, address(4).into()]));
+        assert_eq!(addresses(&set), [1, 2, 4, 3].map(address));
+        assert_eq!(set.snapshot().get(address(2)).unwrap().zone, None);
+        assert!(set.replace(Source::File, vec![]));
+        assert!(!set.replace(Source::File, vec![]), "nothing new");
+        assert_eq!(addresses(&set), [1, 2, 3].map(address));
+    }
+
+    #[test]
+    fn what_stays_keeps_its_state_and_what_comes_back_is_new() {
+        let (set, now) = (set(3), Instant::now());
+        let running = [set.begin(address(1), now), set.begin(address(1), now)];
+        set.failed(address(1), now);
+        set.replace(Source::Config, vec![config::Endpoint { draining: true, ..address(1).into() }, address(2).into()]);
+        let one = |set: &EndpointSet| {
+            let snapshot = set.snapshot();
+            let endpoint = snapshot.get(address(1)).unwrap();
+            (endpoint.id(), endpoint.in_flight(), endpoint.is_avoided(now), endpoint.state())
+        };
+        let (id, ..) = one(&set);
+        assert_eq!(one(&set), (id, 2, true, "draining"));
+        assert_eq!(set.snapshot().ready().count(), 1);
+        set.replace(Source::Config, listed([2]));
+        set.replace(Source::Config, listed([1, 2]));
+        assert_eq!(one(&set), (4, 0, false, "ready"));
+        drop(running);
+        assert_eq!(one(&set), (4, 0, false, "ready"));
+    }
+
+    #[test]
+    fn half_of_them_may_be_ejected_and_never_the_last() {
+        for (endpoints, percent, most) in [(1, 100, 0), (2, 50, 1), (3, 50, 1), (4, 50, 2), (4, 100, 3), (4, 24, 0)] {
+            let rules = Ejection { failures: 1, max_percent: percent, ..Ejection::default() };
+            let (set, now) = (EndpointSet::of(listed(1..=endpoints), rules), Instant::now());
+            let ejected = (1..=endpoints).filter(|&n| set.failed(address(n), now)).count();
+            assert_eq!(ejected, most, "{endpoints} endpoints, {percent} %");
+        }
+    }
+
+    #[test]
+    fn avoided_ones_go_last_in_their_order() {
+        let (set, now) = (set(4), Instant::now());
+        set.failed(address(1), now);
+        set.failed(address(3), now);
+        let mut list = [1, 9, 3, 2].map(address);
+        set.avoided_last(&mut list, now);
+        assert_eq!(list, [9, 2, 1, 3].map(address));
+    }
+
+    #[test]
+    fn strangers_are_not_counted() {
+        let (set, now) = (set(1), Instant::now());
+        let _stranger = set.begin(address(9), now);
+        assert!(!set.failed(address(9), now));
+        set.succeeded(address(9));
+        assert_eq!(addresses(&set), [address(1)]);
+    }
+}
