@@ -20,7 +20,7 @@ use futures_util::{
 use penstock_proto::ext_proc::{
     HeaderMutation, ProcessingRequest, ProcessingResponse, external_processor_client::ExternalProcessorClient,
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::PollSender;
 use tonic::{CancellationHandle, Streaming};
@@ -35,9 +35,11 @@ use crate::config;
 
 /// Messages between the agent and the connection, beyond which `send_body` waits for the EPP to take them.
 const QUEUE: usize = 4;
-/// How long a finished stream is given to take what is left to tell, and is read, so that it ends by the EPP's close and not by
-/// a reset.
-const CLOSE: Duration = Duration::from_secs(5);
+/// How long an EPP may take to take what is left to tell it of a response that is over.
+const REST: Duration = Duration::from_secs(5);
+/// How long a stream is read after that, so that it ends by the EPP's close and not by a reset. Streams count against the
+/// EPP's limit meanwhile.
+const CLOSE: Duration = Duration::from_secs(2);
 /// A message of the EPP may be this much longer than the body in it.
 const MESSAGE: usize = 1 << 20;
 
@@ -201,7 +203,7 @@ impl PickStream {
             }
         });
         let reply = match wait {
-            Some(wait) => match tokio::time::timeout(wait, reply).await {
+            Some(wait) => match timeout(wait, reply).await {
                 Ok(reply) => Some(reply),
                 Err(_) => {
                     self.silence.timed_out();
@@ -255,21 +257,25 @@ impl PickStream {
             self.exchange.response_body(piece, number == last);
         }
         self.exchange.response_end();
-        let close = async move {
-            poll_fn(|cx| {
-                if self.poll_send(cx).is_ready() {
-                    self.out = None;
-                }
-                while let Some(event) = ready!(self.poll_event(cx)) {
-                    if let Ok(Event::ResponseHead(_)) = event {
-                        self.silence.late(Instant::now());
-                    }
-                }
-                Poll::Ready(())
-            })
-            .await;
-        };
-        tokio::spawn(tokio::time::timeout(CLOSE, close));
+        tokio::spawn(async move {
+            // The EPP may take more only when its replies are taken.
+            let told =
+                poll_fn(|cx| if self.poll_replies(cx).is_ready() { Poll::Ready(()) } else { self.poll_send(cx) });
+            if timeout(REST, told).await.is_ok() {
+                self.out = None;
+                let _ = timeout(CLOSE, poll_fn(|cx| self.poll_replies(cx))).await;
+            }
+        });
+    }
+
+    /// Takes whatever the EPP says, until its stream is over. It is of no consequence any more.
+    fn poll_replies(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        while let Some(event) = ready!(self.poll_event(cx)) {
+            if let Ok(Event::ResponseHead(_)) = event {
+                self.silence.late(Instant::now());
+            }
+        }
+        Poll::Ready(())
     }
 
     /// None: the stream is over and its outcome has been given.

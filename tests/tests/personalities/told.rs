@@ -7,7 +7,7 @@ use penstock_tests::{
     BodyEnd, Client, Plan, Request, Response, Stage,
     client::Pace,
     eventually,
-    model_server::{Fault as ServerFault, FaultKind, Framing, Lengths},
+    model_server::{Fault as ServerFault, FaultKind, Framing, Lengths, Pauses},
     scripted_epp::{
         Endpoints, Fault, Faulty, Gie, Harm, LlmdRouter, Moment, Personality, Script, StreamEnd, StreamRecord,
     },
@@ -116,6 +116,50 @@ async fn usage_of_streams_whose_clients_are_slow() {
     assert!(steered(&stage) > 0);
     assert!(stage.agent.count("penstock_steer_stops_total", &[]) > 0);
     assert_eq!(tokens(&stage, "output"), 60_000);
+}
+
+/// Whatever the framing says of the end: sizes of chunks, extensions and trailers are no part of it.
+#[tokio::test]
+async fn usage_whatever_the_framing() {
+    for mode in [SteeringMode::Ingress, SteeringMode::Off] {
+        let stage = stage(LlmdRouter::new, ResponseToPicker::Usage, mode).await;
+        let framings = [Framing::ContentLength, Framing::Chunked, Framing::UntilClose];
+        for (number, framing) in framings.into_iter().enumerate() {
+            let chunked = framing == Framing::Chunked;
+            let plan = Plan {
+                framing,
+                size: 3000,
+                stream_id: 11,
+                headers: vec![("content-type".to_owned(), "text/event-stream".to_owned())],
+                chunks: Lengths::Random { seed: 2, max: 300 },
+                chunk_extension: chunked.then(|| "name=\"a value\"".to_owned()),
+                trailers: if chunked { vec![("x-sum".to_owned(), "1".to_owned())] } else { Vec::new() },
+                writes: Lengths::Random { seed: 3, max: 200 },
+                pauses: Some(Pauses { seed: 4, every: 1, up_to_us: 3000 }),
+                ..Plan::default()
+            };
+            let mut client = Client::connect(stage.agent.addr).await.unwrap();
+            let response = client.request(&plan.request()).await.unwrap();
+            whole(&plan, &response);
+            assert_eq!(ended(&stage, number + 1).await[number].response_body(), (response.body, 1), "{framing:?}");
+            assert_eq!(steered(&stage) > 0, mode != SteeringMode::Off);
+        }
+    }
+}
+
+/// A client of HTTP/1.0 gets the body decoded, and the picker the same bytes.
+#[tokio::test]
+async fn usage_and_every_byte_for_old_clients() {
+    for told in [ResponseToPicker::Usage, ResponseToPicker::Body] {
+        let stage = stage(LlmdRouter::new, told, SteeringMode::Auto).await;
+        let wire = String::from_utf8(completion(5, 100).wire("agent")).unwrap().replacen("HTTP/1.1", "HTTP/1.0", 1);
+        let mut client = Client::connect(stage.agent.addr).await.unwrap();
+        client.send_raw(wire.as_bytes()).await.unwrap();
+        let response = client.response().await.unwrap();
+        assert_eq!((response.header("transfer-encoding"), response.events().len()), (None, 8));
+        assert!(ended(&stage, 1).await[0].response_body() == (response.body, 1), "{told:?}");
+        assert_eq!(tokens(&stage, "output"), 5);
+    }
 }
 
 /// E7: a JSON document can only be parsed whole, so it is told whole, up to a limit.

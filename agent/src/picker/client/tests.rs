@@ -8,7 +8,10 @@ use tonic::transport::{Identity, Server, ServerTlsConfig};
 use super::*;
 use crate::{
     config::{Epp, EppTls},
-    picker::exchange::{Body, Decision},
+    picker::{
+        exchange::{Body, Decision},
+        message,
+    },
 };
 
 #[path = "epp.rs"]
@@ -323,6 +326,55 @@ async fn the_response_phase() {
     let metadata = last.metadata_context.expect("metadata").filter_metadata;
     assert!(format!("{:?}", metadata["envoy.lb"]).contains(A));
     assert_eq!(close.expect("a half-close, not a reset"), None);
+}
+
+#[tokio::test]
+async fn a_body_is_told_as_the_epp_takes_it_and_the_rest_at_the_end() {
+    const PIECES: u8 = 40;
+    let (seen, mut told) = unbounded_channel();
+    let (take, may_take) = tokio::sync::watch::channel(false);
+    let address = serve(Server::builder(), move |mut call| {
+        let (seen, mut may_take) = (seen.clone(), may_take.clone());
+        async move {
+            call.next().await;
+            call.pick(A).await;
+            let Request::ResponseHeaders(_) = call.next().await else { panic!("no response") };
+            may_take.wait_for(|may| *may).await.unwrap();
+            while let Ok(Some(message)) = call.message().await {
+                let Some(Request::ResponseBody(piece)) = message.request else { panic!("no response body") };
+                seen.send((piece.body, piece.end_of_stream)).unwrap();
+            }
+        }
+    })
+    .await;
+    let mut stream = client(address).open(&post(), false, None, LIMITS);
+    picked(soon(stream.outcome()).await);
+    stream.response_headers(StatusCode::OK, &HeaderMap::new(), A.parse().unwrap(), false, None).await;
+    // Larger than the EPP's window, together.
+    let mut pieces: Vec<_> = (0..PIECES).map(|n| Bytes::from(vec![n; message::PIECE])).collect();
+    let mut left = pieces.clone();
+    left.reverse();
+    let taken = std::cell::Cell::new(0);
+    let mut next = || left.pop().inspect(|_| taken.set(taken.get() + 1));
+    assert!(stream.evicted_telling(&mut next).now_or_never().is_none());
+    assert!(taken.get() < PIECES, "{} pieces are under way to an EPP that takes none", taken.get());
+    take.send(true).unwrap();
+    tokio::select! {
+        _ = stream.evicted_telling(&mut next) => panic!("no eviction"),
+        () = soon(async { while told.len() < usize::from(PIECES / 2) { tokio::task::yield_now().await } }) => {}
+    }
+    left.reverse();
+    stream.finish(left);
+    let mut all = Vec::new();
+    while let Some((piece, end)) = soon(told.recv()).await {
+        all.push(piece);
+        if end {
+            break;
+        }
+    }
+    // The end comes with the last piece, or alone.
+    pieces.extend((all.len() > pieces.len()).then(Bytes::new));
+    assert!(all == pieces);
 }
 
 #[tokio::test]

@@ -333,6 +333,25 @@ fn the_end_is_on_the_last_piece_or_on_the_response_head() {
 }
 
 #[test]
+fn a_response_body_goes_out_in_pieces_between_the_head_and_one_end() {
+    let mut exchange = exchange(false, None);
+    exchange.response_body(Bytes::from_static(b"early"), true);
+    exchange.response_headers(http::StatusCode::OK, &HeaderMap::new(), A.parse().unwrap(), false);
+    exchange.response_body(vec![b'x'; message::PIECE + 1].into(), false);
+    exchange.response_body(Bytes::new(), false);
+    exchange.response_body(vec![b'x'; message::PIECE].into(), true);
+    exchange.response_body(Bytes::from_static(b"late"), false);
+    exchange.response_end();
+    let sent: Vec<_> = std::iter::from_fn(|| exchange.next_message())
+        .filter_map(|message| match message.request.unwrap() {
+            Request::ResponseBody(HttpBody { body, end_of_stream }) => Some((body.len(), end_of_stream)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(sent, [(message::PIECE, false), (1, false), (message::PIECE, true)]);
+}
+
+#[test]
 fn without_a_subset_there_is_no_metadata_and_an_empty_one_is_said() {
     assert_eq!(exchange(true, None).next_message().unwrap().metadata_context, None);
     let metadata = exchange(true, Some(&[])).next_message().unwrap().metadata_context.unwrap();
