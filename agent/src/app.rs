@@ -27,6 +27,7 @@ use crate::{
     route::Router,
     selftest,
     steer::Steering,
+    telemetry::{Exporter, Telemetry},
     worker::{Shared, Worker},
 };
 
@@ -41,6 +42,8 @@ pub struct Agent {
     workers: Vec<JoinHandle<()>>,
     address: SocketAddr,
     steering: Steering,
+    /// Outlives the workers, whose last spans it sends.
+    exporter: Option<Exporter>,
 }
 
 impl Agent {
@@ -77,12 +80,14 @@ impl Agent {
             admin::start(config.admin.address, Arc::clone(&metrics), readiness.clone(), move || vec![status.clone()])
                 .with_context(|| format!("the admin server on {}", config.admin.address))?;
 
+        let (telemetry, exporter) = Telemetry::start(&config.tracing, &metrics)?.unzip();
         let shared = Arc::new(Shared {
             router: Router::new(&config),
             pickers: endpoints.iter().map(|endpoints| BuiltinPicker::new(Arc::clone(endpoints))).collect(),
             endpoints,
             pick_headers: pick_headers(&config),
             metrics,
+            telemetry,
             draining: CancellationToken::new(),
             force: CancellationToken::new(),
             failed: AtomicBool::new(false),
@@ -102,7 +107,7 @@ impl Agent {
             workers.push(std::thread::Builder::new().name(format!("penstock-{number}")).spawn(run)?);
         }
         tracing::info!(%address, admin = %admin.local_addr(), workers = count, "penstock {}", env!("CARGO_PKG_VERSION"));
-        Ok(Self { shared, readiness, admin, workers, address, steering })
+        Ok(Self { shared, readiness, admin, workers, address, steering, exporter })
     }
 
     /// Where clients connect; the port is the one that was bound.
@@ -158,6 +163,7 @@ impl Agent {
             // A worker that panicked has said so already.
             let _ = worker.join();
         }
+        self.exporter = None;
     }
 }
 

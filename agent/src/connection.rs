@@ -27,7 +27,7 @@ pub async fn serve(worker: &Worker, stream: TcpStream, peer: SocketAddr) {
     let mut buf = BytesMut::new();
     loop {
         let after = match read_head(worker, &mut client, &mut buf).await {
-            Ok(Some(head)) => proxy::run(worker, &mut client, &mut buf, head, peer).await,
+            Ok(Some((head, begun))) => proxy::run(worker, &mut client, &mut buf, head, begun, peer).await,
             Ok(None) => return client.close().await,
             Err(error) => {
                 proxy::refuse(worker, &mut client, &error).await;
@@ -42,44 +42,60 @@ pub async fn serve(worker: &Worker, stream: TcpStream, peer: SocketAddr) {
     }
 }
 
-/// Reads the next request's head; `None` when the client has no more or nothing to say for too long, or when the agent
+/// Reads the next request's head, and when it began; `None` when the client has no more or nothing to say for too long, or when the agent
 /// drains and no request has begun.
 async fn read_head(
     worker: &Worker,
     client: &mut ClientSocket,
     buf: &mut BytesMut,
-) -> Result<Option<RequestHead>, Error> {
+) -> Result<Option<(RequestHead, Instant)>, Error> {
     let config = &worker.shared.config;
     let limits = HeadLimits { bytes: config.limits.head_bytes, headers: config.limits.headers };
     let mut begun: Option<Instant> = has_begun(buf).then(Instant::now);
-    let idle = Instant::now() + config.timeouts.keep_alive;
+    // The head is a part of the request.
+    let head_limit = config.timeouts.head.into_iter().chain(config.timeouts.request).min();
+    let idle = config.timeouts.keep_alive.map(|limit| Instant::now() + limit);
     loop {
         if let Some((head, length)) = parse_request(buf, &limits)? {
             let _ = buf.split_to(length);
-            return Ok(Some(head));
+            return Ok(Some((head, begun.unwrap_or_else(Instant::now))));
         }
         if buf.capacity() - buf.len() < READ / 4 {
             buf.reserve(READ);
         }
-        let until = begun.map_or(idle, |begun| begun + config.timeouts.head);
+        let until = begun.map_or(idle, |begun| head_limit.map(|limit| begun + limit));
         let read = tokio::select! {
             biased;
-            read = timeout_at(until, client.read(buf)) => read,
+            read = within(until, client.read(buf)) => read,
             () = worker.shared.draining.cancelled(), if begun.is_none() => {
                 // What is in the socket already was sent to an agent that took requests.
                 match client.read_now(buf) {
-                    Ok(n) if n > 0 => Ok(Ok(n)),
+                    Ok(n) if n > 0 => Some(Ok(n)),
                     _ => return Ok(None),
                 }
             }
         };
         match read {
-            Err(_) if begun.is_some() => return Err(Error::HeadTimeout(config.timeouts.head)),
-            Ok(Ok(0)) if begun.is_some() => return Err(Error::HeadCut),
-            Ok(Err(_)) if begun.is_some() => return Err(Error::ClientGone),
-            Err(_) | Ok(Ok(0) | Err(_)) => return Ok(None),
-            Ok(Ok(_)) => begun = begun.or_else(|| has_begun(buf).then(Instant::now)),
+            None if begun.is_some() => {
+                return Err(Error::HeadTimeout(head_limit.unwrap_or_default()));
+            }
+            Some(Ok(0)) if begun.is_some() => return Err(Error::HeadCut),
+            Some(Err(_)) if begun.is_some() => return Err(Error::ClientGone),
+            None => {
+                worker.shared.metrics.client_idle_closed();
+                return Ok(None);
+            }
+            Some(Ok(0) | Err(_)) => return Ok(None),
+            Some(Ok(_)) => begun = begun.or_else(|| has_begun(buf).then(Instant::now)),
         }
+    }
+}
+
+/// `None`: it was not done in time.
+async fn within<T>(until: Option<Instant>, work: impl Future<Output = T>) -> Option<T> {
+    match until {
+        Some(until) => timeout_at(until, work).await.ok(),
+        None => Some(work.await),
     }
 }
 

@@ -6,6 +6,8 @@
 
 pub mod head;
 pub mod request;
+pub mod accept;
 pub mod body;
 pub mod headers;
+pub mod trace_context;
 pub mod response;

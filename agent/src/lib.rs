@@ -8,6 +8,7 @@ pub mod readiness;
 pub mod dns;
 pub mod admin;
 pub mod http;
+pub mod telemetry;
 pub mod bbr;
 pub mod route;
 pub mod picker;

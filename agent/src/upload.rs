@@ -32,8 +32,8 @@ pub struct Upload {
     model: Model,
     has_body: bool,
     received: u64,
-    timeout: Duration,
-    deadline: Instant,
+    timeout: Option<Duration>,
+    deadline: Option<Instant>,
 }
 
 impl Upload {
@@ -43,7 +43,7 @@ impl Upload {
         headers: &HeaderMap,
         limits: &Limits,
         bbr: &Bbr,
-        timeout: Duration,
+        timeout: Option<Duration>,
     ) -> Result<Self, Error> {
         let reader = BodyReader::new(body, limits.body_bytes)?;
         let has_body = !reader.is_done();
@@ -56,7 +56,7 @@ impl Upload {
             has_body,
             received: 0,
             timeout,
-            deadline: Instant::now() + timeout,
+            deadline: timeout.map(|timeout| Instant::now() + timeout),
             reader,
         })
     }
@@ -93,11 +93,17 @@ impl Upload {
             if buf.capacity() - buf.len() < READ / 4 {
                 buf.reserve(READ);
             }
-            match tokio::time::timeout_at(self.deadline, client.read(buf)).await {
-                Err(_) => return Err(Error::BodyTimeout(self.timeout)),
-                Ok(Ok(0)) => return Err(Error::BodyCut { found: self.received }),
-                Ok(Ok(_)) => {}
-                Ok(Err(_)) => return Err(Error::ClientGone),
+            let read = match self.deadline {
+                Some(deadline) => match tokio::time::timeout_at(deadline, client.read(buf)).await {
+                    Ok(read) => read,
+                    Err(_) => return Err(Error::BodyTimeout(self.timeout.unwrap_or_default())),
+                },
+                None => client.read(buf).await,
+            };
+            match read {
+                Ok(0) => return Err(Error::BodyCut { found: self.received }),
+                Ok(_) => {}
+                Err(_) => return Err(Error::ClientGone),
             }
         }
     }

@@ -2,7 +2,7 @@
 //! back. A connect that fails moves on to the next; a kept connection that dies before a byte of the response is replaced
 //! by a fresh one to the same endpoint, once.
 
-use std::{cell::Cell, net::SocketAddr, time::Duration};
+use std::{cell::Cell, io, net::SocketAddr, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use tokio::{io::AsyncWriteExt as _, net::tcp::WriteHalf, time::Instant};
@@ -48,7 +48,7 @@ pub(super) async fn dispatch(
             let reused = kept.is_some();
             let mut endpoint = match kept.take() {
                 Some(connection) => connection,
-                None => match worker.endpoints.connect(address).await {
+                None => match connect(worker, client, picked, address).await? {
                     Ok(connection) => connection,
                     Err(error) => {
                         tracing::info!(%address, %error, "endpoint cannot be reached");
@@ -82,6 +82,21 @@ pub(super) async fn dispatch(
         }
     }
     Err(last.unwrap_or(Error::NoEndpoint(crate::picker::builtin::NoEndpoint::NoneEligible)))
+}
+
+/// A new connection, or why there is none; an error where that is of no interest any more.
+async fn connect(
+    worker: &Worker,
+    client: &ClientSocket,
+    picked: &mut Picked,
+    address: SocketAddr,
+) -> Result<io::Result<EndpointConnection>, Error> {
+    tokio::select! {
+        biased;
+        connected = worker.endpoints.connect(address) => Ok(connected),
+        reply = evicted(&mut picked.stream) => Err(Error::Evicted(Box::new(reply))),
+        () = client.gone() => Err(Error::ClientGone),
+    }
 }
 
 enum Failed {

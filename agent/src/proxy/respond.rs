@@ -5,6 +5,7 @@ use std::cell::RefCell;
 
 use bytes::{Bytes, BytesMut};
 use http::header;
+use tokio::time::Instant;
 
 use super::{After, Request, immediate, pick::Picked};
 use crate::{
@@ -58,8 +59,8 @@ pub(super) async fn respond(
 ) -> Result<After, Error> {
     let Answer { mut endpoint, mut head, pending, in_flight } = answer;
     request.record.served(endpoint.address);
-    headers::remove_hop_by_hop(&mut head.headers);
-    headers::add_via(&mut head.headers, head.version);
+    let config = &worker.shared.config;
+    headers::prepare_response(&mut head.headers, head.version, &request.parts.headers, &config.headers);
     let settings = match &worker.shared.config.pools[request.pool].picker {
         config::Picker::Epp(epp) => Some(epp),
         config::Picker::Builtin => None,
@@ -69,7 +70,11 @@ pub(super) async fn respond(
         let wait = settings.response_timeout;
         let ended = head.framing.is_done();
         tee = tee_of(settings, &head);
-        let reply = stream.response_headers(head.status, &head.headers, endpoint.address, ended, wait).await;
+        let reply = tokio::select! {
+            biased;
+            reply = stream.response_headers(head.status, &head.headers, endpoint.address, ended, wait) => reply,
+            () = client.gone() => return Err(Error::ClientGone),
+        };
         if let Some(reply) = stream.head_reply() {
             worker.shared.metrics.pool(request.pool).epp_head_reply(reply.label());
         }
@@ -79,7 +84,7 @@ pub(super) async fn respond(
             ResponseReply::Evicted(reply) => {
                 worker.shared.metrics.pool(request.pool).evicted();
                 drop(endpoint);
-                immediate(client, &request.parts.method, &reply, request.keep_alive).await?;
+                immediate(worker, client, &request.parts, &reply, request.keep_alive).await?;
                 request.record.status(reply.status, "evicted");
                 return Ok(if request.keep_alive { After::Next } else { After::Close });
             }
@@ -103,10 +108,11 @@ pub(super) async fn respond(
     delivery.decode = head.needs_dechunk(request.parts.version);
     let end = tokio::select! {
         biased;
-        end = delivery.run() => Some(end),
-        _ = evicted_telling(&mut picked.stream, tee.as_ref()) => None,
+        end = delivery.run() => Ok(end),
+        _ = evicted_telling(&mut picked.stream, tee.as_ref()) => Err("evicted"),
+        () = past(request.deadline) => Err("request_timeout"),
     };
-    if end.is_none() {
+    if end.is_err() {
         delivery.abandon();
     }
     let account = std::mem::take(&mut delivery.account);
@@ -115,7 +121,7 @@ pub(super) async fn respond(
     request.record.delivered(worker, request.pool, path, reason, account);
     let rest = tee.map_or_else(Vec::new, |tee| account_for(worker, request.pool, tee.into_inner()));
     match end {
-        Some(End::Complete { reusable }) => {
+        Ok(End::Complete { reusable }) => {
             picked.finish(rest);
             endpoint.set_resting(true);
             if reusable && head.keep_alive {
@@ -123,20 +129,26 @@ pub(super) async fn respond(
             }
             Ok(if keep_alive { After::Next } else { After::Close })
         }
-        Some(other) => {
-            request.record.broken(match other {
-                End::ClientGone => "client_gone",
-                End::Idle => "idle_timeout",
-                _ => "endpoint_broke",
-            });
-            // Dropping the stream tells the EPP that the request is over and was not completed.
+        // Dropping the stream tells the EPP that the request is over and was not completed.
+        Ok(broken) => {
+            request.record.broken(broken.reason());
             Ok(After::Abort)
         }
-        None => {
-            worker.shared.metrics.pool(request.pool).evicted();
-            request.record.broken("evicted");
+        Err(why) => {
+            if why == "evicted" {
+                worker.shared.metrics.pool(request.pool).evicted();
+            }
+            request.record.broken(why);
             Ok(After::Abort)
         }
+    }
+}
+
+/// Resolves at the deadline, if there is one.
+async fn past(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
     }
 }
 
