@@ -22,7 +22,7 @@ const BATCH: usize = 512;
 /// How long the collector may take for a message, repetitions included.
 const EXPORT: Duration = Duration::from_secs(10);
 /// How long the end of the agent waits for the last spans to be sent.
-const FLUSH: Duration = Duration::from_secs(2);
+const FLUSH: Duration = Duration::from_secs(1);
 
 /// The entrance of the queue.
 #[derive(Debug)]
