@@ -82,6 +82,8 @@ pub struct Listen {
     pub workers: usize,
     /// Client connections at once over all workers; default 16384.
     pub max_connections: usize,
+    /// Requests at once on one HTTP/2 connection; 0: HTTP/2 is refused; default 256.
+    pub http2_max_streams: u32,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

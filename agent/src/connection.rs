@@ -1,6 +1,9 @@
-//! A client's connection: one request after the other, until one side has enough.
+//! A client's connection: one request after the other, until one side has enough. One that begins as HTTP/2 does is
+//! handed to `http2`.
 
-use std::net::SocketAddr;
+mod http2;
+
+use std::{net::SocketAddr, rc::Rc};
 
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
@@ -10,7 +13,7 @@ use crate::{
     error::Error,
     http::{
         head::HeadLimits,
-        request::{RequestHead, parse_request},
+        request::{RequestError, RequestHead, parse_request},
     },
     proxy::{self, After},
     worker::Worker,
@@ -20,11 +23,16 @@ use crate::{
 const READ: usize = 4096;
 
 /// Serves the connection to its end.
-pub async fn serve(worker: &Worker, stream: TcpStream, peer: SocketAddr) {
+pub async fn serve(worker: &Rc<Worker>, stream: TcpStream, peer: SocketAddr) {
     // Fails only when the client has left already.
     let Ok(mut socket) = ClientSocket::new(stream) else { return };
+    let mut first = worker.shared.config.listen.http2_max_streams > 0;
     loop {
         let head = read_head(worker, &mut socket).await;
+        if std::mem::take(&mut first) && matches!(head, Err(Error::Request(RequestError::Http2Preface))) {
+            let (stream, read) = socket.into_parts();
+            return http2::serve(worker, read, stream, peer).await;
+        }
         let mut client = Client::Http1(socket);
         let after = match head {
             Ok(Some(head)) => proxy::run(worker, &mut client, head, peer).await,
@@ -34,7 +42,7 @@ pub async fn serve(worker: &Worker, stream: TcpStream, peer: SocketAddr) {
                 After::Close
             }
         };
-        let Client::Http1(back) = client;
+        let Client::Http1(back) = client else { return };
         socket = back;
         match after {
             After::Next if !worker.shared.draining.is_cancelled() => {}

@@ -1,5 +1,6 @@
 //! The model servers of a pool: which there are and how they are, and the connections to them: dialling, keeping, reading.
 
+pub mod body;
 pub mod connection;
 mod health;
 pub mod in_flight;

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderMap, header};
+use hyper::body::Frame;
 use tokio::time::Instant;
 
 use crate::{
@@ -31,6 +32,8 @@ pub struct Upload {
     hasher: PromptHasher,
     model: Model,
     has_body: bool,
+    /// Of HTTP/2, behind the body.
+    pub trailers: HeaderMap,
     received: u64,
     timeout: Duration,
     deadline: Instant,
@@ -54,6 +57,7 @@ impl Upload {
             hasher: PromptHasher::new(),
             model: Model::NotYet,
             has_body,
+            trailers: HeaderMap::new(),
             received: 0,
             timeout,
             deadline: Instant::now() + timeout,
@@ -105,6 +109,23 @@ impl Upload {
                     Err(_) => return Err(Error::ClientGone),
                 }
             },
+            Client::Http2(stream) => {
+                while !self.reader.is_done() {
+                    let frame = stream.frame().await.transpose().map_err(|_| Error::ClientGone)?;
+                    if frame.is_none() || stream.is_read() {
+                        self.reader.end();
+                    }
+                    match frame.map(Frame::into_data) {
+                        Some(Ok(data)) if !data.is_empty() => {
+                            self.reader.frame(data.len())?;
+                            return Ok(Some(data));
+                        }
+                        Some(Err(trailers)) => self.trailers = trailers.into_trailers().unwrap_or_default(),
+                        Some(Ok(_)) | None => {}
+                    }
+                }
+                Ok(None)
+            }
         }
     }
 

@@ -48,6 +48,11 @@ impl ClientSocket {
         Ok(Self { stream, buf: BytesMut::new(), base, account: 0, unsettled: false, key: None, resets: false })
     }
 
+    /// The connection, and what has been read of it.
+    pub fn into_parts(self) -> (TcpStream, BytesMut) {
+        (self.stream, self.buf)
+    }
+
     pub fn stream(&self) -> &TcpStream {
         &self.stream
     }

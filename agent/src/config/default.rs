@@ -37,7 +37,12 @@ impl Config {
 
 impl Default for Listen {
     fn default() -> Self {
-        Self { address: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 8080)), workers: 0, max_connections: 16_384 }
+        Self {
+            address: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 8080)),
+            workers: 0,
+            max_connections: 16_384,
+            http2_max_streams: 256,
+        }
     }
 }
 

@@ -32,6 +32,9 @@ fn listen(section: &mut Section<'_>, overrides: &Overrides) -> Listen {
         max_connections: section
             .read("max_connections", value::integer(1..=1_048_576))
             .unwrap_or(default.max_connections),
+        http2_max_streams: section
+            .read("http2_max_streams", value::integer(0..=65_536))
+            .unwrap_or(default.http2_max_streams),
     }
 }
 

@@ -14,7 +14,10 @@ use super::{
 };
 use crate::{
     client::Client,
-    endpoint::connection::{EndpointConnection, Reader},
+    endpoint::{
+        body::ResponseBody,
+        connection::{EndpointConnection, Reader},
+    },
     error::Error,
     http::{
         body::BodyError,
@@ -65,7 +68,8 @@ pub(super) async fn dispatch(
                     shared.endpoint_answered(pool, address, head.status);
                     // What is left of the request would be taken for the next one.
                     head.keep_alive &= sent;
-                    return Ok(Answer { endpoint, head, pending, in_flight });
+                    let body = ResponseBody::Http1 { connection: endpoint, framing: head.framing, pending };
+                    return Ok(Answer { address, head, body, in_flight });
                 }
                 Err(Failed::Early) if reused => worker.shared.metrics.endpoint_retried("kept_connection_closed"),
                 Err(Failed::Early) => {
