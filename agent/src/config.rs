@@ -8,12 +8,12 @@ mod default;
 mod dns;
 mod document;
 mod endpoints;
-
 mod error;
 mod health;
 mod node;
 mod overrides;
 mod pools;
+mod retry;
 mod routes;
 mod sections;
 mod subset;
@@ -22,7 +22,7 @@ mod tests;
 mod value;
 
 pub use default::default_toml;
-pub use endpoints::expand;
+pub use endpoints::{EndpointsError, EndpointsFormat, is_own, parse_endpoints};
 pub use error::{ConfigError, ConfigErrors};
 pub use overrides::Overrides;
 
@@ -206,6 +206,7 @@ pub struct Pool {
     pub passthrough: bool,
     pub picker: Picker,
     pub subset: Subset,
+    pub retry: Retry,
     pub ejection: Ejection,
     /// Active checks; default: none.
     pub health: Option<HealthCheck>,
@@ -254,6 +255,18 @@ pub enum EmptySubset {
     All,
     /// Nothing: the EPP gets the empty list, and answers 503.
     Fail,
+}
+
+/// A request that an endpoint took and of whose answer nothing was seen goes to the next endpoint of its list. One that could
+/// not be sent at all (no connection, or a kept one that had been closed) does so whatever is said here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Retry {
+    /// How often one request may be sent again; 0 is off; default 2.
+    pub attempts: u32,
+    /// How many of the pool's requests of the last ten seconds may be sent again; default 20.
+    pub budget_percent: u32,
+    /// And besides this many a second; default 10.
+    pub budget_min_per_second: u32,
 }
 
 /// Passive health: an endpoint that fails requests is avoided for a time.

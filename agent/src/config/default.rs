@@ -9,7 +9,7 @@ use http::HeaderName;
 
 use super::{
     Admin, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppTls, FailureMode, HealthCheck, Limits, Listen, Node, Picker,
-    Pool, ResponseToPicker, Steering, SteeringMode, Subset, Timeouts,
+    Pool, ResponseToPicker, Retry, Steering, SteeringMode, Subset, Timeouts,
 };
 
 /// A complete commented file. Its settings are the defaults; what has none is commented out, as `#key = value`.
@@ -98,6 +98,12 @@ impl Default for Dns {
     }
 }
 
+impl Default for Retry {
+    fn default() -> Self {
+        Self { attempts: 2, budget_percent: 20, budget_min_per_second: 10 }
+    }
+}
+
 impl Default for Ejection {
     fn default() -> Self {
         Self {
@@ -143,6 +149,7 @@ impl Pool {
             passthrough: false,
             picker: Picker::Builtin,
             subset: Subset::default(),
+            retry: Retry::default(),
             ejection: Ejection::default(),
             health: None,
         }

@@ -77,12 +77,12 @@ fn the_default_file_has_every_key() {
         let (_, known) = known.unwrap_or_else(|| panic!("{header}: {messages:?}"));
         let section = &text[body..];
         let section = &section[..section.find("\n[").unwrap_or(section.len())];
-        for key in known.split(", ").filter(|key| !["picker", "subset", "ejection", "health"].contains(key)) {
+        for key in known.split(", ").filter(|key| !["picker", "subset", "retry", "ejection", "health"].contains(key)) {
             assert!(section.lines().any(|line| line.starts_with(&format!("{key} = "))), "{header} lacks {key}");
         }
         sections += 1;
     }
-    assert_eq!(sections, 14);
+    assert_eq!(sections, 15);
     assert_eq!(
         messages(&format!("top = 1\n{text}"))[0],
         "p.toml:1: top: found an unknown key, expected one of listen, admin, limits, timeouts, bbr, steering, node, dns, pools, routes"
@@ -138,6 +138,7 @@ fn every_setting_is_read() {
         endpoints_file = "/etc/endpoints.json"
         ports = [8000, 8001]
         subset = { prefer = ["zone", "node"], empty = "fail" }
+        retry = { attempts = 0, budget_percent = 5, budget_min_per_second = 6 }
         ejection = { failures = 0, base = "1s", max = "2s", max_percent = 100, server_errors = true }
         health = { path = "/live", interval = "1s", timeout = "2s", unhealthy_after = 4, healthy_after = 5 }
         failure_mode = "open"
@@ -175,6 +176,7 @@ fn every_setting_is_read() {
             header: http::HeaderName::from_static("x-pick"),
         }),
         subset: Subset { prefer: vec![Locality::Zone, Locality::Node], endpoints: vec![], empty: EmptySubset::Fail },
+        retry: Retry { attempts: 0, budget_percent: 5, budget_min_per_second: 6 },
         ejection: Ejection {
             failures: 0,
             base: Duration::from_secs(1),
@@ -380,6 +382,10 @@ fn bad_subsets_and_health() {
             r#"p.toml:5: pools[0].subset.empty: found "none", expected "all" or "fail""#,
         ),
         (
+            "[pools.retry]\nbudget_percent = 101",
+            "p.toml:5: pools[0].retry.budget_percent: found 101, expected an integer from 0 to 100",
+        ),
+        (
             "[pools.ejection]\nbase = \"2m\"",
             "p.toml:5: pools[0].ejection.base: found a base above max, expected base up to max",
         ),
@@ -529,4 +535,61 @@ fn files_are_found_beside_the_configuration() {
     let missing = folder.path().join("missing.toml");
     let error = Config::load(&missing).unwrap_err().to_string();
     assert!(error.starts_with(&format!("{}: cannot be read: ", missing.display())), "{error}");
+}
+
+fn endpoints_file(text: &str, name: &str) -> Result<Vec<Endpoint>, String> {
+    let (format, listen) = (EndpointsFormat::of(Path::new(name)), address("10.0.0.9:8080"));
+    parse_endpoints(text, format, &[8000, 8001], listen).map_err(|error| error.to_string())
+}
+
+#[test]
+fn files_of_endpoints_say_the_same_as_toml_and_as_json() {
+    let toml = r#"endpoints = ["10.0.0.1", "[fd00::1]:80",
+        { address = "10.0.0.2:80", node = "n1", zone = "", draining = true }]"#;
+    let tables = "[[endpoints]]\naddress = \"10.0.0.1\"\n[[endpoints]]\naddress = \"[fd00::1]:80\"\n\
+                  [[endpoints]]\naddress = \"10.0.0.2:80\"\nnode = \"n1\"\ndraining = true";
+    let json = r#"{"endpoints": ["10.0.0.1", "[fd00::1]:80",
+        {"address": "10.0.0.2:80", "node": "n1", "zone": null, "draining": true}]}"#;
+    let last = Endpoint { node: Some("n1".into()), draining: true, ..address("10.0.0.2:80").into() };
+    let mut expected: Vec<Endpoint> = ["10.0.0.1:8000", "10.0.0.1:8001", "[fd00::1]:80"].map(|a| address(a).into()).into();
+    expected.push(last);
+    for (text, name) in [(toml, "e.toml"), (tables, "endpoints"), (json, "e.JSON")] {
+        assert_eq!(endpoints_file(text, name).as_ref(), Ok(&expected), "{name}");
+    }
+    for (text, name) in [("endpoints = []", "e.toml"), (r#"{"endpoints": []}"#, "e.json")] {
+        assert_eq!(endpoints_file(text, name), Ok(vec![]), "{name}");
+    }
+}
+
+#[test]
+fn bad_files_of_endpoints() {
+    let cases = [
+        ("e.toml", "", "line 1: missing field `endpoints`"),
+        ("e.toml", "endpoints = [\n\"10.0.0.1:80\",\n", "line 3: unclosed array, expected `]`"),
+        (
+            "e.toml",
+            "\nendpoints = [{ address = \"10.0.0.1:80\", weight = 1 }]",
+            r#"line 2: "ip:port" or { address = "ip:port", node = "n1", zone = "a", draining = false }"#,
+        ),
+        (
+            "e.json",
+            r#"{"endpoints": [5]}"#,
+            r#""ip:port" or { address = "ip:port", node = "n1", zone = "a", draining = false } at line 1 column 16"#,
+        ),
+        ("e.json", r#"{"endpoints": ["10.0.0.1:80"]"#, "EOF while parsing an object at line 1 column 29"),
+        ("e.json", r#"{"endpoint": []}"#, "unknown field `endpoint`, expected `endpoints` at line 1 column 11"),
+        (
+            "e.json",
+            r#"{"endpoints": ["10.0.0.1:80", "model:80"]}"#,
+            r#"endpoints[1]: found "model:80", expected ip:port of a server, or ip where the pool has ports"#,
+        ),
+        (
+            "e.toml",
+            r#"endpoints = ["10.0.0.9:8080"]"#,
+            r#"endpoints[0]: found "10.0.0.9:8080", expected another server than listen.address (10.0.0.9:8080)"#,
+        ),
+    ];
+    for (name, text, expected) in cases {
+        assert_eq!(endpoints_file(text, name), Err(expected.to_owned()), "{text}");
+    }
 }

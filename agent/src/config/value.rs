@@ -87,7 +87,11 @@ pub(super) fn listen_address(value: &DeValue<'_>) -> Parsed<SocketAddr> {
 pub(super) fn endpoint(value: &DeValue<'_>) -> Parsed<SocketAddr> {
     let address = text(value).and_then(|text| text.parse::<SocketAddr>().ok());
     let address = address.filter(|address| address.port() != 0 && !address.ip().is_unspecified());
-    address.ok_or(Expected(r#"ip:port of a server, such as "10.0.0.7:8000" or "[fd00::7]:8000""#.into()))
+    address.ok_or_else(not_an_endpoint)
+}
+
+pub(super) fn not_an_endpoint() -> Expected {
+    Expected(r#"ip:port of a server, such as "10.0.0.7:8000" or "[fd00::7]:8000""#.into())
 }
 
 /// A name or address, and a port.
