@@ -11,6 +11,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
+    time::Instant,
 };
 
 use anyhow::{Context as _, Result};
@@ -20,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     admin::{self, AdminHandle},
     config::{Config, Picker},
-    endpoint::set::EndpointSet,
+    endpoint::{budget::RetryBudget, set::EndpointSet},
     metrics::{self, Metrics},
     picker::builtin::BuiltinPicker,
     readiness::{Gate, Readiness},
@@ -56,7 +57,8 @@ impl Agent {
         let readiness = Readiness::new();
         let gates: Vec<Gate> = (0..count).map(|number| readiness.gate(format!("worker {number}"))).collect();
 
-        let endpoints: Vec<_> = config.pools.iter().map(|pool| Arc::new(EndpointSet::new(pool))).collect();
+        let endpoints: Vec<_> =
+            config.pools.iter().map(|pool| Arc::new(EndpointSet::new(pool, &config.node))).collect();
 
         let steering = selftest::start(&config.steering);
         metrics.set_steering_path(
@@ -81,6 +83,7 @@ impl Agent {
             router: Router::new(&config),
             pickers: endpoints.iter().map(|endpoints| BuiltinPicker::new(Arc::clone(endpoints))).collect(),
             endpoints,
+            retries: config.pools.iter().map(|pool| RetryBudget::new(&pool.retry, Instant::now())).collect(),
             pick_headers: pick_headers(&config),
             metrics,
             draining: CancellationToken::new(),

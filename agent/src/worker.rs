@@ -19,7 +19,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     config::{self, Config},
     connection,
-    endpoint::{pool::Pool, set::EndpointSet},
+    endpoint::{budget::RetryBudget, pool::Pool, set::EndpointSet},
     metrics::Metrics,
     picker::{builtin::BuiltinPicker, client::EppClient},
     route::Router,
@@ -33,6 +33,8 @@ pub struct Shared {
     pub metrics: Arc<Metrics>,
     /// One for each pool.
     pub endpoints: Vec<Arc<EndpointSet>>,
+    /// One for each pool.
+    pub retries: Vec<RetryBudget>,
     /// One for each pool: picks for `builtin` and for fail-open.
     pub pickers: Vec<BuiltinPicker>,
     /// The headers in which EPPs name their picks: `picker.header` of every pool, and the protocol's own.

@@ -65,7 +65,10 @@ pub(super) fn file(section: &mut Section<'_>) -> Option<PathBuf> {
 
 /// An element of `endpoints`, in the configuration and in files. Alone it is an address.
 #[derive(Deserialize)]
-#[serde(untagged, expecting = "\"ip:port\" or { address = \"ip:port\", node = \"n1\", zone = \"a\", draining = false }")]
+#[serde(
+    untagged,
+    expecting = "\"ip:port\" or { address = \"ip:port\", node = \"n1\", zone = \"a\", draining = false }"
+)]
 enum Listed {
     Address(String),
     Entry(Entry),

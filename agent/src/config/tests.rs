@@ -551,7 +551,8 @@ fn files_of_endpoints_say_the_same_as_toml_and_as_json() {
     let json = r#"{"endpoints": ["10.0.0.1", "[fd00::1]:80",
         {"address": "10.0.0.2:80", "node": "n1", "zone": null, "draining": true}]}"#;
     let last = Endpoint { node: Some("n1".into()), draining: true, ..address("10.0.0.2:80").into() };
-    let mut expected: Vec<Endpoint> = ["10.0.0.1:8000", "10.0.0.1:8001", "[fd00::1]:80"].map(|a| address(a).into()).into();
+    let mut expected: Vec<Endpoint> =
+        ["10.0.0.1:8000", "10.0.0.1:8001", "[fd00::1]:80"].map(|a| address(a).into()).into();
     expected.push(last);
     for (text, name) in [(toml, "e.toml"), (tables, "endpoints"), (json, "e.JSON")] {
         assert_eq!(endpoints_file(text, name).as_ref(), Ok(&expected), "{name}");

@@ -1,8 +1,11 @@
-//! Dispatch: the request goes to the first endpoint of the list that can be reached, and the head of its response comes
-//! back. A connect that fails moves on to the next; a kept connection that dies before a byte of the response is replaced
-//! by a fresh one to the same endpoint, once.
+//! Dispatch: the endpoints of the list have their turns until one answers, and the head of its response comes back.
+//!
+//! A kept connection that dies before a byte of the response is replaced by a fresh one to the same endpoint. A connect that
+//! fails moves on to the next endpoint, since nothing was sent. So does an endpoint that took the request and closes before a
+//! byte of the response, whatever the method, but not more often than the pool's attempts and budget allow. An endpoint that is
+//! silent for too long is the end of it: it may be at work.
 
-use std::{cell::Cell, net::SocketAddr, time::Duration};
+use std::{cell::Cell, io, net::SocketAddr, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use tokio::{io::AsyncWriteExt as _, net::tcp::WriteHalf, time::Instant};
@@ -22,7 +25,7 @@ use crate::{
         response::{ResponseHead, parse_response, write_request},
     },
     metrics::Connection,
-    picker::exchange::Body,
+    picker::{builtin::NoEndpoint, exchange::Body},
     upload::Upload,
     worker::Worker,
 };
@@ -32,6 +35,7 @@ const READ: usize = 16 * 1024;
 /// A request up to this size leaves in one write.
 const ONE_WRITE: usize = 64 * 1024;
 
+/// The list belongs to the request's pool, and so does everything that is tried here: no other pool is asked.
 pub(super) async fn dispatch(
     worker: &Worker,
     client: &mut ClientSocket,
@@ -39,55 +43,110 @@ pub(super) async fn dispatch(
     upload: &Upload,
     picked: &mut Picked,
 ) -> Result<Answer, Error> {
-    let mut last = None;
     let (shared, pool) = (&worker.shared, request.pool);
-    for address in std::mem::take(&mut picked.endpoints) {
-        let in_flight = shared.endpoints[pool].begin(address, Instant::now().into_std());
-        let mut kept = worker.endpoints.reuse(address);
-        loop {
-            let reused = kept.is_some();
-            let mut endpoint = match kept.take() {
-                Some(connection) => connection,
-                None => match worker.endpoints.connect(address).await {
-                    Ok(connection) => connection,
-                    Err(error) => {
-                        tracing::info!(%address, %error, "endpoint cannot be reached");
-                        worker.shared.metrics.endpoint_connection(Connection::Failed);
-                        shared.endpoint_failed(pool, address);
-                        last = Some(Error::Connect { address, error });
+    let metrics = shared.metrics.pool(pool);
+    shared.retries[pool].request(now());
+    let mut last = Error::NoEndpoint(NoEndpoint::NoneEligible);
+    let (mut sent, mut retries) = (false, 0);
+    let mut list = std::mem::take(&mut picked.endpoints).into_iter().enumerate().peekable();
+    while let Some((index, address)) = list.next() {
+        metrics.fallback_attempt(index);
+        let in_flight = shared.endpoints[pool].begin(address, now());
+        let failed = match turn(worker, client, request, upload, picked, address, &mut sent).await {
+            Ok((endpoint, head, pending)) => {
+                shared.endpoint_answered(pool, address, head.status);
+                return Ok(Answer { endpoint, head, pending, in_flight });
+            }
+            Err(failed) => failed,
+        };
+        if failed.is_the_endpoints() {
+            shared.endpoint_failed(pool, address);
+        }
+        let reason = match failed {
+            Failed::Final(error) => return Err(error),
+            Failed::Connect(error) => {
+                tracing::info!(%address, %error, "endpoint cannot be reached");
+                last = Error::Connect { address, error };
+                "connect"
+            }
+            Failed::Early => {
+                last = Error::EndpointClosed(address);
+                if list.peek().is_some() {
+                    retries += 1;
+                    if let Err(refused) = may_retry(worker, pool, retries) {
+                        metrics.retry_refused(refused);
                         break;
                     }
-                },
-            };
-            worker.shared.metrics.endpoint_connection(if reused { Connection::Reused } else { Connection::New });
-            match attempt(worker, client, request, upload, picked, &mut endpoint).await {
-                Ok((mut head, pending, sent)) => {
-                    shared.endpoint_answered(pool, address, head.status);
-                    // What is left of the request would be taken for the next one.
-                    head.keep_alive &= sent;
-                    return Ok(Answer { endpoint, head, pending, in_flight });
                 }
-                Err(Failed::Early) if reused => worker.shared.metrics.endpoint_retried("kept_connection_closed"),
-                Err(Failed::Early) => {
-                    shared.endpoint_failed(pool, address);
-                    return Err(Error::EndpointClosed(address));
-                }
-                Err(Failed::Final(error)) => {
-                    if matches!(error, Error::FirstByte(_)) {
-                        shared.endpoint_failed(pool, address);
-                    }
-                    return Err(error);
-                }
+                "closed_before_response"
             }
+        };
+        if list.peek().is_some() {
+            shared.metrics.endpoint_retried(reason);
         }
     }
-    Err(last.unwrap_or(Error::NoEndpoint(crate::picker::builtin::NoEndpoint::NoneEligible)))
+    Err(last)
+}
+
+fn now() -> std::time::Instant {
+    Instant::now().into_std()
+}
+
+/// Whether a request may be sent again for the `retries`th time; if not, why.
+fn may_retry(worker: &Worker, pool: usize, retries: u32) -> Result<(), &'static str> {
+    if retries > worker.shared.config.pools[pool].retry.attempts {
+        Err("attempts")
+    } else if !worker.shared.retries[pool].retry(now()) {
+        Err("budget")
+    } else {
+        Ok(())
+    }
+}
+
+/// One endpoint's turn: on a kept connection while nothing of the request has been `sent` anywhere, and on a fresh one if there
+/// is none, or the endpoint had closed it. So the race that every kept connection is in is run once a request, and a request
+/// that brings down its endpoints does not go on for nothing.
+async fn turn(
+    worker: &Worker,
+    client: &mut ClientSocket,
+    request: &Request,
+    upload: &Upload,
+    picked: &mut Picked,
+    address: SocketAddr,
+    sent: &mut bool,
+) -> Result<(EndpointConnection, ResponseHead, BytesMut), Failed> {
+    let metrics = &worker.shared.metrics;
+    let kept = if *sent { None } else { worker.endpoints.reuse(address) };
+    if let Some(endpoint) = kept {
+        metrics.endpoint_connection(Connection::Reused);
+        *sent = true;
+        match attempt(worker, client, request, upload, picked, endpoint).await {
+            Err(Failed::Early) => metrics.endpoint_retried("kept_connection_closed"),
+            outcome => return outcome,
+        }
+    }
+    let endpoint = worker.endpoints.connect(address).await.map_err(|error| {
+        metrics.endpoint_connection(Connection::Failed);
+        Failed::Connect(error)
+    })?;
+    metrics.endpoint_connection(Connection::New);
+    *sent = true;
+    attempt(worker, client, request, upload, picked, endpoint).await
 }
 
 enum Failed {
+    /// Nothing was sent.
+    Connect(io::Error),
     /// The connection ended before a byte of a response: the request may go out again.
     Early,
     Final(Error),
+}
+
+impl Failed {
+    /// Whether it speaks against the endpoint.
+    fn is_the_endpoints(&self) -> bool {
+        matches!(self, Self::Connect(_) | Self::Early | Self::Final(Error::FirstByte(_)))
+    }
 }
 
 impl From<Error> for Failed {
@@ -96,19 +155,16 @@ impl From<Error> for Failed {
     }
 }
 
-/// A response head, what was read behind it, and whether the whole request had been sent by then.
-type Read = (ResponseHead, BytesMut, bool);
-
-/// One request on one connection, up to the head of its response. An endpoint may answer before it has taken the whole
-/// body, so both directions go at once.
+/// One request on one connection, up to the head of its response and what was read behind it. An endpoint may answer before
+/// it has taken the whole body, so both directions go at once.
 async fn attempt(
     worker: &Worker,
     client: &mut ClientSocket,
     request: &Request,
     upload: &Upload,
     picked: &mut Picked,
-    endpoint: &mut EndpointConnection,
-) -> Result<Read, Failed> {
+    mut endpoint: EndpointConnection,
+) -> Result<(EndpointConnection, ResponseHead, BytesMut), Failed> {
     let address = endpoint.address;
     let limit = worker.shared.config.timeouts.first_byte;
     let (reader, writer) = endpoint.split().map_err(|_| Failed::Early)?;
@@ -122,16 +178,16 @@ async fn attempt(
         }
         std::future::pending().await
     };
-    tokio::select! {
+    let (mut head, pending) = tokio::select! {
         biased;
-        head = within(limit, read_head(worker, reader, address, request)) => {
-            let (head, pending) = head.ok_or(Error::FirstByte(address))??;
-            Ok((head, pending, sent.get()))
-        }
-        error = send => Err(Error::from(error).into()),
-        reply = evicted(&mut picked.stream) => Err(Error::Evicted(Box::new(reply)).into()),
-        () = client.gone() => Err(Error::ClientGone.into()),
-    }
+        head = within(limit, read_head(worker, reader, address, request)) => head.ok_or(Error::FirstByte(address))??,
+        error = send => return Err(Error::from(error).into()),
+        reply = evicted(&mut picked.stream) => return Err(Error::Evicted(Box::new(reply)).into()),
+        () = client.gone() => return Err(Error::ClientGone.into()),
+    };
+    // What is left of the request would be taken for the next one.
+    head.keep_alive &= sent.get();
+    Ok((endpoint, head, pending))
 }
 
 async fn within<T>(limit: Option<Duration>, work: impl Future<Output = T>) -> Option<T> {
