@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     admin::{self, AdminHandle},
     config::{Config, Picker},
-    endpoint::{budget::RetryBudget, set::EndpointSet},
+    endpoint::{budget::RetryBudget, discovery::Discovery, set::EndpointSet},
     metrics::{self, Metrics},
     picker::builtin::BuiltinPicker,
     readiness::{Gate, Readiness},
@@ -39,6 +39,7 @@ pub struct Agent {
     shared: Arc<Shared>,
     readiness: Readiness,
     admin: AdminHandle,
+    _discovery: Discovery,
     workers: Vec<JoinHandle<()>>,
     address: SocketAddr,
     steering: Steering,
@@ -59,6 +60,11 @@ impl Agent {
 
         let endpoints: Vec<_> =
             config.pools.iter().map(|pool| Arc::new(EndpointSet::new(pool, &config.node))).collect();
+        for (pool, endpoints) in endpoints.iter().enumerate() {
+            let endpoints = Arc::clone(endpoints);
+            metrics.count_endpoints(pool, move || endpoints.states());
+        }
+        let discovery = Discovery::start(&config, &endpoints, &metrics, &readiness)?;
 
         let steering = selftest::start(&config.steering);
         metrics.set_steering_path(
@@ -105,7 +111,7 @@ impl Agent {
             workers.push(std::thread::Builder::new().name(format!("penstock-{number}")).spawn(run)?);
         }
         tracing::info!(%address, admin = %admin.local_addr(), workers = count, "penstock {}", env!("CARGO_PKG_VERSION"));
-        Ok(Self { shared, readiness, admin, workers, address, steering })
+        Ok(Self { shared, readiness, admin, _discovery: discovery, workers, address, steering })
     }
 
     /// Where clients connect; the port is the one that was bound.

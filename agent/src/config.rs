@@ -287,7 +287,7 @@ pub struct Ejection {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HealthCheck {
     /// What is asked for with GET; 2xx is healthy.
-    pub path: String,
+    pub path: http::uri::PathAndQuery,
     /// Default 5s.
     pub interval: Duration,
     /// From the connect to the response head; default 2s.

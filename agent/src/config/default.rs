@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use http::HeaderName;
+use http::{HeaderName, uri::PathAndQuery};
 
 use super::{
     Admin, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppTls, FailureMode, HealthCheck, Limits, Listen, Node, Picker,
@@ -118,9 +118,9 @@ impl Default for Ejection {
 
 impl HealthCheck {
     /// GET `path` every five seconds.
-    pub fn new(path: impl Into<String>) -> Self {
+    pub fn new(path: PathAndQuery) -> Self {
         Self {
-            path: path.into(),
+            path,
             interval: Duration::from_secs(5),
             timeout: Duration::from_secs(2),
             unhealthy_after: 3,

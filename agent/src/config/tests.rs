@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use http::uri::PathAndQuery;
+
 use super::*;
 
 const POOL: &str = "[[pools]]\nname = \"a\"\nendpoints = [\"127.0.0.1:8000\"]\n";
@@ -52,7 +54,7 @@ fn the_commented_settings_of_the_default_file_are_the_defaults() {
     let config = Config::parse(&text, "p.toml").unwrap();
     assert_eq!(config.pools[0].picker, Picker::Epp(Epp::new("127.0.0.1:9002")));
     assert_eq!(config.pools[0].default_upstream, Some("127.0.0.1:8001".parse().unwrap()));
-    assert_eq!(config.pools[0].health, Some(HealthCheck::new("/health")));
+    assert_eq!(config.pools[0].health, Some(HealthCheck::new(PathAndQuery::from_static("/health"))));
     assert_eq!(config.pools[0].endpoints_file, Some("endpoints.toml".into()));
     assert_eq!(config.node, Node { name: Some("node-1".into()), zone: Some("zone-a".into()) });
     let route = Route {
@@ -140,7 +142,7 @@ fn every_setting_is_read() {
         subset = { prefer = ["zone", "node"], empty = "fail" }
         retry = { attempts = 0, budget_percent = 5, budget_min_per_second = 6 }
         ejection = { failures = 0, base = "1s", max = "2s", max_percent = 100, server_errors = true }
-        health = { path = "/live", interval = "1s", timeout = "2s", unhealthy_after = 4, healthy_after = 5 }
+        health = { path = "/live?full=1", interval = "1s", timeout = "2s", unhealthy_after = 4, healthy_after = 5 }
         failure_mode = "open"
         default_upstream = "127.0.0.2:1"
         passthrough = true
@@ -185,7 +187,7 @@ fn every_setting_is_read() {
             server_errors: true,
         },
         health: Some(HealthCheck {
-            path: "/live".into(),
+            path: PathAndQuery::from_static("/live?full=1"),
             interval: Duration::from_secs(1),
             timeout: Duration::from_secs(2),
             unhealthy_after: 4,
@@ -392,6 +394,10 @@ fn bad_subsets_and_health() {
         (
             "[pools.health]\ninterval = \"1s\"",
             r#"p.toml:4: pools[0].health.path: found nothing, expected the path to ask for, such as "/health""#,
+        ),
+        (
+            "[pools.health]\npath = \"health\"",
+            r#"p.toml:5: pools[0].health.path: found "health", expected a path that starts with "/""#,
         ),
         (
             "[dns]\nmin_ttl = \"1h\"",

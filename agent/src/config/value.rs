@@ -4,7 +4,10 @@
 
 use std::{borrow::Cow, fmt::Display, net::SocketAddr, ops::RangeInclusive, time::Duration};
 
-use http::{HeaderName, header, uri::Authority};
+use http::{
+    HeaderName, header,
+    uri::{Authority, PathAndQuery},
+};
 use toml::de::DeValue;
 
 /// Completes "expected …".
@@ -116,6 +119,12 @@ pub(super) fn host(value: &DeValue<'_>) -> Parsed<String> {
 pub(super) fn path_prefix(value: &DeValue<'_>) -> Parsed<String> {
     let path = text(value).filter(|text| text.starts_with('/') && !text.contains(['?', '#', ' ']));
     path.map(str::to_owned).ok_or(Expected(r#"a path that starts with "/", without query"#.into()))
+}
+
+/// What a request may ask for.
+pub(super) fn path_and_query(value: &DeValue<'_>) -> Parsed<PathAndQuery> {
+    let path = text(value).filter(|text| text.starts_with('/') && !text.contains('#'));
+    path.and_then(|path| path.parse().ok()).ok_or(Expected(r#"a path that starts with "/""#.into()))
 }
 
 /// What a metric label and a log line carry unescaped.

@@ -27,6 +27,17 @@ pub enum Source {
     Dns,
 }
 
+impl Source {
+    /// For logs and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Config => "config",
+            Self::File => "file",
+            Self::Dns => "dns",
+        }
+    }
+}
+
 #[derive(Debug)]
 pub struct EndpointSet {
     rules: Ejection,
