@@ -7,14 +7,14 @@
 
 use std::{cmp::Ordering, io, net::SocketAddr, time::Duration};
 
-use bytes::{BufMut as _, BytesMut};
-use http::{HeaderMap, HeaderValue, Method, StatusCode};
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 use thiserror::Error;
 
 use crate::{
     bbr::JsonError,
     config::{Config, ErrorFormat},
-    http::{accept, body::BodyError, headers, request::RequestError, response::ResponseError},
+    http::{accept, body::BodyError, headers, reply::Reply, request::RequestError, response::ResponseError},
     picker::{builtin::NoEndpoint, error::PickError, exchange::ImmediateReply},
 };
 
@@ -106,8 +106,8 @@ impl Error {
         }
     }
 
-    /// Appends the whole answer, head and body.
-    pub fn write(&self, out: &mut BytesMut, method: &Method, manner: &Manner<'_>, keep_alive: bool) {
+    /// The whole answer.
+    pub fn reply(&self, manner: &Manner<'_>) -> Reply {
         let (status, reason) = (self.status(), self.reason());
         let (content_type, body) = match manner.format {
             ErrorFormat::OpenAi => {
@@ -118,12 +118,14 @@ impl Error {
             }
             ErrorFormat::Plain => ("text/plain; charset=utf-8", format!("{self}\nreason: {reason}\n")),
         };
-        let mut fields = format!("content-type: {content_type}\r\n{}: {reason}\r\n", headers::X_PENSTOCK_REASON);
+        let mut headers = HeaderMap::new();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+        headers.insert(headers::X_PENSTOCK_REASON, HeaderValue::from_static(reason));
         if status == StatusCode::SERVICE_UNAVAILABLE {
-            fields += "retry-after: 1\r\n";
+            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
-        fields += &manner.fields();
-        write_reply(out, method, status, &fields, body.as_bytes(), keep_alive);
+        manner.mark(&mut headers);
+        Reply { status, headers, body: Bytes::from(body) }
     }
 }
 
@@ -150,30 +152,11 @@ impl<'r> Manner<'r> {
         Self { format: config.errors.format, request_id: None }
     }
 
-    /// Complete lines that any answer has.
-    pub fn fields(&self) -> String {
-        let id = self.request_id.and_then(|id| id.to_str().ok());
-        id.map_or_else(String::new, |id| format!("{}: {id}\r\n", headers::X_REQUEST_ID))
-    }
-}
-
-/// Appends an answer of the agent's own to a request with this method. `fields` are complete lines. The body is left out
-/// where there must be none (RFC 9112 §6.3).
-pub fn write_reply(
-    out: &mut BytesMut,
-    method: &Method,
-    status: StatusCode,
-    fields: &str,
-    body: &[u8],
-    keep_alive: bool,
-) {
-    let bodiless = status == StatusCode::NO_CONTENT || status == StatusCode::NOT_MODIFIED;
-    let connection = if keep_alive { "" } else { "connection: close\r\n" };
-    let reason = status.canonical_reason().unwrap_or_default();
-    let length = if bodiless { String::new() } else { format!("content-length: {}\r\n", body.len()) };
-    out.put_slice(format!("HTTP/1.1 {} {reason}\r\n{fields}{length}{connection}\r\n", status.as_u16()).as_bytes());
-    if !bodiless && method != Method::HEAD {
-        out.put_slice(body);
+    /// Adds what any answer has, the picker's included.
+    pub fn mark(&self, answer: &mut HeaderMap) {
+        if let Some(id) = self.request_id {
+            answer.insert(headers::X_REQUEST_ID, id.clone());
+        }
     }
 }
 

@@ -11,3 +11,5 @@ pub mod body;
 pub mod headers;
 pub mod trace_context;
 pub mod response;
+pub mod reply;
+pub mod frames;

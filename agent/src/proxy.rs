@@ -10,7 +10,7 @@ mod respond;
 
 use std::net::SocketAddr;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Method, request};
 use tokio::time::{Instant, timeout_at};
 
@@ -19,10 +19,11 @@ use self::{
     record::Record,
 };
 use crate::{
-    client::ClientSocket,
-    error::{Error, Manner, write_reply},
+    client::Client,
+    error::{Error, Manner},
     http::{
         headers::{self, Arrival},
+        reply::Reply,
         request::{RequestBody, RequestHead},
     },
     picker::{
@@ -50,6 +51,8 @@ pub enum After {
 struct Request {
     parts: request::Parts,
     keep_alive: bool,
+    /// What the connection becomes if the endpoint agrees.
+    upgrade: Option<HeaderValue>,
     pool: usize,
     record: Record,
     /// When the whole of it has to be over.
@@ -57,7 +60,7 @@ struct Request {
 }
 
 /// Answers a request whose head could not be read.
-pub async fn refuse(worker: &Worker, client: &mut ClientSocket, error: &Error) {
+pub async fn refuse(worker: &Worker, client: &mut Client, error: &Error) {
     let record = Record::new(Instant::now());
     // Which method it would have been is not known; a body is right for all but HEAD, and the connection closes.
     answer(client, &Method::GET, &Manner::unknown(&worker.shared.config), error, false).await;
@@ -65,19 +68,16 @@ pub async fn refuse(worker: &Worker, client: &mut ClientSocket, error: &Error) {
 }
 
 /// Carries one request through all phases. Its first byte came at `begun`.
-pub async fn run(
-    worker: &Worker,
-    client: &mut ClientSocket,
-    buf: &mut BytesMut,
-    head: RequestHead,
-    begun: Instant,
-    peer: SocketAddr,
-) -> After {
+pub async fn run(worker: &Worker, client: &mut Client, head: RequestHead, begun: Instant, peer: SocketAddr) -> After {
     let record = Record::new(begun);
     let config = &worker.shared.config;
     let deadline = config.timeouts.request.map(|limit| begun + limit);
-    let mut request = Request { parts: head.parts, keep_alive: head.keep_alive, pool: 0, record, deadline };
-    let taken = take(worker, client, buf, &mut request, head.body, head.expect_continue, peer);
+    let allowed = &config.listen.upgrades;
+    let upgrade = head
+        .upgrade
+        .filter(|wanted| allowed.iter().any(|allowed| wanted.as_bytes().eq_ignore_ascii_case(allowed.as_bytes())));
+    let mut request = Request { parts: head.parts, keep_alive: head.keep_alive, upgrade, pool: 0, record, deadline };
+    let taken = take(worker, client, &mut request, head.body, head.expect_continue, peer);
     let mut upload = match by(worker, deadline, taken).await {
         Ok(upload) => upload,
         Err(error) => {
@@ -88,7 +88,7 @@ pub async fn run(
         }
     };
     let active = worker.shared.metrics.pool(request.pool).active_request();
-    let result = answered(worker, client, buf, &mut request, &mut upload).await;
+    let result = answered(worker, client, &mut request, &mut upload).await;
     drop(active);
     let after = match &result {
         Ok(after) => *after,
@@ -120,28 +120,25 @@ async fn by<T>(
     }
 }
 
-async fn answer(client: &mut ClientSocket, method: &Method, manner: &Manner<'_>, error: &Error, keep_alive: bool) {
+async fn answer(client: &mut Client, method: &Method, manner: &Manner<'_>, error: &Error, keep_alive: bool) {
     if matches!(error, Error::ClientGone) {
         return;
     }
-    let mut out = BytesMut::new();
-    error.write(&mut out, method, manner, keep_alive);
     // A client that does not take its answer is found by the next read.
-    let _ = client.write_all(&out).await;
+    let _ = client.reply(method, &error.reply(manner), keep_alive).await;
 }
 
 /// Prepares the head, and reads as much of the body as it takes to know the pool.
 async fn take(
     worker: &Worker,
-    client: &mut ClientSocket,
-    buf: &mut BytesMut,
+    client: &mut Client,
     request: &mut Request,
     body: RequestBody,
     expect_continue: bool,
     peer: SocketAddr,
 ) -> Result<Upload, Error> {
     let config = &worker.shared.config;
-    let arrival = Arrival { client: peer.ip(), version: request.parts.version, tls: false };
+    let arrival = Arrival { client: peer.ip(), version: request.parts.version, tls: client.is_tls() };
     let headers = &mut request.parts.headers;
     for pick in &worker.shared.pick_headers {
         // A client's copy is removed whichever pool the request goes to.
@@ -150,12 +147,16 @@ async fn take(
     headers::prepare_request(headers, &arrival, &config.bbr.header, &config.headers);
     request.record.trace(worker, &mut request.parts, &arrival);
     let mut upload = Upload::new(body, &request.parts.headers, &config.limits, &config.bbr, config.timeouts.body)?;
-    if expect_continue && upload.has_body() && buf.is_empty() {
-        client.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await.map_err(|_| Error::ClientGone)?;
+    if expect_continue
+        && upload.has_body()
+        && let Client::Http1(socket) = client
+        && socket.buf.is_empty()
+    {
+        socket.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await.map_err(|_| Error::ClientGone)?;
     }
     let needs_model = worker.shared.router.needs_model();
     while !upload.is_done() && !upload.model_settled() && (needs_model || upload.kept.len() < MODEL_WINDOW) {
-        match upload.read(client, buf).await? {
+        match upload.read(client).await? {
             Some(piece) => upload.keep(&piece).await?,
             None => upload.end()?,
         }
@@ -176,13 +177,12 @@ fn set_model(parts: &mut request::Parts, header: &HeaderName, model: Option<&str
 /// The phases that need a pool.
 async fn answered(
     worker: &Worker,
-    client: &mut ClientSocket,
-    buf: &mut BytesMut,
+    client: &mut Client,
     request: &mut Request,
     upload: &mut Upload,
 ) -> Result<After, Error> {
     let (deadline, asked) = (request.deadline, Instant::now());
-    let verdict = by(worker, deadline, pick::pick(worker, client, buf, request, upload)).await;
+    let verdict = by(worker, deadline, pick::pick(worker, client, request, upload)).await;
     request.record.pick(worker, request.pool, asked, &verdict);
     let mut picked = match verdict? {
         Verdict::Forward(picked) => picked,
@@ -219,26 +219,19 @@ async fn answered(
 /// Sends the picker's own answer to the client.
 async fn immediate(
     worker: &Worker,
-    client: &mut ClientSocket,
+    client: &mut Client,
     request: &request::Parts,
     reply: &ImmediateReply,
     keep_alive: bool,
 ) -> Result<(), Error> {
     let mut headers = http::HeaderMap::new();
     mutation::apply(&reply.headers, &mut headers);
-    headers.remove(headers::X_REQUEST_ID);
-    let mut fields = Manner::of(&request.headers, &worker.shared.config).fields();
-    for (name, value) in &headers {
-        if let Ok(value) = value.to_str() {
-            fields.push_str(&format!("{name}: {value}\r\n"));
-        }
+    if !reply.body.is_empty() {
+        headers.entry(http::header::CONTENT_TYPE).or_insert(HeaderValue::from_static("text/plain"));
     }
-    if !reply.body.is_empty() && !headers.contains_key(http::header::CONTENT_TYPE) {
-        fields.push_str("content-type: text/plain\r\n");
-    }
-    let mut out = BytesMut::new();
-    write_reply(&mut out, &request.method, reply.status, &fields, &reply.body, keep_alive);
-    client.write_all(&out).await.map_err(|_| Error::ClientGone)
+    Manner::of(&request.headers, &worker.shared.config).mark(&mut headers);
+    let reply = Reply { status: reply.status, headers, body: reply.body.clone() };
+    client.reply(&request.method, &reply, keep_alive).await.map_err(|_| Error::ClientGone)
 }
 
 impl Picked {

@@ -1,6 +1,7 @@
 use std::collections::BTreeMap;
 
-use http::HeaderName;
+use bytes::BytesMut;
+use http::{HeaderName, Method};
 use penstock_proto::ext_proc::HeaderMutation;
 
 use super::*;
@@ -15,7 +16,7 @@ fn manner(format: ErrorFormat) -> Manner<'static> {
 
 fn written(error: &Error, manner: &Manner<'_>) -> (String, String) {
     let mut out = BytesMut::new();
-    error.write(&mut out, &Method::POST, manner, false);
+    error.reply(manner).write(&mut out, &Method::POST, false);
     let text = String::from_utf8(out.to_vec()).expect("text");
     let (head, body) = text.split_once("\r\n\r\n").expect("head and body");
     assert!(head.contains(&format!("content-length: {}", body.len())), "{head}");
@@ -45,28 +46,13 @@ fn an_answer_is_text_with_the_label() {
 }
 
 #[test]
-fn an_answer_has_no_body_where_none_may_be() {
-    let rows = [
-        (Method::GET, StatusCode::OK, "content-length: 2\r\n\r\nhi"),
-        (Method::HEAD, StatusCode::OK, "content-length: 2\r\n\r\n"),
-        (Method::GET, StatusCode::NO_CONTENT, "No Content\r\n\r\n"),
-        (Method::GET, StatusCode::NOT_MODIFIED, "Not Modified\r\n\r\n"),
-    ];
-    for (method, status, end) in rows {
-        let mut out = BytesMut::new();
-        write_reply(&mut out, &method, status, "", b"hi", true);
-        assert!(out.ends_with(end.as_bytes()), "{method} {status}: {:?}", String::from_utf8_lossy(&out));
-    }
-}
-
-#[test]
 fn the_request_and_the_configuration_say_how() {
     let mut config = Config::new(Vec::new());
-    let headers = |fields: &[(&'static str, &'static str)]| -> HeaderMap {
+    let fields_of = |fields: &[(&'static str, &'static str)]| -> HeaderMap {
         fields.iter().map(|(n, v)| (HeaderName::from_static(n), HeaderValue::from_static(v))).collect()
     };
-    let (none, text) = (headers(&[("x-request-id", "mine")]), headers(&[("accept", "text/plain")]));
-    let json = headers(&[("accept", "application/json")]);
+    let (none, text) = (fields_of(&[("x-request-id", "mine")]), fields_of(&[("accept", "text/plain")]));
+    let json = fields_of(&[("accept", "application/json")]);
     let format = |headers: &HeaderMap, config: &Config| Manner::of(headers, config).format;
     use ErrorFormat::{OpenAi, Plain};
     for configured in [OpenAi, Plain] {
@@ -75,9 +61,14 @@ fn the_request_and_the_configuration_say_how() {
         assert_eq!(found, [configured, Plain, OpenAi]);
         assert_eq!(Manner::unknown(&config).format, configured);
     }
-    assert_eq!(Manner::of(&none, &config).fields(), "");
+    let marked = |config: &Config| {
+        let mut answer = fields_of(&[("x-request-id", "theirs")]);
+        Manner::of(&none, config).mark(&mut answer);
+        answer[headers::X_REQUEST_ID].clone()
+    };
+    assert_eq!(marked(&config), "theirs");
     config.headers.request_id_to_client = true;
-    assert_eq!(Manner::of(&none, &config).fields(), "x-request-id: mine\r\n");
+    assert_eq!(marked(&config), "mine");
 }
 
 /// One of each.

@@ -214,7 +214,7 @@ fn add_via(headers: &mut HeaderMap, received: Version, name: Option<&str>) {
     let Some(name) = name else { return };
     let version = match received {
         Version::HTTP_10 => "1.0",
-        Version::HTTP_2 => "2.0",
+        Version::HTTP_2 => "2",
         _ => "1.1",
     };
     append(headers, header::VIA, &format!("{version} {name}"));
