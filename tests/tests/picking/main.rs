@@ -4,6 +4,7 @@
 mod conversation;
 mod endpoints;
 mod failure;
+mod headers;
 mod immediate;
 mod leaving;
 mod load;
