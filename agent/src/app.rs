@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     admin::{self, AdminHandle},
+    bbr::ModelHeaders,
     config::{Config, Picker},
     endpoint::set::EndpointSet,
     metrics::{self, Metrics},
@@ -81,7 +82,8 @@ impl Agent {
             router: Router::new(&config),
             pickers: endpoints.iter().map(|endpoints| BuiltinPicker::new(Arc::clone(endpoints))).collect(),
             endpoints,
-            pick_headers: pick_headers(&config),
+            control_headers: control_headers(&config),
+            model_headers: ModelHeaders::new(&config.bbr),
             metrics,
             draining: CancellationToken::new(),
             force: CancellationToken::new(),
@@ -188,12 +190,13 @@ fn work(
     })
 }
 
-fn pick_headers(config: &Config) -> Vec<HeaderName> {
+fn control_headers(config: &Config) -> Vec<HeaderName> {
     let configured = config.pools.iter().filter_map(|pool| match &pool.picker {
         Picker::Epp(epp) => Some(epp.header.clone()),
         Picker::Builtin => None,
     });
-    let mut headers: Vec<_> = configured.chain([HeaderName::from_static("x-gateway-destination-endpoint")]).collect();
+    let own = [HeaderName::from_static("x-gateway-destination-endpoint"), config.bbr.base_model_header.clone()];
+    let mut headers: Vec<_> = configured.chain(own).collect();
     headers.sort_unstable_by(|a, b| a.as_str().cmp(b.as_str()));
     headers.dedup();
     headers

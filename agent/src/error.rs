@@ -11,7 +11,7 @@ use http::{HeaderMap, HeaderValue, StatusCode, header};
 use thiserror::Error;
 
 use crate::{
-    bbr::JsonError,
+    bbr::NamingError,
     http::{body::BodyError, reply::Reply, request::RequestError, response::ResponseError},
     picker::{builtin::NoEndpoint, error::PickError, exchange::ImmediateReply},
 };
@@ -22,8 +22,8 @@ pub enum Error {
     Request(#[from] RequestError),
     #[error("{0}")]
     Body(#[from] BodyError),
-    #[error("the body is not JSON that can be routed: {0}")]
-    Json(#[from] JsonError),
+    #[error("{0}")]
+    Naming(#[from] NamingError),
     #[error("the body ended after {found} bytes, before the end that its head declares")]
     BodyCut { found: u64 },
     #[error("the connection ended inside a request head")]
@@ -32,7 +32,7 @@ pub enum Error {
     HeadTimeout(std::time::Duration),
     #[error("the request body did not end within {0:?}")]
     BodyTimeout(std::time::Duration),
-    #[error("no route matches this host, path and model")]
+    #[error("no route matches this request")]
     NoRoute,
     #[error("the endpoint picker failed: {0}")]
     Picker(#[from] PickError),
@@ -61,7 +61,7 @@ impl Error {
         match self {
             Self::Request(error) => error.status(),
             Self::Body(error) => error.status(),
-            Self::Json(_) | Self::BodyCut { .. } | Self::HeadCut => StatusCode::BAD_REQUEST,
+            Self::Naming(_) | Self::BodyCut { .. } | Self::HeadCut => StatusCode::BAD_REQUEST,
             Self::HeadTimeout(_) | Self::BodyTimeout(_) => StatusCode::REQUEST_TIMEOUT,
             Self::NoRoute => StatusCode::NOT_FOUND,
             Self::Picker(_) | Self::NoEndpoint(_) => StatusCode::SERVICE_UNAVAILABLE,
@@ -80,7 +80,7 @@ impl Error {
         match self {
             Self::Request(error) => error.reason(),
             Self::Body(error) => error.reason(),
-            Self::Json(_) => "json",
+            Self::Naming(error) => error.reason(),
             Self::BodyCut { .. } => "body_cut",
             Self::HeadCut => "head_cut",
             Self::HeadTimeout(_) => "head_timeout",

@@ -17,6 +17,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    bbr::ModelHeaders,
     config::{self, Config},
     connection,
     endpoint::{pool::Pool, set::EndpointSet},
@@ -35,8 +36,10 @@ pub struct Shared {
     pub endpoints: Vec<Arc<EndpointSet>>,
     /// One for each pool: picks for `builtin` and for fail-open.
     pub pickers: Vec<BuiltinPicker>,
-    /// The headers in which EPPs name their picks: `picker.header` of every pool, and the protocol's own.
-    pub pick_headers: Vec<HeaderName>,
+    /// Headers that only the agent and the EPPs set: those that name a pick, `picker.header` of every pool and the
+    /// protocol's own, and that of the base model.
+    pub control_headers: Vec<HeaderName>,
+    pub model_headers: ModelHeaders,
     /// No new connections or requests; what runs may finish.
     pub draining: CancellationToken,
     /// Break off what still runs.

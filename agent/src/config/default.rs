@@ -1,6 +1,7 @@
 //! The defaults, as values and as a file. A test holds the two together.
 
 use std::{
+    collections::BTreeMap,
     net::{Ipv4Addr, SocketAddr},
     time::Duration,
 };
@@ -8,8 +9,8 @@ use std::{
 use http::HeaderName;
 
 use super::{
-    Admin, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppTls, FailureMode, HealthCheck, Limits, Listen, Node, Picker,
-    Pool, ResponseToPicker, Steering, SteeringMode, Subset, Timeouts,
+    Admin, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppTls, FailureMode, HealthCheck, Limits, Listen, MissingModel,
+    Node, Picker, Pool, ResponseToPicker, Route, Steering, SteeringMode, Subset, Timeouts, WeightedPool,
 };
 
 /// A complete commented file. Its settings are the defaults; what has none is commented out, as `#key = value`.
@@ -70,7 +71,13 @@ impl Default for Timeouts {
 
 impl Default for Bbr {
     fn default() -> Self {
-        Self { enabled: true, header: HeaderName::from_static("x-gateway-model-name"), default_model: None }
+        Self {
+            enabled: true,
+            header: HeaderName::from_static("x-gateway-model-name"),
+            missing_model: MissingModel::Pass,
+            base_model_header: HeaderName::from_static("x-gateway-base-model-name"),
+            base_models: BTreeMap::new(),
+        }
     }
 }
 
@@ -142,6 +149,7 @@ impl Pool {
             default_upstream: None,
             passthrough: false,
             picker: Picker::Builtin,
+            session_headers: Vec::new(),
             subset: Subset::default(),
             ejection: Ejection::default(),
             health: None,
@@ -162,5 +170,18 @@ impl Epp {
             response_queue_bytes: 1 << 20,
             header: HeaderName::from_static("x-gateway-destination-endpoint"),
         }
+    }
+}
+
+impl Route {
+    /// All requests to the pool of this name.
+    pub fn to(pool: impl Into<String>) -> Self {
+        Self { pools: vec![WeightedPool::new(pool, 1)], ..Self::default() }
+    }
+}
+
+impl WeightedPool {
+    pub fn new(name: impl Into<String>, weight: u32) -> Self {
+        Self { name: name.into(), weight }
     }
 }

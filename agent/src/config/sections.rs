@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use super::{
-    Admin, Bbr, Config, Limits, Listen, Overrides, Steering, SteeringMode, Timeouts, dns, document::Section, node,
+    Admin, Config, Limits, Listen, Overrides, Steering, SteeringMode, Timeouts, bbr, dns, document::Section, node,
     pools, routes, value,
 };
 
@@ -14,12 +14,12 @@ pub(super) fn config(root: &mut Section<'_>, overrides: &Overrides) -> Config {
     let admin = root.section("admin", |section| admin(section, overrides, &listen));
     let limits = root.section("limits", limits);
     let timeouts = root.section("timeouts", timeouts);
-    let bbr = root.section("bbr", bbr);
+    let bbr = root.section("bbr", bbr::bbr);
     let steering = root.section("steering", |section| steering(section, overrides));
     let node = root.section("node", |section| node::node(section, overrides));
     let dns = root.section("dns", dns::dns);
     let pools = pools::pools(root, listen.address, &node);
-    let routes = routes::routes(root, &pools);
+    let routes = routes::routes(root, &pools, &bbr);
     Config { listen, admin, limits, timeouts, bbr, steering, node, dns, pools, routes }
 }
 
@@ -80,15 +80,6 @@ fn timeouts(section: &mut Section<'_>) -> Timeouts {
             .read("endpoint_keep_alive", value::duration)
             .unwrap_or(default.endpoint_keep_alive),
         drain: section.read("drain", value::duration).unwrap_or(default.drain),
-    }
-}
-
-fn bbr(section: &mut Section<'_>) -> Bbr {
-    let default = Bbr::default();
-    Bbr {
-        enabled: section.read("enabled", value::boolean).unwrap_or(default.enabled),
-        header: section.read("header", value::header_name).unwrap_or(default.header),
-        default_model: section.read("default_model", value::non_empty),
     }
 }
 
