@@ -9,12 +9,13 @@ mod default;
 mod dns;
 mod document;
 mod endpoints;
-
 mod error;
 mod health;
+mod listen;
 mod node;
 mod overrides;
 mod pools;
+mod retry;
 mod routes;
 mod sections;
 mod subset;
@@ -23,7 +24,7 @@ mod tests;
 mod value;
 
 pub use default::default_toml;
-pub use endpoints::expand;
+pub use endpoints::{EndpointsError, EndpointsFormat, is_own, parse_endpoints};
 pub use error::{ConfigError, ConfigErrors};
 pub use overrides::Overrides;
 
@@ -84,6 +85,34 @@ pub struct Listen {
     pub workers: usize,
     /// Client connections at once over all workers; default 16384.
     pub max_connections: usize,
+    /// Requests at once on one HTTP/2 connection; 0: HTTP/2 is refused; default 256.
+    pub http2_max_streams: u32,
+    /// Protocols that a client may switch its connection to, if the endpoint agrees; default `websocket`. The connection is
+    /// then relayed both ways until one side ends it. `h2c` is none: requests in it would not be seen.
+    pub upgrades: Vec<String>,
+    /// A second listener, for clients that speak TLS; default none.
+    pub tls: Option<ListenTls>,
+}
+
+/// Bodies of these clients are relayed: the kernel would send them plain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListenTls {
+    pub address: SocketAddr,
+    /// PEM, the server's certificate first; read again when it changes. A relative path starts at the folder of the
+    /// configuration file.
+    pub cert_file: PathBuf,
+    /// PEM.
+    pub key_file: PathBuf,
+}
+
+/// What the endpoints of a pool speak.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum AppProtocol {
+    /// HTTP/1.1.
+    #[default]
+    Http1,
+    /// HTTP/2 without TLS. Bodies are relayed.
+    H2c,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -217,6 +246,8 @@ pub struct Pool {
     pub endpoints_file: Option<PathBuf>,
     /// Ports of endpoints that are given as an address without one: each address with each port is an endpoint.
     pub ports: Vec<u16>,
+    /// As `appProtocol` of InferencePool v1; default `http1`.
+    pub app_protocol: AppProtocol,
     /// Default `closed`, as in InferencePool v1.
     pub failure_mode: FailureMode,
     /// With `open` only: where it sends requests; default: the built-in picker chooses among `endpoints`.
@@ -228,6 +259,7 @@ pub struct Pool {
     /// that they have go to the same endpoint; default none.
     pub session_headers: Vec<http::HeaderName>,
     pub subset: Subset,
+    pub retry: Retry,
     pub ejection: Ejection,
     /// Active checks; default: none.
     pub health: Option<HealthCheck>,
@@ -278,6 +310,18 @@ pub enum EmptySubset {
     Fail,
 }
 
+/// A request that an endpoint took and of whose answer nothing was seen goes to the next endpoint of its list. One that could
+/// not be sent at all (no connection, or a kept one that had been closed) does so whatever is said here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Retry {
+    /// How often one request may be sent again; 0 is off; default 2.
+    pub attempts: u32,
+    /// How many of the pool's requests of the last ten seconds may be sent again; default 20.
+    pub budget_percent: u32,
+    /// And besides this many a second; default 10.
+    pub budget_min_per_second: u32,
+}
+
 /// Passive health: an endpoint that fails requests is avoided for a time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ejection {
@@ -296,7 +340,7 @@ pub struct Ejection {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HealthCheck {
     /// What is asked for with GET; 2xx is healthy.
-    pub path: String,
+    pub path: http::uri::PathAndQuery,
     /// Default 5s.
     pub interval: Duration,
     /// From the connect to the response head; default 2s.

@@ -10,3 +10,4 @@ pub mod body;
 pub mod headers;
 pub mod response;
 pub mod reply;
+pub mod frames;

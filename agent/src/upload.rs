@@ -6,6 +6,8 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use http::HeaderMap;
+use hyper::body::Frame;
 use tokio::time::Instant;
 
 use crate::{
@@ -29,6 +31,8 @@ pub struct Upload {
     pub naming: Naming,
     hasher: PromptHasher,
     has_body: bool,
+    /// Of HTTP/2, behind the body.
+    pub trailers: HeaderMap,
     received: u64,
     timeout: Duration,
     deadline: Instant,
@@ -49,6 +53,7 @@ impl Upload {
             naming: naming(has_body),
             hasher: PromptHasher::new(),
             has_body,
+            trailers: HeaderMap::new(),
             received: 0,
             timeout,
             deadline: Instant::now() + timeout,
@@ -87,6 +92,23 @@ impl Upload {
                     Err(_) => return Err(Error::ClientGone),
                 }
             },
+            Client::Http2(stream) => {
+                while !self.reader.is_done() {
+                    let frame = stream.frame().await.transpose().map_err(|_| Error::ClientGone)?;
+                    if frame.is_none() || stream.is_read() {
+                        self.reader.end();
+                    }
+                    match frame.map(Frame::into_data) {
+                        Some(Ok(data)) if !data.is_empty() => {
+                            self.reader.frame(data.len())?;
+                            return Ok(Some(data));
+                        }
+                        Some(Err(trailers)) => self.trailers = trailers.into_trailers().unwrap_or_default(),
+                        Some(Ok(_)) | None => {}
+                    }
+                }
+                Ok(None)
+            }
         }
     }
 

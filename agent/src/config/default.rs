@@ -6,11 +6,12 @@ use std::{
     time::Duration,
 };
 
-use http::HeaderName;
+use http::{HeaderName, uri::PathAndQuery};
 
 use super::{
-    Admin, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppTls, FailureMode, HealthCheck, Limits, Listen, MissingModel,
-    Node, Picker, Pool, ResponseToPicker, Route, Steering, SteeringMode, Subset, Timeouts, WeightedPool,
+    Admin, AppProtocol, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppTls, FailureMode, HealthCheck, Limits, Listen,
+    MissingModel, Node, Picker, Pool, ResponseToPicker, Retry, Route, Steering, SteeringMode, Subset, Timeouts,
+    WeightedPool,
 };
 
 /// A complete commented file. Its settings are the defaults; what has none is commented out, as `#key = value`.
@@ -38,7 +39,14 @@ impl Config {
 
 impl Default for Listen {
     fn default() -> Self {
-        Self { address: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 8080)), workers: 0, max_connections: 16_384 }
+        Self {
+            address: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 8080)),
+            workers: 0,
+            max_connections: 16_384,
+            http2_max_streams: 256,
+            upgrades: vec!["websocket".to_owned()],
+            tls: None,
+        }
     }
 }
 
@@ -105,6 +113,12 @@ impl Default for Dns {
     }
 }
 
+impl Default for Retry {
+    fn default() -> Self {
+        Self { attempts: 2, budget_percent: 20, budget_min_per_second: 10 }
+    }
+}
+
 impl Default for Ejection {
     fn default() -> Self {
         Self {
@@ -119,9 +133,9 @@ impl Default for Ejection {
 
 impl HealthCheck {
     /// GET `path` every five seconds.
-    pub fn new(path: impl Into<String>) -> Self {
+    pub fn new(path: PathAndQuery) -> Self {
         Self {
-            path: path.into(),
+            path,
             interval: Duration::from_secs(5),
             timeout: Duration::from_secs(2),
             unhealthy_after: 3,
@@ -145,12 +159,14 @@ impl Pool {
             endpoints_dns: None,
             endpoints_file: None,
             ports: Vec::new(),
+            app_protocol: AppProtocol::Http1,
             failure_mode: FailureMode::Closed,
             default_upstream: None,
             passthrough: false,
             picker: Picker::Builtin,
             session_headers: Vec::new(),
             subset: Subset::default(),
+            retry: Retry::default(),
             ejection: Ejection::default(),
             health: None,
         }

@@ -1,7 +1,7 @@
 //! A whole answer that no endpoint gave: an error of the agent's own, or the picker's.
 
 use bytes::{BufMut as _, Bytes, BytesMut};
-use http::{HeaderMap, Method, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, header};
 
 use super::headers;
 
@@ -33,8 +33,20 @@ impl Reply {
         }
     }
 
-    fn fields(&self) -> impl Iterator<Item = (&http::HeaderName, &http::HeaderValue)> {
-        let own = |name: &http::HeaderName| name == header::CONTENT_LENGTH || headers::is_hop_by_hop(name);
+    /// As HTTP/2 has it.
+    pub fn frames(&self, method: &Method) -> (Response<()>, Bytes) {
+        let mut head = Response::new(());
+        *head.status_mut() = self.status;
+        head.headers_mut().extend(self.fields().map(|(name, value)| (name.clone(), value.clone())));
+        if !self.is_bodiless() {
+            head.headers_mut().insert(header::CONTENT_LENGTH, self.body.len().into());
+        }
+        let bodiless = self.is_bodiless() || method == Method::HEAD;
+        (head, if bodiless { Bytes::new() } else { self.body.clone() })
+    }
+
+    fn fields(&self) -> impl Iterator<Item = (&HeaderName, &HeaderValue)> {
+        let own = |name: &HeaderName| name == header::CONTENT_LENGTH || headers::is_hop_by_hop(name);
         self.headers.iter().filter(move |(name, _)| !own(name))
     }
 

@@ -55,7 +55,9 @@ pub(super) async fn pick(
     let started = Instant::now();
     let metrics = worker.shared.metrics.pool(request.pool);
     let open = worker.shared.metrics.epp_stream();
-    let asked = ask(client_of_epp, worker.shared.config.limits.body_bytes, settings, client, request, upload).await;
+    let subset = worker.shared.endpoints[request.pool].subset(started.into_std());
+    let limit = worker.shared.config.limits.body_bytes;
+    let asked = ask(client_of_epp, limit, settings, subset.as_deref(), client, request, upload).await;
     let failure = match asked {
         Asked::Answered(Outcome::Immediate(reply), _) => {
             metrics.epp_exchange(EppOutcome::Immediate, started.elapsed());
@@ -64,6 +66,9 @@ pub(super) async fn pick(
         Asked::Answered(Outcome::Picked(decision), stream) => match admitted(worker, request.pool, decision) {
             Ok((endpoints, decision)) => {
                 metrics.epp_exchange(EppOutcome::Picked, started.elapsed());
+                if subset.is_some_and(|subset| !subset.contains(&decision.endpoints[0])) {
+                    metrics.epp_outside_subset();
+                }
                 request.record.picked_in(started.elapsed());
                 upload.rest(client).await?;
                 let Decision { mutation, body, .. } = decision;
@@ -107,9 +112,11 @@ fn admitted(worker: &Worker, pool: usize, decision: Decision) -> Result<(Vec<Soc
 }
 
 fn builtin(worker: &Worker, request: &Request, upload: &mut Upload) -> Result<Picked, Error> {
-    let names = &worker.shared.config.pools[request.pool].session_headers;
+    let (pool, now) = (request.pool, Instant::now().into_std());
+    let subset = worker.shared.endpoints[pool].subset(now);
+    let names = &worker.shared.config.pools[pool].session_headers;
     let prompt = upload.prompt().of(session(names, &request.parts.headers));
-    let pick = worker.shared.pickers[request.pool].pick(&prompt, None, Instant::now().into_std())?;
+    let pick = worker.shared.pickers[pool].pick(&prompt, subset.as_deref(), now)?;
     Ok(unasked(pick.endpoints))
 }
 
@@ -120,7 +127,9 @@ fn session(names: &[HeaderName], headers: &HeaderMap) -> Option<SessionHash> {
 }
 
 fn open_pick(worker: &Worker, pool: &config::Pool, request: &Request, upload: &mut Upload) -> Result<Picked, Error> {
-    match pool.default_upstream {
+    let endpoints = worker.shared.endpoints[request.pool].snapshot();
+    let takes_requests = |upstream: &SocketAddr| endpoints.get(*upstream).is_none_or(|endpoint| !endpoint.draining);
+    match pool.default_upstream.filter(takes_requests) {
         Some(upstream) => Ok(unasked(vec![upstream])),
         None => builtin(worker, request, upload),
     }
@@ -142,6 +151,7 @@ async fn ask(
     epp: &EppClient,
     limit: u64,
     settings: &config::Epp,
+    subset: Option<&[SocketAddr]>,
     client: &mut Client,
     request: &Request,
     upload: &mut Upload,
@@ -149,7 +159,7 @@ async fn ask(
     let limits = Limits { replaced_body: limit.try_into().unwrap_or(usize::MAX) };
     let mut retried = false;
     loop {
-        let mut stream = Box::new(epp.open(&request.parts, upload.has_body(), None, limits));
+        let mut stream = Box::new(epp.open(&request.parts, upload.has_body(), subset, limits));
         match converse(&mut stream, settings, client, upload).await {
             Ok(outcome) => return Asked::Answered(outcome, stream),
             Err(Asked::Failed(error)) if error.retry_on_fresh_channel() && !retried => {
