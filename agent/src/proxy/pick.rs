@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use bytes::{Bytes, BytesMut};
 use penstock_proto::ext_proc::HeaderMutation;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout_at};
 
 use super::Request;
 use crate::{
@@ -140,10 +140,10 @@ async fn ask(
     upload: &mut Upload,
 ) -> Asked {
     let limits = Limits { replaced_body: limit.try_into().unwrap_or(usize::MAX) };
-    let mut retried = false;
+    let (mut retried, mut deadline) = (false, None);
     loop {
         let mut stream = Box::new(epp.open(&request.parts, upload.has_body(), None, limits));
-        match converse(&mut stream, settings, client, buf, upload).await {
+        match converse(&mut stream, settings, client, buf, upload, &mut deadline).await {
             Ok(outcome) => return Asked::Answered(outcome, stream),
             Err(Asked::Failed(error)) if error.retry_on_fresh_channel() && !retried => {
                 tracing::debug!(%error, "asked again on a fresh connection");
@@ -155,22 +155,24 @@ async fn ask(
 }
 
 /// Sends what is kept of the body, then the rest as the client uploads it, until the EPP has answered or the decision
-/// timeout has passed since the EPP had everything, or since it took nothing more.
+/// timeout has passed since the EPP had everything, or since it took nothing more. `deadline` is when the decision has to be
+/// there: it is set when the body is complete, and holds for whoever is asked then.
 async fn converse(
     stream: &mut PickStream,
     settings: &config::Epp,
     client: &mut ClientSocket,
     buf: &mut BytesMut,
     upload: &mut Upload,
+    deadline: &mut Option<Instant>,
 ) -> Result<Outcome, Asked> {
-    let patience = settings.decision_timeout;
+    let from_now = || Instant::now() + settings.decision_timeout;
     if upload.has_body() {
         let (mut sent, total) = (0, upload.kept.len());
         let mut kept = upload.kept.pieces();
         while let Some(piece) = kept.next().await.map_err(|error| Asked::Client(error.into()))? {
             sent += piece.len() as u64;
             let end = sent == total && upload.is_done();
-            if let Some(outcome) = send(stream, piece, end, patience).await? {
+            if let Some(outcome) = send(stream, piece, end, deadline.unwrap_or_else(from_now)).await? {
                 return Ok(outcome);
             }
         }
@@ -187,14 +189,15 @@ async fn converse(
                 upload.end().map_err(Asked::Client)?;
             }
             ended = upload.is_done();
-            if let Some(outcome) = send(stream, read.unwrap_or_default(), ended, patience).await? {
+            if let Some(outcome) = send(stream, read.unwrap_or_default(), ended, from_now()).await? {
                 return Ok(outcome);
             }
         }
     }
+    let deadline = *deadline.get_or_insert_with(from_now);
     tokio::select! {
         biased;
-        outcome = timeout(patience, stream.outcome()) => match outcome {
+        outcome = timeout_at(deadline, stream.outcome()) => match outcome {
             Ok(outcome) => outcome.map_err(Asked::Failed),
             Err(_) => stream.at_deadline().map_err(Asked::Failed),
         },
@@ -202,13 +205,8 @@ async fn converse(
     }
 }
 
-async fn send(
-    stream: &mut PickStream,
-    piece: Bytes,
-    end: bool,
-    patience: std::time::Duration,
-) -> Result<Option<Outcome>, Asked> {
-    match timeout(patience, stream.send_body(piece, end)).await {
+async fn send(stream: &mut PickStream, piece: Bytes, end: bool, deadline: Instant) -> Result<Option<Outcome>, Asked> {
+    match timeout_at(deadline, stream.send_body(piece, end)).await {
         Ok(sent) => sent.map_err(Asked::Failed),
         Err(_) => Err(Asked::Failed(PickError::Deadline)),
     }
