@@ -4,13 +4,16 @@
 mod conversation;
 mod endpoints;
 mod failure;
+mod flow_control;
 mod immediate;
 mod leaving;
 mod load;
+mod measured;
 mod model;
 mod mutations;
 mod patience;
 mod routing;
+mod seen;
 mod silent;
 
 use std::time::Duration;
