@@ -1,7 +1,9 @@
 //! The model servers of a pool: which there are and how they are, and the connections to them: dialling, keeping, reading.
 
+pub mod body;
 pub mod connection;
 mod health;
+pub mod http2;
 pub mod in_flight;
 pub mod pool;
 pub mod set;

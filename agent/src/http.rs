@@ -9,3 +9,5 @@ pub mod request;
 pub mod body;
 pub mod headers;
 pub mod response;
+pub mod reply;
+pub mod frames;

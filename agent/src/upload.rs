@@ -5,13 +5,14 @@
 
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use http::{HeaderMap, header};
+use hyper::body::Frame;
 use tokio::time::Instant;
 
 use crate::{
     bbr::{Model, ModelScanner},
-    client::ClientSocket,
+    client::Client,
     config::{Bbr, Limits},
     error::Error,
     http::{
@@ -31,6 +32,8 @@ pub struct Upload {
     hasher: PromptHasher,
     model: Model,
     has_body: bool,
+    /// Of HTTP/2, behind the body.
+    pub trailers: HeaderMap,
     received: u64,
     timeout: Duration,
     deadline: Instant,
@@ -54,6 +57,7 @@ impl Upload {
             hasher: PromptHasher::new(),
             model: Model::NotYet,
             has_body,
+            trailers: HeaderMap::new(),
             received: 0,
             timeout,
             deadline: Instant::now() + timeout,
@@ -83,21 +87,44 @@ impl Upload {
     }
 
     /// The next piece of the body off the wire; `None` at its end. Cancel-safe.
-    pub async fn read(&mut self, client: &mut ClientSocket, buf: &mut BytesMut) -> Result<Option<Bytes>, Error> {
-        loop {
-            match self.reader.decode(buf)? {
-                Decoded::Piece(piece) => return Ok(Some(piece)),
-                Decoded::Done => return Ok(None),
-                Decoded::Incomplete => {}
-            }
-            if buf.capacity() - buf.len() < READ / 4 {
-                buf.reserve(READ);
-            }
-            match tokio::time::timeout_at(self.deadline, client.read(buf)).await {
-                Err(_) => return Err(Error::BodyTimeout(self.timeout)),
-                Ok(Ok(0)) => return Err(Error::BodyCut { found: self.received }),
-                Ok(Ok(_)) => {}
-                Ok(Err(_)) => return Err(Error::ClientGone),
+    pub async fn read(&mut self, client: &mut Client) -> Result<Option<Bytes>, Error> {
+        let deadline = self.deadline;
+        match tokio::time::timeout_at(deadline, self.next(client)).await {
+            Ok(piece) => piece,
+            Err(_) => Err(Error::BodyTimeout(self.timeout)),
+        }
+    }
+
+    async fn next(&mut self, client: &mut Client) -> Result<Option<Bytes>, Error> {
+        match client {
+            Client::Http1(socket) => loop {
+                match self.reader.decode(&mut socket.buf)? {
+                    Decoded::Piece(piece) => return Ok(Some(piece)),
+                    Decoded::Done => return Ok(None),
+                    Decoded::Incomplete => {}
+                }
+                match socket.read(READ).await {
+                    Ok(0) => return Err(Error::BodyCut { found: self.received }),
+                    Ok(_) => {}
+                    Err(_) => return Err(Error::ClientGone),
+                }
+            },
+            Client::Http2(stream) => {
+                while !self.reader.is_done() {
+                    let frame = stream.frame().await.transpose().map_err(|_| Error::ClientGone)?;
+                    if frame.is_none() || stream.is_read() {
+                        self.reader.end();
+                    }
+                    match frame.map(Frame::into_data) {
+                        Some(Ok(data)) if !data.is_empty() => {
+                            self.reader.frame(data.len())?;
+                            return Ok(Some(data));
+                        }
+                        Some(Err(trailers)) => self.trailers = trailers.into_trailers().unwrap_or_default(),
+                        Some(Ok(_)) | None => {}
+                    }
+                }
+                Ok(None)
             }
         }
     }
@@ -125,8 +152,8 @@ impl Upload {
     }
 
     /// Reads and keeps what is left.
-    pub async fn rest(&mut self, client: &mut ClientSocket, buf: &mut BytesMut) -> Result<(), Error> {
-        while let Some(piece) = self.read(client, buf).await? {
+    pub async fn rest(&mut self, client: &mut Client) -> Result<(), Error> {
+        while let Some(piece) = self.read(client).await? {
             self.keep(&piece).await?;
         }
         self.end()

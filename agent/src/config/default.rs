@@ -8,8 +8,8 @@ use std::{
 use http::HeaderName;
 
 use super::{
-    Admin, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppTls, FailureMode, HealthCheck, Limits, Listen, Node, Picker,
-    Pool, ResponseToPicker, Steering, SteeringMode, Subset, Timeouts,
+    Admin, AppProtocol, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppTls, FailureMode, HealthCheck, Limits, Listen,
+    Node, Picker, Pool, ResponseToPicker, Steering, SteeringMode, Subset, Timeouts,
 };
 
 /// A complete commented file. Its settings are the defaults; what has none is commented out, as `#key = value`.
@@ -37,7 +37,13 @@ impl Config {
 
 impl Default for Listen {
     fn default() -> Self {
-        Self { address: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 8080)), workers: 0, max_connections: 16_384 }
+        Self {
+            address: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 8080)),
+            workers: 0,
+            max_connections: 16_384,
+            http2_max_streams: 256,
+            tls: None,
+        }
     }
 }
 
@@ -138,6 +144,7 @@ impl Pool {
             endpoints_dns: None,
             endpoints_file: None,
             ports: Vec::new(),
+            app_protocol: AppProtocol::Http1,
             failure_mode: FailureMode::Closed,
             default_upstream: None,
             passthrough: false,

@@ -21,6 +21,10 @@ use crate::{
     steer::{Source, WorkerSteering},
 };
 
+/// How long bytes that were let through may come behind the end of the stream: turns, and the length of one.
+const LATE_TURNS: u32 = 1000;
+const LATE_TURN: Duration = Duration::from_millis(1);
+
 pub struct EndpointConnection {
     // Before `source`: a slot outlives its socket.
     io: Io,
@@ -184,8 +188,26 @@ pub struct Reader<'a> {
 impl Reader<'_> {
     /// As [`EndpointConnection::read`].
     pub async fn read(&mut self, buf: &mut BytesMut) -> io::Result<usize> {
-        let n = self.half.read_buf(buf).await?;
+        let n = match self.half.read_buf(buf).await? {
+            0 => self.late(buf).await?,
+            n => n,
+        };
         book(self.source, self.consumed, n)
+    }
+
+    /// The endpoint has closed its side. Bytes that the verdict let through under memory pressure may come after that
+    /// (`sk_psock_verdict_apply` leaves them to a worker); they are waited for.
+    async fn late(&self, buf: &mut BytesMut) -> io::Result<usize> {
+        for _ in 0..LATE_TURNS {
+            if self.source.is_none_or(|source| source.slot().passed() == *self.consumed) {
+                return Ok(0);
+            }
+            tokio::time::sleep(LATE_TURN).await;
+            if let Ok(n @ 1..) = socket::receive_into(self.half.as_ref(), buf) {
+                return Ok(n);
+            }
+        }
+        Err(io::ErrorKind::UnexpectedEof.into())
     }
 }
 

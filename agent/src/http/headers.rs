@@ -121,7 +121,11 @@ pub fn add_forwarded(headers: &mut HeaderMap, client: IpAddr) {
 
 /// Appends this hop to `via`, with the version that the message arrived in (RFC 9110 §7.6.3).
 pub fn add_via(headers: &mut HeaderMap, received: Version) {
-    let hop = if received == Version::HTTP_10 { "1.0 penstock" } else { "1.1 penstock" };
+    let hop = match received {
+        Version::HTTP_10 => "1.0 penstock",
+        Version::HTTP_2 => "2 penstock",
+        _ => "1.1 penstock",
+    };
     append(headers, header::VIA, hop);
 }
 

@@ -8,7 +8,7 @@
 use std::fmt::Write as _;
 
 use bytes::{BufMut, BytesMut};
-use http::{HeaderMap, HeaderName, Method, StatusCode, Version, header, request};
+use http::{HeaderMap, HeaderName, Method, Response, StatusCode, Version, header, request, response};
 use penstock_common::framing::Framing;
 
 use super::{
@@ -131,6 +131,31 @@ fn parse(bytes: &[u8], limits: &HeadLimits, request_method: &Method) -> Result<R
     Ok(ResponseHead { status, version, reason, headers, framing, body, keep_alive, interim, content_length })
 }
 
+/// A head that came over HTTP/2; `ended`: no body follows.
+pub fn from_http2(parts: response::Parts, ended: bool, limits: &HeadLimits) -> Result<ResponseHead, ResponseError> {
+    if parts.headers.len() > limits.headers {
+        return Err(HeadError::TooManyFields { limit: limits.headers }.into());
+    }
+    let declared = head::declared(&parts.headers, Version::HTTP_2)?;
+    let content_length = if let Declared::Length(bytes) = declared { Some(bytes) } else { None };
+    let (body, framing) = match content_length {
+        _ if ended => (BodyKind::None, Framing::none()),
+        Some(bytes) => (BodyKind::Length(bytes), Framing::length(bytes)),
+        None => (BodyKind::Chunked, Framing::chunked()),
+    };
+    Ok(ResponseHead {
+        status: parts.status,
+        version: Version::HTTP_2,
+        reason: parts.status.canonical_reason().unwrap_or_default().to_owned(),
+        headers: parts.headers,
+        framing,
+        body,
+        keep_alive: true,
+        interim: false,
+        content_length,
+    })
+}
+
 /// RFC 9112 §6.3, in its order.
 fn body_of(status: StatusCode, request_method: &Method, declared: Declared) -> BodyKind {
     let never = status.is_informational() || status == StatusCode::NO_CONTENT || status == StatusCode::NOT_MODIFIED;
@@ -146,6 +171,22 @@ impl ResponseHead {
     /// A chunked body for an HTTP/1.0 client, which knows no chunks: the body must be sent decoded, until close.
     pub fn needs_dechunk(&self, client: Version) -> bool {
         self.body == BodyKind::Chunked && client == Version::HTTP_10
+    }
+
+    /// The head as a client of HTTP/2 gets it, and the length of the body where it is known.
+    pub fn frames(&self) -> (Response<()>, Option<u64>) {
+        let mut head = Response::new(());
+        *head.status_mut() = self.status;
+        let own = |name: &HeaderName| headers::is_hop_by_hop(name) || name == header::CONTENT_LENGTH;
+        let fields = self.headers.iter().filter(|(name, _)| !own(name));
+        head.headers_mut().extend(fields.map(|(name, value)| (name.clone(), value.clone())));
+        let length = if let BodyKind::Length(bytes) = self.body { Some(bytes) } else { None };
+        let described =
+            self.content_length.filter(|_| self.body == BodyKind::None && self.status != StatusCode::NO_CONTENT);
+        if let Some(bytes) = length.or(described) {
+            head.headers_mut().insert(header::CONTENT_LENGTH, bytes.into());
+        }
+        (head, length)
     }
 
     /// Appends the head as the client gets it. Returns whether the client's connection stays open afterwards: `keep_alive`

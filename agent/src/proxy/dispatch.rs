@@ -13,8 +13,11 @@ use super::{
     respond::{Answer, evicted},
 };
 use crate::{
-    client::ClientSocket,
-    endpoint::connection::{EndpointConnection, Reader},
+    client::Client,
+    endpoint::{
+        body::ResponseBody,
+        connection::{EndpointConnection, Reader},
+    },
     error::Error,
     http::{
         body::BodyError,
@@ -34,7 +37,7 @@ const ONE_WRITE: usize = 64 * 1024;
 
 pub(super) async fn dispatch(
     worker: &Worker,
-    client: &mut ClientSocket,
+    client: &mut Client,
     request: &mut Request,
     upload: &Upload,
     picked: &mut Picked,
@@ -65,7 +68,8 @@ pub(super) async fn dispatch(
                     shared.endpoint_answered(pool, address, head.status);
                     // What is left of the request would be taken for the next one.
                     head.keep_alive &= sent;
-                    return Ok(Answer { endpoint, head, pending, in_flight });
+                    let body = ResponseBody::Http1 { connection: endpoint, framing: head.framing, pending };
+                    return Ok(Answer { address, head, body, in_flight });
                 }
                 Err(Failed::Early) if reused => worker.shared.metrics.endpoint_retried("kept_connection_closed"),
                 Err(Failed::Early) => {
@@ -103,7 +107,7 @@ type Read = (ResponseHead, BytesMut, bool);
 /// body, so both directions go at once.
 async fn attempt(
     worker: &Worker,
-    client: &mut ClientSocket,
+    client: &mut Client,
     request: &Request,
     upload: &Upload,
     picked: &mut Picked,
