@@ -1,7 +1,7 @@
 //! Requests go where the picker says, and the picker is told where they went.
 
 use penstock_agent::config::SteeringMode;
-use penstock_tests::eventually;
+use penstock_tests::{eventually, scripted_epp::StreamRecord};
 
 use crate::SOON;
 use crate::cluster::{
@@ -61,7 +61,7 @@ pub(crate) async fn gateway_destination_endpoint_served(mode: SteeringMode) {
         }
     }
     eventually(SOON, || pool.epp.streams_open() == 0).await;
-    let told: Vec<_> = pool.epp.streams().iter().map(|stream| stream.served()).collect();
+    let told: Vec<_> = pool.epp.streams().iter().map(StreamRecord::served).collect();
     let expected: Vec<_> =
         pool.pods.iter().flat_map(|pod| [Some(pod.addr.to_string()), Some(pod.addr.to_string())]).collect();
     assert_eq!(told, expected);

@@ -62,7 +62,7 @@ pool = "secondary"
             match expected {
                 Some(pool) => assert_eq!(served(&response), pool.pod(0), "{host}{path}"),
                 None => {
-                    assert_eq!((response.status(), response.error_code().as_str()), (404, "no_route"), "{host}{path}")
+                    assert_eq!((response.status(), response.error_code().as_str()), (404, "no_route"), "{host}{path}");
                 }
             }
         }
