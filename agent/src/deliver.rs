@@ -7,8 +7,10 @@
 
 mod frames;
 mod span;
+mod tunnel;
 
 pub use frames::{Coding, Frames};
+pub use tunnel::Tunnel;
 
 use std::{cell::RefCell, io, time::Duration};
 
@@ -42,11 +44,25 @@ pub enum End {
     Idle,
 }
 
+impl End {
+    /// Label for metrics and logs.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::Complete { .. } => "ok",
+            Self::ClientGone => "client_gone",
+            Self::Broken => "endpoint_broke",
+            Self::Idle => "idle_timeout",
+        }
+    }
+}
+
 /// What was carried, and by whom.
 #[derive(Debug, Default, Clone)]
 pub struct Account {
     pub relayed: u64,
     pub steered: u64,
+    /// Bytes from the client to the endpoint behind a switch of protocols.
+    pub upstream: u64,
     /// Pieces that user space wrote, and segments that the kernel redirected.
     pub pieces: u64,
     pub segments: u64,

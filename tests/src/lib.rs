@@ -5,9 +5,11 @@
 pub mod agent;
 pub mod agent_process;
 pub mod client;
+pub mod collector;
 pub mod content;
 mod decoder;
 pub mod demo;
+pub mod dns_server;
 mod eventually;
 pub mod model_server;
 mod own_runtime;
@@ -19,8 +21,10 @@ pub mod scripted_epp;
 pub mod stage;
 
 pub use client::{BodyEnd, Client, Request, Response};
+pub use collector::{CollectedSpan, Collector, Mood};
 pub use content::{Alphabet, Checker};
 pub use decoder::{Decoder, Framed};
+pub use dns_server::DnsServer;
 pub use eventually::eventually;
 pub use model_server::{ModelServer, Plan};
 pub use process::Process;

@@ -9,7 +9,7 @@ use std::{io, time::Duration};
 use bytes::BytesMut;
 use futures_util::FutureExt as _;
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _, Interest},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Interest},
     net::TcpStream,
 };
 use tokio_rustls::server::TlsStream;
@@ -134,6 +134,22 @@ impl ClientSocket {
         Ok(())
     }
 
+    /// Both directions at once, and what has been read already. The kernel's account ends here: no more is to be redirected.
+    #[expect(clippy::type_complexity, reason = "two halves of either kind of connection")]
+    pub fn split(&mut self) -> (Box<dyn AsyncRead + Unpin + '_>, BytesMut, Box<dyn AsyncWrite + Unpin + '_>) {
+        let read = std::mem::take(&mut self.buf);
+        match &mut self.stream {
+            Stream::Plain(stream) => {
+                let (reader, writer) = stream.split();
+                (Box::new(reader), read, Box::new(writer))
+            }
+            Stream::Tls(stream) => {
+                let (reader, writer) = tokio::io::split(stream);
+                (Box::new(reader), read, Box::new(writer))
+            }
+        }
+    }
+
     /// Books bytes that the kernel has redirected here.
     pub fn add_redirected(&mut self, bytes: u64) {
         self.account += bytes;
@@ -173,35 +189,25 @@ impl ClientSocket {
         }
     }
 
-    /// Resolves when the client has left: closed, closed its writing side, or reset. Never resolves once the client has
-    /// sent something ahead of time (the next request): what lies behind that cannot be seen. Cancel-safe.
+    /// Resolves when the client has left: closed, closed its writing side, or reset, and also when that lies behind bytes that
+    /// nobody has read yet (the rest of a body, the next request). Cancel-safe.
     pub async fn gone(&mut self) {
         if let Stream::Plain(_) = self.stream {
             return self.left().await;
         }
-        // Only what is decrypted tells. What is read ahead of time is kept.
+        // What is decrypted may tell sooner. What is read ahead of time is kept.
         while self.buf.is_empty() {
             if !matches!(self.read(AHEAD).await, Ok(1..)) {
                 return;
             }
         }
-        std::future::pending().await
+        self.left().await;
     }
 
-    /// As [`gone`](Self::gone), without TLS.
+    /// As [`gone`](Self::gone), by the end of the TCP stream alone.
     pub async fn left(&self) {
-        let stream = self.stream();
-        loop {
-            if stream.readable().await.is_err() {
-                return;
-            }
-            match stream.try_io(Interest::READABLE, || socket::peek(self.stream(), &mut [0])) {
-                Ok(0) => return,
-                Ok(_) => std::future::pending().await,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(_) => return,
-            }
-        }
+        // Nothing is urgent on these sockets: what this waits for is the end of the stream, which tokio remembers.
+        let _ = self.stream().ready(Interest::PRIORITY).await;
     }
 
     /// Ends the connection in order: everything written arrives, then FIN. Reads on for a moment, because closing with

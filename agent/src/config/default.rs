@@ -5,11 +5,12 @@ use std::{
     time::Duration,
 };
 
-use http::HeaderName;
+use http::{HeaderName, uri::PathAndQuery};
 
 use super::{
-    Admin, AppProtocol, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppTls, FailureMode, HealthCheck, Limits, Listen,
-    Node, Picker, Pool, ResponseToPicker, Steering, SteeringMode, Subset, Timeouts,
+    Admin, AppProtocol, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppTls, ErrorFormat, Errors, FailureMode,
+    Forwarding, Headers, HealthCheck, Limits, Listen, Node, Picker, Pool, Ratio, ResponseToPicker, Retry, Steering,
+    SteeringMode, Subset, Timeouts, Tracing,
 };
 
 /// A complete commented file. Its settings are the defaults; what has none is commented out, as `#key = value`.
@@ -25,8 +26,11 @@ impl Config {
             admin: Admin::default(),
             limits: Limits::default(),
             timeouts: Timeouts::default(),
+            headers: Headers::default(),
+            errors: Errors::default(),
             bbr: Bbr::default(),
             steering: Steering::default(),
+            tracing: Tracing::default(),
             node: Node::default(),
             dns: Dns::default(),
             pools,
@@ -42,6 +46,7 @@ impl Default for Listen {
             workers: 0,
             max_connections: 16_384,
             http2_max_streams: 256,
+            upgrades: vec!["websocket".to_owned()],
             tls: None,
         }
     }
@@ -62,15 +67,33 @@ impl Default for Limits {
 impl Default for Timeouts {
     fn default() -> Self {
         Self {
-            head: Duration::from_secs(10),
-            body: Duration::from_secs(60),
-            keep_alive: Duration::from_secs(75),
-            connect: Duration::from_secs(1),
+            head: Some(Duration::from_secs(10)),
+            body: Some(Duration::from_secs(60)),
+            keep_alive: Some(Duration::from_secs(75)),
+            connect: Some(Duration::from_secs(1)),
             first_byte: Some(Duration::from_secs(600)),
             idle: Some(Duration::from_secs(300)),
+            request: None,
             endpoint_keep_alive: Duration::from_secs(4),
             drain: Duration::from_secs(30),
         }
+    }
+}
+
+impl Default for Headers {
+    fn default() -> Self {
+        Self {
+            via: Some("penstock".to_owned()),
+            x_forwarded: Forwarding::Append,
+            forwarded: Forwarding::Off,
+            request_id_to_client: false,
+        }
+    }
+}
+
+impl Default for Errors {
+    fn default() -> Self {
+        Self { format: ErrorFormat::OpenAi }
     }
 }
 
@@ -93,6 +116,18 @@ impl Default for Steering {
     }
 }
 
+impl Default for Tracing {
+    fn default() -> Self {
+        Self {
+            otlp_endpoint: None,
+            sampling_ratio: Ratio::ALL,
+            service_name: "penstock".to_owned(),
+            queue_spans: 4096,
+            export_interval: Duration::from_secs(1),
+        }
+    }
+}
+
 impl Default for Dns {
     fn default() -> Self {
         Self {
@@ -101,6 +136,12 @@ impl Default for Dns {
             min_ttl: Duration::from_secs(1),
             max_ttl: Duration::from_secs(300),
         }
+    }
+}
+
+impl Default for Retry {
+    fn default() -> Self {
+        Self { attempts: 2, budget_percent: 20, budget_min_per_second: 10 }
     }
 }
 
@@ -118,9 +159,9 @@ impl Default for Ejection {
 
 impl HealthCheck {
     /// GET `path` every five seconds.
-    pub fn new(path: impl Into<String>) -> Self {
+    pub fn new(path: PathAndQuery) -> Self {
         Self {
-            path: path.into(),
+            path,
             interval: Duration::from_secs(5),
             timeout: Duration::from_secs(2),
             unhealthy_after: 3,
@@ -150,6 +191,7 @@ impl Pool {
             passthrough: false,
             picker: Picker::Builtin,
             subset: Subset::default(),
+            retry: Retry::default(),
             ejection: Ejection::default(),
             health: None,
         }

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use http::uri::PathAndQuery;
+
 use super::*;
 
 const POOL: &str = "[[pools]]\nname = \"a\"\nendpoints = [\"127.0.0.1:8000\"]\n";
@@ -52,7 +54,7 @@ fn the_commented_settings_of_the_default_file_are_the_defaults() {
     let config = Config::parse(&text, "p.toml").unwrap();
     assert_eq!(config.pools[0].picker, Picker::Epp(Epp::new("127.0.0.1:9002")));
     assert_eq!(config.pools[0].default_upstream, Some("127.0.0.1:8001".parse().unwrap()));
-    assert_eq!(config.pools[0].health, Some(HealthCheck::new("/health")));
+    assert_eq!(config.pools[0].health, Some(HealthCheck::new(PathAndQuery::from_static("/health"))));
     assert_eq!(config.pools[0].endpoints_file, Some("endpoints.toml".into()));
     assert_eq!(config.node, Node { name: Some("node-1".into()), zone: Some("zone-a".into()) });
     let route = Route {
@@ -77,15 +79,15 @@ fn the_default_file_has_every_key() {
         let (_, known) = known.unwrap_or_else(|| panic!("{header}: {messages:?}"));
         let section = &text[body..];
         let section = &section[..section.find("\n[").unwrap_or(section.len())];
-        for key in known.split(", ").filter(|key| !["picker", "subset", "ejection", "health"].contains(key)) {
+        for key in known.split(", ").filter(|key| !["picker", "subset", "retry", "ejection", "health"].contains(key)) {
             assert!(section.lines().any(|line| line.starts_with(&format!("{key} = "))), "{header} lacks {key}");
         }
         sections += 1;
     }
-    assert_eq!(sections, 14);
+    assert_eq!(sections, 18);
     assert_eq!(
         messages(&format!("top = 1\n{text}"))[0],
-        "p.toml:1: top: found an unknown key, expected one of listen, admin, limits, timeouts, bbr, steering, node, dns, pools, routes"
+        "p.toml:1: top: found an unknown key, expected one of listen, admin, limits, timeouts, headers, errors, bbr, steering, tracing, node, dns, pools, routes"
     );
 }
 
@@ -97,6 +99,7 @@ fn every_setting_is_read() {
         workers = 3
         max_connections = 1_000
         http2_max_streams = 0
+        upgrades = []
         [admin]
         address = "127.0.0.1:0"
         [limits]
@@ -111,8 +114,16 @@ fn every_setting_is_read() {
         connect = "4h"
         first_byte = "off"
         idle = "off"
+        request = "5m"
         endpoint_keep_alive = "5s"
         drain = "24h"
+        [headers]
+        via = "gw.example:8080"
+        x_forwarded = "replace"
+        forwarded = "append"
+        request_id_to_client = true
+        [errors]
+        format = "plain"
         [bbr]
         enabled = false
         header = "X-Model"
@@ -124,6 +135,12 @@ fn every_setting_is_read() {
         client_send_buffer = 16384
         endpoint_receive_buffer = 67108864
         max_flows = 7
+        [tracing]
+        otlp_endpoint = "http://[::1]:4317/"
+        sampling_ratio = 0.25
+        service_name = "edge"
+        queue_spans = 8
+        export_interval = "2s"
         [node]
         name = "n1"
         zone = "a"
@@ -139,8 +156,9 @@ fn every_setting_is_read() {
         endpoints_file = "/etc/endpoints.json"
         ports = [8000, 8001]
         subset = { prefer = ["zone", "node"], empty = "fail" }
+        retry = { attempts = 0, budget_percent = 5, budget_min_per_second = 6 }
         ejection = { failures = 0, base = "1s", max = "2s", max_percent = 100, server_errors = true }
-        health = { path = "/live", interval = "1s", timeout = "2s", unhealthy_after = 4, healthy_after = 5 }
+        health = { path = "/live?full=1", interval = "1s", timeout = "2s", unhealthy_after = 4, healthy_after = 5 }
         app_protocol = "h2c"
         failure_mode = "open"
         default_upstream = "127.0.0.2:1"
@@ -178,6 +196,7 @@ fn every_setting_is_read() {
             header: http::HeaderName::from_static("x-pick"),
         }),
         subset: Subset { prefer: vec![Locality::Zone, Locality::Node], endpoints: vec![], empty: EmptySubset::Fail },
+        retry: Retry { attempts: 0, budget_percent: 5, budget_min_per_second: 6 },
         ejection: Ejection {
             failures: 0,
             base: Duration::from_secs(1),
@@ -186,7 +205,7 @@ fn every_setting_is_read() {
             server_errors: true,
         },
         health: Some(HealthCheck {
-            path: "/live".into(),
+            path: PathAndQuery::from_static("/live?full=1"),
             interval: Duration::from_secs(1),
             timeout: Duration::from_secs(2),
             unhealthy_after: 4,
@@ -199,20 +218,29 @@ fn every_setting_is_read() {
             workers: 3,
             max_connections: 1000,
             http2_max_streams: 0,
+            upgrades: vec![],
             tls: None,
         },
         admin: Admin { address: "127.0.0.1:0".parse().unwrap() },
         limits: Limits { head_bytes: 1024, headers: 16, body_bytes: 5, body_memory_bytes: 4 },
         timeouts: Timeouts {
-            head: Duration::from_millis(1),
-            body: Duration::from_secs(2),
-            keep_alive: Duration::from_secs(180),
-            connect: Duration::from_secs(4 * 3600),
+            head: Some(Duration::from_millis(1)),
+            body: Some(Duration::from_secs(2)),
+            keep_alive: Some(Duration::from_secs(180)),
+            connect: Some(Duration::from_secs(4 * 3600)),
             first_byte: None,
             idle: None,
+            request: Some(Duration::from_secs(300)),
             endpoint_keep_alive: Duration::from_secs(5),
             drain: Duration::from_secs(24 * 3600),
         },
+        headers: Headers {
+            via: Some("gw.example:8080".into()),
+            x_forwarded: Forwarding::Replace,
+            forwarded: Forwarding::Append,
+            request_id_to_client: true,
+        },
+        errors: Errors { format: ErrorFormat::Plain },
         bbr: Bbr { enabled: false, header: http::HeaderName::from_static("x-model"), default_model: Some("m".into()) },
         steering: Steering {
             mode: SteeringMode::Ingress,
@@ -221,6 +249,13 @@ fn every_setting_is_read() {
             client_send_buffer: 16_384,
             endpoint_receive_buffer: 67_108_864,
             max_flows: 7,
+        },
+        tracing: Tracing {
+            otlp_endpoint: Some("http://[::1]:4317/".into()),
+            sampling_ratio: Ratio::new(0.25).unwrap(),
+            service_name: "edge".into(),
+            queue_spans: 8,
+            export_interval: Duration::from_secs(2),
         },
         node: Node { name: Some("n1".into()), zone: Some("a".into()) },
         dns: Dns {
@@ -236,24 +271,47 @@ fn every_setting_is_read() {
 }
 
 #[test]
+fn what_can_be_off() {
+    let text = "[timeouts]\nhead = \"off\"\nbody = \"off\"\nkeep_alive = \"off\"\nconnect = \"off\"\nfirst_byte = \"off\"\nidle = \"off\"\nrequest = \"off\"\n[headers]\nvia = \"off\"\nx_forwarded = \"off\"\n";
+    let config = Config::parse(&format!("{text}{POOL}"), "p.toml").unwrap();
+    let (head, body, keep_alive, connect) = (None, None, None, None);
+    let (first_byte, idle, request) = (None, None, None);
+    let timeouts = Timeouts { head, body, keep_alive, connect, first_byte, idle, request, ..Timeouts::default() };
+    assert_eq!(config.timeouts, timeouts);
+    assert_eq!(config.headers, Headers { via: None, x_forwarded: Forwarding::Off, ..Headers::default() });
+}
+
+#[test]
 fn bad_sections() {
     const DURATION: &str = r#"a duration such as "250ms", "4s", "5m" or "1h", from 1ms to 24h"#;
     let cases = [
         ("[listen]\naddress = \"localhost:8080\"", r#"p.toml:2: listen.address: found "localhost:8080", expected ip:port, such as "0.0.0.0:8080" or "[::]:8080""#.to_owned()),
         ("[listen]\n\nworkers = -1", "p.toml:3: listen.workers: found -1, expected an integer from 0 to 1024".to_owned()),
         ("[listen.tls]\naddress = \"0.0.0.0:1\"\ncert_file = \"none.crt\"", r"p.toml:1: listen.tls.key_file: found nothing, expected the file with its key".to_owned()),
-        ("[listen]\nport = 1", "p.toml:2: listen.port: found an unknown key, expected one of address, workers, max_connections, http2_max_streams, tls".to_owned()),
+        ("[listen]\nport = 1", "p.toml:2: listen.port: found an unknown key, expected one of address, workers, max_connections, http2_max_streams, upgrades, tls".to_owned()),
         ("listen = 5", "p.toml:1: listen: found 5, expected a section".to_owned()),
         ("[admin]\naddress = \"127.0.0.1:8080\"", "p.toml:2: admin.address: found 127.0.0.1:8080, expected another port than listen.address (0.0.0.0:8080)".to_owned()),
         ("[limits]\nhead_bytes = 100", "p.toml:2: limits.head_bytes: found 100, expected an integer from 1024 to 1048576".to_owned()),
         ("[limits]\nheaders = 1.5", "p.toml:2: limits.headers: found 1.5, expected an integer from 16 to 1024".to_owned()),
         ("[limits]\nbody_bytes = 10\nbody_memory_bytes = 11", "p.toml:3: limits.body_memory_bytes: found 11, expected at most limits.body_bytes (10)".to_owned()),
-        ("[timeouts]\nhead = 10", format!("p.toml:2: timeouts.head: found 10, expected {DURATION}")),
-        ("[timeouts]\nhead = \"0s\"", format!("p.toml:2: timeouts.head: found \"0s\", expected {DURATION}")),
-        ("[timeouts]\nhead = \"1.5s\"", format!("p.toml:2: timeouts.head: found \"1.5s\", expected {DURATION}")),
-        ("[timeouts]\nhead = \"off\"", format!("p.toml:2: timeouts.head: found \"off\", expected {DURATION}")),
-        ("[timeouts]\nhead = \"99999999999999999999h\"", format!("p.toml:2: timeouts.head: found \"99999999999999999999h\", expected {DURATION}")),
+        ("[timeouts]\ndrain = 10", format!("p.toml:2: timeouts.drain: found 10, expected {DURATION}")),
+        ("[timeouts]\ndrain = \"0s\"", format!("p.toml:2: timeouts.drain: found \"0s\", expected {DURATION}")),
+        ("[timeouts]\ndrain = \"1.5s\"", format!("p.toml:2: timeouts.drain: found \"1.5s\", expected {DURATION}")),
+        ("[timeouts]\ndrain = \"off\"", format!("p.toml:2: timeouts.drain: found \"off\", expected {DURATION}")),
+        ("[timeouts]\nendpoint_keep_alive = \"off\"", format!("p.toml:2: timeouts.endpoint_keep_alive: found \"off\", expected {DURATION}")),
+        ("[timeouts]\ndrain = \"99999999999999999999h\"", format!("p.toml:2: timeouts.drain: found \"99999999999999999999h\", expected {DURATION}")),
         ("[timeouts]\nidle = false", format!("p.toml:2: timeouts.idle: found false, expected \"off\" or {DURATION}")),
+        ("[timeouts]\nrequest = \"never\"", format!("p.toml:2: timeouts.request: found \"never\", expected \"off\" or {DURATION}")),
+        ("[headers]\nvia = \"a b\"", r#"p.toml:2: headers.via: found "a b", expected "off" or a name without blanks, such as "penstock""#.to_owned()),
+        ("[headers]\nvia = \"\"", r#"p.toml:2: headers.via: found "", expected "off" or a name without blanks, such as "penstock""#.to_owned()),
+        ("[headers]\nx_forwarded = \"on\"", r#"p.toml:2: headers.x_forwarded: found "on", expected "append" or "replace" or "off""#.to_owned()),
+        ("[headers]\nforwarded = true", r#"p.toml:2: headers.forwarded: found true, expected "append" or "replace" or "off""#.to_owned()),
+        ("[errors]\nformat = \"html\"", r#"p.toml:2: errors.format: found "html", expected "openai" or "plain""#.to_owned()),
+        ("[tracing]\notlp_endpoint = \"127.0.0.1:4317\"", r#"p.toml:2: tracing.otlp_endpoint: found "127.0.0.1:4317", expected "off" or a URL such as "http://127.0.0.1:4317""#.to_owned()),
+        ("[tracing]\notlp_endpoint = \"https://a:4317\"", r#"p.toml:2: tracing.otlp_endpoint: found "https://a:4317", expected "off" or a URL such as "http://127.0.0.1:4317""#.to_owned()),
+        ("[tracing]\nsampling_ratio = 1.5", "p.toml:2: tracing.sampling_ratio: found 1.5, expected a number from 0 to 1".to_owned()),
+        ("[tracing]\nsampling_ratio = nan", "p.toml:2: tracing.sampling_ratio: found nan, expected a number from 0 to 1".to_owned()),
+        ("[tracing]\nqueue_spans = 0", "p.toml:2: tracing.queue_spans: found 0, expected an integer from 1 to 1048576".to_owned()),
         ("[bbr]\nenabled = \"yes\"", r#"p.toml:2: bbr.enabled: found "yes", expected true or false"#.to_owned()),
         ("[bbr]\nheader = \"Content-Length\"", r#"p.toml:2: bbr.header: found "Content-Length", expected the name of a header that does not frame the message"#.to_owned()),
         ("[bbr]\ndefault_model = \"\"", r#"p.toml:2: bbr.default_model: found "", expected a text that is not empty"#.to_owned()),
@@ -390,12 +448,20 @@ fn bad_subsets_and_health() {
             r#"p.toml:5: pools[0].subset.empty: found "none", expected "all" or "fail""#,
         ),
         (
+            "[pools.retry]\nbudget_percent = 101",
+            "p.toml:5: pools[0].retry.budget_percent: found 101, expected an integer from 0 to 100",
+        ),
+        (
             "[pools.ejection]\nbase = \"2m\"",
             "p.toml:5: pools[0].ejection.base: found a base above max, expected base up to max",
         ),
         (
             "[pools.health]\ninterval = \"1s\"",
             r#"p.toml:4: pools[0].health.path: found nothing, expected the path to ask for, such as "/health""#,
+        ),
+        (
+            "[pools.health]\npath = \"health\"",
+            r#"p.toml:5: pools[0].health.path: found "health", expected a path that starts with "/""#,
         ),
         (
             "[dns]\nmin_ttl = \"1h\"",
@@ -539,4 +605,62 @@ fn files_are_found_beside_the_configuration() {
     let missing = folder.path().join("missing.toml");
     let error = Config::load(&missing).unwrap_err().to_string();
     assert!(error.starts_with(&format!("{}: cannot be read: ", missing.display())), "{error}");
+}
+
+fn endpoints_file(text: &str, name: &str) -> Result<Vec<Endpoint>, String> {
+    let (format, listen) = (EndpointsFormat::of(Path::new(name)), address("10.0.0.9:8080"));
+    parse_endpoints(text, format, &[8000, 8001], listen).map_err(|error| error.to_string())
+}
+
+#[test]
+fn files_of_endpoints_say_the_same_as_toml_and_as_json() {
+    let toml = r#"endpoints = ["10.0.0.1", "[fd00::1]:80",
+        { address = "10.0.0.2:80", node = "n1", zone = "", draining = true }]"#;
+    let tables = "[[endpoints]]\naddress = \"10.0.0.1\"\n[[endpoints]]\naddress = \"[fd00::1]:80\"\n\
+                  [[endpoints]]\naddress = \"10.0.0.2:80\"\nnode = \"n1\"\ndraining = true";
+    let json = r#"{"endpoints": ["10.0.0.1", "[fd00::1]:80",
+        {"address": "10.0.0.2:80", "node": "n1", "zone": null, "draining": true}]}"#;
+    let last = Endpoint { node: Some("n1".into()), draining: true, ..address("10.0.0.2:80").into() };
+    let mut expected: Vec<Endpoint> =
+        ["10.0.0.1:8000", "10.0.0.1:8001", "[fd00::1]:80"].map(|a| address(a).into()).into();
+    expected.push(last);
+    for (text, name) in [(toml, "e.toml"), (tables, "endpoints"), (json, "e.JSON")] {
+        assert_eq!(endpoints_file(text, name).as_ref(), Ok(&expected), "{name}");
+    }
+    for (text, name) in [("endpoints = []", "e.toml"), (r#"{"endpoints": []}"#, "e.json")] {
+        assert_eq!(endpoints_file(text, name), Ok(vec![]), "{name}");
+    }
+}
+
+#[test]
+fn bad_files_of_endpoints() {
+    let cases = [
+        ("e.toml", "", "line 1: missing field `endpoints`"),
+        ("e.toml", "endpoints = [\n\"10.0.0.1:80\",\n", "line 3: unclosed array, expected `]`"),
+        (
+            "e.toml",
+            "\nendpoints = [{ address = \"10.0.0.1:80\", weight = 1 }]",
+            r#"line 2: "ip:port" or { address = "ip:port", node = "n1", zone = "a", draining = false }"#,
+        ),
+        (
+            "e.json",
+            r#"{"endpoints": [5]}"#,
+            r#""ip:port" or { address = "ip:port", node = "n1", zone = "a", draining = false } at line 1 column 16"#,
+        ),
+        ("e.json", r#"{"endpoints": ["10.0.0.1:80"]"#, "EOF while parsing an object at line 1 column 29"),
+        ("e.json", r#"{"endpoint": []}"#, "unknown field `endpoint`, expected `endpoints` at line 1 column 11"),
+        (
+            "e.json",
+            r#"{"endpoints": ["10.0.0.1:80", "model:80"]}"#,
+            r#"endpoints[1]: found "model:80", expected ip:port of a server, or ip where the pool has ports"#,
+        ),
+        (
+            "e.toml",
+            r#"endpoints = ["10.0.0.9:8080"]"#,
+            r#"endpoints[0]: found "10.0.0.9:8080", expected another server than listen.address (10.0.0.9:8080)"#,
+        ),
+    ];
+    for (name, text, expected) in cases {
+        assert_eq!(endpoints_file(text, name), Err(expected.to_owned()), "{text}");
+    }
 }

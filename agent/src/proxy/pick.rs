@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use bytes::Bytes;
 use penstock_proto::ext_proc::HeaderMutation;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout};
 
 use super::Request;
 use crate::{
@@ -53,7 +53,9 @@ pub(super) async fn pick(
     let started = Instant::now();
     let metrics = worker.shared.metrics.pool(request.pool);
     let open = worker.shared.metrics.epp_stream();
-    let asked = ask(client_of_epp, worker.shared.config.limits.body_bytes, settings, client, request, upload).await;
+    let subset = worker.shared.endpoints[request.pool].subset(started.into_std());
+    let limit = worker.shared.config.limits.body_bytes;
+    let asked = ask(client_of_epp, limit, settings, subset.as_deref(), client, request, upload).await;
     let failure = match asked {
         Asked::Answered(Outcome::Immediate(reply), _) => {
             metrics.epp_exchange(EppOutcome::Immediate, started.elapsed());
@@ -62,6 +64,9 @@ pub(super) async fn pick(
         Asked::Answered(Outcome::Picked(decision), stream) => match admitted(worker, request.pool, decision) {
             Ok((endpoints, decision)) => {
                 metrics.epp_exchange(EppOutcome::Picked, started.elapsed());
+                if subset.is_some_and(|subset| !subset.contains(&decision.endpoints[0])) {
+                    metrics.epp_outside_subset();
+                }
                 request.record.picked_in(started.elapsed());
                 upload.rest(client).await?;
                 let Decision { mutation, body, .. } = decision;
@@ -105,12 +110,16 @@ fn admitted(worker: &Worker, pool: usize, decision: Decision) -> Result<(Vec<Soc
 }
 
 fn builtin(worker: &Worker, pool: usize, upload: &mut Upload) -> Result<Picked, Error> {
-    let pick = worker.shared.pickers[pool].pick(&upload.prompt(), None, Instant::now().into_std())?;
+    let now = Instant::now().into_std();
+    let subset = worker.shared.endpoints[pool].subset(now);
+    let pick = worker.shared.pickers[pool].pick(&upload.prompt(), subset.as_deref(), now)?;
     Ok(unasked(pick.endpoints))
 }
 
 fn open_pick(worker: &Worker, pool: &config::Pool, index: usize, upload: &mut Upload) -> Result<Picked, Error> {
-    match pool.default_upstream {
+    let endpoints = worker.shared.endpoints[index].snapshot();
+    let takes_requests = |upstream: &SocketAddr| endpoints.get(*upstream).is_none_or(|endpoint| !endpoint.draining);
+    match pool.default_upstream.filter(takes_requests) {
         Some(upstream) => Ok(unasked(vec![upstream])),
         None => builtin(worker, index, upload),
     }
@@ -132,15 +141,16 @@ async fn ask(
     epp: &EppClient,
     limit: u64,
     settings: &config::Epp,
+    subset: Option<&[SocketAddr]>,
     client: &mut Client,
     request: &Request,
     upload: &mut Upload,
 ) -> Asked {
     let limits = Limits { replaced_body: limit.try_into().unwrap_or(usize::MAX) };
-    let (mut retried, mut deadline) = (false, None);
+    let mut retried = false;
     loop {
-        let mut stream = Box::new(epp.open(&request.parts, upload.has_body(), None, limits));
-        match converse(&mut stream, settings, client, upload, &mut deadline).await {
+        let mut stream = Box::new(epp.open(&request.parts, upload.has_body(), subset, limits));
+        match converse(&mut stream, settings, client, upload).await {
             Ok(outcome) => return Asked::Answered(outcome, stream),
             Err(Asked::Failed(error)) if error.retry_on_fresh_channel() && !retried => {
                 tracing::debug!(%error, "asked again on a fresh connection");
@@ -152,23 +162,21 @@ async fn ask(
 }
 
 /// Sends what is kept of the body, then the rest as the client uploads it, until the EPP has answered or the decision
-/// timeout has passed since the EPP had everything, or since it took nothing more. `deadline` is when the decision has to be
-/// there: it is set when the body is complete, and holds for whoever is asked then.
+/// timeout has passed since the EPP had everything, or since it took nothing more.
 async fn converse(
     stream: &mut PickStream,
     settings: &config::Epp,
     client: &mut Client,
     upload: &mut Upload,
-    deadline: &mut Option<Instant>,
 ) -> Result<Outcome, Asked> {
-    let from_now = || Instant::now() + settings.decision_timeout;
+    let patience = settings.decision_timeout;
     if upload.has_body() {
         let (mut sent, total) = (0, upload.kept.len());
         let mut kept = upload.kept.pieces();
         while let Some(piece) = kept.next().await.map_err(|error| Asked::Client(error.into()))? {
             sent += piece.len() as u64;
             let end = sent == total && upload.is_done();
-            if let Some(outcome) = send(stream, piece, end, deadline.unwrap_or_else(from_now)).await? {
+            if let Some(outcome) = send(stream, client, piece, end, patience).await? {
                 return Ok(outcome);
             }
         }
@@ -185,15 +193,14 @@ async fn converse(
                 upload.end().map_err(Asked::Client)?;
             }
             ended = upload.is_done();
-            if let Some(outcome) = send(stream, read.unwrap_or_default(), ended, from_now()).await? {
+            if let Some(outcome) = send(stream, client, read.unwrap_or_default(), ended, patience).await? {
                 return Ok(outcome);
             }
         }
     }
-    let deadline = *deadline.get_or_insert_with(from_now);
     tokio::select! {
         biased;
-        outcome = timeout_at(deadline, stream.outcome()) => match outcome {
+        outcome = timeout(patience, stream.outcome()) => match outcome {
             Ok(outcome) => outcome.map_err(Asked::Failed),
             Err(_) => stream.at_deadline().map_err(Asked::Failed),
         },
@@ -201,9 +208,19 @@ async fn converse(
     }
 }
 
-async fn send(stream: &mut PickStream, piece: Bytes, end: bool, deadline: Instant) -> Result<Option<Outcome>, Asked> {
-    match timeout_at(deadline, stream.send_body(piece, end)).await {
-        Ok(sent) => sent.map_err(Asked::Failed),
-        Err(_) => Err(Asked::Failed(PickError::Deadline)),
+async fn send(
+    stream: &mut PickStream,
+    client: &mut Client,
+    piece: Bytes,
+    end: bool,
+    patience: std::time::Duration,
+) -> Result<Option<Outcome>, Asked> {
+    tokio::select! {
+        biased;
+        sent = timeout(patience, stream.send_body(piece, end)) => match sent {
+            Ok(sent) => sent.map_err(Asked::Failed),
+            Err(_) => Err(Asked::Failed(PickError::Deadline)),
+        },
+        () = client.gone() => Err(Asked::Client(Error::ClientGone)),
     }
 }

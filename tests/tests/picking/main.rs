@@ -15,6 +15,7 @@ mod patience;
 mod routing;
 mod seen;
 mod silent;
+mod tracing;
 
 use std::time::Duration;
 
