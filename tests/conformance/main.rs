@@ -30,6 +30,7 @@ on_both_paths! {
     failing::epp_unavailable_fail_open
     failing::epp_unavailable_fail_closed
     failing::inference_pool_invalid_epp_service
+    rules::gateway_weighted_across_two_inference_pools
     rules::http_route_multiple_gateways_different_pools
     rules::inference_pool_http_route_multiple_rules
     rules::inference_pool_http_route_port_validation

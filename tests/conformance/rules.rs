@@ -4,6 +4,32 @@ use penstock_agent::config::SteeringMode;
 
 use crate::cluster::{InferencePool, assert_carried, choosing, gateway, get, hundred, post, send, served};
 
+/// GatewayWeightedAcrossTwoInferencePools: 70 to 30 over 200 requests, within ten percent or four and a half standard deviations,
+/// whichever is more; in each pool the pod that its own picker has chosen.
+pub(crate) async fn gateway_weighted_across_two_inference_pools(mode: SteeringMode) {
+    const REQUESTS: usize = 200;
+    const PRIMARY: f64 = 0.7;
+    let (primary, secondary) = tokio::join!(InferencePool::start("primary", 2), InferencePool::start("secondary", 2));
+    let split = r#"
+[[routes]]
+host = "example.com"
+pools = [{ name = "primary", weight = 70 }, { name = "secondary", weight = 30 }]
+"#;
+    let gateway = gateway(mode, &[&primary, &secondary], split);
+    // Each picker finds one of its own among these.
+    let chosen = [primary.pod(1), secondary.pod(0)];
+    let request = choosing(post("/v1/completions").header("host", "example.com"), &chosen);
+    let served = [hundred(&gateway, &request).await, hundred(&gateway, &request).await].concat();
+    assert!(served.len() == REQUESTS && served.iter().all(|pod| chosen.contains(pod)), "{served:?}");
+    let asked = [primary.epp.streams_started(), secondary.epp.streams_started()];
+    let reached = [&primary, &secondary].map(|pool| pool.reached().0 as usize);
+    assert_eq!((asked, asked.iter().sum()), (reached, REQUESTS));
+    let deviation = (PRIMARY * (1.0 - PRIMARY) / REQUESTS as f64).sqrt();
+    let share = asked[0] as f64 / REQUESTS as f64;
+    assert!((share - PRIMARY).abs() <= (4.5 * deviation).max(0.10), "{share}");
+    assert_carried(&gateway, mode);
+}
+
 /// HTTPRouteMultipleGatewaysDifferentPools: two gateways, each with a route to a pool of its own.
 pub(crate) async fn http_route_multiple_gateways_different_pools(mode: SteeringMode) {
     let (primary, secondary) = tokio::join!(InferencePool::start("primary", 2), InferencePool::start("secondary", 2));

@@ -11,9 +11,12 @@ mod load;
 mod measured;
 mod model;
 mod mutations;
+mod parity;
 mod patience;
+mod routes;
 mod routing;
 mod seen;
+mod session;
 mod silent;
 mod tracing;
 
