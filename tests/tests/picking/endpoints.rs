@@ -1,13 +1,14 @@
 //! Connections to endpoints that are kept, and what becomes of a request when one of them dies.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
-use penstock_agent::config::SteeringMode;
+use penstock_agent::config::{SteeringMode, Timeouts};
 use penstock_tests::{
-    Client, Plan, Request, ScriptedEpp, Stage,
-    agent::{TestAgent, epp_pool},
+    Client, ModelServer, Plan, Request, ScriptedEpp, Stage,
+    agent::{TestAgent, builtin_pool, epp_pool},
     content::Fnv,
-    model_server::After,
+    eventually,
+    model_server::{After, Options},
     scripted_epp::Production,
     stage::{echo, json},
 };
@@ -16,6 +17,8 @@ use tokio::{
     net::TcpListener,
     sync::watch,
 };
+
+use crate::SOON;
 
 #[tokio::test]
 async fn one_closed_between_requests_is_replaced() {
@@ -38,6 +41,24 @@ async fn one_that_announces_its_end_is_not_kept() {
         assert_eq!((response.header("x-request-count"), response.header("connection")), (Some("1"), None));
     }
     assert_eq!(stage.agent.metric("penstock_endpoint_retries_total", &[]), 0.0);
+}
+
+/// D4: uvicorn closes after five seconds, so the agent's own limit is below that, and holds.
+#[tokio::test]
+async fn an_idle_connection_is_closed_before_the_endpoint_does() {
+    let uvicorn = Duration::from_secs(5);
+    assert!(Timeouts::default().endpoint_keep_alive <= uvicorn - Duration::from_secs(1));
+    let patient = ModelServer::start(Options { idle_close: None, ..Options::default() }).await.unwrap();
+    let agent = TestAgent::start(builtin_pool(&[patient.addr]), SteeringMode::Off, |config| {
+        config.timeouts.endpoint_keep_alive = Duration::from_millis(200);
+    });
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    for connection in 1..=2 {
+        assert_eq!(client.request(&echo("{}")).await.unwrap().echoed().count, 1);
+        eventually(SOON, || patient.connections_open() == 0).await;
+        assert_eq!(patient.connections_accepted(), connection);
+    }
+    assert_eq!(agent.count("penstock_endpoint_retries_total", &[]), 0);
 }
 
 /// Answers the first request of each connection, and to the second says `last_words` and closes. Counts connections.

@@ -1,17 +1,22 @@
 //! Requests through an agent that asks an endpoint picker, in this process and with steering off: where they go, what the
 //! picker is told, what it changes, and what happens when it fails.
 
+mod abrupt;
 mod conversation;
 mod endpoints;
 mod failure;
+mod health;
 mod immediate;
 mod leaving;
 mod load;
 mod model;
 mod mutations;
 mod patience;
+mod retries;
 mod routing;
 mod silent;
+mod sources;
+mod subset;
 
 use std::time::Duration;
 
