@@ -43,16 +43,32 @@ pub(super) async fn dispatch(
     upload: &Upload,
     picked: &mut Picked,
 ) -> Result<Answer, Error> {
+    let list = std::mem::take(&mut picked.endpoints);
+    tokio::select! {
+        biased;
+        answer = walk(worker, request, upload, &picked.body, list) => answer,
+        reply = evicted(&mut picked.stream) => Err(Error::Evicted(Box::new(reply))),
+        () = client.gone() => Err(Error::ClientGone),
+    }
+}
+
+async fn walk(
+    worker: &Worker,
+    request: &Request,
+    upload: &Upload,
+    body: &Body,
+    list: Vec<SocketAddr>,
+) -> Result<Answer, Error> {
     let (shared, pool) = (&worker.shared, request.pool);
     let metrics = shared.metrics.pool(pool);
     shared.retries[pool].request(now());
     let mut last = Error::NoEndpoint(NoEndpoint::NoneEligible);
     let (mut sent, mut retries) = (false, 0);
-    let mut list = std::mem::take(&mut picked.endpoints).into_iter().enumerate().peekable();
+    let mut list = list.into_iter().enumerate().peekable();
     while let Some((index, address)) = list.next() {
         metrics.fallback_attempt(index);
         let in_flight = shared.endpoints[pool].begin(address, now());
-        let failed = match turn(worker, client, request, upload, picked, address, &mut sent).await {
+        let failed = match turn(worker, request, upload, body, address, &mut sent).await {
             Ok((endpoint, head, pending)) => {
                 shared.endpoint_answered(pool, address, head.status);
                 return Ok(Answer { endpoint, head, pending, in_flight });
@@ -71,19 +87,20 @@ pub(super) async fn dispatch(
             }
             Failed::Early => {
                 last = Error::EndpointClosed(address);
-                if list.peek().is_some() {
-                    retries += 1;
-                    if let Err(refused) = may_retry(worker, pool, retries) {
-                        metrics.retry_refused(refused);
-                        break;
-                    }
-                }
+                retries += 1;
                 "closed_before_response"
             }
         };
-        if list.peek().is_some() {
-            shared.metrics.endpoint_retried(reason);
+        if list.peek().is_none() {
+            break;
         }
+        if reason != "connect"
+            && let Err(refused) = may_retry(worker, pool, retries)
+        {
+            metrics.retry_refused(refused);
+            break;
+        }
+        shared.metrics.endpoint_retried(reason);
     }
     Err(last)
 }
@@ -108,10 +125,9 @@ fn may_retry(worker: &Worker, pool: usize, retries: u32) -> Result<(), &'static 
 /// that brings down its endpoints does not go on for nothing.
 async fn turn(
     worker: &Worker,
-    client: &mut ClientSocket,
     request: &Request,
     upload: &Upload,
-    picked: &mut Picked,
+    body: &Body,
     address: SocketAddr,
     sent: &mut bool,
 ) -> Result<(EndpointConnection, ResponseHead, BytesMut), Failed> {
@@ -120,7 +136,7 @@ async fn turn(
     if let Some(endpoint) = kept {
         metrics.endpoint_connection(Connection::Reused);
         *sent = true;
-        match attempt(worker, client, request, upload, picked, endpoint).await {
+        match attempt(worker, request, upload, body, endpoint).await {
             Err(Failed::Early) => metrics.endpoint_retried("kept_connection_closed"),
             outcome => return outcome,
         }
@@ -131,7 +147,7 @@ async fn turn(
     })?;
     metrics.endpoint_connection(Connection::New);
     *sent = true;
-    attempt(worker, client, request, upload, picked, endpoint).await
+    attempt(worker, request, upload, body, endpoint).await
 }
 
 enum Failed {
@@ -159,10 +175,9 @@ impl From<Error> for Failed {
 /// it has taken the whole body, so both directions go at once.
 async fn attempt(
     worker: &Worker,
-    client: &mut ClientSocket,
     request: &Request,
     upload: &Upload,
-    picked: &mut Picked,
+    body: &Body,
     mut endpoint: EndpointConnection,
 ) -> Result<(EndpointConnection, ResponseHead, BytesMut), Failed> {
     let address = endpoint.address;
@@ -170,7 +185,7 @@ async fn attempt(
     let (reader, writer) = endpoint.split().map_err(|_| Failed::Early)?;
     let sent = Cell::new(false);
     let send = async {
-        match send(writer, request, upload, &picked.body).await {
+        match send(writer, request, upload, body).await {
             Ok(()) => sent.set(true),
             // Not the end: the endpoint may have answered and closed. What it sent tells.
             Err(Written::Endpoint) => {}
@@ -182,8 +197,6 @@ async fn attempt(
         biased;
         head = within(limit, read_head(worker, reader, address, request)) => head.ok_or(Error::FirstByte(address))??,
         error = send => return Err(Error::from(error).into()),
-        reply = evicted(&mut picked.stream) => return Err(Error::Evicted(Box::new(reply)).into()),
-        () = client.gone() => return Err(Error::ClientGone.into()),
     };
     // What is left of the request would be taken for the next one.
     head.keep_alive &= sent.get();

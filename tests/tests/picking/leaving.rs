@@ -1,6 +1,6 @@
 //! Clients that leave, and an agent that does.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use penstock_tests::{
     BodyEnd, Client, Plan, Request, Stage,
@@ -34,6 +34,39 @@ async fn leaves(stage: &Stage, request: &Request, then: impl FnMut() -> bool) {
     client.send(request).await.unwrap();
     eventually(SOON, then).await;
     client.reset().unwrap();
+}
+
+/// Takes no connections, though it listens: those that it has not accepted fill its queue. They end with the second of the pair.
+fn full() -> (std::net::TcpListener, Vec<std::net::TcpStream>) {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    socket.listen(0).unwrap();
+    let listener = std::net::TcpListener::from(socket);
+    let addr = listener.local_addr().unwrap();
+    let mut queued = Vec::new();
+    while let Ok(stream) = std::net::TcpStream::connect_timeout(&addr, Duration::from_millis(200)) {
+        queued.push(stream);
+    }
+    (listener, queued)
+}
+
+/// E18, D6: while the endpoints of the list do not even take the connection.
+#[tokio::test]
+async fn a_client_that_leaves_while_no_endpoint_can_be_reached_ends_it_all() {
+    let (full, _queued) = full();
+    let full = full.local_addr().unwrap();
+    let stage = Stage::with(
+        |_| Production::new(&[full]),
+        |config| {
+            config.pools[0].endpoints = vec![full.into()];
+            config.timeouts.connect = Duration::from_secs(60);
+        },
+    )
+    .await;
+    let dialled = || stage.agent.metric("penstock_epp_exchange_seconds_count", &[r#"outcome="picked""#]) == 1.0;
+    leaves(&stage, &echo(json("m", 100)), dialled).await;
+    eventually(SOON, || stage.agent.metric("penstock_client_aborts_total", &[]) == 1.0).await;
+    eventually(SOON, || stage.epp.streams_ended(StreamEnd::Cancelled) == 1).await;
 }
 
 /// E18: before the response.
