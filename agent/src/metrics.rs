@@ -29,6 +29,14 @@ pub const OK: &str = "ok";
 /// Content type of [`Metrics::encode`].
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
+/// What a JSON body says of its model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BodyModel {
+    Found,
+    NotFound,
+    Empty,
+}
+
 pub struct Metrics {
     registry: Registry,
     families: Arc<Families>,
@@ -90,6 +98,21 @@ impl Metrics {
         self.families.client_aborts.inc();
     }
 
+    /// A client's connection is closed because no request came.
+    pub fn client_idle_closed(&self) {
+        self.families.client_idle_closes.inc();
+    }
+
+    /// What a JSON body said of its model.
+    pub fn body_model(&self, model: BodyModel) {
+        let counter = match model {
+            BodyModel::Found => &self.families.bbr_success,
+            BodyModel::NotFound => &self.families.bbr_body_field_not_found,
+            BodyModel::Empty => &self.families.bbr_body_field_empty,
+        };
+        counter.inc();
+    }
+
     /// Counts a stream to an EPP until the guard is dropped.
     pub fn epp_stream(&self) -> InFlight {
         InFlight::new(&self.families.epp_streams_inflight)
@@ -98,6 +121,10 @@ impl Metrics {
     /// A request asked for a connection to an endpoint.
     pub fn endpoint_connection(&self, result: Connection) {
         self.endpoint_connections[result as usize].inc();
+    }
+
+    pub fn tls_handshake_failed(&self, reason: &'static str) {
+        self.families.tls_handshakes_failed.get_or_create(&ByReason { reason }).inc();
     }
 
     /// A request is sent again.
@@ -128,6 +155,16 @@ impl Metrics {
     /// Counts a slot of the kernel maps until the guard is dropped.
     pub fn slot(&self) -> InFlight {
         InFlight::new(&self.families.slots_in_use)
+    }
+
+    /// Spans have reached the collector.
+    pub fn trace_spans_exported(&self, spans: u64) {
+        self.families.trace_spans_exported.inc_by(spans);
+    }
+
+    /// Spans are lost.
+    pub fn trace_spans_dropped(&self, reason: &'static str, spans: u64) {
+        self.families.trace_spans_dropped.get_or_create(&ByReason { reason }).inc_by(spans);
     }
 
     /// What the self-test of a path said; replaces what was said of it before.
@@ -294,6 +331,7 @@ mod tests {
         metrics.steer_events_missed(3);
         metrics.endpoint_connection(Connection::Reused);
         metrics.endpoint_retried("reset");
+        metrics.tls_handshake_failed("timeout");
         metrics.client_aborted();
         metrics.pool(0).time_to_first_token(Duration::from_millis(30));
         metrics.pool(0).time_per_output_chunk(Duration::from_millis(30));
@@ -313,6 +351,17 @@ mod tests {
         ] {
             assert_line(&metrics, line);
         }
+    }
+
+    #[test]
+    fn models_of_bodies_are_counted_by_the_names_of_bbr() {
+        let metrics = metrics();
+        for (model, times) in [(BodyModel::Found, 3), (BodyModel::NotFound, 2), (BodyModel::Empty, 1)] {
+            (0..times).for_each(|_| metrics.body_model(model));
+        }
+        assert_line(&metrics, "penstock_bbr_success_total 3");
+        assert_line(&metrics, "penstock_bbr_body_field_not_found_total 2");
+        assert_line(&metrics, "penstock_bbr_body_field_empty_total 1");
     }
 
     #[test]

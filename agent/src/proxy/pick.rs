@@ -3,17 +3,19 @@
 
 use std::net::SocketAddr;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName};
 use penstock_proto::ext_proc::HeaderMutation;
 use tokio::time::{Instant, timeout};
 
 use super::Request;
 use crate::{
-    client::ClientSocket,
+    client::Client,
     config::{self, FailureMode},
     error::Error,
     metrics::{EppOutcome, InFlight},
     picker::{
+        builtin::SessionHash,
         client::{EppClient, PickStream},
         error::PickError,
         exchange::{Body, Decision, ImmediateReply, Limits, Outcome},
@@ -41,22 +43,21 @@ pub(super) enum Verdict {
 
 pub(super) async fn pick(
     worker: &Worker,
-    client: &mut ClientSocket,
-    buf: &mut BytesMut,
+    client: &mut Client,
     request: &mut Request,
     upload: &mut Upload,
 ) -> Result<Verdict, Error> {
     let pool = &worker.shared.config.pools[request.pool];
     let (Some(client_of_epp), config::Picker::Epp(settings)) = (&worker.epps[request.pool], &pool.picker) else {
-        upload.rest(client, buf).await?;
-        return builtin(worker, request.pool, upload).map(|picked| Verdict::Forward(Box::new(picked)));
+        upload.rest(client).await?;
+        return builtin(worker, request, upload).map(|picked| Verdict::Forward(Box::new(picked)));
     };
     let started = Instant::now();
     let metrics = worker.shared.metrics.pool(request.pool);
     let open = worker.shared.metrics.epp_stream();
     let subset = worker.shared.endpoints[request.pool].subset(started.into_std());
     let limit = worker.shared.config.limits.body_bytes;
-    let asked = ask(client_of_epp, limit, settings, subset.as_deref(), client, buf, request, upload).await;
+    let asked = ask(client_of_epp, limit, settings, subset.as_deref(), client, request, upload).await;
     let failure = match asked {
         Asked::Answered(Outcome::Immediate(reply), _) => {
             metrics.epp_exchange(EppOutcome::Immediate, started.elapsed());
@@ -69,7 +70,7 @@ pub(super) async fn pick(
                     metrics.epp_outside_subset();
                 }
                 request.record.picked_in(started.elapsed());
-                upload.rest(client, buf).await?;
+                upload.rest(client).await?;
                 let Decision { mutation, body, .. } = decision;
                 let picked = Picked { endpoints, mutation, body, stream: Some(*stream), _open: Some(open) };
                 return Ok(Verdict::Forward(Box::new(picked)));
@@ -91,8 +92,8 @@ pub(super) async fn pick(
         }
         FailureMode::Open => {
             metrics.epp_exchange(EppOutcome::FailOpen, started.elapsed());
-            upload.rest(client, buf).await?;
-            open_pick(worker, pool, request.pool, upload).map(|picked| Verdict::Forward(Box::new(picked)))
+            upload.rest(client).await?;
+            open_pick(worker, pool, request, upload).map(|picked| Verdict::Forward(Box::new(picked)))
         }
     }
 }
@@ -110,19 +111,27 @@ fn admitted(worker: &Worker, pool: usize, decision: Decision) -> Result<(Vec<Soc
     }
 }
 
-fn builtin(worker: &Worker, pool: usize, upload: &mut Upload) -> Result<Picked, Error> {
-    let now = Instant::now().into_std();
+fn builtin(worker: &Worker, request: &Request, upload: &mut Upload) -> Result<Picked, Error> {
+    let (pool, now) = (request.pool, Instant::now().into_std());
     let subset = worker.shared.endpoints[pool].subset(now);
-    let pick = worker.shared.pickers[pool].pick(&upload.prompt(), subset.as_deref(), now)?;
+    let names = &worker.shared.config.pools[pool].session_headers;
+    let prompt = upload.prompt().of(session(names, &request.parts.headers));
+    let pick = worker.shared.pickers[pool].pick(&prompt, subset.as_deref(), now)?;
     Ok(unasked(pick.endpoints))
 }
 
-fn open_pick(worker: &Worker, pool: &config::Pool, index: usize, upload: &mut Upload) -> Result<Picked, Error> {
-    let endpoints = worker.shared.endpoints[index].snapshot();
+/// By the first of these headers that says something.
+fn session(names: &[HeaderName], headers: &HeaderMap) -> Option<SessionHash> {
+    let name = names.iter().filter_map(|name| headers.get(name)).find(|name| !name.is_empty())?;
+    Some(SessionHash::new(name.as_bytes()))
+}
+
+fn open_pick(worker: &Worker, pool: &config::Pool, request: &Request, upload: &mut Upload) -> Result<Picked, Error> {
+    let endpoints = worker.shared.endpoints[request.pool].snapshot();
     let takes_requests = |upstream: &SocketAddr| endpoints.get(*upstream).is_none_or(|endpoint| !endpoint.draining);
     match pool.default_upstream.filter(takes_requests) {
         Some(upstream) => Ok(unasked(vec![upstream])),
-        None => builtin(worker, index, upload),
+        None => builtin(worker, request, upload),
     }
 }
 
@@ -143,8 +152,7 @@ async fn ask(
     limit: u64,
     settings: &config::Epp,
     subset: Option<&[SocketAddr]>,
-    client: &mut ClientSocket,
-    buf: &mut BytesMut,
+    client: &mut Client,
     request: &Request,
     upload: &mut Upload,
 ) -> Asked {
@@ -152,7 +160,7 @@ async fn ask(
     let mut retried = false;
     loop {
         let mut stream = Box::new(epp.open(&request.parts, upload.has_body(), subset, limits));
-        match converse(&mut stream, settings, client, buf, upload).await {
+        match converse(&mut stream, settings, client, upload).await {
             Ok(outcome) => return Asked::Answered(outcome, stream),
             Err(Asked::Failed(error)) if error.retry_on_fresh_channel() && !retried => {
                 tracing::debug!(%error, "asked again on a fresh connection");
@@ -168,8 +176,7 @@ async fn ask(
 async fn converse(
     stream: &mut PickStream,
     settings: &config::Epp,
-    client: &mut ClientSocket,
-    buf: &mut BytesMut,
+    client: &mut Client,
     upload: &mut Upload,
 ) -> Result<Outcome, Asked> {
     let patience = settings.decision_timeout;
@@ -179,7 +186,7 @@ async fn converse(
         while let Some(piece) = kept.next().await.map_err(|error| Asked::Client(error.into()))? {
             sent += piece.len() as u64;
             let end = sent == total && upload.is_done();
-            if let Some(outcome) = send(stream, piece, end, patience).await? {
+            if let Some(outcome) = send(stream, client, piece, end, patience).await? {
                 return Ok(outcome);
             }
         }
@@ -188,7 +195,7 @@ async fn converse(
             let read = tokio::select! {
                 biased;
                 outcome = stream.outcome() => return outcome.map_err(Asked::Failed),
-                read = upload.read(client, buf) => read.map_err(Asked::Client)?,
+                read = upload.read(client) => read.map_err(Asked::Client)?,
             };
             if let Some(piece) = &read {
                 upload.keep(piece).await.map_err(Asked::Client)?;
@@ -196,7 +203,7 @@ async fn converse(
                 upload.end().map_err(Asked::Client)?;
             }
             ended = upload.is_done();
-            if let Some(outcome) = send(stream, read.unwrap_or_default(), ended, patience).await? {
+            if let Some(outcome) = send(stream, client, read.unwrap_or_default(), ended, patience).await? {
                 return Ok(outcome);
             }
         }
@@ -213,12 +220,17 @@ async fn converse(
 
 async fn send(
     stream: &mut PickStream,
+    client: &mut Client,
     piece: Bytes,
     end: bool,
     patience: std::time::Duration,
 ) -> Result<Option<Outcome>, Asked> {
-    match timeout(patience, stream.send_body(piece, end)).await {
-        Ok(sent) => sent.map_err(Asked::Failed),
-        Err(_) => Err(Asked::Failed(PickError::Deadline)),
+    tokio::select! {
+        biased;
+        sent = timeout(patience, stream.send_body(piece, end)) => match sent {
+            Ok(sent) => sent.map_err(Asked::Failed),
+            Err(_) => Err(Asked::Failed(PickError::Deadline)),
+        },
+        () = client.gone() => Err(Asked::Client(Error::ClientGone)),
     }
 }

@@ -59,7 +59,7 @@ async fn a_client_that_leaves_while_no_endpoint_can_be_reached_ends_it_all() {
         |_| Production::new(&[full]),
         |config| {
             config.pools[0].endpoints = vec![full.into()];
-            config.timeouts.connect = Duration::from_secs(60);
+            config.timeouts.connect = Some(Duration::from_secs(60));
         },
     )
     .await;

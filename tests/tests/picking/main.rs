@@ -11,12 +11,16 @@ mod leaving;
 mod load;
 mod model;
 mod mutations;
+mod parity;
 mod patience;
 mod retries;
+mod routes;
 mod routing;
+mod session;
 mod silent;
 mod sources;
 mod subset;
+mod tracing;
 
 use std::time::Duration;
 

@@ -220,6 +220,7 @@ async fn the_built_in_picker_keeps_to_it_as_a_server() {
         max_inflight: None,
         delay: None,
         max_body: 1 << 20,
+        session_headers: vec![],
     };
     let server = tokio::spawn(epp_server::serve(served, listener, std::future::pending()));
     let pool = epp_pool(&[], address, FailureMode::Closed);
