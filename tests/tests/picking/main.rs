@@ -5,6 +5,7 @@ mod abrupt;
 mod conversation;
 mod endpoints;
 mod failure;
+mod headers;
 mod health;
 mod immediate;
 mod leaving;
