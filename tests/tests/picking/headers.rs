@@ -1,7 +1,7 @@
 //! Fields that the agent takes out and puts in: what clients may not say, and what picker, endpoint and client learn of the
 //! way a message came.
 
-use penstock_agent::config::{Forwarding, Route};
+use penstock_agent::config::{Forwarding, HostPattern, Route};
 use penstock_tests::{
     Client, ModelServer, Plan, Request, Stage,
     agent::builtin_pool,
@@ -54,12 +54,7 @@ async fn no_spelling_of_a_control_field_gets_in_from_a_client() {
         config.pools.extend([builtin_pool(&[plain.addr]), other]);
         let penstock_agent::config::Picker::Epp(other) = &mut config.pools[2].picker else { unreachable!() };
         other.header = "x-other-pick".parse().unwrap();
-        let to = |host: &str, pool: &str| Route {
-            host: Some(host.into()),
-            path_prefix: None,
-            model: None,
-            pool: pool.into(),
-        };
+        let to = |host: &str, pool: &str| Route { hosts: vec![HostPattern::Exact(host.into())], ..Route::to(pool) };
         config.routes = vec![to("asks", "asks"), to("plain", "default")];
     })
     .await;

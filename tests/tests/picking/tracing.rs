@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use penstock_agent::config::{Config, FailureMode, Ratio, Route, SteeringMode};
+use penstock_agent::config::{Config, FailureMode, HostPattern, Ratio, Route, SteeringMode};
 use penstock_tests::{
     Client, CollectedSpan, Collector, Mood, Plan, Refusing, Request, Stage,
     agent::{TestAgent, builtin_pool},
@@ -227,8 +227,7 @@ async fn spans_of<S: Script>(
     let mut stage = Stage::with(script, |config| {
         configure(config);
         config.timeouts.idle = Some(Duration::from_millis(100));
-        let only = Route { host: Some("x".into()), path_prefix: None, model: None, pool: "default".into() };
-        config.routes = vec![only];
+        config.routes = vec![Route { hosts: vec![HostPattern::Exact("x".into())], ..Route::to("default") }];
         adjust(config);
     })
     .await;
