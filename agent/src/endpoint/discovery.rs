@@ -46,7 +46,8 @@ struct Job {
 }
 
 impl Discovery {
-    /// `sets` are those of the pools, in their order. Without `readiness`, nobody waits for them. There is no thread where no pool needs one.
+    /// `sets` are those of the pools, in their order. Without `readiness`, nobody waits for them. There is no thread where no
+    /// pool needs one.
     pub fn start(
         config: &Config,
         sets: &[Arc<EndpointSet>],
