@@ -227,7 +227,8 @@ async fn spans_of<S: Script>(
     let mut stage = Stage::with(script, |config| {
         configure(config);
         config.timeouts.idle = Some(Duration::from_millis(100));
-        config.routes = vec![Route { hosts: vec![HostPattern::Exact("x".into())], ..Route::to("default") }];
+        let only = Route { hosts: vec![HostPattern::Exact("x".into())], ..Route::to("default") };
+        config.routes = vec![only];
         adjust(config);
     })
     .await;
