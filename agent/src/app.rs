@@ -67,11 +67,8 @@ impl Agent {
 
         let endpoints: Vec<_> =
             config.pools.iter().map(|pool| Arc::new(EndpointSet::new(pool, &config.node))).collect();
-        for (pool, endpoints) in endpoints.iter().enumerate() {
-            let endpoints = Arc::clone(endpoints);
-            metrics.count_endpoints(pool, move || endpoints.states());
-        }
-        let discovery = Discovery::start(&config, &endpoints, &metrics, &readiness)?;
+        metrics.count_endpoints(endpoints.iter().cloned().map(|set| Box::new(move || set.states()) as _));
+        let discovery = Discovery::start(&config, &endpoints, &metrics, Some(&readiness))?;
 
         let steering = selftest::start(&config.steering);
         metrics.set_steering_path(

@@ -22,7 +22,12 @@ use crate::{
     bbr::ModelHeaders,
     config::{self, Config},
     connection,
-    endpoint::{budget::RetryBudget, http2::Http2Pool, pool::Pool, set::EndpointSet},
+    endpoint::{
+        budget::RetryBudget,
+        http2::Http2Pool,
+        pool::{Pool, Times},
+        set::EndpointSet,
+    },
     metrics::Metrics,
     picker::{builtin::BuiltinPicker, client::EppClient},
     route::Router,
@@ -107,13 +112,8 @@ impl Worker {
         };
         let epps = config.pools.iter().map(epp).collect::<anyhow::Result<_>>()?;
         let (timeouts, receive_buffer) = (&config.timeouts, config.steering.endpoint_receive_buffer);
-        let endpoints = Pool::new(
-            Arc::clone(&shared.metrics),
-            steering,
-            timeouts.endpoint_keep_alive,
-            timeouts.connect,
-            receive_buffer,
-        );
+        let times = Times { keep_alive: timeouts.endpoint_keep_alive, connect: timeouts.connect };
+        let endpoints = Pool::new(Arc::clone(&shared.metrics), steering, times, receive_buffer);
         let http2_endpoints = Http2Pool::new(timeouts.connect);
         Ok(Rc::new(Self { epps, endpoints, http2_endpoints, shared }))
     }

@@ -227,8 +227,7 @@ async fn spans_of<S: Script>(
     let mut stage = Stage::with(script, |config| {
         configure(config);
         config.timeouts.idle = Some(Duration::from_millis(100));
-        let only = Route { hosts: vec![HostPattern::Exact("x".into())], ..Route::to("default") };
-        config.routes = vec![only];
+        config.routes = vec![Route { hosts: vec![HostPattern::Exact("x".into())], ..Route::to("default") }];
         adjust(config);
     })
     .await;
