@@ -15,6 +15,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use http::HeaderName;
+use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -27,7 +28,8 @@ use crate::{
     route::Router,
     selftest,
     steer::Steering,
-    worker::{Shared, Worker},
+    tls::Certificate,
+    worker::{Listener, Shared, Worker},
 };
 
 /// Connections that the kernel holds for us until a worker accepts them.
@@ -40,6 +42,7 @@ pub struct Agent {
     admin: AdminHandle,
     workers: Vec<JoinHandle<()>>,
     address: SocketAddr,
+    tls_address: Option<SocketAddr>,
     steering: Steering,
 }
 
@@ -69,9 +72,20 @@ impl Agent {
             _ => tracing::info!("{}", steering.describe()),
         }
 
-        let listeners =
-            listen(config.listen.address, count).with_context(|| format!("listening on {}", config.listen.address))?;
-        let address = listeners[0].local_addr()?;
+        let listening = |address| listen(address, count).with_context(|| format!("listening on {address}"));
+        let plain = listening(config.listen.address)?;
+        let address = plain[0].local_addr()?;
+        let mut listeners: Vec<Vec<_>> = plain.into_iter().map(|socket| vec![(socket, None)]).collect();
+        let mut tls_address = None;
+        if let Some(settings) = &config.listen.tls {
+            let certificate = Certificate::read(settings)?;
+            let acceptor = certificate.acceptor(config.listen.http2_max_streams > 0)?;
+            let sockets = listening(settings.address)?;
+            tls_address = Some(sockets[0].local_addr()?);
+            for (worker, socket) in listeners.iter_mut().zip(sockets) {
+                worker.push((socket, Some(acceptor.clone())));
+            }
+        }
         let status = steering.describe();
         let admin =
             admin::start(config.admin.address, Arc::clone(&metrics), readiness.clone(), move || vec![status.clone()])
@@ -89,10 +103,10 @@ impl Agent {
             config,
         });
         let mut workers = Vec::with_capacity(count);
-        for (number, (listener, gate)) in listeners.into_iter().zip(gates).enumerate() {
+        for (number, (listeners, gate)) in listeners.into_iter().zip(gates).enumerate() {
             let (shared, steering) = (Arc::clone(&shared), steering.clone());
             let run = move || {
-                if let Err(error) = work(Arc::clone(&shared), &steering, count, listener, gate) {
+                if let Err(error) = work(Arc::clone(&shared), &steering, count, listeners, gate) {
                     tracing::error!(number, "worker: {error:#}");
                     // Better none than some: whoever watches the process starts it again.
                     shared.failed.store(true, Ordering::Relaxed);
@@ -102,12 +116,17 @@ impl Agent {
             workers.push(std::thread::Builder::new().name(format!("penstock-{number}")).spawn(run)?);
         }
         tracing::info!(%address, admin = %admin.local_addr(), workers = count, "penstock {}", env!("CARGO_PKG_VERSION"));
-        Ok(Self { shared, readiness, admin, workers, address, steering })
+        Ok(Self { shared, readiness, admin, workers, address, tls_address, steering })
     }
 
     /// Where clients connect; the port is the one that was bound.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Where clients that speak TLS connect.
+    pub fn tls_address(&self) -> Option<SocketAddr> {
+        self.tls_address
     }
 
     pub fn admin_address(&self) -> SocketAddr {
@@ -173,7 +192,7 @@ fn work(
     shared: Arc<Shared>,
     steering: &Steering,
     count: usize,
-    listener: std::net::TcpListener,
+    listeners: Vec<(std::net::TcpListener, Option<TlsAcceptor>)>,
     gate: Gate,
 ) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -181,9 +200,10 @@ fn work(
     tokio::task::LocalSet::new().block_on(&runtime, async {
         let steering = steering.worker()?;
         let worker = Worker::new(shared, steering)?;
-        let listener = tokio::net::TcpListener::from_std(listener)?;
+        let listener = |(socket, tls)| Ok(Listener { socket: tokio::net::TcpListener::from_std(socket)?, tls });
+        let listeners = listeners.into_iter().map(listener).collect::<io::Result<_>>()?;
         gate.open();
-        worker.serve(listener, connections).await;
+        worker.serve(listeners, connections).await;
         Ok(())
     })
 }

@@ -11,6 +11,7 @@ mod endpoints;
 
 mod error;
 mod health;
+mod listen;
 mod node;
 mod overrides;
 mod pools;
@@ -84,6 +85,29 @@ pub struct Listen {
     pub max_connections: usize,
     /// Requests at once on one HTTP/2 connection; 0: HTTP/2 is refused; default 256.
     pub http2_max_streams: u32,
+    /// A second listener, for clients that speak TLS; default none.
+    pub tls: Option<ListenTls>,
+}
+
+/// Bodies of these clients are relayed: the kernel would send them plain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListenTls {
+    pub address: SocketAddr,
+    /// PEM, the server's certificate first; read again when it changes. A relative path starts at the folder of the
+    /// configuration file.
+    pub cert_file: PathBuf,
+    /// PEM.
+    pub key_file: PathBuf,
+}
+
+/// What the endpoints of a pool speak.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum AppProtocol {
+    /// HTTP/1.1.
+    #[default]
+    Http1,
+    /// HTTP/2 without TLS. Bodies are relayed.
+    H2c,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -200,6 +224,8 @@ pub struct Pool {
     pub endpoints_file: Option<PathBuf>,
     /// Ports of endpoints that are given as an address without one: each address with each port is an endpoint.
     pub ports: Vec<u16>,
+    /// As `appProtocol` of InferencePool v1; default `http1`.
+    pub app_protocol: AppProtocol,
     /// Default `closed`, as in InferencePool v1.
     pub failure_mode: FailureMode,
     /// With `open` only: where it sends requests; default: the built-in picker chooses among `endpoints`.

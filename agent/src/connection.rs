@@ -5,8 +5,10 @@ mod http2;
 
 use std::{net::SocketAddr, rc::Rc};
 
+use bytes::BytesMut;
 use tokio::net::TcpStream;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
+use tokio_rustls::TlsAcceptor;
 
 use crate::{
     client::{Client, ClientSocket},
@@ -16,6 +18,7 @@ use crate::{
         request::{RequestError, RequestHead, parse_request},
     },
     proxy::{self, After},
+    tls,
     worker::Worker,
 };
 
@@ -25,12 +28,34 @@ const READ: usize = 4096;
 /// Serves the connection to its end.
 pub async fn serve(worker: &Rc<Worker>, stream: TcpStream, peer: SocketAddr) {
     // Fails only when the client has left already.
-    let Ok(mut socket) = ClientSocket::new(stream) else { return };
-    let mut first = worker.shared.config.listen.http2_max_streams > 0;
+    let Ok(socket) = ClientSocket::new(stream) else { return };
+    requests(worker, socket, peer).await;
+}
+
+/// As [`serve`], of a client that speaks TLS. The handshake has the time of a request head.
+pub async fn serve_tls(worker: &Rc<Worker>, tls: &TlsAcceptor, stream: TcpStream, peer: SocketAddr) {
+    let stream = match timeout(worker.shared.config.timeouts.head, tls.accept(stream)).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) => {
+            tracing::debug!(%peer, %error, "TLS handshake");
+            return worker.shared.metrics.tls_handshake_failed("refused");
+        }
+        Err(_) => return worker.shared.metrics.tls_handshake_failed("timeout"),
+    };
+    if stream.get_ref().1.alpn_protocol() == Some(tls::H2) {
+        return http2::serve(worker, BytesMut::new(), stream, peer).await;
+    }
+    let Ok(socket) = ClientSocket::tls(stream) else { return };
+    requests(worker, socket, peer).await;
+}
+
+/// Requests of HTTP/1.1, one after the other.
+async fn requests(worker: &Rc<Worker>, mut socket: ClientSocket, peer: SocketAddr) {
+    let mut first = worker.shared.config.listen.http2_max_streams > 0 && !socket.is_tls();
     loop {
         let head = read_head(worker, &mut socket).await;
         if std::mem::take(&mut first) && matches!(head, Err(Error::Request(RequestError::Http2Preface))) {
-            let (stream, read) = socket.into_parts();
+            let Some((stream, read)) = socket.into_plain() else { return };
             return http2::serve(worker, read, stream, peer).await;
         }
         let mut client = Client::Http1(socket);

@@ -218,7 +218,7 @@ impl<'a> Delivery<'a> {
     /// Reads more, as user space.
     async fn read(&mut self) -> Result<(), End> {
         self.make_room();
-        let (client, endpoint, pending) = (&*self.client, &mut *self.endpoint, &mut self.pending);
+        let (client, endpoint, pending) = (&mut *self.client, &mut *self.endpoint, &mut self.pending);
         let idle = async {
             match self.idle {
                 Some(idle) => tokio::time::sleep_until(Instant::now() + idle).await,

@@ -3,6 +3,7 @@
 pub mod body;
 pub mod connection;
 mod health;
+pub mod http2;
 pub mod in_flight;
 pub mod pool;
 pub mod set;

@@ -94,6 +94,10 @@ impl Metrics {
         self.endpoint_connections[result as usize].inc();
     }
 
+    pub fn tls_handshake_failed(&self, reason: &'static str) {
+        self.families.tls_handshakes_failed.get_or_create(&ByReason { reason }).inc();
+    }
+
     /// A request is sent again.
     pub fn endpoint_retried(&self, reason: &'static str) {
         self.families.endpoint_retries.get_or_create(&ByReason { reason }).inc();
@@ -257,6 +261,7 @@ mod tests {
         metrics.steer_events_missed(3);
         metrics.endpoint_connection(Connection::Reused);
         metrics.endpoint_retried("reset");
+        metrics.tls_handshake_failed("timeout");
         metrics.client_aborted();
         metrics.pool(0).time_to_first_token(Duration::from_millis(30));
         metrics.pool(0).time_per_output_chunk(Duration::from_millis(30));

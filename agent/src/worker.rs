@@ -9,11 +9,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures_util::future::join_all;
 use http::{HeaderName, StatusCode};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
 };
+use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
@@ -72,6 +74,13 @@ impl Shared {
     }
 }
 
+/// Where clients connect to a worker.
+pub struct Listener {
+    pub socket: TcpListener,
+    /// For clients that speak TLS.
+    pub tls: Option<TlsAcceptor>,
+}
+
 pub struct Worker {
     pub shared: Arc<Shared>,
     /// One for each pool that asks an EPP.
@@ -100,17 +109,18 @@ impl Worker {
     }
 
     /// Serves until drained: returns when the last connection has ended after `draining`, or all are broken off by `force`.
-    pub async fn serve(self: Rc<Self>, listener: TcpListener, max_connections: usize) {
+    /// The connections of all listeners together are at most `max_connections`.
+    pub async fn serve(self: Rc<Self>, listeners: Vec<Listener>, max_connections: usize) {
         let permits = Arc::new(Semaphore::new(max_connections));
         let connections = TaskTracker::new();
-        let accept = async {
+        let serve = async |Listener { socket, tls }: &Listener| {
             loop {
-                // Beyond the limit, clients wait in the kernel's queue.
+                let (stream, peer) = accept(socket).await;
+                // Beyond the limit this one waits, and the others in the kernel's queue.
                 let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
-                let (stream, peer) = accept(&listener).await;
-                let worker = Rc::clone(&self);
+                let (worker, tls) = (Rc::clone(&self), tls.clone());
                 connections.spawn_local(async move {
-                    worker.connection(stream, peer).await;
+                    worker.connection(stream, peer, tls).await;
                     drop(permit);
                 });
             }
@@ -125,29 +135,36 @@ impl Worker {
             }
         };
         tokio::select! {
-            () = accept => {}
+            _ = join_all(listeners.iter().map(&serve)) => {}
             () = sweep => {}
             () = self.shared.draining.cancelled() => {}
         }
         // What the kernel has accepted for us already is served too; the socket itself says what there is.
-        if let Ok(listener) = listener.into_std() {
-            while let Ok((stream, peer)) = listener.accept() {
+        for Listener { socket, tls } in listeners {
+            let Ok(socket) = socket.into_std() else { continue };
+            while let Ok((stream, peer)) = socket.accept() {
                 let adopted = stream.set_nonblocking(true).and_then(|()| TcpStream::from_std(stream));
                 let Ok(stream) = adopted else { continue };
-                let worker = Rc::clone(&self);
-                connections.spawn_local(async move { worker.connection(stream, peer).await });
+                let (worker, tls) = (Rc::clone(&self), tls.clone());
+                connections.spawn_local(async move { worker.connection(stream, peer, tls).await });
             }
         }
         connections.close();
         connections.wait().await;
     }
 
-    async fn connection(self: Rc<Self>, stream: TcpStream, peer: SocketAddr) {
+    async fn connection(self: Rc<Self>, stream: TcpStream, peer: SocketAddr, tls: Option<TlsAcceptor>) {
         let _open = self.shared.metrics.client_connection();
+        let serve = async {
+            match &tls {
+                None => connection::serve(&self, stream, peer).await,
+                Some(tls) => connection::serve_tls(&self, tls, stream, peer).await,
+            }
+        };
         tokio::select! {
             biased;
             () = self.shared.force.cancelled() => {}
-            () = connection::serve(&self, stream, peer) => {}
+            () = serve => {}
         }
     }
 }

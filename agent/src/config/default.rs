@@ -8,8 +8,8 @@ use std::{
 use http::HeaderName;
 
 use super::{
-    Admin, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppTls, FailureMode, HealthCheck, Limits, Listen, Node, Picker,
-    Pool, ResponseToPicker, Steering, SteeringMode, Subset, Timeouts,
+    Admin, AppProtocol, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppTls, FailureMode, HealthCheck, Limits, Listen,
+    Node, Picker, Pool, ResponseToPicker, Steering, SteeringMode, Subset, Timeouts,
 };
 
 /// A complete commented file. Its settings are the defaults; what has none is commented out, as `#key = value`.
@@ -42,6 +42,7 @@ impl Default for Listen {
             workers: 0,
             max_connections: 16_384,
             http2_max_streams: 256,
+            tls: None,
         }
     }
 }
@@ -143,6 +144,7 @@ impl Pool {
             endpoints_dns: None,
             endpoints_file: None,
             ports: Vec::new(),
+            app_protocol: AppProtocol::Http1,
             failure_mode: FailureMode::Closed,
             default_upstream: None,
             passthrough: false,

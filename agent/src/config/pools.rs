@@ -5,7 +5,8 @@ use std::net::SocketAddr;
 use rustls::pki_types::{CertificateDer, ServerName, pem::PemObject};
 
 use super::{
-    Epp, EppTls, FailureMode, Node, Picker, Pool, ResponseToPicker, document::Section, endpoints, health, subset, value,
+    AppProtocol, Epp, EppTls, FailureMode, Node, Picker, Pool, ResponseToPicker, document::Section, endpoints, health,
+    subset, value,
 };
 
 pub(super) fn pools(root: &mut Section<'_>, listen: SocketAddr, node: &Node) -> Vec<Pool> {
@@ -26,6 +27,7 @@ pub(super) fn pools(root: &mut Section<'_>, listen: SocketAddr, node: &Node) -> 
 
 fn pool(section: &mut Section<'_>, listen: SocketAddr, node: &Node) -> Pool {
     const MODES: &[(&str, FailureMode)] = &[("open", FailureMode::Open), ("closed", FailureMode::Closed)];
+    const PROTOCOLS: &[(&str, AppProtocol)] = &[("http1", AppProtocol::Http1), ("h2c", AppProtocol::H2c)];
     let ports = endpoints::ports(section);
     let pool = Pool {
         name: section.require("name", "the name of the pool", value::pool_name).unwrap_or_default(),
@@ -33,6 +35,7 @@ fn pool(section: &mut Section<'_>, listen: SocketAddr, node: &Node) -> Pool {
         endpoints_dns: endpoints::named(section, &ports),
         endpoints_file: endpoints::file(section),
         ports,
+        app_protocol: section.read("app_protocol", value::one_of(PROTOCOLS)).unwrap_or_default(),
         failure_mode: section.read("failure_mode", value::one_of(MODES)).unwrap_or(FailureMode::Closed),
         default_upstream: section.read("default_upstream", value::endpoint),
         passthrough: section.read("passthrough", value::boolean).unwrap_or(false),

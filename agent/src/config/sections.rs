@@ -1,16 +1,14 @@
 //! The file's sections into the structures of [`super`], with the checks that concern one section or the whole.
 
-use std::net::SocketAddr;
-
 use super::{
-    Admin, Bbr, Config, Limits, Listen, Overrides, Steering, SteeringMode, Timeouts, dns, document::Section, node,
-    pools, routes, value,
+    Admin, Bbr, Config, Limits, Listen, Overrides, Steering, SteeringMode, Timeouts, dns, document::Section, listen,
+    node, pools, routes, value,
 };
 
 const MIB: u32 = 1 << 20;
 
 pub(super) fn config(root: &mut Section<'_>, overrides: &Overrides) -> Config {
-    let listen = root.section("listen", |section| listen(section, overrides));
+    let listen = root.section("listen", |section| listen::listen(section, overrides));
     let admin = root.section("admin", |section| admin(section, overrides, &listen));
     let limits = root.section("limits", limits);
     let timeouts = root.section("timeouts", timeouts);
@@ -23,33 +21,17 @@ pub(super) fn config(root: &mut Section<'_>, overrides: &Overrides) -> Config {
     Config { listen, admin, limits, timeouts, bbr, steering, node, dns, pools, routes }
 }
 
-fn listen(section: &mut Section<'_>, overrides: &Overrides) -> Listen {
-    let default = Listen::default();
-    let address = section.read("address", value::listen_address);
-    Listen {
-        address: overrides.listen.or(address).unwrap_or(default.address),
-        workers: section.read("workers", value::integer(0..=1024)).unwrap_or(default.workers),
-        max_connections: section
-            .read("max_connections", value::integer(1..=1_048_576))
-            .unwrap_or(default.max_connections),
-        http2_max_streams: section
-            .read("http2_max_streams", value::integer(0..=65_536))
-            .unwrap_or(default.http2_max_streams),
-    }
-}
-
 fn admin(section: &mut Section<'_>, overrides: &Overrides, listen: &Listen) -> Admin {
     let address = section.read("address", value::listen_address);
     let address = overrides.admin.or(address).unwrap_or(Admin::default().address);
-    if collide(address, listen.address) {
+    if listen::collide(address, listen.address) {
         section.reject("address", address, format_args!("another port than listen.address ({})", listen.address));
+    } else if let Some(tls) = &listen.tls
+        && listen::collide(address, tls.address)
+    {
+        section.reject("address", address, format_args!("another port than listen.tls.address ({})", tls.address));
     }
     Admin { address }
-}
-
-/// Whether the two cannot both be bound.
-fn collide(a: SocketAddr, b: SocketAddr) -> bool {
-    a.port() == b.port() && a.port() != 0 && (a.ip() == b.ip() || a.ip().is_unspecified() || b.ip().is_unspecified())
 }
 
 fn limits(section: &mut Section<'_>) -> Limits {

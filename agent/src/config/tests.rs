@@ -141,6 +141,7 @@ fn every_setting_is_read() {
         subset = { prefer = ["zone", "node"], empty = "fail" }
         ejection = { failures = 0, base = "1s", max = "2s", max_percent = 100, server_errors = true }
         health = { path = "/live", interval = "1s", timeout = "2s", unhealthy_after = 4, healthy_after = 5 }
+        app_protocol = "h2c"
         failure_mode = "open"
         default_upstream = "127.0.0.2:1"
         passthrough = true
@@ -162,6 +163,7 @@ fn every_setting_is_read() {
         endpoints_dns: Some(NamedEndpoints { name: "models.svc".into(), ports: vec![8000, 8001] }),
         endpoints_file: Some("/etc/endpoints.json".into()),
         ports: vec![8000, 8001],
+        app_protocol: AppProtocol::H2c,
         failure_mode: FailureMode::Open,
         default_upstream: Some("127.0.0.2:1".parse().unwrap()),
         passthrough: true,
@@ -197,6 +199,7 @@ fn every_setting_is_read() {
             workers: 3,
             max_connections: 1000,
             http2_max_streams: 0,
+            tls: None,
         },
         admin: Admin { address: "127.0.0.1:0".parse().unwrap() },
         limits: Limits { head_bytes: 1024, headers: 16, body_bytes: 5, body_memory_bytes: 4 },
@@ -238,7 +241,8 @@ fn bad_sections() {
     let cases = [
         ("[listen]\naddress = \"localhost:8080\"", r#"p.toml:2: listen.address: found "localhost:8080", expected ip:port, such as "0.0.0.0:8080" or "[::]:8080""#.to_owned()),
         ("[listen]\n\nworkers = -1", "p.toml:3: listen.workers: found -1, expected an integer from 0 to 1024".to_owned()),
-        ("[listen]\nport = 1", "p.toml:2: listen.port: found an unknown key, expected one of address, workers, max_connections, http2_max_streams".to_owned()),
+        ("[listen.tls]\naddress = \"0.0.0.0:1\"\ncert_file = \"none.crt\"", r"p.toml:1: listen.tls.key_file: found nothing, expected the file with its key".to_owned()),
+        ("[listen]\nport = 1", "p.toml:2: listen.port: found an unknown key, expected one of address, workers, max_connections, http2_max_streams, tls".to_owned()),
         ("listen = 5", "p.toml:1: listen: found 5, expected a section".to_owned()),
         ("[admin]\naddress = \"127.0.0.1:8080\"", "p.toml:2: admin.address: found 127.0.0.1:8080, expected another port than listen.address (0.0.0.0:8080)".to_owned()),
         ("[limits]\nhead_bytes = 100", "p.toml:2: limits.head_bytes: found 100, expected an integer from 1024 to 1048576".to_owned()),

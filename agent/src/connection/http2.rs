@@ -15,6 +15,7 @@ use tokio::{
 use crate::{
     client::{Client, ClientStream},
     http::{head::HeadLimits, request::from_http2},
+    local::Local,
     proxy,
     worker::Worker,
 };
@@ -27,16 +28,6 @@ const SEND_BUFFER: usize = 64 << 10;
 /// A client that is silent for so long is asked whether it is there, and has so long to say so.
 const PING: Duration = Duration::from_secs(30);
 const PONG: Duration = Duration::from_secs(20);
-
-/// Runs what belongs to the connection on its worker.
-#[derive(Clone, Copy)]
-struct Local;
-
-impl<F: Future + 'static> hyper::rt::Executor<F> for Local {
-    fn execute(&self, future: F) {
-        tokio::task::spawn_local(async move { drop(future.await) });
-    }
-}
 
 /// Requests at once, and since when there has been none.
 struct Activity {

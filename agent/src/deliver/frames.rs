@@ -118,7 +118,7 @@ impl Frames<'_> {
     fn is_reusable(&self) -> bool {
         match &*self.body {
             ResponseBody::Http1 { framing, pending, .. } => framing.is_done() && pending.is_empty(),
-            ResponseBody::Http2(_) => false,
+            ResponseBody::Http2 { .. } => false,
         }
     }
 }

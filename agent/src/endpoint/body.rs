@@ -10,7 +10,7 @@ use http_body_util::BodyExt as _;
 use hyper::body::{Body as _, Incoming};
 use penstock_common::framing::{Framing, state};
 
-use super::connection::EndpointConnection;
+use super::{connection::EndpointConnection, http2::Stream};
 
 /// Largest piece.
 const READ: usize = 64 * 1024;
@@ -25,7 +25,11 @@ pub enum ResponseBody {
         /// Read and not yet used.
         pending: BytesMut,
     },
-    Http2(Incoming),
+    Http2 {
+        body: Incoming,
+        /// Kept as long as the body.
+        stream: Stream,
+    },
 }
 
 pub enum Piece {
@@ -44,7 +48,7 @@ impl ResponseBody {
     pub fn connection(&self) -> Option<&EndpointConnection> {
         match self {
             Self::Http1 { connection, .. } => Some(connection),
-            Self::Http2(_) => None,
+            Self::Http2 { .. } => None,
         }
     }
 
@@ -52,7 +56,7 @@ impl ResponseBody {
     pub fn is_done(&self) -> bool {
         match self {
             Self::Http1 { framing, .. } => framing.is_done(),
-            Self::Http2(body) => body.is_end_stream(),
+            Self::Http2 { body, .. } => body.is_end_stream(),
         }
     }
 
@@ -89,7 +93,7 @@ impl ResponseBody {
                     };
                 }
             },
-            Self::Http2(body) => loop {
+            Self::Http2 { body, .. } => loop {
                 let frame = body.frame().await.transpose().map_err(io::Error::other)?;
                 match frame.map(hyper::body::Frame::into_data) {
                     None => return Ok(Piece::End(HeaderMap::new())),

@@ -46,6 +46,8 @@ families! {
 
     /// Client connections that are open.
     client_connections: Gauge = "client_connections";
+    /// TLS handshakes with clients that came to nothing.
+    tls_handshakes_failed: Family<ByReason, Counter> = "tls_handshakes_failed";
     /// Requests whose client went away before the answer was complete.
     client_aborts: Counter = "client_aborts";
 

@@ -241,8 +241,9 @@ fn account_for(worker: &Worker, pool: usize, mut tee: Tee) -> Vec<Bytes> {
 }
 
 /// Why only user space can carry a body, if so.
-fn barrier(decode: bool, told: bool) -> Option<&'static str> {
+fn barrier(decode: bool, told: bool, tls: bool) -> Option<&'static str> {
     match () {
+        () if tls => Some("tls"),
         () if decode => Some("http10"),
         () if told => Some("response_to_picker"),
         () => None,
@@ -273,7 +274,7 @@ fn path(
         framing,
         event_stream,
         local_endpoint: endpoint.local,
-        barrier: barrier(head.needs_dechunk(request.parts.version), told == Some(true)),
+        barrier: barrier(head.needs_dechunk(request.parts.version), told == Some(true), client.is_tls()),
     };
     let (path, reason) = choose(config, &response);
     let (Path::Ingress, Some(steering)) = (path, worker.endpoints.steering()) else { return (None, path, reason) };
