@@ -20,6 +20,7 @@ pub mod kind {
     pub const HEADERS: u8 = 1;
     pub const RST_STREAM: u8 = 3;
     pub const SETTINGS: u8 = 4;
+    pub const PING: u8 = 6;
     pub const GOAWAY: u8 = 7;
 }
 
@@ -141,7 +142,7 @@ impl Http2Frames {
         self.send_raw(&frame.wire()).await
     }
 
-    /// The next frame; `None` at the end of the connection. Settings are acknowledged.
+    /// The next frame; `None` at the end of the connection. Settings and pings are acknowledged.
     pub async fn next(&mut self) -> Result<Option<Frame>> {
         let mut head = [0; 9];
         match timeout(PATIENCE, self.stream.read_exact(&mut head)).await.context("no frame came in time")? {
@@ -152,9 +153,10 @@ impl Http2Frames {
         let mut payload = vec![0; u32::from_be_bytes([0, a, b, c]) as usize];
         self.stream.read_exact(&mut payload).await?;
         let frame = Frame { kind, flags, stream: u32::from_be_bytes(stream) & 0x7fff_ffff, payload };
-        if frame.kind == kind::SETTINGS && frame.flags == 0 {
-            // One that has gone says so when it is asked next.
-            let _ = self.send(&Frame::new(kind::SETTINGS, 1, 0, [])).await;
+        let answer: &[u8] = if frame.kind == kind::PING { &frame.payload } else { &[] };
+        if matches!(frame.kind, kind::SETTINGS | kind::PING) && frame.flags == 0 {
+            // A peer that has gone says so when the next frame is asked for.
+            let _ = self.send(&Frame::new(frame.kind, 1, 0, answer)).await;
         }
         Ok(Some(frame))
     }

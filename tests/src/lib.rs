@@ -20,6 +20,7 @@ pub mod reader;
 mod refusing;
 pub mod scripted_epp;
 pub mod stage;
+pub mod tls;
 
 pub use client::{BodyEnd, Client, Request, Response};
 pub use content::{Alphabet, Checker};
