@@ -11,6 +11,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
+    time::Instant,
 };
 
 use anyhow::{Context as _, Result};
@@ -21,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     admin::{self, AdminHandle},
     config::{Config, Picker},
-    endpoint::set::EndpointSet,
+    endpoint::{budget::RetryBudget, discovery::Discovery, set::EndpointSet},
     metrics::{self, Metrics},
     picker::builtin::BuiltinPicker,
     readiness::{Gate, Readiness},
@@ -40,6 +41,7 @@ pub struct Agent {
     shared: Arc<Shared>,
     readiness: Readiness,
     admin: AdminHandle,
+    _discovery: Discovery,
     workers: Vec<JoinHandle<()>>,
     address: SocketAddr,
     tls_address: Option<SocketAddr>,
@@ -59,7 +61,13 @@ impl Agent {
         let readiness = Readiness::new();
         let gates: Vec<Gate> = (0..count).map(|number| readiness.gate(format!("worker {number}"))).collect();
 
-        let endpoints: Vec<_> = config.pools.iter().map(|pool| Arc::new(EndpointSet::new(pool))).collect();
+        let endpoints: Vec<_> =
+            config.pools.iter().map(|pool| Arc::new(EndpointSet::new(pool, &config.node))).collect();
+        for (pool, endpoints) in endpoints.iter().enumerate() {
+            let endpoints = Arc::clone(endpoints);
+            metrics.count_endpoints(pool, move || endpoints.states());
+        }
+        let discovery = Discovery::start(&config, &endpoints, &metrics, &readiness)?;
 
         let steering = selftest::start(&config.steering);
         metrics.set_steering_path(
@@ -95,6 +103,7 @@ impl Agent {
             router: Router::new(&config),
             pickers: endpoints.iter().map(|endpoints| BuiltinPicker::new(Arc::clone(endpoints))).collect(),
             endpoints,
+            retries: config.pools.iter().map(|pool| RetryBudget::new(&pool.retry, Instant::now())).collect(),
             pick_headers: pick_headers(&config),
             metrics,
             draining: CancellationToken::new(),
@@ -116,7 +125,7 @@ impl Agent {
             workers.push(std::thread::Builder::new().name(format!("penstock-{number}")).spawn(run)?);
         }
         tracing::info!(%address, admin = %admin.local_addr(), workers = count, "penstock {}", env!("CARGO_PKG_VERSION"));
-        Ok(Self { shared, readiness, admin, workers, address, tls_address, steering })
+        Ok(Self { shared, readiness, admin, _discovery: discovery, workers, address, tls_address, steering })
     }
 
     /// Where clients connect; the port is the one that was bound.

@@ -8,13 +8,13 @@ mod default;
 mod dns;
 mod document;
 mod endpoints;
-
 mod error;
 mod health;
 mod listen;
 mod node;
 mod overrides;
 mod pools;
+mod retry;
 mod routes;
 mod sections;
 mod subset;
@@ -23,7 +23,7 @@ mod tests;
 mod value;
 
 pub use default::default_toml;
-pub use endpoints::expand;
+pub use endpoints::{EndpointsError, EndpointsFormat, is_own, parse_endpoints};
 pub use error::{ConfigError, ConfigErrors};
 pub use overrides::Overrides;
 
@@ -85,6 +85,9 @@ pub struct Listen {
     pub max_connections: usize,
     /// Requests at once on one HTTP/2 connection; 0: HTTP/2 is refused; default 256.
     pub http2_max_streams: u32,
+    /// Protocols that a client may switch its connection to, if the endpoint agrees; default `websocket`. The connection is
+    /// then relayed both ways until one side ends it. `h2c` is none: requests in it would not be seen.
+    pub upgrades: Vec<String>,
     /// A second listener, for clients that speak TLS; default none.
     pub tls: Option<ListenTls>,
 }
@@ -234,6 +237,7 @@ pub struct Pool {
     pub passthrough: bool,
     pub picker: Picker,
     pub subset: Subset,
+    pub retry: Retry,
     pub ejection: Ejection,
     /// Active checks; default: none.
     pub health: Option<HealthCheck>,
@@ -284,6 +288,18 @@ pub enum EmptySubset {
     Fail,
 }
 
+/// A request that an endpoint took and of whose answer nothing was seen goes to the next endpoint of its list. One that could
+/// not be sent at all (no connection, or a kept one that had been closed) does so whatever is said here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Retry {
+    /// How often one request may be sent again; 0 is off; default 2.
+    pub attempts: u32,
+    /// How many of the pool's requests of the last ten seconds may be sent again; default 20.
+    pub budget_percent: u32,
+    /// And besides this many a second; default 10.
+    pub budget_min_per_second: u32,
+}
+
 /// Passive health: an endpoint that fails requests is avoided for a time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ejection {
@@ -302,7 +318,7 @@ pub struct Ejection {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HealthCheck {
     /// What is asked for with GET; 2xx is healthy.
-    pub path: String,
+    pub path: http::uri::PathAndQuery,
     /// Default 5s.
     pub interval: Duration,
     /// From the connect to the response head; default 2s.

@@ -7,8 +7,10 @@
 
 mod frames;
 mod span;
+mod tunnel;
 
 pub use frames::{Coding, Frames};
+pub use tunnel::Tunnel;
 
 use std::{cell::RefCell, io, time::Duration};
 
@@ -47,6 +49,8 @@ pub enum End {
 pub struct Account {
     pub relayed: u64,
     pub steered: u64,
+    /// Bytes from the client to the endpoint behind a switch of protocols.
+    pub upstream: u64,
     /// Pieces that user space wrote, and segments that the kernel redirected.
     pub pieces: u64,
     pub segments: u64,

@@ -8,7 +8,7 @@ mod labels;
 mod models;
 mod pool;
 
-pub use labels::{Connection, EppOutcome, Path};
+pub use labels::{Connection, EndpointState, EppOutcome, Path};
 pub use pool::PoolMetrics;
 
 use std::{fmt, sync::Arc};
@@ -40,7 +40,12 @@ pub struct Metrics {
     endpoint_connections: [Counter; Connection::ALL.len()],
     /// By [`Path`]: the state it is shown with.
     path_states: Mutex<[Option<PathState>; Path::ALL.len()]>,
+    /// By pool: asked for the endpoints' states whenever metrics are read.
+    endpoints: Mutex<Vec<(usize, CountEndpoints)>>,
 }
+
+/// Endpoints by [`EndpointState`].
+type CountEndpoints = Box<dyn Fn() -> [usize; EndpointState::ALL.len()] + Send>;
 
 impl Metrics {
     /// `pool_names` in the order of the configuration, so that indices agree.
@@ -54,6 +59,7 @@ impl Metrics {
             endpoint_connections: Connection::ALL
                 .map(|result| families.endpoint_connections.get_or_create_owned(&ByResult { result })),
             path_states: Mutex::default(),
+            endpoints: Mutex::default(),
             registry,
             families,
         })
@@ -139,8 +145,16 @@ impl Metrics {
         self.families.steering_path_active.get_or_create(&ByPath { path }).set(i64::from(active));
     }
 
+    /// Has the endpoints of the pool at this index counted whenever metrics are read. `count` must not block.
+    pub fn count_endpoints(&self, pool: usize, count: impl Fn() -> [usize; EndpointState::ALL.len()] + Send + 'static) {
+        self.endpoints.lock().push((pool, Box::new(count)));
+    }
+
     /// OpenMetrics text, of type [`CONTENT_TYPE`].
     pub fn encode(&self) -> String {
+        for (pool, count) in &*self.endpoints.lock() {
+            self.pools[*pool].set_endpoints(count());
+        }
         let mut text = String::with_capacity(16 << 10);
         // A String takes everything, and no metric here fails to encode; what was written stands if one ever does.
         let _ = text::encode(&mut text, &self.registry);
@@ -249,6 +263,29 @@ mod tests {
         for (gauge, _) in gauges {
             assert_line(&metrics, &format!("{gauge} 0"));
         }
+    }
+
+    #[test]
+    fn endpoints_are_counted_when_metrics_are_read() {
+        let metrics = metrics();
+        let ready = Arc::new(std::sync::atomic::AtomicUsize::new(2));
+        let counted = Arc::clone(&ready);
+        metrics.count_endpoints(1, move || [1, 0, 0, counted.load(std::sync::atomic::Ordering::Relaxed)]);
+        assert_line(&metrics, r#"penstock_endpoints{pool="cpu",state="draining"} 1"#);
+        assert_line(&metrics, r#"penstock_endpoints{pool="cpu",state="ready"} 2"#);
+        ready.store(0, std::sync::atomic::Ordering::Relaxed);
+        assert_line(&metrics, r#"penstock_endpoints{pool="cpu",state="ready"} 0"#);
+    }
+
+    #[test]
+    fn places_in_a_list_are_few() {
+        let metrics = metrics();
+        for index in 0..20 {
+            metrics.pool(0).fallback_attempt(index);
+        }
+        assert_line(&metrics, r#"penstock_fallback_attempts_total{pool="gpu",index="1"} 1"#);
+        assert_line(&metrics, r#"penstock_fallback_attempts_total{pool="gpu",index="8+"} 12"#);
+        assert!(!metrics.encode().contains(r#"index="0""#));
     }
 
     #[test]

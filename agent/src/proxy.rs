@@ -50,6 +50,8 @@ pub enum After {
 struct Request {
     parts: request::Parts,
     keep_alive: bool,
+    /// What the connection becomes if the endpoint agrees.
+    upgrade: Option<HeaderValue>,
     pool: usize,
     record: Record,
 }
@@ -65,7 +67,11 @@ pub async fn refuse(worker: &Worker, client: &mut Client, error: &Error) {
 /// Carries one request through all phases.
 pub async fn run(worker: &Worker, client: &mut Client, head: RequestHead, peer: SocketAddr) -> After {
     let record = Record::new();
-    let mut request = Request { parts: head.parts, keep_alive: head.keep_alive, pool: 0, record };
+    let allowed = &worker.shared.config.listen.upgrades;
+    let upgrade = head
+        .upgrade
+        .filter(|wanted| allowed.iter().any(|allowed| wanted.as_bytes().eq_ignore_ascii_case(allowed.as_bytes())));
+    let mut request = Request { parts: head.parts, keep_alive: head.keep_alive, upgrade, pool: 0, record };
     let mut upload = match take(worker, client, &mut request, head.body, head.expect_continue, peer).await {
         Ok(upload) => upload,
         Err(error) => {

@@ -21,7 +21,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     config::{self, Config},
     connection,
-    endpoint::{pool::Pool, set::EndpointSet},
+    endpoint::{budget::RetryBudget, http2::Http2Pool, pool::Pool, set::EndpointSet},
     metrics::Metrics,
     picker::{builtin::BuiltinPicker, client::EppClient},
     route::Router,
@@ -35,6 +35,8 @@ pub struct Shared {
     pub metrics: Arc<Metrics>,
     /// One for each pool.
     pub endpoints: Vec<Arc<EndpointSet>>,
+    /// One for each pool.
+    pub retries: Vec<RetryBudget>,
     /// One for each pool: picks for `builtin` and for fail-open.
     pub pickers: Vec<BuiltinPicker>,
     /// The headers in which EPPs name their picks: `picker.header` of every pool, and the protocol's own.
@@ -86,6 +88,8 @@ pub struct Worker {
     /// One for each pool that asks an EPP.
     pub epps: Vec<Option<EppClient>>,
     pub endpoints: Pool,
+    /// For pools whose endpoints speak HTTP/2.
+    pub http2_endpoints: Http2Pool,
 }
 
 impl Worker {
@@ -105,7 +109,8 @@ impl Worker {
             timeouts.connect,
             receive_buffer,
         );
-        Ok(Rc::new(Self { epps, endpoints, shared }))
+        let http2_endpoints = Http2Pool::new(timeouts.connect);
+        Ok(Rc::new(Self { epps, endpoints, http2_endpoints, shared }))
     }
 
     /// Serves until drained: returns when the last connection has ended after `draining`, or all are broken off by `force`.
@@ -129,6 +134,8 @@ impl Worker {
             loop {
                 tokio::time::sleep(Duration::from_secs(1)).await;
                 self.endpoints.sweep(|address| self.shared.is_dialled(address));
+                let keep_alive = self.shared.config.timeouts.endpoint_keep_alive;
+                self.http2_endpoints.sweep(keep_alive, |address| self.shared.is_dialled(address));
                 if let Some(steering) = self.endpoints.steering() {
                     self.shared.metrics.steer_events_missed(steering.take_missed_events());
                 }

@@ -9,7 +9,7 @@ use std::{io, time::Duration};
 use bytes::BytesMut;
 use futures_util::FutureExt as _;
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _, Interest},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Interest},
     net::TcpStream,
 };
 use tokio_rustls::server::TlsStream;
@@ -132,6 +132,22 @@ impl ClientSocket {
         }
         self.account += buf.len() as u64;
         Ok(())
+    }
+
+    /// Both directions at once, and what has been read already. The kernel's account ends here: no more is to be redirected.
+    #[expect(clippy::type_complexity, reason = "two halves of either kind of connection")]
+    pub fn split(&mut self) -> (Box<dyn AsyncRead + Unpin + '_>, BytesMut, Box<dyn AsyncWrite + Unpin + '_>) {
+        let read = std::mem::take(&mut self.buf);
+        match &mut self.stream {
+            Stream::Plain(stream) => {
+                let (reader, writer) = stream.split();
+                (Box::new(reader), read, Box::new(writer))
+            }
+            Stream::Tls(stream) => {
+                let (reader, writer) = tokio::io::split(stream);
+                (Box::new(reader), read, Box::new(writer))
+            }
+        }
     }
 
     /// Books bytes that the kernel has redirected here.

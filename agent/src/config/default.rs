@@ -5,11 +5,11 @@ use std::{
     time::Duration,
 };
 
-use http::HeaderName;
+use http::{HeaderName, uri::PathAndQuery};
 
 use super::{
     Admin, AppProtocol, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppTls, FailureMode, HealthCheck, Limits, Listen,
-    Node, Picker, Pool, ResponseToPicker, Steering, SteeringMode, Subset, Timeouts,
+    Node, Picker, Pool, ResponseToPicker, Retry, Steering, SteeringMode, Subset, Timeouts,
 };
 
 /// A complete commented file. Its settings are the defaults; what has none is commented out, as `#key = value`.
@@ -42,6 +42,7 @@ impl Default for Listen {
             workers: 0,
             max_connections: 16_384,
             http2_max_streams: 256,
+            upgrades: vec!["websocket".to_owned()],
             tls: None,
         }
     }
@@ -104,6 +105,12 @@ impl Default for Dns {
     }
 }
 
+impl Default for Retry {
+    fn default() -> Self {
+        Self { attempts: 2, budget_percent: 20, budget_min_per_second: 10 }
+    }
+}
+
 impl Default for Ejection {
     fn default() -> Self {
         Self {
@@ -118,9 +125,9 @@ impl Default for Ejection {
 
 impl HealthCheck {
     /// GET `path` every five seconds.
-    pub fn new(path: impl Into<String>) -> Self {
+    pub fn new(path: PathAndQuery) -> Self {
         Self {
-            path: path.into(),
+            path,
             interval: Duration::from_secs(5),
             timeout: Duration::from_secs(2),
             unhealthy_after: 3,
@@ -150,6 +157,7 @@ impl Pool {
             passthrough: false,
             picker: Picker::Builtin,
             subset: Subset::default(),
+            retry: Retry::default(),
             ejection: Ejection::default(),
             health: None,
         }

@@ -18,6 +18,11 @@ pub(super) fn listen(section: &mut Section<'_>, overrides: &Overrides) -> Listen
         http2_max_streams: section
             .read("http2_max_streams", value::integer(0..=65_536))
             .unwrap_or(default.http2_max_streams),
+        upgrades: if section.has("upgrades") {
+            section.list("upgrades", "an array of protocol names", value::upgrade)
+        } else {
+            default.upgrades
+        },
         tls: tls(section, address),
     }
 }

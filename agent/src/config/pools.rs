@@ -6,7 +6,7 @@ use rustls::pki_types::{CertificateDer, ServerName, pem::PemObject};
 
 use super::{
     AppProtocol, Epp, EppTls, FailureMode, Node, Picker, Pool, ResponseToPicker, document::Section, endpoints, health,
-    subset, value,
+    retry, subset, value,
 };
 
 pub(super) fn pools(root: &mut Section<'_>, listen: SocketAddr, node: &Node) -> Vec<Pool> {
@@ -41,6 +41,7 @@ fn pool(section: &mut Section<'_>, listen: SocketAddr, node: &Node) -> Pool {
         passthrough: section.read("passthrough", value::boolean).unwrap_or(false),
         picker: section.section("picker", picker),
         subset: section.section("subset", |section| subset::subset(section, node)),
+        retry: section.section("retry", retry::retry),
         ejection: section.section("ejection", health::ejection),
         health: health::check(section),
     };

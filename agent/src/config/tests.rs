@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use http::uri::PathAndQuery;
+
 use super::*;
 
 const POOL: &str = "[[pools]]\nname = \"a\"\nendpoints = [\"127.0.0.1:8000\"]\n";
@@ -52,7 +54,7 @@ fn the_commented_settings_of_the_default_file_are_the_defaults() {
     let config = Config::parse(&text, "p.toml").unwrap();
     assert_eq!(config.pools[0].picker, Picker::Epp(Epp::new("127.0.0.1:9002")));
     assert_eq!(config.pools[0].default_upstream, Some("127.0.0.1:8001".parse().unwrap()));
-    assert_eq!(config.pools[0].health, Some(HealthCheck::new("/health")));
+    assert_eq!(config.pools[0].health, Some(HealthCheck::new(PathAndQuery::from_static("/health"))));
     assert_eq!(config.pools[0].endpoints_file, Some("endpoints.toml".into()));
     assert_eq!(config.node, Node { name: Some("node-1".into()), zone: Some("zone-a".into()) });
     let route = Route {
@@ -77,12 +79,12 @@ fn the_default_file_has_every_key() {
         let (_, known) = known.unwrap_or_else(|| panic!("{header}: {messages:?}"));
         let section = &text[body..];
         let section = &section[..section.find("\n[").unwrap_or(section.len())];
-        for key in known.split(", ").filter(|key| !["picker", "subset", "ejection", "health"].contains(key)) {
+        for key in known.split(", ").filter(|key| !["picker", "subset", "retry", "ejection", "health"].contains(key)) {
             assert!(section.lines().any(|line| line.starts_with(&format!("{key} = "))), "{header} lacks {key}");
         }
         sections += 1;
     }
-    assert_eq!(sections, 14);
+    assert_eq!(sections, 15);
     assert_eq!(
         messages(&format!("top = 1\n{text}"))[0],
         "p.toml:1: top: found an unknown key, expected one of listen, admin, limits, timeouts, bbr, steering, node, dns, pools, routes"
@@ -97,6 +99,7 @@ fn every_setting_is_read() {
         workers = 3
         max_connections = 1_000
         http2_max_streams = 0
+        upgrades = []
         [admin]
         address = "127.0.0.1:0"
         [limits]
@@ -139,8 +142,9 @@ fn every_setting_is_read() {
         endpoints_file = "/etc/endpoints.json"
         ports = [8000, 8001]
         subset = { prefer = ["zone", "node"], empty = "fail" }
+        retry = { attempts = 0, budget_percent = 5, budget_min_per_second = 6 }
         ejection = { failures = 0, base = "1s", max = "2s", max_percent = 100, server_errors = true }
-        health = { path = "/live", interval = "1s", timeout = "2s", unhealthy_after = 4, healthy_after = 5 }
+        health = { path = "/live?full=1", interval = "1s", timeout = "2s", unhealthy_after = 4, healthy_after = 5 }
         app_protocol = "h2c"
         failure_mode = "open"
         default_upstream = "127.0.0.2:1"
@@ -178,6 +182,7 @@ fn every_setting_is_read() {
             header: http::HeaderName::from_static("x-pick"),
         }),
         subset: Subset { prefer: vec![Locality::Zone, Locality::Node], endpoints: vec![], empty: EmptySubset::Fail },
+        retry: Retry { attempts: 0, budget_percent: 5, budget_min_per_second: 6 },
         ejection: Ejection {
             failures: 0,
             base: Duration::from_secs(1),
@@ -186,7 +191,7 @@ fn every_setting_is_read() {
             server_errors: true,
         },
         health: Some(HealthCheck {
-            path: "/live".into(),
+            path: PathAndQuery::from_static("/live?full=1"),
             interval: Duration::from_secs(1),
             timeout: Duration::from_secs(2),
             unhealthy_after: 4,
@@ -199,6 +204,7 @@ fn every_setting_is_read() {
             workers: 3,
             max_connections: 1000,
             http2_max_streams: 0,
+            upgrades: vec![],
             tls: None,
         },
         admin: Admin { address: "127.0.0.1:0".parse().unwrap() },
@@ -242,7 +248,7 @@ fn bad_sections() {
         ("[listen]\naddress = \"localhost:8080\"", r#"p.toml:2: listen.address: found "localhost:8080", expected ip:port, such as "0.0.0.0:8080" or "[::]:8080""#.to_owned()),
         ("[listen]\n\nworkers = -1", "p.toml:3: listen.workers: found -1, expected an integer from 0 to 1024".to_owned()),
         ("[listen.tls]\naddress = \"0.0.0.0:1\"\ncert_file = \"none.crt\"", r"p.toml:1: listen.tls.key_file: found nothing, expected the file with its key".to_owned()),
-        ("[listen]\nport = 1", "p.toml:2: listen.port: found an unknown key, expected one of address, workers, max_connections, http2_max_streams, tls".to_owned()),
+        ("[listen]\nport = 1", "p.toml:2: listen.port: found an unknown key, expected one of address, workers, max_connections, http2_max_streams, upgrades, tls".to_owned()),
         ("listen = 5", "p.toml:1: listen: found 5, expected a section".to_owned()),
         ("[admin]\naddress = \"127.0.0.1:8080\"", "p.toml:2: admin.address: found 127.0.0.1:8080, expected another port than listen.address (0.0.0.0:8080)".to_owned()),
         ("[limits]\nhead_bytes = 100", "p.toml:2: limits.head_bytes: found 100, expected an integer from 1024 to 1048576".to_owned()),
@@ -390,12 +396,20 @@ fn bad_subsets_and_health() {
             r#"p.toml:5: pools[0].subset.empty: found "none", expected "all" or "fail""#,
         ),
         (
+            "[pools.retry]\nbudget_percent = 101",
+            "p.toml:5: pools[0].retry.budget_percent: found 101, expected an integer from 0 to 100",
+        ),
+        (
             "[pools.ejection]\nbase = \"2m\"",
             "p.toml:5: pools[0].ejection.base: found a base above max, expected base up to max",
         ),
         (
             "[pools.health]\ninterval = \"1s\"",
             r#"p.toml:4: pools[0].health.path: found nothing, expected the path to ask for, such as "/health""#,
+        ),
+        (
+            "[pools.health]\npath = \"health\"",
+            r#"p.toml:5: pools[0].health.path: found "health", expected a path that starts with "/""#,
         ),
         (
             "[dns]\nmin_ttl = \"1h\"",
@@ -539,4 +553,62 @@ fn files_are_found_beside_the_configuration() {
     let missing = folder.path().join("missing.toml");
     let error = Config::load(&missing).unwrap_err().to_string();
     assert!(error.starts_with(&format!("{}: cannot be read: ", missing.display())), "{error}");
+}
+
+fn endpoints_file(text: &str, name: &str) -> Result<Vec<Endpoint>, String> {
+    let (format, listen) = (EndpointsFormat::of(Path::new(name)), address("10.0.0.9:8080"));
+    parse_endpoints(text, format, &[8000, 8001], listen).map_err(|error| error.to_string())
+}
+
+#[test]
+fn files_of_endpoints_say_the_same_as_toml_and_as_json() {
+    let toml = r#"endpoints = ["10.0.0.1", "[fd00::1]:80",
+        { address = "10.0.0.2:80", node = "n1", zone = "", draining = true }]"#;
+    let tables = "[[endpoints]]\naddress = \"10.0.0.1\"\n[[endpoints]]\naddress = \"[fd00::1]:80\"\n\
+                  [[endpoints]]\naddress = \"10.0.0.2:80\"\nnode = \"n1\"\ndraining = true";
+    let json = r#"{"endpoints": ["10.0.0.1", "[fd00::1]:80",
+        {"address": "10.0.0.2:80", "node": "n1", "zone": null, "draining": true}]}"#;
+    let last = Endpoint { node: Some("n1".into()), draining: true, ..address("10.0.0.2:80").into() };
+    let mut expected: Vec<Endpoint> =
+        ["10.0.0.1:8000", "10.0.0.1:8001", "[fd00::1]:80"].map(|a| address(a).into()).into();
+    expected.push(last);
+    for (text, name) in [(toml, "e.toml"), (tables, "endpoints"), (json, "e.JSON")] {
+        assert_eq!(endpoints_file(text, name).as_ref(), Ok(&expected), "{name}");
+    }
+    for (text, name) in [("endpoints = []", "e.toml"), (r#"{"endpoints": []}"#, "e.json")] {
+        assert_eq!(endpoints_file(text, name), Ok(vec![]), "{name}");
+    }
+}
+
+#[test]
+fn bad_files_of_endpoints() {
+    let cases = [
+        ("e.toml", "", "line 1: missing field `endpoints`"),
+        ("e.toml", "endpoints = [\n\"10.0.0.1:80\",\n", "line 3: unclosed array, expected `]`"),
+        (
+            "e.toml",
+            "\nendpoints = [{ address = \"10.0.0.1:80\", weight = 1 }]",
+            r#"line 2: "ip:port" or { address = "ip:port", node = "n1", zone = "a", draining = false }"#,
+        ),
+        (
+            "e.json",
+            r#"{"endpoints": [5]}"#,
+            r#""ip:port" or { address = "ip:port", node = "n1", zone = "a", draining = false } at line 1 column 16"#,
+        ),
+        ("e.json", r#"{"endpoints": ["10.0.0.1:80"]"#, "EOF while parsing an object at line 1 column 29"),
+        ("e.json", r#"{"endpoint": []}"#, "unknown field `endpoint`, expected `endpoints` at line 1 column 11"),
+        (
+            "e.json",
+            r#"{"endpoints": ["10.0.0.1:80", "model:80"]}"#,
+            r#"endpoints[1]: found "model:80", expected ip:port of a server, or ip where the pool has ports"#,
+        ),
+        (
+            "e.toml",
+            r#"endpoints = ["10.0.0.9:8080"]"#,
+            r#"endpoints[0]: found "10.0.0.9:8080", expected another server than listen.address (10.0.0.9:8080)"#,
+        ),
+    ];
+    for (name, text, expected) in cases {
+        assert_eq!(endpoints_file(text, name), Err(expected.to_owned()), "{text}");
+    }
 }

@@ -4,7 +4,10 @@
 
 use std::{borrow::Cow, fmt::Display, net::SocketAddr, ops::RangeInclusive, time::Duration};
 
-use http::{HeaderName, header, uri::Authority};
+use http::{
+    HeaderName, header,
+    uri::{Authority, PathAndQuery},
+};
 use toml::de::DeValue;
 
 /// Completes "expected …".
@@ -87,7 +90,11 @@ pub(super) fn listen_address(value: &DeValue<'_>) -> Parsed<SocketAddr> {
 pub(super) fn endpoint(value: &DeValue<'_>) -> Parsed<SocketAddr> {
     let address = text(value).and_then(|text| text.parse::<SocketAddr>().ok());
     let address = address.filter(|address| address.port() != 0 && !address.ip().is_unspecified());
-    address.ok_or(Expected(r#"ip:port of a server, such as "10.0.0.7:8000" or "[fd00::7]:8000""#.into()))
+    address.ok_or_else(not_an_endpoint)
+}
+
+pub(super) fn not_an_endpoint() -> Expected {
+    Expected(r#"ip:port of a server, such as "10.0.0.7:8000" or "[fd00::7]:8000""#.into())
 }
 
 /// A name or address, and a port.
@@ -114,11 +121,24 @@ pub(super) fn path_prefix(value: &DeValue<'_>) -> Parsed<String> {
     path.map(str::to_owned).ok_or(Expected(r#"a path that starts with "/", without query"#.into()))
 }
 
+/// What a request may ask for.
+pub(super) fn path_and_query(value: &DeValue<'_>) -> Parsed<PathAndQuery> {
+    let path = text(value).filter(|text| text.starts_with('/') && !text.contains('#'));
+    path.and_then(|path| path.parse().ok()).ok_or(Expected(r#"a path that starts with "/""#.into()))
+}
+
 /// What a metric label and a log line carry unescaped.
 pub(super) fn pool_name(value: &DeValue<'_>) -> Parsed<String> {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-/".contains(&byte);
     let name = text(value).filter(|text| (1..=253).contains(&text.len()) && text.bytes().all(allowed));
     name.map(str::to_owned).ok_or(Expected("1 to 253 letters, digits or any of . _ - /".into()))
+}
+
+/// A token (RFC 9110 §5.6.2), and not the upgrade that hides requests.
+pub(super) fn upgrade(value: &DeValue<'_>) -> Parsed<String> {
+    let name =
+        text(value).filter(|text| HeaderName::from_bytes(text.as_bytes()).is_ok() && !text.eq_ignore_ascii_case("h2c"));
+    name.map(str::to_owned).ok_or(Expected(r#"the name of a protocol other than "h2c", such as "websocket""#.into()))
 }
 
 pub(super) fn non_empty(value: &DeValue<'_>) -> Parsed<String> {

@@ -88,9 +88,11 @@ impl Session {
             self.configure(config)?;
         }
         let metadata = message.metadata_context.as_ref();
-        // Proxies differ in the message that carries it; the last one counts.
-        let endpoints = self.picker.endpoints().snapshot();
-        if let Some(subset) = metadata.and_then(|metadata| subset::subset(metadata, &endpoints)) {
+        // Proxies differ in the message that carries it; the last one before the pick counts.
+        if self.pick.is_none()
+            && let Some(metadata) = metadata
+            && let Some(subset) = subset::subset(metadata, &self.picker.endpoints().snapshot())
+        {
             self.subset = Some(subset);
         }
         match message.request {

@@ -30,6 +30,8 @@ pub struct RequestHead {
     pub keep_alive: bool,
     /// The client waits for `100 Continue` before it sends the body.
     pub expect_continue: bool,
+    /// What the client would like the connection to be from the response on.
+    pub upgrade: Option<HeaderValue>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -162,7 +164,7 @@ pub fn from_http2(mut parts: request::Parts, ended: bool, limits: &HeadLimits) -
     };
     // hyper has its own way to let a body come.
     parts.headers.remove(header::EXPECT);
-    Ok(RequestHead { parts, body, keep_alive: true, expect_continue: false })
+    Ok(RequestHead { parts, body, keep_alive: true, expect_continue: false, upgrade: None })
 }
 
 /// Reads one complete head.
@@ -196,10 +198,11 @@ fn parse(bytes: &[u8], limits: &HeadLimits) -> Result<RequestHead, RequestError>
     let has_body = !matches!(body, RequestBody::None | RequestBody::Length(0));
     let expect_continue = expects_continue(&headers)? && version == Version::HTTP_11 && has_body;
     let keep_alive = head::keep_alive(&headers, version);
+    let upgrade = head::upgrade(&headers, version);
 
     let (mut parts, ()) = http::Request::new(()).into_parts();
     (parts.method, parts.uri, parts.version, parts.headers) = (method, target.uri, version, headers);
-    Ok(RequestHead { parts, body, keep_alive, expect_continue })
+    Ok(RequestHead { parts, body, keep_alive, expect_continue, upgrade })
 }
 
 /// Names what `httparse` did not take.

@@ -6,7 +6,8 @@ use prometheus_client::{
 };
 
 use super::labels::{
-    Build, ByAnswer, ByFlow, ByModel, ByOutcome, ByPath, ByPool, ByPoolAndReason, ByReason, ByResult, PathState,
+    Build, ByAnswer, ByFlow, ByModel, ByOutcome, ByPath, ByPool, ByPoolAndIndex, ByPoolAndReason, ByPoolAndState,
+    ByReason, ByResult, BySource, BySourceAndReason, PathState,
 };
 
 type Histograms<Labels> = Family<Labels, Histogram, fn() -> Histogram>;
@@ -68,9 +69,24 @@ families! {
 
     /// Connections to endpoints that requests asked for, by where they came from.
     endpoint_connections: Family<ByResult, Counter> = "endpoint_connections";
-    /// Requests sent again, on another connection or to another endpoint.
+    /// Requests that went on to another connection or endpoint, because one did not connect, had closed a kept connection, or
+    /// closed before it answered.
     endpoint_retries: Family<ByReason, Counter> = "endpoint_retries";
+    /// Requests that were not sent again although their list had another endpoint: the attempts or the budget were used up.
+    endpoint_retries_refused: Family<ByPoolAndReason, Counter> = "endpoint_retries_refused";
+    /// Turns of endpoints that were not the first of their list, by place: 1 is the second.
+    fallback_attempts: Family<ByPoolAndIndex, Counter> = "fallback_attempts";
+    /// Picks of the EPP that begin outside the subset that it was given; they are followed.
+    epp_outside_subset: Family<ByPool, Counter> = "epp_outside_subset";
 
+    /// Endpoints of a pool, by their state.
+    endpoints: Family<ByPoolAndState, Gauge> = "endpoints";
+    /// Whether the last that a pool's name or file gave could be used; if not, what it gave before holds.
+    endpoint_source_up: Family<BySource, Gauge> = "endpoint_source_up";
+    /// Lookups of a name, and changes of a file, that gave no endpoints.
+    endpoint_source_failures: Family<BySourceAndReason, Counter> = "endpoint_source_failures";
+    /// Checks of an endpoint's health that found it unwell.
+    endpoint_check_failures: Family<ByPoolAndReason, Counter> = "endpoint_check_failures";
     /// Times that an endpoint was taken out of its pool for a while because it failed requests.
     ejections: Family<ByPool, Counter> = "ejections";
 

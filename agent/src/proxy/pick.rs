@@ -53,7 +53,9 @@ pub(super) async fn pick(
     let started = Instant::now();
     let metrics = worker.shared.metrics.pool(request.pool);
     let open = worker.shared.metrics.epp_stream();
-    let asked = ask(client_of_epp, worker.shared.config.limits.body_bytes, settings, client, request, upload).await;
+    let subset = worker.shared.endpoints[request.pool].subset(started.into_std());
+    let limit = worker.shared.config.limits.body_bytes;
+    let asked = ask(client_of_epp, limit, settings, subset.as_deref(), client, request, upload).await;
     let failure = match asked {
         Asked::Answered(Outcome::Immediate(reply), _) => {
             metrics.epp_exchange(EppOutcome::Immediate, started.elapsed());
@@ -62,6 +64,9 @@ pub(super) async fn pick(
         Asked::Answered(Outcome::Picked(decision), stream) => match admitted(worker, request.pool, decision) {
             Ok((endpoints, decision)) => {
                 metrics.epp_exchange(EppOutcome::Picked, started.elapsed());
+                if subset.is_some_and(|subset| !subset.contains(&decision.endpoints[0])) {
+                    metrics.epp_outside_subset();
+                }
                 request.record.picked_in(started.elapsed());
                 upload.rest(client).await?;
                 let Decision { mutation, body, .. } = decision;
@@ -105,12 +110,16 @@ fn admitted(worker: &Worker, pool: usize, decision: Decision) -> Result<(Vec<Soc
 }
 
 fn builtin(worker: &Worker, pool: usize, upload: &mut Upload) -> Result<Picked, Error> {
-    let pick = worker.shared.pickers[pool].pick(&upload.prompt(), None, Instant::now().into_std())?;
+    let now = Instant::now().into_std();
+    let subset = worker.shared.endpoints[pool].subset(now);
+    let pick = worker.shared.pickers[pool].pick(&upload.prompt(), subset.as_deref(), now)?;
     Ok(unasked(pick.endpoints))
 }
 
 fn open_pick(worker: &Worker, pool: &config::Pool, index: usize, upload: &mut Upload) -> Result<Picked, Error> {
-    match pool.default_upstream {
+    let endpoints = worker.shared.endpoints[index].snapshot();
+    let takes_requests = |upstream: &SocketAddr| endpoints.get(*upstream).is_none_or(|endpoint| !endpoint.draining);
+    match pool.default_upstream.filter(takes_requests) {
         Some(upstream) => Ok(unasked(vec![upstream])),
         None => builtin(worker, index, upload),
     }
@@ -132,6 +141,7 @@ async fn ask(
     epp: &EppClient,
     limit: u64,
     settings: &config::Epp,
+    subset: Option<&[SocketAddr]>,
     client: &mut Client,
     request: &Request,
     upload: &mut Upload,
@@ -139,7 +149,7 @@ async fn ask(
     let limits = Limits { replaced_body: limit.try_into().unwrap_or(usize::MAX) };
     let mut retried = false;
     loop {
-        let mut stream = Box::new(epp.open(&request.parts, upload.has_body(), None, limits));
+        let mut stream = Box::new(epp.open(&request.parts, upload.has_body(), subset, limits));
         match converse(&mut stream, settings, client, upload).await {
             Ok(outcome) => return Asked::Answered(outcome, stream),
             Err(Asked::Failed(error)) if error.retry_on_fresh_channel() && !retried => {

@@ -118,6 +118,7 @@ impl Record {
             carried_why = self.path_reason,
             bytes_kernel = self.account.steered,
             bytes_user = self.account.relayed,
+            bytes_up = (self.account.upstream > 0).then_some(self.account.upstream),
             pick_us = self.picked_in.as_micros() as u64,
             ttft_us = if self.account.first_ns > 0 { first_ns / 1000 } else { 0 },
             took_us = took.as_micros() as u64,

@@ -10,7 +10,7 @@ use super::{After, Request, immediate, pick::Picked};
 use crate::{
     client::{Client, ClientSocket},
     config,
-    deliver::{Account, Coding, Delivery, End, Frames, Target},
+    deliver::{Account, Coding, Delivery, End, Frames, Target, Tunnel},
     endpoint::{body::ResponseBody, connection::EndpointConnection, in_flight::InFlight},
     error::Error,
     http::{
@@ -77,7 +77,7 @@ pub(super) async fn respond(
     let mut tee = None;
     if let (Some(stream), Some(settings)) = (&mut picked.stream, settings) {
         let wait = settings.response_timeout;
-        let ended = body.is_done();
+        let ended = body.is_done() && head.upgrade.is_none();
         tee = tee_of(settings, &head, ended);
         let reply = stream.response_headers(head.status, &head.headers, address, ended, wait).await;
         if let Some(reply) = stream.head_reply() {
@@ -97,6 +97,9 @@ pub(super) async fn respond(
     }
     request.record.status(head.status, "ok");
     let carried = match (&mut *client, &mut body) {
+        (Client::Http1(socket), ResponseBody::Http1 { connection, pending, .. }) if head.upgrade.is_some() => {
+            tunnel(worker, socket, request, &head, connection, pending, &mut picked).await
+        }
         (Client::Http1(socket), ResponseBody::Http1 { connection, framing: _, pending }) => {
             bytes(worker, socket, request, &head, connection, pending, &mut picked, tee.as_ref()).await
         }
@@ -170,6 +173,29 @@ async fn bytes(
         delivery.abandon();
     }
     Carried { end, account: std::mem::take(&mut delivery.account), path, reason, keep_alive }
+}
+
+/// Carries what follows a switch of protocols.
+async fn tunnel(
+    worker: &Worker,
+    client: &mut ClientSocket,
+    request: &Request,
+    head: &ResponseHead,
+    endpoint: &mut EndpointConnection,
+    pending: &mut BytesMut,
+    picked: &mut Picked,
+) -> Carried {
+    let mut lead = BytesMut::with_capacity(1024);
+    head.write_head(&mut lead, true, request.parts.version);
+    lead.unsplit(std::mem::take(pending));
+    let idle = worker.shared.config.timeouts.idle;
+    let mut tunnel = Tunnel { client, endpoint, lead, idle, account: Account::default() };
+    let end = tokio::select! {
+        biased;
+        end = tunnel.run() => Some(end),
+        _ = evicted(&mut picked.stream) => None,
+    };
+    Carried { end, account: tunnel.account, path: Path::Relay, reason: "upgrade", keep_alive: false }
 }
 
 /// Carries the body where HTTP/2 is spoken on one side or both.

@@ -154,7 +154,7 @@ fn requests_go_out_in_origin_form() {
     ];
     for (method, target, body_len, expected) in table {
         let mut out = BytesMut::new();
-        write_request(&request(method, target), body_len, &mut out);
+        write_request(&request(method, target), body_len, None, &mut out);
         assert_eq!(out, expected.as_bytes());
     }
 }
