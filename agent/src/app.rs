@@ -29,6 +29,7 @@ use crate::{
     route::Router,
     selftest,
     steer::Steering,
+    telemetry::{Exporter, Telemetry},
     tls::Certificate,
     worker::{Listener, Shared, Worker},
 };
@@ -46,6 +47,8 @@ pub struct Agent {
     address: SocketAddr,
     tls_address: Option<SocketAddr>,
     steering: Steering,
+    /// Outlives the workers, whose last spans it sends.
+    exporter: Option<Exporter>,
 }
 
 impl Agent {
@@ -99,6 +102,7 @@ impl Agent {
             admin::start(config.admin.address, Arc::clone(&metrics), readiness.clone(), move || vec![status.clone()])
                 .with_context(|| format!("the admin server on {}", config.admin.address))?;
 
+        let (telemetry, exporter) = Telemetry::start(&config.tracing, &metrics)?.unzip();
         let shared = Arc::new(Shared {
             router: Router::new(&config),
             pickers: endpoints.iter().map(|endpoints| BuiltinPicker::new(Arc::clone(endpoints))).collect(),
@@ -106,6 +110,7 @@ impl Agent {
             retries: config.pools.iter().map(|pool| RetryBudget::new(&pool.retry, Instant::now())).collect(),
             pick_headers: pick_headers(&config),
             metrics,
+            telemetry,
             draining: CancellationToken::new(),
             force: CancellationToken::new(),
             failed: AtomicBool::new(false),
@@ -125,7 +130,7 @@ impl Agent {
             workers.push(std::thread::Builder::new().name(format!("penstock-{number}")).spawn(run)?);
         }
         tracing::info!(%address, admin = %admin.local_addr(), workers = count, "penstock {}", env!("CARGO_PKG_VERSION"));
-        Ok(Self { shared, readiness, admin, _discovery: discovery, workers, address, tls_address, steering })
+        Ok(Self { shared, readiness, admin, _discovery: discovery, workers, address, tls_address, steering, exporter })
     }
 
     /// Where clients connect; the port is the one that was bound.
@@ -186,6 +191,7 @@ impl Agent {
             // A worker that panicked has said so already.
             let _ = worker.join();
         }
+        self.exporter = None;
     }
 }
 

@@ -27,6 +27,14 @@ impl Client {
         }
     }
 
+    /// Whether what it sends is encrypted on its way.
+    pub fn is_tls(&self) -> bool {
+        match self {
+            Self::Http1(socket) => socket.is_tls(),
+            Self::Http2(stream) => stream.is_tls(),
+        }
+    }
+
     /// Sends a whole answer to a request with this method.
     pub async fn reply(&mut self, method: &Method, reply: &Reply, keep_alive: bool) -> io::Result<()> {
         match self {

@@ -9,6 +9,7 @@ mod dns;
 mod document;
 mod endpoints;
 mod error;
+mod headers;
 mod health;
 mod listen;
 mod node;
@@ -20,6 +21,7 @@ mod sections;
 mod subset;
 #[cfg(test)]
 mod tests;
+mod tracing;
 mod value;
 
 pub use default::default_toml;
@@ -39,8 +41,11 @@ pub struct Config {
     pub admin: Admin,
     pub limits: Limits,
     pub timeouts: Timeouts,
+    pub headers: Headers,
+    pub errors: Errors,
     pub bbr: Bbr,
     pub steering: Steering,
+    pub tracing: Tracing,
     pub node: Node,
     pub dns: Dns,
     /// At least one; names are unique.
@@ -131,24 +136,67 @@ pub struct Limits {
     pub body_memory_bytes: usize,
 }
 
+/// `None` is off.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Timeouts {
     /// A request head, from its first byte; default 10s. Then 408.
-    pub head: Duration,
+    pub head: Option<Duration>,
     /// A request body, from the end of the head; default 60s. Then 408.
-    pub body: Duration,
-    /// An idle client connection between requests; default 75s.
-    pub keep_alive: Duration,
-    /// TCP connect to an endpoint; default 1s. Then the next of the list.
-    pub connect: Duration,
-    /// From the request sent to the response head; `None` is off; default 10m. Then 504.
+    pub body: Option<Duration>,
+    /// An idle client connection between requests; default 75s. Then it is closed.
+    pub keep_alive: Option<Duration>,
+    /// TCP connect to an endpoint; default 1s. Then the next of the list, and 504 after the last.
+    pub connect: Option<Duration>,
+    /// From the request sent to the response head; default 10m. Then 504.
     pub first_byte: Option<Duration>,
-    /// No byte of a response for this long; `None` is off; default 5m. Then the connection is broken off.
+    /// No byte of a response for this long; default 5m. Then the connection is broken off.
     pub idle: Option<Duration>,
+    /// The whole of a request, from the first byte of its head to the last byte of the response; default off. Then 504, or
+    /// the connection is broken off where the response has begun.
+    pub request: Option<Duration>,
     /// An idle endpoint connection in its pool; default 4s, below uvicorn's 5s.
     pub endpoint_keep_alive: Duration,
     /// After SIGTERM, how long running responses may take; default 30s.
     pub drain: Duration,
+}
+
+/// What requests and responses are told about this hop.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Headers {
+    /// Name of this hop in `Via`, of requests and responses; `None` is off; default `penstock`.
+    pub via: Option<String>,
+    /// `X-Forwarded-For`, `-Proto`, `-Host` and `-Port` of requests; default `append`.
+    pub x_forwarded: Forwarding,
+    /// `Forwarded` (RFC 7239) of requests; default `off`.
+    pub forwarded: Forwarding,
+    /// Whether responses carry the `x-request-id` of their request; default false.
+    pub request_id_to_client: bool,
+}
+
+/// Who is believed about where a request came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Forwarding {
+    /// What the client says is kept, and this hop's word is put behind it or where it says nothing: for an agent that only
+    /// proxies can reach. Whoever reads it may trust the last element of a list and no other.
+    Append,
+    /// What the client says is dropped: for an agent that clients reach themselves.
+    Replace,
+    /// What the client says goes on as it is, and nothing is added.
+    Off,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Errors {
+    /// Of the agent's own answers, where `Accept` prefers neither; default `openai`.
+    pub format: ErrorFormat,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorFormat {
+    /// `{"error": {"message", "type", "param", "code"}}`.
+    OpenAi,
+    /// The message, and the reason on a line of its own.
+    Plain,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -185,6 +233,41 @@ pub struct Steering {
     pub endpoint_receive_buffer: u32,
     /// Endpoint connections that can be steered at once; default 16384. Sizes the kernel maps.
     pub max_flows: u32,
+}
+
+/// Spans to an OpenTelemetry collector. Trace context is passed on whether this is on or off.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tracing {
+    /// Where the collector takes OTLP over gRPC, such as `http://127.0.0.1:4317`; `None` is off; default off.
+    pub otlp_endpoint: Option<String>,
+    /// Part of the traces that begin here which are exported; default 1. Of the others the caller's flag decides.
+    pub sampling_ratio: Ratio,
+    /// `service.name` of the spans; default `penstock`.
+    pub service_name: String,
+    /// Spans that may wait for the collector; default 4096. What comes then is dropped, and counted.
+    pub queue_spans: usize,
+    /// How long spans are gathered before they are sent; default 1s.
+    pub export_interval: Duration,
+}
+
+/// From 0 to 1.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Ratio(f64);
+
+// Never NaN.
+impl Eq for Ratio {}
+
+impl Ratio {
+    pub const ALL: Self = Self(1.0);
+
+    /// `None` outside of 0 to 1.
+    pub fn new(ratio: f64) -> Option<Self> {
+        (0.0..=1.0).contains(&ratio).then_some(Self(ratio))
+    }
+
+    pub fn get(self) -> f64 {
+        self.0
+    }
 }
 
 /// Where this agent runs, in the words that endpoints use; `prefer` compares the two.

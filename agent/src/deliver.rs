@@ -44,6 +44,18 @@ pub enum End {
     Idle,
 }
 
+impl End {
+    /// Label for metrics and logs.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::Complete { .. } => "ok",
+            Self::ClientGone => "client_gone",
+            Self::Broken => "endpoint_broke",
+            Self::Idle => "idle_timeout",
+        }
+    }
+}
+
 /// What was carried, and by whom.
 #[derive(Debug, Default, Clone)]
 pub struct Account {

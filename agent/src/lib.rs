@@ -9,6 +9,7 @@ pub mod dns;
 pub mod admin;
 pub mod local;
 pub mod http;
+pub mod telemetry;
 pub mod bbr;
 pub mod route;
 pub mod picker;

@@ -90,6 +90,11 @@ impl Metrics {
         self.families.client_aborts.inc();
     }
 
+    /// A client's connection is closed because no request came.
+    pub fn client_idle_closed(&self) {
+        self.families.client_idle_closes.inc();
+    }
+
     /// Counts a stream to an EPP until the guard is dropped.
     pub fn epp_stream(&self) -> InFlight {
         InFlight::new(&self.families.epp_streams_inflight)
@@ -132,6 +137,16 @@ impl Metrics {
     /// Counts a slot of the kernel maps until the guard is dropped.
     pub fn slot(&self) -> InFlight {
         InFlight::new(&self.families.slots_in_use)
+    }
+
+    /// Spans have reached the collector.
+    pub fn trace_spans_exported(&self, spans: u64) {
+        self.families.trace_spans_exported.inc_by(spans);
+    }
+
+    /// Spans are lost.
+    pub fn trace_spans_dropped(&self, reason: &'static str, spans: u64) {
+        self.families.trace_spans_dropped.get_or_create(&ByReason { reason }).inc_by(spans);
     }
 
     /// What the self-test of a path said; replaces what was said of it before.

@@ -35,8 +35,8 @@ pub struct Upload {
     /// Of HTTP/2, behind the body.
     pub trailers: HeaderMap,
     received: u64,
-    timeout: Duration,
-    deadline: Instant,
+    timeout: Option<Duration>,
+    deadline: Option<Instant>,
 }
 
 impl Upload {
@@ -46,7 +46,7 @@ impl Upload {
         headers: &HeaderMap,
         limits: &Limits,
         bbr: &Bbr,
-        timeout: Duration,
+        timeout: Option<Duration>,
     ) -> Result<Self, Error> {
         let reader = BodyReader::new(body, limits.body_bytes)?;
         let has_body = !reader.is_done();
@@ -60,7 +60,7 @@ impl Upload {
             trailers: HeaderMap::new(),
             received: 0,
             timeout,
-            deadline: Instant::now() + timeout,
+            deadline: timeout.map(|timeout| Instant::now() + timeout),
             reader,
         })
     }
@@ -88,10 +88,10 @@ impl Upload {
 
     /// The next piece of the body off the wire; `None` at its end. Cancel-safe.
     pub async fn read(&mut self, client: &mut Client) -> Result<Option<Bytes>, Error> {
-        let deadline = self.deadline;
+        let (Some(deadline), Some(limit)) = (self.deadline, self.timeout) else { return self.next(client).await };
         match tokio::time::timeout_at(deadline, self.next(client)).await {
             Ok(piece) => piece,
-            Err(_) => Err(Error::BodyTimeout(self.timeout)),
+            Err(_) => Err(Error::BodyTimeout(limit)),
         }
     }
 

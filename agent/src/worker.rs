@@ -26,6 +26,7 @@ use crate::{
     picker::{builtin::BuiltinPicker, client::EppClient},
     route::Router,
     steer::WorkerSteering,
+    telemetry::Telemetry,
 };
 
 /// What all workers share.
@@ -33,6 +34,8 @@ pub struct Shared {
     pub config: Config,
     pub router: Router,
     pub metrics: Arc<Metrics>,
+    /// Where tracing is on.
+    pub telemetry: Option<Telemetry>,
     /// One for each pool.
     pub endpoints: Vec<Arc<EndpointSet>>,
     /// One for each pool.

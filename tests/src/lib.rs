@@ -5,6 +5,7 @@
 pub mod agent;
 pub mod agent_process;
 pub mod client;
+pub mod collector;
 pub mod content;
 mod decoder;
 pub mod demo;
@@ -24,6 +25,7 @@ pub mod stage;
 pub mod tls;
 
 pub use client::{BodyEnd, Client, Request, Response};
+pub use collector::{CollectedSpan, Collector, Mood};
 pub use content::{Alphabet, Checker};
 pub use decoder::{Decoder, Framed};
 pub use dns_server::DnsServer;

@@ -18,6 +18,7 @@ pub(crate) type Answer = oneshot::Receiver<Response<FrameBody>>;
 pub struct ClientStream {
     body: Incoming,
     state: State,
+    tls: bool,
 }
 
 enum State {
@@ -31,10 +32,15 @@ fn gone() -> io::Error {
 }
 
 impl ClientStream {
-    pub(crate) fn new(request: http::Request<Incoming>) -> (request::Parts, Self, Answer) {
+    /// `tls`: the connection is.
+    pub(crate) fn new(request: http::Request<Incoming>, tls: bool) -> (request::Parts, Self, Answer) {
         let (parts, body) = request.into_parts();
         let (head, answer) = oneshot::channel();
-        (parts, Self { body, state: State::Unanswered(head) }, answer)
+        (parts, Self { body, state: State::Unanswered(head), tls }, answer)
+    }
+
+    pub fn is_tls(&self) -> bool {
+        self.tls
     }
 
     /// The next frame of the request's body. Cancel-safe.

@@ -8,8 +8,9 @@ use std::{
 use http::{HeaderName, uri::PathAndQuery};
 
 use super::{
-    Admin, AppProtocol, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppTls, FailureMode, HealthCheck, Limits, Listen,
-    Node, Picker, Pool, ResponseToPicker, Retry, Steering, SteeringMode, Subset, Timeouts,
+    Admin, AppProtocol, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppTls, ErrorFormat, Errors, FailureMode,
+    Forwarding, Headers, HealthCheck, Limits, Listen, Node, Picker, Pool, Ratio, ResponseToPicker, Retry, Steering,
+    SteeringMode, Subset, Timeouts, Tracing,
 };
 
 /// A complete commented file. Its settings are the defaults; what has none is commented out, as `#key = value`.
@@ -25,8 +26,11 @@ impl Config {
             admin: Admin::default(),
             limits: Limits::default(),
             timeouts: Timeouts::default(),
+            headers: Headers::default(),
+            errors: Errors::default(),
             bbr: Bbr::default(),
             steering: Steering::default(),
+            tracing: Tracing::default(),
             node: Node::default(),
             dns: Dns::default(),
             pools,
@@ -63,15 +67,33 @@ impl Default for Limits {
 impl Default for Timeouts {
     fn default() -> Self {
         Self {
-            head: Duration::from_secs(10),
-            body: Duration::from_secs(60),
-            keep_alive: Duration::from_secs(75),
-            connect: Duration::from_secs(1),
+            head: Some(Duration::from_secs(10)),
+            body: Some(Duration::from_secs(60)),
+            keep_alive: Some(Duration::from_secs(75)),
+            connect: Some(Duration::from_secs(1)),
             first_byte: Some(Duration::from_secs(600)),
             idle: Some(Duration::from_secs(300)),
+            request: None,
             endpoint_keep_alive: Duration::from_secs(4),
             drain: Duration::from_secs(30),
         }
+    }
+}
+
+impl Default for Headers {
+    fn default() -> Self {
+        Self {
+            via: Some("penstock".to_owned()),
+            x_forwarded: Forwarding::Append,
+            forwarded: Forwarding::Off,
+            request_id_to_client: false,
+        }
+    }
+}
+
+impl Default for Errors {
+    fn default() -> Self {
+        Self { format: ErrorFormat::OpenAi }
     }
 }
 
@@ -90,6 +112,18 @@ impl Default for Steering {
             client_send_buffer: 1 << 20,
             endpoint_receive_buffer: 512 << 10,
             max_flows: 16_384,
+        }
+    }
+}
+
+impl Default for Tracing {
+    fn default() -> Self {
+        Self {
+            otlp_endpoint: None,
+            sampling_ratio: Ratio::ALL,
+            service_name: "penstock".to_owned(),
+            queue_spans: 4096,
+            export_interval: Duration::from_secs(1),
         }
     }
 }

@@ -1,8 +1,8 @@
 //! The file's sections into the structures of [`super`], with the checks that concern one section or the whole.
 
 use super::{
-    Admin, Bbr, Config, Limits, Listen, Overrides, Steering, SteeringMode, Timeouts, dns, document::Section, listen,
-    node, pools, routes, value,
+    Admin, Bbr, Config, ErrorFormat, Errors, Limits, Listen, Overrides, Steering, SteeringMode, Timeouts, dns,
+    document::Section, headers, listen, node, pools, routes, tracing, value,
 };
 
 const MIB: u32 = 1 << 20;
@@ -12,13 +12,16 @@ pub(super) fn config(root: &mut Section<'_>, overrides: &Overrides) -> Config {
     let admin = root.section("admin", |section| admin(section, overrides, &listen));
     let limits = root.section("limits", limits);
     let timeouts = root.section("timeouts", timeouts);
+    let headers = root.section("headers", headers::headers);
+    let errors = root.section("errors", errors);
     let bbr = root.section("bbr", bbr);
     let steering = root.section("steering", |section| steering(section, overrides));
+    let tracing = root.section("tracing", tracing::tracing);
     let node = root.section("node", |section| node::node(section, overrides));
     let dns = root.section("dns", dns::dns);
     let pools = pools::pools(root, listen.address, &node);
     let routes = routes::routes(root, &pools);
-    Config { listen, admin, limits, timeouts, bbr, steering, node, dns, pools, routes }
+    Config { listen, admin, limits, timeouts, headers, errors, bbr, steering, tracing, node, dns, pools, routes }
 }
 
 fn admin(section: &mut Section<'_>, overrides: &Overrides, listen: &Listen) -> Admin {
@@ -55,17 +58,23 @@ fn limits(section: &mut Section<'_>) -> Limits {
 fn timeouts(section: &mut Section<'_>) -> Timeouts {
     let default = Timeouts::default();
     Timeouts {
-        head: section.read("head", value::duration).unwrap_or(default.head),
-        body: section.read("body", value::duration).unwrap_or(default.body),
-        keep_alive: section.read("keep_alive", value::duration).unwrap_or(default.keep_alive),
-        connect: section.read("connect", value::duration).unwrap_or(default.connect),
+        head: section.read("head", value::duration_or_off).unwrap_or(default.head),
+        body: section.read("body", value::duration_or_off).unwrap_or(default.body),
+        keep_alive: section.read("keep_alive", value::duration_or_off).unwrap_or(default.keep_alive),
+        connect: section.read("connect", value::duration_or_off).unwrap_or(default.connect),
         first_byte: section.read("first_byte", value::duration_or_off).unwrap_or(default.first_byte),
         idle: section.read("idle", value::duration_or_off).unwrap_or(default.idle),
+        request: section.read("request", value::duration_or_off).unwrap_or(default.request),
         endpoint_keep_alive: section
             .read("endpoint_keep_alive", value::duration)
             .unwrap_or(default.endpoint_keep_alive),
         drain: section.read("drain", value::duration).unwrap_or(default.drain),
     }
+}
+
+fn errors(section: &mut Section<'_>) -> Errors {
+    const FORMATS: &[(&str, ErrorFormat)] = &[("openai", ErrorFormat::OpenAi), ("plain", ErrorFormat::Plain)];
+    Errors { format: section.read("format", value::one_of(FORMATS)).unwrap_or(Errors::default().format) }
 }
 
 fn bbr(section: &mut Section<'_>) -> Bbr {

@@ -84,10 +84,10 @@ fn the_default_file_has_every_key() {
         }
         sections += 1;
     }
-    assert_eq!(sections, 15);
+    assert_eq!(sections, 18);
     assert_eq!(
         messages(&format!("top = 1\n{text}"))[0],
-        "p.toml:1: top: found an unknown key, expected one of listen, admin, limits, timeouts, bbr, steering, node, dns, pools, routes"
+        "p.toml:1: top: found an unknown key, expected one of listen, admin, limits, timeouts, headers, errors, bbr, steering, tracing, node, dns, pools, routes"
     );
 }
 
@@ -114,8 +114,16 @@ fn every_setting_is_read() {
         connect = "4h"
         first_byte = "off"
         idle = "off"
+        request = "5m"
         endpoint_keep_alive = "5s"
         drain = "24h"
+        [headers]
+        via = "gw.example:8080"
+        x_forwarded = "replace"
+        forwarded = "append"
+        request_id_to_client = true
+        [errors]
+        format = "plain"
         [bbr]
         enabled = false
         header = "X-Model"
@@ -127,6 +135,12 @@ fn every_setting_is_read() {
         client_send_buffer = 16384
         endpoint_receive_buffer = 67108864
         max_flows = 7
+        [tracing]
+        otlp_endpoint = "http://[::1]:4317/"
+        sampling_ratio = 0.25
+        service_name = "edge"
+        queue_spans = 8
+        export_interval = "2s"
         [node]
         name = "n1"
         zone = "a"
@@ -210,15 +224,23 @@ fn every_setting_is_read() {
         admin: Admin { address: "127.0.0.1:0".parse().unwrap() },
         limits: Limits { head_bytes: 1024, headers: 16, body_bytes: 5, body_memory_bytes: 4 },
         timeouts: Timeouts {
-            head: Duration::from_millis(1),
-            body: Duration::from_secs(2),
-            keep_alive: Duration::from_secs(180),
-            connect: Duration::from_secs(4 * 3600),
+            head: Some(Duration::from_millis(1)),
+            body: Some(Duration::from_secs(2)),
+            keep_alive: Some(Duration::from_secs(180)),
+            connect: Some(Duration::from_secs(4 * 3600)),
             first_byte: None,
             idle: None,
+            request: Some(Duration::from_secs(300)),
             endpoint_keep_alive: Duration::from_secs(5),
             drain: Duration::from_secs(24 * 3600),
         },
+        headers: Headers {
+            via: Some("gw.example:8080".into()),
+            x_forwarded: Forwarding::Replace,
+            forwarded: Forwarding::Append,
+            request_id_to_client: true,
+        },
+        errors: Errors { format: ErrorFormat::Plain },
         bbr: Bbr { enabled: false, header: http::HeaderName::from_static("x-model"), default_model: Some("m".into()) },
         steering: Steering {
             mode: SteeringMode::Ingress,
@@ -227,6 +249,13 @@ fn every_setting_is_read() {
             client_send_buffer: 16_384,
             endpoint_receive_buffer: 67_108_864,
             max_flows: 7,
+        },
+        tracing: Tracing {
+            otlp_endpoint: Some("http://[::1]:4317/".into()),
+            sampling_ratio: Ratio::new(0.25).unwrap(),
+            service_name: "edge".into(),
+            queue_spans: 8,
+            export_interval: Duration::from_secs(2),
         },
         node: Node { name: Some("n1".into()), zone: Some("a".into()) },
         dns: Dns {
@@ -242,6 +271,17 @@ fn every_setting_is_read() {
 }
 
 #[test]
+fn what_can_be_off() {
+    let text = "[timeouts]\nhead = \"off\"\nbody = \"off\"\nkeep_alive = \"off\"\nconnect = \"off\"\nfirst_byte = \"off\"\nidle = \"off\"\nrequest = \"off\"\n[headers]\nvia = \"off\"\nx_forwarded = \"off\"\n";
+    let config = Config::parse(&format!("{text}{POOL}"), "p.toml").unwrap();
+    let (head, body, keep_alive, connect) = (None, None, None, None);
+    let (first_byte, idle, request) = (None, None, None);
+    let timeouts = Timeouts { head, body, keep_alive, connect, first_byte, idle, request, ..Timeouts::default() };
+    assert_eq!(config.timeouts, timeouts);
+    assert_eq!(config.headers, Headers { via: None, x_forwarded: Forwarding::Off, ..Headers::default() });
+}
+
+#[test]
 fn bad_sections() {
     const DURATION: &str = r#"a duration such as "250ms", "4s", "5m" or "1h", from 1ms to 24h"#;
     let cases = [
@@ -254,12 +294,24 @@ fn bad_sections() {
         ("[limits]\nhead_bytes = 100", "p.toml:2: limits.head_bytes: found 100, expected an integer from 1024 to 1048576".to_owned()),
         ("[limits]\nheaders = 1.5", "p.toml:2: limits.headers: found 1.5, expected an integer from 16 to 1024".to_owned()),
         ("[limits]\nbody_bytes = 10\nbody_memory_bytes = 11", "p.toml:3: limits.body_memory_bytes: found 11, expected at most limits.body_bytes (10)".to_owned()),
-        ("[timeouts]\nhead = 10", format!("p.toml:2: timeouts.head: found 10, expected {DURATION}")),
-        ("[timeouts]\nhead = \"0s\"", format!("p.toml:2: timeouts.head: found \"0s\", expected {DURATION}")),
-        ("[timeouts]\nhead = \"1.5s\"", format!("p.toml:2: timeouts.head: found \"1.5s\", expected {DURATION}")),
-        ("[timeouts]\nhead = \"off\"", format!("p.toml:2: timeouts.head: found \"off\", expected {DURATION}")),
-        ("[timeouts]\nhead = \"99999999999999999999h\"", format!("p.toml:2: timeouts.head: found \"99999999999999999999h\", expected {DURATION}")),
+        ("[timeouts]\ndrain = 10", format!("p.toml:2: timeouts.drain: found 10, expected {DURATION}")),
+        ("[timeouts]\ndrain = \"0s\"", format!("p.toml:2: timeouts.drain: found \"0s\", expected {DURATION}")),
+        ("[timeouts]\ndrain = \"1.5s\"", format!("p.toml:2: timeouts.drain: found \"1.5s\", expected {DURATION}")),
+        ("[timeouts]\ndrain = \"off\"", format!("p.toml:2: timeouts.drain: found \"off\", expected {DURATION}")),
+        ("[timeouts]\nendpoint_keep_alive = \"off\"", format!("p.toml:2: timeouts.endpoint_keep_alive: found \"off\", expected {DURATION}")),
+        ("[timeouts]\ndrain = \"99999999999999999999h\"", format!("p.toml:2: timeouts.drain: found \"99999999999999999999h\", expected {DURATION}")),
         ("[timeouts]\nidle = false", format!("p.toml:2: timeouts.idle: found false, expected \"off\" or {DURATION}")),
+        ("[timeouts]\nrequest = \"never\"", format!("p.toml:2: timeouts.request: found \"never\", expected \"off\" or {DURATION}")),
+        ("[headers]\nvia = \"a b\"", r#"p.toml:2: headers.via: found "a b", expected "off" or a name without blanks, such as "penstock""#.to_owned()),
+        ("[headers]\nvia = \"\"", r#"p.toml:2: headers.via: found "", expected "off" or a name without blanks, such as "penstock""#.to_owned()),
+        ("[headers]\nx_forwarded = \"on\"", r#"p.toml:2: headers.x_forwarded: found "on", expected "append" or "replace" or "off""#.to_owned()),
+        ("[headers]\nforwarded = true", r#"p.toml:2: headers.forwarded: found true, expected "append" or "replace" or "off""#.to_owned()),
+        ("[errors]\nformat = \"html\"", r#"p.toml:2: errors.format: found "html", expected "openai" or "plain""#.to_owned()),
+        ("[tracing]\notlp_endpoint = \"127.0.0.1:4317\"", r#"p.toml:2: tracing.otlp_endpoint: found "127.0.0.1:4317", expected "off" or a URL such as "http://127.0.0.1:4317""#.to_owned()),
+        ("[tracing]\notlp_endpoint = \"https://a:4317\"", r#"p.toml:2: tracing.otlp_endpoint: found "https://a:4317", expected "off" or a URL such as "http://127.0.0.1:4317""#.to_owned()),
+        ("[tracing]\nsampling_ratio = 1.5", "p.toml:2: tracing.sampling_ratio: found 1.5, expected a number from 0 to 1".to_owned()),
+        ("[tracing]\nsampling_ratio = nan", "p.toml:2: tracing.sampling_ratio: found nan, expected a number from 0 to 1".to_owned()),
+        ("[tracing]\nqueue_spans = 0", "p.toml:2: tracing.queue_spans: found 0, expected an integer from 1 to 1048576".to_owned()),
         ("[bbr]\nenabled = \"yes\"", r#"p.toml:2: bbr.enabled: found "yes", expected true or false"#.to_owned()),
         ("[bbr]\nheader = \"Content-Length\"", r#"p.toml:2: bbr.header: found "Content-Length", expected the name of a header that does not frame the message"#.to_owned()),
         ("[bbr]\ndefault_model = \"\"", r#"p.toml:2: bbr.default_model: found "", expected a text that is not empty"#.to_owned()),

@@ -10,6 +10,8 @@ use http::{
 };
 use toml::de::DeValue;
 
+use super::Ratio;
+
 /// Completes "expected …".
 pub(super) struct Expected(pub(super) Cow<'static, str>);
 
@@ -114,6 +116,38 @@ pub(super) fn host(value: &DeValue<'_>) -> Parsed<String> {
         |text: &&str| text.parse::<Authority>().is_ok_and(|authority| authority.host() == *text) && !text.contains('*');
     let host = text(value).filter(is_host);
     host.map(str::to_owned).ok_or(Expected(r#"a host without port, such as "llm.example.com""#.into()))
+}
+
+/// `http://host:port`: the collector is on this node or next to it.
+pub(super) fn http_url_or_off(value: &DeValue<'_>) -> Parsed<Option<String>> {
+    let expected = || Expected(r#""off" or a URL such as "http://127.0.0.1:4317""#.into());
+    match text(value).ok_or_else(expected)? {
+        "off" => Ok(None),
+        url => {
+            let authority = url.strip_prefix("http://").map(|rest| rest.trim_end_matches('/')).unwrap_or_default();
+            let is_host = |authority: &Authority| !authority.host().is_empty() && !authority.as_str().contains('@');
+            authority.parse().ok().filter(is_host).map(|_| Some(url.to_owned())).ok_or_else(expected)
+        }
+    }
+}
+
+/// RFC 9110 §7.6.3: a pseudonym, or a host with an optional port.
+pub(super) fn via_or_off(value: &DeValue<'_>) -> Parsed<Option<String>> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~:[]".contains(&byte);
+    match text(value).filter(|text| !text.is_empty() && text.bytes().all(allowed)) {
+        Some("off") => Ok(None),
+        Some(name) => Ok(Some(name.to_owned())),
+        None => Err(Expected(r#""off" or a name without blanks, such as "penstock""#.into())),
+    }
+}
+
+pub(super) fn ratio(value: &DeValue<'_>) -> Parsed<Ratio> {
+    let number = match value {
+        DeValue::Float(number) => number.as_str().parse().ok(),
+        DeValue::Integer(number) => number.as_str().parse().ok(),
+        _ => None,
+    };
+    number.and_then(Ratio::new).ok_or(Expected("a number from 0 to 1".into()))
 }
 
 pub(super) fn path_prefix(value: &DeValue<'_>) -> Parsed<String> {

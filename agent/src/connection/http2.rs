@@ -44,7 +44,8 @@ impl Activity {
     }
 
     /// Resolves when there has been no request for `limit`.
-    async fn idle(&self, limit: Duration) {
+    async fn idle(&self, limit: Option<Duration>) {
+        let Some(limit) = limit else { return std::future::pending().await };
         loop {
             tokio::time::sleep_until(self.idle_since.get() + limit).await;
             if self.requests.get() == 0 && self.idle_since.get().elapsed() >= limit {
@@ -64,8 +65,8 @@ impl Drop for Active {
     }
 }
 
-/// Serves the connection to its end; `read` is what has been read of it.
-pub(super) async fn serve<S>(worker: &Rc<Worker>, read: BytesMut, stream: S, peer: SocketAddr)
+/// Serves the connection to its end; `read` is what has been read of it, and `tls` whether it is encrypted.
+pub(super) async fn serve<S>(worker: &Rc<Worker>, read: BytesMut, stream: S, peer: SocketAddr, tls: bool)
 where
     S: AsyncRead + AsyncWrite + Unpin + 'static,
 {
@@ -75,7 +76,7 @@ where
         let (worker, activity) = (Rc::clone(worker), Rc::clone(&activity));
         service_fn(move |request| {
             let (worker, active) = (Rc::clone(&worker), activity.begin());
-            let (parts, stream, answer) = ClientStream::new(request);
+            let (parts, stream, answer) = ClientStream::new(request, tls);
             tokio::task::spawn_local(async move {
                 one(&worker, parts, stream, peer).await;
                 drop(active);
@@ -100,7 +101,10 @@ where
     let ended = tokio::select! {
         ended = connection.as_mut() => Some(ended),
         () = worker.shared.draining.cancelled() => None,
-        () = activity.idle(config.timeouts.keep_alive) => None,
+        () = activity.idle(config.timeouts.keep_alive) => {
+            worker.shared.metrics.client_idle_closed();
+            None
+        }
     };
     let ended = match ended {
         Some(ended) => ended,
@@ -117,10 +121,10 @@ where
 async fn one(worker: &Worker, parts: http::request::Parts, stream: ClientStream, peer: SocketAddr) {
     let limits = &worker.shared.config.limits;
     let limits = HeadLimits { bytes: limits.head_bytes, headers: limits.headers };
-    let ended = stream.is_read();
+    let (begun, ended) = (Instant::now(), stream.is_read());
     let mut client = Client::Http2(stream);
     match from_http2(parts, ended, &limits) {
-        Ok(head) => drop(proxy::run(worker, &mut client, head, peer).await),
+        Ok(head) => drop(proxy::run(worker, &mut client, head, begun, peer).await),
         Err(error) => proxy::refuse(worker, &mut client, &error.into()).await,
     }
 }

@@ -56,7 +56,7 @@ impl EndpointConnection {
     /// Connects, and makes the connection known to the kernel before anything can arrive on it.
     pub async fn connect(
         address: SocketAddr,
-        timeout: Duration,
+        timeout: Option<Duration>,
         steering: Option<&Rc<WorkerSteering>>,
         receive_buffer: u32,
     ) -> io::Result<Self> {
@@ -65,7 +65,11 @@ impl EndpointConnection {
             // What is let through while a client stalls waits here, so this bounds it. The kernel doubles the value.
             socket.set_recv_buffer_size(receive_buffer / 2)?;
         }
-        let stream = tokio::time::timeout(timeout, socket.connect(address)).await??;
+        let stream = match timeout {
+            Some(timeout) => tokio::time::timeout(timeout, socket.connect(address)).await??,
+            // The kernel's own, some minutes.
+            None => socket.connect(address).await?,
+        };
         stream.set_nodelay(true)?;
         let local = address.ip().is_loopback() || stream.local_addr()?.ip() == address.ip();
         let source = steering.and_then(|steering| match steering.register_source(&stream) {

@@ -36,7 +36,7 @@ pub struct Http2Pool(Rc<Inner>);
 
 struct Inner {
     endpoints: RefCell<HashMap<SocketAddr, Endpoint>>,
-    connect_timeout: Duration,
+    connect_timeout: Option<Duration>,
 }
 
 #[derive(Default)]
@@ -76,7 +76,7 @@ impl Drop for Stream {
 }
 
 impl Http2Pool {
-    pub fn new(connect_timeout: Duration) -> Self {
+    pub fn new(connect_timeout: Option<Duration>) -> Self {
         Self(Rc::new(Inner { endpoints: RefCell::default(), connect_timeout }))
     }
 
@@ -133,8 +133,13 @@ impl Endpoint {
 
 impl Inner {
     async fn dial(self: Rc<Self>, address: SocketAddr) -> Result<(), Arc<io::Error>> {
-        let dialled = tokio::time::timeout(self.connect_timeout, connect(address)).await;
-        let connection = dialled.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+        let connection = match self.connect_timeout {
+            Some(limit) => {
+                let dialled = tokio::time::timeout(limit, connect(address)).await;
+                dialled.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+            }
+            None => connect(address).await,
+        };
         let mut endpoints = self.endpoints.borrow_mut();
         let endpoint = endpoints.entry(address).or_default();
         endpoint.dialling = None;

@@ -51,6 +51,8 @@ families! {
     tls_handshakes_failed: Family<ByReason, Counter> = "tls_handshakes_failed";
     /// Requests whose client went away before the answer was complete.
     client_aborts: Counter = "client_aborts";
+    /// Client connections that were closed because no request came in the keep-alive time.
+    client_idle_closes: Counter = "client_idle_closes";
 
     /// Time from the opening of the EPP's stream to its decision, or to giving up on it; the upload of the body is part of it.
     epp_exchange: Histograms<ByOutcome> = "epp_exchange_seconds" in EPP_SECONDS;
@@ -100,6 +102,11 @@ families! {
     steer_events_missed: Counter = "steer_events_missed";
     /// Endpoint connections that hold a slot of the kernel maps.
     slots_in_use: Gauge = "slots_in_use";
+    /// Spans that the collector has taken.
+    trace_spans_exported: Counter = "trace_spans_exported";
+    /// Spans that were lost: the queue was full, the collector did not take them, or the agent stopped.
+    trace_spans_dropped: Family<ByReason, Counter> = "trace_spans_dropped";
+
     /// Whether a path passed its self-test and is in use.
     steering_path_active: Family<ByPath, Gauge> = "steering_path_active";
     /// Why a path is active or not; always 1.

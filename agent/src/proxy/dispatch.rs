@@ -13,7 +13,11 @@ use std::{io, net::SocketAddr, time::Duration};
 
 use tokio::time::Instant;
 
-use super::{Request, pick::Picked, respond::Answer};
+use super::{
+    Request,
+    pick::Picked,
+    respond::{Answer, evicted},
+};
 use crate::{
     client::Client,
     config::AppProtocol,
@@ -127,6 +131,16 @@ impl Failed {
 impl From<Error> for Failed {
     fn from(error: Error) -> Self {
         Self::Final(error)
+    }
+}
+
+/// What is done before anything is sent, unless the client leaves or the picker evicts the request meanwhile.
+async fn while_wanted<T>(client: &mut Client, picked: &mut Picked, work: impl Future<Output = T>) -> Result<T, Error> {
+    tokio::select! {
+        biased;
+        done = work => Ok(done),
+        reply = evicted(&mut picked.stream) => Err(Error::Evicted(Box::new(reply))),
+        () = client.gone() => Err(Error::ClientGone),
     }
 }
 

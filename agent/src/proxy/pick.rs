@@ -176,7 +176,7 @@ async fn converse(
         while let Some(piece) = kept.next().await.map_err(|error| Asked::Client(error.into()))? {
             sent += piece.len() as u64;
             let end = sent == total && upload.is_done();
-            if let Some(outcome) = send(stream, piece, end, patience).await? {
+            if let Some(outcome) = send(stream, client, piece, end, patience).await? {
                 return Ok(outcome);
             }
         }
@@ -193,7 +193,7 @@ async fn converse(
                 upload.end().map_err(Asked::Client)?;
             }
             ended = upload.is_done();
-            if let Some(outcome) = send(stream, read.unwrap_or_default(), ended, patience).await? {
+            if let Some(outcome) = send(stream, client, read.unwrap_or_default(), ended, patience).await? {
                 return Ok(outcome);
             }
         }
@@ -210,12 +210,17 @@ async fn converse(
 
 async fn send(
     stream: &mut PickStream,
+    client: &mut Client,
     piece: Bytes,
     end: bool,
     patience: std::time::Duration,
 ) -> Result<Option<Outcome>, Asked> {
-    match timeout(patience, stream.send_body(piece, end)).await {
-        Ok(sent) => sent.map_err(Asked::Failed),
-        Err(_) => Err(Asked::Failed(PickError::Deadline)),
+    tokio::select! {
+        biased;
+        sent = timeout(patience, stream.send_body(piece, end)) => match sent {
+            Ok(sent) => sent.map_err(Asked::Failed),
+            Err(_) => Err(Asked::Failed(PickError::Deadline)),
+        },
+        () = client.gone() => Err(Asked::Client(Error::ClientGone)),
     }
 }

@@ -5,6 +5,7 @@ use std::{cell::RefCell, net::SocketAddr};
 
 use bytes::{Bytes, BytesMut};
 use http::header;
+use tokio::time::Instant;
 
 use super::{After, Request, immediate, pick::Picked};
 use crate::{
@@ -30,6 +31,8 @@ use crate::{
     worker::Worker,
 };
 
+/// Why a response was broken off by its picker: a label.
+const EVICTED: &str = "evicted";
 const EVENT_STREAM: &[u8] = b"text/event-stream";
 
 /// What an endpoint has answered so far.
@@ -42,8 +45,8 @@ pub(super) struct Answer {
 
 /// A body that has been carried, as far as it went.
 struct Carried {
-    /// None: the picker evicted the request.
-    end: Option<End>,
+    /// Err: it was broken off, for this reason.
+    end: Result<End, &'static str>,
     account: Account,
     path: Path,
     reason: &'static str,
@@ -68,8 +71,8 @@ pub(super) async fn respond(
 ) -> Result<After, Error> {
     let Answer { address, mut head, mut body, in_flight } = answer;
     request.record.served(address);
-    headers::remove_hop_by_hop(&mut head.headers);
-    headers::add_via(&mut head.headers, head.version);
+    let config = &worker.shared.config;
+    headers::prepare_response(&mut head.headers, head.version, &request.parts.headers, &config.headers);
     let settings = match &worker.shared.config.pools[request.pool].picker {
         config::Picker::Epp(epp) => Some(epp),
         config::Picker::Builtin => None,
@@ -79,7 +82,11 @@ pub(super) async fn respond(
         let wait = settings.response_timeout;
         let ended = body.is_done() && head.upgrade.is_none();
         tee = tee_of(settings, &head, ended);
-        let reply = stream.response_headers(head.status, &head.headers, address, ended, wait).await;
+        let reply = tokio::select! {
+            biased;
+            reply = stream.response_headers(head.status, &head.headers, address, ended, wait) => reply,
+            () = client.gone() => return Err(Error::ClientGone),
+        };
         if let Some(reply) = stream.head_reply() {
             worker.shared.metrics.pool(request.pool).epp_head_reply(reply.label());
         }
@@ -89,7 +96,7 @@ pub(super) async fn respond(
             ResponseReply::Evicted(reply) => {
                 worker.shared.metrics.pool(request.pool).evicted();
                 drop(body);
-                immediate(client, &request.parts.method, &reply, request.keep_alive).await?;
+                immediate(worker, client, &request.parts, &reply, request.keep_alive).await?;
                 request.record.status(reply.status, "evicted");
                 return Ok(if request.keep_alive { After::Next } else { After::Close });
             }
@@ -109,7 +116,7 @@ pub(super) async fn respond(
     request.record.delivered(worker, request.pool, carried.path, carried.reason, carried.account);
     let rest = tee.map_or_else(Vec::new, |tee| account_for(worker, request.pool, tee.into_inner()));
     match carried.end {
-        Some(End::Complete { reusable }) => {
+        Ok(End::Complete { reusable }) => {
             picked.finish(rest);
             if let ResponseBody::Http1 { mut connection, .. } = body {
                 connection.set_resting(true);
@@ -119,18 +126,13 @@ pub(super) async fn respond(
             }
             Ok(if carried.keep_alive { After::Next } else { After::Close })
         }
-        Some(other) => {
-            request.record.broken(match other {
-                End::ClientGone => "client_gone",
-                End::Idle => "idle_timeout",
-                _ => "endpoint_broke",
-            });
-            // Dropping the stream tells the EPP that the request is over and was not completed.
-            Ok(After::Abort)
-        }
-        None => {
-            worker.shared.metrics.pool(request.pool).evicted();
-            request.record.broken("evicted");
+        // Dropping the stream tells the EPP that the request is over and was not completed.
+        end => {
+            let reason = end.map_or_else(|reason| reason, End::reason);
+            if reason == EVICTED {
+                worker.shared.metrics.pool(request.pool).evicted();
+            }
+            request.record.broken(reason);
             Ok(After::Abort)
         }
     }
@@ -166,10 +168,10 @@ async fn bytes(
     delivery.decode = decode;
     let end = tokio::select! {
         biased;
-        end = delivery.run() => Some(end),
-        _ = evicted_telling(&mut picked.stream, tee) => None,
+        end = delivery.run() => Ok(end),
+        reason = broken_off(request.deadline, &mut picked.stream, tee) => Err(reason),
     };
-    if end.is_none() {
+    if end.is_err() {
         delivery.abandon();
     }
     Carried { end, account: std::mem::take(&mut delivery.account), path, reason, keep_alive }
@@ -192,8 +194,9 @@ async fn tunnel(
     let mut tunnel = Tunnel { client, endpoint, lead, idle, account: Account::default() };
     let end = tokio::select! {
         biased;
-        end = tunnel.run() => Some(end),
-        _ = evicted(&mut picked.stream) => None,
+        end = tunnel.run() => Ok(end),
+        // Switching protocols is the whole response: the time for the request ends with it.
+        reason = broken_off(None, &mut picked.stream, None) => Err(reason),
     };
     Carried { end, account: tunnel.account, path: Path::Relay, reason: "upgrade", keep_alive: false }
 }
@@ -228,14 +231,34 @@ async fn frames(
     let idle = worker.shared.config.timeouts.idle;
     let mut delivery = Frames { client, body, lead, coding, tee, idle, account: Account::default() };
     let end = match begun {
-        Err(_) => Some(End::ClientGone),
+        Err(_) => Ok(End::ClientGone),
         Ok(()) => tokio::select! {
             biased;
-            end = delivery.run() => Some(end),
-            _ = evicted_telling(&mut picked.stream, tee) => None,
+            end = delivery.run() => Ok(end),
+            reason = broken_off(request.deadline, &mut picked.stream, tee) => Err(reason),
         },
     };
     Carried { end, account: delivery.account, path: Path::Relay, reason: "http2", keep_alive }
+}
+
+/// Resolves when a response has to be broken off that nobody but the agent or the picker minds: at its deadline, or by
+/// eviction. As [`evicted_telling`], it is polled after the delivery.
+async fn broken_off(
+    deadline: Option<Instant>,
+    stream: &mut Option<PickStream>,
+    tee: Option<&RefCell<Tee>>,
+) -> &'static str {
+    let late = async {
+        match deadline {
+            Some(deadline) => tokio::time::sleep_until(deadline).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        biased;
+        _ = evicted_telling(stream, tee) => EVICTED,
+        () = late => "request_timeout",
+    }
 }
 
 /// As [`evicted`], and tells the picker what the tee has for it. It is polled after the delivery and in the same task, so

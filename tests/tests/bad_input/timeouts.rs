@@ -17,8 +17,8 @@ const SOON: Duration = Duration::from_secs(10);
 /// The bystanders are kept longer than any of these.
 async fn setting() -> Setting {
     Setting::start(|config| {
-        config.timeouts.head = SHORT;
-        config.timeouts.body = SHORT;
+        config.timeouts.head = Some(SHORT);
+        config.timeouts.body = Some(SHORT);
     })
     .await
 }
@@ -80,8 +80,8 @@ async fn slow_heads_and_bodies() {
 #[tokio::test]
 async fn idle_connections_are_closed_quietly() {
     let setting = Setting::start(|config| {
-        config.timeouts.head = SHORT;
-        config.timeouts.keep_alive = SHORT;
+        config.timeouts.head = Some(SHORT);
+        config.timeouts.keep_alive = Some(SHORT);
     });
     let setting = setting.await;
     let begin = Instant::now();

@@ -12,6 +12,7 @@ mod mutations;
 mod patience;
 mod routing;
 mod silent;
+mod tracing;
 
 use std::time::Duration;
 

@@ -8,7 +8,7 @@ use tokio::{io::AsyncWriteExt as _, net::tcp::WriteHalf};
 use super::{
     Failed, Written,
     body::{Pieces, length},
-    within,
+    while_wanted, within,
 };
 use crate::{
     client::Client,
@@ -55,7 +55,7 @@ pub(super) async fn turn(
             outcome => return outcome,
         }
     }
-    let endpoint = worker.endpoints.connect(address).await.map_err(|error| {
+    let endpoint = while_wanted(client, picked, worker.endpoints.connect(address)).await?.map_err(|error| {
         metrics.endpoint_connection(Connection::Failed);
         Failed::Connect(error)
     })?;

@@ -7,7 +7,7 @@ use http::{HeaderValue, Uri, Version, header};
 use super::{
     Failed, Written,
     body::{Pieces, length},
-    within,
+    while_wanted, within,
 };
 use crate::{
     client::Client,
@@ -42,7 +42,7 @@ pub(super) async fn turn(
 ) -> Result<(ResponseHead, ResponseBody), Failed> {
     let metrics = &worker.shared.metrics;
     for _ in 0..REFUSALS {
-        let stream = worker.http2_endpoints.stream(address).await.map_err(|error| {
+        let stream = while_wanted(client, picked, worker.http2_endpoints.stream(address)).await?.map_err(|error| {
             metrics.endpoint_connection(Connection::Failed);
             Failed::Connect(error)
         })?;
