@@ -53,7 +53,9 @@ impl Http2Client {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let (streams, connection) = settings.enable_push(false).handshake(stream).await?;
+        // h2 closes a connection for the small frames that wait on it, and those who stall here mean to.
+        settings.enable_push(false).data_frame_budget(1 << 30);
+        let (streams, connection) = settings.handshake(stream).await?;
         let connection = tokio::spawn(connection);
         Ok(Self { streams, connection, scheme, authority: authority.to_owned(), patience: Duration::from_secs(10) })
     }

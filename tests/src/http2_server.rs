@@ -175,7 +175,8 @@ async fn connection(tcp: TcpStream, shared: &Arc<Shared>) -> Result<(), h2::Erro
     builder
         .max_concurrent_streams(options.max_streams)
         .initial_window_size(options.window)
-        .initial_connection_window_size(options.window);
+        .initial_connection_window_size(options.window)
+        .data_frame_budget(1 << 30);
     let mut connection = builder.handshake(tcp).await?;
     let mut leaving = shared.leaving.subscribe();
     let (close, mut closed) = watch::channel(false);

@@ -203,7 +203,8 @@ async fn streams_at_once_are_as_many_as_configured() {
 
 #[tokio::test]
 async fn an_idle_connection_is_told_to_go() {
-    let soon = |config: &mut penstock_agent::config::Config| config.timeouts.keep_alive = Duration::from_millis(100);
+    let soon =
+        |config: &mut penstock_agent::config::Config| config.timeouts.keep_alive = Some(Duration::from_millis(100));
     let scene = Scene::with(Front::Http2, Back::Http1, LlmdRouter::new, soon).await;
     let mut frames = Http2Frames::connect(scene.agent.addr).await.unwrap();
     let going = frames.find(|frame| frame.kind == kind::GOAWAY).await.unwrap().unwrap();
@@ -278,7 +279,7 @@ async fn a_preface_in_pieces_is_one() {
 #[tokio::test]
 async fn half_a_preface_is_none() {
     let scene = Scene::with(Front::Http1, Back::Http1, first, |config| {
-        config.timeouts.head = Duration::from_millis(300);
+        config.timeouts.head = Some(Duration::from_millis(300));
     })
     .await;
     let rows: [(&[u8], u16); 2] = [(b"PRI * HTTP/2.0\r\n", 408), (b"PRI * HTTP/1.1\r\nhost: x\r\n\r\n", 400)];
