@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     admin::{self, AdminHandle},
+    bbr::ModelHeaders,
     config::{Config, Picker},
     endpoint::{budget::RetryBudget, discovery::Discovery, set::EndpointSet},
     metrics::{self, Metrics},
@@ -107,8 +108,9 @@ impl Agent {
             router: Router::new(&config),
             pickers: endpoints.iter().map(|endpoints| BuiltinPicker::new(Arc::clone(endpoints))).collect(),
             endpoints,
-            retries: config.pools.iter().map(|pool| RetryBudget::new(&pool.retry, Instant::now())).collect(),
             pick_headers: pick_headers(&config),
+            model_headers: ModelHeaders::new(&config.bbr),
+            retries: config.pools.iter().map(|pool| RetryBudget::new(&pool.retry, Instant::now())).collect(),
             metrics,
             telemetry,
             draining: CancellationToken::new(),

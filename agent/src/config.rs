@@ -4,6 +4,7 @@
 //! A [`Config`] that came out of [`Config::load`] or [`Config::parse`] holds everything this file says; what cannot hold is
 //! reported with file, line, key, what was found and what was expected, all of it at once.
 
+mod bbr;
 mod default;
 mod dns;
 mod document;
@@ -30,6 +31,7 @@ pub use error::{ConfigError, ConfigErrors};
 pub use overrides::Overrides;
 
 use std::{
+    collections::BTreeMap,
     net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
@@ -201,12 +203,29 @@ pub enum ErrorFormat {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bbr {
-    /// Read the model from JSON bodies; default true.
+    /// Read the model from bodies whose Content-Type is JSON; other bodies, and those without a Content-Type, pass unread.
+    /// Default true.
     pub enabled: bool,
-    /// Request header that carries the model to the endpoint; default `X-Gateway-Model-Name`.
+    /// Request header that carries the model to picker and endpoint; default `X-Gateway-Model-Name`.
     pub header: http::HeaderName,
-    /// Model to report when the body names none; default none.
-    pub default_model: Option<String>,
+    /// What it means when a JSON body names no model: has none, an empty one, null, an array or an object. (A number, `true`
+    /// and `false` name a model by their text.) Default `pass`.
+    pub missing_model: MissingModel,
+    /// Request header that carries the base model of the model; default `X-Gateway-Base-Model-Name`.
+    pub base_model_header: http::HeaderName,
+    /// Adapters, each with its base model; default none. A base model that is named here is its own.
+    pub base_models: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum MissingModel {
+    /// The request goes on without a model.
+    #[default]
+    Pass,
+    /// It is for this model: `default_model`.
+    Default(String),
+    /// 400.
+    Reject,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -319,6 +338,9 @@ pub struct Pool {
     /// Dial endpoints that the EPP names and the pool does not list; default false.
     pub passthrough: bool,
     pub picker: Picker,
+    /// `picker.session_header`: where the built-in picker chooses, requests with the same value of the first of these headers
+    /// that they have go to the same endpoint; default none.
+    pub session_headers: Vec<http::HeaderName>,
     pub subset: Subset,
     pub retry: Retry,
     pub ejection: Ejection,
@@ -414,7 +436,7 @@ pub struct HealthCheck {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Picker {
-    /// Least in-flight with prefix affinity, in this process.
+    /// Least in-flight with session and prefix affinity, in this process.
     Builtin,
     Epp(Epp),
 }
@@ -466,15 +488,59 @@ pub enum EppTls {
     },
 }
 
-/// Every condition given must hold.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Every kind of condition that is given must hold; one without any holds always.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Route {
-    /// Without port; letter case does not matter.
-    pub host: Option<String>,
-    /// Whole segments: `/v1` holds for `/v1` and `/v1/models`, not for `/v10`.
-    pub path_prefix: Option<String>,
-    /// The model that the request's body names, exactly.
-    pub model: Option<String>,
+    /// One of these.
+    pub hosts: Vec<HostPattern>,
+    /// As it was sent: neither decoded nor normalised, without query.
+    pub path: Option<PathPattern>,
+    /// One of these.
+    pub methods: Vec<http::Method>,
+    /// All of these, of the header as the endpoint gets it: without a client's control headers, with what the agent adds.
+    pub headers: Vec<HeaderCondition>,
+    /// One of these is the request's model.
+    pub models: Vec<ModelPattern>,
+    /// One of these is its base model; of those that `bbr.base_models` knows.
+    pub base_models: Vec<String>,
+    /// At least one, each once, not all of weight 0.
+    pub pools: Vec<WeightedPool>,
+}
+
+/// Without port; letter case does not matter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HostPattern {
+    Exact(String),
+    /// `*.example.com`: names with one label or more before `.example.com`, which is what is here.
+    Below(String),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PathPattern {
+    Exact(String),
+    /// Whole segments: `/v1` holds for `/v1` and `/v1/models`, not for `/v10`. Without slash at the end, so `/` is empty.
+    Prefix(String),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HeaderCondition {
+    pub name: http::HeaderName,
+    /// One of the header's lines is this, letter by letter; `None`: the header is there.
+    pub value: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ModelPattern {
+    Exact(String),
+    /// `llama-*`; of `*` nothing is left, and any model will do.
+    Prefix(String),
+}
+
+/// A share of a route's requests, each drawn for itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WeightedPool {
     /// Name of a pool.
-    pub pool: String,
+    pub name: String,
+    /// Its part of the sum of weights, up to 1000000; default 1. 0 gets nothing.
+    pub weight: u32,
 }

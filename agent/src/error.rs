@@ -12,9 +12,16 @@ use http::{HeaderMap, HeaderValue, StatusCode, header};
 use thiserror::Error;
 
 use crate::{
-    bbr::JsonError,
+    bbr::NamingError,
     config::{Config, ErrorFormat},
-    http::{accept, body::BodyError, headers, reply::Reply, request::RequestError, response::ResponseError},
+    http::{
+        accept,
+        body::BodyError,
+        headers,
+        reply::{Reply, is_grpc},
+        request::RequestError,
+        response::ResponseError,
+    },
     picker::{builtin::NoEndpoint, error::PickError, exchange::ImmediateReply},
 };
 
@@ -24,8 +31,8 @@ pub enum Error {
     Request(#[from] RequestError),
     #[error("{0}")]
     Body(#[from] BodyError),
-    #[error("the body is not JSON that can be routed: {0}")]
-    Json(#[from] JsonError),
+    #[error("{0}")]
+    Naming(#[from] NamingError),
     #[error("the body ended after {found} bytes, before the end that its head declares")]
     BodyCut { found: u64 },
     #[error("the connection ended inside a request head")]
@@ -36,7 +43,7 @@ pub enum Error {
     BodyTimeout(Duration),
     #[error("the request was not answered within {0:?}")]
     RequestTimeout(Duration),
-    #[error("no route matches this host, path and model")]
+    #[error("no route matches this request")]
     NoRoute,
     #[error("the endpoint picker failed: {0}")]
     Picker(#[from] PickError),
@@ -65,7 +72,7 @@ impl Error {
         match self {
             Self::Request(error) => error.status(),
             Self::Body(error) => error.status(),
-            Self::Json(_) | Self::BodyCut { .. } | Self::HeadCut => StatusCode::BAD_REQUEST,
+            Self::Naming(_) | Self::BodyCut { .. } | Self::HeadCut => StatusCode::BAD_REQUEST,
             Self::HeadTimeout(_) | Self::BodyTimeout(_) => StatusCode::REQUEST_TIMEOUT,
             Self::NoRoute => StatusCode::NOT_FOUND,
             Self::Picker(_) | Self::NoEndpoint(_) => StatusCode::SERVICE_UNAVAILABLE,
@@ -85,7 +92,7 @@ impl Error {
         match self {
             Self::Request(error) => error.reason(),
             Self::Body(error) => error.reason(),
-            Self::Json(_) => "json",
+            Self::Naming(error) => error.reason(),
             Self::BodyCut { .. } => "body_cut",
             Self::HeadCut => "head_cut",
             Self::HeadTimeout(_) => "head_timeout",
@@ -125,7 +132,8 @@ impl Error {
             headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
         manner.mark(&mut headers);
-        Reply { status, headers, body: Bytes::from(body) }
+        let reply = Reply { status, headers, body: Bytes::from(body) };
+        if manner.grpc { reply.grpc(&self.to_string()) } else { reply }
     }
 }
 
@@ -133,6 +141,8 @@ impl Error {
 #[derive(Debug, Clone, Copy)]
 pub struct Manner<'r> {
     format: ErrorFormat,
+    /// The request is one of gRPC.
+    pub grpc: bool,
     request_id: Option<&'r HeaderValue>,
 }
 
@@ -144,12 +154,12 @@ impl<'r> Manner<'r> {
             Ordering::Less => ErrorFormat::OpenAi,
             Ordering::Equal => config.errors.format,
         };
-        Self { format, request_id: headers::request_id(request, &config.headers) }
+        Self { format, grpc: is_grpc(request), request_id: headers::request_id(request, &config.headers) }
     }
 
     /// Where the head of the request could not be read.
     pub fn unknown(config: &Config) -> Self {
-        Self { format: config.errors.format, request_id: None }
+        Self { format: config.errors.format, grpc: false, request_id: None }
     }
 
     /// Adds what any answer has, the picker's included.

@@ -29,6 +29,14 @@ pub const OK: &str = "ok";
 /// Content type of [`Metrics::encode`].
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
+/// What a JSON body says of its model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BodyModel {
+    Found,
+    NotFound,
+    Empty,
+}
+
 pub struct Metrics {
     registry: Registry,
     families: Arc<Families>,
@@ -93,6 +101,16 @@ impl Metrics {
     /// A client's connection is closed because no request came.
     pub fn client_idle_closed(&self) {
         self.families.client_idle_closes.inc();
+    }
+
+    /// What a JSON body said of its model.
+    pub fn body_model(&self, model: BodyModel) {
+        let counter = match model {
+            BodyModel::Found => &self.families.bbr_success,
+            BodyModel::NotFound => &self.families.bbr_body_field_not_found,
+            BodyModel::Empty => &self.families.bbr_body_field_empty,
+        };
+        counter.inc();
     }
 
     /// Counts a stream to an EPP until the guard is dropped.
@@ -333,6 +351,17 @@ mod tests {
         ] {
             assert_line(&metrics, line);
         }
+    }
+
+    #[test]
+    fn models_of_bodies_are_counted_by_the_names_of_bbr() {
+        let metrics = metrics();
+        for (model, times) in [(BodyModel::Found, 3), (BodyModel::NotFound, 2), (BodyModel::Empty, 1)] {
+            (0..times).for_each(|_| metrics.body_model(model));
+        }
+        assert_line(&metrics, "penstock_bbr_success_total 3");
+        assert_line(&metrics, "penstock_bbr_body_field_not_found_total 2");
+        assert_line(&metrics, "penstock_bbr_body_field_empty_total 1");
     }
 
     #[test]

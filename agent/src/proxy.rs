@@ -11,7 +11,7 @@ mod respond;
 use std::net::SocketAddr;
 
 use bytes::Bytes;
-use http::{HeaderName, HeaderValue, Method, request};
+use http::{HeaderValue, Method, request};
 use tokio::time::{Instant, timeout_at};
 
 use self::{
@@ -19,6 +19,7 @@ use self::{
     record::Record,
 };
 use crate::{
+    bbr::Naming,
     client::Client,
     error::{Error, Manner},
     http::{
@@ -138,15 +139,16 @@ async fn take(
     peer: SocketAddr,
 ) -> Result<Upload, Error> {
     let config = &worker.shared.config;
+    let naming = |has_body| Naming::new(&config.bbr, &request.parts.headers, has_body, &worker.shared.metrics);
+    let mut upload = Upload::new(body, &config.limits, naming, config.timeouts.body)?;
     let arrival = Arrival { client: peer.ip(), version: request.parts.version, tls: client.is_tls() };
     let headers = &mut request.parts.headers;
-    for pick in &worker.shared.pick_headers {
+    for control in worker.shared.pick_headers.iter().chain([&config.bbr.base_model_header]) {
         // A client's copy is removed whichever pool the request goes to.
-        headers::remove_control(headers, pick, &config.bbr.header);
+        headers::remove_control(headers, control, &config.bbr.header);
     }
     headers::prepare_request(headers, &arrival, &config.bbr.header, &config.headers);
     request.record.trace(worker, &mut request.parts, &arrival);
-    let mut upload = Upload::new(body, &request.parts.headers, &config.limits, &config.bbr, config.timeouts.body)?;
     if expect_continue
         && upload.has_body()
         && let Client::Http1(socket) = client
@@ -154,23 +156,22 @@ async fn take(
     {
         socket.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await.map_err(|_| Error::ClientGone)?;
     }
-    let needs_model = worker.shared.router.needs_model();
-    while !upload.is_done() && !upload.model_settled() && (needs_model || upload.kept.len() < MODEL_WINDOW) {
+    let needs_model = worker.shared.router.needs_model(&request.parts);
+    while !upload.is_done() && !upload.naming.is_settled() && (needs_model || upload.kept.len() < MODEL_WINDOW) {
         match upload.read(client).await? {
             Some(piece) => upload.keep(&piece).await?,
             None => upload.end()?,
         }
     }
-    set_model(&mut request.parts, &config.bbr.header, upload.model().or(config.bbr.default_model.as_deref()));
-    let host = request.parts.headers.get(http::header::HOST).and_then(|host| host.to_str().ok());
-    let model = request.parts.headers.get(&config.bbr.header).and_then(|model| model.to_str().ok());
-    request.pool = worker.shared.router.route(host, request.parts.uri.path(), model).map_err(|_| Error::NoRoute)?;
+    set_model(worker, &mut request.parts, &upload);
+    request.pool =
+        worker.shared.router.route(&request.parts, |below| fastrand::u64(..below)).map_err(|_| Error::NoRoute)?;
     Ok(upload)
 }
 
-fn set_model(parts: &mut request::Parts, header: &HeaderName, model: Option<&str>) {
-    if let Some(value) = model.and_then(|model| HeaderValue::from_str(model).ok()) {
-        parts.headers.insert(header, value);
+fn set_model(worker: &Worker, parts: &mut request::Parts, upload: &Upload) {
+    if let Some(model) = upload.naming.model(&worker.shared.config.bbr) {
+        worker.shared.model_headers.set(&mut parts.headers, model);
     }
 }
 
@@ -194,8 +195,7 @@ async fn answered(
         }
     };
     // The body named its model late: the endpoint gets the header all the same.
-    let bbr = &worker.shared.config.bbr;
-    set_model(&mut request.parts, &bbr.header, upload.model().or(bbr.default_model.as_deref()));
+    set_model(worker, &mut request.parts, upload);
     mutation::apply(&picked.mutation, &mut request.parts.headers);
     for pick in &worker.shared.pick_headers {
         headers::remove_pick(&mut request.parts.headers, pick);
@@ -229,8 +229,13 @@ async fn immediate(
     if !reply.body.is_empty() {
         headers.entry(http::header::CONTENT_TYPE).or_insert(HeaderValue::from_static("text/plain"));
     }
-    Manner::of(&request.headers, &worker.shared.config).mark(&mut headers);
-    let reply = Reply { status: reply.status, headers, body: reply.body.clone() };
+    let manner = Manner::of(&request.headers, &worker.shared.config);
+    manner.mark(&mut headers);
+    let mut reply = Reply { status: reply.status, headers, body: reply.body.clone() };
+    if manner.grpc {
+        let message = String::from_utf8_lossy(&reply.body).into_owned();
+        reply = reply.grpc(&message);
+    }
     client.reply(&request.method, &reply, keep_alive).await.map_err(|_| Error::ClientGone)
 }
 

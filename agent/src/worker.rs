@@ -19,6 +19,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    bbr::ModelHeaders,
     config::{self, Config},
     connection,
     endpoint::{budget::RetryBudget, http2::Http2Pool, pool::Pool, set::EndpointSet},
@@ -44,6 +45,7 @@ pub struct Shared {
     pub pickers: Vec<BuiltinPicker>,
     /// The headers in which EPPs name their picks: `picker.header` of every pool, and the protocol's own.
     pub pick_headers: Vec<HeaderName>,
+    pub model_headers: ModelHeaders,
     /// No new connections or requests; what runs may finish.
     pub draining: CancellationToken,
     /// Break off what still runs.

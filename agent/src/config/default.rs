@@ -1,6 +1,7 @@
 //! The defaults, as values and as a file. A test holds the two together.
 
 use std::{
+    collections::BTreeMap,
     net::{Ipv4Addr, SocketAddr},
     time::Duration,
 };
@@ -9,8 +10,8 @@ use http::{HeaderName, uri::PathAndQuery};
 
 use super::{
     Admin, AppProtocol, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppTls, ErrorFormat, Errors, FailureMode,
-    Forwarding, Headers, HealthCheck, Limits, Listen, Node, Picker, Pool, Ratio, ResponseToPicker, Retry, Steering,
-    SteeringMode, Subset, Timeouts, Tracing,
+    Forwarding, Headers, HealthCheck, Limits, Listen, MissingModel, Node, Picker, Pool, Ratio, ResponseToPicker, Retry,
+    Route, Steering, SteeringMode, Subset, Timeouts, Tracing, WeightedPool,
 };
 
 /// A complete commented file. Its settings are the defaults; what has none is commented out, as `#key = value`.
@@ -99,7 +100,13 @@ impl Default for Errors {
 
 impl Default for Bbr {
     fn default() -> Self {
-        Self { enabled: true, header: HeaderName::from_static("x-gateway-model-name"), default_model: None }
+        Self {
+            enabled: true,
+            header: HeaderName::from_static("x-gateway-model-name"),
+            missing_model: MissingModel::Pass,
+            base_model_header: HeaderName::from_static("x-gateway-base-model-name"),
+            base_models: BTreeMap::new(),
+        }
     }
 }
 
@@ -190,6 +197,7 @@ impl Pool {
             default_upstream: None,
             passthrough: false,
             picker: Picker::Builtin,
+            session_headers: Vec::new(),
             subset: Subset::default(),
             retry: Retry::default(),
             ejection: Ejection::default(),
@@ -211,5 +219,18 @@ impl Epp {
             response_queue_bytes: 1 << 20,
             header: HeaderName::from_static("x-gateway-destination-endpoint"),
         }
+    }
+}
+
+impl Route {
+    /// All requests to the pool of this name.
+    pub fn to(pool: impl Into<String>) -> Self {
+        Self { pools: vec![WeightedPool::new(pool, 1)], ..Self::default() }
+    }
+}
+
+impl WeightedPool {
+    pub fn new(name: impl Into<String>, weight: u32) -> Self {
+        Self { name: name.into(), weight }
     }
 }

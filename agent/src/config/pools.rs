@@ -29,6 +29,7 @@ fn pool(section: &mut Section<'_>, listen: SocketAddr, node: &Node) -> Pool {
     const MODES: &[(&str, FailureMode)] = &[("open", FailureMode::Open), ("closed", FailureMode::Closed)];
     const PROTOCOLS: &[(&str, AppProtocol)] = &[("http1", AppProtocol::Http1), ("h2c", AppProtocol::H2c)];
     let ports = endpoints::ports(section);
+    let (picker, session_headers) = section.section("picker", |section| (picker(section), session_headers(section)));
     let pool = Pool {
         name: section.require("name", "the name of the pool", value::pool_name).unwrap_or_default(),
         endpoints: endpoints::listed(section, &ports, listen),
@@ -39,7 +40,8 @@ fn pool(section: &mut Section<'_>, listen: SocketAddr, node: &Node) -> Pool {
         failure_mode: section.read("failure_mode", value::one_of(MODES)).unwrap_or(FailureMode::Closed),
         default_upstream: section.read("default_upstream", value::endpoint),
         passthrough: section.read("passthrough", value::boolean).unwrap_or(false),
-        picker: section.section("picker", picker),
+        picker,
+        session_headers,
         subset: section.section("subset", |section| subset::subset(section, node)),
         retry: section.section("retry", retry::retry),
         ejection: section.section("ejection", health::ejection),
@@ -113,6 +115,10 @@ fn picker(section: &mut Section<'_>) -> Picker {
             Picker::Builtin
         }
     }
+}
+
+fn session_headers(section: &mut Section<'_>) -> Vec<http::HeaderName> {
+    section.one_or_more("session_header", value::header_name)
 }
 
 fn epp(section: &mut Section<'_>) -> Epp {

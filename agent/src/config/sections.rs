@@ -1,7 +1,7 @@
 //! The file's sections into the structures of [`super`], with the checks that concern one section or the whole.
 
 use super::{
-    Admin, Bbr, Config, ErrorFormat, Errors, Limits, Listen, Overrides, Steering, SteeringMode, Timeouts, dns,
+    Admin, Config, ErrorFormat, Errors, Limits, Listen, Overrides, Steering, SteeringMode, Timeouts, bbr, dns,
     document::Section, headers, listen, node, pools, routes, tracing, value,
 };
 
@@ -14,13 +14,13 @@ pub(super) fn config(root: &mut Section<'_>, overrides: &Overrides) -> Config {
     let timeouts = root.section("timeouts", timeouts);
     let headers = root.section("headers", headers::headers);
     let errors = root.section("errors", errors);
-    let bbr = root.section("bbr", bbr);
+    let bbr = root.section("bbr", bbr::bbr);
     let steering = root.section("steering", |section| steering(section, overrides));
     let tracing = root.section("tracing", tracing::tracing);
     let node = root.section("node", |section| node::node(section, overrides));
     let dns = root.section("dns", dns::dns);
     let pools = pools::pools(root, listen.address, &node);
-    let routes = routes::routes(root, &pools);
+    let routes = routes::routes(root, &pools, &bbr);
     Config { listen, admin, limits, timeouts, headers, errors, bbr, steering, tracing, node, dns, pools, routes }
 }
 
@@ -75,15 +75,6 @@ fn timeouts(section: &mut Section<'_>) -> Timeouts {
 fn errors(section: &mut Section<'_>) -> Errors {
     const FORMATS: &[(&str, ErrorFormat)] = &[("openai", ErrorFormat::OpenAi), ("plain", ErrorFormat::Plain)];
     Errors { format: section.read("format", value::one_of(FORMATS)).unwrap_or(Errors::default().format) }
-}
-
-fn bbr(section: &mut Section<'_>) -> Bbr {
-    let default = Bbr::default();
-    Bbr {
-        enabled: section.read("enabled", value::boolean).unwrap_or(default.enabled),
-        header: section.read("header", value::header_name).unwrap_or(default.header),
-        default_model: section.read("default_model", value::non_empty),
-    }
 }
 
 fn steering(section: &mut Section<'_>, overrides: &Overrides) -> Steering {

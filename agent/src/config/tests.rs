@@ -1,5 +1,7 @@
 //! Good files give what they say; bad files give exactly these messages.
 
+mod routes;
+
 use std::time::Duration;
 
 use http::uri::PathAndQuery;
@@ -45,23 +47,35 @@ fn everything_on() -> String {
         Some(setting) if !setting.starts_with(' ') => format!("{setting}\n"),
         _ => format!("{line}\n"),
     });
-    lines.collect::<String>().replace("kind = \"builtin\"", "kind = \"epp\"").replace("\"closed\"", "\"open\"")
+    let text = lines.collect::<String>().replace("kind = \"builtin\"", "kind = \"epp\"");
+    text.replace("\"closed\"", "\"open\"").replace("missing_model = \"pass\"", "missing_model = \"default\"")
 }
 
 #[test]
 fn the_commented_settings_of_the_default_file_are_the_defaults() {
     let text = everything_on().replace("ca_file = ", "#").replace("server_name = ", "#").replace("prefer = ", "#");
+    let text = text.replace("path = \"/v1/chat", "#").replace("pool = ", "#");
     let config = Config::parse(&text, "p.toml").unwrap();
     assert_eq!(config.pools[0].picker, Picker::Epp(Epp::new("127.0.0.1:9002")));
     assert_eq!(config.pools[0].default_upstream, Some("127.0.0.1:8001".parse().unwrap()));
     assert_eq!(config.pools[0].health, Some(HealthCheck::new(PathAndQuery::from_static("/health"))));
     assert_eq!(config.pools[0].endpoints_file, Some("endpoints.toml".into()));
     assert_eq!(config.node, Node { name: Some("node-1".into()), zone: Some("zone-a".into()) });
+    assert_eq!(config.pools[0].session_headers, ["x-session-id"]);
+    assert_eq!(config.bbr.missing_model, MissingModel::Default("unknown".into()));
+    assert_eq!(config.bbr.base_models, [("sql-lora".to_owned(), "llama-3.1-8b".to_owned())].into());
+    let header = |name: &'static str, value: Option<&str>| HeaderCondition {
+        name: http::HeaderName::from_static(name),
+        value: value.map(str::to_owned),
+    };
     let route = Route {
-        host: Some("llm.example.com".into()),
-        path_prefix: Some("/v1".into()),
-        model: Some("llama-3.1-8b".into()),
-        pool: "default".into(),
+        hosts: vec![HostPattern::Exact("llm.example.com".into())],
+        path: Some(PathPattern::Prefix("/v1".into())),
+        methods: vec![http::Method::POST],
+        headers: vec![header("x-team", Some("red")), header("x-beta", None)],
+        models: vec![ModelPattern::Exact("llama-3.1-8b".into())],
+        base_models: vec!["llama-3.1-8b".into()],
+        pools: vec![WeightedPool::new("default", 70)],
     };
     assert_eq!(config.routes, [route]);
 }
@@ -127,7 +141,10 @@ fn every_setting_is_read() {
         [bbr]
         enabled = false
         header = "X-Model"
+        missing_model = "default"
         default_model = "m"
+        base_model_header = "X-Base"
+        base_models = { "l 1" = "b", b = "b" }
         [steering]
         mode = "ingress"
         min_bytes = 1
@@ -163,7 +180,17 @@ fn every_setting_is_read() {
         failure_mode = "open"
         default_upstream = "127.0.0.2:1"
         passthrough = true
-        picker = { kind = "epp", address = "epp.svc:9002", tls = "insecure", connect_timeout = "2s", decision_timeout = "3s", response_timeout = "off", response_to_picker = "usage", response_queue_bytes = 65536, header = "x-pick" }
+        picker = { kind = "epp", address = "epp.svc:9002", tls = "insecure", connect_timeout = "2s", decision_timeout = "3s", response_timeout = "off", response_to_picker = "usage", response_queue_bytes = 65536, header = "x-pick", session_header = ["x-session-id", "x-other"] }
+        [[routes]]
+        host = "*.Example.com."
+        path = "/v1/models/"
+        method = ["GET", "HEAD"]
+        headers = [{ name = "X-A", value = "b c" }]
+        pool = "team/gpu"
+        [[routes]]
+        path_prefix = "/v1/"
+        [[routes.pools]]
+        name = "team/gpu"
     "#;
     let pool = Pool {
         name: "team/gpu".into(),
@@ -195,6 +222,7 @@ fn every_setting_is_read() {
             response_queue_bytes: 65_536,
             header: http::HeaderName::from_static("x-pick"),
         }),
+        session_headers: ["x-session-id", "x-other"].map(http::HeaderName::from_static).to_vec(),
         subset: Subset { prefer: vec![Locality::Zone, Locality::Node], endpoints: vec![], empty: EmptySubset::Fail },
         retry: Retry { attempts: 0, budget_percent: 5, budget_min_per_second: 6 },
         ejection: Ejection {
@@ -241,7 +269,13 @@ fn every_setting_is_read() {
             request_id_to_client: true,
         },
         errors: Errors { format: ErrorFormat::Plain },
-        bbr: Bbr { enabled: false, header: http::HeaderName::from_static("x-model"), default_model: Some("m".into()) },
+        bbr: Bbr {
+            enabled: false,
+            header: http::HeaderName::from_static("x-model"),
+            missing_model: MissingModel::Default("m".into()),
+            base_model_header: http::HeaderName::from_static("x-base"),
+            base_models: ["l 1", "b"].map(|model| (model.to_owned(), "b".to_owned())).into(),
+        },
         steering: Steering {
             mode: SteeringMode::Ingress,
             min_bytes: 1,
@@ -265,7 +299,19 @@ fn every_setting_is_read() {
             max_ttl: Duration::from_secs(3),
         },
         pools: vec![pool],
-        routes: vec![],
+        routes: vec![
+            Route {
+                hosts: vec![HostPattern::Below(".example.com".into())],
+                path: Some(PathPattern::Exact("/v1/models/".into())),
+                methods: vec![http::Method::GET, http::Method::HEAD],
+                headers: vec![HeaderCondition {
+                    name: http::HeaderName::from_static("x-a"),
+                    value: Some("b c".into()),
+                }],
+                ..Route::to("team/gpu")
+            },
+            Route { path: Some(PathPattern::Prefix("/v1".into())), ..Route::to("team/gpu") },
+        ],
     };
     assert_eq!(Config::parse(text, "p.toml").unwrap(), expected);
 }
@@ -315,6 +361,13 @@ fn bad_sections() {
         ("[bbr]\nenabled = \"yes\"", r#"p.toml:2: bbr.enabled: found "yes", expected true or false"#.to_owned()),
         ("[bbr]\nheader = \"Content-Length\"", r#"p.toml:2: bbr.header: found "Content-Length", expected the name of a header that does not frame the message"#.to_owned()),
         ("[bbr]\ndefault_model = \"\"", r#"p.toml:2: bbr.default_model: found "", expected a text that is not empty"#.to_owned()),
+        ("[bbr]\nmissing_model = \"fail\"", r#"p.toml:2: bbr.missing_model: found "fail", expected "pass" or "default" or "reject""#.to_owned()),
+        ("[bbr]\nmissing_model = \"default\"", r#"p.toml:2: bbr.missing_model: found "default" without a default_model, expected default_model beside it"#.to_owned()),
+        ("[bbr]\nmissing_model = \"pass\"\ndefault_model = \"m\"", r#"p.toml:3: bbr.default_model: found a model that nothing uses, expected missing_model = "default" beside it"#.to_owned()),
+        ("[bbr]\nbase_model_header = \"x-gateway-model-name\"", "p.toml:2: bbr.base_model_header: found x-gateway-model-name, expected another header than bbr.header (x-gateway-model-name)".to_owned()),
+        ("[bbr]\nbase_models = [\"a\"]", r#"p.toml:2: bbr.base_models: found an array, expected a table of adapters and base models, such as { "sql-lora" = "llama-3.1-8b" }"#.to_owned()),
+        ("[bbr.base_models]\na = \"\"", r#"p.toml:2: bbr.base_models.a: found "", expected a text that is not empty"#.to_owned()),
+        ("[bbr.base_models]\na = \"b\"\nb = \"c\"", r#"p.toml:1: bbr.base_models: found "b" for "a", itself an adapter, expected base models that have none"#.to_owned()),
         ("[steering]\nmode = \"on\"", r#"p.toml:2: steering.mode: found "on", expected "auto" or "ingress" or "off""#.to_owned()),
         ("[steering]\nmin_bytes = 10\nmax_remote_bytes = 9", "p.toml:3: steering.max_remote_bytes: found 9, expected 0, or at least steering.min_bytes (10)".to_owned()),
         ("[steering]\nclient_send_buffer = 1", "p.toml:2: steering.client_send_buffer: found 1, expected an integer from 16384 to 67108864".to_owned()),
@@ -509,27 +562,21 @@ fn a_pool_that_opens_needs_a_place_to_send_to() {
     );
 }
 
+/// A default alone says that it is used; so does its rule.
 #[test]
-fn bad_routes() {
-    let cases = [
-        ("[[routes]]\nhost = \"a\"", r#"p.toml:4: routes[0].pool: found nothing, expected the name of a pool"#),
-        ("[[routes]]\npool = \"b\"", r#"p.toml:5: routes[0].pool: found "b", expected one of a"#),
-        (
-            "[[routes]]\npool = \"a\"\nhost = \"llm:80\"",
-            r#"p.toml:6: routes[0].host: found "llm:80", expected a host without port, such as "llm.example.com""#,
-        ),
-        (
-            "[[routes]]\npool = \"a\"\npath_prefix = \"v1\"",
-            r#"p.toml:6: routes[0].path_prefix: found "v1", expected a path that starts with "/", without query"#,
-        ),
-        (
-            "[[routes]]\npool = \"a\"\n[[routes]]\npool = \"a\"\nmodel = \"m\"",
-            "p.toml:7: routes[1].pool: found a route that routes[0] always wins over, expected the narrower route first",
-        ),
-    ];
-    for (more, expected) in cases {
-        assert_message(&format!("{POOL}{more}"), expected);
+fn a_default_model_needs_no_rule_beside_it() {
+    for text in ["default_model = \"m\"", "missing_model = \"default\"\ndefault_model = \"m\""] {
+        let config = Config::parse(&format!("[bbr]\n{text}\n{POOL}"), "p.toml").unwrap();
+        assert_eq!(config.bbr.missing_model, MissingModel::Default("m".into()));
     }
+}
+
+#[test]
+fn bad_session_headers() {
+    assert_message(
+        &format!("{POOL}picker.session_header = [\"x-a\", \"content-length\"]"),
+        "p.toml:4: pools[0].picker.session_header[1]: found \"content-length\", expected the name of a header that does not frame the message",
+    );
 }
 
 #[test]

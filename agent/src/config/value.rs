@@ -5,7 +5,7 @@
 use std::{borrow::Cow, fmt::Display, net::SocketAddr, ops::RangeInclusive, time::Duration};
 
 use http::{
-    HeaderName, header,
+    HeaderName, HeaderValue, header,
     uri::{Authority, PathAndQuery},
 };
 use toml::de::DeValue;
@@ -195,6 +195,18 @@ pub(super) fn header_name(value: &DeValue<'_>) -> Parsed<HeaderName> {
     let name = text(value).and_then(|text| HeaderName::from_bytes(text.as_bytes()).ok());
     let name = name.filter(|name| !RESERVED.contains(name));
     name.ok_or(Expected("the name of a header that does not frame the message".into()))
+}
+
+/// A header to look at.
+pub(super) fn any_header_name(value: &DeValue<'_>) -> Parsed<HeaderName> {
+    let name = text(value).and_then(|text| HeaderName::from_bytes(text.as_bytes()).ok());
+    name.ok_or(Expected("the name of a header".into()))
+}
+
+/// As it is once blanks around it are gone.
+pub(super) fn header_value(value: &DeValue<'_>) -> Parsed<String> {
+    let value = text(value).filter(|text| text.trim() == *text && HeaderValue::from_str(text).is_ok());
+    value.map(str::to_owned).ok_or(Expected("a header's value, without blanks around it".into()))
 }
 
 pub(super) fn one_of<T: Copy>(choices: &'static [(&'static str, T)]) -> impl Fn(&DeValue<'_>) -> Parsed<T> {

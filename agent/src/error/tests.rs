@@ -6,12 +6,13 @@ use penstock_proto::ext_proc::HeaderMutation;
 
 use super::*;
 use crate::{
+    bbr::{Found, JsonError},
     deliver::End,
     http::{head::HeadError, response::ResponseError},
 };
 
 fn manner(format: ErrorFormat) -> Manner<'static> {
-    Manner { format, request_id: None }
+    Manner { format, grpc: false, request_id: None }
 }
 
 fn written(error: &Error, manner: &Manner<'_>) -> (String, String) {
@@ -42,7 +43,7 @@ fn an_answer_is_text_with_the_label() {
     let (head, body) = written(&Error::NoRoute, &manner);
     assert!(head.contains("\r\ncontent-type: text/plain; charset=utf-8\r\nx-penstock-reason: no_route\r\n"), "{head}");
     assert!(head.contains("\r\nx-request-id: mine\r\n"), "{head}");
-    assert_eq!(body, "no route matches this host, path and model\nreason: no_route\n");
+    assert_eq!(body, "no route matches this request\nreason: no_route\n");
 }
 
 #[test]
@@ -113,7 +114,7 @@ fn every_error() -> Vec<Error> {
         BodyError::Overhead { found: 1, payload: 0 },
         BodyError::File(io::ErrorKind::StorageFull.into()),
     ];
-    let json = crate::bbr::JsonError { offset: 0, found: crate::bbr::Found::EndOfInput, expected: "" };
+    let json = JsonError { offset: 0, found: Found::EndOfInput, expected: "" };
     let connect = |kind: io::ErrorKind| Error::Connect { address, error: kind.into() };
     let reply = ImmediateReply {
         status: StatusCode::TOO_MANY_REQUESTS,
@@ -122,7 +123,8 @@ fn every_error() -> Vec<Error> {
         details: found(),
     };
     let others = [
-        Error::Json(json),
+        Error::Naming(NamingError::Json(json)),
+        Error::Naming(NamingError::Missing { found: "nothing" }),
         Error::BodyCut { found: 1 },
         Error::HeadCut,
         Error::HeadTimeout(second),
@@ -185,6 +187,7 @@ fn every_reason_is_documented_with_its_status() {
     // `every_error` has all of them.
     let sources = [
         include_str!("../error.rs"),
+        include_str!("../bbr/error.rs"),
         include_str!("../http/head.rs"),
         include_str!("../http/request.rs"),
         include_str!("../http/body.rs"),

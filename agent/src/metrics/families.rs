@@ -54,6 +54,13 @@ families! {
     /// Client connections that were closed because no request came in the keep-alive time.
     client_idle_closes: Counter = "client_idle_closes";
 
+    /// JSON bodies that named a model.
+    bbr_success: Counter = "bbr_success";
+    /// JSON bodies without a model, or with one that is null, an array or an object.
+    bbr_body_field_not_found: Counter = "bbr_body_field_not_found";
+    /// JSON bodies with an empty model.
+    bbr_body_field_empty: Counter = "bbr_body_field_empty";
+
     /// Time from the opening of the EPP's stream to its decision, or to giving up on it; the upload of the body is part of it.
     epp_exchange: Histograms<ByOutcome> = "epp_exchange_seconds" in EPP_SECONDS;
     /// Exchanges with the EPP that failed, whatever the pool's failure mode made of it.

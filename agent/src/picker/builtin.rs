@@ -1,27 +1,32 @@
-//! The built-in picker: least in-flight with prefix affinity over the endpoints of a pool, shared by all workers.
+//! The built-in picker: least in-flight with session and prefix affinity over the endpoints of a pool, shared by all workers.
 //!
-//! Given the hash of a request's leading blocks, gives up to ten endpoints, best first. The endpoint that saw the longest
-//! part of the prefix (and so probably has it in its KV cache) is best while it is not much busier than the idlest; else the
-//! one with the fewest requests in flight, ties in rotation. Of endpoints that are avoided it knows from the pool's set.
+//! Given a request's session and the hash of its leading blocks, gives up to ten endpoints, best first. The endpoint that
+//! the session belongs to, or without one that saw the longest part of the prefix (and so probably has it in its KV cache),
+//! is best while it is not much busier than the idlest; else the one with the fewest requests in flight, ties in rotation.
+//! Of endpoints that are avoided it knows from the pool's set.
 //!
 //! One short critical section a pick, with nothing in it that blocks; memory does not grow with traffic. Time is passed in.
 
 mod affinity;
 mod prompt;
+mod session;
 #[cfg(test)]
 mod tests;
 
-use std::{net::SocketAddr, sync::Arc, time::Instant};
+use std::{cmp::Reverse, net::SocketAddr, sync::Arc, time::Instant};
 
 use parking_lot::Mutex;
 
 pub use prompt::{PromptHash, PromptHasher};
+pub use session::SessionHash;
 
 use crate::endpoint::{in_flight::InFlight, member::Endpoint, set::EndpointSet};
 use affinity::Affinity;
 
 /// The endpoint that knows the prefix may have this many more requests in flight than the idlest.
 const AFFINITY_SLACK: usize = 4;
+/// The endpoint that a session belongs to may have this many: whoever asked for sessions wants them kept together.
+const SESSION_SLACK: usize = 16;
 /// Endpoints in a pick: the best, and where to go when it cannot be reached. More than a pod has ports, since those fail
 /// together.
 const MAX_PICKED: usize = 10;
@@ -130,12 +135,19 @@ impl BuiltinPicker {
             return Err(NoEndpoint::Saturated);
         };
 
-        let near = |&&(load, _, _): &&(usize, usize, &Endpoint)| load <= least + AFFINITY_SLACK;
-        let preferred = state
-            .affinity
-            .longest(prompt, |id| ranked.iter().take_while(near).any(|(.., endpoint)| endpoint.id() == id));
-        if let Some(at) = preferred.and_then(|id| ranked.iter().position(|(.., endpoint)| endpoint.id() == id)) {
-            ranked[..=at].rotate_right(1);
+        if let Some(session) = prompt.session {
+            // All in the session's own order, so that its second choice is always the same, too.
+            ranked.sort_by_cached_key(|&(load, _, endpoint)| {
+                (load > least + SESSION_SLACK, Reverse(session.score(endpoint.address)))
+            });
+        } else {
+            let near = |&&(load, _, _): &&(usize, usize, &Endpoint)| load <= least + AFFINITY_SLACK;
+            let preferred = state
+                .affinity
+                .longest(prompt, |id| ranked.iter().take_while(near).any(|(.., endpoint)| endpoint.id() == id));
+            if let Some(at) = preferred.and_then(|id| ranked.iter().position(|(.., endpoint)| endpoint.id() == id)) {
+                ranked[..=at].rotate_right(1);
+            }
         }
         state.affinity.learn(prompt, ranked[0].2.id());
         avoided.retain(|endpoint| endpoint.in_flight() < self.max_in_flight);

@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 
 use bytes::Bytes;
+use http::{HeaderMap, HeaderName};
 use penstock_proto::ext_proc::HeaderMutation;
 use tokio::time::{Instant, timeout};
 
@@ -14,6 +15,7 @@ use crate::{
     error::Error,
     metrics::{EppOutcome, InFlight},
     picker::{
+        builtin::SessionHash,
         client::{EppClient, PickStream},
         error::PickError,
         exchange::{Body, Decision, ImmediateReply, Limits, Outcome},
@@ -48,7 +50,7 @@ pub(super) async fn pick(
     let pool = &worker.shared.config.pools[request.pool];
     let (Some(client_of_epp), config::Picker::Epp(settings)) = (&worker.epps[request.pool], &pool.picker) else {
         upload.rest(client).await?;
-        return builtin(worker, request.pool, upload).map(|picked| Verdict::Forward(Box::new(picked)));
+        return builtin(worker, request, upload).map(|picked| Verdict::Forward(Box::new(picked)));
     };
     let started = Instant::now();
     let metrics = worker.shared.metrics.pool(request.pool);
@@ -91,7 +93,7 @@ pub(super) async fn pick(
         FailureMode::Open => {
             metrics.epp_exchange(EppOutcome::FailOpen, started.elapsed());
             upload.rest(client).await?;
-            open_pick(worker, pool, request.pool, upload).map(|picked| Verdict::Forward(Box::new(picked)))
+            open_pick(worker, pool, request, upload).map(|picked| Verdict::Forward(Box::new(picked)))
         }
     }
 }
@@ -109,19 +111,27 @@ fn admitted(worker: &Worker, pool: usize, decision: Decision) -> Result<(Vec<Soc
     }
 }
 
-fn builtin(worker: &Worker, pool: usize, upload: &mut Upload) -> Result<Picked, Error> {
-    let now = Instant::now().into_std();
+fn builtin(worker: &Worker, request: &Request, upload: &mut Upload) -> Result<Picked, Error> {
+    let (pool, now) = (request.pool, Instant::now().into_std());
     let subset = worker.shared.endpoints[pool].subset(now);
-    let pick = worker.shared.pickers[pool].pick(&upload.prompt(), subset.as_deref(), now)?;
+    let names = &worker.shared.config.pools[pool].session_headers;
+    let prompt = upload.prompt().of(session(names, &request.parts.headers));
+    let pick = worker.shared.pickers[pool].pick(&prompt, subset.as_deref(), now)?;
     Ok(unasked(pick.endpoints))
 }
 
-fn open_pick(worker: &Worker, pool: &config::Pool, index: usize, upload: &mut Upload) -> Result<Picked, Error> {
-    let endpoints = worker.shared.endpoints[index].snapshot();
+/// By the first of these headers that says something.
+fn session(names: &[HeaderName], headers: &HeaderMap) -> Option<SessionHash> {
+    let name = names.iter().filter_map(|name| headers.get(name)).find(|name| !name.is_empty())?;
+    Some(SessionHash::new(name.as_bytes()))
+}
+
+fn open_pick(worker: &Worker, pool: &config::Pool, request: &Request, upload: &mut Upload) -> Result<Picked, Error> {
+    let endpoints = worker.shared.endpoints[request.pool].snapshot();
     let takes_requests = |upstream: &SocketAddr| endpoints.get(*upstream).is_none_or(|endpoint| !endpoint.draining);
     match pool.default_upstream.filter(takes_requests) {
         Some(upstream) => Ok(unasked(vec![upstream])),
-        None => builtin(worker, index, upload),
+        None => builtin(worker, request, upload),
     }
 }
 

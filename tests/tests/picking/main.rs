@@ -9,8 +9,11 @@ mod leaving;
 mod load;
 mod model;
 mod mutations;
+mod parity;
 mod patience;
+mod routes;
 mod routing;
+mod session;
 mod silent;
 mod tracing;
 
