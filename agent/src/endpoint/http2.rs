@@ -30,6 +30,9 @@ const CONNECTION_WINDOW: u32 = 4 << 20;
 const SEND_BUFFER: usize = 64 << 10;
 const PING: Duration = Duration::from_secs(30);
 const PONG: Duration = Duration::from_secs(20);
+/// How often a new connection is looked at for the endpoint's settings: hyper reads them in a task of its own, which wakes
+/// nobody.
+const LOOK: Duration = Duration::from_millis(1);
 
 #[derive(Clone)]
 pub struct Http2Pool(Rc<Inner>);
@@ -166,10 +169,12 @@ async fn connect(address: SocketAddr) -> io::Result<Connection> {
     let (told, mut limit) = watch::channel(0);
     tokio::task::spawn_local(async move {
         let mut connection = pin!(connection);
+        let mut look = tokio::time::interval(LOOK);
         let ended = std::future::poll_fn(|cx| {
             let ended = connection.as_mut().poll(cx);
             let now = connection.current_max_send_streams();
             told.send_if_modified(|limit| std::mem::replace(limit, now) != now);
+            while now == 0 && ended.is_pending() && look.poll_tick(cx).is_ready() {}
             ended
         });
         if let Err(error) = ended.await {
