@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use penstock_agent::config::Route;
+use penstock_agent::config::{PathPattern, Route};
 use penstock_tests::{
     Alphabet, BodyEnd, Plan, Request,
     client::Piece,
@@ -224,8 +224,9 @@ pub(crate) async fn what_the_endpoint_breaks_off_never_ends_cleanly(front: Front
                         continue;
                     }
                     Ok(head) => panic!("{case}: {head:?}"),
-                    // The agent's has.
-                    Err(error) => assert_eq!(after, 0, "{case}: {error:#}"),
+                    // The agent's has, or there was nothing to send with the head when the endpoint's came: of a stream,
+                    // a reset takes what is on its way.
+                    Err(error) => assert!(after == 0 || back == Back::Http2, "{case}: {error:#}"),
                 }
                 broken += 1.0;
             }
@@ -299,7 +300,7 @@ async fn until_still(number: impl Fn() -> u64) -> u64 {
 }
 
 pub(crate) async fn errors_are_told_as_openai_does(front: Front, back: Back) {
-    let route = Route { host: None, path_prefix: Some("/test".to_owned()), model: None, pool: "default".to_owned() };
+    let route = Route { path: Some(PathPattern::Prefix("/test".to_owned())), ..Route::to("default") };
     let mut scene = Scene::with(front, back, LlmdRouter::new, |config| {
         config.routes = vec![route];
         config.limits.body_bytes = 50_000;
@@ -424,7 +425,6 @@ pub(crate) async fn fields_are_fit_to_travel(front: Front, back: Back) {
     }
     let told = scene.epp.streams()[0].request_headers();
     assert_eq!(header(&told, ":authority"), Some("llm.example"));
-    assert_eq!(header(&told, ":scheme"), Some(if tls { "https" } else { "http" }));
 }
 
 pub(crate) async fn the_idle_time_of_a_response(front: Front, back: Back) {
