@@ -36,6 +36,6 @@ pub use model_server::{ModelServer, Plan};
 pub use process::Process;
 pub use random::Random;
 pub use reader::Reader;
-pub use refusing::Refusing;
+pub use refusing::{Deaf, Refusing};
 pub use scripted_epp::ScriptedEpp;
 pub use stage::Stage;

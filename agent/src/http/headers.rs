@@ -30,6 +30,9 @@ const HOP_BY_HOP: [&str; 8] = [
 const END_TO_END: [HeaderName; 4] =
     [header::HOST, header::CONTENT_LENGTH, header::CONTENT_TYPE, header::CONTENT_ENCODING];
 
+/// Of these, not even look-alikes go on: nobody has a use for a `content_length` but to say another length than the agent's.
+const FRAMING: [&str; 4] = ["content-length", "transfer-encoding", "host", "connection"];
+
 /// Fields between gateway, picker and endpoint: from a client they would steer the request past the picker.
 const CONTROL: [&str; 11] = [
     "x-prefiller-host-port",
@@ -77,6 +80,7 @@ impl Arrival {
 pub fn prepare_request(headers: &mut HeaderMap, arrival: &Arrival, model: &HeaderName, settings: &Headers) {
     // What the client asks to remove goes first, so that it cannot name a field that is added below.
     remove_hop_by_hop(headers);
+    remove_if(headers, |name| name.contains('_') && FRAMING.iter().any(|field| same(name, field)));
     remove_control(headers, model, model);
     add_request_id(headers);
     add_x_forwarded(headers, arrival, settings.x_forwarded);

@@ -1,11 +1,11 @@
-//! A thousand requests whose picker takes its time, on one worker.
+//! A thousand requests and more whose picker takes its time, on one worker.
 
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use penstock_tests::{
     Client, Stage,
-    scripted_epp::{Fault, Faulty, Harm, Moment, Production},
+    scripted_epp::{Fault, Faulty, Gathering, Harm, Moment, Production},
     stage::{echo, json},
 };
 
@@ -54,4 +54,20 @@ async fn a_thousand_requests_wait_for_their_picks_side_by_side() {
     assert!(wall < REQUESTS * THINKS / 4, "{wall:?}");
     assert_eq!(stage.epp.streams_started(), 1030, "each is asked once");
     assert_eq!(stage.epp.connections_accepted(), 1);
+}
+
+/// E15: no limit of ours on streams, where other proxies stop at 100 or 1024 and answer 500. The picker answers nobody before
+/// all of them wait for it, over one connection.
+#[tokio::test]
+async fn more_than_1024_requests_are_asked_about_at_once() {
+    const AT_ONCE: usize = 1100;
+    let stage =
+        Stage::with(|all| Gathering::new(Production::new(all), AT_ONCE), |config| config.listen.workers = 1).await;
+    let one = || async {
+        let mut client = Client::connect(stage.agent.addr).await.unwrap();
+        client.patience = Duration::from_secs(60);
+        client.request(&echo(json("m", 100))).await.unwrap().status()
+    };
+    assert_eq!(join_all((0..AT_ONCE).map(|_| one())).await, [200; AT_ONCE]);
+    assert_eq!((stage.epp.streams_started(), stage.epp.connections_accepted()), (AT_ONCE, 1));
 }

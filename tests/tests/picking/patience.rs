@@ -6,11 +6,14 @@ use std::time::{Duration, Instant};
 use futures_util::future::join_all;
 use penstock_agent::config::{FailureMode, Picker};
 use penstock_tests::{
-    Refusing, Stage,
+    Deaf, Refusing, Stage,
     content::Fnv,
-    scripted_epp::{Fault, Faulty, Harm, Moment, Production},
+    eventually,
+    scripted_epp::{Answering, Fault, Faulty, Harm, Moment, Production, StreamEnd, reply},
     stage::{echo, epp, json},
 };
+
+use crate::SOON;
 
 /// E13: apart from the timeout of connecting.
 #[tokio::test]
@@ -33,6 +36,45 @@ async fn a_picker_that_thinks_for_less_than_the_deadline_is_waited_for() {
     let thinks = Fault::At(Moment::RequestHeaders, Harm::Delay(Duration::from_millis(300)));
     let mut stage = Stage::new(|all| Faulty::new(Production::new(all), thinks)).await;
     assert_eq!(stage.request(&echo(json("m", 10))).await.status(), 200);
+}
+
+/// D10: the time for the whole request holds while the picker thinks, and is nothing to open for.
+#[tokio::test]
+async fn a_request_does_not_outlast_its_time_while_the_picker_thinks() {
+    let silent = Fault::At(Moment::RequestHeaders, Harm::Silence);
+    let mut stage = Stage::with(
+        |all| Faulty::new(Production::new(all), silent).times(1),
+        |config| {
+            config.timeouts.request = Some(Duration::from_millis(300));
+            config.pools[0].failure_mode = FailureMode::Open;
+            epp(config).decision_timeout = Duration::from_secs(3600);
+        },
+    )
+    .await;
+    let begin = Instant::now();
+    let response = stage.request(&echo(json("m", 10))).await;
+    assert_eq!((response.status(), response.error_code().as_str()), (504, "request_timeout"));
+    assert!(begin.elapsed() >= Duration::from_millis(300) && begin.elapsed() < SOON);
+    eventually(SOON, || stage.epp.streams_ended(StreamEnd::Cancelled) == 1).await;
+    assert_eq!(stage.requests(), (0, 0));
+    // The next on the connection has a time of its own.
+    assert_eq!(stage.request(&echo(json("m", 10))).await.status(), 200);
+}
+
+/// E10, D10: an endpoint that does not accept in time is passed over like one that refuses.
+#[tokio::test]
+async fn a_deaf_first_choice_is_followed_by_the_second() {
+    let deaf = Deaf::new().unwrap();
+    let list = |all: &[std::net::SocketAddr]| {
+        let named = format!("{},{}", deaf.addr, all[1]);
+        Answering::new(move |_| vec![reply::pick(&named, &[])])
+    };
+    let mut stage = Stage::with(list, |config| {
+        config.timeouts.connect = Some(Duration::from_millis(200));
+        config.pools[0].endpoints.push(deaf.addr.into());
+    })
+    .await;
+    assert_eq!(stage.request(&echo("{}")).await.served_by(), Some(stage.two.addr));
 }
 
 /// E11.

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use penstock_agent::config::{Config, FailureMode, Ratio, Route, SteeringMode};
+use penstock_agent::config::{Config, FailureMode, HostPattern, Ratio, Route, SteeringMode};
 use penstock_tests::{
     Client, CollectedSpan, Collector, Mood, Plan, Refusing, Request, Stage,
     agent::{TestAgent, builtin_pool},
@@ -227,7 +227,7 @@ async fn spans_of<S: Script>(
     let mut stage = Stage::with(script, |config| {
         configure(config);
         config.timeouts.idle = Some(Duration::from_millis(100));
-        let only = Route { host: Some("x".into()), path_prefix: None, model: None, pool: "default".into() };
+        let only = Route { hosts: vec![HostPattern::Exact("x".into())], ..Route::to("default") };
         config.routes = vec![only];
         adjust(config);
     })

@@ -88,6 +88,14 @@ fn control_fields_from_clients_are_stripped() {
 }
 
 #[test]
+fn look_alikes_of_framing_fields_stay_behind() {
+    for name in ["content_length", "transfer_encoding", "Transfer_Encoding"] {
+        assert!(!prepared(&[(name, "chunked")]).contains_key(name), "{name}");
+    }
+    assert!(prepared(&[("content_type", "x")]).contains_key("content_type"));
+}
+
+#[test]
 fn a_pick_goes_no_further_than_the_agent() {
     let mut headers = map(&[
         ("x-gateway-destination-endpoint", "a"),
