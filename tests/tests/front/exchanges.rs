@@ -171,6 +171,17 @@ pub(crate) async fn heads_without_a_body(front: Front, back: Back) {
     let response = client.request(&head).await.unwrap();
     assert_eq!((response.status(), response.header("content-length")), (200, Some("5000")));
     assert_eq!((response.read.end, response.read.len), (BodyEnd::Complete, 0));
+    // Of a HEAD that is not told the length, of what a GET would have got, and of what there never is.
+    let unknown = Plan { framing: Framing::Chunked, ..plan };
+    let head = Request::new("HEAD", "/test/body").header("x-test-plan", unknown.header());
+    let response = client.request(&head).await.unwrap();
+    assert_eq!((response.status(), response.header("content-length")), (200, None));
+    assert_eq!((response.read.end, response.read.len), (BodyEnd::Complete, 0));
+    let headers = vec![("content-length".to_owned(), "5000".to_owned())];
+    let described = Plan { status: 304, framing: Framing::None, headers, ..Plan::default() };
+    let response = client.request(&described.request()).await.unwrap();
+    assert_eq!((response.status(), response.header("content-length")), (304, Some("5000")));
+    assert_eq!((response.read.end, response.read.len), (BodyEnd::Complete, 0));
     for status in [204, 304] {
         let headers = vec![("etag".to_owned(), "\"v\"".to_owned())];
         let plan = Plan { status, framing: Framing::None, headers, ..Plan::default() };

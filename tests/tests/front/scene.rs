@@ -237,13 +237,6 @@ impl Endpoint {
         }
     }
 
-    pub(crate) fn connections_open(&self) -> u64 {
-        match self {
-            Self::Http1(server) => server.connections_open(),
-            Self::Http2(server) => server.connections_open(),
-        }
-    }
-
     pub(crate) fn seen(&self) -> Vec<Echo> {
         match self {
             Self::Http1(server) => server.seen(),
