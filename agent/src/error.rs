@@ -6,13 +6,13 @@
 
 use std::{io, net::SocketAddr};
 
-use bytes::{BufMut as _, BytesMut};
-use http::{Method, StatusCode};
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, StatusCode, header};
 use thiserror::Error;
 
 use crate::{
     bbr::JsonError,
-    http::{body::BodyError, request::RequestError, response::ResponseError},
+    http::{body::BodyError, reply::Reply, request::RequestError, response::ResponseError},
     picker::{builtin::NoEndpoint, error::PickError, exchange::ImmediateReply},
 };
 
@@ -99,47 +99,33 @@ impl Error {
         }
     }
 
-    /// Appends the whole answer, head and body.
-    pub fn write(&self, out: &mut BytesMut, method: &Method, keep_alive: bool) {
+    /// The whole answer.
+    pub fn reply(&self) -> Reply {
         let status = self.status();
         let kind = if status.is_client_error() { "invalid_request_error" } else { "server_error" };
         let body = serde_json::json!({
             "error": { "message": self.to_string(), "type": kind, "param": null, "code": self.reason() }
         });
-        let retry = if status == StatusCode::SERVICE_UNAVAILABLE { "retry-after: 1\r\n" } else { "" };
-        let fields = format!("content-type: application/json\r\n{retry}");
-        write_reply(out, method, status, &fields, body.to_string().as_bytes(), keep_alive);
-    }
-}
-
-/// Appends an answer of the agent's own to a request with this method. `fields` are complete lines. The body is left out
-/// where there must be none (RFC 9112 §6.3).
-pub fn write_reply(
-    out: &mut BytesMut,
-    method: &Method,
-    status: StatusCode,
-    fields: &str,
-    body: &[u8],
-    keep_alive: bool,
-) {
-    let bodiless = status == StatusCode::NO_CONTENT || status == StatusCode::NOT_MODIFIED;
-    let connection = if keep_alive { "" } else { "connection: close\r\n" };
-    let reason = status.canonical_reason().unwrap_or_default();
-    let length = if bodiless { String::new() } else { format!("content-length: {}\r\n", body.len()) };
-    out.put_slice(format!("HTTP/1.1 {} {reason}\r\n{fields}{length}{connection}\r\n", status.as_u16()).as_bytes());
-    if !bodiless && method != Method::HEAD {
-        out.put_slice(body);
+        let mut headers = HeaderMap::new();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if status == StatusCode::SERVICE_UNAVAILABLE {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        Reply { status, headers, body: Bytes::from(body.to_string()) }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use bytes::BytesMut;
+    use http::Method;
+
     use super::*;
 
     #[test]
     fn an_answer_is_json_with_the_label() {
         let mut out = BytesMut::new();
-        Error::BodyCut { found: 3 }.write(&mut out, &Method::POST, false);
+        Error::BodyCut { found: 3 }.reply().write(&mut out, &Method::POST, false);
         let text = String::from_utf8(out.to_vec()).expect("text");
         let (head, body) = text.split_once("\r\n\r\n").expect("head and body");
         assert!(head.starts_with("HTTP/1.1 400 Bad Request\r\n") && head.contains("connection: close"), "{head}");
@@ -147,20 +133,5 @@ mod tests {
         let body: serde_json::Value = serde_json::from_str(body).expect("json");
         assert_eq!(body["error"]["code"], "body_cut");
         assert_eq!(body["error"]["type"], "invalid_request_error");
-    }
-
-    #[test]
-    fn an_answer_has_no_body_where_none_may_be() {
-        let rows = [
-            (Method::GET, StatusCode::OK, "content-length: 2\r\n\r\nhi"),
-            (Method::HEAD, StatusCode::OK, "content-length: 2\r\n\r\n"),
-            (Method::GET, StatusCode::NO_CONTENT, "No Content\r\n\r\n"),
-            (Method::GET, StatusCode::NOT_MODIFIED, "Not Modified\r\n\r\n"),
-        ];
-        for (method, status, end) in rows {
-            let mut out = BytesMut::new();
-            write_reply(&mut out, &method, status, "", b"hi", true);
-            assert!(out.ends_with(end.as_bytes()), "{method} {status}: {:?}", String::from_utf8_lossy(&out));
-        }
     }
 }

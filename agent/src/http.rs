@@ -9,3 +9,4 @@ pub mod request;
 pub mod body;
 pub mod headers;
 pub mod response;
+pub mod reply;

@@ -10,7 +10,7 @@ mod respond;
 
 use std::net::SocketAddr;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Method, request};
 
 use self::{
@@ -18,10 +18,11 @@ use self::{
     record::Record,
 };
 use crate::{
-    client::ClientSocket,
-    error::{Error, write_reply},
+    client::Client,
+    error::Error,
     http::{
         headers,
+        reply::Reply,
         request::{RequestBody, RequestHead},
     },
     picker::{
@@ -54,7 +55,7 @@ struct Request {
 }
 
 /// Answers a request whose head could not be read.
-pub async fn refuse(worker: &Worker, client: &mut ClientSocket, error: &Error) {
+pub async fn refuse(worker: &Worker, client: &mut Client, error: &Error) {
     let record = Record::new();
     // Which method it would have been is not known; a body is right for all but HEAD, and the connection closes.
     answer(client, &Method::GET, error, false).await;
@@ -62,16 +63,10 @@ pub async fn refuse(worker: &Worker, client: &mut ClientSocket, error: &Error) {
 }
 
 /// Carries one request through all phases.
-pub async fn run(
-    worker: &Worker,
-    client: &mut ClientSocket,
-    buf: &mut BytesMut,
-    head: RequestHead,
-    peer: SocketAddr,
-) -> After {
+pub async fn run(worker: &Worker, client: &mut Client, head: RequestHead, peer: SocketAddr) -> After {
     let record = Record::new();
     let mut request = Request { parts: head.parts, keep_alive: head.keep_alive, pool: 0, record };
-    let mut upload = match take(worker, client, buf, &mut request, head.body, head.expect_continue, peer).await {
+    let mut upload = match take(worker, client, &mut request, head.body, head.expect_continue, peer).await {
         Ok(upload) => upload,
         Err(error) => {
             answer(client, &request.parts.method, &error, false).await;
@@ -80,7 +75,7 @@ pub async fn run(
         }
     };
     let active = worker.shared.metrics.pool(request.pool).active_request();
-    let result = answered(worker, client, buf, &mut request, &mut upload).await;
+    let result = answered(worker, client, &mut request, &mut upload).await;
     drop(active);
     let after = match &result {
         Ok(after) => *after,
@@ -99,21 +94,18 @@ fn close_after(error: &Error) -> After {
     if matches!(error, Error::ClientGone) { After::Abort } else { After::Close }
 }
 
-async fn answer(client: &mut ClientSocket, method: &Method, error: &Error, keep_alive: bool) {
+async fn answer(client: &mut Client, method: &Method, error: &Error, keep_alive: bool) {
     if matches!(error, Error::ClientGone) {
         return;
     }
-    let mut out = BytesMut::new();
-    error.write(&mut out, method, keep_alive);
     // A client that does not take its answer is found by the next read.
-    let _ = client.write_all(&out).await;
+    let _ = client.reply(method, &error.reply(), keep_alive).await;
 }
 
 /// Prepares the head, and reads as much of the body as it takes to know the pool.
 async fn take(
     worker: &Worker,
-    client: &mut ClientSocket,
-    buf: &mut BytesMut,
+    client: &mut Client,
     request: &mut Request,
     body: RequestBody,
     expect_continue: bool,
@@ -127,12 +119,16 @@ async fn take(
         headers::remove_control(headers, pick, &config.bbr.header);
     }
     headers::prepare_request(headers, version, peer.ip(), &config.bbr.header);
-    if expect_continue && upload.has_body() && buf.is_empty() {
-        client.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await.map_err(|_| Error::ClientGone)?;
+    if expect_continue
+        && upload.has_body()
+        && let Client::Http1(socket) = client
+        && socket.buf.is_empty()
+    {
+        socket.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await.map_err(|_| Error::ClientGone)?;
     }
     let needs_model = worker.shared.router.needs_model();
     while !upload.is_done() && !upload.model_settled() && (needs_model || upload.kept.len() < MODEL_WINDOW) {
-        match upload.read(client, buf).await? {
+        match upload.read(client).await? {
             Some(piece) => upload.keep(&piece).await?,
             None => upload.end()?,
         }
@@ -153,12 +149,11 @@ fn set_model(parts: &mut request::Parts, header: &HeaderName, model: Option<&str
 /// The phases that need a pool.
 async fn answered(
     worker: &Worker,
-    client: &mut ClientSocket,
-    buf: &mut BytesMut,
+    client: &mut Client,
     request: &mut Request,
     upload: &mut Upload,
 ) -> Result<After, Error> {
-    let mut picked = match pick::pick(worker, client, buf, request, upload).await? {
+    let mut picked = match pick::pick(worker, client, request, upload).await? {
         Verdict::Forward(picked) => picked,
         Verdict::Reply(reply) => {
             let keep_alive = request.keep_alive && upload.is_done();
@@ -188,25 +183,18 @@ async fn answered(
 
 /// Sends the picker's own answer to the client.
 async fn immediate(
-    client: &mut ClientSocket,
+    client: &mut Client,
     method: &Method,
     reply: &ImmediateReply,
     keep_alive: bool,
 ) -> Result<(), Error> {
     let mut headers = http::HeaderMap::new();
     mutation::apply(&reply.headers, &mut headers);
-    let mut fields = String::new();
-    for (name, value) in &headers {
-        if let Ok(value) = value.to_str() {
-            fields.push_str(&format!("{name}: {value}\r\n"));
-        }
+    if !reply.body.is_empty() {
+        headers.entry(http::header::CONTENT_TYPE).or_insert(HeaderValue::from_static("text/plain"));
     }
-    if !reply.body.is_empty() && !headers.contains_key(http::header::CONTENT_TYPE) {
-        fields.push_str("content-type: text/plain\r\n");
-    }
-    let mut out = BytesMut::new();
-    write_reply(&mut out, method, reply.status, &fields, &reply.body, keep_alive);
-    client.write_all(&out).await.map_err(|_| Error::ClientGone)
+    let reply = Reply { status: reply.status, headers, body: reply.body.clone() };
+    client.reply(method, &reply, keep_alive).await.map_err(|_| Error::ClientGone)
 }
 
 impl Picked {

@@ -5,13 +5,13 @@
 
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use http::{HeaderMap, header};
 use tokio::time::Instant;
 
 use crate::{
     bbr::{Model, ModelScanner},
-    client::ClientSocket,
+    client::Client,
     config::{Bbr, Limits},
     error::Error,
     http::{
@@ -83,22 +83,28 @@ impl Upload {
     }
 
     /// The next piece of the body off the wire; `None` at its end. Cancel-safe.
-    pub async fn read(&mut self, client: &mut ClientSocket, buf: &mut BytesMut) -> Result<Option<Bytes>, Error> {
-        loop {
-            match self.reader.decode(buf)? {
-                Decoded::Piece(piece) => return Ok(Some(piece)),
-                Decoded::Done => return Ok(None),
-                Decoded::Incomplete => {}
-            }
-            if buf.capacity() - buf.len() < READ / 4 {
-                buf.reserve(READ);
-            }
-            match tokio::time::timeout_at(self.deadline, client.read(buf)).await {
-                Err(_) => return Err(Error::BodyTimeout(self.timeout)),
-                Ok(Ok(0)) => return Err(Error::BodyCut { found: self.received }),
-                Ok(Ok(_)) => {}
-                Ok(Err(_)) => return Err(Error::ClientGone),
-            }
+    pub async fn read(&mut self, client: &mut Client) -> Result<Option<Bytes>, Error> {
+        let deadline = self.deadline;
+        match tokio::time::timeout_at(deadline, self.next(client)).await {
+            Ok(piece) => piece,
+            Err(_) => Err(Error::BodyTimeout(self.timeout)),
+        }
+    }
+
+    async fn next(&mut self, client: &mut Client) -> Result<Option<Bytes>, Error> {
+        match client {
+            Client::Http1(socket) => loop {
+                match self.reader.decode(&mut socket.buf)? {
+                    Decoded::Piece(piece) => return Ok(Some(piece)),
+                    Decoded::Done => return Ok(None),
+                    Decoded::Incomplete => {}
+                }
+                match socket.read(READ).await {
+                    Ok(0) => return Err(Error::BodyCut { found: self.received }),
+                    Ok(_) => {}
+                    Err(_) => return Err(Error::ClientGone),
+                }
+            },
         }
     }
 
@@ -125,8 +131,8 @@ impl Upload {
     }
 
     /// Reads and keeps what is left.
-    pub async fn rest(&mut self, client: &mut ClientSocket, buf: &mut BytesMut) -> Result<(), Error> {
-        while let Some(piece) = self.read(client, buf).await? {
+    pub async fn rest(&mut self, client: &mut Client) -> Result<(), Error> {
+        while let Some(piece) = self.read(client).await? {
             self.keep(&piece).await?;
         }
         self.end()

@@ -13,7 +13,7 @@ use super::{
     respond::{Answer, evicted},
 };
 use crate::{
-    client::ClientSocket,
+    client::Client,
     endpoint::connection::{EndpointConnection, Reader},
     error::Error,
     http::{
@@ -34,7 +34,7 @@ const ONE_WRITE: usize = 64 * 1024;
 
 pub(super) async fn dispatch(
     worker: &Worker,
-    client: &mut ClientSocket,
+    client: &mut Client,
     request: &mut Request,
     upload: &Upload,
     picked: &mut Picked,
@@ -103,7 +103,7 @@ type Read = (ResponseHead, BytesMut, bool);
 /// body, so both directions go at once.
 async fn attempt(
     worker: &Worker,
-    client: &mut ClientSocket,
+    client: &mut Client,
     request: &Request,
     upload: &Upload,
     picked: &mut Picked,

@@ -3,13 +3,13 @@
 
 use std::net::SocketAddr;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use penstock_proto::ext_proc::HeaderMutation;
 use tokio::time::{Instant, timeout};
 
 use super::Request;
 use crate::{
-    client::ClientSocket,
+    client::Client,
     config::{self, FailureMode},
     error::Error,
     metrics::{EppOutcome, InFlight},
@@ -41,21 +41,19 @@ pub(super) enum Verdict {
 
 pub(super) async fn pick(
     worker: &Worker,
-    client: &mut ClientSocket,
-    buf: &mut BytesMut,
+    client: &mut Client,
     request: &mut Request,
     upload: &mut Upload,
 ) -> Result<Verdict, Error> {
     let pool = &worker.shared.config.pools[request.pool];
     let (Some(client_of_epp), config::Picker::Epp(settings)) = (&worker.epps[request.pool], &pool.picker) else {
-        upload.rest(client, buf).await?;
+        upload.rest(client).await?;
         return builtin(worker, request.pool, upload).map(|picked| Verdict::Forward(Box::new(picked)));
     };
     let started = Instant::now();
     let metrics = worker.shared.metrics.pool(request.pool);
     let open = worker.shared.metrics.epp_stream();
-    let asked =
-        ask(client_of_epp, worker.shared.config.limits.body_bytes, settings, client, buf, request, upload).await;
+    let asked = ask(client_of_epp, worker.shared.config.limits.body_bytes, settings, client, request, upload).await;
     let failure = match asked {
         Asked::Answered(Outcome::Immediate(reply), _) => {
             metrics.epp_exchange(EppOutcome::Immediate, started.elapsed());
@@ -65,7 +63,7 @@ pub(super) async fn pick(
             Ok((endpoints, decision)) => {
                 metrics.epp_exchange(EppOutcome::Picked, started.elapsed());
                 request.record.picked_in(started.elapsed());
-                upload.rest(client, buf).await?;
+                upload.rest(client).await?;
                 let Decision { mutation, body, .. } = decision;
                 let picked = Picked { endpoints, mutation, body, stream: Some(*stream), _open: Some(open) };
                 return Ok(Verdict::Forward(Box::new(picked)));
@@ -87,7 +85,7 @@ pub(super) async fn pick(
         }
         FailureMode::Open => {
             metrics.epp_exchange(EppOutcome::FailOpen, started.elapsed());
-            upload.rest(client, buf).await?;
+            upload.rest(client).await?;
             open_pick(worker, pool, request.pool, upload).map(|picked| Verdict::Forward(Box::new(picked)))
         }
     }
@@ -134,8 +132,7 @@ async fn ask(
     epp: &EppClient,
     limit: u64,
     settings: &config::Epp,
-    client: &mut ClientSocket,
-    buf: &mut BytesMut,
+    client: &mut Client,
     request: &Request,
     upload: &mut Upload,
 ) -> Asked {
@@ -143,7 +140,7 @@ async fn ask(
     let mut retried = false;
     loop {
         let mut stream = Box::new(epp.open(&request.parts, upload.has_body(), None, limits));
-        match converse(&mut stream, settings, client, buf, upload).await {
+        match converse(&mut stream, settings, client, upload).await {
             Ok(outcome) => return Asked::Answered(outcome, stream),
             Err(Asked::Failed(error)) if error.retry_on_fresh_channel() && !retried => {
                 tracing::debug!(%error, "asked again on a fresh connection");
@@ -159,8 +156,7 @@ async fn ask(
 async fn converse(
     stream: &mut PickStream,
     settings: &config::Epp,
-    client: &mut ClientSocket,
-    buf: &mut BytesMut,
+    client: &mut Client,
     upload: &mut Upload,
 ) -> Result<Outcome, Asked> {
     let patience = settings.decision_timeout;
@@ -179,7 +175,7 @@ async fn converse(
             let read = tokio::select! {
                 biased;
                 outcome = stream.outcome() => return outcome.map_err(Asked::Failed),
-                read = upload.read(client, buf) => read.map_err(Asked::Client)?,
+                read = upload.read(client) => read.map_err(Asked::Client)?,
             };
             if let Some(piece) = &read {
                 upload.keep(piece).await.map_err(Asked::Client)?;

@@ -8,7 +8,7 @@ use http::header;
 
 use super::{After, Request, immediate, pick::Picked};
 use crate::{
-    client::ClientSocket,
+    client::{Client, ClientSocket},
     config,
     deliver::{Delivery, End, Target},
     endpoint::{connection::EndpointConnection, in_flight::InFlight},
@@ -51,7 +51,7 @@ pub(super) async fn evicted(stream: &mut Option<PickStream>) -> ImmediateReply {
 
 pub(super) async fn respond(
     worker: &Worker,
-    client: &mut ClientSocket,
+    client: &mut Client,
     request: &mut Request,
     mut picked: Picked,
     answer: Answer,
@@ -86,6 +86,7 @@ pub(super) async fn respond(
         }
     }
     request.record.status(head.status, "ok");
+    let Client::Http1(client) = client;
     let wish = request.keep_alive && !worker.shared.draining.is_cancelled();
     let mut lead = BytesMut::with_capacity(1024);
     let keep_alive = head.write_head(&mut lead, wish, request.parts.version);
