@@ -14,15 +14,18 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use futures_util::FutureExt;
 use http::HeaderName;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     admin::{self, AdminHandle},
-    config::{Config, Picker},
+    config::{self, Config, Picker},
+    control::{self, Control},
+    dns::Dns,
     endpoint::set::EndpointSet,
     metrics::{self, Metrics},
-    picker::builtin::BuiltinPicker,
+    picker::{builtin::BuiltinPicker, replica::Replicas, tend::tend},
     readiness::{Gate, Readiness},
     route::Router,
     selftest,
@@ -39,6 +42,8 @@ pub struct Agent {
     readiness: Readiness,
     admin: AdminHandle,
     workers: Vec<JoinHandle<()>>,
+    /// Ends after the workers.
+    _control: Control,
     address: SocketAddr,
     steering: Steering,
 }
@@ -57,6 +62,8 @@ impl Agent {
         let gates: Vec<Gate> = (0..count).map(|number| readiness.gate(format!("worker {number}"))).collect();
 
         let endpoints: Vec<_> = config.pools.iter().map(|pool| Arc::new(EndpointSet::new(pool))).collect();
+
+        let replicas: Vec<_> = config.pools.iter().map(replicas).collect::<Result<_>>()?;
 
         let steering = selftest::start(&config.steering);
         metrics.set_steering_path(
@@ -81,6 +88,7 @@ impl Agent {
             router: Router::new(&config),
             pickers: endpoints.iter().map(|endpoints| BuiltinPicker::new(Arc::clone(endpoints))).collect(),
             endpoints,
+            replicas,
             pick_headers: pick_headers(&config),
             metrics,
             draining: CancellationToken::new(),
@@ -88,6 +96,7 @@ impl Agent {
             failed: AtomicBool::new(false),
             config,
         });
+        let control = Control::start(beside_requests(&shared)).context("the control thread")?;
         let mut workers = Vec::with_capacity(count);
         for (number, (listener, gate)) in listeners.into_iter().zip(gates).enumerate() {
             let (shared, steering) = (Arc::clone(&shared), steering.clone());
@@ -102,7 +111,7 @@ impl Agent {
             workers.push(std::thread::Builder::new().name(format!("penstock-{number}")).spawn(run)?);
         }
         tracing::info!(%address, admin = %admin.local_addr(), workers = count, "penstock {}", env!("CARGO_PKG_VERSION"));
-        Ok(Self { shared, readiness, admin, workers, address, steering })
+        Ok(Self { shared, readiness, admin, workers, _control: control, address, steering })
     }
 
     /// Where clients connect; the port is the one that was bound.
@@ -180,12 +189,29 @@ fn work(
     let connections = shared.config.listen.max_connections.div_ceil(count);
     tokio::task::LocalSet::new().block_on(&runtime, async {
         let steering = steering.worker()?;
-        let worker = Worker::new(shared, steering)?;
+        let worker = Worker::new(shared, steering);
         let listener = tokio::net::TcpListener::from_std(listener)?;
         gate.open();
         worker.serve(listener, connections).await;
         Ok(())
     })
+}
+
+fn replicas(pool: &config::Pool) -> Result<Option<Arc<Replicas>>> {
+    match &pool.picker {
+        Picker::Builtin => Ok(None),
+        Picker::Epp(epp) => {
+            let replicas = Replicas::new(epp).with_context(|| format!("the EPP of the pool {}", pool.name))?;
+            Ok(Some(Arc::new(replicas)))
+        }
+    }
+}
+
+/// What the control thread does.
+fn beside_requests(shared: &Shared) -> Vec<control::Task> {
+    let dns = Dns::new(&shared.config.dns);
+    let epps = shared.replicas.iter().enumerate().filter_map(|(pool, replicas)| Some((pool, replicas.clone()?)));
+    epps.map(|(pool, replicas)| tend(replicas, dns.clone(), Arc::clone(&shared.metrics), pool).boxed()).collect()
 }
 
 fn pick_headers(config: &Config) -> Vec<HeaderName> {

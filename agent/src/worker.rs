@@ -21,7 +21,7 @@ use crate::{
     connection,
     endpoint::{pool::Pool, set::EndpointSet},
     metrics::Metrics,
-    picker::{builtin::BuiltinPicker, client::EppClient},
+    picker::{builtin::BuiltinPicker, client::EppClient, replica::Replicas},
     route::Router,
     steer::WorkerSteering,
 };
@@ -35,6 +35,8 @@ pub struct Shared {
     pub endpoints: Vec<Arc<EndpointSet>>,
     /// One for each pool: picks for `builtin` and for fail-open.
     pub pickers: Vec<BuiltinPicker>,
+    /// One for each pool that asks an EPP.
+    pub replicas: Vec<Option<Arc<Replicas>>>,
     /// The headers in which EPPs name their picks: `picker.header` of every pool, and the protocol's own.
     pub pick_headers: Vec<HeaderName>,
     /// No new connections or requests; what runs may finish.
@@ -81,13 +83,9 @@ pub struct Worker {
 
 impl Worker {
     /// Must be called on the worker's runtime.
-    pub fn new(shared: Arc<Shared>, steering: Option<Rc<WorkerSteering>>) -> anyhow::Result<Rc<Self>> {
+    pub fn new(shared: Arc<Shared>, steering: Option<Rc<WorkerSteering>>) -> Rc<Self> {
         let config = &shared.config;
-        let epp = |pool: &config::Pool| match &pool.picker {
-            config::Picker::Builtin => Ok(None),
-            config::Picker::Epp(epp) => EppClient::new(epp).map(Some),
-        };
-        let epps = config.pools.iter().map(epp).collect::<anyhow::Result<_>>()?;
+        let epps = shared.replicas.iter().map(|replicas| replicas.clone().map(EppClient::new)).collect();
         let (timeouts, receive_buffer) = (&config.timeouts, config.steering.endpoint_receive_buffer);
         let endpoints = Pool::new(
             Arc::clone(&shared.metrics),
@@ -96,7 +94,7 @@ impl Worker {
             timeouts.connect,
             receive_buffer,
         );
-        Ok(Rc::new(Self { epps, endpoints, shared }))
+        Rc::new(Self { epps, endpoints, shared })
     }
 
     /// Serves until drained: returns when the last connection has ended after `draining`, or all are broken off by `force`.

@@ -8,7 +8,7 @@ use std::{cell::RefCell, fmt::Display, ops::Range};
 
 use toml::{
     Spanned,
-    de::{DeTable, DeValue},
+    de::{DeArray, DeTable, DeValue},
 };
 
 use super::{
@@ -97,10 +97,20 @@ impl<'d> Section<'d> {
             self.reject(key, value::shown(value.get_ref()), expected);
             return Vec::new();
         };
-        let path = self.path_of(key);
-        let parsed =
-            elements.iter().enumerate().map(|(i, element)| self.parse(element, format!("{path}[{i}]"), &parse));
-        parsed.flatten().collect()
+        self.elements(key, elements, parse)
+    }
+
+    /// One value or an array of them, which must not be empty; absent is empty, and wrong elements are left out.
+    pub(super) fn one_or_more<T>(&mut self, key: &'static str, parse: impl Fn(&DeValue<'_>) -> Parsed<T>) -> Vec<T> {
+        let Some(value) = self.get(key) else { return Vec::new() };
+        match value.get_ref() {
+            DeValue::Array(elements) if elements.is_empty() => {
+                self.reject(key, "an empty array", "one value or more");
+                Vec::new()
+            }
+            DeValue::Array(elements) => self.elements(key, elements, parse),
+            _ => self.parse(value, self.path_of(key), parse).into_iter().collect(),
+        }
     }
 
     /// The table under `key`, read by `read`.
@@ -177,6 +187,13 @@ impl<'d> Section<'d> {
                 self.place.report(value.span().start, path, value::shown(value.get_ref()), expected.0.into_owned());
             })
             .ok()
+    }
+
+    fn elements<T>(&self, key: &str, elements: &DeArray<'_>, parse: impl Fn(&DeValue<'_>) -> Parsed<T>) -> Vec<T> {
+        let path = self.path_of(key);
+        let parsed =
+            elements.iter().enumerate().map(|(i, element)| self.parse(element, format!("{path}[{i}]"), &parse));
+        parsed.flatten().collect()
     }
 
     fn get(&mut self, key: &'static str) -> Option<&'d Spanned<DeValue<'d>>> {

@@ -101,6 +101,14 @@ pub(super) struct ByPoolAndReason {
     pub(super) reason: &'static str,
 }
 
+/// As many as there are replicas: one state each at a time.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct ByReplica {
+    pub(super) pool: PoolName,
+    pub(super) replica: String,
+    pub(super) state: &'static str,
+}
+
 /// With the names of OpenTelemetry's conventions. The model comes from responses, so [`super::models`] bounds its values.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(super) struct ByModel {
