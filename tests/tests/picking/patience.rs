@@ -17,7 +17,7 @@ use penstock_tests::{
 async fn the_decision_has_a_deadline() {
     let mut stage = Stage::with(
         |all| Faulty::new(Production::new(all), Fault::At(Moment::RequestHeaders, Harm::Silence)),
-        |config| epp(config).decision_timeout = Duration::from_millis(200),
+        |config| epp(config).decision_timeout = Some(Duration::from_millis(200)),
     )
     .await;
     let begin = Instant::now();
@@ -44,7 +44,7 @@ async fn the_default_upstream_is_where_it_opens_to() {
         let pool = &mut config.pools[0];
         (pool.failure_mode, pool.default_upstream) = (FailureMode::Open, Some(upstream.addr));
         let Picker::Epp(epp) = &mut pool.picker else { unreachable!("the pool has an EPP") };
-        epp.address = refusing.addr.to_string();
+        epp.addresses = vec![refusing.addr.to_string()];
     })
     .await;
     let body = json("m", 1 << 20);
