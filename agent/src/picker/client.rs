@@ -48,8 +48,15 @@ const MESSAGE: usize = 1 << 20;
 /// The way to one EPP.
 pub struct EppClient {
     replicas: Arc<Replicas>,
-    /// To the replicas that have been asked and are still there.
-    lines: Mutex<Vec<Line>>,
+    lines: Mutex<Lines>,
+}
+
+/// To the replicas that have been asked and are still there.
+#[derive(Default)]
+struct Lines {
+    lines: Vec<Line>,
+    /// When they were last held against these.
+    known: Arc<[Arc<Replica>]>,
 }
 
 /// What a worker has with one replica. Clones share it.
@@ -101,16 +108,20 @@ impl EppClient {
     }
 
     fn line(&self, replica: &Arc<Replica>) -> Line {
-        let mut lines = self.lines.lock();
-        if let Some(line) = lines.iter().find(|line| Arc::ptr_eq(&line.replica, replica)) {
+        let known = self.replicas.snapshot().replicas;
+        let mut all = self.lines.lock();
+        if !Arc::ptr_eq(&all.known, &known) {
+            // Connections to replicas that are gone close when their streams are over.
+            all.lines.retain(|line| known.iter().any(|replica| Arc::ptr_eq(replica, &line.replica)));
+            all.known = known;
+        }
+        if let Some(line) = all.lines.iter().find(|line| Arc::ptr_eq(&line.replica, replica)) {
             return line.clone();
         }
-        // Connections to replicas that are gone close when their streams are over.
-        let known = self.replicas.snapshot().replicas;
-        lines.retain(|line| known.iter().any(|replica| Arc::ptr_eq(replica, &line.replica)));
         let connection = Connection::new(&self.replicas, replica);
-        lines.push(Line { replica: Arc::clone(replica), connection, silence: Arc::default() });
-        lines[lines.len() - 1].clone()
+        let line = Line { replica: Arc::clone(replica), connection, silence: Arc::default() };
+        all.lines.push(line.clone());
+        line
     }
 }
 

@@ -9,9 +9,12 @@ mod leaving;
 mod load;
 mod model;
 mod mutations;
+mod names;
 mod patience;
+mod replicas;
 mod routing;
 mod silent;
+mod tls;
 
 use std::time::Duration;
 

@@ -17,6 +17,8 @@ use crate::{
 
 #[path = "epp.rs"]
 mod epp;
+#[path = "going_away.rs"]
+mod going_away;
 use epp::{serve, serve_on};
 
 const LIMITS: Limits = Limits { replaced_body: 1 << 20 };
