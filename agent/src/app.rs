@@ -11,26 +11,31 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
+    time::Instant,
 };
 
 use anyhow::{Context as _, Result};
 use futures_util::FutureExt;
 use http::HeaderName;
+use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     admin::{self, AdminHandle},
+    bbr::ModelHeaders,
     config::{self, Config, Picker},
     control::{self, Control},
     dns::Dns,
-    endpoint::set::EndpointSet,
+    endpoint::{budget::RetryBudget, discovery::Discovery, set::EndpointSet},
     metrics::{self, Metrics},
     picker::{builtin::BuiltinPicker, replica::Replicas, tend::tend},
     readiness::{Gate, Readiness},
     route::Router,
     selftest,
     steer::Steering,
-    worker::{Shared, Worker},
+    telemetry::{Exporter, Telemetry},
+    tls::Certificate,
+    worker::{Listener, Shared, Worker},
 };
 
 /// Connections that the kernel holds for us until a worker accepts them.
@@ -41,11 +46,15 @@ pub struct Agent {
     shared: Arc<Shared>,
     readiness: Readiness,
     admin: AdminHandle,
+    _discovery: Discovery,
     workers: Vec<JoinHandle<()>>,
     /// Ends after the workers.
     _control: Control,
     address: SocketAddr,
+    tls_address: Option<SocketAddr>,
     steering: Steering,
+    /// Outlives the workers, whose last spans it sends.
+    exporter: Option<Exporter>,
 }
 
 impl Agent {
@@ -61,7 +70,13 @@ impl Agent {
         let readiness = Readiness::new();
         let gates: Vec<Gate> = (0..count).map(|number| readiness.gate(format!("worker {number}"))).collect();
 
-        let endpoints: Vec<_> = config.pools.iter().map(|pool| Arc::new(EndpointSet::new(pool))).collect();
+        let endpoints: Vec<_> =
+            config.pools.iter().map(|pool| Arc::new(EndpointSet::new(pool, &config.node))).collect();
+        for (pool, endpoints) in endpoints.iter().enumerate() {
+            let endpoints = Arc::clone(endpoints);
+            metrics.count_endpoints(pool, move || endpoints.states());
+        }
+        let discovery = Discovery::start(&config, &endpoints, &metrics, &readiness)?;
 
         let replicas: Vec<_> = config.pools.iter().map(replicas).collect::<Result<_>>()?;
 
@@ -76,21 +91,36 @@ impl Agent {
             _ => tracing::info!("{}", steering.describe()),
         }
 
-        let listeners =
-            listen(config.listen.address, count).with_context(|| format!("listening on {}", config.listen.address))?;
-        let address = listeners[0].local_addr()?;
+        let listening = |address| listen(address, count).with_context(|| format!("listening on {address}"));
+        let plain = listening(config.listen.address)?;
+        let address = plain[0].local_addr()?;
+        let mut listeners: Vec<Vec<_>> = plain.into_iter().map(|socket| vec![(socket, None)]).collect();
+        let mut tls_address = None;
+        if let Some(settings) = &config.listen.tls {
+            let certificate = Certificate::read(settings)?;
+            let acceptor = certificate.acceptor(config.listen.http2_max_streams > 0)?;
+            let sockets = listening(settings.address)?;
+            tls_address = Some(sockets[0].local_addr()?);
+            for (worker, socket) in listeners.iter_mut().zip(sockets) {
+                worker.push((socket, Some(acceptor.clone())));
+            }
+        }
         let status = steering.describe();
         let admin =
             admin::start(config.admin.address, Arc::clone(&metrics), readiness.clone(), move || vec![status.clone()])
                 .with_context(|| format!("the admin server on {}", config.admin.address))?;
 
+        let (telemetry, exporter) = Telemetry::start(&config.tracing, &metrics)?.unzip();
         let shared = Arc::new(Shared {
             router: Router::new(&config),
             pickers: endpoints.iter().map(|endpoints| BuiltinPicker::new(Arc::clone(endpoints))).collect(),
             endpoints,
             replicas,
             pick_headers: pick_headers(&config),
+            model_headers: ModelHeaders::new(&config.bbr),
+            retries: config.pools.iter().map(|pool| RetryBudget::new(&pool.retry, Instant::now())).collect(),
             metrics,
+            telemetry,
             draining: CancellationToken::new(),
             force: CancellationToken::new(),
             failed: AtomicBool::new(false),
@@ -98,10 +128,10 @@ impl Agent {
         });
         let control = Control::start(beside_requests(&shared)).context("the control thread")?;
         let mut workers = Vec::with_capacity(count);
-        for (number, (listener, gate)) in listeners.into_iter().zip(gates).enumerate() {
+        for (number, (listeners, gate)) in listeners.into_iter().zip(gates).enumerate() {
             let (shared, steering) = (Arc::clone(&shared), steering.clone());
             let run = move || {
-                if let Err(error) = work(Arc::clone(&shared), &steering, count, listener, gate) {
+                if let Err(error) = work(Arc::clone(&shared), &steering, count, listeners, gate) {
                     tracing::error!(number, "worker: {error:#}");
                     // Better none than some: whoever watches the process starts it again.
                     shared.failed.store(true, Ordering::Relaxed);
@@ -111,12 +141,28 @@ impl Agent {
             workers.push(std::thread::Builder::new().name(format!("penstock-{number}")).spawn(run)?);
         }
         tracing::info!(%address, admin = %admin.local_addr(), workers = count, "penstock {}", env!("CARGO_PKG_VERSION"));
-        Ok(Self { shared, readiness, admin, workers, _control: control, address, steering })
+        Ok(Self {
+            shared,
+            readiness,
+            admin,
+            _discovery: discovery,
+            workers,
+            _control: control,
+            address,
+            tls_address,
+            steering,
+            exporter,
+        })
     }
 
     /// Where clients connect; the port is the one that was bound.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Where clients that speak TLS connect.
+    pub fn tls_address(&self) -> Option<SocketAddr> {
+        self.tls_address
     }
 
     pub fn admin_address(&self) -> SocketAddr {
@@ -167,6 +213,7 @@ impl Agent {
             // A worker that panicked has said so already.
             let _ = worker.join();
         }
+        self.exporter = None;
     }
 }
 
@@ -182,7 +229,7 @@ fn work(
     shared: Arc<Shared>,
     steering: &Steering,
     count: usize,
-    listener: std::net::TcpListener,
+    listeners: Vec<(std::net::TcpListener, Option<TlsAcceptor>)>,
     gate: Gate,
 ) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -190,9 +237,10 @@ fn work(
     tokio::task::LocalSet::new().block_on(&runtime, async {
         let steering = steering.worker()?;
         let worker = Worker::new(shared, steering);
-        let listener = tokio::net::TcpListener::from_std(listener)?;
+        let listener = |(socket, tls)| Ok(Listener { socket: tokio::net::TcpListener::from_std(socket)?, tls });
+        let listeners = listeners.into_iter().map(listener).collect::<io::Result<_>>()?;
         gate.open();
-        worker.serve(listener, connections).await;
+        worker.serve(listeners, connections).await;
         Ok(())
     })
 }

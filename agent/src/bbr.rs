@@ -9,13 +9,17 @@
 
 mod capture;
 mod error;
+mod headers;
+mod naming;
 mod nesting;
 mod number;
 #[cfg(test)]
 mod tests;
 mod text;
 
-pub use error::{Found, JsonError};
+pub use error::{Found, JsonError, NamingError};
+pub use headers::ModelHeaders;
+pub use naming::Naming;
 
 use capture::Capture;
 use nesting::Nesting;

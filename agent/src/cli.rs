@@ -82,6 +82,9 @@ struct Epp {
     /// Wait before each answer, in milliseconds; for tests.
     #[arg(long, default_value_t = 0)]
     delay_ms: u64,
+    /// Requests with the same value of this header go to the same endpoint. Of several, the first that a request has counts.
+    #[arg(long = "session-header")]
+    session_headers: Vec<http::HeaderName>,
     /// Largest request body, bytes.
     #[arg(long, default_value_t = 10 << 20)]
     max_body: usize,
@@ -168,6 +171,7 @@ impl Epp {
             max_inflight: self.max_inflight,
             delay: (self.delay_ms > 0).then(|| Duration::from_millis(self.delay_ms)),
             max_body: self.max_body,
+            session_headers: self.session_headers,
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {

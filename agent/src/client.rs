@@ -1,33 +1,51 @@
 //! A client as the phases of a request know it, whatever it speaks: it sends a body, it may leave, it gets one answer.
 
 mod socket;
+mod stream;
+
+use std::io;
 
 use bytes::BytesMut;
 use http::Method;
 
 pub use socket::ClientSocket;
+pub use stream::ClientStream;
 
 use crate::http::reply::Reply;
 
 pub enum Client {
     Http1(ClientSocket),
+    Http2(ClientStream),
 }
 
 impl Client {
     /// Resolves when the client has left. Cancel-safe. See [`ClientSocket::gone`].
-    pub async fn gone(&self) {
+    pub async fn gone(&mut self) {
         match self {
             Self::Http1(socket) => socket.gone().await,
+            Self::Http2(stream) => stream.gone().await,
         }
     }
 
-    /// Sends a whole answer to a request with this method. What becomes of it is found by the next read.
-    pub async fn reply(&mut self, method: &Method, reply: &Reply, keep_alive: bool) -> std::io::Result<()> {
+    /// Whether what it sends is encrypted on its way.
+    pub fn is_tls(&self) -> bool {
+        match self {
+            Self::Http1(socket) => socket.is_tls(),
+            Self::Http2(stream) => stream.is_tls(),
+        }
+    }
+
+    /// Sends a whole answer to a request with this method.
+    pub async fn reply(&mut self, method: &Method, reply: &Reply, keep_alive: bool) -> io::Result<()> {
         match self {
             Self::Http1(socket) => {
                 let mut out = BytesMut::new();
                 reply.write(&mut out, method, keep_alive);
                 socket.write_all(&out).await
+            }
+            Self::Http2(stream) => {
+                let (head, body) = reply.frames(method);
+                stream.reply(head, body)
             }
         }
     }

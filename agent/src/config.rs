@@ -4,30 +4,35 @@
 //! A [`Config`] that came out of [`Config::load`] or [`Config::parse`] holds everything this file says; what cannot hold is
 //! reported with file, line, key, what was found and what was expected, all of it at once.
 
+mod bbr;
 mod default;
 mod dns;
 mod document;
 mod endpoints;
-
 mod error;
+mod headers;
 mod health;
+mod listen;
 mod node;
 mod overrides;
 mod picker;
 mod pools;
+mod retry;
 mod routes;
 mod sections;
 mod subset;
 #[cfg(test)]
 mod tests;
+mod tracing;
 mod value;
 
 pub use default::default_toml;
-pub use endpoints::expand;
+pub use endpoints::{EndpointsError, EndpointsFormat, is_own, parse_endpoints};
 pub use error::{ConfigError, ConfigErrors};
 pub use overrides::Overrides;
 
 use std::{
+    collections::BTreeMap,
     fmt,
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -40,8 +45,11 @@ pub struct Config {
     pub admin: Admin,
     pub limits: Limits,
     pub timeouts: Timeouts,
+    pub headers: Headers,
+    pub errors: Errors,
     pub bbr: Bbr,
     pub steering: Steering,
+    pub tracing: Tracing,
     pub node: Node,
     pub dns: Dns,
     /// At least one; names are unique.
@@ -84,6 +92,34 @@ pub struct Listen {
     pub workers: usize,
     /// Client connections at once over all workers; default 16384.
     pub max_connections: usize,
+    /// Requests at once on one HTTP/2 connection; 0: HTTP/2 is refused; default 256.
+    pub http2_max_streams: u32,
+    /// Protocols that a client may switch its connection to, if the endpoint agrees; default `websocket`. The connection is
+    /// then relayed both ways until one side ends it. `h2c` is none: requests in it would not be seen.
+    pub upgrades: Vec<String>,
+    /// A second listener, for clients that speak TLS; default none.
+    pub tls: Option<ListenTls>,
+}
+
+/// Bodies of these clients are relayed: the kernel would send them plain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListenTls {
+    pub address: SocketAddr,
+    /// PEM, the server's certificate first; read again when it changes. A relative path starts at the folder of the
+    /// configuration file.
+    pub cert_file: PathBuf,
+    /// PEM.
+    pub key_file: PathBuf,
+}
+
+/// What the endpoints of a pool speak.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum AppProtocol {
+    /// HTTP/1.1.
+    #[default]
+    Http1,
+    /// HTTP/2 without TLS. Bodies are relayed.
+    H2c,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -104,34 +140,94 @@ pub struct Limits {
     pub body_memory_bytes: usize,
 }
 
+/// `None` is off.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Timeouts {
     /// A request head, from its first byte; default 10s. Then 408.
-    pub head: Duration,
+    pub head: Option<Duration>,
     /// A request body, from the end of the head; default 60s. Then 408.
-    pub body: Duration,
-    /// An idle client connection between requests; default 75s.
-    pub keep_alive: Duration,
-    /// TCP connect to an endpoint; default 1s. Then the next of the list.
-    pub connect: Duration,
-    /// From the request sent to the response head; `None` is off; default 10m. Then 504.
+    pub body: Option<Duration>,
+    /// An idle client connection between requests; default 75s. Then it is closed.
+    pub keep_alive: Option<Duration>,
+    /// TCP connect to an endpoint; default 1s. Then the next of the list, and 504 after the last.
+    pub connect: Option<Duration>,
+    /// From the request sent to the response head; default 10m. Then 504.
     pub first_byte: Option<Duration>,
-    /// No byte of a response for this long; `None` is off; default 5m. Then the connection is broken off.
+    /// No byte of a response for this long; default 5m. Then the connection is broken off.
     pub idle: Option<Duration>,
+    /// The whole of a request, from the first byte of its head to the last byte of the response; default off. Then 504, or
+    /// the connection is broken off where the response has begun.
+    pub request: Option<Duration>,
     /// An idle endpoint connection in its pool; default 4s, below uvicorn's 5s.
     pub endpoint_keep_alive: Duration,
     /// After SIGTERM, how long running responses may take; default 30s.
     pub drain: Duration,
 }
 
+/// What requests and responses are told about this hop.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Headers {
+    /// Name of this hop in `Via`, of requests and responses; `None` is off; default `penstock`.
+    pub via: Option<String>,
+    /// `X-Forwarded-For`, `-Proto`, `-Host` and `-Port` of requests; default `append`.
+    pub x_forwarded: Forwarding,
+    /// `Forwarded` (RFC 7239) of requests; default `off`.
+    pub forwarded: Forwarding,
+    /// Whether responses carry the `x-request-id` of their request; default false.
+    pub request_id_to_client: bool,
+}
+
+/// Who is believed about where a request came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Forwarding {
+    /// What the client says is kept, and this hop's word is put behind it or where it says nothing: for an agent that only
+    /// proxies can reach. Whoever reads it may trust the last element of a list and no other.
+    Append,
+    /// What the client says is dropped: for an agent that clients reach themselves.
+    Replace,
+    /// What the client says goes on as it is, and nothing is added.
+    Off,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Errors {
+    /// Of the agent's own answers, where `Accept` prefers neither; default `openai`.
+    pub format: ErrorFormat,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorFormat {
+    /// `{"error": {"message", "type", "param", "code"}}`.
+    OpenAi,
+    /// The message, and the reason on a line of its own.
+    Plain,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bbr {
-    /// Read the model from JSON bodies; default true.
+    /// Read the model from bodies whose Content-Type is JSON; other bodies, and those without a Content-Type, pass unread.
+    /// Default true.
     pub enabled: bool,
-    /// Request header that carries the model to the endpoint; default `X-Gateway-Model-Name`.
+    /// Request header that carries the model to picker and endpoint; default `X-Gateway-Model-Name`.
     pub header: http::HeaderName,
-    /// Model to report when the body names none; default none.
-    pub default_model: Option<String>,
+    /// What it means when a JSON body names no model: has none, an empty one, null, an array or an object. (A number, `true`
+    /// and `false` name a model by their text.) Default `pass`.
+    pub missing_model: MissingModel,
+    /// Request header that carries the base model of the model; default `X-Gateway-Base-Model-Name`.
+    pub base_model_header: http::HeaderName,
+    /// Adapters, each with its base model; default none. A base model that is named here is its own.
+    pub base_models: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum MissingModel {
+    /// The request goes on without a model.
+    #[default]
+    Pass,
+    /// It is for this model: `default_model`.
+    Default(String),
+    /// 400.
+    Reject,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -158,6 +254,41 @@ pub struct Steering {
     pub endpoint_receive_buffer: u32,
     /// Endpoint connections that can be steered at once; default 16384. Sizes the kernel maps.
     pub max_flows: u32,
+}
+
+/// Spans to an OpenTelemetry collector. Trace context is passed on whether this is on or off.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tracing {
+    /// Where the collector takes OTLP over gRPC, such as `http://127.0.0.1:4317`; `None` is off; default off.
+    pub otlp_endpoint: Option<String>,
+    /// Part of the traces that begin here which are exported; default 1. Of the others the caller's flag decides.
+    pub sampling_ratio: Ratio,
+    /// `service.name` of the spans; default `penstock`.
+    pub service_name: String,
+    /// Spans that may wait for the collector; default 4096. What comes then is dropped, and counted.
+    pub queue_spans: usize,
+    /// How long spans are gathered before they are sent; default 1s.
+    pub export_interval: Duration,
+}
+
+/// From 0 to 1.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Ratio(f64);
+
+// Never NaN.
+impl Eq for Ratio {}
+
+impl Ratio {
+    pub const ALL: Self = Self(1.0);
+
+    /// `None` outside of 0 to 1.
+    pub fn new(ratio: f64) -> Option<Self> {
+        (0.0..=1.0).contains(&ratio).then_some(Self(ratio))
+    }
+
+    pub fn get(self) -> f64 {
+        self.0
+    }
 }
 
 /// Where this agent runs, in the words that endpoints use; `prefer` compares the two.
@@ -200,6 +331,8 @@ pub struct Pool {
     pub endpoints_file: Option<PathBuf>,
     /// Ports of endpoints that are given as an address without one: each address with each port is an endpoint.
     pub ports: Vec<u16>,
+    /// As `appProtocol` of InferencePool v1; default `http1`.
+    pub app_protocol: AppProtocol,
     /// Default `closed`, as in InferencePool v1.
     pub failure_mode: FailureMode,
     /// With `open` only: where it sends requests; default: the built-in picker chooses among `endpoints`.
@@ -207,7 +340,11 @@ pub struct Pool {
     /// Dial endpoints that the EPP names and the pool does not list; default false.
     pub passthrough: bool,
     pub picker: Picker,
+    /// `picker.session_header`: where the built-in picker chooses, requests with the same value of the first of these headers
+    /// that they have go to the same endpoint; default none.
+    pub session_headers: Vec<http::HeaderName>,
     pub subset: Subset,
+    pub retry: Retry,
     pub ejection: Ejection,
     /// Active checks; default: none.
     pub health: Option<HealthCheck>,
@@ -258,6 +395,18 @@ pub enum EmptySubset {
     Fail,
 }
 
+/// A request that an endpoint took and of whose answer nothing was seen goes to the next endpoint of its list. One that could
+/// not be sent at all (no connection, or a kept one that had been closed) does so whatever is said here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Retry {
+    /// How often one request may be sent again; 0 is off; default 2.
+    pub attempts: u32,
+    /// How many of the pool's requests of the last ten seconds may be sent again; default 20.
+    pub budget_percent: u32,
+    /// And besides this many a second; default 10.
+    pub budget_min_per_second: u32,
+}
+
 /// Passive health: an endpoint that fails requests is avoided for a time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ejection {
@@ -276,7 +425,7 @@ pub struct Ejection {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HealthCheck {
     /// What is asked for with GET; 2xx is healthy.
-    pub path: String,
+    pub path: http::uri::PathAndQuery,
     /// Default 5s.
     pub interval: Duration,
     /// From the connect to the response head; default 2s.
@@ -289,7 +438,7 @@ pub struct HealthCheck {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Picker {
-    /// Least in-flight with prefix affinity, in this process.
+    /// Least in-flight with session and prefix affinity, in this process.
     Builtin,
     Epp(Epp),
 }
@@ -374,15 +523,59 @@ pub struct ClientCertificate {
     pub key: PathBuf,
 }
 
-/// Every condition given must hold.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Every kind of condition that is given must hold; one without any holds always.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Route {
-    /// Without port; letter case does not matter.
-    pub host: Option<String>,
-    /// Whole segments: `/v1` holds for `/v1` and `/v1/models`, not for `/v10`.
-    pub path_prefix: Option<String>,
-    /// The model that the request's body names, exactly.
-    pub model: Option<String>,
+    /// One of these.
+    pub hosts: Vec<HostPattern>,
+    /// As it was sent: neither decoded nor normalised, without query.
+    pub path: Option<PathPattern>,
+    /// One of these.
+    pub methods: Vec<http::Method>,
+    /// All of these, of the header as the endpoint gets it: without a client's control headers, with what the agent adds.
+    pub headers: Vec<HeaderCondition>,
+    /// One of these is the request's model.
+    pub models: Vec<ModelPattern>,
+    /// One of these is its base model; of those that `bbr.base_models` knows.
+    pub base_models: Vec<String>,
+    /// At least one, each once, not all of weight 0.
+    pub pools: Vec<WeightedPool>,
+}
+
+/// Without port; letter case does not matter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HostPattern {
+    Exact(String),
+    /// `*.example.com`: names with one label or more before `.example.com`, which is what is here.
+    Below(String),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PathPattern {
+    Exact(String),
+    /// Whole segments: `/v1` holds for `/v1` and `/v1/models`, not for `/v10`. Without slash at the end, so `/` is empty.
+    Prefix(String),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HeaderCondition {
+    pub name: http::HeaderName,
+    /// One of the header's lines is this, letter by letter; `None`: the header is there.
+    pub value: Option<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ModelPattern {
+    Exact(String),
+    /// `llama-*`; of `*` nothing is left, and any model will do.
+    Prefix(String),
+}
+
+/// A share of a route's requests, each drawn for itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WeightedPool {
     /// Name of a pool.
-    pub pool: String,
+    pub name: String,
+    /// Its part of the sum of weights, up to 1000000; default 1. 0 gets nothing.
+    pub weight: u32,
 }

@@ -1,18 +1,24 @@
-//! A client's connection: one request after the other, until one side has enough.
+//! A client's connection: one request after the other, until one side has enough. One that begins as HTTP/2 does is
+//! handed to `http2`.
 
-use std::net::SocketAddr;
+mod http2;
 
+use std::{net::SocketAddr, rc::Rc};
+
+use bytes::BytesMut;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
+use tokio_rustls::TlsAcceptor;
 
 use crate::{
     client::{Client, ClientSocket},
     error::Error,
     http::{
         head::HeadLimits,
-        request::{RequestHead, parse_request},
+        request::{RequestError, RequestHead, parse_request},
     },
     proxy::{self, After},
+    tls,
     worker::Worker,
 };
 
@@ -20,21 +26,49 @@ use crate::{
 const READ: usize = 4096;
 
 /// Serves the connection to its end.
-pub async fn serve(worker: &Worker, stream: TcpStream, peer: SocketAddr) {
+pub async fn serve(worker: &Rc<Worker>, stream: TcpStream, peer: SocketAddr) {
     // Fails only when the client has left already.
-    let Ok(mut socket) = ClientSocket::new(stream) else { return };
+    let Ok(socket) = ClientSocket::new(stream) else { return };
+    requests(worker, socket, peer).await;
+}
+
+/// As [`serve`], of a client that speaks TLS. The handshake has the time of a request head.
+pub async fn serve_tls(worker: &Rc<Worker>, tls: &TlsAcceptor, stream: TcpStream, peer: SocketAddr) {
+    let until = worker.shared.config.timeouts.head.map(|limit| Instant::now() + limit);
+    let stream = match within(until, tls.accept(stream)).await {
+        Some(Ok(stream)) => stream,
+        Some(Err(error)) => {
+            tracing::debug!(%peer, %error, "TLS handshake");
+            return worker.shared.metrics.tls_handshake_failed("refused");
+        }
+        None => return worker.shared.metrics.tls_handshake_failed("timeout"),
+    };
+    if stream.get_ref().1.alpn_protocol() == Some(tls::H2) {
+        return http2::serve(worker, BytesMut::new(), stream, peer, true).await;
+    }
+    let Ok(socket) = ClientSocket::tls(stream) else { return };
+    requests(worker, socket, peer).await;
+}
+
+/// Requests of HTTP/1.1, one after the other.
+async fn requests(worker: &Rc<Worker>, mut socket: ClientSocket, peer: SocketAddr) {
+    let mut first = worker.shared.config.listen.http2_max_streams > 0 && !socket.is_tls();
     loop {
         let head = read_head(worker, &mut socket).await;
+        if std::mem::take(&mut first) && matches!(head, Err(Error::Request(RequestError::Http2Preface))) {
+            let Some((stream, read)) = socket.into_plain() else { return };
+            return http2::serve(worker, read, stream, peer, false).await;
+        }
         let mut client = Client::Http1(socket);
         let after = match head {
-            Ok(Some(head)) => proxy::run(worker, &mut client, head, peer).await,
+            Ok(Some((head, begun))) => proxy::run(worker, &mut client, head, begun, peer).await,
             Ok(None) => After::Close,
             Err(error) => {
                 proxy::refuse(worker, &mut client, &error).await;
                 After::Close
             }
         };
-        let Client::Http1(back) = client;
+        let Client::Http1(back) = client else { return };
         socket = back;
         match after {
             After::Next if !worker.shared.draining.is_cancelled() => {}
@@ -44,37 +78,51 @@ pub async fn serve(worker: &Worker, stream: TcpStream, peer: SocketAddr) {
     }
 }
 
-/// Reads the next request's head; `None` when the client has no more or nothing to say for too long, or when the agent
-/// drains and no request has begun.
-async fn read_head(worker: &Worker, client: &mut ClientSocket) -> Result<Option<RequestHead>, Error> {
+/// Reads the next request's head, and tells when it began; `None` when the client has no more or nothing to say for too long,
+/// or when the agent drains and no request has begun.
+async fn read_head(worker: &Worker, client: &mut ClientSocket) -> Result<Option<(RequestHead, Instant)>, Error> {
     let config = &worker.shared.config;
     let limits = HeadLimits { bytes: config.limits.head_bytes, headers: config.limits.headers };
     let mut begun: Option<Instant> = has_begun(&client.buf).then(Instant::now);
-    let idle = Instant::now() + config.timeouts.keep_alive;
+    // The head is a part of the request.
+    let head_limit = config.timeouts.head.into_iter().chain(config.timeouts.request).min();
+    let idle = config.timeouts.keep_alive.map(|limit| Instant::now() + limit);
     loop {
         if let Some((head, length)) = parse_request(&client.buf, &limits)? {
             let _ = client.buf.split_to(length);
-            return Ok(Some(head));
+            return Ok(Some((head, begun.unwrap_or_else(Instant::now))));
         }
-        let until = begun.map_or(idle, |begun| begun + config.timeouts.head);
+        let until = begun.map_or(idle, |begun| head_limit.map(|limit| begun + limit));
         let read = tokio::select! {
             biased;
-            read = timeout_at(until, client.read(READ)) => read,
+            read = within(until, client.read(READ)) => read,
             () = worker.shared.draining.cancelled(), if begun.is_none() => {
                 // What is in the socket already was sent to an agent that took requests.
                 match client.read_now(READ) {
-                    Ok(n) if n > 0 => Ok(Ok(n)),
+                    Ok(n) if n > 0 => Some(Ok(n)),
                     _ => return Ok(None),
                 }
             }
         };
         match read {
-            Err(_) if begun.is_some() => return Err(Error::HeadTimeout(config.timeouts.head)),
-            Ok(Ok(0)) if begun.is_some() => return Err(Error::HeadCut),
-            Ok(Err(_)) if begun.is_some() => return Err(Error::ClientGone),
-            Err(_) | Ok(Ok(0) | Err(_)) => return Ok(None),
-            Ok(Ok(_)) => begun = begun.or_else(|| has_begun(&client.buf).then(Instant::now)),
+            None if begun.is_some() => return Err(Error::HeadTimeout(head_limit.unwrap_or_default())),
+            Some(Ok(0)) if begun.is_some() => return Err(Error::HeadCut),
+            Some(Err(_)) if begun.is_some() => return Err(Error::ClientGone),
+            None => {
+                worker.shared.metrics.client_idle_closed();
+                return Ok(None);
+            }
+            Some(Ok(0) | Err(_)) => return Ok(None),
+            Some(Ok(_)) => begun = begun.or_else(|| has_begun(&client.buf).then(Instant::now)),
         }
+    }
+}
+
+/// `None`: it was not done in time.
+async fn within<T>(until: Option<Instant>, work: impl Future<Output = T>) -> Option<T> {
+    match until {
+        Some(until) => timeout_at(until, work).await.ok(),
+        None => Some(work.await),
     }
 }
 

@@ -5,7 +5,12 @@
 //! breaks. In between it hands the flow to the kernel whenever user space holds nothing, and takes it back when the kernel
 //! stops. Dropping the future breaks the delivery off: both connections can then only be closed.
 
+mod frames;
 mod span;
+mod tunnel;
+
+pub use frames::{Coding, Frames};
+pub use tunnel::Tunnel;
 
 use std::{cell::RefCell, io, time::Duration};
 
@@ -21,9 +26,6 @@ const MAX_BUFFER: usize = 256 * 1024;
 /// After so many spans in a row that the kernel stopped before they had lasted this long, the rest of the body is relayed.
 const MAX_FRUITLESS: u32 = 4;
 const SHORT_SPAN: Duration = Duration::from_millis(10);
-/// How long bytes that were let through may come behind the end of the stream: turns, and the length of one.
-const LATE_TURNS: u32 = 1000;
-const LATE_TURN: Duration = Duration::from_millis(1);
 
 /// Reasons for a stop, and none.
 const STOPS: usize = 6;
@@ -42,11 +44,25 @@ pub enum End {
     Idle,
 }
 
+impl End {
+    /// Label for metrics and logs.
+    pub fn reason(self) -> &'static str {
+        match self {
+            Self::Complete { .. } => "ok",
+            Self::ClientGone => "client_gone",
+            Self::Broken => "endpoint_broke",
+            Self::Idle => "idle_timeout",
+        }
+    }
+}
+
 /// What was carried, and by whom.
 #[derive(Debug, Default, Clone)]
 pub struct Account {
     pub relayed: u64,
     pub steered: u64,
+    /// Bytes from the client to the endpoint behind a switch of protocols.
+    pub upstream: u64,
     /// Pieces that user space wrote, and segments that the kernel redirected.
     pub pieces: u64,
     pub segments: u64,
@@ -218,7 +234,7 @@ impl<'a> Delivery<'a> {
     /// Reads more, as user space.
     async fn read(&mut self) -> Result<(), End> {
         self.make_room();
-        let (client, endpoint, pending) = (&*self.client, &mut *self.endpoint, &mut self.pending);
+        let (client, endpoint, pending) = (&mut *self.client, &mut *self.endpoint, &mut self.pending);
         let idle = async {
             match self.idle {
                 Some(idle) => tokio::time::sleep_until(Instant::now() + idle).await,
@@ -232,30 +248,14 @@ impl<'a> Delivery<'a> {
             () = idle => return Err(End::Idle),
         };
         match received {
-            Ok(0) => self.end_of_stream().await,
+            Ok(0) if self.framing.may_close() => Err(End::Complete { reusable: false }),
+            Ok(0) => Err(End::Broken),
             Ok(n) => {
                 self.received(n);
                 Ok(())
             }
             Err(_) => Err(End::Broken),
         }
-    }
-
-    /// The endpoint has closed its side. Bytes that the verdict let through under memory pressure may come after that
-    /// (`sk_psock_verdict_apply` leaves them to a worker); they are waited for, and go on.
-    async fn end_of_stream(&mut self) -> Result<(), End> {
-        for _ in 0..LATE_TURNS {
-            let late = self.endpoint.source().is_some_and(|source| source.slot().passed() != self.endpoint.consumed);
-            if !late {
-                return Err(if self.framing.may_close() { End::Complete { reusable: false } } else { End::Broken });
-            }
-            tokio::time::sleep(LATE_TURN).await;
-            self.make_room();
-            if self.endpoint.read_now(&mut self.pending).is_ok_and(|n| n > 0) {
-                return Ok(());
-            }
-        }
-        Err(End::Broken)
     }
 
     /// Spare capacity for the next read: more than before when the last one filled what there was.

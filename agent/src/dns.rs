@@ -43,8 +43,22 @@ pub enum DnsError {
     Settings(NetError),
     #[error("{name}: {error}")]
     Lookup { name: String, error: NetError },
+    #[error("{name}: it has no address")]
+    NoAddress { name: String },
     #[error("{name}: no answer within {after:?}")]
     Timeout { name: String, after: Duration },
+}
+
+impl DnsError {
+    /// Label for metrics.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Settings(_) => "settings",
+            Self::Lookup { .. } => "lookup",
+            Self::NoAddress { .. } => "no_address",
+            Self::Timeout { .. } => "timeout",
+        }
+    }
 }
 
 impl Dns {
@@ -61,13 +75,19 @@ impl Dns {
         let found = tokio::time::timeout(timeout, resolver.lookup_ip(host))
             .await
             .map_err(|_| DnsError::Timeout { name: host.to_owned(), after: timeout })?
-            .map_err(|error| DnsError::Lookup { name: host.to_owned(), error })?;
+            .map_err(|error| {
+                let name = host.to_owned();
+                if error.is_no_records_found() {
+                    DnsError::NoAddress { name }
+                } else {
+                    DnsError::Lookup { name, error }
+                }
+            })?;
         let mut addresses: Vec<IpAddr> = found.iter().collect();
         addresses.sort_unstable();
         addresses.dedup();
         if addresses.is_empty() {
-            let error = NetError::Message("the name has no address");
-            return Err(DnsError::Lookup { name: host.to_owned(), error });
+            return Err(DnsError::NoAddress { name: host.to_owned() });
         }
         let ttl = found.valid_until().saturating_duration_since(Instant::now());
         Ok(Answer { addresses, holds: ttl.clamp(self.settings.min_ttl, self.settings.max_ttl) })

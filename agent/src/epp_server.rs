@@ -23,6 +23,7 @@ use std::{
 };
 
 use futures_util::{Stream, stream};
+use http::HeaderName;
 use penstock_proto::{
     ext_proc::{
         ProcessingRequest, ProcessingResponse,
@@ -56,6 +57,8 @@ pub struct EppServerConfig {
     pub delay: Option<Duration>,
     /// Request body, bytes; more is 413. Default 10485760 (10 MiB).
     pub max_body: usize,
+    /// Requests with the same value of the first of these that they have go to the same endpoint. Default: none.
+    pub session_headers: Vec<HeaderName>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,7 +87,12 @@ pub async fn serve(
     if let Some(limit) = config.max_inflight {
         picker = picker.with_max_in_flight(limit);
     }
-    let processor = Processor { picker: Arc::new(picker), max_body: config.max_body, delay: config.delay };
+    let processor = Processor {
+        picker: Arc::new(picker),
+        max_body: config.max_body,
+        session_headers: config.session_headers.into(),
+        delay: config.delay,
+    };
 
     let mut server = Server::builder()
         // A stream is a request, and how many of those there may be is for the proxy to say.
@@ -127,6 +135,7 @@ pub async fn serve(
 struct Processor {
     picker: Arc<BuiltinPicker>,
     max_body: usize,
+    session_headers: Arc<[HeaderName]>,
     delay: Option<Duration>,
 }
 
@@ -140,7 +149,7 @@ impl ExternalProcessor for Processor {
     ) -> Result<Response<Self::ProcessStream>, Status> {
         let exchange = Exchange {
             inbound: request.into_inner(),
-            session: Session::new(Arc::clone(&self.picker), self.max_body),
+            session: Session::new(Arc::clone(&self.picker), self.max_body, Arc::clone(&self.session_headers)),
             replies: VecDeque::new(),
             delay: self.delay,
         };

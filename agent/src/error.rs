@@ -1,18 +1,27 @@
 //! Why a request was not answered by an endpoint: one list, and the one place that turns it into a status, a label and a
 //! body.
 //!
-//! The body has the shape that OpenAI's clients read: `{"error": {"message", "type", "code"}}`. `code` is the label that
-//! metrics and the access log use.
+//! The body has the shape that OpenAI's clients read, `{"error": {"message", "type", "param", "code"}}`, or is plain text where
+//! that is configured or the client would rather have it. The label that metrics and the access log use is in both, and in
+//! the field `x-penstock-reason`. `docs/errors.md` has all of them; a test holds it to this file.
 
-use std::{io, net::SocketAddr};
+use std::{cmp::Ordering, io, net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use thiserror::Error;
 
 use crate::{
-    bbr::JsonError,
-    http::{body::BodyError, reply::Reply, request::RequestError, response::ResponseError},
+    bbr::NamingError,
+    config::{Config, ErrorFormat},
+    http::{
+        accept,
+        body::BodyError,
+        headers,
+        reply::{Reply, is_grpc},
+        request::RequestError,
+        response::ResponseError,
+    },
     picker::{builtin::NoEndpoint, error::PickError, exchange::ImmediateReply},
 };
 
@@ -22,17 +31,19 @@ pub enum Error {
     Request(#[from] RequestError),
     #[error("{0}")]
     Body(#[from] BodyError),
-    #[error("the body is not JSON that can be routed: {0}")]
-    Json(#[from] JsonError),
+    #[error("{0}")]
+    Naming(#[from] NamingError),
     #[error("the body ended after {found} bytes, before the end that its head declares")]
     BodyCut { found: u64 },
     #[error("the connection ended inside a request head")]
     HeadCut,
     #[error("the request head did not end within {0:?}")]
-    HeadTimeout(std::time::Duration),
+    HeadTimeout(Duration),
     #[error("the request body did not end within {0:?}")]
-    BodyTimeout(std::time::Duration),
-    #[error("no route matches this host, path and model")]
+    BodyTimeout(Duration),
+    #[error("the request was not answered within {0:?}")]
+    RequestTimeout(Duration),
+    #[error("no route matches this request")]
     NoRoute,
     #[error("the endpoint picker failed: {0}")]
     Picker(#[from] PickError),
@@ -61,14 +72,15 @@ impl Error {
         match self {
             Self::Request(error) => error.status(),
             Self::Body(error) => error.status(),
-            Self::Json(_) | Self::BodyCut { .. } | Self::HeadCut => StatusCode::BAD_REQUEST,
+            Self::Naming(_) | Self::BodyCut { .. } | Self::HeadCut => StatusCode::BAD_REQUEST,
             Self::HeadTimeout(_) | Self::BodyTimeout(_) => StatusCode::REQUEST_TIMEOUT,
             Self::NoRoute => StatusCode::NOT_FOUND,
             Self::Picker(_) | Self::NoEndpoint(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Connect { error, .. } if error.kind() == io::ErrorKind::TimedOut => StatusCode::GATEWAY_TIMEOUT,
             Self::Stranger(_) | Self::Connect { .. } | Self::EndpointClosed(_) | Self::Response { .. } => {
                 StatusCode::BAD_GATEWAY
             }
-            Self::FirstByte(_) => StatusCode::GATEWAY_TIMEOUT,
+            Self::FirstByte(_) | Self::RequestTimeout(_) => StatusCode::GATEWAY_TIMEOUT,
             Self::Evicted(reply) => reply.status,
             // Never sent; nginx's number for it, so that the metric says what happened.
             Self::ClientGone => StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST),
@@ -80,16 +92,18 @@ impl Error {
         match self {
             Self::Request(error) => error.reason(),
             Self::Body(error) => error.reason(),
-            Self::Json(_) => "json",
+            Self::Naming(error) => error.reason(),
             Self::BodyCut { .. } => "body_cut",
             Self::HeadCut => "head_cut",
             Self::HeadTimeout(_) => "head_timeout",
             Self::BodyTimeout(_) => "body_timeout",
+            Self::RequestTimeout(_) => "request_timeout",
             Self::NoRoute => "no_route",
             Self::Picker(_) => "picker_failed",
             Self::Stranger(_) => "endpoint_not_in_pool",
             Self::NoEndpoint(NoEndpoint::NoneEligible) => "no_endpoint",
             Self::NoEndpoint(NoEndpoint::Saturated) => "endpoints_saturated",
+            Self::Connect { error, .. } if error.kind() == io::ErrorKind::TimedOut => "connect_timeout",
             Self::Connect { .. } => "connect",
             Self::EndpointClosed(_) => "endpoint_closed",
             Self::FirstByte(_) => "first_byte_timeout",
@@ -100,38 +114,61 @@ impl Error {
     }
 
     /// The whole answer.
-    pub fn reply(&self) -> Reply {
-        let status = self.status();
-        let kind = if status.is_client_error() { "invalid_request_error" } else { "server_error" };
-        let body = serde_json::json!({
-            "error": { "message": self.to_string(), "type": kind, "param": null, "code": self.reason() }
-        });
+    pub fn reply(&self, manner: &Manner<'_>) -> Reply {
+        let (status, reason) = (self.status(), self.reason());
+        let (content_type, body) = match manner.format {
+            ErrorFormat::OpenAi => {
+                let kind = if status.is_client_error() { "invalid_request_error" } else { "server_error" };
+                let error =
+                    serde_json::json!({ "message": self.to_string(), "type": kind, "param": null, "code": reason });
+                ("application/json", serde_json::json!({ "error": error }).to_string())
+            }
+            ErrorFormat::Plain => ("text/plain; charset=utf-8", format!("{self}\nreason: {reason}\n")),
+        };
         let mut headers = HeaderMap::new();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+        headers.insert(headers::X_PENSTOCK_REASON, HeaderValue::from_static(reason));
         if status == StatusCode::SERVICE_UNAVAILABLE {
             headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
-        Reply { status, headers, body: Bytes::from(body.to_string()) }
+        manner.mark(&mut headers);
+        let reply = Reply { status, headers, body: Bytes::from(body) };
+        if manner.grpc { reply.grpc(&self.to_string()) } else { reply }
+    }
+}
+
+/// How the client of a request is to be answered by the agent itself.
+#[derive(Debug, Clone, Copy)]
+pub struct Manner<'r> {
+    format: ErrorFormat,
+    /// The request is one of gRPC.
+    pub grpc: bool,
+    request_id: Option<&'r HeaderValue>,
+}
+
+impl<'r> Manner<'r> {
+    /// By the fields of its request.
+    pub fn of(request: &'r HeaderMap, config: &Config) -> Self {
+        let format = match accept::compare(request, "text/plain", "application/json") {
+            Ordering::Greater => ErrorFormat::Plain,
+            Ordering::Less => ErrorFormat::OpenAi,
+            Ordering::Equal => config.errors.format,
+        };
+        Self { format, grpc: is_grpc(request), request_id: headers::request_id(request, &config.headers) }
+    }
+
+    /// Where the head of the request could not be read.
+    pub fn unknown(config: &Config) -> Self {
+        Self { format: config.errors.format, grpc: false, request_id: None }
+    }
+
+    /// Adds what any answer has, the picker's included.
+    pub fn mark(&self, answer: &mut HeaderMap) {
+        if let Some(id) = self.request_id {
+            answer.insert(headers::X_REQUEST_ID, id.clone());
+        }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use bytes::BytesMut;
-    use http::Method;
-
-    use super::*;
-
-    #[test]
-    fn an_answer_is_json_with_the_label() {
-        let mut out = BytesMut::new();
-        Error::BodyCut { found: 3 }.reply().write(&mut out, &Method::POST, false);
-        let text = String::from_utf8(out.to_vec()).expect("text");
-        let (head, body) = text.split_once("\r\n\r\n").expect("head and body");
-        assert!(head.starts_with("HTTP/1.1 400 Bad Request\r\n") && head.contains("connection: close"), "{head}");
-        assert!(head.contains(&format!("content-length: {}", body.len())), "{head}");
-        let body: serde_json::Value = serde_json::from_str(body).expect("json");
-        assert_eq!(body["error"]["code"], "body_cut");
-        assert_eq!(body["error"]["type"], "invalid_request_error");
-    }
-}
+mod tests;

@@ -6,7 +6,10 @@
 
 pub mod head;
 pub mod request;
+pub mod accept;
 pub mod body;
 pub mod headers;
+pub mod trace_context;
 pub mod response;
 pub mod reply;
+pub mod frames;

@@ -8,7 +8,7 @@ mod labels;
 mod models;
 mod pool;
 
-pub use labels::{Connection, EppOutcome, Path};
+pub use labels::{Connection, EndpointState, EppOutcome, Path};
 pub use pool::PoolMetrics;
 
 use std::{fmt, sync::Arc};
@@ -29,6 +29,14 @@ pub const OK: &str = "ok";
 /// Content type of [`Metrics::encode`].
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
+/// What a JSON body says of its model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BodyModel {
+    Found,
+    NotFound,
+    Empty,
+}
+
 pub struct Metrics {
     registry: Registry,
     families: Arc<Families>,
@@ -40,7 +48,12 @@ pub struct Metrics {
     endpoint_connections: [Counter; Connection::ALL.len()],
     /// By [`Path`]: the state it is shown with.
     path_states: Mutex<[Option<PathState>; Path::ALL.len()]>,
+    /// By pool: asked for the endpoints' states whenever metrics are read.
+    endpoints: Mutex<Vec<(usize, CountEndpoints)>>,
 }
+
+/// Endpoints by [`EndpointState`].
+type CountEndpoints = Box<dyn Fn() -> [usize; EndpointState::ALL.len()] + Send>;
 
 impl Metrics {
     /// `pool_names` in the order of the configuration, so that indices agree.
@@ -54,6 +67,7 @@ impl Metrics {
             endpoint_connections: Connection::ALL
                 .map(|result| families.endpoint_connections.get_or_create_owned(&ByResult { result })),
             path_states: Mutex::default(),
+            endpoints: Mutex::default(),
             registry,
             families,
         })
@@ -84,6 +98,21 @@ impl Metrics {
         self.families.client_aborts.inc();
     }
 
+    /// A client's connection is closed because no request came.
+    pub fn client_idle_closed(&self) {
+        self.families.client_idle_closes.inc();
+    }
+
+    /// What a JSON body said of its model.
+    pub fn body_model(&self, model: BodyModel) {
+        let counter = match model {
+            BodyModel::Found => &self.families.bbr_success,
+            BodyModel::NotFound => &self.families.bbr_body_field_not_found,
+            BodyModel::Empty => &self.families.bbr_body_field_empty,
+        };
+        counter.inc();
+    }
+
     /// Counts a stream to an EPP until the guard is dropped.
     pub fn epp_stream(&self) -> InFlight {
         InFlight::new(&self.families.epp_streams_inflight)
@@ -92,6 +121,10 @@ impl Metrics {
     /// A request asked for a connection to an endpoint.
     pub fn endpoint_connection(&self, result: Connection) {
         self.endpoint_connections[result as usize].inc();
+    }
+
+    pub fn tls_handshake_failed(&self, reason: &'static str) {
+        self.families.tls_handshakes_failed.get_or_create(&ByReason { reason }).inc();
     }
 
     /// A request is sent again.
@@ -124,6 +157,16 @@ impl Metrics {
         InFlight::new(&self.families.slots_in_use)
     }
 
+    /// Spans have reached the collector.
+    pub fn trace_spans_exported(&self, spans: u64) {
+        self.families.trace_spans_exported.inc_by(spans);
+    }
+
+    /// Spans are lost.
+    pub fn trace_spans_dropped(&self, reason: &'static str, spans: u64) {
+        self.families.trace_spans_dropped.get_or_create(&ByReason { reason }).inc_by(spans);
+    }
+
     /// What the self-test of a path said; replaces what was said of it before.
     pub fn set_steering_path(&self, path: Path, active: bool, reason: &str) {
         let state = PathState { path, reason: reason.to_owned() };
@@ -135,8 +178,16 @@ impl Metrics {
         self.families.steering_path_active.get_or_create(&ByPath { path }).set(i64::from(active));
     }
 
+    /// Has the endpoints of the pool at this index counted whenever metrics are read. `count` must not block.
+    pub fn count_endpoints(&self, pool: usize, count: impl Fn() -> [usize; EndpointState::ALL.len()] + Send + 'static) {
+        self.endpoints.lock().push((pool, Box::new(count)));
+    }
+
     /// OpenMetrics text, of type [`CONTENT_TYPE`].
     pub fn encode(&self) -> String {
+        for (pool, count) in &*self.endpoints.lock() {
+            self.pools[*pool].set_endpoints(count());
+        }
         let mut text = String::with_capacity(16 << 10);
         // A String takes everything, and no metric here fails to encode; what was written stands if one ever does.
         let _ = text::encode(&mut text, &self.registry);
@@ -262,6 +313,29 @@ mod tests {
     }
 
     #[test]
+    fn endpoints_are_counted_when_metrics_are_read() {
+        let metrics = metrics();
+        let ready = Arc::new(std::sync::atomic::AtomicUsize::new(2));
+        let counted = Arc::clone(&ready);
+        metrics.count_endpoints(1, move || [1, 0, 0, counted.load(std::sync::atomic::Ordering::Relaxed)]);
+        assert_line(&metrics, r#"penstock_endpoints{pool="cpu",state="draining"} 1"#);
+        assert_line(&metrics, r#"penstock_endpoints{pool="cpu",state="ready"} 2"#);
+        ready.store(0, std::sync::atomic::Ordering::Relaxed);
+        assert_line(&metrics, r#"penstock_endpoints{pool="cpu",state="ready"} 0"#);
+    }
+
+    #[test]
+    fn places_in_a_list_are_few() {
+        let metrics = metrics();
+        for index in 0..20 {
+            metrics.pool(0).fallback_attempt(index);
+        }
+        assert_line(&metrics, r#"penstock_fallback_attempts_total{pool="gpu",index="1"} 1"#);
+        assert_line(&metrics, r#"penstock_fallback_attempts_total{pool="gpu",index="8+"} 12"#);
+        assert!(!metrics.encode().contains(r#"index="0""#));
+    }
+
+    #[test]
     fn steering_counts() {
         let metrics = metrics();
         metrics.flow(Path::Ingress, "eligible");
@@ -271,6 +345,7 @@ mod tests {
         metrics.steer_events_missed(3);
         metrics.endpoint_connection(Connection::Reused);
         metrics.endpoint_retried("reset");
+        metrics.tls_handshake_failed("timeout");
         metrics.client_aborted();
         metrics.pool(0).time_to_first_token(Duration::from_millis(30));
         metrics.pool(0).time_per_output_chunk(Duration::from_millis(30));
@@ -290,6 +365,17 @@ mod tests {
         ] {
             assert_line(&metrics, line);
         }
+    }
+
+    #[test]
+    fn models_of_bodies_are_counted_by_the_names_of_bbr() {
+        let metrics = metrics();
+        for (model, times) in [(BodyModel::Found, 3), (BodyModel::NotFound, 2), (BodyModel::Empty, 1)] {
+            (0..times).for_each(|_| metrics.body_model(model));
+        }
+        assert_line(&metrics, "penstock_bbr_success_total 3");
+        assert_line(&metrics, "penstock_bbr_body_field_not_found_total 2");
+        assert_line(&metrics, "penstock_bbr_body_field_empty_total 1");
     }
 
     #[test]

@@ -12,17 +12,19 @@ mod respond;
 use std::net::SocketAddr;
 
 use bytes::Bytes;
-use http::{HeaderName, HeaderValue, Method, request};
+use http::{HeaderValue, Method, request};
+use tokio::time::{Instant, timeout_at};
 
 use self::{
     pick::{Picked, Verdict},
     record::Record,
 };
 use crate::{
+    bbr::Naming,
     client::Client,
-    error::Error,
+    error::{Error, Manner},
     http::{
-        headers,
+        headers::{self, Arrival},
         reply::Reply,
         request::{RequestBody, RequestHead},
     },
@@ -51,26 +53,38 @@ pub enum After {
 struct Request {
     parts: request::Parts,
     keep_alive: bool,
+    /// What the connection becomes if the endpoint agrees.
+    upgrade: Option<HeaderValue>,
     pool: usize,
     record: Record,
+    /// When the whole of it has to be over.
+    deadline: Option<Instant>,
 }
 
 /// Answers a request whose head could not be read.
 pub async fn refuse(worker: &Worker, client: &mut Client, error: &Error) {
-    let record = Record::new();
+    let record = Record::new(Instant::now());
     // Which method it would have been is not known; a body is right for all but HEAD, and the connection closes.
-    answer(client, &Method::GET, error, false).await;
+    answer(client, &Method::GET, &Manner::unknown(&worker.shared.config), error, false).await;
     record.finish_unrouted(worker, error);
 }
 
-/// Carries one request through all phases.
-pub async fn run(worker: &Worker, client: &mut Client, head: RequestHead, peer: SocketAddr) -> After {
-    let record = Record::new();
-    let mut request = Request { parts: head.parts, keep_alive: head.keep_alive, pool: 0, record };
-    let mut upload = match take(worker, client, &mut request, head.body, head.expect_continue, peer).await {
+/// Carries one request through all phases. Its first byte came at `begun`.
+pub async fn run(worker: &Worker, client: &mut Client, head: RequestHead, begun: Instant, peer: SocketAddr) -> After {
+    let record = Record::new(begun);
+    let config = &worker.shared.config;
+    let deadline = config.timeouts.request.map(|limit| begun + limit);
+    let allowed = &config.listen.upgrades;
+    let upgrade = head
+        .upgrade
+        .filter(|wanted| allowed.iter().any(|allowed| wanted.as_bytes().eq_ignore_ascii_case(allowed.as_bytes())));
+    let mut request = Request { parts: head.parts, keep_alive: head.keep_alive, upgrade, pool: 0, record, deadline };
+    let taken = take(worker, client, &mut request, head.body, head.expect_continue, peer);
+    let mut upload = match by(worker, deadline, taken).await {
         Ok(upload) => upload,
         Err(error) => {
-            answer(client, &request.parts.method, &error, false).await;
+            let manner = Manner::of(&request.parts.headers, config);
+            answer(client, &request.parts.method, &manner, &error, false).await;
             request.record.finish_unrouted(worker, &error);
             return close_after(&error);
         }
@@ -83,7 +97,8 @@ pub async fn run(worker: &Worker, client: &mut Client, head: RequestHead, peer: 
         Err(error) => {
             // With the rest of the body unread, the next request cannot be found.
             let keep_alive = upload.is_done() && request.keep_alive && !matches!(error, Error::ClientGone);
-            answer(client, &request.parts.method, error, keep_alive).await;
+            let manner = Manner::of(&request.parts.headers, config);
+            answer(client, &request.parts.method, &manner, error, keep_alive).await;
             if keep_alive { After::Next } else { close_after(error) }
         }
     };
@@ -95,12 +110,24 @@ fn close_after(error: &Error) -> After {
     if matches!(error, Error::ClientGone) { After::Abort } else { After::Close }
 }
 
-async fn answer(client: &mut Client, method: &Method, error: &Error, keep_alive: bool) {
+/// The work of a phase before the response, which has to be done by the deadline of the request.
+async fn by<T>(
+    worker: &Worker,
+    deadline: Option<Instant>,
+    work: impl Future<Output = Result<T, Error>>,
+) -> Result<T, Error> {
+    match (deadline, worker.shared.config.timeouts.request) {
+        (Some(deadline), Some(limit)) => timeout_at(deadline, work).await.unwrap_or(Err(Error::RequestTimeout(limit))),
+        _ => work.await,
+    }
+}
+
+async fn answer(client: &mut Client, method: &Method, manner: &Manner<'_>, error: &Error, keep_alive: bool) {
     if matches!(error, Error::ClientGone) {
         return;
     }
     // A client that does not take its answer is found by the next read.
-    let _ = client.reply(method, &error.reply(), keep_alive).await;
+    let _ = client.reply(method, &error.reply(manner), keep_alive).await;
 }
 
 /// Prepares the head, and reads as much of the body as it takes to know the pool.
@@ -113,13 +140,16 @@ async fn take(
     peer: SocketAddr,
 ) -> Result<Upload, Error> {
     let config = &worker.shared.config;
-    let mut upload = Upload::new(body, &request.parts.headers, &config.limits, &config.bbr, config.timeouts.body)?;
-    let (headers, version) = (&mut request.parts.headers, request.parts.version);
-    for pick in &worker.shared.pick_headers {
+    let naming = |has_body| Naming::new(&config.bbr, &request.parts.headers, has_body, &worker.shared.metrics);
+    let mut upload = Upload::new(body, &config.limits, naming, config.timeouts.body)?;
+    let arrival = Arrival { client: peer.ip(), version: request.parts.version, tls: client.is_tls() };
+    let headers = &mut request.parts.headers;
+    for control in worker.shared.pick_headers.iter().chain([&config.bbr.base_model_header]) {
         // A client's copy is removed whichever pool the request goes to.
-        headers::remove_control(headers, pick, &config.bbr.header);
+        headers::remove_control(headers, control, &config.bbr.header);
     }
-    headers::prepare_request(headers, version, peer.ip(), &config.bbr.header);
+    headers::prepare_request(headers, &arrival, &config.bbr.header, &config.headers);
+    request.record.trace(worker, &mut request.parts, &arrival);
     if expect_continue
         && upload.has_body()
         && let Client::Http1(socket) = client
@@ -127,23 +157,22 @@ async fn take(
     {
         socket.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await.map_err(|_| Error::ClientGone)?;
     }
-    let needs_model = worker.shared.router.needs_model();
-    while !upload.is_done() && !upload.model_settled() && (needs_model || upload.kept.len() < MODEL_WINDOW) {
+    let needs_model = worker.shared.router.needs_model(&request.parts);
+    while !upload.is_done() && !upload.naming.is_settled() && (needs_model || upload.kept.len() < MODEL_WINDOW) {
         match upload.read(client).await? {
             Some(piece) => upload.keep(&piece).await?,
             None => upload.end()?,
         }
     }
-    set_model(&mut request.parts, &config.bbr.header, upload.model().or(config.bbr.default_model.as_deref()));
-    let host = request.parts.headers.get(http::header::HOST).and_then(|host| host.to_str().ok());
-    let model = request.parts.headers.get(&config.bbr.header).and_then(|model| model.to_str().ok());
-    request.pool = worker.shared.router.route(host, request.parts.uri.path(), model).map_err(|_| Error::NoRoute)?;
+    set_model(worker, &mut request.parts, &upload);
+    request.pool =
+        worker.shared.router.route(&request.parts, |below| fastrand::u64(..below)).map_err(|_| Error::NoRoute)?;
     Ok(upload)
 }
 
-fn set_model(parts: &mut request::Parts, header: &HeaderName, model: Option<&str>) {
-    if let Some(value) = model.and_then(|model| HeaderValue::from_str(model).ok()) {
-        parts.headers.insert(header, value);
+fn set_model(worker: &Worker, parts: &mut request::Parts, upload: &Upload) {
+    if let Some(model) = upload.naming.model(&worker.shared.config.bbr) {
+        worker.shared.model_headers.set(&mut parts.headers, model);
     }
 }
 
@@ -154,23 +183,29 @@ async fn answered(
     request: &mut Request,
     upload: &mut Upload,
 ) -> Result<After, Error> {
-    let mut picked = match pick::pick(worker, client, request, upload).await? {
+    let (deadline, asked) = (request.deadline, Instant::now());
+    let verdict = by(worker, deadline, pick::pick(worker, client, request, upload)).await;
+    request.record.pick(worker, request.pool, asked, &verdict);
+    let mut picked = match verdict? {
         Verdict::Forward(picked) => picked,
         Verdict::Reply(reply) => {
             let keep_alive = request.keep_alive && upload.is_done();
-            immediate(client, &request.parts.method, &reply, keep_alive).await?;
+            immediate(worker, client, &request.parts, &reply, keep_alive).await?;
             request.record.status(reply.status, "picker_reply");
             return Ok(if keep_alive { After::Next } else { After::Close });
         }
     };
     // The body named its model late: the endpoint gets the header all the same.
-    let bbr = &worker.shared.config.bbr;
-    set_model(&mut request.parts, &bbr.header, upload.model().or(bbr.default_model.as_deref()));
+    set_model(worker, &mut request.parts, upload);
     mutation::apply(&picked.mutation, &mut request.parts.headers);
-    let answer = match dispatch::dispatch(worker, client, request, upload, &mut picked).await {
+    for pick in &worker.shared.pick_headers {
+        headers::remove_pick(&mut request.parts.headers, pick);
+    }
+    let answer = by(worker, deadline, dispatch::dispatch(worker, client, request, upload, &mut picked)).await;
+    let answer = match answer {
         Err(Error::Evicted(reply)) => {
             worker.shared.metrics.pool(request.pool).evicted();
-            immediate(client, &request.parts.method, &reply, request.keep_alive).await?;
+            immediate(worker, client, &request.parts, &reply, request.keep_alive).await?;
             request.record.status(reply.status, "evicted");
             return Ok(if request.keep_alive { After::Next } else { After::Close });
         }
@@ -184,8 +219,9 @@ async fn answered(
 
 /// Sends the picker's own answer to the client.
 async fn immediate(
+    worker: &Worker,
     client: &mut Client,
-    method: &Method,
+    request: &request::Parts,
     reply: &ImmediateReply,
     keep_alive: bool,
 ) -> Result<(), Error> {
@@ -194,8 +230,14 @@ async fn immediate(
     if !reply.body.is_empty() {
         headers.entry(http::header::CONTENT_TYPE).or_insert(HeaderValue::from_static("text/plain"));
     }
-    let reply = Reply { status: reply.status, headers, body: reply.body.clone() };
-    client.reply(method, &reply, keep_alive).await.map_err(|_| Error::ClientGone)
+    let manner = Manner::of(&request.headers, &worker.shared.config);
+    manner.mark(&mut headers);
+    let mut reply = Reply { status: reply.status, headers, body: reply.body.clone() };
+    if manner.grpc {
+        let message = String::from_utf8_lossy(&reply.body).into_owned();
+        reply = reply.grpc(&message);
+    }
+    client.reply(&request.method, &reply, keep_alive).await.map_err(|_| Error::ClientGone)
 }
 
 impl Picked {

@@ -1,10 +1,18 @@
-//! Which pool a request goes to, from its host, its path and the model its body names.
+//! Which pool a request goes to, from its head and from the model its body names.
 //!
 //! Given the configured routes in their order, gives the index of a pool: of the first route whose conditions all hold, or
-//! of the first pool where there are no routes. It allocates nothing per request, and the path is taken as it was sent,
-//! neither decoded nor normalised, because the endpoint gets it as it was sent.
+//! of the first pool where there are no routes. What the body names stands in headers by then, which only the agent can set.
+//! It allocates nothing per request, and the path is taken as it was sent, neither decoded nor normalised, because the
+//! endpoint gets it as it was sent.
 
-use crate::config::{self, Config};
+mod split;
+#[cfg(test)]
+mod tests;
+
+use http::{HeaderMap, HeaderName, Method, header, request};
+
+use crate::config::{self, Config, HeaderCondition, HostPattern, ModelPattern, PathPattern};
+use split::Split;
 
 #[derive(Debug, Clone)]
 pub struct Router {
@@ -17,55 +25,133 @@ pub struct NoRoute;
 
 #[derive(Debug, Clone)]
 struct Route {
-    host: Option<String>,
-    /// Without trailing slash, so `/` is empty.
-    path_prefix: Option<String>,
-    model: Option<String>,
-    /// `None` names a pool that does not exist, which a parsed configuration has no way to do: nothing may be sent there.
-    pool: Option<usize>,
+    hosts: Vec<HostPattern>,
+    path: Option<PathPattern>,
+    methods: Vec<Method>,
+    headers: Vec<HeaderCondition>,
+    /// What waits for the body.
+    named: Vec<Named>,
+    pools: Split,
+}
+
+/// A condition on a header that carries what the body names.
+#[derive(Debug, Clone)]
+struct Named {
+    header: HeaderName,
+    any_of: Vec<ModelPattern>,
 }
 
 impl Router {
     pub fn new(config: &Config) -> Self {
         if config.routes.is_empty() {
-            let pool = (!config.pools.is_empty()).then_some(0);
-            return Self { routes: vec![Route { host: None, path_prefix: None, model: None, pool }] };
+            let first = config.pools.first().map(|pool| config::Route::to(pool.name.clone()));
+            return Self { routes: first.iter().map(|route| Route::new(route, config)).collect() };
         }
         Self { routes: config.routes.iter().map(|route| Route::new(route, config)).collect() }
     }
 
-    /// Index of the pool in the configuration. `host` may carry a port, `path` a query.
-    pub fn route(&self, host: Option<&str>, path: &str, model: Option<&str>) -> Result<usize, NoRoute> {
-        let host = host.map(without_port);
-        let path = path.split('?').next().unwrap_or(path);
-        let route = self.routes.iter().find(|route| route.matches(host, path, model));
-        route.and_then(|route| route.pool).ok_or(NoRoute)
+    /// Whether the pool of this request depends on what its body names. The headers for that are not looked at.
+    pub fn needs_model(&self, request: &request::Parts) -> bool {
+        let may_win = self.routes.iter().find(|route| route.outside_holds(request));
+        may_win.is_some_and(|route| !route.named.is_empty())
     }
 
-    /// Whether a pool cannot be chosen before the body's model is known.
-    pub fn needs_model(&self) -> bool {
-        self.routes.iter().any(|route| route.model.is_some())
+    /// Index of the pool in the configuration. Where a route has several, `roll` is asked for a number below the one it is
+    /// given, each equally likely.
+    pub fn route(&self, request: &request::Parts, roll: impl FnOnce(u64) -> u64) -> Result<usize, NoRoute> {
+        let holds = |route: &&Route| route.outside_holds(request) && route.named_holds(&request.headers);
+        self.routes.iter().find(holds).and_then(|route| route.pools.draw(roll)).ok_or(NoRoute)
     }
 }
 
 impl Route {
     fn new(route: &config::Route, config: &Config) -> Self {
+        let bbr = &config.bbr;
+        let is_named = |condition: &&HeaderCondition| [&bbr.header, &bbr.base_model_header].contains(&&condition.name);
+        let models = Named { header: bbr.header.clone(), any_of: route.models.clone() };
+        let bases = route.base_models.iter().cloned().map(ModelPattern::Exact).collect();
+        let bases = Named { header: bbr.base_model_header.clone(), any_of: bases };
+        let given = [models, bases].into_iter().filter(|named| !named.any_of.is_empty());
         Self {
-            host: route.host.as_deref().map(|host| without_port(host).to_owned()),
-            path_prefix: route.path_prefix.as_deref().map(|prefix| prefix.trim_end_matches('/').to_owned()),
-            model: route.model.clone(),
-            pool: config.pools.iter().position(|pool| pool.name == route.pool),
+            hosts: route.hosts.clone(),
+            path: route.path.clone(),
+            methods: route.methods.clone(),
+            headers: route.headers.iter().filter(|condition| !is_named(condition)).cloned().collect(),
+            named: given.chain(route.headers.iter().filter(is_named).map(Named::from)).collect(),
+            pools: Split::new(&route.pools, config),
         }
     }
 
-    fn matches(&self, host: Option<&str>, path: &str, model: Option<&str>) -> bool {
-        let host_holds =
-            self.host.as_deref().is_none_or(|wanted| host.is_some_and(|host| host.eq_ignore_ascii_case(wanted)));
-        let path_holds = self.path_prefix.as_deref().is_none_or(|prefix| {
-            path.strip_prefix(prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
-        });
-        let model_holds = self.model.as_deref().is_none_or(|wanted| model == Some(wanted));
-        host_holds && path_holds && model_holds
+    /// All that does not depend on the body.
+    fn outside_holds(&self, request: &request::Parts) -> bool {
+        self.host_holds(&request.headers)
+            && self.path.as_ref().is_none_or(|path| path.matches(request.uri.path()))
+            && (self.methods.is_empty() || self.methods.contains(&request.method))
+            && self.headers.iter().all(|condition| condition.holds(&request.headers))
+    }
+
+    fn host_holds(&self, headers: &HeaderMap) -> bool {
+        if self.hosts.is_empty() {
+            return true;
+        }
+        let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
+        host.map(without_port).is_some_and(|host| self.hosts.iter().any(|pattern| pattern.matches(host)))
+    }
+
+    fn named_holds(&self, headers: &HeaderMap) -> bool {
+        self.named.iter().all(|named| {
+            let name = headers.get(&named.header).map(http::HeaderValue::as_bytes);
+            name.is_some_and(|name| named.any_of.iter().any(|pattern| pattern.matches(name)))
+        })
+    }
+}
+
+impl From<&HeaderCondition> for Named {
+    fn from(condition: &HeaderCondition) -> Self {
+        let pattern = condition.value.clone().map_or(ModelPattern::Prefix(String::new()), ModelPattern::Exact);
+        Self { header: condition.name.clone(), any_of: vec![pattern] }
+    }
+}
+
+impl HostPattern {
+    /// `host` is without port.
+    fn matches(&self, host: &str) -> bool {
+        match self {
+            Self::Exact(name) => host.eq_ignore_ascii_case(name),
+            Self::Below(name) => {
+                let (host, name) = (host.as_bytes(), name.as_bytes());
+                host.len() > name.len() && host[host.len() - name.len()..].eq_ignore_ascii_case(name)
+            }
+        }
+    }
+}
+
+impl PathPattern {
+    fn matches(&self, path: &str) -> bool {
+        match self {
+            Self::Exact(exact) => path == exact,
+            Self::Prefix(prefix) => {
+                path.strip_prefix(prefix.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+            }
+        }
+    }
+}
+
+impl HeaderCondition {
+    fn holds(&self, headers: &HeaderMap) -> bool {
+        match &self.value {
+            Some(value) => headers.get_all(&self.name).iter().any(|line| line == value.as_str()),
+            None => headers.contains_key(&self.name),
+        }
+    }
+}
+
+impl ModelPattern {
+    fn matches(&self, name: &[u8]) -> bool {
+        match self {
+            Self::Exact(exact) => name == exact.as_bytes(),
+            Self::Prefix(prefix) => name.starts_with(prefix.as_bytes()),
+        }
     }
 }
 
@@ -77,92 +163,4 @@ fn without_port(host: &str) -> &str {
         _ => host,
     };
     name.strip_suffix('.').unwrap_or(name)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::Pool;
-
-    /// host, path prefix, model, pool
-    type Line<'a> = (Option<&'a str>, Option<&'a str>, Option<&'a str>, &'a str);
-
-    fn router(routes: &[Line<'_>]) -> Router {
-        let mut config = Config::new(["a", "b", "c"].map(|name| Pool::new(name, vec![])).to_vec());
-        let own = |text: Option<&str>| text.map(str::to_owned);
-        config.routes = routes
-            .iter()
-            .map(|&(host, path, model, pool)| config::Route {
-                host: own(host),
-                path_prefix: own(path),
-                model: own(model),
-                pool: pool.to_owned(),
-            })
-            .collect();
-        Router::new(&config)
-    }
-
-    #[test]
-    fn without_routes_everything_goes_to_the_first_pool() {
-        let router = router(&[]);
-        assert_eq!(router.route(None, "*", None), Ok(0));
-        assert!(!router.needs_model());
-    }
-
-    #[test]
-    fn hosts_ignore_case_port_and_final_dot() {
-        for wanted in ["LLM.example.com", "[fd00::7]"] {
-            let router = router(&[(Some(wanted), None, None, "b")]);
-            for host in [wanted.to_lowercase(), wanted.to_uppercase(), format!("{wanted}:80"), format!("{wanted}.:80")]
-            {
-                assert_eq!(router.route(Some(&host), "/", None), Ok(1), "{host}");
-            }
-            for host in [Some("llm.example.org"), Some("x.llm.example.com"), Some("[fd00::8]:80"), Some(""), None] {
-                assert_eq!(router.route(host, "/", None), Err(NoRoute), "{host:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn paths_match_whole_segments() {
-        for prefix in ["/v1", "/v1/"] {
-            let router = router(&[(None, Some(prefix), None, "c")]);
-            for path in ["/v1", "/v1/", "/v1/models", "/v1?x=1", "/v1/models?x=/v2"] {
-                assert_eq!(router.route(None, path, None), Ok(2), "{path}");
-            }
-            for path in ["/", "/v10", "/v", "/V1", "/x/v1", "*", "/x?y=/v1"] {
-                assert_eq!(router.route(None, path, None), Err(NoRoute), "{path}");
-            }
-        }
-        assert_eq!(router(&[(None, Some("/"), None, "c")]).route(None, "/anything", None), Ok(2));
-    }
-
-    #[test]
-    fn models_match_exactly() {
-        let router = router(&[(None, None, Some("llama"), "b")]);
-        assert!(router.needs_model());
-        assert_eq!(router.route(None, "/", Some("llama")), Ok(1));
-        for model in [None, Some("Llama"), Some("llama-2"), Some("")] {
-            assert_eq!(router.route(None, "/", model), Err(NoRoute), "{model:?}");
-        }
-    }
-
-    #[test]
-    fn the_first_route_whose_conditions_all_hold_wins() {
-        let router = router(&[
-            (Some("h"), Some("/v1"), Some("m"), "c"),
-            (Some("h"), Some("/v1"), None, "b"),
-            (None, None, None, "a"),
-        ]);
-        assert_eq!(router.route(Some("h"), "/v1/x", Some("m")), Ok(2));
-        assert_eq!(router.route(Some("h"), "/v1/x", Some("other")), Ok(1));
-        assert_eq!(router.route(Some("h"), "/v2", Some("m")), Ok(0));
-        assert_eq!(router.route(None, "/v1", Some("m")), Ok(0));
-    }
-
-    #[test]
-    fn a_pool_that_does_not_exist_gets_nothing() {
-        let router = router(&[(None, None, None, "nowhere"), (None, None, None, "a")]);
-        assert_eq!(router.route(None, "/", None), Err(NoRoute));
-    }
 }

@@ -88,7 +88,7 @@ impl Rig {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address: SocketAddr = listener.local_addr()?;
         let (endpoint, server) = tokio::join!(
-            EndpointConnection::connect(address, DEADLINE, Some(steering), SEND_BUFFER),
+            EndpointConnection::connect(address, Some(DEADLINE), Some(steering), SEND_BUFFER),
             listener.accept()
         );
         let (reader, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());

@@ -6,13 +6,14 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderMap, header};
+use http::HeaderMap;
+use hyper::body::Frame;
 use tokio::time::Instant;
 
 use crate::{
-    bbr::{Model, ModelScanner},
+    bbr::Naming,
     client::Client,
-    config::{Bbr, Limits},
+    config::Limits,
     error::Error,
     http::{
         body::{BodyReader, Decoded, ReplayBody},
@@ -27,36 +28,35 @@ const READ: usize = 16 * 1024;
 pub struct Upload {
     reader: BodyReader,
     pub kept: ReplayBody,
-    scanner: Option<ModelScanner>,
+    pub naming: Naming,
     hasher: PromptHasher,
-    model: Model,
     has_body: bool,
+    /// Of HTTP/2, behind the body.
+    pub trailers: HeaderMap,
     received: u64,
-    timeout: Duration,
-    deadline: Instant,
+    timeout: Option<Duration>,
+    deadline: Option<Instant>,
 }
 
 impl Upload {
-    /// Fails at once on a body that is declared too large.
+    /// Fails at once on a body that is declared too large. `naming` is told whether there is a body.
     pub fn new(
         body: RequestBody,
-        headers: &HeaderMap,
         limits: &Limits,
-        bbr: &Bbr,
-        timeout: Duration,
+        naming: impl FnOnce(bool) -> Naming,
+        timeout: Option<Duration>,
     ) -> Result<Self, Error> {
         let reader = BodyReader::new(body, limits.body_bytes)?;
         let has_body = !reader.is_done();
-        let scans = bbr.enabled && has_body && is_json(headers);
         Ok(Self {
             kept: ReplayBody::new(limits.body_memory_bytes, limits.body_bytes),
-            scanner: scans.then(ModelScanner::new),
+            naming: naming(has_body),
             hasher: PromptHasher::new(),
-            model: Model::NotYet,
             has_body,
+            trailers: HeaderMap::new(),
             received: 0,
             timeout,
-            deadline: Instant::now() + timeout,
+            deadline: timeout.map(|timeout| Instant::now() + timeout),
             reader,
         })
     }
@@ -69,25 +69,12 @@ impl Upload {
         self.reader.is_done()
     }
 
-    /// The model is known, or known to be absent.
-    pub fn model_settled(&self) -> bool {
-        self.scanner.is_none() || self.model != Model::NotYet
-    }
-
-    /// The model that the body names, when it is a string.
-    pub fn model(&self) -> Option<&str> {
-        match &self.model {
-            Model::Found(model) => Some(model),
-            Model::NotYet | Model::NotAString(_) => None,
-        }
-    }
-
     /// The next piece of the body off the wire; `None` at its end. Cancel-safe.
     pub async fn read(&mut self, client: &mut Client) -> Result<Option<Bytes>, Error> {
-        let deadline = self.deadline;
+        let (Some(deadline), Some(limit)) = (self.deadline, self.timeout) else { return self.next(client).await };
         match tokio::time::timeout_at(deadline, self.next(client)).await {
             Ok(piece) => piece,
-            Err(_) => Err(Error::BodyTimeout(self.timeout)),
+            Err(_) => Err(Error::BodyTimeout(limit)),
         }
     }
 
@@ -105,6 +92,23 @@ impl Upload {
                     Err(_) => return Err(Error::ClientGone),
                 }
             },
+            Client::Http2(stream) => {
+                while !self.reader.is_done() {
+                    let frame = stream.frame().await.transpose().map_err(|_| Error::ClientGone)?;
+                    if frame.is_none() || stream.is_read() {
+                        self.reader.end();
+                    }
+                    match frame.map(Frame::into_data) {
+                        Some(Ok(data)) if !data.is_empty() => {
+                            self.reader.frame(data.len())?;
+                            return Ok(Some(data));
+                        }
+                        Some(Err(trailers)) => self.trailers = trailers.into_trailers().unwrap_or_default(),
+                        Some(Ok(_)) | None => {}
+                    }
+                }
+                Ok(None)
+            }
         }
     }
 
@@ -112,22 +116,14 @@ impl Upload {
     pub async fn keep(&mut self, piece: &Bytes) -> Result<(), Error> {
         self.received += piece.len() as u64;
         self.hasher.update(piece);
-        if let Some(scanner) = &mut self.scanner {
-            scanner.feed(piece)?;
-            if self.model == Model::NotYet && *scanner.model() != Model::NotYet {
-                self.model = scanner.model().clone();
-            }
-        }
+        self.naming.feed(piece)?;
         self.kept.append(piece.clone()).await?;
         if self.is_done() { self.end() } else { Ok(()) }
     }
 
     /// The body is complete: it must be whole JSON where it is JSON at all.
     pub fn end(&mut self) -> Result<(), Error> {
-        if let Some(scanner) = self.scanner.take() {
-            self.model = scanner.finish()?.model;
-        }
-        Ok(())
+        Ok(self.naming.end()?)
     }
 
     /// Reads and keeps what is left.
@@ -147,11 +143,4 @@ impl Upload {
     pub fn prompt(&mut self) -> PromptHash {
         std::mem::replace(&mut self.hasher, PromptHasher::new()).finish()
     }
-}
-
-fn is_json(headers: &HeaderMap) -> bool {
-    let Some(kind) = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()) else { return false };
-    let kind = kind.split(';').next().unwrap_or_default().trim();
-    kind.eq_ignore_ascii_case("application/json")
-        || kind.len() > 5 && kind.as_bytes()[kind.len() - 5..].eq_ignore_ascii_case(b"+json")
 }

@@ -9,21 +9,25 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures_util::future::join_all;
 use http::{HeaderName, StatusCode};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::Semaphore,
 };
+use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    bbr::ModelHeaders,
     config::{self, Config},
     connection,
-    endpoint::{pool::Pool, set::EndpointSet},
+    endpoint::{budget::RetryBudget, http2::Http2Pool, pool::Pool, set::EndpointSet},
     metrics::Metrics,
     picker::{builtin::BuiltinPicker, client::EppClient, replica::Replicas},
     route::Router,
     steer::WorkerSteering,
+    telemetry::Telemetry,
 };
 
 /// What all workers share.
@@ -31,14 +35,19 @@ pub struct Shared {
     pub config: Config,
     pub router: Router,
     pub metrics: Arc<Metrics>,
+    /// Where tracing is on.
+    pub telemetry: Option<Telemetry>,
     /// One for each pool.
     pub endpoints: Vec<Arc<EndpointSet>>,
+    /// One for each pool.
+    pub retries: Vec<RetryBudget>,
     /// One for each pool: picks for `builtin` and for fail-open.
     pub pickers: Vec<BuiltinPicker>,
     /// One for each pool that asks an EPP.
     pub replicas: Vec<Option<Arc<Replicas>>>,
     /// The headers in which EPPs name their picks: `picker.header` of every pool, and the protocol's own.
     pub pick_headers: Vec<HeaderName>,
+    pub model_headers: ModelHeaders,
     /// No new connections or requests; what runs may finish.
     pub draining: CancellationToken,
     /// Break off what still runs.
@@ -74,11 +83,20 @@ impl Shared {
     }
 }
 
+/// Where clients connect to a worker.
+pub struct Listener {
+    pub socket: TcpListener,
+    /// For clients that speak TLS.
+    pub tls: Option<TlsAcceptor>,
+}
+
 pub struct Worker {
     pub shared: Arc<Shared>,
     /// One for each pool that asks an EPP.
     pub epps: Vec<Option<EppClient>>,
     pub endpoints: Pool,
+    /// For pools whose endpoints speak HTTP/2.
+    pub http2_endpoints: Http2Pool,
 }
 
 impl Worker {
@@ -94,21 +112,23 @@ impl Worker {
             timeouts.connect,
             receive_buffer,
         );
-        Rc::new(Self { epps, endpoints, shared })
+        let http2_endpoints = Http2Pool::new(timeouts.connect);
+        Rc::new(Self { epps, endpoints, http2_endpoints, shared })
     }
 
     /// Serves until drained: returns when the last connection has ended after `draining`, or all are broken off by `force`.
-    pub async fn serve(self: Rc<Self>, listener: TcpListener, max_connections: usize) {
+    /// The connections of all listeners together are at most `max_connections`.
+    pub async fn serve(self: Rc<Self>, listeners: Vec<Listener>, max_connections: usize) {
         let permits = Arc::new(Semaphore::new(max_connections));
         let connections = TaskTracker::new();
-        let accept = async {
+        let serve = async |Listener { socket, tls }: &Listener| {
             loop {
-                // Beyond the limit, clients wait in the kernel's queue.
+                let (stream, peer) = accept(socket).await;
+                // Beyond the limit this one waits, and the others in the kernel's queue.
                 let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
-                let (stream, peer) = accept(&listener).await;
-                let worker = Rc::clone(&self);
+                let (worker, tls) = (Rc::clone(&self), tls.clone());
                 connections.spawn_local(async move {
-                    worker.connection(stream, peer).await;
+                    worker.connection(stream, peer, tls).await;
                     drop(permit);
                 });
             }
@@ -117,35 +137,44 @@ impl Worker {
             loop {
                 tokio::time::sleep(Duration::from_secs(1)).await;
                 self.endpoints.sweep(|address| self.shared.is_dialled(address));
+                let keep_alive = self.shared.config.timeouts.endpoint_keep_alive;
+                self.http2_endpoints.sweep(keep_alive, |address| self.shared.is_dialled(address));
                 if let Some(steering) = self.endpoints.steering() {
                     self.shared.metrics.steer_events_missed(steering.take_missed_events());
                 }
             }
         };
         tokio::select! {
-            () = accept => {}
+            _ = join_all(listeners.iter().map(&serve)) => {}
             () = sweep => {}
             () = self.shared.draining.cancelled() => {}
         }
         // What the kernel has accepted for us already is served too; the socket itself says what there is.
-        if let Ok(listener) = listener.into_std() {
-            while let Ok((stream, peer)) = listener.accept() {
+        for Listener { socket, tls } in listeners {
+            let Ok(socket) = socket.into_std() else { continue };
+            while let Ok((stream, peer)) = socket.accept() {
                 let adopted = stream.set_nonblocking(true).and_then(|()| TcpStream::from_std(stream));
                 let Ok(stream) = adopted else { continue };
-                let worker = Rc::clone(&self);
-                connections.spawn_local(async move { worker.connection(stream, peer).await });
+                let (worker, tls) = (Rc::clone(&self), tls.clone());
+                connections.spawn_local(async move { worker.connection(stream, peer, tls).await });
             }
         }
         connections.close();
         connections.wait().await;
     }
 
-    async fn connection(self: Rc<Self>, stream: TcpStream, peer: SocketAddr) {
+    async fn connection(self: Rc<Self>, stream: TcpStream, peer: SocketAddr, tls: Option<TlsAcceptor>) {
         let _open = self.shared.metrics.client_connection();
+        let serve = async {
+            match &tls {
+                None => connection::serve(&self, stream, peer).await,
+                Some(tls) => connection::serve_tls(&self, tls, stream, peer).await,
+            }
+        };
         tokio::select! {
             biased;
             () = self.shared.force.cancelled() => {}
-            () = connection::serve(&self, stream, peer) => {}
+            () = serve => {}
         }
     }
 }

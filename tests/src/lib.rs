@@ -5,6 +5,7 @@
 pub mod agent;
 pub mod agent_process;
 pub mod client;
+pub mod collector;
 pub mod content;
 mod decoder;
 pub mod demo;
@@ -20,6 +21,7 @@ pub mod scripted_epp;
 pub mod stage;
 
 pub use client::{BodyEnd, Client, Request, Response};
+pub use collector::{CollectedSpan, Collector, Mood};
 pub use content::{Alphabet, Checker};
 pub use decoder::{Decoder, Framed};
 pub use dns_server::DnsServer;
@@ -28,6 +30,6 @@ pub use model_server::{ModelServer, Plan};
 pub use process::Process;
 pub use random::Random;
 pub use reader::Reader;
-pub use refusing::Refusing;
+pub use refusing::{Deaf, Refusing};
 pub use scripted_epp::ScriptedEpp;
 pub use stage::Stage;

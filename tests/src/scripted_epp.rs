@@ -1,6 +1,7 @@
 //! An endpoint picker that does what a test says. A [`Script`] has a method for each kind of message, with a default for
 //! each; ready ones behave as the pickers in the field do ([`Gie`], [`LlmdRouter`], [`Lwepp`], [`Dynamo`]), [`Faulty`] lets any
-//! of them fail at a chosen moment, and [`Evicting`] lets them take their decision back.
+//! of them fail at a chosen moment, [`Gathering`] lets requests wait for each other, and [`Evicting`] lets them take their
+//! decision back.
 //!
 //! Like servers in Go it sends its HTTP/2 headers only with its first message, takes the messages of a stream one at a
 //! time (a script that waits holds up the sender through the flow-control window), and it records everything it takes.
@@ -24,6 +25,7 @@ mod elected;
 mod evicting;
 mod exchange;
 mod fault;
+mod gathering;
 mod personality;
 mod record;
 mod server;
@@ -36,6 +38,7 @@ pub use elected::{Elected, Election, Follower};
 pub use evicting::{After as EvictAfter, Evicting};
 pub use exchange::{Exchange, reply};
 pub use fault::{Fault, Faulty, Harm, Moment};
+pub use gathering::Gathering;
 pub use personality::{Dynamo, Endpoints, Gie, LlmdRouter, Lwepp, Personality, Production, Refusal};
 pub use record::{StreamEnd, StreamRecord, header};
 

@@ -1,7 +1,10 @@
 //! What breaks is seen to be broken, at once and by everyone it concerns, on every path; and what an unconcerned party
 //! does breaks nothing.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use penstock_agent::config::{FailureMode, SteeringMode};
 use penstock_tests::{
@@ -179,6 +182,28 @@ async fn an_endpoint_that_falls_silent() {
             eventually(AT_ONCE, || (server.aborted(), server.connections_open()) == (1, 0)).await;
             let reasons = ["reason=\"idle_timeout\""];
             eventually(AT_ONCE, || agent.count("penstock_requests_total", &reasons) == 1).await;
+        }
+    }
+}
+
+/// D10: whoever carries it, and although bytes keep coming.
+#[tokio::test]
+async fn a_response_that_takes_too_long_is_broken_off() {
+    for mode in MODES {
+        for framing in FRAMINGS {
+            let server = server().await;
+            let agent = TestAgent::start(builtin_pool(&[server.addr]), mode, |config| {
+                config.timeouts.request = Some(Duration::from_millis(300));
+            });
+            let begin = Instant::now();
+            let (end, len) = end(&agent, &trickle(framing, 1 << 30)).await;
+            let expected = if framing == Framing::UntilClose { BodyEnd::Reset } else { BodyEnd::Truncated };
+            assert_eq!(end, expected, "{mode:?} {framing:?} after {len}");
+            assert!(begin.elapsed() >= Duration::from_millis(300) && begin.elapsed() < SOON, "{:?}", begin.elapsed());
+            eventually(AT_ONCE, || (server.aborted(), server.connections_open()) == (1, 0)).await;
+            let reasons = ["reason=\"request_timeout\"", "status=\"200\""];
+            eventually(AT_ONCE, || agent.count("penstock_requests_total", &reasons) == 1).await;
+            assert_eq!(steered(&agent) > 0, mode == SteeringMode::Ingress);
         }
     }
 }

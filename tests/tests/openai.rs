@@ -2,7 +2,7 @@
 
 use std::{path::Path, process::Command, time::Duration};
 
-use penstock_agent::config::{FailureMode, Pool, Route, SteeringMode};
+use penstock_agent::config::{FailureMode, ModelPattern, PathPattern, Pool, Route, SteeringMode};
 use penstock_tests::{
     Process,
     agent::{TestAgent, epp_pool},
@@ -30,17 +30,14 @@ async fn the_openai_package_finds_nothing_amiss() {
     let agent = TestAgent::start(epp_pool(&endpoints, epp.addr, FailureMode::Closed), SteeringMode::Auto, |config| {
         let unpickable = epp_pool(&endpoints, gone, FailureMode::Closed);
         config.pools.push(Pool { name: "unpickable".to_owned(), ..unpickable });
-        let route = |model: Option<&str>, path_prefix: Option<&str>, pool: &str| Route {
-            host: None,
-            path_prefix: path_prefix.map(str::to_owned),
-            model: model.map(str::to_owned),
-            pool: pool.to_owned(),
-        };
+        let model =
+            |model: &str, pool: &str| Route { models: vec![ModelPattern::Exact(model.to_owned())], ..Route::to(pool) };
+        let below = |path: &str| Route { path: Some(PathPattern::Prefix(path.to_owned())), ..Route::to("default") };
         config.routes = vec![
-            route(Some("sample"), None, "default"),
-            route(Some("unpickable"), None, "unpickable"),
-            route(None, Some("/v1/models"), "default"),
-            route(None, Some("/v1/nothing"), "default"),
+            model("sample", "default"),
+            model("unpickable", "unpickable"),
+            below("/v1/models"),
+            below("/v1/nothing"),
         ];
     });
 

@@ -2,6 +2,25 @@
 
 use std::fmt;
 
+/// Why a request cannot go on as its body is.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NamingError {
+    #[error("the body is not JSON that can be routed: {0}")]
+    Json(#[from] JsonError),
+    #[error("the body names no model: found {found}, expected the name of a model")]
+    Missing { found: &'static str },
+}
+
+impl NamingError {
+    /// Label for metrics and logs.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Json(_) => "json",
+            Self::Missing { .. } => "model_missing",
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("byte {offset}: found {found}, expected {expected}")]
 pub struct JsonError {

@@ -7,10 +7,12 @@
 use std::{io, time::Duration};
 
 use bytes::BytesMut;
+use futures_util::FutureExt as _;
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _, Interest},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Interest},
     net::TcpStream,
 };
+use tokio_rustls::server::TlsStream;
 
 use crate::{
     kernel::socket,
@@ -26,9 +28,11 @@ const SETTLE: Duration = Duration::from_secs(30);
 /// large body usually looks for the answer only afterwards.
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 64 << 20;
+/// Read at once of what is not asked for yet.
+const AHEAD: usize = 4096;
 
 pub struct ClientSocket {
-    stream: TcpStream,
+    stream: Stream,
     /// Read and not yet used: the rest of a request, or the beginning of the next.
     pub buf: BytesMut,
     /// `socket::bytes_written` when the connection was taken over.
@@ -41,15 +45,41 @@ pub struct ClientSocket {
     resets: bool,
 }
 
+enum Stream {
+    Plain(TcpStream),
+    /// Cannot be a target of the kernel's, which would send plain bytes.
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
 impl ClientSocket {
     pub fn new(stream: TcpStream) -> io::Result<Self> {
-        stream.set_nodelay(true)?;
-        let base = socket::bytes_written(&stream)?;
+        Self::of(Stream::Plain(stream))
+    }
+
+    pub fn tls(stream: TlsStream<TcpStream>) -> io::Result<Self> {
+        Self::of(Stream::Tls(Box::new(stream)))
+    }
+
+    fn of(stream: Stream) -> io::Result<Self> {
+        stream.tcp().set_nodelay(true)?;
+        let base = socket::bytes_written(stream.tcp())?;
         Ok(Self { stream, buf: BytesMut::new(), base, account: 0, unsettled: false, key: None, resets: false })
     }
 
+    /// The connection, and what has been read of it; `None` for TLS, where the protocol has been agreed on before.
+    pub fn into_plain(self) -> Option<(TcpStream, BytesMut)> {
+        match self.stream {
+            Stream::Plain(stream) => Some((stream, self.buf)),
+            Stream::Tls(_) => None,
+        }
+    }
+
     pub fn stream(&self) -> &TcpStream {
-        &self.stream
+        self.stream.tcp()
+    }
+
+    pub fn is_tls(&self) -> bool {
+        matches!(self.stream, Stream::Tls(_))
     }
 
     /// Makes the connection a possible target, once; returns its key.
@@ -57,8 +87,8 @@ impl ClientSocket {
         if let Some(key) = self.key {
             return Ok(key);
         }
-        socket::set_send_buffer(&self.stream, send_buffer)?;
-        let key = steering.register_target(&self.stream)?;
+        socket::set_send_buffer(self.stream(), send_buffer)?;
+        let key = steering.register_target(self.stream())?;
         self.key = Some(key);
         Ok(key)
     }
@@ -66,13 +96,21 @@ impl ClientSocket {
     /// Reads what is there into `buf`, which grows by up to about `room`; 0 is the end of the stream. Cancel-safe.
     pub async fn read(&mut self, room: usize) -> io::Result<usize> {
         self.make_room(room);
-        self.stream.read_buf(&mut self.buf).await
+        match &mut self.stream {
+            Stream::Plain(stream) => stream.read_buf(&mut self.buf).await,
+            Stream::Tls(stream) => stream.read_buf(&mut self.buf).await,
+        }
     }
 
     /// As [`read`](Self::read), without waiting.
     pub fn read_now(&mut self, room: usize) -> io::Result<usize> {
         self.make_room(room);
-        socket::receive_into(&self.stream, &mut self.buf)
+        match &mut self.stream {
+            Stream::Plain(stream) => socket::receive_into(&*stream, &mut self.buf),
+            Stream::Tls(stream) => {
+                stream.read_buf(&mut self.buf).now_or_never().unwrap_or(Err(io::ErrorKind::WouldBlock.into()))
+            }
+        }
     }
 
     fn make_room(&mut self, room: usize) {
@@ -85,9 +123,31 @@ impl ClientSocket {
     /// connection can only be broken off.
     pub async fn write_all(&mut self, buf: &[u8]) -> io::Result<()> {
         self.settle().await?;
-        self.stream.write_all(buf).await?;
+        match &mut self.stream {
+            Stream::Plain(stream) => stream.write_all(buf).await?,
+            Stream::Tls(stream) => {
+                stream.write_all(buf).await?;
+                stream.flush().await?;
+            }
+        }
         self.account += buf.len() as u64;
         Ok(())
+    }
+
+    /// Both directions at once, and what has been read already. The kernel's account ends here: no more is to be redirected.
+    #[expect(clippy::type_complexity, reason = "two halves of either kind of connection")]
+    pub fn split(&mut self) -> (Box<dyn AsyncRead + Unpin + '_>, BytesMut, Box<dyn AsyncWrite + Unpin + '_>) {
+        let read = std::mem::take(&mut self.buf);
+        match &mut self.stream {
+            Stream::Plain(stream) => {
+                let (reader, writer) = stream.split();
+                (Box::new(reader), read, Box::new(writer))
+            }
+            Stream::Tls(stream) => {
+                let (reader, writer) = tokio::io::split(stream);
+                (Box::new(reader), read, Box::new(writer))
+            }
+        }
     }
 
     /// Books bytes that the kernel has redirected here.
@@ -98,14 +158,14 @@ impl ClientSocket {
 
     /// Bytes that the client has not acknowledged yet.
     pub fn send_queue(&self) -> io::Result<u32> {
-        socket::send_queue(&self.stream)
+        socket::send_queue(self.stream())
     }
 
     /// Waits until the socket has taken everything that was redirected to it. Cancel-safe.
     pub async fn settle(&mut self) -> io::Result<()> {
         let mut wait = Duration::ZERO;
         for turn in 0u32.. {
-            if !self.unsettled || socket::bytes_written(&self.stream)?.wrapping_sub(self.base) == self.account {
+            if !self.unsettled || socket::bytes_written(self.stream())?.wrapping_sub(self.base) == self.account {
                 break;
             }
             self.check()?;
@@ -123,26 +183,31 @@ impl ClientSocket {
 
     /// An error when the connection is broken.
     fn check(&self) -> io::Result<()> {
-        match socket::peek(&self.stream, &mut [0]) {
+        match socket::peek(self.stream(), &mut [0]) {
             Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
             _ => Ok(()),
         }
     }
 
-    /// Resolves when the client has left: closed, closed its writing side, or reset. Never resolves once the client has
-    /// sent something ahead of time (the next request): what lies behind that cannot be seen. Cancel-safe.
-    pub async fn gone(&self) {
-        loop {
-            if self.stream.readable().await.is_err() {
+    /// Resolves when the client has left: closed, closed its writing side, or reset, and also when that lies behind bytes that
+    /// nobody has read yet (the rest of a body, the next request). Cancel-safe.
+    pub async fn gone(&mut self) {
+        if let Stream::Plain(_) = self.stream {
+            return self.left().await;
+        }
+        // What is decrypted may tell sooner. What is read ahead of time is kept.
+        while self.buf.is_empty() {
+            if !matches!(self.read(AHEAD).await, Ok(1..)) {
                 return;
             }
-            match self.stream.try_io(Interest::READABLE, || socket::peek(&self.stream, &mut [0])) {
-                Ok(0) => return,
-                Ok(_) => std::future::pending().await,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(_) => return,
-            }
         }
+        self.left().await;
+    }
+
+    /// As [`gone`](Self::gone), by the end of the TCP stream alone.
+    pub async fn left(&self) {
+        // Nothing is urgent on these sockets: what this waits for is the end of the stream, which tokio remembers.
+        let _ = self.stream().ready(Interest::PRIORITY).await;
     }
 
     /// Ends the connection in order: everything written arrives, then FIN. Reads on for a moment, because closing with
@@ -150,18 +215,21 @@ impl ClientSocket {
     pub async fn close(mut self) {
         if !matches!(tokio::time::timeout(SETTLE, self.settle()).await, Ok(Ok(()))) {
             // What was redirected has not all arrived at the socket, and the close would drop it: not without a sign.
-            socket::set_reset_on_close(&self.stream, true);
+            socket::set_reset_on_close(self.stream(), true);
             return;
         }
         if self.resets {
-            socket::set_reset_on_close(&self.stream, false);
+            socket::set_reset_on_close(self.stream(), false);
         }
         let linger = async {
-            self.stream.shutdown().await?;
-            let mut rest = [0; 4096];
+            match &mut self.stream {
+                Stream::Plain(stream) => stream.shutdown().await?,
+                Stream::Tls(stream) => stream.shutdown().await?,
+            }
             let mut taken = 0;
             while taken < LINGER_BYTES {
-                match self.stream.read(&mut rest).await? {
+                self.buf.clear();
+                match self.read(AHEAD).await? {
                     0 => break,
                     n => taken += n,
                 }
@@ -176,7 +244,7 @@ impl ClientSocket {
     /// close, and an early FIN would look like its end. [`close`](Self::close) in order takes it back.
     pub fn reset_on_close(&mut self) {
         self.resets = true;
-        socket::set_reset_on_close(&self.stream, true);
+        socket::set_reset_on_close(self.stream(), true);
     }
 
     /// Breaks the connection off in the middle of a message. What has been sent of it still arrives, except where only a
@@ -184,6 +252,15 @@ impl ClientSocket {
     pub async fn abort(mut self) {
         if !self.resets {
             let _ = tokio::time::timeout(Duration::from_secs(1), self.settle()).await;
+        }
+    }
+}
+
+impl Stream {
+    fn tcp(&self) -> &TcpStream {
+        match self {
+            Self::Plain(stream) => stream,
+            Self::Tls(stream) => stream.get_ref().0,
         }
     }
 }

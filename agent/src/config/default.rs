@@ -1,15 +1,17 @@
 //! The defaults, as values and as a file. A test holds the two together.
 
 use std::{
+    collections::BTreeMap,
     net::{Ipv4Addr, SocketAddr},
     time::Duration,
 };
 
-use http::HeaderName;
+use http::{HeaderName, uri::PathAndQuery};
 
 use super::{
-    Admin, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppTls, FailureMode, HealthCheck, Limits, Listen, Node, Picker,
-    Pool, ResponseToPicker, Steering, SteeringMode, Subset, Timeouts,
+    Admin, AppProtocol, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppTls, ErrorFormat, Errors, FailureMode,
+    Forwarding, Headers, HealthCheck, Limits, Listen, MissingModel, Node, Picker, Pool, Ratio, ResponseToPicker, Retry,
+    Route, Steering, SteeringMode, Subset, Timeouts, Tracing, WeightedPool,
 };
 
 /// A complete commented file. Its settings are the defaults; what has none is commented out, as `#key = value`.
@@ -25,8 +27,11 @@ impl Config {
             admin: Admin::default(),
             limits: Limits::default(),
             timeouts: Timeouts::default(),
+            headers: Headers::default(),
+            errors: Errors::default(),
             bbr: Bbr::default(),
             steering: Steering::default(),
+            tracing: Tracing::default(),
             node: Node::default(),
             dns: Dns::default(),
             pools,
@@ -37,7 +42,14 @@ impl Config {
 
 impl Default for Listen {
     fn default() -> Self {
-        Self { address: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 8080)), workers: 0, max_connections: 16_384 }
+        Self {
+            address: SocketAddr::from((Ipv4Addr::UNSPECIFIED, 8080)),
+            workers: 0,
+            max_connections: 16_384,
+            http2_max_streams: 256,
+            upgrades: vec!["websocket".to_owned()],
+            tls: None,
+        }
     }
 }
 
@@ -56,21 +68,45 @@ impl Default for Limits {
 impl Default for Timeouts {
     fn default() -> Self {
         Self {
-            head: Duration::from_secs(10),
-            body: Duration::from_secs(60),
-            keep_alive: Duration::from_secs(75),
-            connect: Duration::from_secs(1),
+            head: Some(Duration::from_secs(10)),
+            body: Some(Duration::from_secs(60)),
+            keep_alive: Some(Duration::from_secs(75)),
+            connect: Some(Duration::from_secs(1)),
             first_byte: Some(Duration::from_secs(600)),
             idle: Some(Duration::from_secs(300)),
+            request: None,
             endpoint_keep_alive: Duration::from_secs(4),
             drain: Duration::from_secs(30),
         }
     }
 }
 
+impl Default for Headers {
+    fn default() -> Self {
+        Self {
+            via: Some("penstock".to_owned()),
+            x_forwarded: Forwarding::Append,
+            forwarded: Forwarding::Off,
+            request_id_to_client: false,
+        }
+    }
+}
+
+impl Default for Errors {
+    fn default() -> Self {
+        Self { format: ErrorFormat::OpenAi }
+    }
+}
+
 impl Default for Bbr {
     fn default() -> Self {
-        Self { enabled: true, header: HeaderName::from_static("x-gateway-model-name"), default_model: None }
+        Self {
+            enabled: true,
+            header: HeaderName::from_static("x-gateway-model-name"),
+            missing_model: MissingModel::Pass,
+            base_model_header: HeaderName::from_static("x-gateway-base-model-name"),
+            base_models: BTreeMap::new(),
+        }
     }
 }
 
@@ -87,6 +123,18 @@ impl Default for Steering {
     }
 }
 
+impl Default for Tracing {
+    fn default() -> Self {
+        Self {
+            otlp_endpoint: None,
+            sampling_ratio: Ratio::ALL,
+            service_name: "penstock".to_owned(),
+            queue_spans: 4096,
+            export_interval: Duration::from_secs(1),
+        }
+    }
+}
+
 impl Default for Dns {
     fn default() -> Self {
         Self {
@@ -95,6 +143,12 @@ impl Default for Dns {
             min_ttl: Duration::from_secs(1),
             max_ttl: Duration::from_secs(300),
         }
+    }
+}
+
+impl Default for Retry {
+    fn default() -> Self {
+        Self { attempts: 2, budget_percent: 20, budget_min_per_second: 10 }
     }
 }
 
@@ -112,9 +166,9 @@ impl Default for Ejection {
 
 impl HealthCheck {
     /// GET `path` every five seconds.
-    pub fn new(path: impl Into<String>) -> Self {
+    pub fn new(path: PathAndQuery) -> Self {
         Self {
-            path: path.into(),
+            path,
             interval: Duration::from_secs(5),
             timeout: Duration::from_secs(2),
             unhealthy_after: 3,
@@ -138,11 +192,14 @@ impl Pool {
             endpoints_dns: None,
             endpoints_file: None,
             ports: Vec::new(),
+            app_protocol: AppProtocol::Http1,
             failure_mode: FailureMode::Closed,
             default_upstream: None,
             passthrough: false,
             picker: Picker::Builtin,
+            session_headers: Vec::new(),
             subset: Subset::default(),
+            retry: Retry::default(),
             ejection: Ejection::default(),
             health: None,
         }
@@ -168,5 +225,18 @@ impl Epp {
             health_tls: false,
             health_service: "envoy.service.ext_proc.v3.ExternalProcessor".to_owned(),
         }
+    }
+}
+
+impl Route {
+    /// All requests to the pool of this name.
+    pub fn to(pool: impl Into<String>) -> Self {
+        Self { pools: vec![WeightedPool::new(pool, 1)], ..Self::default() }
+    }
+}
+
+impl WeightedPool {
+    pub fn new(name: impl Into<String>, weight: u32) -> Self {
+        Self { name: name.into(), weight }
     }
 }

@@ -4,11 +4,11 @@
 //! A key has at most one error, so a check that runs on such a stand-in value adds no second, misleading one. A section
 //! learns its keys by being asked for them; what nobody asked for is unknown and an error.
 
-use std::{cell::RefCell, fmt::Display, ops::Range};
+use std::{cell::RefCell, collections::BTreeMap, fmt::Display, ops::Range};
 
 use toml::{
     Spanned,
-    de::{DeArray, DeTable, DeValue},
+    de::{DeArray, DeString, DeTable, DeValue},
 };
 
 use super::{
@@ -113,6 +113,26 @@ impl<'d> Section<'d> {
         }
     }
 
+    /// The entries of a table whose keys are the author's; absent is empty, and wrong entries are left out.
+    pub(super) fn entries<T>(
+        &mut self,
+        key: &'static str,
+        expected: &str,
+        parse: impl Fn(&DeValue<'_>) -> Parsed<T>,
+    ) -> BTreeMap<String, T> {
+        let Some(value) = self.get(key) else { return BTreeMap::new() };
+        let DeValue::Table(table) = value.get_ref() else {
+            self.reject(key, value::shown(value.get_ref()), expected);
+            return BTreeMap::new();
+        };
+        let path = self.path_of(key);
+        let entry = |(name, value): (&Spanned<DeString<'_>>, _)| {
+            let name = name.get_ref().to_string();
+            self.parse(value, format!("{path}.{name}"), &parse).map(|value| (name, value))
+        };
+        table.iter().filter_map(entry).collect()
+    }
+
     /// The table under `key`, read by `read`.
     pub(super) fn section<T>(&mut self, key: &'static str, read: impl FnOnce(&mut Section<'d>) -> T) -> T {
         let value = self.get(key);
@@ -128,11 +148,20 @@ impl<'d> Section<'d> {
     }
 
     /// The `[[key]]` sections, each read by `read` in the order of the file.
-    pub(super) fn sections<T>(&mut self, key: &'static str, mut read: impl FnMut(&mut Section<'d>) -> T) -> Vec<T> {
+    pub(super) fn sections<T>(&mut self, key: &'static str, read: impl FnMut(&mut Section<'d>) -> T) -> Vec<T> {
+        self.tables(key, &format!("[[{key}]] sections"), read)
+    }
+
+    /// The tables of an array, each read by `read` in the order of the file; absent is empty.
+    pub(super) fn tables<T>(
+        &mut self,
+        key: &'static str,
+        expected: &str,
+        mut read: impl FnMut(&mut Section<'d>) -> T,
+    ) -> Vec<T> {
         let Some(value) = self.get(key) else { return Vec::new() };
-        let expected = format!("[[{key}]] sections");
         let DeValue::Array(elements) = value.get_ref() else {
-            self.reject(key, value::shown(value.get_ref()), &expected);
+            self.reject(key, value::shown(value.get_ref()), expected);
             return Vec::new();
         };
         let mut items = Vec::with_capacity(elements.len());
@@ -140,7 +169,7 @@ impl<'d> Section<'d> {
             let path = format!("{}[{index}]", self.path_of(key));
             match element.get_ref() {
                 DeValue::Table(table) => items.push(self.child(path, element.span().start, Some(table), &mut read)),
-                other => self.reject(key, value::shown(other), &expected),
+                other => self.reject(key, value::shown(other), expected),
             }
         }
         items

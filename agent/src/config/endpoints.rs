@@ -3,9 +3,11 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
+use serde::Deserialize;
+use thiserror::Error;
 use toml::de::DeValue;
 
 use super::{
@@ -61,38 +63,122 @@ pub(super) fn file(section: &mut Section<'_>) -> Option<PathBuf> {
     Some(section.folder().join(file))
 }
 
+/// An element of `endpoints`, in the configuration and in files. Alone it is an address.
+#[derive(Deserialize)]
+#[serde(
+    untagged,
+    expecting = "\"ip:port\" or { address = \"ip:port\", node = \"n1\", zone = \"a\", draining = false }"
+)]
+enum Listed {
+    Address(String),
+    Entry(Entry),
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Entry {
+    address: String,
+    node: Option<String>,
+    zone: Option<String>,
+    #[serde(default)]
+    draining: bool,
+}
+
+impl Entry {
+    /// The endpoints that it stands for, or the address that is none.
+    fn endpoints(self, ports: &[u16]) -> Result<Vec<Endpoint>, String> {
+        let Self { address, node, zone, draining } = self;
+        // What a template had no value for is not known.
+        let (node, zone) = (node.filter(|node| !node.is_empty()), zone.filter(|zone| !zone.is_empty()));
+        let endpoint = |address| Endpoint { address, node: node.clone(), zone: zone.clone(), draining };
+        expand(&address, ports).map(|all| all.into_iter().map(endpoint).collect()).ok_or(address)
+    }
+}
+
+impl From<Listed> for Entry {
+    fn from(listed: Listed) -> Self {
+        match listed {
+            Listed::Address(address) => Self { address, node: None, zone: None, draining: false },
+            Listed::Entry(entry) => entry,
+        }
+    }
+}
+
 fn listed_element(value: &DeValue<'_>, ports: &[u16]) -> Parsed<Vec<Endpoint>> {
     const EXPECTED: &str =
         r#"{ address = "ip:port", node = "n1", zone = "a", draining = false }, all but address optional"#;
-    let expected = || Expected(EXPECTED.into());
-    let DeValue::Table(table) = value else { return addresses(value, ports).map(plain) };
-    let known = ["address", "node", "zone", "draining"];
-    if table.keys().any(|key| !known.contains(&key.get_ref().as_ref())) {
-        return Err(expected());
-    }
-    let get = |key: &str| table.get(key).map(toml::Spanned::get_ref);
-    let address = get("address").ok_or_else(expected)?;
-    let node = get("node").map(value::non_empty).transpose().map_err(|_| expected())?;
-    let zone = get("zone").map(value::non_empty).transpose().map_err(|_| expected())?;
-    let draining = get("draining").map(value::boolean).transpose().map_err(|_| expected())?.unwrap_or(false);
-    let endpoint = |address| Endpoint { address, node: node.clone(), zone: zone.clone(), draining };
-    Ok(addresses(address, ports)?.into_iter().map(endpoint).collect())
+    let deserializer = toml::de::ValueDeserializer::from(toml::Spanned::new(0..0, value.clone()));
+    let entry = match Listed::deserialize(deserializer) {
+        Ok(listed) => Entry::from(listed),
+        Err(_) if matches!(value, DeValue::Table(_)) => return Err(Expected(EXPECTED.into())),
+        Err(_) => return Err(value::not_an_endpoint()),
+    };
+    entry.endpoints(ports).map_err(|_| value::not_an_endpoint())
 }
 
-fn plain(addresses: Vec<SocketAddr>) -> Vec<Endpoint> {
-    addresses.into_iter().map(Endpoint::from).collect()
+/// What is wrong with a file of endpoints.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum EndpointsError {
+    #[error("line {line}: {message}")]
+    Toml { line: usize, message: String },
+    #[error("{0}")]
+    Json(String),
+    #[error("endpoints[{index}]: found {found:?}, expected ip:port of a server, or ip where the pool has ports")]
+    Address { index: usize, found: String },
+    #[error("endpoints[{index}]: found \"{found}\", expected another server than listen.address ({listen})")]
+    Own { index: usize, found: SocketAddr, listen: SocketAddr },
 }
 
-fn addresses(value: &DeValue<'_>, ports: &[u16]) -> Parsed<Vec<SocketAddr>> {
-    let text = if let DeValue::String(text) = value { text.as_ref() } else { "" };
-    match expand(text, ports) {
-        Some(addresses) => Ok(addresses),
-        None => value::endpoint(value).map(|address| vec![address]),
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EndpointsFormat {
+    Toml,
+    Json,
+}
+
+impl EndpointsFormat {
+    /// By the name: `.json`, and anything else is TOML.
+    pub fn of(path: &Path) -> Self {
+        if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("json")) {
+            Self::Json
+        } else {
+            Self::Toml
+        }
     }
+}
+
+/// The endpoints of a file: `endpoints = [...]` as a pool has it, and nothing else. The list must be there, so that a file
+/// that has only begun to be written is not an empty pool.
+pub fn parse_endpoints(
+    text: &str,
+    format: EndpointsFormat,
+    ports: &[u16],
+    listen: SocketAddr,
+) -> Result<Vec<Endpoint>, EndpointsError> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct File {
+        endpoints: Vec<Listed>,
+    }
+    let file: File = match format {
+        EndpointsFormat::Toml => toml::from_str(text).map_err(|error| EndpointsError::Toml {
+            line: text[..error.span().map_or(0, |span| span.start)].matches('\n').count() + 1,
+            message: error.message().replace('\n', ", "),
+        })?,
+        EndpointsFormat::Json => serde_json::from_str(text).map_err(|error| EndpointsError::Json(error.to_string()))?,
+    };
+    let mut endpoints = Vec::with_capacity(file.endpoints.len());
+    for (index, listed) in file.endpoints.into_iter().enumerate() {
+        let listed = Entry::from(listed).endpoints(ports).map_err(|found| EndpointsError::Address { index, found })?;
+        if let Some(own) = listed.iter().find(|endpoint| is_own(endpoint.address, listen)) {
+            return Err(EndpointsError::Own { index, found: own.address, listen });
+        }
+        endpoints.extend(listed);
+    }
+    Ok(endpoints)
 }
 
 /// The endpoints that `text` stands for: `ip:port`, or `ip` at each of `ports`. None if it is neither, or cannot be dialled.
-pub fn expand(text: &str, ports: &[u16]) -> Option<Vec<SocketAddr>> {
+fn expand(text: &str, ports: &[u16]) -> Option<Vec<SocketAddr>> {
     let addresses: Vec<SocketAddr> = match text.parse::<IpAddr>() {
         Ok(ip) => ports.iter().map(|&port| SocketAddr::new(ip, port)).collect(),
         Err(_) => text.parse().into_iter().collect(),
@@ -101,8 +187,8 @@ pub fn expand(text: &str, ports: &[u16]) -> Option<Vec<SocketAddr>> {
     (!addresses.is_empty() && addresses.iter().all(can_be_dialled)).then_some(addresses)
 }
 
-/// Whether dialling the endpoint reaches this agent's own listener, as far as the addresses tell.
-fn is_own(endpoint: SocketAddr, listen: SocketAddr) -> bool {
+/// Whether dialling the endpoint reaches the agent's own listener, as far as the addresses tell.
+pub fn is_own(endpoint: SocketAddr, listen: SocketAddr) -> bool {
     endpoint.port() == listen.port()
         && (endpoint.ip() == listen.ip() || (listen.ip().is_unspecified() && endpoint.ip().is_loopback()))
 }

@@ -1,5 +1,7 @@
 //! `[pools.ejection]` and `[pools.health]`: when an endpoint is avoided, by what requests see of it and by asking it.
 
+use http::uri::PathAndQuery;
+
 use super::{Ejection, HealthCheck, document::Section, value};
 
 pub(super) fn ejection(section: &mut Section<'_>) -> Ejection {
@@ -25,8 +27,8 @@ pub(super) fn check(section: &mut Section<'_>) -> Option<HealthCheck> {
         if given && !section.has("path") {
             section.reject("path", "nothing", r#"the path to ask for, such as "/health""#);
         }
-        let path = section.read("path", value::path_prefix);
-        let default = HealthCheck::new(path.unwrap_or_default());
+        let path = section.read("path", value::path_and_query);
+        let default = HealthCheck::new(path.unwrap_or(PathAndQuery::from_static("/")));
         HealthCheck {
             interval: section.read("interval", value::duration).unwrap_or(default.interval),
             timeout: section.read("timeout", value::duration).unwrap_or(default.timeout),

@@ -52,6 +52,10 @@ pub(super) fn picker(section: &mut Section<'_>) -> Picker {
     }
 }
 
+pub(super) fn session_headers(section: &mut Section<'_>) -> Vec<http::HeaderName> {
+    section.one_or_more("session_header", value::header_name)
+}
+
 fn epp(section: &mut Section<'_>) -> Epp {
     const TOLD: &[(&str, ResponseToPicker)] =
         &[("headers", ResponseToPicker::Headers), ("usage", ResponseToPicker::Usage), ("body", ResponseToPicker::Body)];

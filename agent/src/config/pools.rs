@@ -2,7 +2,9 @@
 
 use std::net::SocketAddr;
 
-use super::{FailureMode, Node, Picker, Pool, document::Section, endpoints, health, picker, subset, value};
+use super::{
+    AppProtocol, FailureMode, Node, Picker, Pool, document::Section, endpoints, health, picker, retry, subset, value,
+};
 
 pub(super) fn pools(root: &mut Section<'_>, listen: SocketAddr, node: &Node) -> Vec<Pool> {
     let mut names: Vec<String> = Vec::new();
@@ -22,18 +24,24 @@ pub(super) fn pools(root: &mut Section<'_>, listen: SocketAddr, node: &Node) -> 
 
 fn pool(section: &mut Section<'_>, listen: SocketAddr, node: &Node) -> Pool {
     const MODES: &[(&str, FailureMode)] = &[("open", FailureMode::Open), ("closed", FailureMode::Closed)];
+    const PROTOCOLS: &[(&str, AppProtocol)] = &[("http1", AppProtocol::Http1), ("h2c", AppProtocol::H2c)];
     let ports = endpoints::ports(section);
+    let (picker, session_headers) =
+        section.section("picker", |section| (picker::picker(section), picker::session_headers(section)));
     let pool = Pool {
         name: section.require("name", "the name of the pool", value::pool_name).unwrap_or_default(),
         endpoints: endpoints::listed(section, &ports, listen),
         endpoints_dns: endpoints::named(section, &ports),
         endpoints_file: endpoints::file(section),
         ports,
+        app_protocol: section.read("app_protocol", value::one_of(PROTOCOLS)).unwrap_or_default(),
         failure_mode: section.read("failure_mode", value::one_of(MODES)).unwrap_or(FailureMode::Closed),
         default_upstream: section.read("default_upstream", value::endpoint),
         passthrough: section.read("passthrough", value::boolean).unwrap_or(false),
-        picker: section.section("picker", picker::picker),
+        picker,
+        session_headers,
         subset: section.section("subset", |section| subset::subset(section, node)),
+        retry: section.section("retry", retry::retry),
         ejection: section.section("ejection", health::ejection),
         health: health::check(section),
     };

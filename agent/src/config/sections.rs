@@ -1,52 +1,40 @@
 //! The file's sections into the structures of [`super`], with the checks that concern one section or the whole.
 
-use std::net::SocketAddr;
-
 use super::{
-    Admin, Bbr, Config, Limits, Listen, Overrides, Steering, SteeringMode, Timeouts, dns, document::Section, node,
-    pools, routes, value,
+    Admin, Config, ErrorFormat, Errors, Limits, Listen, Overrides, Steering, SteeringMode, Timeouts, bbr, dns,
+    document::Section, headers, listen, node, pools, routes, tracing, value,
 };
 
 const MIB: u32 = 1 << 20;
 
 pub(super) fn config(root: &mut Section<'_>, overrides: &Overrides) -> Config {
-    let listen = root.section("listen", |section| listen(section, overrides));
+    let listen = root.section("listen", |section| listen::listen(section, overrides));
     let admin = root.section("admin", |section| admin(section, overrides, &listen));
     let limits = root.section("limits", limits);
     let timeouts = root.section("timeouts", timeouts);
-    let bbr = root.section("bbr", bbr);
+    let headers = root.section("headers", headers::headers);
+    let errors = root.section("errors", errors);
+    let bbr = root.section("bbr", bbr::bbr);
     let steering = root.section("steering", |section| steering(section, overrides));
+    let tracing = root.section("tracing", tracing::tracing);
     let node = root.section("node", |section| node::node(section, overrides));
     let dns = root.section("dns", dns::dns);
     let pools = pools::pools(root, listen.address, &node);
-    let routes = routes::routes(root, &pools);
-    Config { listen, admin, limits, timeouts, bbr, steering, node, dns, pools, routes }
-}
-
-fn listen(section: &mut Section<'_>, overrides: &Overrides) -> Listen {
-    let default = Listen::default();
-    let address = section.read("address", value::listen_address);
-    Listen {
-        address: overrides.listen.or(address).unwrap_or(default.address),
-        workers: section.read("workers", value::integer(0..=1024)).unwrap_or(default.workers),
-        max_connections: section
-            .read("max_connections", value::integer(1..=1_048_576))
-            .unwrap_or(default.max_connections),
-    }
+    let routes = routes::routes(root, &pools, &bbr);
+    Config { listen, admin, limits, timeouts, headers, errors, bbr, steering, tracing, node, dns, pools, routes }
 }
 
 fn admin(section: &mut Section<'_>, overrides: &Overrides, listen: &Listen) -> Admin {
     let address = section.read("address", value::listen_address);
     let address = overrides.admin.or(address).unwrap_or(Admin::default().address);
-    if collide(address, listen.address) {
+    if listen::collide(address, listen.address) {
         section.reject("address", address, format_args!("another port than listen.address ({})", listen.address));
+    } else if let Some(tls) = &listen.tls
+        && listen::collide(address, tls.address)
+    {
+        section.reject("address", address, format_args!("another port than listen.tls.address ({})", tls.address));
     }
     Admin { address }
-}
-
-/// Whether the two cannot both be bound.
-fn collide(a: SocketAddr, b: SocketAddr) -> bool {
-    a.port() == b.port() && a.port() != 0 && (a.ip() == b.ip() || a.ip().is_unspecified() || b.ip().is_unspecified())
 }
 
 fn limits(section: &mut Section<'_>) -> Limits {
@@ -70,12 +58,13 @@ fn limits(section: &mut Section<'_>) -> Limits {
 fn timeouts(section: &mut Section<'_>) -> Timeouts {
     let default = Timeouts::default();
     Timeouts {
-        head: section.read("head", value::duration).unwrap_or(default.head),
-        body: section.read("body", value::duration).unwrap_or(default.body),
-        keep_alive: section.read("keep_alive", value::duration).unwrap_or(default.keep_alive),
-        connect: section.read("connect", value::duration).unwrap_or(default.connect),
+        head: section.read("head", value::duration_or_off).unwrap_or(default.head),
+        body: section.read("body", value::duration_or_off).unwrap_or(default.body),
+        keep_alive: section.read("keep_alive", value::duration_or_off).unwrap_or(default.keep_alive),
+        connect: section.read("connect", value::duration_or_off).unwrap_or(default.connect),
         first_byte: section.read("first_byte", value::duration_or_off).unwrap_or(default.first_byte),
         idle: section.read("idle", value::duration_or_off).unwrap_or(default.idle),
+        request: section.read("request", value::duration_or_off).unwrap_or(default.request),
         endpoint_keep_alive: section
             .read("endpoint_keep_alive", value::duration)
             .unwrap_or(default.endpoint_keep_alive),
@@ -83,13 +72,9 @@ fn timeouts(section: &mut Section<'_>) -> Timeouts {
     }
 }
 
-fn bbr(section: &mut Section<'_>) -> Bbr {
-    let default = Bbr::default();
-    Bbr {
-        enabled: section.read("enabled", value::boolean).unwrap_or(default.enabled),
-        header: section.read("header", value::header_name).unwrap_or(default.header),
-        default_model: section.read("default_model", value::non_empty),
-    }
+fn errors(section: &mut Section<'_>) -> Errors {
+    const FORMATS: &[(&str, ErrorFormat)] = &[("openai", ErrorFormat::OpenAi), ("plain", ErrorFormat::Plain)];
+    Errors { format: section.read("format", value::one_of(FORMATS)).unwrap_or(Errors::default().format) }
 }
 
 fn steering(section: &mut Section<'_>, overrides: &Overrides) -> Steering {

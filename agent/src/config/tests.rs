@@ -1,6 +1,10 @@
 //! Good files give what they say; bad files give exactly these messages.
 
+mod routes;
+
 use std::time::Duration;
+
+use http::uri::PathAndQuery;
 
 use super::*;
 
@@ -43,7 +47,8 @@ fn everything_on() -> String {
         Some(setting) if !setting.starts_with(' ') => format!("{setting}\n"),
         _ => format!("{line}\n"),
     });
-    lines.collect::<String>().replace("kind = \"builtin\"", "kind = \"epp\"").replace("\"closed\"", "\"open\"")
+    let text = lines.collect::<String>().replace("kind = \"builtin\"", "kind = \"epp\"");
+    text.replace("\"closed\"", "\"open\"").replace("missing_model = \"pass\"", "missing_model = \"default\"")
 }
 
 #[test]
@@ -54,17 +59,28 @@ fn the_commented_settings_of_the_default_file_are_the_defaults() {
     {
         text = text.replace(&format!("\n{key} = "), "\n#");
     }
+    let text = text.replace("path = \"/v1/chat", "#").replace("pool = ", "#");
     let config = Config::parse(&text, "p.toml").unwrap();
     assert_eq!(config.pools[0].picker, Picker::Epp(Epp::new("127.0.0.1:9002")));
     assert_eq!(config.pools[0].default_upstream, Some("127.0.0.1:8001".parse().unwrap()));
-    assert_eq!(config.pools[0].health, Some(HealthCheck::new("/health")));
+    assert_eq!(config.pools[0].health, Some(HealthCheck::new(PathAndQuery::from_static("/health"))));
     assert_eq!(config.pools[0].endpoints_file, Some("endpoints.toml".into()));
     assert_eq!(config.node, Node { name: Some("node-1".into()), zone: Some("zone-a".into()) });
+    assert_eq!(config.pools[0].session_headers, ["x-session-id"]);
+    assert_eq!(config.bbr.missing_model, MissingModel::Default("unknown".into()));
+    assert_eq!(config.bbr.base_models, [("sql-lora".to_owned(), "llama-3.1-8b".to_owned())].into());
+    let header = |name: &'static str, value: Option<&str>| HeaderCondition {
+        name: http::HeaderName::from_static(name),
+        value: value.map(str::to_owned),
+    };
     let route = Route {
-        host: Some("llm.example.com".into()),
-        path_prefix: Some("/v1".into()),
-        model: Some("llama-3.1-8b".into()),
-        pool: "default".into(),
+        hosts: vec![HostPattern::Exact("llm.example.com".into())],
+        path: Some(PathPattern::Prefix("/v1".into())),
+        methods: vec![http::Method::POST],
+        headers: vec![header("x-team", Some("red")), header("x-beta", None)],
+        models: vec![ModelPattern::Exact("llama-3.1-8b".into())],
+        base_models: vec!["llama-3.1-8b".into()],
+        pools: vec![WeightedPool::new("default", 70)],
     };
     assert_eq!(config.routes, [route]);
 }
@@ -82,15 +98,15 @@ fn the_default_file_has_every_key() {
         let (_, known) = known.unwrap_or_else(|| panic!("{header}: {messages:?}"));
         let section = &text[body..];
         let section = &section[..section.find("\n[").unwrap_or(section.len())];
-        for key in known.split(", ").filter(|key| !["picker", "subset", "ejection", "health"].contains(key)) {
+        for key in known.split(", ").filter(|key| !["picker", "subset", "retry", "ejection", "health"].contains(key)) {
             assert!(section.lines().any(|line| line.starts_with(&format!("{key} = "))), "{header} lacks {key}");
         }
         sections += 1;
     }
-    assert_eq!(sections, 14);
+    assert_eq!(sections, 18);
     assert_eq!(
         messages(&format!("top = 1\n{text}"))[0],
-        "p.toml:1: top: found an unknown key, expected one of listen, admin, limits, timeouts, bbr, steering, node, dns, pools, routes"
+        "p.toml:1: top: found an unknown key, expected one of listen, admin, limits, timeouts, headers, errors, bbr, steering, tracing, node, dns, pools, routes"
     );
 }
 
@@ -101,6 +117,8 @@ fn every_setting_is_read() {
         address = "[::1]:80"
         workers = 3
         max_connections = 1_000
+        http2_max_streams = 0
+        upgrades = []
         [admin]
         address = "127.0.0.1:0"
         [limits]
@@ -115,12 +133,23 @@ fn every_setting_is_read() {
         connect = "4h"
         first_byte = "off"
         idle = "off"
+        request = "5m"
         endpoint_keep_alive = "5s"
         drain = "24h"
+        [headers]
+        via = "gw.example:8080"
+        x_forwarded = "replace"
+        forwarded = "append"
+        request_id_to_client = true
+        [errors]
+        format = "plain"
         [bbr]
         enabled = false
         header = "X-Model"
+        missing_model = "default"
         default_model = "m"
+        base_model_header = "X-Base"
+        base_models = { "l 1" = "b", b = "b" }
         [steering]
         mode = "ingress"
         min_bytes = 1
@@ -128,6 +157,12 @@ fn every_setting_is_read() {
         client_send_buffer = 16384
         endpoint_receive_buffer = 67108864
         max_flows = 7
+        [tracing]
+        otlp_endpoint = "http://[::1]:4317/"
+        sampling_ratio = 0.25
+        service_name = "edge"
+        queue_spans = 8
+        export_interval = "2s"
         [node]
         name = "n1"
         zone = "a"
@@ -143,8 +178,10 @@ fn every_setting_is_read() {
         endpoints_file = "/etc/endpoints.json"
         ports = [8000, 8001]
         subset = { prefer = ["zone", "node"], empty = "fail" }
+        retry = { attempts = 0, budget_percent = 5, budget_min_per_second = 6 }
         ejection = { failures = 0, base = "1s", max = "2s", max_percent = 100, server_errors = true }
-        health = { path = "/live", interval = "1s", timeout = "2s", unhealthy_after = 4, healthy_after = 5 }
+        health = { path = "/live?full=1", interval = "1s", timeout = "2s", unhealthy_after = 4, healthy_after = 5 }
+        app_protocol = "h2c"
         failure_mode = "open"
         default_upstream = "127.0.0.2:1"
         passthrough = true
@@ -164,6 +201,17 @@ fn every_setting_is_read() {
         health_port = 9003
         health_tls = true
         health_service = "inference-extension"
+        session_header = ["x-session-id", "x-other"]
+        [[routes]]
+        host = "*.Example.com."
+        path = "/v1/models/"
+        method = ["GET", "HEAD"]
+        headers = [{ name = "X-A", value = "b c" }]
+        pool = "team/gpu"
+        [[routes]]
+        path_prefix = "/v1/"
+        [[routes.pools]]
+        name = "team/gpu"
     "#;
     let pool = Pool {
         name: "team/gpu".into(),
@@ -181,6 +229,7 @@ fn every_setting_is_read() {
         endpoints_dns: Some(NamedEndpoints { name: "models.svc".into(), ports: vec![8000, 8001] }),
         endpoints_file: Some("/etc/endpoints.json".into()),
         ports: vec![8000, 8001],
+        app_protocol: AppProtocol::H2c,
         failure_mode: FailureMode::Open,
         default_upstream: Some("127.0.0.2:1".parse().unwrap()),
         passthrough: true,
@@ -200,7 +249,9 @@ fn every_setting_is_read() {
             health_tls: true,
             health_service: "inference-extension".into(),
         }),
+        session_headers: ["x-session-id", "x-other"].map(http::HeaderName::from_static).to_vec(),
         subset: Subset { prefer: vec![Locality::Zone, Locality::Node], endpoints: vec![], empty: EmptySubset::Fail },
+        retry: Retry { attempts: 0, budget_percent: 5, budget_min_per_second: 6 },
         ejection: Ejection {
             failures: 0,
             base: Duration::from_secs(1),
@@ -209,7 +260,7 @@ fn every_setting_is_read() {
             server_errors: true,
         },
         health: Some(HealthCheck {
-            path: "/live".into(),
+            path: PathAndQuery::from_static("/live?full=1"),
             interval: Duration::from_secs(1),
             timeout: Duration::from_secs(2),
             unhealthy_after: 4,
@@ -217,20 +268,41 @@ fn every_setting_is_read() {
         }),
     };
     let expected = Config {
-        listen: Listen { address: "[::1]:80".parse().unwrap(), workers: 3, max_connections: 1000 },
+        listen: Listen {
+            address: "[::1]:80".parse().unwrap(),
+            workers: 3,
+            max_connections: 1000,
+            http2_max_streams: 0,
+            upgrades: vec![],
+            tls: None,
+        },
         admin: Admin { address: "127.0.0.1:0".parse().unwrap() },
         limits: Limits { head_bytes: 1024, headers: 16, body_bytes: 5, body_memory_bytes: 4 },
         timeouts: Timeouts {
-            head: Duration::from_millis(1),
-            body: Duration::from_secs(2),
-            keep_alive: Duration::from_secs(180),
-            connect: Duration::from_secs(4 * 3600),
+            head: Some(Duration::from_millis(1)),
+            body: Some(Duration::from_secs(2)),
+            keep_alive: Some(Duration::from_secs(180)),
+            connect: Some(Duration::from_secs(4 * 3600)),
             first_byte: None,
             idle: None,
+            request: Some(Duration::from_secs(300)),
             endpoint_keep_alive: Duration::from_secs(5),
             drain: Duration::from_secs(24 * 3600),
         },
-        bbr: Bbr { enabled: false, header: http::HeaderName::from_static("x-model"), default_model: Some("m".into()) },
+        headers: Headers {
+            via: Some("gw.example:8080".into()),
+            x_forwarded: Forwarding::Replace,
+            forwarded: Forwarding::Append,
+            request_id_to_client: true,
+        },
+        errors: Errors { format: ErrorFormat::Plain },
+        bbr: Bbr {
+            enabled: false,
+            header: http::HeaderName::from_static("x-model"),
+            missing_model: MissingModel::Default("m".into()),
+            base_model_header: http::HeaderName::from_static("x-base"),
+            base_models: ["l 1", "b"].map(|model| (model.to_owned(), "b".to_owned())).into(),
+        },
         steering: Steering {
             mode: SteeringMode::Ingress,
             min_bytes: 1,
@@ -238,6 +310,13 @@ fn every_setting_is_read() {
             client_send_buffer: 16_384,
             endpoint_receive_buffer: 67_108_864,
             max_flows: 7,
+        },
+        tracing: Tracing {
+            otlp_endpoint: Some("http://[::1]:4317/".into()),
+            sampling_ratio: Ratio::new(0.25).unwrap(),
+            service_name: "edge".into(),
+            queue_spans: 8,
+            export_interval: Duration::from_secs(2),
         },
         node: Node { name: Some("n1".into()), zone: Some("a".into()) },
         dns: Dns {
@@ -247,9 +326,32 @@ fn every_setting_is_read() {
             max_ttl: Duration::from_secs(3),
         },
         pools: vec![pool],
-        routes: vec![],
+        routes: vec![
+            Route {
+                hosts: vec![HostPattern::Below(".example.com".into())],
+                path: Some(PathPattern::Exact("/v1/models/".into())),
+                methods: vec![http::Method::GET, http::Method::HEAD],
+                headers: vec![HeaderCondition {
+                    name: http::HeaderName::from_static("x-a"),
+                    value: Some("b c".into()),
+                }],
+                ..Route::to("team/gpu")
+            },
+            Route { path: Some(PathPattern::Prefix("/v1".into())), ..Route::to("team/gpu") },
+        ],
     };
     assert_eq!(Config::parse(text, "p.toml").unwrap(), expected);
+}
+
+#[test]
+fn what_can_be_off() {
+    let text = "[timeouts]\nhead = \"off\"\nbody = \"off\"\nkeep_alive = \"off\"\nconnect = \"off\"\nfirst_byte = \"off\"\nidle = \"off\"\nrequest = \"off\"\n[headers]\nvia = \"off\"\nx_forwarded = \"off\"\n";
+    let config = Config::parse(&format!("{text}{POOL}"), "p.toml").unwrap();
+    let (head, body, keep_alive, connect) = (None, None, None, None);
+    let (first_byte, idle, request) = (None, None, None);
+    let timeouts = Timeouts { head, body, keep_alive, connect, first_byte, idle, request, ..Timeouts::default() };
+    assert_eq!(config.timeouts, timeouts);
+    assert_eq!(config.headers, Headers { via: None, x_forwarded: Forwarding::Off, ..Headers::default() });
 }
 
 #[test]
@@ -258,21 +360,41 @@ fn bad_sections() {
     let cases = [
         ("[listen]\naddress = \"localhost:8080\"", r#"p.toml:2: listen.address: found "localhost:8080", expected ip:port, such as "0.0.0.0:8080" or "[::]:8080""#.to_owned()),
         ("[listen]\n\nworkers = -1", "p.toml:3: listen.workers: found -1, expected an integer from 0 to 1024".to_owned()),
-        ("[listen]\nport = 1", "p.toml:2: listen.port: found an unknown key, expected one of address, workers, max_connections".to_owned()),
+        ("[listen.tls]\naddress = \"0.0.0.0:1\"\ncert_file = \"none.crt\"", r"p.toml:1: listen.tls.key_file: found nothing, expected the file with its key".to_owned()),
+        ("[listen]\nport = 1", "p.toml:2: listen.port: found an unknown key, expected one of address, workers, max_connections, http2_max_streams, upgrades, tls".to_owned()),
         ("listen = 5", "p.toml:1: listen: found 5, expected a section".to_owned()),
         ("[admin]\naddress = \"127.0.0.1:8080\"", "p.toml:2: admin.address: found 127.0.0.1:8080, expected another port than listen.address (0.0.0.0:8080)".to_owned()),
         ("[limits]\nhead_bytes = 100", "p.toml:2: limits.head_bytes: found 100, expected an integer from 1024 to 1048576".to_owned()),
         ("[limits]\nheaders = 1.5", "p.toml:2: limits.headers: found 1.5, expected an integer from 16 to 1024".to_owned()),
         ("[limits]\nbody_bytes = 10\nbody_memory_bytes = 11", "p.toml:3: limits.body_memory_bytes: found 11, expected at most limits.body_bytes (10)".to_owned()),
-        ("[timeouts]\nhead = 10", format!("p.toml:2: timeouts.head: found 10, expected {DURATION}")),
-        ("[timeouts]\nhead = \"0s\"", format!("p.toml:2: timeouts.head: found \"0s\", expected {DURATION}")),
-        ("[timeouts]\nhead = \"1.5s\"", format!("p.toml:2: timeouts.head: found \"1.5s\", expected {DURATION}")),
-        ("[timeouts]\nhead = \"off\"", format!("p.toml:2: timeouts.head: found \"off\", expected {DURATION}")),
-        ("[timeouts]\nhead = \"99999999999999999999h\"", format!("p.toml:2: timeouts.head: found \"99999999999999999999h\", expected {DURATION}")),
+        ("[timeouts]\ndrain = 10", format!("p.toml:2: timeouts.drain: found 10, expected {DURATION}")),
+        ("[timeouts]\ndrain = \"0s\"", format!("p.toml:2: timeouts.drain: found \"0s\", expected {DURATION}")),
+        ("[timeouts]\ndrain = \"1.5s\"", format!("p.toml:2: timeouts.drain: found \"1.5s\", expected {DURATION}")),
+        ("[timeouts]\ndrain = \"off\"", format!("p.toml:2: timeouts.drain: found \"off\", expected {DURATION}")),
+        ("[timeouts]\nendpoint_keep_alive = \"off\"", format!("p.toml:2: timeouts.endpoint_keep_alive: found \"off\", expected {DURATION}")),
+        ("[timeouts]\ndrain = \"99999999999999999999h\"", format!("p.toml:2: timeouts.drain: found \"99999999999999999999h\", expected {DURATION}")),
         ("[timeouts]\nidle = false", format!("p.toml:2: timeouts.idle: found false, expected \"off\" or {DURATION}")),
+        ("[timeouts]\nrequest = \"never\"", format!("p.toml:2: timeouts.request: found \"never\", expected \"off\" or {DURATION}")),
+        ("[headers]\nvia = \"a b\"", r#"p.toml:2: headers.via: found "a b", expected "off" or a name without blanks, such as "penstock""#.to_owned()),
+        ("[headers]\nvia = \"\"", r#"p.toml:2: headers.via: found "", expected "off" or a name without blanks, such as "penstock""#.to_owned()),
+        ("[headers]\nx_forwarded = \"on\"", r#"p.toml:2: headers.x_forwarded: found "on", expected "append" or "replace" or "off""#.to_owned()),
+        ("[headers]\nforwarded = true", r#"p.toml:2: headers.forwarded: found true, expected "append" or "replace" or "off""#.to_owned()),
+        ("[errors]\nformat = \"html\"", r#"p.toml:2: errors.format: found "html", expected "openai" or "plain""#.to_owned()),
+        ("[tracing]\notlp_endpoint = \"127.0.0.1:4317\"", r#"p.toml:2: tracing.otlp_endpoint: found "127.0.0.1:4317", expected "off" or a URL such as "http://127.0.0.1:4317""#.to_owned()),
+        ("[tracing]\notlp_endpoint = \"https://a:4317\"", r#"p.toml:2: tracing.otlp_endpoint: found "https://a:4317", expected "off" or a URL such as "http://127.0.0.1:4317""#.to_owned()),
+        ("[tracing]\nsampling_ratio = 1.5", "p.toml:2: tracing.sampling_ratio: found 1.5, expected a number from 0 to 1".to_owned()),
+        ("[tracing]\nsampling_ratio = nan", "p.toml:2: tracing.sampling_ratio: found nan, expected a number from 0 to 1".to_owned()),
+        ("[tracing]\nqueue_spans = 0", "p.toml:2: tracing.queue_spans: found 0, expected an integer from 1 to 1048576".to_owned()),
         ("[bbr]\nenabled = \"yes\"", r#"p.toml:2: bbr.enabled: found "yes", expected true or false"#.to_owned()),
         ("[bbr]\nheader = \"Content-Length\"", r#"p.toml:2: bbr.header: found "Content-Length", expected the name of a header that does not frame the message"#.to_owned()),
         ("[bbr]\ndefault_model = \"\"", r#"p.toml:2: bbr.default_model: found "", expected a text that is not empty"#.to_owned()),
+        ("[bbr]\nmissing_model = \"fail\"", r#"p.toml:2: bbr.missing_model: found "fail", expected "pass" or "default" or "reject""#.to_owned()),
+        ("[bbr]\nmissing_model = \"default\"", r#"p.toml:2: bbr.missing_model: found "default" without a default_model, expected default_model beside it"#.to_owned()),
+        ("[bbr]\nmissing_model = \"pass\"\ndefault_model = \"m\"", r#"p.toml:3: bbr.default_model: found a model that nothing uses, expected missing_model = "default" beside it"#.to_owned()),
+        ("[bbr]\nbase_model_header = \"x-gateway-model-name\"", "p.toml:2: bbr.base_model_header: found x-gateway-model-name, expected another header than bbr.header (x-gateway-model-name)".to_owned()),
+        ("[bbr]\nbase_models = [\"a\"]", r#"p.toml:2: bbr.base_models: found an array, expected a table of adapters and base models, such as { "sql-lora" = "llama-3.1-8b" }"#.to_owned()),
+        ("[bbr.base_models]\na = \"\"", r#"p.toml:2: bbr.base_models.a: found "", expected a text that is not empty"#.to_owned()),
+        ("[bbr.base_models]\na = \"b\"\nb = \"c\"", r#"p.toml:1: bbr.base_models: found "b" for "a", itself an adapter, expected base models that have none"#.to_owned()),
         ("[steering]\nmode = \"on\"", r#"p.toml:2: steering.mode: found "on", expected "auto" or "ingress" or "off""#.to_owned()),
         ("[steering]\nmin_bytes = 10\nmax_remote_bytes = 9", "p.toml:3: steering.max_remote_bytes: found 9, expected 0, or at least steering.min_bytes (10)".to_owned()),
         ("[steering]\nclient_send_buffer = 1", "p.toml:2: steering.client_send_buffer: found 1, expected an integer from 16384 to 67108864".to_owned()),
@@ -406,12 +528,20 @@ fn bad_subsets_and_health() {
             r#"p.toml:5: pools[0].subset.empty: found "none", expected "all" or "fail""#,
         ),
         (
+            "[pools.retry]\nbudget_percent = 101",
+            "p.toml:5: pools[0].retry.budget_percent: found 101, expected an integer from 0 to 100",
+        ),
+        (
             "[pools.ejection]\nbase = \"2m\"",
             "p.toml:5: pools[0].ejection.base: found a base above max, expected base up to max",
         ),
         (
             "[pools.health]\ninterval = \"1s\"",
             r#"p.toml:4: pools[0].health.path: found nothing, expected the path to ask for, such as "/health""#,
+        ),
+        (
+            "[pools.health]\npath = \"health\"",
+            r#"p.toml:5: pools[0].health.path: found "health", expected a path that starts with "/""#,
         ),
         (
             "[dns]\nmin_ttl = \"1h\"",
@@ -491,27 +621,21 @@ fn a_pool_that_opens_needs_a_place_to_send_to() {
     );
 }
 
+/// A default alone says that it is used; so does its rule.
 #[test]
-fn bad_routes() {
-    let cases = [
-        ("[[routes]]\nhost = \"a\"", r#"p.toml:4: routes[0].pool: found nothing, expected the name of a pool"#),
-        ("[[routes]]\npool = \"b\"", r#"p.toml:5: routes[0].pool: found "b", expected one of a"#),
-        (
-            "[[routes]]\npool = \"a\"\nhost = \"llm:80\"",
-            r#"p.toml:6: routes[0].host: found "llm:80", expected a host without port, such as "llm.example.com""#,
-        ),
-        (
-            "[[routes]]\npool = \"a\"\npath_prefix = \"v1\"",
-            r#"p.toml:6: routes[0].path_prefix: found "v1", expected a path that starts with "/", without query"#,
-        ),
-        (
-            "[[routes]]\npool = \"a\"\n[[routes]]\npool = \"a\"\nmodel = \"m\"",
-            "p.toml:7: routes[1].pool: found a route that routes[0] always wins over, expected the narrower route first",
-        ),
-    ];
-    for (more, expected) in cases {
-        assert_message(&format!("{POOL}{more}"), expected);
+fn a_default_model_needs_no_rule_beside_it() {
+    for text in ["default_model = \"m\"", "missing_model = \"default\"\ndefault_model = \"m\""] {
+        let config = Config::parse(&format!("[bbr]\n{text}\n{POOL}"), "p.toml").unwrap();
+        assert_eq!(config.bbr.missing_model, MissingModel::Default("m".into()));
     }
+}
+
+#[test]
+fn bad_session_headers() {
+    assert_message(
+        &format!("{POOL}picker.session_header = [\"x-a\", \"content-length\"]"),
+        "p.toml:4: pools[0].picker.session_header[1]: found \"content-length\", expected the name of a header that does not frame the message",
+    );
 }
 
 #[test]
@@ -633,4 +757,62 @@ fn files_are_found_beside_the_configuration() {
     let missing = folder.path().join("missing.toml");
     let error = Config::load(&missing).unwrap_err().to_string();
     assert!(error.starts_with(&format!("{}: cannot be read: ", missing.display())), "{error}");
+}
+
+fn endpoints_file(text: &str, name: &str) -> Result<Vec<Endpoint>, String> {
+    let (format, listen) = (EndpointsFormat::of(Path::new(name)), address("10.0.0.9:8080"));
+    parse_endpoints(text, format, &[8000, 8001], listen).map_err(|error| error.to_string())
+}
+
+#[test]
+fn files_of_endpoints_say_the_same_as_toml_and_as_json() {
+    let toml = r#"endpoints = ["10.0.0.1", "[fd00::1]:80",
+        { address = "10.0.0.2:80", node = "n1", zone = "", draining = true }]"#;
+    let tables = "[[endpoints]]\naddress = \"10.0.0.1\"\n[[endpoints]]\naddress = \"[fd00::1]:80\"\n\
+                  [[endpoints]]\naddress = \"10.0.0.2:80\"\nnode = \"n1\"\ndraining = true";
+    let json = r#"{"endpoints": ["10.0.0.1", "[fd00::1]:80",
+        {"address": "10.0.0.2:80", "node": "n1", "zone": null, "draining": true}]}"#;
+    let last = Endpoint { node: Some("n1".into()), draining: true, ..address("10.0.0.2:80").into() };
+    let mut expected: Vec<Endpoint> =
+        ["10.0.0.1:8000", "10.0.0.1:8001", "[fd00::1]:80"].map(|a| address(a).into()).into();
+    expected.push(last);
+    for (text, name) in [(toml, "e.toml"), (tables, "endpoints"), (json, "e.JSON")] {
+        assert_eq!(endpoints_file(text, name).as_ref(), Ok(&expected), "{name}");
+    }
+    for (text, name) in [("endpoints = []", "e.toml"), (r#"{"endpoints": []}"#, "e.json")] {
+        assert_eq!(endpoints_file(text, name), Ok(vec![]), "{name}");
+    }
+}
+
+#[test]
+fn bad_files_of_endpoints() {
+    let cases = [
+        ("e.toml", "", "line 1: missing field `endpoints`"),
+        ("e.toml", "endpoints = [\n\"10.0.0.1:80\",\n", "line 3: unclosed array, expected `]`"),
+        (
+            "e.toml",
+            "\nendpoints = [{ address = \"10.0.0.1:80\", weight = 1 }]",
+            r#"line 2: "ip:port" or { address = "ip:port", node = "n1", zone = "a", draining = false }"#,
+        ),
+        (
+            "e.json",
+            r#"{"endpoints": [5]}"#,
+            r#""ip:port" or { address = "ip:port", node = "n1", zone = "a", draining = false } at line 1 column 16"#,
+        ),
+        ("e.json", r#"{"endpoints": ["10.0.0.1:80"]"#, "EOF while parsing an object at line 1 column 29"),
+        ("e.json", r#"{"endpoint": []}"#, "unknown field `endpoint`, expected `endpoints` at line 1 column 11"),
+        (
+            "e.json",
+            r#"{"endpoints": ["10.0.0.1:80", "model:80"]}"#,
+            r#"endpoints[1]: found "model:80", expected ip:port of a server, or ip where the pool has ports"#,
+        ),
+        (
+            "e.toml",
+            r#"endpoints = ["10.0.0.9:8080"]"#,
+            r#"endpoints[0]: found "10.0.0.9:8080", expected another server than listen.address (10.0.0.9:8080)"#,
+        ),
+    ];
+    for (name, text, expected) in cases {
+        assert_eq!(endpoints_file(text, name), Err(expected.to_owned()), "{text}");
+    }
 }

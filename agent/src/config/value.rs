@@ -4,10 +4,13 @@
 
 use std::{borrow::Cow, fmt::Display, net::SocketAddr, ops::RangeInclusive, time::Duration};
 
-use http::{HeaderName, header, uri::Authority};
+use http::{
+    HeaderName, HeaderValue, header,
+    uri::{Authority, PathAndQuery},
+};
 use toml::de::DeValue;
 
-use super::Pin;
+use super::{Pin, Ratio};
 
 /// Completes "expected …".
 pub(super) struct Expected(pub(super) Cow<'static, str>);
@@ -89,7 +92,11 @@ pub(super) fn listen_address(value: &DeValue<'_>) -> Parsed<SocketAddr> {
 pub(super) fn endpoint(value: &DeValue<'_>) -> Parsed<SocketAddr> {
     let address = text(value).and_then(|text| text.parse::<SocketAddr>().ok());
     let address = address.filter(|address| address.port() != 0 && !address.ip().is_unspecified());
-    address.ok_or(Expected(r#"ip:port of a server, such as "10.0.0.7:8000" or "[fd00::7]:8000""#.into()))
+    address.ok_or_else(not_an_endpoint)
+}
+
+pub(super) fn not_an_endpoint() -> Expected {
+    Expected(r#"ip:port of a server, such as "10.0.0.7:8000" or "[fd00::7]:8000""#.into())
 }
 
 /// A name or address, and a port.
@@ -111,9 +118,47 @@ pub(super) fn host(value: &DeValue<'_>) -> Parsed<String> {
     host.map(str::to_owned).ok_or(Expected(r#"a host without port, such as "llm.example.com""#.into()))
 }
 
+/// `http://host:port`: the collector is on this node or next to it.
+pub(super) fn http_url_or_off(value: &DeValue<'_>) -> Parsed<Option<String>> {
+    let expected = || Expected(r#""off" or a URL such as "http://127.0.0.1:4317""#.into());
+    match text(value).ok_or_else(expected)? {
+        "off" => Ok(None),
+        url => {
+            let authority = url.strip_prefix("http://").map(|rest| rest.trim_end_matches('/')).unwrap_or_default();
+            let is_host = |authority: &Authority| !authority.host().is_empty() && !authority.as_str().contains('@');
+            authority.parse().ok().filter(is_host).map(|_| Some(url.to_owned())).ok_or_else(expected)
+        }
+    }
+}
+
+/// RFC 9110 §7.6.3: a pseudonym, or a host with an optional port.
+pub(super) fn via_or_off(value: &DeValue<'_>) -> Parsed<Option<String>> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~:[]".contains(&byte);
+    match text(value).filter(|text| !text.is_empty() && text.bytes().all(allowed)) {
+        Some("off") => Ok(None),
+        Some(name) => Ok(Some(name.to_owned())),
+        None => Err(Expected(r#""off" or a name without blanks, such as "penstock""#.into())),
+    }
+}
+
+pub(super) fn ratio(value: &DeValue<'_>) -> Parsed<Ratio> {
+    let number = match value {
+        DeValue::Float(number) => number.as_str().parse().ok(),
+        DeValue::Integer(number) => number.as_str().parse().ok(),
+        _ => None,
+    };
+    number.and_then(Ratio::new).ok_or(Expected("a number from 0 to 1".into()))
+}
+
 pub(super) fn path_prefix(value: &DeValue<'_>) -> Parsed<String> {
     let path = text(value).filter(|text| text.starts_with('/') && !text.contains(['?', '#', ' ']));
     path.map(str::to_owned).ok_or(Expected(r#"a path that starts with "/", without query"#.into()))
+}
+
+/// What a request may ask for.
+pub(super) fn path_and_query(value: &DeValue<'_>) -> Parsed<PathAndQuery> {
+    let path = text(value).filter(|text| text.starts_with('/') && !text.contains('#'));
+    path.and_then(|path| path.parse().ok()).ok_or(Expected(r#"a path that starts with "/""#.into()))
 }
 
 /// What a metric label and a log line carry unescaped.
@@ -121,6 +166,13 @@ pub(super) fn pool_name(value: &DeValue<'_>) -> Parsed<String> {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-/".contains(&byte);
     let name = text(value).filter(|text| (1..=253).contains(&text.len()) && text.bytes().all(allowed));
     name.map(str::to_owned).ok_or(Expected("1 to 253 letters, digits or any of . _ - /".into()))
+}
+
+/// A token (RFC 9110 §5.6.2), and not the upgrade that hides requests.
+pub(super) fn upgrade(value: &DeValue<'_>) -> Parsed<String> {
+    let name =
+        text(value).filter(|text| HeaderName::from_bytes(text.as_bytes()).is_ok() && !text.eq_ignore_ascii_case("h2c"));
+    name.map(str::to_owned).ok_or(Expected(r#"the name of a protocol other than "h2c", such as "websocket""#.into()))
 }
 
 pub(super) fn non_empty(value: &DeValue<'_>) -> Parsed<String> {
@@ -156,6 +208,18 @@ pub(super) fn header_name(value: &DeValue<'_>) -> Parsed<HeaderName> {
     let name = text(value).and_then(|text| HeaderName::from_bytes(text.as_bytes()).ok());
     let name = name.filter(|name| !RESERVED.contains(name));
     name.ok_or(Expected("the name of a header that does not frame the message".into()))
+}
+
+/// A header to look at.
+pub(super) fn any_header_name(value: &DeValue<'_>) -> Parsed<HeaderName> {
+    let name = text(value).and_then(|text| HeaderName::from_bytes(text.as_bytes()).ok());
+    name.ok_or(Expected("the name of a header".into()))
+}
+
+/// As it is once blanks around it are gone.
+pub(super) fn header_value(value: &DeValue<'_>) -> Parsed<String> {
+    let value = text(value).filter(|text| text.trim() == *text && HeaderValue::from_str(text).is_ok());
+    value.map(str::to_owned).ok_or(Expected("a header's value, without blanks around it".into()))
 }
 
 pub(super) fn one_of<T: Copy>(choices: &'static [(&'static str, T)]) -> impl Fn(&DeValue<'_>) -> Parsed<T> {

@@ -157,7 +157,7 @@ impl Delivery<'_> {
         tokio::select! {
             biased;
             () = poll_fn(|cx| source.poll_released(cx)) => Wake::Released,
-            () = self.client.gone() => Wake::Client,
+            () = self.client.left() => Wake::Client,
             () = self.endpoint.broken() => Wake::Endpoint,
             () = self.idle_since_last(source.slot()) => Wake::Idle,
         }

@@ -21,6 +21,10 @@ use crate::{
     steer::{Source, WorkerSteering},
 };
 
+/// How long bytes that were let through may come behind the end of the stream: turns, and the length of one.
+const LATE_TURNS: u32 = 1000;
+const LATE_TURN: Duration = Duration::from_millis(1);
+
 pub struct EndpointConnection {
     // Before `source`: a slot outlives its socket.
     io: Io,
@@ -52,7 +56,7 @@ impl EndpointConnection {
     /// Connects, and makes the connection known to the kernel before anything can arrive on it.
     pub async fn connect(
         address: SocketAddr,
-        timeout: Duration,
+        timeout: Option<Duration>,
         steering: Option<&Rc<WorkerSteering>>,
         receive_buffer: u32,
     ) -> io::Result<Self> {
@@ -61,7 +65,11 @@ impl EndpointConnection {
             // What is let through while a client stalls waits here, so this bounds it. The kernel doubles the value.
             socket.set_recv_buffer_size(receive_buffer / 2)?;
         }
-        let stream = tokio::time::timeout(timeout, socket.connect(address)).await??;
+        let stream = match timeout {
+            Some(timeout) => tokio::time::timeout(timeout, socket.connect(address)).await??,
+            // The kernel's own, some minutes.
+            None => socket.connect(address).await?,
+        };
         stream.set_nodelay(true)?;
         let local = address.ip().is_loopback() || stream.local_addr()?.ip() == address.ip();
         let source = steering.and_then(|steering| match steering.register_source(&stream) {
@@ -184,8 +192,26 @@ pub struct Reader<'a> {
 impl Reader<'_> {
     /// As [`EndpointConnection::read`].
     pub async fn read(&mut self, buf: &mut BytesMut) -> io::Result<usize> {
-        let n = self.half.read_buf(buf).await?;
+        let n = match self.half.read_buf(buf).await? {
+            0 => self.late(buf).await?,
+            n => n,
+        };
         book(self.source, self.consumed, n)
+    }
+
+    /// The endpoint has closed its side. Bytes that the verdict let through under memory pressure may come after that
+    /// (`sk_psock_verdict_apply` leaves them to a worker); they are waited for.
+    async fn late(&self, buf: &mut BytesMut) -> io::Result<usize> {
+        for _ in 0..LATE_TURNS {
+            if self.source.is_none_or(|source| source.slot().passed() == *self.consumed) {
+                return Ok(0);
+            }
+            tokio::time::sleep(LATE_TURN).await;
+            if let Ok(n @ 1..) = socket::receive_into(self.half.as_ref(), buf) {
+                return Ok(n);
+            }
+        }
+        Err(io::ErrorKind::UnexpectedEof.into())
     }
 }
 

@@ -218,7 +218,7 @@ mod tests {
 
     #[test]
     fn checks_count_in_a_row() {
-        let rules = HealthCheck { unhealthy_after: 2, healthy_after: 3, ..HealthCheck::new("/") };
+        let rules = HealthCheck { unhealthy_after: 2, healthy_after: 3, ..HealthCheck::new("/".parse().unwrap()) };
         let (health, now) = (Health::default(), Instant::now());
         let check = |healthy| health.checked(healthy, &rules);
         assert!(!check(false) && !check(true) && !check(false) && !health.is_down());

@@ -15,7 +15,7 @@ pub struct Pool {
     idle: RefCell<HashMap<SocketAddr, Vec<EndpointConnection>>>,
     steering: Option<Rc<WorkerSteering>>,
     keep_alive: Duration,
-    connect_timeout: Duration,
+    connect_timeout: Option<Duration>,
     receive_buffer: u32,
     metrics: Arc<Metrics>,
 }
@@ -25,7 +25,7 @@ impl Pool {
         metrics: Arc<Metrics>,
         steering: Option<Rc<WorkerSteering>>,
         keep_alive: Duration,
-        connect_timeout: Duration,
+        connect_timeout: Option<Duration>,
         receive_buffer: u32,
     ) -> Self {
         Self { idle: RefCell::default(), steering, keep_alive, connect_timeout, receive_buffer, metrics }

@@ -5,20 +5,19 @@
 //! requests; those it has run to their end. One that is avoided (ejected, or down by its checks) gets requests only when
 //! nothing better is left.
 
-use std::{
-    collections::HashMap,
-    net::SocketAddr,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Instant};
 
 use parking_lot::{Mutex, RwLock};
 
 use super::{
-    health::Health,
-    in_flight::{Counter, InFlight},
+    in_flight::InFlight,
+    member::{Endpoint, State},
+    subset::{Rule, Subsets},
 };
-use crate::config::{self, Ejection, HealthCheck};
+use crate::{
+    config::{self, Ejection, Node},
+    metrics::EndpointState,
+};
 
 /// Who says which endpoints there are. The set is all of them; of an address that several name, the first in this order counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,9 +27,21 @@ pub enum Source {
     Dns,
 }
 
+impl Source {
+    /// For logs and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Config => "config",
+            Self::File => "file",
+            Self::Dns => "dns",
+        }
+    }
+}
+
 #[derive(Debug)]
 pub struct EndpointSet {
     rules: Ejection,
+    subset: Rule,
     snapshot: RwLock<Arc<Snapshot>>,
     /// Held while the set changes and while an endpoint is ejected, so that the limit on those holds.
     changing: Mutex<Parts>,
@@ -48,34 +59,22 @@ struct Parts {
 pub struct Snapshot {
     endpoints: Vec<Endpoint>,
     index: HashMap<SocketAddr, usize>,
-}
-
-#[derive(Debug)]
-pub struct Endpoint {
-    pub address: SocketAddr,
-    pub node: Option<String>,
-    pub zone: Option<String>,
-    pub draining: bool,
-    state: Arc<State>,
-}
-
-/// What an endpoint keeps from one snapshot to the next.
-#[derive(Debug)]
-struct State {
-    id: u32,
-    in_flight: Counter,
-    health: Health,
+    subsets: Subsets,
 }
 
 impl EndpointSet {
-    /// The endpoints that the configuration lists; other sources add theirs.
-    pub fn new(pool: &config::Pool) -> Self {
-        Self::of(pool.endpoints.clone(), pool.ejection.clone())
+    /// The endpoints that the configuration lists; other sources add theirs. `node` is where this agent is.
+    pub fn new(pool: &config::Pool, node: &Node) -> Self {
+        Self::with(pool.endpoints.clone(), pool.ejection.clone(), Rule::new(pool, node))
     }
 
     pub fn of(endpoints: impl IntoIterator<Item = impl Into<config::Endpoint>>, rules: Ejection) -> Self {
-        let set = Self { rules, snapshot: RwLock::default(), changing: Mutex::default() };
-        set.replace(Source::Config, endpoints.into_iter().map(Into::into).collect());
+        Self::with(endpoints.into_iter().map(Into::into).collect(), rules, Rule::default())
+    }
+
+    fn with(endpoints: Vec<config::Endpoint>, rules: Ejection, subset: Rule) -> Self {
+        let set = Self { rules, subset, snapshot: RwLock::default(), changing: Mutex::default() };
+        set.replace(Source::Config, endpoints);
         set
     }
 
@@ -92,7 +91,8 @@ impl EndpointSet {
             return false;
         }
         *part = endpoints;
-        let snapshot = parts.merged(&self.snapshot());
+        let mut snapshot = parts.merged(&self.snapshot());
+        snapshot.subsets = self.subset.subsets(&snapshot.endpoints, |address| snapshot.get(address));
         *self.snapshot.write() = Arc::new(snapshot);
         true
     }
@@ -125,6 +125,21 @@ impl EndpointSet {
         self.rules.server_errors
     }
 
+    /// The part of the pool that a request is to stay in; `None` is all of it.
+    pub fn subset(&self, now: Instant) -> Option<Arc<[SocketAddr]>> {
+        let snapshot = self.snapshot();
+        self.subset.choose(&snapshot.subsets, |address| snapshot.get(address), now)
+    }
+
+    /// How many endpoints there are, by [`EndpointState`].
+    pub fn states(&self) -> [usize; EndpointState::ALL.len()] {
+        let mut counts = [0; EndpointState::ALL.len()];
+        for endpoint in self.snapshot().endpoints() {
+            counts[endpoint.state() as usize] += 1;
+        }
+        counts
+    }
+
     /// Those in the list that are avoided go behind the others; the order is otherwise kept.
     pub fn avoided_last(&self, addresses: &mut [SocketAddr], now: Instant) {
         let snapshot = self.snapshot();
@@ -142,11 +157,10 @@ impl Parts {
             let kept = before.get(listed.address).map(|endpoint| Arc::clone(&endpoint.state));
             let state = kept.unwrap_or_else(|| {
                 self.next_id += 1;
-                Arc::new(State { id: self.next_id, in_flight: Counter::default(), health: Health::default() })
+                Arc::new(State::new(self.next_id))
             });
-            let config::Endpoint { address, node, zone, draining } = listed.clone();
-            merged.index.insert(address, merged.endpoints.len());
-            merged.endpoints.push(Endpoint { address, node, zone, draining, state });
+            merged.index.insert(listed.address, merged.endpoints.len());
+            merged.endpoints.push(Endpoint::new(listed.clone(), state));
         }
         merged
     }
@@ -171,45 +185,6 @@ impl Snapshot {
         let ejected = self.ready().filter(|endpoint| endpoint.state.health.is_ejected()).count();
         let most = (ready * max_percent as usize / 100).min(ready.saturating_sub(1));
         ejected < most
-    }
-}
-
-impl Endpoint {
-    /// Not the same as that of any other endpoint that was ever in the set.
-    pub fn id(&self) -> u32 {
-        self.state.id
-    }
-
-    pub fn in_flight(&self) -> usize {
-        self.state.in_flight.now()
-    }
-
-    /// Requests go elsewhere if they can.
-    pub fn is_avoided(&self, now: Instant) -> bool {
-        self.state.health.is_avoided(now)
-    }
-
-    /// How long until a request may try it again; none if it is not ejected.
-    pub fn ejected_for(&self, now: Instant) -> Option<Duration> {
-        self.state.health.ejected_until().map(|until| until.saturating_duration_since(now))
-    }
-
-    /// A check has its result. True if the endpoint went up or down by it.
-    pub fn checked(&self, healthy: bool, rules: &HealthCheck) -> bool {
-        self.state.health.checked(healthy, rules)
-    }
-
-    /// `draining`, `unhealthy`, `ejected` or `ready`: what of these holds first.
-    pub fn state(&self) -> &'static str {
-        if self.draining {
-            "draining"
-        } else if self.state.health.is_down() {
-            "unhealthy"
-        } else if self.state.health.is_ejected() {
-            "ejected"
-        } else {
-            "ready"
-        }
     }
 }
 
@@ -258,13 +233,14 @@ mod tests {
             (endpoint.id(), endpoint.in_flight(), endpoint.is_avoided(now), endpoint.state())
         };
         let (id, ..) = one(&set);
-        assert_eq!(one(&set), (id, 2, true, "draining"));
+        assert_eq!(one(&set), (id, 2, true, EndpointState::Draining));
+        assert_eq!(set.states(), [1, 0, 0, 1]);
         assert_eq!(set.snapshot().ready().count(), 1);
         set.replace(Source::Config, listed([2]));
         set.replace(Source::Config, listed([1, 2]));
-        assert_eq!(one(&set), (4, 0, false, "ready"));
+        assert_eq!(one(&set), (4, 0, false, EndpointState::Ready));
         drop(running);
-        assert_eq!(one(&set), (4, 0, false, "ready"));
+        assert_eq!(one(&set), (4, 0, false, EndpointState::Ready));
     }
 
     #[test]

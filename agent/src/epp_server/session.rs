@@ -6,6 +6,7 @@
 
 use std::{collections::VecDeque, net::SocketAddr, sync::Arc, time::Instant};
 
+use http::HeaderName;
 use penstock_proto::{
     core::{HeaderMap, Metadata},
     ext_proc::{
@@ -18,7 +19,10 @@ use tonic::Status;
 use super::{refusal::Refusal, reply, subset, upload::Upload};
 use crate::{
     endpoint::in_flight::InFlight,
-    picker::builtin::{BuiltinPicker, Pick, PromptHash},
+    picker::{
+        builtin::{BuiltinPicker, Pick, PromptHash, SessionHash},
+        message,
+    },
 };
 
 type Replies = VecDeque<ProcessingResponse>;
@@ -26,6 +30,7 @@ type Replies = VecDeque<ProcessingResponse>;
 pub(super) struct Session {
     picker: Arc<BuiltinPicker>,
     max_body: usize,
+    session_headers: Arc<[HeaderName]>,
     phase: Phase,
     headers: Option<HeaderMap>,
     subset: Option<Vec<SocketAddr>>,
@@ -59,10 +64,11 @@ pub(super) enum Step {
 }
 
 impl Session {
-    pub(super) fn new(picker: Arc<BuiltinPicker>, max_body: usize) -> Self {
+    pub(super) fn new(picker: Arc<BuiltinPicker>, max_body: usize, session_headers: Arc<[HeaderName]>) -> Self {
         Self {
             picker,
             max_body,
+            session_headers,
             phase: Phase::Headers,
             headers: None,
             subset: None,
@@ -88,9 +94,11 @@ impl Session {
             self.configure(config)?;
         }
         let metadata = message.metadata_context.as_ref();
-        // Proxies differ in the message that carries it; the last one counts.
-        let endpoints = self.picker.endpoints().snapshot();
-        if let Some(subset) = metadata.and_then(|metadata| subset::subset(metadata, &endpoints)) {
+        // Proxies differ in the message that carries it; the last one before the pick counts.
+        if self.pick.is_none()
+            && let Some(metadata) = metadata
+            && let Some(subset) = subset::subset(metadata, &self.picker.endpoints().snapshot())
+        {
             self.subset = Some(subset);
         }
         match message.request {
@@ -175,6 +183,7 @@ impl Session {
         let Phase::Deciding { body, trailers } = std::mem::replace(&mut self.phase, Phase::Decided) else { return };
         let decided = body.map(Upload::finish).transpose().and_then(|upload| {
             let (prompt, body) = upload.map_or((PromptHash::none(), None), |(prompt, body)| (prompt, Some(body)));
+            let prompt = prompt.of(self.session());
             let picked = self.picker.pick_and_begin(&prompt, self.subset.as_deref(), now)?;
             Ok((picked, body))
         });
@@ -190,6 +199,14 @@ impl Session {
             }
             Err(refusal) => self.refuse(&refusal, replies),
         }
+    }
+
+    /// Of the request, by the first of the headers for it that says something.
+    fn session(&self) -> Option<SessionHash> {
+        let headers = &self.headers.as_ref()?.headers;
+        let named = |name: &HeaderName| headers.iter().find(|header| header.key.eq_ignore_ascii_case(name.as_str()));
+        let name = self.session_headers.iter().filter_map(named).map(message::value).find(|name| !name.is_empty())?;
+        Some(SessionHash::new(name))
     }
 
     fn refuse(&mut self, refusal: &Refusal, replies: &mut Replies) {

@@ -2,7 +2,10 @@
 //!
 //! Proxies write addresses as a list of strings or as one string with commas, each `ip:port` or only `ip`; all are read.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    collections::HashSet,
+    net::{IpAddr, SocketAddr},
+};
 
 use penstock_proto::core::Metadata;
 use prost_types::value::Kind;
@@ -12,20 +15,16 @@ use crate::endpoint::set::Snapshot;
 /// The endpoints among `all` that the subset hint names. None without a hint; empty if it names none of them.
 pub(super) fn subset(metadata: &Metadata, all: &Snapshot) -> Option<Vec<SocketAddr>> {
     let names = strings(metadata, "envoy.lb.subset_hint", "x-gateway-destination-endpoint-subset")?;
-    let named = |endpoint: &SocketAddr| names.iter().any(|name| names_endpoint(name, endpoint));
+    let addresses: HashSet<SocketAddr> = names.iter().filter_map(|name| name.parse().ok()).collect();
+    let host = |name: &&str| name.trim_start_matches('[').trim_end_matches(']').parse().ok();
+    let hosts: HashSet<IpAddr> = names.iter().filter_map(host).collect();
+    let named = |endpoint: &SocketAddr| addresses.contains(endpoint) || hosts.contains(&endpoint.ip());
     Some(all.endpoints().iter().map(|endpoint| endpoint.address).filter(named).collect())
 }
 
 /// The endpoint that gave the response; the last one, should there be several.
 pub(super) fn served(metadata: &Metadata) -> Option<SocketAddr> {
     strings(metadata, "envoy.lb", "x-gateway-destination-endpoint-served")?.last()?.parse().ok()
-}
-
-fn names_endpoint(name: &str, endpoint: &SocketAddr) -> bool {
-    if let Ok(address) = name.parse::<SocketAddr>() {
-        return address == *endpoint;
-    }
-    name.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().is_ok_and(|ip| ip == endpoint.ip())
 }
 
 fn strings<'a>(metadata: &'a Metadata, namespace: &str, key: &str) -> Option<Vec<&'a str>> {

@@ -54,6 +54,7 @@ fn config(endpoints: u8) -> EppServerConfig {
         max_inflight: None,
         delay: None,
         max_body: 10 << 20,
+        session_headers: Vec::new(),
     }
 }
 
@@ -436,6 +437,15 @@ async fn a_request_counts_where_it_was_served_and_what_was_passed_over_is_avoide
     exchange.respond(endpoint(2)).await;
     let (next, _next) = epp.pick().await;
     assert_eq!(next, "10.0.0.3:8000", "1 has failed and 2 is busy");
+}
+
+/// Each in turn would be for the endpoint that is idle.
+#[tokio::test]
+async fn requests_of_a_session_are_picked_for_alike() {
+    let session_headers = ["x-session-id", "x-request-id"].map(HeaderName::from_static).to_vec();
+    let epp = Epp::start(EppServerConfig { session_headers, ..config(3) }).await;
+    let ((first, _one), (second, _two), (third, _three)) = (epp.pick().await, epp.pick().await, epp.pick().await);
+    assert_eq!((&first, &first), (&second, &third));
 }
 
 #[tokio::test]

@@ -71,15 +71,29 @@ impl BodyReader {
     pub fn new(body: RequestBody, limit: u64) -> Result<Self, BodyError> {
         let framing = match body {
             RequestBody::None => Framing::none(),
-            RequestBody::Length(bytes) if bytes > limit => return Err(BodyError::TooLarge { limit }),
+            RequestBody::Length(bytes) | RequestBody::Frames(Some(bytes)) if bytes > limit => {
+                return Err(BodyError::TooLarge { limit });
+            }
             RequestBody::Length(bytes) => Framing::length(bytes),
             RequestBody::Chunked => Framing::chunked(),
+            RequestBody::Frames(_) => Framing::until_close(),
         };
         Ok(Self { framing, limit, payload: 0, overhead: 0 })
     }
 
     pub fn is_done(&self) -> bool {
         self.framing.is_done()
+    }
+
+    /// Books a frame of `bytes`.
+    pub fn frame(&mut self, bytes: usize) -> Result<(), BodyError> {
+        self.payload += bytes as u64;
+        if self.payload > self.limit { Err(BodyError::TooLarge { limit: self.limit }) } else { Ok(()) }
+    }
+
+    /// The last frame has come.
+    pub fn end(&mut self) {
+        self.framing = Framing::none();
     }
 
     /// Takes the next piece from the front of `buf`, without copying it. Never takes a byte beyond the body.

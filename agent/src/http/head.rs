@@ -200,12 +200,21 @@ pub(super) fn joined(headers: &HeaderMap, name: &HeaderName) -> Vec<u8> {
     values.join(&b", "[..])
 }
 
+/// The one protocol that the sender wants to go on with (RFC 9110 §7.8), where Connection says so too. HTTP/1.0 has none.
+pub(super) fn upgrade(headers: &HeaderMap, version: Version) -> Option<HeaderValue> {
+    let mut wanted = headers.get_all(header::UPGRADE).iter();
+    let only = wanted.next().filter(|_| wanted.next().is_none())?;
+    (version == Version::HTTP_11 && has_option(headers, "upgrade")).then(|| only.clone())
+}
+
 /// Whether the sender lets the connection be used again (RFC 9112 §9.3).
 pub(super) fn keep_alive(headers: &HeaderMap, version: Version) -> bool {
+    !has_option(headers, "close") && (version != Version::HTTP_10 || has_option(headers, "keep-alive"))
+}
+
+fn has_option(headers: &HeaderMap, option: &str) -> bool {
     let options = joined(headers, &header::CONNECTION);
-    let has =
-        |option: &str| options.split(|&b| b == b',').any(|o| o.trim_ascii().eq_ignore_ascii_case(option.as_bytes()));
-    !has("close") && (version != Version::HTTP_10 || has("keep-alive"))
+    options.split(|&b| b == b',').any(|o| o.trim_ascii().eq_ignore_ascii_case(option.as_bytes()))
 }
 
 /// Bytes from the wire as they may stand in a log line or an error body: escaped, and cut after 80 bytes.

@@ -1,7 +1,7 @@
 //! A whole answer that no endpoint gave: an error of the agent's own, or the picker's.
 
 use bytes::{BufMut as _, Bytes, BytesMut};
-use http::{HeaderMap, Method, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, header};
 
 use super::headers;
 
@@ -33,14 +33,65 @@ impl Reply {
         }
     }
 
-    fn fields(&self) -> impl Iterator<Item = (&http::HeaderName, &http::HeaderValue)> {
-        let own = |name: &http::HeaderName| name == header::CONTENT_LENGTH || headers::is_hop_by_hop(name);
+    /// The same answer to a gRPC request, which reads the status from fields of the head and no body ("Trailers-Only").
+    /// Statuses map as gRPC's http-grpc-status-mapping says.
+    #[must_use]
+    pub fn grpc(self, message: &str) -> Self {
+        let code = match self.status.as_u16() {
+            400 => 13,
+            401 => 16,
+            403 => 7,
+            404 => 12,
+            429 | 502..=504 => 14,
+            _ => 2,
+        };
+        let mut headers = self.headers;
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        headers.insert("grpc-status", HeaderValue::from(code));
+        if let Ok(message) = HeaderValue::from_str(&percent_encoded(message)) {
+            headers.insert("grpc-message", message);
+        }
+        Self { status: StatusCode::OK, headers, body: Bytes::new() }
+    }
+
+    /// As HTTP/2 has it.
+    pub fn frames(&self, method: &Method) -> (Response<()>, Bytes) {
+        let mut head = Response::new(());
+        *head.status_mut() = self.status;
+        head.headers_mut().extend(self.fields().map(|(name, value)| (name.clone(), value.clone())));
+        if !self.is_bodiless() {
+            head.headers_mut().insert(header::CONTENT_LENGTH, self.body.len().into());
+        }
+        let bodiless = self.is_bodiless() || method == Method::HEAD;
+        (head, if bodiless { Bytes::new() } else { self.body.clone() })
+    }
+
+    fn fields(&self) -> impl Iterator<Item = (&HeaderName, &HeaderValue)> {
+        let own = |name: &HeaderName| name == header::CONTENT_LENGTH || headers::is_hop_by_hop(name);
         self.headers.iter().filter(move |(name, _)| !own(name))
     }
 
     fn is_bodiless(&self) -> bool {
         self.status == StatusCode::NO_CONTENT || self.status == StatusCode::NOT_MODIFIED
     }
+}
+
+/// gRPC's encoding of a status message: printable ASCII but `%` stands for itself.
+fn percent_encoded(message: &str) -> String {
+    let mut encoded = String::with_capacity(message.len());
+    for byte in message.bytes() {
+        match byte {
+            b' '..=b'~' if byte != b'%' => encoded.push(char::from(byte)),
+            _ => encoded.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    encoded
+}
+
+/// A gRPC request, by its content type (gRPC over HTTP2, "Content-Type").
+pub fn is_grpc(headers: &HeaderMap) -> bool {
+    let kind = headers.get(header::CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
+    kind.strip_prefix(b"application/grpc").is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
 }
 
 #[cfg(test)]
@@ -60,6 +111,31 @@ mod tests {
             let reply = Reply { status, headers: HeaderMap::new(), body: Bytes::from_static(b"hi") };
             reply.write(&mut out, &method, true);
             assert!(out.ends_with(end.as_bytes()), "{method} {status}: {:?}", String::from_utf8_lossy(&out));
+        }
+    }
+
+    #[test]
+    fn a_grpc_client_reads_the_status_from_the_head() {
+        let headers = HeaderMap::from_iter([(header::RETRY_AFTER, HeaderValue::from_static("1"))]);
+        let reply = Reply { status: StatusCode::SERVICE_UNAVAILABLE, headers, body: Bytes::from_static(b"{}") };
+        let reply = reply.grpc("100 % gone\n");
+        assert_eq!((reply.status, reply.body.len()), (StatusCode::OK, 0));
+        assert_eq!(reply.headers["grpc-status"], "14");
+        assert_eq!(reply.headers["grpc-message"], "100 %25 gone%0A");
+        assert_eq!(reply.headers["retry-after"], "1");
+    }
+
+    #[test]
+    fn grpc_is_known_by_its_content_type() {
+        for (kind, is) in [
+            ("application/grpc", true),
+            ("application/grpc+proto", true),
+            ("application/grpc;x=y", true),
+            ("application/grpc-web", false),
+            ("application/json", false),
+        ] {
+            let headers = HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_static(kind))]);
+            assert_eq!(is_grpc(&headers), is, "{kind}");
         }
     }
 }

@@ -17,6 +17,8 @@ pub enum RequestBody {
     None,
     Length(u64),
     Chunked,
+    /// In frames of HTTP/2, with the length where it is declared.
+    Frames(Option<u64>),
 }
 
 #[derive(Debug, Clone)]
@@ -28,6 +30,8 @@ pub struct RequestHead {
     pub keep_alive: bool,
     /// The client waits for `100 Continue` before it sends the body.
     pub expect_continue: bool,
+    /// What the client would like the connection to be from the response on.
+    pub upgrade: Option<HeaderValue>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -122,6 +126,47 @@ pub fn parse_request(buf: &[u8], limits: &HeadLimits) -> Result<Option<(RequestH
     }
 }
 
+/// The head of an HTTP/2 request, in the form that one of HTTP/1.1 has here. hyper has refused what RFC 9113 §8.2 forbids;
+/// `ended`: no body follows.
+pub fn from_http2(mut parts: request::Parts, ended: bool, limits: &HeadLimits) -> Result<RequestHead, RequestError> {
+    if matches!(parts.method, Method::CONNECT | Method::TRACE) {
+        return Err(RequestError::Method { found: parts.method.to_string() });
+    }
+    if parts.headers.len() > limits.headers {
+        return Err(HeadError::TooManyFields { limit: limits.headers }.into());
+    }
+    // RFC 9113 §8.2.3: cookies may come in pieces.
+    let cookies: Vec<&[u8]> = parts.headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    if cookies.len() > 1 {
+        let joined = cookies.join(&b"; "[..]);
+        if let Ok(joined) = HeaderValue::from_maybe_shared(bytes::Bytes::from(joined)) {
+            parts.headers.insert(header::COOKIE, joined);
+        }
+    }
+    let target = parts.uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
+    let authority = match parts.uri.authority() {
+        Some(text) => {
+            let wrong = || RequestError::Host { found: shown(text.as_str().as_bytes()) };
+            let (host, port) = parse_host(text.as_str().as_bytes()).ok_or_else(wrong)?;
+            let default_port = if parts.uri.scheme_str() == Some("https") { 443 } else { 80 };
+            Some(Authority { text: text.as_str().to_owned(), host, port, default_port })
+        }
+        None => None,
+    };
+    // As in HTTP/1.0, a request may have its host in the target alone.
+    let lenient = if authority.is_some() { Version::HTTP_10 } else { Version::HTTP_11 };
+    check_host(&mut parts.headers, lenient, authority.as_ref())?;
+    parts.uri = parse_target(&parts.method, &target)?.uri;
+    let body = match head::declared(&parts.headers, Version::HTTP_2)? {
+        _ if ended => RequestBody::None,
+        Declared::Length(bytes) => RequestBody::Frames(Some(bytes)),
+        Declared::Nothing | Declared::Chunked => RequestBody::Frames(None),
+    };
+    // hyper has its own way to let a body come.
+    parts.headers.remove(header::EXPECT);
+    Ok(RequestHead { parts, body, keep_alive: true, expect_continue: false, upgrade: None })
+}
+
 /// Reads one complete head.
 fn parse(bytes: &[u8], limits: &HeadLimits) -> Result<RequestHead, RequestError> {
     let mut fields = Vec::with_capacity(limits.headers);
@@ -153,10 +198,11 @@ fn parse(bytes: &[u8], limits: &HeadLimits) -> Result<RequestHead, RequestError>
     let has_body = !matches!(body, RequestBody::None | RequestBody::Length(0));
     let expect_continue = expects_continue(&headers)? && version == Version::HTTP_11 && has_body;
     let keep_alive = head::keep_alive(&headers, version);
+    let upgrade = head::upgrade(&headers, version);
 
     let (mut parts, ()) = http::Request::new(()).into_parts();
     (parts.method, parts.uri, parts.version, parts.headers) = (method, target.uri, version, headers);
-    Ok(RequestHead { parts, body, keep_alive, expect_continue })
+    Ok(RequestHead { parts, body, keep_alive, expect_continue, upgrade })
 }
 
 /// Names what `httparse` did not take.

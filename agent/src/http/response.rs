@@ -8,7 +8,7 @@
 use std::fmt::Write as _;
 
 use bytes::{BufMut, BytesMut};
-use http::{HeaderMap, HeaderName, Method, StatusCode, Version, header, request};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, Version, header, request, response};
 use penstock_common::framing::Framing;
 
 use super::{
@@ -36,8 +36,10 @@ pub struct ResponseHead {
     pub body: BodyKind,
     /// The endpoint's connection can be used again after this response.
     pub keep_alive: bool,
-    /// 1xx: the real response is still to come.
+    /// 1xx but 101: the real response is still to come.
     pub interim: bool,
+    /// 101: what the connection is from now on.
+    pub upgrade: Option<HeaderValue>,
     /// Content-Length as sent. Without a body (HEAD, 304) it describes the body that a GET would have got.
     content_length: Option<u64>,
 }
@@ -51,7 +53,7 @@ pub enum ResponseError {
     StatusLine { found: String },
     #[error("found an interim response, status {status}, that declares a body")]
     InterimBody { status: u16 },
-    #[error("the endpoint switches protocols, which no request asks for")]
+    #[error("the endpoint switches protocols, which the request has not asked for")]
     SwitchingProtocols,
 }
 
@@ -108,13 +110,15 @@ fn parse(bytes: &[u8], limits: &HeadLimits, request_method: &Method) -> Result<R
     let version = if minor == 0 { Version::HTTP_10 } else { Version::HTTP_11 };
     let headers = head::fields(raw.headers, limits.headers)?;
     let declared = head::declared(&headers, version)?;
-    let interim = status.is_informational();
-    if status == StatusCode::SWITCHING_PROTOCOLS {
-        return Err(ResponseError::SwitchingProtocols);
-    }
-    if interim && !matches!(declared, Declared::Nothing | Declared::Length(0)) {
+    if status.is_informational() && !matches!(declared, Declared::Nothing | Declared::Length(0)) {
         return Err(ResponseError::InterimBody { status: code });
     }
+    let switches = status == StatusCode::SWITCHING_PROTOCOLS;
+    let upgrade = headers.get(header::UPGRADE).filter(|_| switches).cloned();
+    if switches && upgrade.is_none() {
+        return Err(ResponseError::SwitchingProtocols);
+    }
+    let interim = status.is_informational() && !switches;
 
     let body = body_of(status, request_method, declared);
     let framing = match body {
@@ -125,10 +129,36 @@ fn parse(bytes: &[u8], limits: &HeadLimits, request_method: &Method) -> Result<R
     };
     // A 204 that declares a body (RFC 9110 §6.4.1 forbids it) may be followed by one: nothing may be read after it.
     let stray_body = status == StatusCode::NO_CONTENT && !matches!(declared, Declared::Nothing | Declared::Length(0));
-    let keep_alive = head::keep_alive(&headers, version) && body != BodyKind::UntilClose && !stray_body;
+    let keep_alive = head::keep_alive(&headers, version) && body != BodyKind::UntilClose && !stray_body && !switches;
     let content_length = if let Declared::Length(bytes) = declared { Some(bytes) } else { None };
     let reason = raw.reason.unwrap_or_default().to_owned();
-    Ok(ResponseHead { status, version, reason, headers, framing, body, keep_alive, interim, content_length })
+    Ok(ResponseHead { status, version, reason, headers, framing, body, keep_alive, interim, upgrade, content_length })
+}
+
+/// A head that came over HTTP/2; `ended`: no body follows.
+pub fn from_http2(parts: response::Parts, ended: bool, limits: &HeadLimits) -> Result<ResponseHead, ResponseError> {
+    if parts.headers.len() > limits.headers {
+        return Err(HeadError::TooManyFields { limit: limits.headers }.into());
+    }
+    let declared = head::declared(&parts.headers, Version::HTTP_2)?;
+    let content_length = if let Declared::Length(bytes) = declared { Some(bytes) } else { None };
+    let (body, framing) = match content_length {
+        _ if ended => (BodyKind::None, Framing::none()),
+        Some(bytes) => (BodyKind::Length(bytes), Framing::length(bytes)),
+        None => (BodyKind::Chunked, Framing::chunked()),
+    };
+    Ok(ResponseHead {
+        status: parts.status,
+        version: Version::HTTP_2,
+        reason: parts.status.canonical_reason().unwrap_or_default().to_owned(),
+        headers: parts.headers,
+        framing,
+        body,
+        keep_alive: true,
+        interim: false,
+        upgrade: None,
+        content_length,
+    })
 }
 
 /// RFC 9112 §6.3, in its order.
@@ -146,6 +176,22 @@ impl ResponseHead {
     /// A chunked body for an HTTP/1.0 client, which knows no chunks: the body must be sent decoded, until close.
     pub fn needs_dechunk(&self, client: Version) -> bool {
         self.body == BodyKind::Chunked && client == Version::HTTP_10
+    }
+
+    /// The head as a client of HTTP/2 gets it, and the length of the body where it is known.
+    pub fn frames(&self) -> (Response<()>, Option<u64>) {
+        let mut head = Response::new(());
+        *head.status_mut() = self.status;
+        let own = |name: &HeaderName| headers::is_hop_by_hop(name) || name == header::CONTENT_LENGTH;
+        let fields = self.headers.iter().filter(|(name, _)| !own(name));
+        head.headers_mut().extend(fields.map(|(name, value)| (name.clone(), value.clone())));
+        let length = if let BodyKind::Length(bytes) = self.body { Some(bytes) } else { None };
+        let described =
+            self.content_length.filter(|_| self.body == BodyKind::None && self.status != StatusCode::NO_CONTENT);
+        if let Some(bytes) = length.or(described) {
+            head.headers_mut().insert(header::CONTENT_LENGTH, bytes.into());
+        }
+        (head, length)
     }
 
     /// Appends the head as the client gets it. Returns whether the client's connection stays open afterwards: `keep_alive`
@@ -176,6 +222,7 @@ impl ResponseHead {
             _ => {}
         }
         match (self.interim, keep_alive) {
+            _ if self.upgrade.is_some() => write_upgrade(self.upgrade.as_ref(), out),
             (false, false) => out.put_slice(b"connection: close\r\n"),
             (false, true) if client == Version::HTTP_10 => out.put_slice(b"connection: keep-alive\r\n"),
             _ => {}
@@ -186,8 +233,9 @@ impl ResponseHead {
 }
 
 /// Appends a request head as an endpoint gets it: origin form, Host first, and the length of the body that will follow
-/// (`None`: there is none). Fields about the client's connection and framing are left out.
-pub fn write_request(parts: &request::Parts, body_len: Option<u64>, out: &mut BytesMut) {
+/// (`None`: there is none), and the protocol that the client wants to go on with. Fields about the client's connection and
+/// framing are left out.
+pub fn write_request(parts: &request::Parts, body_len: Option<u64>, upgrade: Option<&HeaderValue>, out: &mut BytesMut) {
     out.put_slice(parts.method.as_str().as_bytes());
     out.put_u8(b' ');
     out.put_slice(parts.uri.path_and_query().map_or("/", |target| target.as_str()).as_bytes());
@@ -206,7 +254,16 @@ pub fn write_request(parts: &request::Parts, body_len: Option<u64>, out: &mut By
         None if matches!(parts.method, Method::POST | Method::PUT | Method::PATCH) => write_length(0, out),
         None => {}
     }
+    write_upgrade(upgrade, out);
     out.put_slice(b"\r\n");
+}
+
+fn write_upgrade(protocol: Option<&HeaderValue>, out: &mut BytesMut) {
+    if let Some(protocol) = protocol {
+        out.put_slice(b"connection: upgrade\r\nupgrade: ");
+        out.put_slice(protocol.as_bytes());
+        out.put_slice(b"\r\n");
+    }
 }
 
 fn write_fields(fields: &HeaderMap, own: impl Fn(&HeaderName) -> bool, out: &mut BytesMut) {

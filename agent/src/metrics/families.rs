@@ -6,8 +6,8 @@ use prometheus_client::{
 };
 
 use super::labels::{
-    Build, ByAnswer, ByFlow, ByModel, ByOutcome, ByPath, ByPool, ByPoolAndReason, ByReason, ByReplica, ByResult,
-    PathState,
+    Build, ByAnswer, ByFlow, ByModel, ByOutcome, ByPath, ByPool, ByPoolAndIndex, ByPoolAndReason, ByPoolAndState,
+    ByReason, ByReplica, ByResult, BySource, BySourceAndReason, PathState,
 };
 
 type Histograms<Labels> = Family<Labels, Histogram, fn() -> Histogram>;
@@ -47,8 +47,19 @@ families! {
 
     /// Client connections that are open.
     client_connections: Gauge = "client_connections";
+    /// TLS handshakes with clients that came to nothing.
+    tls_handshakes_failed: Family<ByReason, Counter> = "tls_handshakes_failed";
     /// Requests whose client went away before the answer was complete.
     client_aborts: Counter = "client_aborts";
+    /// Client connections that were closed because no request came in the keep-alive time.
+    client_idle_closes: Counter = "client_idle_closes";
+
+    /// JSON bodies that named a model.
+    bbr_success: Counter = "bbr_success";
+    /// JSON bodies without a model, or with one that is null, an array or an object.
+    bbr_body_field_not_found: Counter = "bbr_body_field_not_found";
+    /// JSON bodies with an empty model.
+    bbr_body_field_empty: Counter = "bbr_body_field_empty";
 
     /// Time from the opening of the EPP's stream to its decision, or to giving up on it; the upload of the body is part of it.
     epp_exchange: Histograms<ByOutcome> = "epp_exchange_seconds" in EPP_SECONDS;
@@ -71,9 +82,24 @@ families! {
 
     /// Connections to endpoints that requests asked for, by where they came from.
     endpoint_connections: Family<ByResult, Counter> = "endpoint_connections";
-    /// Requests sent again, on another connection or to another endpoint.
+    /// Requests that went on to another connection or endpoint, because one did not connect, had closed a kept connection, or
+    /// closed before it answered.
     endpoint_retries: Family<ByReason, Counter> = "endpoint_retries";
+    /// Requests that were not sent again although their list had another endpoint: the attempts or the budget were used up.
+    endpoint_retries_refused: Family<ByPoolAndReason, Counter> = "endpoint_retries_refused";
+    /// Turns of endpoints that were not the first of their list, by place: 1 is the second.
+    fallback_attempts: Family<ByPoolAndIndex, Counter> = "fallback_attempts";
+    /// Picks of the EPP that begin outside the subset that it was given; they are followed.
+    epp_outside_subset: Family<ByPool, Counter> = "epp_outside_subset";
 
+    /// Endpoints of a pool, by their state.
+    endpoints: Family<ByPoolAndState, Gauge> = "endpoints";
+    /// Whether the last that a pool's name or file gave could be used; if not, what it gave before holds.
+    endpoint_source_up: Family<BySource, Gauge> = "endpoint_source_up";
+    /// Lookups of a name, and changes of a file, that gave no endpoints.
+    endpoint_source_failures: Family<BySourceAndReason, Counter> = "endpoint_source_failures";
+    /// Checks of an endpoint's health that found it unwell.
+    endpoint_check_failures: Family<ByPoolAndReason, Counter> = "endpoint_check_failures";
     /// Times that an endpoint was taken out of its pool for a while because it failed requests.
     ejections: Family<ByPool, Counter> = "ejections";
 
@@ -87,6 +113,11 @@ families! {
     steer_events_missed: Counter = "steer_events_missed";
     /// Endpoint connections that hold a slot of the kernel maps.
     slots_in_use: Gauge = "slots_in_use";
+    /// Spans that the collector has taken.
+    trace_spans_exported: Counter = "trace_spans_exported";
+    /// Spans that were lost: the queue was full, the collector did not take them, or the agent stopped.
+    trace_spans_dropped: Family<ByReason, Counter> = "trace_spans_dropped";
+
     /// Whether a path passed its self-test and is in use.
     steering_path_active: Family<ByPath, Gauge> = "steering_path_active";
     /// Why a path is active or not; always 1.

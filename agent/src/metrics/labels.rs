@@ -67,6 +67,19 @@ label! {
     }
 }
 
+label! {
+    /// How an endpoint of a pool is: what of these holds first, from the top.
+    EndpointState {
+        /// Gets no new requests.
+        Draining = "draining",
+        /// Down, by its checks.
+        Unhealthy = "unhealthy",
+        /// Taken out for a while, by the requests that it failed.
+        Ejected = "ejected",
+        Ready = "ready",
+    }
+}
+
 /// Shared, so that a label set is made without copying the name. Empty: the request never got as far as a pool.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct PoolName(pub(super) Arc<str>);
@@ -107,6 +120,31 @@ pub(super) struct ByReplica {
     pub(super) pool: PoolName,
     pub(super) replica: String,
     pub(super) state: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct ByPoolAndState {
+    pub(super) pool: PoolName,
+    pub(super) state: EndpointState,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct BySource {
+    pub(super) pool: PoolName,
+    pub(super) source: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct BySourceAndReason {
+    pub(super) pool: PoolName,
+    pub(super) source: &'static str,
+    pub(super) reason: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct ByPoolAndIndex {
+    pub(super) pool: PoolName,
+    pub(super) index: &'static str,
 }
 
 /// With the names of OpenTelemetry's conventions. The model comes from responses, so [`super::models`] bounds its values.

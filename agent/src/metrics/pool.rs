@@ -11,7 +11,10 @@ use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Hist
 use super::{
     InFlight, OK,
     families::Families,
-    labels::{ByAnswer, ByModel, ByOutcome, ByPool, ByPoolAndReason, ByReplica, EppOutcome, PoolName},
+    labels::{
+        ByAnswer, ByModel, ByOutcome, ByPool, ByPoolAndIndex, ByPoolAndReason, ByPoolAndState, ByReplica, BySource,
+        BySourceAndReason, EndpointState, EppOutcome, PoolName,
+    },
     models::Models,
 };
 
@@ -138,5 +141,53 @@ impl PoolMetrics {
     /// An endpoint was taken out for a while.
     pub fn ejected(&self) {
         self.ejections.inc();
+    }
+
+    /// A request goes to the endpoint at this place of its list, counted from 0, which is not counted here.
+    pub fn fallback_attempt(&self, index: usize) {
+        const PLACES: [&str; 8] = ["1", "2", "3", "4", "5", "6", "7", "8+"];
+        if let Some(index) = index.checked_sub(1) {
+            let labels = ByPoolAndIndex { pool: self.name.clone(), index: PLACES[index.min(PLACES.len() - 1)] };
+            self.families.fallback_attempts.get_or_create(&labels).inc();
+        }
+    }
+
+    /// A request is not sent again.
+    pub fn retry_refused(&self, reason: &'static str) {
+        self.families.endpoint_retries_refused.get_or_create(&self.and_reason(reason)).inc();
+    }
+
+    /// The EPP named an endpoint that it was not to choose from.
+    pub fn epp_outside_subset(&self) {
+        self.families.epp_outside_subset.get_or_create(&ByPool { pool: self.name.clone() }).inc();
+    }
+
+    /// What a source of endpoints gave can be used, or not.
+    pub fn source_up(&self, source: &'static str, up: bool) {
+        let labels = BySource { pool: self.name.clone(), source };
+        self.families.endpoint_source_up.get_or_create(&labels).set(up.into());
+    }
+
+    /// A source of endpoints gave none that can be used.
+    pub fn source_failed(&self, source: &'static str, reason: &'static str) {
+        let labels = BySourceAndReason { pool: self.name.clone(), source, reason };
+        self.families.endpoint_source_failures.get_or_create(&labels).inc();
+    }
+
+    /// A check found an endpoint unwell.
+    pub fn check_failed(&self, reason: &'static str) {
+        self.families.endpoint_check_failures.get_or_create(&self.and_reason(reason)).inc();
+    }
+
+    /// How many endpoints there are, by [`EndpointState`].
+    pub(super) fn set_endpoints(&self, counts: [usize; EndpointState::ALL.len()]) {
+        for (state, count) in EndpointState::ALL.into_iter().zip(counts) {
+            let labels = ByPoolAndState { pool: self.name.clone(), state };
+            self.families.endpoints.get_or_create(&labels).set(count.try_into().unwrap_or(i64::MAX));
+        }
+    }
+
+    fn and_reason(&self, reason: &'static str) -> ByPoolAndReason {
+        ByPoolAndReason { pool: self.name.clone(), reason }
     }
 }

@@ -1,34 +1,37 @@
-//! The built-in picker: least in-flight with prefix affinity over the endpoints of a pool, shared by all workers.
+//! The built-in picker: least in-flight with session and prefix affinity over the endpoints of a pool, shared by all workers.
 //!
-//! Given the hash of a request's leading blocks, gives up to three endpoints, best first. The endpoint that saw the longest
-//! part of the prefix (and so probably has it in its KV cache) is best while it is not much busier than the idlest; else the
-//! one with the fewest requests in flight, ties in rotation. Of endpoints that are avoided it knows from the pool's set.
+//! Given a request's session and the hash of its leading blocks, gives up to ten endpoints, best first. The endpoint that
+//! the session belongs to, or without one that saw the longest part of the prefix (and so probably has it in its KV cache),
+//! is best while it is not much busier than the idlest; else the one with the fewest requests in flight, ties in rotation.
+//! Of endpoints that are avoided it knows from the pool's set.
 //!
 //! One short critical section a pick, with nothing in it that blocks; memory does not grow with traffic. Time is passed in.
 
 mod affinity;
 mod prompt;
+mod session;
 #[cfg(test)]
 mod tests;
 
-use std::{net::SocketAddr, sync::Arc, time::Instant};
+use std::{cmp::Reverse, net::SocketAddr, sync::Arc, time::Instant};
 
 use parking_lot::Mutex;
 
 pub use prompt::{PromptHash, PromptHasher};
+pub use session::SessionHash;
 
-use crate::endpoint::{
-    in_flight::InFlight,
-    set::{Endpoint, EndpointSet},
-};
+use crate::endpoint::{in_flight::InFlight, member::Endpoint, set::EndpointSet};
 use affinity::Affinity;
 
 /// The endpoint that knows the prefix may have this many more requests in flight than the idlest.
 const AFFINITY_SLACK: usize = 4;
-/// Endpoints in a pick: the best, and where to go when it does not answer the connect.
-const MAX_PICKED: usize = 3;
+/// The endpoint that a session belongs to may have this many: whoever asked for sessions wants them kept together.
+const SESSION_SLACK: usize = 16;
+/// Endpoints in a pick: the best, and where to go when it cannot be reached. More than a pod has ports, since those fail
+/// together.
+const MAX_PICKED: usize = 10;
 
-/// Endpoints in order of preference: at least one, at most three.
+/// Endpoints in order of preference, those that are avoided last: at least one, at most ten.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pick {
     pub endpoints: Vec<SocketAddr>,
@@ -101,13 +104,18 @@ impl BuiltinPicker {
         now: Instant,
     ) -> Result<Pick, NoEndpoint> {
         let snapshot = self.endpoints.snapshot();
-        let in_subset = |endpoint: &&Endpoint| subset.is_none_or(|subset| subset.contains(&endpoint.address));
-        let admitted: Vec<&Endpoint> = snapshot.ready().filter(in_subset).collect();
-        let mut eligible: Vec<&Endpoint> =
-            admitted.iter().copied().filter(|endpoint| !endpoint.is_avoided(now)).collect();
+        let admitted: Vec<&Endpoint> = match subset {
+            Some(subset) => {
+                let known = subset.iter().filter_map(|&address| snapshot.get(address));
+                known.filter(|endpoint| !endpoint.draining).collect()
+            }
+            None => snapshot.ready().collect(),
+        };
+        let (mut eligible, mut avoided): (Vec<&Endpoint>, Vec<&Endpoint>) =
+            admitted.into_iter().partition(|endpoint| !endpoint.is_avoided(now));
         // With nothing better left a guess is better than a refusal.
         if eligible.is_empty() {
-            eligible = admitted;
+            std::mem::swap(&mut eligible, &mut avoided);
         }
         if eligible.is_empty() {
             return Err(NoEndpoint::NoneEligible);
@@ -127,14 +135,23 @@ impl BuiltinPicker {
             return Err(NoEndpoint::Saturated);
         };
 
-        let near = |&&(load, _, _): &&(usize, usize, &Endpoint)| load <= least + AFFINITY_SLACK;
-        let preferred = state
-            .affinity
-            .longest(prompt, |id| ranked.iter().take_while(near).any(|(.., endpoint)| endpoint.id() == id));
-        if let Some(at) = preferred.and_then(|id| ranked.iter().position(|(.., endpoint)| endpoint.id() == id)) {
-            ranked[..=at].rotate_right(1);
+        if let Some(session) = prompt.session {
+            // All in the session's own order, so that its second choice is always the same, too.
+            ranked.sort_by_cached_key(|&(load, _, endpoint)| {
+                (load > least + SESSION_SLACK, Reverse(session.score(endpoint.address)))
+            });
+        } else {
+            let near = |&&(load, _, _): &&(usize, usize, &Endpoint)| load <= least + AFFINITY_SLACK;
+            let preferred = state
+                .affinity
+                .longest(prompt, |id| ranked.iter().take_while(near).any(|(.., endpoint)| endpoint.id() == id));
+            if let Some(at) = preferred.and_then(|id| ranked.iter().position(|(.., endpoint)| endpoint.id() == id)) {
+                ranked[..=at].rotate_right(1);
+            }
         }
         state.affinity.learn(prompt, ranked[0].2.id());
-        Ok(Pick { endpoints: ranked.iter().take(MAX_PICKED).map(|(.., endpoint)| endpoint.address).collect() })
+        avoided.retain(|endpoint| endpoint.in_flight() < self.max_in_flight);
+        let in_order = ranked.iter().map(|(.., endpoint)| *endpoint).chain(avoided);
+        Ok(Pick { endpoints: in_order.take(MAX_PICKED).map(|endpoint| endpoint.address).collect() })
     }
 }

@@ -99,6 +99,7 @@ impl EppClient {
             out: Some(PollSender::new(out)),
             answer: Answer::Awaited(call.boxed()),
             silence: Waiting::new(&line.silence),
+            replica: line.replica,
         };
         // The head leaves now, not when the first piece of the body is there; whoever waits later registers its own waker.
         let mut nobody = Context::from_waker(Waker::noop());
@@ -164,6 +165,7 @@ pub struct PickStream {
     out: Option<PollSender<ProcessingRequest>>,
     answer: Answer,
     silence: Waiting,
+    replica: Arc<Replica>,
 }
 
 enum Answer {
@@ -173,6 +175,11 @@ enum Answer {
 }
 
 impl PickStream {
+    /// The EPP that is asked, `host:port` as configured.
+    pub fn authority(&self) -> &str {
+        self.replica.authority.as_str()
+    }
+
     /// Hands over a piece of the body, of any size. Waits while the EPP does not take it; returns early with the EPP's outcome
     /// or failure, after which no more of the body is wanted. Cancel-safe: the piece is taken at once, and what of it has not
     /// left goes with the next call of any method.

@@ -77,7 +77,6 @@ pub struct Exchange {
     response: ResponsePhase,
     /// The EPP has replied to the head of the request.
     head_answered: bool,
-    answered: bool,
     by_metadata: Option<String>,
     by_header: Option<String>,
     mutation: HeaderMutation,
@@ -112,7 +111,6 @@ impl Exchange {
             request_ended: !has_body,
             response: ResponsePhase::Before,
             head_answered: false,
-            answered: false,
             by_metadata: None,
             by_header: None,
             mutation: HeaderMutation::default(),
@@ -184,14 +182,13 @@ impl Exchange {
         self.events.pop_front()
     }
 
-    /// Whether the EPP has said anything.
+    /// Whether the EPP has said anything about the request. That a piece of the body stays as it is says nothing.
     pub fn answered(&self) -> bool {
-        self.answered
+        self.head_answered || self.by_metadata.is_some() || !self.replacement.is_untouched()
     }
 
     /// A message from the EPP.
     pub fn receive(&mut self, reply: ProcessingResponse) {
-        self.answered = true;
         if !self.settled
             && let Some(list) = reply.dynamic_metadata.as_ref().and_then(message::metadata_destination)
         {

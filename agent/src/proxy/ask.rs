@@ -153,7 +153,7 @@ async fn send(
     piece: Bytes,
     end: bool,
     patience: &Patience,
-    client: &Client,
+    client: &mut Client,
 ) -> Result<Option<Outcome>, Asked> {
     tokio::select! {
         biased;

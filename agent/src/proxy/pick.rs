@@ -3,6 +3,7 @@
 
 use std::net::SocketAddr;
 
+use http::{HeaderMap, HeaderName};
 use penstock_proto::ext_proc::HeaderMutation;
 use tokio::time::Instant;
 
@@ -16,6 +17,7 @@ use crate::{
     error::Error,
     metrics::{EppOutcome, InFlight},
     picker::{
+        builtin::SessionHash,
         client::PickStream,
         exchange::{Body, Decision, ImmediateReply, Limits, Outcome},
     },
@@ -49,14 +51,15 @@ pub(super) async fn pick(
     let pool = &worker.shared.config.pools[request.pool];
     let (Some(epp), config::Picker::Epp(settings)) = (&worker.epps[request.pool], &pool.picker) else {
         upload.rest(client).await?;
-        return builtin(worker, request.pool, upload).map(|picked| Verdict::Forward(Box::new(picked)));
+        return builtin(worker, request, upload).map(|picked| Verdict::Forward(Box::new(picked)));
     };
     let started = Instant::now();
     let metrics = worker.shared.metrics.pool(request.pool);
     let open = worker.shared.metrics.epp_stream();
+    let subset = worker.shared.endpoints[request.pool].subset(started.into_std());
     let limit = worker.shared.config.limits.body_bytes;
     let limits = Limits { replaced_body: limit.try_into().unwrap_or(usize::MAX) };
-    let question = Question { epp, settings, subset: None, limits, metrics };
+    let question = Question { epp, settings, subset: subset.as_deref(), limits, metrics };
     let failure = match question.ask(client, request, upload).await {
         Asked::Answered(Outcome::Immediate(reply), _) => {
             metrics.epp_exchange(EppOutcome::Immediate, started.elapsed());
@@ -65,6 +68,9 @@ pub(super) async fn pick(
         Asked::Answered(Outcome::Picked(decision), stream) => match admitted(worker, request.pool, decision) {
             Ok((endpoints, decision)) => {
                 metrics.epp_exchange(EppOutcome::Picked, started.elapsed());
+                if subset.is_some_and(|subset| !subset.contains(&decision.endpoints[0])) {
+                    metrics.epp_outside_subset();
+                }
                 request.record.picked_in(started.elapsed());
                 upload.rest(client).await?;
                 let Decision { mutation, body, .. } = decision;
@@ -89,7 +95,7 @@ pub(super) async fn pick(
         FailureMode::Open => {
             metrics.epp_exchange(EppOutcome::FailOpen, started.elapsed());
             upload.rest(client).await?;
-            open_pick(worker, pool, request.pool, upload).map(|picked| Verdict::Forward(Box::new(picked)))
+            open_pick(worker, pool, request, upload).map(|picked| Verdict::Forward(Box::new(picked)))
         }
     }
 }
@@ -107,15 +113,27 @@ fn admitted(worker: &Worker, pool: usize, decision: Decision) -> Result<(Vec<Soc
     }
 }
 
-fn builtin(worker: &Worker, pool: usize, upload: &mut Upload) -> Result<Picked, Error> {
-    let pick = worker.shared.pickers[pool].pick(&upload.prompt(), None, Instant::now().into_std())?;
+fn builtin(worker: &Worker, request: &Request, upload: &mut Upload) -> Result<Picked, Error> {
+    let (pool, now) = (request.pool, Instant::now().into_std());
+    let subset = worker.shared.endpoints[pool].subset(now);
+    let names = &worker.shared.config.pools[pool].session_headers;
+    let prompt = upload.prompt().of(session(names, &request.parts.headers));
+    let pick = worker.shared.pickers[pool].pick(&prompt, subset.as_deref(), now)?;
     Ok(unasked(pick.endpoints))
 }
 
-fn open_pick(worker: &Worker, pool: &config::Pool, index: usize, upload: &mut Upload) -> Result<Picked, Error> {
-    match pool.default_upstream {
+/// By the first of these headers that says something.
+fn session(names: &[HeaderName], headers: &HeaderMap) -> Option<SessionHash> {
+    let name = names.iter().filter_map(|name| headers.get(name)).find(|name| !name.is_empty())?;
+    Some(SessionHash::new(name.as_bytes()))
+}
+
+fn open_pick(worker: &Worker, pool: &config::Pool, request: &Request, upload: &mut Upload) -> Result<Picked, Error> {
+    let endpoints = worker.shared.endpoints[request.pool].snapshot();
+    let takes_requests = |upstream: &SocketAddr| endpoints.get(*upstream).is_none_or(|endpoint| !endpoint.draining);
+    match pool.default_upstream.filter(takes_requests) {
         Some(upstream) => Ok(unasked(vec![upstream])),
-        None => builtin(worker, index, upload),
+        None => builtin(worker, request, upload),
     }
 }
 

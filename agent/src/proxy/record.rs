@@ -1,4 +1,5 @@
-//! What a request leaves behind: metrics, and one line in the access log (target `penstock::access`).
+//! What a request leaves behind: metrics, one line in the access log (target `penstock::access`), and where tracing is on a
+//! span.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -6,35 +7,80 @@ use http::{StatusCode, request};
 use penstock_common::slot::stop;
 use tokio::time::Instant;
 
+use super::pick::Verdict;
 use crate::{
-    deliver::Account, error::Error, kernel::socket::monotonic_ns, metrics, steer::choice::Path, worker::Worker,
+    config::Picker,
+    deliver::Account,
+    error::Error,
+    http::{headers::Arrival, trace_context},
+    kernel::socket::monotonic_ns,
+    metrics,
+    picker::client::PickStream,
+    steer::choice::Path,
+    telemetry::{Ended, Pick, RequestSpan},
+    worker::Worker,
 };
 
 pub(super) struct Record {
+    /// The first byte of the request.
     started: Instant,
     started_ns: u64,
     status: StatusCode,
     reason: &'static str,
+    broken: bool,
     picked_in: Duration,
     endpoint: Option<SocketAddr>,
     path: &'static str,
     path_reason: &'static str,
     account: Account,
+    span: Option<Box<RequestSpan>>,
 }
 
 impl Record {
-    pub(super) fn new() -> Self {
+    /// Of a request whose first byte came at `started`.
+    pub(super) fn new(started: Instant) -> Self {
         Self {
-            started: Instant::now(),
-            started_ns: monotonic_ns(),
+            started,
+            started_ns: monotonic_ns().saturating_sub(started.elapsed().as_nanos() as u64),
             status: StatusCode::INTERNAL_SERVER_ERROR,
             reason: "none",
+            broken: false,
             picked_in: Duration::ZERO,
             endpoint: None,
             path: "none",
             path_reason: "none",
             account: Account::default(),
+            span: None,
         }
+    }
+
+    /// Continues the trace that the client is in, in a span of its own where tracing is on.
+    pub(super) fn trace(&mut self, worker: &Worker, parts: &mut request::Parts, arrival: &Arrival) {
+        let caller = trace_context::received(&mut parts.headers);
+        let telemetry = worker.shared.telemetry.as_ref();
+        self.span = telemetry.map(|telemetry| Box::new(telemetry.request(parts, arrival, caller, self.started)));
+    }
+
+    /// The pick that began at `began` is over.
+    pub(super) fn pick(&self, worker: &Worker, pool: usize, began: Instant, verdict: &Result<Verdict, Error>) {
+        let Some(span) = &self.span else { return };
+        let stream = if let Ok(Verdict::Forward(picked)) = verdict { picked.stream.as_ref() } else { None };
+        let epp = match &worker.shared.config.pools[pool].picker {
+            // Who was asked; of several who failed the first stands for all.
+            Picker::Epp(epp) => stream.map(PickStream::authority).or(epp.addresses.first().map(String::as_str)),
+            Picker::Builtin => None,
+        };
+        let (by, endpoints, error) = match verdict {
+            Ok(Verdict::Forward(picked)) if epp.is_some() && picked.stream.is_none() => {
+                ("fail_open", picked.endpoints.as_slice(), None)
+            }
+            Ok(Verdict::Forward(picked)) => {
+                (if epp.is_some() { "epp" } else { "builtin" }, picked.endpoints.as_slice(), None)
+            }
+            Ok(Verdict::Reply(_)) => ("epp", &[][..], None),
+            Err(error) => (if epp.is_some() { "epp" } else { "builtin" }, &[][..], Some(error.reason())),
+        };
+        span.pick(began, &Pick { by, epp, endpoints, error });
     }
 
     pub(super) fn picked_in(&mut self, took: Duration) {
@@ -51,7 +97,7 @@ impl Record {
 
     /// The response had begun and was broken off.
     pub(super) fn broken(&mut self, reason: &'static str) {
-        self.reason = reason;
+        (self.reason, self.broken) = (reason, true);
     }
 
     pub(super) fn delivered(
@@ -118,17 +164,46 @@ impl Record {
             carried_why = self.path_reason,
             bytes_kernel = self.account.steered,
             bytes_user = self.account.relayed,
+            bytes_up = (self.account.upstream > 0).then_some(self.account.upstream),
             pick_us = self.picked_in.as_micros() as u64,
             ttft_us = if self.account.first_ns > 0 { first_ns / 1000 } else { 0 },
             took_us = took.as_micros() as u64,
             error = error.map(ToString::to_string),
         );
+        let Some(span) = self.span else { return };
+        let model = parts.headers.get(&worker.shared.config.bbr.header).and_then(|model| model.to_str().ok());
+        span.end(&Ended {
+            status: self.status.as_u16(),
+            reason: self.reason,
+            refused: error.is_some(),
+            broken: self.broken,
+            pool: &worker.shared.config.pools[pool].name,
+            endpoint: self.endpoint,
+            model,
+            carried_by: self.path,
+            carried_why: self.path_reason,
+            first_byte: (self.account.first_ns > 0).then(|| Duration::from_nanos(first_ns)),
+        });
     }
 
     /// The request never got as far as a pool.
     pub(super) fn finish_unrouted(self, worker: &Worker, error: &Error) {
         let took = self.started.elapsed();
         worker.shared.metrics.unrouted().request(error.status().as_u16(), error.reason(), took);
+        if let Some(span) = self.span {
+            span.end(&Ended {
+                status: error.status().as_u16(),
+                reason: error.reason(),
+                refused: true,
+                broken: false,
+                pool: "",
+                endpoint: None,
+                model: None,
+                carried_by: self.path,
+                carried_why: self.path_reason,
+                first_byte: None,
+            });
+        }
         if matches!(error, Error::ClientGone) {
             return;
         }

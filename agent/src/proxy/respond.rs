@@ -1,17 +1,18 @@
 //! The response: its head goes to the picker and, as the picker changed it, to the client; its body goes the way that was
 //! chosen; then both connections are free for what comes next.
 
-use std::cell::RefCell;
+use std::{cell::RefCell, net::SocketAddr};
 
 use bytes::{Bytes, BytesMut};
 use http::header;
+use tokio::time::Instant;
 
 use super::{After, Request, immediate, pick::Picked};
 use crate::{
     client::{Client, ClientSocket},
     config,
-    deliver::{Delivery, End, Target},
-    endpoint::{connection::EndpointConnection, in_flight::InFlight},
+    deliver::{Account, Coding, Delivery, End, Frames, Target, Tunnel},
+    endpoint::{body::ResponseBody, connection::EndpointConnection, in_flight::InFlight},
     error::Error,
     http::{
         headers,
@@ -30,15 +31,27 @@ use crate::{
     worker::Worker,
 };
 
+/// Why a response was broken off by its picker: a label.
+const EVICTED: &str = "evicted";
 const EVENT_STREAM: &[u8] = b"text/event-stream";
 
 /// What an endpoint has answered so far.
 pub(super) struct Answer {
-    pub(super) endpoint: EndpointConnection,
+    pub(super) address: SocketAddr,
     pub(super) head: ResponseHead,
-    /// Read behind the head.
-    pub(super) pending: BytesMut,
+    pub(super) body: ResponseBody,
     pub(super) in_flight: InFlight,
+}
+
+/// A body that has been carried, as far as it went.
+struct Carried {
+    /// Err: it was broken off, for this reason.
+    end: Result<End, &'static str>,
+    account: Account,
+    path: Path,
+    reason: &'static str,
+    /// The client's connection stays open.
+    keep_alive: bool,
 }
 
 /// Resolves when the picker evicts the request; never without a stream.
@@ -56,10 +69,10 @@ pub(super) async fn respond(
     mut picked: Picked,
     answer: Answer,
 ) -> Result<After, Error> {
-    let Answer { mut endpoint, mut head, pending, in_flight } = answer;
-    request.record.served(endpoint.address);
-    headers::remove_hop_by_hop(&mut head.headers);
-    headers::add_via(&mut head.headers, head.version);
+    let Answer { address, mut head, mut body, in_flight } = answer;
+    request.record.served(address);
+    let config = &worker.shared.config;
+    headers::prepare_response(&mut head.headers, head.version, &request.parts.headers, &config.headers);
     let settings = match &worker.shared.config.pools[request.pool].picker {
         config::Picker::Epp(epp) => Some(epp),
         config::Picker::Builtin => None,
@@ -67,9 +80,13 @@ pub(super) async fn respond(
     let mut tee = None;
     if let (Some(stream), Some(settings)) = (&mut picked.stream, settings) {
         let wait = settings.response_timeout;
-        let ended = head.framing.is_done();
-        tee = tee_of(settings, &head);
-        let reply = stream.response_headers(head.status, &head.headers, endpoint.address, ended, wait).await;
+        let ended = body.is_done() && head.upgrade.is_none();
+        tee = tee_of(settings, &head, ended);
+        let reply = tokio::select! {
+            biased;
+            reply = stream.response_headers(head.status, &head.headers, address, ended, wait) => reply,
+            () = client.gone() => return Err(Error::ClientGone),
+        };
         if let Some(reply) = stream.head_reply() {
             worker.shared.metrics.pool(request.pool).epp_head_reply(reply.label());
         }
@@ -78,66 +95,169 @@ pub(super) async fn respond(
             ResponseReply::Mutation(None) => {}
             ResponseReply::Evicted(reply) => {
                 worker.shared.metrics.pool(request.pool).evicted();
-                drop(endpoint);
-                immediate(client, &request.parts.method, &reply, request.keep_alive).await?;
+                drop(body);
+                immediate(worker, client, &request.parts, &reply, request.keep_alive).await?;
                 request.record.status(reply.status, "evicted");
                 return Ok(if request.keep_alive { After::Next } else { After::Close });
             }
         }
     }
     request.record.status(head.status, "ok");
-    let Client::Http1(client) = client;
+    let carried = match (&mut *client, &mut body) {
+        (Client::Http1(socket), ResponseBody::Http1 { connection, pending, .. }) if head.upgrade.is_some() => {
+            tunnel(worker, socket, request, &head, connection, pending, &mut picked).await
+        }
+        (Client::Http1(socket), ResponseBody::Http1 { connection, framing: _, pending }) => {
+            bytes(worker, socket, request, &head, connection, pending, &mut picked, tee.as_ref()).await
+        }
+        _ => frames(worker, client, request, &head, &mut body, &mut picked, tee.as_ref()).await,
+    };
+    drop(in_flight);
+    request.record.delivered(worker, request.pool, carried.path, carried.reason, carried.account);
+    let rest = tee.map_or_else(Vec::new, |tee| account_for(worker, request.pool, tee.into_inner()));
+    match carried.end {
+        Ok(End::Complete { reusable }) => {
+            picked.finish(rest);
+            if let ResponseBody::Http1 { mut connection, .. } = body {
+                connection.set_resting(true);
+                if reusable && head.keep_alive {
+                    worker.endpoints.put(connection);
+                }
+            }
+            Ok(if carried.keep_alive { After::Next } else { After::Close })
+        }
+        // Dropping the stream tells the EPP that the request is over and was not completed.
+        end => {
+            let reason = end.map_or_else(|reason| reason, End::reason);
+            if reason == EVICTED {
+                worker.shared.metrics.pool(request.pool).evicted();
+            }
+            request.record.broken(reason);
+            Ok(After::Abort)
+        }
+    }
+}
+
+/// Carries the body as the endpoint's bytes, in the kernel where that was chosen.
+#[expect(clippy::too_many_arguments, reason = "the parts of one response, each borrowed for itself")]
+async fn bytes(
+    worker: &Worker,
+    client: &mut ClientSocket,
+    request: &Request,
+    head: &ResponseHead,
+    endpoint: &mut EndpointConnection,
+    pending: &mut BytesMut,
+    picked: &mut Picked,
+    tee: Option<&RefCell<Tee>>,
+) -> Carried {
     let wish = request.keep_alive && !worker.shared.draining.is_cancelled();
     let mut lead = BytesMut::with_capacity(1024);
     let keep_alive = head.write_head(&mut lead, wish, request.parts.version);
-    let ends_by_close = head.body == BodyKind::UntilClose || head.needs_dechunk(request.parts.version);
-    if ends_by_close {
+    let decode = head.needs_dechunk(request.parts.version);
+    if head.body == BodyKind::UntilClose || decode {
         client.reset_on_close();
     }
-    let told = tee.as_ref().map(|tee| tee.borrow().wants_all());
-    let (target, path, reason) = path(worker, client, request, &head, &endpoint, &pending, told);
+    let told = tee.map(|tee| tee.borrow().wants_all());
+    let (target, path, reason) = path(worker, client, request, head, endpoint, pending, told);
 
-    let mut delivery = Delivery::new(client, &mut endpoint, head.framing, pending, worker.shared.config.timeouts.idle);
+    let idle = worker.shared.config.timeouts.idle;
+    let mut delivery = Delivery::new(client, endpoint, head.framing, std::mem::take(pending), idle);
     delivery.lead = lead;
     delivery.target = target;
-    delivery.tee = tee.as_ref();
-    delivery.decode = head.needs_dechunk(request.parts.version);
+    delivery.tee = tee;
+    delivery.decode = decode;
     let end = tokio::select! {
         biased;
-        end = delivery.run() => Some(end),
-        _ = evicted_telling(&mut picked.stream, tee.as_ref()) => None,
+        end = delivery.run() => Ok(end),
+        reason = broken_off(request.deadline, &mut picked.stream, tee) => Err(reason),
     };
-    if end.is_none() {
+    if end.is_err() {
         delivery.abandon();
     }
-    let account = std::mem::take(&mut delivery.account);
-    drop(delivery);
-    drop(in_flight);
-    request.record.delivered(worker, request.pool, path, reason, account);
-    let rest = tee.map_or_else(Vec::new, |tee| account_for(worker, request.pool, tee.into_inner()));
-    match end {
-        Some(End::Complete { reusable }) => {
-            picked.finish(rest);
-            endpoint.set_resting(true);
-            if reusable && head.keep_alive {
-                worker.endpoints.put(endpoint);
+    Carried { end, account: std::mem::take(&mut delivery.account), path, reason, keep_alive }
+}
+
+/// Carries what follows a switch of protocols.
+async fn tunnel(
+    worker: &Worker,
+    client: &mut ClientSocket,
+    request: &Request,
+    head: &ResponseHead,
+    endpoint: &mut EndpointConnection,
+    pending: &mut BytesMut,
+    picked: &mut Picked,
+) -> Carried {
+    let mut lead = BytesMut::with_capacity(1024);
+    head.write_head(&mut lead, true, request.parts.version);
+    lead.unsplit(std::mem::take(pending));
+    let idle = worker.shared.config.timeouts.idle;
+    let mut tunnel = Tunnel { client, endpoint, lead, idle, account: Account::default() };
+    let end = tokio::select! {
+        biased;
+        end = tunnel.run() => Ok(end),
+        // Switching protocols is the whole response: the time for the request ends with it.
+        reason = broken_off(None, &mut picked.stream, None) => Err(reason),
+    };
+    Carried { end, account: tunnel.account, path: Path::Relay, reason: "upgrade", keep_alive: false }
+}
+
+/// Carries the body where HTTP/2 is spoken on one side or both.
+async fn frames(
+    worker: &Worker,
+    client: &mut Client,
+    request: &Request,
+    head: &ResponseHead,
+    body: &mut ResponseBody,
+    picked: &mut Picked,
+    tee: Option<&RefCell<Tee>>,
+) -> Carried {
+    let (mut lead, mut coding, mut keep_alive) = (BytesMut::new(), Coding::Plain, true);
+    let begun = match client {
+        Client::Http2(stream) => {
+            let (head, length) = head.frames();
+            stream.begin(head, length)
+        }
+        Client::Http1(socket) => {
+            let wish = request.keep_alive && !worker.shared.draining.is_cancelled();
+            keep_alive = head.write_head(&mut lead, wish, request.parts.version);
+            match head.body {
+                BodyKind::Chunked if head.needs_dechunk(request.parts.version) => socket.reset_on_close(),
+                BodyKind::Chunked => coding = Coding::Chunked,
+                _ => {}
             }
-            Ok(if keep_alive { After::Next } else { After::Close })
+            Ok(())
         }
-        Some(other) => {
-            request.record.broken(match other {
-                End::ClientGone => "client_gone",
-                End::Idle => "idle_timeout",
-                _ => "endpoint_broke",
-            });
-            // Dropping the stream tells the EPP that the request is over and was not completed.
-            Ok(After::Abort)
+    };
+    let idle = worker.shared.config.timeouts.idle;
+    let mut delivery = Frames { client, body, lead, coding, tee, idle, account: Account::default() };
+    let end = match begun {
+        Err(_) => Ok(End::ClientGone),
+        Ok(()) => tokio::select! {
+            biased;
+            end = delivery.run() => Ok(end),
+            reason = broken_off(request.deadline, &mut picked.stream, tee) => Err(reason),
+        },
+    };
+    Carried { end, account: delivery.account, path: Path::Relay, reason: "http2", keep_alive }
+}
+
+/// Resolves when a response has to be broken off that nobody but the agent or the picker minds: at its deadline, or by
+/// eviction. As [`evicted_telling`], it is polled after the delivery.
+async fn broken_off(
+    deadline: Option<Instant>,
+    stream: &mut Option<PickStream>,
+    tee: Option<&RefCell<Tee>>,
+) -> &'static str {
+    let late = async {
+        match deadline {
+            Some(deadline) => tokio::time::sleep_until(deadline).await,
+            None => std::future::pending().await,
         }
-        None => {
-            worker.shared.metrics.pool(request.pool).evicted();
-            request.record.broken("evicted");
-            Ok(After::Abort)
-        }
+    };
+    tokio::select! {
+        biased;
+        _ = evicted_telling(stream, tee) => EVICTED,
+        () = late => "request_timeout",
     }
 }
 
@@ -151,10 +271,10 @@ async fn evicted_telling(stream: &mut Option<PickStream>, tee: Option<&RefCell<T
 }
 
 /// What the picker wants of this response's body, if there is one.
-fn tee_of(settings: &config::Epp, head: &ResponseHead) -> Option<RefCell<Tee>> {
+fn tee_of(settings: &config::Epp, head: &ResponseHead, ended: bool) -> Option<RefCell<Tee>> {
     let length = if let BodyKind::Length(length) = head.body { Some(length) } else { None };
     let tee = Tee::new(settings.response_to_picker, &head.headers, length, settings.response_queue_bytes);
-    tee.filter(|_| !head.framing.is_done()).map(RefCell::new)
+    tee.filter(|_| !ended).map(RefCell::new)
 }
 
 /// The end of the tee: enters it into the metrics, and gives what the picker is still to be told.
@@ -167,6 +287,16 @@ fn account_for(worker: &Worker, pool: usize, mut tee: Tee) -> Vec<Bytes> {
         metrics.tokens(&usage.model, usage.input_tokens, usage.output_tokens);
     }
     tee.rest()
+}
+
+/// Why only user space can carry a body, if so.
+fn barrier(decode: bool, told: bool, tls: bool) -> Option<&'static str> {
+    match () {
+        () if tls => Some("tls"),
+        () if decode => Some("http10"),
+        () if told => Some("response_to_picker"),
+        () => None,
+    }
 }
 
 /// Chooses the path and, for the kernel's, makes the client a target. `told`: the picker wants to know of the body, and all
@@ -193,8 +323,7 @@ fn path(
         framing,
         event_stream,
         local_endpoint: endpoint.local,
-        decode: head.needs_dechunk(request.parts.version),
-        told: told == Some(true),
+        barrier: barrier(head.needs_dechunk(request.parts.version), told == Some(true), client.is_tls()),
     };
     let (path, reason) = choose(config, &response);
     let (Path::Ingress, Some(steering)) = (path, worker.endpoints.steering()) else { return (None, path, reason) };

@@ -15,10 +15,8 @@ pub struct Response {
     pub event_stream: bool,
     /// The endpoint's address is on this machine.
     pub local_endpoint: bool,
-    /// The client speaks HTTP/1.0 and gets a chunked body decoded.
-    pub decode: bool,
-    /// User space has to see the body, for the picker.
-    pub told: bool,
+    /// Why only user space can carry it, whatever the settings.
+    pub barrier: Option<&'static str>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,14 +46,11 @@ pub fn choose(config: &Steering, response: &Response) -> (Path, &'static str) {
     if config.mode == SteeringMode::Off {
         return relay("off");
     }
+    if let Some(barrier) = response.barrier {
+        return relay(barrier);
+    }
     if !response.registered {
         return relay("unavailable");
-    }
-    if response.decode {
-        return relay("http10");
-    }
-    if response.told {
-        return relay("response_to_picker");
     }
     if config.mode == SteeringMode::Ingress {
         return (Path::Ingress, "forced");
@@ -93,8 +88,7 @@ mod tests {
             framing: Framing::chunked(),
             event_stream: false,
             local_endpoint: true,
-            decode: false,
-            told: false,
+            barrier: None,
         };
         let length = |n| Response { framing: Framing::length(n), ..base };
         let remote = |r: Response| Response { local_endpoint: false, ..r };
@@ -105,11 +99,10 @@ mod tests {
             (Auto, Response { framing: Framing::none(), ..base }, (Relay, "complete")),
             (Off, base, (Relay, "off")),
             (Auto, Response { registered: false, ..base }, (Relay, "unavailable")),
-            (Auto, Response { decode: true, ..base }, (Relay, "http10")),
-            (Forced, Response { decode: true, ..base }, (Relay, "http10")),
-            (Auto, Response { told: true, ..base }, (Relay, "response_to_picker")),
-            (Forced, Response { told: true, ..base }, (Relay, "response_to_picker")),
-            (Off, Response { told: true, ..base }, (Relay, "off")),
+            (Auto, Response { barrier: Some("http10"), ..base }, (Relay, "http10")),
+            (Forced, Response { barrier: Some("http10"), ..base }, (Relay, "http10")),
+            (Off, Response { barrier: Some("tls"), ..base }, (Relay, "off")),
+            (Auto, Response { barrier: Some("tls"), registered: false, ..base }, (Relay, "tls")),
             (Forced, length(1), (Ingress, "forced")),
             (Auto, length(999), (Relay, "small")),
             (Auto, length(1000), (Ingress, "length")),

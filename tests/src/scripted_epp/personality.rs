@@ -75,6 +75,13 @@ impl Endpoints {
         Self { offer, ..self }
     }
 
+    /// Those that a list of `ip:port`, or of `ip` for all ports there, names.
+    fn named(&self, list: &str) -> Vec<String> {
+        let names = |entry: &str, one: &str| entry == one || one.rsplit_once(':').is_some_and(|(ip, _)| ip == entry);
+        let named = |one: &&String| list.split(',').any(|entry| names(entry.trim(), one));
+        self.endpoints.iter().filter(named).cloned().collect()
+    }
+
     /// `ip:port`, or several with commas; `None` when there is none to pick.
     fn pick(&self, subset: Option<&[String]>) -> Option<String> {
         let allowed = |one: &&String| subset.is_none_or(|subset| subset.contains(one));

@@ -204,8 +204,9 @@ async fn production_says_no_with_immediate_responses() {
 #[tokio::test]
 async fn lwepp_answers_pieces_first_and_obeys() {
     let epp = ScriptedEpp::start(Lwepp::new(&endpoints())).await.unwrap();
-    let peer = Peer::open(channel(&epp).await).await;
-    peer.head(&[("test-epp-endpoint-selection", "127.0.0.1:9")], false, None).await;
+    let channel = channel(&epp).await;
+    let peer = Peer::open(channel.clone()).await;
+    peer.head(&[("test-epp-endpoint-selection", "127.0.0.1:7002, 10.0.0.1")], false, None).await;
     peer.body(b"a", false).await;
     peer.body(b"", true).await;
     let (replies, _) = peer.finish().await;
@@ -213,8 +214,20 @@ async fn lwepp_answers_pieces_first_and_obeys() {
         matches!(&reply.response, Some(Response::RequestBody(_))) && streamed(reply).is_none()
     };
     assert!(empty(&replies[0]) && empty(&replies[1]));
-    assert_eq!(picked(&replies[2]).as_deref(), Some("127.0.0.1:9"));
+    assert_eq!(picked(&replies[2]).as_deref(), Some("127.0.0.1:7002"));
     assert_eq!(replies.len(), 3);
+    // An address alone names all of its ports.
+    let mut all = Vec::new();
+    for _ in endpoints() {
+        let peer = Peer::open(channel.clone()).await;
+        peer.head(&[("test-epp-endpoint-selection", "127.0.0.1")], true, None).await;
+        all.extend(picked(&peer.finish().await.0[0]));
+    }
+    all.sort();
+    assert_eq!(all, endpoints().iter().map(ToString::to_string).collect::<Vec<_>>());
+    let peer = Peer::open(channel).await;
+    peer.head(&[("test-epp-endpoint-selection", "127.0.0.2")], true, None).await;
+    assert_eq!(peer.rest().await.1, Err(Code::Internal));
 }
 
 #[tokio::test]

@@ -12,9 +12,9 @@ use std::{
 
 use penstock_agent::config::SteeringMode;
 use penstock_tests::{
-    Alphabet, Plan,
+    Alphabet, BodyEnd, Plan,
     agent::{TestAgent, builtin_pool},
-    client::{Client, Request},
+    client::{Client, Pace, Request},
     content::Fnv,
     eventually,
     model_server::HeadWrites,
@@ -114,6 +114,23 @@ async fn answers_that_are_none() {
         ("bad_response", ok("a: b\r\n c\r\ncontent-length: 5\r\n", "hello")),
         ("bad_response", ok("a: b\nc: d\r\ncontent-length: 5\r\n", "hello")),
         ("bad_response", ok("a: \0\r\ncontent-length: 5\r\n", "hello")),
+        ("bad_response", ok("a\0: b\r\ncontent-length: 5\r\n", "hello")),
+        ("bad_response", ok("a: b\rc: d\r\ncontent-length: 5\r\n", "hello")),
+        ("bad_response", ok("content-length : 5\r\n", "hello")),
+        ("bad_response", ok("content-length:\r\n 5\r\n", "hello")),
+        ("bad_response", ok("content-length: +5\r\n", "hello")),
+        ("bad_response", ok("content-length: 0x5\r\n", "hello")),
+        ("bad_response", ok("content-length: 18446744073709551616\r\n", "hello")),
+        ("bad_response", ok("transfer-encoding : chunked\r\n", chunked)),
+        ("bad_response", ok("transfer-encoding:\r\n chunked\r\n", chunked)),
+        ("bad_response", ok("transfer-encoding: chunked\x0b\r\n", chunked)),
+        ("bad_response", ok("transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n", chunked)),
+        ("bad_response", ok("transfer-encoding: chunked, identity\r\n", chunked)),
+        ("bad_response", ok("transfer-encoding: identity\r\n", "hello")),
+        ("bad_response", format!("HTTP/1.0 200 OK\r\ntransfer-encoding: chunked\r\n\r\n{chunked}")),
+        ("bad_response", "HTTP/1.1 200 OK\ncontent-length: 5\n\nhello".to_owned()),
+        ("bad_response", "HTTP/1.1  200 OK\r\ncontent-length: 5\r\n\r\nhello".to_owned()),
+        ("bad_response", " HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello".to_owned()),
         ("bad_response", ok(&format!("a: {}\r\n", "x".repeat(5000)), "")),
         ("bad_response", ok(&"a: b\r\n".repeat(33), "")),
         ("bad_response", "x".repeat(5000)),
@@ -142,6 +159,93 @@ async fn answers_that_are_none() {
                 assert_eq!((response.status(), error(&response).0.as_str()), (502, code), "{shown}");
                 assert_eq!((response.header("connection"), endpoint.accepted()), (None, accepted), "{shown}");
             }
+            assert_eq!(client.surplus(), b"");
+        }
+    }
+}
+
+/// The head was right, and the body is not what it said: the client sees a message that is broken off, never a whole one, and
+/// nothing of it is taken for the next response.
+#[tokio::test]
+async fn bodies_that_are_none() {
+    let next = "HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil";
+    let mut rows: Vec<String> = Vec::new();
+    for bad in [
+        "5\nhello\r\n0\r\n\r\n",
+        "5\r\nhello\n0\r\n\r\n",
+        "5\r\nhello0\r\n\r\n",
+        "5\r\nhello!\r\n0\r\n\r\n",
+        "0\n\n",
+        "0x5\r\nhello\r\n0\r\n\r\n",
+        "+5\r\nhello\r\n0\r\n\r\n",
+        "-5\r\nhello\r\n0\r\n\r\n",
+        " 5\r\nhello\r\n0\r\n\r\n",
+        "10000000000000005\r\nhello\r\n0\r\n\r\n",
+        "5;a=\nb\r\nhello\r\n0\r\n\r\n",
+        "5;\0\r\nhello\r\n0\r\n\r\n",
+        "\r\n",
+        "0\r\nx: y\n\n",
+        "0\r\nx: \0\r\n\r\n",
+    ] {
+        rows.push(bad.to_owned());
+        rows.push(format!("5\r\nright\r\n{bad}"));
+    }
+    rows.push(format!("5;{}\r\nhello\r\n0\r\n\r\n", "x".repeat(5000)));
+    rows.push(format!("0\r\n{}\r\n", "x: yyyyyyyyyyyy\r\n".repeat(1100)));
+    for bad in rows {
+        let answer = format!("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n{bad}{next}");
+        let shown = bad[..bad.len().min(100)].escape_default().to_string();
+        let endpoint = Endpoint::start(answer.as_bytes(), Then::Keep).await;
+        let (agent, mut client) = before(endpoint.addr).await;
+        for accepted in 1..=2 {
+            client.send(&echo()).await.unwrap();
+            match client.head().await {
+                // What came of it is passed on as it is, or held back, and then the connection ends.
+                Ok(head) => {
+                    assert_eq!(head.status, 200, "{shown}");
+                    match client.read_body(Pace::Fast, |_| Ok(())).await {
+                        Ok(read) => assert_ne!(read.end, BodyEnd::Complete, "{shown}"),
+                        Err(error) => assert!(
+                            format!("{error:#}").contains("chunk") || format!("{error:#}").contains("line end"),
+                            "{error:#}: {shown}"
+                        ),
+                    }
+                }
+                Err(error) => assert!(error.to_string().contains("ended"), "{error:#}: {shown}"),
+            }
+            assert!(!client.surplus().escape_ascii().to_string().contains("evil"), "{shown}");
+            eventually(SOON, || agent.count("penstock_requests_total", &["reason=\"endpoint_broke\""]) == accepted)
+                .await;
+            assert_eq!(endpoint.accepted(), accepted, "{shown}");
+            client = Client::connect(agent.addr).await.unwrap();
+        }
+    }
+}
+
+/// Any number of them, and then the response.
+#[tokio::test]
+async fn interim_responses_end_at_the_agent() {
+    let interim = "HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n".repeat(500);
+    let answer = format!("{interim}HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello");
+    let endpoint = Endpoint::start(answer.as_bytes(), Then::Keep).await;
+    let (_agent, mut client) = before(endpoint.addr).await;
+    for _ in 0..2 {
+        let response = client.request(&echo()).await.unwrap();
+        assert_eq!((response.status(), response.text().as_str(), response.interim.len()), (200, "hello", 0));
+    }
+    assert_eq!(endpoint.accepted(), 1);
+}
+
+/// The answer to HEAD has no body, whatever it says and whatever comes behind it.
+#[tokio::test]
+async fn bytes_behind_the_answer_to_head() {
+    for fields in ["content-length: 5\r\n", "transfer-encoding: chunked\r\n", ""] {
+        let answer = format!("HTTP/1.1 200 OK\r\n{fields}\r\nHTTP/1.1 200 OK\r\n\r\n");
+        let endpoint = Endpoint::start(answer.as_bytes(), Then::Keep).await;
+        let (_agent, mut client) = before(endpoint.addr).await;
+        for accepted in 1..=2 {
+            let response = client.request(&Request::new("HEAD", "/test/echo")).await.unwrap();
+            assert_eq!((response.status(), response.read.len, endpoint.accepted()), (200, 0, accepted), "{fields}");
             assert_eq!(client.surplus(), b"");
         }
     }

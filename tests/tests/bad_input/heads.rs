@@ -30,7 +30,6 @@ async fn request_lines() {
         rows.push(refused(505, "version", line(&format!("GET / {version}"))).says(version));
     }
     rows.extend([
-        refused(505, "http2_preface", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
         refused(501, "method", line("CONNECT x:443 HTTP/1.1")),
         refused(501, "method", line("TRACE / HTTP/1.1")),
         refused(400, "asterisk_target", line("GET * HTTP/1.1")),

@@ -3,6 +3,7 @@
 
 mod bodies;
 mod endpoints;
+mod formats;
 mod heads;
 mod setting;
 mod smuggling;

@@ -124,6 +124,7 @@ impl Setting {
             let (code, message) = error(&response);
             assert_eq!((response.status(), code.as_str()), (row.status, row.code), "{message:?} for {shown}");
             assert!(message.contains(row.says), "{message:?} for {shown}");
+            assert_eq!(response.header("x-penstock-reason"), Some(row.code), "{shown}");
             assert_eq!(response.header("connection"), Some("close"), "{shown}");
             assert!(response.interim.is_empty(), "{shown}");
             closed(&mut client).await;

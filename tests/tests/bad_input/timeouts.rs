@@ -1,8 +1,16 @@
-//! Clients that are slow, silent or gone.
+//! Clients that are slow, silent or gone, and endpoints that are: each time that a request may take, and what comes after it.
+//! (That an endpoint falls silent in mid-response, on every path: `broken`. That a picker does: `picking::patience`.)
 
 use std::time::{Duration, Instant};
 
-use penstock_tests::{Plan, client::Client, eventually, model_server::HeadWrites};
+use penstock_agent::config::{Config, SteeringMode};
+use penstock_tests::{
+    BodyEnd, Deaf, ModelServer, Plan,
+    agent::{TestAgent, builtin_pool},
+    client::Client,
+    eventually,
+    model_server::{Fault, FaultKind, HeadWrites, Options},
+};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
@@ -17,8 +25,8 @@ const SOON: Duration = Duration::from_secs(10);
 /// The bystanders are kept longer than any of these.
 async fn setting() -> Setting {
     Setting::start(|config| {
-        config.timeouts.head = SHORT;
-        config.timeouts.body = SHORT;
+        config.timeouts.head = Some(SHORT);
+        config.timeouts.body = Some(SHORT);
     })
     .await
 }
@@ -80,14 +88,15 @@ async fn slow_heads_and_bodies() {
 #[tokio::test]
 async fn idle_connections_are_closed_quietly() {
     let setting = Setting::start(|config| {
-        config.timeouts.head = SHORT;
-        config.timeouts.keep_alive = SHORT;
+        config.timeouts.head = Some(SHORT);
+        config.timeouts.keep_alive = Some(SHORT);
     });
     let setting = setting.await;
     let begin = Instant::now();
     let mut silent = setting.client().await;
     closed(&mut silent).await;
     assert!(begin.elapsed() >= SHORT);
+    assert_eq!(setting.agent.count("penstock_client_idle_closes_total", &[]), 1);
     let mut client = setting.client().await;
     for _ in 0..2 {
         assert_eq!(client.request(&echo()).await.unwrap().status(), 200);
@@ -97,6 +106,113 @@ async fn idle_connections_are_closed_quietly() {
     let (response, mut client) = setting.answer(&post("content-length: 5\r\n", "hello\r\n")).await;
     assert_eq!(response.status(), 200);
     closed(&mut client).await;
+}
+
+/// D10: a client that is over its time elsewhere tells how long the others have waited.
+#[tokio::test]
+async fn what_is_off_waits() {
+    let setting = Setting::start(|config| {
+        (config.timeouts.head, config.timeouts.keep_alive) = (None, None);
+        config.timeouts.body = Some(SHORT);
+    })
+    .await;
+    let (mut silent, mut slow, mut clock) = (setting.client().await, setting.client().await, setting.client().await);
+    slow.send_raw(b"GET /test/echo HTTP/1.1\r\n").await.unwrap();
+    let begin = Instant::now();
+    clock.send_raw(&post("content-length: 10\r\n", "hello")).await.unwrap();
+    times_out(&mut clock, begin, "body_timeout").await;
+    slow.send_raw(b"host: x\r\n\r\n").await.unwrap();
+    assert_eq!(slow.response().await.unwrap().status(), 200);
+    assert_eq!(silent.request(&echo()).await.unwrap().status(), 200);
+    assert_eq!(setting.agent.count("penstock_client_idle_closes_total", &[]), 0);
+
+    let setting = Setting::start(|config| {
+        (config.timeouts.first_byte, config.timeouts.idle, config.timeouts.body) = (None, None, None);
+        config.timeouts.head = Some(SHORT);
+    })
+    .await;
+    let (mut slow, mut clock) = (setting.client().await, setting.client().await);
+    slow.send_raw(&post("content-length: 10\r\n", "hello")).await.unwrap();
+    let begin = Instant::now();
+    clock.send_raw(b"GET /").await.unwrap();
+    times_out(&mut clock, begin, "head_timeout").await;
+    slow.send_raw(b"hello").await.unwrap();
+    assert_eq!(slow.response().await.unwrap().status(), 200);
+    let head = HeadWrites { split_at: Some(0), pause_us: 400_000, ..HeadWrites::default() };
+    let fault = Some(Fault { after: 1000, kind: FaultKind::StallMs(400) });
+    let response = slow.request(&Plan { size: 3000, head, fault, ..Plan::default() }.request()).await.unwrap();
+    assert_eq!((response.status(), response.read.end, response.read.len), (200, BodyEnd::Complete, 3000));
+}
+
+async fn before(endpoint: std::net::SocketAddr, adjust: impl FnOnce(&mut Config)) -> (TestAgent, Client) {
+    let agent = TestAgent::start(builtin_pool(&[endpoint]), SteeringMode::Off, adjust);
+    let client = Client::connect(agent.addr).await.unwrap();
+    (agent, client)
+}
+
+/// D10.
+#[tokio::test]
+async fn an_endpoint_that_does_not_accept() {
+    let deaf = Deaf::new().unwrap();
+    let (agent, mut client) = before(deaf.addr, |config| config.timeouts.connect = Some(SHORT)).await;
+    for _ in 0..2 {
+        let begin = Instant::now();
+        let response = client.request(&echo()).await.unwrap();
+        assert_eq!((response.status(), error(&response).0.as_str()), (504, "connect_timeout"));
+        assert!(begin.elapsed() >= SHORT && begin.elapsed() < SOON);
+    }
+    assert_eq!(agent.count("penstock_requests_total", &["reason=\"connect_timeout\""]), 2);
+
+    // Off, it is the request's time that ends it.
+    let (_agent, mut client) = before(deaf.addr, |config| {
+        (config.timeouts.connect, config.timeouts.request) = (None, Some(SHORT));
+    })
+    .await;
+    let response = client.request(&echo()).await.unwrap();
+    assert_eq!((response.status(), error(&response).0.as_str()), (504, "request_timeout"));
+}
+
+/// D10: the whole of a request, in each phase before its response.
+#[tokio::test]
+async fn requests_that_take_too_long() {
+    let server = ModelServer::start(Options::default()).await.unwrap();
+    let (agent, mut client) = before(server.addr, |config| {
+        (config.timeouts.head, config.timeouts.body) = (None, None);
+        config.timeouts.request = Some(SHORT);
+    })
+    .await;
+    // A head is a part of it.
+    let mut slow = Client::connect(agent.addr).await.unwrap();
+    let begin = Instant::now();
+    slow.send_raw(b"GET /test/echo HTTP/1.1\r\n").await.unwrap();
+    times_out(&mut slow, begin, "head_timeout").await;
+
+    // So is a body: the rest of it is not there, and the connection closes.
+    let mut slow = Client::connect(agent.addr).await.unwrap();
+    let begin = Instant::now();
+    slow.send_raw(&post("content-length: 10\r\n", "hello")).await.unwrap();
+    let response = slow.response().await.unwrap();
+    assert_eq!((response.status(), error(&response).0.as_str()), (504, "request_timeout"));
+    assert_eq!(response.header("connection"), Some("close"));
+    assert!(begin.elapsed() >= SHORT && begin.elapsed() < SOON);
+    closed(&mut slow).await;
+    assert_eq!(server.requests(), 0);
+
+    // And the endpoint's thinking: it is broken off there, and the client's connection goes on.
+    let head = HeadWrites { split_at: Some(0), pause_us: 60_000_000, ..HeadWrites::default() };
+    for turn in 1..=2 {
+        let response = client.request(&Plan { head, ..Plan::default() }.request()).await.unwrap();
+        assert_eq!((response.status(), error(&response).0.as_str()), (504, "request_timeout"));
+        assert_eq!(response.header("connection"), None);
+        eventually(SOON, || server.aborted() == turn && server.connections_open() == 0).await;
+    }
+    assert_eq!(agent.count("penstock_requests_total", &["reason=\"request_timeout\"", "status=\"504\""]), 3);
+
+    // Each request of a connection has a time of its own.
+    let begin = Instant::now();
+    while begin.elapsed() < 2 * SHORT {
+        assert_eq!(client.request(&echo()).await.unwrap().status(), 200);
+    }
 }
 
 /// A client that has shut its sending side down cannot be told from one that has left, so its request is given up

@@ -45,10 +45,20 @@ async fn only_the_first_message_says_how_bodies_are_sent() {
     assert!(stream.messages.len() > 4 && stream.messages[1..].iter().all(|message| message.protocol_config.is_none()));
 }
 
+/// GET without a body is picked for and served, and so are other methods without one.
 #[tokio::test]
-async fn a_request_without_a_body_ends_with_its_head() {
+async fn a_request_without_a_body_ends_with_its_head_and_is_served() {
     let mut stage = Stage::new(Production::new).await;
-    stage.request(&Request::get("/test/echo")).await;
+    for (turn, request) in
+        [Request::get("/test/echo"), Request::new("DELETE", "/test/echo"), echo("")].iter().enumerate()
+    {
+        let response = stage.request(request).await;
+        assert_eq!((response.status(), response.echoed().body_length), (200, 0));
+        assert!(response.served_by().is_some());
+        let stream = &stage.epp.streams()[turn];
+        let Some(Told::RequestHeaders(head)) = &stream.messages[0].request else { panic!("{:?}", stream.kinds()) };
+        assert!(head.end_of_stream, "{request:?}");
+    }
     let stream = &stage.epp.streams()[0];
     let Some(Told::RequestHeaders(head)) = &stream.messages[0].request else { panic!("{:?}", stream.kinds()) };
     assert!(head.end_of_stream);

@@ -1,13 +1,14 @@
 //! Connections to endpoints that are kept, and what becomes of a request when one of them dies.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use penstock_agent::config::SteeringMode;
 use penstock_tests::{
-    Client, Plan, Request, ScriptedEpp, Stage,
-    agent::{TestAgent, epp_pool},
+    Client, ModelServer, Plan, Request, ScriptedEpp, Stage,
+    agent::{TestAgent, builtin_pool, epp_pool},
     content::Fnv,
-    model_server::After,
+    eventually,
+    model_server::{After, Options},
     scripted_epp::Production,
     stage::{echo, json},
 };
@@ -16,6 +17,8 @@ use tokio::{
     net::TcpListener,
     sync::watch,
 };
+
+use crate::SOON;
 
 #[tokio::test]
 async fn one_closed_between_requests_is_replaced() {
@@ -91,4 +94,22 @@ async fn a_post_is_sent_again_when_a_kept_connection_dies_before_a_byte() {
 async fn nothing_is_sent_again_after_a_byte_of_the_response() {
     let (response, connections) = second_of_two(b"H").await;
     assert_eq!((response.status(), response.error_code().as_str(), connections), (502, "endpoint_closed", 1));
+}
+
+/// D4: an idle connection is given up before the endpoint, whose limit is longer, could close it under a request.
+#[tokio::test]
+async fn one_that_is_idle_is_closed_by_the_agent() {
+    let endless = Options { idle_close: None, ..Options::default() };
+    let server = ModelServer::start(endless).await.unwrap();
+    let agent = TestAgent::start(builtin_pool(&[server.addr]), SteeringMode::Off, |config| {
+        assert!(config.timeouts.endpoint_keep_alive < Duration::from_secs(5), "uvicorn's");
+        config.timeouts.endpoint_keep_alive = Duration::from_millis(200);
+    });
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    for connections in 1..=2 {
+        assert_eq!(client.request(&Request::get("/test/echo")).await.unwrap().status(), 200);
+        assert_eq!(server.connections_accepted(), connections);
+        eventually(SOON, || server.connections_open() == 0).await;
+    }
+    assert_eq!(agent.metric("penstock_endpoint_retries_total", &[]), 0.0);
 }

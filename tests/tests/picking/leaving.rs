@@ -1,16 +1,20 @@
 //! Clients that leave, and an agent that does.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use penstock_tests::{
-    BodyEnd, Client, Plan, Request, Stage,
+    BodyEnd, Client, Deaf, Plan, Request, Stage,
     client::{ConnectionEnd, Pace},
     eventually,
-    scripted_epp::{Fault, Faulty, Harm, Moment, Production, StreamEnd},
-    stage::{echo, json},
+    model_server::HeadWrites,
+    scripted_epp::{Answering, Fault, Faulty, Harm, Moment, Production, StreamEnd, reply},
+    stage::{echo, epp, json},
 };
 
 use crate::SOON;
+
+/// A client that leaves is noticed within this.
+const AT_ONCE: Duration = Duration::from_secs(2);
 
 /// E18: before the pick.
 #[tokio::test]
@@ -34,6 +38,101 @@ async fn leaves(stage: &Stage, request: &Request, then: impl FnMut() -> bool) {
     client.send(request).await.unwrap();
     eventually(SOON, then).await;
     client.reset().unwrap();
+}
+
+/// D6, E18: with a body that is not all here, and another that was never sent. By an end in order and by a reset.
+#[tokio::test]
+async fn a_client_that_leaves_while_it_uploads_cancels_the_stream() {
+    for reset in [false, true] {
+        let stage = Stage::new(Production::new).await;
+        let mut client = Client::connect(stage.agent.addr).await.unwrap();
+        let wire = echo(json("m", 1 << 20)).wire("agent");
+        client.send_raw(&wire[..100_000]).await.unwrap();
+        eventually(SOON, || stage.epp.streams().first().is_some_and(|stream| !stream.request_body().0.is_empty()))
+            .await;
+        if reset {
+            client.reset().unwrap();
+        } else {
+            drop(client);
+        }
+        eventually(AT_ONCE, || stage.epp.streams_ended(StreamEnd::Cancelled) == 1).await;
+        eventually(AT_ONCE, || stage.agent.metric("penstock_active_requests", &[]) == 0.0).await;
+        assert_eq!(stage.requests(), (0, 0));
+    }
+}
+
+/// D6, E18: while the picker takes no more of the body, so that nobody reads what the client sends.
+#[tokio::test]
+async fn a_client_that_leaves_while_the_picker_takes_nothing_cancels_the_stream() {
+    let deaf = Fault::At(Moment::RequestHeaders, Harm::Silence);
+    let stage = Stage::new(|all| Faulty::new(Production::new(all), deaf)).await;
+    let mut client = Client::connect(stage.agent.addr).await.unwrap();
+    let wire = echo(json("m", 16 << 20)).wire("agent");
+    let sent = tokio::select! {
+        // More than all the buffers on the way hold.
+        sent = client.send_raw(&wire) => Some(sent),
+        () = eventually(SOON, || stage.epp.streams_started() == 1) => None,
+    };
+    assert!(sent.is_none(), "{sent:?}");
+    client.reset().unwrap();
+    eventually(AT_ONCE, || stage.epp.streams_ended(StreamEnd::Cancelled) == 1).await;
+    eventually(AT_ONCE, || stage.agent.metric("penstock_client_aborts_total", &[]) == 1.0).await;
+}
+
+/// D6, E18: while an endpoint is being connected to.
+#[tokio::test]
+async fn a_client_that_leaves_while_the_agent_connects_ends_it_all() {
+    let deaf = Deaf::new().unwrap();
+    let named = deaf.addr.to_string();
+    let stage = Stage::with(
+        |_| Answering::new(move |_| vec![reply::pick(&named, &[])]),
+        |config| {
+            config.timeouts.connect = None;
+            config.pools[0].endpoints.push(deaf.addr.into());
+        },
+    )
+    .await;
+    let picked = || stage.agent.metric("penstock_epp_exchange_seconds_count", &["outcome=\"picked\""]) == 1.0;
+    leaves(&stage, &echo("{}"), picked).await;
+    eventually(AT_ONCE, || stage.epp.streams_ended(StreamEnd::Cancelled) == 1).await;
+    eventually(AT_ONCE, || stage.agent.metric("penstock_client_aborts_total", &[]) == 1.0).await;
+}
+
+/// D6, E18: although it had sent the next request already, so that its end lies behind bytes nobody reads.
+#[tokio::test]
+async fn a_client_that_leaves_behind_its_next_request_is_noticed() {
+    for reset in [false, true] {
+        let stage = Stage::new(|all| Production::new(&all[..1])).await;
+        let head = HeadWrites { split_at: Some(0), pause_us: 3_600_000_000, ..HeadWrites::default() };
+        let wire = Plan { head, ..Plan::default() }.request().wire("agent");
+        let mut client = Client::connect(stage.agent.addr).await.unwrap();
+        client.send_raw(&[wire.clone(), wire].concat()).await.unwrap();
+        eventually(SOON, || stage.one.requests() == 1).await;
+        if reset {
+            client.reset().unwrap();
+        } else {
+            drop(client);
+        }
+        eventually(AT_ONCE, || stage.one.aborted() == 1 && stage.one.connections_open() == 0).await;
+        eventually(AT_ONCE, || stage.epp.streams_ended(StreamEnd::Cancelled) == 1).await;
+        assert_eq!(stage.one.requests(), 1);
+    }
+}
+
+/// D6, E18: while the response's head waits for the picker's word about it.
+#[tokio::test]
+async fn a_client_that_leaves_while_the_picker_thinks_about_the_response_ends_it_all() {
+    let silent = Fault::At(Moment::ResponseHeaders, Harm::Silence);
+    let stage = Stage::with(
+        |all| Faulty::new(Production::new(&all[..1]), silent),
+        |config| epp(config).response_timeout = Some(Duration::from_secs(3600)),
+    )
+    .await;
+    let plan = Plan { size: 64 << 20, ..Plan::default() };
+    let told = || stage.epp.streams().first().is_some_and(|stream| stream.kinds().contains(&"response_headers"));
+    leaves(&stage, &plan.request(), told).await;
+    eventually(AT_ONCE, || stage.one.aborted() == 1 && stage.one.connections_open() == 0).await;
+    eventually(AT_ONCE, || stage.epp.streams_ended(StreamEnd::Cancelled) == 1).await;
 }
 
 /// E18: before the response.

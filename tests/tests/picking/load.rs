@@ -1,23 +1,15 @@
-//! A thousand requests whose picker takes its time, on one worker; and how many it may have at once.
+//! A thousand requests and more whose picker takes its time, on one worker.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering::Relaxed},
-    },
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use penstock_agent::config::{FailureMode, SteeringMode};
-use penstock_proto::ext_proc::{HttpBody, HttpHeaders};
 use penstock_tests::{
     Client, ModelServer, ScriptedEpp, Stage,
     agent::{TestAgent, epp_pool},
-    scripted_epp::{Answer, Exchange, Fault, Faulty, Harm, Moment, Production, Script, Setup},
+    scripted_epp::{Fault, Faulty, Gathering, Harm, Moment, Production, Setup},
     stage::{echo, json},
 };
-use tokio::sync::Barrier;
 
 const THINKS: Duration = Duration::from_millis(50);
 const REQUESTS: u32 = 1000;
@@ -66,58 +58,37 @@ async fn a_thousand_requests_wait_for_their_picks_side_by_side() {
     assert_eq!(stage.epp.connections_accepted(), 1);
 }
 
-/// Answers nobody before so many are there, and notes how many streams were open at once.
-struct Together {
-    inner: Production,
-    all: Barrier,
-    open: AtomicUsize,
-    most: Arc<AtomicUsize>,
+/// E15: no limit of ours on streams, where other proxies stop at 100 or 1024 and answer 500. The picker answers nobody before
+/// all of them wait for it, over one connection.
+#[tokio::test]
+async fn more_than_1024_requests_are_asked_about_at_once() {
+    const AT_ONCE: usize = 1100;
+    let stage =
+        Stage::with(|all| Gathering::new(Production::new(all), AT_ONCE), |config| config.listen.workers = 1).await;
+    let one = || async {
+        let mut client = Client::connect(stage.agent.addr).await.unwrap();
+        client.patience = Duration::from_secs(60);
+        client.request(&echo(json("m", 100))).await.unwrap().status()
+    };
+    assert_eq!(join_all((0..AT_ONCE).map(|_| one())).await, [200; AT_ONCE]);
+    assert_eq!((stage.epp.streams_started(), stage.epp.connections_accepted()), (AT_ONCE, 1));
 }
 
-#[tonic::async_trait]
-impl Script for Together {
-    async fn request_headers(&self, exchange: &mut Exchange, headers: &HttpHeaders) -> Answer {
-        self.most.fetch_max(self.open.fetch_add(1, Relaxed) + 1, Relaxed);
-        self.all.wait().await;
-        self.inner.request_headers(exchange, headers).await
-    }
-
-    async fn request_body(&self, exchange: &mut Exchange, body: &HttpBody) -> Answer {
-        self.inner.request_body(exchange, body).await
-    }
-
-    async fn half_close(&self, _: &mut Exchange) -> Answer {
-        self.open.fetch_sub(1, Relaxed);
-        Ok(())
-    }
-}
-
-/// `requests` at once on one worker, with one connection to a picker that answers `together` at a time. Returns how many
-/// streams were open at once.
-async fn at_once(requests: usize, together: usize, max_streams: Option<u32>) -> usize {
+/// E15: what exceeds the picker's own limit waits for its turn on the one connection, and does not fail.
+#[tokio::test]
+async fn the_pickers_own_limit_on_streams_makes_requests_wait() {
+    const LIMIT: usize = 10;
     let endpoint = ModelServer::start(Default::default()).await.unwrap();
-    let (inner, most) = (Production::new(&[endpoint.addr]), Arc::default());
-    let script = Together { inner, all: Barrier::new(together), open: AtomicUsize::new(0), most: Arc::clone(&most) };
-    let epp = ScriptedEpp::start_with(Setup { max_streams, ..Setup::default() }, script).await.unwrap();
+    // Answers nobody before the limit is reached.
+    let script = Gathering::new(Production::new(&[endpoint.addr]), LIMIT);
+    let setup = Setup { max_streams: Some(LIMIT as u32), ..Setup::default() };
+    let epp = ScriptedEpp::start_with(setup, script).await.unwrap();
     let pool = epp_pool(&[endpoint.addr], epp.addr, FailureMode::Closed);
     let agent = TestAgent::start(pool, SteeringMode::Off, |config| config.listen.workers = 1);
-    let one = async || {
+    let one = || async {
         let mut client = Client::connect(agent.addr).await.unwrap();
         client.request(&echo(json("m", 100))).await.unwrap().status()
     };
-    assert_eq!(join_all((0..requests).map(|_| one())).await, vec![200; requests]);
-    assert_eq!((epp.streams_started(), epp.connections_accepted()), (requests, 1));
-    most.load(Relaxed)
-}
-
-/// E15: as many streams at once as there are requests. Where others have a cap, it is 100 or 1024.
-#[tokio::test]
-async fn there_is_no_limit_on_streams_but_the_servers() {
-    assert_eq!(at_once(1100, 1100, None).await, 1100);
-}
-
-/// E15: beyond the server's limit requests wait, and none fails.
-#[tokio::test]
-async fn the_servers_limit_on_streams_makes_requests_wait() {
-    assert_eq!(at_once(200, 10, Some(10)).await, 10);
+    assert_eq!(join_all((0..200).map(|_| one())).await, [200; 200]);
+    assert_eq!((epp.streams_started(), epp.connections_accepted()), (200, 1));
 }

@@ -4,17 +4,25 @@
 mod conversation;
 mod endpoints;
 mod failure;
+mod flow_control;
+mod headers;
 mod immediate;
 mod leaving;
 mod load;
+mod measured;
 mod model;
 mod mutations;
 mod names;
+mod parity;
 mod patience;
 mod replicas;
+mod routes;
 mod routing;
+mod seen;
+mod session;
 mod silent;
 mod tls;
+mod tracing;
 
 use std::time::Duration;
 

@@ -1,11 +1,15 @@
-//! The model named in a request's body becomes a header.
+//! The model named in a request's body becomes a header, and what becomes of bodies that name none.
 
+use penstock_agent::config::{Config, MissingModel};
 use penstock_tests::{
-    Alphabet, Request, Stage,
+    Alphabet, Client, Request, Stage,
     content::Fnv,
-    scripted_epp::{Answering, Script, header, reply},
+    eventually,
+    scripted_epp::{Answering, Script, StreamEnd, header, reply},
     stage::{echo, json},
 };
+
+use crate::SOON;
 
 const MODEL: &str = "x-gateway-model-name";
 
@@ -42,25 +46,141 @@ async fn the_model_that_a_client_claims_is_replaced() {
     assert_eq!(seen.header(MODEL), Some("llama"));
 }
 
-#[tokio::test]
-async fn without_a_model_the_default_is_told() {
-    let mut stage = Stage::with(first, |config| config.bbr.default_model = Some("base".to_owned())).await;
-    let seen = stage.request(&echo(r#"{"prompt":"p"}"#)).await.echoed();
-    assert_eq!(seen.header(MODEL), Some("base"));
-    assert_eq!(header(&stage.epp.streams()[0].request_headers(), MODEL), Some("base"));
-    assert_eq!(stage.request(&echo(json("llama", 10))).await.echoed().header(MODEL), Some("llama"));
+fn missing(rule: MissingModel) -> impl FnOnce(&mut Config) {
+    |config| config.bbr.missing_model = rule
 }
 
+/// Of JSON bodies that named a model, named none, and named an empty one.
+fn counted(stage: &Stage) -> [u64; 3] {
+    ["success", "body_field_not_found", "body_field_empty"]
+        .map(|name| stage.agent.count(&format!("penstock_bbr_{name}_total"), &[]))
+}
+
+/// JSON without a model, with an empty one, and with what is no name.
+const NAMELESS: [&str; 4] = [r#"{"prompt":"p"}"#, r#"{"model":""}"#, r#"{"model":null}"#, r#"{"model":["m"]}"#];
+
+/// D11.
+#[tokio::test]
+async fn without_a_model_a_request_passes_without_the_header() {
+    let mut stage = Stage::new(first).await;
+    for (stream, body) in NAMELESS.into_iter().enumerate() {
+        let seen = stage.request(&echo(body)).await.echoed();
+        assert_eq!((seen.body_hash, seen.header(MODEL)), (Fnv::of(body.as_bytes()).value(), None));
+        assert_eq!(header(&stage.epp.streams()[stream].request_headers(), MODEL), None);
+    }
+    assert_eq!(counted(&stage), [0, 3, 1]);
+}
+
+/// D11.
+#[tokio::test]
+async fn without_a_model_the_default_is_told() {
+    let mut stage = Stage::with(first, missing(MissingModel::Default("base".to_owned()))).await;
+    for (stream, body) in NAMELESS.into_iter().enumerate() {
+        let seen = stage.request(&echo(body)).await.echoed();
+        assert_eq!(seen.header(MODEL), Some("base"));
+        assert_eq!(header(&stage.epp.streams()[stream].request_headers(), MODEL), Some("base"));
+    }
+    assert_eq!(stage.request(&echo(json("llama", 10))).await.echoed().header(MODEL), Some("llama"));
+    assert_eq!(stage.request(&Request::get("/test/echo")).await.echoed().header(MODEL), None);
+    assert_eq!(counted(&stage), [1, 3, 1]);
+}
+
+/// D11: nobody is asked, and nothing sent on.
+#[tokio::test]
+async fn without_a_model_a_request_can_be_refused() {
+    let mut stage = Stage::with(first, missing(MissingModel::Reject)).await;
+    for body in NAMELESS {
+        let response = stage.request(&echo(body)).await;
+        assert_eq!((response.status(), response.error_code().as_str()), (400, "model_missing"), "{body}");
+        stage.client = Client::connect(stage.agent.addr).await.unwrap();
+    }
+    assert_eq!((stage.epp.streams_started(), stage.requests()), (0, (0, 0)));
+    // What has no JSON body is not concerned.
+    for request in [Request::get("/test/echo"), Request::post("/test/echo", "a=b"), echo(""), echo(json("llama", 10))] {
+        assert_eq!(stage.request(&request).await.status(), 200);
+    }
+    assert_eq!(counted(&stage), [1, 3, 1]);
+}
+
+/// D11: as late as at the end of a long body, of which the picker has been told by then.
+#[tokio::test]
+async fn a_long_body_without_a_model_is_refused_at_its_end() {
+    let mut stage = Stage::with(first, missing(MissingModel::Reject)).await;
+    let prompt = String::from_utf8(Alphabet::Text.bytes(2, 0, 300_000)).unwrap();
+    let response = stage.request(&echo(format!(r#"{{"prompt":"{prompt}"}}"#))).await;
+    assert_eq!((response.status(), response.error_code().as_str()), (400, "model_missing"));
+    eventually(SOON, || stage.epp.streams_ended(StreamEnd::Cancelled) == 1).await;
+    assert_eq!(stage.requests(), (0, 0));
+}
+
+/// D11: numbers and booleans by their text.
+#[tokio::test]
+async fn a_model_that_is_no_string_is_its_text() {
+    let mut stage = Stage::with(first, missing(MissingModel::Reject)).await;
+    for (body, model) in [(r#"{"model":7}"#, "7"), (r#"{"model": 1.50 }"#, "1.50"), (r#"{"model":true}"#, "true")] {
+        assert_eq!(stage.request(&echo(body)).await.echoed().header(MODEL), Some(model));
+    }
+}
+
+/// D11: the adapter's and the base model's own, for picker and endpoint; never a client's.
+#[tokio::test]
+async fn adapters_have_a_base_model() {
+    const BASE: &str = "x-gateway-base-model-name";
+    let mut stage = Stage::with(first, |config| {
+        config.bbr.base_models = [("sql-lora".to_owned(), "llama".to_owned())].into();
+    })
+    .await;
+    let late = format!(r#"{{"prompt":"{}","model":"sql-lora"}}"#, "p".repeat(300_000));
+    let rows = [
+        (json("sql-lora", 10), Some("llama"), Some("llama")),
+        (json("llama", 10), Some("llama"), Some("llama")),
+        (json("other", 10), None, None),
+        (r#"{"prompt":"p"}"#.into(), None, None),
+        // Known when the picker has been asked.
+        (late.into_bytes(), Some("llama"), None),
+    ];
+    for (stream, (body, to_endpoint, to_picker)) in rows.into_iter().enumerate() {
+        let claims =
+            echo(body).header("X-Gateway-Base-Model-Name", "claim").header("x_gateway_base_model_name", "claim");
+        let seen = stage.request(&claims).await.echoed();
+        assert_eq!(seen.header(BASE), to_endpoint, "{stream}");
+        assert_eq!(header(&stage.epp.streams()[stream].request_headers(), BASE), to_picker, "{stream}");
+        assert!(!seen.headers.iter().any(|(_, value)| value == "claim"), "{stream}");
+    }
+}
+
+/// D11: byte for byte, whatever is to become of JSON without a model.
 #[tokio::test]
 async fn a_body_that_is_not_json_goes_untouched() {
-    let mut stage = Stage::new(first).await;
-    let body = Alphabet::Binary.bytes(3, 0, 200_000);
-    let hash = Fnv::of(&body).value();
-    let request = Request::post("/test/echo", body.clone()).header("content-type", "application/octet-stream");
-    let seen = stage.request(&request).await.echoed();
-    assert_eq!((seen.body_length, seen.body_hash), (200_000, hash));
-    assert_eq!(seen.header(MODEL), None);
-    assert!(stage.epp.streams()[0].request_body() == (body, 1), "the picker is told the body and one end");
+    let mut stage = Stage::with(first, missing(MissingModel::Reject)).await;
+    let form = [
+        b"--x\r\ncontent-disposition: form-data; name=\"model\"\r\n\r\nwhisper\r\n--x\r\n\
+          content-disposition: form-data; name=\"file\"; filename=\"a.wav\"\r\n\r\n",
+        Alphabet::Binary.bytes(3, 0, 200_000).as_slice(),
+        b"\r\n--x--\r\n",
+    ]
+    .concat();
+    let rows = [
+        (Some("multipart/form-data; boundary=x"), form),
+        (Some("application/octet-stream"), Alphabet::Binary.bytes(3, 0, 200_000)),
+        (Some("application/x-www-form-urlencoded"), json("m", 100)),
+        (Some("text/plain"), b"{".to_vec()),
+        (None, json("m", 100)),
+        (None, b"{not json".to_vec()),
+    ];
+    for (stream, (kind, body)) in rows.into_iter().enumerate() {
+        for chunked in [false, true] {
+            let request = Request::new("POST", "/test/echo");
+            let request = kind.iter().fold(request, |request, kind| request.header("content-type", *kind));
+            let request = if chunked { request.chunked(body.clone(), 7000) } else { request.body(body.clone()) };
+            let seen = stage.request(&request).await.echoed();
+            assert_eq!((seen.body_length, seen.body_hash), (body.len() as u64, Fnv::of(&body).value()), "{kind:?}");
+            assert_eq!((seen.header("content-type"), seen.header(MODEL)), (kind, None));
+            let told = &stage.epp.streams()[2 * stream + usize::from(chunked)];
+            assert!(told.request_body() == (body.clone(), 1), "the picker is told the body and one end");
+        }
+    }
+    assert_eq!(counted(&stage), [0, 0, 0]);
 }
 
 #[tokio::test]

@@ -6,11 +6,14 @@ use std::time::{Duration, Instant};
 use futures_util::future::join_all;
 use penstock_agent::config::{FailureMode, Picker};
 use penstock_tests::{
-    Refusing, Stage,
+    Deaf, Refusing, Stage,
     content::Fnv,
-    scripted_epp::{Fault, Faulty, Harm, Moment, Production},
+    eventually,
+    scripted_epp::{Answering, Fault, Faulty, Harm, Moment, Production, StreamEnd, reply},
     stage::{echo, epp, json},
 };
+
+use crate::SOON;
 
 /// E13: apart from the timeout of connecting.
 #[tokio::test]
@@ -33,6 +36,78 @@ async fn a_picker_that_thinks_for_less_than_the_deadline_is_waited_for() {
     let thinks = Fault::At(Moment::RequestHeaders, Harm::Delay(Duration::from_millis(300)));
     let mut stage = Stage::new(|all| Faulty::new(Production::new(all), thinks)).await;
     assert_eq!(stage.request(&echo(json("m", 10))).await.status(), 200);
+}
+
+/// E13: `off` waits for as long as it takes, and for no longer than the client does.
+#[tokio::test]
+async fn without_a_deadline_the_picker_is_waited_for_while_the_client_is_there() {
+    for (timeout, status) in [(Some(Duration::from_millis(100)), 503), (None, 200)] {
+        let thinks = Fault::At(Moment::RequestHeaders, Harm::Delay(Duration::from_millis(500)));
+        let mut stage = Stage::with(
+            |all| Faulty::new(Production::new(all), thinks),
+            |config| epp(config).decision_timeout = timeout,
+        )
+        .await;
+        assert_eq!(stage.request(&echo(json("m", 10))).await.status(), status, "{timeout:?}");
+    }
+    // One that takes nothing holds up the upload, too.
+    let silent = Fault::At(Moment::RequestHeaders, Harm::Silence);
+    let stage =
+        Stage::with(|all| Faulty::new(Production::new(all), silent), |config| epp(config).decision_timeout = None)
+            .await;
+    for body in [json("m", 10), json("m", 4 << 20)] {
+        let mut client = penstock_tests::Client::connect(stage.agent.addr).await.unwrap();
+        let begun = stage.epp.streams_started();
+        let wire = echo(body).wire("agent");
+        // All of the larger one is more than there is room for.
+        tokio::select! {
+            () = async { drop(client.send_raw(&wire).await) } => {}
+            () = eventually(SOON, || stage.epp.streams_started() > begun) => {}
+        }
+        eventually(SOON, || stage.epp.streams_started() > begun).await;
+        client.reset().unwrap();
+        eventually(SOON, || stage.epp.streams_open() == 0).await;
+    }
+    eventually(SOON, || stage.agent.metric("penstock_active_requests", &[]) == 0.0).await;
+}
+
+/// D10: the time for the whole request holds while the picker thinks, and is nothing to open for.
+#[tokio::test]
+async fn a_request_does_not_outlast_its_time_while_the_picker_thinks() {
+    let silent = Fault::At(Moment::RequestHeaders, Harm::Silence);
+    let mut stage = Stage::with(
+        |all| Faulty::new(Production::new(all), silent).times(1),
+        |config| {
+            config.timeouts.request = Some(Duration::from_millis(300));
+            config.pools[0].failure_mode = FailureMode::Open;
+            epp(config).decision_timeout = Some(Duration::from_secs(3600));
+        },
+    )
+    .await;
+    let begin = Instant::now();
+    let response = stage.request(&echo(json("m", 10))).await;
+    assert_eq!((response.status(), response.error_code().as_str()), (504, "request_timeout"));
+    assert!(begin.elapsed() >= Duration::from_millis(300) && begin.elapsed() < SOON);
+    eventually(SOON, || stage.epp.streams_ended(StreamEnd::Cancelled) == 1).await;
+    assert_eq!(stage.requests(), (0, 0));
+    // The next on the connection has a time of its own.
+    assert_eq!(stage.request(&echo(json("m", 10))).await.status(), 200);
+}
+
+/// E10, D10: an endpoint that does not accept in time is passed over like one that refuses.
+#[tokio::test]
+async fn a_deaf_first_choice_is_followed_by_the_second() {
+    let deaf = Deaf::new().unwrap();
+    let list = |all: &[std::net::SocketAddr]| {
+        let named = format!("{},{}", deaf.addr, all[1]);
+        Answering::new(move |_| vec![reply::pick(&named, &[])])
+    };
+    let mut stage = Stage::with(list, |config| {
+        config.timeouts.connect = Some(Duration::from_millis(200));
+        config.pools[0].endpoints.push(deaf.addr.into());
+    })
+    .await;
+    assert_eq!(stage.request(&echo("{}")).await.served_by(), Some(stage.two.addr));
 }
 
 /// E11.

@@ -117,7 +117,7 @@ fn with_peer(test: impl AsyncFnOnce(Peer, EndpointConnection, Rc<WorkerSteering>
             let steering = WorkerSteering::new(&kernel).expect("maps");
             let address = SocketAddr::from((PEER, PORT));
             let endpoint =
-                EndpointConnection::connect(address, PATIENCE, Some(&steering), 1 << 19).await.expect("connect");
+                EndpointConnection::connect(address, Some(PATIENCE), Some(&steering), 1 << 19).await.expect("connect");
             assert!(endpoint.source().is_some());
             let test = test(peer.join().expect("peer"), endpoint, steering);
             tokio::time::timeout(PATIENCE, test).await.expect("in time");

@@ -1,6 +1,7 @@
 use super::*;
 
-const CLIENT: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 7));
+const ARRIVAL: Arrival =
+    Arrival { client: IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 7)), version: Version::HTTP_11, tls: false };
 
 /// Names and values.
 type Fields<'a> = &'a [(&'a str, &'a str)];
@@ -16,10 +17,14 @@ fn map(fields: Fields<'_>) -> HeaderMap {
 }
 
 fn prepared(fields: Fields<'_>) -> HeaderMap {
+    prepared_by(fields, &ARRIVAL, &Headers::default())
+}
+
+fn prepared_by(fields: Fields<'_>, arrival: &Arrival, settings: &Headers) -> HeaderMap {
     let mut headers = map(fields);
     let (destination, model) = (HeaderName::from_static("x-pick"), HeaderName::from_static("x-gateway-model-name"));
     remove_control(&mut headers, &destination, &model);
-    prepare_request(&mut headers, Version::HTTP_11, CLIENT, &model);
+    prepare_request(&mut headers, arrival, &model, settings);
     headers
 }
 
@@ -47,32 +52,62 @@ fn hop_by_hop_fields_stay_behind() {
     }
 }
 
+/// Each name of `CONTROL` and of its families, with dashes, underscores and both, in either case.
 #[test]
 fn control_fields_from_clients_are_stripped() {
-    let control = [
+    let families = [
         "x-gateway-destination-endpoint",
-        "X-Gateway-Destination-Endpoint-Subset",
+        "x-gateway-destination-endpoint-subset",
         "x-gateway-destination-endpoint-served",
-        "x_gateway_destination_endpoint",
-        "x-prefiller-host-port",
-        "x-encoder-hosts-ports",
-        "x-data-parallel-host-port",
-        "x-kv-cache-source-host-port",
         "x-envoy-original-path",
-        "x_envoy_upstream_rq_timeout_ms",
-        "x-pick",
-        "X_Pick",
-        "x-gateway-model-name",
+        "x-envoy-upstream-rq-timeout-ms",
     ];
-    for name in control {
-        let headers = prepared(&[(name, "10.0.0.1:80"), (name, "10.0.0.2:80"), ("x-kept", "1")]);
-        assert!(!headers.contains_key(name), "{name}");
-        assert!(headers.contains_key("x-kept"), "{name}");
+    let configured = ["x-pick", "x-gateway-model-name"];
+    for name in CONTROL.iter().chain(&families).chain(&configured) {
+        for name in [name.to_string(), name.replace('-', "_"), name.replacen('-', "_", 1), name.to_uppercase()] {
+            let headers = prepared(&[(&name, "10.0.0.1:80"), (&name, "10.0.0.2:80"), ("x-kept", "1")]);
+            assert!(!headers.contains_key(&name), "{name}");
+            assert!(headers.contains_key("x-kept"), "{name}");
+        }
     }
-    let near = ["x-gateway-model", "x-prefiller-host-port-2", "x-env", "x-picky"];
-    for name in near {
-        assert!(prepared(&[(name, "1")]).contains_key(name), "{name}");
+    let near = ["x-gateway-model", "x-prefiller-host-port-2", "x-env", "x-picky", "x-gateway-destination"];
+    // What the protocol has clients say to the picker.
+    let said = [
+        "x-gateway-inference-fairness-id",
+        "x-llm-d-inference-objective",
+        "x-gateway-model-name-rewrite",
+        "x-slo-ttft-ms",
+        "x-session-token",
+        "prefer",
+        "epp-profile",
+        "x-data-parallel-rank",
+    ];
+    for name in near.iter().chain(&said) {
+        assert!(prepared(&[(name, "1")]).contains_key(*name), "{name}");
     }
+}
+
+#[test]
+fn look_alikes_of_framing_fields_stay_behind() {
+    for name in ["content_length", "transfer_encoding", "Transfer_Encoding"] {
+        assert!(!prepared(&[(name, "chunked")]).contains_key(name), "{name}");
+    }
+    assert!(prepared(&[("content_type", "x")]).contains_key("content_type"));
+}
+
+#[test]
+fn a_pick_goes_no_further_than_the_agent() {
+    let mut headers = map(&[
+        ("x-gateway-destination-endpoint", "a"),
+        ("x_gateway_destination_endpoint_served", "a"),
+        ("x-pick", "a"),
+        ("x-prefiller-host-port", "b"),
+        ("x-other", "c"),
+    ]);
+    remove_pick(&mut headers, &HeaderName::from_static("x-pick"));
+    let mut left: Vec<&str> = headers.keys().map(HeaderName::as_str).collect();
+    left.sort_unstable();
+    assert_eq!(left, ["x-other", "x-prefiller-host-port"]);
 }
 
 #[test]
@@ -104,8 +139,85 @@ fn forwarding_fields_are_added() {
 }
 
 #[test]
-fn an_ipv4_client_on_a_dual_stack_listener_is_named_as_ipv4() {
-    let mut headers = HeaderMap::new();
-    add_forwarded(&mut headers, "::ffff:192.0.2.7".parse().unwrap());
-    assert_eq!(headers["x-forwarded-for"], "192.0.2.7");
+fn who_is_believed_about_the_client() {
+    let said: Fields<'_> = &[
+        ("host", "llm.example:8443"),
+        ("x-forwarded-for", "10.0.0.1"),
+        ("x-forwarded-proto", "https"),
+        ("x-forwarded-host", "front.example"),
+        ("x_forwarded_port", "1"),
+        ("forwarded", "for=10.0.0.1"),
+    ];
+    let own: Fields<'_> = &[("host", "llm.example:8443")];
+    let name = ["for", "proto", "host", "port"].map(|last| format!("x-forwarded-{last}"));
+    let tls = Arrival { tls: true, ..ARRIVAL };
+    use Forwarding::{Append, Off, Replace};
+    // x-forwarded-for, -proto, -host, -port, forwarded
+    #[rustfmt::skip]
+    let table = [
+        (said, Append, ["10.0.0.1, 192.0.2.7", "https", "front.example", "8443", r#"for=10.0.0.1, for=192.0.2.7;host="llm.example:8443";proto=https"#]),
+        (own, Append, ["192.0.2.7", "https", "llm.example:8443", "8443", r#"for=192.0.2.7;host="llm.example:8443";proto=https"#]),
+        (said, Replace, ["192.0.2.7", "https", "llm.example:8443", "8443", r#"for=192.0.2.7;host="llm.example:8443";proto=https"#]),
+        (said, Off, ["10.0.0.1", "https", "front.example", "", "for=10.0.0.1"]),
+        (own, Off, ["", "", "", "", ""]),
+    ];
+    for (fields, forwarding, expected) in table {
+        let settings = Headers { x_forwarded: forwarding, forwarded: forwarding, ..Headers::default() };
+        let headers = prepared_by(fields, &tls, &settings);
+        let value = |name: &str| headers.get(name).map_or("", |value| value.to_str().unwrap());
+        let found = [value(&name[0]), value(&name[1]), value(&name[2]), value(&name[3]), value("forwarded")];
+        assert_eq!(found, expected, "{forwarding:?}");
+        assert_eq!(headers.contains_key("x_forwarded_port"), fields.len() > 1 && forwarding != Replace);
+    }
+}
+
+#[test]
+fn ports_and_addresses() {
+    let settings = Headers { forwarded: Forwarding::Append, ..Headers::default() };
+    let table = [
+        (false, "x", "80", "192.0.2.7", "for=192.0.2.7;host=\"x\";proto=http"),
+        (true, "x:", "443", "::ffff:192.0.2.7", "for=192.0.2.7;host=\"x:\";proto=https"),
+        (false, "[::1]", "80", "2001:db8::7", "for=\"[2001:db8::7]\";host=\"[::1]\";proto=http"),
+        (false, "[::1]:81", "81", "2001:db8::7", "for=\"[2001:db8::7]\";host=\"[::1]:81\";proto=http"),
+    ];
+    for (tls, host, port, client, forwarded) in table {
+        let arrival = Arrival { client: client.parse().unwrap(), tls, ..ARRIVAL };
+        let headers = prepared_by(&[("host", host)], &arrival, &settings);
+        assert_eq!(
+            (&headers["x-forwarded-port"], &headers["forwarded"]),
+            (&port.parse().unwrap(), &forwarded.parse().unwrap())
+        );
+        let shown = arrival.client.to_canonical().to_string();
+        assert_eq!(headers["x-forwarded-for"], shown.as_str());
+    }
+    // HTTP/1.0 without a Host.
+    let headers = prepared_by(&[], &ARRIVAL, &settings);
+    assert_eq!(headers["forwarded"], "for=192.0.2.7;proto=http");
+    assert!(!headers.contains_key("x-forwarded-host") && !headers.contains_key("x-forwarded-port"));
+}
+
+#[test]
+fn this_hop_has_a_name_or_none() {
+    let by = |via: Option<&str>| Headers { via: via.map(str::to_owned), ..Headers::default() };
+    let old = Arrival { version: Version::HTTP_10, ..ARRIVAL };
+    assert_eq!(prepared_by(&[("via", "1.1 a")], &old, &by(Some("gw.example:80")))["via"], "1.1 a, 1.0 gw.example:80");
+    assert_eq!(prepared_by(&[("via", "1.1 a")], &ARRIVAL, &by(None))["via"], "1.1 a");
+    assert!(!prepared_by(&[], &ARRIVAL, &by(None)).contains_key("via"));
+    let mut response = map(&[("via", "1.1 b")]);
+    prepare_response(&mut response, Version::HTTP_11, &HeaderMap::new(), &by(Some("x")));
+    assert_eq!(response["via"], "1.1 b, 1.1 x");
+}
+
+#[test]
+fn responses_carry_the_id_where_that_is_asked_for() {
+    let request = map(&[("x-request-id", "mine")]);
+    let fields: Fields<'_> =
+        &[("x-request-id", "theirs"), ("x-penstock-reason", "posing"), ("keep-alive", "timeout=5")];
+    for (to_client, expected) in [(true, "mine"), (false, "theirs")] {
+        let mut response = map(fields);
+        let settings = Headers { request_id_to_client: to_client, ..Headers::default() };
+        prepare_response(&mut response, Version::HTTP_11, &request, &settings);
+        assert_eq!(response["x-request-id"], expected);
+        assert!(!response.contains_key("x-penstock-reason") && !response.contains_key("keep-alive"));
+    }
 }

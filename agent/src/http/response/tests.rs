@@ -38,7 +38,8 @@ fn refuses_each_trick_by_name() {
         ("not HTTP", "220 mail ready\r\n\r\n", "status_line"),
         ("a chunk", "5\r\nhello\r\n\r\n", "status_line"),
         ("interim with a body", "HTTP/1.1 103 A\r\nContent-Length: 5\r\n\r\n", "interim_body"),
-        ("unasked upgrade", "HTTP/1.1 101 Switching Protocols\r\nUpgrade: a\r\n\r\n", "switching_protocols"),
+        ("switches to nothing", "HTTP/1.1 101 Switching Protocols\r\n\r\n", "switching_protocols"),
+        ("a switch with a body", "HTTP/1.1 101 A\r\nUpgrade: a\r\nContent-Length: 5\r\n\r\n", "interim_body"),
         ("too long", &long, "head_too_long"),
     ];
     for (trick, input, reason) in table {
@@ -154,7 +155,7 @@ fn requests_go_out_in_origin_form() {
     ];
     for (method, target, body_len, expected) in table {
         let mut out = BytesMut::new();
-        write_request(&request(method, target), body_len, &mut out);
+        write_request(&request(method, target), body_len, None, &mut out);
         assert_eq!(out, expected.as_bytes());
     }
 }

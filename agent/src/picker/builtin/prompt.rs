@@ -1,7 +1,9 @@
-//! What a request's body begins with, as a chain of hashes: the n-th covers the first n blocks, so that two requests share as
+//! What the built-in picker knows of a request: its session, and what its body begins with as a chain of hashes: the n-th covers the first n blocks, so that two requests share as
 //! many hashes as they share leading blocks. Only whole blocks count, and only the first [`MAX_BLOCKS`].
 
 use std::hash::{DefaultHasher, Hasher};
+
+use super::SessionHash;
 
 /// Bytes in a block: about 64 tokens, a few blocks of a model server's prefix cache.
 pub(super) const BLOCK: usize = 256;
@@ -13,12 +15,19 @@ pub(super) const MAX_BLOCKS: usize = 64;
 pub struct PromptHash {
     /// Shortest prefix first.
     pub(super) blocks: Vec<u64>,
+    pub(super) session: Option<SessionHash>,
 }
 
 impl PromptHash {
     /// Of a request without a body: no affinity.
     pub fn none() -> Self {
         Self::default()
+    }
+
+    /// The same prompt of this session, which goes before what the prompt begins with.
+    #[must_use]
+    pub fn of(self, session: Option<SessionHash>) -> Self {
+        Self { session, ..self }
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use proptest::prelude::*;
+
 use super::{affinity::CAPACITY, *};
 use crate::{
     config::{self, Ejection},
@@ -26,6 +28,11 @@ fn hash(body: &[u8]) -> PromptHash {
     let mut hasher = PromptHasher::new();
     hasher.update(body);
     hasher.finish()
+}
+
+/// One block with this hash.
+fn blocks(hash: u64) -> PromptHash {
+    PromptHash { blocks: vec![hash], ..PromptHash::none() }
 }
 
 /// `blocks` blocks of `letter`.
@@ -68,7 +75,7 @@ fn least_in_flight_first_then_the_fallbacks() {
         picker.endpoints().begin(endpoint(4), now),
     ];
     let pick = picker.pick(&PromptHash::none(), None, now).unwrap();
-    assert_eq!(pick.endpoints, [endpoint(3), endpoint(2), endpoint(4)]);
+    assert_eq!(pick.endpoints, [3, 2, 4, 1].map(endpoint));
 }
 
 #[test]
@@ -116,9 +123,12 @@ fn an_ejected_endpoint_is_avoided_and_its_prefixes_go_elsewhere() {
     let hash = hash(&prompt(b'a', 4));
     assert_eq!(best(&picker, &hash, now), endpoint(1));
     assert!(picker.endpoints().failed(endpoint(1), now));
-    assert_eq!(picker.pick(&hash, None, now).unwrap().endpoints, [endpoint(2)]);
+    for _ in 0..4 {
+        assert_eq!(picker.pick(&hash, None, now).unwrap().endpoints, [2, 1].map(endpoint), "it goes last");
+    }
     picker.endpoints().succeeded(endpoint(1));
-    assert_eq!(picker.pick(&hash, None, now).unwrap().endpoints.len(), 2);
+    picker.endpoints().failed(endpoint(2), now);
+    assert_eq!(picker.pick(&hash, None, now).unwrap().endpoints, [1, 2].map(endpoint));
 }
 
 #[test]
@@ -183,12 +193,12 @@ fn a_prompt_hash_does_not_depend_on_how_the_body_is_cut() {
 fn the_table_of_prefixes_does_not_grow() {
     let mut affinity = Affinity::new();
     for n in 0..2 * CAPACITY as u64 {
-        affinity.learn(&PromptHash { blocks: vec![n.wrapping_mul(0x9e37_79b9_7f4a_7c15)] }, 0);
+        affinity.learn(&blocks(n.wrapping_mul(0x9e37_79b9_7f4a_7c15)), 0);
     }
     assert_eq!(affinity.len(), CAPACITY);
-    let newest = PromptHash { blocks: vec![(2 * CAPACITY as u64 - 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)] };
+    let newest = blocks((2 * CAPACITY as u64 - 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     assert_eq!(affinity.longest(&newest, |_| true), Some(0));
-    let oldest = PromptHash { blocks: vec![0] };
+    let oldest = blocks(0);
     assert_eq!(affinity.longest(&oldest, |_| true), None);
 }
 
@@ -203,4 +213,85 @@ fn workers_share_it() {
         guards.iter().map(Vec::len).sum()
     });
     assert_eq!(admitted, 30);
+}
+
+fn of_session(number: usize) -> PromptHash {
+    PromptHash::none().of(Some(SessionHash::new(format!("session-{number}").as_bytes())))
+}
+
+fn in_order(picker: &BuiltinPicker, session: usize, now: Instant) -> Vec<SocketAddr> {
+    picker.pick(&of_session(session), None, now).unwrap().endpoints
+}
+
+#[test]
+fn a_session_stays_whoever_is_asked_and_whatever_it_says() {
+    let (one, now) = (picker(5), Instant::now());
+    let other = BuiltinPicker::new(Arc::new(EndpointSet::of((1..=5).rev().map(endpoint), Ejection::default())));
+    for session in 0..50 {
+        let order = in_order(&one, session, now);
+        assert_eq!(order.len(), 5);
+        for prompt in [hash(&prompt(b'a', 3)), hash(&prompt(session as u8, 3)), PromptHash::none()] {
+            let asked = prompt.of(Some(SessionHash::new(format!("session-{session}").as_bytes())));
+            for picker in [&one, &other] {
+                assert_eq!(picker.pick(&asked, None, now).unwrap().endpoints, order, "{session}");
+            }
+        }
+    }
+}
+
+#[test]
+fn sessions_spread_evenly() {
+    let (picker, now) = (picker(5), Instant::now());
+    let mut sessions = BTreeMap::new();
+    for session in 0..5000 {
+        *sessions.entry(in_order(&picker, session, now)[0]).or_insert(0) += 1;
+    }
+    assert!(sessions.len() == 5 && sessions.values().all(|count| (850..1150).contains(count)), "{sessions:?}");
+}
+
+#[test]
+fn a_session_yields_to_much_load_and_to_nothing_less() {
+    let (picker, now) = (picker(3), Instant::now());
+    let order = in_order(&picker, 7, now);
+    let mut busy: Vec<_> = (0..SESSION_SLACK).map(|_| picker.endpoints().begin(order[0], now)).collect();
+    assert_eq!(in_order(&picker, 7, now), order, "within the slack");
+    busy.push(picker.endpoints().begin(order[0], now));
+    assert_eq!(in_order(&picker, 7, now), [order[1], order[2], order[0]], "beyond it");
+    drop(busy);
+    assert_eq!(in_order(&picker, 7, now), order);
+}
+
+#[test]
+fn the_sessions_of_an_endpoint_that_is_ejected_or_drains_come_back_to_it() {
+    let (picker, now) = (picker(3), Instant::now());
+    let order = in_order(&picker, 7, now);
+    picker.endpoints().failed(order[0], now);
+    assert_eq!(in_order(&picker, 7, now), [order[1], order[2], order[0]]);
+    picker.endpoints().succeeded(order[0]);
+    assert_eq!(in_order(&picker, 7, now), order);
+    let listed = |drains: bool| {
+        let draining =
+            |address: SocketAddr| config::Endpoint { draining: drains && address == order[0], ..address.into() };
+        (1..=3).map(endpoint).map(draining).collect()
+    };
+    picker.endpoints().replace(Source::Config, listed(true));
+    assert_eq!(in_order(&picker, 7, now), order[1..]);
+    picker.endpoints().replace(Source::Config, listed(false));
+    assert_eq!(in_order(&picker, 7, now), order);
+}
+
+proptest! {
+    /// With one endpoint less, the sessions of the others stay, and its own go to their second choice.
+    #[test]
+    fn only_the_sessions_of_an_endpoint_that_leaves_move(all in 2..20u8, gone in any::<prop::sample::Index>()) {
+        let (before, now) = (picker(all), Instant::now());
+        let gone = endpoint(1 + gone.index(all.into()) as u8);
+        let left = (1..=all).map(endpoint).filter(|&endpoint| endpoint != gone);
+        let after = BuiltinPicker::new(Arc::new(EndpointSet::of(left, Ejection::default())));
+        for session in 0..100 {
+            let order = in_order(&before, session, now);
+            let stays = if order[0] == gone { order[1] } else { order[0] };
+            prop_assert_eq!(in_order(&after, session, now)[0], stays);
+        }
+    }
 }

@@ -226,6 +226,24 @@ fn every_order_of_replies() {
     }
 }
 
+/// A stream that is lost before anything was said about the request can be asked again.
+#[test]
+fn that_a_piece_stays_as_it_is_says_nothing() {
+    for (steps, answered) in [
+        (vec![Piece, kept(), End, kept()], false),
+        (vec![Piece, body(Mutation::ClearBody(false)), trailers()], false),
+        (vec![Piece, no_pick()], true),
+        (vec![Piece, streamed("new", false)], true),
+        (vec![Piece, body(Mutation::ClearBody(true))], true),
+        (vec![Piece, with_metadata(kept(), text(A))], true),
+    ] {
+        let shown = format!("{steps:?}");
+        let mut exchange = exchange(true, None);
+        assert_eq!(run(&mut exchange, steps).0, [""; 0], "{shown}");
+        assert_eq!(exchange.answered(), answered, "{shown}");
+    }
+}
+
 #[test]
 fn a_request_without_a_body_is_decided_by_the_head() {
     let mut exchange = exchange(false, None);

@@ -1,5 +1,6 @@
-//! The light picker of the conformance suite: an empty reply to each piece of body, before the one to the headers; it obeys
-//! the header `test-epp-endpoint-selection`, never changes a body, and fails with gRPC statuses only.
+//! The light picker of the conformance suite: an empty reply to each piece of body, before the one to the headers; it picks
+//! among those that the header `test-epp-endpoint-selection` names (`ip[:port],...`), never changes a body, says on the
+//! response who served it, and fails with gRPC statuses only.
 
 use std::net::SocketAddr;
 
@@ -24,8 +25,10 @@ impl Lwepp {
     }
 
     async fn answer(&self, exchange: &mut Exchange) -> Answer {
-        let told = header(&exchange.request_headers, "test-epp-endpoint-selection").map(str::to_owned);
-        let Some(picked) = told.or_else(|| self.endpoints.pick(exchange.subset().as_deref())) else {
+        let told = header(&exchange.request_headers, "test-epp-endpoint-selection");
+        // What the request says goes before the subset.
+        let allowed = told.map(|list| self.endpoints.named(list)).or_else(|| exchange.subset());
+        let Some(picked) = self.endpoints.pick(allowed.as_deref()) else {
             return Err(End::Status(Status::internal("no endpoint to pick")));
         };
         let mut fields = vec![("X-Echo-Set-Header", "x-picked-by:lwepp")];

@@ -1,0 +1,107 @@
+//! What a request's body says its model is.
+//!
+//! Given the body piece by piece, gives the model as soon as it is settled, and counts once what was found. Only bodies whose
+//! Content-Type is JSON are looked at: what GIE's BBR does to others (400) would end every upload of a file. A model that is
+//! a number, `true` or `false` is its text; null, an array and an object are no model; an empty one is none, too.
+
+use std::sync::Arc;
+
+use http::{HeaderMap, header};
+
+use super::{Model, ModelScanner, NamingError};
+use crate::{
+    config::{Bbr, MissingModel},
+    metrics::{BodyModel, Metrics},
+};
+
+pub struct Naming {
+    /// While there is something to look at.
+    scanner: Option<ModelScanner>,
+    named: Named,
+    rejects: bool,
+    metrics: Arc<Metrics>,
+}
+
+enum Named {
+    /// So far; for good where there is nothing to look at.
+    Unknown,
+    Model(String),
+    Missing,
+}
+
+impl Naming {
+    /// For a request with these headers.
+    pub fn new(bbr: &Bbr, headers: &HeaderMap, has_body: bool, metrics: &Arc<Metrics>) -> Self {
+        Self {
+            scanner: (bbr.enabled && has_body && is_json(headers)).then(ModelScanner::new),
+            named: Named::Unknown,
+            rejects: bbr.missing_model == MissingModel::Reject,
+            metrics: Arc::clone(metrics),
+        }
+    }
+
+    /// The model is known, or known to be absent.
+    pub fn is_settled(&self) -> bool {
+        self.scanner.is_none() || !matches!(self.named, Named::Unknown)
+    }
+
+    /// The model that the body names, or the default of one that names none.
+    pub fn model<'a>(&'a self, bbr: &'a Bbr) -> Option<&'a str> {
+        match (&self.named, &bbr.missing_model) {
+            (Named::Model(model), _) | (Named::Missing, MissingModel::Default(model)) => Some(model),
+            (Named::Unknown | Named::Missing, _) => None,
+        }
+    }
+
+    /// The next bytes of the body.
+    pub fn feed(&mut self, bytes: &[u8]) -> Result<(), NamingError> {
+        let Some(scanner) = &mut self.scanner else { return Ok(()) };
+        scanner.feed(bytes)?;
+        match (&self.named, scanner.model()) {
+            (Named::Unknown, Model::NotYet) | (Named::Model(_) | Named::Missing, _) => Ok(()),
+            (Named::Unknown, model) => {
+                let model = model.clone();
+                self.settle(model)
+            }
+        }
+    }
+
+    /// The body is complete: it must be whole JSON where it is JSON at all.
+    pub fn end(&mut self) -> Result<(), NamingError> {
+        let Some(scanner) = self.scanner.take() else { return Ok(()) };
+        let model = scanner.finish()?.model;
+        if matches!(self.named, Named::Unknown) { self.settle(model) } else { Ok(()) }
+    }
+
+    fn settle(&mut self, model: Model) -> Result<(), NamingError> {
+        let (found, missing) = match model {
+            Model::Found(model) if !model.is_empty() => (Ok(model), ""),
+            Model::Found(_) => (Err(BodyModel::Empty), "an empty one"),
+            Model::NotAString(text) if is_scalar(&text) => (Ok(text), ""),
+            Model::NotAString(_) => (Err(BodyModel::NotFound), "one that is no name"),
+            Model::NotYet => (Err(BodyModel::NotFound), "none"),
+        };
+        self.metrics.body_model(found.as_ref().map_or_else(|&why| why, |_| BodyModel::Found));
+        match found {
+            Ok(model) => self.named = Named::Model(model),
+            Err(_) if self.rejects => return Err(NamingError::Missing { found: missing }),
+            Err(_) => self.named = Named::Missing,
+        }
+        Ok(())
+    }
+}
+
+/// Whether the JSON text of a value that is not a string is a number, `true` or `false`; one that had to be cut is not.
+fn is_scalar(text: &str) -> bool {
+    !text.starts_with(['[', '{']) && text != "null" && !text.ends_with('…')
+}
+
+fn is_json(headers: &HeaderMap) -> bool {
+    let Some(kind) = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()) else { return false };
+    let kind = kind.split(';').next().unwrap_or_default().trim();
+    kind.eq_ignore_ascii_case("application/json")
+        || kind.len() > 5 && kind.as_bytes()[kind.len() - 5..].eq_ignore_ascii_case(b"+json")
+}
+
+#[cfg(test)]
+mod tests;

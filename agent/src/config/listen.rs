@@ -1,0 +1,55 @@
+//! `[listen]` and `[listen.tls]`: where clients connect.
+
+use std::net::SocketAddr;
+
+use super::{Listen, ListenTls, Overrides, document::Section, value};
+use crate::tls::Certificate;
+
+pub(super) fn listen(section: &mut Section<'_>, overrides: &Overrides) -> Listen {
+    let default = Listen::default();
+    let address = section.read("address", value::listen_address);
+    let address = overrides.listen.or(address).unwrap_or(default.address);
+    Listen {
+        address,
+        workers: section.read("workers", value::integer(0..=1024)).unwrap_or(default.workers),
+        max_connections: section
+            .read("max_connections", value::integer(1..=1_048_576))
+            .unwrap_or(default.max_connections),
+        http2_max_streams: section
+            .read("http2_max_streams", value::integer(0..=65_536))
+            .unwrap_or(default.http2_max_streams),
+        upgrades: if section.has("upgrades") {
+            section.list("upgrades", "an array of protocol names", value::upgrade)
+        } else {
+            default.upgrades
+        },
+        tls: tls(section, address),
+    }
+}
+
+fn tls(section: &mut Section<'_>, plain: SocketAddr) -> Option<ListenTls> {
+    let given = section.has("tls");
+    let tls = section.section("tls", |section| {
+        if !given {
+            return None;
+        }
+        let address = section.require("address", "ip:port to listen on", value::listen_address);
+        let cert_file = section.require("cert_file", "the file with the certificate", value::non_empty);
+        let key_file = section.require("key_file", "the file with its key", value::non_empty);
+        let folder = section.folder();
+        let tls = ListenTls { address: address?, cert_file: folder.join(cert_file?), key_file: folder.join(key_file?) };
+        if collide(tls.address, plain) {
+            section.reject("address", tls.address, format_args!("another port than listen.address ({plain})"));
+        }
+        if let Err(why) = Certificate::read(&tls) {
+            section.reject("cert_file", why, "PEM files with a certificate and its key");
+        }
+        Some(tls)
+    });
+    tls.filter(|_| given)
+}
+
+/// Whether the two cannot both be bound.
+pub(super) fn collide(a: SocketAddr, b: SocketAddr) -> bool {
+    a.port() == b.port() && a.port() != 0 && (a.ip() == b.ip() || a.ip().is_unspecified() || b.ip().is_unspecified())
+}

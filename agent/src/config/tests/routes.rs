@@ -1,0 +1,116 @@
+//! Routes that cannot be, and routes that nothing can reach.
+
+use super::*;
+
+#[test]
+fn bad_routes() {
+    const HOST: &str = r#"expected a host without port, such as "llm.example.com" or "*.example.com""#;
+    let mut cases = vec![
+        (
+            "host = \"a\"".to_owned(),
+            "4: routes[0].pool: found nothing, expected the name of a pool, or pools".to_owned(),
+        ),
+        ("pool = \"b\"".to_owned(), "5: routes[0].pool: found \"b\", expected one of a".to_owned()),
+    ];
+    for host in ["llm:80", "*", "*.", "a.*", "**.a", "*a.b", "*.10.0.0.1", "*.[::1]", "a b"] {
+        cases.push((format!("pool = \"a\"\nhost = {host:?}"), format!("6: routes[0].host: found {host:?}, {HOST}")));
+    }
+    let conditions = [
+        ("path_prefix = \"v1\"", r#"path_prefix: found "v1", expected a path that starts with "/", without query"#),
+        ("path = \"/a?b\"", r#"path: found "/a?b", expected a path that starts with "/", without query"#),
+        (
+            "path_prefix = \"/a\", path = \"/b\"",
+            "path_prefix: found a second condition on the path, expected path or path_prefix",
+        ),
+        ("method = \"post\"", r#"method: found "post", expected a method in capital letters, such as "POST""#),
+        (
+            "method = [\"GET\", \"TRACE\"]",
+            r#"method[1]: found "TRACE", expected a method in capital letters, such as "POST""#,
+        ),
+        ("method = []", "method: found an empty array, expected one value or more"),
+        (
+            "headers = [\"a\"]",
+            r#"headers: found "a", expected an array of { name = "x-team", value = "red" }, value optional"#,
+        ),
+        ("headers = [{ value = \"a\" }]", "headers[0].name: found nothing, expected the name of a header"),
+        ("headers = [{ name = \"a b\" }]", "headers[0].name: found \"a b\", expected the name of a header"),
+        (
+            "headers = [{ name = \"a\", value = \" b\" }]",
+            "headers[0].value: found \" b\", expected a header's value, without blanks around it",
+        ),
+        ("model = \"\"", r#"model: found "", expected a text that is not empty"#),
+        ("base_model = \"b\"", "base_model: found \"b\", expected a base model of bbr.base_models"),
+    ];
+    for (conditions, expected) in conditions {
+        cases.push((
+            format!("pool = \"a\"\n{}", conditions.replace(", path =", "\npath =")),
+            format!("6: routes[0].{expected}"),
+        ));
+    }
+    let pools = [
+        ("pools = \"a\"", r#"5: routes[0].pools: found "a", expected an array of { name = "a", weight = 70 }"#),
+        ("pools = []", "5: routes[0].pools: found no weight above 0, expected at least one"),
+        (
+            "pools = [{ name = \"a\", weight = 0 }]",
+            "5: routes[0].pools: found no weight above 0, expected at least one",
+        ),
+        ("pools = [{ weight = 1 }]", "5: routes[0].pools[0].name: found nothing, expected the name of a pool"),
+        ("pools = [{ name = \"b\" }]", "5: routes[0].pools[0].name: found \"b\", expected one of a"),
+        (
+            "pools = [{ name = \"a\" }, { name = \"a\" }]",
+            "5: routes[0].pools[1].name: found \"a\" again, expected each pool once",
+        ),
+        (
+            "pools = [{ name = \"a\", weight = 1000001 }]",
+            "5: routes[0].pools[0].weight: found 1000001, expected an integer from 0 to 1000000",
+        ),
+        (
+            "pools = [{ name = \"a\" }]\npool = \"a\"",
+            "6: routes[0].pool: found a pool beside pools, expected pool or pools",
+        ),
+    ];
+    cases.extend(pools.map(|(pools, expected)| (pools.to_owned(), expected.to_owned())));
+    for (route, expected) in cases {
+        assert_message(&format!("{POOL}[[routes]]\n{route}"), &format!("p.toml:{expected}"));
+    }
+}
+
+#[test]
+fn routes_by_model_need_models() {
+    assert_message(
+        &format!("[bbr]\nenabled = false\n{POOL}[[routes]]\npool = \"a\"\nmodel = \"m\""),
+        "p.toml:8: routes[0].model: found a condition that never holds, expected bbr.enabled = true",
+    );
+}
+
+/// An earlier route and a later one, and whether the later one is out of reach.
+#[test]
+fn a_route_out_of_reach_is_an_error() {
+    let rows = [
+        ("", "model = \"m\"", true),
+        ("model = \"m\"", "", false),
+        ("model = \"m\"", "model = \"m\"", true),
+        ("model = [\"m\", \"n\"]", "model = \"n\"", true),
+        ("model = \"m\"", "model = [\"m\", \"n\"]", false),
+        ("model = \"m-*\"", "model = [\"m-1\", \"m-2*\"]", true),
+        ("model = \"m-1\"", "model = \"m-*\"", false),
+        ("host = \"*.a\"", "host = [\"*.b.a\", \"C.a\"]", true),
+        ("host = \"*.a\"", "host = \"a\"", false),
+        ("host = \"b.a\"", "host = \"*.a\"", false),
+        ("path_prefix = \"/v1\"", "path_prefix = \"/v1/chat\"", true),
+        ("path_prefix = \"/v1\"", "path = \"/v1\"", true),
+        ("path_prefix = \"/v1\"", "path_prefix = \"/v10\"", false),
+        ("path = \"/v1\"", "path_prefix = \"/v1\"", false),
+        ("method = \"GET\"", "method = \"GET\"\npath = \"/\"", true),
+        ("method = \"GET\"", "method = [\"GET\", \"POST\"]", false),
+        ("headers = [{ name = \"a\" }]", "headers = [{ name = \"A\", value = \"1\" }, { name = \"b\" }]", true),
+        ("headers = [{ name = \"a\", value = \"1\" }]", "headers = [{ name = \"a\" }]", false),
+    ];
+    for (earlier, later, unreachable) in rows {
+        let text = format!("{POOL}[[routes]]\npool = \"a\"\n{earlier}\n[[routes]]\npool = \"a\"\n{later}");
+        let errors = Config::parse(&text, "p.toml").err().map(|errors| errors.to_string());
+        let expected =
+            "routes[1].pool: found a route that routes[0] always wins over, expected the narrower route first";
+        assert_eq!(errors.is_some_and(|errors| errors.contains(expected)), unreachable, "{earlier} | {later}");
+    }
+}

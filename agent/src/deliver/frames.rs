@@ -1,0 +1,131 @@
+//! Delivering where HTTP/2 is spoken on one side or both: payload and trailers, piece by piece, in user space.
+//!
+//! The head of the response has been given to an HTTP/2 client already; for one of HTTP/1.1 it is the lead. What is cut short
+//! is never ended: the caller breaks the client's side off.
+
+use std::{cell::RefCell, time::Duration};
+
+use bytes::{BufMut as _, Bytes, BytesMut};
+use http::{HeaderMap, header};
+
+use super::{Account, End, within};
+use crate::{
+    client::Client,
+    endpoint::body::{Piece, ResponseBody},
+    http::headers,
+    kernel::socket::monotonic_ns,
+    tee::Tee,
+};
+
+/// How an HTTP/1.1 client gets the body.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Coding {
+    /// As it is: its length is declared, or the close ends it.
+    Plain,
+    Chunked,
+}
+
+pub struct Frames<'a> {
+    pub client: &'a mut Client,
+    pub body: &'a mut ResponseBody,
+    /// The response head for an HTTP/1.1 client; goes out with the first bytes of the body.
+    pub lead: BytesMut,
+    pub coding: Coding,
+    pub tee: Option<&'a RefCell<Tee>>,
+    pub idle: Option<Duration>,
+    pub account: Account,
+}
+
+impl Frames<'_> {
+    /// Delivers the whole body.
+    pub async fn run(&mut self) -> End {
+        let mut trailers = BytesMut::new();
+        loop {
+            let piece = tokio::select! {
+                biased;
+                piece = self.body.next(&mut trailers) => piece,
+                () = self.client.gone() => return End::ClientGone,
+                () = after(self.idle) => return End::Idle,
+            };
+            let step = match piece {
+                Ok(Piece::Data(data)) => self.data(data).await,
+                Ok(Piece::End(trailers)) => match self.end(trailers).await {
+                    Ok(()) => return End::Complete { reusable: self.is_reusable() },
+                    Err(end) => Err(end),
+                },
+                Err(error) => {
+                    tracing::debug!(%error, "the endpoint broke off its response");
+                    Err(End::Broken)
+                }
+            };
+            if let Err(end) = step {
+                return end;
+            }
+        }
+    }
+
+    async fn data(&mut self, data: Bytes) -> Result<(), End> {
+        if let Some(tee) = self.tee {
+            tee.borrow_mut().take(&data);
+        }
+        let now = monotonic_ns();
+        self.account.stamp(now, now);
+        self.account.relayed += data.len() as u64;
+        self.account.pieces += 1;
+        match self.client {
+            Client::Http2(stream) => within(self.idle, stream.data(data)).await,
+            Client::Http1(socket) => {
+                let mut out = std::mem::take(&mut self.lead);
+                match self.coding {
+                    Coding::Plain => out.put_slice(&data),
+                    Coding::Chunked => {
+                        out.put_slice(format!("{:x}\r\n", data.len()).as_bytes());
+                        out.put_slice(&data);
+                        out.put_slice(b"\r\n");
+                    }
+                }
+                within(self.idle, socket.write_all(&out)).await
+            }
+        }
+    }
+
+    async fn end(&mut self, mut trailers: HeaderMap) -> Result<(), End> {
+        headers::remove_hop_by_hop(&mut trailers);
+        // What would frame the message, or say where it goes, is no trailer (RFC 9110 §6.5.1).
+        for name in [header::CONTENT_LENGTH, header::HOST] {
+            trailers.remove(name);
+        }
+        match self.client {
+            Client::Http2(stream) => within(self.idle, stream.end(trailers)).await,
+            Client::Http1(socket) => {
+                let mut out = std::mem::take(&mut self.lead);
+                if self.coding == Coding::Chunked {
+                    out.put_slice(b"0\r\n");
+                    for (name, value) in &trailers {
+                        out.put_slice(name.as_str().as_bytes());
+                        out.put_slice(b": ");
+                        out.put_slice(value.as_bytes());
+                        out.put_slice(b"\r\n");
+                    }
+                    out.put_slice(b"\r\n");
+                }
+                if out.is_empty() { Ok(()) } else { within(self.idle, socket.write_all(&out)).await }
+            }
+        }
+    }
+
+    /// The endpoint's connection may take another request.
+    fn is_reusable(&self) -> bool {
+        match &*self.body {
+            ResponseBody::Http1 { framing, pending, .. } => framing.is_done() && pending.is_empty(),
+            ResponseBody::Http2 { .. } => false,
+        }
+    }
+}
+
+async fn after(idle: Option<Duration>) {
+    match idle {
+        Some(idle) => tokio::time::sleep(idle).await,
+        None => std::future::pending().await,
+    }
+}

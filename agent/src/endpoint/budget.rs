@@ -1,0 +1,123 @@
+//! How many requests of a pool may be sent again, so that retries do not become the load that brings down what is left.
+//!
+//! Counted over the last ten seconds, a slot for each: what may be sent again is a part of the requests, and a number a second
+//! besides. All workers share it. Time is passed in.
+
+use std::time::Instant;
+
+use parking_lot::Mutex;
+
+use crate::config::Retry;
+
+/// Seconds that are looked back on.
+const WINDOW: usize = 10;
+
+#[derive(Debug)]
+pub struct RetryBudget {
+    percent: u64,
+    per_second: u64,
+    begin: Instant,
+    slots: Mutex<[Slot; WINDOW]>,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Slot {
+    /// Since the beginning. What another second left here does not count any more.
+    second: u64,
+    requests: u64,
+    retries: u64,
+}
+
+impl RetryBudget {
+    pub fn new(rules: &Retry, now: Instant) -> Self {
+        Self {
+            percent: rules.budget_percent.into(),
+            per_second: rules.budget_min_per_second.into(),
+            begin: now,
+            slots: Mutex::default(),
+        }
+    }
+
+    /// A request begins.
+    pub fn request(&self, now: Instant) {
+        let second = self.second(now);
+        slot(&mut self.slots.lock(), second).requests += 1;
+    }
+
+    /// Whether one may be sent again, which is counted if so.
+    pub fn retry(&self, now: Instant) -> bool {
+        let second = self.second(now);
+        let mut slots = self.slots.lock();
+        let recent = slots.iter().filter(|slot| slot.second + WINDOW as u64 > second);
+        let (requests, retries) =
+            recent.fold((0, 0), |(requests, retries), slot| (requests + slot.requests, retries + slot.retries));
+        let may = retries < requests * self.percent / 100 + self.per_second * WINDOW as u64;
+        if may {
+            slot(&mut slots, second).retries += 1;
+        }
+        may
+    }
+
+    fn second(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(self.begin).as_secs()
+    }
+}
+
+fn slot(slots: &mut [Slot; WINDOW], second: u64) -> &mut Slot {
+    let slot = &mut slots[second as usize % WINDOW];
+    if slot.second != second {
+        *slot = Slot { second, ..Slot::default() };
+    }
+    slot
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn budget(budget_percent: u32, budget_min_per_second: u32) -> (RetryBudget, impl Fn(u64) -> Instant) {
+        let now = Instant::now();
+        let rules = Retry { attempts: 1, budget_percent, budget_min_per_second };
+        (RetryBudget::new(&rules, now), move |second| now + Duration::from_secs(second))
+    }
+
+    /// How many retries are let through at that moment.
+    fn granted(budget: &RetryBudget, now: Instant) -> usize {
+        (0..1000).filter(|_| budget.retry(now)).count()
+    }
+
+    #[test]
+    fn a_part_of_the_requests() {
+        let (budget, at) = budget(20, 0);
+        assert_eq!(granted(&budget, at(0)), 0);
+        for _ in 0..50 {
+            budget.request(at(1));
+        }
+        assert_eq!(granted(&budget, at(1)), 10);
+        for _ in 0..50 {
+            budget.request(at(8));
+        }
+        assert_eq!(granted(&budget, at(10)), 10, "together with those of second 1 it is a fifth of 100");
+        assert_eq!(granted(&budget, at(11)), 0, "ten of second 10 stand against 50 requests of second 8");
+    }
+
+    #[test]
+    fn and_a_number_a_second() {
+        let (budget, at) = budget(0, 2);
+        assert_eq!(granted(&budget, at(0)), 20);
+        assert_eq!(granted(&budget, at(9)), 0);
+        assert_eq!(granted(&budget, at(10)), 20);
+        assert_eq!(granted(&budget, at(1000)), 20);
+    }
+
+    #[test]
+    fn what_is_long_ago_is_forgotten() {
+        let (budget, at) = budget(100, 0);
+        budget.request(at(3));
+        assert!(!budget.retry(at(13)));
+        budget.request(at(13));
+        assert!(budget.retry(at(22)) && !budget.retry(at(22)));
+    }
+}

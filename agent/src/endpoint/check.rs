@@ -1,0 +1,120 @@
+//! Active checks of a pool's endpoints (`[pools.health]`): each is asked once in an interval, spread over it, on a connection
+//! of its own. Whoever is being asked still is not asked again meanwhile.
+
+use std::{io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
+use http::{Request, StatusCode, header, uri::PathAndQuery};
+use http_body_util::Empty;
+use hyper_util::rt::TokioIo;
+use thiserror::Error;
+use tokio::{
+    net::TcpStream,
+    time::{Instant, sleep_until, timeout},
+};
+
+use super::set::{EndpointSet, Snapshot};
+use crate::{config::HealthCheck, metrics::Metrics};
+
+pub(super) struct Checks {
+    pub(super) pool: String,
+    /// Of the pool, in the metrics.
+    pub(super) index: usize,
+    pub(super) rules: HealthCheck,
+    pub(super) set: Arc<EndpointSet>,
+    pub(super) metrics: Arc<Metrics>,
+}
+
+#[derive(Debug, Error)]
+enum CheckError {
+    #[error("no answer within {0:?}")]
+    Timeout(Duration),
+    #[error("no connection: {0}")]
+    Connect(io::Error),
+    #[error("no answer: {0}")]
+    Http(#[from] hyper::Error),
+    #[error("status {0}")]
+    Status(StatusCode),
+}
+
+impl CheckError {
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::Timeout(_) => "timeout",
+            Self::Connect(_) => "connect",
+            Self::Http(_) => "http",
+            Self::Status(_) => "status",
+        }
+    }
+}
+
+impl Checks {
+    /// Runs until it is dropped.
+    pub(super) async fn run(self) {
+        let mut running = FuturesUnordered::new();
+        let mut busy: Vec<SocketAddr> = Vec::new();
+        let mut round = Instant::now();
+        loop {
+            let snapshot = self.set.snapshot();
+            let addresses: Vec<_> = snapshot.ready().map(|endpoint| endpoint.address).collect();
+            let count = u32::try_from(addresses.len()).unwrap_or(u32::MAX).max(1);
+            let moment = |at: usize| round + (self.rules.interval / count).saturating_mul(at as u32);
+            // The end of the round comes after the last of them.
+            for (at, address) in addresses.iter().map(Some).chain([None]).enumerate() {
+                let then = if address.is_some() { moment(at) } else { round + self.rules.interval };
+                loop {
+                    tokio::select! {
+                        biased;
+                        Some(done) = running.next() => busy.retain(|&address| address != done),
+                        () = sleep_until(then) => break,
+                    }
+                }
+                if let Some(&address) = address.filter(|address| !busy.contains(address)) {
+                    busy.push(address);
+                    running.push(self.check(Arc::clone(&snapshot), address));
+                }
+            }
+            // Missed rounds are not made up for.
+            round = (round + self.rules.interval).max(Instant::now());
+        }
+    }
+
+    /// Asks one endpoint of the snapshot and tells it the result. Returns its address.
+    async fn check(&self, snapshot: Arc<Snapshot>, address: SocketAddr) -> SocketAddr {
+        let limit = self.rules.timeout;
+        let result = timeout(limit, ask(address, &self.rules.path)).await.unwrap_or(Err(CheckError::Timeout(limit)));
+        if let Err(error) = &result {
+            tracing::debug!(pool = self.pool, %address, %error, "the check of an endpoint failed");
+            self.metrics.pool(self.index).check_failed(error.reason());
+        }
+        let changed = snapshot.get(address).is_some_and(|endpoint| endpoint.checked(result.is_ok(), &self.rules));
+        match result {
+            Ok(()) if changed => tracing::info!(pool = self.pool, %address, "endpoint is well again"),
+            Err(error) if changed => tracing::warn!(pool = self.pool, %address, %error, "endpoint is down"),
+            _ => {}
+        }
+        address
+    }
+}
+
+/// GET, and whether the status is 2xx. The body is of no interest: the connection ends with the head.
+async fn ask(address: SocketAddr, path: &PathAndQuery) -> Result<(), CheckError> {
+    let stream = TcpStream::connect(address).await.map_err(CheckError::Connect)?;
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    let mut request = Request::new(Empty::<Bytes>::new());
+    *request.uri_mut() = path.clone().into();
+    let headers = request.headers_mut();
+    let host = http::HeaderValue::from_str(&address.to_string());
+    headers.extend(host.ok().map(|host| (header::HOST, host)));
+    headers.insert(header::USER_AGENT, http::HeaderValue::from_static("penstock-health-check"));
+    headers.insert(header::CONNECTION, http::HeaderValue::from_static("close"));
+    let mut response = pin!(sender.send_request(request));
+    let status = tokio::select! {
+        response = &mut response => response,
+        // It has ended with the response or without.
+        _ = connection => response.await,
+    }?
+    .status();
+    if status.is_success() { Ok(()) } else { Err(CheckError::Status(status)) }
+}

@@ -1,0 +1,198 @@
+//! What keeps the sets of endpoints up to date: names, files and checks, as tasks on a thread of their own, so that no worker
+//! waits for DNS, for a disk or for an endpoint that is not well.
+//!
+//! A pool with a name or a file is waited for: its gate opens when each of them has given its endpoints once, or, after a while,
+//! when there is an endpoint at all.
+
+use std::{convert::Infallible, io, sync::Arc, thread::JoinHandle, time::Duration};
+
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
+use tokio::{sync::oneshot, task::JoinSet};
+
+use super::{
+    check::Checks,
+    feed::Feed,
+    file, names,
+    set::{EndpointSet, Source},
+};
+use crate::{
+    config::{Config, Pool},
+    dns::Dns,
+    metrics::Metrics,
+    readiness::{Gate, Readiness},
+};
+
+/// How long a source may keep a pool waiting that has other endpoints.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Dropping it ends the tasks and the thread.
+#[derive(Debug)]
+pub struct Discovery(Option<Running>);
+
+#[derive(Debug)]
+struct Running {
+    /// Closed by being dropped.
+    stop: oneshot::Sender<Infallible>,
+    thread: JoinHandle<()>,
+}
+
+/// One pool's part in it.
+struct Job {
+    pool: Pool,
+    index: usize,
+    set: Arc<EndpointSet>,
+    /// None where there is nothing to wait for.
+    gate: Option<Gate>,
+}
+
+impl Discovery {
+    /// `sets` are those of the pools, in their order. There is no thread where no pool needs one.
+    pub fn start(
+        config: &Config,
+        sets: &[Arc<EndpointSet>],
+        metrics: &Arc<Metrics>,
+        readiness: &Readiness,
+    ) -> io::Result<Self> {
+        let job = |(index, (pool, set)): (usize, (&Pool, &Arc<EndpointSet>))| {
+            let followed = pool.endpoints_dns.is_some() || pool.endpoints_file.is_some();
+            let gate = followed.then(|| readiness.gate(format!("endpoints of pool {}", pool.name)));
+            let needed = followed || pool.health.is_some();
+            needed.then(|| Job { pool: pool.clone(), index, set: Arc::clone(set), gate })
+        };
+        let jobs: Vec<Job> = config.pools.iter().zip(sets).enumerate().filter_map(job).collect();
+        if jobs.is_empty() {
+            return Ok(Self(None));
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let (stop, stopped) = oneshot::channel::<Infallible>();
+        let (config, metrics) = (config.clone(), Arc::clone(metrics));
+        let thread = std::thread::Builder::new().name("endpoints".to_owned()).spawn(move || {
+            runtime.block_on(async {
+                let _tasks = tasks(jobs, &config, &metrics);
+                let _ = stopped.await;
+            });
+            // A file system that hangs does not hold up the end.
+            runtime.shutdown_background();
+        })?;
+        Ok(Self(Some(Running { stop, thread })))
+    }
+}
+
+impl Drop for Discovery {
+    fn drop(&mut self) {
+        if let Some(Running { stop, thread }) = self.0.take() {
+            drop(stop);
+            if thread.join().is_err() {
+                tracing::error!("the thread of the endpoints had panicked");
+            }
+        }
+    }
+}
+
+/// Starts them all; they end with the set.
+fn tasks(jobs: Vec<Job>, config: &Config, metrics: &Arc<Metrics>) -> JoinSet<()> {
+    let mut tasks = JoinSet::new();
+    let dns = Dns::new(&config.dns);
+    for Job { pool, index, set, gate } in jobs {
+        let first_answers = FuturesUnordered::new();
+        let feed = |source| {
+            let (unanswered, first_answer) = oneshot::channel();
+            first_answers.push(first_answer);
+            Feed {
+                pool: pool.name.clone(),
+                index,
+                source,
+                set: Arc::clone(&set),
+                metrics: Arc::clone(metrics),
+                listen: config.listen.address,
+                unanswered: Some(unanswered),
+                failing: false,
+            }
+        };
+        if let Some(named) = pool.endpoints_dns.clone() {
+            tasks.spawn(names::follow(named, dns.clone(), feed(Source::Dns)));
+        }
+        if let Some(path) = pool.endpoints_file.clone() {
+            tasks.spawn(file::follow(path, pool.ports.clone(), feed(Source::File)));
+        }
+        if let Some(rules) = pool.health.clone() {
+            let checks =
+                Checks { pool: pool.name.clone(), index, rules, set: Arc::clone(&set), metrics: Arc::clone(metrics) };
+            tasks.spawn(checks.run());
+        }
+        if let Some(gate) = gate {
+            let patience = tokio::time::sleep(PATIENCE);
+            tasks.spawn(async move { open_when_answered(first_answers, patience, &set, gate).await });
+        }
+    }
+    tasks
+}
+
+async fn open_when_answered(
+    mut first_answers: FuturesUnordered<oneshot::Receiver<()>>,
+    patience: impl Future<Output = ()>,
+    set: &EndpointSet,
+    gate: Gate,
+) {
+    let all_answered = tokio::select! {
+        biased;
+        () = async { while first_answers.next().await.is_some() {} } => true,
+        () = patience => false,
+    };
+    while !all_answered && set.snapshot().endpoints().is_empty() && first_answers.next().await.is_some() {}
+    gate.open();
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{net::SocketAddr, pin::pin};
+
+    use futures_util::FutureExt as _;
+
+    use super::*;
+    use crate::config::Ejection;
+
+    fn address() -> SocketAddr {
+        SocketAddr::from(([10, 0, 0, 1], 8000))
+    }
+
+    fn set(endpoints: &[SocketAddr]) -> EndpointSet {
+        EndpointSet::of(endpoints.iter().copied(), Ejection::default())
+    }
+
+    /// Two sources, and the ends of the wait for them.
+    fn sources() -> ([oneshot::Sender<()>; 2], FuturesUnordered<oneshot::Receiver<()>>) {
+        let ((one, first), (two, second)) = (oneshot::channel(), oneshot::channel());
+        ([one, two], [first, second].into_iter().collect())
+    }
+
+    #[test]
+    fn the_gate_opens_when_all_have_answered() {
+        let (readiness, set, ([one, two], answers)) = (Readiness::new(), set(&[address()]), sources());
+        let mut wait = pin!(open_when_answered(answers, std::future::pending(), &set, readiness.gate("a")));
+        drop(one);
+        assert!(wait.as_mut().now_or_never().is_none() && !readiness.is_ready());
+        drop(two);
+        assert!(wait.as_mut().now_or_never().is_some() && readiness.is_ready());
+    }
+
+    #[test]
+    fn one_that_never_answers_is_waited_for_only_so_long_where_there_are_endpoints() {
+        let (readiness, set, (_unanswered, answers)) = (Readiness::new(), set(&[address()]), sources());
+        let (over, patience) = oneshot::channel::<()>();
+        let mut wait = pin!(open_when_answered(answers, patience.map(drop), &set, readiness.gate("a")));
+        assert!(wait.as_mut().now_or_never().is_none() && !readiness.is_ready());
+        drop(over);
+        assert!(wait.as_mut().now_or_never().is_some() && readiness.is_ready());
+    }
+
+    #[test]
+    fn without_an_endpoint_it_is_waited_for() {
+        let (readiness, set, ([one, _two], answers)) = (Readiness::new(), set(&[]), sources());
+        let mut wait = pin!(open_when_answered(answers, std::future::ready(()), &set, readiness.gate("a")));
+        assert!(wait.as_mut().now_or_never().is_none() && !readiness.is_ready());
+        set.replace(Source::File, vec![address().into()]);
+        drop(one);
+        assert!(wait.as_mut().now_or_never().is_some() && readiness.is_ready());
+    }
+}

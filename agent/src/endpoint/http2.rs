@@ -1,0 +1,182 @@
+//! HTTP/2 connections to endpoints without TLS (`app_protocol = "h2c"`), shared by the requests of a worker.
+//!
+//! A stream is taken on a connection that has room for it by the endpoint's own limit; when none has, another connection is
+//! made, one at a time for each endpoint: all who wait for it get it or fail together. Must be used on a worker's `LocalSet`.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    io,
+    net::SocketAddr,
+    pin::pin,
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
+
+use futures_util::future::{FutureExt as _, LocalBoxFuture, Shared};
+use hyper::client::conn::http2::{Builder, SendRequest};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{net::TcpStream, sync::watch, time::Instant};
+
+use crate::{http::frames::FrameBody, local::Local};
+
+/// Connections to one endpoint; beyond them, requests queue for a stream.
+const MAX_CONNECTIONS: usize = 64;
+/// Of a response's body, before anything is read of it.
+const STREAM_WINDOW: u32 = 512 << 10;
+const CONNECTION_WINDOW: u32 = 4 << 20;
+/// Of a request's body, beyond what the endpoint's window takes.
+const SEND_BUFFER: usize = 64 << 10;
+const PING: Duration = Duration::from_secs(30);
+const PONG: Duration = Duration::from_secs(20);
+
+#[derive(Clone)]
+pub struct Http2Pool(Rc<Inner>);
+
+struct Inner {
+    endpoints: RefCell<HashMap<SocketAddr, Endpoint>>,
+    connect_timeout: Option<Duration>,
+}
+
+#[derive(Default)]
+struct Endpoint {
+    connections: Vec<Connection>,
+    /// The connection that is being made.
+    dialling: Option<Dial>,
+}
+
+type Dial = Shared<LocalBoxFuture<'static, Result<(), Arc<io::Error>>>>;
+
+struct Connection {
+    send: SendRequest<FrameBody>,
+    /// Streams that the endpoint lets us have at once, as far as it has said.
+    limit: watch::Receiver<usize>,
+    load: Rc<Load>,
+}
+
+struct Load {
+    streams: Cell<usize>,
+    idle_since: Cell<Instant>,
+}
+
+/// Room for one request on a connection; dropping it gives the room back.
+pub struct Stream {
+    pub send: SendRequest<FrameBody>,
+    /// The connection has carried requests before.
+    pub reused: bool,
+    load: Rc<Load>,
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        self.load.streams.set(self.load.streams.get() - 1);
+        self.load.idle_since.set(Instant::now());
+    }
+}
+
+impl Http2Pool {
+    pub fn new(connect_timeout: Option<Duration>) -> Self {
+        Self(Rc::new(Inner { endpoints: RefCell::default(), connect_timeout }))
+    }
+
+    /// Room for a request. The error kinds are those of `connect(2)`, and `TimedOut`. Cancel-safe.
+    pub async fn stream(&self, address: SocketAddr) -> io::Result<Stream> {
+        let mut reused = true;
+        loop {
+            let dial = {
+                let mut endpoints = self.0.endpoints.borrow_mut();
+                let endpoint = endpoints.entry(address).or_default();
+                if let Some(stream) = endpoint.stream(reused) {
+                    return Ok(stream);
+                }
+                endpoint.dialling.get_or_insert_with(|| self.dial(address)).clone()
+            };
+            reused = false;
+            dial.await.map_err(|error| io::Error::new(error.kind(), error))?;
+        }
+    }
+
+    /// A task of its own: it goes on without those who waited for it.
+    fn dial(&self, address: SocketAddr) -> Dial {
+        let task = tokio::task::spawn_local(Rc::clone(&self.0).dial(address));
+        async move { task.await.unwrap_or_else(|error| Err(Arc::new(io::Error::other(error)))) }.boxed_local().shared()
+    }
+
+    /// Closes what has been idle too long, and what leads to an endpoint that is no longer `wanted`, once nothing runs on it.
+    pub fn sweep(&self, keep_alive: Duration, wanted: impl Fn(SocketAddr) -> bool) {
+        self.0.endpoints.borrow_mut().retain(|&address, endpoint| {
+            let wanted = wanted(address);
+            endpoint.connections.retain(|connection| {
+                let busy = connection.load.streams.get() > 0;
+                !connection.send.is_closed()
+                    && (busy || (wanted && connection.load.idle_since.get().elapsed() < keep_alive))
+            });
+            !endpoint.connections.is_empty() || endpoint.dialling.is_some()
+        });
+    }
+}
+
+impl Endpoint {
+    fn stream(&mut self, reused: bool) -> Option<Stream> {
+        self.connections.retain(|connection| !connection.send.is_closed());
+        let room = |connection: &&Connection| connection.load.streams.get() < *connection.limit.borrow();
+        let connection = match self.connections.iter().find(room) {
+            Some(connection) => connection,
+            None if self.connections.len() < MAX_CONNECTIONS => return None,
+            None => self.connections.iter().min_by_key(|connection| connection.load.streams.get())?,
+        };
+        connection.load.streams.set(connection.load.streams.get() + 1);
+        Some(Stream { send: connection.send.clone(), reused, load: Rc::clone(&connection.load) })
+    }
+}
+
+impl Inner {
+    async fn dial(self: Rc<Self>, address: SocketAddr) -> Result<(), Arc<io::Error>> {
+        let connection = match self.connect_timeout {
+            Some(limit) => {
+                let dialled = tokio::time::timeout(limit, connect(address)).await;
+                dialled.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+            }
+            None => connect(address).await,
+        };
+        let mut endpoints = self.endpoints.borrow_mut();
+        let endpoint = endpoints.entry(address).or_default();
+        endpoint.dialling = None;
+        endpoint.connections.push(connection.map_err(Arc::new)?);
+        Ok(())
+    }
+}
+
+/// Connects, and waits until the endpoint has said how many streams it takes.
+async fn connect(address: SocketAddr) -> io::Result<Connection> {
+    let tcp = TcpStream::connect(address).await?;
+    tcp.set_nodelay(true)?;
+    let (send, connection) = Builder::new(Local)
+        .timer(TokioTimer::new())
+        .initial_max_send_streams(0)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_send_buf_size(SEND_BUFFER)
+        .keep_alive_interval(PING)
+        .keep_alive_timeout(PONG)
+        .handshake(TokioIo::new(tcp))
+        .await
+        .map_err(io::Error::other)?;
+    let (told, mut limit) = watch::channel(0);
+    tokio::task::spawn_local(async move {
+        let mut connection = pin!(connection);
+        let ended = std::future::poll_fn(|cx| {
+            let ended = connection.as_mut().poll(cx);
+            let now = connection.current_max_send_streams();
+            told.send_if_modified(|limit| std::mem::replace(limit, now) != now);
+            ended
+        });
+        if let Err(error) = ended.await {
+            tracing::debug!(%address, %error, "HTTP/2 connection to an endpoint ended");
+        }
+    });
+    limit.wait_for(|&limit| limit > 0).await.map_err(|_| io::Error::from(io::ErrorKind::ConnectionReset))?;
+    let load = Rc::new(Load { streams: Cell::new(0), idle_since: Cell::new(Instant::now()) });
+    Ok(Connection { send, limit, load })
+}

@@ -1,0 +1,79 @@
+//! One endpoint in the set of its pool: what its source says of it, and what it keeps from one snapshot to the next.
+
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{health::Health, in_flight::Counter};
+use crate::{
+    config::{self, HealthCheck},
+    metrics::EndpointState,
+};
+
+#[derive(Debug)]
+pub struct Endpoint {
+    pub address: SocketAddr,
+    pub node: Option<String>,
+    pub zone: Option<String>,
+    pub draining: bool,
+    pub(super) state: Arc<State>,
+}
+
+/// What an endpoint keeps from one snapshot to the next.
+#[derive(Debug)]
+pub(super) struct State {
+    id: u32,
+    pub(super) in_flight: Counter,
+    pub(super) health: Health,
+}
+
+impl State {
+    pub(super) fn new(id: u32) -> Self {
+        Self { id, in_flight: Counter::default(), health: Health::default() }
+    }
+}
+
+impl Endpoint {
+    pub(super) fn new(listed: config::Endpoint, state: Arc<State>) -> Self {
+        let config::Endpoint { address, node, zone, draining } = listed;
+        Self { address, node, zone, draining, state }
+    }
+
+    /// Not the same as that of any other endpoint that was ever in the set.
+    pub fn id(&self) -> u32 {
+        self.state.id
+    }
+
+    pub fn in_flight(&self) -> usize {
+        self.state.in_flight.now()
+    }
+
+    /// Requests go elsewhere if they can.
+    pub fn is_avoided(&self, now: Instant) -> bool {
+        self.state.health.is_avoided(now)
+    }
+
+    /// How long until a request may try it again; none if it is not ejected.
+    pub fn ejected_for(&self, now: Instant) -> Option<Duration> {
+        self.state.health.ejected_until().map(|until| until.saturating_duration_since(now))
+    }
+
+    /// A check has its result. True if the endpoint went up or down by it.
+    pub fn checked(&self, healthy: bool, rules: &HealthCheck) -> bool {
+        self.state.health.checked(healthy, rules)
+    }
+
+    pub fn state(&self) -> EndpointState {
+        if self.draining {
+            EndpointState::Draining
+        } else if self.state.health.is_down() {
+            EndpointState::Unhealthy
+        } else if self.state.health.is_ejected() {
+            EndpointState::Ejected
+        } else {
+            EndpointState::Ready
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! The part of a pool that requests are to stay in (`[pools.subset]`): worked out when the endpoints change, so that a request
+//! only takes what is there.
+//!
+//! With `prefer` there is a list for each locality, the narrowest first in the order of the setting. A request gets the first
+//! in which an endpoint is not avoided: with all of a node's endpoints ejected, the zone's are nearer than none.
+
+use std::{net::SocketAddr, sync::Arc, time::Instant};
+
+use super::member::Endpoint;
+use crate::config::{self, EmptySubset, Locality, Node};
+
+/// The rule, and where this agent is.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Rule {
+    subset: config::Subset,
+    node: Node,
+    /// Endpoints that the pool does not list count, too.
+    strangers: bool,
+}
+
+/// The subsets that there are to choose from, in this order. None: there is no rule.
+#[derive(Debug, Default)]
+pub(super) struct Subsets(Option<Vec<Arc<[SocketAddr]>>>);
+
+impl Rule {
+    pub(super) fn new(pool: &config::Pool, node: &Node) -> Self {
+        Self { subset: pool.subset.clone(), node: node.clone(), strangers: pool.passthrough }
+    }
+
+    /// `find` gives the endpoint of the set at an address.
+    pub(super) fn subsets<'e>(
+        &self,
+        endpoints: &'e [Endpoint],
+        find: impl Fn(SocketAddr) -> Option<&'e Endpoint>,
+    ) -> Subsets {
+        let near = |locality: &Locality| {
+            let is_near = |endpoint: &&Endpoint| {
+                let (its, own) = match locality {
+                    Locality::Node => (&endpoint.node, &self.node.name),
+                    Locality::Zone => (&endpoint.zone, &self.node.zone),
+                };
+                own.is_some() && its == own && !endpoint.draining
+            };
+            endpoints.iter().filter(is_near).map(|near| near.address).collect()
+        };
+        let is_there = |&&address: &&SocketAddr| find(address).map_or(self.strangers, |endpoint| !endpoint.draining);
+        let explicit = &self.subset.endpoints;
+        if !explicit.is_empty() {
+            Subsets(Some(vec![explicit.iter().filter(is_there).copied().collect()]))
+        } else if !self.subset.prefer.is_empty() {
+            Subsets(Some(self.subset.prefer.iter().map(near).collect()))
+        } else {
+            Subsets(None)
+        }
+    }
+
+    /// The subset of a request; `None` is the whole pool.
+    pub(super) fn choose<'e>(
+        &self,
+        subsets: &Subsets,
+        find: impl Fn(SocketAddr) -> Option<&'e Endpoint>,
+        now: Instant,
+    ) -> Option<Arc<[SocketAddr]>> {
+        let subsets = subsets.0.as_ref()?;
+        let is_well = |&address: &SocketAddr| find(address).is_none_or(|endpoint| !endpoint.is_avoided(now));
+        if let Some(well) = subsets.iter().find(|subset| subset.iter().any(is_well)) {
+            return Some(Arc::clone(well));
+        }
+        // What is explicit, or is not to be left, is kept to as long as there is anything in it.
+        let kept = self.subset.prefer.is_empty() || self.subset.empty == EmptySubset::Fail;
+        let rest = subsets.iter().find(|subset| kept && !subset.is_empty());
+        match self.subset.empty {
+            EmptySubset::All => rest.map(Arc::clone),
+            EmptySubset::Fail => Some(rest.map_or_else(|| Arc::from([]), Arc::clone)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        config::{Ejection, Pool},
+        endpoint::set::{EndpointSet, Source},
+    };
+
+    fn address(n: u8) -> SocketAddr {
+        SocketAddr::from(([10, 0, 0, n], 8000))
+    }
+
+    fn at(n: u8, node: &str, zone: &str) -> config::Endpoint {
+        config::Endpoint { node: Some(node.into()), zone: Some(zone.into()), ..address(n).into() }
+    }
+
+    /// Endpoints 1 and 2 are on this node, 1 to 3 in this zone, 4 is elsewhere and 5 nobody knows where.
+    fn set(adjust: impl FnOnce(&mut Pool)) -> EndpointSet {
+        let mut pool = Pool::new("a", []);
+        pool.endpoints =
+            vec![at(1, "n1", "a"), at(2, "n1", "a"), at(3, "n2", "a"), at(4, "n3", "b"), address(5).into()];
+        pool.ejection = Ejection { failures: 1, max_percent: 100, ..Ejection::default() };
+        adjust(&mut pool);
+        EndpointSet::new(&pool, &Node { name: Some("n1".into()), zone: Some("a".into()) })
+    }
+
+    fn prefer(localities: &[Locality], empty: EmptySubset) -> EndpointSet {
+        set(|pool| pool.subset = config::Subset { prefer: localities.to_vec(), endpoints: vec![], empty })
+    }
+
+    #[track_caller]
+    fn assert_subset(set: &EndpointSet, expected: Option<&[u8]>) {
+        let expected = expected.map(|numbers| numbers.iter().map(|&n| address(n)).collect::<Vec<_>>());
+        assert_eq!(set.subset(Instant::now()).as_deref(), expected.as_deref());
+    }
+
+    fn fail(set: &EndpointSet, numbers: impl IntoIterator<Item = u8>) {
+        for n in numbers {
+            assert!(set.failed(address(n), Instant::now()), "{n}");
+        }
+    }
+
+    #[test]
+    fn without_a_rule_it_is_the_whole_pool() {
+        assert_subset(&set(|_| {}), None);
+        assert_subset(&set(|pool| pool.subset.empty = EmptySubset::Fail), None);
+    }
+
+    #[test]
+    fn the_nearest_with_an_endpoint_that_is_well() {
+        let set = prefer(&[Locality::Node, Locality::Zone], EmptySubset::All);
+        assert_subset(&set, Some(&[1, 2]));
+        fail(&set, [1]);
+        assert_subset(&set, Some(&[1, 2]));
+        fail(&set, [2]);
+        assert_subset(&set, Some(&[1, 2, 3]));
+        fail(&set, [3]);
+        assert_subset(&set, None);
+        set.succeeded(address(2));
+        assert_subset(&set, Some(&[1, 2]));
+    }
+
+    #[test]
+    fn what_drains_or_leaves_is_in_no_subset() {
+        let set = prefer(&[Locality::Node, Locality::Zone], EmptySubset::All);
+        let draining = config::Endpoint { draining: true, ..at(1, "n1", "a") };
+        set.replace(Source::Config, vec![draining.clone(), at(2, "n1", "a"), at(3, "n2", "a")]);
+        assert_subset(&set, Some(&[2]));
+        set.replace(Source::Config, vec![draining.clone(), at(3, "n2", "a")]);
+        assert_subset(&set, Some(&[3]));
+        set.replace(Source::Config, vec![draining, at(4, "n3", "b")]);
+        assert_subset(&set, None);
+    }
+
+    #[test]
+    fn a_subset_that_is_not_to_be_left_is_empty_only_without_endpoints() {
+        let set = prefer(&[Locality::Node], EmptySubset::Fail);
+        fail(&set, [1, 2]);
+        assert_subset(&set, Some(&[1, 2]));
+        set.replace(Source::Config, vec![at(3, "n2", "a")]);
+        assert_subset(&set, Some(&[]));
+    }
+
+    #[test]
+    fn explicit_endpoints_are_those_of_them_that_are_in_the_pool() {
+        let explicit = |empty| {
+            move |pool: &mut Pool| {
+                pool.subset = config::Subset { prefer: vec![], endpoints: [9, 3, 1].map(address).into(), empty };
+            }
+        };
+        let set_all = set(explicit(EmptySubset::All));
+        assert_subset(&set_all, Some(&[3, 1]));
+        fail(&set_all, [3, 1]);
+        assert_subset(&set_all, Some(&[3, 1]));
+        set_all.replace(Source::Config, vec![address(2).into()]);
+        assert_subset(&set_all, None);
+        let set_fail = set(explicit(EmptySubset::Fail));
+        set_fail.replace(Source::Config, vec![address(2).into()]);
+        assert_subset(&set_fail, Some(&[]));
+        let with_strangers = set(|pool| {
+            explicit(EmptySubset::All)(pool);
+            pool.passthrough = true;
+        });
+        assert_subset(&with_strangers, Some(&[9, 3, 1]));
+    }
+}

@@ -1,0 +1,211 @@
+use std::collections::BTreeMap;
+
+use bytes::BytesMut;
+use http::{HeaderName, Method};
+use penstock_proto::ext_proc::HeaderMutation;
+
+use super::*;
+use crate::{
+    bbr::{Found, JsonError},
+    deliver::End,
+    http::{head::HeadError, response::ResponseError},
+};
+
+fn manner(format: ErrorFormat) -> Manner<'static> {
+    Manner { format, grpc: false, request_id: None }
+}
+
+fn written(error: &Error, manner: &Manner<'_>) -> (String, String) {
+    let mut out = BytesMut::new();
+    error.reply(manner).write(&mut out, &Method::POST, false);
+    let text = String::from_utf8(out.to_vec()).expect("text");
+    let (head, body) = text.split_once("\r\n\r\n").expect("head and body");
+    assert!(head.contains(&format!("content-length: {}", body.len())), "{head}");
+    (head.to_owned(), body.to_owned())
+}
+
+#[test]
+fn an_answer_is_json_with_the_label() {
+    let (head, body) = written(&Error::BodyCut { found: 3 }, &manner(ErrorFormat::OpenAi));
+    assert!(head.starts_with("HTTP/1.1 400 Bad Request\r\n") && head.contains("connection: close"), "{head}");
+    assert!(head.contains("\r\nx-penstock-reason: body_cut\r\n"), "{head}");
+    let body: serde_json::Value = serde_json::from_str(&body).expect("json");
+    assert_eq!(body["error"]["code"], "body_cut");
+    assert_eq!(body["error"]["type"], "invalid_request_error");
+    let keys: Vec<&String> = body["error"].as_object().expect("an object").keys().collect();
+    assert_eq!(keys, ["code", "message", "param", "type"]);
+}
+
+#[test]
+fn an_answer_is_text_with_the_label() {
+    let id = HeaderValue::from_static("mine");
+    let manner = Manner { request_id: Some(&id), ..manner(ErrorFormat::Plain) };
+    let (head, body) = written(&Error::NoRoute, &manner);
+    assert!(head.contains("\r\ncontent-type: text/plain; charset=utf-8\r\nx-penstock-reason: no_route\r\n"), "{head}");
+    assert!(head.contains("\r\nx-request-id: mine\r\n"), "{head}");
+    assert_eq!(body, "no route matches this request\nreason: no_route\n");
+}
+
+#[test]
+fn the_request_and_the_configuration_say_how() {
+    let mut config = Config::new(Vec::new());
+    let fields_of = |fields: &[(&'static str, &'static str)]| -> HeaderMap {
+        fields.iter().map(|(n, v)| (HeaderName::from_static(n), HeaderValue::from_static(v))).collect()
+    };
+    let (none, text) = (fields_of(&[("x-request-id", "mine")]), fields_of(&[("accept", "text/plain")]));
+    let json = fields_of(&[("accept", "application/json")]);
+    let format = |headers: &HeaderMap, config: &Config| Manner::of(headers, config).format;
+    use ErrorFormat::{OpenAi, Plain};
+    for configured in [OpenAi, Plain] {
+        config.errors.format = configured;
+        let found = [&none, &text, &json].map(|headers| format(headers, &config));
+        assert_eq!(found, [configured, Plain, OpenAi]);
+        assert_eq!(Manner::unknown(&config).format, configured);
+    }
+    let marked = |config: &Config| {
+        let mut answer = fields_of(&[("x-request-id", "theirs")]);
+        Manner::of(&none, config).mark(&mut answer);
+        answer[headers::X_REQUEST_ID].clone()
+    };
+    assert_eq!(marked(&config), "theirs");
+    config.headers.request_id_to_client = true;
+    assert_eq!(marked(&config), "mine");
+}
+
+/// One of each.
+fn every_error() -> Vec<Error> {
+    let found = String::new;
+    let address = SocketAddr::from(([127, 0, 0, 1], 1));
+    let second = Duration::from_secs(1);
+    let heads = [
+        HeadError::TooLong { limit: 1 },
+        HeadError::TooManyFields { limit: 1 },
+        HeadError::BareLf { line: found() },
+        HeadError::BareCr { line: found() },
+        HeadError::Control { byte: 0, line: found() },
+        HeadError::FoldedLine { line: found() },
+        HeadError::BlankBeforeColon { line: found() },
+        HeadError::FieldLine { line: found() },
+        HeadError::ContentLength { found: found() },
+        HeadError::ContentLengthRepeated { found: found() },
+        HeadError::LengthAndEncoding { found: found() },
+        HeadError::TransferEncoding { found: found() },
+        HeadError::TransferCoding { found: found() },
+        HeadError::TransferEncodingInHttp10 { found: found() },
+    ];
+    let requests = [
+        RequestError::BlankLines,
+        RequestError::RequestLine { found: found() },
+        RequestError::RequestLineTooLong { limit: 1 },
+        RequestError::Http2Preface,
+        RequestError::Version { found: found() },
+        RequestError::Method { found: found() },
+        RequestError::Target { found: found() },
+        RequestError::Asterisk { method: found() },
+        RequestError::HostMissing,
+        RequestError::HostRepeated { found: found() },
+        RequestError::Host { found: found() },
+        RequestError::HostMismatch { target: found(), host: found() },
+        RequestError::Expectation { found: found() },
+    ];
+    let bodies = [
+        BodyError::TooLarge { limit: 1 },
+        BodyError::Chunk { found: found() },
+        BodyError::Overhead { found: 1, payload: 0 },
+        BodyError::File(io::ErrorKind::StorageFull.into()),
+    ];
+    let json = JsonError { offset: 0, found: Found::EndOfInput, expected: "" };
+    let connect = |kind: io::ErrorKind| Error::Connect { address, error: kind.into() };
+    let reply = ImmediateReply {
+        status: StatusCode::TOO_MANY_REQUESTS,
+        headers: HeaderMutation::default(),
+        body: bytes::Bytes::new(),
+        details: found(),
+    };
+    let others = [
+        Error::Naming(NamingError::Json(json)),
+        Error::Naming(NamingError::Missing { found: "nothing" }),
+        Error::BodyCut { found: 1 },
+        Error::HeadCut,
+        Error::HeadTimeout(second),
+        Error::BodyTimeout(second),
+        Error::RequestTimeout(second),
+        Error::NoRoute,
+        Error::Picker(PickError::Deadline),
+        Error::Stranger(address),
+        Error::NoEndpoint(NoEndpoint::NoneEligible),
+        Error::NoEndpoint(NoEndpoint::Saturated),
+        connect(io::ErrorKind::ConnectionRefused),
+        connect(io::ErrorKind::TimedOut),
+        Error::EndpointClosed(address),
+        Error::FirstByte(address),
+        Error::Response { address, error: ResponseError::SwitchingProtocols },
+        Error::Evicted(Box::new(reply)),
+        Error::ClientGone,
+    ];
+    let heads = heads.into_iter().map(|fault| Error::Request(fault.into()));
+    let requests = requests.into_iter().map(Error::Request);
+    heads.chain(requests).chain(bodies.into_iter().map(Error::Body)).chain(others).collect()
+}
+
+/// The labels that a source file's `fn reason` can give.
+fn labels(source: &str) -> Vec<&str> {
+    let mut found = Vec::new();
+    for function in source.split("fn reason(").skip(1) {
+        let body = function.split("\n    }\n").next().expect("a function ends");
+        found.extend(body.split('"').skip(1).step_by(2));
+    }
+    assert!(!found.is_empty());
+    found
+}
+
+/// The rows of a section of `docs/errors.md`: reason and the next column.
+fn rows(title: &str) -> BTreeMap<String, String> {
+    let text = include_str!("../../../docs/errors.md");
+    let (_, section) = text.split_once(&format!("## {title}\n")).expect(title);
+    let section = section.split("\n## ").next().expect("a section");
+    let rows = section.lines().filter_map(|line| line.strip_prefix("| `")).map(|row| {
+        let (reason, rest) = row.split_once("` | ").expect(row);
+        (reason.to_owned(), rest.split(" |").next().expect(row).to_owned())
+    });
+    let list: Vec<_> = rows.collect();
+    let map: BTreeMap<_, _> = list.iter().cloned().collect();
+    assert_eq!(list.len(), map.len(), "a reason stands there twice");
+    map
+}
+
+/// Whatever the agent can answer is in the table with its status, and the table has nothing else.
+#[test]
+fn every_reason_is_documented_with_its_status() {
+    let status = |error: &Error| match error {
+        Error::Evicted(_) => "the EPP's".to_owned(),
+        error => error.status().as_u16().to_string(),
+    };
+    let every: BTreeMap<String, String> =
+        every_error().iter().map(|error| (error.reason().to_owned(), status(error))).collect();
+    assert_eq!(rows("Before the response has begun"), every);
+    // `every_error` has all of them.
+    let sources = [
+        include_str!("../error.rs"),
+        include_str!("../bbr/error.rs"),
+        include_str!("../http/head.rs"),
+        include_str!("../http/request.rs"),
+        include_str!("../http/body.rs"),
+    ];
+    let mut in_sources: Vec<&str> = sources.iter().flat_map(|source| labels(source)).collect();
+    in_sources.sort_unstable();
+    in_sources.dedup();
+    assert_eq!(in_sources, every.keys().map(String::as_str).collect::<Vec<_>>());
+}
+
+#[test]
+fn every_reason_to_break_off_is_documented() {
+    let ends = [End::ClientGone, End::Broken, End::Idle].map(|end| end.reason().to_owned());
+    let documented = rows("After the response has begun");
+    let mut expected: Vec<_> = ends.into_iter().chain(["evicted".to_owned(), "request_timeout".to_owned()]).collect();
+    expected.sort_unstable();
+    assert_eq!(documented.into_keys().collect::<Vec<_>>(), expected);
+    let mut in_source = labels(include_str!("../deliver.rs"));
+    in_source.retain(|&label| label != crate::metrics::OK);
+    assert_eq!(in_source.len(), 3);
+}

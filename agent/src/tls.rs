@@ -1,0 +1,94 @@
+//! TLS toward clients: the certificate from its files, which can be read again while the agent runs.
+
+use std::{fs, io, path::Path, sync::Arc};
+
+use parking_lot::RwLock;
+use rustls::{
+    ServerConfig,
+    crypto::ring,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+    server::{ClientHello, ResolvesServerCert},
+    sign::CertifiedKey,
+};
+use tokio_rustls::TlsAcceptor;
+
+use crate::config::ListenTls;
+
+/// ALPN's names (RFC 7301).
+pub const H2: &[u8] = b"h2";
+const HTTP11: &[u8] = b"http/1.1";
+
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    #[error("{file}: {error}")]
+    File { file: String, error: io::Error },
+    #[error("{file}: {error}")]
+    Pem { file: String, error: rustls::pki_types::pem::Error },
+    #[error("{0}")]
+    Key(rustls::Error),
+}
+
+/// What clients are shown. Those that are connected keep what they have seen.
+#[derive(Debug)]
+pub struct Certificate {
+    settings: ListenTls,
+    /// The files as they were read.
+    read: RwLock<(Vec<u8>, Vec<u8>)>,
+    current: RwLock<Arc<CertifiedKey>>,
+}
+
+impl Certificate {
+    pub fn read(settings: &ListenTls) -> Result<Arc<Self>, TlsError> {
+        let files = contents(settings)?;
+        let key = parse(settings, &files)?;
+        Ok(Arc::new(Self { settings: settings.clone(), read: RwLock::new(files), current: RwLock::new(Arc::new(key)) }))
+    }
+
+    /// Reads the files again; true when they have changed. On an error the old one stays. Blocks.
+    pub fn reread(&self) -> Result<bool, TlsError> {
+        let files = contents(&self.settings)?;
+        if *self.read.read() == files {
+            return Ok(false);
+        }
+        let key = parse(&self.settings, &files);
+        // What is wrong with these files is said once.
+        *self.read.write() = files;
+        *self.current.write() = Arc::new(key?);
+        Ok(true)
+    }
+
+    /// `http2`: offer it.
+    pub fn acceptor(self: &Arc<Self>, http2: bool) -> Result<TlsAcceptor, TlsError> {
+        let builder = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()));
+        let builder = builder.with_safe_default_protocol_versions().map_err(TlsError::Key)?;
+        let certificate: Arc<dyn ResolvesServerCert> = Arc::<Self>::clone(self);
+        let mut config = builder.with_no_client_auth().with_cert_resolver(certificate);
+        config.alpn_protocols = if http2 { vec![H2.to_vec(), HTTP11.to_vec()] } else { vec![HTTP11.to_vec()] };
+        Ok(TlsAcceptor::from(Arc::new(config)))
+    }
+}
+
+impl ResolvesServerCert for Certificate {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(Arc::clone(&self.current.read()))
+    }
+}
+
+fn contents(settings: &ListenTls) -> Result<(Vec<u8>, Vec<u8>), TlsError> {
+    let read = |path: &Path| fs::read(path).map_err(|error| TlsError::File { file: path.display().to_string(), error });
+    Ok((read(&settings.cert_file)?, read(&settings.key_file)?))
+}
+
+fn parse(settings: &ListenTls, (cert, key): &(Vec<u8>, Vec<u8>)) -> Result<CertifiedKey, TlsError> {
+    let wrong = |path: &Path| {
+        let file = path.display().to_string();
+        move |error| TlsError::Pem { file, error }
+    };
+    let chain: Vec<_> =
+        CertificateDer::pem_slice_iter(cert).collect::<Result<_, _>>().map_err(wrong(&settings.cert_file))?;
+    if chain.is_empty() {
+        return Err(wrong(&settings.cert_file)(rustls::pki_types::pem::Error::NoItemsFound));
+    }
+    let key = PrivateKeyDer::from_pem_slice(key).map_err(wrong(&settings.key_file))?;
+    CertifiedKey::from_der(chain, key, &ring::default_provider()).map_err(TlsError::Key)
+}

@@ -1,0 +1,189 @@
+//! What the suite sets up: pools of pods, each pod with an address of its own, each pool with a picker that does what requests
+//! tell it; gateways in front of them, configured in TOML as by their users; and requests.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicU16, Ordering};
+
+use anyhow::Result;
+use futures_util::future::join_all;
+use penstock_agent::config::{Config, SteeringMode};
+use penstock_tests::{
+    Client, ModelServer, Plan, Request, Response, ScriptedEpp,
+    agent::{TestAgent, builtin_pool},
+    content::Alphabet,
+    model_server::{Framing, HeadWrites, Lengths, Options, Pauses},
+    scripted_epp::Lwepp,
+};
+
+/// Each call another address of this machine; tests in other processes have others.
+fn address() -> IpAddr {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let [high, low] = NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
+    let process = std::process::id().to_be_bytes()[3];
+    // Neither 127.0 nor an address that ends in 0.
+    Ipv4Addr::new(127, 1 + process % 250, high, low + 1).into()
+}
+
+async fn pod(listen: SocketAddr) -> Result<ModelServer> {
+    ModelServer::start(Options { listen, ..Options::default() }).await
+}
+
+/// An InferencePool with its EPP.
+pub(crate) struct InferencePool {
+    name: &'static str,
+    pub(crate) pods: Vec<ModelServer>,
+    pub(crate) epp: ScriptedEpp,
+    /// Where the gateway looks for the EPP.
+    epp_address: SocketAddr,
+    failure_mode: &'static str,
+    /// The pods' addresses, and the ports they all listen on; none where each has its own.
+    endpoints: Vec<String>,
+    ports: Vec<u16>,
+}
+
+impl InferencePool {
+    /// As many pods; a port each.
+    pub(crate) async fn start(name: &'static str, pods: usize) -> Self {
+        let pods: Result<_> = join_all((0..pods).map(|_| pod((address(), 0).into()))).await.into_iter().collect();
+        let pods: Vec<ModelServer> = pods.expect("pods");
+        let endpoints = pods.iter().map(|pod| pod.addr.to_string()).collect();
+        Self::over(name, pods, endpoints, Vec::new()).await
+    }
+
+    /// As many pods that serve three ranks each, on the same three ports.
+    pub(crate) async fn data_parallel(name: &'static str, pods: usize) -> Self {
+        let first = address();
+        let mut ranks = Vec::new();
+        for _ in 0..3 {
+            ranks.push(pod((first, 0).into()).await.expect("a rank"));
+        }
+        let ports: Vec<u16> = ranks.iter().map(|rank| rank.addr.port()).collect();
+        let mut addresses = vec![first];
+        for _ in 1..pods {
+            let address = address();
+            addresses.push(address);
+            for &port in &ports {
+                ranks.push(pod((address, port).into()).await.expect("a rank"));
+            }
+        }
+        Self::over(name, ranks, addresses.iter().map(ToString::to_string).collect(), ports).await
+    }
+
+    async fn over(name: &'static str, pods: Vec<ModelServer>, endpoints: Vec<String>, ports: Vec<u16>) -> Self {
+        let addresses: Vec<SocketAddr> = pods.iter().map(|pod| pod.addr).collect();
+        let epp = ScriptedEpp::start(Lwepp::new(&addresses)).await.expect("an EPP");
+        Self { name, pods, epp_address: epp.addr, epp, failure_mode: "closed", endpoints, ports }
+    }
+
+    pub(crate) fn failing_open(self) -> Self {
+        Self { failure_mode: "open", ..self }
+    }
+
+    /// The gateway is told that the EPP is there.
+    pub(crate) fn with_epp_at(self, epp_address: SocketAddr) -> Self {
+        Self { epp_address, ..self }
+    }
+
+    pub(crate) fn pod(&self, number: usize) -> SocketAddr {
+        self.pods[number].addr
+    }
+
+    pub(crate) fn has(&self, address: SocketAddr) -> bool {
+        self.pods.iter().any(|pod| pod.addr == address)
+    }
+
+    /// Requests that each pod has read.
+    pub(crate) fn requests(&self) -> Vec<u64> {
+        self.pods.iter().map(ModelServer::requests).collect()
+    }
+
+    /// Requests and connections of all pods.
+    pub(crate) fn reached(&self) -> (u64, u64) {
+        (self.requests().iter().sum(), self.pods.iter().map(ModelServer::connections_accepted).sum())
+    }
+
+    fn toml(&self) -> String {
+        let Self { name, failure_mode, endpoints, ports, epp_address, .. } = self;
+        format!(
+            "[[pools]]\nname = {name:?}\nendpoints = {endpoints:?}\nports = {ports:?}\nfailure_mode = {failure_mode:?}\n\
+             picker = {{ kind = \"epp\", address = \"{epp_address}\" }}\n"
+        )
+    }
+}
+
+/// The agent in front of `pools`, with `routes` in TOML.
+pub(crate) fn gateway(mode: SteeringMode, pools: &[&InferencePool], routes: &str) -> TestAgent {
+    let toml: String = pools.iter().map(|pool| pool.toml()).chain([routes.to_owned()]).collect();
+    let told = Config::parse(&toml, "penstock.toml").unwrap_or_else(|errors| panic!("{errors}\n{toml}"));
+    TestAgent::start(builtin_pool(&[]), mode, |config| (config.pools, config.routes) = (told.pools, told.routes))
+}
+
+/// An event stream in pieces, so that there is something for the kernel to carry.
+fn events() -> Plan {
+    Plan {
+        framing: Framing::Chunked,
+        size: 2000,
+        alphabet: Alphabet::Text,
+        headers: vec![("content-type".to_owned(), "text/event-stream".to_owned())],
+        head: HeadWrites { pause_us: 2000, ..HeadWrites::default() },
+        chunks: Lengths::Fixed(250),
+        writes: Lengths::Fixed(250),
+        pauses: Some(Pauses { seed: 1, every: 1, up_to_us: 2000 }),
+        ..Plan::default()
+    }
+}
+
+/// A prompt in JSON.
+pub(crate) fn post(target: &str) -> Request {
+    let body = r#"{"model":"conformance","stream":true,"prompt":"write as if the critics were silent"}"#;
+    Request::post(target, body).header("content-type", "application/json").header("x-test-plan", events().header())
+}
+
+pub(crate) fn get(target: &str) -> Request {
+    Request::get(target).header("x-test-plan", events().header())
+}
+
+/// The picker is to choose among these, and does.
+pub(crate) fn choosing(request: Request, pods: &[SocketAddr]) -> Request {
+    let list: Vec<String> = pods.iter().map(ToString::to_string).collect();
+    choosing_addresses(request, &list.join(","))
+}
+
+pub(crate) fn choosing_addresses(request: Request, list: &str) -> Request {
+    request.header("test-epp-endpoint-selection", list)
+}
+
+/// On a connection of its own.
+pub(crate) async fn send(gateway: &TestAgent, request: &Request) -> Response {
+    let mut client = Client::connect(gateway.addr).await.expect("the gateway accepts");
+    client.request(request).await.expect("a response")
+}
+
+/// The pod that the whole of the response came from.
+pub(crate) fn served(response: &Response) -> SocketAddr {
+    assert_eq!(response.status(), 200, "{}", response.text());
+    let plan = events();
+    let mut checker = plan.checker();
+    checker.feed(&response.body).expect("the bytes that were sent");
+    assert_eq!(checker.offset(), plan.size);
+    response.served_by().expect("a pod's response")
+}
+
+/// The request a hundred times, ten at once, each ten on one connection: the pods that served.
+pub(crate) async fn hundred(gateway: &TestAgent, request: &Request) -> Vec<SocketAddr> {
+    let ten = || async {
+        let mut client = Client::connect(gateway.addr).await.expect("the gateway accepts");
+        let mut pods = Vec::new();
+        for _ in 0..10 {
+            pods.push(served(&client.request(request).await.expect("a response")));
+        }
+        pods
+    };
+    join_all((0..10).map(|_| ten())).await.concat()
+}
+
+/// Whether the kernel has carried what it was to carry, and nothing else.
+pub(crate) fn assert_carried(gateway: &TestAgent, mode: SteeringMode) {
+    let steered = gateway.count("penstock_body_bytes_total", &[r#"path="ingress""#]);
+    assert_eq!(steered > 0, mode != SteeringMode::Off, "{steered}");
+}

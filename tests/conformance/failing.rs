@@ -1,0 +1,92 @@
+//! A pool's EPP is not there.
+//!
+//! The suite's own test of failing open took down the EPP of another pool up to its version of August 2026, so that it passed
+//! whatever the gateway did. Here the EPP that goes away is the one that has picked before.
+
+use penstock_agent::config::SteeringMode;
+use penstock_tests::Refusing;
+
+use crate::cluster::{InferencePool, assert_carried, choosing, gateway, get, hundred, post, send, served};
+
+const ROUTES: &str = r#"
+[[routes]]
+host = "primary.example.com"
+pool = "primary"
+
+[[routes]]
+host = "secondary.example.com"
+pool = "secondary"
+"#;
+const PRIMARY: &str = "primary.example.com";
+const SECONDARY: &str = "secondary.example.com";
+
+/// EppUnAvailableFailOpen: pinned to one pod while the pool's EPP lives; when that EPP is gone, a POST with JSON is still
+/// answered with 200 by a pod of the pool. The other pool's EPP and its pods are not concerned, and when the EPP is back, its
+/// picks count again.
+pub(crate) async fn epp_unavailable_fail_open(mode: SteeringMode) {
+    let primary = InferencePool::start("primary", 2).await;
+    let mut secondary = InferencePool::start("secondary", 3).await.failing_open();
+    let gateway = gateway(mode, &[&primary, &secondary], ROUTES);
+    let pinned = secondary.pod(1);
+    let request = choosing(post("/v1/completions").header("host", SECONDARY), &[pinned]);
+    let served_by = hundred(&gateway, &request).await;
+    assert!(served_by.iter().all(|pod| *pod == pinned), "{served_by:?}");
+
+    secondary.epp.stop();
+    for _ in 0..3 {
+        assert!(secondary.has(served(&send(&gateway, &request).await)));
+    }
+    let served_by = hundred(&gateway, &request).await;
+    assert!(served_by.iter().all(|pod| secondary.has(*pod)), "{served_by:?}");
+    assert!(secondary.has(served(&send(&gateway, &get("/v1/models").header("host", SECONDARY)).await)));
+    assert_eq!(primary.reached(), (0, 0));
+    let other = choosing(post("/v1/completions").header("host", PRIMARY), &[primary.pod(1)]);
+    assert_eq!(served(&send(&gateway, &other).await), primary.pod(1));
+
+    secondary.epp.restart().await.unwrap();
+    let served_by = hundred(&gateway, &request).await;
+    assert!(served_by.iter().all(|pod| *pod == pinned), "{served_by:?}");
+    assert_carried(&gateway, mode);
+}
+
+/// Its counterpart: the same in a pool that fails closed is a 5xx and reaches no pod of any pool.
+pub(crate) async fn epp_unavailable_fail_closed(mode: SteeringMode) {
+    let primary = InferencePool::start("primary", 2).await.failing_open();
+    let mut secondary = InferencePool::start("secondary", 3).await;
+    let gateway = gateway(mode, &[&primary, &secondary], ROUTES);
+    let request = choosing(post("/v1/completions").header("host", SECONDARY), &[secondary.pod(1)]);
+    assert_eq!(served(&send(&gateway, &request).await), secondary.pod(1));
+
+    secondary.epp.stop();
+    let before = secondary.reached();
+    for request in [&request, &get("/v1/models").header("host", SECONDARY)] {
+        for _ in 0..10 {
+            let response = send(&gateway, request).await;
+            assert_eq!((response.status(), response.error_code().as_str()), (503, "picker_failed"));
+        }
+    }
+    assert_eq!((secondary.reached(), primary.reached()), (before, (0, 0)));
+
+    secondary.epp.restart().await.unwrap();
+    assert_eq!(served(&send(&gateway, &request).await), secondary.pod(1));
+}
+
+/// InferencePoolInvalidEPPService: the pool's EPP has never been there. Requests for the pool are a 5xx; the gateway stays up
+/// and serves the other pool.
+pub(crate) async fn inference_pool_invalid_epp_service(mode: SteeringMode) {
+    let nobody = Refusing::new().unwrap();
+    let broken = InferencePool::start("primary", 2).await.with_epp_at(nobody.addr);
+    let secondary = InferencePool::start("secondary", 2).await;
+    let gateway = gateway(mode, &[&broken, &secondary], ROUTES);
+    for _ in 0..10 {
+        for request in [post("/v1/completions"), get("/v1/models")] {
+            let response = send(&gateway, &request.header("host", PRIMARY)).await;
+            assert_eq!((response.status(), response.error_code().as_str()), (503, "picker_failed"));
+        }
+        let other = choosing(post("/v1/completions").header("host", SECONDARY), &[secondary.pod(1)]);
+        assert_eq!(served(&send(&gateway, &other).await), secondary.pod(1));
+    }
+    assert_eq!((broken.reached(), broken.epp.streams_started()), ((0, 0), 0));
+    assert!(!gateway.agent.has_failed());
+    assert_carried(&gateway, mode);
+}

@@ -1,0 +1,72 @@
+//! The agent's own answers in the form that was asked for, each with the reason.
+
+use penstock_agent::config::ErrorFormat;
+use penstock_tests::{Request, client::Response};
+
+use crate::setting::{Setting, closed, error, post};
+
+/// Malformed JSON.
+fn bad(accept: Option<&str>) -> Request {
+    let request = Request::post("/test/echo", "{").header("content-type", "application/json");
+    accept.into_iter().fold(request, |request, accept| request.header("accept", accept))
+}
+
+fn is_plain(response: &Response) -> bool {
+    let (kind, text) = (response.header("content-type").unwrap(), response.text());
+    let plain = kind == "text/plain; charset=utf-8" && text.ends_with("\nreason: json\n") && text.contains("byte 1");
+    assert!(plain || error(response).0 == "json", "{response:?}");
+    assert_eq!((response.status(), response.header("x-penstock-reason")), (400, Some("json")));
+    plain
+}
+
+#[tokio::test]
+async fn accept_chooses_between_json_and_text() {
+    for format in [ErrorFormat::OpenAi, ErrorFormat::Plain] {
+        let mut setting = Setting::start(|config| config.errors.format = format).await;
+        let mut client = setting.client().await;
+        let default = format == ErrorFormat::Plain;
+        for (accept, plain) in [
+            (None, default),
+            (Some("*/*"), default),
+            (Some("text/event-stream"), default),
+            (Some("text/plain"), true),
+            (Some("text/plain, application/json;q=0.9"), true),
+            (Some("text/*;q=0.5, application/json;q=0.4"), true),
+            (Some("application/json"), false),
+            (Some("application/json, text/plain;q=0.9, */*;q=0.1"), false),
+        ] {
+            // Both forms leave the connection as it is.
+            let response = client.request(&bad(accept)).await.unwrap();
+            assert_eq!((is_plain(&response), response.header("connection")), (plain, None), "{format:?} {accept:?}");
+        }
+        setting.unharmed().await;
+    }
+}
+
+/// Where the head cannot be read there is no Accept.
+#[tokio::test]
+async fn a_head_that_is_none_is_answered_as_configured() {
+    for (format, kind) in [(ErrorFormat::OpenAi, "application/json"), (ErrorFormat::Plain, "text/plain; charset=utf-8")]
+    {
+        let setting = Setting::start(|config| config.errors.format = format).await;
+        let (response, mut client) = setting.answer(b"GET / HTTP/1.1\r\naccept: text/plain\r\n\r\n").await;
+        assert_eq!((response.status(), response.header("content-type")), (400, Some(kind)));
+        assert_eq!(response.header("x-penstock-reason"), Some("host_missing"));
+        assert!(response.text().contains("host_missing"));
+        closed(&mut client).await;
+    }
+}
+
+/// HEAD has the reason too, if no body.
+#[tokio::test]
+async fn a_reason_needs_no_body() {
+    let setting = Setting::start(|config| config.limits.body_bytes = 10).await;
+    let mut client = setting.client().await;
+    let head = Request::new("HEAD", "/test/echo").body(vec![0; 11]);
+    client.send(&head).await.unwrap();
+    let response = client.response().await.unwrap();
+    assert_eq!((response.status(), response.header("x-penstock-reason")), (413, Some("body_too_large")));
+    assert!(response.body.is_empty());
+    let (response, _) = setting.answer(&post("content-length: 11\r\n", "")).await;
+    assert_eq!(response.header("x-penstock-reason"), Some("body_too_large"));
+}
