@@ -10,14 +10,20 @@ use tokio::sync::oneshot;
 pub type Task = BoxFuture<'static, ()>;
 
 /// Dropping it ends its tasks, and waits for the thread.
-pub struct Control {
+pub struct Control(Option<Running>);
+
+struct Running {
     /// Closed by being dropped.
-    stop: Option<oneshot::Sender<Infallible>>,
-    thread: Option<JoinHandle<()>>,
+    stop: oneshot::Sender<Infallible>,
+    thread: JoinHandle<()>,
 }
 
 impl Control {
+    /// Without tasks there is no thread.
     pub fn start(tasks: Vec<Task>) -> io::Result<Self> {
+        if tasks.is_empty() {
+            return Ok(Self(None));
+        }
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (stop, stopped) = oneshot::channel();
         let thread = std::thread::Builder::new().name("penstock-control".to_owned()).spawn(move || {
@@ -34,16 +40,17 @@ impl Control {
             // A read of a file that hangs holds nobody up.
             runtime.shutdown_background();
         })?;
-        Ok(Self { stop: Some(stop), thread: Some(thread) })
+        Ok(Self(Some(Running { stop, thread })))
     }
 }
 
 impl Drop for Control {
     fn drop(&mut self) {
-        drop(self.stop.take());
-        if let Some(thread) = self.thread.take() {
-            // One that panicked has said so already.
-            let _ = thread.join();
+        if let Some(Running { stop, thread }) = self.0.take() {
+            drop(stop);
+            if thread.join().is_err() {
+                tracing::error!("the control thread had panicked");
+            }
         }
     }
 }

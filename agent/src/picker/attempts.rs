@@ -4,8 +4,11 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Instant};
 
+use http::StatusCode;
+
 use super::{
     error::{Again, PickError},
+    exchange::Outcome,
     replica::{Replica, Replicas},
 };
 
@@ -39,9 +42,13 @@ impl Attempts {
         &self.current
     }
 
-    /// It gave an outcome.
-    pub fn answered(&self) {
+    /// It gave this outcome.
+    pub fn answered(&self, outcome: &Outcome) {
         self.current.answered();
+        // The answer of one that has no endpoint, or that leads no more: then the next request is to know.
+        if matches!(outcome, Outcome::Immediate(reply) if reply.status == StatusCode::SERVICE_UNAVAILABLE) {
+            self.replicas.look_again();
+        }
     }
 
     /// It failed. True when there is another attempt to make, with what is now [`Self::replica`].
@@ -151,7 +158,7 @@ mod tests {
         assert_eq!(attempts.replica().address.to_string(), ADDRESSES[0]);
         replicas.snapshot().replicas[1].answered();
         assert_eq!(asked(&replicas, &[]).await, [2]);
-        attempts.answered();
+        replicas.snapshot().replicas[0].answered();
         assert_eq!(asked(&replicas, &[]).await, [1]);
     }
 

@@ -47,18 +47,27 @@ impl Checker {
         }
     }
 
-    /// Takes at most `connect_timeout`, twice that where it has to connect.
+    /// Takes at most `connect_timeout`, twice that where it has to connect, and at most twice as long again where a connection
+    /// is lost.
     pub(super) async fn check(&self) -> State {
-        let Ok(http2) = self.connection.get().await else { return State::Unreachable };
+        // A connection that was lost while it was idle, or whose server is going away, says nothing of the server's health.
+        let first = self.once().await;
+        let second = if first.is_none() { self.once().await } else { first };
+        second.unwrap_or(State::Unreachable)
+    }
+
+    /// `None`: the connection was lost.
+    async fn once(&self) -> Option<State> {
+        let Ok(http2) = self.connection.get().await else { return Some(State::Unreachable) };
         let mut client = HealthClient::with_origin(http2.clone(), self.connection.origin());
         let request = HealthCheckRequest { service: self.service.clone() };
         match timeout(self.timeout, client.check(request)).await {
-            Ok(Ok(response)) => state(response.get_ref().status()),
-            Ok(Err(status)) if http2.loss(&status).is_some() => State::Unreachable,
-            Ok(Err(status)) => failed(status.code()),
+            Ok(Ok(response)) => Some(state(response.get_ref().status())),
+            Ok(Err(status)) if http2.loss(&status).is_some() => None,
+            Ok(Err(status)) => Some(failed(status.code())),
             Err(_) => {
                 http2.retire();
-                State::Unreachable
+                Some(State::Unreachable)
             }
         }
     }

@@ -41,7 +41,12 @@ pub(super) struct Question<'a> {
 impl Question<'_> {
     pub(super) async fn ask(&self, client: &mut Client, request: &Request, upload: &mut Upload) -> Asked {
         let mut patience = Patience::new(self.settings.decision_timeout, upload.is_done());
-        let mut attempts = match patience.limit(self.epp.attempts()).await {
+        let attempts = tokio::select! {
+            biased;
+            attempts = patience.limit(self.epp.attempts()) => attempts,
+            () = client.gone() => return Asked::Client(Error::ClientGone),
+        };
+        let mut attempts = match attempts {
             Ok(Ok(attempts)) => attempts,
             Ok(Err(error)) => return Asked::Failed(error),
             Err(_) => return Asked::Failed(PickError::Deadline),
@@ -51,7 +56,7 @@ impl Question<'_> {
             let mut stream = Box::new(self.epp.open(attempts.replica(), parts, has_body, self.subset, self.limits));
             match converse(&mut stream, &mut patience, client, upload).await {
                 Ok(outcome) => {
-                    attempts.answered();
+                    attempts.answered(&outcome);
                     return Asked::Answered(outcome, stream);
                 }
                 Err(Asked::Failed(error)) => {

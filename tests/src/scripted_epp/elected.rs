@@ -7,7 +7,7 @@ use penstock_proto::ext_proc::{HttpBody, HttpHeaders, HttpTrailers};
 use penstock_proto::health::health_check_response::ServingStatus;
 use tonic::Status;
 
-use super::{Answer, End, Exchange, Script};
+use super::{Answer, End, Exchange, Script, reply};
 
 /// Who leads. Clones are the same election.
 #[derive(Clone, Default)]
@@ -31,6 +31,8 @@ pub enum Follower {
     Answers,
     /// UNAVAILABLE, at the first message.
     Refuses,
+    /// An answer for the client, 503: it has no endpoint.
+    KnowsNothing,
 }
 
 /// `inner`, as one of several.
@@ -52,8 +54,15 @@ impl<S: Script> Script for Elected<S> {
     }
 
     async fn request_headers(&self, exchange: &mut Exchange, headers: &HttpHeaders) -> Answer {
-        if self.follower == Follower::Refuses && self.election.leader() != self.replica {
-            return Err(End::Status(Status::unavailable("not the leader")));
+        if self.election.leader() != self.replica {
+            match self.follower {
+                Follower::Answers => {}
+                Follower::Refuses => return Err(End::Status(Status::unavailable("not the leader"))),
+                Follower::KnowsNothing => {
+                    exchange.send(reply::immediate(503, &[], "no candidate pods available")).await?;
+                    return Err(End::Close);
+                }
+            }
         }
         self.inner.request_headers(exchange, headers).await
     }

@@ -374,6 +374,27 @@ async fn a_change_of_leader_loses_no_request() {
     assert!(asked_again(&agent, "unavailable") > 0);
 }
 
+/// E17: what a follower answers is its answer; from then on the leader is asked, however long it is to the next check.
+#[tokio::test]
+async fn an_answer_of_503_has_everybody_looked_at() {
+    let (endpoint, election) = (endpoint().await, Election::default());
+    let epps = elected(&endpoint, &election, Follower::KnowsNothing).await;
+    let agent = agent(&endpoint, &[epps[0].addr, epps[1].addr], |config| {
+        epp(config).health_interval = Some(Duration::from_secs(3600));
+    });
+    eventually(SOON, || is(&agent, epps[0].addr, "serving") && is(&agent, epps[1].addr, "not_serving")).await;
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    for leader in [1, 0] {
+        election.leads(leader);
+        assert_eq!(client.request(&echo(json("m", 1000))).await.unwrap().status(), 503);
+        eventually(SOON, || {
+            is(&agent, epps[leader].addr, "serving") && is(&agent, epps[1 - leader].addr, "not_serving")
+        })
+        .await;
+        assert_eq!(client.request(&echo(json("m", 1000))).await.unwrap().status(), 200);
+    }
+}
+
 /// E17, E20: the leader is killed under load, and a response that it has picked for flows on.
 #[tokio::test]
 async fn the_death_of_the_leader_loses_no_request() {
@@ -411,7 +432,8 @@ async fn the_death_of_the_leader_loses_no_request() {
 async fn going_away_loses_no_request() {
     let endpoint = endpoint().await;
     let epp = ScriptedEpp::start(thoughtful(&endpoint)).await.unwrap();
-    let agent = agent(&endpoint, &[epp.addr], |_| {});
+    let other = ScriptedEpp::start(thoughtful(&endpoint)).await.unwrap();
+    let agent = agent(&endpoint, &[epp.addr, other.addr], checked);
     let load = Load::begin(agent.addr);
     load.more(1).await;
     let plan = Plan { size: 8 << 20, ..Plan::default() };
@@ -425,6 +447,7 @@ async fn going_away_loses_no_request() {
     load.end().await;
     assert_eq!(failures(&agent), 0);
     assert!(epp.connections_accepted() > 20, "{}", epp.connections_accepted());
+    assert_eq!(other.streams_started(), 0, "its health is none the worse for it");
     let mut checker = plan.checker();
     flowing.read_body(Pace::Fast, |bytes| Ok(checker.feed(bytes)?)).await.unwrap();
     assert_eq!(checker.offset(), plan.size);
