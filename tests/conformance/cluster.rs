@@ -111,11 +111,21 @@ impl InferencePool {
     }
 }
 
+fn configured(pools: &[&InferencePool], routes: &str) -> Config {
+    let toml: String = pools.iter().map(|pool| pool.toml()).chain([routes.to_owned()]).collect();
+    Config::parse(&toml, "penstock.toml").unwrap_or_else(|errors| panic!("{errors}\n{toml}"))
+}
+
 /// The agent in front of `pools`, with `routes` in TOML.
 pub(crate) fn gateway(mode: SteeringMode, pools: &[&InferencePool], routes: &str) -> TestAgent {
-    let toml: String = pools.iter().map(|pool| pool.toml()).chain([routes.to_owned()]).collect();
-    let told = Config::parse(&toml, "penstock.toml").unwrap_or_else(|errors| panic!("{errors}\n{toml}"));
+    let told = configured(pools, routes);
     TestAgent::start(builtin_pool(&[]), mode, |config| (config.pools, config.routes) = (told.pools, told.routes))
+}
+
+/// The same with other routes, from now on.
+pub(crate) fn reroute(gateway: &TestAgent, pools: &[&InferencePool], routes: &str) {
+    let routes = configured(pools, routes).routes;
+    gateway.agent.reload(Config { routes, ..gateway.agent.config() }).expect("routes can change");
 }
 
 /// An event stream in pieces, so that there is something for the kernel to carry.

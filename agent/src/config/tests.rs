@@ -692,7 +692,7 @@ fn bad_files_of_endpoints() {
         (
             "e.json",
             r#"{"endpoints": [5]}"#,
-            r#""ip:port" or { address = "ip:port", node = "n1", zone = "a", draining = false } at line 1 column 16"#,
+            r#""ip:port" or { address = "ip:port", node = "n1", zone = "a", draining = false } at line 1 column 17"#,
         ),
         ("e.json", r#"{"endpoints": ["10.0.0.1:80"]"#, "EOF while parsing an object at line 1 column 29"),
         ("e.json", r#"{"endpoint": []}"#, "unknown field `endpoint`, expected `endpoints` at line 1 column 11"),
