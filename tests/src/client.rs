@@ -1,4 +1,4 @@
-//! An exact HTTP/1.1 client on one socket: it sends what it is told, in the pieces it is told, and reports what came
+//! An exact HTTP/1.1 client on one connection, which may be one in TLS: it sends what it is told, in the pieces it is told, and reports what came
 //! back, when, and how it ended. It never retries, follows or reconnects. The framing of responses is undone by
 //! [`Decoder`], which shares nothing with the agent.
 //!
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use bytes::{Buf, Bytes, BytesMut};
 use socket2::{Domain, Socket, Type};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::{sleep, timeout};
 
@@ -49,7 +49,7 @@ pub enum Pace {
 
 /// A request body and how it is put on the wire.
 #[derive(Clone, Debug)]
-enum Body {
+pub(crate) enum Body {
     None,
     /// With `content-length`.
     Sized(Bytes),
@@ -59,11 +59,11 @@ enum Body {
 
 #[derive(Clone, Debug)]
 pub struct Request {
-    method: String,
-    target: String,
-    headers: Vec<(String, String)>,
-    body: Body,
-    pieces: Option<(usize, Duration)>,
+    pub(crate) method: String,
+    pub(crate) target: String,
+    pub(crate) headers: Vec<(String, String)>,
+    pub(crate) body: Body,
+    pub(crate) pieces: Option<(usize, Duration)>,
 }
 
 impl Request {
@@ -256,8 +256,8 @@ pub enum Piece {
     End(BodyEnd),
 }
 
-pub struct Client {
-    stream: TcpStream,
+pub struct Client<S = TcpStream> {
+    stream: S,
     peer: SocketAddr,
     buffer: BytesMut,
     /// For every request without its final head yet: was it HEAD.
@@ -287,7 +287,24 @@ impl Client {
         }
         let stream = TcpSocket::from_std_stream(socket.into()).connect(peer).await?;
         stream.set_nodelay(true)?;
-        Ok(Self {
+        Ok(Self::over(stream, peer))
+    }
+
+    pub fn local_addr(&self) -> Result<SocketAddr> {
+        Ok(self.stream.local_addr()?)
+    }
+
+    /// Closes with a reset.
+    pub fn reset(self) -> Result<()> {
+        socket2::SockRef::from(&self.stream).set_linger(Some(Duration::ZERO))?;
+        Ok(())
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
+    /// On a connection to `peer` that has been made.
+    pub fn over(stream: S, peer: SocketAddr) -> Self {
+        Self {
             stream,
             peer,
             buffer: BytesMut::new(),
@@ -298,11 +315,7 @@ impl Client {
             recorded: None,
             sent: Instant::now(),
             patience: Duration::from_secs(10),
-        })
-    }
-
-    pub fn local_addr(&self) -> Result<SocketAddr> {
-        Ok(self.stream.local_addr()?)
+        }
     }
 
     /// Keeps every byte that is read from now on, for [`Self::recorded`].
@@ -354,12 +367,6 @@ impl Client {
     /// Shuts the sending side down.
     pub async fn finish(&mut self) -> Result<()> {
         Ok(self.stream.shutdown().await?)
-    }
-
-    /// Closes with a reset.
-    pub fn reset(self) -> Result<()> {
-        socket2::SockRef::from(&self.stream).set_linger(Some(Duration::ZERO))?;
-        Ok(())
     }
 
     /// Reads all of the next response.
@@ -487,7 +494,7 @@ impl Client {
 
 /// Appends what the socket has, at most `limit` bytes, or tells how it ended.
 async fn read_some(
-    stream: &mut TcpStream,
+    stream: &mut (impl AsyncRead + Unpin),
     buffer: &mut BytesMut,
     recorded: Option<&mut Vec<u8>>,
     limit: usize,
@@ -502,7 +509,13 @@ async fn read_some(
             }
             Ok(None)
         }
-        Err(error) if matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe) => {
+        // TLS that ends without having said so has been cut.
+        Err(error)
+            if matches!(
+                error.kind(),
+                ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::UnexpectedEof
+            ) =>
+        {
             Ok(Some(ConnectionEnd::Reset))
         }
         Err(error) => Err(error.into()),

@@ -24,11 +24,13 @@ mod plan;
 mod planned;
 mod request;
 mod sent;
+mod sequence;
 #[cfg(test)]
 mod tests;
 
 pub use plan::{After, Echo, Fault, FaultKind, Framing, HeadWrites, Lengths, Pauses, Plan};
 pub use sent::Sent;
+pub(crate) use sequence::Sequence;
 
 #[derive(Clone, Debug)]
 pub struct Options {

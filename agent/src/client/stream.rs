@@ -24,6 +24,8 @@ pub struct ClientStream {
 enum State {
     Unanswered(oneshot::Sender<Response<FrameBody>>),
     Flowing(FrameSender),
+    /// The head was all, and [`ClientStream::end`] is still to come.
+    Ended,
     Answered,
 }
 
@@ -58,7 +60,7 @@ impl ClientStream {
         match &mut self.state {
             State::Unanswered(head) => head.closed().await,
             State::Flowing(body) => body.gone().await,
-            State::Answered => std::future::pending().await,
+            State::Ended | State::Answered => std::future::pending().await,
         }
     }
 
@@ -77,6 +79,13 @@ impl ClientStream {
         }
     }
 
+    /// Gives the head of an answer without a body; it is to be ended all the same.
+    pub fn begin_and_end(&mut self, head: Response<()>) -> io::Result<()> {
+        self.reply(head, Bytes::new())?;
+        self.state = State::Ended;
+        Ok(())
+    }
+
     /// Waits until the client takes it. Not cancel-safe: afterwards the stream can only be broken off.
     pub async fn data(&mut self, piece: Bytes) -> io::Result<()> {
         match &self.state {
@@ -88,6 +97,7 @@ impl ClientStream {
     pub async fn end(&mut self, trailers: HeaderMap) -> io::Result<()> {
         match std::mem::replace(&mut self.state, State::Answered) {
             State::Flowing(body) => body.end(trailers).await.map_err(|_| gone()),
+            State::Ended => Ok(()),
             _ => Err(gone()),
         }
     }

@@ -7,7 +7,7 @@ use std::io;
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use http_body_util::BodyExt as _;
-use hyper::body::{Body as _, Incoming};
+use hyper::body::Incoming;
 use penstock_common::framing::{Framing, state};
 
 use super::{connection::EndpointConnection, http2::Stream};
@@ -26,7 +26,8 @@ pub enum ResponseBody {
         pending: BytesMut,
     },
     Http2 {
-        body: Incoming,
+        /// `None`: there is none, whatever the endpoint sends.
+        body: Option<Incoming>,
         /// Kept as long as the body.
         stream: Stream,
     },
@@ -56,7 +57,7 @@ impl ResponseBody {
     pub fn is_done(&self) -> bool {
         match self {
             Self::Http1 { framing, .. } => framing.is_done(),
-            Self::Http2 { body, .. } => body.is_end_stream(),
+            Self::Http2 { body, .. } => body.as_ref().is_none_or(hyper::body::Body::is_end_stream),
         }
     }
 
@@ -93,7 +94,8 @@ impl ResponseBody {
                     };
                 }
             },
-            Self::Http2 { body, .. } => loop {
+            Self::Http2 { body: None, .. } => Ok(Piece::End(HeaderMap::new())),
+            Self::Http2 { body: Some(body), .. } => loop {
                 let frame = body.frame().await.transpose().map_err(io::Error::other)?;
                 match frame.map(hyper::body::Frame::into_data) {
                     None => return Ok(Piece::End(HeaderMap::new())),

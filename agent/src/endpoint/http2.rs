@@ -23,13 +23,18 @@ use crate::{http::frames::FrameBody, local::Local};
 
 /// Connections to one endpoint; beyond them, requests queue for a stream.
 const MAX_CONNECTIONS: usize = 64;
-/// Of a response's body, before anything is read of it.
-const STREAM_WINDOW: u32 = 512 << 10;
-const CONNECTION_WINDOW: u32 = 4 << 20;
+/// Of a response's body, before anything is read of it: what a client that reads nothing costs.
+const STREAM_WINDOW: u32 = 128 << 10;
+/// No bound of its own: streams whose clients read nothing must not hold up the others. And h2 closes a connection when the
+/// small frames that wait on it, at 256 bytes each, come to half of this.
+const CONNECTION_WINDOW: u32 = 1 << 30;
 /// Of a request's body, beyond what the endpoint's window takes.
 const SEND_BUFFER: usize = 64 << 10;
 const PING: Duration = Duration::from_secs(30);
 const PONG: Duration = Duration::from_secs(20);
+/// How often a new connection is looked at for the endpoint's settings: hyper reads them in a task of its own, which wakes
+/// nobody.
+const LOOK: Duration = Duration::from_millis(1);
 
 #[derive(Clone)]
 pub struct Http2Pool(Rc<Inner>);
@@ -57,6 +62,7 @@ struct Connection {
 
 struct Load {
     streams: Cell<usize>,
+    used: Cell<bool>,
     idle_since: Cell<Instant>,
 }
 
@@ -86,17 +92,15 @@ impl Http2Pool {
 
     /// Room for a request. The error kinds are those of `connect(2)`, and `TimedOut`. Cancel-safe.
     pub async fn stream(&self, address: SocketAddr) -> io::Result<Stream> {
-        let mut reused = true;
         loop {
             let dial = {
                 let mut endpoints = self.0.endpoints.borrow_mut();
                 let endpoint = endpoints.entry(address).or_default();
-                if let Some(stream) = endpoint.stream(reused) {
+                if let Some(stream) = endpoint.stream() {
                     return Ok(stream);
                 }
                 endpoint.dialling.get_or_insert_with(|| self.dial(address)).clone()
             };
-            reused = false;
             dial.await.map_err(|error| io::Error::new(error.kind(), error))?;
         }
     }
@@ -122,7 +126,7 @@ impl Http2Pool {
 }
 
 impl Endpoint {
-    fn stream(&mut self, reused: bool) -> Option<Stream> {
+    fn stream(&mut self) -> Option<Stream> {
         self.connections.retain(|connection| !connection.send.is_closed());
         let room = |connection: &&Connection| connection.load.streams.get() < *connection.limit.borrow();
         let connection = match self.connections.iter().find(room) {
@@ -131,6 +135,7 @@ impl Endpoint {
             None => self.connections.iter().min_by_key(|connection| connection.load.streams.get())?,
         };
         connection.load.streams.set(connection.load.streams.get() + 1);
+        let reused = connection.load.used.replace(true);
         Some(Stream { send: connection.send.clone(), reused, load: Rc::clone(&connection.load) })
     }
 }
@@ -170,10 +175,12 @@ async fn connect(address: SocketAddr) -> io::Result<Connection> {
     let (told, mut limit) = watch::channel(0);
     tokio::task::spawn_local(async move {
         let mut connection = pin!(connection);
+        let mut look = tokio::time::interval(LOOK);
         let ended = std::future::poll_fn(|cx| {
             let ended = connection.as_mut().poll(cx);
             let now = connection.current_max_send_streams();
             told.send_if_modified(|limit| std::mem::replace(limit, now) != now);
+            while now == 0 && ended.is_pending() && look.poll_tick(cx).is_ready() {}
             ended
         });
         if let Err(error) = ended.await {
@@ -181,6 +188,6 @@ async fn connect(address: SocketAddr) -> io::Result<Connection> {
         }
     });
     limit.wait_for(|&limit| limit > 0).await.map_err(|_| io::Error::from(io::ErrorKind::ConnectionReset))?;
-    let load = Rc::new(Load { streams: Cell::new(0), idle_since: Cell::new(Instant::now()) });
-    Ok(Connection { send, limit, load })
+    let load = Load { streams: Cell::new(0), used: Cell::new(false), idle_since: Cell::new(Instant::now()) };
+    Ok(Connection { send, limit, load: Rc::new(load) })
 }

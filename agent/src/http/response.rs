@@ -135,17 +135,24 @@ fn parse(bytes: &[u8], limits: &HeadLimits, request_method: &Method) -> Result<R
     Ok(ResponseHead { status, version, reason, headers, framing, body, keep_alive, interim, upgrade, content_length })
 }
 
-/// A head that came over HTTP/2; `ended`: no body follows.
-pub fn from_http2(parts: response::Parts, ended: bool, limits: &HeadLimits) -> Result<ResponseHead, ResponseError> {
+/// A head that came over HTTP/2 in answer to a request with this method; `ended`: nothing follows.
+pub fn from_http2(
+    parts: response::Parts,
+    ended: bool,
+    request_method: &Method,
+    limits: &HeadLimits,
+) -> Result<ResponseHead, ResponseError> {
     if parts.headers.len() > limits.headers {
         return Err(HeadError::TooManyFields { limit: limits.headers }.into());
     }
     let declared = head::declared(&parts.headers, Version::HTTP_2)?;
     let content_length = if let Declared::Length(bytes) = declared { Some(bytes) } else { None };
-    let (body, framing) = match content_length {
-        _ if ended => (BodyKind::None, Framing::none()),
-        Some(bytes) => (BodyKind::Length(bytes), Framing::length(bytes)),
-        None => (BodyKind::Chunked, Framing::chunked()),
+    let (body, framing) = match body_of(parts.status, request_method, declared) {
+        BodyKind::None => (BodyKind::None, Framing::none()),
+        // HTTP/1.1 has to say so.
+        _ if ended => (BodyKind::Length(0), Framing::none()),
+        BodyKind::Length(bytes) => (BodyKind::Length(bytes), Framing::length(bytes)),
+        BodyKind::Chunked | BodyKind::UntilClose => (BodyKind::Chunked, Framing::chunked()),
     };
     Ok(ResponseHead {
         status: parts.status,
@@ -185,13 +192,15 @@ impl ResponseHead {
         let own = |name: &HeaderName| headers::is_hop_by_hop(name) || name == header::CONTENT_LENGTH;
         let fields = self.headers.iter().filter(|(name, _)| !own(name));
         head.headers_mut().extend(fields.map(|(name, value)| (name.clone(), value.clone())));
-        let length = if let BodyKind::Length(bytes) = self.body { Some(bytes) } else { None };
-        let described =
-            self.content_length.filter(|_| self.body == BodyKind::None && self.status != StatusCode::NO_CONTENT);
-        if let Some(bytes) = length.or(described) {
+        let told = match self.body {
+            BodyKind::Length(_) => self.content_length,
+            BodyKind::None => self.content_length.filter(|_| self.status != StatusCode::NO_CONTENT),
+            BodyKind::Chunked | BodyKind::UntilClose => None,
+        };
+        if let Some(bytes) = told {
             head.headers_mut().insert(header::CONTENT_LENGTH, bytes.into());
         }
-        (head, length)
+        (head, told.filter(|_| self.body != BodyKind::None))
     }
 
     /// Appends the head as the client gets it. Returns whether the client's connection stays open afterwards: `keep_alive`

@@ -215,7 +215,8 @@ async fn frames(
     let begun = match client {
         Client::Http2(stream) => {
             let (head, length) = head.frames();
-            stream.begin(head, length)
+            // What gRPC calls trailers only has to end with its head.
+            if body.is_done() { stream.begin_and_end(head) } else { stream.begin(head, length) }
         }
         Client::Http1(socket) => {
             let wish = request.keep_alive && !worker.shared.draining.is_cancelled();

@@ -5,8 +5,9 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use super::connection::{Connection, Stop};
-use super::plan::{After, FaultKind, Framing, Lengths, Plan};
+use super::plan::{After, FaultKind, Framing, Plan};
 use super::request::Request;
+use super::sequence::Sequence;
 use crate::random::Random;
 
 pub(super) async fn respond(connection: &mut Connection, request: &Request, plan: &Plan) -> Result<After, Stop> {
@@ -176,26 +177,5 @@ impl<'a> Wire<'a> {
             line.push_str("\r\n");
         }
         self.pending = line.into_bytes();
-    }
-}
-
-/// The lengths a [`Lengths`] stands for, each at least one.
-struct Sequence {
-    lengths: Lengths,
-    random: Random,
-}
-
-impl Sequence {
-    fn new(lengths: Lengths) -> Self {
-        let seed = if let Lengths::Random { seed, .. } = lengths { seed } else { 0 };
-        Self { lengths, random: Random::new(seed) }
-    }
-
-    fn next(&mut self) -> u64 {
-        match self.lengths {
-            Lengths::Fixed(n) => n.max(1),
-            Lengths::Random { max, .. } => 1 + self.random.below(max),
-            Lengths::OneByte => 1,
-        }
     }
 }

@@ -3,6 +3,7 @@
 use std::{error::Error as _, net::SocketAddr};
 
 use http::{HeaderValue, Uri, Version, header};
+use hyper::body::Body as _;
 
 use super::{
     Failed, Written,
@@ -16,7 +17,7 @@ use crate::{
         frames::{FrameBody, FrameSender},
         head::HeadLimits,
         headers,
-        response::{ResponseHead, from_http2},
+        response::{BodyKind, ResponseHead, from_http2},
     },
     metrics::Connection,
     picker::exchange::Body,
@@ -103,15 +104,19 @@ async fn attempt(
     let (parts, body) = response.map_err(|error| failed(&error))?.into_parts();
     let limits = &worker.shared.config.limits;
     let limits = HeadLimits { bytes: limits.head_bytes, headers: limits.headers };
-    let body = ResponseBody::Http2 { body, stream };
-    let head = from_http2(parts, body.is_done(), &limits).map_err(|error| Error::Response { address, error })?;
-    Ok((head, body))
+    let head = from_http2(parts, body.is_end_stream(), &request.parts.method, &limits)
+        .map_err(|error| Error::Response { address, error })?;
+    let body = Some(body).filter(|_| head.body != BodyKind::None);
+    Ok((head, ResponseBody::Http2 { body, stream }))
 }
 
 /// Before its head a response has not begun, whatever ended the stream.
 fn failed(error: &hyper::Error) -> Attempt {
     let http2 = error.source().and_then(|source| source.downcast_ref::<h2::Error>());
-    let refused = http2.is_some_and(|error| error.reason() == Some(h2::Reason::REFUSED_STREAM));
+    // A GOAWAY of the endpoint's is an error of those streams alone that it names as not processed.
+    let refused = http2.is_some_and(|error| {
+        error.reason() == Some(h2::Reason::REFUSED_STREAM) || (error.is_go_away() && error.is_remote())
+    });
     // hyper cancels what it has not sent.
     if refused || error.is_canceled() { Attempt::Refused } else { Attempt::Failed(Failed::Early) }
 }

@@ -1,0 +1,173 @@
+//! HTTP/2 by hand: frames as they are on the wire (RFC 9113 §4.1), and header blocks in which every field is spelled out
+//! (RFC 7541 §6.2.2), for what no library would send.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// Longest wait for a frame.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Frame types.
+pub mod kind {
+    pub const DATA: u8 = 0;
+    pub const HEADERS: u8 = 1;
+    pub const RST_STREAM: u8 = 3;
+    pub const SETTINGS: u8 = 4;
+    pub const PING: u8 = 6;
+    pub const GOAWAY: u8 = 7;
+}
+
+pub const END_STREAM: u8 = 1;
+pub const END_HEADERS: u8 = 4;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Frame {
+    pub kind: u8,
+    pub flags: u8,
+    pub stream: u32,
+    pub payload: Vec<u8>,
+}
+
+impl Frame {
+    #[must_use]
+    pub fn new(kind: u8, flags: u8, stream: u32, payload: impl Into<Vec<u8>>) -> Self {
+        Self { kind, flags, stream, payload: payload.into() }
+    }
+
+    /// A head in one frame.
+    #[must_use]
+    pub fn headers(stream: u32, ends: bool, fields: &[(&str, &str)]) -> Self {
+        Self::new(kind::HEADERS, END_HEADERS | u8::from(ends), stream, block(fields))
+    }
+
+    #[must_use]
+    pub fn wire(&self) -> Vec<u8> {
+        let length = u32::try_from(self.payload.len()).expect("a frame of a test's").to_be_bytes();
+        let mut wire = length[1..].to_vec();
+        wire.extend([self.kind, self.flags]);
+        wire.extend(self.stream.to_be_bytes());
+        wire.extend_from_slice(&self.payload);
+        wire
+    }
+
+    /// The status of a response's head, where a single byte says it.
+    #[must_use]
+    pub fn status(&self) -> Option<u16> {
+        let indexed = [200, 204, 206, 304, 400, 404, 500];
+        let first = usize::from(*self.payload.first().filter(|_| self.kind == kind::HEADERS)?);
+        indexed.get(first.checked_sub(0x88)?).copied()
+    }
+
+    /// The error code of a RST_STREAM or a GOAWAY.
+    #[must_use]
+    pub fn error(&self) -> Option<u32> {
+        let at = match self.kind {
+            kind::RST_STREAM => 0,
+            kind::GOAWAY => 4,
+            _ => return None,
+        };
+        Some(u32::from_be_bytes(self.payload.get(at..at + 4)?.try_into().ok()?))
+    }
+}
+
+/// Literal fields with literal names, none of them to be remembered.
+fn block(fields: &[(&str, &str)]) -> Vec<u8> {
+    let mut block = Vec::new();
+    for (name, value) in fields {
+        block.push(0);
+        for text in [name, value] {
+            length(text.len(), &mut block);
+            block.extend_from_slice(text.as_bytes());
+        }
+    }
+    block
+}
+
+/// An integer in seven bits and as many bytes as it takes (RFC 7541 §5.1).
+fn length(length: usize, block: &mut Vec<u8>) {
+    if length < 127 {
+        return block.push(length as u8);
+    }
+    block.push(127);
+    let mut rest = length - 127;
+    while rest >= 128 {
+        block.push((rest % 128 + 128) as u8);
+        rest /= 128;
+    }
+    block.push(rest as u8);
+}
+
+/// One end of a connection.
+pub struct Http2Frames {
+    stream: TcpStream,
+}
+
+impl Http2Frames {
+    /// A client that has said that it speaks HTTP/2.
+    pub async fn connect(peer: SocketAddr) -> Result<Self> {
+        let mut connection = Self::new(TcpStream::connect(peer).await?)?;
+        let settings = Frame::new(kind::SETTINGS, 0, 0, []);
+        connection.send_raw(&[PREFACE, &settings.wire()].concat()).await?;
+        Ok(connection)
+    }
+
+    /// A server that has been told so, and has answered.
+    pub async fn accept(stream: TcpStream) -> Result<Self> {
+        let mut connection = Self::new(stream)?;
+        let mut preface = [0; PREFACE.len()];
+        connection.stream.read_exact(&mut preface).await?;
+        ensure!(preface == PREFACE, "{:?} is no preface", preface.escape_ascii().to_string());
+        connection.send(&Frame::new(kind::SETTINGS, 0, 0, [])).await?;
+        Ok(connection)
+    }
+
+    /// A connection on which nothing has been said.
+    pub fn new(stream: TcpStream) -> Result<Self> {
+        stream.set_nodelay(true)?;
+        Ok(Self { stream })
+    }
+
+    pub async fn send_raw(&mut self, bytes: &[u8]) -> Result<()> {
+        Ok(self.stream.write_all(bytes).await?)
+    }
+
+    pub async fn send(&mut self, frame: &Frame) -> Result<()> {
+        self.send_raw(&frame.wire()).await
+    }
+
+    /// The next frame; `None` at the end of the connection. Settings and pings are acknowledged.
+    pub async fn next(&mut self) -> Result<Option<Frame>> {
+        let mut head = [0; 9];
+        match timeout(PATIENCE, self.stream.read_exact(&mut head)).await.context("no frame came in time")? {
+            Ok(_) => {}
+            Err(_) => return Ok(None),
+        }
+        let [a, b, c, kind, flags, stream @ ..] = head;
+        let mut payload = vec![0; u32::from_be_bytes([0, a, b, c]) as usize];
+        self.stream.read_exact(&mut payload).await?;
+        let frame = Frame { kind, flags, stream: u32::from_be_bytes(stream) & 0x7fff_ffff, payload };
+        let answer: &[u8] = if frame.kind == kind::PING { &frame.payload } else { &[] };
+        if matches!(frame.kind, kind::SETTINGS | kind::PING) && frame.flags == 0 {
+            // A peer that has gone says so when the next frame is asked for.
+            let _ = self.send(&Frame::new(frame.kind, 1, 0, answer)).await;
+        }
+        Ok(Some(frame))
+    }
+
+    /// The next frame that this holds for; `None` at the end of the connection.
+    pub async fn find(&mut self, mut wanted: impl FnMut(&Frame) -> bool) -> Result<Option<Frame>> {
+        while let Some(frame) = self.next().await? {
+            if wanted(&frame) {
+                return Ok(Some(frame));
+            }
+        }
+        Ok(None)
+    }
+}

@@ -1,0 +1,69 @@
+//! gRPC as far as a proxy can tell it: length-prefixed messages, trailers with a status, and errors that are trailers only.
+//! The messages mean nothing; each answer says by its bytes which one it is.
+//!
+//! | method | |
+//! |---|---|
+//! | `/test.Model/Unary` | the request's message again |
+//! | `/test.Model/Stream` | as many messages as the first byte of the request's says |
+//! | `/test.Model/Fail` | no message, and a status that is an error |
+
+use std::time::Duration;
+
+use bytes::{BufMut as _, Bytes, BytesMut};
+
+use super::stream::{Exchange, Stop, map};
+use crate::Alphabet;
+
+/// Bytes of each message of a stream.
+pub const MESSAGE: usize = 3000;
+
+/// A message with its prefix: not compressed, its length, its bytes.
+#[must_use]
+pub fn framed(message: &[u8]) -> Bytes {
+    let mut framed = BytesMut::with_capacity(5 + message.len());
+    framed.put_u8(0);
+    framed.put_u32(u32::try_from(message.len()).expect("a message of a test's"));
+    framed.put_slice(message);
+    framed.freeze()
+}
+
+/// Message `number` of a stream, without its prefix.
+#[must_use]
+pub fn streamed(number: u64) -> Vec<u8> {
+    Alphabet::Binary.bytes(number, 0, MESSAGE)
+}
+
+fn fields(fields: &[(&str, &str)]) -> Vec<(String, String)> {
+    fields.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+}
+
+const KIND: (&str, &str) = ("content-type", "application/grpc");
+
+/// Answers as the method says.
+pub(super) async fn answer(exchange: &mut Exchange) -> Result<(), Stop> {
+    let ok = fields(&[("grpc-status", "0"), ("x-trace-bin", "AAEC/w"), ("x-twice", "1"), ("x-twice", "2")]);
+    let body = Bytes::from(std::mem::take(&mut exchange.body));
+    match exchange.echo.target.as_str() {
+        "/test.Model/Unary" => {
+            let mut out = exchange.head(200, &fields(&[KIND]), false)?;
+            exchange.write(&mut out, body, false).await?;
+            Ok(out.send_trailers(map(&ok))?)
+        }
+        "/test.Model/Stream" => {
+            let mut out = exchange.head(200, &fields(&[KIND]), false)?;
+            for number in 0..u64::from(body.get(5).copied().unwrap_or_default()) {
+                exchange.write(&mut out, framed(&streamed(number)), false).await?;
+                exchange.pause(Some(&mut out), Some(Duration::from_millis(1))).await?;
+            }
+            Ok(out.send_trailers(map(&ok))?)
+        }
+        "/test.Model/Fail" => {
+            let failed = fields(&[KIND, ("grpc-status", "5"), ("grpc-message", "no such model: %C3%A4")]);
+            exchange.head(200, &failed, true).map(drop)
+        }
+        _ => {
+            let unknown = fields(&[KIND, ("grpc-status", "12"), ("grpc-message", "unknown method")]);
+            exchange.head(200, &unknown, true).map(drop)
+        }
+    }
+}

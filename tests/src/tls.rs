@@ -1,0 +1,60 @@
+//! TLS as a test needs it: a certificate that signs itself, in files for the agent, and clients that trust it alone.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, RootCertStore, crypto::ring};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+
+pub use tokio_rustls::client::TlsStream;
+
+pub struct Certificate {
+    cert_pem: String,
+    key_pem: String,
+    der: CertificateDer<'static>,
+    name: String,
+}
+
+impl Certificate {
+    /// For a server of this name.
+    pub fn new(name: &str) -> Result<Self> {
+        let issued = rcgen::generate_simple_self_signed([name.to_owned()])?;
+        let (cert_pem, key_pem) = (issued.cert.pem(), issued.signing_key.serialize_pem());
+        Ok(Self { cert_pem, key_pem, der: issued.cert.der().clone(), name: name.to_owned() })
+    }
+
+    /// Puts certificate and key into `folder`, in place of what was there; gives their paths.
+    pub fn write(&self, folder: &Path) -> Result<(PathBuf, PathBuf)> {
+        let paths = (folder.join("cert.pem"), folder.join("key.pem"));
+        std::fs::write(&paths.1, &self.key_pem)?;
+        std::fs::write(&paths.0, &self.cert_pem)?;
+        Ok(paths)
+    }
+
+    /// A connection to a server that has this certificate; fails with any other. `protocols` are offered by ALPN.
+    pub async fn connect(&self, peer: SocketAddr, protocols: &[&str]) -> Result<TlsStream<TcpStream>> {
+        self.connect_as(peer, &self.name, protocols).await
+    }
+
+    /// As [`Self::connect`], over a server name of the caller's; one that the certificate does not have fails.
+    pub async fn connect_as(&self, peer: SocketAddr, name: &str, protocols: &[&str]) -> Result<TlsStream<TcpStream>> {
+        let tcp = TcpStream::connect(peer).await?;
+        tcp.set_nodelay(true)?;
+        let name = ServerName::try_from(name.to_owned())?;
+        self.connector(protocols)?.connect(name, tcp).await.context("the handshake")
+    }
+
+    fn connector(&self, protocols: &[&str]) -> Result<TlsConnector> {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.der.clone())?;
+        let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()));
+        let mut config =
+            builder.with_safe_default_protocol_versions()?.with_root_certificates(roots).with_no_client_auth();
+        config.alpn_protocols = protocols.iter().map(|name| name.as_bytes().to_vec()).collect();
+        Ok(TlsConnector::from(Arc::new(config)))
+    }
+}

@@ -1,0 +1,386 @@
+//! What HTTP/2 clients have of their own: streams beside each other, windows, connections that are asked to go.
+
+use std::{sync::Arc, time::Duration};
+
+use futures_util::future::join_all;
+use h2::{Reason, client::Builder};
+use http::HeaderMap;
+use penstock_agent::config::SteeringMode;
+use penstock_tests::{
+    Alphabet, BodyEnd, Checker, Client, Http2Client, Plan, Request,
+    client::{ConnectionEnd, Piece},
+    content::Fnv,
+    eventually,
+    http2_client::Stream,
+    http2_frames::{Frame, Http2Frames, PREFACE, kind},
+    model_server::{Fault, FaultKind, Framing, Lengths, Pauses},
+    scripted_epp::{LlmdRouter, StreamEnd},
+    stage::{echo, json},
+};
+
+use crate::{
+    SOON,
+    scene::{Asker, Back, Front, Scene, first},
+};
+
+async fn scene() -> Scene {
+    Scene::new(Front::Http2, Back::Http1).await
+}
+
+async fn connect(scene: &Scene) -> Http2Client {
+    Http2Client::connect(scene.agent.addr).await.unwrap()
+}
+
+/// Each has its bytes, up and down, and the connection is one.
+#[tokio::test]
+async fn two_hundred_streams_at_once_keep_apart() {
+    let scene = Scene::with(Front::Http2, Back::Http1, first, |_| {}).await;
+    let mut client = connect(&scene).await;
+    let mut streams = Vec::new();
+    for number in 0..200 {
+        let chunks = Lengths::Random { seed: number, max: 3000 };
+        let pauses = Some(Pauses { seed: number, every: 5, up_to_us: 2000 });
+        let plan = Plan {
+            framing: Framing::Chunked,
+            size: 30_000 + number,
+            stream_id: number,
+            chunks,
+            pauses,
+            ..Plan::default()
+        };
+        let body = Alphabet::Binary.bytes(1000 + number, 0, 20_000 + number as usize);
+        let upload = Request::post("/test/body", body)
+            .header("x-test-plan", plan.header())
+            .header("x-number", number.to_string());
+        streams.push((plan, client.send(&upload).await.unwrap()));
+    }
+    let whole = streams.iter_mut().map(|(plan, stream)| async move {
+        let response = stream.response().await.unwrap();
+        let mut checker = plan.checker();
+        checker.feed(&response.body).unwrap();
+        assert_eq!((response.read.end, checker.offset()), (BodyEnd::Complete, plan.size));
+    });
+    join_all(whole).await;
+    let seen = scene.endpoint.seen();
+    assert_eq!(seen.len(), 200);
+    for seen in seen {
+        let number: u64 = seen.header("x-number").unwrap().parse().unwrap();
+        let body = Alphabet::Binary.bytes(1000 + number, 0, 20_000 + number as usize);
+        assert_eq!((seen.body_length, seen.body_hash), (body.len() as u64, Fnv::of(&body).value()));
+    }
+    assert_eq!(scene.agent.metric("penstock_client_connections", &[]), 1.0);
+    assert_eq!(scene.agent.metric("penstock_flows_total", &["path=\"relay\"", "reason=\"http2\""]), 200.0);
+}
+
+/// Its own window is full, and so are not those of the others; what is held for it is a window's worth.
+#[tokio::test]
+async fn a_stalled_stream_does_not_hinder_the_others() {
+    let scene = scene().await;
+    let mut client = connect(&scene).await;
+    let stalled = Plan { size: 512 << 20, ..Plan::default() };
+    let mut held: Vec<Stream> = Vec::new();
+    for _ in 0..8 {
+        let mut stream = client.send(&stalled.request()).await.unwrap();
+        assert_eq!(stream.head().await.unwrap().status, 200);
+        held.push(stream);
+    }
+    // A client that means it gives back the connection's window, and so does this one for all that it reads.
+    let mut other = Http2Client::connect_with(
+        scene.agent.addr,
+        Builder::new().initial_window_size(64 << 10).initial_connection_window_size(8 << 20),
+    )
+    .await
+    .unwrap();
+    let mut stuck = other.send(&stalled.request()).await.unwrap();
+    assert_eq!(stuck.head().await.unwrap().status, 200);
+    for number in 0..20 {
+        let plan = Plan { size: 200_000, stream_id: number, ..Plan::default() };
+        let response = other.request(&plan.request()).await.unwrap();
+        plan.checker().feed(&response.body).unwrap();
+        assert_eq!((response.read.end, response.read.len), (BodyEnd::Complete, plan.size));
+    }
+    let mut checker = stalled.checker();
+    while checker.offset() < 16 << 20 {
+        let Piece::Data(data) = stuck.piece().await.unwrap() else { panic!("ended at {}", checker.offset()) };
+        checker.feed(&data).unwrap();
+    }
+    drop(held);
+    eventually(SOON, || scene.endpoint.aborted() == 8).await;
+}
+
+/// The stream alone: the endpoint's connection and the picker's stream go at once, and its neighbours go on.
+#[tokio::test]
+async fn a_stream_that_is_cancelled_in_its_upload() {
+    let scene = scene().await;
+    let mut client = connect(&scene).await;
+    let request = echo("").header("x-which", "cancelled");
+    let mut head = client.head(&request).unwrap();
+    head.headers_mut().remove("content-length");
+    let mut stream = client.open(head, false).await.unwrap();
+    // The picker is asked as soon as the model is known.
+    stream.data(json("m", 100_000)[..90_000].to_vec()).await.unwrap();
+    eventually(SOON, || scene.epp.streams_open() == 1).await;
+    stream.cancel();
+    eventually(SOON, || scene.epp.streams_ended(StreamEnd::Cancelled) == 1).await;
+    assert_eq!(client.request(&echo(json("m", 10))).await.unwrap().status(), 200);
+    assert_eq!(scene.endpoint.requests(), 1);
+}
+
+/// What an endpoint behind HTTP/1.1 has no use for, and a body of a declared length that is another.
+#[tokio::test]
+async fn trailers_of_a_request_and_bodies_of_another_length() {
+    let scene = Scene::with(Front::Http2, Back::Http1, first, |_| {}).await;
+    let mut client = connect(&scene).await;
+    let head = client.head(&Request::new("POST", "/test/echo")).unwrap();
+    let mut stream = client.open(head, false).await.unwrap();
+    stream.data("abc").await.unwrap();
+    let mut trailers = HeaderMap::new();
+    trailers.insert("x-checksum", "1".parse().unwrap());
+    stream.finish(trailers).unwrap();
+    let seen = stream.response().await.unwrap().echoed();
+    assert_eq!((seen.body_length, seen.body_hash), (3, Fnv::of(b"abc").value()));
+
+    for (declared, sent) in [("5", "abc"), ("2", "abc"), ("0", "abc")] {
+        let before = scene.endpoint.requests();
+        let mut head = client.head(&Request::new("POST", "/test/echo")).unwrap();
+        head.headers_mut().insert("content-length", declared.parse().unwrap());
+        let mut stream = client.open(head, false).await.unwrap();
+        // Either may find the stream reset already.
+        let _ = stream.data(sent).await;
+        let _ = stream.finish(HeaderMap::new());
+        stream.head().await.unwrap_err();
+        assert_eq!(stream.reason(), Some(Reason::PROTOCOL_ERROR), "{declared}");
+        assert_eq!(scene.endpoint.requests(), before);
+    }
+    assert_eq!(client.request(&Request::get("/test/echo")).await.unwrap().status(), 200);
+}
+
+/// An answer that comes before the whole body is one, and the rest of the body is not waited for.
+#[tokio::test]
+async fn an_early_answer_does_not_wait_for_the_upload() {
+    let scene = Scene::with(Front::Http2, Back::Http1, first, |config| config.limits.body_bytes = 100_000).await;
+    let mut client = connect(&scene).await;
+    let mut head = client.head(&Request::new("POST", "/test/echo")).unwrap();
+    head.headers_mut().insert("content-length", "300000".parse().unwrap());
+    let mut stream = client.open(head, false).await.unwrap();
+    let response = stream.response().await.unwrap();
+    assert_eq!((response.status(), response.read.end), (413, BodyEnd::Complete));
+    let unknown = client.head(&Request::new("POST", "/test/echo")).unwrap();
+    let mut stream = client.open(unknown, false).await.unwrap();
+    stream.data(vec![b'x'; 150_000]).await.unwrap();
+    let response = stream.response().await.unwrap();
+    assert_eq!((response.status(), response.error_code().as_str()), (413, "body_too_large"));
+    assert_eq!(client.request(&Request::get("/test/echo")).await.unwrap().status(), 200);
+}
+
+#[tokio::test]
+async fn a_head_beyond_its_limits() {
+    let scene = Scene::with(Front::Http2, Back::Http1, first, |config| {
+        config.limits.head_bytes = 8192;
+        config.limits.headers = 32;
+    })
+    .await;
+    let mut client = connect(&scene).await;
+    let large = Request::get("/test/echo").header("x-large", "x".repeat(10_000));
+    let many = (0..40).fold(Request::get("/test/echo"), |request, n| request.header(&format!("x-{n}"), "1"));
+    for request in [large, many] {
+        assert_eq!(client.request(&request).await.unwrap().status(), 431);
+    }
+    let right = Request::get("/test/echo").header("x-large", "x".repeat(4000));
+    assert_eq!(client.request(&right).await.unwrap().status(), 200);
+    assert_eq!(scene.endpoint.requests(), 1);
+}
+
+/// Streams beyond the limit wait on the client's side, which knows it.
+#[tokio::test]
+async fn streams_at_once_are_as_many_as_configured() {
+    let limit = |config: &mut penstock_agent::config::Config| config.listen.http2_max_streams = 3;
+    let scene = Scene::with(Front::Http2, Back::Http1, first, limit).await;
+    let mut client = connect(&scene).await;
+    assert_eq!(client.request(&Request::get("/test/echo")).await.unwrap().status(), 200);
+    assert_eq!(client.allowed_streams(), 3);
+}
+
+#[tokio::test]
+async fn an_idle_connection_is_told_to_go() {
+    let soon =
+        |config: &mut penstock_agent::config::Config| config.timeouts.keep_alive = Some(Duration::from_millis(100));
+    let scene = Scene::with(Front::Http2, Back::Http1, LlmdRouter::new, soon).await;
+    let mut frames = Http2Frames::connect(scene.agent.addr).await.unwrap();
+    let going = frames.find(|frame| frame.kind == kind::GOAWAY).await.unwrap().unwrap();
+    assert_eq!(going.error(), Some(0));
+    assert!(frames.find(|_| false).await.unwrap().is_none());
+    // One with a request that takes longer is not idle.
+    let mut client = connect(&scene).await;
+    let fault = Some(Fault { after: 500, kind: FaultKind::StallMs(300) });
+    let plan = Plan { size: 1000, fault, ..Plan::default() };
+    let response = client.request(&plan.request()).await.unwrap();
+    assert_eq!((response.read.end, response.read.len), (BodyEnd::Complete, 1000));
+    client.end().await.unwrap();
+    eventually(SOON, || scene.agent.metric("penstock_client_connections", &[]) == 0.0).await;
+}
+
+/// A response flows only as far as its client reads.
+#[tokio::test]
+async fn draining_lets_streams_finish() {
+    let scene = scene().await;
+    let mut client = connect(&scene).await;
+    let plan = Plan { size: 16 << 20, ..Plan::default() };
+    let mut running = client.send(&plan.request()).await.unwrap();
+    assert_eq!(running.head().await.unwrap().status, 200);
+    let mut idle = Http2Frames::connect(scene.agent.addr).await.unwrap();
+    idle.find(|frame| frame.kind == kind::SETTINGS).await.unwrap().unwrap();
+    scene.agent.agent.drain();
+    assert_eq!(idle.find(|frame| frame.kind == kind::GOAWAY).await.unwrap().unwrap().error(), Some(0));
+    assert!(idle.find(|_| false).await.unwrap().is_none());
+    assert!(!scene.agent.agent.is_done());
+    let mut checker = plan.checker();
+    let read = running.read_body(|bytes| Ok(checker.feed(bytes)?)).await.unwrap();
+    assert_eq!((read.end, read.len), (BodyEnd::Complete, plan.size));
+    client.end().await.unwrap();
+    eventually(SOON, || scene.agent.agent.is_done()).await;
+    eventually(SOON, || scene.epp.streams_ended(StreamEnd::HalfClosed) == 1).await;
+}
+
+#[tokio::test]
+async fn forcing_breaks_streams_off_visibly() {
+    let scene = scene().await;
+    let mut client = connect(&scene).await;
+    let plan = Plan { size: 256 << 20, ..Plan::default() };
+    let mut running = client.send(&plan.request()).await.unwrap();
+    assert_eq!(running.head().await.unwrap().status, 200);
+    scene.agent.agent.force();
+    assert_ne!(running.read_body(|_| Ok(())).await.unwrap().end, BodyEnd::Complete);
+    eventually(SOON, || scene.agent.agent.is_done()).await;
+    eventually(SOON, || scene.endpoint.aborted() == 1).await;
+}
+
+/// However the preface is cut, behind whatever comes with it; and HTTP/1.1 goes on beside it on the same port.
+#[tokio::test]
+async fn a_preface_in_pieces_is_one() {
+    let scene = scene().await;
+    let settings = Frame::new(kind::SETTINGS, 0, 0, []).wire();
+    let fields = [(":method", "GET"), (":scheme", "http"), (":path", "/test/echo"), (":authority", "x")];
+    let opening = [PREFACE, &settings, &Frame::headers(1, true, &fields).wire()].concat();
+    for cut in 1..=opening.len() {
+        let tcp = tokio::net::TcpStream::connect(scene.agent.addr).await.unwrap();
+        let mut frames = Http2Frames::new(tcp).unwrap();
+        frames.send_raw(&opening[..cut]).await.unwrap();
+        tokio::task::yield_now().await;
+        frames.send_raw(&opening[cut..]).await.unwrap();
+        let head = frames.find(|frame| frame.kind == kind::HEADERS).await.unwrap().unwrap();
+        assert_eq!((head.stream, head.status()), (1, Some(200)), "cut at {cut}");
+    }
+    let mut http1 = Client::connect(scene.agent.addr).await.unwrap();
+    assert_eq!(http1.request(&echo(json("m", 10))).await.unwrap().status(), 200);
+}
+
+/// What begins like a preface and is none is answered as HTTP/1.1 has it, and closed.
+#[tokio::test]
+async fn half_a_preface_is_none() {
+    let scene = Scene::with(Front::Http1, Back::Http1, first, |config| {
+        config.timeouts.head = Some(Duration::from_millis(300));
+    })
+    .await;
+    let rows: [(&[u8], u16); 2] = [(b"PRI * HTTP/2.0\r\n", 408), (b"PRI * HTTP/1.1\r\nhost: x\r\n\r\n", 400)];
+    for (wire, status) in rows {
+        let mut client = Client::connect(scene.agent.addr).await.unwrap();
+        client.send_raw(wire).await.unwrap();
+        let response = client.response().await.unwrap();
+        assert_eq!(response.status(), status, "{}", wire.escape_ascii());
+        client.until_end().await.unwrap();
+    }
+    // From its first line on it is HTTP/2, and wrong as such.
+    let tcp = tokio::net::TcpStream::connect(scene.agent.addr).await.unwrap();
+    let mut frames = Http2Frames::new(tcp).unwrap();
+    frames.send_raw(b"PRI * HTTP/2.0\r\nhost: x\r\n\r\n").await.unwrap();
+    let gone = frames.find(|frame| frame.kind == kind::GOAWAY).await.unwrap();
+    assert_ne!(gone.and_then(|frame| frame.error()), Some(0));
+    assert_eq!(scene.endpoint.requests(), 0);
+}
+
+/// Behind a request of HTTP/1.1 it is no protocol to begin with.
+#[tokio::test]
+async fn a_preface_comes_first_or_not_at_all() {
+    let scene = Scene::with(Front::Http1, Back::Http1, first, |_| {}).await;
+    let mut client = Client::connect(scene.agent.addr).await.unwrap();
+    assert_eq!(client.request(&Request::get("/test/echo")).await.unwrap().status(), 200);
+    client.send_raw(PREFACE).await.unwrap();
+    let response = client.response().await.unwrap();
+    assert_eq!((response.status(), response.error_code().as_str()), (505, "http2_preface"));
+    assert_eq!(client.until_end().await.unwrap(), ConnectionEnd::Fin);
+}
+
+#[tokio::test]
+async fn where_http2_is_off_its_preface_is_refused() {
+    let off = |config: &mut penstock_agent::config::Config| config.listen.http2_max_streams = 0;
+    let scene = Scene::with(Front::Http1, Back::Http1, first, off).await;
+    let mut client = Client::connect(scene.agent.addr).await.unwrap();
+    client.send_raw(PREFACE).await.unwrap();
+    let response = client.response().await.unwrap();
+    assert_eq!((response.status(), response.error_code().as_str()), (505, "http2_preface"));
+    assert_eq!(client.until_end().await.unwrap(), ConnectionEnd::Fin);
+}
+
+/// Frames that are none end the connection, and nobody else's.
+#[tokio::test]
+async fn what_is_no_http2_ends_its_connection_alone() {
+    let scene = scene().await;
+    let mut other = connect(&scene).await;
+    let plan = Plan { size: 8 << 20, ..Plan::default() };
+    let mut running = other.send(&plan.request()).await.unwrap();
+    assert_eq!(running.head().await.unwrap().status, 200);
+    let wrong = [
+        Frame::new(kind::DATA, 0, 0, *b"x").wire(),
+        Frame::new(kind::HEADERS, 4, 2, []).wire(),
+        Frame::new(kind::SETTINGS, 0, 0, *b"odd").wire(),
+        vec![0xff; 64],
+        b"GET / HTTP/1.1\r\n\r\n".to_vec(),
+    ];
+    for wire in wrong {
+        let mut frames = Http2Frames::connect(scene.agent.addr).await.unwrap();
+        frames.send_raw(&wire).await.unwrap();
+        let gone = frames.find(|frame| frame.kind == kind::GOAWAY).await.unwrap();
+        assert_ne!(gone.and_then(|frame| frame.error()), Some(0), "{}", wire.escape_ascii());
+    }
+    let mut checker = plan.checker();
+    let read = running.read_body(|bytes| Ok(checker.feed(bytes)?)).await.unwrap();
+    assert_eq!((read.end, read.len), (BodyEnd::Complete, plan.size));
+    assert_eq!(scene.endpoint.requests(), 1);
+}
+
+/// Responses of both protocols through one agent that steers: HTTP/2 does not take part, and nothing is mixed up.
+#[tokio::test]
+async fn beside_clients_whose_responses_the_kernel_carries() {
+    let ingress = |config: &mut penstock_agent::config::Config| config.steering.mode = SteeringMode::Ingress;
+    let scene = Arc::new(Scene::with(Front::Http2, Back::Http1, first, ingress).await);
+    let exchanges = (0..16).map(|number| {
+        let scene = Arc::clone(&scene);
+        tokio::spawn(async move {
+            let mut client = match number % 2 {
+                0 => scene.client().await,
+                _ => Asker::Http1(Client::connect(scene.agent.addr).await.unwrap()),
+            };
+            for round in 0..10 {
+                let pauses = Some(Pauses { seed: round, every: 3, up_to_us: 500 });
+                let plan = Plan {
+                    size: 100_000,
+                    stream_id: number * 100 + round,
+                    pauses,
+                    writes: Lengths::Fixed(3000),
+                    ..Plan::default()
+                };
+                client.send(&plan.request()).await.unwrap();
+                assert_eq!(client.head().await.unwrap().status, 200);
+                let mut checker = Checker::new(plan.stream_id);
+                let read = client.read_body(|bytes| Ok(checker.feed(bytes)?)).await.unwrap();
+                assert_eq!((read.end, read.len), (BodyEnd::Complete, plan.size));
+            }
+        })
+    });
+    for exchange in join_all(exchanges).await {
+        exchange.unwrap();
+    }
+    assert_eq!(scene.agent.metric("penstock_flows_total", &["reason=\"http2\""]), 80.0);
+    assert!(scene.agent.metric("penstock_flows_total", &["path=\"ingress\""]) > 0.0);
+}

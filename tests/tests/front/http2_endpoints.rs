@@ -1,0 +1,417 @@
+//! What endpoints of HTTP/2 have of their own: connections that are shared, limits of their making, requests they refuse unseen.
+
+use std::{future::Future, time::Duration};
+
+use futures_util::future::join_all;
+use http::HeaderMap;
+use penstock_agent::config::{AppProtocol, Config, FailureMode, Pool, SteeringMode};
+use penstock_tests::{
+    BodyEnd, Http2Client, Http2Options, Http2Server, ModelServer, Plan, Refusing, Request, ScriptedEpp,
+    agent::{TestAgent, builtin_pool, epp_pool},
+    client::{Client, Piece},
+    content::Fnv,
+    eventually,
+    http2_client::Stream,
+    http2_frames::{Frame, Http2Frames, kind},
+    model_server::{Fault, FaultKind, Framing, Lengths, Options},
+    scripted_epp::{Endpoints, LlmdRouter},
+    stage::{echo, json},
+};
+use tokio::net::TcpListener;
+
+use crate::{
+    SOON,
+    scene::{Back, Endpoint, Front, Scene, first},
+};
+
+async fn server(options: Http2Options) -> Http2Server {
+    Http2Server::start(options).await.unwrap()
+}
+
+/// An agent whose pool is one endpoint of HTTP/2, without a picker to ask.
+fn agent(addr: std::net::SocketAddr, adjust: impl FnOnce(&mut Config)) -> TestAgent {
+    let pool = Pool { app_protocol: AppProtocol::H2c, ..builtin_pool(&[addr]) };
+    TestAgent::start(pool, SteeringMode::Off, adjust)
+}
+
+/// A POST of what need not be JSON.
+fn plain(body: impl Into<bytes::Bytes>) -> Request {
+    Request::post("/test/echo", body)
+}
+
+/// A response whose head takes a while.
+fn slow(number: u64) -> Plan {
+    let mut plan = Plan { size: 3000, stream_id: number, ..Plan::default() };
+    (plan.head.split_at, plan.head.pause_us) = (Some(0), 30_000);
+    plan
+}
+
+async fn finishes(mut stream: Stream, plan: &Plan) {
+    let response = stream.response().await.unwrap();
+    assert_eq!((response.status(), response.read.end), (200, BodyEnd::Complete), "{}", response.text());
+    plan.checker().feed(&response.body).unwrap();
+    assert_eq!(response.read.len, plan.size);
+}
+
+/// All of them at once.
+async fn all_at_once(client: &mut Http2Client, plans: impl IntoIterator<Item = Plan>) {
+    let mut streams = Vec::new();
+    for plan in plans {
+        streams.push((client.send(&plan.request()).await.unwrap(), plan));
+    }
+    join_all(streams.into_iter().map(|(stream, plan)| async move { finishes(stream, &plan).await })).await;
+}
+
+#[tokio::test]
+async fn many_requests_share_a_connection() {
+    let server = server(Http2Options::default()).await;
+    let agent = agent(server.addr, |_| {});
+    let mut client = Http2Client::connect(agent.addr).await.unwrap();
+    all_at_once(&mut client, (0..100).map(slow)).await;
+    for number in 0..20 {
+        let response = client.request(&plain(number.to_string())).await.unwrap();
+        assert_eq!(response.echoed().count, 101 + number);
+    }
+    assert_eq!((server.connections_accepted(), server.most_streams(), server.requests()), (1, 100, 120));
+    assert_eq!(agent.count("penstock_endpoint_connections_total", &["result=\"new\""]), 1);
+    assert_eq!(agent.count("penstock_endpoint_connections_total", &["result=\"reused\""]), 119);
+}
+
+/// Where its connections take few streams, there are more connections, and nothing is refused.
+#[tokio::test]
+async fn the_endpoints_limit_of_streams_is_kept() {
+    let server = server(Http2Options { max_streams: 4, ..Http2Options::default() }).await;
+    let agent = agent(server.addr, |_| {});
+    let mut client = Http2Client::connect(agent.addr).await.unwrap();
+    all_at_once(&mut client, (0..20).map(slow)).await;
+    assert_eq!(server.connections_accepted(), 5);
+    assert_eq!(agent.count("penstock_endpoint_retries_total", &[]), 0);
+    // And they are used again.
+    all_at_once(&mut client, (0..20).map(slow)).await;
+    assert_eq!((server.connections_accepted(), server.requests()), (5, 40));
+}
+
+/// What runs on a connection that is to go may finish, and what comes is taken elsewhere.
+#[tokio::test]
+async fn a_connection_that_is_told_to_go_gets_no_more() {
+    let server = server(Http2Options::default()).await;
+    let agent = agent(server.addr, |_| {});
+    let mut client = Http2Client::connect(agent.addr).await.unwrap();
+    let plan = Plan { size: 8 << 20, ..Plan::default() };
+    let mut running = client.send(&plan.request()).await.unwrap();
+    assert_eq!(running.head().await.unwrap().status, 200);
+    let mut other = Http2Client::connect(agent.addr).await.unwrap();
+    for round in 2..5 {
+        server.leave();
+        for _ in 0..5 {
+            assert_eq!(other.request(&plain("x")).await.unwrap().status(), 200);
+        }
+        eventually(SOON, || server.connections_accepted() >= round).await;
+    }
+    let mut checker = plan.checker();
+    let read = running.read_body(|bytes| Ok(checker.feed(bytes)?)).await.unwrap();
+    assert_eq!((read.end, read.len), (BodyEnd::Complete, plan.size));
+}
+
+/// Whether or not the agent has noticed its death.
+#[tokio::test]
+async fn an_endpoint_that_starts_again_is_dialled_again() {
+    let mut first = server(Http2Options::default()).await;
+    let addr = first.addr;
+    let agent = agent(addr, |config| config.pools[0].ejection.failures = 0);
+    let mut client = Http2Client::connect(agent.addr).await.unwrap();
+    assert_eq!(client.request(&plain("x")).await.unwrap().status(), 200);
+    for _ in 0..10 {
+        first.stop();
+        first = server(Http2Options { listen: addr, ..Http2Options::default() }).await;
+        assert_eq!(client.request(&plain("x")).await.unwrap().echoed().count, 1);
+    }
+}
+
+/// A request that was refused unseen is sent again, body and all.
+#[tokio::test]
+async fn a_stream_that_is_refused_is_sent_again() {
+    let server = server(Http2Options { refuses: 2, ..Http2Options::default() }).await;
+    let agent = agent(server.addr, |_| {});
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    let body = json("m", 200_000);
+    let seen = client.request(&echo(body.clone())).await.unwrap().echoed();
+    assert_eq!((seen.body_length, seen.body_hash), (body.len() as u64, Fnv::of(&body).value()));
+    assert_eq!((server.refused(), server.requests()), (2, 1));
+    assert_eq!(agent.count("penstock_endpoint_retries_total", &["reason=\"stream_refused\""]), 2);
+}
+
+/// Not for ever.
+#[tokio::test]
+async fn an_endpoint_that_refuses_everything_has_failed() {
+    let server = server(Http2Options { refuses: u64::MAX, ..Http2Options::default() }).await;
+    let agent = agent(server.addr, |_| {});
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    let response = client.request(&echo(json("m", 10))).await.unwrap();
+    assert_eq!((response.status(), response.error_code().as_str()), (502, "endpoint_closed"));
+    assert!(server.refused() < 20, "{}", server.refused());
+}
+
+/// An endpoint by hand: `serve` is given each of its connections, numbered from 0.
+async fn by_hand<F>(serve: impl Fn(usize, Http2Frames) -> F + Send + 'static) -> std::net::SocketAddr
+where
+    F: Future<Output = anyhow::Result<()>> + Send + 'static,
+{
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        for number in 0.. {
+            let Ok((tcp, _)) = listener.accept().await else { return };
+            let Ok(frames) = Http2Frames::accept(tcp).await else { continue };
+            tokio::spawn(serve(number, frames));
+        }
+    });
+    addr
+}
+
+/// A head of which a single byte says that all is well.
+fn all_is_well(stream: u32) -> Frame {
+    Frame::new(kind::HEADERS, 5, stream, [0x88])
+}
+
+/// GOAWAY says which requests were not looked at, and they are sent again.
+#[tokio::test]
+async fn what_a_connection_that_goes_has_not_looked_at_is_sent_again() {
+    let addr = by_hand(|number, mut frames| async move {
+        let head = frames.find(|frame| frame.kind == kind::HEADERS).await?.unwrap();
+        if number == 0 {
+            frames.send(&Frame::new(kind::GOAWAY, 0, 0, [0; 8])).await?;
+        } else {
+            frames.send(&all_is_well(head.stream)).await?;
+        }
+        frames.find(|_| false).await?;
+        Ok(())
+    })
+    .await;
+    let agent = agent(addr, |_| {});
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    assert_eq!(client.request(&echo(json("m", 50_000))).await.unwrap().status(), 200);
+    assert_eq!(agent.count("penstock_endpoint_retries_total", &["reason=\"stream_refused\""]), 1);
+}
+
+/// A GOAWAY that leaves the request standing does not.
+#[tokio::test]
+async fn what_it_has_looked_at_is_not() {
+    let addr = by_hand(|_, mut frames| async move {
+        let head = frames.find(|frame| frame.kind == kind::HEADERS).await?.unwrap();
+        frames.send(&Frame::new(kind::GOAWAY, 0, 0, [0, 0, 0, 1, 0, 0, 0, 0])).await?;
+        frames.send(&all_is_well(head.stream)).await?;
+        frames.find(|_| false).await?;
+        Ok(())
+    })
+    .await;
+    let agent = agent(addr, |_| {});
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    for _ in 0..3 {
+        assert_eq!(client.request(&echo(json("m", 50_000))).await.unwrap().status(), 200);
+    }
+    assert_eq!(agent.count("penstock_endpoint_retries_total", &[]), 0);
+}
+
+/// Heads that are none, frames that are none: an answer, and the next request is served.
+#[tokio::test]
+async fn what_is_no_response_is_a_bad_gateway() {
+    let wrong: [&[u8]; 4] = [
+        // Without a status; with a field in capitals; with a length that is not the body's; no header block at all.
+        &[],
+        &[0x88, 0, 1, b'X', 1, b'1'],
+        &[0x88, 0x5c, 1, b'5'],
+        &[0xff; 40],
+    ];
+    let addr = by_hand(move |number, mut frames| async move {
+        let head = frames.find(|frame| frame.kind == kind::HEADERS).await?.unwrap();
+        match wrong.get(number) {
+            Some(block) => frames.send(&Frame::new(kind::HEADERS, 5, head.stream, *block)).await?,
+            None => frames.send(&all_is_well(head.stream)).await?,
+        }
+        if number < wrong.len() {
+            // So that each has a connection of its own.
+            frames.send(&Frame::new(kind::GOAWAY, 0, 0, [0, 0, 0, 1, 0, 0, 0, 0])).await?;
+        }
+        frames.find(|_| false).await?;
+        Ok(())
+    })
+    .await;
+    let agent = agent(addr, |config| config.pools[0].ejection.failures = 0);
+    for block in wrong {
+        let mut client = Client::connect(agent.addr).await.unwrap();
+        let response = client.request(&Request::get("/")).await.unwrap();
+        assert_eq!(response.status(), 502, "{block:?}: {}", response.text());
+    }
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    assert_eq!(client.request(&Request::get("/")).await.unwrap().status(), 200);
+}
+
+#[tokio::test]
+async fn the_next_of_the_pickers_list_when_one_cannot_be_reached() {
+    let (dead, alive) = (Refusing::new().unwrap(), server(Http2Options::default()).await);
+    let both = [dead.addr, alive.addr];
+    let epp = ScriptedEpp::start(LlmdRouter::over(Endpoints::new(&both).offering(2))).await.unwrap();
+    let pool = Pool { app_protocol: AppProtocol::H2c, ..epp_pool(&both, epp.addr, FailureMode::Closed) };
+    let agent = TestAgent::start(pool, SteeringMode::Off, |_| {});
+    for mut client in [Client::connect(agent.addr).await.unwrap(), Client::connect(agent.addr).await.unwrap()] {
+        let body = json("m", 100_000);
+        let response = client.request(&echo(body.clone())).await.unwrap();
+        assert_eq!(response.served_by(), Some(alive.addr));
+        assert_eq!(response.echoed().body_hash, Fnv::of(&body).value());
+    }
+}
+
+/// One that speaks HTTP/1.1, and one that says nothing.
+#[tokio::test]
+async fn an_endpoint_that_does_not_speak_http2_is_an_error_in_time() {
+    let http1 = ModelServer::start(Options::default()).await.unwrap();
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let rows = [(http1.addr, 502, "connect"), (silent.local_addr().unwrap(), 504, "connect_timeout")];
+    for (addr, status, code) in rows {
+        let agent = agent(addr, |config| config.timeouts.connect = Some(Duration::from_millis(500)));
+        let mut client = Client::connect(agent.addr).await.unwrap();
+        let response = client.request(&plain("x")).await.unwrap();
+        assert_eq!((response.status(), response.error_code().as_str()), (status, code), "{}", response.text());
+    }
+}
+
+/// Clients that read nothing hold up neither each other nor anybody else on the endpoint's connection, however small its
+/// frames.
+#[tokio::test]
+async fn stalled_clients_do_not_hinder_the_others() {
+    let server = server(Http2Options::default()).await;
+    let agent = agent(server.addr, |config| config.listen.workers = 1);
+    let mut stalled = Vec::new();
+    // Tokens in frames of their own, and bulk.
+    for number in 0..24 {
+        let chunks = if number % 6 == 0 { Lengths::Fixed(40) } else { Lengths::Fixed(16 << 10) };
+        let plan = Plan { framing: Framing::Chunked, size: 64 << 20, stream_id: number, chunks, ..Plan::default() };
+        let mut client = Http2Client::connect(agent.addr).await.unwrap();
+        let mut stream = client.send(&plan.request()).await.unwrap();
+        assert_eq!(stream.head().await.unwrap().status, 200);
+        stalled.push((client, stream, plan));
+    }
+    // Whatever waits for them has come as far as it can.
+    let mut last = (0, std::time::Instant::now());
+    eventually(SOON, || {
+        let now = server.written();
+        if now != last.0 {
+            last = (now, std::time::Instant::now());
+        }
+        last.1.elapsed() > Duration::from_millis(300)
+    })
+    .await;
+    assert!(last.0 < 24 << 20, "{} bytes are on their way", last.0);
+    let mut other = Http2Client::connect(agent.addr).await.unwrap();
+    for number in 0..20 {
+        let plan = Plan { size: 200_000, stream_id: 100 + number, ..Plan::default() };
+        finishes(other.send(&plan.request()).await.unwrap(), &plan).await;
+    }
+    assert_eq!(server.connections_accepted(), 1);
+    // Each goes on where it was.
+    for (_, stream, plan) in &mut stalled {
+        let mut checker = plan.checker();
+        while checker.offset() < 400_000 {
+            let Piece::Data(data) = stream.piece().await.unwrap() else { panic!("ended at {}", checker.offset()) };
+            checker.feed(&data).unwrap();
+        }
+    }
+    assert_eq!(server.aborted(), 0);
+    drop(stalled);
+    eventually(SOON, || server.aborted() == 24).await;
+    assert_eq!(other.request(&plain("x")).await.unwrap().status(), 200);
+    assert_eq!(server.connections_accepted(), 1);
+}
+
+/// The client's trailers are the endpoint's.
+#[tokio::test]
+async fn trailers_of_a_request_arrive() {
+    let scene = Scene::with(Front::Http2, Back::Http2, first, |_| {}).await;
+    let mut client = Http2Client::connect(scene.agent.addr).await.unwrap();
+    let head = client.head(&Request::new("POST", "/test/echo")).unwrap();
+    let mut stream = client.open(head, false).await.unwrap();
+    stream.data("abc").await.unwrap();
+    let mut trailers = HeaderMap::new();
+    trailers.insert("x-checksum", "1".parse().unwrap());
+    stream.finish(trailers).unwrap();
+    let seen = stream.response().await.unwrap().echoed();
+    assert_eq!((seen.body_length, seen.body_hash), (3, Fnv::of(b"abc").value()));
+    assert_eq!(seen.trailers, [("x-checksum".to_owned(), "1".to_owned())]);
+}
+
+/// A response that is whole before the request is: the rest of the request is not waited for.
+#[tokio::test]
+async fn an_endpoint_that_answers_early() {
+    let addr = by_hand(|_, mut frames| async move {
+        while let Some(head) = frames.find(|frame| frame.kind == kind::HEADERS).await? {
+            frames.send(&all_is_well(head.stream)).await?;
+            frames.send(&Frame::new(kind::RST_STREAM, 0, head.stream, [0; 4])).await?;
+        }
+        Ok(())
+    })
+    .await;
+    let agent = agent(addr, |_| {});
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    for _ in 0..3 {
+        // More than its window takes.
+        let response = client.request(&plain(vec![b'x'; 1 << 20])).await.unwrap();
+        assert_eq!((response.status(), response.read.end), (200, BodyEnd::Complete));
+    }
+}
+
+/// Responses that HTTP/2 is part of are relayed, whatever the agent could do.
+#[tokio::test]
+async fn the_kernel_takes_no_part() {
+    let ingress = |config: &mut Config| config.steering.mode = SteeringMode::Ingress;
+    let scene = Scene::with(Front::Http1, Back::Http2, first, ingress).await;
+    for framing in [Framing::ContentLength, Framing::Chunked] {
+        let plan = Plan { size: 3 << 20, framing, ..Plan::default() };
+        let response = scene.request(&plan.request()).await;
+        plan.checker().feed(&response.body).unwrap();
+        assert_eq!((response.read.end, response.read.len), (BodyEnd::Complete, plan.size));
+    }
+    let flows = || scene.agent.count("penstock_flows_total", &["path=\"relay\"", "reason=\"http2\""]);
+    eventually(SOON, || flows() == 2).await;
+    assert_eq!(scene.agent.count("penstock_flows_total", &["path=\"ingress\""]), 0);
+}
+
+/// Idle connections are closed, those in use are not.
+#[tokio::test]
+async fn idle_connections_are_closed() {
+    let server = server(Http2Options::default()).await;
+    let agent = agent(server.addr, |config| config.timeouts.endpoint_keep_alive = Duration::from_millis(10));
+    let mut client = Http2Client::connect(agent.addr).await.unwrap();
+    let fault = Some(Fault { after: 500, kind: FaultKind::StallMs(1500) });
+    let plan = Plan { size: 1000, fault, ..Plan::default() };
+    finishes(client.send(&plan.request()).await.unwrap(), &plan).await;
+    eventually(SOON, || server.connections_open() == 0).await;
+    assert_eq!(client.request(&plain("x")).await.unwrap().status(), 200);
+    assert_eq!(server.connections_accepted(), 2);
+}
+
+/// HTTP/1.0 gets what it can read: no chunks, and the end of the connection for the end of the body.
+#[tokio::test]
+async fn a_client_of_http_1_0() {
+    let scene = Scene::with(Front::Http1, Back::Http2, first, |_| {}).await;
+    let Endpoint::Http2(server) = &scene.endpoint else { panic!("another endpoint") };
+    for framing in [Framing::ContentLength, Framing::Chunked] {
+        let plan = Plan { size: 100_000, framing, ..Plan::default() };
+        let mut client = Client::connect(scene.agent.addr).await.unwrap();
+        let wire = format!("GET /test/body HTTP/1.0\r\nx-test-plan: {}\r\n\r\n", plan.header());
+        client.send_raw(wire.as_bytes()).await.unwrap();
+        let response = client.response().await.unwrap();
+        assert_eq!(response.header("transfer-encoding"), None);
+        plan.checker().feed(&response.body).unwrap();
+        assert_eq!((response.read.end, response.read.len), (BodyEnd::Complete, plan.size));
+        // Broken off, it does not look like an end.
+        let fault = Some(Fault { after: 50_000, kind: FaultKind::Reset });
+        let wire = format!("GET / HTTP/1.0\r\nx-test-plan: {}\r\n\r\n", Plan { fault, ..plan }.header());
+        let mut client = Client::connect(scene.agent.addr).await.unwrap();
+        client.send_raw(wire.as_bytes()).await.unwrap();
+        if let Ok(response) = client.response().await {
+            assert_ne!(response.read.end, BodyEnd::Complete);
+        }
+    }
+    assert_eq!(server.seen()[0].header(":authority"), Some(server.addr.to_string().as_str()));
+}

@@ -1,0 +1,246 @@
+//! An agent that asks a picker, in front of one endpoint, and its clients; who speaks what is the test's choice.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context as _, Result};
+use penstock_agent::config::{AppProtocol, Config, FailureMode, ListenTls, SteeringMode};
+use penstock_tests::{
+    Client, Http2Client, Http2Options, Http2Server, ModelServer, Request, Response, ScriptedEpp,
+    agent::{TestAgent, epp_pool},
+    client::{BodyRead, Head, Pace, Piece},
+    http2_client::Stream,
+    model_server::{Echo, Options},
+    scripted_epp::{Answering, LlmdRouter, Script, reply},
+    tls::{Certificate, TlsStream},
+};
+use tokio::net::TcpStream;
+
+/// What clients speak.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Front {
+    Http1,
+    Http2,
+    /// HTTP/1.1 and HTTP/2 in TLS.
+    Tls1,
+    Tls2,
+}
+
+/// What the endpoint speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Back {
+    Http1,
+    Http2,
+}
+
+pub(crate) enum Endpoint {
+    Http1(ModelServer),
+    Http2(Http2Server),
+}
+
+pub(crate) struct Scene {
+    pub(crate) agent: TestAgent,
+    pub(crate) epp: ScriptedEpp,
+    pub(crate) endpoint: Endpoint,
+    pub(crate) certificate: Certificate,
+    front: Front,
+    /// Where the certificate is.
+    _folder: tempfile::TempDir,
+}
+
+/// A picker that takes any request, JSON or not, and leaves it alone.
+pub(crate) fn first(all: &[SocketAddr]) -> impl Script + use<> {
+    let picked = all[0].to_string();
+    Answering::new(move |_| vec![reply::pick(&picked, &[])])
+}
+
+impl Scene {
+    /// With a picker as in the field.
+    pub(crate) async fn new(front: Front, back: Back) -> Self {
+        Self::with(front, back, LlmdRouter::new, |_| {}).await
+    }
+
+    /// `script` is given the address of the endpoint; `adjust` changes what the test is about.
+    pub(crate) async fn with<S: Script>(
+        front: Front,
+        back: Back,
+        script: impl FnOnce(&[SocketAddr]) -> S,
+        adjust: impl FnOnce(&mut Config),
+    ) -> Self {
+        let endpoint = match back {
+            Back::Http1 => Endpoint::Http1(ModelServer::start(Options::default()).await.unwrap()),
+            Back::Http2 => Endpoint::Http2(Http2Server::start(Http2Options::default()).await.unwrap()),
+        };
+        Self::before(front, endpoint, script, adjust).await
+    }
+
+    /// As [`Self::with`], before an endpoint of the caller's.
+    pub(crate) async fn before<S: Script>(
+        front: Front,
+        endpoint: Endpoint,
+        script: impl FnOnce(&[SocketAddr]) -> S,
+        adjust: impl FnOnce(&mut Config),
+    ) -> Self {
+        let addr = endpoint.addr();
+        let epp = ScriptedEpp::start(script(&[addr])).await.unwrap();
+        let certificate = Certificate::new("agent.example").unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let (cert_file, key_file) = certificate.write(folder.path()).unwrap();
+        let mut pool = epp_pool(&[addr], epp.addr, FailureMode::Closed);
+        if let Endpoint::Http2(_) = endpoint {
+            pool.app_protocol = AppProtocol::H2c;
+        }
+        let agent = TestAgent::start(pool, SteeringMode::Off, |config| {
+            if matches!(front, Front::Tls1 | Front::Tls2) {
+                let address = SocketAddr::from(([127, 0, 0, 1], 0));
+                config.listen.tls = Some(ListenTls { address, cert_file, key_file });
+            }
+            adjust(config);
+        });
+        Self { agent, epp, endpoint, certificate, front, _folder: folder }
+    }
+
+    /// Where clients connect.
+    pub(crate) fn addr(&self) -> SocketAddr {
+        match self.front {
+            Front::Http1 | Front::Http2 => self.agent.addr,
+            Front::Tls1 | Front::Tls2 => self.agent.agent.tls_address().unwrap(),
+        }
+    }
+
+    /// A client on a connection of its own.
+    pub(crate) async fn client(&self) -> Asker {
+        let addr = self.addr();
+        match self.front {
+            Front::Http1 => Asker::Http1(Client::connect(addr).await.unwrap()),
+            Front::Http2 => Asker::Http2(Http2Client::connect(addr).await.unwrap(), None),
+            Front::Tls1 => {
+                let tls = self.certificate.connect(addr, &["http/1.1"]).await.unwrap();
+                Asker::Tls1(Client::over(tls, addr))
+            }
+            Front::Tls2 => {
+                let tls = self.certificate.connect(addr, &["h2", "http/1.1"]).await.unwrap();
+                assert_eq!(tls.get_ref().1.alpn_protocol(), Some(&b"h2"[..]));
+                let mut settings = h2::client::Builder::new();
+                let client = Http2Client::over(tls, "https", "agent.example", &mut settings).await.unwrap();
+                Asker::Http2(client, None)
+            }
+        }
+    }
+
+    pub(crate) async fn request(&self, request: &Request) -> Response {
+        self.client().await.request(request).await.unwrap()
+    }
+}
+
+impl Front {
+    pub(crate) fn is_http2(self) -> bool {
+        matches!(self, Self::Http2 | Self::Tls2)
+    }
+}
+
+/// Some client: one request after the other.
+#[expect(clippy::large_enum_variant, reason = "one for each test")]
+pub(crate) enum Asker {
+    Http1(Client),
+    Tls1(Client<TlsStream<TcpStream>>),
+    /// With the stream of the request that is under way.
+    Http2(Http2Client, Option<Stream>),
+}
+
+impl Asker {
+    pub(crate) async fn request(&mut self, request: &Request) -> Result<Response> {
+        self.send(request).await?;
+        match self {
+            Self::Http1(client) => client.response().await,
+            Self::Tls1(client) => client.response().await,
+            Self::Http2(_, stream) => stream.as_mut().context("nothing was sent")?.response().await,
+        }
+    }
+
+    pub(crate) async fn send(&mut self, request: &Request) -> Result<()> {
+        match self {
+            Self::Http1(client) => client.send(request).await,
+            Self::Tls1(client) => client.send(request).await,
+            Self::Http2(client, stream) => {
+                *stream = Some(client.send(request).await?);
+                Ok(())
+            }
+        }
+    }
+
+    pub(crate) async fn head(&mut self) -> Result<Head> {
+        match self {
+            Self::Http1(client) => client.head().await,
+            Self::Tls1(client) => client.head().await,
+            Self::Http2(_, stream) => stream.as_mut().context("nothing was sent")?.head().await,
+        }
+    }
+
+    pub(crate) async fn piece(&mut self) -> Result<Piece> {
+        match self {
+            Self::Http1(client) => client.piece(usize::MAX).await,
+            Self::Tls1(client) => client.piece(usize::MAX).await,
+            Self::Http2(_, stream) => stream.as_mut().context("nothing was sent")?.piece().await,
+        }
+    }
+
+    pub(crate) async fn read_body(&mut self, sink: impl FnMut(&[u8]) -> Result<()>) -> Result<BodyRead> {
+        match self {
+            Self::Http1(client) => client.read_body(Pace::Fast, sink).await,
+            Self::Tls1(client) => client.read_body(Pace::Fast, sink).await,
+            Self::Http2(_, stream) => stream.as_mut().context("nothing was sent")?.read_body(sink).await,
+        }
+    }
+
+    /// Wants no more of the response. The connection of an HTTP/2 client goes on.
+    pub(crate) fn leave(self) -> Option<Self> {
+        match self {
+            Self::Http1(_) | Self::Tls1(_) => None,
+            Self::Http2(client, _) => Some(Self::Http2(client, None)),
+        }
+    }
+}
+
+impl Endpoint {
+    pub(crate) fn addr(&self) -> SocketAddr {
+        match self {
+            Self::Http1(server) => server.addr,
+            Self::Http2(server) => server.addr,
+        }
+    }
+
+    pub(crate) fn requests(&self) -> u64 {
+        match self {
+            Self::Http1(server) => server.requests(),
+            Self::Http2(server) => server.requests(),
+        }
+    }
+
+    pub(crate) fn aborted(&self) -> u64 {
+        match self {
+            Self::Http1(server) => server.aborted(),
+            Self::Http2(server) => server.aborted(),
+        }
+    }
+
+    pub(crate) fn written(&self) -> u64 {
+        match self {
+            Self::Http1(server) => server.written(),
+            Self::Http2(server) => server.written(),
+        }
+    }
+
+    pub(crate) fn connections_accepted(&self) -> u64 {
+        match self {
+            Self::Http1(server) => server.connections_accepted(),
+            Self::Http2(server) => server.connections_accepted(),
+        }
+    }
+
+    pub(crate) fn seen(&self) -> Vec<Echo> {
+        match self {
+            Self::Http1(server) => server.seen(),
+            Self::Http2(server) => server.seen(),
+        }
+    }
+}
