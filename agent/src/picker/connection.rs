@@ -148,19 +148,26 @@ async fn handshake(io: impl hyper::rt::Read + hyper::rt::Write + Unpin + Send + 
             let kind = io.map_or(io::ErrorKind::Other, io::Error::kind);
             io::Error::new(kind, error)
         })?;
+    let http2 = Http2 { send, lost: Arc::default(), went_away: Arc::default() };
+    let went_away = Arc::clone(&http2.went_away);
     tokio::spawn(async move {
-        if let Err(error) = connection.await {
-            tracing::debug!(?error, "connection to the EPP ended");
+        // Requests that wait for it learn of its end after this.
+        match connection.await {
+            Ok(()) => went_away.store(true, Ordering::Relaxed),
+            Err(error) => tracing::debug!(?error, "connection to the EPP ended"),
         }
     });
-    Ok(Http2 { send, lost: Arc::default() })
+    Ok(http2)
 }
 
 /// An open connection; clones are the same one.
 #[derive(Clone)]
 pub struct Http2 {
     send: http2::SendRequest<Body>,
+    /// Not to be handed out again.
     lost: Arc<AtomicBool>,
+    /// It has ended in order: by GOAWAY.
+    went_away: Arc<AtomicBool>,
 }
 
 impl Http2 {
@@ -181,12 +188,16 @@ impl Http2 {
         loop {
             if let Some(error) = error.downcast_ref::<h2::Error>() {
                 stream_only |= error.is_reset();
-                // GOAWAY ends, with this error, the streams that the server had not looked at.
-                not_taken |= error.is_remote() && error.is_go_away();
-                not_taken |= error.is_remote() && error.reason() == Some(h2::Reason::REFUSED_STREAM);
+                not_taken |= match error.reason() {
+                    // GOAWAY ends the streams that the server had not looked at with this error.
+                    Some(h2::Reason::NO_ERROR) => error.is_remote() && error.is_go_away(),
+                    Some(h2::Reason::REFUSED_STREAM) => error.is_remote(),
+                    _ => false,
+                };
             }
-            // Never sent: the connection ended, or its server said that it is going away, while the request waited for it.
-            not_taken |= error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_canceled);
+            // Never sent: it waited in hyper's queue.
+            let canceled = error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_canceled);
+            not_taken |= canceled && self.went_away.load(Ordering::Relaxed);
             match error.source() {
                 Some(source) => error = source,
                 None => break,

@@ -238,8 +238,8 @@ async fn a_request_without_a_decision_is_asked_again_of_another_replica() {
     goes_to_the_next(Some(Fault::ResetAtAccept), &["connect", "reset"]).await;
     for moment in [Moment::RequestHeaders, half, Moment::HeaderReply] {
         goes_to_the_next(Some(Fault::At(moment, Harm::Status(Code::Unavailable))), &["unavailable"]).await;
-        goes_to_the_next(Some(Fault::At(moment, Harm::ResetConnection)), &["connect", "reset", "not_taken"]).await;
-        goes_to_the_next(Some(Fault::At(moment, Harm::Die)), &["connect", "reset", "not_taken"]).await;
+        goes_to_the_next(Some(Fault::At(moment, Harm::ResetConnection)), &["connect", "reset"]).await;
+        goes_to_the_next(Some(Fault::At(moment, Harm::Die)), &["connect", "reset"]).await;
     }
 }
 
