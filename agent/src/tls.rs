@@ -1,18 +1,20 @@
 //! TLS toward clients: the certificate from its files, which can be read again while the agent runs.
 
-use std::{fs, io, path::Path, sync::Arc, time::Duration};
+use std::{fs, path::Path, sync::Arc, time::Duration};
 
 use parking_lot::RwLock;
 use rustls::{
     ServerConfig,
     crypto::ring,
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
     server::{ClientHello, ResolvesServerCert},
     sign::CertifiedKey,
 };
 use tokio_rustls::TlsAcceptor;
 
-use crate::config::ListenTls;
+use crate::{
+    config::ListenTls,
+    pem::{self, PemError},
+};
 
 /// How often the files are looked at.
 const LOOK: Duration = Duration::from_secs(1);
@@ -24,11 +26,9 @@ const HTTP11: &[u8] = b"http/1.1";
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
     #[error("{file}: {error}")]
-    File { file: String, error: io::Error },
-    #[error("{file}: {error}")]
-    Pem { file: String, error: rustls::pki_types::pem::Error },
+    File { file: String, error: PemError },
     #[error("{0}")]
-    Key(rustls::Error),
+    Settings(#[from] rustls::Error),
 }
 
 /// What clients are shown. Those that are connected keep what they have seen.
@@ -85,7 +85,7 @@ impl Certificate {
     /// `http2`: offer it.
     pub fn acceptor(self: &Arc<Self>, http2: bool) -> Result<TlsAcceptor, TlsError> {
         let builder = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()));
-        let builder = builder.with_safe_default_protocol_versions().map_err(TlsError::Key)?;
+        let builder = builder.with_safe_default_protocol_versions()?;
         let certificate: Arc<dyn ResolvesServerCert> = Arc::<Self>::clone(self);
         let mut config = builder.with_no_client_auth().with_cert_resolver(certificate);
         config.alpn_protocols = if http2 { vec![H2.to_vec(), HTTP11.to_vec()] } else { vec![HTTP11.to_vec()] };
@@ -100,20 +100,16 @@ impl ResolvesServerCert for Certificate {
 }
 
 fn contents(settings: &ListenTls) -> Result<(Vec<u8>, Vec<u8>), TlsError> {
-    let read = |path: &Path| fs::read(path).map_err(|error| TlsError::File { file: path.display().to_string(), error });
+    let read = |path: &Path| fs::read(path).map_err(PemError::from).map_err(wrong(path));
     Ok((read(&settings.cert_file)?, read(&settings.key_file)?))
 }
 
-fn parse(settings: &ListenTls, (cert, key): &(Vec<u8>, Vec<u8>)) -> Result<CertifiedKey, TlsError> {
-    let wrong = |path: &Path| {
-        let file = path.display().to_string();
-        move |error| TlsError::Pem { file, error }
-    };
-    let chain: Vec<_> =
-        CertificateDer::pem_slice_iter(cert).collect::<Result<_, _>>().map_err(wrong(&settings.cert_file))?;
-    if chain.is_empty() {
-        return Err(wrong(&settings.cert_file)(rustls::pki_types::pem::Error::NoItemsFound));
-    }
-    let key = PrivateKeyDer::from_pem_slice(key).map_err(wrong(&settings.key_file))?;
-    CertifiedKey::from_der(chain, key, &ring::default_provider()).map_err(TlsError::Key)
+fn parse(settings: &ListenTls, (certificate, key): &(Vec<u8>, Vec<u8>)) -> Result<CertifiedKey, TlsError> {
+    pem::certificates(certificate).map_err(wrong(&settings.cert_file))?;
+    pem::certified_key(certificate, key).map_err(wrong(&settings.key_file))
+}
+
+fn wrong(path: &Path) -> impl FnOnce(PemError) -> TlsError {
+    let file = path.display().to_string();
+    |error| TlsError::File { file, error }
 }

@@ -9,7 +9,7 @@ mod verify;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use rustls::{ClientConfig, crypto::ring};
 use tokio_rustls::TlsConnector;
 
@@ -26,8 +26,8 @@ pub struct Tls {
     mode: EppTls,
     client: Option<ClientCertificate>,
     current: RwLock<TlsConnector>,
-    /// What the files said when the connector was made.
-    made_of: Vec<Vec<u8>>,
+    /// What the files said when they were last looked at, or why they could not be read.
+    seen: Mutex<Result<Vec<Vec<u8>>, String>>,
 }
 
 impl Tls {
@@ -38,9 +38,9 @@ impl Tls {
         }
         let (mode, client) = (epp.tls.clone(), epp.client_certificate.clone());
         let read = |file: PathBuf| std::fs::read(&file).map_err(|error| anyhow::anyhow!("{}: {error}", file.display()));
-        let made_of = files(&mode, client.as_ref()).into_iter().map(read).collect::<anyhow::Result<Vec<_>>>()?;
-        let current = RwLock::new(connector(&mode, &made_of)?);
-        Ok(Some(Self { mode, client, current, made_of }))
+        let texts = files(&mode, client.as_ref()).into_iter().map(read).collect::<anyhow::Result<Vec<_>>>()?;
+        let current = RwLock::new(connector(&mode, &texts)?);
+        Ok(Some(Self { mode, client, current, seen: Mutex::new(Ok(texts)) }))
     }
 
     /// As the files are now.
@@ -54,19 +54,16 @@ impl Tls {
         if files.is_empty() {
             return;
         }
-        let mut seen: Result<Vec<Vec<u8>>, String> = Ok(self.made_of.clone());
         loop {
             tokio::time::sleep(LOOK).await;
             let found = read_all(&files).await;
-            if found == seen {
+            // Once for each change, not once a second.
+            if found == *self.seen.lock() {
                 continue;
             }
-            // Once for each change, not once a second.
-            seen = found;
-            let made = seen
-                .as_ref()
-                .map_err(Clone::clone)
-                .and_then(|texts| connector(&self.mode, texts).map_err(|error| error.to_string()));
+            let made = found.as_deref().map_err(Clone::clone);
+            let made = made.and_then(|texts| connector(&self.mode, texts).map_err(|error| error.to_string()));
+            *self.seen.lock() = found;
             match made {
                 Ok(connector) => {
                     *self.current.write() = connector;
