@@ -6,33 +6,29 @@
 use std::{
     io,
     net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     thread::JoinHandle,
-    time::Instant,
 };
 
 use anyhow::{Context as _, Result};
-use http::HeaderName;
+use parking_lot::Mutex;
+use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
-use tokio_util::sync::CancellationToken;
 
 use crate::{
     admin::{self, AdminHandle},
-    bbr::ModelHeaders,
-    config::{Config, Picker},
-    endpoint::{budget::RetryBudget, discovery::Discovery, set::EndpointSet},
+    config::Config,
+    endpoint::discovery::Discovery,
     metrics::{self, Metrics},
-    picker::builtin::BuiltinPicker,
     readiness::{Gate, Readiness},
-    route::Router,
+    reload::{self, ReloadError},
     selftest,
+    shared::{Shared, names},
+    site::{self, Listener},
     steer::Steering,
     telemetry::{Exporter, Telemetry},
     tls::Certificate,
-    worker::{Listener, Shared, Worker},
+    worker::Worker,
 };
 
 /// Connections that the kernel holds for us until a worker accepts them.
@@ -40,10 +36,11 @@ const BACKLOG: i32 = 4096;
 
 /// A running agent. Dropping it breaks off what runs.
 pub struct Agent {
-    shared: Arc<Shared>,
+    /// What holds now, and goes to the workers when it changes.
+    shared: watch::Sender<Arc<Shared>>,
     readiness: Readiness,
     admin: AdminHandle,
-    _discovery: Discovery,
+    discovery: Mutex<Discovery>,
     workers: Vec<JoinHandle<()>>,
     address: SocketAddr,
     tls_address: Option<SocketAddr>,
@@ -60,18 +57,13 @@ impl Agent {
             count => count,
         };
         raise_descriptor_limit();
-        let names: Vec<String> = config.pools.iter().map(|pool| pool.name.clone()).collect();
-        let metrics = Metrics::new(&names);
+        let metrics = Metrics::new(&names(&config));
         let readiness = Readiness::new();
         let gates: Vec<Gate> = (0..count).map(|number| readiness.gate(format!("worker {number}"))).collect();
-
-        let endpoints: Vec<_> =
-            config.pools.iter().map(|pool| Arc::new(EndpointSet::new(pool, &config.node))).collect();
-        for (pool, endpoints) in endpoints.iter().enumerate() {
-            let endpoints = Arc::clone(endpoints);
-            metrics.count_endpoints(pool, move || endpoints.states());
-        }
-        let discovery = Discovery::start(&config, &endpoints, &metrics, &readiness)?;
+        let (telemetry, exporter) = Telemetry::start(&config.tracing, &metrics)?.unzip();
+        let shared = Arc::new(Shared::new(config, metrics, telemetry));
+        let (config, metrics) = (&shared.config, &shared.metrics);
+        let discovery = discover(&shared, Some(&readiness))?;
 
         let steering = selftest::start(&config.steering);
         metrics.set_steering_path(
@@ -100,29 +92,16 @@ impl Agent {
         }
         let status = steering.describe();
         let admin =
-            admin::start(config.admin.address, Arc::clone(&metrics), readiness.clone(), move || vec![status.clone()])
+            admin::start(config.admin.address, Arc::clone(metrics), readiness.clone(), move || vec![status.clone()])
                 .with_context(|| format!("the admin server on {}", config.admin.address))?;
 
-        let (telemetry, exporter) = Telemetry::start(&config.tracing, &metrics)?.unzip();
-        let shared = Arc::new(Shared {
-            router: Router::new(&config),
-            pickers: endpoints.iter().map(|endpoints| BuiltinPicker::new(Arc::clone(endpoints))).collect(),
-            endpoints,
-            pick_headers: pick_headers(&config),
-            model_headers: ModelHeaders::new(&config.bbr),
-            retries: config.pools.iter().map(|pool| RetryBudget::new(&pool.retry, Instant::now())).collect(),
-            metrics,
-            telemetry,
-            draining: CancellationToken::new(),
-            force: CancellationToken::new(),
-            failed: AtomicBool::new(false),
-            config,
-        });
+        let (updates, _) = watch::channel(Arc::clone(&shared));
         let mut workers = Vec::with_capacity(count);
         for (number, (listeners, gate)) in listeners.into_iter().zip(gates).enumerate() {
-            let (shared, steering) = (Arc::clone(&shared), steering.clone());
+            let (updates, steering) = (updates.subscribe(), steering.clone());
             let run = move || {
-                if let Err(error) = work(Arc::clone(&shared), &steering, count, listeners, gate) {
+                let shared = Arc::clone(&updates.borrow());
+                if let Err(error) = work(Arc::clone(&shared), updates, &steering, count, listeners, gate) {
                     tracing::error!(number, "worker: {error:#}");
                     // Better none than some: whoever watches the process starts it again.
                     shared.failed.store(true, Ordering::Relaxed);
@@ -132,7 +111,8 @@ impl Agent {
             workers.push(std::thread::Builder::new().name(format!("penstock-{number}")).spawn(run)?);
         }
         tracing::info!(%address, admin = %admin.local_addr(), workers = count, "penstock {}", env!("CARGO_PKG_VERSION"));
-        Ok(Self { shared, readiness, admin, _discovery: discovery, workers, address, tls_address, steering, exporter })
+        let (shared, discovery) = (updates, Mutex::new(discovery));
+        Ok(Self { shared, readiness, admin, discovery, workers, address, tls_address, steering, exporter })
     }
 
     /// Where clients connect; the port is the one that was bound.
@@ -153,24 +133,50 @@ impl Agent {
         &self.steering
     }
 
-    pub fn metrics(&self) -> &Arc<Metrics> {
-        &self.shared.metrics
+    pub fn metrics(&self) -> Arc<Metrics> {
+        Arc::clone(&self.shared.borrow().metrics)
     }
 
     pub fn readiness(&self) -> &Readiness {
         &self.readiness
     }
 
+    /// The configuration that holds now.
+    pub fn config(&self) -> Config {
+        self.shared.borrow().config.clone()
+    }
+
+    /// Requests that begin from now on are served under `config`; connections stay, and requests that run go on as they began.
+    /// Refused as a whole where it changes what only a start can: nothing has changed then. Blocks on threads that end.
+    pub fn reload(&self, config: Config) -> Result<(), ReloadError> {
+        let before = Arc::clone(&self.shared.borrow());
+        let outcome = self.reloaded(&before, config);
+        before.metrics.reloaded(if outcome.is_ok() { "applied" } else { "refused" });
+        outcome
+    }
+
+    fn reloaded(&self, before: &Shared, config: Config) -> Result<(), ReloadError> {
+        let fixed = reload::needs_restart(&before.config, &config);
+        if !fixed.is_empty() {
+            return Err(ReloadError::NeedsRestart(fixed));
+        }
+        let shared = Arc::new(before.after(config));
+        let discovery = discover(&shared, None).map_err(ReloadError::Discovery)?;
+        self.shared.send_replace(shared);
+        *self.discovery.lock() = discovery;
+        Ok(())
+    }
+
     /// Not ready any more, no new connections; what runs may finish.
     pub fn drain(&self) {
         self.readiness.draining();
-        self.shared.draining.cancel();
+        self.shared.borrow().draining.cancel();
     }
 
     /// Breaks off what still runs.
     pub fn force(&self) {
         self.drain();
-        self.shared.force.cancel();
+        self.shared.borrow().force.cancel();
     }
 
     /// Every worker has ended.
@@ -180,7 +186,7 @@ impl Agent {
 
     /// A worker could not start or go on, so the agent is going down.
     pub fn has_failed(&self) -> bool {
-        self.shared.failed.load(Ordering::Relaxed)
+        self.shared.borrow().failed.load(Ordering::Relaxed)
     }
 
     /// Waits for the workers to end, after [`drain`](Self::drain).
@@ -204,9 +210,17 @@ impl Drop for Agent {
     }
 }
 
+/// What keeps the endpoints of every pool up to date, and counts them.
+fn discover(shared: &Shared, readiness: Option<&Readiness>) -> io::Result<Discovery> {
+    let counts = shared.endpoints.iter().cloned().map(|set| Box::new(move || set.states()) as _);
+    shared.metrics.count_endpoints(counts);
+    Discovery::start(&shared.config, &shared.endpoints, &shared.metrics, readiness)
+}
+
 /// A worker's thread.
 fn work(
     shared: Arc<Shared>,
+    updates: watch::Receiver<Arc<Shared>>,
     steering: &Steering,
     count: usize,
     listeners: Vec<(std::net::TcpListener, Option<TlsAcceptor>)>,
@@ -220,20 +234,9 @@ fn work(
         let listener = |(socket, tls)| Ok(Listener { socket: tokio::net::TcpListener::from_std(socket)?, tls });
         let listeners = listeners.into_iter().map(listener).collect::<io::Result<_>>()?;
         gate.open();
-        worker.serve(listeners, connections).await;
+        site::serve(worker, listeners, connections, updates).await;
         Ok(())
     })
-}
-
-fn pick_headers(config: &Config) -> Vec<HeaderName> {
-    let configured = config.pools.iter().filter_map(|pool| match &pool.picker {
-        Picker::Epp(epp) => Some(epp.header.clone()),
-        Picker::Builtin => None,
-    });
-    let mut headers: Vec<_> = configured.chain([HeaderName::from_static("x-gateway-destination-endpoint")]).collect();
-    headers.sort_unstable_by(|a, b| a.as_str().cmp(b.as_str()));
-    headers.dedup();
-    headers
 }
 
 /// One listener for each worker, on the same address (SO_REUSEPORT).

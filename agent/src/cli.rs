@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use penstock_agent::{
-    config::{self, Config, Overrides},
+    config::{self, Config, ConfigErrors, Overrides},
     epp_server::{self, EppServerConfig, EppServerTls},
 };
 use tracing_appender::non_blocking::WorkerGuard;
@@ -101,7 +101,9 @@ impl Cli {
         // Writes what is still queued when it is dropped.
         let _writer = start_logging(&self.log, self.log_format);
         match self.verb {
-            Verb::Run(configured) => with_config(&configured, |config| run::agent(config).map(|()| ExitCode::SUCCESS)),
+            Verb::Run(configured) => {
+                with_config(&configured, |config| run::agent(config, || configured.read()).map(|()| ExitCode::SUCCESS))
+            }
             Verb::Check(configured) => with_config(&configured, |config| {
                 println!(
                     "{} is fine: {} pools, {} routes",
@@ -125,8 +127,14 @@ impl Cli {
     }
 }
 
+impl Configured {
+    fn read(&self) -> Result<Config, ConfigErrors> {
+        Config::load_with(&self.config, &self.overrides)
+    }
+}
+
 fn with_config(configured: &Configured, then: impl FnOnce(Config) -> anyhow::Result<ExitCode>) -> ExitCode {
-    match Config::load_with(&configured.config, &configured.overrides) {
+    match configured.read() {
         Ok(config) => report(then(config)),
         Err(errors) => {
             eprintln!("{errors}");

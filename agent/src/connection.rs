@@ -19,23 +19,24 @@ use crate::{
     },
     proxy::{self, After},
     tls,
-    worker::Worker,
+    worker::{Current, Worker},
 };
 
 /// First read of a connection; larger heads grow the buffer up to the configured limit.
 const READ: usize = 4096;
 
 /// Serves the connection to its end.
-pub async fn serve(worker: &Rc<Worker>, stream: TcpStream, peer: SocketAddr) {
+pub async fn serve(current: &Rc<Current>, stream: TcpStream, peer: SocketAddr) {
     // Fails only when the client has left already.
     let Ok(socket) = ClientSocket::new(stream) else { return };
-    requests(worker, socket, peer).await;
+    requests(current, socket, peer).await;
 }
 
 /// As [`serve`], of a client that speaks TLS. The handshake has the time of a request head.
-pub async fn serve_tls(worker: &Rc<Worker>, tls: &TlsAcceptor, stream: TcpStream, peer: SocketAddr) {
+pub async fn serve_tls(current: &Rc<Current>, tls: &TlsAcceptor, stream: TcpStream, peer: SocketAddr) {
     // Fails only when the client has left already.
     let Ok(()) = stream.set_nodelay(true) else { return };
+    let worker = current.worker();
     let until = worker.shared.config.timeouts.head.map(|limit| Instant::now() + limit);
     let stream = match within(until, tls.accept(stream)).await {
         Some(Ok(stream)) => stream,
@@ -46,20 +47,23 @@ pub async fn serve_tls(worker: &Rc<Worker>, tls: &TlsAcceptor, stream: TcpStream
         None => return worker.shared.metrics.tls_handshake_failed("timeout"),
     };
     if stream.get_ref().1.alpn_protocol() == Some(tls::H2) {
-        return http2::serve(worker, BytesMut::new(), stream, peer, true).await;
+        return http2::serve(current, BytesMut::new(), stream, peer, true).await;
     }
     let Ok(socket) = ClientSocket::tls(stream) else { return };
-    requests(worker, socket, peer).await;
+    requests(current, socket, peer).await;
 }
 
 /// Requests of HTTP/1.1, one after the other.
-async fn requests(worker: &Rc<Worker>, mut socket: ClientSocket, peer: SocketAddr) {
-    let mut first = worker.shared.config.listen.http2_max_streams > 0 && !socket.is_tls();
+async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketAddr) {
+    let mut first = !socket.is_tls();
     loop {
-        let head = read_head(worker, &mut socket).await;
-        if std::mem::take(&mut first) && matches!(head, Err(Error::Request(RequestError::Http2Preface))) {
+        let head = read_head(&current.worker(), &mut socket).await;
+        // A reload may have come while nothing did.
+        let worker = &current.worker();
+        let http2 = worker.shared.config.listen.http2_max_streams > 0;
+        if std::mem::take(&mut first) && http2 && matches!(head, Err(Error::Request(RequestError::Http2Preface))) {
             let Some((stream, read)) = socket.into_plain() else { return };
-            return http2::serve(worker, read, stream, peer, false).await;
+            return http2::serve(current, read, stream, peer, false).await;
         }
         let mut client = Client::Http1(socket);
         let after = match head {

@@ -37,10 +37,15 @@ pub enum BodyModel {
     Empty,
 }
 
+/// What everything counts with, and the pools of one configuration. The series outlive it.
 pub struct Metrics {
+    core: Arc<Core>,
+    pools: Vec<Arc<PoolMetrics>>,
+}
+
+struct Core {
     registry: Registry,
     families: Arc<Families>,
-    pools: Vec<PoolMetrics>,
     unrouted: PoolMetrics,
     /// By [`Path`].
     body_bytes: [Counter; Path::ALL.len()],
@@ -48,8 +53,8 @@ pub struct Metrics {
     endpoint_connections: [Counter; Connection::ALL.len()],
     /// By [`Path`]: the state it is shown with.
     path_states: Mutex<[Option<PathState>; Path::ALL.len()]>,
-    /// By pool: asked for the endpoints' states whenever metrics are read.
-    endpoints: Mutex<Vec<(usize, CountEndpoints)>>,
+    /// Asked for the states of a pool's endpoints whenever metrics are read.
+    endpoints: Mutex<Vec<(Arc<PoolMetrics>, CountEndpoints)>>,
 }
 
 /// Endpoints by [`EndpointState`].
@@ -60,8 +65,7 @@ impl Metrics {
     pub fn new(pool_names: &[String]) -> Arc<Self> {
         let mut registry = Registry::with_prefix("penstock");
         let families = Arc::new(Families::register(&mut registry));
-        Arc::new(Self {
-            pools: pool_names.iter().map(|name| PoolMetrics::new(name, &families)).collect(),
+        let core = Arc::new(Core {
             unrouted: PoolMetrics::new("", &families),
             body_bytes: Path::ALL.map(|path| families.body_bytes.get_or_create_owned(&ByPath { path })),
             endpoint_connections: Connection::ALL
@@ -70,127 +74,143 @@ impl Metrics {
             endpoints: Mutex::default(),
             registry,
             families,
-        })
+        });
+        Self::of(core, pool_names)
     }
 
-    /// The metrics of the pool at this index of what [`Metrics::new`] was given. Panics beyond it.
+    /// The same metrics with the pools of another configuration. A pool of the same name has the same series.
+    pub fn for_pools(&self, pool_names: &[String]) -> Arc<Self> {
+        Self::of(Arc::clone(&self.core), pool_names)
+    }
+
+    fn of(core: Arc<Core>, pool_names: &[String]) -> Arc<Self> {
+        let pools = pool_names.iter().map(|name| Arc::new(PoolMetrics::new(name, &core.families))).collect();
+        Arc::new(Self { core, pools })
+    }
+
+    /// The metrics of the pool at this index of the configuration. Panics beyond it.
     pub fn pool(&self, index: usize) -> &PoolMetrics {
         &self.pools[index]
     }
 
     /// The metrics of requests that no pool has seen: heads that are not HTTP, and those no route matches.
     pub fn unrouted(&self) -> &PoolMetrics {
-        &self.unrouted
-    }
-
-    /// Handles for a pool that came with a reload. The same name gives the same series.
-    pub fn pool_named(&self, name: &str) -> PoolMetrics {
-        PoolMetrics::new(name, &self.families)
+        &self.core.unrouted
     }
 
     /// Counts a client connection until the guard is dropped.
     pub fn client_connection(&self) -> InFlight {
-        InFlight::new(&self.families.client_connections)
+        InFlight::new(&self.core.families.client_connections)
     }
 
     /// A client went away before its answer was complete.
     pub fn client_aborted(&self) {
-        self.families.client_aborts.inc();
+        self.core.families.client_aborts.inc();
     }
 
     /// A client's connection is closed because no request came.
     pub fn client_idle_closed(&self) {
-        self.families.client_idle_closes.inc();
+        self.core.families.client_idle_closes.inc();
     }
 
     /// What a JSON body said of its model.
     pub fn body_model(&self, model: BodyModel) {
         let counter = match model {
-            BodyModel::Found => &self.families.bbr_success,
-            BodyModel::NotFound => &self.families.bbr_body_field_not_found,
-            BodyModel::Empty => &self.families.bbr_body_field_empty,
+            BodyModel::Found => &self.core.families.bbr_success,
+            BodyModel::NotFound => &self.core.families.bbr_body_field_not_found,
+            BodyModel::Empty => &self.core.families.bbr_body_field_empty,
         };
         counter.inc();
     }
 
     /// Counts a stream to an EPP until the guard is dropped.
     pub fn epp_stream(&self) -> InFlight {
-        InFlight::new(&self.families.epp_streams_inflight)
+        InFlight::new(&self.core.families.epp_streams_inflight)
     }
 
     /// A request asked for a connection to an endpoint.
     pub fn endpoint_connection(&self, result: Connection) {
-        self.endpoint_connections[result as usize].inc();
+        self.core.endpoint_connections[result as usize].inc();
     }
 
     pub fn tls_handshake_failed(&self, reason: &'static str) {
-        self.families.tls_handshakes_failed.get_or_create(&ByReason { reason }).inc();
+        self.core.families.tls_handshakes_failed.get_or_create(&ByReason { reason }).inc();
     }
 
     /// A request is sent again.
     pub fn endpoint_retried(&self, reason: &'static str) {
-        self.families.endpoint_retries.get_or_create(&ByReason { reason }).inc();
+        self.core.families.endpoint_retries.get_or_create(&ByReason { reason }).inc();
     }
 
     /// A response is carried by `path`; once per response.
     pub fn flow(&self, path: Path, reason: &'static str) {
-        self.families.flows.get_or_create(&ByFlow { path, reason }).inc();
+        self.core.families.flows.get_or_create(&ByFlow { path, reason }).inc();
     }
 
     /// Bytes of a body that went along `path`.
     pub fn body_bytes(&self, path: Path, bytes: u64) {
-        self.body_bytes[path as usize].inc_by(bytes);
+        self.core.body_bytes[path as usize].inc_by(bytes);
     }
 
     /// The kernel gave a flow back before the end of its message.
     pub fn steer_stopped(&self, reason: &'static str) {
-        self.families.steer_stops.get_or_create(&ByReason { reason }).inc();
+        self.core.families.steer_stops.get_or_create(&ByReason { reason }).inc();
     }
 
     /// Events of the kernel program were lost.
     pub fn steer_events_missed(&self, events: u64) {
-        self.families.steer_events_missed.inc_by(events);
+        self.core.families.steer_events_missed.inc_by(events);
     }
 
     /// Counts a slot of the kernel maps until the guard is dropped.
     pub fn slot(&self) -> InFlight {
-        InFlight::new(&self.families.slots_in_use)
+        InFlight::new(&self.core.families.slots_in_use)
     }
 
     /// Spans have reached the collector.
     pub fn trace_spans_exported(&self, spans: u64) {
-        self.families.trace_spans_exported.inc_by(spans);
+        self.core.families.trace_spans_exported.inc_by(spans);
     }
 
     /// Spans are lost.
     pub fn trace_spans_dropped(&self, reason: &'static str, spans: u64) {
-        self.families.trace_spans_dropped.get_or_create(&ByReason { reason }).inc_by(spans);
+        self.core.families.trace_spans_dropped.get_or_create(&ByReason { reason }).inc_by(spans);
     }
 
     /// What the self-test of a path said; replaces what was said of it before.
     pub fn set_steering_path(&self, path: Path, active: bool, reason: &str) {
         let state = PathState { path, reason: reason.to_owned() };
-        let mut shown = self.path_states.lock();
+        let mut shown = self.core.path_states.lock();
         if let Some(before) = shown[path as usize].replace(state.clone()) {
-            self.families.steering_path_info.remove(&before);
+            self.core.families.steering_path_info.remove(&before);
         }
-        self.families.steering_path_info.get_or_create(&state).set(1);
-        self.families.steering_path_active.get_or_create(&ByPath { path }).set(i64::from(active));
+        self.core.families.steering_path_info.get_or_create(&state).set(1);
+        self.core.families.steering_path_active.get_or_create(&ByPath { path }).set(i64::from(active));
     }
 
-    /// Has the endpoints of the pool at this index counted whenever metrics are read. `count` must not block.
-    pub fn count_endpoints(&self, pool: usize, count: impl Fn() -> [usize; EndpointState::ALL.len()] + Send + 'static) {
-        self.endpoints.lock().push((pool, Box::new(count)));
+    /// Has the endpoints of each pool counted whenever metrics are read, and no others any more; one of `counts` for each pool.
+    /// They must not block.
+    pub fn count_endpoints(&self, counts: impl IntoIterator<Item = CountEndpoints>) {
+        let mut counted = self.core.endpoints.lock();
+        for (pool, _) in counted.drain(..) {
+            pool.forget_endpoints();
+        }
+        counted.extend(self.pools.iter().cloned().zip(counts));
+    }
+
+    /// The configuration was read again: `applied`, or `refused`.
+    pub fn reloaded(&self, result: &'static str) {
+        self.core.families.reloads.get_or_create(&ByReason { reason: result }).inc();
     }
 
     /// OpenMetrics text, of type [`CONTENT_TYPE`].
     pub fn encode(&self) -> String {
-        for (pool, count) in &*self.endpoints.lock() {
-            self.pools[*pool].set_endpoints(count());
+        for (pool, count) in &*self.core.endpoints.lock() {
+            pool.set_endpoints(count());
         }
         let mut text = String::with_capacity(16 << 10);
         // A String takes everything, and no metric here fails to encode; what was written stands if one ever does.
-        let _ = text::encode(&mut text, &self.registry);
+        let _ = text::encode(&mut text, &self.core.registry);
         text
     }
 }
@@ -256,7 +276,7 @@ mod tests {
     fn a_pool_of_a_reload_shares_its_series() {
         let metrics = metrics();
         metrics.pool(0).evicted();
-        metrics.pool_named("gpu").evicted();
+        metrics.for_pools(&["gpu".to_owned()]).pool(0).evicted();
         assert_line(&metrics, r#"penstock_evictions_total{pool="gpu"} 2"#);
     }
 
@@ -303,11 +323,15 @@ mod tests {
         let metrics = metrics();
         let ready = Arc::new(std::sync::atomic::AtomicUsize::new(2));
         let counted = Arc::clone(&ready);
-        metrics.count_endpoints(1, move || [1, 0, 0, counted.load(std::sync::atomic::Ordering::Relaxed)]);
+        let count = move || [1, 0, 0, counted.load(std::sync::atomic::Ordering::Relaxed)];
+        metrics.count_endpoints([Box::new(|| [0usize; 4]) as CountEndpoints, Box::new(count)]);
         assert_line(&metrics, r#"penstock_endpoints{pool="cpu",state="draining"} 1"#);
         assert_line(&metrics, r#"penstock_endpoints{pool="cpu",state="ready"} 2"#);
         ready.store(0, std::sync::atomic::Ordering::Relaxed);
         assert_line(&metrics, r#"penstock_endpoints{pool="cpu",state="ready"} 0"#);
+        metrics.for_pools(&["gpu".to_owned()]).count_endpoints([Box::new(|| [0, 0, 0, 7usize]) as CountEndpoints]);
+        assert_line(&metrics, r#"penstock_endpoints{pool="gpu",state="ready"} 7"#);
+        assert!(!metrics.encode().contains(r#"endpoints{pool="cpu""#), "a pool that is gone has no endpoints");
     }
 
     #[test]

@@ -1,8 +1,11 @@
-//! `penstock run`: start, wait for a signal, drain.
+//! `penstock run`: start, read the configuration again at SIGHUP, drain at SIGTERM.
 
 use std::time::Duration;
 
-use penstock_agent::{app::Agent, config::Config};
+use penstock_agent::{
+    app::Agent,
+    config::{Config, ConfigErrors},
+};
 use tokio::{
     signal::unix::{SignalKind, signal},
     time::Instant,
@@ -13,13 +16,15 @@ const WATCH: Duration = Duration::from_secs(1);
 /// How often a draining agent looks whether it is done.
 const LOOK: Duration = Duration::from_millis(20);
 
-pub(crate) fn agent(config: Config) -> anyhow::Result<()> {
-    let drain = config.timeouts.drain;
+/// `read` reads the configuration as it is now.
+pub(crate) fn agent(config: Config, read: impl Fn() -> Result<Config, ConfigErrors>) -> anyhow::Result<()> {
+    let mut drain = config.timeouts.drain;
     // The signal handlers stand before the first request is taken.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let guard = runtime.enter();
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
     drop(guard);
     let agent = Agent::start(config)?;
     runtime.block_on(async {
@@ -27,6 +32,7 @@ pub(crate) fn agent(config: Config) -> anyhow::Result<()> {
             tokio::select! {
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
+                _ = hangup.recv() => drain = reload(&agent, &read).unwrap_or(drain),
                 () = tokio::time::sleep(WATCH) => {}
             }
         }
@@ -51,6 +57,30 @@ pub(crate) fn agent(config: Config) -> anyhow::Result<()> {
     tracing::info!("stopped");
     anyhow::ensure!(!failed, "a worker failed; the log says why");
     Ok(())
+}
+
+/// Reads the configuration again and takes it; returns its time for draining. One that is wrong, or needs a restart, changes
+/// nothing.
+fn reload(agent: &Agent, read: impl Fn() -> Result<Config, ConfigErrors>) -> Option<Duration> {
+    let config = match read() {
+        Ok(config) => config,
+        Err(errors) => {
+            agent.metrics().reloaded("invalid");
+            tracing::error!("the configuration stays as it was:\n{errors}");
+            return None;
+        }
+    };
+    let drain = config.timeouts.drain;
+    match agent.reload(config) {
+        Ok(()) => {
+            tracing::info!("the configuration was read again");
+            Some(drain)
+        }
+        Err(error) => {
+            tracing::error!(%error, "the configuration stays as it was");
+            None
+        }
+    }
 }
 
 /// Resolves at SIGTERM or SIGINT.

@@ -21,7 +21,8 @@ use opentelemetry_sdk::{
 
 use crate::{config, metrics::Metrics};
 
-/// Makes spans.
+/// Makes spans. Clones make them for the same exporter.
+#[derive(Clone)]
 pub struct Telemetry {
     tracer: SdkTracer,
 }

@@ -1,6 +1,6 @@
 //! The agent as a process of its own, for tests that measure it, signal it or kill it.
 
-use std::{collections::HashSet, io::Write as _, net::SocketAddr, process::Command, time::Duration};
+use std::{collections::HashSet, net::SocketAddr, process::Command, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use tempfile::NamedTempFile;
@@ -13,20 +13,17 @@ pub struct AgentProcess {
     pub process: Process,
     pub addr: SocketAddr,
     pub admin: SocketAddr,
-    _config: NamedTempFile,
+    config: NamedTempFile,
+    listen: SocketAddr,
+    steering: String,
 }
 
 impl AgentProcess {
     /// Starts `penstock run` at `listen` (port 0 takes a free one) over one pool; `settings` are further sections of the
     /// configuration, and `steering` is its mode. Fails with the reason on a machine that cannot steer as asked.
     pub async fn start(listen: SocketAddr, endpoint: SocketAddr, steering: &str, settings: &str) -> Result<Self> {
-        let mut config = NamedTempFile::new()?;
-        writeln!(
-            config,
-            "[listen]\naddress = \"{listen}\"\nworkers = 2\n[admin]\naddress = \"127.0.0.1:0\"\n\
-             [steering]\nmode = \"{steering}\"\nmax_flows = 1024\n{settings}\n\
-             [[pools]]\nname = \"default\"\nendpoints = [\"{endpoint}\"]"
-        )?;
+        let config = NamedTempFile::new()?;
+        std::fs::write(config.path(), text(listen, endpoint, steering, settings))?;
         let mut command = Command::new(Process::binary("penstock")?);
         command.args(["run", "--log-format", "json", "--log", "info,penstock::access=off", "--config"]);
         command.arg(config.path());
@@ -41,7 +38,12 @@ impl AgentProcess {
         let wanted = if steering == "off" { "steering: off" } else { "steering: active" };
         let output = process.output();
         ensure!(output.iter().any(|line| line.contains(wanted)), "this test needs the kernel: {output:#?}");
-        Ok(Self { process, addr, admin, _config: config })
+        Ok(Self { process, addr, admin, config, listen, steering: steering.to_owned() })
+    }
+
+    /// What it finds when it reads its configuration again.
+    pub fn write_config(&self, endpoint: SocketAddr, settings: &str) -> Result<()> {
+        Ok(std::fs::write(self.config.path(), text(self.listen, endpoint, &self.steering, settings))?)
     }
 
     /// Status and body that the admin server answers.
@@ -66,4 +68,12 @@ impl AgentProcess {
         }
         Ok(ids)
     }
+}
+
+fn text(listen: SocketAddr, endpoint: SocketAddr, steering: &str, settings: &str) -> String {
+    format!(
+        "[listen]\naddress = \"{listen}\"\nworkers = 2\n[admin]\naddress = \"127.0.0.1:0\"\n\
+         [steering]\nmode = \"{steering}\"\nmax_flows = 1024\n{settings}\n\
+         [[pools]]\nname = \"default\"\nendpoints = [\"{endpoint}\"]\n"
+    )
 }

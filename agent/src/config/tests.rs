@@ -683,7 +683,7 @@ fn files_of_endpoints_say_the_same_as_toml_and_as_json() {
 fn bad_files_of_endpoints() {
     let cases = [
         ("e.toml", "", "line 1: missing field `endpoints`"),
-        ("e.toml", "endpoints = [\n\"10.0.0.1:80\",\n", "line 3: unclosed array, expected `]`"),
+        ("e.toml", "endpoints = [\n\"10.0.0.1:80\",\n", "line 2: unclosed array, expected `]`"),
         (
             "e.toml",
             "\nendpoints = [{ address = \"10.0.0.1:80\", weight = 1 }]",

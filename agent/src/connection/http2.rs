@@ -17,7 +17,7 @@ use crate::{
     http::{head::HeadLimits, request::from_http2},
     local::Local,
     proxy,
-    worker::Worker,
+    worker::{Current, Worker},
 };
 
 /// Of a request's body, before anything is read of it.
@@ -66,16 +66,17 @@ impl Drop for Active {
 }
 
 /// Serves the connection to its end; `read` is what has been read of it, and `tls` whether it is encrypted.
-pub(super) async fn serve<S>(worker: &Rc<Worker>, read: BytesMut, stream: S, peer: SocketAddr, tls: bool)
+pub(super) async fn serve<S>(current: &Rc<Current>, read: BytesMut, stream: S, peer: SocketAddr, tls: bool)
 where
     S: AsyncRead + AsyncWrite + Unpin + 'static,
 {
+    let worker = current.worker();
     let config = &worker.shared.config;
     let activity = Rc::new(Activity { requests: Cell::new(0), idle_since: Cell::new(Instant::now()) });
     let service = {
-        let (worker, activity) = (Rc::clone(worker), Rc::clone(&activity));
+        let (current, activity) = (Rc::clone(current), Rc::clone(&activity));
         service_fn(move |request| {
-            let (worker, active) = (Rc::clone(&worker), activity.begin());
+            let (worker, active) = (current.worker(), activity.begin());
             let (parts, stream, answer) = ClientStream::new(request, tls);
             tokio::task::spawn_local(async move {
                 one(&worker, parts, stream, peer).await;

@@ -46,16 +46,18 @@ struct Job {
 }
 
 impl Discovery {
-    /// `sets` are those of the pools, in their order. There is no thread where no pool needs one.
+    /// `sets` are those of the pools, in their order. Without `readiness`, nobody waits for them. There is no thread where no pool needs one.
     pub fn start(
         config: &Config,
         sets: &[Arc<EndpointSet>],
         metrics: &Arc<Metrics>,
-        readiness: &Readiness,
+        readiness: Option<&Readiness>,
     ) -> io::Result<Self> {
         let job = |(index, (pool, set)): (usize, (&Pool, &Arc<EndpointSet>))| {
             let followed = pool.endpoints_dns.is_some() || pool.endpoints_file.is_some();
-            let gate = followed.then(|| readiness.gate(format!("endpoints of pool {}", pool.name)));
+            let gate = readiness
+                .filter(|_| followed)
+                .map(|readiness| readiness.gate(format!("endpoints of pool {}", pool.name)));
             let needed = followed || pool.health.is_some();
             needed.then(|| Job { pool: pool.clone(), index, set: Arc::clone(set), gate })
         };

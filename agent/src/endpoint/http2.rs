@@ -41,7 +41,7 @@ pub struct Http2Pool(Rc<Inner>);
 
 struct Inner {
     endpoints: RefCell<HashMap<SocketAddr, Endpoint>>,
-    connect_timeout: Option<Duration>,
+    connect_timeout: Cell<Option<Duration>>,
 }
 
 #[derive(Default)]
@@ -83,7 +83,11 @@ impl Drop for Stream {
 
 impl Http2Pool {
     pub fn new(connect_timeout: Option<Duration>) -> Self {
-        Self(Rc::new(Inner { endpoints: RefCell::default(), connect_timeout }))
+        Self(Rc::new(Inner { endpoints: RefCell::default(), connect_timeout: Cell::new(connect_timeout) }))
+    }
+
+    pub fn set_connect_timeout(&self, timeout: Option<Duration>) {
+        self.0.connect_timeout.set(timeout);
     }
 
     /// Room for a request. The error kinds are those of `connect(2)`, and `TimedOut`. Cancel-safe.
@@ -138,7 +142,7 @@ impl Endpoint {
 
 impl Inner {
     async fn dial(self: Rc<Self>, address: SocketAddr) -> Result<(), Arc<io::Error>> {
-        let connection = match self.connect_timeout {
+        let connection = match self.connect_timeout.get() {
             Some(limit) => {
                 let dialled = tokio::time::timeout(limit, connect(address)).await;
                 dialled.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))

@@ -1,7 +1,15 @@
 //! Idle connections by endpoint, one pool for each worker. Last in, first out; none is kept longer than the limit, which
 //! stands below the model servers' own (uvicorn closes after 5 s).
 
-use std::{cell::RefCell, collections::HashMap, io, net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    io,
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::time::Instant;
 
@@ -11,24 +19,29 @@ use crate::{metrics::Metrics, steer::WorkerSteering};
 /// Idle connections kept for one endpoint.
 const MAX_IDLE: usize = 256;
 
+/// What may change while connections are kept.
+#[derive(Debug, Clone, Copy)]
+pub struct Times {
+    /// A connection that has been idle for so long is closed.
+    pub keep_alive: Duration,
+    pub connect: Option<Duration>,
+}
+
 pub struct Pool {
     idle: RefCell<HashMap<SocketAddr, Vec<EndpointConnection>>>,
     steering: Option<Rc<WorkerSteering>>,
-    keep_alive: Duration,
-    connect_timeout: Option<Duration>,
+    times: Cell<Times>,
     receive_buffer: u32,
     metrics: Arc<Metrics>,
 }
 
 impl Pool {
-    pub fn new(
-        metrics: Arc<Metrics>,
-        steering: Option<Rc<WorkerSteering>>,
-        keep_alive: Duration,
-        connect_timeout: Option<Duration>,
-        receive_buffer: u32,
-    ) -> Self {
-        Self { idle: RefCell::default(), steering, keep_alive, connect_timeout, receive_buffer, metrics }
+    pub fn new(metrics: Arc<Metrics>, steering: Option<Rc<WorkerSteering>>, times: Times, receive_buffer: u32) -> Self {
+        Self { idle: RefCell::default(), steering, times: Cell::new(times), receive_buffer, metrics }
+    }
+
+    pub fn set_times(&self, times: Times) {
+        self.times.set(times);
     }
 
     pub fn steering(&self) -> Option<&Rc<WorkerSteering>> {
@@ -40,7 +53,7 @@ impl Pool {
         let mut idle = self.idle.borrow_mut();
         let connections = idle.get_mut(&address)?;
         while let Some(mut connection) = connections.pop() {
-            if connection.idle_since.elapsed() < self.keep_alive && connection.is_alive() {
+            if connection.idle_since.elapsed() < self.times.get().keep_alive && connection.is_alive() {
                 connection.set_resting(false);
                 return Some(connection);
             }
@@ -51,7 +64,7 @@ impl Pool {
 
     /// A new connection. The error kinds are those of `connect(2)`, and `TimedOut`.
     pub async fn connect(&self, address: SocketAddr) -> io::Result<EndpointConnection> {
-        let (timeout, steering) = (self.connect_timeout, self.steering.as_ref());
+        let (timeout, steering) = (self.times.get().connect, self.steering.as_ref());
         let mut connection = EndpointConnection::connect(address, timeout, steering, self.receive_buffer).await?;
         connection.counted = connection.source().map(|_| self.metrics.slot());
         Ok(connection)
@@ -76,7 +89,7 @@ impl Pool {
     pub fn sweep(&self, wanted: impl Fn(SocketAddr) -> bool) {
         self.idle.borrow_mut().retain(|&address, connections| {
             let wanted = wanted(address);
-            connections.retain(|connection| wanted && connection.idle_since.elapsed() < self.keep_alive);
+            connections.retain(|connection| wanted && connection.idle_since.elapsed() < self.times.get().keep_alive);
             !connections.is_empty()
         });
     }

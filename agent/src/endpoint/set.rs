@@ -68,6 +68,29 @@ impl EndpointSet {
         Self::with(pool.endpoints.clone(), pool.ejection.clone(), Rule::new(pool, node))
     }
 
+    /// The set of a pool whose settings have changed, in place of the one before: endpoints that stay keep their health and
+    /// their requests, and what a name or a file said holds until it says something else.
+    pub fn after(before: &Self, pool: &config::Pool, node: &Node) -> Self {
+        let parts = before.changing.lock();
+        let mut listed = parts.listed.clone();
+        for (source, followed) in
+            [(Source::File, pool.endpoints_file.is_some()), (Source::Dns, pool.endpoints_dns.is_some())]
+        {
+            if !followed {
+                listed[source as usize].clear();
+            }
+        }
+        listed[Source::Config as usize].clear();
+        let set = Self {
+            rules: pool.ejection.clone(),
+            subset: Rule::new(pool, node),
+            snapshot: RwLock::new(before.snapshot()),
+            changing: Mutex::new(Parts { listed, next_id: parts.next_id }),
+        };
+        set.rebuild(&mut set.changing.lock(), Source::Config, pool.endpoints.clone());
+        set
+    }
+
     pub fn of(endpoints: impl IntoIterator<Item = impl Into<config::Endpoint>>, rules: Ejection) -> Self {
         Self::with(endpoints.into_iter().map(Into::into).collect(), rules, Rule::default())
     }
@@ -86,15 +109,18 @@ impl EndpointSet {
     /// What `source` says from now on. True if that changes the set.
     pub fn replace(&self, source: Source, endpoints: Vec<config::Endpoint>) -> bool {
         let mut parts = self.changing.lock();
-        let part = &mut parts.listed[source as usize];
-        if *part == endpoints {
+        if parts.listed[source as usize] == endpoints {
             return false;
         }
-        *part = endpoints;
+        self.rebuild(&mut parts, source, endpoints);
+        true
+    }
+
+    fn rebuild(&self, parts: &mut Parts, source: Source, endpoints: Vec<config::Endpoint>) {
+        parts.listed[source as usize] = endpoints;
         let mut snapshot = parts.merged(&self.snapshot());
         snapshot.subsets = self.subset.subsets(&snapshot.endpoints, |address| snapshot.get(address));
         *self.snapshot.write() = Arc::new(snapshot);
-        true
     }
 
     /// A request goes to `address`, until the guard is dropped. One that is not in the set is not counted.
@@ -270,5 +296,25 @@ mod tests {
         assert!(!set.failed(address(9), now));
         set.succeeded(address(9));
         assert_eq!(addresses(&set), [address(1)]);
+    }
+
+    #[test]
+    fn a_set_with_other_settings_goes_on_where_the_one_before_was() {
+        let (before, now) = (set(3), Instant::now());
+        before.replace(Source::Dns, listed([7]));
+        before.replace(Source::File, listed([8]));
+        let _running = before.begin(address(1), now);
+        before.failed(address(1), now);
+        let pool = config::Pool {
+            endpoints_dns: Some(config::NamedEndpoints { name: "a".into(), ports: vec![1] }),
+            ..config::Pool::new("p", vec![address(1), address(4)])
+        };
+        let after = EndpointSet::after(&before, &pool, &Node::default());
+        assert_eq!(addresses(&after), [1, 4, 7].map(address), "the file is not followed any more");
+        let snapshot = after.snapshot();
+        let one = snapshot.get(address(1)).unwrap();
+        assert!(one.in_flight() == 1 && one.is_avoided(now));
+        let ids: std::collections::HashSet<_> = snapshot.endpoints().iter().map(Endpoint::id).collect();
+        assert_eq!(ids.len(), 3);
     }
 }

@@ -119,6 +119,18 @@ mod tests {
     }
 
     #[test]
+    fn it_is_worked_out_once_for_a_set() {
+        let set = prefer(&[Locality::Zone], EmptySubset::All);
+        let subset = || set.subset(Instant::now()).unwrap();
+        let first = subset();
+        assert!(Arc::ptr_eq(&first, &subset()));
+        fail(&set, [1]);
+        assert!(Arc::ptr_eq(&first, &subset()));
+        set.replace(Source::File, vec![at(6, "n1", "a")]);
+        assert_subset(&set, Some(&[1, 2, 3, 6]));
+    }
+
+    #[test]
     fn without_a_rule_it_is_the_whole_pool() {
         assert_subset(&set(|_| {}), None);
         assert_subset(&set(|pool| pool.subset.empty = EmptySubset::Fail), None);

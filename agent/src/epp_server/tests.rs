@@ -436,7 +436,7 @@ async fn a_request_counts_where_it_was_served_and_what_was_passed_over_is_avoide
     assert_eq!(picked, "10.0.0.1:8000,10.0.0.2:8000,10.0.0.3:8000");
     exchange.respond(endpoint(2)).await;
     let (next, _next) = epp.pick().await;
-    assert_eq!(next, "10.0.0.3:8000", "1 has failed and 2 is busy");
+    assert_eq!(next, "10.0.0.3:8000,10.0.0.1:8000", "1 has failed and goes last, 2 is busy");
 }
 
 /// Each in turn would be for the endpoint that is idle.

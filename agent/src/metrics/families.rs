@@ -45,6 +45,9 @@ families! {
     /// Mean time between the chunks of a streamed response after its first.
     time_per_output_chunk: Histograms<ByPool> = "time_per_output_chunk_seconds" in CHUNK_SECONDS;
 
+    /// Times the configuration was read again, by what came of it.
+    reloads: Family<ByReason, Counter> = "config_reloads";
+
     /// Client connections that are open.
     client_connections: Gauge = "client_connections";
     /// TLS handshakes with clients that came to nothing.

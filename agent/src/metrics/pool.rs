@@ -170,6 +170,12 @@ impl PoolMetrics {
         }
     }
 
+    pub(super) fn forget_endpoints(&self) {
+        for state in EndpointState::ALL {
+            self.families.endpoints.remove(&ByPoolAndState { pool: self.name.clone(), state });
+        }
+    }
+
     fn and_reason(&self, reason: &'static str) -> ByPoolAndReason {
         ByPoolAndReason { pool: self.name.clone(), reason }
     }

@@ -24,7 +24,7 @@ use crate::{
     endpoint::body::ResponseBody,
     error::Error,
     http::{body::BodyError, response::ResponseHead},
-    picker::builtin::NoEndpoint,
+    picker::{builtin::NoEndpoint, exchange::Body},
     upload::Upload,
     worker::Worker,
 };
@@ -37,16 +37,32 @@ pub(super) async fn dispatch(
     upload: &Upload,
     picked: &mut Picked,
 ) -> Result<Answer, Error> {
+    let list = std::mem::take(&mut picked.endpoints);
+    tokio::select! {
+        biased;
+        answer = walk(worker, request, upload, &picked.body, list) => answer,
+        reply = evicted(&mut picked.stream) => Err(Error::Evicted(Box::new(reply))),
+        () = client.gone() => Err(Error::ClientGone),
+    }
+}
+
+async fn walk(
+    worker: &Worker,
+    request: &Request,
+    upload: &Upload,
+    body: &Body,
+    list: Vec<SocketAddr>,
+) -> Result<Answer, Error> {
     let (shared, pool) = (&worker.shared, request.pool);
     let metrics = shared.metrics.pool(pool);
     shared.retries[pool].request(now());
     let mut last = Error::NoEndpoint(NoEndpoint::NoneEligible);
     let (mut sent, mut retries) = (false, 0);
-    let mut list = std::mem::take(&mut picked.endpoints).into_iter().enumerate().peekable();
+    let mut list = list.into_iter().enumerate().peekable();
     while let Some((index, address)) = list.next() {
         metrics.fallback_attempt(index);
         let in_flight = shared.endpoints[pool].begin(address, now());
-        let failed = match turn(worker, client, request, upload, picked, address, &mut sent).await {
+        let failed = match turn(worker, request, upload, body, address, &mut sent).await {
             Ok((head, body)) => {
                 shared.endpoint_answered(pool, address, head.status);
                 return Ok(Answer { address, head, body, in_flight });
@@ -100,16 +116,15 @@ fn may_retry(worker: &Worker, pool: usize, retries: u32) -> Result<(), &'static 
 /// One endpoint's turn, by what it speaks. `sent`: something of the request has been sent somewhere.
 async fn turn(
     worker: &Worker,
-    client: &mut Client,
     request: &Request,
     upload: &Upload,
-    picked: &mut Picked,
+    body: &Body,
     address: SocketAddr,
     sent: &mut bool,
 ) -> Result<(ResponseHead, ResponseBody), Failed> {
     match worker.shared.config.pools[request.pool].app_protocol {
-        AppProtocol::Http1 => http1::turn(worker, client, request, upload, picked, address, sent).await,
-        AppProtocol::H2c => http2::turn(worker, client, request, upload, picked, address, sent).await,
+        AppProtocol::Http1 => http1::turn(worker, request, upload, body, address, sent).await,
+        AppProtocol::H2c => http2::turn(worker, request, upload, body, address, sent).await,
     }
 }
 
@@ -131,16 +146,6 @@ impl Failed {
 impl From<Error> for Failed {
     fn from(error: Error) -> Self {
         Self::Final(error)
-    }
-}
-
-/// What is done before anything is sent, unless the client leaves or the picker evicts the request meanwhile.
-async fn while_wanted<T>(client: &mut Client, picked: &mut Picked, work: impl Future<Output = T>) -> Result<T, Error> {
-    tokio::select! {
-        biased;
-        done = work => Ok(done),
-        reply = evicted(&mut picked.stream) => Err(Error::Evicted(Box::new(reply))),
-        () = client.gone() => Err(Error::ClientGone),
     }
 }
 

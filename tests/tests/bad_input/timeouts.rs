@@ -96,7 +96,7 @@ async fn idle_connections_are_closed_quietly() {
     let mut silent = setting.client().await;
     closed(&mut silent).await;
     assert!(begin.elapsed() >= SHORT);
-    assert_eq!(setting.agent.count("penstock_client_idle_closes_total", &[]), 1);
+    assert!(setting.agent.count("penstock_client_idle_closes_total", &[]) >= 1);
     let mut client = setting.client().await;
     for _ in 0..2 {
         assert_eq!(client.request(&echo()).await.unwrap().status(), 200);
@@ -161,7 +161,8 @@ async fn an_endpoint_that_does_not_accept() {
         assert_eq!((response.status(), error(&response).0.as_str()), (504, "connect_timeout"));
         assert!(begin.elapsed() >= SHORT && begin.elapsed() < SOON);
     }
-    assert_eq!(agent.count("penstock_requests_total", &["reason=\"connect_timeout\""]), 2);
+    let reasons = ["reason=\"connect_timeout\"", "status=\"504\""];
+    eventually(SOON, || agent.count("penstock_requests_total", &reasons) == 2).await;
 
     // Off, it is the request's time that ends it.
     let (_agent, mut client) = before(deaf.addr, |config| {
@@ -206,7 +207,8 @@ async fn requests_that_take_too_long() {
         assert_eq!(response.header("connection"), None);
         eventually(SOON, || server.aborted() == turn && server.connections_open() == 0).await;
     }
-    assert_eq!(agent.count("penstock_requests_total", &["reason=\"request_timeout\"", "status=\"504\""]), 3);
+    let reasons = ["reason=\"request_timeout\"", "status=\"504\""];
+    eventually(SOON, || agent.count("penstock_requests_total", &reasons) == 3).await;
 
     // Each request of a connection has a time of its own.
     let begin = Instant::now();

@@ -1,11 +1,13 @@
 //! Requests through an agent that asks an endpoint picker, in this process and with steering off: where they go, what the
 //! picker is told, what it changes, and what happens when it fails.
 
+mod abrupt;
 mod conversation;
 mod endpoints;
 mod failure;
 mod flow_control;
 mod headers;
+mod health;
 mod immediate;
 mod leaving;
 mod load;
@@ -14,11 +16,14 @@ mod model;
 mod mutations;
 mod parity;
 mod patience;
+mod retries;
 mod routes;
 mod routing;
 mod seen;
 mod session;
 mod silent;
+mod sources;
+mod subset;
 mod tracing;
 
 use std::time::Duration;

@@ -3,7 +3,6 @@
 
 use std::{
     net::SocketAddr,
-    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -227,8 +226,7 @@ async fn spans_of<S: Script>(
     let mut stage = Stage::with(script, |config| {
         configure(config);
         config.timeouts.idle = Some(Duration::from_millis(100));
-        let only = Route { hosts: vec![HostPattern::Exact("x".into())], ..Route::to("default") };
-        config.routes = vec![only];
+        config.routes = vec![Route { hosts: vec![HostPattern::Exact("x".into())], ..Route::to("default") }];
         adjust(config);
     })
     .await;
@@ -324,7 +322,7 @@ async fn a_collector_that_does_not_answer_costs_spans_and_nothing_else() {
     // Of 40 spans at most 8 wait.
     let full = ["reason=\"queue_full\""];
     eventually(SOON, || agent.count("penstock_trace_spans_dropped_total", &full) >= 32).await;
-    let (metrics, begin) = (Arc::clone(agent.agent.metrics()), Instant::now());
+    let (metrics, begin) = (agent.agent.metrics(), Instant::now());
     drop((client, agent));
     assert!(begin.elapsed() < SOON, "{:?}", begin.elapsed());
     let text = metrics.encode();
@@ -361,7 +359,7 @@ async fn the_last_spans_are_sent() {
         assert_eq!(client.request(&echo("{}")).await.unwrap().status(), 200);
     }
     assert!(collector.spans().is_empty());
-    let metrics = Arc::clone(agent.agent.metrics());
+    let metrics = agent.agent.metrics();
     drop((client, agent));
     let spans = collector.spans();
     assert_eq!((spans.len(), spans[0].resource["service.name"].as_str()), (10, "edge"));

@@ -8,10 +8,9 @@ use tokio::{io::AsyncWriteExt as _, net::tcp::WriteHalf};
 use super::{
     Failed, Written,
     body::{Pieces, length},
-    while_wanted, within,
+    within,
 };
 use crate::{
-    client::Client,
     endpoint::{
         body::ResponseBody,
         connection::{EndpointConnection, Reader},
@@ -23,7 +22,7 @@ use crate::{
     },
     metrics::Connection,
     picker::exchange::Body,
-    proxy::{Request, pick::Picked, respond::evicted},
+    proxy::Request,
     upload::Upload,
     worker::Worker,
 };
@@ -38,10 +37,9 @@ const ONE_WRITE: usize = 64 * 1024;
 /// down its endpoints does not go on for nothing.
 pub(super) async fn turn(
     worker: &Worker,
-    client: &mut Client,
     request: &Request,
     upload: &Upload,
-    picked: &mut Picked,
+    body: &Body,
     address: SocketAddr,
     sent: &mut bool,
 ) -> Result<(ResponseHead, ResponseBody), Failed> {
@@ -50,28 +48,27 @@ pub(super) async fn turn(
     if let Some(endpoint) = kept {
         metrics.endpoint_connection(Connection::Reused);
         *sent = true;
-        match attempt(worker, client, request, upload, picked, endpoint).await {
+        match attempt(worker, request, upload, body, endpoint).await {
             Err(Failed::Early) => metrics.endpoint_retried("kept_connection_closed"),
             outcome => return outcome,
         }
     }
-    let endpoint = while_wanted(client, picked, worker.endpoints.connect(address)).await?.map_err(|error| {
+    let endpoint = worker.endpoints.connect(address).await.map_err(|error| {
         metrics.endpoint_connection(Connection::Failed);
         Failed::Connect(error)
     })?;
     metrics.endpoint_connection(Connection::New);
     *sent = true;
-    attempt(worker, client, request, upload, picked, endpoint).await
+    attempt(worker, request, upload, body, endpoint).await
 }
 
 /// One request on one connection, up to the head of its response. An endpoint may answer before
 /// it has taken the whole body, so both directions go at once.
 async fn attempt(
     worker: &Worker,
-    client: &mut Client,
     request: &Request,
     upload: &Upload,
-    picked: &mut Picked,
+    body: &Body,
     mut endpoint: EndpointConnection,
 ) -> Result<(ResponseHead, ResponseBody), Failed> {
     let address = endpoint.address;
@@ -79,7 +76,7 @@ async fn attempt(
     let (reader, writer) = endpoint.split().map_err(|_| Failed::Early)?;
     let sent = Cell::new(false);
     let send = async {
-        match send(writer, request, upload, &picked.body).await {
+        match send(writer, request, upload, body).await {
             Ok(()) => sent.set(true),
             // Not the end: the endpoint may have answered and closed. What it sent tells.
             Err(Written::Endpoint) => {}
@@ -91,8 +88,6 @@ async fn attempt(
         biased;
         head = within(limit, read_head(worker, reader, address, request)) => head.ok_or(Error::FirstByte(address))??,
         error = send => return Err(Error::from(error).into()),
-        reply = evicted(&mut picked.stream) => return Err(Error::Evicted(Box::new(reply)).into()),
-        () = client.gone() => return Err(Error::ClientGone.into()),
     };
     // What is left of the request would be taken for the next one.
     head.keep_alive &= sent.get();

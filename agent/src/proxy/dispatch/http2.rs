@@ -8,10 +8,9 @@ use hyper::body::Body as _;
 use super::{
     Failed, Written,
     body::{Pieces, length},
-    while_wanted, within,
+    within,
 };
 use crate::{
-    client::Client,
     endpoint::{body::ResponseBody, http2::Stream},
     error::Error,
     http::{
@@ -22,7 +21,7 @@ use crate::{
     },
     metrics::Connection,
     picker::exchange::Body,
-    proxy::{Request, pick::Picked, respond::evicted},
+    proxy::Request,
     upload::Upload,
     worker::Worker,
 };
@@ -34,22 +33,21 @@ const REFUSALS: u32 = 3;
 /// much to do, is tried again, on another connection if the first is closing.
 pub(super) async fn turn(
     worker: &Worker,
-    client: &mut Client,
     request: &Request,
     upload: &Upload,
-    picked: &mut Picked,
+    body: &Body,
     address: SocketAddr,
     sent: &mut bool,
 ) -> Result<(ResponseHead, ResponseBody), Failed> {
     let metrics = &worker.shared.metrics;
     for _ in 0..REFUSALS {
-        let stream = while_wanted(client, picked, worker.http2_endpoints.stream(address)).await?.map_err(|error| {
+        let stream = worker.http2_endpoints.stream(address).await.map_err(|error| {
             metrics.endpoint_connection(Connection::Failed);
             Failed::Connect(error)
         })?;
         metrics.endpoint_connection(if stream.reused { Connection::Reused } else { Connection::New });
         *sent = true;
-        match attempt(worker, client, request, upload, picked, address, stream).await {
+        match attempt(worker, request, upload, body, address, stream).await {
             Err(Attempt::Refused) => metrics.endpoint_retried("stream_refused"),
             Err(Attempt::Failed(failed)) => return Err(failed),
             Ok(answer) => return Ok(answer),
@@ -72,26 +70,25 @@ impl From<Error> for Attempt {
 
 async fn attempt(
     worker: &Worker,
-    client: &mut Client,
     request: &Request,
     upload: &Upload,
-    picked: &mut Picked,
+    body: &Body,
     address: SocketAddr,
     mut stream: Stream,
 ) -> Result<(ResponseHead, ResponseBody), Attempt> {
     let limit = worker.shared.config.timeouts.first_byte;
-    let length = length(upload, &picked.body);
-    let (sender, body) = match length {
+    let length = length(upload, body);
+    let (sender, frames) = match length {
         Some(0) | None => (None, FrameBody::whole(bytes::Bytes::new())),
         Some(_) => {
-            let (sender, body) = FrameBody::written(length);
-            (Some(sender), body)
+            let (sender, frames) = FrameBody::written(length);
+            (Some(sender), frames)
         }
     };
-    let sent = stream.send.send_request(head(request, address, length).map(|()| body));
+    let sent = stream.send.send_request(head(request, address, length).map(|()| frames));
     let send = async {
         if let Some(sender) = sender {
-            match send(sender, upload, &picked.body).await {
+            match send(sender, upload, body).await {
                 // Not the end: the endpoint may have answered and wants no more. What it sent tells.
                 Ok(()) | Err(Written::Endpoint) => {}
                 Err(Written::Body(error)) => return error,
@@ -103,8 +100,6 @@ async fn attempt(
         biased;
         response = within(limit, sent) => response.ok_or(Error::FirstByte(address))?,
         error = send => return Err(Error::from(error).into()),
-        reply = evicted(&mut picked.stream) => return Err(Error::Evicted(Box::new(reply)).into()),
-        () = client.gone() => return Err(Error::ClientGone.into()),
     };
     let (parts, body) = response.map_err(|error| failed(&error))?.into_parts();
     let limits = &worker.shared.config.limits;

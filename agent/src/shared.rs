@@ -1,0 +1,130 @@
+//! What all workers share under one configuration. A reload makes another one; requests that have begun keep the one that they
+//! began with.
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, atomic::AtomicBool},
+    time::Instant,
+};
+
+use http::{HeaderName, StatusCode};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    bbr::ModelHeaders,
+    config::{self, Config, Picker},
+    endpoint::{budget::RetryBudget, set::EndpointSet},
+    metrics::Metrics,
+    picker::builtin::BuiltinPicker,
+    route::Router,
+    telemetry::Telemetry,
+};
+
+pub struct Shared {
+    pub config: Config,
+    pub router: Router,
+    pub metrics: Arc<Metrics>,
+    /// Where tracing is on.
+    pub telemetry: Option<Telemetry>,
+    /// One for each pool.
+    pub endpoints: Vec<Arc<EndpointSet>>,
+    /// One for each pool.
+    pub retries: Vec<RetryBudget>,
+    /// One for each pool: picks for `builtin` and for fail-open.
+    pub pickers: Vec<BuiltinPicker>,
+    /// The headers in which EPPs name their picks: `picker.header` of every pool, and the protocol's own.
+    pub pick_headers: Vec<HeaderName>,
+    pub model_headers: ModelHeaders,
+    /// No new connections or requests; what runs may finish.
+    pub draining: CancellationToken,
+    /// Break off what still runs.
+    pub force: CancellationToken,
+    /// A worker could not start or go on.
+    pub failed: Arc<AtomicBool>,
+}
+
+impl Shared {
+    pub fn new(config: Config, metrics: Arc<Metrics>, telemetry: Option<Telemetry>) -> Self {
+        let endpoints = config.pools.iter().map(|pool| EndpointSet::new(pool, &config.node)).collect();
+        Self::with(config, endpoints, metrics, telemetry)
+    }
+
+    /// Under another configuration. Pools are the same where their names are: their endpoints go on as they are.
+    pub fn after(&self, config: Config) -> Self {
+        let endpoints = config.pools.iter().map(|pool| match self.pool_named(&pool.name) {
+            Some(before) => EndpointSet::after(&self.endpoints[before], pool, &config.node),
+            None => EndpointSet::new(pool, &config.node),
+        });
+        let endpoints = endpoints.collect();
+        let metrics = self.metrics.for_pools(&names(&config));
+        Self {
+            draining: self.draining.clone(),
+            force: self.force.clone(),
+            failed: Arc::clone(&self.failed),
+            ..Self::with(config, endpoints, metrics, self.telemetry.clone())
+        }
+    }
+
+    fn with(config: Config, endpoints: Vec<EndpointSet>, metrics: Arc<Metrics>, telemetry: Option<Telemetry>) -> Self {
+        let endpoints: Vec<_> = endpoints.into_iter().map(Arc::new).collect();
+        Self {
+            router: Router::new(&config),
+            pickers: endpoints.iter().map(|endpoints| BuiltinPicker::new(Arc::clone(endpoints))).collect(),
+            retries: config.pools.iter().map(|pool| RetryBudget::new(&pool.retry, Instant::now())).collect(),
+            pick_headers: pick_headers(&config),
+            model_headers: ModelHeaders::new(&config.bbr),
+            endpoints,
+            metrics,
+            telemetry,
+            draining: CancellationToken::new(),
+            force: CancellationToken::new(),
+            failed: Arc::default(),
+            config,
+        }
+    }
+
+    fn pool_named(&self, name: &str) -> Option<usize> {
+        self.config.pools.iter().position(|pool| pool.name == name)
+    }
+
+    /// A request got no answer from `address`.
+    pub fn endpoint_failed(&self, pool: usize, address: SocketAddr) {
+        if self.endpoints[pool].failed(address, Instant::now()) {
+            self.metrics.pool(pool).ejected();
+            tracing::warn!(pool = self.config.pools[pool].name, %address, "endpoint ejected");
+        }
+    }
+
+    /// `address` answered with `status`.
+    pub fn endpoint_answered(&self, pool: usize, address: SocketAddr, status: StatusCode) {
+        if status.is_server_error() && self.endpoints[pool].counts_server_errors() {
+            self.endpoint_failed(pool, address);
+        } else {
+            self.endpoints[pool].succeeded(address);
+        }
+    }
+
+    /// Whether a request may still go to `address`. If not, idle connections to it are of no use.
+    pub fn is_dialled(&self, address: SocketAddr) -> bool {
+        let listed =
+            |endpoints: &Arc<EndpointSet>| endpoints.snapshot().get(address).is_some_and(|endpoint| !endpoint.draining);
+        let named = |pool: &config::Pool| pool.passthrough || pool.default_upstream == Some(address);
+        self.endpoints.iter().any(listed) || self.config.pools.iter().any(named)
+    }
+}
+
+/// The names of the pools, in their order.
+pub fn names(config: &Config) -> Vec<String> {
+    config.pools.iter().map(|pool| pool.name.clone()).collect()
+}
+
+fn pick_headers(config: &Config) -> Vec<HeaderName> {
+    let configured = config.pools.iter().filter_map(|pool| match &pool.picker {
+        Picker::Epp(epp) => Some(epp.header.clone()),
+        Picker::Builtin => None,
+    });
+    let mut headers: Vec<_> = configured.chain([HeaderName::from_static("x-gateway-destination-endpoint")]).collect();
+    headers.sort_unstable_by(|a, b| a.as_str().cmp(b.as_str()));
+    headers.dedup();
+    headers
+}

@@ -1,0 +1,174 @@
+//! Another configuration while the agent runs: it holds for the requests that begin afterwards, and cuts nothing.
+
+use std::{net::SocketAddr, time::Duration};
+
+use nix::sys::signal::Signal;
+use penstock_agent::config::{FailureMode, SteeringMode};
+use penstock_tests::{
+    BodyEnd, Client, ModelServer, Plan, Reader, Request, ScriptedEpp,
+    agent::{TestAgent, builtin_pool, epp_pool},
+    agent_process::AgentProcess,
+    eventually,
+    model_server::{Framing, Lengths, Options, Pauses},
+    reader::at_least,
+    scripted_epp::{Endpoints, LlmdRouter, StreamEnd},
+};
+
+const SOON: Duration = Duration::from_secs(10);
+const ANY_PORT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
+
+async fn servers() -> [ModelServer; 2] {
+    let options = Options { idle_close: None, ..Options::default() };
+    [ModelServer::start(options.clone()).await.unwrap(), ModelServer::start(options).await.unwrap()]
+}
+
+async fn served_by(client: &mut Client) -> Option<SocketAddr> {
+    let response = client.request(&Request::get("/v1/models")).await.unwrap();
+    assert_eq!(response.status(), 200, "{}", response.text());
+    response.served_by()
+}
+
+/// Long enough to be under way when something happens.
+fn long() -> Plan {
+    Plan {
+        framing: Framing::Chunked,
+        size: 400_000,
+        stream_id: 9,
+        writes: Lengths::Fixed(1000),
+        pauses: Some(Pauses { seed: 9, every: 1, up_to_us: 2000 }),
+        ..Plan::default()
+    }
+}
+
+#[tokio::test]
+async fn the_next_request_of_a_connection_meets_the_new_configuration() {
+    let [one, two] = servers().await;
+    let agent = TestAgent::start(builtin_pool(&[one.addr]), SteeringMode::Off, |_| {});
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    assert_eq!(served_by(&mut client).await, Some(one.addr));
+    let mut config = agent.agent.config();
+    config.pools = vec![builtin_pool(&[two.addr])];
+    agent.agent.reload(config).unwrap();
+    // The workers take it each for itself.
+    let mut clients = Vec::new();
+    for _ in 0..8 {
+        clients.push(Client::connect(agent.addr).await.unwrap());
+    }
+    clients.push(client);
+    let begin = std::time::Instant::now();
+    for client in &mut clients {
+        while served_by(client).await != Some(two.addr) {
+            assert!(begin.elapsed() < SOON, "a connection never meets it");
+        }
+        assert_eq!(served_by(client).await, Some(two.addr), "once it holds, it holds");
+    }
+    assert_eq!(agent.count("penstock_config_reloads_total", &["applied"]), 1);
+}
+
+#[tokio::test]
+async fn a_pool_that_is_not_there_any_more_is_404_and_its_endpoints_are_not_counted() {
+    let [one, two] = servers().await;
+    let mut second = builtin_pool(&[two.addr]);
+    second.name = "second".to_owned();
+    let agent = TestAgent::start(builtin_pool(&[one.addr]), SteeringMode::Off, |config| {
+        config.pools.push(second);
+        config.routes = vec![penstock_agent::config::Route::to("second")];
+    });
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    assert_eq!(served_by(&mut client).await, Some(two.addr));
+    assert_eq!(agent.count("penstock_endpoints", &["second", "ready"]), 1);
+    let mut config = agent.agent.config();
+    config.pools.pop();
+    let other = vec![penstock_agent::config::HostPattern::Exact("x".to_owned())];
+    config.routes =
+        vec![penstock_agent::config::Route { hosts: other, ..penstock_agent::config::Route::to("default") }];
+    agent.agent.reload(config).unwrap();
+    let begin = std::time::Instant::now();
+    while client.request(&Request::get("/v1/models")).await.unwrap().status() != 404 {
+        assert!(begin.elapsed() < SOON, "the route is still there");
+    }
+    assert_eq!(agent.metric("penstock_endpoints", &["second"]), 0.0);
+    assert_eq!(agent.count("penstock_endpoints", &["default", "ready"]), 1);
+}
+
+/// The picker's stream of a request that runs goes on to its end, and the next request fails open as the new settings say.
+#[tokio::test]
+async fn a_picker_is_told_the_end_of_what_it_has_picked_for() {
+    let [one, _two] = servers().await;
+    let mut epp = ScriptedEpp::start(LlmdRouter::over(Endpoints::new(&[one.addr]))).await.unwrap();
+    let pool = epp_pool(&[one.addr], epp.addr, FailureMode::Closed);
+    let agent = TestAgent::start(pool, SteeringMode::Off, |_| {});
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    let plan = long();
+    client.send(&plan.request()).await.unwrap();
+    let mut checker = plan.checker();
+    assert_eq!(client.head().await.unwrap().status, 200);
+    assert_eq!(at_least(&mut client, &mut checker, 20_000).await.unwrap(), None);
+    let mut config = agent.agent.config();
+    config.pools[0].failure_mode = FailureMode::Open;
+    agent.agent.reload(config).unwrap();
+    let read = Reader::Fast.take(&mut client, &mut checker).await.unwrap();
+    assert_eq!((read.end, read.len), (BodyEnd::Complete, plan.size));
+    eventually(SOON, || epp.streams_ended(StreamEnd::HalfClosed) == 1).await;
+    epp.stop();
+    let begin = std::time::Instant::now();
+    while client.request(&Request::get("/v1/models")).await.unwrap().status() != 200 {
+        assert!(begin.elapsed() < SOON, "it still fails closed");
+    }
+}
+
+#[tokio::test]
+async fn what_only_a_start_can_change_is_refused_as_a_whole() {
+    let [one, two] = servers().await;
+    let agent = TestAgent::start(builtin_pool(&[one.addr]), SteeringMode::Off, |_| {});
+    let mut config = agent.agent.config();
+    config.pools = vec![builtin_pool(&[two.addr])];
+    config.listen.workers += 1;
+    let refused = agent.agent.reload(config).unwrap_err().to_string();
+    assert_eq!(refused, "listen.workers cannot change while the agent runs: restart it");
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    assert_eq!(served_by(&mut client).await, Some(one.addr));
+    assert_eq!(agent.count("penstock_config_reloads_total", &["refused"]), 1);
+}
+
+#[tokio::test]
+async fn sighup_cuts_no_stream() {
+    for steering in ["off", "ingress"] {
+        let [one, two] = servers().await;
+        let mut agent = AgentProcess::start(ANY_PORT, one.addr, steering, "").await.unwrap();
+        let mut client = Client::connect(agent.addr).await.unwrap();
+        let plan = long();
+        client.send(&plan.request()).await.unwrap();
+        let mut checker = plan.checker();
+        assert_eq!(client.head().await.unwrap().status, 200);
+        assert_eq!(at_least(&mut client, &mut checker, 20_000).await.unwrap(), None);
+
+        agent.write_config(two.addr, "").unwrap();
+        agent.process.signal(Signal::SIGHUP).unwrap();
+        agent.process.line("the configuration was read again", SOON).await.unwrap();
+        let mut another = Client::connect(agent.addr).await.unwrap();
+        let begin = std::time::Instant::now();
+        while served_by(&mut another).await != Some(two.addr) {
+            assert!(begin.elapsed() < SOON, "{steering}: the new configuration never holds");
+        }
+        let read = Reader::Fast.take(&mut client, &mut checker).await.unwrap();
+        assert_eq!((read.end, read.len), (BodyEnd::Complete, plan.size), "{steering}");
+        let begin = std::time::Instant::now();
+        while served_by(&mut client).await != Some(two.addr) {
+            assert!(begin.elapsed() < SOON, "{steering}: the connection never meets it");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_configuration_that_is_wrong_changes_nothing() {
+    let [one, two] = servers().await;
+    let mut agent = AgentProcess::start(ANY_PORT, one.addr, "off", "").await.unwrap();
+    agent.write_config(two.addr, "[timeouts]\nidle = \"never\"").unwrap();
+    agent.process.signal(Signal::SIGHUP).unwrap();
+    let line = agent.process.line("the configuration stays as it was", SOON).await.unwrap();
+    assert!(line.contains("timeouts.idle") && line.contains("never"), "{line}");
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    assert_eq!(served_by(&mut client).await, Some(one.addr));
+    assert_eq!(agent.metric("penstock_config_reloads_total", &["invalid"]).await.unwrap(), 1.0);
+}

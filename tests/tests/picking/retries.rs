@@ -1,0 +1,289 @@
+//! Requests that an endpoint does not answer: which of them go on to the next endpoint, and how often.
+
+use std::io::{Read as _, Write as _};
+use std::net::SocketAddr;
+use std::sync::mpsc::Receiver;
+use std::time::{Duration, Instant};
+
+use penstock_agent::config::{Config, FailureMode, Retry, SteeringMode};
+use penstock_tests::agent::{TestAgent, builtin_pool, epp_pool};
+use penstock_tests::client::{Client, Request, Response};
+use penstock_tests::content::Fnv;
+use penstock_tests::scripted_epp::{Answering, Endpoints, Production, Script, ScriptedEpp, StreamEnd, reply};
+use penstock_tests::stage::{echo, json};
+use penstock_tests::{ModelServer, Refusing, eventually, model_server::Options};
+
+use crate::SOON;
+use crate::abrupt::{Abrupt, Act, Turn};
+
+/// No ejection, so that a list stays as the picker gave it.
+fn unmoved(config: &mut Config) {
+    config.pools[0].ejection.failures = 0;
+}
+
+fn retry(attempts: u32, budget_percent: u32, budget_min_per_second: u32) -> impl FnOnce(&mut Config) {
+    move |config| {
+        unmoved(config);
+        config.pools[0].retry = Retry { attempts, budget_percent, budget_min_per_second };
+    }
+}
+
+/// Always the same list.
+fn list(endpoints: &[SocketAddr]) -> impl Script + use<> {
+    let named = endpoints.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+    Answering::new(move |_| vec![reply::pick(&named, &[])])
+}
+
+struct Scene {
+    agent: TestAgent,
+    client: Client,
+    epp: ScriptedEpp,
+}
+
+impl Scene {
+    /// A picker that always names these.
+    async fn new(endpoints: &[SocketAddr], adjust: impl FnOnce(&mut Config)) -> Self {
+        let epp = ScriptedEpp::start(list(endpoints)).await.unwrap();
+        let agent = TestAgent::start(epp_pool(endpoints, epp.addr, FailureMode::Closed), SteeringMode::Off, adjust);
+        let client = Client::connect(agent.addr).await.unwrap();
+        Self { agent, client, epp }
+    }
+
+    async fn request(&mut self, request: &Request) -> Response {
+        self.client.request(request).await.unwrap()
+    }
+
+    fn retries(&self, reason: &str) -> u64 {
+        self.agent.count("penstock_endpoint_retries_total", &[&format!("reason=\"{reason}\"")])
+    }
+
+    fn refused(&self, reason: &str) -> u64 {
+        self.agent.count("penstock_endpoint_retries_refused_total", &[&format!("reason=\"{reason}\"")])
+    }
+
+    fn fallbacks(&self, index: &str) -> u64 {
+        self.agent.count("penstock_fallback_attempts_total", &[r#"pool="default""#, &format!("index=\"{index}\"")])
+    }
+}
+
+async fn model_server() -> ModelServer {
+    ModelServer::start(Options::default()).await.unwrap()
+}
+
+/// E10, D5, and E8: what is reported as served is what answered.
+#[tokio::test]
+async fn one_that_ends_the_connection_before_a_byte_is_followed_by_the_next() {
+    for act in [|| Act::Close, || Act::Reset, || Act::Snap] {
+        let (abrupt, good) = (Abrupt::start(move |_| act()).await, model_server().await);
+        let mut scene = Scene::new(&[abrupt.addr, good.addr], unmoved).await;
+        for len in [100, 3 << 20] {
+            let body = json("m", len);
+            let response = scene.request(&echo(body.clone())).await;
+            assert_eq!(response.served_by(), Some(good.addr));
+            assert_eq!(response.echoed().body_hash, Fnv::of(&body).value());
+        }
+        assert_eq!((abrupt.requests(), good.requests()), (2, 2));
+        assert_eq!((scene.retries("closed_before_response"), scene.fallbacks("1")), (2, 2));
+        eventually(SOON, || scene.epp.streams_ended(StreamEnd::HalfClosed) == 2).await;
+        assert_eq!(scene.epp.streams()[0].served(), Some(good.addr.to_string()));
+    }
+}
+
+/// D5: also in the middle of a long list, after one that cannot be reached.
+#[tokio::test]
+async fn the_list_is_walked_in_its_order() {
+    let (dead, abrupt, good) = (Refusing::new().unwrap(), Abrupt::start(|_| Act::Close).await, model_server().await);
+    let mut scene = Scene::new(&[dead.addr, abrupt.addr, good.addr], unmoved).await;
+    assert_eq!(scene.request(&echo("{}")).await.served_by(), Some(good.addr));
+    assert_eq!((scene.retries("connect"), scene.retries("closed_before_response")), (1, 1));
+    assert_eq!((scene.fallbacks("1"), scene.fallbacks("2"), scene.fallbacks("3")), (1, 1, 0));
+}
+
+/// D5.
+#[tokio::test]
+async fn after_a_byte_of_the_answer_nothing_goes_on() {
+    let (begins, good) = (Abrupt::start(|_| Act::Begin).await, model_server().await);
+    let mut scene = Scene::new(&[begins.addr, good.addr], unmoved).await;
+    let response = scene.request(&echo("{}")).await;
+    assert_eq!((response.status(), response.error_code().as_str()), (502, "endpoint_closed"));
+    assert_eq!((begins.requests(), good.requests()), (1, 0));
+    assert_eq!(scene.agent.count("penstock_endpoint_retries_total", &[]), 0);
+}
+
+/// D5, D10: it may be at work.
+#[tokio::test]
+async fn one_that_is_silent_for_too_long_is_not_followed() {
+    let (silent, good) = (Abrupt::start(|_| Act::Silence).await, model_server().await);
+    let mut scene = Scene::new(&[silent.addr, good.addr], |config| {
+        unmoved(config);
+        config.timeouts.first_byte = Some(Duration::from_millis(200));
+    })
+    .await;
+    let response = scene.request(&echo("{}")).await;
+    assert_eq!((response.status(), response.error_code().as_str()), (504, "first_byte_timeout"));
+    assert_eq!(good.requests(), 0);
+}
+
+/// D5.
+#[tokio::test]
+async fn attempts_are_limited() {
+    for attempts in [0, 1, 2] {
+        let [a, b, c] = [
+            Abrupt::start(|_| Act::Close).await,
+            Abrupt::start(|_| Act::Close).await,
+            Abrupt::start(|_| Act::Close).await,
+        ];
+        let good = model_server().await;
+        let mut scene = Scene::new(&[a.addr, b.addr, c.addr, good.addr], retry(attempts, 100, 100)).await;
+        let response = scene.request(&echo("{}")).await;
+        assert_eq!((response.status(), response.error_code().as_str()), (502, "endpoint_closed"));
+        assert_eq!(a.requests() + b.requests() + c.requests(), 1 + attempts as usize);
+        assert_eq!((good.requests(), scene.refused("attempts")), (0, 1));
+    }
+}
+
+/// D5: ten seconds' worth of one a second, and no part of the requests.
+#[tokio::test]
+async fn retries_have_a_budget() {
+    let (abrupt, good) = (Abrupt::start(|_| Act::Close).await, model_server().await);
+    let mut scene = Scene::new(&[abrupt.addr, good.addr], retry(2, 0, 1)).await;
+    let mut answered = 0;
+    for _ in 0..30 {
+        answered += u64::from(scene.request(&echo("{}")).await.status() == 200);
+    }
+    // One more for each second that this took.
+    assert!((10..20).contains(&answered), "{answered}");
+    assert_eq!((good.requests(), scene.refused("budget")), (answered, 30 - answered));
+}
+
+/// D5: nothing was sent, so there is nothing to limit.
+#[tokio::test]
+async fn connects_that_fail_need_no_budget() {
+    let dead: Vec<_> = (0..5).map(|_| Refusing::new().unwrap()).collect();
+    let good = model_server().await;
+    let list: Vec<_> = dead.iter().map(|dead| dead.addr).chain([good.addr]).collect();
+    let mut scene = Scene::new(&list, retry(0, 0, 0)).await;
+    for _ in 0..20 {
+        assert_eq!(scene.request(&echo("{}")).await.served_by(), Some(good.addr));
+    }
+    assert_eq!((scene.retries("connect"), scene.fallbacks("5")), (100, 20));
+}
+
+/// D5: the built-in picker and a pool that fails open have lists, too.
+#[tokio::test]
+async fn without_a_picker_there_is_a_list_all_the_same() {
+    let (abrupt, good) = (Abrupt::start(|_| Act::Close).await, model_server().await);
+    let dead: Vec<_> = (0..4).map(|_| Refusing::new().unwrap()).collect();
+    let endpoints: Vec<_> = dead.iter().map(|dead| dead.addr).chain([abrupt.addr, good.addr]).collect();
+    let nobody = Refusing::new().unwrap();
+    let generous = |config: &mut Config| retry(1, 100, 100)(config);
+    for pool in [builtin_pool(&endpoints), epp_pool(&endpoints, nobody.addr, FailureMode::Open)] {
+        let agent = TestAgent::start(pool, SteeringMode::Off, generous);
+        let mut client = Client::connect(agent.addr).await.unwrap();
+        for _ in 0..12 {
+            let response = client.request(&echo(json("m", 1000))).await.unwrap();
+            assert_eq!(response.served_by(), Some(good.addr));
+        }
+    }
+    assert!(abrupt.requests() > 0);
+}
+
+/// What no request may fail of: it costs nothing, and there is nowhere else to go.
+async fn one_endpoint(act: impl Fn(Turn) -> Act + Send + Sync + 'static) -> (Abrupt, Scene) {
+    let abrupt = Abrupt::start(act).await;
+    let scene = Scene::new(&[abrupt.addr], retry(0, 0, 0)).await;
+    (abrupt, scene)
+}
+
+const TIMES: u64 = 300;
+
+/// D3, D4.
+#[tokio::test]
+async fn kept_connections_may_close_under_every_request() {
+    for fail in [|| Act::Close, || Act::Reset, || Act::Snap] {
+        let act = move |turn: Turn| if turn.request == 1 { Act::Answer } else { fail() };
+        let (abrupt, mut scene) = one_endpoint(act).await;
+        for n in 0..TIMES {
+            let request = if n % 2 == 0 { echo(json("m", 40_000)) } else { Request::get("/test/echo") };
+            assert_eq!(scene.request(&request).await.text(), "ok", "request {n}");
+        }
+        assert_eq!(scene.retries("kept_connection_closed"), TIMES - 1);
+        assert_eq!(abrupt.requests() as u64, 2 * TIMES - 1);
+    }
+}
+
+/// Answers one request on each connection and closes it when it is told to: so long after it was told.
+fn closing(told: Receiver<Duration>) -> SocketAddr {
+    let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let addr = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        loop {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut request = Vec::new();
+            while !request.ends_with(b"\"}") {
+                let mut bytes = [0; 4096];
+                let n = stream.read(&mut bytes).unwrap();
+                request.extend_from_slice(&bytes[..n]);
+            }
+            stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").unwrap();
+            let Ok(delay) = told.recv() else { return };
+            let begin = Instant::now();
+            while begin.elapsed() < delay {
+                std::hint::spin_loop();
+            }
+        }
+    });
+    addr
+}
+
+/// D3, D4: where the agent found the connection closed it is closed later the next time, and where the agent had used it
+/// earlier, so that the one comes as close to the other as can be.
+#[tokio::test]
+async fn kept_connections_may_close_at_the_moment_of_the_next_request() {
+    let (tell, told) = std::sync::mpsc::channel();
+    let endpoint = closing(told);
+    let agent = TestAgent::start(builtin_pool(&[endpoint]), SteeringMode::Off, |config| {
+        retry(0, 0, 0)(config);
+        config.listen.workers = 1;
+    });
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    let request = echo(json("m", 1000));
+    assert_eq!(client.request(&request).await.unwrap().text(), "ok");
+    let step = |delay: Duration| Duration::from_micros(5).max(delay / 16);
+    let (mut delay, mut before, mut found_closed) = (Duration::ZERO, 0, 0);
+    for n in 0..2 * TIMES {
+        tell.send(delay).unwrap();
+        assert_eq!(client.request(&request).await.unwrap().text(), "ok", "request {n}");
+        let used = agent.count("penstock_endpoint_retries_total", &[r#"reason="kept_connection_closed""#]);
+        if used > before {
+            delay = delay.saturating_sub(step(delay));
+        } else {
+            delay += step(delay);
+            found_closed += 1;
+        }
+        before = used;
+    }
+    println!("{found_closed} times closed before, {before} times closed after; at the end {delay:?} after the client");
+    assert!(found_closed > 20 && before > 20, "{found_closed} {before}");
+}
+
+/// D5: the race of kept connections is run once a request, so that what endpoints die of does not go through all of them.
+#[tokio::test]
+async fn what_endpoints_die_of_does_not_meet_them_all() {
+    let mortal = |turn: Turn| if turn.connection == 1 && turn.request == 1 { Act::Answer } else { Act::Close };
+    let (one, two) = (Abrupt::start(mortal).await, Abrupt::start(mortal).await);
+    let picker = Production::over(Endpoints::new(&[one.addr, two.addr]).offering(2));
+    let epp = ScriptedEpp::start(picker).await.unwrap();
+    let pool = epp_pool(&[one.addr, two.addr], epp.addr, FailureMode::Closed);
+    let agent = TestAgent::start(pool, SteeringMode::Off, |config| {
+        retry(0, 0, 0)(config);
+        config.listen.workers = 1;
+    });
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    for _ in 0..2 {
+        assert_eq!(client.request(&echo(json("m", 100))).await.unwrap().text(), "ok");
+    }
+    let response = client.request(&echo(json("m", 100))).await.unwrap();
+    assert_eq!((response.status(), response.error_code().as_str()), (502, "endpoint_closed"));
+    assert_eq!((one.requests(), two.requests()), (3, 1), "it met the first on the kept connection and on a fresh one");
+}
