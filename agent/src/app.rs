@@ -11,6 +11,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use futures_util::FutureExt as _;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
@@ -18,8 +19,11 @@ use tokio_rustls::TlsAcceptor;
 use crate::{
     admin::{self, AdminHandle},
     config::Config,
+    control::{self, Control},
+    dns::Dns,
     endpoint::discovery::Discovery,
     metrics::{self, Metrics},
+    picker::tend::tend,
     readiness::{Gate, Readiness},
     reload::{self, ReloadError},
     selftest,
@@ -40,13 +44,21 @@ pub struct Agent {
     shared: watch::Sender<Arc<Shared>>,
     readiness: Readiness,
     admin: AdminHandle,
-    discovery: Mutex<Discovery>,
     workers: Vec<JoinHandle<()>>,
+    /// Ends after the workers.
+    beside: Mutex<Option<Beside>>,
+    certificate: Option<Arc<Certificate>>,
     address: SocketAddr,
     tls_address: Option<SocketAddr>,
     steering: Steering,
     /// Outlives the workers, whose last spans it sends.
     exporter: Option<Exporter>,
+}
+
+/// What goes on beside requests under one configuration.
+struct Beside {
+    _discovery: Discovery,
+    _control: Control,
 }
 
 impl Agent {
@@ -61,9 +73,10 @@ impl Agent {
         let readiness = Readiness::new();
         let gates: Vec<Gate> = (0..count).map(|number| readiness.gate(format!("worker {number}"))).collect();
         let (telemetry, exporter) = Telemetry::start(&config.tracing, &metrics)?.unzip();
-        let shared = Arc::new(Shared::new(config, metrics, telemetry));
+        let shared = Arc::new(Shared::new(config, metrics, telemetry)?);
         let (config, metrics) = (&shared.config, &shared.metrics);
-        let discovery = discover(&shared, Some(&readiness))?;
+        let certificate = config.listen.tls.as_ref().map(Certificate::read).transpose()?;
+        let beside = beside(&shared, certificate.as_ref(), Some(&readiness))?;
 
         let steering = selftest::start(&config.steering);
         metrics.set_steering_path(
@@ -81,8 +94,7 @@ impl Agent {
         let address = plain[0].local_addr()?;
         let mut listeners: Vec<Vec<_>> = plain.into_iter().map(|socket| vec![(socket, None)]).collect();
         let mut tls_address = None;
-        if let Some(settings) = &config.listen.tls {
-            let certificate = Certificate::read(settings)?;
+        if let (Some(settings), Some(certificate)) = (&config.listen.tls, &certificate) {
             let acceptor = certificate.acceptor(config.listen.http2_max_streams > 0)?;
             let sockets = listening(settings.address)?;
             tls_address = Some(sockets[0].local_addr()?);
@@ -111,8 +123,18 @@ impl Agent {
             workers.push(std::thread::Builder::new().name(format!("penstock-{number}")).spawn(run)?);
         }
         tracing::info!(%address, admin = %admin.local_addr(), workers = count, "penstock {}", env!("CARGO_PKG_VERSION"));
-        let (shared, discovery) = (updates, Mutex::new(discovery));
-        Ok(Self { shared, readiness, admin, discovery, workers, address, tls_address, steering, exporter })
+        Ok(Self {
+            shared: updates,
+            readiness,
+            admin,
+            workers,
+            beside: Mutex::new(Some(beside)),
+            certificate,
+            address,
+            tls_address,
+            steering,
+            exporter,
+        })
     }
 
     /// Where clients connect; the port is the one that was bound.
@@ -160,10 +182,13 @@ impl Agent {
         if !fixed.is_empty() {
             return Err(ReloadError::NeedsRestart(fixed));
         }
-        let shared = Arc::new(before.after(config));
-        let discovery = discover(&shared, None).map_err(ReloadError::Discovery)?;
+        let shared = Arc::new(before.after(config).map_err(ReloadError::Pools)?);
+        let mut running = self.beside.lock();
+        // One after the other: both tell the same metrics of the same replicas.
+        *running = None;
+        let next = beside(&shared, self.certificate.as_ref(), None);
         self.shared.send_replace(shared);
-        *self.discovery.lock() = discovery;
+        *running = Some(next.map_err(ReloadError::Beside)?);
         Ok(())
     }
 
@@ -199,6 +224,7 @@ impl Agent {
             // A worker that panicked has said so already.
             let _ = worker.join();
         }
+        *self.beside.lock() = None;
         self.exporter = None;
     }
 }
@@ -210,11 +236,20 @@ impl Drop for Agent {
     }
 }
 
-/// What keeps the endpoints of every pool up to date, and counts them.
-fn discover(shared: &Shared, readiness: Option<&Readiness>) -> io::Result<Discovery> {
+/// Starts what goes on beside requests: endpoints are followed and counted, the replicas of EPPs looked after, files read again.
+/// Without `readiness`, nobody waits for it.
+fn beside(shared: &Shared, certificate: Option<&Arc<Certificate>>, readiness: Option<&Readiness>) -> Result<Beside> {
     let counts = shared.endpoints.iter().cloned().map(|set| Box::new(move || set.states()) as _);
     shared.metrics.count_endpoints(counts);
-    Discovery::start(&shared.config, &shared.endpoints, &shared.metrics, readiness)
+    let discovery = Discovery::start(&shared.config, &shared.endpoints, &shared.metrics, readiness)?;
+
+    let dns = Dns::new(&shared.config.dns);
+    let epps = shared.replicas.iter().enumerate().filter_map(|(pool, replicas)| Some((pool, replicas.clone()?)));
+    let mut tasks: Vec<control::Task> =
+        epps.map(|(pool, replicas)| tend(replicas, dns.clone(), Arc::clone(&shared.metrics), pool).boxed()).collect();
+    tasks.extend(certificate.map(|certificate| Arc::clone(certificate).follow().boxed()));
+    let control = Control::start(tasks).context("the control thread")?;
+    Ok(Beside { _discovery: discovery, _control: control })
 }
 
 /// A worker's thread.
@@ -230,7 +265,7 @@ fn work(
     let connections = shared.config.listen.max_connections.div_ceil(count);
     tokio::task::LocalSet::new().block_on(&runtime, async {
         let steering = steering.worker()?;
-        let worker = Worker::new(shared, steering)?;
+        let worker = Worker::new(shared, steering);
         let listener = |(socket, tls)| Ok(Listener { socket: tokio::net::TcpListener::from_std(socket)?, tls });
         let listeners = listeners.into_iter().map(listener).collect::<io::Result<_>>()?;
         gate.open();

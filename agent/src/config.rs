@@ -15,6 +15,7 @@ mod health;
 mod listen;
 mod node;
 mod overrides;
+mod picker;
 mod pools;
 mod retry;
 mod routes;
@@ -32,6 +33,7 @@ pub use overrides::Overrides;
 
 use std::{
     collections::BTreeMap,
+    fmt,
     net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
@@ -443,14 +445,21 @@ pub enum Picker {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Epp {
-    /// `host:port` of the EPP's gRPC service.
-    pub address: String,
+    /// `host:port` of the EPP's gRPC service, one or several. Each address that a host has is a replica. Requests go to the
+    /// first replica that serves, in the order of this list and of the addresses of each name, so that all agents ask the same
+    /// one and its state is of use; the others are asked when it fails.
+    pub addresses: Vec<String>,
     /// Default `off`.
     pub tls: EppTls,
-    /// Default 1s.
+    /// Name to ask for in TLS and, with `ca`, that the certificate must carry; default: the host of the address.
+    pub server_name: Option<String>,
+    /// What the EPP is shown of us in TLS; default: nothing.
+    pub client_certificate: Option<ClientCertificate>,
+    /// TCP and TLS; also how long a request waits for the first answer of DNS. Default 1s.
     pub connect_timeout: Duration,
-    /// From the end of the request's body to the pick; default 30s (an EPP may queue requests).
-    pub decision_timeout: Duration,
+    /// From the end of the request's body to the pick, whatever goes wrong on the way and however many replicas are asked;
+    /// default 30s (an EPP may queue requests). `None` is off.
+    pub decision_timeout: Option<Duration>,
     /// How long a response head waits for the EPP's mutation of it; default 100ms, `off` does not wait.
     pub response_timeout: Option<Duration>,
     /// What the EPP sees of response bodies; default `headers`.
@@ -460,6 +469,15 @@ pub struct Epp {
     pub response_queue_bytes: usize,
     /// Header that carries the pick; default `x-gateway-destination-endpoint`.
     pub header: http::HeaderName,
+    /// How often each replica's gRPC health is checked; default 5s, `None` is off. A replica that is not serving, or does not
+    /// answer within `connect_timeout`, is asked after the others; one that knows nothing of health counts as serving.
+    pub health_interval: Option<Duration>,
+    /// Where health is served; default: the port of `address`.
+    pub health_port: Option<u16>,
+    /// Whether `health_port` speaks TLS, as the EPP's port does; default false, as kubelets want it.
+    pub health_tls: bool,
+    /// The service to ask after; default `envoy.service.ext_proc.v3.ExternalProcessor`.
+    pub health_service: String,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -479,13 +497,30 @@ pub enum EppTls {
     Off,
     /// TLS, certificate not verified: the EPP's own default certificate is self-signed without names.
     Insecure,
-    /// TLS, verified against this CA file.
-    Ca {
-        /// PEM; a relative path starts at the folder of the configuration file.
-        file: PathBuf,
-        /// Name the certificate must carry; default: the host of `address`.
-        server_name: Option<String>,
-    },
+    /// TLS, verified against this PEM file of CA certificates, which is read again when it changes. A relative path starts at
+    /// the folder of the configuration file.
+    Ca(PathBuf),
+    /// TLS, with a certificate of one of these public keys, whatever else it says. At least one.
+    Pinned(Vec<Pin>),
+}
+
+/// SHA-256 of a public key (the SubjectPublicKeyInfo, DER), 64 hexadecimal digits:
+/// `openssl x509 -in epp.pem -noout -pubkey | openssl pkey -pubin -outform der | openssl dgst -sha256`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pin(pub [u8; 32]);
+
+impl fmt::Display for Pin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+/// Two PEM files, which are read again when they change; relative paths start at the folder of the configuration file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ClientCertificate {
+    /// The certificate, and those between it and the EPP's CA.
+    pub certificate: PathBuf,
+    pub key: PathBuf,
 }
 
 /// Every kind of condition that is given must hold; one without any holds always.

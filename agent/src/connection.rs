@@ -34,9 +34,9 @@ pub async fn serve(current: &Rc<Current>, stream: TcpStream, peer: SocketAddr) {
 
 /// As [`serve`], of a client that speaks TLS. The handshake has the time of a request head.
 pub async fn serve_tls(current: &Rc<Current>, tls: &TlsAcceptor, stream: TcpStream, peer: SocketAddr) {
+    let worker = current.worker();
     // Fails only when the client has left already.
     let Ok(()) = stream.set_nodelay(true) else { return };
-    let worker = current.worker();
     let until = worker.shared.config.timeouts.head.map(|limit| Instant::now() + limit);
     let stream = match within(until, tls.accept(stream)).await {
         Some(Ok(stream)) => stream,

@@ -93,6 +93,11 @@ impl Dns {
         Ok(Answer { addresses, holds: ttl.clamp(self.settings.min_ttl, self.settings.max_ttl) })
     }
 
+    /// The shortest time between two lookups of one name.
+    pub fn shortest(&self) -> Duration {
+        self.settings.min_ttl
+    }
+
     /// How long to wait after a failure before the next lookup.
     pub fn retry_after(&self) -> Duration {
         RETRY.clamp(self.settings.min_ttl, self.settings.max_ttl)

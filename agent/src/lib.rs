@@ -2,6 +2,7 @@
 //!
 //! Modules stand in the order in which a request meets them; a module never imports from one that calls it.
 
+pub mod pem;
 pub mod config;
 pub mod metrics;
 pub mod readiness;
@@ -29,5 +30,6 @@ pub mod tls;
 pub mod connection;
 pub mod site;
 pub mod reload;
+pub mod control;
 pub mod app;
 pub mod epp_server;

@@ -294,6 +294,20 @@ mod tests {
     }
 
     #[test]
+    fn a_replica_has_one_state_at_a_time() {
+        let metrics = metrics();
+        let replica = "10.0.0.1:9002".parse().unwrap();
+        metrics.pool(0).epp_replica(replica, None, Some("unknown"));
+        metrics.pool(0).epp_replica(replica, Some("unknown"), Some("serving"));
+        metrics.pool(0).epp_asked_again("connect");
+        assert_line(&metrics, r#"penstock_epp_replicas{pool="gpu",replica="10.0.0.1:9002",state="serving"} 1"#);
+        assert_line(&metrics, r#"penstock_epp_asked_again_total{pool="gpu",reason="connect"} 1"#);
+        assert_eq!(metrics.encode().matches("penstock_epp_replicas{").count(), 1);
+        metrics.pool(0).epp_replica(replica, Some("serving"), None);
+        assert!(!metrics.encode().contains("penstock_epp_replicas{"));
+    }
+
+    #[test]
     fn guards_count_while_they_are_held() {
         let metrics = metrics();
         let guards = [

@@ -3,6 +3,7 @@
 //! Whatever happens, the client gets one answer: the endpoint's, the picker's, or an error of ours; or, once an answer has
 //! begun, a connection that is visibly broken off. Dropping the future breaks everything off that the request holds.
 
+mod ask;
 mod dispatch;
 mod pick;
 mod record;

@@ -9,8 +9,10 @@ use crate::config::{Config, Listen};
 pub enum ReloadError {
     #[error("{} cannot change while the agent runs: restart it", .0.join(", "))]
     NeedsRestart(Vec<&'static str>),
-    #[error("the endpoints cannot be followed: {0}")]
-    Discovery(std::io::Error),
+    #[error("{0:#}")]
+    Pools(anyhow::Error),
+    #[error("what goes on beside requests has ended, and the agent is to be started again: {0:#}")]
+    Beside(anyhow::Error),
 }
 
 /// The settings that differ and cannot be taken, as they are named in the file.

@@ -7,6 +7,7 @@ use std::{
     time::Instant,
 };
 
+use anyhow::Context as _;
 use http::{HeaderName, StatusCode};
 use tokio_util::sync::CancellationToken;
 
@@ -15,7 +16,7 @@ use crate::{
     config::{self, Config, Picker},
     endpoint::{budget::RetryBudget, set::EndpointSet},
     metrics::Metrics,
-    picker::builtin::BuiltinPicker,
+    picker::{builtin::BuiltinPicker, replica::Replicas},
     route::Router,
     telemetry::Telemetry,
 };
@@ -32,6 +33,8 @@ pub struct Shared {
     pub retries: Vec<RetryBudget>,
     /// One for each pool: picks for `builtin` and for fail-open.
     pub pickers: Vec<BuiltinPicker>,
+    /// One for each pool that asks an EPP.
+    pub replicas: Vec<Option<Arc<Replicas>>>,
     /// The headers in which EPPs name their picks: `picker.header` of every pool, and the protocol's own.
     pub pick_headers: Vec<HeaderName>,
     pub model_headers: ModelHeaders,
@@ -44,28 +47,41 @@ pub struct Shared {
 }
 
 impl Shared {
-    pub fn new(config: Config, metrics: Arc<Metrics>, telemetry: Option<Telemetry>) -> Self {
+    pub fn new(config: Config, metrics: Arc<Metrics>, telemetry: Option<Telemetry>) -> anyhow::Result<Self> {
         let endpoints = config.pools.iter().map(|pool| EndpointSet::new(pool, &config.node)).collect();
-        Self::with(config, endpoints, metrics, telemetry)
+        let replicas = config.pools.iter().map(replicas).collect::<anyhow::Result<_>>()?;
+        Ok(Self::with(config, endpoints, replicas, metrics, telemetry))
     }
 
-    /// Under another configuration. Pools are the same where their names are: their endpoints go on as they are.
-    pub fn after(&self, config: Config) -> Self {
+    /// Under another configuration. Pools are the same where their names are: their endpoints go on as they are, and so does
+    /// their EPP if its settings are the same.
+    pub fn after(&self, config: Config) -> anyhow::Result<Self> {
         let endpoints = config.pools.iter().map(|pool| match self.pool_named(&pool.name) {
             Some(before) => EndpointSet::after(&self.endpoints[before], pool, &config.node),
             None => EndpointSet::new(pool, &config.node),
         });
         let endpoints = endpoints.collect();
+        let replicas = config.pools.iter().map(|pool| match self.pool_named(&pool.name) {
+            Some(before) if self.config.pools[before].picker == pool.picker => Ok(self.replicas[before].clone()),
+            _ => replicas(pool),
+        });
+        let replicas = replicas.collect::<anyhow::Result<_>>()?;
         let metrics = self.metrics.for_pools(&names(&config));
-        Self {
+        Ok(Self {
             draining: self.draining.clone(),
             force: self.force.clone(),
             failed: Arc::clone(&self.failed),
-            ..Self::with(config, endpoints, metrics, self.telemetry.clone())
-        }
+            ..Self::with(config, endpoints, replicas, metrics, self.telemetry.clone())
+        })
     }
 
-    fn with(config: Config, endpoints: Vec<EndpointSet>, metrics: Arc<Metrics>, telemetry: Option<Telemetry>) -> Self {
+    fn with(
+        config: Config,
+        endpoints: Vec<EndpointSet>,
+        replicas: Vec<Option<Arc<Replicas>>>,
+        metrics: Arc<Metrics>,
+        telemetry: Option<Telemetry>,
+    ) -> Self {
         let endpoints: Vec<_> = endpoints.into_iter().map(Arc::new).collect();
         Self {
             router: Router::new(&config),
@@ -74,6 +90,7 @@ impl Shared {
             pick_headers: pick_headers(&config),
             model_headers: ModelHeaders::new(&config.bbr),
             endpoints,
+            replicas,
             metrics,
             telemetry,
             draining: CancellationToken::new(),
@@ -110,6 +127,16 @@ impl Shared {
             |endpoints: &Arc<EndpointSet>| endpoints.snapshot().get(address).is_some_and(|endpoint| !endpoint.draining);
         let named = |pool: &config::Pool| pool.passthrough || pool.default_upstream == Some(address);
         self.endpoints.iter().any(listed) || self.config.pools.iter().any(named)
+    }
+}
+
+fn replicas(pool: &config::Pool) -> anyhow::Result<Option<Arc<Replicas>>> {
+    match &pool.picker {
+        Picker::Builtin => Ok(None),
+        Picker::Epp(epp) => {
+            let replicas = Replicas::new(epp).with_context(|| format!("the EPP of the pool {}", pool.name))?;
+            Ok(Some(Arc::new(replicas)))
+        }
     }
 }
 

@@ -31,7 +31,7 @@ impl Telemetry {
     /// `None` where it is off. Dropping the exporter sends what is left, for a moment.
     pub fn start(config: &config::Tracing, metrics: &Arc<Metrics>) -> anyhow::Result<Option<(Self, Exporter)>> {
         let Some(endpoint) = &config.otlp_endpoint else { return Ok(None) };
-        let (queue, exporter) = export::start(endpoint, config, resource(config), Arc::clone(metrics))
+        let (queue, exporter) = export::start(endpoint, config, &resource(config), Arc::clone(metrics))
             .with_context(|| format!("the exporter of spans to {endpoint}"))?;
         let sampler = Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(config.sampling_ratio.get())));
         let provider = SdkTracerProvider::builder().with_sampler(sampler).with_span_processor(queue).build();

@@ -1,6 +1,6 @@
 //! TLS toward clients: the certificate from its files, which can be read again while the agent runs.
 
-use std::{fs, io, path::Path, sync::Arc};
+use std::{fs, io, path::Path, sync::Arc, time::Duration};
 
 use parking_lot::RwLock;
 use rustls::{
@@ -13,6 +13,9 @@ use rustls::{
 use tokio_rustls::TlsAcceptor;
 
 use crate::config::ListenTls;
+
+/// How often the files are looked at.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// ALPN's names (RFC 7301).
 pub const H2: &[u8] = b"h2";
@@ -55,6 +58,28 @@ impl Certificate {
         *self.read.write() = files;
         *self.current.write() = Arc::new(key?);
         Ok(true)
+    }
+
+    /// Reads the files again whenever they have changed, for ever, on the runtime's threads for blocking work. What cannot be
+    /// used is said once.
+    pub async fn follow(self: Arc<Self>) {
+        let mut said = None;
+        loop {
+            tokio::time::sleep(LOOK).await;
+            let certificate = Arc::clone(&self);
+            let Ok(read) = tokio::task::spawn_blocking(move || certificate.reread()).await else { continue };
+            match read {
+                Ok(true) => tracing::info!(file = %self.settings.cert_file.display(), "the certificate was read again"),
+                Ok(false) => said = None,
+                Err(error) => {
+                    let error = error.to_string();
+                    if said.as_ref() != Some(&error) {
+                        tracing::warn!(error, "the certificate stays as it was");
+                        said = Some(error);
+                    }
+                }
+            }
+        }
     }
 
     /// `http2`: offer it.

@@ -4,12 +4,12 @@
 use std::{cell::RefCell, rc::Rc, sync::Arc};
 
 use crate::{
-    config::{self, Config},
+    config::Config,
     endpoint::{
         http2::Http2Pool,
         pool::{Pool, Times},
     },
-    picker::client::EppClient,
+    picker::{client::EppClient, replica::Replicas},
     shared::Shared,
     steer::WorkerSteering,
 };
@@ -18,7 +18,7 @@ use crate::{
 pub struct Worker {
     pub shared: Arc<Shared>,
     /// One for each pool that asks an EPP.
-    pub epps: Vec<Option<EppClient>>,
+    pub epps: Vec<Option<Rc<EppClient>>>,
     pub endpoints: Rc<Pool>,
     /// For pools whose endpoints speak HTTP/2.
     pub http2_endpoints: Http2Pool,
@@ -26,12 +26,13 @@ pub struct Worker {
 
 impl Worker {
     /// Must be called on the worker's runtime.
-    pub fn new(shared: Arc<Shared>, steering: Option<Rc<WorkerSteering>>) -> anyhow::Result<Self> {
+    pub fn new(shared: Arc<Shared>, steering: Option<Rc<WorkerSteering>>) -> Self {
         let config = &shared.config;
         let receive_buffer = config.steering.endpoint_receive_buffer;
         let endpoints = Pool::new(Arc::clone(&shared.metrics), steering, times(config), receive_buffer);
         let http2_endpoints = Http2Pool::new(config.timeouts.connect);
-        Ok(Self { epps: epps(config)?, endpoints: Rc::new(endpoints), http2_endpoints, shared })
+        let epps = shared.replicas.iter().map(|replicas| Some(Rc::new(EppClient::new(replicas.clone()?)))).collect();
+        Self { epps, endpoints: Rc::new(endpoints), http2_endpoints, shared }
     }
 
     /// The same worker under another configuration: it keeps its connections.
@@ -40,8 +41,12 @@ impl Worker {
         let (endpoints, http2_endpoints) = (Rc::clone(&self.endpoints), self.http2_endpoints.clone());
         endpoints.set_times(times(config));
         http2_endpoints.set_connect_timeout(config.timeouts.connect);
-        // The files have been checked with the configuration.
-        let epps = epps(config).unwrap_or_default();
+        let epp = |replicas: &Option<Arc<Replicas>>| {
+            let replicas = replicas.as_ref()?;
+            let kept = self.epps.iter().flatten().find(|epp| epp.asks(replicas));
+            Some(kept.map_or_else(|| Rc::new(EppClient::new(Arc::clone(replicas))), Rc::clone))
+        };
+        let epps = shared.replicas.iter().map(epp).collect();
         Self { epps, endpoints, http2_endpoints, shared }
     }
 
@@ -54,14 +59,6 @@ impl Worker {
             self.shared.metrics.steer_events_missed(steering.take_missed_events());
         }
     }
-}
-
-fn epps(config: &Config) -> anyhow::Result<Vec<Option<EppClient>>> {
-    let epp = |pool: &config::Pool| match &pool.picker {
-        config::Picker::Builtin => Ok(None),
-        config::Picker::Epp(epp) => EppClient::new(epp).map(Some),
-    };
-    config.pools.iter().map(epp).collect()
 }
 
 fn times(config: &Config) -> Times {

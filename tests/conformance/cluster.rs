@@ -8,10 +8,10 @@ use anyhow::Result;
 use futures_util::future::join_all;
 use penstock_agent::config::{Config, SteeringMode};
 use penstock_tests::{
-    Client, ModelServer, Plan, Request, Response, ScriptedEpp,
+    Client, Http2Options, Http2Server, ModelServer, Plan, Request, Response, ScriptedEpp,
     agent::{TestAgent, builtin_pool},
     content::Alphabet,
-    model_server::{Framing, HeadWrites, Lengths, Options, Pauses},
+    model_server::{Echo, Framing, HeadWrites, Lengths, Options, Pauses},
     scripted_epp::Lwepp,
 };
 
@@ -24,18 +24,60 @@ fn address() -> IpAddr {
     Ipv4Addr::new(127, 1 + process % 250, high, low + 1).into()
 }
 
-async fn pod(listen: SocketAddr) -> Result<ModelServer> {
-    ModelServer::start(Options { listen, ..Options::default() }).await
+/// A model server.
+pub(crate) struct Pod {
+    pub(crate) addr: SocketAddr,
+    server: Server,
+}
+
+enum Server {
+    Http1(ModelServer),
+    H2c(Http2Server),
+}
+
+impl Pod {
+    async fn http1(listen: SocketAddr) -> Result<Self> {
+        let server = ModelServer::start(Options { listen, ..Options::default() }).await?;
+        Ok(Self { addr: server.addr, server: Server::Http1(server) })
+    }
+
+    async fn h2c(listen: SocketAddr) -> Result<Self> {
+        let server = Http2Server::start(Http2Options { listen, ..Http2Options::default() }).await?;
+        Ok(Self { addr: server.addr, server: Server::H2c(server) })
+    }
+
+    fn requests(&self) -> u64 {
+        match &self.server {
+            Server::Http1(server) => server.requests(),
+            Server::H2c(server) => server.requests(),
+        }
+    }
+
+    fn connections_accepted(&self) -> u64 {
+        match &self.server {
+            Server::Http1(server) => server.connections_accepted(),
+            Server::H2c(server) => server.connections_accepted(),
+        }
+    }
+
+    /// The requests so far.
+    pub(crate) fn seen(&self) -> Vec<Echo> {
+        match &self.server {
+            Server::Http1(server) => server.seen(),
+            Server::H2c(server) => server.seen(),
+        }
+    }
 }
 
 /// An InferencePool with its EPP.
 pub(crate) struct InferencePool {
     name: &'static str,
-    pub(crate) pods: Vec<ModelServer>,
+    pub(crate) pods: Vec<Pod>,
     pub(crate) epp: ScriptedEpp,
     /// Where the gateway looks for the EPP.
     epp_address: SocketAddr,
     failure_mode: &'static str,
+    app_protocol: Option<&'static str>,
     /// The pods' addresses, and the ports they all listen on; none where each has its own.
     endpoints: Vec<String>,
     ports: Vec<u16>,
@@ -44,8 +86,18 @@ pub(crate) struct InferencePool {
 impl InferencePool {
     /// As many pods; a port each.
     pub(crate) async fn start(name: &'static str, pods: usize) -> Self {
-        let pods: Result<_> = join_all((0..pods).map(|_| pod((address(), 0).into()))).await.into_iter().collect();
-        let pods: Vec<ModelServer> = pods.expect("pods");
+        let pods = join_all((0..pods).map(|_| Pod::http1((address(), 0).into()))).await;
+        Self::each_on_its_port(name, pods).await
+    }
+
+    /// The same of pods that speak HTTP/2 without TLS, as the pool says.
+    pub(crate) async fn h2c(name: &'static str, pods: usize) -> Self {
+        let pods = join_all((0..pods).map(|_| Pod::h2c((address(), 0).into()))).await;
+        Self::each_on_its_port(name, pods).await.speaking("h2c")
+    }
+
+    async fn each_on_its_port(name: &'static str, pods: Vec<Result<Pod>>) -> Self {
+        let pods: Vec<Pod> = pods.into_iter().collect::<Result<_>>().expect("pods");
         let endpoints = pods.iter().map(|pod| pod.addr.to_string()).collect();
         Self::over(name, pods, endpoints, Vec::new()).await
     }
@@ -55,7 +107,7 @@ impl InferencePool {
         let first = address();
         let mut ranks = Vec::new();
         for _ in 0..3 {
-            ranks.push(pod((first, 0).into()).await.expect("a rank"));
+            ranks.push(Pod::http1((first, 0).into()).await.expect("a rank"));
         }
         let ports: Vec<u16> = ranks.iter().map(|rank| rank.addr.port()).collect();
         let mut addresses = vec![first];
@@ -63,20 +115,25 @@ impl InferencePool {
             let address = address();
             addresses.push(address);
             for &port in &ports {
-                ranks.push(pod((address, port).into()).await.expect("a rank"));
+                ranks.push(Pod::http1((address, port).into()).await.expect("a rank"));
             }
         }
         Self::over(name, ranks, addresses.iter().map(ToString::to_string).collect(), ports).await
     }
 
-    async fn over(name: &'static str, pods: Vec<ModelServer>, endpoints: Vec<String>, ports: Vec<u16>) -> Self {
+    async fn over(name: &'static str, pods: Vec<Pod>, endpoints: Vec<String>, ports: Vec<u16>) -> Self {
         let addresses: Vec<SocketAddr> = pods.iter().map(|pod| pod.addr).collect();
         let epp = ScriptedEpp::start(Lwepp::new(&addresses)).await.expect("an EPP");
-        Self { name, pods, epp_address: epp.addr, epp, failure_mode: "closed", endpoints, ports }
+        Self { name, pods, epp_address: epp.addr, epp, failure_mode: "closed", app_protocol: None, endpoints, ports }
     }
 
     pub(crate) fn failing_open(self) -> Self {
         Self { failure_mode: "open", ..self }
+    }
+
+    /// The gateway is told that pods speak this.
+    pub(crate) fn speaking(self, app_protocol: &'static str) -> Self {
+        Self { app_protocol: Some(app_protocol), ..self }
     }
 
     /// The gateway is told that the EPP is there.
@@ -94,28 +151,39 @@ impl InferencePool {
 
     /// Requests that each pod has read.
     pub(crate) fn requests(&self) -> Vec<u64> {
-        self.pods.iter().map(ModelServer::requests).collect()
+        self.pods.iter().map(Pod::requests).collect()
     }
 
     /// Requests and connections of all pods.
     pub(crate) fn reached(&self) -> (u64, u64) {
-        (self.requests().iter().sum(), self.pods.iter().map(ModelServer::connections_accepted).sum())
+        (self.requests().iter().sum(), self.pods.iter().map(Pod::connections_accepted).sum())
     }
 
     fn toml(&self) -> String {
         let Self { name, failure_mode, endpoints, ports, epp_address, .. } = self;
+        let protocol = self.app_protocol.map(|protocol| format!("app_protocol = {protocol:?}\n")).unwrap_or_default();
         format!(
             "[[pools]]\nname = {name:?}\nendpoints = {endpoints:?}\nports = {ports:?}\nfailure_mode = {failure_mode:?}\n\
-             picker = {{ kind = \"epp\", address = \"{epp_address}\" }}\n"
+             {protocol}picker = {{ kind = \"epp\", address = \"{epp_address}\" }}\n"
         )
     }
 }
 
+fn configured(pools: &[&InferencePool], routes: &str) -> Config {
+    let toml: String = pools.iter().map(|pool| pool.toml()).chain([routes.to_owned()]).collect();
+    Config::parse(&toml, "penstock.toml").unwrap_or_else(|errors| panic!("{errors}\n{toml}"))
+}
+
 /// The agent in front of `pools`, with `routes` in TOML.
 pub(crate) fn gateway(mode: SteeringMode, pools: &[&InferencePool], routes: &str) -> TestAgent {
-    let toml: String = pools.iter().map(|pool| pool.toml()).chain([routes.to_owned()]).collect();
-    let told = Config::parse(&toml, "penstock.toml").unwrap_or_else(|errors| panic!("{errors}\n{toml}"));
+    let told = configured(pools, routes);
     TestAgent::start(builtin_pool(&[]), mode, |config| (config.pools, config.routes) = (told.pools, told.routes))
+}
+
+/// The same with other routes, from now on.
+pub(crate) fn reroute(gateway: &TestAgent, pools: &[&InferencePool], routes: &str) {
+    let routes = configured(pools, routes).routes;
+    gateway.agent.reload(Config { routes, ..gateway.agent.config() }).expect("routes can change");
 }
 
 /// An event stream in pieces, so that there is something for the kernel to carry.

@@ -27,6 +27,7 @@ on_both_paths! {
     routing::gateway_following_epp_routing
     routing::gateway_following_epp_routing_with_data_parallelism
     routing::gateway_destination_endpoint_served
+    routing::inference_pool_app_protocol
     failing::epp_unavailable_fail_open
     failing::epp_unavailable_fail_closed
     failing::inference_pool_invalid_epp_service

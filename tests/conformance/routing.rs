@@ -1,7 +1,7 @@
 //! Requests go where the picker says, and the picker is told where they went.
 
 use penstock_agent::config::SteeringMode;
-use penstock_tests::{eventually, scripted_epp::StreamRecord};
+use penstock_tests::{eventually, model_server::Echo, scripted_epp::StreamRecord};
 
 use crate::SOON;
 use crate::cluster::{
@@ -65,5 +65,36 @@ pub(crate) async fn gateway_destination_endpoint_served(mode: SteeringMode) {
     let expected: Vec<_> =
         pool.pods.iter().flat_map(|pod| [Some(pod.addr.to_string()), Some(pod.addr.to_string())]).collect();
     assert_eq!(told, expected);
+    assert_carried(&gateway, mode);
+}
+
+/// InferencePoolAppProtocol: pods of HTTP/2 without TLS where the pool says so, of HTTP/1.1 where it says that or nothing; the
+/// served endpoint is told of each.
+pub(crate) async fn inference_pool_app_protocol(mode: SteeringMode) {
+    let (h2c, http, default) = tokio::join!(
+        InferencePool::h2c("h2c", 2),
+        async { InferencePool::start("http", 2).await.speaking("http1") },
+        InferencePool::start("default", 2),
+    );
+    let routes = ["h2c", "http", "default"]
+        .map(|name| format!("[[routes]]\nhost = \"{name}.example.com\"\npool = {name:?}\n"))
+        .concat();
+    let gateway = gateway(mode, &[&h2c, &http, &default], &routes);
+    for (pool, host) in [(&h2c, "h2c.example.com"), (&http, "http.example.com"), (&default, "default.example.com")] {
+        for pod in &pool.pods {
+            for request in [post("/v1/completions"), get("/v1/models")] {
+                let response = send(&gateway, &choosing(request.header("host", host), &[pod.addr])).await;
+                assert_eq!(served(&response), pod.addr, "{host}");
+                let named = response.header("x-conformance-test-served-endpoint");
+                assert_eq!(named, Some(pod.addr.to_string().as_str()), "{host}");
+            }
+            // Pseudo-headers are HTTP/2's.
+            let seen = pod.seen();
+            let by_http2 = |seen: &Echo| seen.header(":scheme") == Some("http");
+            assert_eq!((seen.len(), seen.iter().all(by_http2)), (2, host == "h2c.example.com"));
+        }
+        let served = hundred(&gateway, &post("/v1/completions").header("host", host)).await;
+        assert!(served.iter().all(|pod| pool.has(*pod)), "{served:?}");
+    }
     assert_carried(&gateway, mode);
 }

@@ -1,8 +1,11 @@
 //! Which pool a request goes to.
 
+use std::time::Instant;
+
 use penstock_agent::config::SteeringMode;
 
-use crate::cluster::{InferencePool, assert_carried, choosing, gateway, get, hundred, post, send, served};
+use crate::SOON;
+use crate::cluster::{InferencePool, assert_carried, choosing, gateway, get, hundred, post, reroute, send, served};
 
 /// GatewayWeightedAcrossTwoInferencePools: 70 to 30 over 200 requests, within ten percent or four and a half standard deviations,
 /// whichever is more; in each pool the pod that its own picker has chosen.
@@ -121,22 +124,34 @@ pub(crate) async fn inference_pool_http_route_port_validation(mode: SteeringMode
 }
 
 /// InferencePoolResolvedRefsCondition, the data plane's part of it: a pool is served through the routes that name it as long
-/// as they do, and a route that is gone is a 404 that reaches nobody.
+/// as they do; a route that is taken away is a 404 that reaches nobody, and its other route does not notice.
 pub(crate) async fn inference_pool_resolved_refs_condition(mode: SteeringMode) {
     let pool = InferencePool::start("primary", 1).await;
+    let [one, two] = ["one.example.com", "two.example.com"];
     let route = |host: &str| format!("[[routes]]\nhost = {host:?}\npool = \"primary\"\n");
-    let both = [route("one.example.com"), route("two.example.com")].concat();
-    for (routes, statuses) in [(both, [200, 200]), (route("two.example.com"), [404, 200])] {
-        let gateway = gateway(mode, &[&pool], &routes);
-        for (host, status) in ["one.example.com", "two.example.com"].into_iter().zip(statuses) {
-            let before = (pool.reached(), pool.epp.streams_started());
-            let response = send(&gateway, &post("/v1/completions").header("host", host)).await;
-            if status == 200 {
-                assert_eq!(served(&response), pool.pod(0));
-            } else {
-                assert_eq!((response.status(), response.error_code().as_str()), (404, "no_route"));
-                assert_eq!((pool.reached(), pool.epp.streams_started()), before);
-            }
+    let both = [route(one), route(two)].concat();
+    let gateway = gateway(mode, &[&pool], &both);
+    for (routes, status) in [(None, 200), (Some(route(two)), 404), (Some(both), 200)] {
+        if let Some(routes) = routes {
+            reroute(&gateway, &[&pool], &routes);
         }
+        // Each worker takes the new routes for itself.
+        let (mut in_a_row, begin) = (0, Instant::now());
+        while in_a_row < 20 {
+            assert!(begin.elapsed() < SOON, "no {status} for {one}");
+            let response = send(&gateway, &post("/v1/completions").header("host", one)).await;
+            in_a_row = if response.status() == status { in_a_row + 1 } else { 0 };
+        }
+        let before = (pool.reached(), pool.epp.streams_started());
+        let response = send(&gateway, &post("/v1/completions").header("host", one)).await;
+        if status == 404 {
+            assert_eq!(response.error_code(), "no_route");
+            assert_eq!((pool.reached(), pool.epp.streams_started()), before);
+        } else {
+            assert_eq!(served(&response), pool.pod(0));
+        }
+        let response = send(&gateway, &post("/v1/completions").header("host", two)).await;
+        assert_eq!(served(&response), pool.pod(0));
     }
+    assert_carried(&gateway, mode);
 }

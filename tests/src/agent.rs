@@ -24,7 +24,15 @@ pub fn builtin_pool(endpoints: &[SocketAddr]) -> Pool {
 
 /// One pool over `endpoints`, picked by the EPP at `epp`.
 pub fn epp_pool(endpoints: &[SocketAddr], epp: SocketAddr, failure_mode: FailureMode) -> Pool {
-    Pool { picker: Picker::Epp(Epp::new(epp.to_string())), failure_mode, ..builtin_pool(endpoints) }
+    epps_pool(endpoints, &[epp], failure_mode)
+}
+
+/// As [`epp_pool`], with several replicas. Nobody checks their health, so that connections and streams of a picker are those of
+/// requests.
+pub fn epps_pool(endpoints: &[SocketAddr], epps: &[SocketAddr], failure_mode: FailureMode) -> Pool {
+    let addresses = epps.iter().map(ToString::to_string).collect();
+    let epp = Epp { addresses, health_interval: None, ..Epp::new("") };
+    Pool { picker: Picker::Epp(epp), failure_mode, ..builtin_pool(endpoints) }
 }
 
 impl TestAgent {

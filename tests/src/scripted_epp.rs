@@ -9,52 +9,38 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
 
-use anyhow::{Context, Result};
-use futures_util::StreamExt;
-use futures_util::stream::BoxStream;
+use anyhow::Result;
 use parking_lot::Mutex;
-use penstock_proto::ext_proc::external_processor_server::{ExternalProcessor, ExternalProcessorServer};
-use penstock_proto::ext_proc::processing_request::Request;
-use penstock_proto::ext_proc::{HttpBody, HttpHeaders, HttpTrailers, ProcessingRequest, ProcessingResponse};
+use penstock_proto::ext_proc::{HttpBody, HttpHeaders, HttpTrailers};
 use penstock_proto::health::health_check_response::ServingStatus;
-use penstock_proto::health::health_server::{Health, HealthServer};
-use penstock_proto::health::{HealthCheckRequest, HealthCheckResponse};
-use tokio::net::TcpListener;
-use tokio::sync::{Notify, mpsc, watch};
-use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Status, Streaming};
+use tokio::sync::Notify;
+use tonic::Status;
+use tonic::transport::ServerTlsConfig;
 
 use crate::own_runtime::OwnRuntime;
-use transport::{Cut, Cutter, Incoming};
 
 mod answering;
+mod elected;
 mod evicting;
 mod exchange;
 mod fault;
 mod gathering;
 mod personality;
 mod record;
+mod server;
 #[cfg(test)]
 mod tests;
 mod transport;
 
 pub use answering::Answering;
+pub use elected::{Elected, Election, Follower};
 pub use evicting::{After as EvictAfter, Evicting};
 pub use exchange::{Exchange, reply};
 pub use fault::{Fault, Faulty, Harm, Moment};
 pub use gathering::Gathering;
 pub use personality::{Dynamo, Endpoints, Gie, LlmdRouter, Lwepp, Personality, Production, Refusal};
 pub use record::{StreamEnd, StreamRecord, header};
-
-/// Replies under way to the peer, beyond which a script waits for it.
-const REPLIES: usize = 64;
-/// A stream's HTTP/2 window, as Go's server has it at first.
-const WINDOW: u32 = 65_535;
-/// All streams together have more: h2, unlike Go's server, closes a connection for the small frames that wait on it, and
-/// allows fewer of them the smaller this is. A burst of requests is to be taken, not punished.
-const CONNECTION_WINDOW: u32 = 16 << 20;
 
 /// Why a script wants no more of a stream.
 #[derive(Debug)]
@@ -87,8 +73,8 @@ pub trait Script: Send + Sync + 'static {
     }
 
     /// What the health service says about `service`.
-    fn health(&self, _service: &str) -> ServingStatus {
-        ServingStatus::Serving
+    fn health(&self, _service: &str) -> Result<ServingStatus, Status> {
+        Ok(ServingStatus::Serving)
     }
 
     async fn request_headers(&self, _exchange: &mut Exchange, _headers: &HttpHeaders) -> Answer {
@@ -127,23 +113,54 @@ struct Record {
     streams: Mutex<Vec<StreamRecord>>,
     accepted: AtomicU64,
     open: Arc<AtomicU64>,
+    health: Mutex<Vec<String>>,
+}
+
+/// How a picker is served.
+#[derive(Clone)]
+pub struct Setup {
+    /// Default: a free port of 127.0.0.1.
+    pub address: SocketAddr,
+    /// Default: none.
+    pub tls: Option<ServerTlsConfig>,
+    /// Streams that one connection may have open; default: no limit.
+    pub max_streams: Option<u32>,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self { address: (Ipv4Addr::LOCALHOST, 0).into(), tls: None, max_streams: None }
+    }
 }
 
 /// A running picker. Dropping it is as [`Self::stop`].
 pub struct ScriptedEpp {
     pub addr: SocketAddr,
+    setup: Setup,
     script: Arc<dyn Script>,
     record: Arc<Record>,
+    go_away: Arc<Notify>,
     runtime: Option<OwnRuntime>,
 }
 
 impl ScriptedEpp {
     /// Returns once the port is open, on a thread of its own.
     pub async fn start(script: impl Script) -> Result<Self> {
-        let any = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let mut epp = Self { addr: any, script: Arc::new(script), record: Arc::default(), runtime: None };
+        Self::start_with(Setup::default(), script).await
+    }
+
+    /// As [`Self::start`].
+    pub async fn start_with(setup: Setup, script: impl Script) -> Result<Self> {
+        let (addr, script, go_away) = (setup.address, Arc::new(script), Arc::default());
+        let mut epp = Self { addr, setup, script, record: Arc::default(), go_away, runtime: None };
         epp.restart().await?;
         Ok(epp)
+    }
+
+    /// Sends GOAWAY on the connections that are open, as servers do that limit the age of connections: streams that have begun
+    /// go on, others need another connection. The port stays open.
+    pub fn go_away(&self) {
+        self.go_away.notify_one();
     }
 
     /// Kills all connections at once and closes the port: from then on it refuses. The record stays.
@@ -157,8 +174,10 @@ impl ScriptedEpp {
     /// Starts again on the same port, after [`Self::stop`] or [`End::Die`]. The record goes on.
     pub async fn restart(&mut self) -> Result<()> {
         self.stop();
-        let (addr, script, record) = (self.addr, Arc::clone(&self.script), Arc::clone(&self.record));
-        let begin = move || listen(addr, script, record);
+        let setup = Setup { address: self.addr, ..self.setup.clone() };
+        let server = server::Server::new(setup, Arc::clone(&self.script), Arc::clone(&self.record));
+        let go_away = Arc::clone(&self.go_away);
+        let begin = move || server.listen(go_away);
         let (addr, runtime) = OwnRuntime::start("scripted-epp", begin).await?;
         self.addr = addr;
         self.runtime = Some(runtime);
@@ -187,6 +206,12 @@ impl ScriptedEpp {
         self.record.streams.lock().iter().filter(|stream| stream.end == Some(end)).count()
     }
 
+    /// The services whose health was asked for, in the order of the questions.
+    #[must_use]
+    pub fn health_checks(&self) -> Vec<String> {
+        self.record.health.lock().clone()
+    }
+
     #[must_use]
     pub fn connections_accepted(&self) -> u64 {
         self.record.accepted.load(Ordering::Relaxed)
@@ -195,195 +220,5 @@ impl ScriptedEpp {
     #[must_use]
     pub fn connections_open(&self) -> u64 {
         self.record.open.load(Ordering::Relaxed)
-    }
-}
-
-async fn listen(addr: SocketAddr, script: Arc<dyn Script>, record: Arc<Record>) -> Result<SocketAddr> {
-    let listener = TcpListener::bind(addr).await.with_context(|| format!("listening on {addr}"))?;
-    let addr = listener.local_addr()?;
-    let die = Arc::new(Notify::new());
-    let (connections, incoming) = mpsc::channel(16);
-    let server = Server { script: Arc::clone(&script), record: Arc::clone(&record), die: Arc::clone(&die) };
-    tokio::spawn(accept(listener, script, record, die, connections));
-    let grpc = tonic::transport::Server::builder()
-        .initial_stream_window_size(WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .add_service(ExternalProcessorServer::new(server.clone()))
-        .add_service(HealthServer::new(server));
-    tokio::spawn(grpc.serve_with_incoming(ReceiverStream::new(incoming).map(Ok::<_, std::io::Error>)));
-    Ok(addr)
-}
-
-/// Accepts until the picker dies: then the port is closed first and the connections after it, so that whoever sees the end
-/// of a connection finds the port closed.
-async fn accept(
-    listener: TcpListener,
-    script: Arc<dyn Script>,
-    record: Arc<Record>,
-    die: Arc<Notify>,
-    connections: mpsc::Sender<Incoming>,
-) {
-    let (all, cut) = watch::channel(Cut::None);
-    let mut silent = Vec::new();
-    loop {
-        let stream = tokio::select! {
-            () = die.notified() => {
-                drop(listener);
-                all.send_replace(Cut::Fin);
-                return;
-            }
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => stream,
-                Err(_) => continue,
-            },
-        };
-        let number = record.accepted.fetch_add(1, Ordering::Relaxed) + 1;
-        let connection = Incoming::new(stream, number, &record.open, cut.clone());
-        match script.accept() {
-            Accept::Serve => {
-                if connections.send(connection).await.is_err() {
-                    return;
-                }
-            }
-            Accept::Silent => silent.push(connection),
-            Accept::Reset => connection.reset(),
-        }
-    }
-}
-
-#[derive(Clone)]
-struct Server {
-    script: Arc<dyn Script>,
-    record: Arc<Record>,
-    die: Arc<Notify>,
-}
-
-#[tonic::async_trait]
-impl ExternalProcessor for Server {
-    type ProcessStream = BoxStream<'static, Result<ProcessingResponse, Status>>;
-
-    async fn process(
-        &self,
-        request: tonic::Request<Streaming<ProcessingRequest>>,
-    ) -> Result<tonic::Response<Self::ProcessStream>, Status> {
-        let connection = request.extensions().get::<Cutter>().cloned();
-        let connection = connection.ok_or_else(|| Status::internal("a stream without a connection"))?;
-        let index = {
-            let mut streams = self.record.streams.lock();
-            streams.push(StreamRecord::new(connection.number));
-            streams.len() - 1
-        };
-        let (replies, mut replied) = mpsc::channel(REPLIES);
-        tokio::spawn(self.clone().stream(request.into_inner(), Exchange::new(replies), index, connection));
-        // HTTP/2 headers go with the first message, and a failure without one needs no others.
-        match replied.recv().await {
-            Some(Ok(first)) => {
-                let all = futures_util::stream::iter([Ok(first)]).chain(ReceiverStream::new(replied));
-                Ok(tonic::Response::new(all.boxed()))
-            }
-            Some(Err(status)) => Err(status),
-            None => Ok(tonic::Response::new(futures_util::stream::empty().boxed())),
-        }
-    }
-}
-
-impl Server {
-    /// One stream from its first message to its end.
-    async fn stream(
-        self,
-        mut messages: Streaming<ProcessingRequest>,
-        mut exchange: Exchange,
-        index: usize,
-        connection: Cutter,
-    ) {
-        let replies = exchange.replies();
-        let script = self.play(&mut messages, &mut exchange, index);
-        let (end, outcome) = tokio::select! {
-            biased;
-            ended = script => ended,
-            () = replies.closed() => (StreamEnd::Cancelled, Ok(())),
-        };
-        // The record first: a test that sees the stream's end is to find it there.
-        self.record.streams.lock()[index].end.get_or_insert(end);
-        match outcome {
-            Ok(()) | Err(End::Close) => {}
-            Err(End::Status(status)) => {
-                let _ = replies.send(Err(status)).await;
-            }
-            Err(End::ResetConnection) => {
-                connection.cut(Cut::Reset);
-                // The stream stays as it is until the connection is gone.
-                replies.closed().await;
-            }
-            Err(End::Die) => {
-                self.die.notify_one();
-                replies.closed().await;
-            }
-        }
-    }
-
-    async fn play(
-        &self,
-        messages: &mut Streaming<ProcessingRequest>,
-        exchange: &mut Exchange,
-        index: usize,
-    ) -> (StreamEnd, Answer) {
-        loop {
-            let outcome = match messages.message().await {
-                Ok(Some(message)) => {
-                    self.record.streams.lock()[index].took(message.clone(), Instant::now());
-                    self.message(exchange, message).await
-                }
-                Ok(None) => {
-                    // tonic shows a reset as an end in good manners too. What tells them apart, the replies that nobody
-                    // takes any more, is known when the tasks that were woken together with this one have run.
-                    for _ in 0..4 {
-                        tokio::task::yield_now().await;
-                    }
-                    return (StreamEnd::HalfClosed, self.script.half_close(exchange).await);
-                }
-                Err(_) => return (StreamEnd::Cancelled, Ok(())),
-            };
-            if outcome.is_err() {
-                return (StreamEnd::Script, outcome);
-            }
-        }
-    }
-
-    async fn message(&self, exchange: &mut Exchange, message: ProcessingRequest) -> Answer {
-        exchange.metadata = message.metadata_context;
-        if message.protocol_config.is_some() {
-            exchange.protocol_config = message.protocol_config;
-        }
-        let script = &self.script;
-        match message.request {
-            Some(Request::RequestHeaders(headers)) => {
-                exchange.request_headers = record::pairs(headers.headers.as_ref());
-                script.request_headers(exchange, &headers).await
-            }
-            Some(Request::RequestBody(body)) => {
-                exchange.request_body.extend_from_slice(&body.body);
-                script.request_body(exchange, &body).await
-            }
-            Some(Request::RequestTrailers(trailers)) => script.request_trailers(exchange, &trailers).await,
-            Some(Request::ResponseHeaders(headers)) => {
-                exchange.response_headers = record::pairs(headers.headers.as_ref());
-                script.response_headers(exchange, &headers).await
-            }
-            Some(Request::ResponseBody(body)) => script.response_body(exchange, &body).await,
-            Some(Request::ResponseTrailers(trailers)) => script.response_trailers(exchange, &trailers).await,
-            None => Err(End::Status(Status::invalid_argument("a message of no kind"))),
-        }
-    }
-}
-
-#[tonic::async_trait]
-impl Health for Server {
-    async fn check(
-        &self,
-        request: tonic::Request<HealthCheckRequest>,
-    ) -> Result<tonic::Response<HealthCheckResponse>, Status> {
-        let status = self.script.health(&request.into_inner().service);
-        Ok(tonic::Response::new(HealthCheckResponse { status: status.into() }))
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use penstock_agent::config::SteeringMode;
 use penstock_tests::{
-    BodyEnd, Client, ModelServer, Plan, Random, Reader, Request,
+    BodyEnd, Client, Collector, ModelServer, Mood, Plan, Random, Reader, Request,
     agent::{TestAgent, builtin_pool},
     client::Head,
     eventually,
@@ -343,4 +343,26 @@ async fn http10_clients_get_chunks_decoded(mode: SteeringMode) {
     assert_eq!(rig.agent.count("penstock_body_bytes_total", &[r#"path="ingress""#]), 0);
     rig.responses = 1;
     rig.report(seed);
+}
+
+/// D14: the span says who carried the body, and when its first byte came, which is before its last.
+#[tokio::test]
+async fn a_span_tells_what_the_kernel_carried() {
+    let (collector, server) =
+        (Collector::start(Mood::Keeps).await.unwrap(), ModelServer::start(Options::default()).await.unwrap());
+    let agent = TestAgent::start(builtin_pool(&[server.addr]), SteeringMode::Ingress, |config| {
+        config.tracing.otlp_endpoint = Some(collector.url());
+        config.tracing.export_interval = Duration::from_millis(5);
+    });
+    let fault = Some(Fault { after: 50_000, kind: FaultKind::StallMs(50) });
+    let plan = Plan { framing: Framing::Chunked, size: 100_000, fault, ..Plan::default() };
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    let response = client.request(&plan.request()).await.unwrap();
+    plan.checker().feed(&response.body).unwrap();
+    eventually(SOON, || collector.spans().len() == 2).await;
+    let spans = collector.spans();
+    let span = spans.iter().find(|span| span.name == "GET").unwrap();
+    assert_eq!((span.get("penstock.carried_by"), span.get("penstock.reason")), ("ingress", "ok"));
+    let (_, first_byte, _) = span.events[0];
+    assert!(span.begin < first_byte && first_byte + 50_000_000 <= span.end, "{span:?}");
 }

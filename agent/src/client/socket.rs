@@ -135,7 +135,6 @@ impl ClientSocket {
     }
 
     /// Both directions at once, and what has been read already. The kernel's account ends here: no more is to be redirected.
-    #[expect(clippy::type_complexity, reason = "two halves of either kind of connection")]
     pub fn split(&mut self) -> (Box<dyn AsyncRead + Unpin + '_>, BytesMut, Box<dyn AsyncWrite + Unpin + '_>) {
         let read = std::mem::take(&mut self.buf);
         match &mut self.stream {

@@ -210,14 +210,20 @@ impl Epp {
     /// The EPP at `host:port`, without TLS.
     pub fn new(address: impl Into<String>) -> Self {
         Self {
-            address: address.into(),
+            addresses: vec![address.into()],
             tls: EppTls::Off,
+            server_name: None,
+            client_certificate: None,
             connect_timeout: Duration::from_secs(1),
-            decision_timeout: Duration::from_secs(30),
+            decision_timeout: Some(Duration::from_secs(30)),
             response_timeout: Some(Duration::from_millis(100)),
             response_to_picker: ResponseToPicker::Headers,
             response_queue_bytes: 1 << 20,
             header: HeaderName::from_static("x-gateway-destination-endpoint"),
+            health_interval: Some(Duration::from_secs(5)),
+            health_port: None,
+            health_tls: false,
+            health_service: "envoy.service.ext_proc.v3.ExternalProcessor".to_owned(),
         }
     }
 }

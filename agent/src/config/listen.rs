@@ -18,13 +18,15 @@ pub(super) fn listen(section: &mut Section<'_>, overrides: &Overrides) -> Listen
         http2_max_streams: section
             .read("http2_max_streams", value::integer(0..=65_536))
             .unwrap_or(default.http2_max_streams),
-        upgrades: if section.has("upgrades") {
-            section.list("upgrades", "an array of protocol names", value::upgrade)
-        } else {
-            default.upgrades
-        },
+        upgrades: upgrades(section).unwrap_or(default.upgrades),
         tls: tls(section, address),
     }
+}
+
+fn upgrades(section: &mut Section<'_>) -> Option<Vec<String>> {
+    let given = section.has("upgrades");
+    let listed = section.list("upgrades", "an array of protocol names", value::upgrade);
+    given.then_some(listed)
 }
 
 fn tls(section: &mut Section<'_>, plain: SocketAddr) -> Option<ListenTls> {

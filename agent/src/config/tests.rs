@@ -53,7 +53,15 @@ fn everything_on() -> String {
 
 #[test]
 fn the_commented_settings_of_the_default_file_are_the_defaults() {
-    let text = everything_on().replace("ca_file = ", "#").replace("server_name = ", "#").replace("prefer = ", "#");
+    let mut text = everything_on();
+    for key in
+        ["ca_file", "pins", "server_name", "client_cert_file", "client_key_file", "health_port", "health_tls", "prefer"]
+    {
+        text = text.replace(&format!("\n{key} = "), "\n#");
+    }
+    // Its files are not there.
+    let (front, listen_tls) = text.split_once("[listen.tls]\n").unwrap();
+    let text = format!("{front}{}", &listen_tls[listen_tls.find("\n[").unwrap()..]);
     let text = text.replace("path = \"/v1/chat", "#").replace("pool = ", "#");
     let config = Config::parse(&text, "p.toml").unwrap();
     assert_eq!(config.pools[0].picker, Picker::Epp(Epp::new("127.0.0.1:9002")));
@@ -93,12 +101,14 @@ fn the_default_file_has_every_key() {
         let (_, known) = known.unwrap_or_else(|| panic!("{header}: {messages:?}"));
         let section = &text[body..];
         let section = &section[..section.find("\n[").unwrap_or(section.len())];
-        for key in known.split(", ").filter(|key| !["picker", "subset", "retry", "ejection", "health"].contains(key)) {
+        for key in
+            known.split(", ").filter(|key| !["tls", "picker", "subset", "retry", "ejection", "health"].contains(key))
+        {
             assert!(section.lines().any(|line| line.starts_with(&format!("{key} = "))), "{header} lacks {key}");
         }
         sections += 1;
     }
-    assert_eq!(sections, 18);
+    assert_eq!(sections, 19);
     assert_eq!(
         messages(&format!("top = 1\n{text}"))[0],
         "p.toml:1: top: found an unknown key, expected one of listen, admin, limits, timeouts, headers, errors, bbr, steering, tracing, node, dns, pools, routes"
@@ -180,7 +190,23 @@ fn every_setting_is_read() {
         failure_mode = "open"
         default_upstream = "127.0.0.2:1"
         passthrough = true
-        picker = { kind = "epp", address = "epp.svc:9002", tls = "insecure", connect_timeout = "2s", decision_timeout = "3s", response_timeout = "off", response_to_picker = "usage", response_queue_bytes = 65536, header = "x-pick", session_header = ["x-session-id", "x-other"] }
+        [pools.picker]
+        kind = "epp"
+        address = ["epp.svc:9002", "[fd00::7]:9002"]
+        tls = "pinned"
+        pins = ["00000000000000000000000000000000000000000000000000000000000000fF"]
+        server_name = "epp.example"
+        connect_timeout = "2s"
+        decision_timeout = "3s"
+        response_timeout = "off"
+        response_to_picker = "usage"
+        response_queue_bytes = 65536
+        header = "x-pick"
+        health_interval = "1s"
+        health_port = 9003
+        health_tls = true
+        health_service = "inference-extension"
+        session_header = ["x-session-id", "x-other"]
         [[routes]]
         host = "*.Example.com."
         path = "/v1/models/"
@@ -213,14 +239,20 @@ fn every_setting_is_read() {
         default_upstream: Some("127.0.0.2:1".parse().unwrap()),
         passthrough: true,
         picker: Picker::Epp(Epp {
-            address: "epp.svc:9002".into(),
-            tls: EppTls::Insecure,
+            addresses: vec!["epp.svc:9002".into(), "[fd00::7]:9002".into()],
+            tls: EppTls::Pinned(vec![Pin(std::array::from_fn(|at| if at == 31 { 0xff } else { 0 }))]),
+            server_name: Some("epp.example".into()),
+            client_certificate: None,
             connect_timeout: Duration::from_secs(2),
-            decision_timeout: Duration::from_secs(3),
+            decision_timeout: Some(Duration::from_secs(3)),
             response_timeout: None,
             response_to_picker: ResponseToPicker::Usage,
             response_queue_bytes: 65_536,
             header: http::HeaderName::from_static("x-pick"),
+            health_interval: Some(Duration::from_secs(1)),
+            health_port: Some(9003),
+            health_tls: true,
+            health_service: "inference-extension".into(),
         }),
         session_headers: ["x-session-id", "x-other"].map(http::HeaderName::from_static).to_vec(),
         subset: Subset { prefer: vec![Locality::Zone, Locality::Node], endpoints: vec![], empty: EmptySubset::Fail },
@@ -536,19 +568,51 @@ fn bad_epps() {
         );
     }
     let cases = [
-        ("tls = \"on\"", r#"tls: found "on", expected "off" or "insecure" or "ca""#),
+        ("address = []", "address: found an empty array, expected one value or more"),
+        ("address = [\"e:1\", \"e\"]", r#"address[1]: found "e", expected host:port, such as "epp.default.svc:9002""#),
+        ("address = [\"e:1\", \"f:1\", \"e:1\"]", r#"address[2]: found "e:1" again, expected each address once"#),
+        ("tls = \"on\"", r#"tls: found "on", expected "off" or "insecure" or "ca" or "pinned""#),
         ("tls = \"ca\"", "ca_file: found nothing, expected the file with the CA's certificate"),
         ("ca_file = \"ca.pem\"", r#"ca_file: found a setting that nothing uses, expected tls = "ca" beside it"#),
         (
-            "tls = \"insecure\"\nserver_name = \"a\"",
-            r#"server_name: found a setting that nothing uses, expected tls = "ca" beside it"#,
+            "server_name = \"a\"",
+            r#"server_name: found a setting that nothing uses, expected tls beside it, and not "off""#,
         ),
+        (
+            "tls = \"insecure\"\nserver_name = \"a b\"",
+            r#"server_name: found "a b", expected a DNS name or an IP address"#,
+        ),
+        ("tls = \"pinned\"", "pins: found nothing, expected the SHA-256 of at least one public key"),
+        (
+            "tls = \"pinned\"\npins = [\"00ff\"]",
+            r#"pins[0]: found "00ff", expected the SHA-256 of a public key, 64 hexadecimal digits"#,
+        ),
+        (
+            "tls = \"insecure\"\npins = \"00000000000000000000000000000000000000000000000000000000000000ff\"",
+            r#"pins: found a setting that nothing uses, expected tls = "pinned" beside it"#,
+        ),
+        (
+            "tls = \"insecure\"\nclient_cert_file = \"a\"",
+            "client_cert_file: found no client_key_file beside it, expected both or none",
+        ),
+        (
+            "decision_timeout = 3",
+            r#"decision_timeout: found 3, expected "off" or a duration such as "250ms", "4s", "5m" or "1h", from 1ms to 24h"#,
+        ),
+        ("health_port = 0", "health_port: found 0, expected an integer from 1 to 65535"),
+        ("health_tls = true", "health_tls: found a setting that nothing uses, expected health_port beside it"),
+        (
+            "health_port = 1\nhealth_tls = true",
+            r#"health_tls: found tls = "off", expected tls beside it, and not "off""#,
+        ),
+        ("health_service = \"\"", r#"health_service: found "", expected a text that is not empty"#),
         ("response_to_picker = \"all\"", r#"response_to_picker: found "all", expected "headers" or "usage" or "body""#),
         ("response_queue_bytes = 1", "response_queue_bytes: found 1, expected an integer from 65536 to 1073741824"),
         ("header = \"a b\"", r#"header: found "a b", expected the name of a header that does not frame the message"#),
     ];
     for (more, expected) in cases {
-        let messages = messages(&format!("{POOL}[pools.picker]\nkind = \"epp\"\naddress = \"[::1]:1\"\n{more}"));
+        let address = if more.starts_with("address") { "" } else { "address = \"[::1]:1\"\n" };
+        let messages = messages(&format!("{POOL}[pools.picker]\nkind = \"epp\"\n{address}{more}"));
         assert_eq!(messages.len(), 1, "{messages:?}");
         assert_eq!(messages[0].split_once(": pools[0].picker.").unwrap().1, expected);
     }
@@ -626,6 +690,52 @@ fn overrides_win_and_are_checked() {
 }
 
 #[test]
+fn off_is_a_decision_timeout() {
+    let text = format!(
+        "{POOL}[pools.picker]\nkind = \"epp\"\naddress = \"e:1\"\ndecision_timeout = \"off\"\nhealth_interval = \"off\""
+    );
+    let config = Config::parse(&text, "p.toml").unwrap();
+    let expected = Epp { decision_timeout: None, health_interval: None, ..Epp::new("e:1") };
+    assert_eq!(config.pools[0].picker, Picker::Epp(expected));
+}
+
+/// What `penstock check` says about a client's certificate and key.
+#[test]
+fn a_client_certificate_is_checked_together_with_its_key() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, write) = (folder.path().join("penstock.toml"), |name: &str, text: &str| {
+        std::fs::write(folder.path().join(name), text).unwrap()
+    });
+    write(
+        "penstock.toml",
+        &format!(
+            "{POOL}[pools.picker]\nkind = \"epp\"\naddress = \"e:1\"\ntls = \"insecure\"\nclient_cert_file = \"c.pem\"\nclient_key_file = \"c.key\"\n"
+        ),
+    );
+    let wrong = || {
+        Config::load(&path)
+            .unwrap_err()
+            .iter()
+            .map(|error| error.to_string().split(": found").next().unwrap().rsplit('.').next().unwrap().to_owned())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(wrong(), ["client_cert_file", "client_key_file"]);
+    let made = || rcgen::generate_simple_self_signed(["c".to_owned()]).unwrap();
+    let (one, other) = (made(), made());
+    write("c.pem", &one.cert.pem());
+    write("c.key", "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n");
+    assert_eq!(wrong(), ["client_key_file"]);
+    write("c.key", &other.signing_key.serialize_pem());
+    assert_eq!(wrong(), ["client_key_file"], "another's");
+    write("c.key", &one.signing_key.serialize_pem());
+    let config = Config::load(&path).unwrap();
+    let Picker::Epp(epp) = &config.pools[0].picker else { panic!("{config:?}") };
+    let beside = |name: &str| folder.path().join(name);
+    let expected = ClientCertificate { certificate: beside("c.pem"), key: beside("c.key") };
+    assert_eq!(epp.client_certificate, Some(expected));
+}
+
+#[test]
 fn files_are_found_beside_the_configuration() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("penstock.toml");
@@ -647,7 +757,7 @@ fn files_are_found_beside_the_configuration() {
     std::fs::write(&ca, certificate.cert.pem()).unwrap();
     let config = Config::load(&path).unwrap();
     let Picker::Epp(epp) = &config.pools[0].picker else { panic!("{config:?}") };
-    assert_eq!(epp.tls, EppTls::Ca { file: ca, server_name: None });
+    assert_eq!(epp.tls, EppTls::Ca(ca));
 
     let missing = folder.path().join("missing.toml");
     let error = Config::load(&missing).unwrap_err().to_string();
@@ -692,7 +802,7 @@ fn bad_files_of_endpoints() {
         (
             "e.json",
             r#"{"endpoints": [5]}"#,
-            r#""ip:port" or { address = "ip:port", node = "n1", zone = "a", draining = false } at line 1 column 16"#,
+            r#""ip:port" or { address = "ip:port", node = "n1", zone = "a", draining = false } at line 1 column 17"#,
         ),
         ("e.json", r#"{"endpoints": ["10.0.0.1:80"]"#, "EOF while parsing an object at line 1 column 29"),
         ("e.json", r#"{"endpoint": []}"#, "unknown field `endpoint`, expected `endpoints` at line 1 column 11"),

@@ -10,7 +10,7 @@ use http::{
 };
 use toml::de::DeValue;
 
-use super::Ratio;
+use super::{Pin, Ratio};
 
 /// Completes "expected …".
 pub(super) struct Expected(pub(super) Cow<'static, str>);
@@ -178,6 +178,19 @@ pub(super) fn upgrade(value: &DeValue<'_>) -> Parsed<String> {
 pub(super) fn non_empty(value: &DeValue<'_>) -> Parsed<String> {
     let text = text(value).filter(|text| !text.is_empty());
     text.map(str::to_owned).ok_or(Expected("a text that is not empty".into()))
+}
+
+/// The SHA-256 of a public key.
+pub(super) fn pin(value: &DeValue<'_>) -> Parsed<Pin> {
+    let pin = text(value).filter(|text| text.len() == 64).and_then(|text| {
+        let mut pin = [0; 32];
+        for (byte, digits) in pin.iter_mut().zip(text.as_bytes().chunks(2)) {
+            let digit = |at: usize| char::from(digits[at]).to_digit(16).map(|digit| digit as u8);
+            *byte = digit(0)? << 4 | digit(1)?;
+        }
+        Some(Pin(pin))
+    });
+    pin.ok_or(Expected("the SHA-256 of a public key, 64 hexadecimal digits".into()))
 }
 
 /// A header that the agent may set: those that frame the message or belong to the connection are its own.

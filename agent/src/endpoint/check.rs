@@ -5,9 +5,13 @@ use std::{io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
-use http::{Request, StatusCode, header, uri::PathAndQuery};
+use http::{HeaderValue, Request, Response, StatusCode, Uri, header, uri::PathAndQuery};
 use http_body_util::Empty;
-use hyper_util::rt::TokioIo;
+use hyper::{
+    body::Incoming,
+    client::conn::{http1, http2},
+};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use thiserror::Error;
 use tokio::{
     net::TcpStream,
@@ -15,13 +19,18 @@ use tokio::{
 };
 
 use super::set::{EndpointSet, Snapshot};
-use crate::{config::HealthCheck, metrics::Metrics};
+use crate::{
+    config::{AppProtocol, HealthCheck},
+    metrics::Metrics,
+};
 
 pub(super) struct Checks {
     pub(super) pool: String,
     /// Of the pool, in the metrics.
     pub(super) index: usize,
     pub(super) rules: HealthCheck,
+    /// What the endpoints speak.
+    pub(super) protocol: AppProtocol,
     pub(super) set: Arc<EndpointSet>,
     pub(super) metrics: Arc<Metrics>,
 }
@@ -83,7 +92,9 @@ impl Checks {
     /// Asks one endpoint of the snapshot and tells it the result. Returns its address.
     async fn check(&self, snapshot: Arc<Snapshot>, address: SocketAddr) -> SocketAddr {
         let limit = self.rules.timeout;
-        let result = timeout(limit, ask(address, &self.rules.path)).await.unwrap_or(Err(CheckError::Timeout(limit)));
+        let result = timeout(limit, ask(address, &self.rules.path, self.protocol))
+            .await
+            .unwrap_or(Err(CheckError::Timeout(limit)));
         if let Err(error) = &result {
             tracing::debug!(pool = self.pool, %address, %error, "the check of an endpoint failed");
             self.metrics.pool(self.index).check_failed(error.reason());
@@ -99,22 +110,39 @@ impl Checks {
 }
 
 /// GET, and whether the status is 2xx. The body is of no interest: the connection ends with the head.
-async fn ask(address: SocketAddr, path: &PathAndQuery) -> Result<(), CheckError> {
-    let stream = TcpStream::connect(address).await.map_err(CheckError::Connect)?;
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+async fn ask(address: SocketAddr, path: &PathAndQuery, protocol: AppProtocol) -> Result<(), CheckError> {
+    let io = TokioIo::new(TcpStream::connect(address).await.map_err(CheckError::Connect)?);
     let mut request = Request::new(Empty::<Bytes>::new());
-    *request.uri_mut() = path.clone().into();
-    let headers = request.headers_mut();
-    let host = http::HeaderValue::from_str(&address.to_string());
-    headers.extend(host.ok().map(|host| (header::HOST, host)));
-    headers.insert(header::USER_AGENT, http::HeaderValue::from_static("penstock-health-check"));
-    headers.insert(header::CONNECTION, http::HeaderValue::from_static("close"));
-    let mut response = pin!(sender.send_request(request));
-    let status = tokio::select! {
+    request.headers_mut().insert(header::USER_AGENT, HeaderValue::from_static("penstock-health-check"));
+    let status = match protocol {
+        AppProtocol::Http1 => {
+            let (mut sender, connection) = http1::handshake(io).await?;
+            *request.uri_mut() = path.clone().into();
+            let headers = request.headers_mut();
+            headers.extend(HeaderValue::from_str(&address.to_string()).ok().map(|host| (header::HOST, host)));
+            headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+            status(sender.send_request(request), connection).await?
+        }
+        AppProtocol::H2c => {
+            let (mut sender, connection) = http2::handshake(TokioExecutor::new(), io).await?;
+            let uri = Uri::builder().scheme("http").authority(address.to_string()).path_and_query(path.clone());
+            *request.uri_mut() = uri.build().unwrap_or_default();
+            status(sender.send_request(request), connection).await?
+        }
+    };
+    if status.is_success() { Ok(()) } else { Err(CheckError::Status(status)) }
+}
+
+/// The response's, while the connection is driven.
+async fn status(
+    response: impl Future<Output = hyper::Result<Response<Incoming>>>,
+    connection: impl Future,
+) -> hyper::Result<StatusCode> {
+    let mut response = pin!(response);
+    let response = tokio::select! {
         response = &mut response => response,
         // It has ended with the response or without.
         _ = connection => response.await,
-    }?
-    .status();
-    if status.is_success() { Ok(()) } else { Err(CheckError::Status(status)) }
+    };
+    Ok(response?.status())
 }

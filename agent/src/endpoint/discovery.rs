@@ -46,7 +46,8 @@ struct Job {
 }
 
 impl Discovery {
-    /// `sets` are those of the pools, in their order. Without `readiness`, nobody waits for them. There is no thread where no pool needs one.
+    /// `sets` are those of the pools, in their order. Without `readiness`, nobody waits for them. There is no thread where no
+    /// pool needs one.
     pub fn start(
         config: &Config,
         sets: &[Arc<EndpointSet>],
@@ -118,8 +119,14 @@ fn tasks(jobs: Vec<Job>, config: &Config, metrics: &Arc<Metrics>) -> JoinSet<()>
             tasks.spawn(file::follow(path, pool.ports.clone(), feed(Source::File)));
         }
         if let Some(rules) = pool.health.clone() {
-            let checks =
-                Checks { pool: pool.name.clone(), index, rules, set: Arc::clone(&set), metrics: Arc::clone(metrics) };
+            let checks = Checks {
+                pool: pool.name.clone(),
+                index,
+                rules,
+                protocol: pool.app_protocol,
+                set: Arc::clone(&set),
+                metrics: Arc::clone(metrics),
+            };
             tasks.spawn(checks.run());
         }
         if let Some(gate) = gate {

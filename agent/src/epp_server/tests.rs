@@ -30,7 +30,7 @@ use tonic::{
 
 use super::*;
 use crate::{
-    config::EppTls,
+    config::{self, EppTls},
     picker::{message, tls},
 };
 
@@ -516,7 +516,9 @@ impl Service<Uri> for DialTls {
     fn call(&mut self, _: Uri) -> Self::Future {
         let address = self.0;
         Box::pin(async move {
-            let (connector, name) = tls::connector(&EppTls::Insecure, "localhost").unwrap().unwrap();
+            let epp = config::Epp { tls: EppTls::Insecure, ..config::Epp::new(address.to_string()) };
+            let connector = tls::Tls::new(&epp).unwrap().unwrap().connector();
+            let name = rustls::pki_types::ServerName::try_from("localhost").unwrap();
             let stream = connector.connect(name, TcpStream::connect(address).await?).await?;
             assert_eq!(stream.get_ref().1.alpn_protocol(), Some(&b"h2"[..]));
             Ok(TokioIo::new(stream))

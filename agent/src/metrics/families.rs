@@ -7,7 +7,7 @@ use prometheus_client::{
 
 use super::labels::{
     Build, ByAnswer, ByFlow, ByModel, ByOutcome, ByPath, ByPool, ByPoolAndIndex, ByPoolAndReason, ByPoolAndState,
-    ByReason, ByResult, BySource, BySourceAndReason, PathState,
+    ByReason, ByReplica, ByResult, BySource, BySourceAndReason, PathState,
 };
 
 type Histograms<Labels> = Family<Labels, Histogram, fn() -> Histogram>;
@@ -68,6 +68,10 @@ families! {
     epp_exchange: Histograms<ByOutcome> = "epp_exchange_seconds" in EPP_SECONDS;
     /// Exchanges with the EPP that failed, whatever the pool's failure mode made of it.
     epp_failures: Family<ByPoolAndReason, Counter> = "epp_failures";
+    /// Questions put to the EPP again, on another connection or to another replica, by what became of the one before.
+    epp_asked_again: Family<ByPoolAndReason, Counter> = "epp_asked_again";
+    /// Replicas of EPPs by what their health checks say of them; always 1.
+    epp_replicas: Family<ByReplica, Gauge> = "epp_replicas";
     /// Streams to EPPs that are open; one lives as long as the response of its request.
     epp_streams_inflight: Gauge = "epp_streams_inflight";
     /// Responses by what became of the question about their head: answered in time, given up, or not waited for.

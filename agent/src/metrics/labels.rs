@@ -114,6 +114,14 @@ pub(super) struct ByPoolAndReason {
     pub(super) reason: &'static str,
 }
 
+/// As many as there are replicas: one state each at a time.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct ByReplica {
+    pub(super) pool: PoolName,
+    pub(super) replica: String,
+    pub(super) state: &'static str,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(super) struct ByPoolAndState {
     pub(super) pool: PoolName,

@@ -1,6 +1,7 @@
 //! The metrics of one pool, looked up once: what every request touches is a handle, not a search.
 
 use std::{
+    net::SocketAddr,
     sync::{Arc, OnceLock},
     time::Duration,
 };
@@ -11,7 +12,7 @@ use super::{
     InFlight, OK,
     families::Families,
     labels::{
-        ByAnswer, ByModel, ByOutcome, ByPool, ByPoolAndIndex, ByPoolAndReason, ByPoolAndState, BySource,
+        ByAnswer, ByModel, ByOutcome, ByPool, ByPoolAndIndex, ByPoolAndReason, ByPoolAndState, ByReplica, BySource,
         BySourceAndReason, EndpointState, EppOutcome, PoolName,
     },
     models::Models,
@@ -93,6 +94,22 @@ impl PoolMetrics {
     /// An exchange with the EPP failed.
     pub fn epp_failed(&self, reason: &'static str) {
         self.families.epp_failures.get_or_create(&ByPoolAndReason { pool: self.name.clone(), reason }).inc();
+    }
+
+    /// The EPP is asked again about a request.
+    pub fn epp_asked_again(&self, reason: &'static str) {
+        self.families.epp_asked_again.get_or_create(&ByPoolAndReason { pool: self.name.clone(), reason }).inc();
+    }
+
+    /// A replica of the EPP was in one state, or not there, and is now in another, or gone.
+    pub fn epp_replica(&self, replica: SocketAddr, before: Option<&'static str>, now: Option<&'static str>) {
+        let labels = |state| ByReplica { pool: self.name.clone(), replica: replica.to_string(), state };
+        if let Some(before) = before {
+            self.families.epp_replicas.remove(&labels(before));
+        }
+        if let Some(now) = now {
+            self.families.epp_replicas.get_or_create(&labels(now)).set(1);
+        }
     }
 
     /// What became of the question about a response's head.

@@ -1,6 +1,6 @@
-//! Asking an EPP: `EppClient` per worker and EPP, `PickStream` per request.
+//! Asking an EPP: `EppClient` per worker and EPP, with a connection to each replica in use; `PickStream` per request.
 //!
-//! Given a request's head and pieces of its body, a stream gives the EPP's outcome, and later carries the head and the end of
+//! Given a replica, a request's head and pieces of its body, a stream gives the EPP's outcome, and later carries the head and the end of
 //! the response. It drives the exchange over the shared connection, without tasks of its own and without a deadline: whoever
 //! waits decides for how long. The EPP may send its headers only with its first message, so sending never waits for them.
 //! After the outcome nothing that happens to the stream is an error. Dropping a stream cancels it; `finish` ends it.
@@ -17,6 +17,7 @@ use futures_util::{
     StreamExt,
     future::{BoxFuture, FutureExt, poll_fn},
 };
+use parking_lot::Mutex;
 use penstock_proto::ext_proc::{
     HeaderMutation, ProcessingRequest, ProcessingResponse, external_processor_client::ExternalProcessorClient,
 };
@@ -26,12 +27,13 @@ use tokio_util::sync::PollSender;
 use tonic::{CancellationHandle, Streaming};
 
 use super::{
-    connection::{Connection, Http2},
+    attempts::Attempts,
+    connection::{Connection, Http2, Loss},
     error::PickError,
     exchange::{Event, Exchange, ImmediateReply, Limits, Outcome},
+    replica::{Replica, Replicas},
     silence::{Reply, Silence, Waiting},
 };
-use crate::config;
 
 /// Messages between the agent and the connection, beyond which `send_body` waits for the EPP to take them.
 const QUEUE: usize = 4;
@@ -43,41 +45,66 @@ const CLOSE: Duration = Duration::from_secs(2);
 /// A message of the EPP may be this much longer than the body in it.
 const MESSAGE: usize = 1 << 20;
 
-/// The way to one EPP. Cheap to clone; clones share the connection.
-#[derive(Clone)]
+/// The way to one EPP.
 pub struct EppClient {
+    replicas: Arc<Replicas>,
+    lines: Mutex<Lines>,
+}
+
+/// To the replicas that have been asked and are still there.
+#[derive(Default)]
+struct Lines {
+    lines: Vec<Line>,
+    /// When they were last held against these.
+    known: Arc<[Arc<Replica>]>,
+}
+
+/// What a worker has with one replica. Clones share it.
+#[derive(Clone)]
+struct Line {
+    replica: Arc<Replica>,
     connection: Connection,
-    origin: http::Uri,
-    header: http::HeaderName,
     silence: Arc<Silence>,
 }
 
 impl EppClient {
-    /// Fails on an address that is none and on a CA file that cannot be read. Connects with the first request.
-    pub fn new(epp: &config::Epp) -> anyhow::Result<Self> {
-        let silence = Arc::default();
-        let connection = Connection::new(epp)?;
-        Ok(Self { origin: connection.origin()?, connection, header: epp.header.clone(), silence })
+    /// Connects with the first request.
+    pub fn new(replicas: Arc<Replicas>) -> Self {
+        Self { replicas, lines: Mutex::default() }
+    }
+
+    /// Whether these are the replicas that it asks.
+    pub fn asks(&self, replicas: &Arc<Replicas>) -> bool {
+        Arc::ptr_eq(&self.replicas, replicas)
+    }
+
+    /// Whom to ask about a request. See [`Attempts::begin`].
+    pub async fn attempts(&self) -> Result<Attempts, PickError> {
+        Attempts::begin(&self.replicas).await
     }
 
     /// Starts asking about a request. Does not wait, and must be called on a tokio runtime. `subset`: choose among these.
     pub fn open(
         &self,
+        replica: &Arc<Replica>,
         request: &http::request::Parts,
         has_body: bool,
         subset: Option<&[SocketAddr]>,
         limits: Limits,
     ) -> PickStream {
+        let line = self.line(replica);
         let (out, messages) = mpsc::channel(QUEUE);
         let mut request_stream = tonic::Request::new(ReceiverStream::new(messages));
         let cancel = CancelOnDrop(Some(request_stream.cancellation_handle()));
-        let call = call(self.connection.clone(), self.origin.clone(), request_stream, limits.replaced_body + MESSAGE);
+        let call = call(line.connection, request_stream, limits.replaced_body + MESSAGE);
+        let header = self.replicas.settings.header.clone();
         let mut stream = PickStream {
             _cancel: cancel,
-            exchange: Exchange::new(self.header.clone(), request, has_body, subset, limits),
+            exchange: Exchange::new(header, request, has_body, subset, limits),
             out: Some(PollSender::new(out)),
             answer: Answer::Awaited(call.boxed()),
-            silence: Waiting::new(&self.silence),
+            silence: Waiting::new(&line.silence),
+            replica: line.replica,
         };
         // The head leaves now, not when the first piece of the body is there; whoever waits later registers its own waker.
         let mut nobody = Context::from_waker(Waker::noop());
@@ -85,17 +112,33 @@ impl EppClient {
         let _ = stream.poll_answer(&mut nobody);
         stream
     }
+
+    fn line(&self, replica: &Arc<Replica>) -> Line {
+        let known = self.replicas.snapshot().replicas;
+        let mut all = self.lines.lock();
+        if !Arc::ptr_eq(&all.known, &known) {
+            // Connections to replicas that are gone close when their streams are over.
+            all.lines.retain(|line| known.iter().any(|replica| Arc::ptr_eq(replica, &line.replica)));
+            all.known = known;
+        }
+        if let Some(line) = all.lines.iter().find(|line| Arc::ptr_eq(&line.replica, replica)) {
+            return line.clone();
+        }
+        let connection = Connection::new(&self.replicas, replica);
+        let line = Line { replica: Arc::clone(replica), connection, silence: Arc::default() };
+        all.lines.push(line.clone());
+        line
+    }
 }
 
 async fn call(
     connection: Connection,
-    origin: http::Uri,
     request: tonic::Request<ReceiverStream<ProcessingRequest>>,
     message_limit: usize,
 ) -> Result<(Streaming<ProcessingResponse>, Http2), PickError> {
     let http2 = connection.get().await.map_err(PickError::Connect)?;
-    let mut client =
-        ExternalProcessorClient::with_origin(http2.clone(), origin).max_decoding_message_size(message_limit);
+    let client = ExternalProcessorClient::with_origin(http2.clone(), connection.origin());
+    let mut client = client.max_decoding_message_size(message_limit);
     match client.process(request).await {
         Ok(response) => Ok((response.into_inner(), http2)),
         Err(status) => Err(failure(&status, &http2, false)),
@@ -104,10 +147,10 @@ async fn call(
 
 fn failure(status: &tonic::Status, http2: &Http2, answered: bool) -> PickError {
     let message = status.message().to_owned();
-    if http2.is_transport(status) {
-        PickError::Reset { message, answered }
-    } else {
-        PickError::Status { code: status.code(), message }
+    match http2.loss(status) {
+        Some(Loss::NotTaken) => PickError::NotTaken(message),
+        Some(Loss::Broken) => PickError::Reset { message, answered },
+        None => PickError::Status { code: status.code(), message },
     }
 }
 
@@ -127,6 +170,7 @@ pub struct PickStream {
     out: Option<PollSender<ProcessingRequest>>,
     answer: Answer,
     silence: Waiting,
+    replica: Arc<Replica>,
 }
 
 enum Answer {
@@ -136,6 +180,11 @@ enum Answer {
 }
 
 impl PickStream {
+    /// The EPP that is asked, `host:port` as configured.
+    pub fn authority(&self) -> &str {
+        self.replica.authority.as_str()
+    }
+
     /// Hands over a piece of the body, of any size. Waits while the EPP does not take it; returns early with the EPP's outcome
     /// or failure, after which no more of the body is wanted. Cancel-safe: the piece is taken at once, and what of it has not
     /// left goes with the next call of any method.

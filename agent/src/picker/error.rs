@@ -7,8 +7,13 @@ use std::{io::ErrorKind, sync::Arc};
 
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum PickError {
+    #[error("the EPP's name has no address: {0}")]
+    Unresolved(Arc<str>),
     #[error("cannot connect to the EPP: {0}")]
     Connect(Arc<std::io::Error>),
+    /// The EPP did not take the stream: its server is going away (GOAWAY), or refused it.
+    #[error("the EPP did not take the stream: {0}")]
+    NotTaken(String),
     /// The connection, or the stream alone, was lost before the EPP had answered.
     #[error("the stream to the EPP broke off: {message}")]
     Reset { message: String, answered: bool },
@@ -33,7 +38,9 @@ impl PickError {
     /// A stable label for metrics and logs.
     pub fn reason(&self) -> &'static str {
         match self {
+            PickError::Unresolved(_) => "unresolved",
             PickError::Connect(_) => "connect",
+            PickError::NotTaken(_) => "not_taken",
             PickError::Reset { .. } => "reset",
             PickError::Status { code, .. } => label(*code),
             PickError::ClosedWithoutPick => "closed_without_pick",
@@ -45,21 +52,40 @@ impl PickError {
         }
     }
 
-    /// Whether the request can be asked again at once: the transport was lost through no fault of this request and before any
-    /// answer. The next `open` does not meet the same connection.
-    pub fn retry_on_fresh_channel(&self) -> bool {
+    /// Whether the request can be asked again, and where. None of these is a decision, so nobody gets two.
+    pub fn again(&self) -> Again {
         match self {
-            PickError::Reset { answered, .. } => !answered,
+            PickError::NotTaken(_) => Again::Here,
+            PickError::Reset { answered: false, .. } => Again::HereOnce,
             // The same loss, noticed while the connection was being made.
-            PickError::Connect(error) => {
-                matches!(
+            PickError::Connect(error)
+                if matches!(
                     error.kind(),
                     ErrorKind::ConnectionReset | ErrorKind::ConnectionAborted | ErrorKind::BrokenPipe
-                )
+                ) =>
+            {
+                Again::HereOnce
             }
-            _ => false,
+            PickError::Connect(_)
+            | PickError::Reset { .. }
+            | PickError::Status { code: tonic::Code::Unavailable, .. } => Again::Elsewhere,
+            _ => Again::Not,
         }
     }
+}
+
+/// Where a request that got no decision can be asked again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Again {
+    /// Of the same replica, which has not seen it. The next stream does not meet a connection that is going away.
+    Here,
+    /// Of the same replica on a fresh connection, which the next stream gets: the transport was lost through no fault of this
+    /// request. Once: it may have been.
+    HereOnce,
+    /// Of another replica.
+    Elsewhere,
+    /// This is the EPP's answer, or its time is over.
+    Not,
 }
 
 /// The names of the gRPC specification, lower-case.

@@ -2,7 +2,7 @@
 //! `response_timeout`. After a few in a row nobody waits any more, until a reply comes that would have been in time.
 //!
 //! Replies are read whether or not anybody waits for them, so no clock has to tell when to try again. One [`Silence`] for each
-//! EPP of a worker, one [`Waiting`] for each stream. Whoever calls brings the clock.
+//! replica that a worker asks, one [`Waiting`] for each stream. Whoever calls brings the clock.
 
 use std::{
     sync::{

@@ -3,12 +3,14 @@
 
 use std::net::SocketAddr;
 
-use bytes::Bytes;
 use http::{HeaderMap, HeaderName};
 use penstock_proto::ext_proc::HeaderMutation;
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 
-use super::Request;
+use super::{
+    Request,
+    ask::{Asked, Question},
+};
 use crate::{
     client::Client,
     config::{self, FailureMode},
@@ -16,8 +18,7 @@ use crate::{
     metrics::{EppOutcome, InFlight},
     picker::{
         builtin::SessionHash,
-        client::{EppClient, PickStream},
-        error::PickError,
+        client::PickStream,
         exchange::{Body, Decision, ImmediateReply, Limits, Outcome},
     },
     upload::Upload,
@@ -48,7 +49,7 @@ pub(super) async fn pick(
     upload: &mut Upload,
 ) -> Result<Verdict, Error> {
     let pool = &worker.shared.config.pools[request.pool];
-    let (Some(client_of_epp), config::Picker::Epp(settings)) = (&worker.epps[request.pool], &pool.picker) else {
+    let (Some(epp), config::Picker::Epp(settings)) = (&worker.epps[request.pool], &pool.picker) else {
         upload.rest(client).await?;
         return builtin(worker, request, upload).map(|picked| Verdict::Forward(Box::new(picked)));
     };
@@ -57,8 +58,9 @@ pub(super) async fn pick(
     let open = worker.shared.metrics.epp_stream();
     let subset = worker.shared.endpoints[request.pool].subset(started.into_std());
     let limit = worker.shared.config.limits.body_bytes;
-    let asked = ask(client_of_epp, limit, settings, subset.as_deref(), client, request, upload).await;
-    let failure = match asked {
+    let limits = Limits { replaced_body: limit.try_into().unwrap_or(usize::MAX) };
+    let question = Question { epp, settings, subset: subset.as_deref(), limits, metrics };
+    let failure = match question.ask(client, request, upload).await {
         Asked::Answered(Outcome::Immediate(reply), _) => {
             metrics.epp_exchange(EppOutcome::Immediate, started.elapsed());
             return Ok(Verdict::Reply(reply));
@@ -137,100 +139,4 @@ fn open_pick(worker: &Worker, pool: &config::Pool, request: &Request, upload: &m
 
 fn unasked(endpoints: Vec<SocketAddr>) -> Picked {
     Picked { endpoints, mutation: HeaderMutation::default(), body: Body::Original, stream: None, _open: None }
-}
-
-enum Asked {
-    Answered(Outcome, Box<PickStream>),
-    Failed(PickError),
-    /// Not the picker's fault.
-    Client(Error),
-}
-
-/// Asks the EPP; once more on a fresh connection when the first was lost before any answer.
-async fn ask(
-    epp: &EppClient,
-    limit: u64,
-    settings: &config::Epp,
-    subset: Option<&[SocketAddr]>,
-    client: &mut Client,
-    request: &Request,
-    upload: &mut Upload,
-) -> Asked {
-    let limits = Limits { replaced_body: limit.try_into().unwrap_or(usize::MAX) };
-    let mut retried = false;
-    loop {
-        let mut stream = Box::new(epp.open(&request.parts, upload.has_body(), subset, limits));
-        match converse(&mut stream, settings, client, upload).await {
-            Ok(outcome) => return Asked::Answered(outcome, stream),
-            Err(Asked::Failed(error)) if error.retry_on_fresh_channel() && !retried => {
-                tracing::debug!(%error, "asked again on a fresh connection");
-                retried = true;
-            }
-            Err(other) => return other,
-        }
-    }
-}
-
-/// Sends what is kept of the body, then the rest as the client uploads it, until the EPP has answered or the decision
-/// timeout has passed since the EPP had everything, or since it took nothing more.
-async fn converse(
-    stream: &mut PickStream,
-    settings: &config::Epp,
-    client: &mut Client,
-    upload: &mut Upload,
-) -> Result<Outcome, Asked> {
-    let patience = settings.decision_timeout;
-    if upload.has_body() {
-        let (mut sent, total) = (0, upload.kept.len());
-        let mut kept = upload.kept.pieces();
-        while let Some(piece) = kept.next().await.map_err(|error| Asked::Client(error.into()))? {
-            sent += piece.len() as u64;
-            let end = sent == total && upload.is_done();
-            if let Some(outcome) = send(stream, client, piece, end, patience).await? {
-                return Ok(outcome);
-            }
-        }
-        let mut ended = upload.is_done() && total > 0;
-        while !ended {
-            let read = tokio::select! {
-                biased;
-                outcome = stream.outcome() => return outcome.map_err(Asked::Failed),
-                read = upload.read(client) => read.map_err(Asked::Client)?,
-            };
-            if let Some(piece) = &read {
-                upload.keep(piece).await.map_err(Asked::Client)?;
-            } else {
-                upload.end().map_err(Asked::Client)?;
-            }
-            ended = upload.is_done();
-            if let Some(outcome) = send(stream, client, read.unwrap_or_default(), ended, patience).await? {
-                return Ok(outcome);
-            }
-        }
-    }
-    tokio::select! {
-        biased;
-        outcome = timeout(patience, stream.outcome()) => match outcome {
-            Ok(outcome) => outcome.map_err(Asked::Failed),
-            Err(_) => stream.at_deadline().map_err(Asked::Failed),
-        },
-        () = client.gone() => Err(Asked::Client(Error::ClientGone)),
-    }
-}
-
-async fn send(
-    stream: &mut PickStream,
-    client: &mut Client,
-    piece: Bytes,
-    end: bool,
-    patience: std::time::Duration,
-) -> Result<Option<Outcome>, Asked> {
-    tokio::select! {
-        biased;
-        sent = timeout(patience, stream.send_body(piece, end)) => match sent {
-            Ok(sent) => sent.map_err(Asked::Failed),
-            Err(_) => Err(Asked::Failed(PickError::Deadline)),
-        },
-        () = client.gone() => Err(Asked::Client(Error::ClientGone)),
-    }
 }

@@ -15,6 +15,7 @@ use crate::{
     http::{headers::Arrival, trace_context},
     kernel::socket::monotonic_ns,
     metrics,
+    picker::client::PickStream,
     steer::choice::Path,
     telemetry::{Ended, Pick, RequestSpan},
     worker::Worker,
@@ -63,8 +64,10 @@ impl Record {
     /// The pick that began at `began` is over.
     pub(super) fn pick(&self, worker: &Worker, pool: usize, began: Instant, verdict: &Result<Verdict, Error>) {
         let Some(span) = &self.span else { return };
+        let stream = if let Ok(Verdict::Forward(picked)) = verdict { picked.stream.as_ref() } else { None };
         let epp = match &worker.shared.config.pools[pool].picker {
-            Picker::Epp(epp) => Some(epp.address.as_str()),
+            // Who was asked; of several who failed the first stands for all.
+            Picker::Epp(epp) => stream.map(PickStream::authority).or(epp.addresses.first().map(String::as_str)),
             Picker::Builtin => None,
         };
         let (by, endpoints, error) = match verdict {

@@ -72,7 +72,7 @@ impl Drop for Exporter {
 pub(super) fn start(
     endpoint: &str,
     config: &config::Tracing,
-    resource: Resource,
+    resource: &Resource,
     metrics: Arc<Metrics>,
 ) -> anyhow::Result<(Queue, Exporter)> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -80,7 +80,7 @@ pub(super) fn start(
         let _guard = runtime.enter();
         SpanExporter::builder().with_tonic().with_endpoint(endpoint).with_timeout(EXPORT).build()?
     };
-    exporter.set_resource(&resource);
+    exporter.set_resource(resource);
     let (spans, queue) = mpsc::channel(config.queue_spans);
     let stop = CancellationToken::new();
     let sender = Sender { exporter, metrics: Arc::clone(&metrics), unsent: Cell::new(0), failing: Cell::new(false) };

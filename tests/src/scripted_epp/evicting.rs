@@ -4,7 +4,9 @@
 use std::sync::Arc;
 
 use penstock_proto::ext_proc::{HttpBody, HttpHeaders};
+use penstock_proto::health::health_check_response::ServingStatus;
 use tokio::sync::Notify;
+use tonic::Status;
 
 use super::{Answer, End, Exchange, Script, reply};
 
@@ -38,6 +40,10 @@ impl<S> Evicting<S> {
 
 #[tonic::async_trait]
 impl<S: Script> Script for Evicting<S> {
+    fn health(&self, service: &str) -> Result<ServingStatus, Status> {
+        self.inner.health(service)
+    }
+
     async fn request_headers(&self, exchange: &mut Exchange, headers: &HttpHeaders) -> Answer {
         self.inner.request_headers(exchange, headers).await?;
         if headers.end_of_stream { self.evict(exchange, After::Pick).await } else { Ok(()) }

@@ -110,7 +110,7 @@ impl<S: Script> Script for Faulty<S> {
         }
     }
 
-    fn health(&self, service: &str) -> ServingStatus {
+    fn health(&self, service: &str) -> Result<ServingStatus, Status> {
         self.inner.health(service)
     }
 

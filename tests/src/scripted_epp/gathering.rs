@@ -3,7 +3,9 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use penstock_proto::ext_proc::{HttpBody, HttpHeaders};
+use penstock_proto::health::health_check_response::ServingStatus;
 use tokio::sync::Barrier;
+use tonic::Status;
 
 use super::fault::Harm;
 use super::{Answer, Exchange, Script};
@@ -44,6 +46,10 @@ impl<S: Script> Gathering<S> {
 
 #[tonic::async_trait]
 impl<S: Script> Script for Gathering<S> {
+    fn health(&self, service: &str) -> Result<ServingStatus, Status> {
+        self.inner.health(service)
+    }
+
     async fn request_headers(&self, exchange: &mut Exchange, headers: &HttpHeaders) -> Answer {
         if headers.end_of_stream {
             self.gather(exchange).await?;

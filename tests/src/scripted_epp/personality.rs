@@ -8,7 +8,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
 use penstock_proto::ext_proc::HttpBody;
+use penstock_proto::health::health_check_response::ServingStatus;
 use serde_json::Value;
+use tonic::Status;
 
 use super::{Answer, End, Exchange, Script, header, reply};
 
@@ -92,6 +94,14 @@ impl Endpoints {
             allowed.iter().cycle().skip(first % allowed.len().max(1)).take(offer).map(|one| one.as_str()).collect();
         (!named.is_empty()).then(|| named.join(","))
     }
+}
+
+/// The names that GIE's code base has for its health.
+const SERVICES: [&str; 3] = ["liveness", "readiness", "envoy.service.ext_proc.v3.ExternalProcessor"];
+
+/// Serving under these names, and says of others that it does not know them.
+fn known_as(services: &[&str], service: &str) -> Result<ServingStatus, Status> {
+    Ok(if services.contains(&service) { ServingStatus::Serving } else { ServingStatus::ServiceUnknown })
 }
 
 /// Fields that a test has a picker set.

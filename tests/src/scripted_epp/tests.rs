@@ -3,12 +3,18 @@ use std::time::Duration;
 use bytes::Bytes;
 use penstock_proto::core::{HeaderMap, HeaderValue, Metadata};
 use penstock_proto::ext_proc::external_processor_client::ExternalProcessorClient;
+use penstock_proto::ext_proc::processing_request::Request;
 use penstock_proto::ext_proc::processing_response::Response;
-use penstock_proto::ext_proc::{BodySendMode, ProtocolConfiguration, body_mutation::Mutation};
+use penstock_proto::ext_proc::{
+    BodySendMode, ProcessingRequest, ProcessingResponse, ProtocolConfiguration, body_mutation::Mutation,
+};
+use penstock_proto::health::HealthCheckRequest;
 use penstock_proto::health::health_client::HealthClient;
 use penstock_proto::prost_types::{ListValue, Struct, Value, value::Kind};
-use tonic::Code;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
+use tonic::{Code, Streaming};
 
 use super::*;
 use crate::eventually;
@@ -339,8 +345,8 @@ async fn a_cancelled_stream_is_told_from_a_finished_one() {
 async fn health_is_the_scripts() {
     struct Ill;
     impl Script for Ill {
-        fn health(&self, service: &str) -> ServingStatus {
-            if service == "liveness" { ServingStatus::Serving } else { ServingStatus::NotServing }
+        fn health(&self, service: &str) -> Result<ServingStatus, tonic::Status> {
+            Ok(if service == "liveness" { ServingStatus::Serving } else { ServingStatus::NotServing })
         }
     }
     let epp = ScriptedEpp::start(Ill).await.unwrap();
@@ -349,4 +355,44 @@ async fn health_is_the_scripts() {
         let asked = HealthCheckRequest { service: service.to_owned() };
         assert_eq!(client.check(asked).await.unwrap().into_inner().status(), status);
     }
+}
+
+#[tokio::test]
+async fn a_picker_that_goes_away_lets_streams_finish_and_takes_others_on_new_connections() {
+    let epp = ScriptedEpp::start(Production::new(&endpoints())).await.unwrap();
+    let begun = Peer::open(channel(&epp).await).await;
+    begun.head(&[], false, None).await;
+    eventually(SOON, || epp.streams_open() == 1).await;
+    epp.go_away();
+    let other = Peer::open(channel(&epp).await).await;
+    other.head(&[], true, None).await;
+    assert!(!other.finish().await.0.is_empty());
+    assert_eq!(epp.connections_accepted(), 2);
+    begun.body(br#"{"model":"m"}"#, true).await;
+    assert!(!begun.finish().await.0.is_empty());
+    eventually(SOON, || epp.connections_open() == 0).await;
+}
+
+#[tokio::test]
+async fn only_the_one_that_leads_serves() {
+    let election = Election::default();
+    let replica = |replica| Elected {
+        inner: Production::new(&endpoints()),
+        replica,
+        election: election.clone(),
+        follower: Follower::Refuses,
+    };
+    let (one, two) = (ScriptedEpp::start(replica(0)).await.unwrap(), ScriptedEpp::start(replica(1)).await.unwrap());
+    for leader in [0, 1] {
+        election.leads(leader);
+        for (number, epp) in [&one, &two].into_iter().enumerate() {
+            let asked = HealthCheckRequest { service: "readiness".to_owned() };
+            let health = HealthClient::new(channel(epp).await).check(asked).await.unwrap().into_inner().status();
+            let peer = Peer::open(channel(epp).await).await;
+            peer.head(&[], true, None).await;
+            assert_eq!(health == ServingStatus::Serving, number == leader);
+            assert_eq!(!peer.finish().await.0.is_empty(), number == leader);
+        }
+    }
+    assert_eq!(one.health_checks(), ["readiness", "readiness"]);
 }

@@ -34,6 +34,7 @@ against_every_picker! {
     requests::each_of_a_connection_has_its_own_pick
     requests::the_first_of_the_list_is_dead
     requests::nothing_to_pick
+    requests::its_health
     responses::a_stream_through_user_space
     responses::a_stream_through_the_kernel
     responses::the_picker_dies

@@ -9,7 +9,7 @@ use penstock_tests::{
     eventually,
     model_server::Echo,
     scripted_epp::{Endpoints, Personality, Refusal, StreamEnd, header},
-    stage::{echo, json},
+    stage::{echo, epp, json},
 };
 
 use crate::SOON;
@@ -210,4 +210,26 @@ pub(crate) async fn nothing_to_pick<P: Personality>() {
         let (one, two) = stage.requests();
         assert_eq!(one + two, if opens { 2 } else { 0 }, "{mode:?}");
     }
+}
+
+/// E17: under the name that it has for its health it serves, and under another it is taken to serve.
+pub(crate) async fn its_health<P: Personality>() {
+    let mut serving = 0;
+    for service in ["envoy.service.ext_proc.v3.ExternalProcessor", "inference-extension"] {
+        let mut stage = Stage::with(
+            |all| P::over(Endpoints::new(all)),
+            |config| {
+                epp(config).health_interval = Some(Duration::from_millis(20));
+                epp(config).health_service = service.to_owned();
+            },
+        )
+        .await;
+        eventually(SOON, || stage.epp.health_checks().len() > 1).await;
+        assert!(stage.epp.health_checks().iter().all(|asked| asked == service));
+        let state = |state| stage.agent.count("penstock_epp_replicas", &[&format!("state=\"{state}\"")]);
+        assert_eq!(state("serving") + state("unknown"), 1, "{service}");
+        serving += state("serving");
+        assert_eq!(stage.request(&echo(json("m", 100))).await.status(), 200);
+    }
+    assert!(serving > 0);
 }

@@ -100,9 +100,9 @@ async fn check(wrong: Wrong, mode: FailureMode, body: Body, expected: Expected) 
         |config| {
             config.listen.workers = 1;
             config.pools[0].failure_mode = mode;
-            epp(config).decision_timeout = DECISION;
+            epp(config).decision_timeout = Some(DECISION);
             match wrong {
-                Wrong::Absent => epp(config).address = refusing.addr.to_string(),
+                Wrong::Absent => epp(config).addresses = vec![refusing.addr.to_string()],
                 Wrong::Tls => epp(config).tls = EppTls::Insecure,
                 Wrong::Faulty(_) => {}
             }

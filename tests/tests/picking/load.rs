@@ -3,9 +3,11 @@
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
+use penstock_agent::config::{FailureMode, SteeringMode};
 use penstock_tests::{
-    Client, Stage,
-    scripted_epp::{Fault, Faulty, Gathering, Harm, Moment, Production},
+    Client, ModelServer, ScriptedEpp, Stage,
+    agent::{TestAgent, epp_pool},
+    scripted_epp::{Fault, Faulty, Gathering, Harm, Moment, Production, Setup},
     stage::{echo, json},
 };
 
@@ -70,4 +72,23 @@ async fn more_than_1024_requests_are_asked_about_at_once() {
     };
     assert_eq!(join_all((0..AT_ONCE).map(|_| one())).await, [200; AT_ONCE]);
     assert_eq!((stage.epp.streams_started(), stage.epp.connections_accepted()), (AT_ONCE, 1));
+}
+
+/// E15: what exceeds the picker's own limit waits for its turn on the one connection, and does not fail.
+#[tokio::test]
+async fn the_pickers_own_limit_on_streams_makes_requests_wait() {
+    const LIMIT: usize = 10;
+    let endpoint = ModelServer::start(Default::default()).await.unwrap();
+    // Answers nobody before the limit is reached.
+    let script = Gathering::new(Production::new(&[endpoint.addr]), LIMIT);
+    let setup = Setup { max_streams: Some(LIMIT as u32), ..Setup::default() };
+    let epp = ScriptedEpp::start_with(setup, script).await.unwrap();
+    let pool = epp_pool(&[endpoint.addr], epp.addr, FailureMode::Closed);
+    let agent = TestAgent::start(pool, SteeringMode::Off, |config| config.listen.workers = 1);
+    let one = || async {
+        let mut client = Client::connect(agent.addr).await.unwrap();
+        client.request(&echo(json("m", 100))).await.unwrap().status()
+    };
+    assert_eq!(join_all((0..200).map(|_| one())).await, [200; 200]);
+    assert_eq!((epp.streams_started(), epp.connections_accepted()), (200, 1));
 }

@@ -20,7 +20,7 @@ use crate::SOON;
 async fn the_decision_has_a_deadline() {
     let mut stage = Stage::with(
         |all| Faulty::new(Production::new(all), Fault::At(Moment::RequestHeaders, Harm::Silence)),
-        |config| epp(config).decision_timeout = Duration::from_millis(200),
+        |config| epp(config).decision_timeout = Some(Duration::from_millis(200)),
     )
     .await;
     let begin = Instant::now();
@@ -38,6 +38,39 @@ async fn a_picker_that_thinks_for_less_than_the_deadline_is_waited_for() {
     assert_eq!(stage.request(&echo(json("m", 10))).await.status(), 200);
 }
 
+/// E13: `off` waits for as long as it takes, and for no longer than the client does.
+#[tokio::test]
+async fn without_a_deadline_the_picker_is_waited_for_while_the_client_is_there() {
+    for (timeout, status) in [(Some(Duration::from_millis(100)), 503), (None, 200)] {
+        let thinks = Fault::At(Moment::RequestHeaders, Harm::Delay(Duration::from_millis(500)));
+        let mut stage = Stage::with(
+            |all| Faulty::new(Production::new(all), thinks),
+            |config| epp(config).decision_timeout = timeout,
+        )
+        .await;
+        assert_eq!(stage.request(&echo(json("m", 10))).await.status(), status, "{timeout:?}");
+    }
+    // One that takes nothing holds up the upload, too.
+    let silent = Fault::At(Moment::RequestHeaders, Harm::Silence);
+    let stage =
+        Stage::with(|all| Faulty::new(Production::new(all), silent), |config| epp(config).decision_timeout = None)
+            .await;
+    for body in [json("m", 10), json("m", 4 << 20)] {
+        let mut client = penstock_tests::Client::connect(stage.agent.addr).await.unwrap();
+        let begun = stage.epp.streams_started();
+        let wire = echo(body).wire("agent");
+        // All of the larger one is more than there is room for.
+        tokio::select! {
+            () = async { drop(client.send_raw(&wire).await) } => {}
+            () = eventually(SOON, || stage.epp.streams_started() > begun) => {}
+        }
+        eventually(SOON, || stage.epp.streams_started() > begun).await;
+        client.reset().unwrap();
+        eventually(SOON, || stage.epp.streams_open() == 0).await;
+    }
+    eventually(SOON, || stage.agent.metric("penstock_active_requests", &[]) == 0.0).await;
+}
+
 /// D10: the time for the whole request holds while the picker thinks, and is nothing to open for.
 #[tokio::test]
 async fn a_request_does_not_outlast_its_time_while_the_picker_thinks() {
@@ -47,7 +80,7 @@ async fn a_request_does_not_outlast_its_time_while_the_picker_thinks() {
         |config| {
             config.timeouts.request = Some(Duration::from_millis(300));
             config.pools[0].failure_mode = FailureMode::Open;
-            epp(config).decision_timeout = Duration::from_secs(3600);
+            epp(config).decision_timeout = Some(Duration::from_secs(3600));
         },
     )
     .await;
@@ -86,7 +119,7 @@ async fn the_default_upstream_is_where_it_opens_to() {
         let pool = &mut config.pools[0];
         (pool.failure_mode, pool.default_upstream) = (FailureMode::Open, Some(upstream.addr));
         let Picker::Epp(epp) = &mut pool.picker else { unreachable!("the pool has an EPP") };
-        epp.address = refusing.addr.to_string();
+        epp.addresses = vec![refusing.addr.to_string()];
     })
     .await;
     let body = json("m", 1 << 20);

@@ -30,7 +30,7 @@ async fn a_picker_that_hangs_when_it_has_everything() {
             |all| Faulty::new(P::over(Endpoints::new(all)), Fault::At(ASKED, Harm::Silence)),
             |config| {
                 config.pools[0].failure_mode = mode;
-                epp(config).decision_timeout = Duration::from_millis(300);
+                epp(config).decision_timeout = Some(Duration::from_millis(300));
             },
         )
         .await;
@@ -65,7 +65,7 @@ async fn the_deadline_is_for_both_questions_together() {
             let resets = Faulty::new(silent, Fault::At(ASKED, Harm::ResetConnection)).times(1);
             Faulty::new(resets, Fault::At(ASKED, Harm::Delay(DEADLINE - Duration::from_millis(100)))).times(1)
         },
-        |config| epp(config).decision_timeout = DEADLINE,
+        |config| epp(config).decision_timeout = Some(DEADLINE),
     )
     .await;
     let begin = Instant::now();

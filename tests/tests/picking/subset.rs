@@ -100,6 +100,9 @@ async fn the_hint_is_a_list_on_every_message() {
     }
 }
 
+/// The endpoints, what is preferred, the hint, and who answers.
+type Row<'a> = (Vec<Endpoint>, &'a [Locality], Option<Vec<SocketAddr>>, SocketAddr);
+
 #[tokio::test]
 async fn the_nearest_that_has_an_endpoint_is_the_hint() {
     let world = World::new().await;
@@ -107,7 +110,7 @@ async fn the_nearest_that_has_an_endpoint_is_the_hint() {
     let all = world.endpoints();
     let drained: Vec<Endpoint> =
         all.iter().map(|endpoint| Endpoint { draining: endpoint.address == near, ..endpoint.clone() }).collect();
-    let rows: [(Vec<Endpoint>, &[Locality], Option<Vec<SocketAddr>>, SocketAddr); 5] = [
+    let rows: [Row<'_>; 5] = [
         (all.clone(), &NODE_THEN_ZONE, Some(vec![near]), near),
         (all.clone(), &[Locality::Zone], Some(vec![near, zone]), near),
         (drained, &NODE_THEN_ZONE, Some(vec![zone]), zone),

@@ -3,12 +3,13 @@ use std::time::Instant;
 use http::{HeaderMap, StatusCode, request::Parts};
 use penstock_proto::ext_proc::{processing_request::Request, processing_response::Response};
 use tokio::{io::AsyncReadExt, net::TcpListener, sync::mpsc::unbounded_channel};
-use tonic::transport::{Identity, Server, ServerTlsConfig};
+use tonic::transport::Server;
 
 use super::*;
 use crate::{
     config::{Epp, EppTls},
     picker::{
+        error::Again,
         exchange::{Body, Decision},
         message,
     },
@@ -16,6 +17,8 @@ use crate::{
 
 #[path = "epp.rs"]
 mod epp;
+#[path = "going_away.rs"]
+mod going_away;
 use epp::{serve, serve_on};
 
 const LIMITS: Limits = Limits { replaced_body: 1 << 20 };
@@ -26,7 +29,8 @@ fn epp_settings() -> Epp {
 }
 
 fn client_to(address: &str, tls: EppTls, connect_timeout: Duration) -> EppClient {
-    EppClient::new(&Epp { address: address.to_owned(), tls, connect_timeout, ..epp_settings() }).unwrap()
+    let epp = Epp { addresses: vec![address.to_owned()], tls, connect_timeout, ..epp_settings() };
+    EppClient::new(Arc::new(Replicas::new(&epp).unwrap()))
 }
 
 fn client(address: SocketAddr) -> EppClient {
@@ -54,9 +58,14 @@ fn picked(outcome: Result<Outcome, PickError>) -> Decision {
     }
 }
 
+/// A stream to the first replica.
+fn open(client: &EppClient, has_body: bool) -> PickStream {
+    client.open(&client.replicas.snapshot().replicas[0], &post(), has_body, None, LIMITS)
+}
+
 /// Asks about a request without a body.
 async fn ask(client: &EppClient) -> Result<Outcome, PickError> {
-    soon(client.open(&post(), false, None, LIMITS).outcome()).await
+    soon(open(client, false).outcome()).await
 }
 
 #[tokio::test]
@@ -96,11 +105,11 @@ async fn pieces_arrive_while_the_client_still_uploads() {
     .await;
     let client = client(address);
     // The first stream opens the connection; on an open one, pieces leave while nobody waits for an answer.
-    let mut first = client.open(&post(), true, None, LIMITS);
+    let mut first = open(&client, true);
     assert_eq!(soon(first.send_body("first".into(), true)).await.unwrap(), None);
     picked(soon(first.outcome()).await);
     assert_eq!(soon(arrived.recv()).await.unwrap(), "first");
-    let mut stream = client.open(&post(), true, None, LIMITS);
+    let mut stream = open(&client, true);
     for (piece, end) in [("one", false), ("two", false), ("three", true)] {
         assert_eq!(soon(stream.send_body(piece.into(), end)).await.unwrap(), None);
         assert_eq!(soon(arrived.recv()).await.unwrap(), piece);
@@ -121,7 +130,7 @@ async fn an_epp_that_is_silent_until_it_has_the_body_and_then_replaces_it() {
     .await;
     // More than fits into the queue and into a server's first window.
     let body: Bytes = (0..900_000_u32).map(|n| n as u8).collect();
-    let mut stream = client(address).open(&post(), true, None, LIMITS);
+    let mut stream = open(&client(address), true);
     for piece in body.chunks(200_000) {
         assert_eq!(soon(stream.send_body(body.slice_ref(piece), false)).await.unwrap(), None);
     }
@@ -143,7 +152,7 @@ async fn a_send_that_the_epp_does_not_take_ends_with_its_answer() {
         std::future::pending::<()>().await;
     })
     .await;
-    let mut stream = client(address).open(&post(), true, None, LIMITS);
+    let mut stream = open(&client(address), true);
     let piece = Bytes::from(vec![b'x'; 32 << 20]);
     let Some(Outcome::Immediate(reply)) = soon(stream.send_body(piece, false)).await.unwrap() else { panic!("picked") };
     assert_eq!(reply.status, StatusCode::TOO_MANY_REQUESTS);
@@ -163,7 +172,7 @@ async fn a_send_can_be_cancelled_and_loses_nothing() {
         }
     })
     .await;
-    let mut stream = client(address).open(&post(), true, None, LIMITS);
+    let mut stream = open(&client(address), true);
     let piece = Bytes::from(vec![b'x'; 8 << 20]);
     assert!(stream.send_body(piece, false).now_or_never().is_none(), "more than the queue takes");
     gate.send(true).unwrap();
@@ -186,12 +195,14 @@ async fn ends_without_a_pick() {
     })
     .await;
     let answers = serve(Server::builder(), async |call| call.immediate(503).await).await;
-    for (address, reason) in
-        [(closes, "closed_without_pick"), (fails, "failed_precondition"), (fails_late, "unavailable")]
-    {
-        let mut stream = client(address).open(&post(), true, None, LIMITS);
+    for (address, reason, again) in [
+        (closes, "closed_without_pick", Again::Not),
+        (fails, "failed_precondition", Again::Not),
+        (fails_late, "unavailable", Again::Elsewhere),
+    ] {
+        let mut stream = open(&client(address), true);
         let error = soon(stream.outcome()).await.unwrap_err();
-        assert_eq!((error.reason(), error.retry_on_fresh_channel()), (reason, false), "{error}");
+        assert_eq!((error.reason(), error.again()), (reason, again), "{error}");
     }
     let Ok(Outcome::Immediate(reply)) = ask(&client(answers)).await else { panic!("no answer") };
     assert_eq!(reply.status, StatusCode::SERVICE_UNAVAILABLE);
@@ -207,9 +218,9 @@ async fn at_the_deadline_the_head_alone_is_a_pick() {
     })
     .await;
     let client = client(address);
-    let mut stream = client.open(&post(), true, None, LIMITS);
+    let mut stream = open(&client, true);
     assert_eq!(stream.at_deadline().unwrap_err().reason(), "deadline");
-    let mut stream = client.open(&post(), true, None, LIMITS);
+    let mut stream = open(&client, true);
     assert_eq!(soon(stream.send_body(Bytes::new(), true)).await.unwrap(), None);
     // The reply after the pick shows that the pick is there; it decides nothing itself.
     let event = soon(poll_fn(|cx| stream.poll_event(cx))).await;
@@ -225,7 +236,7 @@ async fn an_epp_that_is_down_fails_at_once_and_is_tried_again() {
     let client = client(address);
     for _ in 0..2 {
         let error = ask(&client).await.unwrap_err();
-        assert_eq!((error.reason(), error.retry_on_fresh_channel()), ("connect", false), "{error}");
+        assert_eq!((error.reason(), error.again()), ("connect", Again::Elsewhere), "{error}");
     }
     let listener = TcpListener::bind(address).await.unwrap();
     serve_on(listener, Server::builder(), async |call| call.pick(A).await);
@@ -248,7 +259,7 @@ async fn those_who_wait_for_a_connection_fail_together() {
 async fn a_lost_connection_is_not_met_again() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let client = client(listener.local_addr().unwrap());
-    let mut waiting: Vec<_> = (0..3).map(|_| client.open(&post(), false, None, LIMITS)).collect();
+    let mut waiting: Vec<_> = (0..3).map(|_| open(&client, false)).collect();
     let lose = async {
         let (mut connection, _) = listener.accept().await.unwrap();
         connection.read_exact(&mut [0; 24]).await.unwrap();
@@ -257,44 +268,10 @@ async fn a_lost_connection_is_not_met_again() {
     let (outcomes, ()) = soon(async { tokio::join!(outcomes, lose) }).await;
     for outcome in outcomes {
         let error = outcome.unwrap_err();
-        assert_eq!((error.reason(), error.retry_on_fresh_channel()), ("reset", true), "{error}");
+        assert_eq!((error.reason(), error.again()), ("reset", Again::HereOnce), "{error}");
     }
     serve_on(listener, Server::builder(), async |call| call.pick(A).await);
     assert_eq!(picked(ask(&client).await).endpoints, addresses(&[A]));
-}
-
-#[tokio::test]
-async fn tls() {
-    let signed = |name: &str| rcgen::generate_simple_self_signed(vec![name.to_owned()]).unwrap();
-    let certificate = signed("epp.example");
-    let identity = Identity::from_pem(certificate.cert.pem(), certificate.signing_key.serialize_pem());
-    let server = Server::builder().tls_config(ServerTlsConfig::new().identity(identity)).unwrap();
-    let address = serve(server, async |call| call.pick(A).await).await.to_string();
-    let file = |pem: String| {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), pem).unwrap();
-        file
-    };
-    let (ours, other) = (file(certificate.cert.pem()), file(signed("epp.example").cert.pem()));
-    let ca = |file: &tempfile::NamedTempFile, name: Option<&str>| EppTls::Ca {
-        file: file.path().to_owned(),
-        server_name: name.map(str::to_owned),
-    };
-    let rows = [
-        (EppTls::Insecure, true),
-        (ca(&ours, Some("epp.example")), true),
-        (ca(&ours, Some("other.example")), false),
-        (ca(&ours, None), false),
-        (ca(&other, Some("epp.example")), false),
-    ];
-    for (tls, works) in rows {
-        let outcome = ask(&client_to(&address, tls.clone(), Duration::from_secs(5))).await;
-        if works {
-            assert_eq!(picked(outcome).endpoints, addresses(&[A]));
-        } else {
-            assert_eq!(outcome.unwrap_err().reason(), "connect", "{tls:?}");
-        }
-    }
 }
 
 #[tokio::test]
@@ -311,7 +288,7 @@ async fn the_response_phase() {
         }
     })
     .await;
-    let mut stream = client(address).open(&post(), false, None, LIMITS);
+    let mut stream = open(&client(address), false);
     picked(soon(stream.outcome()).await);
     let wait = Some(Duration::from_secs(20));
     let reply = stream.response_headers(StatusCode::OK, &HeaderMap::new(), A.parse().unwrap(), false, wait).await;
@@ -347,7 +324,7 @@ async fn a_body_is_told_as_the_epp_takes_it_and_the_rest_at_the_end() {
         }
     })
     .await;
-    let mut stream = client(address).open(&post(), false, None, LIMITS);
+    let mut stream = open(&client(address), false);
     picked(soon(stream.outcome()).await);
     stream.response_headers(StatusCode::OK, &HeaderMap::new(), A.parse().unwrap(), false, None).await;
     // Larger than the EPP's window, together.
@@ -389,7 +366,7 @@ async fn eviction() {
     .await;
     let client = client(address);
     for wait in [None, Some(Duration::from_secs(20))] {
-        let mut stream = client.open(&post(), false, None, LIMITS);
+        let mut stream = open(&client, false);
         picked(soon(stream.outcome()).await);
         let served = A.parse().unwrap();
         let reply = stream.response_headers(StatusCode::OK, &HeaderMap::new(), served, false, wait).await;
@@ -414,7 +391,7 @@ async fn the_response_does_not_depend_on_the_epp() {
             }
         })
         .await;
-        let mut stream = client(address).open(&post(), false, None, LIMITS);
+        let mut stream = open(&client(address), false);
         picked(soon(stream.outcome()).await);
         let wait = Some(Duration::from_secs(20));
         let served = A.parse().unwrap();
@@ -451,7 +428,7 @@ async fn a_dropped_stream_is_reset_and_a_finished_one_half_closed() {
         }
     });
     for finish in [false, true] {
-        let mut stream = client.open(&post(), true, None, LIMITS);
+        let mut stream = open(&client, true);
         tokio::select! {
             _ = stream.outcome() => panic!("no outcome"),
             started = soon(events.recv()) => assert!(started.unwrap().unwrap()),
@@ -466,14 +443,4 @@ async fn a_dropped_stream_is_reset_and_a_finished_one_half_closed() {
             Err(error) => assert_eq!((error.reason(), finish), (Some(h2::Reason::CANCEL), false)),
         }
     }
-}
-
-#[test]
-fn settings_that_cannot_work_are_refused() {
-    for address in ["", "epp", "http://epp:9002", "a b:1"] {
-        let epp = Epp { address: address.to_owned(), ..epp_settings() };
-        assert!(EppClient::new(&epp).is_err(), "{address:?}");
-    }
-    let tls = EppTls::Ca { file: "no/such/file".into(), server_name: None };
-    assert!(EppClient::new(&Epp { tls, ..epp_settings() }).is_err());
 }

@@ -5,7 +5,9 @@ use std::net::SocketAddr;
 
 use bytes::Bytes;
 use penstock_proto::ext_proc::{HttpBody, HttpHeaders};
+use penstock_proto::health::health_check_response::ServingStatus;
 use serde_json::{Value, json};
+use tonic::Status;
 
 use super::{Answer, Endpoints, Exchange, Fields, Personality, Refusal, Script, echo, owned};
 
@@ -17,6 +19,10 @@ pub struct Gie {
 
 #[tonic::async_trait]
 impl Script for Gie {
+    fn health(&self, service: &str) -> Result<ServingStatus, Status> {
+        super::known_as(&super::SERVICES, service)
+    }
+
     async fn request_headers(&self, exchange: &mut Exchange, headers: &HttpHeaders) -> Answer {
         if headers.end_of_stream { echo(&self.endpoints, &self.added, exchange, None).await } else { Ok(()) }
     }

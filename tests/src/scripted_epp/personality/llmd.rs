@@ -5,7 +5,9 @@ use std::net::SocketAddr;
 
 use bytes::Bytes;
 use penstock_proto::ext_proc::{HttpBody, HttpHeaders};
+use penstock_proto::health::health_check_response::ServingStatus;
 use serde_json::{Value, json};
+use tonic::Status;
 
 use super::{Answer, End, Endpoints, Exchange, Fields, Personality, Refusal, Script, echo, owned};
 
@@ -47,6 +49,10 @@ impl LlmdRouter {
 
 #[tonic::async_trait]
 impl Script for LlmdRouter {
+    fn health(&self, service: &str) -> Result<ServingStatus, Status> {
+        super::known_as(&super::SERVICES, service)
+    }
+
     async fn request_headers(&self, exchange: &mut Exchange, headers: &HttpHeaders) -> Answer {
         if headers.end_of_stream { self.answer(exchange, None).await } else { Ok(()) }
     }

@@ -5,6 +5,7 @@
 use std::net::SocketAddr;
 
 use penstock_proto::ext_proc::{HttpBody, HttpHeaders};
+use penstock_proto::health::health_check_response::ServingStatus;
 use tonic::Status;
 
 use super::{Answer, End, Endpoints, Exchange, Fields, Personality, Refusal, Script, borrowed, owned};
@@ -41,6 +42,10 @@ impl Lwepp {
 
 #[tonic::async_trait]
 impl Script for Lwepp {
+    fn health(&self, service: &str) -> Result<ServingStatus, Status> {
+        super::known_as(&["inference-extension"], service)
+    }
+
     async fn request_headers(&self, exchange: &mut Exchange, headers: &HttpHeaders) -> Answer {
         if headers.end_of_stream { self.answer(exchange).await } else { Ok(()) }
     }

@@ -1,0 +1,179 @@
+//! Whom to ask about one request, and whom next when that fails before a decision: each replica once, the best first, and once
+//! more a replica whose connection was lost. Streams that a server did not take do not count, up to a bound. Whoever calls
+//! brings the clock and holds the deadline.
+
+use std::{net::SocketAddr, sync::Arc, time::Instant};
+
+use http::StatusCode;
+
+use super::{
+    error::{Again, PickError},
+    exchange::Outcome,
+    replica::{Replica, Replicas},
+};
+
+/// Streams of one request that servers may leave untaken. Each met another connection, or another moment.
+const NOT_TAKEN: u32 = 3;
+
+pub struct Attempts {
+    replicas: Arc<Replicas>,
+    current: Arc<Replica>,
+    asked: Vec<SocketAddr>,
+    fresh: bool,
+    not_taken: u32,
+}
+
+impl Attempts {
+    /// Waits for a replica to be known, for `connect_timeout` at most. Cancel-safe.
+    pub async fn begin(replicas: &Arc<Replicas>) -> Result<Self, PickError> {
+        let known = replicas.known().await?;
+        let best = known.best(&[], Instant::now()).ok_or_else(|| PickError::Unresolved("no replica".into()))?;
+        Ok(Self {
+            replicas: Arc::clone(replicas),
+            current: Arc::clone(best),
+            asked: Vec::new(),
+            fresh: true,
+            not_taken: NOT_TAKEN,
+        })
+    }
+
+    /// The replica to ask now.
+    pub fn replica(&self) -> &Arc<Replica> {
+        &self.current
+    }
+
+    /// It gave this outcome.
+    pub fn answered(&self, outcome: &Outcome) {
+        self.current.answered();
+        // The answer of one that has no endpoint, or that leads no more: then the next request is to know.
+        if matches!(outcome, Outcome::Immediate(reply) if reply.status == StatusCode::SERVICE_UNAVAILABLE) {
+            self.replicas.look_again();
+        }
+    }
+
+    /// It failed. True when there is another attempt to make, with what is now [`Self::replica`].
+    pub fn again(&mut self, error: &PickError, now: Instant) -> bool {
+        match error.again() {
+            Again::Here if self.not_taken > 0 => {
+                self.not_taken -= 1;
+                return true;
+            }
+            Again::HereOnce if self.fresh => {
+                self.fresh = false;
+                return true;
+            }
+            Again::Here | Again::HereOnce | Again::Elsewhere => {}
+            Again::Not => return false,
+        }
+        self.current.failed(now);
+        self.replicas.look_again();
+        self.asked.push(self.current.address);
+        let snapshot = self.replicas.snapshot();
+        let Some(next) = snapshot.best(&self.asked, now) else { return false };
+        self.current = Arc::clone(next);
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+    use crate::{config::Epp, picker::replica::State};
+
+    const ADDRESSES: [&str; 3] = ["10.0.0.1:9002", "10.0.0.2:9002", "10.0.0.3:9002"];
+
+    fn replicas(count: usize) -> Arc<Replicas> {
+        let addresses = ADDRESSES[..count].iter().map(ToString::to_string).collect();
+        Arc::new(Replicas::new(&Epp { addresses, ..Epp::new("") }).unwrap())
+    }
+
+    fn refused() -> PickError {
+        PickError::Connect(Arc::new(io::ErrorKind::ConnectionRefused.into()))
+    }
+
+    fn reset(answered: bool) -> PickError {
+        PickError::Reset { message: String::new(), answered }
+    }
+
+    fn status(code: tonic::Code) -> PickError {
+        PickError::Status { code, message: String::new() }
+    }
+
+    fn not_taken() -> PickError {
+        PickError::NotTaken(String::new())
+    }
+
+    /// The replicas that are asked when each attempt fails in this way, by their last number.
+    async fn asked(replicas: &Arc<Replicas>, failures: &[PickError]) -> Vec<u8> {
+        let last = |replica: &Replica| replica.address.to_string().as_bytes()[7] - b'0';
+        let mut attempts = Attempts::begin(replicas).await.unwrap();
+        let mut asked = vec![last(attempts.replica())];
+        for failure in failures {
+            if !attempts.again(failure, Instant::now()) {
+                break;
+            }
+            asked.push(last(attempts.replica()));
+        }
+        asked
+    }
+
+    #[tokio::test]
+    async fn each_replica_once_in_order_and_one_fresh_connection() {
+        let unavailable = status(tonic::Code::Unavailable);
+        let cases: [(&[PickError], &[u8]); 7] = [
+            (&[refused(), refused(), refused()], &[1, 2, 3]),
+            (&[unavailable.clone(), unavailable.clone(), unavailable], &[1, 2, 3]),
+            (&[reset(false), refused(), refused(), refused()], &[1, 1, 2, 3]),
+            (&[refused(), reset(false), reset(false), reset(false)], &[1, 2, 2, 3]),
+            (&[reset(true), refused(), refused()], &[1, 2, 3]),
+            (&[not_taken(), reset(false), not_taken(), refused(), refused(), refused()], &[1, 1, 1, 1, 2, 3]),
+            (&[status(tonic::Code::Internal)], &[1]),
+        ];
+        for (failures, expected) in cases {
+            assert_eq!(asked(&replicas(3), failures).await, expected, "{failures:?}");
+        }
+        for last in [PickError::Deadline, PickError::ClosedWithoutPick, PickError::NoDestination] {
+            assert_eq!(asked(&replicas(2), &[last]).await, [1]);
+        }
+        assert_eq!(asked(&replicas(1), &[reset(false), reset(false)]).await, [1, 1], "as ever with one replica");
+        assert_eq!(asked(&replicas(1), &[refused()]).await, [1]);
+    }
+
+    #[tokio::test]
+    async fn streams_that_nobody_takes_have_a_bound() {
+        let failures: Vec<_> = (0..100).map(|_| not_taken()).collect();
+        let asked = asked(&replicas(2), &failures).await;
+        assert_eq!(asked, [1, 1, 1, 1, 2]);
+    }
+
+    #[tokio::test]
+    async fn one_that_failed_comes_later_until_it_answers() {
+        let replicas = replicas(2);
+        assert_eq!(asked(&replicas, &[refused()]).await, [1, 2]);
+        assert_eq!(asked(&replicas, &[refused()]).await, [2, 1]);
+        // Both have failed by now.
+        let attempts = Attempts::begin(&replicas).await.unwrap();
+        assert_eq!(attempts.replica().address.to_string(), ADDRESSES[0]);
+        replicas.snapshot().replicas[1].answered();
+        assert_eq!(asked(&replicas, &[]).await, [2]);
+        replicas.snapshot().replicas[0].answered();
+        assert_eq!(asked(&replicas, &[]).await, [1]);
+    }
+
+    #[tokio::test]
+    async fn the_one_that_leads_by_now_is_next() {
+        let replicas = replicas(3);
+        let all = replicas.snapshot().replicas;
+        for (replica, state) in all.iter().zip([State::Serving, State::NotServing, State::NotServing]) {
+            replica.set_state(state);
+        }
+        let mut attempts = Attempts::begin(&replicas).await.unwrap();
+        // While the first is asked, the third becomes the leader.
+        all[0].set_state(State::NotServing);
+        all[2].set_state(State::Serving);
+        assert!(attempts.again(&status(tonic::Code::Unavailable), Instant::now()));
+        assert_eq!(attempts.replica().address.to_string(), ADDRESSES[2]);
+    }
+}

@@ -1,0 +1,137 @@
+//! The health of one replica: gRPC `Check`, again and again. `Watch` is not used: EPPs do not implement it.
+
+use std::{sync::Arc, time::Duration};
+
+use penstock_proto::health::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+use tokio::time::{sleep, timeout};
+use tonic::Code;
+
+use super::{
+    connection::Connection,
+    replica::{Replica, Replicas, State},
+};
+
+/// Failing requests ask for checks ahead of time; between two of them passes this at least.
+const GAP: Duration = Duration::from_millis(100);
+
+/// Calls `found` with what `check` gives, every `interval` and when the replica is to be looked at, for ever.
+pub(super) async fn watch<F: Future<Output = State>>(
+    replica: &Replica,
+    interval: Duration,
+    mut check: impl FnMut() -> F,
+    mut found: impl FnMut(State),
+) {
+    let gap = GAP.min(interval);
+    loop {
+        found(check().await);
+        sleep(gap).await;
+        // Not an error: the interval is over.
+        let _ = timeout(interval - gap, replica.look.notified()).await;
+    }
+}
+
+/// The replica's health, on a connection that is kept for the next check.
+pub(super) struct Checker {
+    connection: Connection,
+    service: String,
+    timeout: Duration,
+}
+
+impl Checker {
+    pub(super) fn new(replicas: &Arc<Replicas>, replica: &Arc<Replica>) -> Self {
+        let settings = &replicas.settings;
+        Self {
+            connection: Connection::to_health(replicas, replica),
+            service: settings.health_service.clone(),
+            timeout: settings.connect_timeout,
+        }
+    }
+
+    /// Takes at most `connect_timeout`, twice that where it has to connect, and at most twice as long again where a connection
+    /// is lost.
+    pub(super) async fn check(&self) -> State {
+        // A connection that was lost while it was idle, or whose server is going away, says nothing of the server's health.
+        let first = self.once().await;
+        let second = if first.is_none() { self.once().await } else { first };
+        second.unwrap_or(State::Unreachable)
+    }
+
+    /// `None`: the connection was lost.
+    async fn once(&self) -> Option<State> {
+        let Ok(http2) = self.connection.get().await else { return Some(State::Unreachable) };
+        let mut client = HealthClient::with_origin(http2.clone(), self.connection.origin());
+        let request = HealthCheckRequest { service: self.service.clone() };
+        match timeout(self.timeout, client.check(request)).await {
+            Ok(Ok(response)) => Some(state(response.get_ref().status())),
+            Ok(Err(status)) if http2.loss(&status).is_some() => None,
+            Ok(Err(status)) => Some(failed(status.code())),
+            Err(_) => {
+                http2.retire();
+                Some(State::Unreachable)
+            }
+        }
+    }
+}
+
+fn state(status: ServingStatus) -> State {
+    match status {
+        ServingStatus::Serving => State::Serving,
+        ServingStatus::NotServing => State::NotServing,
+        ServingStatus::Unknown | ServingStatus::ServiceUnknown => State::Unknown,
+    }
+}
+
+/// A server that does not know the service, or does not say, is alive; one that fails to say is not well.
+fn failed(code: Code) -> State {
+    match code {
+        Code::NotFound | Code::Unimplemented | Code::PermissionDenied | Code::Unauthenticated => State::Unknown,
+        _ => State::NotServing,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use tokio::time::Instant;
+
+    use super::*;
+    use crate::config::Epp;
+
+    #[test]
+    fn only_those_that_say_so_do_not_serve() {
+        assert_eq!(state(ServingStatus::Serving), State::Serving);
+        assert_eq!(state(ServingStatus::NotServing), State::NotServing);
+        assert_eq!(state(ServingStatus::ServiceUnknown), State::Unknown);
+        assert_eq!(failed(Code::Unimplemented), State::Unknown);
+        assert_eq!(failed(Code::NotFound), State::Unknown);
+        assert_eq!(failed(Code::Unavailable), State::NotServing);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_check_comes_with_the_interval_or_when_it_is_asked_for() {
+        const INTERVAL: Duration = Duration::from_secs(5);
+        let replicas = Arc::new(Replicas::new(&Epp::new("10.0.0.1:1")).unwrap());
+        let replica = Arc::clone(&replicas.snapshot().replicas[0]);
+        let (begin, checked) = (Instant::now(), RefCell::new(Vec::new()));
+        let check = || async {
+            sleep(Duration::from_millis(10)).await;
+            State::Serving
+        };
+        let script = async {
+            sleep(Duration::from_secs(7)).await;
+            // In the middle of an interval: at once. Ten times in a row: once more, after the gap.
+            replicas.look_again();
+            tokio::task::yield_now().await;
+            for _ in 0..10 {
+                replicas.look_again();
+            }
+            sleep(Duration::from_secs(6)).await;
+        };
+        tokio::select! {
+            () = watch(&replica, INTERVAL, check, |_| checked.borrow_mut().push(begin.elapsed().as_millis())) => {}
+            () = script => {}
+        }
+        assert_eq!(*checked.borrow(), [10, 5020, 7010, 7120, 12_130]);
+    }
+}

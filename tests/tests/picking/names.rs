@@ -1,0 +1,187 @@
+//! A picker behind a DNS name: each address is a replica, answers hold for their time, and nobody waits for DNS who need not.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::{Duration, Instant},
+};
+
+use futures_util::future::join_all;
+use penstock_agent::config::{Config, FailureMode, SteeringMode};
+use penstock_tests::{
+    Client, DnsServer, ModelServer, Request, ScriptedEpp,
+    agent::{TestAgent, epps_pool},
+    eventually,
+    scripted_epp::{Production, Setup},
+    stage::epp,
+};
+
+use crate::SOON;
+
+const NAME: &str = "epp.test";
+const LONG: Duration = Duration::from_secs(300);
+
+async fn endpoint() -> ModelServer {
+    ModelServer::start(Default::default()).await.unwrap()
+}
+
+/// Replicas at one port of several addresses of this machine, as pods have it.
+async fn pods(endpoint: &ModelServer, addresses: &[&str]) -> Vec<ScriptedEpp> {
+    for _ in 0..10 {
+        let mut pods: Vec<ScriptedEpp> = Vec::new();
+        for address in addresses {
+            let port = pods.first().map_or(0, |pod| pod.addr.port());
+            let setup = Setup { address: SocketAddr::new(ip(address), port), ..Setup::default() };
+            // Somebody else may have that port at another address.
+            let Ok(pod) = ScriptedEpp::start_with(setup, Production::new(&[endpoint.addr])).await else { break };
+            pods.push(pod);
+        }
+        if pods.len() == addresses.len() {
+            return pods;
+        }
+    }
+    panic!("no port is free at each of {addresses:?}");
+}
+
+fn ip(address: &str) -> IpAddr {
+    address.parse().unwrap()
+}
+
+fn agent(endpoint: &ModelServer, dns: &DnsServer, port: u16, adjust: impl FnOnce(&mut Config)) -> TestAgent {
+    let pool = epps_pool(&[endpoint.addr], &[], FailureMode::Closed);
+    TestAgent::start(pool, SteeringMode::Off, |config| {
+        config.listen.workers = 1;
+        config.dns.servers = vec![dns.addr];
+        config.dns.min_ttl = Duration::from_millis(20);
+        epp(config).addresses = vec![format!("{NAME}:{port}")];
+        adjust(config);
+    })
+}
+
+/// Which of the pods is asked.
+async fn asked(client: &mut Client, pods: &[ScriptedEpp]) -> IpAddr {
+    let before: Vec<_> = pods.iter().map(ScriptedEpp::streams_started).collect();
+    assert_eq!(client.request(&Request::get("/test/echo")).await.unwrap().status(), 200);
+    let mut asked = pods.iter().zip(before).filter(|(pod, before)| pod.streams_started() > *before);
+    asked.next().expect("one is asked").0.addr.ip()
+}
+
+fn replicas(agent: &TestAgent) -> u64 {
+    agent.count("penstock_epp_replicas", &[])
+}
+
+/// E17.
+#[tokio::test]
+async fn each_address_is_a_replica_and_the_order_is_theirs() {
+    let (endpoint, dns) = (endpoint().await, DnsServer::start().await.unwrap());
+    let mut pods = pods(&endpoint, &["127.0.0.2", "127.0.0.3", "127.0.0.4"]).await;
+    let (two, three, four) = (ip("127.0.0.2"), ip("127.0.0.3"), ip("127.0.0.4"));
+    dns.set(NAME, &[four, three], LONG);
+    let agent = agent(&endpoint, &dns, pods[0].addr.port(), |config| config.dns.max_ttl = Duration::from_millis(20));
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    assert_eq!(asked(&mut client, &pods).await, three);
+    assert_eq!(replicas(&agent), 2);
+    // One comes, and the order is the same for every agent, whenever it looked.
+    dns.set(NAME, &[three, two, four], LONG);
+    eventually(SOON, || replicas(&agent) == 3).await;
+    assert_eq!(asked(&mut client, &pods).await, two);
+    // One goes. Its connection is of no use any more.
+    dns.set(NAME, &[three, four], LONG);
+    eventually(SOON, || replicas(&agent) == 2).await;
+    assert_eq!(asked(&mut client, &pods).await, three);
+    eventually(SOON, || pods[0].connections_open() == 0).await;
+    // What is not answered changes nothing.
+    dns.remove(NAME);
+    let before = dns.queries(NAME);
+    eventually(SOON, || dns.queries(NAME) > before).await;
+    assert_eq!((asked(&mut client, &pods).await, replicas(&agent)), (three, 2));
+    pods[1].stop();
+    assert_eq!(asked(&mut client, &pods).await, four);
+    assert_eq!(agent.count("penstock_epp_failures_total", &[]), 0);
+}
+
+/// E17: answers hold for their time, whatever the number of requests.
+#[tokio::test]
+async fn a_name_is_looked_up_again_when_its_answer_is_over() {
+    let (endpoint, dns) = (endpoint().await, DnsServer::start().await.unwrap());
+    let pods = pods(&endpoint, &["127.0.0.2", "127.0.0.3"]).await;
+    dns.set(NAME, &[ip("127.0.0.2")], Duration::from_secs(1));
+    let begin = Instant::now();
+    let agent = agent(&endpoint, &dns, pods[0].addr.port(), |_| {});
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    asked(&mut client, &pods).await;
+    dns.set(NAME, &[ip("127.0.0.3")], LONG);
+    let first = dns.queries(NAME);
+    eventually(SOON, || dns.queries(NAME) > first).await;
+    assert!(begin.elapsed() >= Duration::from_secs(1));
+    eventually(SOON, || replicas(&agent) == 1 && agent.agent.metrics().encode().contains("127.0.0.3")).await;
+    let second = dns.queries(NAME);
+    for _ in 0..50 {
+        assert_eq!(asked(&mut client, &pods).await, ip("127.0.0.3"));
+    }
+    assert_eq!(dns.queries(NAME), second);
+}
+
+/// E17: a picker that is started elsewhere is found before its old address's time is over.
+#[tokio::test]
+async fn a_replica_that_fails_is_looked_up_at_once() {
+    let (endpoint, dns) = (endpoint().await, DnsServer::start().await.unwrap());
+    let mut pods = pods(&endpoint, &["127.0.0.2", "127.0.0.3"]).await;
+    dns.set(NAME, &[ip("127.0.0.2")], LONG);
+    let agent = agent(&endpoint, &dns, pods[0].addr.port(), |_| {});
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    assert_eq!(asked(&mut client, &pods).await, ip("127.0.0.2"));
+    dns.set(NAME, &[ip("127.0.0.3")], LONG);
+    pods[0].stop();
+    assert_eq!(client.request(&Request::get("/test/echo")).await.unwrap().error_code(), "picker_failed");
+    eventually(SOON, || agent.agent.metrics().encode().contains("127.0.0.3")).await;
+    assert_eq!(asked(&mut client, &pods).await, ip("127.0.0.3"));
+}
+
+/// E11, E13: DNS that says nothing holds requests up for `connect_timeout`, and the worker not at all.
+#[tokio::test]
+async fn a_name_without_an_answer_is_a_failure_in_time() {
+    const CONNECT: Duration = Duration::from_millis(300);
+    let (endpoint, dns) = (endpoint().await, DnsServer::start().await.unwrap());
+    dns.silence(true);
+    let agent = agent(&endpoint, &dns, 9002, |config| {
+        config.pools[0].failure_mode = FailureMode::Open;
+        epp(config).connect_timeout = CONNECT;
+    });
+    let begin = Instant::now();
+    let one = async || {
+        let mut client = Client::connect(agent.addr).await.unwrap();
+        client.request(&Request::get("/test/echo")).await.unwrap().status()
+    };
+    assert_eq!(join_all((0..20).map(|_| one())).await, [200; 20]);
+    assert!(begin.elapsed() >= CONNECT && begin.elapsed() < 10 * CONNECT, "one after the other: {:?}", begin.elapsed());
+    assert_eq!(agent.count("penstock_epp_failures_total", &[r#"reason="unresolved""#]), 20);
+}
+
+/// E13: the decision's deadline holds while a name is looked up.
+#[tokio::test]
+async fn the_decision_deadline_holds_without_an_address() {
+    const DECISION: Duration = Duration::from_millis(200);
+    let (endpoint, dns) = (endpoint().await, DnsServer::start().await.unwrap());
+    dns.silence(true);
+    let agent = agent(&endpoint, &dns, 9002, |config| {
+        epp(config).connect_timeout = LONG;
+        epp(config).decision_timeout = Some(DECISION);
+    });
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    let begin = Instant::now();
+    assert_eq!(client.request(&Request::get("/test/echo")).await.unwrap().error_code(), "picker_failed");
+    assert!(begin.elapsed() >= DECISION && begin.elapsed() < SOON, "{:?}", begin.elapsed());
+    assert_eq!(agent.count("penstock_epp_failures_total", &[r#"reason="deadline""#]), 1);
+}
+
+/// A name that does not exist is known not to, and nobody waits for it.
+#[tokio::test]
+async fn a_name_that_does_not_exist_is_a_failure_at_once() {
+    let (endpoint, dns) = (endpoint().await, DnsServer::start().await.unwrap());
+    let agent = agent(&endpoint, &dns, 9002, |config| epp(config).connect_timeout = LONG);
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    for _ in 0..2 {
+        assert_eq!(client.request(&Request::get("/test/echo")).await.unwrap().error_code(), "picker_failed");
+    }
+    assert_eq!(agent.count("penstock_epp_failures_total", &[r#"reason="unresolved""#]), 2);
+}

@@ -1,0 +1,226 @@
+//! E16: TLS to the picker in every mode, with what it must take and what it must refuse, and files that change.
+
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use penstock_agent::config::{ClientCertificate, Config, Epp, EppTls, FailureMode, Pin, SteeringMode};
+use penstock_tests::{
+    Client, DnsServer, ModelServer, ScriptedEpp,
+    agent::{TestAgent, epps_pool},
+    scripted_epp::{Production, Setup},
+    stage::{echo, epp, json},
+};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, PublicKeyData};
+use tempfile::TempDir;
+use tonic::transport::{Certificate, Identity, ServerTlsConfig};
+
+use crate::SOON;
+
+/// A certificate authority.
+struct Ca(CertifiedIssuer<'static, KeyPair>);
+
+/// A certificate with its key.
+struct Signed {
+    certificate: String,
+    key: KeyPair,
+}
+
+impl Ca {
+    fn new() -> Self {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
+    }
+
+    fn sign(&self, names: &[&str]) -> Signed {
+        let names: Vec<_> = names.iter().map(ToString::to_string).collect();
+        let key = KeyPair::generate().unwrap();
+        let certificate = CertificateParams::new(names).unwrap().signed_by(&key, &*self.0).unwrap().pem();
+        Signed { certificate, key }
+    }
+}
+
+impl Signed {
+    /// As pickers make theirs when they are given none.
+    fn by_itself() -> Self {
+        let key = KeyPair::generate().unwrap();
+        Self { certificate: CertificateParams::new([]).unwrap().self_signed(&key).unwrap().pem(), key }
+    }
+
+    fn serves(&self) -> ServerTlsConfig {
+        ServerTlsConfig::new().identity(Identity::from_pem(&self.certificate, self.key.serialize_pem()))
+    }
+
+    fn pin(&self) -> Pin {
+        let key = self.key.subject_public_key_info();
+        Pin(ring::digest::digest(&ring::digest::SHA256, &key).as_ref().try_into().unwrap())
+    }
+}
+
+async fn picker(endpoint: &ModelServer, tls: ServerTlsConfig) -> ScriptedEpp {
+    let setup = Setup { tls: Some(tls), ..Setup::default() };
+    ScriptedEpp::start_with(setup, Production::new(&[endpoint.addr])).await.unwrap()
+}
+
+async fn endpoint() -> ModelServer {
+    ModelServer::start(Default::default()).await.unwrap()
+}
+
+fn agent(endpoint: &ModelServer, picker: SocketAddr, adjust: impl FnOnce(&mut Epp)) -> TestAgent {
+    let pool = epps_pool(&[endpoint.addr], &[picker], FailureMode::Closed);
+    TestAgent::start(pool, SteeringMode::Off, |config: &mut Config| {
+        config.listen.workers = 1;
+        adjust(epp(config));
+    })
+}
+
+async fn status(agent: &TestAgent) -> u16 {
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    client.request(&echo(json("m", 1000))).await.unwrap().status()
+}
+
+fn failures(agent: &TestAgent, reason: &str) -> u64 {
+    agent.count("penstock_epp_failures_total", &[&format!("reason=\"{reason}\"")])
+}
+
+fn write(folder: &TempDir, name: &str, text: &str) -> PathBuf {
+    let file = folder.path().join(name);
+    std::fs::write(&file, text).unwrap();
+    file
+}
+
+/// Until a request has this status, each on a connection of its own to the picker.
+async fn until(agent: &TestAgent, picker: &mut ScriptedEpp, wanted: u16) {
+    let begin = Instant::now();
+    while status(agent).await != wanted {
+        assert!(begin.elapsed() < SOON, "{wanted} never comes");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        picker.restart().await.unwrap();
+    }
+}
+
+/// E16.
+#[tokio::test]
+async fn each_mode_takes_what_it_should_and_nothing_else() {
+    let (endpoint, folder) = (endpoint().await, TempDir::new().unwrap());
+    let (ours, other) = (Ca::new(), Ca::new());
+    let (named, itself) = (ours.sign(&["epp.example", "127.0.0.1"]), Signed::by_itself());
+    let picker_named = picker(&endpoint, named.serves()).await;
+    let picker_itself = picker(&endpoint, itself.serves()).await;
+    let plain = ScriptedEpp::start(Production::new(&[endpoint.addr])).await.unwrap();
+    let ca = |name: &str, ca: &Ca| EppTls::Ca(write(&folder, name, &ca.0.pem()));
+    let (ours, other) = (ca("ours.pem", &ours), ca("other.pem", &other));
+    let pinned = |signed: &[&Signed]| EppTls::Pinned(signed.iter().map(|signed| signed.pin()).collect());
+    let cases = [
+        ("plain", &plain, EppTls::Off, None, true),
+        ("TLS where none is expected", &picker_named, EppTls::Off, None, false),
+        ("none where TLS is expected", &plain, EppTls::Insecure, None, false),
+        ("insecure", &picker_itself, EppTls::Insecure, None, true),
+        ("insecure, with a name to ask for", &picker_itself, EppTls::Insecure, Some("epp.example"), true),
+        ("by our CA, for the host", &picker_named, ours.clone(), None, true),
+        ("by our CA, for another name that it has", &picker_named, ours.clone(), Some("epp.example"), true),
+        ("by our CA, for a name that it lacks", &picker_named, ours.clone(), Some("other.example"), false),
+        ("by another CA", &picker_named, other, None, false),
+        ("by itself, with a CA expected", &picker_itself, ours, None, false),
+        ("its key", &picker_itself, pinned(&[&itself]), None, true),
+        ("its key, of several", &picker_itself, pinned(&[&named, &itself]), Some("whatever"), true),
+        ("another key", &picker_itself, pinned(&[&named]), None, false),
+    ];
+    for (case, picker, tls, name, works) in cases {
+        let agent = agent(&endpoint, picker.addr, |epp| {
+            epp.tls = tls;
+            epp.server_name = name.map(str::to_owned);
+        });
+        let expected = if works { 200 } else { 503 };
+        assert_eq!(status(&agent).await, expected, "{case}");
+        let failed = failures(&agent, "connect") + failures(&agent, "reset");
+        assert_eq!(failed, u64::from(!works), "{case}: {}", agent.agent.metrics().encode());
+    }
+}
+
+/// E16, with a name: the certificate has to carry it, whatever address it has.
+#[tokio::test]
+async fn a_certificate_is_for_the_name_that_was_looked_up() {
+    let (endpoint, folder, dns) = (endpoint().await, TempDir::new().unwrap(), DnsServer::start().await.unwrap());
+    dns.set("epp.test", &["127.0.0.1".parse().unwrap()], Duration::from_secs(60));
+    dns.set("impostor.test", &["127.0.0.1".parse().unwrap()], Duration::from_secs(60));
+    let ca = Ca::new();
+    let picker = picker(&endpoint, ca.sign(&["epp.test"]).serves()).await;
+    let file = write(&folder, "ca.pem", &ca.0.pem());
+    for (name, expected) in [("epp.test", 200), ("impostor.test", 503)] {
+        let pool = epps_pool(&[endpoint.addr], &[], FailureMode::Closed);
+        let agent = TestAgent::start(pool, SteeringMode::Off, |config| {
+            config.dns.servers = vec![dns.addr];
+            epp(config).addresses = vec![format!("{name}:{}", picker.addr.port())];
+            epp(config).tls = EppTls::Ca(file.clone());
+        });
+        assert_eq!(status(&agent).await, expected, "{name}");
+    }
+}
+
+/// E16: mutual TLS, with each way to know the picker.
+#[tokio::test]
+async fn a_picker_may_want_to_know_who_asks() {
+    let (endpoint, folder) = (endpoint().await, TempDir::new().unwrap());
+    let (servers, clients) = (Ca::new(), Ca::new());
+    let server = servers.sign(&["127.0.0.1"]);
+    let wants = server.serves().client_ca_root(Certificate::from_pem(clients.0.pem()));
+    let picker = picker(&endpoint, wants).await;
+    let shows = |name: &str, signed: &Signed| ClientCertificate {
+        certificate: write(&folder, &format!("{name}.pem"), &signed.certificate),
+        key: write(&folder, &format!("{name}.key"), &signed.key.serialize_pem()),
+    };
+    let (good, bad) = (shows("good", &clients.sign(&["agent"])), shows("bad", &servers.sign(&["agent"])));
+    let modes =
+        [EppTls::Insecure, EppTls::Ca(write(&folder, "ca.pem", &servers.0.pem())), EppTls::Pinned(vec![server.pin()])];
+    for tls in modes {
+        for (client_certificate, expected) in [(Some(&good), 200), (Some(&bad), 503), (None, 503)] {
+            let agent = agent(&endpoint, picker.addr, |epp| {
+                (epp.tls, epp.client_certificate) = (tls.clone(), client_certificate.cloned());
+            });
+            assert_eq!(status(&agent).await, expected, "{tls:?} {client_certificate:?}");
+        }
+    }
+}
+
+/// E16: a CA that is replaced is used for new connections, without a restart, and what is open stays.
+#[tokio::test]
+async fn files_are_read_again_when_they_change() {
+    let (endpoint, folder) = (endpoint().await, TempDir::new().unwrap());
+    let (old, new) = (Ca::new(), Ca::new());
+    let mut picker_of_old = picker(&endpoint, old.sign(&["127.0.0.1"]).serves()).await;
+    let file = write(&folder, "ca.pem", &old.0.pem());
+    let agent_of_old = agent(&endpoint, picker_of_old.addr, |epp| epp.tls = EppTls::Ca(file.clone()));
+    assert_eq!(status(&agent_of_old).await, 200);
+    // Another agent with the same file, whose picker has moved on already.
+    let mut picker_of_new = picker(&endpoint, new.sign(&["127.0.0.1"]).serves()).await;
+    let agent_of_new = agent(&endpoint, picker_of_new.addr, |epp| epp.tls = EppTls::Ca(file.clone()));
+    assert_eq!(status(&agent_of_new).await, 503);
+
+    write(&folder, "ca.pem", &new.0.pem());
+    let begin = Instant::now();
+    until(&agent_of_new, &mut picker_of_new, 200).await;
+    assert!(begin.elapsed() < SOON / 2, "{:?}", begin.elapsed());
+    // The connection that was there is none the worse for it; the next is.
+    assert_eq!((status(&agent_of_old).await, picker_of_old.connections_accepted()), (200, 1));
+    until(&agent_of_old, &mut picker_of_old, 503).await;
+}
+
+/// E17 with E16: health is asked for on the same terms.
+#[tokio::test]
+async fn health_is_asked_for_with_the_same_tls() {
+    let endpoint = endpoint().await;
+    let (signed, other) = (Signed::by_itself(), Signed::by_itself());
+    let picker = picker(&endpoint, signed.serves()).await;
+    for (pin, state) in [(signed.pin(), "serving"), (other.pin(), "unreachable")] {
+        let agent = agent(&endpoint, picker.addr, |epp| {
+            epp.tls = EppTls::Pinned(vec![pin]);
+            epp.health_interval = Some(Duration::from_millis(50));
+        });
+        let state = format!("state=\"{state}\"");
+        penstock_tests::eventually(SOON, || agent.count("penstock_epp_replicas", &[&state]) == 1).await;
+    }
+}
