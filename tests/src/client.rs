@@ -318,6 +318,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
         }
     }
 
+    /// The connection, and what has been read of it and given to nobody.
+    pub fn into_parts(self) -> (S, BytesMut) {
+        (self.stream, self.buffer)
+    }
+
     /// Keeps every byte that is read from now on, for [`Self::recorded`].
     pub fn record(&mut self) {
         self.recorded = Some(Vec::new());

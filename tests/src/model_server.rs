@@ -25,12 +25,14 @@ mod planned;
 mod request;
 mod sent;
 mod sequence;
+mod upgraded;
 #[cfg(test)]
 mod tests;
 
-pub use plan::{After, Echo, Fault, FaultKind, Framing, HeadWrites, Lengths, Pauses, Plan};
+pub use plan::{After, Echo, Fault, FaultKind, Framing, HeadWrites, Lengths, Pauses, Plan, Upgraded};
 pub use sent::Sent;
 pub(crate) use sequence::Sequence;
+pub use upgraded::Received;
 
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -76,6 +78,7 @@ struct Shared {
     healthy: AtomicBool,
     seen: Mutex<Vec<Echo>>,
     sent: Mutex<sent::Account>,
+    received: Mutex<Vec<Received>>,
 }
 
 /// One more while it lives.
@@ -154,6 +157,12 @@ impl ModelServer {
         self.shared.seen.lock().clone()
     }
 
+    /// What came on connections that have switched protocols, once the peer had ended its side of them.
+    #[must_use]
+    pub fn received(&self) -> Vec<Received> {
+        self.shared.received.lock().clone()
+    }
+
     /// What `/metrics` tells as `vllm:num_requests_waiting`.
     pub fn set_waiting(&self, requests: u64) {
         self.shared.waiting.store(requests, Ordering::Relaxed);
@@ -193,6 +202,7 @@ async fn listen(options: Options) -> Result<Arc<Shared>> {
         healthy: AtomicBool::new(true),
         seen: Mutex::default(),
         sent: Mutex::default(),
+        received: Mutex::default(),
     });
     let server = Arc::clone(&shared);
     tokio::spawn(async move {

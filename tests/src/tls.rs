@@ -20,9 +20,10 @@ pub struct Certificate {
 }
 
 impl Certificate {
-    /// For a server of this name.
+    /// For a server of this name, of `other.example` and of this machine.
     pub fn new(name: &str) -> Result<Self> {
-        let issued = rcgen::generate_simple_self_signed([name.to_owned()])?;
+        let names = [name, "other.example", "127.0.0.1"].map(str::to_owned);
+        let issued = rcgen::generate_simple_self_signed(names)?;
         let (cert_pem, key_pem) = (issued.cert.pem(), issued.signing_key.serialize_pem());
         Ok(Self { cert_pem, key_pem, der: issued.cert.der().clone(), name: name.to_owned() })
     }

@@ -28,8 +28,8 @@ pub(super) enum Stop {
 }
 
 pub(super) struct Connection {
-    stream: TcpStream,
-    buffer: BytesMut,
+    pub(super) stream: TcpStream,
+    pub(super) buffer: BytesMut,
     pacer: Pacer,
     pub(super) shared: Arc<Shared>,
     count: u64,

@@ -35,6 +35,8 @@ pub struct Plan {
     pub cork: bool,
     pub fault: Option<Fault>,
     pub after: After,
+    /// The head switches protocols (101), and this follows in place of a body; both sides close when they have had enough.
+    pub upgraded: Option<Upgraded>,
 }
 
 impl Default for Plan {
@@ -57,11 +59,20 @@ impl Default for Plan {
             cork: false,
             fault: None,
             after: After::KeepAlive,
+            upgraded: None,
         }
     }
 }
 
 impl Plan {
+    /// Switches to a protocol of this name.
+    #[must_use]
+    pub fn switching(protocol: &str, upgraded: Upgraded) -> Self {
+        let fields = [("connection", "upgrade"), ("upgrade", protocol)];
+        let headers = fields.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+        Self { status: 101, headers, framing: Framing::None, upgraded: Some(upgraded), ..Self::default() }
+    }
+
     /// The header's value.
     #[must_use]
     pub fn header(&self) -> String {
@@ -90,6 +101,18 @@ pub enum Framing {
     UntilClose,
     /// No body and no header about one, as for 204 and 304.
     None,
+}
+
+/// What a server does on a connection that has switched protocols.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Upgraded {
+    /// What comes goes back, and so does the end of it.
+    Echo,
+    /// The plan's bytes, and the end, whatever comes meanwhile.
+    Send,
+    /// The same, once the peer has ended its side.
+    SendLast,
 }
 
 /// A sequence of lengths in bytes.

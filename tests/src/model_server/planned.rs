@@ -8,6 +8,7 @@ use super::connection::{Connection, Stop};
 use super::plan::{After, FaultKind, Framing, Plan};
 use super::request::Request;
 use super::sequence::Sequence;
+use super::upgraded;
 use crate::random::Random;
 
 pub(super) async fn respond(connection: &mut Connection, request: &Request, plan: &Plan) -> Result<After, Stop> {
@@ -15,7 +16,7 @@ pub(super) async fn respond(connection: &mut Connection, request: &Request, plan
         let reason = http::StatusCode::from_u16(*status).ok().and_then(|code| code.canonical_reason()).unwrap_or("");
         connection.write(format!("HTTP/1.1 {status} {reason}\r\nx-interim: {status}\r\n\r\n").as_bytes()).await?;
     }
-    let bodiless = request.echo.method == "HEAD" || plan.framing == Framing::None;
+    let bodiless = (request.echo.method == "HEAD" || plan.framing == Framing::None) && plan.upgraded.is_none();
     let mut wire = Wire::new(plan);
     let mut first = head(connection, plan).into_bytes();
     let pause = Some(Duration::from_micros(plan.head.pause_us));
@@ -34,6 +35,9 @@ pub(super) async fn respond(connection: &mut Connection, request: &Request, plan
     }
     if plan.cork {
         connection.cork();
+    }
+    if let Some(upgraded) = plan.upgraded {
+        return upgraded::respond(connection, plan, upgraded, first).await;
     }
     if !bodiless {
         body(connection, plan, &mut wire, first).await?;

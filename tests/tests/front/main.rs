@@ -2,10 +2,13 @@
 //! the same; and what each of them has of its own: streams, gRPC's manners, certificates, upgrades.
 
 mod exchanges;
+mod grpc;
 mod http2_clients;
 mod http2_endpoints;
 mod scene;
 mod smuggling;
+mod tls;
+mod upgrades;
 
 use std::time::Duration;
 

@@ -44,7 +44,7 @@ pub(crate) struct Scene {
     pub(crate) certificate: Certificate,
     front: Front,
     /// Where the certificate is.
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
 /// A picker that takes any request, JSON or not, and leaves it alone.
@@ -96,7 +96,12 @@ impl Scene {
             }
             adjust(config);
         });
-        Self { agent, epp, endpoint, certificate, front, _folder: folder }
+        Self { agent, epp, endpoint, certificate, front, folder }
+    }
+
+    /// Where the certificate's files are.
+    pub(crate) fn folder(&self) -> &std::path::Path {
+        self.folder.path()
     }
 
     /// Where clients connect.

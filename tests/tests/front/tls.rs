@@ -1,0 +1,219 @@
+//! What clients that speak TLS have of their own: the handshake, the protocol it agrees on, and certificates that change.
+
+use std::time::Duration;
+
+use penstock_agent::config::{Config, SteeringMode};
+use penstock_tests::{
+    BodyEnd, Client, Http2Client, Plan, Request,
+    client::ConnectionEnd,
+    eventually,
+    model_server::{Framing, Lengths, Pauses},
+    stage::{echo, json},
+    tls::Certificate,
+};
+use tokio::{io::AsyncReadExt as _, net::TcpStream, time::timeout};
+
+use crate::{
+    SOON,
+    scene::{Back, Front, Scene, first},
+};
+
+async fn scene() -> Scene {
+    Scene::new(Front::Tls1, Back::Http1).await
+}
+
+fn agreed(tls: &penstock_tests::tls::TlsStream<TcpStream>) -> Option<&[u8]> {
+    tls.get_ref().1.alpn_protocol()
+}
+
+/// The server prefers HTTP/2; a client that says nothing speaks HTTP/1.1.
+#[tokio::test]
+async fn the_protocol_is_agreed_on() {
+    let scene = scene().await;
+    let rows: [(&[&str], Option<&str>); 4] =
+        [(&["http/1.1", "h2"], Some("h2")), (&["h2"], Some("h2")), (&["http/1.1"], Some("http/1.1")), (&[], None)];
+    for (offered, expected) in rows {
+        let tls = scene.certificate.connect(scene.addr(), offered).await.unwrap();
+        assert_eq!(agreed(&tls), expected.map(str::as_bytes));
+        let request = echo(json("m", 1000));
+        let response = if expected == Some("h2") {
+            let mut settings = h2::client::Builder::new();
+            let mut client = Http2Client::over(tls, "https", "agent.example", &mut settings).await.unwrap();
+            client.request(&request).await.unwrap()
+        } else {
+            Client::over(tls, scene.addr()).request(&request).await.unwrap()
+        };
+        assert_eq!(response.echoed().header("x-forwarded-proto"), Some("https"));
+    }
+    assert!(scene.certificate.connect(scene.addr(), &["spdy/3"]).await.is_err());
+    eventually(SOON, || scene.agent.count("penstock_tls_handshakes_failed_total", &["reason=\"refused\""]) == 1).await;
+    let flows = |reason| scene.agent.count("penstock_flows_total", &["path=\"relay\"", reason]);
+    eventually(SOON, || flows("reason=\"tls\"") == 2 && flows("reason=\"http2\"") == 2).await;
+}
+
+#[tokio::test]
+async fn where_http2_is_off_it_is_not_offered() {
+    let off = |config: &mut Config| config.listen.http2_max_streams = 0;
+    let scene = Scene::with(Front::Tls1, Back::Http1, first, off).await;
+    let tls = scene.certificate.connect(scene.addr(), &["h2", "http/1.1"]).await.unwrap();
+    assert_eq!(agreed(&tls), Some(&b"http/1.1"[..]));
+    assert!(scene.certificate.connect(scene.addr(), &["h2"]).await.is_err());
+}
+
+/// HTTP/2 without its name in the handshake is not HTTP/2.
+#[tokio::test]
+async fn a_preface_in_tls_is_refused_where_http1_was_agreed_on() {
+    let scene = scene().await;
+    let tls = scene.certificate.connect(scene.addr(), &["http/1.1"]).await.unwrap();
+    let mut client = Client::over(tls, scene.addr());
+    client.send_raw(penstock_tests::http2_frames::PREFACE).await.unwrap();
+    assert_eq!(client.response().await.unwrap().status(), 505);
+}
+
+/// There is one certificate, whatever name the client asks for, and if it asks for none.
+#[tokio::test]
+async fn the_name_asked_for_does_not_matter() {
+    let scene = scene().await;
+    for name in ["agent.example", "other.example", "127.0.0.1"] {
+        let tls = scene.certificate.connect_as(scene.addr(), name, &[]).await.unwrap();
+        let mut client = Client::over(tls, scene.addr());
+        assert_eq!(client.request(&echo(json("m", 10))).await.unwrap().status(), 200);
+    }
+}
+
+/// It is shown to those who connect from then on; those who are connected do not notice.
+#[tokio::test]
+async fn a_certificate_that_changes_is_read_again() {
+    let scene = scene().await;
+    let mut old = scene.client().await;
+    let plan = Plan { size: 16 << 20, ..Plan::default() };
+    old.send(&plan.request()).await.unwrap();
+    assert_eq!(old.head().await.unwrap().status, 200);
+    // Half of a change is none.
+    let (cert, key) = (scene.folder().join("cert.pem"), scene.folder().join("key.pem"));
+    let before = std::fs::read(&cert).unwrap();
+    std::fs::write(&cert, "no certificate").unwrap();
+    std::fs::remove_file(&key).unwrap();
+    scene.certificate.connect(scene.addr(), &[]).await.unwrap();
+    let new = Certificate::new("agent.example").unwrap();
+    new.write(scene.folder()).unwrap();
+    assert_ne!(std::fs::read(&cert).unwrap(), before);
+    let begin = std::time::Instant::now();
+    while new.connect(scene.addr(), &[]).await.is_err() {
+        assert!(begin.elapsed() < SOON, "the new certificate is not shown");
+        scene.certificate.connect(scene.addr(), &[]).await.unwrap();
+    }
+    assert!(scene.certificate.connect(scene.addr(), &[]).await.is_err());
+    let mut checker = plan.checker();
+    let read = old.read_body(|bytes| Ok(checker.feed(bytes)?)).await.unwrap();
+    assert_eq!((read.end, read.len), (BodyEnd::Complete, plan.size));
+    assert_eq!(old.request(&echo(json("m", 10))).await.unwrap().status(), 200);
+}
+
+/// Either way round: a wrong protocol ends its connection, and nobody else's.
+#[tokio::test]
+async fn plain_bytes_on_the_port_of_tls_harm_nobody() {
+    let scene = scene().await;
+    let mut running = scene.client().await;
+    let plan = Plan { size: 16 << 20, ..Plan::default() };
+    running.send(&plan.request()).await.unwrap();
+    assert_eq!(running.head().await.unwrap().status, 200);
+    let wires: [&[u8]; 4] = [
+        b"GET / HTTP/1.1\r\nhost: x\r\n\r\n",
+        penstock_tests::http2_frames::PREFACE,
+        &[0; 64],
+        b"\x16\x03\x01\xff\xff",
+    ];
+    for wire in wires {
+        let mut client = Client::connect(scene.addr()).await.unwrap();
+        client.send_raw(wire).await.unwrap();
+        client.finish().await.unwrap();
+        client.until_end().await.unwrap();
+        assert!(!client.surplus().starts_with(b"HTTP/"));
+    }
+    assert_eq!(scene.agent.count("penstock_tls_handshakes_failed_total", &[]), 4);
+    assert!(scene.certificate.connect(scene.agent.addr, &[]).await.is_err());
+    let mut checker = plan.checker();
+    let read = running.read_body(|bytes| Ok(checker.feed(bytes)?)).await.unwrap();
+    assert_eq!((read.end, read.len), (BodyEnd::Complete, plan.size));
+    assert_eq!(scene.endpoint.requests(), 1);
+}
+
+#[tokio::test]
+async fn a_handshake_that_stalls_is_cut() {
+    let soon = |config: &mut Config| config.timeouts.head = Some(Duration::from_millis(200));
+    let scene = Scene::with(Front::Tls1, Back::Http1, first, soon).await;
+    for begin in [&b""[..], b"\x16\x03\x01\x02\x00\x01"] {
+        let mut client = Client::connect(scene.addr()).await.unwrap();
+        client.send_raw(begin).await.unwrap();
+        client.until_end().await.unwrap();
+    }
+    assert_eq!(scene.agent.count("penstock_tls_handshakes_failed_total", &["reason=\"timeout\""]), 2);
+    // A head in TLS has its time too.
+    let tls = scene.certificate.connect(scene.addr(), &[]).await.unwrap();
+    let mut client = Client::over(tls, scene.addr());
+    client.send_raw(b"GET / HTTP/1.1\r\n").await.unwrap();
+    assert_eq!(client.response().await.unwrap().status(), 408);
+}
+
+/// The end of the connection is announced, so that a client can tell it from an attack.
+#[tokio::test]
+async fn connections_end_in_order() {
+    let soon = |config: &mut Config| config.timeouts.keep_alive = Some(Duration::from_millis(100));
+    let scene = Scene::with(Front::Tls1, Back::Http1, first, soon).await;
+    for request in [Request::get("/test/echo"), Request::get("/test/echo").header("connection", "close")] {
+        let tls = scene.certificate.connect(scene.addr(), &[]).await.unwrap();
+        let mut client = Client::over(tls, scene.addr());
+        assert_eq!(client.request(&request).await.unwrap().status(), 200);
+        assert_eq!(client.until_end().await.unwrap(), ConnectionEnd::Fin);
+    }
+}
+
+/// A body that only the close ends is not cut unseen.
+#[tokio::test]
+async fn force_does_not_look_like_an_end() {
+    let scene = scene().await;
+    let pauses = Some(Pauses { seed: 1, every: 1, up_to_us: 1000 });
+    let plan =
+        Plan { framing: Framing::UntilClose, size: 1 << 30, writes: Lengths::Fixed(1000), pauses, ..Plan::default() };
+    let mut client = scene.client().await;
+    client.send(&plan.request()).await.unwrap();
+    assert_eq!(client.head().await.unwrap().status, 200);
+    client.piece().await.unwrap();
+    scene.agent.agent.force();
+    assert_eq!(client.read_body(|_| Ok(())).await.unwrap().end, BodyEnd::Reset);
+}
+
+/// Draining is for both listeners.
+#[tokio::test]
+async fn draining_closes_the_port() {
+    let scene = scene().await;
+    let mut tls = scene.certificate.connect(scene.addr(), &["http/1.1"]).await.unwrap();
+    scene.agent.agent.drain();
+    let mut rest = Vec::new();
+    timeout(SOON, tls.read_to_end(&mut rest)).await.expect("in time").unwrap();
+    assert!(rest.is_empty());
+    eventually(SOON, || std::net::TcpStream::connect(scene.addr()).is_err()).await;
+    eventually(SOON, || scene.agent.agent.is_done()).await;
+}
+
+/// The kernel would send plain bytes: it has no part in it, and carries those of the other port.
+#[tokio::test]
+async fn the_kernel_takes_no_part() {
+    let ingress = |config: &mut Config| config.steering.mode = SteeringMode::Ingress;
+    let scene = Scene::with(Front::Tls1, Back::Http1, first, ingress).await;
+    let pauses = Some(Pauses { seed: 1, every: 5, up_to_us: 2000 });
+    let plan = Plan { size: 500_000, writes: Lengths::Fixed(10_000), pauses, ..Plan::default() };
+    let mut clients = (scene.client().await, Client::connect(scene.agent.addr).await.unwrap());
+    for _ in 0..3 {
+        for response in
+            [clients.0.request(&plan.request()).await.unwrap(), clients.1.request(&plan.request()).await.unwrap()]
+        {
+            plan.checker().feed(&response.body).unwrap();
+            assert_eq!((response.read.end, response.read.len), (BodyEnd::Complete, plan.size));
+        }
+    }
+    let flows = |labels: &[&str]| scene.agent.count("penstock_flows_total", labels);
+    eventually(SOON, || flows(&["path=\"relay\"", "reason=\"tls\""]) == 3).await;
+    eventually(SOON, || flows(&["path=\"ingress\""]) > 0).await;
+}

@@ -1,0 +1,484 @@
+//! Connections that switch protocols (RFC 9110 §7.8): from the 101 on they are the client's and the endpoint's, byte for byte
+//! and end for end.
+
+use std::{sync::Arc, time::Duration};
+
+use futures_util::{SinkExt as _, StreamExt as _};
+use penstock_agent::config::{Config, SteeringMode};
+use penstock_tests::{
+    Alphabet, BodyEnd, Checker, Client, Plan, Request,
+    agent::{TestAgent, builtin_pool},
+    client::ConnectionEnd,
+    content::Fnv,
+    eventually,
+    model_server::{Echo, Fault, FaultKind, Framing, Lengths, ModelServer, Pauses, Received, Upgraded},
+    random::Random,
+    scripted_epp::{EvictAfter, Evicting, LlmdRouter, StreamEnd},
+    stage::json,
+};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadHalf, WriteHalf, split},
+    net::{TcpListener, TcpStream},
+    sync::Notify,
+    time::timeout,
+};
+use tokio_tungstenite::{WebSocketStream, accept_async, client_async, tungstenite::Message};
+
+use crate::{
+    SOON,
+    scene::{Asker, Back, Endpoint, Front, Scene, first},
+};
+
+/// Plain, and in TLS.
+const FRONTS: [Front; 2] = [Front::Http1, Front::Tls1];
+
+async fn scene(front: Front) -> Scene {
+    Scene::with(front, Back::Http1, first, |_| {}).await
+}
+
+fn server(scene: &Scene) -> &ModelServer {
+    match &scene.endpoint {
+        Endpoint::Http1(server) => server,
+        Endpoint::Http2(_) => panic!("another endpoint"),
+    }
+}
+
+/// A GET that wants to switch, answered by the plan.
+fn switch(plan: &Plan) -> Request {
+    Request::get("/test/upgrade")
+        .header("connection", "Upgrade")
+        .header("upgrade", "websocket")
+        .header("x-test-plan", plan.header())
+}
+
+trait Both: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Both for S {}
+
+/// A client's side of a connection that has switched.
+struct Switched {
+    from: ReadHalf<Box<dyn Both>>,
+    to: WriteHalf<Box<dyn Both>>,
+}
+
+impl Switched {
+    /// Sends `request`, with bytes right behind it, and gives what follows the 101, and the bytes that came right behind that.
+    async fn new(scene: &Scene, request: &Request, early: &[u8]) -> (Self, Vec<u8>) {
+        let wire = [&request.wire("agent"), early].concat();
+        match scene.client().await {
+            Asker::Http1(client) => Self::over(client, &wire).await,
+            Asker::Tls1(client) => Self::over(client, &wire).await,
+            Asker::Http2(..) => panic!("HTTP/2 does not switch"),
+        }
+    }
+
+    async fn over<S: Both + 'static>(mut client: Client<S>, wire: &[u8]) -> (Self, Vec<u8>) {
+        client.send_raw(wire).await.unwrap();
+        let head = client.head().await.unwrap();
+        assert_eq!((head.status, head.header("upgrade")), (101, Some("websocket")), "{head:?}");
+        assert_eq!(head.header("connection").map(str::to_ascii_lowercase).as_deref(), Some("upgrade"));
+        assert_eq!((head.header("content-length"), head.header("transfer-encoding")), (None, None));
+        let (stream, early) = client.into_parts();
+        let stream: Box<dyn Both> = Box::new(stream);
+        let (from, to) = split(stream);
+        (Self { from, to }, early.to_vec())
+    }
+
+    async fn send(&mut self, bytes: &[u8]) {
+        self.to.write_all(bytes).await.unwrap();
+        self.to.flush().await.unwrap();
+    }
+
+    /// So many bytes.
+    async fn read(&mut self, length: usize) -> Vec<u8> {
+        let mut bytes = vec![0; length];
+        timeout(SOON, self.from.read_exact(&mut bytes)).await.expect("in time").unwrap();
+        bytes
+    }
+
+    /// All that still comes, and how it ends.
+    async fn rest(&mut self) -> (Vec<u8>, ConnectionEnd) {
+        let mut bytes = Vec::new();
+        let end = timeout(SOON, self.from.read_to_end(&mut bytes)).await.expect("in time");
+        (bytes, if end.is_ok() { ConnectionEnd::Fin } else { ConnectionEnd::Reset })
+    }
+
+    /// Sends the bytes of a stream in pieces, and the end.
+    async fn upload(&mut self, stream_id: u64, size: u64) {
+        let (mut at, mut random) = (0, Random::new(stream_id));
+        while at < size {
+            let length = (1 + random.below(20_000)).min(size - at);
+            self.send(&Alphabet::Binary.bytes(stream_id, at, length as usize)).await;
+            at += length;
+        }
+        self.to.shutdown().await.unwrap();
+    }
+}
+
+fn whole(bytes: &[u8]) -> Received {
+    Received { length: bytes.len() as u64, hash: Fnv::of(bytes).value(), end: ConnectionEnd::Fin }
+}
+
+/// All that came is the stream's, from its beginning.
+fn assert_stream(stream_id: u64, size: u64, pieces: &[&[u8]]) {
+    let mut checker = Checker::new(stream_id);
+    for piece in pieces {
+        checker.feed(piece).unwrap();
+    }
+    assert_eq!(checker.offset(), size);
+}
+
+/// Interleaved as it comes; counted as one request that was relayed; the picker's stream lives as long as it does.
+#[tokio::test]
+async fn bytes_go_both_ways() {
+    for front in FRONTS {
+        let scene = scene(front).await;
+        let plan = Plan {
+            size: 1 << 20,
+            stream_id: 7,
+            writes: Lengths::Random { seed: 1, max: 20_000 },
+            pauses: Some(Pauses { seed: 2, every: 7, up_to_us: 2000 }),
+            ..Plan::switching("websocket", Upgraded::Send)
+        };
+        let (mut client, early) = Switched::new(&scene, &switch(&plan), b"").await;
+        assert_eq!(scene.epp.streams_open(), 1);
+        let Switched { from, to } = &mut client;
+        let mut down = Vec::new();
+        let read = async { timeout(SOON, from.read_to_end(&mut down)).await.expect("in time").unwrap() };
+        let write = async {
+            for at in (0..1 << 20).step_by(10_000) {
+                let length = 10_000.min((1 << 20) - at);
+                to.write_all(&Alphabet::Binary.bytes(8, at, length as usize)).await.unwrap();
+                to.flush().await.unwrap();
+            }
+            to.shutdown().await.unwrap();
+        };
+        tokio::join!(read, write);
+        assert_stream(7, 1 << 20, &[&early, &down]);
+        eventually(SOON, || server(&scene).received().len() == 1).await;
+        assert_eq!(server(&scene).received()[0], whole(&Alphabet::Binary.bytes(8, 0, 1 << 20)));
+        eventually(SOON, || scene.epp.streams_ended(StreamEnd::HalfClosed) == 1).await;
+        eventually(SOON, || server(&scene).connections_open() == 0).await;
+        let flows = || scene.agent.count("penstock_flows_total", &["path=\"relay\"", "reason=\"upgrade\""]);
+        eventually(SOON, || flows() == 1).await;
+        assert_eq!(scene.agent.count("penstock_requests_total", &["reason=\"ok\""]), 1);
+        eventually(SOON, || scene.agent.metric("penstock_client_connections", &[]) == 0.0).await;
+        // What the endpoint was told: the wish, in the agent's own words.
+        let seen = server(&scene).seen();
+        assert_eq!((seen[0].header("connection"), seen[0].header("upgrade")), (Some("upgrade"), Some("websocket")));
+        assert_eq!(seen[0].body_framing, "none");
+    }
+}
+
+/// Right behind the request's head, and right behind the response's, however that is cut.
+#[tokio::test]
+async fn early_bytes_are_not_lost() {
+    for front in FRONTS {
+        let scene = scene(front).await;
+        for (with_body, split_at) in [(true, None), (false, None), (true, Some(20)), (false, Some(40))] {
+            let mut plan = Plan { size: 5000, stream_id: 1, ..Plan::switching("websocket", Upgraded::Send) };
+            (plan.head.with_body, plan.head.split_at) = (with_body, split_at);
+            let up = Alphabet::Binary.bytes(2, 0, 3000);
+            let before = server(&scene).received().len();
+            let (mut client, early) = Switched::new(&scene, &switch(&plan), &up[..2000]).await;
+            client.send(&up[2000..]).await;
+            client.to.shutdown().await.unwrap();
+            let (rest, end) = client.rest().await;
+            assert_eq!(end, ConnectionEnd::Fin);
+            assert_stream(1, 5000, &[&early, &rest]);
+            eventually(SOON, || server(&scene).received().len() == before + 1).await;
+            assert_eq!(server(&scene).received()[before], whole(&up));
+        }
+    }
+}
+
+/// The end of one direction is passed on, and the other goes on.
+#[tokio::test]
+async fn either_side_may_end_first() {
+    for front in FRONTS {
+        let scene = scene(front).await;
+        // The client; its end is what the endpoint waits for.
+        let plan = Plan { size: 300_000, stream_id: 1, ..Plan::switching("websocket", Upgraded::SendLast) };
+        let (mut client, early) = Switched::new(&scene, &switch(&plan), b"").await;
+        client.upload(2, 100_000).await;
+        let (rest, end) = client.rest().await;
+        assert_eq!(end, ConnectionEnd::Fin);
+        assert_stream(1, 300_000, &[&early, &rest]);
+        assert_eq!(server(&scene).received()[0], whole(&Alphabet::Binary.bytes(2, 0, 100_000)));
+        // The endpoint; the client goes on when it has seen that.
+        let plan = Plan { size: 1000, stream_id: 3, ..Plan::switching("websocket", Upgraded::Send) };
+        let (mut client, early) = Switched::new(&scene, &switch(&plan), b"").await;
+        let (rest, end) = client.rest().await;
+        assert_eq!(end, ConnectionEnd::Fin);
+        assert_stream(3, 1000, &[&early, &rest]);
+        assert_eq!(server(&scene).received().len(), 1);
+        client.upload(4, 300_000).await;
+        eventually(SOON, || server(&scene).received().len() == 2).await;
+        assert_eq!(server(&scene).received()[1], whole(&Alphabet::Binary.bytes(4, 0, 300_000)));
+        eventually(SOON, || scene.epp.streams_ended(StreamEnd::HalfClosed) == 2).await;
+    }
+}
+
+/// A break is no end: the other side sees a break too.
+#[tokio::test]
+async fn a_reset_is_passed_on() {
+    let scene = scene(Front::Http1).await;
+    let fault = Some(Fault { after: 500, kind: FaultKind::Reset });
+    let plan = Plan { size: 1000, stream_id: 1, fault, ..Plan::switching("websocket", Upgraded::Send) };
+    let (mut client, _) = Switched::new(&scene, &switch(&plan), b"").await;
+    assert_eq!(client.rest().await.1, ConnectionEnd::Reset);
+    eventually(SOON, || scene.agent.count("penstock_requests_total", &["reason=\"endpoint_broke\""]) == 1).await;
+    eventually(SOON, || scene.epp.streams_ended(StreamEnd::Cancelled) == 1).await;
+
+    let plan = Plan::switching("websocket", Upgraded::Echo);
+    let mut client = Client::connect(scene.agent.addr).await.unwrap();
+    client.send(&switch(&plan)).await.unwrap();
+    assert_eq!(client.head().await.unwrap().status, 101);
+    client.reset().unwrap();
+    eventually(SOON, || server(&scene).received().len() == 2).await;
+    assert_eq!(server(&scene).received()[1].end, ConnectionEnd::Reset);
+    eventually(SOON, || scene.agent.count("penstock_client_aborts_total", &[]) == 1).await;
+    eventually(SOON, || server(&scene).connections_open() == 0).await;
+    eventually(SOON, || scene.epp.streams_ended(StreamEnd::Cancelled) == 2).await;
+}
+
+/// TLS that is cut off without having said so is no end either.
+#[tokio::test]
+async fn tls_that_is_cut_is_a_break() {
+    let scene = scene(Front::Tls1).await;
+    let (client, _) = Switched::new(&scene, &switch(&Plan::switching("websocket", Upgraded::Echo)), b"").await;
+    drop(client);
+    eventually(SOON, || server(&scene).received().len() == 1).await;
+    assert_eq!(server(&scene).received()[0].end, ConnectionEnd::Reset);
+    let fault = Some(Fault { after: 500, kind: FaultKind::Reset });
+    let plan = Plan { size: 1000, fault, ..Plan::switching("websocket", Upgraded::Send) };
+    let (mut client, _) = Switched::new(&scene, &switch(&plan), b"").await;
+    assert_eq!(client.rest().await.1, ConnectionEnd::Reset);
+}
+
+/// An endpoint that does not want to is an endpoint that answers.
+#[tokio::test]
+async fn an_endpoint_may_refuse() {
+    let scene = scene(Front::Http1).await;
+    let mut client = scene.client().await;
+    for (status, framing) in [(200, Framing::ContentLength), (400, Framing::Chunked), (426, Framing::ContentLength)] {
+        let plan = Plan { status, framing, size: 3000, ..Plan::default() };
+        let response = client.request(&switch(&plan)).await.unwrap();
+        assert_eq!((response.status(), response.read.end), (status, BodyEnd::Complete));
+        plan.checker().feed(&response.body).unwrap();
+        assert_eq!(response.header("connection"), None);
+    }
+    assert_eq!(client.request(&Request::get("/test/echo")).await.unwrap().status(), 200);
+    assert_eq!(server(&scene).connections_accepted(), 1);
+}
+
+/// The body goes first, as a body.
+#[tokio::test]
+async fn a_request_with_a_body_switches_behind_it() {
+    let scene = scene(Front::Http1).await;
+    let body = json("m", 50_000);
+    let request = |plan: &Plan| {
+        Request::post("/test/upgrade", body.clone())
+            .header("connection", "upgrade")
+            .header("upgrade", "websocket")
+            .header("x-test-plan", plan.header())
+    };
+    let plan = Plan::switching("websocket", Upgraded::Echo);
+    let (mut client, early) = Switched::new(&scene, &request(&plan), b"right behind").await;
+    client.send(b", and later").await;
+    client.to.shutdown().await.unwrap();
+    assert_eq!([early, client.rest().await.0].concat(), b"right behind, and later");
+    let seen = server(&scene).seen().pop().unwrap();
+    assert_eq!((seen.body_length, seen.body_hash), (body.len() as u64, Fnv::of(&body).value()));
+    assert_eq!(seen.body_framing, "content-length");
+}
+
+fn wishes(seen: &Echo) -> (Option<&str>, Option<&str>) {
+    (seen.header("connection"), seen.header("upgrade"))
+}
+
+/// A wish that is none, or for what the agent does not let through, does not reach the endpoint.
+#[tokio::test]
+async fn what_is_not_to_be_asked_for_is_not() {
+    let allowed = |config: &mut Config| config.listen.upgrades = vec!["websocket".to_owned(), "x-own".to_owned()];
+    let scene = Scene::with(Front::Http1, Back::Http1, first, allowed).await;
+    let rows = [
+        "GET /test/echo HTTP/1.0\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n",
+        "GET /test/echo HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\n\r\n",
+        "GET /test/echo HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\n\r\n",
+        "GET /test/echo HTTP/1.1\r\nhost: x\r\nconnection: upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n\r\n",
+        "GET /test/echo HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: TLS/1.0\r\n\r\n",
+        "GET /test/echo HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket, h2c\r\n\r\n",
+        "GET /test/echo HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\nupgrade: h2c\r\n\r\n",
+        "GET /test/echo HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: \r\n\r\n",
+    ];
+    for wire in rows {
+        let mut client = Client::connect(scene.agent.addr).await.unwrap();
+        client.send_raw(wire.as_bytes()).await.unwrap();
+        let seen = client.response().await.unwrap().echoed();
+        assert_eq!(wishes(&seen), (None, None), "{wire}");
+        assert_eq!(seen.header("http2-settings"), None, "{wire}");
+    }
+    // Letter case does not matter, and the connection may carry other wishes.
+    for (upgrade, connection) in [("WebSocket", "keep-alive, Upgrade"), ("x-own", "UPGRADE")] {
+        let request = Request::get("/test/echo").header("connection", connection).header("upgrade", upgrade);
+        let seen = scene.request(&request).await.echoed();
+        assert_eq!(wishes(&seen), (Some("upgrade"), Some(upgrade)));
+    }
+}
+
+/// It would be the endpoint's word for it that the client wants this.
+#[tokio::test]
+async fn a_switch_that_was_not_asked_for_is_a_bad_gateway() {
+    let scene = scene(Front::Http1).await;
+    let websocket = Plan::switching("websocket", Upgraded::Echo);
+    let other = Plan::switching("x-other", Upgraded::Echo);
+    let both = Plan::switching("websocket, x-other", Upgraded::Echo);
+    let none = Plan { headers: Vec::new(), ..websocket.clone() };
+    let plain = |plan: &Plan| Request::get("/test/upgrade").header("x-test-plan", plan.header());
+    let h2c = plain(&Plan::switching("h2c", Upgraded::Echo)).header("connection", "upgrade").header("upgrade", "h2c");
+    let rows = [plain(&websocket), plain(&other), h2c, switch(&other), switch(&both), switch(&none)];
+    for (number, request) in (1..).zip(rows) {
+        let response = scene.request(&request).await;
+        assert_eq!((response.status(), response.error_code().as_str()), (502, "bad_response"), "{request:?}");
+        eventually(SOON, || server(&scene).received().len() == number).await;
+        eventually(SOON, || server(&scene).connections_open() == 0).await;
+    }
+    assert_eq!(scene.request(&Request::get("/test/echo")).await.status(), 200);
+}
+
+/// HTTP/2 endpoints do not switch, and are not asked to.
+#[tokio::test]
+async fn an_endpoint_of_http2_is_not_asked() {
+    let scene = Scene::with(Front::Http1, Back::Http2, first, |_| {}).await;
+    let request = Request::get("/test/echo").header("connection", "upgrade").header("upgrade", "websocket");
+    let seen = scene.request(&request).await.echoed();
+    assert_eq!(wishes(&seen), (None, None));
+}
+
+/// It breaks both sides off.
+#[tokio::test]
+async fn the_picker_may_evict_it() {
+    let now = Arc::new(Notify::new());
+    let script =
+        |all: &[_]| Evicting { inner: LlmdRouter::new(all), after: EvictAfter::ResponseHead, now: Arc::clone(&now) };
+    let scene = Scene::with(Front::Http1, Back::Http1, script, |_| {}).await;
+    let plan = Plan::switching("websocket", Upgraded::Echo);
+    let (mut client, _) = Switched::new(&scene, &switch(&plan), b"").await;
+    client.send(b"still here").await;
+    assert_eq!(client.read(10).await, b"still here");
+    now.notify_one();
+    assert_eq!(client.rest().await.1, ConnectionEnd::Reset);
+    eventually(SOON, || server(&scene).received().len() == 1).await;
+    assert_eq!(server(&scene).received()[0].end, ConnectionEnd::Reset);
+    assert_eq!(scene.agent.metric("penstock_evictions_total", &[]), 1.0);
+}
+
+/// The time without a byte, either way, ends it; the time for a whole request does not.
+#[tokio::test]
+async fn it_lives_as_long_as_something_moves() {
+    let scene = Scene::with(Front::Http1, Back::Http1, first, |config| {
+        config.timeouts.idle = Some(Duration::from_millis(400));
+        config.timeouts.request = Some(Duration::from_millis(500));
+    })
+    .await;
+    // Only the endpoint sends.
+    let pauses = Some(Pauses { seed: 1, every: 1, up_to_us: 100_000 });
+    let plan =
+        Plan { size: 20_000, writes: Lengths::Fixed(1000), pauses, ..Plan::switching("websocket", Upgraded::Send) };
+    let (mut client, early) = Switched::new(&scene, &switch(&plan), b"").await;
+    let (rest, end) = client.rest().await;
+    assert_eq!((early.len() + rest.len(), end), (20_000, ConnectionEnd::Fin));
+    drop(client);
+    // Both do, and then neither.
+    let (mut client, _) = Switched::new(&scene, &switch(&Plan::switching("websocket", Upgraded::Echo)), b"").await;
+    for _ in 0..3 {
+        client.send(b"x").await;
+        assert_eq!(client.read(1).await, b"x");
+    }
+    assert_eq!(client.rest().await.1, ConnectionEnd::Reset);
+    eventually(SOON, || scene.agent.count("penstock_requests_total", &["reason=\"idle_timeout\""]) == 1).await;
+    eventually(SOON, || server(&scene).connections_open() == 0).await;
+}
+
+/// Draining lets it go on, until the time for that is over.
+#[tokio::test]
+async fn draining_waits_for_it_and_force_ends_it() {
+    let scene = scene(Front::Http1).await;
+    let plan = Plan::switching("websocket", Upgraded::Echo);
+    let (mut one, _) = Switched::new(&scene, &switch(&plan), b"").await;
+    let (mut two, _) = Switched::new(&scene, &switch(&plan), b"").await;
+    scene.agent.agent.drain();
+    eventually(SOON, || std::net::TcpStream::connect(scene.agent.addr).is_err()).await;
+    for client in [&mut one, &mut two] {
+        client.send(b"still here").await;
+        assert_eq!(client.read(10).await, b"still here");
+    }
+    one.to.shutdown().await.unwrap();
+    assert_eq!(one.rest().await, (Vec::new(), ConnectionEnd::Fin));
+    assert!(!scene.agent.agent.is_done());
+    scene.agent.agent.force();
+    assert_eq!(two.rest().await.1, ConnectionEnd::Reset);
+    eventually(SOON, || scene.agent.agent.is_done()).await;
+    eventually(SOON, || server(&scene).connections_open() == 0).await;
+}
+
+/// Of endpoints whose responses the kernel carries: neither side is a target or a source any more.
+#[tokio::test]
+async fn behind_responses_that_the_kernel_has_carried() {
+    let ingress = |config: &mut Config| {
+        config.steering.mode = SteeringMode::Ingress;
+        config.listen.workers = 1;
+    };
+    let scene = Scene::with(Front::Http1, Back::Http1, first, ingress).await;
+    let mut client = Client::connect(scene.agent.addr).await.unwrap();
+    let pauses = Some(Pauses { seed: 1, every: 5, up_to_us: 2000 });
+    let steered = Plan { size: 500_000, writes: Lengths::Fixed(10_000), pauses, ..Plan::default() };
+    let response = client.request(&steered.request()).await.unwrap();
+    steered.checker().feed(&response.body).unwrap();
+    assert!(scene.agent.metric("penstock_flows_total", &["path=\"ingress\""]) > 0.0);
+    // The same two connections.
+    let plan = Plan { size: 1 << 20, stream_id: 7, pauses, ..Plan::switching("websocket", Upgraded::Send) };
+    let (mut client, early) = Switched::over(client, &switch(&plan).wire("agent")).await;
+    assert_eq!(server(&scene).connections_accepted(), 1);
+    client.upload(8, 200_000).await;
+    let (rest, end) = client.rest().await;
+    assert_eq!(end, ConnectionEnd::Fin);
+    assert_stream(7, 1 << 20, &[&early, &rest]);
+    eventually(SOON, || server(&scene).received().len() == 1).await;
+    assert_eq!(server(&scene).received()[0], whole(&Alphabet::Binary.bytes(8, 0, 200_000)));
+}
+
+/// What it is all for, by a library on both sides.
+#[tokio::test]
+async fn a_websocket() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let pool = builtin_pool(&[listener.local_addr().unwrap()]);
+    let agent = TestAgent::start(pool, SteeringMode::Off, |_| {});
+    let served = tokio::spawn(async move {
+        let (tcp, _) = listener.accept().await.unwrap();
+        let mut socket: WebSocketStream<TcpStream> = accept_async(tcp).await.unwrap();
+        let mut messages = 0;
+        while let Some(Ok(message)) = socket.next().await {
+            if message.is_text() || message.is_binary() {
+                messages += 1;
+                socket.send(message).await.unwrap();
+            }
+        }
+        messages
+    });
+    let tcp = TcpStream::connect(agent.addr).await.unwrap();
+    let (mut socket, response) = client_async(format!("ws://{}/v1/realtime?model=m", agent.addr), tcp).await.unwrap();
+    assert_eq!(response.status(), 101);
+    for number in 0..50 {
+        let bytes = Alphabet::Binary.bytes(number, 0, number as usize * 3000);
+        socket.send(Message::binary(bytes.clone())).await.unwrap();
+        assert_eq!(socket.next().await.unwrap().unwrap(), Message::binary(bytes));
+        socket.send(Message::text(number.to_string())).await.unwrap();
+        assert_eq!(socket.next().await.unwrap().unwrap(), Message::text(number.to_string()));
+    }
+    socket.close(None).await.unwrap();
+    assert!(matches!(socket.next().await, Some(Ok(Message::Close(_)))));
+    assert!(socket.next().await.is_none());
+    assert_eq!(served.await.unwrap(), 100);
+    eventually(SOON, || agent.count("penstock_flows_total", &["reason=\"upgrade\""]) == 1).await;
+}
