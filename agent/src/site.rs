@@ -72,6 +72,12 @@ pub async fn serve(
     }
     connections.close();
     connections.wait().await;
+    let worker = current.worker();
+    let told = join_all(worker.epps.iter().flatten().map(|epp| epp.finished()));
+    tokio::select! {
+        _ = told => {}
+        () = worker.shared.force.cancelled() => {}
+    }
 }
 
 /// Takes every update. Never returns.

@@ -11,6 +11,7 @@ use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite},
     time::Instant,
 };
+use tokio_util::task::TaskTracker;
 
 use crate::{
     client::{Client, ClientStream},
@@ -73,12 +74,13 @@ where
     let worker = current.worker();
     let config = &worker.shared.config;
     let activity = Rc::new(Activity { requests: Cell::new(0), idle_since: Cell::new(Instant::now()) });
+    let requests = TaskTracker::new();
     let service = {
-        let (current, activity) = (Rc::clone(current), Rc::clone(&activity));
+        let (current, activity, requests) = (Rc::clone(current), Rc::clone(&activity), requests.clone());
         service_fn(move |request| {
             let (worker, active) = (current.worker(), activity.begin());
             let (parts, stream, answer) = ClientStream::new(request, tls);
-            tokio::task::spawn_local(async move {
+            requests.spawn_local(async move {
                 one(&worker, parts, stream, peer).await;
                 drop(active);
             });
@@ -117,6 +119,9 @@ where
     if let Err(error) = ended {
         tracing::debug!(%peer, %error, "HTTP/2 connection");
     }
+    // Each knows that its client has what it gets, and is accounted for by now or soon.
+    requests.close();
+    requests.wait().await;
 }
 
 async fn one(worker: &Worker, parts: http::request::Parts, stream: ClientStream, peer: SocketAddr) {

@@ -1,7 +1,8 @@
 //! A connection that has become something else (101 Switching Protocols): bytes both ways, in user space, until both sides
 //! have ended theirs.
 //!
-//! The end of one direction is passed on and leaves the other as it is. An error on either side breaks both off.
+//! The end of one direction is passed on and leaves the other as it is. An error on either side breaks both off: the caller has
+//! made sure that each sees a reset.
 
 use std::{cell::Cell, io, time::Duration};
 

@@ -99,6 +99,14 @@ impl EndpointConnection {
         }
     }
 
+    /// From here on, an end of the connection is a reset, unless it is [resting](Self::set_resting) by then: what it carries
+    /// would take a FIN for an end in order.
+    pub fn reset_on_close(&self) {
+        if let Ok(stream) = self.ready() {
+            socket::set_reset_on_close(stream, true);
+        }
+    }
+
     /// Both directions at once.
     pub fn split(&mut self) -> io::Result<(Reader<'_>, WriteHalf<'_>)> {
         let Io::Ready(stream) = &mut self.io else { return Err(gone()) };

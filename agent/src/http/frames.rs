@@ -62,10 +62,9 @@ impl FrameSender {
 
     /// Ends the body, with trailers unless there are none.
     pub async fn end(self, trailers: HeaderMap) -> Result<(), Gone> {
-        if !trailers.is_empty() {
-            self.send(Piece::Frame(Frame::trailers(trailers))).await?;
-        }
-        self.send(Piece::End).await
+        // Behind trailers nobody asks for more.
+        let last = if trailers.is_empty() { Piece::End } else { Piece::Frame(Frame::trailers(trailers)) };
+        self.send(last).await
     }
 
     /// Resolves when nobody reads the body any more. Cancel-safe.
@@ -87,7 +86,10 @@ impl Body for FrameBody {
             Source::Whole(body) => Poll::Ready(body.take().map(|body| Ok(Frame::data(body)))),
             Source::Written { ended: true, .. } => Poll::Ready(None),
             Source::Written { pieces, ended, .. } => Poll::Ready(match ready!(pieces.poll_recv(cx)) {
-                Some(Piece::Frame(frame)) => Some(Ok(frame)),
+                Some(Piece::Frame(frame)) => {
+                    *ended = frame.is_trailers();
+                    Some(Ok(frame))
+                }
                 Some(Piece::End) => {
                     *ended = true;
                     None

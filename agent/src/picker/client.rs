@@ -23,7 +23,7 @@ use penstock_proto::ext_proc::{
 };
 use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::PollSender;
+use tokio_util::{sync::PollSender, task::TaskTracker};
 use tonic::{CancellationHandle, Streaming};
 
 use super::{
@@ -49,6 +49,7 @@ const MESSAGE: usize = 1 << 20;
 pub struct EppClient {
     replicas: Arc<Replicas>,
     lines: Mutex<Lines>,
+    endings: TaskTracker,
 }
 
 /// To the replicas that have been asked and are still there.
@@ -70,7 +71,14 @@ struct Line {
 impl EppClient {
     /// Connects with the first request.
     pub fn new(replicas: Arc<Replicas>) -> Self {
-        Self { replicas, lines: Mutex::default() }
+        Self { replicas, lines: Mutex::default(), endings: TaskTracker::new() }
+    }
+
+    /// Resolves when the EPPs have been told the rest of the streams that are [finished](PickStream::finish), or have had their
+    /// time. For when nothing more is asked.
+    pub async fn finished(&self) {
+        self.endings.close();
+        self.endings.wait().await;
     }
 
     /// Whether these are the replicas that it asks.
@@ -105,6 +113,7 @@ impl EppClient {
             answer: Answer::Awaited(call.boxed()),
             silence: Waiting::new(&line.silence),
             replica: line.replica,
+            endings: self.endings.clone(),
         };
         // The head leaves now, not when the first piece of the body is there; whoever waits later registers its own waker.
         let mut nobody = Context::from_waker(Waker::noop());
@@ -171,6 +180,7 @@ pub struct PickStream {
     answer: Answer,
     silence: Waiting,
     replica: Arc<Replica>,
+    endings: TaskTracker,
 }
 
 enum Answer {
@@ -306,7 +316,8 @@ impl PickStream {
             self.exchange.response_body(piece, number == last);
         }
         self.exchange.response_end();
-        tokio::spawn(async move {
+        let endings = self.endings.clone();
+        endings.spawn(async move {
             // The EPP may take more only when its replies are taken.
             let told =
                 poll_fn(|cx| if self.poll_replies(cx).is_ready() { Poll::Ready(()) } else { self.poll_send(cx) });

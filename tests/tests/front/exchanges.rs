@@ -161,6 +161,7 @@ pub(crate) async fn lengths_and_trailers(front: Front, back: Back) {
             assert_eq!(response.read.trailers, trailers);
         }
     }
+    eventually(SOON, || scene.epp.streams_ended(StreamEnd::HalfClosed) == 3).await;
 }
 
 pub(crate) async fn heads_without_a_body(front: Front, back: Back) {

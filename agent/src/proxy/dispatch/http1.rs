@@ -3,6 +3,7 @@
 use std::{cell::Cell, net::SocketAddr};
 
 use bytes::BytesMut;
+use http::HeaderValue;
 use tokio::{io::AsyncWriteExt as _, net::tcp::WriteHalf};
 
 use super::{
@@ -130,7 +131,7 @@ async fn read_head(
         let bad = |error| Error::Response { address, error };
         while let Some((head, length)) = parse_response(&buf, &limits, &request.parts.method).map_err(bad)? {
             let _ = buf.split_to(length);
-            if head.upgrade.is_some() && request.upgrade.is_none() {
+            if !is_wanted(head.upgrade.as_ref(), request.upgrade.as_ref()) {
                 return Err(bad(ResponseError::SwitchingProtocols).into());
             }
             if !head.interim {
@@ -141,4 +142,10 @@ async fn read_head(
             buf.reserve(READ);
         }
     }
+}
+
+/// Whether an endpoint that goes on with `protocol` may: the client has asked for it (RFC 9110 §7.8).
+fn is_wanted(protocol: Option<&HeaderValue>, asked: Option<&HeaderValue>) -> bool {
+    protocol
+        .is_none_or(|protocol| asked.is_some_and(|asked| asked.as_bytes().eq_ignore_ascii_case(protocol.as_bytes())))
 }
