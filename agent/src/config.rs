@@ -437,6 +437,7 @@ pub struct HealthCheck {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(clippy::large_enum_variant, reason = "there is one for each pool")]
 pub enum Picker {
     /// Least in-flight with session and prefix affinity, in this process.
     Builtin,

@@ -86,7 +86,7 @@ async fn follow(current: &Current, mut updates: watch::Receiver<Arc<Shared>>) {
         let shared = Arc::clone(&updates.borrow_and_update());
         current.replace(current.worker().after(shared));
     }
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }
 
 async fn connection(current: &Rc<Current>, stream: TcpStream, peer: SocketAddr, tls: Option<TlsAcceptor>) {

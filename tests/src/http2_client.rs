@@ -210,9 +210,9 @@ impl Stream {
     pub fn finish(&mut self, trailers: HeaderMap) -> Result<()> {
         let mut out = self.out.take().context("the body is not the caller's to send")?;
         if trailers.is_empty() {
-            out.send_data(Bytes::new(), true)?
+            out.send_data(Bytes::new(), true)?;
         } else {
-            out.send_trailers(trailers)?
+            out.send_trailers(trailers)?;
         }
         self.sent = Instant::now();
         Ok(())

@@ -704,7 +704,7 @@ fn off_is_a_decision_timeout() {
 fn a_client_certificate_is_checked_together_with_its_key() {
     let folder = tempfile::tempdir().unwrap();
     let (path, write) = (folder.path().join("penstock.toml"), |name: &str, text: &str| {
-        std::fs::write(folder.path().join(name), text).unwrap()
+        std::fs::write(folder.path().join(name), text).unwrap();
     });
     write(
         "penstock.toml",

@@ -98,7 +98,7 @@ impl Shown {
         let (address, authority) = (self.replica.address, &self.replica.authority);
         match state {
             State::Unknown | State::Serving => {
-                tracing::info!(%address, %authority, state = state.label(), "EPP replica")
+                tracing::info!(%address, %authority, state = state.label(), "EPP replica");
             }
             State::NotServing | State::Unreachable => {
                 tracing::warn!(%address, %authority, state = state.label(), "EPP replica");
