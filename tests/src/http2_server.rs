@@ -168,8 +168,9 @@ async fn listen(options: Http2Options) -> Result<Arc<Shared>> {
 }
 
 /// One connection to its end.
-async fn connection(tcp: TcpStream, shared: &Arc<Shared>) -> Result<(), h2::Error> {
+async fn connection(tcp: TcpStream, shared: &Arc<Shared>) -> Result<()> {
     let _ = tcp.set_nodelay(true);
+    let (tcp, kept) = kept(tcp)?;
     let options = &shared.options;
     let mut builder = h2::server::Builder::new();
     builder
@@ -192,7 +193,12 @@ async fn connection(tcp: TcpStream, shared: &Arc<Shared>) -> Result<(), h2::Erro
             }
             accepted = connection.accept() => accepted,
         };
-        let Some(accepted) = accepted else { return Ok(()) };
+        let Some(accepted) = accepted else {
+            // Closing before the peer does, with frames of its own unread, would take back what is still on its way.
+            drop(connection);
+            read_out(kept).await?;
+            return Ok(());
+        };
         let (request, mut respond) = accepted?;
         if shared.refused.load(Ordering::Relaxed) < options.refuses {
             shared.refused.fetch_add(1, Ordering::Relaxed);
@@ -202,4 +208,18 @@ async fn connection(tcp: TcpStream, shared: &Arc<Shared>) -> Result<(), h2::Erro
         count += 1;
         tokio::spawn(stream::serve(Arc::clone(shared), request, respond, count, close.clone()));
     }
+}
+
+/// The connection, and another handle to it.
+fn kept(tcp: TcpStream) -> std::io::Result<(TcpStream, std::net::TcpStream)> {
+    let tcp = tcp.into_std()?;
+    let kept = tcp.try_clone()?;
+    Ok((TcpStream::from_std(tcp)?, kept))
+}
+
+/// Waits for the peer to end the connection.
+async fn read_out(tcp: std::net::TcpStream) -> std::io::Result<()> {
+    let mut tcp = TcpStream::from_std(tcp)?;
+    tokio::io::copy(&mut tcp, &mut tokio::io::sink()).await?;
+    Ok(())
 }

@@ -100,26 +100,20 @@ where
         .keep_alive_interval(PING)
         .keep_alive_timeout(PONG)
         .serve_connection(io, service);
-    let mut connection = pin!(connection);
-    let ended = tokio::select! {
-        ended = connection.as_mut() => Some(ended),
-        () = worker.shared.draining.cancelled() => None,
-        () = activity.idle(config.timeouts.keep_alive) => {
-            worker.shared.metrics.client_idle_closed();
-            None
+    let ended = async {
+        let mut connection = pin!(connection);
+        tokio::select! {
+            ended = connection.as_mut() => return ended,
+            () = worker.shared.draining.cancelled() => {}
+            () = activity.idle(config.timeouts.keep_alive) => worker.shared.metrics.client_idle_closed(),
         }
+        connection.as_mut().graceful_shutdown();
+        connection.await
     };
-    let ended = match ended {
-        Some(ended) => ended,
-        None => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
-        }
-    };
-    if let Err(error) = ended {
+    if let Err(error) = ended.await {
         tracing::debug!(%peer, %error, "HTTP/2 connection");
     }
-    // Each knows that its client has what it gets, and is accounted for by now or soon.
+    // With the connection gone, what still runs ends; and it is accounted for.
     requests.close();
     requests.wait().await;
 }
