@@ -12,7 +12,7 @@ mod respond;
 use std::net::SocketAddr;
 
 use bytes::Bytes;
-use http::{HeaderValue, Method, request};
+use http::{HeaderValue, Method, request, uri::Scheme};
 use tokio::time::{Instant, timeout_at};
 
 use self::{
@@ -143,6 +143,9 @@ async fn take(
     let naming = |has_body| Naming::new(&config.bbr, &request.parts.headers, has_body, &worker.shared.metrics);
     let mut upload = Upload::new(body, &config.limits, naming, config.timeouts.body)?;
     let arrival = Arrival { client: peer.ip(), version: request.parts.version, tls: client.is_tls() };
+    if arrival.tls {
+        request.parts.extensions.insert(Scheme::HTTPS);
+    }
     let headers = &mut request.parts.headers;
     for control in worker.shared.pick_headers.iter().chain([&config.bbr.base_model_header]) {
         // A client's copy is removed whichever pool the request goes to.

@@ -6,7 +6,7 @@
 use std::net::SocketAddr;
 
 use bytes::Bytes;
-use http::HeaderMap;
+use http::{HeaderMap, uri::Scheme};
 use penstock_proto::{
     core::{self, HeaderValue, Metadata},
     ext_proc::{BodySendMode, HttpBody, HttpHeaders, ProtocolConfiguration, processing_request::Request},
@@ -22,7 +22,7 @@ const SUBSET: &str = "x-gateway-destination-endpoint-subset";
 const LB: &str = "envoy.lb";
 const LB_SUBSET: &str = "envoy.lb.subset_hint";
 
-/// The head of a request. `:authority` stands for `host`, as HTTP/2 has it.
+/// The head of a request. `:authority` stands for `host`, as HTTP/2 has it; `:scheme` is that of the extensions, else `http`.
 pub fn request_head(request: &http::request::Parts, end_of_stream: bool) -> Request {
     let uri = &request.uri;
     let host = request.headers.get(http::header::HOST);
@@ -30,11 +30,12 @@ pub fn request_head(request: &http::request::Parts, end_of_stream: bool) -> Requ
         .authority()
         .map(|a| Bytes::copy_from_slice(a.as_str().as_bytes()))
         .or_else(|| host.map(|value| Bytes::copy_from_slice(value.as_bytes())));
+    let scheme = request.extensions.get().unwrap_or(&Scheme::HTTP);
     let path = uri.path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
     let mut headers = vec![
         header(":method", Bytes::copy_from_slice(request.method.as_str().as_bytes())),
         header(":path", Bytes::copy_from_slice(path.as_bytes())),
-        header(":scheme", Bytes::copy_from_slice(uri.scheme_str().unwrap_or("http").as_bytes())),
+        header(":scheme", Bytes::copy_from_slice(scheme.as_str().as_bytes())),
     ];
     headers.extend(authority.map(|authority| header(":authority", authority)));
     headers.extend(fields(&request.headers).filter(|field| field.key != "host"));

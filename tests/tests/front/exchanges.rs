@@ -437,6 +437,7 @@ pub(crate) async fn fields_are_fit_to_travel(front: Front, back: Back) {
     }
     let told = scene.epp.streams()[0].request_headers();
     assert_eq!(header(&told, ":authority"), Some("llm.example"));
+    assert_eq!(header(&told, ":scheme"), Some(if tls { "https" } else { "http" }));
 }
 
 pub(crate) async fn the_idle_time_of_a_response(front: Front, back: Back) {
