@@ -28,7 +28,7 @@ pub enum Coding {
 pub struct Frames<'a> {
     pub client: &'a mut Client,
     pub body: &'a mut ResponseBody,
-    /// The response head for an HTTP/1.1 client; goes out with the first bytes of the body.
+    /// The response head for an HTTP/1.1 client; goes out at once, because the first byte of the body may take its time.
     pub lead: BytesMut,
     pub coding: Coding,
     pub tee: Option<&'a RefCell<Tee>>,
@@ -40,6 +40,14 @@ impl Frames<'_> {
     /// Delivers the whole body.
     pub async fn run(&mut self) -> End {
         let mut trailers = BytesMut::new();
+        if let Client::Http1(socket) = &mut *self.client
+            && !self.body.is_done()
+        {
+            let head = std::mem::take(&mut self.lead);
+            if let Err(end) = within(self.idle, socket.write_all(&head)).await {
+                return end;
+            }
+        }
         loop {
             let piece = tokio::select! {
                 biased;
@@ -75,7 +83,7 @@ impl Frames<'_> {
         match self.client {
             Client::Http2(stream) => within(self.idle, stream.data(data)).await,
             Client::Http1(socket) => {
-                let mut out = std::mem::take(&mut self.lead);
+                let mut out = BytesMut::new();
                 match self.coding {
                     Coding::Plain => out.put_slice(&data),
                     Coding::Chunked => {

@@ -12,7 +12,7 @@ use tokio::{
     time::Instant,
 };
 
-use super::{Account, End};
+use super::{Account, End, within};
 use crate::{
     client::ClientSocket,
     endpoint::connection::{EndpointConnection, Reader},
@@ -24,8 +24,10 @@ const READ: usize = 16 * 1024;
 pub struct Tunnel<'a> {
     pub client: &'a mut ClientSocket,
     pub endpoint: &'a mut EndpointConnection,
-    /// The response head, and what has been read behind it.
+    /// The response head.
     pub lead: BytesMut,
+    /// Read behind it.
+    pub pending: BytesMut,
     /// Longest time without a byte either way.
     pub idle: Option<Duration>,
     /// `relayed` is what went to the client.
@@ -41,10 +43,11 @@ enum Broken {
 impl Tunnel<'_> {
     pub async fn run(&mut self) -> End {
         let first = monotonic_ns();
-        if self.client.write_all(&self.lead).await.is_err() {
-            return End::ClientGone;
+        self.lead.extend_from_slice(&self.pending);
+        if let Err(end) = within(self.idle, self.client.write_all(&self.lead)).await {
+            return end;
         }
-        let (active, up, down) = (Cell::new(Instant::now()), Cell::new(0), Cell::new(self.lead.len() as u64));
+        let (active, up, down) = (Cell::new(Instant::now()), Cell::new(0), Cell::new(self.pending.len() as u64));
         let (mut read, early, mut write) = self.client.split();
         let Ok((from, mut to)) = self.endpoint.split() else { return End::Broken };
         let note = |count: &Cell<u64>, n: usize| {

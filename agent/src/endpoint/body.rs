@@ -45,14 +45,6 @@ fn broken(what: &'static str) -> io::Error {
 }
 
 impl ResponseBody {
-    /// The connection, where it is this request's alone.
-    pub fn connection(&self) -> Option<&EndpointConnection> {
-        match self {
-            Self::Http1 { connection, .. } => Some(connection),
-            Self::Http2 { .. } => None,
-        }
-    }
-
     /// Nothing follows the head.
     pub fn is_done(&self) -> bool {
         match self {

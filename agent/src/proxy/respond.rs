@@ -189,12 +189,12 @@ async fn tunnel(
 ) -> Carried {
     let mut lead = BytesMut::with_capacity(1024);
     head.write_head(&mut lead, true, request.parts.version);
-    lead.unsplit(std::mem::take(pending));
     // Only the ends of both directions are an end in order.
     client.reset_on_close();
     endpoint.reset_on_close();
     let idle = worker.shared.config.timeouts.idle;
-    let mut tunnel = Tunnel { client, endpoint, lead, idle, account: Account::default() };
+    let pending = std::mem::take(pending);
+    let mut tunnel = Tunnel { client, endpoint, lead, pending, idle, account: Account::default() };
     let end = tokio::select! {
         biased;
         end = tunnel.run() => Ok(end),

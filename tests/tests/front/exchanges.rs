@@ -135,6 +135,18 @@ pub(crate) async fn events_arrive_as_they_are_sent(front: Front, back: Back) {
     assert_eq!(scene.endpoint.aborted(), 0);
 }
 
+/// A model may think for long before its first byte; that it has begun is told at once.
+pub(crate) async fn the_head_does_not_wait_for_the_body(front: Front, back: Back) {
+    let scene = Scene::new(front, back).await;
+    let fault = Some(Fault { after: 0, kind: FaultKind::Stall });
+    for framing in [Framing::ContentLength, Framing::Chunked] {
+        let plan = Plan { framing, size: 1000, fault, ..Plan::default() };
+        let mut client = scene.client().await;
+        client.send(&plan.request()).await.unwrap();
+        assert_eq!(client.head().await.unwrap().status, 200, "{framing:?}");
+    }
+}
+
 pub(crate) async fn lengths_and_trailers(front: Front, back: Back) {
     let scene = Scene::new(front, back).await;
     let mut client = scene.client().await;

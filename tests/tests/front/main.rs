@@ -39,6 +39,7 @@ between_every_pair! {
     twenty_mebibytes_each_way
     uploads_in_pieces
     events_arrive_as_they_are_sent
+    the_head_does_not_wait_for_the_body
     lengths_and_trailers
     heads_without_a_body
     a_body_without_a_length
