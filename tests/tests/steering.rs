@@ -354,7 +354,7 @@ async fn a_span_tells_what_the_kernel_carried() {
         config.tracing.otlp_endpoint = Some(collector.url());
         config.tracing.export_interval = Duration::from_millis(5);
     });
-    let fault = Some(Fault { after: 50_000, kind: FaultKind::StallMs(50) });
+    let fault = Some(Fault { after: 50_000, kind: FaultKind::StallMs(400) });
     let plan = Plan { framing: Framing::Chunked, size: 100_000, fault, ..Plan::default() };
     let mut client = Client::connect(agent.addr).await.unwrap();
     let response = client.request(&plan.request()).await.unwrap();
@@ -364,5 +364,6 @@ async fn a_span_tells_what_the_kernel_carried() {
     let span = spans.iter().find(|span| span.name == "GET").unwrap();
     assert_eq!((span.get("penstock.carried_by"), span.get("penstock.reason")), ("ingress", "ok"));
     let (_, first_byte, _) = span.events[0];
-    assert!(span.begin < first_byte && first_byte + 50_000_000 <= span.end, "{span:?}");
+    // The endpoint's pause begins before anybody sees its first byte, so only most of it lies between that and the end.
+    assert!(span.begin < first_byte && first_byte + 200_000_000 <= span.end, "{span:?}");
 }
