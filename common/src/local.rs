@@ -2,7 +2,7 @@
 //!
 //! Given the connection's slot and the message's length, it leaves the message to the endpoint's own connection or has it put
 //! into the client's send queue, and keeps the books. A redirect happens only when user space has consumed every byte that
-//! the endpoint has sent over its connection (then `write_seq` is what the agent has read), everything redirected before has
+//! the endpoint has sent over its connection (then `write_seq` is what the agent knows of), everything redirected before has
 //! arrived (the target's `write_seq` says so: what the program counted may have met an error after it had run), the bytes
 //! lie inside the message, and the client's send buffer has room. Any other outcome stops steering until the agent arms
 //! again. The kernel serialises calls for one connection by its socket lock (`tcp_bpf_sendmsg`), and releases that between
@@ -22,9 +22,11 @@ pub trait Message: Kernel {
     fn keeps_account(&mut self) -> bool;
 }
 
-/// Room that a message takes in a send queue beside its bytes: an skb's own memory for each 64 KiB, and some for the first.
+/// Room that a message may take in a send queue beside its bytes. The transfer goes by pieces of up to 32 KiB, and after each
+/// the target's socket may send, and split what it sends for a small window: each split costs an skb's own memory, some
+/// 2 KiB (`tcp_bpf_push`, `tso_fragment`). What does not fit would be taken in part.
 const fn overhead(len: u32) -> i64 {
-    4096 + len as i64 / 16
+    8192 + len as i64 / 2
 }
 
 /// Decides on a message of `len` bytes. It goes its ordinary way unless [`Kernel::redirect`] took it.
