@@ -15,6 +15,7 @@ use tracing_subscriber::EnvFilter;
 pub struct TestAgent {
     pub agent: Agent,
     pub addr: SocketAddr,
+    config: Config,
 }
 
 /// One pool over `endpoints`, picked by the built-in picker.
@@ -49,12 +50,18 @@ impl TestAgent {
         adjust(&mut config);
         let wants_kernel = config.steering.mode != SteeringMode::Off;
         // The self-test has a runtime of its own, which cannot be started inside the test's.
-        let start = std::thread::spawn(|| Agent::start(config));
+        let begun = config.clone();
+        let start = std::thread::spawn(|| Agent::start(begun));
         let agent = start.join().expect("the agent's start does not panic").expect("the agent starts");
         if wants_kernel && !matches!(agent.steering(), Steering::Active(_)) {
             panic!("this test needs the kernel: {}", agent.steering().describe());
         }
-        Self { addr: agent.address(), agent }
+        Self { addr: agent.address(), agent, config }
+    }
+
+    /// What it was started with.
+    pub fn config(&self) -> Config {
+        self.config.clone()
     }
 
     /// Sum of the samples of a metric whose labels contain all of `labels` (`path="ingress"`); 0 when there is none.
@@ -68,6 +75,11 @@ impl TestAgent {
             .map(|path| self.count("penstock_body_bytes_total", &[&format!("path=\"{path}\"")]))
             .iter()
             .sum()
+    }
+
+    /// Bytes from clients, behind a switch of protocols or to an endpoint that they stay with, that the kernel has carried.
+    pub fn steered_up(&self) -> u64 {
+        self.count("penstock_upstream_bytes_total", &[r#"path="ingress""#])
     }
 
     /// As [`Self::metric`], of a counter.

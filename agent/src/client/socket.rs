@@ -38,6 +38,9 @@ pub struct ClientSocket {
     source: Option<Source>,
 }
 
+/// A connection, what has been read of it, and what the kernel knows of it.
+pub type TunnelEnd<'a> = (&'a TcpStream, BytesMut, Option<&'a Source>);
+
 enum Stream {
     Plain(TcpStream),
     /// Cannot be a target of the kernel's, which would send plain bytes.
@@ -128,20 +131,28 @@ impl ClientSocket {
 
     /// The connection as it is, unless it speaks TLS, and what has been read of it already, for someone who keeps an account of
     /// their own. With `steering` what the client sends from now on is looked at by the kernel, where that can be.
-    pub fn tunnel(&mut self, steering: Option<&Rc<WorkerSteering>>) -> Option<(&TcpStream, BytesMut, Option<&Source>)> {
+    pub fn tunnel(&mut self, steering: Option<&Rc<WorkerSteering>>) -> io::Result<TunnelEnd<'_>> {
         if self.is_tls() {
-            return None;
+            return Err(io::ErrorKind::Unsupported.into());
         }
         if let Some(steering) = steering {
             // What has arrived has to be read whole before: the kernel would send what is read in part a second time.
-            while matches!(self.read_now(AHEAD), Ok(1..)) && self.buf.len() < EARLY {}
+            while self.buf.len() < EARLY {
+                match self.read_now(AHEAD) {
+                    Ok(0) => break,
+                    Ok(_) => {}
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                    // Whoever reads next would take it for an end in order.
+                    Err(error) => return Err(error),
+                }
+            }
             let drained = self.buf.len() < EARLY;
             self.source = if drained { steering.announce_source(self.stream()).ok() } else { None };
             // A client that has closed its side already is refused.
             self.source = self.source.take().filter(|source| source.insert(self.stream()).is_ok());
         }
         let early = std::mem::take(&mut self.buf);
-        Some((self.stream.tcp(), early, self.source.as_ref()))
+        Ok((self.stream.tcp(), early, self.source.as_ref()))
     }
 
     /// Both directions at once, and what has been read already. The kernel's account ends here: no more is to be redirected.

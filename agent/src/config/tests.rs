@@ -188,6 +188,9 @@ fn every_setting_is_read() {
         ejection = { failures = 0, base = "1s", max = "2s", max_percent = 100, server_errors = true }
         health = { path = "/live?full=1", interval = "1s", timeout = "2s", unhealthy_after = 4, healthy_after = 5 }
         app_protocol = "h2c"
+        pick_per = "lease"
+        pin = { age = "off" }
+        lease = { time = "1s", requests = 2 }
         failure_mode = "open"
         default_upstream = "127.0.0.2:1"
         passthrough = true
@@ -236,6 +239,9 @@ fn every_setting_is_read() {
         endpoints_file: Some("/etc/endpoints.json".into()),
         ports: vec![8000, 8001],
         app_protocol: AppProtocol::H2c,
+        pick_per: PickPer::Lease,
+        pin: PinLimits { age: None },
+        lease: LeaseLimits { time: Duration::from_secs(1), requests: 2 },
         failure_mode: FailureMode::Open,
         default_upstream: Some("127.0.0.2:1".parse().unwrap()),
         passthrough: true,

@@ -69,10 +69,12 @@ impl Tunnel<'_> {
     }
 
     async fn in_kernel(&mut self, over: impl Future<Output = ()>) -> io::Result<End> {
-        within(None, self.client.settle()).await.map_err(|_| io::ErrorKind::BrokenPipe)?;
+        if self.client.settle().await.is_err() {
+            return Ok(End::ClientGone);
+        }
         let (moved, stop, idle) = (Cell::new(monotonic_ns()), CancellationToken::new(), self.idle);
         let steering = self.up.as_ref().map(|up| &up.steering);
-        let Some((client, early, source)) = self.client.tunnel(steering) else { return Ok(End::ClientGone) };
+        let Ok((client, early, source)) = self.client.tunnel(steering) else { return Ok(End::ClientGone) };
         let (from, endpoint) = self.endpoint.split()?;
         let mut up_target = None;
         if let (Some(up), Some(_)) = (&self.up, source) {

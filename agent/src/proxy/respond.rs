@@ -7,7 +7,7 @@ use bytes::{Bytes, BytesMut};
 use http::header;
 use tokio::time::Instant;
 
-use super::{After, Request, immediate, pick::Picked};
+use super::{After, Pin, Request, immediate, pick::Picked};
 use crate::{
     client::{Client, ClientSocket},
     config::{self, SteeringMode},
@@ -120,7 +120,13 @@ pub(super) async fn respond(
             picked.finish(rest);
             if let ResponseBody::Http1 { mut connection, .. } = body {
                 connection.set_resting(true);
-                if reusable && head.keep_alive {
+                let kept = reusable && head.keep_alive;
+                let pins = worker.shared.config.pools[request.pool].pick_per == config::PickPer::Connection;
+                if kept && pins && carried.keep_alive && matches!(client, Client::Http1(_)) {
+                    let pin = Pin { endpoint: connection, pool: request.pool, target: request.target };
+                    return Ok(After::Pinned(Box::new(pin)));
+                }
+                if kept {
                     worker.endpoints.put(connection);
                 }
             }
@@ -206,7 +212,7 @@ async fn tunnel(
 }
 
 /// What in the kernel is to carry either direction of a tunnel, and the path of what the client gets.
-fn lanes(
+pub(super) fn lanes(
     worker: &Worker,
     client: &mut ClientSocket,
     target: Option<u64>,
