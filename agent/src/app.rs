@@ -22,11 +22,11 @@ use crate::{
     control::{self, Control},
     dns::Dns,
     endpoint::discovery::Discovery,
-    metrics::{self, Metrics},
+    ladder::Ladder,
+    metrics::Metrics,
     picker::tend::tend,
     readiness::{Gate, Readiness},
     reload::{self, ReloadError},
-    selftest,
     shared::{Shared, names},
     site::{self, Listener},
     steer::Steering,
@@ -50,7 +50,7 @@ pub struct Agent {
     certificate: Option<Arc<Certificate>>,
     address: SocketAddr,
     tls_address: Option<SocketAddr>,
-    steering: Steering,
+    ladder: Ladder,
     /// Outlives the workers, whose last spans it sends.
     exporter: Option<Exporter>,
 }
@@ -78,16 +78,9 @@ impl Agent {
         let certificate = config.listen.tls.as_ref().map(Certificate::read).transpose()?;
         let beside = beside(&shared, certificate.as_ref(), Some(&readiness))?;
 
-        let steering = selftest::start(&config.steering);
-        metrics.set_steering_path(
-            metrics::Path::Ingress,
-            matches!(steering, Steering::Active(_)),
-            &steering.describe(),
-        );
-        match &steering {
-            Steering::Unavailable(_) => tracing::warn!("{}", steering.describe()),
-            _ => tracing::info!("{}", steering.describe()),
-        }
+        let ladder = Ladder::climb(&config.steering);
+        ladder.announce(metrics);
+        let steering = ladder.steering();
 
         let listening = |address| listen(address, count).with_context(|| format!("listening on {address}"));
         let plain = listening(config.listen.address)?;
@@ -102,10 +95,9 @@ impl Agent {
                 worker.push((socket, Some(acceptor.clone())));
             }
         }
-        let status = steering.describe();
-        let admin =
-            admin::start(config.admin.address, Arc::clone(metrics), readiness.clone(), move || vec![status.clone()])
-                .with_context(|| format!("the admin server on {}", config.admin.address))?;
+        let status = ladder.lines();
+        let admin = admin::start(config.admin.address, Arc::clone(metrics), readiness.clone(), move || status.clone())
+            .with_context(|| format!("the admin server on {}", config.admin.address))?;
 
         let (updates, _) = watch::channel(Arc::clone(&shared));
         let mut workers = Vec::with_capacity(count);
@@ -132,7 +124,7 @@ impl Agent {
             certificate,
             address,
             tls_address,
-            steering,
+            ladder,
             exporter,
         })
     }
@@ -151,8 +143,13 @@ impl Agent {
         self.admin.local_addr()
     }
 
-    pub fn steering(&self) -> &Steering {
-        &self.steering
+    pub fn steering(&self) -> Steering {
+        self.ladder.steering()
+    }
+
+    /// What the kernel has proven.
+    pub fn ladder(&self) -> &Ladder {
+        &self.ladder
     }
 
     pub fn metrics(&self) -> Arc<Metrics> {

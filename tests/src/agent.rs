@@ -52,7 +52,7 @@ impl TestAgent {
         let start = std::thread::spawn(|| Agent::start(config));
         let agent = start.join().expect("the agent's start does not panic").expect("the agent starts");
         if wants_kernel && !matches!(agent.steering(), Steering::Active(_)) {
-            panic!("this test needs the kernel: {}", agent.steering().describe());
+            panic!("this test needs the kernel: {}", agent.ladder().describe());
         }
         Self { addr: agent.address(), agent }
     }

@@ -1,6 +1,9 @@
 //! The agent as a process of its own, for tests that measure it, signal it or kill it.
 
-use std::{collections::HashSet, net::SocketAddr, process::Command, time::Duration};
+use std::{
+    collections::HashSet, fs::Permissions, net::SocketAddr, os::unix::fs::PermissionsExt as _, process::Command,
+    time::Duration,
+};
 
 use anyhow::{Context, Result, ensure};
 use tempfile::NamedTempFile;
@@ -22,9 +25,34 @@ impl AgentProcess {
     /// Starts `penstock run` at `listen` (port 0 takes a free one) over one pool; `settings` are further sections of the
     /// configuration, and `steering` is its mode. Fails with the reason on a machine that cannot steer as asked.
     pub async fn start(listen: SocketAddr, endpoint: SocketAddr, steering: &str, settings: &str) -> Result<Self> {
+        let agent = Self::start_through(&[], listen, endpoint, steering, settings).await?;
+        let wanted = if steering == "off" { "steering: off" } else { "steering: active" };
+        let output = agent.process.output();
+        ensure!(output.iter().any(|line| line.contains(wanted)), "this test needs the kernel: {output:#?}");
+        Ok(agent)
+    }
+
+    /// As [`start`](Self::start) through another command, such as `setpriv`, whatever the kernel lets it do. Every user can read
+    /// its configuration.
+    pub async fn start_through(
+        through: &[&str],
+        listen: SocketAddr,
+        endpoint: SocketAddr,
+        steering: &str,
+        settings: &str,
+    ) -> Result<Self> {
         let config = NamedTempFile::new()?;
         std::fs::write(config.path(), text(listen, endpoint, steering, settings))?;
-        let mut command = Command::new(Process::binary("penstock")?);
+        config.as_file().set_permissions(Permissions::from_mode(0o644))?;
+        let binary = Process::binary("penstock")?;
+        let mut command = match through {
+            [program, arguments @ ..] => {
+                let mut command = Command::new(program);
+                command.args(arguments).arg(binary);
+                command
+            }
+            [] => Command::new(binary),
+        };
         command.args(["run", "--log-format", "json", "--log", "info,penstock::access=off", "--config"]);
         command.arg(config.path());
         let mut process = Process::spawn(command)?;
@@ -35,9 +63,6 @@ impl AgentProcess {
             text.parse().with_context(|| format!("{name} in {line}"))
         };
         let (addr, admin) = (address("address")?, address("admin")?);
-        let wanted = if steering == "off" { "steering: off" } else { "steering: active" };
-        let output = process.output();
-        ensure!(output.iter().any(|line| line.contains(wanted)), "this test needs the kernel: {output:#?}");
         Ok(Self { process, addr, admin, config, listen, steering: steering.to_owned() })
     }
 

@@ -1,0 +1,278 @@
+//! The ladder of paths: which of them this kernel has proven at the start, best first, and why not the others.
+//!
+//! Given the settings, it loads the kernel program and has each path prove itself. User space carries what no path does, so
+//! nothing here is an error of the start: a path that is missing or fails is off, with its reason.
+
+use std::{error::Error, sync::Arc};
+
+use caps::Capability;
+
+use crate::{
+    capability,
+    config::{self, SteeringMode},
+    kernel::{Kernel, version},
+    metrics::{Metrics, Path},
+    selftest::{self, Case, Check},
+    steer::Steering,
+};
+
+/// A path that the kernel may have.
+struct Entry {
+    path: Path,
+    /// Why it cannot even be tried.
+    available: fn(&Kernel) -> Result<(), Arc<str>>,
+    cases: &'static [Case],
+}
+
+/// Best first.
+const PATHS: &[Entry] = &[Entry { path: Path::Ingress, available: |_| Ok(()), cases: selftest::INGRESS }];
+
+pub struct Ladder {
+    pub program: Program,
+    /// One for each path, best first.
+    pub rungs: Vec<Rung>,
+    /// The release of a kernel that would have been refused.
+    pub forced: Option<String>,
+}
+
+/// The kernel program.
+pub enum Program {
+    Loaded(Arc<Kernel>),
+    /// Not asked for: the settings say that user space carries everything.
+    Off,
+    /// Not tried on this kernel.
+    Refused(Arc<str>),
+    Failed(Arc<str>),
+}
+
+pub struct Rung {
+    pub path: Path,
+    /// What was tried; empty where nothing was.
+    pub checks: Vec<Check>,
+    pub state: State,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum State {
+    Ready,
+    Off(Arc<str>),
+}
+
+impl Ladder {
+    /// Blocks while the kernel proves itself, on a runtime of its own: not to be called on one.
+    pub fn climb(config: &config::Steering) -> Self {
+        Self::climb_on(&version::release(), config)
+    }
+
+    fn climb_on(release: &str, config: &config::Steering) -> Self {
+        if config.mode == SteeringMode::Off {
+            return Self::without(Program::Off, &"configured".into());
+        }
+        let sound = version::is_sound(release);
+        if !sound && !config.force {
+            let why =
+                format!("kernel {release} may lose or repeat bytes in sockmap; --force steers all the same").into();
+            return Self::without(Program::Refused(Arc::clone(&why)), &why);
+        }
+        let kernel = match Kernel::load(config.max_flows) {
+            Ok(kernel) => Arc::new(kernel),
+            Err(error) => {
+                let why = failure(&error, &capability::missing()).into();
+                return Self::without(Program::Failed(Arc::clone(&why)), &why);
+            }
+        };
+        let rungs = PATHS.iter().map(|entry| Rung::prove(entry, &kernel)).collect();
+        Self { program: Program::Loaded(kernel), rungs, forced: (!sound).then(|| release.to_owned()) }
+    }
+
+    /// No path, for the same reason.
+    fn without(program: Program, why: &Arc<str>) -> Self {
+        let off = |entry: &Entry| Rung { path: entry.path, checks: Vec::new(), state: State::Off(Arc::clone(why)) };
+        Self { program, rungs: PATHS.iter().map(off).collect(), forced: None }
+    }
+
+    pub fn is_ready(&self, path: Path) -> bool {
+        self.rungs.iter().any(|rung| rung.path == path && rung.state == State::Ready)
+    }
+
+    /// What workers go by.
+    pub fn steering(&self) -> Steering {
+        match &self.program {
+            Program::Off => Steering::Off,
+            Program::Loaded(kernel) if self.rungs.iter().any(|rung| rung.state == State::Ready) => {
+                Steering::Active(Arc::clone(kernel))
+            }
+            _ => Steering::Unavailable(self.why().into()),
+        }
+    }
+
+    /// Why no path is ready.
+    fn why(&self) -> String {
+        if let Program::Refused(why) | Program::Failed(why) = &self.program {
+            return why.to_string();
+        }
+        self.rungs.iter().map(Rung::describe).collect::<Vec<_>>().join("; ")
+    }
+
+    /// One line for logs.
+    pub fn describe(&self) -> String {
+        if let Program::Off = self.program {
+            return "steering: off (configured)".to_owned();
+        }
+        let ready = self.rungs.iter().filter(|rung| rung.state == State::Ready).map(|rung| rung.path.as_str());
+        let ready = ready.collect::<Vec<_>>().join(", ");
+        match &self.forced {
+            _ if ready.is_empty() => format!("steering: unavailable: {}", self.why()),
+            None => format!("steering: active ({ready})"),
+            Some(release) => {
+                format!("steering: active ({ready}), forced on kernel {release}, which may lose or repeat bytes")
+            }
+        }
+    }
+
+    /// The lines of `/readyz?verbose`: the whole, then each path.
+    pub fn lines(&self) -> Vec<String> {
+        let paths = self.rungs.iter().map(|rung| format!("path {}", rung.describe()));
+        std::iter::once(self.describe()).chain(paths).collect()
+    }
+
+    /// Says it once, in the log and in the metrics.
+    pub fn announce(&self, metrics: &Metrics) {
+        let wanted = !matches!(self.program, Program::Off);
+        if self.forced.is_some() || matches!(self.steering(), Steering::Unavailable(_)) {
+            tracing::warn!("{}", self.describe());
+        } else {
+            tracing::info!("{}", self.describe());
+        }
+        for rung in &self.rungs {
+            let (ready, reason) = match (&rung.state, &self.forced) {
+                (State::Off(why), _) => (false, why.to_string()),
+                (State::Ready, None) => (true, "passed".to_owned()),
+                (State::Ready, Some(release)) => (true, format!("passed, forced on kernel {release}")),
+            };
+            if wanted && !ready && matches!(self.program, Program::Loaded(_)) {
+                tracing::warn!("path {}", rung.describe());
+            }
+            metrics.set_steering_path(rung.path, ready, &reason);
+        }
+    }
+}
+
+impl Rung {
+    fn prove(entry: &Entry, kernel: &Arc<Kernel>) -> Self {
+        let mut rung = Self { path: entry.path, checks: Vec::new(), state: State::Ready };
+        if let Err(why) = (entry.available)(kernel) {
+            rung.state = State::Off(why);
+            return rung;
+        }
+        match selftest::prove(kernel, entry.cases) {
+            Ok(checks) => rung.checks = checks,
+            Err(error) => rung.state = State::Off(format!("the self-test cannot be run: {error:#}").into()),
+        }
+        let failed = rung.checks.iter().find_map(|check| Some((check.case, check.failure.as_ref()?)));
+        if let Some((case, failure)) = failed {
+            rung.state = State::Off(format!("self-test: {case}: {failure}").into());
+        }
+        rung
+    }
+
+    pub fn describe(&self) -> String {
+        match &self.state {
+            State::Ready => format!("{}: ready", self.path.as_str()),
+            State::Off(why) => format!("{}: off: {why}", self.path.as_str()),
+        }
+    }
+}
+
+/// Why the program is not loaded: what this process lacks, what was tried, and the kernel's own word.
+fn failure(error: &dyn Error, missing: &[Capability]) -> String {
+    let mut text = error.to_string();
+    if !missing.is_empty() {
+        let names: Vec<_> = missing.iter().map(ToString::to_string).collect();
+        text = format!("this process lacks {}: {text}", names.join(", "));
+    }
+    let last = std::iter::successors(error.source(), |&error| error.source()).last().map(ToString::to_string);
+    match last {
+        Some(last) if !text.contains(&last) => format!("{text}: {last}"),
+        _ => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> config::Steering {
+        config::Steering { max_flows: 64, ..config::Steering::default() }
+    }
+
+    #[test]
+    fn every_path_is_ready_on_this_kernel() {
+        let ladder = Ladder::climb(&config());
+        assert_eq!(ladder.describe(), "steering: active (ingress)");
+        assert_eq!(ladder.lines()[1..], ["path ingress: ready"]);
+        assert!(ladder.is_ready(Path::Ingress) && matches!(ladder.steering(), Steering::Active(_)));
+        assert_eq!(ladder.rungs[0].checks.len(), selftest::INGRESS.len());
+    }
+
+    #[test]
+    fn a_kernel_that_loses_bytes_is_refused_unless_forced() {
+        let refused = Ladder::climb_on("6.1.0-9-amd64", &config());
+        assert!(matches!(refused.program, Program::Refused(_)) && !refused.is_ready(Path::Ingress));
+        let why = "kernel 6.1.0-9-amd64 may lose or repeat bytes in sockmap; --force steers all the same";
+        assert_eq!(refused.lines(), [format!("steering: unavailable: {why}"), format!("path ingress: off: {why}")]);
+
+        let forced = Ladder::climb_on("6.1.0-9-amd64", &config::Steering { force: true, ..config() });
+        assert!(forced.is_ready(Path::Ingress) && matches!(forced.steering(), Steering::Active(_)));
+        let said = "steering: active (ingress), forced on kernel 6.1.0-9-amd64, which may lose or repeat bytes";
+        assert_eq!(forced.describe(), said);
+
+        let metrics = Metrics::new(&[]);
+        forced.announce(&metrics);
+        let text = metrics.encode();
+        let info = r#"penstock_steering_path_info{path="ingress",reason="passed, forced on kernel 6.1.0-9-amd64"} 1"#;
+        assert!(text.contains(info) && text.contains(r#"penstock_steering_path_active{path="ingress"} 1"#), "{text}");
+
+        // Force is for kernels that are in doubt, and changes nothing where none is.
+        let sound = Ladder::climb(&config::Steering { force: true, ..config() });
+        assert_eq!(sound.describe(), "steering: active (ingress)");
+    }
+
+    #[test]
+    fn a_path_that_fails_is_off_and_the_others_stay() {
+        let kernel = Arc::new(Kernel::load(64).expect("load"));
+        let missing = Entry { path: Path::Local, available: |_| Err("no cgroup".into()), cases: selftest::INGRESS };
+        let failing = Entry { path: Path::Local, available: |_| Ok(()), cases: selftest::FAILING };
+        for (entry, why) in [(missing, "no cgroup"), (failing, "self-test: bad: a hole at 7")] {
+            let rungs = vec![Rung::prove(&entry, &kernel), Rung::prove(&PATHS[0], &kernel)];
+            let ladder = Ladder { program: Program::Loaded(Arc::clone(&kernel)), rungs, forced: None };
+            assert_eq!(ladder.describe(), "steering: active (ingress)");
+            assert_eq!(ladder.lines()[1..], [format!("path local: off: {why}"), "path ingress: ready".to_owned()]);
+            let metrics = Metrics::new(&[]);
+            ladder.announce(&metrics);
+            let text = metrics.encode();
+            assert!(text.contains(r#"penstock_steering_path_active{path="local"} 0"#), "{text}");
+            assert!(
+                text.contains(&format!(r#"penstock_steering_path_info{{path="local",reason="{why}"}} 1"#)),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn without_capabilities_it_says_which_are_missing() {
+        let ladder = capability::with(&[Capability::CAP_BPF], || Ladder::climb(&config()));
+        let said = ladder.describe();
+        let lacks = "steering: unavailable: this process lacks CAP_NET_ADMIN, CAP_PERFMON: ";
+        assert!(said.starts_with(lacks) && said.contains("Operation not permitted"), "{said}");
+        assert_eq!(ladder.lines()[1], said.replace("steering: unavailable", "path ingress: off"));
+        assert!(matches!(ladder.program, Program::Failed(_)));
+    }
+
+    #[test]
+    fn off_is_off() {
+        let ladder = Ladder::climb(&config::Steering { mode: SteeringMode::Off, force: true, ..config() });
+        assert!(matches!(ladder.steering(), Steering::Off));
+        assert_eq!(ladder.lines(), ["steering: off (configured)", "path ingress: off: configured"]);
+    }
+}

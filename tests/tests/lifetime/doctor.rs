@@ -1,0 +1,121 @@
+//! What `penstock doctor` finds on this machine, and on machines that lack something; and an agent on a kernel that is known for
+//! losing bytes.
+
+use std::process::{Command, Output};
+
+use penstock_tests::{ModelServer, Process, agent_process::AgentProcess, model_server::Options};
+use serde_json::Value;
+
+use crate::{ANY_PORT, SOON};
+
+/// Runs it through another command, such as `setarch`.
+fn doctor(through: &[&str], arguments: &[&str]) -> Output {
+    let binary = Process::binary("penstock").unwrap();
+    let (program, before) = match through {
+        [program, before @ ..] => (program.as_ref(), before),
+        [] => (binary.as_os_str(), &[][..]),
+    };
+    let mut command = Command::new(program);
+    command.args(before);
+    if !through.is_empty() {
+        command.arg(&binary);
+    }
+    command.arg("doctor").args(arguments).output().unwrap()
+}
+
+fn document(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
+}
+
+/// The finding about `name`: whether it is well, what was found, and the advice.
+fn finding<'a>(document: &'a Value, name: &str) -> (bool, &'a str, Option<&'a str>) {
+    let machine = document["machine"].as_array().unwrap();
+    let found = machine.iter().find(|one| one["name"] == name).unwrap_or_else(|| panic!("no {name} in {document:#}"));
+    (found["ok"] == true, found["found"].as_str().unwrap(), found["advice"].as_str())
+}
+
+#[test]
+fn here_every_path_is_ready_and_every_check_is_shown() {
+    let output = doctor(&[], &["--json"]);
+    let document = document(&output);
+    assert_eq!((output.status.code(), &document["exit_code"]), (Some(0), &Value::from(0)), "{document:#}");
+    for name in ["kernel", "CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON", "btf", "cgroup v2", "program"] {
+        let (ok, found, advice) = finding(&document, name);
+        assert!(ok && !found.is_empty() && advice.is_none(), "{name}: {document:#}");
+    }
+    let ingress = document["paths"].as_array().unwrap().iter().find(|path| path["path"] == "ingress").unwrap();
+    assert_eq!(ingress["ready"], true);
+    let checks = ingress["checks"].as_array().unwrap();
+    assert!(checks.len() >= 5 && checks.iter().all(|check| check["ok"] == true), "{checks:#?}");
+
+    // The text names the same checks.
+    let text = String::from_utf8(doctor(&[], &[]).stdout).unwrap();
+    for check in checks {
+        assert!(text.contains(&format!("ok      {}", check["case"].as_str().unwrap())), "{text}");
+    }
+}
+
+#[test]
+fn without_capabilities_it_names_them_and_the_exit_code_is_1() {
+    let output = doctor(&["setpriv", "--bounding-set=-all", "--inh-caps=-all"], &["--json"]);
+    let document = document(&output);
+    assert_eq!(output.status.code(), Some(1), "{document:#}");
+    for name in ["CAP_BPF", "CAP_NET_ADMIN", "CAP_PERFMON"] {
+        let (ok, found, advice) = finding(&document, name);
+        assert_eq!((ok, found), (false, "MISSING"), "{name}");
+        assert!(advice.unwrap().contains("docs/capabilities.md"));
+    }
+    let (ok, found, advice) = finding(&document, "program");
+    assert!(!ok && found.contains("lacks CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON"), "{found}");
+    assert_eq!(advice, Some("it takes the capabilities above"));
+    let path = &document["paths"][0];
+    assert!(path["ready"] == false && path["why"].as_str().unwrap().contains("Operation not permitted"), "{path:#}");
+}
+
+/// The kernel calls itself 2.6.something to those that ask for it, and stays the one it is.
+const OLD_KERNEL: [&str; 2] = ["setarch", "--uname-2.6"];
+
+#[test]
+fn a_kernel_that_loses_bytes_is_refused_and_force_tries_it() {
+    let output = doctor(&OLD_KERNEL, &["--json"]);
+    let refused = document(&output);
+    assert_eq!(output.status.code(), Some(1), "{refused:#}");
+    let (ok, found, advice) = finding(&refused, "kernel");
+    assert!(!ok && found.starts_with("2.6.") && found.contains("KNOWN"), "{found}");
+    assert!(advice.unwrap().contains("--force"));
+    assert!(finding(&refused, "program").1.starts_with("NOT TRIED"));
+
+    let output = doctor(&OLD_KERNEL, &["--json", "--force"]);
+    let forced = document(&output);
+    assert_eq!(output.status.code(), Some(0), "{forced:#}");
+    assert!(!finding(&forced, "kernel").0 && finding(&forced, "program").0);
+}
+
+#[test]
+fn a_wrong_configuration_is_64() {
+    let output = doctor(&[], &["--config", "/nowhere/penstock.toml"]);
+    assert_eq!(output.status.code(), Some(64));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("/nowhere/penstock.toml"));
+    assert!(output.stdout.is_empty());
+}
+
+#[tokio::test]
+async fn an_agent_on_such_a_kernel_relays_and_says_why_unless_it_is_forced() {
+    let server = ModelServer::start(Options { idle_close: None, ..Options::default() }).await.unwrap();
+    let mut refused = AgentProcess::start_through(&OLD_KERNEL, ANY_PORT, server.addr, "auto", "").await.unwrap();
+    let said = refused.process.line("steering: unavailable: kernel 2.6.", SOON).await.unwrap();
+    assert!(said.contains("WARN") && said.contains("--force"), "{said}");
+    let (status, ready) = refused.ask_admin("/readyz?verbose").await.unwrap();
+    assert!(status == 200 && ready.contains("path ingress: off: kernel 2.6."), "{ready}");
+    let active = async |agent: &AgentProcess| agent.metric("penstock_steering_path_active", &["ingress"]).await;
+    assert_eq!(active(&refused).await.unwrap(), 0.0);
+
+    let through = ["setarch", "--uname-2.6", "env", "PENSTOCK_FORCE=true"];
+    let mut forced = AgentProcess::start_through(&through, ANY_PORT, server.addr, "auto", "").await.unwrap();
+    let said = forced.process.line("steering: active (ingress), forced on kernel 2.6.", SOON).await.unwrap();
+    assert!(said.contains("WARN"), "{said}");
+    let (_, ready) = forced.ask_admin("/readyz?verbose").await.unwrap();
+    assert!(ready.contains("forced on kernel 2.6.") && ready.contains("path ingress: ready"), "{ready}");
+    assert_eq!(active(&forced).await.unwrap(), 1.0);
+    assert_eq!(forced.metric("penstock_steering_path_info", &["forced on kernel 2.6."]).await.unwrap(), 1.0);
+}
