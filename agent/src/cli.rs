@@ -5,6 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use penstock_agent::{
+    capability,
     config::{self, Config, ConfigErrors, Overrides},
     epp_server::{self, EppServerConfig, EppServerTls},
 };
@@ -116,8 +117,14 @@ enum Tls {
 
 impl Cli {
     pub(crate) fn run(self) -> ExitCode {
+        // While this is the only thread. What looks and asks does no more than it is started with.
+        let serves = matches!(self.verb, Verb::Run(_) | Verb::Epp(_));
+        let narrowed = if serves { capability::begin() } else { Ok(()) };
         // Writes what is still queued when it is dropped.
-        let _writer = start_logging(&self.log, self.log_format);
+        let _writer = capability::with(&[], || start_logging(&self.log, self.log_format));
+        if let Err(error) = narrowed {
+            tracing::warn!(%error, "capabilities cannot be given up");
+        }
         match self.verb {
             Verb::Run(configured) => {
                 with_config(&configured, |config| run::agent(config, || configured.read()).map(|()| ExitCode::SUCCESS))
@@ -219,6 +226,9 @@ impl Epp {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
             let listener = tokio::net::TcpListener::bind(config.listen).await?;
+            if let Err(error) = capability::keep(&[]) {
+                tracing::warn!(%error, "capabilities cannot be given up");
+            }
             tracing::info!(address = %listener.local_addr()?, "penstock epp");
             epp_server::serve(config, listener, run::terminated()).await
         })?;

@@ -10,7 +10,7 @@ use caps::Capability;
 use crate::{
     capability,
     config::{self, SteeringMode},
-    kernel::{Kernel, version},
+    kernel::{Kernel, socket, version},
     metrics::{Metrics, Path},
     selftest::{self, Case, Check},
     steer::Steering,
@@ -33,6 +33,8 @@ pub struct Ladder {
     pub rungs: Vec<Rung>,
     /// The release of a kernel that would have been refused.
     pub forced: Option<String>,
+    /// The capabilities that workers need for what is ready. The proof has no others.
+    pub kept: Vec<Capability>,
 }
 
 /// The kernel program.
@@ -81,14 +83,20 @@ impl Ladder {
                 return Self::without(Program::Failed(Arc::clone(&why)), &why);
             }
         };
-        let rungs = PATHS.iter().map(|entry| Rung::prove(entry, &kernel)).collect();
-        Self { program: Program::Loaded(kernel), rungs, forced: (!sound).then(|| release.to_owned()) }
+        let kept = kept(config.client_send_buffer);
+        let rungs = capability::with(&kept, || PATHS.iter().map(|entry| Rung::prove(entry, &kernel)).collect());
+        let forced = (!sound).then(|| release.to_owned());
+        let mut ladder = Self { program: Program::Loaded(kernel), rungs, forced, kept };
+        if !matches!(ladder.steering(), Steering::Active(_)) {
+            ladder.kept.clear();
+        }
+        ladder
     }
 
     /// No path, for the same reason.
     fn without(program: Program, why: &Arc<str>) -> Self {
         let off = |entry: &Entry| Rung { path: entry.path, checks: Vec::new(), state: State::Off(Arc::clone(why)) };
-        Self { program, rungs: PATHS.iter().map(off).collect(), forced: None }
+        Self { program, rungs: PATHS.iter().map(off).collect(), forced: None, kept: Vec::new() }
     }
 
     pub fn is_ready(&self, path: Path) -> bool {
@@ -184,6 +192,13 @@ impl Rung {
     }
 }
 
+/// A send buffer above `net.core.wmem_max` takes a capability of the thread that asks for it. No other call after the program is
+/// loaded does.
+fn kept(send_buffer: u32) -> Vec<Capability> {
+    let ordinary = capability::with(&[], || socket::may_have_send_buffer(send_buffer)).unwrap_or(false);
+    if ordinary { Vec::new() } else { vec![capability::SEND_BUFFERS] }
+}
+
 /// Why the program is not loaded: what this process lacks, what was tried, and the kernel's own word.
 fn failure(error: &dyn Error, missing: &[Capability]) -> String {
     let mut text = error.to_string();
@@ -245,7 +260,8 @@ mod tests {
         let failing = Entry { path: Path::Local, available: |_| Ok(()), cases: selftest::FAILING };
         for (entry, why) in [(missing, "no cgroup"), (failing, "self-test: bad: a hole at 7")] {
             let rungs = vec![Rung::prove(&entry, &kernel), Rung::prove(&PATHS[0], &kernel)];
-            let ladder = Ladder { program: Program::Loaded(Arc::clone(&kernel)), rungs, forced: None };
+            let ladder =
+                Ladder { program: Program::Loaded(Arc::clone(&kernel)), rungs, forced: None, kept: Vec::new() };
             assert_eq!(ladder.describe(), "steering: active (ingress)");
             assert_eq!(ladder.lines()[1..], [format!("path local: off: {why}"), "path ingress: ready".to_owned()]);
             let metrics = Metrics::new(&[]);
@@ -267,6 +283,16 @@ mod tests {
         assert!(said.starts_with(lacks) && said.contains("Operation not permitted"), "{said}");
         assert_eq!(ladder.lines()[1], said.replace("steering: unavailable", "path ingress: off"));
         assert!(matches!(ladder.program, Program::Failed(_)));
+    }
+
+    #[test]
+    fn a_small_send_buffer_takes_no_capability_and_a_large_one_does() {
+        let small = Ladder::climb(&config::Steering { client_send_buffer: 64 << 10, ..config() });
+        assert!(small.is_ready(Path::Ingress) && small.kept.is_empty(), "{:?}", small.kept);
+        // Beyond what any machine sets net.core.wmem_max to.
+        let large = Ladder::climb(&config::Steering { client_send_buffer: 1 << 30, ..config() });
+        assert!(large.is_ready(Path::Ingress));
+        assert_eq!(large.kept, [capability::SEND_BUFFERS]);
     }
 
     #[test]

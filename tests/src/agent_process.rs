@@ -1,12 +1,12 @@
 //! The agent as a process of its own, for tests that measure it, signal it or kill it.
 
 use std::{
-    collections::HashSet, fs::Permissions, net::SocketAddr, os::unix::fs::PermissionsExt as _, process::Command,
-    time::Duration,
+    collections::HashSet, fs::Permissions, net::SocketAddr, os::unix::fs::PermissionsExt as _, path::Path,
+    process::Command, time::Duration,
 };
 
 use anyhow::{Context, Result, ensure};
-use tempfile::NamedTempFile;
+use tempfile::{NamedTempFile, TempDir};
 
 use crate::{Client, Process, Request, agent};
 
@@ -17,6 +17,8 @@ pub struct AgentProcess {
     pub addr: SocketAddr,
     pub admin: SocketAddr,
     config: NamedTempFile,
+    /// Of the binary, where it is not that of the build.
+    _folder: Option<TempDir>,
     listen: SocketAddr,
     steering: String,
 }
@@ -32,8 +34,8 @@ impl AgentProcess {
         Ok(agent)
     }
 
-    /// As [`start`](Self::start) through another command, such as `setpriv`, whatever the kernel lets it do. Every user can read
-    /// its configuration.
+    /// As [`start`](Self::start) through another command, such as `setpriv`, whatever the kernel lets it do. Every user can
+    /// read the binary and the configuration.
     pub async fn start_through(
         through: &[&str],
         listen: SocketAddr,
@@ -45,10 +47,11 @@ impl AgentProcess {
         std::fs::write(config.path(), text(listen, endpoint, steering, settings))?;
         config.as_file().set_permissions(Permissions::from_mode(0o644))?;
         let binary = Process::binary("penstock")?;
+        let mut folder = None;
         let mut command = match through {
             [program, arguments @ ..] => {
                 let mut command = Command::new(program);
-                command.args(arguments).arg(binary);
+                command.args(arguments).arg(folder.insert(for_everyone(&binary)?).path().join("penstock"));
                 command
             }
             [] => Command::new(binary),
@@ -63,7 +66,7 @@ impl AgentProcess {
             text.parse().with_context(|| format!("{name} in {line}"))
         };
         let (addr, admin) = (address("address")?, address("admin")?);
-        Ok(Self { process, addr, admin, config, listen, steering: steering.to_owned() })
+        Ok(Self { process, addr, admin, config, _folder: folder, listen, steering: steering.to_owned() })
     }
 
     /// What it finds when it reads its configuration again.
@@ -93,6 +96,15 @@ impl AgentProcess {
         }
         Ok(ids)
     }
+}
+
+/// A folder with the binary that other users may enter, wherever the build is.
+fn for_everyone(binary: &Path) -> Result<TempDir> {
+    let folder = tempfile::tempdir()?;
+    std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755))?;
+    let path = folder.path().join("penstock");
+    std::fs::hard_link(binary, &path).or_else(|_| std::fs::copy(binary, &path).map(drop))?;
+    Ok(folder)
 }
 
 fn text(listen: SocketAddr, endpoint: SocketAddr, steering: &str, settings: &str) -> String {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use aya::programs::loaded_programs;
 use nix::sys::signal::Signal;
 use penstock_tests::{
-    BodyEnd, Checker, Client, ModelServer, Plan, Reader,
+    BodyEnd, Checker, Client, ModelServer, Plan, Reader, Request,
     agent_process::AgentProcess,
     eventually,
     model_server::{Fault, FaultKind, Framing, Lengths, Options, Pauses},
@@ -63,6 +63,10 @@ async fn is_complete(agent: &AgentProcess, plan: &Plan) {
     let mut running = Running::start(agent, plan).await;
     let read = Reader::Fast.take(&mut running.client, &mut running.checker).await.unwrap();
     assert_eq!((read.end, read.len), (BodyEnd::Complete, plan.size));
+    if plan.framing != Framing::UntilClose {
+        // It is entered in the books before the connection's next request is answered.
+        assert_eq!(running.client.request(&Request::get("/v1/models")).await.unwrap().status(), 200);
+    }
 }
 
 #[tokio::test]

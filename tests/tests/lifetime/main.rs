@@ -1,5 +1,6 @@
 //! What an agent lives through: what it finds at its start, another configuration while it runs, and its end.
 
+mod capabilities;
 mod doctor;
 mod killed;
 mod reload;
