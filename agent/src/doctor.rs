@@ -8,7 +8,7 @@ use std::{path::Path, process::ExitCode, time::Duration};
 use penstock_agent::{
     capability,
     config::{self, SteeringMode},
-    kernel::version,
+    kernel::{cgroup, version},
     ladder::{Ladder, Program, Rung, State},
     selftest::Check,
 };
@@ -31,9 +31,7 @@ struct Finding {
 /// Looks at everything and prints it.
 pub(crate) fn run(mut steering: config::Steering, as_json: bool) -> ExitCode {
     // It is about what the machine could do, also where the settings do not ask for it.
-    if steering.mode == SteeringMode::Off {
-        steering.mode = SteeringMode::Auto;
-    }
+    steering.mode = SteeringMode::Auto;
     let ladder = Ladder::climb(&steering);
     let findings = machine(&steering, &ladder);
     let (code, verdict) = verdict(&ladder);
@@ -83,21 +81,22 @@ fn machine(steering: &config::Steering, ladder: &Ladder) -> Vec<Finding> {
         found: if btf.exists() { btf.display().to_string() } else { "MISSING".to_owned() },
         advice: (!btf.exists()).then(|| "the kernel needs CONFIG_DEBUG_INFO_BTF; in a container, mount it".to_owned()),
     });
-    let mounts = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
-    findings.push(match cgroup2(&mounts) {
-        Some(mount) => Finding { name: "cgroup v2".to_owned(), ok: true, found: mount.to_owned(), advice: None },
-        None => Finding {
-            name: "cgroup v2".to_owned(),
-            ok: false,
-            found: "MISSING".to_owned(),
-            advice: Some("mount -t cgroup2 none DIRECTORY; in a container, mount the node's".to_owned()),
-        },
-    });
+    findings.push(cgroup(steering));
     findings.push(program(ladder, missing.is_empty()));
     if let Program::Loaded(_) = ladder.program {
         findings.push(kept(steering, ladder));
     }
     findings
+}
+
+fn cgroup(steering: &config::Steering) -> Finding {
+    let advice = "mount it; in a container, mount the node's; or name it as steering.cgroup";
+    let (ok, found) = match steering.cgroup.clone().map_or_else(cgroup::root, Ok) {
+        Ok(root) if root.join("cgroup.procs").exists() => (true, root.display().to_string()),
+        Ok(root) => (false, format!("MISSING: {} is not one", root.display())),
+        Err(error) => (false, format!("MISSING: {error}")),
+    };
+    Finding { name: "cgroup v2".to_owned(), ok, found, advice: (!ok).then(|| advice.to_owned()) }
 }
 
 /// What a running agent keeps of its capabilities.
@@ -131,15 +130,6 @@ fn program(ladder: &Ladder, capable: bool) -> Finding {
     Finding { name: "program".to_owned(), ok, found, advice }
 }
 
-/// The first mount of cgroup v2 in the text of `/proc/mounts`. Blanks in its name would be written as `\040`.
-fn cgroup2(mounts: &str) -> Option<&str> {
-    mounts.lines().find_map(|line| {
-        let mut fields = line.split(' ');
-        let (_, mount, kind) = (fields.next()?, fields.next()?, fields.next()?);
-        (kind == "cgroup2").then_some(mount)
-    })
-}
-
 impl Finding {
     fn print(&self) {
         println!("{:<15}{}", self.name, self.found);
@@ -156,6 +146,7 @@ fn print_advice(advice: Option<&str>) {
 fn print_path(rung: &Rung) {
     let state = match &rung.state {
         State::Ready => "ready".to_owned(),
+        State::Unasked => "not asked for".to_owned(),
         State::Off(why) => format!("OFF: {why}"),
     };
     println!("{:<15}{state}", format!("path {}", rung.path.as_str()));
@@ -186,7 +177,7 @@ fn document(findings: &[Finding], ladder: &Ladder, code: u8, verdict: &str) -> V
     });
     let paths = ladder.rungs.iter().map(|rung| {
         let why = match &rung.state {
-            State::Ready => None,
+            State::Ready | State::Unasked => None,
             State::Off(why) => Some(&**why),
         };
         let checks = rung.checks.iter().map(|check| {
@@ -199,7 +190,7 @@ fn document(findings: &[Finding], ladder: &Ladder, code: u8, verdict: &str) -> V
         });
         let checks: Vec<Value> = checks.collect();
         json!({
-            "path": rung.path.as_str(), "ready": why.is_none(), "why": why, "checks": checks, "advice": advice(rung)
+            "path": rung.path.as_str(), "ready": rung.state == State::Ready, "why": why, "checks": checks, "advice": advice(rung)
         })
     });
     json!({
@@ -208,18 +199,4 @@ fn document(findings: &[Finding], ladder: &Ladder, code: u8, verdict: &str) -> V
         "machine": machine.collect::<Vec<_>>(),
         "paths": paths.collect::<Vec<_>>(),
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn cgroup2_is_found_among_others() {
-        let hybrid = "tmpfs /sys/fs/cgroup tmpfs rw 0 0\ncgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\n\
-                      cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
-        assert_eq!(cgroup2(hybrid), Some("/sys/fs/cgroup/unified"));
-        assert_eq!(cgroup2("cgroup2 /sys/fs/cgroup cgroup2 rw,nsdelegate 0 0\n"), Some("/sys/fs/cgroup"));
-        assert_eq!(cgroup2("cgroup /cgroup2 cgroup rw 0 0\n\nshort\n"), None);
-    }
 }

@@ -10,7 +10,7 @@ use caps::Capability;
 use crate::{
     capability,
     config::{self, SteeringMode},
-    kernel::{Kernel, socket, version},
+    kernel::{Kernel, LoadError, slots::Lane, socket, version},
     metrics::{Metrics, Path},
     selftest::{self, Case, Check},
     steer::Steering,
@@ -19,13 +19,15 @@ use crate::{
 /// A path that the kernel may have.
 struct Entry {
     path: Path,
-    /// Why it cannot even be tried.
-    available: fn(&Kernel) -> Result<(), Arc<str>>,
+    lane: Lane,
     cases: &'static [Case],
 }
 
-/// Best first.
-const PATHS: &[Entry] = &[Entry { path: Path::Ingress, available: |_| Ok(()), cases: selftest::INGRESS }];
+/// Best first. What the first cannot carry on falls back on the second, which therefore stands without it, and not the other
+/// way round.
+const LOCAL: Entry = Entry { path: Path::Local, lane: Lane::Local, cases: selftest::CASES };
+const INGRESS: Entry = Entry { path: Path::Ingress, lane: Lane::Ingress, cases: selftest::CASES };
+const PATHS: [Entry; 2] = [LOCAL, INGRESS];
 
 pub struct Ladder {
     pub program: Program,
@@ -57,6 +59,8 @@ pub struct Rung {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum State {
     Ready,
+    /// The settings do not ask for it.
+    Unasked,
     Off(Arc<str>),
 }
 
@@ -68,23 +72,21 @@ impl Ladder {
 
     fn climb_on(release: &str, config: &config::Steering) -> Self {
         if config.mode == SteeringMode::Off {
-            return Self::without(Program::Off, &"configured".into());
+            return Self::without(Program::Off, &State::Unasked);
         }
         let sound = version::is_sound(release);
         if !sound && !config.force {
-            let why =
+            let why: Arc<str> =
                 format!("kernel {release} may lose or repeat bytes in sockmap; --force steers all the same").into();
-            return Self::without(Program::Refused(Arc::clone(&why)), &why);
+            return Self::without(Program::Refused(Arc::clone(&why)), &State::Off(why));
         }
-        let kernel = match Kernel::load(config.max_flows) {
-            Ok(kernel) => Arc::new(kernel),
+        let (kernel, kept, rungs) = match Self::load(config, &PATHS) {
+            Ok(loaded) => loaded,
             Err(error) => {
-                let why = failure(&error, &capability::missing()).into();
-                return Self::without(Program::Failed(Arc::clone(&why)), &why);
+                let why: Arc<str> = failure(&error, &capability::missing()).into();
+                return Self::without(Program::Failed(Arc::clone(&why)), &State::Off(why));
             }
         };
-        let kept = kept(config.client_send_buffer);
-        let rungs = capability::with(&kept, || PATHS.iter().map(|entry| Rung::prove(entry, &kernel)).collect());
         let forced = (!sound).then(|| release.to_owned());
         let mut ladder = Self { program: Program::Loaded(kernel), rungs, forced, kept };
         if !matches!(ladder.steering(), Steering::Active(_)) {
@@ -93,9 +95,43 @@ impl Ladder {
         ladder
     }
 
+    /// Loads the program and has both paths prove themselves.
+    fn load(
+        config: &config::Steering,
+        [local, ingress]: &[Entry; 2],
+    ) -> Result<(Arc<Kernel>, Vec<Capability>, Vec<Rung>), LoadError> {
+        let mut kernel = Kernel::load(config.max_flows)?;
+        let asked = config.mode != SteeringMode::Ingress;
+        if asked {
+            kernel.try_local(config.cgroup.as_deref());
+        }
+        let kept = kept(config.client_send_buffer);
+        let mut kernel = Arc::new(kernel);
+        let mut first = match kernel.local() {
+            Ok(()) => Rung::prove(local, &kernel, &kept),
+            Err(why) => Rung { path: local.path, checks: Vec::new(), state: State::Off(why) },
+        };
+        match &first.state {
+            _ if !asked => first.state = State::Unasked,
+            State::Off(why) if kernel.local().is_ok() => {
+                // Without its programs, which would look at every endpoint's messages for nothing.
+                drop(kernel);
+                let mut without = Kernel::load(config.max_flows)?;
+                without.without_local(why);
+                kernel = Arc::new(without);
+            }
+            _ => {}
+        }
+        let second = Rung::prove(ingress, &kernel, &kept);
+        if first.state == State::Ready && second.state != State::Ready {
+            first.state = State::Off("it falls back on the path ingress, which is off".into());
+        }
+        Ok((kernel, kept, vec![first, second]))
+    }
+
     /// No path, for the same reason.
-    fn without(program: Program, why: &Arc<str>) -> Self {
-        let off = |entry: &Entry| Rung { path: entry.path, checks: Vec::new(), state: State::Off(Arc::clone(why)) };
+    fn without(program: Program, state: &State) -> Self {
+        let off = |entry: &Entry| Rung { path: entry.path, checks: Vec::new(), state: state.clone() };
         Self { program, rungs: PATHS.iter().map(off).collect(), forced: None, kept: Vec::new() }
     }
 
@@ -107,9 +143,7 @@ impl Ladder {
     pub fn steering(&self) -> Steering {
         match &self.program {
             Program::Off => Steering::Off,
-            Program::Loaded(kernel) if self.rungs.iter().any(|rung| rung.state == State::Ready) => {
-                Steering::Active(Arc::clone(kernel))
-            }
+            Program::Loaded(kernel) if self.is_ready(Path::Ingress) => Steering::Active(Arc::clone(kernel)),
             _ => Steering::Unavailable(self.why().into()),
         }
     }
@@ -146,34 +180,31 @@ impl Ladder {
 
     /// Says it once, in the log and in the metrics.
     pub fn announce(&self, metrics: &Metrics) {
-        let wanted = !matches!(self.program, Program::Off);
         if self.forced.is_some() || matches!(self.steering(), Steering::Unavailable(_)) {
             tracing::warn!("{}", self.describe());
         } else {
             tracing::info!("{}", self.describe());
         }
         for rung in &self.rungs {
-            let (ready, reason) = match (&rung.state, &self.forced) {
-                (State::Off(why), _) => (false, why.to_string()),
-                (State::Ready, None) => (true, "passed".to_owned()),
-                (State::Ready, Some(release)) => (true, format!("passed, forced on kernel {release}")),
+            let reason = match (&rung.state, &self.forced) {
+                (State::Off(why), _) => why.to_string(),
+                (State::Unasked, _) => "configured".to_owned(),
+                (State::Ready, None) => "passed".to_owned(),
+                (State::Ready, Some(release)) => format!("passed, forced on kernel {release}"),
             };
-            if wanted && !ready && matches!(self.program, Program::Loaded(_)) {
+            // Where all are off for the same reason, it has been said.
+            if matches!(rung.state, State::Off(_)) && matches!(self.steering(), Steering::Active(_)) {
                 tracing::warn!("path {}", rung.describe());
             }
-            metrics.set_steering_path(rung.path, ready, &reason);
+            metrics.set_steering_path(rung.path, rung.state == State::Ready, &reason);
         }
     }
 }
 
 impl Rung {
-    fn prove(entry: &Entry, kernel: &Arc<Kernel>) -> Self {
+    fn prove(entry: &Entry, kernel: &Arc<Kernel>, kept: &[Capability]) -> Self {
         let mut rung = Self { path: entry.path, checks: Vec::new(), state: State::Ready };
-        if let Err(why) = (entry.available)(kernel) {
-            rung.state = State::Off(why);
-            return rung;
-        }
-        match selftest::prove(kernel, entry.cases) {
+        match capability::with(kept, || selftest::prove(kernel, entry.lane, entry.cases)) {
             Ok(checks) => rung.checks = checks,
             Err(error) => rung.state = State::Off(format!("the self-test cannot be run: {error:#}").into()),
         }
@@ -187,6 +218,7 @@ impl Rung {
     pub fn describe(&self) -> String {
         match &self.state {
             State::Ready => format!("{}: ready", self.path.as_str()),
+            State::Unasked => format!("{}: off (configured)", self.path.as_str()),
             State::Off(why) => format!("{}: off: {why}", self.path.as_str()),
         }
     }
@@ -224,10 +256,10 @@ mod tests {
     #[test]
     fn every_path_is_ready_on_this_kernel() {
         let ladder = Ladder::climb(&config());
-        assert_eq!(ladder.describe(), "steering: active (ingress)");
-        assert_eq!(ladder.lines()[1..], ["path ingress: ready"]);
-        assert!(ladder.is_ready(Path::Ingress) && matches!(ladder.steering(), Steering::Active(_)));
-        assert_eq!(ladder.rungs[0].checks.len(), selftest::INGRESS.len());
+        assert_eq!(ladder.describe(), "steering: active (local, ingress)");
+        assert_eq!(ladder.lines()[1..], ["path local: ready", "path ingress: ready"]);
+        assert!(matches!(ladder.steering(), Steering::Active(kernel) if kernel.local().is_ok()));
+        assert!(ladder.rungs.iter().all(|rung| rung.checks.len() == selftest::CASES.len()));
     }
 
     #[test]
@@ -235,11 +267,12 @@ mod tests {
         let refused = Ladder::climb_on("6.1.0-9-amd64", &config());
         assert!(matches!(refused.program, Program::Refused(_)) && !refused.is_ready(Path::Ingress));
         let why = "kernel 6.1.0-9-amd64 may lose or repeat bytes in sockmap; --force steers all the same";
-        assert_eq!(refused.lines(), [format!("steering: unavailable: {why}"), format!("path ingress: off: {why}")]);
+        let off = ["path local", "path ingress"].map(|path| format!("{path}: off: {why}"));
+        assert_eq!(refused.lines(), [format!("steering: unavailable: {why}"), off[0].clone(), off[1].clone()]);
 
         let forced = Ladder::climb_on("6.1.0-9-amd64", &config::Steering { force: true, ..config() });
         assert!(forced.is_ready(Path::Ingress) && matches!(forced.steering(), Steering::Active(_)));
-        let said = "steering: active (ingress), forced on kernel 6.1.0-9-amd64, which may lose or repeat bytes";
+        let said = "steering: active (local, ingress), forced on kernel 6.1.0-9-amd64, which may lose or repeat bytes";
         assert_eq!(forced.describe(), said);
 
         let metrics = Metrics::new(&[]);
@@ -250,29 +283,60 @@ mod tests {
 
         // Force is for kernels that are in doubt, and changes nothing where none is.
         let sound = Ladder::climb(&config::Steering { force: true, ..config() });
-        assert_eq!(sound.describe(), "steering: active (ingress)");
+        assert_eq!(sound.describe(), "steering: active (local, ingress)");
+    }
+
+    fn climb(config: &config::Steering, entries: &[Entry; 2]) -> Ladder {
+        let (kernel, kept, rungs) = Ladder::load(config, entries).expect("load");
+        Ladder { program: Program::Loaded(kernel), rungs, forced: None, kept }
+    }
+
+    /// What the metrics say of a path.
+    fn shown(ladder: &Ladder, path: &str) -> String {
+        let metrics = Metrics::new(&[]);
+        ladder.announce(&metrics);
+        let label = format!("{{path=\"{path}\"");
+        metrics.encode().lines().filter(|line| line.contains(&label)).collect::<Vec<_>>().join("\n")
     }
 
     #[test]
-    fn a_path_that_fails_is_off_and_the_others_stay() {
-        let kernel = Arc::new(Kernel::load(64).expect("load"));
-        let missing = Entry { path: Path::Local, available: |_| Err("no cgroup".into()), cases: selftest::INGRESS };
-        let failing = Entry { path: Path::Local, available: |_| Ok(()), cases: selftest::FAILING };
-        for (entry, why) in [(missing, "no cgroup"), (failing, "self-test: bad: a hole at 7")] {
-            let rungs = vec![Rung::prove(&entry, &kernel), Rung::prove(&PATHS[0], &kernel)];
-            let ladder =
-                Ladder { program: Program::Loaded(Arc::clone(&kernel)), rungs, forced: None, kept: Vec::new() };
-            assert_eq!(ladder.describe(), "steering: active (ingress)");
-            assert_eq!(ladder.lines()[1..], [format!("path local: off: {why}"), "path ingress: ready".to_owned()]);
-            let metrics = Metrics::new(&[]);
-            ladder.announce(&metrics);
-            let text = metrics.encode();
-            assert!(text.contains(r#"penstock_steering_path_active{path="local"} 0"#), "{text}");
-            assert!(
-                text.contains(&format!(r#"penstock_steering_path_info{{path="local",reason="{why}"}} 1"#)),
-                "{text}"
-            );
-        }
+    fn a_local_path_that_fails_is_off_and_leaves_no_program_behind() {
+        let ladder = climb(&config(), &[Entry { cases: selftest::FAILING, ..LOCAL }, INGRESS]);
+        assert_eq!(ladder.describe(), "steering: active (ingress)");
+        let why = "self-test: bad: a hole at 7";
+        assert_eq!(ladder.lines()[1..], [format!("path local: off: {why}"), "path ingress: ready".to_owned()]);
+        let Steering::Active(kernel) = ladder.steering() else { panic!("not active") };
+        assert_eq!(kernel.local(), Err(why.into()));
+        let metrics = shown(&ladder, "local");
+        assert!(metrics.contains(r#"penstock_steering_path_active{path="local"} 0"#), "{metrics}");
+        let info = format!(r#"penstock_steering_path_info{{path="local",reason="{why}"}} 1"#);
+        assert!(metrics.contains(&info), "{metrics}");
+        assert!(shown(&ladder, "ingress").contains(r#"penstock_steering_path_active{path="ingress"} 1"#));
+    }
+
+    #[test]
+    fn without_the_path_ingress_there_is_none() {
+        let ladder = climb(&config(), &[LOCAL, Entry { cases: selftest::FAILING, ..INGRESS }]);
+        let Steering::Unavailable(why) = ladder.steering() else { panic!("not unavailable") };
+        assert!(why.contains("ingress: off: self-test: bad: a hole at 7"), "{why}");
+        assert_eq!(ladder.lines()[1], "path local: off: it falls back on the path ingress, which is off");
+        assert!(ladder.describe().starts_with("steering: unavailable: "));
+    }
+
+    #[test]
+    fn without_a_cgroup_there_is_no_local_path() {
+        let nowhere = config::Steering { cgroup: Some("/nowhere/cgroup".into()), ..config() };
+        let ladder = Ladder::climb(&nowhere);
+        assert_eq!(ladder.describe(), "steering: active (ingress)");
+        let said = &ladder.lines()[1];
+        assert!(
+            said.starts_with("path local: off: cgroup /nowhere/cgroup: ") && said.contains("No such file"),
+            "{said}"
+        );
+
+        let unasked = Ladder::climb(&config::Steering { mode: SteeringMode::Ingress, ..config() });
+        assert_eq!(unasked.lines()[1..], ["path local: off (configured)", "path ingress: ready"]);
+        assert!(shown(&unasked, "local").contains(r#"reason="configured""#));
     }
 
     #[test]
@@ -281,7 +345,7 @@ mod tests {
         let said = ladder.describe();
         let lacks = "steering: unavailable: this process lacks CAP_NET_ADMIN, CAP_PERFMON: ";
         assert!(said.starts_with(lacks) && said.contains("Operation not permitted"), "{said}");
-        assert_eq!(ladder.lines()[1], said.replace("steering: unavailable", "path ingress: off"));
+        assert_eq!(ladder.lines()[2], said.replace("steering: unavailable", "path ingress: off"));
         assert!(matches!(ladder.program, Program::Failed(_)));
     }
 
@@ -299,6 +363,7 @@ mod tests {
     fn off_is_off() {
         let ladder = Ladder::climb(&config::Steering { mode: SteeringMode::Off, force: true, ..config() });
         assert!(matches!(ladder.steering(), Steering::Off));
-        assert_eq!(ladder.lines(), ["steering: off (configured)", "path ingress: off: configured"]);
+        let lines = ["steering: off (configured)", "path local: off (configured)", "path ingress: off (configured)"];
+        assert_eq!(ladder.lines(), lines);
     }
 }

@@ -3,7 +3,7 @@
 //! A path is proven by its cases. Each sends patterned bytes through the same code that serves clients and compares every one
 //! of them. The proof does not show the absence of rare races: kernels that are known for those are refused by their version.
 
-mod ingress;
+mod cases;
 mod rig;
 
 use std::{
@@ -15,18 +15,21 @@ use std::{
 use anyhow::Result;
 use futures_util::future::LocalBoxFuture;
 
-use crate::{kernel::Kernel, steer::WorkerSteering};
+use crate::{
+    kernel::{Kernel, slots::Lane},
+    steer::WorkerSteering,
+};
 
 /// All cases of a path together; they take some tens of milliseconds.
 const DEADLINE: Duration = Duration::from_secs(5);
 
-/// The path from the agent's connection to an endpoint.
-pub const INGRESS: &[Case] = ingress::CASES;
+/// What every path must do, in its lane.
+pub const CASES: &[Case] = cases::CASES;
 
 /// One thing that a path must do.
 pub struct Case {
     pub name: &'static str,
-    run: fn(&Rc<WorkerSteering>) -> LocalBoxFuture<'_, Result<()>>,
+    run: fn(&Rc<WorkerSteering>, Lane) -> LocalBoxFuture<'_, Result<()>>,
 }
 
 /// What came of a case.
@@ -38,8 +41,8 @@ pub struct Check {
     pub failure: Option<String>,
 }
 
-/// Runs every case, on a runtime of its own. Fails where none could be run.
-pub fn prove(kernel: &Arc<Kernel>, cases: &[Case]) -> Result<Vec<Check>> {
+/// Runs every case in one lane, on a runtime of its own. Fails where none could be run.
+pub fn prove(kernel: &Arc<Kernel>, lane: Lane, cases: &[Case]) -> Result<Vec<Check>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let steering = WorkerSteering::new(kernel)?;
     Ok(runtime.block_on(async {
@@ -47,7 +50,7 @@ pub fn prove(kernel: &Arc<Kernel>, cases: &[Case]) -> Result<Vec<Check>> {
         let mut checks = Vec::with_capacity(cases.len());
         for case in cases {
             let begin = Instant::now();
-            let outcome = tokio::time::timeout_at(deadline, (case.run)(&steering)).await;
+            let outcome = tokio::time::timeout_at(deadline, (case.run)(&steering, lane)).await;
             let failure = match outcome {
                 Ok(Ok(())) => None,
                 Ok(Err(error)) => Some(format!("{error:#}")),
@@ -61,8 +64,8 @@ pub fn prove(kernel: &Arc<Kernel>, cases: &[Case]) -> Result<Vec<Check>> {
 
 #[cfg(test)]
 pub(crate) const FAILING: &[Case] = &[
-    Case { name: "bad", run: |_| Box::pin(async { anyhow::bail!("a hole at {}", 7) }) },
-    Case { name: "good", run: |_| Box::pin(async { Ok(()) }) },
+    Case { name: "bad", run: |_, _| Box::pin(async { anyhow::bail!("a hole at {}", 7) }) },
+    Case { name: "good", run: |_, _| Box::pin(async { Ok(()) }) },
 ];
 
 #[cfg(test)]
@@ -71,11 +74,16 @@ mod tests {
 
     #[test]
     fn this_kernel_steers() {
-        let kernel = Arc::new(Kernel::load(64).expect("load"));
+        let mut kernel = Kernel::load(64).expect("load");
+        kernel.try_local(None);
+        assert_eq!(kernel.local(), Ok(()));
+        let kernel = Arc::new(kernel);
         for _ in 0..10 {
-            let checks = prove(&kernel, INGRESS).expect("the cases run");
-            assert_eq!(checks.len(), INGRESS.len());
-            assert!(checks.iter().all(|check| check.failure.is_none()), "{checks:#?}");
+            for lane in [Lane::Local, Lane::Ingress] {
+                let checks = prove(&kernel, lane, CASES).expect("the cases run");
+                assert_eq!(checks.len(), CASES.len());
+                assert!(checks.iter().all(|check| check.failure.is_none()), "{lane:?}: {checks:#?}");
+            }
         }
         assert_eq!(kernel.events().take_missed(), 0);
     }
@@ -83,7 +91,7 @@ mod tests {
     #[test]
     fn a_case_that_fails_says_why_and_the_others_run() {
         let kernel = Arc::new(Kernel::load(64).expect("load"));
-        let checks = prove(&kernel, FAILING).expect("the cases run");
+        let checks = prove(&kernel, Lane::Ingress, FAILING).expect("the cases run");
         let failures: Vec<_> = checks.iter().map(|check| (check.case, check.failure.as_deref())).collect();
         assert_eq!(failures, [("bad", Some("a hole at 7")), ("good", None)]);
     }

@@ -2,21 +2,24 @@
 //! by their value where they belong.
 
 use std::{
-    io,
     net::{Ipv4Addr, SocketAddr},
     rc::Rc,
     time::Duration,
 };
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use bytes::BytesMut;
 use penstock_common::framing::Framing;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::{
+    io::AsyncWriteExt as _,
+    net::{TcpListener, TcpStream},
+};
 
 use crate::{
     client::ClientSocket,
     deliver::{Account, Delivery, End, Target},
     endpoint::connection::EndpointConnection,
+    kernel::slots::Lane,
     steer::{Source, WorkerSteering},
 };
 
@@ -34,7 +37,7 @@ pub(super) struct Rig {
 
 impl Rig {
     /// With the far ends: the server that answers and the reader that asked.
-    pub(super) async fn new(steering: &Rc<WorkerSteering>) -> Result<(Self, TcpStream, TcpStream)> {
+    pub(super) async fn new(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<(Self, TcpStream, TcpStream)> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address: SocketAddr = listener.local_addr()?;
         let (endpoint, server) = tokio::join!(
@@ -44,11 +47,21 @@ impl Rig {
         let (reader, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
         let mut client = ClientSocket::new(accepted?.0)?;
         let key = client.make_target(steering, BUFFER)?;
-        let endpoint = endpoint?;
-        ensure!(endpoint.source().is_some(), "the kernel refused the endpoint's socket");
-        let server = server?.0;
+        let (endpoint, mut server) = (endpoint?, server?.0);
         server.set_nodelay(true)?;
-        Ok((Self { endpoint, client, target: Target { key, send_buffer: BUFFER } }, server, reader?))
+        let mut rig = Self { endpoint, client, target: Target { key, send_buffer: BUFFER, lane } };
+        rig.announce();
+        // In place of a head.
+        server.write_all(b"h").await?;
+        rig.endpoint.read(&mut BytesMut::with_capacity(1)).await?;
+        let source = rig.endpoint.source().context("the kernel refused the endpoint's socket")?;
+        ensure!(lane == Lane::Ingress || source.is_local_to(key), "the endpoint's own socket was not recognised");
+        Ok((rig, server, reader?))
+    }
+
+    /// Says before each response whom it is for.
+    pub(super) fn announce(&self) {
+        self.endpoint.announce(Some(self.target.key));
     }
 
     /// Delivers a body through the kernel where it takes it.
@@ -63,13 +76,6 @@ impl Rig {
     pub(super) fn passed(&self) -> u64 {
         self.endpoint.source().map_or(0, |source: &Source| source.slot().passed())
     }
-}
-
-/// Two ends of a connection.
-pub(super) async fn pair() -> io::Result<(TcpStream, TcpStream)> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
-    let (one, other) = tokio::join!(TcpStream::connect(listener.local_addr()?), listener.accept());
-    Ok((one?, other?.0))
 }
 
 /// `len` bytes of the pattern from a position on.

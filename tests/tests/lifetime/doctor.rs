@@ -43,16 +43,35 @@ fn here_every_path_is_ready_and_every_check_is_shown() {
         let (ok, found, advice) = finding(&document, name);
         assert!(ok && !found.is_empty() && advice.is_none(), "{name}: {document:#}");
     }
-    let ingress = document["paths"].as_array().unwrap().iter().find(|path| path["path"] == "ingress").unwrap();
-    assert_eq!(ingress["ready"], true);
-    let checks = ingress["checks"].as_array().unwrap();
-    assert!(checks.len() >= 5 && checks.iter().all(|check| check["ok"] == true), "{checks:#?}");
-
+    let paths = document["paths"].as_array().unwrap();
+    assert_eq!(paths.iter().map(|path| &path["path"]).collect::<Vec<_>>(), ["local", "ingress"]);
     // The text names the same checks.
     let text = String::from_utf8(doctor(&[], &[]).stdout).unwrap();
-    for check in checks {
-        assert!(text.contains(&format!("ok      {}", check["case"].as_str().unwrap())), "{text}");
+    for path in paths {
+        assert_eq!(path["ready"], true);
+        let checks = path["checks"].as_array().unwrap();
+        assert!(checks.len() >= 5 && checks.iter().all(|check| check["ok"] == true), "{checks:#?}");
+        for check in checks {
+            assert!(text.contains(&format!("ok      {}", check["case"].as_str().unwrap())), "{text}");
+        }
     }
+}
+
+/// A path that is missing: here because the cgroup that is configured is not there.
+#[test]
+fn a_path_that_is_missing_is_named_and_the_exit_code_is_2() {
+    let config = tempfile::NamedTempFile::new().unwrap();
+    let pool = "[[pools]]\nname = \"a\"\nendpoints = [\"127.0.0.1:1\"]\n";
+    std::fs::write(config.path(), format!("[steering]\ncgroup = \"/nowhere/cgroup\"\n{pool}")).unwrap();
+    let output = doctor(&[], &["--json", "--config", config.path().to_str().unwrap()]);
+    let document = document(&output);
+    assert_eq!(output.status.code(), Some(2), "{document:#}");
+    assert_eq!(document["result"], "the agent steers, but not by: local");
+    let (ok, found, advice) = finding(&document, "cgroup v2");
+    assert!(!ok && found.contains("/nowhere/cgroup") && advice.is_some(), "{document:#}");
+    let [local, ingress] = &document["paths"].as_array().unwrap()[..] else { panic!("{document:#}") };
+    assert!(local["ready"] == false && local["why"].as_str().unwrap().contains("/nowhere/cgroup"), "{local:#}");
+    assert_eq!(ingress["ready"], true);
 }
 
 #[test]
@@ -112,7 +131,7 @@ async fn an_agent_on_such_a_kernel_relays_and_says_why_unless_it_is_forced() {
 
     let through = ["setarch", "--uname-2.6", "env", "PENSTOCK_FORCE=true"];
     let mut forced = AgentProcess::start_through(&through, ANY_PORT, server.addr, "auto", "").await.unwrap();
-    let said = forced.process.line("steering: active (ingress), forced on kernel 2.6.", SOON).await.unwrap();
+    let said = forced.process.line("steering: active (local, ingress), forced on kernel 2.6.", SOON).await.unwrap();
     assert!(said.contains("WARN"), "{said}");
     let (_, ready) = forced.ask_admin("/readyz?verbose").await.unwrap();
     assert!(ready.contains("forced on kernel 2.6.") && ready.contains("path ingress: ready"), "{ready}");

@@ -1,6 +1,9 @@
-//! The cases of the path `ingress`: what the known bugs of sk_skb redirects, and our own rule, would show on this kernel.
+//! The cases: what the known bugs of sockmap redirects, and our own rule, would show on this kernel.
+//!
+//! They are the same in each lane. What a lane does not take goes on to the next, so bytes are counted over all of them, and
+//! each case sees to it that its own lane has carried some.
 
-use std::{cell::Cell, rc::Rc, time::Duration};
+use std::{cell::Cell, net::Ipv4Addr, rc::Rc, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use bytes::BytesMut;
@@ -8,33 +11,36 @@ use futures_util::FutureExt as _;
 use penstock_common::{framing::Framing, slot::stop};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpSocket},
     sync::oneshot,
 };
 
 use super::{
     Case,
-    rig::{BUFFER, Rig, compare, pair, pattern},
+    rig::{BUFFER, Rig, compare, pattern},
 };
-use crate::{deliver::End, steer::WorkerSteering};
+use crate::{deliver::End, kernel::slots::Lane, steer::WorkerSteering};
 
 pub(super) const CASES: &[Case] = &[
     Case {
         name: "a stalled reader: every byte, and memory stays flat",
-        run: |steering| stalled_reader(steering).boxed_local(),
+        run: |steering, lane| stalled_reader(steering, lane).boxed_local(),
     },
-    Case { name: "a chunked stream in small pieces", run: |steering| small_chunks(steering).boxed_local() },
+    Case { name: "a chunked stream in small pieces", run: |steering, lane| small_chunks(steering, lane).boxed_local() },
     Case {
         name: "bytes let through before the kernel takes over",
-        run: |steering| passed_then_redirected(steering).boxed_local(),
+        run: |steering, lane| passed_then_redirected(steering, lane).boxed_local(),
     },
-    Case { name: "an end by FIN behind the last byte", run: |steering| end_by_fin(steering).boxed_local() },
+    Case { name: "an end by FIN behind the last byte", run: |steering, lane| end_by_fin(steering, lane).boxed_local() },
     Case {
         name: "a socket whose peer has closed is refused",
-        run: |steering| half_closed_is_refused(steering).boxed_local(),
+        run: |steering, lane| half_closed_is_refused(steering, lane).boxed_local(),
     },
 ];
 
 const BODY: usize = 3 << 20;
+/// Written at once; several have room in a send buffer.
+const PIECE: usize = 32 * 1024;
 /// A sender that gets on no further for this long is stuck.
 const QUIET: Duration = Duration::from_millis(20);
 /// SO_SNDBUF of the server and SO_RCVBUF of the reader, before the kernel doubles it.
@@ -44,8 +50,8 @@ const FAR_BUFFER: usize = 64 * 1024;
 const UNDER_WAY: usize = 2 * BUFFER as usize + 4 * FAR_BUFFER + (256 << 10);
 const _: () = assert!(UNDER_WAY < BODY / 2);
 
-async fn stalled_reader(steering: &Rc<WorkerSteering>) -> Result<()> {
-    let (mut rig, mut server, mut reader) = Rig::new(steering).await?;
+async fn stalled_reader(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> {
+    let (mut rig, mut server, mut reader) = Rig::new(steering, lane).await?;
     socket2::SockRef::from(&server).set_send_buffer_size(FAR_BUFFER)?;
     socket2::SockRef::from(&reader).set_recv_buffer_size(FAR_BUFFER)?;
     let body = pattern(0, BODY);
@@ -54,7 +60,8 @@ async fn stalled_reader(steering: &Rc<WorkerSteering>) -> Result<()> {
     let sent = Cell::new(0);
     let write = async {
         while sent.get() < BODY {
-            sent.set(sent.get() + server.write(&body[sent.get()..]).await?);
+            let end = BODY.min(sent.get() + PIECE);
+            sent.set(sent.get() + server.write(&body[sent.get()..end]).await?);
         }
         std::io::Result::Ok(())
     };
@@ -77,15 +84,18 @@ async fn stalled_reader(steering: &Rc<WorkerSteering>) -> Result<()> {
     written?;
     read?;
     ensure!(end == End::Complete { reusable: true }, "the delivery ended as {end:?}");
-    ensure!(account.steered > 0, "the kernel redirected nothing");
+    ensure!(account.carried(lane) > 0, "the kernel redirected nothing");
     ensure!(account.stops[stop::ROOM as usize] > 0, "the room gate did not trip");
     ensure!(under_way <= UNDER_WAY, "{under_way} bytes were taken for a reader that reads nothing");
-    ensure!(account.steered + account.relayed == BODY as u64, "the account does not add up: {account:?}");
+    ensure!(
+        account.steered + account.local + account.relayed == BODY as u64,
+        "the account does not add up: {account:?}"
+    );
     compare(&got, &body)
 }
 
-async fn small_chunks(steering: &Rc<WorkerSteering>) -> Result<()> {
-    let (mut rig, mut server, mut reader) = Rig::new(steering).await?;
+async fn small_chunks(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> {
+    let (mut rig, mut server, mut reader) = Rig::new(steering, lane).await?;
     let mut wire = Vec::new();
     for n in 1..=64usize {
         wire.extend_from_slice(format!("{n:x};n=v\r\n").as_bytes());
@@ -106,22 +116,23 @@ async fn small_chunks(steering: &Rc<WorkerSteering>) -> Result<()> {
     written?;
     read?;
     ensure!(end == End::Complete { reusable: true }, "the delivery ended as {end:?}");
-    ensure!(account.steered > 0, "the kernel redirected nothing");
+    ensure!(account.carried(lane) > 0, "the kernel redirected nothing");
     compare(&got, &wire)
 }
 
 /// Responses as a kept connection sees them, one behind the other: the head is let through and read by user space, the body
 /// begins while nothing is armed, and the kernel takes over behind what user space has read and written on.
-async fn passed_then_redirected(steering: &Rc<WorkerSteering>) -> Result<()> {
+async fn passed_then_redirected(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> {
     const ROUNDS: usize = 3;
     const HEAD: usize = 300;
     const PIECE: usize = 5000;
     const PIECES: usize = 12;
-    let (mut rig, mut server, mut reader) = Rig::new(steering).await?;
+    let (mut rig, mut server, mut reader) = Rig::new(steering, lane).await?;
     for round in 0..ROUNDS {
         let wire = pattern(round * 100_000, HEAD + PIECE * PIECES);
         let (head, body) = wire.split_at(HEAD);
         let before = rig.passed();
+        rig.announce();
 
         server.write_all(head).await?;
         let mut read = BytesMut::with_capacity(HEAD);
@@ -149,15 +160,18 @@ async fn passed_then_redirected(steering: &Rc<WorkerSteering>) -> Result<()> {
         exchanged?;
         ensure!(end == End::Complete { reusable: true }, "the delivery ended as {end:?}");
         ensure!(account.relayed >= PIECE as u64, "what was let through was not relayed");
-        ensure!(account.steered > 0, "the kernel redirected nothing behind it");
-        ensure!(account.steered + account.relayed == body.len() as u64, "the account does not add up: {account:?}");
+        ensure!(account.carried(lane) > 0, "the kernel redirected nothing behind it");
+        ensure!(
+            account.steered + account.local + account.relayed == body.len() as u64,
+            "the account does not add up: {account:?}"
+        );
         compare(&got, body).with_context(|| format!("response {round}"))?;
     }
     Ok(())
 }
 
-async fn end_by_fin(steering: &Rc<WorkerSteering>) -> Result<()> {
-    let (mut rig, mut server, mut reader) = Rig::new(steering).await?;
+async fn end_by_fin(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> {
+    let (mut rig, mut server, mut reader) = Rig::new(steering, lane).await?;
     let body = pattern(0, 100_000);
     let mut got = Vec::new();
     let write = async {
@@ -177,15 +191,25 @@ async fn end_by_fin(steering: &Rc<WorkerSteering>) -> Result<()> {
     written?;
     read?;
     ensure!(end == End::Complete { reusable: false }, "the delivery ended as {end:?}");
-    ensure!(account.steered + account.relayed == body.len() as u64, "the account does not add up: {account:?}");
+    ensure!(
+        account.steered + account.local + account.relayed == body.len() as u64,
+        "the account does not add up: {account:?}"
+    );
     compare(&got, &body)
 }
 
-/// The end of such a stream would never be seen by the kernel program: user space has to carry it.
-async fn half_closed_is_refused(steering: &Rc<WorkerSteering>) -> Result<()> {
-    let (mut endpoint, server) = pair().await?;
-    drop(server);
+/// The end of such a stream would never be seen by the kernel program: user space has to carry it, whatever the lane.
+async fn half_closed_is_refused(steering: &Rc<WorkerSteering>, _lane: Lane) -> Result<()> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+    let socket = TcpSocket::new_v4()?;
+    let source = steering.announce_source(&socket)?;
+    let (endpoint, server) = tokio::join!(socket.connect(listener.local_addr()?), listener.accept());
+    let mut endpoint = endpoint?;
+    drop(server?);
     ensure!(endpoint.read(&mut [0]).await? == 0, "bytes on a connection that nobody has written to");
-    ensure!(steering.register_source(&endpoint).is_err(), "the kernel took the socket");
+    let inserted = source.insert(&endpoint);
+    // The slot outlives its socket.
+    drop(endpoint);
+    ensure!(inserted.is_err(), "the kernel took the socket");
     Ok(())
 }
