@@ -3,7 +3,7 @@
 //! Given the settings, it loads the kernel program and has each path prove itself. User space carries what no path does, so
 //! nothing here is an error of the start: a path that is missing or fails is off, with its reason.
 
-use std::{error::Error, sync::Arc};
+use std::sync::Arc;
 
 use caps::Capability;
 
@@ -83,6 +83,7 @@ impl Ladder {
         let (kernel, kept, rungs) = match Self::load(config, &PATHS) {
             Ok(loaded) => loaded,
             Err(error) => {
+                tracing::debug!("{error}");
                 let why: Arc<str> = failure(&error, &capability::missing()).into();
                 return Self::without(Program::Failed(Arc::clone(&why)), &State::Off(why));
             }
@@ -231,18 +232,14 @@ fn kept(send_buffer: u32) -> Vec<Capability> {
     if ordinary { Vec::new() } else { vec![capability::SEND_BUFFERS] }
 }
 
-/// Why the program is not loaded: what this process lacks, what was tried, and the kernel's own word.
-fn failure(error: &dyn Error, missing: &[Capability]) -> String {
-    let mut text = error.to_string();
-    if !missing.is_empty() {
-        let names: Vec<_> = missing.iter().map(ToString::to_string).collect();
-        text = format!("this process lacks {}: {text}", names.join(", "));
+/// Why the program is not loaded, with what this process lacks.
+fn failure(error: &LoadError, missing: &[Capability]) -> String {
+    let reason = error.reason();
+    if missing.is_empty() {
+        return reason;
     }
-    let last = std::iter::successors(error.source(), |&error| error.source()).last().map(ToString::to_string);
-    match last {
-        Some(last) if !text.contains(&last) => format!("{text}: {last}"),
-        _ => text,
-    }
+    let names: Vec<_> = missing.iter().map(ToString::to_string).collect();
+    format!("this process lacks {}: {reason}", names.join(", "))
 }
 
 #[cfg(test)]
@@ -357,6 +354,15 @@ mod tests {
         let large = Ladder::climb(&config::Steering { client_send_buffer: 1 << 30, ..config() });
         assert!(large.is_ready(Path::Ingress));
         assert_eq!(large.kept, [capability::SEND_BUFFERS]);
+    }
+
+    #[test]
+    fn what_the_verifier_looked_at_is_no_reason() {
+        let kept = [Capability::CAP_BPF, Capability::CAP_NET_ADMIN];
+        let said = capability::with(&kept, || Ladder::climb(&config())).describe();
+        let why = "this process lacks CAP_PERFMON: the kernel program is refused: the BPF_PROG_LOAD syscall returned \
+                   Permission denied (os error 13)";
+        assert_eq!(said, format!("steering: unavailable: {why}"));
     }
 
     #[test]

@@ -38,13 +38,13 @@ pub(super) const CASES: &[Case] = &[
     },
 ];
 
-const BODY: usize = 3 << 20;
+const BODY: usize = 2 << 20;
 /// Written at once; several have room in a send buffer.
 const PIECE: usize = 32 * 1024;
-/// A sender that gets on no further for this long is stuck.
-const QUIET: Duration = Duration::from_millis(20);
+/// A sender that gets on no further for this long is stuck. Only this thread and the kernel's receive path have a part in it.
+const QUIET: Duration = Duration::from_millis(10);
 /// SO_SNDBUF of the server and SO_RCVBUF of the reader, before the kernel doubles it.
-const FAR_BUFFER: usize = 64 * 1024;
+const FAR_BUFFER: usize = 32 * 1024;
 /// What may be under way while the reader stalls: both of our buffers, those of the far ends, and what one turn of user space
 /// holds. Without the room gate all of the body would be.
 const UNDER_WAY: usize = 2 * BUFFER as usize + 4 * FAR_BUFFER + (256 << 10);
@@ -67,12 +67,13 @@ async fn stalled_reader(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()>
     };
     let read = async {
         let _ = stalled.await;
+        socket2::SockRef::from(&reader).set_recv_buffer_size(BODY)?;
         reader.read_exact(&mut got).await.map(drop)
     };
     let release = async {
         // The reader begins when the sender has nowhere left to send to: it has stopped getting on.
         let mut before = 0;
-        while sent.get() == 0 || sent.get() != before {
+        while sent.get() < BUFFER as usize / 2 || sent.get() != before {
             before = sent.get();
             tokio::time::sleep(QUIET).await;
         }

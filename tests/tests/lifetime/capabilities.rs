@@ -87,14 +87,16 @@ async fn three_capabilities_are_enough_to_steer_for_any_user() {
     let [user, group] = ["--reuid", "--regid"].map(|flag| format!("{flag}={USER}"));
     let three = ["--bounding-set", "--inh-caps", "--ambient-caps"].map(|set| format!("{set}={THREE}"));
     let through = ["setpriv", &user, &group, "--clear-groups", &three[0], &three[1], &three[2]];
-    let agent = AgentProcess::start_through(&through, ANY_PORT, server.addr, "ingress", "").await.unwrap();
-    let output = agent.process.output();
-    assert!(output.iter().any(|line| line.contains("steering: active (ingress)")), "{output:#?}");
-    for thread in threads(&agent) {
-        assert_eq!(thread["Uid"].split('\t').next(), Some(USER.to_string().as_str()));
+    for (mode, said) in [("ingress", "steering: active (ingress)"), ("local", "steering: active (local, ingress)")] {
+        let agent = AgentProcess::start_through(&through, ANY_PORT, server.addr, mode, "").await.unwrap();
+        let output = agent.process.output();
+        assert!(output.iter().any(|line| line.contains(said)), "{output:#?}");
+        for thread in threads(&agent) {
+            assert_eq!(thread["Uid"].split('\t').next(), Some(USER.to_string().as_str()));
+        }
+        hold(&agent, for_send_buffers(1 << 20)).await;
+        assert!(carried(&agent, mode).await > 0.0, "{mode}");
     }
-    hold(&agent, for_send_buffers(1 << 20)).await;
-    assert!(carried(&agent, "ingress").await > 0.0);
 }
 
 #[tokio::test]
@@ -105,17 +107,18 @@ async fn without_any_it_relays_and_says_why() {
     let mut agent = AgentProcess::start_through(&through, ANY_PORT, server.addr, "auto", "").await.unwrap();
     let why = "this process lacks CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON: ";
     agent.process.line(&format!("steering: unavailable: {why}"), SOON).await.unwrap();
-    let (status, ready) = agent.ask_admin("/readyz?verbose").await.unwrap();
-    assert!(status == 200 && ready.contains(&format!("path ingress: off: {why}")), "{ready}");
+    let (_, ready) = agent.ask_admin("/readyz?verbose").await.unwrap();
+    assert!(ready.contains(&format!("path ingress: off: {why}")), "{ready}");
     assert!(ready.contains("capabilities: none kept\n"), "{ready}");
-    assert_eq!(agent.metric("penstock_steering_path_active", &["ingress"]).await.unwrap(), 0.0);
-    assert_eq!(agent.metric("penstock_steering_path_info", &["ingress", why]).await.unwrap(), 1.0);
+    assert_eq!(agent.metric("penstock_steering_path_active", &[]).await.unwrap(), 0.0);
+    assert_eq!(agent.metric("penstock_steering_path_info", &[r#"path="ingress""#, why]).await.unwrap(), 1.0);
     assert!(carried(&agent, "relay").await >= plan().size as f64);
     assert_eq!(carried(&agent, "ingress").await, 0.0);
 }
 
-/// As many different threads as an agent has: spans, an EPP that is looked after, endpoints that are checked.
-const EVERYTHING: &str = "[tracing]\notlp_endpoint = \"http://127.0.0.1:9\"\n\
+/// Send buffers beyond what any machine lets an ordinary process have, and as many different threads as an agent has: spans, an EPP that is looked after, endpoints that are checked.
+const EVERYTHING: &str = "client_send_buffer = 67108864\n\
+    [tracing]\notlp_endpoint = \"http://127.0.0.1:9\"\n\
     [[routes]]\npool = \"default\"\n\
     [[pools]]\nname = \"other\"\nendpoints = [\"127.0.0.1:9\"]\n\
     [pools.health]\npath = \"/health\"\n\
@@ -125,24 +128,24 @@ const EVERYTHING: &str = "[tracing]\notlp_endpoint = \"http://127.0.0.1:9\"\n\
 async fn what_a_start_needs_is_given_up_by_every_thread() {
     let server = server().await;
     let mut agent = AgentProcess::start(ANY_PORT, server.addr, "ingress", EVERYTHING).await.unwrap();
-    let names: Vec<String> = threads(&agent).into_iter().map(|mut thread| thread.remove("Name").unwrap()).collect();
-    for name in
-        ["penstock-0", "penstock-1", "penstock-events", "penstock-contro", "penstock-spans", "endpoints", "admin"]
-    {
-        assert!(names.iter().any(|one| one == name), "no {name} in {names:?}");
-    }
-    hold(&agent, for_send_buffers(1 << 20)).await;
+    // Threads name themselves; the kernel keeps 15 bytes of a name.
+    let all =
+        ["penstock-0", "penstock-1", "penstock-events", "penstock-contro", "penstock-spans", "endpoints", "admin"];
+    let named = |name: &&str| threads(&agent).iter().any(|thread| thread["Name"] == **name);
+    eventually(SOON, || all.iter().all(named)).await;
+    assert_eq!(for_send_buffers(64 << 20), CAP_NET_ADMIN, "net.core.wmem_max is very high on this machine");
+    hold(&agent, CAP_NET_ADMIN).await;
     // These tests run as root, who may bound what can ever be had.
     assert!(threads(&agent).iter().all(|thread| set(thread, "CapBnd") == 0));
     let line = agent.process.line("capabilities: ", SOON).await.unwrap();
-    assert!(line.contains("INFO"), "{line}");
+    assert!(line.contains("INFO") && line.contains("workers keep CAP_NET_ADMIN, for send buffers"), "{line}");
     assert!(carried(&agent, "ingress").await > 0.0);
 
     // What a reload starts has none either.
     agent.write_config(server.addr, EVERYTHING).unwrap();
     agent.process.signal(nix::sys::signal::Signal::SIGHUP).unwrap();
     agent.process.line("the configuration was read again", SOON).await.unwrap();
-    hold(&agent, for_send_buffers(1 << 20)).await;
+    hold(&agent, CAP_NET_ADMIN).await;
 }
 
 #[tokio::test]

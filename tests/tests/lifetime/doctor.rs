@@ -106,8 +106,9 @@ fn a_kernel_that_loses_bytes_is_refused_and_force_tries_it() {
 
     let output = doctor(&OLD_KERNEL, &["--json", "--force"]);
     let forced = document(&output);
-    assert_eq!(output.status.code(), Some(0), "{forced:#}");
     assert!(!finding(&forced, "kernel").0 && finding(&forced, "program").0);
+    // Links to cgroups are younger than what this kernel calls itself.
+    assert_eq!((output.status.code(), &forced["result"]), (Some(2), &"the agent steers, but not by: local".into()));
 }
 
 #[test]
@@ -124,17 +125,19 @@ async fn an_agent_on_such_a_kernel_relays_and_says_why_unless_it_is_forced() {
     let mut refused = AgentProcess::start_through(&OLD_KERNEL, ANY_PORT, server.addr, "auto", "").await.unwrap();
     let said = refused.process.line("steering: unavailable: kernel 2.6.", SOON).await.unwrap();
     assert!(said.contains("WARN") && said.contains("--force"), "{said}");
-    let (status, ready) = refused.ask_admin("/readyz?verbose").await.unwrap();
-    assert!(status == 200 && ready.contains("path ingress: off: kernel 2.6."), "{ready}");
-    let active = async |agent: &AgentProcess| agent.metric("penstock_steering_path_active", &["ingress"]).await;
+    let (_, ready) = refused.ask_admin("/readyz?verbose").await.unwrap();
+    assert!(ready.contains("path ingress: off: kernel 2.6."), "{ready}");
+    let active =
+        async |agent: &AgentProcess| agent.metric("penstock_steering_path_active", &[r#"path="ingress""#]).await;
     assert_eq!(active(&refused).await.unwrap(), 0.0);
 
     let through = ["setarch", "--uname-2.6", "env", "PENSTOCK_FORCE=true"];
     let mut forced = AgentProcess::start_through(&through, ANY_PORT, server.addr, "auto", "").await.unwrap();
-    let said = forced.process.line("steering: active (local, ingress), forced on kernel 2.6.", SOON).await.unwrap();
+    let said = forced.process.line("steering: active (ingress), forced on kernel 2.6.", SOON).await.unwrap();
     assert!(said.contains("WARN"), "{said}");
     let (_, ready) = forced.ask_admin("/readyz?verbose").await.unwrap();
     assert!(ready.contains("forced on kernel 2.6.") && ready.contains("path ingress: ready"), "{ready}");
     assert_eq!(active(&forced).await.unwrap(), 1.0);
-    assert_eq!(forced.metric("penstock_steering_path_info", &["forced on kernel 2.6."]).await.unwrap(), 1.0);
+    let info = [r#"path="ingress""#, "forced on kernel 2.6."];
+    assert_eq!(forced.metric("penstock_steering_path_info", &info).await.unwrap(), 1.0);
 }
