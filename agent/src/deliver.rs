@@ -141,6 +141,8 @@ pub struct Delivery<'a> {
     pub account: Account,
     /// While the kernel has the flow: what was so when it got it.
     armed: Option<Armed>,
+    /// Bytes that come next and that the framing is behind already.
+    rest: u64,
     /// After a stop for want of room: relay until the client has caught up.
     hold: bool,
     /// Spans in a row that were stopped at once.
@@ -161,7 +163,7 @@ impl<'a> Delivery<'a> {
         let account = Account::default();
         let lead = BytesMut::new();
         let (target, decode, tee, armed) = (None, false, None, None);
-        let (hold, fruitless, buffer, filled) = (false, 0, MIN_BUFFER, false);
+        let (rest, hold, fruitless, buffer, filled) = (0, false, 0, MIN_BUFFER, false);
         Self {
             client,
             endpoint,
@@ -174,6 +176,7 @@ impl<'a> Delivery<'a> {
             idle,
             account,
             armed,
+            rest,
             hold,
             fruitless,
             buffer,
@@ -191,7 +194,7 @@ impl<'a> Delivery<'a> {
             let step = match self.forward().await {
                 Err(end) => Err(end),
                 Ok(()) if self.framing.is_invalid() => Err(End::Broken),
-                Ok(()) if self.framing.is_done() => Err(End::Complete { reusable: self.pending.is_empty() }),
+                Ok(()) if self.is_complete() => Err(End::Complete { reusable: self.pending.is_empty() }),
                 Ok(()) => self.more().await,
             };
             if let Err(end) = step {
@@ -208,9 +211,23 @@ impl<'a> Delivery<'a> {
         }
     }
 
+    /// The last byte of the message is written or redirected.
+    fn is_complete(&self) -> bool {
+        self.rest == 0 && self.framing.is_done()
+    }
+
     /// Writes what user space holds, up to the end of the message. What lies behind that stays in `pending`.
     async fn forward(&mut self) -> Result<(), End> {
         let mut lead = std::mem::take(&mut self.lead);
+        if self.rest > 0 {
+            let rest = self.pending.split_to(self.pending.len().min(self.rest.try_into().unwrap_or(usize::MAX)));
+            within(self.idle, self.client.write_all(&rest)).await?;
+            self.rest -= rest.len() as u64;
+            self.account.relayed += rest.len() as u64;
+            if self.rest > 0 {
+                return Ok(());
+            }
+        }
         while !self.pending.is_empty() && !self.framing.is_done() && !self.framing.is_invalid() {
             let begin = self.framing;
             let (taken, payload) = if self.decode {
@@ -245,7 +262,7 @@ impl<'a> Delivery<'a> {
     /// the last stop for want of room. A stream that never pauses stays in user space, which carries bulk no worse.
     fn armable(&mut self) -> Option<Target> {
         let target = self.target?;
-        if self.endpoint.unread() {
+        if self.rest > 0 || self.endpoint.unread() {
             return None;
         }
         if self.hold && self.client.send_queue().is_ok_and(|queued| queued > target.send_buffer / 4) {
@@ -272,7 +289,7 @@ impl<'a> Delivery<'a> {
             () = idle => return Err(End::Idle),
         };
         match received {
-            Ok(0) if self.framing.may_close() => Err(End::Complete { reusable: false }),
+            Ok(0) if self.rest == 0 && self.framing.may_close() => Err(End::Complete { reusable: false }),
             Ok(0) => Err(End::Broken),
             Ok(n) => {
                 self.received(n);
@@ -284,7 +301,7 @@ impl<'a> Delivery<'a> {
 
     /// Spare capacity for the next read: more than before when the last one filled what there was.
     fn make_room(&mut self) {
-        debug_assert!(self.pending.is_empty() || self.framing.is_done());
+        debug_assert!(self.pending.is_empty() || self.is_complete());
         if self.filled {
             self.buffer = (self.buffer * 4).min(MAX_BUFFER);
         }

@@ -2,7 +2,7 @@
 //!
 //! Given the connection's slot and the message's length, it leaves the message to the endpoint's own connection or has it put
 //! into the client's send queue, and keeps the books. A redirect happens only when user space has consumed every byte that
-//! the endpoint has sent over its connection (then `write_seq` is what the agent has read), everything redirected before has
+//! the endpoint has sent over its connection (then `write_seq` is what the agent knows of), everything redirected before has
 //! arrived (the target's `write_seq` says so: what the program counted may have met an error after it had run), the bytes
 //! lie inside the message, and the client's send buffer has room. Any other outcome stops steering until the agent arms
 //! again. The kernel serialises calls for one connection by its socket lock (`tcp_bpf_sendmsg`), and releases that between
@@ -22,9 +22,14 @@ pub trait Message: Kernel {
     fn keeps_account(&mut self) -> bool;
 }
 
-/// Room that a message takes in a send queue beside its bytes: an skb's own memory for each 64 KiB, and some for the first.
-const fn overhead(len: u32) -> i64 {
-    4096 + len as i64 / 16
+/// Room that a message may take in a send queue beside its bytes: the queue is made of buffers of at least `piece` bytes
+/// (`tcp_send_mss`, `tcp_bound_to_half_wnd`), of which each costs up to 1 KiB of its own, and what is being sent meanwhile may be
+/// split a few times (`tso_fragment`). A message that does not fit would be taken in part, and an endpoint that waits for its
+/// own socket to become writable is not told when it may go on.
+const fn overhead(len: u32, piece: u32) -> i64 {
+    const BUFFER: i64 = 1024;
+    let buffers = len / if piece == 0 { 1 } else { piece };
+    (buffers as i64 + 16) * BUFFER
 }
 
 /// Decides on a message of `len` bytes. It goes its ordinary way unless [`Kernel::redirect`] took it.
@@ -62,7 +67,7 @@ fn try_redirect(slot: &mut LocalSlot, armed: u64, len: u32, kernel: &mut impl Me
     if slot.expected >> 32 != 0 && slot.expected as u32 != buffer.write_seq {
         return Err(stop::BEHIND);
     }
-    let room = i64::from(buffer.limit) - i64::from(buffer.queued) - i64::from(len) - overhead(len);
+    let room = i64::from(buffer.limit) - i64::from(buffer.queued) - i64::from(len) - overhead(len, buffer.piece);
     if room < 0 {
         return Err(stop::ROOM);
     }

@@ -31,6 +31,11 @@ async fn ingress() {
     stress(SteeringMode::Ingress, Duration::from_secs(10)).await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn local() {
+    stress(SteeringMode::Local, Duration::from_secs(10)).await;
+}
+
 /// What one client has seen.
 #[derive(Default)]
 struct Tally {
@@ -51,7 +56,7 @@ async fn stress(mode: SteeringMode, time: Duration) {
     let sum = |field: fn(&Tally) -> u64| tallies.iter().map(field).sum::<u64>();
     let count = |name, labels: &[&str]| agent.count(name, labels);
     eventually(Duration::from_secs(10), || agent.metric("penstock_active_requests", &[]) == 0.0).await;
-    let steered = count("penstock_body_bytes_total", &[r#"path="ingress""#]);
+    let steered = agent.steered();
     let relayed = count("penstock_body_bytes_total", &[r#"path="relay""#]);
     let stops = ["refused", "framing", "room", "target", "fin"]
         .map(|reason| (reason, count("penstock_steer_stops_total", &[&format!("\"{reason}\"")])));

@@ -157,6 +157,15 @@ impl ClientSocket {
         self.unsettled |= bytes > 0;
     }
 
+    /// Takes what was booked as redirected and has not come out of the account; returns how much that is. Only when it will not
+    /// come any more.
+    pub fn forgive(&mut self) -> io::Result<u64> {
+        let written = socket::bytes_written(self.stream())?.wrapping_sub(self.base);
+        let missing = self.account.saturating_sub(written);
+        (self.account, self.unsettled) = (written, false);
+        Ok(missing)
+    }
+
     /// Bytes that the client has not acknowledged yet.
     pub fn send_queue(&self) -> io::Result<u32> {
         socket::send_queue(self.stream())

@@ -19,8 +19,8 @@ use crate::kernel::{
     socket::monotonic_ns,
 };
 
-/// Long for what is in the hands of a `sendmsg` that has room for all of it.
-const BEHIND: Duration = Duration::from_secs(2);
+/// Long for what is in the hands of a `sendmsg` that does not wait.
+const BEHIND: Duration = Duration::from_millis(100);
 
 /// What ended the wait for the kernel.
 enum Wake {
@@ -85,20 +85,30 @@ impl Delivery<'_> {
         self.endpoint.source().map(|source| source.slot().span(lane)).ok_or(End::Broken)
     }
 
-    /// Waits until what the endpoint's `sendmsg` was let redirect has reached the client's send queue. Where memory is short it
-    /// may have been taken in part, and the endpoint goes on with the rest over its connection: then what the kernel has
-    /// counted is not what the client has got, and the response is broken off.
+    /// Waits until what the endpoint's `sendmsg` was let redirect has reached the client's send queue. An endpoint that does not
+    /// wait may have been told that only a part was taken (the queue can fill while a message is being put into it), and then
+    /// sends the rest over its connection: those bytes come next, and the framing is behind them already.
     async fn arrived(&mut self) -> Result<(), End> {
         let begin = Instant::now();
         loop {
             match tokio::time::timeout(BEHIND, self.client.settle()).await {
                 Ok(Ok(())) => return Ok(()),
                 Ok(Err(_)) => return Err(End::ClientGone),
-                Err(_) if !self.endpoint.is_alive() => return Err(End::Broken),
-                Err(_) if self.idle.is_some_and(|idle| begin.elapsed() >= idle) => return Err(End::Idle),
-                Err(_) => {}
+                Err(_) if self.endpoint.is_alive() && self.pending.is_empty() => {
+                    if self.idle.is_some_and(|idle| begin.elapsed() >= idle) {
+                        return Err(End::Idle);
+                    }
+                }
+                Err(_) => break,
             }
         }
+        self.rest = self.client.forgive().map_err(|_| End::ClientGone)?;
+        self.account.local -= self.rest;
+        if self.framing.is_until_close() {
+            // Nothing is counted there.
+            self.rest = 0;
+        }
+        Ok(())
     }
 
     /// Takes the flow back after `run` was dropped, for the account's sake; the connections can only be closed.
@@ -119,6 +129,7 @@ impl Delivery<'_> {
         let steered = span.redirected().saturating_sub(before.redirected);
         let segments = span.segments().saturating_sub(before.segments);
         let (framing, stop, stamps) = (span.framing(), span.stop(), span.stamps());
+        tracing::trace!(lane = ?before.lane, steered, stop = stop::label(stop), "taken back");
         self.framing = framing;
         self.client.add_redirected(steered);
         match before.lane {

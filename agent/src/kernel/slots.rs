@@ -182,7 +182,9 @@ impl<'a> SlotRef<'a> {
                 }
                 Lane::Local => {
                     (&raw mut (*self.local.as_ptr()).expected).write_volatile(0);
-                    1 << 32 | u64::from((self.origin().get() as u32).wrapping_add(consumed as u32))
+                    // What the other lane has redirected was sent over the connection too.
+                    let sent = consumed.wrapping_add(self.span(Lane::Ingress).redirected()) as u32;
+                    1 << 32 | u64::from((self.origin().get() as u32).wrapping_add(sent))
                 }
             }
         };

@@ -75,15 +75,19 @@ pub fn choose(config: &Steering, response: &Response) -> (Path, &'static str) {
         SteeringMode::Local => return relay("not_local"),
         SteeringMode::Auto | SteeringMode::Off => {}
     }
+    // What an endpoint on this machine sends goes from memory to memory, in whatever pieces.
+    let (path, near) = match response.local_socket {
+        true => (Path::Local, true),
+        false => (Path::Ingress, response.local_endpoint),
+    };
     match framing.state {
         state::LENGTH if framing.left < config.min_bytes => relay("small"),
-        _ if response.local_socket => (Path::Local, "local"),
-        state::LENGTH if !response.local_endpoint && framing.left > config.max_remote_bytes => relay("large_remote"),
-        state::LENGTH => (Path::Ingress, "length"),
-        _ if response.event_stream => (Path::Ingress, "event_stream"),
-        _ if !response.local_endpoint => relay("unsized_remote"),
-        state::UNTIL_CLOSE => (Path::Ingress, "until_close"),
-        _ => (Path::Ingress, "chunked"),
+        state::LENGTH if !near && framing.left > config.max_remote_bytes => relay("large_remote"),
+        state::LENGTH => (path, "length"),
+        _ if response.event_stream => (path, "event_stream"),
+        _ if !near => relay("unsized_remote"),
+        state::UNTIL_CLOSE => (path, "until_close"),
+        _ => (path, "chunked"),
     }
 }
 
@@ -132,8 +136,10 @@ mod tests {
             (Forced, own(base), (Ingress, "forced")),
             (ForcedLocal, own(length(1)), (Local, "forced")),
             (ForcedLocal, base, (Relay, "not_local")),
-            (Auto, own(base), (Local, "local")),
-            (Auto, own(length(1000)), (Local, "local")),
+            (Auto, own(base), (Local, "chunked")),
+            (Auto, own(Response { event_stream: true, ..base }), (Local, "event_stream")),
+            (Auto, own(remote(base)), (Local, "chunked")),
+            (Auto, own(remote(length(1 << 40))), (Local, "length")),
             (Auto, own(length(999)), (Relay, "small")),
             (Off, own(base), (Relay, "off")),
             (Auto, Response { barrier: Some("tls"), ..own(base) }, (Relay, "tls")),
