@@ -114,7 +114,7 @@ fn kept(steering: &config::Steering, ladder: &Ladder) -> Finding {
 
 fn program(ladder: &Ladder, capable: bool) -> Finding {
     let (ok, found, advice) = match &ladder.program {
-        Program::Loaded(_) => (true, "loaded".to_owned(), None),
+        Program::Loaded(_) | Program::Unproven => (true, "loaded".to_owned(), None),
         Program::Off => (true, "not asked for".to_owned(), None),
         Program::Refused(why) => (false, format!("NOT TRIED: {why}"), None),
         Program::Failed(why) => {

@@ -42,6 +42,8 @@ pub struct Ladder {
 /// The kernel program.
 pub enum Program {
     Loaded(Arc<Kernel>),
+    /// Loaded, and let go of again because no path is ready.
+    Unproven,
     /// Not asked for: the settings say that user space carries everything.
     Off,
     /// Not tried on this kernel.
@@ -80,27 +82,18 @@ impl Ladder {
                 format!("kernel {release} may lose or repeat bytes in sockmap; --force steers all the same").into();
             return Self::without(Program::Refused(Arc::clone(&why)), &State::Off(why));
         }
-        let (kernel, kept, rungs) = match Self::load(config, &PATHS) {
-            Ok(loaded) => loaded,
+        match Self::load(config, &PATHS) {
+            Ok(ladder) => Self { forced: (!sound).then(|| release.to_owned()), ..ladder },
             Err(error) => {
                 tracing::debug!("{error}");
                 let why: Arc<str> = failure(&error, &capability::missing()).into();
-                return Self::without(Program::Failed(Arc::clone(&why)), &State::Off(why));
+                Self::without(Program::Failed(Arc::clone(&why)), &State::Off(why))
             }
-        };
-        let forced = (!sound).then(|| release.to_owned());
-        let mut ladder = Self { program: Program::Loaded(kernel), rungs, forced, kept };
-        if !matches!(ladder.steering(), Steering::Active(_)) {
-            ladder.kept.clear();
         }
-        ladder
     }
 
     /// Loads the program and has both paths prove themselves.
-    fn load(
-        config: &config::Steering,
-        [local, ingress]: &[Entry; 2],
-    ) -> Result<(Arc<Kernel>, Vec<Capability>, Vec<Rung>), LoadError> {
+    fn load(config: &config::Steering, [local, ingress]: &[Entry; 2]) -> Result<Self, LoadError> {
         let mut kernel = Kernel::load(config.max_flows)?;
         let asked = config.mode != SteeringMode::Ingress;
         if asked {
@@ -127,7 +120,12 @@ impl Ladder {
         if first.state == State::Ready && second.state != State::Ready {
             first.state = State::Off("it falls back on the path ingress, which is off".into());
         }
-        Ok((kernel, kept, vec![first, second]))
+        // Where nothing is steered, no program is to look at anything, and no client gets such a buffer.
+        let (program, kept) = match second.state {
+            State::Ready => (Program::Loaded(kernel), kept),
+            _ => (Program::Unproven, Vec::new()),
+        };
+        Ok(Self { program, rungs: vec![first, second], forced: None, kept })
     }
 
     /// No path, for the same reason.
@@ -144,7 +142,7 @@ impl Ladder {
     pub fn steering(&self) -> Steering {
         match &self.program {
             Program::Off => Steering::Off,
-            Program::Loaded(kernel) if self.is_ready(Path::Ingress) => Steering::Active(Arc::clone(kernel)),
+            Program::Loaded(kernel) => Steering::Active(Arc::clone(kernel)),
             _ => Steering::Unavailable(self.why().into()),
         }
     }
@@ -284,8 +282,7 @@ mod tests {
     }
 
     fn climb(config: &config::Steering, entries: &[Entry; 2]) -> Ladder {
-        let (kernel, kept, rungs) = Ladder::load(config, entries).expect("load");
-        Ladder { program: Program::Loaded(kernel), rungs, forced: None, kept }
+        Ladder::load(config, entries).expect("load")
     }
 
     /// What the metrics say of a path.
@@ -315,6 +312,7 @@ mod tests {
     fn without_the_path_ingress_there_is_none() {
         let ladder = climb(&config(), &[LOCAL, Entry { cases: selftest::FAILING, ..INGRESS }]);
         let Steering::Unavailable(why) = ladder.steering() else { panic!("not unavailable") };
+        assert!(matches!(ladder.program, Program::Unproven) && ladder.kept.is_empty());
         assert!(why.contains("ingress: off: self-test: bad: a hole at 7"), "{why}");
         assert_eq!(ladder.lines()[1], "path local: off: it falls back on the path ingress, which is off");
         assert!(ladder.describe().starts_with("steering: unavailable: "));

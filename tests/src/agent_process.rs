@@ -28,7 +28,11 @@ impl AgentProcess {
     /// configuration, and `steering` is its mode. Fails with the reason on a machine that cannot steer as asked.
     pub async fn start(listen: SocketAddr, endpoint: SocketAddr, steering: &str, settings: &str) -> Result<Self> {
         let agent = Self::start_through(&[], listen, endpoint, steering, settings).await?;
-        let wanted = if steering == "off" { "steering: off" } else { "steering: active" };
+        let wanted = match steering {
+            "off" => "steering: off",
+            "local" => "steering: active (local",
+            _ => "steering: active",
+        };
         let output = agent.process.output();
         ensure!(output.iter().any(|line| line.contains(wanted)), "this test needs the kernel: {output:#?}");
         Ok(agent)
