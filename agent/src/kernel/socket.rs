@@ -8,7 +8,10 @@ use std::{
 
 use bytes::BytesMut;
 use nix::sys::socket::{self, MsgFlags};
-use tokio::io::{Interest, unix::AsyncFd};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    net::TcpStream,
+};
 
 nix::ioctl_read_bad!(siocoutq, libc::TIOCOUTQ, libc::c_int);
 
@@ -67,6 +70,24 @@ pub fn receive_into(socket: impl AsFd, buf: &mut BytesMut) -> io::Result<usize> 
     // SAFETY: the kernel has initialised the next `n` bytes.
     unsafe { buf.set_len(buf.len() + n) };
     Ok(n)
+}
+
+/// Writes all of it, without having the connection alone. Not cancel-safe.
+pub async fn write_all(stream: &TcpStream, mut buf: &[u8]) -> io::Result<()> {
+    while !buf.is_empty() {
+        stream.writable().await?;
+        match stream.try_write(buf) {
+            Ok(n) => buf = &buf[n..],
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Ends our side of a connection.
+pub fn shut_down(socket: impl AsFd) -> io::Result<()> {
+    socket2::SockRef::from(&socket.as_fd()).shutdown(std::net::Shutdown::Write)
 }
 
 /// Looks at what is there without taking it; results as in [`receive_into`].
