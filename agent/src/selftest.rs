@@ -49,6 +49,10 @@ pub fn prove(kernel: &Arc<Kernel>, lane: Lane, cases: &[Case]) -> Result<Vec<Che
         let deadline = tokio::time::Instant::now() + DEADLINE;
         let mut checks = Vec::with_capacity(cases.len());
         for case in cases {
+            // Each takes a slot. That a small table is full of those that are soon to be free is no fault of the path.
+            if kernel.slots().is_exhausted() {
+                kernel.slots().reclaim();
+            }
             let begin = Instant::now();
             let outcome = tokio::time::timeout_at(deadline, (case.run)(&steering, lane)).await;
             let failure = match outcome {
@@ -74,7 +78,8 @@ mod tests {
 
     #[test]
     fn this_kernel_steers() {
-        let mut kernel = Kernel::load(64).expect("load");
+        // A case has one connection at a time.
+        let mut kernel = Kernel::load(1).expect("load");
         kernel.try_local(None);
         assert_eq!(kernel.local(), Ok(()));
         let kernel = Arc::new(kernel);
