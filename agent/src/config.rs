@@ -286,6 +286,8 @@ pub struct Steering {
     pub endpoint_receive_buffer: u32,
     /// Endpoint connections that can be steered at once; default 16384. Sizes the kernel maps.
     pub max_flows: u32,
+    /// Steer also on a kernel whose version is known to lose or repeat bytes in sockmap; default false.
+    pub force: bool,
 }
 
 /// Spans to an OpenTelemetry collector. Trace context is passed on whether this is on or off.

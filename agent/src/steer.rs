@@ -35,15 +35,6 @@ pub enum Steering {
 }
 
 impl Steering {
-    /// One line for logs and `/readyz?verbose`.
-    pub fn describe(&self) -> String {
-        match self {
-            Self::Active(_) => "steering: active (ingress)".into(),
-            Self::Off => "steering: off (configured)".into(),
-            Self::Unavailable(why) => format!("steering: unavailable: {why}"),
-        }
-    }
-
     /// What a worker needs; `None` when it only relays.
     pub fn worker(&self) -> Result<Option<Rc<WorkerSteering>>, LoadError> {
         let Self::Active(kernel) = self else { return Ok(None) };

@@ -7,7 +7,7 @@ use std::{net::SocketAddr, sync::Once, time::Duration};
 use penstock_agent::{
     app::Agent,
     config::{Config, Epp, FailureMode, Picker, Pool, SteeringMode},
-    steer::Steering,
+    metrics::Path,
 };
 use tracing_subscriber::EnvFilter;
 
@@ -48,13 +48,17 @@ impl TestAgent {
         config.steering.max_flows = 4096;
         config.timeouts.drain = Duration::from_secs(5);
         adjust(&mut config);
-        let wants_kernel = config.steering.mode != SteeringMode::Off;
+        let wanted = match config.steering.mode {
+            SteeringMode::Off => None,
+            SteeringMode::Local => Some(Path::Local),
+            SteeringMode::Auto | SteeringMode::Ingress => Some(Path::Ingress),
+        };
         // The self-test has a runtime of its own, which cannot be started inside the test's.
         let begun = config.clone();
         let start = std::thread::spawn(|| Agent::start(begun));
         let agent = start.join().expect("the agent's start does not panic").expect("the agent starts");
-        if wants_kernel && !matches!(agent.steering(), Steering::Active(_)) {
-            panic!("this test needs the kernel: {}", agent.steering().describe());
+        if wanted.is_some_and(|path| !agent.ladder().is_ready(path)) {
+            panic!("this test needs the kernel: {:#?}", agent.ladder().lines());
         }
         Self { addr: agent.address(), agent, config }
     }

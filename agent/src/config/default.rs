@@ -132,6 +132,7 @@ impl Default for Steering {
             client_send_buffer: 1 << 20,
             endpoint_receive_buffer: 512 << 10,
             max_flows: 16_384,
+            force: false,
         }
     }
 }

@@ -136,6 +136,13 @@ pub fn set_send_buffer(socket: impl AsFd, bytes: u32) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether a socket of this thread gets a send buffer of that size.
+pub fn may_have_send_buffer(bytes: u32) -> io::Result<bool> {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
+    set_send_buffer(&socket, bytes)?;
+    Ok(socket.send_buffer_size()? >= bytes as usize / 2 * 2)
+}
+
 /// CLOCK_MONOTONIC in ns, the clock of the kernel program's stamps.
 pub fn monotonic_ns() -> u64 {
     let now =
