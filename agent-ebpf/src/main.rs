@@ -262,26 +262,28 @@ fn copy(skb: *mut c_void, ring: *mut u8, position: u32, at: u32, len: u32) {
     }
     let copies = tail::place(position, len);
     let at = at + copies.skip;
-    let (offset, first, second) = (u64::from(copies.offset), bounded(copies.first), bounded(copies.second));
+    let offset = u64::from(copies.offset);
     // SAFETY: at most RING - 1 + TAIL bytes from the start of the ring's memory, which the verifier checks; the helper fails
     // where the segment has no such bytes.
     unsafe {
-        if first > 0 {
+        if let Some(first) = bounded(copies.first) {
             bpf_skb_load_bytes(skb, at, ring.add((offset & u64::from(tail::RING - 1)) as usize).cast(), first);
         }
-        if second > 0 {
-            bpf_skb_load_bytes(skb, at + first, ring.cast(), second);
+        if let Some(second) = bounded(copies.second) {
+            bpf_skb_load_bytes(skb, at + copies.first, ring.cast(), second);
         }
     }
 }
 
-/// The same length, where the verifier sees its bounds.
+/// The same length, where the verifier sees that it is from 1 to TAIL; `None` where it is not. Before 6.8 the verifier learns
+/// nothing from a comparison with 0, so the lower bound comes from an addition.
 #[inline(always)]
-fn bounded(len: u32) -> u32 {
-    let mut len = u64::from(len);
-    // SAFETY: does nothing; the compiler forgets what it knows of the value and leaves the comparison in place.
-    unsafe { asm!("/* {0} */", inout(reg) len) };
-    if len > u64::from(tail::TAIL) { 0 } else { len as u32 }
+fn bounded(len: u32) -> Option<u32> {
+    let mut less = u64::from(len);
+    // SAFETY: subtracts 1, where the compiler does not see it: it can neither leave out the comparison nor put the length back
+    // in place of the sum.
+    unsafe { asm!("{0} += -1", inout(reg) less) };
+    if less < u64::from(tail::TAIL) { Some(less as u32 + 1) } else { None }
 }
 
 #[cfg(not(test))]
