@@ -131,6 +131,14 @@ pub(crate) fn test_needs() -> Result<()> {
     Ok(())
 }
 
+/// What other kernels run in.
+pub(crate) fn vm_needs() -> Result<()> {
+    if find("qemu-system-x86_64").is_none() {
+        apt_install(&["qemu-system-x86"])?;
+    }
+    Ok(())
+}
+
 fn venv() -> PathBuf {
     root().join("target/venv")
 }
