@@ -15,10 +15,15 @@ pub use tunnel::Tunnel;
 use std::{cell::RefCell, io, time::Duration};
 
 use bytes::BytesMut;
-use penstock_common::framing::Framing;
+use penstock_common::{framing::Framing, slot::stop};
 use tokio::time::Instant;
 
-use crate::{client::ClientSocket, endpoint::connection::EndpointConnection, kernel::socket::monotonic_ns, tee::Tee};
+use crate::{
+    client::ClientSocket,
+    endpoint::connection::EndpointConnection,
+    kernel::{slots::Lane, socket::monotonic_ns},
+    tee::Tee,
+};
 
 /// First read buffer; it grows towards the largest while reads fill it.
 const MIN_BUFFER: usize = 16 * 1024;
@@ -26,10 +31,6 @@ const MAX_BUFFER: usize = 256 * 1024;
 /// After so many spans in a row that the kernel stopped before they had lasted this long, the rest of the body is relayed.
 const MAX_FRUITLESS: u32 = 4;
 const SHORT_SPAN: Duration = Duration::from_millis(10);
-
-/// Reasons for a stop, and none.
-const STOPS: usize = 6;
-const _: () = assert!(penstock_common::slot::stop::FIN as usize + 1 == STOPS);
 
 /// How a delivery ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,20 +61,30 @@ impl End {
 #[derive(Debug, Default, Clone)]
 pub struct Account {
     pub relayed: u64,
+    /// By the verdict on what had arrived, and by the endpoint's own `sendmsg`.
     pub steered: u64,
+    pub local: u64,
     /// Bytes from the client to the endpoint behind a switch of protocols.
     pub upstream: u64,
     /// Pieces that user space wrote, and segments that the kernel redirected.
     pub pieces: u64,
     pub segments: u64,
     /// How often the kernel gave the flow back before the end, by reason (`penstock_common::slot::stop`).
-    pub stops: [u32; STOPS],
+    pub stops: [u32; stop::COUNT],
     /// First and last byte of the body, CLOCK_MONOTONIC ns; 0: none.
     pub first_ns: u64,
     pub last_ns: u64,
 }
 
 impl Account {
+    /// Bytes that the kernel has carried in this lane.
+    pub fn carried(&self, lane: Lane) -> u64 {
+        match lane {
+            Lane::Ingress => self.steered,
+            Lane::Local => self.local,
+        }
+    }
+
     fn stamp(&mut self, first: u64, last: u64) {
         if self.first_ns == 0 {
             self.first_ns = first;
@@ -89,10 +100,22 @@ pub struct Target {
     pub key: u64,
     /// Its send buffer, bytes.
     pub send_buffer: u32,
+    pub lane: Lane,
+}
+
+impl Target {
+    /// What is left to try when the kernel cannot carry the flow this way.
+    fn next(self) -> Option<Self> {
+        match self.lane {
+            Lane::Local => Some(Self { lane: Lane::Ingress, ..self }),
+            Lane::Ingress => None,
+        }
+    }
 }
 
 /// Counts at the moment when the kernel gets a flow.
 struct Armed {
+    lane: Lane,
     redirected: u64,
     segments: u64,
     payload: u32,
@@ -161,7 +184,8 @@ impl<'a> Delivery<'a> {
     /// Delivers the whole body.
     pub async fn run(&mut self) -> End {
         if let (Some(_), Some(source)) = (self.target, self.endpoint.source()) {
-            source.slot().begin_message();
+            source.slot().span(Lane::Ingress).begin_message();
+            source.slot().span(Lane::Local).begin_message();
         }
         loop {
             let step = match self.forward().await {
@@ -221,7 +245,7 @@ impl<'a> Delivery<'a> {
     /// the last stop for want of room. A stream that never pauses stays in user space, which carries bulk no worse.
     fn armable(&mut self) -> Option<Target> {
         let target = self.target?;
-        if self.endpoint.source()?.slot().passed() != self.endpoint.consumed {
+        if self.endpoint.unread() {
             return None;
         }
         if self.hold && self.client.send_queue().is_ok_and(|queued| queued > target.send_buffer / 4) {

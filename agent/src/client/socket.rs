@@ -88,6 +88,8 @@ impl ClientSocket {
             return Ok(key);
         }
         socket::set_send_buffer(self.stream(), send_buffer)?;
+        socket::take_all_that_fits(self.stream())?;
+        socket::keep_account(self.stream())?;
         let key = steering.register_target(self.stream())?;
         self.key = Some(key);
         Ok(key)
