@@ -21,7 +21,7 @@ use penstock_common::{
 
 use crate::{
     maps::{FOUND, INDEX, LOCAL_SLOTS, OFFSETS, SLOTS, TAILS, TARGETS, event},
-    memory::{self, forget, read_u32, send_buffer},
+    memory::{self, forgotten, read_u32, send_buffer, zero},
 };
 
 /// Bytes of chunk syntax and runs of payload that one call looks at; a segment with more goes to user space.
@@ -102,7 +102,9 @@ impl Kernel for Skb<'_> {
         if taken == len {
             return true;
         }
-        let mut walk = Walk { framing: *framing, skb: self.ctx.as_ptr(), ring, at: taken, len };
+        let zero = zero(len);
+        let at = taken ^ zero as u32;
+        let mut walk = Walk { framing: forgotten(*framing, zero), skb: self.ctx.as_ptr(), ring, at, len };
         let walk_ptr: *mut Walk = &raw mut walk;
         // SAFETY: `step` is a function of the signature that bpf_loop calls, and `walk` outlives the call.
         unsafe { bpf_loop(MAX_STEPS, step as *mut c_void, walk_ptr.cast(), 0) };
@@ -201,14 +203,17 @@ extern "C" fn step(_: u64, walk: *mut Walk) -> u64 {
     if walk.at >= walk.len {
         return 1;
     }
-    let position = walk.framing.payload;
-    let payload = walk.framing.skip(u64::from(walk.len - walk.at)) as u32;
+    let zero = zero(walk.len);
+    let mut framing = walk.framing;
+    let position = framing.payload;
+    let payload = framing.skip(u64::from(walk.len - walk.at)) as u32;
     if payload > 0 {
         copy(walk.skb, walk.ring, position, walk.at, payload);
+        walk.framing = forgotten(framing, zero);
         walk.at += payload;
         return 0;
     }
-    if !walk.framing.wants_syntax() {
+    if !framing.wants_syntax() {
         return 1;
     }
     let mut byte = 0u8;
@@ -216,8 +221,8 @@ extern "C" fn step(_: u64, walk: *mut Walk) -> u64 {
     if unsafe { bpf_skb_load_bytes(walk.skb, walk.at, (&raw mut byte).cast(), 1) } != 0 {
         return 1;
     }
-    walk.framing.step(byte);
-    forget(&mut walk.framing, walk.len);
+    framing.step(byte);
+    walk.framing = forgotten(framing, zero);
     walk.at += 1;
     0
 }
