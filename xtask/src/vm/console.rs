@@ -132,10 +132,9 @@ impl Section {
         self.end.map(|(_, status)| status)
     }
 
-    /// `steering      available (ingress)`: the line in which doctor comes to its end.
+    /// What the last line of doctor says: `available` of `steering      available`.
     pub(crate) fn verdict(&self) -> Option<&str> {
-        let verdict = self.lines.iter().rev().find_map(|line| line.strip_prefix("steering "));
-        verdict.or_else(|| self.lines.last().map(String::as_str)).map(str::trim)
+        self.lines.last()?.split_once(' ').map(|(_, verdict)| verdict.trim())
     }
 }
 

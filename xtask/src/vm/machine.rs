@@ -13,9 +13,11 @@ use std::{
 use anyhow::{Context, Result, bail};
 
 use super::console::Report;
-use crate::command::{command, line};
+use crate::{
+    command::{command, line},
+    setup::QEMU,
+};
 
-pub(crate) const QEMU: &str = "qemu-system-x86_64";
 /// All of it. Each program has its own limit in the machine; this one is for a machine that stands still.
 const DEADLINE: Duration = Duration::from_secs(30 * 60);
 /// How long the machine may print nothing at all.
@@ -40,9 +42,10 @@ impl Machine<'_> {
         if self.cgroup == Cgroup::Absent {
             append.push_str(" penstock.cgroup=no");
         }
-        // It takes both processors of a small machine for minutes: others go first.
-        let mut qemu = command("nice");
-        qemu.args([QEMU, "-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", "2048", "-nic", "none", "-no-reboot"]);
+        // It takes both processors of a small machine for minutes: others go first. And it ends with us.
+        let mut qemu = command("setpriv");
+        qemu.args(["--pdeathsig", "KILL", "nice", QEMU]);
+        qemu.args(["-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", "2048", "-nic", "none", "-no-reboot"]);
         qemu.args(["-display", "none", "-monitor", "none", "-serial", "stdio"]);
         qemu.arg("-kernel").arg(self.kernel).arg("-initrd").arg(self.initramfs).args(["-append", &append]);
         let mut log = File::create(log).with_context(|| format!("writing {}", log.display()))?;
