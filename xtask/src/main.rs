@@ -7,6 +7,7 @@ mod demo;
 mod lint;
 mod run;
 mod test;
+mod vm;
 
 mod ebpf;
 mod setup;
@@ -32,6 +33,8 @@ enum Verb {
     Demo(demo::Args),
     /// Install what is missing, build everything, run every test
     Test(test::Args),
+    /// Run the tests of the kernel's part on other kernels, in virtual machines
+    VmTest(vm::Args),
     /// Formatting, clippy and the rules of the house
     Lint,
 }
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
         Verb::Run(args) => run::main(&args),
         Verb::Demo(args) => demo::main(&args),
         Verb::Test(args) => test::main(&args),
+        Verb::VmTest(args) => vm::main(&args),
         Verb::Lint => lint::main(),
     };
     if let Err(error) = done {
