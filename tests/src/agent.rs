@@ -4,6 +4,7 @@
 
 use std::{net::SocketAddr, sync::Once, time::Duration};
 
+use anyhow::{Context as _, Result, bail};
 use penstock_agent::{
     app::Agent,
     config::{Config, Epp, FailureMode, Picker, Pool, SteeringMode},
@@ -38,6 +39,11 @@ pub fn epps_pool(endpoints: &[SocketAddr], epps: &[SocketAddr], failure_mode: Fa
 impl TestAgent {
     /// Starts with one pool; `adjust` changes what the test is about.
     pub fn start(pool: Pool, steering: SteeringMode, adjust: impl FnOnce(&mut Config)) -> Self {
+        Self::try_start(pool, steering, adjust).unwrap_or_else(|error| panic!("{error:#}"))
+    }
+
+    /// As [`Self::start`]; says why when the agent does not start, or is to steer and cannot.
+    pub fn try_start(pool: Pool, steering: SteeringMode, adjust: impl FnOnce(&mut Config)) -> Result<Self> {
         trace();
         let mut config = Config::new(vec![pool]);
         config.listen.address = SocketAddr::from(([127, 0, 0, 1], 0));
@@ -50,11 +56,11 @@ impl TestAgent {
         let wants_kernel = config.steering.mode != SteeringMode::Off;
         // The self-test has a runtime of its own, which cannot be started inside the test's.
         let start = std::thread::spawn(|| Agent::start(config));
-        let agent = start.join().expect("the agent's start does not panic").expect("the agent starts");
+        let agent = start.join().expect("the agent's start does not panic").context("starting the agent")?;
         if wants_kernel && !matches!(agent.steering(), Steering::Active(_)) {
-            panic!("this test needs the kernel: {}", agent.steering().describe());
+            bail!("this test needs the kernel: {}", agent.steering().describe());
         }
-        Self { addr: agent.address(), agent }
+        Ok(Self { addr: agent.address(), agent })
     }
 
     /// Sum of the samples of a metric whose labels contain all of `labels` (`path="ingress"`); 0 when there is none.

@@ -1,17 +1,20 @@
 //! The verbs of the project, for people and for CI alike: `cargo xtask VERB`.
 //!
 //! This file lists them; each has its own. What several verbs need stands below them: how the kernel program can be
-//! built on this machine (`toolchain`), how commands are made (`command`), and how long work is shown (`progress`).
+//! built on this machine (`toolchain`), how commands are made (`command`), how what is to be fast is built (`optimised`), and
+//! how long work is shown (`progress`).
 
 mod demo;
 mod lint;
 mod run;
+mod stress;
 mod test;
 
 mod ebpf;
 mod setup;
 
 mod command;
+mod optimised;
 mod progress;
 mod toolchain;
 
@@ -30,6 +33,8 @@ enum Verb {
     Run(run::Args),
     /// Build what the demo needs and start it: cargo xtask demo -- ARGUMENTS
     Demo(demo::Args),
+    /// Build what the stress run needs and start it: cargo xtask stress --seconds 600
+    Stress(stress::Args),
     /// Install what is missing, build everything, run every test
     Test(test::Args),
     /// Formatting, clippy and the rules of the house
@@ -42,6 +47,7 @@ fn main() -> ExitCode {
         Verb::BuildEbpf(args) => ebpf::main(&args),
         Verb::Run(args) => run::main(&args),
         Verb::Demo(args) => demo::main(&args),
+        Verb::Stress(args) => stress::main(&args),
         Verb::Test(args) => test::main(&args),
         Verb::Lint => lint::main(),
     };
