@@ -237,6 +237,8 @@ pub enum MissingModel {
 pub enum SteeringMode {
     /// The best path that passed its self-test, where it pays.
     Auto,
+    /// The local path for everything that an endpoint on this machine sends, whatever its size, and user space for the rest.
+    Local,
     /// The ingress path for everything that can be steered, whatever its size.
     Ingress,
     /// User space carries every byte.
@@ -246,6 +248,8 @@ pub enum SteeringMode {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Steering {
     pub mode: SteeringMode,
+    /// Where the cgroup v2 hierarchy is mounted that the endpoints on this machine live in; default: as /proc/mounts says.
+    pub cgroup: Option<PathBuf>,
     /// In `auto`, bodies with a Content-Length below this are relayed; default 16384.
     pub min_bytes: u64,
     /// In `auto`, bodies above this from an endpoint that is not on this machine are relayed (they arrive in small fragments,

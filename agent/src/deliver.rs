@@ -15,10 +15,15 @@ pub use tunnel::Tunnel;
 use std::{cell::RefCell, io, time::Duration};
 
 use bytes::BytesMut;
-use penstock_common::framing::Framing;
+use penstock_common::{framing::Framing, slot::stop};
 use tokio::time::Instant;
 
-use crate::{client::ClientSocket, endpoint::connection::EndpointConnection, kernel::socket::monotonic_ns, tee::Tee};
+use crate::{
+    client::ClientSocket,
+    endpoint::connection::EndpointConnection,
+    kernel::{slots::Lane, socket::monotonic_ns},
+    tee::Tee,
+};
 
 /// First read buffer; it grows towards the largest while reads fill it.
 const MIN_BUFFER: usize = 16 * 1024;
@@ -26,10 +31,6 @@ const MAX_BUFFER: usize = 256 * 1024;
 /// After so many spans in a row that the kernel stopped before they had lasted this long, the rest of the body is relayed.
 const MAX_FRUITLESS: u32 = 4;
 const SHORT_SPAN: Duration = Duration::from_millis(10);
-
-/// Reasons for a stop, and none.
-const STOPS: usize = 6;
-const _: () = assert!(penstock_common::slot::stop::FIN as usize + 1 == STOPS);
 
 /// How a delivery ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -60,20 +61,30 @@ impl End {
 #[derive(Debug, Default, Clone)]
 pub struct Account {
     pub relayed: u64,
+    /// By the verdict on what had arrived, and by the endpoint's own `sendmsg`.
     pub steered: u64,
+    pub local: u64,
     /// Bytes from the client to the endpoint behind a switch of protocols.
     pub upstream: u64,
     /// Pieces that user space wrote, and segments that the kernel redirected.
     pub pieces: u64,
     pub segments: u64,
     /// How often the kernel gave the flow back before the end, by reason (`penstock_common::slot::stop`).
-    pub stops: [u32; STOPS],
+    pub stops: [u32; stop::COUNT],
     /// First and last byte of the body, CLOCK_MONOTONIC ns; 0: none.
     pub first_ns: u64,
     pub last_ns: u64,
 }
 
 impl Account {
+    /// Bytes that the kernel has carried in this lane.
+    pub fn carried(&self, lane: Lane) -> u64 {
+        match lane {
+            Lane::Ingress => self.steered,
+            Lane::Local => self.local,
+        }
+    }
+
     fn stamp(&mut self, first: u64, last: u64) {
         if self.first_ns == 0 {
             self.first_ns = first;
@@ -89,10 +100,22 @@ pub struct Target {
     pub key: u64,
     /// Its send buffer, bytes.
     pub send_buffer: u32,
+    pub lane: Lane,
+}
+
+impl Target {
+    /// What is left to try when the kernel cannot carry the flow this way.
+    fn next(self) -> Option<Self> {
+        match self.lane {
+            Lane::Local => Some(Self { lane: Lane::Ingress, ..self }),
+            Lane::Ingress => None,
+        }
+    }
 }
 
 /// Counts at the moment when the kernel gets a flow.
 struct Armed {
+    lane: Lane,
     redirected: u64,
     segments: u64,
     payload: u32,
@@ -118,6 +141,8 @@ pub struct Delivery<'a> {
     pub account: Account,
     /// While the kernel has the flow: what was so when it got it.
     armed: Option<Armed>,
+    /// Bytes that come next and that the framing is behind already.
+    rest: u64,
     /// After a stop for want of room: relay until the client has caught up.
     hold: bool,
     /// Spans in a row that were stopped at once.
@@ -138,7 +163,7 @@ impl<'a> Delivery<'a> {
         let account = Account::default();
         let lead = BytesMut::new();
         let (target, decode, tee, armed) = (None, false, None, None);
-        let (hold, fruitless, buffer, filled) = (false, 0, MIN_BUFFER, false);
+        let (rest, hold, fruitless, buffer, filled) = (0, false, 0, MIN_BUFFER, false);
         Self {
             client,
             endpoint,
@@ -151,6 +176,7 @@ impl<'a> Delivery<'a> {
             idle,
             account,
             armed,
+            rest,
             hold,
             fruitless,
             buffer,
@@ -161,13 +187,14 @@ impl<'a> Delivery<'a> {
     /// Delivers the whole body.
     pub async fn run(&mut self) -> End {
         if let (Some(_), Some(source)) = (self.target, self.endpoint.source()) {
-            source.slot().begin_message();
+            source.slot().span(Lane::Ingress).begin_message();
+            source.slot().span(Lane::Local).begin_message();
         }
         loop {
             let step = match self.forward().await {
                 Err(end) => Err(end),
                 Ok(()) if self.framing.is_invalid() => Err(End::Broken),
-                Ok(()) if self.framing.is_done() => Err(End::Complete { reusable: self.pending.is_empty() }),
+                Ok(()) if self.is_complete() => Err(End::Complete { reusable: self.pending.is_empty() }),
                 Ok(()) => self.more().await,
             };
             if let Err(end) = step {
@@ -184,9 +211,23 @@ impl<'a> Delivery<'a> {
         }
     }
 
+    /// The last byte of the message is written or redirected.
+    fn is_complete(&self) -> bool {
+        self.rest == 0 && self.framing.is_done()
+    }
+
     /// Writes what user space holds, up to the end of the message. What lies behind that stays in `pending`.
     async fn forward(&mut self) -> Result<(), End> {
         let mut lead = std::mem::take(&mut self.lead);
+        if self.rest > 0 {
+            let rest = self.pending.split_to(self.pending.len().min(self.rest.try_into().unwrap_or(usize::MAX)));
+            within(self.idle, self.client.write_all(&rest)).await?;
+            self.rest -= rest.len() as u64;
+            self.account.relayed += rest.len() as u64;
+            if self.rest > 0 {
+                return Ok(());
+            }
+        }
         while !self.pending.is_empty() && !self.framing.is_done() && !self.framing.is_invalid() {
             let begin = self.framing;
             let (taken, payload) = if self.decode {
@@ -221,7 +262,7 @@ impl<'a> Delivery<'a> {
     /// the last stop for want of room. A stream that never pauses stays in user space, which carries bulk no worse.
     fn armable(&mut self) -> Option<Target> {
         let target = self.target?;
-        if self.endpoint.source()?.slot().passed() != self.endpoint.consumed {
+        if self.rest > 0 || self.endpoint.unread() {
             return None;
         }
         if self.hold && self.client.send_queue().is_ok_and(|queued| queued > target.send_buffer / 4) {
@@ -248,7 +289,7 @@ impl<'a> Delivery<'a> {
             () = idle => return Err(End::Idle),
         };
         match received {
-            Ok(0) if self.framing.may_close() => Err(End::Complete { reusable: false }),
+            Ok(0) if self.rest == 0 && self.framing.may_close() => Err(End::Complete { reusable: false }),
             Ok(0) => Err(End::Broken),
             Ok(n) => {
                 self.received(n);
@@ -260,7 +301,7 @@ impl<'a> Delivery<'a> {
 
     /// Spare capacity for the next read: more than before when the last one filled what there was.
     fn make_room(&mut self) {
-        debug_assert!(self.pending.is_empty() || self.framing.is_done());
+        debug_assert!(self.pending.is_empty() || self.is_complete());
         if self.filled {
             self.buffer = (self.buffer * 4).min(MAX_BUFFER);
         }

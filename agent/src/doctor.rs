@@ -3,7 +3,7 @@
 use std::{path::Path, process::ExitCode, sync::Arc};
 
 use penstock_agent::{
-    kernel::{Kernel, version},
+    kernel::{Kernel, slots::Lane, version},
     selftest,
 };
 
@@ -34,7 +34,7 @@ pub(crate) fn run() -> ExitCode {
         }
     };
     println!("program       loaded");
-    match selftest::prove(&kernel) {
+    match selftest::prove(&kernel, Lane::Ingress) {
         Ok(()) if !sound => {
             println!("self-test     passed, but it cannot show the absence of rare races");
             println!("steering      unavailable: the agent relays every byte in user space");

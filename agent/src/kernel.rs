@@ -1,9 +1,10 @@
-//! The only module that knows aya, and the only one of the agent with `unsafe`: loading the kernel program, its maps, the
-//! slots that it shares with us, its events, and the socket calls that have no safe wrapper.
+//! The only module that knows aya, and the only one of the agent with `unsafe`: loading the kernel programs, their maps, the
+//! slots that they share with us, their events, and the socket calls that have no safe wrapper.
 //!
 //! Given sockets and indices, it does what it is told; when to insert, arm or take back is `steer`'s business.
 
 mod btf;
+pub mod cgroup;
 pub mod events;
 mod object;
 pub mod slots;
@@ -12,21 +13,23 @@ pub mod socket;
 pub mod tun;
 pub mod version;
 
-use std::{os::fd::AsFd, sync::Arc};
+use std::{fs::File, os::fd::AsFd, path::Path, sync::Arc};
 
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, HashMap, Map, MapData, MapError, RingBuf, SockHash},
-    programs::SkSkb,
+    programs::{CgroupAttachMode, SkMsg, SkSkb, SockOps},
 };
-use penstock_common::slot::Slot;
+use penstock_common::slot::Offsets;
 use thiserror::Error;
 use zerocopy::IntoBytes as _;
 
 use self::{events::Events, slots::Slots};
 
-/// Name of the kernel program, as `BPF_OBJ_GET_INFO_BY_FD` shows it (cut to 15 bytes there).
+/// Names of the kernel programs, as `BPF_OBJ_GET_INFO_BY_FD` shows them (cut to 15 bytes there).
 pub const PROGRAM: &str = "penstock_verdict";
+pub const MESSAGE_PROGRAM: &str = "penstock_message";
+pub const PEERS_PROGRAM: &str = "penstock_peers";
 
 #[derive(Debug, Error)]
 pub enum LoadError {
@@ -58,7 +61,9 @@ pub struct Kernel {
     targets: MapData,
     index: MapData,
     tails: MapData,
-    _ebpf: Ebpf,
+    locals: MapData,
+    local: Result<(), Arc<str>>,
+    ebpf: Ebpf,
 }
 
 impl Kernel {
@@ -66,11 +71,11 @@ impl Kernel {
     pub fn load(max_flows: u32) -> Result<Self, LoadError> {
         let object = object::bytes().ok_or(LoadError::NotBuilt)?;
         let offsets = btf::offsets()?;
-        let words: [u32; 4] = zerocopy::transmute!(offsets);
+        let words: [u32; OFFSETS] = zerocopy::transmute!(offsets);
         debug_assert_eq!(words.as_bytes(), offsets.as_bytes());
         let mut loader = EbpfLoader::new();
         loader.override_global("OFFSETS", &words, true);
-        for map in ["SOURCES", "TARGETS", "INDEX", "SLOTS", "TAILS"] {
+        for map in MAPS_BY_FLOW {
             loader.map_max_entries(map, max_flows);
         }
         let mut ebpf = loader.load(object)?;
@@ -87,18 +92,65 @@ impl Kernel {
         let ring: RingBuf<MapData> = ebpf.take_map("EVENTS").ok_or(LoadError::Missing("map EVENTS"))?.try_into()?;
         let missed: Array<MapData, u64> =
             ebpf.take_map("MISSED").ok_or(LoadError::Missing("map MISSED"))?.try_into()?;
-        let slots = match ebpf.take_map("SLOTS") {
-            Some(Map::Array(data)) => Arc::new(Slots::map(data.fd().as_fd(), max_flows)?),
+        let slots = match (ebpf.map("SLOTS"), ebpf.map("LOCAL_SLOTS")) {
+            (Some(Map::Array(slots)), Some(Map::Array(locals))) => {
+                Arc::new(Slots::map(slots.fd().as_fd(), locals.fd().as_fd(), max_flows)?)
+            }
             _ => return Err(LoadError::Missing("map SLOTS")),
         };
-        let events = Events::start(ring, missed, max_flows)?;
+        let events = Events::start(ring, missed, Arc::clone(&slots))?;
         let mut take = |name: &'static str| match ebpf.take_map(name) {
             Some(Map::SockHash(data) | Map::HashMap(data)) => Ok(data),
             _ => Err(LoadError::Missing(name)),
         };
         let (sources, targets) = (take("SOURCES")?, take("TARGETS")?);
-        let (index, tails) = (take("INDEX")?, take("TAILS")?);
-        Ok(Self { slots, events, sources, targets, index, tails, _ebpf: ebpf })
+        let (index, tails, locals) = (take("INDEX")?, take("TAILS")?, take("LOCAL_INDEX")?);
+        let local = Err("not asked for".into());
+        Ok(Self { slots, events, sources, targets, index, tails, locals, local, ebpf })
+    }
+
+    /// Whether endpoints on this machine are recognised, and if not, why.
+    pub fn local(&self) -> Result<(), Arc<str>> {
+        self.local.clone()
+    }
+
+    /// As [`attach_local`](Self::attach_local), in the cgroup that is named or found; [`local`](Self::local) tells what came
+    /// of it.
+    pub fn try_local(&mut self, cgroup: Option<&Path>) {
+        let attached = match cgroup {
+            Some(cgroup) => self.attach_local(cgroup).map_err(|error| format!("cgroup {}: {error}", cgroup.display())),
+            None => match cgroup::root() {
+                Ok(root) => self.attach_local(&root).map_err(|error| format!("cgroup {}: {error}", root.display())),
+                Err(error) => Err(error.to_string()),
+            },
+        };
+        self.local = attached.map_err(Arc::from);
+    }
+
+    /// Remembers why endpoints on this machine are not recognised.
+    pub fn without_local(&mut self, why: &str) {
+        self.local = Err(why.into());
+    }
+
+    /// Has connections to endpoints in this cgroup (the root of a cgroup v2 hierarchy: on this machine) recognised as they are
+    /// made, and what those endpoints send looked at.
+    pub fn attach_local(&mut self, cgroup: &Path) -> Result<(), LoadError> {
+        let cgroup = File::open(cgroup)?;
+        let program = self.ebpf.program_mut(MESSAGE_PROGRAM).ok_or(LoadError::Missing("message program"))?;
+        let program: &mut SkMsg = program.try_into()?;
+        program.load()?;
+        let sockets: SockHash<_, u64> = self.ebpf.map("LOCALS").ok_or(LoadError::Missing("map LOCALS"))?.try_into()?;
+        let sockets = sockets.fd().try_clone()?;
+        // Attached before any socket is inserted, as above.
+        let program: &mut SkMsg =
+            self.ebpf.program_mut(MESSAGE_PROGRAM).ok_or(LoadError::Missing("message program"))?.try_into()?;
+        program.attach(&sockets)?;
+        let program = self.ebpf.program_mut(PEERS_PROGRAM).ok_or(LoadError::Missing("peers program"))?;
+        let program: &mut SockOps = program.try_into()?;
+        program.load()?;
+        // A link stands beside those of others whatever the mode, and takes no flag (cgroup_bpf_link_attach).
+        program.attach(cgroup, CgroupAttachMode::Single)?;
+        Ok(())
     }
 
     /// Handles of the maps for one worker; they share the kernel's maps, not a lock.
@@ -111,6 +163,7 @@ impl Kernel {
             targets: Map::SockHash(again(&self.targets)?).try_into()?,
             index: Map::HashMap(again(&self.index)?).try_into()?,
             tails: Map::HashMap(again(&self.tails)?).try_into()?,
+            locals: Map::HashMap(again(&self.locals)?).try_into()?,
         })
     }
 
@@ -129,12 +182,17 @@ pub struct Maps {
     pub targets: SockHash<MapData, u64>,
     pub index: HashMap<MapData, u64, u32>,
     pub tails: HashMap<MapData, u32, Ring>,
+    /// Cookies of endpoints' own sockets, to the index of the slot.
+    pub locals: HashMap<MapData, u64, u32>,
 }
 
 /// The memory of a ring of last payload bytes (`penstock_common::tail`).
 pub type Ring = [u8; penstock_common::tail::MEMORY];
 
-const _: () = assert!(size_of::<Slot>() == 128);
+/// Maps that have an entry for each connection that may be steered.
+const MAPS_BY_FLOW: [&str; 10] =
+    ["SOURCES", "TARGETS", "INDEX", "SLOTS", "TAILS", "LOCALS", "LOCAL_INDEX", "LOCAL_SLOTS", "PEERS", "FOUND"];
+const OFFSETS: usize = size_of::<Offsets>() / size_of::<u32>();
 
 #[cfg(test)]
 mod tests {
@@ -142,7 +200,8 @@ mod tests {
 
     #[test]
     fn the_verifier_accepts_the_program() {
-        let kernel = Kernel::load(64).expect("load");
+        let mut kernel = Kernel::load(64).expect("load");
+        kernel.attach_local(&cgroup::root().expect("a cgroup v2 hierarchy")).expect("attach");
         kernel.maps().expect("maps");
         assert_eq!(kernel.slots().len(), 64);
     }

@@ -57,6 +57,8 @@ struct Request {
     upgrade: Option<HeaderValue>,
     pool: usize,
     record: Record,
+    /// The client's key in the kernel's map, where an endpoint might send to it by itself.
+    target: Option<u64>,
     /// When the whole of it has to be over.
     deadline: Option<Instant>,
 }
@@ -78,7 +80,8 @@ pub async fn run(worker: &Worker, client: &mut Client, head: RequestHead, begun:
     let upgrade = head
         .upgrade
         .filter(|wanted| allowed.iter().any(|allowed| wanted.as_bytes().eq_ignore_ascii_case(allowed.as_bytes())));
-    let mut request = Request { parts: head.parts, keep_alive: head.keep_alive, upgrade, pool: 0, record, deadline };
+    let mut request =
+        Request { parts: head.parts, keep_alive: head.keep_alive, upgrade, pool: 0, record, target: None, deadline };
     let taken = take(worker, client, &mut request, head.body, head.expect_continue, peer);
     let mut upload = match by(worker, deadline, taken).await {
         Ok(upload) => upload,
@@ -204,6 +207,7 @@ async fn answered(
     for pick in &worker.shared.pick_headers {
         headers::remove_pick(&mut request.parts.headers, pick);
     }
+    request.target = target(worker, client);
     let answer = by(worker, deadline, dispatch::dispatch(worker, client, request, upload, &mut picked)).await;
     let answer = match answer {
         Err(Error::Evicted(reply)) => {
@@ -218,6 +222,16 @@ async fn answered(
     upload.forget();
     picked.body = Body::Original;
     respond::respond(worker, client, request, *picked, answer).await
+}
+
+/// The client's key, where an endpoint on this machine could send to it: that has to know before it answers.
+fn target(worker: &Worker, client: &mut Client) -> Option<u64> {
+    let steering = worker.endpoints.steering().filter(|steering| steering.has_local())?;
+    let Client::Http1(socket) = client else { return None };
+    if socket.is_tls() {
+        return None;
+    }
+    socket.make_target(steering, worker.shared.config.steering.client_send_buffer).ok()
 }
 
 /// Sends the picker's own answer to the client.

@@ -26,13 +26,15 @@ use crate::{
     config::{self, SteeringMode},
     deliver::{Account, Delivery, End, Target},
     endpoint::connection::EndpointConnection,
-    kernel::{Kernel, version},
+    kernel::{Kernel, slots::Lane, version},
     steer::{Steering, WorkerSteering},
 };
 
 /// The whole proof; it takes some tens of milliseconds.
 const DEADLINE: Duration = Duration::from_secs(5);
 const BODY: usize = 4 << 20;
+/// Written at once; several have room in a send buffer.
+const PIECE: usize = 32 * 1024;
 /// A sender that gets on no further for this long is stuck.
 const QUIET: Duration = Duration::from_millis(20);
 const SEND_BUFFER: u32 = 256 * 1024;
@@ -46,25 +48,41 @@ pub fn start(config: &config::Steering) -> Steering {
     if !version::is_sound(&release) {
         return Steering::Unavailable(format!("kernel {release} may lose or repeat bytes in sockmap").into());
     }
-    let kernel = match Kernel::load(config.max_flows) {
-        Ok(kernel) => Arc::new(kernel),
+    let mut kernel = match Kernel::load(config.max_flows) {
+        Ok(kernel) => kernel,
         Err(error) => return Steering::Unavailable(error.to_string().into()),
     };
-    match prove(&kernel) {
-        Ok(()) => Steering::Active(kernel),
-        Err(error) => Steering::Unavailable(format!("self-test of the ingress path: {error:#}").into()),
+    if config.mode != SteeringMode::Ingress {
+        kernel.try_local(config.cgroup.as_deref());
+    }
+    let kernel = Arc::new(kernel);
+    if let Err(error) = prove(&kernel, Lane::Ingress) {
+        return Steering::Unavailable(format!("self-test of the ingress path: {error:#}").into());
+    }
+    if kernel.local().is_err() {
+        return Steering::Active(kernel);
+    }
+    let Err(error) = prove(&kernel, Lane::Local) else { return Steering::Active(kernel) };
+    // Without its programs, which would look at every endpoint's messages for nothing.
+    drop(kernel);
+    match Kernel::load(config.max_flows) {
+        Ok(mut kernel) => {
+            kernel.without_local(&format!("self-test of the local path: {error:#}"));
+            Steering::Active(Arc::new(kernel))
+        }
+        Err(error) => Steering::Unavailable(error.to_string().into()),
     }
 }
 
-/// Runs every case.
-pub fn prove(kernel: &Arc<Kernel>) -> Result<()> {
+/// Runs every case on one path.
+pub fn prove(kernel: &Arc<Kernel>, lane: Lane) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let steering = WorkerSteering::new(kernel)?;
     runtime.block_on(async {
         tokio::time::timeout(DEADLINE, async {
-            stalled_reader(&steering).await.context("a reader that stalls")?;
-            small_chunks(&steering).await.context("a chunked stream of small pieces")?;
-            end_by_fin(&steering).await.context("an end by FIN")
+            stalled_reader(&steering, lane).await.context("a reader that stalls")?;
+            small_chunks(&steering, lane).await.context("a chunked stream of small pieces")?;
+            end_by_fin(&steering, lane).await.context("an end by FIN")
         })
         .await
         .with_context(|| format!("no result within {DEADLINE:?}"))?
@@ -84,7 +102,7 @@ struct Rig {
 }
 
 impl Rig {
-    async fn new(steering: &Rc<WorkerSteering>) -> Result<(Self, TcpStream, TcpStream)> {
+    async fn new(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<(Self, TcpStream, TcpStream)> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address: SocketAddr = listener.local_addr()?;
         let (endpoint, server) = tokio::join!(
@@ -94,11 +112,15 @@ impl Rig {
         let (reader, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
         let mut client = ClientSocket::new(accepted?.0)?;
         let key = client.make_target(steering, SEND_BUFFER)?;
-        let endpoint = endpoint?;
-        ensure!(endpoint.source().is_some(), "the kernel refused the endpoint's socket");
-        let server = server?.0;
+        let (mut endpoint, mut server) = (endpoint?, server?.0);
         server.set_nodelay(true)?;
-        Ok((Self { endpoint, client, target: Target { key, send_buffer: SEND_BUFFER } }, server, reader?))
+        endpoint.announce(Some(key));
+        // In place of a head.
+        server.write_all(b"h").await?;
+        endpoint.read(&mut BytesMut::with_capacity(1)).await?;
+        let source = endpoint.source().context("the kernel refused the endpoint's socket")?;
+        ensure!(lane == Lane::Ingress || source.is_local_to(key), "the endpoint's own socket was not recognised");
+        Ok((Self { endpoint, client, target: Target { key, send_buffer: SEND_BUFFER, lane } }, server, reader?))
     }
 
     async fn deliver(&mut self, framing: Framing) -> (End, Account) {
@@ -117,15 +139,16 @@ fn compare(got: &[u8], want: &[u8]) -> Result<()> {
     Ok(())
 }
 
-async fn stalled_reader(steering: &Rc<WorkerSteering>) -> Result<()> {
-    let (mut rig, mut server, mut reader) = Rig::new(steering).await?;
+async fn stalled_reader(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> {
+    let (mut rig, mut server, mut reader) = Rig::new(steering, lane).await?;
     let body: Vec<u8> = (0..BODY).map(pattern).collect();
     let mut got = vec![0; BODY];
     let (start_reading, stalled) = oneshot::channel::<()>();
     let sent = Cell::new(0);
     let write = async {
         while sent.get() < BODY {
-            sent.set(sent.get() + server.write(&body[sent.get()..]).await?);
+            let end = BODY.min(sent.get() + PIECE);
+            sent.set(sent.get() + server.write(&body[sent.get()..end]).await?);
         }
         std::io::Result::Ok(())
     };
@@ -147,14 +170,14 @@ async fn stalled_reader(steering: &Rc<WorkerSteering>) -> Result<()> {
     written?;
     read?;
     ensure!(end == End::Complete { reusable: true }, "the delivery ended as {end:?}");
-    ensure!(account.steered > 0, "the kernel redirected nothing");
+    ensure!(account.carried(lane) > 0, "the kernel redirected nothing");
     ensure!(account.stops[stop::ROOM as usize] > 0, "the room gate did not trip");
-    ensure!(account.steered + account.relayed == BODY as u64, "the account does not add up: {account:?}");
+    ensure!(account.carried(lane) + account.relayed == BODY as u64, "the account does not add up: {account:?}");
     compare(&got, &body)
 }
 
-async fn small_chunks(steering: &Rc<WorkerSteering>) -> Result<()> {
-    let (mut rig, mut server, mut reader) = Rig::new(steering).await?;
+async fn small_chunks(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> {
+    let (mut rig, mut server, mut reader) = Rig::new(steering, lane).await?;
     let mut wire = Vec::new();
     for n in 1..=64usize {
         wire.extend_from_slice(format!("{n:x};n=v\r\n").as_bytes());
@@ -175,12 +198,12 @@ async fn small_chunks(steering: &Rc<WorkerSteering>) -> Result<()> {
     written?;
     read?;
     ensure!(end == End::Complete { reusable: true }, "the delivery ended as {end:?}");
-    ensure!(account.steered > 0, "the kernel redirected nothing");
+    ensure!(account.carried(lane) > 0, "the kernel redirected nothing");
     compare(&got, &wire)
 }
 
-async fn end_by_fin(steering: &Rc<WorkerSteering>) -> Result<()> {
-    let (mut rig, mut server, mut reader) = Rig::new(steering).await?;
+async fn end_by_fin(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> {
+    let (mut rig, mut server, mut reader) = Rig::new(steering, lane).await?;
     let body: Vec<u8> = (0..100_000).map(pattern).collect();
     let mut got = Vec::new();
     let write = async {
@@ -200,7 +223,7 @@ async fn end_by_fin(steering: &Rc<WorkerSteering>) -> Result<()> {
     written?;
     read?;
     ensure!(end == End::Complete { reusable: false }, "the delivery ended as {end:?}");
-    ensure!(account.steered + account.relayed == body.len() as u64, "the account does not add up: {account:?}");
+    ensure!(account.carried(lane) + account.relayed == body.len() as u64, "the account does not add up: {account:?}");
     compare(&got, &body)
 }
 
@@ -210,9 +233,13 @@ mod tests {
 
     #[test]
     fn this_kernel_steers() {
-        let kernel = Arc::new(Kernel::load(64).expect("load"));
+        let mut kernel = Kernel::load(64).expect("load");
+        kernel.try_local(None);
+        assert_eq!(kernel.local(), Ok(()));
+        let kernel = Arc::new(kernel);
         for _ in 0..10 {
-            prove(&kernel).expect("self-test");
+            prove(&kernel, Lane::Ingress).expect("self-test of the ingress path");
+            prove(&kernel, Lane::Local).expect("self-test of the local path");
         }
         assert_eq!(kernel.events().take_missed(), 0);
     }

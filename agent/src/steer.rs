@@ -1,6 +1,7 @@
 //! Who may be steered and how a connection becomes known to the kernel program.
 //!
-//! Only this module inserts sockets. An endpoint connection is inserted once, right after connect and before its first
+//! Only this module inserts sockets. An endpoint connection is announced before it connects, so that the kernel recognises
+//! the endpoint's socket where that is on this machine, and inserted once, right after connect and before its first
 //! request, when its receive queue is empty (bytes queued before insertion are not seen, and partly read ones are sent
 //! twice); it stays until it is closed, because taking it out would lose bytes that were let through. A client
 //! connection is inserted when it first becomes a target.
@@ -18,7 +19,11 @@ use std::{
 
 use thiserror::Error;
 
-use crate::kernel::{Kernel, LoadError, Maps, Ring, slots::SlotRef, socket};
+use crate::kernel::{
+    Kernel, LoadError, Maps, Ring,
+    slots::{Lane, SlotRef},
+    socket,
+};
 
 /// Whether the kernel can steer, and if not, why.
 #[derive(Clone)]
@@ -67,17 +72,19 @@ impl WorkerSteering {
         Ok(Rc::new(Self { kernel: Arc::clone(kernel), maps: RefCell::new(kernel.maps()?) }))
     }
 
-    /// Makes a fresh endpoint connection known. The socket must not have received anything yet.
-    pub fn register_source(self: &Rc<Self>, endpoint: impl AsFd) -> Result<Source, RegisterError> {
+    /// Announces a connection that is about to be made from this socket.
+    pub fn announce_source(self: &Rc<Self>, endpoint: impl AsFd) -> Result<Source, RegisterError> {
         let cookie = socket::cookie(&endpoint)?;
         let index = self.kernel.slots().take().ok_or(RegisterError::NoSlot)?;
         let source = Source { index, cookie, ring: Cell::new(false), steering: Rc::clone(self) };
         source.slot().reset();
-        let mut maps = self.maps.borrow_mut();
-        maps.index.insert(cookie, index, 0)?;
-        maps.sources.insert(cookie, endpoint.as_fd().as_raw(), 0)?;
-        drop(maps);
+        self.maps.borrow_mut().index.insert(cookie, index, 0)?;
         Ok(source)
+    }
+
+    /// Endpoints on this machine are recognised.
+    pub fn has_local(&self) -> bool {
+        self.kernel.local().is_ok()
     }
 
     /// Makes a client connection a possible target; returns its key. The kernel forgets it when it is closed.
@@ -103,6 +110,11 @@ pub struct Source {
 }
 
 impl Source {
+    /// The connection has been made: from now on the kernel sees what arrives. Nothing may have been received yet.
+    pub fn insert(&self, endpoint: impl AsFd) -> Result<(), RegisterError> {
+        Ok(self.steering.maps.borrow_mut().sources.insert(self.cookie, endpoint.as_fd().as_raw(), 0)?)
+    }
+
     pub fn slot(&self) -> SlotRef<'_> {
         self.steering.kernel.slots().get(self.index)
     }
@@ -121,20 +133,33 @@ impl Source {
         Ok(self.steering.maps.borrow().tails.get(&self.index, 0)?)
     }
 
-    /// Ready when the kernel has let go of the slot; the task is woken when it does.
-    pub fn poll_released(&self, cx: &mut Context<'_>) -> Poll<()> {
-        self.steering.kernel.events().poll_released(self.index, self.slot(), cx)
+    /// Ready when the kernel has let go of the span; the task is woken when it does.
+    pub fn poll_released(&self, lane: Lane, cx: &mut Context<'_>) -> Poll<()> {
+        self.steering.kernel.events().poll_released(self.index, self.slot().span(lane), cx)
+    }
+
+    /// Whether the endpoint's own `sendmsg` can carry a response to the client with this key, which was announced.
+    pub fn is_local_to(&self, target: u64) -> bool {
+        self.slot().peer().is_some() && self.slot().has_found(target)
     }
 }
 
 impl Drop for Source {
     fn drop(&mut self) {
         // Missing when registration failed half-way.
-        let _ = self.steering.maps.borrow_mut().index.remove(&self.cookie);
+        let mut maps = self.steering.maps.borrow_mut();
+        let _ = maps.index.remove(&self.cookie);
         if self.ring.get() {
-            let _ = self.steering.maps.borrow_mut().tails.remove(&self.index);
+            let _ = maps.tails.remove(&self.index);
         }
-        self.steering.kernel.slots().give_back(self.index);
+        let slots = self.steering.kernel.slots();
+        match self.slot().peer() {
+            Some(peer) => {
+                let _ = maps.locals.remove(&peer);
+                slots.retire(self.index);
+            }
+            None => slots.give_back(self.index),
+        }
     }
 }
 

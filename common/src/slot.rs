@@ -1,8 +1,9 @@
-//! The slot: 128 bytes for each endpoint connection, in an array map that the agent has mapped into its memory.
+//! The slots: for each endpoint connection 128 bytes for either path, in array maps that the agent has mapped into its
+//! memory.
 //!
-//! The agent arms a slot by storing `armed = consumed + 1` last, with release order; from then on the kernel owns
-//! `framing`, `redir` and the stamps until it clears `armed`. `passed` belongs to the kernel always. Whatever ends an
-//! armed span clears `armed` last, so an agent that reads `armed == 0` with acquire order sees everything written before.
+//! What both have is a [`Span`]: the agent hands a flow over by storing `armed` last, with release order; from then on the
+//! kernel owns `framing`, `redir` and the stamps until it clears `armed`. Whatever ends an armed span clears `armed` last, so
+//! an agent that reads `armed == 0` with acquire order sees everything written before. `passed` belongs to the kernel always.
 
 use core::{cell::UnsafeCell, sync::atomic::AtomicU64};
 
@@ -56,6 +57,12 @@ pub mod stop {
     pub const TARGET: u32 = 4;
     /// The endpoint has closed its side.
     pub const FIN: u32 = 5;
+    /// Not all that was redirected before has reached the client's send queue.
+    pub const BEHIND: u32 = 6;
+    /// The sender keeps an account of its own socket's queue (`SO_ZEROCOPY`, or another Penstock), which a redirect would bypass.
+    pub const ACCOUNT: u32 = 7;
+    /// How many there are, with "it has not".
+    pub const COUNT: usize = 8;
 
     /// Metric label of a reason.
     pub const fn label(reason: u32) -> &'static str {
@@ -65,44 +72,72 @@ pub mod stop {
             ROOM => "room",
             TARGET => "target",
             FIN => "fin",
+            BEHIND => "behind",
+            ACCOUNT => "account",
             _ => "none",
         }
     }
 }
 
-/// State of one endpoint connection. Times are CLOCK_MONOTONIC nanoseconds (`bpf_ktime_get_ns`).
+/// What the agent hands to the kernel and takes back, whatever the path. Times are CLOCK_MONOTONIC nanoseconds
+/// (`bpf_ktime_get_ns`).
 #[repr(C)]
 #[cfg_attr(feature = "user", derive(zerocopy::IntoBytes, zerocopy::FromBytes, zerocopy::KnownLayout))]
-pub struct Slot {
-    /// 0: pass. Else `1 +` the value that `passed` must have for a redirect.
+pub struct Span {
+    /// 0: pass. Else where the stream has to stand for a redirect, as the path counts it.
     pub armed: Word,
-    /// Bytes let through to user space since the connection was made. Written by the kernel only.
-    pub passed: Word,
     /// Bytes redirected since the connection was made.
     pub redir: Word,
     /// Key of the client's socket in the target map (its cookie).
     pub target: Word,
     /// Where the message stands after the last redirected byte.
     pub framing: Framing,
-    /// `1 << 32 |` the target's `write_seq` at the first redirect of this arming, less `redir`; 0: not taken yet.
-    pub wbase: u64,
     /// First and last redirect since `first_ns` was last zeroed.
     pub first_ns: Word,
     pub last_ns: Word,
-    /// Segments redirected since the connection was made.
+    /// Segments or messages redirected since the connection was made.
     pub segments: u64,
     /// One of [`stop`]: why the last armed span ended early.
     pub stop: u32,
     /// Not 0: copies of the payload go into the connection's ring ([`crate::tail`]). Written by the agent while released.
     pub keep: u32,
-    /// `1 << 32 |` the TCP sequence number of the first byte that the endpoint sent; 0: none yet.
+}
+
+/// The ingress path's state of one connection: what the verdict on its segments knows.
+#[repr(C)]
+#[cfg_attr(feature = "user", derive(zerocopy::IntoBytes, zerocopy::FromBytes, zerocopy::KnownLayout))]
+pub struct Slot {
+    /// `armed` is `1 +` the value that `passed` must have for a redirect.
+    pub span: Span,
+    /// Bytes let through to user space since the connection was made. Written by the kernel only.
+    pub passed: Word,
+    /// `1 << 32 |` the target's `write_seq` at the first redirect of this arming, less `redir`; 0: not taken yet.
+    pub wbase: u64,
+    /// `1 << 32 |` the TCP sequence number of the first byte that the peer sent; 0: none yet.
     pub origin: u64,
     /// Not 0: the kernel's account of the stream and the stream differ. Nothing read from the connection can be trusted.
     pub astray: Word,
     pub reserved: [u64; 2],
 }
 
-const _: () = assert!(size_of::<Slot>() == 128);
+/// The local path's state of one connection: what is known of the endpoint's own socket, which lives on this machine.
+#[repr(C)]
+#[cfg_attr(feature = "user", derive(zerocopy::IntoBytes, zerocopy::FromBytes, zerocopy::KnownLayout))]
+pub struct LocalSlot {
+    /// `armed` is `1 << 32 |` the value that the endpoint's `write_seq` must have for a redirect.
+    pub span: Span,
+    /// `1 << 32 |` the target's `write_seq` as it is when everything redirected in this arming has arrived; 0: none yet.
+    pub expected: u64,
+    /// `1 << 32 |` the endpoint's `write_seq` before its first byte. Written when the connection is made.
+    pub origin: Word,
+    /// Cookie of the endpoint's socket, once it is in the kernel's map; 0: it is not.
+    pub peer: Word,
+    /// Cookie of the client whose socket the kernel has found; 0: none. Written by the verdict on what the endpoint sends.
+    pub found: Word,
+    pub reserved: [u64; 2],
+}
+
+const _: () = assert!(size_of::<Slot>() == 128 && size_of::<LocalSlot>() == 128);
 const _: () = assert!(size_of::<Framing>() == 24);
 
 /// Offsets into the kernel's own structures, read from its BTF at load and handed to the program as a global.
@@ -118,4 +153,14 @@ pub struct Offsets {
     pub write_seq: u32,
     /// `struct sk_buff::cb`, which begins with `struct tcp_skb_cb::seq` in a receive queue.
     pub skb_cb: u32,
+    /// `struct sk_msg::sk`, `data` and `data_end`: whose message it is, and the part of it that lies in one piece.
+    pub msg_sk: u32,
+    pub msg_data: u32,
+    pub msg_data_end: u32,
+    /// `struct sock_common::skc_cookie` and `skc_flags`.
+    pub skc_cookie: u32,
+    pub skc_flags: u32,
+    /// Bits of `skc_flags` that say that the owner keeps an account of the socket's queue: SOCK_ZEROCOPY (it waits to be told
+    /// what has been sent), and SOCK_RXQ_OVFL, which means nothing to TCP and marks Penstock's own.
+    pub accounts: u32,
 }

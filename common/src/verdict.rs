@@ -10,32 +10,36 @@ use core::sync::atomic::Ordering::Acquire;
 
 use crate::{
     framing::Framing,
-    slot::{Slot, Word, stop},
+    slot::{Slot, Span, Word, stop},
 };
 
-/// What the verdict needs of the kernel; tests put a model in its place.
+/// What both rules need of the kernel; tests put a model in its place.
 pub trait Kernel {
     /// Loads with acquire order. The target has no such load in Rust's core library, so each side brings its own.
     fn load_acquire(&mut self, word: &Word) -> u64;
     /// Stores 0 with release order.
     fn clear_release(&mut self, word: &Word);
-    /// TCP sequence number of the segment's first byte.
-    fn sequence(&mut self) -> u32;
-    /// Cuts bytes off the segment's front. False: they are still there.
-    fn trim(&mut self, bytes: u32) -> bool;
-    /// Advances `framing` over the whole segment. False: it ends before the segment does, is invalid, or is too long to tell.
+    /// Advances `framing` over all `len` bytes. False: it ends before they do, is invalid, or is too long to tell.
     /// With `keep`, what is payload is copied into the connection's ring on the way.
     fn parse(&mut self, framing: &mut Framing, len: u32, keep: bool) -> bool;
-    /// The endpoint has closed its side, with this segment or before it.
-    fn closed(&mut self) -> bool;
     /// Fill of the target's send buffer; `None`: no such target.
     fn target(&mut self, key: u64) -> Option<SendBuffer>;
-    /// Has the segment queued for the target.
+    /// Has the bytes queued for the target.
     fn redirect(&mut self, key: u64) -> bool;
     /// CLOCK_MONOTONIC, ns.
     fn now(&mut self) -> u64;
     /// Tells the agent that the slot has something for it.
     fn event(&mut self);
+}
+
+/// What the verdict needs to know of a segment.
+pub trait Segment: Kernel {
+    /// TCP sequence number of the segment's first byte.
+    fn sequence(&mut self) -> u32;
+    /// Cuts bytes off the segment's front. False: they are still there.
+    fn trim(&mut self, bytes: u32) -> bool;
+    /// The endpoint has closed its side, with this segment or before it.
+    fn closed(&mut self) -> bool;
 }
 
 /// `struct tcp_sock` of the target, as far as it matters here.
@@ -49,25 +53,20 @@ pub struct SendBuffer {
 /// Decides on a segment of `len` bytes; `len` 0 is the endpoint's FIN. The segment passes to user space unless
 /// [`Kernel::redirect`] took it.
 #[inline(always)]
-pub fn verdict(slot: &mut Slot, len: u32, kernel: &mut impl Kernel) {
+pub fn verdict(slot: &mut Slot, len: u32, kernel: &mut impl Segment) {
     let len = if len == 0 { 0 } else { without_overlap(slot, len, kernel) };
-    if slot.armed.get() == 0 {
+    if slot.span.armed.get() == 0 {
         add(&slot.passed, len);
         return;
     }
     // Read again, for what the agent wrote before it armed.
-    let armed = kernel.load_acquire(&slot.armed);
+    let armed = kernel.load_acquire(&slot.span.armed);
     match try_redirect(slot, armed, len, kernel) {
-        Ok(()) if slot.framing.is_done() => {
-            kernel.clear_release(&slot.armed);
-            kernel.event();
-        }
+        Ok(()) if slot.span.framing.is_done() => slot.span.end(0, kernel),
         Ok(()) => {}
         Err(reason) => {
-            slot.stop = reason;
             add(&slot.passed, len);
-            kernel.clear_release(&slot.armed);
-            kernel.event();
+            slot.span.end(reason, kernel);
         }
     }
 }
@@ -77,12 +76,13 @@ pub fn verdict(slot: &mut Slot, len: u32, kernel: &mut impl Kernel) {
 /// A retransmitted segment may begin before the end of what has arrived. `tcp_recvmsg` skips that part by its offset;
 /// `tcp_read_skb` hands over the whole segment, so without this the bytes would be delivered twice.
 #[inline(always)]
-fn without_overlap(slot: &mut Slot, len: u32, kernel: &mut impl Kernel) -> u32 {
+fn without_overlap(slot: &mut Slot, len: u32, kernel: &mut impl Segment) -> u32 {
     let sequence = kernel.sequence();
     if slot.origin >> 32 == 0 {
         slot.origin = 1 << 32 | u64::from(sequence);
     }
-    let expected = (slot.origin as u32).wrapping_add(slot.passed.get() as u32).wrapping_add(slot.redir.get() as u32);
+    let expected =
+        (slot.origin as u32).wrapping_add(slot.passed.get() as u32).wrapping_add(slot.span.redir.get() as u32);
     let overlap = expected.wrapping_sub(sequence);
     if overlap == 0 {
         return len;
@@ -95,23 +95,23 @@ fn without_overlap(slot: &mut Slot, len: u32, kernel: &mut impl Kernel) -> u32 {
 }
 
 #[inline(always)]
-fn try_redirect(slot: &mut Slot, armed: u64, len: u32, kernel: &mut impl Kernel) -> Result<(), u32> {
+fn try_redirect(slot: &mut Slot, armed: u64, len: u32, kernel: &mut impl Segment) -> Result<(), u32> {
     if armed.wrapping_sub(1) != slot.passed.get() || slot.astray.get() != 0 {
         return Err(stop::REFUSED);
     }
     if len == 0 {
         return Err(stop::FIN);
     }
-    let mut framing = slot.framing;
-    if !kernel.parse(&mut framing, len, slot.keep != 0) {
+    let mut framing = slot.span.framing;
+    if !kernel.parse(&mut framing, len, slot.span.keep != 0) {
         return Err(stop::FRAMING);
     }
     // A FIN that comes with data brings no empty segment of its own, so nothing else would tell the agent.
     if !framing.is_done() && kernel.closed() {
         return Err(stop::FIN);
     }
-    let key = slot.target.get();
-    let redir = slot.redir.get();
+    let key = slot.span.target.get();
+    let redir = slot.span.redir.get();
     let Some(buffer) = kernel.target(key) else { return Err(stop::TARGET) };
     if slot.wbase >> 32 == 0 {
         slot.wbase = 1 << 32 | u64::from(buffer.write_seq.wrapping_sub(redir as u32));
@@ -125,14 +125,7 @@ fn try_redirect(slot: &mut Slot, armed: u64, len: u32, kernel: &mut impl Kernel)
     if !kernel.redirect(key) {
         return Err(stop::TARGET);
     }
-    add(&slot.redir, len);
-    slot.segments += 1;
-    slot.framing = framing;
-    let now = kernel.now();
-    if slot.first_ns.get() == 0 {
-        slot.first_ns.set(now);
-    }
-    slot.last_ns.set(now);
+    slot.span.book(framing, len, kernel.now());
     Ok(())
 }
 
@@ -142,7 +135,29 @@ fn add(counter: &Word, n: u32) {
     counter.set(counter.get() + u64::from(n));
 }
 
-/// True when the agent may take the slot's books: the kernel writes nothing but `passed` until the next arming.
-pub fn is_released(slot: &Slot) -> bool {
-    slot.armed.atomic().load(Acquire) == 0
+impl Span {
+    /// Enters `len` redirected bytes, after which the message stands at `framing`.
+    #[inline(always)]
+    pub(crate) fn book(&mut self, framing: Framing, len: u32, now: u64) {
+        add(&self.redir, len);
+        self.segments += 1;
+        self.framing = framing;
+        if self.first_ns.get() == 0 {
+            self.first_ns.set(now);
+        }
+        self.last_ns.set(now);
+    }
+
+    /// Gives the flow back: at the end of the message (0), or for one of [`stop`].
+    #[inline(always)]
+    pub(crate) fn end(&mut self, reason: u32, kernel: &mut impl Kernel) {
+        self.stop = reason;
+        kernel.clear_release(&self.armed);
+        kernel.event();
+    }
+
+    /// True when the agent may take the books: the kernel writes nothing of the span until the next arming.
+    pub fn is_released(&self) -> bool {
+        self.armed.atomic().load(Acquire) == 0
+    }
 }

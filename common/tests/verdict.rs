@@ -16,7 +16,7 @@ use std::{cell::UnsafeCell, collections::VecDeque, mem::MaybeUninit, ops::Range,
 use penstock_common::{
     framing::Framing,
     slot::{Slot, Word, stop},
-    verdict::{Kernel, SendBuffer, is_released, verdict},
+    verdict::{Kernel, SendBuffer, verdict},
 };
 
 use random::Random;
@@ -94,7 +94,7 @@ struct Seen {
     redirects: u64,
     relayed: u64,
     slept: u64,
-    stops: [u64; 6],
+    stops: [u64; stop::FIN as usize + 1],
     late: u64,
     armed_in_window: u64,
     disarmed: u64,
@@ -178,7 +178,7 @@ impl<'a> World<'a> {
         }
         // Counters that wrap where the kernel's do.
         let redir = random.pick(&[0, u64::from(u32::MAX) - 50]);
-        slot.words().redir.set(redir);
+        slot.words().span.redir.set(redir);
         let consumed = random.pick(&[0, 1 << 40]);
         slot.words().passed.set(consumed);
         // As if the stream had begun where the counters did.
@@ -356,7 +356,7 @@ impl<'a> World<'a> {
         self.seen.overlaps += u64::from(overlap > 0);
         let len = (segment.len() + overlap) as u32;
         let slot = self.slot.0.get();
-        let armed = &self.slot.words().armed;
+        let armed = &self.slot.words().span.armed;
         let mut kernel = Segment { world: self, segment: segment.clone(), overlap, redirected: false, asked: false };
         if armed.get() == 0 {
             // The verdict has read 0 and not yet counted: whatever is armed meanwhile, it does not see.
@@ -394,7 +394,7 @@ impl<'a> World<'a> {
 
     fn slot_stop(&self) -> u32 {
         // SAFETY: one thread, and a whole integer.
-        unsafe { (&raw const (*self.slot.0.get()).stop).read_volatile() }
+        unsafe { (&raw const (*self.slot.0.get()).span.stop).read_volatile() }
     }
 
     fn worker(&mut self) {
@@ -467,8 +467,8 @@ impl<'a> World<'a> {
             At::Head => match self.receive() {
                 Some(0) => At::Finished(Done::Broken),
                 _ => {
-                    slot.first_ns.set(0);
-                    slot.last_ns.set(0);
+                    slot.span.first_ns.set(0);
+                    slot.span.last_ns.set(0);
                     At::Forward
                 }
             },
@@ -520,19 +520,19 @@ impl<'a> World<'a> {
                 At::Fill
             }
             At::Fill => {
-                self.agent.before = slot.redir.get();
+                self.agent.before = slot.span.redir.get();
                 // SAFETY: released, so these fields are the agent's.
                 unsafe {
-                    (&raw mut (*raw).framing).write_volatile(self.agent.framing);
+                    (&raw mut (*raw).span.framing).write_volatile(self.agent.framing);
                     (&raw mut (*raw).wbase).write_volatile(0);
-                    (&raw mut (*raw).stop).write_volatile(0);
+                    (&raw mut (*raw).span.stop).write_volatile(0);
                 }
-                slot.target.set(KEY);
+                slot.span.target.set(KEY);
                 At::Arm
             }
             At::Arm => {
                 self.armed = true;
-                slot.armed.atomic().store(self.agent.consumed + 1, SeqCst);
+                slot.span.armed.atomic().store(self.agent.consumed + 1, SeqCst);
                 At::ReadNow
             }
             At::ReadNow => match self.receive() {
@@ -548,25 +548,25 @@ impl<'a> World<'a> {
                 self.agent.registered = true;
                 At::Look
             }
-            At::Look if is_released(slot) => At::TakeBack { then_read: false },
+            At::Look if slot.span.is_released() => At::TakeBack { then_read: false },
             At::Look => {
                 self.seen.slept += 1;
                 At::Asleep
             }
             At::Asleep => At::Register,
             At::Disarm { then_read } => {
-                if !is_released(slot) {
+                if !slot.span.is_released() {
                     self.seen.disarmed += 1;
-                    slot.armed.atomic().store(0, SeqCst);
+                    slot.span.armed.atomic().store(0, SeqCst);
                     self.armed = false;
                 }
                 At::TakeBack { then_read }
             }
             At::TakeBack { then_read } => {
                 // SAFETY: released, so the kernel does not write it.
-                let framing = unsafe { (&raw const (*raw).framing).read_volatile() };
+                let framing = unsafe { (&raw const (*raw).span.framing).read_volatile() };
                 let stop = self.slot_stop();
-                let steered = slot.redir.get() - self.agent.before;
+                let steered = slot.span.redir.get() - self.agent.before;
                 assert_eq!(framing, self.reference, "the slot's framing");
                 self.agent.framing = framing;
                 self.agent.account += steered;
@@ -609,7 +609,7 @@ impl<'a> World<'a> {
         assert!(!self.fin, "asleep at {at:?}, and the endpoint has closed");
         assert_eq!(self.slot.words().passed.get(), self.agent.consumed);
         assert_eq!(self.written, self.sent, "asleep at {at:?}, and bytes are missing");
-        assert!(at != At::Asleep || !is_released(self.slot.words()), "asleep, and the slot is released");
+        assert!(at != At::Asleep || !self.slot.words().span.is_released(), "asleep, and the slot is released");
         assert!(!self.reference.is_done() || at == At::Head, "asleep behind the end");
     }
 
@@ -682,22 +682,8 @@ impl Kernel for Segment<'_, '_> {
         self.world.interleave();
     }
 
-    fn sequence(&mut self) -> u32 {
-        FIRST_SEQUENCE.wrapping_add((self.segment.start - self.overlap) as u32)
-    }
-
-    fn trim(&mut self, bytes: u32) -> bool {
-        assert_eq!(bytes as usize, self.overlap);
-        self.overlap = 0;
-        true
-    }
-
     fn parse(&mut self, framing: &mut Framing, _: u32, _: bool) -> bool {
         walk::parse(framing, &self.world.wire[self.segment.clone()], self.world.max_steps)
-    }
-
-    fn closed(&mut self) -> bool {
-        self.world.fin
     }
 
     fn target(&mut self, key: u64) -> Option<SendBuffer> {
@@ -742,6 +728,22 @@ impl Kernel for Segment<'_, '_> {
     fn event(&mut self) {
         self.world.interleave();
         self.world.events = true;
+    }
+}
+
+impl penstock_common::verdict::Segment for Segment<'_, '_> {
+    fn sequence(&mut self) -> u32 {
+        FIRST_SEQUENCE.wrapping_add((self.segment.start - self.overlap) as u32)
+    }
+
+    fn trim(&mut self, bytes: u32) -> bool {
+        assert_eq!(bytes as usize, self.overlap);
+        self.overlap = 0;
+        true
+    }
+
+    fn closed(&mut self) -> bool {
+        self.world.fin
     }
 }
 

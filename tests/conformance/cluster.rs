@@ -252,6 +252,6 @@ pub(crate) async fn hundred(gateway: &TestAgent, request: &Request) -> Vec<Socke
 
 /// Whether the kernel has carried what it was to carry, and nothing else.
 pub(crate) fn assert_carried(gateway: &TestAgent, mode: SteeringMode) {
-    let steered = gateway.count("penstock_body_bytes_total", &[r#"path="ingress""#]);
+    let steered = gateway.steered();
     assert_eq!(steered > 0, mode != SteeringMode::Off, "{steered}");
 }

@@ -68,6 +68,14 @@ impl TestAgent {
         sum(&self.agent.metrics().encode(), name, labels)
     }
 
+    /// Bytes of bodies that the kernel has carried, whatever the path.
+    pub fn steered(&self) -> u64 {
+        ["ingress", "local"]
+            .map(|path| self.count("penstock_body_bytes_total", &[&format!("path=\"{path}\"")]))
+            .iter()
+            .sum()
+    }
+
     /// As [`Self::metric`], of a counter.
     pub fn count(&self, name: &str, labels: &[&str]) -> u64 {
         self.metric(name, labels) as u64

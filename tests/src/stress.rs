@@ -42,7 +42,9 @@ const SOON: Duration = Duration::from_secs(10);
 pub fn paths(mode: SteeringMode) -> &'static [&'static str] {
     match mode {
         SteeringMode::Off => &["relay"],
-        SteeringMode::Auto => &["ingress", "relay"],
+        // Endpoints are on this machine.
+        SteeringMode::Auto => &["local", "relay"],
+        SteeringMode::Local => &["local"],
         SteeringMode::Ingress => &["ingress"],
     }
 }

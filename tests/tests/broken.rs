@@ -20,7 +20,7 @@ use tokio::sync::Notify;
 const SOON: Duration = Duration::from_secs(10);
 /// A break is passed on within this.
 const AT_ONCE: Duration = Duration::from_secs(1);
-const MODES: [SteeringMode; 2] = [SteeringMode::Off, SteeringMode::Ingress];
+const MODES: [SteeringMode; 3] = [SteeringMode::Off, SteeringMode::Ingress, SteeringMode::Local];
 const FRAMINGS: [Framing; 3] = [Framing::ContentLength, Framing::Chunked, Framing::UntilClose];
 
 async fn server() -> ModelServer {
@@ -28,7 +28,7 @@ async fn server() -> ModelServer {
 }
 
 fn steered(agent: &TestAgent) -> u64 {
-    agent.count("penstock_body_bytes_total", &[r#"path="ingress""#])
+    agent.steered()
 }
 
 /// A body that comes in small pieces behind its head, for as long as it takes.
@@ -92,7 +92,7 @@ async fn endpoints_that_break_off() {
             }
         }
         eventually(SOON, || server.connections_open() == 0).await;
-        assert_eq!(steered(&agent) > 0, mode == SteeringMode::Ingress);
+        assert_eq!(steered(&agent) > 0, mode != SteeringMode::Off);
     }
 }
 
@@ -157,7 +157,7 @@ async fn clients_that_leave() {
                     eventually(AT_ONCE, || agent.count("penstock_client_aborts_total", &[]) == 1).await;
                     // A stream that never pauses may stay in user space.
                     if plan.pauses.is_some() {
-                        assert_eq!(steered(&agent) > 0, mode == SteeringMode::Ingress);
+                        assert_eq!(steered(&agent) > 0, mode != SteeringMode::Off);
                     }
                 }
             }
@@ -203,7 +203,7 @@ async fn a_response_that_takes_too_long_is_broken_off() {
             eventually(AT_ONCE, || (server.aborted(), server.connections_open()) == (1, 0)).await;
             let reasons = ["reason=\"request_timeout\"", "status=\"200\""];
             eventually(AT_ONCE, || agent.count("penstock_requests_total", &reasons) == 1).await;
-            assert_eq!(steered(&agent) > 0, mode == SteeringMode::Ingress);
+            assert_eq!(steered(&agent) > 0, mode != SteeringMode::Off);
         }
     }
 }
@@ -234,7 +234,7 @@ async fn an_eviction_breaks_the_response_off() {
                 }
                 eventually(AT_ONCE, || (server.aborted(), server.connections_open()) == (1, 0)).await;
                 eventually(AT_ONCE, || agent.count("penstock_evictions_total", &[]) == 1).await;
-                assert_eq!(steered(&agent) > 0, mode == SteeringMode::Ingress);
+                assert_eq!(steered(&agent) > 0, mode != SteeringMode::Off);
             }
         }
     }
@@ -262,6 +262,6 @@ async fn a_picker_that_dies_takes_no_response_with_it() {
             epp.restart().await.unwrap();
         }
         eventually(SOON, || agent.count("penstock_requests_total", &["reason=\"ok\""]) == 3).await;
-        assert_eq!(steered(&agent) > 0, mode == SteeringMode::Ingress);
+        assert_eq!(steered(&agent) > 0, mode != SteeringMode::Off);
     }
 }

@@ -54,7 +54,7 @@ async fn the_openai_package_finds_nothing_amiss() {
 
     // It was the kernel that carried the streams, and both endpoints that served them.
     // A stream is counted when the agent has taken its connections back, which may be after the client is done.
-    let streams = || agent.metric("penstock_flows_total", &["path=\"ingress\"", "reason=\"event_stream\""]);
+    let streams = || agent.metric("penstock_flows_total", &["path=\"local\"", "reason=\"event_stream\""]);
     eventually(Duration::from_secs(10), || streams() >= 20.0).await;
     assert!(one.requests() > 0 && two.requests() > 0, "{} and {}", one.requests(), two.requests());
 }

@@ -29,6 +29,11 @@ async fn ingress() {
 }
 
 #[tokio::test]
+async fn local() {
+    stall("local", Duration::from_secs(10)).await;
+}
+
+#[tokio::test]
 async fn off() {
     stall("off", Duration::from_secs(5)).await;
 }
@@ -116,7 +121,8 @@ async fn stall(steering: &str, time: Duration) {
     let begin = Instant::now();
     let read = Reader::Fast.take(&mut client, &mut checker).await.unwrap();
     assert_eq!((read.end, read.len), (BodyEnd::Complete, BODY));
-    let steered = agent.metric("penstock_body_bytes_total", &[r#"path="ingress""#]).await.unwrap();
+    let path = format!("path=\"{steering}\"");
+    let steered = agent.metric("penstock_body_bytes_total", &[&path]).await.unwrap_or(0.0);
     println!(
         "{steering}: the rest in {:.1} s, {:.1} MiB steered in all",
         begin.elapsed().as_secs_f64(),

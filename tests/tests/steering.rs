@@ -21,6 +21,7 @@ macro_rules! on_every_path {
     ($($scenario:ident)+) => {
         mod off { $(#[tokio::test] async fn $scenario() { super::$scenario(super::SteeringMode::Off).await; })+ }
         mod ingress { $(#[tokio::test] async fn $scenario() { super::$scenario(super::SteeringMode::Ingress).await; })+ }
+        mod local { $(#[tokio::test] async fn $scenario() { super::$scenario(super::SteeringMode::Local).await; })+ }
         mod auto { $(#[tokio::test] async fn $scenario() { super::$scenario(super::SteeringMode::Auto).await; })+ }
     };
 }
@@ -101,7 +102,9 @@ impl Case {
             // What has come with the head does not count.
             return (plan.size < 16 * KIB).then_some(false);
         }
-        plan.fault.is_some().then_some(true)
+        // Where writes are longer than a piece of the kernel's memory, a message program may not see the chunks in them.
+        let unseen = plan.framing == Framing::Chunked && plan.size > 32 * KIB && mode != SteeringMode::Ingress;
+        (plan.fault.is_some() && !unseen).then_some(true)
     }
 }
 
@@ -155,7 +158,7 @@ impl Rig {
     async fn books(&self) -> u64 {
         let count = |name, labels: &[&str]| self.agent.count(name, labels);
         eventually(SOON, || count("penstock_requests_total", &[]) == self.responses).await;
-        let steered = count("penstock_body_bytes_total", &[r#"path="ingress""#]);
+        let steered = self.agent.steered();
         let relayed = count("penstock_body_bytes_total", &[r#"path="relay""#]);
         assert_eq!(steered + relayed, self.wire, "steered {steered}, relayed {relayed}");
         assert_eq!(count("penstock_flows_total", &[]), self.responses);
@@ -169,7 +172,7 @@ impl Rig {
     }
 
     fn report(&self, seed: u64) {
-        let stops: Vec<String> = ["refused", "framing", "room", "target", "fin"]
+        let stops: Vec<String> = ["refused", "framing", "room", "target", "fin", "behind", "account"]
             .map(|reason| (reason, self.agent.count("penstock_steer_stops_total", &[&format!("\"{reason}\"")])))
             .into_iter()
             .filter(|(_, count)| *count > 0)
@@ -252,7 +255,7 @@ async fn one_byte_at_a_time(mode: SteeringMode) {
             rig.alone(&case, None).await;
         }
     }
-    if mode == SteeringMode::Ingress {
+    if mode != SteeringMode::Off && mode != SteeringMode::Auto {
         assert!(rig.steered > 0);
     }
     rig.report(seed);
@@ -340,7 +343,7 @@ async fn http10_clients_get_chunks_decoded(mode: SteeringMode) {
     let read = case.reader.take(&mut client, &mut case.plan.checker()).await.unwrap();
     assert_eq!((read.end, read.len), (BodyEnd::Complete, MIB));
     eventually(SOON, || rig.agent.count("penstock_requests_total", &[]) == 1).await;
-    assert_eq!(rig.agent.count("penstock_body_bytes_total", &[r#"path="ingress""#]), 0);
+    assert_eq!(rig.agent.steered(), 0);
     rig.responses = 1;
     rig.report(seed);
 }

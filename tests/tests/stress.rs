@@ -9,7 +9,7 @@ use penstock_tests::{
 
 #[tokio::test]
 async fn every_mode() {
-    let options = Options { time: Duration::from_secs(9), seed: Random::fresh_seed(), mode: None };
+    let options = Options { time: Duration::from_secs(12), seed: Random::fresh_seed(), mode: None };
     println!("seed {}", options.seed);
     let tallies = stress::run(options, |_| {}).await.unwrap_or_else(|error| panic!("{error:#}"));
     let mut complaints = Vec::new();

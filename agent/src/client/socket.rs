@@ -88,6 +88,8 @@ impl ClientSocket {
             return Ok(key);
         }
         socket::set_send_buffer(self.stream(), send_buffer)?;
+        socket::take_all_that_fits(self.stream())?;
+        socket::keep_account(self.stream())?;
         let key = steering.register_target(self.stream())?;
         self.key = Some(key);
         Ok(key)
@@ -153,6 +155,15 @@ impl ClientSocket {
     pub fn add_redirected(&mut self, bytes: u64) {
         self.account += bytes;
         self.unsettled |= bytes > 0;
+    }
+
+    /// Takes what was booked as redirected and has not come out of the account; returns how much that is. Only when it will not
+    /// come any more.
+    pub fn forgive(&mut self) -> io::Result<u64> {
+        let written = socket::bytes_written(self.stream())?.wrapping_sub(self.base);
+        let missing = self.account.saturating_sub(written);
+        (self.account, self.unsettled) = (written, false);
+        Ok(missing)
     }
 
     /// Bytes that the client has not acknowledged yet.

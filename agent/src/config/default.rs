@@ -120,6 +120,7 @@ impl Default for Steering {
     fn default() -> Self {
         Self {
             mode: SteeringMode::Auto,
+            cgroup: None,
             min_bytes: 16 << 10,
             max_remote_bytes: 64 << 10,
             client_send_buffer: 1 << 20,

@@ -1,5 +1,7 @@
 //! The file's sections into the structures of [`super`], with the checks that concern one section or the whole.
 
+use std::path::PathBuf;
+
 use super::{
     Admin, Config, ErrorFormat, Errors, Limits, Listen, Overrides, Steering, SteeringMode, Timeouts, bbr, dns,
     document::Section, headers, listen, node, pools, routes, tracing, value,
@@ -79,13 +81,18 @@ fn errors(section: &mut Section<'_>) -> Errors {
 }
 
 fn steering(section: &mut Section<'_>, overrides: &Overrides) -> Steering {
-    const MODES: &[(&str, SteeringMode)] =
-        &[("auto", SteeringMode::Auto), ("ingress", SteeringMode::Ingress), ("off", SteeringMode::Off)];
+    const MODES: &[(&str, SteeringMode)] = &[
+        ("auto", SteeringMode::Auto),
+        ("local", SteeringMode::Local),
+        ("ingress", SteeringMode::Ingress),
+        ("off", SteeringMode::Off),
+    ];
     let default = Steering::default();
     let mode = section.read("mode", value::one_of(MODES));
     let buffer = || value::integer(16_384..=64 * MIB);
     let steering = Steering {
         mode: overrides.steering.or(mode).unwrap_or(default.mode),
+        cgroup: section.read("cgroup", value::non_empty).filter(|path| path != "auto").map(PathBuf::from),
         min_bytes: section.read("min_bytes", value::integer(0..=1 << 40)).unwrap_or(default.min_bytes),
         max_remote_bytes: section
             .read("max_remote_bytes", value::integer(0..=1 << 40))

@@ -158,6 +158,7 @@ fn every_setting_is_read() {
         base_models = { "l 1" = "b", b = "b" }
         [steering]
         mode = "ingress"
+        cgroup = "/cgroup"
         min_bytes = 1
         max_remote_bytes = 0
         client_send_buffer = 16384
@@ -311,6 +312,7 @@ fn every_setting_is_read() {
         },
         steering: Steering {
             mode: SteeringMode::Ingress,
+            cgroup: Some("/cgroup".into()),
             min_bytes: 1,
             max_remote_bytes: 0,
             client_send_buffer: 16_384,
@@ -402,7 +404,7 @@ fn bad_sections() {
         ("[bbr]\nbase_models = [\"a\"]", r#"p.toml:2: bbr.base_models: found an array, expected a table of adapters and base models, such as { "sql-lora" = "llama-3.1-8b" }"#.to_owned()),
         ("[bbr.base_models]\na = \"\"", r#"p.toml:2: bbr.base_models.a: found "", expected a text that is not empty"#.to_owned()),
         ("[bbr.base_models]\na = \"b\"\nb = \"c\"", r#"p.toml:1: bbr.base_models: found "b" for "a", itself an adapter, expected base models that have none"#.to_owned()),
-        ("[steering]\nmode = \"on\"", r#"p.toml:2: steering.mode: found "on", expected "auto" or "ingress" or "off""#.to_owned()),
+        ("[steering]\nmode = \"on\"", r#"p.toml:2: steering.mode: found "on", expected "auto" or "local" or "ingress" or "off""#.to_owned()),
         ("[steering]\nmin_bytes = 10\nmax_remote_bytes = 9", "p.toml:3: steering.max_remote_bytes: found 9, expected 0, or at least steering.min_bytes (10)".to_owned()),
         ("[steering]\nclient_send_buffer = 1", "p.toml:2: steering.client_send_buffer: found 1, expected an integer from 16384 to 67108864".to_owned()),
         ("[steering]\nendpoint_receive_buffer = 99999999999", "p.toml:2: steering.endpoint_receive_buffer: found 99999999999, expected an integer from 16384 to 67108864".to_owned()),

@@ -3,15 +3,24 @@
 //! The order is what keeps bytes in order. Arm first, then read once more: the read waits for any verdict in progress, so
 //! when it finds nothing, every later verdict sees the arming, and every stop sends an event. When it finds bytes, the
 //! kernel refuses the arming by itself (they count as passed) or has stopped already, and user space goes on.
+//!
+//! On the local path nothing arrives while the kernel carries, so the endpoint's socket is read as ever. Whatever does
+//! arrive, bytes or an end, was sent over the connection, and then no redirect can follow.
 
 use std::{future::poll_fn, io, time::Duration};
 
 use bytes::BytesMut;
-
 use penstock_common::{slot::stop, tail};
+use tokio::time::Instant;
 
 use super::{Armed, Delivery, End, MAX_FRUITLESS, MIN_BUFFER, SHORT_SPAN, Target, within};
-use crate::kernel::{slots::SlotRef, socket::monotonic_ns};
+use crate::kernel::{
+    slots::{Lane, SpanRef},
+    socket::monotonic_ns,
+};
+
+/// Long for what is in the hands of a `sendmsg` that does not wait.
+const BEHIND: Duration = Duration::from_millis(100);
 
 /// What ended the wait for the kernel.
 enum Wake {
@@ -28,14 +37,16 @@ impl Delivery<'_> {
     pub(super) async fn span(&mut self, target: Target) -> Result<bool, End> {
         // The kernel's account of the target begins with the arming: nothing may be on its way from an earlier span.
         within(self.idle, self.client.settle()).await?;
-        let slot = self.slot()?;
+        let span = self.kernel_span(target.lane)?;
         self.armed = Some(Armed {
-            redirected: slot.redirected(),
-            segments: slot.segments(),
+            lane: target.lane,
+            redirected: span.redirected(),
+            segments: span.segments(),
             payload: self.framing.payload,
             since: monotonic_ns(),
         });
-        self.slot()?.arm(target.key, self.framing, self.endpoint.consumed, self.tee.is_some());
+        let slot = self.endpoint.source().ok_or(End::Broken)?.slot();
+        slot.arm(target.lane, target.key, self.framing, self.endpoint.consumed, self.tee.is_some());
         self.make_room();
         let result = match self.endpoint.read_now(&mut self.pending) {
             Ok(0) => Ok(Wake::Endpoint),
@@ -43,16 +54,22 @@ impl Delivery<'_> {
                 self.received(n);
                 Ok(Wake::Bytes)
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.sleep().await,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => match target.lane {
+                Lane::Ingress => self.sleep().await,
+                Lane::Local => self.listen().await,
+            },
             Err(error) => Err(error),
         };
-        let slot = self.slot()?;
-        if !slot.is_released() {
-            slot.disarm();
+        let span = self.kernel_span(target.lane)?;
+        if !span.is_released() {
+            span.disarm();
             // Waits for a verdict in progress, which may have seen the slot armed.
             self.endpoint.wait_for_verdict();
         }
         let steered = self.take_back()?;
+        if target.lane == Lane::Local && steered {
+            self.arrived().await?;
+        }
         match result {
             Ok(Wake::Bytes) => Ok(true),
             // An error or the end: reading tells which. What was redirected is on its way.
@@ -64,16 +81,42 @@ impl Delivery<'_> {
         }
     }
 
-    fn slot(&self) -> Result<SlotRef<'_>, End> {
-        self.endpoint.source().map(|source| source.slot()).ok_or(End::Broken)
+    fn kernel_span(&self, lane: Lane) -> Result<SpanRef<'_>, End> {
+        self.endpoint.source().map(|source| source.slot().span(lane)).ok_or(End::Broken)
+    }
+
+    /// Waits until what the endpoint's `sendmsg` was let redirect has reached the client's send queue. An endpoint that does not
+    /// wait may have been told that only a part was taken (the queue can fill while a message is being put into it), and then
+    /// sends the rest over its connection: those bytes come next, and the framing is behind them already.
+    async fn arrived(&mut self) -> Result<(), End> {
+        let begin = Instant::now();
+        loop {
+            match tokio::time::timeout(BEHIND, self.client.settle()).await {
+                Ok(Ok(())) => return Ok(()),
+                Ok(Err(_)) => return Err(End::ClientGone),
+                Err(_) if self.endpoint.is_alive() && self.pending.is_empty() => {
+                    if self.idle.is_some_and(|idle| begin.elapsed() >= idle) {
+                        return Err(End::Idle);
+                    }
+                }
+                Err(_) => break,
+            }
+        }
+        self.rest = self.client.forgive().map_err(|_| End::ClientGone)?;
+        self.account.local -= self.rest;
+        if self.framing.is_until_close() {
+            // Nothing is counted there.
+            self.rest = 0;
+        }
+        Ok(())
     }
 
     /// Takes the flow back after `run` was dropped, for the account's sake; the connections can only be closed.
     pub fn abandon(&mut self) {
-        if self.armed.is_some()
-            && let Ok(slot) = self.slot()
+        if let Some(armed) = &self.armed
+            && let Ok(span) = self.kernel_span(armed.lane)
         {
-            slot.disarm();
+            span.disarm();
             self.endpoint.wait_for_verdict();
             let _ = self.take_back();
         }
@@ -82,13 +125,17 @@ impl Delivery<'_> {
     /// Enters the kernel's books into ours; true when it carried something. The slot is released.
     fn take_back(&mut self) -> Result<bool, End> {
         let before = self.armed.take().ok_or(End::Broken)?;
-        let slot = self.slot()?;
-        let steered = slot.redirected().saturating_sub(before.redirected);
-        let segments = slot.segments().saturating_sub(before.segments);
-        let (framing, stop, stamps) = (slot.framing(), slot.stop(), slot.stamps());
+        let span = self.kernel_span(before.lane)?;
+        let steered = span.redirected().saturating_sub(before.redirected);
+        let segments = span.segments().saturating_sub(before.segments);
+        let (framing, stop, stamps) = (span.framing(), span.stop(), span.stamps());
+        tracing::trace!(lane = ?before.lane, steered, stop = stop::label(stop), "taken back");
         self.framing = framing;
         self.client.add_redirected(steered);
-        self.account.steered += steered;
+        match before.lane {
+            Lane::Ingress => self.account.steered += steered,
+            Lane::Local => self.account.local += steered,
+        }
         self.account.segments += segments;
         if steered > 0 {
             self.account.stamp(stamps.0, stamps.1);
@@ -103,8 +150,9 @@ impl Delivery<'_> {
         // A flow that stops every span at once is bulk: it outruns the client, and user space carries it better.
         let short = monotonic_ns().saturating_sub(before.since) < SHORT_SPAN.as_nanos() as u64;
         self.fruitless = if stop != 0 && (steered == 0 || short) { self.fruitless + 1 } else { 0 };
-        if stop == stop::TARGET || self.fruitless >= MAX_FRUITLESS {
-            self.target = None;
+        if stop == stop::TARGET || stop == stop::ACCOUNT || self.fruitless >= MAX_FRUITLESS {
+            self.fruitless = 0;
+            self.target = self.target.take().and_then(Target::next);
         }
         Ok(steered > 0)
     }
@@ -136,11 +184,11 @@ impl Delivery<'_> {
     /// Sleeps until the kernel lets go of the slot, or one of the peers or the idle time ends it.
     async fn sleep(&mut self) -> io::Result<Wake> {
         // A short rest may be through already.
-        if self.endpoint.source().is_some_and(|source| source.slot().is_released()) {
+        if self.endpoint.source().is_some_and(|source| source.slot().span(Lane::Ingress).is_released()) {
             return Ok(Wake::Released);
         }
         // Let through before the arming, and not handed over yet (memory pressure): no event will tell of them.
-        if self.endpoint.source().is_some_and(|source| source.slot().passed() != self.endpoint.consumed) {
+        if self.endpoint.unread() {
             return Ok(Wake::Endpoint);
         }
         // Nothing is read before the kernel lets go.
@@ -156,24 +204,43 @@ impl Delivery<'_> {
         let Some(source) = self.endpoint.source() else { return Wake::Endpoint };
         tokio::select! {
             biased;
-            () = poll_fn(|cx| source.poll_released(cx)) => Wake::Released,
+            () = poll_fn(|cx| source.poll_released(Lane::Ingress, cx)) => Wake::Released,
             () = self.client.left() => Wake::Client,
             () = self.endpoint.broken() => Wake::Endpoint,
-            () = self.idle_since_last(source.slot()) => Wake::Idle,
+            () = idle_since_last(self.idle, source.slot().span(Lane::Ingress)) => Wake::Idle,
         }
     }
 
-    /// Resolves when the kernel has redirected nothing for the idle time.
-    async fn idle_since_last(&self, slot: SlotRef<'_>) {
-        let Some(idle) = self.idle else { return std::future::pending().await };
-        let idle = idle.as_nanos() as u64;
-        let armed = monotonic_ns();
-        loop {
-            let passed = monotonic_ns().saturating_sub(slot.stamps().1.max(armed));
-            if passed >= idle {
-                return;
-            }
-            tokio::time::sleep(Duration::from_nanos(idle - passed)).await;
+    /// As [`sleep`](Self::sleep), on the local path.
+    async fn listen(&mut self) -> io::Result<Wake> {
+        let (endpoint, pending, client) = (&mut *self.endpoint, &mut self.pending, &*self.client);
+        let Some((source, mut reader)) = endpoint.listen()? else { return Ok(Wake::Endpoint) };
+        let span = source.slot().span(Lane::Local);
+        let received = tokio::select! {
+            biased;
+            () = poll_fn(|cx| source.poll_released(Lane::Local, cx)) => return Ok(Wake::Released),
+            () = client.left() => return Ok(Wake::Client),
+            received = reader.read(pending) => received?,
+            () = idle_since_last(self.idle, span) => return Ok(Wake::Idle),
+        };
+        if received == 0 {
+            return Ok(Wake::Endpoint);
         }
+        self.received(received);
+        Ok(Wake::Bytes)
+    }
+}
+
+/// Resolves when the kernel has redirected nothing for the idle time.
+async fn idle_since_last(idle: Option<Duration>, span: SpanRef<'_>) {
+    let Some(idle) = idle else { return std::future::pending().await };
+    let idle = idle.as_nanos() as u64;
+    let armed = monotonic_ns();
+    loop {
+        let passed = monotonic_ns().saturating_sub(span.stamps().1.max(armed));
+        if passed >= idle {
+            return;
+        }
+        tokio::time::sleep(Duration::from_nanos(idle - passed)).await;
     }
 }

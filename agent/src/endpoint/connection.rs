@@ -18,7 +18,7 @@ use tokio::{
 use crate::{
     kernel::socket,
     metrics::InFlight,
-    steer::{Source, WorkerSteering},
+    steer::{RegisterError, Source, WorkerSteering},
 };
 
 /// How long bytes that were let through may come behind the end of the stream: turns, and the length of one.
@@ -53,7 +53,7 @@ fn gone() -> io::Error {
 }
 
 impl EndpointConnection {
-    /// Connects, and makes the connection known to the kernel before anything can arrive on it.
+    /// Connects, and makes the connection known to the kernel before it is made, and before anything can arrive on it.
     pub async fn connect(
         address: SocketAddr,
         timeout: Option<Duration>,
@@ -65,6 +65,10 @@ impl EndpointConnection {
             // What is let through while a client stalls waits here, so this bounds it. The kernel doubles the value.
             socket.set_recv_buffer_size(receive_buffer / 2)?;
         }
+        let unsteered = |error: RegisterError| {
+            tracing::debug!(%address, %error, "endpoint connection cannot be steered");
+        };
+        let source = steering.and_then(|steering| steering.announce_source(&socket).map_err(unsteered).ok());
         let stream = match timeout {
             Some(timeout) => tokio::time::timeout(timeout, socket.connect(address)).await??,
             // The kernel's own, some minutes.
@@ -72,13 +76,7 @@ impl EndpointConnection {
         };
         stream.set_nodelay(true)?;
         let local = address.ip().is_loopback() || stream.local_addr()?.ip() == address.ip();
-        let source = steering.and_then(|steering| match steering.register_source(&stream) {
-            Ok(source) => Some(source),
-            Err(error) => {
-                tracing::debug!(%address, %error, "endpoint connection cannot be steered");
-                None
-            }
-        });
+        let source = source.filter(|source| source.insert(&stream).map_err(unsteered).is_ok());
         if source.is_some() {
             // What was let through has left the TCP queue, so the kernel would close with FIN although bytes are unread,
             // behind a window that is shut: an endpoint that only writes would not learn of it for `tcp_fin_timeout`.
@@ -90,6 +88,13 @@ impl EndpointConnection {
 
     pub fn source(&self) -> Option<&Source> {
         self.source.as_ref()
+    }
+
+    /// The next response goes to the client with this key.
+    pub fn announce(&self, target: Option<u64>) {
+        if let (Some(source), Some(target)) = (&self.source, target) {
+            source.slot().announce(target);
+        }
     }
 
     fn ready(&self) -> io::Result<&TcpStream> {
@@ -112,6 +117,19 @@ impl EndpointConnection {
         let Io::Ready(stream) = &mut self.io else { return Err(gone()) };
         let (half, writer) = stream.split();
         Ok((Reader { half, source: self.source.as_ref(), consumed: &mut self.consumed }, writer))
+    }
+
+    /// Bytes were let through to user space that it has not read.
+    pub fn unread(&self) -> bool {
+        self.source.as_ref().is_some_and(|source| source.slot().passed() != self.consumed)
+    }
+
+    /// The reading side beside the slot, to wait on both.
+    pub fn listen(&mut self) -> io::Result<Option<(&Source, Reader<'_>)>> {
+        let Io::Ready(stream) = &mut self.io else { return Err(gone()) };
+        let Some(source) = self.source.as_ref() else { return Ok(None) };
+        let (half, _) = stream.split();
+        Ok(Some((source, Reader { half, source: Some(source), consumed: &mut self.consumed })))
     }
 
     /// Reads what is there, at most the buffer's spare capacity; 0 is the end of the stream. Cancel-safe.
@@ -169,8 +187,8 @@ impl EndpointConnection {
         self.resting = resting;
     }
 
-    /// Nothing has come on an idle connection: neither its end nor bytes that nobody asked for.
-    pub(super) fn is_alive(&self) -> bool {
+    /// Nothing has come that has not been read: neither bytes nor the end.
+    pub fn is_alive(&self) -> bool {
         let Ok(stream) = self.ready() else { return false };
         matches!(socket::peek(stream, &mut [0]), Err(error) if error.kind() == io::ErrorKind::WouldBlock)
     }

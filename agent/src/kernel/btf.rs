@@ -1,4 +1,4 @@
-//! Offsets of four fields of the running kernel, read from its BTF (Documentation/bpf/btf.rst).
+//! Offsets of the fields of the running kernel that the programs read, read from its BTF (Documentation/bpf/btf.rst).
 //!
 //! aya relocates field accesses of C programs only, so the Rust program gets the offsets as a global.
 
@@ -27,13 +27,26 @@ pub(super) fn offsets() -> Result<Offsets, BtfError> {
 fn offsets_in(bytes: &[u8]) -> Result<Offsets, BtfError> {
     let btf = Btf::parse(bytes).ok_or(BtfError::Format)?;
     let field = |of: &'static str, name: &'static str| {
-        btf.structs(of).find_map(|id| btf.member(id, name, 0)).map(|bits| bits / 8).ok_or(BtfError::Missing(name))
+        btf.named(KIND_STRUCT, of)
+            .find_map(|id| btf.member(id, name, 0))
+            .map(|bits| bits / 8)
+            .ok_or(BtfError::Missing(name))
+    };
+    let flag = |name: &'static str| {
+        let bit = btf.named(KIND_ENUM, "sock_flags").find_map(|id| btf.value(id, name));
+        bit.and_then(|bit| 1u32.checked_shl(bit)).ok_or(BtfError::Missing(name))
     };
     Ok(Offsets {
         sk_wmem_queued: field("sock", "sk_wmem_queued")?,
         sk_sndbuf: field("sock", "sk_sndbuf")?,
         write_seq: field("tcp_sock", "write_seq")?,
         skb_cb: field("sk_buff", "cb")?,
+        msg_sk: field("sk_msg", "sk")?,
+        msg_data: field("sk_msg", "data")?,
+        msg_data_end: field("sk_msg", "data_end")?,
+        skc_cookie: field("sock_common", "skc_cookie")?,
+        skc_flags: field("sock_common", "skc_flags")?,
+        accounts: flag("SOCK_ZEROCOPY")? | flag("SOCK_RXQ_OVFL")?,
     })
 }
 
@@ -101,13 +114,22 @@ impl<'a> Btf<'a> {
         Some((start, u32_at(self.types, start + 4)?))
     }
 
-    /// Ids of the structs with this name (a declaration may share it).
-    fn structs(&self, name: &'static str) -> impl Iterator<Item = u32> {
+    /// Ids of the types of this kind and name (a declaration may share it).
+    fn named(&self, kind: u32, name: &'static str) -> impl Iterator<Item = u32> {
         (1..=self.starts.len() as u32).filter(move |&id| {
             self.info(id).is_some_and(|(start, info)| {
-                info >> 24 & 0x1f == KIND_STRUCT
+                info >> 24 & 0x1f == kind
                     && u32_at(self.types, start).is_some_and(|offset| self.name(offset) == name.as_bytes())
             })
+        })
+    }
+
+    /// Value of an enumerator.
+    fn value(&self, id: u32, name: &str) -> Option<u32> {
+        let (start, info) = self.info(id)?;
+        (0..(info & 0xffff) as usize).map(|n| start + 12 + n * 8).find_map(|at| {
+            let is_it = self.name(u32_at(self.types, at)?) == name.as_bytes();
+            if is_it { u32_at(self.types, at + 4) } else { None }
         })
     }
 
@@ -141,6 +163,9 @@ mod tests {
         assert!(offsets.sk_wmem_queued > 0 && offsets.sk_sndbuf > 0);
         // write_seq belongs to tcp_sock, behind the struct sock that it begins with.
         assert!(offsets.write_seq > offsets.sk_sndbuf);
+        assert!(offsets.msg_data_end > offsets.msg_data && offsets.msg_sk > 0);
+        assert!(offsets.skc_cookie > 0 && offsets.skc_cookie < offsets.sk_sndbuf);
+        assert_eq!(offsets.accounts.count_ones(), 2);
     }
 
     #[test]

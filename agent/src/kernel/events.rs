@@ -12,6 +12,7 @@ use std::{
     },
     task::{Context, Poll},
     thread::JoinHandle,
+    time::{Duration, Instant},
 };
 
 use aya::maps::{Array, MapData, RingBuf};
@@ -21,7 +22,10 @@ use nix::{
     sys::eventfd::{EfdFlags, EventFd},
 };
 
-use super::slots::SlotRef;
+use super::slots::{Slots, SpanRef};
+
+/// How often retired slots are freed.
+const RECLAIM: Duration = Duration::from_secs(1);
 
 pub struct Events {
     shared: Arc<Shared>,
@@ -35,22 +39,24 @@ struct Shared {
 }
 
 impl Events {
-    pub(super) fn start(ring: RingBuf<MapData>, missed: Array<MapData, u64>, slots: u32) -> io::Result<Self> {
-        let wakers = (0..slots).map(|_| AtomicWaker::new()).collect();
+    /// Also frees, now and then, slots that have been retired.
+    pub(super) fn start(ring: RingBuf<MapData>, missed: Array<MapData, u64>, slots: Arc<Slots>) -> io::Result<Self> {
+        let wakers = (0..slots.len()).map(|_| AtomicWaker::new()).collect();
         let shared = Arc::new(Shared { wakers, missed: AtomicU64::new(0) });
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
         let (theirs, until) = (Arc::clone(&shared), Arc::clone(&stop));
         let thread = std::thread::Builder::new()
             .name("penstock-events".into())
-            .spawn(move || run(ring, &missed, &theirs, &until))?;
+            .spawn(move || run(ring, &missed, &theirs, &slots, &until))?;
         Ok(Self { shared, stop, thread: Some(thread) })
     }
 
-    /// Ready when the slot at `index` is released; otherwise the task is woken when the kernel says something of it.
-    pub fn poll_released(&self, index: u32, slot: SlotRef<'_>, cx: &mut Context<'_>) -> Poll<()> {
+    /// Ready when the span, of the slots at `index`, is released; otherwise the task is woken when the kernel says something
+    /// of them.
+    pub fn poll_released(&self, index: u32, span: SpanRef<'_>, cx: &mut Context<'_>) -> Poll<()> {
         // Register first: an event between the look and the registration would be lost the other way round.
         self.shared.wakers[index as usize].register(cx.waker());
-        if slot.is_released() { Poll::Ready(()) } else { Poll::Pending }
+        if span.is_released() { Poll::Ready(()) } else { Poll::Pending }
     }
 
     /// Events that found the ring full, since the last call.
@@ -68,7 +74,8 @@ impl Drop for Events {
     }
 }
 
-fn run(mut ring: RingBuf<MapData>, missed: &Array<MapData, u64>, shared: &Shared, stop: &EventFd) {
+fn run(mut ring: RingBuf<MapData>, missed: &Array<MapData, u64>, shared: &Shared, slots: &Slots, stop: &EventFd) {
+    let mut reclaimed = Instant::now();
     let mut seen = 0;
     loop {
         while let Some(item) = ring.next() {
@@ -82,6 +89,10 @@ fn run(mut ring: RingBuf<MapData>, missed: &Array<MapData, u64>, shared: &Shared
             shared.missed.fetch_add(total.wrapping_sub(seen), Relaxed);
             seen = total;
             shared.wakers.iter().for_each(AtomicWaker::wake);
+        }
+        if reclaimed.elapsed() >= RECLAIM {
+            slots.reclaim();
+            reclaimed = Instant::now();
         }
         if wait(&ring, stop.as_fd()).is_err() {
             return;

@@ -87,6 +87,26 @@ pub fn set_reset_on_close(socket: impl AsFd, reset: bool) {
     let _ = socket2::SockRef::from(&socket.as_fd()).set_linger(reset.then_some(std::time::Duration::ZERO));
 }
 
+/// Returns when every kernel program that was running has ended: `MEMBARRIER_CMD_GLOBAL` waits for the grace period of RCU,
+/// under which programs run (membarrier(2)). Where the kernel does not offer it, the caller has waited long before.
+pub(super) fn wait_for_programs() {
+    const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
+    // SAFETY: a system call that touches no memory of ours.
+    let _ = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
+}
+
+/// Whatever the machine's `tcp_notsent_lowat`, this socket takes what its send buffer has room for: who redirects to it goes by
+/// that room.
+pub fn take_all_that_fits(socket: impl AsFd) -> io::Result<()> {
+    socket2::SockRef::from(&socket.as_fd()).set_tcp_notsent_lowat(i32::MAX as u32)
+}
+
+/// Says that the owner keeps an account of this socket's queue, which no Penstock's message program may bypass. The sign is
+/// SO_RXQ_OVFL, which means nothing to TCP.
+pub fn keep_account(socket: impl AsFd) -> io::Result<()> {
+    Ok(socket::setsockopt(&socket.as_fd(), socket::sockopt::RxqOvfl, &1)?)
+}
+
 /// SO_SNDBUF, beyond `net.core.wmem_max` where we may. The kernel doubles the value for its own overhead.
 pub fn set_send_buffer(socket: impl AsFd, bytes: u32) -> io::Result<()> {
     let value = bytes as libc::c_int / 2;

@@ -118,19 +118,23 @@ impl Record {
     ) {
         let all = &worker.shared.metrics;
         // Chosen for the kernel, but everything was here before it could be armed.
-        let (path, reason) =
-            if path == Path::Ingress && account.steered == 0 && account.stops.iter().all(|&stops| stops == 0) {
-                (Path::Relay, "arrived")
-            } else {
-                (path, reason)
-            };
+        let (path, reason) = if account.steered + account.local == 0
+            && account.stops.iter().all(|&stops| stops == 0)
+            && path != Path::Relay
+        {
+            (Path::Relay, "arrived")
+        } else {
+            (path, reason)
+        };
         let label = match path {
+            Path::Local => metrics::Path::Local,
             Path::Ingress => metrics::Path::Ingress,
             Path::Relay => metrics::Path::Relay,
         };
         all.flow(label, reason);
         all.body_bytes(metrics::Path::Relay, account.relayed);
         all.body_bytes(metrics::Path::Ingress, account.steered);
+        all.body_bytes(metrics::Path::Local, account.local);
         for (reason, &times) in (0..).zip(&account.stops) {
             for _ in 0..times {
                 all.steer_stopped(stop::label(reason));

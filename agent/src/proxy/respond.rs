@@ -321,10 +321,14 @@ fn path(
         framing,
         event_stream: head.is_event_stream(),
         local_endpoint: endpoint.local,
+        // The end of a response is kept on the ingress path alone.
+        local_socket: told.is_none()
+            && request.target.is_some_and(|key| endpoint.source().is_some_and(|source| source.is_local_to(key))),
         barrier: barrier(head.needs_dechunk(request.parts.version), told == Some(true), client.is_tls()),
     };
     let (path, reason) = choose(config, &response);
-    let (Path::Ingress, Some(steering)) = (path, worker.endpoints.steering()) else { return (None, path, reason) };
+    let (lane, Some(steering)) = (path.lane(), worker.endpoints.steering()) else { return (None, path, reason) };
+    let Some(lane) = lane else { return (None, path, reason) };
     if told.is_some()
         && let Some(Err(error)) = endpoint.source().map(Source::make_ring)
     {
@@ -332,7 +336,7 @@ fn path(
         return (None, Path::Relay, "response_to_picker");
     }
     match client.make_target(steering, config.client_send_buffer) {
-        Ok(key) => (Some(Target { key, send_buffer: config.client_send_buffer }), path, reason),
+        Ok(key) => (Some(Target { key, send_buffer: config.client_send_buffer, lane }), path, reason),
         Err(error) => {
             tracing::debug!(%error, "client connection cannot be a target");
             (None, Path::Relay, "target_refused")

@@ -2,7 +2,10 @@
 
 use penstock_common::framing::{Framing, state};
 
-use crate::config::{Steering, SteeringMode};
+use crate::{
+    config::{Steering, SteeringMode},
+    kernel::slots::Lane,
+};
 
 /// What is known of a response when its head has been read.
 #[derive(Debug, Clone, Copy)]
@@ -15,21 +18,35 @@ pub struct Response {
     pub event_stream: bool,
     /// The endpoint's address is on this machine.
     pub local_endpoint: bool,
+    /// The endpoint's own socket has been recognised, and can reach the client's.
+    pub local_socket: bool,
     /// Why only user space can carry it, whatever the settings.
     pub barrier: Option<&'static str>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Path {
-    /// The kernel moves the bytes from the endpoint's socket to the client's.
+    /// The endpoint's `sendmsg` puts the bytes into the client's send queue.
+    Local,
+    /// The kernel moves the bytes from the endpoint's connection, where they have arrived, to the client's.
     Ingress,
     /// User space does.
     Relay,
 }
 
 impl Path {
+    /// Who in the kernel carries it.
+    pub fn lane(self) -> Option<Lane> {
+        match self {
+            Self::Local => Some(Lane::Local),
+            Self::Ingress => Some(Lane::Ingress),
+            Self::Relay => None,
+        }
+    }
+
     pub fn label(self) -> &'static str {
         match self {
+            Self::Local => "local",
             Self::Ingress => "ingress",
             Self::Relay => "relay",
         }
@@ -52,17 +69,25 @@ pub fn choose(config: &Steering, response: &Response) -> (Path, &'static str) {
     if !response.registered {
         return relay("unavailable");
     }
-    if config.mode == SteeringMode::Ingress {
-        return (Path::Ingress, "forced");
+    match config.mode {
+        SteeringMode::Ingress => return (Path::Ingress, "forced"),
+        SteeringMode::Local if response.local_socket => return (Path::Local, "forced"),
+        SteeringMode::Local => return relay("not_local"),
+        SteeringMode::Auto | SteeringMode::Off => {}
     }
+    // What an endpoint on this machine sends goes from memory to memory, in whatever pieces.
+    let (path, near) = match response.local_socket {
+        true => (Path::Local, true),
+        false => (Path::Ingress, response.local_endpoint),
+    };
     match framing.state {
         state::LENGTH if framing.left < config.min_bytes => relay("small"),
-        state::LENGTH if !response.local_endpoint && framing.left > config.max_remote_bytes => relay("large_remote"),
-        state::LENGTH => (Path::Ingress, "length"),
-        _ if response.event_stream => (Path::Ingress, "event_stream"),
-        _ if !response.local_endpoint => relay("unsized_remote"),
-        state::UNTIL_CLOSE => (Path::Ingress, "until_close"),
-        _ => (Path::Ingress, "chunked"),
+        state::LENGTH if !near && framing.left > config.max_remote_bytes => relay("large_remote"),
+        state::LENGTH => (path, "length"),
+        _ if response.event_stream => (path, "event_stream"),
+        _ if !near => relay("unsized_remote"),
+        state::UNTIL_CLOSE => (path, "until_close"),
+        _ => (path, "chunked"),
     }
 }
 
@@ -73,6 +98,7 @@ mod tests {
     fn config(mode: SteeringMode) -> Steering {
         Steering {
             mode,
+            cgroup: None,
             min_bytes: 1000,
             max_remote_bytes: 5000,
             client_send_buffer: 1,
@@ -88,12 +114,14 @@ mod tests {
             framing: Framing::chunked(),
             event_stream: false,
             local_endpoint: true,
+            local_socket: false,
             barrier: None,
         };
         let length = |n| Response { framing: Framing::length(n), ..base };
         let remote = |r: Response| Response { local_endpoint: false, ..r };
-        use Path::{Ingress, Relay};
-        use SteeringMode::{Auto, Ingress as Forced, Off};
+        let own = |r: Response| Response { local_socket: true, ..r };
+        use Path::{Ingress, Local, Relay};
+        use SteeringMode::{Auto, Ingress as Forced, Local as ForcedLocal, Off};
         let rows = [
             (Auto, base, (Ingress, "chunked")),
             (Auto, Response { framing: Framing::none(), ..base }, (Relay, "complete")),
@@ -104,6 +132,16 @@ mod tests {
             (Off, Response { barrier: Some("tls"), ..base }, (Relay, "off")),
             (Auto, Response { barrier: Some("tls"), registered: false, ..base }, (Relay, "tls")),
             (Forced, length(1), (Ingress, "forced")),
+            (Forced, own(base), (Ingress, "forced")),
+            (ForcedLocal, own(length(1)), (Local, "forced")),
+            (ForcedLocal, base, (Relay, "not_local")),
+            (Auto, own(base), (Local, "chunked")),
+            (Auto, own(Response { event_stream: true, ..base }), (Local, "event_stream")),
+            (Auto, own(remote(base)), (Local, "chunked")),
+            (Auto, own(remote(length(1 << 40))), (Local, "length")),
+            (Auto, own(length(999)), (Relay, "small")),
+            (Off, own(base), (Relay, "off")),
+            (Auto, Response { barrier: Some("tls"), ..own(base) }, (Relay, "tls")),
             (Auto, length(999), (Relay, "small")),
             (Auto, length(1000), (Ingress, "length")),
             (Auto, length(1 << 40), (Ingress, "length")),

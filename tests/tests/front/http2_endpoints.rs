@@ -373,7 +373,7 @@ async fn the_kernel_takes_no_part() {
     }
     let flows = || scene.agent.count("penstock_flows_total", &["path=\"relay\"", "reason=\"http2\""]);
     eventually(SOON, || flows() == 2).await;
-    assert_eq!(scene.agent.count("penstock_flows_total", &["path=\"ingress\""]), 0);
+    assert_eq!(scene.agent.steered(), 0);
 }
 
 /// Idle connections are closed, those in use are not.

@@ -37,7 +37,7 @@ async fn a_stream<P: Personality>(mode: SteeringMode) {
     for stream in stage.epp.streams() {
         assert_eq!(stream.response_body(), (Vec::new(), 1));
     }
-    let steered = stage.agent.count("penstock_body_bytes_total", &[r#"path="ingress""#]);
+    let steered = stage.agent.steered();
     assert_eq!(steered > 0, mode != SteeringMode::Off, "{steered}");
 }
 

@@ -64,7 +64,7 @@ fn relayed_and_told(stage: &Stage) -> u64 {
 }
 
 fn steered(stage: &Stage) -> u64 {
-    stage.agent.count("penstock_body_bytes_total", &[r#"path="ingress""#])
+    stage.agent.steered()
 }
 
 async fn last_events_are_told<P: Personality>(mode: SteeringMode) {

@@ -21,7 +21,7 @@ use super::EndpointConnection;
 use crate::{
     client::ClientSocket,
     deliver::{Delivery, End, Target},
-    kernel::{Kernel, tun},
+    kernel::{Kernel, slots::Lane, tun},
     steer::WorkerSteering,
 };
 
@@ -156,7 +156,7 @@ fn a_retransmission_that_overlaps_is_redirected_once() {
         let key = client.make_target(&steering, 1 << 20).expect("target");
         let mut delivery =
             Delivery::new(&mut client, &mut endpoint, Framing::length(6000), BytesMut::new(), Some(PATIENCE));
-        delivery.target = Some(Target { key, send_buffer: 1 << 20 });
+        delivery.target = Some(Target { key, send_buffer: 1 << 20, lane: Lane::Ingress });
         let read = async {
             let mut got = vec![0; 6000];
             let mut at = 0;

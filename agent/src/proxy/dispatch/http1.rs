@@ -73,6 +73,7 @@ async fn attempt(
     mut endpoint: EndpointConnection,
 ) -> Result<(ResponseHead, ResponseBody), Failed> {
     let address = endpoint.address;
+    endpoint.announce(request.target);
     let limit = worker.shared.config.timeouts.first_byte;
     let (reader, writer) = endpoint.split().map_err(|_| Failed::Early)?;
     let sent = Cell::new(false);

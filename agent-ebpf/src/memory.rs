@@ -1,0 +1,67 @@
+//! Memory that others write at the same time: ordered accesses to words of a map, and fields of the kernel's own structures.
+
+use core::{arch::asm, ptr};
+
+use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
+use penstock_common::{slot::Word, verdict::SendBuffer};
+
+use crate::maps::OFFSETS;
+
+#[inline(always)]
+pub(crate) fn fetch_add(word: *mut u64, n: u64) -> u64 {
+    let mut value = n;
+    // SAFETY: the pointer is to a word of a map's value, which the verifier checks.
+    unsafe { asm!("{0} = atomic_fetch_add((u64 *)({1} + 0), {0})", inout(reg) value, in(reg) word) };
+    value
+}
+
+/// A fetch-and-add of 0: eBPF has no load-acquire on the kernels we support, and read-modify-writes that return the
+/// old value are fully ordered (Documentation/bpf/standardization/instruction-set.rst, JITs of x86-64 and arm64).
+#[inline(always)]
+pub(crate) fn load_acquire(word: &Word) -> u64 {
+    fetch_add(word.as_ptr(), 0)
+}
+
+#[inline(always)]
+pub(crate) fn clear_release(word: &Word) {
+    // SAFETY: exchanges a word that we hold a reference to.
+    unsafe { asm!("{0} = xchg_64({1} + 0, {0})", inout(reg) 0u64 => _, in(reg) word.as_ptr()) };
+}
+
+/// Fill of a socket's send buffer, at the offsets that the agent found in the kernel's BTF.
+#[inline(always)]
+pub(crate) unsafe fn send_buffer(tcp: *const u8) -> SendBuffer {
+    let offsets = OFFSETS.load();
+    SendBuffer {
+        // SAFETY: the helper that reads checks every address.
+        write_seq: unsafe { read_u32(tcp, offsets.write_seq) },
+        // SAFETY: as above.
+        queued: unsafe { read_u32(tcp, offsets.sk_wmem_queued) } as i32,
+        // SAFETY: as above.
+        limit: unsafe { read_u32(tcp, offsets.sk_sndbuf) } as i32,
+    }
+}
+
+/// 0 where there is nothing to read.
+#[inline(always)]
+pub(crate) unsafe fn read_u32(base: *const u8, offset: u32) -> u32 {
+    // SAFETY: the caller's.
+    unsafe { read(base, offset) }
+}
+
+/// 0 where there is nothing to read.
+#[inline(always)]
+pub(crate) unsafe fn read_u64(base: *const u8, offset: u32) -> u64 {
+    // SAFETY: the caller's.
+    unsafe { read(base, offset) }
+}
+
+#[inline(always)]
+unsafe fn read<T: Default>(base: *const u8, offset: u32) -> T {
+    let mut value = T::default();
+    // SAFETY: the helper checks the address itself and leaves the value when it faults.
+    unsafe {
+        bpf_probe_read_kernel(ptr::from_mut(&mut value).cast(), size_of::<T>() as u32, base.add(offset as usize).cast())
+    };
+    value
+}

@@ -1,0 +1,112 @@
+//! `sock_ops`: sees connections being made, and finds the endpoint's socket of those that the agent makes on this machine.
+//!
+//! The agent's own side is established first, and noted under its addresses with its sequence numbers; the endpoint's side
+//! has the same, the other way round. No socket that does not fit is touched.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{BPF_NOEXIST, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, bpf_sock_ops},
+    helpers::generated::bpf_get_socket_cookie,
+    macros::sock_ops,
+    programs::SockOpsContext,
+};
+
+use crate::maps::{End, Ends, INDEX, LOCAL_INDEX, LOCAL_SLOTS, LOCALS, PEERS, Peer};
+
+const AF_INET: u32 = 2;
+
+#[sock_ops]
+fn penstock_peers(ctx: SockOpsContext) -> u32 {
+    match ctx.op() {
+        BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB => agents_side(&ctx),
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => endpoints_side(&ctx),
+        _ => {}
+    }
+    1
+}
+
+#[inline(always)]
+fn agents_side(ctx: &SockOpsContext) {
+    // SAFETY: the context is the one the kernel called us with.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    // SAFETY: the entry stays while the agent makes this connection.
+    let Some(index) = (unsafe { INDEX.get(&cookie) }) else { return };
+    let index = *index;
+    let Some(slot) = LOCAL_SLOTS.get_ptr_mut(index) else { return };
+    let (sends, receives) = sequence_numbers(ctx);
+    // SAFETY: one word of a map's value, which nobody else writes.
+    unsafe { (*slot).origin.set(1 << 32 | u64::from(receives)) };
+    let ends = Ends { agent: local(ctx), endpoint: remote(ctx) };
+    let _ = PEERS.insert(&ends, &Peer { index, sends, receives }, 0);
+}
+
+#[inline(always)]
+fn endpoints_side(ctx: &SockOpsContext) {
+    let ends = Ends { agent: remote(ctx), endpoint: local(ctx) };
+    // SAFETY: a copy is taken, and numbers of another connection do not fit.
+    let Some(peer) = (unsafe { PEERS.get(&ends) }) else { return };
+    let peer = *peer;
+    if sequence_numbers(ctx) != (peer.receives, peer.sends) {
+        return;
+    }
+    let _ = PEERS.remove(&ends);
+    let Some(slot) = LOCAL_SLOTS.get_ptr_mut(peer.index) else { return };
+    // SAFETY: the context is the one the kernel called us with.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    if LOCAL_INDEX.insert(&cookie, &peer.index, 0).is_err() {
+        return;
+    }
+    // SAFETY: as above, and the helper takes the context itself.
+    let inserted = LOCALS.update(cookie, unsafe { &mut *ctx.ops }, u64::from(BPF_NOEXIST));
+    if inserted.is_ok() {
+        // SAFETY: one word of a map's value, which nobody else writes.
+        unsafe { (*slot).peer.set(cookie) };
+    } else {
+        let _ = LOCAL_INDEX.remove(&cookie);
+    }
+}
+
+/// The socket's next sequence number, and that of the other side.
+#[inline(always)]
+fn sequence_numbers(ctx: &SockOpsContext) -> (u32, u32) {
+    let ops: *const bpf_sock_ops = ctx.ops;
+    // SAFETY: fields of the context.
+    unsafe { ((*ops).snd_nxt, (*ops).rcv_nxt) }
+}
+
+#[inline(always)]
+fn local(ctx: &SockOpsContext) -> End {
+    let ops = ctx.ops;
+    // SAFETY: fields of the context. All are read, each as a word by itself: the verifier takes no computed address.
+    let (ip4, ip6) = unsafe { (read(&raw const (*ops).local_ip4), read4(&raw const (*ops).local_ip6)) };
+    End { address: if ctx.family() == AF_INET { mapped(ip4) } else { ip6 }, port: ctx.local_port() }
+}
+
+#[inline(always)]
+fn remote(ctx: &SockOpsContext) -> End {
+    let ops = ctx.ops;
+    // SAFETY: as above.
+    let (ip4, ip6) = unsafe { (read(&raw const (*ops).remote_ip4), read4(&raw const (*ops).remote_ip6)) };
+    // Unlike the other, this port is in network order (include/uapi/linux/bpf.h).
+    let port = u32::from_be(ctx.remote_port());
+    End { address: if ctx.family() == AF_INET { mapped(ip4) } else { ip6 }, port }
+}
+
+#[inline(always)]
+unsafe fn read(word: *const u32) -> u32 {
+    // SAFETY: the caller's.
+    unsafe { word.read_volatile() }
+}
+
+#[inline(always)]
+unsafe fn read4(words: *const [u32; 4]) -> [u32; 4] {
+    let first: *const u32 = words.cast();
+    // SAFETY: the caller's.
+    unsafe { [read(first), read(first.add(1)), read(first.add(2)), read(first.add(3))] }
+}
+
+/// An IPv4 address as IPv6 shows it.
+#[inline(always)]
+fn mapped(address: u32) -> [u32; 4] {
+    [0, 0, 0xffff_u32.to_be(), address]
+}
