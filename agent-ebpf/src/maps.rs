@@ -57,6 +57,8 @@ pub(crate) static OFFSETS: Global<Offsets> = Global::new(Offsets {
     sk_wmem_queued: 0,
     sk_sndbuf: 0,
     write_seq: 0,
+    max_window: 0,
+    mss_cache: 0,
     skb_cb: 0,
     msg_sk: 0,
     msg_data: 0,

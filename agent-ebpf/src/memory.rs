@@ -39,6 +39,8 @@ pub(crate) unsafe fn send_buffer(tcp: *const u8) -> SendBuffer {
         queued: unsafe { read_u32(tcp, offsets.sk_wmem_queued) } as i32,
         // SAFETY: as above.
         limit: unsafe { read_u32(tcp, offsets.sk_sndbuf) } as i32,
+        // SAFETY: as above.
+        piece: unsafe { (read_u32(tcp, offsets.max_window) / 2).min(read_u32(tcp, offsets.mss_cache)) },
     }
 }
 

@@ -118,9 +118,13 @@ impl Kernel {
     /// of it.
     pub fn try_local(&mut self, cgroup: Option<&Path>) {
         let attached = match cgroup {
-            Some(cgroup) => self.attach_local(cgroup).map_err(|error| format!("cgroup {}: {error}", cgroup.display())),
+            Some(cgroup) => self
+                .attach_local(cgroup)
+                .map_err(|error| format!("cgroup {}: {:#}", cgroup.display(), anyhow::Error::from(error))),
             None => match cgroup::root() {
-                Ok(root) => self.attach_local(&root).map_err(|error| format!("cgroup {}: {error}", root.display())),
+                Ok(root) => self
+                    .attach_local(&root)
+                    .map_err(|error| format!("cgroup {}: {:#}", root.display(), anyhow::Error::from(error))),
                 Err(error) => Err(error.to_string()),
             },
         };

@@ -151,6 +151,9 @@ pub struct Offsets {
     pub sk_sndbuf: u32,
     /// `struct tcp_sock::write_seq`: sequence number behind the last byte written.
     pub write_seq: u32,
+    /// `struct tcp_sock::max_window`, the largest window that the peer has offered, and `mss_cache`.
+    pub max_window: u32,
+    pub mss_cache: u32,
     /// `struct sk_buff::cb`, which begins with `struct tcp_skb_cb::seq` in a receive queue.
     pub skb_cb: u32,
     /// `struct sk_msg::sk`, `data` and `data_end`: whose message it is, and the part of it that lies in one piece.

@@ -48,6 +48,8 @@ pub struct SendBuffer {
     pub write_seq: u32,
     pub queued: i32,
     pub limit: i32,
+    /// The smallest buffer, of bytes to be sent, that the queue is made of: half of a small window, else a segment.
+    pub piece: u32,
 }
 
 /// Decides on a segment of `len` bytes; `len` 0 is the endpoint's FIN. The segment passes to user space unless

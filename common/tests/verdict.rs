@@ -696,7 +696,7 @@ impl Kernel for Segment<'_, '_> {
         let write_seq = self.world.sequence.wrapping_add(self.world.written as u32);
         self.world.interleave();
         let queued = self.world.queued() as i32;
-        Some(SendBuffer { write_seq, queued, limit: self.world.send_limit as i32 })
+        Some(SendBuffer { write_seq, queued, limit: self.world.send_limit as i32, piece: 1 })
     }
 
     fn redirect(&mut self, _: u64) -> bool {

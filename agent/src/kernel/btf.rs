@@ -40,6 +40,8 @@ fn offsets_in(bytes: &[u8]) -> Result<Offsets, BtfError> {
         sk_wmem_queued: field("sock", "sk_wmem_queued")?,
         sk_sndbuf: field("sock", "sk_sndbuf")?,
         write_seq: field("tcp_sock", "write_seq")?,
+        max_window: field("tcp_sock", "max_window")?,
+        mss_cache: field("tcp_sock", "mss_cache")?,
         skb_cb: field("sk_buff", "cb")?,
         msg_sk: field("sk_msg", "sk")?,
         msg_data: field("sk_msg", "data")?,
