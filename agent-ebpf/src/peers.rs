@@ -11,6 +11,8 @@ use aya_ebpf::{
     programs::SockOpsContext,
 };
 
+use aya_log_ebpf::{debug, warn};
+
 use crate::maps::{End, Ends, INDEX, LOCAL_INDEX, LOCAL_SLOTS, LOCALS, PEERS, Peer};
 
 const AF_INET: u32 = 2;
@@ -57,12 +59,16 @@ fn endpoints_side(ctx: &SockOpsContext) {
         return;
     }
     // SAFETY: as above, and the helper takes the context itself.
-    let inserted = LOCALS.update(cookie, unsafe { &mut *ctx.ops }, u64::from(BPF_NOEXIST));
-    if inserted.is_ok() {
-        // SAFETY: one word of a map's value, which nobody else writes.
-        unsafe { (*slot).peer.set(cookie) };
-    } else {
-        let _ = LOCAL_INDEX.remove(&cookie);
+    match LOCALS.update(cookie, unsafe { &mut *ctx.ops }, u64::from(BPF_NOEXIST)) {
+        Ok(()) => {
+            // SAFETY: one word of a map's value, which nobody else writes.
+            unsafe { (*slot).peer.set(cookie) };
+            debug!(ctx, "socket {} of an endpoint recognised", cookie);
+        }
+        Err(error) => {
+            let _ = LOCAL_INDEX.remove(&cookie);
+            warn!(ctx, "socket {} of an endpoint refused: {}", cookie, error);
+        }
     }
 }
 
