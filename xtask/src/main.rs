@@ -9,6 +9,7 @@ mod lint;
 mod run;
 mod stress;
 mod test;
+mod vm;
 
 mod ebpf;
 mod setup;
@@ -37,6 +38,8 @@ enum Verb {
     Stress(stress::Args),
     /// Install what is missing, build everything, run every test
     Test(test::Args),
+    /// Run the tests of the kernel's part on other kernels, in virtual machines
+    VmTest(vm::Args),
     /// Formatting, clippy and the rules of the house
     Lint,
 }
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         Verb::Demo(args) => demo::main(&args),
         Verb::Stress(args) => stress::main(&args),
         Verb::Test(args) => test::main(&args),
+        Verb::VmTest(args) => vm::main(&args),
         Verb::Lint => lint::main(),
     };
     if let Err(error) = done {

@@ -102,6 +102,7 @@ fn steering(section: &mut Section<'_>, overrides: &Overrides) -> Steering {
             .read("endpoint_receive_buffer", buffer())
             .unwrap_or(default.endpoint_receive_buffer),
         max_flows: section.read("max_flows", value::integer(1..=1_048_576)).unwrap_or(default.max_flows),
+        force: section.read("force", value::boolean).unwrap_or(default.force) || overrides.force,
     };
     // 0 is the way to say "nothing remote"; between 0 and min_bytes the two only contradict each other.
     if (1..steering.min_bytes).contains(&steering.max_remote_bytes) {

@@ -40,6 +40,16 @@ families! {
     request_duration: Histograms<ByPool> = "request_duration_seconds" in REQUEST_SECONDS;
     /// Requests that are being read, picked for, forwarded or answered.
     active_requests: Family<ByPool, Gauge> = "active_requests";
+    /// Bytes from clients behind a switch of protocols, or to an endpoint that they stay with, by who carried them.
+    upstream_bytes: Family<ByPath, Counter> = "upstream_bytes";
+    /// How long client connections stayed with an endpoint.
+    pin_duration: Histograms<ByPool> = "pin_duration_seconds" in PIN_SECONDS;
+    /// Client connections that stay with an endpoint now.
+    pinned_connections: Family<ByPool, Gauge> = "pinned_connections";
+    /// Client connections that have stayed with an endpoint, by how that ended.
+    pins_ended: Family<ByPoolAndReason, Counter> = "pins_ended";
+    /// Requests that went where the one before had gone, without a pick.
+    leased_requests: Family<ByPool, Counter> = "leased_requests";
     /// Time from the request's head to the first byte of the response's body.
     ttft: Histograms<ByPool> = "ttft_seconds" in TTFT_SECONDS;
     /// Mean time between the chunks of a streamed response after its first.
@@ -155,6 +165,9 @@ const TOKEN_SECONDS: [f64; 16] =
 
 const TOKENS_PER_SECOND: [f64; 14] =
     [1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 40.0, 50.0, 75.0, 100.0, 150.0, 250.0, 500.0, 1000.0];
+
+/// From one exchange to hours.
+const PIN_SECONDS: [f64; 10] = [0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14_400.0];
 
 /// From an EPP on the same machine to one that queues requests.
 const EPP_SECONDS: [f64; 19] = [

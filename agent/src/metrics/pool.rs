@@ -91,6 +91,23 @@ impl PoolMetrics {
         InFlight::new(&self.active_requests)
     }
 
+    /// Counts a client's connection as pinned until the guard is dropped.
+    pub fn pinned_connection(&self) -> InFlight {
+        InFlight::new(&self.families.pinned_connections.get_or_create_owned(&ByPool { pool: self.name.clone() }))
+    }
+
+    /// A pinned connection is no longer.
+    pub fn pin_ended(&self, reason: &'static str, took: Duration) {
+        let pool = ByPool { pool: self.name.clone() };
+        self.families.pin_duration.get_or_create(&pool).observe(took.as_secs_f64());
+        self.families.pins_ended.get_or_create(&self.and_reason(reason)).inc();
+    }
+
+    /// A request goes where the one before has gone.
+    pub fn leased(&self) {
+        self.families.leased_requests.get_or_create(&ByPool { pool: self.name.clone() }).inc();
+    }
+
     /// From the request's head to the first byte of the response's body.
     pub fn time_to_first_token(&self, time: Duration) {
         self.ttft.observe(time.as_secs_f64());

@@ -14,7 +14,7 @@ use crate::{
     error::Error,
     http::{headers::Arrival, trace_context},
     kernel::socket::monotonic_ns,
-    metrics::{self, Streamed},
+    metrics::{self, Metrics, Streamed},
     picker::client::PickStream,
     steer::choice::Path,
     telemetry::{Ended, Pick, RequestSpan},
@@ -132,14 +132,7 @@ impl Record {
             Path::Relay => metrics::Path::Relay,
         };
         all.flow(label, reason);
-        all.body_bytes(metrics::Path::Relay, account.relayed);
-        all.body_bytes(metrics::Path::Ingress, account.steered);
-        all.body_bytes(metrics::Path::Local, account.local);
-        for (reason, &times) in (0..).zip(&account.stops) {
-            for _ in 0..times {
-                all.steer_stopped(stop::label(reason));
-            }
-        }
+        count(all, &account);
         let pieces = account.pieces + account.segments;
         if account.first_ns > 0 {
             let first = account.first_ns.saturating_sub(self.started_ns);
@@ -181,9 +174,10 @@ impl Record {
             endpoint = self.endpoint.map(|endpoint| endpoint.to_string()).unwrap_or_default(),
             carried_by = self.path,
             carried_why = self.path_reason,
-            bytes_kernel = self.account.steered,
+            bytes_kernel = self.account.steered + self.account.local,
             bytes_user = self.account.relayed,
             bytes_up = (self.account.upstream > 0).then_some(self.account.upstream),
+            bytes_up_kernel = (self.account.upstream > 0).then_some(self.account.upstream_steered),
             pick_us = self.picked_in.as_micros() as u64,
             ttft_us = if self.account.first_ns > 0 { first_ns / 1000 } else { 0 },
             took_us = took.as_micros() as u64,
@@ -232,5 +226,19 @@ impl Record {
             took_us = took.as_micros() as u64,
             error = %error,
         );
+    }
+}
+
+/// Enters what was carried into the metrics.
+pub(super) fn count(metrics: &Metrics, account: &Account) {
+    metrics.body_bytes(metrics::Path::Relay, account.relayed);
+    metrics.body_bytes(metrics::Path::Ingress, account.steered);
+    metrics.body_bytes(metrics::Path::Local, account.local);
+    metrics.upstream_bytes(metrics::Path::Relay, account.upstream - account.upstream_steered);
+    metrics.upstream_bytes(metrics::Path::Ingress, account.upstream_steered);
+    for (reason, &times) in (0..).zip(&account.stops) {
+        for _ in 0..times {
+            metrics.steer_stopped(stop::label(reason));
+        }
     }
 }
