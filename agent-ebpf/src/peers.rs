@@ -11,7 +11,10 @@ use aya_ebpf::{
     programs::SockOpsContext,
 };
 
-use crate::maps::{End, Ends, INDEX, LOCAL_INDEX, LOCAL_SLOTS, LOCALS, PEERS, Peer};
+use crate::{
+    maps::{End, Ends, INDEX, LOCAL_INDEX, LOCAL_SLOTS, LOCALS, PEERS, Peer},
+    memory::keeps_account,
+};
 
 const AF_INET: u32 = 2;
 
@@ -50,6 +53,14 @@ fn endpoints_side(ctx: &SockOpsContext) {
         return;
     }
     let _ = PEERS.remove(&ends);
+    // SAFETY: a field of the context.
+    let socket = unsafe { (*ctx.ops).__bindgen_anon_2.sk };
+    // In the map, a call is sent piece by piece, and completions of `MSG_ZEROCOPY` count the pieces (`tcp_bpf_push`). One who
+    // says only later that there is an account is left alone from then on.
+    // SAFETY: the helper that reads checks every address.
+    if socket.is_null() || unsafe { keeps_account(socket.cast_const().cast()) } {
+        return;
+    }
     let Some(slot) = LOCAL_SLOTS.get_ptr_mut(peer.index) else { return };
     // SAFETY: the context is the one the kernel called us with.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };

@@ -22,6 +22,7 @@ use crate::{
     control::{self, Control},
     dns::Dns,
     endpoint::discovery::Discovery,
+    kernel::socket,
     metrics::{self, Metrics},
     picker::tend::tend,
     readiness::{Gate, Readiness},
@@ -91,6 +92,10 @@ impl Agent {
 
         let listening = |address| listen(address, count).with_context(|| format!("listening on {address}"));
         let plain = listening(config.listen.address)?;
+        if let Steering::Active(_) = steering {
+            // Inherited by every connection: another agent on this machine, whose endpoint this one is, knows it from the start.
+            plain.iter().try_for_each(socket::keep_account)?;
+        }
         let address = plain[0].local_addr()?;
         let mut listeners: Vec<Vec<_>> = plain.into_iter().map(|socket| vec![(socket, None)]).collect();
         let mut tls_address = None;

@@ -89,7 +89,6 @@ impl ClientSocket {
         }
         socket::set_send_buffer(self.stream(), send_buffer)?;
         socket::take_all_that_fits(self.stream())?;
-        socket::keep_account(self.stream())?;
         let key = steering.register_target(self.stream())?;
         self.key = Some(key);
         Ok(key)
