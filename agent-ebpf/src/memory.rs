@@ -1,9 +1,14 @@
-//! Memory that others write at the same time: ordered accesses to words of a map, and fields of the kernel's own structures.
+//! Memory that others write at the same time: ordered accesses to words of a map, and fields of the kernel's own structures;
+//! and memory that the verifier is to know nothing of.
 
 use core::{arch::asm, ptr};
 
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
-use penstock_common::{slot::Word, verdict::SendBuffer};
+use penstock_common::{
+    framing::{Framing, state},
+    slot::Word,
+    verdict::SendBuffer,
+};
 
 use crate::maps::OFFSETS;
 
@@ -76,4 +81,35 @@ unsafe fn read<T: Default>(base: *const u8, offset: u32) -> T {
         bpf_probe_read_kernel(ptr::from_mut(&mut value).cast(), size_of::<T>() as u32, base.add(offset as usize).cast())
     };
     value
+}
+
+/// 0, of which the verifier knows nothing; `unknown` is a number of which it knows as little.
+///
+/// Every number that a callback finds in its caller's stack has been combined with it, before the loop and at the end of each
+/// step, so that none is ever a constant. Before 6.8 the verifier does not see that branches depend on such constants (precision
+/// tracking follows r10 only): having tried the callback with one, it takes all others for the same, and removes the code that
+/// this one does not reach. Later verifiers follow each state, length of line and size of chunk that a step can lead to from
+/// each that came before: ten times the work, most of a second at each load.
+#[inline(always)]
+pub(crate) fn zero(unknown: u32) -> u64 {
+    let mut low = u64::from(unknown);
+    // SAFETY: subtracts a number from itself.
+    unsafe { asm!("{0} -= {1}", inout(reg) low, in(reg) u64::from(unknown)) };
+    low << 32 | low & u64::from(u32::MAX)
+}
+
+/// The bits of a state.
+const STATES: u32 = 15;
+const _: () = assert!(state::END_LF == STATES);
+
+/// The same framing, whose numbers the verifier has forgotten: see [`zero`].
+#[inline(always)]
+pub(crate) fn forgotten(framing: Framing, zero: u64) -> Framing {
+    Framing {
+        left: framing.left ^ zero,
+        state: (framing.state ^ zero as u32) & STATES,
+        line: framing.line ^ zero as u32,
+        chunks: framing.chunks ^ zero as u32,
+        payload: framing.payload ^ zero as u32,
+    }
 }

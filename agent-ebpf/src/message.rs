@@ -18,7 +18,7 @@ use penstock_common::{
 
 use crate::{
     maps::{FOUND, LOCAL_INDEX, LOCAL_SLOTS, OFFSETS, TARGETS, event},
-    memory::{self, read_u32, read_u64, send_buffer},
+    memory::{self, forgotten, read_u32, read_u64, send_buffer, zero},
 };
 
 /// Bytes of chunk syntax and runs of payload that one call looks at; a message with more goes its ordinary way.
@@ -72,7 +72,9 @@ impl Kernel for Send<'_> {
         let msg = self.ctx.as_ptr().cast::<u8>().cast_const();
         // SAFETY: the helper that reads checks every address.
         let (begin, end) = unsafe { (read_u64(msg, offsets.msg_data), read_u64(msg, offsets.msg_data_end)) };
-        let mut walk = Walk { framing: *framing, data: begin, readable: end.saturating_sub(begin), at: taken, len };
+        let zero = zero(len);
+        let (readable, at) = (end.saturating_sub(begin) ^ zero, taken ^ zero as u32);
+        let mut walk = Walk { framing: forgotten(*framing, zero), data: begin, readable, at, len };
         let walk_ptr: *mut Walk = &raw mut walk;
         // SAFETY: `step` is a function of the signature that bpf_loop calls, and `walk` outlives the call.
         unsafe { bpf_loop(MAX_STEPS, step as *mut c_void, walk_ptr.cast(), 0) };
@@ -142,12 +144,15 @@ extern "C" fn step(_: u64, walk: *mut Walk) -> u64 {
     if walk.at >= walk.len {
         return 1;
     }
-    let payload = walk.framing.skip(u64::from(walk.len - walk.at)) as u32;
+    let zero = zero(walk.len);
+    let mut framing = walk.framing;
+    let payload = framing.skip(u64::from(walk.len - walk.at)) as u32;
     if payload > 0 {
+        walk.framing = forgotten(framing, zero);
         walk.at += payload;
         return 0;
     }
-    if !walk.framing.wants_syntax() || u64::from(walk.at) >= walk.readable {
+    if !framing.wants_syntax() || u64::from(walk.at) >= walk.readable {
         return 1;
     }
     let mut byte = 0u8;
@@ -156,7 +161,8 @@ extern "C" fn step(_: u64, walk: *mut Walk) -> u64 {
     if unsafe { bpf_probe_read_kernel((&raw mut byte).cast(), 1, address) } != 0 {
         return 1;
     }
-    walk.framing.step(byte);
+    framing.step(byte);
+    walk.framing = forgotten(framing, zero);
     walk.at += 1;
     0
 }

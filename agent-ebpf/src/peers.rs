@@ -12,8 +12,8 @@ use aya_ebpf::{
 };
 
 use crate::{
-    maps::{End, Ends, INDEX, LOCAL_INDEX, LOCAL_SLOTS, LOCALS, PEERS, Peer},
-    memory::keeps_account,
+    maps::{End, Ends, INDEX, LOCAL_INDEX, LOCAL_SLOTS, LOCALS, OFFSETS, PEERS, Peer},
+    memory::{keeps_account, read_u64},
 };
 
 const AF_INET: u32 = 2;
@@ -53,12 +53,11 @@ fn endpoints_side(ctx: &SockOpsContext) {
         return;
     }
     let _ = PEERS.remove(&ends);
-    // SAFETY: a field of the context.
-    let socket = unsafe { (*ctx.ops).__bindgen_anon_2.sk };
     // In the map, a call is sent piece by piece, and completions of `MSG_ZEROCOPY` count the pieces (`tcp_bpf_push`). One who
     // says only later that there is an account is left alone from then on.
-    // SAFETY: the helper that reads checks every address.
-    if socket.is_null() || unsafe { keeps_account(socket.cast_const().cast()) } {
+    // The context is the kernel's own, whatever the verifier makes of its fields, and the helper that reads checks addresses.
+    // SAFETY: as just said.
+    if unsafe { keeps_account(read_u64(ctx.as_ptr().cast(), OFFSETS.load().ops_sk) as *const u8) } {
         return;
     }
     let Some(slot) = LOCAL_SLOTS.get_ptr_mut(peer.index) else { return };

@@ -21,7 +21,7 @@ use penstock_common::{
 
 use crate::{
     maps::{FOUND, INDEX, LOCAL_SLOTS, OFFSETS, SLOTS, TAILS, TARGETS, event},
-    memory::{self, read_u32, send_buffer},
+    memory::{self, forgotten, read_u32, send_buffer, zero},
 };
 
 /// Bytes of chunk syntax and runs of payload that one call looks at; a segment with more goes to user space.
@@ -102,7 +102,9 @@ impl Kernel for Skb<'_> {
         if taken == len {
             return true;
         }
-        let mut walk = Walk { framing: *framing, skb: self.ctx.as_ptr(), ring, at: taken, len };
+        let zero = zero(len);
+        let at = taken ^ zero as u32;
+        let mut walk = Walk { framing: forgotten(*framing, zero), skb: self.ctx.as_ptr(), ring, at, len };
         let walk_ptr: *mut Walk = &raw mut walk;
         // SAFETY: `step` is a function of the signature that bpf_loop calls, and `walk` outlives the call.
         unsafe { bpf_loop(MAX_STEPS, step as *mut c_void, walk_ptr.cast(), 0) };
@@ -201,14 +203,17 @@ extern "C" fn step(_: u64, walk: *mut Walk) -> u64 {
     if walk.at >= walk.len {
         return 1;
     }
-    let position = walk.framing.payload;
-    let payload = walk.framing.skip(u64::from(walk.len - walk.at)) as u32;
+    let zero = zero(walk.len);
+    let mut framing = walk.framing;
+    let position = framing.payload;
+    let payload = framing.skip(u64::from(walk.len - walk.at)) as u32;
     if payload > 0 {
         copy(walk.skb, walk.ring, position, walk.at, payload);
+        walk.framing = forgotten(framing, zero);
         walk.at += payload;
         return 0;
     }
-    if !walk.framing.wants_syntax() {
+    if !framing.wants_syntax() {
         return 1;
     }
     let mut byte = 0u8;
@@ -216,7 +221,8 @@ extern "C" fn step(_: u64, walk: *mut Walk) -> u64 {
     if unsafe { bpf_skb_load_bytes(walk.skb, walk.at, (&raw mut byte).cast(), 1) } != 0 {
         return 1;
     }
-    walk.framing.step(byte);
+    framing.step(byte);
+    walk.framing = forgotten(framing, zero);
     walk.at += 1;
     0
 }
@@ -229,24 +235,26 @@ fn copy(skb: *mut c_void, ring: *mut u8, position: u32, at: u32, len: u32) {
     }
     let copies = tail::place(position, len);
     let at = at + copies.skip;
-    let (offset, first, second) = (u64::from(copies.offset), bounded(copies.first), bounded(copies.second));
+    let offset = u64::from(copies.offset);
     // SAFETY: at most RING - 1 + TAIL bytes from the start of the ring's memory, which the verifier checks; the helper fails
     // where the segment has no such bytes.
     unsafe {
-        if first > 0 {
+        if let Some(first) = bounded(copies.first) {
             bpf_skb_load_bytes(skb, at, ring.add((offset & u64::from(tail::RING - 1)) as usize).cast(), first);
         }
-        if second > 0 {
-            bpf_skb_load_bytes(skb, at + first, ring.cast(), second);
+        if let Some(second) = bounded(copies.second) {
+            bpf_skb_load_bytes(skb, at + copies.first, ring.cast(), second);
         }
     }
 }
 
-/// The same length, where the verifier sees its bounds.
+/// The same length, where the verifier sees that it is from 1 to TAIL; `None` where it is not. Before 6.8 the verifier learns
+/// nothing from a comparison with 0, so the lower bound comes from an addition.
 #[inline(always)]
-fn bounded(len: u32) -> u32 {
-    let mut len = u64::from(len);
-    // SAFETY: does nothing; the compiler forgets what it knows of the value and leaves the comparison in place.
-    unsafe { asm!("/* {0} */", inout(reg) len) };
-    if len > u64::from(tail::TAIL) { 0 } else { len as u32 }
+fn bounded(len: u32) -> Option<u32> {
+    let mut less = u64::from(len);
+    // SAFETY: subtracts 1, where the compiler does not see it: it can neither leave out the comparison nor put the length back
+    // in place of the sum.
+    unsafe { asm!("{0} += -1", inout(reg) less) };
+    if less < u64::from(tail::TAIL) { Some(less as u32 + 1) } else { None }
 }

@@ -11,6 +11,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use caps::errors::CapsError;
 use futures_util::FutureExt as _;
 use parking_lot::Mutex;
 use tokio::sync::watch;
@@ -18,16 +19,17 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::{
     admin::{self, AdminHandle},
+    capability,
     config::Config,
     control::{self, Control},
     dns::Dns,
     endpoint::discovery::Discovery,
     kernel::socket,
-    metrics::{self, Metrics},
+    ladder::Ladder,
+    metrics::Metrics,
     picker::tend::tend,
     readiness::{Gate, Readiness},
     reload::{self, ReloadError},
-    selftest,
     shared::{Shared, names},
     site::{self, Listener},
     steer::Steering,
@@ -51,7 +53,7 @@ pub struct Agent {
     certificate: Option<Arc<Certificate>>,
     address: SocketAddr,
     tls_address: Option<SocketAddr>,
-    steering: Steering,
+    ladder: Ladder,
     /// Outlives the workers, whose last spans it sends.
     exporter: Option<Exporter>,
 }
@@ -63,7 +65,8 @@ struct Beside {
 }
 
 impl Agent {
-    /// Blocks while the kernel proves itself (some tens of milliseconds), on a runtime of its own: not to be called on one.
+    /// Blocks while the kernel proves itself (some tens of milliseconds), on a runtime of its own: not to be called on one. The
+    /// calling thread has no capabilities afterwards ([`capability`]).
     pub fn start(config: Config) -> Result<Self> {
         let count = match config.listen.workers {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
@@ -73,25 +76,31 @@ impl Agent {
         let metrics = Metrics::new(&names(&config));
         let readiness = Readiness::new();
         let gates: Vec<Gate> = (0..count).map(|number| readiness.gate(format!("worker {number}"))).collect();
-        let (telemetry, exporter) = Telemetry::start(&config.tracing, &metrics)?.unzip();
-        let shared = Arc::new(Shared::new(config, metrics, telemetry)?);
-        let (config, metrics) = (&shared.config, &shared.metrics);
-        let certificate = config.listen.tls.as_ref().map(Certificate::read).transpose()?;
-        let beside = beside(&shared, certificate.as_ref(), Some(&readiness))?;
 
-        let steering = selftest::start(&config.steering);
-        metrics.set_steering_path(
-            metrics::Path::Ingress,
-            matches!(steering, Steering::Active(_)),
-            &steering.describe(),
-        );
-        match &steering {
-            Steering::Unavailable(_) => tracing::warn!("{}", steering.describe()),
-            _ => tracing::info!("{}", steering.describe()),
-        }
-
+        let ladder = Ladder::climb(&config.steering);
+        ladder.announce(&metrics);
         let listening = |address| listen(address, count).with_context(|| format!("listening on {address}"));
         let plain = listening(config.listen.address)?;
+        let secured = config.listen.tls.as_ref().map(|tls| listening(tls.address)).transpose()?;
+        let admin = std::net::TcpListener::bind(config.admin.address);
+        let admin = admin.with_context(|| format!("the admin server on {}", config.admin.address))?;
+
+        // Everything is loaded and bound. From here on only workers can do what an ordinary process cannot, and this thread
+        // until it has started them.
+        let given_up = capability::keep(&ladder.kept);
+        let capabilities = capabilities(&given_up);
+        let around = capability::with(&[], || Around::start(config, metrics, &readiness))?;
+        let Around { shared, exporter, certificate, beside } = around;
+        let (config, metrics) = (&shared.config, &shared.metrics);
+        let mut status = ladder.lines();
+        status.push(capabilities.clone());
+        let admin = {
+            let (metrics, readiness) = (Arc::clone(metrics), readiness.clone());
+            capability::with(&[], || admin::start(admin, metrics, readiness, move || status.clone()))
+        };
+        let admin = admin.context("the admin server")?;
+
+        let steering = ladder.steering();
         if let Steering::Active(_) = steering {
             // Inherited by every connection: another agent on this machine, whose endpoint this one is, knows it from the start.
             plain.iter().try_for_each(socket::keep_account)?;
@@ -99,18 +108,13 @@ impl Agent {
         let address = plain[0].local_addr()?;
         let mut listeners: Vec<Vec<_>> = plain.into_iter().map(|socket| vec![(socket, None)]).collect();
         let mut tls_address = None;
-        if let (Some(settings), Some(certificate)) = (&config.listen.tls, &certificate) {
+        if let (Some(sockets), Some(certificate)) = (secured, &certificate) {
             let acceptor = certificate.acceptor(config.listen.http2_max_streams > 0)?;
-            let sockets = listening(settings.address)?;
             tls_address = Some(sockets[0].local_addr()?);
             for (worker, socket) in listeners.iter_mut().zip(sockets) {
                 worker.push((socket, Some(acceptor.clone())));
             }
         }
-        let status = steering.describe();
-        let admin =
-            admin::start(config.admin.address, Arc::clone(metrics), readiness.clone(), move || vec![status.clone()])
-                .with_context(|| format!("the admin server on {}", config.admin.address))?;
 
         let (updates, _) = watch::channel(Arc::clone(&shared));
         let mut workers = Vec::with_capacity(count);
@@ -127,6 +131,12 @@ impl Agent {
             };
             workers.push(std::thread::Builder::new().name(format!("penstock-{number}")).spawn(run)?);
         }
+        // What this thread starts later, at a reload, has none either.
+        let _ = capability::keep(&[]);
+        match given_up {
+            Ok(()) => tracing::info!("{capabilities}"),
+            Err(_) => tracing::warn!("{capabilities}"),
+        }
         tracing::info!(%address, admin = %admin.local_addr(), workers = count, "penstock {}", env!("CARGO_PKG_VERSION"));
         Ok(Self {
             shared: updates,
@@ -137,7 +147,7 @@ impl Agent {
             certificate,
             address,
             tls_address,
-            steering,
+            ladder,
             exporter,
         })
     }
@@ -156,8 +166,13 @@ impl Agent {
         self.admin.local_addr()
     }
 
-    pub fn steering(&self) -> &Steering {
-        &self.steering
+    pub fn steering(&self) -> Steering {
+        self.ladder.steering()
+    }
+
+    /// What the kernel has proven.
+    pub fn ladder(&self) -> &Ladder {
+        &self.ladder
     }
 
     pub fn metrics(&self) -> Arc<Metrics> {
@@ -238,6 +253,34 @@ impl Drop for Agent {
     fn drop(&mut self) {
         self.force();
         self.join_workers();
+    }
+}
+
+/// What there is around the workers.
+struct Around {
+    shared: Arc<Shared>,
+    exporter: Option<Exporter>,
+    certificate: Option<Arc<Certificate>>,
+    beside: Beside,
+}
+
+impl Around {
+    fn start(config: Config, metrics: Arc<Metrics>, readiness: &Readiness) -> Result<Self> {
+        let (telemetry, exporter) = Telemetry::start(&config.tracing, &metrics)?.unzip();
+        let shared = Arc::new(Shared::new(config, metrics, telemetry)?);
+        let certificate = shared.config.listen.tls.as_ref().map(Certificate::read).transpose()?;
+        let beside = beside(&shared, certificate.as_ref(), Some(readiness))?;
+        Ok(Self { shared, exporter, certificate, beside })
+    }
+}
+
+/// What this thread has kept, and the workers will have; for the log and `/readyz?verbose`.
+fn capabilities(given_up: &Result<(), CapsError>) -> String {
+    let held = capability::held().join(", ");
+    match given_up {
+        Err(error) => format!("capabilities: cannot be given up: {error}; held: {held}"),
+        Ok(()) if held.is_empty() => "capabilities: none kept".to_owned(),
+        Ok(()) => format!("capabilities: workers keep {held}, for send buffers above net.core.wmem_max"),
     }
 }
 

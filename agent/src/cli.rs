@@ -1,9 +1,11 @@
-//! The verbs and their flags. Exit codes: 0 fine, 1 failed, 64 the configuration or the command line is wrong (EX_USAGE).
+//! The verbs and their flags. Exit codes: 0 fine, 1 failed, 64 the configuration or the command line is wrong (EX_USAGE);
+//! `doctor` has one more.
 
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use penstock_agent::{
+    capability,
     config::{self, Config, ConfigErrors, Overrides},
     epp_server::{self, EppServerConfig, EppServerTls},
 };
@@ -40,7 +42,11 @@ enum Verb {
     /// Read the configuration and say what is wrong with it.
     Check(Configured),
     /// Say what this machine lets the agent do, and what to do about the rest.
-    Doctor,
+    #[command(
+        after_help = "Exit codes:\n  0   every path is ready\n  1   none is: the agent relays every byte in user space\n  2   some path is off; \
+                            the output says which\n  64  the configuration or the command line is wrong"
+    )]
+    Doctor(Doctor),
     /// Serve the built-in picker over ext_proc, for Envoy or another Penstock.
     Epp(Epp),
     /// Print the version.
@@ -64,6 +70,19 @@ struct Configured {
     config: PathBuf,
     #[command(flatten)]
     overrides: Overrides,
+}
+
+#[derive(Args)]
+struct Doctor {
+    /// Take [steering] from this file, as `penstock run` would. Without it, the defaults hold
+    #[arg(long, env = "PENSTOCK_CONFIG")]
+    config: Option<PathBuf>,
+    /// Try the kernel program also on a kernel that is known to lose or repeat bytes in sockmap
+    #[arg(long, env = "PENSTOCK_FORCE", value_parser = clap::builder::BoolishValueParser::new())]
+    force: bool,
+    /// Print one JSON document
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Args)]
@@ -98,8 +117,14 @@ enum Tls {
 
 impl Cli {
     pub(crate) fn run(self) -> ExitCode {
+        // While this is the only thread. What looks and asks does no more than it is started with.
+        let serves = matches!(self.verb, Verb::Run(_) | Verb::Epp(_));
+        let narrowed = if serves { capability::begin() } else { Ok(()) };
         // Writes what is still queued when it is dropped.
-        let _writer = start_logging(&self.log, self.log_format);
+        let _writer = capability::with(&[], || start_logging(&self.log, self.log_format));
+        if let Err(error) = narrowed {
+            tracing::warn!(%error, "capabilities cannot be given up");
+        }
         match self.verb {
             Verb::Run(configured) => {
                 with_config(&configured, |config| run::agent(config, || configured.read()).map(|()| ExitCode::SUCCESS))
@@ -113,7 +138,7 @@ impl Cli {
                 );
                 Ok(ExitCode::SUCCESS)
             }),
-            Verb::Doctor => doctor::run(),
+            Verb::Doctor(doctor) => doctor.run(),
             Verb::Epp(epp) => report(epp.serve()),
             Verb::Version => {
                 println!("penstock {}", env!("CARGO_PKG_VERSION"));
@@ -124,6 +149,23 @@ impl Cli {
                 ExitCode::SUCCESS
             }
         }
+    }
+}
+
+impl Doctor {
+    fn run(self) -> ExitCode {
+        let overrides = Overrides { force: self.force, ..Overrides::default() };
+        let mut steering = config::Steering { force: self.force, ..config::Steering::default() };
+        if let Some(path) = &self.config {
+            match Config::load_with(path, &overrides) {
+                Ok(config) => steering = config.steering,
+                Err(errors) => {
+                    eprintln!("{errors}");
+                    return ExitCode::from(USAGE);
+                }
+            }
+        }
+        doctor::run(steering, self.json)
     }
 }
 
@@ -184,6 +226,9 @@ impl Epp {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
             let listener = tokio::net::TcpListener::bind(config.listen).await?;
+            if let Err(error) = capability::keep(&[]) {
+                tracing::warn!(%error, "capabilities cannot be given up");
+            }
             tracing::info!(address = %listener.local_addr()?, "penstock epp");
             epp_server::serve(config, listener, run::terminated()).await
         })?;

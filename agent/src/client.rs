@@ -1,5 +1,6 @@
 //! A client as the phases of a request know it, whatever it speaks: it sends a body, it may leave, it gets one answer.
 
+pub mod ledger;
 mod socket;
 mod stream;
 

@@ -122,6 +122,34 @@ pub enum AppProtocol {
     H2c,
 }
 
+/// What a pick is for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum PickPer {
+    /// Each request.
+    #[default]
+    Request,
+    /// A client's HTTP/1.1 connection: what follows the first response goes both ways as it is.
+    Connection,
+    /// The requests of a client's HTTP/1.1 connection, for a while.
+    Lease,
+}
+
+/// With `pick_per = "connection"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PinLimits {
+    /// A connection that has been pinned so long ends at its next quiet second; default 1 h, can be `off`.
+    pub age: Option<Duration>,
+}
+
+/// With `pick_per = "lease"`: how long an EPP's decision holds for a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LeaseLimits {
+    /// Default 10 s.
+    pub time: Duration,
+    /// Requests, the one that was picked for among them; default 100.
+    pub requests: u32,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Admin {
     /// `/livez`, `/readyz`, `/metrics`; default `127.0.0.1:9901`.
@@ -138,6 +166,9 @@ pub struct Limits {
     pub body_bytes: u64,
     /// Part of a request body held in memory, the rest goes to an unlinked file; default 1048576.
     pub body_memory_bytes: usize,
+    /// Models that metrics tell apart, those named by requests and by responses together; default 100. What comes then counts
+    /// as `other`, as does a name longer than 128 bytes. With 0 every model does.
+    pub metric_models: usize,
 }
 
 /// `None` is off.
@@ -258,6 +289,8 @@ pub struct Steering {
     pub endpoint_receive_buffer: u32,
     /// Endpoint connections that can be steered at once; default 16384. Sizes the kernel maps.
     pub max_flows: u32,
+    /// Steer also on a kernel whose version is known to lose or repeat bytes in sockmap; default false.
+    pub force: bool,
 }
 
 /// Spans to an OpenTelemetry collector. Trace context is passed on whether this is on or off.
@@ -337,6 +370,10 @@ pub struct Pool {
     pub ports: Vec<u16>,
     /// As `appProtocol` of InferencePool v1; default `http1`.
     pub app_protocol: AppProtocol,
+    /// Default `request`.
+    pub pick_per: PickPer,
+    pub pin: PinLimits,
+    pub lease: LeaseLimits,
     /// Default `closed`, as in InferencePool v1.
     pub failure_mode: FailureMode,
     /// With `open` only: where it sends requests; default: the built-in picker chooses among `endpoints`.

@@ -56,6 +56,7 @@ pub async fn serve_tls(current: &Rc<Current>, tls: &TlsAcceptor, stream: TcpStre
 /// Requests of HTTP/1.1, one after the other.
 async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketAddr) {
     let mut first = !socket.is_tls();
+    let mut lease = None;
     loop {
         let head = read_head(&current.worker(), &mut socket).await;
         // A reload may have come while nothing did.
@@ -67,7 +68,7 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
         }
         let mut client = Client::Http1(socket);
         let after = match head {
-            Ok(Some((head, begun))) => proxy::run(worker, &mut client, head, begun, peer).await,
+            Ok(Some((head, begun))) => proxy::run(worker, &mut client, head, begun, peer, &mut lease).await,
             Ok(None) => After::Close,
             Err(error) => {
                 proxy::refuse(worker, &mut client, &error).await;
@@ -76,9 +77,13 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
         };
         let Client::Http1(back) = client else { return };
         socket = back;
+        let after = match after {
+            After::Pinned(pin) => proxy::pinned(current, &mut socket, *pin, peer).await,
+            after => after,
+        };
         match after {
             After::Next if !worker.shared.draining.is_cancelled() => {}
-            After::Next | After::Close => return socket.close().await,
+            After::Next | After::Close | After::Pinned(_) => return socket.close().await,
             After::Abort => return socket.abort().await,
         }
     }

@@ -6,11 +6,12 @@
 //! stops. Dropping the future breaks the delivery off: both connections can then only be closed.
 
 mod frames;
+mod pipe;
 mod span;
 mod tunnel;
 
 pub use frames::{Coding, Frames};
-pub use tunnel::Tunnel;
+pub use tunnel::{Tunnel, Up};
 
 use std::{cell::RefCell, io, time::Duration};
 
@@ -43,6 +44,8 @@ pub enum End {
     Broken,
     /// No byte came for the idle time.
     Idle,
+    /// A tunnel was asked to stop, and nothing was on its way.
+    Over,
 }
 
 impl End {
@@ -53,6 +56,7 @@ impl End {
             Self::ClientGone => "client_gone",
             Self::Broken => "endpoint_broke",
             Self::Idle => "idle_timeout",
+            Self::Over => "over",
         }
     }
 }
@@ -66,6 +70,8 @@ pub struct Account {
     pub local: u64,
     /// Bytes from the client to the endpoint behind a switch of protocols.
     pub upstream: u64,
+    /// Of these, what the kernel has carried.
+    pub upstream_steered: u64,
     /// Pieces that user space wrote, and segments that the kernel redirected.
     pub pieces: u64,
     pub segments: u64,

@@ -1,69 +1,202 @@
-//! `penstock doctor`: what this machine lets the agent do.
+//! `penstock doctor`: what this machine lets the agent do, and what to do about the rest.
+//!
+//! What the text says of paths, the JSON document and the exit code are views of the same findings; those of the paths are
+//! what `penstock run` would find at its start, in the same code.
 
-use std::{path::Path, process::ExitCode, sync::Arc};
+use std::{path::Path, process::ExitCode, time::Duration};
 
 use penstock_agent::{
-    kernel::{Kernel, slots::Lane, version},
-    selftest,
+    capability,
+    config::{self, SteeringMode},
+    kernel::{cgroup, version},
+    ladder::{Ladder, Program, Rung, State},
+    selftest::Check,
 };
+use serde_json::{Value, json};
 
-/// Prints each check with its result and what to do about it; fails when the agent could only relay.
-pub(crate) fn run() -> ExitCode {
-    let release = version::release();
-    let sound = version::is_sound(&release);
-    println!(
-        "kernel        {release}{}",
-        if sound {
-            ""
-        } else {
-            ": KNOWN to lose or repeat bytes in sockmap; take 6.1.142, 6.6.94, 6.12.34, 6.16 or newer"
-        }
-    );
-    println!("capabilities  {}", capabilities());
-    let btf = Path::new("/sys/kernel/btf/vmlinux");
-    println!(
-        "btf           {}",
-        if btf.exists() { "present" } else { "MISSING: the kernel needs CONFIG_DEBUG_INFO_BTF" }
-    );
-    let kernel = match Kernel::load(64) {
-        Ok(kernel) => Arc::new(kernel),
-        Err(error) => {
-            println!("program       FAILED: {error}");
-            println!("steering      unavailable: the agent relays every byte in user space");
-            return ExitCode::FAILURE;
-        }
-    };
-    println!("program       loaded");
-    match selftest::prove(&kernel, Lane::Ingress) {
-        Ok(()) if !sound => {
-            println!("self-test     passed, but it cannot show the absence of rare races");
-            println!("steering      unavailable: the agent relays every byte in user space");
-            ExitCode::FAILURE
-        }
-        Ok(()) => {
-            println!("self-test     passed (ingress path: room gate, chunked stream, end by FIN)");
-            println!("steering      available (ingress)");
-            ExitCode::SUCCESS
-        }
-        Err(error) => {
-            println!("self-test     FAILED: {error:#}");
-            println!("steering      unavailable: this kernel loses or reorders bytes; the agent relays");
-            ExitCode::FAILURE
-        }
+/// No path: every byte is relayed.
+const RELAY_ONLY: u8 = 1;
+/// Some path is off.
+const SOME_OFF: u8 = 2;
+
+/// One thing that was looked at.
+struct Finding {
+    name: String,
+    ok: bool,
+    found: String,
+    /// What to do about it, where something can be done.
+    advice: Option<String>,
+}
+
+/// Looks at everything and prints it.
+pub(crate) fn run(mut steering: config::Steering, as_json: bool) -> ExitCode {
+    // It is about what the machine could do, also where the settings do not ask for it.
+    steering.mode = SteeringMode::Auto;
+    let ladder = Ladder::climb(&steering);
+    let findings = machine(&steering, &ladder);
+    let (code, verdict) = verdict(&ladder);
+    if as_json {
+        println!("{:#}", document(&findings, &ladder, code, &verdict));
+    } else {
+        findings.iter().for_each(Finding::print);
+        ladder.rungs.iter().for_each(print_path);
+        println!("{:<15}{verdict}", "result");
+    }
+    ExitCode::from(code)
+}
+
+fn verdict(ladder: &Ladder) -> (u8, String) {
+    let off = ladder.rungs.iter().filter(|rung| rung.state != State::Ready).map(|rung| rung.path.as_str());
+    let off: Vec<_> = off.collect();
+    match off.len() {
+        0 => (0, "every path is ready".to_owned()),
+        n if n == ladder.rungs.len() => (RELAY_ONLY, "the agent relays every byte in user space".to_owned()),
+        _ => (SOME_OFF, format!("the agent steers, but not by: {}", off.join(", "))),
     }
 }
 
-/// Which of the capabilities that loading takes this process has (effective set, /proc/self/status).
-fn capabilities() -> String {
-    const NEEDED: [(&str, u32); 3] = [("CAP_NET_ADMIN", 12), ("CAP_PERFMON", 38), ("CAP_BPF", 39)];
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
-    let effective = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or_default();
-    let missing: Vec<&str> =
-        NEEDED.iter().filter(|(_, bit)| effective >> bit & 1 == 0).map(|(name, _)| *name).collect();
-    if missing.is_empty() {
-        "CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON".into()
-    } else {
-        format!("MISSING {}", missing.join(", "))
+/// Everything but the paths.
+fn machine(steering: &config::Steering, ladder: &Ladder) -> Vec<Finding> {
+    let release = version::release();
+    let sound = version::is_sound(&release);
+    let mut findings = vec![Finding {
+        name: "kernel".to_owned(),
+        ok: sound,
+        found: if sound { release } else { format!("{release}: KNOWN to lose or repeat bytes in sockmap") },
+        advice: (!sound).then(|| {
+            let forced = if steering.force { "it is tried, because that was forced" } else { "or --force" };
+            format!("take 6.1.142, 6.6.94, 6.12.34, 6.16 or a newer one of these series; {forced}")
+        }),
+    }];
+    let missing = capability::missing();
+    findings.extend(capability::LOADING.iter().map(|one| {
+        let ok = !missing.contains(one);
+        let advice = (!ok).then(|| "start as root, or give it to the process: docs/capabilities.md".to_owned());
+        Finding { name: one.to_string(), ok, found: if ok { "have" } else { "MISSING" }.to_owned(), advice }
+    }));
+    let btf = Path::new("/sys/kernel/btf/vmlinux");
+    findings.push(Finding {
+        name: "btf".to_owned(),
+        ok: btf.exists(),
+        found: if btf.exists() { btf.display().to_string() } else { "MISSING".to_owned() },
+        advice: (!btf.exists()).then(|| "the kernel needs CONFIG_DEBUG_INFO_BTF; in a container, mount it".to_owned()),
+    });
+    findings.push(cgroup(steering));
+    findings.push(program(ladder, missing.is_empty()));
+    if let Program::Loaded(_) = ladder.program {
+        findings.push(kept(steering, ladder));
     }
+    findings
+}
+
+fn cgroup(steering: &config::Steering) -> Finding {
+    let advice = "mount it; in a container, mount the node's; or name it as steering.cgroup";
+    let (ok, found) = match steering.cgroup.clone().map_or_else(cgroup::root, Ok) {
+        Ok(root) if root.join("cgroup.procs").exists() => (true, root.display().to_string()),
+        Ok(root) => (false, format!("MISSING: {} is not one", root.display())),
+        Err(error) => (false, format!("MISSING: {error}")),
+    };
+    Finding { name: "cgroup v2".to_owned(), ok, found, advice: (!ok).then(|| advice.to_owned()) }
+}
+
+/// What a running agent keeps of its capabilities.
+fn kept(steering: &config::Steering, ladder: &Ladder) -> Finding {
+    let names: Vec<_> = ladder.kept.iter().map(ToString::to_string).collect();
+    let advice = (!names.is_empty()).then(|| {
+        format!(
+            "none is, where net.core.wmem_max is at least {}, half of steering.client_send_buffer",
+            steering.client_send_buffer / 2
+        )
+    });
+    let found = if names.is_empty() { "no capability".to_owned() } else { names.join(", ") };
+    Finding { name: "kept later".to_owned(), ok: true, found, advice }
+}
+
+fn program(ladder: &Ladder, capable: bool) -> Finding {
+    let (ok, found, advice) = match &ladder.program {
+        Program::Loaded(_) | Program::Unproven => (true, "loaded".to_owned(), None),
+        Program::Off => (true, "not asked for".to_owned(), None),
+        Program::Refused(why) => (false, format!("NOT TRIED: {why}"), None),
+        Program::Failed(why) => {
+            let advice = if capable {
+                "look at the kernel's configuration (CONFIG_BPF_SYSCALL, CONFIG_BPF_STREAM_PARSER), at lockdown, and at \
+                 what seccomp and security modules forbid"
+            } else {
+                "it takes the capabilities above"
+            };
+            (false, format!("FAILED: {why}"), Some(advice.to_owned()))
+        }
+    };
+    Finding { name: "program".to_owned(), ok, found, advice }
+}
+
+impl Finding {
+    fn print(&self) {
+        println!("{:<15}{}", self.name, self.found);
+        print_advice(self.advice.as_deref());
+    }
+}
+
+fn print_advice(advice: Option<&str>) {
+    if let Some(advice) = advice {
+        println!("{:<15}-> {advice}", "");
+    }
+}
+
+fn print_path(rung: &Rung) {
+    let state = match &rung.state {
+        State::Ready => "ready".to_owned(),
+        State::Unasked => "not asked for".to_owned(),
+        State::Off(why) => format!("OFF: {why}"),
+    };
+    println!("{:<15}{state}", format!("path {}", rung.path.as_str()));
+    for check in &rung.checks {
+        let Check { case, took, failure } = check;
+        match failure {
+            None => println!("{:<15}  ok      {case} ({})", "", milliseconds(*took)),
+            Some(failure) => println!("{:<15}  FAILED  {case}: {failure}", ""),
+        }
+    }
+    print_advice(advice(rung));
+}
+
+/// Only for what the findings above do not explain.
+fn advice(rung: &Rung) -> Option<&'static str> {
+    let failed = rung.checks.iter().any(|check| check.failure.is_some());
+    failed.then_some("the agent does without this path, and no byte is lost; another kernel is the remedy")
+}
+
+fn milliseconds(took: Duration) -> String {
+    format!("{:.1} ms", took.as_secs_f64() * 1000.0)
+}
+
+fn document(findings: &[Finding], ladder: &Ladder, code: u8, verdict: &str) -> Value {
+    let machine = findings.iter().map(|finding| {
+        let Finding { name, ok, found, advice } = finding;
+        json!({ "name": name, "ok": ok, "found": found, "advice": advice })
+    });
+    let paths = ladder.rungs.iter().map(|rung| {
+        let why = match &rung.state {
+            State::Ready | State::Unasked => None,
+            State::Off(why) => Some(&**why),
+        };
+        let checks = rung.checks.iter().map(|check| {
+            json!({
+                "case": check.case,
+                "ok": check.failure.is_none(),
+                "failure": check.failure,
+                "seconds": check.took.as_secs_f64(),
+            })
+        });
+        let checks: Vec<Value> = checks.collect();
+        json!({
+            "path": rung.path.as_str(), "ready": rung.state == State::Ready, "why": why, "checks": checks, "advice": advice(rung)
+        })
+    });
+    json!({
+        "exit_code": code,
+        "result": verdict,
+        "machine": machine.collect::<Vec<_>>(),
+        "paths": paths.collect::<Vec<_>>(),
+    })
 }

@@ -13,12 +13,13 @@ pub mod socket;
 pub mod tun;
 pub mod version;
 
-use std::{fs::File, os::fd::AsFd, path::Path, sync::Arc};
+use std::{error::Error as _, fs::File, os::fd::AsFd, path::Path, sync::Arc};
 
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, HashMap, Map, MapData, MapError, RingBuf, SockHash},
     programs::{CgroupAttachMode, SkMsg, SkSkb, SockOps},
+    util::KernelVersion,
 };
 use penstock_common::slot::Offsets;
 use thiserror::Error;
@@ -50,6 +51,22 @@ pub enum LoadError {
     Missing(&'static str),
     #[error("the kernel program's memory and events: {0}")]
     Io(#[from] std::io::Error),
+    #[error("before Linux 5.7, what is attached to a cgroup stays there and keeps others out")]
+    NoLinks,
+}
+
+impl LoadError {
+    /// What failed and the kernel's own word for it, in one line: without what the verifier looked at.
+    pub fn reason(&self) -> String {
+        let whole = self.to_string();
+        let line = whole.lines().next().unwrap_or_default();
+        let line = line.split(" Verifier output:").next().unwrap_or_default().trim_end_matches('.');
+        let last = std::iter::successors(self.source(), |&error| error.source()).last().map(ToString::to_string);
+        match last {
+            Some(last) if !whole.contains(&last) => format!("{line}: {last}"),
+            _ => line.to_owned(),
+        }
+    }
 }
 
 /// The loaded program. While it lives, sockets in its maps are looked after by the kernel; when the last handle goes,
@@ -117,14 +134,11 @@ impl Kernel {
     /// As [`attach_local`](Self::attach_local), in the cgroup that is named or found; [`local`](Self::local) tells what came
     /// of it.
     pub fn try_local(&mut self, cgroup: Option<&Path>) {
+        let at = |cgroup: &Path, error: &LoadError| format!("cgroup {}: {}", cgroup.display(), error.reason());
         let attached = match cgroup {
-            Some(cgroup) => self
-                .attach_local(cgroup)
-                .map_err(|error| format!("cgroup {}: {:#}", cgroup.display(), anyhow::Error::from(error))),
+            Some(cgroup) => self.attach_local(cgroup).map_err(|error| at(cgroup, &error)),
             None => match cgroup::root() {
-                Ok(root) => self
-                    .attach_local(&root)
-                    .map_err(|error| format!("cgroup {}: {:#}", root.display(), anyhow::Error::from(error))),
+                Ok(root) => self.attach_local(&root).map_err(|error| at(&root, &error)),
                 Err(error) => Err(error.to_string()),
             },
         };
@@ -139,6 +153,9 @@ impl Kernel {
     /// Has connections to endpoints in this cgroup (the root of a cgroup v2 hierarchy: on this machine) recognised as they are
     /// made, and what those endpoints send looked at.
     pub fn attach_local(&mut self, cgroup: &Path) -> Result<(), LoadError> {
+        if KernelVersion::current().is_ok_and(|version| version < KernelVersion::new(5, 7, 0)) {
+            return Err(LoadError::NoLinks);
+        }
         let cgroup = File::open(cgroup)?;
         let program = self.ebpf.program_mut(MESSAGE_PROGRAM).ok_or(LoadError::Missing("message program"))?;
         let program: &mut SkMsg = program.try_into()?;

@@ -3,6 +3,7 @@
 //! Modules stand in the order in which a request meets them; a module never imports from one that calls it.
 
 pub mod pem;
+pub mod capability;
 pub mod config;
 pub mod metrics;
 pub mod readiness;
@@ -21,6 +22,7 @@ pub mod endpoint;
 pub mod tee;
 pub mod deliver;
 pub mod selftest;
+pub mod ladder;
 pub mod error;
 pub mod shared;
 pub mod worker;

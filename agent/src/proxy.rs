@@ -5,7 +5,9 @@
 
 mod ask;
 mod dispatch;
+mod lease;
 mod pick;
+mod pinned;
 mod record;
 mod respond;
 
@@ -15,6 +17,10 @@ use bytes::Bytes;
 use http::{HeaderValue, Method, request, uri::Scheme};
 use tokio::time::{Instant, timeout_at};
 
+pub use self::{
+    lease::Lease,
+    pinned::{Pin, pinned},
+};
 use self::{
     pick::{Picked, Verdict},
     record::Record,
@@ -40,9 +46,10 @@ use crate::{
 const MODEL_WINDOW: u64 = 64 * 1024;
 
 /// What becomes of the client's connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum After {
     Next,
+    /// Stay with this endpoint.
+    Pinned(Box<Pin>),
     /// Close in order.
     Close,
     /// Close in the middle of a message.
@@ -71,8 +78,16 @@ pub async fn refuse(worker: &Worker, client: &mut Client, error: &Error) {
     record.finish_unrouted(worker, error);
 }
 
-/// Carries one request through all phases. Its first byte came at `begun`.
-pub async fn run(worker: &Worker, client: &mut Client, head: RequestHead, begun: Instant, peer: SocketAddr) -> After {
+/// Carries one request through all phases. Its first byte came at `begun`. `lease` is what an earlier request of the connection
+/// has left, and this one leaves.
+pub async fn run(
+    worker: &Worker,
+    client: &mut Client,
+    head: RequestHead,
+    begun: Instant,
+    peer: SocketAddr,
+    lease: &mut Option<Lease>,
+) -> After {
     let record = Record::new(begun);
     let config = &worker.shared.config;
     let deadline = config.timeouts.request.map(|limit| begun + limit);
@@ -93,11 +108,14 @@ pub async fn run(worker: &Worker, client: &mut Client, head: RequestHead, begun:
         }
     };
     let active = worker.shared.metrics.pool(request.pool).active_request();
-    let result = answered(worker, client, &mut request, &mut upload).await;
+    let result = answered(worker, client, &mut request, &mut upload, lease).await;
     drop(active);
-    let after = match &result {
-        Ok(after) => *after,
-        Err(error) => {
+    let after = match result {
+        Ok(after) => {
+            request.record.finish(worker, request.pool, &request.parts, None);
+            return after;
+        }
+        Err(ref error) => {
             // With the rest of the body unread, the next request cannot be found.
             let keep_alive = upload.is_done() && request.keep_alive && !matches!(error, Error::ClientGone);
             let manner = Manner::of(&request.parts.headers, config);
@@ -188,9 +206,10 @@ async fn answered(
     client: &mut Client,
     request: &mut Request,
     upload: &mut Upload,
+    lease: &mut Option<Lease>,
 ) -> Result<After, Error> {
     let (deadline, asked) = (request.deadline, Instant::now());
-    let verdict = by(worker, deadline, pick::pick(worker, client, request, upload)).await;
+    let verdict = by(worker, deadline, pick::pick(worker, client, request, upload, lease)).await;
     request.record.pick(worker, request.pool, asked, &verdict);
     let mut picked = match verdict? {
         Verdict::Forward(picked) => picked,

@@ -35,15 +35,6 @@ pub enum Steering {
 }
 
 impl Steering {
-    /// One line for logs and `/readyz?verbose`.
-    pub fn describe(&self) -> String {
-        match self {
-            Self::Active(_) => "steering: active (ingress)".into(),
-            Self::Off => "steering: off (configured)".into(),
-            Self::Unavailable(why) => format!("steering: unavailable: {why}"),
-        }
-    }
-
     /// What a worker needs; `None` when it only relays.
     pub fn worker(&self) -> Result<Option<Rc<WorkerSteering>>, LoadError> {
         let Self::Active(kernel) = self else { return Ok(None) };
@@ -87,8 +78,11 @@ impl WorkerSteering {
         self.kernel.local().is_ok()
     }
 
-    /// Makes a client connection a possible target; returns its key. The kernel forgets it when it is closed.
-    pub fn register_target(&self, client: impl AsFd) -> Result<u64, RegisterError> {
+    /// Makes a connection a possible target, with this send buffer; returns its key. The kernel forgets it when it is closed.
+    pub fn register_target(&self, client: impl AsFd, send_buffer: u32) -> Result<u64, RegisterError> {
+        socket::set_send_buffer(&client, send_buffer)?;
+        socket::take_all_that_fits(&client)?;
+        socket::keep_account(&client)?;
         let cookie = socket::cookie(&client)?;
         self.maps.borrow_mut().targets.insert(cookie, client.as_fd().as_raw(), 0)?;
         Ok(cookie)

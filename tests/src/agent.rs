@@ -4,10 +4,11 @@
 
 use std::{net::SocketAddr, sync::Once, time::Duration};
 
+use anyhow::{Context as _, Result, bail};
 use penstock_agent::{
     app::Agent,
     config::{Config, Epp, FailureMode, Picker, Pool, SteeringMode},
-    steer::Steering,
+    metrics::Path,
 };
 use tracing_subscriber::EnvFilter;
 
@@ -15,6 +16,7 @@ use tracing_subscriber::EnvFilter;
 pub struct TestAgent {
     pub agent: Agent,
     pub addr: SocketAddr,
+    config: Config,
 }
 
 /// One pool over `endpoints`, picked by the built-in picker.
@@ -38,6 +40,11 @@ pub fn epps_pool(endpoints: &[SocketAddr], epps: &[SocketAddr], failure_mode: Fa
 impl TestAgent {
     /// Starts with one pool; `adjust` changes what the test is about.
     pub fn start(pool: Pool, steering: SteeringMode, adjust: impl FnOnce(&mut Config)) -> Self {
+        Self::try_start(pool, steering, adjust).unwrap_or_else(|error| panic!("{error:#}"))
+    }
+
+    /// As [`Self::start`]; says why when the agent does not start, or is to steer and cannot.
+    pub fn try_start(pool: Pool, steering: SteeringMode, adjust: impl FnOnce(&mut Config)) -> Result<Self> {
         trace();
         let mut config = Config::new(vec![pool]);
         config.listen.address = SocketAddr::from(([127, 0, 0, 1], 0));
@@ -47,14 +54,24 @@ impl TestAgent {
         config.steering.max_flows = 4096;
         config.timeouts.drain = Duration::from_secs(5);
         adjust(&mut config);
-        let wants_kernel = config.steering.mode != SteeringMode::Off;
+        let wanted = match config.steering.mode {
+            SteeringMode::Off => None,
+            SteeringMode::Local => Some(Path::Local),
+            SteeringMode::Auto | SteeringMode::Ingress => Some(Path::Ingress),
+        };
         // The self-test has a runtime of its own, which cannot be started inside the test's.
-        let start = std::thread::spawn(|| Agent::start(config));
-        let agent = start.join().expect("the agent's start does not panic").expect("the agent starts");
-        if wants_kernel && !matches!(agent.steering(), Steering::Active(_)) {
-            panic!("this test needs the kernel: {}", agent.steering().describe());
+        let begun = config.clone();
+        let start = std::thread::spawn(|| Agent::start(begun));
+        let agent = start.join().expect("the agent's start does not panic").context("starting the agent")?;
+        if wanted.is_some_and(|path| !agent.ladder().is_ready(path)) {
+            bail!("this test needs the kernel: {:#?}", agent.ladder().lines());
         }
-        Self { addr: agent.address(), agent }
+        Ok(Self { addr: agent.address(), agent, config })
+    }
+
+    /// What it was started with.
+    pub fn config(&self) -> Config {
+        self.config.clone()
     }
 
     /// Sum of the samples of a metric whose labels contain all of `labels` (`path="ingress"`); 0 when there is none.
@@ -68,6 +85,11 @@ impl TestAgent {
             .map(|path| self.count("penstock_body_bytes_total", &[&format!("path=\"{path}\"")]))
             .iter()
             .sum()
+    }
+
+    /// Bytes from clients, behind a switch of protocols or to an endpoint that they stay with, that the kernel has carried.
+    pub fn steered_up(&self) -> u64 {
+        self.count("penstock_upstream_bytes_total", &[r#"path="ingress""#])
     }
 
     /// As [`Self::metric`], of a counter.

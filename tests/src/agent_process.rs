@@ -1,9 +1,12 @@
 //! The agent as a process of its own, for tests that measure it, signal it or kill it.
 
-use std::{collections::HashSet, net::SocketAddr, process::Command, time::Duration};
+use std::{
+    collections::HashSet, fs::Permissions, net::SocketAddr, os::unix::fs::PermissionsExt as _, path::Path,
+    process::Command, time::Duration,
+};
 
 use anyhow::{Context, Result, ensure};
-use tempfile::NamedTempFile;
+use tempfile::{NamedTempFile, TempDir};
 
 use crate::{Client, Process, Request, agent};
 
@@ -14,6 +17,8 @@ pub struct AgentProcess {
     pub addr: SocketAddr,
     pub admin: SocketAddr,
     config: NamedTempFile,
+    /// Of the binary, where it is not that of the build.
+    _folder: Option<TempDir>,
     listen: SocketAddr,
     steering: String,
 }
@@ -22,9 +27,39 @@ impl AgentProcess {
     /// Starts `penstock run` at `listen` (port 0 takes a free one) over one pool; `settings` are further sections of the
     /// configuration, and `steering` is its mode. Fails with the reason on a machine that cannot steer as asked.
     pub async fn start(listen: SocketAddr, endpoint: SocketAddr, steering: &str, settings: &str) -> Result<Self> {
+        let agent = Self::start_through(&[], listen, endpoint, steering, settings).await?;
+        let wanted = match steering {
+            "off" => "steering: off",
+            "local" => "steering: active (local",
+            _ => "steering: active",
+        };
+        let output = agent.process.output();
+        ensure!(output.iter().any(|line| line.contains(wanted)), "this test needs the kernel: {output:#?}");
+        Ok(agent)
+    }
+
+    /// As [`start`](Self::start) through another command, such as `setpriv`, whatever the kernel lets it do. Every user can
+    /// read the binary and the configuration.
+    pub async fn start_through(
+        through: &[&str],
+        listen: SocketAddr,
+        endpoint: SocketAddr,
+        steering: &str,
+        settings: &str,
+    ) -> Result<Self> {
         let config = NamedTempFile::new()?;
         std::fs::write(config.path(), text(listen, endpoint, steering, settings))?;
-        let mut command = Command::new(Process::binary("penstock")?);
+        config.as_file().set_permissions(Permissions::from_mode(0o644))?;
+        let binary = Process::binary("penstock")?;
+        let mut folder = None;
+        let mut command = match through {
+            [program, arguments @ ..] => {
+                let mut command = Command::new(program);
+                command.args(arguments).arg(folder.insert(for_everyone(&binary)?).path().join("penstock"));
+                command
+            }
+            [] => Command::new(binary),
+        };
         command.args(["run", "--log-format", "json", "--log", "info,penstock::access=off", "--config"]);
         command.arg(config.path());
         let mut process = Process::spawn(command)?;
@@ -35,10 +70,7 @@ impl AgentProcess {
             text.parse().with_context(|| format!("{name} in {line}"))
         };
         let (addr, admin) = (address("address")?, address("admin")?);
-        let wanted = if steering == "off" { "steering: off" } else { "steering: active" };
-        let output = process.output();
-        ensure!(output.iter().any(|line| line.contains(wanted)), "this test needs the kernel: {output:#?}");
-        Ok(Self { process, addr, admin, config, listen, steering: steering.to_owned() })
+        Ok(Self { process, addr, admin, config, _folder: folder, listen, steering: steering.to_owned() })
     }
 
     /// What it finds when it reads its configuration again.
@@ -68,6 +100,15 @@ impl AgentProcess {
         }
         Ok(ids)
     }
+}
+
+/// A folder with the binary that other users may enter, wherever the build is.
+fn for_everyone(binary: &Path) -> Result<TempDir> {
+    let folder = tempfile::tempdir()?;
+    std::fs::set_permissions(folder.path(), Permissions::from_mode(0o755))?;
+    let path = folder.path().join("penstock");
+    std::fs::hard_link(binary, &path).or_else(|_| std::fs::copy(binary, &path).map(drop))?;
+    Ok(folder)
 }
 
 fn text(listen: SocketAddr, endpoint: SocketAddr, steering: &str, settings: &str) -> String {

@@ -24,6 +24,7 @@ mod refusing;
 pub mod scripted_epp;
 pub mod sender;
 pub mod stage;
+pub mod stress;
 pub mod tls;
 
 pub use client::{BodyEnd, Client, Request, Response};

@@ -187,6 +187,27 @@ fn the_pod_can_load_and_attach() {
     }
 }
 
+/// `kubectl patch` merges containers by name, and the fields of a security context one by one.
+#[test]
+fn the_patch_leaves_the_pod_three_capabilities() {
+    let source: Value = serde_saphyr::from_str(&read("deploy/least-privilege.yaml")).expect("YAML");
+    let patch: DaemonSet = serde_json::from_value(source.clone()).expect("a part of a DaemonSet");
+    let mut found = Vec::new();
+    let typed = serde_json::to_value(&patch).expect("serialises");
+    lost(&source["spec"]["template"], &typed["spec"]["template"], "patch", &mut found);
+    assert!(found.is_empty(), "Kubernetes does not know: {found:#?}");
+
+    let [patched] =
+        <[Container; 1]>::try_from(patch.spec.template.spec.expect("a pod").containers).expect("one container");
+    assert_eq!(patched.name, container().name);
+    let context = patched.security_context.expect("a security context");
+    assert_eq!((context.privileged, context.allow_privilege_escalation), (Some(false), Some(false)));
+    let capabilities = context.capabilities.expect("capabilities");
+    assert_eq!(capabilities.drop, Some(vec!["ALL".to_owned()]));
+    let added = capabilities.add.expect("added").into_iter().map(|name| format!("CAP_{name}"));
+    assert_eq!(unit("AmbientCapabilities"), [added.collect::<Vec<_>>().join(" ")], "as many as under systemd");
+}
+
 #[test]
 fn whoever_stops_the_agent_waits_for_the_drain() {
     let drain = config().timeouts.drain;

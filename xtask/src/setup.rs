@@ -15,6 +15,9 @@ use crate::{
 /// What the tests drive the agent with, as its users do.
 const OPENAI: &str = "openai==3.54.0";
 
+/// What other kernels run in.
+pub(crate) const QEMU: &str = "qemu-system-x86_64";
+
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// Only say what is missing; fails if something is
@@ -127,6 +130,14 @@ pub(crate) fn test_needs() -> Result<()> {
         quietly("setup: Python environment", command("python3").args(["-m", "venv", "--clear"]).arg(venv()))?;
         let mut pip = command(venv().join("bin/python"));
         quietly("setup: openai", pip.args(["-m", "pip", "install", "--no-input", OPENAI]))?;
+    }
+    Ok(())
+}
+
+/// qemu, without the parts that show a screen.
+pub(crate) fn vm_needs() -> Result<()> {
+    if find(QEMU).is_none() {
+        apt_install(&["qemu-system-x86"])?;
     }
     Ok(())
 }

@@ -1,10 +1,6 @@
-//! A client's HTTP/1.1 connection: reads, writes, and the account of what has been written to it by whom.
-//!
-//! What the kernel redirects reaches the socket a little later than the redirect, and what user space writes would overtake
-//! it. So every write, and the close, first waits until the socket has taken exactly what the account says
-//! (`settle`, the drain test).
+//! A client's HTTP/1.1 connection: reads, and writes behind whatever the kernel has redirected to it.
 
-use std::{io, time::Duration};
+use std::{io, rc::Rc, time::Duration};
 
 use bytes::BytesMut;
 use futures_util::FutureExt as _;
@@ -14,13 +10,11 @@ use tokio::{
 };
 use tokio_rustls::server::TlsStream;
 
+use super::ledger::Ledger;
 use crate::{
     kernel::socket,
-    steer::{RegisterError, WorkerSteering},
+    steer::{RegisterError, Source, WorkerSteering},
 };
-
-/// Longest wait between two looks at a socket that has not settled: a jiffy at HZ=100.
-const SETTLE_STEP: Duration = Duration::from_millis(10);
 
 /// How long the kernel's worker may take to hand over what was redirected, before a close is a reset.
 const SETTLE: Duration = Duration::from_secs(30);
@@ -28,6 +22,8 @@ const SETTLE: Duration = Duration::from_secs(30);
 /// large body usually looks for the answer only afterwards.
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 64 << 20;
+/// What a client may have sent before its connection became something else, for the kernel to look at what follows.
+const EARLY: usize = 256 * 1024;
 /// Read at once of what is not asked for yet.
 const AHEAD: usize = 4096;
 
@@ -35,15 +31,15 @@ pub struct ClientSocket {
     stream: Stream,
     /// Read and not yet used: the rest of a request, or the beginning of the next.
     pub buf: BytesMut,
-    /// `socket::bytes_written` when the connection was taken over.
-    base: u64,
-    /// Bytes since then, written by us or redirected by the kernel.
-    account: u64,
-    /// Bytes were redirected since the account was last found to match.
-    unsettled: bool,
+    ledger: Ledger,
     key: Option<u64>,
     resets: bool,
+    /// What the kernel knows of what the client sends. Behind `stream`: a slot outlives its socket.
+    source: Option<Source>,
 }
+
+/// A connection, what has been read of it, and what the kernel knows of it.
+pub(super) type TunnelEnd<'a> = (&'a TcpStream, BytesMut, Option<&'a Source>);
 
 enum Stream {
     Plain(TcpStream),
@@ -62,8 +58,8 @@ impl ClientSocket {
 
     fn of(stream: Stream) -> io::Result<Self> {
         stream.tcp().set_nodelay(true)?;
-        let base = socket::bytes_written(stream.tcp())?;
-        Ok(Self { stream, buf: BytesMut::new(), base, account: 0, unsettled: false, key: None, resets: false })
+        let ledger = Ledger::begin(stream.tcp())?;
+        Ok(Self { stream, buf: BytesMut::new(), ledger, key: None, resets: false, source: None })
     }
 
     /// The connection, and what has been read of it; `None` for TLS, where the protocol has been agreed on before.
@@ -87,9 +83,7 @@ impl ClientSocket {
         if let Some(key) = self.key {
             return Ok(key);
         }
-        socket::set_send_buffer(self.stream(), send_buffer)?;
-        socket::take_all_that_fits(self.stream())?;
-        let key = steering.register_target(self.stream())?;
+        let key = steering.register_target(self.stream(), send_buffer)?;
         self.key = Some(key);
         Ok(key)
     }
@@ -131,8 +125,34 @@ impl ClientSocket {
                 stream.flush().await?;
             }
         }
-        self.account += buf.len() as u64;
+        self.ledger.add_written(buf.len() as u64);
         Ok(())
+    }
+
+    /// The connection as it is, unless it speaks TLS, and what has been read of it already, for someone who keeps an account of
+    /// their own. With `steering` what the client sends from now on is looked at by the kernel, where that can be.
+    pub fn tunnel(&mut self, steering: Option<&Rc<WorkerSteering>>) -> io::Result<TunnelEnd<'_>> {
+        if self.is_tls() {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        if let Some(steering) = steering {
+            // What has arrived has to be read whole before: the kernel would send what is read in part a second time.
+            while self.buf.len() < EARLY {
+                match self.read_now(AHEAD) {
+                    Ok(0) => break,
+                    Ok(_) => {}
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                    // Whoever reads next would take it for an end in order.
+                    Err(error) => return Err(error),
+                }
+            }
+            let drained = self.buf.len() < EARLY;
+            self.source = if drained { steering.announce_source(self.stream()).ok() } else { None };
+            // A client that has closed its side already is refused.
+            self.source = self.source.take().filter(|source| source.insert(self.stream()).is_ok());
+        }
+        let early = std::mem::take(&mut self.buf);
+        Ok((self.stream.tcp(), early, self.source.as_ref()))
     }
 
     /// Both directions at once, and what has been read already. The kernel's account ends here: no more is to be redirected.
@@ -152,17 +172,12 @@ impl ClientSocket {
 
     /// Books bytes that the kernel has redirected here.
     pub fn add_redirected(&mut self, bytes: u64) {
-        self.account += bytes;
-        self.unsettled |= bytes > 0;
+        self.ledger.add_redirected(bytes);
     }
 
-    /// Takes what was booked as redirected and has not come out of the account; returns how much that is. Only when it will not
-    /// come any more.
+    /// As [`Ledger::forgive`].
     pub fn forgive(&mut self) -> io::Result<u64> {
-        let written = socket::bytes_written(self.stream())?.wrapping_sub(self.base);
-        let missing = self.account.saturating_sub(written);
-        (self.account, self.unsettled) = (written, false);
-        Ok(missing)
+        self.ledger.forgive(self.stream.tcp())
     }
 
     /// Bytes that the client has not acknowledged yet.
@@ -170,32 +185,9 @@ impl ClientSocket {
         socket::send_queue(self.stream())
     }
 
-    /// Waits until the socket has taken everything that was redirected to it. Cancel-safe.
+    /// As [`Ledger::settle`].
     pub async fn settle(&mut self) -> io::Result<()> {
-        let mut wait = Duration::ZERO;
-        for turn in 0u32.. {
-            if !self.unsettled || socket::bytes_written(self.stream())?.wrapping_sub(self.base) == self.account {
-                break;
-            }
-            self.check()?;
-            // Usually the kernel's worker is done within microseconds.
-            if turn < 32 {
-                tokio::task::yield_now().await;
-            } else {
-                wait = (wait + Duration::from_millis(1)).min(SETTLE_STEP);
-                tokio::time::sleep(wait).await;
-            }
-        }
-        self.unsettled = false;
-        Ok(())
-    }
-
-    /// An error when the connection is broken.
-    fn check(&self) -> io::Result<()> {
-        match socket::peek(self.stream(), &mut [0]) {
-            Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
-            _ => Ok(()),
-        }
+        self.ledger.settle(self.stream.tcp()).await
     }
 
     /// Resolves when the client has left: closed, closed its writing side, or reset, and also when that lies behind bytes that

@@ -10,8 +10,8 @@ use http::{HeaderName, uri::PathAndQuery};
 
 use super::{
     Admin, AppProtocol, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppTls, ErrorFormat, Errors, FailureMode,
-    Forwarding, Headers, HealthCheck, Limits, Listen, MissingModel, Node, Picker, Pool, Ratio, ResponseToPicker, Retry,
-    Route, Steering, SteeringMode, Subset, Timeouts, Tracing, WeightedPool,
+    Forwarding, Headers, HealthCheck, LeaseLimits, Limits, Listen, MissingModel, Node, PickPer, Picker, PinLimits,
+    Pool, Ratio, ResponseToPicker, Retry, Route, Steering, SteeringMode, Subset, Timeouts, Tracing, WeightedPool,
 };
 
 /// A complete commented file. Its settings are the defaults; what has none is commented out, as `#key = value`.
@@ -61,7 +61,13 @@ impl Default for Admin {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { head_bytes: 64 << 10, headers: 128, body_bytes: 32 << 20, body_memory_bytes: 1 << 20 }
+        Self {
+            head_bytes: 64 << 10,
+            headers: 128,
+            body_bytes: 32 << 20,
+            body_memory_bytes: 1 << 20,
+            metric_models: 100,
+        }
     }
 }
 
@@ -110,6 +116,18 @@ impl Default for Bbr {
     }
 }
 
+impl Default for PinLimits {
+    fn default() -> Self {
+        Self { age: Some(Duration::from_secs(3600)) }
+    }
+}
+
+impl Default for LeaseLimits {
+    fn default() -> Self {
+        Self { time: Duration::from_secs(10), requests: 100 }
+    }
+}
+
 impl Default for Steering {
     fn default() -> Self {
         Self {
@@ -120,6 +138,7 @@ impl Default for Steering {
             client_send_buffer: 1 << 20,
             endpoint_receive_buffer: 512 << 10,
             max_flows: 16_384,
+            force: false,
         }
     }
 }
@@ -194,6 +213,9 @@ impl Pool {
             endpoints_file: None,
             ports: Vec::new(),
             app_protocol: AppProtocol::Http1,
+            pick_per: PickPer::Request,
+            pin: PinLimits::default(),
+            lease: LeaseLimits::default(),
             failure_mode: FailureMode::Closed,
             default_upstream: None,
             passthrough: false,

@@ -16,6 +16,9 @@ pub struct Overrides {
     /// Steering mode, instead of `steering.mode`
     #[arg(long, env = "PENSTOCK_STEERING", value_name = "MODE")]
     pub steering: Option<SteeringMode>,
+    /// Steer also on a kernel that is known to lose or repeat bytes in sockmap, as `steering.force`
+    #[arg(long, env = "PENSTOCK_FORCE", value_parser = clap::builder::BoolishValueParser::new())]
+    pub force: bool,
     /// Name of the node this agent runs on, instead of `node.name`
     #[arg(long, env = "PENSTOCK_NODE", value_name = "NAME")]
     pub node: Option<String>,
@@ -36,10 +39,11 @@ mod tests {
 
     #[test]
     fn flags_fill_it() {
-        let line = ["penstock", "--listen", "[::1]:1", "--steering", "ingress"];
+        let line = ["penstock", "--listen", "[::1]:1", "--steering", "ingress", "--force"];
         let overrides = Overrides::from_arg_matches(&command().get_matches_from(line)).unwrap();
         assert_eq!(overrides.listen, Some("[::1]:1".parse().unwrap()));
         assert_eq!(overrides.steering, Some(SteeringMode::Ingress));
+        assert!(overrides.force);
         assert!(command().try_get_matches_from(["penstock", "--steering", "on"]).is_err());
     }
 
@@ -49,7 +53,14 @@ mod tests {
         let variables: Vec<_> = command.get_arguments().filter_map(|arg| arg.get_env()?.to_str()).collect();
         assert_eq!(
             variables,
-            ["PENSTOCK_LISTEN", "PENSTOCK_ADMIN", "PENSTOCK_STEERING", "PENSTOCK_NODE", "PENSTOCK_ZONE"]
+            [
+                "PENSTOCK_LISTEN",
+                "PENSTOCK_ADMIN",
+                "PENSTOCK_STEERING",
+                "PENSTOCK_FORCE",
+                "PENSTOCK_NODE",
+                "PENSTOCK_ZONE"
+            ]
         );
     }
 }

@@ -3,7 +3,8 @@
 use std::net::SocketAddr;
 
 use super::{
-    AppProtocol, FailureMode, Node, Picker, Pool, document::Section, endpoints, health, picker, retry, subset, value,
+    AppProtocol, FailureMode, LeaseLimits, Node, PickPer, Picker, PinLimits, Pool, document::Section, endpoints,
+    health, picker, retry, subset, value,
 };
 
 pub(super) fn pools(root: &mut Section<'_>, listen: SocketAddr, node: &Node) -> Vec<Pool> {
@@ -25,6 +26,8 @@ pub(super) fn pools(root: &mut Section<'_>, listen: SocketAddr, node: &Node) -> 
 fn pool(section: &mut Section<'_>, listen: SocketAddr, node: &Node) -> Pool {
     const MODES: &[(&str, FailureMode)] = &[("open", FailureMode::Open), ("closed", FailureMode::Closed)];
     const PROTOCOLS: &[(&str, AppProtocol)] = &[("http1", AppProtocol::Http1), ("h2c", AppProtocol::H2c)];
+    const PICKS: &[(&str, PickPer)] =
+        &[("request", PickPer::Request), ("connection", PickPer::Connection), ("lease", PickPer::Lease)];
     let ports = endpoints::ports(section);
     let (picker, session_headers) =
         section.section("picker", |section| (picker::picker(section), picker::session_headers(section)));
@@ -35,6 +38,11 @@ fn pool(section: &mut Section<'_>, listen: SocketAddr, node: &Node) -> Pool {
         endpoints_file: endpoints::file(section),
         ports,
         app_protocol: section.read("app_protocol", value::one_of(PROTOCOLS)).unwrap_or_default(),
+        pick_per: section.read("pick_per", value::one_of(PICKS)).unwrap_or_default(),
+        pin: section.section("pin", |section| PinLimits {
+            age: section.read("age", value::duration_or_off).unwrap_or(PinLimits::default().age),
+        }),
+        lease: section.section("lease", lease),
         failure_mode: section.read("failure_mode", value::one_of(MODES)).unwrap_or(FailureMode::Closed),
         default_upstream: section.read("default_upstream", value::endpoint),
         passthrough: section.read("passthrough", value::boolean).unwrap_or(false),
@@ -48,6 +56,14 @@ fn pool(section: &mut Section<'_>, listen: SocketAddr, node: &Node) -> Pool {
     check_endpoints(section, &pool);
     check_failure_mode(section, &pool);
     pool
+}
+
+fn lease(section: &mut Section<'_>) -> LeaseLimits {
+    let default = LeaseLimits::default();
+    LeaseLimits {
+        time: section.read("time", value::duration).unwrap_or(default.time),
+        requests: section.read("requests", value::integer(1..=1_000_000)).unwrap_or(default.requests),
+    }
 }
 
 fn check_endpoints(section: &Section<'_>, pool: &Pool) {

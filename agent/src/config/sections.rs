@@ -48,6 +48,7 @@ fn limits(section: &mut Section<'_>) -> Limits {
         body_memory_bytes: section
             .read("body_memory_bytes", value::integer(0..=1 << 30))
             .unwrap_or(default.body_memory_bytes),
+        metric_models: section.read("metric_models", value::integer(0..=10_000)).unwrap_or(default.metric_models),
     };
     // The default of one must not turn a smaller value of the other into an error.
     if section.has("body_memory_bytes") && limits.body_memory_bytes as u64 > limits.body_bytes {
@@ -101,6 +102,7 @@ fn steering(section: &mut Section<'_>, overrides: &Overrides) -> Steering {
             .read("endpoint_receive_buffer", buffer())
             .unwrap_or(default.endpoint_receive_buffer),
         max_flows: section.read("max_flows", value::integer(1..=1_048_576)).unwrap_or(default.max_flows),
+        force: section.read("force", value::boolean).unwrap_or(default.force) || overrides.force,
     };
     // 0 is the way to say "nothing remote"; between 0 and min_bytes the two only contradict each other.
     if (1..steering.min_bytes).contains(&steering.max_remote_bytes) {

@@ -131,6 +131,7 @@ fn every_setting_is_read() {
         headers = 16
         body_bytes = 5
         body_memory_bytes = 4
+        metric_models = 3
         [timeouts]
         head = "1ms"
         body = "2s"
@@ -163,6 +164,7 @@ fn every_setting_is_read() {
         client_send_buffer = 16384
         endpoint_receive_buffer = 67108864
         max_flows = 7
+        force = true
         [tracing]
         otlp_endpoint = "http://[::1]:4317/"
         sampling_ratio = 0.25
@@ -188,6 +190,9 @@ fn every_setting_is_read() {
         ejection = { failures = 0, base = "1s", max = "2s", max_percent = 100, server_errors = true }
         health = { path = "/live?full=1", interval = "1s", timeout = "2s", unhealthy_after = 4, healthy_after = 5 }
         app_protocol = "h2c"
+        pick_per = "lease"
+        pin = { age = "off" }
+        lease = { time = "1s", requests = 2 }
         failure_mode = "open"
         default_upstream = "127.0.0.2:1"
         passthrough = true
@@ -236,6 +241,9 @@ fn every_setting_is_read() {
         endpoints_file: Some("/etc/endpoints.json".into()),
         ports: vec![8000, 8001],
         app_protocol: AppProtocol::H2c,
+        pick_per: PickPer::Lease,
+        pin: PinLimits { age: None },
+        lease: LeaseLimits { time: Duration::from_secs(1), requests: 2 },
         failure_mode: FailureMode::Open,
         default_upstream: Some("127.0.0.2:1".parse().unwrap()),
         passthrough: true,
@@ -283,7 +291,7 @@ fn every_setting_is_read() {
             tls: None,
         },
         admin: Admin { address: "127.0.0.1:0".parse().unwrap() },
-        limits: Limits { head_bytes: 1024, headers: 16, body_bytes: 5, body_memory_bytes: 4 },
+        limits: Limits { head_bytes: 1024, headers: 16, body_bytes: 5, body_memory_bytes: 4, metric_models: 3 },
         timeouts: Timeouts {
             head: Some(Duration::from_millis(1)),
             body: Some(Duration::from_secs(2)),
@@ -317,6 +325,7 @@ fn every_setting_is_read() {
             client_send_buffer: 16_384,
             endpoint_receive_buffer: 67_108_864,
             max_flows: 7,
+            force: true,
         },
         tracing: Tracing {
             otlp_endpoint: Some("http://[::1]:4317/".into()),
@@ -373,6 +382,7 @@ fn bad_sections() {
         ("[admin]\naddress = \"127.0.0.1:8080\"", "p.toml:2: admin.address: found 127.0.0.1:8080, expected another port than listen.address (0.0.0.0:8080)".to_owned()),
         ("[limits]\nhead_bytes = 100", "p.toml:2: limits.head_bytes: found 100, expected an integer from 1024 to 1048576".to_owned()),
         ("[limits]\nheaders = 1.5", "p.toml:2: limits.headers: found 1.5, expected an integer from 16 to 1024".to_owned()),
+        ("[limits]\nmetric_models = -1", "p.toml:2: limits.metric_models: found -1, expected an integer from 0 to 10000".to_owned()),
         ("[limits]\nbody_bytes = 10\nbody_memory_bytes = 11", "p.toml:3: limits.body_memory_bytes: found 11, expected at most limits.body_bytes (10)".to_owned()),
         ("[timeouts]\ndrain = 10", format!("p.toml:2: timeouts.drain: found 10, expected {DURATION}")),
         ("[timeouts]\ndrain = \"0s\"", format!("p.toml:2: timeouts.drain: found \"0s\", expected {DURATION}")),
@@ -406,6 +416,7 @@ fn bad_sections() {
         ("[steering]\nmin_bytes = 10\nmax_remote_bytes = 9", "p.toml:3: steering.max_remote_bytes: found 9, expected 0, or at least steering.min_bytes (10)".to_owned()),
         ("[steering]\nclient_send_buffer = 1", "p.toml:2: steering.client_send_buffer: found 1, expected an integer from 16384 to 67108864".to_owned()),
         ("[steering]\nendpoint_receive_buffer = 99999999999", "p.toml:2: steering.endpoint_receive_buffer: found 99999999999, expected an integer from 16384 to 67108864".to_owned()),
+        ("[steering]\nforce = 1", "p.toml:2: steering.force: found 1, expected true or false".to_owned()),
         ("[steering]\nmax_flows = 0", "p.toml:2: steering.max_flows: found 0, expected an integer from 1 to 1048576".to_owned()),
     ];
     for (section, expected) in cases {
@@ -674,13 +685,14 @@ fn overrides_win_and_are_checked() {
         listen: Some("127.0.0.1:1".parse().unwrap()),
         admin: Some("127.0.0.1:2".parse().unwrap()),
         steering: Some(SteeringMode::Off),
+        force: true,
         node: Some("n2".into()),
         zone: None,
     };
     let config = Config::parse_with(POOL, "p.toml", &overrides).unwrap();
     assert_eq!(config.listen.address.port(), 1);
     assert_eq!(config.admin.address.port(), 2);
-    assert_eq!(config.steering.mode, SteeringMode::Off);
+    assert_eq!((config.steering.mode, config.steering.force), (SteeringMode::Off, true));
     assert_eq!(config.node, Node { name: Some("n2".into()), zone: None });
 
     let colliding = Overrides { listen: Some("127.0.0.1:9901".parse().unwrap()), ..Overrides::default() };

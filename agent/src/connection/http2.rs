@@ -124,7 +124,7 @@ async fn one(worker: &Worker, parts: http::request::Parts, stream: ClientStream,
     let (begun, ended) = (Instant::now(), stream.is_read());
     let mut client = Client::Http2(stream);
     match from_http2(parts, ended, &limits) {
-        Ok(head) => drop(proxy::run(worker, &mut client, head, begun, peer).await),
+        Ok(head) => drop(proxy::run(worker, &mut client, head, begun, peer, &mut None).await),
         Err(error) => proxy::refuse(worker, &mut client, &error.into()).await,
     }
 }

@@ -1,25 +1,36 @@
-//! A connection that has become something else (101 Switching Protocols): bytes both ways, in user space, until both sides
-//! have ended theirs.
+//! A connection that has become something else (101 Switching Protocols), or that stays with its endpoint
+//! (`pick_per = "connection"`): bytes both ways until both sides have ended theirs, in the kernel where it can carry them.
 //!
 //! The end of one direction is passed on and leaves the other as it is. An error on either side breaks both off: the caller has
-//! made sure that each sees a reset.
+//! made sure that each sees a reset. Asked to stop, it waits for a moment in which nothing moves.
 
-use std::{cell::Cell, io, time::Duration};
+use std::{cell::Cell, io, rc::Rc, time::Duration};
 
 use bytes::BytesMut;
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
-    time::Instant,
+    net::TcpStream,
 };
+use tokio_util::sync::CancellationToken;
 
-use super::{Account, End, within};
+use super::{
+    Account, End, Target,
+    pipe::{Broken, Pipe},
+    within,
+};
 use crate::{
-    client::ClientSocket,
+    client::{ClientSocket, ledger::Ledger},
     endpoint::connection::{EndpointConnection, Reader},
-    kernel::socket::monotonic_ns,
+    kernel::{
+        slots::Lane,
+        socket::{self, monotonic_ns},
+    },
+    steer::{Source, WorkerSteering},
 };
 
 const READ: usize = 16 * 1024;
+/// How long nothing has to move for a stop.
+const QUIET: Duration = Duration::from_secs(1);
 
 pub struct Tunnel<'a> {
     pub client: &'a mut ClientSocket,
@@ -30,65 +41,157 @@ pub struct Tunnel<'a> {
     pub pending: BytesMut,
     /// Longest time without a byte either way.
     pub idle: Option<Duration>,
-    /// `relayed` is what went to the client.
+    /// Who carries what the endpoint sends, and how what the client sends is carried.
+    pub down: Option<Target>,
+    pub up: Option<Up>,
+    /// `relayed` and its like are what went to the client.
     pub account: Account,
 }
 
-/// Why a direction broke.
-enum Broken {
-    Client,
-    Endpoint,
+/// What it takes for the kernel to carry what a client sends.
+pub struct Up {
+    pub steering: Rc<WorkerSteering>,
+    pub send_buffer: u32,
 }
 
 impl Tunnel<'_> {
-    pub async fn run(&mut self) -> End {
-        let first = monotonic_ns();
+    /// Until both have ended, one broke, nothing moved for the idle time, or `over` resolved and a quiet moment came.
+    pub async fn run(&mut self, over: impl Future<Output = ()>) -> End {
         self.lead.extend_from_slice(&self.pending);
+        let first = monotonic_ns();
         if let Err(end) = within(self.idle, self.client.write_all(&self.lead)).await {
             return end;
         }
-        let (active, up, down) = (Cell::new(Instant::now()), Cell::new(0), Cell::new(self.pending.len() as u64));
-        let (mut read, early, mut write) = self.client.split();
-        let Ok((from, mut to)) = self.endpoint.split() else { return End::Broken };
-        let note = |count: &Cell<u64>, n: usize| {
-            active.set(Instant::now());
-            count.set(count.get() + n as u64);
+        self.account.relayed += self.pending.len() as u64;
+        let end = if self.client.is_tls() { self.by_hand().await } else { self.in_kernel(over).await };
+        self.account.stamp(first, monotonic_ns());
+        end.unwrap_or(End::Broken)
+    }
+
+    async fn in_kernel(&mut self, over: impl Future<Output = ()>) -> io::Result<End> {
+        if self.client.settle().await.is_err() {
+            return Ok(End::ClientGone);
+        }
+        let (moved, stop, idle) = (Cell::new(monotonic_ns()), CancellationToken::new(), self.idle);
+        let steering = self.up.as_ref().map(|up| &up.steering);
+        let Ok((client, early, source)) = self.client.tunnel(steering) else { return Ok(End::ClientGone) };
+        let (from, endpoint) = self.endpoint.split()?;
+        let mut up_target = None;
+        if let (Some(up), Some(_)) = (&self.up, source) {
+            let send_buffer = up.send_buffer;
+            match up.steering.register_target(endpoint, send_buffer) {
+                Ok(key) => up_target = Some(Target { key, send_buffer, lane: Lane::Ingress }),
+                Err(error) => tracing::debug!(%error, "what a client sends cannot be steered"),
+            }
+        }
+        let spans = [from.source, source].map(|source| source.map(Source::slot));
+        for slot in spans.iter().flatten() {
+            slot.span(Lane::Ingress).begin_message();
+            slot.span(Lane::Local).begin_message();
+        }
+        let last = || {
+            let slots = spans.iter().flatten();
+            let stamps = slots.flat_map(|slot| [Lane::Ingress, Lane::Local].map(|lane| slot.span(lane).stamps().1));
+            stamps.fold(moved.get(), u64::max)
         };
+        let pipe = |from, to, pending, target| -> io::Result<Pipe<'_>> {
+            let (ledger, account) = (Ledger::begin(to)?, Account::default());
+            Ok(Pipe { from, to, ledger, target, pending, moved: &moved, account, hold: false, fruitless: 0 })
+        };
+        let mut consumed = 0;
+        let mut down = pipe(from, client, BytesMut::new(), self.down)?;
+        let mut up = pipe(Reader { stream: client, source, consumed: &mut consumed }, endpoint, early, up_target)?;
         let both = async {
-            let up = client_to_endpoint(&mut read, early, &mut to, |n| note(&up, n));
-            let down = endpoint_to_client(from, &mut write, |n| note(&down, n));
-            tokio::try_join!(up, down)
+            let down = async {
+                down.run(&stop).await.map_err(|broken| match broken {
+                    Broken::From => End::Broken,
+                    Broken::To => End::ClientGone,
+                })
+            };
+            let up = async {
+                up.run(&stop).await.map_err(|broken| match broken {
+                    Broken::From => End::ClientGone,
+                    Broken::To => End::Broken,
+                })
+            };
+            tokio::try_join!(down, up)
+        };
+        let quiet = async {
+            over.await;
+            unmoved(&last, Some(QUIET)).await;
+            stop.cancel();
+            std::future::pending::<()>().await;
         };
         let end = tokio::select! {
             biased;
             ended = both => match ended {
-                Ok(_) => End::Complete { reusable: false },
-                Err(Broken::Client) => End::ClientGone,
-                Err(Broken::Endpoint) => End::Broken,
+                Ok((true, true)) => End::Complete { reusable: false },
+                Ok(_) => End::Over,
+                Err(end) => end,
             },
-            () = unused(&active, self.idle) => End::Idle,
+            () = unmoved(&last, idle) => End::Idle,
+            () = quiet => End::Over,
         };
-        self.account.stamp(first, monotonic_ns());
-        (self.account.relayed, self.account.upstream) = (down.get(), up.get());
-        end
+        // Dropped in the middle of a span: nothing more may reach either side.
+        for slot in spans.iter().flatten() {
+            slot.disarm();
+        }
+        let (down, up) = (down.account, up.account);
+        let account = &mut self.account;
+        account.relayed += down.relayed;
+        account.steered += down.steered;
+        account.local += down.local;
+        account.pieces += down.pieces + up.pieces;
+        account.segments += down.segments + up.segments;
+        account.upstream = up.relayed + up.steered + up.local;
+        account.upstream_steered = up.steered + up.local;
+        for (count, (down, up)) in account.stops.iter_mut().zip(down.stops.iter().zip(&up.stops)) {
+            *count += down + up;
+        }
+        Ok(end)
+    }
+
+    /// As user space has to where the client speaks TLS.
+    async fn by_hand(&mut self) -> io::Result<End> {
+        let (up, down, moved) = (Cell::new(0), Cell::new(0), Cell::new(monotonic_ns()));
+        let (mut read, early, mut write) = self.client.split();
+        let (from, to) = self.endpoint.split()?;
+        let note = |count: &Cell<u64>, n: usize| {
+            moved.set(monotonic_ns());
+            count.set(count.get() + n as u64);
+        };
+        let both = async {
+            let up = client_to_endpoint(&mut read, early, to, |n| note(&up, n));
+            let down = endpoint_to_client(from, &mut write, |n| note(&down, n));
+            tokio::try_join!(up, down)
+        };
+        let last = || moved.get();
+        let end = tokio::select! {
+            biased;
+            ended = both => ended.map_or_else(|end| end, |_| End::Complete { reusable: false }),
+            () = unmoved(&last, self.idle) => End::Idle,
+        };
+        self.account.relayed += down.get();
+        self.account.upstream = up.get();
+        Ok(end)
     }
 }
 
 async fn client_to_endpoint(
     client: &mut (impl AsyncRead + Unpin),
     mut early: BytesMut,
-    endpoint: &mut (impl AsyncWrite + Unpin),
+    endpoint: &TcpStream,
     note: impl Fn(usize),
-) -> Result<(), Broken> {
+) -> Result<(), End> {
     loop {
         if !early.is_empty() {
             note(early.len());
-            endpoint.write_all(&early).await.map_err(|_| Broken::Endpoint)?;
+            socket::write_all(endpoint, &early).await.map_err(|_| End::Broken)?;
             early.clear();
         }
         early.reserve(READ);
-        if client.read_buf(&mut early).await.map_err(|_| Broken::Client)? == 0 {
-            return endpoint.shutdown().await.map_err(|_| Broken::Endpoint);
+        if client.read_buf(&mut early).await.map_err(|_| End::ClientGone)? == 0 {
+            return socket::shut_down(endpoint).map_err(|_| End::Broken);
         }
     }
 }
@@ -97,12 +200,12 @@ async fn endpoint_to_client(
     mut endpoint: Reader<'_>,
     client: &mut (impl AsyncWrite + Unpin),
     note: impl Fn(usize),
-) -> Result<(), Broken> {
+) -> Result<(), End> {
     let mut buf = BytesMut::new();
-    let written = |done: io::Result<()>| done.map_err(|_| Broken::Client);
+    let written = |done: io::Result<()>| done.map_err(|_| End::ClientGone);
     loop {
         buf.reserve(READ);
-        if endpoint.read(&mut buf).await.map_err(|_| Broken::Endpoint)? == 0 {
+        if endpoint.read(&mut buf).await.map_err(|_| End::Broken)? == 0 {
             return written(client.shutdown().await);
         }
         note(buf.len());
@@ -112,10 +215,15 @@ async fn endpoint_to_client(
     }
 }
 
-/// Resolves when nothing has moved for the idle time.
-async fn unused(active: &Cell<Instant>, idle: Option<Duration>) {
-    let Some(idle) = idle else { return std::future::pending().await };
-    while active.get().elapsed() < idle {
-        tokio::time::sleep_until(active.get() + idle).await;
+/// Resolves when nothing has moved for so long; `last` tells when something did, CLOCK_MONOTONIC ns.
+async fn unmoved(last: &impl Fn() -> u64, limit: Option<Duration>) {
+    let Some(limit) = limit else { return std::future::pending().await };
+    let limit = limit.as_nanos() as u64;
+    loop {
+        let passed = monotonic_ns().saturating_sub(last());
+        if passed >= limit {
+            return;
+        }
+        tokio::time::sleep(Duration::from_nanos(limit - passed)).await;
     }
 }

@@ -7,11 +7,8 @@ use std::{io, net::SocketAddr, rc::Rc, time::Duration};
 
 use bytes::BytesMut;
 use tokio::{
-    io::{AsyncReadExt as _, Interest, unix::AsyncFd},
-    net::{
-        TcpSocket, TcpStream,
-        tcp::{ReadHalf, WriteHalf},
-    },
+    io::{Interest, unix::AsyncFd},
+    net::{TcpSocket, TcpStream},
     time::Instant,
 };
 
@@ -113,10 +110,9 @@ impl EndpointConnection {
     }
 
     /// Both directions at once.
-    pub fn split(&mut self) -> io::Result<(Reader<'_>, WriteHalf<'_>)> {
-        let Io::Ready(stream) = &mut self.io else { return Err(gone()) };
-        let (half, writer) = stream.split();
-        Ok((Reader { half, source: self.source.as_ref(), consumed: &mut self.consumed }, writer))
+    pub fn split(&mut self) -> io::Result<(Reader<'_>, &TcpStream)> {
+        let Io::Ready(stream) = &self.io else { return Err(gone()) };
+        Ok((Reader { stream, source: self.source.as_ref(), consumed: &mut self.consumed }, stream))
     }
 
     /// Bytes were let through to user space that it has not read.
@@ -126,10 +122,9 @@ impl EndpointConnection {
 
     /// The reading side beside the slot, to wait on both.
     pub fn listen(&mut self) -> io::Result<Option<(&Source, Reader<'_>)>> {
-        let Io::Ready(stream) = &mut self.io else { return Err(gone()) };
+        let Io::Ready(stream) = &self.io else { return Err(gone()) };
         let Some(source) = self.source.as_ref() else { return Ok(None) };
-        let (half, _) = stream.split();
-        Ok(Some((source, Reader { half, source: Some(source), consumed: &mut self.consumed })))
+        Ok(Some((source, Reader { stream, source: Some(source), consumed: &mut self.consumed })))
     }
 
     /// Reads what is there, at most the buffer's spare capacity; 0 is the end of the stream. Cancel-safe.
@@ -140,8 +135,7 @@ impl EndpointConnection {
     /// Reads what is there without waiting. Unlike tokio's readiness, the answer is the socket's own, and given after any
     /// verdict that was in progress.
     pub fn read_now(&mut self, buf: &mut BytesMut) -> io::Result<usize> {
-        let n = socket::receive_into(self.ready()?, buf)?;
-        book(self.source.as_ref(), &mut self.consumed, n)
+        self.split()?.0.read_now(buf)
     }
 
     /// Returns when no verdict of this connection is in progress: reading TCP_INFO takes the lock that verdicts run under
@@ -208,32 +202,48 @@ impl Drop for EndpointConnection {
     }
 }
 
-/// The reading side of a split connection.
+/// The reading side of a connection that the kernel looks at too.
 pub struct Reader<'a> {
-    half: ReadHalf<'a>,
-    source: Option<&'a Source>,
-    consumed: &'a mut u64,
+    pub stream: &'a TcpStream,
+    pub source: Option<&'a Source>,
+    /// Bytes that user space has read since the kernel looks.
+    pub consumed: &'a mut u64,
 }
 
 impl Reader<'_> {
     /// As [`EndpointConnection::read`].
     pub async fn read(&mut self, buf: &mut BytesMut) -> io::Result<usize> {
-        let n = match self.half.read_buf(buf).await? {
-            0 => self.late(buf).await?,
-            n => n,
+        let n = loop {
+            self.stream.readable().await?;
+            match self.stream.try_read_buf(buf) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                read => break read?,
+            }
         };
+        let n = if n == 0 { self.late(buf).await? } else { n };
         book(self.source, self.consumed, n)
+    }
+
+    /// As [`EndpointConnection::read_now`].
+    pub fn read_now(&mut self, buf: &mut BytesMut) -> io::Result<usize> {
+        let n = socket::receive_into(self.stream, buf)?;
+        book(self.source, self.consumed, n)
+    }
+
+    /// Bytes were let through to user space that it has not read.
+    pub fn is_behind(&self) -> bool {
+        self.source.is_some_and(|source| source.slot().passed() != *self.consumed)
     }
 
     /// The endpoint has closed its side. Bytes that the verdict let through under memory pressure may come after that
     /// (`sk_psock_verdict_apply` leaves them to a worker); they are waited for.
     async fn late(&self, buf: &mut BytesMut) -> io::Result<usize> {
         for _ in 0..LATE_TURNS {
-            if self.source.is_none_or(|source| source.slot().passed() == *self.consumed) {
+            if !self.is_behind() {
                 return Ok(0);
             }
             tokio::time::sleep(LATE_TURN).await;
-            if let Ok(n @ 1..) = socket::receive_into(self.half.as_ref(), buf) {
+            if let Ok(n @ 1..) = socket::receive_into(self.stream, buf) {
                 return Ok(n);
             }
         }

@@ -23,6 +23,7 @@ use nix::{
 };
 
 use super::slots::{Slots, SpanRef};
+use crate::capability;
 
 /// How often retired slots are freed.
 const RECLAIM: Duration = Duration::from_secs(1);
@@ -45,9 +46,11 @@ impl Events {
         let shared = Arc::new(Shared { wakers, missed: AtomicU64::new(0) });
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
         let (theirs, until) = (Arc::clone(&shared), Arc::clone(&stop));
-        let thread = std::thread::Builder::new()
-            .name("penstock-events".into())
-            .spawn(move || run(ring, &missed, &theirs, &slots, &until))?;
+        let thread = std::thread::Builder::new().name("penstock-events".into()).spawn(move || {
+            // Reading what is mapped and open takes none. Where they cannot be given up, the start says so for all threads.
+            let _ = capability::keep(&[]);
+            run(ring, &missed, &theirs, &slots, &until);
+        })?;
         Ok(Self { shared, stop, thread: Some(thread) })
     }
 

@@ -56,8 +56,13 @@ impl Slots {
         self.retired.lock().push(index);
     }
 
+    /// No connection would get a slot now.
+    pub fn is_exhausted(&self) -> bool {
+        self.free.lock().is_empty()
+    }
+
     /// Frees what has been retired, after every program that has begun is done. Takes some milliseconds.
-    pub(super) fn reclaim(&self) {
+    pub fn reclaim(&self) {
         let retired = std::mem::take(&mut *self.retired.lock());
         if !retired.is_empty() {
             super::socket::wait_for_programs();

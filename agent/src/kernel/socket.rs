@@ -8,7 +8,10 @@ use std::{
 
 use bytes::BytesMut;
 use nix::sys::socket::{self, MsgFlags};
-use tokio::io::{Interest, unix::AsyncFd};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    net::TcpStream,
+};
 
 nix::ioctl_read_bad!(siocoutq, libc::TIOCOUTQ, libc::c_int);
 
@@ -69,6 +72,24 @@ pub fn receive_into(socket: impl AsFd, buf: &mut BytesMut) -> io::Result<usize> 
     Ok(n)
 }
 
+/// Writes all of it, without having the connection alone. Not cancel-safe.
+pub async fn write_all(stream: &TcpStream, mut buf: &[u8]) -> io::Result<()> {
+    while !buf.is_empty() {
+        stream.writable().await?;
+        match stream.try_write(buf) {
+            Ok(n) => buf = &buf[n..],
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Ends our side of a connection.
+pub fn shut_down(socket: impl AsFd) -> io::Result<()> {
+    socket2::SockRef::from(&socket.as_fd()).shutdown(std::net::Shutdown::Write)
+}
+
 /// Looks at what is there without taking it; results as in [`receive_into`].
 pub fn peek(socket: impl AsFd, buf: &mut [u8]) -> io::Result<usize> {
     Ok(socket::recv(socket.as_fd().as_raw_fd(), buf, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK)?)
@@ -113,6 +134,13 @@ pub fn set_send_buffer(socket: impl AsFd, bytes: u32) -> io::Result<()> {
     socket::setsockopt(&socket.as_fd(), socket::sockopt::SndBufForce, &(value as usize))
         .or_else(|_| socket::setsockopt(&socket.as_fd(), socket::sockopt::SndBuf, &(value as usize)))?;
     Ok(())
+}
+
+/// Whether a socket of this thread gets a send buffer of that size.
+pub fn may_have_send_buffer(bytes: u32) -> io::Result<bool> {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
+    set_send_buffer(&socket, bytes)?;
+    Ok(socket.send_buffer_size()? >= bytes as usize / 2 * 2)
 }
 
 /// CLOCK_MONOTONIC in ns, the clock of the kernel program's stamps.

@@ -8,7 +8,7 @@ use penstock_proto::ext_proc::HeaderMutation;
 use tokio::time::Instant;
 
 use super::{
-    Request,
+    Lease, Request,
     ask::{Asked, Question},
 };
 use crate::{
@@ -47,7 +47,14 @@ pub(super) async fn pick(
     client: &mut Client,
     request: &mut Request,
     upload: &mut Upload,
+    lease: &mut Option<Lease>,
 ) -> Result<Verdict, Error> {
+    let leased = lease.as_mut().and_then(|lease| lease.take(worker, request.pool));
+    if let Some((endpoints, mutation)) = leased {
+        upload.rest(client).await?;
+        return Ok(Verdict::Forward(Box::new(Picked { mutation, ..unasked(endpoints) })));
+    }
+    *lease = None;
     let pool = &worker.shared.config.pools[request.pool];
     let (Some(epp), config::Picker::Epp(settings)) = (&worker.epps[request.pool], &pool.picker) else {
         upload.rest(client).await?;
@@ -74,6 +81,14 @@ pub(super) async fn pick(
                 request.record.picked_in(started.elapsed());
                 upload.rest(client).await?;
                 let Decision { mutation, body, .. } = decision;
+                // An EPP that changes bodies has to see them.
+                let unchanged = match &body {
+                    Body::Original => true,
+                    Body::Replaced(pieces) => upload.kept.is_same(pieces),
+                };
+                if unchanged {
+                    *lease = Lease::new(worker, request.pool, &endpoints, &mutation);
+                }
                 let picked = Picked { endpoints, mutation, body, stream: Some(*stream), _open: Some(open) };
                 return Ok(Verdict::Forward(Box::new(picked)));
             }

@@ -14,7 +14,7 @@ use crate::{
     error::Error,
     http::{headers::Arrival, trace_context},
     kernel::socket::monotonic_ns,
-    metrics,
+    metrics::{self, Metrics, Streamed},
     picker::client::PickStream,
     steer::choice::Path,
     telemetry::{Ended, Pick, RequestSpan},
@@ -32,6 +32,8 @@ pub(super) struct Record {
     endpoint: Option<SocketAddr>,
     path: &'static str,
     path_reason: &'static str,
+    /// The response is an event stream.
+    event_stream: bool,
     account: Account,
     span: Option<Box<RequestSpan>>,
 }
@@ -49,6 +51,7 @@ impl Record {
             endpoint: None,
             path: "none",
             path_reason: "none",
+            event_stream: false,
             account: Account::default(),
             span: None,
         }
@@ -95,6 +98,11 @@ impl Record {
         (self.status, self.reason) = (status, reason);
     }
 
+    /// Whether the response is an event stream, of whose messages times are kept.
+    pub(super) fn event_stream(&mut self, is: bool) {
+        self.event_stream = is;
+    }
+
     /// The response had begun and was broken off.
     pub(super) fn broken(&mut self, reason: &'static str) {
         (self.reason, self.broken) = (reason, true);
@@ -124,14 +132,7 @@ impl Record {
             Path::Relay => metrics::Path::Relay,
         };
         all.flow(label, reason);
-        all.body_bytes(metrics::Path::Relay, account.relayed);
-        all.body_bytes(metrics::Path::Ingress, account.steered);
-        all.body_bytes(metrics::Path::Local, account.local);
-        for (reason, &times) in (0..).zip(&account.stops) {
-            for _ in 0..times {
-                all.steer_stopped(stop::label(reason));
-            }
-        }
+        count(all, &account);
         let pieces = account.pieces + account.segments;
         if account.first_ns > 0 {
             let first = account.first_ns.saturating_sub(self.started_ns);
@@ -155,6 +156,13 @@ impl Record {
             worker.shared.metrics.client_aborted();
         }
         let first_ns = self.account.first_ns.saturating_sub(self.started_ns);
+        let model = parts.headers.get(&worker.shared.config.bbr.header).and_then(|model| model.to_str().ok());
+        if self.event_stream && self.status.is_success() && self.account.first_ns > 0 {
+            let rest = self.account.last_ns.saturating_sub(self.account.first_ns);
+            let messages = self.account.pieces + self.account.segments;
+            let stream = Streamed { first: Duration::from_nanos(first_ns), rest: Duration::from_nanos(rest), messages };
+            worker.shared.metrics.pool(pool).streamed(model.unwrap_or_default(), &stream);
+        }
         tracing::info!(
             target: "penstock::access",
             request_id = parts.headers.get("x-request-id").and_then(|id| id.to_str().ok()).unwrap_or_default(),
@@ -166,16 +174,16 @@ impl Record {
             endpoint = self.endpoint.map(|endpoint| endpoint.to_string()).unwrap_or_default(),
             carried_by = self.path,
             carried_why = self.path_reason,
-            bytes_kernel = self.account.steered,
+            bytes_kernel = self.account.steered + self.account.local,
             bytes_user = self.account.relayed,
             bytes_up = (self.account.upstream > 0).then_some(self.account.upstream),
+            bytes_up_kernel = (self.account.upstream > 0).then_some(self.account.upstream_steered),
             pick_us = self.picked_in.as_micros() as u64,
             ttft_us = if self.account.first_ns > 0 { first_ns / 1000 } else { 0 },
             took_us = took.as_micros() as u64,
             error = error.map(ToString::to_string),
         );
         let Some(span) = self.span else { return };
-        let model = parts.headers.get(&worker.shared.config.bbr.header).and_then(|model| model.to_str().ok());
         span.end(&Ended {
             status: self.status.as_u16(),
             reason: self.reason,
@@ -218,5 +226,19 @@ impl Record {
             took_us = took.as_micros() as u64,
             error = %error,
         );
+    }
+}
+
+/// Enters what was carried into the metrics.
+pub(super) fn count(metrics: &Metrics, account: &Account) {
+    metrics.body_bytes(metrics::Path::Relay, account.relayed);
+    metrics.body_bytes(metrics::Path::Ingress, account.steered);
+    metrics.body_bytes(metrics::Path::Local, account.local);
+    metrics.upstream_bytes(metrics::Path::Relay, account.upstream - account.upstream_steered);
+    metrics.upstream_bytes(metrics::Path::Ingress, account.upstream_steered);
+    for (reason, &times) in (0..).zip(&account.stops) {
+        for _ in 0..times {
+            metrics.steer_stopped(stop::label(reason));
+        }
     }
 }

@@ -1,17 +1,16 @@
 //! The response: its head goes to the picker and, as the picker changed it, to the client; its body goes the way that was
 //! chosen; then both connections are free for what comes next.
 
-use std::{cell::RefCell, net::SocketAddr};
+use std::{cell::RefCell, net::SocketAddr, rc::Rc};
 
 use bytes::{Bytes, BytesMut};
-use http::header;
 use tokio::time::Instant;
 
-use super::{After, Request, immediate, pick::Picked};
+use super::{After, Pin, Request, immediate, pick::Picked};
 use crate::{
     client::{Client, ClientSocket},
-    config,
-    deliver::{Account, Coding, Delivery, End, Frames, Target, Tunnel},
+    config::{self, SteeringMode},
+    deliver::{Account, Coding, Delivery, End, Frames, Target, Tunnel, Up},
     endpoint::{body::ResponseBody, connection::EndpointConnection, in_flight::InFlight},
     error::Error,
     http::{
@@ -33,7 +32,6 @@ use crate::{
 
 /// Why a response was broken off by its picker: a label.
 const EVICTED: &str = "evicted";
-const EVENT_STREAM: &[u8] = b"text/event-stream";
 
 /// What an endpoint has answered so far.
 pub(super) struct Answer {
@@ -103,6 +101,7 @@ pub(super) async fn respond(
         }
     }
     request.record.status(head.status, "ok");
+    request.record.event_stream(head.is_event_stream());
     let carried = match (&mut *client, &mut body) {
         (Client::Http1(socket), ResponseBody::Http1 { connection, pending, .. }) if head.upgrade.is_some() => {
             tunnel(worker, socket, request, &head, connection, pending, &mut picked).await
@@ -120,7 +119,13 @@ pub(super) async fn respond(
             picked.finish(rest);
             if let ResponseBody::Http1 { mut connection, .. } = body {
                 connection.set_resting(true);
-                if reusable && head.keep_alive {
+                let kept = reusable && head.keep_alive;
+                let pins = worker.shared.config.pools[request.pool].pick_per == config::PickPer::Connection;
+                if kept && pins && carried.keep_alive && matches!(client, Client::Http1(_)) {
+                    let pin = Pin { endpoint: connection, pool: request.pool, target: request.target };
+                    return Ok(After::Pinned(Box::new(pin)));
+                }
+                if kept {
                     worker.endpoints.put(connection);
                 }
             }
@@ -194,14 +199,41 @@ async fn tunnel(
     endpoint.reset_on_close();
     let idle = worker.shared.config.timeouts.idle;
     let pending = std::mem::take(pending);
-    let mut tunnel = Tunnel { client, endpoint, lead, pending, idle, account: Account::default() };
+    let (down, up, path) = lanes(worker, client, request.target, endpoint);
+    let mut tunnel = Tunnel { client, endpoint, lead, pending, idle, down, up, account: Account::default() };
     let end = tokio::select! {
         biased;
-        end = tunnel.run() => Ok(end),
+        end = tunnel.run(std::future::pending()) => Ok(end),
         // Switching protocols is the whole response: the time for the request ends with it.
         reason = broken_off(None, &mut picked.stream, None) => Err(reason),
     };
-    Carried { end, account: tunnel.account, path: Path::Relay, reason: "upgrade", keep_alive: false }
+    Carried { end, account: tunnel.account, path, reason: "upgrade", keep_alive: false }
+}
+
+/// What in the kernel is to carry either direction of a tunnel, and the path of what the client gets.
+pub(super) fn lanes(
+    worker: &Worker,
+    client: &mut ClientSocket,
+    target: Option<u64>,
+    endpoint: &EndpointConnection,
+) -> (Option<Target>, Option<Up>, Path) {
+    let config = &worker.shared.config.steering;
+    let none = (None, None, Path::Relay);
+    let (Some(steering), Some(source)) = (worker.endpoints.steering(), endpoint.source()) else { return none };
+    if client.is_tls() || config.mode == SteeringMode::Off {
+        return none;
+    }
+    let send_buffer = config.client_send_buffer;
+    let Ok(key) = client.make_target(steering, send_buffer) else { return none };
+    let is_local = target == Some(key) && source.is_local_to(key);
+    let path = match config.mode {
+        SteeringMode::Auto | SteeringMode::Local if is_local => Path::Local,
+        SteeringMode::Auto | SteeringMode::Ingress => Path::Ingress,
+        SteeringMode::Local | SteeringMode::Off => Path::Relay,
+    };
+    let down = path.lane().map(|lane| Target { key, send_buffer, lane });
+    let up = (config.mode != SteeringMode::Local).then(|| Up { steering: Rc::clone(steering), send_buffer });
+    (down, up, path)
 }
 
 /// Carries the body where HTTP/2 is spoken on one side or both.
@@ -317,15 +349,10 @@ fn path(
     let config = &worker.shared.config.steering;
     let mut framing = head.framing;
     framing.feed(pending);
-    let event_stream = head
-        .headers
-        .get(header::CONTENT_TYPE)
-        .and_then(|kind| kind.as_bytes().get(..EVENT_STREAM.len()))
-        .is_some_and(|kind| kind.eq_ignore_ascii_case(EVENT_STREAM));
     let response = Response {
         registered: endpoint.source().is_some(),
         framing,
-        event_stream,
+        event_stream: head.is_event_stream(),
         local_endpoint: endpoint.local,
         // The end of a response is kept on the ingress path alone.
         local_socket: told.is_none()

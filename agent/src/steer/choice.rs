@@ -104,6 +104,7 @@ mod tests {
             client_send_buffer: 1,
             endpoint_receive_buffer: 1,
             max_flows: 1,
+            force: false,
         }
     }
 

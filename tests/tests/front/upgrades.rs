@@ -29,11 +29,18 @@ use crate::{
     scene::{Asker, Back, Endpoint, Front, Scene, first},
 };
 
-/// Plain, and in TLS.
-const FRONTS: [Front; 2] = [Front::Http1, Front::Tls1];
+/// Plain on each path, and in TLS.
+const WAYS: [(Front, SteeringMode); 5] = [
+    (Front::Http1, SteeringMode::Off),
+    (Front::Http1, SteeringMode::Ingress),
+    (Front::Http1, SteeringMode::Local),
+    STEERED,
+    (Front::Tls1, SteeringMode::Auto),
+];
+const STEERED: (Front, SteeringMode) = (Front::Http1, SteeringMode::Auto);
 
-async fn scene(front: Front) -> Scene {
-    Scene::with(front, Back::Http1, first, |_| {}).await
+async fn scene((front, mode): (Front, SteeringMode)) -> Scene {
+    Scene::with(front, Back::Http1, first, |config| config.steering.mode = mode).await
 }
 
 fn server(scene: &Scene) -> &ModelServer {
@@ -130,8 +137,8 @@ fn assert_stream(stream_id: u64, size: u64, pieces: &[&[u8]]) {
 /// Interleaved as it comes; counted as one request that was relayed; the picker's stream lives as long as it does.
 #[tokio::test]
 async fn bytes_go_both_ways() {
-    for front in FRONTS {
-        let scene = scene(front).await;
+    for way in WAYS {
+        let scene = scene(way).await;
         let plan = Plan {
             size: 1 << 20,
             stream_id: 7,
@@ -158,8 +165,18 @@ async fn bytes_go_both_ways() {
         assert_eq!(server(&scene).received()[0], whole(&Alphabet::Binary.bytes(8, 0, 1 << 20)));
         eventually(SOON, || scene.epp.streams_ended(StreamEnd::HalfClosed) == 1).await;
         eventually(SOON, || server(&scene).connections_open() == 0).await;
-        let flows = || scene.agent.count("penstock_flows_total", &["path=\"relay\"", "reason=\"upgrade\""]);
+        let flows = || scene.agent.count("penstock_flows_total", &["reason=\"upgrade\""]);
         eventually(SOON, || flows() == 1).await;
+        let (steered, up) = (scene.agent.steered(), scene.agent.steered_up());
+        assert_eq!(
+            (steered > 0, up > 0),
+            match way {
+                (Front::Http1, SteeringMode::Ingress | SteeringMode::Auto) => (true, true),
+                (Front::Http1, SteeringMode::Local) => (true, false),
+                _ => (false, false),
+            },
+            "{way:?}: {steered} down, {up} up"
+        );
         assert_eq!(scene.agent.count("penstock_requests_total", &["reason=\"ok\""]), 1);
         eventually(SOON, || scene.agent.metric("penstock_client_connections", &[]) == 0.0).await;
         // What the endpoint was told: the wish, in the agent's own words.
@@ -172,8 +189,8 @@ async fn bytes_go_both_ways() {
 /// Right behind the request's head, and right behind the response's, however that is cut.
 #[tokio::test]
 async fn early_bytes_are_not_lost() {
-    for front in FRONTS {
-        let scene = scene(front).await;
+    for way in WAYS {
+        let scene = scene(way).await;
         for (with_body, split_at) in [(true, None), (false, None), (true, Some(20)), (false, Some(40))] {
             let mut plan = Plan { size: 5000, stream_id: 1, ..Plan::switching("websocket", Upgraded::Send) };
             (plan.head.with_body, plan.head.split_at) = (with_body, split_at);
@@ -194,8 +211,8 @@ async fn early_bytes_are_not_lost() {
 /// The end of one direction is passed on, and the other goes on.
 #[tokio::test]
 async fn either_side_may_end_first() {
-    for front in FRONTS {
-        let scene = scene(front).await;
+    for way in WAYS {
+        let scene = scene(way).await;
         // The client; its end is what the endpoint waits for.
         let plan = Plan { size: 300_000, stream_id: 1, ..Plan::switching("websocket", Upgraded::SendLast) };
         let (mut client, early) = Switched::new(&scene, &switch(&plan), b"").await;
@@ -221,7 +238,7 @@ async fn either_side_may_end_first() {
 /// A break is no end: the other side sees a break too.
 #[tokio::test]
 async fn a_reset_is_passed_on() {
-    let scene = scene(Front::Http1).await;
+    let scene = scene(STEERED).await;
     let fault = Some(Fault { after: 500, kind: FaultKind::Reset });
     let plan = Plan { size: 1000, stream_id: 1, fault, ..Plan::switching("websocket", Upgraded::Send) };
     let (mut client, _) = Switched::new(&scene, &switch(&plan), b"").await;
@@ -244,7 +261,7 @@ async fn a_reset_is_passed_on() {
 /// TLS that is cut off without having said so is no end either.
 #[tokio::test]
 async fn tls_that_is_cut_is_a_break() {
-    let scene = scene(Front::Tls1).await;
+    let scene = scene((Front::Tls1, SteeringMode::Auto)).await;
     let (client, _) = Switched::new(&scene, &switch(&Plan::switching("websocket", Upgraded::Echo)), b"").await;
     drop(client);
     eventually(SOON, || server(&scene).received().len() == 1).await;
@@ -258,7 +275,7 @@ async fn tls_that_is_cut_is_a_break() {
 /// An endpoint that does not want to is an endpoint that answers.
 #[tokio::test]
 async fn an_endpoint_may_refuse() {
-    let scene = scene(Front::Http1).await;
+    let scene = scene(STEERED).await;
     let mut client = scene.client().await;
     for (status, framing) in [(200, Framing::ContentLength), (400, Framing::Chunked), (426, Framing::ContentLength)] {
         let plan = Plan { status, framing, size: 3000, ..Plan::default() };
@@ -274,7 +291,7 @@ async fn an_endpoint_may_refuse() {
 /// The body goes first, as a body.
 #[tokio::test]
 async fn a_request_with_a_body_switches_behind_it() {
-    let scene = scene(Front::Http1).await;
+    let scene = scene(STEERED).await;
     let body = json("m", 50_000);
     let request = |plan: &Plan| {
         Request::post("/test/upgrade", body.clone())
@@ -329,7 +346,7 @@ async fn what_is_not_to_be_asked_for_is_not() {
 /// It would be the endpoint's word for it that the client wants this.
 #[tokio::test]
 async fn a_switch_that_was_not_asked_for_is_a_bad_gateway() {
-    let scene = scene(Front::Http1).await;
+    let scene = scene(STEERED).await;
     let websocket = Plan::switching("websocket", Upgraded::Echo);
     let other = Plan::switching("x-other", Upgraded::Echo);
     let both = Plan::switching("websocket, x-other", Upgraded::Echo);
@@ -403,7 +420,7 @@ async fn it_lives_as_long_as_something_moves() {
 /// Draining lets it go on, until the time for that is over.
 #[tokio::test]
 async fn draining_waits_for_it_and_force_ends_it() {
-    let scene = scene(Front::Http1).await;
+    let scene = scene(STEERED).await;
     let plan = Plan::switching("websocket", Upgraded::Echo);
     let (mut one, _) = Switched::new(&scene, &switch(&plan), b"").await;
     let (mut two, _) = Switched::new(&scene, &switch(&plan), b"").await;

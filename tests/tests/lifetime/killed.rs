@@ -1,25 +1,22 @@
 //! The agent's end: killed, it takes down only what passes through it, visibly, and leaves nothing behind; told to end,
 //! it finishes what runs.
 
-use std::{net::SocketAddr, time::Duration};
+use std::time::Duration;
 
 use aya::programs::loaded_programs;
 use nix::sys::signal::Signal;
 use penstock_tests::{
-    BodyEnd, Checker, Client, ModelServer, Plan, Reader,
+    BodyEnd, Checker, Client, ModelServer, Plan, Reader, Request,
     agent_process::AgentProcess,
     eventually,
     model_server::{Fault, FaultKind, Framing, Lengths, Options, Pauses},
     reader::at_least,
 };
 
-const SOON: Duration = Duration::from_secs(10);
+use crate::{ANY_PORT, SOON};
+
 const AT_ONCE: Duration = Duration::from_secs(1);
 const FRAMINGS: [Framing; 3] = [Framing::ContentLength, Framing::Chunked, Framing::UntilClose];
-
-fn any_port() -> SocketAddr {
-    SocketAddr::from(([127, 0, 0, 1], 0))
-}
 
 async fn server() -> ModelServer {
     ModelServer::start(Options { idle_close: None, ..Options::default() }).await.unwrap()
@@ -66,12 +63,16 @@ async fn is_complete(agent: &AgentProcess, plan: &Plan) {
     let mut running = Running::start(agent, plan).await;
     let read = Reader::Fast.take(&mut running.client, &mut running.checker).await.unwrap();
     assert_eq!((read.end, read.len), (BodyEnd::Complete, plan.size));
+    if plan.framing != Framing::UntilClose {
+        // It is entered in the books before the connection's next request is answered.
+        assert_eq!(running.client.request(&Request::get("/v1/models")).await.unwrap().status(), 200);
+    }
 }
 
 #[tokio::test]
 async fn a_killed_agent_leaves_nothing_behind() {
     let server = server().await;
-    let mut agent = AgentProcess::start(any_port(), server.addr, "ingress", "").await.unwrap();
+    let mut agent = AgentProcess::start(ANY_PORT, server.addr, "ingress", "").await.unwrap();
     let programs = agent.programs().unwrap();
     assert!(!programs.is_empty(), "the agent holds no kernel program");
     let ours = || {
@@ -112,7 +113,7 @@ async fn a_killed_agent_leaves_nothing_behind() {
 async fn sigterm_drains() {
     for steering in ["ingress", "off"] {
         let server = server().await;
-        let mut agent = AgentProcess::start(any_port(), server.addr, steering, "").await.unwrap();
+        let mut agent = AgentProcess::start(ANY_PORT, server.addr, steering, "").await.unwrap();
         let mut idle = Client::connect(agent.addr).await.unwrap();
         let mut running = Vec::new();
         for framing in FRAMINGS {
@@ -138,7 +139,7 @@ async fn sigterm_drains() {
 async fn a_second_signal_ends_at_once() {
     for (steering, second) in [("ingress", Signal::SIGTERM), ("off", Signal::SIGINT)] {
         let server = server().await;
-        let mut agent = AgentProcess::start(any_port(), server.addr, steering, "").await.unwrap();
+        let mut agent = AgentProcess::start(ANY_PORT, server.addr, steering, "").await.unwrap();
         let mut running = Vec::new();
         for framing in FRAMINGS {
             running.push(Running::start(&agent, &plan(framing, 1 << 30)).await);

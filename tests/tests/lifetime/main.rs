@@ -1,4 +1,14 @@
-//! What an agent lives through: another configuration while it runs, and its end.
+//! What an agent lives through: what it finds at its start, another configuration while it runs, and its end.
 
+mod capabilities;
+mod doctor;
 mod killed;
 mod reload;
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    time::Duration,
+};
+
+const SOON: Duration = Duration::from_secs(10);
+const ANY_PORT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);

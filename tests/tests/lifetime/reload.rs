@@ -1,6 +1,6 @@
 //! Another configuration while the agent runs: it holds for the requests that begin afterwards, and cuts nothing.
 
-use std::{net::SocketAddr, time::Duration};
+use std::net::SocketAddr;
 
 use nix::sys::signal::Signal;
 use penstock_agent::config::{FailureMode, SteeringMode};
@@ -14,8 +14,7 @@ use penstock_tests::{
     scripted_epp::{Endpoints, LlmdRouter, StreamEnd},
 };
 
-const SOON: Duration = Duration::from_secs(10);
-const ANY_PORT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
+use crate::{ANY_PORT, SOON};
 
 async fn servers() -> [ModelServer; 2] {
     let options = Options { idle_close: None, ..Options::default() };

@@ -4,7 +4,7 @@ use std::{cell::Cell, net::SocketAddr};
 
 use bytes::BytesMut;
 use http::HeaderValue;
-use tokio::{io::AsyncWriteExt as _, net::tcp::WriteHalf};
+use tokio::net::TcpStream;
 
 use super::{
     Failed, Written,
@@ -21,6 +21,7 @@ use crate::{
         head::HeadLimits,
         response::{ResponseError, ResponseHead, parse_response, write_request},
     },
+    kernel::socket::write_all,
     metrics::Connection,
     picker::exchange::Body,
     proxy::Request,
@@ -97,18 +98,18 @@ async fn attempt(
     Ok((head, body))
 }
 
-async fn send(mut endpoint: WriteHalf<'_>, request: &Request, upload: &Upload, body: &Body) -> Result<(), Written> {
+async fn send(endpoint: &TcpStream, request: &Request, upload: &Upload, body: &Body) -> Result<(), Written> {
     let mut out = BytesMut::with_capacity(1024);
     write_request(&request.parts, length(upload, body), request.upgrade.as_ref(), &mut out);
     let mut pieces = Pieces::new(upload, body);
     while let Some(piece) = pieces.next().await.map_err(Written::Body)? {
         if out.len() + piece.len() > ONE_WRITE {
-            endpoint.write_all(&out).await.map_err(|_| Written::Endpoint)?;
+            write_all(endpoint, &out).await.map_err(|_| Written::Endpoint)?;
             out.clear();
         }
         out.extend_from_slice(&piece);
     }
-    endpoint.write_all(&out).await.map_err(|_| Written::Endpoint)
+    write_all(endpoint, &out).await.map_err(|_| Written::Endpoint)
 }
 
 /// Reads the head of the final response. Interim ones are dropped: `100 Continue` has been dealt with, and the others

@@ -1,0 +1,373 @@
+//! The ladder of paths: which of them this kernel has proven at the start, best first, and why not the others.
+//!
+//! Given the settings, it loads the kernel program and has each path prove itself. User space carries what no path does, so
+//! nothing here is an error of the start: a path that is missing or fails is off, with its reason.
+
+use std::sync::Arc;
+
+use caps::Capability;
+
+use crate::{
+    capability,
+    config::{self, SteeringMode},
+    kernel::{Kernel, LoadError, slots::Lane, socket, version},
+    metrics::{Metrics, Path},
+    selftest::{self, Case, Check},
+    steer::Steering,
+};
+
+/// A path that the kernel may have.
+struct Entry {
+    path: Path,
+    lane: Lane,
+    cases: &'static [Case],
+}
+
+/// Best first. What the first cannot carry on falls back on the second, which therefore stands without it, and not the other
+/// way round.
+const LOCAL: Entry = Entry { path: Path::Local, lane: Lane::Local, cases: selftest::CASES };
+const INGRESS: Entry = Entry { path: Path::Ingress, lane: Lane::Ingress, cases: selftest::CASES };
+const PATHS: [Entry; 2] = [LOCAL, INGRESS];
+
+pub struct Ladder {
+    pub program: Program,
+    /// One for each path, best first.
+    pub rungs: Vec<Rung>,
+    /// The release of a kernel that would have been refused.
+    pub forced: Option<String>,
+    /// The capabilities that workers need for what is ready. The proof has no others.
+    pub kept: Vec<Capability>,
+}
+
+/// The kernel program.
+pub enum Program {
+    Loaded(Arc<Kernel>),
+    /// Loaded, and let go of again because no path is ready.
+    Unproven,
+    /// Not asked for: the settings say that user space carries everything.
+    Off,
+    /// Not tried on this kernel.
+    Refused(Arc<str>),
+    Failed(Arc<str>),
+}
+
+pub struct Rung {
+    pub path: Path,
+    /// What was tried; empty where nothing was.
+    pub checks: Vec<Check>,
+    pub state: State,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum State {
+    Ready,
+    /// The settings do not ask for it.
+    Unasked,
+    Off(Arc<str>),
+}
+
+impl Ladder {
+    /// Blocks while the kernel proves itself, on a runtime of its own: not to be called on one.
+    pub fn climb(config: &config::Steering) -> Self {
+        Self::climb_on(&version::release(), config)
+    }
+
+    fn climb_on(release: &str, config: &config::Steering) -> Self {
+        if config.mode == SteeringMode::Off {
+            return Self::without(Program::Off, &State::Unasked);
+        }
+        let sound = version::is_sound(release);
+        if !sound && !config.force {
+            let why: Arc<str> =
+                format!("kernel {release} may lose or repeat bytes in sockmap; --force steers all the same").into();
+            return Self::without(Program::Refused(Arc::clone(&why)), &State::Off(why));
+        }
+        match Self::load(config, &PATHS) {
+            Ok(ladder) => Self { forced: (!sound).then(|| release.to_owned()), ..ladder },
+            Err(error) => {
+                tracing::debug!("{error}");
+                let why: Arc<str> = failure(&error, &capability::missing()).into();
+                Self::without(Program::Failed(Arc::clone(&why)), &State::Off(why))
+            }
+        }
+    }
+
+    /// Loads the program and has both paths prove themselves.
+    fn load(config: &config::Steering, [local, ingress]: &[Entry; 2]) -> Result<Self, LoadError> {
+        let mut kernel = Kernel::load(config.max_flows)?;
+        let asked = config.mode != SteeringMode::Ingress;
+        if asked {
+            kernel.try_local(config.cgroup.as_deref());
+        }
+        let kept = kept(config.client_send_buffer);
+        let mut kernel = Arc::new(kernel);
+        let mut first = match kernel.local() {
+            Ok(()) => Rung::prove(local, &kernel, &kept),
+            Err(why) => Rung { path: local.path, checks: Vec::new(), state: State::Off(why) },
+        };
+        match &first.state {
+            _ if !asked => first.state = State::Unasked,
+            State::Off(why) if kernel.local().is_ok() => {
+                // Without its programs, which would look at every endpoint's messages for nothing.
+                drop(kernel);
+                let mut without = Kernel::load(config.max_flows)?;
+                without.without_local(why);
+                kernel = Arc::new(without);
+            }
+            _ => {}
+        }
+        let second = Rung::prove(ingress, &kernel, &kept);
+        if first.state == State::Ready && second.state != State::Ready {
+            first.state = State::Off("it falls back on the path ingress, which is off".into());
+        }
+        // Where nothing is steered, no program is to look at anything, and no client gets such a buffer.
+        let (program, kept) = match second.state {
+            State::Ready => (Program::Loaded(kernel), kept),
+            _ => (Program::Unproven, Vec::new()),
+        };
+        Ok(Self { program, rungs: vec![first, second], forced: None, kept })
+    }
+
+    /// No path, for the same reason.
+    fn without(program: Program, state: &State) -> Self {
+        let off = |entry: &Entry| Rung { path: entry.path, checks: Vec::new(), state: state.clone() };
+        Self { program, rungs: PATHS.iter().map(off).collect(), forced: None, kept: Vec::new() }
+    }
+
+    pub fn is_ready(&self, path: Path) -> bool {
+        self.rungs.iter().any(|rung| rung.path == path && rung.state == State::Ready)
+    }
+
+    /// What workers go by.
+    pub fn steering(&self) -> Steering {
+        match &self.program {
+            Program::Off => Steering::Off,
+            Program::Loaded(kernel) => Steering::Active(Arc::clone(kernel)),
+            _ => Steering::Unavailable(self.why().into()),
+        }
+    }
+
+    /// Why no path is ready.
+    fn why(&self) -> String {
+        if let Program::Refused(why) | Program::Failed(why) = &self.program {
+            return why.to_string();
+        }
+        self.rungs.iter().map(Rung::describe).collect::<Vec<_>>().join("; ")
+    }
+
+    /// One line for logs.
+    pub fn describe(&self) -> String {
+        if let Program::Off = self.program {
+            return "steering: off (configured)".to_owned();
+        }
+        let ready = self.rungs.iter().filter(|rung| rung.state == State::Ready).map(|rung| rung.path.as_str());
+        let ready = ready.collect::<Vec<_>>().join(", ");
+        match &self.forced {
+            _ if ready.is_empty() => format!("steering: unavailable: {}", self.why()),
+            None => format!("steering: active ({ready})"),
+            Some(release) => {
+                format!("steering: active ({ready}), forced on kernel {release}, which may lose or repeat bytes")
+            }
+        }
+    }
+
+    /// The lines of `/readyz?verbose`: the whole, then each path.
+    pub fn lines(&self) -> Vec<String> {
+        let paths = self.rungs.iter().map(|rung| format!("path {}", rung.describe()));
+        std::iter::once(self.describe()).chain(paths).collect()
+    }
+
+    /// Says it once, in the log and in the metrics.
+    pub fn announce(&self, metrics: &Metrics) {
+        if self.forced.is_some() || matches!(self.steering(), Steering::Unavailable(_)) {
+            tracing::warn!("{}", self.describe());
+        } else {
+            tracing::info!("{}", self.describe());
+        }
+        for rung in &self.rungs {
+            let reason = match (&rung.state, &self.forced) {
+                (State::Off(why), _) => why.to_string(),
+                (State::Unasked, _) => "configured".to_owned(),
+                (State::Ready, None) => "passed".to_owned(),
+                (State::Ready, Some(release)) => format!("passed, forced on kernel {release}"),
+            };
+            // Where all are off for the same reason, it has been said.
+            if matches!(rung.state, State::Off(_)) && matches!(self.steering(), Steering::Active(_)) {
+                tracing::warn!("path {}", rung.describe());
+            }
+            metrics.set_steering_path(rung.path, rung.state == State::Ready, &reason);
+        }
+    }
+}
+
+impl Rung {
+    fn prove(entry: &Entry, kernel: &Arc<Kernel>, kept: &[Capability]) -> Self {
+        let mut rung = Self { path: entry.path, checks: Vec::new(), state: State::Ready };
+        match capability::with(kept, || selftest::prove(kernel, entry.lane, entry.cases)) {
+            Ok(checks) => rung.checks = checks,
+            Err(error) => rung.state = State::Off(format!("the self-test cannot be run: {error:#}").into()),
+        }
+        let failed = rung.checks.iter().find_map(|check| Some((check.case, check.failure.as_ref()?)));
+        if let Some((case, failure)) = failed {
+            rung.state = State::Off(format!("self-test: {case}: {failure}").into());
+        }
+        rung
+    }
+
+    pub fn describe(&self) -> String {
+        match &self.state {
+            State::Ready => format!("{}: ready", self.path.as_str()),
+            State::Unasked => format!("{}: off (configured)", self.path.as_str()),
+            State::Off(why) => format!("{}: off: {why}", self.path.as_str()),
+        }
+    }
+}
+
+/// A send buffer above `net.core.wmem_max` takes a capability of the thread that asks for it. No other call after the program is
+/// loaded does.
+fn kept(send_buffer: u32) -> Vec<Capability> {
+    let ordinary = capability::with(&[], || socket::may_have_send_buffer(send_buffer)).unwrap_or(false);
+    if ordinary { Vec::new() } else { vec![capability::SEND_BUFFERS] }
+}
+
+/// Why the program is not loaded, with what this process lacks.
+fn failure(error: &LoadError, missing: &[Capability]) -> String {
+    let reason = error.reason();
+    if missing.is_empty() {
+        return reason;
+    }
+    let names: Vec<_> = missing.iter().map(ToString::to_string).collect();
+    format!("this process lacks {}: {reason}", names.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> config::Steering {
+        config::Steering { max_flows: 64, ..config::Steering::default() }
+    }
+
+    #[test]
+    fn every_path_is_ready_on_this_kernel() {
+        let ladder = Ladder::climb(&config());
+        assert_eq!(ladder.describe(), "steering: active (local, ingress)");
+        assert_eq!(ladder.lines()[1..], ["path local: ready", "path ingress: ready"]);
+        assert!(matches!(ladder.steering(), Steering::Active(kernel) if kernel.local().is_ok()));
+        assert!(ladder.rungs.iter().all(|rung| rung.checks.len() == selftest::CASES.len()));
+    }
+
+    #[test]
+    fn a_kernel_that_loses_bytes_is_refused_unless_forced() {
+        let refused = Ladder::climb_on("6.1.0-9-amd64", &config());
+        assert!(matches!(refused.program, Program::Refused(_)) && !refused.is_ready(Path::Ingress));
+        let why = "kernel 6.1.0-9-amd64 may lose or repeat bytes in sockmap; --force steers all the same";
+        let off = ["path local", "path ingress"].map(|path| format!("{path}: off: {why}"));
+        assert_eq!(refused.lines(), [format!("steering: unavailable: {why}"), off[0].clone(), off[1].clone()]);
+
+        let forced = Ladder::climb_on("6.1.0-9-amd64", &config::Steering { force: true, ..config() });
+        assert!(forced.is_ready(Path::Ingress) && matches!(forced.steering(), Steering::Active(_)));
+        let said = "steering: active (local, ingress), forced on kernel 6.1.0-9-amd64, which may lose or repeat bytes";
+        assert_eq!(forced.describe(), said);
+
+        let metrics = Metrics::new(&[]);
+        forced.announce(&metrics);
+        let text = metrics.encode();
+        let info = r#"penstock_steering_path_info{path="ingress",reason="passed, forced on kernel 6.1.0-9-amd64"} 1"#;
+        assert!(text.contains(info) && text.contains(r#"penstock_steering_path_active{path="ingress"} 1"#), "{text}");
+
+        // Force is for kernels that are in doubt, and changes nothing where none is.
+        let sound = Ladder::climb(&config::Steering { force: true, ..config() });
+        assert_eq!(sound.describe(), "steering: active (local, ingress)");
+    }
+
+    fn climb(config: &config::Steering, entries: &[Entry; 2]) -> Ladder {
+        Ladder::load(config, entries).expect("load")
+    }
+
+    /// What the metrics say of a path.
+    fn shown(ladder: &Ladder, path: &str) -> String {
+        let metrics = Metrics::new(&[]);
+        ladder.announce(&metrics);
+        let label = format!("{{path=\"{path}\"");
+        metrics.encode().lines().filter(|line| line.contains(&label)).collect::<Vec<_>>().join("\n")
+    }
+
+    #[test]
+    fn a_local_path_that_fails_is_off_and_leaves_no_program_behind() {
+        let ladder = climb(&config(), &[Entry { cases: selftest::FAILING, ..LOCAL }, INGRESS]);
+        assert_eq!(ladder.describe(), "steering: active (ingress)");
+        let why = "self-test: bad: a hole at 7";
+        assert_eq!(ladder.lines()[1..], [format!("path local: off: {why}"), "path ingress: ready".to_owned()]);
+        let Steering::Active(kernel) = ladder.steering() else { panic!("not active") };
+        assert_eq!(kernel.local(), Err(why.into()));
+        let metrics = shown(&ladder, "local");
+        assert!(metrics.contains(r#"penstock_steering_path_active{path="local"} 0"#), "{metrics}");
+        let info = format!(r#"penstock_steering_path_info{{path="local",reason="{why}"}} 1"#);
+        assert!(metrics.contains(&info), "{metrics}");
+        assert!(shown(&ladder, "ingress").contains(r#"penstock_steering_path_active{path="ingress"} 1"#));
+    }
+
+    #[test]
+    fn without_the_path_ingress_there_is_none() {
+        let ladder = climb(&config(), &[LOCAL, Entry { cases: selftest::FAILING, ..INGRESS }]);
+        let Steering::Unavailable(why) = ladder.steering() else { panic!("not unavailable") };
+        assert!(matches!(ladder.program, Program::Unproven) && ladder.kept.is_empty());
+        assert!(why.contains("ingress: off: self-test: bad: a hole at 7"), "{why}");
+        assert_eq!(ladder.lines()[1], "path local: off: it falls back on the path ingress, which is off");
+        assert!(ladder.describe().starts_with("steering: unavailable: "));
+    }
+
+    #[test]
+    fn without_a_cgroup_there_is_no_local_path() {
+        let nowhere = config::Steering { cgroup: Some("/nowhere/cgroup".into()), ..config() };
+        let ladder = Ladder::climb(&nowhere);
+        assert_eq!(ladder.describe(), "steering: active (ingress)");
+        let said = &ladder.lines()[1];
+        assert!(
+            said.starts_with("path local: off: cgroup /nowhere/cgroup: ") && said.contains("No such file"),
+            "{said}"
+        );
+
+        let unasked = Ladder::climb(&config::Steering { mode: SteeringMode::Ingress, ..config() });
+        assert_eq!(unasked.lines()[1..], ["path local: off (configured)", "path ingress: ready"]);
+        assert!(shown(&unasked, "local").contains(r#"reason="configured""#));
+    }
+
+    #[test]
+    fn without_capabilities_it_says_which_are_missing() {
+        let ladder = capability::with(&[Capability::CAP_BPF], || Ladder::climb(&config()));
+        let said = ladder.describe();
+        let lacks = "steering: unavailable: this process lacks CAP_NET_ADMIN, CAP_PERFMON: ";
+        assert!(said.starts_with(lacks) && said.contains("Operation not permitted"), "{said}");
+        assert_eq!(ladder.lines()[2], said.replace("steering: unavailable", "path ingress: off"));
+        assert!(matches!(ladder.program, Program::Failed(_)));
+    }
+
+    #[test]
+    fn a_small_send_buffer_takes_no_capability_and_a_large_one_does() {
+        let small = Ladder::climb(&config::Steering { client_send_buffer: 64 << 10, ..config() });
+        assert!(small.is_ready(Path::Ingress) && small.kept.is_empty(), "{:?}", small.kept);
+        // Beyond what any machine sets net.core.wmem_max to.
+        let large = Ladder::climb(&config::Steering { client_send_buffer: 1 << 30, ..config() });
+        assert!(large.is_ready(Path::Ingress));
+        assert_eq!(large.kept, [capability::SEND_BUFFERS]);
+    }
+
+    #[test]
+    fn what_the_verifier_looked_at_is_no_reason() {
+        let kept = [Capability::CAP_BPF, Capability::CAP_NET_ADMIN];
+        let said = capability::with(&kept, || Ladder::climb(&config())).describe();
+        let why = "this process lacks CAP_PERFMON: the kernel program is refused: the BPF_PROG_LOAD syscall returned \
+                   Permission denied (os error 13)";
+        assert_eq!(said, format!("steering: unavailable: {why}"));
+    }
+
+    #[test]
+    fn off_is_off() {
+        let ladder = Ladder::climb(&config::Steering { mode: SteeringMode::Off, force: true, ..config() });
+        assert!(matches!(ladder.steering(), Steering::Off));
+        let lines = ["steering: off (configured)", "path local: off (configured)", "path ingress: off (configured)"];
+        assert_eq!(ladder.lines(), lines);
+    }
+}

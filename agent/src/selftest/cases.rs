@@ -1,0 +1,216 @@
+//! The cases: what the known bugs of sockmap redirects, and our own rule, would show on this kernel.
+//!
+//! They are the same in each lane. What a lane does not take goes on to the next, so bytes are counted over all of them, and
+//! each case sees to it that its own lane has carried some.
+
+use std::{cell::Cell, net::Ipv4Addr, rc::Rc, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use bytes::BytesMut;
+use futures_util::FutureExt as _;
+use penstock_common::{framing::Framing, slot::stop};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpSocket},
+    sync::oneshot,
+};
+
+use super::{
+    Case,
+    rig::{BUFFER, Rig, compare, pattern},
+};
+use crate::{deliver::End, kernel::slots::Lane, steer::WorkerSteering};
+
+pub(super) const CASES: &[Case] = &[
+    Case {
+        name: "a stalled reader: every byte, and memory stays flat",
+        run: |steering, lane| stalled_reader(steering, lane).boxed_local(),
+    },
+    Case { name: "a chunked stream in small pieces", run: |steering, lane| small_chunks(steering, lane).boxed_local() },
+    Case {
+        name: "bytes let through before the kernel takes over",
+        run: |steering, lane| passed_then_redirected(steering, lane).boxed_local(),
+    },
+    Case { name: "an end by FIN behind the last byte", run: |steering, lane| end_by_fin(steering, lane).boxed_local() },
+    Case {
+        name: "a socket whose peer has closed is refused",
+        run: |steering, lane| half_closed_is_refused(steering, lane).boxed_local(),
+    },
+];
+
+const BODY: usize = 2 << 20;
+/// Written at once; several have room in a send buffer.
+const PIECE: usize = 32 * 1024;
+/// A sender that gets on no further for this long is stuck. Only this thread and the kernel's receive path have a part in it.
+const QUIET: Duration = Duration::from_millis(10);
+/// SO_SNDBUF of the server and SO_RCVBUF of the reader, before the kernel doubles it.
+const FAR_BUFFER: usize = 32 * 1024;
+/// What may be under way while the reader stalls: both of our buffers, those of the far ends, and what one turn of user space
+/// holds. Without the room gate all of the body would be.
+const UNDER_WAY: usize = 2 * BUFFER as usize + 4 * FAR_BUFFER + (256 << 10);
+const _: () = assert!(UNDER_WAY < BODY / 2);
+
+async fn stalled_reader(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> {
+    let (mut rig, mut server, mut reader) = Rig::new(steering, lane).await?;
+    socket2::SockRef::from(&server).set_send_buffer_size(FAR_BUFFER)?;
+    socket2::SockRef::from(&reader).set_recv_buffer_size(FAR_BUFFER)?;
+    let body = pattern(0, BODY);
+    let mut got = vec![0; BODY];
+    let (start_reading, stalled) = oneshot::channel::<()>();
+    let sent = Cell::new(0);
+    let write = async {
+        while sent.get() < BODY {
+            let end = BODY.min(sent.get() + PIECE);
+            sent.set(sent.get() + server.write(&body[sent.get()..end]).await?);
+        }
+        std::io::Result::Ok(())
+    };
+    let read = async {
+        let _ = stalled.await;
+        socket2::SockRef::from(&reader).set_recv_buffer_size(BODY)?;
+        reader.read_exact(&mut got).await.map(drop)
+    };
+    let release = async {
+        // The reader begins when the sender has nowhere left to send to: it has stopped getting on.
+        let mut before = 0;
+        while sent.get() < BUFFER as usize / 2 || sent.get() != before {
+            before = sent.get();
+            tokio::time::sleep(QUIET).await;
+        }
+        let _ = start_reading.send(());
+        sent.get()
+    };
+    let ((end, account), written, read, under_way) =
+        tokio::join!(rig.deliver(Framing::length(BODY as u64)), write, read, release);
+    written?;
+    read?;
+    ensure!(end == End::Complete { reusable: true }, "the delivery ended as {end:?}");
+    ensure!(account.carried(lane) > 0, "the kernel redirected nothing");
+    ensure!(account.stops[stop::ROOM as usize] > 0, "the room gate did not trip");
+    ensure!(under_way <= UNDER_WAY, "{under_way} bytes were taken for a reader that reads nothing");
+    ensure!(
+        account.steered + account.local + account.relayed == BODY as u64,
+        "the account does not add up: {account:?}"
+    );
+    compare(&got, &body)
+}
+
+async fn small_chunks(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> {
+    let (mut rig, mut server, mut reader) = Rig::new(steering, lane).await?;
+    let mut wire = Vec::new();
+    for n in 1..=64usize {
+        wire.extend_from_slice(format!("{n:x};n=v\r\n").as_bytes());
+        wire.extend(pattern(n * 64, n));
+        wire.extend_from_slice(b"\r\n");
+    }
+    wire.extend_from_slice(b"0\r\nx-trailer: 1\r\n\r\n");
+    let mut got = vec![0; wire.len()];
+    let write = async {
+        for piece in wire.chunks(37) {
+            server.write_all(piece).await?;
+            tokio::task::yield_now().await;
+        }
+        std::io::Result::Ok(())
+    };
+    let ((end, account), written, read) =
+        tokio::join!(rig.deliver(Framing::chunked()), write, reader.read_exact(&mut got));
+    written?;
+    read?;
+    ensure!(end == End::Complete { reusable: true }, "the delivery ended as {end:?}");
+    ensure!(account.carried(lane) > 0, "the kernel redirected nothing");
+    compare(&got, &wire)
+}
+
+/// Responses as a kept connection sees them, one behind the other: the head is let through and read by user space, the body
+/// begins while nothing is armed, and the kernel takes over behind what user space has read and written on.
+async fn passed_then_redirected(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> {
+    const ROUNDS: usize = 3;
+    const HEAD: usize = 300;
+    const PIECE: usize = 5000;
+    const PIECES: usize = 12;
+    let (mut rig, mut server, mut reader) = Rig::new(steering, lane).await?;
+    for round in 0..ROUNDS {
+        let wire = pattern(round * 100_000, HEAD + PIECE * PIECES);
+        let (head, body) = wire.split_at(HEAD);
+        let before = rig.passed();
+        rig.announce();
+
+        server.write_all(head).await?;
+        let mut read = BytesMut::with_capacity(HEAD);
+        while read.len() < HEAD {
+            ensure!(rig.endpoint.read(&mut read).await? > 0, "the stream ended in the head");
+        }
+        compare(&read, head).context("the head")?;
+        server.write_all(&body[..PIECE]).await?;
+        while rig.passed() < before + (HEAD + PIECE) as u64 {
+            tokio::task::yield_now().await;
+        }
+
+        let mut got = vec![0; body.len()];
+        let exchange = async {
+            for (number, piece) in got.chunks_mut(PIECE).enumerate() {
+                // The first is on its way already.
+                if number > 0 {
+                    server.write_all(&body[number * PIECE..][..PIECE]).await?;
+                }
+                reader.read_exact(piece).await?;
+            }
+            std::io::Result::Ok(())
+        };
+        let ((end, account), exchanged) = tokio::join!(rig.deliver(Framing::length(body.len() as u64)), exchange);
+        exchanged?;
+        ensure!(end == End::Complete { reusable: true }, "the delivery ended as {end:?}");
+        ensure!(account.relayed >= PIECE as u64, "what was let through was not relayed");
+        ensure!(account.carried(lane) > 0, "the kernel redirected nothing behind it");
+        ensure!(
+            account.steered + account.local + account.relayed == body.len() as u64,
+            "the account does not add up: {account:?}"
+        );
+        compare(&got, body).with_context(|| format!("response {round}"))?;
+    }
+    Ok(())
+}
+
+async fn end_by_fin(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> {
+    let (mut rig, mut server, mut reader) = Rig::new(steering, lane).await?;
+    let body = pattern(0, 100_000);
+    let mut got = Vec::new();
+    let write = async {
+        server.write_all(&body).await?;
+        server.shutdown().await
+    };
+    let deliver = async {
+        let outcome = rig.deliver(Framing::until_close()).await;
+        rig.client.close().await;
+        outcome
+    };
+    let ((end, account), written, read) = tokio::join!(deliver, write, async {
+        let read = reader.read_to_end(&mut got).await;
+        drop(reader);
+        read
+    });
+    written?;
+    read?;
+    ensure!(end == End::Complete { reusable: false }, "the delivery ended as {end:?}");
+    ensure!(
+        account.steered + account.local + account.relayed == body.len() as u64,
+        "the account does not add up: {account:?}"
+    );
+    compare(&got, &body)
+}
+
+/// The end of such a stream would never be seen by the kernel program: user space has to carry it, whatever the lane.
+async fn half_closed_is_refused(steering: &Rc<WorkerSteering>, _lane: Lane) -> Result<()> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+    let socket = TcpSocket::new_v4()?;
+    let source = steering.announce_source(&socket)?;
+    let (endpoint, server) = tokio::join!(socket.connect(listener.local_addr()?), listener.accept());
+    let mut endpoint = endpoint?;
+    drop(server?);
+    ensure!(endpoint.read(&mut [0]).await? == 0, "bytes on a connection that nobody has written to");
+    let inserted = source.insert(&endpoint);
+    // The slot outlives its socket.
+    drop(endpoint);
+    ensure!(inserted.is_err(), "the kernel took the socket");
+    Ok(())
+}

@@ -1,0 +1,92 @@
+//! What a case of the proof works with: two loopback connections as the agent has them, their far ends, and bytes that show
+//! by their value where they belong.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    rc::Rc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use bytes::BytesMut;
+use penstock_common::framing::Framing;
+use tokio::{
+    io::AsyncWriteExt as _,
+    net::{TcpListener, TcpStream},
+};
+
+use crate::{
+    client::ClientSocket,
+    deliver::{Account, Delivery, End, Target},
+    endpoint::connection::EndpointConnection,
+    kernel::slots::Lane,
+    steer::{Source, WorkerSteering},
+};
+
+/// Longer than any case may take: the proof as a whole is limited.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// SO_SNDBUF of the client's connection and SO_RCVBUF of the endpoint's, as the kernel doubles it.
+pub(super) const BUFFER: u32 = 256 * 1024;
+
+/// The agent's side of two connections.
+pub(super) struct Rig {
+    pub(super) endpoint: EndpointConnection,
+    pub(super) client: ClientSocket,
+    target: Target,
+}
+
+impl Rig {
+    /// With the far ends: the server that answers and the reader that asked.
+    pub(super) async fn new(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<(Self, TcpStream, TcpStream)> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+        let address: SocketAddr = listener.local_addr()?;
+        let (endpoint, server) = tokio::join!(
+            EndpointConnection::connect(address, Some(PATIENCE), Some(steering), BUFFER),
+            listener.accept()
+        );
+        let (reader, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+        let mut client = ClientSocket::new(accepted?.0)?;
+        let key = client.make_target(steering, BUFFER)?;
+        let (endpoint, mut server) = (endpoint?, server?.0);
+        server.set_nodelay(true)?;
+        let mut rig = Self { endpoint, client, target: Target { key, send_buffer: BUFFER, lane } };
+        rig.announce();
+        // In place of a head.
+        server.write_all(b"h").await?;
+        rig.endpoint.read(&mut BytesMut::with_capacity(1)).await?;
+        let source = rig.endpoint.source().context("the kernel refused the endpoint's socket")?;
+        ensure!(lane == Lane::Ingress || source.is_local_to(key), "the endpoint's own socket was not recognised");
+        Ok((rig, server, reader?))
+    }
+
+    /// Says before each response whom it is for.
+    pub(super) fn announce(&self) {
+        self.endpoint.announce(Some(self.target.key));
+    }
+
+    /// Delivers a body through the kernel where it takes it.
+    pub(super) async fn deliver(&mut self, framing: Framing) -> (End, Account) {
+        let (client, endpoint) = (&mut self.client, &mut self.endpoint);
+        let mut delivery = Delivery::new(client, endpoint, framing, BytesMut::new(), Some(PATIENCE));
+        delivery.target = Some(self.target);
+        (delivery.run().await, delivery.account)
+    }
+
+    /// Bytes that the kernel has let through to user space.
+    pub(super) fn passed(&self) -> u64 {
+        self.endpoint.source().map_or(0, |source: &Source| source.slot().passed())
+    }
+}
+
+/// `len` bytes of the pattern from a position on.
+pub(super) fn pattern(from: usize, len: usize) -> Vec<u8> {
+    (from..from + len).map(|at| (at as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes()[0]).collect()
+}
+
+pub(super) fn compare(got: &[u8], want: &[u8]) -> Result<()> {
+    if let Some(at) = got.iter().zip(want).position(|(got, want)| got != want) {
+        bail!("byte {at} of {} is wrong", want.len());
+    }
+    ensure!(got.len() == want.len(), "{} bytes of {} arrived", got.len(), want.len());
+    Ok(())
+}

@@ -1,0 +1,183 @@
+//! What the agent may do beyond an ordinary process: three capabilities start it for any user, none is needed to relay, and what
+//! a start needs is given up by every thread.
+
+use std::{collections::BTreeMap, fs};
+
+use penstock_tests::{
+    BodyEnd, Client, ModelServer, Plan, Reader, Request,
+    agent_process::AgentProcess,
+    eventually,
+    model_server::{Framing, Lengths, Options, Pauses},
+};
+
+use crate::{ANY_PORT, SOON};
+
+/// Nobody in particular.
+const USER: u32 = 65_534;
+const CAP_NET_BIND_SERVICE: u64 = 1 << 10;
+const CAP_NET_ADMIN: u64 = 1 << 12;
+
+async fn server() -> ModelServer {
+    ModelServer::start(Options { idle_close: None, ..Options::default() }).await.unwrap()
+}
+
+/// A stream that the kernel can carry.
+fn plan() -> Plan {
+    Plan {
+        framing: Framing::Chunked,
+        size: 200_000,
+        stream_id: 3,
+        writes: Lengths::Fixed(1000),
+        pauses: Some(Pauses { seed: 3, every: 4, up_to_us: 500 }),
+        ..Plan::default()
+    }
+}
+
+/// Asks for a response, whose every byte is checked; returns the bytes of it that this path has carried.
+async fn carried(agent: &AgentProcess, path: &str) -> f64 {
+    let plan = plan();
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    client.send(&plan.request()).await.unwrap();
+    assert_eq!(client.head().await.unwrap().status, 200);
+    let mut checker = plan.checker();
+    let read = Reader::Fast.take(&mut client, &mut checker).await.unwrap();
+    assert_eq!((read.end, read.len), (BodyEnd::Complete, plan.size));
+    // It is entered in the books before the connection's next request is answered.
+    assert_eq!(client.request(&Request::get("/v1/models")).await.unwrap().status(), 200);
+    agent.metric("penstock_body_bytes_total", &[&format!("path=\"{path}\"")]).await.unwrap()
+}
+
+/// `/proc/pid/task/*/status`: the name of each thread, and its fields.
+fn threads(agent: &AgentProcess) -> Vec<BTreeMap<String, String>> {
+    let tasks = fs::read_dir(format!("/proc/{}/task", agent.process.id())).unwrap();
+    // A thread may end between the listing and the reading.
+    let statuses = tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("status")).ok());
+    let fields = |line: &str| line.split_once(":\t").map(|(name, value)| (name.to_owned(), value.to_owned()));
+    statuses.map(|status| status.lines().filter_map(fields).collect()).collect()
+}
+
+fn set(thread: &BTreeMap<String, String>, name: &str) -> u64 {
+    u64::from_str_radix(&thread[name], 16).unwrap()
+}
+
+/// What a worker keeps under these settings on this machine.
+fn for_send_buffers(client_send_buffer: u64) -> u64 {
+    let most: u64 = fs::read_to_string("/proc/sys/net/core/wmem_max").unwrap().trim().parse().unwrap();
+    if client_send_buffer / 2 > most { CAP_NET_ADMIN } else { 0 }
+}
+
+/// Every thread has come to hold exactly this, workers and the others.
+async fn hold(agent: &AgentProcess, workers: u64) {
+    let as_wanted = |thread: &BTreeMap<String, String>| {
+        let worker = ["penstock-0", "penstock-1"].contains(&thread["Name"].as_str());
+        let wanted = if worker { workers } else { 0 };
+        ["CapEff", "CapPrm"].map(|name| set(thread, name)) == [wanted; 2]
+            && ["CapInh", "CapAmb"].map(|name| set(thread, name)) == [0; 2]
+            && thread["NoNewPrivs"] == "1"
+    };
+    // A thread gives up what it has as the first thing it does, which the start does not wait for.
+    eventually(SOON, || threads(agent).iter().all(as_wanted)).await;
+}
+
+const THREE: &str = "-all,+bpf,+net_admin,+perfmon";
+
+#[tokio::test]
+async fn three_capabilities_are_enough_to_steer_for_any_user() {
+    let server = server().await;
+    let [user, group] = ["--reuid", "--regid"].map(|flag| format!("{flag}={USER}"));
+    let three = ["--bounding-set", "--inh-caps", "--ambient-caps"].map(|set| format!("{set}={THREE}"));
+    let through = ["setpriv", &user, &group, "--clear-groups", &three[0], &three[1], &three[2]];
+    for (mode, said) in [("ingress", "steering: active (ingress)"), ("local", "steering: active (local, ingress)")] {
+        let agent = AgentProcess::start_through(&through, ANY_PORT, server.addr, mode, "").await.unwrap();
+        let output = agent.process.output();
+        assert!(output.iter().any(|line| line.contains(said)), "{output:#?}");
+        for thread in threads(&agent) {
+            assert_eq!(thread["Uid"].split('\t').next(), Some(USER.to_string().as_str()));
+        }
+        hold(&agent, for_send_buffers(1 << 20)).await;
+        assert!(carried(&agent, mode).await > 0.0, "{mode}");
+    }
+}
+
+#[tokio::test]
+async fn without_any_it_relays_and_says_why() {
+    let server = server().await;
+    let [user, group] = ["--reuid", "--regid"].map(|flag| format!("{flag}={USER}"));
+    let through = ["setpriv", &user, &group, "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"];
+    let mut agent = AgentProcess::start_through(&through, ANY_PORT, server.addr, "auto", "").await.unwrap();
+    let why = "this process lacks CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON: ";
+    agent.process.line(&format!("steering: unavailable: {why}"), SOON).await.unwrap();
+    let (_, ready) = agent.ask_admin("/readyz?verbose").await.unwrap();
+    assert!(ready.contains(&format!("path ingress: off: {why}")), "{ready}");
+    assert!(ready.contains("capabilities: none kept\n"), "{ready}");
+    assert_eq!(agent.metric("penstock_steering_path_active", &[]).await.unwrap(), 0.0);
+    assert_eq!(agent.metric("penstock_steering_path_info", &[r#"path="ingress""#, why]).await.unwrap(), 1.0);
+    assert!(carried(&agent, "relay").await >= plan().size as f64);
+    assert_eq!(carried(&agent, "ingress").await, 0.0);
+}
+
+/// Send buffers beyond what any machine lets an ordinary process have, and as many different threads as an agent has: spans, an EPP that is looked after, endpoints that are checked.
+const EVERYTHING: &str = "client_send_buffer = 67108864\n\
+    [tracing]\notlp_endpoint = \"http://127.0.0.1:9\"\n\
+    [[routes]]\npool = \"default\"\n\
+    [[pools]]\nname = \"other\"\nendpoints = [\"127.0.0.1:9\"]\n\
+    [pools.health]\npath = \"/health\"\n\
+    [pools.picker]\nkind = \"epp\"\naddress = \"127.0.0.1:9\"\ntls = \"off\"\n";
+
+#[tokio::test]
+async fn what_a_start_needs_is_given_up_by_every_thread() {
+    let server = server().await;
+    let mut agent = AgentProcess::start(ANY_PORT, server.addr, "ingress", EVERYTHING).await.unwrap();
+    // Threads name themselves; the kernel keeps 15 bytes of a name.
+    let all =
+        ["penstock-0", "penstock-1", "penstock-events", "penstock-contro", "penstock-spans", "endpoints", "admin"];
+    let named = |name: &&str| threads(&agent).iter().any(|thread| thread["Name"] == **name);
+    eventually(SOON, || all.iter().all(named)).await;
+    assert_eq!(for_send_buffers(64 << 20), CAP_NET_ADMIN, "net.core.wmem_max is very high on this machine");
+    hold(&agent, CAP_NET_ADMIN).await;
+    // These tests run as root, who may bound what can ever be had.
+    assert!(threads(&agent).iter().all(|thread| set(thread, "CapBnd") == 0));
+    let line = agent.process.line("capabilities: ", SOON).await.unwrap();
+    assert!(line.contains("INFO") && line.contains("workers keep CAP_NET_ADMIN, for send buffers"), "{line}");
+    assert!(carried(&agent, "ingress").await > 0.0);
+
+    // What a reload starts has none either.
+    agent.write_config(server.addr, EVERYTHING).unwrap();
+    agent.process.signal(nix::sys::signal::Signal::SIGHUP).unwrap();
+    agent.process.line("the configuration was read again", SOON).await.unwrap();
+    hold(&agent, CAP_NET_ADMIN).await;
+}
+
+#[tokio::test]
+async fn nothing_is_kept_where_buffers_are_ordinary_or_nothing_is_steered() {
+    let server = server().await;
+    assert_eq!(for_send_buffers(131_072), 0, "net.core.wmem_max is very low on this machine");
+    for (steering, settings, path) in [("ingress", "client_send_buffer = 131072", "ingress"), ("off", "", "relay")] {
+        let agent = AgentProcess::start(ANY_PORT, server.addr, steering, settings).await.unwrap();
+        hold(&agent, 0).await;
+        let (_, ready) = agent.ask_admin("/readyz?verbose").await.unwrap();
+        assert!(ready.contains("capabilities: none kept\n"), "{ready}");
+        assert!(carried(&agent, path).await > 0.0);
+    }
+}
+
+/// Ports below 1024 are bound before the capability for them is given up.
+#[tokio::test]
+async fn a_port_that_only_root_may_bind_takes_its_capability_at_the_start() {
+    let server = server().await;
+    let [user, group] = ["--reuid", "--regid"].map(|flag| format!("{flag}={USER}"));
+    // 127.0.0.2 is this machine too, and no other test uses it.
+    let listen = "127.0.0.2:81".parse().unwrap();
+    let with = ["--bounding-set", "--inh-caps", "--ambient-caps"].map(|set| format!("{set}=-all,+net_bind_service"));
+    let through = ["setpriv", &user, &group, "--clear-groups", &with[0], &with[1], &with[2]];
+    let agent = AgentProcess::start_through(&through, listen, server.addr, "off", "").await.unwrap();
+    assert_eq!(agent.addr, listen);
+    hold(&agent, 0).await;
+    assert!(threads(&agent).iter().all(|thread| set(thread, "CapBnd") == CAP_NET_BIND_SERVICE));
+
+    let none = ["setpriv", &user, &group, "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"];
+    let listen = "127.0.0.2:82".parse().unwrap();
+    let refused = AgentProcess::start_through(&none, listen, server.addr, "off", "").await;
+    let Err(error) = refused else { panic!("bound without the capability") };
+    assert!(format!("{error:#}").contains("Permission denied"), "{error:#}");
+}

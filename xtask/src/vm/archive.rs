@@ -1,0 +1,236 @@
+//! Debian's packages of other suites than this machine's, through apt with lists and sources of its own under `target/vm`:
+//! the system's configuration is read for the mirror's address and left as it is.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{
+    command::{command, output},
+    progress::quietly,
+};
+
+/// Signs every suite; in the package that each Debian has.
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+const BUSYBOX: &str = "busybox-static";
+
+/// A line of kernels.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Series {
+    Bookworm,
+    Trixie,
+    Newest,
+}
+
+impl Series {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Bookworm => "6.1",
+            Self::Trixie => "6.12",
+            Self::Newest => "newest",
+        }
+    }
+
+    fn suites(self) -> &'static [&'static str] {
+        match self {
+            Self::Bookworm => &["bookworm", "bookworm-updates"],
+            Self::Trixie => &["trixie", "trixie-updates"],
+            Self::Newest => &["sid", "trixie-backports"],
+        }
+    }
+
+    fn security_suite(self) -> Option<&'static str> {
+        match self {
+            Self::Bookworm => Some("bookworm-security"),
+            Self::Trixie => Some("trixie-security"),
+            Self::Newest => None,
+        }
+    }
+
+    /// Which packages are its kernels. Those for the cloud are small and have what is needed.
+    fn packages(self) -> &'static str {
+        match self {
+            Self::Bookworm => r"^linux-image-6\.1\.[^ ]*-cloud-amd64$",
+            Self::Trixie => r"^linux-image-6\.12\.[^ ]*-cloud-amd64$",
+            Self::Newest => r"^linux-image-[0-9][^ ]*-cloud-amd64$",
+        }
+    }
+}
+
+/// A kernel, unpacked.
+pub(crate) struct Kernel {
+    /// Of Debian's package: `6.1.176-1`.
+    pub(crate) version: String,
+    pub(crate) image: PathBuf,
+    /// Holds `lib/modules` or `usr/lib/modules`.
+    pub(crate) root: PathBuf,
+    /// busybox, of the same suite.
+    pub(crate) busybox: PathBuf,
+}
+
+pub(crate) struct Archive {
+    series: Series,
+    folder: PathBuf,
+}
+
+impl Archive {
+    /// Asks the mirror what there is. Where it cannot be reached, the lists of the last time are used, if there are any.
+    pub(crate) fn open(series: Series, folder: &Path) -> Result<Self> {
+        if output(command("dpkg").arg("--print-architecture")).as_deref() != Some("amd64") {
+            bail!("vm-test takes Debian on amd64, whose apt fetches the kernels");
+        }
+        let archive = Self { series, folder: folder.to_owned() };
+        for sub in ["lists/partial", "cache/archives/partial", "packages"] {
+            fs::create_dir_all(folder.join(sub))?;
+        }
+        let listed = output(command("apt-get").args(["update", "--print-uris"])).unwrap_or_default();
+        let sources = sources(series, &listed)?;
+        fs::write(folder.join("sources.list"), sources)?;
+        if let Err(error) = quietly("vm-test: package lists", archive.apt("apt-get").arg("update")) {
+            if archive.newest(series.packages()).is_err() {
+                return Err(error);
+            }
+            eprintln!("vm-test: going on with the lists of the last time");
+        }
+        Ok(archive)
+    }
+
+    /// The newest kernel of the series.
+    pub(crate) fn kernel(&self) -> Result<Kernel> {
+        let (package, version) = self.newest(self.series.packages())?;
+        eprintln!("vm-test: {package} {version}");
+        let root = self.unpacked(&package, &version)?;
+        let (busybox, busybox_version) = self.newest(&format!("^{BUSYBOX}$"))?;
+        let busybox = self.unpacked(&busybox, &busybox_version)?;
+        let program = ["bin/busybox", "usr/bin/busybox"].map(|path| busybox.join(path));
+        let image = file_starting(&root.join("boot"), "vmlinuz-")?;
+        let busybox = program.into_iter().find(|path| path.is_file()).context("busybox-static has no bin/busybox")?;
+        Ok(Kernel { version, image, root, busybox })
+    }
+
+    /// Name and version of the newest of the packages whose name fits.
+    fn newest(&self, pattern: &str) -> Result<(String, String)> {
+        let names = output(self.apt("apt-cache").args(["search", "--names-only", pattern])).unwrap_or_default();
+        let names: Vec<&str> = names.lines().filter_map(|line| line.split(' ').next()).collect();
+        let mut show = self.apt("apt-cache");
+        let shown = output(show.args(["show", "--no-all-versions"]).args(&names)).unwrap_or_default();
+        newest(&shown).with_context(|| format!("Debian has no package like {pattern}"))
+    }
+
+    /// Where a package is unpacked: fetched if it is not there yet.
+    fn unpacked(&self, package: &str, version: &str) -> Result<PathBuf> {
+        let root = self.folder.join(format!("packages/{package}_{version}"));
+        if root.is_dir() {
+            return Ok(root);
+        }
+        let partial = self.folder.join("packages/partial");
+        if partial.exists() {
+            fs::remove_dir_all(&partial)?;
+        }
+        fs::create_dir_all(&partial)?;
+        let mut download = self.apt("apt-get");
+        download.args(["download", &format!("{package}={version}")]).current_dir(&partial);
+        quietly("vm-test: package", &mut download)?;
+        let package = file_starting(&partial, package)?;
+        quietly("vm-test: unpack", command("dpkg-deb").arg("--extract").arg(&package).arg(&partial))?;
+        fs::remove_file(package)?;
+        // By rename, so that what is there is whole.
+        fs::rename(&partial, &root)?;
+        Ok(root)
+    }
+
+    /// One of apt's programs, with nothing of the system's but its settings: a proxy's, for example.
+    fn apt(&self, program: &str) -> Command {
+        let mut apt = command(program);
+        let mut option = |name: &str, value: &Path| {
+            apt.arg("-o").arg(format!("{name}={}", value.display()));
+        };
+        option("Dir::Etc::SourceList", &self.folder.join("sources.list"));
+        option("Dir::Etc::SourceParts", Path::new("/dev/null"));
+        option("Dir::State::Lists", &self.folder.join("lists"));
+        option("Dir::State::Status", Path::new("/dev/null"));
+        option("Dir::Cache", &self.folder.join("cache"));
+        // Only what apt-cache needs.
+        option("Acquire::Languages", Path::new("none"));
+        option("Acquire::IndexTargets::deb::DEP-11::DefaultEnabled", Path::new("false"));
+        // apt's own user may not write here.
+        option("APT::Sandbox::User", Path::new("root"));
+        apt
+    }
+}
+
+/// One-line sources of a series, from what `apt-get update --print-uris` says of this machine's.
+fn sources(series: Series, listed: &str) -> Result<String> {
+    let archives: Vec<&str> =
+        listed.lines().filter_map(|line| line.trim_start_matches('\'').split("/dists/").next()).collect();
+    let of = |ending: &str| archives.iter().find(|uri| uri.ends_with(ending)).copied();
+    let Some(main) = of("/debian") else {
+        bail!("apt has no source whose address ends with /debian, from which the kernels would come");
+    };
+    // Mirrors have it beside the other.
+    let security = of("/debian-security").map_or_else(|| format!("{main}-security"), str::to_owned);
+    let mut sources = String::new();
+    let main = series.suites().iter().map(|suite| (main, suite));
+    for (uri, suite) in main.chain(series.security_suite().iter().map(|suite| (&*security, suite))) {
+        sources.push_str(&format!("deb [arch=amd64 signed-by={KEYRING}] {uri} {suite} main\n"));
+    }
+    Ok(sources)
+}
+
+/// The newest of the packages that `apt-cache show` printed.
+fn newest(shown: &str) -> Option<(String, String)> {
+    let packages = shown.split("\n\n").filter_map(|package| {
+        let field = |name: &str| package.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+        Some((field("Package")?.to_owned(), field("Version")?.to_owned()))
+    });
+    packages.max_by_key(|(_, version)| numbers(version))
+}
+
+/// The numbers of a version, in order: enough to compare kernels, which have no epochs.
+fn numbers(version: &str) -> Vec<u64> {
+    version.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse().ok()).collect()
+}
+
+fn file_starting(folder: &Path, start: &str) -> Result<PathBuf> {
+    let entries = fs::read_dir(folder).with_context(|| format!("reading {}", folder.display()))?;
+    let mut paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    let fits = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(start));
+    paths.find(fits).with_context(|| format!("{} has no {start}*", folder.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sources_stand_beside_the_machine_s_own() {
+        let listed = "'http://other.example/apt/dists/any/InRelease' a 0 \n\
+                      'http://mirror.example/debian/dists/bookworm/InRelease' b 0 \n\
+                      'http://mirror.example/debian-security/dists/bookworm-security/InRelease' c 0 \n";
+        let lines = sources(Series::Bookworm, listed).unwrap();
+        let fields: Vec<(&str, &str)> = lines
+            .lines()
+            .map(|line| line.split_once("] ").unwrap().1.strip_suffix(" main").unwrap().split_once(' ').unwrap())
+            .collect();
+        let expected = [
+            ("http://mirror.example/debian", "bookworm"),
+            ("http://mirror.example/debian", "bookworm-updates"),
+            ("http://mirror.example/debian-security", "bookworm-security"),
+        ];
+        assert_eq!(fields, expected);
+        assert!(sources(Series::Newest, "'http://other.example/apt/dists/any/InRelease' a 0 \n").is_err());
+    }
+
+    #[test]
+    fn the_newest_is_by_number() {
+        let shown = "Package: linux-image-6.1.0-9-cloud-amd64\nVersion: 6.1.27-1\n\n\
+                     Package: linux-image-6.1.0-56-cloud-amd64\nInstalled-Size: 1\nVersion: 6.1.187-1\n\n\
+                     Package: linux-image-6.1.0-50-cloud-amd64\nVersion: 6.1.176-1\n";
+        assert_eq!(newest(shown), Some(("linux-image-6.1.0-56-cloud-amd64".to_owned(), "6.1.187-1".to_owned())));
+        assert_eq!(newest(""), None);
+    }
+}

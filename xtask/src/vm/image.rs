@@ -1,0 +1,119 @@
+//! The machine's only file system: busybox, the agent, the tests, the libraries that they load, and what to run.
+
+use std::{
+    fs::{self, File},
+    io::BufWriter,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, ensure};
+
+use super::{archive::Kernel, binaries::Run, cpio::Cpio};
+use crate::command::{command, find, output, root, run};
+
+/// The first process of the machine.
+const INIT: &str = include_str!("init.sh");
+/// For `/dev/net/tun`, which a test plays a network with.
+const MODULES: [&str; 1] = ["tun"];
+/// Empty, to be mounted on.
+const FOLDERS: [&str; 4] = ["/proc", "/sys", "/dev", "/tmp"];
+
+/// What is the same on every kernel: paths in the machine, and the files to put there.
+pub(crate) struct Payload(Vec<(String, PathBuf)>);
+
+impl Payload {
+    /// A test looks for the agent's binary beside itself or one folder up, so it is laid out as cargo does.
+    pub(crate) fn new(agent: &Path, tests: &[(&str, PathBuf)]) -> Result<Self> {
+        let mut files = vec![("/tests/penstock".to_owned(), agent.to_owned())];
+        files.extend(tests.iter().map(|(name, path)| (format!("/tests/deps/{name}"), path.clone())));
+        let mut libraries = Vec::new();
+        for (_, path) in &files {
+            let list = output(command("ldd").arg(path)).with_context(|| format!("ldd {}", path.display()))?;
+            libraries.extend(self::libraries(&list));
+        }
+        libraries.sort();
+        libraries.dedup();
+        for (_, path) in &mut files {
+            *path = stripped(path)?;
+        }
+        files.extend(libraries.into_iter().map(|path| (path.clone(), PathBuf::from(path))));
+        Ok(Self(files))
+    }
+
+    pub(crate) fn write(&self, to: &Path, kernel: &Kernel, plan: &[Run]) -> Result<()> {
+        let file = File::create(to).with_context(|| format!("writing {}", to.display()))?;
+        let mut cpio = Cpio::new(BufWriter::new(file));
+        for folder in FOLDERS {
+            cpio.folder(folder)?;
+        }
+        cpio.file("/init", INIT.as_bytes())?;
+        cpio.file("/bin/busybox", &read(&kernel.busybox)?)?;
+        cpio.file("/plan", lines(plan).as_bytes())?;
+        for module in MODULES {
+            // Built into a kernel that has no such file.
+            if let Some(content) = module_in(&kernel.root, module)? {
+                cpio.file(&format!("/modules/{module}.ko"), &content)?;
+            }
+        }
+        for (path, file) in &self.0 {
+            cpio.file(path, &read(file)?)?;
+        }
+        Ok(cpio.finish()?)
+    }
+}
+
+/// A line for each: its name, its limit in seconds, its arguments.
+fn lines(plan: &[Run]) -> String {
+    plan.iter().map(|run| format!("{} {} {}\n", run.name, run.limit, run.args.join(" "))).collect()
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("reading {}", path.display()))
+}
+
+/// The paths in what ldd prints: `libc.so.6 => /lib/libc.so.6 (0x7f…)`, and the loader without an arrow.
+fn libraries(list: &str) -> Vec<String> {
+    let path = |line: &str| line.split_whitespace().find(|word| word.starts_with('/')).map(str::to_owned);
+    list.lines().filter_map(path).collect()
+}
+
+/// Without what only debuggers read, nine tenths of it: the machine's memory is not for that.
+fn stripped(program: &Path) -> Result<PathBuf> {
+    if find("strip").is_none() {
+        return Ok(program.to_owned());
+    }
+    let folder = root().join("target/vm/stripped");
+    fs::create_dir_all(&folder)?;
+    let to = folder.join(program.file_name().context("a program has a name")?);
+    run(command("strip").arg("--strip-debug").arg("-o").arg(&to).arg(program))?;
+    Ok(to)
+}
+
+/// A module's content, out of `kernel/drivers` and so on; newer kernels' are compressed.
+fn module_in(root: &Path, name: &str) -> Result<Option<Vec<u8>>> {
+    let files = output(command("find").arg(root).args(["-name", &format!("{name}.ko*")])).unwrap_or_default();
+    let Some(path) = files.lines().next().map(Path::new) else { return Ok(None) };
+    if path.extension().is_some_and(|extension| extension == "xz") {
+        let unpacked = command("xz").args(["--decompress", "--stdout"]).arg(path).output().context("starting xz")?;
+        ensure!(unpacked.status.success(), "xz cannot unpack {}", path.display());
+        return Ok(Some(unpacked.stdout));
+    }
+    read(path).map(Some)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn libraries_of_a_program() {
+        let list = "\tlinux-vdso.so.1 (0x00007f)\n\tlibc.so.6 => /lib/libc.so.6 (0x00007f)\n\t/lib64/ld-linux.so.2 (0x00007f)\n";
+        assert_eq!(libraries(list), ["/lib/libc.so.6", "/lib64/ld-linux.so.2"]);
+    }
+
+    #[test]
+    fn the_plan_as_the_machine_reads_it() {
+        let plan = [Run { name: "broken", limit: 60, args: vec!["--test-threads=2".into(), "wrong".into()] }];
+        assert_eq!(lines(&plan), "broken 60 --test-threads=2 wrong\n");
+    }
+}
