@@ -27,6 +27,12 @@ impl Message {
         Self::Memory(parts.into())
     }
 
+    fn memory(&self) -> impl Iterator<Item = &Bytes> {
+        let Self::Memory(parts) = self else { return [].iter().chain(&[]) };
+        let (one, two) = parts.as_slices();
+        one.iter().chain(two)
+    }
+
     pub(super) fn len(&self) -> usize {
         match self {
             Self::Memory(parts) => parts.iter().map(Bytes::len).sum(),
@@ -66,6 +72,8 @@ pub(super) struct Messages {
     pub(super) head: Message,
     pub(super) body: VecDeque<Message>,
     pub(super) file: Option<File>,
+    /// What `MSG_ZEROCOPY` lends stays as it is until the kernel is done with it.
+    _lent: Vec<Bytes>,
 }
 
 impl Messages {
@@ -96,7 +104,9 @@ impl Messages {
             Calls::ZeroCopy => cut(&parts, 64 << 10),
             Calls::Turns(_) => cut(&parts, 5000),
         };
-        Ok(Self { head: Message::of([Bytes::from(head)]), body, file })
+        let head = Message::of([Bytes::from(head)]);
+        let lent = [&head].into_iter().chain(&body).flat_map(Message::memory).cloned().collect();
+        Ok(Self { head, body, file, _lent: lent })
     }
 }
 

@@ -104,7 +104,7 @@ impl<'a> Turn<'a> {
 
     /// Head, a pause, and the body, with a pause after each burst.
     pub(super) fn send(&self, messages: &mut Messages) -> io::Result<()> {
-        let Messages { head, body, file } = messages;
+        let Messages { head, body, file, .. } = messages;
         self.whole(head, file.as_ref())?;
         self.pause()?;
         let Calls::Turns(threads) = self.calls else {
