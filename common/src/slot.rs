@@ -123,6 +123,8 @@ pub struct Offsets {
     pub msg_sk: u32,
     pub msg_data: u32,
     pub msg_data_end: u32,
+    /// `struct bpf_sock_ops_kern::sk`: whose connection it is about.
+    pub ops_sk: u32,
     /// `struct sock_common::skc_cookie` and `skc_flags`.
     pub skc_cookie: u32,
     pub skc_flags: u32,
