@@ -78,15 +78,17 @@ impl Tunnel<'_> {
             let stamp = |lane| slot.map_or(0, |slot| slot.span(lane).stamps().1);
             moved.get().max(stamp(Lane::Ingress)).max(stamp(Lane::Local))
         };
-        let pipe = |from, to, pending, target| -> io::Result<Pipe<'_>> {
-            let (ledger, account) = (Ledger::begin(to)?, Account::default());
-            Ok(Pipe { from, to, ledger, target, pending, moved: &moved, account, hold: false, fruitless: 0 })
+        let Ok(ledger) = Ledger::begin(client) else { return Ok(End::ClientGone) };
+        let pipe = |from, to, ledger, pending, target| {
+            let account = Account::default();
+            Pipe { from, to, ledger, target, pending, moved: &moved, account, hold: false, fruitless: 0 }
         };
         let mut consumed = 0;
-        let mut down = pipe(from, client, BytesMut::new(), self.down)?;
+        let mut down = pipe(from, client, ledger, BytesMut::new(), self.down);
         // In user space always: a socket that the kernel redirects from as well as to takes its own FIN for an error, where
         // something is still on its way to it.
-        let mut up = pipe(Reader { stream: client, source: None, consumed: &mut consumed }, endpoint, early, None)?;
+        let from = Reader { stream: client, source: None, consumed: &mut consumed };
+        let mut up = pipe(from, endpoint, Ledger::begin(endpoint)?, early, None);
         let both = async {
             let down = async {
                 down.run(&stop).await.map_err(|broken| match broken {
