@@ -166,6 +166,9 @@ pub struct Limits {
     pub body_bytes: u64,
     /// Part of a request body held in memory, the rest goes to an unlinked file; default 1048576.
     pub body_memory_bytes: usize,
+    /// Models that metrics tell apart, those named by requests and by responses together; default 100. What comes then counts
+    /// as `other`, as does a name longer than 128 bytes. With 0 every model does.
+    pub metric_models: usize,
 }
 
 /// `None` is off.

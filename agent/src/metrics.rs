@@ -9,7 +9,7 @@ mod models;
 mod pool;
 
 pub use labels::{Connection, EndpointState, EppOutcome, Path};
-pub use pool::PoolMetrics;
+pub use pool::{PoolMetrics, Streamed};
 
 use std::{fmt, sync::Arc};
 
@@ -20,8 +20,10 @@ use prometheus_client::{
     registry::Registry,
 };
 
+use crate::config::Limits;
 use families::Families;
 use labels::{ByFlow, ByPath, ByReason, ByResult, PathState};
+use models::Models;
 
 /// Reason of a request that was answered by its endpoint, as [`PoolMetrics::request`] takes it.
 pub const OK: &str = "ok";
@@ -46,6 +48,7 @@ pub struct Metrics {
 struct Core {
     registry: Registry,
     families: Arc<Families>,
+    models: Arc<Models>,
     unrouted: PoolMetrics,
     /// By [`Path`].
     body_bytes: [Counter; Path::ALL.len()],
@@ -65,8 +68,10 @@ impl Metrics {
     pub fn new(pool_names: &[String]) -> Arc<Self> {
         let mut registry = Registry::with_prefix("penstock");
         let families = Arc::new(Families::register(&mut registry));
+        let default = Limits::default().metric_models;
+        let models = Arc::new(Models::new(default, families.metric_models_overflow.clone()));
         let core = Arc::new(Core {
-            unrouted: PoolMetrics::new("", &families),
+            unrouted: PoolMetrics::new("", &families, &models),
             body_bytes: Path::ALL.map(|path| families.body_bytes.get_or_create_owned(&ByPath { path })),
             endpoint_connections: Connection::ALL
                 .map(|result| families.endpoint_connections.get_or_create_owned(&ByResult { result })),
@@ -74,6 +79,7 @@ impl Metrics {
             endpoints: Mutex::default(),
             registry,
             families,
+            models,
         });
         Self::of(core, pool_names)
     }
@@ -84,8 +90,14 @@ impl Metrics {
     }
 
     fn of(core: Arc<Core>, pool_names: &[String]) -> Arc<Self> {
-        let pools = pool_names.iter().map(|name| Arc::new(PoolMetrics::new(name, &core.families))).collect();
+        let pools =
+            pool_names.iter().map(|name| Arc::new(PoolMetrics::new(name, &core.families, &core.models))).collect();
         Arc::new(Self { core, pools })
+    }
+
+    /// How many models metrics tell apart from now on.
+    pub fn limit_models(&self, limit: usize) {
+        self.core.models.set_limit(limit);
     }
 
     /// The metrics of the pool at this index of the configuration. Panics beyond it.
@@ -285,6 +297,34 @@ mod tests {
         metrics.pool(0).evicted();
         metrics.for_pools(&["gpu".to_owned()]).pool(0).evicted();
         assert_line(&metrics, r#"penstock_evictions_total{pool="gpu"} 2"#);
+    }
+
+    #[test]
+    fn streams_are_measured_by_pool_and_model() {
+        let metrics = metrics();
+        metrics.limit_models(1);
+        let ms = Duration::from_millis;
+        let stream = Streamed { first: ms(30), rest: ms(900), messages: 10 };
+        metrics.pool(0).streamed("m", &stream);
+        metrics.pool(0).streamed("m", &Streamed { messages: 1, rest: Duration::ZERO, ..stream });
+        metrics.pool(1).streamed("m", &stream);
+        metrics.pool(1).streamed("unheard-of", &stream);
+        metrics.pool(1).streamed("", &stream);
+        let name = "penstock_gen_ai_server_time_to_first_token_seconds";
+        assert_line(&metrics, &format!(r#"{name}_count{{pool="gpu",gen_ai_request_model="m"}} 2"#));
+        assert_line(&metrics, &format!(r#"{name}_sum{{pool="gpu",gen_ai_request_model="m"}} 0.06"#));
+        assert_line(&metrics, &format!(r#"{name}_count{{pool="cpu",gen_ai_request_model="other"}} 1"#));
+        assert_line(&metrics, &format!(r#"{name}_count{{pool="cpu",gen_ai_request_model=""}} 1"#));
+        // A single message has no next one.
+        let name = "penstock_gen_ai_server_time_per_output_token_seconds";
+        assert_line(&metrics, &format!(r#"{name}_count{{pool="gpu",gen_ai_request_model="m"}} 1"#));
+        assert_line(&metrics, &format!(r#"{name}_sum{{pool="gpu",gen_ai_request_model="m"}} 0.1"#));
+        let name = "penstock_gen_ai_server_output_tokens_per_second";
+        assert_line(&metrics, &format!(r#"{name}_sum{{pool="cpu",gen_ai_request_model="m"}} 10.0"#));
+        assert_line(&metrics, "penstock_metric_models_overflow_total 1");
+        // The bound outlives a reload, and so do the names.
+        metrics.for_pools(&["gpu".to_owned()]).pool(0).tokens("m2", 1, 2);
+        assert_line(&metrics, "penstock_metric_models_overflow_total 2");
     }
 
     #[test]

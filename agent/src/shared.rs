@@ -82,6 +82,7 @@ impl Shared {
         metrics: Arc<Metrics>,
         telemetry: Option<Telemetry>,
     ) -> Self {
+        metrics.limit_models(config.limits.metric_models);
         let endpoints: Vec<_> = endpoints.into_iter().map(Arc::new).collect();
         Self {
             router: Router::new(&config),

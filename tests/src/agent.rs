@@ -4,6 +4,7 @@
 
 use std::{net::SocketAddr, sync::Once, time::Duration};
 
+use anyhow::{Context as _, Result, bail};
 use penstock_agent::{
     app::Agent,
     config::{Config, Epp, FailureMode, Picker, Pool, SteeringMode},
@@ -39,6 +40,11 @@ pub fn epps_pool(endpoints: &[SocketAddr], epps: &[SocketAddr], failure_mode: Fa
 impl TestAgent {
     /// Starts with one pool; `adjust` changes what the test is about.
     pub fn start(pool: Pool, steering: SteeringMode, adjust: impl FnOnce(&mut Config)) -> Self {
+        Self::try_start(pool, steering, adjust).unwrap_or_else(|error| panic!("{error:#}"))
+    }
+
+    /// As [`Self::start`]; says why when the agent does not start, or is to steer and cannot.
+    pub fn try_start(pool: Pool, steering: SteeringMode, adjust: impl FnOnce(&mut Config)) -> Result<Self> {
         trace();
         let mut config = Config::new(vec![pool]);
         config.listen.address = SocketAddr::from(([127, 0, 0, 1], 0));
@@ -56,11 +62,11 @@ impl TestAgent {
         // The self-test has a runtime of its own, which cannot be started inside the test's.
         let begun = config.clone();
         let start = std::thread::spawn(|| Agent::start(begun));
-        let agent = start.join().expect("the agent's start does not panic").expect("the agent starts");
+        let agent = start.join().expect("the agent's start does not panic").context("starting the agent")?;
         if wanted.is_some_and(|path| !agent.ladder().is_ready(path)) {
-            panic!("this test needs the kernel: {:#?}", agent.ladder().lines());
+            bail!("this test needs the kernel: {:#?}", agent.ladder().lines());
         }
-        Self { addr: agent.address(), agent, config }
+        Ok(Self { addr: agent.address(), agent, config })
     }
 
     /// What it was started with.

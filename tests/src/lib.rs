@@ -22,6 +22,7 @@ pub mod reader;
 mod refusing;
 pub mod scripted_epp;
 pub mod stage;
+pub mod stress;
 pub mod tls;
 
 pub use client::{BodyEnd, Client, Request, Response};

@@ -5,6 +5,7 @@
 //! Any response says who gave it (`x-served-by: ip:port`) and which one it is on its connection (`x-request-count`).
 //! A peer that closes or resets during a response is noticed at once, as uvicorn does, and counted in `aborted`.
 
+use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -32,7 +33,7 @@ mod tests;
 pub use plan::{After, Echo, Fault, FaultKind, Framing, HeadWrites, Lengths, Pauses, Plan, Upgraded};
 pub use sent::Sent;
 pub(crate) use sequence::Sequence;
-pub use upgraded::Received;
+pub use upgraded::{Received, Upload};
 
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -79,6 +80,8 @@ struct Shared {
     seen: Mutex<Vec<Echo>>,
     sent: Mutex<sent::Account>,
     received: Mutex<Vec<Received>>,
+    /// By the ids of their streams.
+    uploads: Mutex<HashMap<u64, Upload>>,
 }
 
 /// One more while it lives.
@@ -163,6 +166,23 @@ impl ModelServer {
         self.shared.received.lock().clone()
     }
 
+    /// What has come so far of a stream that a plan has named ([`Plan::upload`]).
+    #[must_use]
+    pub fn upload(&self, stream_id: u64) -> Option<Upload> {
+        self.shared.uploads.lock().get(&stream_id).cloned()
+    }
+
+    /// As [`Self::upload`], and forgets it.
+    pub fn take_upload(&self, stream_id: u64) -> Option<Upload> {
+        self.shared.uploads.lock().remove(&stream_id)
+    }
+
+    /// What was sent in answer to the request of this `x-request-id`, if it is one of the last.
+    #[must_use]
+    pub fn sent(&self, id: &str) -> Option<Sent> {
+        self.shared.sent.lock().find(id).cloned()
+    }
+
     /// What `/metrics` tells as `vllm:num_requests_waiting`.
     pub fn set_waiting(&self, requests: u64) {
         self.shared.waiting.store(requests, Ordering::Relaxed);
@@ -203,6 +223,7 @@ async fn listen(options: Options) -> Result<Arc<Shared>> {
         seen: Mutex::default(),
         sent: Mutex::default(),
         received: Mutex::default(),
+        uploads: Mutex::default(),
     });
     let server = Arc::clone(&shared);
     tokio::spawn(async move {

@@ -1,11 +1,13 @@
 //! The verbs of the project, for people and for CI alike: `cargo xtask VERB`.
 //!
 //! This file lists them; each has its own. What several verbs need stands below them: how the kernel program can be
-//! built on this machine (`toolchain`), how commands are made (`command`), and how long work is shown (`progress`).
+//! built on this machine (`toolchain`), how commands are made (`command`), how what is to be fast is built (`optimised`), and
+//! how long work is shown (`progress`).
 
 mod demo;
 mod lint;
 mod run;
+mod stress;
 mod test;
 mod vm;
 
@@ -13,6 +15,7 @@ mod ebpf;
 mod setup;
 
 mod command;
+mod optimised;
 mod progress;
 mod toolchain;
 
@@ -31,6 +34,8 @@ enum Verb {
     Run(run::Args),
     /// Build what the demo needs and start it: cargo xtask demo -- ARGUMENTS
     Demo(demo::Args),
+    /// Build what the stress run needs and start it: cargo xtask stress --seconds 600
+    Stress(stress::Args),
     /// Install what is missing, build everything, run every test
     Test(test::Args),
     /// Run the tests of the kernel's part on other kernels, in virtual machines
@@ -45,6 +50,7 @@ fn main() -> ExitCode {
         Verb::BuildEbpf(args) => ebpf::main(&args),
         Verb::Run(args) => run::main(&args),
         Verb::Demo(args) => demo::main(&args),
+        Verb::Stress(args) => stress::main(&args),
         Verb::Test(args) => test::main(&args),
         Verb::VmTest(args) => vm::main(&args),
         Verb::Lint => lint::main(),

@@ -39,7 +39,7 @@ pub struct ClientSocket {
 }
 
 /// A connection, what has been read of it, and what the kernel knows of it.
-pub type TunnelEnd<'a> = (&'a TcpStream, BytesMut, Option<&'a Source>);
+pub(super) type TunnelEnd<'a> = (&'a TcpStream, BytesMut, Option<&'a Source>);
 
 enum Stream {
     Plain(TcpStream),

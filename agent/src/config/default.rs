@@ -61,7 +61,13 @@ impl Default for Admin {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { head_bytes: 64 << 10, headers: 128, body_bytes: 32 << 20, body_memory_bytes: 1 << 20 }
+        Self {
+            head_bytes: 64 << 10,
+            headers: 128,
+            body_bytes: 32 << 20,
+            body_memory_bytes: 1 << 20,
+            metric_models: 100,
+        }
     }
 }
 

@@ -48,6 +48,7 @@ fn limits(section: &mut Section<'_>) -> Limits {
         body_memory_bytes: section
             .read("body_memory_bytes", value::integer(0..=1 << 30))
             .unwrap_or(default.body_memory_bytes),
+        metric_models: section.read("metric_models", value::integer(0..=10_000)).unwrap_or(default.metric_models),
     };
     // The default of one must not turn a smaller value of the other into an error.
     if section.has("body_memory_bytes") && limits.body_memory_bytes as u64 > limits.body_bytes {

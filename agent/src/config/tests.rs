@@ -131,6 +131,7 @@ fn every_setting_is_read() {
         headers = 16
         body_bytes = 5
         body_memory_bytes = 4
+        metric_models = 3
         [timeouts]
         head = "1ms"
         body = "2s"
@@ -290,7 +291,7 @@ fn every_setting_is_read() {
             tls: None,
         },
         admin: Admin { address: "127.0.0.1:0".parse().unwrap() },
-        limits: Limits { head_bytes: 1024, headers: 16, body_bytes: 5, body_memory_bytes: 4 },
+        limits: Limits { head_bytes: 1024, headers: 16, body_bytes: 5, body_memory_bytes: 4, metric_models: 3 },
         timeouts: Timeouts {
             head: Some(Duration::from_millis(1)),
             body: Some(Duration::from_secs(2)),
@@ -381,6 +382,7 @@ fn bad_sections() {
         ("[admin]\naddress = \"127.0.0.1:8080\"", "p.toml:2: admin.address: found 127.0.0.1:8080, expected another port than listen.address (0.0.0.0:8080)".to_owned()),
         ("[limits]\nhead_bytes = 100", "p.toml:2: limits.head_bytes: found 100, expected an integer from 1024 to 1048576".to_owned()),
         ("[limits]\nheaders = 1.5", "p.toml:2: limits.headers: found 1.5, expected an integer from 16 to 1024".to_owned()),
+        ("[limits]\nmetric_models = -1", "p.toml:2: limits.metric_models: found -1, expected an integer from 0 to 10000".to_owned()),
         ("[limits]\nbody_bytes = 10\nbody_memory_bytes = 11", "p.toml:3: limits.body_memory_bytes: found 11, expected at most limits.body_bytes (10)".to_owned()),
         ("[timeouts]\ndrain = 10", format!("p.toml:2: timeouts.drain: found 10, expected {DURATION}")),
         ("[timeouts]\ndrain = \"0s\"", format!("p.toml:2: timeouts.drain: found \"0s\", expected {DURATION}")),

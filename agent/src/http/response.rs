@@ -180,6 +180,13 @@ fn body_of(status: StatusCode, request_method: &Method, declared: Declared) -> B
 }
 
 impl ResponseHead {
+    /// `Content-Type: text/event-stream`, whatever its parameters.
+    pub fn is_event_stream(&self) -> bool {
+        const KIND: &[u8] = b"text/event-stream";
+        let kind = self.headers.get(header::CONTENT_TYPE).and_then(|kind| kind.as_bytes().get(..KIND.len()));
+        kind.is_some_and(|kind| kind.eq_ignore_ascii_case(KIND))
+    }
+
     /// A chunked body for an HTTP/1.0 client, which knows no chunks: the body must be sent decoded, until close.
     pub fn needs_dechunk(&self, client: Version) -> bool {
         self.body == BodyKind::Chunked && client == Version::HTTP_10

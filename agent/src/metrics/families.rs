@@ -7,7 +7,7 @@ use prometheus_client::{
 
 use super::labels::{
     Build, ByAnswer, ByFlow, ByModel, ByOutcome, ByPath, ByPool, ByPoolAndIndex, ByPoolAndReason, ByPoolAndState,
-    ByReason, ByReplica, ByResult, BySource, BySourceAndReason, PathState,
+    ByReason, ByReplica, ByRequestModel, ByResult, BySource, BySourceAndReason, PathState,
 };
 
 type Histograms<Labels> = Family<Labels, Histogram, fn() -> Histogram>;
@@ -54,6 +54,15 @@ families! {
     ttft: Histograms<ByPool> = "ttft_seconds" in TTFT_SECONDS;
     /// Mean time between the chunks of a streamed response after its first.
     time_per_output_chunk: Histograms<ByPool> = "time_per_output_chunk_seconds" in CHUNK_SECONDS;
+    /// Of event streams, whoever carried them: time from the request's head to the first message; gen_ai.server.time_to_first_token.
+    gen_ai_ttft: Histograms<ByRequestModel> = "gen_ai_server_time_to_first_token_seconds" in TTFT_SECONDS;
+    /// Of event streams, each once: mean time between messages, which are tokens where the server writes each for itself;
+    /// gen_ai.server.time_per_output_token.
+    gen_ai_tpot: Histograms<ByRequestModel> = "gen_ai_server_time_per_output_token_seconds" in TOKEN_SECONDS;
+    /// Of event streams, each once: messages a second behind the first.
+    gen_ai_token_rate: Histograms<ByRequestModel> = "gen_ai_server_output_tokens_per_second" in TOKENS_PER_SECOND;
+    /// Label values for a model that became `other`, because limits.metric_models names are known already.
+    metric_models_overflow: Counter = "metric_models_overflow";
 
     /// Times the configuration was read again, by what came of it.
     reloads: Family<ByReason, Counter> = "config_reloads";
@@ -152,6 +161,13 @@ const CHUNK_SECONDS: [f64; 13] = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3,
 
 /// From one exchange to hours.
 const PIN_SECONDS: [f64; 10] = [0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14_400.0];
+
+/// The same, with room below for small models on fast machines.
+const TOKEN_SECONDS: [f64; 16] =
+    [0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5];
+
+const TOKENS_PER_SECOND: [f64; 14] =
+    [1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 40.0, 50.0, 75.0, 100.0, 150.0, 250.0, 500.0, 1000.0];
 
 /// From an EPP on the same machine to one that queues requests.
 const EPP_SECONDS: [f64; 19] = [

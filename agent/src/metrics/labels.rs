@@ -155,6 +155,13 @@ pub(super) struct ByModel {
     pub(super) gen_ai_token_type: &'static str,
 }
 
+/// As [`ByModel`]; the model is what the request names.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct ByRequestModel {
+    pub(super) pool: PoolName,
+    pub(super) gen_ai_request_model: Arc<str>,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(super) struct ByReason {
     pub(super) reason: &'static str,

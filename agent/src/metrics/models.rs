@@ -1,26 +1,53 @@
-//! Names of models as label values: they come from outside, so there are only so many.
+//! Names of models as label values: they come from outside, so there are only so many, of all pools together and for as long as
+//! the agent runs.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{
+    collections::HashSet,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+};
 
 use parking_lot::Mutex;
+use prometheus_client::metrics::counter::Counter;
 
-/// Different names for one pool; what comes later counts as [`OTHER`].
-const MAX: usize = 100;
+/// What comes when there are enough counts as this.
 const OTHER: &str = "other";
 /// A longer name is no name.
 const MAX_LENGTH: usize = 128;
 
-#[derive(Debug, Default)]
-pub(super) struct Models(Mutex<HashSet<Arc<str>>>);
+#[derive(Debug)]
+pub(super) struct Models {
+    known: Mutex<HashSet<Arc<str>>>,
+    limit: AtomicUsize,
+    other: Arc<str>,
+    overflow: Counter,
+}
 
 impl Models {
+    /// `overflow` counts what comes when `limit` names are known.
+    pub(super) fn new(limit: usize, overflow: Counter) -> Self {
+        Self { known: Mutex::default(), limit: limit.into(), other: OTHER.into(), overflow }
+    }
+
+    /// Names that are known stay.
+    pub(super) fn set_limit(&self, limit: usize) {
+        self.limit.store(limit, Relaxed);
+    }
+
+    /// The label value for a model; empty for a response that has none.
     pub(super) fn bounded(&self, model: &str) -> Arc<str> {
-        let mut known = self.0.lock();
+        let mut known = self.known.lock();
         if let Some(known) = known.get(model) {
             return Arc::clone(known);
         }
-        let name: Arc<str> = if known.len() < MAX && model.len() <= MAX_LENGTH { model.into() } else { OTHER.into() };
-        if known.len() < MAX {
+        if !model.is_empty() && (known.len() >= self.limit.load(Relaxed) || model.len() > MAX_LENGTH) {
+            self.overflow.inc();
+            return Arc::clone(&self.other);
+        }
+        let name: Arc<str> = model.into();
+        if !model.is_empty() {
             known.insert(Arc::clone(&name));
         }
         name
@@ -33,11 +60,17 @@ mod tests {
 
     #[test]
     fn there_are_only_so_many() {
-        let models = Models::default();
+        let overflow = Counter::default();
+        let models = Models::new(100, overflow.clone());
         assert_eq!(&*models.bounded(&"x".repeat(200)), OTHER);
-        let names: Vec<_> = (0..2 * MAX).map(|n| models.bounded(&n.to_string())).collect();
-        assert_eq!(names.iter().filter(|name| ***name != *OTHER).count(), MAX - 1);
-        assert_eq!((&*models.bounded("5"), &*models.bounded("new")), ("5", OTHER));
-        assert_eq!(models.0.lock().len(), MAX);
+        assert_eq!((&*models.bounded(""), overflow.get()), ("", 1));
+        let names: Vec<_> = (0..200).map(|n| models.bounded(&n.to_string())).collect();
+        assert_eq!(names.iter().filter(|name| ***name != *OTHER).count(), 100);
+        assert_eq!((&*models.bounded("5"), &*models.bounded("new"), &*models.bounded("")), ("5", OTHER, ""));
+        assert_eq!((models.known.lock().len(), overflow.get()), (100, 102));
+        models.set_limit(101);
+        assert_eq!((&*models.bounded("new"), &*models.bounded("newer")), ("new", OTHER));
+        models.set_limit(0);
+        assert_eq!((&*models.bounded("5"), &*models.bounded("newest")), ("5", OTHER));
     }
 }

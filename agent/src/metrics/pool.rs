@@ -12,11 +12,29 @@ use super::{
     InFlight, OK,
     families::Families,
     labels::{
-        ByAnswer, ByModel, ByOutcome, ByPool, ByPoolAndIndex, ByPoolAndReason, ByPoolAndState, ByReplica, BySource,
-        BySourceAndReason, EndpointState, EppOutcome, PoolName,
+        ByAnswer, ByModel, ByOutcome, ByPool, ByPoolAndIndex, ByPoolAndReason, ByPoolAndState, ByReplica,
+        ByRequestModel, BySource, BySourceAndReason, EndpointState, EppOutcome, PoolName,
     },
     models::Models,
 };
+
+/// What is known of an event stream whose messages nobody has looked into.
+#[derive(Debug, Clone, Copy)]
+pub struct Streamed {
+    /// From the request's head to the first message.
+    pub first: Duration,
+    /// From there to the last one.
+    pub rest: Duration,
+    /// Pieces that user space wrote, and segments that the kernel redirected.
+    pub messages: u64,
+}
+
+impl Streamed {
+    /// Mean seconds between messages, where there are several.
+    fn between(&self) -> Option<f64> {
+        (self.messages > 1 && !self.rest.is_zero()).then(|| self.rest.as_secs_f64() / (self.messages - 1) as f64)
+    }
+}
 
 #[derive(Debug)]
 pub struct PoolMetrics {
@@ -31,11 +49,11 @@ pub struct PoolMetrics {
     ejections: Counter,
     /// By [`EppOutcome`]; filled on first use, because a pool may have no EPP and a histogram is twenty lines.
     epp_exchange: [OnceLock<Histogram>; EppOutcome::ALL.len()],
-    models: Models,
+    models: Arc<Models>,
 }
 
 impl PoolMetrics {
-    pub(super) fn new(name: &str, families: &Arc<Families>) -> Self {
+    pub(super) fn new(name: &str, families: &Arc<Families>, models: &Arc<Models>) -> Self {
         let name = PoolName(name.into());
         let pool = ByPool { pool: name.clone() };
         Self {
@@ -51,7 +69,7 @@ impl PoolMetrics {
             evictions: families.evictions.get_or_create_owned(&pool),
             ejections: families.ejections.get_or_create_owned(&pool),
             epp_exchange: Default::default(),
-            models: Models::default(),
+            models: Arc::clone(models),
             families: Arc::clone(families),
             name,
         }
@@ -98,6 +116,16 @@ impl PoolMetrics {
     /// Mean over one response, its first chunk left out.
     pub fn time_per_output_chunk(&self, time: Duration) {
         self.time_per_output_chunk.observe(time.as_secs_f64());
+    }
+
+    /// An event stream was carried.
+    pub fn streamed(&self, model: &str, stream: &Streamed) {
+        let labels = ByRequestModel { pool: self.name.clone(), gen_ai_request_model: self.models.bounded(model) };
+        self.families.gen_ai_ttft.get_or_create(&labels).observe(stream.first.as_secs_f64());
+        if let Some(between) = stream.between() {
+            self.families.gen_ai_tpot.get_or_create(&labels).observe(between);
+            self.families.gen_ai_token_rate.get_or_create(&labels).observe(1.0 / between);
+        }
     }
 
     /// An exchange with the EPP came to its decision.

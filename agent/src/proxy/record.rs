@@ -14,7 +14,7 @@ use crate::{
     error::Error,
     http::{headers::Arrival, trace_context},
     kernel::socket::monotonic_ns,
-    metrics::{self, Metrics},
+    metrics::{self, Metrics, Streamed},
     picker::client::PickStream,
     steer::choice::Path,
     telemetry::{Ended, Pick, RequestSpan},
@@ -32,6 +32,8 @@ pub(super) struct Record {
     endpoint: Option<SocketAddr>,
     path: &'static str,
     path_reason: &'static str,
+    /// The response is an event stream.
+    event_stream: bool,
     account: Account,
     span: Option<Box<RequestSpan>>,
 }
@@ -49,6 +51,7 @@ impl Record {
             endpoint: None,
             path: "none",
             path_reason: "none",
+            event_stream: false,
             account: Account::default(),
             span: None,
         }
@@ -93,6 +96,11 @@ impl Record {
 
     pub(super) fn status(&mut self, status: StatusCode, reason: &'static str) {
         (self.status, self.reason) = (status, reason);
+    }
+
+    /// Whether the response is an event stream, of whose messages times are kept.
+    pub(super) fn event_stream(&mut self, is: bool) {
+        self.event_stream = is;
     }
 
     /// The response had begun and was broken off.
@@ -148,6 +156,13 @@ impl Record {
             worker.shared.metrics.client_aborted();
         }
         let first_ns = self.account.first_ns.saturating_sub(self.started_ns);
+        let model = parts.headers.get(&worker.shared.config.bbr.header).and_then(|model| model.to_str().ok());
+        if self.event_stream && self.status.is_success() && self.account.first_ns > 0 {
+            let rest = self.account.last_ns.saturating_sub(self.account.first_ns);
+            let messages = self.account.pieces + self.account.segments;
+            let stream = Streamed { first: Duration::from_nanos(first_ns), rest: Duration::from_nanos(rest), messages };
+            worker.shared.metrics.pool(pool).streamed(model.unwrap_or_default(), &stream);
+        }
         tracing::info!(
             target: "penstock::access",
             request_id = parts.headers.get("x-request-id").and_then(|id| id.to_str().ok()).unwrap_or_default(),
@@ -169,7 +184,6 @@ impl Record {
             error = error.map(ToString::to_string),
         );
         let Some(span) = self.span else { return };
-        let model = parts.headers.get(&worker.shared.config.bbr.header).and_then(|model| model.to_str().ok());
         span.end(&Ended {
             status: self.status.as_u16(),
             reason: self.reason,

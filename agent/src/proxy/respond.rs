@@ -4,7 +4,6 @@
 use std::{cell::RefCell, net::SocketAddr, rc::Rc};
 
 use bytes::{Bytes, BytesMut};
-use http::header;
 use tokio::time::Instant;
 
 use super::{After, Pin, Request, immediate, pick::Picked};
@@ -33,7 +32,6 @@ use crate::{
 
 /// Why a response was broken off by its picker: a label.
 const EVICTED: &str = "evicted";
-const EVENT_STREAM: &[u8] = b"text/event-stream";
 
 /// What an endpoint has answered so far.
 pub(super) struct Answer {
@@ -103,6 +101,7 @@ pub(super) async fn respond(
         }
     }
     request.record.status(head.status, "ok");
+    request.record.event_stream(head.is_event_stream());
     let carried = match (&mut *client, &mut body) {
         (Client::Http1(socket), ResponseBody::Http1 { connection, pending, .. }) if head.upgrade.is_some() => {
             tunnel(worker, socket, request, &head, connection, pending, &mut picked).await
@@ -350,15 +349,10 @@ fn path(
     let config = &worker.shared.config.steering;
     let mut framing = head.framing;
     framing.feed(pending);
-    let event_stream = head
-        .headers
-        .get(header::CONTENT_TYPE)
-        .and_then(|kind| kind.as_bytes().get(..EVENT_STREAM.len()))
-        .is_some_and(|kind| kind.eq_ignore_ascii_case(EVENT_STREAM));
     let response = Response {
         registered: endpoint.source().is_some(),
         framing,
-        event_stream,
+        event_stream: head.is_event_stream(),
         local_endpoint: endpoint.local,
         // The end of a response is kept on the ingress path alone.
         local_socket: told.is_none()

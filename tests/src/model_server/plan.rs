@@ -37,6 +37,9 @@ pub struct Plan {
     pub after: After,
     /// The head switches protocols (101), and this follows in place of a body; both sides close when they have had enough.
     pub upgraded: Option<Upgraded>,
+    /// The stream that the peer sends behind such a head, in the plan's alphabet: what comes is compared with it, and
+    /// [`super::ModelServer::take_upload`] tells the result.
+    pub upload: Option<u64>,
 }
 
 impl Default for Plan {
@@ -60,6 +63,7 @@ impl Default for Plan {
             fault: None,
             after: After::KeepAlive,
             upgraded: None,
+            upload: None,
         }
     }
 }

@@ -29,7 +29,10 @@ pub(super) async fn respond(connection: &mut Connection, request: &Request, plan
     if !plan.head.with_body || bodiless {
         connection.write(&first).await?;
         first.clear();
-        if !bodiless {
+        if plan.upgraded.is_some() {
+            // A peer that has ended its side has not left.
+            tokio::time::sleep(Duration::from_micros(plan.head.pause_us)).await;
+        } else if !bodiless {
             connection.pause(pause).await?;
         }
     }

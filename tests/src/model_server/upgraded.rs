@@ -8,11 +8,12 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::time::sleep;
 
+use super::Shared;
 use super::connection::{Connection, Stop};
 use super::plan::{After, FaultKind, Plan, Upgraded};
 use super::sequence::Sequence;
 use crate::client::ConnectionEnd;
-use crate::content::Fnv;
+use crate::content::{Checker, Fnv, Mismatch};
 use crate::random::Random;
 
 /// What a peer sent.
@@ -24,6 +25,46 @@ pub struct Received {
     pub end: ConnectionEnd,
 }
 
+/// What a peer sent of the stream that it was to send, as far as that goes now.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Upload {
+    /// Bytes that were right.
+    pub right: u64,
+    /// The first that was not. What comes behind it is not looked at.
+    pub wrong: Option<Mismatch>,
+    /// Once there is one.
+    pub end: Option<ConnectionEnd>,
+}
+
+/// Compares what comes with the stream that the plan names, if it names one.
+struct Watch<'a> {
+    stream: Option<(u64, Checker)>,
+    shared: &'a Shared,
+}
+
+impl<'a> Watch<'a> {
+    fn new(plan: &Plan, shared: &'a Shared) -> Self {
+        let stream = plan.upload.map(|id| (id, Checker::of(plan.alphabet, id)));
+        Self { stream, shared }
+    }
+
+    fn bytes(&mut self, bytes: &[u8]) {
+        let Some((id, checker)) = &mut self.stream else { return };
+        let mut uploads = self.shared.uploads.lock();
+        let upload = uploads.entry(*id).or_default();
+        if upload.wrong.is_none() {
+            upload.wrong = checker.feed(bytes).err();
+            upload.right = checker.offset();
+        }
+    }
+
+    fn end(&self, end: ConnectionEnd) {
+        if let Some((id, _)) = &self.stream {
+            self.shared.uploads.lock().entry(*id).or_default().end = Some(end);
+        }
+    }
+}
+
 /// `first` is what goes out in one write with the first bytes.
 pub(super) async fn respond(
     connection: &mut Connection,
@@ -33,23 +74,24 @@ pub(super) async fn respond(
 ) -> Result<After, Stop> {
     let shared = std::sync::Arc::clone(&connection.shared);
     let early = std::mem::take(&mut connection.buffer);
+    let watch = Watch::new(plan, &shared);
     let (mut from, mut to) = connection.stream.split();
     let done = match upgraded {
         Upgraded::Echo => {
             to.write_all(&first).await.map_err(|_| Stop::PeerGone)?;
-            let received = receive(&mut from, early, Some(&mut to)).await;
+            let received = receive(&mut from, early, Some(&mut to), watch).await;
             shared.received.lock().push(received);
             Ok(received)
         }
         Upgraded::SendLast => {
             to.write_all(&first).await.map_err(|_| Stop::PeerGone)?;
-            let received = receive(&mut from, early, None).await;
+            let received = receive(&mut from, early, None, watch).await;
             shared.received.lock().push(received);
             send(&mut to, plan, Vec::new()).await.map(|()| received)
         }
         Upgraded::Send => {
             let receive = async {
-                let received = receive(&mut from, early, None).await;
+                let received = receive(&mut from, early, None, watch).await;
                 shared.received.lock().push(received);
                 // What is to be sent has nobody to go to.
                 if received.end == ConnectionEnd::Reset { Err(Stop::PeerGone) } else { Ok(received) }
@@ -64,10 +106,16 @@ pub(super) async fn respond(
 }
 
 /// Takes all that comes, and gives it back if it is to be echoed.
-async fn receive(from: &mut ReadHalf<'_>, early: BytesMut, mut echo: Option<&mut WriteHalf<'_>>) -> Received {
+async fn receive(
+    from: &mut ReadHalf<'_>,
+    early: BytesMut,
+    mut echo: Option<&mut WriteHalf<'_>>,
+    mut watch: Watch<'_>,
+) -> Received {
     let (mut buffer, mut hash, mut length) = (early, Fnv::default(), 0);
     let end = loop {
         hash.update(&buffer);
+        watch.bytes(&buffer);
         length += buffer.len() as u64;
         if let Some(echo) = &mut echo
             && echo.write_all(&buffer).await.is_err()
@@ -82,6 +130,7 @@ async fn receive(from: &mut ReadHalf<'_>, early: BytesMut, mut echo: Option<&mut
             Err(_) => break ConnectionEnd::Reset,
         }
     };
+    watch.end(end);
     if let (ConnectionEnd::Fin, Some(echo)) = (end, echo) {
         let _ = echo.shutdown().await;
     }

@@ -2,9 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use penstock_agent::config::ResponseToPicker;
+use penstock_agent::config::{ResponseToPicker, SteeringMode};
 use penstock_tests::{
-    Request, Stage, eventually,
+    Client, ModelServer, Request, Stage,
+    agent::{TestAgent, builtin_pool},
+    eventually,
+    model_server::Options,
     scripted_epp::{Fault, Faulty, Harm, Moment, Production},
     stage::epp,
 };
@@ -52,4 +55,63 @@ async fn times_and_tokens() {
         stage.agent.count("penstock_gen_ai_client_inference_tokens_total", &labels)
     };
     assert_eq!((tokens("input"), tokens("output")), (3, u64::from(TOKENS)));
+}
+
+/// Time to the first token, between tokens, and tokens a second, by model: the same of a stream that user space writes and of
+/// one of which it sees nothing. The bounds are those of the endpoint's pauses: a machine may be late, and never early.
+#[tokio::test]
+async fn event_streams_by_model_whoever_carries_them() {
+    tokio::join!(streams(SteeringMode::Off), streams(SteeringMode::Ingress));
+}
+
+async fn streams(mode: SteeringMode) {
+    const TOKENS: u32 = 15;
+    const INTERVAL: Duration = Duration::from_millis(20);
+    let server = ModelServer::start(Options::default()).await.unwrap();
+    let agent = TestAgent::start(builtin_pool(&[server.addr]), mode, |config| config.limits.metric_models = 2);
+    let mut took = Vec::new();
+    for model in ["one", "two", "one", "nobody-knows", "nobody-knows-either"] {
+        let body = format!(
+            r#"{{"model":"{model}","stream":true,"max_tokens":{TOKENS},"x-test-interval-us":{},"prompt":"a"}}"#,
+            INTERVAL.as_micros()
+        );
+        let begin = Instant::now();
+        let mut client = Client::connect(agent.addr).await.unwrap();
+        let request = Request::post("/v1/completions", body).header("content-type", "application/json");
+        assert_eq!(client.request(&request).await.unwrap().events().len(), TOKENS as usize + 2);
+        eventually(SOON, || agent.count("penstock_requests_total", &[]) == took.len() as u64 + 1).await;
+        took.push(begin.elapsed().as_secs_f64());
+    }
+    // What is no event stream has no tokens.
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    assert_eq!(client.request(&Request::get("/v1/models")).await.unwrap().status(), 200);
+    eventually(SOON, || agent.count("penstock_requests_total", &[]) == took.len() as u64 + 1).await;
+    assert_eq!(agent.count("penstock_body_bytes_total", &["path=\"ingress\""]) > 0, mode != SteeringMode::Off);
+
+    let of = |name: &str, model: &str| {
+        let labels = ["pool=\"default\"", &format!("gen_ai_request_model=\"{model}\"")];
+        let [count, sum] =
+            ["count", "sum"].map(|part| agent.metric(&format!("penstock_gen_ai_server_{name}_{part}"), &labels));
+        (count as u64, sum)
+    };
+    let interval = INTERVAL.as_secs_f64();
+    for (model, count, took) in [("one", 2, took[0] + took[2]), ("two", 1, took[1]), ("other", 2, took[3] + took[4])] {
+        let (first, between, rate) = (
+            of("time_to_first_token_seconds", model),
+            of("time_per_output_token_seconds", model),
+            of("output_tokens_per_second", model),
+        );
+        let shown = format!("{mode:?} {model}: first {first:?}, between {between:?}, rate {rate:?}, took {took}");
+        assert_eq!((first.0, between.0, rate.0), (count, count, count), "{shown}");
+        let times = count as f64;
+        // The endpoint pauses before its first token too.
+        assert!(times * interval <= first.1 && first.1 < took, "{shown}");
+        // Three messages end a stream at once; and the first may be seen late, by three quarters of a stream at most.
+        let messages = f64::from(TOKENS + 3);
+        let least = times * interval * f64::from(TOKENS - 1) / messages / 4.0;
+        assert!(least <= between.1 && between.1 <= took - first.1, "{shown}");
+        assert!(times * times / between.1 <= rate.1 * 1.000_001 && rate.1 <= times * times / least, "{shown}");
+    }
+    let all = agent.count("penstock_gen_ai_server_time_to_first_token_seconds_count", &[]);
+    assert_eq!((all, agent.count("penstock_metric_models_overflow_total", &[])), (5, 2));
 }

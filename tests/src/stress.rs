@@ -1,0 +1,168 @@
+//! Everything at once, at random: framings, sizes, pauses, buffers, slow and impatient clients, switches of protocol, endpoints
+//! that break off. Every byte is known by its place, so one that is lost, doubled or swapped is told, and where.
+//!
+//! A run is rounds, each with an agent of its own in one steering mode. A round is decided by its seed (the timing aside), so
+//! a failure names the seed that begins with its round.
+
+mod books;
+mod case;
+mod exchange;
+mod switch;
+mod tally;
+#[cfg(test)]
+mod tests;
+
+pub use books::{Books, Counts};
+pub use case::Case;
+pub use tally::Tally;
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
+use futures_util::future::join_all;
+use penstock_agent::config::SteeringMode;
+
+use exchange::Done;
+
+use crate::agent::{TestAgent, builtin_pool};
+use crate::eventually::within;
+use crate::model_server::{ModelServer, Options as ServerOptions};
+use crate::{Client, Random};
+
+const CLIENTS: usize = 24;
+const SERVERS: usize = 2;
+/// Longest time with one agent.
+const ROUND: Duration = Duration::from_secs(10);
+/// What is over is in the books within this.
+const SOON: Duration = Duration::from_secs(10);
+
+/// The paths that have to carry something in this mode. Every mode is stressed.
+#[must_use]
+pub fn paths(mode: SteeringMode) -> &'static [&'static str] {
+    match mode {
+        SteeringMode::Off => &["relay"],
+        // Endpoints are on this machine.
+        SteeringMode::Auto => &["local", "relay"],
+        SteeringMode::Local => &["local"],
+        SteeringMode::Ingress => &["ingress"],
+    }
+}
+
+pub(crate) fn mode_name(mode: SteeringMode) -> String {
+    mode.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    pub time: Duration,
+    pub seed: u64,
+    /// The only one; all of them in turns otherwise.
+    pub mode: Option<SteeringMode>,
+}
+
+/// One tally for each mode. `note` is told of each round when it is over. Fails when something else than the agent's work is in
+/// the way.
+pub async fn run(options: Options, mut note: impl FnMut(&Tally)) -> Result<Vec<Tally>> {
+    let modes = options.mode.map_or_else(|| SteeringMode::value_variants().to_vec(), |mode| vec![mode]);
+    let turns = options.time.div_duration_f64(ROUND * modes.len() as u32).ceil().max(1.0) as u32;
+    let time = options.time / (turns * modes.len() as u32);
+    let mut tallies: Vec<Tally> = modes.iter().map(|mode| Tally::new(*mode)).collect();
+    for turn in 0..turns {
+        for (number, total) in tallies.iter_mut().enumerate() {
+            let seed = options.seed.wrapping_add(u64::from(turn) * modes.len() as u64 + number as u64);
+            let round = round(total.mode, seed, time).await.with_context(|| again(total.mode, seed))?;
+            note(&round);
+            total.add(&round);
+        }
+    }
+    Ok(tallies)
+}
+
+fn again(mode: SteeringMode, seed: u64) -> String {
+    format!("again: cargo xtask stress --mode {} --seed {seed}", mode_name(mode))
+}
+
+async fn round(mode: SteeringMode, seed: u64, time: Duration) -> Result<Tally> {
+    let mut random = Random::new(seed);
+    let mut servers = Vec::new();
+    for _ in 0..SERVERS {
+        let options = ServerOptions { idle_close: None, keep_requests: false, ..ServerOptions::default() };
+        servers.push(ModelServer::start(options).await?);
+    }
+    let addrs: Vec<_> = servers.iter().map(|server| server.addr).collect();
+    let agent = TestAgent::try_start(builtin_pool(&addrs), mode, |config| {
+        config.listen.workers = random.pick(&[1, 2]);
+        config.steering.client_send_buffer = random.pick(&[64 << 10, 1 << 20, 1 << 20]);
+        config.steering.endpoint_receive_buffer = random.pick(&[32 << 10, 512 << 10, 4 << 20]);
+    })?;
+    let until = Instant::now() + time;
+    let clients = (0..CLIENTS).map(|number| {
+        let client = Caller { agent: &agent, servers: &servers, random: Random::new(random.below(u64::MAX)), number };
+        client.run(mode, seed, until)
+    });
+    let mut tally = Tally::new(mode);
+    for of_one in join_all(clients).await {
+        tally.add(&of_one);
+    }
+    if let Err(error) = settle(&agent, &servers, &tally).await {
+        tally.fail(&again(mode, seed), &error);
+    }
+    tally.books = Books::read(&agent.agent.metrics().encode());
+    Ok(tally)
+}
+
+/// Nothing is held for requests that are over, and complete responses were carried by somebody.
+async fn settle(agent: &TestAgent, servers: &[ModelServer], tally: &Tally) -> Result<()> {
+    for gauge in ["penstock_active_requests", "penstock_client_connections"] {
+        let none = within(SOON, || agent.metric(gauge, &[]) == 0.0).await;
+        ensure!(none, "{gauge} stays at {}", agent.metric(gauge, &[]));
+    }
+    // What is open now is kept for the next request: as many as there were at once, of each worker to each endpoint.
+    let open = || servers.iter().map(ModelServer::connections_open).sum::<u64>();
+    let most = (CLIENTS * SERVERS * 2) as u64;
+    ensure!(within(SOON, || open() <= most).await, "{} connections to endpoints stay open", open());
+    let carried = agent.count("penstock_body_bytes_total", &[]);
+    // Of a response that was broken off, what its last write has left in the client's connection is in nobody's books.
+    ensure!(carried >= tally.whole, "complete responses had {} bytes, and {carried} were carried", tally.whole);
+    Ok(())
+}
+
+/// A client: one case after the other, on a connection that is kept where it can be.
+struct Caller<'a> {
+    agent: &'a TestAgent,
+    servers: &'a [ModelServer],
+    random: Random,
+    number: usize,
+}
+
+impl Caller<'_> {
+    async fn run(mut self, mode: SteeringMode, seed: u64, until: Instant) -> Tally {
+        let (mut tally, mut kept, mut count) = (Tally::new(mode), None, 0_u64);
+        while Instant::now() < until {
+            let case = Case::choose(&mut self.random);
+            count += 1;
+            match self.exchange(kept.take(), &case, count).await {
+                Ok(done) => {
+                    tally.done(&case, done.outcome, done.bytes);
+                    kept = done.client;
+                }
+                Err(error) => {
+                    let what = format!("client {}, its case {count}: {case:?}\n    {}", self.number, again(mode, seed));
+                    tally.fail(&what, &error);
+                    // Whatever is wrong here may be so at once again.
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+            }
+        }
+        tally
+    }
+
+    async fn exchange(&self, kept: Option<Client>, case: &Case, count: u64) -> Result<Done> {
+        let client = match kept.filter(|_| !case.fresh) {
+            Some(client) => client,
+            None => Client::connect_with(self.agent.addr, case.rcvbuf).await?,
+        };
+        exchange::run(client, case, &format!("{}-{count}", self.number), self.servers).await
+    }
+}

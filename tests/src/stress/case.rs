@@ -1,0 +1,224 @@
+//! What one client asks for next, and how it takes it: chosen by a seed alone, without a socket in sight.
+
+use std::time::Duration;
+
+use crate::model_server::{After, Fault, FaultKind, Framing, HeadWrites, Lengths, Pauses, Plan, Upgraded};
+use crate::{Random, Reader};
+
+const KIB: u64 = 1 << 10;
+/// Of a response, and of either direction behind a switch of protocols.
+const LARGEST: u64 = 3_000_000;
+const LARGEST_REQUEST: u64 = 300_000;
+
+#[derive(Clone, Debug)]
+pub struct Case {
+    /// On a connection of its own, although one is kept.
+    pub fresh: bool,
+    /// `SO_RCVBUF`, where a connection is made for it.
+    pub rcvbuf: Option<usize>,
+    pub exchange: Exchange,
+}
+
+#[derive(Clone, Debug)]
+pub enum Exchange {
+    Response {
+        plan: Plan,
+        head_only: bool,
+        body: Option<RequestBody>,
+        taking: Taking,
+    },
+    /// The connection switches protocols: bytes both ways.
+    Switch {
+        plan: Plan,
+        upload: Upload,
+        taking: Taking,
+    },
+}
+
+#[derive(Clone, Copy, Debug)]
+pub enum Taking {
+    All(Reader),
+    /// The client leaves once it has these bytes.
+    Part {
+        bytes: u64,
+        reset: bool,
+    },
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct RequestBody {
+    pub stream_id: u64,
+    pub size: u64,
+    /// Bytes of a chunk; with `content-length` otherwise.
+    pub chunks: Option<usize>,
+    /// Bytes of each write, with a pause behind it.
+    pub pieces: Option<usize>,
+}
+
+/// What a client sends behind a switch, and then its end.
+#[derive(Clone, Copy, Debug)]
+pub struct Upload {
+    pub stream_id: u64,
+    pub size: u64,
+    pub writes: Lengths,
+    pub pauses: Option<Pauses>,
+}
+
+impl Case {
+    pub fn choose(random: &mut Random) -> Self {
+        let exchange = if random.one_in(8) { switch(random) } else { response(random) };
+        Self {
+            fresh: random.one_in(6),
+            rcvbuf: random.pick(&[None, Some(2048), Some(16 << 10), Some(256 << 10)]),
+            exchange,
+        }
+    }
+}
+
+fn response(random: &mut Random) -> Exchange {
+    let framing = random.pick(&[Framing::ContentLength, Framing::Chunked, Framing::UntilClose]);
+    let chunked = framing == Framing::Chunked;
+    let mut plan = stream(random);
+    let (size, seed) = (plan.size, plan.stream_id);
+    plan.framing = framing;
+    plan.chunks = match random.below(6) {
+        0 => Lengths::Fixed(64 << 10),
+        1 if size < 5000 => Lengths::OneByte,
+        _ => Lengths::Random { seed, max: 1 + size / 10 },
+    };
+    plan.chunk_extension = (chunked && random.one_in(2)).then(|| "a=b".to_owned());
+    if chunked && random.one_in(2) {
+        plan.trailers = vec![("x-t".to_owned(), "v".to_owned())];
+    }
+    if random.one_in(3) {
+        plan.headers = vec![("content-type".to_owned(), "text/event-stream".to_owned())];
+    }
+    plan.cork = framing == Framing::UntilClose && random.one_in(2);
+    // An end that was not announced, right behind the last byte, is what makes a broken connection of a whole message.
+    plan.after = random.pick(&[After::KeepAlive, After::KeepAlive, After::KeepAlive, After::Close, After::SilentClose]);
+    let head_only = framing != Framing::UntilClose && random.one_in(20);
+    plan.fault = plan.fault.filter(|_| !head_only);
+    let body = random.one_in(6).then(|| RequestBody {
+        stream_id: random.below(u64::MAX),
+        size: at_random(random, LARGEST_REQUEST),
+        chunks: random.one_in(2).then(|| 1 + random.below(50_000) as usize),
+        pieces: random.one_in(3).then_some(20_000),
+    });
+    let taking = if head_only { Taking::All(Reader::Fast) } else { taking(random, size) };
+    Exchange::Response { plan, head_only, body, taking }
+}
+
+fn switch(random: &mut Random) -> Exchange {
+    let upgraded = random.pick(&[Upgraded::Echo, Upgraded::Send, Upgraded::SendLast]);
+    let of = stream(random);
+    let Plan { stream_id: seed, size, writes, pauses, .. } = stream(random);
+    let upload = Upload { stream_id: seed, size, writes, pauses };
+    let fault = of.fault.filter(|_| upgraded != Upgraded::Echo);
+    let taking = taking(random, if upgraded == Upgraded::Echo { size } else { of.size });
+    let switching = Plan::switching("websocket", upgraded);
+    let plan = Plan { upload: Some(seed), status: 101, headers: switching.headers, ..of };
+    Exchange::Switch { plan: Plan { fault, framing: Framing::None, upgraded: Some(upgraded), ..plan }, upload, taking }
+}
+
+/// A stream of bytes: how long, and how it is written, held up and broken off.
+fn stream(random: &mut Random) -> Plan {
+    let (size, seed) = (at_random(random, LARGEST), random.below(u64::MAX));
+    let pauses = |every, up_to_us| Some(Pauses { seed, every, up_to_us });
+    let now_and_then = pauses(if size > 100_000 { 8 } else { 2 }, 1500).filter(|_| random.one_in(2));
+    let (writes, pauses) = match random.below(8) {
+        0 if size < 5000 => (Lengths::OneByte, now_and_then),
+        0 | 1 => (Lengths::Fixed(64 << 10), now_and_then),
+        2 => (Lengths::Random { seed, max: 1000.max(size / 50) }, now_and_then),
+        3 => (Lengths::Random { seed, max: 100_000 }, now_and_then),
+        // As fast as clients take it, which is when the kernel carries all of it.
+        4 | 5 => (Lengths::Random { seed, max: 30_000 }, pauses(1, 1000)),
+        // As tokens come.
+        _ => (Lengths::Random { seed, max: 100.max(size / 200) }, pauses(1, 500)),
+    };
+    let fault = (size > 0 && random.one_in(4)).then(|| {
+        let kinds = [FaultKind::Reset, FaultKind::Close, FaultKind::StallMs(1 + random.below(150))];
+        Fault { after: random.below(size), kind: random.pick(&kinds) }
+    });
+    Plan {
+        size,
+        stream_id: seed,
+        head: HeadWrites {
+            split_at: random.one_in(8).then(|| random.below(80) as usize),
+            pause_us: random.below(500),
+            with_body: random.one_in(2),
+        },
+        writes,
+        pauses,
+        fault,
+        ..Plan::default()
+    }
+}
+
+/// Nothing, a byte, a page or all of it: each order of magnitude as often as the others.
+fn at_random(random: &mut Random, largest: u64) -> u64 {
+    let most = random.pick(&[1, 1000, 100_000, largest]);
+    random.below(most.min(largest) + 1)
+}
+
+fn taking(random: &mut Random, size: u64) -> Taking {
+    if random.one_in(8) {
+        return Taking::Part { bytes: random.below(size + 1), reset: random.one_in(2) };
+    }
+    Taking::All(match random.below(4) {
+        0 => {
+            // Half a second at most.
+            let bytes = 1 + size / 250 + random.below(100 * KIB);
+            Reader::Slow { bytes: bytes as usize, tick: Duration::from_millis(1) }
+        }
+        1 => Reader::Stalled { after: random.below(size + 1), pause: Duration::from_millis(random.below(100)) },
+        _ => Reader::Fast,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cases(seed: u64, count: usize) -> Vec<Case> {
+        let mut random = Random::new(seed);
+        (0..count).map(|_| Case::choose(&mut random)).collect()
+    }
+
+    #[test]
+    fn a_seed_is_all_that_decides() {
+        assert_eq!(format!("{:?}", cases(7, 200)), format!("{:?}", cases(7, 200)));
+        assert_ne!(format!("{:?}", cases(7, 20)), format!("{:?}", cases(8, 20)));
+    }
+
+    #[test]
+    fn everything_comes_up() {
+        let cases = cases(1, 5000);
+        let plans = || {
+            cases.iter().map(|case| match &case.exchange {
+                Exchange::Response { plan, .. } | Exchange::Switch { plan, .. } => plan,
+            })
+        };
+        for framing in [Framing::ContentLength, Framing::Chunked, Framing::UntilClose, Framing::None] {
+            assert!(plans().any(|plan| plan.framing == framing), "{framing:?}");
+        }
+        for kind in [FaultKind::Reset, FaultKind::Close] {
+            assert!(plans().any(|plan| plan.fault.is_some_and(|fault| fault.kind == kind)), "{kind:?}");
+        }
+        for upgraded in [Upgraded::Echo, Upgraded::Send, Upgraded::SendLast] {
+            assert!(plans().any(|plan| plan.upgraded == Some(upgraded)), "{upgraded:?}");
+        }
+        for after in [After::KeepAlive, After::Close, After::SilentClose] {
+            assert!(plans().any(|plan| plan.after == after), "{after:?}");
+        }
+        assert!(plans().any(|plan| plan.size == 0) && plans().any(|plan| plan.size > LARGEST * 9 / 10));
+        let takings = || {
+            cases.iter().map(|case| match &case.exchange {
+                Exchange::Response { taking, .. } | Exchange::Switch { taking, .. } => taking,
+            })
+        };
+        assert!(takings().any(|taking| matches!(taking, Taking::All(Reader::Slow { .. }))));
+        assert!(takings().any(|taking| matches!(taking, Taking::All(Reader::Stalled { .. }))));
+        assert!(takings().any(|taking| matches!(taking, Taking::Part { reset: true, .. })));
+        assert!(cases.iter().any(|case| case.rcvbuf == Some(2048)) && cases.iter().any(|case| case.fresh));
+    }
+}

@@ -1,0 +1,193 @@
+//! One case over a client's connection, and what must not happen in it: a byte that is not the one that belongs there, and an
+//! end that looks like the right one and comes too soon.
+
+use std::fmt;
+
+use anyhow::{Result, anyhow, ensure};
+
+use super::case::{Case, Exchange, RequestBody, Taking};
+use super::switch;
+use crate::client::Pace;
+use crate::content::{Alphabet, Fnv};
+use crate::model_server::{Fault, FaultKind, Framing, ModelServer, Plan};
+use crate::reader::at_least;
+use crate::{BodyEnd, Client};
+
+/// How an exchange that is as it should be has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    Complete,
+    /// As the endpoint was told to.
+    Broken,
+    /// The client has left.
+    Left,
+}
+
+pub(super) struct Done {
+    pub(super) outcome: Outcome,
+    /// Bytes of the body that were read, framing included.
+    pub(super) bytes: u64,
+    /// When its connection goes on.
+    pub(super) client: Option<Client>,
+}
+
+impl Done {
+    pub(super) fn new(outcome: Outcome, bytes: u64) -> Self {
+        Self { outcome, bytes, client: None }
+    }
+}
+
+/// A stream ended in good order and was not whole.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Short {
+    pub(super) bytes: u64,
+    pub(super) of: u64,
+}
+
+impl fmt::Display for Short {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { bytes, of } = self;
+        write!(f, "ended in good order after {bytes} bytes of {of}")
+    }
+}
+
+impl std::error::Error for Short {}
+
+/// A request arrived as another: all that is known of its bytes are their number and their hash.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Garbled {
+    size: u64,
+    arrived: u64,
+}
+
+impl fmt::Display for Garbled {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { size, arrived } = self;
+        write!(f, "a request body of {size} bytes arrived as another, of {arrived}")
+    }
+}
+
+impl std::error::Error for Garbled {}
+
+/// Runs `case`; `name` is the request's, and nobody else's. Errors are [`crate::content::Mismatch`], [`Short`], [`Garbled`],
+/// and whatever else is not as it should be.
+pub(super) async fn run(client: Client, case: &Case, name: &str, servers: &[ModelServer]) -> Result<Done> {
+    match &case.exchange {
+        Exchange::Switch { plan, upload, taking } => switch::run(client, plan, upload, *taking, servers).await,
+        Exchange::Response { plan, head_only, body, taking } => {
+            let checked = body.as_ref().map(|body| (body, name));
+            let request = request(plan, *head_only, checked);
+            response(client, plan, &request, *head_only, *taking, servers, checked).await
+        }
+    }
+}
+
+fn request(plan: &Plan, head_only: bool, body: Option<(&RequestBody, &str)>) -> crate::Request {
+    let mut request = plan.request();
+    if let Some((body, name)) = body {
+        let bytes = Alphabet::Binary.bytes(body.stream_id, 0, body.size as usize);
+        request.method = "POST".to_owned();
+        request = request.header("x-request-id", name);
+        request = match body.chunks {
+            Some(size) => request.chunked(bytes, size),
+            None => request.body(bytes),
+        };
+        if let Some(pieces) = body.pieces {
+            request = request.piecewise(pieces, std::time::Duration::from_micros(200));
+        }
+    }
+    if head_only {
+        request.method = "HEAD".to_owned();
+    }
+    request
+}
+
+async fn response(
+    mut client: Client,
+    plan: &Plan,
+    request: &crate::Request,
+    head_only: bool,
+    taking: Taking,
+    servers: &[ModelServer],
+    body: Option<(&RequestBody, &str)>,
+) -> Result<Done> {
+    client.send(request).await?;
+    let fault = plan.fault.filter(|fault| !matches!(fault.kind, FaultKind::StallMs(_)));
+    let head = match client.head().await {
+        Ok(head) => head,
+        // A body that only the close ends is broken off by a reset, which may take the head with it.
+        Err(error) if fault.is_some() && error.to_string().contains("Reset") => {
+            return Ok(Done::new(Outcome::Broken, 0));
+        }
+        Err(error) => return Err(error),
+    };
+    if head.status == 502 && fault.is_some() {
+        // The reset took the head with it.
+        client.read_body(Pace::Fast, |_| Ok(())).await?;
+        return Ok(Done { client: Some(client), ..Done::new(Outcome::Broken, 0) });
+    }
+    if head.status != 200 {
+        return Err(refused(&mut client, head.status).await);
+    }
+    if let Some((body, name)) = body {
+        arrived(body, name, servers)?;
+    }
+    let mut checker = plan.checker();
+    let reader = match taking {
+        Taking::All(reader) => reader,
+        Taking::Part { bytes, reset } => {
+            at_least(&mut client, &mut checker, bytes).await?;
+            if reset {
+                client.reset()?;
+            }
+            return Ok(Done::new(Outcome::Left, checker.offset()));
+        }
+    };
+    let read = reader.take(&mut client, &mut checker).await?;
+    let whole = if head_only { 0 } else { plan.size };
+    let short = Short { bytes: read.len, of: whole };
+    let until_close = plan.framing == Framing::UntilClose;
+    match fault {
+        None => {
+            ensure!(read.end == BodyEnd::Complete, "{:?} after {} bytes of {whole}", read.end, read.len);
+            ensure!(read.len == whole, short);
+            ensure!(head_only || read.trailers == plan.trailers, "trailers {:?}", read.trailers);
+            let closes = head.header("connection").is_some_and(|value| value.eq_ignore_ascii_case("close"));
+            let client = (!until_close && !closes).then_some(client);
+            return Ok(Done { client, ..Done::new(Outcome::Complete, read.wire) });
+        }
+        // Nobody can tell this end from the right one.
+        Some(Fault { kind: FaultKind::Close, after }) if until_close => {
+            ensure!(read.end == BodyEnd::Complete, "{:?} after {} bytes", read.end, read.len);
+            ensure!(read.len == after, Short { of: after, ..short });
+        }
+        Some(_) => {
+            ensure!(read.end != BodyEnd::Complete, short);
+            ensure!(read.end == BodyEnd::Reset || !until_close, short);
+        }
+    }
+    Ok(Done::new(Outcome::Broken, read.wire))
+}
+
+/// What an answer says that should have been another.
+pub(super) async fn refused(client: &mut Client, status: u16) -> anyhow::Error {
+    let mut text = Vec::new();
+    let read = client.read_body(Pace::Fast, |bytes| {
+        text.extend_from_slice(&bytes[..bytes.len().min(500)]);
+        Ok(())
+    });
+    let end = read.await.map(|read| read.end);
+    anyhow!("status {status}, {end:?}: {}", String::from_utf8_lossy(&text))
+}
+
+/// The endpoint has got every byte of the request.
+fn arrived(body: &RequestBody, name: &str, servers: &[ModelServer]) -> Result<()> {
+    let bytes = Alphabet::Binary.bytes(body.stream_id, 0, body.size as usize);
+    let hash = Fnv::of(&bytes).value();
+    // Those of a request that was sent again differ in nothing.
+    for sent in servers.iter().filter_map(|server| server.sent(name)) {
+        let same = (sent.request_length, sent.request_hash) == (body.size, hash);
+        ensure!(same, Garbled { size: body.size, arrived: sent.request_length });
+    }
+    Ok(())
+}

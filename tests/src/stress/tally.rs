@@ -1,0 +1,150 @@
+//! What came of many cases.
+
+use std::fmt;
+
+use anyhow::Error;
+use penstock_agent::config::SteeringMode;
+
+use super::books::Books;
+use super::case::{Case, Exchange};
+use super::exchange::{Garbled, Outcome, Short};
+use super::{mode_name, paths};
+use crate::content::Mismatch;
+
+/// Failures that are kept as they were; all are counted.
+const KEPT: usize = 10;
+
+/// What one kind of agent has carried, and whether it was right.
+#[derive(Clone, Debug)]
+pub struct Tally {
+    pub mode: SteeringMode,
+    pub complete: u64,
+    /// Broken off by the endpoint, as it was told to.
+    pub broken: u64,
+    /// The client has left.
+    pub left: u64,
+    /// Connections that switched protocols, among all of these.
+    pub switched: u64,
+    /// Bytes of responses that clients have read, framing included.
+    pub read: u64,
+    /// Of those, the bytes of responses that were complete.
+    pub whole: u64,
+    /// Streams with a byte that did not belong there.
+    pub wrong: u64,
+    /// Streams that ended in good order and too soon.
+    pub short: u64,
+    /// Anything else that is not as it should be.
+    pub odd: u64,
+    /// The first of these three.
+    pub failures: Vec<String>,
+    pub books: Books,
+}
+
+impl Tally {
+    pub(super) fn new(mode: SteeringMode) -> Self {
+        Self {
+            mode,
+            complete: 0,
+            broken: 0,
+            left: 0,
+            switched: 0,
+            read: 0,
+            whole: 0,
+            wrong: 0,
+            short: 0,
+            odd: 0,
+            failures: Vec::new(),
+            books: Books::default(),
+        }
+    }
+
+    #[must_use]
+    pub fn name(&self) -> String {
+        mode_name(self.mode)
+    }
+
+    #[must_use]
+    pub fn requests(&self) -> u64 {
+        self.complete + self.broken + self.left + self.failed()
+    }
+
+    #[must_use]
+    pub fn failed(&self) -> u64 {
+        self.wrong + self.short + self.odd
+    }
+
+    pub(super) fn done(&mut self, case: &Case, outcome: Outcome, bytes: u64) {
+        let count = match outcome {
+            Outcome::Complete => &mut self.complete,
+            Outcome::Broken => &mut self.broken,
+            Outcome::Left => &mut self.left,
+        };
+        *count += 1;
+        self.switched += u64::from(matches!(case.exchange, Exchange::Switch { .. }));
+        self.read += bytes;
+        self.whole += if outcome == Outcome::Complete { bytes } else { 0 };
+    }
+
+    /// `what` is where it happened.
+    pub(super) fn fail(&mut self, what: &str, error: &Error) {
+        let count = if error.is::<Mismatch>() || error.is::<Garbled>() {
+            &mut self.wrong
+        } else if error.is::<Short>() {
+            &mut self.short
+        } else {
+            &mut self.odd
+        };
+        *count += 1;
+        if self.failures.len() < KEPT {
+            self.failures.push(format!("{error:#}\n    {what}"));
+        }
+    }
+
+    pub(super) fn add(&mut self, other: &Self) {
+        self.complete += other.complete;
+        self.broken += other.broken;
+        self.left += other.left;
+        self.switched += other.switched;
+        self.read += other.read;
+        self.whole += other.whole;
+        self.wrong += other.wrong;
+        self.short += other.short;
+        self.odd += other.odd;
+        self.failures.extend_from_slice(&other.failures[..other.failures.len().min(KEPT - self.failures.len())]);
+        self.books.add(&other.books);
+    }
+
+    /// All that is not as it should be, the paths that carried nothing included; empty when all is.
+    #[must_use]
+    pub fn complaints(&self) -> Vec<String> {
+        let mode = self.name();
+        let mut complaints: Vec<String> = self.failures.iter().map(|failure| format!("{mode}: {failure}")).collect();
+        if self.failed() > self.failures.len() as u64 {
+            complaints.push(format!("{mode}: {} more", self.failed() - self.failures.len() as u64));
+        }
+        if self.complete == 0 {
+            complaints.push(format!("{mode}: no response was complete"));
+        }
+        for path in paths(self.mode).iter().filter(|path| self.books.bytes.get(path) == 0) {
+            complaints.push(format!("{mode}: the path {path} carried nothing"));
+        }
+        complaints
+    }
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { complete, broken, left, switched, read, wrong, short, odd, books, .. } = self;
+        writeln!(
+            f,
+            "{:<8} {} requests, {switched} of them switches of protocol: {complete} complete, {broken} broken off by \
+             the endpoint as told, {left} left by the client; {read} bytes read",
+            self.name(),
+            self.requests(),
+        )?;
+        writeln!(f, "  bytes  {}", books.bytes)?;
+        writeln!(f, "  flows  {}: {}", books.flows.sum(), books.flows)?;
+        writeln!(f, "  stops  {}", books.stops)?;
+        writeln!(f, "  wrong  {wrong} streams with a wrong byte, {short} short with a clean end, {odd} otherwise")
+    }
+}
