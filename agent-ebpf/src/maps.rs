@@ -63,6 +63,7 @@ pub(crate) static OFFSETS: Global<Offsets> = Global::new(Offsets {
     msg_sk: 0,
     msg_data: 0,
     msg_data_end: 0,
+    ops_sk: 0,
     skc_cookie: 0,
     skc_flags: 0,
     accounts: 0,

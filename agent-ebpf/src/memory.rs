@@ -33,6 +33,16 @@ pub(crate) fn clear_release(word: &Word) {
     unsafe { asm!("{0} = xchg_64({1} + 0, {0})", inout(reg) 0u64 => _, in(reg) word.as_ptr()) };
 }
 
+/// Whether the owner of a socket keeps an account of its queue: of `SO_ZEROCOPY`'s completions, or as a Penstock of what it
+/// and its kernel have written.
+#[inline(always)]
+pub(crate) unsafe fn keeps_account(socket: *const u8) -> bool {
+    let offsets = OFFSETS.load();
+    // SAFETY: the helper that reads checks every address.
+    let flags = unsafe { read_u64(socket, offsets.skc_flags) };
+    flags & u64::from(offsets.accounts) != 0
+}
+
 /// Fill of a socket's send buffer, at the offsets that the agent found in the kernel's BTF.
 #[inline(always)]
 pub(crate) unsafe fn send_buffer(tcp: *const u8) -> SendBuffer {

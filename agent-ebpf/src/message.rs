@@ -122,10 +122,8 @@ impl Message for Send<'_> {
 
     #[inline(always)]
     fn keeps_account(&mut self) -> bool {
-        let offsets = OFFSETS.load();
         // SAFETY: the helper that reads checks every address.
-        let flags = unsafe { read_u64(self.socket, offsets.skc_flags) };
-        flags & u64::from(offsets.accounts) != 0
+        unsafe { memory::keeps_account(self.socket) }
     }
 }
 

@@ -10,8 +10,12 @@ use aya_ebpf::{
     macros::sock_ops,
     programs::SockOpsContext,
 };
+use aya_log_ebpf::{debug, warn};
 
-use crate::maps::{End, Ends, INDEX, LOCAL_INDEX, LOCAL_SLOTS, LOCALS, PEERS, Peer};
+use crate::{
+    maps::{End, Ends, INDEX, LOCAL_INDEX, LOCAL_SLOTS, LOCALS, OFFSETS, PEERS, Peer},
+    memory::{keeps_account, read_u64},
+};
 
 const AF_INET: u32 = 2;
 
@@ -50,6 +54,13 @@ fn endpoints_side(ctx: &SockOpsContext) {
         return;
     }
     let _ = PEERS.remove(&ends);
+    // In the map, a call is sent piece by piece, and completions of `MSG_ZEROCOPY` count the pieces (`tcp_bpf_push`). One who
+    // says only later that there is an account is never redirected, but stays in the map.
+    // The context is the kernel's own, whatever the verifier makes of its fields, and the helper that reads checks addresses.
+    // SAFETY: as just said.
+    if unsafe { keeps_account(read_u64(ctx.as_ptr().cast(), OFFSETS.load().ops_sk) as *const u8) } {
+        return;
+    }
     let Some(slot) = LOCAL_SLOTS.get_ptr_mut(peer.index) else { return };
     // SAFETY: the context is the one the kernel called us with.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
@@ -57,12 +68,16 @@ fn endpoints_side(ctx: &SockOpsContext) {
         return;
     }
     // SAFETY: as above, and the helper takes the context itself.
-    let inserted = LOCALS.update(cookie, unsafe { &mut *ctx.ops }, u64::from(BPF_NOEXIST));
-    if inserted.is_ok() {
-        // SAFETY: one word of a map's value, which nobody else writes.
-        unsafe { (*slot).peer.set(cookie) };
-    } else {
-        let _ = LOCAL_INDEX.remove(&cookie);
+    match LOCALS.update(cookie, unsafe { &mut *ctx.ops }, u64::from(BPF_NOEXIST)) {
+        Ok(()) => {
+            // SAFETY: one word of a map's value, which nobody else writes.
+            unsafe { (*slot).peer.set(cookie) };
+            debug!(ctx, "socket {} of an endpoint recognised", cookie);
+        }
+        Err(error) => {
+            let _ = LOCAL_INDEX.remove(&cookie);
+            warn!(ctx, "socket {} of an endpoint refused: {}", cookie, error);
+        }
     }
 }
 

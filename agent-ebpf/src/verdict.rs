@@ -12,6 +12,7 @@ use aya_ebpf::{
     macros::stream_verdict,
     programs::SkBuffContext,
 };
+use aya_log_ebpf::error;
 use penstock_common::{
     framing::Framing,
     slot::Word,
@@ -39,7 +40,11 @@ fn penstock_verdict(ctx: SkBuffContext) -> u32 {
     // SAFETY: the socket lock serialises verdicts of one connection, a connection has its slot alone, and the agent
     // leaves the fields that are not atomics alone while the slot is armed.
     let slot = unsafe { &mut *slot };
+    let was_astray = slot.astray.get();
     verdict(slot, len, &mut Skb { ctx: &ctx, index });
+    if slot.astray.get() != was_astray {
+        error!(&ctx, "connection {}: {} bytes are not where they belong; it will be broken off", cookie, len);
+    }
     find_client(index);
     SK_PASS
 }

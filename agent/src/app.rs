@@ -24,6 +24,7 @@ use crate::{
     control::{self, Control},
     dns::Dns,
     endpoint::discovery::Discovery,
+    kernel::socket,
     ladder::Ladder,
     metrics::Metrics,
     picker::tend::tend,
@@ -100,6 +101,10 @@ impl Agent {
         let admin = admin.context("the admin server")?;
 
         let steering = ladder.steering();
+        if let Steering::Active(_) = steering {
+            // Inherited by every connection: another agent on this machine, whose endpoint this one is, knows it from the start.
+            plain.iter().try_for_each(socket::keep_account)?;
+        }
         let address = plain[0].local_addr()?;
         let mut listeners: Vec<Vec<_>> = plain.into_iter().map(|socket| vec![(socket, None)]).collect();
         let mut tls_address = None;

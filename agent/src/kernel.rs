@@ -21,6 +21,7 @@ use aya::{
     programs::{CgroupAttachMode, SkMsg, SkSkb, SockOps},
     util::KernelVersion,
 };
+use aya_log::{EbpfLogger, Level};
 use penstock_common::slot::Offsets;
 use thiserror::Error;
 use zerocopy::IntoBytes as _;
@@ -47,6 +48,8 @@ pub enum LoadError {
     Program(#[from] aya::programs::ProgramError),
     #[error("the kernel program's maps: {0}")]
     Map(#[from] MapError),
+    #[error("the kernel program's log: {0}")]
+    Log(#[from] aya_log::Error),
     #[error("the kernel program has no {0}")]
     Missing(&'static str),
     #[error("the kernel program's memory and events: {0}")]
@@ -92,10 +95,14 @@ impl Kernel {
         debug_assert_eq!(words.as_bytes(), offsets.as_bytes());
         let mut loader = EbpfLoader::new();
         loader.override_global("OFFSETS", &words, true);
+        let level = if tracing::enabled!(tracing::Level::DEBUG) { Level::Debug } else { Level::Warn } as u8;
+        loader.override_global(aya_log::LEVEL, &level, true);
         for map in MAPS_BY_FLOW {
             loader.map_max_entries(map, max_flows);
         }
         let mut ebpf = loader.load(object)?;
+        // What the programs have to say, seldom and never for each byte, comes with the agent's own log.
+        let log = EbpfLogger::init(&mut ebpf)?;
 
         let program = ebpf.program_mut(PROGRAM).ok_or(LoadError::Missing("verdict program"))?;
         let program: &mut SkSkb = program.try_into()?;
@@ -115,7 +122,7 @@ impl Kernel {
             }
             _ => return Err(LoadError::Missing("map SLOTS")),
         };
-        let events = Events::start(ring, missed, Arc::clone(&slots))?;
+        let events = Events::start(ring, missed, log, Arc::clone(&slots))?;
         let mut take = |name: &'static str| match ebpf.take_map(name) {
             Some(Map::SockHash(data) | Map::HashMap(data)) => Ok(data),
             _ => Err(LoadError::Missing(name)),

@@ -11,3 +11,4 @@ pub mod local;
 pub mod slot;
 pub mod tail;
 pub mod verdict;
+mod word;

@@ -5,45 +5,8 @@
 //! kernel owns `framing`, `redir` and the stamps until it clears `armed`. Whatever ends an armed span clears `armed` last, so
 //! an agent that reads `armed == 0` with acquire order sees everything written before. `passed` belongs to the kernel always.
 
-use core::{cell::UnsafeCell, sync::atomic::AtomicU64};
-
 use crate::framing::Framing;
-
-/// A word that both sides read while one of them may write. `get` and `set` are single, unordered accesses (the eBPF
-/// back end has no atomic loads and stores); order comes from [`atomic`](Self::atomic) on the host and from
-/// [`Kernel`](crate::verdict::Kernel) in the program.
-#[repr(transparent)]
-#[derive(Default)]
-#[cfg_attr(feature = "user", derive(zerocopy::IntoBytes, zerocopy::FromBytes, zerocopy::KnownLayout))]
-pub struct Word(UnsafeCell<u64>);
-
-// SAFETY: every access is a volatile or atomic access of one aligned machine word.
-unsafe impl Sync for Word {}
-
-impl Word {
-    #[inline(always)]
-    pub fn get(&self) -> u64 {
-        // SAFETY: the pointer is valid and aligned for as long as `self` is.
-        unsafe { self.0.get().read_volatile() }
-    }
-
-    #[inline(always)]
-    pub fn set(&self, value: u64) {
-        // SAFETY: as above.
-        unsafe { self.0.get().write_volatile(value) }
-    }
-
-    pub const fn as_ptr(&self) -> *mut u64 {
-        self.0.get()
-    }
-
-    /// The same word with ordered accesses, for the host.
-    #[inline(always)]
-    pub const fn atomic(&self) -> &AtomicU64 {
-        // SAFETY: AtomicU64 has the layout of u64, and all other accesses are of the whole word.
-        unsafe { AtomicU64::from_ptr(self.0.get()) }
-    }
-}
+pub use crate::word::Word;
 
 /// Why the kernel stopped redirecting; `0` is "it has not".
 pub mod stop {
@@ -82,7 +45,7 @@ pub mod stop {
 /// What the agent hands to the kernel and takes back, whatever the path. Times are CLOCK_MONOTONIC nanoseconds
 /// (`bpf_ktime_get_ns`).
 #[repr(C)]
-#[cfg_attr(feature = "user", derive(zerocopy::IntoBytes, zerocopy::FromBytes, zerocopy::KnownLayout))]
+#[cfg_attr(all(feature = "user", not(test)), derive(zerocopy::IntoBytes, zerocopy::FromBytes, zerocopy::KnownLayout))]
 pub struct Span {
     /// 0: pass. Else where the stream has to stand for a redirect, as the path counts it.
     pub armed: Word,
@@ -105,7 +68,7 @@ pub struct Span {
 
 /// The ingress path's state of one connection: what the verdict on its segments knows.
 #[repr(C)]
-#[cfg_attr(feature = "user", derive(zerocopy::IntoBytes, zerocopy::FromBytes, zerocopy::KnownLayout))]
+#[cfg_attr(all(feature = "user", not(test)), derive(zerocopy::IntoBytes, zerocopy::FromBytes, zerocopy::KnownLayout))]
 pub struct Slot {
     /// `armed` is `1 +` the value that `passed` must have for a redirect.
     pub span: Span,
@@ -122,7 +85,7 @@ pub struct Slot {
 
 /// The local path's state of one connection: what is known of the endpoint's own socket, which lives on this machine.
 #[repr(C)]
-#[cfg_attr(feature = "user", derive(zerocopy::IntoBytes, zerocopy::FromBytes, zerocopy::KnownLayout))]
+#[cfg_attr(all(feature = "user", not(test)), derive(zerocopy::IntoBytes, zerocopy::FromBytes, zerocopy::KnownLayout))]
 pub struct LocalSlot {
     /// `armed` is `1 << 32 |` the value that the endpoint's `write_seq` must have for a redirect.
     pub span: Span,
@@ -160,6 +123,8 @@ pub struct Offsets {
     pub msg_sk: u32,
     pub msg_data: u32,
     pub msg_data_end: u32,
+    /// `struct bpf_sock_ops_kern::sk`: whose connection it is about.
+    pub ops_sk: u32,
     /// `struct sock_common::skc_cookie` and `skc_flags`.
     pub skc_cookie: u32,
     pub skc_flags: u32,

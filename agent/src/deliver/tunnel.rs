@@ -1,10 +1,11 @@
 //! A connection that has become something else (101 Switching Protocols), or that stays with its endpoint
-//! (`pick_per = "connection"`): bytes both ways until both sides have ended theirs, in the kernel where it can carry them.
+//! (`pick_per = "connection"`): bytes both ways until both sides have ended theirs. What the endpoint sends goes through the kernel
+//! where that can carry it.
 //!
 //! The end of one direction is passed on and leaves the other as it is. An error on either side breaks both off: the caller has
 //! made sure that each sees a reset. Asked to stop, it waits for a moment in which nothing moves.
 
-use std::{cell::Cell, io, rc::Rc, time::Duration};
+use std::{cell::Cell, io, time::Duration};
 
 use bytes::BytesMut;
 use tokio::{
@@ -25,7 +26,7 @@ use crate::{
         slots::Lane,
         socket::{self, monotonic_ns},
     },
-    steer::{Source, WorkerSteering},
+    steer::Source,
 };
 
 const READ: usize = 16 * 1024;
@@ -41,17 +42,10 @@ pub struct Tunnel<'a> {
     pub pending: BytesMut,
     /// Longest time without a byte either way.
     pub idle: Option<Duration>,
-    /// Who carries what the endpoint sends, and how what the client sends is carried.
+    /// Set when the kernel is to carry what it can of what the endpoint sends.
     pub down: Option<Target>,
-    pub up: Option<Up>,
     /// `relayed` and its like are what went to the client.
     pub account: Account,
-}
-
-/// What it takes for the kernel to carry what a client sends.
-pub struct Up {
-    pub steering: Rc<WorkerSteering>,
-    pub send_buffer: u32,
 }
 
 impl Tunnel<'_> {
@@ -63,36 +57,26 @@ impl Tunnel<'_> {
             return end;
         }
         self.account.relayed += self.pending.len() as u64;
-        let end = if self.client.is_tls() { self.by_hand().await } else { self.in_kernel(over).await };
+        let end = if self.client.is_tls() { self.by_hand().await } else { self.plain(over).await };
         self.account.stamp(first, monotonic_ns());
         end.unwrap_or(End::Broken)
     }
 
-    async fn in_kernel(&mut self, over: impl Future<Output = ()>) -> io::Result<End> {
+    async fn plain(&mut self, over: impl Future<Output = ()>) -> io::Result<End> {
         if self.client.settle().await.is_err() {
             return Ok(End::ClientGone);
         }
         let (moved, stop, idle) = (Cell::new(monotonic_ns()), CancellationToken::new(), self.idle);
-        let steering = self.up.as_ref().map(|up| &up.steering);
-        let Ok((client, early, source)) = self.client.tunnel(steering) else { return Ok(End::ClientGone) };
+        let Some((client, early)) = self.client.tunnel() else { return Ok(End::ClientGone) };
         let (from, endpoint) = self.endpoint.split()?;
-        let mut up_target = None;
-        if let (Some(up), Some(_)) = (&self.up, source) {
-            let send_buffer = up.send_buffer;
-            match up.steering.register_target(endpoint, send_buffer) {
-                Ok(key) => up_target = Some(Target { key, send_buffer, lane: Lane::Ingress }),
-                Err(error) => tracing::debug!(%error, "what a client sends cannot be steered"),
-            }
-        }
-        let spans = [from.source, source].map(|source| source.map(Source::slot));
-        for slot in spans.iter().flatten() {
+        let slot = from.source.map(Source::slot);
+        if let Some(slot) = slot {
             slot.span(Lane::Ingress).begin_message();
             slot.span(Lane::Local).begin_message();
         }
         let last = || {
-            let slots = spans.iter().flatten();
-            let stamps = slots.flat_map(|slot| [Lane::Ingress, Lane::Local].map(|lane| slot.span(lane).stamps().1));
-            stamps.fold(moved.get(), u64::max)
+            let stamp = |lane| slot.map_or(0, |slot| slot.span(lane).stamps().1);
+            moved.get().max(stamp(Lane::Ingress)).max(stamp(Lane::Local))
         };
         let pipe = |from, to, pending, target| -> io::Result<Pipe<'_>> {
             let (ledger, account) = (Ledger::begin(to)?, Account::default());
@@ -100,7 +84,9 @@ impl Tunnel<'_> {
         };
         let mut consumed = 0;
         let mut down = pipe(from, client, BytesMut::new(), self.down)?;
-        let mut up = pipe(Reader { stream: client, source, consumed: &mut consumed }, endpoint, early, up_target)?;
+        // In user space always: a socket that the kernel redirects from as well as to takes its own FIN for an error, where
+        // something is still on its way to it.
+        let mut up = pipe(Reader { stream: client, source: None, consumed: &mut consumed }, endpoint, early, None)?;
         let both = async {
             let down = async {
                 down.run(&stop).await.map_err(|broken| match broken {
@@ -132,8 +118,8 @@ impl Tunnel<'_> {
             () = unmoved(&last, idle) => End::Idle,
             () = quiet => End::Over,
         };
-        // Dropped in the middle of a span: nothing more may reach either side.
-        for slot in spans.iter().flatten() {
+        if let Some(slot) = slot {
+            // Dropped in the middle of a span: nothing more may reach the client.
             slot.disarm();
         }
         let (down, up) = (down.account, up.account);
@@ -141,13 +127,10 @@ impl Tunnel<'_> {
         account.relayed += down.relayed;
         account.steered += down.steered;
         account.local += down.local;
-        account.pieces += down.pieces + up.pieces;
-        account.segments += down.segments + up.segments;
-        account.upstream = up.relayed + up.steered + up.local;
-        account.upstream_steered = up.steered + up.local;
-        for (count, (down, up)) in account.stops.iter_mut().zip(down.stops.iter().zip(&up.stops)) {
-            *count += down + up;
-        }
+        account.pieces += down.pieces;
+        account.segments += down.segments;
+        account.stops = down.stops;
+        account.upstream = up.relayed;
         Ok(end)
     }
 

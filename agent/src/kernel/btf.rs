@@ -46,6 +46,7 @@ fn offsets_in(bytes: &[u8]) -> Result<Offsets, BtfError> {
         msg_sk: field("sk_msg", "sk")?,
         msg_data: field("sk_msg", "data")?,
         msg_data_end: field("sk_msg", "data_end")?,
+        ops_sk: field("bpf_sock_ops_kern", "sk")?,
         skc_cookie: field("sock_common", "skc_cookie")?,
         skc_flags: field("sock_common", "skc_flags")?,
         accounts: flag("SOCK_ZEROCOPY")? | flag("SOCK_RXQ_OVFL")?,

@@ -16,6 +16,7 @@ use std::{
 };
 
 use aya::maps::{Array, MapData, RingBuf};
+use aya_log::EbpfLogger;
 use futures_util::task::AtomicWaker;
 use nix::{
     poll::{PollFd, PollFlags, poll},
@@ -27,6 +28,8 @@ use crate::capability;
 
 /// How often retired slots are freed.
 const RECLAIM: Duration = Duration::from_secs(1);
+
+type ProgramLog = EbpfLogger<&'static dyn log::Log>;
 
 pub struct Events {
     shared: Arc<Shared>,
@@ -40,8 +43,13 @@ struct Shared {
 }
 
 impl Events {
-    /// Also frees, now and then, slots that have been retired.
-    pub(super) fn start(ring: RingBuf<MapData>, missed: Array<MapData, u64>, slots: Arc<Slots>) -> io::Result<Self> {
+    /// Also hands on what the programs log and frees, now and then, slots that have been retired.
+    pub(super) fn start(
+        ring: RingBuf<MapData>,
+        missed: Array<MapData, u64>,
+        log: ProgramLog,
+        slots: Arc<Slots>,
+    ) -> io::Result<Self> {
         let wakers = (0..slots.len()).map(|_| AtomicWaker::new()).collect();
         let shared = Arc::new(Shared { wakers, missed: AtomicU64::new(0) });
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
@@ -49,7 +57,7 @@ impl Events {
         let thread = std::thread::Builder::new().name("penstock-events".into()).spawn(move || {
             // Reading what is mapped and open takes none. Where they cannot be given up, the start says so for all threads.
             let _ = capability::keep(&[]);
-            run(ring, &missed, &theirs, &slots, &until);
+            run(ring, &missed, log, &theirs, &slots, &until);
         })?;
         Ok(Self { shared, stop, thread: Some(thread) })
     }
@@ -77,7 +85,14 @@ impl Drop for Events {
     }
 }
 
-fn run(mut ring: RingBuf<MapData>, missed: &Array<MapData, u64>, shared: &Shared, slots: &Slots, stop: &EventFd) {
+fn run(
+    mut ring: RingBuf<MapData>,
+    missed: &Array<MapData, u64>,
+    mut log: ProgramLog,
+    shared: &Shared,
+    slots: &Slots,
+    stop: &EventFd,
+) {
     let mut reclaimed = Instant::now();
     let mut seen = 0;
     loop {
@@ -97,17 +112,19 @@ fn run(mut ring: RingBuf<MapData>, missed: &Array<MapData, u64>, shared: &Shared
             slots.reclaim();
             reclaimed = Instant::now();
         }
-        if wait(&ring, stop.as_fd()).is_err() {
+        log.flush();
+        if wait(&ring, &log, stop.as_fd()).is_err() {
             return;
         }
     }
 }
 
-/// Sleeps until the ring has something, or a second has passed and missed events are worth a look; an error says that it is time to end.
-fn wait(ring: &RingBuf<MapData>, stop: BorrowedFd<'_>) -> Result<(), ()> {
-    let mut fds = [PollFd::new(super::socket::borrow(ring), PollFlags::POLLIN), PollFd::new(stop, PollFlags::POLLIN)];
+/// Sleeps until one of the rings has something, or a second has passed and missed events are worth a look; an error says that it is time to end.
+fn wait(ring: &RingBuf<MapData>, log: &ProgramLog, stop: BorrowedFd<'_>) -> Result<(), ()> {
+    let fds = [super::socket::borrow(ring), log.as_fd(), stop];
+    let mut fds = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
     match poll(&mut fds, 1000u16) {
-        Ok(_) | Err(nix::errno::Errno::EINTR) if fds[1].any() != Some(true) => Ok(()),
+        Ok(_) | Err(nix::errno::Errno::EINTR) if fds[2].any() != Some(true) => Ok(()),
         _ => Err(()),
     }
 }

@@ -122,8 +122,8 @@ pub fn take_all_that_fits(socket: impl AsFd) -> io::Result<()> {
     socket2::SockRef::from(&socket.as_fd()).set_tcp_notsent_lowat(i32::MAX as u32)
 }
 
-/// Says that the owner keeps an account of this socket's queue, which no Penstock's message program may bypass. The sign is
-/// SO_RXQ_OVFL, which means nothing to TCP.
+/// Says that the owner keeps an account of this socket's queue, or of those of the connections that it accepts, which no
+/// Penstock's message program may bypass. The sign is SO_RXQ_OVFL, which means nothing to TCP.
 pub fn keep_account(socket: impl AsFd) -> io::Result<()> {
     Ok(socket::setsockopt(&socket.as_fd(), socket::sockopt::RxqOvfl, &1)?)
 }

@@ -9,7 +9,7 @@ use std::{net::SocketAddr, rc::Rc, time::Duration};
 use bytes::BytesMut;
 use tokio::time::Instant;
 
-use super::{After, record::count, respond::lanes};
+use super::{After, record::count, respond::lane};
 use crate::{
     client::ClientSocket,
     deliver::{Account, End, Tunnel},
@@ -38,10 +38,10 @@ pub async fn pinned(current: &Rc<Current>, client: &mut ClientSocket, pin: Pin, 
     // Only the ends of both directions are an end in order.
     client.reset_on_close();
     endpoint.reset_on_close();
-    let (down, up, path) = lanes(worker, client, target, &endpoint);
+    let (down, path) = lane(worker, client, target, &endpoint);
     let (lead, pending, account) = (BytesMut::new(), BytesMut::new(), Account::default());
     let idle = worker.shared.config.timeouts.idle;
-    let mut tunnel = Tunnel { client, endpoint: &mut endpoint, lead, pending, idle, down, up, account };
+    let mut tunnel = Tunnel { client, endpoint: &mut endpoint, lead, pending, idle, down, account };
     let over = async {
         tokio::select! {
             () = worker.shared.draining.cancelled() => {}
@@ -65,7 +65,6 @@ pub async fn pinned(current: &Rc<Current>, client: &mut ClientSocket, pin: Pin, 
         bytes_kernel = account.steered + account.local,
         bytes_user = account.relayed,
         bytes_up = account.upstream,
-        bytes_up_kernel = account.upstream_steered,
         took_us = began.elapsed().as_micros() as u64,
     );
     match end {

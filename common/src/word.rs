@@ -1,0 +1,40 @@
+//! The word that both sides read and write. A model check puts one in its place that tries every order in which such accesses
+//! may be seen (`tests/handover`).
+
+use core::{cell::UnsafeCell, sync::atomic::AtomicU64};
+
+/// A word that both sides read while one of them may write. `get` and `set` are single, unordered accesses (the eBPF
+/// back end has no atomic loads and stores); order comes from [`atomic`](Self::atomic) on the host and from
+/// [`Kernel`](crate::verdict::Kernel) in the program.
+#[repr(transparent)]
+#[derive(Default)]
+#[cfg_attr(feature = "user", derive(zerocopy::IntoBytes, zerocopy::FromBytes, zerocopy::KnownLayout))]
+pub struct Word(UnsafeCell<u64>);
+
+// SAFETY: every access is a volatile or atomic access of one aligned machine word.
+unsafe impl Sync for Word {}
+
+impl Word {
+    #[inline(always)]
+    pub fn get(&self) -> u64 {
+        // SAFETY: the pointer is valid and aligned for as long as `self` is.
+        unsafe { self.0.get().read_volatile() }
+    }
+
+    #[inline(always)]
+    pub fn set(&self, value: u64) {
+        // SAFETY: as above.
+        unsafe { self.0.get().write_volatile(value) }
+    }
+
+    pub const fn as_ptr(&self) -> *mut u64 {
+        self.0.get()
+    }
+
+    /// The same word with ordered accesses, for the host.
+    #[inline(always)]
+    pub const fn atomic(&self) -> &AtomicU64 {
+        // SAFETY: AtomicU64 has the layout of u64, and all other accesses are of the whole word.
+        unsafe { AtomicU64::from_ptr(self.0.get()) }
+    }
+}

@@ -1,0 +1,112 @@
+//! What a follow-on request costs by who decides on it: `penstock-follow-ons`. One client, one connection, one request after the
+//! other; agent, picker, endpoint and client are in this process, so that its CPU time is that of all of them.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use clap::Parser;
+use nix::sys::resource::{UsageWho, getrusage};
+use penstock_agent::config::{FailureMode, PickPer, Pool, SteeringMode};
+use penstock_tests::{
+    Client, ModelServer, Plan, ScriptedEpp,
+    agent::{TestAgent, builtin_pool, epp_pool},
+    model_server::{Framing, Options},
+    scripted_epp::{Answering, reply},
+};
+
+/// Follow-on requests: p50 and CPU time, all of it, for each.
+#[derive(Parser)]
+struct Args {
+    /// Requests for each figure
+    #[arg(long, default_value_t = 4000)]
+    requests: u32,
+}
+
+const SIZES: [u64; 3] = [200, 4096, 65_536];
+
+/// A way for a request to find its endpoint.
+struct Way {
+    name: &'static str,
+    /// None: there is no agent.
+    mode: Option<SteeringMode>,
+    pick_per: PickPer,
+    epp: bool,
+}
+
+const WAYS: [Way; 6] = [
+    Way { name: "no agent", mode: None, pick_per: PickPer::Request, epp: false },
+    Way { name: "pick per request, EPP", mode: Some(SteeringMode::Auto), pick_per: PickPer::Request, epp: true },
+    Way { name: "lease, EPP", mode: Some(SteeringMode::Auto), pick_per: PickPer::Lease, epp: true },
+    Way { name: "pick per request, built-in", mode: Some(SteeringMode::Auto), pick_per: PickPer::Request, epp: false },
+    Way { name: "pinned, user space", mode: Some(SteeringMode::Off), pick_per: PickPer::Connection, epp: false },
+    Way { name: "pinned, kernel", mode: Some(SteeringMode::Auto), pick_per: PickPer::Connection, epp: false },
+];
+
+#[tokio::main(flavor = "multi_thread", worker_threads = 2)]
+async fn main() -> Result<()> {
+    let Args { requests } = Args::parse();
+    println!("{requests} requests each; p50 µs / CPU µs");
+    print!("{:<28}", "response, bytes");
+    SIZES.iter().for_each(|size| print!("{size:>18}"));
+    println!();
+    for way in &WAYS {
+        print!("{:<28}", way.name);
+        for size in SIZES {
+            let (p50, cpu) = measure(way, size, requests).await?;
+            print!("{:>18}", format!("{:.1} / {:.1}", micros(p50), micros(cpu)));
+        }
+        println!();
+    }
+    Ok(())
+}
+
+async fn measure(way: &Way, size: u64, requests: u32) -> Result<(Duration, Duration)> {
+    let server = ModelServer::start(Options { idle_close: None, ..Options::default() }).await?;
+    let picked = server.addr.to_string();
+    let epp = ScriptedEpp::start(Answering::new(move |_| vec![reply::pick(&picked, &[])])).await?;
+    let agent = way.mode.map(|mode| {
+        let pool = match way.epp {
+            true => epp_pool(&[server.addr], epp.addr, FailureMode::Closed),
+            false => builtin_pool(&[server.addr]),
+        };
+        TestAgent::start(Pool { pick_per: way.pick_per, ..pool }, mode, |config| {
+            config.listen.workers = 1;
+            config.pools[0].lease.requests = 1_000_000;
+            config.pools[0].lease.time = Duration::from_secs(3600);
+        })
+    });
+    let mut client = Client::connect(agent.as_ref().map_or(server.addr, |agent| agent.addr)).await?;
+    let plan = Plan { framing: Framing::ContentLength, size, ..Plan::default() };
+    let request = plan.request();
+    let mut times = Vec::new();
+    for _ in 0..requests / 10 {
+        one(&mut client, &request, size).await?;
+    }
+    let before = cpu()?;
+    for _ in 0..requests {
+        let begin = Instant::now();
+        one(&mut client, &request, size).await?;
+        times.push(begin.elapsed());
+    }
+    let spent = cpu()? - before;
+    times.sort_unstable();
+    Ok((times[times.len() / 2], spent / requests))
+}
+
+async fn one(client: &mut Client, request: &penstock_tests::Request, size: u64) -> Result<()> {
+    let response = client.request(request).await?;
+    ensure!(response.read.len == size, "{} bytes of {size}", response.read.len);
+    Ok(())
+}
+
+/// User and system time of this process.
+fn cpu() -> Result<Duration> {
+    let usage = getrusage(UsageWho::RUSAGE_SELF)?;
+    let (user, system) = (usage.user_time(), usage.system_time());
+    let micros = user.tv_sec() * 1_000_000 + user.tv_usec() + system.tv_sec() * 1_000_000 + system.tv_usec();
+    Ok(Duration::from_micros(micros.try_into()?))
+}
+
+fn micros(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e6
+}

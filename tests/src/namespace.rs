@@ -1,0 +1,65 @@
+//! A network namespace of the test's own, which ends with it and leaves nothing behind. Takes root and `ip`.
+
+use std::fs::File;
+use std::os::fd::AsRawFd as _;
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use nix::sched::{CloneFlags, setns, unshare};
+
+/// Lives as long as this does, or as long as a socket or a thread is in it.
+#[derive(Debug)]
+pub struct Namespace(File);
+
+impl Namespace {
+    /// With loopback up.
+    pub fn new() -> Result<Self> {
+        // A thread can leave a namespace, and a runtime's should not.
+        let made = std::thread::spawn(|| -> Result<File> {
+            unshare(CloneFlags::CLONE_NEWNET).context("making a network namespace")?;
+            Ok(File::open("/proc/thread-self/ns/net")?)
+        });
+        let namespace = Self(made.join().expect("a thread that does not panic")?);
+        namespace.ip("link set lo up")?;
+        Ok(namespace)
+    }
+
+    /// Another, with a pair of interfaces between it and the caller's: `name` has the address `here` on this side and `there`
+    /// on that one, each with the length of its prefix.
+    pub fn beside(name: &str, here: &str, there: &str) -> Result<Self> {
+        let namespace = Self::new()?;
+        ip(&format!("link add {name} type veth peer name {name} netns {}", namespace.path()))?;
+        ip(&format!("addr add {here} dev {name}"))?;
+        ip(&format!("link set {name} up"))?;
+        namespace.ip(&format!("addr add {there} dev {name}"))?;
+        namespace.ip(&format!("link set {name} up"))?;
+        Ok(namespace)
+    }
+
+    /// On a thread in the namespace. Sockets that it makes stay in it.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| -> Result<T> {
+                setns(&self.0, CloneFlags::CLONE_NEWNET).context("entering a network namespace")?;
+                Ok(work())
+            });
+            thread.join().expect("a thread that does not panic")
+        })
+    }
+
+    pub fn ip(&self, command: &str) -> Result<()> {
+        self.run(|| ip(command))?
+    }
+
+    /// As other processes see it.
+    fn path(&self) -> String {
+        format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
+    }
+}
+
+/// A child inherits the namespace of the thread that starts it.
+fn ip(command: &str) -> Result<()> {
+    let output = Command::new("ip").args(command.split(' ')).output().context("starting ip")?;
+    ensure!(output.status.success(), "ip {command}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
