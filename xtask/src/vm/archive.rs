@@ -66,8 +66,8 @@ pub(crate) struct Kernel {
     /// Of Debian's package: `6.1.176-1`.
     pub(crate) version: String,
     pub(crate) image: PathBuf,
-    /// Holds `lib/modules` or `usr/lib/modules`.
-    pub(crate) root: PathBuf,
+    /// Where its packages are unpacked; one of them holds the modules.
+    pub(crate) roots: Vec<PathBuf>,
     /// busybox, of the same suite.
     pub(crate) busybox: PathBuf,
 }
@@ -101,19 +101,20 @@ impl Archive {
 
     /// The newest kernel of the series.
     pub(crate) fn kernel(&self) -> Result<Kernel> {
-        let (package, version) = self.newest(self.series.packages())?;
-        eprintln!("vm-test: {package} {version}");
-        let root = self.unpacked(&package, &version)?;
-        let (busybox, busybox_version) = self.newest(&format!("^{BUSYBOX}$"))?;
-        let busybox = self.unpacked(&busybox, &busybox_version)?;
-        let program = ["bin/busybox", "usr/bin/busybox"].map(|path| busybox.join(path));
-        let image = file_starting(&root.join("boot"), "vmlinuz-")?;
-        let busybox = program.into_iter().find(|path| path.is_file()).context("busybox-static has no bin/busybox")?;
-        Ok(Kernel { version, image, root, busybox })
+        let Package { name, version, parts } = self.newest(self.series.packages())?;
+        eprintln!("vm-test: {name} {version}");
+        let roots =
+            [name].iter().chain(&parts).map(|name| self.unpacked(name, &version)).collect::<Result<Vec<_>>>()?;
+        let image = find_file(&roots, "vmlinuz*").context("the kernel's packages have no vmlinuz")?;
+        let busybox = self.newest(&format!("^{BUSYBOX}$"))?;
+        let busybox = self.unpacked(&busybox.name, &busybox.version)?;
+        let busybox = find_file(&[busybox.join("bin"), busybox.join("usr/bin")], "busybox");
+        let busybox = busybox.with_context(|| format!("{BUSYBOX} has no busybox"))?;
+        Ok(Kernel { version, image, roots, busybox })
     }
 
-    /// Name and version of the newest of the packages whose name fits.
-    fn newest(&self, pattern: &str) -> Result<(String, String)> {
+    /// The newest of the packages whose name fits.
+    fn newest(&self, pattern: &str) -> Result<Package> {
         let names = output(self.apt("apt-cache").args(["search", "--names-only", pattern])).unwrap_or_default();
         let names: Vec<&str> = names.lines().filter_map(|line| line.split(' ').next()).collect();
         let mut show = self.apt("apt-cache");
@@ -135,7 +136,7 @@ impl Archive {
         let mut download = self.apt("apt-get");
         download.args(["download", &format!("{package}={version}")]).current_dir(&partial);
         quietly("vm-test: package", &mut download)?;
-        let package = file_starting(&partial, package)?;
+        let package = find_file(&[partial.clone()], "*.deb").context("apt-get has downloaded nothing")?;
         quietly("vm-test: unpack", command("dpkg-deb").arg("--extract").arg(&package).arg(&partial))?;
         fs::remove_file(package)?;
         // By rename, so that what is there is whole.
@@ -181,13 +182,33 @@ fn sources(series: Series, listed: &str) -> Result<String> {
     Ok(sources)
 }
 
+/// What apt knows of a package.
+#[derive(Debug, PartialEq, Eq)]
+struct Package {
+    name: String,
+    version: String,
+    /// Packages of the same version that hold what it does not: of newer kernels the image and the modules.
+    parts: Vec<String>,
+}
+
+impl Package {
+    /// From a paragraph of `apt-cache show`.
+    fn parse(paragraph: &str) -> Option<Self> {
+        let field = |name: &str| paragraph.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
+        let depends = field("Depends").unwrap_or_default().split(", ").filter_map(|depends| depends.split(' ').next());
+        let parts =
+            depends.filter(|name| ["linux-binary-", "linux-modules-"].iter().any(|part| name.starts_with(part)));
+        Some(Self {
+            name: field("Package")?.to_owned(),
+            version: field("Version")?.to_owned(),
+            parts: parts.map(str::to_owned).collect(),
+        })
+    }
+}
+
 /// The newest of the packages that `apt-cache show` printed.
-fn newest(shown: &str) -> Option<(String, String)> {
-    let packages = shown.split("\n\n").filter_map(|package| {
-        let field = |name: &str| package.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
-        Some((field("Package")?.to_owned(), field("Version")?.to_owned()))
-    });
-    packages.max_by_key(|(_, version)| numbers(version))
+fn newest(shown: &str) -> Option<Package> {
+    shown.split("\n\n").filter_map(Package::parse).max_by_key(|package| numbers(&package.version))
 }
 
 /// The numbers of a version, in order: enough to compare kernels, which have no epochs.
@@ -195,11 +216,11 @@ fn numbers(version: &str) -> Vec<u64> {
     version.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse().ok()).collect()
 }
 
-fn file_starting(folder: &Path, start: &str) -> Result<PathBuf> {
-    let entries = fs::read_dir(folder).with_context(|| format!("reading {}", folder.display()))?;
-    let mut paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
-    let fits = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(start));
-    paths.find(fits).with_context(|| format!("{} has no {start}*", folder.display()))
+/// A file below these folders, of which not all need to be there, whose name fits (as a shell's `*`).
+pub(crate) fn find_file(folders: &[PathBuf], name: &str) -> Option<PathBuf> {
+    let folders = folders.iter().filter(|folder| folder.is_dir());
+    let found = output(command("find").args(folders).args(["-type", "f", "-name", name]))?;
+    found.lines().next().map(PathBuf::from)
 }
 
 #[cfg(test)]
@@ -230,7 +251,17 @@ mod tests {
         let shown = "Package: linux-image-6.1.0-9-cloud-amd64\nVersion: 6.1.27-1\n\n\
                      Package: linux-image-6.1.0-56-cloud-amd64\nInstalled-Size: 1\nVersion: 6.1.187-1\n\n\
                      Package: linux-image-6.1.0-50-cloud-amd64\nVersion: 6.1.176-1\n";
-        assert_eq!(newest(shown), Some(("linux-image-6.1.0-56-cloud-amd64".to_owned(), "6.1.187-1".to_owned())));
-        assert_eq!(newest(""), None);
+        let newest_of = |shown| newest(shown).map(|package| package.name);
+        assert_eq!(newest_of(shown).as_deref(), Some("linux-image-6.1.0-56-cloud-amd64"));
+        assert_eq!(newest_of(""), None);
+    }
+
+    #[test]
+    fn a_kernel_in_parts() {
+        let shown = "Package: linux-image-7.3.4-cloud-amd64\nVersion: 7.3.4-1\nDepends: dracut | initramfs-tools (>= 0.120), \
+                     linux-base-7.3.4-cloud-amd64 (= 7.3.4-1), linux-binary-7.3.4-cloud-amd64 (= 7.3.4-1), \
+                     linux-modules-7.3.4-cloud-amd64 (= 7.3.4-1)\n";
+        let parts = newest(shown).unwrap().parts;
+        assert_eq!(parts, ["linux-binary-7.3.4-cloud-amd64", "linux-modules-7.3.4-cloud-amd64"]);
     }
 }

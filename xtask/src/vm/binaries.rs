@@ -26,9 +26,9 @@ const RING: [Ring; 4] = [
         threads: 1,
         limit: 300,
     },
-    Ring { binary: "broken", names: &[], threads: 1, limit: 300 },
-    Ring { binary: "steering", names: &[], threads: 1, limit: 600 },
-    Ring { binary: "stalled", names: &[], threads: 2, limit: 600 },
+    Ring { binary: "broken", names: &[], threads: 1, limit: 900 },
+    Ring { binary: "steering", names: &[], threads: 1, limit: 900 },
+    Ring { binary: "stalled", names: &[], threads: 2, limit: 900 },
 ];
 
 /// One command for the machine.

@@ -132,7 +132,7 @@ impl Section {
         self.end.map(|(_, status)| status)
     }
 
-    /// What the last line of doctor says: `available` of `steering      available`.
+    /// What the last line of doctor says: `every path is ready` of `result         every path is ready`.
     pub(crate) fn verdict(&self) -> Option<&str> {
         self.lines.last()?.split_once(' ').map(|(_, verdict)| verdict.trim())
     }
@@ -153,12 +153,12 @@ mod tests {
     #[test]
     fn a_run_without_failures() {
         let report = report(
-            "SeaBIOS\n@begin doctor\nkernel 6.1\nsteering      available (ingress)\n\n@end doctor 0\n@begin broken\n\
+            "SeaBIOS\n@begin doctor\nkernel 6.1\nresult         every path is ready\n\n@end doctor 0\n@begin broken\n\
              running 2 tests\ntest a::b ... ok\ntest c ... ok\n\ntest result: ok. 2 passed; 0 failed\n\n@end broken 0\n\
              @begin dmesg\n[ 1.0] fine\n@end dmesg 0\n",
         );
         assert!(report.is_complete() && report.complaints.is_empty());
-        assert_eq!(report.section("doctor").unwrap().verdict(), Some("available (ingress)"));
+        assert_eq!(report.section("doctor").unwrap().verdict(), Some("every path is ready"));
         let broken = report.section("broken").unwrap();
         assert!(broken.is_good());
         assert_eq!((broken.passed, broken.end), (2, Some((Duration::from_secs(7), 0))));

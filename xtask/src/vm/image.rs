@@ -8,7 +8,11 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use super::{archive::Kernel, binaries::Run, cpio::Cpio};
+use super::{
+    archive::{Kernel, find_file},
+    binaries::Run,
+    cpio::Cpio,
+};
 use crate::command::{command, find, output, root, run};
 
 /// The first process of the machine.
@@ -51,7 +55,7 @@ impl Payload {
         cpio.file("/plan", lines(plan).as_bytes())?;
         for module in MODULES {
             // Built into a kernel that has no such file.
-            if let Some(content) = module_in(&kernel.root, module)? {
+            if let Some(content) = module_in(&kernel.roots, module)? {
                 cpio.file(&format!("/modules/{module}.ko"), &content)?;
             }
         }
@@ -90,15 +94,14 @@ fn stripped(program: &Path) -> Result<PathBuf> {
 }
 
 /// A module's content, out of `kernel/drivers` and so on; newer kernels' are compressed.
-fn module_in(root: &Path, name: &str) -> Result<Option<Vec<u8>>> {
-    let files = output(command("find").arg(root).args(["-name", &format!("{name}.ko*")])).unwrap_or_default();
-    let Some(path) = files.lines().next().map(Path::new) else { return Ok(None) };
+fn module_in(roots: &[PathBuf], name: &str) -> Result<Option<Vec<u8>>> {
+    let Some(path) = find_file(roots, &format!("{name}.ko*")) else { return Ok(None) };
     if path.extension().is_some_and(|extension| extension == "xz") {
-        let unpacked = command("xz").args(["--decompress", "--stdout"]).arg(path).output().context("starting xz")?;
+        let unpacked = command("xz").args(["--decompress", "--stdout"]).arg(&path).output().context("starting xz")?;
         ensure!(unpacked.status.success(), "xz cannot unpack {}", path.display());
         return Ok(Some(unpacked.stdout));
     }
-    read(path).map(Some)
+    read(&path).map(Some)
 }
 
 #[cfg(test)]

@@ -19,9 +19,9 @@ use crate::{
 };
 
 /// All of it. Each program has its own limit in the machine; this one is for a machine that stands still.
-const DEADLINE: Duration = Duration::from_secs(30 * 60);
+const DEADLINE: Duration = Duration::from_secs(60 * 60);
 /// How long the machine may print nothing at all.
-const SILENCE: Duration = Duration::from_secs(11 * 60);
+const SILENCE: Duration = Duration::from_secs(16 * 60);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Cgroup {

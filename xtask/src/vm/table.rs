@@ -23,12 +23,12 @@ pub(crate) struct Row {
 impl Row {
     pub(crate) fn passed(&self) -> bool {
         let report = &self.report;
-        let doctor = report.section(DOCTOR).is_some_and(|doctor| doctor.status().is_some());
-        // Where something is left out of the machine, what doctor makes of it is the result.
-        let steers = self.cgroup == Cgroup::Absent || report.section(DOCTOR).and_then(Section::status) == Some(0);
+        // Without cgroup v2 one path is missing, which doctor has to find, and the other is ready.
+        let expected = if self.cgroup == Cgroup::Absent { 2 } else { 0 };
+        let doctor = report.section(DOCTOR).and_then(Section::status) == Some(expected);
         let tests = self.planned.iter().all(|name| report.section(name).is_some_and(|section| self.is_good(section)));
         let any = self.planned.is_empty() || report.sections.iter().any(|section| section.passed > 0);
-        doctor && steers && tests && any && report.is_complete() && report.complaints.is_empty()
+        doctor && tests && any && report.is_complete() && report.complaints.is_empty()
     }
 
     fn is_good(&self, section: &Section) -> bool {
@@ -123,7 +123,7 @@ mod tests {
         Row { version: "6.1.176-1".to_owned(), cgroup, planned, filtered: false, report, time: Duration::from_secs(61) }
     }
 
-    const DOCTOR_FINE: &str = "@begin doctor\nsteering      available (ingress)\n@end doctor 0\n";
+    const DOCTOR_FINE: &str = "@begin doctor\nresult         every path is ready\n@end doctor 0\n";
     const FINE: &str = "@begin broken\ntest a ... ok\ntest result: ok. 1 passed\n@end broken 0\n";
     const LOG: &str = "@begin dmesg\n@end dmesg 0\n";
 
@@ -132,14 +132,14 @@ mod tests {
         let row = row(&[DOCTOR_FINE, FINE, LOG].concat(), Cgroup::Mounted, vec!["broken"]);
         assert!(row.passed());
         let table = "| kernel | `penstock doctor` | `broken` | time |\n|---|---|---|---|\n\
-                     | 6.1.176-1 | available (ingress) | 1 of 1 | 61 s |\n";
-        let doctor = "\n`penstock doctor` on 6.1.176-1:\n\n```text\nsteering      available (ingress)\n```\n";
+                     | 6.1.176-1 | every path is ready | 1 of 1 | 61 s |\n";
+        let doctor = "\n`penstock doctor` on 6.1.176-1:\n\n```text\nresult         every path is ready\n```\n";
         assert_eq!(render(&[row]), [table, doctor].concat());
     }
 
     #[test]
     fn whatever_is_missing_is_a_failure() {
-        let unavailable = "@begin doctor\nsteering      unavailable\n@end doctor 1\n";
+        let unavailable = "@begin doctor\nresult         the agent relays\n@end doctor 1\n";
         let failed = "@begin broken\ntest a ... FAILED\ntest result: FAILED. 0 passed\n@end broken 101\n";
         let complaint = "@begin dmesg\n[1] WARNING: at net/core/skmsg.c\n@end dmesg 0\n";
         for parts in [
@@ -152,7 +152,10 @@ mod tests {
         ] {
             assert!(!row(&parts.concat(), Cgroup::Mounted, vec!["broken"]).passed(), "{parts:?}");
         }
-        assert!(row(&[unavailable, LOG].concat(), Cgroup::Absent, vec![]).passed());
+        let one_path = "@begin doctor\nresult         not by: local\n@end doctor 2\n";
+        assert!(row(&[one_path, LOG].concat(), Cgroup::Absent, vec![]).passed());
+        assert!(!row(&[unavailable, LOG].concat(), Cgroup::Absent, vec![]).passed());
+        assert!(!row(&[DOCTOR_FINE, LOG].concat(), Cgroup::Absent, vec![]).passed());
     }
 
     #[test]
