@@ -27,6 +27,7 @@ pub mod stage;
 pub mod stress;
 pub mod tls;
 
+pub use agent::TestAgent;
 pub use client::{BodyEnd, Client, Request, Response};
 pub use collector::{CollectedSpan, Collector, Mood};
 pub use content::{Alphabet, Checker};

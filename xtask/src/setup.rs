@@ -2,7 +2,7 @@
 //!
 //! Looks first and installs only what is missing, so a second run takes no time and needs no network.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 
@@ -12,8 +12,11 @@ use crate::{
     toolchain::{Compiler, DEBIAN_PACKAGES, LINKER_VERSION, LLVM, linker, missing_packages},
 };
 
-/// What the tests drive the agent with, as its users do.
-const OPENAI: &str = "openai==3.54.0";
+/// What the tests drive the agent with, as its users do, and servers that answer it.
+const PYTHON_PACKAGES: [&str; 3] = ["openai==3.54.0", "uvicorn==0.54.0", "aiohttp==3.14.5"];
+/// Programs that the tests start, and Debian's packages of them.
+const TEST_PROGRAMS: [(&str, &str); 4] =
+    [("ip", "iproute2"), ("nginx", "nginx-light"), ("node", "nodejs"), ("go", "golang-go")];
 
 /// What other kernels run in.
 pub(crate) const QEMU: &str = "qemu-system-x86_64";
@@ -23,7 +26,7 @@ pub(crate) struct Args {
     /// Only say what is missing; fails if something is
     #[arg(long)]
     check: bool,
-    /// Also what the tests need: ip, and Python with the openai client in target/venv
+    /// Also what the tests need: ip, nginx, Node, Go, and Python with the openai client and two servers in target/venv
     #[arg(long)]
     tests: bool,
 }
@@ -47,8 +50,8 @@ fn check(tests: bool) -> Result<()> {
         ("bpf-linker", linker().map(|path| path.display().to_string())),
     ];
     if tests {
-        lines.push(("ip", find("ip").map(|path| path.display().to_string())));
-        lines.push(("Python with openai", has_openai().then(|| venv().display().to_string())));
+        lines.extend(TEST_PROGRAMS.map(|(program, _)| (program, program_at(program))));
+        lines.push(("Python with its packages", has_modules().then(|| venv().display().to_string())));
         // Not installed by setup: `cargo test` runs the same tests.
         let nextest = find("cargo-nextest").map(|path| path.display().to_string());
         lines.push(("cargo-nextest (optional)", Some(nextest.unwrap_or_else(|| "no: cargo test is used".to_owned()))));
@@ -117,21 +120,33 @@ fn install_linker() -> Result<()> {
     Ok(())
 }
 
-/// `ip` makes network namespaces; Python's openai client is what users point at the agent.
+/// `ip` makes network namespaces; Python's openai client is what users point at the agent; the others are servers that people
+/// run.
 pub(crate) fn test_needs() -> Result<()> {
-    if find("ip").is_none() {
-        apt_install(&["iproute2"])?;
+    let missing: Vec<&str> = TEST_PROGRAMS
+        .iter()
+        .filter(|(program, _)| program_at(program).is_none())
+        .map(|&(_, package)| package)
+        .collect();
+    if !missing.is_empty() {
+        apt_install(&missing)?;
     }
-    if !has_openai() {
+    if !has_modules() {
         let venv_works = output(command("python3").args(["-c", "import venv, ensurepip"])).is_some();
         if !venv_works {
             apt_install(&["python3", "python3-venv"])?;
         }
         quietly("setup: Python environment", command("python3").args(["-m", "venv", "--clear"]).arg(venv()))?;
         let mut pip = command(venv().join("bin/python"));
-        quietly("setup: openai", pip.args(["-m", "pip", "install", "--no-input", OPENAI]))?;
+        quietly("setup: Python packages", pip.args(["-m", "pip", "install", "--no-input"]).args(PYTHON_PACKAGES))?;
     }
     Ok(())
+}
+
+/// Servers are where only root looks by itself.
+fn program_at(program: &str) -> Option<String> {
+    let path = find(program).or_else(|| Some(Path::new("/usr/sbin").join(program)).filter(|path| path.exists()));
+    path.map(|path| path.display().to_string())
 }
 
 /// qemu, without the parts that show a screen.
@@ -146,8 +161,8 @@ fn venv() -> PathBuf {
     root().join("target/venv")
 }
 
-fn has_openai() -> bool {
-    let find = "import importlib.util, sys; sys.exit(importlib.util.find_spec('openai') is None)";
+fn has_modules() -> bool {
+    let find = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ['openai', 'uvicorn', 'aiohttp'])))";
     output(command(venv().join("bin/python")).args(["-c", find])).is_some()
 }
 

@@ -69,18 +69,25 @@ async fn is_complete(agent: &AgentProcess, plan: &Plan) {
     }
 }
 
+/// The kernel's programs go with it, and endpoints serve the next one, those too whose own sockets were looked at.
 #[tokio::test]
 async fn a_killed_agent_leaves_nothing_behind() {
+    // The kernel keeps 15 bytes of a name.
+    leaves_nothing("ingress", &["penstock_verdic"]).await;
+    leaves_nothing("local", &["penstock_verdic", "penstock_messag", "penstock_peers"]).await;
+}
+
+async fn leaves_nothing(steering: &str, names: &[&str]) {
     let server = server().await;
-    let mut agent = AgentProcess::start(ANY_PORT, server.addr, "ingress", "").await.unwrap();
+    let mut agent = AgentProcess::start(ANY_PORT, server.addr, steering, "").await.unwrap();
     let programs = agent.programs().unwrap();
     assert!(!programs.is_empty(), "the agent holds no kernel program");
     let ours = || {
         let loaded = loaded_programs().filter_map(Result::ok);
-        // The kernel keeps 15 bytes of a name.
-        loaded.filter(|one| one.name() == b"penstock_verdic" && programs.contains(&one.id())).count()
+        let is_ours = |name: &[u8]| names.iter().any(|own| own.as_bytes() == name);
+        loaded.filter(|one| is_ours(one.name()) && programs.contains(&one.id())).count()
     };
-    assert_eq!(ours(), 1);
+    assert_eq!(ours(), names.len());
 
     let mut running = Vec::new();
     for framing in FRAMINGS {
@@ -90,7 +97,8 @@ async fn a_killed_agent_leaves_nothing_behind() {
         running.push(Running::start(&agent, &resting).await);
     }
     is_complete(&agent, &plan(Framing::ContentLength, 100_000)).await;
-    let steered = async |agent: &AgentProcess| agent.metric("penstock_body_bytes_total", &[r#"path="ingress""#]).await;
+    let path = format!("path=\"{steering}\"");
+    let steered = async |agent: &AgentProcess| agent.metric("penstock_body_bytes_total", &[&path]).await;
     assert!(steered(&agent).await.unwrap() > 0.0);
 
     agent.process.kill().unwrap();
@@ -101,7 +109,7 @@ async fn a_killed_agent_leaves_nothing_behind() {
     }
     eventually(AT_ONCE, || ours() == 0).await;
 
-    let next = AgentProcess::start(agent.addr, server.addr, "ingress", "").await.unwrap();
+    let next = AgentProcess::start(agent.addr, server.addr, steering, "").await.unwrap();
     assert_eq!(next.addr, agent.addr);
     for framing in FRAMINGS {
         is_complete(&next, &plan(framing, 100_000)).await;

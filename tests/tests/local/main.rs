@@ -1,4 +1,28 @@
 //! The path `local`, on which an endpoint's own `sendmsg` reaches the client: whoever the endpoint is and however it sends,
 //! wherever on this machine it is, and however it ends.
 
+mod pressure;
+mod scope;
 mod senders;
+mod servers;
+
+use penstock_tests::{BodyEnd, Client, Plan, Reader, TestAgent};
+
+/// Body bytes that went this way.
+fn carried(agent: &TestAgent, path: &str) -> u64 {
+    agent.count("penstock_body_bytes_total", &[&format!("path=\"{path}\"")])
+}
+
+fn stops(agent: &TestAgent, reason: &str) -> u64 {
+    agent.count("penstock_steer_stops_total", &[&format!("reason=\"{reason}\"")])
+}
+
+/// One response on this connection, complete and compared.
+async fn is_exact(client: &mut Client, plan: &Plan) {
+    client.send(&plan.request()).await.unwrap();
+    let head = client.head().await.unwrap_or_else(|error| panic!("{error:#}: {plan:?}"));
+    assert_eq!(head.status, 200, "{plan:?}");
+    let read = Reader::Fast.take(client, &mut plan.checker()).await;
+    let read = read.unwrap_or_else(|error| panic!("{error:#}: {plan:?}"));
+    assert_eq!((read.end, read.len), (BodyEnd::Complete, plan.size), "{plan:?}");
+}

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use penstock_agent::config::{PathPattern, Pool, Route, SteeringMode};
 use penstock_tests::{
-    BodyEnd, Client, Plan, Reader, Request, Sender,
-    agent::{TestAgent, builtin_pool},
+    BodyEnd, Client, Plan, Reader, Request, Sender, TestAgent,
+    agent::builtin_pool,
     eventually,
     model_server::{Framing, Lengths},
     sender::{
@@ -17,6 +17,8 @@ use penstock_tests::{
         Waits::{self, Blocking, EdgeTriggered, LevelTriggered},
     },
 };
+
+use crate::{carried, stops};
 
 const SOON: Duration = Duration::from_secs(10);
 const MIB: u64 = 1 << 20;
@@ -87,14 +89,6 @@ async fn exchanges(agent: &TestAgent, pool: usize) {
     }
     eventually(SOON, || exchanged() == before.0 + exchanges).await;
     assert_eq!(counted(), before.1 + wire);
-}
-
-fn stops(agent: &TestAgent, reason: &str) -> u64 {
-    agent.count("penstock_steer_stops_total", &[&format!("reason=\"{reason}\"")])
-}
-
-fn carried(agent: &TestAgent, path: &str) -> u64 {
-    agent.count("penstock_body_bytes_total", &[&format!("path=\"{path}\"")])
 }
 
 async fn send(ways: &[(Waits, Calls)]) {

@@ -1,0 +1,156 @@
+//! Memory that is short: the agent's process in a cgroup of its own with a tight limit, while many clients read slowly. A
+//! response then is complete or visibly broken, on every path; never short with a clean end.
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use penstock_tests::{
+    BodyEnd, Client, ModelServer, Plan, Reader,
+    agent_process::AgentProcess,
+    model_server::{Framing, Lengths, Options, Pauses},
+};
+
+const FRAMINGS: [Framing; 3] = [Framing::ContentLength, Framing::Chunked, Framing::UntilClose];
+const CLIENTS: u64 = 60;
+/// What all buffers of sockets may take, bytes; less than the clients' send buffers by far.
+const TCP: u64 = 3 << 20;
+
+/// A cgroup of the memory controller, in whichever of the hierarchies that is (cgroups(7)). Dropping it removes it, once
+/// nobody is in it.
+struct Group(PathBuf);
+
+/// What bounds memory in the hierarchy, and what counts how often it did.
+enum Files {
+    Unified,
+    /// Buffers of sockets have a limit of their own.
+    Legacy,
+}
+
+impl Group {
+    fn new() -> (Self, Files) {
+        let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
+        let mounted = |kind: &str, option: &str| {
+            mounts.lines().find_map(|line| {
+                let fields: Vec<&str> = line.split(' ').collect();
+                let fits = fields[2] == kind && fields[3].split(',').any(|one| option.is_empty() || one == option);
+                fits.then(|| PathBuf::from(fields[1]))
+            })
+        };
+        let name = format!("penstock-test-{}", std::process::id());
+        if let Some(legacy) = mounted("cgroup", "memory") {
+            let group = legacy.join(name);
+            std::fs::create_dir(&group).unwrap();
+            return (Self(group), Files::Legacy);
+        }
+        let unified = mounted("cgroup2", "").expect("a cgroup hierarchy with the memory controller");
+        // Where it is not handed down yet.
+        let _ = std::fs::write(unified.join("cgroup.subtree_control"), "+memory");
+        let group = unified.join(name);
+        std::fs::create_dir(&group).unwrap();
+        assert!(group.join("memory.max").exists(), "no memory controller in {}", group.display());
+        (Self(group), Files::Unified)
+    }
+
+    fn write(&self, file: &str, value: impl ToString) {
+        let path = self.0.join(file);
+        std::fs::write(&path, value.to_string()).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    }
+
+    fn count(&self, file: &str, field: &str) -> u64 {
+        let text = std::fs::read_to_string(self.0.join(file)).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(field)).unwrap_or_default();
+        line.trim().parse().unwrap_or(0)
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // The kernel's last accounts of a process come in a little later than its end.
+        let gone = |path: &Path| std::fs::remove_dir(path).is_ok();
+        let begin = std::time::Instant::now();
+        while !gone(&self.0) && begin.elapsed() < Duration::from_secs(2) {
+            std::thread::yield_now();
+        }
+    }
+}
+
+#[tokio::test]
+async fn responses_are_whole_or_visibly_broken() {
+    for steering in ["local", "ingress", "off"] {
+        under_pressure(steering).await;
+    }
+}
+
+async fn under_pressure(steering: &str) {
+    let server = ModelServer::start(Options { idle_close: None, ..Options::default() }).await.unwrap();
+    let listen = SocketAddr::from(([127, 0, 0, 1], 0));
+    // Declared first: the process ends before its group is removed.
+    let (group, files) = Group::new();
+    let agent = AgentProcess::start(listen, server.addr, steering, "[timeouts]\nidle = \"1500ms\"").await.unwrap();
+    match files {
+        Files::Unified => group.write("memory.max", 20 << 20),
+        Files::Legacy => {
+            group.write("memory.limit_in_bytes", 16 << 20);
+            group.write("memory.kmem.tcp.limit_in_bytes", TCP);
+        }
+    }
+    // Pages and sockets from now on are the group's.
+    group.write("cgroup.procs", agent.process.id());
+
+    let clients: Vec<_> = (0..CLIENTS)
+        .map(|id| {
+            let framing = FRAMINGS[id as usize % 3];
+            let plan = Plan {
+                framing,
+                size: 1 << 20,
+                stream_id: id,
+                writes: Lengths::Random { seed: id, max: 30_000 },
+                pauses: Some(Pauses { seed: id, every: 8, up_to_us: 1000 }),
+                ..Plan::default()
+            };
+            let reader = match id % 2 {
+                0 => Reader::Slow { bytes: 16 << 10, tick: Duration::from_millis(2) },
+                _ => Reader::Stalled { after: 50_000, pause: Duration::from_millis(700) },
+            };
+            let addr = agent.addr;
+            tokio::spawn(async move {
+                let Ok(mut client) = Client::connect_with(addr, Some(16 << 10)).await else { return false };
+                if client.send(&plan.request()).await.is_err() {
+                    return false;
+                }
+                let Ok(head) = client.head().await else { return false };
+                if head.status != 200 {
+                    return false;
+                }
+                let mut checker = plan.checker();
+                match reader.take(&mut client, &mut checker).await {
+                    Ok(read) if read.end == BodyEnd::Complete => {
+                        assert_eq!(read.len, plan.size, "a clean end that is short: {plan:?}");
+                        true
+                    }
+                    Ok(read) => {
+                        // An end by close that is no end has to be a reset.
+                        assert!(framing != Framing::UntilClose || read.end == BodyEnd::Reset, "{read:?}");
+                        false
+                    }
+                    Err(error) => panic!("{error:#}: {plan:?}"),
+                }
+            })
+        })
+        .collect();
+    let mut complete = 0;
+    for client in clients {
+        complete += u64::from(client.await.unwrap());
+    }
+    let pressed = match files {
+        Files::Unified => group.count("memory.events", "max ") > 0,
+        // The kernel takes what it must and makes sockets wait for the rest; it does not count how often.
+        Files::Legacy => group.count("memory.kmem.tcp.max_usage_in_bytes", "") >= TCP,
+    };
+    println!("{steering}: {complete} of {CLIENTS} complete");
+    assert!(pressed, "{steering}: there was no pressure");
+    assert!(complete > 0, "{steering}: nothing came through");
+}

@@ -1,0 +1,204 @@
+//! Whose sockets are touched: those that the agent has connected to, in whatever network namespace and under whatever kind of
+//! address, and no other.
+
+use std::{
+    collections::HashSet,
+    io::{Read as _, Write as _},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use aya::maps::{HashMap, Map, MapData, loaded_maps};
+use penstock_agent::config::SteeringMode;
+use penstock_tests::{
+    Alphabet, Client, ModelServer, Namespace, Plan, Sender, TestAgent,
+    agent::builtin_pool,
+    eventually,
+    model_server::{self, Fault, FaultKind, Framing, Lengths, Pauses},
+    sender::{Calls, Options, Waits},
+};
+use socket2::{Domain, SockRef, Socket, Type};
+
+use crate::{carried, is_exact, stops};
+
+const SOON: Duration = Duration::from_secs(10);
+
+fn plan(framing: Framing, stream_id: u64) -> Plan {
+    Plan { framing, size: 1 << 20, stream_id, chunks: Lengths::Fixed(3000), ..Plan::default() }
+}
+
+fn sender(listen: SocketAddr, namespace: Option<&Arc<Namespace>>) -> Sender {
+    let options = Options::new(Waits::EdgeTriggered, Calls::Send(8000));
+    Sender::start(Options { listen, namespace: namespace.cloned(), ..options }).unwrap()
+}
+
+/// Two responses on one connection, and the kernel carries.
+async fn is_carried(agent: &TestAgent, id: u64) {
+    let before = carried(agent, "local");
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    for framing in [Framing::ContentLength, Framing::Chunked] {
+        is_exact(&mut client, &plan(framing, id)).await;
+    }
+    eventually(SOON, || carried(agent, "local") > before).await;
+}
+
+/// Sockets that the maps of any agent on this machine know by cookie: the agent's own, and endpoints'.
+fn known() -> HashSet<u64> {
+    let mut cookies = HashSet::new();
+    for info in loaded_maps().filter_map(Result::ok) {
+        if !matches!(info.name_as_str(), Some("INDEX" | "LOCAL_INDEX")) {
+            continue;
+        }
+        // Others' agents come and go.
+        let Ok(data) = MapData::from_id(info.id()) else { continue };
+        let map: HashMap<MapData, u64, u32> = Map::HashMap(data).try_into().unwrap();
+        cookies.extend(map.keys().filter_map(Result::ok));
+    }
+    cookies
+}
+
+/// And a connection with the same addresses and ports in a third namespace is nobody's.
+#[tokio::test]
+async fn an_endpoint_in_another_network_namespace() {
+    // Addresses for measurements (RFC 2544), so that nobody is hidden; a pair for each process.
+    let pair = std::process::id() % (1 << 14);
+    let [here, there] = [1, 2].map(|host| Ipv4Addr::from(0xc612_0000 + pair * 4 + host));
+    let name = format!("penstock{pair}");
+    let beside = Arc::new(Namespace::beside(&name, &format!("{here}/30"), &format!("{there}/30")).unwrap());
+    let endpoint = sender(SocketAddr::from((there, 0)), Some(&beside));
+    let agent = TestAgent::start(builtin_pool(&[endpoint.addr]), SteeringMode::Local, |config| {
+        config.listen.workers = 1;
+        config.timeouts.endpoint_keep_alive = Duration::from_secs(60);
+    });
+    is_carried(&agent, 1).await;
+    let [connection] = endpoint.accepted()[..] else { panic!("{:?}", endpoint.accepted()) };
+    assert_eq!(connection.peer.ip(), IpAddr::V4(here));
+    assert!(known().contains(&connection.cookie));
+
+    let other = Namespace::new().unwrap();
+    for address in [here, there] {
+        other.ip(&format!("addr add {address}/32 dev lo")).unwrap();
+    }
+    let twin = other.run(|| connect(connection.peer, endpoint.addr)).unwrap();
+    let cookies = twin.each_ref().map(|socket| SockRef::from(socket).cookie().unwrap());
+    assert_eq!(twin[0].local_addr().unwrap(), connection.peer);
+    // Both talk at the same time, each on the connection of these four names.
+    let talk = std::thread::spawn(move || {
+        for id in 0..50 {
+            talk(&twin[0], &twin[1], id);
+            talk(&twin[1], &twin[0], id);
+        }
+        twin
+    });
+    for id in 2..5 {
+        is_carried(&agent, id).await;
+    }
+    let twin = talk.join().unwrap();
+    let known = known();
+    assert!(cookies.iter().all(|cookie| !known.contains(cookie)));
+    assert_eq!(endpoint.accepted().len(), 1, "the agent has kept its connection");
+    drop(twin);
+}
+
+/// A connection from `from` to `to`, both ends of it.
+fn connect(from: SocketAddr, to: SocketAddr) -> [TcpStream; 2] {
+    let listener = TcpListener::bind(to).unwrap();
+    let socket = Socket::new(Domain::for_address(from), Type::STREAM, None).unwrap();
+    socket.bind(&from.into()).unwrap();
+    socket.connect(&to.into()).unwrap();
+    [socket.into(), listener.accept().unwrap().0]
+}
+
+fn talk(mut from: &TcpStream, mut to: &TcpStream, id: u64) {
+    let bytes = Alphabet::Binary.bytes(id, 0, 20_000);
+    from.write_all(&bytes).unwrap();
+    let mut read = vec![0; bytes.len()];
+    to.read_exact(&mut read).unwrap();
+    assert!(read == bytes);
+}
+
+#[tokio::test]
+async fn ipv6_and_a_listener_for_both() {
+    let six = sender(SocketAddr::from((Ipv6Addr::LOCALHOST, 0)), None);
+    let agent = TestAgent::start(builtin_pool(&[six.addr]), SteeringMode::Local, |config| {
+        config.listen.address = SocketAddr::from((Ipv6Addr::LOCALHOST, 0));
+    });
+    is_carried(&agent, 1).await;
+
+    // Its socket is one of IPv6, and the packets are of IPv4.
+    let both = sender(SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)), None);
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, both.addr.port()));
+    let agent = TestAgent::start(builtin_pool(&[address]), SteeringMode::Local, |_| {});
+    is_carried(&agent, 2).await;
+    let IpAddr::V6(peer) = both.accepted()[0].peer.ip() else { panic!("{:?}", both.accepted()) };
+    assert!(peer.to_ipv4_mapped().is_some());
+}
+
+#[tokio::test]
+async fn two_agents_with_one_endpoint() {
+    let endpoint = sender(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), None);
+    let agents = [(); 2].map(|()| TestAgent::start(builtin_pool(&[endpoint.addr]), SteeringMode::Local, |_| {}));
+    for round in 0..3 {
+        tokio::join!(is_carried(&agents[0], 2 * round), is_carried(&agents[1], 2 * round + 1));
+    }
+}
+
+/// The inner one writes to its client, which is the outer one, in turn with its kernel: nothing may go round its account,
+/// not even before it has steered anything.
+#[tokio::test]
+async fn an_agent_in_front_of_an_agent() {
+    for mode in [SteeringMode::Local, SteeringMode::Auto] {
+        let endpoint = ModelServer::start(model_server::Options::default()).await.unwrap();
+        let inner = TestAgent::start(builtin_pool(&[endpoint.addr]), SteeringMode::Auto, |_| {});
+        let outer = TestAgent::start(builtin_pool(&[inner.addr]), mode, |config| {
+            (config.listen.workers, config.steering.min_bytes) = (1, 0);
+        });
+        let mut client = Client::connect(outer.addr).await.unwrap();
+        for id in 0..4 {
+            // Too small for the kernel, with time for the outer one to wait for the rest of it.
+            let fault = Some(Fault { after: 2000, kind: FaultKind::StallMs(30) });
+            is_exact(&mut client, &Plan { size: 4000, stream_id: id, fault, ..Plan::default() }).await;
+            let pauses = Some(Pauses { seed: id, every: 4, up_to_us: 2000 });
+            let large = Plan { writes: Lengths::Fixed(8000), pauses, ..plan(Framing::Chunked, id) };
+            is_exact(&mut client, &large).await;
+        }
+        eventually(SOON, || outer.count("penstock_requests_total", &[r#"reason="ok""#]) == 8).await;
+        assert!(carried(&inner, "local") > 0, "{mode:?}");
+        assert_eq!((carried(&outer, "local"), stops(&outer, "account")), (0, 0), "{mode:?}");
+        assert_eq!(carried(&outer, "ingress") > 0, mode == SteeringMode::Auto, "{mode:?}");
+    }
+}
+
+/// Connections and clients for which there is no slot, or no place in a map, are served all the same.
+#[tokio::test]
+async fn full_maps_and_slot_tables_relay() {
+    for max_flows in [1, 2] {
+        let endpoint = sender(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), None);
+        let agent = TestAgent::start(builtin_pool(&[endpoint.addr]), SteeringMode::Local, |config| {
+            config.steering.max_flows = max_flows;
+            // Each connection asks for a slot anew.
+            config.timeouts.endpoint_keep_alive = Duration::from_millis(1);
+        });
+        let flows = |reason: &str| agent.count("penstock_flows_total", &[&format!("reason=\"{reason}\"")]);
+        let (begin, mut round) = (Instant::now(), 0);
+        // A slot that has been given back is free again within a second or two.
+        while carried(&agent, "local") == 0 || flows("unavailable") == 0 {
+            assert!(begin.elapsed() < SOON, "{}", agent.agent.metrics().encode());
+            let addr = agent.addr;
+            let clients = (0..12).map(|id| {
+                tokio::spawn(async move {
+                    let mut client = Client::connect(addr).await.unwrap();
+                    is_exact(&mut client, &plan(Framing::ContentLength, id + 12 * round)).await;
+                    is_exact(&mut client, &plan(Framing::Chunked, id + 12 * round)).await;
+                })
+            });
+            for client in clients.collect::<Vec<_>>() {
+                client.await.unwrap();
+            }
+            round += 1;
+            eventually(SOON, || agent.count("penstock_requests_total", &[r#"reason="ok""#]) == 24 * round).await;
+        }
+        println!("{max_flows}: local {}, relay {}", carried(&agent, "local"), carried(&agent, "relay"));
+    }
+}

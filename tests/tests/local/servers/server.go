@@ -1,0 +1,42 @@
+// Go's net/http: `/bulk` is the file in one piece, `/stream` the same in many, `/file` what net/http makes of a file.
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"strconv"
+	"time"
+)
+
+func main() {
+	content, err := os.ReadFile(os.Args[1])
+	if err != nil {
+		panic(err)
+	}
+	http.HandleFunc("/bulk", func(response http.ResponseWriter, request *http.Request) {
+		response.Header().Set("content-length", strconv.Itoa(len(content)))
+		response.Write(content)
+	})
+	http.HandleFunc("/stream", func(response http.ResponseWriter, request *http.Request) {
+		response.Header().Set("content-type", "text/event-stream")
+		for rest := bytes.NewBuffer(content); rest.Len() > 0; {
+			if _, err := response.Write(rest.Next(10_000)); err != nil {
+				return
+			}
+			response.(http.Flusher).Flush()
+			time.Sleep(time.Millisecond)
+		}
+	})
+	http.HandleFunc("/file", func(response http.ResponseWriter, request *http.Request) {
+		http.ServeFile(response, request, os.Args[1])
+	})
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		panic(err)
+	}
+	fmt.Printf("listening on %s\n", listener.Addr())
+	panic(http.Serve(listener, nil))
+}
