@@ -102,8 +102,8 @@ impl Case {
             // What has come with the head does not count.
             return (plan.size < 16 * KIB).then_some(false);
         }
-        // Where writes are longer than a piece of the kernel's memory, a message program may not see the chunks in them.
-        let unseen = plan.framing == Framing::Chunked && plan.size > 32 * KIB && mode != SteeringMode::Ingress;
+        // A message program sees the chunks of a write only as far as that lies in one piece of the kernel's memory.
+        let unseen = plan.framing == Framing::Chunked && mode != SteeringMode::Ingress;
         (plan.fault.is_some() && !unseen).then_some(true)
     }
 }

@@ -240,5 +240,5 @@ fn writable() -> EpollFlags {
 }
 
 fn readable() -> EpollFlags {
-    EpollFlags::EPOLLIN | EpollFlags::EPOLLIN
+    EpollFlags::EPOLLIN
 }

@@ -54,7 +54,7 @@ impl Group {
         (Self(group), Files::Unified)
     }
 
-    fn write(&self, file: &str, value: impl ToString) {
+    fn write(&self, file: &str, value: u64) {
         let path = self.0.join(file);
         std::fs::write(&path, value.to_string()).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     }
@@ -98,7 +98,7 @@ async fn under_pressure(steering: &str) {
         }
     }
     // Pages and sockets from now on are the group's.
-    group.write("cgroup.procs", agent.process.id());
+    group.write("cgroup.procs", u64::from(agent.process.id()));
 
     let clients: Vec<_> = (0..CLIENTS)
         .map(|id| {

@@ -26,7 +26,7 @@ async fn served(stage: &mut Stage) -> SocketAddr {
 /// The first request counts; the next connection has a lease of its own.
 #[tokio::test]
 async fn a_lease_is_for_so_many_requests() {
-    let mut stage = Stage::with(|all| Production::new(all), lease(Duration::from_secs(60), 3)).await;
+    let mut stage = Stage::with(Production::new, lease(Duration::from_secs(60), 3)).await;
     for asked in 1..=3 {
         let home = served(&mut stage).await;
         assert_eq!([served(&mut stage).await, served(&mut stage).await], [home, home]);
@@ -40,7 +40,7 @@ async fn a_lease_is_for_so_many_requests() {
 
 #[tokio::test]
 async fn a_lease_is_for_so_long() {
-    let mut stage = Stage::with(|all| Production::new(all), lease(Duration::from_millis(200), 1_000_000)).await;
+    let mut stage = Stage::with(Production::new, lease(Duration::from_millis(200), 1_000_000)).await;
     let begin = std::time::Instant::now();
     while stage.epp.streams_started() < 3 {
         served(&mut stage).await;
@@ -68,7 +68,7 @@ async fn headers_hold_with_the_pick() {
 /// An endpoint that takes no more requests, or another configuration, ends it: the picker is asked again.
 #[tokio::test]
 async fn a_draining_endpoint_ends_the_lease() {
-    let mut stage = Stage::with(|all| Production::new(all), lease(Duration::from_secs(60), 1000)).await;
+    let mut stage = Stage::with(Production::new, lease(Duration::from_secs(60), 1000)).await;
     let home = served(&mut stage).await;
     assert_eq!(served(&mut stage).await, home);
     let mut config = stage.agent.config();

@@ -136,7 +136,7 @@ impl Archive {
         let mut download = self.apt("apt-get");
         download.args(["download", &format!("{package}={version}")]).current_dir(&partial);
         quietly("vm-test: package", &mut download)?;
-        let package = find_file(&[partial.clone()], "*.deb").context("apt-get has downloaded nothing")?;
+        let package = find_file(std::slice::from_ref(&partial), "*.deb").context("apt-get has downloaded nothing")?;
         quietly("vm-test: unpack", command("dpkg-deb").arg("--extract").arg(&package).arg(&partial))?;
         fs::remove_file(package)?;
         // By rename, so that what is there is whole.
