@@ -213,8 +213,7 @@ impl Pipe<'_> {
         let short = monotonic_ns().saturating_sub(since) < SHORT_SPAN.as_nanos() as u64;
         self.fruitless = if why != 0 && (steered == 0 || short) { self.fruitless + 1 } else { 0 };
         if why == stop::TARGET || why == stop::ACCOUNT || self.fruitless >= MAX_FRUITLESS {
-            self.fruitless = 0;
-            self.target = self.target.take().and_then(Target::next);
+            self.target = None;
         }
         Ok(())
     }
