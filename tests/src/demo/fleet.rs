@@ -67,7 +67,7 @@ pub(super) struct Access {
 
 impl Access {
     pub(super) fn by_kernel(&self) -> bool {
-        self.carried_by == "ingress"
+        matches!(self.carried_by.as_str(), "local" | "ingress")
     }
 }
 
