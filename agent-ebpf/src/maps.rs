@@ -89,7 +89,10 @@ pub(crate) struct End {
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct Peer {
+    /// Of the agent's socket, by which is seen whether the connection is still its own, and the slots are.
+    pub(crate) cookie: u64,
     pub(crate) index: u32,
+    pub(crate) unused: u32,
     /// The agent's next sequence number, and the endpoint's.
     pub(crate) sends: u32,
     pub(crate) receives: u32,

@@ -41,7 +41,7 @@ fn agents_side(ctx: &SockOpsContext) {
     // SAFETY: one word of a map's value, which nobody else writes.
     unsafe { (*slot).origin.set(1 << 32 | u64::from(receives)) };
     let ends = Ends { agent: local(ctx), endpoint: remote(ctx) };
-    let _ = PEERS.insert(&ends, &Peer { index, sends, receives }, 0);
+    let _ = PEERS.insert(&ends, &Peer { cookie, index, unused: 0, sends, receives }, 0);
 }
 
 #[inline(always)]
@@ -54,6 +54,10 @@ fn endpoints_side(ctx: &SockOpsContext) {
         return;
     }
     let _ = PEERS.remove(&ends);
+    // SAFETY: the number is compared at once, whatever becomes of the entry.
+    if unsafe { INDEX.get(&peer.cookie) } != Some(&peer.index) {
+        return;
+    }
     // In the map, a call is sent piece by piece, and completions of `MSG_ZEROCOPY` count the pieces (`tcp_bpf_push`). One who
     // says only later that there is an account is never redirected, but stays in the map.
     // The context is the kernel's own, whatever the verifier makes of its fields, and the helper that reads checks addresses.

@@ -137,7 +137,7 @@ pub enum PickPer {
 /// With `pick_per = "connection"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PinLimits {
-    /// A connection that has been pinned so long ends at its next quiet second; default 1 h, can be `off`.
+    /// A connection that has been pinned so long is reset at its next quiet second; default 1 h, can be `off`.
     pub age: Option<Duration>,
 }
 

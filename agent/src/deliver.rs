@@ -32,6 +32,8 @@ const MAX_BUFFER: usize = 256 * 1024;
 /// After so many spans in a row that the kernel stopped before they had lasted this long, the rest of the body is relayed.
 const MAX_FRUITLESS: u32 = 4;
 const SHORT_SPAN: Duration = Duration::from_millis(10);
+/// Long for what is in the hands of a `sendmsg` that does not wait.
+const BEHIND: Duration = Duration::from_millis(100);
 
 /// How a delivery ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

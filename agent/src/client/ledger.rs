@@ -46,7 +46,7 @@ impl Ledger {
             if !self.unsettled || self.taken(stream)? == self.booked {
                 break;
             }
-            check(stream)?;
+            socket::has_more(stream)?;
             // Usually the kernel's worker is done within microseconds.
             if turn < 32 {
                 tokio::task::yield_now().await;
@@ -70,13 +70,5 @@ impl Ledger {
 
     fn taken(&self, stream: &TcpStream) -> io::Result<u64> {
         Ok(socket::bytes_written(stream)?.wrapping_sub(self.base))
-    }
-}
-
-/// An error when the connection is broken.
-fn check(stream: &TcpStream) -> io::Result<()> {
-    match socket::peek(stream, &mut [0]) {
-        Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
-        _ => Ok(()),
     }
 }

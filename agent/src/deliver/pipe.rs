@@ -1,6 +1,6 @@
 //! One direction of a connection that has become something else: bytes from one socket to the other until the first ends its
-//! side, which is passed on. The kernel carries what it can, by the same handshake as a response body (`span`): arm, read once
-//! more, sleep, take back.
+//! side, which is passed on. On the path `local` the kernel carries what it can, by the same handshake as a response body
+//! (`span`): arm, read once more, sleep, take back.
 
 use std::{cell::Cell, future::poll_fn, io, time::Duration};
 
@@ -9,7 +9,7 @@ use penstock_common::{framing::Framing, slot::stop};
 use tokio::{io::Interest, net::TcpStream};
 use tokio_util::sync::CancellationToken;
 
-use super::{Account, MAX_FRUITLESS, SHORT_SPAN, Target};
+use super::{Account, BEHIND, MAX_FRUITLESS, SHORT_SPAN, Target};
 use crate::{
     client::ledger::Ledger,
     endpoint::connection::Reader,
@@ -17,11 +17,14 @@ use crate::{
         slots::{Lane, SpanRef},
         socket::{self, monotonic_ns},
     },
+    steer::Source,
 };
 
 const READ: usize = 16 * 1024;
-/// Long for what is in the hands of a `sendmsg` that does not wait.
-const BEHIND: Duration = Duration::from_millis(100);
+/// The only one for a tunnel: what stands still on the other has been seen, and not been understood.
+const LANE: Lane = Lane::Local;
+/// How often is looked whether the other side has acknowledged everything.
+const LOOK: Duration = Duration::from_millis(10);
 
 pub(super) struct Pipe<'a> {
     pub(super) from: Reader<'a>,
@@ -58,8 +61,8 @@ enum Wake {
 }
 
 impl Pipe<'_> {
-    /// True: the first side has ended, and the other been told. False: it was asked to stop, everything read is written, and
-    /// both sides are as they were.
+    /// True: the first side has ended, and the other been told. False: it was asked to stop, everything read is written and has
+    /// been acknowledged, and both sides are as they were.
     pub(super) async fn run(&mut self, stop: &CancellationToken) -> Result<bool, Broken> {
         loop {
             if !self.pending.is_empty() {
@@ -100,6 +103,9 @@ impl Pipe<'_> {
             }
         }
         self.ledger.settle(self.to).await.map_err(|_| Broken::To)?;
+        while socket::send_queue(self.to).map_err(|_| Broken::To)? > 0 {
+            tokio::time::sleep(LOOK).await;
+        }
         Ok(false)
     }
 
@@ -130,78 +136,47 @@ impl Pipe<'_> {
     async fn span(&mut self, target: Target, stop: &CancellationToken) -> Result<Wake, Broken> {
         self.ledger.settle(self.to).await.map_err(|_| Broken::To)?;
         let source = self.from.source.ok_or(Broken::From)?;
-        let span = source.slot().span(target.lane);
-        let (redirected, segments, since) = (span.redirected(), span.segments(), monotonic_ns());
-        source.slot().arm(target.lane, target.key, Framing::until_close(), *self.from.consumed, false);
+        let span = source.slot().span(LANE);
+        let before = (span.redirected(), span.segments(), monotonic_ns());
+        source.slot().arm(LANE, target.key, Framing::until_close(), *self.from.consumed, false);
         self.pending.reserve(READ);
         let wake = match self.from.read_now(&mut self.pending) {
             Ok(0) => Ok(Wake::Look),
             Ok(_) => Ok(Wake::Bytes),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.sleep(target.lane, span, stop).await,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.listen(source, stop).await,
             Err(_) => Err(Broken::From),
         };
         if !span.is_released() {
             span.disarm();
-            // Waits for a verdict in progress.
-            let _ = socket::bytes_written(self.from.stream);
         }
-        self.take_back(target.lane, span, redirected, segments, since).await?;
+        self.take_back(span, before).await?;
         wake
     }
 
-    async fn sleep(&mut self, lane: Lane, span: SpanRef<'_>, stop: &CancellationToken) -> Result<Wake, Broken> {
-        let Some(source) = self.from.source else { return Ok(Wake::Look) };
-        if lane == Lane::Ingress && !span.is_released() && self.from.is_behind() {
-            // Let through before the arming, and not handed over yet: no event will tell of it.
-            return Ok(Wake::Look);
-        }
-        let released = poll_fn(|cx| source.poll_released(lane, cx));
-        match lane {
-            Lane::Ingress => tokio::select! {
-                biased;
-                () = released => Ok(Wake::Released),
-                // The end, or an error; what it is, reading tells.
-                _ = self.from.stream.ready(Interest::PRIORITY) => Ok(Wake::Look),
-                () = broken(self.to) => Err(Broken::To),
-                () = stop.cancelled() => Ok(Wake::Stopped),
+    async fn listen(&mut self, source: &Source, stop: &CancellationToken) -> Result<Wake, Broken> {
+        tokio::select! {
+            biased;
+            () = poll_fn(|cx| source.poll_released(LANE, cx)) => Ok(Wake::Released),
+            read = self.from.read(&mut self.pending) => match read {
+                Ok(0) => Ok(Wake::Look),
+                Ok(_) => Ok(Wake::Bytes),
+                Err(_) => Err(Broken::From),
             },
-            Lane::Local => tokio::select! {
-                biased;
-                () = released => Ok(Wake::Released),
-                read = self.from.read(&mut self.pending) => match read {
-                    Ok(0) => Ok(Wake::Look),
-                    Ok(_) => Ok(Wake::Bytes),
-                    Err(_) => Err(Broken::From),
-                },
-                () = broken(self.to) => Err(Broken::To),
-                () = stop.cancelled() => Ok(Wake::Stopped),
-            },
+            () = broken(self.to) => Err(Broken::To),
+            () = stop.cancelled() => Ok(Wake::Stopped),
         }
     }
 
-    /// Enters the kernel's books into ours. The span is released.
-    async fn take_back(
-        &mut self,
-        lane: Lane,
-        span: SpanRef<'_>,
-        redirected: u64,
-        segments: u64,
-        since: u64,
-    ) -> Result<(), Broken> {
+    /// Enters the kernel's books into ours; `before` is what they and the clock said at the arming. The span is released.
+    async fn take_back(&mut self, span: SpanRef<'_>, before: (u64, u64, u64)) -> Result<(), Broken> {
+        let (redirected, segments, since) = before;
         let steered = span.redirected().saturating_sub(redirected);
         self.ledger.add_redirected(steered);
         self.account.segments += span.segments().saturating_sub(segments);
         if steered > 0 {
             self.moved.set(self.moved.get().max(span.stamps().1));
-        }
-        match lane {
-            Lane::Ingress => self.account.steered += steered,
-            Lane::Local => {
-                self.account.local += steered;
-                if steered > 0 {
-                    self.account.local -= self.arrived().await?;
-                }
-            }
+            self.account.local += steered;
+            self.account.local -= self.arrived().await?;
         }
         let why = span.stop();
         if why != 0
@@ -222,18 +197,16 @@ impl Pipe<'_> {
     async fn arrived(&mut self) -> Result<u64, Broken> {
         loop {
             match tokio::time::timeout(BEHIND, self.ledger.settle(self.to)).await {
-                Ok(Ok(())) => return Ok(0),
-                Ok(Err(_)) => return Err(Broken::To),
-                Err(_) if self.pending.is_empty() && is_silent(self.from.stream) => {}
-                Err(_) => return self.ledger.forgive(self.to).map_err(|_| Broken::To),
+                Ok(settled) => return settled.map(|()| 0).map_err(|_| Broken::To),
+                Err(_)
+                    if !self.pending.is_empty() || socket::has_more(self.from.stream).map_err(|_| Broken::From)? =>
+                {
+                    return self.ledger.forgive(self.to).map_err(|_| Broken::To);
+                }
+                Err(_) => {}
             }
         }
     }
-}
-
-/// Nothing has come that has not been read.
-fn is_silent(stream: &TcpStream) -> bool {
-    matches!(socket::peek(stream, &mut [0]), Err(error) if error.kind() == io::ErrorKind::WouldBlock)
 }
 
 /// Resolves when the connection has met an error; an end in order is none.

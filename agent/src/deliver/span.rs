@@ -13,14 +13,11 @@ use bytes::BytesMut;
 use penstock_common::{slot::stop, tail};
 use tokio::time::Instant;
 
-use super::{Armed, Delivery, End, MAX_FRUITLESS, MIN_BUFFER, SHORT_SPAN, Target, within};
+use super::{Armed, BEHIND, Delivery, End, MAX_FRUITLESS, MIN_BUFFER, SHORT_SPAN, Target, within};
 use crate::kernel::{
     slots::{Lane, SpanRef},
     socket::monotonic_ns,
 };
-
-/// Long for what is in the hands of a `sendmsg` that does not wait.
-const BEHIND: Duration = Duration::from_millis(100);
 
 /// What ended the wait for the kernel.
 enum Wake {
@@ -94,12 +91,10 @@ impl Delivery<'_> {
             match tokio::time::timeout(BEHIND, self.client.settle()).await {
                 Ok(Ok(())) => return Ok(()),
                 Ok(Err(_)) => return Err(End::ClientGone),
-                Err(_) if self.endpoint.is_alive() && self.pending.is_empty() => {
-                    if self.idle.is_some_and(|idle| begin.elapsed() >= idle) {
-                        return Err(End::Idle);
-                    }
-                }
-                Err(_) => break,
+                // An error that a look finds is gone with it, and what follows would seem to be an end in order.
+                Err(_) if !self.pending.is_empty() || self.endpoint.has_more().map_err(|_| End::Broken)? => break,
+                Err(_) if self.idle.is_some_and(|idle| begin.elapsed() >= idle) => return Err(End::Idle),
+                Err(_) => {}
             }
         }
         self.rest = self.client.forgive().map_err(|_| End::ClientGone)?;

@@ -71,13 +71,9 @@ impl Tunnel<'_> {
         let (from, endpoint) = self.endpoint.split()?;
         let slot = from.source.map(Source::slot);
         if let Some(slot) = slot {
-            slot.span(Lane::Ingress).begin_message();
             slot.span(Lane::Local).begin_message();
         }
-        let last = || {
-            let stamp = |lane| slot.map_or(0, |slot| slot.span(lane).stamps().1);
-            moved.get().max(stamp(Lane::Ingress)).max(stamp(Lane::Local))
-        };
+        let last = || moved.get().max(slot.map_or(0, |slot| slot.span(Lane::Local).stamps().1));
         let Ok(ledger) = Ledger::begin(client) else { return Ok(End::ClientGone) };
         let pipe = |from, to, ledger, pending, target| {
             let account = Account::default();
@@ -127,7 +123,6 @@ impl Tunnel<'_> {
         let (down, up) = (down.account, up.account);
         let account = &mut self.account;
         account.relayed += down.relayed;
-        account.steered += down.steered;
         account.local += down.local;
         account.pieces += down.pieces;
         account.segments += down.segments;

@@ -181,10 +181,14 @@ impl EndpointConnection {
         self.resting = resting;
     }
 
-    /// Nothing has come that has not been read: neither bytes nor the end.
-    pub fn is_alive(&self) -> bool {
-        let Ok(stream) = self.ready() else { return false };
-        matches!(socket::peek(stream, &mut [0]), Err(error) if error.kind() == io::ErrorKind::WouldBlock)
+    /// Something has come that has not been read: bytes, or the end.
+    pub fn has_more(&self) -> io::Result<bool> {
+        socket::has_more(self.ready()?)
+    }
+
+    /// Nothing has come on an idle connection: neither its end nor bytes that nobody asked for.
+    pub(super) fn is_alive(&self) -> bool {
+        matches!(self.has_more(), Ok(false))
     }
 }
 

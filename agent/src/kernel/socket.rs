@@ -95,6 +95,15 @@ pub fn peek(socket: impl AsFd, buf: &mut [u8]) -> io::Result<usize> {
     Ok(socket::recv(socket.as_fd().as_raw_fd(), buf, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK)?)
 }
 
+/// Whether there is something to read: bytes, or the end. An error of the connection's is taken by the look.
+pub fn has_more(socket: impl AsFd) -> io::Result<bool> {
+    match peek(socket, &mut [0]) {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// Registers a connection with the runtime so that nothing but an error or a hang-up wakes whoever waits on it: urgent
 /// data, which HTTP does not use, is the only thing asked for, and errors are always told.
 pub fn watch_errors(stream: std::net::TcpStream) -> io::Result<AsyncFd<std::net::TcpStream>> {

@@ -48,10 +48,10 @@ impl Lease {
             && self.pool == pool
             && now < self.until
             && self.left > 0
-            && worker.shared.endpoints[pool]
-                .snapshot()
-                .get(first)
-                .is_some_and(|endpoint| !endpoint.draining && !endpoint.is_avoided(now.into_std()));
+            && match worker.shared.endpoints[pool].snapshot().get(first) {
+                Some(endpoint) => !endpoint.draining && !endpoint.is_avoided(now.into_std()),
+                None => worker.shared.config.pools[pool].passthrough,
+            };
         if !holds {
             return None;
         }

@@ -2,7 +2,8 @@
 //! first response, whatever follows goes both ways as it is.
 //!
 //! It ends when both sides have ended theirs, at an error, after the idle time; and at the first quiet second after its age
-//! is over, the endpoint drains, or the agent does.
+//! is over, the endpoint drains, or the agent does: then with a reset, when the client has all that was sent, because nobody has
+//! read whether a message was over.
 
 use std::{net::SocketAddr, rc::Rc, time::Duration};
 
@@ -68,9 +69,13 @@ pub async fn pinned(current: &Rc<Current>, client: &mut ClientSocket, pin: Pin, 
         took_us = began.elapsed().as_micros() as u64,
     );
     match end {
-        End::Complete { .. } | End::Over => {
+        End::Complete { .. } => {
             endpoint.set_resting(true);
             After::Close
+        }
+        End::Over => {
+            endpoint.set_resting(true);
+            After::Abort
         }
         End::ClientGone | End::Broken | End::Idle => After::Abort,
     }

@@ -83,3 +83,16 @@ async fn a_draining_endpoint_ends_the_lease() {
     }
     eventually(SOON, || stage.agent.metric("penstock_active_requests", &[]) == 0.0).await;
 }
+
+/// An endpoint that the pool does not list, and that may be dialled all the same, is as good.
+#[tokio::test]
+async fn a_lease_may_be_for_a_stranger() {
+    let stranger = |config: &mut Config| {
+        lease(Duration::from_secs(60), 3)(config);
+        (config.pools[0].passthrough, config.pools[0].endpoints) = (true, Vec::new());
+    };
+    let mut stage = Stage::with(Production::new, stranger).await;
+    let home = served(&mut stage).await;
+    assert_eq!([served(&mut stage).await, served(&mut stage).await], [home, home]);
+    assert_eq!(stage.epp.streams_started(), 1);
+}
