@@ -119,7 +119,7 @@ async fn leaves_nothing(steering: &str, names: &[&str]) {
 
 #[tokio::test]
 async fn sigterm_drains() {
-    for steering in ["ingress", "off"] {
+    for steering in ["ingress", "local", "off"] {
         let server = server().await;
         let mut agent = AgentProcess::start(ANY_PORT, server.addr, steering, "").await.unwrap();
         let mut idle = Client::connect(agent.addr).await.unwrap();
