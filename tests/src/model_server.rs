@@ -48,6 +48,8 @@ pub struct Options {
     pub idle_close: Option<Duration>,
     /// Whether requests are kept for [`ModelServer::seen`].
     pub keep_requests: bool,
+    /// Whether bytes written are hashed for `/test/sent`, which takes time for each.
+    pub keep_sent: bool,
 }
 
 impl Default for Options {
@@ -59,6 +61,7 @@ impl Default for Options {
             interval: Duration::ZERO,
             idle_close: Some(Duration::from_secs(5)),
             keep_requests: true,
+            keep_sent: true,
         }
     }
 }

@@ -10,7 +10,7 @@ use penstock_agent::config::{FailureMode, PickPer, Pool, SteeringMode};
 use penstock_tests::{
     Client, ModelServer, Plan, ScriptedEpp,
     agent::{TestAgent, builtin_pool, epp_pool},
-    model_server::{Framing, Options},
+    model_server::{Framing, HeadWrites, Options},
     scripted_epp::{Answering, reply},
 };
 
@@ -20,36 +20,49 @@ struct Args {
     /// Requests for each figure
     #[arg(long, default_value_t = 4000)]
     requests: u32,
+    /// Only ways whose name contains this
+    #[arg(long, default_value = "")]
+    only: String,
 }
 
-const SIZES: [u64; 3] = [200, 4096, 65_536];
+const SIZES: [u64; 4] = [200, 4096, 65_536, 262_144];
 
-/// A way for a request to find its endpoint.
+/// A way for a request to find its endpoint, and for its response to come back.
+#[derive(Clone, Copy)]
 struct Way {
     name: &'static str,
     /// None: there is no agent.
     mode: Option<SteeringMode>,
     pick_per: PickPer,
     epp: bool,
+    heads: bool,
 }
 
-const WAYS: [Way; 6] = [
-    Way { name: "no agent", mode: None, pick_per: PickPer::Request, epp: false },
-    Way { name: "pick per request, EPP", mode: Some(SteeringMode::Auto), pick_per: PickPer::Request, epp: true },
-    Way { name: "lease, EPP", mode: Some(SteeringMode::Auto), pick_per: PickPer::Lease, epp: true },
-    Way { name: "pick per request, built-in", mode: Some(SteeringMode::Auto), pick_per: PickPer::Request, epp: false },
-    Way { name: "pinned, user space", mode: Some(SteeringMode::Off), pick_per: PickPer::Connection, epp: false },
-    Way { name: "pinned, kernel", mode: Some(SteeringMode::Auto), pick_per: PickPer::Connection, epp: false },
+const NONE: Way = Way { name: "no agent", mode: None, pick_per: PickPer::Request, epp: false, heads: false };
+const AUTO: Way = Way { mode: Some(SteeringMode::Auto), ..NONE };
+const INGRESS: Way = Way { mode: Some(SteeringMode::Ingress), ..NONE };
+const OFF: Way = Way { mode: Some(SteeringMode::Off), ..NONE };
+const WAYS: [Way; 10] = [
+    NONE,
+    Way { name: "pick per request, EPP", epp: true, ..AUTO },
+    Way { name: "lease, user space", pick_per: PickPer::Lease, epp: true, ..OFF },
+    Way { name: "lease", pick_per: PickPer::Lease, epp: true, ..AUTO },
+    Way { name: "lease, heads, ingress", pick_per: PickPer::Lease, epp: true, heads: true, ..INGRESS },
+    Way { name: "lease, heads", pick_per: PickPer::Lease, epp: true, heads: true, ..AUTO },
+    Way { name: "built-in", ..AUTO },
+    Way { name: "built-in, heads", heads: true, ..AUTO },
+    Way { name: "pinned, user space", pick_per: PickPer::Connection, ..OFF },
+    Way { name: "pinned, kernel", pick_per: PickPer::Connection, ..AUTO },
 ];
 
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
 async fn main() -> Result<()> {
-    let Args { requests } = Args::parse();
+    let Args { requests, only } = Args::parse();
     println!("{requests} requests each; p50 µs / CPU µs");
     print!("{:<28}", "response, bytes");
     SIZES.iter().for_each(|size| print!("{size:>18}"));
     println!();
-    for way in &WAYS {
+    for way in WAYS.iter().filter(|way| way.name.contains(&only)) {
         print!("{:<28}", way.name);
         for size in SIZES {
             let (p50, cpu) = measure(way, size, requests).await?;
@@ -61,7 +74,9 @@ async fn main() -> Result<()> {
 }
 
 async fn measure(way: &Way, size: u64, requests: u32) -> Result<(Duration, Duration)> {
-    let server = ModelServer::start(Options { idle_close: None, ..Options::default() }).await?;
+    let server =
+        ModelServer::start(Options { idle_close: None, keep_requests: false, keep_sent: false, ..Options::default() })
+            .await?;
     let picked = server.addr.to_string();
     let epp = ScriptedEpp::start(Answering::new(move |_| vec![reply::pick(&picked, &[])])).await?;
     let agent = way.mode.map(|mode| {
@@ -71,12 +86,15 @@ async fn measure(way: &Way, size: u64, requests: u32) -> Result<(Duration, Durat
         };
         TestAgent::start(Pool { pick_per: way.pick_per, ..pool }, mode, |config| {
             config.listen.workers = 1;
+            config.steering.steer_heads = way.heads;
+            config.headers.via = None;
             config.pools[0].lease.requests = 1_000_000;
             config.pools[0].lease.time = Duration::from_secs(3600);
         })
     });
     let mut client = Client::connect(agent.as_ref().map_or(server.addr, |agent| agent.addr)).await?;
-    let plan = Plan { framing: Framing::ContentLength, size, ..Plan::default() };
+    let head = HeadWrites { with_body: true, ..HeadWrites::default() };
+    let plan = Plan { framing: Framing::ContentLength, size, head, ..Plan::default() };
     let request = plan.request();
     let mut times = Vec::new();
     for _ in 0..requests / 10 {
@@ -89,6 +107,15 @@ async fn measure(way: &Way, size: u64, requests: u32) -> Result<(Duration, Durat
         times.push(begin.elapsed());
     }
     let spent = cpu()? - before;
+    if let Some(agent) = agent.as_ref().filter(|_| std::env::var_os("PENSTOCK_BOOKS").is_some()) {
+        let metrics = agent.agent.metrics().encode();
+        let wanted = ["steered_heads_total ", "steer_stops_total", "body_bytes_total", "flows_total"];
+        for line in
+            metrics.lines().filter(|line| !line.starts_with('#') && wanted.iter().any(|name| line.contains(name)))
+        {
+            eprintln!("  {line}");
+        }
+    }
     times.sort_unstable();
     Ok((times[times.len() / 2], spent / requests))
 }

@@ -58,7 +58,7 @@ impl Connection {
                 shared.seen.lock().push(request.echo.clone());
             }
             shared.requests.fetch_add(1, Ordering::Relaxed);
-            self.tally = Tally::of(&request.echo);
+            self.tally = Tally::of(&request.echo).filter(|_| shared.options.keep_sent);
             let responded = self.respond(&request).await;
             self.tally = None;
             match responded {
