@@ -6,7 +6,6 @@ use core::{arch::asm, ptr};
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
 use penstock_common::{
     framing::{Framing, state},
-    head::Head,
     slot::Word,
     verdict::SendBuffer,
 };
@@ -100,8 +99,8 @@ pub(crate) fn zero(unknown: u32) -> u64 {
 }
 
 /// The bits of a state.
-const STATES: u32 = 31;
-const _: () = assert!(state::HEAD <= STATES);
+const STATES: u32 = 15;
+const _: () = assert!(state::END_LF == STATES);
 
 /// The same framing, whose numbers the verifier has forgotten: see [`zero`].
 #[inline(always)]
@@ -112,20 +111,5 @@ pub(crate) fn forgotten(framing: Framing, zero: u64) -> Framing {
         line: framing.line ^ zero as u32,
         chunks: framing.chunks ^ zero as u32,
         payload: framing.payload ^ zero as u32,
-    }
-}
-
-/// As [`forgotten`].
-#[inline(always)]
-pub(crate) fn forgotten_head(head: Head, zero: u64) -> Head {
-    let [a, b, c] = head.text;
-    Head {
-        text: [a ^ zero, b ^ zero, c ^ zero],
-        length: head.length ^ zero,
-        state: head.state ^ zero as u32,
-        next: head.next ^ zero as u32,
-        fields: head.fields ^ zero as u32,
-        count: head.count ^ zero as u32,
-        has: head.has ^ zero as u32,
     }
 }

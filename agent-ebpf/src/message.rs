@@ -11,7 +11,6 @@ use aya_ebpf::{
 };
 use penstock_common::{
     framing::Framing,
-    head::{Head, MAX_HEAD},
     local::{Message, message},
     slot::Word,
     verdict::{Kernel, SendBuffer},
@@ -19,7 +18,7 @@ use penstock_common::{
 
 use crate::{
     maps::{FOUND, LOCAL_INDEX, LOCAL_SLOTS, OFFSETS, TARGETS, event},
-    memory::{self, forgotten, forgotten_head, read_u32, read_u64, send_buffer, zero},
+    memory::{self, forgotten, read_u32, read_u64, send_buffer, zero},
 };
 
 /// Bytes of chunk syntax and runs of payload that one call looks at; a message with more goes its ordinary way.
@@ -62,30 +61,20 @@ impl Kernel for Send<'_> {
         memory::clear_release(word);
     }
 
-    /// Heads and syntax are looked for in the message's first piece only: to see more, a helper would have to move memory.
+    /// Syntax is looked for in the message's first piece only: to see more, a helper would have to move memory.
     #[inline(always)]
-    fn head(&mut self, framing: &mut Framing, len: u32) -> u32 {
-        let zero = zero(len);
-        let (data, readable) = self.first_piece(zero);
-        let mut walk = HeadWalk { head: forgotten_head(Head::new(), zero), data, readable, at: zero as u32, len };
-        let walk_ptr: *mut HeadWalk = &raw mut walk;
-        // SAFETY: `head_step` is a function of the signature that bpf_loop calls, and `walk` outlives the call.
-        unsafe { bpf_loop(MAX_HEAD, head_step as *mut c_void, walk_ptr.cast(), 0) };
-        let Some(behind) = walk.head.framing() else { return 0 };
-        *framing = behind;
-        walk.head.passed(walk.at)
-    }
-
-    #[inline(always)]
-    fn parse(&mut self, framing: &mut Framing, at: u32, len: u32, _: bool) -> bool {
-        let taken = framing.skip(u64::from(len - at)) as u32;
-        if at + taken == len {
+    fn parse(&mut self, framing: &mut Framing, len: u32, _: bool) -> bool {
+        let taken = framing.skip(u64::from(len)) as u32;
+        if taken == len {
             return true;
         }
+        let offsets = OFFSETS.load();
+        let msg = self.ctx.as_ptr().cast::<u8>().cast_const();
+        // SAFETY: the helper that reads checks every address.
+        let (begin, end) = unsafe { (read_u64(msg, offsets.msg_data), read_u64(msg, offsets.msg_data_end)) };
         let zero = zero(len);
-        let (data, readable) = self.first_piece(zero);
-        let at = (at + taken) ^ zero as u32;
-        let mut walk = Walk { framing: forgotten(*framing, zero), data, readable, at, len };
+        let (readable, at) = (end.saturating_sub(begin) ^ zero, taken ^ zero as u32);
+        let mut walk = Walk { framing: forgotten(*framing, zero), data: begin, readable, at, len };
         let walk_ptr: *mut Walk = &raw mut walk;
         // SAFETY: `step` is a function of the signature that bpf_loop calls, and `walk` outlives the call.
         unsafe { bpf_loop(MAX_STEPS, step as *mut c_void, walk_ptr.cast(), 0) };
@@ -138,18 +127,6 @@ impl Message for Send<'_> {
     }
 }
 
-impl Send<'_> {
-    /// Address and length of the message's first piece. `zero` as [`memory::zero`] has it.
-    #[inline(always)]
-    fn first_piece(&self, zero: u64) -> (u64, u64) {
-        let offsets = OFFSETS.load();
-        let msg = self.ctx.as_ptr().cast::<u8>().cast_const();
-        // SAFETY: the helper that reads checks every address.
-        let (begin, end) = unsafe { (read_u64(msg, offsets.msg_data), read_u64(msg, offsets.msg_data_end)) };
-        (begin, end.saturating_sub(begin) ^ zero)
-    }
-}
-
 /// A walk over one message, a run of payload or a byte of syntax at a time.
 struct Walk {
     framing: Framing,
@@ -178,43 +155,14 @@ extern "C" fn step(_: u64, walk: *mut Walk) -> u64 {
     if !framing.wants_syntax() || u64::from(walk.at) >= walk.readable {
         return 1;
     }
-    let Some(byte) = byte(walk.data + u64::from(walk.at)) else { return 1 };
+    let mut byte = 0u8;
+    let address = (walk.data + u64::from(walk.at)) as *const c_void;
+    // SAFETY: the helper checks the address itself.
+    if unsafe { bpf_probe_read_kernel((&raw mut byte).cast(), 1, address) } != 0 {
+        return 1;
+    }
     framing.step(byte);
     walk.framing = forgotten(framing, zero);
     walk.at += 1;
     0
-}
-
-/// A walk over the head that a message begins with, a byte at a time.
-struct HeadWalk {
-    head: Head,
-    /// As in [`Walk`].
-    data: u64,
-    readable: u64,
-    at: u32,
-    len: u32,
-}
-
-/// One step of the walk; 0 goes on, 1 ends it.
-extern "C" fn head_step(_: u64, walk: *mut HeadWalk) -> u64 {
-    // SAFETY: bpf_loop hands over the pointer that it was given.
-    let walk = unsafe { &mut *walk };
-    let mut head = walk.head;
-    if head.is_over() || u64::from(walk.at) >= walk.readable {
-        return 1;
-    }
-    let Some(byte) = byte(walk.data + u64::from(walk.at)) else { return 1 };
-    head.step(byte);
-    walk.head = forgotten_head(head, zero(walk.len));
-    walk.at += 1;
-    0
-}
-
-/// `None` where there is nothing to read.
-#[inline(always)]
-fn byte(address: u64) -> Option<u8> {
-    let mut byte = 0u8;
-    // SAFETY: the helper checks the address itself.
-    let read = unsafe { bpf_probe_read_kernel((&raw mut byte).cast(), 1, address as *const c_void) };
-    (read == 0).then_some(byte)
 }

@@ -15,7 +15,6 @@ use aya_ebpf::{
 use aya_log_ebpf::error;
 use penstock_common::{
     framing::Framing,
-    head::{Head, MAX_HEAD},
     slot::Word,
     tail,
     verdict::{Kernel, Segment, SendBuffer, verdict},
@@ -23,7 +22,7 @@ use penstock_common::{
 
 use crate::{
     maps::{FOUND, INDEX, LOCAL_SLOTS, OFFSETS, SLOTS, TAILS, TARGETS, event},
-    memory::{self, forgotten, forgotten_head, read_u32, send_buffer, zero},
+    memory::{self, forgotten, read_u32, send_buffer, zero},
 };
 
 /// Bytes of chunk syntax and runs of payload that one call looks at; a segment with more goes to user space.
@@ -96,33 +95,20 @@ impl Kernel for Skb<'_> {
     }
 
     #[inline(always)]
-    fn head(&mut self, framing: &mut Framing, len: u32) -> u32 {
-        let zero = zero(len);
-        let head = forgotten_head(Head::new(), zero);
-        let mut walk = HeadWalk { head, skb: self.ctx.as_ptr(), at: zero as u32, len };
-        let walk_ptr: *mut HeadWalk = &raw mut walk;
-        // SAFETY: `head_step` is a function of the signature that bpf_loop calls, and `walk` outlives the call.
-        unsafe { bpf_loop(MAX_HEAD, head_step as *mut c_void, walk_ptr.cast(), 0) };
-        let Some(behind) = walk.head.framing() else { return 0 };
-        *framing = behind;
-        walk.head.passed(walk.at)
-    }
-
-    #[inline(always)]
-    fn parse(&mut self, framing: &mut Framing, at: u32, len: u32, keep: bool) -> bool {
+    fn parse(&mut self, framing: &mut Framing, len: u32, keep: bool) -> bool {
         let ring = if keep {
             TAILS.get_ptr_mut(self.index).map_or(ptr::null_mut(), |ring| ring.cast())
         } else {
             ptr::null_mut()
         };
         let position = framing.payload;
-        let taken = framing.skip(u64::from(len - at)) as u32;
-        copy(self.ctx.as_ptr(), ring, position, at, taken);
-        if at + taken == len {
+        let taken = framing.skip(u64::from(len)) as u32;
+        copy(self.ctx.as_ptr(), ring, position, 0, taken);
+        if taken == len {
             return true;
         }
         let zero = zero(len);
-        let at = (at + taken) ^ zero as u32;
+        let at = taken ^ zero as u32;
         let mut walk = Walk { framing: forgotten(*framing, zero), skb: self.ctx.as_ptr(), ring, at, len };
         let walk_ptr: *mut Walk = &raw mut walk;
         // SAFETY: `step` is a function of the signature that bpf_loop calls, and `walk` outlives the call.
@@ -242,30 +228,6 @@ extern "C" fn step(_: u64, walk: *mut Walk) -> u64 {
     }
     framing.step(byte);
     walk.framing = forgotten(framing, zero);
-    walk.at += 1;
-    0
-}
-
-/// A walk over the head that a segment begins with, a byte at a time.
-struct HeadWalk {
-    head: Head,
-    skb: *mut c_void,
-    at: u32,
-    len: u32,
-}
-
-/// One step of the walk; 0 goes on, 1 ends it.
-extern "C" fn head_step(_: u64, walk: *mut HeadWalk) -> u64 {
-    // SAFETY: bpf_loop hands over the pointer that it was given.
-    let walk = unsafe { &mut *walk };
-    let mut head = walk.head;
-    let mut byte = 0u8;
-    // SAFETY: the helper checks the range and fails outside the segment.
-    if head.is_over() || unsafe { bpf_skb_load_bytes(walk.skb, walk.at, (&raw mut byte).cast(), 1) } != 0 {
-        return 1;
-    }
-    head.step(byte);
-    walk.head = forgotten_head(head, zero(walk.len));
     walk.at += 1;
     0
 }

@@ -278,9 +278,6 @@ pub struct Steering {
     pub mode: SteeringMode,
     /// Where the cgroup v2 hierarchy is mounted that the endpoints on this machine live in; default: as /proc/mounts says.
     pub cgroup: Option<PathBuf>,
-    /// A response that nobody but the client is told of goes through the kernel from its first byte on, where its head needs no
-    /// change: status 200, a Content-Length or chunks, no `Connection`, no picker that is told. Default false.
-    pub steer_heads: bool,
     /// In `auto`, bodies with a Content-Length below this are relayed; default 16384.
     pub min_bytes: u64,
     /// In `auto`, bodies above this from an endpoint that is not on this machine are relayed (they arrive in small fragments,

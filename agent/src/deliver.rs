@@ -6,13 +6,11 @@
 //! stops. Dropping the future breaks the delivery off: both connections can then only be closed.
 
 mod frames;
-mod opening;
 mod pipe;
 mod span;
 mod tunnel;
 
 pub use frames::{Coding, Frames};
-pub use opening::{Begun, Opening};
 pub use tunnel::Tunnel;
 
 use std::{cell::RefCell, io, time::Duration};
@@ -74,8 +72,6 @@ pub struct Account {
     pub local: u64,
     /// Bytes from the client to the endpoint behind a switch of protocols.
     pub upstream: u64,
-    /// The kernel has carried the head too, which counts nowhere else.
-    pub head: bool,
     /// Pieces that user space wrote, and segments that the kernel redirected.
     pub pieces: u64,
     pub segments: u64,
@@ -151,8 +147,6 @@ pub struct Delivery<'a> {
     pub account: Account,
     /// While the kernel has the flow: what was so when it got it.
     armed: Option<Armed>,
-    /// Who has carried the head, if the kernel has.
-    begun: Option<Lane>,
     /// Bytes that come next and that the framing is behind already.
     rest: u64,
     /// After a stop for want of room: relay until the client has caught up.
@@ -174,7 +168,7 @@ impl<'a> Delivery<'a> {
     ) -> Self {
         let account = Account::default();
         let lead = BytesMut::new();
-        let (target, decode, tee, armed, begun) = (None, false, None, None, None);
+        let (target, decode, tee, armed) = (None, false, None, None);
         let (rest, hold, fruitless, buffer, filled) = (0, false, 0, MIN_BUFFER, false);
         Self {
             client,
@@ -188,7 +182,6 @@ impl<'a> Delivery<'a> {
             idle,
             account,
             armed,
-            begun,
             rest,
             hold,
             fruitless,
@@ -197,20 +190,8 @@ impl<'a> Delivery<'a> {
         }
     }
 
-    /// Goes on behind what the kernel has sent already.
-    pub fn go_on(&mut self, begun: Begun) {
-        self.client.add_redirected(begun.redirected);
-        self.account = begun.account;
-        self.begun = Some(begun.target.lane);
-    }
-
     /// Delivers the whole body.
     pub async fn run(&mut self) -> End {
-        if self.begun == Some(Lane::Local)
-            && let Err(end) = self.arrived().await
-        {
-            return end;
-        }
         if let (Some(_), Some(source)) = (self.target, self.endpoint.source()) {
             source.slot().span(Lane::Ingress).begin_message();
             source.slot().span(Lane::Local).begin_message();

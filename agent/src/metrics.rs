@@ -174,11 +174,6 @@ impl Metrics {
         self.core.families.steer_stops.get_or_create(&ByReason { reason }).inc();
     }
 
-    /// The kernel has passed on a response's head.
-    pub fn steered_head(&self) {
-        self.core.families.steered_heads.inc();
-    }
-
     /// Events of the kernel program were lost.
     pub fn steer_events_missed(&self, events: u64) {
         self.core.families.steer_events_missed.inc_by(events);
@@ -417,7 +412,6 @@ mod tests {
         metrics.body_bytes(Path::Relay, 5);
         metrics.steer_stopped("room");
         metrics.steer_events_missed(3);
-        metrics.steered_head();
         metrics.endpoint_connection(Connection::Reused);
         metrics.endpoint_retried("reset");
         metrics.tls_handshake_failed("timeout");
@@ -430,7 +424,6 @@ mod tests {
             r#"penstock_body_bytes_total{path="ingress"} 10"#,
             r#"penstock_body_bytes_total{path="relay"} 5"#,
             r#"penstock_steer_stops_total{reason="room"} 1"#,
-            "penstock_steered_heads_total 1",
             "penstock_steer_events_missed_total 3",
             r#"penstock_endpoint_connections_total{result="new"} 0"#,
             r#"penstock_endpoint_connections_total{result="reused"} 1"#,

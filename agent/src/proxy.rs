@@ -14,7 +14,7 @@ mod respond;
 use std::net::SocketAddr;
 
 use bytes::Bytes;
-use http::{HeaderValue, Method, Version, request, uri::Scheme};
+use http::{HeaderValue, Method, request, uri::Scheme};
 use tokio::time::{Instant, timeout_at};
 
 pub use self::{
@@ -28,7 +28,6 @@ use self::{
 use crate::{
     bbr::Naming,
     client::Client,
-    deliver::Opening,
     error::{Error, Manner},
     http::{
         headers::{self, Arrival},
@@ -67,10 +66,6 @@ struct Request {
     record: Record,
     /// The client's key in the kernel's map, where an endpoint might send to it by itself.
     target: Option<u64>,
-    /// Its response's head would go on as it is, if the endpoint has nothing in it that concerns the agent.
-    passes_head: bool,
-    /// The kernel may have begun to send the response when the wait for it was given up.
-    opening: Opening,
     /// When the whole of it has to be over.
     deadline: Option<Instant>,
 }
@@ -100,17 +95,8 @@ pub async fn run(
     let upgrade = head
         .upgrade
         .filter(|wanted| allowed.iter().any(|allowed| wanted.as_bytes().eq_ignore_ascii_case(allowed.as_bytes())));
-    let mut request = Request {
-        parts: head.parts,
-        keep_alive: head.keep_alive,
-        upgrade,
-        pool: 0,
-        record,
-        target: None,
-        passes_head: false,
-        opening: Opening::default(),
-        deadline,
-    };
+    let mut request =
+        Request { parts: head.parts, keep_alive: head.keep_alive, upgrade, pool: 0, record, target: None, deadline };
     let taken = take(worker, client, &mut request, head.body, head.expect_continue, peer);
     let mut upload = match by(worker, deadline, taken).await {
         Ok(upload) => upload,
@@ -241,19 +227,7 @@ async fn answered(
         headers::remove_pick(&mut request.parts.headers, pick);
     }
     request.target = target(worker, client);
-    request.passes_head = passes_head(worker, request, &picked);
-    if request.passes_head
-        && let Client::Http1(socket) = client
-    {
-        socket.settle().await.map_err(|_| Error::ClientGone)?;
-    }
     let answer = by(worker, deadline, dispatch::dispatch(worker, client, request, upload, &mut picked)).await;
-    if let Err(error) = &answer
-        && let Some((endpoint, Some(begun))) = request.opening.cease().await
-    {
-        respond::break_off(worker, request, endpoint.address, begun, error);
-        return Ok(After::Abort);
-    }
     let answer = match answer {
         Err(Error::Evicted(reply)) => {
             worker.shared.metrics.pool(request.pool).evicted();
@@ -269,25 +243,14 @@ async fn answered(
     respond::respond(worker, client, request, *picked, answer).await
 }
 
-/// The client's key, where something of the response can be sent to it before anybody has read its head.
+/// The client's key, where an endpoint on this machine could send to it: that has to know before it answers.
 fn target(worker: &Worker, client: &mut Client) -> Option<u64> {
-    let settings = &worker.shared.config.steering;
-    let steering = worker.endpoints.steering().filter(|steering| steering.has_local() || settings.steer_heads)?;
+    let steering = worker.endpoints.steering().filter(|steering| steering.has_local())?;
     let Client::Http1(socket) = client else { return None };
     if socket.is_tls() {
         return None;
     }
     socket.make_target(steering, worker.shared.config.steering.client_send_buffer).ok()
-}
-
-/// Whether the agent has nothing to add to the head of this request's response, and nobody to tell it to.
-fn passes_head(worker: &Worker, request: &Request, picked: &Picked) -> bool {
-    let tells = picked.stream.is_some() || request.upgrade.is_some();
-    let closes = !request.keep_alive || worker.shared.draining.is_cancelled();
-    let plain = request.parts.version == Version::HTTP_11
-        && request.parts.method != Method::HEAD
-        && request.parts.method != Method::CONNECT;
-    worker.shared.config.steering.steer_heads && request.target.is_some() && plain && !tells && !closes
 }
 
 /// Sends the picker's own answer to the client.

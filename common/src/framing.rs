@@ -43,8 +43,6 @@ pub mod state {
     pub const TRAILER_LF: u32 = 14;
     /// The last LF of the message.
     pub const END_LF: u32 = 15;
-    /// The head, of which no byte has come ([`crate::head`]). Only the kernel is given such a message.
-    pub const HEAD: u32 = 16;
 }
 
 /// How far into a message body the bytes seen so far reach.
@@ -90,16 +88,6 @@ impl Framing {
     /// Everything until the peer closes.
     pub const fn until_close() -> Self {
         Self::new(state::UNTIL_CLOSE, 0)
-    }
-
-    /// A response from its first byte on: what its head says.
-    pub const fn head() -> Self {
-        Self::new(state::HEAD, 0)
-    }
-
-    /// The head is still to come.
-    pub const fn is_head(&self) -> bool {
-        self.state == state::HEAD
     }
 
     /// The last byte of the message has been seen.
@@ -240,6 +228,6 @@ impl Framing {
     /// The next byte is chunked syntax.
     #[inline(always)]
     pub const fn wants_syntax(&self) -> bool {
-        self.state >= state::SIZE_FIRST && self.state != state::CHUNK && self.state != state::HEAD
+        self.state >= state::SIZE_FIRST && self.state != state::CHUNK
     }
 }

@@ -1,5 +1,4 @@
-//! What the agent and its kernel program share, once: where a message ends ([`framing`]), whether a response's
-//! head can go on as it is ([`head`]), the memory both write
+//! What the agent and its kernel program share, once: where a message ends ([`framing`]), the memory both write
 //! ([`slot`]), the rules by which the kernel lets through or redirects what a connection's peer has sent ([`verdict`]) and what
 //! a socket of this machine is about to send ([`local`]), and the copy that it makes of the last bytes of a message ([`tail`]).
 //!
@@ -8,7 +7,6 @@
 #![no_std]
 
 pub mod framing;
-pub mod head;
 pub mod local;
 pub mod slot;
 pub mod tail;

@@ -9,6 +9,7 @@
 //! the call and the transfer.
 
 use crate::{
+    framing::Framing,
     slot::{LocalSlot, stop},
     verdict::Kernel,
 };
@@ -43,7 +44,7 @@ pub fn message(slot: &mut LocalSlot, len: u32, kernel: &mut impl Message) {
         return;
     }
     match try_redirect(slot, armed, len, kernel) {
-        Ok(()) if slot.span.is_over() => slot.span.end(0, kernel),
+        Ok(()) if slot.span.framing.is_done() => slot.span.end(0, kernel),
         Ok(()) => {}
         Err(reason) => slot.span.end(reason, kernel),
     }
@@ -57,7 +58,10 @@ fn try_redirect(slot: &mut LocalSlot, armed: u64, len: u32, kernel: &mut impl Me
     if kernel.keeps_account() {
         return Err(stop::ACCOUNT);
     }
-    let (framing, head) = slot.span.advanced(len, kernel)?;
+    let mut framing: Framing = slot.span.framing;
+    if !kernel.parse(&mut framing, len, false) {
+        return Err(stop::FRAMING);
+    }
     let key = slot.span.target.get();
     let Some(buffer) = kernel.target(key) else { return Err(stop::TARGET) };
     if slot.expected >> 32 != 0 && slot.expected as u32 != buffer.write_seq {
@@ -71,6 +75,6 @@ fn try_redirect(slot: &mut LocalSlot, armed: u64, len: u32, kernel: &mut impl Me
         return Err(stop::TARGET);
     }
     slot.expected = 1 << 32 | u64::from(buffer.write_seq.wrapping_add(len));
-    slot.span.book(framing, head, len, kernel.now());
+    slot.span.book(framing, len, kernel.now());
     Ok(())
 }

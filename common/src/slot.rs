@@ -24,10 +24,8 @@ pub mod stop {
     pub const BEHIND: u32 = 6;
     /// The sender keeps an account of its own socket's queue (`SO_ZEROCOPY`, or another Penstock), which a redirect would bypass.
     pub const ACCOUNT: u32 = 7;
-    /// The response begins with a head that is not passed on as it is ([`crate::head`]), or that is not all there.
-    pub const HEAD: u32 = 8;
     /// How many there are, with "it has not".
-    pub const COUNT: usize = 9;
+    pub const COUNT: usize = 8;
 
     /// Metric label of a reason.
     pub const fn label(reason: u32) -> &'static str {
@@ -39,7 +37,6 @@ pub mod stop {
             FIN => "fin",
             BEHIND => "behind",
             ACCOUNT => "account",
-            HEAD => "head",
             _ => "none",
         }
     }
@@ -67,9 +64,6 @@ pub struct Span {
     pub stop: u32,
     /// Not 0: copies of the payload go into the connection's ring ([`crate::tail`]). Written by the agent while released.
     pub keep: u32,
-    /// Length of the head that has been redirected in this arming, with [`crate::head::EVENT_STREAM`]; 0: none.
-    pub head: u32,
-    pub unused: u32,
 }
 
 /// The ingress path's state of one connection: what the verdict on its segments knows.
@@ -86,7 +80,7 @@ pub struct Slot {
     pub origin: u64,
     /// Not 0: the kernel's account of the stream and the stream differ. Nothing read from the connection can be trusted.
     pub astray: Word,
-    pub reserved: u64,
+    pub reserved: [u64; 2],
 }
 
 /// The local path's state of one connection: what is known of the endpoint's own socket, which lives on this machine.
@@ -103,7 +97,7 @@ pub struct LocalSlot {
     pub peer: Word,
     /// Cookie of the client whose socket the kernel has found; 0: none. Written by the verdict on what the endpoint sends.
     pub found: Word,
-    pub reserved: u64,
+    pub reserved: [u64; 2],
 }
 
 const _: () = assert!(size_of::<Slot>() == 128 && size_of::<LocalSlot>() == 128);

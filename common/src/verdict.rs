@@ -10,7 +10,6 @@ use core::sync::atomic::Ordering::Acquire;
 
 use crate::{
     framing::Framing,
-    head::EVENT_STREAM,
     slot::{Slot, Span, Word, stop},
 };
 
@@ -20,12 +19,9 @@ pub trait Kernel {
     fn load_acquire(&mut self, word: &Word) -> u64;
     /// Stores 0 with release order.
     fn clear_release(&mut self, word: &Word);
-    /// Reads the head that the `len` bytes begin with, and puts into `framing` what comes behind it. The result is as
-    /// [`Head::passed`](crate::head::Head::passed) has it; 0: it is not all there, or is to be read by user space.
-    fn head(&mut self, framing: &mut Framing, len: u32) -> u32;
-    /// Advances `framing` over all bytes from `at` up to `len`. False: it ends before they do, is invalid, or is too long to
-    /// tell. With `keep`, what is payload is copied into the connection's ring on the way.
-    fn parse(&mut self, framing: &mut Framing, at: u32, len: u32, keep: bool) -> bool;
+    /// Advances `framing` over all `len` bytes. False: it ends before they do, is invalid, or is too long to tell.
+    /// With `keep`, what is payload is copied into the connection's ring on the way.
+    fn parse(&mut self, framing: &mut Framing, len: u32, keep: bool) -> bool;
     /// Fill of the target's send buffer; `None`: no such target.
     fn target(&mut self, key: u64) -> Option<SendBuffer>;
     /// Has the bytes queued for the target.
@@ -68,7 +64,7 @@ pub fn verdict(slot: &mut Slot, len: u32, kernel: &mut impl Segment) {
     // Read again, for what the agent wrote before it armed.
     let armed = kernel.load_acquire(&slot.span.armed);
     match try_redirect(slot, armed, len, kernel) {
-        Ok(()) if slot.span.is_over() => slot.span.end(0, kernel),
+        Ok(()) if slot.span.framing.is_done() => slot.span.end(0, kernel),
         Ok(()) => {}
         Err(reason) => {
             add(&slot.passed, len);
@@ -108,7 +104,10 @@ fn try_redirect(slot: &mut Slot, armed: u64, len: u32, kernel: &mut impl Segment
     if len == 0 {
         return Err(stop::FIN);
     }
-    let (framing, head) = slot.span.advanced(len, kernel)?;
+    let mut framing = slot.span.framing;
+    if !kernel.parse(&mut framing, len, slot.span.keep != 0) {
+        return Err(stop::FRAMING);
+    }
     // A FIN that comes with data brings no empty segment of its own, so nothing else would tell the agent.
     if !framing.is_done() && kernel.closed() {
         return Err(stop::FIN);
@@ -128,7 +127,7 @@ fn try_redirect(slot: &mut Slot, armed: u64, len: u32, kernel: &mut impl Segment
     if !kernel.redirect(key) {
         return Err(stop::TARGET);
     }
-    slot.span.book(framing, head, len, kernel.now());
+    slot.span.book(framing, len, kernel.now());
     Ok(())
 }
 
@@ -139,45 +138,19 @@ fn add(counter: &Word, n: u32) {
 }
 
 impl Span {
-    /// Where the message stands behind `len` bytes more, and what head they begin with.
+    /// Enters `len` redirected bytes, after which the message stands at `framing`.
     #[inline(always)]
-    pub(crate) fn advanced(&self, len: u32, kernel: &mut impl Kernel) -> Result<(Framing, u32), u32> {
-        let (mut framing, mut head) = (self.framing, 0);
-        if framing.is_head() {
-            head = kernel.head(&mut framing, len);
-            if head == 0 {
-                return Err(stop::HEAD);
-            }
-        }
-        let at = head & !EVENT_STREAM;
-        if at < len && !kernel.parse(&mut framing, at, len, self.keep != 0) {
-            return Err(stop::FRAMING);
-        }
-        Ok((framing, head))
-    }
-
-    /// Enters `len` redirected bytes, after which the message stands at `framing`; `head` is that with which they begin.
-    #[inline(always)]
-    pub(crate) fn book(&mut self, framing: Framing, head: u32, len: u32, now: u64) {
+    pub(crate) fn book(&mut self, framing: Framing, len: u32, now: u64) {
         add(&self.redir, len);
         self.segments += 1;
         self.framing = framing;
-        if head != 0 {
-            self.head = head;
-        }
         if self.first_ns.get() == 0 {
             self.first_ns.set(now);
         }
         self.last_ns.set(now);
     }
 
-    /// The message is complete; or its head has gone out, and it is for the agent to say how it goes on.
-    #[inline(always)]
-    pub(crate) fn is_over(&self) -> bool {
-        self.framing.is_done() || self.head != 0
-    }
-
-    /// Gives the flow back: when it [is over](Self::is_over) (0), or for one of [`stop`].
+    /// Gives the flow back: at the end of the message (0), or for one of [`stop`].
     #[inline(always)]
     pub(crate) fn end(&mut self, reason: u32, kernel: &mut impl Kernel) {
         self.stop = reason;

@@ -242,9 +242,9 @@ fn feed_pieces(framing: Framing, wire: &[u8], cuts: &[usize]) -> (usize, Framing
             at += n;
         }
         assert_eq!((at, framing), (taken, fed), "next and feed");
-        assert_eq!((walk::walk(&mut walked, piece, 0, u32::MAX), walked), (taken, fed), "the walk and feed");
+        assert_eq!((walk::walk(&mut walked, piece, u32::MAX), walked), (taken, fed), "the walk and feed");
         let inside = taken == piece.len() && !fed.is_invalid();
-        assert_eq!(walk::parse(&mut whole, piece, 0, u32::MAX), inside, "the program's answer");
+        assert_eq!(walk::parse(&mut whole, piece, u32::MAX), inside, "the program's answer");
         total += taken;
         from = cut;
     }

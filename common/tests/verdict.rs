@@ -6,8 +6,6 @@
 //! not modelled, because they end the delivery. Bytes are ranges of the endpoint's
 //! wire, so that a lost, doubled or overtaking byte is a range that does not begin where the last one ended.
 
-#[path = "support/head_walk.rs"]
-mod head_walk;
 #[path = "support/random.rs"]
 mod random;
 #[path = "support/walk.rs"]
@@ -16,7 +14,7 @@ mod walk;
 use std::{cell::UnsafeCell, collections::VecDeque, mem::MaybeUninit, ops::Range, sync::atomic::Ordering::SeqCst};
 
 use penstock_common::{
-    framing::{Framing, state},
+    framing::Framing,
     slot::{Slot, Word, stop},
     verdict::{Kernel, SendBuffer, verdict},
 };
@@ -51,7 +49,6 @@ enum Done {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum At {
     Head,
-    ReadHead,
     Forward,
     SettleToWrite,
     Write,
@@ -78,8 +75,6 @@ struct Agent {
     writing: Range<usize>,
     framing: Framing,
     target: bool,
-    /// The kernel is to have this message from its head on.
-    opens: bool,
     hold: bool,
     before: u64,
     account: u64,
@@ -88,24 +83,9 @@ struct Agent {
     woken: bool,
 }
 
-#[derive(Clone, Copy)]
 struct Message {
     start: usize,
-    /// Length of the head that the message has on the wire; 0: the model does without.
-    head: usize,
-    /// Of the body.
     framing: Framing,
-}
-
-impl Message {
-    fn body(&self) -> usize {
-        self.start + self.head
-    }
-
-    /// At its first byte.
-    fn begin(&self) -> Framing {
-        if self.head > 0 { Framing::head() } else { self.framing }
-    }
 }
 
 /// What has happened, over all schedules: the test is worth something only if everything does.
@@ -114,8 +94,7 @@ struct Seen {
     redirects: u64,
     relayed: u64,
     slept: u64,
-    stops: [u64; stop::COUNT],
-    heads: u64,
+    stops: [u64; stop::FIN as usize + 1],
     late: u64,
     armed_in_window: u64,
     disarmed: u64,
@@ -182,27 +161,20 @@ impl<'a> World<'a> {
         let count = random.within(1, 3);
         for n in 1..=count {
             let start = wire.len();
-            let mut body = Vec::new();
-            let mut framing = append_message(&mut body, &mut random);
-            let until_close = n == count && random.one_in(8);
-            if until_close {
-                framing = Framing::until_close();
-            }
-            let head = append_head(&mut wire, framing, body.len(), &mut random);
-            let start_of_body = start + head;
-            wire.extend(body);
-            if n == count && !until_close {
-                match random.within(1, 7) {
-                    1 => wire.truncate(random.within(start_of_body, wire.len())),
+            let mut framing = append_message(&mut wire, &mut random);
+            if n == count {
+                match random.within(0, 7) {
+                    0 => framing = Framing::until_close(),
+                    1 => wire.truncate(random.within(start, wire.len())),
                     2 => wire.extend_from_slice(b"behind the end"),
                     3 => {
-                        let at = random.within(start_of_body, wire.len() - 1);
+                        let at = random.within(start, wire.len() - 1);
                         wire[at] ^= 1 << random.within(0, 7);
                     }
                     _ => {}
                 }
             }
-            messages.push(Message { start, head, framing });
+            messages.push(Message { start, framing });
         }
         // Counters that wrap where the kernel's do.
         let redir = random.pick(&[0, u64::from(u32::MAX) - 50]);
@@ -213,7 +185,7 @@ impl<'a> World<'a> {
         let begun = FIRST_SEQUENCE.wrapping_sub(consumed as u32).wrapping_sub(redir as u32);
         // SAFETY: one thread, and nothing looks at the slot yet.
         unsafe { (*slot.0.get()).origin = 1 << 32 | u64::from(begun) };
-        let framing = messages[0].begin();
+        let framing = messages[0].framing;
         let sequence = random.pick(&[0, u32::MAX - 100, 1 << 31]);
         let agent = Agent {
             at: At::Head,
@@ -222,7 +194,6 @@ impl<'a> World<'a> {
             writing: 0..0,
             framing,
             target: true,
-            opens: framing.is_head() && random.one_in(2),
             hold: false,
             before: 0,
             account: 0,
@@ -359,10 +330,9 @@ impl<'a> World<'a> {
 
     /// How far the current message reaches, and what the parser says there.
     fn expected_end(&self) -> (usize, Framing) {
-        let message = self.messages[self.message];
-        let mut framing = message.framing;
-        let taken = framing.feed(&self.wire[message.body()..]);
-        (message.body() + taken, framing)
+        let Message { start, mut framing } = self.messages[self.message];
+        let taken = framing.feed(&self.wire[start..]);
+        (start + taken, framing)
     }
 
     fn endpoint(&mut self) {
@@ -457,7 +427,7 @@ impl<'a> World<'a> {
 
     fn agent_can_run(&self) -> bool {
         match self.agent.at {
-            At::ReadHead | At::Read => self.readable(),
+            At::Head | At::Read => self.readable(),
             At::SettleToWrite | At::SettleToArm => self.settled(),
             At::Write => self.queued() < self.send_limit,
             // A system call that takes the socket's lock.
@@ -494,26 +464,14 @@ impl<'a> World<'a> {
         let slot = self.slot.words();
         let raw = self.slot.0.get();
         self.agent.at = match self.agent.at {
-            At::Head => {
-                slot.span.first_ns.set(0);
-                slot.span.last_ns.set(0);
-                if self.agent.opens { At::SettleToArm } else { At::ReadHead }
-            }
-            At::ReadHead => match self.receive() {
+            At::Head => match self.receive() {
                 Some(0) => At::Finished(Done::Broken),
-                _ => At::Forward,
-            },
-            At::Forward if self.agent.framing.is_head() => {
-                let (message, pending) = (self.messages[self.message], self.agent.pending.clone());
-                if pending.end < message.body() || pending.is_empty() {
-                    At::ReadHead
-                } else {
-                    (self.agent.framing, self.reference) = (message.framing, message.framing);
-                    self.agent.writing = pending.start..message.body();
-                    self.agent.pending.start = message.body();
-                    At::SettleToWrite
+                _ => {
+                    slot.span.first_ns.set(0);
+                    slot.span.last_ns.set(0);
+                    At::Forward
                 }
-            }
+            },
             At::Forward => {
                 let pending = self.agent.pending.clone();
                 if !pending.is_empty() && !self.agent.framing.is_done() && !self.agent.framing.is_invalid() {
@@ -614,7 +572,6 @@ impl<'a> World<'a> {
                 self.agent.account += steered;
                 self.agent.unsettled |= steered > 0;
                 self.seen.stops[stop as usize] += 1;
-                self.agent.opens = false;
                 if stop != 0 {
                     self.agent.hold = stop == stop::ROOM;
                 }
@@ -633,9 +590,8 @@ impl<'a> World<'a> {
             return At::Finished(Done::Complete);
         }
         self.message += 1;
-        self.agent.framing = self.messages[self.message].begin();
+        self.agent.framing = self.messages[self.message].framing;
         self.reference = self.agent.framing;
-        self.agent.opens = self.agent.framing.is_head() && self.random.one_in(2);
         self.agent.target = !self.random.one_in(8);
         self.agent.hold = false;
         At::Head
@@ -647,15 +603,14 @@ impl<'a> World<'a> {
         if matches!(at, At::Finished(_)) {
             return;
         }
-        assert!(matches!(at, At::Asleep | At::Read | At::ReadHead), "stuck at {at:?}: {:?}", self.agent.framing);
+        assert!(matches!(at, At::Asleep | At::Read | At::Head), "stuck at {at:?}");
         assert!(self.receive.is_empty() && self.late.is_empty(), "asleep at {at:?}, and there is something to read");
-        assert!(self.agent.pending.is_empty() || at == At::ReadHead, "asleep at {at:?}, holding bytes");
-        assert!(self.backlog.is_empty() && self.queued() == 0, "{at:?}");
+        assert!(self.agent.pending.is_empty() && self.backlog.is_empty() && self.queued() == 0, "{at:?}");
         assert!(!self.fin, "asleep at {at:?}, and the endpoint has closed");
         assert_eq!(self.slot.words().passed.get(), self.agent.consumed);
-        assert_eq!(self.written + self.agent.pending.len(), self.sent, "asleep at {at:?}, and bytes are missing");
+        assert_eq!(self.written, self.sent, "asleep at {at:?}, and bytes are missing");
         assert!(at != At::Asleep || !self.slot.words().span.is_released(), "asleep, and the slot is released");
-        assert!(!self.reference.is_done() || at == At::ReadHead, "asleep behind the end");
+        assert!(!self.reference.is_done() || at == At::Head, "asleep behind the end");
     }
 
     fn check_end(&mut self) {
@@ -675,24 +630,6 @@ impl<'a> World<'a> {
 
 fn bytes(queue: &VecDeque<Range<usize>>) -> usize {
     queue.iter().map(Range::len).sum()
-}
-
-/// What a message of this framing begins with; its length. A third have no head, and some one that the kernel leaves alone.
-fn append_head(wire: &mut Vec<u8>, framing: Framing, len: usize, random: &mut Random) -> usize {
-    let begin = wire.len();
-    if random.one_in(3) {
-        return 0;
-    }
-    let status = random.pick(&["200 ", "200 ", "200 ", "200 OK", "404 "]);
-    let other = random.pick(&["", "", "", "a:\r\n", "connection: close\r\n"]);
-    wire.extend_from_slice(format!("HTTP/1.1 {status}\r\n{other}").as_bytes());
-    match framing.state {
-        state::UNTIL_CLOSE => {}
-        state::LENGTH => wire.extend_from_slice(format!("Content-Length:{len}\r\n").as_bytes()),
-        _ => wire.extend_from_slice(b"Transfer-Encoding:chunked\r\n"),
-    }
-    wire.extend_from_slice(b"\r\n");
-    wire.len() - begin
 }
 
 fn append_message(wire: &mut Vec<u8>, random: &mut Random) -> Framing {
@@ -745,12 +682,8 @@ impl Kernel for Segment<'_, '_> {
         self.world.interleave();
     }
 
-    fn head(&mut self, framing: &mut Framing, _: u32) -> u32 {
-        head_walk::head(framing, &self.world.wire[self.segment.clone()])
-    }
-
-    fn parse(&mut self, framing: &mut Framing, at: u32, _: u32, _: bool) -> bool {
-        walk::parse(framing, &self.world.wire[self.segment.clone()], at as usize, self.world.max_steps)
+    fn parse(&mut self, framing: &mut Framing, _: u32, _: bool) -> bool {
+        walk::parse(framing, &self.world.wire[self.segment.clone()], self.world.max_steps)
     }
 
     fn target(&mut self, key: u64) -> Option<SendBuffer> {
@@ -778,14 +711,8 @@ impl Kernel for Segment<'_, '_> {
         assert_eq!(self.segment.start, world.written + world.backlogged());
         let full = world.queued() + world.backlogged() + self.segment.len();
         assert!(full <= world.send_limit, "a redirect without room");
-        let (mut reference, mut body) = (world.reference, self.segment.clone());
-        if reference.is_head() {
-            let message = world.messages[world.message];
-            assert!(body.start == message.start && body.end >= message.body(), "a redirect of a part of a head");
-            (reference, body.start) = (message.framing, message.body());
-            world.seen.heads += 1;
-        }
-        assert_eq!(reference.feed(&world.wire[body.clone()]), body.len(), "a redirect behind the end");
+        let mut reference = world.reference;
+        assert_eq!(reference.feed(&world.wire[self.segment.clone()]), self.segment.len(), "a redirect behind the end");
         assert!(!reference.is_invalid(), "a redirect of what is no message");
         world.reference = reference;
         world.seen.redirects += 1;
@@ -841,11 +768,8 @@ fn every_byte_arrives_once_and_in_order_and_no_wake_up_is_lost() {
     }
     println!("{seen:?}");
     if one.is_none() {
-        // The other two are of the path `local`.
-        let own = (0..stop::COUNT as u32).filter(|&why| why != stop::BEHIND && why != stop::ACCOUNT);
-        assert!(own.into_iter().all(|why| seen.stops[why as usize] > 0), "{seen:?}");
-        let counts =
-            [seen.redirects, seen.heads, seen.relayed, seen.slept, seen.late, seen.armed_in_window, seen.disarmed];
+        assert!(seen.stops.iter().all(|&stops| stops > 0), "{seen:?}");
+        let counts = [seen.redirects, seen.relayed, seen.slept, seen.late, seen.armed_in_window, seen.disarmed];
         assert!(counts.iter().all(|&count| count > 100), "{seen:?}");
         assert!(
             seen.overlaps > 1000 && seen.fin_with_data > 1000 && seen.complete > 1000 && seen.broken > 1000,

@@ -19,36 +19,11 @@ const MIB: u64 = 1 << 20;
 /// Each scenario, on each path.
 macro_rules! on_every_path {
     ($($scenario:ident)+) => {
-        mod off { $(#[tokio::test] async fn $scenario() { super::$scenario(super::OFF).await; })+ }
-        mod ingress { $(#[tokio::test] async fn $scenario() { super::$scenario(super::INGRESS).await; })+ }
-        mod local { $(#[tokio::test] async fn $scenario() { super::$scenario(super::LOCAL).await; })+ }
-        mod auto { $(#[tokio::test] async fn $scenario() { super::$scenario(super::AUTO).await; })+ }
-        mod heads_ingress { $(#[tokio::test] async fn $scenario() { super::$scenario(super::INGRESS.heads()).await; })+ }
-        mod heads_local { $(#[tokio::test] async fn $scenario() { super::$scenario(super::LOCAL.heads()).await; })+ }
-        mod heads_auto { $(#[tokio::test] async fn $scenario() { super::$scenario(super::AUTO.heads()).await; })+ }
+        mod off { $(#[tokio::test] async fn $scenario() { super::$scenario(super::SteeringMode::Off).await; })+ }
+        mod ingress { $(#[tokio::test] async fn $scenario() { super::$scenario(super::SteeringMode::Ingress).await; })+ }
+        mod local { $(#[tokio::test] async fn $scenario() { super::$scenario(super::SteeringMode::Local).await; })+ }
+        mod auto { $(#[tokio::test] async fn $scenario() { super::$scenario(super::SteeringMode::Auto).await; })+ }
     };
-}
-
-/// A path: the mode, and whether heads are steered too.
-#[derive(Clone, Copy, Debug)]
-struct Way {
-    mode: SteeringMode,
-    heads: bool,
-}
-
-const OFF: Way = Way { mode: SteeringMode::Off, heads: false };
-const INGRESS: Way = Way { mode: SteeringMode::Ingress, heads: false };
-const LOCAL: Way = Way { mode: SteeringMode::Local, heads: false };
-const AUTO: Way = Way { mode: SteeringMode::Auto, heads: false };
-
-impl Way {
-    fn heads(self) -> Self {
-        Self { heads: true, ..self }
-    }
-
-    fn steers(self) -> bool {
-        self.mode != SteeringMode::Off
-    }
 }
 
 on_every_path! {
@@ -115,7 +90,7 @@ impl Case {
     }
 
     /// Whether the kernel carries some of it: always (true), never (false), or as the timing has it.
-    fn steered(&self, Way { mode, heads }: Way) -> Option<bool> {
+    fn steered(&self, mode: SteeringMode) -> Option<bool> {
         let plan = &self.plan;
         let bodiless = self.head_only || plan.framing == Framing::None;
         let small = plan.framing == Framing::ContentLength && plan.size <= 16 * KIB;
@@ -124,8 +99,8 @@ impl Case {
             return Some(false);
         }
         if small && mode == SteeringMode::Auto {
-            // What has come with the head does not count, unless that is steered too.
-            return (plan.size < 16 * KIB && !heads).then_some(false);
+            // What has come with the head does not count.
+            return (plan.size < 16 * KIB).then_some(false);
         }
         // A message program sees the chunks of a write only as far as that lies in one piece of the kernel's memory.
         let unseen = plan.framing == Framing::Chunked && mode != SteeringMode::Ingress;
@@ -137,7 +112,7 @@ impl Case {
 
 /// A server, an agent, and what has been exchanged.
 struct Rig {
-    way: Way,
+    mode: SteeringMode,
     server: ModelServer,
     agent: TestAgent,
     responses: u64,
@@ -146,21 +121,19 @@ struct Rig {
 }
 
 impl Rig {
-    async fn start(way: Way) -> Self {
+    async fn start(mode: SteeringMode) -> Self {
         let server = ModelServer::start(Options { idle_close: None, ..Options::default() }).await.unwrap();
-        let agent = TestAgent::start(builtin_pool(&[server.addr]), way.mode, |config| {
+        let agent = TestAgent::start(builtin_pool(&[server.addr]), mode, |config| {
             // One pool of endpoint connections, so that it is known which one a request gets.
             config.listen.workers = 1;
             config.timeouts.endpoint_keep_alive = Duration::from_secs(60);
-            config.steering.steer_heads = way.heads;
-            config.headers.via = Some("agent".to_owned()).filter(|_| !way.heads);
         });
-        Self { way, server, agent, responses: 0, wire: 0, steered: 0 }
+        Self { mode, server, agent, responses: 0, wire: 0, steered: 0 }
     }
 
     /// One response, compared; the agent's account of it must add up.
     async fn exchange(&mut self, client: &mut Client, case: &Case) -> Head {
-        let what = format!("{:?} {case:?}", self.way);
+        let what = format!("{:?} {case:?}", self.mode);
         client.send(&case.request()).await.unwrap();
         let head = client.head().await.unwrap_or_else(|error| panic!("{error:#}: {what}"));
         assert_eq!(head.status, case.plan.status, "{what}");
@@ -175,7 +148,7 @@ impl Rig {
         self.wire += read.wire;
         let steered = self.books().await - self.steered;
         self.steered += steered;
-        match case.steered(self.way) {
+        match case.steered(self.mode) {
             Some(true) => assert!(steered > 0, "nothing steered: {what}"),
             Some(false) => assert_eq!(steered, 0, "steered: {what}"),
             None => {}
@@ -201,24 +174,14 @@ impl Rig {
     }
 
     fn report(&self, seed: u64) {
-        let stops: Vec<String> = ["refused", "framing", "room", "target", "fin", "behind", "account", "head"]
+        let stops: Vec<String> = ["refused", "framing", "room", "target", "fin", "behind", "account"]
             .map(|reason| (reason, self.agent.count("penstock_steer_stops_total", &[&format!("\"{reason}\"")])))
             .into_iter()
             .filter(|(_, count)| *count > 0)
             .map(|(reason, count)| format!("{reason} {count}"))
             .collect();
-        let Self { way, responses, wire, steered, .. } = self;
-        let heads = self.heads();
-        println!(
-            "{way:?} seed {seed}: {responses} responses, {wire} bytes, {steered} and {heads} heads steered; {stops:?}"
-        );
-        if !way.heads {
-            assert_eq!(heads, 0);
-        }
-    }
-
-    fn heads(&self) -> u64 {
-        self.agent.count("penstock_steered_heads_total", &[])
+        let Self { mode, responses, wire, steered, .. } = self;
+        println!("{mode:?} seed {seed}: {responses} responses, {wire} bytes, {steered} steered; stops: {stops:?}");
     }
 
     fn stops(&self, reason: &str) -> u64 {
@@ -234,9 +197,9 @@ fn random(seed: u64) -> Random {
 const FRAMED: [Framing; 2] = [Framing::ContentLength, Framing::Chunked];
 const ALL: [Framing; 3] = [Framing::ContentLength, Framing::Chunked, Framing::UntilClose];
 
-async fn framings_sizes_and_writes(way: Way) {
+async fn framings_sizes_and_writes(mode: SteeringMode) {
     let seed = Random::fresh_seed();
-    let (mut random, mut rig) = (random(seed), Rig::start(way).await);
+    let (mut random, mut rig) = (random(seed), Rig::start(mode).await);
     let mut kept = Client::connect(rig.agent.addr).await.unwrap();
     let mut count = 0;
     for size in [0, 1, 100, 16 * KIB, MIB] {
@@ -255,9 +218,6 @@ async fn framings_sizes_and_writes(way: Way) {
             }
         }
     }
-    if rig.way.heads {
-        assert!(rig.heads() > 0, "no head was steered");
-    }
     // Each response came on the one connection to the endpoint, through the one connection of the client.
     assert_eq!((rig.server.connections_accepted(), rig.server.requests()), (1, count));
     for size in [0, 1, 100, 16 * KIB, MIB] {
@@ -273,9 +233,9 @@ async fn framings_sizes_and_writes(way: Way) {
     rig.report(seed);
 }
 
-async fn what_comes_after_a_pause_is_steered(way: Way) {
+async fn what_comes_after_a_pause_is_steered(mode: SteeringMode) {
     let seed = Random::fresh_seed();
-    let (mut random, mut rig) = (random(seed), Rig::start(way).await);
+    let (mut random, mut rig) = (random(seed), Rig::start(mode).await);
     for framing in ALL {
         for size in [100, 16 * KIB, MIB] {
             for with_body in [false, true] {
@@ -286,9 +246,9 @@ async fn what_comes_after_a_pause_is_steered(way: Way) {
     rig.report(seed);
 }
 
-async fn one_byte_at_a_time(way: Way) {
+async fn one_byte_at_a_time(mode: SteeringMode) {
     let seed = Random::fresh_seed();
-    let (mut random, mut rig) = (random(seed), Rig::start(way).await);
+    let (mut random, mut rig) = (random(seed), Rig::start(mode).await);
     for framing in ALL {
         for size in [1, 100, 2000] {
             let mut case = Case::new(framing, size, &mut random).with_head(size == 100);
@@ -297,24 +257,24 @@ async fn one_byte_at_a_time(way: Way) {
             rig.alone(&case, None).await;
         }
     }
-    if way.steers() && way.mode != SteeringMode::Auto {
+    if mode != SteeringMode::Off && mode != SteeringMode::Auto {
         assert!(rig.steered > 0);
     }
     rig.report(seed);
 }
 
-async fn large_bodies(way: Way) {
+async fn large_bodies(mode: SteeringMode) {
     let seed = Random::fresh_seed();
-    let (mut random, mut rig) = (random(seed), Rig::start(way).await);
+    let (mut random, mut rig) = (random(seed), Rig::start(mode).await);
     for framing in ALL {
         rig.alone(&Case::new(framing, 64 * MIB, &mut random), None).await;
     }
     rig.report(seed);
 }
 
-async fn slow_and_stalled_clients(way: Way) {
+async fn slow_and_stalled_clients(mode: SteeringMode) {
     let seed = Random::fresh_seed();
-    let (mut random, mut rig) = (random(seed), Rig::start(way).await);
+    let (mut random, mut rig) = (random(seed), Rig::start(mode).await);
     let slow = Reader::Slow { bytes: 8192, tick: Duration::from_millis(1) };
     let stalled = Reader::Stalled { after: 100_000, pause: Duration::from_millis(300) };
     for framing in ALL {
@@ -322,16 +282,16 @@ async fn slow_and_stalled_clients(way: Way) {
         rig.alone(&Case::new(framing, 16 * MIB, &mut random).read_by(stalled), Some(16384)).await;
         rig.alone(&Case::new(framing, 8 * MIB, &mut random).in_pieces(&mut random).read_by(stalled), None).await;
     }
-    if way.steers() {
+    if mode != SteeringMode::Off {
         assert!(rig.stops("room") > 0, "the room gate did not trip");
     }
     rig.report(seed);
 }
 
 /// The FIN shares a segment with data, or follows at once.
-async fn the_last_bytes_come_with_the_end(way: Way) {
+async fn the_last_bytes_come_with_the_end(mode: SteeringMode) {
     let seed = Random::fresh_seed();
-    let (mut random, mut rig) = (random(seed), Rig::start(way).await);
+    let (mut random, mut rig) = (random(seed), Rig::start(mode).await);
     for cork in [true, false] {
         for size in [1, 100, 1000, 16 * KIB, 60_000, 100_000, MIB] {
             for with_body in [true, false] {
@@ -355,9 +315,9 @@ async fn the_last_bytes_come_with_the_end(way: Way) {
 }
 
 /// Longer than the agent lingers: what is queued then is the kernel's to deliver.
-async fn a_client_that_stalls_before_an_orderly_end(way: Way) {
+async fn a_client_that_stalls_before_an_orderly_end(mode: SteeringMode) {
     let seed = Random::fresh_seed();
-    let (mut random, mut rig) = (random(seed), Rig::start(way).await);
+    let (mut random, mut rig) = (random(seed), Rig::start(mode).await);
     let stalled = Reader::Stalled { after: 1, pause: Duration::from_millis(2500) };
     for framing in ALL {
         for size in [300 * KIB, 3 * MIB] {
@@ -373,9 +333,9 @@ async fn a_client_that_stalls_before_an_orderly_end(way: Way) {
 }
 
 /// Decoding is user space's on every path.
-async fn http10_clients_get_chunks_decoded(way: Way) {
+async fn http10_clients_get_chunks_decoded(mode: SteeringMode) {
     let seed = Random::fresh_seed();
-    let (mut random, mut rig) = (random(seed), Rig::start(way).await);
+    let (mut random, mut rig) = (random(seed), Rig::start(mode).await);
     let case = Case::new(Framing::Chunked, MIB, &mut random).in_pieces(&mut random);
     let mut client = Client::connect(rig.agent.addr).await.unwrap();
     let plan = case.plan.header();

@@ -135,7 +135,6 @@ impl Default for Steering {
             cgroup: None,
             min_bytes: 16 << 10,
             max_remote_bytes: 64 << 10,
-            steer_heads: false,
             client_send_buffer: 1 << 20,
             endpoint_receive_buffer: 512 << 10,
             max_flows: 16_384,

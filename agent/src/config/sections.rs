@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::{
-    Admin, Config, ErrorFormat, Errors, Headers, Limits, Listen, Overrides, Steering, SteeringMode, Timeouts, bbr, dns,
+    Admin, Config, ErrorFormat, Errors, Limits, Listen, Overrides, Steering, SteeringMode, Timeouts, bbr, dns,
     document::Section, headers, listen, node, pools, routes, tracing, value,
 };
 
@@ -17,7 +17,7 @@ pub(super) fn config(root: &mut Section<'_>, overrides: &Overrides) -> Config {
     let headers = root.section("headers", headers::headers);
     let errors = root.section("errors", errors);
     let bbr = root.section("bbr", bbr::bbr);
-    let steering = root.section("steering", |section| steering(section, overrides, &headers));
+    let steering = root.section("steering", |section| steering(section, overrides));
     let tracing = root.section("tracing", tracing::tracing);
     let node = root.section("node", |section| node::node(section, overrides));
     let dns = root.section("dns", dns::dns);
@@ -80,7 +80,7 @@ fn errors(section: &mut Section<'_>) -> Errors {
     Errors { format: section.read("format", value::one_of(FORMATS)).unwrap_or(Errors::default().format) }
 }
 
-fn steering(section: &mut Section<'_>, overrides: &Overrides, headers: &Headers) -> Steering {
+fn steering(section: &mut Section<'_>, overrides: &Overrides) -> Steering {
     const MODES: &[(&str, SteeringMode)] = &[
         ("auto", SteeringMode::Auto),
         ("local", SteeringMode::Local),
@@ -93,7 +93,6 @@ fn steering(section: &mut Section<'_>, overrides: &Overrides, headers: &Headers)
     let steering = Steering {
         mode: overrides.steering.or(mode).unwrap_or(default.mode),
         cgroup: section.read("cgroup", value::non_empty).filter(|path| path != "auto").map(PathBuf::from),
-        steer_heads: section.read("steer_heads", value::boolean).unwrap_or(default.steer_heads),
         min_bytes: section.read("min_bytes", value::integer(0..=1 << 40)).unwrap_or(default.min_bytes),
         max_remote_bytes: section
             .read("max_remote_bytes", value::integer(0..=1 << 40))
@@ -105,11 +104,6 @@ fn steering(section: &mut Section<'_>, overrides: &Overrides, headers: &Headers)
         max_flows: section.read("max_flows", value::integer(1..=1_048_576)).unwrap_or(default.max_flows),
         force: section.read("force", value::boolean).unwrap_or(default.force) || overrides.force,
     };
-    // The kernel changes no byte.
-    if steering.steer_heads && (headers.via.is_some() || headers.request_id_to_client) {
-        let expected = "false, or headers.via = \"off\" and headers.request_id_to_client = false beside it";
-        section.reject("steer_heads", true, format_args!("{expected}"));
-    }
     // 0 is the way to say "nothing remote"; between 0 and min_bytes the two only contradict each other.
     if (1..steering.min_bytes).contains(&steering.max_remote_bytes) {
         let expected = format_args!("0, or at least steering.min_bytes ({})", steering.min_bytes);

@@ -320,7 +320,6 @@ fn every_setting_is_read() {
         steering: Steering {
             mode: SteeringMode::Ingress,
             cgroup: Some("/cgroup".into()),
-            steer_heads: false,
             min_bytes: 1,
             max_remote_bytes: 0,
             client_send_buffer: 16_384,
@@ -369,9 +368,6 @@ fn what_can_be_off() {
     let timeouts = Timeouts { head, body, keep_alive, connect, first_byte, idle, request, ..Timeouts::default() };
     assert_eq!(config.timeouts, timeouts);
     assert_eq!(config.headers, Headers { via: None, x_forwarded: Forwarding::Off, ..Headers::default() });
-    // What the kernel passes on, nobody can add to.
-    let heads = format!("{text}[steering]\nsteer_heads = true\n{POOL}");
-    assert!(Config::parse(&heads, "p.toml").unwrap().steering.steer_heads);
 }
 
 #[test]
@@ -420,8 +416,6 @@ fn bad_sections() {
         ("[steering]\nmin_bytes = 10\nmax_remote_bytes = 9", "p.toml:3: steering.max_remote_bytes: found 9, expected 0, or at least steering.min_bytes (10)".to_owned()),
         ("[steering]\nclient_send_buffer = 1", "p.toml:2: steering.client_send_buffer: found 1, expected an integer from 16384 to 67108864".to_owned()),
         ("[steering]\nendpoint_receive_buffer = 99999999999", "p.toml:2: steering.endpoint_receive_buffer: found 99999999999, expected an integer from 16384 to 67108864".to_owned()),
-        ("[steering]\nsteer_heads = true", r#"p.toml:2: steering.steer_heads: found true, expected false, or headers.via = "off" and headers.request_id_to_client = false beside it"#.to_owned()),
-        ("[headers]\nvia = \"off\"\nrequest_id_to_client = true\n[steering]\nsteer_heads = true", r#"p.toml:5: steering.steer_heads: found true, expected false, or headers.via = "off" and headers.request_id_to_client = false beside it"#.to_owned()),
         ("[steering]\nforce = 1", "p.toml:2: steering.force: found 1, expected true or false".to_owned()),
         ("[steering]\nmax_flows = 0", "p.toml:2: steering.max_flows: found 0, expected an integer from 1 to 1048576".to_owned()),
     ];

@@ -85,7 +85,7 @@ impl Delivery<'_> {
     /// Waits until what the endpoint's `sendmsg` was let redirect has reached the client's send queue. An endpoint that does not
     /// wait may have been told that only a part was taken (the queue can fill while a message is being put into it), and then
     /// sends the rest over its connection: those bytes come next, and the framing is behind them already.
-    pub(super) async fn arrived(&mut self) -> Result<(), End> {
+    async fn arrived(&mut self) -> Result<(), End> {
         let begin = Instant::now();
         loop {
             match tokio::time::timeout(BEHIND, self.client.settle()).await {

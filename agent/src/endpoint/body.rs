@@ -11,7 +11,6 @@ use hyper::body::Incoming;
 use penstock_common::framing::{Framing, state};
 
 use super::{connection::EndpointConnection, http2::Stream};
-use crate::deliver::Begun;
 
 /// Largest piece.
 const READ: usize = 64 * 1024;
@@ -25,8 +24,6 @@ pub enum ResponseBody {
         framing: Framing,
         /// Read and not yet used.
         pending: BytesMut,
-        /// What the kernel has sent to the client, head included, if it has.
-        begun: Option<Begun>,
     },
     Http2 {
         /// `None`: there is none, whatever the endpoint sends.
@@ -56,19 +53,11 @@ impl ResponseBody {
         }
     }
 
-    /// What the kernel has sent already, once.
-    pub fn begun(&mut self) -> Option<Begun> {
-        match self {
-            Self::Http1 { begun, .. } => begun.take(),
-            Self::Http2 { .. } => None,
-        }
-    }
-
     /// The next piece. An error when the endpoint closes inside the message or sends what is none. Not to be called after the
     /// end. `trailers`: what has been read of them, kept by the caller between calls. Cancel-safe.
     pub async fn next(&mut self, trailers: &mut BytesMut) -> io::Result<Piece> {
         match self {
-            Self::Http1 { connection, framing, pending, begun: _ } => loop {
+            Self::Http1 { connection, framing, pending } => loop {
                 while !pending.is_empty() && !framing.is_done() {
                     let begin = *framing;
                     let (taken, payload) = framing.next(pending);

@@ -3,13 +3,7 @@
 //! While user space reads, tokio watches for bytes. While the kernel redirects, each segment would wake the thread for
 //! nothing, so the socket is watched for errors only; bytes, FIN and the end of the message come as events of the slot.
 
-use std::{
-    io,
-    net::SocketAddr,
-    rc::Rc,
-    task::{Context, Poll},
-    time::Duration,
-};
+use std::{io, net::SocketAddr, rc::Rc, time::Duration};
 
 use bytes::BytesMut;
 use tokio::{
@@ -35,8 +29,6 @@ pub struct EndpointConnection {
     pub address: SocketAddr,
     /// The endpoint's address is on this machine.
     pub local: bool,
-    /// Heads in a row that were for user space alone.
-    pub heads_refused: u32,
     /// Bytes that user space has read since the connection was made.
     pub consumed: u64,
     pub(super) idle_since: Instant,
@@ -88,8 +80,7 @@ impl EndpointConnection {
             socket::set_reset_on_close(&stream, true);
         }
         let (io, consumed, idle_since) = (Io::Ready(stream), 0, Instant::now());
-        let (counted, resting, heads_refused) = (None, false, 0);
-        Ok(Self { io, source, address, local, heads_refused, consumed, idle_since, counted, resting })
+        Ok(Self { io, source, address, local, consumed, idle_since, counted: None, resting: false })
     }
 
     pub fn source(&self) -> Option<&Source> {
@@ -145,17 +136,6 @@ impl EndpointConnection {
     /// verdict that was in progress.
     pub fn read_now(&mut self, buf: &mut BytesMut) -> io::Result<usize> {
         self.split()?.0.read_now(buf)
-    }
-
-    /// Ready when [`try_read`](Self::try_read) is worth a try.
-    pub fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.ready()?.poll_read_ready(cx)
-    }
-
-    /// As [`read`](Self::read), and does not wait. The end of the stream is not the last word: bytes may come after it.
-    pub fn try_read(&mut self, buf: &mut BytesMut) -> io::Result<usize> {
-        let n = self.ready()?.try_read_buf(buf)?;
-        book(self.source.as_ref(), &mut self.consumed, n)
     }
 
     /// Returns when no verdict of this connection is in progress: reading TCP_INFO takes the lock that verdicts run under

@@ -180,23 +180,6 @@ fn body_of(status: StatusCode, request_method: &Method, declared: Declared) -> B
 }
 
 impl ResponseHead {
-    /// A head that the client has got, and nobody has read. `framing` is that of the body behind it.
-    pub fn passed(framing: Framing, keep_alive: bool) -> Self {
-        Self {
-            status: StatusCode::OK,
-            version: Version::HTTP_11,
-            reason: String::new(),
-            headers: HeaderMap::new(),
-            framing,
-            // Either is kept as it is.
-            body: if framing.is_done() { BodyKind::None } else { BodyKind::Chunked },
-            keep_alive,
-            interim: false,
-            upgrade: None,
-            content_length: None,
-        }
-    }
-
     /// `Content-Type: text/event-stream`, whatever its parameters.
     pub fn is_event_stream(&self) -> bool {
         const KIND: &[u8] = b"text/event-stream";

@@ -259,7 +259,6 @@ impl SpanRef<'_> {
             (&raw mut (*span).framing).write_volatile(framing);
             (&raw mut (*span).stop).write_volatile(0);
             (&raw mut (*span).keep).write_volatile(u32::from(keep));
-            (&raw mut (*span).head).write_volatile(0);
         }
         self.target().set(target);
         self.armed().atomic().store(armed, SeqCst);
@@ -286,12 +285,6 @@ impl SpanRef<'_> {
     pub fn stop(&self) -> u32 {
         // SAFETY: a whole aligned word.
         unsafe { (&raw const (*self.span.as_ptr()).stop).read_volatile() }
-    }
-
-    /// The head that has been redirected: its length, with `penstock_common::head::EVENT_STREAM`; 0: none. Only while released.
-    pub fn head(&self) -> u32 {
-        // SAFETY: a whole aligned word.
-        unsafe { (&raw const (*self.span.as_ptr()).head).read_volatile() }
     }
 
     /// Bytes redirected since the connection was made; may grow while armed.

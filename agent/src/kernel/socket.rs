@@ -119,7 +119,7 @@ pub fn set_reset_on_close(socket: impl AsFd, reset: bool) {
 
 /// Returns when every kernel program that was running has ended: `MEMBARRIER_CMD_GLOBAL` waits for the grace period of RCU,
 /// under which programs run (membarrier(2)). Where the kernel does not offer it, the caller has waited long before.
-pub fn wait_for_programs() {
+pub(super) fn wait_for_programs() {
     const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
     // SAFETY: a system call that touches no memory of ours.
     let _ = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };

@@ -131,8 +131,6 @@ families! {
     body_bytes: Family<ByPath, Counter> = "body_bytes";
     /// Times the kernel gave a steered flow back before the end of its message.
     steer_stops: Family<ByReason, Counter> = "steer_stops";
-    /// Response heads that the kernel has passed on unread.
-    steered_heads: Counter = "steered_heads";
     /// Events of the kernel program that found no room in the ring buffer.
     steer_events_missed: Counter = "steer_events_missed";
     /// Endpoint connections that hold a slot of the kernel maps.

@@ -119,7 +119,6 @@ impl Record {
         let all = &worker.shared.metrics;
         // Chosen for the kernel, but everything was here before it could be armed.
         let (path, reason) = if account.steered + account.local == 0
-            && !account.head
             && account.stops.iter().all(|&stops| stops == 0)
             && path != Path::Relay
         {
@@ -134,9 +133,6 @@ impl Record {
         };
         all.flow(label, reason);
         count(all, &account);
-        if account.head {
-            all.steered_head();
-        }
         let pieces = account.pieces + account.segments;
         if account.first_ns > 0 {
             let first = account.first_ns.saturating_sub(self.started_ns);

@@ -4,15 +4,13 @@
 use std::{cell::RefCell, net::SocketAddr};
 
 use bytes::{Bytes, BytesMut};
-use http::StatusCode;
-use penstock_common::framing::Framing;
 use tokio::time::Instant;
 
 use super::{After, Pin, Request, immediate, pick::Picked};
 use crate::{
     client::{Client, ClientSocket},
     config::{self, SteeringMode},
-    deliver::{Account, Begun, Coding, Delivery, End, Frames, Target, Tunnel},
+    deliver::{Account, Coding, Delivery, End, Frames, Target, Tunnel},
     endpoint::{body::ResponseBody, connection::EndpointConnection, in_flight::InFlight},
     error::Error,
     http::{
@@ -71,11 +69,8 @@ pub(super) async fn respond(
 ) -> Result<After, Error> {
     let Answer { address, mut head, mut body, in_flight } = answer;
     request.record.served(address);
-    let begun = body.begun();
     let config = &worker.shared.config;
-    if begun.is_none() {
-        headers::prepare_response(&mut head.headers, head.version, &request.parts.headers, &config.headers);
-    }
+    headers::prepare_response(&mut head.headers, head.version, &request.parts.headers, &config.headers);
     let settings = match &worker.shared.config.pools[request.pool].picker {
         config::Picker::Epp(epp) => Some(epp),
         config::Picker::Builtin => None,
@@ -106,15 +101,14 @@ pub(super) async fn respond(
         }
     }
     request.record.status(head.status, "ok");
-    request.record.event_stream(head.is_event_stream() || begun.as_ref().is_some_and(|begun| begun.event_stream));
+    request.record.event_stream(head.is_event_stream());
     let carried = match (&mut *client, &mut body) {
         (Client::Http1(socket), ResponseBody::Http1 { connection, pending, .. }) if head.upgrade.is_some() => {
             tunnel(worker, socket, request, &head, connection, pending, &mut picked).await
         }
-        (Client::Http1(socket), ResponseBody::Http1 { connection, pending, .. }) => match begun {
-            Some(begun) => rest(worker, socket, request, connection, pending, &mut picked, begun).await,
-            None => bytes(worker, socket, request, &head, connection, pending, &mut picked, tee.as_ref()).await,
-        },
+        (Client::Http1(socket), ResponseBody::Http1 { connection, framing: _, pending }) => {
+            bytes(worker, socket, request, &head, connection, pending, &mut picked, tee.as_ref()).await
+        }
         _ => frames(worker, client, request, &head, &mut body, &mut picked, tee.as_ref()).await,
     };
     drop(in_flight);
@@ -169,8 +163,7 @@ async fn bytes(
         client.reset_on_close();
     }
     let told = tee.map(|tee| tee.borrow().wants_all());
-    let known = Known { framing: head.framing, event_stream: head.is_event_stream(), decode };
-    let (target, path, reason) = path(worker, client, request, &known, endpoint, pending, told);
+    let (target, path, reason) = path(worker, client, request, head, endpoint, pending, told);
 
     let idle = worker.shared.config.timeouts.idle;
     let mut delivery = Delivery::new(client, endpoint, head.framing, std::mem::take(pending), idle);
@@ -187,44 +180,6 @@ async fn bytes(
         delivery.abandon();
     }
     Carried { end, account: std::mem::take(&mut delivery.account), path, reason, keep_alive }
-}
-
-/// Carries what is left of a response whose head the kernel has passed on.
-async fn rest(
-    worker: &Worker,
-    client: &mut ClientSocket,
-    request: &Request,
-    endpoint: &mut EndpointConnection,
-    pending: &mut BytesMut,
-    picked: &mut Picked,
-    begun: Begun,
-) -> Carried {
-    let known = Known { framing: begun.framing, event_stream: begun.event_stream, decode: false };
-    let (target, mut path, mut reason) = path(worker, client, request, &known, endpoint, pending, None);
-    if path == Path::Relay {
-        (path, reason) = (begun.target.lane.into(), "head");
-    }
-    let idle = worker.shared.config.timeouts.idle;
-    let mut delivery = Delivery::new(client, endpoint, begun.framing, std::mem::take(pending), idle);
-    delivery.target = target;
-    delivery.go_on(begun);
-    let end = tokio::select! {
-        biased;
-        end = delivery.run() => Ok(end),
-        reason = broken_off(request.deadline, &mut picked.stream, None) => Err(reason),
-    };
-    if end.is_err() {
-        delivery.abandon();
-    }
-    Carried { end, account: std::mem::take(&mut delivery.account), path, reason, keep_alive: true }
-}
-
-/// A response that the kernel had begun when it was given up: nothing else can be said on the connection.
-pub(super) fn break_off(worker: &Worker, request: &mut Request, address: SocketAddr, begun: Begun, error: &Error) {
-    request.record.served(address);
-    request.record.status(StatusCode::OK, "ok");
-    request.record.delivered(worker, request.pool, begun.target.lane.into(), "head", begun.account);
-    request.record.broken(error.reason());
 }
 
 /// Carries what follows a switch of protocols.
@@ -375,36 +330,29 @@ fn barrier(decode: bool, told: bool, tls: bool) -> Option<&'static str> {
     }
 }
 
-/// What matters of a head for the choice of the path.
-struct Known {
-    framing: Framing,
-    event_stream: bool,
-    decode: bool,
-}
-
 /// Chooses the path and, for the kernel's, makes the client a target. `told`: the picker wants to know of the body, and all
 /// of it or its end.
 fn path(
     worker: &Worker,
     client: &mut ClientSocket,
     request: &Request,
-    known: &Known,
+    head: &ResponseHead,
     endpoint: &EndpointConnection,
     pending: &BytesMut,
     told: Option<bool>,
 ) -> (Option<Target>, Path, &'static str) {
     let config = &worker.shared.config.steering;
-    let mut framing = known.framing;
+    let mut framing = head.framing;
     framing.feed(pending);
     let response = Response {
         registered: endpoint.source().is_some(),
         framing,
-        event_stream: known.event_stream,
+        event_stream: head.is_event_stream(),
         local_endpoint: endpoint.local,
         // The end of a response is kept on the ingress path alone.
         local_socket: told.is_none()
             && request.target.is_some_and(|key| endpoint.source().is_some_and(|source| source.is_local_to(key))),
-        barrier: barrier(known.decode, told == Some(true), client.is_tls()),
+        barrier: barrier(head.needs_dechunk(request.parts.version), told == Some(true), client.is_tls()),
     };
     let (path, reason) = choose(config, &response);
     let (lane, Some(steering)) = (path.lane(), worker.endpoints.steering()) else { return (None, path, reason) };

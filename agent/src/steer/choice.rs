@@ -34,15 +34,6 @@ pub enum Path {
     Relay,
 }
 
-impl From<Lane> for Path {
-    fn from(lane: Lane) -> Self {
-        match lane {
-            Lane::Local => Self::Local,
-            Lane::Ingress => Self::Ingress,
-        }
-    }
-}
-
 impl Path {
     /// Who in the kernel carries it.
     pub fn lane(self) -> Option<Lane> {
@@ -59,17 +50,6 @@ impl Path {
             Self::Ingress => "ingress",
             Self::Relay => "relay",
         }
-    }
-}
-
-/// Who in the kernel carries a response from its first byte on; `local_socket` as in [`Response`]. Only where its head would
-/// go on as it is.
-pub fn choose_head(config: &Steering, local_socket: bool) -> Option<Lane> {
-    match config.mode {
-        _ if !config.steer_heads => None,
-        SteeringMode::Auto | SteeringMode::Local if local_socket => Some(Lane::Local),
-        SteeringMode::Auto | SteeringMode::Ingress => Some(Lane::Ingress),
-        SteeringMode::Local | SteeringMode::Off => None,
     }
 }
 
@@ -119,7 +99,6 @@ mod tests {
         Steering {
             mode,
             cgroup: None,
-            steer_heads: false,
             min_bytes: 1000,
             max_remote_bytes: 5000,
             client_send_buffer: 1,

@@ -11,7 +11,7 @@ use crate::{
 
 pub(crate) fn run(room: [bool; BYTES], weakened: Option<Weakened>, seen: &Arc<Seen>) {
     let slot =
-        Slot { span: span(), passed: Word::default(), wbase: 0, origin: 0, astray: Word::default(), reserved: 0 };
+        Slot { span: span(), passed: Word::default(), wbase: 0, origin: 0, astray: Word::default(), reserved: [0; 2] };
     let scene = Arc::new(Scene::new(slot, room, weakened, seen));
     let kernel = Arc::clone(&scene);
     let endpoint = loom::thread::spawn(move || {

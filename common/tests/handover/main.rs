@@ -9,9 +9,6 @@
 #[path = "../../src/framing.rs"]
 #[allow(dead_code, unreachable_pub)]
 mod framing;
-#[path = "../../src/head.rs"]
-#[allow(dead_code, unreachable_pub)]
-mod head;
 #[path = "../../src/local.rs"]
 #[allow(unreachable_pub)]
 mod local;

@@ -236,13 +236,9 @@ impl<S> Kernel for Program<'_, S> {
         word.atomic().swap(0, self.scene.order(Weakened::Clearing, Release));
     }
 
-    fn head(&mut self, _: &mut Framing, _: u32) -> u32 {
-        unreachable!("no message of this scene has one")
-    }
-
-    fn parse(&mut self, framing: &mut Framing, at: u32, len: u32, _: bool) -> bool {
+    fn parse(&mut self, framing: &mut Framing, len: u32, _: bool) -> bool {
         self.own();
-        framing.feed(&[self.byte][at as usize..len as usize]) == (len - at) as usize
+        framing.feed(&[self.byte][..len as usize]) == len as usize
     }
 
     fn target(&mut self, key: u64) -> Option<SendBuffer> {
@@ -283,7 +279,5 @@ pub(crate) fn span() -> Span {
         segments: 0,
         stop: 0,
         keep: 0,
-        head: 0,
-        unused: 0,
     }
 }

@@ -11,7 +11,7 @@ use crate::{
 
 pub(crate) fn run(room: [bool; BYTES], weakened: Option<Weakened>, seen: &Arc<Seen>) {
     let (origin, peer, found) = (Word::default(), Word::default(), Word::default());
-    let slot = LocalSlot { span: span(), expected: 0, origin, peer, found, reserved: 0 };
+    let slot = LocalSlot { span: span(), expected: 0, origin, peer, found, reserved: [0; 2] };
     let scene = Arc::new(Scene::new(slot, room, weakened, seen));
     let kernel = Arc::clone(&scene);
     let endpoint = loom::thread::spawn(move || {

@@ -2,9 +2,9 @@
 
 use penstock_common::framing::Framing;
 
-/// Advances over the segment, from `at` on, as far as `max_steps` let it; returns how far.
-pub(crate) fn walk(framing: &mut Framing, segment: &[u8], at: usize, max_steps: u32) -> usize {
-    let mut at = at + framing.skip((segment.len() - at) as u64) as usize;
+/// Advances over the segment as far as `max_steps` let it; returns how far.
+pub(crate) fn walk(framing: &mut Framing, segment: &[u8], max_steps: u32) -> usize {
+    let mut at = framing.skip(segment.len() as u64) as usize;
     for _ in 0..max_steps {
         if at >= segment.len() {
             break;
@@ -23,7 +23,7 @@ pub(crate) fn walk(framing: &mut Framing, segment: &[u8], at: usize, max_steps: 
     at
 }
 
-/// The program's answer: all of the segment from `at` on lies inside the message.
-pub(crate) fn parse(framing: &mut Framing, segment: &[u8], at: usize, max_steps: u32) -> bool {
-    walk(framing, segment, at, max_steps) == segment.len() && !framing.is_invalid()
+/// The program's answer: the whole segment lies inside the message.
+pub(crate) fn parse(framing: &mut Framing, segment: &[u8], max_steps: u32) -> bool {
+    walk(framing, segment, max_steps) == segment.len() && !framing.is_invalid()
 }

@@ -23,11 +23,12 @@ struct Args {
     /// Only ways whose name contains this
     #[arg(long, default_value = "")]
     only: String,
+    /// Bytes of the responses
+    #[arg(long, value_delimiter = ',', default_value = "200,4096,65536,262144")]
+    sizes: Vec<u64>,
 }
 
-const SIZES: [u64; 4] = [200, 4096, 65_536, 262_144];
-
-/// A way for a request to find its endpoint, and for its response to come back.
+/// A way for a request to find its endpoint.
 #[derive(Clone, Copy)]
 struct Way {
     name: &'static str,
@@ -35,36 +36,31 @@ struct Way {
     mode: Option<SteeringMode>,
     pick_per: PickPer,
     epp: bool,
-    heads: bool,
 }
 
-const NONE: Way = Way { name: "no agent", mode: None, pick_per: PickPer::Request, epp: false, heads: false };
+const NONE: Way = Way { name: "no agent", mode: None, pick_per: PickPer::Request, epp: false };
 const AUTO: Way = Way { mode: Some(SteeringMode::Auto), ..NONE };
-const INGRESS: Way = Way { mode: Some(SteeringMode::Ingress), ..NONE };
 const OFF: Way = Way { mode: Some(SteeringMode::Off), ..NONE };
-const WAYS: [Way; 10] = [
+const WAYS: [Way; 7] = [
     NONE,
     Way { name: "pick per request, EPP", epp: true, ..AUTO },
     Way { name: "lease, user space", pick_per: PickPer::Lease, epp: true, ..OFF },
     Way { name: "lease", pick_per: PickPer::Lease, epp: true, ..AUTO },
-    Way { name: "lease, heads, ingress", pick_per: PickPer::Lease, epp: true, heads: true, ..INGRESS },
-    Way { name: "lease, heads", pick_per: PickPer::Lease, epp: true, heads: true, ..AUTO },
-    Way { name: "built-in", ..AUTO },
-    Way { name: "built-in, heads", heads: true, ..AUTO },
+    Way { name: "pick per request, built-in", ..AUTO },
     Way { name: "pinned, user space", pick_per: PickPer::Connection, ..OFF },
     Way { name: "pinned, kernel", pick_per: PickPer::Connection, ..AUTO },
 ];
 
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
 async fn main() -> Result<()> {
-    let Args { requests, only } = Args::parse();
+    let Args { requests, only, sizes } = Args::parse();
     println!("{requests} requests each; p50 µs / CPU µs");
     print!("{:<28}", "response, bytes");
-    SIZES.iter().for_each(|size| print!("{size:>18}"));
+    sizes.iter().for_each(|size| print!("{size:>18}"));
     println!();
     for way in WAYS.iter().filter(|way| way.name.contains(&only)) {
         print!("{:<28}", way.name);
-        for size in SIZES {
+        for &size in &sizes {
             let (p50, cpu) = measure(way, size, requests).await?;
             print!("{:>18}", format!("{:.1} / {:.1}", micros(p50), micros(cpu)));
         }
@@ -86,8 +82,6 @@ async fn measure(way: &Way, size: u64, requests: u32) -> Result<(Duration, Durat
         };
         TestAgent::start(Pool { pick_per: way.pick_per, ..pool }, mode, |config| {
             config.listen.workers = 1;
-            config.steering.steer_heads = way.heads;
-            config.headers.via = None;
             config.pools[0].lease.requests = 1_000_000;
             config.pools[0].lease.time = Duration::from_secs(3600);
         })
@@ -107,15 +101,6 @@ async fn measure(way: &Way, size: u64, requests: u32) -> Result<(Duration, Durat
         times.push(begin.elapsed());
     }
     let spent = cpu()? - before;
-    if let Some(agent) = agent.as_ref().filter(|_| std::env::var_os("PENSTOCK_BOOKS").is_some()) {
-        let metrics = agent.agent.metrics().encode();
-        let wanted = ["steered_heads_total ", "steer_stops_total", "body_bytes_total", "flows_total"];
-        for line in
-            metrics.lines().filter(|line| !line.starts_with('#') && wanted.iter().any(|name| line.contains(name)))
-        {
-            eprintln!("  {line}");
-        }
-    }
     times.sort_unstable();
     Ok((times[times.len() / 2], spent / requests))
 }
