@@ -27,11 +27,25 @@ pub fn cookie(socket: impl AsFd) -> io::Result<u64> {
 }
 
 /// Bytes ever written to the connection, by us or by the kernel for us: `tcpi_bytes_acked` plus those still queued
-/// (SIOCOUTQ). Its growth tells when what was redirected has reached the socket. `NotConnected` once the connection is gone:
-/// a reset empties the queue, and then the sum never comes out; nor need any read tell of it, because whoever writes next, the
-/// kernel's own worker included, takes the socket's error (`sock_error`).
+/// (SIOCOUTQ), read again until nothing has been acknowledged between the two. Its growth tells when what was redirected has
+/// reached the socket. `NotConnected` once the connection is gone: a reset empties the queue, and then the sum never comes out;
+/// nor need any read tell of it, because whoever writes next, the kernel's own worker included, takes the socket's error
+/// (`sock_error`).
 pub fn bytes_written(socket: impl AsFd) -> io::Result<u64> {
     let fd = socket.as_fd();
+    let mut acked = bytes_acked(fd)?;
+    loop {
+        let queued = u64::from(send_queue(fd)?);
+        let now = bytes_acked(fd)?;
+        if now == acked {
+            return Ok(acked + queued);
+        }
+        acked = now;
+    }
+}
+
+/// `NotConnected` once the connection is gone.
+fn bytes_acked(fd: BorrowedFd<'_>) -> io::Result<u64> {
     // SAFETY: tcp_info is plain integers; the kernel fills at most `len` bytes of it.
     let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
     let mut len = size_of::<libc::tcp_info>() as libc::socklen_t;
@@ -46,7 +60,7 @@ pub fn bytes_written(socket: impl AsFd) -> io::Result<u64> {
     if info.tcpi_state == TCP_CLOSE {
         return Err(io::ErrorKind::NotConnected.into());
     }
-    Ok(info.tcpi_bytes_acked + u64::from(send_queue(fd)?))
+    Ok(info.tcpi_bytes_acked)
 }
 
 /// Bytes in the send queue, sent or not, that the peer has not acknowledged (SIOCOUTQ).
@@ -158,3 +172,6 @@ pub fn monotonic_ns() -> u64 {
         nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).unwrap_or(nix::sys::time::TimeSpec::new(0, 0));
     now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64
 }
+
+#[cfg(test)]
+mod tests;
