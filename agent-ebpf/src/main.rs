@@ -2,8 +2,8 @@
 //!
 //! `verdict` looks at what has arrived on a connection (`sk_skb/stream_verdict`), `message` at what an endpoint on this
 //! machine is about to send (`sk_msg`), and `peers` finds the sockets of such endpoints (`sock_ops`). The rules are those of
-//! `penstock_common`; the programs give them maps, helpers and the bytes of chunk-size lines. All return `SK_PASS`
-//! always: a redirect is a pass to another socket, and `SK_DROP` would lose bytes without a trace.
+//! `penstock_common`; the programs give them maps, helpers and the bytes of chunk-size lines. All return `SK_PASS` for whatever
+//! has bytes: a redirect is a pass to another socket, and `SK_DROP` would lose them without a trace.
 
 #![no_std]
 #![no_main]

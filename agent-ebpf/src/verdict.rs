@@ -4,7 +4,10 @@ use core::{arch::asm, ffi::c_void, ptr};
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{__sk_buff, sk_action::SK_PASS},
+    bindings::{
+        __sk_buff,
+        sk_action::{SK_DROP, SK_PASS},
+    },
     helpers::generated::{
         bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_loop, bpf_map_lookup_elem, bpf_sk_release, bpf_skb_adjust_room,
         bpf_skb_load_bytes, bpf_skc_to_tcp_sock,
@@ -46,7 +49,9 @@ fn penstock_verdict(ctx: SkBuffContext) -> u32 {
         error!(&ctx, "connection {}: {} bytes are not where they belong; it will be broken off", cookie, len);
     }
     find_client(index);
-    SK_PASS
+    // An empty segment is the FIN, and nothing is lost with it: the socket's state tells of the end. Let through, it would
+    // break the socket where something is queued before it: `sk_psock_backlog` takes the 0 bytes that it moves for a failure.
+    if len == 0 { SK_DROP } else { SK_PASS }
 }
 
 /// Where the agent has said which client the response is for: finds that client's socket, once, for the message program.

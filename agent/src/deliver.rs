@@ -11,7 +11,7 @@ mod span;
 mod tunnel;
 
 pub use frames::{Coding, Frames};
-pub use tunnel::Tunnel;
+pub use tunnel::{Tunnel, Up};
 
 use std::{cell::RefCell, io, time::Duration};
 
@@ -72,6 +72,8 @@ pub struct Account {
     pub local: u64,
     /// Bytes from the client to the endpoint behind a switch of protocols.
     pub upstream: u64,
+    /// Of these, what the kernel has carried.
+    pub upstream_steered: u64,
     /// Pieces that user space wrote, and segments that the kernel redirected.
     pub pieces: u64,
     pub segments: u64,

@@ -164,9 +164,11 @@ impl Metrics {
         self.core.body_bytes[path as usize].inc_by(bytes);
     }
 
-    /// Bytes from a client, behind a switch of protocols or in a pinned connection, on their way to an endpoint.
-    pub fn upstream_bytes(&self, bytes: u64) {
-        self.core.families.upstream_bytes.inc_by(bytes);
+    /// Bytes from a client, behind a switch of protocols or in a pinned connection, that went along `path`.
+    pub fn upstream_bytes(&self, path: Path, bytes: u64) {
+        if bytes > 0 {
+            self.core.families.upstream_bytes.get_or_create(&ByPath { path }).inc_by(bytes);
+        }
     }
 
     /// The kernel gave a flow back before the end of its message.

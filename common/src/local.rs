@@ -22,16 +22,6 @@ pub trait Message: Kernel {
     fn keeps_account(&mut self) -> bool;
 }
 
-/// Room that a message may take in a send queue beside its bytes: the queue is made of buffers of at least `piece` bytes
-/// (`tcp_send_mss`, `tcp_bound_to_half_wnd`), of which each costs up to 1 KiB of its own, and what is being sent meanwhile may be
-/// split a few times (`tso_fragment`). A message that does not fit would be taken in part, and an endpoint that waits for its
-/// own socket to become writable is not told when it may go on.
-const fn overhead(len: u32, piece: u32) -> i64 {
-    const BUFFER: i64 = 1024;
-    let buffers = len / if piece == 0 { 1 } else { piece };
-    (buffers as i64 + 16) * BUFFER
-}
-
 /// Decides on a message of `len` bytes. It goes its ordinary way unless [`Kernel::redirect`] took it.
 #[inline(always)]
 pub fn message(slot: &mut LocalSlot, len: u32, kernel: &mut impl Message) {
@@ -67,8 +57,9 @@ fn try_redirect(slot: &mut LocalSlot, armed: u64, len: u32, kernel: &mut impl Me
     if slot.expected >> 32 != 0 && slot.expected as u32 != buffer.write_seq {
         return Err(stop::BEHIND);
     }
-    let room = i64::from(buffer.limit) - i64::from(buffer.queued) - i64::from(len) - overhead(len, buffer.piece);
-    if room < 0 {
+    // A message that does not fit would be taken in part, and an endpoint that waits for its own socket to become writable is
+    // not told when it may go on.
+    if !buffer.has_room(len) {
         return Err(stop::ROOM);
     }
     if !kernel.redirect(key) {

@@ -52,6 +52,18 @@ pub struct SendBuffer {
     pub piece: u32,
 }
 
+impl SendBuffer {
+    /// Whether so many bytes can be put into it without an acknowledgement from the peer. The queue is made of buffers of at
+    /// least `piece` bytes (`tcp_send_mss`, `tcp_bound_to_half_wnd`), of which each costs up to 1 KiB of its own, and what is
+    /// being sent meanwhile may be split a few times (`tso_fragment`).
+    #[inline(always)]
+    pub(crate) fn has_room(self, bytes: u32) -> bool {
+        const BUFFER: i64 = 1024;
+        let buffers = bytes / if self.piece == 0 { 1 } else { self.piece };
+        i64::from(self.limit) - i64::from(self.queued) - i64::from(bytes) - (i64::from(buffers) + 16) * BUFFER >= 0
+    }
+}
+
 /// Decides on a segment of `len` bytes; `len` 0 is the endpoint's FIN. The segment passes to user space unless
 /// [`Kernel::redirect`] took it.
 #[inline(always)]
@@ -120,8 +132,9 @@ fn try_redirect(slot: &mut Slot, armed: u64, len: u32, kernel: &mut impl Segment
     }
     // Redirected, but not yet in the target's send queue.
     let backlog = (redir as u32).wrapping_sub(buffer.write_seq.wrapping_sub(slot.wbase as u32));
-    let room = i64::from(buffer.limit) - i64::from(buffer.queued) - i64::from(backlog) - i64::from(len);
-    if room < 0 {
+    // What does not fit would wait for the target's peer, and with it whatever that peer sends, where the target is a source
+    // too: one queue of the kernel's holds both (`sk_psock_backlog`).
+    if !buffer.has_room(backlog.saturating_add(len)) {
         return Err(stop::ROOM);
     }
     if !kernel.redirect(key) {

@@ -696,7 +696,8 @@ impl Kernel for Segment<'_, '_> {
         let write_seq = self.world.sequence.wrapping_add(self.world.written as u32);
         self.world.interleave();
         let queued = self.world.queued() as i32;
-        Some(SendBuffer { write_seq, queued, limit: self.world.send_limit as i32, piece: 1 })
+        // Nothing in this model costs more than its bytes; 16 KiB are kept free all the same.
+        Some(SendBuffer { write_seq, queued, limit: self.world.send_limit as i32 + (16 << 10), piece: u32::MAX })
     }
 
     fn redirect(&mut self, _: u64) -> bool {

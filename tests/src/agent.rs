@@ -87,6 +87,11 @@ impl TestAgent {
             .sum()
     }
 
+    /// Bytes from clients, behind a switch of protocols or to an endpoint that they stay with, that the kernel has carried.
+    pub fn steered_up(&self) -> u64 {
+        self.count("penstock_upstream_bytes_total", &[r#"path="ingress""#])
+    }
+
     /// As [`Self::metric`], of a counter.
     pub fn count(&self, name: &str, labels: &[&str]) -> u64 {
         self.metric(name, labels) as u64

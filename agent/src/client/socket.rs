@@ -1,6 +1,6 @@
 //! A client's HTTP/1.1 connection: reads, and writes behind whatever the kernel has redirected to it.
 
-use std::{io, time::Duration};
+use std::{io, rc::Rc, time::Duration};
 
 use bytes::BytesMut;
 use futures_util::FutureExt as _;
@@ -13,7 +13,7 @@ use tokio_rustls::server::TlsStream;
 use super::ledger::Ledger;
 use crate::{
     kernel::socket,
-    steer::{RegisterError, WorkerSteering},
+    steer::{RegisterError, Source, WorkerSteering},
 };
 
 /// How long the kernel's worker may take to hand over what was redirected, before a close is a reset.
@@ -22,6 +22,8 @@ const SETTLE: Duration = Duration::from_secs(30);
 /// large body usually looks for the answer only afterwards.
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 64 << 20;
+/// What a client may have sent before its connection became something else, for the kernel to look at what follows.
+const EARLY: usize = 256 * 1024;
 /// Read at once of what is not asked for yet.
 const AHEAD: usize = 4096;
 
@@ -32,7 +34,12 @@ pub struct ClientSocket {
     ledger: Ledger,
     key: Option<u64>,
     resets: bool,
+    /// What the kernel knows of what the client sends. Behind `stream`: a slot outlives its socket.
+    source: Option<Source>,
 }
+
+/// A connection, what has been read of it, and what the kernel knows of it.
+pub(super) type TunnelEnd<'a> = (&'a TcpStream, BytesMut, Option<&'a Source>);
 
 enum Stream {
     Plain(TcpStream),
@@ -52,7 +59,7 @@ impl ClientSocket {
     fn of(stream: Stream) -> io::Result<Self> {
         stream.tcp().set_nodelay(true)?;
         let ledger = Ledger::begin(stream.tcp())?;
-        Ok(Self { stream, buf: BytesMut::new(), ledger, key: None, resets: false })
+        Ok(Self { stream, buf: BytesMut::new(), ledger, key: None, resets: false, source: None })
     }
 
     /// The connection, and what has been read of it; `None` for TLS, where the protocol has been agreed on before.
@@ -122,14 +129,32 @@ impl ClientSocket {
         Ok(())
     }
 
-    /// The connection as it is, and what has been read of it already, for someone who keeps an account of their own; `None` for
-    /// TLS.
-    pub fn tunnel(&mut self) -> Option<(&TcpStream, BytesMut)> {
-        let early = std::mem::take(&mut self.buf);
-        match &self.stream {
-            Stream::Plain(stream) => Some((stream, early)),
-            Stream::Tls(_) => None,
+    /// The connection as it is, unless it speaks TLS, and what has been read of it already, for someone who keeps an account of
+    /// their own. With `steering` what the client sends from now on is looked at by the kernel, where that can be.
+    pub fn tunnel(&mut self, steering: Option<&Rc<WorkerSteering>>) -> io::Result<TunnelEnd<'_>> {
+        if self.is_tls() {
+            return Err(io::ErrorKind::Unsupported.into());
         }
+        if let Some(steering) = steering {
+            // What has arrived has to be read whole before: the kernel would send what is read in part a second time.
+            while self.buf.len() < EARLY {
+                match self.read_now(AHEAD) {
+                    Ok(0) => break,
+                    Ok(_) => {}
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                    // Whoever reads next would take it for an end in order.
+                    Err(error) => return Err(error),
+                }
+            }
+            let drained = self.buf.len() < EARLY;
+            self.source = if drained { steering.announce_source(self.stream()).ok() } else { None };
+            // A client that has closed its side already is refused.
+            self.source = self.source.take().filter(|source| source.insert(self.stream()).is_ok());
+            // What has come between the read and the insertion is let through now, by this look.
+            socket::has_more(self.stream())?;
+        }
+        let early = std::mem::take(&mut self.buf);
+        Ok((self.stream.tcp(), early, self.source.as_ref()))
     }
 
     /// Both directions at once, and what has been read already. The kernel's account ends here: no more is to be redirected.

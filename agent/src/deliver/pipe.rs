@@ -21,8 +21,6 @@ use crate::{
 };
 
 const READ: usize = 16 * 1024;
-/// The only one for a tunnel: what stands still on the other has been seen, and not been understood.
-const LANE: Lane = Lane::Local;
 /// How often is looked whether the other side has acknowledged everything.
 const LOOK: Duration = Duration::from_millis(10);
 
@@ -136,27 +134,29 @@ impl Pipe<'_> {
     async fn span(&mut self, target: Target, stop: &CancellationToken) -> Result<Wake, Broken> {
         self.ledger.settle(self.to).await.map_err(|_| Broken::To)?;
         let source = self.from.source.ok_or(Broken::From)?;
-        let span = source.slot().span(LANE);
+        let span = source.slot().span(target.lane);
         let before = (span.redirected(), span.segments(), monotonic_ns());
-        source.slot().arm(LANE, target.key, Framing::until_close(), *self.from.consumed, false);
+        source.slot().arm(target.lane, target.key, Framing::until_close(), *self.from.consumed, false);
         self.pending.reserve(READ);
         let wake = match self.from.read_now(&mut self.pending) {
             Ok(0) => Ok(Wake::Look),
             Ok(_) => Ok(Wake::Bytes),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.listen(source, stop).await,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.listen(source, target.lane, stop).await,
             Err(_) => Err(Broken::From),
         };
         if !span.is_released() {
             span.disarm();
+            // Waits for a verdict in progress, which may have seen the slot armed.
+            let _ = socket::bytes_written(self.from.stream);
         }
-        self.take_back(span, before).await?;
+        self.take_back(target.lane, span, before).await?;
         wake
     }
 
-    async fn listen(&mut self, source: &Source, stop: &CancellationToken) -> Result<Wake, Broken> {
+    async fn listen(&mut self, source: &Source, lane: Lane, stop: &CancellationToken) -> Result<Wake, Broken> {
         tokio::select! {
             biased;
-            () = poll_fn(|cx| source.poll_released(LANE, cx)) => Ok(Wake::Released),
+            () = poll_fn(|cx| source.poll_released(lane, cx)) => Ok(Wake::Released),
             read = self.from.read(&mut self.pending) => match read {
                 Ok(0) => Ok(Wake::Look),
                 Ok(_) => Ok(Wake::Bytes),
@@ -168,15 +168,20 @@ impl Pipe<'_> {
     }
 
     /// Enters the kernel's books into ours; `before` is what they and the clock said at the arming. The span is released.
-    async fn take_back(&mut self, span: SpanRef<'_>, before: (u64, u64, u64)) -> Result<(), Broken> {
+    async fn take_back(&mut self, lane: Lane, span: SpanRef<'_>, before: (u64, u64, u64)) -> Result<(), Broken> {
         let (redirected, segments, since) = before;
         let steered = span.redirected().saturating_sub(redirected);
         self.ledger.add_redirected(steered);
         self.account.segments += span.segments().saturating_sub(segments);
         if steered > 0 {
             self.moved.set(self.moved.get().max(span.stamps().1));
-            self.account.local += steered;
-            self.account.local -= self.arrived().await?;
+            match lane {
+                Lane::Ingress => self.account.steered += steered,
+                Lane::Local => {
+                    self.account.local += steered;
+                    self.account.local -= self.arrived().await?;
+                }
+            }
         }
         let why = span.stop();
         if why != 0
@@ -188,7 +193,8 @@ impl Pipe<'_> {
         let short = monotonic_ns().saturating_sub(since) < SHORT_SPAN.as_nanos() as u64;
         self.fruitless = if why != 0 && (steered == 0 || short) { self.fruitless + 1 } else { 0 };
         if why == stop::TARGET || why == stop::ACCOUNT || self.fruitless >= MAX_FRUITLESS {
-            self.target = None;
+            self.fruitless = 0;
+            self.target = self.target.take().and_then(Target::next);
         }
         Ok(())
     }

@@ -5,7 +5,7 @@
 //! The end of one direction is passed on and leaves the other as it is. An error on either side breaks both off: the caller has
 //! made sure that each sees a reset. Asked to stop, it waits for a moment in which nothing moves.
 
-use std::{cell::Cell, io, time::Duration};
+use std::{cell::Cell, io, rc::Rc, time::Duration};
 
 use bytes::BytesMut;
 use tokio::{
@@ -26,7 +26,7 @@ use crate::{
         slots::Lane,
         socket::{self, monotonic_ns},
     },
-    steer::Source,
+    steer::{Source, WorkerSteering},
 };
 
 const READ: usize = 16 * 1024;
@@ -42,10 +42,17 @@ pub struct Tunnel<'a> {
     pub pending: BytesMut,
     /// Longest time without a byte either way.
     pub idle: Option<Duration>,
-    /// Set when the kernel is to carry what it can of what the endpoint sends.
+    /// Set when the kernel is to carry what it can of what the endpoint sends, and of what the client sends.
     pub down: Option<Target>,
+    pub up: Option<Up>,
     /// `relayed` and its like are what went to the client.
     pub account: Account,
+}
+
+/// What it takes for the kernel to carry what a client sends.
+pub struct Up {
+    pub steering: Rc<WorkerSteering>,
+    pub send_buffer: u32,
 }
 
 impl Tunnel<'_> {
@@ -67,13 +74,27 @@ impl Tunnel<'_> {
             return Ok(End::ClientGone);
         }
         let (moved, stop, idle) = (Cell::new(monotonic_ns()), CancellationToken::new(), self.idle);
-        let Some((client, early)) = self.client.tunnel() else { return Ok(End::ClientGone) };
+        let steering = self.up.as_ref().map(|up| &up.steering);
+        let Ok((client, early, source)) = self.client.tunnel(steering) else { return Ok(End::ClientGone) };
         let (from, endpoint) = self.endpoint.split()?;
-        let slot = from.source.map(Source::slot);
-        if let Some(slot) = slot {
+        let mut up_target = None;
+        if let (Some(up), Some(_)) = (&self.up, source) {
+            let send_buffer = up.send_buffer;
+            match up.steering.register_target(endpoint, send_buffer) {
+                Ok(key) => up_target = Some(Target { key, send_buffer, lane: Lane::Ingress }),
+                Err(error) => tracing::debug!(%error, "what a client sends cannot be steered"),
+            }
+        }
+        let slots = [from.source, source].map(|source| source.map(Source::slot));
+        for slot in slots.iter().flatten() {
+            slot.span(Lane::Ingress).begin_message();
             slot.span(Lane::Local).begin_message();
         }
-        let last = || moved.get().max(slot.map_or(0, |slot| slot.span(Lane::Local).stamps().1));
+        let last = || {
+            let slots = slots.iter().flatten();
+            let stamps = slots.flat_map(|slot| [Lane::Ingress, Lane::Local].map(|lane| slot.span(lane).stamps().1));
+            stamps.fold(moved.get(), u64::max)
+        };
         let Ok(ledger) = Ledger::begin(client) else { return Ok(End::ClientGone) };
         let pipe = |from, to, ledger, pending, target| {
             let account = Account::default();
@@ -81,10 +102,8 @@ impl Tunnel<'_> {
         };
         let mut consumed = 0;
         let mut down = pipe(from, client, ledger, BytesMut::new(), self.down);
-        // In user space always: a socket that the kernel redirects from as well as to takes its own FIN for an error, where
-        // something is still on its way to it.
-        let from = Reader { stream: client, source: None, consumed: &mut consumed };
-        let mut up = pipe(from, endpoint, Ledger::begin(endpoint)?, early, None);
+        let from = Reader { stream: client, source, consumed: &mut consumed };
+        let mut up = pipe(from, endpoint, Ledger::begin(endpoint)?, early, up_target);
         let both = async {
             let down = async {
                 down.run(&stop).await.map_err(|broken| match broken {
@@ -116,18 +135,20 @@ impl Tunnel<'_> {
             () = unmoved(&last, idle) => End::Idle,
             () = quiet => End::Over,
         };
-        if let Some(slot) = slot {
-            // Dropped in the middle of a span: nothing more may reach the client.
+        // Dropped in the middle of a span: nothing more may reach either side.
+        for slot in slots.iter().flatten() {
             slot.disarm();
         }
         let (down, up) = (down.account, up.account);
         let account = &mut self.account;
         account.relayed += down.relayed;
+        account.steered += down.steered;
         account.local += down.local;
         account.pieces += down.pieces;
         account.segments += down.segments;
         account.stops = down.stops;
-        account.upstream = up.relayed;
+        account.upstream = up.relayed + up.steered;
+        account.upstream_steered = up.steered;
         Ok(end)
     }
 

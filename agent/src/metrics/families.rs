@@ -40,8 +40,8 @@ families! {
     request_duration: Histograms<ByPool> = "request_duration_seconds" in REQUEST_SECONDS;
     /// Requests that are being read, picked for, forwarded or answered.
     active_requests: Family<ByPool, Gauge> = "active_requests";
-    /// Bytes from clients behind a switch of protocols, or to an endpoint that they stay with.
-    upstream_bytes: Counter = "upstream_bytes";
+    /// Bytes from clients behind a switch of protocols, or to an endpoint that they stay with, by who carried them.
+    upstream_bytes: Family<ByPath, Counter> = "upstream_bytes";
     /// How long client connections stayed with an endpoint.
     pin_duration: Histograms<ByPool> = "pin_duration_seconds" in PIN_SECONDS;
     /// Client connections that stay with an endpoint now.

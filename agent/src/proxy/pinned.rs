@@ -10,7 +10,7 @@ use std::{net::SocketAddr, rc::Rc, time::Duration};
 use bytes::BytesMut;
 use tokio::time::Instant;
 
-use super::{After, record::count, respond::lane};
+use super::{After, record::count, respond::lanes};
 use crate::{
     client::ClientSocket,
     deliver::{Account, End, Tunnel},
@@ -39,10 +39,10 @@ pub async fn pinned(current: &Rc<Current>, client: &mut ClientSocket, pin: Pin, 
     // Only the ends of both directions are an end in order.
     client.reset_on_close();
     endpoint.reset_on_close();
-    let (down, path) = lane(worker, client, target, &endpoint);
+    let (down, up, path) = lanes(worker, client, target, &endpoint);
     let (lead, pending, account) = (BytesMut::new(), BytesMut::new(), Account::default());
     let idle = worker.shared.config.timeouts.idle;
-    let mut tunnel = Tunnel { client, endpoint: &mut endpoint, lead, pending, idle, down, account };
+    let mut tunnel = Tunnel { client, endpoint: &mut endpoint, lead, pending, idle, down, up, account };
     let over = async {
         tokio::select! {
             () = worker.shared.draining.cancelled() => {}
@@ -66,6 +66,7 @@ pub async fn pinned(current: &Rc<Current>, client: &mut ClientSocket, pin: Pin, 
         bytes_kernel = account.steered + account.local,
         bytes_user = account.relayed,
         bytes_up = account.upstream,
+        bytes_up_kernel = account.upstream_steered,
         took_us = began.elapsed().as_micros() as u64,
     );
     match end {

@@ -177,6 +177,7 @@ impl Record {
             bytes_kernel = self.account.steered + self.account.local,
             bytes_user = self.account.relayed,
             bytes_up = (self.account.upstream > 0).then_some(self.account.upstream),
+            bytes_up_kernel = (self.account.upstream > 0).then_some(self.account.upstream_steered),
             pick_us = self.picked_in.as_micros() as u64,
             ttft_us = if self.account.first_ns > 0 { first_ns / 1000 } else { 0 },
             took_us = took.as_micros() as u64,
@@ -233,7 +234,8 @@ pub(super) fn count(metrics: &Metrics, account: &Account) {
     metrics.body_bytes(metrics::Path::Relay, account.relayed);
     metrics.body_bytes(metrics::Path::Ingress, account.steered);
     metrics.body_bytes(metrics::Path::Local, account.local);
-    metrics.upstream_bytes(account.upstream);
+    metrics.upstream_bytes(metrics::Path::Relay, account.upstream - account.upstream_steered);
+    metrics.upstream_bytes(metrics::Path::Ingress, account.upstream_steered);
     for (reason, &times) in (0..).zip(&account.stops) {
         for _ in 0..times {
             metrics.steer_stopped(stop::label(reason));

@@ -1,7 +1,7 @@
 //! The response: its head goes to the picker and, as the picker changed it, to the client; its body goes the way that was
 //! chosen; then both connections are free for what comes next.
 
-use std::{cell::RefCell, net::SocketAddr};
+use std::{cell::RefCell, net::SocketAddr, rc::Rc};
 
 use bytes::{Bytes, BytesMut};
 use tokio::time::Instant;
@@ -10,7 +10,7 @@ use super::{After, Pin, Request, immediate, pick::Picked};
 use crate::{
     client::{Client, ClientSocket},
     config::{self, SteeringMode},
-    deliver::{Account, Coding, Delivery, End, Frames, Target, Tunnel},
+    deliver::{Account, Coding, Delivery, End, Frames, Target, Tunnel, Up},
     endpoint::{body::ResponseBody, connection::EndpointConnection, in_flight::InFlight},
     error::Error,
     http::{
@@ -199,8 +199,8 @@ async fn tunnel(
     endpoint.reset_on_close();
     let idle = worker.shared.config.timeouts.idle;
     let pending = std::mem::take(pending);
-    let (down, path) = lane(worker, client, request.target, endpoint);
-    let mut tunnel = Tunnel { client, endpoint, lead, pending, idle, down, account: Account::default() };
+    let (down, up, path) = lanes(worker, client, request.target, endpoint);
+    let mut tunnel = Tunnel { client, endpoint, lead, pending, idle, down, up, account: Account::default() };
     let end = tokio::select! {
         biased;
         end = tunnel.run(std::future::pending()) => Ok(end),
@@ -210,15 +210,15 @@ async fn tunnel(
     Carried { end, account: tunnel.account, path, reason: "upgrade", keep_alive: false }
 }
 
-/// What in the kernel is to carry what a tunnel's client gets, and the path of that.
-pub(super) fn lane(
+/// What in the kernel is to carry either direction of a tunnel, and the path of what the client gets.
+pub(super) fn lanes(
     worker: &Worker,
     client: &mut ClientSocket,
     target: Option<u64>,
     endpoint: &EndpointConnection,
-) -> (Option<Target>, Path) {
+) -> (Option<Target>, Option<Up>, Path) {
     let config = &worker.shared.config.steering;
-    let none = (None, Path::Relay);
+    let none = (None, None, Path::Relay);
     let (Some(steering), Some(source)) = (worker.endpoints.steering(), endpoint.source()) else { return none };
     if client.is_tls() || config.mode == SteeringMode::Off {
         return none;
@@ -226,9 +226,15 @@ pub(super) fn lane(
     let send_buffer = config.client_send_buffer;
     let Ok(key) = client.make_target(steering, send_buffer) else { return none };
     let is_local = target == Some(key) && source.is_local_to(key);
-    // Not by ingress: of some thousand such tunnels one stood still, and the reason has not been found.
-    let path = if is_local && config.mode != SteeringMode::Ingress { Path::Local } else { Path::Relay };
-    (path.lane().map(|lane| Target { key, send_buffer, lane }), path)
+    let path = match config.mode {
+        SteeringMode::Auto | SteeringMode::Local if is_local => Path::Local,
+        SteeringMode::Auto | SteeringMode::Ingress => Path::Ingress,
+        SteeringMode::Local | SteeringMode::Off => Path::Relay,
+    };
+    let down = path.lane().map(|lane| Target { key, send_buffer, lane });
+    // The mode `local` is for what the endpoint's own `sendmsg` can carry.
+    let up = (config.mode != SteeringMode::Local).then(|| Up { steering: Rc::clone(steering), send_buffer });
+    (down, up, path)
 }
 
 /// Carries the body where HTTP/2 is spoken on one side or both.

@@ -3,7 +3,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use futures_util::{SinkExt as _, StreamExt as _};
+use futures_util::{SinkExt as _, StreamExt as _, future::join_all};
 use penstock_agent::config::{Config, SteeringMode};
 use penstock_tests::{
     Alphabet, BodyEnd, Checker, Client, Plan, Request,
@@ -18,7 +18,7 @@ use penstock_tests::{
 };
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadHalf, WriteHalf, split},
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream},
     sync::Notify,
     time::timeout,
 };
@@ -37,6 +37,7 @@ const WAYS: [(Front, SteeringMode); 5] = [
     STEERED,
     (Front::Tls1, SteeringMode::Auto),
 ];
+const MODES: [SteeringMode; 4] = [SteeringMode::Off, SteeringMode::Ingress, SteeringMode::Local, SteeringMode::Auto];
 const STEERED: (Front, SteeringMode) = (Front::Http1, SteeringMode::Auto);
 
 async fn scene((front, mode): (Front, SteeringMode)) -> Scene {
@@ -167,8 +168,6 @@ async fn bytes_go_both_ways() {
         eventually(SOON, || server(&scene).connections_open() == 0).await;
         let flows = || scene.agent.count("penstock_flows_total", &["reason=\"upgrade\""]);
         eventually(SOON, || flows() == 1).await;
-        let steers = way.0 == Front::Http1 && matches!(way.1, SteeringMode::Local | SteeringMode::Auto);
-        assert_eq!(scene.agent.steered() > 0, steers, "{way:?}");
         assert_eq!(scene.agent.count("penstock_upstream_bytes_total", &[]), 1 << 20, "{way:?}");
         assert_eq!(scene.agent.count("penstock_requests_total", &["reason=\"ok\""]), 1);
         eventually(SOON, || scene.agent.metric("penstock_client_connections", &[]) == 0.0).await;
@@ -176,6 +175,31 @@ async fn bytes_go_both_ways() {
         let seen = server(&scene).seen();
         assert_eq!((seen[0].header("connection"), seen[0].header("upgrade")), (Some("upgrade"), Some("websocket")));
         assert_eq!(seen[0].body_framing, "none");
+    }
+}
+
+/// Both, where the endpoint waits for the client and the client for the endpoint.
+#[tokio::test]
+async fn the_kernel_carries_either_direction() {
+    for way in WAYS {
+        let scene = scene(way).await;
+        let (mut client, _) = Switched::new(&scene, &switch(&Plan::switching("websocket", Upgraded::Echo)), b"").await;
+        for number in 0..200 {
+            let bytes = Alphabet::Binary.bytes(number, 0, 3000);
+            client.send(&bytes).await;
+            assert_eq!(client.read(3000).await, bytes);
+        }
+        client.to.shutdown().await.unwrap();
+        assert_eq!(client.rest().await, (Vec::new(), ConnectionEnd::Fin));
+        eventually(SOON, || scene.agent.metric("penstock_client_connections", &[]) == 0.0).await;
+        let (down, up) = (scene.agent.steered(), scene.agent.steered_up());
+        let expected = match way {
+            (Front::Http1, SteeringMode::Ingress | SteeringMode::Auto) => (true, true),
+            (Front::Http1, SteeringMode::Local) => (true, false),
+            _ => (false, false),
+        };
+        assert_eq!((down > 0, up > 0), expected, "{way:?}: {down} down, {up} up");
+        assert_eq!(scene.agent.count("penstock_upstream_bytes_total", &[]), 600_000, "{way:?}");
     }
 }
 
@@ -228,29 +252,98 @@ async fn either_side_may_end_first() {
     }
 }
 
+/// Neither direction waits for the other: what one peer has not taken yet is in nobody's way, although the kernel may have it in
+/// one queue with what that peer sends.
+#[tokio::test]
+async fn a_peer_may_send_all_before_it_reads() {
+    join_all(MODES.map(async |mode| {
+        let (agent, mut client, mut endpoint) = ends(mode).await;
+        let filled = fill(&mut endpoint, 1).await;
+        exact(&mut client, &mut endpoint, 2, 4 << 20).await;
+        exact_from(&mut client, 1, filled).await;
+        let filled = fill(&mut client, 3).await;
+        exact(&mut endpoint, &mut client, 4, 4 << 20).await;
+        exact_from(&mut endpoint, 3, filled).await;
+        drop((client, endpoint));
+        eventually(SOON, || agent.metric("penstock_client_connections", &[]) == 0.0).await;
+        assert!(agent.steered() > 0 || mode == SteeringMode::Off, "{mode:?}");
+    }))
+    .await;
+}
+
+/// An agent and both ends of a connection that has switched, each with a small receive buffer.
+async fn ends(mode: SteeringMode) -> (TestAgent, TcpStream, TcpStream) {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(2048).unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let listener = socket.listen(1).unwrap();
+    let agent = TestAgent::start(builtin_pool(&[listener.local_addr().unwrap()]), mode, |_| {});
+    let mut client = Client::connect_with(agent.addr, Some(2048)).await.unwrap();
+    client.send(&switch(&Plan::default())).await.unwrap();
+    let mut endpoint = listener.accept().await.unwrap().0;
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(endpoint.read_u8().await.unwrap());
+    }
+    endpoint.write_all(b"HTTP/1.1 101 ok\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n").await.unwrap();
+    assert_eq!(client.head().await.unwrap().status, 101);
+    let (client, early) = client.into_parts();
+    assert!(early.is_empty());
+    (agent, client, endpoint)
+}
+
+/// Sends of a stream what all buffers hold, as tokens come; returns how much that is.
+async fn fill(to: &mut TcpStream, stream_id: u64) -> u64 {
+    let mut filled = 0;
+    loop {
+        let bytes = Alphabet::Binary.bytes(stream_id, filled, 60_000);
+        let Ok(written) = timeout(Duration::from_millis(300), to.write(&bytes)).await else { return filled };
+        filled += written.unwrap() as u64;
+        tokio::time::sleep(Duration::from_micros(200)).await;
+    }
+}
+
+/// All of a stream's first bytes arrive.
+async fn exact(to: &mut TcpStream, from: &mut TcpStream, stream_id: u64, size: u64) {
+    let bytes = Alphabet::Binary.bytes(stream_id, 0, size as usize);
+    let write = async { timeout(SOON, to.write_all(&bytes)).await.expect("in time").unwrap() };
+    tokio::join!(write, exact_from(from, stream_id, size));
+}
+
+async fn exact_from(from: &mut TcpStream, stream_id: u64, size: u64) {
+    let mut bytes = vec![0; size as usize];
+    timeout(SOON, from.read_exact(&mut bytes)).await.expect("in time").unwrap();
+    assert_stream(stream_id, size, &[&bytes]);
+}
+
 /// A break is no end: the other side sees a break too.
 #[tokio::test]
 async fn a_reset_is_passed_on() {
-    let scene = scene(STEERED).await;
+    for mode in MODES {
+        resets(&scene((Front::Http1, mode)).await).await;
+    }
+}
+
+async fn resets(scene: &Scene) {
     let fault = Some(Fault { after: 500, kind: FaultKind::Reset });
     let plan = Plan { size: 1000, stream_id: 1, fault, ..Plan::switching("websocket", Upgraded::Send) };
-    let (mut client, _) = Switched::new(&scene, &switch(&plan), b"").await;
+    let (mut client, _) = Switched::new(scene, &switch(&plan), b"").await;
     assert_eq!(client.rest().await.1, ConnectionEnd::Reset);
     eventually(SOON, || scene.agent.count("penstock_requests_total", &["reason=\"endpoint_broke\""]) == 1).await;
     eventually(SOON, || scene.epp.streams_ended(StreamEnd::Cancelled) == 1).await;
-    eventually(SOON, || server(&scene).connections_open() == 0).await;
+    eventually(SOON, || server(scene).connections_open() == 0).await;
     // Whether the endpoint has begun to read when it meets the break is its own affair.
-    let (before, aborted) = (server(&scene).received().len(), server(&scene).aborted());
+    let (before, aborted) = (server(scene).received().len(), server(scene).aborted());
 
     let plan = Plan::switching("websocket", Upgraded::Echo);
     let mut client = Client::connect(scene.agent.addr).await.unwrap();
     client.send(&switch(&plan)).await.unwrap();
     assert_eq!(client.head().await.unwrap().status, 101);
     client.reset().unwrap();
-    eventually(SOON, || server(&scene).aborted() > aborted).await;
-    assert!(server(&scene).received()[before..].iter().all(|received| received.end == ConnectionEnd::Reset));
+    eventually(SOON, || server(scene).aborted() > aborted).await;
+    assert!(server(scene).received()[before..].iter().all(|received| received.end == ConnectionEnd::Reset));
     eventually(SOON, || scene.agent.count("penstock_client_aborts_total", &[]) == 1).await;
-    eventually(SOON, || server(&scene).connections_open() == 0).await;
+    eventually(SOON, || server(scene).connections_open() == 0).await;
     eventually(SOON, || scene.epp.streams_ended(StreamEnd::Cancelled) == 2).await;
 }
 
@@ -389,7 +482,14 @@ async fn the_picker_may_evict_it() {
 /// The time without a byte, either way, ends it; the time for a whole request does not.
 #[tokio::test]
 async fn it_lives_as_long_as_something_moves() {
+    for mode in MODES {
+        moves_and_rests(mode).await;
+    }
+}
+
+async fn moves_and_rests(mode: SteeringMode) {
     let scene = Scene::with(Front::Http1, Back::Http1, first, |config| {
+        config.steering.mode = mode;
         config.timeouts.idle = Some(Duration::from_millis(400));
         config.timeouts.request = Some(Duration::from_millis(500));
     })

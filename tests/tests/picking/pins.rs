@@ -97,8 +97,9 @@ async fn a_connection_stays_with_its_endpoint() {
         assert_eq!((echo.body_length, echo.body_hash), (body.len() as u64, Fnv::of(&body).value()), "{mode:?}");
         drop(first);
         rig.ended("ok").await;
-        let steers = matches!(mode, SteeringMode::Local | SteeringMode::Auto);
-        assert_eq!(rig.agent.steered() > 0, steers, "{mode:?}");
+        let (down, up) = (rig.agent.steered(), rig.agent.steered_up());
+        assert_eq!(down > 0, mode != SteeringMode::Off, "{mode:?} {down}");
+        assert_eq!(up > 0, matches!(mode, SteeringMode::Ingress | SteeringMode::Auto), "{mode:?} {up}");
         assert!(rig.agent.count("penstock_upstream_bytes_total", &[]) > 1 << 20, "{mode:?}");
 
         let mut second = Client::connect(rig.agent.addr).await.unwrap();
