@@ -1,7 +1,7 @@
 //! Everything at once, at random: framings, sizes, pauses, buffers, slow and impatient clients, switches of protocol, endpoints
 //! that break off. Every byte is known by its place, so one that is lost, doubled or swapped is told, and where.
 //!
-//! A run is rounds, each with an agent of its own in one steering mode. A round is decided by its seed (the timing aside), so
+//! A run is rounds, each with an agent of its own in one steering mode; in one of three, connections stay with their endpoint. A round is decided by its seed (the timing aside), so
 //! a failure names the seed that begins with its round.
 
 mod books;
@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 use futures_util::future::join_all;
-use penstock_agent::config::SteeringMode;
+use penstock_agent::config::{PickPer, SteeringMode};
 
 use exchange::{Done, Outcome};
 
@@ -87,6 +87,7 @@ fn again(mode: SteeringMode, seed: u64) -> String {
 
 async fn round(mode: SteeringMode, seed: u64, time: Duration) -> Result<Tally> {
     let mut random = Random::new(seed);
+    let pinned = random.one_in(3);
     let mut servers = Vec::new();
     for _ in 0..SERVERS {
         let options = ServerOptions { idle_close: None, keep_requests: false, ..ServerOptions::default() };
@@ -95,12 +96,14 @@ async fn round(mode: SteeringMode, seed: u64, time: Duration) -> Result<Tally> {
     let addrs: Vec<_> = servers.iter().map(|server| server.addr).collect();
     let agent = TestAgent::try_start(builtin_pool(&addrs), mode, |config| {
         config.listen.workers = random.pick(&[1, 2]);
+        config.pools[0].pick_per = if pinned { PickPer::Connection } else { PickPer::Request };
         config.steering.client_send_buffer = random.pick(&[64 << 10, 1 << 20, 1 << 20]);
         config.steering.endpoint_receive_buffer = random.pick(&[32 << 10, 512 << 10, 4 << 20]);
     })?;
     let until = Instant::now() + time;
     let clients = (0..CLIENTS).map(|number| {
-        let client = Caller { agent: &agent, servers: &servers, random: Random::new(random.below(u64::MAX)), number };
+        let random = Random::new(random.below(u64::MAX));
+        let client = Caller { agent: &agent, servers: &servers, random, pinned, number };
         client.run(mode, seed, until)
     });
     let mut tally = Tally::new(mode);
@@ -135,6 +138,7 @@ struct Caller<'a> {
     agent: &'a TestAgent,
     servers: &'a [ModelServer],
     random: Random,
+    pinned: bool,
     number: usize,
 }
 
@@ -147,7 +151,8 @@ impl Caller<'_> {
             match self.exchange(kept.take(), &case, count).await {
                 Ok(done) => {
                     tally.done(&case, done.outcome, done.bytes);
-                    kept = done.client;
+                    // An endpoint that closes a connection closes it for the client that is pinned to it.
+                    kept = done.client.filter(|_| !(self.pinned && case.exchange.closes()));
                 }
                 Err(error) => {
                     let what = format!("client {}, its case {count}: {case:?}\n    {}", self.number, again(mode, seed));

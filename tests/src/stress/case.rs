@@ -64,6 +64,13 @@ pub struct Upload {
     pub pauses: Option<Pauses>,
 }
 
+impl Exchange {
+    /// The endpoint closes its connection behind it, without having said so.
+    pub fn closes(&self) -> bool {
+        matches!(self, Self::Response { plan, .. } if plan.after == After::SilentClose)
+    }
+}
+
 impl Case {
     pub fn choose(random: &mut Random) -> Self {
         let exchange = if random.one_in(8) { switch(random) } else { response(random) };
