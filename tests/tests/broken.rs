@@ -20,7 +20,7 @@ use tokio::sync::Notify;
 const SOON: Duration = Duration::from_secs(10);
 /// A break is passed on within this.
 const AT_ONCE: Duration = Duration::from_secs(1);
-const MODES: [SteeringMode; 3] = [SteeringMode::Off, SteeringMode::Ingress, SteeringMode::Local];
+const MODES: [SteeringMode; 4] = [SteeringMode::Off, SteeringMode::Ingress, SteeringMode::Local, SteeringMode::Auto];
 const FRAMINGS: [Framing; 3] = [Framing::ContentLength, Framing::Chunked, Framing::UntilClose];
 
 async fn server() -> ModelServer {
@@ -123,18 +123,27 @@ async fn wrong_lengths() {
     }
 }
 
+/// How a client ends a response before its time.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Leaves {
+    Closes,
+    Resets,
+    /// It shuts its sending side down and reads on, which looks as if it had closed.
+    HalfCloses,
+}
+
 /// While the endpoint has more to send, while it pauses, and while the client does not read.
 #[tokio::test]
 async fn clients_that_leave() {
     for mode in MODES {
         for framing in FRAMINGS {
-            for reset in [false, true] {
+            for leaves in [Leaves::Closes, Leaves::Resets, Leaves::HalfCloses] {
                 for plan in [
                     stalling(framing, 100_000),
                     trickle(framing, 1 << 30),
                     Plan { pauses: None, writes: Lengths::Fixed(64 << 10), ..trickle(framing, 1 << 30) },
                 ] {
-                    println!("{mode:?} {framing:?} reset {reset} {:?} {:?}", plan.writes, plan.fault);
+                    println!("{mode:?} {framing:?} {leaves:?} {:?} {:?}", plan.writes, plan.fault);
                     let server = server().await;
                     let epp = ScriptedEpp::start(Production::new(&[server.addr])).await.unwrap();
                     let pool = epp_pool(&[server.addr], epp.addr, FailureMode::Closed);
@@ -143,12 +152,19 @@ async fn clients_that_leave() {
                     client.send(&plan.request()).await.unwrap();
                     assert_eq!(client.head().await.unwrap().status, 200);
                     // Chunked has fewer bytes of payload than of wire.
-                    assert_eq!(at_least(&mut client, &mut plan.checker(), 90_000).await.unwrap(), None);
-                    if reset {
-                        client.reset().unwrap();
-                    } else {
-                        client.finish().await.unwrap();
-                        drop(client);
+                    let mut checker = plan.checker();
+                    assert_eq!(at_least(&mut client, &mut checker, 90_000).await.unwrap(), None);
+                    match leaves {
+                        Leaves::Closes => drop(client),
+                        Leaves::Resets => client.reset().unwrap(),
+                        Leaves::HalfCloses => {
+                            client.finish().await.unwrap();
+                            let read = Reader::Fast.take(&mut client, &mut checker).await.unwrap();
+                            match framing {
+                                Framing::UntilClose => assert_eq!(read.end, BodyEnd::Reset),
+                                _ => assert_ne!(read.end, BodyEnd::Complete),
+                            }
+                        }
                     }
                     eventually(AT_ONCE, || (server.aborted(), server.connections_open()) == (1, 0)).await;
                     // tonic may show its server a cancellation as an orderly end; the agent's own tests look closer.

@@ -173,9 +173,15 @@ async fn an_agent_in_front_of_an_agent() {
 /// Connections and clients for which there is no slot, or no place in a map, are served all the same.
 #[tokio::test]
 async fn full_maps_and_slot_tables_relay() {
-    for max_flows in [1, 2] {
+    // With a place for one, a client that has one on the path ingress leaves none to the next in time for the path local.
+    let modes: [(SteeringMode, &[&str]); 3] = [
+        (SteeringMode::Local, &["local"]),
+        (SteeringMode::Ingress, &["ingress"]),
+        (SteeringMode::Auto, &["local", "ingress"]),
+    ];
+    for (max_flows, (mode, paths)) in [1, 2].into_iter().flat_map(|flows| modes.map(|mode| (flows, mode))) {
         let endpoint = sender(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), None);
-        let agent = TestAgent::start(builtin_pool(&[endpoint.addr]), SteeringMode::Local, |config| {
+        let agent = TestAgent::start(builtin_pool(&[endpoint.addr]), mode, |config| {
             config.steering.max_flows = max_flows;
             // Each connection asks for a slot anew.
             config.timeouts.endpoint_keep_alive = Duration::from_millis(1);
@@ -194,12 +200,13 @@ async fn full_maps_and_slot_tables_relay() {
         eventually(SOON, || agent.count("penstock_requests_total", &[r#"reason="ok""#]) == 24).await;
         assert!(agent.count("penstock_flows_total", &[]) == 24 && carried(&agent, "relay") > 0);
         // Alone, a client finds room: what has been given back is free again within a second or two.
+        let by_kernel = || paths.iter().map(|path| carried(&agent, path)).sum::<u64>();
         let begin = Instant::now();
-        while carried(&agent, "local") == 0 {
+        while by_kernel() == 0 {
             assert!(begin.elapsed() < SOON, "{}", agent.agent.metrics().encode());
             let mut client = Client::connect(agent.addr).await.unwrap();
             is_exact(&mut client, &plan(Framing::ContentLength, 1)).await;
         }
-        println!("{max_flows}: local {}, relay {}", carried(&agent, "local"), carried(&agent, "relay"));
+        println!("{max_flows} {mode:?}: {paths:?} {}, relay {}", by_kernel(), carried(&agent, "relay"));
     }
 }
