@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use penstock_tests::{
-    BodyEnd, Checker, Client, ModelServer, Plan, Reader,
+    BodyEnd, Checker, Client, ModelServer, Plan, Reader, Request,
     agent_process::AgentProcess,
     eventually,
     model_server::{Fault, FaultKind, Framing, Lengths, Options},
@@ -133,6 +133,8 @@ async fn stall(steering: &str) {
     for (client, checker) in &mut clients {
         let read = Reader::Fast.take(client, checker).await.unwrap();
         assert_eq!((read.end, read.len), (BodyEnd::Complete, BODY));
+        // What has been carried is in the books before the connection's next request is answered.
+        assert_eq!(client.request(&Request::get("/v1/models")).await.unwrap().status(), 200);
     }
     let count = async |name, label: &str| agent.metric(name, &[label]).await.unwrap() as u64;
     let (ingress, local) = (r#"path="ingress""#, r#"path="local""#);

@@ -8,7 +8,7 @@
 use std::time::{Duration, Instant};
 
 use penstock_tests::{
-    BodyEnd, Client, ModelServer, Plan, Reader,
+    BodyEnd, Client, ModelServer, Plan, Reader, Request,
     agent_process::AgentProcess,
     eventually,
     model_server::{Fault, FaultKind, Framing, Options},
@@ -93,6 +93,8 @@ async fn stall(steering: &str, time: Duration) {
     let begin = Instant::now();
     let read = Reader::Fast.take(&mut client, &mut checker).await.unwrap();
     assert_eq!((read.end, read.len), (BodyEnd::Complete, BODY));
+    // What has been carried is in the books before the connection's next request is answered.
+    assert_eq!(client.request(&Request::get("/v1/models")).await.unwrap().status(), 200);
     let path = format!("path=\"{steering}\"");
     let steered = agent.metric("penstock_body_bytes_total", &[&path]).await.unwrap() as u64;
     println!("{steering}: the rest in {:.1} s, {:.1} MiB steered in all", begin.elapsed().as_secs_f64(), mib(steered));
