@@ -1,8 +1,13 @@
 //! The agent as a process of its own, for tests that measure it, signal it or kill it.
 
 use std::{
-    collections::HashSet, fs::Permissions, net::SocketAddr, os::unix::fs::PermissionsExt as _, path::Path,
-    process::Command, time::Duration,
+    collections::HashSet,
+    fs::Permissions,
+    net::SocketAddr,
+    os::unix::fs::PermissionsExt as _,
+    path::Path,
+    process::Command,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
@@ -11,6 +16,8 @@ use tempfile::{NamedTempFile, TempDir};
 use crate::{Client, Process, Request, agent};
 
 const SOON: Duration = Duration::from_secs(20);
+/// Longer than an acknowledgement is put off, and shorter than the second between two looks at what is idle.
+const REST: Duration = Duration::from_millis(250);
 
 pub struct AgentProcess {
     pub process: Process,
@@ -87,6 +94,22 @@ impl AgentProcess {
     /// Sum of the samples of a metric whose labels contain all of `labels`; 0 when there is none.
     pub async fn metric(&self, name: &str, labels: &[&str]) -> Result<f64> {
         Ok(agent::sum(&self.ask_admin("/metrics").await?.1, name, labels))
+    }
+
+    /// Returns once its workers have had nothing to do for a while: what was handed to them has gone as far as it can, a
+    /// flow that the kernel may carry into the kernel's hands.
+    pub async fn rests(&self) -> Result<()> {
+        let begin = Instant::now();
+        let (mut since, mut before) = (begin, None);
+        while since.elapsed() < REST {
+            ensure!(begin.elapsed() < SOON, "the agent's workers find no rest");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            let sleeps = self.process.sleeps("penstock-")?;
+            if sleeps.is_none() || sleeps != before {
+                (since, before) = (Instant::now(), sleeps);
+            }
+        }
+        Ok(())
     }
 
     /// Ids of the kernel programs that it holds (`/proc/pid/fdinfo`).

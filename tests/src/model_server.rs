@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use parking_lot::Mutex;
-use tokio::net::TcpListener;
+use tokio::{net::TcpListener, sync::watch};
 
 use crate::own_runtime::OwnRuntime;
 use connection::Connection;
@@ -50,6 +50,8 @@ pub struct Options {
     pub keep_requests: bool,
     /// Whether bytes written are hashed for `/test/sent`, which takes time for each.
     pub keep_sent: bool,
+    /// `SO_SNDBUF` of its connections. The kernel doubles it, and sizes the buffer by itself if it is not given.
+    pub send_buffer: Option<usize>,
 }
 
 impl Default for Options {
@@ -62,6 +64,7 @@ impl Default for Options {
             idle_close: Some(Duration::from_secs(5)),
             keep_requests: true,
             keep_sent: true,
+            send_buffer: None,
         }
     }
 }
@@ -85,6 +88,8 @@ struct Shared {
     received: Mutex<Vec<Received>>,
     /// By the ids of their streams.
     uploads: Mutex<HashMap<u64, Upload>>,
+    /// Responses that wait to be told ([`FaultKind::UntilTold`]) wait no more.
+    told: watch::Sender<bool>,
 }
 
 /// One more while it lives.
@@ -201,6 +206,11 @@ impl ModelServer {
         self.shared.healthy.store(healthy, Ordering::Relaxed);
     }
 
+    /// Responses that wait to be told ([`FaultKind::UntilTold`]) go on, and later ones do not wait.
+    pub fn go_on(&self) {
+        self.shared.told.send_replace(true);
+    }
+
     /// Closes everything at once and returns when it is closed. The counters can still be read.
     pub fn stop(&mut self) {
         self.runtime.stop();
@@ -210,6 +220,10 @@ impl ModelServer {
 async fn listen(options: Options) -> Result<Arc<Shared>> {
     let listener =
         TcpListener::bind(options.listen).await.with_context(|| format!("listening on {}", options.listen))?;
+    if let Some(bytes) = options.send_buffer {
+        // What it accepts inherits it.
+        socket2::SockRef::from(&listener).set_send_buffer_size(bytes)?;
+    }
     let shared = Arc::new(Shared {
         addr: listener.local_addr()?,
         options,
@@ -227,6 +241,7 @@ async fn listen(options: Options) -> Result<Arc<Shared>> {
         sent: Mutex::default(),
         received: Mutex::default(),
         uploads: Mutex::default(),
+        told: watch::Sender::default(),
     });
     let server = Arc::clone(&shared);
     tokio::spawn(async move {

@@ -153,6 +153,25 @@ impl Process {
         Ok(Duration::from_nanos(total))
     }
 
+    /// How often threads whose names begin so have fallen asleep so far; `None` while one of them is awake.
+    pub fn sleeps(&self, name: &str) -> Result<Option<u64>> {
+        let mut total = 0;
+        for task in std::fs::read_dir(format!("/proc/{}/task", self.id()))? {
+            // A thread may end between the listing and the reading.
+            let Ok(status) = std::fs::read_to_string(task?.path().join("status")) else { continue };
+            let field =
+                |field: &str| status.lines().find_map(|line| line.strip_prefix(field)).unwrap_or_default().trim();
+            if !field("Name:").starts_with(name) {
+                continue;
+            }
+            if !field("State:").starts_with('S') {
+                return Ok(None);
+            }
+            total += field("voluntary_ctxt_switches:").parse::<u64>().context("voluntary_ctxt_switches")?;
+        }
+        Ok(Some(total))
+    }
+
     /// Resident memory in bytes.
     pub fn rss(&self) -> Result<u64> {
         self.status_kib("VmRSS:")

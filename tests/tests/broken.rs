@@ -20,7 +20,7 @@ use tokio::sync::Notify;
 const SOON: Duration = Duration::from_secs(10);
 /// A break is passed on within this.
 const AT_ONCE: Duration = Duration::from_secs(1);
-const MODES: [SteeringMode; 3] = [SteeringMode::Off, SteeringMode::Ingress, SteeringMode::Local];
+const MODES: [SteeringMode; 4] = [SteeringMode::Off, SteeringMode::Ingress, SteeringMode::Local, SteeringMode::Auto];
 const FRAMINGS: [Framing; 3] = [Framing::ContentLength, Framing::Chunked, Framing::UntilClose];
 
 async fn server() -> ModelServer {
@@ -123,45 +123,58 @@ async fn wrong_lengths() {
     }
 }
 
+/// How a client ends a response before its time.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Leaves {
+    Closes,
+    Resets,
+    /// It shuts its sending side down and reads on, which looks as if it had closed.
+    HalfCloses,
+}
+
 /// While the endpoint has more to send, while it pauses, and while the client does not read.
 #[tokio::test]
 async fn clients_that_leave() {
-    for mode in MODES {
-        for framing in FRAMINGS {
-            for reset in [false, true] {
-                for plan in [
-                    stalling(framing, 100_000),
-                    trickle(framing, 1 << 30),
-                    Plan { pauses: None, writes: Lengths::Fixed(64 << 10), ..trickle(framing, 1 << 30) },
-                ] {
-                    println!("{mode:?} {framing:?} reset {reset} {:?} {:?}", plan.writes, plan.fault);
-                    let server = server().await;
-                    let epp = ScriptedEpp::start(Production::new(&[server.addr])).await.unwrap();
-                    let pool = epp_pool(&[server.addr], epp.addr, FailureMode::Closed);
-                    let agent = TestAgent::start(pool, mode, |config| config.listen.workers = 1);
-                    let mut client = Client::connect(agent.addr).await.unwrap();
-                    client.send(&plan.request()).await.unwrap();
-                    assert_eq!(client.head().await.unwrap().status, 200);
-                    // Chunked has fewer bytes of payload than of wire.
-                    assert_eq!(at_least(&mut client, &mut plan.checker(), 90_000).await.unwrap(), None);
-                    if reset {
-                        client.reset().unwrap();
-                    } else {
-                        client.finish().await.unwrap();
-                        drop(client);
-                    }
-                    eventually(AT_ONCE, || (server.aborted(), server.connections_open()) == (1, 0)).await;
-                    // tonic may show its server a cancellation as an orderly end; the agent's own tests look closer.
-                    let ended = |end| epp.streams_ended(end) == 1;
-                    eventually(AT_ONCE, || ended(StreamEnd::Cancelled) || ended(StreamEnd::HalfClosed)).await;
-                    eventually(AT_ONCE, || agent.count("penstock_client_aborts_total", &[]) == 1).await;
-                    // A stream that never pauses may stay in user space.
-                    if plan.pauses.is_some() {
-                        assert_eq!(steered(&agent) > 0, mode != SteeringMode::Off);
+    for (mode, framing) in MODES.into_iter().flat_map(|mode| FRAMINGS.map(|framing| (mode, framing))) {
+        let server = server().await;
+        let epp = ScriptedEpp::start(Production::new(&[server.addr])).await.unwrap();
+        let pool = epp_pool(&[server.addr], epp.addr, FailureMode::Closed);
+        let agent = TestAgent::start(pool, mode, |config| config.listen.workers = 1);
+        let plans = [
+            stalling(framing, 100_000),
+            trickle(framing, 1 << 30),
+            Plan { pauses: None, writes: Lengths::Fixed(64 << 10), ..trickle(framing, 1 << 30) },
+        ];
+        let ways = [Leaves::Closes, Leaves::Resets, Leaves::HalfCloses];
+        let cases = plans.iter().flat_map(|plan| ways.map(|leaves| (plan, leaves)));
+        for ((plan, leaves), count) in cases.zip(1..) {
+            println!("{mode:?} {framing:?} {leaves:?} {:?} {:?}", plan.writes, plan.fault);
+            let mut client = Client::connect(agent.addr).await.unwrap();
+            client.send(&plan.request()).await.unwrap();
+            assert_eq!(client.head().await.unwrap().status, 200);
+            let mut checker = plan.checker();
+            // Chunked has fewer bytes of payload than of wire.
+            assert_eq!(at_least(&mut client, &mut checker, 90_000).await.unwrap(), None);
+            match leaves {
+                Leaves::Closes => drop(client),
+                Leaves::Resets => client.reset().unwrap(),
+                Leaves::HalfCloses => {
+                    client.finish().await.unwrap();
+                    let read = Reader::Fast.take(&mut client, &mut checker).await.unwrap();
+                    match framing {
+                        Framing::UntilClose => assert_eq!(read.end, BodyEnd::Reset),
+                        _ => assert_ne!(read.end, BodyEnd::Complete),
                     }
                 }
             }
+            eventually(AT_ONCE, || (server.aborted(), server.connections_open()) == (count, 0)).await;
+            // tonic may show its server a cancellation as an orderly end; the agent's own tests look closer.
+            let ended = |end| epp.streams_ended(end) as u64;
+            eventually(AT_ONCE, || ended(StreamEnd::Cancelled) + ended(StreamEnd::HalfClosed) == count).await;
+            eventually(AT_ONCE, || agent.count("penstock_client_aborts_total", &[]) == count).await;
         }
+        // Where it is busy, a machine may leave a single one to user space.
+        assert_eq!(steered(&agent) > 0, mode != SteeringMode::Off);
     }
 }
 
@@ -212,6 +225,7 @@ async fn a_response_that_takes_too_long_is_broken_off() {
 #[tokio::test]
 async fn an_eviction_breaks_the_response_off() {
     for mode in MODES {
+        let mut in_all = 0;
         for framing in FRAMINGS {
             for plan in [stalling(framing, 100_000), trickle(framing, 1 << 30)] {
                 let server = server().await;
@@ -234,9 +248,10 @@ async fn an_eviction_breaks_the_response_off() {
                 }
                 eventually(AT_ONCE, || (server.aborted(), server.connections_open()) == (1, 0)).await;
                 eventually(AT_ONCE, || agent.count("penstock_evictions_total", &[]) == 1).await;
-                assert_eq!(steered(&agent) > 0, mode != SteeringMode::Off);
+                in_all += steered(&agent);
             }
         }
+        assert_eq!(in_all > 0, mode != SteeringMode::Off);
     }
 }
 

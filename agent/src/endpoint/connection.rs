@@ -58,10 +58,8 @@ impl EndpointConnection {
         receive_buffer: u32,
     ) -> io::Result<Self> {
         let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-        if steering.is_some() {
-            // What is let through while a client stalls waits here, so this bounds it. The kernel doubles the value.
-            socket.set_recv_buffer_size(receive_buffer / 2)?;
-        }
+        // What is not for the kernel to carry waits here while a client stalls, so this bounds it. The kernel doubles the value.
+        socket.set_recv_buffer_size(receive_buffer / 2)?;
         let unsteered = |error: RegisterError| {
             tracing::debug!(%address, %error, "endpoint connection cannot be steered");
         };

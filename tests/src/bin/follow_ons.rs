@@ -54,22 +54,22 @@ const WAYS: [Way; 7] = [
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
 async fn main() -> Result<()> {
     let Args { requests, only, sizes } = Args::parse();
-    println!("{requests} requests each; p50 µs / CPU µs");
+    println!("{requests} requests each; p50 µs / CPU µs / CPU µs of the agent's threads");
     print!("{:<28}", "response, bytes");
-    sizes.iter().for_each(|size| print!("{size:>18}"));
+    sizes.iter().for_each(|size| print!("{size:>24}"));
     println!();
     for way in WAYS.iter().filter(|way| way.name.contains(&only)) {
         print!("{:<28}", way.name);
         for &size in &sizes {
-            let (p50, cpu) = measure(way, size, requests).await?;
-            print!("{:>18}", format!("{:.1} / {:.1}", micros(p50), micros(cpu)));
+            let (p50, cpu, agent) = measure(way, size, requests).await?;
+            print!("{:>24}", format!("{:.1} / {:.1} / {:.1}", micros(p50), micros(cpu), micros(agent)));
         }
         println!();
     }
     Ok(())
 }
 
-async fn measure(way: &Way, size: u64, requests: u32) -> Result<(Duration, Duration)> {
+async fn measure(way: &Way, size: u64, requests: u32) -> Result<(Duration, Duration, Duration)> {
     let server =
         ModelServer::start(Options { idle_close: None, keep_requests: false, keep_sent: false, ..Options::default() })
             .await?;
@@ -94,15 +94,15 @@ async fn measure(way: &Way, size: u64, requests: u32) -> Result<(Duration, Durat
     for _ in 0..requests / 10 {
         one(&mut client, &request, size).await?;
     }
-    let before = cpu()?;
+    let (before, agents_before) = (cpu()?, agents_cpu()?);
     for _ in 0..requests {
         let begin = Instant::now();
         one(&mut client, &request, size).await?;
         times.push(begin.elapsed());
     }
-    let spent = cpu()? - before;
+    let (spent, agents) = (cpu()? - before, agents_cpu()? - agents_before);
     times.sort_unstable();
-    Ok((times[times.len() / 2], spent / requests))
+    Ok((times[times.len() / 2], spent / requests, agents / requests))
 }
 
 async fn one(client: &mut Client, request: &penstock_tests::Request, size: u64) -> Result<()> {
@@ -117,6 +117,20 @@ fn cpu() -> Result<Duration> {
     let (user, system) = (usage.user_time(), usage.system_time());
     let micros = user.tv_sec() * 1_000_000 + user.tv_usec() + system.tv_sec() * 1_000_000 + system.tv_usec();
     Ok(Duration::from_micros(micros.try_into()?))
+}
+
+/// Of the agent's threads, which are named after it, as is the process (`/proc/self/task/ID/schedstat`).
+fn agents_cpu() -> Result<Duration> {
+    let mut nanos = 0;
+    for task in std::fs::read_dir("/proc/self/task")? {
+        let task = task?.path();
+        let is_main = task.ends_with(std::process::id().to_string());
+        if !is_main && std::fs::read_to_string(task.join("comm"))?.starts_with("penstock-") {
+            let text = std::fs::read_to_string(task.join("schedstat"))?;
+            nanos += text.split(' ').next().unwrap_or_default().parse::<u64>()?;
+        }
+    }
+    Ok(Duration::from_nanos(nanos))
 }
 
 fn micros(time: Duration) -> f64 {

@@ -41,7 +41,7 @@ async fn main() -> Result<()> {
         interval: Duration::from_micros(args.interval_us),
         idle_close: (args.idle_close_ms > 0).then(|| Duration::from_millis(args.idle_close_ms)),
         keep_requests: false,
-        keep_sent: false,
+        ..Options::default()
     })
     .await?;
     let mut out = std::io::stdout().lock();

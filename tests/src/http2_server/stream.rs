@@ -229,7 +229,7 @@ impl Exchange {
         loop {
             if let Some(due) = fault.take_if(|fault| fault.after == at) {
                 match due.kind {
-                    FaultKind::Stall => self.pause(Some(out), None).await?,
+                    FaultKind::Stall | FaultKind::UntilTold => self.pause(Some(out), None).await?,
                     FaultKind::StallMs(ms) => self.pause(Some(out), Some(Duration::from_millis(ms))).await?,
                     FaultKind::Reset => return Err(Stop::Reset),
                     FaultKind::Close => return Err(Stop::Close),

@@ -209,18 +209,37 @@ impl Connection {
                 None => std::future::pending().await,
             }
         };
-        let leave = async {
-            while buffer.len() < PIPELINED {
-                if !matches!(stream.read_buf(buffer).await, Ok(1..)) {
-                    return;
-                }
-            }
-            std::future::pending::<()>().await;
+        unless_gone(stream, buffer, wait).await
+    }
+
+    /// Waits until the server is told to go on, and notices a peer that leaves meanwhile.
+    pub(super) async fn until_told(&mut self) -> Result<(), Stop> {
+        let Self { stream, buffer, shared, .. } = self;
+        let mut told = shared.told.subscribe();
+        let wait = async {
+            // Fails when the server ends, and its connections with it.
+            let _ = told.wait_for(|told| *told).await;
         };
-        tokio::select! {
-            biased;
-            () = leave => Err(Stop::PeerGone),
-            () = wait => Ok(()),
+        unless_gone(stream, buffer, wait).await
+    }
+}
+
+async fn unless_gone(
+    stream: &mut TcpStream,
+    buffer: &mut BytesMut,
+    wait: impl Future<Output = ()>,
+) -> Result<(), Stop> {
+    let leave = async {
+        while buffer.len() < PIPELINED {
+            if !matches!(stream.read_buf(buffer).await, Ok(1..)) {
+                return;
+            }
         }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        biased;
+        () = leave => Err(Stop::PeerGone),
+        () = wait => Ok(()),
     }
 }

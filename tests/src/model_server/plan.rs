@@ -170,6 +170,9 @@ pub enum FaultKind {
     Stall,
     /// The rest comes after this many milliseconds.
     StallMs(u64),
+    /// The rest of a body over HTTP/1.1 comes once the server has been told to go on ([`super::ModelServer::go_on`]); elsewhere as
+    /// [`FaultKind::Stall`].
+    UntilTold,
     /// A reset. What the peer's window had no room for is lost with it.
     Reset,
     /// An end of the connection in good manners.

@@ -88,6 +88,7 @@ async fn body(connection: &mut Connection, plan: &Plan, wire: &mut Wire<'_>, fir
             }
             match fault.kind {
                 FaultKind::Stall => connection.pause(None).await?,
+                FaultKind::UntilTold => connection.until_told().await?,
                 FaultKind::StallMs(ms) => connection.pause(Some(Duration::from_millis(ms))).await?,
                 FaultKind::Reset => return Err(Stop::Reset),
                 FaultKind::Close => return Err(Stop::Close),

@@ -73,15 +73,18 @@ async fn is_complete(agent: &AgentProcess, plan: &Plan) {
 #[tokio::test]
 async fn a_killed_agent_leaves_nothing_behind() {
     // The kernel keeps 15 bytes of a name.
-    leaves_nothing("ingress", &["penstock_verdic"]).await;
-    leaves_nothing("local", &["penstock_verdic", "penstock_messag", "penstock_peers"]).await;
+    let all = ["penstock_verdic", "penstock_messag", "penstock_peers"];
+    leaves_nothing("ingress", &all[..1]).await;
+    leaves_nothing("local", &all).await;
+    leaves_nothing("auto", &all).await;
+    leaves_nothing("off", &[]).await;
 }
 
 async fn leaves_nothing(steering: &str, names: &[&str]) {
     let server = server().await;
     let mut agent = AgentProcess::start(ANY_PORT, server.addr, steering, "").await.unwrap();
     let programs = agent.programs().unwrap();
-    assert!(!programs.is_empty(), "the agent holds no kernel program");
+    assert_eq!(programs.is_empty(), steering == "off");
     let ours = || {
         let loaded = loaded_programs().filter_map(Result::ok);
         let is_ours = |name: &[u8]| names.iter().any(|own| own.as_bytes() == name);
@@ -97,9 +100,14 @@ async fn leaves_nothing(steering: &str, names: &[&str]) {
         running.push(Running::start(&agent, &resting).await);
     }
     is_complete(&agent, &plan(Framing::ContentLength, 100_000)).await;
-    let path = format!("path=\"{steering}\"");
-    let steered = async |agent: &AgentProcess| agent.metric("penstock_body_bytes_total", &[&path]).await;
-    assert!(steered(&agent).await.unwrap() > 0.0);
+    let path = match steering {
+        "auto" => "local",
+        "off" => "relay",
+        path => path,
+    };
+    let path = format!("path=\"{path}\"");
+    let carried = async |agent: &AgentProcess| agent.metric("penstock_body_bytes_total", &[&path]).await;
+    assert!(carried(&agent).await.unwrap() > 0.0);
 
     agent.process.kill().unwrap();
     eventually(AT_ONCE, || server.connections_open() == 0).await;
@@ -114,12 +122,12 @@ async fn leaves_nothing(steering: &str, names: &[&str]) {
     for framing in FRAMINGS {
         is_complete(&next, &plan(framing, 100_000)).await;
     }
-    assert!(steered(&next).await.unwrap() > 0.0);
+    assert!(carried(&next).await.unwrap() > 0.0);
 }
 
 #[tokio::test]
 async fn sigterm_drains() {
-    for steering in ["ingress", "local", "off"] {
+    for steering in ["ingress", "local", "auto", "off"] {
         let server = server().await;
         let mut agent = AgentProcess::start(ANY_PORT, server.addr, steering, "").await.unwrap();
         let mut idle = Client::connect(agent.addr).await.unwrap();
@@ -145,7 +153,9 @@ async fn sigterm_drains() {
 
 #[tokio::test]
 async fn a_second_signal_ends_at_once() {
-    for (steering, second) in [("ingress", Signal::SIGTERM), ("off", Signal::SIGINT)] {
+    for (steering, second) in
+        [("ingress", Signal::SIGTERM), ("local", Signal::SIGTERM), ("auto", Signal::SIGINT), ("off", Signal::SIGINT)]
+    {
         let server = server().await;
         let mut agent = AgentProcess::start(ANY_PORT, server.addr, steering, "").await.unwrap();
         let mut running = Vec::new();

@@ -79,7 +79,7 @@ impl Drop for Group {
 
 #[tokio::test]
 async fn responses_are_whole_or_visibly_broken() {
-    for steering in ["local", "ingress", "off"] {
+    for steering in ["local", "ingress", "auto", "off"] {
         under_pressure(steering).await;
     }
 }

@@ -17,6 +17,8 @@ use crate::{
 /// Signs every suite; in the package that each Debian has.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 const BUSYBOX: &str = "busybox-static";
+/// A list that cannot be fetched is an error, and not just a warning.
+const UPDATE: [&str; 3] = ["-o", "APT::Update::Error-Mode=any", "update"];
 
 /// A line of kernels.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -90,7 +92,7 @@ impl Archive {
         let listed = output(command("apt-get").args(["update", "--print-uris"])).unwrap_or_default();
         let sources = sources(series, &listed)?;
         fs::write(folder.join("sources.list"), sources)?;
-        if let Err(error) = quietly("vm-test: package lists", archive.apt("apt-get").arg("update")) {
+        if let Err(error) = quietly("vm-test: package lists", archive.apt("apt-get").args(UPDATE)) {
             if archive.newest(series.packages()).is_err() {
                 return Err(error);
             }

@@ -31,9 +31,8 @@ const RING: [Ring; 4] = [
     },
     Ring { binary: "broken", kind: "test", names: &[], threads: 1, limit: 900 },
     Ring { binary: "steering", kind: "test", names: &[], threads: 1, limit: 900 },
-    // Not `local`: every byte arrives and memory is bounded, but a stream that never pauses gave the kernel no moment to take it
-    // over in software emulation, and the test wants that.
-    Ring { binary: "stalled", kind: "test", names: &["ingress", "off"], threads: 2, limit: 900 },
+    // Five hundred clients at once are too much for it.
+    Ring { binary: "stalled", kind: "test", names: &["one::"], threads: 2, limit: 900 },
 ];
 
 /// One command for the machine.

@@ -1,0 +1,179 @@
+//! Five hundred clients at once, with small buffers at every socket, so that what the test's own ends hold is little and known.
+//!
+//! Three accounts are taken while they stall. The sharp one is the servers': they cannot send what nobody takes. Then what
+//! the kernel charges each of the agent's sockets for, and the agent's own memory. Bytes that were redirected and have not
+//! reached a send queue yet are in no socket's account; they are in the first, and in the kernel's pages, which are the
+//! whole machine's and so get a wide berth.
+
+use std::time::{Duration, Instant};
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use penstock_tests::{
+    BodyEnd, Checker, Client, ModelServer, Plan, Reader, Request,
+    agent_process::AgentProcess,
+    eventually,
+    model_server::{Fault, FaultKind, Framing, Lengths, Options},
+    reader::at_least,
+};
+use socket2::{Domain, Socket, Type};
+
+use crate::{KIB, MIB, memory::Memory, mib, sockets::TcpSocket, wmem};
+
+const CLIENTS: u64 = 500;
+/// `client_send_buffer` and `endpoint_receive_buffer`.
+const SEND: u64 = 64 * KIB;
+const RECEIVE: u64 = 64 * KIB;
+/// What user space may hold of a response that it relays: what one read gives.
+const READ: u64 = 64 * KIB;
+/// What the far ends ask for; the kernel doubles it.
+const SERVER: u64 = 16 * KIB;
+const CLIENT: u64 = 8 * KIB;
+/// The kernel looks before it takes a piece, not behind it, so a buffer may be over its limit by one.
+const PIECE: u64 = 16 * KIB;
+/// Loopback's segments are of 64 KiB, and the kernel would make send buffers for ten of them.
+const SEGMENT: u32 = 1400;
+/// What comes first, and a pause behind it, so that the kernel has the flow when the rest comes; and that, in writes.
+const FIRST: u64 = 4 * KIB;
+const BODY: u64 = MIB;
+const WRITE: u64 = 4 * KIB;
+const SOON: Duration = Duration::from_secs(30);
+/// Servers that have sent nothing for so long have nowhere to send to.
+const QUIET: Duration = Duration::from_millis(500);
+
+#[tokio::test]
+async fn ingress() {
+    stall("ingress").await;
+}
+
+#[tokio::test]
+async fn local() {
+    stall("local").await;
+}
+
+#[tokio::test]
+async fn auto() {
+    stall("auto").await;
+}
+
+#[tokio::test]
+async fn off() {
+    stall("off").await;
+}
+
+async fn stall(steering: &str) {
+    allow_descriptors();
+    let options =
+        Options { send_buffer: Some(SERVER as usize), idle_close: None, keep_requests: false, ..Options::default() };
+    let server = ModelServer::start(options).await.unwrap();
+    let settings = format!("client_send_buffer = {SEND}\nendpoint_receive_buffer = {RECEIVE}");
+    let agent = AgentProcess::start("127.0.0.1:0".parse().unwrap(), server.addr, steering, &settings).await.unwrap();
+    let mut clients = Vec::new();
+    for id in 0..CLIENTS {
+        clients.push(begun(&agent, id).await);
+    }
+    agent.rests().await.unwrap();
+    let (before, sent) = (Memory::now(&agent), server.written());
+
+    server.go_on();
+    let mut last = (Instant::now(), sent);
+    eventually(SOON, || {
+        if server.written() != last.1 {
+            last = (Instant::now(), server.written());
+        }
+        last.0.elapsed() >= QUIET
+    })
+    .await;
+    let held = Memory::now(&agent);
+    // The agent's ends.
+    let to_clients = TcpSocket::all(&format!("sport = :{}", agent.addr.port()));
+    let to_endpoints = TcpSocket::all(&format!("dport = :{}", server.addr.port()));
+    assert_eq!((to_clients.len() as u64, to_endpoints.len() as u64), (CLIENTS, CLIENTS));
+    let most = |sockets: &[TcpSocket], of: fn(&TcpSocket) -> u64| sockets.iter().map(of).max().unwrap_or(0);
+    let all = |sockets: &[TcpSocket], of: fn(&TcpSocket) -> u64| sockets.iter().map(of).sum::<u64>();
+    let (sends, receives) = (most(&to_clients, |one| one.send), most(&to_endpoints, |one| one.receive));
+    let send_limit = most(&to_clients, |one| one.send_limit);
+    let receive_limit = most(&to_endpoints, |one| one.receive_limit);
+    let each = |bytes: u64| bytes.div_ceil(CLIENTS);
+    // Beside whole writes, the kernel may have a part of one from each server.
+    let on_its_way = each(server.written() - sent) + WRITE;
+    let process = each(held.rss.saturating_sub(before.rss));
+    let kernel = held.kernel.saturating_sub(before.kernel);
+    let kib = |bytes: u64| bytes as f64 / KIB as f64;
+    println!("{steering}: on its way {:.1} KiB each, agent + {:.1} KiB each", kib(on_its_way), kib(process));
+    println!(
+        "{steering}: send buffers {:.1} KiB each, at most {:.1} of {:.1}; receive buffers {:.1} KiB each, at most {:.1} of {:.1}",
+        kib(each(all(&to_clients, |one| one.send))),
+        kib(sends),
+        kib(send_limit),
+        kib(each(all(&to_endpoints, |one| one.receive))),
+        kib(receives),
+        kib(receive_limit),
+    );
+    println!(
+        "{steering}: machine: kernel + {:.1} MiB, all sockets + {:.1} MiB",
+        mib(kernel),
+        mib(held.sockets.saturating_sub(before.sockets))
+    );
+
+    if steering == "off" {
+        // The kernel sizes them, up to its own limit.
+        assert!(send_limit <= wmem());
+    } else {
+        assert!(to_clients.iter().all(|one| one.send_limit == SEND), "{to_clients:?}");
+    }
+    assert_eq!(receive_limit, RECEIVE);
+    assert!(sends <= send_limit + PIECE && receives <= receive_limit + PIECE, "{to_clients:?} {to_endpoints:?}");
+    // As with one client, the process may need some more for itself.
+    assert!(held.rss <= before.rss + CLIENTS * READ + 8 * MIB, "{before:?} {held:?}");
+    let bound = send_limit + RECEIVE + READ + 2 * SERVER + 2 * CLIENT;
+    assert!(on_its_way <= bound, "{on_its_way} bytes on their way to each, {bound} allowed");
+    // The kernel's pages are never full; and others use the machine as well.
+    assert!(kernel <= 2 * CLIENTS * bound + 128 * MIB, "{before:?} {held:?}");
+
+    for (client, checker) in &mut clients {
+        let read = Reader::Fast.take(client, checker).await.unwrap();
+        assert_eq!((read.end, read.len), (BodyEnd::Complete, BODY));
+        // What has been carried is in the books before the connection's next request is answered.
+        assert_eq!(client.request(&Request::get("/v1/models")).await.unwrap().status(), 200);
+    }
+    let count = async |name, label: &str| agent.metric(name, &[label]).await.unwrap() as u64;
+    let (ingress, local) = (r#"path="ingress""#, r#"path="local""#);
+    let bytes = (count("penstock_body_bytes_total", ingress).await, count("penstock_body_bytes_total", local).await);
+    let room = count("penstock_steer_stops_total", r#"reason="room""#).await;
+    println!(
+        "{steering}: {bytes:?} bytes carried by the kernel (ingress, local); want of room stopped it {room} times"
+    );
+    match steering {
+        "off" => assert_eq!((bytes, room), ((0, 0), 0)),
+        "ingress" => assert!(bytes.0 >= CLIENTS * WRITE && bytes.1 == 0 && room >= CLIENTS),
+        _ => assert!(bytes.1 >= CLIENTS * WRITE && room >= CLIENTS),
+    }
+}
+
+/// A client whose response has begun, and stops behind its first bytes until the server is told to go on.
+async fn begun(agent: &AgentProcess, stream_id: u64) -> (Client, Checker) {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM.nonblocking(), None).unwrap();
+    socket.set_recv_buffer_size(CLIENT as usize).unwrap();
+    socket.set_tcp_mss(SEGMENT).unwrap();
+    let stream = tokio::net::TcpSocket::from_std_stream(socket.into()).connect(agent.addr).await.unwrap();
+    let mut client = Client::over(stream, agent.addr);
+    let plan = Plan {
+        framing: Framing::ContentLength,
+        size: BODY,
+        stream_id,
+        writes: Lengths::Fixed(WRITE),
+        fault: Some(Fault { after: FIRST, kind: FaultKind::UntilTold }),
+        ..Plan::default()
+    };
+    client.send(&plan.request()).await.unwrap();
+    assert_eq!(client.head().await.unwrap().status, 200);
+    let mut checker = plan.checker();
+    assert_eq!(at_least(&mut client, &mut checker, FIRST).await.unwrap(), None);
+    (client, checker)
+}
+
+/// This process has two sockets for each client.
+fn allow_descriptors() {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+}
