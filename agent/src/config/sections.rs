@@ -89,7 +89,9 @@ fn steering(section: &mut Section<'_>, overrides: &Overrides) -> Steering {
     ];
     let default = Steering::default();
     let mode = section.read("mode", value::one_of(MODES));
-    let buffer = || value::integer(16_384..=64 * MIB);
+    // The kernel keeps 16 KiB of a send buffer free (`SendBuffer::has_room`): with no more than that nothing would be steered.
+    let send_buffer = value::integer(32_768..=64 * MIB);
+    let receive_buffer = value::integer(16_384..=64 * MIB);
     let steering = Steering {
         mode: overrides.steering.or(mode).unwrap_or(default.mode),
         cgroup: section.read("cgroup", value::non_empty).filter(|path| path != "auto").map(PathBuf::from),
@@ -97,9 +99,9 @@ fn steering(section: &mut Section<'_>, overrides: &Overrides) -> Steering {
         max_remote_bytes: section
             .read("max_remote_bytes", value::integer(0..=1 << 40))
             .unwrap_or(default.max_remote_bytes),
-        client_send_buffer: section.read("client_send_buffer", buffer()).unwrap_or(default.client_send_buffer),
+        client_send_buffer: section.read("client_send_buffer", send_buffer).unwrap_or(default.client_send_buffer),
         endpoint_receive_buffer: section
-            .read("endpoint_receive_buffer", buffer())
+            .read("endpoint_receive_buffer", receive_buffer)
             .unwrap_or(default.endpoint_receive_buffer),
         max_flows: section.read("max_flows", value::integer(1..=1_048_576)).unwrap_or(default.max_flows),
         force: section.read("force", value::boolean).unwrap_or(default.force) || overrides.force,

@@ -161,7 +161,7 @@ fn every_setting_is_read() {
         cgroup = "/cgroup"
         min_bytes = 1
         max_remote_bytes = 0
-        client_send_buffer = 16384
+        client_send_buffer = 32768
         endpoint_receive_buffer = 67108864
         max_flows = 7
         force = true
@@ -322,7 +322,7 @@ fn every_setting_is_read() {
             cgroup: Some("/cgroup".into()),
             min_bytes: 1,
             max_remote_bytes: 0,
-            client_send_buffer: 16_384,
+            client_send_buffer: 32_768,
             endpoint_receive_buffer: 67_108_864,
             max_flows: 7,
             force: true,
@@ -414,7 +414,7 @@ fn bad_sections() {
         ("[bbr.base_models]\na = \"b\"\nb = \"c\"", r#"p.toml:1: bbr.base_models: found "b" for "a", itself an adapter, expected base models that have none"#.to_owned()),
         ("[steering]\nmode = \"on\"", r#"p.toml:2: steering.mode: found "on", expected "auto" or "local" or "ingress" or "off""#.to_owned()),
         ("[steering]\nmin_bytes = 10\nmax_remote_bytes = 9", "p.toml:3: steering.max_remote_bytes: found 9, expected 0, or at least steering.min_bytes (10)".to_owned()),
-        ("[steering]\nclient_send_buffer = 1", "p.toml:2: steering.client_send_buffer: found 1, expected an integer from 16384 to 67108864".to_owned()),
+        ("[steering]\nclient_send_buffer = 1", "p.toml:2: steering.client_send_buffer: found 1, expected an integer from 32768 to 67108864".to_owned()),
         ("[steering]\nendpoint_receive_buffer = 99999999999", "p.toml:2: steering.endpoint_receive_buffer: found 99999999999, expected an integer from 16384 to 67108864".to_owned()),
         ("[steering]\nforce = 1", "p.toml:2: steering.force: found 1, expected true or false".to_owned()),
         ("[steering]\nmax_flows = 0", "p.toml:2: steering.max_flows: found 0, expected an integer from 1 to 1048576".to_owned()),
