@@ -23,13 +23,15 @@ pub struct Slots {
     free: Mutex<Vec<u32>>,
     /// Given back, while a message program may still be at work on them.
     retired: Mutex<Vec<u32>>,
+    /// Held while what has been retired is neither there nor free.
+    reclaiming: Mutex<()>,
 }
 
 impl Slots {
     pub(super) fn map(slots: BorrowedFd<'_>, locals: BorrowedFd<'_>, count: u32) -> std::io::Result<Self> {
         let (slots, locals) = (Mapping::new(slots, count)?, Mapping::new(locals, count)?);
-        let (free, retired) = (Mutex::new((0..count).rev().collect()), Mutex::default());
-        Ok(Self { slots, locals, count, free, retired })
+        let (free, retired, reclaiming) = (Mutex::new((0..count).rev().collect()), Mutex::default(), Mutex::default());
+        Ok(Self { slots, locals, count, free, retired, reclaiming })
     }
 
     pub fn len(&self) -> u32 {
@@ -61,8 +63,10 @@ impl Slots {
         self.free.lock().is_empty()
     }
 
-    /// Frees what has been retired, after every program that has begun is done. Takes some milliseconds.
+    /// Frees what has been retired, after every program that has begun is done. Takes some milliseconds. Of two callers the second
+    /// returns when what the first has found is free.
     pub fn reclaim(&self) {
+        let _one = self.reclaiming.lock();
         let retired = std::mem::take(&mut *self.retired.lock());
         if !retired.is_empty() {
             super::socket::wait_for_programs();
