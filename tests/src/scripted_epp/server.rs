@@ -120,6 +120,8 @@ impl Server {
         let mut silent = Vec::new();
         loop {
             let stream = tokio::select! {
+                // Who connects after the picker was told to go away, or to die, does not get what was there before.
+                biased;
                 () = self.die.notified() => {
                     drop(listener);
                     all.send_replace(Cut::Fin);
