@@ -1,6 +1,6 @@
 //! One direction of a connection that has become something else: bytes from one socket to the other until the first ends its
-//! side, which is passed on. On the path `local` the kernel carries what it can, by the same handshake as a response body
-//! (`span`): arm, read once more, sleep, take back.
+//! side, which is passed on. The kernel carries what it can, by the same handshake as a response body (`span`): arm, read once
+//! more, wait, take back.
 
 use std::{cell::Cell, future::poll_fn, io, time::Duration};
 
