@@ -15,7 +15,7 @@ use crate::{
     error::Error,
     http::{
         head::HeadLimits,
-        request::{RequestError, RequestHead, parse_request},
+        request::{RequestError, RequestHead, RequestParser},
     },
     proxy::{self, After},
     tls,
@@ -98,8 +98,9 @@ async fn read_head(worker: &Worker, client: &mut ClientSocket) -> Result<Option<
     // The head is a part of the request.
     let head_limit = config.timeouts.head.into_iter().chain(config.timeouts.request).min();
     let idle = config.timeouts.keep_alive.map(|limit| Instant::now() + limit);
+    let mut parser = RequestParser::default();
     loop {
-        if let Some((head, length)) = parse_request(&client.buf, &limits)? {
+        if let Some((head, length)) = parser.parse(&client.buf, &limits)? {
             let _ = client.buf.split_to(length);
             return Ok(Some((head, begun.unwrap_or_else(Instant::now))));
         }

@@ -80,25 +80,41 @@ impl HeadError {
     }
 }
 
-/// Where the head that starts `buf` ends, its blank line included; `None` when the end has not arrived.
+/// Finds where a head ends while its bytes arrive, and looks at each of them once.
 ///
 /// Lines end with CR LF and nothing else. RFC 9112 §2.2 would let us take a bare LF; an endpoint or a proxy behind us
 /// that does not is how requests are smuggled.
-pub(super) fn end(buf: &[u8]) -> Result<Option<usize>, HeadError> {
-    let (mut line, mut previous) = (0, 0);
-    for (at, &byte) in buf.iter().enumerate() {
-        match byte {
-            b'\n' if previous != b'\r' => return Err(HeadError::BareLf { line: shown(&buf[line..at]) }),
-            b'\n' if at == line + 1 => return Ok(Some(at + 1)),
-            b'\n' => line = at + 1,
-            _ if previous == b'\r' => return Err(HeadError::BareCr { line: shown(&buf[line..at - 1]) }),
-            b'\t' | b'\r' => {}
-            0..0x20 | 0x7f => return Err(HeadError::Control { byte, line: shown(&buf[line..at]) }),
-            _ => {}
+#[derive(Debug, Default)]
+pub(super) struct HeadEnd {
+    /// Bytes looked at.
+    seen: usize,
+    /// Where the current line begins.
+    line: usize,
+    previous: u8,
+}
+
+impl HeadEnd {
+    /// The length of the head that starts `buf`, its blank line included; `None` if the end has not arrived. Each call is given
+    /// the bytes of the calls before, and more behind them.
+    pub(super) fn find(&mut self, buf: &[u8]) -> Result<Option<usize>, HeadError> {
+        while let Some(&byte) = buf.get(self.seen) {
+            let (at, line) = (self.seen, self.line);
+            match byte {
+                b'\n' if self.previous != b'\r' => return Err(HeadError::BareLf { line: shown(&buf[line..at]) }),
+                b'\n' if at == line + 1 => return Ok(Some(at + 1)),
+                b'\n' => self.line = at + 1,
+                _ if self.previous == b'\r' => return Err(HeadError::BareCr { line: shown(&buf[line..at - 1]) }),
+                b'\t' | b'\r' => {}
+                0..0x20 | 0x7f => return Err(HeadError::Control { byte, line: shown(&buf[line..at]) }),
+                _ => {}
+            }
+            self.previous = byte;
+            self.seen += 1;
+            #[cfg(test)]
+            tests::count();
         }
-        previous = byte;
+        Ok(None)
     }
-    Ok(None)
 }
 
 /// The first line of a complete head.
@@ -222,4 +238,34 @@ pub(super) fn shown(bytes: &[u8]) -> String {
     const MOST: usize = 80;
     let cut = &bytes[..bytes.len().min(MOST)];
     format!("{}{}", cut.escape_ascii(), if bytes.len() > MOST { "..." } else { "" })
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    thread_local! {
+        static LOOKED_AT: Cell<usize> = const { Cell::new(0) };
+    }
+
+    /// A byte has been looked at by [`HeadEnd::find`] on this thread.
+    pub(super) fn count() {
+        LOOKED_AT.set(LOOKED_AT.get() + 1);
+    }
+
+    /// Bytes that have been looked at since the last call.
+    pub(in crate::http) fn looked_at() -> usize {
+        LOOKED_AT.take()
+    }
+
+    #[test]
+    fn a_head_in_single_bytes_is_found_where_the_whole_one_is() {
+        let wire = b"GET / HTTP/1.1\r\nhost: x\r\n\r\nGET";
+        let mut find = HeadEnd::default();
+        let found = (0..=wire.len()).find_map(|cut| find.find(&wire[..cut]).unwrap());
+        assert_eq!(found, Some(wire.len() - 3));
+        assert_eq!(HeadEnd::default().find(wire), Ok(found));
+    }
 }

@@ -7,7 +7,7 @@
 
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, Version, header, request};
 
-use super::head::{self, Declared, HeadError, HeadLimits, shown};
+use super::head::{self, Declared, HeadEnd, HeadError, HeadLimits, shown};
 
 /// Empty lines tolerated before a request (RFC 9112 §2.2: some clients end a body with a CR LF too many).
 const LEADING_BLANK_LINES: usize = 4;
@@ -108,21 +108,40 @@ impl RequestError {
 }
 
 /// Reads the request head that starts `buf`; with it its length in bytes, tolerated empty lines included. `None`: more
-/// bytes are needed.
+/// bytes are needed. For a head that arrives piece by piece see [`RequestParser`].
 pub fn parse_request(buf: &[u8], limits: &HeadLimits) -> Result<Option<(RequestHead, usize)>, RequestError> {
-    let window = &buf[..buf.len().min(limits.bytes)];
-    let mut skip = 0;
-    while window[skip..].starts_with(b"\r\n") {
-        skip += 2;
-        if skip > 2 * LEADING_BLANK_LINES {
-            return Err(RequestError::BlankLines);
+    RequestParser::default().parse(buf, limits)
+}
+
+/// Reads one request head while its bytes arrive. However they are cut, each is looked at once until the head is complete.
+#[derive(Debug, Default)]
+pub struct RequestParser {
+    /// Bytes of empty lines before the head.
+    skip: usize,
+    end: HeadEnd,
+}
+
+impl RequestParser {
+    /// As [`parse_request`]; each call is given the bytes of the calls before, and more behind them.
+    pub fn parse(&mut self, buf: &[u8], limits: &HeadLimits) -> Result<Option<(RequestHead, usize)>, RequestError> {
+        let window = &buf[..buf.len().min(limits.bytes)];
+        while window[self.skip..].starts_with(b"\r\n") {
+            self.skip += 2;
+            if self.skip > 2 * LEADING_BLANK_LINES {
+                return Err(RequestError::BlankLines);
+            }
         }
-    }
-    match head::end(&window[skip..])? {
-        Some(length) => parse(&window[skip..skip + length], limits).map(|head| Some((head, skip + length))),
-        None if window.len() < limits.bytes => Ok(None),
-        None if window[skip..].contains(&b'\n') => Err(HeadError::TooLong { limit: limits.bytes }.into()),
-        None => Err(RequestError::RequestLineTooLong { limit: limits.bytes }),
+        let head = &window[self.skip..];
+        // Half of an empty line, or the first byte of a head that is wrong.
+        if head == b"\r" && window.len() < limits.bytes {
+            return Ok(None);
+        }
+        match self.end.find(head)? {
+            Some(length) => parse(&head[..length], limits).map(|head| Some((head, self.skip + length))),
+            None if window.len() < limits.bytes => Ok(None),
+            None if head.contains(&b'\n') => Err(HeadError::TooLong { limit: limits.bytes }.into()),
+            None => Err(RequestError::RequestLineTooLong { limit: limits.bytes }),
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, Ver
 use penstock_common::framing::Framing;
 
 use super::{
-    head::{self, Declared, HeadError, HeadLimits, shown},
+    head::{self, Declared, HeadEnd, HeadError, HeadLimits, shown},
     headers,
 };
 
@@ -73,7 +73,8 @@ impl ResponseError {
     }
 }
 
-/// Reads the response head that starts `buf`; with it its length in bytes. `None`: more bytes are needed.
+/// Reads the response head that starts `buf`; with it its length in bytes. `None`: more bytes are needed. For a head that
+/// arrives piece by piece see [`ResponseParser`].
 ///
 /// `request_method` is that of the request it answers: a response to HEAD has no body whatever its fields say.
 pub fn parse_response(
@@ -81,11 +82,29 @@ pub fn parse_response(
     limits: &HeadLimits,
     request_method: &Method,
 ) -> Result<Option<(ResponseHead, usize)>, ResponseError> {
-    let window = &buf[..buf.len().min(limits.bytes)];
-    match head::end(window)? {
-        Some(length) => parse(&window[..length], limits, request_method).map(|head| Some((head, length))),
-        None if window.len() < limits.bytes => Ok(None),
-        None => Err(HeadError::TooLong { limit: limits.bytes }.into()),
+    ResponseParser::default().parse(buf, limits, request_method)
+}
+
+/// Reads one response head while its bytes arrive. However they are cut, each is looked at once until the head is complete.
+#[derive(Debug, Default)]
+pub struct ResponseParser {
+    end: HeadEnd,
+}
+
+impl ResponseParser {
+    /// As [`parse_response`]; each call is given the bytes of the calls before, and more behind them.
+    pub fn parse(
+        &mut self,
+        buf: &[u8],
+        limits: &HeadLimits,
+        request_method: &Method,
+    ) -> Result<Option<(ResponseHead, usize)>, ResponseError> {
+        let window = &buf[..buf.len().min(limits.bytes)];
+        match self.end.find(window)? {
+            Some(length) => parse(&window[..length], limits, request_method).map(|head| Some((head, length))),
+            None if window.len() < limits.bytes => Ok(None),
+            None => Err(HeadError::TooLong { limit: limits.bytes }.into()),
+        }
     }
 }
 

@@ -4,6 +4,8 @@ use proptest::prelude::*;
 use super::*;
 
 const LIMITS: HeadLimits = HeadLimits { bytes: 4096, headers: 32 };
+/// Small, for heads made at random.
+const CUT: HeadLimits = HeadLimits { bytes: 120, headers: 5 };
 
 fn parse(input: impl AsRef<[u8]>) -> Result<Option<(RequestHead, usize)>, RequestError> {
     parse_request(input.as_ref(), &LIMITS)
@@ -212,8 +214,7 @@ fn heads() -> impl Strategy<Value = Vec<u8>> {
 }
 
 fn outcome(input: &[u8]) -> Result<Option<(String, usize)>, RequestError> {
-    let limits = HeadLimits { bytes: 120, headers: 5 };
-    parse_request(input, &limits).map(|head| head.map(|(head, length)| (format!("{head:?}"), length)))
+    parse_request(input, &CUT).map(|head| head.map(|(head, length)| (format!("{head:?}"), length)))
 }
 
 proptest! {
@@ -229,6 +230,10 @@ proptest! {
     fn does_not_depend_on_cuts(input in heads()) {
         let whole = outcome(&input);
         let first = (0..=input.len()).map(|end| outcome(&input[..end])).find(|o| !matches!(o, Ok(None)));
+        prop_assert_eq!(&first.unwrap_or(Ok(None)), &whole);
+        let mut parser = RequestParser::default();
+        let mut next = |end| parser.parse(&input[..end], &CUT).map(|head| head.map(|(head, length)| (format!("{head:?}"), length)));
+        let first = (0..=input.len()).map(&mut next).find(|o| !matches!(o, Ok(None)));
         prop_assert_eq!(first.unwrap_or(Ok(None)), whole);
     }
 
@@ -272,4 +277,22 @@ fn a_refusal_says_what_was_found_and_expected() {
     let error = parse(with("Content-Length: 5\r\nTransfer-Encoding: chunked\r\n")).unwrap_err();
     assert_eq!(error.status(), StatusCode::BAD_REQUEST);
     assert_eq!(error.to_string(), "found Transfer-Encoding \"chunked\" beside Content-Length, expected one of them");
+}
+
+#[test]
+fn a_head_in_single_bytes_is_scanned_once() {
+    let limits = HeadLimits { bytes: 64 << 10, headers: 32 };
+    let field = "x".repeat(limits.bytes - with("").len() - "a: \r\n".len());
+    for wire in [with(&format!("a: {field}\r\n")), format!("\r\n\r\n{}", with(&format!("a: {}\r\n", &field[4..])))] {
+        assert_eq!(wire.len(), limits.bytes);
+        let _ = super::head::tests::looked_at();
+        let mut parser = RequestParser::default();
+        for end in 0..wire.len() {
+            assert!(parser.parse(&wire.as_bytes()[..end], &limits).unwrap().is_none());
+        }
+        let (_, length) = parser.parse(wire.as_bytes(), &limits).unwrap().unwrap();
+        assert_eq!(length, wire.len());
+        let looked_at = super::head::tests::looked_at();
+        assert!(looked_at <= wire.len(), "{looked_at} of {}", wire.len());
+    }
 }

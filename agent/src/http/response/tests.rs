@@ -3,6 +3,8 @@ use proptest::prelude::*;
 use super::*;
 
 const LIMITS: HeadLimits = HeadLimits { bytes: 4096, headers: 32 };
+/// Small, for heads made at random.
+const CUT: HeadLimits = HeadLimits { bytes: 90, headers: 3 };
 
 fn parse(input: impl AsRef<[u8]>, method: &Method) -> Result<Option<(ResponseHead, usize)>, ResponseError> {
     parse_response(input.as_ref(), &LIMITS, method)
@@ -184,8 +186,7 @@ fn heads() -> impl Strategy<Value = Vec<u8>> {
 }
 
 fn outcome(input: &[u8]) -> Result<Option<(String, usize)>, ResponseError> {
-    let limits = HeadLimits { bytes: 90, headers: 3 };
-    parse_response(input, &limits, &Method::GET).map(|head| head.map(|(head, length)| (format!("{head:?}"), length)))
+    parse_response(input, &CUT, &Method::GET).map(|head| head.map(|(head, length)| (format!("{head:?}"), length)))
 }
 
 proptest! {
@@ -200,6 +201,10 @@ proptest! {
     fn does_not_depend_on_cuts(input in heads()) {
         let whole = outcome(&input);
         let first = (0..=input.len()).map(|end| outcome(&input[..end])).find(|o| !matches!(o, Ok(None)));
+        prop_assert_eq!(&first.unwrap_or(Ok(None)), &whole);
+        let mut parser = ResponseParser::default();
+        let mut next = |end| parser.parse(&input[..end], &CUT, &Method::GET).map(|head| head.map(|(head, length)| (format!("{head:?}"), length)));
+        let first = (0..=input.len()).map(&mut next).find(|o| !matches!(o, Ok(None)));
         prop_assert_eq!(first.unwrap_or(Ok(None)), whole);
     }
 
@@ -220,4 +225,20 @@ proptest! {
         prop_assert_eq!((same.body, same.reason, same.interim), (head.body, head.reason, head.interim));
         prop_assert_eq!(same.keep_alive, stays);
     }
+}
+
+#[test]
+fn a_head_in_single_bytes_is_scanned_once() {
+    let limits = HeadLimits { bytes: 64 << 10, headers: 32 };
+    let begin = "HTTP/1.1 200 OK\r\ncontent-length: 5\r\na: ";
+    let wire = format!("{begin}{}\r\n\r\n", "x".repeat(limits.bytes - begin.len() - 4));
+    let _ = super::head::tests::looked_at();
+    let mut parser = ResponseParser::default();
+    for end in 0..wire.len() {
+        assert!(parser.parse(&wire.as_bytes()[..end], &limits, &Method::GET).unwrap().is_none());
+    }
+    let (_, length) = parser.parse(wire.as_bytes(), &limits, &Method::GET).unwrap().unwrap();
+    assert_eq!(length, limits.bytes);
+    let looked_at = super::head::tests::looked_at();
+    assert!(looked_at <= limits.bytes, "{looked_at}");
 }

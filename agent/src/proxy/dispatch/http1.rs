@@ -19,7 +19,7 @@ use crate::{
     error::Error,
     http::{
         head::HeadLimits,
-        response::{ResponseError, ResponseHead, parse_response, write_request},
+        response::{ResponseError, ResponseHead, ResponseParser, write_request},
     },
     kernel::socket::write_all,
     metrics::Connection,
@@ -124,6 +124,7 @@ async fn read_head(
     let limits = HeadLimits { bytes: limits.head_bytes, headers: limits.headers };
     let mut buf = BytesMut::with_capacity(READ);
     let mut answered = false;
+    let mut parser = ResponseParser::default();
     loop {
         match endpoint.read(&mut buf).await {
             Ok(0) | Err(_) if !answered => return Err(Failed::Early),
@@ -131,8 +132,9 @@ async fn read_head(
             Ok(_) => answered = true,
         }
         let bad = |error| Error::Response { address, error };
-        while let Some((head, length)) = parse_response(&buf, &limits, &request.parts.method).map_err(bad)? {
+        while let Some((head, length)) = parser.parse(&buf, &limits, &request.parts.method).map_err(bad)? {
             let _ = buf.split_to(length);
+            parser = ResponseParser::default();
             if !is_wanted(head.upgrade.as_ref(), request.upgrade.as_ref()) {
                 return Err(bad(ResponseError::SwitchingProtocols).into());
             }
