@@ -21,6 +21,7 @@ mod retry;
 mod routes;
 mod sections;
 mod subset;
+mod timeouts;
 #[cfg(test)]
 mod tests;
 mod tracing;
@@ -193,6 +194,16 @@ pub struct Timeouts {
     pub endpoint_keep_alive: Duration,
     /// After SIGTERM, how long running responses may take; default 30s.
     pub drain: Duration,
+}
+
+/// Timeouts of a pool's or a route's requests. A route's go before its pool's, and those before `[timeouts]`: the outer `None`
+/// leaves it to them, the inner one is off.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TimeoutOverrides {
+    pub body: Option<Option<Duration>>,
+    pub first_byte: Option<Option<Duration>>,
+    pub idle: Option<Option<Duration>>,
+    pub request: Option<Option<Duration>>,
 }
 
 /// What requests and responses are told about this hop.
@@ -389,6 +400,8 @@ pub struct Pool {
     pub ejection: Ejection,
     /// Active checks; default: none.
     pub health: Option<HealthCheck>,
+    /// Of its requests; default: none, `[timeouts]` holds.
+    pub timeouts: TimeoutOverrides,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -582,6 +595,8 @@ pub struct Route {
     pub base_models: Vec<String>,
     /// At least one, each once, not all of weight 0.
     pub pools: Vec<WeightedPool>,
+    /// Of its requests; default: none, the pool's hold.
+    pub timeouts: TimeoutOverrides,
 }
 
 /// Without port; letter case does not matter.

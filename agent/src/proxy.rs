@@ -11,7 +11,7 @@ mod pinned;
 mod record;
 mod respond;
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, request, uri::Scheme};
@@ -38,6 +38,7 @@ use crate::{
         exchange::{Body, ImmediateReply},
         mutation,
     },
+    route::Times,
     upload::Upload,
     worker::Worker,
 };
@@ -66,8 +67,19 @@ struct Request {
     record: Record,
     /// The client's key in the kernel's map, where an endpoint might send to it by itself.
     target: Option<u64>,
+    /// Its first byte.
+    begun: Instant,
+    times: Times,
     /// When the whole of it has to be over.
     deadline: Option<Instant>,
+}
+
+impl Request {
+    /// It is served under these times from now on.
+    fn set_times(&mut self, times: Times) {
+        self.times = times;
+        self.deadline = times.request.map(|limit| self.begun + limit);
+    }
 }
 
 /// Answers a request whose head could not be read.
@@ -90,15 +102,23 @@ pub async fn run(
 ) -> After {
     let record = Record::new(begun);
     let config = &worker.shared.config;
-    let deadline = config.timeouts.request.map(|limit| begun + limit);
     let allowed = &config.listen.upgrades;
     let upgrade = head
         .upgrade
         .filter(|wanted| allowed.iter().any(|allowed| wanted.as_bytes().eq_ignore_ascii_case(allowed.as_bytes())));
-    let mut request =
-        Request { parts: head.parts, keep_alive: head.keep_alive, upgrade, pool: 0, record, target: None, deadline };
-    let taken = take(worker, client, &mut request, head.body, head.expect_continue, peer);
-    let mut upload = match by(worker, deadline, taken).await {
+    let mut request = Request {
+        parts: head.parts,
+        keep_alive: head.keep_alive,
+        upgrade,
+        pool: 0,
+        record,
+        target: None,
+        begun,
+        times: Times::from(&config.timeouts),
+        deadline: None,
+    };
+    let taken = take(worker, client, &mut request, head.body, head.expect_continue, peer).await;
+    let mut upload = match taken {
         Ok(upload) => upload,
         Err(error) => {
             let manner = Manner::of(&request.parts.headers, config);
@@ -131,15 +151,15 @@ fn close_after(error: &Error) -> After {
     if matches!(error, Error::ClientGone) { After::Abort } else { After::Close }
 }
 
-/// The work of a phase before the response, which has to be done by the deadline of the request.
+/// The work of a phase before the response, which has to be done by the deadline of the request, if it has one: with it goes
+/// the time that it stands for.
 async fn by<T>(
-    worker: &Worker,
-    deadline: Option<Instant>,
+    deadline: Option<(Instant, Duration)>,
     work: impl Future<Output = Result<T, Error>>,
 ) -> Result<T, Error> {
-    match (deadline, worker.shared.config.timeouts.request) {
-        (Some(deadline), Some(limit)) => timeout_at(deadline, work).await.unwrap_or(Err(Error::RequestTimeout(limit))),
-        _ => work.await,
+    match deadline {
+        Some((deadline, limit)) => timeout_at(deadline, work).await.unwrap_or(Err(Error::RequestTimeout(limit))),
+        None => work.await,
     }
 }
 
@@ -151,7 +171,7 @@ async fn answer(client: &mut Client, method: &Method, manner: &Manner<'_>, error
     let _ = client.reply(method, &error.reply(manner), keep_alive).await;
 }
 
-/// Prepares the head, and reads as much of the body as it takes to know the pool.
+/// Prepares the head, and reads as much of the body as it takes to know the pool and the model.
 async fn take(
     worker: &Worker,
     client: &mut Client,
@@ -162,7 +182,7 @@ async fn take(
 ) -> Result<Upload, Error> {
     let config = &worker.shared.config;
     let naming = |has_body| Naming::new(&config.bbr, &request.parts.headers, has_body, &worker.shared.metrics);
-    let mut upload = Upload::new(body, &config.limits, naming, config.timeouts.body)?;
+    let mut upload = Upload::new(body, &config.limits, naming)?;
     let arrival = Arrival { client: peer.ip(), version: request.parts.version, tls: client.is_tls() };
     if arrival.tls {
         request.parts.extensions.insert(Scheme::HTTPS);
@@ -174,23 +194,41 @@ async fn take(
     }
     headers::prepare_request(headers, &arrival, &config.bbr.header, &config.headers);
     request.record.trace(worker, &mut request.parts, &arrival);
-    if expect_continue
-        && upload.has_body()
-        && let Client::Http1(socket) = client
-        && socket.buf.is_empty()
-    {
-        socket.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await.map_err(|_| Error::ClientGone)?;
+    let router = &worker.shared.router;
+    let needs_model = router.needs_model(&request.parts);
+    let route = |request: &mut Request| {
+        let way = router.route(&request.parts, |below| fastrand::u64(..below)).map_err(|_| Error::NoRoute)?;
+        request.pool = way.pool;
+        request.set_times(way.times);
+        Ok::<_, Error>(way.times.body)
+    };
+    if needs_model {
+        request.set_times(router.times_of_body(&request.parts).unwrap_or(request.times));
+    } else {
+        route(request)?;
     }
-    let needs_model = worker.shared.router.needs_model(&request.parts);
-    while !upload.is_done() && !upload.naming.is_settled() && (needs_model || upload.kept.len() < MODEL_WINDOW) {
-        match upload.read(client).await? {
-            Some(piece) => upload.keep(&piece).await?,
-            None => upload.end()?,
+    upload.set_timeout(request.times.body);
+    let beginning = async {
+        if expect_continue
+            && upload.has_body()
+            && let Client::Http1(socket) = client
+            && socket.buf.is_empty()
+        {
+            socket.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await.map_err(|_| Error::ClientGone)?;
         }
-    }
+        while !upload.is_done() && !upload.naming.is_settled() && (needs_model || upload.kept.len() < MODEL_WINDOW) {
+            match upload.read(client).await? {
+                Some(piece) => upload.keep(&piece).await?,
+                None => upload.end()?,
+            }
+        }
+        Ok(())
+    };
+    by(request.deadline.zip(request.times.request), beginning).await?;
     set_model(worker, &mut request.parts, &upload);
-    request.pool =
-        worker.shared.router.route(&request.parts, |below| fastrand::u64(..below)).map_err(|_| Error::NoRoute)?;
+    if needs_model {
+        upload.set_timeout(route(request)?);
+    }
     Ok(upload)
 }
 
@@ -208,8 +246,8 @@ async fn answered(
     upload: &mut Upload,
     lease: &mut Option<Lease>,
 ) -> Result<After, Error> {
-    let (deadline, asked) = (request.deadline, Instant::now());
-    let verdict = by(worker, deadline, pick::pick(worker, client, request, upload, lease)).await;
+    let (deadline, asked) = (request.deadline.zip(request.times.request), Instant::now());
+    let verdict = by(deadline, pick::pick(worker, client, request, upload, lease)).await;
     request.record.pick(worker, request.pool, asked, &verdict);
     let mut picked = match verdict? {
         Verdict::Forward(picked) => picked,
@@ -227,7 +265,7 @@ async fn answered(
         headers::remove_pick(&mut request.parts.headers, pick);
     }
     request.target = target(worker, client);
-    let answer = by(worker, deadline, dispatch::dispatch(worker, client, request, upload, &mut picked)).await;
+    let answer = by(deadline, dispatch::dispatch(worker, client, request, upload, &mut picked)).await;
     let answer = match answer {
         Err(Error::Evicted(reply)) => {
             worker.shared.metrics.pool(request.pool).evicted();

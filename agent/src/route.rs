@@ -1,22 +1,34 @@
 //! Which pool a request goes to, from its head and from the model its body names.
 //!
-//! Given the configured routes in their order, gives the index of a pool: of the first route whose conditions all hold, or
-//! of the first pool where there are no routes. What the body names stands in headers by then, which only the agent can set.
+//! Given the configured routes in their order, gives the index of a pool and the request's timeouts: of the first route whose
+//! conditions all hold, or of the first pool where there are no routes. What the body names stands in headers by then, which only the agent can set.
 //! It allocates nothing per request, and the path is taken as it was sent, neither decoded nor normalised, because the
 //! endpoint gets it as it was sent.
 
 mod split;
 #[cfg(test)]
 mod tests;
+mod times;
 
 use http::{HeaderMap, HeaderName, Method, header, request};
 
-use crate::config::{self, Config, HeaderCondition, HostPattern, ModelPattern, PathPattern};
+use crate::config::{self, Config, HeaderCondition, HostPattern, ModelPattern, PathPattern, TimeoutOverrides};
 use split::Split;
+pub use times::Times;
 
 #[derive(Debug, Clone)]
 pub struct Router {
     routes: Vec<Route>,
+    /// By pool, without what routes say.
+    times: Vec<Times>,
+}
+
+/// What the routes say about one request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Way {
+    /// Index in the configuration.
+    pub pool: usize,
+    pub times: Times,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -32,6 +44,7 @@ struct Route {
     /// What waits for the body.
     named: Vec<Named>,
     pools: Split,
+    timeouts: TimeoutOverrides,
 }
 
 /// A condition on a header that carries what the body names.
@@ -43,11 +56,13 @@ struct Named {
 
 impl Router {
     pub fn new(config: &Config) -> Self {
+        let all = Times::from(&config.timeouts);
+        let times = config.pools.iter().map(|pool| all.with(&pool.timeouts)).collect();
         if config.routes.is_empty() {
             let first = config.pools.first().map(|pool| config::Route::to(pool.name.clone()));
-            return Self { routes: first.iter().map(|route| Route::new(route, config)).collect() };
+            return Self { routes: first.iter().map(|route| Route::new(route, config)).collect(), times };
         }
-        Self { routes: config.routes.iter().map(|route| Route::new(route, config)).collect() }
+        Self { routes: config.routes.iter().map(|route| Route::new(route, config)).collect(), times }
     }
 
     /// Whether the pool of this request depends on what its body names. The headers for that are not looked at.
@@ -56,11 +71,19 @@ impl Router {
         may_win.is_some_and(|route| !route.named.is_empty())
     }
 
-    /// Index of the pool in the configuration. Where a route has several, `roll` is asked for a number below the one it is
-    /// given, each equally likely.
-    pub fn route(&self, request: &request::Parts, roll: impl FnOnce(u64) -> u64) -> Result<usize, NoRoute> {
+    /// The timeouts of a request until its body has said where it goes: those of the first route that may win, with its first
+    /// pool.
+    pub fn times_of_body(&self, request: &request::Parts) -> Option<Times> {
+        let may_win = self.routes.iter().find(|route| route.outside_holds(request))?;
+        Some(self.times.get(may_win.pools.draw(|_| 0)?)?.with(&may_win.timeouts))
+    }
+
+    /// Where a route has several pools, `roll` is asked for a number below the one it is given, each equally likely.
+    pub fn route(&self, request: &request::Parts, roll: impl FnOnce(u64) -> u64) -> Result<Way, NoRoute> {
         let holds = |route: &&Route| route.outside_holds(request) && route.named_holds(&request.headers);
-        self.routes.iter().find(holds).and_then(|route| route.pools.draw(roll)).ok_or(NoRoute)
+        let route = self.routes.iter().find(holds).ok_or(NoRoute)?;
+        let pool = route.pools.draw(roll).ok_or(NoRoute)?;
+        Ok(Way { pool, times: self.times[pool].with(&route.timeouts) })
     }
 }
 
@@ -79,6 +102,7 @@ impl Route {
             headers: route.headers.iter().filter(|condition| !is_named(condition)).cloned().collect(),
             named: given.chain(route.headers.iter().filter(is_named).map(Named::from)).collect(),
             pools: Split::new(&route.pools, config),
+            timeouts: route.timeouts,
         }
     }
 

@@ -34,18 +34,13 @@ pub struct Upload {
     /// Of HTTP/2, behind the body.
     pub trailers: HeaderMap,
     received: u64,
+    begun: Instant,
     timeout: Option<Duration>,
-    deadline: Option<Instant>,
 }
 
 impl Upload {
     /// Fails at once on a body that is declared too large. `naming` is told whether there is a body.
-    pub fn new(
-        body: RequestBody,
-        limits: &Limits,
-        naming: impl FnOnce(bool) -> Naming,
-        timeout: Option<Duration>,
-    ) -> Result<Self, Error> {
+    pub fn new(body: RequestBody, limits: &Limits, naming: impl FnOnce(bool) -> Naming) -> Result<Self, Error> {
         let reader = BodyReader::new(body, limits.body_bytes)?;
         let has_body = !reader.is_done();
         Ok(Self {
@@ -55,10 +50,15 @@ impl Upload {
             has_body,
             trailers: HeaderMap::new(),
             received: 0,
-            timeout,
-            deadline: timeout.map(|timeout| Instant::now() + timeout),
+            begun: Instant::now(),
+            timeout: None,
             reader,
         })
+    }
+
+    /// How long it may take.
+    pub fn set_timeout(&mut self, timeout: Option<Duration>) {
+        self.timeout = timeout;
     }
 
     pub fn has_body(&self) -> bool {
@@ -71,8 +71,8 @@ impl Upload {
 
     /// The next piece of the body off the wire; `None` at its end. Cancel-safe.
     pub async fn read(&mut self, client: &mut Client) -> Result<Option<Bytes>, Error> {
-        let (Some(deadline), Some(limit)) = (self.deadline, self.timeout) else { return self.next(client).await };
-        match tokio::time::timeout_at(deadline, self.next(client)).await {
+        let Some(limit) = self.timeout else { return self.next(client).await };
+        match tokio::time::timeout_at(self.begun + limit, self.next(client)).await {
             Ok(piece) => piece,
             Err(_) => Err(Error::BodyTimeout(limit)),
         }

@@ -11,7 +11,8 @@ use http::{HeaderName, uri::PathAndQuery};
 use super::{
     Admin, AppProtocol, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppTls, ErrorFormat, Errors, FailureMode,
     Forwarding, Headers, HealthCheck, LeaseLimits, Limits, Listen, MissingModel, Node, PickPer, Picker, PinLimits,
-    Pool, Ratio, ResponseToPicker, Retry, Route, Steering, SteeringMode, Subset, Timeouts, Tracing, WeightedPool,
+    Pool, Ratio, ResponseToPicker, Retry, Route, Steering, SteeringMode, Subset, TimeoutOverrides, Timeouts, Tracing,
+    WeightedPool,
 };
 
 /// A complete commented file. Its settings are the defaults; what has none is commented out, as `#key = value`.
@@ -225,6 +226,7 @@ impl Pool {
             retry: Retry::default(),
             ejection: Ejection::default(),
             health: None,
+            timeouts: TimeoutOverrides::default(),
         }
     }
 }

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use super::{
     AppProtocol, FailureMode, LeaseLimits, Node, PickPer, Picker, PinLimits, Pool, document::Section, endpoints,
-    health, picker, retry, subset, value,
+    health, picker, retry, subset, timeouts, value,
 };
 
 pub(super) fn pools(root: &mut Section<'_>, listen: SocketAddr, node: &Node) -> Vec<Pool> {
@@ -52,6 +52,7 @@ fn pool(section: &mut Section<'_>, listen: SocketAddr, node: &Node) -> Pool {
         retry: section.section("retry", retry::retry),
         ejection: section.section("ejection", health::ejection),
         health: health::check(section),
+        timeouts: section.section("timeouts", timeouts::overrides),
     };
     check_endpoints(section, &pool);
     check_failure_mode(section, &pool);

@@ -6,6 +6,7 @@ use toml::de::DeValue;
 use super::{
     Bbr, HeaderCondition, HostPattern, ModelPattern, PathPattern, Pool, Route, WeightedPool,
     document::Section,
+    timeouts,
     value::{self, Expected, Parsed},
 };
 
@@ -23,6 +24,7 @@ pub(super) fn routes(root: &mut Section<'_>, pools: &[Pool], bbr: &Bbr) -> Vec<R
             models: section.one_or_more("model", model),
             base_models: section.one_or_more("base_model", value::non_empty),
             pools: weighted(section, pools),
+            timeouts: section.section("timeouts", timeouts::overrides),
         };
         check_names(section, &route, bbr);
         if let Some(index) = earlier.iter().position(|earlier| covers(earlier, &route)) {

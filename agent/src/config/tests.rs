@@ -84,8 +84,16 @@ fn the_commented_settings_of_the_default_file_are_the_defaults() {
         models: vec![ModelPattern::Exact("llama-3.1-8b".into())],
         base_models: vec!["llama-3.1-8b".into()],
         pools: vec![WeightedPool::new("default", 70)],
+        timeouts: times(60, 600, 300),
     };
     assert_eq!(config.routes, [route]);
+    assert_eq!(config.pools[0].timeouts, times(60, 600, 300));
+}
+
+/// In seconds; the whole of a request is off.
+fn times(body: u64, first_byte: u64, idle: u64) -> TimeoutOverrides {
+    let [body, first_byte, idle] = [body, first_byte, idle].map(|seconds| Some(Some(Duration::from_secs(seconds))));
+    TimeoutOverrides { body, first_byte, idle, request: Some(None) }
 }
 
 #[test]
@@ -193,6 +201,7 @@ fn every_setting_is_read() {
         pick_per = "lease"
         pin = { age = "off" }
         lease = { time = "1s", requests = 2 }
+        timeouts = { body = "1s", first_byte = "2s", idle = "3s", request = "off" }
         failure_mode = "open"
         default_upstream = "127.0.0.2:1"
         passthrough = true
@@ -223,6 +232,9 @@ fn every_setting_is_read() {
         path_prefix = "/v1/"
         [[routes.pools]]
         name = "team/gpu"
+        [routes.timeouts]
+        first_byte = "off"
+        request = "1h"
     "#;
     let pool = Pool {
         name: "team/gpu".into(),
@@ -280,6 +292,7 @@ fn every_setting_is_read() {
             unhealthy_after: 4,
             healthy_after: 5,
         }),
+        timeouts: times(1, 2, 3),
     };
     let expected = Config {
         listen: Listen {
@@ -353,7 +366,15 @@ fn every_setting_is_read() {
                 }],
                 ..Route::to("team/gpu")
             },
-            Route { path: Some(PathPattern::Prefix("/v1".into())), ..Route::to("team/gpu") },
+            Route {
+                path: Some(PathPattern::Prefix("/v1".into())),
+                timeouts: TimeoutOverrides {
+                    first_byte: Some(None),
+                    request: Some(Some(Duration::from_secs(3600))),
+                    ..TimeoutOverrides::default()
+                },
+                ..Route::to("team/gpu")
+            },
         ],
     };
     assert_eq!(Config::parse(text, "p.toml").unwrap(), expected);

@@ -26,12 +26,14 @@ pub struct Pin {
     pub(super) endpoint: EndpointConnection,
     pub(super) pool: usize,
     pub(super) target: Option<u64>,
+    /// As the route of the first request has it.
+    pub(super) idle: Option<Duration>,
 }
 
 /// Carries what follows, to the end.
 pub async fn pinned(current: &Rc<Current>, client: &mut ClientSocket, pin: Pin, peer: SocketAddr) -> After {
     let worker = &current.worker();
-    let Pin { mut endpoint, pool, target } = pin;
+    let Pin { mut endpoint, pool, target, idle } = pin;
     let (address, began) = (endpoint.address, Instant::now());
     let config = &worker.shared.config.pools[pool];
     let metrics = worker.shared.metrics.pool(pool);
@@ -41,7 +43,6 @@ pub async fn pinned(current: &Rc<Current>, client: &mut ClientSocket, pin: Pin, 
     endpoint.reset_on_close();
     let (down, up, path) = lanes(worker, client, target, &endpoint);
     let (lead, pending, account) = (BytesMut::new(), BytesMut::new(), Account::default());
-    let idle = worker.shared.config.timeouts.idle;
     let mut tunnel = Tunnel { client, endpoint: &mut endpoint, lead, pending, idle, down, up, account };
     let over = async {
         tokio::select! {

@@ -122,7 +122,12 @@ pub(super) async fn respond(
                 let kept = reusable && head.keep_alive;
                 let pins = worker.shared.config.pools[request.pool].pick_per == config::PickPer::Connection;
                 if kept && pins && carried.keep_alive && matches!(client, Client::Http1(_)) {
-                    let pin = Pin { endpoint: connection, pool: request.pool, target: request.target };
+                    let pin = Pin {
+                        endpoint: connection,
+                        pool: request.pool,
+                        target: request.target,
+                        idle: request.times.idle,
+                    };
                     return Ok(After::Pinned(Box::new(pin)));
                 }
                 if kept {
@@ -165,7 +170,7 @@ async fn bytes(
     let told = tee.map(|tee| tee.borrow().wants_all());
     let (target, path, reason) = path(worker, client, request, head, endpoint, pending, told);
 
-    let idle = worker.shared.config.timeouts.idle;
+    let idle = request.times.idle;
     let mut delivery = Delivery::new(client, endpoint, head.framing, std::mem::take(pending), idle);
     delivery.lead = lead;
     delivery.target = target;
@@ -197,7 +202,7 @@ async fn tunnel(
     // Only the ends of both directions are an end in order.
     client.reset_on_close();
     endpoint.reset_on_close();
-    let idle = worker.shared.config.timeouts.idle;
+    let idle = request.times.idle;
     let pending = std::mem::take(pending);
     let (down, up, path) = lanes(worker, client, request.target, endpoint);
     let mut tunnel = Tunnel { client, endpoint, lead, pending, idle, down, up, account: Account::default() };
@@ -265,7 +270,7 @@ async fn frames(
             Ok(())
         }
     };
-    let idle = worker.shared.config.timeouts.idle;
+    let idle = request.times.idle;
     let mut delivery = Frames { client, body, lead, coding, tee, idle, account: Account::default() };
     let end = match begun {
         Err(_) => Ok(End::ClientGone),

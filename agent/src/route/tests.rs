@@ -33,7 +33,7 @@ fn request(method: &str, path: &str, fields: &[(&str, &str)]) -> request::Parts 
 /// The pool's name is its index.
 fn pool(router: &Router, request: &request::Parts) -> Option<char> {
     let roll = |_| panic!("there is nothing to draw");
-    router.route(request, roll).ok().map(|pool| ['a', 'b', 'c'][pool])
+    router.route(request, roll).ok().map(|way| ['a', 'b', 'c'][way.pool])
 }
 
 fn get(path: &str) -> request::Parts {
@@ -377,7 +377,7 @@ proptest! {
         let (router, total) = (Router::new(&config), u64::from(weights.iter().sum::<u32>()));
         let mut drawn = [0; 3];
         for roll in 0..total {
-            drawn[router.route(&get("/"), |below| { assert_eq!(below, total); roll }).unwrap()] += 1;
+            drawn[router.route(&get("/"), |below| { assert_eq!(below, total); roll }).unwrap().pool] += 1;
         }
         prop_assert_eq!(drawn, weights);
     }

@@ -28,6 +28,7 @@ mod session;
 mod silent;
 mod sources;
 mod subset;
+mod times;
 mod tls;
 mod tracing;
 

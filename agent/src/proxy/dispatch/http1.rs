@@ -75,7 +75,7 @@ async fn attempt(
 ) -> Result<(ResponseHead, ResponseBody), Failed> {
     let address = endpoint.address;
     endpoint.announce(request.target);
-    let limit = worker.shared.config.timeouts.first_byte;
+    let limit = request.times.first_byte;
     let (reader, writer) = endpoint.split().map_err(|_| Failed::Early)?;
     let sent = Cell::new(false);
     let send = async {

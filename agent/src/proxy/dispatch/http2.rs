@@ -76,7 +76,7 @@ async fn attempt(
     address: SocketAddr,
     mut stream: Stream,
 ) -> Result<(ResponseHead, ResponseBody), Attempt> {
-    let limit = worker.shared.config.timeouts.first_byte;
+    let limit = request.times.first_byte;
     let length = length(upload, body);
     let (sender, frames) = match length {
         Some(0) | None => (None, FrameBody::whole(bytes::Bytes::new())),

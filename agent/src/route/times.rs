@@ -1,0 +1,34 @@
+//! How long a request may take: what its route says, else its pool, else `[timeouts]`.
+
+use std::time::Duration;
+
+use crate::config::{TimeoutOverrides, Timeouts};
+
+/// `None` is off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Times {
+    pub body: Option<Duration>,
+    pub first_byte: Option<Duration>,
+    pub idle: Option<Duration>,
+    pub request: Option<Duration>,
+}
+
+impl From<&Timeouts> for Times {
+    fn from(timeouts: &Timeouts) -> Self {
+        let &Timeouts { body, first_byte, idle, request, .. } = timeouts;
+        Self { body, first_byte, idle, request }
+    }
+}
+
+impl Times {
+    /// These, except where `overrides` says otherwise.
+    #[must_use]
+    pub fn with(self, overrides: &TimeoutOverrides) -> Self {
+        Self {
+            body: overrides.body.unwrap_or(self.body),
+            first_byte: overrides.first_byte.unwrap_or(self.first_byte),
+            idle: overrides.idle.unwrap_or(self.idle),
+            request: overrides.request.unwrap_or(self.request),
+        }
+    }
+}

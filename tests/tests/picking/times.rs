@@ -1,0 +1,133 @@
+//! How long a request may take: its route's timeouts go before its pool's, and those before `[timeouts]`.
+
+use std::time::{Duration, Instant};
+
+use penstock_agent::config::{Config, SteeringMode};
+use penstock_tests::{
+    BodyEnd, Client, ModelServer, Plan, Request,
+    agent::{TestAgent, builtin_pool},
+    model_server::{Fault, FaultKind, Framing, HeadWrites, Lengths},
+    stage::json,
+};
+
+const SHORT: Duration = Duration::from_millis(300);
+/// Longer than that by far.
+const LATE_MS: u64 = 900;
+
+/// The pool `patient` has the timeouts of `pool`. Requests with `x-way: pool` go to it as they are, those with `route` by a route
+/// that has the timeouts of `route`, and all others to a pool without timeouts of its own. `body` is the model's.
+async fn start(global: &str, pool: &str, route: &str) -> (TestAgent, ModelServer) {
+    let server = ModelServer::start(Default::default()).await.unwrap();
+    let endpoints = format!("endpoints = [\"{}\"]", server.addr);
+    let text = format!(
+        r#"
+        [timeouts]
+        {global}
+        [[pools]]
+        name = "plain"
+        {endpoints}
+        [[pools]]
+        name = "patient"
+        {endpoints}
+        timeouts = {{ {pool} }}
+        [[routes]]
+        headers = [{{ name = "x-way", value = "pool" }}]
+        pool = "patient"
+        [[routes]]
+        headers = [{{ name = "x-way", value = "route" }}]
+        pools = [{{ name = "patient" }}]
+        timeouts = {{ {route} }}
+        [[routes]]
+        model = "patient"
+        pool = "patient"
+        [[routes]]
+        pool = "plain"
+        "#
+    );
+    let Config { pools, routes, timeouts, .. } = Config::parse(&text, "test.toml").unwrap();
+    let agent = TestAgent::start(builtin_pool(&[]), SteeringMode::Off, |config| {
+        (config.pools, config.routes, config.timeouts) = (pools, routes, timeouts);
+    });
+    (agent, server)
+}
+
+/// The status and reason of the answer, or how its body ended.
+async fn ask(agent: &TestAgent, request: &Request) -> String {
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    let response = client.request(request).await.unwrap();
+    match (response.status(), response.read.end) {
+        (200, BodyEnd::Complete) => "ok".to_owned(),
+        (200, _) => "cut".to_owned(),
+        (status, _) => format!("{status} {}", response.error_code()),
+    }
+}
+
+/// What becomes of `request` on the plain way, on that of the pool and on that of the route.
+async fn by_way(agent: &TestAgent, request: &Request) -> [String; 3] {
+    let way = |way: &str| request.clone().header("x-way", way);
+    [ask(agent, request).await, ask(agent, &way("pool")).await, ask(agent, &way("route")).await]
+}
+
+#[tokio::test]
+async fn the_first_byte_is_waited_for_as_the_route_then_the_pool_says() {
+    let head = HeadWrites { split_at: Some(0), pause_us: LATE_MS * 1000, ..HeadWrites::default() };
+    let late = Plan { head, ..Plan::default() }.request();
+    let cut = "504 first_byte_timeout";
+    let (agent, _server) = start("first_byte = \"300ms\"", "first_byte = \"1m\"", "first_byte = \"200ms\"").await;
+    assert_eq!(by_way(&agent, &late).await, [cut, "ok", cut]);
+    let (agent, _server) = start("", "first_byte = \"300ms\"", "first_byte = \"off\"").await;
+    assert_eq!(by_way(&agent, &late).await, ["ok", cut, "ok"]);
+    // Another of the route's leaves this one to the pool.
+    let (agent, _server) = start("first_byte = \"300ms\"", "first_byte = \"1m\"", "idle = \"1ms\"").await;
+    assert_eq!(ask(&agent, &late.clone().header("x-way", "route")).await, "ok");
+}
+
+#[tokio::test]
+async fn a_silent_response_is_cut_as_the_route_then_the_pool_says() {
+    let fault = Some(Fault { after: 1000, kind: FaultKind::StallMs(LATE_MS) });
+    for framing in [Framing::Chunked, Framing::ContentLength] {
+        let plan = Plan { size: 3000, framing, writes: Lengths::Fixed(500), fault, ..Plan::default() };
+        let (agent, _server) = start("idle = \"300ms\"", "idle = \"1m\"", "idle = \"200ms\"").await;
+        assert_eq!(by_way(&agent, &plan.request()).await, ["cut", "ok", "cut"]);
+        let (agent, _server) = start("idle = \"1m\"", "idle = \"300ms\"", "idle = \"off\"").await;
+        assert_eq!(by_way(&agent, &plan.request()).await, ["ok", "cut", "ok"]);
+    }
+}
+
+#[tokio::test]
+async fn the_whole_request_is_limited_as_the_route_then_the_pool_says() {
+    let head = HeadWrites { split_at: Some(0), pause_us: LATE_MS * 1000, ..HeadWrites::default() };
+    let late = Plan { head, ..Plan::default() }.request();
+    let cut = "504 request_timeout";
+    let (agent, _server) = start("request = \"300ms\"", "request = \"off\"", "request = \"1m\"").await;
+    assert_eq!(by_way(&agent, &late).await, [cut, "ok", "ok"]);
+    let (agent, _server) = start("", "request = \"300ms\"", "first_byte = \"1m\"").await;
+    assert_eq!(by_way(&agent, &late).await, ["ok", cut, cut]);
+}
+
+#[tokio::test]
+async fn a_silent_upload_is_cut_as_the_route_then_the_pool_says() {
+    let body = json("any", 3000);
+    let slow = Request::post("/test/echo", body).piecewise(2000, Duration::from_millis(LATE_MS));
+    let cut = "408 body_timeout";
+    let (agent, _server) = start("body = \"300ms\"", "body = \"1m\"", "body = \"200ms\"").await;
+    assert_eq!(by_way(&agent, &slow).await, [cut, "ok", cut]);
+    let (agent, _server) = start("", "body = \"300ms\"", "body = \"off\"").await;
+    assert_eq!(by_way(&agent, &slow).await, ["ok", cut, "ok"]);
+}
+
+/// Until its body names the model, a request has the times of the first route that may win.
+#[tokio::test]
+async fn a_body_that_names_its_model_late_has_the_times_of_the_route_that_may_win() {
+    let late = |model: &str| {
+        let body = format!(r#"{{"prompt":"{}","model":"{model}"}}"#, "x".repeat(2000));
+        let request = Request::post("/test/echo", body).header("content-type", "application/json");
+        request.piecewise(1500, Duration::from_millis(LATE_MS))
+    };
+    let (agent, _server) = start("body = \"300ms\"", "body = \"1m\"", "").await;
+    assert_eq!(ask(&agent, &late("patient")).await, "ok");
+    let (agent, _server) = start("body = \"1m\"", "body = \"300ms\"", "").await;
+    let begin = Instant::now();
+    assert_eq!(ask(&agent, &late("other")).await, "408 body_timeout");
+    assert!(begin.elapsed() >= SHORT);
+}
