@@ -192,6 +192,10 @@ pub struct Timeouts {
     pub request: Option<Duration>,
     /// An idle endpoint connection in its pool; default 4s, below uvicorn's 5s.
     pub endpoint_keep_alive: Duration,
+    /// An endpoint's machine that acknowledges nothing, answers no keepalive probe, or takes no byte, at least 1s; default 45s.
+    /// Then the connection is broken: the next of the list if nothing of the request was acknowledged, and otherwise a visible
+    /// break.
+    pub endpoint_unreachable: Option<Duration>,
     /// After SIGTERM, how long running responses may take; default 30s.
     pub drain: Duration,
 }

@@ -15,3 +15,4 @@ mod names;
 pub mod pool;
 pub mod set;
 mod subset;
+pub mod times;

@@ -5,10 +5,7 @@ use std::{cell::RefCell, rc::Rc, sync::Arc};
 
 use crate::{
     config::Config,
-    endpoint::{
-        http2::Http2Pool,
-        pool::{Pool, Times},
-    },
+    endpoint::{http2::Http2Pool, pool::Pool, times::Times},
     picker::{client::EppClient, replica::Replicas},
     shared::Shared,
     steer::WorkerSteering,
@@ -30,7 +27,7 @@ impl Worker {
         let config = &shared.config;
         let receive_buffer = config.steering.endpoint_receive_buffer;
         let endpoints = Pool::new(Arc::clone(&shared.metrics), steering, times(config), receive_buffer);
-        let http2_endpoints = Http2Pool::new(config.timeouts.connect);
+        let http2_endpoints = Http2Pool::new(times(config));
         let epps = shared.replicas.iter().map(|replicas| Some(Rc::new(EppClient::new(replicas.clone()?)))).collect();
         Self { epps, endpoints: Rc::new(endpoints), http2_endpoints, shared }
     }
@@ -40,7 +37,7 @@ impl Worker {
         let config = &shared.config;
         let (endpoints, http2_endpoints) = (Rc::clone(&self.endpoints), self.http2_endpoints.clone());
         endpoints.set_times(times(config));
-        http2_endpoints.set_connect_timeout(config.timeouts.connect);
+        http2_endpoints.set_times(times(config));
         let epp = |replicas: &Option<Arc<Replicas>>| {
             let replicas = replicas.as_ref()?;
             let kept = self.epps.iter().flatten().find(|epp| epp.asks(replicas));
@@ -62,7 +59,12 @@ impl Worker {
 }
 
 fn times(config: &Config) -> Times {
-    Times { keep_alive: config.timeouts.endpoint_keep_alive, connect: config.timeouts.connect }
+    let timeouts = &config.timeouts;
+    Times {
+        keep_alive: timeouts.endpoint_keep_alive,
+        connect: timeouts.connect,
+        unreachable: timeouts.endpoint_unreachable,
+    }
 }
 
 /// The worker as it is under the configuration that holds now.

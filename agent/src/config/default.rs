@@ -83,6 +83,7 @@ impl Default for Timeouts {
             idle: Some(Duration::from_secs(300)),
             request: None,
             endpoint_keep_alive: Duration::from_secs(4),
+            endpoint_unreachable: Some(Duration::from_secs(45)),
             drain: Duration::from_secs(30),
         }
     }

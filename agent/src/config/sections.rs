@@ -71,6 +71,9 @@ fn timeouts(section: &mut Section<'_>) -> Timeouts {
         endpoint_keep_alive: section
             .read("endpoint_keep_alive", value::duration)
             .unwrap_or(default.endpoint_keep_alive),
+        endpoint_unreachable: section
+            .read("endpoint_unreachable", value::seconds_or_off)
+            .unwrap_or(default.endpoint_unreachable),
         drain: section.read("drain", value::duration).unwrap_or(default.drain),
     }
 }

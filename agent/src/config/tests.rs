@@ -149,6 +149,7 @@ fn every_setting_is_read() {
         idle = "off"
         request = "5m"
         endpoint_keep_alive = "5s"
+        endpoint_unreachable = "1s"
         drain = "24h"
         [headers]
         via = "gw.example:8080"
@@ -314,6 +315,7 @@ fn every_setting_is_read() {
             idle: None,
             request: Some(Duration::from_secs(300)),
             endpoint_keep_alive: Duration::from_secs(5),
+            endpoint_unreachable: Some(Duration::from_secs(1)),
             drain: Duration::from_secs(24 * 3600),
         },
         headers: Headers {
@@ -382,11 +384,21 @@ fn every_setting_is_read() {
 
 #[test]
 fn what_can_be_off() {
-    let text = "[timeouts]\nhead = \"off\"\nbody = \"off\"\nkeep_alive = \"off\"\nconnect = \"off\"\nfirst_byte = \"off\"\nidle = \"off\"\nrequest = \"off\"\n[headers]\nvia = \"off\"\nx_forwarded = \"off\"\n";
+    let text = "[timeouts]\nhead = \"off\"\nbody = \"off\"\nkeep_alive = \"off\"\nconnect = \"off\"\nfirst_byte = \"off\"\nidle = \"off\"\nrequest = \"off\"\nendpoint_unreachable = \"off\"\n[headers]\nvia = \"off\"\nx_forwarded = \"off\"\n";
     let config = Config::parse(&format!("{text}{POOL}"), "p.toml").unwrap();
     let (head, body, keep_alive, connect) = (None, None, None, None);
     let (first_byte, idle, request) = (None, None, None);
-    let timeouts = Timeouts { head, body, keep_alive, connect, first_byte, idle, request, ..Timeouts::default() };
+    let timeouts = Timeouts {
+        head,
+        body,
+        keep_alive,
+        connect,
+        first_byte,
+        idle,
+        request,
+        endpoint_unreachable: None,
+        ..Timeouts::default()
+    };
     assert_eq!(config.timeouts, timeouts);
     assert_eq!(config.headers, Headers { via: None, x_forwarded: Forwarding::Off, ..Headers::default() });
 }
@@ -413,6 +425,7 @@ fn bad_sections() {
         ("[timeouts]\ndrain = \"99999999999999999999h\"", format!("p.toml:2: timeouts.drain: found \"99999999999999999999h\", expected {DURATION}")),
         ("[timeouts]\nidle = false", format!("p.toml:2: timeouts.idle: found false, expected \"off\" or {DURATION}")),
         ("[timeouts]\nrequest = \"never\"", format!("p.toml:2: timeouts.request: found \"never\", expected \"off\" or {DURATION}")),
+        ("[timeouts]\nendpoint_unreachable = \"999ms\"", "p.toml:2: timeouts.endpoint_unreachable: found \"999ms\", expected \"off\" or a duration such as \"4s\", \"5m\" or \"1h\", from 1s to 24h".to_owned()),
         ("[headers]\nvia = \"a b\"", r#"p.toml:2: headers.via: found "a b", expected "off" or a name without blanks, such as "penstock""#.to_owned()),
         ("[headers]\nvia = \"\"", r#"p.toml:2: headers.via: found "", expected "off" or a name without blanks, such as "penstock""#.to_owned()),
         ("[headers]\nx_forwarded = \"on\"", r#"p.toml:2: headers.x_forwarded: found "on", expected "append" or "replace" or "off""#.to_owned()),

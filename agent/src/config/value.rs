@@ -68,6 +68,12 @@ pub(super) fn duration_or_off(value: &DeValue<'_>) -> Parsed<Option<Duration>> {
     duration(value).map(Some).map_err(|Expected(duration)| Expected(format!(r#""off" or {duration}"#).into()))
 }
 
+/// As [`duration_or_off`], and not below a second: what the kernel counts in seconds.
+pub(super) fn seconds_or_off(value: &DeValue<'_>) -> Parsed<Option<Duration>> {
+    let duration = duration_or_off(value).ok().filter(|duration| duration.is_none_or(|d| d >= Duration::from_secs(1)));
+    duration.ok_or(Expected(r#""off" or a duration such as "4s", "5m" or "1h", from 1s to 24h"#.into()))
+}
+
 fn parse_duration(text: &str) -> Option<Duration> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let (number, unit) = text.split_at(digits);

@@ -12,6 +12,7 @@ use tokio::{
     time::Instant,
 };
 
+use super::times::Times;
 use crate::{
     kernel::socket,
     metrics::InFlight,
@@ -53,18 +54,19 @@ impl EndpointConnection {
     /// Connects, and makes the connection known to the kernel before it is made, and before anything can arrive on it.
     pub async fn connect(
         address: SocketAddr,
-        timeout: Option<Duration>,
+        times: Times,
         steering: Option<&Rc<WorkerSteering>>,
         receive_buffer: u32,
     ) -> io::Result<Self> {
         let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
         // What is not for the kernel to carry waits here while a client stalls, so this bounds it. The kernel doubles the value.
         socket.set_recv_buffer_size(receive_buffer / 2)?;
+        socket::detect_unreachable(&socket, times.unreachable)?;
         let unsteered = |error: RegisterError| {
             tracing::debug!(%address, %error, "endpoint connection cannot be steered");
         };
         let source = steering.and_then(|steering| steering.announce_source(&socket).map_err(unsteered).ok());
-        let stream = match timeout {
+        let stream = match times.connect {
             Some(timeout) => tokio::time::timeout(timeout, socket.connect(address)).await??,
             // The kernel's own, some minutes.
             None => socket.connect(address).await?,

@@ -2,6 +2,9 @@
 //!
 //! A stream is taken on a connection that has room for it by the endpoint's own limit; when none has, another connection is
 //! made, one at a time for each endpoint: all who wait for it get it or fail together. Must be used on a worker's `LocalSet`.
+//!
+//! No PINGs are sent: gRPC servers close connections that ping more often than every five minutes. TCP finds a machine that is
+//! gone ([`socket::detect_unreachable`]).
 
 use std::{
     cell::{Cell, RefCell},
@@ -17,9 +20,10 @@ use std::{
 use futures_util::future::{FutureExt as _, LocalBoxFuture, Shared};
 use hyper::client::conn::http2::{Builder, SendRequest};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::{net::TcpStream, sync::watch, time::Instant};
+use tokio::{net::TcpSocket, sync::watch, time::Instant};
 
-use crate::{http::frames::FrameBody, local::Local};
+use super::times::Times;
+use crate::{http::frames::FrameBody, kernel::socket, local::Local};
 
 /// Connections to one endpoint; beyond them, requests queue for a stream.
 const MAX_CONNECTIONS: usize = 64;
@@ -30,8 +34,6 @@ const STREAM_WINDOW: u32 = 128 << 10;
 const CONNECTION_WINDOW: u32 = 1 << 30;
 /// Of a request's body, beyond what the endpoint's window takes.
 const SEND_BUFFER: usize = 64 << 10;
-const PING: Duration = Duration::from_secs(30);
-const PONG: Duration = Duration::from_secs(20);
 /// How often a new connection is looked at for the endpoint's settings: hyper reads them in a task of its own, which wakes
 /// nobody.
 const LOOK: Duration = Duration::from_millis(1);
@@ -41,7 +43,7 @@ pub struct Http2Pool(Rc<Inner>);
 
 struct Inner {
     endpoints: RefCell<HashMap<SocketAddr, Endpoint>>,
-    connect_timeout: Cell<Option<Duration>>,
+    times: Cell<Times>,
 }
 
 #[derive(Default)]
@@ -82,12 +84,12 @@ impl Drop for Stream {
 }
 
 impl Http2Pool {
-    pub fn new(connect_timeout: Option<Duration>) -> Self {
-        Self(Rc::new(Inner { endpoints: RefCell::default(), connect_timeout: Cell::new(connect_timeout) }))
+    pub fn new(times: Times) -> Self {
+        Self(Rc::new(Inner { endpoints: RefCell::default(), times: Cell::new(times) }))
     }
 
-    pub fn set_connect_timeout(&self, timeout: Option<Duration>) {
-        self.0.connect_timeout.set(timeout);
+    pub fn set_times(&self, times: Times) {
+        self.0.times.set(times);
     }
 
     /// Room for a request. The error kinds are those of `connect(2)`, and `TimedOut`. Cancel-safe.
@@ -142,12 +144,13 @@ impl Endpoint {
 
 impl Inner {
     async fn dial(self: Rc<Self>, address: SocketAddr) -> Result<(), Arc<io::Error>> {
-        let connection = match self.connect_timeout.get() {
+        let times = self.times.get();
+        let connection = match times.connect {
             Some(limit) => {
-                let dialled = tokio::time::timeout(limit, connect(address)).await;
+                let dialled = tokio::time::timeout(limit, connect(address, times)).await;
                 dialled.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
             }
-            None => connect(address).await,
+            None => connect(address, times).await,
         };
         let mut endpoints = self.endpoints.borrow_mut();
         let endpoint = endpoints.entry(address).or_default();
@@ -158,8 +161,10 @@ impl Inner {
 }
 
 /// Connects, and waits until the endpoint has said how many streams it takes.
-async fn connect(address: SocketAddr) -> io::Result<Connection> {
-    let tcp = TcpStream::connect(address).await?;
+async fn connect(address: SocketAddr, times: Times) -> io::Result<Connection> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    socket::detect_unreachable(&socket, times.unreachable)?;
+    let tcp = socket.connect(address).await?;
     tcp.set_nodelay(true)?;
     let (send, connection) = Builder::new(Local)
         .timer(TokioTimer::new())
@@ -167,8 +172,6 @@ async fn connect(address: SocketAddr) -> io::Result<Connection> {
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_send_buf_size(SEND_BUFFER)
-        .keep_alive_interval(PING)
-        .keep_alive_timeout(PONG)
         .handshake(TokioIo::new(tcp))
         .await
         .map_err(io::Error::other)?;

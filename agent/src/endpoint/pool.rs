@@ -8,24 +8,15 @@ use std::{
     net::SocketAddr,
     rc::Rc,
     sync::Arc,
-    time::Duration,
 };
 
 use tokio::time::Instant;
 
-use super::connection::EndpointConnection;
+use super::{connection::EndpointConnection, times::Times};
 use crate::{metrics::Metrics, steer::WorkerSteering};
 
 /// Idle connections kept for one endpoint.
 const MAX_IDLE: usize = 256;
-
-/// What may change while connections are kept.
-#[derive(Debug, Clone, Copy)]
-pub struct Times {
-    /// A connection that has been idle for so long is closed.
-    pub keep_alive: Duration,
-    pub connect: Option<Duration>,
-}
 
 pub struct Pool {
     idle: RefCell<HashMap<SocketAddr, Vec<EndpointConnection>>>,
@@ -64,8 +55,8 @@ impl Pool {
 
     /// A new connection. The error kinds are those of `connect(2)`, and `TimedOut`.
     pub async fn connect(&self, address: SocketAddr) -> io::Result<EndpointConnection> {
-        let (timeout, steering) = (self.times.get().connect, self.steering.as_ref());
-        let mut connection = EndpointConnection::connect(address, timeout, steering, self.receive_buffer).await?;
+        let (times, steering) = (self.times.get(), self.steering.as_ref());
+        let mut connection = EndpointConnection::connect(address, times, steering, self.receive_buffer).await?;
         connection.counted = connection.source().map(|_| self.metrics.slot());
         Ok(connection)
     }

@@ -159,17 +159,31 @@ pub(super) fn fields(parsed: &[httparse::Header<'_>], limit: usize) -> Result<He
 }
 
 /// What the fields say about the body.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) enum Declared {
+    #[default]
     Nothing,
     Length(u64),
     Chunked,
 }
 
-/// The body's length as declared (RFC 9112 §6.1 to §6.3), where only one reading is possible.
+/// The length of a request's body as declared (RFC 9112 §6.1 to §6.3), where only one reading is possible.
 ///
 /// Stricter than the RFC, which lets a recipient prefer Transfer-Encoding over Content-Length and merge equal lengths.
 pub(super) fn declared(headers: &HeaderMap, version: Version) -> Result<Declared, HeadError> {
+    declared_with(headers, version, length)
+}
+
+/// As [`declared`], of a response: a length that is repeated is one length (RFC 9110 §8.6).
+pub(super) fn declared_by_response(headers: &HeaderMap, version: Version) -> Result<Declared, HeadError> {
+    declared_with(headers, version, repeated_length)
+}
+
+fn declared_with(
+    headers: &HeaderMap,
+    version: Version,
+    length: fn(&[u8]) -> Result<u64, HeadError>,
+) -> Result<Declared, HeadError> {
     let encoded = headers.contains_key(header::TRANSFER_ENCODING);
     let found = joined(headers, &header::TRANSFER_ENCODING);
     if encoded && headers.contains_key(header::CONTENT_LENGTH) {
@@ -193,6 +207,18 @@ fn length(value: &[u8]) -> Result<u64, HeadError> {
     let digits = std::str::from_utf8(value).ok().filter(|text| text.bytes().all(|b| b.is_ascii_digit()));
     let length = digits.and_then(|text| text.parse().ok());
     length.ok_or_else(|| HeadError::ContentLength { found: shown(value) })
+}
+
+/// One length, or a list of equal ones.
+fn repeated_length(value: &[u8]) -> Result<u64, HeadError> {
+    let mut lengths = value.split(|&b| b == b',').map(|part| length(part.trim_ascii()));
+    let first = lengths.next().unwrap_or_else(|| length(value))?;
+    for other in lengths {
+        if other? != first {
+            return Err(HeadError::ContentLengthRepeated { found: shown(value) });
+        }
+    }
+    Ok(first)
 }
 
 fn chunked(value: &[u8]) -> Result<(), HeadError> {

@@ -294,19 +294,22 @@ struct Authority {
     default_port: u16,
 }
 
-/// RFC 9112 §3.2: exactly one valid Host in HTTP/1.1, at most one in HTTP/1.0, and the same as in an absolute target.
+/// RFC 9112 §3.2: exactly one valid Host in HTTP/1.1, at most one in HTTP/1.0, and the same as in an absolute target. One that
+/// is empty names no host: an absolute target does that for it, and in HTTP/1.0 nobody has to.
 fn check_host(headers: &mut HeaderMap, version: Version, target: Option<&Authority>) -> Result<(), RequestError> {
     let mut hosts = headers.get_all(header::HOST).iter();
     let (host, second) = (hosts.next(), hosts.next());
     if second.is_some() {
         return Err(RequestError::HostRepeated { found: shown(&head::joined(headers, &header::HOST)) });
     }
-    let Some(value) = host else {
-        if version == Version::HTTP_11 {
+    let named = host.filter(|host| !host.is_empty() || (version == Version::HTTP_11 && target.is_none()));
+    let Some(value) = named else {
+        if version == Version::HTTP_11 && host.is_none() {
             return Err(RequestError::HostMissing);
         }
-        if let Some(value) = target.and_then(|t| HeaderValue::from_str(&t.text).ok()) {
-            headers.insert(header::HOST, value);
+        match target.and_then(|t| HeaderValue::from_str(&t.text).ok()) {
+            Some(value) => drop(headers.insert(header::HOST, value)),
+            None => drop(headers.remove(header::HOST)),
         }
         return Ok(());
     };

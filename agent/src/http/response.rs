@@ -5,7 +5,7 @@
 //! two readings is an error and never forwarded. The body toward the client keeps the endpoint's framing byte for byte,
 //! which is what lets the kernel carry it.
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, net::SocketAddr};
 
 use bytes::{BufMut, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, Version, header, request, response};
@@ -51,8 +51,8 @@ pub enum ResponseError {
     Head(#[from] HeadError),
     #[error("found the status line \"{found}\", expected `HTTP/1.1 status reason`")]
     StatusLine { found: String },
-    #[error("found an interim response, status {status}, that declares a body")]
-    InterimBody { status: u16 },
+    #[error("found more than {limit} {what} of interim responses before the response")]
+    Interim { limit: usize, what: &'static str },
     #[error("the endpoint switches protocols, which the request has not asked for")]
     SwitchingProtocols,
 }
@@ -67,7 +67,7 @@ impl ResponseError {
         match self {
             Self::Head(fault) => fault.reason(),
             Self::StatusLine { .. } => "status_line",
-            Self::InterimBody { .. } => "interim_body",
+            Self::Interim { .. } => "interim_responses",
             Self::SwitchingProtocols => "switching_protocols",
         }
     }
@@ -99,7 +99,12 @@ impl ResponseParser {
         limits: &HeadLimits,
         request_method: &Method,
     ) -> Result<Option<(ResponseHead, usize)>, ResponseError> {
+        const BEGIN: &[u8] = b"HTTP/";
         let window = &buf[..buf.len().min(limits.bytes)];
+        // Found at once: what is no response may never end a line.
+        if !BEGIN.iter().zip(window).all(|(expected, found)| expected == found) {
+            return Err(ResponseError::StatusLine { found: shown(head::start_line(window)) });
+        }
         match self.end.find(window)? {
             Some(length) => parse(&window[..length], limits, request_method).map(|head| Some((head, length))),
             None if window.len() < limits.bytes => Ok(None),
@@ -127,11 +132,8 @@ fn parse(bytes: &[u8], limits: &HeadLimits, request_method: &Method) -> Result<R
     };
     let status = StatusCode::from_u16(code).map_err(|_| line())?;
     let version = if minor == 0 { Version::HTTP_10 } else { Version::HTTP_11 };
-    let headers = head::fields(raw.headers, limits.headers)?;
-    let declared = head::declared(&headers, version)?;
-    if status.is_informational() && !matches!(declared, Declared::Nothing | Declared::Length(0)) {
-        return Err(ResponseError::InterimBody { status: code });
-    }
+    let mut headers = head::fields(raw.headers, limits.headers)?;
+    let (declared, clear) = declared(&mut headers, version, never_has_body(status, request_method))?;
     let switches = status == StatusCode::SWITCHING_PROTOCOLS;
     let upgrade = headers.get(header::UPGRADE).filter(|_| switches).cloned();
     if switches && upgrade.is_none() {
@@ -146,17 +148,38 @@ fn parse(bytes: &[u8], limits: &HeadLimits, request_method: &Method) -> Result<R
         BodyKind::Chunked => Framing::chunked(),
         BodyKind::UntilClose => Framing::until_close(),
     };
-    // A 204 that declares a body (RFC 9110 §6.4.1 forbids it) may be followed by one: nothing may be read after it.
-    let stray_body = status == StatusCode::NO_CONTENT && !matches!(declared, Declared::Nothing | Declared::Length(0));
+    // A 1xx or 204 that declares a body (RFC 9112 §6.1, RFC 9110 §8.6 forbid it) may be followed by one, and so may a head with
+    // two readings: nothing may be read after it.
+    let bare = status.is_informational() || status == StatusCode::NO_CONTENT;
+    let stray_body = !clear || (bare && !matches!(declared, Declared::Nothing | Declared::Length(0)));
     let keep_alive = head::keep_alive(&headers, version) && body != BodyKind::UntilClose && !stray_body && !switches;
     let content_length = if let Declared::Length(bytes) = declared { Some(bytes) } else { None };
     let reason = raw.reason.unwrap_or_default().to_owned();
     Ok(ResponseHead { status, version, reason, headers, framing, body, keep_alive, interim, upgrade, content_length })
 }
 
+/// What the fields declare, and whether that is clear. Of a message that never has a body, fields that contradict each other or
+/// cannot be read are removed (RFC 9112 §6.3, first rule): nothing depends on them here, and a recipient might read them.
+fn declared(headers: &mut HeaderMap, version: Version, bodiless: bool) -> Result<(Declared, bool), ResponseError> {
+    match head::declared_by_response(headers, version) {
+        Err(_) if bodiless => {
+            headers.remove(header::CONTENT_LENGTH);
+            headers.remove(header::TRANSFER_ENCODING);
+            Ok((Declared::Nothing, false))
+        }
+        declared => {
+            let declared = declared?;
+            if let Declared::Length(bytes) = declared {
+                headers.insert(header::CONTENT_LENGTH, bytes.into());
+            }
+            Ok((declared, true))
+        }
+    }
+}
+
 /// A head that came over HTTP/2 in answer to a request with this method; `ended`: nothing follows.
 pub fn from_http2(
-    parts: response::Parts,
+    mut parts: response::Parts,
     ended: bool,
     request_method: &Method,
     limits: &HeadLimits,
@@ -164,7 +187,8 @@ pub fn from_http2(
     if parts.headers.len() > limits.headers {
         return Err(HeadError::TooManyFields { limit: limits.headers }.into());
     }
-    let declared = head::declared(&parts.headers, Version::HTTP_2)?;
+    let bodiless = never_has_body(parts.status, request_method);
+    let (declared, _) = declared(&mut parts.headers, Version::HTTP_2, bodiless)?;
     let content_length = if let Declared::Length(bytes) = declared { Some(bytes) } else { None };
     let (body, framing) = match body_of(parts.status, request_method, declared) {
         BodyKind::None => (BodyKind::None, Framing::none()),
@@ -187,11 +211,16 @@ pub fn from_http2(
     })
 }
 
+/// RFC 9112 §6.3, the first rule: whatever the fields say.
+fn never_has_body(status: StatusCode, request_method: &Method) -> bool {
+    let never = status.is_informational() || status == StatusCode::NO_CONTENT || status == StatusCode::NOT_MODIFIED;
+    never || request_method == Method::HEAD
+}
+
 /// RFC 9112 §6.3, in its order.
 fn body_of(status: StatusCode, request_method: &Method, declared: Declared) -> BodyKind {
-    let never = status.is_informational() || status == StatusCode::NO_CONTENT || status == StatusCode::NOT_MODIFIED;
     match declared {
-        _ if never || request_method == Method::HEAD => BodyKind::None,
+        _ if never_has_body(status, request_method) => BodyKind::None,
         Declared::Chunked => BodyKind::Chunked,
         Declared::Length(bytes) => BodyKind::Length(bytes),
         Declared::Nothing => BodyKind::UntilClose,
@@ -267,27 +296,54 @@ impl ResponseHead {
     }
 }
 
-/// Appends a request head as an endpoint gets it: origin form, Host first, and the length of the body that will follow
-/// (`None`: there is none), and the protocol that the client wants to go on with. Fields about the client's connection and
-/// framing are left out.
-pub fn write_request(parts: &request::Parts, body_len: Option<u64>, upgrade: Option<&HeaderValue>, out: &mut BytesMut) {
+/// How the body of a request is framed on its way to an endpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RequestFraming<'a> {
+    None,
+    Length(u64),
+    /// With these trailers behind it.
+    Chunked(&'a HeaderMap),
+}
+
+/// Appends a request head as `endpoint` gets it: origin form, Host first, the framing of the body that will follow, and the
+/// protocol that the client wants to go on with. Fields about the client's connection and framing are left out.
+pub fn write_request(
+    parts: &request::Parts,
+    endpoint: SocketAddr,
+    framing: RequestFraming<'_>,
+    upgrade: Option<&HeaderValue>,
+    out: &mut BytesMut,
+) {
     out.put_slice(parts.method.as_str().as_bytes());
     out.put_u8(b' ');
     out.put_slice(parts.uri.path_and_query().map_or("/", |target| target.as_str()).as_bytes());
-    // An HTTP/1.0 client may have sent no Host; empty is how HTTP/1.1 says so (RFC 9112 §3.2).
     out.put_slice(b" HTTP/1.1\r\nhost: ");
-    out.put_slice(parts.headers.get(header::HOST).map_or(b"", |host| host.as_bytes()));
+    match parts.headers.get(header::HOST).filter(|host| !host.is_empty()) {
+        Some(host) => out.put_slice(host.as_bytes()),
+        // An HTTP/1.0 client may have sent none, and servers refuse an empty one.
+        None => {
+            let _ = write!(out, "{endpoint}");
+        }
+    }
     out.put_slice(b"\r\n");
     let own = |name: &HeaderName| {
         headers::is_hop_by_hop(name)
             || [header::HOST, header::CONTENT_LENGTH, header::EXPECT, header::TRAILER].contains(name)
     };
     write_fields(&parts.headers, own, out);
-    match body_len {
-        Some(bytes) => write_length(bytes, out),
+    match framing {
+        RequestFraming::Length(bytes) => write_length(bytes, out),
+        RequestFraming::Chunked(trailers) => {
+            out.put_slice(b"transfer-encoding: chunked\r\n");
+            for name in trailers.keys() {
+                let _ = write!(out, "trailer: {name}\r\n");
+            }
+        }
         // RFC 9110 §8.6: these methods say so when they send no body.
-        None if matches!(parts.method, Method::POST | Method::PUT | Method::PATCH) => write_length(0, out),
-        None => {}
+        RequestFraming::None if matches!(parts.method, Method::POST | Method::PUT | Method::PATCH) => {
+            write_length(0, out);
+        }
+        RequestFraming::None => {}
     }
     write_upgrade(upgrade, out);
     out.put_slice(b"\r\n");

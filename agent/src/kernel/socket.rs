@@ -4,10 +4,12 @@
 use std::{
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd},
+    time::Duration,
 };
 
 use bytes::BytesMut;
 use nix::sys::socket::{self, MsgFlags};
+use socket2::TcpKeepalive;
 use tokio::{
     io::{Interest, unix::AsyncFd},
     net::TcpStream,
@@ -99,6 +101,20 @@ pub async fn write_all(stream: &TcpStream, mut buf: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
+/// Has the kernel break the connection with `TimedOut` when the peer's machine has been unreachable for `after`: when it
+/// acknowledges nothing of what was sent, or answers no keepalive probe of an idle connection. A peer that takes no byte for that
+/// long counts as unreachable, too (TCP_USER_TIMEOUT). `None`: as the machine is set up, which is hours.
+pub fn detect_unreachable(socket: impl AsFd, after: Option<Duration>) -> io::Result<()> {
+    let Some(after) = after else { return Ok(()) };
+    const SECOND: Duration = Duration::from_secs(1);
+    let probes =
+        TcpKeepalive::new().with_time((after / 2).max(SECOND)).with_interval((after / 8).max(SECOND)).with_retries(4);
+    let socket = socket.as_fd();
+    let socket = socket2::SockRef::from(&socket);
+    socket.set_tcp_keepalive(&probes)?;
+    socket.set_tcp_user_timeout(Some(after))
+}
+
 /// Ends our side of a connection.
 pub fn shut_down(socket: impl AsFd) -> io::Result<()> {
     socket2::SockRef::from(&socket.as_fd()).shutdown(std::net::Shutdown::Write)
@@ -128,7 +144,7 @@ pub fn watch_errors(stream: std::net::TcpStream) -> io::Result<AsyncFd<std::net:
 /// Whether the close sends RST, so that the peer cannot take it for the end of a message.
 pub fn set_reset_on_close(socket: impl AsFd, reset: bool) {
     // On a socket that is already dead there is nothing left to reset.
-    let _ = socket2::SockRef::from(&socket.as_fd()).set_linger(reset.then_some(std::time::Duration::ZERO));
+    let _ = socket2::SockRef::from(&socket.as_fd()).set_linger(reset.then_some(Duration::ZERO));
 }
 
 /// Returns when every kernel program that was running has ended: `MEMBARRIER_CMD_GLOBAL` waits for the grace period of RCU,

@@ -104,9 +104,9 @@ async fn answers_that_are_none() {
     let rows = [
         ("bad_response", ok("content-length: 5\r\ntransfer-encoding: chunked\r\n", chunked)),
         ("bad_response", ok("transfer-encoding: chunked\r\ncontent-length: 5\r\n", chunked)),
-        ("bad_response", ok("content-length: 5\r\ncontent-length: 5\r\n", "hello")),
         ("bad_response", ok("content-length: 5\r\ncontent-length: 6\r\n", "hello")),
-        ("bad_response", ok("content-length: 5, 5\r\n", "hello")),
+        ("bad_response", ok("content-length: 5, 6\r\n", "hello")),
+        ("bad_response", ok("content-length: 5,\r\n", "hello")),
         ("bad_response", ok("content-length: -5\r\n", "hello")),
         ("bad_response", ok("transfer-encoding: xchunked\r\n", chunked)),
         ("bad_response", ok("transfer-encoding: gzip, chunked\r\n", chunked)),
@@ -234,6 +234,49 @@ async fn interim_responses_end_at_the_agent() {
         assert_eq!((response.status(), response.text().as_str(), response.interim.len()), (200, "hello", 0));
     }
     assert_eq!(endpoint.accepted(), 1);
+}
+
+/// RFC 9110 §8.6: one length, in one field or in several.
+#[tokio::test]
+async fn repeated_equal_lengths_are_one_length() {
+    for fields in ["content-length: 5, 5\r\n", "content-length: 5\r\nContent-Length: 5,05\r\n"] {
+        let answer = format!("HTTP/1.1 200 OK\r\n{fields}\r\nhello");
+        let endpoint = Endpoint::start(answer.as_bytes(), Then::Keep).await;
+        let (_agent, mut client) = before(endpoint.addr).await;
+        for _ in 0..2 {
+            let response = client.request(&echo()).await.unwrap();
+            assert_eq!((response.status(), response.text().as_str()), (200, "hello"), "{fields}");
+            assert_eq!(response.header("content-length"), Some("5"), "{fields}");
+        }
+        assert_eq!(endpoint.accepted(), 1, "{fields}");
+    }
+}
+
+/// RFC 9112 §6.3, the first rule: what has no body needs no framing, so a head whose framing is wrong is passed on without it.
+#[tokio::test]
+async fn bodiless_response_with_unclear_framing_is_passed_on() {
+    let fields = [
+        "content-length: 5\r\ntransfer-encoding: chunked\r\n",
+        "content-length: 5, 6\r\n",
+        "content-length: five\r\n",
+        "transfer-encoding: gzip, chunked\r\n",
+    ];
+    for fields in fields {
+        for (method, status) in [("HEAD", "200 OK"), ("GET", "304 Not Modified"), ("GET", "204 No Content")] {
+            let answer = format!("HTTP/1.1 {status}\r\netag: \"a\"\r\n{fields}\r\n");
+            let endpoint = Endpoint::start(answer.as_bytes(), Then::Keep).await;
+            let (_agent, mut client) = before(endpoint.addr).await;
+            // The endpoint's connection is not trusted a second time.
+            for accepted in 1..=2 {
+                let response = client.request(&Request::new(method, "/test/echo")).await.unwrap();
+                assert_eq!((response.read.len, response.header("etag")), (0, Some("\"a\"")), "{answer}");
+                assert!(status.starts_with(&response.status().to_string()), "{answer}");
+                let framing = (response.header("content-length"), response.header("transfer-encoding"));
+                assert_eq!((framing, endpoint.accepted()), ((None, None), accepted), "{answer}");
+            }
+            assert_eq!(client.surplus(), b"");
+        }
+    }
 }
 
 /// The answer to HEAD has no body, whatever it says and whatever comes behind it.

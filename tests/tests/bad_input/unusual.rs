@@ -79,12 +79,28 @@ async fn lines_and_targets() {
     }
 }
 
+/// RFC 9112 §3.2.2: the target names the host.
+#[tokio::test]
+async fn absolute_target_stands_in_for_an_empty_host() {
+    let setting = Setting::start(|_| {}).await;
+    let (response, _) = setting.answer(b"GET http://x:81/test/echo HTTP/1.1\r\nhost:\r\n\r\n").await;
+    let seen: Echo = response.json().unwrap();
+    assert_eq!((seen.target.as_str(), seen.header("host")), ("/test/echo", Some("x:81")));
+}
+
 #[tokio::test]
 async fn http_1_0() {
     let mut setting = Setting::start(|_| {}).await;
     let old = |plan: &Plan, fields: &str| {
         format!("GET /test/body HTTP/1.0\r\n{fields}x-test-plan: {}\r\n\r\n", plan.header()).into_bytes()
     };
+    // Nobody has named a host, and servers of HTTP/1.1 refuse an empty one.
+    let address = setting.server.addr.to_string();
+    for host in ["", "host:\r\n", "host: \r\n"] {
+        let (response, _) = setting.answer(format!("GET /test/echo HTTP/1.0\r\n{host}\r\n").as_bytes()).await;
+        assert_eq!(response.json::<Echo>().unwrap().header("host"), Some(address.as_str()), "{host}");
+    }
+
     let plan = Plan { size: 5000, stream_id: 7, ..Plan::default() };
     let (response, mut client) = setting.answer(&old(&plan, "")).await;
     assert_eq!((response.header("connection"), response.read.len), (Some("close"), 5000));

@@ -28,7 +28,9 @@ fn refuses_each_trick_by_name() {
         ("unknown coding", "HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", "transfer_coding"),
         ("not chunked", "HTTP/1.1 200 OK\r\nTransfer-Encoding: identity\r\n\r\n", "transfer_encoding"),
         ("TE in 1.0", "HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", "transfer_encoding_in_http10"),
-        ("bad length in a 304", "HTTP/1.1 304 OK\r\nContent-Length: five\r\n\r\n", "content_length"),
+        ("two lengths in a list", "HTTP/1.1 200 OK\r\nContent-Length: 5, 6\r\n\r\n", "content_length_repeated"),
+        ("a length and nothing", "HTTP/1.1 200 OK\r\nContent-Length: 5,\r\n\r\n", "content_length"),
+        ("a length and a word", "HTTP/1.1 200 OK\r\nContent-Length: 5, five\r\n\r\n", "content_length"),
         ("bare LF", "HTTP/1.1 200 OK\nContent-Length: 5\r\n\r\n", "bare_lf"),
         ("folded", "HTTP/1.1 200 OK\r\na: b\r\n c\r\n\r\n", "folded_line"),
         ("blank before the colon", "HTTP/1.1 200 OK\r\nContent-Length : 5\r\n\r\n", "blank_before_colon"),
@@ -39,9 +41,7 @@ fn refuses_each_trick_by_name() {
         ("HTTP/2", "HTTP/2.0 200 OK\r\n\r\n", "status_line"),
         ("not HTTP", "220 mail ready\r\n\r\n", "status_line"),
         ("a chunk", "5\r\nhello\r\n\r\n", "status_line"),
-        ("interim with a body", "HTTP/1.1 103 A\r\nContent-Length: 5\r\n\r\n", "interim_body"),
         ("switches to nothing", "HTTP/1.1 101 Switching Protocols\r\n\r\n", "switching_protocols"),
-        ("a switch with a body", "HTTP/1.1 101 A\r\nUpgrade: a\r\nContent-Length: 5\r\n\r\n", "interim_body"),
         ("too long", &long, "head_too_long"),
     ];
     for (trick, input, reason) in table {
@@ -70,6 +70,8 @@ fn the_body_ends_where_rfc_9112_says() {
         ("HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n", &get, None, true),
         ("HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n", &get, None, false),
         ("HTTP/1.1 100 Continue\r\n\r\n", &get, None, true),
+        ("HTTP/1.1 200 OK\r\nContent-Length: 5, 5\r\n\r\n", &get, Length(5), true),
+        ("HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 05,5\r\n\r\n", &get, Length(5), true),
         ("HTTP/1.1 799 Odd\r\nContent-Length: 1\r\n\r\n", &get, Length(1), true),
     ];
     for (input, method, body, keep_alive) in table {
@@ -126,6 +128,38 @@ fn heads_without_a_body() {
 }
 
 #[test]
+fn bodiless_response_with_unclear_framing_is_passed_on_without_it() {
+    let both = "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n";
+    let lengths = "Content-Length: 5, 6\r\n";
+    let coding = "Transfer-Encoding: gzip, chunked\r\n";
+    let word = "Content-Length: five\r\n";
+    let lines = [("200 OK", Method::HEAD), ("304 N", Method::GET), ("204 N", Method::GET), ("103 E", Method::GET)];
+    for fields in [both, lengths, coding, word] {
+        for (line, method) in &lines {
+            let input = format!("HTTP/1.1 {line}\r\n{fields}etag: a\r\n\r\n");
+            let (head, length) = parse(&input, method).expect(&input).expect(&input);
+            assert_eq!((length, head.body, head.keep_alive), (input.len(), BodyKind::None, false), "{input}");
+            let mut out = BytesMut::new();
+            head.write_head(&mut out, true, Version::HTTP_11);
+            assert_eq!(out, format!("HTTP/1.1 {line}\r\netag: a\r\n\r\n").as_bytes());
+            let (frames, _) = head.frames();
+            assert_eq!(frames.headers().len(), 1, "{input}");
+        }
+    }
+    for (line, method, kept) in [("200 OK", Method::HEAD, true), ("304 N", Method::GET, true)] {
+        let input = format!("HTTP/1.1 {line}\r\nContent-Length: 5\r\nContent-Length: 5\r\n\r\n");
+        let (head, _) = parse(&input, &method).unwrap().unwrap();
+        let mut out = BytesMut::new();
+        head.write_head(&mut out, true, Version::HTTP_11);
+        assert_eq!(out, format!("HTTP/1.1 {line}\r\ncontent-length: 5\r\n\r\n").as_bytes());
+        assert_eq!((head.keep_alive, head.headers.get_all("content-length").iter().count()), (kept, 1));
+    }
+    let switch = "HTTP/1.1 101 A\r\nUpgrade: a\r\nContent-Length: 5\r\n\r\n";
+    let (head, _) = parse(switch, &Method::GET).unwrap().unwrap();
+    assert!(head.upgrade.is_some() && head.body == BodyKind::None);
+}
+
+#[test]
 fn a_mutation_cannot_change_the_framing() {
     let mut head = ok("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n");
     for (name, value) in [("content-length", "6"), ("transfer-encoding", "chunked"), ("connection", "close")] {
@@ -134,6 +168,23 @@ fn a_mutation_cannot_change_the_framing() {
     let mut out = BytesMut::new();
     assert!(head.write_head(&mut out, true, Version::HTTP_11));
     assert_eq!(out, "HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n".as_bytes());
+}
+
+#[test]
+fn request_without_host_gets_the_endpoints_address() {
+    for (host, endpoint, expected) in [
+        (None, "10.0.0.1:8000", "10.0.0.1:8000"),
+        (Some(""), "10.0.0.1:8000", "10.0.0.1:8000"),
+        (None, "[fd00::1]:8000", "[fd00::1]:8000"),
+        (Some("h:1"), "10.0.0.1:8000", "h:1"),
+    ] {
+        let request = http::Request::get("/a");
+        let request = host.into_iter().fold(request, |request, host| request.header("host", host));
+        let parts = request.body(()).unwrap().into_parts().0;
+        let mut out = BytesMut::new();
+        write_request(&parts, endpoint.parse().unwrap(), RequestFraming::None, None, &mut out);
+        assert_eq!(out, format!("GET /a HTTP/1.1\r\nhost: {expected}\r\n\r\n").as_bytes());
+    }
 }
 
 #[test]
@@ -147,17 +198,26 @@ fn requests_go_out_in_origin_form() {
         }
         request.body(()).unwrap().into_parts().0
     };
+    use RequestFraming::{Chunked, Length, None as NoBody};
+    let trailers = HeaderMap::from_iter([(HeaderName::from_static("x-sum"), HeaderValue::from_static("1"))]);
     let table = [
-        ("GET", "/a?b", None, "GET /a?b HTTP/1.1\r\nhost: h\r\naccept: */*\r\n\r\n"),
-        ("GET", "http://h/a", None, "GET /a HTTP/1.1\r\nhost: h\r\naccept: */*\r\n\r\n"),
-        ("OPTIONS", "*", None, "OPTIONS * HTTP/1.1\r\nhost: h\r\naccept: */*\r\n\r\n"),
-        ("POST", "/", Some(7), "POST / HTTP/1.1\r\nhost: h\r\naccept: */*\r\ncontent-length: 7\r\n\r\n"),
-        ("POST", "/", None, "POST / HTTP/1.1\r\nhost: h\r\naccept: */*\r\ncontent-length: 0\r\n\r\n"),
-        ("DELETE", "/", Some(0), "DELETE / HTTP/1.1\r\nhost: h\r\naccept: */*\r\ncontent-length: 0\r\n\r\n"),
+        (
+            "POST",
+            "/",
+            Chunked(&trailers),
+            "POST / HTTP/1.1\r\nhost: h\r\naccept: */*\r\ntransfer-encoding: chunked\r\ntrailer: x-sum\r\n\r\n",
+        ),
+        ("GET", "/a?b", NoBody, "GET /a?b HTTP/1.1\r\nhost: h\r\naccept: */*\r\n\r\n"),
+        ("GET", "http://h/a", NoBody, "GET /a HTTP/1.1\r\nhost: h\r\naccept: */*\r\n\r\n"),
+        ("OPTIONS", "*", NoBody, "OPTIONS * HTTP/1.1\r\nhost: h\r\naccept: */*\r\n\r\n"),
+        ("POST", "/", Length(7), "POST / HTTP/1.1\r\nhost: h\r\naccept: */*\r\ncontent-length: 7\r\n\r\n"),
+        ("POST", "/", NoBody, "POST / HTTP/1.1\r\nhost: h\r\naccept: */*\r\ncontent-length: 0\r\n\r\n"),
+        ("DELETE", "/", Length(0), "DELETE / HTTP/1.1\r\nhost: h\r\naccept: */*\r\ncontent-length: 0\r\n\r\n"),
     ];
-    for (method, target, body_len, expected) in table {
+    let endpoint = "10.0.0.1:8000".parse().unwrap();
+    for (method, target, framing, expected) in table {
         let mut out = BytesMut::new();
-        write_request(&request(method, target), body_len, None, &mut out);
+        write_request(&request(method, target), endpoint, framing, None, &mut out);
         assert_eq!(out, expected.as_bytes());
     }
 }

@@ -19,7 +19,7 @@ use crate::{
     error::Error,
     http::{
         head::HeadLimits,
-        response::{ResponseError, ResponseHead, ResponseParser, write_request},
+        response::{RequestFraming, ResponseError, ResponseHead, ResponseParser, write_request},
     },
     kernel::socket::write_all,
     metrics::Connection,
@@ -79,7 +79,7 @@ async fn attempt(
     let (reader, writer) = endpoint.split().map_err(|_| Failed::Early)?;
     let sent = Cell::new(false);
     let send = async {
-        match send(writer, request, upload, body).await {
+        match send(writer, address, request, upload, body).await {
             Ok(()) => sent.set(true),
             // Not the end: the endpoint may have answered and closed. What it sent tells.
             Err(Written::Endpoint) => {}
@@ -98,9 +98,16 @@ async fn attempt(
     Ok((head, body))
 }
 
-async fn send(endpoint: &TcpStream, request: &Request, upload: &Upload, body: &Body) -> Result<(), Written> {
+async fn send(
+    endpoint: &TcpStream,
+    address: SocketAddr,
+    request: &Request,
+    upload: &Upload,
+    body: &Body,
+) -> Result<(), Written> {
     let mut out = BytesMut::with_capacity(1024);
-    write_request(&request.parts, length(upload, body), request.upgrade.as_ref(), &mut out);
+    let framing = length(upload, body).map_or(RequestFraming::None, RequestFraming::Length);
+    write_request(&request.parts, address, framing, request.upgrade.as_ref(), &mut out);
     let mut pieces = Pieces::new(upload, body);
     while let Some(piece) = pieces.next().await.map_err(Written::Body)? {
         if out.len() + piece.len() > ONE_WRITE {
