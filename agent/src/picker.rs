@@ -7,6 +7,7 @@ pub mod attempts;
 pub mod builtin;
 pub mod client;
 pub mod connection;
+pub mod echo;
 pub mod error;
 pub mod exchange;
 mod health;

@@ -122,6 +122,13 @@ impl Shared {
         }
     }
 
+    /// Whether requests of the pool may be sent to `address`: it is in the pool and not draining, or the pool lets the EPP name
+    /// others.
+    pub fn admits(&self, pool: usize, address: SocketAddr) -> bool {
+        let listed = self.endpoints[pool].snapshot();
+        listed.get(address).map_or(self.config.pools[pool].passthrough, |endpoint| !endpoint.draining)
+    }
+
     /// Whether a request may still go to `address`. If not, idle connections to it are of no use.
     pub fn is_dialled(&self, address: SocketAddr) -> bool {
         let listed =

@@ -150,12 +150,6 @@ impl ReplayBody {
         self.length
     }
 
-    /// Whether these pieces are the same bytes; false when some of them are in a file.
-    pub fn is_same(&self, pieces: &[Bytes]) -> bool {
-        let ours = self.blocks.iter().flatten().chain(&self.tail);
-        self.file.is_none() && ours.eq(pieces.iter().flatten())
-    }
-
     pub fn is_empty(&self) -> bool {
         self.length == 0
     }

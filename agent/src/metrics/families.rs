@@ -50,6 +50,9 @@ families! {
     pins_ended: Family<ByPoolAndReason, Counter> = "pins_ended";
     /// Requests that went where the one before had gone, without a pick.
     leased_requests: Family<ByPool, Counter> = "leased_requests";
+    /// Picks of pools with `pick_per` "lease" or "connection" that hold for their request alone, because the EPP changed its fields or
+    /// its body.
+    picks_not_held: Family<ByPoolAndReason, Counter> = "picks_not_held";
     /// Time from the request's head to the first byte of the response's body.
     ttft: Histograms<ByPool> = "ttft_seconds" in TTFT_SECONDS;
     /// Mean time between the chunks of a streamed response after its first.

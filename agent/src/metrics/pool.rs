@@ -108,6 +108,11 @@ impl PoolMetrics {
         self.families.leased_requests.get_or_create(&ByPool { pool: self.name.clone() }).inc();
     }
 
+    /// A pick is for its request alone although the pool's picks hold for more.
+    pub fn pick_not_held(&self, reason: &'static str) {
+        self.families.picks_not_held.get_or_create(&self.and_reason(reason)).inc();
+    }
+
     /// From the request's head to the first byte of the response's body.
     pub fn time_to_first_token(&self, time: Duration) {
         self.ttft.observe(time.as_secs_f64());

@@ -38,14 +38,14 @@ pub fn apply(mutation: &HeaderMutation, headers: &mut HeaderMap) -> usize {
     invalid
 }
 
-enum Target {
+pub(super) enum Target {
     Header(HeaderName),
     /// Not the EPP's to change: the agent computes it, or it belongs to one connection.
     Protected,
     Invalid,
 }
 
-fn target(name: &str) -> Target {
+pub(super) fn target(name: &str) -> Target {
     if name.starts_with(':') {
         return Target::Protected;
     }
@@ -70,7 +70,7 @@ fn target(name: &str) -> Target {
 }
 
 /// `append` decides where it is given. Without it, action 0 is what a picker sends that says nothing, and that overwrites.
-fn action(option: &HeaderValueOption) -> HeaderAppendAction {
+pub(super) fn action(option: &HeaderValueOption) -> HeaderAppendAction {
     match (option.append, option.append_action()) {
         (Some(true), _) => HeaderAppendAction::AppendIfExistsOrAdd,
         (_, HeaderAppendAction::AppendIfExistsOrAdd) => HeaderAppendAction::OverwriteIfExistsOrAdd,

@@ -10,10 +10,11 @@ use tokio::time::Instant;
 use super::{
     Lease, Request,
     ask::{Asked, Question},
+    lease,
 };
 use crate::{
     client::Client,
-    config::{self, FailureMode},
+    config::{self, FailureMode, PickPer},
     error::Error,
     metrics::{EppOutcome, InFlight},
     picker::{
@@ -30,6 +31,8 @@ pub(super) struct Picked {
     pub(super) endpoints: Vec<SocketAddr>,
     pub(super) mutation: HeaderMutation,
     pub(super) body: Body,
+    /// Whether the client's connection may stay with the endpoint, where the pool says so.
+    pub(super) holds: bool,
     /// The EPP's stream: it lives as long as the response.
     pub(super) stream: Option<PickStream>,
     /// The stream, in the metrics.
@@ -47,14 +50,13 @@ pub(super) async fn pick(
     client: &mut Client,
     request: &mut Request,
     upload: &mut Upload,
-    lease: &mut Option<Lease>,
+    held: &mut Option<Lease>,
 ) -> Result<Verdict, Error> {
-    let leased = lease.as_mut().and_then(|lease| lease.take(worker, request.pool));
-    if let Some((endpoints, mutation)) = leased {
+    if let Some(endpoints) = held.as_mut().and_then(|lease| lease.take(worker, request.pool)) {
         upload.rest(client).await?;
-        return Ok(Verdict::Forward(Box::new(Picked { mutation, ..unasked(endpoints) })));
+        return Ok(Verdict::Forward(Box::new(unasked(endpoints))));
     }
-    *lease = None;
+    *held = None;
     let pool = &worker.shared.config.pools[request.pool];
     let (Some(epp), config::Picker::Epp(settings)) = (&worker.epps[request.pool], &pool.picker) else {
         upload.rest(client).await?;
@@ -80,16 +82,12 @@ pub(super) async fn pick(
                 }
                 request.record.picked_in(started.elapsed());
                 upload.rest(client).await?;
-                let Decision { mutation, body, .. } = decision;
-                // An EPP that changes bodies has to see them.
-                let unchanged = match &body {
-                    Body::Original => true,
-                    Body::Replaced(pieces) => upload.kept.is_same(pieces),
-                };
-                if unchanged {
-                    *lease = Lease::new(worker, request.pool, &endpoints, &mutation);
+                let holds = lease::holds(worker, request.pool, &decision, &request.parts, &upload.kept).await?;
+                if holds {
+                    *held = Lease::new(worker, request.pool, &endpoints);
                 }
-                let picked = Picked { endpoints, mutation, body, stream: Some(*stream), _open: Some(open) };
+                let Decision { mutation, body, .. } = decision;
+                let picked = Picked { endpoints, mutation, body, holds, stream: Some(*stream), _open: Some(open) };
                 return Ok(Verdict::Forward(Box::new(picked)));
             }
             Err(stranger) => Error::Stranger(stranger),
@@ -110,7 +108,11 @@ pub(super) async fn pick(
         FailureMode::Open => {
             metrics.epp_exchange(EppOutcome::FailOpen, started.elapsed());
             upload.rest(client).await?;
-            open_pick(worker, pool, request, upload).map(|picked| Verdict::Forward(Box::new(picked)))
+            let picked = open_pick(worker, pool, request, upload)?;
+            if pool.pick_per != PickPer::Request {
+                metrics.pick_not_held("fail_open");
+            }
+            Ok(Verdict::Forward(Box::new(Picked { holds: false, ..picked })))
         }
     }
 }
@@ -118,8 +120,7 @@ pub(super) async fn pick(
 /// Those of the EPP's endpoints that may be dialled, those that are avoided last: the pool's own that are not draining, and
 /// strangers with `passthrough`.
 fn admitted(worker: &Worker, pool: usize, decision: Decision) -> Result<(Vec<SocketAddr>, Decision), SocketAddr> {
-    let (all, passthrough) = (worker.shared.endpoints[pool].snapshot(), worker.shared.config.pools[pool].passthrough);
-    let admits = |address: &SocketAddr| all.get(*address).map_or(passthrough, |endpoint| !endpoint.draining);
+    let admits = |address: &SocketAddr| worker.shared.admits(pool, *address);
     let mut endpoints: Vec<_> = decision.endpoints.iter().copied().filter(admits).collect();
     worker.shared.endpoints[pool].avoided_last(&mut endpoints, Instant::now().into_std());
     match decision.endpoints.first() {
@@ -153,5 +154,6 @@ fn open_pick(worker: &Worker, pool: &config::Pool, request: &Request, upload: &m
 }
 
 fn unasked(endpoints: Vec<SocketAddr>) -> Picked {
-    Picked { endpoints, mutation: HeaderMutation::default(), body: Body::Original, stream: None, _open: None }
+    let (mutation, body) = (HeaderMutation::default(), Body::Original);
+    Picked { endpoints, mutation, body, holds: true, stream: None, _open: None }
 }

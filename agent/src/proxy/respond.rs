@@ -121,7 +121,7 @@ pub(super) async fn respond(
                 connection.set_resting(true);
                 let kept = reusable && head.keep_alive;
                 let pins = worker.shared.config.pools[request.pool].pick_per == config::PickPer::Connection;
-                if kept && pins && carried.keep_alive && matches!(client, Client::Http1(_)) {
+                if kept && pins && picked.holds && carried.keep_alive && matches!(client, Client::Http1(_)) {
                     let pin = Pin {
                         endpoint: connection,
                         pool: request.pool,

@@ -20,6 +20,9 @@ pub struct Exchange {
     /// Whatever a script wants to remember: the endpoint it picked, body it holds back.
     pub picked: Option<String>,
     pub held: Vec<u8>,
+    /// Whether the reply to the request's headers sets every field of the request again, as production pickers do. Default:
+    /// true.
+    pub echoes: bool,
     /// Befalls the stream when the reply to the request's headers has been sent.
     pub(super) after_header_reply: Option<Harm>,
     replies: mpsc::Sender<Result<ProcessingResponse, Status>>,
@@ -35,6 +38,7 @@ impl Exchange {
             protocol_config: None,
             picked: None,
             held: Vec::new(),
+            echoes: true,
             after_header_reply: None,
             replies,
         }
@@ -45,8 +49,14 @@ impl Exchange {
     }
 
     /// Sends a message. Waits while the peer takes none.
-    pub async fn send(&mut self, message: ProcessingResponse) -> Answer {
+    pub async fn send(&mut self, mut message: ProcessingResponse) -> Answer {
         let header_reply = matches!(message.response, Some(Response::RequestHeaders(_)));
+        if let Some(Response::RequestHeaders(reply)) = &mut message.response
+            && self.echoes
+        {
+            let mutation = reply.response.get_or_insert_default().header_mutation.get_or_insert_default();
+            reply::echo(&self.request_headers, mutation);
+        }
         // A peer that is gone is noticed by whoever runs the script.
         let _ = self.replies.send(Ok(message)).await;
         match self.after_header_reply.take_if(|_| header_reply) {
@@ -102,6 +112,21 @@ pub mod reply {
             ..HeaderValueOption::default()
         };
         HeaderMutation { set_headers: headers.iter().map(set).collect(), remove_headers: Vec::new() }
+    }
+
+    /// Sets the `fields` that the mutation does not name, pseudo-headers included; of a repeated one the last value, as a Go map
+    /// leaves it.
+    pub fn echo(fields: &[(String, String)], out: &mut HeaderMutation) {
+        let named = |name: &str| {
+            let set = out.set_headers.iter().filter_map(|set| set.header.as_ref()).map(|header| header.key.as_str());
+            set.chain(out.remove_headers.iter().map(String::as_str)).any(|named| named.eq_ignore_ascii_case(name))
+        };
+        let mut echoed: Vec<(&str, &str)> = Vec::new();
+        for (name, value) in fields.iter().filter(|(name, _)| !named(name)) {
+            echoed.retain(|(before, _)| before != name);
+            echoed.push((name, value));
+        }
+        out.set_headers.extend(mutation(&echoed).set_headers);
     }
 
     #[must_use]

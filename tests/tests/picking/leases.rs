@@ -2,10 +2,14 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use penstock_agent::config::{Config, LeaseLimits, PickPer};
+use bytes::Bytes;
+use penstock_agent::config::{Config, FailureMode, LeaseLimits, PickPer};
+use penstock_proto::ext_proc::ProcessingResponse;
 use penstock_tests::{
-    Client, Stage, eventually,
-    scripted_epp::{Answering, Production, reply},
+    Client, Stage,
+    content::Fnv,
+    eventually,
+    scripted_epp::{Answering, Fault, Faulty, Harm, Moment, Production, reply},
     stage::{echo, json},
 };
 
@@ -50,19 +54,111 @@ async fn a_lease_is_for_so_long() {
     assert!(stage.agent.count("penstock_leased_requests_total", &[]) > 0);
 }
 
-/// What the picker has changed of the first request's head is changed of all.
+/// A picker that echoes every field and the whole body, and changes nothing, gives a lease; fields and bodies of leased requests
+/// are their own.
 #[tokio::test]
-async fn headers_hold_with_the_pick() {
-    let script = |all: &[SocketAddr]| {
-        let picked = all[0].to_string();
-        Answering::new(move |_| vec![reply::pick(&picked, &[("x-prefiller-host-port", "10.0.0.9:8000")])])
-    };
-    let mut stage = Stage::with(script, lease(Duration::from_secs(60), 10)).await;
-    for _ in 0..3 {
-        let seen = stage.request(&echo(json("m", 100))).await.echoed();
-        assert_eq!(seen.header("x-prefiller-host-port"), Some("10.0.0.9:8000"));
+async fn leased_requests_keep_their_own_fields_and_bodies() {
+    let mut stage = Stage::with(Production::new, lease(Duration::from_secs(60), 10)).await;
+    for (turn, who) in ["alice", "bob", "carol"].into_iter().enumerate() {
+        // The second spills to a file, and is compared all the same.
+        let body = json(who, 100 + 700_000 * turn);
+        let token = format!("Bearer {who}");
+        let seen = stage.request(&echo(body.clone()).header("authorization", token.as_str())).await.echoed();
+        assert_eq!(seen.header("authorization"), Some(token.as_str()));
+        assert_eq!(seen.body_hash, Fnv::of(&body).value());
     }
     assert_eq!(stage.epp.streams_started(), 1);
+    assert_eq!(stage.agent.count("penstock_leased_requests_total", &[]), 2);
+}
+
+/// A large body that is echoed from a file gives a lease, too.
+#[tokio::test]
+async fn echoed_body_in_a_file_gives_a_lease() {
+    let mut stage = Stage::with(Production::new, lease(Duration::from_secs(60), 10)).await;
+    for _ in 0..2 {
+        assert_eq!(stage.request(&echo(json("m", 3 << 20))).await.status(), 200);
+    }
+    assert_eq!(stage.epp.streams_started(), 1);
+}
+
+/// A picker that changes anything of a request but its destination and its trace is asked about each.
+#[tokio::test]
+async fn changed_request_gives_no_lease() {
+    type Answer = fn(&str) -> Vec<ProcessingResponse>;
+    let cases: [(&str, Answer); 6] = [
+        ("fields", |picked| vec![reply::pick(picked, &[("x-prefiller-host-port", "10.0.0.9:8000")])]),
+        ("fields", |picked| vec![reply::pick(picked, &[("authorization", "Bearer endpoint")])]),
+        ("fields", |picked| {
+            let mut removing = reply::mutation(&[(reply::DESTINATION, picked)]);
+            removing.remove_headers = vec!["authorization".to_owned()];
+            vec![reply::request_headers(removing)]
+        }),
+        ("fields", |picked| vec![reply::pick(picked, &[("content-length", "7")])]),
+        ("body", |picked| {
+            let renamed = Bytes::from(json("renamed", 100));
+            [reply::pick(picked, &[])].into_iter().chain(reply::request_body(&renamed)).collect()
+        }),
+        ("body", |picked| [reply::pick(picked, &[])].into_iter().chain(reply::request_body(&Bytes::new())).collect()),
+    ];
+    for (index, (reason, answer)) in cases.into_iter().enumerate() {
+        let script = move |all: &[SocketAddr]| {
+            let picked = all[0].to_string();
+            Answering::new(move |_| answer(&picked))
+        };
+        for pick_per in [PickPer::Lease, PickPer::Connection] {
+            let mut stage = Stage::with(script, |config| {
+                lease(Duration::from_secs(60), 10)(config);
+                config.pools[0].pick_per = pick_per;
+            })
+            .await;
+            for asked in 1..=3 {
+                let request = echo(json("m", 200)).header("authorization", "Bearer client");
+                assert_eq!(stage.request(&request).await.status(), 200);
+                assert_eq!(stage.epp.streams_started(), asked, "case {index}");
+            }
+            let label = format!("reason=\"{reason}\"");
+            assert_eq!(stage.agent.count("penstock_picks_not_held_total", &[&label]), 3, "case {index}");
+        }
+    }
+}
+
+/// Trace context that the picker sets is for its own request, and no change.
+#[tokio::test]
+async fn trace_fields_of_the_picker_do_not_stay() {
+    let script = |all: &[SocketAddr]| {
+        let picked = all[0].to_string();
+        let trace = [("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"), ("baggage", "k=v")];
+        Answering::new(move |_| vec![reply::pick(&picked, &trace)])
+    };
+    let mut stage = Stage::with(script, lease(Duration::from_secs(60), 10)).await;
+    let first = stage.request(&echo(json("m", 100))).await.echoed();
+    assert_eq!(first.header("baggage"), Some("k=v"));
+    let second = stage.request(&echo(json("m", 100))).await.echoed();
+    assert_eq!(second.header("baggage"), None);
+    assert!(!second.header("traceparent").unwrap_or_default().contains("0af7651916cd43dd8448eb211c80319c"));
+    assert_eq!(stage.epp.streams_started(), 1);
+}
+
+/// While a pool fails open, the picker is asked about every request.
+#[tokio::test]
+async fn fail_open_gives_no_lease_and_no_pin() {
+    for pick_per in [PickPer::Lease, PickPer::Connection] {
+        let script = |all: &[SocketAddr]| {
+            let fault = Fault::At(Moment::HeaderReply, Harm::Status(tonic::Code::Internal));
+            Faulty::new(Production::new(all), fault).times(2)
+        };
+        let mut stage = Stage::with(script, |config| {
+            lease(Duration::from_secs(60), 10)(config);
+            (config.pools[0].pick_per, config.pools[0].failure_mode) = (pick_per, FailureMode::Open);
+        })
+        .await;
+        for _ in 0..5 {
+            assert_eq!(stage.request(&echo(json("m", 100))).await.status(), 200);
+        }
+        // Two that fail, and one that holds for the rest.
+        assert_eq!(stage.epp.streams_started(), 3, "{pick_per:?}");
+        assert_eq!(stage.agent.count("penstock_picks_not_held_total", &[r#"reason="fail_open""#]), 2);
+    }
 }
 
 /// An endpoint that takes no more requests, or another configuration, ends it: the picker is asked again.

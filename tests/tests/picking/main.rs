@@ -9,6 +9,7 @@ mod flow_control;
 mod headers;
 mod health;
 mod immediate;
+mod isolation;
 mod leases;
 mod leaving;
 mod load;

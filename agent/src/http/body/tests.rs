@@ -154,21 +154,3 @@ async fn one_byte_pieces_do_not_hold_their_buffers() {
         assert!(buffer.is_unique());
     }
 }
-
-#[tokio::test]
-async fn the_same_bytes_are_known_whatever_the_pieces() {
-    let mut body = ReplayBody::new(1 << 20, 1 << 20);
-    let bytes: Vec<u8> = (0..200_000u32).map(|n| n as u8).collect();
-    for piece in bytes.chunks(70_001) {
-        body.append(Bytes::copy_from_slice(piece)).await.unwrap();
-    }
-    let pieces: Vec<Bytes> = bytes.chunks(9973).map(Bytes::copy_from_slice).collect();
-    assert!(body.is_same(&pieces));
-    assert!(!body.is_same(&pieces[1..]));
-    let mut other = bytes.clone();
-    other[123_456] ^= 1;
-    assert!(!body.is_same(&[other.into()]));
-    let mut filed = ReplayBody::new(1000, 1 << 20);
-    filed.append(Bytes::from(bytes.clone())).await.unwrap();
-    assert!(!filed.is_same(&pieces), "it is not read back");
-}

@@ -47,7 +47,7 @@ impl Dynamo {
         mutation.remove_headers = REMOVED.map(str::to_owned).to_vec();
         let mut message = reply::request_headers(mutation);
         message.dynamic_metadata = Some(reply::destination(&picked));
-        exchange.picked = Some(picked);
+        (exchange.picked, exchange.echoes) = (Some(picked), false);
         exchange.send(message).await
     }
 }

@@ -35,7 +35,7 @@ impl Lwepp {
         let mut fields = vec![("X-Echo-Set-Header", "x-picked-by:lwepp")];
         fields.extend(borrowed(&self.added));
         let message = reply::pick(&picked, &fields);
-        exchange.picked = Some(picked);
+        (exchange.picked, exchange.echoes) = (Some(picked), false);
         exchange.send(message).await
     }
 }

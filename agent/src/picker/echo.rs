@@ -1,0 +1,127 @@
+//! Whether a picker's mutation of a request changes anything.
+//!
+//! Takes the mutation, the request as the picker was told of it, and the length of the body it was sent; returns true if the
+//! request would leave with another field than it came with. Pickers in the field set every field again that they were told,
+//! and the length of the body: those are echoes. Fields that carry the pick or the trace are no change either.
+
+use http::{HeaderName, header, request};
+use penstock_proto::{
+    core::{HeaderValueOption, header_value_option::HeaderAppendAction},
+    ext_proc::HeaderMutation,
+};
+
+use super::{
+    message::{self, DESTINATION},
+    mutation::{Target, action, target},
+};
+
+/// Fields that carry trace context, of W3C and of those that came before it.
+const TRACE: [&str; 9] = [
+    "traceparent",
+    "tracestate",
+    "baggage",
+    "b3",
+    "uber-trace-id",
+    "x-cloud-trace-context",
+    "x-amzn-trace-id",
+    "grpc-trace-bin",
+    "sw8",
+];
+const TRACE_PREFIXES: [&str; 3] = ["x-b3-", "x-ot-span-", "x-datadog-"];
+
+/// `length`: bytes of the body. A field that the picker removes is a change although this request does not have it: it says
+/// what is to become of requests that do.
+pub fn changes(mutation: &HeaderMutation, request: &request::Parts, length: u64) -> bool {
+    let removes = mutation.remove_headers.iter().any(|name| !is_exempt(name));
+    removes || mutation.set_headers.iter().any(|option| !is_echo(option, request, length))
+}
+
+fn is_echo(option: &HeaderValueOption, request: &request::Parts, length: u64) -> bool {
+    let Some(field) = &option.header else { return true };
+    if is_exempt(&field.key) {
+        return true;
+    }
+    let value = message::value(field);
+    match target(&field.key) {
+        Target::Header(name) => {
+            let present = request.headers.get_all(&name).iter().any(|present| present == value);
+            present && action(option) != HeaderAppendAction::AppendIfExistsOrAdd
+        }
+        // Not applied, but the picker decided about a body of another length.
+        Target::Protected if header::CONTENT_LENGTH.as_str().eq_ignore_ascii_case(&field.key) => {
+            value.trim_ascii() == length.to_string().as_bytes()
+        }
+        Target::Protected | Target::Invalid => true,
+    }
+}
+
+/// The name of the pick, or of a part of the trace.
+fn is_exempt(name: &str) -> bool {
+    let Ok(name) = HeaderName::from_bytes(name.as_bytes()) else { return false };
+    let name = name.as_str();
+    name.starts_with(DESTINATION)
+        || TRACE.contains(&name)
+        || TRACE_PREFIXES.iter().any(|prefix| name.starts_with(prefix))
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use penstock_proto::core::HeaderValue;
+
+    use super::*;
+
+    fn request() -> request::Parts {
+        let request = http::Request::post("/v1/completions").header("host", "h").header("x-a", "1").header("x-a", "2");
+        request.header("authorization", "Bearer alice").header("content-length", "10").body(()).unwrap().into_parts().0
+    }
+
+    fn set(key: &str, value: &str) -> HeaderValueOption {
+        let raw_value = Bytes::copy_from_slice(value.as_bytes());
+        let header = HeaderValue { key: key.to_owned(), value: String::new(), raw_value };
+        HeaderValueOption { header: Some(header), ..Default::default() }
+    }
+
+    fn changed(set_headers: Vec<HeaderValueOption>, removed: &[&str]) -> bool {
+        let remove_headers = removed.iter().map(ToString::to_string).collect();
+        changes(&HeaderMutation { set_headers, remove_headers }, &request(), 10)
+    }
+
+    #[test]
+    fn echoed_fields_the_pick_and_the_trace_are_no_change() {
+        let echoes = [
+            ("x-a", "1"),
+            ("X-A", "2"),
+            ("authorization", "Bearer alice"),
+            ("Content-Length", "10"),
+            (":path", "/v1/completions"),
+            ("host", "h"),
+            ("x-gateway-destination-endpoint", "10.0.0.1:8000"),
+            ("x-gateway-destination-endpoint-subset", "10.0.0.1:8000"),
+            ("traceparent", "00-1-2-01"),
+            ("X-B3-TraceId", "1"),
+        ];
+        for (key, value) in echoes {
+            assert!(!changed(vec![set(key, value)], &[]), "{key}: {value}");
+        }
+        assert!(!changed(vec![], &["x-gateway-destination-endpoint-subset"]));
+    }
+
+    #[test]
+    fn every_other_field_is_a_change() {
+        let changes = [
+            ("x-prefiller-host-port", "10.0.0.9:8000"),
+            ("authorization", "Bearer bob"),
+            ("x-a", "3"),
+            ("content-length", "11"),
+            ("x-request-id", "1"),
+        ];
+        for (key, value) in changes {
+            assert!(changed(vec![set(key, value)], &[]), "{key}: {value}");
+        }
+        assert!(changed(vec![], &["authorization"]));
+        assert!(changed(vec![], &["x-absent"]));
+        let appended = HeaderValueOption { append: Some(true), ..set("x-a", "1") };
+        assert!(changed(vec![appended], &[]));
+    }
+}

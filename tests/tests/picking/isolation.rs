@@ -1,0 +1,294 @@
+//! No byte of one request reaches another: fields and bodies that do not overlap, over every `pick_per`, picker, steering mode,
+//! retry, change of replica and failure mode. What an endpoint gets is the client's, or what the picker decided for that request.
+
+use std::net::SocketAddr;
+
+use bytes::Bytes;
+use penstock_agent::config::{FailureMode, PickPer, SteeringMode};
+use penstock_proto::ext_proc::{HttpBody, HttpHeaders};
+use penstock_tests::{
+    Client, Http2Client, ModelServer, Random, Refusing, Request, Response, ScriptedEpp, TestAgent,
+    agent::{builtin_pool, epps_pool},
+    content::Fnv,
+    model_server::{Echo, Options},
+    scripted_epp::{
+        Answer, Dynamo, Endpoints, Exchange, Fault, Faulty, Gie, Harm, LlmdRouter, Lwepp, Moment, Personality, Script,
+        header, reply,
+    },
+    stage::json,
+};
+use tonic::Code;
+
+/// How a picker treats requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Style {
+    Builtin,
+    /// Names the endpoints, and sets every field again.
+    Echo,
+    /// And a field that says which request it is for.
+    Field,
+    /// And a body in place of the client's that says it too.
+    Body,
+    Llmd,
+    Gie,
+    Lwepp,
+    Dynamo,
+}
+
+const STYLES: [Style; 8] =
+    [Style::Builtin, Style::Echo, Style::Field, Style::Body, Style::Llmd, Style::Gie, Style::Lwepp, Style::Dynamo];
+
+/// What befalls the first stream of the case.
+const FAULTS: [Option<Fault>; 7] = [
+    None,
+    Some(Fault::At(Moment::RequestHeaders, Harm::ResetConnection)),
+    Some(Fault::At(Moment::RequestBody(1), Harm::Status(Code::Unavailable))),
+    Some(Fault::At(Moment::HeaderReply, Harm::ResetConnection)),
+    Some(Fault::At(Moment::HeaderReply, Harm::Status(Code::Internal))),
+    Some(Fault::At(Moment::HeaderReply, Harm::Close)),
+    Some(Fault::At(Moment::ResponseHeaders, Harm::ResetConnection)),
+];
+
+/// What stands in every part of one request, and in no other.
+fn mark(case: u64, request: u64) -> String {
+    format!("mark-{case}-{request}-end")
+}
+
+/// The body that [`Style::Body`] puts in place of the client's.
+fn rewritten(mark: &str) -> Vec<u8> {
+    json(&format!("rewritten-{mark}"), 400)
+}
+
+/// [`Style::Echo`], [`Style::Field`] and [`Style::Body`].
+struct Deciding {
+    style: Style,
+    list: String,
+}
+
+impl Deciding {
+    async fn decide(&self, exchange: &mut Exchange, has_body: bool) -> Answer {
+        let own = header(&exchange.request_headers, "x-request-id").unwrap_or_default().to_owned();
+        let decided = [("x-decided-for", own.as_str())];
+        let fields: &[_] = if self.style == Style::Echo { &[] } else { &decided };
+        exchange.send(reply::pick(&self.list, fields)).await?;
+        if !has_body {
+            return Ok(());
+        }
+        let body = match self.style {
+            Style::Body => rewritten(&own),
+            _ => exchange.request_body.clone(),
+        };
+        for message in reply::request_body(&Bytes::from(body)) {
+            exchange.send(message).await?;
+        }
+        Ok(())
+    }
+}
+
+#[tonic::async_trait]
+impl Script for Deciding {
+    async fn request_headers(&self, exchange: &mut Exchange, headers: &HttpHeaders) -> Answer {
+        if headers.end_of_stream { self.decide(exchange, false).await } else { Ok(()) }
+    }
+
+    async fn request_body(&self, exchange: &mut Exchange, body: &HttpBody) -> Answer {
+        if body.end_of_stream { self.decide(exchange, true).await } else { Ok(()) }
+    }
+}
+
+async fn start(script: impl Script, fault: Option<Fault>) -> ScriptedEpp {
+    match fault {
+        Some(fault) => ScriptedEpp::start(Faulty::new(script, fault).times(1)).await.unwrap(),
+        None => ScriptedEpp::start(script).await.unwrap(),
+    }
+}
+
+async fn epp(style: Style, endpoints: &[SocketAddr], fault: Option<Fault>) -> ScriptedEpp {
+    let all = || Endpoints::new(endpoints).offering(endpoints.len());
+    match style {
+        Style::Llmd => start(LlmdRouter::over(all()), fault).await,
+        Style::Gie => start(Gie::over(all()), fault).await,
+        Style::Lwepp => start(Lwepp::over(all()), fault).await,
+        Style::Dynamo => start(Dynamo::over(all()), fault).await,
+        _ => {
+            let list: Vec<String> = endpoints.iter().map(ToString::to_string).collect();
+            start(Deciding { style, list: list.join(",") }, fault).await
+        }
+    }
+}
+
+/// What the endpoint may get for this body, the client's among them.
+fn bodies(style: Style, mark: &str, body: &[u8]) -> Vec<Vec<u8>> {
+    let decided = match style {
+        Style::Body => rewritten(mark),
+        Style::Llmd => LlmdRouter::sent_on(body, None),
+        Style::Gie => Gie::sent_on(body, None),
+        Style::Dynamo => Dynamo::sent_on(body, None),
+        Style::Builtin | Style::Echo | Style::Field | Style::Lwepp => body.to_vec(),
+    };
+    vec![body.to_vec(), decided]
+}
+
+struct Case {
+    number: u64,
+    style: Style,
+    pick_per: PickPer,
+    fault: Option<Fault>,
+    failure_mode: FailureMode,
+    mode: SteeringMode,
+    /// The first endpoint of the list refuses connections.
+    refuses: bool,
+}
+
+impl Case {
+    fn new(number: u64, random: &mut Random, mode: SteeringMode) -> Self {
+        Self {
+            number,
+            style: STYLES[(number % STYLES.len() as u64) as usize],
+            pick_per: random.pick(&[PickPer::Request, PickPer::Lease, PickPer::Lease, PickPer::Connection]),
+            fault: random.pick(&FAULTS),
+            failure_mode: random.pick(&[FailureMode::Open, FailureMode::Closed]),
+            mode,
+            refuses: random.one_in(3),
+        }
+    }
+
+    fn name(&self) -> String {
+        let Self { number, style, pick_per, fault, failure_mode, mode, refuses } = self;
+        format!("case {number}: {style:?} {pick_per:?} {fault:?} {failure_mode:?} {mode:?} refuses={refuses}")
+    }
+
+    /// The `n`th request: every field of it says so.
+    fn request(&self, n: u64) -> (Request, Vec<u8>) {
+        let mark = mark(self.number, n);
+        let body = if n % 4 == 3 { Vec::new() } else { json(&mark, 100 + 40_000 * (n as usize % 2)) };
+        let request = match n % 4 {
+            3 => Request::get("/test/echo"),
+            2 => Request::post("/test/echo", "").chunked(body.clone(), 1000),
+            _ => Request::post("/test/echo", body.clone()),
+        };
+        let request = request
+            .header("content-type", "application/json")
+            .header("x-request-id", mark.as_str())
+            .header("authorization", format!("Bearer {mark}"))
+            .header("cookie", format!("session={mark}"))
+            .header(&format!("x-only-{mark}"), mark.as_str());
+        // A field that only some have, so that others would show it if it stayed.
+        let request =
+            if n.is_multiple_of(2) { request.header("content-digest", format!("sha-256={mark}")) } else { request };
+        (request, body)
+    }
+
+    /// An answer of the endpoint or, after a fault, of the agent.
+    fn check(&self, n: u64, body: &[u8], response: &Response) {
+        let own = mark(self.number, n);
+        let name = self.name();
+        let text = format!("{:?} {}", response.head, response.text());
+        for other in text.split("mark-").skip(1) {
+            assert!(format!("mark-{other}").starts_with(&own), "{name}: request {n} shows mark-{other:.20}");
+        }
+        if response.status() != 200 {
+            assert!(self.fault.is_some() && self.failure_mode == FailureMode::Closed, "{name}: request {n}: {text}");
+            return;
+        }
+        let seen: Echo = response.json().unwrap();
+        let has = |field: &str, value: String| assert_eq!(seen.header(field), Some(value.as_str()), "{name}: {n}");
+        has("x-request-id", own.clone());
+        has("authorization", format!("Bearer {own}"));
+        has("cookie", format!("session={own}"));
+        has(&format!("x-only-{own}"), own.clone());
+        assert_eq!(seen.header("content-digest").is_some(), n.is_multiple_of(2), "{name}: request {n}");
+        let allowed: Vec<u64> = bodies(self.style, &own, body).iter().map(|body| Fnv::of(body).value()).collect();
+        let bodiless = body.is_empty() && seen.body_length == 0;
+        assert!(bodiless || allowed.contains(&seen.body_hash), "{name}: request {n} has another body");
+        // A decision that changes a request is for that request, and each has one of its own.
+        if matches!(self.style, Style::Field | Style::Body) && self.fault.is_none() {
+            has("x-decided-for", own.clone());
+            assert!(bodiless || seen.body_hash == allowed[1], "{name}: request {n} lacks its own decision");
+        }
+    }
+
+    async fn run(&self) {
+        let servers = [server().await, server().await];
+        let refusing = Refusing::new().unwrap();
+        let mut endpoints = vec![servers[0].addr, servers[1].addr];
+        if self.refuses {
+            endpoints.insert(0, refusing.addr);
+        }
+        // The second replica is asked where the first fails.
+        let epps = [epp(self.style, &endpoints, self.fault).await, epp(self.style, &endpoints, None).await];
+        let mut pool = match self.style {
+            Style::Builtin => builtin_pool(&endpoints),
+            _ => epps_pool(&endpoints, &[epps[0].addr, epps[1].addr], self.failure_mode),
+        };
+        pool.pick_per = self.pick_per;
+        let agent = TestAgent::start(pool, self.mode, |config| config.listen.workers = 1);
+        let mut clients = [Client::connect(agent.addr).await.unwrap(), Client::connect(agent.addr).await.unwrap()];
+        for n in 0..10 {
+            let (request, body) = self.request(n);
+            // Two in a row on one connection, then two on the other.
+            let client = &mut clients[(n / 2 % 2) as usize];
+            let response = client.request(&request).await.unwrap_or_else(|error| panic!("{}: {error:#}", self.name()));
+            self.check(n, &body, &response);
+        }
+        let mut http2 = Http2Client::connect(agent.addr).await.unwrap();
+        for n in 10..13 {
+            let (request, body) = self.request(n);
+            self.check(n, &body, &http2.request(&request).await.unwrap());
+        }
+        // A stream to a picker is about one request.
+        for stream in epps.iter().flat_map(ScriptedEpp::streams) {
+            let (fields, body) = (stream.request_headers(), stream.request_body().0);
+            let own = header(&fields, "x-request-id").unwrap_or_default().to_owned();
+            let said = format!("{fields:?} {}", String::from_utf8_lossy(&body));
+            for other in said.split("mark-").skip(1) {
+                assert!(
+                    format!("mark-{other}").starts_with(&own),
+                    "{}: a stream for {own} tells mark-{other:.20}",
+                    self.name()
+                );
+            }
+        }
+    }
+}
+
+async fn server() -> ModelServer {
+    ModelServer::start(Options::default()).await.unwrap()
+}
+
+async fn run(cases: std::ops::Range<u64>, modes: &[SteeringMode]) {
+    let seed = Random::fresh_seed();
+    println!("seed {seed}");
+    let mut random = Random::new(seed);
+    for number in cases {
+        let mode = modes[(number % modes.len() as u64) as usize];
+        Case::new(number, &mut random, mode).run().await;
+    }
+}
+
+#[tokio::test]
+async fn relayed_requests_share_no_byte() {
+    run(0..48, &[SteeringMode::Off]).await;
+}
+
+#[tokio::test]
+async fn steered_requests_share_no_byte() {
+    run(100..109, &[SteeringMode::Ingress, SteeringMode::Local, SteeringMode::Auto]).await;
+}
+
+/// The fault that was found: a lease, pickers that echo, and three clients of one connection.
+#[tokio::test]
+async fn leased_requests_keep_their_own_fields() {
+    for style in [Style::Echo, Style::Llmd] {
+        let case = Case {
+            number: 1,
+            style,
+            pick_per: PickPer::Lease,
+            fault: None,
+            failure_mode: FailureMode::Closed,
+            mode: SteeringMode::Off,
+            refuses: false,
+        };
+        case.run().await;
+    }
+}
