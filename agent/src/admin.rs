@@ -1,14 +1,17 @@
 //! The admin server: `/livez`, `/readyz`, `/metrics`.
 //!
 //! It has its own thread and runtime and takes no lock of the data plane for longer than a copy, so a stuck data plane can
-//! still be looked at. Connections are few, short and limited in time: one request each.
+//! still be looked at. A connection carries one request and is limited in time. Probes are answered whatever else is
+//! connected: a new connection takes the place of an old one, and descriptors are held back for it.
 
 mod answer;
+mod places;
 
 use std::{
     convert::Infallible,
     io,
     net::{SocketAddr, TcpListener},
+    rc::Rc,
     sync::Arc,
     thread::{self, JoinHandle},
     time::Duration,
@@ -16,10 +19,15 @@ use std::{
 
 use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::sync::{Semaphore, oneshot};
+use tokio::{net::TcpStream, sync::oneshot, task::LocalSet};
 
-use crate::{metrics::Metrics, readiness::Readiness};
+use crate::{
+    metrics::Metrics,
+    readiness::Readiness,
+    reserve::{Reserve, is_exhausted},
+};
 use answer::Answers;
+use places::{Place, Places};
 
 /// Dropping it ends the server; [`AdminHandle::stop`] also waits for its thread.
 #[derive(Debug)]
@@ -52,18 +60,24 @@ pub fn start(
     readiness: Readiness,
     verbose: impl Fn() -> Vec<String> + Send + Sync + 'static,
 ) -> io::Result<AdminHandle> {
-    let answers = Answers { metrics, readiness, verbose: Box::new(verbose) };
-    serve(listener, answers, Bounds { connections: 64, head: Duration::from_secs(5), whole: Duration::from_secs(30) })
+    let answers = Answers::new(metrics, readiness, Box::new(verbose));
+    serve(listener, answers, Bounds { connections: 128, head: Duration::from_secs(5), whole: Duration::from_secs(30) })
 }
 
 #[derive(Clone, Copy)]
 struct Bounds {
+    /// Connections that have not sent a whole request, and as many again whose answer is being written.
     connections: usize,
     /// From the connection to the end of the request's head.
     head: Duration,
     /// From the connection to its end.
     whole: Duration,
 }
+
+/// Descriptors that the rest of the process cannot take.
+const RESERVE: usize = 4;
+/// Pause after an `accept` that failed.
+const PAUSE: Duration = Duration::from_millis(10);
 
 fn serve(listener: TcpListener, answers: Answers, bounds: Bounds) -> io::Result<AdminHandle> {
     listener.set_nonblocking(true)?;
@@ -75,9 +89,9 @@ fn serve(listener: TcpListener, answers: Answers, bounds: Bounds) -> io::Result<
     };
     let (stop, stopped) = oneshot::channel::<Infallible>();
     let thread = thread::Builder::new().name("admin".to_owned()).spawn(move || {
-        runtime.block_on(async {
+        LocalSet::new().block_on(&runtime, async {
             tokio::select! {
-                () = accept(listener, Arc::new(answers), bounds) => {}
+                () = accept(listener, Rc::new(answers), bounds) => {}
                 _ = stopped => {}
             }
         });
@@ -85,45 +99,62 @@ fn serve(listener: TcpListener, answers: Answers, bounds: Bounds) -> io::Result<
     Ok(AdminHandle { local_addr, stop, thread })
 }
 
-async fn accept(listener: tokio::net::TcpListener, answers: Arc<Answers>, bounds: Bounds) {
-    let permits = Arc::new(Semaphore::new(bounds.connections));
-    // Those beyond the bound wait in the listener's queue. The semaphore is never closed.
-    while let Ok(permit) = Arc::clone(&permits).acquire_owned().await {
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
+/// Accepts every connection at once: one beyond the bounds takes the place of an older one.
+async fn accept(listener: tokio::net::TcpListener, answers: Rc<Answers>, bounds: Bounds) {
+    let places = Rc::new(Places::new(bounds.connections));
+    let reserve = Rc::new(Reserve::new(RESERVE));
+    loop {
+        match listener.accept().await {
+            Ok((stream, peer)) => {
+                let place = Places::enter(&places, peer.ip());
+                tokio::task::spawn_local(connection(stream, place, Rc::clone(&answers), Rc::clone(&reserve), bounds));
+            }
+            Err(error) if is_exhausted(&error) => {
+                answers.metrics.accept_failed("admin");
+                if !reserve.release() {
+                    places.shed();
+                    tokio::time::sleep(PAUSE).await;
+                    reserve.refill();
+                }
+            }
+            // The client has left already.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
-                // No file descriptor left, most likely: trying again at once would only spin.
                 tracing::warn!(%error, "admin: accept failed");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
+                tokio::time::sleep(PAUSE).await;
             }
-        };
-        let answers = Arc::clone(&answers);
-        tokio::spawn(async move {
-            let service = service_fn(|request| {
-                let answer = answers.answer(&request);
-                async { Ok::<_, Infallible>(answer) }
-            });
-            let connection = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(bounds.head)
-                .keep_alive(false)
-                .serve_connection(TokioIo::new(stream), service);
-            match tokio::time::timeout(bounds.whole, connection).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::debug!(%error, "admin: connection"),
-                Err(_) => tracing::debug!("admin: connection took too long"),
-            }
-            drop(permit);
-        });
+        }
     }
+}
+
+async fn connection(mut stream: TcpStream, place: Place, answers: Rc<Answers>, reserve: Rc<Reserve>, bounds: Bounds) {
+    let service = service_fn(|request| {
+        place.answering();
+        let answer = answers.answer(&request);
+        async { Ok::<_, Infallible>(answer) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(bounds.head)
+        .keep_alive(false)
+        // A client that has only sent FIN is answered.
+        .half_close(true)
+        .serve_connection(TokioIo::new(&mut stream), service);
+    tokio::select! {
+        ended = connection => if let Err(error) = ended {
+            tracing::debug!(%error, "admin: connection");
+        },
+        () = place.shed() => tracing::debug!("admin: connection shed"),
+        () = tokio::time::sleep(bounds.whole) => tracing::debug!("admin: connection took too long"),
+    }
+    reserve.reclaim(stream);
 }
 
 #[cfg(test)]
 mod tests {
     use std::{
         io::{Read, Write},
-        net::{Ipv4Addr, TcpStream},
+        net::{Ipv4Addr, Shutdown, TcpStream},
         time::Instant,
     };
 
@@ -141,8 +172,7 @@ mod tests {
         let metrics = Metrics::new(&["a".to_owned()]);
         let readiness = Readiness::new();
         let verbose = || vec!["steering: active (ingress)".to_owned(), "pools: 1".to_owned()];
-        let answers =
-            Answers { metrics: Arc::clone(&metrics), readiness: readiness.clone(), verbose: Box::new(verbose) };
+        let answers = Answers::new(Arc::clone(&metrics), readiness.clone(), Box::new(verbose));
         let listener = TcpListener::bind(ANY_PORT).unwrap();
         Server { metrics, readiness, handle: serve(listener, answers, bounds).unwrap() }
     }
@@ -237,20 +267,45 @@ mod tests {
         }
     }
 
+    /// Three hundred of each kind of client that holds a connection open, and a probe after each.
     #[test]
-    fn connections_beyond_the_bound_wait_for_those_before() {
-        let server = server(Bounds { connections: 1, ..patient() });
-        let mut first = connect(&server);
-        // Served once its answer is here; without its head it only holds the permit.
-        let mut second = connect(&server);
-        second.write_all(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
-        second.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
-        let error = second.read(&mut [0; 1]).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
-        first.write_all(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
-        assert!(rest(first).ends_with("ok\n"));
-        second.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        assert!(rest(second).ends_with("ok\n"));
+    fn probe_beside_hundreds_of_held_connections_is_answered() {
+        let server = server(patient());
+        let mut held = Vec::new();
+        for sent in ["", "\r\n", "GET /livez HTTP/1.1\r\nHost: a\r\n", "GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n"] {
+            for _ in 0..300 {
+                let mut stream = connect(&server);
+                stream.write_all(sent.as_bytes()).unwrap();
+                held.push(stream);
+            }
+            for path in ["/livez", "/readyz", "/metrics"] {
+                assert_eq!(ask(&server, &format!("GET {path}")).0, 200, "beside {sent:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn connection_beyond_the_bound_sheds_the_oldest() {
+        let server = server(Bounds { connections: 2, ..patient() });
+        let held: Vec<_> = (0..2).map(|_| connect(&server)).collect();
+        assert_eq!(ask(&server, "GET /livez").0, 200);
+        let _ = (&held[0]).read(&mut [0; 1]);
+        // The younger one still has its place.
+        (&held[1]).write_all(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+        held[1].shutdown(Shutdown::Write).unwrap();
+        assert!(rest(held[1].try_clone().unwrap()).ends_with("ok\n"));
+    }
+
+    #[test]
+    fn connections_opened_and_closed_at_once_delay_no_probe() {
+        let server = server(patient());
+        let addr = server.handle.local_addr();
+        for _ in 0..20 {
+            for _ in 0..100 {
+                drop(TcpStream::connect(addr).unwrap());
+            }
+            assert_eq!(ask(&server, "GET /livez").0, 200);
+        }
     }
 
     #[test]

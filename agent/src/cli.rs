@@ -3,13 +3,14 @@
 
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
+use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use penstock_agent::{
     capability,
     config::{self, Config, ConfigErrors, Overrides},
     epp_server::{self, EppServerConfig, EppServerTls},
+    logging, panics,
 };
-use tracing_appender::non_blocking::WorkerGuard;
 use tracing_subscriber::EnvFilter;
 
 use crate::{doctor, run};
@@ -27,6 +28,9 @@ pub(crate) struct Cli {
     log: String,
     #[arg(long, global = true, env = "PENSTOCK_LOG_FORMAT", value_enum, default_value = "text")]
     log_format: LogFormat,
+    /// Bytes of log lines that may wait to be written. Lines beyond are dropped, and counted.
+    #[arg(long, global = true, env = "PENSTOCK_LOG_QUEUE_BYTES", default_value_t = 8 << 20, value_name = "BYTES")]
+    log_queue_bytes: usize,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -121,7 +125,12 @@ impl Cli {
         let serves = matches!(self.verb, Verb::Run(_) | Verb::Epp(_));
         let narrowed = if serves { capability::begin() } else { Ok(()) };
         // Writes what is still queued when it is dropped.
-        let _writer = capability::with(&[], || start_logging(&self.log, self.log_format));
+        let writer = capability::with(&[], || start_logging(&self.log, self.log_format, self.log_queue_bytes));
+        let _writer = match writer {
+            Ok(writer) => writer,
+            Err(error) => return report(Err(error)),
+        };
+        panics::install();
         if let Err(error) = narrowed {
             tracing::warn!(%error, "capabilities cannot be given up");
         }
@@ -192,21 +201,20 @@ fn report(result: anyhow::Result<ExitCode>) -> ExitCode {
     })
 }
 
-/// Logs to stderr through a thread of its own: a worker must not wait for whoever reads the log. When the queue is full,
-/// lines are dropped.
-fn start_logging(filter: &str, format: LogFormat) -> WorkerGuard {
+/// Logs to stderr through a thread of its own: a worker must not wait for whoever reads the log.
+fn start_logging(filter: &str, format: LogFormat, queue_bytes: usize) -> anyhow::Result<logging::Guard> {
     let filter = EnvFilter::try_new(filter).unwrap_or_else(|error| {
         eprintln!("penstock: --log {filter}: {error}; logging at level info");
         EnvFilter::new("info")
     });
-    let (writer, guard) = tracing_appender::non_blocking(std::io::stderr());
-    let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let colours = std::io::IsTerminal::is_terminal(&std::io::stderr()) && matches!(format, LogFormat::Text);
+    let (writer, guard) = logging::start(std::io::stderr(), queue_bytes, colours).context("the log's thread")?;
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_ansi(colours);
     match format {
         LogFormat::Text => builder.init(),
         LogFormat::Json => builder.json().flatten_event(true).init(),
     }
-    guard
+    Ok(guard)
 }
 
 impl Epp {

@@ -5,8 +5,12 @@
 pub mod pem;
 pub mod capability;
 pub mod config;
-pub mod metrics;
+pub mod text;
+pub mod logging;
 pub mod readiness;
+pub mod panics;
+pub mod metrics;
+pub mod reserve;
 pub mod dns;
 pub mod admin;
 pub mod local;

@@ -7,6 +7,7 @@ mod families;
 mod labels;
 mod models;
 mod pool;
+mod process;
 
 pub use labels::{Connection, EndpointState, EppOutcome, Path};
 pub use pool::{PoolMetrics, Streamed};
@@ -22,7 +23,7 @@ use prometheus_client::{
 
 use crate::config::Limits;
 use families::Families;
-use labels::{ByFlow, ByPath, ByReason, ByResult, PathState};
+use labels::{ByFlow, ByListener, ByPath, ByReason, ByResult, PathState};
 use models::Models;
 
 /// Reason of a request that was answered by its endpoint, as [`PoolMetrics::request`] takes it.
@@ -68,6 +69,7 @@ impl Metrics {
     pub fn new(pool_names: &[String]) -> Arc<Self> {
         let mut registry = Registry::with_prefix("penstock");
         let families = Arc::new(Families::register(&mut registry));
+        registry.register_collector(Box::new(process::Process));
         let default = Limits::default().metric_models;
         let models = Arc::new(Models::new(default, families.metric_models_overflow.clone()));
         let core = Arc::new(Core {
@@ -123,6 +125,26 @@ impl Metrics {
     /// A client's connection is closed because no request came.
     pub fn client_idle_closed(&self) {
         self.core.families.client_idle_closes.inc();
+    }
+
+    /// So many client connections may be open at once.
+    pub fn set_connections_limit(&self, limit: usize) {
+        self.core.families.client_connections_limit.set(limit as i64);
+    }
+
+    /// A client's connection was refused at a limit.
+    pub fn client_refused(&self, reason: &'static str) {
+        self.core.families.client_connections_refused.get_or_create(&ByReason { reason }).inc();
+    }
+
+    /// An idle connection is closed to make room.
+    pub fn client_shed(&self) {
+        self.core.families.client_connections_shed.inc();
+    }
+
+    /// The process had no descriptor or no memory left for a connection.
+    pub fn accept_failed(&self, listener: &'static str) {
+        self.core.families.accept_failures.get_or_create(&ByListener { listener }).inc();
     }
 
     /// What a JSON body said of its model.

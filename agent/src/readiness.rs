@@ -17,6 +17,7 @@ pub struct Readiness {
 #[derive(Debug, Default)]
 struct State {
     closed: Vec<String>,
+    failed: Vec<String>,
     draining: bool,
 }
 
@@ -37,20 +38,27 @@ impl Readiness {
         self.state.lock().draining = true;
     }
 
+    /// Not ready from here on, because of this.
+    pub fn fail(&self, what: impl Into<String>) {
+        self.state.lock().failed.push(what.into());
+    }
+
     pub fn is_draining(&self) -> bool {
         self.state.lock().draining
     }
 
     pub fn is_ready(&self) -> bool {
         let state = self.state.lock();
-        state.closed.is_empty() && !state.draining
+        state.closed.is_empty() && state.failed.is_empty() && !state.draining
     }
 
-    /// What keeps the agent from being ready, each name once, in the order the gates were made; empty when it is ready.
+    /// What keeps the agent from being ready, each name once: a drain, what has failed, then gates in the order they were made.
+    /// Empty when the agent is ready.
     pub fn pending(&self) -> Vec<String> {
         let state = self.state.lock();
         let mut names: Vec<String> = Vec::new();
-        for name in state.draining.then_some("draining").into_iter().chain(state.closed.iter().map(String::as_str)) {
+        let gates = state.failed.iter().chain(&state.closed).map(String::as_str);
+        for name in state.draining.then_some("draining").into_iter().chain(gates) {
             if !names.iter().any(|known| known == name) {
                 names.push(name.to_owned());
             }
@@ -112,6 +120,15 @@ mod tests {
         let readiness = Readiness::new();
         drop(readiness.gate("steering"));
         assert_eq!(readiness.pending(), ["steering"]);
+    }
+
+    #[test]
+    fn failed_part_is_for_good() {
+        let readiness = Readiness::new();
+        readiness.gate("worker 0").open();
+        readiness.fail("failed: worker 0");
+        assert!(!readiness.is_ready());
+        assert_eq!(readiness.pending(), ["failed: worker 0"]);
     }
 
     #[test]

@@ -67,7 +67,9 @@ impl AgentProcess {
             }
             [] => Command::new(binary),
         };
-        command.args(["run", "--log-format", "json", "--log", "info,penstock::access=off", "--config"]);
+        // As variables, which `through` may set otherwise.
+        command.env("PENSTOCK_LOG", "info,penstock::access=off").env("PENSTOCK_LOG_FORMAT", "json");
+        command.args(["run", "--config"]);
         command.arg(config.path());
         let mut process = Process::spawn(command)?;
         let line = process.line("\"admin\":", SOON).await?;

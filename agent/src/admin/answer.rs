@@ -1,10 +1,11 @@
 //! What the admin server answers, as a function of the request's method and target.
 
-use std::{fmt::Write, sync::Arc};
+use std::{fmt::Write, sync::Arc, time::Instant};
 
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
 use hyper::body::Bytes;
+use parking_lot::Mutex;
 
 use crate::{
     metrics::{self, Metrics},
@@ -13,11 +14,33 @@ use crate::{
 
 pub(super) struct Answers {
     pub(super) metrics: Arc<Metrics>,
-    pub(super) readiness: Readiness,
-    pub(super) verbose: Box<dyn Fn() -> Vec<String> + Send + Sync>,
+    readiness: Readiness,
+    verbose: Box<dyn Fn() -> Vec<String> + Send + Sync>,
+    scrape: Mutex<Scrape>,
 }
 
+/// The text of the metrics as it was last written out.
+struct Scrape {
+    text: Bytes,
+    /// How often it may be written out again now.
+    allowed: f64,
+    at: Instant,
+}
+
+/// How often a second the metrics are written out. Requests beyond that share one text, which is at most a few hundredths of
+/// a second old: writing it out takes this thread's time from probes.
+const SCRAPES: f64 = 50.0;
+
 impl Answers {
+    pub(super) fn new(
+        metrics: Arc<Metrics>,
+        readiness: Readiness,
+        verbose: Box<dyn Fn() -> Vec<String> + Send + Sync>,
+    ) -> Self {
+        let scrape = Scrape { text: Bytes::new(), allowed: SCRAPES, at: Instant::now() };
+        Self { metrics, readiness, verbose, scrape: Mutex::new(scrape) }
+    }
+
     pub(super) fn answer<B>(&self, request: &Request<B>) -> Response<Full<Bytes>> {
         let path = request.uri().path();
         if !matches!(path, "/livez" | "/readyz" | "/metrics") {
@@ -31,8 +54,20 @@ impl Answers {
         match path {
             "/livez" => text(StatusCode::OK, "ok\n".to_owned()),
             "/readyz" => self.readyz(is_verbose(request.uri().query())),
-            _ => respond(StatusCode::OK, metrics::CONTENT_TYPE, self.metrics.encode()),
+            _ => respond(StatusCode::OK, metrics::CONTENT_TYPE, self.scrape()),
         }
+    }
+
+    fn scrape(&self) -> Bytes {
+        let mut scrape = self.scrape.lock();
+        let now = Instant::now();
+        scrape.allowed = (scrape.allowed + (now - scrape.at).as_secs_f64() * SCRAPES).min(SCRAPES);
+        scrape.at = now;
+        if scrape.allowed >= 1.0 {
+            scrape.allowed -= 1.0;
+            scrape.text = self.metrics.encode().into();
+        }
+        scrape.text.clone()
     }
 
     fn readyz(&self, verbose: bool) -> Response<Full<Bytes>> {
@@ -59,11 +94,11 @@ fn is_verbose(query: Option<&str>) -> bool {
 }
 
 fn text(status: StatusCode, body: String) -> Response<Full<Bytes>> {
-    respond(status, "text/plain; charset=utf-8", body)
+    respond(status, "text/plain; charset=utf-8", body.into())
 }
 
-fn respond(status: StatusCode, content_type: &'static str, body: String) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(Bytes::from(body)));
+fn respond(status: StatusCode, content_type: &'static str, body: Bytes) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(body));
     *response.status_mut() = status;
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
     response

@@ -12,6 +12,8 @@ use super::head::joined;
 
 pub const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 pub const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
+/// Bytes of a `tracestate`, which each span keeps. The specification asks for 512.
+const LONGEST: usize = 4096;
 
 /// What a `traceparent` says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,7 +85,10 @@ pub fn received(headers: &mut HeaderMap) -> Option<(TraceParent, TraceState)> {
         return Some((parent, TraceState::NONE));
     }
     // Lines of one list (§3.3.1). An empty one says nothing.
-    let state = String::from_utf8(joined(headers, &TRACESTATE)).ok().and_then(|list| list.parse::<TraceState>().ok());
+    let state = String::from_utf8(joined(headers, &TRACESTATE))
+        .ok()
+        .filter(|list| list.len() <= LONGEST)
+        .and_then(|list| list.parse::<TraceState>().ok());
     if state.is_none() {
         headers.remove(TRACESTATE);
     }

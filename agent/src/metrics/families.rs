@@ -6,8 +6,8 @@ use prometheus_client::{
 };
 
 use super::labels::{
-    Build, ByAnswer, ByFlow, ByModel, ByOutcome, ByPath, ByPool, ByPoolAndIndex, ByPoolAndReason, ByPoolAndState,
-    ByReason, ByReplica, ByRequestModel, ByResult, BySource, BySourceAndReason, PathState,
+    Build, ByAnswer, ByFlow, ByListener, ByModel, ByOutcome, ByPath, ByPool, ByPoolAndIndex, ByPoolAndReason,
+    ByPoolAndState, ByReason, ByReplica, ByRequestModel, ByResult, BySource, BySourceAndReason, PathState,
 };
 
 type Histograms<Labels> = Family<Labels, Histogram, fn() -> Histogram>;
@@ -72,6 +72,14 @@ families! {
 
     /// Client connections that are open.
     client_connections: Gauge = "client_connections";
+    /// Client connections that may be open at once (listen.max_connections).
+    client_connections_limit: Gauge = "client_connections_limit";
+    /// Client connections that were refused at a limit, with 503 where that was possible.
+    client_connections_refused: Family<ByReason, Counter> = "client_connections_refused";
+    /// Idle client connections that were closed to make room for new ones.
+    client_connections_shed: Counter = "client_connections_shed";
+    /// Times that a connection could not be accepted because the process had no descriptor or no memory left, by listener.
+    accept_failures: Family<ByListener, Counter> = "accept_failures";
     /// TLS handshakes with clients that came to nothing.
     tls_handshakes_failed: Family<ByReason, Counter> = "tls_handshakes_failed";
     /// Requests whose client went away before the answer was complete.

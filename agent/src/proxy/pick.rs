@@ -22,6 +22,7 @@ use crate::{
         client::PickStream,
         exchange::{Body, Decision, ImmediateReply, Limits, Outcome},
     },
+    text::{PHRASE, cut},
     upload::Upload,
     worker::Worker,
 };
@@ -99,7 +100,8 @@ pub(super) async fn pick(
         Error::Picker(error) => error.reason(),
         other => other.reason(),
     });
-    tracing::warn!(pool = pool.name, mode = ?pool.failure_mode, error = %failure, "the endpoint picker failed");
+    let error = failure.to_string();
+    tracing::warn!(pool = pool.name, mode = ?pool.failure_mode, error = %cut(&error, PHRASE), "the endpoint picker failed");
     match pool.failure_mode {
         FailureMode::Closed => {
             metrics.epp_exchange(EppOutcome::FailClosed, started.elapsed());

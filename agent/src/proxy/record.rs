@@ -18,6 +18,7 @@ use crate::{
     picker::client::PickStream,
     steer::choice::Path,
     telemetry::{Ended, Pick, RequestSpan},
+    text::{self, cut},
     worker::Worker,
 };
 
@@ -163,11 +164,12 @@ impl Record {
             let stream = Streamed { first: Duration::from_nanos(first_ns), rest: Duration::from_nanos(rest), messages };
             worker.shared.metrics.pool(pool).streamed(model.unwrap_or_default(), &stream);
         }
+        let request_id = parts.headers.get("x-request-id").and_then(|id| id.to_str().ok()).unwrap_or_default();
         tracing::info!(
             target: "penstock::access",
-            request_id = parts.headers.get("x-request-id").and_then(|id| id.to_str().ok()).unwrap_or_default(),
-            method = %parts.method,
-            path = parts.uri.path(),
+            request_id = &*cut(request_id, text::NAME),
+            method = %cut(parts.method.as_str(), text::NAME),
+            path = &*cut(parts.uri.path(), text::PHRASE),
             pool = worker.shared.config.pools[pool].name,
             status = self.status.as_u16(),
             reason = self.reason,
@@ -181,7 +183,7 @@ impl Record {
             pick_us = self.picked_in.as_micros() as u64,
             ttft_us = if self.account.first_ns > 0 { first_ns / 1000 } else { 0 },
             took_us = took.as_micros() as u64,
-            error = error.map(ToString::to_string),
+            error = error.map(logged),
         );
         let Some(span) = self.span else { return };
         span.end(&Ended {
@@ -224,9 +226,14 @@ impl Record {
             status = error.status().as_u16(),
             reason = error.reason(),
             took_us = took.as_micros() as u64,
-            error = %error,
+            error = logged(error),
         );
     }
+}
+
+/// An error may quote what a client, an endpoint or an EPP has sent.
+fn logged(error: &Error) -> String {
+    cut(&error.to_string(), text::PHRASE).into_owned()
 }
 
 /// Enters what was carried into the metrics.

@@ -21,9 +21,12 @@ use opentelemetry_sdk::trace::{SdkTracer, Span};
 use tokio::time::Instant;
 
 use super::Telemetry;
-use crate::http::{
-    headers::Arrival,
-    trace_context::{self, TraceParent},
+use crate::{
+    http::{
+        headers::Arrival,
+        trace_context::{self, TraceParent},
+    },
+    text::{self, cut},
 };
 
 pub struct RequestSpan {
@@ -76,7 +79,7 @@ impl Telemetry {
             let (trace, span) = (TraceId::from_bytes(parent.trace_id), SpanId::from_bytes(parent.span_id));
             Context::new().with_remote_span_context(SpanContext::new(trace, span, flags, true, state))
         });
-        let builder = self.tracer.span_builder(parts.method.as_str().to_owned());
+        let builder = self.tracer.span_builder(cut(parts.method.as_str(), text::NAME).into_owned());
         let mut span =
             builder.with_kind(SpanKind::Server).with_start_time(began.0).start_with_context(&self.tracer, &parent);
         if span.is_recording() {
@@ -93,8 +96,7 @@ impl Telemetry {
 }
 
 fn attributes(parts: &request::Parts, arrival: &Arrival) -> Vec<KeyValue> {
-    let text = |name: header::HeaderName| field(&parts.headers, &name);
-    let host = text(header::HOST).and_then(|host| host.parse::<http::uri::Authority>().ok());
+    let host = field(&parts.headers, &header::HOST).and_then(|host| host.parse::<http::uri::Authority>().ok());
     let version = match arrival.version {
         Version::HTTP_10 => "1.0",
         Version::HTTP_2 => "2",
@@ -102,19 +104,21 @@ fn attributes(parts: &request::Parts, arrival: &Arrival) -> Vec<KeyValue> {
     };
     let address: IpAddr = arrival.client.to_canonical();
     let mut all = vec![
-        KeyValue::new("http.request.method", parts.method.as_str().to_owned()),
-        KeyValue::new("url.path", parts.uri.path().to_owned()),
+        KeyValue::new("http.request.method", cut(parts.method.as_str(), text::NAME).into_owned()),
+        KeyValue::new("url.path", cut(parts.uri.path(), text::PHRASE).into_owned()),
         KeyValue::new("url.scheme", if arrival.tls { "https" } else { "http" }),
         KeyValue::new("network.protocol.version", version),
         KeyValue::new("client.address", address.to_string()),
     ];
     if let Some(host) = host {
-        all.push(KeyValue::new("server.address", host.host().to_owned()));
+        all.push(KeyValue::new("server.address", cut(host.host(), text::NAME).into_owned()));
         all.extend(host.port_u16().map(|port| KeyValue::new("server.port", i64::from(port))));
     }
-    all.extend(text(header::USER_AGENT).map(|agent| KeyValue::new("user_agent.original", agent.to_owned())));
-    let id = text(crate::http::headers::X_REQUEST_ID);
-    all.extend(id.map(|id| KeyValue::new("penstock.request_id", id.to_owned())));
+    let mut add = |key: &'static str, name: header::HeaderName| {
+        all.extend(field(&parts.headers, &name).map(|value| KeyValue::new(key, cut(value, text::NAME).into_owned())));
+    };
+    add("user_agent.original", header::USER_AGENT);
+    add("penstock.request_id", crate::http::headers::X_REQUEST_ID);
     all.extend(operation(parts.uri.path()).map(|operation| KeyValue::new("gen_ai.operation.name", operation)));
     all
 }
@@ -155,7 +159,7 @@ impl RequestSpan {
         }
         if !pick.endpoints.is_empty() {
             let list: Vec<String> = pick.endpoints.iter().map(ToString::to_string).collect();
-            span.set_attribute(KeyValue::new("penstock.endpoints", list.join(",")));
+            span.set_attribute(KeyValue::new("penstock.endpoints", cut(&list.join(","), text::PHRASE).into_owned()));
         }
         if let Some(error) = pick.error {
             span.set_attribute(KeyValue::new("error.type", error));
@@ -168,7 +172,7 @@ impl RequestSpan {
         if !self.span.is_recording() {
             return;
         }
-        let text = |name: &'static str, value: &str| KeyValue::new(name, value.to_owned());
+        let text = |name: &'static str, value: &str| KeyValue::new(name, cut(value, text::NAME).into_owned());
         let mut all = vec![
             KeyValue::new("http.response.status_code", i64::from(ended.status)),
             KeyValue::new("penstock.reason", ended.reason),

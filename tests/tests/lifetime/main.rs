@@ -3,6 +3,7 @@
 mod capabilities;
 mod doctor;
 mod killed;
+mod log;
 mod reload;
 
 use std::{

@@ -1,0 +1,144 @@
+//! Connections to the admin port at once: so many that wait for their request, and so many whose answer is being written.
+//!
+//! A connection that enters a full class sheds the oldest one of the address that has the most there: idle connections
+//! displace no answer, slow readers no request, and one address none of another that has fewer.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+    rc::Rc,
+};
+
+use tokio::sync::Notify;
+
+pub(super) struct Places {
+    /// Of each class.
+    bound: usize,
+    next: Cell<u64>,
+    waiting: RefCell<Class>,
+    answering: RefCell<Class>,
+}
+
+/// By age, oldest first.
+type Class = BTreeMap<u64, Held>;
+
+struct Held {
+    address: IpAddr,
+    shed: Rc<Notify>,
+}
+
+/// A connection's place, until it is dropped.
+pub(super) struct Place {
+    number: u64,
+    shed: Rc<Notify>,
+    places: Rc<Places>,
+}
+
+impl Places {
+    pub(super) fn new(bound: usize) -> Self {
+        Self { bound, next: Cell::new(0), waiting: RefCell::default(), answering: RefCell::default() }
+    }
+
+    /// For a connection from `address`, which has sent nothing yet.
+    pub(super) fn enter(places: &Rc<Self>, address: IpAddr) -> Place {
+        let number = places.next.replace(places.next.get() + 1);
+        let shed = Rc::new(Notify::new());
+        places.insert(&places.waiting, number, Held { address, shed: Rc::clone(&shed) });
+        Place { number, shed, places: Rc::clone(places) }
+    }
+
+    /// Ends one connection, if there is any; one without a request first.
+    pub(super) fn shed(&self) {
+        for class in [&self.waiting, &self.answering] {
+            if shed_oldest(&mut class.borrow_mut()) {
+                return;
+            }
+        }
+    }
+
+    fn insert(&self, class: &RefCell<Class>, number: u64, held: Held) {
+        let mut class = class.borrow_mut();
+        if class.len() >= self.bound {
+            shed_oldest(&mut class);
+        }
+        class.insert(number, held);
+    }
+}
+
+/// False if there is none.
+fn shed_oldest(class: &mut Class) -> bool {
+    let mut by_address: HashMap<IpAddr, usize> = HashMap::new();
+    for held in class.values() {
+        *by_address.entry(held.address).or_default() += 1;
+    }
+    let most = by_address.values().max().copied();
+    let oldest = class.iter().find(|(_, held)| by_address.get(&held.address).copied() == most);
+    let Some((&number, _)) = oldest else { return false };
+    if let Some(held) = class.remove(&number) {
+        held.shed.notify_one();
+    }
+    true
+}
+
+impl Place {
+    /// The request is here.
+    pub(super) fn answering(&self) {
+        let held = self.places.waiting.borrow_mut().remove(&self.number);
+        if let Some(held) = held {
+            self.places.insert(&self.places.answering, self.number, held);
+        }
+    }
+
+    /// Resolves when the connection is to end for another one.
+    pub(super) async fn shed(&self) {
+        self.shed.notified().await;
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.places.waiting.borrow_mut().remove(&self.number);
+        self.places.answering.borrow_mut().remove(&self.number);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt as _;
+
+    use super::*;
+
+    fn address(last: u8) -> IpAddr {
+        IpAddr::from([10, 0, 0, last])
+    }
+
+    fn is_shed(place: &Place) -> bool {
+        place.shed().now_or_never().is_some()
+    }
+
+    #[test]
+    fn full_class_sheds_the_oldest_of_the_address_that_has_the_most() {
+        let places = Rc::new(Places::new(3));
+        let probe = Places::enter(&places, address(1));
+        let flood: Vec<Place> = (0..10).map(|_| Places::enter(&places, address(2))).collect();
+        assert!(!is_shed(&probe));
+        assert_eq!(flood.iter().map(is_shed).collect::<Vec<_>>(), [[true; 8].as_slice(), &[false; 2]].concat());
+    }
+
+    #[test]
+    fn waiting_connections_displace_no_answer() {
+        let places = Rc::new(Places::new(2));
+        let answers: Vec<Place> = (0..2).map(|_| Places::enter(&places, address(1))).collect();
+        answers.iter().for_each(Place::answering);
+        let waiting: Vec<Place> = (0..10).map(|_| Places::enter(&places, address(1))).collect();
+        assert!(!answers.iter().any(is_shed) && !is_shed(&waiting[9]));
+        // A third answer displaces the first.
+        waiting[9].answering();
+        assert!(is_shed(&answers[0]) && !is_shed(&answers[1]) && !is_shed(&waiting[9]));
+        // With descriptors exhausted, whoever has not asked yet goes first.
+        let last = Places::enter(&places, address(9));
+        places.shed();
+        assert!(is_shed(&waiting[8]) && !is_shed(&last));
+    }
+}

@@ -1,0 +1,91 @@
+//! File descriptors that are held back, so that a connection can still be accepted after the process has run out of them.
+//!
+//! A held descriptor is open on `/dev/null`. [`Reserve::release`] closes one, so that the next `accept` finds a free number;
+//! [`Reserve::reclaim`] closes that connection and keeps its number in one step, which no other thread can get between.
+
+use std::{cell::RefCell, fs::File, io, os::fd::OwnedFd};
+
+use tokio::net::TcpStream;
+
+pub struct Reserve {
+    size: usize,
+    held: RefCell<Vec<OwnedFd>>,
+}
+
+impl Reserve {
+    /// Opens `size` descriptors, or as many as there are left.
+    pub fn new(size: usize) -> Self {
+        let reserve = Self { size, held: RefCell::default() };
+        reserve.refill();
+        reserve
+    }
+
+    /// Closes one held descriptor; false if none is held.
+    pub fn release(&self) -> bool {
+        self.held.borrow_mut().pop().is_some()
+    }
+
+    /// Opens what has been released, as far as the process has descriptors again.
+    pub fn refill(&self) {
+        let mut held = self.held.borrow_mut();
+        while held.len() < self.size
+            && let Ok(null) = File::open("/dev/null")
+        {
+            held.push(null.into());
+        }
+    }
+
+    /// Closes `stream`, and keeps its descriptor if the reserve is not full.
+    pub fn reclaim(&self, stream: TcpStream) {
+        let mut held = self.held.borrow_mut();
+        if held.len() == self.size {
+            return;
+        }
+        let Ok(stream) = stream.into_std() else { return };
+        let mut number = OwnedFd::from(stream);
+        match held.last() {
+            // Copying over an open descriptor closes it.
+            Some(null) if nix::unistd::dup2(null, &mut number).is_ok() => held.push(number),
+            Some(_) => {}
+            None => {
+                drop(number);
+                held.extend(File::open("/dev/null").ok().map(OwnedFd::from));
+            }
+        }
+    }
+}
+
+/// Whether the process or the machine has no descriptor or no memory left for a further connection.
+pub fn is_exhausted(error: &io::Error) -> bool {
+    use nix::libc::{EMFILE, ENFILE, ENOBUFS, ENOMEM};
+    matches!(error.raw_os_error(), Some(EMFILE | ENFILE | ENOBUFS | ENOMEM))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn reclaimed_connection_closes_and_its_descriptor_stays_open() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (accepted, _) = listener.accept().await.unwrap();
+        let number = accepted.as_raw_fd();
+        let reserve = Reserve::new(2);
+        assert!(reserve.release());
+        reserve.reclaim(accepted);
+        assert!(reserve.held.borrow().iter().any(|fd| fd.as_raw_fd() == number));
+        client.readable().await.unwrap();
+        assert_eq!(client.try_read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn released_descriptors_are_opened_again() {
+        let reserve = Reserve::new(2);
+        assert!(reserve.release() && reserve.release() && !reserve.release());
+        reserve.refill();
+        assert!(reserve.release() && reserve.release());
+    }
+}

@@ -1,0 +1,92 @@
+//! The log of an agent whose clients write what they like into it.
+
+use penstock_tests::{Client, ModelServer, Process, Request, agent_process::AgentProcess, model_server::Options};
+use tokio::io::AsyncWriteExt as _;
+
+use crate::{ANY_PORT, SOON};
+
+async fn logging_agent(endpoint: std::net::SocketAddr, format: &str) -> AgentProcess {
+    let format = format!("PENSTOCK_LOG_FORMAT={format}");
+    let through = ["env", "PENSTOCK_LOG=info", &format];
+    AgentProcess::start_through(&through, ANY_PORT, endpoint, "off", "").await.unwrap()
+}
+
+#[tokio::test]
+async fn access_line_of_a_long_request_is_cut_and_says_so() {
+    let server = ModelServer::start(Options::default()).await.unwrap();
+    let mut agent = logging_agent(server.addr, "json").await;
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    let path = format!("/v1/{}", "p".repeat(20_000));
+    let id = "i".repeat(9_000);
+    client.request(&Request::get(&path).header("x-request-id", &id)).await.unwrap();
+    let line = agent.process.line("\"path\":\"/v1/ppp", SOON).await.unwrap();
+    assert!(line.len() < 4096, "{} bytes", line.len());
+    let line: serde_json::Value = serde_json::from_str(&line).unwrap();
+    assert_eq!(line["path"], format!("{}…(+{} bytes)", &path[..1024], path.len() - 1024));
+    assert_eq!(line["request_id"], format!("{}…(+{} bytes)", &id[..256], id.len() - 256));
+
+    // A method may be any token.
+    let mut raw = tokio::net::TcpStream::connect(agent.addr).await.unwrap();
+    let method = "M".repeat(9_000);
+    raw.write_all(format!("{method} /v1/models HTTP/1.1\r\nHost: a\r\n\r\n").as_bytes()).await.unwrap();
+    let line = agent.process.line("\"MMMM", SOON).await.unwrap();
+    assert!(line.len() < 4096 && line.contains("bytes)"), "{} bytes", line.len());
+}
+
+/// Lines that nobody reads pile up to the limit and no further; requests go on, and the metric says what is lost.
+#[tokio::test]
+async fn log_that_nobody_reads_holds_its_limit_and_no_request() {
+    let server = ModelServer::start(Options::default()).await.unwrap();
+    let config = format!(
+        "[listen]\naddress = \"127.0.0.1:0\"\nworkers = 1\n[admin]\naddress = \"127.0.0.1:0\"\n[steering]\nmode = \"off\"\n\
+         [[pools]]\nname = \"default\"\nendpoints = [\"{}\"]\n",
+        server.addr
+    );
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("penstock.toml");
+    std::fs::write(&file, config).unwrap();
+    let mut command = std::process::Command::new(Process::binary("penstock").unwrap());
+    command.args(["run", "--log-format", "json", "--log-queue-bytes", "100000", "--config"]).arg(&file);
+    let (reader, writer) = std::io::pipe().unwrap();
+    command.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null()).stderr(writer);
+    let mut child = Killed(command.spawn().unwrap());
+    drop(command);
+    let mut reader = std::io::BufReader::new(reader);
+    let started = loop {
+        let mut line = String::new();
+        assert!(std::io::BufRead::read_line(&mut reader, &mut line).unwrap() > 0, "the agent ended");
+        let line: serde_json::Value = serde_json::from_str(&line).unwrap();
+        if line["admin"].is_string() {
+            break line;
+        }
+    };
+    let address = |name: &str| started[name].as_str().unwrap().parse::<std::net::SocketAddr>().unwrap();
+    let mut client = Client::connect(address("address")).await.unwrap();
+    let dropped = async || {
+        let text =
+            Client::connect(address("admin")).await.unwrap().request(&Request::get("/metrics")).await.unwrap().text();
+        let line =
+            text.lines().find(|line| line.starts_with("penstock_log_lines_dropped_total{reason=\"queue_full\"}"));
+        line.unwrap().rsplit(' ').next().unwrap().parse::<u64>().unwrap()
+    };
+    // A pipe holds 64 KiB, the writer's buffer as much.
+    let path = format!("/v1/{}", "q".repeat(1000));
+    let begin = std::time::Instant::now();
+    while dropped().await == 0 {
+        for _ in 0..50 {
+            let answer = tokio::time::timeout(SOON, client.request(&Request::get(&path))).await.unwrap().unwrap();
+            assert_eq!(answer.status(), 404);
+        }
+        assert!(begin.elapsed() < 3 * SOON, "no line was dropped");
+    }
+    assert_eq!(child.0.try_wait().unwrap(), None);
+}
+
+struct Killed(std::process::Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
