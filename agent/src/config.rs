@@ -502,6 +502,20 @@ pub enum Picker {
     Epp(Epp),
 }
 
+/// How much an EPP may say about one request. Beyond it, it has failed; what it says about a response is then not applied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EppLimits {
+    /// Fields that it sets or removes besides those that the head has; default 512.
+    pub fields: usize,
+    /// Their bytes, names and values, besides those that the head has; default 131072.
+    pub bytes: usize,
+    /// Messages before its decision, besides two for each message that it gets and one for each 256 bytes of a body that it
+    /// replaces; default 4096.
+    pub messages: usize,
+    /// Dynamic metadata of one message, bytes; default 262144.
+    pub metadata_bytes: usize,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Epp {
     /// `host:port` of the EPP's gRPC service, one or several. Each address that a host has is a replica. Requests go to the
@@ -537,6 +551,7 @@ pub struct Epp {
     pub health_tls: bool,
     /// The service to ask after; default `envoy.service.ext_proc.v3.ExternalProcessor`.
     pub health_service: String,
+    pub limits: EppLimits,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -66,12 +66,13 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
             let Some((stream, read)) = socket.into_plain() else { return };
             return http2::serve(current, read, stream, peer, false).await;
         }
+        let path = if head.is_err() { path(&socket.buf) } else { String::new() };
         let mut client = Client::Http1(socket);
         let after = match head {
             Ok(Some((head, begun))) => proxy::run(worker, &mut client, head, begun, peer, &mut lease).await,
             Ok(None) => After::Close,
             Err(error) => {
-                proxy::refuse(worker, &mut client, &error).await;
+                proxy::refuse(worker, &mut client, &error, &path).await;
                 After::Close
             }
         };
@@ -136,6 +137,13 @@ async fn within<T>(until: Option<Instant>, work: impl Future<Output = T>) -> Opt
         Some(until) => timeout_at(until, work).await.ok(),
         None => Some(work.await),
     }
+}
+
+/// The target in the request line of a head that was refused, as far as it came; empty where there is none.
+fn path(buf: &[u8]) -> String {
+    let line = buf.split(|&byte| byte == b'\r' || byte == b'\n').find(|line| !line.is_empty()).unwrap_or_default();
+    let target = line.split(|&byte| byte == b' ').nth(1).unwrap_or_default();
+    String::from_utf8_lossy(target).into_owned()
 }
 
 /// Empty lines before a request (RFC 9112 §2.2) do not begin one: some clients end a body with one, and then wait.

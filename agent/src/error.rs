@@ -117,6 +117,12 @@ impl Error {
     pub fn reply(&self, manner: &Manner<'_>) -> Reply {
         let (status, reason) = (self.status(), self.reason());
         let (content_type, body) = match manner.format {
+            ErrorFormat::OpenAi if manner.anthropic => {
+                let error = serde_json::json!({ "type": anthropic_type(status), "message": self.to_string() });
+                let id = manner.own_id.and_then(|id| id.to_str().ok());
+                let body = serde_json::json!({ "type": "error", "error": error, "request_id": id });
+                ("application/json", body.to_string())
+            }
             ErrorFormat::OpenAi => {
                 let kind = if status.is_client_error() { "invalid_request_error" } else { "server_error" };
                 let error =
@@ -143,7 +149,11 @@ pub struct Manner<'r> {
     format: ErrorFormat,
     /// The request is one of gRPC.
     pub grpc: bool,
+    /// JSON has the shape of Anthropic's API.
+    anthropic: bool,
+    /// Where the client is to learn it in a field.
     request_id: Option<&'r HeaderValue>,
+    own_id: Option<&'r HeaderValue>,
 }
 
 impl<'r> Manner<'r> {
@@ -154,12 +164,20 @@ impl<'r> Manner<'r> {
             Ordering::Less => ErrorFormat::OpenAi,
             Ordering::Equal => config.errors.format,
         };
-        Self { format, grpc: is_grpc(request), request_id: headers::request_id(request, &config.headers) }
+        let request_id = headers::request_id(request, &config.headers);
+        let own_id = request.get(headers::X_REQUEST_ID);
+        Self { format, grpc: is_grpc(request), anthropic: false, request_id, own_id }
+    }
+
+    /// In the shape of the API that the path belongs to.
+    #[must_use]
+    pub fn at(self, path: &str) -> Self {
+        Self { anthropic: is_messages(path), ..self }
     }
 
     /// Where the head of the request could not be read.
     pub fn unknown(config: &Config) -> Self {
-        Self { format: config.errors.format, grpc: false, request_id: None }
+        Self { format: config.errors.format, grpc: false, anthropic: false, request_id: None, own_id: None }
     }
 
     /// Adds what any answer has, the picker's included.
@@ -167,6 +185,29 @@ impl<'r> Manner<'r> {
         if let Some(id) = self.request_id {
             answer.insert(headers::X_REQUEST_ID, id.clone());
         }
+    }
+}
+
+/// Whether it is the path of Anthropic's messages, or of what lies below them: `/v1/messages`, `/v1/messages/count_tokens`, with
+/// any prefix.
+fn is_messages(path: &str) -> bool {
+    let path = path.split('?').next().unwrap_or_default();
+    let mut before = "";
+    path.split('/').any(|segment| std::mem::replace(&mut before, segment) == "v1" && segment == "messages")
+}
+
+/// `error.type` of Anthropic's API.
+fn anthropic_type(status: StatusCode) -> &'static str {
+    match status.as_u16() {
+        401 => "authentication_error",
+        403 => "permission_error",
+        404 => "not_found_error",
+        408 | 504 => "timeout_error",
+        413 => "request_too_large",
+        429 => "rate_limit_error",
+        503 | 529 => "overloaded_error",
+        400..=499 => "invalid_request_error",
+        _ => "api_error",
     }
 }
 

@@ -13,6 +13,7 @@ pub mod exchange;
 mod health;
 pub mod message;
 pub mod mutation;
+pub mod names;
 pub mod replacement;
 pub mod replica;
 pub mod silence;

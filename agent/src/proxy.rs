@@ -82,11 +82,11 @@ impl Request {
     }
 }
 
-/// Answers a request whose head could not be read.
-pub async fn refuse(worker: &Worker, client: &mut Client, error: &Error) {
+/// Answers a request whose head could not be read; `path` as far as it is known.
+pub async fn refuse(worker: &Worker, client: &mut Client, error: &Error, path: &str) {
     let record = Record::new(Instant::now());
     // Which method it would have been is not known; a body is right for all but HEAD, and the connection closes.
-    answer(client, &Method::GET, &Manner::unknown(&worker.shared.config), error, false).await;
+    answer(client, &Method::GET, &Manner::unknown(&worker.shared.config).at(path), error, false).await;
     record.finish_unrouted(worker, error);
 }
 
@@ -121,7 +121,7 @@ pub async fn run(
     let mut upload = match taken {
         Ok(upload) => upload,
         Err(error) => {
-            let manner = Manner::of(&request.parts.headers, config);
+            let manner = Manner::of(&request.parts.headers, config).at(request.parts.uri.path());
             answer(client, &request.parts.method, &manner, &error, false).await;
             request.record.finish_unrouted(worker, &error);
             return close_after(&error);
@@ -138,7 +138,7 @@ pub async fn run(
         Err(ref error) => {
             // With the rest of the body unread, the next request cannot be found.
             let keep_alive = upload.is_done() && request.keep_alive && !matches!(error, Error::ClientGone);
-            let manner = Manner::of(&request.parts.headers, config);
+            let manner = Manner::of(&request.parts.headers, config).at(request.parts.uri.path());
             answer(client, &request.parts.method, &manner, error, keep_alive).await;
             if keep_alive { After::Next } else { close_after(error) }
         }
@@ -304,7 +304,7 @@ async fn immediate(
     if !reply.body.is_empty() {
         headers.entry(http::header::CONTENT_TYPE).or_insert(HeaderValue::from_static("text/plain"));
     }
-    let manner = Manner::of(&request.headers, &worker.shared.config);
+    let manner = Manner::of(&request.headers, &worker.shared.config).at(request.uri.path());
     manner.mark(&mut headers);
     let mut reply = Reply { status: reply.status, headers, body: reply.body.clone() };
     if manner.grpc {

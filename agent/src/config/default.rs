@@ -9,7 +9,7 @@ use std::{
 use http::{HeaderName, uri::PathAndQuery};
 
 use super::{
-    Admin, AppProtocol, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppTls, ErrorFormat, Errors, FailureMode,
+    Admin, AppProtocol, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppLimits, EppTls, ErrorFormat, Errors, FailureMode,
     Forwarding, Headers, HealthCheck, LeaseLimits, Limits, Listen, MissingModel, Node, PickPer, Picker, PinLimits,
     Pool, Ratio, ResponseToPicker, Retry, Route, Steering, SteeringMode, Subset, TimeoutOverrides, Timeouts, Tracing,
     WeightedPool,
@@ -232,6 +232,12 @@ impl Pool {
     }
 }
 
+impl Default for EppLimits {
+    fn default() -> Self {
+        Self { fields: 512, bytes: 128 << 10, messages: 4096, metadata_bytes: 256 << 10 }
+    }
+}
+
 impl Epp {
     /// The EPP at `host:port`, without TLS.
     pub fn new(address: impl Into<String>) -> Self {
@@ -250,6 +256,7 @@ impl Epp {
             health_port: None,
             health_tls: false,
             health_service: "envoy.service.ext_proc.v3.ExternalProcessor".to_owned(),
+            limits: EppLimits::default(),
         }
     }
 }

@@ -8,10 +8,10 @@ use std::{
 
 use rustls::pki_types::ServerName;
 
-use super::{ClientCertificate, Epp, EppTls, Picker, ResponseToPicker, document::Section, value};
+use super::{ClientCertificate, Epp, EppLimits, EppTls, Picker, ResponseToPicker, document::Section, value};
 use crate::pem::{self, PemError};
 
-const EPP_ONLY: [&str; 17] = [
+const EPP_ONLY: [&str; 18] = [
     "address",
     "tls",
     "ca_file",
@@ -29,6 +29,7 @@ const EPP_ONLY: [&str; 17] = [
     "health_port",
     "health_tls",
     "health_service",
+    "limits",
 ];
 
 pub(super) fn picker(section: &mut Section<'_>) -> Picker {
@@ -79,7 +80,20 @@ fn epp(section: &mut Section<'_>) -> Epp {
         health_port: section.read("health_port", value::integer(1..=u16::MAX)),
         health_tls: health_tls(section, &tls),
         health_service: section.read("health_service", value::non_empty).unwrap_or(default.health_service),
+        limits: section.section("limits", limits),
         tls,
+    }
+}
+
+fn limits(section: &mut Section<'_>) -> EppLimits {
+    let default = EppLimits::default();
+    EppLimits {
+        fields: section.read("fields", value::integer(16..=8192)).unwrap_or(default.fields),
+        bytes: section.read("bytes", value::integer(1024..=4 << 20)).unwrap_or(default.bytes),
+        messages: section.read("messages", value::integer(16..=1_000_000)).unwrap_or(default.messages),
+        metadata_bytes: section
+            .read("metadata_bytes", value::integer(1024..=16 << 20))
+            .unwrap_or(default.metadata_bytes),
     }
 }
 

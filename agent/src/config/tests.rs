@@ -222,6 +222,7 @@ fn every_setting_is_read() {
         health_port = 9003
         health_tls = true
         health_service = "inference-extension"
+        limits = { fields = 16, bytes = 1024, messages = 17, metadata_bytes = 1025 }
         session_header = ["x-session-id", "x-other"]
         [[routes]]
         host = "*.Example.com."
@@ -275,6 +276,7 @@ fn every_setting_is_read() {
             health_port: Some(9003),
             health_tls: true,
             health_service: "inference-extension".into(),
+            limits: EppLimits { fields: 16, bytes: 1024, messages: 17, metadata_bytes: 1025 },
         }),
         session_headers: ["x-session-id", "x-other"].map(http::HeaderName::from_static).to_vec(),
         subset: Subset { prefer: vec![Locality::Zone, Locality::Node], endpoints: vec![], empty: EmptySubset::Fail },

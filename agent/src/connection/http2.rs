@@ -123,8 +123,9 @@ async fn one(worker: &Worker, parts: http::request::Parts, stream: ClientStream,
     let limits = HeadLimits { bytes: limits.head_bytes, headers: limits.headers };
     let (begun, ended) = (Instant::now(), stream.is_read());
     let mut client = Client::Http2(stream);
+    let path = parts.uri.path().to_owned();
     match from_http2(parts, ended, &limits) {
         Ok(head) => drop(proxy::run(worker, &mut client, head, begun, peer, &mut None).await),
-        Err(error) => proxy::refuse(worker, &mut client, &error.into()).await,
+        Err(error) => proxy::refuse(worker, &mut client, &error.into(), &path).await,
     }
 }

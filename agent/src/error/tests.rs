@@ -12,7 +12,7 @@ use crate::{
 };
 
 fn manner(format: ErrorFormat) -> Manner<'static> {
-    Manner { format, grpc: false, request_id: None }
+    Manner { format, grpc: false, anthropic: false, request_id: None, own_id: None }
 }
 
 fn written(error: &Error, manner: &Manner<'_>) -> (String, String) {
@@ -34,6 +34,40 @@ fn an_answer_is_json_with_the_label() {
     assert_eq!(body["error"]["type"], "invalid_request_error");
     let keys: Vec<&String> = body["error"].as_object().expect("an object").keys().collect();
     assert_eq!(keys, ["code", "message", "param", "type"]);
+}
+
+#[test]
+fn anthropic_paths_get_anthropic_errors() {
+    for path in [
+        "/v1/messages",
+        "/v1/messages/",
+        "/v1/messages/count_tokens",
+        "/a/b/v1/messages/batches/1",
+        "http://h/v1/messages?beta=true",
+    ] {
+        assert!(is_messages(path), "{path}");
+    }
+    for path in [
+        "/v1/chat/completions",
+        "/v1/threads/1/messages",
+        "/messages",
+        "/v2/messages",
+        "/v1/messages_2",
+        "*",
+        "",
+        "/x?to=/v1/messages",
+    ] {
+        assert!(!is_messages(path), "{path}");
+    }
+    let id = HeaderValue::from_static("mine");
+    let manner = Manner { own_id: Some(&id), ..manner(ErrorFormat::OpenAi) }.at("/v1/messages");
+    let (head, body) = written(&Error::NoRoute, &manner);
+    assert!(head.starts_with("HTTP/1.1 404 ") && head.contains("\r\nx-penstock-reason: no_route\r\n"), "{head}");
+    let body: serde_json::Value = serde_json::from_str(&body).expect("json");
+    let error = serde_json::json!({ "type": "not_found_error", "message": "no route matches this request" });
+    assert_eq!(body, serde_json::json!({ "type": "error", "error": error, "request_id": "mine" }));
+    let (_, body) = written(&Error::NoRoute, &Manner { format: ErrorFormat::Plain, ..manner });
+    assert!(body.ends_with("reason: no_route\n"), "{body}");
 }
 
 #[test]

@@ -98,6 +98,8 @@ families! {
     epp_exchange: Histograms<ByOutcome> = "epp_exchange_seconds" in EPP_SECONDS;
     /// Exchanges with the EPP that failed, whatever the pool's failure mode made of it.
     epp_failures: Family<ByPoolAndReason, Counter> = "epp_failures";
+    /// Endpoints in picks that cannot be used, and are passed over: invalid, or not admitted to the pool.
+    epp_endpoints_passed_over: Family<ByPoolAndReason, Counter> = "epp_endpoints_passed_over";
     /// Questions put to the EPP again, on another connection or to another replica, by what became of the one before.
     epp_asked_again: Family<ByPoolAndReason, Counter> = "epp_asked_again";
     /// Replicas of EPPs by what their health checks say of them; always 1.

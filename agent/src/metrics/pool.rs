@@ -141,6 +141,13 @@ impl PoolMetrics {
         histogram.observe(took.as_secs_f64());
     }
 
+    /// The EPP named so many endpoints that cannot be used.
+    pub fn epp_passed_over(&self, reason: &'static str, endpoints: usize) {
+        if endpoints > 0 {
+            self.families.epp_endpoints_passed_over.get_or_create(&self.and_reason(reason)).inc_by(endpoints as u64);
+        }
+    }
+
     /// An exchange with the EPP failed.
     pub fn epp_failed(&self, reason: &'static str) {
         self.families.epp_failures.get_or_create(&ByPoolAndReason { pool: self.name.clone(), reason }).inc();

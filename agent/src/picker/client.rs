@@ -26,6 +26,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::{sync::PollSender, task::TaskTracker};
 use tonic::{CancellationHandle, Streaming};
 
+use crate::endpoint::set::Snapshot;
+
 use super::{
     attempts::Attempts,
     connection::{Connection, Http2, Loss},
@@ -99,6 +101,7 @@ impl EppClient {
         has_body: bool,
         subset: Option<&[SocketAddr]>,
         limits: Limits,
+        members: Option<Arc<Snapshot>>,
     ) -> PickStream {
         let line = self.line(replica);
         let (out, messages) = mpsc::channel(QUEUE);
@@ -106,9 +109,13 @@ impl EppClient {
         let cancel = CancelOnDrop(Some(request_stream.cancellation_handle()));
         let call = call(line.connection, request_stream, limits.replaced_body + MESSAGE);
         let header = self.replicas.settings.header.clone();
+        let mut exchange = Exchange::new(header, request, has_body, subset, limits);
+        if let Some(members) = members {
+            exchange = exchange.among(members);
+        }
         let mut stream = PickStream {
             _cancel: cancel,
-            exchange: Exchange::new(header, request, has_body, subset, limits),
+            exchange,
             out: Some(PollSender::new(out)),
             answer: Answer::Awaited(call.boxed()),
             silence: Waiting::new(&line.silence),
@@ -168,6 +175,8 @@ fn failure(status: &tonic::Status, http2: &Http2, answered: bool) -> PickError {
 pub enum ResponseReply {
     /// None: the stream is over, or the EPP took too long.
     Mutation(Option<HeaderMutation>),
+    /// A mutation over the limits, which is not applied.
+    Excessive,
     Evicted(ImmediateReply),
 }
 
@@ -252,6 +261,10 @@ impl PickStream {
                     Some(Ok(Event::ResponseHead(mutation))) => {
                         self.silence.answered();
                         return Poll::Ready(ResponseReply::Mutation(Some(mutation)));
+                    }
+                    Some(Ok(Event::Excessive)) => {
+                        self.silence.answered();
+                        return Poll::Ready(ResponseReply::Excessive);
                     }
                     Some(Ok(Event::Outcome(Outcome::Immediate(reply)))) => {
                         return Poll::Ready(ResponseReply::Evicted(reply));
@@ -343,7 +356,7 @@ impl PickStream {
         loop {
             match ready!(self.poll_event(cx)) {
                 Some(Ok(Event::Outcome(outcome))) => return Poll::Ready(Ok(Some(outcome))),
-                Some(Ok(Event::ResponseHead(_))) => {}
+                Some(Ok(Event::ResponseHead(_) | Event::Excessive)) => {}
                 Some(Err(error)) => return Poll::Ready(Err(error)),
                 None => return Poll::Ready(Ok(None)),
             }

@@ -5,6 +5,8 @@
 
 use std::{io::ErrorKind, sync::Arc};
 
+use crate::config::EppLimits;
+
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum PickError {
     #[error("the EPP's name has no address: {0}")]
@@ -30,6 +32,14 @@ pub enum PickError {
     BodyTooLarge { limit: usize },
     #[error("the EPP replaced only a part of the body")]
     BodyPartial,
+    #[error("the EPP sets or removes more than {} fields or {} bytes besides those that the head has", limits.fields, limits.bytes)]
+    MutationTooLarge { limits: EppLimits },
+    #[error("the EPP sent more than {limit} messages without a decision")]
+    TooManyMessages { limit: usize },
+    #[error("the EPP sent more than {limit} bytes of dynamic metadata in one message")]
+    MetadataTooLarge { limit: usize },
+    #[error("the EPP answered the client with more than the limits allow")]
+    ReplyTooLarge,
     #[error("the EPP did not answer in time")]
     Deadline,
 }
@@ -48,6 +58,10 @@ impl PickError {
             PickError::BadDestination(_) => "bad_destination",
             PickError::BodyTooLarge { .. } => "body_too_large",
             PickError::BodyPartial => "body_partial",
+            PickError::MutationTooLarge { .. } => "mutation_too_large",
+            PickError::TooManyMessages { .. } => "too_many_messages",
+            PickError::MetadataTooLarge { .. } => "metadata_too_large",
+            PickError::ReplyTooLarge => "reply_too_large",
             PickError::Deadline => "deadline",
         }
     }

@@ -5,7 +5,7 @@
 //! Exactly one end of stream goes out per direction. There is at most one decision or failure; after the decision nothing that
 //! the EPP does is an error. The EPP's replies may come in any order.
 
-use std::{collections::VecDeque, net::SocketAddr};
+use std::{collections::VecDeque, net::SocketAddr, sync::Arc};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName};
@@ -15,12 +15,24 @@ use penstock_proto::ext_proc::{
     processing_response::Response,
 };
 
-use super::{error::PickError, message, replacement::Replacement};
+use prost::Message as _;
+
+use super::{
+    error::PickError,
+    message,
+    names::{Bad, Names},
+    replacement::Replacement,
+};
+use crate::{config::EppLimits, endpoint::set::Snapshot};
+
+/// Bytes of a replaced body for which the EPP may send one more message.
+const BYTES_PER_MESSAGE: usize = 256;
 
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Bytes of a body that the EPP puts in place of the client's.
+    /// Bytes of a body that the EPP puts in place of the client's, or answers the client with.
     pub replaced_body: usize,
+    pub said: EppLimits,
 }
 
 /// Where the request goes and what becomes of it on the way.
@@ -28,6 +40,8 @@ pub struct Limits {
 pub struct Decision {
     /// In the order to try them; at least one, no duplicates.
     pub endpoints: Vec<SocketAddr>,
+    /// What the EPP named besides.
+    pub bad: Bad,
     /// For the request's head; the pick itself is taken out.
     pub mutation: HeaderMutation,
     pub body: Body,
@@ -62,12 +76,17 @@ pub enum Event {
     Outcome(Outcome),
     /// The EPP's reply to the head of the response.
     ResponseHead(HeaderMutation),
+    /// That reply was over the limits, and is not applied.
+    Excessive,
 }
 
 #[derive(Debug)]
 pub struct Exchange {
     /// Header that carries the pick.
     header: HeaderName,
+    limits: Limits,
+    /// Where the pool's endpoints are known.
+    members: Option<Arc<Snapshot>>,
     subset: Option<Vec<SocketAddr>>,
     served: Option<SocketAddr>,
     outbox: VecDeque<ProcessingRequest>,
@@ -80,10 +99,46 @@ pub struct Exchange {
     by_metadata: Option<String>,
     by_header: Option<String>,
     mutation: HeaderMutation,
+    /// What the EPP may still say of the request's head, and of the response's.
+    request_room: Room,
+    response_room: Room,
+    /// Messages of the EPP so far.
+    messages: usize,
     replacement: Replacement,
     /// A decision, an immediate response or a failure has been given.
     settled: bool,
     events: VecDeque<Result<Event, PickError>>,
+}
+
+/// How much a mutation of a head may still say: what it takes to echo the head, and the configured limits besides.
+#[derive(Debug, Clone, Copy)]
+struct Room {
+    fields: usize,
+    bytes: usize,
+}
+
+impl Room {
+    /// Pseudo-headers that a head is told with.
+    const PSEUDO: usize = 4;
+
+    fn of(head: &HeaderMap, limits: &EppLimits) -> Self {
+        let bytes: usize = head.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
+        Self { fields: head.len() + Self::PSEUDO + limits.fields, bytes: bytes + limits.bytes }
+    }
+
+    /// False if the mutation does not fit.
+    fn take(&mut self, mutation: &HeaderMutation) -> bool {
+        let set = mutation.set_headers.iter().filter_map(|set| set.header.as_ref());
+        let set: usize = set.map(|header| header.key.len() + message::value(header).len()).sum();
+        let removed: usize = mutation.remove_headers.iter().map(String::len).sum();
+        let fields = mutation.set_headers.len() + mutation.remove_headers.len();
+        let fits = fields <= self.fields && set + removed <= self.bytes;
+        if fits {
+            self.fields -= fields;
+            self.bytes -= set + removed;
+        }
+        fits
+    }
 }
 
 #[derive(Debug, PartialEq)]
@@ -104,6 +159,8 @@ impl Exchange {
     ) -> Self {
         let mut exchange = Self {
             header,
+            limits,
+            members: None,
             subset: subset.map(<[_]>::to_vec),
             served: None,
             outbox: VecDeque::new(),
@@ -114,6 +171,9 @@ impl Exchange {
             by_metadata: None,
             by_header: None,
             mutation: HeaderMutation::default(),
+            request_room: Room::of(&request.headers, &limits.said),
+            response_room: Room { fields: limits.said.fields, bytes: limits.said.bytes },
+            messages: 0,
             replacement: Replacement::new(limits.replaced_body),
             settled: false,
             events: VecDeque::new(),
@@ -121,6 +181,12 @@ impl Exchange {
         exchange.queue(message::request_head(request, !has_body));
         exchange.outbox[0].protocol_config = Some(message::protocol_config());
         exchange
+    }
+
+    /// With the endpoints that the pool has.
+    #[must_use]
+    pub fn among(self, members: Arc<Snapshot>) -> Self {
+        Self { members: Some(members), ..self }
     }
 
     /// A piece of the request's body, of any size. What comes after the end is not sent.
@@ -148,6 +214,7 @@ impl Exchange {
             return;
         }
         self.served = Some(served);
+        self.response_room = Room::of(headers, &self.limits.said);
         self.response = if end_of_stream { ResponsePhase::Ended } else { ResponsePhase::Body };
         self.queue(message::response_head(status, headers, end_of_stream));
     }
@@ -189,6 +256,10 @@ impl Exchange {
 
     /// A message from the EPP.
     pub fn receive(&mut self, reply: ProcessingResponse) {
+        self.messages += 1;
+        if let Err(error) = self.check(&reply) {
+            return self.finish(Err(error));
+        }
         if !self.settled
             && let Some(list) = reply.dynamic_metadata.as_ref().and_then(message::metadata_destination)
         {
@@ -198,7 +269,8 @@ impl Exchange {
             Some(Response::ImmediateResponse(immediate)) => self.immediate(immediate),
             Some(Response::ResponseHeaders(head)) => {
                 let mutation = head.response.and_then(|common| common.header_mutation).unwrap_or_default();
-                self.events.push_back(Ok(Event::ResponseHead(mutation)));
+                let fits = self.response_room.take(&mutation);
+                self.events.push_back(Ok(if fits { Event::ResponseHead(mutation) } else { Event::Excessive }));
             }
             Some(Response::RequestHeaders(head)) if !self.settled => {
                 self.request_head(head.response.unwrap_or_default());
@@ -215,7 +287,7 @@ impl Exchange {
         if self.settled {
             return;
         }
-        let verdict = if self.destination().is_none() {
+        let verdict = if !self.has_destination() {
             Err(PickError::ClosedWithoutPick)
         } else if self.replacement.is_untouched() || self.replacement.is_whole(self.pieces_sent, self.request_ended) {
             self.decide()
@@ -238,7 +310,7 @@ impl Exchange {
         if self.settled {
             return;
         }
-        let verdict = if !(self.head_answered && self.request_ended && self.destination().is_some()) {
+        let verdict = if !(self.head_answered && self.request_ended && self.has_destination()) {
             Err(PickError::Deadline)
         } else if self.replacement.is_untouched() {
             self.decide()
@@ -253,12 +325,41 @@ impl Exchange {
         self.outbox.push_back(ProcessingRequest { request: Some(request), metadata_context, protocol_config: None });
     }
 
-    fn immediate(&mut self, reply: ImmediateResponse) {
+    /// What an EPP says before its decision has limits.
+    fn check(&self, reply: &ProcessingResponse) -> Result<(), PickError> {
+        if self.settled {
+            return Ok(());
+        }
+        let EppLimits { messages, metadata_bytes, .. } = self.limits.said;
+        // It may answer each message, twice, and send a body in small pieces.
+        let allowed = messages + 2 * self.pieces_sent + self.replacement.bytes() / BYTES_PER_MESSAGE;
+        if self.messages > allowed {
+            return Err(PickError::TooManyMessages { limit: allowed });
+        }
+        match &reply.dynamic_metadata {
+            Some(metadata) if metadata.encoded_len() > metadata_bytes => {
+                Err(PickError::MetadataTooLarge { limit: metadata_bytes })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn immediate(&mut self, mut reply: ImmediateResponse) {
+        let mut room = Room { fields: self.limits.said.fields, bytes: self.limits.said.bytes };
+        let fits = reply.headers.as_ref().is_none_or(|headers| room.take(headers));
+        if !fits || reply.body.len() > self.limits.replaced_body {
+            if !self.settled {
+                return self.finish(Err(PickError::ReplyTooLarge));
+            }
+            // It evicts the request all the same.
+            reply = ImmediateResponse { details: reply.details, ..ImmediateResponse::default() };
+        }
         self.settled = true;
         let code = reply.status.and_then(|status| u16::try_from(status.code).ok());
         // A final status only: without one, as with one that is none, Envoy answers 200 or worse.
-        let status =
-            code.and_then(|code| http::StatusCode::from_u16(code).ok()).filter(|status| status.as_u16() >= 200);
+        let status = code
+            .and_then(|code| http::StatusCode::from_u16(code).ok())
+            .filter(|status| (200..600).contains(&status.as_u16()));
         self.events.push_back(Ok(Event::Outcome(Outcome::Immediate(ImmediateReply {
             status: status.unwrap_or(http::StatusCode::INTERNAL_SERVER_ERROR),
             headers: reply.headers.unwrap_or_default(),
@@ -292,6 +393,9 @@ impl Exchange {
     }
 
     fn mutate(&mut self, mutation: Option<HeaderMutation>) {
+        if mutation.as_ref().is_some_and(|mutation| !self.request_room.take(mutation)) {
+            return self.finish(Err(PickError::MutationTooLarge { limits: self.limits.said }));
+        }
         for set in mutation.iter().flat_map(|mutation| &mutation.set_headers) {
             match &set.header {
                 Some(header) if header.key.eq_ignore_ascii_case(self.header.as_str()) => {
@@ -314,39 +418,39 @@ impl Exchange {
         }
     }
 
+    /// The first counts.
     fn finish(&mut self, verdict: Result<Decision, PickError>) {
+        if self.settled {
+            return;
+        }
         self.settled = true;
         self.events.push_back(verdict.map(|decision| Event::Outcome(Outcome::Picked(decision))));
     }
 
     fn decide(&mut self) -> Result<Decision, PickError> {
-        let endpoints = parse(self.destination().ok_or(PickError::NoDestination)?)?;
+        let Names { endpoints, bad } = self.named()?;
         let body = self.replacement.take()?;
-        Ok(Decision { endpoints, mutation: std::mem::take(&mut self.mutation), body })
+        Ok(Decision { endpoints, bad, mutation: std::mem::take(&mut self.mutation), body })
     }
 
     /// Metadata first: a client cannot have set it.
-    fn destination(&self) -> Option<&str> {
-        let given = |list: &Option<String>| list.as_deref().is_some_and(|list| !list.trim().is_empty());
-        [&self.by_metadata, &self.by_header].into_iter().find(|list| given(list)).and_then(|list| list.as_deref())
-    }
-}
-
-/// `ip:port` and `[ip]:port`, separated by commas.
-fn parse(list: &str) -> Result<Vec<SocketAddr>, PickError> {
-    let mut endpoints = Vec::new();
-    let mut bad = Vec::new();
-    for entry in list.split(',').map(str::trim).filter(|entry| !entry.is_empty()) {
-        match entry.parse() {
-            Ok(endpoint) if endpoints.contains(&endpoint) => {}
-            Ok(endpoint) => endpoints.push(endpoint),
-            Err(_) => bad.push(entry),
+    fn named(&self) -> Result<Names, PickError> {
+        let is_member = |address| self.members.as_ref().is_some_and(|members| members.get(address).is_some());
+        let mut bad = Bad::default();
+        for list in [&self.by_metadata, &self.by_header].into_iter().flatten() {
+            let names = Names::parse(list, is_member);
+            if !names.endpoints.is_empty() {
+                return Ok(names);
+            }
+            if bad.count == 0 {
+                bad = names.bad;
+            }
         }
+        Err(if bad.count == 0 { PickError::NoDestination } else { PickError::BadDestination(bad.shown) })
     }
-    match (endpoints.is_empty(), bad.is_empty()) {
-        (_, false) => Err(PickError::BadDestination(bad.join(", "))),
-        (true, true) => Err(PickError::NoDestination),
-        (false, true) => Ok(endpoints),
+
+    fn has_destination(&self) -> bool {
+        [&self.by_metadata, &self.by_header].into_iter().flatten().any(|list| !list.trim().is_empty())
     }
 }
 

@@ -81,7 +81,8 @@ pub(super) fn action(option: &HeaderValueOption) -> HeaderAppendAction {
 fn set(headers: &mut HeaderMap, name: HeaderName, value: HeaderValue, action: HeaderAppendAction) {
     let overwrites = match action {
         HeaderAppendAction::AppendIfExistsOrAdd => {
-            headers.append(name, value);
+            // A map takes 32768 fields; the limits on mutations are far below.
+            let _ = headers.try_append(name, value);
             return;
         }
         HeaderAppendAction::AddIfAbsent => !headers.contains_key(&name),
@@ -91,7 +92,7 @@ fn set(headers: &mut HeaderMap, name: HeaderName, value: HeaderValue, action: He
     // Pickers send every header back, of a repeated one only the last value: that is an echo and not a wish.
     let echo = headers.get_all(&name).iter().any(|present| present == value);
     if overwrites && !echo {
-        headers.insert(name, value);
+        let _ = headers.try_insert(name, value);
     }
 }
 

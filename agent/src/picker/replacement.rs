@@ -54,6 +54,11 @@ impl Replacement {
         self.push(body)
     }
 
+    /// Bytes of the EPP's body so far.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     /// Nothing but the client's body so far.
     pub fn is_untouched(&self) -> bool {
         !self.streamed && self.replaced == 0

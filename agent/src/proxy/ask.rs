@@ -2,7 +2,7 @@
 //! there is an outcome, a failure that no other attempt would mend, or no time left. What was read of the body is kept, so
 //! another attempt begins with all of it.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use tokio::time::{Instant, error::Elapsed, timeout, timeout_at};
@@ -11,6 +11,7 @@ use super::Request;
 use crate::{
     client::Client,
     config,
+    endpoint::set::Snapshot,
     error::Error,
     metrics::PoolMetrics,
     picker::{
@@ -35,6 +36,8 @@ pub(super) struct Question<'a> {
     /// The EPP is to choose among these.
     pub(super) subset: Option<&'a [SocketAddr]>,
     pub(super) limits: Limits,
+    /// The pool's endpoints.
+    pub(super) members: Arc<Snapshot>,
     pub(super) metrics: &'a PoolMetrics,
 }
 
@@ -53,7 +56,14 @@ impl Question<'_> {
         };
         loop {
             let (parts, has_body) = (&request.parts, upload.has_body());
-            let mut stream = Box::new(self.epp.open(attempts.replica(), parts, has_body, self.subset, self.limits));
+            let mut stream = Box::new(self.epp.open(
+                attempts.replica(),
+                parts,
+                has_body,
+                self.subset,
+                self.limits,
+                Some(Arc::clone(&self.members)),
+            ));
             match converse(&mut stream, &mut patience, client, upload).await {
                 Ok(outcome) => {
                     attempts.answered(&outcome);

@@ -3,7 +3,7 @@
 
 use std::net::SocketAddr;
 
-use http::{HeaderMap, HeaderName};
+use http::{HeaderMap, HeaderName, Method, header, request};
 use penstock_proto::ext_proc::HeaderMutation;
 use tokio::time::Instant;
 
@@ -57,19 +57,27 @@ pub(super) async fn pick(
         upload.rest(client).await?;
         return Ok(Verdict::Forward(Box::new(unasked(endpoints))));
     }
-    *held = None;
     let pool = &worker.shared.config.pools[request.pool];
     let (Some(epp), config::Picker::Epp(settings)) = (&worker.epps[request.pool], &pool.picker) else {
+        *held = None;
         upload.rest(client).await?;
         return builtin(worker, request, upload).map(|picked| Verdict::Forward(Box::new(picked)));
     };
+    if is_preflight(&request.parts)
+        && let Ok(picked) = builtin(worker, request, upload)
+    {
+        upload.rest(client).await?;
+        return Ok(Verdict::Forward(Box::new(Picked { holds: false, ..picked })));
+    }
+    *held = None;
     let started = Instant::now();
     let metrics = worker.shared.metrics.pool(request.pool);
     let open = worker.shared.metrics.epp_stream();
     let subset = worker.shared.endpoints[request.pool].subset(started.into_std());
     let limit = worker.shared.config.limits.body_bytes;
-    let limits = Limits { replaced_body: limit.try_into().unwrap_or(usize::MAX) };
-    let question = Question { epp, settings, subset: subset.as_deref(), limits, metrics };
+    let limits = Limits { replaced_body: limit.try_into().unwrap_or(usize::MAX), said: settings.limits };
+    let members = worker.shared.endpoints[request.pool].snapshot();
+    let question = Question { epp, settings, subset: subset.as_deref(), limits, members, metrics };
     let failure = match question.ask(client, request, upload).await {
         Asked::Answered(Outcome::Immediate(reply), _) => {
             metrics.epp_exchange(EppOutcome::Immediate, started.elapsed());
@@ -124,11 +132,33 @@ pub(super) async fn pick(
 fn admitted(worker: &Worker, pool: usize, decision: Decision) -> Result<(Vec<SocketAddr>, Decision), SocketAddr> {
     let admits = |address: &SocketAddr| worker.shared.admits(pool, *address);
     let mut endpoints: Vec<_> = decision.endpoints.iter().copied().filter(admits).collect();
+    let (invalid, strangers) = (decision.bad.count, decision.endpoints.len() - endpoints.len());
+    if invalid + strangers > 0 {
+        let metrics = worker.shared.metrics.pool(pool);
+        metrics.epp_passed_over("invalid", invalid);
+        metrics.epp_passed_over("not_admitted", strangers);
+        let name = &worker.shared.config.pools[pool].name;
+        tracing::warn!(
+            pool = name,
+            invalid,
+            entries = decision.bad.shown,
+            not_admitted = strangers,
+            "EPP named endpoints that cannot be used"
+        );
+    }
     worker.shared.endpoints[pool].avoided_last(&mut endpoints, Instant::now().into_std());
     match decision.endpoints.first() {
         Some(&stranger) if endpoints.is_empty() => Err(stranger),
         _ => Ok((endpoints, decision)),
     }
+}
+
+/// A question about what may be asked, and not for a model: a CORS preflight, or `OPTIONS *`. Any endpoint answers it, and
+/// the EPP, which may be down, is not asked.
+fn is_preflight(request: &request::Parts) -> bool {
+    let names_method = || request.headers.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
+    request.method == Method::OPTIONS
+        && (request.uri.path() == "*" || (request.headers.contains_key(header::ORIGIN) && names_method()))
 }
 
 fn builtin(worker: &Worker, request: &Request, upload: &mut Upload) -> Result<Picked, Error> {

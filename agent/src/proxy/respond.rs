@@ -91,6 +91,13 @@ pub(super) async fn respond(
         match reply {
             ResponseReply::Mutation(Some(change)) => drop(mutation::apply(&change, &mut head.headers)),
             ResponseReply::Mutation(None) => {}
+            ResponseReply::Excessive => {
+                worker.shared.metrics.pool(request.pool).epp_failed("mutation_too_large");
+                tracing::warn!(
+                    pool = worker.shared.config.pools[request.pool].name,
+                    "EPP's mutation of a response is over the limits, not applied"
+                );
+            }
             ResponseReply::Evicted(reply) => {
                 worker.shared.metrics.pool(request.pool).evicted();
                 drop(body);

@@ -55,6 +55,44 @@ async fn a_head_that_is_none_is_answered_as_configured() {
     }
 }
 
+/// Anthropic's clients read another shape; the reason is in the field.
+#[tokio::test]
+async fn messages_api_gets_errors_in_its_own_shape() {
+    let setting = Setting::start(|config| config.limits.body_bytes = 100).await;
+    for (path, anthropic) in [
+        ("/v1/messages", true),
+        ("/v1/messages?beta=true", true),
+        ("/v1/messages/count_tokens", true),
+        ("/tenant/v1/messages", true),
+        ("/v1/chat/completions", false),
+        ("/v1/threads/1/messages", false),
+    ] {
+        let post = |body: &'static str| {
+            let request = Request::post(path, body).header("content-type", "application/json");
+            request.header("x-request-id", "mine")
+        };
+        let too_large = Request::post(path, vec![b' '; 200]).header("x-request-id", "mine");
+        for (request, status, reason, kind) in
+            [(post("{"), 400, "json", "invalid_request_error"), (too_large, 413, "body_too_large", "request_too_large")]
+        {
+            let response = setting.client().await.request(&request).await.unwrap();
+            assert_eq!((response.status(), response.header("x-penstock-reason")), (status, Some(reason)), "{path}");
+            let body: serde_json::Value = response.json().unwrap();
+            if anthropic {
+                let shape = (&body["type"], &body["error"]["type"], &body["request_id"]);
+                assert_eq!(shape, (&"error".into(), &kind.into(), &"mine".into()), "{path}");
+                assert!(body["error"]["message"].as_str().is_some_and(|message| !message.is_empty()), "{path}");
+            } else {
+                assert_eq!(body["error"]["code"], reason, "{path}");
+            }
+        }
+        // A head that is refused has its path all the same.
+        let (response, _) = setting.answer(format!("POST {path} HTTP/1.1\r\n\r\n").as_bytes()).await;
+        let body: serde_json::Value = response.json().unwrap();
+        assert_eq!((response.header("x-penstock-reason"), body["type"] == "error"), (Some("host_missing"), anthropic));
+    }
+}
+
 /// HEAD has the reason too, if no body.
 #[tokio::test]
 async fn a_reason_needs_no_body() {

@@ -4,6 +4,7 @@
 mod abrupt;
 mod conversation;
 mod endpoints;
+mod excess;
 mod failure;
 mod flow_control;
 mod headers;
@@ -16,6 +17,7 @@ mod load;
 mod measured;
 mod model;
 mod mutations;
+mod named;
 mod names;
 mod parity;
 mod patience;

@@ -21,7 +21,10 @@ mod epp;
 mod going_away;
 use epp::{serve, serve_on};
 
-const LIMITS: Limits = Limits { replaced_body: 1 << 20 };
+const LIMITS: Limits = Limits {
+    replaced_body: 1 << 20,
+    said: crate::config::EppLimits { fields: 512, bytes: 1 << 17, messages: 4096, metadata_bytes: 1 << 18 },
+};
 const A: &str = "10.0.0.1:8000";
 
 fn epp_settings() -> Epp {
@@ -60,7 +63,7 @@ fn picked(outcome: Result<Outcome, PickError>) -> Decision {
 
 /// A stream to the first replica.
 fn open(client: &EppClient, has_body: bool) -> PickStream {
-    client.open(&client.replicas.snapshot().replicas[0], &post(), has_body, None, LIMITS)
+    client.open(&client.replicas.snapshot().replicas[0], &post(), has_body, None, LIMITS, None)
 }
 
 /// Asks about a request without a body.

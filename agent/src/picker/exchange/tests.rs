@@ -104,7 +104,7 @@ fn request() -> http::request::Parts {
 
 fn exchange(has_body: bool, subset: Option<&[SocketAddr]>) -> Exchange {
     let header = HeaderName::from_static(message::DESTINATION);
-    Exchange::new(header, &request(), has_body, subset, Limits { replaced_body: 10 })
+    Exchange::new(header, &request(), has_body, subset, Limits { replaced_body: 10, said: EppLimits::default() })
 }
 
 fn step(exchange: &mut Exchange, step: Step) {
@@ -129,6 +129,7 @@ fn run(exchange: &mut Exchange, steps: Vec<Step>) -> (Vec<String>, usize) {
             seen.push(match event {
                 Err(error) => format!("error {}", error.reason()),
                 Ok(Event::ResponseHead(mutation)) => format!("response head {}", mutation.set_headers.len()),
+                Ok(Event::Excessive) => "excessive".to_owned(),
                 Ok(Event::Outcome(Outcome::Immediate(reply))) => format!("immediate {}", reply.status.as_u16()),
                 Ok(Event::Outcome(Outcome::Picked(decision))) => {
                     let endpoints: Vec<_> = decision.endpoints.iter().map(ToString::to_string).collect();
@@ -184,7 +185,7 @@ fn every_order_of_replies() {
         ("empty metadata", vec![End, with_metadata(head(A), text(" ")), kept()], &["10.0.0.1:1 original"], 3),
         ("metadata that is no text", vec![End, with_metadata(head(A), Kind::BoolValue(true)), kept()], &["10.0.0.1:1 original"], 3),
         ("a list", vec![End, head(" 10.0.0.1:1, [fd00::2]:8000 ,10.0.0.1:1,,10.0.0.3:3"), kept()], &["10.0.0.1:1,[fd00::2]:8000,10.0.0.3:3 original"], 3),
-        ("a name in the list", vec![End, head("10.0.0.1:1,pod-7:8000"), kept()], &["error bad_destination"], 3),
+        ("a name in the list", vec![End, head("10.0.0.1:1,pod-7:8000"), kept()], &["10.0.0.1:1 original"], 3),
         ("only commas", vec![End, head(" , "), kept()], &["error no_destination"], 3),
         ("none", vec![End, no_pick(), kept()], &["error no_destination"], 3),
         // Immediate responses.
@@ -256,13 +257,31 @@ fn a_request_without_a_body_is_decided_by_the_head() {
 }
 
 #[test]
+fn mutations_that_pile_up_are_a_failure() {
+    let mut exchange = exchange(true, None);
+    // Besides those that the head has, the pseudo-headers among them.
+    let limit = EppLimits::default().fields + request().headers.len() + 4;
+    for piece in 0..limit {
+        step(&mut exchange, Piece);
+        let common = CommonResponse { header_mutation: mutation(&[("x-a", "1"), ("x-b", "2")]), ..Default::default() };
+        step(&mut exchange, reply(Response::RequestBody(BodyResponse { response: Some(common) })));
+        match exchange.next_event() {
+            None => assert!(2 * (piece + 1) <= limit, "{piece}"),
+            Some(Err(PickError::MutationTooLarge { .. })) => return assert!(2 * (piece + 1) > limit, "{piece}"),
+            Some(other) => panic!("{other:?}"),
+        }
+    }
+    panic!("no failure");
+}
+
+#[test]
 fn a_bad_destination_is_named() {
     let mut exchange = exchange(true, None);
-    for next in [End, head("10.0.0.1:1, pod-7:80, [::1]"), kept()] {
+    for next in [End, head("10.0.0.1, pod-7:80, [::1]"), kept()] {
         step(&mut exchange, next);
     }
     let Some(Err(PickError::BadDestination(bad))) = exchange.next_event() else { panic!("accepted") };
-    assert_eq!(bad, "pod-7:80, [::1]");
+    assert_eq!(bad, "10.0.0.1, pod-7:80, [::1]");
 }
 
 #[test]

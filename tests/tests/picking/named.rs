@@ -1,0 +1,102 @@
+//! Lists of endpoints in which some entries cannot be used: the others are, in their order.
+
+use std::net::SocketAddr;
+
+use penstock_agent::config::FailureMode;
+use penstock_tests::{
+    ModelServer, Request, Stage, eventually,
+    model_server::Options,
+    scripted_epp::{Answering, reply},
+    stage::{echo, epp},
+};
+
+use crate::SOON;
+
+/// `GOOD` stands for an endpoint of the pool.
+async fn stage(list: &'static str, by_metadata: bool, mode: FailureMode) -> Stage {
+    let script = move |all: &[SocketAddr]| {
+        let list = list.replace("GOOD", &all[1].to_string()).replace("PORT", &all[1].port().to_string());
+        Answering::new(move |_| {
+            let mut message = reply::pick(&list, &[]);
+            if !by_metadata {
+                message.dynamic_metadata = None;
+            }
+            vec![message]
+        })
+    };
+    Stage::with(script, |config| config.pools[0].failure_mode = mode).await
+}
+
+#[tokio::test]
+async fn entries_that_are_no_endpoint_are_passed_over() {
+    let lists = [
+        ("pod-7:8000,GOOD", 1, 0),
+        ("GOOD,127.0.0.1:99999", 1, 0),
+        ("GOOD,", 0, 0),
+        (" , GOOD", 0, 0),
+        ("127.0.0.1:0,0.0.0.0:80,[fe80::1%eth0]:80,GOOD", 3, 0),
+        ("192.0.2.1:8000,GOOD", 0, 1),
+        ("[::ffff:127.0.0.1]:PORT", 0, 0),
+    ];
+    for (list, invalid, strangers) in lists {
+        for by_metadata in [true, false] {
+            let mut stage = stage(list, by_metadata, FailureMode::Closed).await;
+            assert_eq!(stage.request(&echo("{}")).await.served_by(), Some(stage.two.addr), "{list}");
+            let count = |reason: &str| {
+                let label = format!("reason=\"{reason}\"");
+                stage.agent.count("penstock_epp_endpoints_passed_over_total", &[&label])
+            };
+            assert_eq!((count("invalid"), count("not_admitted")), (invalid, strangers), "{list}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn list_without_an_endpoint_is_a_failure() {
+    for mode in [FailureMode::Closed, FailureMode::Open] {
+        let mut stage = stage("pod-7:8000,pod-8:8000", true, mode).await;
+        let response = stage.request(&echo("{}")).await;
+        let failed = (response.status(), response.error_code()) == (503, "picker_failed".to_owned());
+        assert_eq!(failed, mode == FailureMode::Closed);
+        assert_eq!(failed, response.status() != 200);
+        assert_eq!(stage.agent.count("penstock_epp_failures_total", &[r#"reason="bad_destination""#]), 1);
+    }
+}
+
+/// Without brackets, as some pickers join address and port.
+#[tokio::test]
+async fn bare_ipv6_endpoint_is_known_from_the_pool() {
+    let listen = "[::1]:0".parse().unwrap();
+    let server = ModelServer::start(Options { listen, ..Options::default() }).await.unwrap();
+    for host in ["::1", "0:0:0:0:0:0:0:1", "0:0::1"] {
+        let named = format!("{host}:{}", server.addr.port());
+        let script = move |_: &[SocketAddr]| Answering::new(move |_| vec![reply::pick(&named, &[])]);
+        let mut stage = Stage::with(script, |config| config.pools[0].endpoints.push(server.addr.into())).await;
+        assert_eq!(stage.request(&echo("{}")).await.served_by(), Some(server.addr), "{host}");
+    }
+}
+
+/// A preflight is answered by an endpoint whatever the picker does, and the picker is not asked.
+#[tokio::test]
+async fn preflight_needs_no_picker() {
+    let mut stage = Stage::with(
+        |_| Answering::new(|_| vec![reply::immediate(500, &[], "")]),
+        |config| epp(config).addresses.truncate(1),
+    )
+    .await;
+    let preflight = || {
+        let request = Request::new("OPTIONS", "/test/echo").header("origin", "http://app.example");
+        request.header("access-control-request-method", "POST")
+    };
+    for _ in 0..2 {
+        stage.epp.stop();
+        assert_eq!(stage.request(&preflight()).await.status(), 200);
+        assert_eq!(stage.request(&Request::get("/test/echo")).await.status(), 503);
+        stage.epp.restart().await.unwrap();
+        assert_eq!(stage.request(&preflight()).await.status(), 200);
+    }
+    assert_eq!(stage.epp.streams_started(), 0);
+    // Other OPTIONS are requests like any.
+    assert_eq!(stage.request(&Request::new("OPTIONS", "/test/echo")).await.status(), 500);
+    eventually(SOON, || stage.epp.streams_started() == 1).await;
+}
