@@ -1,8 +1,8 @@
 //! The verbs of the project, for people and for CI alike: `cargo xtask VERB`.
 //!
 //! This file lists them; each has its own. What several verbs need stands below them: how the kernel program can be
-//! built on this machine (`toolchain`), how commands are made (`command`), how what is to be fast is built (`optimised`), and
-//! how long work is shown (`progress`).
+//! built on this machine (`toolchain`), how commands are made (`command`), how what is to be fast is built (`optimised`),
+//! how long work is shown (`progress`), and how tests are repeated (`repeat`).
 
 mod demo;
 mod lint;
@@ -17,6 +17,7 @@ mod setup;
 mod command;
 mod optimised;
 mod progress;
+mod repeat;
 mod toolchain;
 
 use std::process::ExitCode;

@@ -7,11 +7,14 @@ use crate::{
     command::{cargo, find, run},
     ebpf,
     progress::Steps,
-    setup,
+    repeat, setup,
 };
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
+    /// Run the tests so many times, with every core loaded meanwhile, and print each failure with its runs
+    #[arg(long, value_name = "N")]
+    repeat: Option<u32>,
     /// For the test runner: a filter, for example
     #[arg(last = true)]
     runner: Vec<String>,
@@ -30,14 +33,19 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     let nextest = find("cargo-nextest").is_some();
     let runner: &[&str] = if nextest { &["nextest", "run"] } else { &["test", "--all-targets"] };
     steps.step("build of the tests", || run(cargo().args(runner).arg("--no-run")))?;
-    steps.step("tests", || {
+    let tests = |more: &[&str]| {
         let mut tests = cargo();
-        tests.args(runner);
+        tests.args(runner).args(more);
         if !nextest && !args.runner.is_empty() {
             tests.arg("--");
         }
-        run(tests.args(&args.runner))
-    })?;
+        tests.args(&args.runner);
+        tests
+    };
+    if let Some(times) = args.repeat {
+        return steps.step("tests, repeated", || repeat::tests(times, || tests(&["--no-fail-fast"])));
+    }
+    steps.step("tests", || run(&mut tests(&[])))?;
     // Neither runner above runs them, and a filter for the tests says nothing about them.
     if args.runner.is_empty() {
         steps.step("tests in documentation", || run(cargo().args(["test", "--doc"])))?;
