@@ -5,6 +5,7 @@
 //! how long work is shown (`progress`), and how tests are repeated (`repeat`).
 
 mod demo;
+mod fuzz;
 mod lint;
 mod run;
 mod stress;
@@ -37,6 +38,8 @@ enum Verb {
     Demo(demo::Args),
     /// Build what the stress run needs and start it: cargo xtask stress --seconds 600
     Stress(stress::Args),
+    /// Run the fuzz targets one after the other: cargo xtask fuzz --seconds 60
+    Fuzz(fuzz::Args),
     /// Install what is missing, build everything, run every test
     Test(test::Args),
     /// Run the tests of the kernel's part on other kernels, in virtual machines
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Verb::Run(args) => run::main(&args),
         Verb::Demo(args) => demo::main(&args),
         Verb::Stress(args) => stress::main(&args),
+        Verb::Fuzz(args) => fuzz::main(&args),
         Verb::Test(args) => test::main(&args),
         Verb::VmTest(args) => vm::main(&args),
         Verb::Lint => lint::main(),

@@ -1,0 +1,34 @@
+//! Fuzz targets: everything that reads bytes from outside, compared with other readers of the same bytes.
+//!
+//! Each module has `run`, which takes any bytes and panics if the code under test breaks a promise. The programs in
+//! `fuzz_targets/` give `run` to libFuzzer; `tests/corpus.rs` runs it over the inputs in `corpus/`.
+//! docs/decisions/0007-fuzzing.md has the reasons.
+
+mod input;
+pub mod peers;
+
+pub mod request_head;
+pub mod response_head;
+pub mod http2_request;
+pub mod body;
+pub mod steered;
+pub mod exchange;
+pub mod configuration;
+pub mod model_scan;
+pub mod events;
+
+/// A fuzz target: what one input does.
+pub type Run = fn(&[u8]);
+
+/// Every target by the name of its program and of its folder in `corpus/`.
+pub const TARGETS: [(&str, Run); 9] = [
+    ("request_head", request_head::run),
+    ("response_head", response_head::run),
+    ("http2_request", http2_request::run),
+    ("body", body::run),
+    ("steered", steered::run),
+    ("exchange", exchange::run),
+    ("configuration", configuration::run),
+    ("model_scan", model_scan::run),
+    ("events", events::run),
+];

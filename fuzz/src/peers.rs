@@ -1,0 +1,62 @@
+//! Other readers of the same bytes: hyper, and llhttp inside Node.js.
+//!
+//! Each is given wire bytes and tells the messages that it found. A reader that finds other messages than the agent does is
+//! a reader through which requests can be smuggled.
+
+pub mod hyper;
+pub mod llhttp;
+
+/// A message as a reader understood it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Message {
+    /// The method, or the status code.
+    pub start: String,
+    /// The target; empty for a response.
+    pub target: String,
+    /// Fields in order, names in lower case, values without the blanks around them.
+    pub fields: Vec<(String, Vec<u8>)>,
+    pub body: Vec<u8>,
+}
+
+/// The fields of a map in the form of [`Message`].
+pub fn fields(headers: &http::HeaderMap) -> Vec<(String, Vec<u8>)> {
+    headers.iter().map(|(name, value)| (name.as_str().to_owned(), value.as_bytes().trim_ascii().to_vec())).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use http::Method;
+
+    use super::{hyper, llhttp, llhttp::Kind};
+
+    #[test]
+    fn both_requests_are_found_by_every_reader() {
+        let wire = b"POST /a HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\nGET /b HTTP/1.1\r\nHost: h\r\n\r\n";
+        let llhttp = llhttp::read(Kind::Request, wire);
+        assert_eq!((llhttp.complete, llhttp.error.as_str()), (2, ""));
+        for found in [hyper::requests(wire), llhttp.messages] {
+            let [first, second] = &found[..] else { panic!("{found:?}") };
+            assert_eq!((first.start.as_str(), first.target.as_str(), &first.body[..]), ("POST", "/a", &b"abc"[..]));
+            assert_eq!((second.start.as_str(), second.target.as_str()), ("GET", "/b"));
+            assert!(first.fields.contains(&("host".to_owned(), b"h".to_vec())));
+        }
+    }
+
+    #[test]
+    fn smuggled_request_is_seen() {
+        let wire = b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\nGET /smuggled HTTP/1.1\r\nHost: h\r\n\r\n";
+        assert!(hyper::requests(wire).iter().any(|message| message.target == "/smuggled"));
+        assert!(llhttp::read(Kind::Request, wire).messages.iter().any(|message| message.target == "/smuggled"));
+    }
+
+    #[test]
+    fn response_is_found_by_every_reader() {
+        let wire = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc";
+        let hyper = hyper::response(&Method::GET, wire).expect("a response");
+        let llhttp = llhttp::read(Kind::Response, wire);
+        for found in [&hyper, &llhttp.messages[0]] {
+            assert_eq!((found.start.as_str(), &found.body[..]), ("200", &b"abc"[..]));
+        }
+        assert!(llhttp::read(Kind::ResponseToHead, &wire[..38]).messages[0].body.is_empty());
+    }
+}

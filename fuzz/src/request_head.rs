@@ -1,0 +1,181 @@
+//! A request head from a client, and the head that an endpoint gets for it.
+//!
+//! Whatever the agent accepts must have one reading: hyper and llhttp, given the same bytes with a body and a second request
+//! behind them, must find the same two requests or refuse. What the agent writes for the endpoint must be accepted by all
+//! three, with the same reading. What the agent refuses, hyper may accept only where [`STRICTER`] says so.
+
+use bytes::BytesMut;
+use http::{HeaderName, Version};
+use penstock_agent::{
+    config::Headers,
+    http::{
+        head::HeadLimits,
+        headers::{Arrival, prepare_request},
+        request::{RequestBody, RequestHead, RequestParser, parse_request},
+        response::{RequestFraming, write_request},
+        trace_context,
+    },
+};
+
+use crate::{
+    input,
+    peers::{self, Message, llhttp::Kind},
+};
+
+pub(crate) const LIMITS: HeadLimits = HeadLimits { bytes: 2048, headers: 32 };
+/// A request behind the first one: a reader that finds another request than this has lost its place.
+const SECOND: &[u8] = b"GET /second HTTP/1.1\r\nhost: second\r\n\r\n";
+/// Bodies up to this length are sent in full; the head alone is looked at where the body is declared longer.
+const MOST_BODY: u64 = 4096;
+
+/// Reasons for which the agent refuses what hyper accepts. Everything else that hyper accepts the agent has to accept.
+const STRICTER: [&str; 19] = [
+    "head_too_long",
+    "too_many_fields",
+    "bare_lf",
+    "bare_cr",
+    "control_character",
+    "content_length",
+    "content_length_repeated",
+    "length_and_encoding",
+    "transfer_encoding",
+    "transfer_coding",
+    "blank_lines",
+    "request_line",
+    "request_line_too_long",
+    "method",
+    "target",
+    "asterisk_target",
+    "host_missing",
+    "host_repeated",
+    "host",
+];
+/// More of them: two hosts that differ, and an expectation that nobody knows.
+const STRICTER_STILL: [&str; 3] = ["host_mismatch", "expectation", "field_line"];
+
+pub fn run(data: &[u8]) {
+    let (mut choices, wire) = input::split(data, 3);
+    let lengths = [choices.byte(), choices.byte(), choices.byte()];
+    let whole = parse_request(wire, &LIMITS);
+
+    // The answer does not depend on how the bytes were cut into reads.
+    let (mut parser, mut arrived) = (RequestParser::default(), 0);
+    for piece in input::pieces(wire, lengths) {
+        arrived += piece.len();
+        let part = parser.parse(&wire[..arrived], &LIMITS);
+        let ends = !matches!(part, Ok(None));
+        match (part, &whole) {
+            (Ok(None), _) => {}
+            (Ok(Some((_, length))), Ok(Some((_, same)))) => assert_eq!(length, *same, "the head ends elsewhere"),
+            (Err(error), Err(same)) => assert_eq!(error.reason(), same.reason(), "another error"),
+            (part, whole) => panic!("{arrived} bytes are {part:?}, all are {whole:?}"),
+        }
+        if ends {
+            break;
+        }
+    }
+
+    match whole {
+        Ok(None) => {}
+        Ok(Some((head, length))) => accepted(head, &wire[..length]),
+        Err(error) => {
+            assert!((400..600).contains(&error.status().as_u16()));
+            assert!(!error.to_string().contains(['\r', '\n']), "an error that breaks the line: {error}");
+            let stricter = STRICTER.contains(&error.reason()) || STRICTER_STILL.contains(&error.reason());
+            if !stricter {
+                let found = peers::hyper::requests(wire);
+                assert!(found.is_empty(), "refused as {}, accepted by hyper: {found:?}", error.reason());
+            }
+        }
+    }
+}
+
+fn accepted(mut head: RequestHead, wire: &[u8]) {
+    let _ = trace_context::received(&mut head.parts.headers.clone());
+    let Some((body, coded)) = body_of(head.body) else { return };
+    let ours = message(&head, &body);
+    one_reading(&[wire, &coded, SECOND].concat(), &ours, &head);
+
+    // As it goes on to the endpoint.
+    let version = head.parts.version;
+    let arrival = Arrival { client: [127, 0, 0, 1].into(), version, tls: false };
+    let model = HeaderName::from_static("x-model");
+    prepare_request(&mut head.parts.headers, &arrival, &model, &Headers::default());
+    let mut out = BytesMut::new();
+    let framing = match head.body {
+        RequestBody::None => RequestFraming::None,
+        _ => RequestFraming::Length(body.len() as u64),
+    };
+    let endpoint = ([10, 0, 0, 1], 8000).into();
+    write_request(&head.parts, endpoint, framing, head.upgrade.as_ref(), &mut out);
+    let limits = HeadLimits { bytes: usize::MAX, headers: 128 };
+    let (again, taken) = parse_request(&out, &limits).expect("what is forwarded is valid").expect("and whole");
+    assert_eq!(taken, out.len(), "more than one head is forwarded");
+    assert_eq!((&again.parts.method, &again.parts.uri), (&head.parts.method, &head.parts.uri));
+    let declared = match again.body {
+        RequestBody::Length(bytes) => bytes,
+        RequestBody::None => 0,
+        other => panic!("forwarded with {other:?}"),
+    };
+    assert_eq!(declared, body.len() as u64, "the forwarded head declares another body");
+    let forwarded = message(&again, &body);
+    one_reading(&[&out, &body[..], SECOND].concat(), &forwarded, &again);
+}
+
+/// A body that fits the head, as payload and as it goes over the wire; `None` where it would be too long to try.
+fn body_of(declared: RequestBody) -> Option<(Vec<u8>, Vec<u8>)> {
+    match declared {
+        RequestBody::None | RequestBody::Frames(_) => Some((Vec::new(), Vec::new())),
+        RequestBody::Length(bytes) if bytes <= MOST_BODY => {
+            let body: Vec<u8> =
+                b"GET /smuggled HTTP/1.1\r\n\r\n".iter().copied().cycle().take(bytes as usize).collect();
+            Some((body.clone(), body))
+        }
+        RequestBody::Length(_) => None,
+        RequestBody::Chunked => Some((b"0\r\n\r\n".to_vec(), b"5\r\n0\r\n\r\n\r\n0\r\n\r\n".to_vec())),
+    }
+}
+
+fn message(head: &RequestHead, body: &[u8]) -> Message {
+    Message {
+        start: head.parts.method.to_string(),
+        target: head.parts.uri.to_string(),
+        fields: peers::fields(&head.parts.headers),
+        body: body.to_vec(),
+    }
+}
+
+/// hyper and llhttp find `ours` in front of `wire` and then [`SECOND`], or less, but nothing else.
+fn one_reading(wire: &[u8], ours: &Message, head: &RequestHead) {
+    let hyper = peers::hyper::requests(wire);
+    same("hyper", &hyper, ours);
+    // hyper has no HTTP/1.0 keep-alive that a request with Upgrade or an expectation would change.
+    if head.keep_alive && head.upgrade.is_none() && head.parts.version == Version::HTTP_11 {
+        assert_eq!(hyper.len(), 2, "hyper finds {hyper:?} in {}", wire.escape_ascii());
+    }
+    let llhttp = peers::llhttp::read(Kind::Request, wire);
+    // A message that is not complete has no end that could be in another place.
+    same("llhttp", &llhttp.messages[..llhttp.complete], ours);
+    if llhttp.complete == 0 {
+        assert!(REFUSED_BY_LLHTTP.contains(&llhttp.error.as_str()), "llhttp refuses: {llhttp:?}");
+    }
+}
+
+/// Where llhttp is stricter than we are: it knows a list of methods, and takes CONNECT and Upgrade for the end of HTTP.
+const REFUSED_BY_LLHTTP: [&str; 2] = ["HPE_INVALID_METHOD", "UPGRADE"];
+
+fn same(reader: &str, found: &[Message], ours: &Message) {
+    let mut found = found.iter();
+    let Some(first) = found.next() else { return };
+    assert_eq!(first.start, ours.start, "{reader}");
+    assert_eq!(first.body, ours.body, "{reader}");
+    let sorted = |message: &Message| {
+        let mut fields = message.fields.clone();
+        fields.sort();
+        fields
+    };
+    assert_eq!(sorted(first), sorted(ours), "{reader}");
+    for second in found {
+        assert_eq!((second.start.as_str(), second.target.as_str()), ("GET", "/second"), "{reader} lost its place");
+    }
+}
