@@ -54,8 +54,20 @@ impl AgentProcess {
         steering: &str,
         settings: &str,
     ) -> Result<Self> {
+        let text = text(listen, endpoint, steering, settings);
+        let mut agent = Self::start_text(through, &text).await?;
+        (agent.listen, agent.steering) = (listen, steering.to_owned());
+        Ok(agent)
+    }
+
+    /// Starts `penstock run` with this configuration, whose `admin.address` has to have a free port.
+    pub async fn start_with_text(text: &str) -> Result<Self> {
+        Self::start_text(&[], text).await
+    }
+
+    async fn start_text(through: &[&str], text: &str) -> Result<Self> {
         let config = NamedTempFile::new()?;
-        std::fs::write(config.path(), text(listen, endpoint, steering, settings))?;
+        std::fs::write(config.path(), text)?;
         config.as_file().set_permissions(Permissions::from_mode(0o644))?;
         let binary = Process::binary("penstock")?;
         let mut folder = None;
@@ -79,12 +91,17 @@ impl AgentProcess {
             text.parse().with_context(|| format!("{name} in {line}"))
         };
         let (addr, admin) = (address("address")?, address("admin")?);
-        Ok(Self { process, addr, admin, config, _folder: folder, listen, steering: steering.to_owned() })
+        Ok(Self { process, addr, admin, config, _folder: folder, listen: addr, steering: String::new() })
     }
 
     /// What it finds when it reads its configuration again.
     pub fn write_config(&self, endpoint: SocketAddr, settings: &str) -> Result<()> {
         Ok(std::fs::write(self.config.path(), text(self.listen, endpoint, &self.steering, settings))?)
+    }
+
+    /// As [`write_config`](Self::write_config), all of it.
+    pub fn write_text(&self, text: &str) -> Result<()> {
+        Ok(std::fs::write(self.config.path(), text)?)
     }
 
     /// Status and body that the admin server answers.

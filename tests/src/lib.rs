@@ -23,6 +23,7 @@ pub mod reader;
 mod refusing;
 pub mod scripted_epp;
 pub mod sender;
+pub mod soak;
 pub mod stage;
 pub mod stress;
 pub mod tls;

@@ -16,6 +16,7 @@ pub use books::{Books, Counts};
 pub use case::Case;
 pub use tally::Tally;
 
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -103,7 +104,7 @@ async fn round(mode: SteeringMode, seed: u64, time: Duration) -> Result<Tally> {
     let until = Instant::now() + time;
     let clients = (0..CLIENTS).map(|number| {
         let random = Random::new(random.below(u64::MAX));
-        let client = Caller { agent: &agent, servers: &servers, random, pinned, number };
+        let client = Caller { addr: agent.addr, servers: &servers, random, pinned, number };
         client.run(mode, seed, until)
     });
     let mut tally = Tally::new(mode);
@@ -133,9 +134,22 @@ async fn settle(agent: &TestAgent, servers: &[ModelServer], tally: &Tally) -> Re
     Ok(())
 }
 
+/// One client's cases against an agent over `servers`, until then. `seed` is what a failure names.
+pub(crate) async fn calls(
+    addr: SocketAddr,
+    servers: &[ModelServer],
+    random: Random,
+    number: usize,
+    mode: SteeringMode,
+    seed: u64,
+    until: Instant,
+) -> Tally {
+    Caller { addr, servers, random, pinned: false, number }.run(mode, seed, until).await
+}
+
 /// A client: one case after the other, on a connection that is kept where it can be.
 struct Caller<'a> {
-    agent: &'a TestAgent,
+    addr: SocketAddr,
     servers: &'a [ModelServer],
     random: Random,
     pinned: bool,
@@ -168,7 +182,7 @@ impl Caller<'_> {
     async fn exchange(&self, kept: Option<Client>, case: &Case, count: u64) -> Result<Done> {
         let client = match kept.filter(|_| !case.fresh) {
             Some(client) => client,
-            None => Client::connect_with(self.agent.addr, case.rcvbuf).await?,
+            None => Client::connect_with(self.addr, case.rcvbuf).await?,
         };
         let name = format!("{}-{count}", self.number);
         let exchange = exchange::run(client, case, &name, self.servers);

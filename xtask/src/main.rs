@@ -8,6 +8,7 @@ mod demo;
 mod fuzz;
 mod lint;
 mod run;
+mod soak;
 mod stress;
 mod test;
 mod vm;
@@ -38,6 +39,8 @@ enum Verb {
     Demo(demo::Args),
     /// Build what the stress run needs and start it: cargo xtask stress --seconds 600
     Stress(stress::Args),
+    /// Build what the soak run needs and start it: cargo xtask soak --minutes 30
+    Soak(soak::Args),
     /// Run the fuzz targets one after the other: cargo xtask fuzz --seconds 60
     Fuzz(fuzz::Args),
     /// Install what is missing, build everything, run every test
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         Verb::Run(args) => run::main(&args),
         Verb::Demo(args) => demo::main(&args),
         Verb::Stress(args) => stress::main(&args),
+        Verb::Soak(args) => soak::main(&args),
         Verb::Fuzz(args) => fuzz::main(&args),
         Verb::Test(args) => test::main(&args),
         Verb::VmTest(args) => vm::main(&args),

@@ -1,0 +1,48 @@
+//! Every kind of traffic and of fault for a long time, and nothing lost, nothing left. Started by `cargo xtask soak`.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+use penstock_agent::config::SteeringMode;
+use penstock_tests::Random;
+use penstock_tests::soak::{self, Options};
+
+/// Mixed traffic with faults through agents in each steering mode; what is left at the end is a failure.
+#[derive(Parser)]
+#[command(name = "cargo xtask soak")]
+struct Args {
+    /// How long there is traffic
+    #[arg(long, default_value_t = 30.0)]
+    minutes: f64,
+    /// What decides requests and faults (not their timing)
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Only an agent with this mode
+    #[arg(long)]
+    mode: Option<SteeringMode>,
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    let args = Args::parse();
+    let seed = args.seed.unwrap_or_else(Random::fresh_seed);
+    println!("seed {seed}, {} minutes", args.minutes);
+    let time = Duration::from_secs_f64(args.minutes * 60.0);
+    let report = match soak::run(Options { time, seed, mode: args.mode }, |line| println!("{line}")).await {
+        Ok(report) => report,
+        Err(error) => {
+            eprintln!("penstock-soak: {error:#}");
+            return ExitCode::FAILURE;
+        }
+    };
+    println!();
+    for line in &report.lines {
+        println!("{line}");
+    }
+    for complaint in &report.complaints {
+        println!("FAILED {complaint}");
+    }
+    println!("{} complaints; seed {seed}", report.complaints.len());
+    if report.complaints.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}

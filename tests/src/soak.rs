@@ -1,0 +1,129 @@
+//! Traffic of every kind for a long time, while EPPs restart, endpoints die, links go down, configurations are reloaded and memory
+//! gets scarce; every byte compared, and at the end nothing is left that was not there after the warm-up.
+//!
+//! One agent process for each steering mode, all at once, over the same servers. Each pool of the configuration meets one kind of
+//! fault, so that it is known which requests may fail, and when: those of the pools `mortal` and `linked`, while their server
+//! or their link is away. Everything else has to be answered, and every byte has to be right always.
+
+mod bounds;
+mod caller;
+mod faults;
+mod footprint;
+mod latency;
+mod ledger;
+mod memory;
+mod subject;
+mod visit;
+mod world;
+
+pub use bounds::{Allowance, Drift};
+pub use ledger::Ledger;
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use futures_util::future::{join, join_all};
+use penstock_agent::config::SteeringMode;
+
+use crate::Random;
+use footprint::Footprint;
+use subject::Subject;
+use world::World;
+
+/// Part of the time that is warm-up: what is there after it is what has to be there at the end.
+const WARM_UP: f64 = 0.2;
+/// Between two lines about how things stand.
+const PROGRESS: Duration = Duration::from_secs(10);
+
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    pub time: Duration,
+    pub seed: u64,
+    /// The only one; all of them otherwise.
+    pub mode: Option<SteeringMode>,
+}
+
+/// What came of a soak run.
+#[derive(Debug)]
+pub struct Report {
+    /// Lines for the reader, one or more for each agent.
+    pub lines: Vec<String>,
+    /// All that is not as it should be.
+    pub complaints: Vec<String>,
+}
+
+/// Runs for `options.time` and the time that it takes until everything rests. `note` is told how things stand. Fails if
+/// something other than the agents' work is in the way.
+pub async fn run(options: Options, note: impl Fn(&str)) -> Result<Report> {
+    let modes = options.mode.map_or_else(|| SteeringMode::value_variants().to_vec(), |mode| vec![mode]);
+    let world = World::start().await.context("the servers of the soak run")?;
+    let mut subjects = Vec::new();
+    for mode in modes {
+        subjects.push(Subject::start(mode, &world).await.with_context(|| format!("the agent with {mode:?}"))?);
+    }
+    let mut random = Random::new(options.seed);
+    let warm = options.time.mul_f64(WARM_UP);
+
+    let mut ledgers: Vec<Ledger> = subjects.iter().map(|_| Ledger::default()).collect();
+    phase(&world, &subjects, &mut ledgers, &mut random, warm, &note).await;
+    let before = footprints(&world, &subjects).await.context("after the warm-up")?;
+    note("warmed up");
+    // The latency of the warm-up is not that of the run.
+    ledgers.iter_mut().for_each(|ledger| ledger.latency = latency::Samples::default());
+    phase(&world, &subjects, &mut ledgers, &mut random, options.time - warm, &note).await;
+    let after = footprints(&world, &subjects).await.context("after the run")?;
+
+    let mut report = Report { lines: vec![world.faults.summary()], complaints: Vec::new() };
+    for (((subject, ledger), before), after) in subjects.iter().zip(&ledgers).zip(&before).zip(&after) {
+        let name = subject.name();
+        let drift = ledger.latency.drift();
+        report.lines.push(format!("{name}: {ledger}"));
+        report.lines.push(format!("{name}: {drift}"));
+        report.lines.push(format!("{name}: after the warm-up {before}; at the end {after}"));
+        let mut complaints = ledger.complaints();
+        complaints.extend(drift.complaints());
+        complaints.extend(Allowance::default().complaints(before, after));
+        complaints.extend(subject.complaints());
+        report.complaints.extend(complaints.into_iter().map(|complaint| format!("{name}: {complaint}")));
+    }
+    report.complaints.extend(world.complaints());
+    Ok(report)
+}
+
+/// Traffic and faults for so long.
+async fn phase(
+    world: &World,
+    subjects: &[Subject],
+    ledgers: &mut [Ledger],
+    random: &mut Random,
+    time: Duration,
+    note: &impl Fn(&str),
+) {
+    let until = Instant::now() + time;
+    let traffic = subjects.iter().zip(ledgers).map(|(subject, ledger)| {
+        let random = Random::new(random.below(u64::MAX));
+        async move { ledger.add(subject.traffic(world, random, until).await) }
+    });
+    let traffic: Vec<_> = traffic.collect();
+    let faults = faults::run(world, subjects, Random::new(random.below(u64::MAX)), until);
+    let progress = async {
+        while Instant::now() + PROGRESS < until {
+            tokio::time::sleep(PROGRESS).await;
+            let left = until.saturating_duration_since(Instant::now()).as_secs();
+            for subject in subjects {
+                note(&format!("{left} s left, {}", subject.standing()));
+            }
+        }
+    };
+    join(join(join_all(traffic), faults), progress).await;
+}
+
+/// What each agent holds once it rests.
+async fn footprints(world: &World, subjects: &[Subject]) -> Result<Vec<Footprint>> {
+    let mut all = Vec::new();
+    for subject in subjects {
+        all.push(Footprint::at_rest(world, subject).await.with_context(|| subject.name())?);
+    }
+    Ok(all)
+}

@@ -1,0 +1,145 @@
+//! What happens to the servers and the agents of a soak run, and when: a fault explains only failures of its own time.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use super::subject::Subject;
+use super::world::World;
+use crate::{Random, ScriptedEpp};
+
+/// Between two faults, so that most requests meet none.
+const QUIET: Duration = Duration::from_millis(1500);
+/// How long something is away.
+const AWAY: Duration = Duration::from_millis(1500);
+/// What a fault has broken is noticed within this: the longest wait is a client's for bytes of a dead connection.
+const SETTLE: Duration = Duration::from_secs(12);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Fault {
+    /// Closed with all its connections; a new one at the same address. The pools of the EPP fail open.
+    EppRestarts,
+    /// GOAWAY, as servers do that limit the age of connections.
+    EppGoesAway,
+    EndpointDies,
+    LinkGoesDown,
+    /// SIGHUP, with another configuration.
+    Reload,
+    MemoryPressure,
+}
+
+const ALL: [Fault; 6] = [
+    Fault::EppRestarts,
+    Fault::EppGoesAway,
+    Fault::EndpointDies,
+    Fault::LinkGoesDown,
+    Fault::Reload,
+    Fault::MemoryPressure,
+];
+
+/// The faults so far.
+#[derive(Default)]
+pub(super) struct Faults {
+    windows: RefCell<Vec<(Fault, Instant, Option<Instant>)>>,
+    counts: RefCell<BTreeMap<Fault, u32>>,
+    failures: RefCell<Vec<String>>,
+}
+
+impl Faults {
+    fn begin(&self, fault: Fault) {
+        self.windows.borrow_mut().push((fault, Instant::now(), None));
+        *self.counts.borrow_mut().entry(fault).or_default() += 1;
+    }
+
+    fn end(&self) {
+        if let Some((_, _, end)) = self.windows.borrow_mut().last_mut() {
+            *end = Some(Instant::now());
+        }
+    }
+
+    /// Whether this fault was there at some time between `from` and now, or shortly before.
+    pub(super) fn explain(&self, fault: Fault, from: Instant) -> bool {
+        let windows = self.windows.borrow();
+        let mut own = windows.iter().rev().filter(|(kind, ..)| *kind == fault);
+        own.any(|(_, _, end)| end.is_none_or(|end| end + SETTLE >= from))
+    }
+
+    pub(super) fn summary(&self) -> String {
+        let counts = self.counts.borrow();
+        let counts: Vec<String> = counts.iter().map(|(fault, count)| format!("{fault:?} {count}")).collect();
+        let failures = self.failures.borrow();
+        let failed = failures.first().map_or(String::new(), |first| format!("; not made: {first}"));
+        format!("faults: {}{failed}", counts.join(", "))
+    }
+}
+
+/// One fault after the other, all kinds in turns in an order that `random` decides.
+pub(super) async fn run(world: &World, subjects: &[Subject], mut random: Random, until: Instant) {
+    let mut left: Vec<Fault> = Vec::new();
+    loop {
+        tokio::time::sleep(QUIET).await;
+        // What begins now has to be over before the end.
+        if Instant::now() + AWAY * 2 >= until {
+            return;
+        }
+        if left.is_empty() {
+            left = ALL.to_vec();
+        }
+        let fault = left.swap_remove(random.below(left.len() as u64) as usize);
+        world.faults.begin(fault);
+        if let Err(error) = make(fault, world, subjects).await {
+            world.faults.failures.borrow_mut().push(format!("{fault:?}: {error:#}"));
+        }
+        world.faults.end();
+    }
+}
+
+async fn make(fault: Fault, world: &World, subjects: &[Subject]) -> Result<()> {
+    match fault {
+        Fault::EppRestarts => {
+            drop(world.epp.borrow_mut().take());
+            tokio::time::sleep(AWAY).await;
+            world.epp_returns().await
+        }
+        Fault::EppGoesAway => {
+            world.epp.borrow().iter().for_each(ScriptedEpp::go_away);
+            Ok(())
+        }
+        Fault::EndpointDies => {
+            drop(world.mortal.borrow_mut().take());
+            tokio::time::sleep(AWAY).await;
+            world.mortal_returns().await
+        }
+        Fault::LinkGoesDown => {
+            world.link.set("down")?;
+            tokio::time::sleep(AWAY).await;
+            world.link.set("up")
+        }
+        Fault::Reload => subjects.iter().try_for_each(|subject| subject.reload(world)),
+        Fault::MemoryPressure => {
+            let pressed: Result<Vec<_>> = subjects.iter().map(Subject::press).collect();
+            tokio::time::sleep(AWAY).await;
+            drop(pressed?);
+            Ok(())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fault_explains_only_what_met_it() {
+        let faults = Faults::default();
+        let begin = Instant::now();
+        assert!(!faults.explain(Fault::EndpointDies, begin));
+        faults.begin(Fault::EndpointDies);
+        assert!(faults.explain(Fault::EndpointDies, begin) && !faults.explain(Fault::LinkGoesDown, begin));
+        faults.end();
+        assert!(faults.explain(Fault::EndpointDies, begin));
+        assert!(!faults.explain(Fault::EndpointDies, Instant::now() + SETTLE));
+    }
+}

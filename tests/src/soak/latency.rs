@@ -1,0 +1,57 @@
+//! How long a small request takes, asked again and again on one connection, and whether that changes.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+
+use super::bounds::Drift;
+use crate::{Client, Plan};
+
+const EVERY: Duration = Duration::from_millis(50);
+const SIZE: u64 = 1000;
+
+/// In the order in which they were taken.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Samples(Vec<Duration>);
+
+impl Samples {
+    /// The first third beside the last.
+    pub(super) fn drift(&self) -> Drift {
+        let third = self.0.len() / 3;
+        let sorted = |samples: &[Duration]| {
+            let mut sorted = samples.to_vec();
+            sorted.sort_unstable();
+            sorted
+        };
+        Drift::new(&sorted(&self.0[..third]), &sorted(&self.0[self.0.len() - third..]))
+    }
+}
+
+/// Asks until then. A request that fails is no sample: the other clients see to failures.
+pub(super) async fn probe(agent: SocketAddr, until: Instant) -> Samples {
+    let mut samples = Samples::default();
+    let mut client = None;
+    while Instant::now() < until {
+        tokio::time::sleep(EVERY).await;
+        match ask(client.take(), agent).await {
+            Ok((took, kept)) => {
+                samples.0.push(took);
+                client = Some(kept);
+            }
+            Err(_) => client = None,
+        }
+    }
+    samples
+}
+
+async fn ask(kept: Option<Client>, agent: SocketAddr) -> Result<(Duration, Client)> {
+    let mut client = match kept {
+        Some(client) => client,
+        None => Client::connect(agent).await?,
+    };
+    let begin = Instant::now();
+    let response = client.request(&Plan { size: SIZE, ..Plan::default() }.request()).await?;
+    (response.status() == 200).then_some(()).context("another status")?;
+    Ok((begin.elapsed(), client))
+}

@@ -1,0 +1,98 @@
+//! What came of the requests to one agent.
+
+use std::fmt;
+
+use anyhow::Error;
+
+use super::latency::Samples;
+use crate::content::Mismatch;
+use crate::stress::Tally;
+
+/// Failures that are kept as they were; all are counted.
+const KEPT: usize = 10;
+
+/// A body that is another than the one that was sent, and looks whole.
+#[derive(Debug)]
+pub(super) struct Wrong(pub(super) String);
+
+impl fmt::Display for Wrong {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Wrong {}
+
+#[derive(Debug, Default)]
+pub struct Ledger {
+    /// Requests that were answered as they should be.
+    pub done: u64,
+    /// Bodies with a wrong byte, or with a clean end that came too soon.
+    pub wrong: u64,
+    /// Failures that a fault explains.
+    pub explained: u64,
+    /// Failures that none does.
+    pub unexplained: u64,
+    /// The first that are wrong or unexplained.
+    pub failures: Vec<String>,
+    pub(super) latency: Samples,
+}
+
+impl Ledger {
+    pub(super) fn done(&mut self) {
+        self.done += 1;
+    }
+
+    /// `what` failed; `explained`: by a fault, which a wrong byte never is.
+    pub(super) fn failed(&mut self, what: &str, error: &Error, explained: bool) {
+        let wrong = error.is::<Mismatch>() || error.is::<Wrong>();
+        let count = match (wrong, explained) {
+            (true, _) => &mut self.wrong,
+            (false, true) => &mut self.explained,
+            (false, false) => &mut self.unexplained,
+        };
+        *count += 1;
+        if (wrong || !explained) && self.failures.len() < KEPT {
+            self.failures.push(format!("{error:#}\n    {what}"));
+        }
+    }
+
+    pub(super) fn add(&mut self, other: Self) {
+        self.done += other.done;
+        self.wrong += other.wrong;
+        self.explained += other.explained;
+        self.unexplained += other.unexplained;
+        self.failures.extend(other.failures);
+        self.failures.truncate(KEPT);
+        self.latency = other.latency;
+    }
+
+    /// Those of the stress run's clients, which no fault of this run touches.
+    pub(super) fn add_stress(&mut self, tally: &Tally) {
+        self.done += tally.complete + tally.broken + tally.left;
+        self.wrong += tally.wrong + tally.short;
+        self.unexplained += tally.odd;
+        self.failures.extend(tally.failures.iter().cloned());
+        self.failures.truncate(KEPT);
+    }
+
+    #[must_use]
+    pub fn complaints(&self) -> Vec<String> {
+        let mut complaints = self.failures.clone();
+        let failed = self.wrong + self.unexplained;
+        if failed > self.failures.len() as u64 {
+            complaints.push(format!("{} more failures", failed - self.failures.len() as u64));
+        }
+        if self.done == 0 {
+            complaints.push("no request was answered".to_owned());
+        }
+        complaints
+    }
+}
+
+impl fmt::Display for Ledger {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { done, wrong, explained, unexplained, .. } = self;
+        write!(f, "{done} requests, {wrong} wrong, {explained} failed by a fault, {unexplained} failed otherwise")
+    }
+}

@@ -1,0 +1,153 @@
+//! The servers of a soak run: endpoints that stay, one that dies, one behind a link, and an EPP.
+
+use std::cell::{Cell, RefCell};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use tempfile::TempDir;
+
+use super::faults::Faults;
+use crate::model_server::Options;
+use crate::scripted_epp::{LlmdRouter, Setup};
+use crate::tls::Certificate;
+use crate::{ModelServer, Namespace, ScriptedEpp};
+
+pub(super) struct World {
+    /// Never touched.
+    pub(super) stable: Vec<ModelServer>,
+    /// Dies and comes back at the same address.
+    pub(super) mortal: RefCell<Option<ModelServer>>,
+    pub(super) mortal_addr: SocketAddr,
+    /// In a network namespace of its own.
+    pub(super) linked: ModelServer,
+    pub(super) link: Link,
+    pub(super) epp: RefCell<Option<ScriptedEpp>>,
+    pub(super) epp_addr: SocketAddr,
+    pub(super) faults: Faults,
+    pub(super) certificate: Certificate,
+    pub(super) cert_file: PathBuf,
+    pub(super) key_file: PathBuf,
+    /// The most streams that were left open at an EPP when everything rested.
+    pub(super) streams_left: Cell<usize>,
+    /// Clients so far.
+    clients: Cell<usize>,
+    _folder: TempDir,
+}
+
+/// A pair of interfaces, one end of it in the namespace.
+pub(super) struct Link {
+    namespace: Namespace,
+    name: String,
+}
+
+impl Link {
+    pub(super) fn set(&self, state: &str) -> Result<()> {
+        self.namespace.ip(&format!("link set {} {state}", self.name))
+    }
+}
+
+pub(super) fn endpoint(listen: SocketAddr) -> Options {
+    Options { listen, idle_close: None, keep_requests: false, ..Options::default() }
+}
+
+impl World {
+    pub(super) async fn start() -> Result<Self> {
+        let local = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let stable = vec![ModelServer::start(endpoint(local)).await?, ModelServer::start(endpoint(local)).await?];
+        let mortal = ModelServer::start(endpoint(local)).await?;
+
+        // Addresses for measurements (RFC 2544), so that nobody is hidden; a pair for each process.
+        let pair = std::process::id() % (1 << 14);
+        let [here, there] = [1, 2].map(|host| Ipv4Addr::from(0xc613_0000 + pair * 4 + host));
+        let name = format!("soak{pair}");
+        let namespace = Namespace::beside(&name, &format!("{here}/30"), &format!("{there}/30"))?;
+        let linked = served_in(&namespace, SocketAddr::from((there, 0))).await?;
+
+        let addrs: Vec<_> = stable.iter().map(|server| server.addr).collect();
+        let epp = ScriptedEpp::start(LlmdRouter::new(&addrs)).await?;
+        let folder = tempfile::tempdir()?;
+        let certificate = Certificate::new("localhost")?;
+        let (cert_file, key_file) = certificate.write(folder.path())?;
+        Ok(Self {
+            mortal_addr: mortal.addr,
+            mortal: RefCell::new(Some(mortal)),
+            linked,
+            link: Link { namespace, name },
+            epp_addr: epp.addr,
+            epp: RefCell::new(Some(epp)),
+            stable,
+            faults: Faults::default(),
+            certificate,
+            cert_file,
+            key_file,
+            streams_left: Cell::new(0),
+            clients: Cell::new(0),
+            _folder: folder,
+        })
+    }
+
+    /// Another for each client: the name of a request begins with it.
+    pub(super) fn number(&self) -> usize {
+        self.clients.replace(self.clients.get() + 1)
+    }
+
+    pub(super) fn stable_addrs(&self) -> Vec<SocketAddr> {
+        self.stable.iter().map(|server| server.addr).collect()
+    }
+
+    pub(super) async fn mortal_returns(&self) -> Result<()> {
+        let server = ModelServer::start(endpoint(self.mortal_addr)).await?;
+        *self.mortal.borrow_mut() = Some(server);
+        Ok(())
+    }
+
+    /// A new one at the same address, with nothing to remember.
+    pub(super) async fn epp_returns(&self) -> Result<()> {
+        let setup = Setup { address: self.epp_addr, ..Setup::default() };
+        let epp = ScriptedEpp::start_with(setup, LlmdRouter::new(&self.stable_addrs())).await?;
+        *self.epp.borrow_mut() = Some(epp);
+        Ok(())
+    }
+
+    pub(super) fn streams_open(&self) -> usize {
+        self.epp.borrow().as_ref().map_or(0, ScriptedEpp::streams_open)
+    }
+
+    /// Connections of agents to the servers.
+    pub(super) fn connections_open(&self) -> u64 {
+        let mortal = self.mortal.borrow();
+        let servers = self.stable.iter().chain([&self.linked]).chain(mortal.as_ref());
+        servers.map(ModelServer::connections_open).sum()
+    }
+
+    pub(super) fn complaints(&self) -> Vec<String> {
+        let left = self.streams_left.get();
+        if left == 0 { Vec::new() } else { vec![format!("{left} streams stay open at the EPP")] }
+    }
+}
+
+/// The server's thread inherits the namespace of the thread that starts it.
+async fn served_in(namespace: &Namespace, listen: SocketAddr) -> Result<ModelServer> {
+    let started = namespace.run(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(ModelServer::start(endpoint(listen)))
+    })?;
+    started.context("a server in a network namespace")
+}
+
+/// Holds a port for a listener that binds it with SO_REUSEPORT, as the agent's do. Nothing is accepted here.
+pub(super) struct ReservedPort {
+    pub(super) addr: SocketAddr,
+    _socket: socket2::Socket,
+}
+
+impl ReservedPort {
+    pub(super) fn new() -> Result<Self> {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
+        socket.set_reuse_port(true)?;
+        socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into())?;
+        let addr = socket.local_addr()?.as_socket().context("an address of IPv4")?;
+        Ok(Self { addr, _socket: socket })
+    }
+}

@@ -1,0 +1,17 @@
+//! A short run of what `cargo xtask soak` does for longer: every steering mode, every kind of traffic and of fault.
+
+use std::time::Duration;
+
+use penstock_tests::{
+    Random,
+    soak::{self, Options},
+};
+
+#[tokio::test]
+async fn soaked_agents_lose_nothing_and_hold_nothing() {
+    let options = Options { time: Duration::from_secs(24), seed: Random::fresh_seed(), mode: None };
+    println!("seed {}", options.seed);
+    let report = soak::run(options, |line| println!("{line}")).await.unwrap_or_else(|error| panic!("{error:#}"));
+    report.lines.iter().for_each(|line| println!("{line}"));
+    assert!(report.complaints.is_empty(), "{}", report.complaints.join("\n"));
+}

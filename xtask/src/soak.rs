@@ -1,0 +1,18 @@
+//! `cargo xtask soak ARGUMENTS`: builds the kernel program, the agent and the tests' library, then becomes the soak run.
+
+use anyhow::Result;
+
+use crate::{command::exec, optimised};
+
+#[derive(clap::Args)]
+#[command(disable_help_flag = true)]
+pub(crate) struct Args {
+    /// For the run: --minutes, --seed, --mode; --help says more
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    soak: Vec<String>,
+}
+
+pub(crate) fn main(args: &Args) -> Result<()> {
+    optimised::build()?;
+    exec(optimised::program("penstock-soak").args(&args.soak))
+}
