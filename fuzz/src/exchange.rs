@@ -8,6 +8,7 @@ use arbitrary::Unstructured;
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, Request, StatusCode};
 use penstock_agent::{
+    config::EppLimits,
     http::{
         head::HeadLimits,
         request::{RequestBody, parse_request},
@@ -85,7 +86,8 @@ fn walk(data: &mut Unstructured<'_>) -> arbitrary::Result<()> {
     let header = HeaderName::from_static(DESTINATION);
     let subset = ["10.0.0.1:8000".parse().expect("an address")];
     let subset = if data.arbitrary()? { Some(&subset[..]) } else { None };
-    let mut exchange = Exchange::new(header, &parts, has_body, subset, Limits { replaced_body: REPLACED_BODY });
+    let limits = Limits { replaced_body: REPLACED_BODY, said: EppLimits::default() };
+    let mut exchange = Exchange::new(header, &parts, has_body, subset, limits);
     let (mut given, mut ended, mut seen) = (Vec::new(), !has_body, Seen::default());
     for _ in 0..STEPS {
         if data.is_empty() {
@@ -159,6 +161,7 @@ fn look(exchange: &mut Exchange, seen: &mut Seen, headers: &HeaderMap, body: Opt
                 assert!(!error.reason().is_empty());
             }
             Ok(Event::Outcome(Outcome::Immediate(reply))) => assert!(reply.status.as_u16() >= 200),
+            Ok(Event::Excessive) => {}
             Ok(Event::ResponseHead(mutation)) => {
                 mutation::apply(&mutation, &mut HeaderMap::new());
             }
@@ -168,7 +171,7 @@ fn look(exchange: &mut Exchange, seen: &mut Seen, headers: &HeaderMap, body: Opt
 }
 
 fn decided(decision: &Decision, headers: &HeaderMap, body: Option<&[u8]>) {
-    let Decision { endpoints, mutation, body: fate } = decision;
+    let Decision { endpoints, mutation, body: fate, .. } = decision;
     assert!(!endpoints.is_empty(), "a decision for nowhere");
     assert!(endpoints.iter().enumerate().all(|(at, endpoint)| !endpoints[..at].contains(endpoint)), "{endpoints:?}");
     let length = match fate {
