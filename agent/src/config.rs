@@ -453,12 +453,16 @@ pub enum EmptySubset {
     Fail,
 }
 
-/// A request that an endpoint took and of whose answer nothing was seen goes to the next endpoint of its list. One that could
-/// not be sent at all (no connection, or a kept one that had been closed) does so whatever is said here.
+/// A request that an endpoint may have executed and of whose answer nothing was seen goes to the next endpoint of its list. One of
+/// which the endpoint's kernel has acknowledged nothing (no connection, or a kept one that had been closed), or that the endpoint
+/// says it has not looked at (HTTP/2), does so whatever is said here.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Retry {
-    /// How often one request may be sent again; 0 is off; default 2.
+    /// How often one request may be executed again; 0: each is executed once at most; default 2.
     pub attempts: u32,
+    /// Methods of requests that may be executed again; default the idempotent ones (RFC 9110 §9.2.2): GET, HEAD, OPTIONS, TRACE,
+    /// PUT and DELETE.
+    pub methods: Vec<http::Method>,
     /// How many of the pool's requests of the last ten seconds may be sent again; default 20.
     pub budget_percent: u32,
     /// And besides this many a second; default 10.

@@ -270,7 +270,8 @@ impl<'a> Delivery<'a> {
     /// the last stop for want of room. A stream that never pauses stays in user space, which carries bulk no worse.
     fn armable(&mut self) -> Option<Target> {
         let target = self.target?;
-        if self.rest > 0 || self.endpoint.unread() {
+        // A request that is still being sent needs the connection as it is.
+        if self.rest > 0 || self.endpoint.unread() || !self.endpoint.is_sent() {
             return None;
         }
         if self.hold && self.client.send_queue().is_ok_and(|queued| queued > target.send_buffer / 4) {

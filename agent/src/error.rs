@@ -53,6 +53,10 @@ pub enum Error {
     NoEndpoint(#[from] NoEndpoint),
     #[error("none of the endpoints picked can be reached; the last was {address}: {error}")]
     Connect { address: SocketAddr, error: io::Error },
+    #[error("the agent cannot connect to endpoints; the last was {address}: {error}")]
+    LocalFault { address: SocketAddr, error: io::Error },
+    #[error("the endpoint {address} took nothing of the request for {limit:?}")]
+    RequestStalled { address: SocketAddr, limit: Duration },
     #[error("the endpoint {0} closed the connection before it answered")]
     EndpointClosed(SocketAddr),
     #[error("the endpoint {0} did not answer in time")]
@@ -75,12 +79,12 @@ impl Error {
             Self::Naming(_) | Self::BodyCut { .. } | Self::HeadCut => StatusCode::BAD_REQUEST,
             Self::HeadTimeout(_) | Self::BodyTimeout(_) => StatusCode::REQUEST_TIMEOUT,
             Self::NoRoute => StatusCode::NOT_FOUND,
-            Self::Picker(_) | Self::NoEndpoint(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Picker(_) | Self::NoEndpoint(_) | Self::LocalFault { .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::Connect { error, .. } if error.kind() == io::ErrorKind::TimedOut => StatusCode::GATEWAY_TIMEOUT,
             Self::Stranger(_) | Self::Connect { .. } | Self::EndpointClosed(_) | Self::Response { .. } => {
                 StatusCode::BAD_GATEWAY
             }
-            Self::FirstByte(_) | Self::RequestTimeout(_) => StatusCode::GATEWAY_TIMEOUT,
+            Self::FirstByte(_) | Self::RequestStalled { .. } | Self::RequestTimeout(_) => StatusCode::GATEWAY_TIMEOUT,
             Self::Evicted(reply) => reply.status,
             // Never sent; nginx's number for it, so that the metric says what happened.
             Self::ClientGone => StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST),
@@ -105,6 +109,8 @@ impl Error {
             Self::NoEndpoint(NoEndpoint::Saturated) => "endpoints_saturated",
             Self::Connect { error, .. } if error.kind() == io::ErrorKind::TimedOut => "connect_timeout",
             Self::Connect { .. } => "connect",
+            Self::LocalFault { .. } => "local_fault",
+            Self::RequestStalled { .. } => "request_stalled",
             Self::EndpointClosed(_) => "endpoint_closed",
             Self::FirstByte(_) => "first_byte_timeout",
             Self::Response { .. } => "bad_response",

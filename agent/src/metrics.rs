@@ -176,6 +176,11 @@ impl Metrics {
         self.core.families.endpoint_retries.get_or_create(&ByReason { reason }).inc();
     }
 
+    /// A connection to an endpoint did not come about for a fault of this machine's.
+    pub fn local_fault(&self, reason: &'static str) {
+        self.core.families.local_faults.get_or_create(&ByReason { reason }).inc();
+    }
+
     /// A response is carried by `path`; once per response.
     pub fn flow(&self, path: Path, reason: &'static str) {
         self.core.families.flows.get_or_create(&ByFlow { path, reason }).inc();

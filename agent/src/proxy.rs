@@ -14,7 +14,7 @@ mod respond;
 use std::{net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderValue, Method, request, uri::Scheme};
+use http::{HeaderValue, Method, StatusCode, request, uri::Scheme};
 use tokio::time::{Instant, timeout_at};
 
 pub use self::{
@@ -33,11 +33,9 @@ use crate::{
         headers::{self, Arrival},
         reply::Reply,
         request::{RequestBody, RequestHead},
+        trailers,
     },
-    picker::{
-        exchange::{Body, ImmediateReply},
-        mutation,
-    },
+    picker::{exchange::ImmediateReply, mutation},
     route::Times,
     upload::Upload,
     worker::Worker,
@@ -246,6 +244,9 @@ async fn answered(
     upload: &mut Upload,
     lease: &mut Option<Lease>,
 ) -> Result<After, Error> {
+    if headers::is_last_forward(&request.parts.method, &mut request.parts.headers) {
+        return last_forward(worker, client, request, upload).await;
+    }
     let (deadline, asked) = (request.deadline.zip(request.times.request), Instant::now());
     let verdict = by(deadline, pick::pick(worker, client, request, upload, lease)).await;
     request.record.pick(worker, request.pool, asked, &verdict);
@@ -265,6 +266,7 @@ async fn answered(
         headers::remove_pick(&mut request.parts.headers, pick);
     }
     request.target = target(worker, client);
+    prepare_trailers(worker, upload);
     let answer = by(deadline, dispatch::dispatch(worker, client, request, upload, &mut picked)).await;
     let answer = match answer {
         Err(Error::Evicted(reply)) => {
@@ -275,10 +277,37 @@ async fn answered(
         }
         answer => answer?,
     };
-    // An endpoint has answered, so the request will not go out again.
-    upload.forget();
-    picked.body = Body::Original;
-    respond::respond(worker, client, request, *picked, answer).await
+    // The rest of the request goes with the response.
+    let sending = answer.body.sending();
+    let respond = respond::respond(worker, client, request, *picked, answer);
+    match sending {
+        Some(sending) => sending.beside(respond).await,
+        None => respond.await,
+    }
+}
+
+/// Makes the client's trailers fit to travel: as in the head, it may not pose as the gateway or the picker.
+fn prepare_trailers(worker: &Worker, upload: &mut Upload) {
+    let config = &worker.shared.config;
+    trailers::filter(&mut upload.trailers);
+    for control in worker.shared.pick_headers.iter().chain([&config.bbr.base_model_header]) {
+        headers::remove_control(&mut upload.trailers, control, &config.bbr.header);
+    }
+}
+
+/// Answers a request that must go no further (RFC 9110 §7.6.2).
+async fn last_forward(
+    worker: &Worker,
+    client: &mut Client,
+    request: &mut Request,
+    upload: &Upload,
+) -> Result<After, Error> {
+    let keep_alive = request.keep_alive && upload.is_done();
+    let mut reply = Reply { status: StatusCode::OK, headers: http::HeaderMap::new(), body: Bytes::new() };
+    Manner::of(&request.parts.headers, &worker.shared.config).mark(&mut reply.headers);
+    client.reply(&request.parts.method, &reply, keep_alive).await.map_err(|_| Error::ClientGone)?;
+    request.record.status(reply.status, "max_forwards");
+    Ok(if keep_alive { After::Next } else { After::Close })
 }
 
 /// The client's key, where an endpoint on this machine could send to it: that has to know before it answers.

@@ -31,7 +31,7 @@ pub struct Upload {
     pub naming: Naming,
     hasher: PromptHasher,
     has_body: bool,
-    /// Of HTTP/2, behind the body.
+    /// Behind the body.
     pub trailers: HeaderMap,
     received: u64,
     begun: Instant,
@@ -83,7 +83,10 @@ impl Upload {
             Client::Http1(socket) => loop {
                 match self.reader.decode(&mut socket.buf)? {
                     Decoded::Piece(piece) => return Ok(Some(piece)),
-                    Decoded::Done => return Ok(None),
+                    Decoded::Done => {
+                        self.trailers = self.reader.trailers();
+                        return Ok(None);
+                    }
                     Decoded::Incomplete => {}
                 }
                 match socket.read(READ).await {
@@ -134,9 +137,14 @@ impl Upload {
         self.end()
     }
 
-    /// Lets go of the copy. The request will not be sent again.
-    pub fn forget(&mut self) {
-        self.kept = ReplayBody::new(0, 0);
+    /// Gives the copy away.
+    pub fn take_kept(&mut self) -> ReplayBody {
+        std::mem::replace(&mut self.kept, ReplayBody::new(0, 0))
+    }
+
+    /// Gives the trailers away.
+    pub fn take_trailers(&mut self) -> HeaderMap {
+        std::mem::take(&mut self.trailers)
     }
 
     /// The prompt as the built-in picker knows it.

@@ -65,6 +65,11 @@ pub fn echo(body: impl Into<bytes::Bytes>) -> Request {
     Request::post("/test/echo", body).header("content-type", "application/json")
 }
 
+/// As [`echo`], of a request that may be executed again (RFC 9110 §9.2.2).
+pub fn put(body: impl Into<bytes::Bytes>) -> Request {
+    Request::new("PUT", "/test/echo").header("content-type", "application/json").body(body)
+}
+
 impl Response {
     /// The endpoint that gave it.
     #[must_use]

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use http::{HeaderName, uri::PathAndQuery};
+use http::{HeaderName, Method, uri::PathAndQuery};
 
 use super::{
     Admin, AppProtocol, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppLimits, EppTls, ErrorFormat, Errors, FailureMode,
@@ -170,7 +170,12 @@ impl Default for Dns {
 
 impl Default for Retry {
     fn default() -> Self {
-        Self { attempts: 2, budget_percent: 20, budget_min_per_second: 10 }
+        Self {
+            attempts: 2,
+            methods: vec![Method::GET, Method::HEAD, Method::OPTIONS, Method::TRACE, Method::PUT, Method::DELETE],
+            budget_percent: 20,
+            budget_min_per_second: 10,
+        }
     }
 }
 

@@ -195,7 +195,7 @@ fn every_setting_is_read() {
         endpoints_file = "/etc/endpoints.json"
         ports = [8000, 8001]
         subset = { prefer = ["zone", "node"], empty = "fail" }
-        retry = { attempts = 0, budget_percent = 5, budget_min_per_second = 6 }
+        retry = { attempts = 0, methods = ["POST"], budget_percent = 5, budget_min_per_second = 6 }
         ejection = { failures = 0, base = "1s", max = "2s", max_percent = 100, server_errors = true }
         health = { path = "/live?full=1", interval = "1s", timeout = "2s", unhealthy_after = 4, healthy_after = 5 }
         app_protocol = "h2c"
@@ -280,7 +280,7 @@ fn every_setting_is_read() {
         }),
         session_headers: ["x-session-id", "x-other"].map(http::HeaderName::from_static).to_vec(),
         subset: Subset { prefer: vec![Locality::Zone, Locality::Node], endpoints: vec![], empty: EmptySubset::Fail },
-        retry: Retry { attempts: 0, budget_percent: 5, budget_min_per_second: 6 },
+        retry: Retry { attempts: 0, methods: vec![http::Method::POST], budget_percent: 5, budget_min_per_second: 6 },
         ejection: Ejection {
             failures: 0,
             base: Duration::from_secs(1),
@@ -580,6 +580,10 @@ fn bad_subsets_and_health() {
         (
             "[pools.subset]\nempty = \"none\"",
             r#"p.toml:5: pools[0].subset.empty: found "none", expected "all" or "fail""#,
+        ),
+        (
+            "[pools.retry]\nmethods = [\"post\"]",
+            r#"p.toml:5: pools[0].retry.methods[0]: found "post", expected a method in capital letters, such as "POST""#,
         ),
         (
             "[pools.retry]\nbudget_percent = 101",

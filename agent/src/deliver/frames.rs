@@ -6,13 +6,13 @@
 use std::{cell::RefCell, time::Duration};
 
 use bytes::{BufMut as _, Bytes, BytesMut};
-use http::{HeaderMap, header};
+use http::HeaderMap;
 
 use super::{Account, End, within};
 use crate::{
     client::Client,
     endpoint::body::{Piece, ResponseBody},
-    http::headers,
+    http::trailers,
     kernel::socket::monotonic_ns,
     tee::Tee,
 };
@@ -98,11 +98,7 @@ impl Frames<'_> {
     }
 
     async fn end(&mut self, mut trailers: HeaderMap) -> Result<(), End> {
-        headers::remove_hop_by_hop(&mut trailers);
-        // What would frame the message, or say where it goes, is no trailer (RFC 9110 §6.5.1).
-        for name in [header::CONTENT_LENGTH, header::HOST] {
-            trailers.remove(name);
-        }
+        trailers::filter(&mut trailers);
         match self.client {
             Client::Http2(stream) => within(self.idle, stream.end(trailers)).await,
             Client::Http1(socket) => {

@@ -5,17 +5,16 @@
 use std::io;
 
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, HeaderName, HeaderValue};
+use http::HeaderMap;
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
-use penstock_common::framing::{Framing, state};
+use penstock_common::framing::Framing;
 
-use super::{connection::EndpointConnection, http2::Stream};
+use super::{connection::EndpointConnection, http2::Stream, sending::Sending};
+use crate::http::{frames::CutReason, trailers};
 
 /// Largest piece.
 const READ: usize = 64 * 1024;
-/// Trailers of one message.
-const TRAILERS: usize = 64;
 
 pub enum ResponseBody {
     Http1 {
@@ -30,6 +29,10 @@ pub enum ResponseBody {
         body: Option<Incoming>,
         /// Kept as long as the body.
         stream: Stream,
+        /// The request, which may still be on its way.
+        sending: Sending,
+        /// Of the request's body, where it has one.
+        cut: Option<CutReason>,
     },
 }
 
@@ -45,6 +48,15 @@ fn broken(what: &'static str) -> io::Error {
 }
 
 impl ResponseBody {
+    /// The request, if it is still on its way.
+    pub fn sending(&self) -> Option<Sending> {
+        let sending = match self {
+            Self::Http1 { connection, .. } => connection.sending(),
+            Self::Http2 { sending, .. } => Some(sending),
+        };
+        sending.filter(|sending| !sending.is_sent()).cloned()
+    }
+
     /// Nothing follows the head.
     pub fn is_done(&self) -> bool {
         match self {
@@ -54,8 +66,8 @@ impl ResponseBody {
     }
 
     /// The next piece. An error when the endpoint closes inside the message or sends what is none. Not to be called after the
-    /// end. `trailers`: what has been read of them, kept by the caller between calls. Cancel-safe.
-    pub async fn next(&mut self, trailers: &mut BytesMut) -> io::Result<Piece> {
+    /// end. `section`: what has been read of the trailers, kept by the caller between calls. Cancel-safe.
+    pub async fn next(&mut self, section: &mut BytesMut) -> io::Result<Piece> {
         match self {
             Self::Http1 { connection, framing, pending } => loop {
                 while !pending.is_empty() && !framing.is_done() {
@@ -69,10 +81,10 @@ impl ResponseBody {
                     if is_payload {
                         return Ok(Piece::Data(taken.freeze()));
                     }
-                    keep_trailers(begin, &taken, trailers);
+                    trailers::keep(begin, &taken, section);
                 }
                 if framing.is_done() {
-                    return parse_trailers(trailers).map(Piece::End);
+                    return trailers::parse(section).map(Piece::End).map_err(io::Error::other);
                 }
                 pending.reserve(READ);
                 if connection.read(pending).await? == 0 {
@@ -86,82 +98,28 @@ impl ResponseBody {
                     };
                 }
             },
-            Self::Http2 { body: None, .. } => Ok(Piece::End(HeaderMap::new())),
-            Self::Http2 { body: Some(body), .. } => loop {
-                let frame = body.frame().await.transpose().map_err(io::Error::other)?;
-                match frame.map(hyper::body::Frame::into_data) {
-                    None => return Ok(Piece::End(HeaderMap::new())),
-                    Some(Ok(data)) if data.is_empty() => {}
-                    Some(Ok(data)) => return Ok(Piece::Data(data)),
-                    Some(Err(frame)) => return Ok(Piece::End(frame.into_trailers().unwrap_or_default())),
+            Self::Http2 { body, cut, .. } => {
+                let piece = match body {
+                    Some(body) => next_frame(body).await?,
+                    None => Piece::End(HeaderMap::new()),
+                };
+                if let (Piece::End(_), Some(cut)) = (&piece, cut) {
+                    cut.set_answered();
                 }
-            },
-        }
-    }
-}
-
-/// Of a run of chunked syntax, the bytes that belong to the trailer section; `framing` stands where the run begins.
-fn keep_trailers(mut framing: Framing, syntax: &[u8], trailers: &mut BytesMut) {
-    for &byte in syntax {
-        if framing.state >= state::TRAILER_FIRST {
-            trailers.extend_from_slice(&[byte]);
-        }
-        framing.step(byte);
-    }
-}
-
-fn parse_trailers(section: &[u8]) -> io::Result<HeaderMap> {
-    let mut fields = [httparse::EMPTY_HEADER; TRAILERS];
-    let mut trailers = HeaderMap::new();
-    if section.is_empty() {
-        return Ok(trailers);
-    }
-    match httparse::parse_headers(section, &mut fields) {
-        Ok(httparse::Status::Complete((_, fields))) => {
-            for field in fields {
-                let name = HeaderName::from_bytes(field.name.as_bytes());
-                if let (Ok(name), Ok(value)) = (name, HeaderValue::from_bytes(field.value)) {
-                    trailers.append(name, value);
-                }
+                Ok(piece)
             }
-            Ok(trailers)
         }
-        _ => Err(broken("the endpoint's trailers are malformed")),
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn trailers_are_told_from_chunks_however_the_bytes_are_cut() {
-        let wire = b"3\r\nabc\r\n0;x=y\r\nGrpc-Status: 0\r\nx-a: 1\r\nx-a: 2\r\n\r\n";
-        for cut in 1..wire.len() {
-            let (mut framing, mut trailers, mut data) = (Framing::chunked(), BytesMut::new(), Vec::new());
-            for mut piece in [&wire[..cut], &wire[cut..]] {
-                while !piece.is_empty() {
-                    let begin = framing;
-                    let (taken, payload) = framing.next(piece);
-                    match payload {
-                        Some(payload) => data.extend_from_slice(payload),
-                        None => keep_trailers(begin, &piece[..taken], &mut trailers),
-                    }
-                    piece = &piece[taken..];
-                }
-            }
-            let trailers = parse_trailers(&trailers).unwrap();
-            assert!(framing.is_done() && data == b"abc", "{cut}");
-            assert_eq!(trailers["grpc-status"], "0", "{cut}");
-            assert_eq!(trailers.get_all("x-a").iter().count(), 2, "{cut}");
+async fn next_frame(body: &mut Incoming) -> io::Result<Piece> {
+    loop {
+        let frame = body.frame().await.transpose().map_err(io::Error::other)?;
+        match frame.map(hyper::body::Frame::into_data) {
+            None => return Ok(Piece::End(HeaderMap::new())),
+            Some(Ok(data)) if data.is_empty() => {}
+            Some(Ok(data)) => return Ok(Piece::Data(data)),
+            Some(Err(frame)) => return Ok(Piece::End(frame.into_trailers().unwrap_or_default())),
         }
-    }
-
-    #[test]
-    fn what_is_no_trailer_section_breaks_the_message() {
-        for section in [&b"a b: 1\r\n\r\n"[..], b": 1\r\n\r\n"] {
-            assert!(parse_trailers(section).is_err(), "{section:?}");
-        }
-        assert!(parse_trailers(b"\r\n").unwrap().is_empty());
     }
 }

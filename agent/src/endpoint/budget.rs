@@ -79,7 +79,7 @@ mod tests {
 
     fn budget(budget_percent: u32, budget_min_per_second: u32) -> (RetryBudget, impl Fn(u64) -> Instant) {
         let now = Instant::now();
-        let rules = Retry { attempts: 1, budget_percent, budget_min_per_second };
+        let rules = Retry { budget_percent, budget_min_per_second, ..Retry::default() };
         (RetryBudget::new(&rules, now), move |second| now + Duration::from_secs(second))
     }
 

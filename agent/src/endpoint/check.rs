@@ -18,7 +18,10 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
-use super::set::{EndpointSet, Snapshot};
+use super::{
+    local_fault::local_fault,
+    set::{EndpointSet, Snapshot},
+};
 use crate::{
     config::{AppProtocol, HealthCheck},
     metrics::Metrics,
@@ -95,6 +98,14 @@ impl Checks {
         let result = timeout(limit, ask(address, &self.rules.path, self.protocol))
             .await
             .unwrap_or(Err(CheckError::Timeout(limit)));
+        if let Err(CheckError::Connect(error)) = &result
+            && let Some(fault) = local_fault(error)
+        {
+            // It says nothing about the endpoint.
+            tracing::warn!(pool = self.pool, %address, %error, "endpoint not checked, local fault");
+            self.metrics.local_fault(fault);
+            return address;
+        }
         if let Err(error) = &result {
             tracing::debug!(pool = self.pool, %address, %error, "the check of an endpoint failed");
             self.metrics.pool(self.index).check_failed(error.reason());

@@ -12,7 +12,7 @@ use tokio::{
     time::Instant,
 };
 
-use super::times::Times;
+use super::{sending::Sending, times::Times};
 use crate::{
     kernel::socket,
     metrics::InFlight,
@@ -37,10 +37,12 @@ pub struct EndpointConnection {
     pub(super) counted: Option<InFlight>,
     /// Nothing is outstanding on it.
     resting: bool,
+    /// The request that the connection carries, which holds the stream until it is sent.
+    sending: Option<Sending>,
 }
 
 enum Io {
-    Ready(TcpStream),
+    Ready(Rc<TcpStream>),
     Quiet(AsyncFd<std::net::TcpStream>),
     /// Only while one becomes the other, or after that has failed.
     Gone,
@@ -79,8 +81,9 @@ impl EndpointConnection {
             // behind a window that is shut: an endpoint that only writes would not learn of it for `tcp_fin_timeout`.
             socket::set_reset_on_close(&stream, true);
         }
-        let (io, consumed, idle_since) = (Io::Ready(stream), 0, Instant::now());
-        Ok(Self { io, source, address, local, consumed, idle_since, counted: None, resting: false })
+        let (io, consumed, idle_since) = (Io::Ready(Rc::new(stream)), 0, Instant::now());
+        let (counted, resting, sending) = (None, false, None);
+        Ok(Self { io, source, address, local, consumed, idle_since, counted, resting, sending })
     }
 
     pub fn source(&self) -> Option<&Source> {
@@ -98,6 +101,38 @@ impl EndpointConnection {
         match &self.io {
             Io::Ready(stream) => Ok(stream),
             _ => Err(gone()),
+        }
+    }
+
+    /// The stream, for what sends a request. It has to be let go before the connection turns quiet, and before it is dropped.
+    pub fn stream(&self) -> io::Result<Rc<TcpStream>> {
+        match &self.io {
+            Io::Ready(stream) => Ok(Rc::clone(stream)),
+            _ => Err(gone()),
+        }
+    }
+
+    /// The connection carries this request from now on, and stops it when it is dropped.
+    pub fn set_sending(&mut self, sending: Sending) {
+        self.sending = Some(sending);
+    }
+
+    pub fn sending(&self) -> Option<&Sending> {
+        self.sending.as_ref()
+    }
+
+    /// The request has been sent whole.
+    pub fn is_sent(&self) -> bool {
+        self.sending.as_ref().is_none_or(Sending::is_sent)
+    }
+
+    /// Bytes that the endpoint's kernel has acknowledged since the connection was made, and one for that; also when it has broken.
+    /// `None`: not known.
+    pub fn acknowledged(&self) -> Option<u64> {
+        match &self.io {
+            Io::Ready(stream) => socket::acknowledged(&**stream).ok(),
+            Io::Quiet(quiet) => socket::acknowledged(quiet.get_ref()).ok(),
+            Io::Gone => None,
         }
     }
 
@@ -142,16 +177,23 @@ impl EndpointConnection {
     /// (`tcp_get_info`), and unlike a read does not take the socket's error.
     pub fn wait_for_verdict(&self) {
         let _ = match &self.io {
-            Io::Ready(stream) => socket::bytes_written(stream),
+            Io::Ready(stream) => socket::bytes_written(&**stream),
             Io::Quiet(quiet) => socket::bytes_written(quiet.get_ref()),
             Io::Gone => return,
         };
     }
 
-    /// From now on, only errors wake us.
+    /// From now on, only errors wake us. Fails while a request is being sent.
     pub fn quiet(&mut self) -> io::Result<()> {
-        if let Io::Ready(stream) = std::mem::replace(&mut self.io, Io::Gone) {
-            self.io = Io::Quiet(socket::watch_errors(stream.into_std()?)?);
+        match std::mem::replace(&mut self.io, Io::Gone) {
+            Io::Ready(stream) => match Rc::try_unwrap(stream) {
+                Ok(stream) => self.io = Io::Quiet(socket::watch_errors(stream.into_std()?)?),
+                Err(stream) => {
+                    self.io = Io::Ready(stream);
+                    return Err(io::ErrorKind::ResourceBusy.into());
+                }
+            },
+            other => self.io = other,
         }
         Ok(())
     }
@@ -159,7 +201,7 @@ impl EndpointConnection {
     /// From now on, bytes wake us again.
     pub fn attentive(&mut self) -> io::Result<()> {
         match std::mem::replace(&mut self.io, Io::Gone) {
-            Io::Quiet(quiet) => self.io = Io::Ready(TcpStream::from_std(quiet.into_inner())?),
+            Io::Quiet(quiet) => self.io = Io::Ready(Rc::new(TcpStream::from_std(quiet.into_inner())?)),
             other => self.io = other,
         }
         Ok(())
@@ -194,6 +236,10 @@ impl EndpointConnection {
 
 impl Drop for EndpointConnection {
     fn drop(&mut self) {
+        // Lets go of the stream, so that it is closed here and before the slot.
+        if let Some(sending) = &self.sending {
+            sending.stop();
+        }
         // The kernel must not go on redirecting to a client that we are about to leave.
         if let Some(source) = &self.source {
             source.slot().disarm();

@@ -22,7 +22,10 @@ use hyper::client::conn::http2::{Builder, SendRequest};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{net::TcpSocket, sync::watch, time::Instant};
 
-use super::times::Times;
+use super::{
+    times::Times,
+    wire::{Link, Wire},
+};
 use crate::{http::frames::FrameBody, kernel::socket, local::Local};
 
 /// Connections to one endpoint; beyond them, requests queue for a stream.
@@ -60,6 +63,7 @@ struct Connection {
     /// Streams that the endpoint lets us have at once, as far as it has said.
     limit: watch::Receiver<usize>,
     load: Rc<Load>,
+    link: Rc<Link>,
 }
 
 struct Load {
@@ -74,6 +78,14 @@ pub struct Stream {
     /// The connection has carried requests before.
     pub reused: bool,
     load: Rc<Load>,
+    link: Rc<Link>,
+}
+
+impl Stream {
+    /// Bytes of the whole connection that the endpoint's kernel has acknowledged. `None`: not known.
+    pub fn acknowledged(&self) -> Option<u64> {
+        self.link.acknowledged()
+    }
 }
 
 impl Drop for Stream {
@@ -138,7 +150,8 @@ impl Endpoint {
         };
         connection.load.streams.set(connection.load.streams.get() + 1);
         let reused = connection.load.used.replace(true);
-        Some(Stream { send: connection.send.clone(), reused, load: Rc::clone(&connection.load) })
+        let (load, link) = (Rc::clone(&connection.load), Rc::clone(&connection.link));
+        Some(Stream { send: connection.send.clone(), reused, load, link })
     }
 }
 
@@ -166,13 +179,14 @@ async fn connect(address: SocketAddr, times: Times) -> io::Result<Connection> {
     socket::detect_unreachable(&socket, times.unreachable)?;
     let tcp = socket.connect(address).await?;
     tcp.set_nodelay(true)?;
+    let (wire, link) = Wire::new(tcp);
     let (send, connection) = Builder::new(Local)
         .timer(TokioTimer::new())
         .initial_max_send_streams(0)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_send_buf_size(SEND_BUFFER)
-        .handshake(TokioIo::new(tcp))
+        .handshake(TokioIo::new(wire))
         .await
         .map_err(io::Error::other)?;
     let (told, mut limit) = watch::channel(0);
@@ -192,5 +206,8 @@ async fn connect(address: SocketAddr, times: Times) -> io::Result<Connection> {
     });
     limit.wait_for(|&limit| limit > 0).await.map_err(|_| io::Error::from(io::ErrorKind::ConnectionReset))?;
     let load = Load { streams: Cell::new(0), used: Cell::new(false), idle_since: Cell::new(Instant::now()) };
-    Ok(Connection { send, limit, load: Rc::new(load) })
+    Ok(Connection { send, limit, load: Rc::new(load), link })
 }
+
+#[cfg(test)]
+mod tests;

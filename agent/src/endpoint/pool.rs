@@ -66,6 +66,7 @@ impl Pool {
         if connection.attentive().is_err() {
             return;
         }
+        debug_assert!(connection.is_sent());
         connection.idle_since = Instant::now();
         let mut idle = self.idle.borrow_mut();
         let connections = idle.entry(connection.address).or_default();

@@ -172,6 +172,8 @@ fn every_error() -> Vec<Error> {
         connect(io::ErrorKind::ConnectionRefused),
         connect(io::ErrorKind::TimedOut),
         Error::EndpointClosed(address),
+        Error::LocalFault { address, error: io::ErrorKind::AddrNotAvailable.into() },
+        Error::RequestStalled { address, limit: second },
         Error::FirstByte(address),
         Error::Response { address, error: ResponseError::SwitchingProtocols },
         Error::Evicted(Box::new(reply)),

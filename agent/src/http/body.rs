@@ -4,13 +4,13 @@
 //! endpoint has answered, because an endpoint that cannot be reached is replaced by the next of the list and the body goes
 //! out anew: first in memory, then in an unlinked temporary file that only threads made for blocking touch.
 
-use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
+use std::{borrow::Borrow, fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
 use bytes::{Buf, Bytes, BytesMut};
-use http::StatusCode;
+use http::{HeaderMap, StatusCode};
 use penstock_common::framing::Framing;
 
-use super::{head::shown, request::RequestBody};
+use super::{head::shown, request::RequestBody, trailers};
 
 /// Largest piece that a replay yields, and the unit in which the file is written.
 pub const PIECE: usize = 64 * 1024;
@@ -64,6 +64,8 @@ pub struct BodyReader {
     limit: u64,
     payload: u64,
     overhead: u64,
+    /// As they came, behind the last chunk.
+    trailers: BytesMut,
 }
 
 impl BodyReader {
@@ -78,11 +80,16 @@ impl BodyReader {
             RequestBody::Chunked => Framing::chunked(),
             RequestBody::Frames(_) => Framing::until_close(),
         };
-        Ok(Self { framing, limit, payload: 0, overhead: 0 })
+        Ok(Self { framing, limit, payload: 0, overhead: 0, trailers: BytesMut::new() })
     }
 
     pub fn is_done(&self) -> bool {
         self.framing.is_done()
+    }
+
+    /// The trailers of a complete body. A section that cannot be read has none: they are optional (RFC 9110 §6.5.1).
+    pub fn trailers(&self) -> HeaderMap {
+        trailers::parse(&self.trailers).unwrap_or_default()
     }
 
     /// Books a frame of `bytes`.
@@ -99,6 +106,7 @@ impl BodyReader {
     /// Takes the next piece from the front of `buf`, without copying it. Never takes a byte beyond the body.
     pub fn decode(&mut self, buf: &mut BytesMut) -> Result<Decoded, BodyError> {
         while !self.framing.is_done() && !buf.is_empty() {
+            let begin = self.framing;
             let (taken, payload) = self.framing.next(buf);
             let is_payload = payload.is_some();
             if self.framing.is_invalid() {
@@ -111,6 +119,7 @@ impl BodyReader {
                 }
                 return Ok(Decoded::Piece(buf.split_to(taken).freeze()));
             }
+            trailers::keep(begin, &buf[..taken], &mut self.trailers);
             buf.advance(taken);
             self.overhead += taken as u64;
             // Chunks of one byte are a waste but legal; extensions that outweigh the payload are an attack.
@@ -198,8 +207,8 @@ impl ReplayBody {
     }
 
     /// Reads the body from its beginning.
-    pub fn pieces(&self) -> Pieces<'_> {
-        Pieces { body: self, at: 0 }
+    pub fn pieces(&self) -> Pieces<&Self> {
+        Pieces::of(self)
     }
 }
 
@@ -214,15 +223,20 @@ impl Drop for ReplayBody {
 
 /// One reading of a [`ReplayBody`].
 #[derive(Debug)]
-pub struct Pieces<'a> {
-    body: &'a ReplayBody,
+pub struct Pieces<B> {
+    body: B,
     at: u64,
 }
 
-impl Pieces<'_> {
+impl<B: Borrow<ReplayBody>> Pieces<B> {
+    /// From the beginning of `body`.
+    pub fn of(body: B) -> Self {
+        Self { body, at: 0 }
+    }
+
     /// The next piece, 1 to [`PIECE`] bytes; `None` at the end. Cancel-safe: a dropped call yields the same piece again.
     pub async fn next(&mut self) -> Result<Option<Bytes>, BodyError> {
-        let body = self.body;
+        let body = self.body.borrow();
         let in_memory = (body.blocks.len() * PIECE) as u64;
         let piece = if self.at < in_memory {
             // Every block is full, so the position is always at the beginning of one.

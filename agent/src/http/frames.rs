@@ -1,22 +1,36 @@
 //! Bodies of HTTP/2 messages that are written piece by piece: a queue of one piece, so that whoever writes waits for the peer.
 //!
-//! A body whose writer is dropped before [`FrameSender::end`] is an error to hyper, which resets the stream: what is cut short
-//! never ends cleanly.
+//! A body whose writer is dropped before [`FrameSender::end`] is an error to hyper, which resets the stream with the body's reason:
+//! what is cut short never ends cleanly.
 
 use std::{
+    cell::Cell,
     pin::Pin,
+    rc::Rc,
     task::{Context, Poll, ready},
 };
 
 use bytes::Bytes;
+use h2::Reason;
 use http::HeaderMap;
 use hyper::body::{Body, Frame, SizeHint};
 use tokio::sync::mpsc;
 
-/// The message was not finished.
-#[derive(Debug, Clone, Copy, thiserror::Error)]
+/// The message was not finished. hyper takes the reason from the source.
+#[derive(Debug, thiserror::Error)]
 #[error("the body was cut short")]
-pub struct Cut;
+pub struct Cut(#[source] h2::Error);
+
+/// With what reason a stream is reset whose body is cut short.
+#[derive(Debug, Clone)]
+pub struct CutReason(Rc<Cell<Reason>>);
+
+impl CutReason {
+    /// The peer has answered, and needs no more of it (RFC 9113 §8.1).
+    pub fn set_answered(&self) {
+        self.0.set(Reason::NO_ERROR);
+    }
+}
 
 /// The peer wants no more of it.
 #[derive(Debug, Clone, Copy, thiserror::Error)]
@@ -37,20 +51,35 @@ enum Source {
         pieces: mpsc::Receiver<Piece>,
         length: Option<u64>,
         ended: bool,
+        cut: CutReason,
     },
 }
 
-pub struct FrameSender(mpsc::Sender<Piece>);
+pub struct FrameSender {
+    pieces: mpsc::Sender<Piece>,
+    cut: CutReason,
+}
 
 impl FrameBody {
     pub fn whole(body: Bytes) -> Self {
         Self(Source::Whole(Some(body).filter(|body| !body.is_empty())))
     }
 
-    /// A body that the sender writes; `length` is its length where it is known.
+    /// The body of a response that the sender writes; `length` is its length where it is known.
     pub fn written(length: Option<u64>) -> (FrameSender, Self) {
+        Self::of(length, Reason::INTERNAL_ERROR)
+    }
+
+    /// The body of a request of this length.
+    pub fn request(length: u64) -> (FrameSender, Self) {
+        Self::of(Some(length), Reason::CANCEL)
+    }
+
+    fn of(length: Option<u64>, cut: Reason) -> (FrameSender, Self) {
         let (sender, pieces) = mpsc::channel(1);
-        (FrameSender(sender), Self(Source::Written { pieces, length, ended: false }))
+        let cut = CutReason(Rc::new(Cell::new(cut)));
+        let body = Self(Source::Written { pieces, length, ended: false, cut: cut.clone() });
+        (FrameSender { pieces: sender, cut }, body)
     }
 }
 
@@ -69,11 +98,15 @@ impl FrameSender {
 
     /// Resolves when nobody reads the body any more. Cancel-safe.
     pub async fn gone(&self) {
-        self.0.closed().await;
+        self.pieces.closed().await;
+    }
+
+    pub fn cut(&self) -> CutReason {
+        self.cut.clone()
     }
 
     async fn send(&self, piece: Piece) -> Result<(), Gone> {
-        self.0.send(piece).await.map_err(|_| Gone)
+        self.pieces.send(piece).await.map_err(|_| Gone)
     }
 }
 
@@ -85,7 +118,7 @@ impl Body for FrameBody {
         match &mut self.0 {
             Source::Whole(body) => Poll::Ready(body.take().map(|body| Ok(Frame::data(body)))),
             Source::Written { ended: true, .. } => Poll::Ready(None),
-            Source::Written { pieces, ended, .. } => Poll::Ready(match ready!(pieces.poll_recv(cx)) {
+            Source::Written { pieces, ended, cut, .. } => Poll::Ready(match ready!(pieces.poll_recv(cx)) {
                 Some(Piece::Frame(frame)) => {
                     *ended = frame.is_trailers();
                     Some(Ok(frame))
@@ -96,7 +129,7 @@ impl Body for FrameBody {
                 }
                 None => {
                     *ended = true;
-                    Some(Err(Cut))
+                    Some(Err(Cut(cut.0.get().into())))
                 }
             }),
         }

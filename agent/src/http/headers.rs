@@ -9,9 +9,9 @@
 
 use std::net::IpAddr;
 
-use http::{HeaderMap, HeaderName, HeaderValue, Version, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Version, header};
 
-use super::head::joined;
+use super::{date, head::joined};
 use crate::config::{Forwarding, Headers};
 
 /// RFC 9110 §7.6.1, and the fields of a proxy's own authentication (§11.7), which concern the next hop only.
@@ -90,12 +90,32 @@ pub fn prepare_request(headers: &mut HeaderMap, arrival: &Arrival, model: &Heade
 
 /// Makes an endpoint's fields fit to travel back. `request` are the fields of the request that it answers.
 pub fn prepare_response(headers: &mut HeaderMap, version: Version, request: &HeaderMap, settings: &Headers) {
-    remove_hop_by_hop(headers);
-    headers.remove(X_PENSTOCK_REASON);
-    add_via(headers, version, settings.via.as_deref());
+    prepare_interim(headers, version, settings);
+    // RFC 9110 §6.6.1: whoever forwards a response without a date adds it.
+    headers.entry(header::DATE).or_insert_with(date::now);
     if let Some(id) = request_id(request, settings) {
         headers.insert(X_REQUEST_ID, id.clone());
     }
+}
+
+/// Makes the fields of an interim response (1xx) fit to travel back.
+pub fn prepare_interim(headers: &mut HeaderMap, version: Version, settings: &Headers) {
+    remove_hop_by_hop(headers);
+    headers.remove(X_PENSTOCK_REASON);
+    add_via(headers, version, settings.via.as_deref());
+}
+
+/// Counts this hop in Max-Forwards (RFC 9110 §7.6.2). True: the request must go no further. Only OPTIONS has it here: TRACE is not
+/// implemented, and of other methods it means nothing. One that is no number is left alone.
+pub fn is_last_forward(method: &Method, headers: &mut HeaderMap) -> bool {
+    if method != Method::OPTIONS {
+        return false;
+    }
+    let value = joined(headers, &header::MAX_FORWARDS);
+    let digits = std::str::from_utf8(&value).ok().filter(|text| text.bytes().all(|byte| byte.is_ascii_digit()));
+    let Some(left) = digits.and_then(|digits| digits.parse::<u64>().ok()) else { return false };
+    headers.insert(header::MAX_FORWARDS, left.saturating_sub(1).into());
+    left == 0
 }
 
 /// The request's id where the client is to learn it.
@@ -136,7 +156,7 @@ pub fn remove_pick(headers: &mut HeaderMap, destination: &HeaderName) {
     remove_if(headers, |name| begins(name, CONTROL_PREFIXES[0]) || same(name, destination.as_str()));
 }
 
-fn remove_if(headers: &mut HeaderMap, unwanted: impl Fn(&str) -> bool) {
+pub(super) fn remove_if(headers: &mut HeaderMap, unwanted: impl Fn(&str) -> bool) {
     let found: Vec<HeaderName> = headers.keys().filter(|name| unwanted(name.as_str())).cloned().collect();
     for name in found {
         headers.remove(name);
@@ -144,12 +164,12 @@ fn remove_if(headers: &mut HeaderMap, unwanted: impl Fn(&str) -> bool) {
 }
 
 /// Whether the two are the same name, `_` being the same as `-`.
-fn same(name: &str, other: &str) -> bool {
+pub(super) fn same(name: &str, other: &str) -> bool {
     name.len() == other.len() && begins(name, other)
 }
 
 /// Whether `name` begins with `prefix`, `_` being the same as `-`.
-fn begins(name: &str, prefix: &str) -> bool {
+pub(super) fn begins(name: &str, prefix: &str) -> bool {
     let dashed = |b: u8| if b == b'_' { b'-' } else { b };
     name.len() >= prefix.len() && name.bytes().zip(prefix.bytes()).all(|(a, b)| dashed(a) == dashed(b))
 }

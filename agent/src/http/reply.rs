@@ -3,7 +3,7 @@
 use bytes::{BufMut as _, Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, header};
 
-use super::headers;
+use super::{date, headers};
 
 #[derive(Debug, Clone)]
 pub struct Reply {
@@ -22,6 +22,11 @@ impl Reply {
             out.put_slice(name.as_str().as_bytes());
             out.put_slice(b": ");
             out.put_slice(value.as_bytes());
+            out.put_slice(b"\r\n");
+        }
+        if !self.headers.contains_key(header::DATE) {
+            out.put_slice(b"date: ");
+            out.put_slice(date::now().as_bytes());
             out.put_slice(b"\r\n");
         }
         if !self.is_bodiless() {

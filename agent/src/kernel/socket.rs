@@ -46,8 +46,23 @@ pub fn bytes_written(socket: impl AsFd) -> io::Result<u64> {
     }
 }
 
+/// Bytes that the peer's kernel has acknowledged (`tcpi_bytes_acked`), one for the SYN of a connection that we have made. Also of
+/// one that has broken. A reset acknowledges nothing: neither does it what was read before it and not yet acknowledged.
+pub fn acknowledged(socket: impl AsFd) -> io::Result<u64> {
+    Ok(tcp_info(socket.as_fd())?.tcpi_bytes_acked)
+}
+
 /// `NotConnected` once the connection is gone.
 fn bytes_acked(fd: BorrowedFd<'_>) -> io::Result<u64> {
+    let info = tcp_info(fd)?;
+    const TCP_CLOSE: u8 = 7;
+    if info.tcpi_state == TCP_CLOSE {
+        return Err(io::ErrorKind::NotConnected.into());
+    }
+    Ok(info.tcpi_bytes_acked)
+}
+
+fn tcp_info(fd: BorrowedFd<'_>) -> io::Result<libc::tcp_info> {
     // SAFETY: tcp_info is plain integers; the kernel fills at most `len` bytes of it.
     let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
     let mut len = size_of::<libc::tcp_info>() as libc::socklen_t;
@@ -58,11 +73,7 @@ fn bytes_acked(fd: BorrowedFd<'_>) -> io::Result<u64> {
     if result != 0 {
         return Err(io::Error::last_os_error());
     }
-    const TCP_CLOSE: u8 = 7;
-    if info.tcpi_state == TCP_CLOSE {
-        return Err(io::ErrorKind::NotConnected.into());
-    }
-    Ok(info.tcpi_bytes_acked)
+    Ok(info)
 }
 
 /// Bytes in the send queue, sent or not, that the peer has not acknowledged (SIOCOUTQ).

@@ -117,10 +117,13 @@ families! {
 
     /// Connections to endpoints that requests asked for, by where they came from.
     endpoint_connections: Family<ByResult, Counter> = "endpoint_connections";
+    /// Connections to endpoints that did not come about for a fault of this machine's, which never counts against the endpoint.
+    local_faults: Family<ByReason, Counter> = "local_faults";
     /// Requests that went on to another connection or endpoint, because one did not connect, had closed a kept connection, or
     /// closed before it answered.
     endpoint_retries: Family<ByReason, Counter> = "endpoint_retries";
-    /// Requests that were not sent again although their list had another endpoint: the attempts or the budget were used up.
+    /// Requests that may have been executed and were not sent again although there was somewhere to send them: the method does
+    /// not allow it, or the attempts or the budget were used up.
     endpoint_retries_refused: Family<ByPoolAndReason, Counter> = "endpoint_retries_refused";
     /// Turns of endpoints that were not the first of their list, by place: 1 is the second.
     fallback_attempts: Family<ByPoolAndIndex, Counter> = "fallback_attempts";

@@ -126,7 +126,8 @@ pub(super) async fn respond(
             picked.finish(rest);
             if let ResponseBody::Http1 { mut connection, .. } = body {
                 connection.set_resting(true);
-                let kept = reusable && head.keep_alive;
+                // A response that ends first ends its request: what is left would be taken for the next one.
+                let kept = reusable && head.keep_alive && connection.is_sent();
                 let pins = worker.shared.config.pools[request.pool].pick_per == config::PickPer::Connection;
                 if kept && pins && picked.holds && carried.keep_alive && matches!(client, Client::Http1(_)) {
                     let pin = Pin {

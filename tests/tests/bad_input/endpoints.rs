@@ -222,18 +222,106 @@ async fn bodies_that_are_none() {
     }
 }
 
-/// Any number of them, and then the response.
+/// RFC 9110 §15.2: to HTTP/1.1 and not to HTTP/1.0. `100 Continue` is not for the client, whose body the agent has asked for itself.
 #[tokio::test]
-async fn interim_responses_end_at_the_agent() {
-    let interim = "HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n".repeat(500);
+async fn interim_responses_are_passed_on() {
+    let interim = "HTTP/1.1 103 Early Hints\r\nlink: </a>\r\nconnection: x-hop\r\nx-hop: 1\r\nx-penstock-reason: no\r\n\r\n\
+                   HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 102 Processing\r\ncontent-length: 0\r\n\r\n";
     let answer = format!("{interim}HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello");
     let endpoint = Endpoint::start(answer.as_bytes(), Then::Keep).await;
     let (_agent, mut client) = before(endpoint.addr).await;
     for _ in 0..2 {
         let response = client.request(&echo()).await.unwrap();
-        assert_eq!((response.status(), response.text().as_str(), response.interim.len()), (200, "hello", 0));
+        assert_eq!((response.status(), response.text().as_str()), (200, "hello"));
+        let statuses: Vec<_> = response.interim.iter().map(|head| head.status).collect();
+        assert_eq!(statuses, [103, 102]);
+        let hints = &response.interim[0];
+        assert_eq!((hints.header("link"), hints.header("via")), (Some("</a>"), Some("1.1 penstock")));
+        for head in &response.interim {
+            for name in ["x-hop", "connection", "x-penstock-reason", "content-length", "date"] {
+                assert_eq!(head.header(name), None, "{name}");
+            }
+        }
     }
+    client.send_raw(b"GET /test/echo HTTP/1.0\r\nconnection: keep-alive\r\n\r\n").await.unwrap();
+    let response = client.response().await.unwrap();
+    assert_eq!((response.status(), response.text().as_str(), response.interim.len()), (200, "hello", 0));
     assert_eq!(endpoint.accepted(), 1);
+}
+
+/// Many of them, and then the response.
+#[tokio::test]
+async fn many_interim_responses_are_passed_on() {
+    let interim = "HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n".repeat(500);
+    let answer = format!("{interim}HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello");
+    let endpoint = Endpoint::start(answer.as_bytes(), Then::Keep).await;
+    let (_agent, mut client) = before(endpoint.addr).await;
+    let response = client.request(&echo()).await.unwrap();
+    assert_eq!((response.status(), response.text().as_str(), response.interim.len()), (200, "hello", 500));
+}
+
+/// Answers each request with the same interim head again and again, with a pause between them if one is given.
+async fn endless(head: &'static str, pause: Option<Duration>) -> SocketAddr {
+    let listener = TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut request = [0; 1];
+                stream.read_exact(&mut request).await.unwrap();
+                while stream.write_all(head.as_bytes()).await.is_ok() {
+                    if let Some(pause) = pause {
+                        tokio::time::sleep(pause).await;
+                    }
+                }
+            });
+        }
+    });
+    addr
+}
+
+/// Whether or not the client is told of them: their number and their size are bounded, and the worker serves others meanwhile.
+#[tokio::test]
+async fn interim_responses_without_end_are_a_bad_response() {
+    for head in ["HTTP/1.1 100 Continue\r\n\r\n", "HTTP/1.1 103 Early Hints\r\n\r\n"] {
+        let (agent, mut client) = before(endless(head, None).await).await;
+        let response = client.request(&echo()).await.unwrap();
+        assert_eq!((response.status(), error(&response).0.as_str()), (502, "bad_response"), "{head}");
+        assert!(response.interim.len() <= 1024, "{}", response.interim.len());
+        assert_eq!(agent.count("penstock_requests_total", &["reason=\"bad_response\""]), 1);
+    }
+    let long: &str = Box::leak(format!("HTTP/1.1 103 E\r\na: {}\r\n\r\n", "x".repeat(4000)).into_boxed_str());
+    let (_agent, mut client) = before(endless(long, None).await).await;
+    let response = client.request(&echo()).await.unwrap();
+    assert_eq!((response.status(), error(&response).0.as_str()), (502, "bad_response"));
+    assert!(response.interim.len() <= 16, "{}", response.interim.len());
+}
+
+/// The time runs to the head of the final response.
+#[tokio::test]
+async fn interim_responses_do_not_put_off_the_first_byte_timeout() {
+    let addr = endless("HTTP/1.1 103 Early Hints\r\n\r\n", Some(Duration::from_millis(20))).await;
+    let agent = TestAgent::start(builtin_pool(&[addr]), SteeringMode::Off, |config| {
+        config.timeouts.first_byte = Some(Duration::from_millis(500));
+    });
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    let response = client.request(&echo()).await.unwrap();
+    assert_eq!((response.status(), error(&response).0.as_str()), (504, "first_byte_timeout"));
+    assert!(!response.interim.is_empty());
+}
+
+/// RFC 9110 §6.6.1.
+#[tokio::test]
+async fn response_without_date_gets_one() {
+    for (date, is) in [("", None), ("date: Sun, 06 Nov 1994 08:49:37 GMT\r\n", Some("Sun, 06 Nov 1994 08:49:37 GMT"))] {
+        let answer = format!("HTTP/1.1 200 OK\r\n{date}content-length: 0\r\n\r\n");
+        let endpoint = Endpoint::start(answer.as_bytes(), Then::Keep).await;
+        let (_agent, mut client) = before(endpoint.addr).await;
+        let response = client.request(&echo()).await.unwrap();
+        let found: Vec<_> = response.head.headers.iter().filter(|(name, _)| name == "date").collect();
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(found[0].1.ends_with(" GMT") && is.is_none_or(|is| is == found[0].1), "{found:?}");
+    }
 }
 
 /// RFC 9110 §8.6: one length, in one field or in several.
@@ -362,7 +450,7 @@ async fn a_spilled_body_is_sent_again() {
         TestAgent::start(builtin_pool(&[addr]), SteeringMode::Off, |config| config.limits.body_memory_bytes = 64 << 10);
     let mut client = Client::connect(agent.addr).await.unwrap();
     assert_eq!(client.request(&echo()).await.unwrap().status(), 200);
-    let response = client.request(&Request::post("/test/echo", body.clone())).await.unwrap();
+    let response = client.request(&Request::new("PUT", "/test/echo").body(body.clone())).await.unwrap();
     let (begun, hash, _second) = endpoint.await.unwrap();
     assert_eq!((response.status(), hash), (200, Fnv::of(&body).value()));
     assert!(begun < 3 << 20);

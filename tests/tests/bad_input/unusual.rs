@@ -4,6 +4,7 @@ use penstock_tests::{
     Alphabet, BodyEnd, Plan,
     client::{Client, Request},
     content::Fnv,
+    eventually,
     model_server::{After, Echo, Framing},
 };
 
@@ -79,6 +80,50 @@ async fn lines_and_targets() {
     }
 }
 
+/// RFC 9110 §6.5: they follow the body, without those that mean nothing there or would mislead.
+#[tokio::test]
+async fn request_trailers_are_passed_on() {
+    let setting = Setting::start(|_| {}).await;
+    let trailers = "x-sum: 1\r\nDigest: a=b\r\nx-sum: 2\r\nhost: evil\r\ncontent-length: 9\r\nauthorization: evil\r\n\
+                    x-gateway-destination-endpoint: 6.6.6.6:6\r\nx_gateway_model_name: evil\r\ncontent-type: evil\r\n";
+    let wire =
+        post("transfer-encoding: chunked\r\ntrailer: x-sum\r\n", format!("3\r\nabc\r\n2\r\nde\r\n0\r\n{trailers}\r\n"));
+    let (response, mut client) = setting.answer(&wire).await;
+    let seen: Echo = response.json().unwrap();
+    assert_eq!((seen.body_framing.as_str(), seen.body_length), ("chunked", 5));
+    let pairs = [("x-sum", "1"), ("x-sum", "2"), ("digest", "a=b")];
+    assert_eq!(seen.trailers, pairs.map(|(name, value)| (name.to_owned(), value.to_owned())));
+    assert_eq!((seen.header("content-length"), seen.header("authorization")), (None, None));
+    // And the connection goes on.
+    assert_eq!(client.request(&echo()).await.unwrap().status(), 200);
+    // Without trailers that may follow a body, its length is declared.
+    let wire = post("transfer-encoding: chunked\r\n", "3\r\nabc\r\n0\r\nhost: evil\r\n\r\n");
+    let (response, _) = setting.answer(&wire).await;
+    let seen: Echo = response.json().unwrap();
+    assert_eq!((seen.body_framing.as_str(), seen.trailers.len()), ("content-length", 0));
+}
+
+/// RFC 9110 §7.6.2.
+#[tokio::test]
+async fn max_forwards_of_options_is_counted() {
+    let setting = Setting::start(|_| {}).await;
+    let options = |fields: &str| format!("OPTIONS /test/echo HTTP/1.1\r\nhost: x\r\n{fields}\r\n").into_bytes();
+    for (given, seen) in [("1", "0"), ("10", "9"), ("x", "x"), ("1, 2", "1, 2")] {
+        let (response, _) = setting.answer(&options(&format!("max-forwards: {given}\r\n"))).await;
+        assert_eq!(response.json::<Echo>().unwrap().header("max-forwards"), Some(seen));
+    }
+    let before = setting.reached();
+    let (response, mut client) = setting.answer(&options("max-forwards: 0\r\n")).await;
+    assert_eq!((response.status(), response.read.len, response.header("content-length")), (200, 0, Some("0")));
+    assert_eq!(setting.reached(), before);
+    let counted = || setting.agent.count("penstock_requests_total", &["reason=\"max_forwards\""]);
+    eventually(std::time::Duration::from_secs(10), || counted() == 1).await;
+    assert_eq!(client.request(&echo()).await.unwrap().status(), 200);
+    // Of other methods it means nothing.
+    let (response, _) = setting.answer(&get("max-forwards: 0\r\n")).await;
+    assert_eq!(response.json::<Echo>().unwrap().header("max-forwards"), Some("0"));
+}
+
 /// RFC 9112 §3.2.2: the target names the host.
 #[tokio::test]
 async fn absolute_target_stands_in_for_an_empty_host() {
@@ -144,8 +189,8 @@ async fn responses_without_a_body() {
     }
     let plan = Plan { size: 1000, interim: vec![103, 100, 103], ..Plan::default() };
     let response = client.request(&plan.request()).await.unwrap();
-    // Interim heads are the endpoint's advice to the agent and end there.
-    assert_eq!((response.status(), response.interim.len(), response.read.len), (200, 0, 1000));
+    // The agent has asked for the body itself, so that 100 is not the client's.
+    assert_eq!((response.status(), response.interim.len(), response.read.len), (200, 2, 1000));
     let response =
         client.request(&Plan { framing: Framing::UntilClose, after: After::KeepAlive, ..plan }.request()).await;
     let response = response.unwrap();

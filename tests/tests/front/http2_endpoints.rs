@@ -324,20 +324,57 @@ async fn stalled_clients_do_not_hinder_the_others() {
     assert_eq!(server.connections_accepted(), 1);
 }
 
-/// The client's trailers are the endpoint's.
+/// The client's trailers are the endpoint's, whatever the two speak, but for those that may not follow a body.
 #[tokio::test]
 async fn trailers_of_a_request_arrive() {
-    let scene = Scene::with(Front::Http2, Back::Http2, first, |_| {}).await;
-    let mut client = Http2Client::connect(scene.agent.addr).await.unwrap();
-    let head = client.head(&Request::new("POST", "/test/echo")).unwrap();
-    let mut stream = client.open(head, false).await.unwrap();
-    stream.data("abc").await.unwrap();
-    let mut trailers = HeaderMap::new();
-    trailers.insert("x-checksum", "1".parse().unwrap());
-    stream.finish(trailers).unwrap();
-    let seen = stream.response().await.unwrap().echoed();
-    assert_eq!((seen.body_length, seen.body_hash), (3, Fnv::of(b"abc").value()));
-    assert_eq!(seen.trailers, [("x-checksum".to_owned(), "1".to_owned())]);
+    let fields = [("x-checksum", "1"), ("authorization", "evil"), ("x-gateway-destination-endpoint", "6.6.6.6:6")];
+    for back in [Back::Http1, Back::Http2] {
+        let scene = Scene::with(Front::Http2, back, first, |_| {}).await;
+        let mut client = Http2Client::connect(scene.agent.addr).await.unwrap();
+        for length in [3, 200_000] {
+            let head = client.head(&Request::new("POST", "/test/echo")).unwrap();
+            let mut stream = client.open(head, false).await.unwrap();
+            let body = vec![b'a'; length];
+            stream.data(body.clone()).await.unwrap();
+            let trailers = fields.map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()));
+            stream.finish(HeaderMap::from_iter(trailers)).unwrap();
+            let seen = stream.response().await.unwrap().echoed();
+            assert_eq!((seen.body_length, seen.body_hash), (length as u64, Fnv::of(&body).value()));
+            assert_eq!(seen.trailers, [("x-checksum".to_owned(), "1".to_owned())]);
+        }
+    }
+    let scene = Scene::with(Front::Http1, Back::Http2, first, |_| {}).await;
+    let mut client = Client::connect(scene.agent.addr).await.unwrap();
+    let head = "POST /test/echo HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n";
+    let trailers: String = fields.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+    client.send_raw(format!("{head}{trailers}\r\n").as_bytes()).await.unwrap();
+    let seen = client.response().await.unwrap().echoed();
+    assert_eq!((seen.body_length, seen.trailers), (3, vec![("x-checksum".to_owned(), "1".to_owned())]));
+}
+
+/// GOAWAY leaves the request standing, and then the connection ends: it may have been executed.
+#[tokio::test]
+async fn request_that_goaway_left_standing_is_executed_once() {
+    let requests = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let counted = std::sync::Arc::clone(&requests);
+    let addr = by_hand(move |_, mut frames| {
+        let counted = std::sync::Arc::clone(&counted);
+        async move {
+            let head = frames.find(|frame| frame.kind == kind::HEADERS).await?.unwrap();
+            counted.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            // ENHANCE_YOUR_CALM, as gRPC servers answer too many PINGs.
+            let [a, b, c, d] = head.stream.to_be_bytes();
+            frames.send(&Frame::new(kind::GOAWAY, 0, 0, [a, b, c, d, 0, 0, 0, 11])).await
+        }
+    })
+    .await;
+    let agent = agent(addr, |config| config.pools[0].retry.attempts = 2);
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    for executed in 1..=3 {
+        let response = client.request(&echo(json("m", 50_000))).await.unwrap();
+        assert_eq!((response.status(), response.error_code().as_str()), (502, "endpoint_closed"));
+        assert_eq!(requests.load(std::sync::atomic::Ordering::Relaxed), executed);
+    }
 }
 
 /// A response that is whole before the request is: the rest of the request is not waited for.

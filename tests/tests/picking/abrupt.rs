@@ -11,6 +11,9 @@ use tokio::net::{TcpListener, TcpStream};
 pub(crate) enum Act {
     /// 200, with `ok`.
     Answer,
+    /// As `Answer`, and then the connection vanishes without a word, as when its machine starts anew: what comes next is answered
+    /// by a reset that acknowledges nothing.
+    AnswerAndVanish,
     /// The connection is closed when the request is there.
     Close,
     /// It is reset when the request is there.
@@ -84,6 +87,12 @@ async fn serve(mut stream: TcpStream, addr: SocketAddr, act: impl Fn(u64) -> Act
         whole(&mut stream).await?;
         match act {
             Act::Answer => stream.write_all(answer.as_bytes()).await?,
+            Act::AnswerAndVanish => {
+                stream.write_all(answer.as_bytes()).await?;
+                // A socket under repair is closed in silence (tcp(7), TCP_REPAIR).
+                nix::sys::socket::setsockopt(&stream, nix::sys::socket::sockopt::TcpRepair, &1)?;
+                break;
+            }
             Act::Close | Act::Snap => break,
             Act::Reset => {
                 socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;

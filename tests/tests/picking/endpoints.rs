@@ -87,29 +87,34 @@ async fn one_request_each(last_words: &'static [u8]) -> (SocketAddr, watch::Rece
 }
 
 /// Two POSTs on one client connection; the second meets the end of the kept connection.
-async fn second_of_two(last_words: &'static [u8]) -> (penstock_tests::Response, u64) {
+async fn second_of_two(method: &str, last_words: &'static [u8]) -> (penstock_tests::Response, u64) {
     let (endpoint, connections) = one_request_each(last_words).await;
     let epp = ScriptedEpp::start(Production::new(&[endpoint])).await.unwrap();
     let pool = epp_pool(&[endpoint], epp.addr, penstock_agent::config::FailureMode::Closed);
     let agent = TestAgent::start(pool, SteeringMode::Off, |_| {});
     let mut client = Client::connect(agent.addr).await.unwrap();
-    let post =
-        Request::post("/v1/completions", r#"{"model":"m","prompt":"END"}"#).header("content-type", "application/json");
-    assert_eq!(client.request(&post).await.unwrap().text(), "ok");
-    let response = client.request(&post).await.unwrap();
+    let body = r#"{"model":"m","prompt":"END"}"#;
+    let request = Request::new(method, "/v1/completions").header("content-type", "application/json").body(body);
+    assert_eq!(client.request(&request).await.unwrap().text(), "ok");
+    let response = client.request(&request).await.unwrap();
     drop(agent);
     let connections = *connections.borrow();
     (response, connections)
 }
 
+/// The endpoint has read the request: one that may be executed again goes to another connection, and a POST does not.
 #[tokio::test]
-async fn a_post_is_sent_again_when_a_kept_connection_dies_before_a_byte() {
-    let (response, connections) = second_of_two(b"").await;
+async fn request_that_a_kept_connection_has_taken_is_sent_again_if_it_is_idempotent() {
+    let (response, connections) = second_of_two("PUT", b"").await;
     assert_eq!((response.status(), response.text().as_str(), connections), (200, "ok", 2));
+    let (response, connections) = second_of_two("POST", b"").await;
+    assert_eq!((response.status(), response.error_code().as_str(), connections), (502, "endpoint_closed", 1));
 }
 
 #[tokio::test]
 async fn nothing_is_sent_again_after_a_byte_of_the_response() {
-    let (response, connections) = second_of_two(b"H").await;
-    assert_eq!((response.status(), response.error_code().as_str(), connections), (502, "endpoint_closed", 1));
+    for method in ["PUT", "POST"] {
+        let (response, connections) = second_of_two(method, b"H").await;
+        assert_eq!((response.status(), response.error_code().as_str(), connections), (502, "endpoint_closed", 1));
+    }
 }

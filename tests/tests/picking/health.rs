@@ -9,7 +9,7 @@ use penstock_agent::config::{Config, Ejection, FailureMode, HealthCheck, Pool, S
 use penstock_tests::agent::{TestAgent, builtin_pool, epp_pool};
 use penstock_tests::client::Client;
 use penstock_tests::scripted_epp::{Answering, ScriptedEpp, reply};
-use penstock_tests::stage::echo;
+use penstock_tests::stage::put;
 use penstock_tests::{ModelServer, eventually, model_server::Options};
 use tokio::net::TcpListener;
 
@@ -55,7 +55,7 @@ fn endpoints(agent: &TestAgent, state: &str) -> u64 {
 
 /// Whoever answers.
 async fn served(client: &mut Client) -> Option<SocketAddr> {
-    client.request(&echo("{}")).await.unwrap().served_by()
+    client.request(&put("{}")).await.unwrap().served_by()
 }
 
 /// D7: the requests that failed there were answered by the other.
@@ -93,7 +93,7 @@ async fn the_last_is_never_ejected() {
     let (bad, switch) = switched().await;
     let (agent, mut client) = agent(ejecting(&[bad.addr], LONG)).await;
     for _ in 0..10 {
-        let response = client.request(&echo("{}")).await.unwrap();
+        let response = client.request(&put("{}")).await.unwrap();
         assert_eq!((response.status(), response.error_code().as_str()), (502, "endpoint_closed"));
     }
     assert_eq!((bad.requests(), endpoints(&agent, "ejected")), (10, 0));
@@ -121,7 +121,7 @@ async fn of_a_pickers_list_the_ejected_go_last() {
     }
     assert_eq!((bad.requests(), endpoints(&agent, "ejected")), (3, 1));
     switch.set(true);
-    let response = client.request(&echo("{}").header("x-alone", "1")).await.unwrap();
+    let response = client.request(&put("{}").header("x-alone", "1")).await.unwrap();
     assert_eq!(response.served_by(), Some(bad.addr), "where it is all there is, it is asked");
 }
 

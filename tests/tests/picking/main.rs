@@ -3,6 +3,7 @@
 
 mod abrupt;
 mod conversation;
+mod early;
 mod endpoints;
 mod excess;
 mod failure;
@@ -14,6 +15,7 @@ mod isolation;
 mod leases;
 mod leaving;
 mod load;
+mod local_faults;
 mod measured;
 mod model;
 mod mutations;
@@ -34,6 +36,7 @@ mod subset;
 mod times;
 mod tls;
 mod tracing;
+mod vanished;
 
 use std::time::Duration;
 

@@ -173,3 +173,23 @@ fn a_retransmission_that_overlaps_is_redirected_once() {
         assert_eq!((delivery.account.steered, delivery.account.relayed), (6000, 0));
     });
 }
+
+/// What tells whether a request may have been executed: a reset is no acknowledgement of what it answers.
+#[test]
+fn reset_acknowledges_nothing_and_an_acknowledgement_before_it_counts() {
+    const ACK: u8 = 0x10;
+    const RST: u8 = 0x04;
+    for acknowledges in [0, 7] {
+        with_peer(async move |mut peer, mut endpoint, _steering| {
+            let before = endpoint.acknowledged().expect("a count");
+            crate::kernel::socket::write_all(&endpoint.stream().expect("a stream"), b"request").await.expect("written");
+            peer.acknowledge += acknowledges;
+            if acknowledges > 0 {
+                peer.segment(FIRST, ACK, &[]);
+            }
+            peer.segment(FIRST, RST, &[]);
+            assert!(endpoint.read(&mut BytesMut::with_capacity(1)).await.is_err());
+            assert_eq!(endpoint.acknowledged(), Some(before + u64::from(acknowledges)));
+        });
+    }
+}

@@ -1,157 +1,232 @@
 //! One request over HTTP/1.1, up to the head of its response.
 
-use std::{cell::Cell, net::SocketAddr};
+use std::{io::Write as _, net::SocketAddr, rc::Rc, time::Duration};
 
-use bytes::BytesMut;
+use bytes::{BufMut as _, BytesMut};
 use http::HeaderValue;
 use tokio::net::TcpStream;
 
-use super::{
-    Failed, Written,
-    body::{Pieces, length},
-    within,
-};
+use super::{Failed, Job, content::Content, fails};
 use crate::{
     endpoint::{
         body::ResponseBody,
         connection::{EndpointConnection, Reader},
+        sending::{Progress, Sending, Unsent, taken},
     },
     error::Error,
     http::{
         head::HeadLimits,
         response::{RequestFraming, ResponseError, ResponseHead, ResponseParser, write_request},
     },
-    kernel::socket::write_all,
     metrics::Connection,
-    picker::exchange::Body,
-    proxy::Request,
-    upload::Upload,
-    worker::Worker,
 };
 
 /// Room for a response head and what comes with it.
 const READ: usize = 16 * 1024;
 /// A request up to this size leaves in one write.
 const ONE_WRITE: usize = 64 * 1024;
+/// Interim heads before one response, and their bytes as a multiple of those that a head may have.
+const INTERIM_HEADS: usize = 1024;
+const INTERIM_BYTES: usize = 16;
 
-/// On a kept connection while nothing of the request has been `sent` anywhere, and on a fresh one if there is none, or the
-/// endpoint had closed it. So the race that every kept connection is in is run once a request, and a request that brings
-/// down its endpoints does not go on for nothing.
+/// On a kept connection, and on a fresh one if there is none, if the kept one ended before the endpoint acknowledged a byte, or
+/// if a `fresh` one is asked for.
 pub(super) async fn turn(
-    worker: &Worker,
-    request: &Request,
-    upload: &Upload,
-    body: &Body,
+    job: &Job<'_>,
     address: SocketAddr,
-    sent: &mut bool,
+    fresh: bool,
 ) -> Result<(ResponseHead, ResponseBody), Failed> {
-    let metrics = &worker.shared.metrics;
-    let kept = if *sent { None } else { worker.endpoints.reuse(address) };
+    let metrics = &job.worker.shared.metrics;
+    let kept = if fresh { None } else { job.worker.endpoints.reuse(address) };
     if let Some(endpoint) = kept {
         metrics.endpoint_connection(Connection::Reused);
-        *sent = true;
-        match attempt(worker, request, upload, body, endpoint).await {
-            Err(Failed::Early) => metrics.endpoint_retried("kept_connection_closed"),
+        match attempt(job, endpoint).await {
+            Err(Failed::Early { executed: false, .. }) => metrics.endpoint_retried("kept_connection_closed"),
+            Err(Failed::Early { executed, .. }) => return Err(Failed::Early { executed, kept: true }),
             outcome => return outcome,
         }
     }
-    let endpoint = worker.endpoints.connect(address).await.map_err(|error| {
+    let endpoint = job.worker.endpoints.connect(address).await.map_err(|error| {
         metrics.endpoint_connection(Connection::Failed);
         Failed::Connect(error)
     })?;
     metrics.endpoint_connection(Connection::New);
-    *sent = true;
-    attempt(worker, request, upload, body, endpoint).await
+    attempt(job, endpoint).await
 }
 
-/// One request on one connection, up to the head of its response. An endpoint may answer before
-/// it has taken the whole body, so both directions go at once.
-async fn attempt(
-    worker: &Worker,
-    request: &Request,
-    upload: &Upload,
-    body: &Body,
-    mut endpoint: EndpointConnection,
-) -> Result<(ResponseHead, ResponseBody), Failed> {
+/// One request on one connection, up to the head of its response. An endpoint may answer before it has taken the whole request, so
+/// both directions go at once; the rest of the request goes with the response.
+async fn attempt(job: &Job<'_>, mut endpoint: EndpointConnection) -> Result<(ResponseHead, ResponseBody), Failed> {
     let address = endpoint.address;
-    endpoint.announce(request.target);
-    let limit = request.times.first_byte;
-    let (reader, writer) = endpoint.split().map_err(|_| Failed::Early)?;
-    let sent = Cell::new(false);
-    let send = async {
-        match send(writer, address, request, upload, body).await {
-            Ok(()) => sent.set(true),
-            // Not the end: the endpoint may have answered and closed. What it sent tells.
-            Err(Written::Endpoint) => {}
-            Err(Written::Body(error)) => return error,
-        }
-        std::future::pending().await
+    endpoint.announce(job.request.target);
+    let before = endpoint.acknowledged();
+    let lost = |endpoint: &EndpointConnection| {
+        // Where the kernel does not say, the request may have arrived.
+        let executed = before.zip(endpoint.acknowledged()).is_none_or(|(before, now)| now > before);
+        Failed::Early { executed, kept: false }
     };
-    let (mut head, pending) = tokio::select! {
+    let progress = Progress::begin();
+    let Ok(stream) = endpoint.stream() else { return Err(lost(&endpoint)) };
+    let sending = Sending::new(send(stream, head_of(job, address), job.content.clone(), progress.clone(), job.idle()));
+    endpoint.set_sending(sending.clone());
+    let head = tokio::select! {
         biased;
-        head = within(limit, read_head(worker, reader, address, request)) => head.ok_or(Error::FirstByte(address))??,
-        error = send => return Err(Error::from(error).into()),
+        head = read_head(job, &mut endpoint, address) => head,
+        error = fails(&sending, address) => return Err(error.into()),
+        () = progress.overdue(job.request.times.first_byte) => return Err(Error::FirstByte(address).into()),
     };
-    // What is left of the request would be taken for the next one.
-    head.keep_alive &= sent.get();
+    let (head, pending) = match head {
+        Ok(read) => read,
+        Err(Unread::Nothing) => return Err(lost(&endpoint)),
+        Err(Unread::Error(error)) => return Err(error.into()),
+    };
+    // What the connection becomes begins behind the request.
+    if head.upgrade.is_some() && (sending.run().await.is_err() || !sending.is_sent()) {
+        return Err(Error::EndpointClosed(address).into());
+    }
     let body = ResponseBody::Http1 { framing: head.framing, connection: endpoint, pending };
     Ok((head, body))
 }
 
-async fn send(
-    endpoint: &TcpStream,
-    address: SocketAddr,
-    request: &Request,
-    upload: &Upload,
-    body: &Body,
-) -> Result<(), Written> {
-    let mut out = BytesMut::with_capacity(1024);
-    let framing = length(upload, body).map_or(RequestFraming::None, RequestFraming::Length);
-    write_request(&request.parts, address, framing, request.upgrade.as_ref(), &mut out);
-    let mut pieces = Pieces::new(upload, body);
-    while let Some(piece) = pieces.next().await.map_err(Written::Body)? {
-        if out.len() + piece.len() > ONE_WRITE {
-            write_all(endpoint, &out).await.map_err(|_| Written::Endpoint)?;
-            out.clear();
-        }
-        out.extend_from_slice(&piece);
+fn framing(content: &Content) -> RequestFraming<'_> {
+    match content.length() {
+        None => RequestFraming::None,
+        Some(_) if !content.trailers().is_empty() => RequestFraming::Chunked(content.trailers()),
+        Some(length) => RequestFraming::Length(length),
     }
-    write_all(endpoint, &out).await.map_err(|_| Written::Endpoint)
 }
 
-/// Reads the head of the final response. Interim ones are dropped: `100 Continue` has been dealt with, and the others
-/// are advice.
+fn head_of(job: &Job<'_>, address: SocketAddr) -> BytesMut {
+    let mut out = BytesMut::with_capacity(1024);
+    write_request(&job.request.parts, address, framing(&job.content), job.request.upgrade.as_ref(), &mut out);
+    out
+}
+
+/// Sends the head, which is in `out`, and the content.
+async fn send(
+    endpoint: Rc<TcpStream>,
+    mut out: BytesMut,
+    content: Content,
+    progress: Progress,
+    idle: Option<Duration>,
+) -> Result<(), Unsent> {
+    let chunked = matches!(framing(&content), RequestFraming::Chunked(_));
+    let mut pieces = content.pieces();
+    while let Some(piece) = pieces.next().await.map_err(Unsent::Body)? {
+        if out.len() + piece.len() > ONE_WRITE {
+            write(&endpoint, &out, &progress, idle).await?;
+            out.clear();
+        }
+        if chunked && !piece.is_empty() {
+            // Writing into a BytesMut fails only when memory cannot be had, and then it aborts.
+            let _ = write!((&mut out).writer(), "{:x}\r\n", piece.len());
+            out.extend_from_slice(&piece);
+            out.put_slice(b"\r\n");
+        } else {
+            out.extend_from_slice(&piece);
+        }
+    }
+    if chunked {
+        out.put_slice(b"0\r\n");
+        for (name, value) in content.trailers() {
+            out.put_slice(name.as_str().as_bytes());
+            out.put_slice(b": ");
+            out.put_slice(value.as_bytes());
+            out.put_slice(b"\r\n");
+        }
+        out.put_slice(b"\r\n");
+    }
+    write(&endpoint, &out, &progress, idle).await
+}
+
+/// Writes all of it. The endpoint has `idle` for each part that it takes.
+async fn write(
+    endpoint: &TcpStream,
+    mut out: &[u8],
+    progress: &Progress,
+    idle: Option<Duration>,
+) -> Result<(), Unsent> {
+    while !out.is_empty() {
+        match endpoint.try_write(out) {
+            Ok(n) => {
+                out = &out[n..];
+                progress.made();
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => taken(idle, endpoint.writable()).await?,
+            Err(_) => return Err(Unsent::Refused),
+        }
+    }
+    Ok(())
+}
+
+/// Why no head was read.
+enum Unread {
+    /// The connection ended before a byte.
+    Nothing,
+    Error(Error),
+}
+
+impl From<Error> for Unread {
+    fn from(error: Error) -> Self {
+        Self::Error(error)
+    }
+}
+
+/// Reads the head of the final response. Interim ones go to the client where it can take them; their number and size are bounded.
 async fn read_head(
-    worker: &Worker,
-    mut endpoint: Reader<'_>,
+    job: &Job<'_>,
+    endpoint: &mut EndpointConnection,
     address: SocketAddr,
-    request: &Request,
-) -> Result<(ResponseHead, BytesMut), Failed> {
-    let limits = &worker.shared.config.limits;
-    let limits = HeadLimits { bytes: limits.head_bytes, headers: limits.headers };
+) -> Result<(ResponseHead, BytesMut), Unread> {
+    let limits = job.head_limits();
+    let method = &job.request.parts.method;
+    let bad = |error| Unread::Error(Error::Response { address, error });
+    let Ok((mut reader, _)) = endpoint.split() else { return Err(Unread::Nothing) };
     let mut buf = BytesMut::with_capacity(READ);
-    let mut answered = false;
+    let (mut answered, mut reusable) = (false, true);
+    let (mut heads, mut bytes) = (0, 0);
     let mut parser = ResponseParser::default();
     loop {
-        match endpoint.read(&mut buf).await {
-            Ok(0) | Err(_) if !answered => return Err(Failed::Early),
-            Ok(0) | Err(_) => return Err(Error::EndpointClosed(address).into()),
-            Ok(_) => answered = true,
+        match read(&mut reader, &mut buf).await {
+            Some(()) => answered = true,
+            None if answered => return Err(Error::EndpointClosed(address).into()),
+            None => return Err(Unread::Nothing),
         }
-        let bad = |error| Error::Response { address, error };
-        while let Some((head, length)) = parser.parse(&buf, &limits, &request.parts.method).map_err(bad)? {
+        while let Some((mut head, length)) = parser.parse(&buf, &limits, method).map_err(bad)? {
             let _ = buf.split_to(length);
             parser = ResponseParser::default();
-            if !is_wanted(head.upgrade.as_ref(), request.upgrade.as_ref()) {
-                return Err(bad(ResponseError::SwitchingProtocols).into());
+            if !is_wanted(head.upgrade.as_ref(), job.request.upgrade.as_ref()) {
+                return Err(bad(ResponseError::SwitchingProtocols));
             }
             if !head.interim {
+                head.keep_alive &= reusable;
                 return Ok((head, buf));
             }
+            (heads, bytes, reusable) = (heads + 1, bytes + length, reusable && head.keep_alive);
+            bounded(heads, bytes, &limits).map_err(bad)?;
+            job.pass_on(head).await;
+            // An endpoint that does not stop must not keep the timers, and the worker, from their turn.
+            tokio::task::yield_now().await;
         }
         if buf.capacity() - buf.len() < READ / 4 {
             buf.reserve(READ);
         }
+    }
+}
+
+/// `None`: the connection has ended.
+async fn read(reader: &mut Reader<'_>, buf: &mut BytesMut) -> Option<()> {
+    matches!(reader.read(buf).await, Ok(1..)).then_some(())
+}
+
+fn bounded(heads: usize, bytes: usize, limits: &HeadLimits) -> Result<(), ResponseError> {
+    let most = INTERIM_BYTES * limits.bytes;
+    match (heads, bytes) {
+        (INTERIM_HEADS.., _) if heads > INTERIM_HEADS => {
+            Err(ResponseError::Interim { limit: INTERIM_HEADS, what: "heads" })
+        }
+        _ if bytes > most => Err(ResponseError::Interim { limit: most, what: "bytes" }),
+        _ => Ok(()),
     }
 }
 

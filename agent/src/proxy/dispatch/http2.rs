@@ -1,59 +1,57 @@
 //! One request on one stream of an HTTP/2 connection, up to the head of its response.
 
-use std::{error::Error as _, net::SocketAddr};
+use std::{error::Error as _, net::SocketAddr, time::Duration};
 
 use http::{HeaderValue, Uri, Version, header};
 use hyper::body::Body as _;
 
-use super::{
-    Failed, Written,
-    body::{Pieces, length},
-    within,
-};
+use super::{Failed, Job, content::Content, fails};
 use crate::{
-    endpoint::{body::ResponseBody, http2::Stream},
+    endpoint::{
+        body::ResponseBody,
+        http2::Stream,
+        sending::{Progress, Sending, Unsent, taken},
+    },
     error::Error,
     http::{
         frames::{FrameBody, FrameSender},
-        head::HeadLimits,
         headers,
         response::{BodyKind, ResponseHead, from_http2},
     },
     metrics::Connection,
-    picker::exchange::Body,
-    proxy::Request,
-    upload::Upload,
-    worker::Worker,
 };
 
 /// How often a request that the endpoint has not looked at is sent again at once.
 const REFUSALS: u32 = 3;
+/// Largest piece of a body that is handed over at once: what an endpoint takes is seen in steps of this size.
+const PIECE: usize = 16 * 1024;
 
 /// On a stream of its own. One that the endpoint refuses unseen, because it is about to close the connection or has too
 /// much to do, is tried again, on another connection if the first is closing.
-pub(super) async fn turn(
-    worker: &Worker,
-    request: &Request,
-    upload: &Upload,
-    body: &Body,
-    address: SocketAddr,
-    sent: &mut bool,
-) -> Result<(ResponseHead, ResponseBody), Failed> {
-    let metrics = &worker.shared.metrics;
+pub(super) async fn turn(job: &Job<'_>, address: SocketAddr) -> Result<(ResponseHead, ResponseBody), Failed> {
+    let metrics = &job.worker.shared.metrics;
+    let mut failed = Failed::Early { executed: false, kept: false };
     for _ in 0..REFUSALS {
-        let stream = worker.http2_endpoints.stream(address).await.map_err(|error| {
+        let stream = job.worker.http2_endpoints.stream(address).await.map_err(|error| {
             metrics.endpoint_connection(Connection::Failed);
             Failed::Connect(error)
         })?;
-        metrics.endpoint_connection(if stream.reused { Connection::Reused } else { Connection::New });
-        *sent = true;
-        match attempt(worker, request, upload, body, address, stream).await {
+        let reused = stream.reused;
+        metrics.endpoint_connection(if reused { Connection::Reused } else { Connection::New });
+        match attempt(job, address, stream).await {
             Err(Attempt::Refused) => metrics.endpoint_retried("stream_refused"),
+            Err(Attempt::Failed(Failed::Early { executed: false, .. })) if reused => {
+                metrics.endpoint_retried("kept_connection_closed");
+            }
+            Err(Attempt::Failed(Failed::Early { executed, .. })) => {
+                failed = Failed::Early { executed, kept: reused };
+                break;
+            }
             Err(Attempt::Failed(failed)) => return Err(failed),
             Ok(answer) => return Ok(answer),
         }
     }
-    Err(Failed::Early)
+    Err(failed)
 }
 
 enum Attempt {
@@ -68,61 +66,61 @@ impl From<Error> for Attempt {
     }
 }
 
+/// The rest of the request goes with the response, as over HTTP/1.1.
 async fn attempt(
-    worker: &Worker,
-    request: &Request,
-    upload: &Upload,
-    body: &Body,
+    job: &Job<'_>,
     address: SocketAddr,
     mut stream: Stream,
 ) -> Result<(ResponseHead, ResponseBody), Attempt> {
-    let limit = request.times.first_byte;
-    let length = length(upload, body);
-    let (sender, frames) = match length {
-        Some(0) | None => (None, FrameBody::whole(bytes::Bytes::new())),
-        Some(_) => {
-            let (sender, frames) = FrameBody::written(length);
-            (Some(sender), frames)
+    let before = stream.acknowledged();
+    let progress = Progress::begin();
+    let trailers = !job.content.trailers().is_empty();
+    let (sending, cut, frames) = match job.content.length() {
+        Some(length) if length > 0 || trailers => {
+            let (sender, frames) = FrameBody::request(length);
+            let cut = sender.cut();
+            let sending = Sending::new(send(sender, job.content.clone(), progress.clone(), job.idle()));
+            (sending, Some(cut), frames)
         }
+        _ => (Sending::new(async { Ok(()) }), None, FrameBody::whole(bytes::Bytes::new())),
     };
-    let sent = stream.send.send_request(head(request, address, length).map(|()| frames));
-    let send = async {
-        if let Some(sender) = sender {
-            match send(sender, upload, body).await {
-                // Not the end: the endpoint may have answered and wants no more. What it sent tells.
-                Ok(()) | Err(Written::Endpoint) => {}
-                Err(Written::Body(error)) => return error,
-            }
-        }
-        std::future::pending().await
-    };
+    let sent = stream.send.send_request(head(job, address).map(|()| frames));
     let response = tokio::select! {
         biased;
-        response = within(limit, sent) => response.ok_or(Error::FirstByte(address))?,
-        error = send => return Err(Error::from(error).into()),
+        response = sent => response,
+        error = fails(&sending, address) => return Err(error.into()),
+        () = progress.overdue(job.request.times.first_byte) => return Err(Error::FirstByte(address).into()),
     };
-    let (parts, body) = response.map_err(|error| failed(&error))?.into_parts();
-    let limits = &worker.shared.config.limits;
-    let limits = HeadLimits { bytes: limits.head_bytes, headers: limits.headers };
-    let head = from_http2(parts, body.is_end_stream(), &request.parts.method, &limits)
+    let (parts, body) = response
+        .map_err(|error| {
+            if is_refused(&error) {
+                return Attempt::Refused;
+            }
+            // Bytes of other streams count, too: then it may have been this one's.
+            let executed = before.zip(stream.acknowledged()).is_none_or(|(before, now)| now > before);
+            Attempt::Failed(Failed::Early { executed, kept: false })
+        })?
+        .into_parts();
+    let head = from_http2(parts, body.is_end_stream(), &job.request.parts.method, &job.head_limits())
         .map_err(|error| Error::Response { address, error })?;
     let body = Some(body).filter(|_| head.body != BodyKind::None);
-    Ok((head, ResponseBody::Http2 { body, stream }))
+    Ok((head, ResponseBody::Http2 { body, stream, sending, cut }))
 }
 
-/// Before its head a response has not begun, whatever ended the stream.
-fn failed(error: &hyper::Error) -> Attempt {
+/// The endpoint has not looked at the request (RFC 9113 §8.7), or it was never sent.
+fn is_refused(error: &hyper::Error) -> bool {
     let http2 = error.source().and_then(|source| source.downcast_ref::<h2::Error>());
     // A GOAWAY of the endpoint's is an error of those streams alone that it names as not processed.
     let refused = http2.is_some_and(|error| {
-        error.reason() == Some(h2::Reason::REFUSED_STREAM) || (error.is_go_away() && error.is_remote())
+        (error.reason() == Some(h2::Reason::REFUSED_STREAM) && error.is_remote())
+            || (error.is_go_away() && error.is_remote())
     });
     // hyper cancels what it has not sent.
-    if refused || error.is_canceled() { Attempt::Refused } else { Attempt::Failed(Failed::Early) }
+    refused || error.is_canceled()
 }
 
-fn head(request: &Request, address: SocketAddr, length: Option<u64>) -> http::Request<()> {
-    let parts = &request.parts;
+fn head(job: &Job<'_>, address: SocketAddr) -> http::Request<()> {
+    let parts = &job.request.parts;
     let own = [header::HOST, header::CONTENT_LENGTH, header::EXPECT, header::TRAILER];
     let fields = parts.headers.iter().filter(|(name, _)| !headers::is_hop_by_hop(name) && !own.contains(name));
     let mut head = http::Request::new(());
@@ -131,7 +129,7 @@ fn head(request: &Request, address: SocketAddr, length: Option<u64>) -> http::Re
     head.headers_mut().extend(fields.map(|(name, value)| (name.clone(), value.clone())));
     // Whoever speaks HTTP/2 takes trailers, and gRPC asks for the word.
     head.headers_mut().insert(header::TE, HeaderValue::from_static("trailers"));
-    if let Some(length) = length {
+    if let Some(length) = job.content.length() {
         head.headers_mut().insert(header::CONTENT_LENGTH, length.into());
     }
     let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
@@ -144,11 +142,16 @@ fn head(request: &Request, address: SocketAddr, length: Option<u64>) -> http::Re
     head
 }
 
-async fn send(sender: FrameSender, upload: &Upload, body: &Body) -> Result<(), Written> {
-    let mut pieces = Pieces::new(upload, body);
-    while let Some(piece) = pieces.next().await.map_err(Written::Body)? {
-        sender.data(piece).await.map_err(|_| Written::Endpoint)?;
+async fn send(sender: FrameSender, content: Content, progress: Progress, idle: Option<Duration>) -> Result<(), Unsent> {
+    let mut pieces = content.pieces();
+    while let Some(mut piece) = pieces.next().await.map_err(Unsent::Body)? {
+        while !piece.is_empty() {
+            let part = piece.split_to(piece.len().min(PIECE));
+            taken(idle, sender.data(part)).await?;
+            progress.made();
+        }
     }
-    let trailers = if *body == Body::Original { upload.trailers.clone() } else { http::HeaderMap::new() };
-    sender.end(trailers).await.map_err(|_| Written::Endpoint)
+    taken(idle, sender.end(content.trailers().clone())).await?;
+    progress.made();
+    Ok(())
 }

@@ -1,0 +1,50 @@
+use std::{
+    io::{Read as _, Write as _},
+    net::TcpListener,
+};
+
+use super::*;
+
+const SETTINGS: u8 = 4;
+const PING: u8 = 6;
+const HEADERS: u8 = 1;
+const PREFACE: usize = 24;
+
+/// Takes one connection, says that it speaks HTTP/2, and gives the kinds of all frames that came, at its end.
+fn silent(listener: &TcpListener) -> Vec<u8> {
+    let (mut stream, _) = listener.accept().expect("a connection");
+    stream.write_all(&[0, 0, 0, SETTINGS, 0, 0, 0, 0, 0]).expect("SETTINGS");
+    let mut bytes = Vec::new();
+    // A reset ends it as well.
+    let _ = stream.read_to_end(&mut bytes);
+    let (mut kinds, mut rest) = (Vec::new(), &bytes[PREFACE.min(bytes.len())..]);
+    while let [a, b, c, kind, ..] = *rest {
+        kinds.push(kind);
+        let length = u32::from_be_bytes([0, a, b, c]) as usize;
+        rest = &rest[(9 + length).min(rest.len())..];
+    }
+    kinds
+}
+
+/// The clock runs ahead whenever nothing else is to be done.
+#[tokio::test(start_paused = true)]
+async fn silent_endpoint_gets_no_ping() {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = listener.local_addr().expect("an address");
+    let server = std::thread::spawn(move || silent(&listener));
+    let local = tokio::task::LocalSet::new();
+    let times = Times { keep_alive: Duration::MAX, connect: None, unreachable: None };
+    local
+        .run_until(async {
+            let mut stream = Http2Pool::new(times).stream(address).await.expect("a stream");
+            let request =
+                http::Request::get("http://a/").body(FrameBody::whole(bytes::Bytes::new())).expect("a request");
+            let response = stream.send.send_request(request);
+            assert!(tokio::time::timeout(Duration::from_secs(3600), response).await.is_err());
+        })
+        .await;
+    drop(local);
+    let kinds = server.join().expect("a server");
+    assert!(kinds.contains(&HEADERS), "{kinds:?}");
+    assert!(!kinds.contains(&PING), "{kinds:?}");
+}

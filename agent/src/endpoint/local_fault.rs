@@ -1,0 +1,58 @@
+//! Faults of this machine's that a connect can meet: no descriptor, no port, no memory, a local policy. They say nothing about the
+//! endpoint, so they never count against it.
+
+use std::{io, sync::Arc};
+
+/// What is wrong here: a label. `None`: the fault is the endpoint's, or the network's.
+pub fn local_fault(error: &io::Error) -> Option<&'static str> {
+    match raw_os_error(error)? {
+        libc::EMFILE | libc::ENFILE => Some("open_files"),
+        // connect(2): EAGAIN is for a port too.
+        libc::EADDRNOTAVAIL | libc::EADDRINUSE | libc::EAGAIN => Some("ports"),
+        libc::ENOBUFS | libc::ENOMEM | libc::ENOSPC => Some("memory"),
+        libc::EACCES | libc::EPERM => Some("policy"),
+        libc::EAFNOSUPPORT | libc::EPROTONOSUPPORT => Some("address_family"),
+        _ => None,
+    }
+}
+
+/// Of the error itself, or of the one that it wraps.
+fn raw_os_error(error: &io::Error) -> Option<i32> {
+    error.raw_os_error().or_else(|| {
+        let inner = error.get_ref()?;
+        let wrapped = inner.downcast_ref::<Arc<io::Error>>().map(|shared| &**shared);
+        raw_os_error(wrapped.or_else(|| inner.downcast_ref::<io::Error>())?)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn local_fault_is_told_from_the_endpoints() {
+        let table = [
+            (libc::EMFILE, Some("open_files")),
+            (libc::ENFILE, Some("open_files")),
+            (libc::EADDRNOTAVAIL, Some("ports")),
+            (libc::EAGAIN, Some("ports")),
+            (libc::ENOBUFS, Some("memory")),
+            (libc::ENOMEM, Some("memory")),
+            (libc::EACCES, Some("policy")),
+            (libc::EPERM, Some("policy")),
+            (libc::EAFNOSUPPORT, Some("address_family")),
+            (libc::ECONNREFUSED, None),
+            (libc::ECONNRESET, None),
+            (libc::ETIMEDOUT, None),
+            (libc::EHOSTUNREACH, None),
+            (libc::ENETUNREACH, None),
+        ];
+        for (code, expected) in table {
+            let error = || io::Error::from_raw_os_error(code);
+            assert_eq!(local_fault(&error()), expected, "{code}");
+            let shared = io::Error::new(error().kind(), Arc::new(error()));
+            assert_eq!(local_fault(&shared), expected, "{code}");
+        }
+        assert_eq!(local_fault(&io::ErrorKind::TimedOut.into()), None);
+    }
+}

@@ -1,0 +1,89 @@
+//! The socket of a connection that hyper speaks HTTP/2 on. How much the endpoint has acknowledged can be asked for while hyper
+//! has it, and when it is closed.
+
+use std::{
+    cell::{Cell, RefCell},
+    io::{self, IoSlice},
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll},
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+};
+
+use crate::kernel::socket;
+
+/// For hyper. Dropping it closes the connection.
+pub(super) struct Wire(Rc<Link>);
+
+pub(super) struct Link {
+    stream: RefCell<Option<TcpStream>>,
+    /// When it was closed.
+    last: Cell<Option<u64>>,
+}
+
+impl Wire {
+    pub(super) fn new(stream: TcpStream) -> (Self, Rc<Link>) {
+        let link = Rc::new(Link { stream: RefCell::new(Some(stream)), last: Cell::new(None) });
+        (Self(Rc::clone(&link)), link)
+    }
+
+    fn with<T>(&self, f: impl FnOnce(Pin<&mut TcpStream>) -> Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        match &mut *self.0.stream.borrow_mut() {
+            Some(stream) => f(Pin::new(stream)),
+            None => Poll::Ready(Err(io::ErrorKind::NotConnected.into())),
+        }
+    }
+}
+
+impl Link {
+    /// Bytes that the endpoint's kernel has acknowledged. `None`: not known.
+    pub(super) fn acknowledged(&self) -> Option<u64> {
+        match &*self.stream.borrow() {
+            Some(stream) => socket::acknowledged(stream).ok(),
+            None => self.last.get(),
+        }
+    }
+}
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        self.0.last.set(self.0.acknowledged());
+        self.0.stream.take();
+    }
+}
+
+impl AsyncRead for Wire {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.with(|stream| stream.poll_read(cx, buf))
+    }
+}
+
+impl AsyncWrite for Wire {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.with(|stream| stream.poll_write(cx, buf))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.with(|stream| stream.poll_write_vectored(cx, bufs))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.with(|stream| stream.poll_flush(cx))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.with(|stream| stream.poll_shutdown(cx))
+    }
+}

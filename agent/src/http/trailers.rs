@@ -1,0 +1,170 @@
+//! Trailer sections: taken out of chunked syntax, read, and rid of fields that mean nothing behind a body or would mislead whoever
+//! merges them into the head (RFC 9110 §6.5.1).
+
+use bytes::BytesMut;
+use http::{HeaderMap, HeaderName, HeaderValue};
+use penstock_common::framing::{Framing, state};
+
+use super::headers;
+
+/// Trailers of one message.
+const TRAILERS: usize = 64;
+
+/// Fields that frame a message, describe its content, route or authenticate it, or change how a request or response is handled.
+const NOT_BEHIND_A_BODY: [&str; 42] = [
+    "accept-ranges",
+    "age",
+    "allow",
+    "authorization",
+    "cache-control",
+    "content-disposition",
+    "content-encoding",
+    "content-language",
+    "content-length",
+    "content-location",
+    "content-range",
+    "content-type",
+    "cookie",
+    "date",
+    "expect",
+    "expires",
+    "forwarded",
+    "host",
+    "if-match",
+    "if-modified-since",
+    "if-none-match",
+    "if-range",
+    "if-unmodified-since",
+    "location",
+    "max-forwards",
+    "origin",
+    "pragma",
+    "range",
+    "referer",
+    "retry-after",
+    "set-cookie",
+    "trailer",
+    "traceparent",
+    "tracestate",
+    "user-agent",
+    "vary",
+    "via",
+    "warning",
+    "www-authenticate",
+    "x-penstock-reason",
+    "x-real-ip",
+    "x-request-id",
+];
+
+/// The section is no list of fields.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the trailers are malformed")]
+pub struct Malformed;
+
+/// Of a run of chunked syntax, the bytes that belong to the trailer section; `framing` stands where the run begins.
+pub fn keep(mut framing: Framing, syntax: &[u8], section: &mut BytesMut) {
+    for &byte in syntax {
+        if framing.state >= state::TRAILER_FIRST {
+            section.extend_from_slice(&[byte]);
+        }
+        framing.step(byte);
+    }
+}
+
+/// The fields of a whole section, which may be empty.
+pub fn parse(section: &[u8]) -> Result<HeaderMap, Malformed> {
+    let mut fields = [httparse::EMPTY_HEADER; TRAILERS];
+    let mut trailers = HeaderMap::new();
+    if section.is_empty() {
+        return Ok(trailers);
+    }
+    let Ok(httparse::Status::Complete((_, fields))) = httparse::parse_headers(section, &mut fields) else {
+        return Err(Malformed);
+    };
+    for field in fields {
+        let name = HeaderName::from_bytes(field.name.as_bytes());
+        if let (Ok(name), Ok(value)) = (name, HeaderValue::from_bytes(field.value)) {
+            trailers.append(name, value);
+        }
+    }
+    Ok(trailers)
+}
+
+/// Leaves what may stand behind a body, such as digests and the status of gRPC.
+pub fn filter(trailers: &mut HeaderMap) {
+    headers::remove_hop_by_hop(trailers);
+    headers::remove_if(trailers, |name| {
+        headers::begins(name, "x-forwarded-") || NOT_BEHIND_A_BODY.iter().any(|field| headers::same(name, field))
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn trailers_are_told_from_chunks_however_the_bytes_are_cut() {
+        let wire = b"3\r\nabc\r\n0;x=y\r\nGrpc-Status: 0\r\nx-a: 1\r\nx-a: 2\r\n\r\n";
+        for cut in 1..wire.len() {
+            let (mut framing, mut section, mut data) = (Framing::chunked(), BytesMut::new(), Vec::new());
+            for mut piece in [&wire[..cut], &wire[cut..]] {
+                while !piece.is_empty() {
+                    let begin = framing;
+                    let (taken, payload) = framing.next(piece);
+                    match payload {
+                        Some(payload) => data.extend_from_slice(payload),
+                        None => keep(begin, &piece[..taken], &mut section),
+                    }
+                    piece = &piece[taken..];
+                }
+            }
+            let trailers = parse(&section).unwrap();
+            assert!(framing.is_done() && data == b"abc", "{cut}");
+            assert_eq!(trailers["grpc-status"], "0", "{cut}");
+            assert_eq!(trailers.get_all("x-a").iter().count(), 2, "{cut}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_trailer_section_is_malformed() {
+        for section in [&b"a b: 1\r\n\r\n"[..], b": 1\r\n\r\n"] {
+            assert_eq!(parse(section), Err(Malformed), "{section:?}");
+        }
+        assert!(parse(b"\r\n").unwrap().is_empty());
+    }
+
+    #[test]
+    fn only_fields_that_may_stand_behind_a_body_are_left() {
+        let allowed =
+            ["digest", "content-digest", "grpc-status", "grpc-message", "x-checksum", "server-timing", "etag"];
+        let denied = [
+            "content-length",
+            "content_length",
+            "transfer-encoding",
+            "trailer",
+            "te",
+            "host",
+            "connection",
+            "proxy-authorization",
+            "authorization",
+            "set-cookie",
+            "content-type",
+            "content_encoding",
+            "max-forwards",
+            "cache-control",
+            "x-forwarded-for",
+            "x_forwarded_host",
+            "if-none-match",
+        ];
+        let names = allowed.iter().chain(&denied).map(|name| HeaderName::from_bytes(name.as_bytes()).unwrap());
+        let mut trailers: HeaderMap = names.map(|name| (name, HeaderValue::from_static("1"))).collect();
+        trailers.insert("connection", HeaderValue::from_static("x-hop"));
+        trailers.insert("x-hop", HeaderValue::from_static("1"));
+        filter(&mut trailers);
+        let mut left: Vec<&str> = trailers.keys().map(HeaderName::as_str).collect();
+        left.sort_unstable();
+        let mut allowed = allowed.to_vec();
+        allowed.sort_unstable();
+        assert_eq!(left, allowed);
+    }
+}

@@ -1,0 +1,82 @@
+//! What a request is sent with: its body, the client's as it was kept or what the picker put in its place, and its trailers. It
+//! is shared, because the last of it may still be on its way to an endpoint when the response comes.
+
+use std::rc::Rc;
+
+use bytes::Bytes;
+use http::HeaderMap;
+
+use crate::{
+    http::body::{BodyError, Pieces as Kept, ReplayBody},
+    picker::exchange::Body,
+    upload::Upload,
+};
+
+/// Clones are the same content.
+#[derive(Clone)]
+pub(super) struct Content {
+    source: Source,
+    trailers: Rc<HeaderMap>,
+}
+
+#[derive(Clone)]
+enum Source {
+    None,
+    Kept(Rc<ReplayBody>),
+    Replaced(Rc<[Bytes]>),
+}
+
+impl Content {
+    /// Takes it out of the upload, which has to be complete, and of the pick.
+    pub(super) fn new(upload: &mut Upload, body: &mut Body) -> Self {
+        let source = match std::mem::replace(body, Body::Original) {
+            Body::Original if upload.has_body() => Source::Kept(Rc::new(upload.take_kept())),
+            Body::Original => Source::None,
+            // The client's trailers belong to the client's body.
+            Body::Replaced(pieces) => return Self { source: Source::Replaced(pieces.into()), trailers: Rc::default() },
+        };
+        Self { source, trailers: Rc::new(upload.take_trailers()) }
+    }
+
+    /// Bytes of the body; `None`: the request has none.
+    pub(super) fn length(&self) -> Option<u64> {
+        match &self.source {
+            Source::None => None,
+            Source::Kept(kept) => Some(kept.len()),
+            Source::Replaced(pieces) => Some(pieces.iter().map(|piece| piece.len() as u64).sum()),
+        }
+    }
+
+    pub(super) fn trailers(&self) -> &HeaderMap {
+        &self.trailers
+    }
+
+    /// One reading of the body.
+    pub(super) fn pieces(&self) -> Pieces {
+        match &self.source {
+            Source::None => Pieces::Replaced(Rc::default(), 0),
+            Source::Kept(kept) => Pieces::Kept(Kept::of(Rc::clone(kept))),
+            Source::Replaced(pieces) => Pieces::Replaced(Rc::clone(pieces), 0),
+        }
+    }
+}
+
+pub(super) enum Pieces {
+    Kept(Kept<Rc<ReplayBody>>),
+    /// And the number of the next.
+    Replaced(Rc<[Bytes]>, usize),
+}
+
+impl Pieces {
+    /// `None` at the end. Cancel-safe.
+    pub(super) async fn next(&mut self) -> Result<Option<Bytes>, BodyError> {
+        match self {
+            Self::Kept(kept) => kept.next().await,
+            Self::Replaced(pieces, next) => {
+                let piece = pieces.get(*next).cloned();
+                *next += 1;
+                Ok(piece)
+            }
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! Endpoints whose machine vanishes: no FIN, no RST, nothing answers any more. Each has a network namespace, whose link goes down.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use penstock_agent::config::{AppProtocol, Config, FailureMode, Pool, SteeringMode};
+use penstock_tests::agent::{TestAgent, epp_pool};
+use penstock_tests::client::{Client, Pace, Request};
+use penstock_tests::scripted_epp::{Answering, ScriptedEpp, StreamEnd, reply};
+use penstock_tests::stage::{echo, json};
+use penstock_tests::{BodyEnd, Http2Options, Http2Server, ModelServer, Namespace, eventually, model_server::Options};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::SOON;
+
+/// A machine of its own, reached through one link.
+struct Machine {
+    namespace: Namespace,
+    link: String,
+    listener: Option<TcpListener>,
+    addr: SocketAddr,
+}
+
+impl Machine {
+    /// `number` tells the machines of this process apart.
+    fn new(number: u32) -> Self {
+        // Addresses for measurements (RFC 2544); a range for each process.
+        let base = 0xc613_0000 + (std::process::id() % (1 << 10)) * 64 + number * 4;
+        let [here, there] = [1, 2].map(|host| Ipv4Addr::from(base + host));
+        let link = format!("pv{}x{number}", std::process::id());
+        let namespace = Namespace::beside(&link, &format!("{here}/30"), &format!("{there}/30")).unwrap();
+        let listener = namespace.run(|| std::net::TcpListener::bind((there, 0)).unwrap()).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let addr = listener.local_addr().unwrap();
+        Self { namespace, link, listener: Some(TcpListener::from_std(listener).unwrap()), addr }
+    }
+
+    /// Serves `/stream` with a body that never ends, and anything else with `ok`.
+    fn serve(&mut self, protocol: AppProtocol) {
+        let listener = self.listener.take().unwrap();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                match protocol {
+                    AppProtocol::Http1 => drop(tokio::spawn(http1(stream))),
+                    AppProtocol::H2c => drop(tokio::spawn(http2(stream))),
+                }
+            }
+        });
+    }
+
+    fn vanish(&self) {
+        self.namespace.ip(&format!("link set {} down", self.link)).unwrap();
+    }
+}
+
+async fn http1(mut stream: TcpStream) -> std::io::Result<()> {
+    let mut bytes = Vec::new();
+    loop {
+        if stream.read_buf(&mut bytes).await? == 0 {
+            return Ok(());
+        }
+        if bytes.starts_with(b"GET /stream ") {
+            let begin = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ncontent-type: text/event-stream\r\n\r\n5\r\nbegin\r\n";
+            stream.write_all(begin).await?;
+            return std::future::pending().await;
+        }
+        // JSON ends with the only brace of its kind.
+        if bytes.ends_with(b"}") {
+            bytes.clear();
+            stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await?;
+        }
+    }
+}
+
+async fn http2(stream: TcpStream) -> Result<(), h2::Error> {
+    let mut connection = h2::server::handshake(stream).await?;
+    while let Some(accepted) = connection.accept().await {
+        let (request, mut respond) = accepted?;
+        let mut out = respond.send_response(http::Response::new(()), false)?;
+        if request.uri().path() == "/stream" {
+            out.send_data("begin".into(), false)?;
+            tokio::spawn(async move {
+                let _open = (out, request);
+                std::future::pending::<()>().await;
+            });
+        } else {
+            out.send_data("ok".into(), true)?;
+        }
+    }
+    Ok(())
+}
+
+async fn agent(
+    endpoints: &[SocketAddr],
+    protocol: AppProtocol,
+    mode: SteeringMode,
+    adjust: impl FnOnce(&mut Config),
+) -> (TestAgent, ScriptedEpp) {
+    let named = endpoints.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+    let epp = ScriptedEpp::start(Answering::new(move |_| vec![reply::pick(&named, &[])])).await.unwrap();
+    let pool = Pool { app_protocol: protocol, ..epp_pool(endpoints, epp.addr, FailureMode::Closed) };
+    let agent = TestAgent::start(pool, mode, |config| {
+        config.listen.workers = 1;
+        config.timeouts.endpoint_unreachable = Some(Duration::from_secs(1));
+        config.timeouts.connect = Some(Duration::from_millis(300));
+        config.timeouts.endpoint_keep_alive = Duration::from_secs(60);
+        adjust(config);
+    });
+    (agent, epp)
+}
+
+/// Nothing of the request was acknowledged, so it goes on whatever its method, and is executed once.
+#[tokio::test]
+async fn machine_that_vanishes_under_a_kept_connection_is_followed_by_the_next() {
+    for (number, protocol) in [(0, AppProtocol::Http1), (1, AppProtocol::H2c)] {
+        let mut far = Machine::new(number);
+        far.serve(protocol);
+        let http1 = ModelServer::start(Options::default()).await.unwrap();
+        let http2 = Http2Server::start(Http2Options::default()).await.unwrap();
+        let near = if protocol == AppProtocol::Http1 { http1.addr } else { http2.addr };
+        let (_agent, _epp) = agent(&[far.addr, near], protocol, SteeringMode::Off, |config| {
+            config.pools[0].retry.attempts = 0;
+        })
+        .await;
+        let mut client = Client::connect(_agent.addr).await.unwrap();
+        let request = echo(json("m", 100));
+        assert_eq!(client.request(&request).await.unwrap().text(), "ok");
+        far.vanish();
+        let begin = Instant::now();
+        let response = client.request(&request).await.unwrap();
+        assert_eq!(response.served_by(), Some(near), "{}", response.text());
+        assert_eq!(http1.requests() + http2.requests(), 1);
+        assert!(begin.elapsed() < SOON, "{:?}", begin.elapsed());
+    }
+}
+
+/// The client sees a response that is broken off, and the EPP learns of it, long before the idle time; also where nobody reads
+/// the connection because the kernel carries what comes.
+#[tokio::test]
+async fn machine_that_vanishes_in_a_response_breaks_it_off() {
+    let rows = [
+        (2, AppProtocol::Http1, SteeringMode::Off),
+        (3, AppProtocol::Http1, SteeringMode::Ingress),
+        (4, AppProtocol::H2c, SteeringMode::Off),
+    ];
+    for (number, protocol, mode) in rows {
+        let mut far = Machine::new(number);
+        far.serve(protocol);
+        let (agent, epp) = agent(&[far.addr], protocol, mode, |_| {}).await;
+        let mut client = Client::connect(agent.addr).await.unwrap();
+        client.send(&Request::get("/stream")).await.unwrap();
+        assert_eq!(client.head().await.unwrap().status, 200);
+        assert!(matches!(client.piece(usize::MAX).await.unwrap(), penstock_tests::client::Piece::Data(_)));
+        far.vanish();
+        let begin = Instant::now();
+        let read = client.read_body(Pace::Fast, |_| Ok(())).await.unwrap();
+        assert_ne!(read.end, BodyEnd::Complete, "{protocol:?} {mode:?}");
+        assert!(begin.elapsed() < SOON, "{:?}", begin.elapsed());
+        eventually(SOON, || epp.streams_open() == 0).await;
+        assert_eq!(epp.streams_ended(StreamEnd::HalfClosed), 0);
+        eventually(SOON, || agent.count("penstock_requests_total", &[r#"reason="endpoint_broke""#]) == 1).await;
+    }
+}
