@@ -26,6 +26,7 @@ use crate::{
     endpoint::discovery::Discovery,
     kernel::socket,
     ladder::Ladder,
+    listeners::Listeners,
     metrics::Metrics,
     picker::tend::tend,
     readiness::{Gate, Readiness},
@@ -85,11 +86,17 @@ impl Agent {
         let admin = std::net::TcpListener::bind(config.admin.address);
         let admin = admin.with_context(|| format!("the admin server on {}", config.admin.address))?;
 
+        let mut bound = vec![plain[0].local_addr()?, admin.local_addr()?];
+        if let Some(secured) = &secured {
+            bound.push(secured[0].local_addr()?);
+        }
+        let own = Listeners::new(bound);
+
         // Everything is loaded and bound. From here on only workers can do what an ordinary process cannot, and this thread
         // until it has started them.
         let given_up = capability::keep(&ladder.kept);
         let capabilities = capabilities(&given_up);
-        let around = capability::with(&[], || Around::start(config, metrics, &readiness))?;
+        let around = capability::with(&[], || Around::start(config, metrics, &readiness, own))?;
         let Around { shared, exporter, certificate, beside } = around;
         let (config, metrics) = (&shared.config, &shared.metrics);
         let mut status = ladder.lines();
@@ -265,9 +272,9 @@ struct Around {
 }
 
 impl Around {
-    fn start(config: Config, metrics: Arc<Metrics>, readiness: &Readiness) -> Result<Self> {
+    fn start(config: Config, metrics: Arc<Metrics>, readiness: &Readiness, own: Listeners) -> Result<Self> {
         let (telemetry, exporter) = Telemetry::start(&config.tracing, &metrics)?.unzip();
-        let shared = Arc::new(Shared::new(config, metrics, telemetry)?);
+        let shared = Arc::new(Shared::new(config, metrics, telemetry)?.listening(own));
         let certificate = shared.config.listen.tls.as_ref().map(Certificate::read).transpose()?;
         let beside = beside(&shared, certificate.as_ref(), Some(readiness))?;
         Ok(Self { shared, exporter, certificate, beside })

@@ -15,6 +15,7 @@ mod health;
 mod listen;
 mod node;
 mod overrides;
+mod passthrough;
 mod picker;
 mod pools;
 mod retry;
@@ -31,6 +32,7 @@ pub use default::default_toml;
 pub use endpoints::{EndpointsError, EndpointsFormat, is_own, parse_endpoints};
 pub use error::{ConfigError, ConfigErrors};
 pub use overrides::Overrides;
+pub use passthrough::{Network, Passthrough};
 
 use std::{
     collections::BTreeMap,
@@ -393,8 +395,8 @@ pub struct Pool {
     pub failure_mode: FailureMode,
     /// With `open` only: where it sends requests; default: the built-in picker chooses among `endpoints`.
     pub default_upstream: Option<SocketAddr>,
-    /// Dial endpoints that the EPP names and the pool does not list; default false.
-    pub passthrough: bool,
+    /// Endpoints that the EPP may name and the pool does not list; default off. The agent's own listeners are never among them.
+    pub passthrough: Passthrough,
     pub picker: Picker,
     /// `picker.session_header`: where the built-in picker chooses, requests with the same value of the first of these headers
     /// that they have go to the same endpoint; default none.
@@ -535,8 +537,11 @@ pub struct Epp {
     /// TCP and TLS; also how long a request waits for the first answer of DNS. Default 1s.
     pub connect_timeout: Duration,
     /// From the end of the request's body to the pick, whatever goes wrong on the way and however many replicas are asked;
-    /// default 30s (an EPP may queue requests). `None` is off.
+    /// default 75s (an EPP may queue requests for a minute). `None` is off.
     pub decision_timeout: Option<Duration>,
+    /// Whether a pool with `failure_mode = "open"` opens for a request that the EPP has not decided in time although it has
+    /// decided others meanwhile; default false: 503.
+    pub open_on_deadline: bool,
     /// How long a response head waits for the EPP's mutation of it; default 100ms, `off` does not wait.
     pub response_timeout: Option<Duration>,
     /// What the EPP sees of response bodies; default `headers`.

@@ -63,6 +63,10 @@ pub enum Error {
     FirstByte(SocketAddr),
     #[error("the endpoint {address} answered with what is no response: {error}")]
     Response { address: SocketAddr, error: ResponseError },
+    #[error("the request has been forwarded by this agent before")]
+    Loop,
+    #[error("the endpoint {0} is one of this agent's own listeners")]
+    OwnListener(SocketAddr),
     /// The picker took its decision back; its own answer goes to the client.
     #[error("the endpoint picker evicted the request: {}", .0.details)]
     Evicted(Box<ImmediateReply>),
@@ -85,6 +89,7 @@ impl Error {
                 StatusCode::BAD_GATEWAY
             }
             Self::FirstByte(_) | Self::RequestStalled { .. } | Self::RequestTimeout(_) => StatusCode::GATEWAY_TIMEOUT,
+            Self::Loop | Self::OwnListener(_) => StatusCode::LOOP_DETECTED,
             Self::Evicted(reply) => reply.status,
             // Never sent; nginx's number for it, so that the metric says what happened.
             Self::ClientGone => StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST),
@@ -114,6 +119,8 @@ impl Error {
             Self::EndpointClosed(_) => "endpoint_closed",
             Self::FirstByte(_) => "first_byte_timeout",
             Self::Response { .. } => "bad_response",
+            Self::Loop => "loop",
+            Self::OwnListener(_) => "own_listener",
             Self::Evicted(_) => "evicted",
             Self::ClientGone => "client_gone",
         }

@@ -4,6 +4,7 @@
 
 pub mod pem;
 pub mod capability;
+pub mod listeners;
 pub mod config;
 pub mod text;
 pub mod logging;

@@ -190,6 +190,9 @@ async fn take(
         // A client's copy is removed whichever pool the request goes to.
         headers::remove_control(headers, control, &config.bbr.header);
     }
+    if headers::is_marked(headers, &worker.shared.mark) {
+        return Err(Error::Loop);
+    }
     headers::prepare_request(headers, &arrival, &config.bbr.header, &config.headers);
     request.record.trace(worker, &mut request.parts, &arrival);
     let router = &worker.shared.router;
@@ -262,6 +265,7 @@ async fn answered(
     // The body named its model late: the endpoint gets the header all the same.
     set_model(worker, &mut request.parts, upload);
     mutation::apply(&picked.mutation, &mut request.parts.headers);
+    let _ = request.parts.headers.try_append(headers::X_PENSTOCK_HOP, worker.shared.mark.clone());
     for pick in &worker.shared.pick_headers {
         headers::remove_pick(&mut request.parts.headers, pick);
     }

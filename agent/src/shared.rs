@@ -8,13 +8,14 @@ use std::{
 };
 
 use anyhow::Context as _;
-use http::{HeaderName, StatusCode};
+use http::{HeaderName, HeaderValue, StatusCode};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     bbr::ModelHeaders,
     config::{self, Config, Picker},
     endpoint::{budget::RetryBudget, set::EndpointSet},
+    listeners::Listeners,
     metrics::Metrics,
     picker::{builtin::BuiltinPicker, replica::Replicas},
     route::Router,
@@ -38,6 +39,10 @@ pub struct Shared {
     /// The headers in which EPPs name their picks: `picker.header` of every pool, and the protocol's own.
     pub pick_headers: Vec<HeaderName>,
     pub model_headers: ModelHeaders,
+    /// Where this agent listens.
+    pub own: Listeners,
+    /// What requests are marked with that this agent has forwarded.
+    pub mark: HeaderValue,
     /// No new connections or requests; what runs may finish.
     pub draining: CancellationToken,
     /// Break off what still runs.
@@ -51,6 +56,12 @@ impl Shared {
         let endpoints = config.pools.iter().map(|pool| EndpointSet::new(pool, &config.node)).collect();
         let replicas = config.pools.iter().map(replicas).collect::<anyhow::Result<_>>()?;
         Ok(Self::with(config, endpoints, replicas, metrics, telemetry))
+    }
+
+    /// With the addresses that are bound.
+    #[must_use]
+    pub fn listening(self, own: Listeners) -> Self {
+        Self { own, ..self }
     }
 
     /// Under another configuration. Pools are the same where their names are: their endpoints go on as they are, and so does
@@ -71,6 +82,8 @@ impl Shared {
             draining: self.draining.clone(),
             force: self.force.clone(),
             failed: Arc::clone(&self.failed),
+            own: self.own.clone(),
+            mark: self.mark.clone(),
             ..Self::with(config, endpoints, replicas, metrics, self.telemetry.clone())
         })
     }
@@ -94,6 +107,8 @@ impl Shared {
             replicas,
             metrics,
             telemetry,
+            own: Listeners::default(),
+            mark: mark(),
             draining: CancellationToken::new(),
             force: CancellationToken::new(),
             failed: Arc::default(),
@@ -123,17 +138,19 @@ impl Shared {
     }
 
     /// Whether requests of the pool may be sent to `address`: it is in the pool and not draining, or the pool lets the EPP name
-    /// others.
+    /// it, and it is not this agent.
     pub fn admits(&self, pool: usize, address: SocketAddr) -> bool {
         let listed = self.endpoints[pool].snapshot();
-        listed.get(address).map_or(self.config.pools[pool].passthrough, |endpoint| !endpoint.draining)
+        let stranger = || self.config.pools[pool].passthrough.admits(address.ip());
+        listed.get(address).map_or_else(stranger, |endpoint| !endpoint.draining) && !self.own.accept(address)
     }
 
     /// Whether a request may still go to `address`. If not, idle connections to it are of no use.
     pub fn is_dialled(&self, address: SocketAddr) -> bool {
         let listed =
             |endpoints: &Arc<EndpointSet>| endpoints.snapshot().get(address).is_some_and(|endpoint| !endpoint.draining);
-        let named = |pool: &config::Pool| pool.passthrough || pool.default_upstream == Some(address);
+        let named =
+            |pool: &config::Pool| pool.passthrough.admits(address.ip()) || pool.default_upstream == Some(address);
         self.endpoints.iter().any(listed) || self.config.pools.iter().any(named)
     }
 }
@@ -151,6 +168,13 @@ fn replicas(pool: &config::Pool) -> anyhow::Result<Option<Arc<Replicas>>> {
 /// The names of the pools, in their order.
 pub fn names(config: &Config) -> Vec<String> {
     config.pools.iter().map(|pool| pool.name.clone()).collect()
+}
+
+/// One of this agent's own.
+fn mark() -> HeaderValue {
+    let mut text = uuid::Uuid::encode_buffer();
+    let id = uuid::Uuid::new_v4().simple().encode_lower(&mut text);
+    HeaderValue::from_str(id).unwrap_or(HeaderValue::from_static("penstock"))
 }
 
 fn pick_headers(config: &Config) -> Vec<HeaderName> {

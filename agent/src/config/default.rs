@@ -10,9 +10,9 @@ use http::{HeaderName, Method, uri::PathAndQuery};
 
 use super::{
     Admin, AppProtocol, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppLimits, EppTls, ErrorFormat, Errors, FailureMode,
-    Forwarding, Headers, HealthCheck, LeaseLimits, Limits, Listen, MissingModel, Node, PickPer, Picker, PinLimits,
-    Pool, Ratio, ResponseToPicker, Retry, Route, Steering, SteeringMode, Subset, TimeoutOverrides, Timeouts, Tracing,
-    WeightedPool,
+    Forwarding, Headers, HealthCheck, LeaseLimits, Limits, Listen, MissingModel, Node, Passthrough, PickPer, Picker,
+    PinLimits, Pool, Ratio, ResponseToPicker, Retry, Route, Steering, SteeringMode, Subset, TimeoutOverrides, Timeouts,
+    Tracing, WeightedPool,
 };
 
 /// A complete commented file. Its settings are the defaults; what has none is commented out, as `#key = value`.
@@ -225,7 +225,7 @@ impl Pool {
             lease: LeaseLimits::default(),
             failure_mode: FailureMode::Closed,
             default_upstream: None,
-            passthrough: false,
+            passthrough: Passthrough::Off,
             picker: Picker::Builtin,
             session_headers: Vec::new(),
             subset: Subset::default(),
@@ -252,7 +252,8 @@ impl Epp {
             server_name: None,
             client_certificate: None,
             connect_timeout: Duration::from_secs(1),
-            decision_timeout: Some(Duration::from_secs(30)),
+            decision_timeout: Some(Duration::from_secs(75)),
+            open_on_deadline: false,
             response_timeout: Some(Duration::from_millis(100)),
             response_to_picker: ResponseToPicker::Headers,
             response_queue_bytes: 1 << 20,

@@ -189,6 +189,5 @@ fn expand(text: &str, ports: &[u16]) -> Option<Vec<SocketAddr>> {
 
 /// Whether dialling the endpoint reaches the agent's own listener, as far as the addresses tell.
 pub fn is_own(endpoint: SocketAddr, listen: SocketAddr) -> bool {
-    endpoint.port() == listen.port()
-        && (endpoint.ip() == listen.ip() || (listen.ip().is_unspecified() && endpoint.ip().is_loopback()))
+    crate::listeners::accepts(listen, endpoint)
 }

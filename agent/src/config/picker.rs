@@ -11,7 +11,7 @@ use rustls::pki_types::ServerName;
 use super::{ClientCertificate, Epp, EppLimits, EppTls, Picker, ResponseToPicker, document::Section, value};
 use crate::pem::{self, PemError};
 
-const EPP_ONLY: [&str; 18] = [
+const EPP_ONLY: [&str; 19] = [
     "address",
     "tls",
     "ca_file",
@@ -21,6 +21,7 @@ const EPP_ONLY: [&str; 18] = [
     "client_key_file",
     "connect_timeout",
     "decision_timeout",
+    "open_on_deadline",
     "response_timeout",
     "response_to_picker",
     "response_queue_bytes",
@@ -68,6 +69,7 @@ fn epp(section: &mut Section<'_>) -> Epp {
         client_certificate: client_certificate(section, &tls),
         connect_timeout: section.read("connect_timeout", value::duration).unwrap_or(default.connect_timeout),
         decision_timeout: section.read("decision_timeout", value::duration_or_off).unwrap_or(default.decision_timeout),
+        open_on_deadline: section.read("open_on_deadline", value::boolean).unwrap_or(default.open_on_deadline),
         response_timeout: section.read("response_timeout", value::duration_or_off).unwrap_or(default.response_timeout),
         response_to_picker: section
             .read("response_to_picker", value::one_of(TOLD))

@@ -4,13 +4,14 @@ use std::net::SocketAddr;
 
 use super::{
     AppProtocol, FailureMode, LeaseLimits, Node, PickPer, Picker, PinLimits, Pool, document::Section, endpoints,
-    health, picker, retry, subset, timeouts, value,
+    health, passthrough, picker, retry, subset, timeouts, value,
 };
+use crate::listeners::Listeners;
 
-pub(super) fn pools(root: &mut Section<'_>, listen: SocketAddr, node: &Node) -> Vec<Pool> {
+pub(super) fn pools(root: &mut Section<'_>, listen: SocketAddr, own: &Listeners, node: &Node) -> Vec<Pool> {
     let mut names: Vec<String> = Vec::new();
     let pools = root.sections("pools", |section| {
-        let pool = pool(section, listen, node);
+        let pool = pool(section, listen, own, node);
         if names.contains(&pool.name) {
             section.reject("name", format_args!("{:?} again", pool.name), "a name that no other pool has");
         }
@@ -23,7 +24,7 @@ pub(super) fn pools(root: &mut Section<'_>, listen: SocketAddr, node: &Node) -> 
     pools
 }
 
-fn pool(section: &mut Section<'_>, listen: SocketAddr, node: &Node) -> Pool {
+fn pool(section: &mut Section<'_>, listen: SocketAddr, own: &Listeners, node: &Node) -> Pool {
     const MODES: &[(&str, FailureMode)] = &[("open", FailureMode::Open), ("closed", FailureMode::Closed)];
     const PROTOCOLS: &[(&str, AppProtocol)] = &[("http1", AppProtocol::Http1), ("h2c", AppProtocol::H2c)];
     const PICKS: &[(&str, PickPer)] =
@@ -45,7 +46,7 @@ fn pool(section: &mut Section<'_>, listen: SocketAddr, node: &Node) -> Pool {
         lease: section.section("lease", lease),
         failure_mode: section.read("failure_mode", value::one_of(MODES)).unwrap_or(FailureMode::Closed),
         default_upstream: section.read("default_upstream", value::endpoint),
-        passthrough: section.read("passthrough", value::boolean).unwrap_or(false),
+        passthrough: section.read("passthrough", passthrough::passthrough).unwrap_or_default(),
         picker,
         session_headers,
         subset: section.section("subset", |section| subset::subset(section, node)),
@@ -55,6 +56,7 @@ fn pool(section: &mut Section<'_>, listen: SocketAddr, node: &Node) -> Pool {
         timeouts: section.section("timeouts", timeouts::overrides),
     };
     check_endpoints(section, &pool);
+    check_own(section, &pool, own);
     check_failure_mode(section, &pool);
     pool
 }
@@ -68,7 +70,7 @@ fn lease(section: &mut Section<'_>) -> LeaseLimits {
 }
 
 fn check_endpoints(section: &Section<'_>, pool: &Pool) {
-    let named_by_epp = matches!(pool.picker, Picker::Epp(_)) && pool.passthrough;
+    let named_by_epp = matches!(pool.picker, Picker::Epp(_)) && !pool.passthrough.is_off();
     if !has_endpoints(pool) && !named_by_epp {
         section.reject(
             "endpoints",
@@ -83,8 +85,27 @@ fn has_endpoints(pool: &Pool) -> bool {
     !pool.endpoints.is_empty() || pool.endpoints_dns.is_some() || pool.endpoints_file.is_some()
 }
 
+/// Requests that the agent sends to itself would go round for ever.
+fn check_own(section: &Section<'_>, pool: &Pool, own: &Listeners) {
+    let expected = "an address where this agent does not listen";
+    if let Some(upstream) = pool.default_upstream.filter(|upstream| own.accept(*upstream)) {
+        section.reject("default_upstream", format_args!("\"{upstream}\""), expected);
+    }
+    if let Picker::Epp(epp) = &pool.picker {
+        for address in
+            epp.addresses.iter().filter_map(|address| address.parse().ok()).filter(|address| own.accept(*address))
+        {
+            section.reject("picker.address", format_args!("\"{address}\""), expected);
+        }
+    }
+}
+
 fn check_failure_mode(section: &Section<'_>, pool: &Pool) {
     match pool.failure_mode {
+        FailureMode::Closed if matches!(&pool.picker, Picker::Epp(epp) if epp.open_on_deadline) => {
+            let found = r#"failure_mode "closed", which never uses it"#;
+            section.reject("picker.open_on_deadline", found, r#"failure_mode = "open""#);
+        }
         FailureMode::Closed if pool.default_upstream.is_some() => {
             section.reject(
                 "default_upstream",

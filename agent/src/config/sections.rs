@@ -6,6 +6,7 @@ use super::{
     Admin, Config, ErrorFormat, Errors, Limits, Listen, Overrides, Steering, SteeringMode, Timeouts, bbr, dns,
     document::Section, headers, listen, node, pools, routes, tracing, value,
 };
+use crate::listeners::Listeners;
 
 const MIB: u32 = 1 << 20;
 
@@ -21,7 +22,9 @@ pub(super) fn config(root: &mut Section<'_>, overrides: &Overrides) -> Config {
     let tracing = root.section("tracing", tracing::tracing);
     let node = root.section("node", |section| node::node(section, overrides));
     let dns = root.section("dns", dns::dns);
-    let pools = pools::pools(root, listen.address, &node);
+    let tls = listen.tls.as_ref().map(|tls| tls.address);
+    let own = Listeners::new([listen.address, admin.address].into_iter().chain(tls));
+    let pools = pools::pools(root, listen.address, &own, &node);
     let routes = routes::routes(root, &pools, &bbr);
     Config { listen, admin, limits, timeouts, headers, errors, bbr, steering, tracing, node, dns, pools, routes }
 }

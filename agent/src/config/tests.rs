@@ -205,7 +205,7 @@ fn every_setting_is_read() {
         timeouts = { body = "1s", first_byte = "2s", idle = "3s", request = "off" }
         failure_mode = "open"
         default_upstream = "127.0.0.2:1"
-        passthrough = true
+        passthrough = ["10.0.0.0/8", "fd00::1"]
         [pools.picker]
         kind = "epp"
         address = ["epp.svc:9002", "[fd00::7]:9002"]
@@ -222,6 +222,7 @@ fn every_setting_is_read() {
         health_port = 9003
         health_tls = true
         health_service = "inference-extension"
+        open_on_deadline = true
         limits = { fields = 16, bytes = 1024, messages = 17, metadata_bytes = 1025 }
         session_header = ["x-session-id", "x-other"]
         [[routes]]
@@ -260,7 +261,7 @@ fn every_setting_is_read() {
         lease: LeaseLimits { time: Duration::from_secs(1), requests: 2 },
         failure_mode: FailureMode::Open,
         default_upstream: Some("127.0.0.2:1".parse().unwrap()),
-        passthrough: true,
+        passthrough: Passthrough::Networks(["10.0.0.0/8", "fd00::1"].map(|text| Network::parse(text).unwrap()).into()),
         picker: Picker::Epp(Epp {
             addresses: vec!["epp.svc:9002".into(), "[fd00::7]:9002".into()],
             tls: EppTls::Pinned(vec![Pin(std::array::from_fn(|at| if at == 31 { 0xff } else { 0 }))]),
@@ -276,6 +277,7 @@ fn every_setting_is_read() {
             health_port: Some(9003),
             health_tls: true,
             health_service: "inference-extension".into(),
+            open_on_deadline: true,
             limits: EppLimits { fields: 16, bytes: 1024, messages: 17, metadata_bytes: 1025 },
         }),
         session_headers: ["x-session-id", "x-other"].map(http::HeaderName::from_static).to_vec(),

@@ -7,7 +7,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 use super::member::Endpoint;
-use crate::config::{self, EmptySubset, Locality, Node};
+use crate::config::{self, EmptySubset, Locality, Node, Passthrough};
 
 /// The rule, and where this agent is.
 #[derive(Debug, Clone, Default)]
@@ -15,7 +15,7 @@ pub(super) struct Rule {
     subset: config::Subset,
     node: Node,
     /// Endpoints that the pool does not list count, too.
-    strangers: bool,
+    strangers: Passthrough,
 }
 
 /// The subsets that there are to choose from, in this order. None: there is no rule.
@@ -24,7 +24,7 @@ pub(super) struct Subsets(Option<Vec<Arc<[SocketAddr]>>>);
 
 impl Rule {
     pub(super) fn new(pool: &config::Pool, node: &Node) -> Self {
-        Self { subset: pool.subset.clone(), node: node.clone(), strangers: pool.passthrough }
+        Self { subset: pool.subset.clone(), node: node.clone(), strangers: pool.passthrough.clone() }
     }
 
     /// `find` gives the endpoint of the set at an address.
@@ -43,7 +43,9 @@ impl Rule {
             };
             endpoints.iter().filter(is_near).map(|near| near.address).collect()
         };
-        let is_there = |&&address: &&SocketAddr| find(address).map_or(self.strangers, |endpoint| !endpoint.draining);
+        let is_there = |&&address: &&SocketAddr| {
+            find(address).map_or_else(|| self.strangers.admits(address.ip()), |endpoint| !endpoint.draining)
+        };
         let explicit = &self.subset.endpoints;
         if !explicit.is_empty() {
             Subsets(Some(vec![explicit.iter().filter(is_there).copied().collect()]))
@@ -189,7 +191,7 @@ mod tests {
         assert_subset(&set_fail, Some(&[]));
         let with_strangers = set(|pool| {
             explicit(EmptySubset::All)(pool);
-            pool.passthrough = true;
+            pool.passthrough = Passthrough::On;
         });
         assert_subset(&with_strangers, Some(&[9, 3, 1]));
     }

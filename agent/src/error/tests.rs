@@ -175,6 +175,8 @@ fn every_error() -> Vec<Error> {
         Error::LocalFault { address, error: io::ErrorKind::AddrNotAvailable.into() },
         Error::RequestStalled { address, limit: second },
         Error::FirstByte(address),
+        Error::Loop,
+        Error::OwnListener(address),
         Error::Response { address, error: ResponseError::SwitchingProtocols },
         Error::Evicted(Box::new(reply)),
         Error::ClientGone,

@@ -60,6 +60,15 @@ pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Only the agent's own answers carry it: why it did not get one from an endpoint.
 pub const X_PENSTOCK_REASON: HeaderName = HeaderName::from_static("x-penstock-reason");
 
+/// The agents that have forwarded a request, each by an id of its own.
+pub const X_PENSTOCK_HOP: HeaderName = HeaderName::from_static("x-penstock-hop");
+
+/// Whether the request has been forwarded by the agent whose mark this is.
+pub fn is_marked(headers: &HeaderMap, mark: &HeaderValue) -> bool {
+    let marks = joined(headers, &X_PENSTOCK_HOP);
+    marks.split(|&byte| byte == b',').any(|hop| hop.trim_ascii() == mark.as_bytes())
+}
+
 /// How a request reached the agent.
 #[derive(Debug, Clone, Copy)]
 pub struct Arrival {

@@ -100,6 +100,8 @@ families! {
     epp_failures: Family<ByPoolAndReason, Counter> = "epp_failures";
     /// Endpoints in picks that cannot be used, and are passed over: invalid, or not admitted to the pool.
     epp_endpoints_passed_over: Family<ByPoolAndReason, Counter> = "epp_endpoints_passed_over";
+    /// Times that a replica of an EPP stalled: it let a request wait for the decision's whole time, and decided no other meanwhile.
+    epp_stalls: Family<ByPool, Counter> = "epp_stalls";
     /// Questions put to the EPP again, on another connection or to another replica, by what became of the one before.
     epp_asked_again: Family<ByPoolAndReason, Counter> = "epp_asked_again";
     /// Replicas of EPPs by what their health checks say of them; always 1.

@@ -148,6 +148,11 @@ impl PoolMetrics {
         }
     }
 
+    /// A replica of the EPP let a request wait in vain, and decided no other meanwhile.
+    pub fn epp_stalled(&self) {
+        self.families.epp_stalls.get_or_create(&ByPool { pool: self.name.clone() }).inc();
+    }
+
     /// An exchange with the EPP failed.
     pub fn epp_failed(&self, reason: &'static str) {
         self.families.epp_failures.get_or_create(&ByPoolAndReason { pool: self.name.clone(), reason }).inc();

@@ -93,6 +93,11 @@ impl EppClient {
         Attempts::begin(&self.replicas).await
     }
 
+    /// The replicas that have stalled.
+    pub fn stalled(&self) -> Vec<Arc<Replica>> {
+        self.replicas.snapshot().replicas.iter().filter(|replica| replica.is_stalled()).cloned().collect()
+    }
+
     /// Starts asking about a request. Does not wait, and must be called on a tokio runtime. `subset`: choose among these.
     pub fn open(
         &self,

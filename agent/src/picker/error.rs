@@ -40,8 +40,14 @@ pub enum PickError {
     MetadataTooLarge { limit: usize },
     #[error("the EPP answered the client with more than the limits allow")]
     ReplyTooLarge,
+    /// And decided no other request meanwhile, or there was nobody to ask.
     #[error("the EPP did not answer in time")]
     Deadline,
+    #[error("the EPP did not decide this request in time, but others meanwhile")]
+    Held,
+    /// Not asked: no replica has decided anything since a request waited in vain.
+    #[error("the EPP has stalled, and is not waited for until it decides a request again")]
+    Stalled,
 }
 
 impl PickError {
@@ -63,6 +69,8 @@ impl PickError {
             PickError::MetadataTooLarge { .. } => "metadata_too_large",
             PickError::ReplyTooLarge => "reply_too_large",
             PickError::Deadline => "deadline",
+            PickError::Held => "held",
+            PickError::Stalled => "stalled",
         }
     }
 

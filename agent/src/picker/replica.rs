@@ -10,7 +10,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     sync::{
         Arc,
-        atomic::{AtomicU8, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -63,6 +63,12 @@ pub struct Replica {
     /// When its penalty is over, in milliseconds since `born`; 0: it has none.
     penalty: AtomicU64,
     born: Instant,
+    /// Requests that it has decided.
+    decisions: AtomicU64,
+    /// It let a request wait for the whole of its time and decided no other meanwhile. No request waits for it.
+    stalled: AtomicBool,
+    /// A request is put to it in the background.
+    probed: AtomicBool,
     /// Its health is to be checked now.
     pub(super) look: Notify,
 }
@@ -76,6 +82,9 @@ impl Replica {
             state: AtomicU8::new(State::Unknown as u8),
             penalty: AtomicU64::new(0),
             born: Instant::now(),
+            decisions: AtomicU64::new(0),
+            stalled: AtomicBool::new(false),
+            probed: AtomicBool::new(false),
             look: Notify::new(),
         }
     }
@@ -95,8 +104,37 @@ impl Replica {
         self.penalty.store(u64::try_from(until.as_millis()).unwrap_or(u64::MAX), Relaxed);
     }
 
-    /// It answered a request.
+    /// It has decided so many requests. That it answers pings and questions about its health says nothing: one that is
+    /// deadlocked does.
+    pub fn decisions(&self) -> u64 {
+        self.decisions.load(Relaxed)
+    }
+
+    /// A request waited in vain, and since it was sent there has been no decision. True if that is news.
+    pub fn stall(&self) -> bool {
+        !self.stalled.swap(true, Relaxed)
+    }
+
+    pub fn is_stalled(&self) -> bool {
+        self.stalled.load(Relaxed)
+    }
+
+    /// One request at a time is put to a replica that has stalled, to learn whether it decides again: true if that is this one.
+    /// Until [`Self::probe_ended`].
+    pub fn begin_probe(&self) -> bool {
+        self.is_stalled() && !self.probed.swap(true, Relaxed)
+    }
+
+    pub fn probe_ended(&self) {
+        self.probed.store(false, Relaxed);
+    }
+
+    /// It decided a request.
     pub fn answered(&self) {
+        self.decisions.fetch_add(1, Relaxed);
+        if self.stalled.load(Relaxed) && self.stalled.swap(false, Relaxed) {
+            tracing::info!(address = %self.address, authority = %self.authority, "EPP replica decides again");
+        }
         if self.penalty.load(Relaxed) != 0 {
             self.penalty.store(0, Relaxed);
         }
@@ -106,6 +144,9 @@ impl Replica {
     /// cannot be reached costs the time to find out.
     fn rank(&self, now: Instant) -> u8 {
         let since = now.saturating_duration_since(self.born).as_millis();
+        if self.is_stalled() {
+            return 4;
+        }
         let penalised = since < u128::from(self.penalty.load(Relaxed));
         match (self.state(), penalised) {
             (State::Serving | State::Unknown, false) => 0,

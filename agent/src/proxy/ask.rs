@@ -18,6 +18,7 @@ use crate::{
         client::{EppClient, PickStream},
         error::PickError,
         exchange::{Limits, Outcome},
+        replica::Replica,
     },
     upload::Upload,
 };
@@ -55,6 +56,10 @@ impl Question<'_> {
             Err(_) => return Asked::Failed(PickError::Deadline),
         };
         loop {
+            if attempts.replica().is_stalled() {
+                return Asked::Failed(PickError::Stalled);
+            }
+            let decisions = attempts.replica().decisions();
             let (parts, has_body) = (&request.parts, upload.has_body());
             let mut stream = Box::new(self.epp.open(
                 attempts.replica(),
@@ -69,6 +74,9 @@ impl Question<'_> {
                     attempts.answered(&outcome);
                     return Asked::Answered(outcome, stream);
                 }
+                Err(Asked::Failed(PickError::Deadline)) => {
+                    return Asked::Failed(self.late(attempts.replica(), decisions));
+                }
                 Err(Asked::Failed(error)) => {
                     let asked = attempts.replica().address;
                     if !attempts.again(&error, Instant::now().into_std()) {
@@ -82,6 +90,71 @@ impl Question<'_> {
         }
     }
 }
+
+impl Question<'_> {
+    /// What it means that the replica has not decided a request in time, after so many `decisions` when it was sent.
+    fn late(&self, replica: &Replica, decisions: u64) -> PickError {
+        if replica.decisions() > decisions {
+            return PickError::Held;
+        }
+        if replica.stall() {
+            self.metrics.epp_stalled();
+            tracing::warn!(address = %replica.address, authority = %replica.authority, "EPP replica stalled");
+        }
+        PickError::Deadline
+    }
+
+    /// The replicas that have stalled and that no request is put to. Until these are dropped, no other request gets them.
+    pub(super) fn probes(&self) -> Vec<Probe> {
+        self.epp.stalled().into_iter().filter(|replica| replica.begin_probe()).map(Probe).collect()
+    }
+
+    /// Puts the request, whose body is whole, to replicas that have stalled: in the background, for as long as a decision may
+    /// take. A decision is not followed; it says that the replica is to be asked again.
+    pub(super) async fn probe(&self, probes: Vec<Probe>, request: &Request, upload: &Upload) -> Result<(), Error> {
+        for probe in probes {
+            let mut body = Vec::new();
+            let mut kept = upload.kept.pieces();
+            while let Some(piece) = kept.next().await? {
+                body.push(piece);
+            }
+            let (parts, has_body) = (&request.parts, upload.has_body());
+            let members = Some(Arc::clone(&self.members));
+            let mut stream = self.epp.open(&probe.0, parts, has_body, self.subset, self.limits, members);
+            let wait = self.settings.decision_timeout.unwrap_or(PROBE);
+            tokio::spawn(async move {
+                let decision = async {
+                    let last = body.len();
+                    for (number, piece) in (1..).zip(body) {
+                        if let Some(outcome) = stream.send_body(piece, number == last).await? {
+                            return Ok(outcome);
+                        }
+                    }
+                    if has_body && last == 0 {
+                        stream.send_body(Bytes::new(), true).await?;
+                    }
+                    stream.outcome().await
+                };
+                if let Ok(Ok(_)) = timeout(wait, decision).await {
+                    probe.0.answered();
+                }
+            });
+        }
+        Ok(())
+    }
+}
+
+/// A replica that is being probed.
+pub(super) struct Probe(Arc<Replica>);
+
+impl Drop for Probe {
+    fn drop(&mut self) {
+        self.0.probe_ended();
+    }
+}
+
+/// How long a probe may take where decisions have no deadline.
+const PROBE: Duration = Duration::from_secs(75);
 
 /// For how long the EPP is waited for. The clock runs from when the whole body is here, through all attempts; before that,
 /// each wait for the EPP alone is measured by itself.

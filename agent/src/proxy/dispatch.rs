@@ -45,7 +45,15 @@ pub(super) async fn dispatch(
     upload: &mut Upload,
     picked: &mut Picked,
 ) -> Result<Answer, Error> {
-    let list = std::mem::take(&mut picked.endpoints);
+    let mut list = std::mem::take(&mut picked.endpoints);
+    // Wherever they come from.
+    if let Some(own) = list.iter().copied().find(|&address| worker.shared.own.accept(address)) {
+        list.retain(|&address| !worker.shared.own.accept(address));
+        tracing::warn!(address = %own, "endpoint is one of the agent's own listeners, passed over");
+        if list.is_empty() {
+            return Err(Error::OwnListener(own));
+        }
+    }
     let content = Content::new(upload, &mut picked.body);
     let (heads, mut interim) = mpsc::channel(1);
     let interim_heads = takes_interim(client, request).then_some(heads);

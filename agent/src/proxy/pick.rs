@@ -1,11 +1,11 @@
 //! The pick: the EPP's while the body uploads, the built-in picker's where that is configured, and the failure mode's
 //! when the EPP fails, at whatever moment. The whole body is here before a request goes on, so failing open loses nothing.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use http::{HeaderMap, HeaderName, Method, header, request};
 use penstock_proto::ext_proc::HeaderMutation;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::{
     Lease, Request,
@@ -20,12 +20,16 @@ use crate::{
     picker::{
         builtin::SessionHash,
         client::PickStream,
+        error::PickError,
         exchange::{Body, Decision, ImmediateReply, Limits, Outcome},
     },
     text::{PHRASE, cut},
     upload::Upload,
     worker::Worker,
 };
+
+/// How long a request that is refused anyway may take to be there as a whole, to find out whether a stalled EPP decides again.
+const PROBE_BODY: Duration = Duration::from_secs(2);
 
 pub(super) struct Picked {
     /// In the order to try them; never empty.
@@ -86,11 +90,12 @@ pub(super) async fn pick(
         Asked::Answered(Outcome::Picked(decision), stream) => match admitted(worker, request.pool, decision) {
             Ok((endpoints, decision)) => {
                 metrics.epp_exchange(EppOutcome::Picked, started.elapsed());
-                if subset.is_some_and(|subset| !subset.contains(&decision.endpoints[0])) {
+                if subset.as_deref().is_some_and(|subset| !subset.contains(&decision.endpoints[0])) {
                     metrics.epp_outside_subset();
                 }
                 request.record.picked_in(started.elapsed());
                 upload.rest(client).await?;
+                question.probe(question.probes(), request, upload).await?;
                 let holds = lease::holds(worker, request.pool, &decision, &request.parts, &upload.kept).await?;
                 if holds {
                     *held = Lease::new(worker, request.pool, &endpoints);
@@ -110,14 +115,26 @@ pub(super) async fn pick(
     });
     let error = failure.to_string();
     tracing::warn!(pool = pool.name, mode = ?pool.failure_mode, error = %cut(&error, PHRASE), "the endpoint picker failed");
+    let probes = question.probes();
+    // An EPP that decides others holds this one back on purpose.
+    let held = matches!(failure, Error::Picker(PickError::Held)) && !settings.open_on_deadline;
     match pool.failure_mode {
+        _ if held => {
+            metrics.epp_exchange(EppOutcome::FailClosed, started.elapsed());
+            Err(failure)
+        }
         FailureMode::Closed => {
+            let stalled = matches!(failure, Error::Picker(PickError::Stalled)) && !probes.is_empty();
+            if stalled && matches!(timeout(PROBE_BODY, upload.rest(client)).await, Ok(Ok(()))) {
+                question.probe(probes, request, upload).await?;
+            }
             metrics.epp_exchange(EppOutcome::FailClosed, started.elapsed());
             Err(failure)
         }
         FailureMode::Open => {
             metrics.epp_exchange(EppOutcome::FailOpen, started.elapsed());
             upload.rest(client).await?;
+            question.probe(probes, request, upload).await?;
             let picked = open_pick(worker, pool, request, upload)?;
             if pool.pick_per != PickPer::Request {
                 metrics.pick_not_held("fail_open");

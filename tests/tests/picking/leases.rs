@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
-use penstock_agent::config::{Config, FailureMode, LeaseLimits, PickPer};
+use penstock_agent::config::{Config, FailureMode, LeaseLimits, Network, Passthrough, PickPer};
 use penstock_proto::ext_proc::ProcessingResponse;
 use penstock_tests::{
     Client, Stage,
@@ -185,7 +185,8 @@ async fn a_draining_endpoint_ends_the_lease() {
 async fn a_lease_may_be_for_a_stranger() {
     let stranger = |config: &mut Config| {
         lease(Duration::from_secs(60), 3)(config);
-        (config.pools[0].passthrough, config.pools[0].endpoints) = (true, Vec::new());
+        config.pools[0].passthrough = Passthrough::Networks(vec![Network::parse("127.0.0.0/8").unwrap()]);
+        config.pools[0].endpoints.clear();
     };
     let mut stage = Stage::with(Production::new, stranger).await;
     let home = served(&mut stage).await;

@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use penstock_agent::config::{FailureMode, Picker};
+use penstock_agent::config::{FailureMode, Network, Passthrough, Picker};
 use penstock_tests::{
     Deaf, Refusing, Stage,
     content::Fnv,
@@ -184,7 +184,7 @@ async fn passthrough_lets_a_pick_outside_the_pool_be_dialled() {
     let mut stage = Stage::with(
         |all| Production::new(&all[..1]),
         |config| {
-            config.pools[0].passthrough = true;
+            config.pools[0].passthrough = Passthrough::Networks(vec![Network::parse("127.0.0.0/8").unwrap()]);
             config.pools[0].endpoints.remove(0);
         },
     )

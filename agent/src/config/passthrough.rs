@@ -1,0 +1,185 @@
+//! `passthrough`: which addresses an EPP may name that the pool does not list.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use toml::de::DeValue;
+
+use super::value::{self, Expected, Parsed};
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Passthrough {
+    #[default]
+    Off,
+    /// All but those of this machine and its link, and those that are no server's: loopback, link-local, unspecified,
+    /// multicast, broadcast; in any form of IPv6 that stands for an IPv4 address, too.
+    On,
+    /// These and no others.
+    Networks(Vec<Network>),
+}
+
+/// Addresses with a common prefix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Network {
+    address: IpAddr,
+    prefix: u8,
+}
+
+/// Where AWS serves metadata over IPv6; everybody else does at a link-local address.
+const METADATA: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
+
+impl Passthrough {
+    pub fn is_off(&self) -> bool {
+        *self == Self::Off
+    }
+
+    pub fn admits(&self, ip: IpAddr) -> bool {
+        let ip = ip.to_canonical();
+        match self {
+            Self::Off => false,
+            Self::On => is_elsewhere(ip),
+            Self::Networks(networks) => networks.iter().any(|network| network.contains(ip)),
+        }
+    }
+}
+
+fn is_elsewhere(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => {
+            let this_network = ip.octets()[0] == 0;
+            !(this_network || ip.is_loopback() || ip.is_link_local() || ip.is_multicast() || ip.is_broadcast())
+        }
+        IpAddr::V6(ip) => {
+            let kept = ip.is_unspecified() || ip.is_loopback() || ip.is_unicast_link_local() || ip.is_multicast();
+            !(kept || ip == METADATA) && embedded(ip).is_none_or(|ip| is_elsewhere(ip.into()))
+        }
+    }
+}
+
+/// The IPv4 address that an IPv6 address leads to: IPv4-compatible, NAT64 (RFC 6052) and 6to4 (RFC 3056).
+fn embedded(ip: Ipv6Addr) -> Option<Ipv4Addr> {
+    let of = |high: u16, low: u16| {
+        let ([a, b], [c, d]) = (high.to_be_bytes(), low.to_be_bytes());
+        Ipv4Addr::new(a, b, c, d)
+    };
+    match ip.segments() {
+        [0, 0, 0, 0, 0, 0, high, low] | [0x64, 0xff9b, 0, 0, 0, 0, high, low] | [0x2002, high, low, ..] => {
+            Some(of(high, low))
+        }
+        _ => None,
+    }
+}
+
+impl Network {
+    /// `10.0.0.0/8`, or one address. `None` if it is neither, or has bits behind the prefix.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (address, prefix) = match text.split_once('/') {
+            Some((address, prefix)) => (address, Some(prefix)),
+            None => (text, None),
+        };
+        let address: IpAddr = address.parse().ok()?;
+        let bits = if address.is_ipv4() { 32 } else { 128 };
+        let digits = |prefix: &&str| !prefix.is_empty() && prefix.bytes().all(|byte| byte.is_ascii_digit());
+        let prefix = match prefix {
+            Some(prefix) => Some(prefix).filter(digits)?.parse().ok().filter(|prefix| *prefix <= bits)?,
+            None => bits,
+        };
+        let network = Self { address, prefix };
+        (network.masked(address) == Some(bits_of(address))).then_some(network)
+    }
+
+    pub fn contains(&self, ip: IpAddr) -> bool {
+        self.address.is_ipv4() == ip.is_ipv4() && self.masked(ip) == Some(bits_of(self.address))
+    }
+
+    /// The bits of `ip` that the prefix covers.
+    fn masked(&self, ip: IpAddr) -> Option<u128> {
+        let bits = if ip.is_ipv4() { 32 } else { 128 };
+        let rest = u32::from(bits - self.prefix.min(bits));
+        let ones = u128::MAX.checked_shl(rest).unwrap_or(0);
+        Some(bits_of(ip) & ones)
+    }
+}
+
+fn bits_of(ip: IpAddr) -> u128 {
+    match ip {
+        IpAddr::V4(ip) => u32::from(ip).into(),
+        IpAddr::V6(ip) => ip.into(),
+    }
+}
+
+pub(super) fn passthrough(value: &DeValue<'_>) -> Parsed<Passthrough> {
+    let expected = || Expected(r#"true, false, or an array of networks such as ["10.0.0.0/8"]"#.into());
+    match value {
+        DeValue::Array(networks) if !networks.is_empty() => {
+            let network = |value: &toml::Spanned<DeValue<'_>>| match value.get_ref() {
+                DeValue::String(text) => Network::parse(text),
+                _ => None,
+            };
+            networks.iter().map(network).collect::<Option<_>>().map(Passthrough::Networks).ok_or_else(expected)
+        }
+        _ => match value::boolean(value) {
+            Ok(true) => Ok(Passthrough::On),
+            Ok(false) => Ok(Passthrough::Off),
+            Err(_) => Err(expected()),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn on_admits_all_but_this_machine_and_its_link() {
+        for ip in ["10.0.0.1", "192.168.1.1", "100.64.0.1", "8.8.8.8", "fd00::1", "2001:db8::1", "64:ff9b::a00:1"] {
+            assert!(Passthrough::On.admits(ip.parse().unwrap()), "{ip}");
+        }
+        let kept = [
+            "127.0.0.1",
+            "127.9.9.9",
+            "169.254.169.254",
+            "0.0.0.0",
+            "0.1.2.3",
+            "224.0.0.1",
+            "255.255.255.255",
+            "::",
+            "::1",
+            "fe80::1",
+            "ff02::1",
+            "::ffff:127.0.0.1",
+            "::ffff:169.254.169.254",
+            "::127.0.0.1",
+            "64:ff9b::169.254.169.254",
+            "2002:a9fe:a9fe::1",
+            "fd00:ec2::254",
+        ];
+        for ip in kept {
+            assert!(!Passthrough::On.admits(ip.parse().unwrap()), "{ip}");
+            assert!(!Passthrough::Off.admits(ip.parse().unwrap()), "{ip}");
+        }
+    }
+
+    #[test]
+    fn networks_admit_exactly_those() {
+        let networks = ["127.0.0.0/8", "10.1.0.0/16", "192.0.2.7", "fd00::/8"];
+        let networks = Passthrough::Networks(networks.iter().map(|text| Network::parse(text).unwrap()).collect());
+        for ip in ["127.0.0.1", "10.1.255.255", "192.0.2.7", "fd12::1", "::ffff:127.0.0.1"] {
+            assert!(networks.admits(ip.parse().unwrap()), "{ip}");
+        }
+        for ip in ["128.0.0.1", "10.2.0.0", "192.0.2.8", "fe00::1", "::1"] {
+            assert!(!networks.admits(ip.parse().unwrap()), "{ip}");
+        }
+        assert!(Network::parse("0.0.0.0/0").unwrap().contains("1.2.3.4".parse().unwrap()));
+        assert!(!Network::parse("0.0.0.0/0").unwrap().contains("::1".parse().unwrap()));
+        assert!(Network::parse("::/0").unwrap().contains("::1".parse().unwrap()));
+    }
+
+    #[test]
+    fn malformed_networks_are_refused() {
+        for text in
+            ["", "10.0.0.0/33", "10.0.0.1/8", "10.0.0.0/", "10.0.0.0/+8", "10.0.0/8", "::/129", "fd00::1/8", "a"]
+        {
+            assert_eq!(Network::parse(text), None, "{text}");
+        }
+    }
+}

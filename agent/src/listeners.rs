@@ -1,0 +1,78 @@
+//! The addresses at which this process accepts connections: no request is sent to one of them.
+//!
+//! Takes the addresses that are bound; says of any other whether connecting to it reaches one of them. A listener on all
+//! addresses is reached at every local address of the machine with its port; a server at another port, or another address than
+//! a specific listener's, is not this process.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+
+#[derive(Debug, Default, Clone)]
+pub struct Listeners(Vec<SocketAddr>);
+
+impl Listeners {
+    pub fn new(bound: impl IntoIterator<Item = SocketAddr>) -> Self {
+        Self(bound.into_iter().collect())
+    }
+
+    pub fn accept(&self, address: SocketAddr) -> bool {
+        self.0.iter().any(|&listener| accepts(listener, address))
+    }
+}
+
+/// Whether connecting to `address` reaches `listener`.
+pub fn accepts(listener: SocketAddr, address: SocketAddr) -> bool {
+    if listener.port() != address.port() {
+        return false;
+    }
+    let ip = address.ip().to_canonical();
+    match listener.ip() {
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED) => ip.is_ipv4() && is_local(ip),
+        // Both families: what Linux does unless it is told otherwise.
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED) => is_local(ip),
+        bound => bound.to_canonical() == ip,
+    }
+}
+
+/// Whether it is an address of this machine: then the kernel would answer from it.
+fn is_local(ip: IpAddr) -> bool {
+    if ip.is_loopback() || ip.is_unspecified() {
+        return true;
+    }
+    let any: IpAddr = if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    // Connecting a datagram socket sends nothing. Its source is the destination only where that is local.
+    let source = UdpSocket::bind((any, 0)).and_then(|socket| {
+        socket.connect((ip, 9))?;
+        socket.local_addr()
+    });
+    source.is_ok_and(|source| source.ip() == ip)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reached(listener: &str, address: &str) -> bool {
+        accepts(listener.parse().unwrap(), address.parse().unwrap())
+    }
+
+    #[test]
+    fn specific_listener_is_reached_at_its_address_only() {
+        assert!(reached("127.0.0.1:80", "127.0.0.1:80"));
+        assert!(reached("127.0.0.1:80", "[::ffff:127.0.0.1]:80"));
+        assert!(reached("[::ffff:127.0.0.1]:80", "127.0.0.1:80"));
+        for other in ["127.0.0.1:81", "127.0.0.2:80", "[::1]:80", "192.0.2.1:80"] {
+            assert!(!reached("127.0.0.1:80", other), "{other}");
+        }
+    }
+
+    #[test]
+    fn wildcard_listener_is_reached_at_every_local_address() {
+        for own in ["127.0.0.1:80", "127.9.9.9:80", "[::ffff:127.0.0.1]:80", "0.0.0.0:80"] {
+            assert!(reached("0.0.0.0:80", own) && reached("[::]:80", own), "{own}");
+        }
+        assert!(reached("[::]:80", "[::1]:80") && !reached("0.0.0.0:80", "[::1]:80"));
+        for other in ["127.0.0.1:81", "192.0.2.1:80", "[2001:db8::1]:80"] {
+            assert!(!reached("0.0.0.0:80", other) && !reached("[::]:80", other), "{other}");
+        }
+    }
+}

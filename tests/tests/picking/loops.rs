@@ -1,0 +1,129 @@
+//! Requests that would come back to the agent that forwards them: its own addresses are refused wherever they are named, and a
+//! request that has been here before is answered with 508.
+
+use std::net::{Ipv4Addr, SocketAddr};
+
+use penstock_agent::config::{FailureMode, Network, Passthrough, Pool, SteeringMode};
+use penstock_tests::{
+    Client, ModelServer, Request, ScriptedEpp, TestAgent,
+    agent::{builtin_pool, epp_pool},
+    eventually,
+    model_server::Options,
+    scripted_epp::Production,
+    stage::echo,
+};
+
+use crate::SOON;
+
+fn start(pool: Pool) -> TestAgent {
+    TestAgent::start(pool, SteeringMode::Off, |config| config.headers.via = None)
+}
+
+/// The agent goes on with another first pool.
+fn change(agent: &TestAgent, adjust: impl FnOnce(&mut Pool)) {
+    let mut config = agent.config();
+    adjust(&mut config.pools[0]);
+    agent.agent.reload(config).unwrap();
+}
+
+async fn refused(agent: &TestAgent) -> (u16, String) {
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    let response = client.request(&Request::get("/test/echo")).await.unwrap();
+    (response.status(), response.header("x-penstock-reason").unwrap_or_default().to_owned())
+}
+
+/// Two agents, one behind the other, are no loop; nor are two behind which the first comes again, but then the third hop is.
+#[tokio::test]
+async fn request_that_comes_back_is_answered_with_508() {
+    let server = ModelServer::start(Options::default()).await.unwrap();
+    let back = start(builtin_pool(&[server.addr]));
+    let front = start(builtin_pool(&[back.addr]));
+    let mut client = Client::connect(front.addr).await.unwrap();
+    let seen = client.request(&echo("{}")).await.unwrap().echoed();
+    let marks: Vec<_> = seen.headers.iter().filter(|(name, _)| name == "x-penstock-hop").collect();
+    assert_eq!(marks.len(), 2, "{seen:?}");
+    assert_ne!(marks[0], marks[1]);
+
+    change(&back, |pool| pool.endpoints = vec![front.addr.into()]);
+    let before = server.requests();
+    // As the agent behind the first passes it on, without the reason.
+    let refusal = || async { refused(&front).await.0 == 508 };
+    // The workers of the other agent may still be under the configuration before.
+    let begin = std::time::Instant::now();
+    while !refusal().await {
+        assert!(begin.elapsed() < SOON);
+    }
+    assert!(server.requests() - before <= 100);
+    let loops = || front.count("penstock_requests_total", &[r#"reason="loop""#]);
+    eventually(SOON, || loops() > 0).await;
+}
+
+/// The default upstream, a listed endpoint, and what the picker names.
+#[tokio::test]
+async fn own_listeners_are_refused_wherever_they_are_named() {
+    let epp_at = |addresses: &[SocketAddr]| {
+        let addresses = addresses.to_vec();
+        async move { ScriptedEpp::start(Production::new(&addresses)).await.unwrap() }
+    };
+    let server = ModelServer::start(Options::default()).await.unwrap();
+    for listen in [Ipv4Addr::LOCALHOST, Ipv4Addr::UNSPECIFIED] {
+        let agent = TestAgent::start(builtin_pool(&[server.addr]), SteeringMode::Off, |config| {
+            config.listen.workers = 1;
+            config.listen.address.set_ip(listen.into());
+        });
+        let port = agent.addr.port();
+        let mut own = vec![SocketAddr::from((Ipv4Addr::LOCALHOST, port)), agent.agent.admin_address()];
+        if listen.is_unspecified() {
+            own.push(SocketAddr::from(([127, 3, 2, 1], port)));
+        }
+        for own in own {
+            // Listed.
+            change(&agent, |pool| pool.endpoints = vec![own.into()]);
+            settled(&agent, (508, "own_listener")).await;
+            // The others are used.
+            change(&agent, |pool| pool.endpoints = vec![own.into(), server.addr.into()]);
+            settled(&agent, (200, "")).await;
+            // Named by the picker, of a pool that does not list it.
+            let epp = epp_at(&[own]).await;
+            let anywhere = Passthrough::Networks(vec![Network::parse("0.0.0.0/0").unwrap()]);
+            let named = Pool { passthrough: anywhere, ..epp_pool(&[], epp.addr, FailureMode::Closed) };
+            change(&agent, |pool| *pool = named.clone());
+            settled(&agent, (502, "endpoint_not_in_pool")).await;
+            // What a pool opens to.
+            let opening = Pool { failure_mode: FailureMode::Open, default_upstream: Some(own), ..named };
+            change(&agent, |pool| *pool = opening);
+            settled(&agent, (508, "own_listener")).await;
+        }
+    }
+}
+
+/// Waits for the agent to answer so: workers take a configuration between requests.
+async fn settled(agent: &TestAgent, expected: (u16, &str)) {
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, agent.addr.port()));
+    let begin = std::time::Instant::now();
+    loop {
+        let mut client = Client::connect(address).await.unwrap();
+        let response = client.request(&Request::get("/test/echo")).await.unwrap();
+        let found = (response.status(), response.header("x-penstock-reason").unwrap_or_default().to_owned());
+        if (found.0, found.1.as_str()) == expected {
+            return;
+        }
+        assert!(begin.elapsed() < SOON, "{found:?}, not {expected:?}");
+    }
+}
+
+/// `true` lets the picker name addresses elsewhere, not on this machine.
+#[tokio::test]
+async fn passthrough_is_for_other_machines() {
+    let server = ModelServer::start(Options::default()).await.unwrap();
+    let epp = ScriptedEpp::start(Production::new(&[server.addr])).await.unwrap();
+    let pool = epp_pool(&[], epp.addr, FailureMode::Closed);
+    let list = |text: &str| Passthrough::Networks(vec![Network::parse(text).unwrap()]);
+    for (passthrough, admitted) in
+        [(Passthrough::On, false), (list("10.0.0.0/8"), false), (list("127.0.0.0/8"), true), (list("127.0.0.1"), true)]
+    {
+        let agent = start(Pool { passthrough: passthrough.clone(), ..pool.clone() });
+        let expected = if admitted { (200, String::new()) } else { (502, "endpoint_not_in_pool".to_owned()) };
+        assert_eq!(refused(&agent).await, expected, "{passthrough:?}");
+    }
+}
