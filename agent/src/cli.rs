@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use penstock_agent::{
     capability,
     config::{self, Config, ConfigErrors, Overrides},
-    epp_server::{self, EppServerConfig, EppServerTls},
+    epp_server::{self, EppServerConfig, EppServerLimits, EppServerTls},
     logging, panics,
 };
 use tracing_subscriber::EnvFilter;
@@ -111,6 +111,18 @@ struct Epp {
     /// Largest request body, bytes.
     #[arg(long, default_value_t = 10 << 20)]
     max_body: usize,
+    /// With TLS: take only clients whose certificate one of the CAs in this file (PEM) has signed.
+    #[arg(long, value_name = "FILE")]
+    client_ca: Option<PathBuf>,
+    /// Connections at once; more are closed.
+    #[arg(long, default_value_t = EppServerLimits::default().connections)]
+    max_connections: usize,
+    /// Streams at once, which are requests until their responses have ended; more are RESOURCE_EXHAUSTED.
+    #[arg(long, default_value_t = EppServerLimits::default().streams)]
+    max_streams: usize,
+    /// Bytes of request bodies held for all streams; more are answered with 503.
+    #[arg(long, default_value_t = EppServerLimits::default().held_bytes)]
+    max_held: usize,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -219,6 +231,12 @@ fn start_logging(filter: &str, format: LogFormat, queue_bytes: usize) -> anyhow:
 
 impl Epp {
     fn serve(self) -> anyhow::Result<ExitCode> {
+        anyhow::ensure!(
+            self.client_ca.is_none() || matches!(self.tls, Tls::SelfSigned),
+            "--client-ca needs --tls self-signed"
+        );
+        let read = |file: PathBuf| std::fs::read(&file).with_context(|| format!("reading {}", file.display()));
+        let client_ca = self.client_ca.map(read).transpose()?;
         let config = EppServerConfig {
             listen: self.listen,
             endpoints: self.endpoints,
@@ -230,6 +248,13 @@ impl Epp {
             delay: (self.delay_ms > 0).then(|| Duration::from_millis(self.delay_ms)),
             max_body: self.max_body,
             session_headers: self.session_headers,
+            client_ca,
+            limits: EppServerLimits {
+                connections: self.max_connections,
+                streams: self.max_streams,
+                held_bytes: self.max_held,
+                ..EppServerLimits::default()
+            },
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {

@@ -4,6 +4,7 @@
 //! that production pickers answer in. Differs from them in this: response bodies go back piece by piece, never held to the
 //! end, and request trailers end a body, too. Without an open stream there is no state but the picker's.
 
+mod bounds;
 mod health;
 mod refusal;
 mod reply;
@@ -22,22 +23,26 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures_util::{Stream, stream};
+use futures_util::{Stream, StreamExt as _, stream};
 use http::HeaderName;
 use penstock_proto::{
     ext_proc::{
         ProcessingRequest, ProcessingResponse,
         external_processor_server::{ExternalProcessor, ExternalProcessorServer},
+        processing_request::Request as Told,
     },
     health::health_server::HealthServer,
 };
-use tokio::{net::TcpListener, sync::oneshot};
+use tokio::{net::TcpListener, sync::oneshot, time::timeout};
 use tonic::{
     Request, Response, Status, Streaming,
     transport::{Server, server::TcpIncoming},
 };
 
 use crate::{config::Ejection, endpoint::set::EndpointSet, picker::builtin::BuiltinPicker};
+pub use bounds::EppServerLimits;
+
+use bounds::{Budget, Counted, Part};
 use health::Health;
 use session::{Session, Step};
 
@@ -59,6 +64,9 @@ pub struct EppServerConfig {
     pub max_body: usize,
     /// Requests with the same value of the first of these that they have go to the same endpoint. Default: none.
     pub session_headers: Vec<HeaderName>,
+    /// With TLS: PEM of the CAs one of which must have signed the client's certificate. Default: nobody has to show one.
+    pub client_ca: Option<Vec<u8>>,
+    pub limits: EppServerLimits,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,7 +95,11 @@ pub async fn serve(
     if let Some(limit) = config.max_inflight {
         picker = picker.with_max_in_flight(limit);
     }
+    let limits = config.limits;
     let processor = Processor {
+        limits,
+        streams: Budget::new(limits.streams),
+        held: Budget::new(limits.held_bytes),
         picker: Arc::new(picker),
         max_body: config.max_body,
         session_headers: config.session_headers.into(),
@@ -95,8 +107,8 @@ pub async fn serve(
     };
 
     let mut server = Server::builder()
-        // A stream is a request, and how many of those there may be is for the proxy to say.
-        .max_concurrent_streams(u32::MAX)
+        // A stream is a request. All connections together have the limit.
+        .max_concurrent_streams(u32::try_from(limits.streams).unwrap_or(u32::MAX))
         // Envoy ends its streams with RST_STREAM; a burst of those is its everyday and not an attack.
         .http2_max_pending_accept_reset_streams(Some(65_536))
         .http2_max_local_error_reset_streams(None)
@@ -106,7 +118,7 @@ pub async fn serve(
         // A proxy that vanished must not keep its requests counted.
         .http2_keepalive_interval(Some(Duration::from_secs(30)));
     if config.tls == EppServerTls::SelfSigned {
-        server = server.tls_config(tls::self_signed()?)?;
+        server = server.tls_config(tls::self_signed(config.client_ca.as_deref())?)?;
     }
 
     let (stopping, stopped) = oneshot::channel();
@@ -118,7 +130,7 @@ pub async fn serve(
     let served = server
         .add_service(ExternalProcessorServer::new(processor))
         .add_service(HealthServer::new(Health))
-        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), shutdown);
+        .serve_with_incoming_shutdown(incoming(listener, limits.connections), shutdown);
     let drained = async {
         if stopped.await.is_ok() {
             tokio::time::sleep(DRAIN).await;
@@ -132,7 +144,22 @@ pub async fn serve(
     Ok(())
 }
 
+/// Connections as they are accepted; those beyond the limit are closed.
+fn incoming(listener: TcpListener, connections: usize) -> impl Stream<Item = std::io::Result<Counted>> {
+    let budget = Budget::new(connections);
+    TcpIncoming::from(listener).with_nodelay(Some(true)).filter_map(move |accepted| {
+        let counted = match accepted {
+            Ok(stream) => budget.one().map(|one| Ok(Counted::new(stream, one))),
+            Err(error) => Some(Err(error)),
+        };
+        std::future::ready(counted)
+    })
+}
+
 struct Processor {
+    limits: EppServerLimits,
+    streams: Arc<Budget>,
+    held: Arc<Budget>,
     picker: Arc<BuiltinPicker>,
     max_body: usize,
     session_headers: Arc<[HeaderName]>,
@@ -147,9 +174,16 @@ impl ExternalProcessor for Processor {
         &self,
         request: Request<Streaming<ProcessingRequest>>,
     ) -> Result<Response<Self::ProcessStream>, Status> {
+        let Some(stream) = self.streams.one() else {
+            return Err(Status::resource_exhausted("too many streams are open"));
+        };
+        let (picker, held) = (Arc::clone(&self.picker), self.held.part());
         let exchange = Exchange {
+            _stream: stream,
+            limits: self.limits,
+            messages: 0,
             inbound: request.into_inner(),
-            session: Session::new(Arc::clone(&self.picker), self.max_body, Arc::clone(&self.session_headers)),
+            session: Session::new(picker, self.max_body, Arc::clone(&self.session_headers), held),
             replies: VecDeque::new(),
             delay: self.delay,
         };
@@ -159,6 +193,9 @@ impl ExternalProcessor for Processor {
 
 /// One stream. There is no task behind it: when the client is gone tonic drops this, and the request is no longer counted.
 struct Exchange {
+    _stream: Part,
+    limits: EppServerLimits,
+    messages: usize,
     inbound: Streaming<ProcessingRequest>,
     session: Session,
     replies: VecDeque<ProcessingResponse>,
@@ -166,6 +203,27 @@ struct Exchange {
 }
 
 impl Exchange {
+    fn check(&mut self, message: &ProcessingRequest) -> Result<(), Status> {
+        self.messages += 1;
+        if !self.session.is_decided() && self.messages > self.limits.messages {
+            return Err(Status::resource_exhausted(format!(
+                "more than {} messages of one request",
+                self.limits.messages
+            )));
+        }
+        let fields = match &message.request {
+            Some(Told::RequestHeaders(head) | Told::ResponseHeaders(head)) => head.headers.as_ref(),
+            Some(Told::RequestTrailers(tail) | Told::ResponseTrailers(tail)) => tail.trailers.as_ref(),
+            _ => None,
+        };
+        let fields = fields.map_or(&[][..], |fields| &fields.headers);
+        let bytes: usize = fields.iter().map(|field| field.key.len() + field.value.len() + field.raw_value.len()).sum();
+        if fields.len() > self.limits.fields || bytes > self.limits.field_bytes {
+            return Err(Status::resource_exhausted(format!("{} fields of {bytes} bytes in a head", fields.len())));
+        }
+        Ok(())
+    }
+
     async fn next(mut self) -> Result<Option<(ProcessingResponse, Self)>, Status> {
         loop {
             if let Some(reply) = self.replies.pop_front() {
@@ -174,9 +232,17 @@ impl Exchange {
             if self.session.is_over() {
                 return Ok(None);
             }
-            let Some(message) = self.inbound.message().await? else {
-                return Ok(None);
+            // What was held has been sent.
+            if self.session.is_decided() {
+                self.session.release();
+            }
+            let wait = if self.session.is_decided() { self.limits.response_idle } else { self.limits.idle };
+            let message = match timeout(wait, self.inbound.message()).await {
+                Ok(message) => message?,
+                Err(_) => return Err(Status::deadline_exceeded(format!("nothing came for {wait:?}"))),
             };
+            let Some(message) = message else { return Ok(None) };
+            self.check(&message)?;
             match self.session.receive(message, Instant::now(), &mut self.replies)? {
                 Step::Read => {}
                 Step::Decide => {

@@ -12,6 +12,8 @@ pub(super) enum Refusal {
     ModelIsNotAString(String),
     #[error("the body is longer than {0} bytes")]
     TooLong(usize),
+    #[error("the bodies of all requests are more than this picker holds")]
+    Full,
     #[error("{0}")]
     NoEndpoint(#[from] NoEndpoint),
 }
@@ -21,6 +23,7 @@ impl Refusal {
     pub(super) fn terms(&self) -> (i32, &'static str, Option<&'static str>) {
         match self {
             Refusal::Json(_) | Refusal::NoModel | Refusal::ModelIsNotAString(_) => (400, "BadRequest", None),
+            Refusal::Full => (503, "ServiceUnavailable", Some("rejected-full")),
             Refusal::TooLong(_) => (413, "PayloadTooLarge", None),
             Refusal::NoEndpoint(NoEndpoint::NoneEligible) => (503, "ServiceUnavailable", Some("rejected-no-endpoints")),
             Refusal::NoEndpoint(NoEndpoint::Saturated) => (429, "ResourceExhausted", Some("rejected-saturated")),

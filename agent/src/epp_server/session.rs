@@ -16,7 +16,7 @@ use penstock_proto::{
 };
 use tonic::Status;
 
-use super::{refusal::Refusal, reply, subset, upload::Upload};
+use super::{bounds::Part, refusal::Refusal, reply, subset, upload::Upload};
 use crate::{
     endpoint::in_flight::InFlight,
     picker::{
@@ -31,6 +31,8 @@ pub(super) struct Session {
     picker: Arc<BuiltinPicker>,
     max_body: usize,
     session_headers: Arc<[HeaderName]>,
+    /// For the body that is kept.
+    held: Part,
     phase: Phase,
     headers: Option<HeaderMap>,
     subset: Option<Vec<SocketAddr>>,
@@ -64,11 +66,17 @@ pub(super) enum Step {
 }
 
 impl Session {
-    pub(super) fn new(picker: Arc<BuiltinPicker>, max_body: usize, session_headers: Arc<[HeaderName]>) -> Self {
+    pub(super) fn new(
+        picker: Arc<BuiltinPicker>,
+        max_body: usize,
+        session_headers: Arc<[HeaderName]>,
+        held: Part,
+    ) -> Self {
         Self {
             picker,
             max_body,
             session_headers,
+            held,
             phase: Phase::Headers,
             headers: None,
             subset: None,
@@ -82,6 +90,15 @@ impl Session {
     /// The request has been refused: nothing more is said.
     pub(super) fn is_over(&self) -> bool {
         matches!(self.phase, Phase::Over)
+    }
+
+    pub(super) fn is_decided(&self) -> bool {
+        matches!(self.phase, Phase::Decided | Phase::Over)
+    }
+
+    /// The body has gone back.
+    pub(super) fn release(&mut self) {
+        self.held.release();
     }
 
     pub(super) fn receive(
@@ -153,7 +170,8 @@ impl Session {
             // There are proxies that end a long body twice.
             Phase::Deciding { .. } | Phase::Decided | Phase::Over => return Ok(Step::Read),
         };
-        if let Err(refusal) = upload.push(&piece.body) {
+        let room = if self.held.grow(piece.body.len()) { Ok(()) } else { Err(Refusal::Full) };
+        if let Err(refusal) = room.and_then(|()| upload.push(&piece.body)) {
             self.refuse(&refusal, replies);
             return Ok(Step::Read);
         }

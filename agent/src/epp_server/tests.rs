@@ -34,6 +34,8 @@ use crate::{
     picker::{message, tls},
 };
 
+mod bounded;
+
 /// For what must happen; nothing here waits for it to pass.
 const SOON: Duration = Duration::from_secs(10);
 const BODY: &[u8] = br#"{"model":"llama","prompt":"hi"}"#;
@@ -55,6 +57,8 @@ fn config(endpoints: u8) -> EppServerConfig {
         delay: None,
         max_body: 10 << 20,
         session_headers: Vec::new(),
+        client_ca: None,
+        limits: EppServerLimits::default(),
     }
 }
 
@@ -496,13 +500,20 @@ async fn shutdown_lets_open_streams_end_and_takes_no_new_ones() {
 async fn tls_is_served_with_a_certificate_made_at_the_start() {
     let epp = Epp::start(EppServerConfig { tls: EppServerTls::SelfSigned, ..config(1) }).await;
     let uri = format!("http://{}", epp.address);
-    let channel = Endpoint::from_shared(uri).unwrap().connect_with_connector(DialTls(epp.address)).await.unwrap();
+    let channel = Endpoint::from_shared(uri)
+        .unwrap()
+        .connect_with_connector(DialTls { address: epp.address, client_certificate: None })
+        .await
+        .unwrap();
     let epp = Epp { channel, ..epp };
     assert_eq!(epp.pick().await.0, "10.0.0.1:8000");
 }
 
 /// Dials with TLS and, as proxies do, without verification; the server has to speak HTTP/2.
-struct DialTls(SocketAddr);
+struct DialTls {
+    address: SocketAddr,
+    client_certificate: Option<config::ClientCertificate>,
+}
 
 impl Service<Uri> for DialTls {
     type Response = TokioIo<TlsStream<TcpStream>>;
@@ -514,9 +525,10 @@ impl Service<Uri> for DialTls {
     }
 
     fn call(&mut self, _: Uri) -> Self::Future {
-        let address = self.0;
+        let (address, client_certificate) = (self.address, self.client_certificate.clone());
         Box::pin(async move {
-            let epp = config::Epp { tls: EppTls::Insecure, ..config::Epp::new(address.to_string()) };
+            let epp =
+                config::Epp { tls: EppTls::Insecure, client_certificate, ..config::Epp::new(address.to_string()) };
             let connector = tls::Tls::new(&epp).unwrap().unwrap().connector();
             let name = rustls::pki_types::ServerName::try_from("localhost").unwrap();
             let stream = connector.connect(name, TcpStream::connect(address).await?).await?;

@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use penstock_agent::config::{self, Config, EmptySubset, Endpoint, FailureMode, Locality, Pool, SteeringMode, Subset};
-use penstock_agent::epp_server::{self, EppServerConfig, EppServerTls};
+use penstock_agent::epp_server::{self, EppServerConfig, EppServerLimits, EppServerTls};
 use penstock_proto::prost_types::value::Kind;
 use penstock_tests::agent::{TestAgent, builtin_pool, epp_pool};
 use penstock_tests::client::Client;
@@ -224,6 +224,8 @@ async fn the_built_in_picker_keeps_to_it_as_a_server() {
         delay: None,
         max_body: 1 << 20,
         session_headers: vec![],
+        client_ca: None,
+        limits: EppServerLimits::default(),
     };
     let server = tokio::spawn(epp_server::serve(served, listener, std::future::pending()));
     let pool = epp_pool(&[], address, FailureMode::Closed);

@@ -1,0 +1,148 @@
+//! What one client, or all of them together, may take of the picker.
+
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use tokio::io::AsyncReadExt as _;
+
+use super::*;
+
+fn limited(limits: EppServerLimits) -> EppServerConfig {
+    EppServerConfig { limits, ..config(1) }
+}
+
+async fn failed(exchange: &mut Exchange) -> Code {
+    timeout(SOON, exchange.replies.message()).await.expect("an end").expect_err("an error").code()
+}
+
+#[tokio::test]
+async fn connections_beyond_the_limit_are_closed() {
+    let epp = Epp::start(limited(EppServerLimits { connections: 1, ..EppServerLimits::default() })).await;
+    let (picked, exchange) = epp.pick().await;
+    assert_eq!(picked, "10.0.0.1:8000");
+    let mut beyond = TcpStream::connect(epp.address).await.unwrap();
+    let read = timeout(SOON, beyond.read(&mut [0; 1])).await.expect("it is closed");
+    assert_eq!(read.unwrap_or(0), 0);
+    // What was there goes on.
+    drop(exchange);
+    epp.pick().await;
+}
+
+#[tokio::test]
+async fn streams_beyond_the_limit_are_refused() {
+    let epp = Epp::start(limited(EppServerLimits { streams: 1, ..EppServerLimits::default() })).await;
+    let (_, open) = epp.pick().await;
+    // Another connection: the limit is for all of them together.
+    let channel = Endpoint::from_shared(format!("http://{}", epp.address)).unwrap().connect_lazy();
+    let mut other = ExternalProcessorClient::new(channel);
+    let refused = timeout(SOON, other.process(tokio_stream::pending())).await.unwrap().map(drop).unwrap_err();
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    drop(open);
+    let begin = Instant::now();
+    while timeout(SOON, other.process(tokio_stream::pending())).await.unwrap().is_err() {
+        assert!(begin.elapsed() < SOON, "the stream that ended counts no more");
+    }
+}
+
+#[tokio::test]
+async fn held_bodies_are_bounded_over_all_streams() {
+    let limits = EppServerLimits { held_bytes: BODY.len() + 10, ..EppServerLimits::default() };
+    let epp = Epp::start(limited(limits)).await;
+    let holding = epp.open().await;
+    holding.send(head("POST", false)).await;
+    holding.send(Ask::RequestBody(HttpBody { body: vec![b' '; 20].into(), end_of_stream: false })).await;
+    // Whichever comes second does not fit.
+    let begin = Instant::now();
+    loop {
+        let mut exchange = epp.open().await;
+        exchange.post(BODY).await;
+        let message = exchange.next().await.expect("an answer");
+        if let Reply::ImmediateResponse(reply) = message.response.unwrap() {
+            assert_eq!(reply.status.unwrap().code, 503);
+            break;
+        }
+        assert!(begin.elapsed() < SOON, "the first has not arrived");
+    }
+    drop(holding);
+    let begin = Instant::now();
+    loop {
+        let mut exchange = epp.open().await;
+        exchange.post(BODY).await;
+        if matches!(exchange.reply().await, Reply::RequestHeaders(_)) {
+            break;
+        }
+        assert!(begin.elapsed() < SOON, "what was held is given back");
+    }
+}
+
+#[tokio::test]
+async fn heads_and_messages_are_bounded() {
+    let limits = EppServerLimits { fields: 20, field_bytes: 1000, messages: 10, ..EppServerLimits::default() };
+    let epp = Epp::start(limited(limits)).await;
+    let request = |fields: usize, length: usize| {
+        let mut request = http::Request::get("/");
+        for n in 0..fields {
+            request = request.header(format!("x-{n}"), "v".repeat(length));
+        }
+        message::request_head(&request.body(()).unwrap().into_parts().0, true)
+    };
+    let mut allowed = epp.open().await;
+    allowed.send(request(10, 10)).await;
+    assert!(matches!(allowed.reply().await, Reply::RequestHeaders(_)));
+    for (fields, length) in [(21, 1), (1, 1001)] {
+        let mut exchange = epp.open().await;
+        exchange.send(request(fields, length)).await;
+        assert_eq!(failed(&mut exchange).await, Code::ResourceExhausted, "{fields} {length}");
+    }
+    let mut exchange = epp.open().await;
+    exchange.send(head("POST", false)).await;
+    for _ in 0..10 {
+        exchange.send(Ask::RequestBody(HttpBody::default())).await;
+    }
+    assert_eq!(failed(&mut exchange).await, Code::ResourceExhausted);
+}
+
+#[tokio::test]
+async fn silent_streams_end() {
+    let limits = EppServerLimits { idle: Duration::from_millis(50), ..EppServerLimits::default() };
+    let epp = Epp::start(limited(limits)).await;
+    let mut exchange = epp.open().await;
+    exchange.send(head("POST", false)).await;
+    assert_eq!(failed(&mut exchange).await, Code::DeadlineExceeded);
+    // A response takes its time.
+    let limits = EppServerLimits { response_idle: Duration::from_millis(50), ..EppServerLimits::default() };
+    let epp = Epp::start(limited(limits)).await;
+    let (_, mut exchange) = epp.pick().await;
+    assert_eq!(failed(&mut exchange).await, Code::DeadlineExceeded);
+}
+
+#[tokio::test]
+async fn clients_without_the_certificate_are_refused() {
+    let mut params = CertificateParams::new(Vec::new()).unwrap();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority = || CertifiedIssuer::self_signed(params.clone(), KeyPair::generate().unwrap()).unwrap();
+    let (known, other) = (authority(), authority());
+    let client_ca = Some(known.pem().into_bytes());
+    let epp = Epp::start(EppServerConfig { tls: EppServerTls::SelfSigned, client_ca, ..config(1) }).await;
+    let folder = tempfile::tempdir().unwrap();
+    for (issuer, admitted) in [(Some(&known), true), (Some(&other), false), (None, false)] {
+        let client_certificate = issuer.map(|issuer| {
+            let key = KeyPair::generate().unwrap();
+            let signed = CertificateParams::new(vec!["agent".to_owned()]).unwrap().signed_by(&key, issuer).unwrap();
+            let (certificate, key_file) = (folder.path().join("client.pem"), folder.path().join("client.key"));
+            std::fs::write(&certificate, signed.pem()).unwrap();
+            std::fs::write(&key_file, key.serialize_pem()).unwrap();
+            config::ClientCertificate { certificate, key: key_file }
+        });
+        let uri = format!("http://{}", epp.address);
+        let dial = DialTls { address: epp.address, client_certificate };
+        let channel = Endpoint::from_shared(uri).unwrap().connect_with_connector(dial).await;
+        let asked = match channel {
+            Ok(channel) => {
+                let mut client = HealthClient::new(channel);
+                let asked = client.check(HealthCheckRequest { service: String::new() });
+                timeout(SOON, asked).await.expect("an answer").is_ok()
+            }
+            Err(_) => false,
+        };
+        assert_eq!(asked, admitted);
+    }
+}
