@@ -350,10 +350,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
         let wire = request.wire(&self.peer.to_string());
         self.awaited.push_back(request.method == "HEAD");
         match request.pieces {
-            None => self.stream.write_all(&wire).await?,
+            None => self.write(&wire).await?,
             Some((bytes, pause)) => {
                 for piece in wire.chunks(bytes) {
-                    self.stream.write_all(piece).await?;
+                    self.write(piece).await?;
                     sleep(pause).await;
                 }
             }
@@ -364,9 +364,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
 
     /// Writes bytes that need not be a request, or a whole one. A response read afterwards is taken for one to a GET.
     pub async fn send_raw(&mut self, bytes: &[u8]) -> Result<()> {
-        self.stream.write_all(bytes).await?;
+        self.write(bytes).await?;
         self.sent = Instant::now();
         Ok(())
+    }
+
+    /// A stream may keep bytes back until it is flushed: TLS does when the socket is full.
+    async fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.stream.write_all(bytes).await?;
+        Ok(self.stream.flush().await?)
     }
 
     /// Shuts the sending side down.
@@ -534,4 +540,30 @@ pub async fn exchange_raw(peer: SocketAddr, request: &[u8]) -> Result<(Vec<u8>, 
     client.send_raw(request).await?;
     let end = client.until_end().await?;
     Ok((client.buffer.to_vec(), end))
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{BufStream, duplex};
+
+    use super::*;
+
+    /// As TLS does when the socket is full, the stream keeps what is written until it is flushed or full.
+    #[tokio::test]
+    async fn requests_over_a_stream_that_buffers_are_sent_whole() {
+        let (near, mut far) = duplex(1 << 20);
+        let mut client =
+            Client::over(BufStream::with_capacity(1 << 16, 1 << 16, near), "127.0.0.1:80".parse().unwrap());
+        let whole = Request::post("/", vec![b'x'; 1000]);
+        let pieces = whole.clone().piecewise(100, Duration::ZERO);
+        for request in [whole, pieces] {
+            client.send(&request).await.unwrap();
+            let mut wire = vec![0; request.wire("127.0.0.1:80").len()];
+            timeout(client.patience, far.read_exact(&mut wire)).await.expect("no byte is kept back").unwrap();
+            assert!(wire.ends_with(b"xxx"));
+        }
+        client.send_raw(b"raw").await.unwrap();
+        let mut wire = [0; 3];
+        timeout(client.patience, far.read_exact(&mut wire)).await.expect("no byte is kept back").unwrap();
+    }
 }

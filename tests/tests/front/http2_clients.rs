@@ -203,8 +203,7 @@ async fn streams_at_once_are_as_many_as_configured() {
 
 #[tokio::test]
 async fn an_idle_connection_is_told_to_go() {
-    let soon =
-        |config: &mut penstock_agent::config::Config| config.timeouts.keep_alive = Some(Duration::from_millis(100));
+    let soon = |config: &mut penstock_agent::config::Config| config.timeouts.keep_alive = Some(Duration::from_secs(1));
     let scene = Scene::with(Front::Http2, Back::Http1, LlmdRouter::new, soon).await;
     let mut frames = Http2Frames::connect(scene.agent.addr).await.unwrap();
     let going = frames.find(|frame| frame.kind == kind::GOAWAY).await.unwrap().unwrap();
@@ -212,7 +211,7 @@ async fn an_idle_connection_is_told_to_go() {
     assert!(frames.find(|_| false).await.unwrap().is_none());
     // One with a request that takes longer is not idle.
     let mut client = connect(&scene).await;
-    let fault = Some(Fault { after: 500, kind: FaultKind::StallMs(300) });
+    let fault = Some(Fault { after: 500, kind: FaultKind::StallMs(2000) });
     let plan = Plan { size: 1000, fault, ..Plan::default() };
     let response = client.request(&plan.request()).await.unwrap();
     assert_eq!((response.read.end, response.read.len), (BodyEnd::Complete, 1000));
@@ -279,7 +278,7 @@ async fn a_preface_in_pieces_is_one() {
 #[tokio::test]
 async fn half_a_preface_is_none() {
     let scene = Scene::with(Front::Http1, Back::Http1, first, |config| {
-        config.timeouts.head = Some(Duration::from_millis(300));
+        config.timeouts.head = Some(Duration::from_secs(1));
     })
     .await;
     let rows: [(&[u8], u16); 2] = [(b"PRI * HTTP/2.0\r\n", 408), (b"PRI * HTTP/1.1\r\nhost: x\r\n\r\n", 400)];

@@ -138,7 +138,7 @@ async fn plain_bytes_on_the_port_of_tls_harm_nobody() {
 
 #[tokio::test]
 async fn a_handshake_that_stalls_is_cut() {
-    let soon = |config: &mut Config| config.timeouts.head = Some(Duration::from_millis(200));
+    let soon = |config: &mut Config| config.timeouts.head = Some(Duration::from_secs(1));
     let scene = Scene::with(Front::Tls1, Back::Http1, first, soon).await;
     for begin in [&b""[..], b"\x16\x03\x01\x02\x00\x01"] {
         let mut client = Client::connect(scene.addr()).await.unwrap();
@@ -157,7 +157,7 @@ async fn a_handshake_that_stalls_is_cut() {
 /// The end of the connection is announced, so that a client can tell it from an attack.
 #[tokio::test]
 async fn connections_end_in_order() {
-    let soon = |config: &mut Config| config.timeouts.keep_alive = Some(Duration::from_millis(100));
+    let soon = |config: &mut Config| config.timeouts.keep_alive = Some(Duration::from_secs(1));
     let scene = Scene::with(Front::Tls1, Back::Http1, first, soon).await;
     for request in [Request::get("/test/echo"), Request::get("/test/echo").header("connection", "close")] {
         let tls = scene.certificate.connect(scene.addr(), &[]).await.unwrap();

@@ -490,7 +490,7 @@ async fn it_lives_as_long_as_something_moves() {
 async fn moves_and_rests(mode: SteeringMode) {
     let scene = Scene::with(Front::Http1, Back::Http1, first, |config| {
         config.steering.mode = mode;
-        config.timeouts.idle = Some(Duration::from_millis(400));
+        config.timeouts.idle = Some(Duration::from_secs(2));
         config.timeouts.request = Some(Duration::from_millis(500));
     })
     .await;

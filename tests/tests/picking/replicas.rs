@@ -143,7 +143,8 @@ async fn a_replica_that_is_silent_is_avoided() {
     let second = ScriptedEpp::start(inner()).await.unwrap();
     let agent = agent(&endpoint, &[first.addr, second.addr], |config| {
         checked(config);
-        epp(config).connect_timeout = Duration::from_millis(300);
+        // Also the time for a health answer: the second replica must not miss it on a busy machine.
+        epp(config).connect_timeout = Duration::from_secs(1);
     });
     eventually(SOON, || is(&agent, first.addr, "unreachable")).await;
     assert_eq!(ask(&agent, 10, &[&first, &second]).await, [0, 10]);
@@ -272,7 +273,8 @@ async fn an_answer_is_not_asked_for_twice() {
 /// E13: one deadline, however many replicas are asked.
 #[tokio::test]
 async fn the_decision_deadline_holds_over_all_replicas() {
-    const DECISION: Duration = Duration::from_millis(500);
+    // Long enough that a busy machine does not turn one question into none or three.
+    const DECISION: Duration = Duration::from_secs(3);
     let endpoint = endpoint().await;
     // Each takes most of the time before it refuses.
     let mut epps = Vec::new();
