@@ -17,12 +17,14 @@ use std::{
     time::Duration,
 };
 
+use futures_util::FutureExt as _;
 use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{net::TcpStream, sync::oneshot, task::LocalSet};
 
 use crate::{
     metrics::Metrics,
+    panics::Watch,
     readiness::Readiness,
     reserve::{Reserve, is_exhausted},
 };
@@ -47,9 +49,7 @@ impl AdminHandle {
     /// Ends the server and its open connections; the address is free when it returns.
     pub fn stop(self) {
         drop(self.stop);
-        if self.thread.join().is_err() {
-            tracing::error!("the admin thread had panicked");
-        }
+        let _ = self.thread.join();
     }
 }
 
@@ -59,9 +59,11 @@ pub fn start(
     metrics: Arc<Metrics>,
     readiness: Readiness,
     verbose: impl Fn() -> Vec<String> + Send + Sync + 'static,
+    watch: &Watch,
 ) -> io::Result<AdminHandle> {
     let answers = Answers::new(metrics, readiness, Box::new(verbose));
-    serve(listener, answers, Bounds { connections: 128, head: Duration::from_secs(5), whole: Duration::from_secs(30) })
+    let bounds = Bounds { connections: 128, head: Duration::from_secs(5), whole: Duration::from_secs(30) };
+    serve(listener, answers, bounds, watch)
 }
 
 #[derive(Clone, Copy)]
@@ -74,12 +76,13 @@ struct Bounds {
     whole: Duration,
 }
 
+const THREAD: &str = "admin";
 /// Descriptors that the rest of the process cannot take.
 const RESERVE: usize = 4;
 /// Pause after an `accept` that failed.
 const PAUSE: Duration = Duration::from_millis(10);
 
-fn serve(listener: TcpListener, answers: Answers, bounds: Bounds) -> io::Result<AdminHandle> {
+fn serve(listener: TcpListener, answers: Answers, bounds: Bounds, watch: &Watch) -> io::Result<AdminHandle> {
     listener.set_nonblocking(true)?;
     let local_addr = listener.local_addr()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -88,14 +91,16 @@ fn serve(listener: TcpListener, answers: Answers, bounds: Bounds) -> io::Result<
         tokio::net::TcpListener::from_std(listener)?
     };
     let (stop, stopped) = oneshot::channel::<Infallible>();
-    let thread = thread::Builder::new().name("admin".to_owned()).spawn(move || {
+    let watch = watch.clone();
+    let work = move || {
         LocalSet::new().block_on(&runtime, async {
             tokio::select! {
                 () = accept(listener, Rc::new(answers), bounds) => {}
                 _ = stopped => {}
             }
         });
-    })?;
+    };
+    let thread = thread::Builder::new().name(THREAD.to_owned()).spawn(move || watch.run(THREAD, work))?;
     Ok(AdminHandle { local_addr, stop, thread })
 }
 
@@ -103,19 +108,25 @@ fn serve(listener: TcpListener, answers: Answers, bounds: Bounds) -> io::Result<
 async fn accept(listener: tokio::net::TcpListener, answers: Rc<Answers>, bounds: Bounds) {
     let places = Rc::new(Places::new(bounds.connections));
     let reserve = Rc::new(Reserve::new(RESERVE));
+    let take = |(stream, peer): (TcpStream, SocketAddr)| {
+        let place = Places::enter(&places, peer.ip());
+        tokio::task::spawn_local(connection(stream, place, Rc::clone(&answers), Rc::clone(&reserve), bounds));
+    };
     loop {
         match listener.accept().await {
-            Ok((stream, peer)) => {
-                let place = Places::enter(&places, peer.ip());
-                tokio::task::spawn_local(connection(stream, place, Rc::clone(&answers), Rc::clone(&reserve), bounds));
-            }
-            Err(error) if is_exhausted(&error) => {
-                answers.metrics.accept_failed("admin");
-                if !reserve.release() {
-                    places.shed();
-                    tokio::time::sleep(PAUSE).await;
-                    reserve.refill();
+            Ok(accepted) => take(accepted),
+            // The kernel looks for a descriptor before it looks for a connection: there may be none.
+            Err(error) if is_exhausted(&error) && reserve.release() => match listener.accept().now_or_never() {
+                Some(Ok(accepted)) => {
+                    answers.metrics.accept_failed("admin");
+                    take(accepted);
                 }
+                _ => reserve.refill(),
+            },
+            Err(error) if is_exhausted(&error) => {
+                places.shed();
+                tokio::time::sleep(PAUSE).await;
+                reserve.refill();
             }
             // The client has left already.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
@@ -159,6 +170,7 @@ mod tests {
     };
 
     use super::*;
+    use crate::probe::Probe;
 
     const ANY_PORT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
@@ -174,7 +186,8 @@ mod tests {
         let verbose = || vec!["steering: active (ingress)".to_owned(), "pools: 1".to_owned()];
         let answers = Answers::new(Arc::clone(&metrics), readiness.clone(), Box::new(verbose));
         let listener = TcpListener::bind(ANY_PORT).unwrap();
-        Server { metrics, readiness, handle: serve(listener, answers, bounds).unwrap() }
+        let watch = Watch::new(&readiness, Probe::default());
+        Server { metrics, readiness, handle: serve(listener, answers, bounds, &watch).unwrap() }
     }
 
     fn patient() -> Bounds {

@@ -3,12 +3,7 @@
 //! Everything that can fail at start fails in [`Agent::start`], before a request is taken. Workers, the admin server and
 //! the kernel's events have threads of their own.
 
-use std::{
-    io,
-    net::SocketAddr,
-    sync::{Arc, atomic::Ordering},
-    thread::JoinHandle,
-};
+use std::{io, net::SocketAddr, rc::Rc, sync::Arc, thread::JoinHandle};
 
 use anyhow::{Context as _, Result};
 use caps::errors::CapsError;
@@ -28,9 +23,12 @@ use crate::{
     ladder::Ladder,
     listeners::Listeners,
     metrics::Metrics,
+    panics::Watch,
     picker::tend::tend,
+    probe::Probe,
     readiness::{Gate, Readiness},
     reload::{self, ReloadError},
+    room::{Idle, Room},
     shared::{Shared, names},
     site::{self, Listener},
     steer::Steering,
@@ -49,6 +47,7 @@ pub struct Agent {
     readiness: Readiness,
     admin: AdminHandle,
     workers: Vec<JoinHandle<()>>,
+    watch: Watch,
     /// Ends after the workers.
     beside: Mutex<Option<Beside>>,
     certificate: Option<Arc<Certificate>>,
@@ -69,6 +68,11 @@ impl Agent {
     /// Blocks while the kernel proves itself (some tens of milliseconds), on a runtime of its own: not to be called on one. The
     /// calling thread has no capabilities afterwards ([`capability`]).
     pub fn start(config: Config) -> Result<Self> {
+        Self::start_with(config, Probe::default())
+    }
+
+    /// As [`start`](Self::start), with a probe that makes the agent fail; for tests.
+    pub fn start_with(config: Config, probe: Probe) -> Result<Self> {
         let count = match config.listen.workers {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             count => count,
@@ -76,6 +80,7 @@ impl Agent {
         raise_descriptor_limit();
         let metrics = Metrics::new(&names(&config));
         let readiness = Readiness::new();
+        let watch = Watch::new(&readiness, probe);
         let gates: Vec<Gate> = (0..count).map(|number| readiness.gate(format!("worker {number}"))).collect();
 
         let ladder = Ladder::climb(&config.steering);
@@ -96,19 +101,23 @@ impl Agent {
         // until it has started them.
         let given_up = capability::keep(&ladder.kept);
         let capabilities = capabilities(&given_up);
-        let around = capability::with(&[], || Around::start(config, metrics, &readiness, own))?;
+        let around = capability::with(&[], || Around::start(config, metrics, &readiness, own, &watch))?;
         let Around { shared, exporter, certificate, beside } = around;
         let (config, metrics) = (&shared.config, &shared.metrics);
         let mut status = ladder.lines();
         status.push(capabilities.clone());
+        let room = Room::new(config.listen.max_connections, count);
+        metrics.set_connections_limit(config.listen.max_connections);
         let admin = {
-            let (metrics, readiness) = (Arc::clone(metrics), readiness.clone());
-            capability::with(&[], || admin::start(admin, metrics, readiness, move || status.clone()))
+            let (metrics, readiness, room) = (Arc::clone(metrics), readiness.clone(), Arc::clone(&room));
+            let verbose = move || status.iter().cloned().chain([room.describe()]).collect();
+            capability::with(&[], || admin::start(admin, metrics, readiness, verbose, &watch))
         };
         let admin = admin.context("the admin server")?;
 
         let steering = ladder.steering();
-        if let Steering::Active(_) = steering {
+        if let Steering::Active(kernel) = &steering {
+            kernel.events().watch(watch.clone());
             // Inherited by every connection: another agent on this machine, whose endpoint this one is, knows it from the start.
             plain.iter().try_for_each(socket::keep_account)?;
         }
@@ -127,16 +136,17 @@ impl Agent {
         let mut workers = Vec::with_capacity(count);
         for (number, (listeners, gate)) in listeners.into_iter().zip(gates).enumerate() {
             let (updates, steering) = (updates.subscribe(), steering.clone());
+            let (room, watch, name) = (Arc::clone(&room), watch.clone(), format!("penstock-{number}"));
+            let thread = std::thread::Builder::new().name(name.clone());
             let run = move || {
-                let shared = Arc::clone(&updates.borrow());
-                if let Err(error) = work(Arc::clone(&shared), updates, &steering, count, listeners, gate) {
-                    tracing::error!(number, "worker: {error:#}");
-                    // Better none than some: whoever watches the process starts it again.
-                    shared.failed.store(true, Ordering::Relaxed);
-                    shared.force.cancel();
-                }
+                let idle = Idle::new(room, number);
+                watch.run(&name, || {
+                    if let Err(error) = work(updates, &steering, idle, listeners, gate) {
+                        watch.fail(&name, &format!("{error:#}"));
+                    }
+                });
             };
-            workers.push(std::thread::Builder::new().name(format!("penstock-{number}")).spawn(run)?);
+            workers.push(thread.spawn(run)?);
         }
         // What this thread starts later, at a reload, has none either.
         let _ = capability::keep(&[]);
@@ -150,6 +160,7 @@ impl Agent {
             readiness,
             admin,
             workers,
+            watch,
             beside: Mutex::new(Some(beside)),
             certificate,
             address,
@@ -213,15 +224,21 @@ impl Agent {
         let mut running = self.beside.lock();
         // One after the other: both tell the same metrics of the same replicas.
         *running = None;
-        let next = beside(&shared, self.certificate.as_ref(), None);
+        let next = beside(&shared, self.certificate.as_ref(), None, &self.watch);
         self.shared.send_replace(shared);
         *running = Some(next.map_err(ReloadError::Beside)?);
         Ok(())
     }
 
-    /// Not ready any more, no new connections; what runs may finish.
-    pub fn drain(&self) {
+    /// Not ready any more; connections are still accepted, and asked to end with the request that they carry.
+    pub fn leave(&self) {
         self.readiness.draining();
+        self.shared.borrow().leaving.cancel();
+    }
+
+    /// No new connections; what runs may finish.
+    pub fn drain(&self) {
+        self.leave();
         self.shared.borrow().draining.cancel();
     }
 
@@ -236,9 +253,14 @@ impl Agent {
         self.workers.iter().all(JoinHandle::is_finished)
     }
 
-    /// A worker could not start or go on, so the agent is going down.
+    /// A worker or another thread could not start or go on: the agent is unready and to be drained.
     pub fn has_failed(&self) -> bool {
-        self.shared.borrow().failed.load(Ordering::Relaxed)
+        self.watch.has_failed()
+    }
+
+    /// Resolves when [`has_failed`](Self::has_failed) holds. Cancel-safe.
+    pub async fn failed(&self) {
+        self.watch.failed().await;
     }
 
     /// Waits for the workers to end, after [`drain`](Self::drain).
@@ -272,11 +294,18 @@ struct Around {
 }
 
 impl Around {
-    fn start(config: Config, metrics: Arc<Metrics>, readiness: &Readiness, own: Listeners) -> Result<Self> {
-        let (telemetry, exporter) = Telemetry::start(&config.tracing, &metrics)?.unzip();
-        let shared = Arc::new(Shared::new(config, metrics, telemetry)?.listening(own));
+    fn start(
+        config: Config,
+        metrics: Arc<Metrics>,
+        readiness: &Readiness,
+        own: Listeners,
+        watch: &Watch,
+    ) -> Result<Self> {
+        let (telemetry, exporter) = Telemetry::start(&config.tracing, &metrics, watch)?.unzip();
+        let shared = Shared::new(config, metrics, telemetry)?.listening(own);
+        let shared = Arc::new(Shared { probe: watch.probe.clone(), ..shared });
         let certificate = shared.config.listen.tls.as_ref().map(Certificate::read).transpose()?;
-        let beside = beside(&shared, certificate.as_ref(), Some(readiness))?;
+        let beside = beside(&shared, certificate.as_ref(), Some(readiness), watch)?;
         Ok(Self { shared, exporter, certificate, beside })
     }
 }
@@ -293,38 +322,42 @@ fn capabilities(given_up: &Result<(), CapsError>) -> String {
 
 /// Starts what goes on beside requests: endpoints are followed and counted, the replicas of EPPs looked after, files read again.
 /// Without `readiness`, nobody waits for it.
-fn beside(shared: &Shared, certificate: Option<&Arc<Certificate>>, readiness: Option<&Readiness>) -> Result<Beside> {
+fn beside(
+    shared: &Shared,
+    certificate: Option<&Arc<Certificate>>,
+    readiness: Option<&Readiness>,
+    watch: &Watch,
+) -> Result<Beside> {
     let counts = shared.endpoints.iter().cloned().map(|set| Box::new(move || set.states()) as _);
     shared.metrics.count_endpoints(counts);
-    let discovery = Discovery::start(&shared.config, &shared.endpoints, &shared.metrics, readiness)?;
+    let discovery = Discovery::start(&shared.config, &shared.endpoints, &shared.metrics, readiness, watch)?;
 
     let dns = Dns::new(&shared.config.dns);
     let epps = shared.replicas.iter().enumerate().filter_map(|(pool, replicas)| Some((pool, replicas.clone()?)));
     let mut tasks: Vec<control::Task> =
         epps.map(|(pool, replicas)| tend(replicas, dns.clone(), Arc::clone(&shared.metrics), pool).boxed()).collect();
     tasks.extend(certificate.map(|certificate| Arc::clone(certificate).follow().boxed()));
-    let control = Control::start(tasks).context("the control thread")?;
+    let control = Control::start(tasks, watch).context("the control thread")?;
     Ok(Beside { _discovery: discovery, _control: control })
 }
 
 /// A worker's thread.
 fn work(
-    shared: Arc<Shared>,
     updates: watch::Receiver<Arc<Shared>>,
     steering: &Steering,
-    count: usize,
+    idle: Rc<Idle>,
     listeners: Vec<(std::net::TcpListener, Option<TlsAcceptor>)>,
     gate: Gate,
 ) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let connections = shared.config.listen.max_connections.div_ceil(count);
     tokio::task::LocalSet::new().block_on(&runtime, async {
         let steering = steering.worker()?;
+        let shared = Arc::clone(&updates.borrow());
         let worker = Worker::new(shared, steering);
         let listener = |(socket, tls)| Ok(Listener { socket: tokio::net::TcpListener::from_std(socket)?, tls });
         let listeners = listeners.into_iter().map(listener).collect::<io::Result<_>>()?;
         gate.open();
-        site::serve(worker, listeners, connections, updates).await;
+        site::serve(worker, listeners, idle, updates).await;
         Ok(())
     })
 }

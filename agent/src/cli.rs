@@ -6,14 +6,16 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use penstock_agent::{
+    app::Agent,
     capability,
     config::{self, Config, ConfigErrors, Overrides},
     epp_server::{self, EppServerConfig, EppServerLimits, EppServerTls},
     logging, panics,
+    run::{self, Signals},
 };
 use tracing_subscriber::EnvFilter;
 
-use crate::{doctor, run};
+use crate::doctor;
 
 const USAGE: u8 = 64;
 
@@ -147,9 +149,11 @@ impl Cli {
             tracing::warn!(%error, "capabilities cannot be given up");
         }
         match self.verb {
-            Verb::Run(configured) => {
-                with_config(&configured, |config| run::agent(config, || configured.read()).map(|()| ExitCode::SUCCESS))
-            }
+            Verb::Run(configured) => with_config(&configured, |config| {
+                let signals = Signals::install()?;
+                let agent = Agent::start(config)?;
+                run::until_ended(agent, signals, || configured.read()).map(|()| ExitCode::SUCCESS)
+            }),
             Verb::Check(configured) => with_config(&configured, |config| {
                 println!(
                     "{} is fine: {} pools, {} routes",

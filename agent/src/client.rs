@@ -36,6 +36,21 @@ impl Client {
         }
     }
 
+    /// The answer to the next request is to come.
+    pub fn begin_answer(&mut self) {
+        if let Self::Http1(socket) = self {
+            socket.begin_answer();
+        }
+    }
+
+    /// Something of the answer has been sent.
+    pub fn is_answered(&self) -> bool {
+        match self {
+            Self::Http1(socket) => socket.is_answered(),
+            Self::Http2(stream) => stream.is_answered(),
+        }
+    }
+
     /// Sends a whole answer to a request with this method.
     pub async fn reply(&mut self, method: &Method, reply: &Reply, keep_alive: bool) -> io::Result<()> {
         match self {

@@ -198,8 +198,11 @@ pub struct Timeouts {
     /// Then the connection is broken: the next of the list if nothing of the request was acknowledged, and otherwise a visible
     /// break.
     pub endpoint_unreachable: Option<Duration>,
-    /// After SIGTERM, how long running responses may take; default 30s.
+    /// From the end of `lame_duck`, how long running responses may take; default 30s.
     pub drain: Duration,
+    /// After SIGTERM, how long connections are still accepted while `/readyz` answers 503 and each answer asks for the end of its
+    /// connection; default 5s.
+    pub lame_duck: Option<Duration>,
 }
 
 /// Timeouts of a pool's or a route's requests. A route's go before its pool's, and those before `[timeouts]`: the outer `None`

@@ -3,7 +3,7 @@
 
 mod http2;
 
-use std::{net::SocketAddr, rc::Rc};
+use std::{net::SocketAddr, rc::Rc, time::Duration};
 
 use bytes::BytesMut;
 use tokio::net::TcpStream;
@@ -17,13 +17,17 @@ use crate::{
         head::HeadLimits,
         request::{RequestError, RequestHead, RequestParser},
     },
-    proxy::{self, After},
+    proxy::{self, After, Panicked},
+    room::Resting,
     tls,
     worker::{Current, Worker},
 };
 
 /// First read of a connection; larger heads grow the buffer up to the configured limit.
 const READ: usize = 4096;
+
+/// How long the first request of a connection is waited for when the agent drains.
+const FIRST: Duration = Duration::from_millis(200);
 
 /// Serves the connection to its end.
 pub async fn serve(current: &Rc<Current>, stream: TcpStream, peer: SocketAddr) {
@@ -57,8 +61,9 @@ pub async fn serve_tls(current: &Rc<Current>, tls: &TlsAcceptor, stream: TcpStre
 async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketAddr) {
     let mut first = !socket.is_tls();
     let mut lease = None;
+    let resting = Resting::new(&current.idle);
     loop {
-        let head = read_head(&current.worker(), &mut socket).await;
+        let head = read_head(&current.worker(), &mut socket, &resting).await;
         // A reload may have come while nothing did.
         let worker = &current.worker();
         let http2 = worker.shared.config.listen.http2_max_streams > 0;
@@ -69,7 +74,11 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
         let path = if head.is_err() { path(&socket.buf) } else { String::new() };
         let mut client = Client::Http1(socket);
         let after = match head {
-            Ok(Some((head, begun))) => proxy::run(worker, &mut client, head, begun, peer, &mut lease).await,
+            Ok(Some((head, begun))) => {
+                let answered = proxy::guarded(worker, &mut client, head, begun, peer, &mut lease).await;
+                answered.unwrap_or_else(|Panicked(after)| after)
+            }
+            Ok(None) if resting.is_over() => After::Abort,
             Ok(None) => After::Close,
             Err(error) => {
                 proxy::refuse(worker, &mut client, &error, &path).await;
@@ -91,8 +100,12 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
 }
 
 /// Reads the next request's head, and tells when it began; `None` when the client has no more or nothing to say for too long,
-/// or when the agent drains and no request has begun.
-async fn read_head(worker: &Worker, client: &mut ClientSocket) -> Result<Option<(RequestHead, Instant)>, Error> {
+/// or when no request has begun and the agent drains or the connection is `resting` too long for another's sake.
+async fn read_head(
+    worker: &Worker,
+    client: &mut ClientSocket,
+    resting: &Resting,
+) -> Result<Option<(RequestHead, Instant)>, Error> {
     let config = &worker.shared.config;
     let limits = HeadLimits { bytes: config.limits.head_bytes, headers: config.limits.headers };
     let mut begun: Option<Instant> = has_begun(&client.buf).then(Instant::now);
@@ -103,19 +116,33 @@ async fn read_head(worker: &Worker, client: &mut ClientSocket) -> Result<Option<
     loop {
         if let Some((head, length)) = parser.parse(&client.buf, &limits)? {
             let _ = client.buf.split_to(length);
+            resting.end();
             return Ok(Some((head, begun.unwrap_or_else(Instant::now))));
+        }
+        if begun.is_none() {
+            resting.begin();
+        } else {
+            resting.end();
         }
         let until = begun.map_or(idle, |begun| head_limit.map(|limit| begun + limit));
         let read = tokio::select! {
             biased;
             read = within(until, client.read(READ)) => read,
-            () = worker.shared.draining.cancelled(), if begun.is_none() => {
+            () = drained(worker, resting), if begun.is_none() => {
                 // What is in the socket already was sent to an agent that took requests.
                 match client.read_now(READ) {
                     Ok(n) if n > 0 => Some(Ok(n)),
                     _ => return Ok(None),
                 }
             }
+            () = resting.closed(), if begun.is_none() => match client.read_now(READ) {
+                Ok(n) if n > 0 => Some(Ok(n)),
+                _ => {
+                    worker.shared.metrics.client_shed();
+                    resting.give_up();
+                    return Ok(None);
+                }
+            },
         };
         match read {
             None if begun.is_some() => return Err(Error::HeadTimeout(head_limit.unwrap_or_default())),
@@ -128,6 +155,14 @@ async fn read_head(worker: &Worker, client: &mut ClientSocket) -> Result<Option<
             Some(Ok(0) | Err(_)) => return Ok(None),
             Some(Ok(_)) => begun = begun.or_else(|| has_begun(&client.buf).then(Instant::now)),
         }
+    }
+}
+
+/// Resolves when the agent drains; of a connection that has had no request a little later, because its first may be on the way.
+async fn drained(worker: &Worker, resting: &Resting) {
+    worker.shared.draining.cancelled().await;
+    if !resting.is_used() {
+        tokio::time::sleep(FIRST).await;
     }
 }
 

@@ -6,6 +6,10 @@ use std::{convert::Infallible, io, thread::JoinHandle};
 use futures_util::future::{BoxFuture, join_all};
 use tokio::sync::oneshot;
 
+use crate::panics::Watch;
+
+const THREAD: &str = "penstock-control";
+
 /// Runs until the agent ends.
 pub type Task = BoxFuture<'static, ()>;
 
@@ -20,13 +24,14 @@ struct Running {
 
 impl Control {
     /// Without tasks there is no thread.
-    pub fn start(tasks: Vec<Task>) -> io::Result<Self> {
+    pub fn start(tasks: Vec<Task>, watch: &Watch) -> io::Result<Self> {
         if tasks.is_empty() {
             return Ok(Self(None));
         }
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (stop, stopped) = oneshot::channel();
-        let thread = std::thread::Builder::new().name("penstock-control".to_owned()).spawn(move || {
+        let watch = watch.clone();
+        let work = move || {
             runtime.block_on(async {
                 let all = async {
                     join_all(tasks).await;
@@ -39,7 +44,8 @@ impl Control {
             });
             // A read of a file that hangs holds nobody up.
             runtime.shutdown_background();
-        })?;
+        };
+        let thread = std::thread::Builder::new().name(THREAD.to_owned()).spawn(move || watch.run(THREAD, work))?;
         Ok(Self(Some(Running { stop, thread })))
     }
 }
@@ -48,9 +54,7 @@ impl Drop for Control {
     fn drop(&mut self) {
         if let Some(Running { stop, thread }) = self.0.take() {
             drop(stop);
-            if thread.join().is_err() {
-                tracing::error!("the control thread had panicked");
-            }
+            let _ = thread.join();
         }
     }
 }

@@ -70,6 +70,10 @@ pub enum Error {
     /// The picker took its decision back; its own answer goes to the client.
     #[error("the endpoint picker evicted the request: {}", .0.details)]
     Evicted(Box<ImmediateReply>),
+    #[error("the agent has as many connections as it takes")]
+    TooManyConnections,
+    #[error("the agent failed while it processed the request")]
+    Panicked,
     /// Nobody is there to read an answer.
     #[error("the client left")]
     ClientGone,
@@ -91,6 +95,8 @@ impl Error {
             Self::FirstByte(_) | Self::RequestStalled { .. } | Self::RequestTimeout(_) => StatusCode::GATEWAY_TIMEOUT,
             Self::Loop | Self::OwnListener(_) => StatusCode::LOOP_DETECTED,
             Self::Evicted(reply) => reply.status,
+            Self::TooManyConnections => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Panicked => StatusCode::INTERNAL_SERVER_ERROR,
             // Never sent; nginx's number for it, so that the metric says what happened.
             Self::ClientGone => StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST),
         }
@@ -122,6 +128,8 @@ impl Error {
             Self::Loop => "loop",
             Self::OwnListener(_) => "own_listener",
             Self::Evicted(_) => "evicted",
+            Self::TooManyConnections => "too_many_connections",
+            Self::Panicked => "internal_error",
             Self::ClientGone => "client_gone",
         }
     }

@@ -2,7 +2,6 @@
 
 mod cli;
 mod doctor;
-mod run;
 
 use std::process::ExitCode;
 

@@ -5,7 +5,6 @@
 
 use std::{
     any::Any,
-    backtrace::{Backtrace, BacktraceStatus},
     collections::BTreeMap,
     panic::{AssertUnwindSafe, PanicHookInfo, catch_unwind},
 };
@@ -14,6 +13,7 @@ use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    probe::{Point, Probe},
     readiness::Readiness,
     text::{self, cut},
 };
@@ -34,7 +34,7 @@ pub struct Place {
 
 /// Logs and counts every panic from now on.
 pub fn install() {
-    std::panic::set_hook(Box::new(hook));
+    std::panic::set_hook(Box::new(record));
 }
 
 /// How many there were at each place.
@@ -42,16 +42,15 @@ pub fn seen() -> Vec<(Place, u64)> {
     SEEN.lock().iter().map(|(place, &count)| (place.clone(), count)).collect()
 }
 
-fn hook(panic: &PanicHookInfo<'_>) {
+/// Logs and counts one.
+pub fn record(panic: &PanicHookInfo<'_>) {
     let current = std::thread::current();
     let thread = current.name().unwrap_or("unnamed");
     let at = panic.location().map_or_else(|| "unknown".to_owned(), |at| format!("{}:{}", at.file(), at.line()));
     let message = cut(message(panic.payload()), text::PHRASE);
     count(Place { thread: kind(thread).to_owned(), at: at.clone() });
-    let backtrace = Backtrace::capture();
-    let backtrace = (backtrace.status() == BacktraceStatus::Captured).then(|| backtrace.to_string());
-    let backtrace = backtrace.as_deref().map(|backtrace| cut(backtrace, 16 * text::PHRASE));
-    tracing::error!(thread, at, message = &*message, backtrace = backtrace.as_deref(), "panicked");
+    // Without a backtrace, which takes seconds to make readable, of a worker's time.
+    tracing::error!(thread, at, panic = &*message, "panicked");
 }
 
 fn count(place: Place) {
@@ -81,16 +80,21 @@ pub struct Watch {
     readiness: Readiness,
     /// Cancelled when a part has failed.
     failed: CancellationToken,
+    pub probe: Probe,
 }
 
 impl Watch {
-    pub fn new(readiness: &Readiness) -> Self {
-        Self { readiness: readiness.clone(), failed: CancellationToken::new() }
+    pub fn new(readiness: &Readiness, probe: Probe) -> Self {
+        Self { readiness: readiness.clone(), failed: CancellationToken::new(), probe }
     }
 
     /// Runs a thread's work; `part` names it in `/readyz` and in the log. The part has failed if the work panics.
     pub fn run(&self, part: &str, work: impl FnOnce()) {
         // Whatever the work has left half done is not used again.
+        let work = || {
+            self.probe.at(Point::Thread(part));
+            work();
+        };
         if let Err(panic) = catch_unwind(AssertUnwindSafe(work)) {
             self.fail(part, message(&*panic));
         }
@@ -121,7 +125,7 @@ mod tests {
     #[test]
     fn panic_of_a_part_makes_the_agent_unready() {
         let readiness = Readiness::new();
-        let watch = Watch::new(&readiness);
+        let watch = Watch::new(&readiness, Probe::default());
         watch.run("events", || {});
         assert!(readiness.is_ready() && !watch.has_failed());
         watch.run("events", || panic!("a fault of this test's"));

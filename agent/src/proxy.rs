@@ -5,6 +5,7 @@
 
 mod ask;
 mod dispatch;
+mod guarded;
 mod lease;
 mod pick;
 mod pinned;
@@ -18,6 +19,7 @@ use http::{HeaderValue, Method, StatusCode, request, uri::Scheme};
 use tokio::time::{Instant, timeout_at};
 
 pub use self::{
+    guarded::{Panicked, guarded},
     lease::Lease,
     pinned::{Pin, pinned},
 };
@@ -36,6 +38,7 @@ use crate::{
         trailers,
     },
     picker::{exchange::ImmediateReply, mutation},
+    probe::Point,
     route::Times,
     upload::Upload,
     worker::Worker,
@@ -77,6 +80,13 @@ impl Request {
     fn set_times(&mut self, times: Times) {
         self.times = times;
         self.deadline = times.request.map(|limit| self.begun + limit);
+    }
+}
+
+impl Request {
+    /// Whether the connection is to stay open after an answer that is written now.
+    fn keeps_alive(&self, worker: &Worker) -> bool {
+        self.keep_alive && !worker.shared.leaving.is_cancelled()
     }
 }
 
@@ -135,7 +145,7 @@ pub async fn run(
         }
         Err(ref error) => {
             // With the rest of the body unread, the next request cannot be found.
-            let keep_alive = upload.is_done() && request.keep_alive && !matches!(error, Error::ClientGone);
+            let keep_alive = upload.is_done() && request.keeps_alive(worker) && !matches!(error, Error::ClientGone);
             let manner = Manner::of(&request.parts.headers, config).at(request.parts.uri.path());
             answer(client, &request.parts.method, &manner, error, keep_alive).await;
             if keep_alive { After::Next } else { close_after(error) }
@@ -178,6 +188,7 @@ async fn take(
     expect_continue: bool,
     peer: SocketAddr,
 ) -> Result<Upload, Error> {
+    worker.shared.probe.at(Point::Request(&request.parts));
     let config = &worker.shared.config;
     let naming = |has_body| Naming::new(&config.bbr, &request.parts.headers, has_body, &worker.shared.metrics);
     let mut upload = Upload::new(body, &config.limits, naming)?;
@@ -216,6 +227,7 @@ async fn take(
             && socket.buf.is_empty()
         {
             socket.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await.map_err(|_| Error::ClientGone)?;
+            socket.begin_answer();
         }
         while !upload.is_done() && !upload.naming.is_settled() && (needs_model || upload.kept.len() < MODEL_WINDOW) {
             match upload.read(client).await? {
@@ -256,7 +268,7 @@ async fn answered(
     let mut picked = match verdict? {
         Verdict::Forward(picked) => picked,
         Verdict::Reply(reply) => {
-            let keep_alive = request.keep_alive && upload.is_done();
+            let keep_alive = request.keeps_alive(worker) && upload.is_done();
             immediate(worker, client, &request.parts, &reply, keep_alive).await?;
             request.record.status(reply.status, "picker_reply");
             return Ok(if keep_alive { After::Next } else { After::Close });
@@ -275,9 +287,10 @@ async fn answered(
     let answer = match answer {
         Err(Error::Evicted(reply)) => {
             worker.shared.metrics.pool(request.pool).evicted();
-            immediate(worker, client, &request.parts, &reply, request.keep_alive).await?;
+            let keep_alive = request.keeps_alive(worker);
+            immediate(worker, client, &request.parts, &reply, keep_alive).await?;
             request.record.status(reply.status, "evicted");
-            return Ok(if request.keep_alive { After::Next } else { After::Close });
+            return Ok(if keep_alive { After::Next } else { After::Close });
         }
         answer => answer?,
     };

@@ -1,67 +1,121 @@
-//! `penstock run`: start, read the configuration again at SIGHUP, drain at SIGTERM.
+//! The life of a running agent: it reads its configuration again at SIGHUP, and leaves at SIGTERM, SIGINT or a failure of one of
+//! its parts.
+//!
+//! It leaves in three steps: for `timeouts.lame_duck` it still accepts, while `/readyz` and each answer send clients elsewhere;
+//! then the port closes, and what runs may finish within `timeouts.drain`; then what still runs is broken off. A second signal
+//! breaks off at once.
 
-use std::time::Duration;
+use std::{io, time::Duration};
 
-use penstock_agent::{
-    app::Agent,
-    config::{Config, ConfigErrors},
-};
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     time::Instant,
 };
 
-/// How often a running agent is asked whether its workers live.
-const WATCH: Duration = Duration::from_secs(1);
+use crate::{
+    app::Agent,
+    config::{Config, ConfigErrors, Timeouts},
+};
+
 /// How often a draining agent looks whether it is done.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// `read` reads the configuration as it is now.
-pub(crate) fn agent(config: Config, read: impl Fn() -> Result<Config, ConfigErrors>) -> anyhow::Result<()> {
-    let mut drain = config.timeouts.drain;
-    // The signal handlers stand before the first request is taken.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let guard = runtime.enter();
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut hangup = signal(SignalKind::hangup())?;
-    drop(guard);
-    let agent = Agent::start(config)?;
-    runtime.block_on(async {
-        while !agent.has_failed() {
-            tokio::select! {
-                _ = terminate.recv() => break,
-                _ = interrupt.recv() => break,
-                _ = hangup.recv() => drain = reload(&agent, &read).unwrap_or(drain),
-                () = tokio::time::sleep(WATCH) => {}
-            }
-        }
-        tracing::info!(deadline = ?drain, "draining");
-        agent.drain();
-        let deadline = Instant::now() + drain;
-        let mut forced = false;
-        while !agent.is_done() {
-            tokio::select! {
-                _ = terminate.recv() => agent.force(),
-                _ = interrupt.recv() => agent.force(),
-                () = tokio::time::sleep_until(deadline), if !forced => {
-                    agent.force();
-                    forced = true;
-                }
-                () = tokio::time::sleep(LOOK) => {}
-            }
-        }
-    });
+/// The handlers of signals, on a runtime of their own.
+pub struct Signals {
+    runtime: tokio::runtime::Runtime,
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    /// Before the agent starts, so that no signal ends it in the middle of a request.
+    pub fn install() -> io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let [terminate, interrupt, hangup] = {
+            let _inside = runtime.enter();
+            [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal)
+        };
+        Ok(Self { terminate: terminate?, interrupt: interrupt?, hangup: hangup?, runtime })
+    }
+}
+
+/// How long an agent takes to leave.
+#[derive(Clone, Copy)]
+struct Leave {
+    lame_duck: Duration,
+    drain: Duration,
+}
+
+impl From<&Timeouts> for Leave {
+    fn from(timeouts: &Timeouts) -> Self {
+        Self { lame_duck: timeouts.lame_duck.unwrap_or_default(), drain: timeouts.drain }
+    }
+}
+
+/// Returns when the agent has ended. `read` reads the configuration as it is now. An error says that a part of the agent failed.
+pub fn until_ended(
+    agent: Agent,
+    signals: Signals,
+    read: impl Fn() -> Result<Config, ConfigErrors>,
+) -> anyhow::Result<()> {
+    let Signals { runtime, terminate, interrupt, hangup } = signals;
+    runtime.block_on(live(&agent, Stop { terminate, interrupt }, hangup, read));
     let failed = agent.has_failed();
     agent.join();
     tracing::info!("stopped");
-    anyhow::ensure!(!failed, "a worker failed; the log says why");
+    anyhow::ensure!(!failed, "a part of the agent failed; the log says which");
     Ok(())
 }
 
-/// Reads the configuration again and takes it; returns its time for draining. One that is wrong, or needs a restart, changes
+struct Stop {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Stop {
+    /// Cancel-safe.
+    async fn asked(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+async fn live(agent: &Agent, mut stop: Stop, mut hangup: Signal, read: impl Fn() -> Result<Config, ConfigErrors>) {
+    let mut leave = Leave::from(&agent.config().timeouts);
+    loop {
+        tokio::select! {
+            () = stop.asked() => break,
+            () = agent.failed() => break,
+            _ = hangup.recv() => leave = reload(agent, &read).unwrap_or(leave),
+        }
+    }
+    tracing::info!(lame_duck = ?leave.lame_duck, deadline = ?leave.drain, "draining");
+    agent.leave();
+    tokio::select! {
+        () = stop.asked() => agent.force(),
+        () = tokio::time::sleep(leave.lame_duck) => {}
+    }
+    agent.drain();
+    let deadline = Instant::now() + leave.drain;
+    let mut forced = false;
+    while !agent.is_done() {
+        tokio::select! {
+            () = stop.asked() => agent.force(),
+            () = tokio::time::sleep_until(deadline), if !forced => {
+                agent.force();
+                forced = true;
+            }
+            () = tokio::time::sleep(LOOK) => {}
+        }
+    }
+}
+
+/// Reads the configuration again and takes it; returns its times for leaving. One that is wrong, or needs a restart, changes
 /// nothing.
-fn reload(agent: &Agent, read: impl Fn() -> Result<Config, ConfigErrors>) -> Option<Duration> {
+fn reload(agent: &Agent, read: impl Fn() -> Result<Config, ConfigErrors>) -> Option<Leave> {
     let config = match read() {
         Ok(config) => config,
         Err(errors) => {
@@ -70,11 +124,11 @@ fn reload(agent: &Agent, read: impl Fn() -> Result<Config, ConfigErrors>) -> Opt
             return None;
         }
     };
-    let drain = config.timeouts.drain;
+    let leave = Leave::from(&config.timeouts);
     match agent.reload(config) {
         Ok(()) => {
             tracing::info!("the configuration was read again");
-            Some(drain)
+            Some(leave)
         }
         Err(error) => {
             tracing::error!(%error, "the configuration stays as it was");
@@ -84,7 +138,7 @@ fn reload(agent: &Agent, read: impl Fn() -> Result<Config, ConfigErrors>) -> Opt
 }
 
 /// Resolves at SIGTERM or SIGINT.
-pub(crate) async fn terminated() {
+pub async fn terminated() {
     let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
     else {
         return;

@@ -1,11 +1,7 @@
 //! What all workers share under one configuration. A reload makes another one; requests that have begun keep the one that they
 //! began with.
 
-use std::{
-    net::SocketAddr,
-    sync::{Arc, atomic::AtomicBool},
-    time::Instant,
-};
+use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 use anyhow::Context as _;
 use http::{HeaderName, HeaderValue, StatusCode};
@@ -18,6 +14,7 @@ use crate::{
     listeners::Listeners,
     metrics::Metrics,
     picker::{builtin::BuiltinPicker, replica::Replicas},
+    probe::Probe,
     route::Router,
     telemetry::Telemetry,
 };
@@ -43,12 +40,13 @@ pub struct Shared {
     pub own: Listeners,
     /// What requests are marked with that this agent has forwarded.
     pub mark: HeaderValue,
+    /// The agent is about to drain: connections are asked to end with the request that they carry.
+    pub leaving: CancellationToken,
     /// No new connections or requests; what runs may finish.
     pub draining: CancellationToken,
     /// Break off what still runs.
     pub force: CancellationToken,
-    /// A worker could not start or go on.
-    pub failed: Arc<AtomicBool>,
+    pub probe: Probe,
 }
 
 impl Shared {
@@ -79,11 +77,12 @@ impl Shared {
         let replicas = replicas.collect::<anyhow::Result<_>>()?;
         let metrics = self.metrics.for_pools(&names(&config));
         Ok(Self {
+            leaving: self.leaving.clone(),
             draining: self.draining.clone(),
             force: self.force.clone(),
-            failed: Arc::clone(&self.failed),
             own: self.own.clone(),
             mark: self.mark.clone(),
+            probe: self.probe.clone(),
             ..Self::with(config, endpoints, replicas, metrics, self.telemetry.clone())
         })
     }
@@ -109,9 +108,10 @@ impl Shared {
             telemetry,
             own: Listeners::default(),
             mark: mark(),
+            leaving: CancellationToken::new(),
             draining: CancellationToken::new(),
             force: CancellationToken::new(),
-            failed: Arc::default(),
+            probe: Probe::default(),
             config,
         }
     }

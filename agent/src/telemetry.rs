@@ -19,7 +19,7 @@ use opentelemetry_sdk::{
     trace::{Sampler, SdkTracer, SdkTracerProvider},
 };
 
-use crate::{config, metrics::Metrics};
+use crate::{config, metrics::Metrics, panics::Watch};
 
 /// Makes spans. Clones make them for the same exporter.
 #[derive(Clone)]
@@ -29,9 +29,13 @@ pub struct Telemetry {
 
 impl Telemetry {
     /// `None` where it is off. Dropping the exporter sends what is left, for a moment.
-    pub fn start(config: &config::Tracing, metrics: &Arc<Metrics>) -> anyhow::Result<Option<(Self, Exporter)>> {
+    pub fn start(
+        config: &config::Tracing,
+        metrics: &Arc<Metrics>,
+        watch: &Watch,
+    ) -> anyhow::Result<Option<(Self, Exporter)>> {
         let Some(endpoint) = &config.otlp_endpoint else { return Ok(None) };
-        let (queue, exporter) = export::start(endpoint, config, &resource(config), Arc::clone(metrics))
+        let (queue, exporter) = export::start(endpoint, config, &resource(config), Arc::clone(metrics), watch)
             .with_context(|| format!("the exporter of spans to {endpoint}"))?;
         let sampler = Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(config.sampling_ratio.get())));
         let provider = SdkTracerProvider::builder().with_sampler(sampler).with_span_processor(queue).build();

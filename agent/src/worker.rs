@@ -7,6 +7,7 @@ use crate::{
     config::Config,
     endpoint::{http2::Http2Pool, pool::Pool, times::Times},
     picker::{client::EppClient, replica::Replicas},
+    room::Idle,
     shared::Shared,
     steer::WorkerSteering,
 };
@@ -68,19 +69,23 @@ fn times(config: &Config) -> Times {
 }
 
 /// The worker as it is under the configuration that holds now.
-pub struct Current(RefCell<Rc<Worker>>);
+pub struct Current {
+    worker: RefCell<Rc<Worker>>,
+    /// Its client connections without a request.
+    pub idle: Rc<Idle>,
+}
 
 impl Current {
-    pub fn new(worker: Worker) -> Self {
-        Self(RefCell::new(Rc::new(worker)))
+    pub fn new(worker: Worker, idle: Rc<Idle>) -> Self {
+        Self { worker: RefCell::new(Rc::new(worker)), idle }
     }
 
     /// What a request that begins now is served with.
     pub fn worker(&self) -> Rc<Worker> {
-        Rc::clone(&self.0.borrow())
+        Rc::clone(&self.worker.borrow())
     }
 
     pub fn replace(&self, worker: Worker) {
-        self.0.replace(Rc::new(worker));
+        self.worker.replace(Rc::new(worker));
     }
 }

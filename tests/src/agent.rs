@@ -9,6 +9,7 @@ use penstock_agent::{
     app::Agent,
     config::{Config, Epp, FailureMode, Picker, Pool, SteeringMode},
     metrics::Path,
+    probe::Probe,
 };
 use tracing_subscriber::EnvFilter;
 
@@ -43,8 +44,17 @@ impl TestAgent {
         Self::try_start(pool, steering, adjust).unwrap_or_else(|error| panic!("{error:#}"))
     }
 
+    /// As [`Self::start`], with a probe that makes the agent fail.
+    pub fn start_with(pool: Pool, steering: SteeringMode, probe: Probe, adjust: impl FnOnce(&mut Config)) -> Self {
+        Self::begin(pool, steering, probe, adjust).unwrap_or_else(|error| panic!("{error:#}"))
+    }
+
     /// As [`Self::start`]; says why when the agent does not start, or is to steer and cannot.
     pub fn try_start(pool: Pool, steering: SteeringMode, adjust: impl FnOnce(&mut Config)) -> Result<Self> {
+        Self::begin(pool, steering, Probe::default(), adjust)
+    }
+
+    fn begin(pool: Pool, steering: SteeringMode, probe: Probe, adjust: impl FnOnce(&mut Config)) -> Result<Self> {
         trace();
         let mut config = Config::new(vec![pool]);
         config.listen.address = SocketAddr::from(([127, 0, 0, 1], 0));
@@ -61,7 +71,7 @@ impl TestAgent {
         };
         // The self-test has a runtime of its own, which cannot be started inside the test's.
         let begun = config.clone();
-        let start = std::thread::spawn(|| Agent::start(begun));
+        let start = std::thread::spawn(|| Agent::start_with(begun, probe));
         let agent = start.join().expect("the agent's start does not panic").context("starting the agent")?;
         if wanted.is_some_and(|path| !agent.ladder().is_ready(path)) {
             bail!("this test needs the kernel: {:#?}", agent.ladder().lines());

@@ -153,9 +153,18 @@ fn for_everyone(binary: &Path) -> Result<TempDir> {
     Ok(folder)
 }
 
+/// Unless `settings` say otherwise, the agent drains as soon as it is asked to.
 fn text(listen: SocketAddr, endpoint: SocketAddr, steering: &str, settings: &str) -> String {
+    const AT_ONCE: &str = "[timeouts]\nlame_duck = \"off\"\n";
+    let (before, settings) = if settings.contains("lame_duck") {
+        ("", settings.to_owned())
+    } else if settings.contains("[timeouts]\n") {
+        ("", settings.replacen("[timeouts]\n", AT_ONCE, 1))
+    } else {
+        (AT_ONCE, settings.to_owned())
+    };
     format!(
-        "[listen]\naddress = \"{listen}\"\nworkers = 2\n[admin]\naddress = \"127.0.0.1:0\"\n\
+        "[listen]\naddress = \"{listen}\"\nworkers = 2\n[admin]\naddress = \"127.0.0.1:0\"\n{before}\
          [steering]\nmode = \"{steering}\"\nmax_flows = 1024\n{settings}\n\
          [[pools]]\nname = \"default\"\nendpoints = [\"{endpoint}\"]\n"
     )

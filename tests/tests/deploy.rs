@@ -210,13 +210,14 @@ fn the_patch_leaves_the_pod_three_capabilities() {
 
 #[test]
 fn whoever_stops_the_agent_waits_for_the_drain() {
-    let drain = config().timeouts.drain;
+    let timeouts = config().timeouts;
+    let leaves = timeouts.lame_duck.unwrap_or_default() + timeouts.drain;
     let grace = pod().termination_grace_period_seconds.expect("a grace period");
-    assert!(Duration::from_secs(grace.unsigned_abs()) > drain, "{grace} s is not longer than {drain:?}");
+    assert!(Duration::from_secs(grace.unsigned_abs()) > leaves, "{grace} s is not longer than {leaves:?}");
 
     let [stop] = unit("TimeoutStopSec")[..].try_into().expect("one TimeoutStopSec");
     let stop: u64 = stop.strip_suffix('s').and_then(|number| number.parse().ok()).expect("seconds");
-    assert!(Duration::from_secs(stop) > drain, "{stop} s is not longer than {drain:?}");
+    assert!(Duration::from_secs(stop) > leaves, "{stop} s is not longer than {leaves:?}");
     assert_eq!(unit("KillSignal"), ["SIGTERM"]);
 }
 

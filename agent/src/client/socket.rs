@@ -34,6 +34,8 @@ pub struct ClientSocket {
     ledger: Ledger,
     key: Option<u64>,
     resets: bool,
+    /// Something has been written since the last [`begin_answer`](Self::begin_answer).
+    answered: bool,
     /// What the kernel knows of what the client sends. Behind `stream`: a slot outlives its socket.
     source: Option<Source>,
 }
@@ -59,7 +61,7 @@ impl ClientSocket {
     fn of(stream: Stream) -> io::Result<Self> {
         stream.tcp().set_nodelay(true)?;
         let ledger = Ledger::begin(stream.tcp())?;
-        Ok(Self { stream, buf: BytesMut::new(), ledger, key: None, resets: false, source: None })
+        Ok(Self { stream, buf: BytesMut::new(), ledger, key: None, resets: false, answered: false, source: None })
     }
 
     /// The connection, and what has been read of it; `None` for TLS, where the protocol has been agreed on before.
@@ -72,6 +74,15 @@ impl ClientSocket {
 
     pub fn stream(&self) -> &TcpStream {
         self.stream.tcp()
+    }
+
+    /// The answer to the next request is to come, or its final one after an interim one.
+    pub fn begin_answer(&mut self) {
+        self.answered = false;
+    }
+
+    pub fn is_answered(&self) -> bool {
+        self.answered
     }
 
     pub fn is_tls(&self) -> bool {
@@ -117,6 +128,7 @@ impl ClientSocket {
     /// Writes all of it, behind whatever the kernel has redirected. Not cancel-safe: after a cancelled write the
     /// connection can only be broken off.
     pub async fn write_all(&mut self, buf: &[u8]) -> io::Result<()> {
+        self.answered = true;
         self.settle().await?;
         match &mut self.stream {
             Stream::Plain(stream) => stream.write_all(buf).await?,

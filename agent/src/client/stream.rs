@@ -45,6 +45,11 @@ impl ClientStream {
         self.tls
     }
 
+    /// The answer has been given, or its head.
+    pub fn is_answered(&self) -> bool {
+        !matches!(self.state, State::Unanswered(_))
+    }
+
     /// The next frame of the request's body. Cancel-safe.
     pub async fn frame(&mut self) -> Option<Result<Frame<Bytes>, hyper::Error>> {
         self.body.frame().await

@@ -85,6 +85,7 @@ impl Default for Timeouts {
             endpoint_keep_alive: Duration::from_secs(4),
             endpoint_unreachable: Some(Duration::from_secs(45)),
             drain: Duration::from_secs(30),
+            lame_duck: Some(Duration::from_secs(5)),
         }
     }
 }

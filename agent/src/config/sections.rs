@@ -78,6 +78,7 @@ fn timeouts(section: &mut Section<'_>) -> Timeouts {
             .read("endpoint_unreachable", value::seconds_or_off)
             .unwrap_or(default.endpoint_unreachable),
         drain: section.read("drain", value::duration).unwrap_or(default.drain),
+        lame_duck: section.read("lame_duck", value::duration_or_off).unwrap_or(default.lame_duck),
     }
 }
 

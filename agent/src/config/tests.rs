@@ -151,6 +151,7 @@ fn every_setting_is_read() {
         endpoint_keep_alive = "5s"
         endpoint_unreachable = "1s"
         drain = "24h"
+        lame_duck = "7s"
         [headers]
         via = "gw.example:8080"
         x_forwarded = "replace"
@@ -321,6 +322,7 @@ fn every_setting_is_read() {
             endpoint_keep_alive: Duration::from_secs(5),
             endpoint_unreachable: Some(Duration::from_secs(1)),
             drain: Duration::from_secs(24 * 3600),
+            lame_duck: Some(Duration::from_secs(7)),
         },
         headers: Headers {
             via: Some("gw.example:8080".into()),

@@ -19,8 +19,11 @@ use crate::{
     config::{Config, Pool},
     dns::Dns,
     metrics::Metrics,
+    panics::Watch,
     readiness::{Gate, Readiness},
 };
+
+const THREAD: &str = "endpoints";
 
 /// How long a source may keep a pool waiting that has other endpoints.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -53,6 +56,7 @@ impl Discovery {
         sets: &[Arc<EndpointSet>],
         metrics: &Arc<Metrics>,
         readiness: Option<&Readiness>,
+        watch: &Watch,
     ) -> io::Result<Self> {
         let job = |(index, (pool, set)): (usize, (&Pool, &Arc<EndpointSet>))| {
             let followed = pool.endpoints_dns.is_some() || pool.endpoints_file.is_some();
@@ -69,14 +73,27 @@ impl Discovery {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (stop, stopped) = oneshot::channel::<Infallible>();
         let (config, metrics) = (config.clone(), Arc::clone(metrics));
-        let thread = std::thread::Builder::new().name("endpoints".to_owned()).spawn(move || {
+        let watch = watch.clone();
+        let work = move || {
             runtime.block_on(async {
-                let _tasks = tasks(jobs, &config, &metrics);
-                let _ = stopped.await;
+                let mut tasks = tasks(jobs, &config, &metrics);
+                let all = async {
+                    while let Some(ended) = tasks.join_next().await {
+                        if let Some(panic) = ended.err().and_then(|error| error.try_into_panic().ok()) {
+                            std::panic::resume_unwind(panic);
+                        }
+                    }
+                    std::future::pending::<()>().await;
+                };
+                tokio::select! {
+                    () = all => {}
+                    _ = stopped => {}
+                }
             });
             // A file system that hangs does not hold up the end.
             runtime.shutdown_background();
-        })?;
+        };
+        let thread = std::thread::Builder::new().name(THREAD.to_owned()).spawn(move || watch.run(THREAD, work))?;
         Ok(Self(Some(Running { stop, thread })))
     }
 }
@@ -85,9 +102,7 @@ impl Drop for Discovery {
     fn drop(&mut self) {
         if let Some(Running { stop, thread }) = self.0.take() {
             drop(stop);
-            if thread.join().is_err() {
-                tracing::error!("the thread of the endpoints had panicked");
-            }
+            let _ = thread.join();
         }
     }
 }

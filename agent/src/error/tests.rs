@@ -179,6 +179,8 @@ fn every_error() -> Vec<Error> {
         Error::OwnListener(address),
         Error::Response { address, error: ResponseError::SwitchingProtocols },
         Error::Evicted(Box::new(reply)),
+        Error::TooManyConnections,
+        Error::Panicked,
         Error::ClientGone,
     ];
     let heads = heads.into_iter().map(|fault| Error::Request(fault.into()));

@@ -5,9 +5,11 @@
 
 use std::{
     io,
+    ops::ControlFlow,
     os::fd::{AsFd, BorrowedFd},
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     task::{Context, Poll},
@@ -24,7 +26,13 @@ use nix::{
 };
 
 use super::slots::{Slots, SpanRef};
-use crate::capability;
+use crate::{
+    capability,
+    panics::{self, Watch},
+    probe::Point,
+};
+
+const THREAD: &str = "penstock-events";
 
 /// How often retired slots are freed.
 const RECLAIM: Duration = Duration::from_secs(1);
@@ -40,6 +48,9 @@ pub struct Events {
 struct Shared {
     wakers: Box<[AtomicWaker]>,
     missed: AtomicU64,
+    /// Whoever is told when the thread ends before it is asked to.
+    watch: OnceLock<Watch>,
+    failure: OnceLock<String>,
 }
 
 impl Events {
@@ -51,15 +62,27 @@ impl Events {
         slots: Arc<Slots>,
     ) -> io::Result<Self> {
         let wakers = (0..slots.len()).map(|_| AtomicWaker::new()).collect();
-        let shared = Arc::new(Shared { wakers, missed: AtomicU64::new(0) });
+        let (missed_so_far, watch, failure) = (AtomicU64::new(0), OnceLock::new(), OnceLock::new());
+        let shared = Arc::new(Shared { wakers, missed: missed_so_far, watch, failure });
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
         let (theirs, until) = (Arc::clone(&shared), Arc::clone(&stop));
-        let thread = std::thread::Builder::new().name("penstock-events".into()).spawn(move || {
+        let thread = std::thread::Builder::new().name(THREAD.into()).spawn(move || {
             // Reading what is mapped and open takes none. Where they cannot be given up, the start says so for all threads.
             let _ = capability::keep(&[]);
-            run(ring, &missed, log, &theirs, &slots, &until);
+            let ended = catch_unwind(AssertUnwindSafe(|| run(ring, &missed, log, &theirs, &slots, &until)));
+            theirs.fail(match ended {
+                Ok(Ok(())) => return,
+                Ok(Err(error)) => format!("waiting for events: {error}"),
+                Err(panic) => panics::message(&*panic).to_owned(),
+            });
         })?;
         Ok(Self { shared, stop, thread: Some(thread) })
+    }
+
+    /// Has `watch` told when the thread ends before it is asked to.
+    pub fn watch(&self, watch: Watch) {
+        let _ = self.shared.watch.set(watch);
+        self.shared.tell();
     }
 
     /// Ready when the span, of the slots at `index`, is released; otherwise the task is woken when the kernel says something
@@ -73,6 +96,19 @@ impl Events {
     /// Events that found the ring full, since the last call.
     pub fn take_missed(&self) -> u64 {
         self.shared.missed.swap(0, Relaxed)
+    }
+}
+
+impl Shared {
+    fn fail(&self, why: String) {
+        let _ = self.failure.set(why);
+        self.tell();
+    }
+
+    fn tell(&self) {
+        if let (Some(watch), Some(why)) = (self.watch.get(), self.failure.get()) {
+            watch.fail(THREAD, why);
+        }
     }
 }
 
@@ -92,7 +128,7 @@ fn run(
     shared: &Shared,
     slots: &Slots,
     stop: &EventFd,
-) {
+) -> nix::Result<()> {
     let mut reclaimed = Instant::now();
     let mut seen = 0;
     loop {
@@ -113,18 +149,24 @@ fn run(
             reclaimed = Instant::now();
         }
         log.flush();
-        if wait(&ring, &log, stop.as_fd()).is_err() {
-            return;
+        if let Some(watch) = shared.watch.get() {
+            watch.probe.at(Point::Events);
+        }
+        if wait(&ring, &log, stop.as_fd())?.is_break() {
+            return Ok(());
         }
     }
 }
 
-/// Sleeps until one of the rings has something, or a second has passed and missed events are worth a look; an error says that it is time to end.
-fn wait(ring: &RingBuf<MapData>, log: &ProgramLog, stop: BorrowedFd<'_>) -> Result<(), ()> {
+/// Sleeps until one of the rings has something, or a second has passed and missed events are worth a look; breaks when it is
+/// time to end.
+fn wait(ring: &RingBuf<MapData>, log: &ProgramLog, stop: BorrowedFd<'_>) -> nix::Result<ControlFlow<()>> {
     let fds = [super::socket::borrow(ring), log.as_fd(), stop];
     let mut fds = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
     match poll(&mut fds, 1000u16) {
-        Ok(_) | Err(nix::errno::Errno::EINTR) if fds[2].any() != Some(true) => Ok(()),
-        _ => Err(()),
+        Err(nix::errno::Errno::EINTR) => Ok(ControlFlow::Continue(())),
+        Ok(_) if fds[2].any() == Some(true) => Ok(ControlFlow::Break(())),
+        Ok(_) => Ok(ControlFlow::Continue(())),
+        Err(error) => Err(error),
     }
 }

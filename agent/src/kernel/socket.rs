@@ -126,6 +126,20 @@ pub fn detect_unreachable(socket: impl AsFd, after: Option<Duration>) -> io::Res
     socket.set_tcp_user_timeout(Some(after))
 }
 
+/// Drops every SYN that arrives at a listener from now on; handshakes that have begun go on to their end. The filter sees the TCP
+/// header, and the connections that are accepted inherit it.
+pub fn refuse_handshakes(listener: impl AsFd) -> io::Result<()> {
+    const FLAGS: u32 = 13;
+    const SYN: u32 = 2;
+    let instruction = |code: u32, jt, jf, k| socket2::SockFilter::new(code as u16, jt, jf, k);
+    socket2::SockRef::from(&listener.as_fd()).attach_filter(&[
+        instruction(libc::BPF_LD | libc::BPF_B | libc::BPF_ABS, 0, 0, FLAGS),
+        instruction(libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K, 0, 1, SYN),
+        instruction(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
+        instruction(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX),
+    ])
+}
+
 /// Ends our side of a connection.
 pub fn shut_down(socket: impl AsFd) -> io::Result<()> {
     socket2::SockRef::from(&socket.as_fd()).shutdown(std::net::Shutdown::Write)

@@ -22,6 +22,7 @@ use crate::{
         exchange::ImmediateReply,
         mutation,
     },
+    probe::Point,
     steer::{
         Source,
         choice::{Path, Response, choose},
@@ -101,14 +102,16 @@ pub(super) async fn respond(
             ResponseReply::Evicted(reply) => {
                 worker.shared.metrics.pool(request.pool).evicted();
                 drop(body);
-                immediate(worker, client, &request.parts, &reply, request.keep_alive).await?;
+                let keep_alive = request.keeps_alive(worker);
+                immediate(worker, client, &request.parts, &reply, keep_alive).await?;
                 request.record.status(reply.status, "evicted");
-                return Ok(if request.keep_alive { After::Next } else { After::Close });
+                return Ok(if keep_alive { After::Next } else { After::Close });
             }
         }
     }
     request.record.status(head.status, "ok");
     request.record.event_stream(head.is_event_stream());
+    worker.shared.probe.at(Point::Response(&request.parts));
     let carried = match (&mut *client, &mut body) {
         (Client::Http1(socket), ResponseBody::Http1 { connection, pending, .. }) if head.upgrade.is_some() => {
             tunnel(worker, socket, request, &head, connection, pending, &mut picked).await
@@ -168,7 +171,7 @@ async fn bytes(
     picked: &mut Picked,
     tee: Option<&RefCell<Tee>>,
 ) -> Carried {
-    let wish = request.keep_alive && !worker.shared.draining.is_cancelled();
+    let wish = request.keeps_alive(worker);
     let mut lead = BytesMut::with_capacity(1024);
     let keep_alive = head.write_head(&mut lead, wish, request.parts.version);
     let decode = head.needs_dechunk(request.parts.version);
@@ -268,7 +271,7 @@ async fn frames(
             if body.is_done() { stream.begin_and_end(head) } else { stream.begin(head, length) }
         }
         Client::Http1(socket) => {
-            let wish = request.keep_alive && !worker.shared.draining.is_cancelled();
+            let wish = request.keeps_alive(worker);
             keep_alive = head.write_head(&mut lead, wish, request.parts.version);
             match head.body {
                 BodyKind::Chunked if head.needs_dechunk(request.parts.version) => socket.reset_on_close(),

@@ -15,7 +15,9 @@ use opentelemetry_sdk::{
 use tokio::sync::mpsc::{self, error::TrySendError};
 use tokio_util::sync::CancellationToken;
 
-use crate::{config, metrics::Metrics};
+use crate::{config, metrics::Metrics, panics::Watch};
+
+const THREAD: &str = "penstock-spans";
 
 /// Spans of one message.
 const BATCH: usize = 512;
@@ -74,6 +76,7 @@ pub(super) fn start(
     config: &config::Tracing,
     resource: &Resource,
     metrics: Arc<Metrics>,
+    watch: &Watch,
 ) -> anyhow::Result<(Queue, Exporter)> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut exporter = {
@@ -85,8 +88,9 @@ pub(super) fn start(
     let stop = CancellationToken::new();
     let sender = Sender { exporter, metrics: Arc::clone(&metrics), unsent: Cell::new(0), failing: Cell::new(false) };
     let (interval, stopped) = (config.export_interval, stop.clone());
-    let run = move || runtime.block_on(sender.run(queue, interval, stopped));
-    let thread = std::thread::Builder::new().name("penstock-spans".to_owned()).spawn(run)?;
+    let watch = watch.clone();
+    let work = move || runtime.block_on(sender.run(queue, interval, stopped));
+    let thread = std::thread::Builder::new().name(THREAD.to_owned()).spawn(move || watch.run(THREAD, work))?;
     Ok((Queue { spans, metrics }, Exporter { stop, thread: Some(thread) }))
 }
 

@@ -94,6 +94,7 @@ impl Fleet {
         waiting.over(address);
 
         let mut config = String::from("[listen]\naddress = \"127.0.0.1:0\"\n\n[admin]\naddress = \"127.0.0.1:0\"\n\n");
+        config.push_str("[timeouts]\nlame_duck = \"off\"\n\n");
         let _ = write!(config, "[[pools]]\nname = \"demo\"\nendpoints = {texts:?}\n\n[pools.picker]\nkind = \"epp\"\n");
         let _ = write!(config, "address = \"{address}\"\ntls = \"insecure\"\n");
         std::fs::write(folder.path().join("penstock.toml"), config)?;

@@ -1,9 +1,12 @@
 //! What an agent lives through: what it finds at its start, another configuration while it runs, and its end.
 
 mod capabilities;
+mod connections;
 mod doctor;
 mod killed;
+mod leaving;
 mod log;
+mod panics;
 mod reload;
 
 use std::{

@@ -1,0 +1,159 @@
+//! As many connections as an agent takes, and one more; and an agent that has run out of file descriptors.
+
+use std::time::{Duration, Instant};
+
+use penstock_agent::config::{ListenTls, SteeringMode};
+use penstock_tests::{
+    Client, ModelServer, Plan, Request,
+    agent::{TestAgent, builtin_pool},
+    agent_process::AgentProcess,
+    client::{ConnectionEnd, Piece},
+    eventually,
+    http2_frames::{Http2Frames, kind},
+    model_server::{Fault, FaultKind, Options},
+    tls::Certificate,
+};
+use tokio::{io::AsyncWriteExt as _, net::TcpStream};
+
+use crate::{ANY_PORT, SOON};
+
+const MODELS: &str = "/v1/models";
+const LIMIT: usize = 4;
+
+async fn server() -> ModelServer {
+    ModelServer::start(Options { idle_close: None, ..Options::default() }).await.unwrap()
+}
+
+fn limited(server: &ModelServer) -> TestAgent {
+    TestAgent::start(builtin_pool(&[server.addr]), SteeringMode::Off, |config| {
+        config.listen.max_connections = LIMIT;
+    })
+}
+
+/// A connection in the middle of a response.
+async fn busy(agent: &TestAgent) -> Client {
+    let plan = Plan { fault: Some(Fault { after: 1000, kind: FaultKind::Stall }), size: 1 << 20, ..Plan::default() };
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    client.send(&plan.request()).await.unwrap();
+    assert_eq!(client.head().await.unwrap().status, 200);
+    client
+}
+
+async fn verbose(agent: &TestAgent) -> (u16, String) {
+    let mut admin = Client::connect(agent.agent.admin_address()).await.unwrap();
+    let response = admin.request(&Request::get("/readyz?verbose")).await.unwrap();
+    (response.status(), response.text())
+}
+
+#[tokio::test]
+async fn connection_beyond_the_limit_of_all_workers_gets_503_at_once() {
+    let server = server().await;
+    let agent = limited(&server);
+    let mut held = Vec::new();
+    for _ in 0..LIMIT {
+        held.push(busy(&agent).await);
+    }
+    for turn in 1..=6 {
+        let mut client = Client::connect(agent.addr).await.unwrap();
+        let refused = tokio::time::timeout(SOON, client.request(&Request::get(MODELS))).await.unwrap().unwrap();
+        assert_eq!((refused.status(), refused.error_code().as_str()), (503, "too_many_connections"));
+        assert_eq!((refused.header("connection"), refused.header("retry-after")), (Some("close"), Some("1")));
+        assert_eq!(client.until_end().await.unwrap(), ConnectionEnd::Fin);
+        let count = |name| agent.count(name, &[]);
+        assert_eq!(count("penstock_client_connections_refused_total"), turn);
+        assert_eq!(agent.count("penstock_requests_total", &[r#"reason="too_many_connections""#]), turn);
+    }
+    let mut http2 = Http2Frames::connect(agent.addr).await.unwrap();
+    let told = http2.find(|frame| frame.kind == kind::GOAWAY).await.unwrap().unwrap();
+    assert_eq!(told.error(), Some(0));
+    // The next node would only be full sooner.
+    let (status, lines) = verbose(&agent).await;
+    assert!(status == 200 && lines.contains("connections: 4 of 4, full"), "{status} {lines}");
+    assert_eq!(agent.count("penstock_client_connections_limit", &[]), LIMIT as u64);
+
+    held.pop();
+    eventually(SOON, || agent.count("penstock_client_connections", &[]) < LIMIT as u64).await;
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    assert_eq!(client.request(&Request::get(MODELS)).await.unwrap().status(), 200);
+}
+
+#[tokio::test]
+async fn tls_connection_beyond_the_limit_is_closed() {
+    let server = server().await;
+    let (certificate, folder) = (Certificate::new("agent").unwrap(), tempfile::tempdir().unwrap());
+    let (cert_file, key_file) = certificate.write(folder.path()).unwrap();
+    let agent = TestAgent::start(builtin_pool(&[server.addr]), SteeringMode::Off, |config| {
+        config.listen.max_connections = 1;
+        config.listen.tls = Some(ListenTls { address: ANY_PORT, cert_file, key_file });
+    });
+    let held = busy(&agent).await;
+    let address = agent.agent.tls_address().unwrap();
+    let refused = tokio::time::timeout(SOON, certificate.connect(address, &["http/1.1"])).await.expect("in time");
+    assert!(refused.is_err(), "a limit for each listener");
+    drop(held);
+    eventually(SOON, || agent.count("penstock_client_connections", &[]) == 0).await;
+    certificate.connect(address, &["http/1.1"]).await.unwrap();
+}
+
+#[tokio::test]
+async fn connection_that_has_been_idle_longest_makes_room() {
+    let server = server().await;
+    let agent = limited(&server);
+    let mut running = busy(&agent).await;
+    let mut idle = Vec::new();
+    for _ in 1..LIMIT {
+        let mut client = Client::connect(agent.addr).await.unwrap();
+        assert_eq!(client.request(&Request::get(MODELS)).await.unwrap().status(), 200);
+        idle.push(client);
+    }
+    // Each newcomer stays, so that all that were idle before go, on whichever worker they are.
+    let mut later = Vec::new();
+    for _ in 1..LIMIT {
+        later.push(busy(&agent).await);
+    }
+    for client in &mut idle {
+        assert_eq!(client.until_end().await.unwrap(), ConnectionEnd::Fin);
+    }
+    assert_eq!(agent.count("penstock_client_connections_shed_total", &[]), LIMIT as u64 - 1);
+    assert_eq!(agent.count("penstock_client_connections_refused_total", &[]), 0);
+    assert!(matches!(running.piece(1).await.unwrap(), Piece::Data(_)), "a connection with a request was closed");
+}
+
+/// Two hundred connections that have begun a request, of an agent that may have 128 descriptors.
+#[tokio::test]
+async fn exhausted_descriptors_hold_up_no_probe_and_refuse_clients() {
+    let server = server().await;
+    let through = ["prlimit", "--nofile=128:128"];
+    let agent = AgentProcess::start_through(&through, ANY_PORT, server.addr, "off", "").await.unwrap();
+    let mut held = Vec::new();
+    for _ in 0..200 {
+        let mut stream = TcpStream::connect(agent.addr).await.unwrap();
+        let _ = stream.write_all(b"GET ").await;
+        held.push(stream);
+    }
+    let begin = Instant::now();
+    while agent.metric("penstock_accept_failures_total", &["listener=\"listen\""]).await.unwrap() == 0.0 {
+        assert!(begin.elapsed() < SOON, "the descriptors never ran out");
+    }
+    for path in ["/livez", "/readyz", "/metrics"] {
+        for _ in 0..10 {
+            assert_eq!(agent.ask_admin(path).await.unwrap().0, 200);
+        }
+    }
+    // A new client is refused, one way or the other.
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    match tokio::time::timeout(SOON, client.request(&Request::get(MODELS))).await.expect("an answer or the end") {
+        Ok(response) => assert_eq!(response.status(), 503),
+        Err(error) => drop(error),
+    }
+    drop(held);
+    let begin = Instant::now();
+    loop {
+        let mut client = Client::connect(agent.addr).await.unwrap();
+        let response = tokio::time::timeout(Duration::from_secs(5), client.request(&Request::get(MODELS))).await;
+        if matches!(response, Ok(Ok(response)) if response.status() == 200) {
+            break;
+        }
+        assert!(begin.elapsed() < SOON, "the agent does not recover");
+    }
+}

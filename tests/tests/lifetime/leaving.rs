@@ -1,0 +1,106 @@
+//! How an agent leaves: it sends clients elsewhere while it still serves them, then closes its ports, and resets nobody.
+
+use std::io::{Read as _, Write as _};
+
+use nix::sys::signal::Signal;
+use penstock_agent::config::SteeringMode;
+use penstock_tests::{
+    Client, Http2Client, ModelServer, Request,
+    agent::{TestAgent, builtin_pool},
+    agent_process::AgentProcess,
+    client::ConnectionEnd,
+    eventually,
+    http2_frames::{Frame, Http2Frames, kind},
+    model_server::Options,
+};
+
+use crate::{ANY_PORT, SOON};
+
+const MODELS: &str = "/v1/models";
+
+async fn server() -> ModelServer {
+    ModelServer::start(Options { idle_close: None, ..Options::default() }).await.unwrap()
+}
+
+#[tokio::test]
+async fn sigterm_lame_duck_serves_and_asks_each_connection_to_end() {
+    let server = server().await;
+    let mut agent = AgentProcess::start(ANY_PORT, server.addr, "off", "[timeouts]\nlame_duck = \"1h\"").await.unwrap();
+    let mut kept = Client::connect(agent.addr).await.unwrap();
+    let before = kept.request(&Request::get(MODELS)).await.unwrap();
+    assert_eq!((before.status(), before.header("connection")), (200, None));
+    let mut old = Http2Frames::connect(agent.addr).await.unwrap();
+    old.send(&get(1)).await.unwrap();
+    assert!(old.find(|frame| frame.status() == Some(200)).await.unwrap().is_some());
+
+    agent.process.terminate().unwrap();
+    agent.process.line("draining", SOON).await.unwrap();
+    assert!(old.find(|frame| frame.kind == kind::GOAWAY).await.unwrap().is_some());
+    let (status, body) = agent.ask_admin("/readyz").await.unwrap();
+    assert_eq!((status, body.as_str()), (503, "draining\n"));
+    assert_eq!(agent.ask_admin("/livez").await.unwrap().0, 200);
+    for mut client in [kept, Client::connect(agent.addr).await.unwrap()] {
+        let response = client.request(&Request::get(MODELS)).await.unwrap();
+        assert_eq!((response.status(), response.header("connection")), (200, Some("close")));
+        assert_eq!(client.until_end().await.unwrap(), ConnectionEnd::Fin);
+    }
+    // An error of the agent's own says so, too.
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    let refused = client.request(&Request::new("GET", "/v1/models").header("content-length", "x")).await.unwrap();
+    assert_eq!((refused.status(), refused.header("connection")), (400, Some("close")));
+    // A client that connects now is not told to go away before it has been served.
+    let mut http2 = Http2Client::connect(agent.addr).await.unwrap();
+    assert_eq!(http2.request(&Request::get(MODELS)).await.unwrap().status(), 200);
+    http2.end().await.unwrap();
+
+    agent.process.signal(Signal::SIGINT).unwrap();
+    assert_eq!(agent.process.ended(SOON).await.unwrap().code(), Some(0));
+}
+
+fn get(stream: u32) -> Frame {
+    let fields = [(":method", "GET"), (":scheme", "http"), (":authority", "a"), (":path", MODELS)];
+    Frame::headers(stream, true, &fields)
+}
+
+#[tokio::test]
+async fn lame_duck_over_closes_the_port_and_ends_the_process() {
+    let server = server().await;
+    let settings = "[timeouts]\nlame_duck = \"300ms\"";
+    let mut agent = AgentProcess::start(ANY_PORT, server.addr, "off", settings).await.unwrap();
+    let mut idle = Client::connect(agent.addr).await.unwrap();
+    assert_eq!(idle.request(&Request::get(MODELS)).await.unwrap().status(), 200);
+    agent.process.terminate().unwrap();
+    assert_eq!(idle.until_end().await.unwrap(), ConnectionEnd::Fin);
+    assert_eq!(agent.process.ended(SOON).await.unwrap().code(), Some(0));
+    assert!(std::net::TcpStream::connect(agent.addr).is_err());
+}
+
+/// Connections that the workers have not accepted yet when the drain begins.
+#[tokio::test]
+async fn drain_answers_the_connections_in_the_accept_queue() {
+    let server = server().await;
+    let agent = TestAgent::start(builtin_pool(&[server.addr]), SteeringMode::Off, |_| {});
+    let addr = agent.addr;
+    let queued = tokio::task::spawn_blocking(move || {
+        let mut queued: Vec<std::net::TcpStream> = Vec::new();
+        for _ in 0..200 {
+            let mut stream = std::net::TcpStream::connect(addr).unwrap();
+            stream.write_all(b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+            queued.push(stream);
+        }
+        agent.agent.drain();
+        (agent, queued)
+    });
+    let (agent, queued) = queued.await.unwrap();
+    let answers = tokio::task::spawn_blocking(move || {
+        for mut stream in queued {
+            stream.set_read_timeout(Some(SOON)).unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).expect("an answer, and no reset");
+            assert!(answer.starts_with("HTTP/1.1 200 "), "{answer:?}");
+        }
+    });
+    answers.await.unwrap();
+    eventually(SOON, || std::net::TcpStream::connect(addr).is_err()).await;
+    eventually(SOON, || agent.agent.is_done()).await;
+}

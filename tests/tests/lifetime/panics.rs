@@ -1,0 +1,216 @@
+//! A panic harms the request that it happens in; in a part that all requests need, it makes the agent leave.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Instant,
+};
+
+use http::request::Parts;
+use penstock_agent::{
+    app::Agent,
+    config::{Config, Epp, HealthCheck, Picker, SteeringMode},
+    panics,
+    probe::{Point, Probe},
+    run::{Signals, until_ended},
+};
+use penstock_tests::{
+    BodyEnd, Client, Http2Client, ModelServer, Plan, Reader, Request,
+    agent::{TestAgent, builtin_pool},
+    client::ConnectionEnd,
+    eventually,
+    model_server::Options,
+    reader::at_least,
+};
+
+use crate::{ANY_PORT, SOON};
+
+const FAULT: &str = "a fault of the test's";
+const HERE: &str = "tests/tests/lifetime/panics.rs";
+
+async fn server() -> ModelServer {
+    ModelServer::start(Options { idle_close: None, ..Options::default() }).await.unwrap()
+}
+
+/// Panics of this test binary are counted, and shown as before.
+fn count_panics() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        let shown = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            panics::record(panic);
+            // A backtrace takes seconds, of the thread that panics.
+            if panics::message(panic.payload()) != FAULT {
+                shown(panic);
+            }
+        }));
+    });
+}
+
+fn wants(parts: &Parts, place: &str) -> bool {
+    parts.headers.get("x-fault").is_some_and(|value| value == place)
+}
+
+/// Fails in the requests that ask for it.
+fn faulty() -> Probe {
+    Probe::new(|point| match point {
+        Point::Request(parts) if wants(parts, "request") => panic!("{FAULT}"),
+        Point::Response(parts) if wants(parts, "response") => panic!("{FAULT}"),
+        _ => {}
+    })
+}
+
+#[tokio::test]
+async fn request_that_panics_gets_500_and_others_go_on() {
+    count_panics();
+    let server = server().await;
+    for steering in [SteeringMode::Off, SteeringMode::Auto] {
+        let agent = TestAgent::start_with(builtin_pool(&[server.addr]), steering, faulty(), |_| {});
+        let plan = Plan { size: 8 << 20, ..Plan::default() };
+        let mut running = Client::connect_with(agent.addr, Some(64 << 10)).await.unwrap();
+        running.send(&plan.request()).await.unwrap();
+        assert_eq!(running.head().await.unwrap().status, 200);
+        let mut checker = plan.checker();
+        for place in ["request", "response"] {
+            let mut client = Client::connect(agent.addr).await.unwrap();
+            assert_eq!(client.request(&Request::get("/v1/models")).await.unwrap().status(), 200);
+            let request = Request::post("/test/echo", vec![b'x'; 10_000]).header("x-fault", place);
+            let failed = client.request(&request).await.unwrap();
+            assert_eq!((failed.status(), failed.error_code().as_str()), (500, "internal_error"), "{place}");
+            assert_eq!(failed.header("connection"), Some("close"));
+            assert_eq!(client.until_end().await.unwrap(), ConnectionEnd::Fin);
+        }
+        let read = Reader::Fast.take(&mut running, &mut checker).await.unwrap();
+        assert_eq!((read.end, read.len), (BodyEnd::Complete, plan.size));
+        assert_eq!(agent.count("penstock_requests_total", &[r#"reason="internal_error""#]), 2);
+        assert_eq!(agent.metric("penstock_active_requests", &[]), 0.0);
+        assert!(agent.count("penstock_panics_total", &[HERE]) >= 2);
+        assert!(agent.agent.readiness().is_ready() && !agent.agent.has_failed());
+    }
+}
+
+#[tokio::test]
+async fn http2_request_that_panics_gets_500_and_streams_of_its_connection_finish() {
+    count_panics();
+    let server = server().await;
+    let agent = TestAgent::start_with(builtin_pool(&[server.addr]), SteeringMode::Off, faulty(), |_| {});
+    let mut client = Http2Client::connect(agent.addr).await.unwrap();
+    let plan = Plan { size: 4 << 20, ..Plan::default() };
+    let mut running = client.send(&plan.request()).await.unwrap();
+    assert_eq!(running.head().await.unwrap().status, 200);
+    let failed = client.request(&Request::get("/v1/models").header("x-fault", "request")).await.unwrap();
+    assert_eq!((failed.status(), failed.error_code().as_str()), (500, "internal_error"));
+    let mut checker = plan.checker();
+    let read = running.read_body(|bytes| Ok(checker.feed(bytes)?)).await.unwrap();
+    assert_eq!((read.end, read.len), (BodyEnd::Complete, plan.size));
+    // The connection itself is not used any further.
+    client.end().await.unwrap();
+}
+
+fn config(server: &ModelServer) -> Config {
+    let mut config = Config::new(vec![builtin_pool(&[server.addr])]);
+    config.listen.address = ANY_PORT;
+    config.listen.workers = 2;
+    config.admin.address = ANY_PORT;
+    config.steering.mode = SteeringMode::Off;
+    config.timeouts.lame_duck = None;
+    config
+}
+
+/// Starts an agent and lives its life, as `penstock run` does; the agent's address comes first.
+fn live(config: Config, probe: Probe) -> (std::net::SocketAddr, std::net::SocketAddr, Life) {
+    let (told, started) = std::sync::mpsc::channel();
+    let life = std::thread::spawn(move || {
+        let signals = Signals::install()?;
+        let agent = Agent::start_with(config, probe)?;
+        told.send((agent.address(), agent.admin_address()))?;
+        until_ended(agent, signals, || unreachable!("no SIGHUP is sent"))
+    });
+    let (address, admin) = started.recv().expect("the agent starts");
+    (address, admin, life)
+}
+
+type Life = std::thread::JoinHandle<anyhow::Result<()>>;
+
+async fn fails(life: Life) {
+    eventually(SOON, || life.is_finished()).await;
+    let error = life.join().unwrap().unwrap_err().to_string();
+    assert!(error.contains("a part of the agent failed"), "{error}");
+}
+
+#[tokio::test]
+async fn worker_that_panics_makes_the_agent_unready_and_the_others_finish() {
+    count_panics();
+    let server = server().await;
+    let armed = Arc::new(AtomicBool::new(false));
+    let trigger = Arc::clone(&armed);
+    let probe = Probe::new(move |point| {
+        if matches!(point, Point::Worker) && trigger.swap(false, Relaxed) {
+            panic!("{FAULT}");
+        }
+    });
+    let (address, admin, life) = live(config(&server), probe);
+    // Streams on both workers, so that one of them at least outlives the other.
+    let plan = Plan { size: 4 << 20, ..Plan::default() };
+    let mut running = Vec::new();
+    for _ in 0..16 {
+        let mut client = Client::connect_with(address, Some(64 << 10)).await.unwrap();
+        client.send(&plan.request()).await.unwrap();
+        assert_eq!(client.head().await.unwrap().status, 200);
+        let mut checker = plan.checker();
+        assert_eq!(at_least(&mut client, &mut checker, 1000).await.unwrap(), None);
+        running.push((client, checker));
+    }
+    armed.store(true, Relaxed);
+    let begin = Instant::now();
+    loop {
+        let ready = Client::connect(admin).await.unwrap().request(&Request::get("/readyz")).await.unwrap();
+        if ready.status() == 503 && ready.text().contains("failed: penstock-") {
+            break;
+        }
+        assert!(begin.elapsed() < SOON, "still ready");
+    }
+    let (mut complete, mut broken) = (0, 0);
+    for (client, checker) in &mut running {
+        let read = Reader::Fast.take(client, checker).await.unwrap();
+        if read.end == BodyEnd::Complete {
+            assert_eq!(read.len, plan.size);
+            complete += 1;
+        } else {
+            broken += 1;
+        }
+    }
+    assert!(complete > 0 && broken > 0, "{complete} complete, {broken} broken");
+    fails(life).await;
+}
+
+/// Settings under which an agent has every thread that it may have.
+fn everything(server: &ModelServer) -> Config {
+    let mut config = config(server);
+    config.steering.mode = SteeringMode::Ingress;
+    config.steering.max_flows = 64;
+    config.tracing.otlp_endpoint = Some("http://127.0.0.1:9".to_owned());
+    let mut checked = builtin_pool(&[server.addr]);
+    checked.name = "checked".to_owned();
+    checked.health = Some(HealthCheck::new("/health".parse().unwrap()));
+    checked.picker = Picker::Epp(Epp::new("127.0.0.1:9"));
+    config.pools.push(checked);
+    config
+}
+
+#[tokio::test]
+async fn thread_that_panics_makes_the_agent_leave() {
+    count_panics();
+    let server = server().await;
+    for part in ["penstock-control", "endpoints", "penstock-spans", "penstock-events", "admin", "penstock-0"] {
+        let probe = Probe::new(move |point| match point {
+            Point::Thread(thread) if thread == part => panic!("{FAULT}"),
+            Point::Events if part == "penstock-events" => panic!("{FAULT}"),
+            _ => {}
+        });
+        let (_, _, life) = live(everything(&server), probe);
+        fails(life).await;
+    }
+}
