@@ -99,13 +99,19 @@ impl Agent {
 
         // Everything is loaded and bound. From here on only workers can do what an ordinary process cannot, and this thread
         // until it has started them.
-        let given_up = capability::keep(&ladder.kept);
+        if ladder.forces_buffers {
+            // Connections inherit it, so that no worker needs a capability for it.
+            let buffer = config.steering.client_send_buffer;
+            plain.iter().try_for_each(|listener| socket::set_send_buffer(listener, buffer))?;
+        }
+        let given_up = capability::keep(&[]);
         let capabilities = capabilities(&given_up);
         let around = capability::with(&[], || Around::start(config, metrics, &readiness, own, &watch))?;
         let Around { shared, exporter, certificate, beside } = around;
         let (config, metrics) = (&shared.config, &shared.metrics);
         let mut status = ladder.lines();
-        status.push(capabilities.clone());
+        let user = capability::user();
+        status.extend([capabilities.clone(), user.clone()]);
         let room = Room::new(config.listen.max_connections, count);
         metrics.set_connections_limit(config.listen.max_connections);
         let admin = {
@@ -151,8 +157,8 @@ impl Agent {
         // What this thread starts later, at a reload, has none either.
         let _ = capability::keep(&[]);
         match given_up {
-            Ok(()) => tracing::info!("{capabilities}"),
-            Err(_) => tracing::warn!("{capabilities}"),
+            Ok(()) => tracing::info!("{capabilities}; {user}"),
+            Err(_) => tracing::warn!("{capabilities}; {user}"),
         }
         tracing::info!(%address, admin = %admin.local_addr(), workers = count, "penstock {}", env!("CARGO_PKG_VERSION"));
         Ok(Self {
@@ -310,13 +316,13 @@ impl Around {
     }
 }
 
-/// What this thread has kept, and the workers will have; for the log and `/readyz?verbose`.
+/// What this thread has kept, and all others will have; for the log and `/readyz?verbose`.
 fn capabilities(given_up: &Result<(), CapsError>) -> String {
     let held = capability::held().join(", ");
     match given_up {
         Err(error) => format!("capabilities: cannot be given up: {error}; held: {held}"),
         Ok(()) if held.is_empty() => "capabilities: none kept".to_owned(),
-        Ok(()) => format!("capabilities: workers keep {held}, for send buffers above net.core.wmem_max"),
+        Ok(()) => format!("capabilities: kept {held}"),
     }
 }
 

@@ -1,20 +1,28 @@
 //! What the agent may do beyond an ordinary process (`capabilities(7)`), and how it gives up what it does not need.
 //!
 //! Capabilities belong to threads, and a new thread has those of the one that starts it. So `penstock run` narrows itself to
-//! what a start takes before it reads its files or has other threads ([`begin`]); it loads the kernel program and binds its
-//! ports; and the thread that starts all others keeps what a running agent needs ([`keep`]) before it starts the first. What
-//! must not have more than that earlier, the log and the proof, runs by [`with`]. docs/capabilities.md says what needs which.
+//! what a start takes before it reads its files or has other threads ([`begin`]); it reads its configuration and becomes another
+//! user than root ([`become_user`]); it loads the kernel program and binds its ports; and the thread that starts all others gives
+//! up the rest ([`keep`]) before it starts the first. What must have less earlier, the log and the proof, runs by [`with`].
+//! docs/capabilities.md says what needs which.
 
 use std::collections::HashSet;
 
+use anyhow::{Context as _, ensure};
 use caps::{CapSet, Capability, errors::CapsError, runtime};
+use nix::{
+    sys::prctl,
+    unistd::{self, Gid, Uid},
+};
+
+use crate::config::{self, User};
 
 /// What loading the kernel program and attaching it takes.
 pub const LOADING: [Capability; 3] = [Capability::CAP_BPF, Capability::CAP_NET_ADMIN, Capability::CAP_PERFMON];
 /// What a port below `net.ipv4.ip_unprivileged_port_start` takes.
 pub const BINDING: Capability = Capability::CAP_NET_BIND_SERVICE;
-/// What SO_SNDBUFFORCE takes, and with it a send buffer above `net.core.wmem_max`.
-pub const SEND_BUFFERS: Capability = Capability::CAP_NET_ADMIN;
+/// What becoming another user takes.
+pub const IDENTITY: [Capability; 2] = [Capability::CAP_SETUID, Capability::CAP_SETGID];
 
 /// Those of [`LOADING`] that this thread does not have.
 pub fn missing() -> Vec<Capability> {
@@ -40,8 +48,40 @@ pub fn begin() -> Result<(), CapsError> {
             caps::drop(None, CapSet::Bounding, capability)?;
         }
     }
-    let [bpf, net_admin, perfmon] = LOADING;
-    keep(&[bpf, net_admin, perfmon, BINDING])
+    keep(&[&LOADING[..], &IDENTITY, &[BINDING]].concat())
+}
+
+/// Gives up root for the user and the groups given, and what only that took. For a process that has one thread. Without root, or with
+/// `None`, the user stays.
+pub fn become_user(process: &config::Process) -> anyhow::Result<()> {
+    let start = [&LOADING[..], &[BINDING]].concat();
+    let Some(User { uid, gid }) = process.user.filter(|_| Uid::effective().is_root()) else { return Ok(keep(&start)?) };
+    let held = caps::read(None, CapSet::Effective)?;
+    let lacks: Vec<String> = IDENTITY.iter().filter(|one| !held.contains(one)).map(ToString::to_string).collect();
+    ensure!(lacks.is_empty(), "this process lacks {}", lacks.join(", "));
+    let groups: Vec<Gid> = process.groups.iter().copied().map(Gid::from_raw).collect();
+    let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+    // Permitted capabilities outlive root; the effective ones have to be raised again.
+    prctl::set_keepcaps(true).context("PR_SET_KEEPCAPS")?;
+    unistd::setgroups(&groups).context("setgroups")?;
+    unistd::setresgid(gid, gid, gid).context("setresgid")?;
+    unistd::setresuid(uid, uid, uid).context("setresuid")?;
+    prctl::set_keepcaps(false).context("PR_SET_KEEPCAPS")?;
+    caps::set(None, CapSet::Effective, &caps::read(None, CapSet::Permitted)?)?;
+    Ok(keep(&start)?)
+}
+
+/// Whom this process runs as, for the log and `/readyz?verbose`.
+pub fn user() -> String {
+    let groups = unistd::getgroups().unwrap_or_default();
+    let groups: Vec<String> = groups.iter().map(ToString::to_string).collect();
+    let groups = if groups.is_empty() { "none".to_owned() } else { groups.join(", ") };
+    let root = if Uid::effective().is_root() {
+        ", which owns the files of the system: process.user names another"
+    } else {
+        ""
+    };
+    format!("user: uid {}, gid {}, groups: {groups}{root}", Uid::effective(), Gid::effective())
 }
 
 /// Gives up every other capability, for this thread and for those that it starts.
@@ -78,6 +118,8 @@ mod tests {
         caps::read(None, set).unwrap()
     }
 
+    const SEND_BUFFERS: Capability = Capability::CAP_NET_ADMIN;
+
     #[test]
     fn what_is_not_kept_is_gone_for_this_thread_and_its_children_alone() {
         let before = of_this_thread(CapSet::Permitted);
@@ -98,7 +140,7 @@ mod tests {
     fn a_start_bounds_what_can_ever_be_had() {
         std::thread::spawn(|| {
             begin().unwrap();
-            let most = [LOADING.to_vec(), vec![BINDING]].concat();
+            let most = [LOADING.to_vec(), IDENTITY.to_vec(), vec![BINDING]].concat();
             assert!(of_this_thread(CapSet::Permitted).iter().all(|one| most.contains(one)));
             assert_eq!(of_this_thread(CapSet::Bounding), HashSet::new());
             assert_eq!(nix::sys::prctl::get_no_new_privs(), Ok(true));

@@ -138,6 +138,18 @@ impl Cli {
         // While this is the only thread. What looks and asks does no more than it is started with.
         let serves = matches!(self.verb, Verb::Run(_) | Verb::Epp(_));
         let narrowed = if serves { capability::begin() } else { Ok(()) };
+        // Read before root is given up, which is before there is a second thread.
+        let config = match &self.verb {
+            Verb::Run(configured) => match configured.read() {
+                Ok(config) => Some(config),
+                Err(errors) => {
+                    eprintln!("{errors}");
+                    return ExitCode::from(USAGE);
+                }
+            },
+            _ => None,
+        };
+        let became = config.as_ref().map_or(Ok(()), |config| capability::become_user(&config.process));
         // Writes what is still queued when it is dropped.
         let writer = capability::with(&[], || start_logging(&self.log, self.log_format, self.log_queue_bytes));
         let _writer = match writer {
@@ -148,12 +160,15 @@ impl Cli {
         if let Err(error) = narrowed {
             tracing::warn!(%error, "capabilities cannot be given up");
         }
+        if let Err(error) = became {
+            tracing::warn!(error = format!("{error:#}"), "the agent stays root");
+        }
         match self.verb {
-            Verb::Run(configured) => with_config(&configured, |config| {
+            Verb::Run(configured) => report(config.context("the configuration has been read").and_then(|config| {
                 let signals = Signals::install()?;
                 let agent = Agent::start(config)?;
                 run::until_ended(agent, signals, || configured.read()).map(|()| ExitCode::SUCCESS)
-            }),
+            })),
             Verb::Check(configured) => with_config(&configured, |config| {
                 println!(
                     "{} is fine: {} pools, {} routes",

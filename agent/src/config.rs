@@ -18,6 +18,7 @@ mod overrides;
 mod passthrough;
 mod picker;
 mod pools;
+mod process;
 mod retry;
 mod routes;
 mod sections;
@@ -53,6 +54,7 @@ pub struct Config {
     pub bbr: Bbr,
     pub steering: Steering,
     pub tracing: Tracing,
+    pub process: Process,
     pub node: Node,
     pub dns: Dns,
     /// At least one; names are unique.
@@ -346,6 +348,21 @@ impl Ratio {
     pub fn get(self) -> f64 {
         self.0
     }
+}
+
+/// Who an agent is that was started as root.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Process {
+    /// User and group that it becomes before it has a second thread; `None` keeps root; default 65534:65534.
+    pub user: Option<User>,
+    /// Supplementary groups that it has then; default none.
+    pub groups: Vec<u32>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct User {
+    pub uid: u32,
+    pub gid: u32,
 }
 
 /// Where this agent runs, in the words that endpoints use; `prefer` compares the two.

@@ -84,7 +84,7 @@ fn machine(steering: &config::Steering, ladder: &Ladder) -> Vec<Finding> {
     findings.push(cgroup(steering));
     findings.push(program(ladder, missing.is_empty()));
     if let Program::Loaded(_) = ladder.program {
-        findings.push(kept(steering, ladder));
+        findings.push(kept());
     }
     findings
 }
@@ -100,16 +100,8 @@ fn cgroup(steering: &config::Steering) -> Finding {
 }
 
 /// What a running agent keeps of its capabilities.
-fn kept(steering: &config::Steering, ladder: &Ladder) -> Finding {
-    let names: Vec<_> = ladder.kept.iter().map(ToString::to_string).collect();
-    let advice = (!names.is_empty()).then(|| {
-        format!(
-            "none is, where net.core.wmem_max is at least {}, half of steering.client_send_buffer",
-            steering.client_send_buffer / 2
-        )
-    });
-    let found = if names.is_empty() { "no capability".to_owned() } else { names.join(", ") };
-    Finding { name: "kept later".to_owned(), ok: true, found, advice }
+fn kept() -> Finding {
+    Finding { name: "kept later".to_owned(), ok: true, found: "no capability".to_owned(), advice: None }
 }
 
 fn program(ladder: &Ladder, capable: bool) -> Finding {

@@ -35,8 +35,8 @@ pub struct Ladder {
     pub rungs: Vec<Rung>,
     /// The release of a kernel that would have been refused.
     pub forced: Option<String>,
-    /// The capabilities that workers need for what is ready. The proof has no others.
-    pub kept: Vec<Capability>,
+    /// Clients' send buffers are to be above `net.core.wmem_max`, which takes a capability that only a start has.
+    pub forces_buffers: bool,
 }
 
 /// The kernel program.
@@ -99,10 +99,9 @@ impl Ladder {
         if asked {
             kernel.try_local(config.cgroup.as_deref());
         }
-        let kept = kept(config.client_send_buffer);
         let mut kernel = Arc::new(kernel);
         let mut first = match kernel.local() {
-            Ok(()) => Rung::prove(local, &kernel, &kept),
+            Ok(()) => Rung::prove(local, &kernel),
             Err(why) => Rung { path: local.path, checks: Vec::new(), state: State::Off(why) },
         };
         match &first.state {
@@ -116,22 +115,22 @@ impl Ladder {
             }
             _ => {}
         }
-        let second = Rung::prove(ingress, &kernel, &kept);
+        let second = Rung::prove(ingress, &kernel);
         if first.state == State::Ready && second.state != State::Ready {
             first.state = State::Off("it falls back on the path ingress, which is off".into());
         }
         // Where nothing is steered, no program is to look at anything, and no client gets such a buffer.
-        let (program, kept) = match second.state {
-            State::Ready => (Program::Loaded(kernel), kept),
-            _ => (Program::Unproven, Vec::new()),
+        let (program, forces_buffers) = match second.state {
+            State::Ready => (Program::Loaded(kernel), forces(config.client_send_buffer)),
+            _ => (Program::Unproven, false),
         };
-        Ok(Self { program, rungs: vec![first, second], forced: None, kept })
+        Ok(Self { program, rungs: vec![first, second], forced: None, forces_buffers })
     }
 
     /// No path, for the same reason.
     fn without(program: Program, state: &State) -> Self {
         let off = |entry: &Entry| Rung { path: entry.path, checks: Vec::new(), state: state.clone() };
-        Self { program, rungs: PATHS.iter().map(off).collect(), forced: None, kept: Vec::new() }
+        Self { program, rungs: PATHS.iter().map(off).collect(), forced: None, forces_buffers: false }
     }
 
     pub fn is_ready(&self, path: Path) -> bool {
@@ -201,9 +200,10 @@ impl Ladder {
 }
 
 impl Rung {
-    fn prove(entry: &Entry, kernel: &Arc<Kernel>, kept: &[Capability]) -> Self {
+    /// Without any capability, as workers are.
+    fn prove(entry: &Entry, kernel: &Arc<Kernel>) -> Self {
         let mut rung = Self { path: entry.path, checks: Vec::new(), state: State::Ready };
-        match capability::with(kept, || selftest::prove(kernel, entry.lane, entry.cases)) {
+        match capability::with(&[], || selftest::prove(kernel, entry.lane, entry.cases)) {
             Ok(checks) => rung.checks = checks,
             Err(error) => rung.state = State::Off(format!("the self-test cannot be run: {error:#}").into()),
         }
@@ -223,11 +223,9 @@ impl Rung {
     }
 }
 
-/// A send buffer above `net.core.wmem_max` takes a capability of the thread that asks for it. No other call after the program is
-/// loaded does.
-fn kept(send_buffer: u32) -> Vec<Capability> {
-    let ordinary = capability::with(&[], || socket::may_have_send_buffer(send_buffer)).unwrap_or(false);
-    if ordinary { Vec::new() } else { vec![capability::SEND_BUFFERS] }
+/// Whether a send buffer of that size takes a capability.
+fn forces(send_buffer: u32) -> bool {
+    !capability::with(&[], || socket::may_have_send_buffer(send_buffer)).unwrap_or(false)
 }
 
 /// Why the program is not loaded, with what this process lacks.
@@ -312,7 +310,7 @@ mod tests {
     fn without_the_path_ingress_there_is_none() {
         let ladder = climb(&config(), &[LOCAL, Entry { cases: selftest::FAILING, ..INGRESS }]);
         let Steering::Unavailable(why) = ladder.steering() else { panic!("not unavailable") };
-        assert!(matches!(ladder.program, Program::Unproven) && ladder.kept.is_empty());
+        assert!(matches!(ladder.program, Program::Unproven) && !ladder.forces_buffers);
         assert!(why.contains("ingress: off: self-test: bad: a hole at 7"), "{why}");
         assert_eq!(ladder.lines()[1], "path local: off: it falls back on the path ingress, which is off");
         assert!(ladder.describe().starts_with("steering: unavailable: "));
@@ -347,11 +345,11 @@ mod tests {
     #[test]
     fn a_small_send_buffer_takes_no_capability_and_a_large_one_does() {
         let small = Ladder::climb(&config::Steering { client_send_buffer: 64 << 10, ..config() });
-        assert!(small.is_ready(Path::Ingress) && small.kept.is_empty(), "{:?}", small.kept);
+        assert!(small.is_ready(Path::Ingress) && !small.forces_buffers);
         // Beyond what any machine sets net.core.wmem_max to.
         let large = Ladder::climb(&config::Steering { client_send_buffer: 1 << 30, ..config() });
         assert!(large.is_ready(Path::Ingress));
-        assert_eq!(large.kept, [capability::SEND_BUFFERS]);
+        assert!(large.forces_buffers);
     }
 
     #[test]

@@ -3,9 +3,9 @@
 //! Modules stand in the order in which a request meets them; a module never imports from one that calls it.
 
 pub mod pem;
-pub mod capability;
 pub mod listeners;
 pub mod config;
+pub mod capability;
 pub mod text;
 pub mod logging;
 pub mod readiness;

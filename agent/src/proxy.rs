@@ -319,7 +319,7 @@ async fn last_forward(
     request: &mut Request,
     upload: &Upload,
 ) -> Result<After, Error> {
-    let keep_alive = request.keep_alive && upload.is_done();
+    let keep_alive = request.keeps_alive(worker) && upload.is_done();
     let mut reply = Reply { status: StatusCode::OK, headers: http::HeaderMap::new(), body: Bytes::new() };
     Manner::of(&request.parts.headers, &worker.shared.config).mark(&mut reply.headers);
     client.reply(&request.parts.method, &reply, keep_alive).await.map_err(|_| Error::ClientGone)?;

@@ -29,6 +29,7 @@ pub fn needs_restart(before: &Config, after: &Config) -> Vec<&'static str> {
         bbr: _,
         steering,
         tracing,
+        process,
         node: _,
         dns: _,
         pools: _,
@@ -42,6 +43,7 @@ pub fn needs_restart(before: &Config, after: &Config) -> Vec<&'static str> {
         ("admin", *admin != after.admin),
         ("steering", *steering != after.steering),
         ("tracing", *tracing != after.tracing),
+        ("process", *process != after.process),
     ]
     .into_iter()
     .filter_map(|(setting, differs)| differs.then_some(setting))

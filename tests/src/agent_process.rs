@@ -104,6 +104,11 @@ impl AgentProcess {
         Ok(std::fs::write(self.config.path(), text)?)
     }
 
+    /// The file of its configuration.
+    pub fn config_path(&self) -> &Path {
+        self.config.path()
+    }
+
     /// Status and body that the admin server answers.
     pub async fn ask_admin(&self, path: &str) -> Result<(u16, String)> {
         let response = Client::connect(self.admin).await?.request(&Request::get(path)).await?;

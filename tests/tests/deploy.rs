@@ -7,12 +7,12 @@ use k8s_openapi::{
     Resource,
     api::{
         apps::v1::DaemonSet,
-        core::v1::{ConfigMap, Container, HTTPGetAction, Namespace, PodSpec, Probe, ServiceAccount},
+        core::v1::{ConfigMap, Container, HTTPGetAction, Namespace, PodSpec, Probe, SecurityContext, ServiceAccount},
     },
     apimachinery::pkg::util::intstr::IntOrString,
     serde::{Serialize, de::DeserializeOwned},
 };
-use penstock_agent::config::Config;
+use penstock_agent::{capability, config::Config};
 use penstock_tests::process::Process;
 use serde_json::Value;
 
@@ -175,37 +175,54 @@ fn the_pod_can_load_and_attach() {
     let pod = pod();
     assert_eq!(pod.host_network, Some(true));
     assert_eq!(pod.dns_policy.as_deref(), Some("ClusterFirstWithHostNet"));
-    assert_eq!(container().security_context.and_then(|context| context.privileged), Some(true));
-
     let paths: BTreeSet<String> =
         pod.volumes.expect("volumes").into_iter().filter_map(|volume| Some(volume.host_path?.path)).collect();
     let mounts = container().volume_mounts.expect("mounts");
-    for path in ["/sys/fs/bpf", "/sys/fs/cgroup", "/sys/kernel/btf"] {
+    for path in ["/sys/fs/cgroup", "/sys/kernel/btf"] {
         assert!(paths.contains(path), "{path} is not taken from the host");
         let mount = mounts.iter().find(|mount| mount.mount_path == path).unwrap_or_else(|| panic!("mount of {path}"));
-        assert_eq!(mount.read_only == Some(true), path != "/sys/fs/bpf", "{path}");
+        assert_eq!(mount.read_only, Some(true), "{path}");
     }
 }
 
-/// `kubectl patch` merges containers by name, and the fields of a security context one by one.
-#[test]
-fn the_patch_leaves_the_pod_three_capabilities() {
-    let source: Value = serde_saphyr::from_str(&read("deploy/least-privilege.yaml")).expect("YAML");
-    let patch: DaemonSet = serde_json::from_value(source.clone()).expect("a part of a DaemonSet");
-    let mut found = Vec::new();
-    let typed = serde_json::to_value(&patch).expect("serialises");
-    lost(&source["spec"]["template"], &typed["spec"]["template"], "patch", &mut found);
-    assert!(found.is_empty(), "Kubernetes does not know: {found:#?}");
+fn names(all: &[impl ToString]) -> Vec<String> {
+    all.iter().map(ToString::to_string).collect()
+}
 
-    let [patched] =
-        <[Container; 1]>::try_from(patch.spec.template.spec.expect("a pod").containers).expect("one container");
-    assert_eq!(patched.name, container().name);
-    let context = patched.security_context.expect("a security context");
+#[test]
+fn container_has_the_least_that_loads_the_programs_and_gives_up_root() {
+    let context = container().security_context.expect("a security context");
     assert_eq!((context.privileged, context.allow_privilege_escalation), (Some(false), Some(false)));
+    assert_eq!(context.read_only_root_filesystem, Some(true));
+    assert_eq!(context.seccomp_profile.map(|profile| profile.type_).as_deref(), Some("RuntimeDefault"));
     let capabilities = context.capabilities.expect("capabilities");
     assert_eq!(capabilities.drop, Some(vec!["ALL".to_owned()]));
-    let added = capabilities.add.expect("added").into_iter().map(|name| format!("CAP_{name}"));
-    assert_eq!(unit("AmbientCapabilities"), [added.collect::<Vec<_>>().join(" ")], "as many as under systemd");
+    let added: Vec<String> = capabilities.add.expect("added").into_iter().map(|name| format!("CAP_{name}")).collect();
+    assert_eq!(added, [names(&capability::LOADING), names(&capability::IDENTITY)].concat());
+    assert!(config().process.user.is_some(), "root is given up");
+    // systemd has ambient capabilities and starts the agent as another user.
+    assert_eq!(unit("AmbientCapabilities"), [names(&capability::LOADING).join(" ")]);
+}
+
+/// `kubectl patch` merges containers by name, and the fields of a security context one by one; null removes one.
+#[test]
+fn privileged_patch_overrides_the_security_context() {
+    let source: Value = serde_saphyr::from_str(&read("deploy/privileged.yaml")).expect("YAML");
+    let patched = &source["spec"]["template"]["spec"]["containers"];
+    let [patched] = &patched.as_array().expect("containers")[..] else { panic!("one container: {patched}") };
+    assert_eq!(patched["name"], container().name.as_str());
+    let mut merged = serde_json::to_value(container().security_context).expect("serialises");
+    for (field, value) in patched["securityContext"].as_object().expect("fields") {
+        if value.is_null() {
+            merged.as_object_mut().expect("fields").remove(field).unwrap_or_else(|| panic!("{field} is not there"));
+        } else {
+            merged[field] = value.clone();
+        }
+    }
+    assert_eq!((&merged["privileged"], &merged["allowPrivilegeEscalation"]), (&Value::Bool(true), &Value::Bool(true)));
+    assert_eq!(merged["readOnlyRootFilesystem"], Value::Bool(true));
+    let context: SecurityContext = serde_json::from_value(merged.clone()).expect("a security context");
+    assert_eq!(serde_json::to_value(context).expect("serialises"), merged, "Kubernetes knows every field");
 }
 
 #[test]

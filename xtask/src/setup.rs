@@ -74,7 +74,10 @@ pub(crate) fn kernel_build() -> Result<()> {
         }
         (Some(Compiler::Nightly), None) if find("cargo-binstall").is_some() => {
             let mut binstall = foreign("cargo");
-            return quietly("setup: bpf-linker", binstall.args(["binstall", "--no-confirm", "bpf-linker"]));
+            return quietly(
+                "setup: bpf-linker",
+                binstall.args(["binstall", "--no-confirm", &format!("bpf-linker@{LINKER_VERSION}")]),
+            );
         }
         _ => {}
     }
@@ -87,7 +90,7 @@ pub(crate) fn kernel_build() -> Result<()> {
         };
         bail!(
             "{lacks} missing: either run `rustup toolchain install nightly --component rust-src` and install bpf-linker \
-             {LINKER_VERSION} or later (`cargo binstall bpf-linker`), or run this as root on Debian 12, where apt-get \
+             {LINKER_VERSION} or later (`cargo binstall bpf-linker@{LINKER_VERSION}`), or run this as root on Debian 12, where apt-get \
              installs {} and cargo builds bpf-linker",
             DEBIAN_PACKAGES.join(" ")
         );

@@ -11,8 +11,8 @@ use http::{HeaderName, Method, uri::PathAndQuery};
 use super::{
     Admin, AppProtocol, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppLimits, EppTls, ErrorFormat, Errors, FailureMode,
     Forwarding, Headers, HealthCheck, LeaseLimits, Limits, Listen, MissingModel, Node, Passthrough, PickPer, Picker,
-    PinLimits, Pool, Ratio, ResponseToPicker, Retry, Route, Steering, SteeringMode, Subset, TimeoutOverrides, Timeouts,
-    Tracing, WeightedPool,
+    PinLimits, Pool, Process, Ratio, ResponseToPicker, Retry, Route, Steering, SteeringMode, Subset, TimeoutOverrides,
+    Timeouts, Tracing, User, WeightedPool,
 };
 
 /// A complete commented file. Its settings are the defaults; what has none is commented out, as `#key = value`.
@@ -33,6 +33,7 @@ impl Config {
             bbr: Bbr::default(),
             steering: Steering::default(),
             tracing: Tracing::default(),
+            process: Process::default(),
             node: Node::default(),
             dns: Dns::default(),
             pools,
@@ -155,6 +156,13 @@ impl Default for Tracing {
             queue_spans: 4096,
             export_interval: Duration::from_secs(1),
         }
+    }
+}
+
+impl Default for Process {
+    fn default() -> Self {
+        // `nobody` and its group, as most distributions number them.
+        Self { user: Some(User { uid: 65_534, gid: 65_534 }), groups: Vec::new() }
     }
 }
 

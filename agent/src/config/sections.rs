@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::{
     Admin, Config, ErrorFormat, Errors, Limits, Listen, Overrides, Steering, SteeringMode, Timeouts, bbr, dns,
-    document::Section, headers, listen, node, pools, routes, tracing, value,
+    document::Section, headers, listen, node, pools, process, routes, tracing, value,
 };
 use crate::listeners::Listeners;
 
@@ -20,13 +20,29 @@ pub(super) fn config(root: &mut Section<'_>, overrides: &Overrides) -> Config {
     let bbr = root.section("bbr", bbr::bbr);
     let steering = root.section("steering", |section| steering(section, overrides));
     let tracing = root.section("tracing", tracing::tracing);
+    let process = root.section("process", process::process);
     let node = root.section("node", |section| node::node(section, overrides));
     let dns = root.section("dns", dns::dns);
     let tls = listen.tls.as_ref().map(|tls| tls.address);
     let own = Listeners::new([listen.address, admin.address].into_iter().chain(tls));
     let pools = pools::pools(root, listen.address, &own, &node);
     let routes = routes::routes(root, &pools, &bbr);
-    Config { listen, admin, limits, timeouts, headers, errors, bbr, steering, tracing, node, dns, pools, routes }
+    Config {
+        listen,
+        admin,
+        limits,
+        timeouts,
+        headers,
+        errors,
+        bbr,
+        steering,
+        tracing,
+        process,
+        node,
+        dns,
+        pools,
+        routes,
+    }
 }
 
 fn admin(section: &mut Section<'_>, overrides: &Overrides, listen: &Listen) -> Admin {

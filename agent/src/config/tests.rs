@@ -116,7 +116,7 @@ fn the_default_file_has_every_key() {
         }
         sections += 1;
     }
-    assert_eq!(sections, 19);
+    assert_eq!(sections, 20);
     assert_eq!(
         messages(&format!("top = 1\n{text}"))[0],
         "p.toml:1: top: found an unknown key, expected one of listen, admin, limits, timeouts, headers, errors, bbr, steering, tracing, node, dns, pools, routes"
@@ -181,6 +181,10 @@ fn every_setting_is_read() {
         service_name = "edge"
         queue_spans = 8
         export_interval = "2s"
+        [process]
+        user = "1000:2000"
+        groups = [3000, 4000]
+
         [node]
         name = "n1"
         zone = "a"
@@ -355,6 +359,7 @@ fn every_setting_is_read() {
             queue_spans: 8,
             export_interval: Duration::from_secs(2),
         },
+        process: Process { user: Some(User { uid: 1000, gid: 2000 }), groups: vec![3000, 4000] },
         node: Node { name: Some("n1".into()), zone: Some("a".into()) },
         dns: Dns {
             servers: vec![address("[::1]:53")],

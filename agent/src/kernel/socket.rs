@@ -192,9 +192,13 @@ pub fn keep_account(socket: impl AsFd) -> io::Result<()> {
     Ok(socket::setsockopt(&socket.as_fd(), socket::sockopt::RxqOvfl, &1)?)
 }
 
-/// SO_SNDBUF, beyond `net.core.wmem_max` where we may. The kernel doubles the value for its own overhead.
+/// SO_SNDBUF, beyond `net.core.wmem_max` where we may. The kernel doubles the value for its own overhead. Accepted connections
+/// inherit a listener's.
 pub fn set_send_buffer(socket: impl AsFd, bytes: u32) -> io::Result<()> {
     let value = bytes as libc::c_int / 2;
+    if socket2::SockRef::from(&socket.as_fd()).send_buffer_size()? == value as usize * 2 {
+        return Ok(());
+    }
     socket::setsockopt(&socket.as_fd(), socket::sockopt::SndBufForce, &(value as usize))
         .or_else(|_| socket::setsockopt(&socket.as_fd(), socket::sockopt::SndBuf, &(value as usize)))?;
     Ok(())

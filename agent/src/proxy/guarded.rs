@@ -27,6 +27,7 @@ pub async fn guarded(
     lease: &mut Option<Lease>,
 ) -> Result<After, Panicked> {
     let (method, grpc) = (head.parts.method.clone(), is_grpc(&head.parts.headers));
+    let uri = head.parts.uri.clone();
     client.begin_answer();
     // Nothing that the request has left half done is used again: its lease goes, and its connection ends.
     let processed = AssertUnwindSafe(run(worker, client, head, begun, peer, lease)).catch_unwind().await;
@@ -38,7 +39,7 @@ pub async fn guarded(
     if client.is_answered() {
         return Err(Panicked(After::Abort));
     }
-    let mut manner = Manner::unknown(&worker.shared.config);
+    let mut manner = Manner::unknown(&worker.shared.config).at(uri.path());
     manner.grpc = grpc;
     answer(client, &method, &manner, &Error::Panicked, false).await;
     Err(Panicked(After::Close))

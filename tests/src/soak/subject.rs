@@ -121,7 +121,7 @@ fn text(mode: SteeringMode, tls: SocketAddr, world: &World, version: u64) -> Str
     format!(
         "[listen]\naddress = \"127.0.0.1:0\"\nworkers = 2\n[listen.tls]\naddress = \"{tls}\"\ncert_file = \"{cert}\"\n\
          key_file = \"{key}\"\n[admin]\naddress = \"127.0.0.1:0\"\n[limits]\nmetric_models = {models}\n\
-         [timeouts]\nendpoint_keep_alive = \"2s\"\n[steering]\nmode = \"{mode}\"\nmax_flows = 4096\n\
+         [timeouts]\nlame_duck = \"off\"\nendpoint_keep_alive = \"2s\"\n[steering]\nmode = \"{mode}\"\nmax_flows = 4096\n\
          [[pools]]\nname = \"stable\"\nendpoints = [{first}]\n\
          [[pools]]\nname = \"epp\"\n{epp}\
          [[pools]]\nname = \"lease\"\npick_per = \"lease\"\n{epp}\

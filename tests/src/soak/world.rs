@@ -67,6 +67,8 @@ impl World {
         let addrs: Vec<_> = stable.iter().map(|server| server.addr).collect();
         let epp = ScriptedEpp::start(LlmdRouter::new(&addrs)).await?;
         let folder = tempfile::tempdir()?;
+        // An agent reads the certificate as another user than root.
+        std::fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
         let certificate = Certificate::new("localhost")?;
         let (cert_file, key_file) = certificate.write(folder.path())?;
         Ok(Self {

@@ -15,7 +15,6 @@ use crate::{ANY_PORT, SOON};
 /// Nobody in particular.
 const USER: u32 = 65_534;
 const CAP_NET_BIND_SERVICE: u64 = 1 << 10;
-const CAP_NET_ADMIN: u64 = 1 << 12;
 
 async fn server() -> ModelServer {
     ModelServer::start(Options { idle_close: None, ..Options::default() }).await.unwrap()
@@ -60,20 +59,14 @@ fn set(thread: &BTreeMap<String, String>, name: &str) -> u64 {
     u64::from_str_radix(&thread[name], 16).unwrap()
 }
 
-/// What a worker keeps under these settings on this machine.
-fn for_send_buffers(client_send_buffer: u64) -> u64 {
-    let most: u64 = fs::read_to_string("/proc/sys/net/core/wmem_max").unwrap().trim().parse().unwrap();
-    if client_send_buffer / 2 > most { CAP_NET_ADMIN } else { 0 }
-}
-
-/// Every thread has come to hold exactly this, workers and the others.
-async fn hold(agent: &AgentProcess, workers: u64) {
+/// No thread holds a capability any more, and none can gain one; all belong to this user, group and groups.
+async fn hold_nothing(agent: &AgentProcess, user: u32, groups: &str) {
+    let ids = [user; 4].map(|id| id.to_string()).join("\t");
     let as_wanted = |thread: &BTreeMap<String, String>| {
-        let worker = ["penstock-0", "penstock-1"].contains(&thread["Name"].as_str());
-        let wanted = if worker { workers } else { 0 };
-        ["CapEff", "CapPrm"].map(|name| set(thread, name)) == [wanted; 2]
-            && ["CapInh", "CapAmb"].map(|name| set(thread, name)) == [0; 2]
+        ["CapEff", "CapPrm", "CapInh", "CapAmb"].map(|name| set(thread, name)) == [0; 4]
             && thread["NoNewPrivs"] == "1"
+            && [&thread["Uid"], &thread["Gid"]] == [&ids; 2]
+            && thread.get("Groups").map_or("", |found| found.trim()) == groups
     };
     // A thread gives up what it has as the first thing it does, which the start does not wait for.
     eventually(SOON, || threads(agent).iter().all(as_wanted)).await;
@@ -91,10 +84,7 @@ async fn three_capabilities_are_enough_to_steer_for_any_user() {
         let agent = AgentProcess::start_through(&through, ANY_PORT, server.addr, mode, "").await.unwrap();
         let output = agent.process.output();
         assert!(output.iter().any(|line| line.contains(said)), "{output:#?}");
-        for thread in threads(&agent) {
-            assert_eq!(thread["Uid"].split('\t').next(), Some(USER.to_string().as_str()));
-        }
-        hold(&agent, for_send_buffers(1 << 20)).await;
+        hold_nothing(&agent, USER, "").await;
         assert!(carried(&agent, mode).await > 0.0, "{mode}");
     }
 }
@@ -116,6 +106,60 @@ async fn without_any_it_relays_and_says_why() {
     assert_eq!(carried(&agent, "ingress").await, 0.0);
 }
 
+/// What Kubernetes gives with `deploy/daemonset.yaml`.
+const FIVE: &str = "-all,+bpf,+net_admin,+perfmon,+setuid,+setgid";
+
+/// Root, but only as far as a container's runtime grants it, without ambient capabilities.
+#[tokio::test]
+async fn root_with_five_capabilities_loads_the_programs_and_is_root_no_longer() {
+    let server = server().await;
+    let bounded = format!("--bounding-set={FIVE}");
+    let through = ["setpriv", "--no-new-privs", &bounded, "--inh-caps=-all"];
+    let mut agent = AgentProcess::start_through(&through, ANY_PORT, server.addr, "auto", "").await.unwrap();
+    hold_nothing(&agent, USER, "").await;
+    let line = agent.process.line("capabilities: none kept", SOON).await.unwrap();
+    assert!(line.contains("INFO") && line.contains("user: uid 65534, gid 65534, groups: none"), "{line}");
+    assert!(carried(&agent, "local").await > 0.0);
+}
+
+#[tokio::test]
+async fn user_and_groups_of_the_configuration_are_taken_and_files_read_as_them() {
+    let server = server().await;
+    let settings = "[process]\nuser = \"61001:61001\"\ngroups = [61002]";
+    let mut agent = AgentProcess::start(ANY_PORT, server.addr, "off", settings).await.unwrap();
+    hold_nothing(&agent, 61_001, "61002").await;
+    // A request body that goes to a file still finds one.
+    let body = vec![b'x'; 3 << 20];
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    assert_eq!(client.request(&Request::post("/test/echo", body)).await.unwrap().status(), 200);
+    // Only the other group may read it from now on.
+    agent.write_config(server.addr, settings).unwrap();
+    let path = agent.config_path().to_owned();
+    std::os::unix::fs::chown(&path, Some(0), Some(61_002)).unwrap();
+    fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o640)).unwrap();
+    agent.process.signal(nix::sys::signal::Signal::SIGHUP).unwrap();
+    agent.process.line("the configuration was read again", SOON).await.unwrap();
+    fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    agent.process.signal(nix::sys::signal::Signal::SIGHUP).unwrap();
+    let refused = agent.process.line("the configuration stays as it was", SOON).await.unwrap();
+    assert!(refused.contains("ermission denied"), "{refused}");
+}
+
+#[tokio::test]
+async fn root_that_is_kept_or_cannot_be_given_up_is_told_of() {
+    let server = server().await;
+    let keep = "[process]\nuser = \"keep\"";
+    let mut agent = AgentProcess::start(ANY_PORT, server.addr, "off", keep).await.unwrap();
+    agent.process.line("user: uid 0, gid 0", SOON).await.unwrap();
+    let (_, ready) = agent.ask_admin("/readyz?verbose").await.unwrap();
+    assert!(ready.contains("user: uid 0, gid 0") && ready.contains("process.user names another"), "{ready}");
+
+    let through = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"];
+    let mut agent = AgentProcess::start_through(&through, ANY_PORT, server.addr, "off", "").await.unwrap();
+    let line = agent.process.line("the agent stays root", SOON).await.unwrap();
+    assert!(line.contains("lacks CAP_SETUID, CAP_SETGID"), "{line}");
+}
+
 /// Send buffers beyond what any machine lets an ordinary process have, and as many different threads as an agent has: spans, an EPP that is looked after, endpoints that are checked.
 const EVERYTHING: &str = "client_send_buffer = 67108864\n\
     [tracing]\notlp_endpoint = \"http://127.0.0.1:9\"\n\
@@ -133,28 +177,37 @@ async fn what_a_start_needs_is_given_up_by_every_thread() {
         ["penstock-0", "penstock-1", "penstock-events", "penstock-contro", "penstock-spans", "endpoints", "admin"];
     let named = |name: &&str| threads(&agent).iter().any(|thread| thread["Name"] == **name);
     eventually(SOON, || all.iter().all(named)).await;
-    assert_eq!(for_send_buffers(64 << 20), CAP_NET_ADMIN, "net.core.wmem_max is very high on this machine");
-    hold(&agent, CAP_NET_ADMIN).await;
+    hold_nothing(&agent, USER, "").await;
     // These tests run as root, who may bound what can ever be had.
     assert!(threads(&agent).iter().all(|thread| set(thread, "CapBnd") == 0));
     let line = agent.process.line("capabilities: ", SOON).await.unwrap();
-    assert!(line.contains("INFO") && line.contains("workers keep CAP_NET_ADMIN, for send buffers"), "{line}");
+    assert!(line.contains("INFO") && line.contains("none kept"), "{line}");
     assert!(carried(&agent, "ingress").await > 0.0);
+    // Clients' connections have them all the same, from their listener.
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    assert_eq!(client.request(&Request::get("/v1/models")).await.unwrap().status(), 200);
+    let sockets = std::process::Command::new("ss").args(["-tmnH", "state", "established"]).output().unwrap();
+    let sockets = String::from_utf8(sockets.stdout).unwrap();
+    let (ours, theirs) = (agent.addr.to_string(), client.local_addr().unwrap().to_string());
+    let mut lines = sockets.lines();
+    lines
+        .find(|line| line.split_whitespace().collect::<Vec<_>>().ends_with(&[ours.as_str(), theirs.as_str()]))
+        .unwrap();
+    assert!(lines.next().unwrap().contains("tb67108864,"), "{sockets}");
 
     // What a reload starts has none either.
     agent.write_config(server.addr, EVERYTHING).unwrap();
     agent.process.signal(nix::sys::signal::Signal::SIGHUP).unwrap();
     agent.process.line("the configuration was read again", SOON).await.unwrap();
-    hold(&agent, CAP_NET_ADMIN).await;
+    hold_nothing(&agent, USER, "").await;
 }
 
 #[tokio::test]
 async fn nothing_is_kept_where_buffers_are_ordinary_or_nothing_is_steered() {
     let server = server().await;
-    assert_eq!(for_send_buffers(131_072), 0, "net.core.wmem_max is very low on this machine");
     for (steering, settings, path) in [("ingress", "client_send_buffer = 131072", "ingress"), ("off", "", "relay")] {
         let agent = AgentProcess::start(ANY_PORT, server.addr, steering, settings).await.unwrap();
-        hold(&agent, 0).await;
+        hold_nothing(&agent, USER, "").await;
         let (_, ready) = agent.ask_admin("/readyz?verbose").await.unwrap();
         assert!(ready.contains("capabilities: none kept\n"), "{ready}");
         assert!(carried(&agent, path).await > 0.0);
@@ -172,7 +225,7 @@ async fn a_port_that_only_root_may_bind_takes_its_capability_at_the_start() {
     let through = ["setpriv", &user, &group, "--clear-groups", &with[0], &with[1], &with[2]];
     let agent = AgentProcess::start_through(&through, listen, server.addr, "off", "").await.unwrap();
     assert_eq!(agent.addr, listen);
-    hold(&agent, 0).await;
+    hold_nothing(&agent, USER, "").await;
     assert!(threads(&agent).iter().all(|thread| set(thread, "CapBnd") == CAP_NET_BIND_SERVICE));
 
     let none = ["setpriv", &user, &group, "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"];

@@ -21,7 +21,7 @@ use penstock_tests::{
     agent::{TestAgent, builtin_pool},
     client::ConnectionEnd,
     eventually,
-    model_server::Options,
+    model_server::{Fault, FaultKind, Options},
     reader::at_least,
 };
 
@@ -97,7 +97,9 @@ async fn http2_request_that_panics_gets_500_and_streams_of_its_connection_finish
     let server = server().await;
     let agent = TestAgent::start_with(builtin_pool(&[server.addr]), SteeringMode::Off, faulty(), |_| {});
     let mut client = Http2Client::connect(agent.addr).await.unwrap();
-    let plan = Plan { size: 4 << 20, ..Plan::default() };
+    // Less than the connection's window, and not over when the other request fails.
+    let fault = Some(Fault { after: 500, kind: FaultKind::StallMs(500) });
+    let plan = Plan { size: 10_000, fault, ..Plan::default() };
     let mut running = client.send(&plan.request()).await.unwrap();
     assert_eq!(running.head().await.unwrap().status, 200);
     let failed = client.request(&Request::get("/v1/models").header("x-fault", "request")).await.unwrap();
