@@ -106,17 +106,27 @@ mod tests {
     #[test]
     fn an_answer_has_no_body_where_none_may_be() {
         let rows = [
-            (Method::GET, StatusCode::OK, "content-length: 2\r\n\r\nhi"),
-            (Method::HEAD, StatusCode::OK, "content-length: 2\r\n\r\n"),
-            (Method::GET, StatusCode::NO_CONTENT, "No Content\r\n\r\n"),
-            (Method::GET, StatusCode::NOT_MODIFIED, "Not Modified\r\n\r\n"),
+            (Method::GET, StatusCode::OK, "date: now\r\ncontent-length: 2\r\n\r\nhi"),
+            (Method::HEAD, StatusCode::OK, "date: now\r\ncontent-length: 2\r\n\r\n"),
+            (Method::GET, StatusCode::NO_CONTENT, "date: now\r\n\r\n"),
+            (Method::GET, StatusCode::NOT_MODIFIED, "date: now\r\n\r\n"),
         ];
         for (method, status, end) in rows {
             let mut out = BytesMut::new();
-            let reply = Reply { status, headers: HeaderMap::new(), body: Bytes::from_static(b"hi") };
+            let headers = HeaderMap::from_iter([(header::DATE, HeaderValue::from_static("now"))]);
+            let reply = Reply { status, headers, body: Bytes::from_static(b"hi") };
             reply.write(&mut out, &method, true);
             assert!(out.ends_with(end.as_bytes()), "{method} {status}: {:?}", String::from_utf8_lossy(&out));
         }
+    }
+
+    #[test]
+    fn answer_without_date_gets_one() {
+        let mut out = BytesMut::new();
+        let reply = Reply { status: StatusCode::NOT_FOUND, headers: HeaderMap::new(), body: Bytes::new() };
+        reply.write(&mut out, &Method::GET, true);
+        let text = String::from_utf8(out.to_vec()).unwrap();
+        assert!(text.starts_with("HTTP/1.1 404 Not Found\r\ndate: ") && text.contains(" GMT\r\n"), "{text}");
     }
 
     #[test]

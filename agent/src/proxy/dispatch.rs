@@ -121,11 +121,16 @@ impl Job<'_> {
         }
     }
 
+    /// The method allows more than one execution.
+    fn may_be_repeated(&self) -> bool {
+        self.worker.shared.config.pools[self.request.pool].retry.methods.contains(&self.request.parts.method)
+    }
+
     /// Whether a request that may have been executed `executions` times may be executed once more; if not, why.
     fn may_repeat(&self, executions: u32) -> Result<(), &'static str> {
         let (shared, pool) = (&self.worker.shared, self.request.pool);
         let rules = &shared.config.pools[pool].retry;
-        if !rules.methods.contains(&self.request.parts.method) {
+        if !self.may_be_repeated() {
             Err("method")
         } else if executions > rules.attempts {
             Err("attempts")

@@ -110,8 +110,11 @@ async fn post_that_was_taken_is_executed_once() {
 /// Also by a connection that was kept, which is not the race that such connections are in: the endpoint has taken it.
 #[tokio::test]
 async fn post_that_was_taken_on_a_kept_connection_is_executed_once() {
-    for attempts in [0, 2] {
-        let taking = |turn: Turn| if turn.connection == 1 && turn.request == 1 { Act::Answer } else { Act::Close };
+    let ends: [fn() -> Act; 2] = [|| Act::Close, || Act::Reset];
+    for (attempts, end, len) in
+        [0, 2].into_iter().flat_map(|n| ends.map(|end| [(n, end, 100), (n, end, 40_000)])).flatten()
+    {
+        let taking = move |turn: Turn| if turn.connection == 1 && turn.request == 1 { Act::Answer } else { end() };
         let (abrupt, good) = (Abrupt::start(taking).await, model_server().await);
         let mut scene = Scene::new(&[abrupt.addr, good.addr], |config| {
             retry(attempts, 100, 100)(config);
@@ -119,7 +122,7 @@ async fn post_that_was_taken_on_a_kept_connection_is_executed_once() {
         })
         .await;
         assert_eq!(scene.request(&echo(json("m", 100))).await.text(), "ok");
-        let response = scene.request(&echo(json("m", 100))).await;
+        let response = scene.request(&echo(json("m", len))).await;
         assert_eq!((response.status(), response.error_code().as_str()), (502, "endpoint_closed"));
         assert_eq!((abrupt.requests(), good.requests()), (2, 0));
         assert_eq!(scene.retries("kept_connection_closed"), 0);

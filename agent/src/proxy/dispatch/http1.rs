@@ -40,7 +40,7 @@ pub(super) async fn turn(
     let kept = if fresh { None } else { job.worker.endpoints.reuse(address) };
     if let Some(endpoint) = kept {
         metrics.endpoint_connection(Connection::Reused);
-        match attempt(job, endpoint).await {
+        match attempt(job, endpoint, true).await {
             Err(Failed::Early { executed: false, .. }) => metrics.endpoint_retried("kept_connection_closed"),
             Err(Failed::Early { executed, .. }) => return Err(Failed::Early { executed, kept: true }),
             outcome => return outcome,
@@ -51,12 +51,16 @@ pub(super) async fn turn(
         Failed::Connect(error)
     })?;
     metrics.endpoint_connection(Connection::New);
-    attempt(job, endpoint).await
+    attempt(job, endpoint, false).await
 }
 
 /// One request on one connection, up to the head of its response. An endpoint may answer before it has taken the whole request, so
 /// both directions go at once; the rest of the request goes with the response.
-async fn attempt(job: &Job<'_>, mut endpoint: EndpointConnection) -> Result<(ResponseHead, ResponseBody), Failed> {
+async fn attempt(
+    job: &Job<'_>,
+    mut endpoint: EndpointConnection,
+    kept: bool,
+) -> Result<(ResponseHead, ResponseBody), Failed> {
     let address = endpoint.address;
     endpoint.announce(job.request.target);
     let before = endpoint.acknowledged();
@@ -67,7 +71,9 @@ async fn attempt(job: &Job<'_>, mut endpoint: EndpointConnection) -> Result<(Res
     };
     let progress = Progress::begin();
     let Ok(stream) = endpoint.stream() else { return Err(lost(&endpoint)) };
-    let sending = Sending::new(send(stream, head_of(job, address), job.content.clone(), progress.clone(), job.idle()));
+    let prompt = kept && !job.may_be_repeated();
+    let work = send(stream, head_of(job, address), job.content.clone(), prompt, progress.clone(), job.idle());
+    let sending = Sending::new(work);
     endpoint.set_sending(sending.clone());
     let head = tokio::select! {
         biased;
@@ -103,14 +109,24 @@ fn head_of(job: &Job<'_>, address: SocketAddr) -> BytesMut {
 }
 
 /// Sends the head, which is in `out`, and the content.
+///
+/// `prompt`: in two segments at least, so that the endpoint's kernel acknowledges them when they are read. On a connection that has
+/// carried a response it would wait for the next one (up to 40 ms on Linux), and a reset meanwhile would tell of no acknowledgement
+/// (`tcp_measure_rcv_mss`, `__tcp_cleanup_rbuf`).
 async fn send(
     endpoint: Rc<TcpStream>,
     mut out: BytesMut,
     content: Content,
+    prompt: bool,
     progress: Progress,
     idle: Option<Duration>,
 ) -> Result<(), Unsent> {
     let chunked = matches!(framing(&content), RequestFraming::Chunked(_));
+    if prompt {
+        let last = if content.length().is_some_and(|length| length > 0) { 0 } else { 1 };
+        let first = out.split_to(out.len() - last);
+        write(&endpoint, &first, &progress, idle).await?;
+    }
     let mut pieces = content.pieces();
     while let Some(piece) = pieces.next().await.map_err(Unsent::Body)? {
         if out.len() + piece.len() > ONE_WRITE {
