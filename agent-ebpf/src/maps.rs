@@ -35,7 +35,8 @@ pub(crate) static TAILS: HashMap<u32, [u8; tail::MEMORY]> = HashMap::with_max_en
 #[map]
 pub(crate) static MISSED: Array<u64> = Array::with_max_entries(1, 0);
 
-/// Sockets of endpoints on this machine, by cookie: the message program runs on these.
+/// Sockets of endpoints on this machine, by cookie: the message program runs on these. Each is in it while a response of its
+/// connection may be redirected.
 #[map]
 pub(crate) static LOCALS: SockHash<u64> = SockHash::with_max_entries(16384, 0);
 /// Cookie of such a socket to the index of its connection's slots.
@@ -47,6 +48,12 @@ pub(crate) static LOCAL_SLOTS: Array<LocalSlot> = Array::with_max_entries(16384,
 /// happens, so that old ones have to give way.
 #[map]
 pub(crate) static PEERS: LruHashMap<Ends, Peer> = LruHashMap::with_max_entries(16384, 0);
+/// How the endpoints' sockets are found again, by the index of the slots.
+#[map]
+pub(crate) static NEIGHBOURS: Array<Neighbour> = Array::with_max_entries(16384, 0);
+/// Cookie of a network namespace to its id in the agent's namespace.
+#[map]
+pub(crate) static NAMESPACES: LruHashMap<u64, i64> = LruHashMap::with_max_entries(4096, 0);
 /// The clients' sockets, by the index of the slots: a message program cannot look one up, as it cannot give it back. Not
 /// among the slots, because addresses are nothing that user space should see or write.
 #[map]
@@ -67,6 +74,17 @@ pub(crate) static OFFSETS: Global<Offsets> = Global::new(Offsets {
     skc_cookie: 0,
     skc_flags: 0,
     accounts: 0,
+    copied_seq: 0,
+    sk_user_data: 0,
+    sk_tsflags: 0,
+    skb_head: 0,
+    skb_end: 0,
+    shared_flags: 0,
+    shared_nr_frags: 0,
+    shared_frag_list: 0,
+    shared_frags: 0,
+    page_compound_head: 0,
+    page_mapping: 0,
 });
 
 /// Both ends of a connection, the agent's first; IPv4 addresses are mapped (RFC 4291 §2.5.5.2), words as in the packet.
@@ -96,6 +114,17 @@ pub(crate) struct Peer {
     /// The agent's next sequence number, and the endpoint's.
     pub(crate) sends: u32,
     pub(crate) receives: u32,
+}
+
+/// An endpoint's own socket.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub(crate) struct Neighbour {
+    pub(crate) ends: Ends,
+    /// Cookie of its network namespace.
+    pub(crate) namespace: u64,
+    /// Not 0: that namespace has been looked for among all ids.
+    pub(crate) searched: u64,
 }
 
 #[repr(C)]

@@ -43,6 +43,15 @@ pub(crate) unsafe fn keeps_account(socket: *const u8) -> bool {
     flags & u64::from(offsets.accounts) != 0
 }
 
+/// Whether the owner of a socket wants a time stamp of what it sends (SO_TIMESTAMPING).
+#[inline(always)]
+pub(crate) unsafe fn stamps_what_it_sends(socket: *const u8) -> bool {
+    /// SOF_TIMESTAMPING_TX_HARDWARE, _SOFTWARE, _SCHED and _ACK; the field has 16 bits on some kernels.
+    const SENDING: u32 = 1 | 1 << 1 | 1 << 8 | 1 << 9;
+    // SAFETY: the helper that reads checks every address.
+    unsafe { read_u32(socket, OFFSETS.load().sk_tsflags) & SENDING != 0 }
+}
+
 /// Fill of a socket's send buffer, at the offsets that the agent found in the kernel's BTF.
 #[inline(always)]
 pub(crate) unsafe fn send_buffer(tcp: *const u8) -> SendBuffer {

@@ -1,21 +1,18 @@
 //! `sock_ops`: sees connections being made, and finds the endpoint's socket of those that the agent makes on this machine.
 //!
 //! The agent's own side is established first, and noted under its addresses with its sequence numbers; the endpoint's side
-//! has the same, the other way round. No socket that does not fit is touched.
+//! has the same, the other way round. Sockets are only recognised here; `admit` puts them into the map.
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{BPF_NOEXIST, BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, bpf_sock_ops},
-    helpers::generated::bpf_get_socket_cookie,
+    bindings::{BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, bpf_sock_ops},
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie},
     macros::sock_ops,
     programs::SockOpsContext,
 };
-use aya_log_ebpf::{debug, warn};
+use aya_log_ebpf::debug;
 
-use crate::{
-    maps::{End, Ends, INDEX, LOCAL_INDEX, LOCAL_SLOTS, LOCALS, OFFSETS, PEERS, Peer},
-    memory::{keeps_account, read_u64},
-};
+use crate::maps::{End, Ends, INDEX, LOCAL_INDEX, LOCAL_SLOTS, NEIGHBOURS, Neighbour, PEERS, Peer};
 
 const AF_INET: u32 = 2;
 
@@ -58,31 +55,20 @@ fn endpoints_side(ctx: &SockOpsContext) {
     if unsafe { INDEX.get(&peer.cookie) } != Some(&peer.index) {
         return;
     }
-    // In the map, a call is sent piece by piece, and completions of `MSG_ZEROCOPY` count the pieces (`tcp_bpf_push`). One who
-    // says only later that there is an account is never redirected, but stays in the map.
-    // The context is the kernel's own, whatever the verifier makes of its fields, and the helper that reads checks addresses.
-    // SAFETY: as just said.
-    if unsafe { keeps_account(read_u64(ctx.as_ptr().cast(), OFFSETS.load().ops_sk) as *const u8) } {
+    let (Some(slot), Some(neighbour)) = (LOCAL_SLOTS.get_ptr_mut(peer.index), NEIGHBOURS.get_ptr_mut(peer.index))
+    else {
         return;
-    }
-    let Some(slot) = LOCAL_SLOTS.get_ptr_mut(peer.index) else { return };
+    };
     // SAFETY: the context is the one the kernel called us with.
-    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    let (cookie, namespace) = unsafe { (bpf_get_socket_cookie(ctx.as_ptr()), bpf_get_netns_cookie(ctx.as_ptr())) };
+    // SAFETY: a map's value, which nobody reads before the slot names the socket.
+    unsafe { neighbour.write(Neighbour { ends, namespace, searched: 0 }) };
     if LOCAL_INDEX.insert(&cookie, &peer.index, 0).is_err() {
         return;
     }
-    // SAFETY: as above, and the helper takes the context itself.
-    match LOCALS.update(cookie, unsafe { &mut *ctx.ops }, u64::from(BPF_NOEXIST)) {
-        Ok(()) => {
-            // SAFETY: one word of a map's value, which nobody else writes.
-            unsafe { (*slot).peer.set(cookie) };
-            debug!(ctx, "socket {} of an endpoint recognised", cookie);
-        }
-        Err(error) => {
-            let _ = LOCAL_INDEX.remove(&cookie);
-            warn!(ctx, "socket {} of an endpoint refused: {}", cookie, error);
-        }
-    }
+    // SAFETY: one word of a map's value, which nobody else writes.
+    unsafe { (*slot).peer.set(cookie) };
+    debug!(ctx, "socket {} of an endpoint recognised", cookie);
 }
 
 /// The socket's next sequence number, and that of the other side.

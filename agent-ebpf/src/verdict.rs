@@ -26,6 +26,7 @@ use penstock_common::{
 use crate::{
     maps::{FOUND, INDEX, LOCAL_SLOTS, OFFSETS, SLOTS, TAILS, TARGETS, event},
     memory::{self, forgotten, read_u32, send_buffer, zero},
+    shared::is_shared,
 };
 
 /// Bytes of chunk syntax and runs of payload that one call looks at; a segment with more goes to user space.
@@ -193,6 +194,12 @@ impl Segment for Skb<'_> {
             let socket = (*skb).__bindgen_anon_2.sk;
             socket.is_null() || (*socket).state != ESTABLISHED
         }
+    }
+
+    #[inline(always)]
+    fn is_shared(&mut self) -> bool {
+        // SAFETY: the context is the kernel's own sk_buff, and the helper that reads checks every address.
+        unsafe { is_shared(self.ctx.as_ptr().cast()) }
     }
 }
 

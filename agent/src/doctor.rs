@@ -8,7 +8,11 @@ use std::{path::Path, process::ExitCode, time::Duration};
 use penstock_agent::{
     capability,
     config::{self, SteeringMode},
-    kernel::{cgroup, version},
+    kernel::{
+        Kernel,
+        cgroup::{self, CgroupError},
+        version,
+    },
     ladder::{Ladder, Program, Rung, State},
     selftest::Check,
 };
@@ -83,16 +87,35 @@ fn machine(steering: &config::Steering, ladder: &Ladder) -> Vec<Finding> {
     });
     findings.push(cgroup(steering));
     findings.push(program(ladder, missing.is_empty()));
-    if let Program::Loaded(_) = ladder.program {
+    if let Program::Loaded(kernel) = &ladder.program {
         findings.push(kept());
+        if ladder.is_ready(penstock_agent::metrics::Path::Local) {
+            findings.push(endpoint_sockets(kernel));
+        }
     }
     findings
+}
+
+/// Whether an endpoint can tell that its socket is in a map.
+fn endpoint_sockets(kernel: &Kernel) -> Finding {
+    let (found, advice) = match kernel.endpoint_visible() {
+        None => ("as they are outside of a map".to_owned(), None),
+        Some(how) => (
+            format!("endpoint_visible: in a map, {how}"),
+            Some("upgraded and pinned connections take the path ingress, and responses the path local".to_owned()),
+        ),
+    };
+    Finding { name: "sockets".to_owned(), ok: true, found, advice }
 }
 
 fn cgroup(steering: &config::Steering) -> Finding {
     let advice = "mount it; in a container, mount the node's; or name it as steering.cgroup";
     let (ok, found) = match steering.cgroup.clone().map_or_else(cgroup::root, Ok) {
-        Ok(root) if root.join("cgroup.procs").exists() => (true, root.display().to_string()),
+        Ok(root) if root.join("cgroup.procs").exists() && cgroup::is_whole(&root) => (true, root.display().to_string()),
+        Ok(root) if root.join("cgroup.procs").exists() => {
+            (true, format!("{}: no root, so endpoints elsewhere are not recognised", root.display()))
+        }
+        Err(error @ CgroupError::Private(_)) => (false, format!("PRIVATE: {error}")),
         Ok(root) => (false, format!("MISSING: {} is not one", root.display())),
         Err(error) => (false, format!("MISSING: {error}")),
     };

@@ -6,9 +6,12 @@
 mod btf;
 pub mod cgroup;
 pub mod events;
+mod grace;
 mod object;
 pub mod slots;
 pub mod socket;
+#[cfg(test)]
+mod transparent;
 #[cfg(test)]
 pub mod tun;
 pub mod version;
@@ -18,11 +21,11 @@ use std::{error::Error as _, fs::File, os::fd::AsFd, path::Path, sync::Arc};
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, HashMap, Map, MapData, MapError, RingBuf, SockHash},
-    programs::{CgroupAttachMode, SkMsg, SkSkb, SockOps},
+    programs::{CgroupAttachMode, SkMsg, SkSkb, SockOps, TestRun as _, TestRunOptions, Xdp},
     util::KernelVersion,
 };
 use aya_log::{EbpfLogger, Level};
-use penstock_common::slot::Offsets;
+use penstock_common::slot::{Admission, Offsets};
 use thiserror::Error;
 use zerocopy::IntoBytes as _;
 
@@ -32,6 +35,7 @@ use self::{events::Events, slots::Slots};
 pub const PROGRAM: &str = "penstock_verdict";
 pub const MESSAGE_PROGRAM: &str = "penstock_message";
 pub const PEERS_PROGRAM: &str = "penstock_peers";
+pub const ADMIT_PROGRAM: &str = "penstock_admit";
 
 #[derive(Debug, Error)]
 pub enum LoadError {
@@ -83,6 +87,7 @@ pub struct Kernel {
     tails: MapData,
     locals: MapData,
     local: Result<(), Arc<str>>,
+    endpoint_visible: Option<Arc<str>>,
     ebpf: Ebpf,
 }
 
@@ -130,7 +135,7 @@ impl Kernel {
         let (sources, targets) = (take("SOURCES")?, take("TARGETS")?);
         let (index, tails, locals) = (take("INDEX")?, take("TAILS")?, take("LOCAL_INDEX")?);
         let local = Err("not asked for".into());
-        Ok(Self { slots, events, sources, targets, index, tails, locals, local, ebpf })
+        Ok(Self { slots, events, sources, targets, index, tails, locals, local, endpoint_visible: None, ebpf })
     }
 
     /// Whether endpoints on this machine are recognised, and if not, why.
@@ -150,6 +155,23 @@ impl Kernel {
             },
         };
         self.local = attached.map_err(Arc::from);
+    }
+
+    /// How the owner of a socket can tell that it is in the message program's map, on this kernel; `None` where it cannot.
+    pub fn endpoint_visible(&self) -> Option<Arc<str>> {
+        self.endpoint_visible.clone()
+    }
+
+    pub fn set_endpoint_visible(&mut self, how: Option<Arc<str>>) {
+        self.endpoint_visible = how;
+    }
+
+    /// Puts a socket of this process into the message program's map.
+    pub fn map_as_endpoint(&mut self, socket: impl AsFd) -> Result<(), LoadError> {
+        let map = self.ebpf.map_mut("LOCALS").ok_or(LoadError::Missing("map LOCALS"))?;
+        let mut sockets: SockHash<_, u64> = map.try_into()?;
+        let cookie = socket::cookie(&socket)?;
+        Ok(sockets.insert(cookie, std::os::fd::AsRawFd::as_raw_fd(&socket.as_fd()), 0)?)
     }
 
     /// Remembers why endpoints on this machine are not recognised.
@@ -173,12 +195,25 @@ impl Kernel {
         let program: &mut SkMsg =
             self.ebpf.program_mut(MESSAGE_PROGRAM).ok_or(LoadError::Missing("message program"))?.try_into()?;
         program.attach(&sockets)?;
+        let program: &mut Xdp =
+            self.ebpf.program_mut(ADMIT_PROGRAM).ok_or(LoadError::Missing("admission program"))?.try_into()?;
+        program.load()?;
         let program = self.ebpf.program_mut(PEERS_PROGRAM).ok_or(LoadError::Missing("peers program"))?;
         let program: &mut SockOps = program.try_into()?;
         program.load()?;
         // A link stands beside those of others whatever the mode, and takes no flag (cgroup_bpf_link_attach).
         program.attach(cgroup, CgroupAttachMode::Single)?;
         Ok(())
+    }
+
+    /// Runs the admission program for the endpoint's own socket of a connection, which is named by the cookie of the agent's;
+    /// returns one of `penstock_common::slot::admission`. Takes no capability: the descriptor of the program is enough.
+    pub fn admit(&self, connection: u64, leave: bool) -> Result<u32, LoadError> {
+        let program: &Xdp =
+            self.ebpf.program(ADMIT_PROGRAM).ok_or(LoadError::Missing("admission program"))?.try_into()?;
+        let admission = Admission { connection, leave: u64::from(leave) };
+        let options = TestRunOptions { data_in: Some(admission.as_bytes()), ..TestRunOptions::default() };
+        Ok(program.test_run(options)?.return_value)
     }
 
     /// Handles of the maps for one worker; they share the kernel's maps, not a lock.
@@ -218,8 +253,19 @@ pub struct Maps {
 pub type Ring = [u8; penstock_common::tail::MEMORY];
 
 /// Maps that have an entry for each connection that may be steered.
-const MAPS_BY_FLOW: [&str; 10] =
-    ["SOURCES", "TARGETS", "INDEX", "SLOTS", "TAILS", "LOCALS", "LOCAL_INDEX", "LOCAL_SLOTS", "PEERS", "FOUND"];
+const MAPS_BY_FLOW: [&str; 11] = [
+    "SOURCES",
+    "TARGETS",
+    "INDEX",
+    "SLOTS",
+    "TAILS",
+    "LOCALS",
+    "LOCAL_INDEX",
+    "LOCAL_SLOTS",
+    "PEERS",
+    "FOUND",
+    "NEIGHBOURS",
+];
 const OFFSETS: usize = size_of::<Offsets>() / size_of::<u32>();
 
 #[cfg(test)]

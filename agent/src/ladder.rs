@@ -56,6 +56,9 @@ pub struct Rung {
     /// What was tried; empty where nothing was.
     pub checks: Vec<Check>,
     pub state: State,
+    /// How an endpoint can tell that its socket is in a map while bytes for it wait there. Upgraded and pinned connections do
+    /// not take the path then, unless the settings say that everything does.
+    pub endpoint_visible: Option<Arc<str>>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -99,10 +102,16 @@ impl Ladder {
         if asked {
             kernel.try_local(config.cgroup.as_deref());
         }
+        if kernel.local().is_ok() {
+            match selftest::how_visible(&mut kernel) {
+                Ok(how) => kernel.set_endpoint_visible(how),
+                Err(error) => kernel.set_endpoint_visible(Some(format!("its calls cannot be tried: {error:#}").into())),
+            }
+        }
         let mut kernel = Arc::new(kernel);
         let mut first = match kernel.local() {
             Ok(()) => Rung::prove(local, &kernel),
-            Err(why) => Rung { path: local.path, checks: Vec::new(), state: State::Off(why) },
+            Err(why) => Rung { path: local.path, checks: Vec::new(), state: State::Off(why), endpoint_visible: None },
         };
         match &first.state {
             _ if !asked => first.state = State::Unasked,
@@ -116,6 +125,10 @@ impl Ladder {
             _ => {}
         }
         let second = Rung::prove(ingress, &kernel);
+        first.endpoint_visible = kernel.endpoint_visible();
+        if let (SteeringMode::Local, Some(how)) = (config.mode, &first.endpoint_visible) {
+            tracing::warn!(%how, "mode local also carries upgraded and pinned connections, whose endpoints may wait for ever");
+        }
         if first.state == State::Ready && second.state != State::Ready {
             first.state = State::Off("it falls back on the path ingress, which is off".into());
         }
@@ -129,7 +142,8 @@ impl Ladder {
 
     /// No path, for the same reason.
     fn without(program: Program, state: &State) -> Self {
-        let off = |entry: &Entry| Rung { path: entry.path, checks: Vec::new(), state: state.clone() };
+        let off =
+            |entry: &Entry| Rung { path: entry.path, checks: Vec::new(), state: state.clone(), endpoint_visible: None };
         Self { program, rungs: PATHS.iter().map(off).collect(), forced: None, forces_buffers: false }
     }
 
@@ -187,8 +201,8 @@ impl Ladder {
             let reason = match (&rung.state, &self.forced) {
                 (State::Off(why), _) => why.to_string(),
                 (State::Unasked, _) => "configured".to_owned(),
-                (State::Ready, None) => "passed".to_owned(),
-                (State::Ready, Some(release)) => format!("passed, forced on kernel {release}"),
+                (State::Ready, None) => format!("passed{}", rung.visible()),
+                (State::Ready, Some(release)) => format!("passed, forced on kernel {release}{}", rung.visible()),
             };
             // Where all are off for the same reason, it has been said.
             if matches!(rung.state, State::Off(_)) && matches!(self.steering(), Steering::Active(_)) {
@@ -202,7 +216,7 @@ impl Ladder {
 impl Rung {
     /// Without any capability, as workers are.
     fn prove(entry: &Entry, kernel: &Arc<Kernel>) -> Self {
-        let mut rung = Self { path: entry.path, checks: Vec::new(), state: State::Ready };
+        let mut rung = Self { path: entry.path, checks: Vec::new(), state: State::Ready, endpoint_visible: None };
         match capability::with(&[], || selftest::prove(kernel, entry.lane, entry.cases)) {
             Ok(checks) => rung.checks = checks,
             Err(error) => rung.state = State::Off(format!("the self-test cannot be run: {error:#}").into()),
@@ -214,9 +228,16 @@ impl Rung {
         rung
     }
 
+    fn visible(&self) -> String {
+        match &self.endpoint_visible {
+            Some(how) => format!(", endpoint_visible for upgraded and pinned connections: {how}"),
+            None => String::new(),
+        }
+    }
+
     pub fn describe(&self) -> String {
         match &self.state {
-            State::Ready => format!("{}: ready", self.path.as_str()),
+            State::Ready => format!("{}: ready{}", self.path.as_str(), self.visible()),
             State::Unasked => format!("{}: off (configured)", self.path.as_str()),
             State::Off(why) => format!("{}: off: {why}", self.path.as_str()),
         }
@@ -250,8 +271,20 @@ mod tests {
     fn every_path_is_ready_on_this_kernel() {
         let ladder = Ladder::climb(&config());
         assert_eq!(ladder.describe(), "steering: active (local, ingress)");
-        assert_eq!(ladder.lines()[1..], ["path local: ready", "path ingress: ready"]);
-        assert!(matches!(ladder.steering(), Steering::Active(kernel) if kernel.local().is_ok()));
+        let [_, local, ingress] = &ladder.lines()[..] else { panic!("{:?}", ladder.lines()) };
+        assert_eq!(ingress, "path ingress: ready");
+        let Steering::Active(kernel) = ladder.steering() else { panic!("not active") };
+        assert_eq!(kernel.local(), Ok(()));
+        // Where an endpoint could tell, the line says how, and for which connections.
+        match kernel.endpoint_visible() {
+            None => assert_eq!(local, "path local: ready"),
+            Some(how) => {
+                let said = format!("path local: ready, endpoint_visible for upgraded and pinned connections: {how}");
+                assert_eq!(local, &said);
+                let info = format!("reason=\"passed{}\"", said.trim_start_matches("path local: ready"));
+                assert!(shown(&ladder, "local").contains(&info), "{}", shown(&ladder, "local"));
+            }
+        }
         assert!(ladder.rungs.iter().all(|rung| rung.checks.len() == selftest::CASES.len()));
     }
 

@@ -5,6 +5,7 @@
 
 mod cases;
 mod rig;
+mod visible;
 
 use std::{
     rc::Rc,
@@ -26,6 +27,8 @@ const DEADLINE: Duration = Duration::from_secs(20);
 
 /// What every path must do, in its lane.
 pub const CASES: &[Case] = cases::CASES;
+
+pub use visible::how_visible;
 
 /// One thing that a path must do.
 pub struct Case {

@@ -17,6 +17,7 @@ use std::{
     task::{Context, Poll},
 };
 
+use penstock_common::slot::admission;
 use thiserror::Error;
 
 use crate::kernel::{
@@ -67,7 +68,8 @@ impl WorkerSteering {
     pub fn announce_source(self: &Rc<Self>, endpoint: impl AsFd) -> Result<Source, RegisterError> {
         let cookie = socket::cookie(&endpoint)?;
         let index = self.kernel.slots().take().ok_or(RegisterError::NoSlot)?;
-        let source = Source { index, cookie, ring: Cell::new(false), steering: Rc::clone(self) };
+        let (ring, admitted) = (Cell::new(false), Cell::new(false));
+        let source = Source { index, cookie, ring, admitted, steering: Rc::clone(self) };
         source.slot().reset();
         self.maps.borrow_mut().index.insert(cookie, index, 0)?;
         Ok(source)
@@ -76,6 +78,11 @@ impl WorkerSteering {
     /// Endpoints on this machine are recognised.
     pub fn has_local(&self) -> bool {
         self.kernel.local().is_ok()
+    }
+
+    /// An endpoint can tell that its socket is in a map while bytes for it wait there.
+    pub fn is_endpoint_visible(&self) -> bool {
+        self.kernel.endpoint_visible().is_some()
     }
 
     /// Makes a connection a possible target, with this send buffer; returns its key. The kernel forgets it when it is closed.
@@ -100,6 +107,8 @@ pub struct Source {
     cookie: u64,
     /// The connection has a ring.
     ring: Cell<bool>,
+    /// The endpoint's own socket is in the map.
+    admitted: Cell<bool>,
     steering: Rc<WorkerSteering>,
 }
 
@@ -136,10 +145,42 @@ impl Source {
     pub fn is_local_to(&self, target: u64) -> bool {
         self.slot().peer().is_some() && self.slot().has_found(target)
     }
+
+    /// Puts the endpoint's own socket into the map for the length of a response, if the endpoint has read the whole request.
+    pub fn admit(&self) -> bool {
+        if !self.admitted.get() {
+            let outcome = self.steering.kernel.admit(self.cookie, false);
+            match &outcome {
+                Ok(admission::DONE) => self.admitted.set(true),
+                Ok(why) => tracing::debug!(reason = admission::label(*why), "endpoint socket not admitted"),
+                Err(error) => tracing::debug!(%error, "endpoint socket not admitted"),
+            }
+        }
+        self.admitted.get()
+    }
+
+    /// Takes the endpoint's own socket out of the map. False: the endpoint could still tell that it was in it, so nothing may be
+    /// written to this connection.
+    pub fn dismiss(&self) -> bool {
+        if !self.admitted.get() {
+            return true;
+        }
+        let outcome = self.steering.kernel.admit(self.cookie, true);
+        match &outcome {
+            Ok(admission::DONE) => {
+                self.admitted.set(false);
+                return true;
+            }
+            Ok(why) => tracing::debug!(reason = admission::label(*why), "endpoint socket not dismissed"),
+            Err(error) => tracing::debug!(%error, "endpoint socket not dismissed"),
+        }
+        false
+    }
 }
 
 impl Drop for Source {
     fn drop(&mut self) {
+        self.dismiss();
         // Missing when registration failed half-way.
         let mut maps = self.steering.maps.borrow_mut();
         let _ = maps.index.remove(&self.cookie);

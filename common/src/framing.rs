@@ -225,6 +225,12 @@ impl Framing {
         (at, None)
     }
 
+    /// Some of the next `len` bytes are chunked syntax.
+    #[inline(always)]
+    pub const fn has_syntax_within(&self, len: u32) -> bool {
+        self.wants_syntax() || self.state == state::CHUNK && self.left < len as u64
+    }
+
     /// The next byte is chunked syntax.
     #[inline(always)]
     pub const fn wants_syntax(&self) -> bool {

@@ -24,8 +24,10 @@ pub mod stop {
     pub const BEHIND: u32 = 6;
     /// The sender keeps an account of its own socket's queue (`SO_ZEROCOPY`, or another Penstock), which a redirect would bypass.
     pub const ACCOUNT: u32 = 7;
+    /// The segment holds chunk syntax in memory that the sender can still write (`sendfile`, `splice`, `vmsplice`).
+    pub const SHARED: u32 = 8;
     /// How many there are, with "it has not".
-    pub const COUNT: usize = 8;
+    pub const COUNT: usize = 9;
 
     /// Metric label of a reason.
     pub const fn label(reason: u32) -> &'static str {
@@ -37,6 +39,7 @@ pub mod stop {
             FIN => "fin",
             BEHIND => "behind",
             ACCOUNT => "account",
+            SHARED => "shared",
             _ => "none",
         }
     }
@@ -93,7 +96,7 @@ pub struct LocalSlot {
     pub expected: u64,
     /// `1 << 32 |` the endpoint's `write_seq` before its first byte. Written when the connection is made.
     pub origin: Word,
-    /// Cookie of the endpoint's socket, once it is in the kernel's map; 0: it is not.
+    /// Cookie of the endpoint's socket, once it has been recognised; 0: it has not.
     pub peer: Word,
     /// Cookie of the client whose socket the kernel has found; 0: none. Written by the verdict on what the endpoint sends.
     pub found: Word,
@@ -102,6 +105,47 @@ pub struct LocalSlot {
 
 const _: () = assert!(size_of::<Slot>() == 128 && size_of::<LocalSlot>() == 128);
 const _: () = assert!(size_of::<Framing>() == 24);
+
+/// What the agent asks of the admission program, as the packet of a test run (`BPF_PROG_TEST_RUN`).
+#[repr(C)]
+#[cfg_attr(feature = "user", derive(zerocopy::IntoBytes, zerocopy::Immutable))]
+pub struct Admission {
+    /// Cookie of the agent's own socket of the connection.
+    pub connection: u64,
+    /// 0: put the endpoint's socket into the map. Else: take it out.
+    pub leave: u64,
+}
+
+/// What came of an [`Admission`].
+pub mod admission {
+    pub const DONE: u32 = 0;
+    /// The endpoint's socket is not known, or is gone.
+    pub const UNKNOWN: u32 = 1;
+    /// No network namespace that the agent's has an id for holds the endpoint's socket.
+    pub const ELSEWHERE: u32 = 2;
+    /// The endpoint has not read the whole request.
+    pub const UNREAD: u32 = 3;
+    /// The endpoint keeps an account of what its socket sends.
+    pub const ACCOUNT: u32 = 4;
+    /// The kernel refuses the socket: another program has it in a map.
+    pub const REFUSED: u32 = 5;
+    /// The socket has left the map, and a call of the endpoint's still uses what the map had made of it.
+    pub const IN_USE: u32 = 6;
+
+    /// One word for logs.
+    pub const fn label(outcome: u32) -> &'static str {
+        match outcome {
+            DONE => "done",
+            UNKNOWN => "unknown",
+            ELSEWHERE => "elsewhere",
+            UNREAD => "unread",
+            ACCOUNT => "account",
+            REFUSED => "refused",
+            IN_USE => "in_use",
+            _ => "failed",
+        }
+    }
+}
 
 /// Offsets into the kernel's own structures, read from its BTF at load and handed to the program as a global.
 #[repr(C)]
@@ -131,4 +175,21 @@ pub struct Offsets {
     /// Bits of `skc_flags` that say that the owner keeps an account of the socket's queue: SOCK_ZEROCOPY (it waits to be told
     /// what has been sent), and SOCK_RXQ_OVFL, which means nothing to TCP and marks Penstock's own.
     pub accounts: u32,
+    /// `struct tcp_sock::copied_seq`: sequence number behind the last byte that the owner has read.
+    pub copied_seq: u32,
+    /// `struct sock::sk_user_data`: not null while the socket is in a socket map.
+    pub sk_user_data: u32,
+    /// `struct sock::sk_tsflags`: the time stamps that the owner asks for (SO_TIMESTAMPING).
+    pub sk_tsflags: u32,
+    /// `struct sk_buff::head` and `end`: where its `struct skb_shared_info` begins.
+    pub skb_head: u32,
+    pub skb_end: u32,
+    /// `struct skb_shared_info::flags`, `nr_frags`, `frag_list` and `frags`.
+    pub shared_flags: u32,
+    pub shared_nr_frags: u32,
+    pub shared_frag_list: u32,
+    pub shared_frags: u32,
+    /// `struct page::compound_head` and `mapping`.
+    pub page_compound_head: u32,
+    pub page_mapping: u32,
 }

@@ -40,6 +40,8 @@ pub trait Segment: Kernel {
     fn trim(&mut self, bytes: u32) -> bool;
     /// The endpoint has closed its side, with this segment or before it.
     fn closed(&mut self) -> bool;
+    /// The segment has bytes in memory that the sender can still write.
+    fn is_shared(&mut self) -> bool;
 }
 
 /// `struct tcp_sock` of the target, as far as it matters here.
@@ -117,6 +119,11 @@ fn try_redirect(slot: &mut Slot, armed: u64, len: u32, kernel: &mut impl Segment
         return Err(stop::FIN);
     }
     let mut framing = slot.span.framing;
+    // The redirect sends the same pages later: what was read as the length of a chunk could be another one by then. Payload
+    // is the sender's own matter.
+    if framing.has_syntax_within(len) && kernel.is_shared() {
+        return Err(stop::SHARED);
+    }
     if !kernel.parse(&mut framing, len, slot.span.keep != 0) {
         return Err(stop::FRAMING);
     }

@@ -94,11 +94,12 @@ struct Seen {
     redirects: u64,
     relayed: u64,
     slept: u64,
-    stops: [u64; stop::FIN as usize + 1],
+    stops: [u64; stop::COUNT],
     late: u64,
     armed_in_window: u64,
     disarmed: u64,
     fin_with_data: u64,
+    shared_payload: u64,
     overlaps: u64,
     complete: u64,
     broken: u64,
@@ -357,7 +358,9 @@ impl<'a> World<'a> {
         let len = (segment.len() + overlap) as u32;
         let slot = self.slot.0.get();
         let armed = &self.slot.words().span.armed;
-        let mut kernel = Segment { world: self, segment: segment.clone(), overlap, redirected: false, asked: false };
+        let shared = self.random.one_in(12);
+        let mut kernel =
+            Segment { world: self, segment: segment.clone(), overlap, shared, redirected: false, asked: false };
         if armed.get() == 0 {
             // The verdict has read 0 and not yet counted: whatever is armed meanwhile, it does not see.
             kernel.world.interleave();
@@ -575,7 +578,7 @@ impl<'a> World<'a> {
                 if stop != 0 {
                     self.agent.hold = stop == stop::ROOM;
                 }
-                if stop == stop::TARGET {
+                if stop == stop::TARGET || stop == stop::SHARED {
                     self.agent.target = false;
                 }
                 if then_read { At::Read } else { At::Forward }
@@ -662,6 +665,8 @@ struct Segment<'w, 'a> {
     segment: Range<usize>,
     /// Bytes in front of it that had arrived before.
     overlap: usize,
+    /// The sender can still write the memory that it lies in.
+    shared: bool,
     redirected: bool,
     /// The target was looked up.
     asked: bool,
@@ -715,6 +720,10 @@ impl Kernel for Segment<'_, '_> {
         let mut reference = world.reference;
         assert_eq!(reference.feed(&world.wire[self.segment.clone()]), self.segment.len(), "a redirect behind the end");
         assert!(!reference.is_invalid(), "a redirect of what is no message");
+        let mut before = world.reference;
+        let payload = before.skip(self.segment.len() as u64) as usize;
+        assert!(!self.shared || payload == self.segment.len(), "a redirect of syntax that the sender can still write");
+        world.seen.shared_payload += u64::from(self.shared);
         world.reference = reference;
         world.seen.redirects += 1;
         self.redirected = true;
@@ -746,6 +755,10 @@ impl penstock_common::verdict::Segment for Segment<'_, '_> {
     fn closed(&mut self) -> bool {
         self.world.fin
     }
+
+    fn is_shared(&mut self) -> bool {
+        self.shared
+    }
 }
 
 /// Prints the seed of a schedule that fails.
@@ -769,7 +782,9 @@ fn every_byte_arrives_once_and_in_order_and_no_wake_up_is_lost() {
     }
     println!("{seen:?}");
     if one.is_none() {
-        assert!(seen.stops.iter().all(|&stops| stops > 0), "{seen:?}");
+        let reasons = [stop::REFUSED, stop::FRAMING, stop::ROOM, stop::TARGET, stop::FIN, stop::SHARED];
+        assert!(reasons.iter().all(|&reason| seen.stops[reason as usize] > 0) && seen.stops[0] > 0, "{seen:?}");
+        assert!(seen.shared_payload > 100, "{seen:?}");
         let counts = [seen.redirects, seen.relayed, seen.slept, seen.late, seen.armed_in_window, seen.disarmed];
         assert!(counts.iter().all(|&count| count > 100), "{seen:?}");
         assert!(

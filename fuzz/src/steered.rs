@@ -13,7 +13,7 @@ use penstock_agent::{
     deliver::{Delivery, End, Target},
     endpoint::{connection::EndpointConnection, times::Times},
     kernel::{Kernel, slots::Lane},
-    steer::WorkerSteering,
+    steer::{Source, WorkerSteering},
 };
 use penstock_common::framing::Framing;
 use tokio::{
@@ -96,6 +96,10 @@ async fn deliver(
     // In place of a head.
     server.write_all(b"h").await?;
     endpoint.read(&mut BytesMut::with_capacity(1)).await?;
+    ensure!(
+        lane != Lane::Local || endpoint.source().is_some_and(Source::admit),
+        "the endpoint's socket is not admitted"
+    );
 
     let write = async {
         for piece in input::pieces(wire, lengths) {

@@ -19,6 +19,7 @@ use crate::Plan;
 use crate::namespace::Namespace;
 use message::Messages;
 use turn::Turn;
+pub use turn::set_zerocopy;
 
 mod message;
 mod turn;

@@ -7,6 +7,7 @@
 mod demo;
 mod fuzz;
 mod lint;
+mod posts;
 mod run;
 mod soak;
 mod stress;
@@ -43,6 +44,8 @@ enum Verb {
     Soak(soak::Args),
     /// Run the fuzz targets one after the other: cargo xtask fuzz --seconds 60
     Fuzz(fuzz::Args),
+    /// Install what is missing, build, and POST into real servers on each mode: cargo xtask posts --server nginx
+    Posts(posts::Args),
     /// Install what is missing, build everything, run every test
     Test(test::Args),
     /// Run the tests of the kernel's part on other kernels, in virtual machines
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
         Verb::Stress(args) => stress::main(&args),
         Verb::Soak(args) => soak::main(&args),
         Verb::Fuzz(args) => fuzz::main(&args),
+        Verb::Posts(args) => posts::main(&args),
         Verb::Test(args) => test::main(&args),
         Verb::VmTest(args) => vm::main(&args),
         Verb::Lint => lint::main(),

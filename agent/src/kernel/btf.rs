@@ -50,6 +50,18 @@ fn offsets_in(bytes: &[u8]) -> Result<Offsets, BtfError> {
         skc_cookie: field("sock_common", "skc_cookie")?,
         skc_flags: field("sock_common", "skc_flags")?,
         accounts: flag("SOCK_ZEROCOPY")? | flag("SOCK_RXQ_OVFL")?,
+        copied_seq: field("tcp_sock", "copied_seq")?,
+        sk_user_data: field("sock", "sk_user_data")?,
+        sk_tsflags: field("sock", "sk_tsflags")?,
+        skb_head: field("sk_buff", "head")?,
+        skb_end: field("sk_buff", "end")?,
+        shared_flags: field("skb_shared_info", "flags")?,
+        shared_nr_frags: field("skb_shared_info", "nr_frags")?,
+        shared_frag_list: field("skb_shared_info", "frag_list")?,
+        shared_frags: field("skb_shared_info", "frags")?,
+        page_compound_head: field("page", "compound_head").unwrap_or(0),
+        // The first page of a folio is the folio. Where one of the two is missing, every page counts as shared.
+        page_mapping: field("page", "compound_head").and_then(|_| field("folio", "mapping")).unwrap_or(0),
     })
 }
 
@@ -169,6 +181,9 @@ mod tests {
         assert!(offsets.msg_data_end > offsets.msg_data && offsets.msg_sk > 0);
         assert!(offsets.skc_cookie > 0 && offsets.skc_cookie < offsets.sk_sndbuf);
         assert_eq!(offsets.accounts.count_ones(), 2);
+        assert!(offsets.copied_seq > offsets.sk_sndbuf && offsets.sk_user_data > 0 && offsets.sk_tsflags > 0);
+        assert!(offsets.shared_frags > offsets.shared_flags && offsets.shared_nr_frags > 0);
+        assert!(offsets.page_mapping > 0 && offsets.page_compound_head > 0);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Where the cgroup v2 hierarchy is mounted: beside v1 it may be anywhere (cgroups(7)).
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
@@ -12,16 +12,28 @@ pub enum CgroupError {
         "no cgroup v2 hierarchy is mounted; `mount -t cgroup2 none DIRECTORY` mounts one, `steering.cgroup` names it"
     )]
     NotMounted,
+    #[error(
+        "{0} is the root of a private cgroup namespace, so endpoints outside of this container are never seen; mount the node's \
+         hierarchy and name it as steering.cgroup"
+    )]
+    Private(String),
 }
 
-/// The root of the hierarchy, as this process sees it.
+/// The root of the hierarchy. Fails where this process sees only a part of it.
 pub fn root() -> Result<PathBuf, CgroupError> {
-    root_in(&std::fs::read_to_string("/proc/mounts")?).ok_or(CgroupError::NotMounted)
+    let mounts = std::fs::read_to_string("/proc/mounts")?;
+    let first = roots_in(&mounts).next().ok_or(CgroupError::NotMounted)?;
+    roots_in(&mounts).find(|root| is_whole(root)).ok_or_else(|| CgroupError::Private(first.display().to_string()))
+}
+
+/// Whether programs attached there see every socket of this machine: the real root alone has no `cgroup.type` (cgroups(7)).
+pub fn is_whole(cgroup: &Path) -> bool {
+    !cgroup.join("cgroup.type").exists()
 }
 
 /// Fields are separated by blanks, and blanks within them written as `\\040` (getmntent(3)).
-fn root_in(mounts: &str) -> Option<PathBuf> {
-    mounts.lines().find_map(|line| {
+fn roots_in(mounts: &str) -> impl Iterator<Item = PathBuf> {
+    mounts.lines().filter_map(|line| {
         let mut fields = line.split(' ');
         let (directory, kind) = (fields.nth(1)?, fields.next()?);
         (kind == "cgroup2").then(|| directory.replace("\\040", " ").into())
@@ -30,13 +42,13 @@ fn root_in(mounts: &str) -> Option<PathBuf> {
 
 #[cfg(test)]
 mod tests {
-    use super::root_in;
+    use super::*;
 
     #[test]
     fn finds_the_hierarchy_beside_others() {
         let unified = "proc /proc proc rw 0 0\ncgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\n\
                        none /sys/fs/cgroup/the\\040unified cgroup2 rw,nosuid 0 0\n";
-        assert_eq!(root_in(unified), Some("/sys/fs/cgroup/the unified".into()));
-        assert_eq!(root_in("cgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\n\n"), None);
+        assert_eq!(roots_in(unified).collect::<Vec<_>>(), [PathBuf::from("/sys/fs/cgroup/the unified")]);
+        assert_eq!(roots_in("cgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\n\n").next(), None);
     }
 }

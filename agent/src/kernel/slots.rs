@@ -15,6 +15,8 @@ use penstock_common::{
     slot::{LocalSlot, Slot, Span, Word},
 };
 
+use super::grace::Grace;
+
 /// The whole table. Lives as long as any slot of it is used.
 pub struct Slots {
     slots: Mapping<Slot>,
@@ -25,13 +27,14 @@ pub struct Slots {
     retired: Mutex<Vec<u32>>,
     /// Held while what has been retired is neither there nor free.
     reclaiming: Mutex<()>,
+    grace: Grace,
 }
 
 impl Slots {
     pub(super) fn map(slots: BorrowedFd<'_>, locals: BorrowedFd<'_>, count: u32) -> std::io::Result<Self> {
         let (slots, locals) = (Mapping::new(slots, count)?, Mapping::new(locals, count)?);
         let (free, retired, reclaiming) = (Mutex::new((0..count).rev().collect()), Mutex::default(), Mutex::default());
-        Ok(Self { slots, locals, count, free, retired, reclaiming })
+        Ok(Self { slots, locals, count, free, retired, reclaiming, grace: Grace::new()? })
     }
 
     pub fn len(&self) -> u32 {
@@ -66,11 +69,22 @@ impl Slots {
     /// Frees what has been retired, after every program that has begun is done. Takes some milliseconds. Of two callers the second
     /// returns when what the first has found is free.
     pub fn reclaim(&self) {
+        self.reclaim_after(|| self.grace.wait());
+    }
+
+    /// Where the wait fails, what has been retired stays retired.
+    fn reclaim_after(&self, wait: impl FnOnce() -> std::io::Result<()>) {
         let _one = self.reclaiming.lock();
         let retired = std::mem::take(&mut *self.retired.lock());
-        if !retired.is_empty() {
-            super::socket::wait_for_programs();
-            self.free.lock().extend(retired);
+        if retired.is_empty() {
+            return;
+        }
+        match wait() {
+            Ok(()) => self.free.lock().extend(retired),
+            Err(error) => {
+                tracing::warn!(%error, slots = retired.len(), "could not wait for kernel programs, keeping slots retired");
+                self.retired.lock().extend(retired);
+            }
         }
     }
 
@@ -305,5 +319,24 @@ impl SpanRef<'_> {
     /// First and last redirect of the message, CLOCK_MONOTONIC ns; 0: none yet.
     pub fn stamps(&self) -> (u64, u64) {
         (self.first_ns().atomic().load(Relaxed), self.last_ns().atomic().load(Relaxed))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use crate::kernel::Kernel;
+
+    #[test]
+    fn retired_slot_is_freed_only_after_the_programs_have_ended() {
+        let kernel = Kernel::load(1).expect("load");
+        let slots = kernel.slots();
+        let index = slots.take().expect("a slot");
+        slots.retire(index);
+        slots.reclaim_after(|| Err(io::ErrorKind::InvalidInput.into()));
+        assert_eq!(slots.take(), None, "freed although nobody has waited");
+        slots.reclaim();
+        assert_eq!(slots.take(), Some(index));
     }
 }

@@ -16,6 +16,7 @@ use tokio::{
 };
 
 nix::ioctl_read_bad!(siocoutq, libc::TIOCOUTQ, libc::c_int);
+nix::ioctl_read_bad!(fionread, libc::FIONREAD, libc::c_int);
 
 /// Borrows the descriptor of something that only has a raw one.
 pub(super) fn borrow<T: AsRawFd>(owner: &T) -> BorrowedFd<'_> {
@@ -82,6 +83,14 @@ pub fn send_queue(socket: impl AsFd) -> io::Result<u32> {
     // SAFETY: the ioctl writes one int to the pointer.
     unsafe { siocoutq(socket.as_fd().as_raw_fd(), &raw mut queued) }?;
     Ok(queued.max(0) as u32)
+}
+
+/// Bytes that wait to be read, as the kernel tells them (FIONREAD).
+pub fn receive_queue(socket: impl AsFd) -> io::Result<u32> {
+    let mut waiting: libc::c_int = 0;
+    // SAFETY: the ioctl writes one int to the pointer.
+    unsafe { fionread(socket.as_fd().as_raw_fd(), &raw mut waiting) }?;
+    Ok(waiting.max(0) as u32)
 }
 
 /// Reads what is there into the buffer's spare capacity, which must not be empty. `Ok(0)` is the end of the stream,
@@ -170,14 +179,6 @@ pub fn watch_errors(stream: std::net::TcpStream) -> io::Result<AsyncFd<std::net:
 pub fn set_reset_on_close(socket: impl AsFd, reset: bool) {
     // On a socket that is already dead there is nothing left to reset.
     let _ = socket2::SockRef::from(&socket.as_fd()).set_linger(reset.then_some(Duration::ZERO));
-}
-
-/// Returns when every kernel program that was running has ended: `MEMBARRIER_CMD_GLOBAL` waits for the grace period of RCU,
-/// under which programs run (membarrier(2)). Where the kernel does not offer it, the caller has waited long before.
-pub(super) fn wait_for_programs() {
-    const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
-    // SAFETY: a system call that touches no memory of ours.
-    let _ = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
 }
 
 /// Whatever the machine's `tcp_notsent_lowat`, this socket takes what its send buffer has room for: who redirects to it goes by

@@ -130,7 +130,7 @@ pub(super) async fn respond(
             if let ResponseBody::Http1 { mut connection, .. } = body {
                 connection.set_resting(true);
                 // A response that ends first ends its request: what is left would be taken for the next one.
-                let kept = reusable && head.keep_alive && connection.is_sent();
+                let kept = reusable && head.keep_alive && connection.is_sent() && connection.dismiss();
                 let pins = worker.shared.config.pools[request.pool].pick_per == config::PickPer::Connection;
                 if kept && pins && picked.holds && carried.keep_alive && matches!(client, Client::Http1(_)) {
                     let pin = Pin {
@@ -241,7 +241,9 @@ pub(super) fn lanes(
     }
     let send_buffer = config.client_send_buffer;
     let Ok(key) = client.make_target(steering, send_buffer) else { return none };
-    let is_local = target == Some(key) && source.is_local_to(key);
+    // Here the client sends while the endpoint's socket is in the map.
+    let transparent = config.mode == SteeringMode::Local || !steering.is_endpoint_visible();
+    let is_local = transparent && target == Some(key) && source.is_local_to(key) && endpoint.admit();
     let path = match config.mode {
         SteeringMode::Auto | SteeringMode::Local if is_local => Path::Local,
         SteeringMode::Auto | SteeringMode::Ingress => Path::Ingress,
@@ -376,7 +378,10 @@ fn path(
             && request.target.is_some_and(|key| endpoint.source().is_some_and(|source| source.is_local_to(key))),
         barrier: barrier(head.needs_dechunk(request.parts.version), told == Some(true), client.is_tls()),
     };
-    let (path, reason) = choose(config, &response);
+    let (mut path, mut reason) = choose(config, &response);
+    if path == Path::Local && !endpoint.admit() {
+        (path, reason) = choose(config, &Response { local_socket: false, ..response });
+    }
     let (lane, Some(steering)) = (path.lane(), worker.endpoints.steering()) else { return (None, path, reason) };
     let Some(lane) = lane else { return (None, path, reason) };
     if told.is_some()

@@ -3,14 +3,18 @@
 //! They are the same in each lane. What a lane does not take goes on to the next, so bytes are counted over all of them, and
 //! each case sees to it that its own lane has carried some.
 
-use std::{cell::Cell, net::Ipv4Addr, rc::Rc, time::Duration};
+use std::{cell::Cell, fs::File, io::Write as _, net::Ipv4Addr, os::unix::fs::FileExt as _, rc::Rc, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use bytes::BytesMut;
 use futures_util::FutureExt as _;
+use nix::sys::{
+    memfd::{MFdFlags, memfd_create},
+    sendfile::sendfile,
+};
 use penstock_common::{framing::Framing, slot::stop};
 use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    io::{AsyncReadExt as _, AsyncWriteExt as _, Interest},
     net::{TcpListener, TcpSocket},
     sync::oneshot,
 };
@@ -32,6 +36,10 @@ pub(super) const CASES: &[Case] = &[
         run: |steering, lane| passed_then_redirected(steering, lane).boxed_local(),
     },
     Case { name: "an end by FIN behind the last byte", run: |steering, lane| end_by_fin(steering, lane).boxed_local() },
+    Case {
+        name: "chunk syntax in pages that the sender can still write",
+        run: |steering, lane| shared_syntax(steering, lane).boxed_local(),
+    },
     Case {
         name: "a socket whose peer has closed is refused",
         run: |steering, lane| half_closed_is_refused(steering, lane).boxed_local(),
@@ -197,6 +205,33 @@ async fn end_by_fin(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> {
         "the account does not add up: {account:?}"
     );
     compare(&got, &body)
+}
+
+/// The endpoint sends a file, and writes other chunk sizes into it once the agent has taken the message for complete. On the path
+/// `ingress` such a segment goes to user space, which keeps what it has parsed; a message program's kernel has copied it.
+async fn shared_syntax(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> {
+    let (mut rig, server, mut reader) = Rig::new(steering, lane).await?;
+    let wire = b"5\r\nhello\r\n5\r\nworld\r\n0\r\n\r\n";
+    let mut file = File::from(memfd_create(c"body", MFdFlags::MFD_CLOEXEC)?);
+    file.write_all(wire)?;
+    let send = async {
+        loop {
+            server.writable().await?;
+            let sent = server.try_io(Interest::WRITABLE, || Ok(sendfile(&server, &file, Some(&mut 0), wire.len())?));
+            match sent {
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                sent => break sent,
+            }
+        }
+    };
+    let ((end, account), sent) = tokio::join!(rig.deliver(Framing::chunked()), send);
+    ensure!(sent? == wire.len(), "the file was sent in part");
+    ensure!(end == End::Complete { reusable: true }, "the delivery ended as {end:?}");
+    ensure!(lane == Lane::Local || account.stops[stop::SHARED as usize] > 0, "the kernel redirected it");
+    file.write_all_at(&[b'f'; 20], 0)?;
+    let mut got = vec![0; wire.len()];
+    reader.read_exact(&mut got).await?;
+    compare(&got, wire)
 }
 
 /// The end of such a stream would never be seen by the kernel program: user space has to carry it, whatever the lane.

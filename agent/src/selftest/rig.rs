@@ -55,6 +55,7 @@ impl Rig {
         rig.endpoint.read(&mut BytesMut::with_capacity(1)).await?;
         let source = rig.endpoint.source().context("the kernel refused the endpoint's socket")?;
         ensure!(lane == Lane::Ingress || source.is_local_to(key), "the endpoint's own socket was not recognised");
+        ensure!(lane == Lane::Ingress || source.admit(), "the endpoint's own socket was not admitted");
         Ok((rig, server, reader?))
     }
 

@@ -50,6 +50,10 @@ impl Segment for Program<'_, Slot> {
     fn closed(&mut self) -> bool {
         false
     }
+
+    fn is_shared(&mut self) -> bool {
+        false
+    }
 }
 
 /// As `Delivery::run`: writes what user space has, and hands the flow over whenever that is nothing.

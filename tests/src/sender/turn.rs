@@ -231,7 +231,7 @@ impl<'a> Turn<'a> {
     }
 }
 
-pub(super) fn set_zerocopy(socket: &impl AsFd) -> io::Result<()> {
+pub fn set_zerocopy(socket: &impl AsFd) -> io::Result<()> {
     Ok(setsockopt(socket, ZeroCopy, &true)?)
 }
 

@@ -141,3 +141,34 @@ async fn an_agent_on_such_a_kernel_relays_and_says_why_unless_it_is_forced() {
     let info = [r#"path="ingress""#, "forced on kernel 2.6."];
     assert_eq!(forced.metric("penstock_steering_path_info", &info).await.unwrap(), 1.0);
 }
+
+/// A cgroup that goes when nobody is in it any more.
+struct Group(std::path::PathBuf);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir(&self.0);
+    }
+}
+
+/// As in an unprivileged container: the cgroup that this process is in looks like the root, and no endpoint is in it.
+#[test]
+fn private_cgroup_namespace_turns_the_local_path_off() {
+    let root = penstock_agent::kernel::cgroup::root().unwrap();
+    let group = Group(root.join(format!("penstock-doctor-{}", std::process::id())));
+    std::fs::create_dir(&group.0).unwrap();
+    let (enter, root) = (group.0.join("cgroup.procs"), root.display());
+    let inside = format!("umount -l {root} && mount -t cgroup2 none {root} && exec \"$0\" \"$@\"");
+    let outside =
+        format!("echo $$ > {} && exec unshare --cgroup --mount sh -c '{inside}' \"$0\" \"$@\"", enter.display());
+    let output = doctor(&["sh", "-c", &outside], &["--json"]);
+    let document = document(&output);
+    let (ok, found, advice) = finding(&document, "cgroup v2");
+    assert!(!ok && found.contains("private cgroup namespace") && advice.is_some(), "{document:#}");
+    let local = &document["paths"][0];
+    assert!(
+        local["ready"] == false && local["why"].as_str().unwrap().contains("private cgroup namespace"),
+        "{local:#}"
+    );
+    assert_eq!((output.status.code(), &document["result"]), (Some(2), &"the agent steers, but not by: local".into()));
+}

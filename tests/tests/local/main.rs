@@ -1,10 +1,13 @@
 //! The path `local`, on which an endpoint's own `sendmsg` reaches the client: whoever the endpoint is and however it sends,
 //! wherever on this machine it is, and however it ends.
 
+mod posts;
 mod pressure;
 mod scope;
 mod senders;
 mod servers;
+mod shared;
+mod urgent;
 
 use penstock_tests::{BodyEnd, Client, Plan, Reader, TestAgent};
 

@@ -117,12 +117,7 @@ async fn node() {
 #[tokio::test]
 async fn go() {
     let folder = content();
-    let binary = root().join("target/go-server");
-    let mut build = Command::new("go");
-    build.args(["build", "-o"]).arg(&binary).arg(script("server.go"));
-    build.env("GO111MODULE", "off").env("CGO_ENABLED", "0").env("GOCACHE", root().join("target/go-cache"));
-    let built = build.output().expect("run `cargo xtask setup --tests`");
-    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    let binary = penstock_tests::servers::go_server().unwrap();
     let (_server, addr) = start(Command::new(binary), &folder).await;
     serves("go", addr, &["/bulk", "/stream", "/file"]).await;
 }

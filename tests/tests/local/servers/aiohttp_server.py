@@ -1,6 +1,8 @@
-"""aiohttp: `/bulk` is the file in one piece, `/stream` the same in many, `/file` what aiohttp makes of a file."""
+"""aiohttp: `/bulk` is the file in one piece, `/stream` the same in many, `/file` what aiohttp makes of a file; `/post` answers
+with the length and the SHA-256 of the body."""
 
 import asyncio
+import hashlib
 import socket
 import sys
 
@@ -27,8 +29,16 @@ async def file(_):
     return web.FileResponse(sys.argv[1])
 
 
+async def post(request):
+    length, digest = 0, hashlib.sha256()
+    async for piece in request.content.iter_any():
+        length += len(piece)
+        digest.update(piece)
+    return web.Response(text=f"{length} {digest.hexdigest()}")
+
+
 app = web.Application()
-app.add_routes([web.get("/bulk", bulk), web.get("/stream", stream), web.get("/file", file)])
+app.add_routes([web.get("/bulk", bulk), web.get("/stream", stream), web.get("/file", file), web.post("/post", post)])
 bound = socket.create_server(("127.0.0.1", 0))
 print("listening on %s:%d" % bound.getsockname(), flush=True)
 web.run_app(app, sock=bound, print=None)

@@ -1,6 +1,8 @@
-"""A plain ASGI application on uvicorn: `/bulk` is the file in one piece, `/stream` the same in many."""
+"""A plain ASGI application on uvicorn: `/bulk` is the file in one piece, `/stream` the same in many; `/post` answers with the
+length and the SHA-256 of the body. The event loop is the second argument."""
 
 import asyncio
+import hashlib
 import socket
 import sys
 
@@ -12,6 +14,17 @@ bound = socket.create_server(("127.0.0.1", 0))
 
 async def app(scope, receive, send):
     if scope["type"] != "http":
+        return
+    if scope["path"] == "/post":
+        length, digest, more = 0, hashlib.sha256(), True
+        while more:
+            message = await receive()
+            piece, more = message.get("body", b""), message.get("more_body", False)
+            length += len(piece)
+            digest.update(piece)
+        body = f"{length} {digest.hexdigest()}".encode()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body})
         return
     if scope["path"] == "/bulk":
         headers = [(b"content-length", str(len(content)).encode())]
@@ -26,4 +39,5 @@ async def app(scope, receive, send):
 
 
 print("listening on %s:%d" % bound.getsockname(), flush=True)
-uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off")).run(sockets=[bound])
+loop = sys.argv[2] if len(sys.argv) > 2 else "auto"
+uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", loop=loop)).run(sockets=[bound])

@@ -1,5 +1,7 @@
-// Node's http: `/bulk` is the file in one piece, `/stream` the same in many, `/file` the file piped.
+// Node's http: `/bulk` is the file in one piece, `/stream` the same in many, `/file` the file piped; `/post` answers with the length
+// and the SHA-256 of the body.
 
+const crypto = require("crypto");
 const fs = require("fs");
 const http = require("http");
 
@@ -10,6 +12,15 @@ const server = http.createServer(async (request, response) => {
     case "/bulk":
       response.writeHead(200, { "content-length": content.length });
       return response.end(content);
+    case "/post": {
+      let length = 0;
+      const hash = crypto.createHash("sha256");
+      for await (const piece of request) {
+        length += piece.length;
+        hash.update(piece);
+      }
+      return response.end(`${length} ${hash.digest("hex")}`);
+    }
     case "/file":
       response.writeHead(200, { "content-length": content.length });
       return fs.createReadStream(process.argv[2]).pipe(response);

@@ -1,9 +1,12 @@
-// Go's net/http: `/bulk` is the file in one piece, `/stream` the same in many, `/file` what net/http makes of a file.
+// Go's net/http: `/bulk` is the file in one piece, `/stream` the same in many, `/file` what net/http makes of a file; `/post` answers
+// with the length and the SHA-256 of the body.
 package main
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -29,6 +32,14 @@ func main() {
 			response.(http.Flusher).Flush()
 			time.Sleep(time.Millisecond)
 		}
+	})
+	http.HandleFunc("/post", func(response http.ResponseWriter, request *http.Request) {
+		hash := sha256.New()
+		length, err := io.Copy(hash, request.Body)
+		if err != nil {
+			return
+		}
+		fmt.Fprintf(response, "%d %x", length, hash.Sum(nil))
 	})
 	http.HandleFunc("/file", func(response http.ResponseWriter, request *http.Request) {
 		http.ServeFile(response, request, os.Args[1])

@@ -1,0 +1,33 @@
+//! POSTs into real servers, on every mode. An endpoint's socket in a map must not keep it from reading: nginx and the JVM ask
+//! FIONREAD, which several kernels answer with 0 there. `cargo xtask posts` has more servers and larger bodies.
+
+use penstock_agent::config::SteeringMode;
+use penstock_tests::{
+    posts::{self, MODES, SHORT},
+    servers::{Kind, RealServer},
+};
+
+async fn every_post_is_answered(kind: Kind) {
+    let server = RealServer::start(kind).await.unwrap_or_else(|error| panic!("{error:#}"));
+    for mode in MODES {
+        let tally = posts::run(&server, mode, SHORT).await.unwrap_or_else(|error| panic!("{error:#}"));
+        println!("{mode:?}: {tally}");
+        let local = matches!(mode, SteeringMode::Auto | SteeringMode::Local);
+        // The Java server writes a whole response at once, and the kernel takes over behind what has been written.
+        assert!(tally.local > 0 || !local || kind == Kind::JavaNio, "{mode:?}: {tally}");
+        assert!(tally.local == 0 || local, "{mode:?}: {tally}");
+    }
+}
+
+macro_rules! servers {
+    ($($name:ident: $kind:ident;)+) => {
+        $(#[tokio::test] async fn $name() { every_post_is_answered(Kind::$kind).await; })+
+    };
+}
+
+servers! {
+    nginx_answers_every_post: Nginx;
+    java_nio_answers_every_post: JavaNio;
+    uvicorn_answers_every_post: Uvicorn;
+    go_answers_every_post: Go;
+}
