@@ -110,7 +110,7 @@ fn fuzz(program: &Path, target: &str, seconds: u64) -> Result<()> {
 }
 
 fn merge(program: &Path, target: &str) -> Result<()> {
-    run(libfuzzer(program).arg("-merge=1").arg(kept(target)).arg(folder("corpus", target)?))
+    run(libfuzzer(program).arg("-set_cover_merge=1").arg(kept(target)).arg(folder("corpus", target)?))
 }
 
 fn libfuzzer(program: &Path) -> std::process::Command {
