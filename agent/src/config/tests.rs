@@ -119,7 +119,7 @@ fn the_default_file_has_every_key() {
     assert_eq!(sections, 20);
     assert_eq!(
         messages(&format!("top = 1\n{text}"))[0],
-        "p.toml:1: top: found an unknown key, expected one of listen, admin, limits, timeouts, headers, errors, bbr, steering, tracing, node, dns, pools, routes"
+        "p.toml:1: top: found an unknown key, expected one of listen, admin, limits, timeouts, headers, errors, bbr, steering, tracing, process, node, dns, pools, routes"
     );
 }
 
