@@ -115,7 +115,11 @@ pub(super) async fn pick(
     });
     let error = failure.to_string();
     tracing::warn!(pool = pool.name, mode = ?pool.failure_mode, error = %cut(&error, PHRASE), "the endpoint picker failed");
-    let probes = question.probes();
+    // One that has just waited in vain has had its time.
+    let probes = match failure {
+        Error::Picker(PickError::Stalled) => question.probes(),
+        _ => Vec::new(),
+    };
     // An EPP that decides others holds this one back on purpose.
     let held = matches!(failure, Error::Picker(PickError::Held)) && !settings.open_on_deadline;
     match pool.failure_mode {
@@ -124,8 +128,7 @@ pub(super) async fn pick(
             Err(failure)
         }
         FailureMode::Closed => {
-            let stalled = matches!(failure, Error::Picker(PickError::Stalled)) && !probes.is_empty();
-            if stalled && matches!(timeout(PROBE_BODY, upload.rest(client)).await, Ok(Ok(()))) {
+            if !probes.is_empty() && matches!(timeout(PROBE_BODY, upload.rest(client)).await, Ok(Ok(()))) {
                 question.probe(probes, request, upload).await?;
             }
             metrics.epp_exchange(EppOutcome::FailClosed, started.elapsed());
