@@ -10,7 +10,6 @@ use caps::errors::CapsError;
 use futures_util::FutureExt as _;
 use parking_lot::Mutex;
 use tokio::sync::watch;
-use tokio_rustls::TlsAcceptor;
 
 use crate::{
     admin::{self, AdminHandle},
@@ -33,7 +32,7 @@ use crate::{
     site::{self, Listener},
     steer::Steering,
     telemetry::{Exporter, Telemetry},
-    tls::Certificate,
+    tls::{Acceptor, Certificate},
     worker::Worker,
 };
 
@@ -131,7 +130,7 @@ impl Agent {
         let mut listeners: Vec<Vec<_>> = plain.into_iter().map(|socket| vec![(socket, None)]).collect();
         let mut tls_address = None;
         if let (Some(sockets), Some(certificate)) = (secured, &certificate) {
-            let acceptor = certificate.acceptor(config.listen.http2_max_streams > 0)?;
+            let acceptor = certificate.acceptor(config.listen.http2_max_streams > 0, config.listen.tls_handshakes)?;
             tls_address = Some(sockets[0].local_addr()?);
             for (worker, socket) in listeners.iter_mut().zip(sockets) {
                 worker.push((socket, Some(acceptor.clone())));
@@ -352,7 +351,7 @@ fn work(
     updates: watch::Receiver<Arc<Shared>>,
     steering: &Steering,
     idle: Rc<Idle>,
-    listeners: Vec<(std::net::TcpListener, Option<TlsAcceptor>)>,
+    listeners: Vec<(std::net::TcpListener, Option<Acceptor>)>,
     gate: Gate,
 ) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

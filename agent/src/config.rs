@@ -104,6 +104,28 @@ pub struct Listen {
     pub upgrades: Vec<String>,
     /// A second listener, for clients that speak TLS; default none.
     pub tls: Option<ListenTls>,
+    /// Requests on one HTTP/2 connection that the client may reset before they are answered; default 1000. As many more are
+    /// allowed in ten minutes. Then GOAWAY with ENHANCE_YOUR_CALM.
+    pub http2_resets: u32,
+    /// Frames on one HTTP/2 connection that carry no part of a message (PING, SETTINGS, PRIORITY, WINDOW_UPDATE, …), beyond 8 for
+    /// each that carries one either way; default 1000. As many more are allowed in ten seconds. Then GOAWAY with
+    /// ENHANCE_YOUR_CALM.
+    pub http2_control_frames: u32,
+    /// What becomes of a request whose client closes its sending side before it has the answer; default `cancel`.
+    pub half_close: HalfClose,
+    /// TLS handshakes at once over all workers; default 1024. Clients that come then wait, within `timeouts.head`.
+    pub tls_handshakes: usize,
+}
+
+/// What a client means that closes its sending side behind its request.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum HalfClose {
+    /// It has left, as most clients that do this have: the request is cancelled.
+    #[default]
+    Cancel,
+    /// It waits for its answer, which ends with a reset, a failed write, or when its machine is gone. HTTP/1.1 alone: HTTP/2 cannot
+    /// go on with one side closed.
+    Answer,
 }
 
 /// Bodies of these clients are relayed: the kernel would send them plain.
@@ -174,6 +196,9 @@ pub struct Limits {
     /// Models that metrics tell apart, those named by requests and by responses together; default 100. What comes then counts
     /// as `other`, as does a name longer than 128 bytes. With 0 every model does.
     pub metric_models: usize,
+    /// Bytes that are read and discarded of a client that sends on after its answer; default 268435456 (256 MiB). Then its
+    /// connection is reset.
+    pub linger_bytes: u64,
 }
 
 /// `None` is off.
@@ -189,7 +214,8 @@ pub struct Timeouts {
     pub connect: Option<Duration>,
     /// From the request sent to the response head; default 10m. Then 504.
     pub first_byte: Option<Duration>,
-    /// No byte of a response for this long; default 5m. Then the connection is broken off.
+    /// No byte of a response for this long, from the endpoint or acknowledged by the client; default 5m. Then the connection is
+    /// broken off; over HTTP/2 the stream is reset, and the connection ends with the last of its streams.
     pub idle: Option<Duration>,
     /// The whole of a request, from the first byte of its head to the last byte of the response; default off. Then 504, or
     /// the connection is broken off where the response has begun.
@@ -205,6 +231,11 @@ pub struct Timeouts {
     /// After SIGTERM, how long connections are still accepted while `/readyz` answers 503 and each answer asks for the end of its
     /// connection; default 5s.
     pub lame_duck: Option<Duration>,
+    /// A client's machine that acknowledges nothing of what it was sent, or answers no keepalive probe of an idle connection, for so
+    /// long, at least 1s; default 45s. Then the client has left. One that is there and takes nothing has `idle`.
+    pub client_unreachable: Option<Duration>,
+    /// How long a client is read and not listened to after its last answer, so that the answer is not lost to a reset; default 30s.
+    pub linger: Duration,
 }
 
 /// Timeouts of a pool's or a route's requests. A route's go before its pool's, and those before `[timeouts]`: the outer `None`

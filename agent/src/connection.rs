@@ -8,18 +8,18 @@ use std::{net::SocketAddr, rc::Rc, time::Duration};
 use bytes::BytesMut;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
-use tokio_rustls::TlsAcceptor;
 
 use crate::{
-    client::{Client, ClientSocket},
+    client::{Client, ClientSocket, Wire, close::Linger},
     error::Error,
     http::{
         head::HeadLimits,
         request::{RequestError, RequestHead, RequestParser},
     },
+    kernel::socket,
     proxy::{self, After, Panicked},
     room::Resting,
-    tls,
+    tls::{self, Acceptor},
     worker::{Current, Worker},
 };
 
@@ -31,27 +31,43 @@ const FIRST: Duration = Duration::from_millis(200);
 
 /// Serves the connection to its end.
 pub async fn serve(current: &Rc<Current>, stream: TcpStream, peer: SocketAddr) {
+    probe(current, &stream);
     // Fails only when the client has left already.
     let Ok(socket) = ClientSocket::new(stream) else { return };
     requests(current, socket, peer).await;
 }
 
-/// As [`serve`], of a client that speaks TLS. The handshake has the time of a request head.
-pub async fn serve_tls(current: &Rc<Current>, tls: &TlsAcceptor, stream: TcpStream, peer: SocketAddr) {
+/// Has the kernel find out whether the client's machine is there while nothing is said.
+fn probe(current: &Current, stream: &TcpStream) {
+    // Fails only when the client has left already, which the next read finds.
+    let _ = socket::probe_when_idle(stream, current.worker().shared.config.timeouts.client_unreachable);
+}
+
+/// As [`serve`], of a client that speaks TLS. The handshake has the time of a request head; it takes a place among all handshakes
+/// from the client's first byte on, and its steps take turns with those of the same worker.
+pub async fn serve_tls(current: &Rc<Current>, tls: &Acceptor, stream: TcpStream, peer: SocketAddr) {
+    probe(current, &stream);
     let worker = current.worker();
     // Fails only when the client has left already.
     let Ok(()) = stream.set_nodelay(true) else { return };
     let until = worker.shared.config.timeouts.head.map(|limit| Instant::now() + limit);
-    let stream = match within(until, tls.accept(stream)).await {
+    let failed = |reason| worker.shared.metrics.tls_handshake_failed(reason);
+    if within(until, stream.peek(&mut [0])).await.is_none() {
+        return failed("timeout");
+    }
+    let Some(place) = within(until, tls.place()).await else { return failed("busy") };
+    let under_way = worker.shared.metrics.tls_handshake();
+    let stream = match within(until, worker.handshakes.take(tls.accept(stream))).await {
         Some(Ok(stream)) => stream,
         Some(Err(error)) => {
             tracing::debug!(%peer, %error, "TLS handshake");
-            return worker.shared.metrics.tls_handshake_failed("refused");
+            return failed("refused");
         }
-        None => return worker.shared.metrics.tls_handshake_failed("timeout"),
+        None => return failed("timeout"),
     };
+    drop((place, under_way));
     if stream.get_ref().1.alpn_protocol() == Some(tls::H2) {
-        return http2::serve(current, BytesMut::new(), stream, peer, true).await;
+        return http2::serve(current, BytesMut::new(), Wire::Tls(Box::new(stream)), peer).await;
     }
     let Ok(socket) = ClientSocket::tls(stream) else { return };
     requests(current, socket, peer).await;
@@ -68,8 +84,8 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
         let worker = &current.worker();
         let http2 = worker.shared.config.listen.http2_max_streams > 0;
         if std::mem::take(&mut first) && http2 && matches!(head, Err(Error::Request(RequestError::Http2Preface))) {
-            let Some((stream, read)) = socket.into_plain() else { return };
-            return http2::serve(current, read, stream, peer, false).await;
+            let (wire, read) = socket.into_parts();
+            return http2::serve(current, read, wire, peer).await;
         }
         let path = if head.is_err() { path(&socket.buf) } else { String::new() };
         let mut client = Client::Http1(socket);
@@ -87,13 +103,22 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
         };
         let Client::Http1(back) = client else { return };
         socket = back;
+        if socket.has_stalled() {
+            worker.shared.metrics.client_stalled();
+        }
         let after = match after {
             After::Pinned(pin) => proxy::pinned(current, &mut socket, *pin, peer).await,
             after => after,
         };
         match after {
             After::Next if !worker.shared.draining.is_cancelled() => {}
-            After::Next | After::Close | After::Pinned(_) => return socket.close().await,
+            After::Next | After::Close | After::Pinned(_) => {
+                let linger = Linger::new(&worker.shared.config, socket.unread);
+                if let Err(cut) = socket.close(linger).await {
+                    worker.shared.metrics.client_linger_cut(cut);
+                }
+                return;
+            }
             After::Abort => return socket.abort().await,
         }
     }

@@ -20,7 +20,7 @@ use penstock_common::{framing::Framing, slot::stop};
 use tokio::time::Instant;
 
 use crate::{
-    client::ClientSocket,
+    client::{ClientSocket, patience},
     endpoint::connection::EndpointConnection,
     kernel::{slots::Lane, socket::monotonic_ns},
     tee::Tee,
@@ -44,7 +44,7 @@ pub enum End {
     ClientGone,
     /// The endpoint closed or reset inside the message, or sent something that is no message.
     Broken,
-    /// No byte came for the idle time.
+    /// No byte came for the idle time, or the client acknowledged none.
     Idle,
     /// A tunnel was asked to stop, and nothing was on its way.
     Over,
@@ -229,7 +229,7 @@ impl<'a> Delivery<'a> {
         let mut lead = std::mem::take(&mut self.lead);
         if self.rest > 0 {
             let rest = self.pending.split_to(self.pending.len().min(self.rest.try_into().unwrap_or(usize::MAX)));
-            within(self.idle, self.client.write_all(&rest)).await?;
+            written(self.client.write_all(&rest).await)?;
             self.rest -= rest.len() as u64;
             self.account.relayed += rest.len() as u64;
             if self.rest > 0 {
@@ -255,7 +255,7 @@ impl<'a> Delivery<'a> {
                 lead.extend_from_slice(payload);
                 &lead
             };
-            within(self.idle, self.client.write_all(out)).await?;
+            written(self.client.write_all(out).await)?;
             lead.clear();
             let _ = self.pending.split_to(taken);
             let now = monotonic_ns();
@@ -263,7 +263,7 @@ impl<'a> Delivery<'a> {
             self.account.relayed += taken as u64;
             self.account.pieces += 1;
         }
-        if lead.is_empty() { Ok(()) } else { within(self.idle, self.client.write_all(&lead)).await }
+        if lead.is_empty() { Ok(()) } else { written(self.client.write_all(&lead).await) }
     }
 
     /// The target, when the kernel may take over: nothing that it let through is unread, and the client has caught up since
@@ -325,11 +325,7 @@ impl<'a> Delivery<'a> {
     }
 }
 
-/// Waits for something that the client's connection does, in the idle time at most.
-async fn within(idle: Option<Duration>, work: impl Future<Output = io::Result<()>>) -> Result<(), End> {
-    match idle {
-        Some(idle) => tokio::time::timeout(idle, work).await.map_err(|_| End::Idle)?,
-        None => work.await,
-    }
-    .map_err(|_| End::ClientGone)
+/// What became of a write to the client.
+fn written(done: io::Result<()>) -> Result<(), End> {
+    done.map_err(|error| if patience::is_over(&error) { End::Idle } else { End::ClientGone })
 }

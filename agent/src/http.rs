@@ -15,3 +15,4 @@ pub mod trace_context;
 pub mod response;
 pub mod reply;
 pub mod frames;
+pub mod frame_heads;

@@ -35,6 +35,7 @@ pub mod room;
 pub mod worker;
 pub mod upload;
 pub mod proxy;
+pub mod turns;
 pub mod tls;
 pub mod connection;
 pub mod site;

@@ -147,6 +147,21 @@ impl Metrics {
         self.core.families.accept_failures.get_or_create(&ByListener { listener }).inc();
     }
 
+    /// A client has taken nothing of its answer for too long.
+    pub fn client_stalled(&self) {
+        self.core.families.client_stalls.inc();
+    }
+
+    /// A client was still sending when its connection was closed.
+    pub fn client_linger_cut(&self, reason: &'static str) {
+        self.core.families.client_lingers_cut.get_or_create(&ByReason { reason }).inc();
+    }
+
+    /// A client's HTTP/2 connection is ended by the agent.
+    pub fn http2_ended(&self, reason: &'static str) {
+        self.core.families.http2_ended.get_or_create(&ByReason { reason }).inc();
+    }
+
     /// What a JSON body said of its model.
     pub fn body_model(&self, model: BodyModel) {
         let counter = match model {
@@ -165,6 +180,11 @@ impl Metrics {
     /// A request asked for a connection to an endpoint.
     pub fn endpoint_connection(&self, result: Connection) {
         self.core.endpoint_connections[result as usize].inc();
+    }
+
+    /// Counts a TLS handshake until the guard is dropped.
+    pub fn tls_handshake(&self) -> InFlight {
+        InFlight::new(&self.core.families.tls_handshakes_active)
     }
 
     pub fn tls_handshake_failed(&self, reason: &'static str) {

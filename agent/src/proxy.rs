@@ -93,8 +93,10 @@ impl Request {
 /// Answers a request whose head could not be read; `path` as far as it is known.
 pub async fn refuse(worker: &Worker, client: &mut Client, error: &Error, path: &str) {
     let record = Record::new(Instant::now());
+    client.set_idle(worker.shared.config.timeouts.idle);
+    client.set_unread(true);
     // Which method it would have been is not known; a body is right for all but HEAD, and the connection closes.
-    answer(client, &Method::GET, &Manner::unknown(&worker.shared.config).at(path), error, false).await;
+    let _ = answer(client, &Method::GET, &Manner::unknown(&worker.shared.config).at(path), error, false).await;
     record.finish_unrouted(worker, error);
 }
 
@@ -110,6 +112,8 @@ pub async fn run(
 ) -> After {
     let record = Record::new(begun);
     let config = &worker.shared.config;
+    client.set_idle(config.timeouts.idle);
+    client.set_leaving(config.listen.half_close, config.timeouts.client_unreachable);
     let allowed = &config.listen.upgrades;
     let upgrade = head
         .upgrade
@@ -126,18 +130,21 @@ pub async fn run(
         deadline: None,
     };
     let taken = take(worker, client, &mut request, head.body, head.expect_continue, peer).await;
+    client.set_idle(request.times.idle);
     let mut upload = match taken {
         Ok(upload) => upload,
         Err(error) => {
             let manner = Manner::of(&request.parts.headers, config).at(request.parts.uri.path());
-            answer(client, &request.parts.method, &manner, &error, false).await;
+            client.set_unread(true);
+            let answered = answer(client, &request.parts.method, &manner, &error, false).await;
             request.record.finish_unrouted(worker, &error);
-            return close_after(&error);
+            return close_after(answered);
         }
     };
     let active = worker.shared.metrics.pool(request.pool).active_request();
     let result = answered(worker, client, &mut request, &mut upload, lease).await;
     drop(active);
+    client.set_unread(!upload.is_done());
     let after = match result {
         Ok(after) => {
             request.record.finish(worker, request.pool, &request.parts, None);
@@ -147,16 +154,17 @@ pub async fn run(
             // With the rest of the body unread, the next request cannot be found.
             let keep_alive = upload.is_done() && request.keeps_alive(worker) && !matches!(error, Error::ClientGone);
             let manner = Manner::of(&request.parts.headers, config).at(request.parts.uri.path());
-            answer(client, &request.parts.method, &manner, error, keep_alive).await;
-            if keep_alive { After::Next } else { close_after(error) }
+            let answered = answer(client, &request.parts.method, &manner, error, keep_alive).await;
+            if keep_alive && answered { After::Next } else { close_after(answered) }
         }
     };
     request.record.finish(worker, request.pool, &request.parts, result.as_ref().err());
     after
 }
 
-fn close_after(error: &Error) -> After {
-    if matches!(error, Error::ClientGone) { After::Abort } else { After::Close }
+/// Where nobody has taken the answer there is nobody to close in order for.
+fn close_after(answered: bool) -> After {
+    if answered { After::Close } else { After::Abort }
 }
 
 /// The work of a phase before the response, which has to be done by the deadline of the request, if it has one: with it goes
@@ -171,12 +179,9 @@ async fn by<T>(
     }
 }
 
-async fn answer(client: &mut Client, method: &Method, manner: &Manner<'_>, error: &Error, keep_alive: bool) {
-    if matches!(error, Error::ClientGone) {
-        return;
-    }
-    // A client that does not take its answer is found by the next read.
-    let _ = client.reply(method, &error.reply(manner), keep_alive).await;
+/// Whether the client has taken the answer.
+async fn answer(client: &mut Client, method: &Method, manner: &Manner<'_>, error: &Error, keep_alive: bool) -> bool {
+    !matches!(error, Error::ClientGone) && client.reply(method, &error.reply(manner), keep_alive).await.is_ok()
 }
 
 /// Prepares the head, and reads as much of the body as it takes to know the pool and the model.

@@ -18,7 +18,18 @@ pub enum ReloadError {
 /// The settings that differ and cannot be taken, as they are named in the file.
 pub fn needs_restart(before: &Config, after: &Config) -> Vec<&'static str> {
     // Every field is named, so that a new one is decided on.
-    let Listen { address, workers, max_connections, http2_max_streams: _, upgrades: _, tls } = &before.listen;
+    let Listen {
+        address,
+        workers,
+        max_connections,
+        http2_max_streams: _,
+        upgrades: _,
+        tls,
+        http2_resets: _,
+        http2_control_frames: _,
+        half_close: _,
+        tls_handshakes,
+    } = &before.listen;
     let Config {
         listen: _,
         admin,
@@ -40,6 +51,7 @@ pub fn needs_restart(before: &Config, after: &Config) -> Vec<&'static str> {
         ("listen.workers", *workers != after.listen.workers),
         ("listen.max_connections", *max_connections != after.listen.max_connections),
         ("listen.tls", *tls != after.listen.tls),
+        ("listen.tls_handshakes", *tls_handshakes != after.listen.tls_handshakes),
         ("admin", *admin != after.admin),
         ("steering", *steering != after.steering),
         ("tracing", *tracing != after.tracing),

@@ -11,7 +11,6 @@ use tokio::{
     sync::watch,
     time::timeout,
 };
-use tokio_rustls::TlsAcceptor;
 use tokio_util::task::TaskTracker;
 
 use self::refusal::Seldom;
@@ -22,6 +21,7 @@ use crate::{
     reserve::{Reserve, is_exhausted},
     room::Idle,
     shared::Shared,
+    tls::Acceptor,
     worker::{Current, Worker},
 };
 
@@ -37,7 +37,7 @@ const HANDSHAKES: Duration = Duration::from_millis(200);
 pub struct Listener {
     pub socket: TcpListener,
     /// For clients that speak TLS.
-    pub tls: Option<TlsAcceptor>,
+    pub tls: Option<Acceptor>,
 }
 
 /// Serves until drained: returns when the last connection has ended after `draining`, or all are broken off by `force`. `idle`
@@ -129,7 +129,7 @@ impl Site {
     }
 
     /// Serves the connection where there is room, or refuses it; false if it had to be closed without a word.
-    fn take(&self, stream: TcpStream, peer: SocketAddr, tls: Option<TlsAcceptor>) -> bool {
+    fn take(&self, stream: TcpStream, peer: SocketAddr, tls: Option<Acceptor>) -> bool {
         let current = Rc::clone(&self.current);
         if let Some(place) = current.idle.room().try_enter() {
             self.connections.spawn_local(async move {
@@ -224,7 +224,7 @@ impl Drop for Refusal {
     }
 }
 
-async fn connection(current: &Rc<Current>, stream: TcpStream, peer: SocketAddr, tls: Option<TlsAcceptor>) {
+async fn connection(current: &Rc<Current>, stream: TcpStream, peer: SocketAddr, tls: Option<Acceptor>) {
     let shared = Arc::clone(&current.worker().shared);
     let _open = shared.metrics.client_connection();
     let serve = async {

@@ -9,7 +9,11 @@ use rustls::{
     server::{ClientHello, ResolvesServerCert},
     sign::CertifiedKey,
 };
-use tokio_rustls::TlsAcceptor;
+use tokio::{
+    net::TcpStream,
+    sync::{OwnedSemaphorePermit, Semaphore},
+};
+use tokio_rustls::{Accept, TlsAcceptor};
 
 use crate::{
     config::ListenTls,
@@ -82,14 +86,33 @@ impl Certificate {
         }
     }
 
-    /// `http2`: offer it.
-    pub fn acceptor(self: &Arc<Self>, http2: bool) -> Result<TlsAcceptor, TlsError> {
+    /// `http2`: offer it. At most `handshakes` at once.
+    pub fn acceptor(self: &Arc<Self>, http2: bool, handshakes: usize) -> Result<Acceptor, TlsError> {
         let builder = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()));
         let builder = builder.with_safe_default_protocol_versions()?;
         let certificate: Arc<dyn ResolvesServerCert> = Arc::<Self>::clone(self);
         let mut config = builder.with_no_client_auth().with_cert_resolver(certificate);
         config.alpn_protocols = if http2 { vec![H2.to_vec(), HTTP11.to_vec()] } else { vec![HTTP11.to_vec()] };
-        Ok(TlsAcceptor::from(Arc::new(config)))
+        Ok(Acceptor { tls: TlsAcceptor::from(Arc::new(config)), places: Arc::new(Semaphore::new(handshakes)) })
+    }
+}
+
+/// Speaks TLS with clients, so many at once over all workers.
+#[derive(Clone)]
+pub struct Acceptor {
+    tls: TlsAcceptor,
+    places: Arc<Semaphore>,
+}
+
+impl Acceptor {
+    /// Waits until another handshake may begin. Cancel-safe.
+    pub async fn place(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.places).acquire_owned().await.ok()
+    }
+
+    /// A handshake.
+    pub fn accept(&self, stream: TcpStream) -> Accept<TcpStream> {
+        self.tls.accept(stream)
     }
 }
 

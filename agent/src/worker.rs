@@ -10,6 +10,7 @@ use crate::{
     room::Idle,
     shared::Shared,
     steer::WorkerSteering,
+    turns::Turns,
 };
 
 /// What a request is served with.
@@ -20,6 +21,8 @@ pub struct Worker {
     pub endpoints: Rc<Pool>,
     /// For pools whose endpoints speak HTTP/2.
     pub http2_endpoints: Http2Pool,
+    /// TLS handshakes with clients.
+    pub handshakes: Rc<Turns>,
 }
 
 impl Worker {
@@ -30,7 +33,7 @@ impl Worker {
         let endpoints = Pool::new(Arc::clone(&shared.metrics), steering, times(config), receive_buffer);
         let http2_endpoints = Http2Pool::new(times(config));
         let epps = shared.replicas.iter().map(|replicas| Some(Rc::new(EppClient::new(replicas.clone()?)))).collect();
-        Self { epps, endpoints: Rc::new(endpoints), http2_endpoints, shared }
+        Self { epps, endpoints: Rc::new(endpoints), http2_endpoints, handshakes: Rc::default(), shared }
     }
 
     /// The same worker under another configuration: it keeps its connections.
@@ -45,7 +48,7 @@ impl Worker {
             Some(kept.map_or_else(|| Rc::new(EppClient::new(Arc::clone(replicas))), Rc::clone))
         };
         let epps = shared.replicas.iter().map(epp).collect();
-        Self { epps, endpoints, http2_endpoints, shared }
+        Self { epps, endpoints, http2_endpoints, handshakes: Rc::clone(&self.handshakes), shared }
     }
 
     /// Closes connections that are of no use any more. Called about once a second.

@@ -9,7 +9,7 @@ use std::{net::Ipv4Addr, rc::Rc, sync::Arc, time::Duration};
 use anyhow::{Context as _, Result, ensure};
 use bytes::BytesMut;
 use penstock_agent::{
-    client::ClientSocket,
+    client::{ClientSocket, close::Linger},
     deliver::{Delivery, End, Target},
     endpoint::{connection::EndpointConnection, times::Times},
     kernel::{Kernel, slots::Lane},
@@ -120,7 +120,9 @@ async fn deliver(
         drop(delivery);
         drop(endpoint);
         match end {
-            End::Complete { .. } => client.close().await,
+            End::Complete { .. } => {
+                let _ = client.close(Linger::default()).await;
+            }
             _ => client.abort().await,
         }
         end

@@ -18,10 +18,13 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub mod kind {
     pub const DATA: u8 = 0;
     pub const HEADERS: u8 = 1;
+    pub const PRIORITY: u8 = 2;
     pub const RST_STREAM: u8 = 3;
     pub const SETTINGS: u8 = 4;
     pub const PING: u8 = 6;
     pub const GOAWAY: u8 = 7;
+    pub const WINDOW_UPDATE: u8 = 8;
+    pub const CONTINUATION: u8 = 9;
 }
 
 pub const END_STREAM: u8 = 1;
@@ -45,6 +48,23 @@ impl Frame {
     #[must_use]
     pub fn headers(stream: u32, ends: bool, fields: &[(&str, &str)]) -> Self {
         Self::new(kind::HEADERS, END_HEADERS | u8::from(ends), stream, block(fields))
+    }
+
+    /// So many bytes more may come on the stream; on all together with 0.
+    #[must_use]
+    pub fn window(stream: u32, bytes: u32) -> Self {
+        Self::new(kind::WINDOW_UPDATE, 0, stream, bytes.to_be_bytes())
+    }
+
+    /// Settings that let so many bytes come on each stream at first (RFC 9113 §6.5.2).
+    #[must_use]
+    pub fn initial_window(bytes: u32) -> Self {
+        Self::new(kind::SETTINGS, 0, 0, [&4_u16.to_be_bytes()[..], &bytes.to_be_bytes()].concat())
+    }
+
+    #[must_use]
+    pub fn reset(stream: u32, error: u32) -> Self {
+        Self::new(kind::RST_STREAM, 0, stream, error.to_be_bytes())
     }
 
     #[must_use]
@@ -112,8 +132,12 @@ pub struct Http2Frames {
 impl Http2Frames {
     /// A client that has said that it speaks HTTP/2.
     pub async fn connect(peer: SocketAddr) -> Result<Self> {
+        Self::connect_with(peer, &Frame::new(kind::SETTINGS, 0, 0, [])).await
+    }
+
+    /// As [`Self::connect`], with settings.
+    pub async fn connect_with(peer: SocketAddr, settings: &Frame) -> Result<Self> {
         let mut connection = Self::new(TcpStream::connect(peer).await?)?;
-        let settings = Frame::new(kind::SETTINGS, 0, 0, []);
         connection.send_raw(&[PREFACE, &settings.wire()].concat()).await?;
         Ok(connection)
     }

@@ -49,6 +49,13 @@ impl Certificate {
         self.connector(protocols)?.connect(name, tcp).await.context("the handshake")
     }
 
+    /// As [`Self::connect`], on a connection that has been made.
+    pub async fn over(&self, tcp: TcpStream, protocols: &[&str]) -> Result<TlsStream<TcpStream>> {
+        tcp.set_nodelay(true)?;
+        let name = ServerName::try_from(self.name.clone())?;
+        self.connector(protocols)?.connect(name, tcp).await.context("the handshake")
+    }
+
     fn connector(&self, protocols: &[&str]) -> Result<TlsConnector> {
         let mut roots = RootCertStore::empty();
         roots.add(self.der.clone())?;

@@ -8,6 +8,7 @@ use std::{io, time::Duration};
 
 use tokio::net::TcpStream;
 
+use super::patience::Patience;
 use crate::kernel::socket;
 
 /// Longest wait between two looks at a socket that has not settled: a jiffy at HZ=100.
@@ -39,8 +40,9 @@ impl Ledger {
         self.unsettled |= bytes > 0;
     }
 
-    /// Waits until the socket has taken everything that was redirected to it. Cancel-safe.
-    pub async fn settle(&mut self, stream: &TcpStream) -> io::Result<()> {
+    /// Waits until the socket has taken everything that was redirected to it: `TimedOut` when the client acknowledged nothing
+    /// for too long. Cancel-safe.
+    pub async fn settle(&mut self, stream: &TcpStream, mut patience: Patience) -> io::Result<()> {
         let mut wait = Duration::ZERO;
         for turn in 0u32.. {
             if !self.unsettled || self.taken(stream)? == self.booked {
@@ -51,6 +53,8 @@ impl Ledger {
             if turn < 32 {
                 tokio::task::yield_now().await;
             } else {
+                patience.begin(stream)?;
+                patience.look(stream)?;
                 wait = (wait + Duration::from_millis(1)).min(SETTLE_STEP);
                 tokio::time::sleep(wait).await;
             }

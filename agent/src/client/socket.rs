@@ -1,34 +1,37 @@
 //! A client's HTTP/1.1 connection: reads, and writes behind whatever the kernel has redirected to it.
 
-use std::{io, rc::Rc, time::Duration};
+use std::{future::poll_fn, io, rc::Rc, time::Duration};
 
 use bytes::BytesMut;
 use futures_util::FutureExt as _;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Interest},
+    io::{AsyncReadExt as _, AsyncWrite, Interest},
     net::TcpStream,
 };
 use tokio_rustls::server::TlsStream;
 
-use super::ledger::Ledger;
+use super::{
+    close::{self, Cut, Linger},
+    ledger::Ledger,
+    patience::{self, Patience},
+    reach::Watch,
+    wire::Wire,
+};
 use crate::{
+    config::HalfClose,
     kernel::socket,
     steer::{RegisterError, Source, WorkerSteering},
 };
 
-/// How long the kernel's worker may take to hand over what was redirected, before a close is a reset.
+/// How long a client may acknowledge nothing while what was redirected is handed over, before a close is a reset.
 const SETTLE: Duration = Duration::from_secs(30);
-/// How long, and for how many bytes, a closed connection is still read: a client that is answered before it has sent all of a
-/// large body usually looks for the answer only afterwards.
-const LINGER: Duration = Duration::from_secs(1);
-const LINGER_BYTES: usize = 64 << 20;
 /// What a client may have sent before its connection became something else, for the kernel to look at what follows.
 const EARLY: usize = 256 * 1024;
 /// Read at once of what is not asked for yet.
 const AHEAD: usize = 4096;
 
 pub struct ClientSocket {
-    stream: Stream,
+    wire: Wire,
     /// Read and not yet used: the rest of a request, or the beginning of the next.
     pub buf: BytesMut,
     ledger: Ledger,
@@ -36,44 +39,58 @@ pub struct ClientSocket {
     resets: bool,
     /// Something has been written since the last [`begin_answer`](Self::begin_answer).
     answered: bool,
-    /// What the kernel knows of what the client sends. Behind `stream`: a slot outlives its socket.
+    /// Of the last request something may be on its way that nobody will read.
+    pub unread: bool,
+    stalled: bool,
+    /// How long the client may take nothing.
+    idle: Option<Duration>,
+    half_close: HalfClose,
+    /// After so long without an acknowledgement that is due its machine is gone.
+    unreachable: Option<Duration>,
+    watch: Watch,
+    /// What the kernel knows of what the client sends. Behind `wire`: a slot outlives its socket.
     source: Option<Source>,
 }
 
 /// A connection, what has been read of it, and what the kernel knows of it.
 pub(super) type TunnelEnd<'a> = (&'a TcpStream, BytesMut, Option<&'a Source>);
 
-enum Stream {
-    Plain(TcpStream),
-    /// Cannot be a target of the kernel's, which would send plain bytes.
-    Tls(Box<TlsStream<TcpStream>>),
-}
-
 impl ClientSocket {
     pub fn new(stream: TcpStream) -> io::Result<Self> {
-        Self::of(Stream::Plain(stream))
+        Self::of(Wire::Plain(stream))
     }
 
     pub fn tls(stream: TlsStream<TcpStream>) -> io::Result<Self> {
-        Self::of(Stream::Tls(Box::new(stream)))
+        Self::of(Wire::Tls(Box::new(stream)))
     }
 
-    fn of(stream: Stream) -> io::Result<Self> {
-        stream.tcp().set_nodelay(true)?;
-        let ledger = Ledger::begin(stream.tcp())?;
-        Ok(Self { stream, buf: BytesMut::new(), ledger, key: None, resets: false, answered: false, source: None })
+    fn of(wire: Wire) -> io::Result<Self> {
+        wire.tcp().set_nodelay(true)?;
+        let ledger = Ledger::begin(wire.tcp())?;
+        Ok(Self {
+            wire,
+            buf: BytesMut::new(),
+            ledger,
+            key: None,
+            resets: false,
+            answered: false,
+            unread: false,
+            stalled: false,
+            idle: None,
+            half_close: HalfClose::default(),
+            unreachable: None,
+            watch: Watch::new(None),
+            source: None,
+        })
     }
 
-    /// The connection, and what has been read of it; `None` for TLS, where the protocol has been agreed on before.
-    pub fn into_plain(self) -> Option<(TcpStream, BytesMut)> {
-        match self.stream {
-            Stream::Plain(stream) => Some((stream, self.buf)),
-            Stream::Tls(_) => None,
-        }
+    /// The connection, and what has been read of it.
+    pub fn into_parts(self) -> (Wire, BytesMut) {
+        (self.wire, self.buf)
     }
 
     pub fn stream(&self) -> &TcpStream {
-        self.stream.tcp()
+        self.wire.tcp()
     }
 
     /// The answer to the next request is to come, or its final one after an interim one.
@@ -86,7 +103,35 @@ impl ClientSocket {
     }
 
     pub fn is_tls(&self) -> bool {
-        matches!(self.stream, Stream::Tls(_))
+        self.wire.is_tls()
+    }
+
+    /// What counts as having left, from now on.
+    pub fn set_leaving(&mut self, half_close: HalfClose, unreachable: Option<Duration>) {
+        self.half_close = half_close;
+        if self.unreachable != unreachable {
+            self.unreachable = unreachable;
+            self.watch = Watch::new(unreachable);
+        }
+    }
+
+    /// For a wait for this client.
+    pub fn patience(&self) -> Patience {
+        Patience::new(self.idle, self.unreachable)
+    }
+
+    pub fn unreachable(&self) -> Option<Duration> {
+        self.unreachable
+    }
+
+    /// The client has ended its side of a plain connection, and is to be answered all the same.
+    pub fn is_half_closed(&self) -> bool {
+        self.half_close == HalfClose::Answer && socket::is_half_closed(self.stream())
+    }
+
+    /// From now on the client may take nothing for so long at most.
+    pub fn set_idle(&mut self, idle: Option<Duration>) {
+        self.idle = idle;
     }
 
     /// Makes the connection a possible target, once; returns its key.
@@ -102,18 +147,15 @@ impl ClientSocket {
     /// Reads what is there into `buf`, which grows by up to about `room`; 0 is the end of the stream. Cancel-safe.
     pub async fn read(&mut self, room: usize) -> io::Result<usize> {
         self.make_room(room);
-        match &mut self.stream {
-            Stream::Plain(stream) => stream.read_buf(&mut self.buf).await,
-            Stream::Tls(stream) => stream.read_buf(&mut self.buf).await,
-        }
+        self.wire.read_buf(&mut self.buf).await
     }
 
     /// As [`read`](Self::read), without waiting.
     pub fn read_now(&mut self, room: usize) -> io::Result<usize> {
         self.make_room(room);
-        match &mut self.stream {
-            Stream::Plain(stream) => socket::receive_into(&*stream, &mut self.buf),
-            Stream::Tls(stream) => {
+        match &mut self.wire {
+            Wire::Plain(stream) => socket::receive_into(&*stream, &mut self.buf),
+            Wire::Tls(stream) => {
                 stream.read_buf(&mut self.buf).now_or_never().unwrap_or(Err(io::ErrorKind::WouldBlock.into()))
             }
         }
@@ -125,20 +167,40 @@ impl ClientSocket {
         }
     }
 
-    /// Writes all of it, behind whatever the kernel has redirected. Not cancel-safe: after a cancelled write the
-    /// connection can only be broken off.
+    /// Writes all of it, behind whatever the kernel has redirected: fails as [`patience::is_over`] knows it when the client
+    /// takes nothing for too long, and then the close is a reset. Not cancel-safe: after a cancelled write the connection can only be
+    /// broken off.
     pub async fn write_all(&mut self, buf: &[u8]) -> io::Result<()> {
         self.answered = true;
         self.settle().await?;
-        match &mut self.stream {
-            Stream::Plain(stream) => stream.write_all(buf).await?,
-            Stream::Tls(stream) => {
-                stream.write_all(buf).await?;
-                stream.flush().await?;
+        let (mut rest, mut patience) = (buf, self.patience());
+        while !rest.is_empty() {
+            match patience.step(&mut self.wire, |wire, cx| wire.poll_write(cx, rest)).await {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(n) => rest = &rest[n..],
+                Err(error) => return self.stalled(error),
             }
+        }
+        // Plain bytes are with the kernel; of TLS a part may be with us.
+        if let Err(error) = patience.step(&mut self.wire, AsyncWrite::poll_flush).await {
+            return self.stalled(error);
         }
         self.ledger.add_written(buf.len() as u64);
         Ok(())
+    }
+
+    /// What is queued for a client that takes nothing need not be kept.
+    fn stalled(&mut self, error: io::Error) -> io::Result<()> {
+        if patience::is_over(&error) {
+            self.stalled = true;
+            self.reset_on_close();
+        }
+        Err(error)
+    }
+
+    /// The client has taken nothing for too long.
+    pub fn has_stalled(&self) -> bool {
+        self.stalled
     }
 
     /// The connection as it is, unless it speaks TLS, and what has been read of it already, for someone who keeps an account of
@@ -166,22 +228,13 @@ impl ClientSocket {
             socket::has_more(self.stream())?;
         }
         let early = std::mem::take(&mut self.buf);
-        Ok((self.stream.tcp(), early, self.source.as_ref()))
+        Ok((self.wire.tcp(), early, self.source.as_ref()))
     }
 
-    /// Both directions at once, and what has been read already. The kernel's account ends here: no more is to be redirected.
-    pub fn split(&mut self) -> (Box<dyn AsyncRead + Unpin + '_>, BytesMut, Box<dyn AsyncWrite + Unpin + '_>) {
-        let read = std::mem::take(&mut self.buf);
-        match &mut self.stream {
-            Stream::Plain(stream) => {
-                let (reader, writer) = stream.split();
-                (Box::new(reader), read, Box::new(writer))
-            }
-            Stream::Tls(stream) => {
-                let (reader, writer) = tokio::io::split(stream);
-                (Box::new(reader), read, Box::new(writer))
-            }
-        }
+    /// The connection, for both directions at once, and what has been read already. The kernel's account ends here: no more is
+    /// to be redirected.
+    pub fn raw(&mut self) -> (&mut Wire, BytesMut) {
+        (&mut self.wire, std::mem::take(&mut self.buf))
     }
 
     /// Books bytes that the kernel has redirected here.
@@ -191,7 +244,7 @@ impl ClientSocket {
 
     /// As [`Ledger::forgive`].
     pub fn forgive(&mut self) -> io::Result<u64> {
-        self.ledger.forgive(self.stream.tcp())
+        self.ledger.forgive(self.wire.tcp())
     }
 
     /// Bytes that the client has not acknowledged yet.
@@ -199,60 +252,66 @@ impl ClientSocket {
         socket::send_queue(self.stream())
     }
 
-    /// As [`Ledger::settle`].
+    /// As [`Ledger::settle`], as long as the client takes something.
     pub async fn settle(&mut self) -> io::Result<()> {
-        self.ledger.settle(self.stream.tcp()).await
+        let patience = self.patience();
+        let settled = self.ledger.settle(self.wire.tcp(), patience).await;
+        settled.or_else(|error| self.stalled(error))
     }
 
-    /// Resolves when the client has left: closed, closed its writing side, or reset, and also when that lies behind bytes that
-    /// nobody has read yet (the rest of a body, the next request). Cancel-safe.
+    /// Resolves when the client has left: closed or reset, its machine gone, or, unless it is answered all the same
+    /// (`listen.half_close`), closed its writing side; and also when that lies behind bytes that nobody has read yet (the rest of a
+    /// body, the next request). Cancel-safe.
     pub async fn gone(&mut self) {
-        if let Stream::Plain(_) = self.stream {
+        if !self.is_tls() {
             return self.left().await;
         }
         // What is decrypted may tell sooner. What is read ahead of time is kept.
         while self.buf.is_empty() {
-            if !matches!(self.read(AHEAD).await, Ok(1..)) {
-                return;
+            match self.read(AHEAD).await {
+                Ok(1..) => {}
+                Ok(0) if self.half_close == HalfClose::Answer => break,
+                // It has not said so in TLS; the request is whole by its own framing.
+                Err(error) if self.half_close == HalfClose::Answer && error.kind() == io::ErrorKind::UnexpectedEof => {
+                    break;
+                }
+                Ok(0) | Err(_) => return,
             }
         }
         self.left().await;
     }
 
-    /// As [`gone`](Self::gone), by the end of the TCP stream alone.
+    /// As [`gone`](Self::gone), by the TCP stream alone.
     pub async fn left(&self) {
-        // Nothing is urgent on these sockets: what this waits for is the end of the stream, which tokio remembers.
-        let _ = self.stream().ready(Interest::PRIORITY).await;
+        let end = async {
+            // Nothing is urgent on these sockets: what this waits for is the end of the stream, which tokio remembers.
+            let end = match self.half_close {
+                HalfClose::Cancel => Interest::PRIORITY,
+                HalfClose::Answer => Interest::ERROR,
+            };
+            let _ = self.stream().ready(end).await;
+        };
+        tokio::select! {
+            biased;
+            () = end => {}
+            () = poll_fn(|cx| self.watch.poll_gone(self.stream(), cx)) => {}
+        }
     }
 
-    /// Ends the connection in order: everything written arrives, then FIN. Reads on for a moment, because closing with
-    /// bytes unread would send RST and take what is on its way from the client.
-    pub async fn close(mut self) {
-        if !matches!(tokio::time::timeout(SETTLE, self.settle()).await, Ok(Ok(()))) {
+    /// Ends the connection in order: everything written arrives, then FIN; then the client is read on, because closing with
+    /// bytes unread would send RST and take what is on its way from the client. `Err`: the client had not ended its side.
+    pub async fn close(mut self, linger: Linger) -> Result<(), Cut> {
+        self.idle = Some(self.idle.map_or(SETTLE, |idle| idle.min(SETTLE)));
+        if self.settle().await.is_err() {
             // What was redirected has not all arrived at the socket, and the close would drop it: not without a sign.
             socket::set_reset_on_close(self.stream(), true);
-            return;
+            return Ok(());
         }
         if self.resets {
             socket::set_reset_on_close(self.stream(), false);
         }
-        let linger = async {
-            match &mut self.stream {
-                Stream::Plain(stream) => stream.shutdown().await?,
-                Stream::Tls(stream) => stream.shutdown().await?,
-            }
-            let mut taken = 0;
-            while taken < LINGER_BYTES {
-                self.buf.clear();
-                match self.read(AHEAD).await? {
-                    0 => break,
-                    n => taken += n,
-                }
-            }
-            io::Result::Ok(())
-        };
         // The client may take its time with what is queued: the kernel delivers that after the close too.
-        let _ = tokio::time::timeout(LINGER, linger).await;
+        close::discard(self.wire, self.buf, linger).await
     }
 
     /// From here on, any end of the connection, that of the process included, is a reset: the body being sent ends only by
@@ -267,15 +326,6 @@ impl ClientSocket {
     pub async fn abort(mut self) {
         if !self.resets {
             let _ = tokio::time::timeout(Duration::from_secs(1), self.settle()).await;
-        }
-    }
-}
-
-impl Stream {
-    fn tcp(&self) -> &TcpStream {
-        match self {
-            Self::Plain(stream) => stream,
-            Self::Tls(stream) => stream.get_ref().0,
         }
     }
 }

@@ -1,29 +1,38 @@
 //! A client's HTTP/2 stream: one request, whose body comes in frames, and one answer.
 //!
-//! hyper owns the connection and the stream's place in it. Dropping this before the answer is complete resets the stream.
+//! The connection (`connection::http2`) has the frames; the windows are the client's. What waits for them waits for
+//! `timeouts.idle` at most, then the stream is reset. Dropping this before the answer is complete resets the stream.
 
-use std::io;
+use std::{future::poll_fn, io, rc::Rc, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderMap, Response, request};
-use http_body_util::BodyExt as _;
-use hyper::body::{Body as _, Frame, Incoming};
-use tokio::sync::oneshot;
+use h2::{Reason, RecvStream, SendStream, server::SendResponse};
+use http::{HeaderMap, Response, header, request};
+use hyper::body::Frame;
+use tokio::time::timeout;
 
-use crate::http::frames::{FrameBody, FrameSender};
+use super::traffic::Traffic;
+use crate::http::date;
 
-/// Where hyper gets the answer from.
-pub(crate) type Answer = oneshot::Receiver<Response<FrameBody>>;
+/// Looks at a stream that waits, within the time that it may.
+const LOOKS: u32 = 4;
 
 pub struct ClientStream {
-    body: Incoming,
+    body: RecvStream,
     state: State,
     tls: bool,
+    id: u32,
+    traffic: Rc<Traffic>,
+    /// Bytes of the response's body so far.
+    sent: u64,
+    /// How long the client may take nothing.
+    idle: Option<Duration>,
+    stalled: bool,
 }
 
 enum State {
-    Unanswered(oneshot::Sender<Response<FrameBody>>),
-    Flowing(FrameSender),
+    Unanswered(SendResponse<Bytes>),
+    Flowing(SendStream<Bytes>),
     /// The head was all, and [`ClientStream::end`] is still to come.
     Ended,
     Answered,
@@ -34,11 +43,16 @@ fn gone() -> io::Error {
 }
 
 impl ClientStream {
-    /// `tls`: the connection is.
-    pub(crate) fn new(request: http::Request<Incoming>, tls: bool) -> (request::Parts, Self, Answer) {
+    pub(crate) fn new(
+        request: http::Request<RecvStream>,
+        answer: SendResponse<Bytes>,
+        traffic: Rc<Traffic>,
+    ) -> (request::Parts, Self) {
         let (parts, body) = request.into_parts();
-        let (head, answer) = oneshot::channel();
-        (parts, Self { body, state: State::Unanswered(head), tls }, answer)
+        let (id, tls) = (answer.stream_id().as_u32(), traffic.wire().borrow().is_tls());
+        traffic.open(id);
+        let state = State::Unanswered(answer);
+        (parts, Self { body, state, tls, id, traffic, sent: 0, idle: None, stalled: false })
     }
 
     pub fn is_tls(&self) -> bool {
@@ -50,9 +64,24 @@ impl ClientStream {
         !matches!(self.state, State::Unanswered(_))
     }
 
+    /// From now on the client may take nothing for so long at most.
+    pub fn set_idle(&mut self, idle: Option<Duration>) {
+        self.idle = idle;
+    }
+
+    pub fn idle(&self) -> Option<Duration> {
+        self.idle
+    }
+
     /// The next frame of the request's body. Cancel-safe.
-    pub async fn frame(&mut self) -> Option<Result<Frame<Bytes>, hyper::Error>> {
-        self.body.frame().await
+    pub async fn frame(&mut self) -> Option<Result<Frame<Bytes>, h2::Error>> {
+        if let Some(data) = self.body.data().await {
+            return Some(data.and_then(|data| {
+                self.body.flow_control().release_capacity(data.len())?;
+                Ok(Frame::data(data))
+            }));
+        }
+        self.body.trailers().await.map(|trailers| trailers.map(Frame::trailers)).transpose()
     }
 
     /// The request's body has been read to its end.
@@ -60,50 +89,116 @@ impl ClientStream {
         self.body.is_end_stream()
     }
 
+    /// The client has taken nothing for too long.
+    pub fn has_stalled(&self) -> bool {
+        self.stalled
+    }
+
     /// Resolves when the client has left. Cancel-safe.
     pub async fn gone(&mut self) {
+        // Either way, reset or an error, nobody is there any more.
         match &mut self.state {
-            State::Unanswered(head) => head.closed().await,
-            State::Flowing(body) => body.gone().await,
+            State::Unanswered(answer) => drop(poll_fn(|cx| answer.poll_reset(cx)).await),
+            State::Flowing(out) => drop(poll_fn(|cx| out.poll_reset(cx)).await),
             State::Ended | State::Answered => std::future::pending().await,
         }
     }
 
-    /// Gives the whole answer.
-    pub fn reply(&mut self, head: Response<()>, body: Bytes) -> io::Result<()> {
-        let State::Unanswered(to) = std::mem::replace(&mut self.state, State::Answered) else { return Err(gone()) };
-        to.send(head.map(|()| FrameBody::whole(body))).map_err(|_| gone())
+    /// Gives the whole answer, and waits until the client takes it.
+    pub async fn reply(&mut self, head: Response<()>, body: Bytes) -> io::Result<()> {
+        if body.is_empty() {
+            return self.head(head, true);
+        }
+        self.head(head, false)?;
+        self.write(body, true).await
     }
 
-    /// Gives the head of an answer whose body follows; `length` where it is known.
-    pub fn begin(&mut self, head: Response<()>, length: Option<u64>) -> io::Result<()> {
-        let (sender, body) = FrameBody::written(length);
-        match std::mem::replace(&mut self.state, State::Flowing(sender)) {
-            State::Unanswered(to) => to.send(head.map(|()| body)).map_err(|_| gone()),
-            _ => Err(gone()),
-        }
+    /// Gives the head of an answer whose body follows.
+    pub fn begin(&mut self, head: Response<()>) -> io::Result<()> {
+        self.head(head, false)
     }
 
     /// Gives the head of an answer without a body; it is to be ended all the same.
     pub fn begin_and_end(&mut self, head: Response<()>) -> io::Result<()> {
-        self.reply(head, Bytes::new())?;
+        self.head(head, true)?;
         self.state = State::Ended;
+        Ok(())
+    }
+
+    fn head(&mut self, mut head: Response<()>, ends: bool) -> io::Result<()> {
+        head.headers_mut().entry(header::DATE).or_insert_with(date::now);
+        let State::Unanswered(answer) = &mut self.state else { return Err(gone()) };
+        let out = answer.send_response(head, ends).map_err(io::Error::other)?;
+        self.state = if ends { State::Answered } else { State::Flowing(out) };
         Ok(())
     }
 
     /// Waits until the client takes it. Not cancel-safe: afterwards the stream can only be broken off.
     pub async fn data(&mut self, piece: Bytes) -> io::Result<()> {
-        match &self.state {
-            State::Flowing(body) => body.data(piece).await.map_err(|_| gone()),
-            _ => Err(gone()),
-        }
+        self.write(piece, false).await
     }
 
     pub async fn end(&mut self, trailers: HeaderMap) -> io::Result<()> {
         match std::mem::replace(&mut self.state, State::Answered) {
-            State::Flowing(body) => body.end(trailers).await.map_err(|_| gone()),
+            State::Flowing(mut out) if trailers.is_empty() => out.send_data(Bytes::new(), true).map_err(|_| gone()),
+            State::Flowing(mut out) => out.send_trailers(trailers).map_err(|_| gone()),
             State::Ended => Ok(()),
             _ => Err(gone()),
+        }
+    }
+
+    /// Only what has room in the windows is handed on, so nothing piles up behind a client that takes nothing.
+    async fn write(&mut self, mut piece: Bytes, ends: bool) -> io::Result<()> {
+        while !piece.is_empty() {
+            let room = self.room(piece.len()).await?;
+            let State::Flowing(out) = &mut self.state else { return Err(gone()) };
+            let now = piece.split_to(room.min(piece.len()));
+            self.sent += now.len() as u64;
+            out.send_data(now, ends && piece.is_empty()).map_err(|_| gone())?;
+        }
+        if ends {
+            self.state = State::Answered;
+        }
+        Ok(())
+    }
+
+    /// Waits for room for up to `wanted` bytes: `TimedOut` when the client made none for too long.
+    async fn room(&mut self, wanted: usize) -> io::Result<usize> {
+        let State::Flowing(out) = &mut self.state else { return Err(gone()) };
+        // Nothing is asked for before there is something to send: what one stream reserves of the connection's window, no other has.
+        out.reserve_capacity(wanted);
+        if out.capacity() > 0 {
+            return Ok(out.capacity());
+        }
+        let room = async {
+            match poll_fn(|cx| out.poll_capacity(cx)).await {
+                Some(Ok(room)) => Ok(room),
+                Some(Err(_)) | None => Err(gone()),
+            }
+        };
+        let Some(idle) = self.idle else { return room.await };
+        let mut room = std::pin::pin!(room);
+        let mut stall = self.traffic.watch(self.id, self.sent, idle)?;
+        loop {
+            if let Ok(room) = timeout(idle / LOOKS, room.as_mut()).await {
+                return room;
+            }
+            if let Err(error) = stall.look(&self.traffic) {
+                self.stalled = error.kind() == io::ErrorKind::TimedOut;
+                return Err(error);
+            }
+        }
+    }
+}
+
+impl Drop for ClientStream {
+    fn drop(&mut self) {
+        self.traffic.close(self.id);
+        let reason = if self.stalled { Reason::CANCEL } else { Reason::INTERNAL_ERROR };
+        match &mut self.state {
+            State::Unanswered(answer) => answer.send_reset(reason),
+            State::Flowing(out) => out.send_reset(reason),
+            State::Ended | State::Answered => {}
         }
     }
 }

@@ -10,9 +10,9 @@ use http::{HeaderName, Method, uri::PathAndQuery};
 
 use super::{
     Admin, AppProtocol, Bbr, Config, Dns, Ejection, Endpoint, Epp, EppLimits, EppTls, ErrorFormat, Errors, FailureMode,
-    Forwarding, Headers, HealthCheck, LeaseLimits, Limits, Listen, MissingModel, Node, Passthrough, PickPer, Picker,
-    PinLimits, Pool, Process, Ratio, ResponseToPicker, Retry, Route, Steering, SteeringMode, Subset, TimeoutOverrides,
-    Timeouts, Tracing, User, WeightedPool,
+    Forwarding, HalfClose, Headers, HealthCheck, LeaseLimits, Limits, Listen, MissingModel, Node, Passthrough, PickPer,
+    Picker, PinLimits, Pool, Process, Ratio, ResponseToPicker, Retry, Route, Steering, SteeringMode, Subset,
+    TimeoutOverrides, Timeouts, Tracing, User, WeightedPool,
 };
 
 /// A complete commented file. Its settings are the defaults; what has none is commented out, as `#key = value`.
@@ -51,6 +51,10 @@ impl Default for Listen {
             http2_max_streams: 256,
             upgrades: vec!["websocket".to_owned()],
             tls: None,
+            http2_resets: 1000,
+            http2_control_frames: 1000,
+            half_close: HalfClose::Cancel,
+            tls_handshakes: 1024,
         }
     }
 }
@@ -69,6 +73,7 @@ impl Default for Limits {
             body_bytes: 32 << 20,
             body_memory_bytes: 1 << 20,
             metric_models: 100,
+            linger_bytes: 256 << 20,
         }
     }
 }
@@ -87,6 +92,8 @@ impl Default for Timeouts {
             endpoint_unreachable: Some(Duration::from_secs(45)),
             drain: Duration::from_secs(30),
             lame_duck: Some(Duration::from_secs(5)),
+            linger: Duration::from_secs(30),
+            client_unreachable: Some(Duration::from_secs(45)),
         }
     }
 }

@@ -2,8 +2,10 @@
 
 use std::net::SocketAddr;
 
-use super::{Listen, ListenTls, Overrides, document::Section, value};
+use super::{HalfClose, Listen, ListenTls, Overrides, document::Section, value};
 use crate::tls::Certificate;
+
+const HALF_CLOSES: &[(&str, HalfClose)] = &[("cancel", HalfClose::Cancel), ("answer", HalfClose::Answer)];
 
 pub(super) fn listen(section: &mut Section<'_>, overrides: &Overrides) -> Listen {
     let default = Listen::default();
@@ -20,6 +22,12 @@ pub(super) fn listen(section: &mut Section<'_>, overrides: &Overrides) -> Listen
             .unwrap_or(default.http2_max_streams),
         upgrades: upgrades(section).unwrap_or(default.upgrades),
         tls: tls(section, address),
+        http2_resets: section.read("http2_resets", value::integer(1..=1_000_000)).unwrap_or(default.http2_resets),
+        http2_control_frames: section
+            .read("http2_control_frames", value::integer(100..=1_000_000))
+            .unwrap_or(default.http2_control_frames),
+        half_close: section.read("half_close", value::one_of(HALF_CLOSES)).unwrap_or(default.half_close),
+        tls_handshakes: section.read("tls_handshakes", value::integer(1..=1_048_576)).unwrap_or(default.tls_handshakes),
     }
 }
 

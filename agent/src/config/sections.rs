@@ -68,6 +68,7 @@ fn limits(section: &mut Section<'_>) -> Limits {
             .read("body_memory_bytes", value::integer(0..=1 << 30))
             .unwrap_or(default.body_memory_bytes),
         metric_models: section.read("metric_models", value::integer(0..=10_000)).unwrap_or(default.metric_models),
+        linger_bytes: section.read("linger_bytes", value::integer(0..=1 << 40)).unwrap_or(default.linger_bytes),
     };
     // The default of one must not turn a smaller value of the other into an error.
     if section.has("body_memory_bytes") && limits.body_memory_bytes as u64 > limits.body_bytes {
@@ -95,6 +96,10 @@ fn timeouts(section: &mut Section<'_>) -> Timeouts {
             .unwrap_or(default.endpoint_unreachable),
         drain: section.read("drain", value::duration).unwrap_or(default.drain),
         lame_duck: section.read("lame_duck", value::duration_or_off).unwrap_or(default.lame_duck),
+        linger: section.read("linger", value::duration).unwrap_or(default.linger),
+        client_unreachable: section
+            .read("client_unreachable", value::seconds_or_off)
+            .unwrap_or(default.client_unreachable),
     }
 }
 

@@ -132,6 +132,10 @@ fn every_setting_is_read() {
         max_connections = 1_000
         http2_max_streams = 0
         upgrades = []
+        http2_resets = 2
+        http2_control_frames = 100
+        half_close = "answer"
+        tls_handshakes = 4
         [admin]
         address = "127.0.0.1:0"
         [limits]
@@ -140,6 +144,7 @@ fn every_setting_is_read() {
         body_bytes = 5
         body_memory_bytes = 4
         metric_models = 3
+        linger_bytes = 6
         [timeouts]
         head = "1ms"
         body = "2s"
@@ -152,6 +157,8 @@ fn every_setting_is_read() {
         endpoint_unreachable = "1s"
         drain = "24h"
         lame_duck = "7s"
+        linger = "6s"
+        client_unreachable = "off"
         [headers]
         via = "gw.example:8080"
         x_forwarded = "replace"
@@ -312,9 +319,20 @@ fn every_setting_is_read() {
             http2_max_streams: 0,
             upgrades: vec![],
             tls: None,
+            http2_resets: 2,
+            http2_control_frames: 100,
+            half_close: HalfClose::Answer,
+            tls_handshakes: 4,
         },
         admin: Admin { address: "127.0.0.1:0".parse().unwrap() },
-        limits: Limits { head_bytes: 1024, headers: 16, body_bytes: 5, body_memory_bytes: 4, metric_models: 3 },
+        limits: Limits {
+            head_bytes: 1024,
+            headers: 16,
+            body_bytes: 5,
+            body_memory_bytes: 4,
+            metric_models: 3,
+            linger_bytes: 6,
+        },
         timeouts: Timeouts {
             head: Some(Duration::from_millis(1)),
             body: Some(Duration::from_secs(2)),
@@ -327,6 +345,8 @@ fn every_setting_is_read() {
             endpoint_unreachable: Some(Duration::from_secs(1)),
             drain: Duration::from_secs(24 * 3600),
             lame_duck: Some(Duration::from_secs(7)),
+            linger: Duration::from_secs(6),
+            client_unreachable: None,
         },
         headers: Headers {
             via: Some("gw.example:8080".into()),
@@ -421,7 +441,7 @@ fn bad_sections() {
         ("[listen]\naddress = \"localhost:8080\"", r#"p.toml:2: listen.address: found "localhost:8080", expected ip:port, such as "0.0.0.0:8080" or "[::]:8080""#.to_owned()),
         ("[listen]\n\nworkers = -1", "p.toml:3: listen.workers: found -1, expected an integer from 0 to 1024".to_owned()),
         ("[listen.tls]\naddress = \"0.0.0.0:1\"\ncert_file = \"none.crt\"", r"p.toml:1: listen.tls.key_file: found nothing, expected the file with its key".to_owned()),
-        ("[listen]\nport = 1", "p.toml:2: listen.port: found an unknown key, expected one of address, workers, max_connections, http2_max_streams, upgrades, tls".to_owned()),
+        ("[listen]\nport = 1", "p.toml:2: listen.port: found an unknown key, expected one of address, workers, max_connections, http2_max_streams, upgrades, tls, http2_resets, http2_control_frames, half_close, tls_handshakes".to_owned()),
         ("listen = 5", "p.toml:1: listen: found 5, expected a section".to_owned()),
         ("[admin]\naddress = \"127.0.0.1:8080\"", "p.toml:2: admin.address: found 127.0.0.1:8080, expected another port than listen.address (0.0.0.0:8080)".to_owned()),
         ("[limits]\nhead_bytes = 100", "p.toml:2: limits.head_bytes: found 100, expected an integer from 1024 to 1048576".to_owned()),

@@ -8,7 +8,7 @@ use std::{cell::RefCell, time::Duration};
 use bytes::{BufMut as _, Bytes, BytesMut};
 use http::HeaderMap;
 
-use super::{Account, End, within};
+use super::{Account, End, written};
 use crate::{
     client::Client,
     endpoint::body::{Piece, ResponseBody},
@@ -44,7 +44,7 @@ impl Frames<'_> {
             && !self.body.is_done()
         {
             let head = std::mem::take(&mut self.lead);
-            if let Err(end) = within(self.idle, socket.write_all(&head)).await {
+            if let Err(end) = written(socket.write_all(&head).await) {
                 return end;
             }
         }
@@ -81,7 +81,7 @@ impl Frames<'_> {
         self.account.relayed += data.len() as u64;
         self.account.pieces += 1;
         match self.client {
-            Client::Http2(stream) => within(self.idle, stream.data(data)).await,
+            Client::Http2(stream) => written(stream.data(data).await),
             Client::Http1(socket) => {
                 let mut out = BytesMut::new();
                 match self.coding {
@@ -92,7 +92,7 @@ impl Frames<'_> {
                         out.put_slice(b"\r\n");
                     }
                 }
-                within(self.idle, socket.write_all(&out)).await
+                written(socket.write_all(&out).await)
             }
         }
     }
@@ -100,7 +100,7 @@ impl Frames<'_> {
     async fn end(&mut self, mut trailers: HeaderMap) -> Result<(), End> {
         trailers::filter(&mut trailers);
         match self.client {
-            Client::Http2(stream) => within(self.idle, stream.end(trailers)).await,
+            Client::Http2(stream) => written(stream.end(trailers).await),
             Client::Http1(socket) => {
                 let mut out = std::mem::take(&mut self.lead);
                 if self.coding == Coding::Chunked {
@@ -113,7 +113,7 @@ impl Frames<'_> {
                     }
                     out.put_slice(b"\r\n");
                 }
-                if out.is_empty() { Ok(()) } else { within(self.idle, socket.write_all(&out)).await }
+                if out.is_empty() { Ok(()) } else { written(socket.write_all(&out).await) }
             }
         }
     }

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Account, BEHIND, MAX_FRUITLESS, SHORT_SPAN, Target};
 use crate::{
-    client::ledger::Ledger,
+    client::{ledger::Ledger, patience::Patience},
     endpoint::connection::Reader,
     kernel::{
         slots::{Lane, SpanRef},
@@ -81,7 +81,7 @@ impl Pipe<'_> {
                 () = broken(self.to) => return Err(Broken::To),
             };
             if read == 0 {
-                self.ledger.settle(self.to).await.map_err(|_| Broken::To)?;
+                self.ledger.settle(self.to, Patience::new(None, None)).await.map_err(|_| Broken::To)?;
                 socket::shut_down(self.to).map_err(|_| Broken::To)?;
                 return Ok(true);
             }
@@ -100,7 +100,7 @@ impl Pipe<'_> {
                 Err(_) => return Err(Broken::From),
             }
         }
-        self.ledger.settle(self.to).await.map_err(|_| Broken::To)?;
+        self.ledger.settle(self.to, Patience::new(None, None)).await.map_err(|_| Broken::To)?;
         while socket::send_queue(self.to).map_err(|_| Broken::To)? > 0 {
             tokio::time::sleep(LOOK).await;
         }
@@ -108,7 +108,7 @@ impl Pipe<'_> {
     }
 
     async fn write(&mut self) -> Result<(), Broken> {
-        self.ledger.settle(self.to).await.map_err(|_| Broken::To)?;
+        self.ledger.settle(self.to, Patience::new(None, None)).await.map_err(|_| Broken::To)?;
         socket::write_all(self.to, &self.pending).await.map_err(|_| Broken::To)?;
         self.ledger.add_written(self.pending.len() as u64);
         self.account.relayed += self.pending.len() as u64;
@@ -132,7 +132,7 @@ impl Pipe<'_> {
 
     /// As `Delivery::span`.
     async fn span(&mut self, target: Target, stop: &CancellationToken) -> Result<Wake, Broken> {
-        self.ledger.settle(self.to).await.map_err(|_| Broken::To)?;
+        self.ledger.settle(self.to, Patience::new(None, None)).await.map_err(|_| Broken::To)?;
         let source = self.from.source.ok_or(Broken::From)?;
         let span = source.slot().span(target.lane);
         let before = (span.redirected(), span.segments(), monotonic_ns());
@@ -202,7 +202,7 @@ impl Pipe<'_> {
     /// Waits for what a `sendmsg` was let redirect. What it was not able to take comes over the connection; returns how much.
     async fn arrived(&mut self) -> Result<u64, Broken> {
         loop {
-            match tokio::time::timeout(BEHIND, self.ledger.settle(self.to)).await {
+            match tokio::time::timeout(BEHIND, self.ledger.settle(self.to, Patience::new(None, None))).await {
                 Ok(settled) => return settled.map(|()| 0).map_err(|_| Broken::To),
                 Err(_)
                     if !self.pending.is_empty() || socket::has_more(self.from.stream).map_err(|_| Broken::From)? =>

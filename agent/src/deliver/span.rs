@@ -9,15 +9,13 @@
 
 use std::{future::poll_fn, io, time::Duration};
 
-use bytes::BytesMut;
-use penstock_common::{slot::stop, tail};
-use tokio::time::Instant;
-
-use super::{Armed, BEHIND, Delivery, End, MAX_FRUITLESS, MIN_BUFFER, SHORT_SPAN, Target, within};
+use super::{Armed, BEHIND, Delivery, End, MAX_FRUITLESS, MIN_BUFFER, SHORT_SPAN, Target, written};
 use crate::kernel::{
     slots::{Lane, SpanRef},
     socket::monotonic_ns,
 };
+use bytes::BytesMut;
+use penstock_common::{slot::stop, tail};
 
 /// What ended the wait for the kernel.
 enum Wake {
@@ -33,7 +31,7 @@ impl Delivery<'_> {
     /// Lets the kernel carry what it can. False: nothing came of it, user space has to read.
     pub(super) async fn span(&mut self, target: Target) -> Result<bool, End> {
         // The kernel's account of the target begins with the arming: nothing may be on its way from an earlier span.
-        within(self.idle, self.client.settle()).await?;
+        written(self.client.settle().await)?;
         let span = self.kernel_span(target.lane)?;
         self.armed = Some(Armed {
             lane: target.lane,
@@ -86,15 +84,17 @@ impl Delivery<'_> {
     /// wait may have been told that only a part was taken (the queue can fill while a message is being put into it), and then
     /// sends the rest over its connection: those bytes come next, and the framing is behind them already.
     async fn arrived(&mut self) -> Result<(), End> {
-        let begin = Instant::now();
+        let mut patience = self.client.patience();
         loop {
             match tokio::time::timeout(BEHIND, self.client.settle()).await {
                 Ok(Ok(())) => return Ok(()),
-                Ok(Err(_)) => return Err(End::ClientGone),
+                Ok(Err(error)) => return written(Err(error)),
                 // An error that a look finds is gone with it, and what follows would seem to be an end in order.
                 Err(_) if !self.pending.is_empty() || self.endpoint.has_more().map_err(|_| End::Broken)? => break,
-                Err(_) if self.idle.is_some_and(|idle| begin.elapsed() >= idle) => return Err(End::Idle),
-                Err(_) => {}
+                Err(_) => {
+                    let client = self.client.stream();
+                    written(patience.begin(client).and_then(|()| patience.look(client)))?;
+                }
             }
         }
         self.rest = self.client.forgive().map_err(|_| End::ClientGone)?;

@@ -5,11 +5,19 @@
 //! The end of one direction is passed on and leaves the other as it is. An error on either side breaks both off: the caller has
 //! made sure that each sees a reset. Asked to stop, it waits for a moment in which nothing moves.
 
-use std::{cell::Cell, io, rc::Rc, time::Duration};
+use std::{
+    cell::{Cell, RefCell},
+    future::poll_fn,
+    io,
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use bytes::BytesMut;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf},
     net::TcpStream,
 };
 use tokio_util::sync::CancellationToken;
@@ -17,10 +25,10 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Account, End, Target,
     pipe::{Broken, Pipe},
-    within,
+    written,
 };
 use crate::{
-    client::{ClientSocket, ledger::Ledger},
+    client::{ClientSocket, Wire, ledger::Ledger, reach::Watch},
     endpoint::connection::{EndpointConnection, Reader},
     kernel::{
         slots::Lane,
@@ -30,6 +38,8 @@ use crate::{
 };
 
 const READ: usize = 16 * 1024;
+/// Looks at what the peers have acknowledged, within a limit.
+const LOOKS: u64 = 4;
 /// How long nothing has to move for a stop.
 const QUIET: Duration = Duration::from_secs(1);
 
@@ -60,7 +70,7 @@ impl Tunnel<'_> {
     pub async fn run(&mut self, over: impl Future<Output = ()>) -> End {
         self.lead.extend_from_slice(&self.pending);
         let first = monotonic_ns();
-        if let Err(end) = within(self.idle, self.client.write_all(&self.lead)).await {
+        if let Err(end) = written(self.client.write_all(&self.lead).await) {
             return end;
         }
         self.account.relayed += self.pending.len() as u64;
@@ -73,6 +83,7 @@ impl Tunnel<'_> {
         if self.client.settle().await.is_err() {
             return Ok(End::ClientGone);
         }
+        let watch = Watch::new(self.client.unreachable());
         let (moved, stop, idle) = (Cell::new(monotonic_ns()), CancellationToken::new(), self.idle);
         let steering = self.up.as_ref().map(|up| &up.steering);
         let Ok((client, early, source)) = self.client.tunnel(steering) else { return Ok(End::ClientGone) };
@@ -95,6 +106,7 @@ impl Tunnel<'_> {
             let stamps = slots.flat_map(|slot| [Lane::Ingress, Lane::Local].map(|lane| slot.span(lane).stamps().1));
             stamps.fold(moved.get(), u64::max)
         };
+        let taken = || acknowledged(client) + acknowledged(endpoint);
         let Ok(ledger) = Ledger::begin(client) else { return Ok(End::ClientGone) };
         let pipe = |from, to, ledger, pending, target| {
             let account = Account::default();
@@ -121,7 +133,7 @@ impl Tunnel<'_> {
         };
         let quiet = async {
             over.await;
-            unmoved(&last, Some(QUIET)).await;
+            unmoved(&last, &taken, Some(QUIET)).await;
             stop.cancel();
             std::future::pending::<()>().await;
         };
@@ -132,7 +144,8 @@ impl Tunnel<'_> {
                 Ok(_) => End::Over,
                 Err(end) => end,
             },
-            () = unmoved(&last, idle) => End::Idle,
+            () = unmoved(&last, &taken, idle) => End::Idle,
+            () = poll_fn(|cx| watch.poll_gone(client, cx)) => End::ClientGone,
             () = quiet => End::Over,
         };
         // Dropped in the middle of a span: nothing more may reach either side.
@@ -155,7 +168,10 @@ impl Tunnel<'_> {
     /// As user space has to where the client speaks TLS.
     async fn by_hand(&mut self) -> io::Result<End> {
         let (up, down, moved) = (Cell::new(0), Cell::new(0), Cell::new(monotonic_ns()));
-        let (mut read, early, mut write) = self.client.split();
+        let watch = Watch::new(self.client.unreachable());
+        let (wire, early) = self.client.raw();
+        let wire = RefCell::new(wire);
+        let (mut read, mut write) = (Half(&wire), Half(&wire));
         let (from, to) = self.endpoint.split()?;
         let note = |count: &Cell<u64>, n: usize| {
             moved.set(monotonic_ns());
@@ -167,10 +183,12 @@ impl Tunnel<'_> {
             tokio::try_join!(up, down)
         };
         let last = || moved.get();
+        let taken = || acknowledged(wire.borrow().tcp()) + acknowledged(to);
         let end = tokio::select! {
             biased;
             ended = both => ended.map_or_else(|end| end, |_| End::Complete { reusable: false }),
-            () = unmoved(&last, self.idle) => End::Idle,
+            () = unmoved(&last, &taken, self.idle) => End::Idle,
+            () = poll_fn(|cx| watch.poll_gone(wire.borrow().tcp(), cx)) => End::ClientGone,
         };
         self.account.relayed += down.get();
         self.account.upstream = up.get();
@@ -216,15 +234,49 @@ async fn endpoint_to_client(
     }
 }
 
-/// Resolves when nothing has moved for so long; `last` tells when something did, CLOCK_MONOTONIC ns.
-async fn unmoved(last: &impl Fn() -> u64, limit: Option<Duration>) {
+/// One direction of a client's connection, of which both are used in one task.
+struct Half<'a>(&'a RefCell<&'a mut Wire>);
+
+impl AsyncRead for Half<'_> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut **self.0.borrow_mut()).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Half<'_> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut **self.0.borrow_mut()).poll_write(cx, buf)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut **self.0.borrow_mut()).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut **self.0.borrow_mut()).poll_shutdown(cx)
+    }
+}
+
+/// Bytes that this peer has acknowledged. One that is gone is found by whoever reads.
+fn acknowledged(socket: &TcpStream) -> u64 {
+    socket::bytes_acked(socket).unwrap_or_default()
+}
+
+/// Resolves when nothing has moved for so long, neither on our side, `last` tells when it did (CLOCK_MONOTONIC ns), nor on the
+/// peers', which have acknowledged `taken` bytes.
+async fn unmoved(last: &impl Fn() -> u64, taken: &impl Fn() -> u64, limit: Option<Duration>) {
     let Some(limit) = limit else { return std::future::pending().await };
     let limit = limit.as_nanos() as u64;
+    let (mut before, mut since) = (taken(), 0);
     loop {
-        let passed = monotonic_ns().saturating_sub(last());
+        let passed = monotonic_ns().saturating_sub(last().max(since));
         if passed >= limit {
             return;
         }
-        tokio::time::sleep(Duration::from_nanos(limit - passed)).await;
+        tokio::time::sleep(Duration::from_nanos((limit - passed).min(limit / LOOKS))).await;
+        let now = taken();
+        if now != before {
+            (before, since) = (now, monotonic_ns());
+        }
     }
 }

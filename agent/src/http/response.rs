@@ -240,8 +240,8 @@ impl ResponseHead {
         self.body == BodyKind::Chunked && client == Version::HTTP_10
     }
 
-    /// The head as a client of HTTP/2 gets it, and the length of the body where it is known.
-    pub fn frames(&self) -> (Response<()>, Option<u64>) {
+    /// The head as a client of HTTP/2 gets it.
+    pub fn frames(&self) -> Response<()> {
         let mut head = Response::new(());
         *head.status_mut() = self.status;
         let own = |name: &HeaderName| headers::is_hop_by_hop(name) || name == header::CONTENT_LENGTH;
@@ -255,7 +255,7 @@ impl ResponseHead {
         if let Some(bytes) = told {
             head.headers_mut().insert(header::CONTENT_LENGTH, bytes.into());
         }
-        (head, told.filter(|_| self.body != BodyKind::None))
+        head
     }
 
     /// Appends the head as the client gets it. Returns whether the client's connection stays open afterwards: `keep_alive`

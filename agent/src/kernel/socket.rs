@@ -53,14 +53,30 @@ pub fn acknowledged(socket: impl AsFd) -> io::Result<u64> {
     Ok(tcp_info(socket.as_fd())?.tcpi_bytes_acked)
 }
 
+/// As [`acknowledged`]; `NotConnected` once the connection is gone.
+pub fn bytes_acked(socket: impl AsFd) -> io::Result<u64> {
+    Ok(open_tcp_info(socket.as_fd())?.tcpi_bytes_acked)
+}
+
+/// How long ago the peer acknowledged anything, while the kernel repeats what it has sent, or asks in vain for room: `None` when
+/// it does neither. `NotConnected` once the connection is gone.
+pub fn unanswered(socket: impl AsFd) -> io::Result<Option<Duration>> {
+    let info = open_tcp_info(socket.as_fd())?;
+    let repeats = info.tcpi_unacked > 0 && info.tcpi_retransmits > 0 || info.tcpi_probes > 0;
+    Ok(repeats.then(|| Duration::from_millis(info.tcpi_last_ack_recv.into())))
+}
+
+/// The peer has ended its side, and nothing more.
+pub fn is_half_closed(socket: impl AsFd) -> bool {
+    const TCP_CLOSE_WAIT: u8 = 8;
+    tcp_info(socket.as_fd()).is_ok_and(|info| info.tcpi_state == TCP_CLOSE_WAIT)
+}
+
 /// `NotConnected` once the connection is gone.
-fn bytes_acked(fd: BorrowedFd<'_>) -> io::Result<u64> {
-    let info = tcp_info(fd)?;
+fn open_tcp_info(fd: BorrowedFd<'_>) -> io::Result<libc::tcp_info> {
     const TCP_CLOSE: u8 = 7;
-    if info.tcpi_state == TCP_CLOSE {
-        return Err(io::ErrorKind::NotConnected.into());
-    }
-    Ok(info.tcpi_bytes_acked)
+    let info = tcp_info(fd)?;
+    if info.tcpi_state == TCP_CLOSE { Err(io::ErrorKind::NotConnected.into()) } else { Ok(info) }
 }
 
 fn tcp_info(fd: BorrowedFd<'_>) -> io::Result<libc::tcp_info> {
@@ -125,14 +141,20 @@ pub async fn write_all(stream: &TcpStream, mut buf: &[u8]) -> io::Result<()> {
 /// acknowledges nothing of what was sent, or answers no keepalive probe of an idle connection. A peer that takes no byte for that
 /// long counts as unreachable, too (TCP_USER_TIMEOUT). `None`: as the machine is set up, which is hours.
 pub fn detect_unreachable(socket: impl AsFd, after: Option<Duration>) -> io::Result<()> {
+    probe_when_idle(&socket, after)?;
+    match after {
+        Some(after) => socket2::SockRef::from(&socket.as_fd()).set_tcp_user_timeout(Some(after)),
+        None => Ok(()),
+    }
+}
+
+/// The part of [`detect_unreachable`] that is about idle connections: a peer that is there may take nothing for as long as it likes.
+pub fn probe_when_idle(socket: impl AsFd, after: Option<Duration>) -> io::Result<()> {
     let Some(after) = after else { return Ok(()) };
     const SECOND: Duration = Duration::from_secs(1);
     let probes =
         TcpKeepalive::new().with_time((after / 2).max(SECOND)).with_interval((after / 8).max(SECOND)).with_retries(4);
-    let socket = socket.as_fd();
-    let socket = socket2::SockRef::from(&socket);
-    socket.set_tcp_keepalive(&probes)?;
-    socket.set_tcp_user_timeout(Some(after))
+    socket2::SockRef::from(&socket.as_fd()).set_tcp_keepalive(&probes)
 }
 
 /// Drops every SYN that arrives at a listener from now on; handshakes that have begun go on to their end. The filter sees the TCP

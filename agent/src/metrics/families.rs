@@ -82,10 +82,18 @@ families! {
     accept_failures: Family<ByListener, Counter> = "accept_failures";
     /// TLS handshakes with clients that came to nothing.
     tls_handshakes_failed: Family<ByReason, Counter> = "tls_handshakes_failed";
+    /// TLS handshakes with clients that are under way.
+    tls_handshakes_active: Gauge = "tls_handshakes_active";
     /// Requests whose client went away before the answer was complete.
     client_aborts: Counter = "client_aborts";
     /// Client connections that were closed because no request came in the keep-alive time.
     client_idle_closes: Counter = "client_idle_closes";
+    /// Answers that were broken off because their client took nothing of them in the idle time.
+    client_stalls: Counter = "client_stalls";
+    /// Client connections that were closed while the client was still sending, by what ended the wait for its end.
+    client_lingers_cut: Family<ByReason, Counter> = "client_lingers_cut";
+    /// HTTP/2 connections that the agent ended: too many resets, too many control frames, no answer to PING, nothing taken.
+    http2_ended: Family<ByReason, Counter> = "http2_connections_ended";
 
     /// JSON bodies that named a model.
     bbr_success: Counter = "bbr_success";

@@ -75,7 +75,7 @@ pub(super) async fn dispatch(
     answer
 }
 
-/// RFC 9110 §15.2: not for HTTP/1.0, and hyper has no way to send them to clients of HTTP/2.
+/// RFC 9110 §15.2: not for HTTP/1.0. Clients of HTTP/2 are sent none (docs/limits.md).
 fn takes_interim(client: &Client, request: &Request) -> bool {
     matches!(client, Client::Http1(_)) && request.parts.version == Version::HTTP_11
 }

@@ -268,9 +268,9 @@ async fn frames(
     let (mut lead, mut coding, mut keep_alive) = (BytesMut::new(), Coding::Plain, true);
     let begun = match client {
         Client::Http2(stream) => {
-            let (head, length) = head.frames();
+            let head = head.frames();
             // What gRPC calls trailers only has to end with its head.
-            if body.is_done() { stream.begin_and_end(head) } else { stream.begin(head, length) }
+            if body.is_done() { stream.begin_and_end(head) } else { stream.begin(head) }
         }
         Client::Http1(socket) => {
             let wish = request.keeps_alive(worker);
@@ -345,9 +345,10 @@ fn account_for(worker: &Worker, pool: usize, mut tee: Tee) -> Vec<Bytes> {
 }
 
 /// Why only user space can carry a body, if so.
-fn barrier(decode: bool, told: bool, tls: bool) -> Option<&'static str> {
+fn barrier(decode: bool, told: bool, tls: bool, half_closed: bool) -> Option<&'static str> {
     match () {
         () if tls => Some("tls"),
+        () if half_closed => Some("half_close"),
         () if decode => Some("http10"),
         () if told => Some("response_to_picker"),
         () => None,
@@ -376,7 +377,12 @@ fn path(
         // The end of a response is kept on the ingress path alone.
         local_socket: told.is_none()
             && request.target.is_some_and(|key| endpoint.source().is_some_and(|source| source.is_local_to(key))),
-        barrier: barrier(head.needs_dechunk(request.parts.version), told == Some(true), client.is_tls()),
+        barrier: barrier(
+            head.needs_dechunk(request.parts.version),
+            told == Some(true),
+            client.is_tls(),
+            client.is_half_closed(),
+        ),
     };
     let (mut path, mut reason) = choose(config, &response);
     if path == Path::Local && !endpoint.admit() {

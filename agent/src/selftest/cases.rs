@@ -23,7 +23,7 @@ use super::{
     Case,
     rig::{BUFFER, Rig, compare, pattern},
 };
-use crate::{deliver::End, kernel::slots::Lane, steer::WorkerSteering};
+use crate::{client::close::Linger, deliver::End, kernel::slots::Lane, steer::WorkerSteering};
 
 pub(super) const CASES: &[Case] = &[
     Case {
@@ -189,7 +189,8 @@ async fn end_by_fin(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> {
     };
     let deliver = async {
         let outcome = rig.deliver(Framing::until_close()).await;
-        rig.client.close().await;
+        // The reader closes as soon as it has everything.
+        let _ = rig.client.close(Linger::default()).await;
         outcome
     };
     let ((end, account), written, read) = tokio::join!(deliver, write, async {

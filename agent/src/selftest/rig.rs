@@ -45,6 +45,7 @@ impl Rig {
             tokio::join!(EndpointConnection::connect(address, times, Some(steering), BUFFER), listener.accept());
         let (reader, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
         let mut client = ClientSocket::new(accepted?.0)?;
+        client.set_idle(Some(PATIENCE));
         let key = client.make_target(steering, BUFFER)?;
         let (endpoint, mut server) = (endpoint?, server?.0);
         server.set_nodelay(true)?;

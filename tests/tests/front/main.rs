@@ -2,10 +2,14 @@
 //! the same; and what each of them has of its own: streams, gRPC's manners, certificates, upgrades.
 
 mod exchanges;
+mod far_clients;
 mod grpc;
+mod half_close;
 mod http2_clients;
 mod http2_endpoints;
+mod http2_limits;
 mod scene;
+mod slow_readers;
 mod smuggling;
 mod tls;
 mod upgrades;

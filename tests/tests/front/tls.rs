@@ -1,6 +1,6 @@
 //! What clients that speak TLS have of their own: the handshake, the protocol it agrees on, and certificates that change.
 
-use std::time::Duration;
+use std::{pin::pin, time::Duration};
 
 use penstock_agent::config::{Config, SteeringMode};
 use penstock_tests::{
@@ -11,7 +11,11 @@ use penstock_tests::{
     stage::{echo, json},
     tls::Certificate,
 };
-use tokio::{io::AsyncReadExt as _, net::TcpStream, time::timeout};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    time::timeout,
+};
 
 use crate::{
     SOON,
@@ -214,4 +218,58 @@ async fn the_kernel_takes_no_part() {
     let flows = |labels: &[&str]| scene.agent.count("penstock_flows_total", labels);
     eventually(SOON, || flows(&["path=\"relay\"", "reason=\"tls\""]) == 3).await;
     eventually(SOON, || scene.agent.steered() > 0).await;
+}
+
+/// Of two places one is held by a client that stops within its handshake. Clients that say nothing hold none, and those that come
+/// wait, as long as a handshake may take.
+#[tokio::test]
+async fn handshakes_beyond_the_limit_wait_for_a_place() {
+    let scene = Scene::with(Front::Tls1, Back::Http1, first, |config: &mut Config| {
+        config.listen.tls_handshakes = 2;
+        config.timeouts.head = Some(Duration::from_secs(60));
+    })
+    .await;
+    let active = || scene.agent.metric("penstock_tls_handshakes_active", &[]);
+    let mut silent = Vec::new();
+    for _ in 0..5 {
+        silent.push(TcpStream::connect(scene.addr()).await.unwrap());
+    }
+    let mut half = Vec::new();
+    for places in [1.0, 2.0] {
+        let mut stream = TcpStream::connect(scene.addr()).await.unwrap();
+        // The head of a record whose rest never comes.
+        stream.write_all(&[22, 3, 1, 2, 0, 1]).await.unwrap();
+        eventually(SOON, || active() == places).await;
+        half.push(stream);
+        if places == 1.0 {
+            let mut client = Client::over(scene.certificate.connect(scene.addr(), &[]).await.unwrap(), scene.addr());
+            assert_eq!(client.request(&echo(json("m", 10))).await.unwrap().status(), 200);
+        }
+    }
+    let mut waits = pin!(scene.certificate.connect(scene.addr(), &[]));
+    assert!(timeout(Duration::from_millis(200), waits.as_mut()).await.is_err(), "it got a third place");
+    // One leaves.
+    drop(half.pop());
+    let mut client = Client::over(timeout(SOON, waits).await.expect("in time").unwrap(), scene.addr());
+    assert_eq!(client.request(&echo(json("m", 10))).await.unwrap().status(), 200);
+}
+
+/// One that says nothing, and one that stops within its handshake.
+#[tokio::test]
+async fn handshakes_that_take_too_long_are_ended() {
+    let soon = |config: &mut Config| config.timeouts.head = Some(Duration::from_millis(300));
+    let scene = Scene::with(Front::Tls1, Back::Http1, first, soon).await;
+    let mut streams = Vec::new();
+    for said in [&[][..], &[22, 3, 1, 2, 0, 1]] {
+        let mut stream = TcpStream::connect(scene.addr()).await.unwrap();
+        stream.write_all(said).await.unwrap();
+        streams.push(stream);
+    }
+    let failed = || scene.agent.count("penstock_tls_handshakes_failed_total", &["reason=\"timeout\""]);
+    eventually(SOON, || failed() == 2).await;
+    for mut stream in streams {
+        let end = timeout(SOON, stream.read(&mut [0; 64])).await.expect("an end");
+        assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
+    }
+    assert_eq!(scene.agent.metric("penstock_tls_handshakes_active", &[]), 0.0);
 }

@@ -1,0 +1,63 @@
+//! What may happen so often: a number that refills with time.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+pub(super) struct Budget {
+    most: f64,
+    left: f64,
+    per_second: f64,
+    at: Instant,
+}
+
+impl Budget {
+    /// `most` at once, and again as many in `time`.
+    pub(super) fn new(most: u32, time: Duration, now: Instant) -> Self {
+        let most = f64::from(most);
+        Self { most, left: most, per_second: most / time.as_secs_f64(), at: now }
+    }
+
+    /// False: there is none left.
+    pub(super) fn spend(&mut self, now: Instant) -> bool {
+        let passed = now.duration_since(self.at).as_secs_f64();
+        self.left = (self.left + passed * self.per_second).min(self.most);
+        self.at = now;
+        if self.left < 1.0 {
+            return false;
+        }
+        self.left -= 1.0;
+        true
+    }
+
+    /// Gives back, up to the whole.
+    pub(super) fn earn(&mut self, count: u32) {
+        self.left = (self.left + f64::from(count)).min(self.most);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn budget_refills_with_time_up_to_the_whole() {
+        let begin = Instant::now();
+        let at = |seconds| begin + Duration::from_secs(seconds);
+        let mut budget = Budget::new(100, Duration::from_secs(10), begin);
+        assert_eq!((0..150).filter(|_| budget.spend(begin)).count(), 100);
+        assert_eq!((0..150).filter(|_| budget.spend(at(1))).count(), 10);
+        assert_eq!((0..150).filter(|_| budget.spend(at(1000))).count(), 100);
+        budget.earn(30);
+        assert_eq!((0..150).filter(|_| budget.spend(at(1000))).count(), 30);
+    }
+
+    #[test]
+    fn budget_of_an_even_rate_is_never_spent() {
+        let begin = Instant::now();
+        let mut budget = Budget::new(1000, Duration::from_secs(600), begin);
+        for event in 0..10_000 {
+            assert!(budget.spend(begin + Duration::from_millis(event * 600)), "{event}");
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! A client's HTTP/2 connection as h2 reads and writes it; the heads of the frames that pass are counted.
+
+use std::{
+    io::{self, IoSlice},
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll, ready},
+};
+
+use bytes::{Buf as _, BytesMut};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::Instant,
+};
+
+use crate::{
+    client::Traffic,
+    http::frame_heads::{FrameHeads, PREFACE},
+};
+
+pub(super) struct CountedIo {
+    traffic: Rc<Traffic>,
+    /// Read before, and not yet given to h2.
+    read: BytesMut,
+    incoming: FrameHeads,
+    outgoing: FrameHeads,
+}
+
+impl CountedIo {
+    /// `read` has been read of the connection already.
+    pub(super) fn new(traffic: Rc<Traffic>, read: BytesMut) -> Self {
+        Self { traffic, read, incoming: FrameHeads::after(PREFACE), outgoing: FrameHeads::after(0) }
+    }
+
+    fn written(&mut self, bytes: &[u8], now: Instant) {
+        let traffic = &self.traffic;
+        self.outgoing.feed(bytes, |frame| traffic.sent(frame, now));
+    }
+}
+
+impl AsyncRead for CountedIo {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if this.traffic.over().is_some() {
+            // What a client sends beyond its share is not read: the connection's task has been woken to end it.
+            return Poll::Pending;
+        }
+        let before = buf.filled().len();
+        if this.read.is_empty() {
+            ready!(Pin::new(&mut *this.traffic.wire().borrow_mut()).poll_read(cx, buf))?;
+        } else {
+            let some = this.read.len().min(buf.remaining());
+            buf.put_slice(&this.read[..some]);
+            this.read.advance(some);
+        }
+        let (traffic, now) = (&this.traffic, Instant::now());
+        this.incoming.feed(&buf.filled()[before..], |frame| {
+            traffic.received(frame, now);
+        });
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for CountedIo {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let n = ready!(Pin::new(&mut *this.traffic.wire().borrow_mut()).poll_write(cx, buf))?;
+        this.written(&buf[..n], Instant::now());
+        Poll::Ready(Ok(n))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let n = ready!(Pin::new(&mut *this.traffic.wire().borrow_mut()).poll_write_vectored(cx, bufs))?;
+        let (mut left, now) = (n, Instant::now());
+        for buf in bufs {
+            let some = left.min(buf.len());
+            this.written(&buf[..some], now);
+            left -= some;
+        }
+        Poll::Ready(Ok(n))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.traffic.wire().borrow().is_write_vectored()
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.traffic.wire().borrow_mut()).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut *self.traffic.wire().borrow_mut()).poll_shutdown(cx)
+    }
+}

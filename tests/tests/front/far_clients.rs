@@ -1,0 +1,248 @@
+//! Clients behind a network of their own: a slow link, a machine that vanishes, and one that is there and takes nothing.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    process::Command,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use penstock_agent::config::{Config, ListenTls, PathPattern, PickPer, Pool, Route, SteeringMode};
+use penstock_tests::{
+    BodyEnd, Client, Plan, Request,
+    agent::{TestAgent, builtin_pool},
+    client::{ConnectionEnd, Response},
+    eventually,
+    model_server::{Fault, FaultKind, Framing, HeadWrites, Lengths, ModelServer, Options, Pauses, Upgraded},
+    namespace::Namespace,
+    tls::Certificate,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+};
+
+use crate::SOON;
+
+/// An agent that a client can reach from a namespace.
+struct Far {
+    server: ModelServer,
+    agent: TestAgent,
+    there: Arc<Namespace>,
+    name: String,
+    certificate: Certificate,
+    _folder: tempfile::TempDir,
+}
+
+impl Far {
+    /// `number` tells apart what runs at the same time.
+    async fn new(
+        number: u8,
+        mode: SteeringMode,
+        pool: impl FnOnce(&mut Pool),
+        adjust: impl FnOnce(&mut Config),
+    ) -> Self {
+        // Addresses for measurements (RFC 2544), so that nobody is hidden; some pairs for each process.
+        let pair = std::process::id() % (1 << 10) * 16 + u32::from(number);
+        let [here, client] = [1, 2].map(|host| Ipv4Addr::from(0xc613_0000 + pair * 4 + host));
+        let name = format!("far{pair}");
+        let there = Namespace::beside(&name, &format!("{here}/30"), &format!("{client}/30")).unwrap();
+        let server = ModelServer::start(Options { idle_close: None, ..Options::default() }).await.unwrap();
+        let mut settings = builtin_pool(&[server.addr]);
+        pool(&mut settings);
+        let certificate = Certificate::new("agent.example").unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let (cert_file, key_file) = certificate.write(folder.path()).unwrap();
+        let agent = TestAgent::start(settings, mode, |config| {
+            config.listen.address = SocketAddr::from((here, 0));
+            config.listen.tls = Some(ListenTls { address: SocketAddr::from((here, 0)), cert_file, key_file });
+            adjust(config);
+        });
+        Self { server, agent, there: Arc::new(there), name, certificate, _folder: folder }
+    }
+
+    async fn connect(&self, addr: SocketAddr) -> TcpStream {
+        let there = Arc::clone(&self.there);
+        let socket = tokio::task::spawn_blocking(move || there.run(|| std::net::TcpStream::connect(addr)));
+        let socket = socket.await.unwrap().unwrap().unwrap();
+        socket.set_nonblocking(true).unwrap();
+        TcpStream::from_std(socket).unwrap()
+    }
+
+    async fn client(&self) -> Client {
+        Client::over(self.connect(self.agent.addr).await, self.agent.addr)
+    }
+
+    /// What the client sends takes its time: this many bits a second.
+    fn slow_down(&self, rate: &str) {
+        let name = self.name.clone();
+        let shape = move || {
+            let args = format!("qdisc add dev {name} root tbf rate {rate} burst 16kb latency 50ms");
+            Command::new("tc").args(args.split(' ')).output().unwrap()
+        };
+        let output = self.there.run(shape).unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    fn vanish(&self) {
+        self.there.ip(&format!("link set {} down", self.name)).unwrap();
+    }
+}
+
+/// Sends all of it before it looks for an answer, as simple clients do.
+async fn upload<S: AsyncRead + AsyncWrite + Unpin>(
+    mut client: Client<S>,
+    request: &Request,
+) -> (Response, ConnectionEnd) {
+    client.patience = SOON;
+    client.send(request).await.expect("the whole request is taken");
+    let response = client.response().await.expect("an answer");
+    (response, client.until_end().await.unwrap())
+}
+
+/// What comes after the answer takes longer than any pause: it is read all the same.
+#[tokio::test]
+async fn answer_before_the_end_of_a_slow_upload_reaches_its_client() {
+    const LIMIT: u64 = 100_000;
+    let far = Far::new(
+        1,
+        SteeringMode::Off,
+        |_| {},
+        |config| {
+            config.limits.body_bytes = LIMIT;
+            config.routes = vec![Route { path: Some(PathPattern::Prefix("/test".into())), ..Route::to("default") }];
+        },
+    )
+    .await;
+    far.slow_down("20mbit");
+    let body = vec![b'x'; 6 << 20];
+    let begin = Instant::now();
+    let rows = [
+        (Request::post("/test/echo", body.clone()), 413),
+        (Request::new("POST", "/test/echo").chunked(body.clone(), 50_000), 413),
+        (Request::new("POST", "/nowhere").chunked(body.clone(), 50_000), 404),
+    ];
+    for (request, status) in &rows {
+        let (response, end) = upload(far.client().await, request).await;
+        assert_eq!((response.status(), response.header("connection")), (*status, Some("close")));
+        assert_eq!(end, ConnectionEnd::Fin);
+    }
+    assert!(begin.elapsed() > Duration::from_secs(3), "the link was not slow: {:?}", begin.elapsed());
+    let addr = far.agent.agent.tls_address().unwrap();
+    let tls = far.certificate.over(far.connect(addr).await, &["http/1.1"]).await.unwrap();
+    let (response, end) = upload(Client::over(tls, addr), &rows[0].0).await;
+    assert_eq!((response.status(), end), (413, ConnectionEnd::Fin));
+    eventually(SOON, || far.agent.metric("penstock_client_connections", &[]) == 0.0).await;
+    assert_eq!(far.agent.count("penstock_client_lingers_cut_total", &[]), 0);
+}
+
+/// For how long, and for how much, has its bounds.
+#[tokio::test]
+async fn client_that_sends_on_after_its_answer_is_cut_at_a_limit() {
+    let far = Far::new(
+        2,
+        SteeringMode::Off,
+        |_| {},
+        |config| {
+            config.limits.body_bytes = 1000;
+            config.limits.linger_bytes = 100_000;
+            config.timeouts.linger = Duration::from_millis(1500);
+        },
+    )
+    .await;
+    let endless = || Request::post("/test/echo", vec![b'x'; 64 << 20]);
+    let mut client = far.client().await;
+    // It finds out while it sends, or at the end.
+    let _ = client.send(&endless()).await;
+    eventually(SOON, || far.agent.count("penstock_client_lingers_cut_total", &["reason=\"bytes\""]) == 1).await;
+    // One that says nothing more, and one that goes on for ever, slowly.
+    let mut client = far.client().await;
+    client.send_raw(b"POST /test/echo HTTP/1.1\r\nhost: x\r\ncontent-length: 1001\r\n\r\n").await.unwrap();
+    assert_eq!(client.response().await.unwrap().status(), 413);
+    eventually(SOON, || far.agent.count("penstock_client_lingers_cut_total", &["reason=\"time\""]) == 1).await;
+    eventually(SOON, || far.agent.metric("penstock_client_connections", &[]) == 0.0).await;
+}
+
+const UNREACHABLE: Duration = Duration::from_secs(3);
+
+fn unreachable(config: &mut Config) {
+    config.timeouts.client_unreachable = Some(UNREACHABLE);
+    config.timeouts.idle = None;
+    config.timeouts.keep_alive = None;
+}
+
+/// In each state of a request, on each path: its endpoint hears of it within the time.
+async fn vanishes(number: u8, mode: SteeringMode) {
+    let far = Far::new(number, mode, |_| {}, unreachable).await;
+    let head = HeadWrites { split_at: Some(0), pause_us: 600_000_000, ..HeadWrites::default() };
+    let waits = Plan { head, ..Plan::default() };
+    // A token now and then, which is on its way when the link goes.
+    let pauses = Some(Pauses { seed: 1, every: 1, up_to_us: 100_000 });
+    let tokens =
+        Plan { framing: Framing::Chunked, size: 1 << 30, writes: Lengths::Fixed(100), pauses, ..Plan::default() };
+    let fault = Some(Fault { after: 1000, kind: FaultKind::StallMs(600_000) });
+    let silent = Plan { framing: Framing::Chunked, size: 1 << 30, fault, ..Plan::default() };
+    // More than the send queue takes, for a client that reads none of it.
+    let full = Plan { size: 1 << 30, ..Plan::default() };
+    let switched = Plan { size: 1 << 30, ..Plan::switching("websocket", Upgraded::Send) };
+    let switch = switched.request().header("connection", "Upgrade").header("upgrade", "websocket");
+    let mut clients = Vec::new();
+    for request in [waits.request(), tokens.request(), silent.request(), full.request(), switch] {
+        let mut client = far.client().await;
+        client.send(&request).await.unwrap();
+        clients.push(client);
+    }
+    let all = clients.len() as u64;
+    eventually(SOON, || far.server.requests() == all).await;
+    for client in &mut clients[1..] {
+        client.head().await.unwrap();
+    }
+    let mut idle = far.client().await;
+    assert_eq!(idle.request(&Request::get("/v1/models")).await.unwrap().status(), 200);
+    far.vanish();
+    let begin = Instant::now();
+    eventually(SOON, || far.agent.metric("penstock_client_connections", &[]) == 0.0).await;
+    let took = begin.elapsed();
+    assert!(took >= UNREACHABLE / 2, "{took:?}");
+    assert!(took < 4 * UNREACHABLE, "{took:?}");
+    eventually(SOON, || far.server.connections_open() == 0 || far.server.aborted() >= all - 1).await;
+}
+
+#[tokio::test]
+async fn client_whose_machine_vanishes_is_noticed_where_user_space_carries() {
+    vanishes(3, SteeringMode::Off).await;
+}
+
+#[tokio::test]
+async fn client_whose_machine_vanishes_is_noticed_on_ingress() {
+    vanishes(4, SteeringMode::Ingress).await;
+}
+
+#[tokio::test]
+async fn client_whose_machine_vanishes_is_noticed_on_local() {
+    vanishes(5, SteeringMode::Local).await;
+}
+
+/// TCP_USER_TIMEOUT would end it: each probe of its window is answered, and none opens it.
+#[tokio::test]
+async fn client_that_is_there_and_takes_nothing_is_no_vanished_one() {
+    let far = Far::new(
+        6,
+        SteeringMode::Auto,
+        |pool| pool.pick_per = PickPer::Request,
+        |config| {
+            unreachable(config);
+            config.timeouts.client_unreachable = Some(Duration::from_secs(1));
+        },
+    )
+    .await;
+    let plan = Plan { size: 24 << 20, stream_id: 1, ..Plan::default() };
+    let mut client = far.client().await;
+    client.patience = SOON;
+    client.send(&plan.request()).await.unwrap();
+    assert_eq!(client.head().await.unwrap().status, 200);
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let mut checker = plan.checker();
+    let read = client.read_body(penstock_tests::client::Pace::Fast, |bytes| Ok(checker.feed(bytes)?)).await.unwrap();
+    assert_eq!((read.end, read.len), (BodyEnd::Complete, plan.size));
+}

@@ -1,0 +1,283 @@
+//! What one HTTP/2 connection of a client's may cost: streams that are not read, requests that are taken back, frames that carry
+//! nothing. Each has its limit, and those who stay below it notice nothing.
+
+use std::time::{Duration, Instant};
+
+use h2::client::Builder;
+use penstock_agent::config::{Config, SteeringMode};
+use penstock_tests::{
+    BodyEnd, Http2Client, Plan, Request,
+    agent::{TestAgent, builtin_pool},
+    eventually,
+    http2_frames::{END_STREAM, Frame, Http2Frames, kind},
+    model_server::{HeadWrites, ModelServer, Options},
+};
+
+use crate::SOON;
+
+const IDLE: Duration = Duration::from_millis(400);
+const CANCEL: u32 = 8;
+const ENHANCE_YOUR_CALM: u32 = 11;
+
+struct Scene {
+    server: ModelServer,
+    agent: TestAgent,
+}
+
+impl Scene {
+    async fn new(adjust: impl FnOnce(&mut Config)) -> Self {
+        let server = ModelServer::start(Options::default()).await.unwrap();
+        let agent = TestAgent::start(builtin_pool(&[server.addr]), SteeringMode::Off, |config| {
+            config.timeouts.idle = Some(IDLE);
+            adjust(config);
+        });
+        Self { server, agent }
+    }
+
+    /// A client that lets this much of each response come before it says more.
+    async fn client(&self, window: u32) -> Http2Frames {
+        Http2Frames::connect_with(self.agent.addr, &Frame::initial_window(window)).await.unwrap()
+    }
+
+    fn connections(&self) -> f64 {
+        self.agent.metric("penstock_client_connections", &[])
+    }
+}
+
+fn get(stream: u32, path: &str, plan: Option<&Plan>) -> Frame {
+    let plan = plan.map(Plan::header);
+    let mut fields = vec![(":method", "GET"), (":scheme", "http"), (":path", path), (":authority", "x")];
+    fields.extend(plan.as_deref().map(|plan| ("x-test-plan", plan)));
+    Frame::headers(stream, true, &fields)
+}
+
+/// The answer to this stream up to its end: the bytes of its body, and the error of its reset.
+async fn answer(client: &mut Http2Frames, stream: u32, give_back: bool) -> (u64, Option<u32>) {
+    let mut bytes = 0;
+    loop {
+        let frame = client.find(|frame| frame.stream == stream).await.unwrap().expect("a frame of the stream");
+        match frame.kind {
+            kind::RST_STREAM => return (bytes, frame.error()),
+            kind::DATA => {
+                bytes += frame.payload.len() as u64;
+                if give_back && !frame.payload.is_empty() {
+                    client.send(&Frame::window(stream, frame.payload.len() as u32)).await.unwrap();
+                    client.send(&Frame::window(0, frame.payload.len() as u32)).await.unwrap();
+                }
+            }
+            _ => {}
+        }
+        if frame.flags & END_STREAM != 0 && matches!(frame.kind, kind::DATA | kind::HEADERS) {
+            return (bytes, None);
+        }
+    }
+}
+
+/// Answers PINGs, as [`Http2Frames`] does, and opens no window: a response, an error of the agent's own.
+#[tokio::test]
+async fn http2_client_with_a_shut_window_loses_the_stream_and_then_the_connection() {
+    let scene = Scene::new(|_| {}).await;
+    let plan = Plan { size: 100_000, ..Plan::default() };
+    for (window, path, plan, came) in
+        [(0, "/test/echo", Some(&plan), 0), (30_000, "/test/echo", Some(&plan), 30_000), (0, "/test/echo?x=1", None, 0)]
+    {
+        let mut client = scene.client(window).await;
+        let begin = Instant::now();
+        client.send(&get(1, path, plan)).await.unwrap();
+        assert_eq!(answer(&mut client, 1, false).await, (came, Some(CANCEL)), "{window} {path}");
+        assert!(begin.elapsed() >= IDLE);
+        let last = client.find(|frame| frame.kind == kind::GOAWAY).await.unwrap().expect("a GOAWAY");
+        assert_eq!(last.error(), Some(0));
+        assert!(client.next().await.unwrap().is_none());
+    }
+    eventually(SOON, || scene.connections() == 0.0 && scene.server.connections_open() == 0).await;
+    assert_eq!(scene.agent.count("penstock_client_stalls_total", &[]), 3);
+    assert_eq!(scene.agent.count("penstock_http2_connections_ended_total", &["reason=\"stalled\""]), 3);
+}
+
+#[tokio::test]
+async fn http2_errors_with_a_shut_window_end_the_connection() {
+    let scene = Scene::new(|config| config.limits.headers = 16).await;
+    let mut client = scene.client(0).await;
+    let names: Vec<String> = (0..20).map(|n| format!("x-{n}")).collect();
+    let mut fields = vec![(":method", "GET"), (":scheme", "http"), (":path", "/"), (":authority", "x")];
+    fields.extend(names.iter().map(|name| (name.as_str(), "1")));
+    for stream in [1, 3] {
+        client.send(&Frame::headers(stream, true, &fields)).await.unwrap();
+    }
+    for stream in [1, 3] {
+        assert_eq!(answer(&mut client, stream, false).await, (0, Some(CANCEL)));
+    }
+    assert!(client.find(|frame| frame.kind == kind::GOAWAY).await.unwrap().is_some());
+    eventually(SOON, || scene.connections() == 0.0).await;
+}
+
+/// One is read all the time, the other never.
+#[tokio::test]
+async fn http2_stream_that_stalls_is_reset_and_its_neighbour_goes_on() {
+    let scene = Scene::new(|_| {}).await;
+    let mut client = scene.client(10_000).await;
+    let stalled = Plan { size: 100_000, ..Plan::default() };
+    let read = Plan { size: 1 << 40, stream_id: 3, ..Plan::default() };
+    client.send(&get(1, "/test/echo", Some(&stalled))).await.unwrap();
+    client.send(&get(3, "/test/echo", Some(&read))).await.unwrap();
+    let mut checker = read.checker();
+    let mut reset_at = None;
+    // As much again as had come when the other was reset.
+    while reset_at.is_none_or(|at| checker.offset() < 2 * at) {
+        let frame = client.next().await.unwrap().expect("the connection goes on");
+        match (frame.kind, frame.stream) {
+            (kind::DATA, 3) => {
+                checker.feed(&frame.payload).unwrap();
+                client.send(&Frame::window(3, frame.payload.len() as u32)).await.unwrap();
+                client.send(&Frame::window(0, frame.payload.len() as u32)).await.unwrap();
+            }
+            (kind::RST_STREAM, 1) => {
+                assert_eq!(frame.error(), Some(CANCEL));
+                reset_at = Some(checker.offset());
+            }
+            (kind::RST_STREAM | kind::GOAWAY, _) => panic!("{frame:?}"),
+            _ => {}
+        }
+    }
+    client.send(&Frame::reset(3, CANCEL)).await.unwrap();
+    client.send(&get(5, "/test/echo", Some(&Plan { size: 5000, ..Plan::default() }))).await.unwrap();
+    assert_eq!(answer(&mut client, 5, true).await, (5000, None));
+}
+
+/// A window that opens by a byte now and then is progress, however long the whole takes.
+#[tokio::test]
+async fn http2_client_that_opens_its_window_by_bytes_is_served_to_the_end() {
+    let scene = Scene::new(|_| {}).await;
+    let mut client = scene.client(1).await;
+    let plan = Plan { size: 12, ..Plan::default() };
+    client.send(&get(1, "/test/echo", Some(&plan))).await.unwrap();
+    let (begin, mut checker) = (Instant::now(), plan.checker());
+    loop {
+        let frame = client.find(|frame| frame.kind == kind::DATA).await.unwrap().expect("more of the body");
+        checker.feed(&frame.payload).unwrap();
+        if frame.flags & END_STREAM != 0 {
+            break;
+        }
+        tokio::time::sleep(IDLE / 3).await;
+        client.send(&Frame::window(1, 1)).await.unwrap();
+    }
+    assert_eq!(checker.offset(), plan.size);
+    assert!(begin.elapsed() > 2 * IDLE, "the test took no longer than the idle time");
+}
+
+/// Its windows are open, and nothing is read of the connection.
+#[tokio::test]
+async fn http2_client_that_reads_nothing_of_its_connection_loses_it() {
+    let scene = Scene::new(|_| {}).await;
+    let mut client = scene.client((1 << 31) - 1).await;
+    client.send(&Frame::window(0, 1 << 30)).await.unwrap();
+    client.send(&get(1, "/test/echo", Some(&Plan { size: 1 << 30, ..Plan::default() }))).await.unwrap();
+    eventually(SOON, || scene.server.aborted() == 1).await;
+    eventually(SOON, || scene.connections() == 0.0 && scene.server.connections_open() == 0).await;
+}
+
+#[tokio::test]
+async fn http2_client_that_says_nothing_after_the_connect_is_closed() {
+    let scene = Scene::new(|config| config.timeouts.head = Some(IDLE)).await;
+    let mut client = Http2Frames::connect(scene.agent.addr).await.unwrap();
+    assert!(client.find(|frame| frame.kind == kind::SETTINGS).await.unwrap().is_some());
+    assert_eq!(scene.connections(), 1.0);
+}
+
+/// Opened, accepted, reset, again and again: no endpoint sees more of it than the budget.
+#[tokio::test]
+async fn http2_requests_that_are_taken_back_have_a_budget() {
+    const RESETS: u32 = 20;
+    let scene = Scene::new(|config| config.listen.http2_resets = RESETS).await;
+    let mut client = scene.client(65_535).await;
+    let head = HeadWrites { split_at: Some(0), pause_us: 60_000_000, ..HeadWrites::default() };
+    let never = Plan { head, ..Plan::default() };
+    let mut taken_back = 0;
+    let going = loop {
+        let stream = 2 * taken_back + 1;
+        client.send(&get(stream, "/test/echo", Some(&never))).await.unwrap();
+        // It is at the endpoint, or the connection is over.
+        let ended = || scene.agent.count("penstock_http2_connections_ended_total", &["reason=\"resets\""]) == 1;
+        eventually(SOON, || scene.server.requests() > u64::from(taken_back) || ended()).await;
+        if ended() {
+            break client.find(|frame| frame.kind == kind::GOAWAY).await.unwrap();
+        }
+        client.send(&Frame::reset(stream, CANCEL)).await.unwrap();
+        taken_back += 1;
+        eventually(SOON, || scene.server.aborted() == u64::from(taken_back)).await;
+    };
+    assert_eq!(going.and_then(|frame| frame.error()), Some(ENHANCE_YOUR_CALM));
+    assert!((RESETS..=RESETS + 2).contains(&taken_back), "{taken_back}");
+    eventually(SOON, || scene.connections() == 0.0 && scene.server.connections_open() == 0).await;
+    // The next connection has a budget of its own.
+    let mut client = scene.client(65_535).await;
+    client.send(&get(1, "/test/echo", Some(&Plan { size: 100, ..Plan::default() }))).await.unwrap();
+    assert_eq!(answer(&mut client, 1, false).await, (100, None));
+}
+
+/// What a user who cancels does to the connection of a gateway: reset before the head now and then, after it as often as may be.
+#[tokio::test]
+async fn http2_responses_that_are_cancelled_count_for_nothing() {
+    let scene = Scene::new(|config| config.listen.http2_resets = 5).await;
+    let mut client = Http2Client::connect(scene.agent.addr).await.unwrap();
+    for _ in 0..50 {
+        let mut stream = client.send(&Plan { size: 1 << 30, ..Plan::default() }.request()).await.unwrap();
+        assert_eq!(stream.head().await.unwrap().status, 200);
+        stream.cancel();
+    }
+    assert_eq!(client.request(&Request::get("/test/echo")).await.unwrap().status(), 200);
+}
+
+#[tokio::test]
+async fn http2_frames_that_carry_nothing_have_a_budget() {
+    let scene = Scene::new(|_| {}).await;
+    let empty = Frame::new(kind::DATA, 0, 1, []);
+    let rows = [
+        ("PING", Frame::new(kind::PING, 0, 0, *b"whatever")),
+        ("an answer to PING", Frame::new(kind::PING, 1, 0, *b"whatever")),
+        ("SETTINGS", Frame::new(kind::SETTINGS, 0, 0, [])),
+        ("PRIORITY", Frame::new(kind::PRIORITY, 0, 1, [0, 0, 0, 0, 1])),
+        ("WINDOW_UPDATE", Frame::window(0, 1)),
+        ("WINDOW_UPDATE of a stream", Frame::window(1, 1)),
+        ("empty DATA", empty),
+        ("RST_STREAM of a stream that has ended", Frame::reset(1, CANCEL)),
+        ("an unknown type", Frame::new(0xbe, 0, 0, *b"whatever")),
+    ];
+    for (what, frame) in rows {
+        let mut client = scene.client(65_535).await;
+        let fields = [(":method", "POST"), (":scheme", "http"), (":path", "/test/echo"), (":authority", "x")];
+        client.send(&Frame::headers(1, false, &fields)).await.unwrap();
+        let flood = frame.wire().repeat(100);
+        // The client is read on while it says goodbye, so all of it can be sent.
+        for _ in 0..40 {
+            if client.send_raw(&flood).await.is_err() {
+                break;
+            }
+        }
+        let going = client.find(|frame| frame.kind == kind::GOAWAY).await.unwrap();
+        assert_eq!(going.and_then(|frame| frame.error()), Some(ENHANCE_YOUR_CALM), "{what}");
+        drop(client);
+        eventually(SOON, || scene.connections() == 0.0).await;
+    }
+    // A header block in frames without end.
+    let mut client = scene.client(65_535).await;
+    client.send(&Frame::new(kind::HEADERS, 0, 1, [])).await.unwrap();
+    let _ = client.send_raw(&Frame::new(kind::CONTINUATION, 0, 1, []).wire().repeat(5000)).await;
+    let going = client.find(|frame| frame.kind == kind::GOAWAY).await.unwrap();
+    assert_eq!(going.and_then(|frame| frame.error()), Some(ENHANCE_YOUR_CALM));
+}
+
+/// Windows that are given back frame by frame, as some clients do.
+#[tokio::test]
+async fn http2_client_that_reads_much_needs_no_budget_for_its_windows() {
+    let scene = Scene::new(|config| config.listen.http2_control_frames = 100).await;
+    let mut client = scene.client(65_535).await;
+    let plan = Plan { size: 16 << 20, ..Plan::default() };
+    client.send(&get(1, "/test/echo", Some(&plan))).await.unwrap();
+    assert_eq!(answer(&mut client, 1, true).await, (plan.size, None));
+    let mut client =
+        Http2Client::connect_with(scene.agent.addr, Builder::new().initial_window_size(8 << 20)).await.unwrap();
+    let response = client.request(&plan.request()).await.unwrap();
+    assert_eq!((response.read.end, response.read.len), (BodyEnd::Complete, plan.size));
+}

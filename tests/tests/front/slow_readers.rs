@@ -1,0 +1,188 @@
+//! Clients that take their time, and clients that take nothing. Progress is what a client acknowledges: whoever reads, however
+//! slowly, gets every byte, and who does not is let go after the idle time, whatever carries the bytes.
+
+use std::time::{Duration, Instant};
+
+use penstock_agent::config::{Config, ListenTls, PickPer, Pool, SteeringMode};
+use penstock_tests::{
+    BodyEnd, Checker, Client, Plan, Reader, Refusing, Request,
+    agent::{TestAgent, builtin_pool},
+    eventually,
+    model_server::{Framing, ModelServer, Options, Upgraded},
+    tls::Certificate,
+};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
+
+use crate::SOON;
+
+/// Less than a slow reader takes for what frees a third of the send buffer, which is when a writer is woken.
+const IDLE: Duration = Duration::from_secs(2);
+const SIZE: u64 = 1 << 20;
+const SEND_BUFFER: u32 = 512 << 10;
+/// 60 KB a second.
+const BYTES: usize = 3000;
+const TICK: Duration = Duration::from_millis(50);
+const MODES: [SteeringMode; 4] = [SteeringMode::Off, SteeringMode::Ingress, SteeringMode::Local, SteeringMode::Auto];
+/// Asked for; the kernel doubles it.
+const RECEIVE_BUFFER: usize = 16 << 10;
+
+async fn start(
+    mode: SteeringMode,
+    pool: impl FnOnce(&mut Pool),
+    adjust: impl FnOnce(&mut Config),
+) -> (ModelServer, TestAgent) {
+    let server = ModelServer::start(Options { idle_close: None, ..Options::default() }).await.unwrap();
+    let mut settings = builtin_pool(&[server.addr]);
+    pool(&mut settings);
+    let agent = TestAgent::start(settings, mode, |config| {
+        config.timeouts.idle = Some(IDLE);
+        config.steering.client_send_buffer = SEND_BUFFER;
+        adjust(config);
+    });
+    (server, agent)
+}
+
+/// The same exchange on each path, all at once. An agent's start takes the thread for a while, which no client should wait for.
+async fn on_every_path(pool: impl Fn(&mut Pool), exchange: impl AsyncFn(SteeringMode, &TestAgent)) {
+    let mut all = Vec::new();
+    for mode in MODES {
+        all.push((mode, start(mode, &pool, |_| {}).await));
+    }
+    futures_util::future::join_all(all.iter().map(|(mode, (_, agent))| exchange(*mode, agent))).await;
+}
+
+/// Takes the rest slowly, and compares it.
+async fn read_slowly(mode: SteeringMode, client: &mut (impl AsyncRead + Unpin), checker: &mut Checker) {
+    let (begin, mut piece) = (Instant::now(), vec![0; BYTES]);
+    while checker.offset() < SIZE {
+        let last = Instant::now();
+        let read = client.read(&mut piece).await;
+        let read = read.unwrap_or_else(|error| {
+            panic!(
+                "{mode:?}: {error} at {}, after {:?}, {:?} in all",
+                checker.offset(),
+                last.elapsed(),
+                begin.elapsed()
+            )
+        });
+        assert_ne!(read, 0, "{mode:?}: cut after {} bytes", checker.offset());
+        checker.feed(&piece[..read]).unwrap();
+        tokio::time::sleep(TICK).await;
+    }
+    assert!(begin.elapsed() > 3 * IDLE, "not slow: {:?}", begin.elapsed());
+}
+
+#[tokio::test]
+async fn slow_reader_of_a_response_is_served_on_every_path() {
+    on_every_path(
+        |_| {},
+        async |mode, agent| {
+            let plan = Plan { framing: Framing::Chunked, size: SIZE, stream_id: 1, ..Plan::default() };
+            let mut client = Client::connect_with(agent.addr, Some(RECEIVE_BUFFER)).await.unwrap();
+            client.send(&plan.request()).await.unwrap();
+            assert_eq!(client.head().await.unwrap().status, 200);
+            let slow = Reader::Slow { bytes: BYTES, tick: TICK };
+            let read = slow.take(&mut client, &mut plan.checker()).await.unwrap();
+            assert_eq!((read.end, read.len), (BodyEnd::Complete, SIZE), "{mode:?}");
+            // And the connection goes on.
+            assert_eq!(client.request(&Request::get("/v1/models")).await.unwrap().status(), 200);
+        },
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn slow_reader_in_tls_is_served() {
+    let certificate = Certificate::new("agent.example").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let (cert_file, key_file) = certificate.write(folder.path()).unwrap();
+    let tls = ListenTls { address: "127.0.0.1:0".parse().unwrap(), cert_file, key_file };
+    let (_server, agent) = start(SteeringMode::Auto, |_| {}, |config| config.listen.tls = Some(tls)).await;
+    let addr = agent.agent.tls_address().unwrap();
+    let stream = certificate.connect(addr, &["http/1.1"]).await.unwrap();
+    let mut client = Client::over(stream, addr);
+    let plan = Plan { size: SIZE, stream_id: 2, ..Plan::default() };
+    client.send(&plan.request()).await.unwrap();
+    client.head().await.unwrap();
+    let (mut stream, early) = client.into_parts();
+    let mut checker = plan.checker();
+    checker.feed(&early).unwrap();
+    read_slowly(SteeringMode::Auto, &mut stream, &mut checker).await;
+}
+
+#[tokio::test]
+async fn slow_reader_of_an_upgraded_connection_is_served_on_every_path() {
+    on_every_path(
+        |_| {},
+        async |mode, agent| {
+            let plan = Plan { size: SIZE, stream_id: 3, ..Plan::switching("websocket", Upgraded::Send) };
+            let request = plan.request().header("connection", "Upgrade").header("upgrade", "websocket");
+            let mut client = Client::connect_with(agent.addr, Some(RECEIVE_BUFFER)).await.unwrap();
+            client.send(&request).await.unwrap();
+            assert_eq!(client.head().await.unwrap().status, 101, "{mode:?}");
+            let (mut stream, early) = client.into_parts();
+            let mut checker = plan.checker();
+            checker.feed(&early).unwrap();
+            read_slowly(mode, &mut stream, &mut checker).await;
+        },
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn slow_reader_of_a_pinned_connection_is_served_on_every_path() {
+    on_every_path(
+        |pool| pool.pick_per = PickPer::Connection,
+        async |mode, agent| {
+            let mut client = Client::connect_with(agent.addr, Some(RECEIVE_BUFFER)).await.unwrap();
+            assert_eq!(client.request(&Request::get("/v1/models")).await.unwrap().status(), 200);
+            let plan = Plan { size: SIZE, stream_id: 4, ..Plan::default() };
+            client.send(&plan.request()).await.unwrap();
+            assert_eq!(client.head().await.unwrap().status, 200);
+            let slow = Reader::Slow { bytes: BYTES, tick: TICK };
+            let read = slow.take(&mut client, &mut plan.checker()).await.unwrap();
+            assert_eq!((read.end, read.len), (BodyEnd::Complete, SIZE), "{mode:?}");
+        },
+    )
+    .await;
+}
+
+/// Sends requests as long as they are taken, and reads nothing.
+async fn flood(agent: &TestAgent, wire: &[u8]) {
+    let client = Client::connect_with(agent.addr, Some(RECEIVE_BUFFER)).await.unwrap();
+    let (mut stream, _) = client.into_parts();
+    let wire = wire.repeat(100);
+    let sent = async {
+        loop {
+            if let Err(error) = stream.write_all(&wire).await {
+                return error;
+            }
+        }
+    };
+    // The end is a reset: nobody keeps what nobody reads.
+    let error = tokio::time::timeout(SOON, sent).await.expect("an end");
+    assert!(matches!(error.kind(), std::io::ErrorKind::ConnectionReset | std::io::ErrorKind::BrokenPipe), "{error}");
+    eventually(SOON, || agent.metric("penstock_client_connections", &[]) == 0.0).await;
+}
+
+#[tokio::test]
+async fn client_that_pipelines_and_never_reads_is_closed() {
+    for mode in [SteeringMode::Off, SteeringMode::Auto] {
+        let soon = |config: &mut Config| {
+            config.timeouts.idle = Some(IDLE / 4);
+            config.headers.request_id_to_client = true;
+        };
+        let (server, agent) = start(mode, |_| {}, soon).await;
+        let plan = Plan { size: 100_000, ..Plan::default() };
+        flood(&agent, &plan.request().wire("agent")).await;
+        eventually(SOON, || server.connections_open() <= 1).await;
+        assert_eq!(agent.count("penstock_client_stalls_total", &[]), 1);
+        // Answers of the agent's own, behind which the connection stays open: its endpoint cannot be reached.
+        drop(server);
+        let nobody = Refusing::new().unwrap();
+        let agent = TestAgent::start(builtin_pool(&[nobody.addr]), mode, soon);
+        let id = "x".repeat(8000);
+        flood(&agent, &Request::get("/nowhere").header("x-request-id", id).wire("agent")).await;
+        assert_eq!(agent.count("penstock_client_stalls_total", &[]), 1);
+    }
+}
