@@ -79,6 +79,7 @@ impl Server {
         };
         socket.set_tcp_nodelay(true).unwrap();
         socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket.set_write_timeout(Some(PATIENCE)).unwrap();
         let (edges, levels) = (make(EpollFlags::EPOLLET), make(EpollFlags::empty()));
         Self { edges, levels, socket: Some(socket), log: Vec::new(), sent: 0 }
     }

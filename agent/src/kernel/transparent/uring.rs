@@ -4,7 +4,7 @@ use std::os::fd::AsRawFd as _;
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
-use super::calls::{Server, pattern};
+use super::calls::{PATIENCE, Server, pattern};
 
 const GROUP: u16 = 7;
 
@@ -14,9 +14,10 @@ fn run(ring: &mut IoUring, entries: &[squeue::Entry], results: usize) -> Vec<(i3
         // SAFETY: the buffers that the entries name live until their results have been taken.
         unsafe { ring.submission().push(entry) }.expect("room");
     }
-    let mut seen = Vec::new();
+    let (mut seen, limit) = (Vec::new(), types::Timespec::from(PATIENCE));
+    let limit = types::SubmitArgs::new().timespec(&limit);
     while seen.len() < results {
-        ring.submit_and_wait(1).expect("submit");
+        ring.submitter().submit_with_args(1, &limit).expect("a result in time");
         seen.extend(ring.completion().map(|done| (done.result(), cqueue::more(done.flags()))));
     }
     seen
@@ -26,11 +27,12 @@ fn run(ring: &mut IoUring, entries: &[squeue::Entry], results: usize) -> Vec<(i3
 pub(super) fn receives(server: &mut Server, bytes: usize) {
     let Ok(mut ring) = IoUring::new(8) else { return server.note("no io_uring".to_owned()) };
     let fd = types::Fd(server.socket().as_raw_fd());
-    let (mut half, mut shared) = (vec![0u8; bytes / 2], vec![0u8; 4096]);
+    let (mut half, mut shared) = (vec![0u8; bytes / 2], vec![0u8; 2 * 4096]);
     let receive = opcode::Recv::new(fd, half.as_mut_ptr(), half.len() as u32).build();
     let seen = run(&mut ring, &[receive], 1);
     server.note(format!("io_uring receives {seen:?} {half:?}"));
-    let provide = opcode::ProvideBuffers::new(shared.as_mut_ptr(), 4096, 1, GROUP, 0).build();
+    // Two: without one left, Linux 6.1 ends the multishot at once.
+    let provide = opcode::ProvideBuffers::new(shared.as_mut_ptr(), 4096, 2, GROUP, 0).build();
     let seen = run(&mut ring, &[provide], 1);
     server.note(format!("io_uring takes buffers {seen:?}"));
     let multishot = opcode::RecvMulti::new(fd, GROUP).build().user_data(1);
