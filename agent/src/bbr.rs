@@ -10,6 +10,7 @@
 mod capture;
 mod error;
 mod headers;
+mod lead;
 mod naming;
 mod nesting;
 mod number;
@@ -117,6 +118,11 @@ impl ModelScanner {
             found: Summary { model: Model::NotYet, stream: None },
             failed: None,
         }
+    }
+
+    /// Counts bytes before the document, which are not read.
+    fn skip(&mut self, bytes: usize) {
+        self.offset += bytes as u64;
     }
 
     /// Reads the next bytes of the body. After an error every call repeats it.

@@ -193,6 +193,17 @@ pub struct Limits {
     pub body_bytes: u64,
     /// Part of a request body held in memory, the rest goes to an unlinked file; default 1048576.
     pub body_memory_bytes: usize,
+    /// Memory that all request bodies together may take; default 268435456 (256 MiB). Beyond it they go to files.
+    pub total_body_bytes: u64,
+    /// Bytes that they may take in files; default 1073741824 (1 GiB). Beyond it requests are answered with 503. With 0 there are no
+    /// files, and `body_memory_bytes` is no limit.
+    pub total_spill_bytes: u64,
+    /// Bytes that a request body with a `Content-Encoding` may be when it is decoded, which is done to find its model; default
+    /// 134217728 (128 MiB). One that is larger is 413 where a route needs the model, and goes on without elsewhere.
+    pub decoded_body_bytes: u64,
+    /// Least rate of a request body, bytes a second: what it may take in all is `timeouts.body` and the time that it needs at
+    /// this rate; default 100. With 0 there is none.
+    pub body_min_rate: u64,
     /// Models that metrics tell apart, those named by requests and by responses together; default 100. What comes then counts
     /// as `other`, as does a name longer than 128 bytes. With 0 every model does.
     pub metric_models: usize,
@@ -206,7 +217,8 @@ pub struct Limits {
 pub struct Timeouts {
     /// A request head, from its first byte; default 10s. Then 408.
     pub head: Option<Duration>,
-    /// A request body, from the end of the head; default 60s. Then 408.
+    /// No byte of a request body for this long, while the agent waits for one; default 60s. Then 408. See
+    /// `limits.body_min_rate`, too.
     pub body: Option<Duration>,
     /// An idle client connection between requests; default 75s. Then it is closed.
     pub keep_alive: Option<Duration>,

@@ -17,7 +17,7 @@ use crate::{
     http::{
         accept,
         body::BodyError,
-        headers,
+        coding, headers,
         reply::{Reply, is_grpc},
         request::RequestError,
         response::ResponseError,
@@ -39,8 +39,10 @@ pub enum Error {
     HeadCut,
     #[error("the request head did not end within {0:?}")]
     HeadTimeout(Duration),
-    #[error("the request body did not end within {0:?}")]
+    #[error("no byte of the request body came within {0:?}")]
     BodyTimeout(Duration),
+    #[error("the request body came with less than {0} bytes a second")]
+    BodySlow(u64),
     #[error("the request was not answered within {0:?}")]
     RequestTimeout(Duration),
     #[error("no route matches this request")]
@@ -84,8 +86,9 @@ impl Error {
         match self {
             Self::Request(error) => error.status(),
             Self::Body(error) => error.status(),
-            Self::Naming(_) | Self::BodyCut { .. } | Self::HeadCut => StatusCode::BAD_REQUEST,
-            Self::HeadTimeout(_) | Self::BodyTimeout(_) => StatusCode::REQUEST_TIMEOUT,
+            Self::Naming(error) => error.status(),
+            Self::BodyCut { .. } | Self::HeadCut => StatusCode::BAD_REQUEST,
+            Self::HeadTimeout(_) | Self::BodyTimeout(_) | Self::BodySlow(_) => StatusCode::REQUEST_TIMEOUT,
             Self::NoRoute => StatusCode::NOT_FOUND,
             Self::Picker(_) | Self::NoEndpoint(_) | Self::LocalFault { .. } => StatusCode::SERVICE_UNAVAILABLE,
             Self::Connect { error, .. } if error.kind() == io::ErrorKind::TimedOut => StatusCode::GATEWAY_TIMEOUT,
@@ -111,7 +114,7 @@ impl Error {
             Self::BodyCut { .. } => "body_cut",
             Self::HeadCut => "head_cut",
             Self::HeadTimeout(_) => "head_timeout",
-            Self::BodyTimeout(_) => "body_timeout",
+            Self::BodyTimeout(_) | Self::BodySlow(_) => "body_timeout",
             Self::RequestTimeout(_) => "request_timeout",
             Self::NoRoute => "no_route",
             Self::Picker(_) => "picker_failed",
@@ -157,6 +160,10 @@ impl Error {
         headers.insert(headers::X_PENSTOCK_REASON, HeaderValue::from_static(reason));
         if status == StatusCode::SERVICE_UNAVAILABLE {
             headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        if status == StatusCode::UNSUPPORTED_MEDIA_TYPE {
+            // RFC 9110 §12.5.3: what a request may be coded with.
+            headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static(coding::ACCEPTED));
         }
         manner.mark(&mut headers);
         let reply = Reply { status, headers, body: Bytes::from(body) };

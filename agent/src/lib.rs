@@ -12,6 +12,7 @@ pub mod readiness;
 pub mod probe;
 pub mod panics;
 pub mod metrics;
+pub mod budget;
 pub mod reserve;
 pub mod dns;
 pub mod admin;

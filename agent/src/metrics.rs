@@ -172,6 +172,21 @@ impl Metrics {
         counter.inc();
     }
 
+    /// What request bodies take, in memory and in files.
+    pub fn body_gauges(&self) -> [Gauge; 2] {
+        [self.core.families.request_body_memory.clone(), self.core.families.request_body_spill.clone()]
+    }
+
+    /// A request's body has begun to go to a file.
+    pub fn body_spilled(&self, why: &'static str) {
+        self.core.families.request_bodies_spilled.get_or_create(&ByReason { reason: why }).inc();
+    }
+
+    /// A request is refused because there was no room for its body.
+    pub fn body_refused(&self, at: &'static str) {
+        self.core.families.request_bodies_refused.get_or_create(&ByReason { reason: at }).inc();
+    }
+
     /// Counts a stream to an EPP until the guard is dropped.
     pub fn epp_stream(&self) -> InFlight {
         InFlight::new(&self.core.families.epp_streams_inflight)

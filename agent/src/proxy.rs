@@ -32,12 +32,16 @@ use crate::{
     client::Client,
     error::{Error, Manner},
     http::{
+        digest,
         headers::{self, Arrival},
         reply::Reply,
         request::{RequestBody, RequestHead},
         trailers,
     },
-    picker::{exchange::ImmediateReply, mutation},
+    picker::{
+        exchange::{Body, ImmediateReply},
+        mutation,
+    },
     probe::Point,
     route::Times,
     upload::Upload,
@@ -196,7 +200,7 @@ async fn take(
     worker.shared.probe.at(Point::Request(&request.parts));
     let config = &worker.shared.config;
     let naming = |has_body| Naming::new(&config.bbr, &request.parts.headers, has_body, &worker.shared.metrics);
-    let mut upload = Upload::new(body, &config.limits, naming)?;
+    let mut upload = Upload::new(body, &request.parts.headers, &config.limits, &worker.shared.bodies, naming)?;
     let arrival = Arrival { client: peer.ip(), version: request.parts.version, tls: client.is_tls() };
     if arrival.tls {
         request.parts.extensions.insert(Scheme::HTTPS);
@@ -224,7 +228,7 @@ async fn take(
     } else {
         route(request)?;
     }
-    upload.set_timeout(request.times.body);
+    upload.begin(needs_model, request.times.body)?;
     let beginning = async {
         if expect_continue
             && upload.has_body()
@@ -234,11 +238,9 @@ async fn take(
             socket.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await.map_err(|_| Error::ClientGone)?;
             socket.begin_answer();
         }
-        while !upload.is_done() && !upload.naming.is_settled() && (needs_model || upload.kept.len() < MODEL_WINDOW) {
-            match upload.read(client).await? {
-                Some(piece) => upload.keep(&piece).await?,
-                None => upload.end()?,
-            }
+        while !upload.is_done() && !upload.naming().is_settled() && (needs_model || upload.kept.len() < MODEL_WINDOW) {
+            let read = upload.read(client).await?;
+            upload.take(read).await?;
         }
         Ok(())
     };
@@ -251,7 +253,7 @@ async fn take(
 }
 
 fn set_model(worker: &Worker, parts: &mut request::Parts, upload: &Upload) {
-    if let Some(model) = upload.naming.model(&worker.shared.config.bbr) {
+    if let Some(model) = upload.naming().model(&worker.shared.config.bbr) {
         worker.shared.model_headers.set(&mut parts.headers, model);
     }
 }
@@ -281,7 +283,11 @@ async fn answered(
     };
     // The body named its model late: the endpoint gets the header all the same.
     set_model(worker, &mut request.parts, upload);
+    let client_headers = matches!(picked.body, Body::Replaced(_)).then(|| request.parts.headers.clone());
     mutation::apply(&picked.mutation, &mut request.parts.headers);
+    if let (Some(client_headers), Body::Replaced(pieces)) = (client_headers, &picked.body) {
+        digest::remove_stale(&mut request.parts.headers, &client_headers, pieces);
+    }
     let _ = request.parts.headers.try_append(headers::X_PENSTOCK_HOP, worker.shared.mark.clone());
     for pick in &worker.shared.pick_headers {
         headers::remove_pick(&mut request.parts.headers, pick);
@@ -311,9 +317,9 @@ async fn answered(
 /// Makes the client's trailers fit to travel: as in the head, it may not pose as the gateway or the picker.
 fn prepare_trailers(worker: &Worker, upload: &mut Upload) {
     let config = &worker.shared.config;
-    trailers::filter(&mut upload.trailers);
+    trailers::filter(upload.trailers_mut());
     for control in worker.shared.pick_headers.iter().chain([&config.bbr.base_model_header]) {
-        headers::remove_control(&mut upload.trailers, control, &config.bbr.header);
+        headers::remove_control(upload.trailers_mut(), control, &config.bbr.header);
     }
 }
 

@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     bbr::ModelHeaders,
+    budget::Bodies,
     config::{self, Config, Picker},
     endpoint::{budget::RetryBudget, set::EndpointSet},
     listeners::Listeners,
@@ -42,6 +43,8 @@ pub struct Shared {
     pub mark: HeaderValue,
     /// The agent is about to drain: connections are asked to end with the request that they carry.
     pub leaving: CancellationToken,
+    /// Outlives a reload, as the bodies do.
+    pub bodies: Arc<Bodies>,
     /// No new connections or requests; what runs may finish.
     pub draining: CancellationToken,
     /// Break off what still runs.
@@ -76,6 +79,8 @@ impl Shared {
         });
         let replicas = replicas.collect::<anyhow::Result<_>>()?;
         let metrics = self.metrics.for_pools(&names(&config));
+        let bodies = Arc::clone(&self.bodies);
+        bodies.set_limits(&config.limits);
         Ok(Self {
             leaving: self.leaving.clone(),
             draining: self.draining.clone(),
@@ -83,6 +88,7 @@ impl Shared {
             own: self.own.clone(),
             mark: self.mark.clone(),
             probe: self.probe.clone(),
+            bodies,
             ..Self::with(config, endpoints, replicas, metrics, self.telemetry.clone())
         })
     }
@@ -102,6 +108,7 @@ impl Shared {
             retries: config.pools.iter().map(|pool| RetryBudget::new(&pool.retry, Instant::now())).collect(),
             pick_headers: pick_headers(&config),
             model_headers: ModelHeaders::new(&config.bbr),
+            bodies: Bodies::new(&config.limits, &metrics),
             endpoints,
             replicas,
             metrics,

@@ -3,62 +3,70 @@
 //!
 //! Reading is cancel-safe so that it can race the picker; keeping is not, and is done before anything else is awaited.
 
-use std::time::Duration;
+mod clock;
+mod scan;
+mod source;
+
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::HeaderMap;
-use hyper::body::Frame;
-use tokio::time::Instant;
 
+use self::{clock::Clock, scan::Scan, source::Source};
 use crate::{
     bbr::Naming,
+    budget::Bodies,
     client::Client,
     config::Limits,
     error::Error,
     http::{
-        body::{BodyReader, Decoded, ReplayBody},
+        body::{BodyReader, ReplayBody},
         request::RequestBody,
     },
-    picker::builtin::{PromptHash, PromptHasher},
+    picker::builtin::PromptHash,
 };
 
-/// First read of a body; small bodies are the rule.
-const READ: usize = 16 * 1024;
-
 pub struct Upload {
-    reader: BodyReader,
+    source: Source,
+    clock: Clock,
     pub kept: ReplayBody,
-    pub naming: Naming,
-    hasher: PromptHasher,
+    scan: Scan,
     has_body: bool,
-    /// Behind the body.
-    pub trailers: HeaderMap,
-    received: u64,
-    begun: Instant,
-    timeout: Option<Duration>,
 }
 
 impl Upload {
-    /// Fails at once on a body that is declared too large. `naming` is told whether there is a body.
-    pub fn new(body: RequestBody, limits: &Limits, naming: impl FnOnce(bool) -> Naming) -> Result<Self, Error> {
+    /// Of a request with these headers. Fails at once on a body that is declared too large. `naming` is told whether there is a
+    /// body.
+    pub fn new(
+        body: RequestBody,
+        headers: &HeaderMap,
+        limits: &Limits,
+        bodies: &Arc<Bodies>,
+        naming: impl FnOnce(bool) -> Naming,
+    ) -> Result<Self, Error> {
         let reader = BodyReader::new(body, limits.body_bytes)?;
         let has_body = !reader.is_done();
+        let in_files = limits.total_spill_bytes > 0;
+        let memory =
+            if in_files { limits.body_memory_bytes } else { limits.body_bytes.try_into().unwrap_or(usize::MAX) };
         Ok(Self {
-            kept: ReplayBody::new(limits.body_memory_bytes, limits.body_bytes),
-            naming: naming(has_body),
-            hasher: PromptHasher::new(),
+            kept: ReplayBody::new(memory, limits.body_bytes, bodies),
+            scan: Scan::new(naming(has_body), headers, limits, bodies),
             has_body,
-            trailers: HeaderMap::new(),
-            received: 0,
-            begun: Instant::now(),
-            timeout: None,
-            reader,
+            source: Source::new(reader),
+            clock: Clock::new(limits.body_min_rate),
         })
     }
 
-    /// How long it may take.
+    /// Before anything is read: whether the request's route needs the model, and how long the client may be silent.
+    pub fn begin(&mut self, needs_model: bool, timeout: Option<Duration>) -> Result<(), Error> {
+        self.set_timeout(timeout);
+        Ok(self.scan.begin(needs_model)?)
+    }
+
+    /// How long the client may be silent.
     pub fn set_timeout(&mut self, timeout: Option<Duration>) {
-        self.timeout = timeout;
+        self.clock.set_limit(timeout);
     }
 
     pub fn has_body(&self) -> bool {
@@ -66,89 +74,77 @@ impl Upload {
     }
 
     pub fn is_done(&self) -> bool {
-        self.reader.is_done()
+        self.source.is_done()
+    }
+
+    pub fn naming(&self) -> &Naming {
+        self.scan.naming()
     }
 
     /// The next piece of the body off the wire; `None` at its end. Cancel-safe.
     pub async fn read(&mut self, client: &mut Client) -> Result<Option<Bytes>, Error> {
-        let Some(limit) = self.timeout else { return self.next(client).await };
-        match tokio::time::timeout_at(self.begun + limit, self.next(client)).await {
-            Ok(piece) => piece,
-            Err(_) => Err(Error::BodyTimeout(limit)),
+        let piece = self.clock.limit(self.source.next(client)).await?;
+        self.clock.progress(piece.as_ref().map_or(0, Bytes::len));
+        Ok(piece)
+    }
+
+    /// As [`read`](Self::read); with the whole body here, it fails when the client leaves and waits until then.
+    pub async fn read_or_gone(&mut self, client: &mut Client) -> Result<Option<Bytes>, Error> {
+        if self.is_done() {
+            client.gone().await;
+            return Err(Error::ClientGone);
         }
+        self.read(client).await
     }
 
-    async fn next(&mut self, client: &mut Client) -> Result<Option<Bytes>, Error> {
-        match client {
-            Client::Http1(socket) => loop {
-                match self.reader.decode(&mut socket.buf)? {
-                    Decoded::Piece(piece) => return Ok(Some(piece)),
-                    Decoded::Done => {
-                        self.trailers = self.reader.trailers();
-                        return Ok(None);
-                    }
-                    Decoded::Incomplete => {}
-                }
-                match socket.read(READ).await {
-                    Ok(0) => return Err(Error::BodyCut { found: self.received }),
-                    Ok(_) => {}
-                    Err(_) => return Err(Error::ClientGone),
-                }
-            },
-            Client::Http2(stream) => {
-                while !self.reader.is_done() {
-                    let frame = stream.frame().await.transpose().map_err(|_| Error::ClientGone)?;
-                    if frame.is_none() || stream.is_read() {
-                        self.reader.end();
-                    }
-                    match frame.map(Frame::into_data) {
-                        Some(Ok(data)) if !data.is_empty() => {
-                            self.reader.frame(data.len())?;
-                            return Ok(Some(data));
-                        }
-                        Some(Err(trailers)) => self.trailers = trailers.into_trailers().unwrap_or_default(),
-                        Some(Ok(_)) | None => {}
-                    }
-                }
-                Ok(None)
-            }
+    /// Keeps and scans what has been read: a piece, or the end. Not cancel-safe.
+    pub async fn take(&mut self, read: Option<Bytes>) -> Result<(), Error> {
+        if let Some(piece) = read {
+            self.scan.take(&piece).await?;
+            self.kept.append(piece).await?;
         }
-    }
-
-    /// Scans and keeps a piece. Not cancel-safe.
-    pub async fn keep(&mut self, piece: &Bytes) -> Result<(), Error> {
-        self.received += piece.len() as u64;
-        self.hasher.update(piece);
-        self.naming.feed(piece)?;
-        self.kept.append(piece.clone()).await?;
-        if self.is_done() { self.end() } else { Ok(()) }
-    }
-
-    /// The body is complete: it must be whole JSON where it is JSON at all.
-    pub fn end(&mut self) -> Result<(), Error> {
-        Ok(self.naming.end()?)
+        if self.is_done() { Ok(self.scan.end().await?) } else { Ok(()) }
     }
 
     /// Reads and keeps what is left.
     pub async fn rest(&mut self, client: &mut Client) -> Result<(), Error> {
-        while let Some(piece) = self.read(client).await? {
-            self.keep(&piece).await?;
+        while !self.is_done() {
+            let read = self.read(client).await?;
+            self.take(read).await?;
         }
-        self.end()
+        Ok(())
+    }
+
+    /// Does `work`, and reads and keeps what comes of the body meanwhile. Fails when the client does.
+    pub async fn during<T>(&mut self, client: &mut Client, work: impl Future<Output = T>) -> Result<T, Error> {
+        let mut work = std::pin::pin!(work);
+        loop {
+            let read = tokio::select! {
+                biased;
+                done = &mut work => return Ok(done),
+                read = self.read_or_gone(client) => read?,
+            };
+            self.take(read).await?;
+        }
     }
 
     /// Gives the copy away.
     pub fn take_kept(&mut self) -> ReplayBody {
-        std::mem::replace(&mut self.kept, ReplayBody::new(0, 0))
+        self.kept.take()
+    }
+
+    /// Of the body, as far as it is here.
+    pub fn trailers_mut(&mut self) -> &mut HeaderMap {
+        &mut self.source.trailers
     }
 
     /// Gives the trailers away.
     pub fn take_trailers(&mut self) -> HeaderMap {
-        std::mem::take(&mut self.trailers)
+        std::mem::take(&mut self.source.trailers)
     }
 
     /// The prompt as the built-in picker knows it.
     pub fn prompt(&mut self) -> PromptHash {
-        std::mem::replace(&mut self.hasher, PromptHasher::new()).finish()
+        self.scan.prompt()
     }
 }

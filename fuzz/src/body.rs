@@ -3,9 +3,14 @@
 
 use bytes::{Bytes, BytesMut};
 use futures_util::FutureExt as _;
-use penstock_agent::http::{
-    body::{BodyError, BodyReader, Decoded, ReplayBody},
-    request::RequestBody,
+use penstock_agent::{
+    budget::Bodies,
+    config::Limits,
+    http::{
+        body::{BodyError, BodyReader, Decoded, ReplayBody},
+        request::RequestBody,
+    },
+    metrics::Metrics,
 };
 use penstock_common::framing::{Framing, MAX_CHUNK_LINE, MAX_TRAILERS};
 
@@ -149,7 +154,8 @@ fn read<'d>(
         }
         Err(error) => panic!("{error}"),
     };
-    let (mut buf, mut got, mut kept) = (BytesMut::new(), Vec::new(), ReplayBody::new(MEMORY, limit));
+    let bodies = Bodies::new(&Limits::default(), &Metrics::new(&[]));
+    let (mut buf, mut got, mut kept) = (BytesMut::new(), Vec::new(), ReplayBody::new(MEMORY, limit, &bodies));
     for piece in pieces {
         buf.extend_from_slice(piece);
         loop {

@@ -2,6 +2,10 @@
 
 use std::fmt;
 
+use http::StatusCode;
+
+use crate::http::coding::CodingError;
+
 /// Why a request cannot go on as its body is.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NamingError {
@@ -9,14 +13,29 @@ pub enum NamingError {
     Json(#[from] JsonError),
     #[error("the body names no model: found {found}, expected the name of a model")]
     Missing { found: &'static str },
+    #[error("{0}")]
+    Coding(#[from] CodingError),
 }
 
 impl NamingError {
+    pub fn status(&self) -> StatusCode {
+        match self {
+            Self::Coding(CodingError::Unsupported { .. }) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::Coding(CodingError::TooLarge { .. }) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::Coding(CodingError::NoRoom) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Json(_) | Self::Missing { .. } | Self::Coding(_) => StatusCode::BAD_REQUEST,
+        }
+    }
+
     /// Label for metrics and logs.
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Json(_) => "json",
             Self::Missing { .. } => "model_missing",
+            Self::Coding(CodingError::Unsupported { .. }) => "content_coding",
+            Self::Coding(CodingError::TooLarge { .. }) => "decoded_body_too_large",
+            Self::Coding(CodingError::NoRoom) => "bodies_full",
+            Self::Coding(CodingError::Corrupt { .. } | CodingError::Truncated { .. }) => "coded_body",
         }
     }
 }

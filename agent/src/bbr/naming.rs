@@ -1,6 +1,8 @@
 //! What a request's body says its model is.
 //!
-//! Given the body piece by piece, gives the model as soon as it is settled, and counts once what was found. Only bodies whose
+//! Given the body piece by piece, without content coding, gives the model as soon as it is settled, and counts once what was found.
+//! A body in UTF-16 or UTF-32 names no model.
+//! Only bodies whose
 //! Content-Type is JSON are looked at: what GIE's BBR does to others (400) would end every upload of a file. A model that is
 //! a number, `true` or `false` is its text; null, an array and an object are no model; an empty one is none, too.
 
@@ -8,7 +10,10 @@ use std::sync::Arc;
 
 use http::{HeaderMap, header};
 
-use super::{Model, ModelScanner, NamingError};
+use super::{
+    Model, ModelScanner, NamingError,
+    lead::{Encoding, Lead},
+};
 use crate::{
     config::{Bbr, MissingModel},
     metrics::{BodyModel, Metrics},
@@ -17,6 +22,8 @@ use crate::{
 pub struct Naming {
     /// While there is something to look at.
     scanner: Option<ModelScanner>,
+    /// Until there is enough of it, and the scanner has it.
+    lead: Option<Lead>,
     named: Named,
     rejects: bool,
     metrics: Arc<Metrics>,
@@ -34,6 +41,7 @@ impl Naming {
     pub fn new(bbr: &Bbr, headers: &HeaderMap, has_body: bool, metrics: &Arc<Metrics>) -> Self {
         Self {
             scanner: (bbr.enabled && has_body && is_json(headers)).then(ModelScanner::new),
+            lead: Some(Lead::default()),
             named: Named::Unknown,
             rejects: bbr.missing_model == MissingModel::Reject,
             metrics: Arc::clone(metrics),
@@ -45,6 +53,11 @@ impl Naming {
         self.scanner.is_none() || !matches!(self.named, Named::Unknown)
     }
 
+    /// Whether a request without a model is refused.
+    pub fn rejects(&self) -> bool {
+        self.rejects
+    }
+
     /// The model that the body names, or the default of one that names none.
     pub fn model<'a>(&'a self, bbr: &'a Bbr) -> Option<&'a str> {
         match (&self.named, &bbr.missing_model) {
@@ -54,7 +67,37 @@ impl Naming {
     }
 
     /// The next bytes of the body.
-    pub fn feed(&mut self, bytes: &[u8]) -> Result<(), NamingError> {
+    pub fn feed(&mut self, mut bytes: &[u8]) -> Result<(), NamingError> {
+        if let Some(lead) = &mut self.lead {
+            if !lead.take(&mut bytes) {
+                return Ok(());
+            }
+            self.begin()?;
+        }
+        self.scan(bytes)
+    }
+
+    /// The first bytes are here, or as many as there are.
+    fn begin(&mut self) -> Result<(), NamingError> {
+        let (Some(lead), Some(scanner)) = (self.lead.take(), &mut self.scanner) else { return Ok(()) };
+        match lead.encoding() {
+            Encoding::Utf8(mark) => {
+                scanner.skip(mark);
+                self.scan(&lead.bytes()[mark..])
+            }
+            Encoding::Other => self.give_up(),
+        }
+    }
+
+    /// The body cannot be read: it names no model that the agent could know, unless it has done so.
+    pub fn give_up(&mut self) -> Result<(), NamingError> {
+        if self.scanner.take().is_some() && matches!(self.named, Named::Unknown) {
+            return self.settle(Model::NotYet);
+        }
+        Ok(())
+    }
+
+    fn scan(&mut self, bytes: &[u8]) -> Result<(), NamingError> {
         let Some(scanner) = &mut self.scanner else { return Ok(()) };
         scanner.feed(bytes)?;
         match (&self.named, scanner.model()) {
@@ -68,6 +111,7 @@ impl Naming {
 
     /// The body is complete: it must be whole JSON where it is JSON at all.
     pub fn end(&mut self) -> Result<(), NamingError> {
+        self.begin()?;
         let Some(scanner) = self.scanner.take() else { return Ok(()) };
         let model = scanner.finish()?.model;
         if matches!(self.named, Named::Unknown) { self.settle(model) } else { Ok(()) }

@@ -72,6 +72,10 @@ impl Default for Limits {
             headers: 128,
             body_bytes: 32 << 20,
             body_memory_bytes: 1 << 20,
+            total_body_bytes: 256 << 20,
+            total_spill_bytes: 1 << 30,
+            decoded_body_bytes: 128 << 20,
+            body_min_rate: 100,
             metric_models: 100,
             linger_bytes: 256 << 20,
         }

@@ -67,6 +67,16 @@ fn limits(section: &mut Section<'_>) -> Limits {
         body_memory_bytes: section
             .read("body_memory_bytes", value::integer(0..=1 << 30))
             .unwrap_or(default.body_memory_bytes),
+        total_body_bytes: section
+            .read("total_body_bytes", value::integer(0..=1 << 50))
+            .unwrap_or(default.total_body_bytes),
+        total_spill_bytes: section
+            .read("total_spill_bytes", value::integer(0..=1 << 50))
+            .unwrap_or(default.total_spill_bytes),
+        decoded_body_bytes: section
+            .read("decoded_body_bytes", value::integer(1..=1 << 40))
+            .unwrap_or(default.decoded_body_bytes),
+        body_min_rate: section.read("body_min_rate", value::integer(0..=1 << 30)).unwrap_or(default.body_min_rate),
         metric_models: section.read("metric_models", value::integer(0..=10_000)).unwrap_or(default.metric_models),
         linger_bytes: section.read("linger_bytes", value::integer(0..=1 << 40)).unwrap_or(default.linger_bytes),
     };

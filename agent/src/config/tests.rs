@@ -143,6 +143,10 @@ fn every_setting_is_read() {
         headers = 16
         body_bytes = 5
         body_memory_bytes = 4
+        total_body_bytes = 7
+        total_spill_bytes = 0
+        decoded_body_bytes = 8
+        body_min_rate = 9
         metric_models = 3
         linger_bytes = 6
         [timeouts]
@@ -330,6 +334,10 @@ fn every_setting_is_read() {
             headers: 16,
             body_bytes: 5,
             body_memory_bytes: 4,
+            total_body_bytes: 7,
+            total_spill_bytes: 0,
+            decoded_body_bytes: 8,
+            body_min_rate: 9,
             metric_models: 3,
             linger_bytes: 6,
         },

@@ -8,7 +8,7 @@ use super::*;
 use crate::{
     bbr::{Found, JsonError},
     deliver::End,
-    http::{head::HeadError, response::ResponseError},
+    http::{coding::CodingError, head::HeadError, response::ResponseError},
 };
 
 fn manner(format: ErrorFormat) -> Manner<'static> {
@@ -147,6 +147,7 @@ fn every_error() -> Vec<Error> {
         BodyError::Chunk { found: found() },
         BodyError::Overhead { found: 1, payload: 0 },
         BodyError::File(io::ErrorKind::StorageFull.into()),
+        BodyError::Full { at: "" },
     ];
     let json = JsonError { offset: 0, found: Found::EndOfInput, expected: "" };
     let connect = |kind: io::ErrorKind| Error::Connect { address, error: kind.into() };
@@ -159,10 +160,16 @@ fn every_error() -> Vec<Error> {
     let others = [
         Error::Naming(NamingError::Json(json)),
         Error::Naming(NamingError::Missing { found: "nothing" }),
+        Error::Naming(NamingError::Coding(CodingError::Unsupported { found: found() })),
+        Error::Naming(NamingError::Coding(CodingError::Corrupt { coding: "br", reason: found() })),
+        Error::Naming(NamingError::Coding(CodingError::Truncated { coding: "br" })),
+        Error::Naming(NamingError::Coding(CodingError::TooLarge { limit: 1 })),
+        Error::Naming(NamingError::Coding(CodingError::NoRoom)),
         Error::BodyCut { found: 1 },
         Error::HeadCut,
         Error::HeadTimeout(second),
         Error::BodyTimeout(second),
+        Error::BodySlow(1),
         Error::RequestTimeout(second),
         Error::NoRoute,
         Error::Picker(PickError::Deadline),

@@ -95,6 +95,15 @@ families! {
     /// HTTP/2 connections that the agent ended: too many resets, too many control frames, no answer to PING, nothing taken.
     http2_ended: Family<ByReason, Counter> = "http2_connections_ended";
 
+    /// Bytes of memory that request bodies take, those that EPPs put in their place among them; at most limits.total_body_bytes.
+    request_body_memory: Gauge = "request_body_memory_bytes";
+    /// Bytes of request bodies in temporary files; at most limits.total_spill_bytes.
+    request_body_spill: Gauge = "request_body_spill_bytes";
+    /// Request bodies that went to a file: because of the body's own limit, or of that of all bodies (total).
+    request_bodies_spilled: Family<ByReason, Counter> = "request_bodies_spilled";
+    /// Requests refused because there was no room for their body: in files, on the disk, or in memory where nothing else will do.
+    request_bodies_refused: Family<ByReason, Counter> = "request_bodies_refused";
+
     /// JSON bodies that named a model.
     bbr_success: Counter = "bbr_success";
     /// JSON bodies without a model, or with one that is null, an array or an object.

@@ -37,8 +37,8 @@ use super::{
     silence::{Reply, Silence, Waiting},
 };
 
-/// Messages between the agent and the connection, beyond which `send_body` waits for the EPP to take them.
-const QUEUE: usize = 4;
+/// Messages between the agent and the connection, beyond which they wait in the exchange for the EPP to take them.
+const QUEUE: usize = 2;
 /// How long an EPP may take to take what is left to tell it of a response that is over.
 const REST: Duration = Duration::from_secs(5);
 /// How long a stream is read after that, so that it ends by the EPP's close and not by a reset. Streams count against the
@@ -209,30 +209,47 @@ impl PickStream {
         self.replica.authority.as_str()
     }
 
-    /// Hands over a piece of the body, of any size. Waits while the EPP does not take it; returns early with the EPP's outcome
-    /// or failure, after which no more of the body is wanted. Cancel-safe: the piece is taken at once, and what of it has not
-    /// left goes with the next call of any method.
-    pub async fn send_body(&mut self, piece: Bytes, end: bool) -> Result<Option<Outcome>, PickError> {
+    /// Whether the stream is open for a piece of the body, and has nothing left of those before.
+    pub fn takes_body(&self) -> bool {
+        self.out.is_some() && !self.exchange.has_message()
+    }
+
+    /// Whether there is something that the EPP has not taken yet.
+    pub fn has_unsent(&self) -> bool {
+        self.out.is_some() && self.exchange.has_message()
+    }
+
+    /// Hands over a piece of the body, of any size. It leaves with the next call of any method that waits.
+    pub fn give_body(&mut self, piece: Bytes, end: bool) {
         self.exchange.request_body(piece, end);
-        poll_fn(|cx| {
-            if let Poll::Ready(outcome) = self.poll_outcome(cx)
-                && let Some(outcome) = outcome.transpose()
-            {
-                return Poll::Ready(outcome.map(Some));
-            }
-            self.poll_send(cx).map(|()| Ok(None))
-        })
-        .await
+    }
+
+    /// Gives a piece, and waits until it has left or there is an outcome.
+    pub async fn send_body(&mut self, piece: Bytes, end: bool) -> Result<Option<Outcome>, PickError> {
+        self.give_body(piece, end);
+        if self.has_unsent() { self.progress().await } else { Ok(None) }
     }
 
     /// Waits for the outcome, however long it takes. Cancel-safe.
     pub async fn outcome(&mut self) -> Result<Outcome, PickError> {
+        loop {
+            if let Some(outcome) = self.progress().await? {
+                return Ok(outcome);
+            }
+        }
+    }
+
+    /// Waits for the outcome, however long it takes; `None` once what was unsent has left, if anything was. Cancel-safe.
+    pub async fn progress(&mut self) -> Result<Option<Outcome>, PickError> {
+        let unsent = self.has_unsent();
         poll_fn(|cx| {
-            let _ = self.poll_send(cx);
-            self.poll_outcome(cx)
+            if let Poll::Ready(outcome) = self.poll_outcome(cx) {
+                return Poll::Ready(outcome.and_then(|outcome| outcome.ok_or(PickError::ClosedWithoutPick)).map(Some));
+            }
+            let sent = self.poll_send(cx);
+            if unsent { sent.map(|()| Ok(None)) } else { Poll::Pending }
         })
         .await
-        .and_then(|outcome| outcome.ok_or(PickError::ClosedWithoutPick))
     }
 
     /// The outcome as far as it is known when the time is up.

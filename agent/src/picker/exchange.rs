@@ -23,15 +23,17 @@ use super::{
     names::{Bad, Names},
     replacement::Replacement,
 };
-use crate::{config::EppLimits, endpoint::set::Snapshot};
+use crate::{budget::Budget, config::EppLimits, endpoint::set::Snapshot};
 
 /// Bytes of a replaced body for which the EPP may send one more message.
 const BYTES_PER_MESSAGE: usize = 256;
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Limits {
     /// Bytes of a body that the EPP puts in place of the client's, or answers the client with.
     pub replaced_body: usize,
+    /// What those bytes count against.
+    pub memory: Arc<Budget>,
     pub said: EppLimits,
 }
 
@@ -53,6 +55,8 @@ pub enum Body {
     Original,
     /// These pieces instead, in order.
     Replaced(Vec<Bytes>),
+    /// Others instead, for which there was no room: their SHA-256. Only if they turn out to be the client's can the request go on.
+    Unheld(Box<[u8]>),
 }
 
 /// The EPP's answer to the client. After a decision it means: break off the request.
@@ -159,7 +163,6 @@ impl Exchange {
     ) -> Self {
         let mut exchange = Self {
             header,
-            limits,
             members: None,
             subset: subset.map(<[_]>::to_vec),
             served: None,
@@ -174,7 +177,8 @@ impl Exchange {
             request_room: Room::of(&request.headers, &limits.said),
             response_room: Room { fields: limits.said.fields, bytes: limits.said.bytes },
             messages: 0,
-            replacement: Replacement::new(limits.replaced_body),
+            replacement: Replacement::new(limits.replaced_body, Arc::clone(&limits.memory)),
+            limits,
             settled: false,
             events: VecDeque::new(),
         };

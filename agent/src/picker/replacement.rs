@@ -4,15 +4,21 @@
 //! ways: with a stream of pieces of its own that has an end (GIE, llm-d), or with one reply per message, empty where the piece
 //! stays (lwepp). Never gives a body that is partly the one and partly the other.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use penstock_proto::ext_proc::body_mutation::Mutation;
+use ring::digest;
 
 use super::{error::PickError, exchange::Body};
+use crate::budget::Budget;
 
-#[derive(Debug)]
 pub struct Replacement {
     limit: usize,
+    memory: Arc<Budget>,
     pieces: Vec<Bytes>,
+    /// Once there was no room for a piece: of all of them.
+    digest: Option<digest::Context>,
     bytes: usize,
     /// Replies that leave their piece as it is, and replies that replace or drop it.
     kept: usize,
@@ -22,8 +28,20 @@ pub struct Replacement {
 }
 
 impl Replacement {
-    pub fn new(limit: usize) -> Self {
-        Self { limit, pieces: Vec::new(), bytes: 0, kept: 0, replaced: 0, streamed: false, ended: false }
+    /// Up to `limit` bytes, which count against `memory` until the last of their pieces is dropped. Where that has no room for
+    /// them, nothing is held but their digest, which still tells whether they are the client's.
+    pub fn new(limit: usize, memory: Arc<Budget>) -> Self {
+        Self {
+            limit,
+            memory,
+            pieces: Vec::new(),
+            digest: None,
+            bytes: 0,
+            kept: 0,
+            replaced: 0,
+            streamed: false,
+            ended: false,
+        }
     }
 
     pub fn reply(&mut self, mutation: Option<Mutation>) -> Result<(), PickError> {
@@ -75,7 +93,13 @@ impl Replacement {
         }
         // Streamed pieces are the whole body whatever empty replies came before them; replies per message must all replace.
         let mixed = if self.streamed { self.replaced > 0 } else { self.kept > 0 };
-        if mixed { Err(PickError::BodyPartial) } else { Ok(Body::Replaced(std::mem::take(&mut self.pieces))) }
+        if mixed {
+            return Err(PickError::BodyPartial);
+        }
+        Ok(match self.digest.take() {
+            Some(digest) => Body::Unheld(digest.finish().as_ref().into()),
+            None => Body::Replaced(std::mem::take(&mut self.pieces)),
+        })
     }
 
     fn push(&mut self, piece: Bytes) -> Result<(), PickError> {
@@ -83,9 +107,28 @@ impl Replacement {
         if self.bytes > self.limit {
             return Err(PickError::BodyTooLarge { limit: self.limit });
         }
-        if !piece.is_empty() {
-            self.pieces.push(piece);
+        if piece.is_empty() {
+            return Ok(());
         }
+        let unheld = if self.digest.is_some() { Err(piece) } else { self.memory.hold(piece) };
+        let piece = match unheld {
+            Ok(held) => {
+                self.pieces.push(held);
+                return Ok(());
+            }
+            Err(piece) => piece,
+        };
+        let digest = self.digest.get_or_insert_with(|| digest::Context::new(&digest::SHA256));
+        for held in self.pieces.drain(..) {
+            digest.update(&held);
+        }
+        digest.update(&piece);
         Ok(())
+    }
+}
+
+impl std::fmt::Debug for Replacement {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Replacement").field("bytes", &self.bytes).field("ended", &self.ended).finish_non_exhaustive()
     }
 }

@@ -1,11 +1,12 @@
 //! Asking the EPP about one request: its head and the body as the client uploads it, to one replica after the other until
 //! there is an outcome, a failure that no other attempt would mend, or no time left. What was read of the body is kept, so
-//! another attempt begins with all of it.
+//! another attempt begins with all of it. The client is read whether the EPP takes anything or not: a client that leaves is
+//! noticed, and on HTTP/2 a body that waits for its EPP takes no other stream's window.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use tokio::time::{Instant, error::Elapsed, timeout, timeout_at};
+use tokio::time::{Instant, error::Elapsed, sleep_until, timeout, timeout_at};
 
 use super::Request;
 use crate::{
@@ -44,16 +45,12 @@ pub(super) struct Question<'a> {
 
 impl Question<'_> {
     pub(super) async fn ask(&self, client: &mut Client, request: &Request, upload: &mut Upload) -> Asked {
-        let mut patience = Patience::new(self.settings.decision_timeout, upload.is_done());
-        let attempts = tokio::select! {
-            biased;
-            attempts = patience.limit(self.epp.attempts()) => attempts,
-            () = client.gone() => return Asked::Client(Error::ClientGone),
-        };
-        let mut attempts = match attempts {
-            Ok(Ok(attempts)) => attempts,
-            Ok(Err(error)) => return Asked::Failed(error),
-            Err(_) => return Asked::Failed(PickError::Deadline),
+        let mut patience = Patience::new(self.settings.decision_timeout, upload.has_body());
+        let mut attempts = match upload.during(client, patience.limit(self.epp.attempts())).await {
+            Ok(Ok(Ok(attempts))) => attempts,
+            Ok(Ok(Err(error))) => return Asked::Failed(error),
+            Ok(Err(_)) => return Asked::Failed(PickError::Deadline),
+            Err(error) => return Asked::Client(error),
         };
         loop {
             if attempts.replica().is_stalled() {
@@ -66,7 +63,7 @@ impl Question<'_> {
                 parts,
                 has_body,
                 self.subset,
-                self.limits,
+                self.limits.clone(),
                 Some(Arc::clone(&self.members)),
             ));
             match converse(&mut stream, &mut patience, client, upload).await {
@@ -120,7 +117,7 @@ impl Question<'_> {
             }
             let (parts, has_body) = (&request.parts, upload.has_body());
             let members = Some(Arc::clone(&self.members));
-            let mut stream = self.epp.open(&probe.0, parts, has_body, self.subset, self.limits, members);
+            let mut stream = self.epp.open(&probe.0, parts, has_body, self.subset, self.limits.clone(), members);
             let wait = self.settings.decision_timeout.unwrap_or(PROBE);
             tokio::spawn(async move {
                 let decision = async {
@@ -156,27 +153,42 @@ impl Drop for Probe {
 /// How long a probe may take where decisions have no deadline.
 const PROBE: Duration = Duration::from_secs(75);
 
-/// For how long the EPP is waited for. The clock runs from when the whole body is here, through all attempts; before that,
-/// each wait for the EPP alone is measured by itself.
+/// For how long the EPP is waited for. The clock runs from when the EPP is given the end of the body, through all attempts; before
+/// that, each wait for the EPP alone is measured by itself.
 struct Patience {
     timeout: Option<Duration>,
     until: Option<Instant>,
+    /// Since when the EPP has not taken what it was given, before the end of the body.
+    stalled: Option<Instant>,
 }
 
 impl Patience {
-    fn new(timeout: Option<Duration>, is_body_here: bool) -> Self {
-        let mut patience = Self { timeout, until: None };
-        if is_body_here {
-            patience.begin();
+    fn new(timeout: Option<Duration>, has_body: bool) -> Self {
+        let mut patience = Self { timeout, until: None, stalled: None };
+        if !has_body {
+            patience.begin(Duration::ZERO);
         }
         patience
     }
 
-    /// The whole body is here.
-    fn begin(&mut self) {
-        if self.until.is_none() {
-            self.until = self.timeout.map(|timeout| Instant::now() + timeout);
-        }
+    /// The EPP is given the end of the body.
+    ///
+    /// `sending` is how long this attempt has been at it: where the body is sent again, that time is not the decision's.
+    fn begin(&mut self, sending: Duration) {
+        self.until = match self.until {
+            Some(until) => Some(until + sending),
+            None => self.timeout.map(|timeout| Instant::now() + timeout),
+        };
+    }
+
+    /// Whether there is something that the EPP does not take.
+    fn waits_for_epp(&mut self, waits: bool) {
+        self.stalled = if waits { self.stalled.or_else(|| Some(Instant::now())) } else { None };
+    }
+
+    /// `ended`: the EPP has been given the end of the body.
+    fn deadline(&self, ended: bool) -> Option<Instant> {
+        if ended { self.until } else { Some(self.stalled? + self.timeout?) }
     }
 
     async fn limit<T>(&self, what: impl Future<Output = T>) -> Result<T, Elapsed> {
@@ -188,68 +200,51 @@ impl Patience {
     }
 }
 
-/// Sends what is kept of the body, then the rest as the client uploads it, until the EPP has answered or patience is over.
+/// Tells the EPP of the body what is kept, as it takes it, and keeps what the client uploads meanwhile, until the EPP has answered
+/// or patience is over.
 async fn converse(
     stream: &mut PickStream,
     patience: &mut Patience,
     client: &mut Client,
     upload: &mut Upload,
 ) -> Result<Outcome, Asked> {
-    if upload.has_body() {
-        let (mut sent, total) = (0, upload.kept.len());
-        let mut kept = upload.kept.pieces();
-        while let Some(piece) = kept.next().await.map_err(|error| Asked::Client(error.into()))? {
-            sent += piece.len() as u64;
-            let end = sent == total && upload.is_done();
-            if let Some(outcome) = send(stream, piece, end, patience, client).await? {
-                return Ok(outcome);
+    patience.waits_for_epp(false);
+    let (mut sent, mut ended, mut told) = (0, !upload.has_body(), !upload.has_body());
+    let begun = Instant::now();
+    loop {
+        if !ended && stream.takes_body() {
+            let piece = upload.kept.piece_at(sent).await.map_err(|error| Asked::Client(error.into()))?;
+            sent += piece.as_ref().map_or(0, |piece| piece.len() as u64);
+            ended = upload.is_done() && sent == upload.kept.len();
+            if piece.is_some() || ended {
+                stream.give_body(piece.unwrap_or_default(), ended);
             }
         }
-        let mut ended = upload.is_done() && total > 0;
-        while !ended {
-            let read = tokio::select! {
-                biased;
-                outcome = stream.outcome() => return outcome.map_err(Asked::Failed),
-                read = upload.read(client) => read.map_err(Asked::Client)?,
-            };
-            if let Some(piece) = &read {
-                upload.keep(piece).await.map_err(Asked::Client)?;
-            } else {
-                upload.end().map_err(Asked::Client)?;
-            }
-            ended = upload.is_done();
-            if ended {
-                patience.begin();
-            }
-            if let Some(outcome) = send(stream, read.unwrap_or_default(), ended, patience, client).await? {
-                return Ok(outcome);
-            }
+        if ended && !std::mem::replace(&mut told, true) {
+            patience.begin(begun.elapsed());
         }
-    }
-    tokio::select! {
-        biased;
-        outcome = patience.limit(stream.outcome()) => match outcome {
-            Ok(outcome) => outcome.map_err(Asked::Failed),
-            Err(_) => stream.at_deadline().map_err(Asked::Failed),
-        },
-        () = client.gone() => Err(Asked::Client(Error::ClientGone)),
+        patience.waits_for_epp(stream.has_unsent());
+        let deadline = patience.deadline(ended);
+        let read = tokio::select! {
+            biased;
+            progress = stream.progress() => match progress.map_err(Asked::Failed)? {
+                Some(outcome) => return Ok(outcome),
+                None => {
+                    patience.waits_for_epp(false);
+                    continue;
+                }
+            },
+            () = at(deadline) => return stream.at_deadline().map_err(Asked::Failed),
+            read = upload.read_or_gone(client) => read.map_err(Asked::Client)?,
+        };
+        upload.take(read).await.map_err(Asked::Client)?;
     }
 }
 
-async fn send(
-    stream: &mut PickStream,
-    piece: Bytes,
-    end: bool,
-    patience: &Patience,
-    client: &mut Client,
-) -> Result<Option<Outcome>, Asked> {
-    tokio::select! {
-        biased;
-        sent = patience.limit(stream.send_body(piece, end)) => match sent {
-            Ok(sent) => sent.map_err(Asked::Failed),
-            Err(_) => Err(Asked::Failed(PickError::Deadline)),
-        },
-        () = client.gone() => Err(Asked::Client(Error::ClientGone)),
+async fn at(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => sleep_until(deadline).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -263,25 +258,32 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn the_clock_runs_from_the_end_of_the_body_through_all_attempts() {
-        let mut patience = Patience::new(Some(TIMEOUT), false);
+        let mut patience = Patience::new(Some(TIMEOUT), true);
         for _ in 0..3 {
             // The client uploads slowly, and the EPP takes each piece.
             assert!(patience.limit(sleep(TIMEOUT / 2)).await.is_ok());
         }
-        patience.begin();
+        patience.begin(TIMEOUT);
         assert!(patience.limit(sleep(TIMEOUT / 2)).await.is_ok());
         // Another attempt begins.
-        patience.begin();
+        patience.begin(Duration::ZERO);
         let begin = Instant::now();
         assert!(patience.limit(sleep(TIMEOUT)).await.is_err());
         assert_eq!(begin.elapsed(), TIMEOUT / 2);
         assert!(patience.limit(std::future::pending::<()>()).await.is_err());
         assert_eq!(begin.elapsed(), TIMEOUT / 2);
+        // One that takes its time to send the body again, of which each part has the whole time to be taken.
+        assert_eq!(patience.deadline(false), None);
+        patience.waits_for_epp(true);
+        assert_eq!(patience.deadline(false), Some(Instant::now() + TIMEOUT));
+        sleep(TIMEOUT / 3).await;
+        patience.begin(TIMEOUT / 3);
+        assert_eq!(patience.deadline(true), Some(Instant::now()));
     }
 
     #[tokio::test(start_paused = true)]
     async fn before_that_each_wait_is_measured() {
-        let patience = Patience::new(Some(TIMEOUT), false);
+        let patience = Patience::new(Some(TIMEOUT), true);
         let begin = Instant::now();
         assert!(patience.limit(std::future::pending::<()>()).await.is_err());
         assert_eq!(begin.elapsed(), TIMEOUT);
@@ -289,7 +291,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn off_is_for_ever() {
-        let patience = Patience::new(None, true);
+        let patience = Patience::new(None, false);
         assert!(patience.limit(sleep(Duration::from_secs(1_000_000))).await.is_ok());
     }
 }

@@ -10,8 +10,6 @@ use tokio::time::Instant;
 
 use crate::{
     config::PickPer,
-    error::Error,
-    http::body::ReplayBody,
     picker::{
         echo,
         exchange::{Body, Decision},
@@ -67,51 +65,19 @@ impl Lease {
 }
 
 /// Whether a decision about this request is one for those that follow it too: then the EPP has changed nothing but the
-/// destination. Always true in pools where a pick is for one request.
-pub(super) async fn holds(
-    worker: &Worker,
-    pool: usize,
-    decision: &Decision,
-    request: &request::Parts,
-    kept: &ReplayBody,
-) -> Result<bool, Error> {
+/// destination. Always true in pools where a pick is for one request. `length` is that of the client's body, and a decision that
+/// replaces it by the same bytes is one for the original.
+pub(super) fn holds(worker: &Worker, pool: usize, decision: &Decision, request: &request::Parts, length: u64) -> bool {
     if worker.shared.config.pools[pool].pick_per == PickPer::Request {
-        return Ok(true);
+        return true;
     }
-    let changed = if echo::changes(&decision.mutation, request, kept.len()) {
+    let changed = if echo::changes(&decision.mutation, request, length) {
         "fields"
-    } else if replaces(&decision.body, kept).await? {
+    } else if decision.body != Body::Original {
         "body"
     } else {
-        return Ok(true);
+        return true;
     };
     worker.shared.metrics.pool(pool).pick_not_held(changed);
-    Ok(false)
-}
-
-/// Whether the body that the EPP gave is another than the client's.
-async fn replaces(body: &Body, kept: &ReplayBody) -> Result<bool, Error> {
-    let Body::Replaced(pieces) = body else { return Ok(false) };
-    if pieces.iter().map(|piece| piece.len() as u64).sum::<u64>() != kept.len() {
-        return Ok(true);
-    }
-    let (mut ours, mut theirs) = (kept.pieces(), pieces.iter());
-    let mut rest: &[u8] = &[];
-    while let Some(piece) = ours.next().await? {
-        let mut piece = &piece[..];
-        while !piece.is_empty() {
-            if rest.is_empty() {
-                let Some(next) = theirs.next() else { return Ok(true) };
-                rest = next;
-                continue;
-            }
-            let length = piece.len().min(rest.len());
-            let ((this, piece_left), (that, rest_left)) = (piece.split_at(length), rest.split_at(length));
-            if this != that {
-                return Ok(true);
-            }
-            (piece, rest) = (piece_left, rest_left);
-        }
-    }
-    Ok(false)
+    false
 }

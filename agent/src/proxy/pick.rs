@@ -1,7 +1,7 @@
 //! The pick: the EPP's while the body uploads, the built-in picker's where that is configured, and the failure mode's
 //! when the EPP fails, at whatever moment. The whole body is here before a request goes on, so failing open loses nothing.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use http::{HeaderMap, HeaderName, Method, header, request};
 use penstock_proto::ext_proc::HeaderMutation;
@@ -16,6 +16,7 @@ use crate::{
     client::Client,
     config::{self, FailureMode, PickPer},
     error::Error,
+    http::body::BodyError,
     metrics::{EppOutcome, InFlight},
     picker::{
         builtin::SessionHash,
@@ -79,7 +80,8 @@ pub(super) async fn pick(
     let open = worker.shared.metrics.epp_stream();
     let subset = worker.shared.endpoints[request.pool].subset(started.into_std());
     let limit = worker.shared.config.limits.body_bytes;
-    let limits = Limits { replaced_body: limit.try_into().unwrap_or(usize::MAX), said: settings.limits };
+    let memory = Arc::clone(&worker.shared.bodies.memory);
+    let limits = Limits { replaced_body: limit.try_into().unwrap_or(usize::MAX), memory, said: settings.limits };
     let members = worker.shared.endpoints[request.pool].snapshot();
     let question = Question { epp, settings, subset: subset.as_deref(), limits, members, metrics };
     let failure = match question.ask(client, request, upload).await {
@@ -88,7 +90,7 @@ pub(super) async fn pick(
             return Ok(Verdict::Reply(reply));
         }
         Asked::Answered(Outcome::Picked(decision), stream) => match admitted(worker, request.pool, decision) {
-            Ok((endpoints, decision)) => {
+            Ok((endpoints, mut decision)) => {
                 metrics.epp_exchange(EppOutcome::Picked, started.elapsed());
                 if subset.as_deref().is_some_and(|subset| !subset.contains(&decision.endpoints[0])) {
                     metrics.epp_outside_subset();
@@ -96,7 +98,8 @@ pub(super) async fn pick(
                 request.record.picked_in(started.elapsed());
                 upload.rest(client).await?;
                 question.probe(question.probes(), request, upload).await?;
-                let holds = lease::holds(worker, request.pool, &decision, &request.parts, &upload.kept).await?;
+                decision.body = settled(worker, upload, decision.body).await?;
+                let holds = lease::holds(worker, request.pool, &decision, &request.parts, upload.kept.len());
                 if holds {
                     *held = Lease::new(worker, request.pool, &endpoints);
                 }
@@ -144,6 +147,24 @@ pub(super) async fn pick(
             }
             Ok(Verdict::Forward(Box::new(Picked { holds: false, ..picked })))
         }
+    }
+}
+
+/// The body that goes on. Most EPPs send the client's back as it is: then one of the two is enough. One of the EPP's own that
+/// there was no room for is no failure of the EPP, and sending the client's instead would be another request.
+async fn settled(worker: &Worker, upload: &Upload, body: Body) -> Result<Body, Error> {
+    let same = match &body {
+        Body::Original => true,
+        Body::Replaced(pieces) => upload.kept.is_same(pieces).await?,
+        Body::Unheld(digest) => upload.kept.sha256().await? == *digest,
+    };
+    match body {
+        _ if same => Ok(Body::Original),
+        Body::Unheld(_) => {
+            worker.shared.bodies.refused("memory");
+            Err(BodyError::Full { at: "in memory, where those that EPPs give are kept" }.into())
+        }
+        body => Ok(body),
     }
 }
 

@@ -2,6 +2,8 @@
 //! picker is told, what it changes, and what happens when it fails.
 
 mod abrupt;
+mod bodies;
+mod coded;
 mod conversation;
 mod early;
 mod endpoints;

@@ -107,7 +107,12 @@ async fn without_a_model_a_request_can_be_refused() {
 async fn a_long_body_without_a_model_is_refused_at_its_end() {
     let mut stage = Stage::with(first, missing(MissingModel::Reject)).await;
     let prompt = String::from_utf8(Alphabet::Text.bytes(2, 0, 300_000)).unwrap();
-    let response = stage.request(&echo(format!(r#"{{"prompt":"{prompt}"}}"#))).await;
+    let wire = echo(format!(r#"{{"prompt":"{prompt}"}}"#)).wire("agent");
+    let (first, last) = wire.split_at(wire.len() - 1);
+    stage.client.send_raw(first).await.unwrap();
+    eventually(SOON, || stage.epp.streams_started() == 1).await;
+    stage.client.send_raw(last).await.unwrap();
+    let response = stage.client.response().await.unwrap();
     assert_eq!((response.status(), response.error_code().as_str()), (400, "model_missing"));
     eventually(SOON, || stage.epp.streams_ended(StreamEnd::Cancelled) == 1).await;
     assert_eq!(stage.requests(), (0, 0));

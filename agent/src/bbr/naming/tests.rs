@@ -177,3 +177,51 @@ proptest! {
         prop_assert_eq!(found.map_err(drop), reference(&document, &missing), "{}", body);
     }
 }
+
+fn utf16(text: &str, order: fn(u16) -> [u8; 2]) -> Vec<u8> {
+    text.encode_utf16().flat_map(order).collect()
+}
+
+fn utf32(text: &str, order: fn(u32) -> [u8; 4]) -> Vec<u8> {
+    text.chars().flat_map(|character| order(character.into())).collect()
+}
+
+#[test]
+fn a_byte_order_mark_is_read_past() {
+    for text in [r#"{"model":"m"}"#, r#" {"model":"m"}"#, "1", "[]", "\"ä\""] {
+        let (bare, marked) = (text.as_bytes().to_vec(), format!("\u{feff}{text}").into_bytes());
+        for piece in [1, 2, 3, 4, 5, 100] {
+            let read = |body: &[u8]| named(&Bbr::default(), Some("application/json"), body, piece);
+            assert_eq!(read(&marked), read(&bare), "{text:?} by {piece}");
+        }
+    }
+    let wrong = |body: &str| named(&Bbr::default(), Some("application/json"), body.as_bytes(), 2).0.unwrap_err();
+    // Offsets are those of the body; one mark is enough, and half of one is none.
+    assert!(wrong("\u{feff}{x").contains("byte 4: found `x`"), "{}", wrong("\u{feff}{x"));
+    assert!(wrong("\u{feff}\u{feff}{}").contains("byte 3: found byte 0xef"));
+    assert!(wrong("\u{feff}").contains("byte 3: found the end of the body"));
+    let half = named(&Bbr::default(), Some("application/json"), b"\xef\xbb{}", 1).0.unwrap_err();
+    assert!(half.contains("byte 0: found byte 0xef"), "{half}");
+}
+
+#[test]
+fn utf16_and_utf32_name_no_model() {
+    let default = rule(MissingModel::Default("d".into()));
+    for text in [r#"{"model":"m"}"#, "\u{feff}{\"model\":\"m\"}", " 1", "\u{feff}", "[\"\u{1f600}\"]"] {
+        let forms = [
+            utf16(text, u16::to_le_bytes),
+            utf16(text, u16::to_be_bytes),
+            utf32(text, u32::to_le_bytes),
+            utf32(text, u32::to_be_bytes),
+        ];
+        for body in forms {
+            for piece in [1, 3, 100] {
+                let read = |bbr: &Bbr| named(bbr, Some("application/json"), &body, piece);
+                assert_eq!(read(&Bbr::default()), (Ok(None), NOT_FOUND), "{body:x?}");
+                assert_eq!(read(&default), (Ok(Some("d".into())), NOT_FOUND), "{body:x?}");
+                let refused = read(&rule(MissingModel::Reject)).0.unwrap_err();
+                assert!(refused.contains("names no model"), "{refused}");
+            }
+        }
+    }
+}

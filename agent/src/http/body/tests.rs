@@ -1,6 +1,18 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::{config::Limits, metrics::Metrics};
+
+/// Budgets that refuse nothing here.
+fn bodies() -> Arc<Bodies> {
+    budgets(1 << 30, 1 << 30).0
+}
+
+fn budgets(memory: u64, spill: u64) -> (Arc<Bodies>, Arc<Metrics>) {
+    let limits = Limits { total_body_bytes: memory, total_spill_bytes: spill, ..Limits::default() };
+    let metrics = Metrics::new(&[]);
+    (Bodies::new(&limits, &metrics), metrics)
+}
 
 /// The payload of `wire`, given in pieces of `cut` bytes, and what is left behind the body.
 fn decode(wire: &[u8], body: RequestBody, limit: u64, cut: usize) -> Result<(Vec<u8>, Vec<u8>, bool), BodyError> {
@@ -116,7 +128,7 @@ async fn replays_the_same_bytes_from_memory_and_file() {
         (10 * PIECE + 77, usize::MAX, 0, 10 * PIECE),
     ];
     for (length, step, memory, filed) in table {
-        let (bytes, mut body) = (pattern(length), ReplayBody::new(memory, 1 << 20));
+        let (bytes, mut body) = (pattern(length), ReplayBody::new(memory, 1 << 20, &bodies()));
         for piece in bytes.chunks(step) {
             body.append(Bytes::copy_from_slice(piece)).await.unwrap();
         }
@@ -130,7 +142,7 @@ async fn replays_the_same_bytes_from_memory_and_file() {
 
 #[tokio::test]
 async fn goes_on_growing_after_a_replay() {
-    let (bytes, mut body) = (pattern(3 * PIECE), ReplayBody::new(PIECE, 1 << 20));
+    let (bytes, mut body) = (pattern(3 * PIECE), ReplayBody::new(PIECE, 1 << 20, &bodies()));
     for piece in bytes.chunks(PIECE / 2) {
         body.append(Bytes::copy_from_slice(piece)).await.unwrap();
         assert!(read(&body).await == bytes[..body.len() as usize]);
@@ -139,7 +151,7 @@ async fn goes_on_growing_after_a_replay() {
 
 #[tokio::test]
 async fn refuses_what_exceeds_the_limit() {
-    let mut body = ReplayBody::new(0, 10);
+    let mut body = ReplayBody::new(0, 10, &bodies());
     body.append(Bytes::from_static(b"0123456789")).await.unwrap();
     let error = body.append(Bytes::from_static(b"!")).await.unwrap_err();
     assert_eq!((error.status(), body.len()), (StatusCode::PAYLOAD_TOO_LARGE, 10));
@@ -147,10 +159,117 @@ async fn refuses_what_exceeds_the_limit() {
 
 #[tokio::test]
 async fn one_byte_pieces_do_not_hold_their_buffers() {
-    let mut body = ReplayBody::new(PIECE, 1 << 20);
+    let mut body = ReplayBody::new(PIECE, 1 << 20, &bodies());
     for _ in 0..1000 {
         let buffer = Bytes::from(vec![7; 4096]);
         body.append(buffer.slice(..1)).await.unwrap();
         assert!(buffer.is_unique());
+    }
+}
+
+#[tokio::test]
+async fn the_same_bytes_are_known_whatever_the_pieces() {
+    let mut body = ReplayBody::new(1 << 20, 1 << 20, &bodies());
+    let bytes: Vec<u8> = (0..200_000u32).map(|n| n as u8).collect();
+    for piece in bytes.chunks(70_001) {
+        body.append(Bytes::copy_from_slice(piece)).await.unwrap();
+    }
+    let pieces: Vec<Bytes> = bytes.chunks(9973).map(Bytes::copy_from_slice).collect();
+    assert!(body.is_same(&pieces).await.unwrap());
+    assert!(!body.is_same(&pieces[1..]).await.unwrap());
+    let mut other = bytes.clone();
+    other[123_456] ^= 1;
+    assert!(!body.is_same(&[other.clone().into()]).await.unwrap());
+    let mut filed = ReplayBody::new(1000, 1 << 20, &bodies());
+    filed.append(Bytes::from(bytes.clone())).await.unwrap();
+    assert!(filed.filed() > 0 && filed.is_same(&pieces).await.unwrap());
+    assert!(!filed.is_same(&[other.into()]).await.unwrap());
+}
+
+/// What of it is in memory and in files, by the metrics.
+fn taken(metrics: &Metrics) -> (u64, u64) {
+    let text = metrics.encode();
+    let value = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(&format!("penstock_request_body_{name}_bytes ")));
+        line.expect(name).parse().unwrap()
+    };
+    (value("memory"), value("spill"))
+}
+
+#[tokio::test]
+async fn bodies_beyond_the_memory_of_all_go_to_files_and_beyond_those_are_refused() {
+    let piece = 16 * 1024;
+    let (bodies, metrics) = budgets(2 * PIECE as u64, 3 * PIECE as u64);
+    let body = || ReplayBody::new(1 << 20, 1 << 20, &bodies);
+    let mut all: Vec<ReplayBody> = Vec::new();
+    let refused = 'full: loop {
+        let bytes = pattern(PIECE);
+        let mut body = body();
+        for part in bytes.chunks(piece) {
+            if let Err(error) = body.append(Bytes::copy_from_slice(part)).await {
+                break 'full error;
+            }
+        }
+        all.push(body);
+    };
+    assert_eq!((refused.status().as_u16(), refused.reason()), (503, "bodies_full"));
+    assert_eq!(all.len(), 5);
+    assert_eq!(taken(&metrics), (2 * PIECE as u64, 3 * PIECE as u64));
+    assert_eq!(all.iter().map(ReplayBody::filed).sum::<u64>(), 3 * PIECE as u64);
+    for body in &all {
+        assert_eq!(read(body).await, pattern(PIECE));
+        assert!(body.is_same(&[pattern(PIECE)]).await.unwrap());
+        assert_eq!(*body.sha256().await.unwrap(), *digest::digest(&digest::SHA256, &pattern(PIECE)).as_ref());
+    }
+    // What is let go of is there for the next.
+    drop(all[0].take());
+    let mut next = body();
+    next.append(pattern(PIECE)).await.unwrap();
+    assert_eq!((next.filed(), taken(&metrics).0), (0, 2 * PIECE as u64));
+    drop((all, next));
+    let deadline = tokio::time::Instant::now() + std::time::Duration::from_secs(10);
+    while taken(&metrics) != (0, 0) {
+        assert!(tokio::time::Instant::now() < deadline, "{:?}", taken(&metrics));
+        tokio::task::yield_now().await;
+    }
+    let text = metrics.encode();
+    for line in [
+        r#"penstock_request_bodies_refused_total{reason="files"} 1"#,
+        r#"penstock_request_bodies_spilled_total{reason="total"} 3"#,
+    ] {
+        assert!(text.lines().any(|one| one == line), "{line} in {text}");
+    }
+}
+
+/// However its memory is cut short, a body is what was appended, and a reading may begin anywhere.
+#[tokio::test]
+async fn a_body_that_memory_runs_out_for_is_whole() {
+    for memory in [0, 1024, 20_000, 65_536, 100_000, 140_000] {
+        let (bodies, metrics) = budgets(memory, 1 << 30);
+        let (bytes, mut body) = (pattern(200_000), ReplayBody::new(80_000, 1 << 20, &bodies));
+        for part in bytes.chunks(7001) {
+            body.append(Bytes::copy_from_slice(part)).await.unwrap();
+            assert!(taken(&metrics).0 <= memory);
+        }
+        assert_eq!(read(&body).await, bytes, "{memory}");
+        for at in (0..bytes.len()).step_by(9973) {
+            let piece = body.piece_at(at as u64).await.unwrap().unwrap();
+            assert_eq!(piece, bytes[at..at + piece.len()], "{memory}");
+        }
+        assert!(body.piece_at(200_000).await.unwrap().is_none());
+    }
+}
+
+#[tokio::test]
+async fn memory_that_a_body_counts_for_is_what_it_allocates() {
+    let (bodies, metrics) = budgets(1 << 30, 1 << 30);
+    let mut body = ReplayBody::new(1 << 20, 1 << 20, &bodies);
+    let mut length = 0;
+    for part in [1, 500, 3000, 3000, 40_000, 60_000, 100] {
+        body.append(pattern(part)).await.unwrap();
+        length += part;
+        let allocated = body.blocks.len() * PIECE + body.tail.capacity();
+        assert_eq!(taken(&metrics).0, allocated as u64, "at {length}");
+        assert!(allocated <= (2 * length).max(LEAST) && allocated >= length);
     }
 }

@@ -7,6 +7,7 @@ use tonic::transport::Server;
 
 use super::*;
 use crate::{
+    budget::Budget,
     config::{Epp, EppTls},
     picker::{
         error::Again,
@@ -21,10 +22,10 @@ mod epp;
 mod going_away;
 use epp::{serve, serve_on};
 
-const LIMITS: Limits = Limits {
-    replaced_body: 1 << 20,
-    said: crate::config::EppLimits { fields: 512, bytes: 1 << 17, messages: 4096, metadata_bytes: 1 << 18 },
-};
+fn limits() -> Limits {
+    let said = crate::config::EppLimits { fields: 512, bytes: 1 << 17, messages: 4096, metadata_bytes: 1 << 18 };
+    Limits { replaced_body: 1 << 20, memory: Budget::unlimited(), said }
+}
 const A: &str = "10.0.0.1:8000";
 
 fn epp_settings() -> Epp {
@@ -63,7 +64,7 @@ fn picked(outcome: Result<Outcome, PickError>) -> Decision {
 
 /// A stream to the first replica.
 fn open(client: &EppClient, has_body: bool) -> PickStream {
-    client.open(&client.replicas.snapshot().replicas[0], &post(), has_body, None, LIMITS, None)
+    client.open(&client.replicas.snapshot().replicas[0], &post(), has_body, None, limits(), None)
 }
 
 /// Asks about a request without a body.

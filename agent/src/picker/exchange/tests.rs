@@ -9,7 +9,7 @@ use penstock_proto::{
 use prost_types::{ListValue, Struct, Value, value::Kind};
 
 use super::*;
-use crate::picker::message;
+use crate::{budget::Budget, picker::message};
 
 /// What happens on a stream, after the head of a request with a body has gone out.
 #[derive(Debug, Clone)]
@@ -104,7 +104,8 @@ fn request() -> http::request::Parts {
 
 fn exchange(has_body: bool, subset: Option<&[SocketAddr]>) -> Exchange {
     let header = HeaderName::from_static(message::DESTINATION);
-    Exchange::new(header, &request(), has_body, subset, Limits { replaced_body: 10, said: EppLimits::default() })
+    let limits = Limits { replaced_body: 10, memory: Budget::unlimited(), said: EppLimits::default() };
+    Exchange::new(header, &request(), has_body, subset, limits)
 }
 
 fn step(exchange: &mut Exchange, step: Step) {
@@ -135,6 +136,7 @@ fn run(exchange: &mut Exchange, steps: Vec<Step>) -> (Vec<String>, usize) {
                     let endpoints: Vec<_> = decision.endpoints.iter().map(ToString::to_string).collect();
                     let body = match decision.body {
                         Body::Original => "original".to_owned(),
+                        Body::Unheld(_) => "unheld".to_owned(),
                         Body::Replaced(pieces) => format!("replaced {}", String::from_utf8_lossy(&pieces.concat())),
                     };
                     format!("{} {body}", endpoints.join(","))
@@ -402,4 +404,27 @@ fn the_reply_to_the_response_head() {
     let response = Some(CommonResponse { header_mutation: mutation(&[("x-served", A)]), ..Default::default() });
     let steps = vec![End, head(A), kept(), reply(Response::ResponseHeaders(HeadersResponse { response }))];
     assert_eq!(run(&mut exchange, steps).0, ["10.0.0.1:1 original", "response head 1"]);
+}
+
+#[test]
+fn a_replacement_that_there_is_no_room_for_is_known_by_its_digest() {
+    let pieces: Vec<Bytes> = (0..5_u8).map(|number| Bytes::from(vec![number; 3])).collect();
+    let all = pieces.concat();
+    // Room for none, for some, and for all of them.
+    for (room, held) in [(0, false), (7, false), (15, true)] {
+        let gauge = prometheus_client::metrics::gauge::Gauge::default();
+        let mut replacement = Replacement::new(100, Budget::new(room, gauge.clone()));
+        for (number, piece) in (1..).zip(&pieces) {
+            let piece = StreamedBodyResponse { body: piece.clone(), end_of_stream: number == pieces.len() };
+            replacement.reply(Some(Mutation::StreamedResponse(piece))).unwrap();
+        }
+        match replacement.take().unwrap() {
+            Body::Replaced(given) => assert!(held && given.concat() == all),
+            Body::Unheld(digest) => {
+                assert!(!held && *digest == *ring::digest::digest(&ring::digest::SHA256, &all).as_ref());
+                assert_eq!(gauge.get(), 0, "what was held before is let go of");
+            }
+            Body::Original => panic!("{room}"),
+        }
+    }
 }

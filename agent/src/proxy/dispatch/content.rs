@@ -31,7 +31,7 @@ impl Content {
     pub(super) fn new(upload: &mut Upload, body: &mut Body) -> Self {
         let source = match std::mem::replace(body, Body::Original) {
             Body::Original if upload.has_body() => Source::Kept(Rc::new(upload.take_kept())),
-            Body::Original => Source::None,
+            Body::Original | Body::Unheld(_) => Source::None,
             // The client's trailers belong to the client's body.
             Body::Replaced(pieces) => return Self { source: Source::Replaced(pieces.into()), trailers: Rc::default() },
         };

@@ -1,0 +1,63 @@
+//! `deflate`: RFC 9110 §8.4.1.2 means the zlib format (RFC 1950), and some senders leave its frame out (RFC 1951). The first two
+//! bytes tell which it is.
+
+use bytes::{Buf as _, BytesMut};
+use flate2::{Decompress, FlushDecompress, Status};
+
+use super::{Fault, Share, Stage, Step};
+
+pub(super) struct Inflate {
+    input: BytesMut,
+    over: bool,
+    /// Once the format is known.
+    state: Option<Decompress>,
+    complete: bool,
+}
+
+impl Inflate {
+    pub(super) fn new() -> Self {
+        Self { input: BytesMut::new(), over: false, state: None, complete: false }
+    }
+}
+
+impl Stage for Inflate {
+    fn push(&mut self, input: &[u8]) {
+        self.input.extend_from_slice(input);
+    }
+
+    fn end(&mut self) {
+        self.over = true;
+    }
+
+    fn step(&mut self, out: &mut [u8], _share: &mut Share) -> Result<Step, Fault> {
+        if self.state.is_none() {
+            let [first, second, ..] = self.input[..] else {
+                return if self.over { Err(Fault::Truncated) } else { Ok(Step::Input) };
+            };
+            let zlib = first & 0x0f == 8 && first >> 4 <= 7 && u16::from_be_bytes([first, second]).is_multiple_of(31);
+            self.state = Some(Decompress::new(zlib));
+        }
+        loop {
+            if self.complete {
+                return match (self.input.is_empty(), self.over) {
+                    (true, true) => Ok(Step::End),
+                    (true, false) => Ok(Step::Input),
+                    (false, _) => Err(Fault::corrupt("bytes follow its end")),
+                };
+            }
+            let Some(state) = &mut self.state else { return Ok(Step::Input) };
+            let (before_in, before_out) = (state.total_in(), state.total_out());
+            let status = state.decompress(&self.input, out, FlushDecompress::None).map_err(Fault::corrupt)?;
+            let (used, given) = (state.total_in() - before_in, (state.total_out() - before_out) as usize);
+            self.input.advance(used as usize);
+            self.complete = status == Status::StreamEnd;
+            if given > 0 {
+                return Ok(Step::Output(given));
+            }
+            if self.complete || used > 0 && !self.input.is_empty() {
+                continue;
+            }
+            return if self.over && self.input.is_empty() { Err(Fault::Truncated) } else { Ok(Step::Input) };
+        }
+    }
+}

@@ -1,0 +1,127 @@
+//! What a body says, read while it passes: the model that it names and the hash of its prompt.
+//!
+//! A body with a content coding is decoded for that; what goes on is the body as it came. Only a route that looks at the model, or
+//! `missing_model = "reject"`, needs a body to be decoded: then one that cannot be is refused. Otherwise the model is a header that
+//! is set where it can be had, and what cannot be decoded passes as a body that names none.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http::HeaderMap;
+
+use crate::{
+    bbr::{Naming, NamingError},
+    budget::Bodies,
+    config::Limits,
+    http::coding::{CodingError, Codings, Decoder},
+    picker::builtin::{PromptHash, PromptHasher},
+};
+
+pub(super) struct Scan {
+    naming: Naming,
+    hasher: PromptHasher,
+    form: Form,
+    /// The request is refused where its body cannot be decoded.
+    needed: bool,
+    bodies: Arc<Bodies>,
+}
+
+enum Form {
+    Plain,
+    Coded(Box<Decoder>),
+    /// In a coding that is not understood.
+    Unknown(String),
+    /// Not looked at any more.
+    Opaque,
+}
+
+impl Scan {
+    pub(super) fn new(naming: Naming, headers: &HeaderMap, limits: &Limits, bodies: &Arc<Bodies>) -> Self {
+        let form = match Codings::of(headers) {
+            // Nobody wants to know.
+            _ if naming.is_settled() => Form::Plain,
+            Codings::Known(codings) if codings.is_empty() => Form::Plain,
+            Codings::Known(codings) => {
+                Form::Coded(Box::new(Decoder::new(&codings, limits.decoded_body_bytes, &bodies.memory)))
+            }
+            Codings::Unknown(field) => Form::Unknown(field),
+        };
+        let needed = naming.rejects();
+        Self { naming, hasher: PromptHasher::new(), form, needed, bodies: Arc::clone(bodies) }
+    }
+
+    /// Before the first piece: whether the request's route needs the model.
+    pub(super) fn begin(&mut self, needed: bool) -> Result<(), NamingError> {
+        self.needed |= needed;
+        if let Form::Unknown(field) = &self.form {
+            let found = field.clone();
+            self.fault(CodingError::Unsupported { found })?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn naming(&self) -> &Naming {
+        &self.naming
+    }
+
+    /// The next piece of the body. Not cancel-safe.
+    pub(super) async fn take(&mut self, piece: &Bytes) -> Result<(), NamingError> {
+        match &mut self.form {
+            Form::Plain => {
+                self.hasher.update(piece);
+                self.naming.feed(piece)
+            }
+            Form::Coded(decoder) => {
+                decoder.push(piece);
+                self.decode().await
+            }
+            Form::Unknown(_) | Form::Opaque => {
+                self.hasher.update(piece);
+                Ok(())
+            }
+        }
+    }
+
+    /// The body is complete: it must be whole JSON where it is JSON at all. Not cancel-safe.
+    pub(super) async fn end(&mut self) -> Result<(), NamingError> {
+        if let Form::Coded(decoder) = &mut self.form {
+            decoder.end();
+            self.decode().await?;
+        }
+        self.form = Form::Opaque;
+        self.naming.end()
+    }
+
+    async fn decode(&mut self) -> Result<(), NamingError> {
+        while let Form::Coded(decoder) = &mut self.form {
+            match decoder.step() {
+                Ok(Some(piece)) => {
+                    self.hasher.update(&piece);
+                    self.naming.feed(&piece)?;
+                    // A small body can stand for a large one.
+                    tokio::task::yield_now().await;
+                }
+                Ok(None) => break,
+                Err(error) => self.fault(error)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn fault(&mut self, error: CodingError) -> Result<(), NamingError> {
+        self.form = Form::Opaque;
+        if !self.needed {
+            return self.naming.give_up();
+        }
+        if error == CodingError::NoRoom {
+            self.bodies.refused("memory");
+        }
+        Err(error.into())
+    }
+
+    /// The prompt as the built-in picker knows it: as decoded, where it was, so that the same conversation is the same prompt
+    /// in whatever coding it comes.
+    pub(super) fn prompt(&mut self) -> PromptHash {
+        std::mem::replace(&mut self.hasher, PromptHasher::new()).finish()
+    }
+}
