@@ -6,6 +6,7 @@ use std::{
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream},
     os::unix::fs::FileExt as _,
+    sync::Arc,
     time::Duration,
 };
 
@@ -13,6 +14,7 @@ use nix::sys::{
     memfd::{MFdFlags, memfd_create},
     sendfile::sendfile,
 };
+use parking_lot::Mutex;
 use penstock_tests::{
     Alphabet, BodyEnd, Client, Request, TestAgent, agent::builtin_pool, eventually, posts::MODES, sender::set_zerocopy,
 };
@@ -35,8 +37,8 @@ fn read_request(connection: &mut TcpStream) -> bool {
     true
 }
 
-/// Answers each request with a chunk that the client leaves unread, then one that comes from a file, and writes into the file
-/// when the next request has come: by then the agent has taken the message for complete.
+/// Answers the first request with a chunk that the client leaves unread, then one that comes from a file, and writes into the
+/// file when the next request arrives, on whichever connection: by then the agent has taken the message for complete.
 fn endpoint(zerocopy: bool) -> SocketAddr {
     let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
     listener.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
@@ -46,12 +48,13 @@ fn endpoint(zerocopy: bool) -> SocketAddr {
     listener.listen(16).unwrap();
     let listener: std::net::TcpListener = listener.into();
     let addr = listener.local_addr().unwrap();
+    let sent: Arc<Mutex<Option<File>>> = Arc::default();
     std::thread::spawn(move || {
         for mut connection in listener.incoming().map_while(Result::ok) {
+            let sent = Arc::clone(&sent);
             std::thread::spawn(move || {
-                let mut before: Option<File> = None;
                 while read_request(&mut connection) {
-                    if let Some(file) = before.take() {
+                    if let Some(file) = sent.lock().take() {
                         file.write_all_at(b"000ff", 0).unwrap();
                         connection.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").unwrap();
                         continue;
@@ -66,7 +69,7 @@ fn endpoint(zerocopy: bool) -> SocketAddr {
                     let mut file = File::from(memfd_create(c"tail", MFdFlags::MFD_CLOEXEC).unwrap());
                     file.write_all(TAIL).unwrap();
                     assert_eq!(sendfile(&connection, &file, Some(&mut 0), TAIL.len()), Ok(TAIL.len()));
-                    before = Some(file);
+                    *sent.lock() = Some(file);
                 }
             });
         }
@@ -85,7 +88,7 @@ async fn chunk_syntax_rewritten_after_sending_does_not_reach_the_client() {
             let head = client.head().await.unwrap();
             assert_eq!(head.status, 200);
             eventually(SOON, || done() == 1).await;
-            // On the same connection of the agent's, which is free again; the endpoint rewrites its file now.
+            // The endpoint rewrites its file now.
             let mut other = Client::connect(agent.addr).await.unwrap();
             assert_eq!(other.request(&Request::get("/b")).await.unwrap().text(), "ok");
             let mut body = Vec::new();
