@@ -95,11 +95,13 @@ async fn bodies_that_wait_for_a_stalled_epp_stay_within_the_budgets() {
     // Once the room that the last ones left is taken, too, the next is told so; a request without a body is not.
     let mut last = Http2Client::connect(agent.addr).await.unwrap();
     let mut answers = FuturesUnordered::new();
+    let waits = || agent.count("penstock_active_requests", &["pool=\"stalled\""]);
+    let begun = || waits() + refused(&agent, "files");
     let response = loop {
+        let before = begun();
         let mut stream = last.send(&request).await.unwrap();
         answers.push(async move { stream.response().await });
-        let all_whole =
-            || memory(&agent) + spilled(&agent) >= agent.count("penstock_active_requests", &["pool=\"stalled\""]) * MIB;
+        let all_whole = || begun() > before && memory(&agent) + spilled(&agent) >= waits() * MIB;
         tokio::select! {
             Some(response) = answers.next() => break response.unwrap(),
             () = eventually(SOON, all_whole) => {}
