@@ -159,7 +159,9 @@ impl Agent {
             Ok(()) => tracing::info!("{capabilities}; {user}"),
             Err(_) => tracing::warn!("{capabilities}; {user}"),
         }
-        tracing::info!(%address, admin = %admin.local_addr(), workers = count, "penstock {}", env!("CARGO_PKG_VERSION"));
+        let tls = tls_address.map(tracing::field::display);
+        let admin_address = admin.local_addr();
+        tracing::info!(%address, tls, admin = %admin_address, workers = count, "penstock {}", env!("CARGO_PKG_VERSION"));
         Ok(Self {
             shared: updates,
             readiness,

@@ -23,6 +23,8 @@ pub struct AgentProcess {
     pub process: Process,
     pub addr: SocketAddr,
     pub admin: SocketAddr,
+    /// Where clients that speak TLS connect.
+    pub tls: Option<SocketAddr>,
     config: NamedTempFile,
     /// Of the binary, where it is not that of the build.
     _folder: Option<TempDir>,
@@ -91,7 +93,8 @@ impl AgentProcess {
             text.parse().with_context(|| format!("{name} in {line}"))
         };
         let (addr, admin) = (address("address")?, address("admin")?);
-        Ok(Self { process, addr, admin, config, _folder: folder, listen: addr, steering: String::new() })
+        let tls = started.get("tls").is_some().then(|| address("tls")).transpose()?;
+        Ok(Self { process, addr, admin, tls, config, _folder: folder, listen: addr, steering: String::new() })
     }
 
     /// What it finds when it reads its configuration again.

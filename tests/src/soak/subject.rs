@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use futures_util::future::{join_all, join3};
 use nix::sys::signal::Signal;
 use penstock_agent::config::SteeringMode;
@@ -13,7 +13,7 @@ use super::caller::{Caller, Way};
 use super::latency;
 use super::ledger::Ledger;
 use super::memory::{MemoryCgroup, Pressure};
-use super::world::{ReservedPort, World};
+use super::world::World;
 use crate::agent_process::AgentProcess;
 use crate::stress::{self, mode_name};
 use crate::{Process, Random};
@@ -29,17 +29,15 @@ pub(super) struct Subject {
     reloads: Cell<u64>,
     /// How things stand, as of the last request.
     standing: RefCell<String>,
-    _port: ReservedPort,
 }
 
 impl Subject {
     pub(super) async fn start(mode: SteeringMode, world: &World) -> Result<Self> {
-        let port = ReservedPort::new()?;
-        let tls = port.addr;
-        let agent = AgentProcess::start_with_text(&text(mode, tls, world, 0)).await?;
+        let agent = AgentProcess::start_with_text(&text(mode, world, 0)).await?;
+        let tls = agent.tls.context("an address for TLS in the agent's log")?;
         // Last, so that it goes after the process.
         let memory = MemoryCgroup::around(agent.process.id());
-        Ok(Self { mode, agent, tls, memory, reloads: Cell::new(0), standing: RefCell::default(), _port: port })
+        Ok(Self { mode, agent, tls, memory, reloads: Cell::new(0), standing: RefCell::default() })
     }
 
     pub(super) fn name(&self) -> String {
@@ -49,7 +47,7 @@ impl Subject {
     /// The agent's configuration is another one now, and it is told to read it.
     pub(super) fn reload(&self, world: &World) -> Result<()> {
         self.reloads.set(self.reloads.get() + 1);
-        self.agent.write_text(&text(self.mode, self.tls, world, self.reloads.get()))?;
+        self.agent.write_text(&text(self.mode, world, self.reloads.get()))?;
         self.agent.process.signal(Signal::SIGHUP)
     }
 
@@ -104,7 +102,7 @@ impl Subject {
 }
 
 /// The configuration; each version differs in what a reload may change.
-fn text(mode: SteeringMode, tls: SocketAddr, world: &World, version: u64) -> String {
+fn text(mode: SteeringMode, world: &World, version: u64) -> String {
     let stable: Vec<String> = world.stable_addrs().iter().map(|addr| format!("\"{addr}\"")).collect();
     let with = |addr: SocketAddr| format!("[{}, \"{addr}\"]", stable[0]);
     let (first, mortal, linked) = (stable.join(", "), with(world.mortal_addr), with(world.linked.addr));
@@ -119,7 +117,7 @@ fn text(mode: SteeringMode, tls: SocketAddr, world: &World, version: u64) -> Str
         .map(|pool| format!("[[routes]]\npath_prefix = \"/{pool}\"\npool = \"{pool}\"\n"))
         .into();
     format!(
-        "[listen]\naddress = \"127.0.0.1:0\"\nworkers = 2\n[listen.tls]\naddress = \"{tls}\"\ncert_file = \"{cert}\"\n\
+        "[listen]\naddress = \"127.0.0.1:0\"\nworkers = 2\n[listen.tls]\naddress = \"127.0.0.1:0\"\ncert_file = \"{cert}\"\n\
          key_file = \"{key}\"\n[admin]\naddress = \"127.0.0.1:0\"\n[limits]\nmetric_models = {models}\n\
          [timeouts]\nlame_duck = \"off\"\nendpoint_keep_alive = \"2s\"\n[steering]\nmode = \"{mode}\"\nmax_flows = 4096\n\
          [[pools]]\nname = \"stable\"\nendpoints = [{first}]\n\

@@ -137,19 +137,3 @@ async fn served_in(namespace: &Namespace, listen: SocketAddr) -> Result<ModelSer
     })?;
     started.context("a server in a network namespace")
 }
-
-/// Holds a port for a listener that binds it with SO_REUSEPORT, as the agent's do. Nothing is accepted here.
-pub(super) struct ReservedPort {
-    pub(super) addr: SocketAddr,
-    _socket: socket2::Socket,
-}
-
-impl ReservedPort {
-    pub(super) fn new() -> Result<Self> {
-        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
-        socket.set_reuse_port(true)?;
-        socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into())?;
-        let addr = socket.local_addr()?.as_socket().context("an address of IPv4")?;
-        Ok(Self { addr, _socket: socket })
-    }
-}
