@@ -126,6 +126,13 @@ async fn response(
         client.read_body(Pace::Fast, |_| Ok(())).await?;
         return Ok(Done { client: Some(client), ..Done::new(Outcome::Broken, 0) });
     }
+    if head.status == 502 && body.is_some_and(|(_, name)| !answered(name, servers)) {
+        // The endpoint closed a kept connection while the request was on its way. Its kernel has acknowledged the request, so the
+        // agent cannot know that nobody has read it, and a POST is executed at most once (RFC 9110 section 9.2.2).
+        let text = text(&mut client).await?;
+        ensure!(text.contains("\"endpoint_closed\""), "status 502: {text}");
+        return Ok(Done { client: Some(client), ..Done::new(Outcome::Broken, 0) });
+    }
     if head.status != 200 {
         return Err(refused(&mut client, head.status).await);
     }
@@ -171,13 +178,28 @@ async fn response(
 
 /// What an answer says that should have been another.
 pub(super) async fn refused(client: &mut Client, status: u16) -> anyhow::Error {
+    match text(client).await {
+        Ok(text) => anyhow!("status {status}: {text}"),
+        Err(error) => error.context(format!("status {status}")),
+    }
+}
+
+/// A body that is complete, or the beginning of it.
+async fn text(client: &mut Client) -> Result<String> {
     let mut text = Vec::new();
     let read = client.read_body(Pace::Fast, |bytes| {
         text.extend_from_slice(&bytes[..bytes.len().min(500)]);
         Ok(())
     });
-    let end = read.await.map(|read| read.end);
-    anyhow!("status {status}, {end:?}: {}", String::from_utf8_lossy(&text))
+    let end = read.await?.end;
+    let text = String::from_utf8_lossy(&text).into_owned();
+    ensure!(end == BodyEnd::Complete, "{end:?} after: {text}");
+    Ok(text)
+}
+
+/// An endpoint has begun to answer the request of this name.
+fn answered(name: &str, servers: &[ModelServer]) -> bool {
+    servers.iter().any(|server| server.sent(name).is_some())
 }
 
 /// The endpoint has got every byte of the request.
