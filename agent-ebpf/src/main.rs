@@ -8,6 +8,7 @@
 
 #![no_std]
 #![no_main]
+#![allow(unsafe_code)] // helpers and maps
 #![feature(asm_experimental_arch)]
 
 mod admit;

@@ -2,6 +2,7 @@
 //! slots that they share with us, their events, and the socket calls that have no safe wrapper.
 //!
 //! Given sockets and indices, it does what it is told; when to insert, arm or take back is `steer`'s business.
+#![allow(unsafe_code)]
 
 mod btf;
 pub mod cgroup;

@@ -5,6 +5,7 @@
 //! agent's steps are those of `agent/src/deliver.rs` and `deliver/span.rs`; resets, idle times and clients that leave are
 //! not modelled, because they end the delivery. Bytes are ranges of the endpoint's
 //! wire, so that a lost, doubled or overtaking byte is a range that does not begin where the last one ended.
+#![allow(unsafe_code)] // the slot is memory that two programs write
 
 #[path = "support/random.rs"]
 mod random;

@@ -1,13 +1,18 @@
 //! `cargo xtask fuzz --seconds N`: builds the fuzz targets for libFuzzer and runs each for so long, one after the other.
 //!
 //! The compiler is the one that builds the agent: what libFuzzer needs of it (`-C passes=sancov-module` and LLVM's options for
-//! it) is stable, so neither nightly nor cargo-fuzz is needed. Inputs are taken from `fuzz/corpus/TARGET`; what a run adds stays
+//! it) is stable, so neither nightly nor cargo-fuzz is needed. Only the workspace's own crates are instrumented, so every dependency
+//! is shared with the other debug builds: cargo calls this program instead of rustc for them. Inputs are taken from `fuzz/corpus/TARGET`; what a run adds stays
 //! in `target/fuzz`, and `--merge` takes from there what reaches more code. An input that breaks a promise is in
 //! `target/fuzz/findings`.
 
 use std::{
-    env, fs,
+    env,
+    ffi::OsString,
+    fs,
+    os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -32,6 +37,10 @@ const COVERAGE: [&str; 11] = [
     "debug-assertions",
     "--cap-lints=allow",
 ];
+/// Set for cargo when this program is the compiler that it calls for the workspace's crates.
+const COMPILER: &str = "PENSTOCK_FUZZ_COMPILER";
+/// Crates that are more than glue are optimised.
+const OPTIMISED: [&str; 3] = ["penstock-agent", "penstock-common", "penstock-fuzz"];
 /// Longest input that is tried, bytes.
 const MOST_INPUT: &str = "-max_len=4096";
 /// An input that takes longer is a finding, seconds.
@@ -89,15 +98,33 @@ fn targets() -> Result<Vec<String>> {
 /// The folder of the programs.
 fn build() -> Result<PathBuf> {
     ebpf::build(ebpf::Warnings::Allow)?;
-    let host = output(cargo().args(["-vV"])).unwrap_or_default();
-    let host = host.lines().find_map(|line| line.strip_prefix("host: ")).context("cargo -vV names no host")?.to_owned();
-    let target = root().join("target/fuzz");
     let mut build = cargo();
-    build.args(["build", "--profile", "fuzz", "--package", "penstock-fuzz", "--features", "libfuzzer", "--bins"]);
-    // With --target, the flags are not for build scripts and procedural macros.
-    build.args(["--target", &host, "--target-dir"]).arg(&target);
-    run(build.env("CARGO_ENCODED_RUSTFLAGS", COVERAGE.join("\x1f")))?;
-    Ok(target.join(host).join("fuzz"))
+    build.args(["build", "--features", "penstock-fuzz/libfuzzer"]);
+    for target in targets()? {
+        build.args(["--bin", &target]);
+    }
+    for package in OPTIMISED {
+        build.args(["--config", &format!("profile.dev.package.{package}.opt-level=1")]);
+    }
+    build.env("RUSTC_WORKSPACE_WRAPPER", env::current_exe()?).env(COMPILER, "1");
+    run(&mut build)?;
+    Ok(root().join("target/debug"))
+}
+
+/// When cargo has called this program instead of rustc: becomes rustc, with what libFuzzer needs, and does not return.
+pub(crate) fn become_compiler() -> Result<()> {
+    if env::var_os(COMPILER).is_none() {
+        return Ok(());
+    }
+    let mut arguments = env::args_os().skip(1);
+    let mut rustc = Command::new(arguments.next().context("no compiler is named")?);
+    let arguments: Vec<OsString> = arguments.collect();
+    // Build scripts run here, without libFuzzer; without a name, cargo asks what the compiler can do.
+    let name = arguments.windows(2).find(|pair| pair[0] == "--crate-name").map(|pair| &pair[1]);
+    if name.is_some_and(|name| name != "build_script_build" && name != "___") {
+        rustc.args(COVERAGE);
+    }
+    Err(rustc.args(arguments).exec()).context("starting the compiler")
 }
 
 fn fuzz(program: &Path, target: &str, seconds: u64) -> Result<()> {

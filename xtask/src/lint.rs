@@ -2,6 +2,7 @@
 //!
 //! The rules look at tracked files. Every finding is printed as `file:line: what`, then the verb fails.
 
+mod dependencies;
 mod links;
 
 use std::fs;
@@ -9,7 +10,7 @@ use std::fs;
 use anyhow::{Context, Result, bail};
 
 use crate::{
-    command::{cargo, command, find, output, root, run},
+    command::{cargo, command, output, root, run},
     ebpf,
     progress::Steps,
 };
@@ -20,12 +21,12 @@ const LONG_FILE: usize = 500;
 /// Split, so that this file does not break its own rules.
 const NEVER_IN_RUST: [&str; 4] =
     [concat!("#[", "ignore"), concat!("#[", "should_panic"), concat!("to", "do!("), concat!("unimple", "mented!(")];
-const UNSAFE: &str = concat!("un", "safe");
-const UNSAFE_PLACES: [&str; 5] = [
+/// rustc denies the rest.
+const UNSAFE_ALLOWED: &str = concat!("(un", "safe_code)");
+const UNSAFE_PLACES: [&str; 4] = [
     "agent-ebpf/",
     "common/",
     "agent/src/kernel.rs",
-    "agent/src/kernel/",
     // tokio has no safe way to register a timer.
     "tests/src/model_server/pacer.rs",
 ];
@@ -46,8 +47,9 @@ pub(crate) fn main() -> Result<()> {
     let results = [
         steps.step("formatting", || run(cargo().args(["fmt", "--all", "--check"]))),
         steps.step("rules of the house", rules),
-        steps.step("dependencies", dependencies),
+        steps.step("dependencies", dependencies::check),
         steps.step("kernel program without warnings", || ebpf::build(ebpf::Warnings::Deny)),
+        steps.step("documentation", documentation),
         steps.step("clippy", || run(cargo().args(["clippy", "--all-targets", "--", "-D", "warnings"]))),
     ];
     let errors: Vec<String> = results.into_iter().filter_map(|result| Some(format!("{:#}", result.err()?))).collect();
@@ -55,6 +57,22 @@ pub(crate) fn main() -> Result<()> {
         bail!("{}", errors.join("; "));
     }
     Ok(())
+}
+
+/// Every link of the documentation leads somewhere.
+fn documentation() -> Result<()> {
+    let mut doc = cargo();
+    doc.args([
+        "doc",
+        "--quiet",
+        "--no-deps",
+        "--document-private-items",
+        "--package",
+        "penstock-agent",
+        "--package",
+        "penstock-common",
+    ]);
+    run(doc.env("RUSTDOCFLAGS", "-D warnings"))
 }
 
 fn rules() -> Result<()> {
@@ -86,8 +104,8 @@ fn look_at(file: &str, text: &str, findings: &mut Vec<String>) {
             for never in NEVER_IN_RUST.into_iter().filter(|never| line.contains(never)) {
                 found(format!("`{never}`: a test runs, and code is there or is not"));
             }
-            if !may_be_unsafe && has_unsafe(line) {
-                found(format!("`{UNSAFE}` belongs in {}", UNSAFE_PLACES.join(", ")));
+            if !may_be_unsafe && line.contains(UNSAFE_ALLOWED) {
+                found(format!("unsafe code belongs in {}", UNSAFE_PLACES.join(", ")));
             }
         }
     }
@@ -101,54 +119,6 @@ fn look_at(file: &str, text: &str, findings: &mut Vec<String>) {
 fn stands_alone(line: &str, text: &str) -> bool {
     let in_a_name = |before: char| before.is_alphanumeric() || "._-".contains(before);
     line.match_indices(text).any(|(at, _)| !line[..at].ends_with(in_a_name))
-}
-
-/// Whether the keyword stands in the line's code: not in a comment, and not as a part of a lint's name.
-fn has_unsafe(line: &str) -> bool {
-    let code = line.split("//").next().unwrap_or_default();
-    code.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == UNSAFE)
-}
-
-/// `deny.toml`'s bans and sources, held against Cargo.lock without another tool; licences too where cargo-deny is there.
-fn dependencies() -> Result<()> {
-    run(cargo()
-        .args(["metadata", "--locked", "--format-version", "1", "--no-deps"])
-        .stdout(std::process::Stdio::null()))
-    .context("Cargo.lock does not fit the manifests")?;
-    let lock = fs::read_to_string(root().join("Cargo.lock"))?;
-    let deny = fs::read_to_string(root().join("deny.toml")).context("deny.toml")?;
-
-    let mut findings = Vec::new();
-    for package in lock.split("[[package]]").skip(1) {
-        let name = quoted(package, "name = ").first().copied().unwrap_or_default();
-        for source in quoted(package, "source = ") {
-            if !source.starts_with("registry+") || !source.ends_with("/crates.io-index") {
-                findings.push(format!("Cargo.lock: {name} comes from {source}"));
-            }
-        }
-        let dependencies = package.split_once("dependencies = [").map_or("", |(_, list)| list);
-        for ban in deny.lines().map(str::trim).filter(|line| line.starts_with("{ crate = ")) {
-            let names = quoted(ban, "");
-            let (banned, wrappers) = (names[0], ban.split_once("wrappers = [").map_or("", |(_, list)| list));
-            let depends = quoted(dependencies, "").iter().any(|entry| entry.split(' ').next() == Some(banned));
-            if depends && !quoted(wrappers, "").contains(&name) {
-                findings.push(format!("Cargo.lock: {name} depends on {banned}, which deny.toml bans"));
-            }
-        }
-    }
-    report(&findings)?;
-
-    if find("cargo-deny").is_some() {
-        return run(cargo().args(["deny", "check", "bans", "licenses", "sources"]));
-    }
-    eprintln!("cargo-deny is not installed: bans and sources checked, licences not");
-    Ok(())
-}
-
-/// The strings in quotes on the lines that start so.
-fn quoted<'a>(text: &'a str, start: &str) -> Vec<&'a str> {
-    let lines = text.lines().map(str::trim).filter(|line| line.starts_with(start));
-    lines.flat_map(|line| line.split('"').skip(1).step_by(2)).collect()
 }
 
 fn report(findings: &[String]) -> Result<()> {
@@ -173,7 +143,7 @@ mod tests {
 
     #[test]
     fn finds_what_it_is_for() {
-        assert_eq!(findings("a.rs", concat!("fn f() {\n    un", "safe { g() }\n}\n")).len(), 1);
+        assert_eq!(findings("a.rs", concat!("#![allow(un", "safe_code)]\n")).len(), 1);
         assert_eq!(findings("a.rs", concat!("#[", "ignore = \"slow\"]\n")).len(), 1);
         assert_eq!(findings("a.md", "text \n").len(), 1);
         assert_eq!(findings("a.md", concat!("see /ro", "ot/x\n")).len(), 1);
@@ -181,14 +151,7 @@ mod tests {
 
     #[test]
     fn lets_the_rest_pass() {
-        assert!(findings("common/src/slot.rs", concat!("un", "safe impl Sync for Slot {}\n")).is_empty());
-        assert!(findings("a.rs", concat!("#![deny(un", "safe_code)] // no un", "safe here\n")).is_empty());
+        assert!(findings("common/src/slot.rs", concat!("#![allow(un", "safe_code)]\n")).is_empty());
         assert!(findings("a.md", concat!("src/ro", "ot/x and ./wo", "rk/y\n")).is_empty());
-    }
-
-    #[test]
-    fn reads_names_in_quotes() {
-        assert_eq!(quoted("name = \"a\"\nsource = \"b\"\n", "source = "), ["b"]);
-        assert_eq!(quoted("  \"x 1.0\",\n  \"y\",\n", ""), ["x 1.0", "y"]);
     }
 }

@@ -55,6 +55,10 @@ enum Verb {
 }
 
 fn main() -> ExitCode {
+    if let Err(error) = fuzz::become_compiler() {
+        eprintln!("xtask: {error:#}");
+        return ExitCode::FAILURE;
+    }
     let done = match Verb::parse() {
         Verb::Setup(args) => setup::main(&args),
         Verb::BuildEbpf(args) => ebpf::main(&args),

@@ -5,6 +5,7 @@
 //! `agent/src/deliver/span.rs` and `agent/src/kernel/slots.rs` in their order. What the kernel moves later than it decides is
 //! `tests/verdict.rs`' to play. Each rule is checked as it is, and with one order weakened, which the model must find: a check
 //! that cannot fail shows nothing.
+#![allow(unsafe_code)] // the slot is memory that two programs write
 
 #[path = "../../src/framing.rs"]
 #[allow(dead_code, unreachable_pub)]

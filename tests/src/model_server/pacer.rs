@@ -1,4 +1,5 @@
 //! Waiting for less than a millisecond, which tokio's clock does not do: a timerfd of its own for short waits.
+#![allow(unsafe_code)] // tokio has no safe way to register a timer
 
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::time::Duration;

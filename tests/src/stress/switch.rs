@@ -20,7 +20,7 @@ use crate::model_server::{FaultKind, ModelServer, Plan, Sequence, Upgraded};
 use crate::{Client, Random, Reader};
 
 /// Longest wait for a byte, or for room for one.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(25);
 
 pub(super) async fn run(
     mut client: Client,
