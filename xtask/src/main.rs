@@ -8,6 +8,7 @@ mod demo;
 mod fuzz;
 mod lint;
 mod posts;
+mod release;
 mod run;
 mod soak;
 mod stress;
@@ -50,8 +51,10 @@ enum Verb {
     Test(test::Args),
     /// Run the tests of the kernel's part on other kernels, in virtual machines
     VmTest(vm::Args),
-    /// Formatting, clippy and the rules of the house
+    /// Check formatting, the rules of the house, dependencies, warnings, documentation links and clippy
     Lint,
+    /// Prepare the commit of a release: cargo xtask release 0.2.0 --dry-run
+    Release(release::Args),
 }
 
 fn main() -> ExitCode {
@@ -71,6 +74,7 @@ fn main() -> ExitCode {
         Verb::Test(args) => test::main(&args),
         Verb::VmTest(args) => vm::main(&args),
         Verb::Lint => lint::main(),
+        Verb::Release(args) => release::main(&args),
     };
     if let Err(error) = done {
         // In one line: where in xtask it came from helps nobody.
