@@ -1,7 +1,7 @@
-//! One request, phase by phase: take the body, find the pool, pick, dispatch, respond. Each phase is a file below.
+//! One request, phase by phase: receive the body, route, pick, dispatch, respond. Each later phase has its own file.
 //!
-//! Whatever happens, the client gets one answer: the endpoint's, the picker's, or an error of ours; or, once an answer has
-//! begun, a connection that is visibly broken off. Dropping the future breaks everything off that the request holds.
+//! The client gets exactly one response: the endpoint's, the EPP's or an error of the agent. If a response fails after it has
+//! begun, its connection is aborted. Dropping the future cancels everything that the request holds.
 
 mod ask;
 mod dispatch;
@@ -48,39 +48,40 @@ use crate::{
     worker::Worker,
 };
 
-/// Bytes of a JSON body that are read before an EPP is asked without knowing the model.
+/// Bytes of a JSON body that are read to find the model. After that the EPP is asked without it.
 const MODEL_WINDOW: u64 = 64 * 1024;
 
-/// What becomes of the client's connection.
+/// What happens to the client's connection after a request.
 pub enum After {
+    /// Read the next request.
     Next,
-    /// Stay with this endpoint.
+    /// Relay to this endpoint from now on.
     Pinned(Box<Pin>),
-    /// Close in order.
+    /// Orderly close.
     Close,
     /// Close in the middle of a message.
     Abort,
 }
 
-/// A request on its way: what the phases hand on.
+/// A request in progress, passed from phase to phase.
 struct Request {
     parts: request::Parts,
     keep_alive: bool,
-    /// What the connection becomes if the endpoint agrees.
+    /// The protocol that the client wants to switch to.
     upgrade: Option<HeaderValue>,
     pool: usize,
     record: Record,
-    /// The client's key in the kernel's map, where an endpoint might send to it by itself.
+    /// The client socket's key in the kernel's map, if path `local` is possible.
     target: Option<u64>,
-    /// Its first byte.
+    /// When its first byte arrived.
     begun: Instant,
     times: Times,
-    /// When the whole of it has to be over.
+    /// When the request, including its response, has to be complete.
     deadline: Option<Instant>,
 }
 
 impl Request {
-    /// It is served under these times from now on.
+    /// Applies these timeouts from now on.
     fn set_times(&mut self, times: Times) {
         self.times = times;
         self.deadline = times.request.map(|limit| self.begun + limit);
@@ -88,24 +89,24 @@ impl Request {
 }
 
 impl Request {
-    /// Whether the connection is to stay open after an answer that is written now.
+    /// Whether the connection stays open after a response whose head is written now.
     fn keeps_alive(&self, worker: &Worker) -> bool {
         self.keep_alive && !worker.shared.leaving.is_cancelled()
     }
 }
 
-/// Answers a request whose head could not be read; `path` as far as it is known.
+/// Answers a request whose head could not be read. `path` is as much of the path as was read.
 pub async fn refuse(worker: &Worker, client: &mut Client, error: &Error, path: &str) {
     let record = Record::new(Instant::now());
     client.set_idle(worker.shared.config.timeouts.idle);
     client.set_unread(true);
-    // Which method it would have been is not known; a body is right for all but HEAD, and the connection closes.
+    // The method is unknown. A response body is right for every method but HEAD, and the connection closes anyway.
     let _ = answer(client, &Method::GET, &Manner::unknown(&worker.shared.config).at(path), error, false).await;
     record.finish_unrouted(worker, error);
 }
 
-/// Carries one request through all phases. Its first byte came at `begun`. `lease` is what an earlier request of the connection
-/// has left, and this one leaves.
+/// Takes one request through all phases. Its first byte arrived at `begun`. `lease` is read and replaced: it carries a pick from
+/// one request of the connection to the next.
 pub async fn run(
     worker: &Worker,
     client: &mut Client,
@@ -155,7 +156,7 @@ pub async fn run(
             return after;
         }
         Err(ref error) => {
-            // With the rest of the body unread, the next request cannot be found.
+            // If part of the body is unread, the start of the next request is unknown.
             let keep_alive = upload.is_done() && request.keeps_alive(worker) && !matches!(error, Error::ClientGone);
             let manner = Manner::of(&request.parts.headers, config).at(request.parts.uri.path());
             let answered = answer(client, &request.parts.method, &manner, error, keep_alive).await;
@@ -166,14 +167,13 @@ pub async fn run(
     after
 }
 
-/// Where nobody has taken the answer there is nobody to close in order for.
+/// An orderly close if the client took the response, otherwise an abort.
 fn close_after(answered: bool) -> After {
     if answered { After::Close } else { After::Abort }
 }
 
-/// The work of a phase before the response, which has to be done by the deadline of the request, if it has one: with it goes
-/// the time that it stands for.
-async fn by<T>(
+/// Runs a phase before the response. Returns `RequestTimeout` at the request's deadline, which comes with the configured limit.
+async fn with_deadline<T>(
     deadline: Option<(Instant, Duration)>,
     work: impl Future<Output = Result<T, Error>>,
 ) -> Result<T, Error> {
@@ -183,12 +183,12 @@ async fn by<T>(
     }
 }
 
-/// Whether the client has taken the answer.
+/// Sends an error response. Returns whether the client took it.
 async fn answer(client: &mut Client, method: &Method, manner: &Manner<'_>, error: &Error, keep_alive: bool) -> bool {
     !matches!(error, Error::ClientGone) && client.reply(method, &error.reply(manner), keep_alive).await.is_ok()
 }
 
-/// Prepares the head, and reads as much of the body as it takes to know the pool and the model.
+/// Prepares the head and reads the body until the pool and the model are known.
 async fn take(
     worker: &Worker,
     client: &mut Client,
@@ -207,7 +207,7 @@ async fn take(
     }
     let headers = &mut request.parts.headers;
     for control in worker.shared.pick_headers.iter().chain([&config.bbr.base_model_header]) {
-        // A client's copy is removed whichever pool the request goes to.
+        // Removed from the client's request whichever pool it goes to.
         headers::remove_control(headers, control, &config.bbr.header);
     }
     if headers::is_marked(headers, &worker.shared.mark) {
@@ -218,10 +218,10 @@ async fn take(
     let router = &worker.shared.router;
     let needs_model = router.needs_model(&request.parts);
     let route = |request: &mut Request| {
-        let way = router.route(&request.parts, |below| fastrand::u64(..below)).map_err(|_| Error::NoRoute)?;
-        request.pool = way.pool;
-        request.set_times(way.times);
-        Ok::<_, Error>(way.times.body)
+        let routed = router.route(&request.parts, |below| fastrand::u64(..below)).map_err(|_| Error::NoRoute)?;
+        request.pool = routed.pool;
+        request.set_times(routed.times);
+        Ok::<_, Error>(routed.times.body)
     };
     if needs_model {
         request.set_times(router.times_of_body(&request.parts).unwrap_or(request.times));
@@ -244,7 +244,7 @@ async fn take(
         }
         Ok(())
     };
-    by(request.deadline.zip(request.times.request), beginning).await?;
+    with_deadline(request.deadline.zip(request.times.request), beginning).await?;
     set_model(worker, &mut request.parts, &upload);
     if needs_model {
         upload.set_timeout(route(request)?);
@@ -258,7 +258,7 @@ fn set_model(worker: &Worker, parts: &mut request::Parts, upload: &Upload) {
     }
 }
 
-/// The phases that need a pool.
+/// The phases after routing: pick, dispatch and respond.
 async fn answered(
     worker: &Worker,
     client: &mut Client,
@@ -270,7 +270,7 @@ async fn answered(
         return last_forward(worker, client, request, upload).await;
     }
     let (deadline, asked) = (request.deadline.zip(request.times.request), Instant::now());
-    let verdict = by(deadline, pick::pick(worker, client, request, upload, lease)).await;
+    let verdict = with_deadline(deadline, pick::pick(worker, client, request, upload, lease)).await;
     request.record.pick(worker, request.pool, asked, &verdict);
     let mut picked = match verdict? {
         Verdict::Forward(picked) => picked,
@@ -281,7 +281,7 @@ async fn answered(
             return Ok(if keep_alive { After::Next } else { After::Close });
         }
     };
-    // The body named its model late: the endpoint gets the header all the same.
+    // The model may have been found only after the pick. The endpoint gets the header in any case.
     set_model(worker, &mut request.parts, upload);
     let client_headers = matches!(picked.body, Body::Replaced(_)).then(|| request.parts.headers.clone());
     mutation::apply(&picked.mutation, &mut request.parts.headers);
@@ -294,7 +294,7 @@ async fn answered(
     }
     request.target = target(worker, client);
     prepare_trailers(worker, upload);
-    let answer = by(deadline, dispatch::dispatch(worker, client, request, upload, &mut picked)).await;
+    let answer = with_deadline(deadline, dispatch::dispatch(worker, client, request, upload, &mut picked)).await;
     let answer = match answer {
         Err(Error::Evicted(reply)) => {
             worker.shared.metrics.pool(request.pool).evicted();
@@ -305,16 +305,16 @@ async fn answered(
         }
         answer => answer?,
     };
-    // The rest of the request goes with the response.
+    // The rest of the request is sent while the response is delivered.
     let sending = answer.body.sending();
     let respond = respond::respond(worker, client, request, *picked, answer);
     match sending {
-        Some(sending) => sending.beside(respond).await,
+        Some(sending) => sending.run_during(respond).await,
         None => respond.await,
     }
 }
 
-/// Makes the client's trailers fit to travel: as in the head, it may not pose as the gateway or the picker.
+/// Filters the client's trailers by the same rules as its head: it may not set fields that belong to the agent or the EPP.
 fn prepare_trailers(worker: &Worker, upload: &mut Upload) {
     let config = &worker.shared.config;
     trailers::filter(upload.trailers_mut());
@@ -323,7 +323,7 @@ fn prepare_trailers(worker: &Worker, upload: &mut Upload) {
     }
 }
 
-/// Answers a request that must go no further (RFC 9110 §7.6.2).
+/// Answers a request with `Max-Forwards: 0` (RFC 9110 §7.6.2).
 async fn last_forward(
     worker: &Worker,
     client: &mut Client,
@@ -338,7 +338,7 @@ async fn last_forward(
     Ok(if keep_alive { After::Next } else { After::Close })
 }
 
-/// The client's key, where an endpoint on this machine could send to it: that has to know before it answers.
+/// The client socket's key for path `local`, which has to be known before the endpoint responds.
 fn target(worker: &Worker, client: &mut Client) -> Option<u64> {
     let steering = worker.endpoints.steering().filter(|steering| steering.has_local())?;
     let Client::Http1(socket) = client else { return None };
@@ -348,7 +348,7 @@ fn target(worker: &Worker, client: &mut Client) -> Option<u64> {
     socket.make_target(steering, worker.shared.config.steering.client_send_buffer).ok()
 }
 
-/// Sends the picker's own answer to the client.
+/// Sends the EPP's immediate reply to the client.
 async fn immediate(
     worker: &Worker,
     client: &mut Client,
@@ -372,7 +372,7 @@ async fn immediate(
 }
 
 impl Picked {
-    /// Ends the picker's stream in order, when there is one; `rest` of the body is told before the end.
+    /// Ends the EPP's stream, if there is one, after sending it the `rest` of the response body.
     fn finish(&mut self, rest: Vec<Bytes>) {
         if let Some(stream) = self.stream.take() {
             stream.finish(rest);

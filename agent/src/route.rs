@@ -1,9 +1,8 @@
-//! Which pool a request goes to, from its head and from the model its body names.
+//! Selects a pool and the timeouts for a request, from its head and the model that its body names.
 //!
-//! Given the configured routes in their order, gives the index of a pool and the request's timeouts: of the first route whose
-//! conditions all hold, or of the first pool where there are no routes. What the body names stands in headers by then, which only the agent can set.
-//! It allocates nothing per request, and the path is taken as it was sent, neither decoded nor normalised, because the
-//! endpoint gets it as it was sent.
+//! The first configured route of which all conditions hold wins; without routes, the first pool. The model is read from headers
+//! that only the agent sets. Routing allocates nothing, and matches the path as it was sent (neither decoded nor normalised),
+//! because the endpoint gets it as it was sent.
 
 mod split;
 #[cfg(test)]
@@ -19,14 +18,14 @@ pub use times::Times;
 #[derive(Debug, Clone)]
 pub struct Router {
     routes: Vec<Route>,
-    /// By pool, without what routes say.
+    /// By pool, without the overrides of routes.
     times: Vec<Times>,
 }
 
-/// What the routes say about one request.
+/// The pool and timeouts that a route gives to one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Way {
-    /// Index in the configuration.
+pub struct Routed {
+    /// The pool's index in the configuration.
     pub pool: usize,
     pub times: Times,
 }
@@ -41,15 +40,15 @@ struct Route {
     path: Option<PathPattern>,
     methods: Vec<Method>,
     headers: Vec<HeaderCondition>,
-    /// What waits for the body.
-    named: Vec<Named>,
+    /// Conditions that need the body.
+    body_conditions: Vec<BodyCondition>,
     pools: Split,
     timeouts: TimeoutOverrides,
 }
 
-/// A condition on a header that carries what the body names.
+/// A condition on a header that is set from the body: the model's or the base model's name.
 #[derive(Debug, Clone)]
-struct Named {
+struct BodyCondition {
     header: HeaderName,
     any_of: Vec<ModelPattern>,
 }
@@ -65,25 +64,24 @@ impl Router {
         Self { routes: config.routes.iter().map(|route| Route::new(route, config)).collect(), times }
     }
 
-    /// Whether the pool of this request depends on what its body names. The headers for that are not looked at.
+    /// Whether the pool of this request depends on its body. Ignores the headers that are set from the body.
     pub fn needs_model(&self, request: &request::Parts) -> bool {
-        let may_win = self.routes.iter().find(|route| route.outside_holds(request));
-        may_win.is_some_and(|route| !route.named.is_empty())
+        let may_win = self.routes.iter().find(|route| route.head_matches(request));
+        may_win.is_some_and(|route| !route.body_conditions.is_empty())
     }
 
-    /// The timeouts of a request until its body has said where it goes: those of the first route that may win, with its first
-    /// pool.
+    /// The timeouts that apply while the body is read for routing: those of the first route that may match, with its first pool.
     pub fn times_of_body(&self, request: &request::Parts) -> Option<Times> {
-        let may_win = self.routes.iter().find(|route| route.outside_holds(request))?;
+        let may_win = self.routes.iter().find(|route| route.head_matches(request))?;
         Some(self.times.get(may_win.pools.draw(|_| 0)?)?.with(&may_win.timeouts))
     }
 
-    /// Where a route has several pools, `roll` is asked for a number below the one it is given, each equally likely.
-    pub fn route(&self, request: &request::Parts, roll: impl FnOnce(u64) -> u64) -> Result<Way, NoRoute> {
-        let holds = |route: &&Route| route.outside_holds(request) && route.named_holds(&request.headers);
+    /// Routes the request. If the route has several pools, `roll` returns a uniformly distributed number below its argument.
+    pub fn route(&self, request: &request::Parts, roll: impl FnOnce(u64) -> u64) -> Result<Routed, NoRoute> {
+        let holds = |route: &&Route| route.head_matches(request) && route.body_matches(&request.headers);
         let route = self.routes.iter().find(holds).ok_or(NoRoute)?;
         let pool = route.pools.draw(roll).ok_or(NoRoute)?;
-        Ok(Way { pool, times: self.times[pool].with(&route.timeouts) })
+        Ok(Routed { pool, times: self.times[pool].with(&route.timeouts) })
     }
 }
 
@@ -91,30 +89,30 @@ impl Route {
     fn new(route: &config::Route, config: &Config) -> Self {
         let bbr = &config.bbr;
         let is_named = |condition: &&HeaderCondition| [&bbr.header, &bbr.base_model_header].contains(&&condition.name);
-        let models = Named { header: bbr.header.clone(), any_of: route.models.clone() };
+        let models = BodyCondition { header: bbr.header.clone(), any_of: route.models.clone() };
         let bases = route.base_models.iter().cloned().map(ModelPattern::Exact).collect();
-        let bases = Named { header: bbr.base_model_header.clone(), any_of: bases };
-        let given = [models, bases].into_iter().filter(|named| !named.any_of.is_empty());
+        let bases = BodyCondition { header: bbr.base_model_header.clone(), any_of: bases };
+        let given = [models, bases].into_iter().filter(|condition| !condition.any_of.is_empty());
         Self {
             hosts: route.hosts.clone(),
             path: route.path.clone(),
             methods: route.methods.clone(),
             headers: route.headers.iter().filter(|condition| !is_named(condition)).cloned().collect(),
-            named: given.chain(route.headers.iter().filter(is_named).map(Named::from)).collect(),
+            body_conditions: given.chain(route.headers.iter().filter(is_named).map(BodyCondition::from)).collect(),
             pools: Split::new(&route.pools, config),
             timeouts: route.timeouts,
         }
     }
 
-    /// All that does not depend on the body.
-    fn outside_holds(&self, request: &request::Parts) -> bool {
-        self.host_holds(&request.headers)
+    /// Whether all conditions hold that do not need the body.
+    fn head_matches(&self, request: &request::Parts) -> bool {
+        self.host_matches(&request.headers)
             && self.path.as_ref().is_none_or(|path| path.matches(request.uri.path()))
             && (self.methods.is_empty() || self.methods.contains(&request.method))
             && self.headers.iter().all(|condition| condition.holds(&request.headers))
     }
 
-    fn host_holds(&self, headers: &HeaderMap) -> bool {
+    fn host_matches(&self, headers: &HeaderMap) -> bool {
         if self.hosts.is_empty() {
             return true;
         }
@@ -122,15 +120,15 @@ impl Route {
         host.map(without_port).is_some_and(|host| self.hosts.iter().any(|pattern| pattern.matches(host)))
     }
 
-    fn named_holds(&self, headers: &HeaderMap) -> bool {
-        self.named.iter().all(|named| {
-            let name = headers.get(&named.header).map(http::HeaderValue::as_bytes);
-            name.is_some_and(|name| named.any_of.iter().any(|pattern| pattern.matches(name)))
+    fn body_matches(&self, headers: &HeaderMap) -> bool {
+        self.body_conditions.iter().all(|condition| {
+            let name = headers.get(&condition.header).map(http::HeaderValue::as_bytes);
+            name.is_some_and(|name| condition.any_of.iter().any(|pattern| pattern.matches(name)))
         })
     }
 }
 
-impl From<&HeaderCondition> for Named {
+impl From<&HeaderCondition> for BodyCondition {
     fn from(condition: &HeaderCondition) -> Self {
         let pattern = condition.value.clone().map_or(ModelPattern::Prefix(String::new()), ModelPattern::Exact);
         Self { header: condition.name.clone(), any_of: vec![pattern] }
@@ -138,7 +136,7 @@ impl From<&HeaderCondition> for Named {
 }
 
 impl HostPattern {
-    /// `host` is without port.
+    /// `host` has no port.
     fn matches(&self, host: &str) -> bool {
         match self {
             Self::Exact(name) => host.eq_ignore_ascii_case(name),
@@ -179,8 +177,7 @@ impl ModelPattern {
     }
 }
 
-/// The host of `host[:port]`, where an IPv6 address stands in brackets (RFC 3986 §3.2.2), and without the dot that ends a
-/// fully qualified name.
+/// The host of `host[:port]`, without the dot that ends a fully qualified name. IPv6 addresses are in brackets (RFC 3986 §3.2.2).
 fn without_port(host: &str) -> &str {
     let name = match host.rfind(':') {
         Some(colon) if !host[colon..].contains(']') => &host[..colon],

@@ -1,5 +1,6 @@
-//! A request on its way to an endpoint. Sending goes on beside the response, which may begin and end before the request has been
-//! sent. What is given is the work of sending; it is dropped, with all that it holds, as soon as it is done or stopped.
+//! Sends a request while its response is delivered; the response may begin and end before the request has been sent.
+//!
+//! Takes the future that sends. It is dropped, with everything it holds, as soon as it is done or stopped.
 
 use std::{
     cell::{Cell, RefCell},
@@ -21,43 +22,43 @@ pub enum Unsent {
     Body(BodyError),
     /// The endpoint took nothing for this long.
     Stalled(Duration),
-    /// The endpoint takes no more. It may have answered.
+    /// Writing failed. The endpoint may have responded and closed.
     Refused,
 }
 
-/// Clones are the same request.
+/// Clones share the same request.
 #[derive(Clone)]
-pub struct Sending(Rc<RefCell<State>>);
+pub struct Sending(Rc<RefCell<SendState>>);
 
-enum State {
+enum SendState {
     Running(LocalBoxFuture<'static, Result<(), Unsent>>),
     Sent,
     Stopped,
 }
 
 impl Sending {
-    /// Nothing is sent before [`run`](Self::run).
+    /// Sends nothing before [`run`](Self::run) is polled.
     pub fn new(work: impl Future<Output = Result<(), Unsent>> + 'static) -> Self {
-        Self(Rc::new(RefCell::new(State::Running(work.boxed_local()))))
+        Self(Rc::new(RefCell::new(SendState::Running(work.boxed_local()))))
     }
 
-    /// Sends until the request is sent or cannot be, which is told once. Cancel-safe.
+    /// Sends until the request is sent or sending fails. An error is returned once; later calls return `Ok`. Cancel-safe.
     pub async fn run(&self) -> Result<(), Unsent> {
         poll_fn(|cx| {
             let mut state = self.0.borrow_mut();
-            let State::Running(work) = &mut *state else { return Poll::Ready(Ok(())) };
+            let SendState::Running(work) = &mut *state else { return Poll::Ready(Ok(())) };
             let done = ready!(work.poll_unpin(cx));
-            *state = if done.is_ok() { State::Sent } else { State::Stopped };
+            *state = if done.is_ok() { SendState::Sent } else { SendState::Stopped };
             Poll::Ready(done)
         })
         .await
     }
 
-    /// Sends beside `work`, until that is done.
-    pub async fn beside<T>(&self, work: impl Future<Output = T>) -> T {
+    /// Sends while `work` runs, and returns the result of `work`.
+    pub async fn run_during<T>(&self, work: impl Future<Output = T>) -> T {
         let sending = async {
             if let Err(error) = self.run().await {
-                tracing::debug!(?error, "request not sent to its end, response goes on");
+                tracing::debug!(?error, "sending the request failed, continuing with the response");
             }
             std::future::pending().await
         };
@@ -68,35 +69,36 @@ impl Sending {
         }
     }
 
-    /// The whole request has been sent.
+    /// Whether the whole request has been sent.
     pub fn is_sent(&self) -> bool {
-        matches!(*self.0.borrow(), State::Sent)
+        matches!(*self.0.borrow(), SendState::Sent)
     }
 
-    /// Sends no more.
+    /// Stops sending and drops the rest of the request.
     pub fn stop(&self) {
         let mut state = self.0.borrow_mut();
-        if matches!(*state, State::Running(_)) {
-            *state = State::Stopped;
+        if matches!(*state, SendState::Running(_)) {
+            *state = SendState::Stopped;
         }
     }
 }
 
-/// When an endpoint has last taken a part of a request. Clones are the same.
+/// When an endpoint last took a part of a request. Clones share the same time.
 #[derive(Debug, Clone)]
 pub struct Progress(Rc<Cell<Instant>>);
 
 impl Progress {
-    /// Counts from now.
+    /// Starts with the current time.
     pub fn begin() -> Self {
         Self(Rc::new(Cell::new(Instant::now())))
     }
 
+    /// Records that the endpoint took a part now.
     pub fn made(&self) {
         self.0.set(Instant::now());
     }
 
-    /// Resolves when none has been made for so long; never without a limit.
+    /// Resolves when no progress was made for `limit`. Never resolves without a limit.
     pub async fn overdue(&self, limit: Option<Duration>) {
         let Some(limit) = limit else { return std::future::pending().await };
         loop {
@@ -109,7 +111,7 @@ impl Progress {
     }
 }
 
-/// Waits for the endpoint to take a part of the request, for as long as `idle` at most.
+/// Waits for the endpoint to take a part of the request, for at most `idle`.
 pub async fn taken<T, E>(idle: Option<Duration>, part: impl Future<Output = Result<T, E>>) -> Result<T, Unsent> {
     let taken = match idle {
         Some(idle) => tokio::time::timeout(idle, part).await.map_err(|_| Unsent::Stalled(idle))?,
@@ -122,7 +124,7 @@ pub async fn taken<T, E>(idle: Option<Duration>, part: impl Future<Output = Resu
 mod tests {
     use super::*;
 
-    /// `parts` times a second.
+    /// Takes `parts` seconds and makes progress once a second.
     async fn work(parts: u32, progress: Progress, held: Rc<()>) -> Result<(), Unsent> {
         for _ in 0..parts {
             tokio::time::sleep(Duration::from_secs(1)).await;
@@ -133,37 +135,37 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn request_is_sent_beside_the_response() {
+    async fn request_is_sent_while_the_response_is_delivered() {
         let held = Rc::new(());
         let sending = Sending::new(work(3, Progress::begin(), Rc::clone(&held)));
-        sending.beside(tokio::time::sleep(Duration::from_millis(2500))).await;
+        sending.run_during(tokio::time::sleep(Duration::from_millis(2500))).await;
         assert!(!sending.is_sent());
         assert_eq!(Rc::strong_count(&held), 2);
-        sending.beside(tokio::time::sleep(Duration::from_secs(1))).await;
+        sending.run_during(tokio::time::sleep(Duration::from_secs(1))).await;
         assert!(sending.is_sent());
         assert_eq!(Rc::strong_count(&held), 1);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn stopped_request_lets_go_of_what_it_holds() {
+    async fn stopped_request_drops_its_content() {
         let held = Rc::new(());
         let sending = Sending::new(work(3, Progress::begin(), Rc::clone(&held)));
-        sending.beside(tokio::time::sleep(Duration::from_secs(1))).await;
+        sending.run_during(tokio::time::sleep(Duration::from_secs(1))).await;
         sending.clone().stop();
         assert_eq!(Rc::strong_count(&held), 1);
         assert!(sending.run().await.is_ok() && !sending.is_sent());
     }
 
     #[tokio::test(start_paused = true)]
-    async fn progress_puts_off_the_limit() {
+    async fn progress_postpones_the_limit() {
         let (begin, progress) = (Instant::now(), Progress::begin());
         let sending = Sending::new(work(3, progress.clone(), Rc::new(())));
-        sending.beside(progress.overdue(Some(Duration::from_millis(1500)))).await;
+        sending.run_during(progress.overdue(Some(Duration::from_millis(1500)))).await;
         assert_eq!(begin.elapsed(), Duration::from_millis(4500));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn part_that_is_not_taken_in_time_is_a_stall() {
+    async fn part_that_is_not_taken_in_time_stalls() {
         let (idle, never) = (Some(Duration::from_secs(2)), std::future::pending::<Result<(), ()>>());
         assert!(matches!(taken(idle, never).await, Err(Unsent::Stalled(_))));
         assert!(matches!(taken(None, async { Err::<(), ()>(()) }).await, Err(Unsent::Refused)));

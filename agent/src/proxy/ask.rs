@@ -1,7 +1,8 @@
-//! Asking the EPP about one request: its head and the body as the client uploads it, to one replica after the other until
-//! there is an outcome, a failure that no other attempt would mend, or no time left. What was read of the body is kept, so
-//! another attempt begins with all of it. The client is read whether the EPP takes anything or not: a client that leaves is
-//! noticed, and on HTTP/2 a body that waits for its EPP takes no other stream's window.
+//! Asks the EPP about one request. Sends the head, and the body as the client uploads it, to one replica after the other until
+//! there is an outcome, a failure that a retry would not fix, or the deadline. The body is kept, so that each attempt starts with
+//! all of it.
+//! The client is read even while the EPP takes nothing, so that a client that leaves is noticed and, on HTTP/2, a body that waits
+//! for its EPP does not block the flow-control window of other streams.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -25,17 +26,18 @@ use crate::{
 };
 
 pub(super) enum Asked {
+    /// The EPP's outcome, and its stream.
     Answered(Outcome, Box<PickStream>),
     Failed(PickError),
-    /// Not the picker's fault.
+    /// The request failed on the client's side.
     Client(Error),
 }
 
-/// How to ask.
+/// How to ask the EPP about a request of one pool.
 pub(super) struct Question<'a> {
     pub(super) epp: &'a EppClient,
     pub(super) settings: &'a config::Epp,
-    /// The EPP is to choose among these.
+    /// The subset hint.
     pub(super) subset: Option<&'a [SocketAddr]>,
     pub(super) limits: Limits,
     /// The pool's endpoints.
@@ -79,7 +81,7 @@ impl Question<'_> {
                     if !attempts.again(&error, Instant::now().into_std()) {
                         return Asked::Failed(error);
                     }
-                    tracing::debug!(%asked, next = %attempts.replica().address, %error, "the EPP is asked again");
+                    tracing::debug!(%asked, next = %attempts.replica().address, %error, "retrying with another EPP replica");
                     self.metrics.epp_asked_again(error.reason());
                 }
                 Err(other) => return other,
@@ -89,25 +91,30 @@ impl Question<'_> {
 }
 
 impl Question<'_> {
-    /// What it means that the replica has not decided a request in time, after so many `decisions` when it was sent.
+    /// The error for a request that the replica did not decide in time: `Held` if the replica decided others since, and otherwise
+    /// `Deadline`, with the replica marked as stalled. `decisions` is the replica's count when the request was sent.
     fn late(&self, replica: &Replica, decisions: u64) -> PickError {
         if replica.decisions() > decisions {
             return PickError::Held;
         }
         if replica.stall() {
             self.metrics.epp_stalled();
-            tracing::warn!(address = %replica.address, authority = %replica.authority, "EPP replica stalled");
+            tracing::warn!(
+                address = %replica.address,
+                authority = %replica.authority,
+                "EPP replica stalled, sending it only probes"
+            );
         }
         PickError::Deadline
     }
 
-    /// The replicas that have stalled and that no request is put to. Until these are dropped, no other request gets them.
+    /// Begins to probe the stalled replicas that no other request is probing. A probe ends when it is dropped.
     pub(super) fn probes(&self) -> Vec<Probe> {
         self.epp.stalled().into_iter().filter(|replica| replica.begin_probe()).map(Probe).collect()
     }
 
-    /// Puts the request, whose body is whole, to replicas that have stalled: in the background, for as long as a decision may
-    /// take. A decision is not followed; it says that the replica is to be asked again.
+    /// Sends the request, whose body is complete, to stalled replicas in the background. The decision itself is ignored: a replica
+    /// that decides within the decision timeout has recovered.
     pub(super) async fn probe(&self, probes: Vec<Probe>, request: &Request, upload: &Upload) -> Result<(), Error> {
         for probe in probes {
             let mut body = Vec::new();
@@ -150,15 +157,15 @@ impl Drop for Probe {
     }
 }
 
-/// How long a probe may take where decisions have no deadline.
+/// How long a probe may take if decisions have no timeout.
 const PROBE: Duration = Duration::from_secs(75);
 
-/// For how long the EPP is waited for. The clock runs from when the EPP is given the end of the body, through all attempts; before
-/// that, each wait for the EPP alone is measured by itself.
+/// How long to wait for the EPP. One timeout covers all attempts, from the moment at which the EPP was given the end of the body.
+/// Before that, the timeout applies to each single wait for the EPP.
 struct Patience {
     timeout: Option<Duration>,
     until: Option<Instant>,
-    /// Since when the EPP has not taken what it was given, before the end of the body.
+    /// Since when the EPP has taken nothing, before it was given the end of the body.
     stalled: Option<Instant>,
 }
 
@@ -171,9 +178,9 @@ impl Patience {
         patience
     }
 
-    /// The EPP is given the end of the body.
+    /// The EPP was given the end of the body.
     ///
-    /// `sending` is how long this attempt has been at it: where the body is sent again, that time is not the decision's.
+    /// `sending` is how long this attempt took to send the body. In a retry it does not count against the deadline.
     fn begin(&mut self, sending: Duration) {
         self.until = match self.until {
             Some(until) => Some(until + sending),
@@ -181,12 +188,12 @@ impl Patience {
         };
     }
 
-    /// Whether there is something that the EPP does not take.
+    /// Sets whether the EPP currently holds up the body.
     fn waits_for_epp(&mut self, waits: bool) {
         self.stalled = if waits { self.stalled.or_else(|| Some(Instant::now())) } else { None };
     }
 
-    /// `ended`: the EPP has been given the end of the body.
+    /// `ended`: the EPP was given the end of the body.
     fn deadline(&self, ended: bool) -> Option<Instant> {
         if ended { self.until } else { Some(self.stalled? + self.timeout?) }
     }
@@ -200,8 +207,7 @@ impl Patience {
     }
 }
 
-/// Tells the EPP of the body what is kept, as it takes it, and keeps what the client uploads meanwhile, until the EPP has answered
-/// or patience is over.
+/// Sends the kept body to the EPP and keeps what the client uploads meanwhile, until the EPP decides or the deadline passes.
 async fn converse(
     stream: &mut PickStream,
     patience: &mut Patience,
@@ -257,7 +263,7 @@ mod tests {
     const TIMEOUT: Duration = Duration::from_secs(30);
 
     #[tokio::test(start_paused = true)]
-    async fn the_clock_runs_from_the_end_of_the_body_through_all_attempts() {
+    async fn timeout_covers_all_attempts_from_the_end_of_the_body() {
         let mut patience = Patience::new(Some(TIMEOUT), true);
         for _ in 0..3 {
             // The client uploads slowly, and the EPP takes each piece.
@@ -272,7 +278,7 @@ mod tests {
         assert_eq!(begin.elapsed(), TIMEOUT / 2);
         assert!(patience.limit(std::future::pending::<()>()).await.is_err());
         assert_eq!(begin.elapsed(), TIMEOUT / 2);
-        // One that takes its time to send the body again, of which each part has the whole time to be taken.
+        // A retry that sends the body slowly: each part has the whole timeout.
         assert_eq!(patience.deadline(false), None);
         patience.waits_for_epp(true);
         assert_eq!(patience.deadline(false), Some(Instant::now() + TIMEOUT));
@@ -282,7 +288,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn before_that_each_wait_is_measured() {
+    async fn timeout_covers_each_wait_before_the_end_of_the_body() {
         let patience = Patience::new(Some(TIMEOUT), true);
         let begin = Instant::now();
         assert!(patience.limit(std::future::pending::<()>()).await.is_err());
@@ -290,7 +296,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn off_is_for_ever() {
+    async fn wait_without_timeout_is_unlimited() {
         let patience = Patience::new(None, false);
         assert!(patience.limit(sleep(Duration::from_secs(1_000_000))).await.is_ok());
     }

@@ -1,9 +1,8 @@
-//! Dispatch: the endpoints of the list have their turns until one answers, and the head of its response comes back.
+//! Dispatch tries the pick's endpoints in turn until one responds. Returns the head of the final response.
 //!
-//! A request may have been executed once the endpoint's kernel has acknowledged a byte of it; over HTTP/2 unless the endpoint says
-//! that it has not looked at it. Before that it goes to another connection or the next endpoint, whatever the method: it costs
-//! nothing. After that it goes on only if its method allows, and not more often than the pool's attempts and budget. An endpoint
-//! that is silent for too long is the end of it: it may be at work.
+//! A request may have been executed once the endpoint's kernel acknowledged a byte of it (over HTTP/2: unless the endpoint refused
+//! the stream). Before that, any method is retried without limit. After that, it is retried only if its method allows it and within
+//! the pool's attempts and budget. A response timeout is final, because the endpoint may still be working on the request.
 
 mod content;
 mod http1;
@@ -36,8 +35,8 @@ use crate::{
     worker::Worker,
 };
 
-/// The list belongs to the request's pool, and so does everything that is tried here: no other pool is asked. The body leaves the
-/// upload: it is held as long as it is being sent.
+/// Dispatches a request to the endpoints of the pick; no other pool is tried. The body is moved out of the upload and is freed as
+/// soon as it has been sent.
 pub(super) async fn dispatch(
     worker: &Worker,
     client: &mut Client,
@@ -46,10 +45,10 @@ pub(super) async fn dispatch(
     picked: &mut Picked,
 ) -> Result<Answer, Error> {
     let mut list = std::mem::take(&mut picked.endpoints);
-    // Wherever they come from.
+    // Never dial the agent itself, whichever picker named the address.
     if let Some(own) = list.iter().copied().find(|&address| worker.shared.own.accept(address)) {
         list.retain(|&address| !worker.shared.own.accept(address));
-        tracing::warn!(address = %own, "endpoint is one of the agent's own listeners, passed over");
+        tracing::warn!(address = %own, "endpoint is one of the agent's own listeners, skipping it");
         if list.is_empty() {
             return Err(Error::OwnListener(own));
         }
@@ -58,30 +57,30 @@ pub(super) async fn dispatch(
     let (heads, mut interim) = mpsc::channel(1);
     let interim_heads = takes_interim(client, request).then_some(heads);
     let job = Job { worker, request, content, interim_heads };
-    let mut walk = pin!(walk(&job, list));
+    let mut attempts = pin!(try_in_turn(&job, list));
     let answer = loop {
         tokio::select! {
             biased;
-            Some(head) = interim.recv() => pass_on(client, &job, head).await?,
-            answer = &mut walk => break answer,
+            Some(head) = interim.recv() => forward_interim(client, &job, head).await?,
+            answer = &mut attempts => break answer,
             reply = evicted(&mut picked.stream) => return Err(Error::Evicted(Box::new(reply))),
             () = client.gone() => return Err(Error::ClientGone),
         }
     };
-    // The last one may have come with the response.
+    // The last interim head may have arrived together with the response.
     if let Ok(head) = interim.try_recv() {
-        pass_on(client, &job, head).await?;
+        forward_interim(client, &job, head).await?;
     }
     answer
 }
 
-/// RFC 9110 §15.2: not for HTTP/1.0. Clients of HTTP/2 are sent none (docs/limits.md).
+/// Whether interim responses are forwarded: not to HTTP/1.0 clients (RFC 9110 §15.2) and not to HTTP/2 clients (docs/limits.md).
 fn takes_interim(client: &Client, request: &Request) -> bool {
     matches!(client, Client::Http1(_)) && request.parts.version == Version::HTTP_11
 }
 
 /// Sends an interim head to the client.
-async fn pass_on(client: &mut Client, job: &Job<'_>, mut head: ResponseHead) -> Result<(), Error> {
+async fn forward_interim(client: &mut Client, job: &Job<'_>, mut head: ResponseHead) -> Result<(), Error> {
     let Client::Http1(socket) = client else { return Ok(()) };
     headers::prepare_interim(&mut head.headers, head.version, &job.worker.shared.config.headers);
     let mut out = BytesMut::new();
@@ -92,12 +91,12 @@ async fn pass_on(client: &mut Client, job: &Job<'_>, mut head: ResponseHead) -> 
     }
 }
 
-/// A request that is to be answered by an endpoint.
+/// A request in dispatch.
 struct Job<'a> {
     worker: &'a Worker,
     request: &'a Request,
     content: Content,
-    /// Where interim heads go, if the client takes them.
+    /// Forwards interim heads to the client; `None` if the client takes none.
     interim_heads: Option<mpsc::Sender<ResponseHead>>,
 }
 
@@ -111,22 +110,22 @@ impl Job<'_> {
         HeadLimits { bytes: limits.head_bytes, headers: limits.headers }
     }
 
-    /// Hands an interim head over for the client. `100 Continue` is not for it: by now the whole of its body is here.
-    async fn pass_on(&self, head: ResponseHead) {
+    /// Queues an interim head for the client. `100 Continue` is dropped, because the whole body has been received.
+    async fn queue_interim(&self, head: ResponseHead) {
         if let Some(to) = &self.interim_heads
             && head.status != StatusCode::CONTINUE
         {
-            // Nobody takes it any more when the request is over.
+            // Fails only if the request has ended.
             let _ = to.send(head).await;
         }
     }
 
-    /// The method allows more than one execution.
+    /// Whether the method allows more than one execution.
     fn may_be_repeated(&self) -> bool {
         self.worker.shared.config.pools[self.request.pool].retry.methods.contains(&self.request.parts.method)
     }
 
-    /// Whether a request that may have been executed `executions` times may be executed once more; if not, why.
+    /// Whether a request that may have been executed `executions` times may be sent again. The error is the metric's label.
     fn may_repeat(&self, executions: u32) -> Result<(), &'static str> {
         let (shared, pool) = (&self.worker.shared, self.request.pool);
         let rules = &shared.config.pools[pool].retry;
@@ -142,15 +141,15 @@ impl Job<'_> {
     }
 }
 
-/// An endpoint's place in the list.
+/// An attempt with one endpoint of the list.
 struct Turn {
     index: usize,
     address: SocketAddr,
-    /// Once more, on a connection that has carried nothing.
+    /// A second attempt, on a new connection.
     fresh: bool,
 }
 
-async fn walk(job: &Job<'_>, list: Vec<SocketAddr>) -> Result<Answer, Error> {
+async fn try_in_turn(job: &Job<'_>, list: Vec<SocketAddr>) -> Result<Answer, Error> {
     let (shared, pool) = (&job.worker.shared, job.request.pool);
     let metrics = shared.metrics.pool(pool);
     shared.retries[pool].request(now());
@@ -177,13 +176,13 @@ async fn walk(job: &Job<'_>, list: Vec<SocketAddr>) -> Result<Answer, Error> {
             Failed::Final(error) => return Err(error),
             Failed::Connect(error) => match local_fault(&error) {
                 Some(fault) => {
-                    tracing::warn!(%address, %error, "endpoint not connected to, local fault");
+                    tracing::warn!(%address, %error, "connecting to the endpoint failed, local fault");
                     shared.metrics.local_fault(fault);
                     last = Error::LocalFault { address, error };
                     "local_fault"
                 }
                 None => {
-                    tracing::info!(%address, %error, "endpoint cannot be reached");
+                    tracing::info!(%address, %error, "connecting to the endpoint failed");
                     last = Error::Connect { address, error };
                     "connect"
                 }
@@ -195,7 +194,7 @@ async fn walk(job: &Job<'_>, list: Vec<SocketAddr>) -> Result<Answer, Error> {
             Failed::Early { executed: true, kept } => {
                 last = Error::EndpointClosed(address);
                 executions += 1;
-                // It may have been closed for its age. A connection that has carried nothing tells.
+                // A kept connection may have been closed for its age. A new connection to the same endpoint shows that.
                 if kept {
                     turns.push_front(Turn { index, address, fresh: true });
                 }
@@ -219,20 +218,20 @@ fn now() -> std::time::Instant {
     Instant::now().into_std()
 }
 
-/// One endpoint's turn, by what it speaks.
+/// One attempt with one endpoint, over the pool's protocol.
 async fn turn(job: &Job<'_>, address: SocketAddr, fresh: bool) -> Result<(ResponseHead, ResponseBody), Failed> {
     match job.worker.shared.config.pools[job.request.pool].app_protocol {
         AppProtocol::Http1 => http1::turn(job, address, fresh).await,
-        // A connection that has ended is not used again.
+        // A closed HTTP/2 connection is never reused, so `fresh` needs no special case.
         AppProtocol::H2c => http2::turn(job, address).await,
     }
 }
 
 enum Failed {
-    /// Nothing was sent.
+    /// Connecting failed, so nothing was sent.
     Connect(io::Error),
-    /// The connection ended before a byte of a response. `executed`: the endpoint may have executed the request. `kept`: the
-    /// connection had carried requests before.
+    /// The connection ended before the first byte of a response. `executed`: the endpoint may have executed the request. `kept`:
+    /// the connection had carried requests before.
     Early {
         executed: bool,
         kept: bool,
@@ -256,12 +255,12 @@ impl From<Error> for Failed {
     }
 }
 
-/// Sends, and resolves when that fails for a reason that a response does not make good.
-async fn fails(sending: &Sending, address: SocketAddr) -> Error {
+/// Sends the request. Resolves only if sending fails in a way that rules out a response.
+async fn send_failure(sending: &Sending, address: SocketAddr) -> Error {
     match sending.run().await {
         Err(Unsent::Body(error)) => error.into(),
         Err(Unsent::Stalled(limit)) => Error::RequestStalled { address, limit },
-        // Not the end: the endpoint may have answered and closed. What it sent tells.
+        // The endpoint may have responded and closed. Reading the response decides.
         Ok(()) | Err(Unsent::Refused) => std::future::pending().await,
     }
 }

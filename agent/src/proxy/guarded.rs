@@ -1,5 +1,4 @@
-//! A request whose processing panics: its client gets 500 where nothing of an answer has been sent, and otherwise a message
-//! that visibly breaks off. The panic harms no other request.
+//! Contains a panic to its request. The client gets 500 if no byte of a response was sent; otherwise its connection is aborted.
 
 use std::{net::SocketAddr, panic::AssertUnwindSafe};
 
@@ -14,10 +13,10 @@ use crate::{
     worker::Worker,
 };
 
-/// What becomes of the connection.
+/// The request panicked, and what happens to the client's connection.
 pub struct Panicked(pub After);
 
-/// As [`run`]. A panic has been logged and counted by the hook.
+/// As [`run`], but catches a panic. The panic hook has already logged and counted it.
 pub async fn guarded(
     worker: &Worker,
     client: &mut Client,
@@ -29,7 +28,7 @@ pub async fn guarded(
     let (method, grpc) = (head.parts.method.clone(), is_grpc(&head.parts.headers));
     let uri = head.parts.uri.clone();
     client.begin_answer();
-    // Nothing that the request has left half done is used again: its lease goes, and its connection ends.
+    // Unwind safe: the lease is dropped after a panic and the connection closes, so no half-changed state is used again.
     let processed = AssertUnwindSafe(run(worker, client, head, begun, peer, lease)).catch_unwind().await;
     if let Ok(after) = processed {
         return Ok(after);

@@ -1,7 +1,6 @@
-//! A pick that holds for a while (`pick_per = "lease"`): follow-on requests of a connection go where the EPP sent the one
-//! before, without asking it, for a time or a number of requests.
+//! A lease (`pick_per = "lease"`) lets later requests of a connection reuse the EPP's pick for a time or a number of requests.
 //!
-//! A lease holds the list of endpoints and nothing else: fields and body of a request are always its own.
+//! It holds only the list of endpoints. Each request keeps its own fields and body.
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -18,9 +17,9 @@ use crate::{
     worker::Worker,
 };
 
-/// Where an EPP has sent a request, for a connection's next requests to the same pool.
+/// The endpoints that an EPP picked, for the connection's next requests to the same pool.
 pub struct Lease {
-    /// Of the configuration that it was given under.
+    /// The configuration under which the lease was given.
     shared: Arc<Shared>,
     pool: usize,
     endpoints: Vec<SocketAddr>,
@@ -29,7 +28,7 @@ pub struct Lease {
 }
 
 impl Lease {
-    /// A lease on a pick that [holds](holds) for more than its request; `None` where the pool gives none.
+    /// A lease on a pick that [may be reused](holds). Returns `None` if the pool does not use leases.
     pub(super) fn new(worker: &Worker, pool: usize, endpoints: &[SocketAddr]) -> Option<Self> {
         let config = &worker.shared.config.pools[pool];
         (config.pick_per == PickPer::Lease && config.lease.requests > 1).then(|| Self {
@@ -41,8 +40,8 @@ impl Lease {
         })
     }
 
-    /// The endpoints for one more request to this pool, if the lease still holds: in time, in number, under the same
-    /// configuration, and while its first endpoint takes requests.
+    /// Uses the lease for one more request to this pool. Returns `None` if its time or number of requests is used up, if the
+    /// configuration has changed, or if its first endpoint takes no requests.
     pub(super) fn take(&mut self, worker: &Worker, pool: usize) -> Option<Vec<SocketAddr>> {
         let first = *self.endpoints.first()?;
         let now = Instant::now();
@@ -64,9 +63,9 @@ impl Lease {
     }
 }
 
-/// Whether a decision about this request is one for those that follow it too: then the EPP has changed nothing but the
-/// destination. Always true in pools where a pick is for one request. `length` is that of the client's body, and a decision that
-/// replaces it by the same bytes is one for the original.
+/// Whether the decision may be reused for later requests of the connection: the EPP changed only the destination. A body that was
+/// replaced with the same bytes does not count as a change. Always true for pools with `pick_per = "request"`. `length` is the
+/// length of the client's body.
 pub(super) fn holds(worker: &Worker, pool: usize, decision: &Decision, request: &request::Parts, length: u64) -> bool {
     if worker.shared.config.pools[pool].pick_per == PickPer::Request {
         return true;

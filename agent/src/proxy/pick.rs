@@ -1,5 +1,5 @@
-//! The pick: the EPP's while the body uploads, the built-in picker's where that is configured, and the failure mode's
-//! when the EPP fails, at whatever moment. The whole body is here before a request goes on, so failing open loses nothing.
+//! Picks endpoints for a request: from a lease, from the EPP while the body uploads, or from the built-in picker. If the EPP
+//! fails, the pool's failure mode decides. Invariant: the whole body is received before dispatch, so failing open loses nothing.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -29,25 +29,25 @@ use crate::{
     worker::Worker,
 };
 
-/// How long a request that is refused anyway may take to be there as a whole, to find out whether a stalled EPP decides again.
+/// How long to wait for the rest of a request's body that is answered 503 anyway, to probe a stalled EPP with it.
 const PROBE_BODY: Duration = Duration::from_secs(2);
 
 pub(super) struct Picked {
-    /// In the order to try them; never empty.
+    /// In the order in which they are tried. Never empty.
     pub(super) endpoints: Vec<SocketAddr>,
     pub(super) mutation: HeaderMutation,
     pub(super) body: Body,
-    /// Whether the client's connection may stay with the endpoint, where the pool says so.
+    /// Whether the pick may also be used for later requests of the connection, if the pool allows that.
     pub(super) holds: bool,
-    /// The EPP's stream: it lives as long as the response.
+    /// The EPP's stream, which lives as long as the response.
     pub(super) stream: Option<PickStream>,
-    /// The stream, in the metrics.
+    /// Counts the stream in the metrics while it is open.
     pub(super) _open: Option<InFlight>,
 }
 
 pub(super) enum Verdict {
     Forward(Box<Picked>),
-    /// The EPP answers the client itself.
+    /// The EPP's immediate reply.
     Reply(ImmediateReply),
 }
 
@@ -60,7 +60,7 @@ pub(super) async fn pick(
 ) -> Result<Verdict, Error> {
     if let Some(endpoints) = held.as_mut().and_then(|lease| lease.take(worker, request.pool)) {
         upload.rest(client).await?;
-        return Ok(Verdict::Forward(Box::new(unasked(endpoints))));
+        return Ok(Verdict::Forward(Box::new(without_epp(endpoints))));
     }
     let pool = &worker.shared.config.pools[request.pool];
     let (Some(epp), config::Picker::Epp(settings)) = (&worker.epps[request.pool], &pool.picker) else {
@@ -98,7 +98,7 @@ pub(super) async fn pick(
                 request.record.picked_in(started.elapsed());
                 upload.rest(client).await?;
                 question.probe(question.probes(), request, upload).await?;
-                decision.body = settled(worker, upload, decision.body).await?;
+                decision.body = final_body(worker, upload, decision.body).await?;
                 let holds = lease::holds(worker, request.pool, &decision, &request.parts, upload.kept.len());
                 if holds {
                     *held = Lease::new(worker, request.pool, &endpoints);
@@ -117,13 +117,18 @@ pub(super) async fn pick(
         other => other.reason(),
     });
     let error = failure.to_string();
-    tracing::warn!(pool = pool.name, mode = ?pool.failure_mode, error = %cut(&error, PHRASE), "the endpoint picker failed");
-    // One that has just waited in vain has had its time.
+    tracing::warn!(
+        pool = pool.name,
+        mode = ?pool.failure_mode,
+        error = %cut(&error, PHRASE),
+        "EPP failed, applying the failure mode"
+    );
+    // Probe only after an immediate failure: a request that timed out at the EPP is not delayed further.
     let probes = match failure {
         Error::Picker(PickError::Stalled) => question.probes(),
         _ => Vec::new(),
     };
-    // An EPP that decides others holds this one back on purpose.
+    // An EPP that decides other requests holds this one back on purpose.
     let held = matches!(failure, Error::Picker(PickError::Held)) && !settings.open_on_deadline;
     match pool.failure_mode {
         _ if held => {
@@ -150,9 +155,10 @@ pub(super) async fn pick(
     }
 }
 
-/// The body that goes on. Most EPPs send the client's back as it is: then one of the two is enough. One of the EPP's own that
-/// there was no room for is no failure of the EPP, and sending the client's instead would be another request.
-async fn settled(worker: &Worker, upload: &Upload, body: Body) -> Result<Body, Error> {
+/// The body to send to the endpoint. If the EPP returned the client's body unchanged, as most do, the client's is used and the
+/// copy is dropped. A replacement for which there was no memory does not count as a failure of the EPP: failing open with the
+/// client's body would send a different request.
+async fn final_body(worker: &Worker, upload: &Upload, body: Body) -> Result<Body, Error> {
     let same = match &body {
         Body::Original => true,
         Body::Replaced(pieces) => upload.kept.is_same(pieces).await?,
@@ -162,14 +168,14 @@ async fn settled(worker: &Worker, upload: &Upload, body: Body) -> Result<Body, E
         _ if same => Ok(Body::Original),
         Body::Unheld(_) => {
             worker.shared.bodies.refused("memory");
-            Err(BodyError::Full { at: "in memory, where those that EPPs give are kept" }.into())
+            Err(BodyError::Full { at: "in memory, where bodies that an EPP replaced are kept" }.into())
         }
         body => Ok(body),
     }
 }
 
-/// Those of the EPP's endpoints that may be dialled, those that are avoided last: the pool's own that are not draining, and
-/// strangers with `passthrough`.
+/// Filters the EPP's endpoints to those that may be dialled: endpoints of the pool that do not drain, and any address with
+/// `passthrough`. Avoided endpoints come last. Returns the first address as the error if none is left.
 fn admitted(worker: &Worker, pool: usize, decision: Decision) -> Result<(Vec<SocketAddr>, Decision), SocketAddr> {
     let admits = |address: &SocketAddr| worker.shared.admits(pool, *address);
     let mut endpoints: Vec<_> = decision.endpoints.iter().copied().filter(admits).collect();
@@ -184,7 +190,7 @@ fn admitted(worker: &Worker, pool: usize, decision: Decision) -> Result<(Vec<Soc
             invalid,
             entries = decision.bad.shown,
             not_admitted = strangers,
-            "EPP named endpoints that cannot be used"
+            "EPP picked unusable endpoints, skipping them"
         );
     }
     worker.shared.endpoints[pool].avoided_last(&mut endpoints, Instant::now().into_std());
@@ -194,8 +200,7 @@ fn admitted(worker: &Worker, pool: usize, decision: Decision) -> Result<(Vec<Soc
     }
 }
 
-/// A question about what may be asked, and not for a model: a CORS preflight, or `OPTIONS *`. Any endpoint answers it, and
-/// the EPP, which may be down, is not asked.
+/// Whether this is a CORS preflight or `OPTIONS *`. Any endpoint can answer it, so the EPP, which may be down, is not asked.
 fn is_preflight(request: &request::Parts) -> bool {
     let names_method = || request.headers.contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
     request.method == Method::OPTIONS
@@ -208,10 +213,10 @@ fn builtin(worker: &Worker, request: &Request, upload: &mut Upload) -> Result<Pi
     let names = &worker.shared.config.pools[pool].session_headers;
     let prompt = upload.prompt().of(session(names, &request.parts.headers));
     let pick = worker.shared.pickers[pool].pick(&prompt, subset.as_deref(), now)?;
-    Ok(unasked(pick.endpoints))
+    Ok(without_epp(pick.endpoints))
 }
 
-/// By the first of these headers that says something.
+/// The session's hash, from the first of these headers that is present and not empty.
 fn session(names: &[HeaderName], headers: &HeaderMap) -> Option<SessionHash> {
     let name = names.iter().filter_map(|name| headers.get(name)).find(|name| !name.is_empty())?;
     Some(SessionHash::new(name.as_bytes()))
@@ -221,12 +226,12 @@ fn open_pick(worker: &Worker, pool: &config::Pool, request: &Request, upload: &m
     let endpoints = worker.shared.endpoints[request.pool].snapshot();
     let takes_requests = |upstream: &SocketAddr| endpoints.get(*upstream).is_none_or(|endpoint| !endpoint.draining);
     match pool.default_upstream.filter(takes_requests) {
-        Some(upstream) => Ok(unasked(vec![upstream])),
+        Some(upstream) => Ok(without_epp(vec![upstream])),
         None => builtin(worker, request, upload),
     }
 }
 
-fn unasked(endpoints: Vec<SocketAddr>) -> Picked {
+fn without_epp(endpoints: Vec<SocketAddr>) -> Picked {
     let (mutation, body) = (HeaderMutation::default(), Body::Original);
     Picked { endpoints, mutation, body, holds: true, stream: None, _open: None }
 }

@@ -1,9 +1,7 @@
-//! A connection that stays with the endpoint that was picked for its first request (`pick_per = "connection"`): after the
-//! first response, whatever follows goes both ways as it is.
-//!
-//! It ends when both sides have ended theirs, at an error, after the idle time; and at the first quiet second after its age
-//! is over, the endpoint drains, or the agent does: then with a reset, when the client has all that was sent, because nobody has
-//! read whether a message was over.
+//! A pinned connection stays with the endpoint that was picked for its first request (`pick_per = "connection"`). After the first
+//! response, bytes are relayed in both directions without being parsed. The pin ends when both sides have closed, at an error or
+//! after the idle timeout. When `pin.age` has passed, or the endpoint or the agent drains, it ends after the next quiet second
+//! with a reset, once the client has received everything: the agent does not know where a message ends.
 
 use std::{net::SocketAddr, rc::Rc, time::Duration};
 
@@ -18,19 +16,19 @@ use crate::{
     worker::Current,
 };
 
-/// How often a pinned connection looks whether its endpoint drains.
-const LOOK: Duration = Duration::from_secs(1);
+/// How often a pinned connection checks whether its endpoint drains.
+const DRAIN_CHECK: Duration = Duration::from_secs(1);
 
-/// What a connection is pinned to.
+/// The endpoint connection that a client connection is pinned to.
 pub struct Pin {
     pub(super) endpoint: EndpointConnection,
     pub(super) pool: usize,
     pub(super) target: Option<u64>,
-    /// As the route of the first request has it.
+    /// The idle timeout of the first request's route.
     pub(super) idle: Option<Duration>,
 }
 
-/// Carries what follows, to the end.
+/// Relays the connection until the pin ends.
 pub async fn pinned(current: &Rc<Current>, client: &mut ClientSocket, pin: Pin, peer: SocketAddr) -> After {
     let worker = &current.worker();
     let Pin { mut endpoint, pool, target, idle } = pin;
@@ -38,7 +36,7 @@ pub async fn pinned(current: &Rc<Current>, client: &mut ClientSocket, pin: Pin, 
     let config = &worker.shared.config.pools[pool];
     let metrics = worker.shared.metrics.pool(pool);
     let open = metrics.pinned_connection();
-    // Only the ends of both directions are an end in order.
+    // Only an orderly close in both directions is passed on as one.
     client.reset_on_close();
     endpoint.reset_on_close();
     let (down, up, path) = lanes(worker, client, target, &endpoint);
@@ -90,9 +88,9 @@ async fn aged(age: Option<Duration>) {
     }
 }
 
-/// Resolves when the endpoint gets no new requests under the configuration that holds by then.
+/// Resolves when the endpoint gets no new requests under the current configuration.
 async fn drains(current: &Rc<Current>, address: SocketAddr) {
     while current.worker().shared.is_dialled(address) {
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(DRAIN_CHECK).await;
     }
 }

@@ -1,5 +1,4 @@
-//! What a request leaves behind: metrics, one line in the access log (target `penstock::access`), and where tracing is on a
-//! span.
+//! Records a request: metrics, one line in the access log (target `penstock::access`) and, if tracing is enabled, a span.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -23,7 +22,7 @@ use crate::{
 };
 
 pub(super) struct Record {
-    /// The first byte of the request.
+    /// When the first byte of the request arrived.
     started: Instant,
     started_ns: u64,
     status: StatusCode,
@@ -33,14 +32,13 @@ pub(super) struct Record {
     endpoint: Option<SocketAddr>,
     path: &'static str,
     path_reason: &'static str,
-    /// The response is an event stream.
     event_stream: bool,
     account: Account,
     span: Option<Box<RequestSpan>>,
 }
 
 impl Record {
-    /// Of a request whose first byte came at `started`.
+    /// A record of a request whose first byte arrived at `started`.
     pub(super) fn new(started: Instant) -> Self {
         Self {
             started,
@@ -58,19 +56,19 @@ impl Record {
         }
     }
 
-    /// Continues the trace that the client is in, in a span of its own where tracing is on.
+    /// Continues the client's trace. Starts a span if tracing is enabled.
     pub(super) fn trace(&mut self, worker: &Worker, parts: &mut request::Parts, arrival: &Arrival) {
         let caller = trace_context::received(&mut parts.headers);
         let telemetry = worker.shared.telemetry.as_ref();
         self.span = telemetry.map(|telemetry| Box::new(telemetry.request(parts, arrival, caller, self.started)));
     }
 
-    /// The pick that began at `began` is over.
+    /// Records the result of the pick that began at `began` in the span.
     pub(super) fn pick(&self, worker: &Worker, pool: usize, began: Instant, verdict: &Result<Verdict, Error>) {
         let Some(span) = &self.span else { return };
         let stream = if let Ok(Verdict::Forward(picked)) = verdict { picked.stream.as_ref() } else { None };
         let epp = match &worker.shared.config.pools[pool].picker {
-            // Who was asked; of several who failed the first stands for all.
+            // The EPP that was asked. If several failed, the first one configured is named.
             Picker::Epp(epp) => stream.map(PickStream::authority).or(epp.addresses.first().map(String::as_str)),
             Picker::Builtin => None,
         };
@@ -99,12 +97,12 @@ impl Record {
         (self.status, self.reason) = (status, reason);
     }
 
-    /// Whether the response is an event stream, of whose messages times are kept.
+    /// Sets whether the response is an event stream. For event streams the times of the messages are kept.
     pub(super) fn event_stream(&mut self, is: bool) {
         self.event_stream = is;
     }
 
-    /// The response had begun and was broken off.
+    /// Records that the response was aborted after it had begun.
     pub(super) fn broken(&mut self, reason: &'static str) {
         (self.reason, self.broken) = (reason, true);
     }
@@ -118,7 +116,7 @@ impl Record {
         account: Account,
     ) {
         let all = &worker.shared.metrics;
-        // Chosen for the kernel, but everything was here before it could be armed.
+        // The kernel's path was chosen, but the whole body arrived before the flow could be armed.
         let (path, reason) = if account.steered + account.local == 0
             && account.stops.iter().all(|&stops| stops == 0)
             && path != Path::Relay
@@ -146,7 +144,7 @@ impl Record {
         (self.path, self.path_reason, self.account) = (path.label(), reason, account);
     }
 
-    /// The request has been answered, or given up.
+    /// Writes the record of a request that was routed. `error` is the reason if the agent answered it or aborted it.
     pub(super) fn finish(mut self, worker: &Worker, pool: usize, parts: &request::Parts, error: Option<&Error>) {
         if let Some(error) = error {
             (self.status, self.reason) = (error.status(), error.reason());
@@ -200,7 +198,7 @@ impl Record {
         });
     }
 
-    /// The request never got as far as a pool.
+    /// Writes the record of a request that failed before it was routed to a pool.
     pub(super) fn finish_unrouted(self, worker: &Worker, error: &Error) {
         let took = self.started.elapsed();
         worker.shared.metrics.unrouted().request(error.status().as_u16(), error.reason(), took);
@@ -231,12 +229,12 @@ impl Record {
     }
 }
 
-/// An error may quote what a client, an endpoint or an EPP has sent.
+/// The error's text, cut, because it may quote input from a client, an endpoint or an EPP.
 fn logged(error: &Error) -> String {
     cut(&error.to_string(), text::PHRASE).into_owned()
 }
 
-/// Enters what was carried into the metrics.
+/// Adds the bytes of a flow to the metrics.
 pub(super) fn count(metrics: &Metrics, account: &Account) {
     metrics.body_bytes(metrics::Path::Relay, account.relayed);
     metrics.body_bytes(metrics::Path::Ingress, account.steered);

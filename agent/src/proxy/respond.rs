@@ -1,5 +1,5 @@
-//! The response: its head goes to the picker and, as the picker changed it, to the client; its body goes the way that was
-//! chosen; then both connections are free for what comes next.
+//! Responds: sends the response's head to the EPP and, with the EPP's mutation, to the client. Delivers the body over the chosen
+//! path. Then both connections are reused, pinned or closed.
 
 use std::{cell::RefCell, net::SocketAddr, rc::Rc};
 
@@ -31,10 +31,10 @@ use crate::{
     worker::Worker,
 };
 
-/// Why a response was broken off by its picker: a label.
+/// The reason label of a response that the EPP aborted.
 const EVICTED: &str = "evicted";
 
-/// What an endpoint has answered so far.
+/// An endpoint's response of which the head has been read.
 pub(super) struct Answer {
     pub(super) address: SocketAddr,
     pub(super) head: ResponseHead,
@@ -42,18 +42,18 @@ pub(super) struct Answer {
     pub(super) in_flight: InFlight,
 }
 
-/// A body that has been carried, as far as it went.
+/// The result of delivering a body.
 struct Carried {
-    /// Err: it was broken off, for this reason.
+    /// The error is the reason for which the agent aborted the body.
     end: Result<End, &'static str>,
     account: Account,
     path: Path,
     reason: &'static str,
-    /// The client's connection stays open.
+    /// Whether the client's connection stays open.
     keep_alive: bool,
 }
 
-/// Resolves when the picker evicts the request; never without a stream.
+/// Resolves when the EPP evicts the request. Never resolves without a stream.
 pub(super) async fn evicted(stream: &mut Option<PickStream>) -> ImmediateReply {
     match stream {
         Some(stream) => stream.evicted().await,
@@ -96,7 +96,7 @@ pub(super) async fn respond(
                 worker.shared.metrics.pool(request.pool).epp_failed("mutation_too_large");
                 tracing::warn!(
                     pool = worker.shared.config.pools[request.pool].name,
-                    "EPP's mutation of a response is over the limits, not applied"
+                    "EPP's response mutation exceeds the limits, not applied"
                 );
             }
             ResponseReply::Evicted(reply) => {
@@ -129,7 +129,8 @@ pub(super) async fn respond(
             picked.finish(rest);
             if let ResponseBody::Http1 { mut connection, .. } = body {
                 connection.set_resting(true);
-                // A response that ends first ends its request: what is left would be taken for the next one.
+                // If the response ends before the request is sent, the connection is closed: the endpoint would take the rest
+                // of the request for the next one.
                 let kept = reusable && head.keep_alive && connection.is_sent() && connection.dismiss();
                 let pins = worker.shared.config.pools[request.pool].pick_per == config::PickPer::Connection;
                 if kept && pins && picked.holds && carried.keep_alive && matches!(client, Client::Http1(_)) {
@@ -147,7 +148,7 @@ pub(super) async fn respond(
             }
             Ok(if carried.keep_alive { After::Next } else { After::Close })
         }
-        // Dropping the stream tells the EPP that the request is over and was not completed.
+        // Dropping the stream tells the EPP that the request was aborted.
         end => {
             let reason = end.map_or_else(|reason| reason, End::reason);
             if reason == EVICTED {
@@ -159,8 +160,8 @@ pub(super) async fn respond(
     }
 }
 
-/// Carries the body as the endpoint's bytes, in the kernel where that was chosen.
-#[expect(clippy::too_many_arguments, reason = "the parts of one response, each borrowed for itself")]
+/// Delivers the body as the endpoint's bytes (HTTP/1.1 on both sides), through the kernel if a kernel path was chosen.
+#[expect(clippy::too_many_arguments, reason = "the parts of one response, each borrowed separately")]
 async fn bytes(
     worker: &Worker,
     client: &mut ClientSocket,
@@ -190,7 +191,7 @@ async fn bytes(
     let end = tokio::select! {
         biased;
         end = delivery.run() => Ok(end),
-        reason = broken_off(request.deadline, &mut picked.stream, tee) => Err(reason),
+        reason = aborted(request.deadline, &mut picked.stream, tee) => Err(reason),
     };
     if end.is_err() {
         delivery.abandon();
@@ -198,7 +199,7 @@ async fn bytes(
     Carried { end, account: std::mem::take(&mut delivery.account), path, reason, keep_alive }
 }
 
-/// Carries what follows a switch of protocols.
+/// Relays the connection after `101 Switching Protocols`.
 async fn tunnel(
     worker: &Worker,
     client: &mut ClientSocket,
@@ -210,7 +211,7 @@ async fn tunnel(
 ) -> Carried {
     let mut lead = BytesMut::with_capacity(1024);
     head.write_head(&mut lead, true, request.parts.version);
-    // Only the ends of both directions are an end in order.
+    // Only an orderly close in both directions is passed on as one.
     client.reset_on_close();
     endpoint.reset_on_close();
     let idle = request.times.idle;
@@ -220,13 +221,14 @@ async fn tunnel(
     let end = tokio::select! {
         biased;
         end = tunnel.run(std::future::pending()) => Ok(end),
-        // Switching protocols is the whole response: the time for the request ends with it.
-        reason = broken_off(None, &mut picked.stream, None) => Err(reason),
+        // The 101 is the whole response, so the request's deadline no longer applies.
+        reason = aborted(None, &mut picked.stream, None) => Err(reason),
     };
     Carried { end, account: tunnel.account, path, reason: "upgrade", keep_alive: false }
 }
 
-/// What in the kernel is to carry either direction of a tunnel, and the path of what the client gets.
+/// Chooses what steers each direction of a tunnel. Returns the target for downstream bytes, the steering for upstream bytes, and
+/// the path of the downstream bytes.
 pub(super) fn lanes(
     worker: &Worker,
     client: &mut ClientSocket,
@@ -241,7 +243,7 @@ pub(super) fn lanes(
     }
     let send_buffer = config.client_send_buffer;
     let Ok(key) = client.make_target(steering, send_buffer) else { return none };
-    // Here the client sends while the endpoint's socket is in the map.
+    // In a tunnel the client may send while the endpoint's socket is in the map.
     let transparent = config.mode == SteeringMode::Local || !steering.is_endpoint_visible();
     let is_local = transparent && target == Some(key) && source.is_local_to(key) && endpoint.admit();
     let path = match config.mode {
@@ -250,12 +252,12 @@ pub(super) fn lanes(
         SteeringMode::Local | SteeringMode::Off => Path::Relay,
     };
     let down = path.lane().map(|lane| Target { key, send_buffer, lane });
-    // The mode `local` is for what the endpoint's own `sendmsg` can carry.
+    // Mode `local` steers only what the endpoint's own `sendmsg` sends.
     let up = (config.mode != SteeringMode::Local).then(|| Up { steering: Rc::clone(steering), send_buffer });
     (down, up, path)
 }
 
-/// Carries the body where HTTP/2 is spoken on one side or both.
+/// Delivers the body as frames, if one side or both speak HTTP/2.
 async fn frames(
     worker: &Worker,
     client: &mut Client,
@@ -269,7 +271,7 @@ async fn frames(
     let begun = match client {
         Client::Http2(stream) => {
             let head = head.frames();
-            // What gRPC calls trailers only has to end with its head.
+            // A gRPC trailers-only response has to end with its head.
             if body.is_done() { stream.begin_and_end(head) } else { stream.begin(head) }
         }
         Client::Http1(socket) => {
@@ -290,15 +292,14 @@ async fn frames(
         Ok(()) => tokio::select! {
             biased;
             end = delivery.run() => Ok(end),
-            reason = broken_off(request.deadline, &mut picked.stream, tee) => Err(reason),
+            reason = aborted(request.deadline, &mut picked.stream, tee) => Err(reason),
         },
     };
     Carried { end, account: delivery.account, path: Path::Relay, reason: "http2", keep_alive }
 }
 
-/// Resolves when a response has to be broken off that nobody but the agent or the picker minds: at its deadline, or by
-/// eviction. As [`evicted_telling`], it is polled after the delivery.
-async fn broken_off(
+/// Resolves with the reason when the deadline or an eviction ends the response. Poll it after the delivery, as [`evicted_telling`].
+async fn aborted(
     deadline: Option<Instant>,
     stream: &mut Option<PickStream>,
     tee: Option<&RefCell<Tee>>,
@@ -316,8 +317,8 @@ async fn broken_off(
     }
 }
 
-/// As [`evicted`], and tells the picker what the tee has for it. It is polled after the delivery and in the same task, so
-/// whatever the delivery puts into the tee is taken out of it at once.
+/// As [`evicted`], but also sends the EPP what is in the tee. Poll it after the delivery in the same task: then everything that the
+/// delivery puts into the tee is taken out at once.
 async fn evicted_telling(stream: &mut Option<PickStream>, tee: Option<&RefCell<Tee>>) -> ImmediateReply {
     match (stream, tee) {
         (Some(stream), Some(tee)) => stream.evicted_telling(|| tee.borrow_mut().next_piece()).await,
@@ -325,14 +326,14 @@ async fn evicted_telling(stream: &mut Option<PickStream>, tee: Option<&RefCell<T
     }
 }
 
-/// What the picker wants of this response's body, if there is one.
+/// The tee for this response's body. Returns `None` if the EPP wants nothing of the body or there is no body.
 fn tee_of(settings: &config::Epp, head: &ResponseHead, ended: bool) -> Option<RefCell<Tee>> {
     let length = if let BodyKind::Length(length) = head.body { Some(length) } else { None };
     let tee = Tee::new(settings.response_to_picker, &head.headers, length, settings.response_queue_bytes);
     tee.filter(|_| !ended).map(RefCell::new)
 }
 
-/// The end of the tee: enters it into the metrics, and gives what the picker is still to be told.
+/// Adds the tee's result to the metrics. Returns the pieces that the EPP has not been sent yet.
 fn account_for(worker: &Worker, pool: usize, mut tee: Tee) -> Vec<Bytes> {
     let metrics = worker.shared.metrics.pool(pool);
     if tee.given_up() {
@@ -344,7 +345,7 @@ fn account_for(worker: &Worker, pool: usize, mut tee: Tee) -> Vec<Bytes> {
     tee.rest()
 }
 
-/// Why only user space can carry a body, if so.
+/// The steering reason if only user space can deliver the body.
 fn barrier(decode: bool, told: bool, tls: bool, half_closed: bool) -> Option<&'static str> {
     match () {
         () if tls => Some("tls"),
@@ -355,8 +356,8 @@ fn barrier(decode: bool, told: bool, tls: bool, half_closed: bool) -> Option<&'s
     }
 }
 
-/// Chooses the path and, for the kernel's, makes the client a target. `told`: the picker wants to know of the body, and all
-/// of it or its end.
+/// Chooses the path and, for a kernel path, makes the client's socket a target. `told` is `Some` if the EPP wants the response's
+/// body: `true` for all of it, `false` for its end.
 fn path(
     worker: &Worker,
     client: &mut ClientSocket,
@@ -374,7 +375,7 @@ fn path(
         framing,
         event_stream: head.is_event_stream(),
         local_endpoint: endpoint.local,
-        // The end of a response is kept on the ingress path alone.
+        // Only path `ingress` keeps the end of a response.
         local_socket: told.is_none()
             && request.target.is_some_and(|key| endpoint.source().is_some_and(|source| source.is_local_to(key))),
         barrier: barrier(
@@ -393,13 +394,13 @@ fn path(
     if told.is_some()
         && let Some(Err(error)) = endpoint.source().map(Source::make_ring)
     {
-        tracing::debug!(%error, "the end of the response could not be kept by the kernel");
+        tracing::debug!(%error, "kernel cannot keep the end of the response, relaying it");
         return (None, Path::Relay, "response_to_picker");
     }
     match client.make_target(steering, config.client_send_buffer) {
         Ok(key) => (Some(Target { key, send_buffer: config.client_send_buffer, lane }), path, reason),
         Err(error) => {
-            tracing::debug!(%error, "client connection cannot be a target");
+            tracing::debug!(%error, "client socket cannot become a target, relaying the response");
             (None, Path::Relay, "target_refused")
         }
     }

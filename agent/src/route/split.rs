@@ -1,20 +1,20 @@
-//! The pools of one route and their shares of its requests. Each request is drawn for itself, so shares hold on the average
-//! and workers need not agree.
+//! Splits the requests of a route between its pools by weight. Each request is drawn independently, so the shares hold on average
+//! and workers share no state.
 
 use crate::config::{Config, WeightedPool};
 
 #[derive(Debug, Clone)]
 pub(super) struct Split {
-    /// Those with a share. `None` names a pool that does not exist, which a parsed configuration has no way to do: nothing
-    /// may be sent there.
+    /// The pools with a weight above zero.
     shares: Vec<Share>,
     total: u64,
 }
 
 #[derive(Debug, Clone)]
 struct Share {
+    /// `None` if the named pool does not exist, which configuration parsing rules out.
     pool: Option<usize>,
-    /// Rolls below this, and not below that of the share before.
+    /// Rolls from the previous share's `below` up to this number, exclusive, select this pool.
     below: u64,
 }
 
@@ -30,7 +30,7 @@ impl Split {
         Self { shares, total }
     }
 
-    /// `roll` is given the sum of the weights; it is not asked where there is nothing to choose.
+    /// Draws a pool. `roll` is called with the sum of the weights, and only if there are several pools.
     pub(super) fn draw(&self, roll: impl FnOnce(u64) -> u64) -> Option<usize> {
         let share = match self.shares.as_slice() {
             [only] => only,

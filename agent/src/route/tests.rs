@@ -1,4 +1,4 @@
-//! Routes as they stand in a file, against requests in a table, and against a second reading of the same rules.
+//! Tests routes as they are written in a file, with tables of requests and against a second implementation of the same rules.
 
 use std::fmt::Write as _;
 
@@ -12,7 +12,7 @@ const POOLS: &str = "[[pools]]\nname = \"a\"\nendpoints = [\"10.0.0.1:1\"]\n\
                      [[pools]]\nname = \"c\"\nendpoints = [\"10.0.0.1:1\"]\n\
                      [bbr.base_models]\nlora = \"llama\"\n";
 
-/// Each is the inside of a `[[routes]]` section.
+/// Each of `routes` is the content of a `[[routes]]` section.
 fn parsed(routes: &[&str]) -> Result<Config, String> {
     let sections: String = routes.iter().map(|route| format!("[[routes]]\n{route}\n")).collect();
     Config::parse(&format!("{POOLS}{sections}"), "p.toml").map_err(|errors| errors.to_string())
@@ -30,10 +30,10 @@ fn request(method: &str, path: &str, fields: &[(&str, &str)]) -> request::Parts 
     builder.body(()).unwrap().into_parts().0
 }
 
-/// The pool's name is its index.
+/// The name of the pool that the request is routed to.
 fn pool(router: &Router, request: &request::Parts) -> Option<char> {
-    let roll = |_| panic!("there is nothing to draw");
-    router.route(request, roll).ok().map(|way| ['a', 'b', 'c'][way.pool])
+    let roll = |_| panic!("only one pool, so no roll is needed");
+    router.route(request, roll).ok().map(|routed| ['a', 'b', 'c'][routed.pool])
 }
 
 fn get(path: &str) -> request::Parts {
@@ -49,7 +49,7 @@ fn model(name: &str) -> request::Parts {
 }
 
 #[test]
-fn without_routes_everything_goes_to_the_first_pool() {
+fn request_without_routes_goes_to_the_first_pool() {
     let router = router(&[]);
     assert_eq!(pool(&router, &get("*")), Some('a'));
     assert!(!router.needs_model(&get("/")));
@@ -71,7 +71,7 @@ fn hosts_ignore_case_port_and_final_dot() {
 }
 
 #[test]
-fn a_wildcard_is_for_names_below_and_not_for_the_name() {
+fn wildcard_host_matches_subdomains_only() {
     let router = router(&["host = [\"*.Example.com\", \"example.org\"]\npool = \"b\""]);
     for host in ["a.example.com", "A.B.EXAMPLE.COM:80", "a.example.com.", "example.org"] {
         assert_eq!(pool(&router, &at(host)), Some('b'), "{host}");
@@ -96,7 +96,7 @@ fn path_prefixes_match_whole_segments() {
 }
 
 #[test]
-fn exact_paths_match_nothing_below() {
+fn exact_paths_match_no_subpaths() {
     let router = router(&["path = \"/v1/models\"\npool = \"c\""]);
     for (path, expected) in [
         ("/v1/models", Some('c')),
@@ -110,7 +110,7 @@ fn exact_paths_match_nothing_below() {
 }
 
 #[test]
-fn methods() {
+fn methods_match_exactly() {
     let router = router(&["method = \"GET\"\npool = \"a\"", "method = [\"POST\", \"PURGE\"]\npool = \"b\""]);
     for (method, expected) in [("GET", Some('a')), ("POST", Some('b')), ("PURGE", Some('b')), ("HEAD", None)] {
         assert_eq!(pool(&router, &request(method, "/", &[])), expected, "{method}");
@@ -118,7 +118,7 @@ fn methods() {
 }
 
 #[test]
-fn headers_are_there_or_say_so() {
+fn header_conditions_match_presence_or_value() {
     let router = router(&[
         "headers = [{ name = \"X-Team\", value = \"red\" }, { name = \"x-beta\" }]\npool = \"c\"",
         "headers = [{ name = \"x-team\", value = \"red\" }]\npool = \"b\"",
@@ -136,7 +136,7 @@ fn headers_are_there_or_say_so() {
 }
 
 #[test]
-fn models_match_exactly_or_as_they_begin() {
+fn models_match_exactly_or_by_prefix() {
     let router = router(&[
         "model = [\"llama\", \"mistral-*\"]\npool = \"b\"",
         "model = \"*\"\npool = \"c\"",
@@ -158,7 +158,7 @@ fn models_match_exactly_or_as_they_begin() {
 }
 
 #[test]
-fn base_models_and_the_headers_of_models() {
+fn base_models_and_model_headers_match() {
     let router = router(&[
         "base_model = \"llama\"\npool = \"a\"",
         "headers = [{ name = \"X-Gateway-Model-Name\", value = \"m\" }]\npool = \"b\"",
@@ -186,7 +186,7 @@ fn the_first_route_whose_conditions_all_hold_wins() {
 }
 
 #[test]
-fn a_body_is_waited_for_only_where_it_decides() {
+fn body_is_awaited_only_if_it_decides_the_route() {
     let router = router(&[
         "host = \"fixed\"\npool = \"a\"",
         "model = \"m\"\npath_prefix = \"/v1\"\npool = \"b\"",
@@ -201,14 +201,14 @@ fn a_body_is_waited_for_only_where_it_decides() {
 }
 
 #[test]
-fn a_pool_that_does_not_exist_gets_nothing() {
+fn unknown_pool_gets_no_requests() {
     let mut config = parsed(&[]).unwrap();
     config.routes = vec![config::Route::to("nowhere"), config::Route::to("a")];
     assert_eq!(pool(&Router::new(&config), &get("/")), None);
 }
 
 #[test]
-fn a_share_of_nothing_gets_nothing() {
+fn pool_with_weight_zero_gets_no_requests() {
     let router = router(&["pools = [{ name = \"a\", weight = 0 }, { name = \"b\", weight = 3 }]"]);
     assert_eq!(pool(&router, &get("/")), Some('b'));
     let none = config::Route { pools: Vec::new(), ..config::Route::to("a") };
@@ -217,11 +217,11 @@ fn a_share_of_nothing_gets_nothing() {
     assert_eq!(pool(&Router::new(&config), &get("/")), None);
 }
 
-/// What a route says, as a test writes it down.
+/// The conditions of a generated route.
 #[derive(Debug, Clone)]
 struct Spec {
     hosts: Vec<&'static str>,
-    /// The path, and whether only what is exactly that.
+    /// The path, and whether it has to match exactly.
     path: Option<(&'static str, bool)>,
     methods: Vec<&'static str>,
     headers: Vec<(&'static str, Option<&'static str>)>,
@@ -247,7 +247,7 @@ impl Spec {
         text
     }
 
-    /// The same rules once more, by labels and segments.
+    /// A second implementation of the rules, by labels and segments.
     fn matches(&self, asked: &Asked) -> bool {
         let labels = |name: &str| name.split('.').rev().map(str::to_owned).collect::<Vec<_>>();
         let host = |pattern: &&str| match pattern.strip_prefix("*.") {
@@ -336,12 +336,12 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
     #[test]
-    fn two_readings_of_a_route_agree(spec in spec(), asked in prop::collection::vec(asked(), 20)) {
+    fn routes_match_as_the_second_implementation(spec in spec(), asked in prop::collection::vec(asked(), 20)) {
         let router = router(&[&spec.toml()]);
         for asked in asked {
             let parts = asked.parts();
             prop_assert_eq!(pool(&router, &parts).is_some(), spec.matches(&asked), "{:?}", asked);
-            // Without the model the answer is the same wherever it is not needed.
+            // If the model is not needed, the result is the same without it.
             if !router.needs_model(&parts) {
                 let without = Asked { model: None, ..asked.clone() };
                 prop_assert_eq!(pool(&router, &parts), pool(&router, &without.parts()), "{:?}", asked);
@@ -349,9 +349,9 @@ proptest! {
         }
     }
 
-    /// A route is refused as out of reach only if it is.
+    /// A route is rejected as unreachable only if it is.
     #[test]
-    fn a_route_that_another_covers_matches_nothing_else(
+    fn unreachable_route_is_covered_by_the_earlier_one(
         earlier in spec(),
         later in spec(),
         asked in prop::collection::vec(asked(), 50),
@@ -367,9 +367,9 @@ proptest! {
         }
     }
 
-    /// Of all rolls there are, each pool has exactly as many as its weight says.
+    /// Of all possible rolls, each pool gets exactly as many as its weight.
     #[test]
-    fn shares_are_exact(weights in [0..40u32, 0..40u32, 0..40u32]) {
+    fn shares_match_the_weights_exactly(weights in [0..40u32, 0..40u32, 0..40u32]) {
         prop_assume!(weights.iter().any(|&weight| weight > 0));
         let pools = ["a", "b", "c"].iter().zip(weights).map(|(name, weight)| config::WeightedPool::new(*name, weight));
         let mut config = parsed(&[]).unwrap();

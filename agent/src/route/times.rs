@@ -1,10 +1,10 @@
-//! How long a request may take: what its route says, else its pool, else `[timeouts]`.
+//! The timeouts of a request: from its route, else its pool, else `[timeouts]`.
 
 use std::time::Duration;
 
 use crate::config::{TimeoutOverrides, Timeouts};
 
-/// `None` is off.
+/// Timeouts of one request. `None` means no timeout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Times {
     pub body: Option<Duration>,
@@ -21,7 +21,7 @@ impl From<&Timeouts> for Times {
 }
 
 impl Times {
-    /// These, except where `overrides` says otherwise.
+    /// Returns these timeouts with `overrides` applied.
     #[must_use]
     pub fn with(self, overrides: &TimeoutOverrides) -> Self {
         Self {

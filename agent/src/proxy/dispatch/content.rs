@@ -1,5 +1,5 @@
-//! What a request is sent with: its body, the client's as it was kept or what the picker put in its place, and its trailers. It
-//! is shared, because the last of it may still be on its way to an endpoint when the response comes.
+//! The content of a request: the client's kept body or the EPP's replacement, and the trailers. It is shared, because the request
+//! may still be sent when the response arrives.
 
 use std::rc::Rc;
 
@@ -12,7 +12,7 @@ use crate::{
     upload::Upload,
 };
 
-/// Clones are the same content.
+/// Clones share the same content.
 #[derive(Clone)]
 pub(super) struct Content {
     source: Source,
@@ -27,18 +27,18 @@ enum Source {
 }
 
 impl Content {
-    /// Takes it out of the upload, which has to be complete, and of the pick.
+    /// Moves the content out of the upload, which has to be complete, and the pick.
     pub(super) fn new(upload: &mut Upload, body: &mut Body) -> Self {
         let source = match std::mem::replace(body, Body::Original) {
             Body::Original if upload.has_body() => Source::Kept(Rc::new(upload.take_kept())),
             Body::Original | Body::Unheld(_) => Source::None,
-            // The client's trailers belong to the client's body.
+            // The client's trailers are dropped with the client's body.
             Body::Replaced(pieces) => return Self { source: Source::Replaced(pieces.into()), trailers: Rc::default() },
         };
         Self { source, trailers: Rc::new(upload.take_trailers()) }
     }
 
-    /// Bytes of the body; `None`: the request has none.
+    /// Bytes of the body. Returns `None` if the request has no body.
     pub(super) fn length(&self) -> Option<u64> {
         match &self.source {
             Source::None => None,
@@ -51,7 +51,7 @@ impl Content {
         &self.trailers
     }
 
-    /// One reading of the body.
+    /// Reads the body from its start.
     pub(super) fn pieces(&self) -> Pieces {
         match &self.source {
             Source::None => Pieces::Replaced(Rc::default(), 0),
@@ -63,12 +63,12 @@ impl Content {
 
 pub(super) enum Pieces {
     Kept(Kept<Rc<ReplayBody>>),
-    /// And the number of the next.
+    /// The pieces and the index of the next one.
     Replaced(Rc<[Bytes]>, usize),
 }
 
 impl Pieces {
-    /// `None` at the end. Cancel-safe.
+    /// Returns `None` at the end. Cancel-safe.
     pub(super) async fn next(&mut self) -> Result<Option<Bytes>, BodyError> {
         match self {
             Self::Kept(kept) => kept.next().await,

@@ -1,4 +1,4 @@
-//! One request over HTTP/1.1, up to the head of its response.
+//! Sends one request over HTTP/1.1 and returns the head of the final response.
 
 use std::{io::Write as _, net::SocketAddr, rc::Rc, time::Duration};
 
@@ -6,7 +6,7 @@ use bytes::{BufMut as _, BytesMut};
 use http::HeaderValue;
 use tokio::net::TcpStream;
 
-use super::{Failed, Job, content::Content, fails};
+use super::{Failed, Job, content::Content, send_failure};
 use crate::{
     endpoint::{
         body::ResponseBody,
@@ -21,16 +21,17 @@ use crate::{
     metrics::Connection,
 };
 
-/// Room for a response head and what comes with it.
+/// Read buffer for a response head and the bytes that arrive with it.
 const READ: usize = 16 * 1024;
-/// A request up to this size leaves in one write.
+/// A request of up to this size is sent in one write.
 const ONE_WRITE: usize = 64 * 1024;
-/// Interim heads before one response, and their bytes as a multiple of those that a head may have.
+/// Most interim heads before one response.
 const INTERIM_HEADS: usize = 1024;
+/// Most bytes of them, as a multiple of `limits.head_bytes`.
 const INTERIM_BYTES: usize = 16;
 
-/// On a kept connection, and on a fresh one if there is none, if the kept one ended before the endpoint acknowledged a byte, or
-/// if a `fresh` one is asked for.
+/// Sends the request on a kept connection. Uses a new one if none is kept, if `fresh` asks for it, or if the kept one ended before
+/// the endpoint acknowledged a byte.
 pub(super) async fn turn(
     job: &Job<'_>,
     address: SocketAddr,
@@ -54,8 +55,8 @@ pub(super) async fn turn(
     attempt(job, endpoint, false).await
 }
 
-/// One request on one connection, up to the head of its response. An endpoint may answer before it has taken the whole request, so
-/// both directions go at once; the rest of the request goes with the response.
+/// Sends the request on one connection and reads the head of the response. An endpoint may respond before it has read the whole
+/// request, so both directions run at once. The rest of the request is sent while the response is delivered.
 async fn attempt(
     job: &Job<'_>,
     mut endpoint: EndpointConnection,
@@ -65,7 +66,7 @@ async fn attempt(
     endpoint.announce(job.request.target);
     let before = endpoint.acknowledged();
     let lost = |endpoint: &EndpointConnection| {
-        // Where the kernel does not say, the request may have arrived.
+        // If the kernel does not report acknowledged bytes, assume that the request arrived.
         let executed = before.zip(endpoint.acknowledged()).is_none_or(|(before, now)| now > before);
         Failed::Early { executed, kept: false }
     };
@@ -78,7 +79,7 @@ async fn attempt(
     let head = tokio::select! {
         biased;
         head = read_head(job, &mut endpoint, address) => head,
-        error = fails(&sending, address) => return Err(error.into()),
+        error = send_failure(&sending, address) => return Err(error.into()),
         () = progress.overdue(job.request.times.first_byte) => return Err(Error::FirstByte(address).into()),
     };
     let (head, pending) = match head {
@@ -86,7 +87,7 @@ async fn attempt(
         Err(Unread::Nothing) => return Err(lost(&endpoint)),
         Err(Unread::Error(error)) => return Err(error.into()),
     };
-    // What the connection becomes begins behind the request.
+    // The upgraded protocol begins after the request, so the request has to be sent to its end.
     if head.upgrade.is_some() && (sending.run().await.is_err() || !sending.is_sent()) {
         return Err(Error::EndpointClosed(address).into());
     }
@@ -110,9 +111,9 @@ fn head_of(job: &Job<'_>, address: SocketAddr) -> BytesMut {
 
 /// Sends the head, which is in `out`, and the content.
 ///
-/// `prompt`: in two segments at least, so that the endpoint's kernel acknowledges them when they are read. On a connection that has
-/// carried a response it would wait for the next one (up to 40 ms on Linux), and a reset meanwhile would tell of no acknowledgement
-/// (`tcp_measure_rcv_mss`, `__tcp_cleanup_rbuf`).
+/// `prompt` splits the request into at least two segments, so that the endpoint's kernel acknowledges them as soon as they are
+/// read. On a connection that has carried a response, Linux delays the acknowledgement of a single segment by up to 40 ms, and a
+/// reset in that time would look as if nothing had been received (`tcp_measure_rcv_mss`, `__tcp_cleanup_rbuf`).
 async fn send(
     endpoint: Rc<TcpStream>,
     mut out: BytesMut,
@@ -134,7 +135,7 @@ async fn send(
             out.clear();
         }
         if chunked && !piece.is_empty() {
-            // Writing into a BytesMut fails only when memory cannot be had, and then it aborts.
+            // Writing to a BytesMut cannot fail; if memory runs out, it aborts.
             let _ = write!((&mut out).writer(), "{:x}\r\n", piece.len());
             out.extend_from_slice(&piece);
             out.put_slice(b"\r\n");
@@ -155,7 +156,7 @@ async fn send(
     write(&endpoint, &out, &progress, idle).await
 }
 
-/// Writes all of it. The endpoint has `idle` for each part that it takes.
+/// Writes all of `out`. `idle` limits the wait for each part.
 async fn write(
     endpoint: &TcpStream,
     mut out: &[u8],
@@ -177,7 +178,7 @@ async fn write(
 
 /// Why no head was read.
 enum Unread {
-    /// The connection ended before a byte.
+    /// The connection ended before the first byte.
     Nothing,
     Error(Error),
 }
@@ -188,7 +189,7 @@ impl From<Error> for Unread {
     }
 }
 
-/// Reads the head of the final response. Interim ones go to the client where it can take them; their number and size are bounded.
+/// Reads the head of the final response. Interim heads are queued for the client; their number and size are bounded.
 async fn read_head(
     job: &Job<'_>,
     endpoint: &mut EndpointConnection,
@@ -220,8 +221,8 @@ async fn read_head(
             }
             (heads, bytes, reusable) = (heads + 1, bytes + length, reusable && head.keep_alive);
             bounded(heads, bytes, &limits).map_err(bad)?;
-            job.pass_on(head).await;
-            // An endpoint that does not stop must not keep the timers, and the worker, from their turn.
+            job.queue_interim(head).await;
+            // An endpoint that sends heads without end must not starve the timers and the worker's other tasks.
             tokio::task::yield_now().await;
         }
         if buf.capacity() - buf.len() < READ / 4 {
@@ -230,7 +231,7 @@ async fn read_head(
     }
 }
 
-/// `None`: the connection has ended.
+/// Returns `None` if the connection has ended.
 async fn read(reader: &mut Reader<'_>, buf: &mut BytesMut) -> Option<()> {
     matches!(reader.read(buf).await, Ok(1..)).then_some(())
 }
@@ -246,7 +247,7 @@ fn bounded(heads: usize, bytes: usize, limits: &HeadLimits) -> Result<(), Respon
     }
 }
 
-/// Whether an endpoint that goes on with `protocol` may: the client has asked for it (RFC 9110 §7.8).
+/// Whether the endpoint may switch to `protocol`: only if the client asked for it (RFC 9110 §7.8).
 fn is_wanted(protocol: Option<&HeaderValue>, asked: Option<&HeaderValue>) -> bool {
     protocol
         .is_none_or(|protocol| asked.is_some_and(|asked| asked.as_bytes().eq_ignore_ascii_case(protocol.as_bytes())))

@@ -1,11 +1,11 @@
-//! One request on one stream of an HTTP/2 connection, up to the head of its response.
+//! Sends one request over HTTP/2, on a stream of its own, and returns the head of the response.
 
 use std::{error::Error as _, net::SocketAddr, time::Duration};
 
 use http::{HeaderValue, Uri, Version, header};
 use hyper::body::Body as _;
 
-use super::{Failed, Job, content::Content, fails};
+use super::{Failed, Job, content::Content, send_failure};
 use crate::{
     endpoint::{
         body::ResponseBody,
@@ -21,13 +21,13 @@ use crate::{
     metrics::Connection,
 };
 
-/// How often a request that the endpoint has not looked at is sent again at once.
+/// How often a request is sent while the endpoint refuses the stream.
 const REFUSALS: u32 = 3;
-/// Largest piece of a body that is handed over at once: what an endpoint takes is seen in steps of this size.
+/// Largest piece of a body that is passed to the connection at once. Progress is measured in steps of this size.
 const PIECE: usize = 16 * 1024;
 
-/// On a stream of its own. One that the endpoint refuses unseen, because it is about to close the connection or has too
-/// much to do, is tried again, on another connection if the first is closing.
+/// Sends the request on a new stream. If the endpoint refuses the stream, because it is closing the connection or is overloaded,
+/// sends it again, on another connection if the first is closing.
 pub(super) async fn turn(job: &Job<'_>, address: SocketAddr) -> Result<(ResponseHead, ResponseBody), Failed> {
     let metrics = &job.worker.shared.metrics;
     let mut failed = Failed::Early { executed: false, kept: false };
@@ -55,7 +55,7 @@ pub(super) async fn turn(job: &Job<'_>, address: SocketAddr) -> Result<(Response
 }
 
 enum Attempt {
-    /// The endpoint has not looked at it (RFC 9113 §8.7).
+    /// The endpoint did not process the request (RFC 9113 §8.7).
     Refused,
     Failed(Failed),
 }
@@ -66,7 +66,7 @@ impl From<Error> for Attempt {
     }
 }
 
-/// The rest of the request goes with the response, as over HTTP/1.1.
+/// The rest of the request is sent while the response is delivered, as over HTTP/1.1.
 async fn attempt(
     job: &Job<'_>,
     address: SocketAddr,
@@ -88,7 +88,7 @@ async fn attempt(
     let response = tokio::select! {
         biased;
         response = sent => response,
-        error = fails(&sending, address) => return Err(error.into()),
+        error = send_failure(&sending, address) => return Err(error.into()),
         () = progress.overdue(job.request.times.first_byte) => return Err(Error::FirstByte(address).into()),
     };
     let (parts, body) = response
@@ -96,7 +96,7 @@ async fn attempt(
             if is_refused(&error) {
                 return Attempt::Refused;
             }
-            // Bytes of other streams count, too: then it may have been this one's.
+            // Acknowledged bytes may belong to any stream of the connection, so assume this one's.
             let executed = before.zip(stream.acknowledged()).is_none_or(|(before, now)| now > before);
             Attempt::Failed(Failed::Early { executed, kept: false })
         })?
@@ -107,15 +107,15 @@ async fn attempt(
     Ok((head, ResponseBody::Http2 { body, stream, sending, cut }))
 }
 
-/// The endpoint has not looked at the request (RFC 9113 §8.7), or it was never sent.
+/// Whether the endpoint did not process the request (RFC 9113 §8.7), or it was never sent.
 fn is_refused(error: &hyper::Error) -> bool {
     let http2 = error.source().and_then(|source| source.downcast_ref::<h2::Error>());
-    // A GOAWAY of the endpoint's is an error of those streams alone that it names as not processed.
+    // A remote GOAWAY is an error only for streams that it reports as not processed.
     let refused = http2.is_some_and(|error| {
         (error.reason() == Some(h2::Reason::REFUSED_STREAM) && error.is_remote())
             || (error.is_go_away() && error.is_remote())
     });
-    // hyper cancels what it has not sent.
+    // hyper reports unsent requests as cancelled.
     refused || error.is_canceled()
 }
 
@@ -127,7 +127,7 @@ fn head(job: &Job<'_>, address: SocketAddr) -> http::Request<()> {
     *head.method_mut() = parts.method.clone();
     *head.version_mut() = Version::HTTP_2;
     head.headers_mut().extend(fields.map(|(name, value)| (name.clone(), value.clone())));
-    // Whoever speaks HTTP/2 takes trailers, and gRPC asks for the word.
+    // HTTP/2 always allows trailers, and gRPC requires the field.
     head.headers_mut().insert(header::TE, HeaderValue::from_static("trailers"));
     if let Some(length) = job.content.length() {
         head.headers_mut().insert(header::CONTENT_LENGTH, length.into());
@@ -135,7 +135,7 @@ fn head(job: &Job<'_>, address: SocketAddr) -> http::Request<()> {
     let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
     let host = parts.headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
     let uri = |authority: &str| Uri::builder().scheme("http").authority(authority).path_and_query(path).build();
-    // An HTTP/1.0 client may have named no host.
+    // A request of an HTTP/1.0 client may have no Host; use the endpoint's address then.
     if let Ok(uri) = uri(host).or_else(|_| uri(&address.to_string())) {
         *head.uri_mut() = uri;
     }
