@@ -15,7 +15,7 @@ use crate::cluster::{InferencePool, assert_carried, gateway};
 
 /// Server-sent events are not held back: the client has each of them while the model is still at work on the next. A model
 /// that stops after any of them has been heard up to there.
-pub(crate) async fn events_arrive_as_they_are_made(mode: SteeringMode) {
+pub(crate) async fn events_arrive_as_they_are_sent(mode: SteeringMode) {
     const EVENT: u64 = 40;
     let pool = InferencePool::start("primary", 1).await;
     let gateway = gateway(mode, &[&pool], "");

@@ -36,5 +36,5 @@ on_both_paths! {
     rules::inference_pool_http_route_multiple_rules
     rules::inference_pool_http_route_port_validation
     rules::inference_pool_resolved_refs_condition
-    epp_core::events_arrive_as_they_are_made
+    epp_core::events_arrive_as_they_are_sent
 }

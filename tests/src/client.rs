@@ -550,7 +550,7 @@ mod tests {
 
     /// As TLS does when the socket is full, the stream keeps what is written until it is flushed or full.
     #[tokio::test]
-    async fn requests_over_a_stream_that_buffers_are_sent_whole() {
+    async fn request_over_buffering_stream_is_sent_whole() {
         let (near, mut far) = duplex(1 << 20);
         let mut client =
             Client::over(BufStream::with_capacity(1 << 16, 1 << 16, near), "127.0.0.1:80".parse().unwrap());

@@ -215,7 +215,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_partition_fills_alike(id: u64, start in 0u64..5000, cuts in prop::collection::vec(0usize..40, 0..20), text: bool) {
+        fn fill_of_any_partition_gives_same_bytes(id: u64, start in 0u64..5000, cuts in prop::collection::vec(0usize..40, 0..20), text: bool) {
             let alphabet = if text { Alphabet::Text } else { Alphabet::Binary };
             let whole = alphabet.bytes(id, start, cuts.iter().sum());
             let mut pieces = Vec::new();
@@ -226,7 +226,7 @@ mod tests {
         }
 
         #[test]
-        fn a_loss_is_located(id: u64, at in 0usize..5000, lost in 1usize..3000) {
+        fn lost_bytes_are_located(id: u64, at in 0usize..5000, lost in 1usize..3000) {
             let mut bytes = Alphabet::Binary.bytes(id, 0, 10_000);
             bytes.drain(at..at + lost);
             let mismatch = Checker::new(id).feed(&bytes).unwrap_err();
@@ -236,7 +236,7 @@ mod tests {
         }
 
         #[test]
-        fn a_repetition_is_located(id: u64, at in 3000usize..5000, again in 1usize..3000) {
+        fn repeated_bytes_are_located(id: u64, at in 3000usize..5000, again in 1usize..3000) {
             let whole = Alphabet::Text.bytes(id, 0, 10_000);
             let bytes = [&whole[..at], &whole[at - again..]].concat();
             let mut checker = Checker::text(id);
@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn a_swap_of_streams_is_found_in_the_other() {
+    fn swapped_streams_are_located_in_other_stream() {
         let mut checker = Checker::new(1);
         checker.feed(&Alphabet::Binary.bytes(1, 0, 100)).unwrap();
         let mismatch = checker.feed(&Alphabet::Binary.bytes(2, 100, 100)).unwrap_err();
@@ -261,13 +261,13 @@ mod tests {
     }
 
     #[test]
-    fn text_stands_unescaped_in_json() {
+    fn text_in_json_needs_no_escape() {
         let text = String::from_utf8(Alphabet::Text.bytes(7, 3, 4096)).unwrap();
         assert_eq!(serde_json::to_string(&text).unwrap().len(), text.len() + 2);
     }
 
     #[test]
-    fn fnv_is_the_published_one() {
+    fn fnv_matches_published_values() {
         assert_eq!(Fnv::of(b"").value(), 0xcbf2_9ce4_8422_2325);
         assert_eq!(Fnv::of(b"foobar").value(), 0x8594_4171_f739_67e8);
     }

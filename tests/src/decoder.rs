@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn table() {
+    fn decoder_input_table_gives_expected_output() {
         use Framed::*;
         /// framing, wire, payload, bytes left over, complete, complete at close
         type Case = (Framed, &'static [u8], &'static [u8], usize, bool, bool);
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn trailers_and_chunks_are_told() {
+    fn trailers_and_chunks_are_reported() {
         let (.., decoder) =
             decode(Framed::Chunked, b"1\r\na\r\n1\r\nb\r\n0\r\nT: 1\r\nU:2 \r\n\r\n", 4).expect("well-formed");
         assert_eq!(decoder.chunks(), 2);

@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn names_have_the_addresses_that_were_last_set() {
+    async fn name_resolves_to_latest_addresses() {
         let server = DnsServer::start().await.unwrap();
         let dns = dns(&server);
         server.set("Epp.test", &addresses(&["127.0.0.3", "127.0.0.2"]), Duration::from_secs(30));
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_does_not_exist_has_no_address_and_silence_ends_in_time() {
+    async fn unknown_name_and_silent_server_return_errors() {
         let server = DnsServer::start().await.unwrap();
         let dns = dns(&server);
         assert!(dns.resolve("nowhere.test").await.is_err());

@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn lines_of_both_pipes_are_waited_for() {
+    async fn lines_on_both_pipes_are_awaited() {
         let mut process = shell("echo one; echo two >&2; exec tail -f /dev/null");
         assert_eq!(process.line("one", SOON).await.unwrap(), "one");
         assert_eq!(process.line("wo", SOON).await.unwrap(), "two");
@@ -239,14 +239,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_end_without_the_line_is_told_with_the_output() {
+    async fn exit_before_expected_line_reports_output() {
         let mut process = shell("echo reason; exit 3");
         let error = process.line("listening", SOON).await.unwrap_err().to_string();
         assert!(error.contains("exit status: 3") && error.contains("reason"), "{error}");
     }
 
     #[tokio::test]
-    async fn terminate_and_kill() {
+    async fn terminate_and_kill_end_the_process() {
         let mut polite = shell("trap 'exit 7' TERM; echo up; while :; do :; done");
         polite.line("up", SOON).await.unwrap();
         let mut deaf = shell("trap '' TERM; echo up; while :; do :; done");

@@ -65,7 +65,7 @@ async fn end(agent: &TestAgent, plan: &Plan) -> (BodyEnd, u64) {
 }
 
 #[tokio::test]
-async fn endpoints_that_break_off() {
+async fn endpoint_break_reaches_client() {
     for mode in MODES {
         let server = server().await;
         let agent = TestAgent::start(builtin_pool(&[server.addr]), mode, |_| {});
@@ -97,7 +97,7 @@ async fn endpoints_that_break_off() {
 }
 
 #[tokio::test]
-async fn wrong_lengths() {
+async fn wrong_lengths_break_response() {
     for mode in MODES {
         let server = server().await;
         let agent = TestAgent::start(builtin_pool(&[server.addr]), mode, |config| config.listen.workers = 1);
@@ -134,7 +134,7 @@ enum Leaves {
 
 /// While the endpoint has more to send, while it pauses, and while the client does not read.
 #[tokio::test]
-async fn clients_that_leave() {
+async fn client_disconnect_aborts_endpoint() {
     for (mode, framing) in MODES.into_iter().flat_map(|mode| FRAMINGS.map(|framing| (mode, framing))) {
         let server = server().await;
         let epp = ScriptedEpp::start(Production::new(&[server.addr])).await.unwrap();
@@ -179,7 +179,7 @@ async fn clients_that_leave() {
 }
 
 #[tokio::test]
-async fn an_endpoint_that_falls_silent() {
+async fn silent_endpoint_breaks_response_after_idle_timeout() {
     for mode in MODES {
         for framing in FRAMINGS {
             let server = server().await;
@@ -201,7 +201,7 @@ async fn an_endpoint_that_falls_silent() {
 
 /// D10: whoever carries it, and although bytes keep coming.
 #[tokio::test]
-async fn a_response_that_takes_too_long_is_broken_off() {
+async fn response_over_total_timeout_is_broken_off() {
     for mode in MODES {
         for framing in FRAMINGS {
             let server = server().await;
@@ -223,7 +223,7 @@ async fn a_response_that_takes_too_long_is_broken_off() {
 
 /// E6: in mid-response, whatever the framing and whoever carries it.
 #[tokio::test]
-async fn an_eviction_breaks_the_response_off() {
+async fn eviction_breaks_off_response() {
     for mode in MODES {
         let mut in_all = 0;
         for framing in FRAMINGS {
@@ -256,7 +256,7 @@ async fn an_eviction_breaks_the_response_off() {
 }
 
 #[tokio::test]
-async fn a_picker_that_dies_takes_no_response_with_it() {
+async fn picker_death_cuts_no_response() {
     for mode in MODES {
         let server = server().await;
         let mut epp = ScriptedEpp::start(Production::new(&[server.addr])).await.unwrap();

@@ -83,7 +83,7 @@ fn assert_known<T: Resource + DeserializeOwned + Serialize>() {
 }
 
 #[test]
-fn kubernetes_knows_every_field() {
+fn manifest_fields_are_known_to_kubernetes() {
     let kinds: BTreeSet<String> = documents().iter().map(|document| document["kind"].to_string()).collect();
     assert_eq!(kinds.len(), 4, "each kind is looked at below: {kinds:?}");
     assert_known::<Namespace>();
@@ -93,7 +93,7 @@ fn kubernetes_knows_every_field() {
 }
 
 #[test]
-fn an_unknown_field_is_found() {
+fn unknown_manifest_field_is_detected() {
     let mut found = Vec::new();
     let source = serde_json::json!({ "metadata": { "name": "a", "lables": {} } });
     let typed: Namespace = serde_json::from_value(source.clone()).expect("unknown fields are dropped");
@@ -102,7 +102,7 @@ fn an_unknown_field_is_found() {
 }
 
 #[test]
-fn everything_is_in_one_namespace_and_refers_to_what_is_there() {
+fn manifests_share_namespace_and_references_resolve() {
     let namespace = manifest::<Namespace>().metadata.name;
     let (account, map, set) = (manifest::<ServiceAccount>(), manifest::<ConfigMap>(), manifest::<DaemonSet>());
     for metadata in [&account.metadata, &map.metadata, &set.metadata] {
@@ -122,7 +122,7 @@ fn everything_is_in_one_namespace_and_refers_to_what_is_there() {
 }
 
 #[test]
-fn the_config_map_holds_the_example_where_the_agent_reads_it() {
+fn config_map_holds_example_at_agents_path() {
     let data = manifest::<ConfigMap>().data.expect("data");
     assert_eq!(data.len(), 1);
     assert_eq!(data["penstock.toml"], read("deploy/penstock.toml"));
@@ -134,7 +134,7 @@ fn the_config_map_holds_the_example_where_the_agent_reads_it() {
 }
 
 #[test]
-fn ports_are_the_configured_ones() {
+fn ports_match_configuration() {
     let config = config();
     assert_eq!(config.listen.address.port(), 8080, "the agent's default");
     assert_eq!(config.admin.address.port(), 9901, "the agent's default");
@@ -160,7 +160,7 @@ fn ports_are_the_configured_ones() {
 }
 
 #[test]
-fn probes_ask_the_admin_port() {
+fn probes_use_admin_port() {
     let action =
         |probe: Option<Probe>| -> HTTPGetAction { probe.and_then(|probe| probe.http_get).expect("an HTTP probe") };
     let probes = [(action(container().liveness_probe), "/livez"), (action(container().readiness_probe), "/readyz")];
@@ -171,7 +171,7 @@ fn probes_ask_the_admin_port() {
 }
 
 #[test]
-fn the_pod_can_load_and_attach() {
+fn pod_can_load_and_attach_programs() {
     let pod = pod();
     assert_eq!(pod.host_network, Some(true));
     assert_eq!(pod.dns_policy.as_deref(), Some("ClusterFirstWithHostNet"));
@@ -190,7 +190,7 @@ fn names(all: &[impl ToString]) -> Vec<String> {
 }
 
 #[test]
-fn container_has_the_least_that_loads_the_programs_and_gives_up_root() {
+fn container_has_minimal_capabilities_and_drops_root() {
     let context = container().security_context.expect("a security context");
     assert_eq!((context.privileged, context.allow_privilege_escalation), (Some(false), Some(false)));
     assert_eq!(context.read_only_root_filesystem, Some(true));
@@ -206,7 +206,7 @@ fn container_has_the_least_that_loads_the_programs_and_gives_up_root() {
 
 /// `kubectl patch` merges containers by name, and the fields of a security context one by one; null removes one.
 #[test]
-fn privileged_patch_overrides_the_security_context() {
+fn privileged_patch_overrides_security_context() {
     let source: Value = serde_saphyr::from_str(&read("deploy/privileged.yaml")).expect("YAML");
     let patched = &source["spec"]["template"]["spec"]["containers"];
     let [patched] = &patched.as_array().expect("containers")[..] else { panic!("one container: {patched}") };
@@ -226,7 +226,7 @@ fn privileged_patch_overrides_the_security_context() {
 }
 
 #[test]
-fn whoever_stops_the_agent_waits_for_the_drain() {
+fn stop_timeouts_exceed_drain_timeout() {
     let timeouts = config().timeouts;
     let leaves = timeouts.lame_duck.unwrap_or_default() + timeouts.drain;
     let grace = pod().termination_grace_period_seconds.expect("a grace period");
@@ -255,7 +255,7 @@ fn penstock(arguments: &[&str]) -> String {
 }
 
 #[test]
-fn the_agent_takes_the_flags_and_the_file() {
+fn deployed_flags_and_configuration_are_valid() {
     penstock(&["check", "--config", "deploy/penstock.toml"]);
     // With --help added, the command line is read and nothing is done; it also names the default.
     assert!(penstock(&["run", "--config", CONFIG_PATH, "--help"]).contains(CONFIG_PATH));
@@ -266,7 +266,7 @@ fn the_agent_takes_the_flags_and_the_file() {
 }
 
 #[test]
-fn the_unit_starts_the_agent_with_what_it_needs() {
+fn systemd_unit_starts_agent_with_required_settings() {
     assert_eq!(unit("ExecStart"), [format!("/usr/local/bin/penstock run --config {CONFIG_PATH}")]);
     assert_eq!(unit("ExecStartPre"), [format!("/usr/local/bin/penstock check --config {CONFIG_PATH}")]);
     // EX_USAGE, which the agent exits with when the configuration is wrong.
@@ -289,7 +289,7 @@ fn dockerfile() -> Vec<(String, String)> {
 }
 
 #[test]
-fn the_dockerfile_copies_what_is_there_and_all_of_the_workspace() {
+fn dockerfile_copies_whole_workspace() {
     let mut copied = BTreeSet::new();
     for (_, arguments) in
         dockerfile().iter().filter(|(name, arguments)| name == "COPY" && !arguments.starts_with("--from="))
@@ -309,7 +309,7 @@ fn the_dockerfile_copies_what_is_there_and_all_of_the_workspace() {
 }
 
 #[test]
-fn the_dockerfile_ends_in_the_agent_as_the_pod_starts_it() {
+fn dockerfile_entrypoint_matches_pod() {
     let last = |wanted: &str| {
         let found = dockerfile().into_iter().rfind(|(name, _)| name == wanted);
         found.unwrap_or_else(|| panic!("no {wanted}")).1
@@ -321,7 +321,7 @@ fn the_dockerfile_ends_in_the_agent_as_the_pod_starts_it() {
 }
 
 #[test]
-fn every_xtask_verb_in_the_dockerfile_is_one() {
+fn dockerfile_xtask_commands_exist() {
     let runs: Vec<String> = dockerfile().into_iter().filter(|(name, _)| name == "RUN").map(|(_, line)| line).collect();
     assert!(runs.len() >= 3, "{runs:?}");
     for line in runs {

@@ -16,7 +16,7 @@ const PARTS: [&str; 8] =
     ["chat", "chat streamed", "text", "models", "errors", "kept connection", "abandoned", "20 streams at once"];
 
 #[tokio::test]
-async fn the_openai_package_finds_nothing_amiss() {
+async fn openai_python_package_works() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
     let python = root.join("target/venv/bin/python");
     assert!(python.is_file(), "no {}: run `cargo xtask setup --tests`", python.display());

@@ -8,7 +8,7 @@ use penstock_tests::{
 };
 
 #[tokio::test]
-async fn soaked_agents_lose_nothing_and_hold_nothing() {
+async fn short_soak_loses_and_leaks_nothing() {
     let options = Options { time: Duration::from_secs(24), seed: Random::fresh_seed(), mode: None };
     println!("seed {}", options.seed);
     let report = soak::run(options, |line| println!("{line}")).await.unwrap_or_else(|error| panic!("{error:#}"));

@@ -27,13 +27,13 @@ macro_rules! on_every_path {
 }
 
 on_every_path! {
-    framings_sizes_and_writes
-    what_comes_after_a_pause_is_steered
-    one_byte_at_a_time
-    large_bodies
-    slow_and_stalled_clients
-    the_last_bytes_come_with_the_end
-    a_client_that_stalls_before_an_orderly_end
+    any_framing_size_and_write_pattern_is_exact
+    bytes_after_pause_are_steered
+    single_byte_writes_are_exact
+    large_bodies_are_steered
+    slow_and_stalled_clients_get_every_byte
+    last_bytes_with_fin_are_delivered
+    client_stalled_before_orderly_close_gets_every_byte
     http10_clients_get_chunks_decoded
 }
 
@@ -197,7 +197,7 @@ fn random(seed: u64) -> Random {
 const FRAMED: [Framing; 2] = [Framing::ContentLength, Framing::Chunked];
 const ALL: [Framing; 3] = [Framing::ContentLength, Framing::Chunked, Framing::UntilClose];
 
-async fn framings_sizes_and_writes(mode: SteeringMode) {
+async fn any_framing_size_and_write_pattern_is_exact(mode: SteeringMode) {
     let seed = Random::fresh_seed();
     let (mut random, mut rig) = (random(seed), Rig::start(mode).await);
     let mut kept = Client::connect(rig.agent.addr).await.unwrap();
@@ -233,7 +233,7 @@ async fn framings_sizes_and_writes(mode: SteeringMode) {
     rig.report(seed);
 }
 
-async fn what_comes_after_a_pause_is_steered(mode: SteeringMode) {
+async fn bytes_after_pause_are_steered(mode: SteeringMode) {
     let seed = Random::fresh_seed();
     let (mut random, mut rig) = (random(seed), Rig::start(mode).await);
     for framing in ALL {
@@ -246,7 +246,7 @@ async fn what_comes_after_a_pause_is_steered(mode: SteeringMode) {
     rig.report(seed);
 }
 
-async fn one_byte_at_a_time(mode: SteeringMode) {
+async fn single_byte_writes_are_exact(mode: SteeringMode) {
     let seed = Random::fresh_seed();
     let (mut random, mut rig) = (random(seed), Rig::start(mode).await);
     for framing in ALL {
@@ -263,7 +263,7 @@ async fn one_byte_at_a_time(mode: SteeringMode) {
     rig.report(seed);
 }
 
-async fn large_bodies(mode: SteeringMode) {
+async fn large_bodies_are_steered(mode: SteeringMode) {
     let seed = Random::fresh_seed();
     let (mut random, mut rig) = (random(seed), Rig::start(mode).await);
     for framing in ALL {
@@ -272,7 +272,7 @@ async fn large_bodies(mode: SteeringMode) {
     rig.report(seed);
 }
 
-async fn slow_and_stalled_clients(mode: SteeringMode) {
+async fn slow_and_stalled_clients_get_every_byte(mode: SteeringMode) {
     let seed = Random::fresh_seed();
     let (mut random, mut rig) = (random(seed), Rig::start(mode).await);
     let slow = Reader::Slow { bytes: 8192, tick: Duration::from_millis(1) };
@@ -289,7 +289,7 @@ async fn slow_and_stalled_clients(mode: SteeringMode) {
 }
 
 /// The FIN shares a segment with data, or follows at once.
-async fn the_last_bytes_come_with_the_end(mode: SteeringMode) {
+async fn last_bytes_with_fin_are_delivered(mode: SteeringMode) {
     let seed = Random::fresh_seed();
     let (mut random, mut rig) = (random(seed), Rig::start(mode).await);
     for cork in [true, false] {
@@ -315,7 +315,7 @@ async fn the_last_bytes_come_with_the_end(mode: SteeringMode) {
 }
 
 /// Longer than the agent lingers: what is queued then is the kernel's to deliver.
-async fn a_client_that_stalls_before_an_orderly_end(mode: SteeringMode) {
+async fn client_stalled_before_orderly_close_gets_every_byte(mode: SteeringMode) {
     let seed = Random::fresh_seed();
     let (mut random, mut rig) = (random(seed), Rig::start(mode).await);
     let stalled = Reader::Stalled { after: 1, pause: Duration::from_millis(2500) };
@@ -352,7 +352,7 @@ async fn http10_clients_get_chunks_decoded(mode: SteeringMode) {
 
 /// D14: the span says who carried the body, and when its first byte came, which is before its last.
 #[tokio::test]
-async fn a_span_tells_what_the_kernel_carried() {
+async fn span_reports_steered_bytes() {
     let (collector, server) =
         (Collector::start(Mood::Keeps).await.unwrap(), ModelServer::start(Options::default()).await.unwrap());
     let agent = TestAgent::start(builtin_pool(&[server.addr]), SteeringMode::Ingress, |config| {

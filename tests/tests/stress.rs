@@ -8,7 +8,7 @@ use penstock_tests::{
 };
 
 #[tokio::test]
-async fn every_mode() {
+async fn short_stress_run_in_every_mode_finds_nothing() {
     let options = Options { time: Duration::from_secs(12), seed: Random::fresh_seed(), mode: None };
     println!("seed {}", options.seed);
     let tallies = stress::run(options, |_| {}).await.unwrap_or_else(|error| panic!("{error:#}"));

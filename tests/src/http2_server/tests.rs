@@ -20,7 +20,7 @@ async fn pair() -> (Http2Server, Http2Client) {
 }
 
 #[tokio::test]
-async fn a_plan_is_answered_frame_by_frame() {
+async fn plan_is_answered_frame_by_frame() {
     let (server, mut client) = pair().await;
     let trailers = vec![("x-a".to_owned(), "1".to_owned()), ("x-a".to_owned(), "2".to_owned())];
     let plan = Plan { size: 10_000, chunks: Lengths::Fixed(999), trailers: trailers.clone(), ..Plan::default() };
@@ -33,7 +33,7 @@ async fn a_plan_is_answered_frame_by_frame() {
 }
 
 #[tokio::test]
-async fn a_request_is_told_as_it_came() {
+async fn request_is_recorded_unchanged() {
     let (server, mut client) = pair().await;
     let seen = client.request(&echo(vec![b'x'; 300_000])).await.unwrap().echoed();
     assert_eq!((seen.body_framing.as_str(), seen.body_length, seen.count), ("content-length", 300_000, 1));
@@ -51,7 +51,7 @@ async fn a_request_is_told_as_it_came() {
 }
 
 #[tokio::test]
-async fn ends_are_told_apart() {
+async fn stream_ends_are_distinguished() {
     let (server, mut client) = pair().await;
     for (kind, end) in [(FaultKind::Reset, BodyEnd::Reset), (FaultKind::Close, BodyEnd::Truncated)] {
         let fault = Some(Fault { after: 500, kind });
@@ -66,7 +66,7 @@ async fn ends_are_told_apart() {
 }
 
 #[tokio::test]
-async fn a_client_that_cancels_is_noticed_wherever_the_response_is() {
+async fn client_cancel_at_any_stage_is_noticed() {
     let (server, mut client) = pair().await;
     let stall = Some(Fault { after: 500, kind: FaultKind::Stall });
     let stalled = Plan { size: 1000, fault: stall, ..Plan::default() };
@@ -88,7 +88,7 @@ async fn a_client_that_cancels_is_noticed_wherever_the_response_is() {
 }
 
 #[tokio::test]
-async fn refusing_and_leaving() {
+async fn refused_streams_and_goaway_reach_client() {
     let options = Http2Options { refuses: 1, ..Http2Options::default() };
     let server = Http2Server::start(options).await.unwrap();
     let mut client = Http2Client::connect(server.addr).await.unwrap();

@@ -220,7 +220,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_plan_needs_only_what_it_changes() {
+    fn plan_with_missing_fields_uses_defaults() {
         let plan: Plan = serde_json::from_str(
             r#"{"framing":"chunked","size":5,"writes":"one_byte","fault":{"after":3,"kind":{"stall_ms":4}}}"#,
         )

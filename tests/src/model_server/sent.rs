@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn heads_do_not_count_however_they_are_cut() {
+    fn head_bytes_in_any_split_are_not_counted() {
         let wire = b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\na: b\r\n\r\nbody\r\n\r\nmore";
         for size in 1..=wire.len() {
             let (mut account, mut tally) = (Account::default(), Tally::of(&echo("one")).unwrap());
@@ -101,7 +101,7 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_are_forgotten() {
+    fn oldest_entries_are_evicted() {
         let mut account = Account::default();
         for id in 0..=REMEMBERED {
             Tally::of(&echo(&id.to_string())).unwrap().writing(b"HTTP/1.1 200 OK\r\n\r\n", &mut account);

@@ -45,7 +45,7 @@ async fn every_framing_delivers_its_bytes() {
 }
 
 #[tokio::test]
-async fn framing_is_on_the_wire_as_planned() {
+async fn planned_framing_is_on_the_wire() {
     let plan = Plan {
         framing: Framing::Chunked,
         size: 5,
@@ -65,7 +65,7 @@ async fn framing_is_on_the_wire_as_planned() {
 }
 
 #[tokio::test]
-async fn heads_are_split_and_preceded() {
+async fn heads_are_split_and_preceded_by_interim_responses() {
     let head = HeadWrites { split_at: Some(20), pause_us: 20_000, with_body: true };
     let plan = Plan { interim: vec![103, 103], size: 100, head, ..Plan::default() };
     let (response, _) = planned(&plan).await;
@@ -83,7 +83,7 @@ async fn heads_are_split_and_preceded() {
 }
 
 #[tokio::test]
-async fn a_response_without_body_leaves_the_connection_in_step() {
+async fn bodiless_response_keeps_connection_usable() {
     let server = server().await;
     let mut client = Client::connect(server.addr).await.unwrap();
     for (count, status) in [(1, 204), (2, 304)] {
@@ -105,7 +105,7 @@ async fn a_response_without_body_leaves_the_connection_in_step() {
 }
 
 #[tokio::test]
-async fn misbehaviour_is_seen_as_such() {
+async fn planned_misbehaviour_is_detected_by_client() {
     use {BodyEnd::*, FaultKind::*};
     for (framing, kind, end, len) in [
         (Framing::ContentLength, Close, Truncated, 300),
@@ -127,7 +127,7 @@ async fn misbehaviour_is_seen_as_such() {
 }
 
 #[tokio::test]
-async fn faults_at_the_edges_of_a_body() {
+async fn faults_at_body_edges_strike_exactly() {
     let fault = |after, kind| Some(Fault { after, kind });
     let plan = Plan { size: 10, fault: fault(0, FaultKind::Reset), ..Plan::default() };
     let (response, _) = planned(&plan).await;
@@ -139,7 +139,7 @@ async fn faults_at_the_edges_of_a_body() {
 }
 
 #[tokio::test]
-async fn wrong_lengths() {
+async fn wrong_content_lengths_are_sent_as_planned() {
     let plan = Plan { size: 100, length_error: 7, after: After::SilentClose, ..Plan::default() };
     let (response, _) = planned(&plan).await;
     assert_eq!((response.header("content-length"), response.read.end), (Some("107"), BodyEnd::Truncated));
@@ -165,7 +165,7 @@ async fn connections_end_as_planned() {
 }
 
 #[tokio::test]
-async fn a_peer_that_leaves_is_noticed_at_once() {
+async fn departed_peer_is_noticed_at_once() {
     let mut server = server().await;
     let stalled = Plan { size: 100, fault: Some(Fault { after: 50, kind: FaultKind::Stall }), ..Plan::default() };
     let endless = Plan { size: 1 << 40, framing: Framing::Chunked, ..Plan::default() };
@@ -196,7 +196,7 @@ async fn a_peer_that_leaves_is_noticed_at_once() {
 }
 
 #[tokio::test]
-async fn echo_tells_what_arrived() {
+async fn echo_reports_received_request() {
     let server = server().await;
     let mut client = Client::connect(server.addr).await.unwrap();
     let body = Alphabet::Binary.bytes(9, 0, 70_000);
@@ -223,7 +223,7 @@ async fn echo_tells_what_arrived() {
 }
 
 #[tokio::test]
-async fn a_request_that_expects_100_is_told_to_continue() {
+async fn expect_100_request_gets_continue() {
     let server = server().await;
     let mut client = Client::connect(server.addr).await.unwrap();
     client
@@ -237,7 +237,7 @@ async fn a_request_that_expects_100_is_told_to_continue() {
 }
 
 #[tokio::test]
-async fn pipelined_requests_are_answered_in_turn() {
+async fn pipelined_requests_are_answered_in_order() {
     let server = server().await;
     let mut client = Client::connect(server.addr).await.unwrap();
     let pauses = Some(Pauses { seed: 1, every: 1, up_to_us: 500 });
@@ -251,7 +251,7 @@ async fn pipelined_requests_are_answered_in_turn() {
 }
 
 #[tokio::test]
-async fn a_slow_reader_reads_everything() {
+async fn slow_reader_gets_every_byte() {
     let server = server().await;
     let mut client = Client::connect_with(server.addr, Some(4096)).await.unwrap();
     let plan = Plan { size: 200_000, framing: Framing::Chunked, ..Plan::default() };
@@ -268,7 +268,7 @@ async fn a_slow_reader_reads_everything() {
 }
 
 #[tokio::test]
-async fn raw_exchange_gives_the_wire() {
+async fn raw_exchange_returns_wire_bytes() {
     let server = server().await;
     let plan = Plan { size: 10, after: After::Close, ..Plan::default() };
     let (bytes, end) = client::exchange_raw(server.addr, &plan.request().wire("x")).await.unwrap();
@@ -277,7 +277,7 @@ async fn raw_exchange_gives_the_wire() {
 }
 
 #[tokio::test]
-async fn completions() {
+async fn completions_match_openai_format() {
     use serde_json::{Value, json};
     let server = server().await;
     let mut client = Client::connect(server.addr).await.unwrap();
@@ -315,7 +315,7 @@ async fn completions() {
 }
 
 #[tokio::test]
-async fn state_is_told() {
+async fn state_endpoint_reports_counters() {
     let server = server().await;
     let mut client = Client::connect(server.addr).await.unwrap();
     assert_eq!(client.request(&Request::get("/health")).await.unwrap().status(), 200);

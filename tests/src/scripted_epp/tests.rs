@@ -134,7 +134,7 @@ fn streamed(message: &ProcessingResponse) -> Option<(Bytes, bool)> {
 }
 
 #[tokio::test]
-async fn production_answers_headers_and_then_the_whole_body() {
+async fn gie_answers_headers_then_whole_body() {
     let script = Production::over(Endpoints::new(&endpoints()).offering(2)).rewriting("other");
     let epp = ScriptedEpp::start(script).await.unwrap();
     let peer = Peer::open(channel(&epp).await).await;
@@ -176,7 +176,7 @@ async fn production_answers_headers_and_then_the_whole_body() {
 }
 
 #[tokio::test]
-async fn production_says_no_with_immediate_responses() {
+async fn gie_refuses_with_immediate_response() {
     let epp = ScriptedEpp::start(Production::new(&endpoints())).await.unwrap();
     let channel = channel(&epp).await;
     for (body, subset, status) in [
@@ -202,7 +202,7 @@ async fn production_says_no_with_immediate_responses() {
 }
 
 #[tokio::test]
-async fn lwepp_answers_pieces_first_and_obeys() {
+async fn lwepp_answers_pieces_first_and_follows_selection() {
     let epp = ScriptedEpp::start(Lwepp::new(&endpoints())).await.unwrap();
     let channel = channel(&epp).await;
     let peer = Peer::open(channel.clone()).await;
@@ -231,7 +231,7 @@ async fn lwepp_answers_pieces_first_and_obeys() {
 }
 
 #[tokio::test]
-async fn dynamo_insists_and_rewrites() {
+async fn dynamo_requires_body_and_rewrites_it() {
     let epp = ScriptedEpp::start(Dynamo::new(&endpoints())).await.unwrap();
     let channel = channel(&epp).await;
     let peer = Peer::open(channel.clone()).await;
@@ -265,7 +265,7 @@ async fn under(fault: Fault) -> (Option<String>, Vec<ProcessingResponse>, Result
 }
 
 #[tokio::test]
-async fn faults_strike_when_told() {
+async fn faults_strike_at_scripted_moment() {
     for moment in [Moment::RequestHeaders, Moment::RequestBody(0), Moment::RequestBody(5), Moment::RequestBody(999)] {
         let (picked, _, end, _) = under(Fault::At(moment, Harm::Status(Code::Internal))).await;
         assert_eq!((picked, end), (None, Err(Code::Internal)), "{moment:?}");
@@ -286,7 +286,7 @@ async fn faults_strike_when_told() {
 }
 
 #[tokio::test]
-async fn connections_are_cut() {
+async fn scripted_fault_cuts_connections() {
     let (_, _, end, epp) = under(Fault::At(Moment::RequestBody(5), Harm::ResetConnection)).await;
     assert!(end.is_err());
     eventually(SOON, || epp.connections_open() == 0).await;
@@ -321,7 +321,7 @@ async fn connections_are_cut() {
 }
 
 #[tokio::test]
-async fn a_cancelled_stream_is_told_from_a_finished_one() {
+async fn cancelled_and_finished_streams_are_distinguished() {
     let silent = Fault::At(Moment::RequestHeaders, Harm::Silence);
     let mut epp = ScriptedEpp::start(Faulty::new(Production::new(&endpoints()), silent)).await.unwrap();
     let channel = channel(&epp).await;
@@ -342,7 +342,7 @@ async fn a_cancelled_stream_is_told_from_a_finished_one() {
 }
 
 #[tokio::test]
-async fn health_is_the_scripts() {
+async fn health_answer_follows_script() {
     struct Ill;
     impl Script for Ill {
         fn health(&self, service: &str) -> Result<ServingStatus, tonic::Status> {
@@ -358,7 +358,7 @@ async fn health_is_the_scripts() {
 }
 
 #[tokio::test]
-async fn a_picker_that_goes_away_lets_streams_finish_and_takes_others_on_new_connections() {
+async fn goaway_lets_streams_finish_and_accepts_new_connections() {
     let epp = ScriptedEpp::start(Production::new(&endpoints())).await.unwrap();
     let begun = Peer::open(channel(&epp).await).await;
     begun.head(&[], false, None).await;
@@ -374,7 +374,7 @@ async fn a_picker_that_goes_away_lets_streams_finish_and_takes_others_on_new_con
 }
 
 #[tokio::test]
-async fn only_the_one_that_leads_serves() {
+async fn only_elected_leader_serves() {
     let election = Election::default();
     let replica = |replica| Elected {
         inner: Production::new(&endpoints()),

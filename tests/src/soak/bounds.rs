@@ -96,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn growth_beyond_the_allowance_is_a_complaint() {
+    fn growth_above_allowance_is_reported() {
         let allowance = Allowance::default();
         let before = footprint(100 << 20, 50, 0);
         assert!(allowance.complaints(&before, &footprint(120 << 20, 58, 0)).is_empty());
@@ -104,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn slower_end_is_a_complaint() {
+    fn slower_final_phase_is_reported() {
         let of = |ms| vec![Duration::from_millis(ms); LEAST_SAMPLES];
         assert!(Drift::new(&of(10), &of(20)).complaints().is_empty());
         assert_eq!(Drift::new(&of(10), &of(21)).complaints().len(), 1);

@@ -132,7 +132,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn fault_explains_only_what_met_it() {
+    fn fault_excuses_only_overlapping_requests() {
         let faults = Faults::default();
         let begin = Instant::now();
         assert!(!faults.explain(Fault::EndpointDies, begin));

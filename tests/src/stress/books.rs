@@ -86,7 +86,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn labels_are_told_apart_by_their_values() {
+    fn labels_are_distinguished_by_value() {
         let metrics = "# TYPE x counter\n\
             penstock_flows_total{path=\"ingress\",reason=\"length\"} 2\n\
             penstock_flows_total{path=\"relay\",reason=\"small\"} 3\n\

@@ -192,13 +192,13 @@ mod tests {
     }
 
     #[test]
-    fn a_seed_is_all_that_decides() {
+    fn seed_alone_determines_case() {
         assert_eq!(format!("{:?}", cases(7, 200)), format!("{:?}", cases(7, 200)));
         assert_ne!(format!("{:?}", cases(7, 20)), format!("{:?}", cases(8, 20)));
     }
 
     #[test]
-    fn everything_comes_up() {
+    fn random_cases_cover_every_feature() {
         let cases = cases(1, 5000);
         let plans = || {
             cases.iter().map(|case| match &case.exchange {

@@ -105,7 +105,7 @@ async fn complaint(case: &Case, down: Misdeed, up: Misdeed) -> (Tally, Option<an
 }
 
 #[tokio::test]
-async fn what_is_right_is_no_failure() {
+async fn correct_exchange_passes() {
     for case in [response(), switch()] {
         let (tally, error) = complaint(&case, Misdeed::None, Misdeed::None).await;
         assert!(error.is_none(), "{error:?}");
@@ -114,7 +114,7 @@ async fn what_is_right_is_no_failure() {
 }
 
 #[tokio::test]
-async fn a_byte_that_is_lost_doubled_or_swapped_is_told_with_its_place() {
+async fn corrupt_byte_is_reported_with_its_offset() {
     for (misdeed, offset, shift) in
         [(Misdeed::Lose(5), 40_000, Some(5)), (Misdeed::Repeat(3), 40_000, Some(-3)), (Misdeed::Swap, 40_000, None)]
     {
@@ -135,7 +135,7 @@ async fn a_byte_that_is_lost_doubled_or_swapped_is_told_with_its_place() {
 }
 
 #[tokio::test]
-async fn an_end_in_order_that_comes_too_soon_is_told() {
+async fn early_orderly_close_is_reported() {
     let of_both = [(switch(), Misdeed::End, Misdeed::None), (switch(), Misdeed::None, Misdeed::End)];
     for (case, down, up) in of_both {
         let (tally, error) = complaint(&case, down, up).await;
@@ -147,7 +147,7 @@ async fn an_end_in_order_that_comes_too_soon_is_told() {
 }
 
 #[test]
-fn a_path_that_carried_nothing_is_told() {
+fn unused_path_is_reported() {
     for mode in SteeringMode::value_variants() {
         let mut tally = Tally::new(*mode);
         tally.complete = 1;
@@ -160,6 +160,6 @@ fn a_path_that_carried_nothing_is_told() {
 }
 
 #[test]
-fn a_failure_says_how_to_see_it_again() {
+fn failure_report_names_reproduction_command() {
     assert_eq!(again(SteeringMode::Ingress, 7), "again: cargo xtask stress --mode ingress --seed 7");
 }

@@ -3,7 +3,7 @@
 use crate::setting::{Setting, post, refused};
 
 #[tokio::test]
-async fn declared_lengths() {
+async fn invalid_framing_headers_are_rejected() {
     let mut rows = Vec::new();
     for bad in ["-1", "+5", "", "0x5", "5 5", "5;", "1e3", "\"5\"", "99999999999999999999", "18446744073709551616"] {
         rows.push(refused(400, "content_length", post(&format!("content-length: {bad}\r\n"), "hello")));
@@ -51,7 +51,7 @@ async fn declared_lengths() {
 }
 
 #[tokio::test]
-async fn large_bodies() {
+async fn oversized_bodies_return_413() {
     let chunks = "1000\r\n".to_owned() + &"x".repeat(0x1000) + "\r\n";
     let rows = [
         refused(413, "body_too_large", post("content-length: 10001\r\n", "")).says("10000"),
@@ -64,7 +64,7 @@ async fn large_bodies() {
 }
 
 #[tokio::test]
-async fn chunks() {
+async fn malformed_chunks_return_400() {
     let chunked = |body: &str| post("transfer-encoding: chunked\r\n", body);
     let mut rows = Vec::new();
     for bad in [
@@ -98,7 +98,7 @@ async fn chunks() {
 }
 
 #[tokio::test]
-async fn bodies_that_end_early() {
+async fn truncated_bodies_return_400() {
     let rows = [
         refused(400, "body_cut", post("content-length: 10\r\n", "hello")).says("after 5 bytes").finish(),
         refused(400, "body_cut", post("content-length: 10\r\n", "")).finish(),
@@ -112,7 +112,7 @@ async fn bodies_that_end_early() {
 }
 
 #[tokio::test]
-async fn bodies_that_are_not_json() {
+async fn invalid_json_bodies_return_400() {
     let json =
         |body: &[u8]| post(&format!("content-type: application/json\r\ncontent-length: {}\r\n", body.len()), body);
     let refused_at = |at, body: &[u8]| refused(400, "json", json(body)).says(at);

@@ -98,7 +98,7 @@ async fn before(endpoint: SocketAddr) -> (TestAgent, Client) {
 }
 
 #[tokio::test]
-async fn answers_that_are_none() {
+async fn malformed_responses_return_502() {
     let ok = |fields: &str, body: &str| format!("HTTP/1.1 200 OK\r\n{fields}\r\n{body}");
     let chunked = "5\r\nhello\r\n0\r\n\r\n";
     let rows = [
@@ -167,7 +167,7 @@ async fn answers_that_are_none() {
 /// The head was right, and the body is not what it said: the client sees a message that is broken off, never a whole one, and
 /// nothing of it is taken for the next response.
 #[tokio::test]
-async fn bodies_that_are_none() {
+async fn malformed_response_bodies_are_broken_off() {
     let next = "HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil";
     let mut rows: Vec<String> = Vec::new();
     for bad in [
@@ -224,7 +224,7 @@ async fn bodies_that_are_none() {
 
 /// RFC 9110 §15.2: to HTTP/1.1 and not to HTTP/1.0. `100 Continue` is not for the client, whose body the agent has asked for itself.
 #[tokio::test]
-async fn interim_responses_are_passed_on() {
+async fn interim_responses_are_forwarded() {
     let interim = "HTTP/1.1 103 Early Hints\r\nlink: </a>\r\nconnection: x-hop\r\nx-hop: 1\r\nx-penstock-reason: no\r\n\r\n\
                    HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 102 Processing\r\ncontent-length: 0\r\n\r\n";
     let answer = format!("{interim}HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello");
@@ -251,7 +251,7 @@ async fn interim_responses_are_passed_on() {
 
 /// Many of them, and then the response.
 #[tokio::test]
-async fn many_interim_responses_are_passed_on() {
+async fn many_interim_responses_are_forwarded() {
     let interim = "HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n".repeat(500);
     let answer = format!("{interim}HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello");
     let endpoint = Endpoint::start(answer.as_bytes(), Then::Keep).await;
@@ -282,7 +282,7 @@ async fn endless(head: &'static str, pause: Option<Duration>) -> SocketAddr {
 
 /// Whether or not the client is told of them: their number and their size are bounded, and the worker serves others meanwhile.
 #[tokio::test]
-async fn interim_responses_without_end_are_a_bad_response() {
+async fn endless_interim_responses_return_502() {
     for head in ["HTTP/1.1 100 Continue\r\n\r\n", "HTTP/1.1 103 Early Hints\r\n\r\n"] {
         let (agent, mut client) = before(endless(head, None).await).await;
         let response = client.request(&echo()).await.unwrap();
@@ -300,7 +300,7 @@ async fn interim_responses_without_end_are_a_bad_response() {
 
 /// The time runs to the head of the final response.
 #[tokio::test]
-async fn interim_responses_do_not_put_off_the_first_byte_timeout() {
+async fn interim_responses_do_not_extend_first_byte_timeout() {
     let addr = endless("HTTP/1.1 103 Early Hints\r\n\r\n", Some(Duration::from_millis(20))).await;
     let agent = TestAgent::start(builtin_pool(&[addr]), SteeringMode::Off, |config| {
         config.timeouts.first_byte = Some(Duration::from_millis(500));
@@ -327,7 +327,7 @@ async fn response_without_date_gets_one() {
 
 /// RFC 9110 §8.6: one length, in one field or in several.
 #[tokio::test]
-async fn repeated_equal_lengths_are_one_length() {
+async fn repeated_equal_content_lengths_are_accepted() {
     for fields in ["content-length: 5, 5\r\n", "content-length: 5\r\nContent-Length: 5,05\r\n"] {
         let answer = format!("HTTP/1.1 200 OK\r\n{fields}\r\nhello");
         let endpoint = Endpoint::start(answer.as_bytes(), Then::Keep).await;
@@ -343,7 +343,7 @@ async fn repeated_equal_lengths_are_one_length() {
 
 /// RFC 9112 §6.3, the first rule: what has no body needs no framing, so a head whose framing is wrong is passed on without it.
 #[tokio::test]
-async fn bodiless_response_with_unclear_framing_is_passed_on() {
+async fn bodiless_response_with_unclear_framing_is_forwarded() {
     let fields = [
         "content-length: 5\r\ntransfer-encoding: chunked\r\n",
         "content-length: 5, 6\r\n",
@@ -370,7 +370,7 @@ async fn bodiless_response_with_unclear_framing_is_passed_on() {
 
 /// The answer to HEAD has no body, whatever it says and whatever comes behind it.
 #[tokio::test]
-async fn bytes_behind_the_answer_to_head() {
+async fn bytes_after_head_response_are_dropped() {
     for fields in ["content-length: 5\r\n", "transfer-encoding: chunked\r\n", ""] {
         let answer = format!("HTTP/1.1 200 OK\r\n{fields}\r\nHTTP/1.1 200 OK\r\n\r\n");
         let endpoint = Endpoint::start(answer.as_bytes(), Then::Keep).await;
@@ -384,7 +384,7 @@ async fn bytes_behind_the_answer_to_head() {
 }
 
 #[tokio::test]
-async fn an_endpoint_that_does_not_answer() {
+async fn silent_endpoint_returns_504() {
     let mut setting = Setting::start(|config| config.timeouts.first_byte = Some(Duration::from_millis(300))).await;
     let pause = |split_at| HeadWrites { split_at: Some(split_at), pause_us: 60_000_000, ..HeadWrites::default() };
     let mut client = setting.client().await;
@@ -398,7 +398,7 @@ async fn an_endpoint_that_does_not_answer() {
 }
 
 #[tokio::test]
-async fn bytes_behind_the_message() {
+async fn bytes_after_message_are_dropped() {
     for answer in [
         "HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhelloHTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil",
         "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n0\r\n\r\n",
@@ -427,7 +427,7 @@ async fn bytes_behind_the_message() {
 
 /// A kept connection that the endpoint closes under the next request: the whole body goes out again, from the file.
 #[tokio::test]
-async fn a_spilled_body_is_sent_again() {
+async fn spilled_body_is_retried_whole() {
     let body = Alphabet::Binary.bytes(4, 0, 3 << 20);
     let listener = TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let addr = listener.local_addr().unwrap();

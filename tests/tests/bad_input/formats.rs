@@ -20,7 +20,7 @@ fn is_plain(response: &Response) -> bool {
 }
 
 #[tokio::test]
-async fn accept_chooses_between_json_and_text() {
+async fn accept_header_selects_json_or_text() {
     for format in [ErrorFormat::OpenAi, ErrorFormat::Plain] {
         let mut setting = Setting::start(|config| config.errors.format = format).await;
         let default = format == ErrorFormat::Plain;
@@ -43,7 +43,7 @@ async fn accept_chooses_between_json_and_text() {
 
 /// Where the head cannot be read there is no Accept.
 #[tokio::test]
-async fn a_head_that_is_none_is_answered_as_configured() {
+async fn malformed_head_gets_configured_format() {
     for (format, kind) in [(ErrorFormat::OpenAi, "application/json"), (ErrorFormat::Plain, "text/plain; charset=utf-8")]
     {
         let setting = Setting::start(|config| config.errors.format = format).await;
@@ -57,7 +57,7 @@ async fn a_head_that_is_none_is_answered_as_configured() {
 
 /// Anthropic's clients read another shape; the reason is in the field.
 #[tokio::test]
-async fn messages_api_gets_errors_in_its_own_shape() {
+async fn messages_api_errors_have_anthropic_shape() {
     let setting = Setting::start(|config| config.limits.body_bytes = 100).await;
     for (path, anthropic) in [
         ("/v1/messages", true),
@@ -95,7 +95,7 @@ async fn messages_api_gets_errors_in_its_own_shape() {
 
 /// HEAD has the reason too, if no body.
 #[tokio::test]
-async fn a_reason_needs_no_body() {
+async fn head_request_error_carries_reason_header() {
     let setting = Setting::start(|config| config.limits.body_bytes = 10).await;
     let mut client = setting.client().await;
     let head = Request::new("HEAD", "/test/echo").body(vec![0; 11]);

@@ -3,7 +3,7 @@
 use crate::setting::{Setting, get, post, refused};
 
 #[tokio::test]
-async fn request_lines() {
+async fn malformed_request_lines_are_rejected() {
     let line = |line: &str| format!("{line}\r\nhost: x\r\n\r\n");
     let mut rows = Vec::new();
     for bad in [
@@ -43,7 +43,7 @@ async fn request_lines() {
 }
 
 #[tokio::test]
-async fn lines_and_fields() {
+async fn malformed_header_lines_are_rejected() {
     let rows = [
         refused(400, "bare_lf", "GET / HTTP/1.1\nhost: x\n\n"),
         refused(400, "bare_lf", get("a: b\nc: d\r\n")),
@@ -71,7 +71,7 @@ async fn lines_and_fields() {
 }
 
 #[tokio::test]
-async fn hosts() {
+async fn invalid_hosts_are_rejected() {
     let host = |fields: &str| format!("GET / HTTP/1.1\r\n{fields}\r\n");
     let mut rows = vec![
         refused(400, "host_missing", host("")),
@@ -87,7 +87,7 @@ async fn hosts() {
 }
 
 #[tokio::test]
-async fn large_heads() {
+async fn oversized_heads_are_rejected() {
     let setting = Setting::start(|config| {
         config.limits.head_bytes = 4096;
         config.limits.headers = 32;

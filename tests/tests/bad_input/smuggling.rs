@@ -115,7 +115,7 @@ fn is_well_formed(seen: &Echo, body: &[u8], what: &str) {
 
 /// CL.TE, TE.CL and CL.CL, whichever field comes first.
 #[tokio::test]
-async fn two_lengths() {
+async fn conflicting_lengths_are_rejected() {
     let (n, behind) = (HIDDEN.len(), after_last().len());
     let heads = [
         (length(behind) + ENCODING, "length_and_encoding"),
@@ -139,7 +139,7 @@ async fn two_lengths() {
 
 /// TE.TE: a coding that one reader takes for chunked and another does not.
 #[tokio::test]
-async fn codings_that_are_nearly_chunked() {
+async fn obfuscated_chunked_codings_are_rejected() {
     let rows = [
         ("transfer-encoding: xchunked", 400, "transfer_encoding"),
         ("transfer-encoding: chunkedx", 400, "transfer_encoding"),
@@ -206,7 +206,7 @@ async fn codings_that_are_nearly_chunked() {
 }
 
 #[tokio::test]
-async fn lengths_that_are_no_numbers() {
+async fn nonnumeric_lengths_are_rejected() {
     let n = HIDDEN.len();
     let mut rows = Vec::new();
     for bad in [
@@ -256,7 +256,7 @@ async fn lengths_that_are_no_numbers() {
 
 /// Sizes, extensions, line ends and trailers of chunks.
 #[tokio::test]
-async fn chunks_that_are_none() {
+async fn malformed_chunks_are_rejected() {
     let n = HIDDEN.len();
     let mut rows = Vec::new();
     for (name, body) in [
@@ -320,7 +320,7 @@ async fn chunks_that_are_none() {
 
 /// Whom a request is for.
 #[tokio::test]
-async fn two_hosts() {
+async fn conflicting_hosts_are_rejected() {
     let request = |target: &str, fields: &str| format!("GET {target} HTTP/1.1\r\n{fields}\r\n");
     let (one, http) = ("host: x\r\n", "http://x/test/echo");
     let whole = |name: &str, target: &str, fields: &str| trick(name, request(target, fields), Whole(Vec::new()));
@@ -353,7 +353,7 @@ async fn two_hosts() {
 
 /// What follows a request, or is said to be no part of it.
 #[tokio::test]
-async fn requests_behind_requests() {
+async fn trailing_bytes_hide_no_request() {
     let (close, body) = ("connection: close\r\n", "hello");
     let five = length(5);
     let old = |fields: &str, behind: &str| format!("GET /test/echo HTTP/1.0\r\nhost: x\r\n{fields}\r\n{behind}");
@@ -390,7 +390,7 @@ async fn requests_behind_requests() {
 
 /// A body that waits to be asked for.
 #[tokio::test]
-async fn expectations() {
+async fn unusual_expectations_hide_no_request() {
     let (n, expect) = (HIDDEN.len(), "expect: 100-continue\r\n");
     let with = |fields: &str, body: &str| post(&format!("{expect}{fields}"), body);
     plays([

@@ -41,7 +41,7 @@ async fn times_out(client: &mut Client, since: Instant, code: &str) {
 }
 
 #[tokio::test]
-async fn slow_heads_and_bodies() {
+async fn slow_heads_and_bodies_return_408() {
     let mut setting = setting().await;
     let before = setting.reached();
     let body = post("content-length: 10\r\n", "hello");
@@ -86,7 +86,7 @@ async fn slow_heads_and_bodies() {
 }
 
 #[tokio::test]
-async fn idle_connections_are_closed_quietly() {
+async fn idle_connections_are_closed_without_response() {
     let setting = Setting::start(|config| {
         config.timeouts.head = Some(SHORT);
         config.timeouts.keep_alive = Some(SHORT);
@@ -110,7 +110,7 @@ async fn idle_connections_are_closed_quietly() {
 
 /// D10: a client that is over its time elsewhere tells how long the others have waited.
 #[tokio::test]
-async fn what_is_off_waits() {
+async fn disabled_timeouts_never_expire() {
     let setting = Setting::start(|config| {
         (config.timeouts.head, config.timeouts.keep_alive) = (None, None);
         config.timeouts.body = Some(SHORT);
@@ -152,7 +152,7 @@ async fn before(endpoint: std::net::SocketAddr, adjust: impl FnOnce(&mut Config)
 
 /// D10.
 #[tokio::test]
-async fn an_endpoint_that_does_not_accept() {
+async fn unreachable_endpoint_returns_504() {
     let deaf = Deaf::new().unwrap();
     let (agent, mut client) = before(deaf.addr, |config| config.timeouts.connect = Some(SHORT)).await;
     for _ in 0..2 {
@@ -175,7 +175,7 @@ async fn an_endpoint_that_does_not_accept() {
 
 /// D10: the whole of a request, in each phase before its response.
 #[tokio::test]
-async fn requests_that_take_too_long() {
+async fn request_over_total_timeout_is_ended() {
     let server = ModelServer::start(Options::default()).await.unwrap();
     let (agent, mut client) = before(server.addr, |config| {
         (config.timeouts.head, config.timeouts.body) = (None, None);
@@ -220,7 +220,7 @@ async fn requests_that_take_too_long() {
 /// A client that has shut its sending side down cannot be told from one that has left, so its request is given up
 /// (`ClientSocket::gone`); what it costs is clients that half-close and wait.
 #[tokio::test]
-async fn a_client_that_half_closes_is_taken_to_have_left() {
+async fn half_closed_client_ends_its_request() {
     let mut setting = setting().await;
     let head = HeadWrites { split_at: Some(0), pause_us: 60_000_000, ..HeadWrites::default() };
     let never = Plan { head, ..Plan::default() };

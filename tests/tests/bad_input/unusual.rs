@@ -11,7 +11,7 @@ use penstock_tests::{
 use crate::setting::{Setting, closed, echo, error, get, post};
 
 #[tokio::test]
-async fn pipelined_requests() {
+async fn pipelined_requests_are_answered_in_order() {
     let mut setting = Setting::start(|_| {}).await;
     let json = "content-type: application/json\r\ncontent-length: 13\r\nx-id: 2\r\n";
     let wire = [
@@ -43,7 +43,7 @@ async fn pipelined_requests() {
 }
 
 #[tokio::test]
-async fn a_body_is_asked_for() {
+async fn expect_100_continue_gets_continue() {
     let setting = Setting::start(|_| {}).await;
     for (framing, body) in [("content-length: 5", "hello"), ("transfer-encoding: chunked", "5\r\nhello\r\n0\r\n\r\n")] {
         let mut client = setting.client().await;
@@ -67,7 +67,7 @@ async fn a_body_is_asked_for() {
 }
 
 #[tokio::test]
-async fn lines_and_targets() {
+async fn unusual_request_lines_are_accepted() {
     let setting = Setting::start(|_| {}).await;
     for (line, target) in [
         ("\r\n\r\nGET /test/echo HTTP/1.1", "/test/echo"),
@@ -82,7 +82,7 @@ async fn lines_and_targets() {
 
 /// RFC 9110 §6.5: they follow the body, without those that mean nothing there or would mislead.
 #[tokio::test]
-async fn request_trailers_are_passed_on() {
+async fn request_trailers_are_forwarded() {
     let setting = Setting::start(|_| {}).await;
     let trailers = "x-sum: 1\r\nDigest: a=b\r\nx-sum: 2\r\nhost: evil\r\ncontent-length: 9\r\nauthorization: evil\r\n\
                     x-gateway-destination-endpoint: 6.6.6.6:6\r\nx_gateway_model_name: evil\r\ncontent-type: evil\r\n";
@@ -105,7 +105,7 @@ async fn request_trailers_are_passed_on() {
 
 /// RFC 9110 §7.6.2.
 #[tokio::test]
-async fn max_forwards_of_options_is_counted() {
+async fn options_max_forwards_is_decremented() {
     let setting = Setting::start(|_| {}).await;
     let options = |fields: &str| format!("OPTIONS /test/echo HTTP/1.1\r\nhost: x\r\n{fields}\r\n").into_bytes();
     for (given, seen) in [("1", "0"), ("10", "9"), ("x", "x"), ("1, 2", "1, 2")] {
@@ -126,7 +126,7 @@ async fn max_forwards_of_options_is_counted() {
 
 /// RFC 9112 §3.2.2: the target names the host.
 #[tokio::test]
-async fn absolute_target_stands_in_for_an_empty_host() {
+async fn absolute_target_replaces_empty_host() {
     let setting = Setting::start(|_| {}).await;
     let (response, _) = setting.answer(b"GET http://x:81/test/echo HTTP/1.1\r\nhost:\r\n\r\n").await;
     let seen: Echo = response.json().unwrap();
@@ -134,7 +134,7 @@ async fn absolute_target_stands_in_for_an_empty_host() {
 }
 
 #[tokio::test]
-async fn http_1_0() {
+async fn http10_requests_are_served() {
     let mut setting = Setting::start(|_| {}).await;
     let old = |plan: &Plan, fields: &str| {
         format!("GET /test/body HTTP/1.0\r\n{fields}x-test-plan: {}\r\n\r\n", plan.header()).into_bytes()
@@ -169,7 +169,7 @@ async fn http_1_0() {
 }
 
 #[tokio::test]
-async fn responses_without_a_body() {
+async fn bodiless_responses_are_forwarded() {
     let mut setting = Setting::start(|_| {}).await;
     let mut client = setting.client().await;
     for status in [204, 304] {
@@ -208,7 +208,7 @@ async fn arrives(client: &mut Client, request: Request, body: &[u8]) -> Echo {
 }
 
 #[tokio::test]
-async fn bodies_arrive_as_they_are() {
+async fn request_bodies_are_forwarded_unchanged() {
     let mut setting = Setting::start(|config| config.limits.body_memory_bytes = 64 << 10).await;
     let mut client = setting.client().await;
     let binary = Alphabet::Binary.bytes(9, 0, 70_000);

@@ -43,7 +43,7 @@ async fn read_at_least(client: &mut Asker, plan: &Plan, bytes: u64) {
     }
 }
 
-pub(crate) async fn without_a_body(front: Front, back: Back) {
+pub(crate) async fn request_without_body_is_served(front: Front, back: Back) {
     let scene = Scene::new(front, back).await;
     let response = scene.request(&Request::get("/test/echo?a=1&b=%20")).await;
     let seen = response.echoed();
@@ -55,7 +55,7 @@ pub(crate) async fn without_a_body(front: Front, back: Back) {
 }
 
 /// The picker sees the body and its model, changes it, and the endpoint gets what it made of it.
-pub(crate) async fn json_through_a_picker(front: Front, back: Back) {
+pub(crate) async fn json_changed_by_picker_reaches_endpoint(front: Front, back: Back) {
     let rewriting = |all: &[_]| LlmdRouter::new(all).rewriting("a-model-with-a-much-longer-name");
     let scene = Scene::with(front, back, rewriting, |_| {}).await;
     let mut client = scene.client().await;
@@ -81,7 +81,7 @@ fn json_of(body: &[u8], model: &str) -> Vec<u8> {
     body.to_string().into_bytes()
 }
 
-pub(crate) async fn twenty_mebibytes_each_way(front: Front, back: Back) {
+pub(crate) async fn twenty_mebibytes_pass_each_way(front: Front, back: Back) {
     let scene = Scene::with(front, back, first, |_| {}).await;
     let mut client = scene.client().await;
     let body = Alphabet::Binary.bytes(3, 0, 20 << 20);
@@ -99,7 +99,7 @@ pub(crate) async fn twenty_mebibytes_each_way(front: Front, back: Back) {
 }
 
 /// Of unknown length, and with pauses: the endpoint gets it under its length.
-pub(crate) async fn uploads_in_pieces(front: Front, back: Back) {
+pub(crate) async fn upload_in_pieces_arrives_with_length(front: Front, back: Back) {
     let scene = Scene::with(front, back, first, |_| {}).await;
     let mut client = scene.client().await;
     let body = Alphabet::Binary.bytes(5, 0, 100_000);
@@ -136,7 +136,7 @@ pub(crate) async fn events_arrive_as_they_are_sent(front: Front, back: Back) {
 }
 
 /// A model may think for long before its first byte; that it has begun is told at once.
-pub(crate) async fn the_head_does_not_wait_for_the_body(front: Front, back: Back) {
+pub(crate) async fn response_head_does_not_wait_for_body(front: Front, back: Back) {
     let scene = Scene::new(front, back).await;
     let fault = Some(Fault { after: 0, kind: FaultKind::Stall });
     for framing in [Framing::ContentLength, Framing::Chunked] {
@@ -147,7 +147,7 @@ pub(crate) async fn the_head_does_not_wait_for_the_body(front: Front, back: Back
     }
 }
 
-pub(crate) async fn lengths_and_trailers(front: Front, back: Back) {
+pub(crate) async fn lengths_and_trailers_are_kept(front: Front, back: Back) {
     let scene = Scene::new(front, back).await;
     let mut client = scene.client().await;
     let plan = Plan { size: 12_345, ..Plan::default() };
@@ -176,7 +176,7 @@ pub(crate) async fn lengths_and_trailers(front: Front, back: Back) {
     eventually(SOON, || scene.epp.streams_ended(StreamEnd::HalfClosed) == 3).await;
 }
 
-pub(crate) async fn heads_without_a_body(front: Front, back: Back) {
+pub(crate) async fn bodiless_heads_keep_their_length(front: Front, back: Back) {
     let scene = Scene::new(front, back).await;
     let mut client = scene.client().await;
     let plan = Plan { size: 5000, ..Plan::default() };
@@ -210,7 +210,7 @@ pub(crate) async fn heads_without_a_body(front: Front, back: Back) {
 }
 
 /// Only the endpoint's close ends it, where that speaks HTTP/1.1.
-pub(crate) async fn a_body_without_a_length(front: Front, back: Back) {
+pub(crate) async fn body_without_length_is_delivered(front: Front, back: Back) {
     let scene = Scene::new(front, back).await;
     for size in [0, 100_000] {
         let plan = Plan { framing: Framing::UntilClose, size, ..Plan::default() };
@@ -221,7 +221,7 @@ pub(crate) async fn a_body_without_a_length(front: Front, back: Back) {
     eventually(SOON, || scene.epp.streams_ended(StreamEnd::HalfClosed) == 2).await;
 }
 
-pub(crate) async fn what_the_endpoint_breaks_off_never_ends_cleanly(front: Front, back: Back) {
+pub(crate) async fn endpoint_break_never_ends_cleanly(front: Front, back: Back) {
     let scene = Scene::new(front, back).await;
     let mut broken = 0.0;
     for framing in [Framing::ContentLength, Framing::Chunked, Framing::UntilClose] {
@@ -263,7 +263,7 @@ pub(crate) async fn what_the_endpoint_breaks_off_never_ends_cleanly(front: Front
 }
 
 /// Before the pick, while the endpoint thinks, and during the response: endpoint and picker hear of it at once.
-pub(crate) async fn a_client_that_leaves_ends_it_all(front: Front, back: Back) {
+pub(crate) async fn client_disconnect_ends_request_everywhere(front: Front, back: Back) {
     let scene = Scene::new(front, back).await;
     let mut thinking = Plan::default();
     (thinking.head.split_at, thinking.head.pause_us) = (Some(0), 3_600_000_000);
@@ -295,7 +295,7 @@ pub(crate) async fn a_client_that_leaves_ends_it_all(front: Front, back: Back) {
 }
 
 /// Its window is full, and what is held for it has a bound.
-pub(crate) async fn a_client_that_reads_nothing(front: Front, back: Back) {
+pub(crate) async fn unread_response_is_bounded(front: Front, back: Back) {
     let scene = Scene::new(front, back).await;
     let mut client = scene.client().await;
     let plan = Plan { size: 512 << 20, ..Plan::default() };
@@ -323,7 +323,7 @@ async fn until_still(number: impl Fn() -> u64) -> u64 {
     number()
 }
 
-pub(crate) async fn errors_are_told_as_openai_does(front: Front, back: Back) {
+pub(crate) async fn errors_have_openai_shape(front: Front, back: Back) {
     let route = Route { path: Some(PathPattern::Prefix("/test".to_owned())), ..Route::to("default") };
     let mut scene = Scene::with(front, back, LlmdRouter::new, |config| {
         config.routes = vec![route];
@@ -359,7 +359,7 @@ pub(crate) async fn errors_are_told_as_openai_does(front: Front, back: Back) {
     assert_eq!(scene.endpoint.requests(), 1);
 }
 
-pub(crate) async fn the_picker_answers(front: Front, back: Back) {
+pub(crate) async fn immediate_reply_reaches_client(front: Front, back: Back) {
     let fields = [("retry-after", "7"), ("x-why", "queue full"), ("content-type", "application/json")];
     let answering =
         move |_: &[_]| Answering::new(move |_| vec![reply::immediate(429, &fields, r#"{"error":"later"}"#)]);
@@ -377,7 +377,7 @@ pub(crate) async fn the_picker_answers(front: Front, back: Back) {
 }
 
 /// Before the response it is an answer; in its middle it breaks the stream off.
-pub(crate) async fn the_picker_evicts(front: Front, back: Back) {
+pub(crate) async fn eviction_ends_request(front: Front, back: Back) {
     let mut thinking = Plan::default();
     (thinking.head.split_at, thinking.head.pause_us) = (Some(0), 3_600_000_000);
     let stall = Some(Fault { after: 500, kind: FaultKind::Stall });
@@ -404,7 +404,7 @@ pub(crate) async fn the_picker_evicts(front: Front, back: Back) {
     }
 }
 
-pub(crate) async fn fields_are_fit_to_travel(front: Front, back: Back) {
+pub(crate) async fn fields_are_translated_between_protocols(front: Front, back: Back) {
     let scene = Scene::new(front, back).await;
     let request = echo(json("m", 10))
         .header("x-own", "a")
@@ -452,7 +452,7 @@ pub(crate) async fn fields_are_fit_to_travel(front: Front, back: Back) {
     assert_eq!(header(&told, ":scheme"), Some(if tls { "https" } else { "http" }));
 }
 
-pub(crate) async fn the_idle_time_of_a_response(front: Front, back: Back) {
+pub(crate) async fn idle_timeout_breaks_response(front: Front, back: Back) {
     let idle = |config: &mut penstock_agent::config::Config| config.timeouts.idle = Some(Duration::from_millis(200));
     let scene = Scene::with(front, back, LlmdRouter::new, idle).await;
     let mut client = scene.client().await;

@@ -102,7 +102,7 @@ async fn upload<S: AsyncRead + AsyncWrite + Unpin>(
 
 /// What comes after the answer takes longer than any pause: it is read all the same.
 #[tokio::test]
-async fn answer_before_the_end_of_a_slow_upload_reaches_its_client() {
+async fn early_response_during_slow_upload_reaches_client() {
     const LIMIT: u64 = 100_000;
     let far = Far::new(
         1,
@@ -138,7 +138,7 @@ async fn answer_before_the_end_of_a_slow_upload_reaches_its_client() {
 
 /// For how long, and for how much, has its bounds.
 #[tokio::test]
-async fn client_that_sends_on_after_its_answer_is_cut_at_a_limit() {
+async fn client_sending_after_response_is_cut_at_limit() {
     let far = Far::new(
         2,
         SteeringMode::Off,
@@ -209,23 +209,23 @@ async fn vanishes(number: u8, mode: SteeringMode) {
 }
 
 #[tokio::test]
-async fn client_whose_machine_vanishes_is_noticed_where_user_space_carries() {
+async fn vanished_client_is_noticed_on_relay() {
     vanishes(3, SteeringMode::Off).await;
 }
 
 #[tokio::test]
-async fn client_whose_machine_vanishes_is_noticed_on_ingress() {
+async fn vanished_client_is_noticed_on_ingress() {
     vanishes(4, SteeringMode::Ingress).await;
 }
 
 #[tokio::test]
-async fn client_whose_machine_vanishes_is_noticed_on_local() {
+async fn vanished_client_is_noticed_on_local() {
     vanishes(5, SteeringMode::Local).await;
 }
 
 /// TCP_USER_TIMEOUT would end it: each probe of its window is answered, and none opens it.
 #[tokio::test]
-async fn client_that_is_there_and_takes_nothing_is_no_vanished_one() {
+async fn reachable_client_that_reads_nothing_is_kept() {
     let far = Far::new(
         6,
         SteeringMode::Auto,

@@ -44,7 +44,7 @@ fn assert_trailers(response: &Response) {
 }
 
 #[tokio::test]
-async fn unary() {
+async fn unary_call_keeps_message_and_trailers() {
     for front in [Front::Http2, Front::Tls2] {
         let scene = scene(front).await;
         let mut client = scene.client().await;
@@ -63,7 +63,7 @@ async fn unary() {
 }
 
 #[tokio::test]
-async fn server_streaming() {
+async fn server_stream_keeps_messages_and_trailers() {
     let scene = scene(Front::Http2).await;
     let response = scene.request(&call("/test.Model/Stream", &[50])).await;
     assert_eq!(response.body.len(), 50 * (5 + MESSAGE));
@@ -79,7 +79,7 @@ async fn server_streaming() {
 
 /// A head that is the end as well, as it was: with a body, however empty, it would be another error.
 #[tokio::test]
-async fn errors_that_are_trailers_only() {
+async fn trailers_only_errors_are_forwarded() {
     let scene = scene(Front::Http2).await;
     let response = scene.request(&call("/test.Model/Fail", b"x")).await;
     let fields = ["grpc-status", "grpc-message", "content-length"].map(|name| response.header(name));
@@ -105,7 +105,7 @@ fn assert_failed(response: &Response, code: Code, says: &str) {
 }
 
 #[tokio::test]
-async fn errors_of_the_agents_own_are_grpcs() {
+async fn agent_errors_have_grpc_status() {
     let route = Route { path: Some(PathPattern::Prefix("/test.Model".to_owned())), ..Route::to("default") };
     let mut scene = Scene::with(Front::Http2, Back::Http2, first, |config| {
         config.routes = vec![route];
@@ -129,7 +129,7 @@ async fn errors_of_the_agents_own_are_grpcs() {
 }
 
 #[tokio::test]
-async fn an_endpoint_that_cannot_be_reached_is_unavailable() {
+async fn unreachable_endpoint_returns_unavailable() {
     let dead = Refusing::new().unwrap();
     let pool = Pool { app_protocol: AppProtocol::H2c, ..builtin_pool(&[dead.addr]) };
     let agent = TestAgent::start(pool, SteeringMode::Off, |_| {});
@@ -143,7 +143,7 @@ async fn an_endpoint_that_cannot_be_reached_is_unavailable() {
 }
 
 #[tokio::test]
-async fn the_pickers_own_answer_is_a_status() {
+async fn immediate_reply_becomes_grpc_status() {
     let refusing = |_: &[_]| Answering::new(|_| vec![reply::immediate(429, &[("x-why", "queue full")], "later")]);
     let scene = Scene::with(Front::Http2, Back::Http2, refusing, |_| {}).await;
     let response = scene.request(&call("/test.Model/Unary", b"x")).await;
@@ -161,7 +161,7 @@ async fn before_a_picker() -> (TestAgent, ScriptedEpp, Channel) {
 }
 
 #[tokio::test]
-async fn a_real_unary_call() {
+async fn tonic_unary_call_succeeds() {
     let (_agent, _server, channel) = before_a_picker().await;
     let mut client = HealthClient::new(channel);
     for _ in 0..10 {
@@ -172,7 +172,7 @@ async fn a_real_unary_call() {
 }
 
 #[tokio::test]
-async fn a_real_stream() {
+async fn tonic_stream_succeeds() {
     let (_agent, server, channel) = before_a_picker().await;
     let mut client = ExternalProcessorClient::new(channel);
     let end = penstock_proto::ext_proc::HttpHeaders { end_of_stream: true, ..Default::default() };
@@ -195,7 +195,7 @@ async fn a_real_stream() {
 
 /// A library reads them as what they are.
 #[tokio::test]
-async fn real_errors() {
+async fn tonic_reads_errors_as_statuses() {
     // The endpoint's own: no such method.
     let other = scene(Front::Http2).await;
     let channel = Channel::from_shared(format!("http://{}", other.agent.addr)).unwrap().connect().await.unwrap();

@@ -65,7 +65,7 @@ async fn answered(scene: &Scene, request: Request, plan: &Plan) {
 
 /// With and without a body, wherever the end finds the request, on each path.
 #[tokio::test]
-async fn half_closed_client_is_answered_where_that_is_configured() {
+async fn half_closed_client_with_half_close_enabled_is_answered() {
     let ways = MODES.map(|mode| (Front::Http1, Back::Http1, mode));
     let others = [(Front::Http1, Back::Http2, SteeringMode::Off), (Front::Tls1, Back::Http1, SteeringMode::Auto)];
     for (front, back, mode) in ways.into_iter().chain(others) {
@@ -83,7 +83,7 @@ async fn half_closed_client_is_answered_where_that_is_configured() {
 
 /// The end comes while the kernel carries.
 #[tokio::test]
-async fn client_that_half_closes_within_its_response_gets_the_rest() {
+async fn half_close_during_response_keeps_rest() {
     for mode in MODES {
         let scene = scene(Front::Http1, Back::Http1, mode, HalfClose::Answer).await;
         let fault = Some(Fault { after: 100_000, kind: FaultKind::UntilTold });
@@ -108,7 +108,7 @@ async fn client_that_half_closes_within_its_response_gets_the_rest() {
 
 /// A reset is leaving, whatever came before.
 #[tokio::test]
-async fn half_closed_client_that_resets_ends_its_request() {
+async fn reset_after_half_close_ends_request() {
     for mode in MODES {
         let scene = scene(Front::Http1, Back::Http1, mode, HalfClose::Answer).await;
         let head = HeadWrites { split_at: Some(0), pause_us: 600_000_000, ..HeadWrites::default() };
@@ -130,7 +130,7 @@ async fn half_closed_client_that_resets_ends_its_request() {
 
 /// As nginx, Envoy and Go have it: in each state of the request.
 #[tokio::test]
-async fn half_closed_client_has_left_by_default() {
+async fn half_close_by_default_ends_request() {
     let ways = MODES.map(|mode| (Front::Http1, mode)).into_iter().chain([(Front::Tls1, SteeringMode::Auto)]);
     for (front, mode) in ways {
         let scene = scene(front, Back::Http1, mode, HalfClose::Cancel).await;

@@ -33,7 +33,7 @@ async fn connect(scene: &Scene) -> Http2Client {
 
 /// Each has its bytes, up and down, and the connection is one.
 #[tokio::test]
-async fn two_hundred_streams_at_once_keep_apart() {
+async fn two_hundred_concurrent_streams_stay_separate() {
     let scene = Scene::with(Front::Http2, Back::Http1, first, |_| {}).await;
     let mut client = connect(&scene).await;
     let mut streams = Vec::new();
@@ -74,7 +74,7 @@ async fn two_hundred_streams_at_once_keep_apart() {
 
 /// Its own window is full, and so are not those of the others; what is held for it is a window's worth.
 #[tokio::test]
-async fn a_stalled_stream_does_not_hinder_the_others() {
+async fn stalled_stream_does_not_block_others() {
     let scene = scene().await;
     let mut client = connect(&scene).await;
     let stalled = Plan { size: 512 << 20, ..Plan::default() };
@@ -110,7 +110,7 @@ async fn a_stalled_stream_does_not_hinder_the_others() {
 
 /// The stream alone: the endpoint's connection and the picker's stream go at once, and its neighbours go on.
 #[tokio::test]
-async fn a_stream_that_is_cancelled_in_its_upload() {
+async fn stream_cancelled_during_upload_aborts_request() {
     let scene = scene().await;
     let mut client = connect(&scene).await;
     let request = echo("").header("x-which", "cancelled");
@@ -128,7 +128,7 @@ async fn a_stream_that_is_cancelled_in_its_upload() {
 
 /// What an endpoint behind HTTP/1.1 has no use for, and a body of a declared length that is another.
 #[tokio::test]
-async fn trailers_of_a_request_and_bodies_of_another_length() {
+async fn request_trailers_are_dropped_and_length_mismatch_resets_stream() {
     let scene = Scene::with(Front::Http2, Back::Http1, first, |_| {}).await;
     let mut client = connect(&scene).await;
     let head = client.head(&Request::new("POST", "/test/echo")).unwrap();
@@ -157,7 +157,7 @@ async fn trailers_of_a_request_and_bodies_of_another_length() {
 
 /// An answer that comes before the whole body is one, and the rest of the body is not waited for.
 #[tokio::test]
-async fn an_early_answer_does_not_wait_for_the_upload() {
+async fn early_response_does_not_wait_for_upload() {
     let scene = Scene::with(Front::Http2, Back::Http1, first, |config| config.limits.body_bytes = 100_000).await;
     let mut client = connect(&scene).await;
     let mut head = client.head(&Request::new("POST", "/test/echo")).unwrap();
@@ -174,7 +174,7 @@ async fn an_early_answer_does_not_wait_for_the_upload() {
 }
 
 #[tokio::test]
-async fn a_head_beyond_its_limits() {
+async fn oversized_head_returns_431() {
     let scene = Scene::with(Front::Http2, Back::Http1, first, |config| {
         config.limits.head_bytes = 8192;
         config.limits.headers = 32;
@@ -193,7 +193,7 @@ async fn a_head_beyond_its_limits() {
 
 /// Streams beyond the limit wait on the client's side, which knows it.
 #[tokio::test]
-async fn streams_at_once_are_as_many_as_configured() {
+async fn concurrent_streams_stay_within_configured_limit() {
     let limit = |config: &mut penstock_agent::config::Config| config.listen.http2_max_streams = 3;
     let scene = Scene::with(Front::Http2, Back::Http1, first, limit).await;
     let mut client = connect(&scene).await;
@@ -202,7 +202,7 @@ async fn streams_at_once_are_as_many_as_configured() {
 }
 
 #[tokio::test]
-async fn an_idle_connection_is_told_to_go() {
+async fn idle_connection_gets_goaway() {
     let soon = |config: &mut penstock_agent::config::Config| config.timeouts.keep_alive = Some(Duration::from_secs(1));
     let scene = Scene::with(Front::Http2, Back::Http1, LlmdRouter::new, soon).await;
     let mut frames = Http2Frames::connect(scene.agent.addr).await.unwrap();
@@ -221,7 +221,7 @@ async fn an_idle_connection_is_told_to_go() {
 
 /// A response flows only as far as its client reads.
 #[tokio::test]
-async fn draining_lets_streams_finish() {
+async fn drain_lets_streams_finish() {
     let scene = scene().await;
     let mut client = connect(&scene).await;
     let plan = Plan { size: 16 << 20, ..Plan::default() };
@@ -242,7 +242,7 @@ async fn draining_lets_streams_finish() {
 }
 
 #[tokio::test]
-async fn forcing_breaks_streams_off_visibly() {
+async fn forced_shutdown_resets_streams() {
     let scene = scene().await;
     let mut client = connect(&scene).await;
     let plan = Plan { size: 256 << 20, ..Plan::default() };
@@ -256,7 +256,7 @@ async fn forcing_breaks_streams_off_visibly() {
 
 /// However the preface is cut, behind whatever comes with it; and HTTP/1.1 goes on beside it on the same port.
 #[tokio::test]
-async fn a_preface_in_pieces_is_one() {
+async fn split_preface_is_recognized() {
     let scene = scene().await;
     let settings = Frame::new(kind::SETTINGS, 0, 0, []).wire();
     let fields = [(":method", "GET"), (":scheme", "http"), (":path", "/test/echo"), (":authority", "x")];
@@ -276,7 +276,7 @@ async fn a_preface_in_pieces_is_one() {
 
 /// What begins like a preface and is none is answered as HTTP/1.1 has it, and closed.
 #[tokio::test]
-async fn half_a_preface_is_none() {
+async fn partial_preface_is_answered_as_http1() {
     let scene = Scene::with(Front::Http1, Back::Http1, first, |config| {
         config.timeouts.head = Some(Duration::from_secs(1));
     })
@@ -300,7 +300,7 @@ async fn half_a_preface_is_none() {
 
 /// Behind a request of HTTP/1.1 it is no protocol to begin with.
 #[tokio::test]
-async fn a_preface_comes_first_or_not_at_all() {
+async fn preface_after_http1_request_is_rejected() {
     let scene = Scene::with(Front::Http1, Back::Http1, first, |_| {}).await;
     let mut client = Client::connect(scene.agent.addr).await.unwrap();
     assert_eq!(client.request(&Request::get("/test/echo")).await.unwrap().status(), 200);
@@ -311,7 +311,7 @@ async fn a_preface_comes_first_or_not_at_all() {
 }
 
 #[tokio::test]
-async fn where_http2_is_off_its_preface_is_refused() {
+async fn preface_with_http2_disabled_is_rejected() {
     let off = |config: &mut penstock_agent::config::Config| config.listen.http2_max_streams = 0;
     let scene = Scene::with(Front::Http1, Back::Http1, first, off).await;
     let mut client = Client::connect(scene.agent.addr).await.unwrap();
@@ -323,7 +323,7 @@ async fn where_http2_is_off_its_preface_is_refused() {
 
 /// Frames that are none end the connection, and nobody else's.
 #[tokio::test]
-async fn what_is_no_http2_ends_its_connection_alone() {
+async fn malformed_frames_end_only_their_connection() {
     let scene = scene().await;
     let mut other = connect(&scene).await;
     let plan = Plan { size: 8 << 20, ..Plan::default() };
@@ -350,7 +350,7 @@ async fn what_is_no_http2_ends_its_connection_alone() {
 
 /// Responses of both protocols through one agent that steers: HTTP/2 does not take part, and nothing is mixed up.
 #[tokio::test]
-async fn beside_clients_whose_responses_the_kernel_carries() {
+async fn http2_streams_and_steered_http1_responses_stay_separate() {
     let ingress = |config: &mut penstock_agent::config::Config| config.steering.mode = SteeringMode::Ingress;
     let scene = Arc::new(Scene::with(Front::Http2, Back::Http1, first, ingress).await);
     let exchanges = (0..16).map(|number| {

@@ -63,7 +63,7 @@ async fn all_at_once(client: &mut Http2Client, plans: impl IntoIterator<Item = P
 }
 
 #[tokio::test]
-async fn many_requests_share_a_connection() {
+async fn many_requests_share_one_connection() {
     let server = server(Http2Options::default()).await;
     let agent = agent(server.addr, |_| {});
     let mut client = Http2Client::connect(agent.addr).await.unwrap();
@@ -79,7 +79,7 @@ async fn many_requests_share_a_connection() {
 
 /// Where its connections take few streams, there are more connections, and nothing is refused.
 #[tokio::test]
-async fn the_endpoints_limit_of_streams_is_kept() {
+async fn endpoint_stream_limit_is_respected() {
     let server = server(Http2Options { max_streams: 4, ..Http2Options::default() }).await;
     let agent = agent(server.addr, |_| {});
     let mut client = Http2Client::connect(agent.addr).await.unwrap();
@@ -93,7 +93,7 @@ async fn the_endpoints_limit_of_streams_is_kept() {
 
 /// What runs on a connection that is to go may finish, and what comes is taken elsewhere.
 #[tokio::test]
-async fn a_connection_that_is_told_to_go_gets_no_more() {
+async fn connection_after_goaway_gets_no_requests() {
     let server = server(Http2Options::default()).await;
     let agent = agent(server.addr, |_| {});
     let mut client = Http2Client::connect(agent.addr).await.unwrap();
@@ -115,7 +115,7 @@ async fn a_connection_that_is_told_to_go_gets_no_more() {
 
 /// Whether or not the agent has noticed its death.
 #[tokio::test]
-async fn an_endpoint_that_starts_again_is_dialled_again() {
+async fn restarted_endpoint_is_dialled_again() {
     let mut first = server(Http2Options::default()).await;
     let addr = first.addr;
     let agent = agent(addr, |config| config.pools[0].ejection.failures = 0);
@@ -130,7 +130,7 @@ async fn an_endpoint_that_starts_again_is_dialled_again() {
 
 /// A request that was refused unseen is sent again, body and all.
 #[tokio::test]
-async fn a_stream_that_is_refused_is_sent_again() {
+async fn refused_stream_is_retried() {
     let server = server(Http2Options { refuses: 2, ..Http2Options::default() }).await;
     let agent = agent(server.addr, |_| {});
     let mut client = Client::connect(agent.addr).await.unwrap();
@@ -143,7 +143,7 @@ async fn a_stream_that_is_refused_is_sent_again() {
 
 /// Not for ever.
 #[tokio::test]
-async fn an_endpoint_that_refuses_everything_has_failed() {
+async fn endpoint_refusing_every_stream_counts_as_failed() {
     let server = server(Http2Options { refuses: u64::MAX, ..Http2Options::default() }).await;
     let agent = agent(server.addr, |_| {});
     let mut client = Client::connect(agent.addr).await.unwrap();
@@ -176,7 +176,7 @@ fn all_is_well(stream: u32) -> Frame {
 
 /// GOAWAY says which requests were not looked at, and they are sent again.
 #[tokio::test]
-async fn what_a_connection_that_goes_has_not_looked_at_is_sent_again() {
+async fn streams_unprocessed_at_goaway_are_retried() {
     let addr = by_hand(|number, mut frames| async move {
         let head = frames.find(|frame| frame.kind == kind::HEADERS).await?.unwrap();
         if number == 0 {
@@ -196,7 +196,7 @@ async fn what_a_connection_that_goes_has_not_looked_at_is_sent_again() {
 
 /// A GOAWAY that leaves the request standing does not.
 #[tokio::test]
-async fn what_it_has_looked_at_is_not() {
+async fn stream_processed_at_goaway_is_not_retried() {
     let addr = by_hand(|_, mut frames| async move {
         let head = frames.find(|frame| frame.kind == kind::HEADERS).await?.unwrap();
         frames.send(&Frame::new(kind::GOAWAY, 0, 0, [0, 0, 0, 1, 0, 0, 0, 0])).await?;
@@ -215,7 +215,7 @@ async fn what_it_has_looked_at_is_not() {
 
 /// Heads that are none, frames that are none: an answer, and the next request is served.
 #[tokio::test]
-async fn what_is_no_response_is_a_bad_gateway() {
+async fn malformed_responses_return_502() {
     let wrong: [&[u8]; 4] = [
         // Without a status; with a field in capitals; with a length that is not the body's; no header block at all.
         &[],
@@ -248,7 +248,7 @@ async fn what_is_no_response_is_a_bad_gateway() {
 }
 
 #[tokio::test]
-async fn the_next_of_the_pickers_list_when_one_cannot_be_reached() {
+async fn unreachable_endpoint_is_followed_by_next_in_list() {
     let (dead, alive) = (Refusing::new().unwrap(), server(Http2Options::default()).await);
     let both = [dead.addr, alive.addr];
     let epp = ScriptedEpp::start(LlmdRouter::over(Endpoints::new(&both).offering(2))).await.unwrap();
@@ -264,7 +264,7 @@ async fn the_next_of_the_pickers_list_when_one_cannot_be_reached() {
 
 /// One that speaks HTTP/1.1, and one that says nothing.
 #[tokio::test]
-async fn an_endpoint_that_does_not_speak_http2_is_an_error_in_time() {
+async fn endpoint_without_http2_returns_error_in_time() {
     let http1 = ModelServer::start(Options::default()).await.unwrap();
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let rows = [(http1.addr, 502, "connect"), (silent.local_addr().unwrap(), 504, "connect_timeout")];
@@ -279,7 +279,7 @@ async fn an_endpoint_that_does_not_speak_http2_is_an_error_in_time() {
 /// Clients that read nothing hold up neither each other nor anybody else on the endpoint's connection, however small its
 /// frames.
 #[tokio::test]
-async fn stalled_clients_do_not_hinder_the_others() {
+async fn stalled_clients_do_not_block_others() {
     let server = server(Http2Options::default()).await;
     let agent = agent(server.addr, |config| config.listen.workers = 1);
     let mut stalled = Vec::new();
@@ -326,7 +326,7 @@ async fn stalled_clients_do_not_hinder_the_others() {
 
 /// The client's trailers are the endpoint's, whatever the two speak, but for those that may not follow a body.
 #[tokio::test]
-async fn trailers_of_a_request_arrive() {
+async fn request_trailers_reach_endpoint() {
     let fields = [("x-checksum", "1"), ("authorization", "evil"), ("x-gateway-destination-endpoint", "6.6.6.6:6")];
     for back in [Back::Http1, Back::Http2] {
         let scene = Scene::with(Front::Http2, back, first, |_| {}).await;
@@ -354,7 +354,7 @@ async fn trailers_of_a_request_arrive() {
 
 /// GOAWAY leaves the request standing, and then the connection ends: it may have been executed.
 #[tokio::test]
-async fn request_that_goaway_left_standing_is_executed_once() {
+async fn request_below_goaway_last_stream_is_executed_once() {
     let requests = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
     let counted = std::sync::Arc::clone(&requests);
     let addr = by_hand(move |_, mut frames| {
@@ -379,7 +379,7 @@ async fn request_that_goaway_left_standing_is_executed_once() {
 
 /// A response that is whole before the request is: the rest of the request is not waited for.
 #[tokio::test]
-async fn an_endpoint_that_answers_early() {
+async fn early_response_does_not_wait_for_upload() {
     let addr = by_hand(|_, mut frames| async move {
         while let Some(head) = frames.find(|frame| frame.kind == kind::HEADERS).await? {
             frames.send(&all_is_well(head.stream)).await?;
@@ -399,7 +399,7 @@ async fn an_endpoint_that_answers_early() {
 
 /// Responses that HTTP/2 is part of are relayed, whatever the agent could do.
 #[tokio::test]
-async fn the_kernel_takes_no_part() {
+async fn http2_responses_are_relayed() {
     let ingress = |config: &mut Config| config.steering.mode = SteeringMode::Ingress;
     let scene = Scene::with(Front::Http1, Back::Http2, first, ingress).await;
     for framing in [Framing::ContentLength, Framing::Chunked] {
@@ -429,7 +429,7 @@ async fn idle_connections_are_closed() {
 
 /// HTTP/1.0 gets what it can read: no chunks, and the end of the connection for the end of the body.
 #[tokio::test]
-async fn a_client_of_http_1_0() {
+async fn http10_client_is_served() {
     let scene = Scene::with(Front::Http1, Back::Http2, first, |_| {}).await;
     let Endpoint::Http2(server) = &scene.endpoint else { panic!("another endpoint") };
     for framing in [Framing::ContentLength, Framing::Chunked] {

@@ -75,7 +75,7 @@ async fn answer(client: &mut Http2Frames, stream: u32, give_back: bool) -> (u64,
 
 /// Answers PINGs, as [`Http2Frames`] does, and opens no window: a response, an error of the agent's own.
 #[tokio::test]
-async fn http2_client_with_a_shut_window_loses_the_stream_and_then_the_connection() {
+async fn client_with_closed_window_loses_stream_then_connection() {
     let scene = Scene::new(|_| {}).await;
     let plan = Plan { size: 100_000, ..Plan::default() };
     for (window, path, plan, came) in
@@ -96,7 +96,7 @@ async fn http2_client_with_a_shut_window_loses_the_stream_and_then_the_connectio
 }
 
 #[tokio::test]
-async fn http2_errors_with_a_shut_window_end_the_connection() {
+async fn errors_with_closed_window_end_connection() {
     let scene = Scene::new(|config| config.limits.headers = 16).await;
     let mut client = scene.client(0).await;
     let names: Vec<String> = (0..20).map(|n| format!("x-{n}")).collect();
@@ -114,7 +114,7 @@ async fn http2_errors_with_a_shut_window_end_the_connection() {
 
 /// One is read all the time, the other never.
 #[tokio::test]
-async fn http2_stream_that_stalls_is_reset_and_its_neighbour_goes_on() {
+async fn stalled_stream_is_reset_and_others_continue() {
     let scene = Scene::new(|_| {}).await;
     let mut client = scene.client(10_000).await;
     let stalled = Plan { size: 100_000, ..Plan::default() };
@@ -147,7 +147,7 @@ async fn http2_stream_that_stalls_is_reset_and_its_neighbour_goes_on() {
 
 /// A window that opens by a byte now and then is progress, however long the whole takes.
 #[tokio::test]
-async fn http2_client_that_opens_its_window_by_bytes_is_served_to_the_end() {
+async fn client_opening_window_by_bytes_is_served_completely() {
     let scene = Scene::new(|_| {}).await;
     let mut client = scene.client(1).await;
     let plan = Plan { size: 12, ..Plan::default() };
@@ -168,7 +168,7 @@ async fn http2_client_that_opens_its_window_by_bytes_is_served_to_the_end() {
 
 /// Its windows are open, and nothing is read of the connection.
 #[tokio::test]
-async fn http2_client_that_reads_nothing_of_its_connection_loses_it() {
+async fn client_not_reading_connection_is_closed() {
     let scene = Scene::new(|_| {}).await;
     let mut client = scene.client((1 << 31) - 1).await;
     client.send(&Frame::window(0, 1 << 30)).await.unwrap();
@@ -178,7 +178,7 @@ async fn http2_client_that_reads_nothing_of_its_connection_loses_it() {
 }
 
 #[tokio::test]
-async fn http2_client_that_says_nothing_after_the_connect_is_closed() {
+async fn silent_client_after_connect_is_closed() {
     let scene = Scene::new(|config| config.timeouts.head = Some(IDLE)).await;
     let mut client = Http2Frames::connect(scene.agent.addr).await.unwrap();
     assert!(client.find(|frame| frame.kind == kind::SETTINGS).await.unwrap().is_some());
@@ -187,7 +187,7 @@ async fn http2_client_that_says_nothing_after_the_connect_is_closed() {
 
 /// Opened, accepted, reset, again and again: no endpoint sees more of it than the budget.
 #[tokio::test]
-async fn http2_requests_that_are_taken_back_have_a_budget() {
+async fn cancelled_requests_are_limited_by_budget() {
     const RESETS: u32 = 20;
     let scene = Scene::new(|config| config.listen.http2_resets = RESETS).await;
     let mut client = scene.client(65_535).await;
@@ -218,7 +218,7 @@ async fn http2_requests_that_are_taken_back_have_a_budget() {
 
 /// What a user who cancels does to the connection of a gateway: reset before the head now and then, after it as often as may be.
 #[tokio::test]
-async fn http2_responses_that_are_cancelled_count_for_nothing() {
+async fn cancelled_responses_use_no_budget() {
     let scene = Scene::new(|config| config.listen.http2_resets = 5).await;
     let mut client = Http2Client::connect(scene.agent.addr).await.unwrap();
     for _ in 0..50 {
@@ -230,7 +230,7 @@ async fn http2_responses_that_are_cancelled_count_for_nothing() {
 }
 
 #[tokio::test]
-async fn http2_frames_that_carry_nothing_have_a_budget() {
+async fn empty_frames_are_limited_by_budget() {
     let scene = Scene::new(|_| {}).await;
     let empty = Frame::new(kind::DATA, 0, 1, []);
     let rows = [
@@ -270,7 +270,7 @@ async fn http2_frames_that_carry_nothing_have_a_budget() {
 
 /// Windows that are given back frame by frame, as some clients do.
 #[tokio::test]
-async fn http2_client_that_reads_much_needs_no_budget_for_its_windows() {
+async fn window_updates_of_active_reader_use_no_budget() {
     let scene = Scene::new(|config| config.listen.http2_control_frames = 100).await;
     let mut client = scene.client(65_535).await;
     let plan = Plan { size: 16 << 20, ..Plan::default() };

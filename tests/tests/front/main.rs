@@ -38,21 +38,21 @@ macro_rules! between_every_pair {
 }
 
 between_every_pair! {
-    without_a_body
-    json_through_a_picker
-    twenty_mebibytes_each_way
-    uploads_in_pieces
+    request_without_body_is_served
+    json_changed_by_picker_reaches_endpoint
+    twenty_mebibytes_pass_each_way
+    upload_in_pieces_arrives_with_length
     events_arrive_as_they_are_sent
-    the_head_does_not_wait_for_the_body
-    lengths_and_trailers
-    heads_without_a_body
-    a_body_without_a_length
-    what_the_endpoint_breaks_off_never_ends_cleanly
-    a_client_that_leaves_ends_it_all
-    a_client_that_reads_nothing
-    errors_are_told_as_openai_does
-    the_picker_answers
-    the_picker_evicts
-    fields_are_fit_to_travel
-    the_idle_time_of_a_response
+    response_head_does_not_wait_for_body
+    lengths_and_trailers_are_kept
+    bodiless_heads_keep_their_length
+    body_without_length_is_delivered
+    endpoint_break_never_ends_cleanly
+    client_disconnect_ends_request_everywhere
+    unread_response_is_bounded
+    errors_have_openai_shape
+    immediate_reply_reaches_client
+    eviction_ends_request
+    fields_are_translated_between_protocols
+    idle_timeout_breaks_response
 }

@@ -73,7 +73,7 @@ async fn read_slowly(mode: SteeringMode, client: &mut (impl AsyncRead + Unpin), 
 }
 
 #[tokio::test]
-async fn slow_reader_of_a_response_is_served_on_every_path() {
+async fn slow_reader_of_response_is_served_on_every_path() {
     on_every_path(
         |_| {},
         async |mode, agent| {
@@ -92,7 +92,7 @@ async fn slow_reader_of_a_response_is_served_on_every_path() {
 }
 
 #[tokio::test]
-async fn slow_reader_in_tls_is_served() {
+async fn slow_reader_over_tls_is_served() {
     let certificate = Certificate::new("agent.example").unwrap();
     let folder = tempfile::tempdir().unwrap();
     let (cert_file, key_file) = certificate.write(folder.path()).unwrap();
@@ -111,7 +111,7 @@ async fn slow_reader_in_tls_is_served() {
 }
 
 #[tokio::test]
-async fn slow_reader_of_an_upgraded_connection_is_served_on_every_path() {
+async fn slow_reader_of_upgraded_connection_is_served_on_every_path() {
     on_every_path(
         |_| {},
         async |mode, agent| {
@@ -130,7 +130,7 @@ async fn slow_reader_of_an_upgraded_connection_is_served_on_every_path() {
 }
 
 #[tokio::test]
-async fn slow_reader_of_a_pinned_connection_is_served_on_every_path() {
+async fn slow_reader_of_pinned_connection_is_served_on_every_path() {
     on_every_path(
         |pool| pool.pick_per = PickPer::Connection,
         async |mode, agent| {
@@ -166,7 +166,7 @@ async fn flood(agent: &TestAgent, wire: &[u8]) {
 }
 
 #[tokio::test]
-async fn client_that_pipelines_and_never_reads_is_closed() {
+async fn pipelining_client_that_never_reads_is_closed() {
     for mode in [SteeringMode::Off, SteeringMode::Auto] {
         let soon = |config: &mut Config| {
             config.timeouts.idle = Some(IDLE / 4);

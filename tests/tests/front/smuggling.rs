@@ -39,7 +39,7 @@ async fn answer(scene: &Scene, fields: &[(&str, &str)], body: &[u8]) -> Option<u
 
 /// Fields and pseudo-fields that HTTP/2 forbids, or that would be more than one line of HTTP/1.1.
 #[tokio::test]
-async fn what_would_be_another_request_is_not_forwarded() {
+async fn http2_smuggling_is_rejected() {
     let scene = Scene::with(Front::Http2, Back::Http1, first, |_| {}).await;
     let path = format!("/test/echo HTTP/1.1\r\nhost: x\r\n\r\n{HIDDEN}");
     let value = format!("1\r\ncontent-length: 0\r\n\r\n{HIDDEN}");
@@ -119,7 +119,7 @@ async fn what_would_be_another_request_is_not_forwarded() {
 
 /// What only looks like it: one request, with its body.
 #[tokio::test]
-async fn what_only_looks_ambiguous_is_one_request() {
+async fn harmless_lookalike_is_forwarded_as_one_request() {
     let scene = Scene::with(Front::Http2, Back::Http1, first, |_| {}).await;
     let length = HIDDEN.len().to_string();
     let rows: &[&[(&str, &str)]] = &[

@@ -32,7 +32,7 @@ fn agreed(tls: &penstock_tests::tls::TlsStream<TcpStream>) -> Option<&[u8]> {
 
 /// The server prefers HTTP/2; a client that says nothing speaks HTTP/1.1.
 #[tokio::test]
-async fn the_protocol_is_agreed_on() {
+async fn alpn_selects_protocol() {
     let scene = scene().await;
     let rows: [(&[&str], Option<&str>); 4] =
         [(&["http/1.1", "h2"], Some("h2")), (&["h2"], Some("h2")), (&["http/1.1"], Some("http/1.1")), (&[], None)];
@@ -54,7 +54,7 @@ async fn the_protocol_is_agreed_on() {
 }
 
 #[tokio::test]
-async fn where_http2_is_off_it_is_not_offered() {
+async fn alpn_with_http2_disabled_omits_http2() {
     let off = |config: &mut Config| config.listen.http2_max_streams = 0;
     let scene = Scene::with(Front::Tls1, Back::Http1, first, off).await;
     let tls = scene.certificate.connect(scene.addr(), &["h2", "http/1.1"]).await.unwrap();
@@ -64,7 +64,7 @@ async fn where_http2_is_off_it_is_not_offered() {
 
 /// HTTP/2 without its name in the handshake is not HTTP/2.
 #[tokio::test]
-async fn a_preface_in_tls_is_refused_where_http1_was_agreed_on() {
+async fn preface_after_http1_alpn_is_rejected() {
     let scene = scene().await;
     let tls = scene.certificate.connect(scene.addr(), &["http/1.1"]).await.unwrap();
     let mut client = Client::over(tls, scene.addr());
@@ -74,7 +74,7 @@ async fn a_preface_in_tls_is_refused_where_http1_was_agreed_on() {
 
 /// There is one certificate, whatever name the client asks for, and if it asks for none.
 #[tokio::test]
-async fn the_name_asked_for_does_not_matter() {
+async fn any_server_name_gets_the_certificate() {
     let scene = scene().await;
     for name in ["agent.example", "other.example", "127.0.0.1"] {
         let tls = scene.certificate.connect_as(scene.addr(), name, &[]).await.unwrap();
@@ -85,7 +85,7 @@ async fn the_name_asked_for_does_not_matter() {
 
 /// It is shown to those who connect from then on; those who are connected do not notice.
 #[tokio::test]
-async fn a_certificate_that_changes_is_read_again() {
+async fn changed_certificate_is_reloaded() {
     let scene = scene().await;
     let mut old = scene.client().await;
     let plan = Plan { size: 16 << 20, ..Plan::default() };
@@ -113,7 +113,7 @@ async fn a_certificate_that_changes_is_read_again() {
 
 /// Either way round: a wrong protocol ends its connection, and nobody else's.
 #[tokio::test]
-async fn plain_bytes_on_the_port_of_tls_harm_nobody() {
+async fn protocol_mismatch_ends_only_its_connection() {
     let scene = scene().await;
     let mut running = scene.client().await;
     let plan = Plan { size: 16 << 20, ..Plan::default() };
@@ -141,7 +141,7 @@ async fn plain_bytes_on_the_port_of_tls_harm_nobody() {
 }
 
 #[tokio::test]
-async fn a_handshake_that_stalls_is_cut() {
+async fn stalled_handshake_is_closed() {
     let soon = |config: &mut Config| config.timeouts.head = Some(Duration::from_secs(1));
     let scene = Scene::with(Front::Tls1, Back::Http1, first, soon).await;
     for begin in [&b""[..], b"\x16\x03\x01\x02\x00\x01"] {
@@ -160,7 +160,7 @@ async fn a_handshake_that_stalls_is_cut() {
 
 /// The end of the connection is announced, so that a client can tell it from an attack.
 #[tokio::test]
-async fn connections_end_in_order() {
+async fn connections_end_with_close_notify() {
     let soon = |config: &mut Config| config.timeouts.keep_alive = Some(Duration::from_secs(1));
     let scene = Scene::with(Front::Tls1, Back::Http1, first, soon).await;
     for request in [Request::get("/test/echo"), Request::get("/test/echo").header("connection", "close")] {
@@ -173,7 +173,7 @@ async fn connections_end_in_order() {
 
 /// A body that only the close ends is not cut unseen.
 #[tokio::test]
-async fn force_does_not_look_like_an_end() {
+async fn forced_shutdown_sends_no_close_notify() {
     let scene = scene().await;
     let pauses = Some(Pauses { seed: 1, every: 1, up_to_us: 1000 });
     let plan =
@@ -188,7 +188,7 @@ async fn force_does_not_look_like_an_end() {
 
 /// Draining is for both listeners.
 #[tokio::test]
-async fn draining_closes_the_port() {
+async fn drain_closes_tls_port() {
     let scene = scene().await;
     let mut tls = scene.certificate.connect(scene.addr(), &["http/1.1"]).await.unwrap();
     scene.agent.agent.drain();
@@ -201,7 +201,7 @@ async fn draining_closes_the_port() {
 
 /// The kernel would send plain bytes: it has no part in it, and carries those of the other port.
 #[tokio::test]
-async fn the_kernel_takes_no_part() {
+async fn tls_responses_are_relayed() {
     let ingress = |config: &mut Config| config.steering.mode = SteeringMode::Ingress;
     let scene = Scene::with(Front::Tls1, Back::Http1, first, ingress).await;
     let pauses = Some(Pauses { seed: 1, every: 5, up_to_us: 2000 });
@@ -223,7 +223,7 @@ async fn the_kernel_takes_no_part() {
 /// Of two places one is held by a client that stops within its handshake. Clients that say nothing hold none, and those that come
 /// wait, as long as a handshake may take.
 #[tokio::test]
-async fn handshakes_beyond_the_limit_wait_for_a_place() {
+async fn handshakes_over_limit_wait_for_a_place() {
     let scene = Scene::with(Front::Tls1, Back::Http1, first, |config: &mut Config| {
         config.listen.tls_handshakes = 2;
         config.timeouts.head = Some(Duration::from_secs(60));
@@ -256,7 +256,7 @@ async fn handshakes_beyond_the_limit_wait_for_a_place() {
 
 /// One that says nothing, and one that stops within its handshake.
 #[tokio::test]
-async fn handshakes_that_take_too_long_are_ended() {
+async fn handshakes_over_timeout_are_closed() {
     let soon = |config: &mut Config| config.timeouts.head = Some(Duration::from_millis(300));
     let scene = Scene::with(Front::Tls1, Back::Http1, first, soon).await;
     let mut streams = Vec::new();

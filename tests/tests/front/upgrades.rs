@@ -137,7 +137,7 @@ fn assert_stream(stream_id: u64, size: u64, pieces: &[&[u8]]) {
 
 /// Interleaved as it comes; counted as one request that was relayed; the picker's stream lives as long as it does.
 #[tokio::test]
-async fn bytes_go_both_ways() {
+async fn bytes_flow_both_ways() {
     for way in WAYS {
         let scene = scene(way).await;
         let plan = Plan {
@@ -180,7 +180,7 @@ async fn bytes_go_both_ways() {
 
 /// Both, where the endpoint waits for the client and the client for the endpoint.
 #[tokio::test]
-async fn the_kernel_carries_either_direction() {
+async fn both_directions_are_steered() {
     for way in WAYS {
         let scene = scene(way).await;
         let (mut client, _) = Switched::new(&scene, &switch(&Plan::switching("websocket", Upgraded::Echo)), b"").await;
@@ -205,7 +205,7 @@ async fn the_kernel_carries_either_direction() {
 
 /// Right behind the request's head, and right behind the response's, however that is cut.
 #[tokio::test]
-async fn early_bytes_are_not_lost() {
+async fn early_bytes_are_delivered() {
     for way in WAYS {
         let scene = scene(way).await;
         for (with_body, split_at) in [(true, None), (false, None), (true, Some(20)), (false, Some(40))] {
@@ -227,7 +227,7 @@ async fn early_bytes_are_not_lost() {
 
 /// The end of one direction is passed on, and the other goes on.
 #[tokio::test]
-async fn either_side_may_end_first() {
+async fn half_close_by_either_side_is_forwarded() {
     for way in WAYS {
         let scene = scene(way).await;
         // The client; its end is what the endpoint waits for.
@@ -255,7 +255,7 @@ async fn either_side_may_end_first() {
 /// Neither direction waits for the other: what one peer has not taken yet is in nobody's way, although the kernel may have it in
 /// one queue with what that peer sends.
 #[tokio::test]
-async fn a_peer_may_send_all_before_it_reads() {
+async fn peer_sending_before_reading_is_not_blocked() {
     join_all(MODES.map(async |mode| {
         let (agent, mut client, mut endpoint) = ends(mode).await;
         let filled = fill(&mut endpoint, 1).await;
@@ -318,7 +318,7 @@ async fn exact_from(from: &mut TcpStream, stream_id: u64, size: u64) {
 
 /// A break is no end: the other side sees a break too.
 #[tokio::test]
-async fn a_reset_is_passed_on() {
+async fn reset_is_forwarded() {
     for mode in MODES {
         resets(&scene((Front::Http1, mode)).await).await;
     }
@@ -349,7 +349,7 @@ async fn resets(scene: &Scene) {
 
 /// TLS that is cut off without having said so is no end either.
 #[tokio::test]
-async fn tls_that_is_cut_is_a_break() {
+async fn tls_cut_without_close_notify_is_a_reset() {
     let scene = scene((Front::Tls1, SteeringMode::Auto)).await;
     let (client, _) = Switched::new(&scene, &switch(&Plan::switching("websocket", Upgraded::Echo)), b"").await;
     drop(client);
@@ -363,7 +363,7 @@ async fn tls_that_is_cut_is_a_break() {
 
 /// An endpoint that does not want to is an endpoint that answers.
 #[tokio::test]
-async fn an_endpoint_may_refuse() {
+async fn endpoint_refusal_is_forwarded_as_response() {
     let scene = scene(STEERED).await;
     let mut client = scene.client().await;
     for (status, framing) in [(200, Framing::ContentLength), (400, Framing::Chunked), (426, Framing::ContentLength)] {
@@ -379,7 +379,7 @@ async fn an_endpoint_may_refuse() {
 
 /// The body goes first, as a body.
 #[tokio::test]
-async fn a_request_with_a_body_switches_behind_it() {
+async fn request_with_body_switches_after_body() {
     let scene = scene(STEERED).await;
     let body = json("m", 50_000);
     let request = |plan: &Plan| {
@@ -404,7 +404,7 @@ fn wishes(seen: &Echo) -> (Option<&str>, Option<&str>) {
 
 /// A wish that is none, or for what the agent does not let through, does not reach the endpoint.
 #[tokio::test]
-async fn what_is_not_to_be_asked_for_is_not() {
+async fn disallowed_upgrades_are_not_forwarded() {
     let allowed = |config: &mut Config| config.listen.upgrades = vec!["websocket".to_owned(), "x-own".to_owned()];
     let scene = Scene::with(Front::Http1, Back::Http1, first, allowed).await;
     let rows = [
@@ -434,7 +434,7 @@ async fn what_is_not_to_be_asked_for_is_not() {
 
 /// It would be the endpoint's word for it that the client wants this.
 #[tokio::test]
-async fn a_switch_that_was_not_asked_for_is_a_bad_gateway() {
+async fn unrequested_switch_returns_502() {
     let scene = scene(STEERED).await;
     let websocket = Plan::switching("websocket", Upgraded::Echo);
     let other = Plan::switching("x-other", Upgraded::Echo);
@@ -454,7 +454,7 @@ async fn a_switch_that_was_not_asked_for_is_a_bad_gateway() {
 
 /// HTTP/2 endpoints do not switch, and are not asked to.
 #[tokio::test]
-async fn an_endpoint_of_http2_is_not_asked() {
+async fn http2_endpoint_gets_no_upgrade() {
     let scene = Scene::with(Front::Http1, Back::Http2, first, |_| {}).await;
     let request = Request::get("/test/echo").header("connection", "upgrade").header("upgrade", "websocket");
     let seen = scene.request(&request).await.echoed();
@@ -463,7 +463,7 @@ async fn an_endpoint_of_http2_is_not_asked() {
 
 /// It breaks both sides off.
 #[tokio::test]
-async fn the_picker_may_evict_it() {
+async fn eviction_breaks_off_both_sides() {
     let now = Arc::new(Notify::new());
     let script =
         |all: &[_]| Evicting { inner: LlmdRouter::new(all), after: EvictAfter::ResponseHead, now: Arc::clone(&now) };
@@ -481,7 +481,7 @@ async fn the_picker_may_evict_it() {
 
 /// The time without a byte, either way, ends it; the time for a whole request does not.
 #[tokio::test]
-async fn it_lives_as_long_as_something_moves() {
+async fn tunnel_closes_after_idle_timeout() {
     for mode in MODES {
         moves_and_rests(mode).await;
     }
@@ -515,7 +515,7 @@ async fn moves_and_rests(mode: SteeringMode) {
 
 /// Draining lets it go on, until the time for that is over.
 #[tokio::test]
-async fn draining_waits_for_it_and_force_ends_it() {
+async fn drain_waits_for_tunnel_and_force_ends_it() {
     let scene = scene(STEERED).await;
     let plan = Plan::switching("websocket", Upgraded::Echo);
     let (mut one, _) = Switched::new(&scene, &switch(&plan), b"").await;
@@ -537,7 +537,7 @@ async fn draining_waits_for_it_and_force_ends_it() {
 
 /// Of endpoints whose responses the kernel carries: neither side is a target or a source any more.
 #[tokio::test]
-async fn behind_responses_that_the_kernel_has_carried() {
+async fn upgrade_after_steered_responses_works() {
     let ingress = |config: &mut Config| {
         config.steering.mode = SteeringMode::Ingress;
         config.listen.workers = 1;
@@ -563,7 +563,7 @@ async fn behind_responses_that_the_kernel_has_carried() {
 
 /// What it is all for, by a library on both sides.
 #[tokio::test]
-async fn a_websocket() {
+async fn websocket_messages_pass() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let pool = builtin_pool(&[listener.local_addr().unwrap()]);
     let agent = TestAgent::start(pool, SteeringMode::Off, |_| {});

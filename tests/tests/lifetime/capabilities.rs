@@ -75,7 +75,7 @@ async fn hold_nothing(agent: &AgentProcess, user: u32, groups: &str) {
 const THREE: &str = "-all,+bpf,+net_admin,+perfmon";
 
 #[tokio::test]
-async fn three_capabilities_are_enough_to_steer_for_any_user() {
+async fn any_user_with_three_capabilities_can_steer() {
     let server = server().await;
     let [user, group] = ["--reuid", "--regid"].map(|flag| format!("{flag}={USER}"));
     let three = ["--bounding-set", "--inh-caps", "--ambient-caps"].map(|set| format!("{set}={THREE}"));
@@ -90,7 +90,7 @@ async fn three_capabilities_are_enough_to_steer_for_any_user() {
 }
 
 #[tokio::test]
-async fn without_any_it_relays_and_says_why() {
+async fn agent_without_capabilities_relays_and_logs_reason() {
     let server = server().await;
     let [user, group] = ["--reuid", "--regid"].map(|flag| format!("{flag}={USER}"));
     let through = ["setpriv", &user, &group, "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"];
@@ -111,7 +111,7 @@ const FIVE: &str = "-all,+bpf,+net_admin,+perfmon,+setuid,+setgid";
 
 /// Root, but only as far as a container's runtime grants it, without ambient capabilities.
 #[tokio::test]
-async fn root_with_five_capabilities_loads_the_programs_and_is_root_no_longer() {
+async fn root_with_five_capabilities_loads_programs_and_drops_root() {
     let server = server().await;
     let bounded = format!("--bounding-set={FIVE}");
     let through = ["setpriv", "--no-new-privs", &bounded, "--inh-caps=-all"];
@@ -123,7 +123,7 @@ async fn root_with_five_capabilities_loads_the_programs_and_is_root_no_longer() 
 }
 
 #[tokio::test]
-async fn user_and_groups_of_the_configuration_are_taken_and_files_read_as_them() {
+async fn configured_user_and_groups_apply_to_reads() {
     let server = server().await;
     let settings = "[process]\nuser = \"61001:61001\"\ngroups = [61002]";
     let mut agent = AgentProcess::start(ANY_PORT, server.addr, "off", settings).await.unwrap();
@@ -146,7 +146,7 @@ async fn user_and_groups_of_the_configuration_are_taken_and_files_read_as_them()
 }
 
 #[tokio::test]
-async fn root_that_is_kept_or_cannot_be_given_up_is_told_of() {
+async fn retained_root_is_reported() {
     let server = server().await;
     let keep = "[process]\nuser = \"keep\"";
     let mut agent = AgentProcess::start(ANY_PORT, server.addr, "off", keep).await.unwrap();
@@ -169,7 +169,7 @@ const EVERYTHING: &str = "client_send_buffer = 67108864\n\
     [pools.picker]\nkind = \"epp\"\naddress = \"127.0.0.1:9\"\ntls = \"off\"\n";
 
 #[tokio::test]
-async fn what_a_start_needs_is_given_up_by_every_thread() {
+async fn startup_capabilities_are_dropped_by_every_thread() {
     let server = server().await;
     let mut agent = AgentProcess::start(ANY_PORT, server.addr, "ingress", EVERYTHING).await.unwrap();
     // Threads name themselves; the kernel keeps 15 bytes of a name.
@@ -203,7 +203,7 @@ async fn what_a_start_needs_is_given_up_by_every_thread() {
 }
 
 #[tokio::test]
-async fn nothing_is_kept_where_buffers_are_ordinary_or_nothing_is_steered() {
+async fn capabilities_without_need_are_all_dropped() {
     let server = server().await;
     for (steering, settings, path) in [("ingress", "client_send_buffer = 131072", "ingress"), ("off", "", "relay")] {
         let agent = AgentProcess::start(ANY_PORT, server.addr, steering, settings).await.unwrap();
@@ -216,7 +216,7 @@ async fn nothing_is_kept_where_buffers_are_ordinary_or_nothing_is_steered() {
 
 /// Ports below 1024 are bound before the capability for them is given up.
 #[tokio::test]
-async fn a_port_that_only_root_may_bind_takes_its_capability_at_the_start() {
+async fn privileged_port_is_bound_before_capability_drop() {
     let server = server().await;
     let [user, group] = ["--reuid", "--regid"].map(|flag| format!("{flag}={USER}"));
     // 127.0.0.2 is this machine too, and no other test uses it.

@@ -46,7 +46,7 @@ async fn verbose(agent: &TestAgent) -> (u16, String) {
 }
 
 #[tokio::test]
-async fn connection_beyond_the_limit_of_all_workers_gets_503_at_once() {
+async fn connection_over_limit_gets_503_at_once() {
     let server = server().await;
     let agent = limited(&server);
     let mut held = Vec::new();
@@ -78,7 +78,7 @@ async fn connection_beyond_the_limit_of_all_workers_gets_503_at_once() {
 }
 
 #[tokio::test]
-async fn tls_connection_beyond_the_limit_is_closed() {
+async fn tls_connection_over_limit_is_closed() {
     let server = server().await;
     let (certificate, folder) = (Certificate::new("agent").unwrap(), tempfile::tempdir().unwrap());
     let (cert_file, key_file) = certificate.write(folder.path()).unwrap();
@@ -96,7 +96,7 @@ async fn tls_connection_beyond_the_limit_is_closed() {
 }
 
 #[tokio::test]
-async fn connection_that_has_been_idle_longest_makes_room() {
+async fn longest_idle_connection_makes_room() {
     let server = server().await;
     let agent = limited(&server);
     let mut running = busy(&agent).await;
@@ -121,7 +121,7 @@ async fn connection_that_has_been_idle_longest_makes_room() {
 
 /// Two hundred connections that have begun a request, of an agent that may have 128 descriptors.
 #[tokio::test]
-async fn exhausted_descriptors_hold_up_no_probe_and_refuse_clients() {
+async fn exhausted_descriptors_refuse_clients_but_not_probes() {
     let server = server().await;
     let through = ["prlimit", "--nofile=128:128"];
     let agent = AgentProcess::start_through(&through, ANY_PORT, server.addr, "off", "").await.unwrap();

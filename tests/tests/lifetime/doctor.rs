@@ -35,7 +35,7 @@ fn finding<'a>(document: &'a Value, name: &str) -> (bool, &'a str, Option<&'a st
 }
 
 #[test]
-fn here_every_path_is_ready_and_every_check_is_shown() {
+fn doctor_on_capable_machine_reports_every_path_ready() {
     let output = doctor(&[], &["--json"]);
     let document = document(&output);
     assert_eq!((output.status.code(), &document["exit_code"]), (Some(0), &Value::from(0)), "{document:#}");
@@ -59,7 +59,7 @@ fn here_every_path_is_ready_and_every_check_is_shown() {
 
 /// A path that is missing: here because the cgroup that is configured is not there.
 #[test]
-fn a_path_that_is_missing_is_named_and_the_exit_code_is_2() {
+fn doctor_with_missing_path_exits_2() {
     let config = tempfile::NamedTempFile::new().unwrap();
     let pool = "[[pools]]\nname = \"a\"\nendpoints = [\"127.0.0.1:1\"]\n";
     std::fs::write(config.path(), format!("[steering]\ncgroup = \"/nowhere/cgroup\"\n{pool}")).unwrap();
@@ -75,7 +75,7 @@ fn a_path_that_is_missing_is_named_and_the_exit_code_is_2() {
 }
 
 #[test]
-fn without_capabilities_it_names_them_and_the_exit_code_is_1() {
+fn doctor_without_capabilities_exits_1() {
     let output = doctor(&["setpriv", "--bounding-set=-all", "--inh-caps=-all"], &["--json"]);
     let document = document(&output);
     assert_eq!(output.status.code(), Some(1), "{document:#}");
@@ -95,7 +95,7 @@ fn without_capabilities_it_names_them_and_the_exit_code_is_1() {
 const OLD_KERNEL: [&str; 2] = ["setarch", "--uname-2.6"];
 
 #[test]
-fn a_kernel_that_loses_bytes_is_refused_and_force_tries_it() {
+fn doctor_on_faulty_kernel_fails_unless_forced() {
     let output = doctor(&OLD_KERNEL, &["--json"]);
     let refused = document(&output);
     assert_eq!(output.status.code(), Some(1), "{refused:#}");
@@ -112,7 +112,7 @@ fn a_kernel_that_loses_bytes_is_refused_and_force_tries_it() {
 }
 
 #[test]
-fn a_wrong_configuration_is_64() {
+fn doctor_with_invalid_configuration_exits_64() {
     let output = doctor(&[], &["--config", "/nowhere/penstock.toml"]);
     assert_eq!(output.status.code(), Some(64));
     assert!(String::from_utf8_lossy(&output.stderr).contains("/nowhere/penstock.toml"));
@@ -120,7 +120,7 @@ fn a_wrong_configuration_is_64() {
 }
 
 #[tokio::test]
-async fn an_agent_on_such_a_kernel_relays_and_says_why_unless_it_is_forced() {
+async fn agent_on_faulty_kernel_relays_unless_forced() {
     let server = ModelServer::start(Options { idle_close: None, ..Options::default() }).await.unwrap();
     let mut refused = AgentProcess::start_through(&OLD_KERNEL, ANY_PORT, server.addr, "auto", "").await.unwrap();
     let said = refused.process.line("steering: unavailable: kernel 2.6.", SOON).await.unwrap();
@@ -153,7 +153,7 @@ impl Drop for Group {
 
 /// As in an unprivileged container: the cgroup that this process is in looks like the root, and no endpoint is in it.
 #[test]
-fn private_cgroup_namespace_turns_the_local_path_off() {
+fn private_cgroup_namespace_disables_local_path() {
     let root = penstock_agent::kernel::cgroup::root().unwrap();
     let group = Group(root.join(format!("penstock-doctor-{}", std::process::id())));
     std::fs::create_dir(&group.0).unwrap();

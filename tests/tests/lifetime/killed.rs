@@ -71,7 +71,7 @@ async fn is_complete(agent: &AgentProcess, plan: &Plan) {
 
 /// The kernel's programs go with it, and endpoints serve the next one, those too whose own sockets were looked at.
 #[tokio::test]
-async fn a_killed_agent_leaves_nothing_behind() {
+async fn killed_agent_leaves_no_kernel_state() {
     // The kernel keeps 15 bytes of a name.
     let all = ["penstock_verdic", "penstock_messag", "penstock_peers"];
     leaves_nothing("ingress", &all[..1]).await;
@@ -126,7 +126,7 @@ async fn leaves_nothing(steering: &str, names: &[&str]) {
 }
 
 #[tokio::test]
-async fn sigterm_drains() {
+async fn sigterm_drains_agent() {
     for steering in ["ingress", "local", "auto", "off"] {
         let server = server().await;
         let mut agent = AgentProcess::start(ANY_PORT, server.addr, steering, "").await.unwrap();
@@ -152,7 +152,7 @@ async fn sigterm_drains() {
 }
 
 #[tokio::test]
-async fn a_second_signal_ends_at_once() {
+async fn second_signal_ends_agent_at_once() {
     for (steering, second) in
         [("ingress", Signal::SIGTERM), ("local", Signal::SIGTERM), ("auto", Signal::SIGINT), ("off", Signal::SIGINT)]
     {

@@ -23,7 +23,7 @@ async fn server() -> ModelServer {
 }
 
 #[tokio::test]
-async fn sigterm_lame_duck_serves_and_asks_each_connection_to_end() {
+async fn lame_duck_after_sigterm_serves_and_closes_connections() {
     let server = server().await;
     let mut agent = AgentProcess::start(ANY_PORT, server.addr, "off", "[timeouts]\nlame_duck = \"1h\"").await.unwrap();
     let mut kept = Client::connect(agent.addr).await.unwrap();
@@ -63,7 +63,7 @@ fn get(stream: u32) -> Frame {
 }
 
 #[tokio::test]
-async fn lame_duck_over_closes_the_port_and_ends_the_process() {
+async fn end_of_lame_duck_closes_port_and_exits() {
     let server = server().await;
     let settings = "[timeouts]\nlame_duck = \"300ms\"";
     let mut agent = AgentProcess::start(ANY_PORT, server.addr, "off", settings).await.unwrap();
@@ -77,7 +77,7 @@ async fn lame_duck_over_closes_the_port_and_ends_the_process() {
 
 /// Connections that the workers have not accepted yet when the drain begins.
 #[tokio::test]
-async fn drain_answers_the_connections_in_the_accept_queue() {
+async fn drain_answers_connections_in_accept_queue() {
     let server = server().await;
     let agent = TestAgent::start(builtin_pool(&[server.addr]), SteeringMode::Off, |_| {});
     let addr = agent.addr;

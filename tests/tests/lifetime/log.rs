@@ -12,7 +12,7 @@ async fn logging_agent(endpoint: std::net::SocketAddr, format: &str) -> AgentPro
 }
 
 #[tokio::test]
-async fn access_line_of_a_long_request_is_cut_and_says_so() {
+async fn access_line_of_long_request_is_truncated_and_marked() {
     let server = ModelServer::start(Options::default()).await.unwrap();
     let mut agent = logging_agent(server.addr, "json").await;
     let mut client = Client::connect(agent.addr).await.unwrap();
@@ -35,7 +35,7 @@ async fn access_line_of_a_long_request_is_cut_and_says_so() {
 
 /// Lines that nobody reads pile up to the limit and no further; requests go on, and the metric says what is lost.
 #[tokio::test]
-async fn log_that_nobody_reads_holds_its_limit_and_no_request() {
+async fn unread_log_stays_within_limit_and_blocks_no_request() {
     let server = ModelServer::start(Options::default()).await.unwrap();
     let config = format!(
         "[listen]\naddress = \"127.0.0.1:0\"\nworkers = 1\n[admin]\naddress = \"127.0.0.1:0\"\n[steering]\nmode = \"off\"\n\

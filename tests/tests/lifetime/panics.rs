@@ -63,7 +63,7 @@ fn faulty() -> Probe {
 }
 
 #[tokio::test]
-async fn request_that_panics_gets_500_and_others_go_on() {
+async fn panic_in_request_returns_500_and_others_continue() {
     count_panics();
     let server = server().await;
     for steering in [SteeringMode::Off, SteeringMode::Auto] {
@@ -92,7 +92,7 @@ async fn request_that_panics_gets_500_and_others_go_on() {
 }
 
 #[tokio::test]
-async fn http2_request_that_panics_gets_500_and_streams_of_its_connection_finish() {
+async fn panic_in_http2_request_returns_500_and_streams_finish() {
     count_panics();
     let server = server().await;
     let agent = TestAgent::start_with(builtin_pool(&[server.addr]), SteeringMode::Off, faulty(), |_| {});
@@ -143,7 +143,7 @@ async fn fails(life: Life) {
 }
 
 #[tokio::test]
-async fn worker_that_panics_makes_the_agent_unready_and_the_others_finish() {
+async fn panic_in_worker_makes_agent_unready_and_others_finish() {
     count_panics();
     let server = server().await;
     let armed = Arc::new(AtomicBool::new(false));
@@ -203,7 +203,7 @@ fn everything(server: &ModelServer) -> Config {
 }
 
 #[tokio::test]
-async fn thread_that_panics_makes_the_agent_leave() {
+async fn panic_in_thread_ends_agent() {
     count_panics();
     let server = server().await;
     for part in ["penstock-control", "endpoints", "penstock-spans", "penstock-events", "admin", "penstock-0"] {

@@ -40,7 +40,7 @@ fn long() -> Plan {
 }
 
 #[tokio::test]
-async fn the_next_request_of_a_connection_meets_the_new_configuration() {
+async fn next_request_on_connection_uses_new_configuration() {
     let [one, two] = servers().await;
     let agent = TestAgent::start(builtin_pool(&[one.addr]), SteeringMode::Off, |_| {});
     let mut client = Client::connect(agent.addr).await.unwrap();
@@ -65,7 +65,7 @@ async fn the_next_request_of_a_connection_meets_the_new_configuration() {
 }
 
 #[tokio::test]
-async fn a_pool_that_is_not_there_any_more_is_404_and_its_endpoints_are_not_counted() {
+async fn removed_pool_returns_404_and_leaves_metrics() {
     let [one, two] = servers().await;
     let mut second = builtin_pool(&[two.addr]);
     second.name = "second".to_owned();
@@ -92,7 +92,7 @@ async fn a_pool_that_is_not_there_any_more_is_404_and_its_endpoints_are_not_coun
 
 /// The picker's stream of a request that runs goes on to its end, and the next request fails open as the new settings say.
 #[tokio::test]
-async fn a_picker_is_told_the_end_of_what_it_has_picked_for() {
+async fn removed_picker_is_told_end_of_running_request() {
     let [one, _two] = servers().await;
     let mut epp = ScriptedEpp::start(LlmdRouter::over(Endpoints::new(&[one.addr]))).await.unwrap();
     let pool = epp_pool(&[one.addr], epp.addr, FailureMode::Closed);
@@ -117,7 +117,7 @@ async fn a_picker_is_told_the_end_of_what_it_has_picked_for() {
 }
 
 #[tokio::test]
-async fn what_only_a_start_can_change_is_refused_as_a_whole() {
+async fn reload_changing_startup_settings_is_rejected_whole() {
     let [one, two] = servers().await;
     let agent = TestAgent::start(builtin_pool(&[one.addr]), SteeringMode::Off, |_| {});
     let mut config = agent.agent.config();
@@ -160,7 +160,7 @@ async fn sighup_cuts_no_stream() {
 }
 
 #[tokio::test]
-async fn a_configuration_that_is_wrong_changes_nothing() {
+async fn invalid_configuration_changes_nothing() {
     let [one, two] = servers().await;
     let mut agent = AgentProcess::start(ANY_PORT, one.addr, "off", "").await.unwrap();
     agent.write_config(two.addr, "[timeouts]\nidle = \"never\"").unwrap();

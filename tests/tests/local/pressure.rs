@@ -78,7 +78,7 @@ impl Drop for Group {
 }
 
 #[tokio::test]
-async fn responses_are_whole_or_visibly_broken() {
+async fn responses_under_memory_pressure_are_whole_or_broken() {
     for steering in ["local", "ingress", "auto", "off"] {
         under_pressure(steering).await;
     }

@@ -60,7 +60,7 @@ fn known() -> HashSet<u64> {
 
 /// And a connection with the same addresses and ports in a third namespace is nobody's.
 #[tokio::test]
-async fn an_endpoint_in_another_network_namespace() {
+async fn endpoint_in_other_network_namespace_is_steered() {
     // Addresses for measurements (RFC 2544), so that nobody is hidden; a pair for each process.
     let pair = std::process::id() % (1 << 14);
     let [here, there] = [1, 2].map(|host| Ipv4Addr::from(0xc612_0000 + pair * 4 + host));
@@ -119,7 +119,7 @@ fn talk(mut from: &TcpStream, mut to: &TcpStream, id: u64) {
 }
 
 #[tokio::test]
-async fn ipv6_and_a_listener_for_both() {
+async fn ipv6_and_dual_stack_listeners_are_steered() {
     let six = sender(SocketAddr::from((Ipv6Addr::LOCALHOST, 0)), None);
     let agent = TestAgent::start(builtin_pool(&[six.addr]), SteeringMode::Local, |config| {
         config.listen.address = SocketAddr::from((Ipv6Addr::LOCALHOST, 0));
@@ -136,7 +136,7 @@ async fn ipv6_and_a_listener_for_both() {
 }
 
 #[tokio::test]
-async fn two_agents_with_one_endpoint() {
+async fn two_agents_with_one_endpoint_both_steer() {
     let endpoint = sender(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), None);
     let agents = [(); 2].map(|()| TestAgent::start(builtin_pool(&[endpoint.addr]), SteeringMode::Local, |_| {}));
     for round in 0..3 {
@@ -147,7 +147,7 @@ async fn two_agents_with_one_endpoint() {
 /// The inner one writes to its client, which is the outer one, in turn with its kernel: nothing may go round its account,
 /// not even before it has steered anything.
 #[tokio::test]
-async fn an_agent_in_front_of_an_agent() {
+async fn agent_in_front_of_agent_delivers_exact_bytes() {
     for mode in [SteeringMode::Local, SteeringMode::Auto] {
         let endpoint = ModelServer::start(model_server::Options::default()).await.unwrap();
         let inner = TestAgent::start(builtin_pool(&[endpoint.addr]), SteeringMode::Auto, |_| {});

@@ -36,12 +36,12 @@ macro_rules! senders {
 }
 
 senders! {
-    blocking: [Blocking Send(10_000)] [Blocking Send(300_000)];
-    level_triggered: [LevelTriggered Send(10_000)] [LevelTriggered Send(300_000)];
-    edge_triggered: [EdgeTriggered Send(10_000)] [EdgeTriggered Send(300_000)];
-    threads_in_turn: [Blocking Turns(4)] [EdgeTriggered Turns(4)];
-    many_small_pieces: [Blocking Vectored] [EdgeTriggered Vectored];
-    sendfile: [Blocking SendFile] [EdgeTriggered SendFile];
+    blocking_sender_is_exact: [Blocking Send(10_000)] [Blocking Send(300_000)];
+    level_triggered_sender_is_exact: [LevelTriggered Send(10_000)] [LevelTriggered Send(300_000)];
+    edge_triggered_sender_is_exact: [EdgeTriggered Send(10_000)] [EdgeTriggered Send(300_000)];
+    alternating_threads_are_exact: [Blocking Turns(4)] [EdgeTriggered Turns(4)];
+    many_small_pieces_are_exact: [Blocking Vectored] [EdgeTriggered Vectored];
+    sendfile_is_exact: [Blocking SendFile] [EdgeTriggered SendFile];
 }
 
 /// An agent, and a pool for each of the endpoints, by the first part of the path.
@@ -115,7 +115,7 @@ async fn send(ways: &[(Waits, Calls)]) {
 
 /// The kernel tells its owner by numbers when it is done with each call, and would count a redirect otherwise.
 #[tokio::test]
-async fn zerocopy() {
+async fn zerocopy_sender_gets_every_notification() {
     let mut at_once = Options::new(Blocking, ZeroCopy);
     at_once.zerocopy_from_the_start = true;
     let senders = [at_once, Options::new(Blocking, ZeroCopy)].map(|options| Sender::start(options).unwrap());

@@ -88,7 +88,7 @@ async fn serves(name: &str, addr: SocketAddr, paths: &[&'static str]) {
 }
 
 #[tokio::test]
-async fn uvicorn() {
+async fn uvicorn_responses_are_exact() {
     let folder = content();
     let mut command = Command::new(python());
     command.arg(script("asgi.py"));
@@ -97,7 +97,7 @@ async fn uvicorn() {
 }
 
 #[tokio::test]
-async fn aiohttp() {
+async fn aiohttp_responses_are_exact() {
     let folder = content();
     let mut command = Command::new(python());
     command.arg(script("aiohttp_server.py"));
@@ -106,7 +106,7 @@ async fn aiohttp() {
 }
 
 #[tokio::test]
-async fn node() {
+async fn node_responses_are_exact() {
     let folder = content();
     let mut command = Command::new("node");
     command.arg(script("node.js"));
@@ -115,7 +115,7 @@ async fn node() {
 }
 
 #[tokio::test]
-async fn go() {
+async fn go_responses_are_exact() {
     let folder = content();
     let binary = penstock_tests::servers::go_server().unwrap();
     let (_server, addr) = start(Command::new(binary), &folder).await;
@@ -125,7 +125,7 @@ async fn go() {
 /// A file by `sendfile`, by `writev`, at a limited rate, and in chunks (which is what becomes of a file that nginx looks
 /// through for includes).
 #[tokio::test]
-async fn nginx() {
+async fn nginx_responses_are_exact() {
     let folder = content();
     // nginx does not say which port it was given: one that was free a moment ago.
     let addr = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();

@@ -78,7 +78,7 @@ fn endpoint(zerocopy: bool) -> SocketAddr {
 }
 
 #[tokio::test]
-async fn chunk_syntax_rewritten_after_sending_does_not_reach_the_client() {
+async fn chunk_syntax_rewritten_after_sending_does_not_reach_client() {
     for zerocopy in [false, true] {
         for mode in MODES {
             let agent = TestAgent::start(builtin_pool(&[endpoint(zerocopy)]), mode, |config| config.listen.workers = 1);

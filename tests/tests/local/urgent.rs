@@ -11,7 +11,7 @@ use penstock_tests::{
 };
 
 #[tokio::test]
-async fn urgent_byte_of_a_client_does_not_end_its_response() {
+async fn urgent_byte_from_client_does_not_end_response() {
     let server = ModelServer::start(Options::default()).await.unwrap();
     for mode in MODES {
         let agent = TestAgent::start(builtin_pool(&[server.addr]), mode, |_| {});

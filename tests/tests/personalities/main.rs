@@ -23,20 +23,20 @@ macro_rules! against_every_picker {
 }
 
 against_every_picker! {
-    requests::without_a_body
-    requests::small_chat
-    requests::bodies_of_300_kb_and_3_mb
-    requests::an_upload_in_slow_chunks
-    requests::the_model_is_rewritten
+    requests::request_without_body_is_picked
+    requests::small_chat_request_is_served
+    requests::bodies_of_300_kb_and_3_mb_arrive_whole
+    requests::slow_chunked_upload_arrives_with_length
+    requests::rewritten_model_reaches_endpoint
     requests::fields_are_changed_both_ways
-    requests::fields_for_disaggregation
-    requests::the_pickers_trace
-    requests::each_of_a_connection_has_its_own_pick
-    requests::the_first_of_the_list_is_dead
-    requests::nothing_to_pick
-    requests::its_health
-    responses::a_stream_through_user_space
-    responses::a_stream_through_the_kernel
-    responses::the_picker_dies
-    responses::the_client_leaves
+    requests::disaggregation_fields_reach_endpoint
+    requests::picker_trace_context_reaches_endpoint
+    requests::each_request_of_a_connection_is_picked
+    requests::dead_first_choice_is_followed_by_second
+    requests::picker_without_endpoints_answers_or_failure_mode_decides
+    requests::health_service_name_decides_health
+    responses::relayed_stream_is_reported_to_picker
+    responses::steered_stream_is_reported_to_picker
+    responses::picker_death_cuts_no_response
+    responses::client_disconnect_ends_picker_stream
 }

@@ -43,7 +43,7 @@ async fn assert_told<P: Personality>(stage: &Stage, stream: usize, response: &Re
 }
 
 /// E7, E8: a GET ends with its head; the pick is followed, and the response told.
-pub(crate) async fn without_a_body<P: Personality>() {
+pub(crate) async fn request_without_body_is_picked<P: Personality>() {
     let mut stage = stage::<P>().await;
     let response = stage.request(&Request::get("/test/echo")).await;
     let seen = response.echoed();
@@ -54,7 +54,7 @@ pub(crate) async fn without_a_body<P: Personality>() {
 }
 
 /// E1, E3, E7, E8: the request most clients make.
-pub(crate) async fn small_chat<P: Personality>() {
+pub(crate) async fn small_chat_request_is_served<P: Personality>() {
     let mut stage = stage::<P>().await;
     let body = br#"{"model":"m","messages":[{"role":"user","content":"which way"}],"max_tokens":3}"#;
     let chat = Request::post("/v1/chat/completions", body.as_slice()).header("content-type", "application/json");
@@ -67,7 +67,7 @@ pub(crate) async fn small_chat<P: Personality>() {
 }
 
 /// E1, E3: every byte of a long prompt reaches picker and endpoint.
-pub(crate) async fn bodies_of_300_kb_and_3_mb<P: Personality>() {
+pub(crate) async fn bodies_of_300_kb_and_3_mb_arrive_whole<P: Personality>() {
     let mut stage = stage::<P>().await;
     for (stream, len) in [300_000, 3_000_000].into_iter().enumerate() {
         let body = json("m", len);
@@ -79,7 +79,7 @@ pub(crate) async fn bodies_of_300_kb_and_3_mb<P: Personality>() {
 }
 
 /// E2: the picker takes the pieces while the client uploads; chunks become a length.
-pub(crate) async fn an_upload_in_slow_chunks<P: Personality>() {
+pub(crate) async fn slow_chunked_upload_arrives_with_length<P: Personality>() {
     let mut stage = stage::<P>().await;
     let body = json("m", 200_000);
     let request = Request::new("POST", "/test/echo")
@@ -94,7 +94,7 @@ pub(crate) async fn an_upload_in_slow_chunks<P: Personality>() {
 }
 
 /// E3, E4: a body that the picker changes goes out in place of the client's, under its own length.
-pub(crate) async fn the_model_is_rewritten<P: Personality>() {
+pub(crate) async fn rewritten_model_reaches_endpoint<P: Personality>() {
     let mut stage = Stage::new(|all| P::over(Endpoints::new(all)).rewriting("a-model-with-a-much-longer-name")).await;
     for body in [json("m", 10), json("m", 150_000)] {
         let seen = stage.request(&echo(body.clone())).await.echoed();
@@ -124,7 +124,7 @@ pub(crate) async fn fields_are_changed_both_ways<P: Personality>() {
 
 /// E4, E21, D15: what the picker says about prefill and its like reaches the endpoint as it was set; a client's copies reach
 /// nobody.
-pub(crate) async fn fields_for_disaggregation<P: Personality>() {
+pub(crate) async fn disaggregation_fields_reach_endpoint<P: Personality>() {
     const FIELDS: [(&str, &str); 7] = [
         ("x-prefiller-host-port", "10.0.0.7:8000"),
         ("x-encoder-hosts-ports", "10.0.0.8:8000,10.0.0.9:8000"),
@@ -150,7 +150,7 @@ pub(crate) async fn fields_for_disaggregation<P: Personality>() {
 }
 
 /// E4: the picker's span becomes the parent of the endpoint's, in place of the client's.
-pub(crate) async fn the_pickers_trace<P: Personality>() {
+pub(crate) async fn picker_trace_context_reaches_endpoint<P: Personality>() {
     let client = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
     let picker = "00-0af7651916cd43dd8448eb211c80319c-00f067aa0ba902b7-01";
     let mut stage = Stage::new(|all| P::over(Endpoints::new(all)).adding(&[("traceparent", picker)])).await;
@@ -159,7 +159,7 @@ pub(crate) async fn the_pickers_trace<P: Personality>() {
 }
 
 /// E7: requests on one connection are picked for one by one, over one connection to the picker.
-pub(crate) async fn each_of_a_connection_has_its_own_pick<P: Personality>() {
+pub(crate) async fn each_request_of_a_connection_is_picked<P: Personality>() {
     let mut stage = stage::<P>().await;
     let mut served = Vec::new();
     for stream in 0..4 {
@@ -172,7 +172,7 @@ pub(crate) async fn each_of_a_connection_has_its_own_pick<P: Personality>() {
 }
 
 /// E8, E10: the next of the list is tried with the same body, and it is the one that is told to have served.
-pub(crate) async fn the_first_of_the_list_is_dead<P: Personality>() {
+pub(crate) async fn dead_first_choice_is_followed_by_second<P: Personality>() {
     let dead = Refusing::new().unwrap();
     let mut stage = Stage::with(
         |all| P::over(Endpoints::new(&[dead.addr, all[1]]).offering(2)),
@@ -188,7 +188,7 @@ pub(crate) async fn the_first_of_the_list_is_dead<P: Personality>() {
 
 /// E5, E11, E12: a picker without endpoints says so in its own way: the client gets the answer that it gives, and where it
 /// gives none, the pool's mode decides. The connection stays good.
-pub(crate) async fn nothing_to_pick<P: Personality>() {
+pub(crate) async fn picker_without_endpoints_answers_or_failure_mode_decides<P: Personality>() {
     for mode in [FailureMode::Closed, FailureMode::Open] {
         let script = |_: &[_]| P::over(Endpoints::new(&[]));
         let mut stage = Stage::with(script, |config| config.pools[0].failure_mode = mode).await;
@@ -213,7 +213,7 @@ pub(crate) async fn nothing_to_pick<P: Personality>() {
 }
 
 /// E17: under the name that it has for its health it serves, and under another it is taken to serve.
-pub(crate) async fn its_health<P: Personality>() {
+pub(crate) async fn health_service_name_decides_health<P: Personality>() {
     let mut serving = 0;
     for service in ["envoy.service.ext_proc.v3.ExternalProcessor", "inference-extension"] {
         let mut stage = Stage::with(

@@ -42,17 +42,17 @@ async fn a_stream<P: Personality>(mode: SteeringMode) {
 }
 
 /// E7, E18: a streamed completion, relayed.
-pub(crate) async fn a_stream_through_user_space<P: Personality>() {
+pub(crate) async fn relayed_stream_is_reported_to_picker<P: Personality>() {
     a_stream::<P>(SteeringMode::Off).await;
 }
 
 /// E7, E18: a streamed completion, carried by the kernel; the picker is told all the same.
-pub(crate) async fn a_stream_through_the_kernel<P: Personality>() {
+pub(crate) async fn steered_stream_is_reported_to_picker<P: Personality>() {
     a_stream::<P>(SteeringMode::Auto).await;
 }
 
 /// E20: a picker that dies while the response flows takes nothing of it along; the next request finds the new one.
-pub(crate) async fn the_picker_dies<P: Personality>() {
+pub(crate) async fn picker_death_cuts_no_response<P: Personality>() {
     for mode in [SteeringMode::Off, SteeringMode::Auto] {
         let mut stage = stage::<P>(mode).await;
         // More than all the buffers on the way hold, so that it flows only as the client reads.
@@ -70,7 +70,7 @@ pub(crate) async fn the_picker_dies<P: Personality>() {
 }
 
 /// E18: a client that leaves ends the endpoint's work and the picker's stream, whoever carries the bytes.
-pub(crate) async fn the_client_leaves<P: Personality>() {
+pub(crate) async fn client_disconnect_ends_picker_stream<P: Personality>() {
     for mode in [SteeringMode::Off, SteeringMode::Auto] {
         let stage = stage::<P>(mode).await;
         let body = r#"{"model":"m","stream":true,"max_tokens":1000000,"x-test-interval-us":1000,"prompt":"p"}"#;

@@ -88,20 +88,20 @@ async fn last_events_are_told<P: Personality>(mode: SteeringMode) {
 
 /// E7: with `usage`, a stream that the kernel carries is told by its last events, without its chunk sizes.
 #[tokio::test]
-async fn usage_of_streams_that_the_kernel_carries() {
+async fn usage_of_steered_streams_is_reported() {
     last_events_are_told::<LlmdRouter>(SteeringMode::Auto).await;
     last_events_are_told::<Gie>(SteeringMode::Ingress).await;
 }
 
 /// E7: and so is one that is relayed.
 #[tokio::test]
-async fn usage_of_streams_that_are_relayed() {
+async fn usage_of_relayed_streams_is_reported() {
     last_events_are_told::<LlmdRouter>(SteeringMode::Off).await;
 }
 
 /// The kernel gives such a stream back again and again, so that its end is put together from what both carried.
 #[tokio::test]
-async fn usage_of_streams_whose_clients_are_slow() {
+async fn usage_of_streams_to_slow_clients_is_reported() {
     let stage = stage(LlmdRouter::new, ResponseToPicker::Usage, SteeringMode::Ingress).await;
     for (number, pace) in [1, 3, 7].into_iter().enumerate() {
         let mut client = Client::connect_with(stage.agent.addr, Some(4 << 10)).await.unwrap();
@@ -125,7 +125,7 @@ async fn usage_of_streams_whose_clients_are_slow() {
 
 /// Whatever the framing says of the end: sizes of chunks, extensions and trailers are no part of it.
 #[tokio::test]
-async fn usage_whatever_the_framing() {
+async fn usage_with_any_framing_is_reported() {
     for mode in [SteeringMode::Ingress, SteeringMode::Off] {
         let stage = stage(LlmdRouter::new, ResponseToPicker::Usage, mode).await;
         let framings = [Framing::ContentLength, Framing::Chunked, Framing::UntilClose];
@@ -154,7 +154,7 @@ async fn usage_whatever_the_framing() {
 
 /// A client of HTTP/1.0 gets the body decoded, and the picker the same bytes.
 #[tokio::test]
-async fn usage_and_every_byte_for_old_clients() {
+async fn http10_clients_and_picker_get_same_decoded_bytes() {
     for told in [ResponseToPicker::Usage, ResponseToPicker::Body] {
         let stage = stage(LlmdRouter::new, told, SteeringMode::Auto).await;
         let wire = String::from_utf8(completion(5, 100).wire("agent")).unwrap().replacen("HTTP/1.1", "HTTP/1.0", 1);
@@ -169,7 +169,7 @@ async fn usage_and_every_byte_for_old_clients() {
 
 /// E7: a JSON document can only be parsed whole, so it is told whole, up to a limit.
 #[tokio::test]
-async fn usage_of_documents() {
+async fn usage_of_json_documents_is_reported() {
     let mut stage = stage(LlmdRouter::new, ResponseToPicker::Usage, SteeringMode::Ingress).await;
     let body = r#"{"model":"m","max_tokens":20000,"prompt":"five words of a prompt"}"#;
     let request = Request::post("/v1/completions", body).header("content-type", "application/json");
@@ -195,7 +195,7 @@ async fn usage_of_documents() {
 
 /// What is neither events nor a document is not looked at, and carried as ever.
 #[tokio::test]
-async fn usage_of_anything_else() {
+async fn other_content_types_are_not_reported() {
     let mut stage = stage(LlmdRouter::new, ResponseToPicker::Usage, SteeringMode::Ingress).await;
     let plan = Plan { size: 300_000, ..Plan::default() };
     let response = stage.request(&plan.request()).await;
@@ -238,14 +238,14 @@ async fn every_byte_is_told<P: Personality>() {
 
 /// E7: with `body`, every byte is told in order, in pieces, with one end.
 #[tokio::test]
-async fn every_byte() {
+async fn body_mode_reports_every_byte() {
     every_byte_is_told::<LlmdRouter>().await;
     every_byte_is_told::<penstock_tests::scripted_epp::Lwepp>().await;
 }
 
 /// E20: a picker that does not take what it is told holds nobody up, and is told no more of that response.
 #[tokio::test]
-async fn a_picker_that_takes_nothing_holds_nobody_up() {
+async fn stalled_picker_delays_no_response() {
     let silent = Fault::At(Moment::ResponseBody, Harm::Silence);
     let mut stage =
         stage(|all| Faulty::new(LlmdRouter::new(all), silent), ResponseToPicker::Body, SteeringMode::Off).await;
@@ -258,7 +258,7 @@ async fn a_picker_that_takes_nothing_holds_nobody_up() {
 
 /// E20: nor does one that dies, or fails, in the middle.
 #[tokio::test]
-async fn a_picker_that_fails_during_the_body_cuts_nothing() {
+async fn picker_failure_during_body_cuts_nothing() {
     for harm in [Harm::Die, Harm::ResetConnection, Harm::Status(tonic::Code::Internal), Harm::Close] {
         let fault = Fault::At(Moment::ResponseBody, harm);
         let mut stage =
@@ -272,7 +272,7 @@ async fn a_picker_that_fails_during_the_body_cuts_nothing() {
 
 /// E6: a picker that reads the body may take its decision back in the middle of it.
 #[tokio::test]
-async fn an_eviction_in_the_middle_of_the_body_breaks_it_off() {
+async fn eviction_during_body_breaks_off_response() {
     let fault = Fault::At(Moment::ResponseBody, Harm::Immediate(429));
     let mut stage =
         stage(|all| Faulty::new(LlmdRouter::new(all), fault), ResponseToPicker::Body, SteeringMode::Off).await;

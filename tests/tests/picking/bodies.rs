@@ -68,7 +68,7 @@ async fn two_pools(adjust: impl FnOnce(&mut Config)) -> (TestAgent, ScriptedEpp,
 
 /// Eight connections of 32 requests each, 256 MiB in all, where there is room for a sixteenth.
 #[tokio::test]
-async fn bodies_that_wait_for_a_stalled_epp_stay_within_the_budgets() {
+async fn bodies_waiting_for_stalled_epp_stay_within_budgets() {
     let (agent, _picker, _server) = two_pools(|config| {
         config.limits.total_body_bytes = 4 * MIB;
         config.limits.total_spill_bytes = 12 * MIB;
@@ -113,7 +113,7 @@ async fn bodies_that_wait_for_a_stalled_epp_stay_within_the_budgets() {
 
 /// A body that went to a file because of all the others is the same body.
 #[tokio::test]
-async fn a_body_that_spills_reaches_picker_and_endpoint_whole() {
+async fn spilled_body_reaches_picker_and_endpoint_whole() {
     for (total, own) in [(0, 1 << 20), (100_000, 1 << 20), (1 << 30, 0)] {
         let mut stage = Stage::with(Production::new, |config| {
             config.limits.total_body_bytes = total;
@@ -136,7 +136,7 @@ async fn a_body_that_spills_reaches_picker_and_endpoint_whole() {
 }
 
 #[tokio::test]
-async fn bodies_stay_in_memory_where_there_are_no_files() {
+async fn bodies_stay_in_memory_with_files_disabled() {
     let mut stage = Stage::with(Production::new, |config| {
         config.limits.total_spill_bytes = 0;
         config.limits.body_memory_bytes = 1000;
@@ -151,7 +151,7 @@ async fn bodies_stay_in_memory_where_there_are_no_files() {
 
 /// The body that the EPP gives counts; for lack of room it is no failure of the EPP, and an open pool does not open.
 #[tokio::test]
-async fn what_the_epp_puts_in_place_of_a_body_counts() {
+async fn replacement_body_from_epp_counts_against_budget() {
     let large = Alphabet::Text.bytes(7, 0, 500_000);
     let server = ModelServer::start(Default::default()).await.unwrap();
     let (named, given) = (server.addr.to_string(), large.clone());
@@ -184,7 +184,7 @@ async fn what_the_epp_puts_in_place_of_a_body_counts() {
 
 /// Six uploads that nobody takes are more than the window of their connection.
 #[tokio::test]
-async fn uploads_to_a_stalled_epp_leave_the_connections_window_to_others() {
+async fn uploads_to_stalled_epp_leave_connection_window_to_others() {
     let (agent, picker, server) = two_pools(|_| {}).await;
     let mut client = Http2Client::connect(agent.addr).await.unwrap();
     let stalled = echo(json("m", MIB as usize)).header("x-pool", "stalled");
@@ -205,7 +205,7 @@ async fn uploads_to_a_stalled_epp_leave_the_connections_window_to_others() {
 
 /// What the agent does not read, because its EPP does not take it, is no slowness of the client.
 #[tokio::test]
-async fn a_slow_epp_is_never_the_clients_408() {
+async fn slow_epp_never_causes_408() {
     let delay = Duration::from_millis(900);
     for moment in [Moment::RequestHeaders, Moment::RequestBody(100_000), Moment::RequestBody(usize::MAX)] {
         let mut stage = Stage::with(

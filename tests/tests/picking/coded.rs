@@ -60,7 +60,7 @@ fn unchanged(response: &Response, coding: &str, body: &[u8]) {
 }
 
 #[tokio::test]
-async fn a_coded_body_is_routed_by_its_model_and_goes_on_as_it_is() {
+async fn coded_body_is_routed_by_model_and_forwarded_unchanged() {
     let (agent, servers) = routed(true, |_| {}).await;
     let rows: [(&str, Vec<u8>, bool); 10] = [
         ("gzip", GZIP.to_vec(), true),
@@ -90,7 +90,7 @@ async fn a_coded_body_is_routed_by_its_model_and_goes_on_as_it_is() {
 }
 
 #[tokio::test]
-async fn a_coded_body_that_cannot_be_read_is_refused_where_a_route_needs_it() {
+async fn unreadable_coded_body_with_model_route_is_rejected() {
     let (agent, servers) = routed(true, |config| config.limits.decoded_body_bytes = 100_000).await;
     let bomb = gzip(&[&br#"{"model":"m","prompt":""#[..], &[b' '; 1 << 20], b"\"}"].concat());
     let rows: [(&str, Vec<u8>, u16, &str); 9] = [
@@ -115,7 +115,7 @@ async fn a_coded_body_that_cannot_be_read_is_refused_where_a_route_needs_it() {
 
 /// Nothing needs the model: it is a header where it can be had, and the body passes in any case.
 #[tokio::test]
-async fn a_coded_body_that_cannot_be_read_passes_where_nothing_needs_it() {
+async fn unreadable_coded_body_without_model_route_passes() {
     // An EPP that does not look at the body.
     let echoes = |all: &[std::net::SocketAddr]| {
         let named = all[0].to_string();
@@ -160,7 +160,7 @@ async fn a_coded_body_that_cannot_be_read_passes_where_nothing_needs_it() {
 
 /// D13: marks and encodings that JSON must not have, and has.
 #[tokio::test]
-async fn a_byte_order_mark_and_utf16_are_no_errors() {
+async fn byte_order_mark_and_utf16_are_accepted() {
     let (agent, servers) = routed(true, |_| {}).await;
     let marked = [b"\xef\xbb\xbf", &json(MODEL, 100)[..]].concat();
     let text = format!("\u{feff}{{\"model\":\"{MODEL}\"}}");
@@ -176,7 +176,7 @@ async fn a_byte_order_mark_and_utf16_are_no_errors() {
 
 /// An EPP that puts another body in place of the client's: what the client said of its own goes, what the EPP says stays.
 #[tokio::test]
-async fn digests_and_coding_of_a_body_that_was_replaced_do_not_go_out() {
+async fn digests_and_coding_of_replaced_body_are_removed() {
     const DIGESTS: [&str; 4] = ["content-md5", "digest", "content-digest", "repr-digest"];
     let echoing = |replace: bool| {
         move |all: &[std::net::SocketAddr]| {

@@ -13,7 +13,7 @@ use penstock_tests::{
 use crate::SOON;
 
 #[tokio::test]
-async fn the_head_comes_with_pseudo_headers() {
+async fn request_head_carries_pseudo_headers() {
     let mut stage = Stage::new(Production::new).await;
     stage.request(&echo(r#"{"model":"m"}"#).header("host", "models.example").header("x-own", "1")).await;
     let told = stage.epp.streams()[0].request_headers();
@@ -34,7 +34,7 @@ async fn the_head_comes_with_pseudo_headers() {
 
 /// E2: full duplex both ways, without waiting for the reply to the headers.
 #[tokio::test]
-async fn only_the_first_message_says_how_bodies_are_sent() {
+async fn only_first_message_carries_body_mode() {
     let mut stage = Stage::new(Production::new).await;
     stage.request(&echo(json("m", 200_000))).await;
     let stream = &stage.epp.streams()[0];
@@ -47,7 +47,7 @@ async fn only_the_first_message_says_how_bodies_are_sent() {
 
 /// GET without a body is picked for and served, and so are other methods without one.
 #[tokio::test]
-async fn a_request_without_a_body_ends_with_its_head_and_is_served() {
+async fn request_without_body_ends_with_head_and_is_served() {
     let mut stage = Stage::new(Production::new).await;
     for (turn, request) in
         [Request::get("/test/echo"), Request::new("DELETE", "/test/echo"), echo("")].iter().enumerate()
@@ -67,7 +67,7 @@ async fn a_request_without_a_body_ends_with_its_head_and_is_served() {
 
 /// E1: all of it, and one end.
 #[tokio::test]
-async fn the_body_is_told_in_pieces_and_ends_once() {
+async fn request_body_reaches_picker_in_pieces_with_one_end() {
     let mut stage = Stage::new(Production::new).await;
     let body = json("m", 1 << 20);
     stage.request(&echo(body.clone())).await;
@@ -84,7 +84,7 @@ async fn the_body_is_told_in_pieces_and_ends_once() {
 
 /// E2: what has arrived is told before the rest does.
 #[tokio::test]
-async fn the_picker_sees_the_body_while_the_client_uploads() {
+async fn request_body_reaches_picker_during_upload() {
     let mut stage = Stage::new(Production::new).await;
     let body = json("m", 300_000);
     let wire = echo(body.clone()).wire("agent");
@@ -103,7 +103,7 @@ async fn the_picker_sees_the_body_while_the_client_uploads() {
 
 /// E7, E8: head, served endpoint, and the end.
 #[tokio::test]
-async fn the_response_is_told_with_the_endpoint_that_served_it() {
+async fn response_head_names_served_endpoint() {
     let mut stage = Stage::new(Production::new).await;
     let plan = Plan { status: 201, size: 100_000, ..Plan::default() };
     let response = stage.request(&plan.request()).await;
@@ -119,7 +119,7 @@ async fn the_response_is_told_with_the_endpoint_that_served_it() {
 
 /// E7: the stream lives as long as the response.
 #[tokio::test]
-async fn the_stream_is_open_while_the_response_flows() {
+async fn picker_stream_stays_open_during_response() {
     let stage = Stage::new(Production::new).await;
     // More than all the buffers on the way hold, so that it flows only as the client reads.
     let plan = Plan { size: 32 << 20, ..Plan::default() };
@@ -139,7 +139,7 @@ async fn the_stream_is_open_while_the_response_flows() {
 
 /// E19: it closes its streams with status OK after each pick.
 #[tokio::test]
-async fn a_picker_that_skips_the_response_is_left_alone() {
+async fn picker_closing_before_response_is_no_failure() {
     let mut stage = Stage::new(|all| Production::new(all).skipping_response()).await;
     for _ in 0..3 {
         assert_eq!(stage.request(&echo(json("m", 1000))).await.status(), 200);
@@ -150,7 +150,7 @@ async fn a_picker_that_skips_the_response_is_left_alone() {
 
 /// E20: its death cuts nothing that flows.
 #[tokio::test]
-async fn a_response_does_not_depend_on_the_picker_staying_alive() {
+async fn picker_death_during_response_cuts_nothing() {
     let mut stage = Stage::new(Production::new).await;
     let plan = Plan { size: 32 << 20, ..Plan::default() };
     let mut client = Client::connect_with(stage.agent.addr, Some(64 << 10)).await.unwrap();

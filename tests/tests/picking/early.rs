@@ -237,7 +237,7 @@ impl Http1 {
 /// On every path: the response flows while the request is still being sent, which then goes to its end, and the connection takes
 /// another request.
 #[tokio::test]
-async fn early_response_does_not_cut_the_request() {
+async fn early_response_does_not_cut_request() {
     for (protocol, mode) in [
         (AppProtocol::Http1, SteeringMode::Off),
         (AppProtocol::Http1, SteeringMode::Ingress),
@@ -272,7 +272,7 @@ async fn early_response_does_not_cut_the_request() {
 /// RFC 9112 §9.3, RFC 9113 §8.1: what is left of the request is not sent, the client is not kept waiting, and nothing of it is
 /// taken for the next request.
 #[tokio::test]
-async fn response_that_ends_first_ends_the_request() {
+async fn response_ending_first_ends_request() {
     for protocol in [AppProtocol::Http1, AppProtocol::H2c] {
         let endpoint = Endpoint::start(protocol, Ends::AtOnce).await;
         let agent = TestAgent::start(pool(&endpoint, protocol), SteeringMode::Off, |config| config.listen.workers = 1);
@@ -295,7 +295,7 @@ async fn response_that_ends_first_ends_the_request() {
 
 /// With one timeout off, the other bounds the wait.
 #[tokio::test]
-async fn endpoint_that_takes_nothing_of_a_request_is_given_up() {
+async fn endpoint_that_reads_no_body_times_out() {
     let limit = Some(Duration::from_millis(300));
     for protocol in [AppProtocol::Http1, AppProtocol::H2c] {
         for (first_byte, idle, code) in [

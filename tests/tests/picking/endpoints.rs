@@ -21,7 +21,7 @@ use tokio::{
 use crate::SOON;
 
 #[tokio::test]
-async fn one_closed_between_requests_is_replaced() {
+async fn connection_closed_between_requests_is_replaced() {
     let mut stage = Stage::new(|all| Production::new(&all[..1])).await;
     let silent = Plan { size: 100, after: After::SilentClose, ..Plan::default() };
     let body = json("m", 200_000);
@@ -33,7 +33,7 @@ async fn one_closed_between_requests_is_replaced() {
 }
 
 #[tokio::test]
-async fn one_that_announces_its_end_is_not_kept() {
+async fn connection_with_close_header_is_not_kept() {
     let mut stage = Stage::new(|all| Production::new(&all[..1])).await;
     let closing = Plan { size: 100, after: After::Close, ..Plan::default() };
     for _ in 0..3 {
@@ -45,7 +45,7 @@ async fn one_that_announces_its_end_is_not_kept() {
 
 /// D4: uvicorn closes after five seconds, so the agent's own limit is below that, and holds.
 #[tokio::test]
-async fn an_idle_connection_is_closed_before_the_endpoint_does() {
+async fn idle_connection_is_closed_before_endpoint_closes() {
     let uvicorn = Duration::from_secs(5);
     assert!(Timeouts::default().endpoint_keep_alive <= uvicorn - Duration::from_secs(1));
     let patient = ModelServer::start(Options { idle_close: None, ..Options::default() }).await.unwrap();
@@ -104,7 +104,7 @@ async fn second_of_two(method: &str, last_words: &'static [u8]) -> (penstock_tes
 
 /// The endpoint has read the request: one that may be executed again goes to another connection, and a POST does not.
 #[tokio::test]
-async fn request_that_a_kept_connection_has_taken_is_sent_again_if_it_is_idempotent() {
+async fn acknowledged_request_on_kept_connection_is_retried_if_idempotent() {
     let (response, connections) = second_of_two("PUT", b"").await;
     assert_eq!((response.status(), response.text().as_str(), connections), (200, "ok", 2));
     let (response, connections) = second_of_two("POST", b"").await;
@@ -112,7 +112,7 @@ async fn request_that_a_kept_connection_has_taken_is_sent_again_if_it_is_idempot
 }
 
 #[tokio::test]
-async fn nothing_is_sent_again_after_a_byte_of_the_response() {
+async fn response_after_first_byte_is_not_retried() {
     for method in ["PUT", "POST"] {
         let (response, connections) = second_of_two(method, b"H").await;
         assert_eq!((response.status(), response.error_code().as_str(), connections), (502, "endpoint_closed", 1));

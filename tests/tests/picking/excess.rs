@@ -112,7 +112,7 @@ async fn excessive_messages_and_metadata_are_a_failure() {
 }
 
 #[tokio::test]
-async fn excessive_answers_to_the_client_are_a_failure() {
+async fn excessive_immediate_replies_are_a_failure() {
     for excess in [large_answer, answer_of_many_fields, answer_with_a_large_body] {
         check(excess, "reply_too_large").await;
     }
@@ -120,7 +120,7 @@ async fn excessive_answers_to_the_client_are_a_failure() {
 
 /// As many fields as the setting allows, besides those of a head as large as heads may be.
 #[tokio::test]
-async fn mutations_within_the_limits_are_applied() {
+async fn mutations_within_limits_are_applied() {
     let script = |all: &[SocketAddr]| {
         let picked = all[0].to_string();
         Answering::new(move |_| vec![pick_with(&picked, &fields(15))])
@@ -156,7 +156,7 @@ impl Script for Loud {
 }
 
 #[tokio::test]
-async fn excessive_mutation_of_a_response_is_not_applied() {
+async fn excessive_response_mutation_is_not_applied() {
     let mut stage = Stage::with(
         |all| Loud(Production::new(all)),
         |config| {

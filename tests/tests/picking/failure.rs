@@ -174,25 +174,25 @@ async fn always(wrong: Wrong, reasons: &'static [&'static str]) {
 
 /// E11, E12: no picker at all.
 #[tokio::test]
-async fn it_refuses_connections() {
+async fn refused_connection_follows_failure_mode() {
     always(Wrong::Absent, &["connect"]).await;
 }
 
 /// E11, E12, E16: one that does not speak TLS.
 #[tokio::test]
-async fn it_fails_the_tls_handshake() {
+async fn failed_tls_handshake_follows_failure_mode() {
     always(Wrong::Tls, &["connect"]).await;
 }
 
 /// E11, E12.
 #[tokio::test]
-async fn it_resets_connections_at_once() {
+async fn immediate_reset_follows_failure_mode() {
     always(Wrong::Faulty(Fault::ResetAtAccept), &["connect", "reset"]).await;
 }
 
 /// E11, E12, E13: connected, and the decision's deadline holds all the same.
 #[tokio::test]
-async fn it_accepts_connections_and_no_more() {
+async fn accepted_but_silent_connection_follows_failure_mode() {
     always(Wrong::Faulty(Fault::Deaf), &["deadline"]).await;
 }
 
@@ -224,38 +224,38 @@ async fn at_any_moment(harm: Harm, reasons: &'static [&'static str]) {
 
 /// E11, E12, E13.
 #[tokio::test]
-async fn it_is_silent() {
+async fn silent_picker_follows_failure_mode() {
     let harm = Harm::Silence;
     tokio::join!(at_head(harm, &["deadline"]), at_half_of_body(harm, &["deadline"]), after_head_reply(harm, &[]));
 }
 
 /// E11, E12.
 #[tokio::test]
-async fn it_resets_the_connection() {
+async fn connection_reset_follows_failure_mode() {
     at_any_moment(Harm::ResetConnection, &["reset", "connect"]).await;
 }
 
 /// E11, E12.
 #[tokio::test]
-async fn it_dies() {
+async fn picker_death_follows_failure_mode() {
     at_any_moment(Harm::Die, &["reset", "connect"]).await;
 }
 
 /// E11, E12.
 #[tokio::test]
-async fn it_answers_a_grpc_error() {
+async fn grpc_error_follows_failure_mode() {
     at_any_moment(Harm::Status(Code::Unavailable), &["unavailable"]).await;
 }
 
 /// E11, E12: as gRPC servers do whose message is too large for them, or who have too much to do.
 #[tokio::test]
-async fn it_is_over_its_limits() {
+async fn picker_over_its_limits_follows_failure_mode() {
     at_any_moment(Harm::Status(Code::ResourceExhausted), &["resource_exhausted"]).await;
 }
 
 /// E11, E12, E19: the end in order is no failure when the pick has come before it.
 #[tokio::test]
-async fn it_closes_the_stream_without_a_pick() {
+async fn stream_closed_without_pick_follows_failure_mode() {
     let reasons = &["closed_without_pick"];
     tokio::join!(
         at_head(Harm::Close, reasons),
@@ -266,7 +266,7 @@ async fn it_closes_the_stream_without_a_pick() {
 
 /// E11, E12: what it puts in place of the body is larger than bodies may be here, in pieces or in one message.
 #[tokio::test]
-async fn its_answer_is_over_our_limits() {
+async fn oversized_replacement_body_follows_failure_mode() {
     const LIMIT: usize = 100_000;
     let limits = |config: &mut Config, mode| {
         config.limits.body_bytes = LIMIT as u64;

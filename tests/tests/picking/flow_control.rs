@@ -10,7 +10,7 @@ use penstock_tests::{
 
 /// E13: with the settings as they are by default, a request may wait for its turn for seconds, and holds nobody up meanwhile.
 #[tokio::test]
-async fn a_request_that_is_queued_for_seconds_is_not_cut() {
+async fn request_queued_for_seconds_is_not_cut() {
     let queued = Fault::At(Moment::RequestBody(usize::MAX), Harm::Delay(Duration::from_millis(2500)));
     let stage =
         Stage::with(|all| Faulty::new(LlmdRouter::new(all), queued).times(1), |config| config.listen.workers = 1).await;
@@ -33,7 +33,7 @@ async fn a_request_that_is_queued_for_seconds_is_not_cut() {
 
 /// E5: the client is told why, in the picker's own words, and may stay.
 #[tokio::test]
-async fn the_reason_for_dropping_a_request_reaches_the_client() {
+async fn drop_reason_reaches_client() {
     const REASON: &str = "x-llm-d-request-dropped-reason";
     let mut stage = Stage::new(|_| {
         Answering::new(|exchange| {

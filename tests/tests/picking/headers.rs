@@ -43,7 +43,7 @@ fn spellings() -> Vec<String> {
 
 /// E21: whichever pool a request goes to, and whichever of them has which header for its picks.
 #[tokio::test]
-async fn no_spelling_of_a_control_field_gets_in_from_a_client() {
+async fn control_fields_from_client_in_any_spelling_are_removed() {
     const MARK: &str = "6.6.6.6:6";
     let plain = ModelServer::start(Options::default()).await.unwrap();
     let mut stage = Stage::with(Production::new, |config| {
@@ -84,7 +84,7 @@ async fn no_spelling_of_a_control_field_gets_in_from_a_client() {
 
 /// E21: the pick is for the agent, in whichever field it comes; what is said of other endpoints is for the endpoint.
 #[tokio::test]
-async fn the_pick_itself_goes_no_further_than_the_agent() {
+async fn pick_fields_do_not_reach_endpoint() {
     let mut stage = Stage::with(
         |all| {
             let picked = all[0].to_string();
@@ -110,7 +110,7 @@ async fn the_pick_itself_goes_no_further_than_the_agent() {
 
 /// Hop-by-hop fields, those that Connection names, and look-alikes of the fields that frame a message.
 #[tokio::test]
-async fn what_concerns_one_hop_stays_on_it() {
+async fn hop_by_hop_fields_are_not_forwarded() {
     let mut stage = Stage::new(Production::new).await;
     let request = echo(json("m", 10))
         .header("connection", "x-mine, keep-alive, content-length")
@@ -151,7 +151,7 @@ fn of_the_client(seen: &Echo) -> [Option<&str>; 6] {
 }
 
 #[tokio::test]
-async fn the_endpoint_is_told_of_the_client_as_configured() {
+async fn forwarded_fields_follow_configuration() {
     let said = |request: Request| {
         request
             .header("host", "llm.example:8443")
@@ -191,7 +191,7 @@ async fn the_endpoint_is_told_of_the_client_as_configured() {
 
 /// The same id for picker, endpoint and, where that is configured, the client, whoever answers it.
 #[tokio::test]
-async fn a_request_has_one_id_for_everybody() {
+async fn request_id_is_same_for_picker_endpoint_and_client() {
     let mut stage = Stage::with(Production::new, |config| config.headers.request_id_to_client = true).await;
     let theirs = vec![("x-request-id".to_owned(), "theirs".to_owned())];
     for own in [None, Some("mine"), Some("")] {
@@ -229,7 +229,7 @@ async fn a_request_has_one_id_for_everybody() {
 
 /// Only the agent gives reasons.
 #[tokio::test]
-async fn an_endpoint_cannot_pose_as_the_agent() {
+async fn reason_header_from_endpoint_is_removed() {
     let stage = Stage::new(Production::new).await;
     let mut client = Client::connect(stage.agent.addr).await.unwrap();
     let headers = vec![("x-penstock-reason".to_owned(), "no_endpoint".to_owned())];

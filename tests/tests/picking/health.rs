@@ -60,7 +60,7 @@ async fn served(client: &mut Client) -> Option<SocketAddr> {
 
 /// D7: the requests that failed there were answered by the other.
 #[tokio::test]
-async fn three_failures_in_a_row_eject() {
+async fn three_consecutive_failures_eject_endpoint() {
     let ((bad, _), good) = (switched().await, model_server().await);
     let (agent, mut client) = agent(ejecting(&[bad.addr, good.addr], LONG)).await;
     assert_eq!((endpoints(&agent, "ready"), endpoints(&agent, "ejected")), (2, 0));
@@ -74,7 +74,7 @@ async fn three_failures_in_a_row_eject() {
 
 /// D7.
 #[tokio::test]
-async fn a_probe_that_is_answered_brings_it_back() {
+async fn successful_probe_recovers_endpoint() {
     let ((bad, switch), good) = (switched().await, model_server().await);
     let (agent, mut client) = agent(ejecting(&[bad.addr, good.addr], Duration::from_millis(50))).await;
     // The first ejection, and a probe that fails.
@@ -89,7 +89,7 @@ async fn a_probe_that_is_answered_brings_it_back() {
 
 /// D7.
 #[tokio::test]
-async fn the_last_is_never_ejected() {
+async fn last_endpoint_is_never_ejected() {
     let (bad, switch) = switched().await;
     let (agent, mut client) = agent(ejecting(&[bad.addr], LONG)).await;
     for _ in 0..10 {
@@ -103,7 +103,7 @@ async fn the_last_is_never_ejected() {
 
 /// D7, E10: the picker's list is obeyed, with what is ejected last.
 #[tokio::test]
-async fn of_a_pickers_list_the_ejected_go_last() {
+async fn ejected_endpoints_move_to_end_of_picker_list() {
     let ((bad, switch), (also, _)) = (switched().await, switched().await);
     let good = model_server().await;
     let named = format!("{},{}", bad.addr, good.addr);
@@ -138,7 +138,7 @@ fn checked(endpoints: &[SocketAddr], interval: Duration, timeout: Duration) -> P
 const OFTEN: Duration = Duration::from_millis(20);
 
 #[tokio::test]
-async fn without_checks_nobody_is_asked() {
+async fn endpoint_without_checks_is_not_probed() {
     let server = model_server().await;
     let (_agent, mut client) = agent(builtin_pool(&[server.addr])).await;
     assert_eq!(served(&mut client).await, Some(server.addr));
@@ -146,7 +146,7 @@ async fn without_checks_nobody_is_asked() {
 }
 
 #[tokio::test]
-async fn one_whose_checks_fail_is_left_alone_until_they_succeed() {
+async fn endpoint_with_failing_checks_is_avoided_until_success() {
     let (one, two) = (model_server().await, model_server().await);
     let (agent, mut client) = agent(checked(&[one.addr, two.addr], OFTEN, SOON)).await;
     one.set_healthy(false);
@@ -163,7 +163,7 @@ async fn one_whose_checks_fail_is_left_alone_until_they_succeed() {
 }
 
 #[tokio::test]
-async fn with_all_down_they_are_better_than_nothing() {
+async fn endpoints_all_failing_checks_are_still_used() {
     let one = model_server().await;
     one.set_healthy(false);
     let (agent, mut client) = agent(checked(&[one.addr], OFTEN, SOON)).await;
@@ -172,7 +172,7 @@ async fn with_all_down_they_are_better_than_nothing() {
 }
 
 #[tokio::test]
-async fn a_check_has_its_time() {
+async fn check_over_timeout_fails() {
     // Connections are taken by the kernel, and that is all.
     let deaf = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
     let good = model_server().await;
@@ -186,7 +186,7 @@ async fn a_check_has_its_time() {
 }
 
 #[tokio::test]
-async fn checks_are_spread_over_the_interval() {
+async fn checks_are_spread_over_interval() {
     // A quarter of it between two checks is more than a busy machine delays a thread.
     const INTERVAL: Duration = Duration::from_secs(4);
     let mut servers = Vec::new();

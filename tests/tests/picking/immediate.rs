@@ -25,7 +25,7 @@ fn evicting(all: &[std::net::SocketAddr], after: EvictAfter, now: &Arc<Notify>) 
 
 /// E5: as the picker gave them.
 #[tokio::test]
-async fn status_fields_and_body_reach_the_client() {
+async fn immediate_reply_status_fields_and_body_reach_client() {
     let fields = [("retry-after", "7"), ("x-why", "queue full"), ("content-type", "application/json")];
     let body = r#"{"error":"later"}"#;
     let mut stage = Stage::new(|_| Answering::new(move |_| vec![reply::immediate(429, &fields, body)])).await;
@@ -41,7 +41,7 @@ async fn status_fields_and_body_reach_the_client() {
 
 /// E5, E11: an answer is an answer in a pool that fails open too.
 #[tokio::test]
-async fn it_is_no_failure_to_open_for() {
+async fn immediate_reply_in_open_pool_is_not_a_failure() {
     let mut stage = Stage::with(
         |all| refusing(all, Moment::RequestHeaders),
         |config| config.pools[0].failure_mode = FailureMode::Open,
@@ -53,7 +53,7 @@ async fn it_is_no_failure_to_open_for() {
 
 /// E5: what evicts a request before its pick is an answer to it.
 #[tokio::test]
-async fn after_the_whole_body_the_connection_goes_on() {
+async fn immediate_reply_after_whole_body_keeps_connection() {
     let mut stage = Stage::new(|all| refusing(all, Moment::RequestBody(usize::MAX))).await;
     let response = stage.request(&echo(json("m", 200_000))).await;
     assert_eq!((response.status(), response.text().as_str()), (429, "request evicted by flow control"));
@@ -63,7 +63,7 @@ async fn after_the_whole_body_the_connection_goes_on() {
 }
 
 #[tokio::test]
-async fn before_the_whole_body_the_client_need_not_send_the_rest() {
+async fn immediate_reply_before_whole_body_stops_upload() {
     let mut stage = Stage::new(|all| refusing(all, Moment::RequestBody(1))).await;
     let wire = echo(json("m", 300_000)).wire("agent");
     stage.client.send_raw(&wire[..150_000]).await.unwrap();
@@ -75,7 +75,7 @@ async fn before_the_whole_body_the_client_need_not_send_the_rest() {
 
 /// E6: before the head of the response has gone out.
 #[tokio::test]
-async fn an_eviction_before_the_response_has_begun_is_an_answer() {
+async fn eviction_before_response_head_reaches_client_as_response() {
     // It comes in place of the reply to the response's head.
     let mut stage =
         Stage::with(|all| refusing(all, Moment::ResponseHeaders), |config| epp(config).response_timeout = Some(SOON))
@@ -89,7 +89,7 @@ async fn an_eviction_before_the_response_has_begun_is_an_answer() {
 
 /// E6: in the middle of the body, endpoint and client are broken off (on every path: `broken.rs`).
 #[tokio::test]
-async fn an_eviction_during_the_response_breaks_it_off() {
+async fn eviction_during_response_breaks_it_off() {
     let now = Arc::new(Notify::new());
     let mut stage = Stage::new(|all| evicting(all, EvictAfter::ResponseHead, &now)).await;
     let stall = ServerFault { after: 5000, kind: FaultKind::Stall };
@@ -107,7 +107,7 @@ async fn an_eviction_during_the_response_breaks_it_off() {
 
 /// E6: after dispatch, before the response.
 #[tokio::test]
-async fn an_eviction_while_the_endpoint_thinks_is_an_answer() {
+async fn eviction_after_dispatch_reaches_client_as_response() {
     let now = Arc::new(Notify::new());
     let mut stage = Stage::new(|all| evicting(all, EvictAfter::Pick, &now)).await;
     let mut plan = Plan::default();

@@ -29,7 +29,7 @@ async fn served(stage: &mut Stage) -> SocketAddr {
 
 /// The first request counts; the next connection has a lease of its own.
 #[tokio::test]
-async fn a_lease_is_for_so_many_requests() {
+async fn lease_ends_after_request_count() {
     let mut stage = Stage::with(Production::new, lease(Duration::from_secs(60), 3)).await;
     for asked in 1..=3 {
         let home = served(&mut stage).await;
@@ -43,7 +43,7 @@ async fn a_lease_is_for_so_many_requests() {
 }
 
 #[tokio::test]
-async fn a_lease_is_for_so_long() {
+async fn lease_ends_after_duration() {
     let mut stage = Stage::with(Production::new, lease(Duration::from_millis(200), 1_000_000)).await;
     let begin = std::time::Instant::now();
     while stage.epp.streams_started() < 3 {
@@ -73,7 +73,7 @@ async fn leased_requests_keep_their_own_fields_and_bodies() {
 
 /// A large body that is echoed from a file gives a lease, too.
 #[tokio::test]
-async fn echoed_body_in_a_file_gives_a_lease() {
+async fn echoed_spilled_body_gives_a_lease() {
     let mut stage = Stage::with(Production::new, lease(Duration::from_secs(60), 10)).await;
     for _ in 0..2 {
         assert_eq!(stage.request(&echo(json("m", 3 << 20))).await.status(), 200);
@@ -124,7 +124,7 @@ async fn changed_request_gives_no_lease() {
 
 /// Trace context that the picker sets is for its own request, and no change.
 #[tokio::test]
-async fn trace_fields_of_the_picker_do_not_stay() {
+async fn picker_trace_fields_do_not_apply_to_leased_requests() {
     let script = |all: &[SocketAddr]| {
         let picked = all[0].to_string();
         let trace = [("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"), ("baggage", "k=v")];
@@ -163,7 +163,7 @@ async fn fail_open_gives_no_lease_and_no_pin() {
 
 /// An endpoint that takes no more requests, or another configuration, ends it: the picker is asked again.
 #[tokio::test]
-async fn a_draining_endpoint_ends_the_lease() {
+async fn draining_endpoint_ends_lease() {
     let mut stage = Stage::with(Production::new, lease(Duration::from_secs(60), 1000)).await;
     let home = served(&mut stage).await;
     assert_eq!(served(&mut stage).await, home);
@@ -182,7 +182,7 @@ async fn a_draining_endpoint_ends_the_lease() {
 
 /// An endpoint that the pool does not list, and that may be dialled all the same, is as good.
 #[tokio::test]
-async fn a_lease_may_be_for_a_stranger() {
+async fn lease_for_endpoint_outside_pool_is_kept() {
     let stranger = |config: &mut Config| {
         lease(Duration::from_secs(60), 3)(config);
         config.pools[0].passthrough = Passthrough::Networks(vec![Network::parse("127.0.0.0/8").unwrap()]);

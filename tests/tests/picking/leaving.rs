@@ -18,7 +18,7 @@ const AT_ONCE: Duration = Duration::from_secs(2);
 
 /// E18: before the pick.
 #[tokio::test]
-async fn a_client_that_leaves_while_the_picker_thinks_cancels_the_stream() {
+async fn client_disconnect_before_pick_cancels_stream() {
     let silent = Fault::At(Moment::RequestBody(usize::MAX), Harm::Silence);
     let stage = Stage::new(|all| Faulty::new(Production::new(all), silent)).await;
     leaves(&stage, &echo(json("m", 100_000)), || {
@@ -42,7 +42,7 @@ async fn leaves(stage: &Stage, request: &Request, then: impl FnMut() -> bool) {
 
 /// D6, E18: with a body that is not all here, and another that was never sent. By an end in order and by a reset.
 #[tokio::test]
-async fn a_client_that_leaves_while_it_uploads_cancels_the_stream() {
+async fn client_disconnect_during_upload_cancels_stream() {
     for reset in [false, true] {
         let stage = Stage::new(Production::new).await;
         let mut client = Client::connect(stage.agent.addr).await.unwrap();
@@ -63,7 +63,7 @@ async fn a_client_that_leaves_while_it_uploads_cancels_the_stream() {
 
 /// D6, E18: while the picker takes no more of the body. By an end in order and by a reset.
 #[tokio::test]
-async fn a_client_that_leaves_while_the_picker_takes_nothing_cancels_the_stream() {
+async fn client_disconnect_with_stalled_picker_cancels_stream() {
     for reset in [false, true] {
         let deaf = Fault::At(Moment::RequestHeaders, Harm::Silence);
         let stage = Stage::new(|all| Faulty::new(Production::new(all), deaf)).await;
@@ -85,7 +85,7 @@ async fn a_client_that_leaves_while_the_picker_takes_nothing_cancels_the_stream(
 
 /// D6, E18: while an endpoint is being connected to.
 #[tokio::test]
-async fn a_client_that_leaves_while_the_agent_connects_ends_it_all() {
+async fn client_disconnect_during_connect_ends_request() {
     let deaf = Deaf::new().unwrap();
     let named = deaf.addr.to_string();
     let stage = Stage::with(
@@ -104,7 +104,7 @@ async fn a_client_that_leaves_while_the_agent_connects_ends_it_all() {
 
 /// D6, E18: although it had sent the next request already, so that its end lies behind bytes nobody reads.
 #[tokio::test]
-async fn a_client_that_leaves_behind_its_next_request_is_noticed() {
+async fn client_disconnect_after_pipelined_request_is_noticed() {
     for reset in [false, true] {
         let stage = Stage::new(|all| Production::new(&all[..1])).await;
         let head = HeadWrites { split_at: Some(0), pause_us: 3_600_000_000, ..HeadWrites::default() };
@@ -125,7 +125,7 @@ async fn a_client_that_leaves_behind_its_next_request_is_noticed() {
 
 /// D6, E18: while the response's head waits for the picker's word about it.
 #[tokio::test]
-async fn a_client_that_leaves_while_the_picker_thinks_about_the_response_ends_it_all() {
+async fn client_disconnect_during_response_decision_ends_request() {
     let silent = Fault::At(Moment::ResponseHeaders, Harm::Silence);
     let stage = Stage::with(
         |all| Faulty::new(Production::new(&all[..1]), silent),
@@ -141,7 +141,7 @@ async fn a_client_that_leaves_while_the_picker_thinks_about_the_response_ends_it
 
 /// E18: before the response.
 #[tokio::test]
-async fn a_client_that_leaves_while_the_endpoint_thinks_ends_it_all() {
+async fn client_disconnect_before_response_ends_request() {
     let stage = Stage::new(|all| Production::new(&all[..1])).await;
     let request = Request::post("/v1/completions", r#"{"model":"m","prompt":"p","max_tokens":1}"#)
         .header("content-type", "application/json")
@@ -153,7 +153,7 @@ async fn a_client_that_leaves_while_the_endpoint_thinks_ends_it_all() {
 
 /// E18: in the middle of the response.
 #[tokio::test]
-async fn a_client_that_leaves_during_its_response_ends_it_all() {
+async fn client_disconnect_during_response_ends_request() {
     let stage = Stage::new(|all| Production::new(&all[..1])).await;
     let plan = Plan { size: 64 << 20, ..Plan::default() };
     let mut client = Client::connect_with(stage.agent.addr, Some(64 << 10)).await.unwrap();
@@ -180,7 +180,7 @@ async fn one_running_one_idle() -> (Stage, Client, Plan) {
 }
 
 #[tokio::test]
-async fn draining_lets_a_response_finish_and_closes_what_is_idle() {
+async fn drain_finishes_response_and_closes_idle_connections() {
     let (mut stage, mut running, plan) = one_running_one_idle().await;
     stage.agent.agent.drain();
     assert_eq!(stage.client.until_end().await.unwrap(), ConnectionEnd::Fin);
@@ -195,7 +195,7 @@ async fn draining_lets_a_response_finish_and_closes_what_is_idle() {
 }
 
 #[tokio::test]
-async fn forcing_breaks_a_response_off_visibly() {
+async fn forced_shutdown_resets_response() {
     let (stage, mut running, plan) = one_running_one_idle().await;
     stage.agent.agent.force();
     let mut checker = plan.checker();

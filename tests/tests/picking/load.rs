@@ -31,7 +31,7 @@ async fn timed(client: &mut Client) -> Duration {
 /// but for nobody's 50 ms; so none takes longer than 50 ms and a thousand times that cost. Four times as much is allowed for
 /// a machine that others use too, which still tells it from waiting in turn: that would be 50 s.
 #[tokio::test]
-async fn a_thousand_requests_wait_for_their_picks_side_by_side() {
+async fn thousand_requests_wait_for_picks_concurrently() {
     let thinks = Fault::At(Moment::RequestBody(usize::MAX), Harm::Delay(THINKS));
     let mut stage =
         Stage::with(|all| Faulty::new(Production::new(all), thinks), |config| config.listen.workers = 1).await;
@@ -61,7 +61,7 @@ async fn a_thousand_requests_wait_for_their_picks_side_by_side() {
 /// E15: no limit of ours on streams, where other proxies stop at 100 or 1024 and answer 500. The picker answers nobody before
 /// all of them wait for it, over one connection.
 #[tokio::test]
-async fn more_than_1024_requests_are_asked_about_at_once() {
+async fn more_than_1024_requests_are_picked_concurrently() {
     const AT_ONCE: usize = 1100;
     let stage =
         Stage::with(|all| Gathering::new(Production::new(all), AT_ONCE), |config| config.listen.workers = 1).await;
@@ -76,7 +76,7 @@ async fn more_than_1024_requests_are_asked_about_at_once() {
 
 /// E15: what exceeds the picker's own limit waits for its turn on the one connection, and does not fail.
 #[tokio::test]
-async fn the_pickers_own_limit_on_streams_makes_requests_wait() {
+async fn picker_stream_limit_makes_requests_wait() {
     const LIMIT: usize = 10;
     let endpoint = ModelServer::start(Default::default()).await.unwrap();
     // Answers nobody before the limit is reached.

@@ -23,7 +23,7 @@ fn connect(from: u16, to: SocketAddr) -> std::net::TcpStream {
 
 /// The agent is in a namespace where there is one port for connections, and it is taken.
 #[tokio::test]
-async fn agent_without_ports_holds_nothing_against_endpoints() {
+async fn port_exhaustion_does_not_count_against_endpoints() {
     const PORT: u16 = 40_001;
     let namespace = Namespace::new().unwrap();
     let start = || {

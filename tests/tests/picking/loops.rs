@@ -34,7 +34,7 @@ async fn refused(agent: &TestAgent) -> (u16, String) {
 
 /// Two agents, one behind the other, are no loop; nor are two behind which the first comes again, but then the third hop is.
 #[tokio::test]
-async fn request_that_comes_back_is_answered_with_508() {
+async fn looped_request_returns_508() {
     let server = ModelServer::start(Options::default()).await.unwrap();
     let back = start(builtin_pool(&[server.addr]));
     let front = start(builtin_pool(&[back.addr]));
@@ -60,7 +60,7 @@ async fn request_that_comes_back_is_answered_with_508() {
 
 /// The default upstream, a listed endpoint, and what the picker names.
 #[tokio::test]
-async fn own_listeners_are_refused_wherever_they_are_named() {
+async fn own_listeners_as_endpoints_are_rejected() {
     let epp_at = |addresses: &[SocketAddr]| {
         let addresses = addresses.to_vec();
         async move { ScriptedEpp::start(Production::new(&addresses)).await.unwrap() }
@@ -114,7 +114,7 @@ async fn settled(agent: &TestAgent, expected: (u16, &str)) {
 
 /// `true` lets the picker name addresses elsewhere, not on this machine.
 #[tokio::test]
-async fn passthrough_is_for_other_machines() {
+async fn passthrough_excludes_own_machine_unless_listed() {
     let server = ModelServer::start(Options::default()).await.unwrap();
     let epp = ScriptedEpp::start(Production::new(&[server.addr])).await.unwrap();
     let pool = epp_pool(&[], epp.addr, FailureMode::Closed);

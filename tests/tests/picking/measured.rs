@@ -16,7 +16,7 @@ use crate::SOON;
 
 /// D13: the time to the pick, to the first token and between tokens, and the tokens.
 #[tokio::test]
-async fn times_and_tokens() {
+async fn request_times_and_tokens_match_client() {
     const THINKS: Duration = Duration::from_millis(100);
     const TOKENS: u32 = 20;
     const INTERVAL: Duration = Duration::from_millis(20);
@@ -60,7 +60,7 @@ async fn times_and_tokens() {
 /// Time to the first token, between tokens, and tokens a second, by model: the same of a stream that user space writes and of
 /// one of which it sees nothing. The bounds are those of the endpoint's pauses: a machine may be late, and never early.
 #[tokio::test]
-async fn event_streams_by_model_whoever_carries_them() {
+async fn event_stream_times_by_model_match_on_every_path() {
     tokio::join!(streams(SteeringMode::Off), streams(SteeringMode::Ingress));
 }
 

@@ -20,7 +20,7 @@ fn first(all: &[std::net::SocketAddr]) -> impl Script + use<> {
 }
 
 #[tokio::test]
-async fn picker_and_endpoint_are_told_the_model() {
+async fn model_header_reaches_picker_and_endpoint() {
     let mut stage = Stage::new(first).await;
     let seen = stage.request(&echo(json("llama", 1000))).await.echoed();
     assert_eq!(seen.header(MODEL), Some("llama"));
@@ -28,7 +28,7 @@ async fn picker_and_endpoint_are_told_the_model() {
 }
 
 #[tokio::test]
-async fn a_model_at_the_end_of_a_large_body_still_reaches_the_endpoint() {
+async fn model_at_end_of_large_body_reaches_endpoint() {
     let mut stage = Stage::new(first).await;
     let prompt = String::from_utf8(Alphabet::Text.bytes(2, 0, 300_000)).unwrap();
     let seen = stage.request(&echo(format!(r#"{{"prompt":"{prompt}","model":"late"}}"#))).await.echoed();
@@ -36,7 +36,7 @@ async fn a_model_at_the_end_of_a_large_body_still_reaches_the_endpoint() {
 }
 
 #[tokio::test]
-async fn the_model_that_a_client_claims_is_replaced() {
+async fn model_header_from_client_is_replaced() {
     let mut stage = Stage::new(first).await;
     let claim = echo(json("llama", 10)).header("X-Gateway-Model-Name", "gpt").header("x_gateway_model_name", "gpt");
     let seen = stage.request(&claim).await.echoed();
@@ -61,7 +61,7 @@ const NAMELESS: [&str; 4] = [r#"{"prompt":"p"}"#, r#"{"model":""}"#, r#"{"model"
 
 /// D11.
 #[tokio::test]
-async fn without_a_model_a_request_passes_without_the_header() {
+async fn missing_model_passes_without_header() {
     let mut stage = Stage::new(first).await;
     for (stream, body) in NAMELESS.into_iter().enumerate() {
         let seen = stage.request(&echo(body)).await.echoed();
@@ -73,7 +73,7 @@ async fn without_a_model_a_request_passes_without_the_header() {
 
 /// D11.
 #[tokio::test]
-async fn without_a_model_the_default_is_told() {
+async fn missing_model_uses_default() {
     let mut stage = Stage::with(first, missing(MissingModel::Default("base".to_owned()))).await;
     for (stream, body) in NAMELESS.into_iter().enumerate() {
         let seen = stage.request(&echo(body)).await.echoed();
@@ -87,7 +87,7 @@ async fn without_a_model_the_default_is_told() {
 
 /// D11: nobody is asked, and nothing sent on.
 #[tokio::test]
-async fn without_a_model_a_request_can_be_refused() {
+async fn missing_model_is_rejected_if_configured() {
     let mut stage = Stage::with(first, missing(MissingModel::Reject)).await;
     for body in NAMELESS {
         let response = stage.request(&echo(body)).await;
@@ -104,7 +104,7 @@ async fn without_a_model_a_request_can_be_refused() {
 
 /// D11: as late as at the end of a long body, of which the picker has been told by then.
 #[tokio::test]
-async fn a_long_body_without_a_model_is_refused_at_its_end() {
+async fn long_body_without_model_is_rejected_at_its_end() {
     let mut stage = Stage::with(first, missing(MissingModel::Reject)).await;
     let prompt = String::from_utf8(Alphabet::Text.bytes(2, 0, 300_000)).unwrap();
     let wire = echo(format!(r#"{{"prompt":"{prompt}"}}"#)).wire("agent");
@@ -120,7 +120,7 @@ async fn a_long_body_without_a_model_is_refused_at_its_end() {
 
 /// D11: numbers and booleans by their text.
 #[tokio::test]
-async fn a_model_that_is_no_string_is_its_text() {
+async fn nonstring_model_becomes_its_text() {
     let mut stage = Stage::with(first, missing(MissingModel::Reject)).await;
     for (body, model) in [(r#"{"model":7}"#, "7"), (r#"{"model": 1.50 }"#, "1.50"), (r#"{"model":true}"#, "true")] {
         assert_eq!(stage.request(&echo(body)).await.echoed().header(MODEL), Some(model));
@@ -129,7 +129,7 @@ async fn a_model_that_is_no_string_is_its_text() {
 
 /// D11: the adapter's and the base model's own, for picker and endpoint; never a client's.
 #[tokio::test]
-async fn adapters_have_a_base_model() {
+async fn adapter_reports_its_base_model() {
     const BASE: &str = "x-gateway-base-model-name";
     let mut stage = Stage::with(first, |config| {
         config.bbr.base_models = [("sql-lora".to_owned(), "llama".to_owned())].into();
@@ -156,7 +156,7 @@ async fn adapters_have_a_base_model() {
 
 /// D11: byte for byte, whatever is to become of JSON without a model.
 #[tokio::test]
-async fn a_body_that_is_not_json_goes_untouched() {
+async fn body_without_json_passes_unchanged() {
     let mut stage = Stage::with(first, missing(MissingModel::Reject)).await;
     let form = [
         b"--x\r\ncontent-disposition: form-data; name=\"model\"\r\n\r\nwhisper\r\n--x\r\n\
@@ -189,7 +189,7 @@ async fn a_body_that_is_not_json_goes_untouched() {
 }
 
 #[tokio::test]
-async fn chunks_arrive_as_the_same_body() {
+async fn chunked_body_arrives_unchanged() {
     let mut stage = Stage::new(first).await;
     let body = json("llama", 100_000);
     let hash = Fnv::of(&body).value();

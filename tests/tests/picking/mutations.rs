@@ -29,7 +29,7 @@ fn all<'a>(seen: &'a Echo, name: &str) -> Vec<&'a str> {
 
 /// E4.
 #[tokio::test]
-async fn fields_of_a_request_are_set_appended_and_removed() {
+async fn request_fields_are_set_appended_and_removed() {
     let mut stage = Stage::new(|all| {
         let picked = all[0].to_string();
         Answering::new(move |_| {
@@ -54,7 +54,7 @@ async fn fields_of_a_request_are_set_appended_and_removed() {
 
 /// E4: nor is the target.
 #[tokio::test]
-async fn framing_and_host_are_not_the_pickers_to_change() {
+async fn picker_changes_to_framing_and_host_are_ignored() {
     let mut stage = Stage::new(|all| {
         let picked = all[0].to_string();
         let odd = [("content-length", "3"), ("transfer-encoding", "gzip"), ("host", "evil"), (":path", "/v1/evil")];
@@ -69,7 +69,7 @@ async fn framing_and_host_are_not_the_pickers_to_change() {
 
 /// E3.
 #[tokio::test]
-async fn a_replaced_body_comes_with_its_own_length() {
+async fn replaced_body_has_its_own_length() {
     let new = Bytes::from(json("other", 150_000));
     let mut stage = Stage::new(|all| {
         let (picked, new) = (all[0].to_string(), new.clone());
@@ -86,7 +86,7 @@ async fn a_replaced_body_comes_with_its_own_length() {
 
 /// E3.
 #[tokio::test]
-async fn a_body_may_be_replaced_by_nothing() {
+async fn body_replaced_by_empty_body_is_sent() {
     let mut stage = Stage::new(|all| {
         let picked = all[0].to_string();
         Answering::new(move |_| {
@@ -100,7 +100,7 @@ async fn a_body_may_be_replaced_by_nothing() {
 
 /// E3, E4.
 #[tokio::test]
-async fn production_rewrites_the_model_and_marks_the_response() {
+async fn gie_rewrites_model_and_marks_response() {
     let mut stage = Stage::new(|all| Production::new(all).rewriting("adapter-7")).await;
     let response = stage.request(&echo(r#"{"model":"m"}"#)).await;
     let seen = response.echoed();
@@ -111,7 +111,7 @@ async fn production_rewrites_the_model_and_marks_the_response() {
 
 /// E4, E8.
 #[tokio::test]
-async fn lwepp_picks_what_the_request_says_and_names_who_served() {
+async fn lwepp_follows_selection_and_names_served_endpoint() {
     let mut stage = Stage::new(Lwepp::new).await;
     let told = stage.two.addr.to_string();
     let body = json("m", 200_000);
@@ -138,7 +138,7 @@ async fn dynamo_removes_fields_and_adds_tokens() {
 
 /// E4.
 #[tokio::test]
-async fn a_changed_response_keeps_its_body_and_its_length() {
+async fn mutated_response_keeps_body_and_length() {
     let mut stage = Stage::new(Production::new).await;
     let plan = Plan { size: 50_000, stream_id: 9, ..Plan::default() };
     let response = stage.request(&plan.request()).await;
@@ -177,7 +177,7 @@ fn values(head: &Head, name: &str) -> Vec<String> {
 
 /// E4: each way to set a field, on one that is there and on one that is not, in both directions.
 #[tokio::test]
-async fn every_action_both_ways() {
+async fn every_append_action_applies_both_ways() {
     use HeaderAppendAction::{AddIfAbsent, AppendIfExistsOrAdd, OverwriteIfExists, OverwriteIfExistsOrAdd};
     // append, action; what becomes of a field with the value "old", and of one that is missing
     let rows: [(_, _, &[&str], &[&str]); 8] = [
@@ -219,7 +219,7 @@ fn own(texts: &[&str]) -> Vec<String> {
 
 /// E4: what says where a response ends and what becomes of its connection is not the picker's, whichever way it tries.
 #[tokio::test]
-async fn the_framing_of_a_response_is_not_the_pickers_to_change() {
+async fn picker_changes_to_response_framing_are_ignored() {
     let fields = [
         ("content-length", "3"),
         ("transfer-encoding", "gzip, chunked"),

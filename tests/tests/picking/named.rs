@@ -28,7 +28,7 @@ async fn stage(list: &'static str, by_metadata: bool, mode: FailureMode) -> Stag
 }
 
 #[tokio::test]
-async fn entries_that_are_no_endpoint_are_passed_over() {
+async fn invalid_list_entries_are_skipped() {
     let lists = [
         ("pod-7:8000,GOOD", 1, 0),
         ("GOOD,127.0.0.1:99999", 1, 0),
@@ -52,7 +52,7 @@ async fn entries_that_are_no_endpoint_are_passed_over() {
 }
 
 #[tokio::test]
-async fn list_without_an_endpoint_is_a_failure() {
+async fn list_without_endpoints_is_a_failure() {
     for mode in [FailureMode::Closed, FailureMode::Open] {
         let mut stage = stage("pod-7:8000,pod-8:8000", true, mode).await;
         let response = stage.request(&echo("{}")).await;
@@ -65,7 +65,7 @@ async fn list_without_an_endpoint_is_a_failure() {
 
 /// Without brackets, as some pickers join address and port.
 #[tokio::test]
-async fn bare_ipv6_endpoint_is_known_from_the_pool() {
+async fn bare_ipv6_endpoint_is_found_in_pool() {
     let listen = "[::1]:0".parse().unwrap();
     let server = ModelServer::start(Options { listen, ..Options::default() }).await.unwrap();
     for host in ["::1", "0:0:0:0:0:0:0:1", "0:0::1"] {
@@ -78,7 +78,7 @@ async fn bare_ipv6_endpoint_is_known_from_the_pool() {
 
 /// A preflight is answered by an endpoint whatever the picker does, and the picker is not asked.
 #[tokio::test]
-async fn preflight_needs_no_picker() {
+async fn preflight_is_served_without_picker() {
     let mut stage = Stage::with(
         |_| Answering::new(|_| vec![reply::immediate(500, &[], "")]),
         |config| epp(config).addresses.truncate(1),

@@ -71,7 +71,7 @@ fn replicas(agent: &TestAgent) -> u64 {
 
 /// E17.
 #[tokio::test]
-async fn each_address_is_a_replica_and_the_order_is_theirs() {
+async fn resolved_addresses_become_replicas_in_sorted_order() {
     let (endpoint, dns) = (endpoint().await, DnsServer::start().await.unwrap());
     let mut pods = pods(&endpoint, &["127.0.0.2", "127.0.0.3", "127.0.0.4"]).await;
     let (two, three, four) = (ip("127.0.0.2"), ip("127.0.0.3"), ip("127.0.0.4"));
@@ -101,7 +101,7 @@ async fn each_address_is_a_replica_and_the_order_is_theirs() {
 
 /// E17: answers hold for their time, whatever the number of requests.
 #[tokio::test]
-async fn a_name_is_looked_up_again_when_its_answer_is_over() {
+async fn name_is_resolved_again_after_ttl() {
     let (endpoint, dns) = (endpoint().await, DnsServer::start().await.unwrap());
     let pods = pods(&endpoint, &["127.0.0.2", "127.0.0.3"]).await;
     dns.set(NAME, &[ip("127.0.0.2")], Duration::from_secs(1));
@@ -123,7 +123,7 @@ async fn a_name_is_looked_up_again_when_its_answer_is_over() {
 
 /// E17: a picker that is started elsewhere is found before its old address's time is over.
 #[tokio::test]
-async fn a_replica_that_fails_is_looked_up_at_once() {
+async fn failed_replica_triggers_immediate_lookup() {
     let (endpoint, dns) = (endpoint().await, DnsServer::start().await.unwrap());
     let mut pods = pods(&endpoint, &["127.0.0.2", "127.0.0.3"]).await;
     dns.set(NAME, &[ip("127.0.0.2")], LONG);
@@ -139,7 +139,7 @@ async fn a_replica_that_fails_is_looked_up_at_once() {
 
 /// E11, E13: DNS that says nothing holds requests up for `connect_timeout`, and the worker not at all.
 #[tokio::test]
-async fn a_name_without_an_answer_is_a_failure_in_time() {
+async fn unanswered_name_fails_after_connect_timeout() {
     const CONNECT: Duration = Duration::from_secs(1);
     let (endpoint, dns) = (endpoint().await, DnsServer::start().await.unwrap());
     dns.silence(true);
@@ -159,7 +159,7 @@ async fn a_name_without_an_answer_is_a_failure_in_time() {
 
 /// E13: the decision's deadline holds while a name is looked up.
 #[tokio::test]
-async fn the_decision_deadline_holds_without_an_address() {
+async fn decision_deadline_holds_during_lookup() {
     const DECISION: Duration = Duration::from_millis(200);
     let (endpoint, dns) = (endpoint().await, DnsServer::start().await.unwrap());
     dns.silence(true);
@@ -176,7 +176,7 @@ async fn the_decision_deadline_holds_without_an_address() {
 
 /// A name that does not exist is known not to, and nobody waits for it.
 #[tokio::test]
-async fn a_name_that_does_not_exist_is_a_failure_at_once() {
+async fn nonexistent_name_fails_at_once() {
     let (endpoint, dns) = (endpoint().await, DnsServer::start().await.unwrap());
     let agent = agent(&endpoint, &dns, 9002, |config| epp(config).connect_timeout = LONG);
     let mut client = Client::connect(agent.addr).await.unwrap();

@@ -12,7 +12,7 @@ use penstock_tests::{
 
 /// Its test matrix: reading the model, and asking a picker, each on and off.
 #[tokio::test]
-async fn every_combination_of_model_and_picker() {
+async fn every_combination_of_model_and_picker_is_served() {
     for (reads_model, asks) in [(false, false), (false, true), (true, false), (true, true)] {
         let adjust = |config: &mut Config| {
             config.bbr.enabled = reads_model;
@@ -33,7 +33,7 @@ async fn every_combination_of_model_and_picker() {
 
 /// Its locations cannot switch off what the server switched on.
 #[tokio::test]
-async fn one_pool_does_without_the_picker_that_another_asks() {
+async fn pool_without_picker_coexists_with_pool_with_picker() {
     let mut stage = Stage::with(Production::new, |config| {
         let mut plain = builtin_pool(&[]);
         plain.name = "plain".to_owned();
@@ -56,7 +56,7 @@ async fn one_pool_does_without_the_picker_that_another_asks() {
 /// Its picks are found by a timer of 10 ms, so that none takes less. Here most take a fraction of that; a few of many are
 /// enough to tell, on a machine that is busy.
 #[tokio::test]
-async fn a_pick_is_taken_up_when_it_comes() {
+async fn pick_is_used_without_timer_delay() {
     let mut stage = Stage::new(Production::new).await;
     for _ in 0..1000 {
         assert_eq!(stage.request(&echo(json("m", 100))).await.status(), 200);
@@ -70,7 +70,7 @@ async fn a_pick_is_taken_up_when_it_comes() {
 
 /// It puts values where text goes, which bytes beyond UTF-8 do not survive.
 #[tokio::test]
-async fn values_of_fields_travel_as_bytes() {
+async fn field_values_are_forwarded_as_bytes() {
     let mut stage = Stage::new(Production::new).await;
     let response = stage.request(&echo(json("m", 10)).header("x-odd", "caf\u{e9}")).await;
     assert_eq!(response.status(), 200);

@@ -17,7 +17,7 @@ use crate::SOON;
 
 /// E13: apart from the timeout of connecting.
 #[tokio::test]
-async fn the_decision_has_a_deadline() {
+async fn decision_over_deadline_fails() {
     let mut stage = Stage::with(
         |all| Faulty::new(Production::new(all), Fault::At(Moment::RequestHeaders, Harm::Silence)),
         |config| epp(config).decision_timeout = Some(Duration::from_millis(200)),
@@ -32,7 +32,7 @@ async fn the_decision_has_a_deadline() {
 
 /// E13.
 #[tokio::test]
-async fn a_picker_that_thinks_for_less_than_the_deadline_is_waited_for() {
+async fn decision_within_deadline_is_awaited() {
     let thinks = Fault::At(Moment::RequestHeaders, Harm::Delay(Duration::from_millis(300)));
     let mut stage = Stage::new(|all| Faulty::new(Production::new(all), thinks)).await;
     assert_eq!(stage.request(&echo(json("m", 10))).await.status(), 200);
@@ -40,7 +40,7 @@ async fn a_picker_that_thinks_for_less_than_the_deadline_is_waited_for() {
 
 /// E13: `off` waits for as long as it takes, and for no longer than the client does.
 #[tokio::test]
-async fn without_a_deadline_the_picker_is_waited_for_while_the_client_is_there() {
+async fn decision_without_deadline_is_awaited_until_client_leaves() {
     for (timeout, status) in [(Some(Duration::from_millis(100)), 503), (None, 200)] {
         let thinks = Fault::At(Moment::RequestHeaders, Harm::Delay(Duration::from_millis(500)));
         let mut stage = Stage::with(
@@ -73,7 +73,7 @@ async fn without_a_deadline_the_picker_is_waited_for_while_the_client_is_there()
 
 /// D10: the time for the whole request holds while the picker thinks, and is nothing to open for.
 #[tokio::test]
-async fn a_request_does_not_outlast_its_time_while_the_picker_thinks() {
+async fn request_timeout_holds_during_decision() {
     let silent = Fault::At(Moment::RequestHeaders, Harm::Silence);
     let mut stage = Stage::with(
         |all| Faulty::new(Production::new(all), silent).times(1),
@@ -96,7 +96,7 @@ async fn a_request_does_not_outlast_its_time_while_the_picker_thinks() {
 
 /// E10, D10: an endpoint that does not accept in time is passed over like one that refuses.
 #[tokio::test]
-async fn a_deaf_first_choice_is_followed_by_the_second() {
+async fn unreachable_first_choice_is_followed_by_second() {
     let deaf = Deaf::new().unwrap();
     let list = |all: &[std::net::SocketAddr]| {
         let named = format!("{},{}", deaf.addr, all[1]);
@@ -112,7 +112,7 @@ async fn a_deaf_first_choice_is_followed_by_the_second() {
 
 /// E11.
 #[tokio::test]
-async fn the_default_upstream_is_where_it_opens_to() {
+async fn fail_open_uses_default_upstream() {
     let refusing = Refusing::new().unwrap();
     let upstream = penstock_tests::ModelServer::start(Default::default()).await.unwrap();
     let mut stage = Stage::with(Production::new, |config| {
@@ -142,7 +142,7 @@ async fn asked_again_after(fault: Fault, connections: u64) {
 }
 
 #[tokio::test]
-async fn a_lost_connection_is_replaced_and_the_request_asked_again() {
+async fn lost_picker_connection_is_replaced_and_pick_repeated() {
     asked_again_after(Fault::ResetAtAccept, 2).await;
     asked_again_after(Fault::At(Moment::RequestHeaders, Harm::ResetConnection), 2).await;
     asked_again_after(Fault::At(Moment::RequestBody(1 << 19), Harm::ResetConnection), 2).await;
@@ -150,7 +150,7 @@ async fn a_lost_connection_is_replaced_and_the_request_asked_again() {
 
 /// Those without a decision are asked again: one bad stream fails nobody else.
 #[tokio::test]
-async fn one_reset_fails_none_of_the_requests_on_the_connection() {
+async fn stream_reset_fails_no_other_request() {
     let fault = Fault::At(Moment::RequestBody(1 << 10), Harm::ResetConnection);
     let stage =
         Stage::with(|all| Faulty::new(Production::new(all), fault).times(1), |config| config.listen.workers = 1).await;
@@ -163,7 +163,7 @@ async fn one_reset_fails_none_of_the_requests_on_the_connection() {
 
 /// E11, E12.
 #[tokio::test]
-async fn a_pick_outside_the_pool_is_a_failure() {
+async fn pick_outside_pool_is_a_failure() {
     for (mode, status, code) in [(FailureMode::Closed, 502, "endpoint_not_in_pool"), (FailureMode::Open, 200, "")] {
         let mut stage = Stage::with(
             |all| Production::new(&all[..1]),
@@ -180,7 +180,7 @@ async fn a_pick_outside_the_pool_is_a_failure() {
 }
 
 #[tokio::test]
-async fn passthrough_lets_a_pick_outside_the_pool_be_dialled() {
+async fn pick_outside_pool_with_passthrough_is_dialled() {
     let mut stage = Stage::with(
         |all| Production::new(&all[..1]),
         |config| {

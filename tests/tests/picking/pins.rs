@@ -82,7 +82,7 @@ async fn exchange(client: &mut Client, plan: &Plan) -> std::net::SocketAddr {
 
 /// One pick for all that a connection asks; the next connection is picked for anew.
 #[tokio::test]
-async fn a_connection_stays_with_its_endpoint() {
+async fn connection_stays_with_its_endpoint() {
     for mode in MODES {
         let rig = Rig::new(mode, |_| {}).await;
         let mut first = rig.pinned().await;
@@ -110,7 +110,7 @@ async fn a_connection_stays_with_its_endpoint() {
 
 /// What the client has sent behind its first request belongs to the endpoint too.
 #[tokio::test]
-async fn requests_sent_ahead_are_not_lost() {
+async fn pipelined_requests_reach_endpoint() {
     for mode in MODES {
         let rig = Rig::new(mode, |_| {}).await;
         let mut client = Client::connect(rig.agent.addr).await.unwrap();
@@ -130,7 +130,7 @@ async fn requests_sent_ahead_are_not_lost() {
 
 /// The endpoint's end is the client's, behind the last byte; its reset is one.
 #[tokio::test]
-async fn an_endpoint_may_end_it() {
+async fn endpoint_close_or_reset_reaches_client() {
     for mode in MODES {
         let rig = Rig::new(mode, |_| {}).await;
         let mut client = rig.pinned().await;
@@ -154,7 +154,7 @@ async fn an_endpoint_may_end_it() {
 
 /// The client's reset reaches the endpoint.
 #[tokio::test]
-async fn a_client_may_break_it_off() {
+async fn client_reset_reaches_endpoint() {
     for mode in MODES {
         let rig = Rig::new(mode, |_| {}).await;
         let mut client = rig.pinned().await;
@@ -169,7 +169,7 @@ async fn a_client_may_break_it_off() {
 /// At the end of its age a connection is closed as soon as nothing moves; what is being sent then is sent whole. Where a message
 /// ends nobody knows, so that the end must not look like one in order.
 #[tokio::test]
-async fn it_ends_at_a_quiet_moment_after_its_age() {
+async fn pin_over_max_age_ends_when_quiet() {
     for mode in MODES {
         let rig = Rig::new(mode, |config| config.pools[0].pin.age = Some(Duration::from_millis(50))).await;
         let mut client = rig.pinned().await;
@@ -183,7 +183,7 @@ async fn it_ends_at_a_quiet_moment_after_its_age() {
 
 /// So does one whose endpoint drains, and all when the agent does.
 #[tokio::test]
-async fn it_ends_when_its_endpoint_or_the_agent_drains() {
+async fn pin_ends_when_endpoint_or_agent_drains() {
     for mode in [SteeringMode::Off, SteeringMode::Auto] {
         let rig = Rig::new(mode, |_| {}).await;
         let mut client = rig.pinned().await;
@@ -206,7 +206,7 @@ async fn it_ends_when_its_endpoint_or_the_agent_drains() {
 
 /// A connection on which nothing moves for the idle time is broken off.
 #[tokio::test]
-async fn an_idle_one_is_broken_off() {
+async fn idle_pin_is_broken_off() {
     for mode in MODES {
         let rig = Rig::new(mode, |config| config.timeouts.idle = Some(Duration::from_millis(300))).await;
         let mut client = rig.pinned().await;

@@ -90,7 +90,7 @@ impl<S: Script> Script for Says<S> {
 
 /// E17: what a replica says of its health decides whether it is asked first. What knows nothing of health is taken to serve.
 #[tokio::test]
-async fn a_replica_that_does_not_serve_is_avoided() {
+async fn replica_not_serving_is_avoided() {
     use ServingStatus::{NotServing, ServiceUnknown, Serving, Unknown};
     let cases = [
         (Ok(Serving), "serving", true),
@@ -117,7 +117,7 @@ async fn a_replica_that_does_not_serve_is_avoided() {
 
 /// E17: one that is stuck is found out by its health, not by requests.
 #[tokio::test]
-async fn a_replica_that_is_silent_is_avoided() {
+async fn silent_replica_is_avoided() {
     struct Deaf(Arc<AtomicBool>, Production);
     #[tonic::async_trait]
     impl Script for Deaf {
@@ -156,7 +156,7 @@ async fn a_replica_that_is_silent_is_avoided() {
 
 /// E17: health decides the order, not whether anybody is asked.
 #[tokio::test]
-async fn without_one_that_serves_the_others_are_asked() {
+async fn replicas_all_unhealthy_are_still_asked() {
     let endpoint = endpoint().await;
     let draining = || Says(Production::new(&[endpoint.addr]), Ok(ServingStatus::NotServing));
     let (gone, first, second) = (
@@ -177,7 +177,7 @@ async fn without_one_that_serves_the_others_are_asked() {
 
 /// E17: the light picker has its own name for its health, and a port for it.
 #[tokio::test]
-async fn health_may_have_another_name_and_another_port() {
+async fn health_service_name_and_port_are_configurable() {
     let endpoint = endpoint().await;
     let health = ScriptedEpp::start(Says(Production::new(&[]), Ok(ServingStatus::NotServing))).await.unwrap();
     let picker = ScriptedEpp::start(Production::new(&[endpoint.addr])).await.unwrap();
@@ -194,7 +194,7 @@ async fn health_may_have_another_name_and_another_port() {
 
 /// E17: checks come from one place, on a connection that stays, and not from each worker.
 #[tokio::test]
-async fn each_replica_is_checked_once_for_all_workers() {
+async fn replica_is_checked_once_for_all_workers() {
     let endpoint = endpoint().await;
     let picker = ScriptedEpp::start(Production::new(&[endpoint.addr])).await.unwrap();
     let begin = Instant::now();
@@ -233,7 +233,7 @@ async fn goes_to_the_next(fault: Option<Fault>, reasons: &[&str]) {
 /// E17, §8: refused, reset, going away, UNAVAILABLE: whatever comes before a decision, the next replica is asked, with the whole
 /// of the body.
 #[tokio::test]
-async fn a_request_without_a_decision_is_asked_again_of_another_replica() {
+async fn undecided_request_is_retried_on_next_replica() {
     let half = Moment::RequestBody(1 << 19);
     goes_to_the_next(None, &["connect"]).await;
     goes_to_the_next(Some(Fault::ResetAtAccept), &["connect", "reset"]).await;
@@ -246,7 +246,7 @@ async fn a_request_without_a_decision_is_asked_again_of_another_replica() {
 
 /// What is the picker's answer, or takes all the time there is, is nobody else's to say. E13.
 #[tokio::test]
-async fn an_answer_is_not_asked_for_twice() {
+async fn decided_request_is_not_retried() {
     const DECISION: Duration = Duration::from_millis(300);
     let endpoint = endpoint().await;
     let head = |harm| Fault::At(Moment::RequestHeaders, harm);
@@ -272,7 +272,7 @@ async fn an_answer_is_not_asked_for_twice() {
 
 /// E13: one deadline, however many replicas are asked.
 #[tokio::test]
-async fn the_decision_deadline_holds_over_all_replicas() {
+async fn decision_deadline_spans_all_replicas() {
     // Long enough that a busy machine does not turn one question into none or three.
     const DECISION: Duration = Duration::from_secs(3);
     let endpoint = endpoint().await;
@@ -353,7 +353,7 @@ async fn elected(endpoint: &ModelServer, election: &Election, follower: Follower
 
 /// E17: leaders change under load. Those who lead no more refuse at once, before anybody has asked for their health.
 #[tokio::test]
-async fn a_change_of_leader_loses_no_request() {
+async fn leader_change_loses_no_request() {
     let (endpoint, election) = (endpoint().await, Election::default());
     let epps = elected(&endpoint, &election, Follower::Refuses).await;
     let agent = agent(&endpoint, &[epps[0].addr, epps[1].addr], checked);
@@ -378,7 +378,7 @@ async fn a_change_of_leader_loses_no_request() {
 
 /// E17: what a follower answers is its answer; from then on the leader is asked, however long it is to the next check.
 #[tokio::test]
-async fn an_answer_of_503_has_everybody_looked_at() {
+async fn immediate_503_triggers_health_checks() {
     let (endpoint, election) = (endpoint().await, Election::default());
     let epps = elected(&endpoint, &election, Follower::KnowsNothing).await;
     let agent = agent(&endpoint, &[epps[0].addr, epps[1].addr], |config| {
@@ -399,7 +399,7 @@ async fn an_answer_of_503_has_everybody_looked_at() {
 
 /// E17, E20: the leader is killed under load, and a response that it has picked for flows on.
 #[tokio::test]
-async fn the_death_of_the_leader_loses_no_request() {
+async fn leader_death_loses_no_request() {
     let (endpoint, election) = (endpoint().await, Election::default());
     let mut epps = elected(&endpoint, &election, Follower::Answers).await;
     let agent = agent(&endpoint, &[epps[0].addr, epps[1].addr], checked);
@@ -431,7 +431,7 @@ async fn the_death_of_the_leader_loses_no_request() {
 
 /// §7.1: GOAWAY under load. Streams that the server has taken finish where they are, the others go to a new connection.
 #[tokio::test]
-async fn going_away_loses_no_request() {
+async fn goaway_loses_no_request() {
     let endpoint = endpoint().await;
     let epp = ScriptedEpp::start(thoughtful(&endpoint)).await.unwrap();
     let other = ScriptedEpp::start(thoughtful(&endpoint)).await.unwrap();

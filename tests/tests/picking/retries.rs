@@ -75,7 +75,7 @@ const ENDS: [fn() -> Act; 3] = [|| Act::Close, || Act::Reset, || Act::Snap];
 
 /// E10, D5, and E8: what is reported as served is what answered.
 #[tokio::test]
-async fn idempotent_request_that_was_taken_is_followed_by_the_next() {
+async fn acknowledged_idempotent_request_is_retried_on_next_endpoint() {
     for act in ENDS {
         let (abrupt, good) = (Abrupt::start(move |_| act()).await, model_server().await);
         let mut scene = Scene::new(&[abrupt.addr, good.addr], unmoved).await;
@@ -94,7 +94,7 @@ async fn idempotent_request_that_was_taken_is_followed_by_the_next() {
 
 /// Whatever its size, and wherever else it could go: a byte of it has been acknowledged.
 #[tokio::test]
-async fn post_that_was_taken_is_executed_once() {
+async fn acknowledged_post_is_executed_once() {
     for act in ENDS {
         let (abrupt, good) = (Abrupt::start(move |_| act()).await, model_server().await);
         let mut scene = Scene::new(&[abrupt.addr, good.addr], retry(10, 100, 100)).await;
@@ -109,7 +109,7 @@ async fn post_that_was_taken_is_executed_once() {
 
 /// Also by a connection that was kept, which is not the race that such connections are in: the endpoint has taken it.
 #[tokio::test]
-async fn post_that_was_taken_on_a_kept_connection_is_executed_once() {
+async fn acknowledged_post_on_kept_connection_is_executed_once() {
     let ends: [fn() -> Act; 2] = [|| Act::Close, || Act::Reset];
     for (attempts, end, len) in
         [0, 2].into_iter().flat_map(|n| ends.map(|end| [(n, end, 100), (n, end, 40_000)])).flatten()
@@ -131,7 +131,7 @@ async fn post_that_was_taken_on_a_kept_connection_is_executed_once() {
 
 /// `retry.methods` is the pool's word on what is idempotent there.
 #[tokio::test]
-async fn methods_that_may_be_repeated_are_configured() {
+async fn retry_methods_are_configurable() {
     let (abrupt, good) = (Abrupt::start(|_| Act::Close).await, model_server().await);
     let mut scene = Scene::new(&[abrupt.addr, good.addr], |config| {
         unmoved(config);
@@ -146,7 +146,7 @@ async fn methods_that_may_be_repeated_are_configured() {
 
 /// D5: also in the middle of a long list, after one that cannot be reached.
 #[tokio::test]
-async fn the_list_is_walked_in_its_order() {
+async fn picker_list_is_walked_in_order() {
     let (dead, abrupt, good) = (Refusing::new().unwrap(), Abrupt::start(|_| Act::Close).await, model_server().await);
     let mut scene = Scene::new(&[dead.addr, abrupt.addr, good.addr], unmoved).await;
     assert_eq!(scene.request(&put("{}")).await.served_by(), Some(good.addr));
@@ -156,7 +156,7 @@ async fn the_list_is_walked_in_its_order() {
 
 /// D5.
 #[tokio::test]
-async fn after_a_byte_of_the_answer_nothing_goes_on() {
+async fn response_after_first_byte_is_not_retried() {
     let (begins, good) = (Abrupt::start(|_| Act::Begin).await, model_server().await);
     let mut scene = Scene::new(&[begins.addr, good.addr], unmoved).await;
     let response = scene.request(&echo("{}")).await;
@@ -167,7 +167,7 @@ async fn after_a_byte_of_the_answer_nothing_goes_on() {
 
 /// D5, D10: it may be at work.
 #[tokio::test]
-async fn one_that_is_silent_for_too_long_is_not_followed() {
+async fn first_byte_timeout_is_not_retried() {
     let (silent, good) = (Abrupt::start(|_| Act::Silence).await, model_server().await);
     let mut scene = Scene::new(&[silent.addr, good.addr], |config| {
         unmoved(config);
@@ -199,7 +199,7 @@ async fn attempts_are_limited() {
 
 /// D5: ten seconds' worth of one a second, and no part of the requests.
 #[tokio::test]
-async fn retries_have_a_budget() {
+async fn retries_are_limited_by_budget() {
     let (abrupt, good) = (Abrupt::start(|_| Act::Close).await, model_server().await);
     let mut scene = Scene::new(&[abrupt.addr, good.addr], retry(2, 0, 1)).await;
     let mut answered = 0;
@@ -213,7 +213,7 @@ async fn retries_have_a_budget() {
 
 /// D5: nothing was sent, so there is nothing to limit.
 #[tokio::test]
-async fn connects_that_fail_need_no_budget() {
+async fn failed_connects_use_no_budget() {
     let dead: Vec<_> = (0..5).map(|_| Refusing::new().unwrap()).collect();
     let good = model_server().await;
     let list: Vec<_> = dead.iter().map(|dead| dead.addr).chain([good.addr]).collect();
@@ -226,7 +226,7 @@ async fn connects_that_fail_need_no_budget() {
 
 /// D5: the built-in picker and a pool that fails open have lists, too.
 #[tokio::test]
-async fn without_a_picker_there_is_a_list_all_the_same() {
+async fn builtin_and_fail_open_picks_are_retried() {
     let (abrupt, good) = (Abrupt::start(|_| Act::Close).await, model_server().await);
     let dead: Vec<_> = (0..4).map(|_| Refusing::new().unwrap()).collect();
     let endpoints: Vec<_> = dead.iter().map(|dead| dead.addr).chain([abrupt.addr, good.addr]).collect();
@@ -254,7 +254,7 @@ const TIMES: u64 = 300;
 
 /// D3, D4: nothing of the request was acknowledged, so it goes out again whatever its method, and costs nothing.
 #[tokio::test]
-async fn kept_connections_may_be_stale_under_every_request() {
+async fn stale_kept_connections_are_replaced() {
     let (abrupt, mut scene) = one_endpoint(|_| Act::AnswerAndVanish).await;
     for n in 0..TIMES {
         let request = if n % 2 == 0 { echo(json("m", 40_000)) } else { Request::get("/test/echo") };
@@ -292,7 +292,7 @@ fn closing(told: Receiver<Duration>) -> SocketAddr {
 /// connection closed it is closed later the next time, and where the agent had used it
 /// earlier, so that the one comes as close to the other as can be.
 #[tokio::test]
-async fn kept_connections_may_close_at_the_moment_of_the_next_request() {
+async fn kept_connection_closing_under_request_is_replaced() {
     let (tell, told) = std::sync::mpsc::channel();
     let endpoint = closing(told);
     let agent = TestAgent::start(builtin_pool(&[endpoint]), SteeringMode::Off, |config| {
@@ -323,7 +323,7 @@ async fn kept_connections_may_close_at_the_moment_of_the_next_request() {
 
 /// D5: what endpoints die of goes no further than its attempts.
 #[tokio::test]
-async fn what_endpoints_die_of_does_not_meet_them_all() {
+async fn request_killing_endpoints_stops_at_attempt_limit() {
     let mortal = |turn: Turn| if turn.connection == 1 && turn.request == 1 { Act::Answer } else { Act::Close };
     let (one, two) = (Abrupt::start(mortal).await, Abrupt::start(mortal).await);
     let picker = Production::over(Endpoints::new(&[one.addr, two.addr]).offering(2));

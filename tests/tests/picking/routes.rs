@@ -75,7 +75,7 @@ fn named(model: &str) -> Request {
 }
 
 #[tokio::test]
-async fn by_host_path_method_and_header() {
+async fn route_matches_host_path_method_and_header() {
     let routes = r#"
         [[routes]]
         host = ["*.models.example", "llm.example"]
@@ -117,7 +117,7 @@ async fn by_host_path_method_and_header() {
 
 /// Control headers are no conditions a client can meet.
 #[tokio::test]
-async fn a_client_cannot_name_a_model_but_in_the_body() {
+async fn model_route_ignores_client_headers() {
     let routes = r#"
         [bbr.base_models]
         sql = "llama"
@@ -157,7 +157,7 @@ async fn a_client_cannot_name_a_model_but_in_the_body() {
 
 /// A body that decides is read as far as it takes; one that does not is not waited for.
 #[tokio::test]
-async fn a_body_is_waited_for_only_where_it_decides() {
+async fn body_is_awaited_only_if_it_decides_route() {
     let servers = servers(2).await;
     let addrs = [servers[0].addr, servers[1].addr];
     let (first, second) = (start_epp(&addrs[..1]).await, start_epp(&addrs[1..]).await);
@@ -198,7 +198,7 @@ async fn start_epp(endpoints: &[SocketAddr]) -> ScriptedEpp {
 /// E24, `GatewayWeightedAcrossTwoInferencePools`: 70 to 30 of 200 requests, within a tenth or 4.5 standard deviations, each
 /// pool asking its own EPP.
 #[tokio::test]
-async fn a_weighted_split_over_two_pools_each_with_its_own_picker() {
+async fn weighted_split_uses_picker_of_each_pool() {
     const REQUESTS: usize = 200;
     const SHARE: f64 = 0.7;
     let servers = servers(4).await;
@@ -242,7 +242,7 @@ async fn a_weighted_split_over_two_pools_each_with_its_own_picker() {
 
 /// E24: a list of one pool's picker is not walked into another pool.
 #[tokio::test]
-async fn a_pool_that_fails_does_not_send_to_the_other() {
+async fn failed_pool_does_not_use_other_pool() {
     let servers = servers(2).await;
     let addrs = [servers[0].addr, servers[1].addr];
     // Of the wrong pool.

@@ -7,7 +7,7 @@ use penstock_tests::{
 };
 
 #[tokio::test]
-async fn each_request_of_a_connection_goes_where_its_own_pick_says() {
+async fn each_request_of_a_connection_follows_its_own_pick() {
     let mut stage = Stage::new(Production::new).await;
     let mut served = Vec::new();
     for _ in 0..6 {
@@ -19,7 +19,7 @@ async fn each_request_of_a_connection_goes_where_its_own_pick_says() {
 }
 
 #[tokio::test]
-async fn a_request_without_a_body_is_picked_for_too() {
+async fn request_without_body_is_picked() {
     let mut stage = Stage::new(|all| Production::over(Endpoints::new(&all[1..]))).await;
     let response = stage.request(&Request::get("/test/echo")).await;
     assert_eq!(response.echoed().body_framing, "none");
@@ -27,7 +27,7 @@ async fn a_request_without_a_body_is_picked_for_too() {
 }
 
 #[tokio::test]
-async fn the_pick_may_be_in_the_header_alone() {
+async fn pick_in_header_alone_is_followed() {
     let mut stage = Stage::new(|all| {
         let picked = all[1].to_string();
         Answering::new(move |_| vec![reply::request_headers(reply::mutation(&[(reply::DESTINATION, &picked)]))])
@@ -37,7 +37,7 @@ async fn the_pick_may_be_in_the_header_alone() {
 }
 
 #[tokio::test]
-async fn the_pick_may_be_in_the_metadata_alone() {
+async fn pick_in_metadata_alone_is_followed() {
     let mut stage = Stage::new(|all| {
         let picked = all[1].to_string();
         Answering::new(move |_| {
@@ -51,7 +51,7 @@ async fn the_pick_may_be_in_the_metadata_alone() {
 }
 
 #[tokio::test]
-async fn metadata_goes_before_the_header() {
+async fn metadata_takes_precedence_over_header() {
     let mut stage = Stage::new(|all| {
         let (by_header, by_metadata) = (all[0].to_string(), all[1].to_string());
         Answering::new(move |_| {
@@ -65,7 +65,7 @@ async fn metadata_goes_before_the_header() {
 }
 
 #[tokio::test]
-async fn connections_to_endpoints_are_kept() {
+async fn endpoint_connections_are_kept() {
     let mut stage = Stage::new(Production::new).await;
     for turn in 1..=3 {
         for _ in 0..2 {
@@ -93,7 +93,7 @@ fn posing(as_picked: &str) -> Request {
 
 /// E21.
 #[tokio::test]
-async fn control_fields_of_a_client_reach_neither_picker_nor_endpoint() {
+async fn control_fields_from_client_reach_neither_picker_nor_endpoint() {
     let mut stage = Stage::new(|all| Production::over(Endpoints::new(&all[1..]))).await;
     let seen = stage.request(&posing(&stage.one.addr.to_string())).await.echoed();
     let asked = stage.epp.streams()[0].request_headers();
@@ -106,7 +106,7 @@ async fn control_fields_of_a_client_reach_neither_picker_nor_endpoint() {
 
 /// E12, E21: it is not obeyed where the picker names none.
 #[tokio::test]
-async fn a_destination_of_the_client_is_no_pick() {
+async fn destination_header_from_client_is_ignored() {
     let mut stage = Stage::new(|_| Answering::new(|_| vec![reply::request_headers(reply::mutation(&[]))])).await;
     let response = stage.request(&posing(&stage.one.addr.to_string())).await;
     assert_eq!((response.status(), response.error_code().as_str()), (503, "picker_failed"));
@@ -120,7 +120,7 @@ fn list(named: String) -> impl penstock_tests::scripted_epp::Script {
 
 /// E10.
 #[tokio::test]
-async fn a_dead_first_choice_is_followed_by_the_second() {
+async fn dead_first_choice_is_followed_by_second() {
     let dead = Refusing::new().unwrap();
     let mut stage = Stage::with(
         |all| list(format!("{}, {}", dead.addr, all[1])),
@@ -137,7 +137,7 @@ async fn a_dead_first_choice_is_followed_by_the_second() {
 
 /// E10: nothing outside the list is tried.
 #[tokio::test]
-async fn a_list_of_the_dead_is_a_bad_gateway() {
+async fn list_of_dead_endpoints_returns_502() {
     let (dead, too) = (Refusing::new().unwrap(), Refusing::new().unwrap());
     let mut stage = Stage::with(
         |_| list(format!("{},{}", dead.addr, too.addr)),
@@ -151,7 +151,7 @@ async fn a_list_of_the_dead_is_a_bad_gateway() {
 
 /// E10: endpoints outside the pool are not dialled.
 #[tokio::test]
-async fn a_stranger_in_the_list_is_passed_over() {
+async fn endpoint_outside_pool_in_list_is_skipped() {
     let mut stage = Stage::with(
         |all| list(format!("{},{}", all[0], all[1])),
         |config| {

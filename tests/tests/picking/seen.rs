@@ -24,7 +24,7 @@ const ASKED: Moment = Moment::RequestBody(usize::MAX);
 /// Seen: with a body in full duplex, a picker that hangs leaves the client waiting for ever. E11, E12, E13: the deadline holds
 /// for one that has taken everything, and for one that acknowledges each piece and then decides nothing.
 #[tokio::test]
-async fn a_picker_that_hangs_when_it_has_everything() {
+async fn hung_picker_after_whole_request_follows_failure_mode() {
     async fn hangs<P: Personality>(mode: FailureMode) {
         for body in [json("m", 10), json("m", 300_000)] {
             let mut stage = Stage::with(
@@ -57,7 +57,7 @@ async fn a_picker_that_hangs_when_it_has_everything() {
 
 /// E13: a request that is asked about again has no more time than any other.
 #[tokio::test]
-async fn the_deadline_is_for_both_questions_together() {
+async fn decision_deadline_spans_both_attempts() {
     const DEADLINE: Duration = Duration::from_secs(3);
     let mut stage = Stage::with(
         |all| {
@@ -78,7 +78,7 @@ async fn the_deadline_is_for_both_questions_together() {
 /// Seen: one TCP reset on the picker's connection fails every request on it. Each that waits for its decision is asked about
 /// again, over one fresh connection, whether the picker had said something about pieces of the body or not.
 #[tokio::test]
-async fn a_reset_fails_none_of_the_requests_that_wait() {
+async fn connection_reset_fails_no_waiting_request() {
     async fn resets<P: Personality>() {
         const WAITING: usize = 40;
         let script = |all: &[_]| Gathering::new(P::over(Endpoints::new(all)), WAITING).then(Harm::ResetConnection);
@@ -102,7 +102,7 @@ async fn a_reset_fails_none_of_the_requests_that_wait() {
 /// Seen: a request that comes with a length goes out in chunks, though the picker set the length; and a response that the
 /// picker sees loses its own. E3, E7: both keep their framing, and every stream is half-closed at its end.
 #[tokio::test]
-async fn framing_is_kept_both_ways_when_the_picker_sees_both_bodies() {
+async fn framing_is_kept_both_ways_in_full_duplex() {
     async fn keeps<P: Personality>() {
         let mut stage = Stage::with(
             |all| P::over(Endpoints::new(all)),

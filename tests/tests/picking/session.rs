@@ -33,7 +33,7 @@ async fn served(client: &mut Client, request: &Request) -> SocketAddr {
 
 /// D9: whatever the connection, the worker, the agent and the order in which it has its endpoints.
 #[tokio::test]
-async fn requests_of_a_session_go_to_one_endpoint() {
+async fn session_requests_reach_one_endpoint() {
     let servers = servers().await;
     let mut addrs: Vec<SocketAddr> = servers.iter().map(|server| server.addr).collect();
     let mut homes: BTreeMap<usize, HashSet<SocketAddr>> = BTreeMap::new();
@@ -56,7 +56,7 @@ async fn requests_of_a_session_go_to_one_endpoint() {
 
 /// D9: the first header that says something counts; without any, requests take turns.
 #[tokio::test]
-async fn requests_without_a_session_take_turns() {
+async fn requests_without_session_rotate() {
     let servers = servers().await;
     let addrs: Vec<SocketAddr> = servers.iter().map(|server| server.addr).collect();
     let agent = with_sessions(builtin_pool(&addrs));
@@ -75,7 +75,7 @@ async fn requests_without_a_session_take_turns() {
 
 /// D9, D8: while its endpoint cannot be reached, a session has one other; nobody else's moves.
 #[tokio::test]
-async fn a_session_whose_endpoint_is_dead_has_a_second_choice() {
+async fn session_with_dead_endpoint_uses_one_other() {
     let (servers, dead) = (servers().await, Refusing::new().unwrap());
     let agent = with_sessions(builtin_pool(&[servers[0].addr, dead.addr, servers[1].addr]));
     let mut client = Client::connect(agent.addr).await.unwrap();
@@ -92,7 +92,7 @@ async fn a_session_whose_endpoint_is_dead_has_a_second_choice() {
 
 /// D9, E11: a pool that fails open keeps sessions together, too.
 #[tokio::test]
-async fn a_session_stays_where_a_pool_fails_open() {
+async fn session_in_fail_open_pool_keeps_endpoint() {
     let (servers, refusing) = (servers().await, Refusing::new().unwrap());
     let addrs: Vec<SocketAddr> = servers.iter().map(|server| server.addr).collect();
     let agent = with_sessions(epp_pool(&addrs, refusing.addr, FailureMode::Open));
@@ -123,7 +123,7 @@ impl Script for Tokens {
 
 /// D9: what a picker writes on a response reaches the client, and comes back with its next request, to endpoint and picker.
 #[tokio::test]
-async fn a_pickers_session_token_travels_both_ways() {
+async fn picker_session_token_is_forwarded_both_ways() {
     let mut stage = Stage::new(|all| Tokens(all.to_vec())).await;
     let first = stage.request(&Request::get("/test/echo")).await;
     let token = first.header("x-session-token").unwrap().to_owned();

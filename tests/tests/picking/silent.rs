@@ -35,7 +35,7 @@ async fn silent(times: u64) -> Stage {
 
 /// E20: the first few responses wait, and then none does.
 #[tokio::test]
-async fn it_is_waited_for_three_times() {
+async fn picker_silent_on_responses_is_awaited_three_times() {
     let mut stage = silent(u64::MAX).await;
     let begin = Instant::now();
     for request in 0..20 {
@@ -49,7 +49,7 @@ async fn it_is_waited_for_three_times() {
 
 /// E20: a reply that would have been in time ends that, and replies count again.
 #[tokio::test]
-async fn when_it_speaks_again_it_is_waited_for_again() {
+async fn picker_that_replies_again_is_awaited_again() {
     let mut stage = silent(5).await;
     for _ in 0..5 {
         assert_eq!(stage.request(&echo(json("m", 100))).await.header(MARK), None);

@@ -101,7 +101,7 @@ fn draining(endpoint: SocketAddr, rest: &[SocketAddr]) -> String {
 }
 
 #[tokio::test]
-async fn a_file_is_followed() {
+async fn endpoint_file_changes_are_followed() {
     let (one, two) = (model_server().await, model_server().await);
     let file = File::new("endpoints.toml");
     file.write(&toml(&[one.addr]));
@@ -132,7 +132,7 @@ fn publish(volume: &Path, version: &str, text: &str) {
 }
 
 #[tokio::test]
-async fn a_config_map_is_followed() {
+async fn config_map_changes_are_followed() {
     let (one, two) = (model_server().await, model_server().await);
     let json = |addr: SocketAddr| format!(r#"{{"endpoints": [{{"address": "{addr}", "zone": null}}]}}"#);
     let file = File::new("endpoints.json");
@@ -152,7 +152,7 @@ async fn a_config_map_is_followed() {
 
 /// What is wrong with it is said once.
 #[tokio::test]
-async fn while_a_file_is_broken_what_it_said_before_holds() {
+async fn broken_file_keeps_previous_endpoints() {
     let (one, two) = (model_server().await, model_server().await);
     let file = File::new("endpoints.toml");
     file.write(&toml(&[one.addr]));
@@ -175,7 +175,7 @@ async fn while_a_file_is_broken_what_it_said_before_holds() {
 }
 
 #[tokio::test]
-async fn a_pool_waits_for_its_file() {
+async fn pool_waits_for_missing_file() {
     let one = model_server().await;
     let file = File::new("endpoints.toml");
     let agent = start(file.pool());
@@ -216,19 +216,19 @@ async fn leaves_in_peace(leave: impl FnOnce(&File, SocketAddr, &[SocketAddr]), l
 
 /// D8.
 #[tokio::test]
-async fn an_endpoint_that_drains_finishes_what_it_has_and_gets_nothing_new() {
+async fn draining_endpoint_finishes_and_gets_nothing_new() {
     leaves_in_peace(|file, one, others| file.replace(&draining(one, others)), (2, 1)).await;
 }
 
 /// D8.
 #[tokio::test]
-async fn an_endpoint_that_is_gone_finishes_what_it_has_and_gets_nothing_new() {
+async fn removed_endpoint_finishes_and_gets_nothing_new() {
     leaves_in_peace(|file, _, others| file.replace(&toml(others)), (2, 0)).await;
 }
 
 /// D8: of a picker's list, and when the picker fails.
 #[tokio::test]
-async fn a_pick_of_an_endpoint_that_drains_is_passed_over() {
+async fn draining_endpoint_in_pick_is_skipped() {
     let (one, two) = (model_server().await, model_server().await);
     let file = File::new("endpoints.toml");
     file.write(&draining(one.addr, &[two.addr]));
@@ -284,7 +284,7 @@ async fn twins() -> (ModelServer, ModelServer) {
 }
 
 #[tokio::test]
-async fn a_name_is_looked_up_again_when_its_time_is_over() {
+async fn name_is_resolved_again_after_ttl() {
     let (one, two) = twins().await;
     let dns = DnsServer::start().await.unwrap();
     dns.set(NAME, &[ip(2)], Duration::ZERO);
@@ -303,7 +303,7 @@ async fn a_name_is_looked_up_again_when_its_time_is_over() {
 }
 
 #[tokio::test]
-async fn a_name_is_left_alone_while_its_time_lasts() {
+async fn name_is_not_resolved_before_ttl() {
     let (one, _two) = twins().await;
     let dns = DnsServer::start().await.unwrap();
     dns.set(NAME, &[ip(2)], Duration::from_secs(3600));
@@ -324,7 +324,7 @@ async fn a_name_is_left_alone_while_its_time_lasts() {
 }
 
 #[tokio::test]
-async fn a_lookup_that_fails_changes_nothing() {
+async fn failed_lookup_keeps_previous_endpoints() {
     let (one, two) = twins().await;
     let dns = DnsServer::start().await.unwrap();
     dns.set(NAME, &[ip(2)], Duration::ZERO);
@@ -345,7 +345,7 @@ async fn a_lookup_that_fails_changes_nothing() {
 }
 
 #[tokio::test]
-async fn a_pool_waits_for_its_name() {
+async fn pool_waits_for_unresolved_name() {
     let one = model_server_at(SocketAddr::new(ip(2), 0)).await;
     let dns = DnsServer::start().await.unwrap();
     let (pool, settings) = named(&dns, &[one.addr.port()], AT_ONCE);
@@ -359,7 +359,7 @@ async fn a_pool_waits_for_its_name() {
 
 /// E22: each address with each port is an endpoint, and a pick means exactly one of them.
 #[tokio::test]
-async fn every_port_of_an_address_is_an_endpoint_of_its_own() {
+async fn each_port_of_address_is_its_own_endpoint() {
     let (a, b) = twins().await;
     let c = model_server_at(SocketAddr::new(ip(2), 0)).await;
     let d = model_server_at(SocketAddr::new(ip(3), c.addr.port())).await;
@@ -392,7 +392,7 @@ async fn every_port_of_an_address_is_an_endpoint_of_its_own() {
 
 /// A pool's list, its file and its name together; of what several say, the list counts first.
 #[tokio::test]
-async fn a_pool_may_have_all_sources_at_once() {
+async fn pool_combines_all_sources() {
     let (one, two) = twins().await;
     let three = model_server().await;
     let dns = DnsServer::start().await.unwrap();

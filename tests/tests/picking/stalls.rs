@@ -102,13 +102,13 @@ impl Scene {
 }
 
 #[test]
-fn decision_has_longer_than_pickers_queue_requests() {
+fn default_decision_deadline_exceeds_picker_queue_time() {
     // llm-d's flow control holds a request for up to a minute.
     assert_eq!(Epp::new("").decision_timeout, Some(Duration::from_secs(75)));
 }
 
 #[tokio::test]
-async fn picker_that_decides_others_holds_the_request_back() {
+async fn picker_deciding_other_requests_may_hold_one() {
     for (mode, open_on_deadline, status) in
         [(FailureMode::Closed, false, 503), (FailureMode::Open, false, 503), (FailureMode::Open, true, 200)]
     {
@@ -123,7 +123,7 @@ async fn picker_that_decides_others_holds_the_request_back() {
 
 /// Health that is well is no evidence.
 #[tokio::test]
-async fn picker_that_decides_nothing_is_not_waited_for() {
+async fn stalled_picker_is_not_awaited() {
     for (mode, status) in [(FailureMode::Open, 200), (FailureMode::Closed, 503)] {
         let mut scene = scene(mode, false).await;
         let body = json("m", 200_000);

@@ -85,7 +85,7 @@ fn hint(message: &penstock_proto::ext_proc::ProcessingRequest) -> Option<Vec<Str
 }
 
 #[tokio::test]
-async fn the_hint_is_a_list_on_every_message() {
+async fn subset_hint_is_a_list_on_every_message() {
     let world = World::new().await;
     let (epp, _agent, mut client) =
         with_epp(Production::new(&world.addresses()), world.endpoints(), prefer(&NODE_THEN_ZONE, EmptySubset::All))
@@ -104,7 +104,7 @@ async fn the_hint_is_a_list_on_every_message() {
 type Row<'a> = (Vec<Endpoint>, &'a [Locality], Option<Vec<SocketAddr>>, SocketAddr);
 
 #[tokio::test]
-async fn the_nearest_that_has_an_endpoint_is_the_hint() {
+async fn subset_hint_is_nearest_nonempty_group() {
     let world = World::new().await;
     let [near, zone, far] = world.addresses();
     let all = world.endpoints();
@@ -129,7 +129,7 @@ async fn the_nearest_that_has_an_endpoint_is_the_hint() {
 }
 
 #[tokio::test]
-async fn an_endpoint_that_fails_is_no_reason_to_stay_on_its_node() {
+async fn failed_endpoint_widens_subset() {
     let world = World::new().await;
     let dead = Refusing::new().unwrap();
     let mut endpoints = world.endpoints();
@@ -146,7 +146,7 @@ async fn an_endpoint_that_fails_is_no_reason_to_stay_on_its_node() {
 }
 
 #[tokio::test]
-async fn an_explicit_set_is_the_hint() {
+async fn explicit_subset_is_the_hint() {
     let world = World::new().await;
     let [_, zone, far] = world.addresses();
     let elsewhere = SocketAddr::from((Ipv4Addr::new(10, 0, 0, 1), 8000));
@@ -161,7 +161,7 @@ async fn an_explicit_set_is_the_hint() {
 
 /// The picker is told the empty list, and answers for itself.
 #[tokio::test]
-async fn an_empty_subset_may_be_an_end() {
+async fn empty_subset_reaches_picker_as_empty_list() {
     let world = World::new().await;
     let endpoints = world.endpoints()[1..].to_vec();
     let subset = prefer(&[Locality::Node], EmptySubset::Fail);
@@ -176,7 +176,7 @@ async fn an_empty_subset_may_be_an_end() {
 
 /// It is the picker that decides.
 #[tokio::test]
-async fn a_pick_from_outside_is_followed_and_counted() {
+async fn pick_outside_subset_is_followed_and_counted() {
     let world = World::new().await;
     let named = format!("{},{}", world.far.addr, world.near.addr);
     let script = Answering::new(move |_| vec![reply::pick(&named, &[])]);
@@ -188,7 +188,7 @@ async fn a_pick_from_outside_is_followed_and_counted() {
 
 /// And with a picker that fails in a pool that is open.
 #[tokio::test]
-async fn the_built_in_picker_keeps_to_it() {
+async fn builtin_picker_stays_within_subset() {
     let nobody = Refusing::new().unwrap();
     for pool in [builtin_pool(&[]), epp_pool(&[], nobody.addr, FailureMode::Open)] {
         let world = World::new().await;
@@ -212,7 +212,7 @@ async fn the_built_in_picker_keeps_to_it() {
 
 /// As `penstock epp` serves it.
 #[tokio::test]
-async fn the_built_in_picker_keeps_to_it_as_a_server() {
+async fn builtin_epp_server_stays_within_subset() {
     let world = World::new().await;
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -244,7 +244,7 @@ async fn the_built_in_picker_keeps_to_it_as_a_server() {
 
 /// A pool of a thousand endpoints: its hint is taken as it is, and requests do not wait for it.
 #[tokio::test]
-async fn a_thousand_endpoints_are_no_burden() {
+async fn subset_of_thousand_endpoints_does_not_delay_requests() {
     let world = World::new().await;
     let mut endpoints = world.endpoints();
     let many = (0..1000_u16).map(|n| Endpoint {

@@ -69,7 +69,7 @@ async fn by_way(agent: &TestAgent, request: &Request) -> [String; 3] {
 }
 
 #[tokio::test]
-async fn the_first_byte_is_waited_for_as_the_route_then_the_pool_says() {
+async fn first_byte_timeout_of_route_overrides_pool() {
     let head = HeadWrites { split_at: Some(0), pause_us: LATE_MS * 1000, ..HeadWrites::default() };
     let late = Plan { head, ..Plan::default() }.request();
     let cut = "504 first_byte_timeout";
@@ -83,7 +83,7 @@ async fn the_first_byte_is_waited_for_as_the_route_then_the_pool_says() {
 }
 
 #[tokio::test]
-async fn a_silent_response_is_cut_as_the_route_then_the_pool_says() {
+async fn response_idle_timeout_of_route_overrides_pool() {
     let fault = Some(Fault { after: 1000, kind: FaultKind::StallMs(LATE_MS) });
     for framing in [Framing::Chunked, Framing::ContentLength] {
         let plan = Plan { size: 3000, framing, writes: Lengths::Fixed(500), fault, ..Plan::default() };
@@ -95,7 +95,7 @@ async fn a_silent_response_is_cut_as_the_route_then_the_pool_says() {
 }
 
 #[tokio::test]
-async fn the_whole_request_is_limited_as_the_route_then_the_pool_says() {
+async fn request_timeout_of_route_overrides_pool() {
     let head = HeadWrites { split_at: Some(0), pause_us: LATE_MS * 1000, ..HeadWrites::default() };
     let late = Plan { head, ..Plan::default() }.request();
     let cut = "504 request_timeout";
@@ -106,7 +106,7 @@ async fn the_whole_request_is_limited_as_the_route_then_the_pool_says() {
 }
 
 #[tokio::test]
-async fn a_silent_upload_is_cut_as_the_route_then_the_pool_says() {
+async fn request_body_timeout_of_route_overrides_pool() {
     let body = json("any", 3000);
     let slow = Request::post("/test/echo", body).piecewise(2000, Duration::from_millis(LATE_MS));
     let cut = "408 body_timeout";
@@ -118,7 +118,7 @@ async fn a_silent_upload_is_cut_as_the_route_then_the_pool_says() {
 
 /// Until its body names the model, a request has the times of the first route that may win.
 #[tokio::test]
-async fn a_body_that_names_its_model_late_has_the_times_of_the_route_that_may_win() {
+async fn late_model_uses_timeouts_of_first_possible_route() {
     let late = |model: &str| {
         let body = format!(r#"{{"prompt":"{}","model":"{model}"}}"#, "x".repeat(2000));
         let request = Request::post("/test/echo", body).header("content-type", "application/json");

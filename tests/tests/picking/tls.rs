@@ -104,7 +104,7 @@ async fn until(agent: &TestAgent, picker: &mut ScriptedEpp, wanted: u16) {
 
 /// E16.
 #[tokio::test]
-async fn each_mode_takes_what_it_should_and_nothing_else() {
+async fn each_tls_mode_accepts_only_valid_pickers() {
     let (endpoint, folder) = (endpoint().await, TempDir::new().unwrap());
     let (ours, other) = (Ca::new(), Ca::new());
     let (named, itself) = (ours.sign(&["epp.example", "127.0.0.1"]), Signed::by_itself());
@@ -143,7 +143,7 @@ async fn each_mode_takes_what_it_should_and_nothing_else() {
 
 /// E16, with a name: the certificate has to carry it, whatever address it has.
 #[tokio::test]
-async fn a_certificate_is_for_the_name_that_was_looked_up() {
+async fn certificate_must_match_resolved_name() {
     let (endpoint, folder, dns) = (endpoint().await, TempDir::new().unwrap(), DnsServer::start().await.unwrap());
     dns.set("epp.test", &["127.0.0.1".parse().unwrap()], Duration::from_secs(60));
     dns.set("impostor.test", &["127.0.0.1".parse().unwrap()], Duration::from_secs(60));
@@ -163,7 +163,7 @@ async fn a_certificate_is_for_the_name_that_was_looked_up() {
 
 /// E16: mutual TLS, with each way to know the picker.
 #[tokio::test]
-async fn a_picker_may_want_to_know_who_asks() {
+async fn mutual_tls_presents_client_certificate() {
     let (endpoint, folder) = (endpoint().await, TempDir::new().unwrap());
     let (servers, clients) = (Ca::new(), Ca::new());
     let server = servers.sign(&["127.0.0.1"]);
@@ -188,7 +188,7 @@ async fn a_picker_may_want_to_know_who_asks() {
 
 /// E16: a CA that is replaced is used for new connections, without a restart, and what is open stays.
 #[tokio::test]
-async fn files_are_read_again_when_they_change() {
+async fn changed_tls_files_are_reloaded() {
     let (endpoint, folder) = (endpoint().await, TempDir::new().unwrap());
     let (old, new) = (Ca::new(), Ca::new());
     let mut picker_of_old = picker(&endpoint, old.sign(&["127.0.0.1"]).serves()).await;
@@ -211,7 +211,7 @@ async fn files_are_read_again_when_they_change() {
 
 /// E17 with E16: health is asked for on the same terms.
 #[tokio::test]
-async fn health_is_asked_for_with_the_same_tls() {
+async fn health_checks_use_same_tls() {
     let endpoint = endpoint().await;
     let (signed, other) = (Signed::by_itself(), Signed::by_itself());
     let picker = picker(&endpoint, signed.serves()).await;

@@ -52,7 +52,7 @@ fn all<'e>(seen: &'e Echo, name: &str) -> Vec<&'e str> {
 
 /// D14.
 #[tokio::test]
-async fn a_request_has_a_span_in_the_callers_trace_and_its_pick_a_child() {
+async fn request_span_joins_callers_trace_and_pick_is_its_child() {
     let collector = Collector::start(Mood::Keeps).await.unwrap();
     let mut stage = Stage::with(Production::new, to(&collector)).await;
     let request = Request::post("/v1/chat/completions", r#"{"model":"m","messages":[],"max_tokens":4}"#)
@@ -108,7 +108,7 @@ async fn a_request_has_a_span_in_the_callers_trace_and_its_pick_a_child() {
 
 /// D14: what the picker and the endpoint do is done within the agent's span.
 #[tokio::test]
-async fn the_agents_span_is_the_parent_of_the_pickers_and_the_endpoints() {
+async fn agent_span_is_parent_of_picker_and_endpoint_spans() {
     let collector = Collector::start(Mood::Keeps).await.unwrap();
     // It sends every field back as it got it.
     let mut stage = Stage::with(|all| LlmdRouter::over(Endpoints::new(all)), to(&collector)).await;
@@ -123,7 +123,7 @@ async fn the_agents_span_is_the_parent_of_the_pickers_and_the_endpoints() {
 
 /// D14, E4.
 #[tokio::test]
-async fn a_span_of_the_pickers_is_the_endpoints_parent() {
+async fn picker_span_is_parent_of_endpoint_span() {
     let collector = Collector::start(Mood::Keeps).await.unwrap();
     let own = format!("00-{TRACE}-00f067aa0ba902b7-01");
     let script = |all: &[_]| LlmdRouter::over(Endpoints::new(all)).adding(&[("traceparent", &own)]);
@@ -146,7 +146,7 @@ fn malformed() -> [String; 6] {
 
 /// D14: W3C Trace Context §4.3.
 #[tokio::test]
-async fn a_malformed_context_begins_a_new_trace() {
+async fn malformed_context_starts_new_trace() {
     let collector = Collector::start(Mood::Keeps).await.unwrap();
     let mut stage = Stage::with(Production::new, to(&collector)).await;
     let contexts: Vec<_> = malformed().into_iter().map(Some).chain([None]).collect();
@@ -167,7 +167,7 @@ async fn a_malformed_context_begins_a_new_trace() {
 
 /// D14: without a collector the agent takes no part in traces; what it gets it hands on, if it is one.
 #[tokio::test]
-async fn without_a_collector_a_trace_passes_through() {
+async fn trace_context_without_collector_passes_through() {
     let mut stage = Stage::new(Production::new).await;
     let request = echo(json("m", 10)).header("traceparent", parent("01")).header("tracestate", "a=1");
     let seen = stage.request(&request).await.echoed();
@@ -186,7 +186,7 @@ async fn without_a_collector_a_trace_passes_through() {
 
 /// D14: the caller's flag decides where there is one, and the ratio where there is none.
 #[tokio::test]
-async fn sampling_follows_the_caller_and_else_the_ratio() {
+async fn sampling_follows_caller_or_ratio() {
     for (ratio, context, sampled) in [
         (0.0, None, false),
         (0.0, Some("00"), false),
@@ -249,7 +249,7 @@ fn outcome((server, pick): &(CollectedSpan, Option<CollectedSpan>)) -> ([&str; 3
 /// D14: under the reason that metrics and logs use. Conventions have it that a server's span is not failed by what its
 /// client does wrong.
 #[tokio::test]
-async fn spans_say_what_went_wrong() {
+async fn spans_carry_failure_reason() {
     let request = || echo("{}").header("host", "x");
     let unavailable = Fault::At(Moment::RequestHeaders, Harm::Status(tonic::Code::Unavailable));
     let fails = |all: &[_]| Faulty::new(Production::new(all), unavailable);
@@ -294,7 +294,7 @@ async fn builtin(configure: impl FnOnce(&mut Config)) -> (ModelServer, TestAgent
 
 /// D14.
 #[tokio::test]
-async fn a_pick_without_an_epp_has_a_span_too() {
+async fn builtin_pick_has_a_span() {
     let collector = Collector::start(Mood::Keeps).await.unwrap();
     let (_server, _agent, mut client) = builtin(to(&collector)).await;
     assert_eq!(client.request(&echo("{}")).await.unwrap().status(), 200);
@@ -306,7 +306,7 @@ async fn a_pick_without_an_epp_has_a_span_too() {
 
 /// D14: the queue is bounded, requests do not wait for it, and neither does the agent's end.
 #[tokio::test]
-async fn a_collector_that_does_not_answer_costs_spans_and_nothing_else() {
+async fn silent_collector_loses_only_spans() {
     let collector = Collector::start(Mood::Holds).await.unwrap();
     let configure = to(&collector);
     let (_server, agent, mut client) = builtin(|config| {
@@ -333,7 +333,7 @@ async fn a_collector_that_does_not_answer_costs_spans_and_nothing_else() {
 
 /// D14.
 #[tokio::test]
-async fn a_collector_that_refuses_costs_spans_and_nothing_else() {
+async fn refusing_collector_loses_only_spans() {
     let collector = Collector::start(Mood::Refuses).await.unwrap();
     let (_server, agent, mut client) = builtin(to(&collector)).await;
     for _ in 0..3 {
@@ -346,7 +346,7 @@ async fn a_collector_that_refuses_costs_spans_and_nothing_else() {
 
 /// D14: what is in the queue when the agent ends is sent.
 #[tokio::test]
-async fn the_last_spans_are_sent() {
+async fn queued_spans_are_sent_at_shutdown() {
     let collector = Collector::start(Mood::Keeps).await.unwrap();
     let configure = to(&collector);
     let (_server, agent, mut client) = builtin(|config| {

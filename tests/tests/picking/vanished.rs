@@ -112,7 +112,7 @@ async fn agent(
 
 /// Nothing of the request was acknowledged, so it goes on whatever its method, and is executed once.
 #[tokio::test]
-async fn machine_that_vanishes_under_a_kept_connection_is_followed_by_the_next() {
+async fn vanished_machine_on_kept_connection_is_followed_by_next() {
     for (number, protocol) in [(0, AppProtocol::Http1), (1, AppProtocol::H2c)] {
         let mut far = Machine::new(number);
         far.serve(protocol);
@@ -138,7 +138,7 @@ async fn machine_that_vanishes_under_a_kept_connection_is_followed_by_the_next()
 /// The client sees a response that is broken off, and the EPP learns of it, long before the idle time; also where nobody reads
 /// the connection because the kernel carries what comes.
 #[tokio::test]
-async fn machine_that_vanishes_in_a_response_breaks_it_off() {
+async fn vanished_machine_during_response_breaks_it_off() {
     let rows = [
         (2, AppProtocol::Http1, SteeringMode::Off),
         (3, AppProtocol::Http1, SteeringMode::Ingress),

@@ -41,22 +41,22 @@ const SOON: Duration = Duration::from_secs(30);
 const QUIET: Duration = Duration::from_millis(500);
 
 #[tokio::test]
-async fn ingress() {
+async fn many_stalled_clients_on_ingress_stay_bounded() {
     stall("ingress").await;
 }
 
 #[tokio::test]
-async fn local() {
+async fn many_stalled_clients_on_local_stay_bounded() {
     stall("local").await;
 }
 
 #[tokio::test]
-async fn auto() {
+async fn many_stalled_clients_on_auto_stay_bounded() {
     stall("auto").await;
 }
 
 #[tokio::test]
-async fn off() {
+async fn many_stalled_clients_on_relay_stay_bounded() {
     stall("off").await;
 }
 

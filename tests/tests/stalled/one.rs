@@ -26,17 +26,17 @@ const ENDPOINT_RECEIVE_BUFFER: u64 = MIB / 2;
 const CLIENT: usize = 128 << 10;
 
 #[tokio::test]
-async fn ingress() {
+async fn stalled_client_on_ingress_stays_bounded() {
     stall("ingress", Duration::from_secs(30)).await;
 }
 
 #[tokio::test]
-async fn local() {
+async fn stalled_client_on_local_stays_bounded() {
     stall("local", Duration::from_secs(10)).await;
 }
 
 #[tokio::test]
-async fn off() {
+async fn stalled_client_on_relay_stays_bounded() {
     stall("off", Duration::from_secs(5)).await;
 }
 
