@@ -1,5 +1,5 @@
-//! What breaks is seen to be broken, at once and by everyone it concerns, on every path; and what an unconcerned party
-//! does breaks nothing.
+//! Broken connections: on every path, both sides and the picker see a break at once, and a failure of an uninvolved party
+//! breaks nothing.
 
 use std::{
     sync::Arc,
@@ -18,7 +18,7 @@ use penstock_tests::{
 use tokio::sync::Notify;
 
 const SOON: Duration = Duration::from_secs(10);
-/// A break is passed on within this.
+/// A break reaches the other side within this time.
 const AT_ONCE: Duration = Duration::from_secs(1);
 const MODES: [SteeringMode; 4] = [SteeringMode::Off, SteeringMode::Ingress, SteeringMode::Local, SteeringMode::Auto];
 const FRAMINGS: [Framing; 3] = [Framing::ContentLength, Framing::Chunked, Framing::UntilClose];
@@ -31,7 +31,7 @@ fn steered(agent: &TestAgent) -> u64 {
     agent.steered()
 }
 
-/// A body that comes in small pieces behind its head, for as long as it takes.
+/// A body that arrives in small pieces after its head.
 fn trickle(framing: Framing, size: u64) -> Plan {
     Plan {
         framing,
@@ -43,12 +43,12 @@ fn trickle(framing: Framing, size: u64) -> Plan {
     }
 }
 
-/// As [`trickle`], and then nothing.
+/// Like [`trickle`], followed by a stall.
 fn stalling(framing: Framing, after: u64) -> Plan {
     Plan { fault: Some(Fault { after, kind: FaultKind::Stall }), ..trickle(framing, 1 << 30) }
 }
 
-/// How the response to `plan` ends; every byte before that is compared. A head that a reset has overtaken counts as reset.
+/// How the response to `plan` ends. Compares every byte before the end. A head lost to a reset counts as a reset.
 async fn end(agent: &TestAgent, plan: &Plan) -> (BodyEnd, u64) {
     let mut client = Client::connect(agent.addr).await.unwrap();
     client.send(&plan.request()).await.unwrap();
@@ -71,7 +71,7 @@ async fn endpoint_break_reaches_client() {
         let agent = TestAgent::start(builtin_pool(&[server.addr]), mode, |_| {});
         for framing in FRAMINGS {
             for kind in [FaultKind::Reset, FaultKind::Close] {
-                // With the head, just behind it, and in the middle.
+                // With the head, right after it, and in the middle.
                 for after in [0, 10, 60_000] {
                     let with_body = after == 10;
                     let fault = Some(Fault { after, kind });
@@ -80,7 +80,7 @@ async fn endpoint_break_reaches_client() {
                     let (end, len) = end(&agent, &plan).await;
                     let what = format!("{mode:?} {framing:?} {kind:?} after {after}: {end:?} after {len}");
                     match (framing, kind) {
-                        // Nobody can tell this end from the right one.
+                        // Without a length, this end is indistinguishable from the correct one.
                         (Framing::UntilClose, FaultKind::Close) => {
                             assert_eq!((end, len), (BodyEnd::Complete, after), "{what}");
                         }
@@ -108,7 +108,7 @@ async fn wrong_lengths_break_response() {
         }
         for size in [100, 100_000] {
             let accepted = server.connections_accepted();
-            // The surplus comes with the last byte that counts.
+            // The surplus arrives with the last byte that counts.
             let less = Plan { length_error: -10, ..trickle(Framing::ContentLength, size) };
             let mut client = Client::connect(agent.addr).await.unwrap();
             for _ in 0..2 {
@@ -123,12 +123,12 @@ async fn wrong_lengths_break_response() {
     }
 }
 
-/// How a client ends a response before its time.
+/// How a client ends a response early.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Leaves {
     Closes,
     Resets,
-    /// It shuts its sending side down and reads on, which looks as if it had closed.
+    /// It shuts down its sending side and keeps reading, which looks like a close.
     HalfCloses,
 }
 
@@ -153,7 +153,7 @@ async fn client_disconnect_aborts_endpoint() {
             client.send(&plan.request()).await.unwrap();
             assert_eq!(client.head().await.unwrap().status, 200);
             let mut checker = plan.checker();
-            // Chunked has fewer bytes of payload than of wire.
+            // Chunked payload is smaller than its wire size.
             assert_eq!(at_least(&mut client, &mut checker, 90_000).await.unwrap(), None);
             match leaves {
                 Leaves::Closes => drop(client),
@@ -168,12 +168,12 @@ async fn client_disconnect_aborts_endpoint() {
                 }
             }
             eventually(AT_ONCE, || (server.aborted(), server.connections_open()) == (count, 0)).await;
-            // tonic may show its server a cancellation as an orderly end; the agent's own tests look closer.
+            // tonic may report a cancellation to its server as an orderly close; the agent's own tests check this precisely.
             let ended = |end| epp.streams_ended(end) as u64;
             eventually(AT_ONCE, || ended(StreamEnd::Cancelled) + ended(StreamEnd::HalfClosed) == count).await;
             eventually(AT_ONCE, || agent.count("penstock_client_aborts_total", &[]) == count).await;
         }
-        // Where it is busy, a machine may leave a single one to user space.
+        // A busy machine may relay one of them.
         assert_eq!(steered(&agent) > 0, mode != SteeringMode::Off);
     }
 }
@@ -199,7 +199,7 @@ async fn silent_endpoint_breaks_response_after_idle_timeout() {
     }
 }
 
-/// D10: whoever carries it, and although bytes keep coming.
+/// D10: on every path, even while bytes keep arriving.
 #[tokio::test]
 async fn response_over_total_timeout_is_broken_off() {
     for mode in MODES {
@@ -221,7 +221,7 @@ async fn response_over_total_timeout_is_broken_off() {
     }
 }
 
-/// E6: in mid-response, whatever the framing and whoever carries it.
+/// E6: in the middle of a response, for every framing and path.
 #[tokio::test]
 async fn eviction_breaks_off_response() {
     for mode in MODES {
@@ -263,7 +263,7 @@ async fn picker_death_cuts_no_response() {
         let pool = epp_pool(&[server.addr], epp.addr, FailureMode::Closed);
         let agent = TestAgent::start(pool, mode, |_| {});
         for framing in FRAMINGS {
-            // More than all the buffers on the way hold, so the response cannot be over when the picker dies.
+            // Larger than all buffers in between, so that the response is incomplete when the picker dies.
             let pause = Some(Fault { after: 100_000, kind: FaultKind::StallMs(300) });
             let plan = Plan { fault: pause, pauses: None, ..trickle(framing, 32 << 20) };
             let mut client = Client::connect_with(agent.addr, Some(64 << 10)).await.unwrap();

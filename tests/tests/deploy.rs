@@ -1,5 +1,5 @@
-//! The files in `deploy/` against the agent: what they say about ports, paths, flags and times is what the agent does, and
-//! Kubernetes knows every field of the manifests.
+//! Checks the files in `deploy/` against the agent: ports, paths, flags and times match what the agent does, and Kubernetes
+//! knows every field of the manifests.
 
 use std::{collections::BTreeSet, fs, path::Path, process::Command, time::Duration};
 
@@ -16,7 +16,7 @@ use penstock_agent::{capability, config::Config};
 use penstock_tests::process::Process;
 use serde_json::Value;
 
-/// `penstock run`'s default.
+/// The default of `penstock run`.
 const CONFIG_PATH: &str = "/etc/penstock/penstock.toml";
 
 fn root() -> &'static Path {
@@ -35,7 +35,7 @@ fn documents() -> Vec<Value> {
     serde_saphyr::from_multiple(&read("deploy/daemonset.yaml")).expect("daemonset.yaml is YAML")
 }
 
-/// The only document of its kind, typed.
+/// The only document of its kind, as a typed resource.
 fn manifest<T: Resource + DeserializeOwned>() -> T {
     let mut of_kind = documents().into_iter().filter(|document| document["kind"] == T::KIND);
     let document = of_kind.next().unwrap_or_else(|| panic!("no {} in daemonset.yaml", T::KIND));
@@ -52,7 +52,7 @@ fn container() -> Container {
     container
 }
 
-/// What is in `source` and not the same in `typed`: types drop the fields they do not know.
+/// What `source` has and `typed` lacks or changes: typed resources drop unknown fields.
 fn lost(source: &Value, typed: &Value, path: &str, found: &mut Vec<String>) {
     match (source, typed) {
         (Value::Object(source), Value::Object(typed)) => {
@@ -204,7 +204,7 @@ fn container_has_minimal_capabilities_and_drops_root() {
     assert_eq!(unit("AmbientCapabilities"), [names(&capability::LOADING).join(" ")]);
 }
 
-/// `kubectl patch` merges containers by name, and the fields of a security context one by one; null removes one.
+/// `kubectl patch` merges containers by name and security contexts by field; null removes a field.
 #[test]
 fn privileged_patch_overrides_security_context() {
     let source: Value = serde_saphyr::from_str(&read("deploy/privileged.yaml")).expect("YAML");
@@ -238,14 +238,14 @@ fn stop_timeouts_exceed_drain_timeout() {
     assert_eq!(unit("KillSignal"), ["SIGTERM"]);
 }
 
-/// The values of a key of the systemd unit. The file is read once and kept.
+/// The values of a key in the systemd unit. The file is read once and cached.
 fn unit(key: &str) -> Vec<&'static str> {
     static UNIT: std::sync::LazyLock<String> = std::sync::LazyLock::new(|| read("deploy/penstock.service"));
     let values = UNIT.lines().filter_map(|line| line.split_once('='));
     values.filter(|(name, _)| *name == key).map(|(_, value)| value).collect()
 }
 
-/// Runs the agent's binary, as it is built for these tests.
+/// Runs the agent binary built for these tests.
 fn penstock(arguments: &[&str]) -> String {
     let binary = Process::binary("penstock").unwrap_or_else(|error| panic!("{error:#}"));
     let output = Command::new(binary).args(arguments).current_dir(root()).output().expect("penstock starts");
@@ -257,7 +257,7 @@ fn penstock(arguments: &[&str]) -> String {
 #[test]
 fn deployed_flags_and_configuration_are_valid() {
     penstock(&["check", "--config", "deploy/penstock.toml"]);
-    // With --help added, the command line is read and nothing is done; it also names the default.
+    // With --help, the command line is parsed and nothing runs; the help also names the default.
     assert!(penstock(&["run", "--config", CONFIG_PATH, "--help"]).contains(CONFIG_PATH));
     assert!(penstock(&["run", "--help"]).contains("PENSTOCK_LOG_FORMAT"));
     let env = container().env.expect("environment");
@@ -269,7 +269,7 @@ fn deployed_flags_and_configuration_are_valid() {
 fn systemd_unit_starts_agent_with_required_settings() {
     assert_eq!(unit("ExecStart"), [format!("/usr/local/bin/penstock run --config {CONFIG_PATH}")]);
     assert_eq!(unit("ExecStartPre"), [format!("/usr/local/bin/penstock check --config {CONFIG_PATH}")]);
-    // EX_USAGE, which the agent exits with when the configuration is wrong.
+    // EX_USAGE, the agent's exit code for an invalid configuration.
     assert_eq!(unit("RestartPreventExitStatus"), ["64"]);
     for key in ["AmbientCapabilities", "CapabilityBoundingSet"] {
         assert_eq!(unit(key), ["CAP_BPF CAP_NET_ADMIN CAP_PERFMON"], "{key}");
@@ -278,7 +278,7 @@ fn systemd_unit_starts_agent_with_required_settings() {
     assert!(files > 2 * config().listen.max_connections, "a client's and an endpoint's socket for each connection");
 }
 
-/// The instructions of the Dockerfile, each with its arguments.
+/// The instructions of the Dockerfile with their arguments.
 fn dockerfile() -> Vec<(String, String)> {
     let text = read("deploy/Dockerfile");
     let lines = text.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
@@ -330,7 +330,7 @@ fn dockerfile_xtask_commands_exist() {
         if words.next() != Some("xtask") {
             continue;
         }
-        // With --help added, the whole line is checked and nothing is done.
+        // With --help, the whole line is checked and nothing runs.
         let arguments: Vec<&str> = words.collect();
         let mut cargo = Command::new(env!("CARGO"));
         cargo.args(["run", "--quiet", "--package", "penstock-xtask", "--"]).args(&arguments).arg("--help");

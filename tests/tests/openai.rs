@@ -1,4 +1,4 @@
-//! A client that nobody wrote for us: Python's `openai` package against the agent, with a picker, the kernel steering.
+//! Runs Python's `openai` package against the agent with a picker and steering on.
 
 use std::{path::Path, process::Command, time::Duration};
 
@@ -11,7 +11,7 @@ use penstock_tests::{
     scripted_epp::{Endpoints, Production, ScriptedEpp},
 };
 
-/// The parts of `client.py`, in their order.
+/// The steps of `client.py`, in order.
 const PARTS: [&str; 8] =
     ["chat", "chat streamed", "text", "models", "errors", "kept connection", "abandoned", "20 streams at once"];
 
@@ -25,7 +25,7 @@ async fn openai_python_package_works() {
         (ModelServer::start(Options::default()).await.unwrap(), ModelServer::start(Options::default()).await.unwrap());
     let endpoints = [one.addr, two.addr];
     let epp = ScriptedEpp::start(Production::over(Endpoints::new(&endpoints))).await.unwrap();
-    // A port that was free a moment ago: nobody answers there.
+    // A port that was free a moment ago: connections to it are refused.
     let gone = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let agent = TestAgent::start(epp_pool(&endpoints, epp.addr, FailureMode::Closed), SteeringMode::Auto, |config| {
         let unpickable = epp_pool(&endpoints, gone, FailureMode::Closed);
@@ -43,7 +43,7 @@ async fn openai_python_package_works() {
 
     let mut command = Command::new(&python);
     command.arg(root.join("tests/tests/openai/client.py")).arg(format!("http://{}/v1", agent.addr));
-    // A proxy of this shell's is not for loopback.
+    // Proxy settings of the environment must not apply to loopback.
     command.env("NO_PROXY", "*");
     let mut client = Process::spawn(command).unwrap();
     let summary = client.line("all parts held", Duration::from_secs(60)).await.unwrap();
@@ -52,9 +52,8 @@ async fn openai_python_package_works() {
         client.output().iter().filter_map(|line| line.strip_prefix("ok ").map(str::to_owned)).collect();
     assert_eq!(held, PARTS, "{summary}");
 
-    // The kernel carried streams, and both endpoints served them. How many it carried depends on the machine: on a busy one a
-    // short stream is there whole before it could be steered.
-    // A stream is counted when the agent has taken its connections back, which may be after the client is done.
+    // Both endpoints served streams and some were steered. How many depends on the machine: on a busy one, a short stream arrives
+    // whole before it can be steered. The agent counts a stream after it reclaims the flow, which may be after the client is done.
     let streams = || agent.metric("penstock_flows_total", &["path=\"local\"", "reason=\"event_stream\""]);
     eventually(Duration::from_secs(10), || streams() >= 1.0).await;
     assert!(one.requests() > 0 && two.requests() > 0, "{} and {}", one.requests(), two.requests());

@@ -1,4 +1,4 @@
-//! A short run of what `cargo xtask soak` does for longer: every steering mode, every kind of traffic and of fault.
+//! A short run of `cargo xtask soak`: every steering mode, every kind of traffic and fault.
 
 use std::time::Duration;
 

@@ -1,5 +1,4 @@
-//! Every response arrives byte for byte on every path: whatever its framing and size, however it is cut into writes, and
-//! however slowly it is read.
+//! Every response arrives byte for byte on every path, for every framing, size, write pattern and reading speed.
 
 use std::time::Duration;
 
@@ -16,7 +15,7 @@ const SOON: Duration = Duration::from_secs(10);
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 
-/// Each scenario, on each path.
+/// Runs each scenario on each path.
 macro_rules! on_every_path {
     ($($scenario:ident)+) => {
         mod off { $(#[tokio::test] async fn $scenario() { super::$scenario(super::SteeringMode::Off).await; })+ }
@@ -37,7 +36,7 @@ on_every_path! {
     http10_clients_get_chunks_decoded
 }
 
-/// One response and how it is asked for and taken.
+/// One response, and how the client requests and reads it.
 #[derive(Debug)]
 struct Case {
     plan: Plan,
@@ -60,7 +59,7 @@ impl Case {
         Self { plan, head_only: false, reader: Reader::Fast }
     }
 
-    /// Cut and held up at random.
+    /// Writes in random pieces with random pauses.
     fn in_pieces(mut self, random: &mut Random) -> Self {
         let (seed, max) = (random.below(u64::MAX), 1 + self.plan.size / 10);
         self.plan.writes = Lengths::Random { seed, max };
@@ -83,13 +82,13 @@ impl Case {
         Request::new(method, "/test/body").header("x-test-plan", self.plan.header())
     }
 
-    /// Held up in the middle, so that the kernel has the flow when the rest comes.
+    /// Pauses in the middle, so that the flow is armed when the rest arrives.
     fn with_a_pause(mut self) -> Self {
         self.plan.fault = Some(Fault { after: self.plan.size / 2, kind: FaultKind::StallMs(100) });
         self
     }
 
-    /// Whether the kernel carries some of it: always (true), never (false), or as the timing has it.
+    /// Whether part of it is steered: always (true), never (false), or depending on timing (None).
     fn steered(&self, mode: SteeringMode) -> Option<bool> {
         let plan = &self.plan;
         let bodiless = self.head_only || plan.framing == Framing::None;
@@ -99,18 +98,18 @@ impl Case {
             return Some(false);
         }
         if small && mode == SteeringMode::Auto {
-            // What has come with the head does not count.
+            // Bytes that arrive with the head do not count.
             return (plan.size < 16 * KIB).then_some(false);
         }
-        // A message program sees the chunks of a write only as far as that lies in one piece of the kernel's memory.
+        // A message program sees the chunks of a write only up to the end of one contiguous piece of kernel memory.
         let unseen = plan.framing == Framing::Chunked && mode != SteeringMode::Ingress;
-        // What comes with the end of the stream is user space's, and of a small rest that may be all.
+        // Bytes that arrive with the end of the stream go through user space, which may be all of a short remainder.
         let with_end = plan.framing == Framing::UntilClose && plan.size <= 16 * KIB && mode != SteeringMode::Local;
         (plan.fault.is_some() && !unseen && !with_end).then_some(true)
     }
 }
 
-/// A server, an agent, and what has been exchanged.
+/// A server, an agent and counts of what has been exchanged.
 struct Rig {
     mode: SteeringMode,
     server: ModelServer,
@@ -124,14 +123,14 @@ impl Rig {
     async fn start(mode: SteeringMode) -> Self {
         let server = ModelServer::start(Options { idle_close: None, ..Options::default() }).await.unwrap();
         let agent = TestAgent::start(builtin_pool(&[server.addr]), mode, |config| {
-            // One pool of endpoint connections, so that it is known which one a request gets.
+            // One worker, so that every request uses the same pool of endpoint connections.
             config.listen.workers = 1;
             config.timeouts.endpoint_keep_alive = Duration::from_secs(60);
         });
         Self { mode, server, agent, responses: 0, wire: 0, steered: 0 }
     }
 
-    /// One response, compared; the agent's account of it must add up.
+    /// Exchanges and compares one response; the agent's counters must add up.
     async fn exchange(&mut self, client: &mut Client, case: &Case) -> Head {
         let what = format!("{:?} {case:?}", self.mode);
         client.send(&case.request()).await.unwrap();
@@ -156,7 +155,7 @@ impl Rig {
         head
     }
 
-    /// Bytes steered so far, once all responses so far are in the books.
+    /// Bytes steered so far, after all responses are counted.
     async fn books(&self) -> u64 {
         let count = |name, labels: &[&str]| self.agent.count(name, labels);
         eventually(SOON, || count("penstock_requests_total", &[]) == self.responses).await;
@@ -167,7 +166,7 @@ impl Rig {
         steered
     }
 
-    /// On a connection of its own.
+    /// Exchanges one response on a new connection.
     async fn alone(&mut self, case: &Case, rcvbuf: Option<usize>) {
         let mut client = Client::connect_with(self.agent.addr, rcvbuf).await.unwrap();
         self.exchange(&mut client, case).await;
@@ -218,7 +217,7 @@ async fn any_framing_size_and_write_pattern_is_exact(mode: SteeringMode) {
             }
         }
     }
-    // Each response came on the one connection to the endpoint, through the one connection of the client.
+    // Every response used the same endpoint connection and client connection.
     assert_eq!((rig.server.connections_accepted(), rig.server.requests()), (1, count));
     for size in [0, 1, 100, 16 * KIB, MIB] {
         for with_body in [false, true] {
@@ -288,7 +287,7 @@ async fn slow_and_stalled_clients_get_every_byte(mode: SteeringMode) {
     rig.report(seed);
 }
 
-/// The FIN shares a segment with data, or follows at once.
+/// The FIN arrives in the last data segment, or right after it.
 async fn last_bytes_with_fin_are_delivered(mode: SteeringMode) {
     let seed = Random::fresh_seed();
     let (mut random, mut rig) = (random(seed), Rig::start(mode).await);
@@ -305,7 +304,7 @@ async fn last_bytes_with_fin_are_delivered(mode: SteeringMode) {
             }
         }
     }
-    // A message that is framed is complete, whatever comes behind it.
+    // A framed message is complete whatever follows it.
     for framing in FRAMED {
         let mut case = Case::new(framing, 20_000, &mut random);
         (case.plan.cork, case.plan.after) = (true, After::SilentClose);
@@ -314,7 +313,7 @@ async fn last_bytes_with_fin_are_delivered(mode: SteeringMode) {
     rig.report(seed);
 }
 
-/// Longer than the agent lingers: what is queued then is the kernel's to deliver.
+/// The client stalls for longer than the agent lingers; the kernel delivers what is queued then.
 async fn client_stalled_before_orderly_close_gets_every_byte(mode: SteeringMode) {
     let seed = Random::fresh_seed();
     let (mut random, mut rig) = (random(seed), Rig::start(mode).await);
@@ -332,7 +331,7 @@ async fn client_stalled_before_orderly_close_gets_every_byte(mode: SteeringMode)
     rig.report(seed);
 }
 
-/// Decoding is user space's on every path.
+/// User space decodes chunks on every path.
 async fn http10_clients_get_chunks_decoded(mode: SteeringMode) {
     let seed = Random::fresh_seed();
     let (mut random, mut rig) = (random(seed), Rig::start(mode).await);
@@ -350,7 +349,7 @@ async fn http10_clients_get_chunks_decoded(mode: SteeringMode) {
     rig.report(seed);
 }
 
-/// D14: the span says who carried the body, and when its first byte came, which is before its last.
+/// D14: the span names the path of the body and the time of its first byte, which precedes its last.
 #[tokio::test]
 async fn span_reports_steered_bytes() {
     let (collector, server) =
@@ -369,6 +368,6 @@ async fn span_reports_steered_bytes() {
     let span = spans.iter().find(|span| span.name == "GET").unwrap();
     assert_eq!((span.get("penstock.carried_by"), span.get("penstock.reason")), ("ingress", "ok"));
     let (_, first_byte, _) = span.events[0];
-    // The endpoint's pause begins before anybody sees its first byte, so only most of it lies between that and the end.
+    // The endpoint's pause starts before its first byte is seen, so most of it, not all, lies between that byte and the end.
     assert!(span.begin < first_byte && first_byte + 200_000_000 <= span.end, "{span:?}");
 }

@@ -1,4 +1,4 @@
-//! A short run of what `cargo xtask stress` does for longer: every steering mode, everything else at random.
+//! A short run of `cargo xtask stress`: every steering mode, everything else random.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! Bodies that are refused: framing that is ambiguous or broken, too large, cut short, or not JSON where it should be.
+//! Rejected request bodies: ambiguous or broken framing, oversized, truncated, or invalid JSON.
 
 use crate::setting::{Setting, post, refused};
 
@@ -56,7 +56,7 @@ async fn oversized_bodies_return_413() {
     let rows = [
         refused(413, "body_too_large", post("content-length: 10001\r\n", "")).says("10000"),
         refused(413, "body_too_large", post("content-length: 18446744073709551615\r\n", "")),
-        // Not invited to send it.
+        // Rejected instead of invited with 100.
         refused(413, "body_too_large", post("expect: 100-continue\r\ncontent-length: 10001\r\n", "")),
         refused(413, "body_too_large", post("transfer-encoding: chunked\r\n", chunks.repeat(3))),
     ];

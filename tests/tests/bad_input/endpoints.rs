@@ -1,5 +1,4 @@
-//! Endpoints that misbehave: the client gets a whole error, or exactly the message, and the endpoint's connection is not used
-//! again.
+//! Misbehaving endpoints: the client gets a complete error or exactly the message, and the endpoint connection is not reused.
 
 use std::{
     net::SocketAddr,
@@ -35,7 +34,7 @@ enum Then {
     Reset,
 }
 
-/// Answers every request, which must have no body, with the same bytes.
+/// Answers every request with the same bytes. Requests must not have a body.
 struct Endpoint {
     addr: SocketAddr,
     accepted: Arc<AtomicU64>,
@@ -74,7 +73,7 @@ async fn serve(mut stream: TcpStream, answer: Vec<u8>, then: Then) {
     }
 }
 
-/// A request's head, and what came behind it; `None` at the end.
+/// Reads a request's head and the bytes after it; `None` at the end of the connection.
 async fn head(stream: &mut TcpStream) -> Option<(String, Vec<u8>)> {
     let mut bytes = Vec::new();
     loop {
@@ -153,7 +152,7 @@ async fn malformed_responses_return_502() {
         for &then in thens {
             let endpoint = Endpoint::start(answer.as_bytes(), then).await;
             let (_agent, mut client) = before(endpoint.addr).await;
-            // The client's connection is kept; the endpoint's is not.
+            // The client connection is kept; the endpoint connection is not.
             for accepted in 1..=2 {
                 let response = client.request(&echo()).await.unwrap();
                 assert_eq!((response.status(), error(&response).0.as_str()), (502, code), "{shown}");
@@ -164,8 +163,8 @@ async fn malformed_responses_return_502() {
     }
 }
 
-/// The head was right, and the body is not what it said: the client sees a message that is broken off, never a whole one, and
-/// nothing of it is taken for the next response.
+/// A valid head with a malformed body: the client sees a broken message, never a complete one, and no byte of it counts as part
+/// of the next response.
 #[tokio::test]
 async fn malformed_response_bodies_are_broken_off() {
     let next = "HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil";
@@ -200,7 +199,7 @@ async fn malformed_response_bodies_are_broken_off() {
         for accepted in 1..=2 {
             client.send(&echo()).await.unwrap();
             match client.head().await {
-                // What came of it is passed on as it is, or held back, and then the connection ends.
+                // What arrived is forwarded or held back; then the connection ends.
                 Ok(head) => {
                     assert_eq!(head.status, 200, "{shown}");
                     match client.read_body(Pace::Fast, |_| Ok(())).await {
@@ -222,7 +221,7 @@ async fn malformed_response_bodies_are_broken_off() {
     }
 }
 
-/// RFC 9110 §15.2: to HTTP/1.1 and not to HTTP/1.0. `100 Continue` is not for the client, whose body the agent has asked for itself.
+/// RFC 9110 §15.2: forwarded to HTTP/1.1 and not to HTTP/1.0. The agent consumes `100 Continue`, because it requested the body itself.
 #[tokio::test]
 async fn interim_responses_are_forwarded() {
     let interim = "HTTP/1.1 103 Early Hints\r\nlink: </a>\r\nconnection: x-hop\r\nx-hop: 1\r\nx-penstock-reason: no\r\n\r\n\
@@ -249,7 +248,7 @@ async fn interim_responses_are_forwarded() {
     assert_eq!(endpoint.accepted(), 1);
 }
 
-/// Many of them, and then the response.
+/// Many interim responses, then the final one.
 #[tokio::test]
 async fn many_interim_responses_are_forwarded() {
     let interim = "HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n".repeat(500);
@@ -260,7 +259,7 @@ async fn many_interim_responses_are_forwarded() {
     assert_eq!((response.status(), response.text().as_str(), response.interim.len()), (200, "hello", 500));
 }
 
-/// Answers each request with the same interim head again and again, with a pause between them if one is given.
+/// Answers each request with the same interim head repeatedly, with an optional pause between them.
 async fn endless(head: &'static str, pause: Option<Duration>) -> SocketAddr {
     let listener = TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let addr = listener.local_addr().unwrap();
@@ -280,7 +279,7 @@ async fn endless(head: &'static str, pause: Option<Duration>) -> SocketAddr {
     addr
 }
 
-/// Whether or not the client is told of them: their number and their size are bounded, and the worker serves others meanwhile.
+/// Their number and size are limited, whether the agent consumes them (100) or forwards them (103).
 #[tokio::test]
 async fn endless_interim_responses_return_502() {
     for head in ["HTTP/1.1 100 Continue\r\n\r\n", "HTTP/1.1 103 Early Hints\r\n\r\n"] {
@@ -298,7 +297,7 @@ async fn endless_interim_responses_return_502() {
     assert!(response.interim.len() <= 16, "{}", response.interim.len());
 }
 
-/// The time runs to the head of the final response.
+/// The timeout covers the wait for the head of the final response.
 #[tokio::test]
 async fn interim_responses_do_not_extend_first_byte_timeout() {
     let addr = endless("HTTP/1.1 103 Early Hints\r\n\r\n", Some(Duration::from_millis(20))).await;
@@ -325,7 +324,7 @@ async fn response_without_date_gets_one() {
     }
 }
 
-/// RFC 9110 §8.6: one length, in one field or in several.
+/// RFC 9110 §8.6: repeated lengths may be in one field or several.
 #[tokio::test]
 async fn repeated_equal_content_lengths_are_accepted() {
     for fields in ["content-length: 5, 5\r\n", "content-length: 5\r\nContent-Length: 5,05\r\n"] {
@@ -341,7 +340,7 @@ async fn repeated_equal_content_lengths_are_accepted() {
     }
 }
 
-/// RFC 9112 §6.3, the first rule: what has no body needs no framing, so a head whose framing is wrong is passed on without it.
+/// RFC 9112 §6.3, rule 1: a response without a body needs no framing, so invalid framing fields are dropped.
 #[tokio::test]
 async fn bodiless_response_with_unclear_framing_is_forwarded() {
     let fields = [
@@ -355,7 +354,7 @@ async fn bodiless_response_with_unclear_framing_is_forwarded() {
             let answer = format!("HTTP/1.1 {status}\r\netag: \"a\"\r\n{fields}\r\n");
             let endpoint = Endpoint::start(answer.as_bytes(), Then::Keep).await;
             let (_agent, mut client) = before(endpoint.addr).await;
-            // The endpoint's connection is not trusted a second time.
+            // The endpoint connection is not reused.
             for accepted in 1..=2 {
                 let response = client.request(&Request::new(method, "/test/echo")).await.unwrap();
                 assert_eq!((response.read.len, response.header("etag")), (0, Some("\"a\"")), "{answer}");
@@ -368,7 +367,7 @@ async fn bodiless_response_with_unclear_framing_is_forwarded() {
     }
 }
 
-/// The answer to HEAD has no body, whatever it says and whatever comes behind it.
+/// A response to HEAD has no body, whatever its head says and whatever bytes follow.
 #[tokio::test]
 async fn bytes_after_head_response_are_dropped() {
     for fields in ["content-length: 5\r\n", "transfer-encoding: chunked\r\n", ""] {
@@ -413,7 +412,7 @@ async fn bytes_after_message_are_dropped() {
         }
         assert_eq!(client.surplus(), b"");
     }
-    // Without a body there is nothing in front of them.
+    // A bodiless response: the surplus follows the head directly.
     for answer in ["HTTP/1.1 204 No Content\r\n\r\nevil", "HTTP/1.1 304 Not Modified\r\ncontent-length: 4\r\n\r\nevil"]
     {
         let endpoint = Endpoint::start(answer.as_bytes(), Then::Keep).await;
@@ -425,7 +424,7 @@ async fn bytes_after_message_are_dropped() {
     }
 }
 
-/// A kept connection that the endpoint closes under the next request: the whole body goes out again, from the file.
+/// The endpoint closes a kept connection under the next request: the agent sends the whole body again from the spill file.
 #[tokio::test]
 async fn spilled_body_is_retried_whole() {
     let body = Alphabet::Binary.bytes(4, 0, 3 << 20);

@@ -1,11 +1,11 @@
-//! The agent's own answers in the form that was asked for, each with the reason.
+//! The agent's error responses in the requested format, each with its reason.
 
 use penstock_agent::config::ErrorFormat;
 use penstock_tests::{Request, client::Response};
 
 use crate::setting::{Setting, closed, error, post};
 
-/// Malformed JSON.
+/// A request with malformed JSON.
 fn bad(accept: Option<&str>) -> Request {
     let request = Request::post("/test/echo", "{").header("content-type", "application/json");
     accept.into_iter().fold(request, |request, accept| request.header("accept", accept))
@@ -41,7 +41,7 @@ async fn accept_header_selects_json_or_text() {
     }
 }
 
-/// Where the head cannot be read there is no Accept.
+/// An unreadable head carries no Accept.
 #[tokio::test]
 async fn malformed_head_gets_configured_format() {
     for (format, kind) in [(ErrorFormat::OpenAi, "application/json"), (ErrorFormat::Plain, "text/plain; charset=utf-8")]
@@ -55,7 +55,7 @@ async fn malformed_head_gets_configured_format() {
     }
 }
 
-/// Anthropic's clients read another shape; the reason is in the field.
+/// Anthropic clients expect another shape; the reason is in the header.
 #[tokio::test]
 async fn messages_api_errors_have_anthropic_shape() {
     let setting = Setting::start(|config| config.limits.body_bytes = 100).await;
@@ -86,14 +86,14 @@ async fn messages_api_errors_have_anthropic_shape() {
                 assert_eq!(body["error"]["code"], reason, "{path}");
             }
         }
-        // A head that is refused has its path all the same.
+        // A rejected head still has a usable path.
         let (response, _) = setting.answer(format!("POST {path} HTTP/1.1\r\n\r\n").as_bytes()).await;
         let body: serde_json::Value = response.json().unwrap();
         assert_eq!((response.header("x-penstock-reason"), body["type"] == "error"), (Some("host_missing"), anthropic));
     }
 }
 
-/// HEAD has the reason too, if no body.
+/// An error response to HEAD carries the reason header without a body.
 #[tokio::test]
 async fn head_request_error_carries_reason_header() {
     let setting = Setting::start(|config| config.limits.body_bytes = 10).await;

@@ -1,4 +1,4 @@
-//! Heads that are refused: the connection is closed, because where the next request begins is unknown.
+//! Rejected request heads. The connection closes, because the start of the next request is unknown.
 
 use crate::setting::{Setting, get, post, refused};
 
@@ -36,7 +36,7 @@ async fn malformed_request_lines_are_rejected() {
         refused(400, "host_mismatch", line("GET http://other/ HTTP/1.1")).says("other"),
         refused(400, "host_mismatch", line("GET http://x:81/ HTTP/1.1")),
         refused(400, "blank_lines", "\r\n".repeat(5)),
-        // What a client sends that speaks TLS here.
+        // A TLS client on the plain port.
         refused(400, "control_character", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"),
     ]);
     Setting::start(|_| {}).await.refuses(rows).await;

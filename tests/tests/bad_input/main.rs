@@ -1,5 +1,5 @@
-//! What a client or an endpoint can get wrong, and what is unusual and right: every fault is answered with its status and
-//! code, nothing of it reaches the other side, and connections that were open before do not notice.
+//! Invalid and unusual input from clients and endpoints. Every fault gets its status and code, none of it reaches the other
+//! side, and other connections are unaffected.
 
 mod bodies;
 mod endpoints;

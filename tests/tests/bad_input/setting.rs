@@ -1,5 +1,5 @@
-//! An agent in front of one model server, with two clients that are there before the faults: one in the middle of an endless
-//! response, one that keeps its connection.
+//! An agent in front of one model server, with two bystander clients connected beforehand: one in the middle of an endless
+//! response, one idle on a kept connection.
 
 use penstock_agent::config::{Config, SteeringMode};
 use penstock_tests::{
@@ -17,14 +17,14 @@ pub(crate) struct Setting {
     kept: Client,
 }
 
-/// A request that is refused.
+/// A request that the agent rejects.
 pub(crate) struct Refused {
     wire: Vec<u8>,
     status: u16,
     code: &'static str,
-    /// Part of the message.
+    /// Expected part of the error message.
     says: &'static str,
-    /// The client shuts its sending side down behind it.
+    /// The client shuts down its sending side after the request.
     finish: bool,
 }
 
@@ -42,19 +42,19 @@ impl Refused {
     }
 }
 
-/// A GET with these field lines behind its Host.
+/// A GET with these fields after its Host.
 pub(crate) fn get(fields: &str) -> Vec<u8> {
     format!("GET /test/echo HTTP/1.1\r\nhost: x\r\n{fields}\r\n").into_bytes()
 }
 
-/// A POST with these field lines behind its Host, and what follows the head.
+/// A POST with these fields after its Host, followed by `body`.
 pub(crate) fn post(fields: &str, body: impl AsRef<[u8]>) -> Vec<u8> {
     let mut wire = format!("POST /test/echo HTTP/1.1\r\nhost: x\r\n{fields}\r\n").into_bytes();
     wire.extend_from_slice(body.as_ref());
     wire
 }
 
-/// The `code` and the message of an error in the shape of OpenAI's.
+/// The `code` and message of an error in OpenAI's shape.
 pub(crate) fn error(response: &Response) -> (String, String) {
     assert_eq!(response.header("content-type"), Some("application/json"), "{response:?}");
     let body: serde_json::Value = response.json().unwrap();
@@ -64,7 +64,7 @@ pub(crate) fn error(response: &Response) -> (String, String) {
     (text("code"), text("message"))
 }
 
-/// Nothing more comes, and the connection is closed in order.
+/// Asserts that the connection ends with an orderly close and no further bytes.
 pub(crate) async fn closed(client: &mut Client) {
     assert_eq!(client.until_end().await.unwrap(), ConnectionEnd::Fin);
     assert!(client.surplus().is_empty(), "{}", client.surplus().escape_ascii());
@@ -95,7 +95,7 @@ impl Setting {
         Client::connect(self.agent.addr).await.unwrap()
     }
 
-    /// Both of the first clients are served as if nothing had happened.
+    /// Asserts that both bystanders are served normally.
     pub(crate) async fn unharmed(&mut self) {
         let Piece::Data(data) = self.stream.piece(usize::MAX).await.unwrap() else { panic!("the stream has ended") };
         self.checker.feed(&data).unwrap();
@@ -105,12 +105,12 @@ impl Setting {
         plan.checker().feed(&response.body).unwrap();
     }
 
-    /// What the endpoint has seen: connections, requests, bytes that made no request.
+    /// What the endpoint has seen: connections, requests, and bytes that formed no request.
     pub(crate) fn reached(&self) -> (u64, u64, u64) {
         (self.server.connections_accepted(), self.server.requests(), self.server.uploads_broken())
     }
 
-    /// Each is answered with its error, and closed; nothing of it is forwarded; the others go on.
+    /// Sends each request: each gets its error and a close, nothing is forwarded, and the bystanders are unaffected.
     pub(crate) async fn refuses(&mut self, rows: impl IntoIterator<Item = Refused>) {
         for row in rows {
             let shown = row.wire[..row.wire.len().min(300)].escape_ascii().to_string();
@@ -133,7 +133,7 @@ impl Setting {
         }
     }
 
-    /// Sends what is right and unusual; all that follows on the connection is up to the caller.
+    /// Sends valid but unusual bytes and returns the response with the connection.
     pub(crate) async fn answer(&self, wire: &[u8]) -> (Response, Client) {
         let mut client = self.client().await;
         client.send_raw(wire).await.unwrap();

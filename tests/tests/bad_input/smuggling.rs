@@ -1,23 +1,23 @@
-//! Requests that two readers might cut differently: the known tricks, each with its answer, and with what the endpoint behind
-//! the agent got of it: nothing, or exactly one well-formed request, and never the one hidden inside.
+//! Request smuggling: requests that two parsers might delimit differently, each with the agent's response and what the endpoint
+//! received: nothing, or exactly one well-formed request, never the hidden one.
 
 use penstock_tests::{content::Fnv, model_server::Echo};
 
 use crate::setting::{Setting, closed, error, get, post};
 
-/// What is hidden in the rows.
+/// The request hidden in the test cases.
 const HIDDEN: &str = "GET /smuggled HTTP/1.1\r\nhost: x\r\n\r\n";
 const ENCODING: &str = "transfer-encoding: chunked\r\n";
 
-/// What a trick comes to.
+/// The expected result of a trick.
 enum Comes {
-    /// Nothing, and the client is told so; the connection closes.
+    /// Rejected with this status and code; nothing is forwarded and the connection closes.
     To(u16, &'static str),
-    /// One request with this body, and the connection is good for the next.
+    /// One request with this body; the connection stays usable.
     Whole(Vec<u8>),
-    /// One request with this body, and then the connection closes without an answer to what follows.
+    /// One request with this body; then the connection closes without a response to the rest.
     Last(Vec<u8>),
-    /// One request with this body, and an error for what follows.
+    /// One request with this body, then this error for the rest.
     Then(Vec<u8>, u16, &'static str),
 }
 
@@ -37,12 +37,12 @@ fn length(bytes: usize) -> String {
     format!("content-length: {bytes}\r\n")
 }
 
-/// The hidden request behind the last chunk, for a reader who goes by that.
+/// The hidden request after the last chunk, for a parser that follows the chunks.
 fn after_last() -> String {
     format!("0\r\n\r\n{HIDDEN}")
 }
 
-/// The hidden request in a chunk, for a reader who goes by the length.
+/// The hidden request inside a chunk, for a parser that follows the length.
 fn in_chunk() -> String {
     format!("{:x}\r\n{HIDDEN}\r\n0\r\n\r\n", HIDDEN.len())
 }
@@ -69,7 +69,7 @@ async fn plays(tricks: impl IntoIterator<Item = Trick>) {
         assert_eq!(response.status(), 200, "{what}");
         match then {
             None => {
-                // The next request is read where it begins.
+                // The next request is read from its correct start.
                 client.send_raw(&post("x-next: 1\r\ncontent-length: 0\r\n", "")).await.unwrap();
                 assert_eq!(
                     client.response().await.unwrap().json::<Echo>().unwrap().header("x-next"),
@@ -97,7 +97,7 @@ async fn plays(tricks: impl IntoIterator<Item = Trick>) {
     assert!(setting.server.seen().iter().all(|seen| !seen.target.contains("smuggled")));
 }
 
-/// Origin form, one Host, at most one length and no coding, no field of the agent's own from the client, no trailers.
+/// Origin form, one Host, at most one length, no coding, no agent-internal fields from the client, no trailers.
 fn is_well_formed(seen: &Echo, body: &[u8], what: &str) {
     assert_eq!(seen.target, "/test/echo", "{what}");
     assert_eq!((seen.body_length, seen.body_hash), (body.len() as u64, Fnv::of(body).value()), "{what}");
@@ -113,7 +113,7 @@ fn is_well_formed(seen: &Echo, body: &[u8], what: &str) {
     assert_eq!(seen.trailers, [], "{what}");
 }
 
-/// CL.TE, TE.CL and CL.CL, whichever field comes first.
+/// CL.TE, TE.CL and CL.CL, in either field order.
 #[tokio::test]
 async fn conflicting_lengths_are_rejected() {
     let (n, behind) = (HIDDEN.len(), after_last().len());
@@ -137,7 +137,7 @@ async fn conflicting_lengths_are_rejected() {
     plays(heads.iter().flat_map(|head| bodies.iter().map(move |body| row(head, body)))).await;
 }
 
-/// TE.TE: a coding that one reader takes for chunked and another does not.
+/// TE.TE: a coding that only one of two parsers takes for chunked.
 #[tokio::test]
 async fn obfuscated_chunked_codings_are_rejected() {
     let rows = [
@@ -181,7 +181,7 @@ async fn obfuscated_chunked_codings_are_rejected() {
     });
     let old = format!("POST /test/echo HTTP/1.0\r\nhost: x\r\n{ENCODING}\r\n{}", after_last());
     let old = trick("in HTTP/1.0", old, To(400, "transfer_encoding_in_http10"));
-    // One reading only: chunked, or a field that is none of HTTP's and does not go on.
+    // Unambiguous: chunked, or a field unknown to HTTP that is not forwarded.
     let chunk = in_chunk();
     let taken = [
         trick("blanks and capitals", post("transfer-encoding: \tCHUNKED \r\n", &chunk), Whole(HIDDEN.into())),
@@ -248,13 +248,13 @@ async fn nonnumeric_lengths_are_rejected() {
         ),
         trick("an underscore", post(&format!("{}content_length: 0\r\n", length(n)), HIDDEN), Whole(HIDDEN.into())),
         trick("with GET", [get(&length(n)), HIDDEN.into()].concat(), Whole(HIDDEN.into())),
-        // Without any there is no body: what looks like one is the next request, and is none.
+        // Without a length there is no body: the bytes are read as the next request, which is malformed.
         trick("none", post("", format!("x\r\n{HIDDEN}")), Then(Vec::new(), 400, "request_line")),
     ]);
     plays(rows).await;
 }
 
-/// Sizes, extensions, line ends and trailers of chunks.
+/// Chunk sizes, extensions, line ends and trailers.
 #[tokio::test]
 async fn malformed_chunks_are_rejected() {
     let n = HIDDEN.len();
@@ -318,7 +318,7 @@ async fn malformed_chunks_are_rejected() {
     plays(rows).await;
 }
 
-/// Whom a request is for.
+/// Conflicting statements of the host.
 #[tokio::test]
 async fn conflicting_hosts_are_rejected() {
     let request = |target: &str, fields: &str| format!("GET {target} HTTP/1.1\r\n{fields}\r\n");

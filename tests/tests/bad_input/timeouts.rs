@@ -22,7 +22,7 @@ use crate::setting::{Setting, closed, echo, error, post};
 const SHORT: Duration = Duration::from_millis(300);
 const SOON: Duration = Duration::from_secs(10);
 
-/// The bystanders are kept longer than any of these.
+/// The bystanders must outlive every timeout in these tests.
 async fn setting() -> Setting {
     Setting::start(|config| {
         config.timeouts.head = Some(SHORT);
@@ -31,7 +31,7 @@ async fn setting() -> Setting {
     .await
 }
 
-/// Waits for the answer, which is 408 after the time and not before.
+/// Waits for the 408, which must not arrive before the timeout.
 async fn times_out(client: &mut Client, since: Instant, code: &str) {
     let response = client.response().await.unwrap();
     assert_eq!((response.status(), error(&response).0.as_str()), (408, code));
@@ -59,7 +59,7 @@ async fn slow_heads_and_bodies_return_408() {
         client.send_raw(wire).await.unwrap();
         times_out(&mut client, begin, code).await;
     }
-    // Bytes that trickle in gain no time: the answer comes while they do.
+    // Trickling bytes do not extend the timeout: the response arrives while they are sent.
     for (begun, code) in [(b"GET /".to_vec(), "head_timeout"), (post("content-length: 9999\r\n", ""), "body_timeout")] {
         let (mut reader, mut writer) = TcpStream::connect(setting.agent.addr).await.unwrap().into_split();
         writer.write_all(&begun).await.unwrap();
@@ -102,13 +102,13 @@ async fn idle_connections_are_closed_without_response() {
         assert_eq!(client.request(&echo()).await.unwrap().status(), 200);
     }
     closed(&mut client).await;
-    // An empty line behind a body is no request either.
+    // An empty line after a body does not start a request.
     let (response, mut client) = setting.answer(&post("content-length: 5\r\n", "hello\r\n")).await;
     assert_eq!(response.status(), 200);
     closed(&mut client).await;
 }
 
-/// D10: a client that is over its time elsewhere tells how long the others have waited.
+/// D10: waits until a reference client times out to know how long the others have waited.
 #[tokio::test]
 async fn disabled_timeouts_never_expire() {
     let setting = Setting::start(|config| {
@@ -164,7 +164,7 @@ async fn unreachable_endpoint_returns_504() {
     let reasons = ["reason=\"connect_timeout\"", "status=\"504\""];
     eventually(SOON, || agent.count("penstock_requests_total", &reasons) == 2).await;
 
-    // Off, it is the request's time that ends it.
+    // With the connect timeout off, the request timeout ends it.
     let (_agent, mut client) = before(deaf.addr, |config| {
         (config.timeouts.connect, config.timeouts.request) = (None, Some(SHORT));
     })
@@ -173,7 +173,7 @@ async fn unreachable_endpoint_returns_504() {
     assert_eq!((response.status(), error(&response).0.as_str()), (504, "request_timeout"));
 }
 
-/// D10: the whole of a request, in each phase before its response.
+/// D10: the total timeout in each phase before the response.
 #[tokio::test]
 async fn request_over_total_timeout_is_ended() {
     let server = ModelServer::start(Options::default()).await.unwrap();
@@ -182,13 +182,13 @@ async fn request_over_total_timeout_is_ended() {
         config.timeouts.request = Some(SHORT);
     })
     .await;
-    // A head is a part of it.
+    // The request head counts.
     let mut slow = Client::connect(agent.addr).await.unwrap();
     let begin = Instant::now();
     slow.send_raw(b"GET /test/echo HTTP/1.1\r\n").await.unwrap();
     times_out(&mut slow, begin, "head_timeout").await;
 
-    // So is a body: the rest of it is not there, and the connection closes.
+    // The request body counts: the rest of it is missing, so the connection closes.
     let mut slow = Client::connect(agent.addr).await.unwrap();
     let begin = Instant::now();
     slow.send_raw(&post("content-length: 10\r\n", "hello")).await.unwrap();
@@ -199,7 +199,7 @@ async fn request_over_total_timeout_is_ended() {
     closed(&mut slow).await;
     assert_eq!(server.requests(), 0);
 
-    // And the endpoint's thinking: it is broken off there, and the client's connection goes on.
+    // Waiting for the endpoint counts: the endpoint request is aborted and the client connection stays usable.
     let head = HeadWrites { split_at: Some(0), pause_us: 60_000_000, ..HeadWrites::default() };
     for turn in 1..=2 {
         let response = client.request(&Plan { head, ..Plan::default() }.request()).await.unwrap();
@@ -210,15 +210,15 @@ async fn request_over_total_timeout_is_ended() {
     let reasons = ["reason=\"request_timeout\"", "status=\"504\""];
     eventually(SOON, || agent.count("penstock_requests_total", &reasons) == 3).await;
 
-    // Each request of a connection has a time of its own.
+    // Each request of a connection has its own total timeout.
     let begin = Instant::now();
     while begin.elapsed() < 2 * SHORT {
         assert_eq!(client.request(&echo()).await.unwrap().status(), 200);
     }
 }
 
-/// A client that has shut its sending side down cannot be told from one that has left, so its request is given up
-/// (`ClientSocket::gone`); what it costs is clients that half-close and wait.
+/// A half-closed client cannot be told from one that has left, so its request ends (`ClientSocket::gone`). The cost: clients
+/// that half-close and wait get no response.
 #[tokio::test]
 async fn half_closed_client_ends_its_request() {
     let mut setting = setting().await;
@@ -231,7 +231,7 @@ async fn half_closed_client_ends_its_request() {
     client.finish().await.unwrap();
     closed(&mut client).await;
     eventually(SOON, || setting.server.aborted() == 1).await;
-    // Its endpoint connection is closed and not kept.
+    // The endpoint connection is closed, not kept.
     eventually(SOON, || setting.server.connections_open() <= open).await;
     eventually(SOON, || setting.agent.metric("penstock_client_connections", &[]) <= 2.0).await;
     setting.unharmed().await;

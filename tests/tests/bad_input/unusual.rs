@@ -1,4 +1,4 @@
-//! What is unusual and right: answered, and carried to the endpoint byte for byte.
+//! Unusual but valid requests: answered, and forwarded byte for byte.
 
 use penstock_tests::{
     Alphabet, BodyEnd, Plan,
@@ -35,7 +35,7 @@ async fn pipelined_requests_are_answered_in_order() {
     assert_eq!((response.status(), error(&response).0.as_str()), (400, "request_line"));
     closed(&mut client).await;
 
-    // The last one asks for the close: what lies behind it is not answered.
+    // The last request asks for close: bytes after it are not answered.
     let (response, mut client) = setting.answer(&[get("connection: close\r\n"), get("")].concat()).await;
     assert_eq!((response.status(), response.header("connection")), (200, Some("close")));
     closed(&mut client).await;
@@ -54,7 +54,7 @@ async fn expect_100_continue_gets_continue() {
         let seen: Echo = response.json().unwrap();
         assert_eq!((response.interim.len(), seen.body_length, seen.header("expect")), (0, 5, None));
     }
-    // Nothing to wait for: no body, or it is here already, or the client is too old to know.
+    // No wait needed: the body is empty or already here, or the client speaks HTTP/1.0.
     for wire in [
         get("expect: 100-continue\r\n"),
         post("expect: 100-continue\r\ncontent-length: 0\r\n", ""),
@@ -80,7 +80,7 @@ async fn unusual_request_lines_are_accepted() {
     }
 }
 
-/// RFC 9110 §6.5: they follow the body, without those that mean nothing there or would mislead.
+/// RFC 9110 §6.5: trailers follow the body, except those that are invalid or misleading there.
 #[tokio::test]
 async fn request_trailers_are_forwarded() {
     let setting = Setting::start(|_| {}).await;
@@ -94,9 +94,9 @@ async fn request_trailers_are_forwarded() {
     let pairs = [("x-sum", "1"), ("x-sum", "2"), ("digest", "a=b")];
     assert_eq!(seen.trailers, pairs.map(|(name, value)| (name.to_owned(), value.to_owned())));
     assert_eq!((seen.header("content-length"), seen.header("authorization")), (None, None));
-    // And the connection goes on.
+    // The connection stays usable.
     assert_eq!(client.request(&echo()).await.unwrap().status(), 200);
-    // Without trailers that may follow a body, its length is declared.
+    // Without trailers, the agent declares the body's length.
     let wire = post("transfer-encoding: chunked\r\n", "3\r\nabc\r\n0\r\nhost: evil\r\n\r\n");
     let (response, _) = setting.answer(&wire).await;
     let seen: Echo = response.json().unwrap();
@@ -119,7 +119,7 @@ async fn options_max_forwards_is_decremented() {
     let counted = || setting.agent.count("penstock_requests_total", &["reason=\"max_forwards\""]);
     eventually(std::time::Duration::from_secs(10), || counted() == 1).await;
     assert_eq!(client.request(&echo()).await.unwrap().status(), 200);
-    // Of other methods it means nothing.
+    // Other methods ignore the field.
     let (response, _) = setting.answer(&get("max-forwards: 0\r\n")).await;
     assert_eq!(response.json::<Echo>().unwrap().header("max-forwards"), Some("0"));
 }
@@ -139,7 +139,7 @@ async fn http10_requests_are_served() {
     let old = |plan: &Plan, fields: &str| {
         format!("GET /test/body HTTP/1.0\r\n{fields}x-test-plan: {}\r\n\r\n", plan.header()).into_bytes()
     };
-    // Nobody has named a host, and servers of HTTP/1.1 refuse an empty one.
+    // The request has no host, and HTTP/1.1 servers reject an empty one.
     let address = setting.server.addr.to_string();
     for host in ["", "host:\r\n", "host: \r\n"] {
         let (response, _) = setting.answer(format!("GET /test/echo HTTP/1.0\r\n{host}\r\n").as_bytes()).await;
@@ -157,7 +157,7 @@ async fn http10_requests_are_served() {
     client.send_raw(&kept).await.unwrap();
     plan.checker().feed(&client.response().await.unwrap().body).unwrap();
 
-    // It knows no chunks: decoded, and ended by the close, whatever was asked for.
+    // HTTP/1.0 has no chunks: the body is decoded and ended by the close, whatever the request asked for.
     let trailers = vec![("x-trailer".to_owned(), "1".to_owned())];
     let chunked = Plan { framing: Framing::Chunked, size: 100_000, trailers, ..plan };
     let (response, mut client) = setting.answer(&old(&chunked, "connection: keep-alive\r\n")).await;
@@ -189,7 +189,7 @@ async fn bodiless_responses_are_forwarded() {
     }
     let plan = Plan { size: 1000, interim: vec![103, 100, 103], ..Plan::default() };
     let response = client.request(&plan.request()).await.unwrap();
-    // The agent has asked for the body itself, so that 100 is not the client's.
+    // The agent requests the body itself, so the client gets no 100.
     assert_eq!((response.status(), response.interim.len(), response.read.len), (200, 2, 1000));
     let response =
         client.request(&Plan { framing: Framing::UntilClose, after: After::KeepAlive, ..plan }.request()).await;
@@ -230,7 +230,7 @@ async fn request_bodies_are_forwarded_unchanged() {
             assert_eq!((seen.header("content-type"), seen.header("transfer-encoding")), (Some(kind), None));
         }
     }
-    // More than is kept in memory.
+    // Larger than the in-memory limit.
     let large = Alphabet::Binary.bytes(3, 0, 3 << 20);
     arrives(&mut client, Request::post("/test/echo", large.clone()), &large).await;
     arrives(&mut client, Request::new("PUT", "/test/echo").chunked(large.clone(), 5000), &large).await;
