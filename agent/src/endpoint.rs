@@ -1,4 +1,4 @@
-//! The model servers of a pool: which there are and how they are, and the connections to them: dialling, keeping, reading.
+//! The endpoints of a pool: discovery, health, and the connections to them.
 
 pub mod body;
 pub mod budget;

@@ -1,6 +1,6 @@
-//! The body of a response as its payload, whatever the endpoint speaks: pieces in order, then the trailers.
+//! A response body as payload pieces in order, followed by the trailers, over HTTP/1.1 or HTTP/2.
 //!
-//! For deliveries that cannot keep the endpoint's bytes as they are, because HTTP/2 is spoken on one side.
+//! Used if the endpoint's bytes cannot be passed on unchanged, because one side speaks HTTP/2.
 
 use std::io;
 
@@ -13,25 +13,25 @@ use penstock_common::framing::Framing;
 use super::{connection::EndpointConnection, http2::Stream, sending::Sending};
 use crate::http::{frames::CutReason, trailers};
 
-/// Largest piece.
+/// Size of the read buffer, and so of the largest piece.
 const READ: usize = 64 * 1024;
 
 pub enum ResponseBody {
     Http1 {
         connection: EndpointConnection,
-        /// From the first byte of `pending` on.
+        /// The state of the framing at the first byte of `pending`.
         framing: Framing,
-        /// Read and not yet used.
+        /// Bytes that were read and not yet used.
         pending: BytesMut,
     },
     Http2 {
-        /// `None`: there is none, whatever the endpoint sends.
+        /// `None` if the response has no body, whatever the endpoint sends.
         body: Option<Incoming>,
         /// Kept as long as the body.
         stream: Stream,
-        /// The request, which may still be on its way.
+        /// The request, which may still be sent.
         sending: Sending,
-        /// Of the request's body, where it has one.
+        /// Tells the request's body why it is cut; `None` if the request has no body.
         cut: Option<CutReason>,
     },
 }
@@ -48,7 +48,7 @@ fn broken(what: &'static str) -> io::Error {
 }
 
 impl ResponseBody {
-    /// The request, if it is still on its way.
+    /// The request, if it has not been sent completely.
     pub fn sending(&self) -> Option<Sending> {
         let sending = match self {
             Self::Http1 { connection, .. } => connection.sending(),
@@ -57,7 +57,7 @@ impl ResponseBody {
         sending.filter(|sending| !sending.is_sent()).cloned()
     }
 
-    /// Nothing follows the head.
+    /// Whether the body has ended.
     pub fn is_done(&self) -> bool {
         match self {
             Self::Http1 { framing, .. } => framing.is_done(),
@@ -65,8 +65,8 @@ impl ResponseBody {
         }
     }
 
-    /// The next piece. An error when the endpoint closes inside the message or sends what is none. Not to be called after the
-    /// end. `section`: what has been read of the trailers, kept by the caller between calls. Cancel-safe.
+    /// Returns the next piece. Fails if the endpoint closes inside the message or sends invalid framing. Must not be called after
+    /// the end. `section` holds the trailers read so far; the caller keeps it between calls. Cancel-safe.
     pub async fn next(&mut self, section: &mut BytesMut) -> io::Result<Piece> {
         match self {
             Self::Http1 { connection, framing, pending } => loop {
@@ -75,7 +75,7 @@ impl ResponseBody {
                     let (taken, payload) = framing.next(pending);
                     let is_payload = payload.is_some();
                     if framing.is_invalid() {
-                        return Err(broken("the endpoint's chunks are malformed"));
+                        return Err(broken("the endpoint sent malformed chunks"));
                     }
                     let taken = pending.split_to(taken);
                     if is_payload {
@@ -88,13 +88,13 @@ impl ResponseBody {
                 }
                 pending.reserve(READ);
                 if connection.read(pending).await? == 0 {
-                    // The end of the connection is the end of the message, or it breaks it.
+                    // The close ends a body that is framed by it, and cuts any other.
                     let whole = framing.may_close();
                     *framing = Framing::none();
                     return if whole {
                         Ok(Piece::End(HeaderMap::new()))
                     } else {
-                        Err(broken("the endpoint closed early"))
+                        Err(broken("the endpoint closed before the end of the body"))
                     };
                 }
             },

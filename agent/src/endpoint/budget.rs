@@ -1,7 +1,7 @@
-//! How many requests of a pool may be sent again, so that retries do not become the load that brings down what is left.
+//! Limits the retries of a pool, so that retries cannot overload the remaining endpoints.
 //!
-//! Counted over the last ten seconds, a slot for each: what may be sent again is a part of the requests, and a number a second
-//! besides. All workers share it. Time is passed in.
+//! Over the last ten seconds, counted in one slot per second, retries may be a percentage of the requests plus a fixed number per
+//! second. All workers share the budget. Time is passed in.
 
 use std::time::Instant;
 
@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 
 use crate::config::Retry;
 
-/// Seconds that are looked back on.
+/// Seconds over which requests and retries are counted.
 const WINDOW: usize = 10;
 
 #[derive(Debug)]
@@ -22,7 +22,7 @@ pub struct RetryBudget {
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Slot {
-    /// Since the beginning. What another second left here does not count any more.
+    /// The second since `begin` that this slot counts. A slot is reset when it is reused for another second.
     second: u64,
     requests: u64,
     retries: u64,
@@ -38,13 +38,13 @@ impl RetryBudget {
         }
     }
 
-    /// A request begins.
+    /// Counts a request.
     pub fn request(&self, now: Instant) {
         let second = self.second(now);
         slot(&mut self.slots.lock(), second).requests += 1;
     }
 
-    /// Whether one may be sent again, which is counted if so.
+    /// Returns whether a retry is allowed, and counts it if so.
     pub fn retry(&self, now: Instant) -> bool {
         let second = self.second(now);
         let mut slots = self.slots.lock();
@@ -83,13 +83,13 @@ mod tests {
         (RetryBudget::new(&rules, now), move |second| now + Duration::from_secs(second))
     }
 
-    /// How many retries are let through at that moment.
+    /// How many retries are allowed at `now`.
     fn granted(budget: &RetryBudget, now: Instant) -> usize {
         (0..1000).filter(|_| budget.retry(now)).count()
     }
 
     #[test]
-    fn a_part_of_the_requests() {
+    fn retries_are_a_percentage_of_the_requests() {
         let (budget, at) = budget(20, 0);
         assert_eq!(granted(&budget, at(0)), 0);
         for _ in 0..50 {
@@ -99,12 +99,12 @@ mod tests {
         for _ in 0..50 {
             budget.request(at(8));
         }
-        assert_eq!(granted(&budget, at(10)), 10, "together with those of second 1 it is a fifth of 100");
-        assert_eq!(granted(&budget, at(11)), 0, "ten of second 10 stand against 50 requests of second 8");
+        assert_eq!(granted(&budget, at(10)), 10, "with second 1: 20 of 100 requests");
+        assert_eq!(granted(&budget, at(11)), 0, "10 retries of second 10 for the 50 requests of second 8");
     }
 
     #[test]
-    fn and_a_number_a_second() {
+    fn retries_per_second_are_added() {
         let (budget, at) = budget(0, 2);
         assert_eq!(granted(&budget, at(0)), 20);
         assert_eq!(granted(&budget, at(9)), 0);
@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_long_ago_is_forgotten() {
+    fn old_requests_and_retries_expire() {
         let (budget, at) = budget(100, 0);
         budget.request(at(3));
         assert!(!budget.retry(at(13)));

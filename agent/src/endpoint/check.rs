@@ -1,5 +1,6 @@
-//! Active checks of a pool's endpoints (`[pools.health]`): each is asked once in an interval, spread over it, on a connection
-//! of its own. Whoever is being asked still is not asked again meanwhile.
+//! Health checks of a pool's endpoints (`[pools.health]`): one GET per endpoint and interval, each on a new connection.
+//!
+//! The checks are spread over the interval. An endpoint has at most one check in progress.
 
 use std::{io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
@@ -29,10 +30,10 @@ use crate::{
 
 pub(super) struct Checks {
     pub(super) pool: String,
-    /// Of the pool, in the metrics.
+    /// The pool's index in the metrics.
     pub(super) index: usize,
     pub(super) rules: HealthCheck,
-    /// What the endpoints speak.
+    /// The endpoints' protocol.
     pub(super) protocol: AppProtocol,
     pub(super) set: Arc<EndpointSet>,
     pub(super) metrics: Arc<Metrics>,
@@ -40,11 +41,11 @@ pub(super) struct Checks {
 
 #[derive(Debug, Error)]
 enum CheckError {
-    #[error("no answer within {0:?}")]
+    #[error("no response within {0:?}")]
     Timeout(Duration),
-    #[error("no connection: {0}")]
+    #[error("connecting failed: {0}")]
     Connect(io::Error),
-    #[error("no answer: {0}")]
+    #[error("no valid response: {0}")]
     Http(#[from] hyper::Error),
     #[error("status {0}")]
     Status(StatusCode),
@@ -62,7 +63,7 @@ impl CheckError {
 }
 
 impl Checks {
-    /// Runs until it is dropped.
+    /// Checks the endpoints until the future is dropped.
     pub(super) async fn run(self) {
         let mut running = FuturesUnordered::new();
         let mut busy: Vec<SocketAddr> = Vec::new();
@@ -72,7 +73,7 @@ impl Checks {
             let addresses: Vec<_> = snapshot.ready().map(|endpoint| endpoint.address).collect();
             let count = u32::try_from(addresses.len()).unwrap_or(u32::MAX).max(1);
             let moment = |at: usize| round + (self.rules.interval / count).saturating_mul(at as u32);
-            // The end of the round comes after the last of them.
+            // The last item, `None`, is the end of the round.
             for (at, address) in addresses.iter().map(Some).chain([None]).enumerate() {
                 let then = if address.is_some() { moment(at) } else { round + self.rules.interval };
                 loop {
@@ -87,41 +88,43 @@ impl Checks {
                     running.push(self.check(Arc::clone(&snapshot), address));
                 }
             }
-            // Missed rounds are not made up for.
+            // Missed rounds are skipped.
             round = (round + self.rules.interval).max(Instant::now());
         }
     }
 
-    /// Asks one endpoint of the snapshot and tells it the result. Returns its address.
+    /// Checks one endpoint of the snapshot and records the result. Returns its address.
     async fn check(&self, snapshot: Arc<Snapshot>, address: SocketAddr) -> SocketAddr {
         let limit = self.rules.timeout;
-        let result = timeout(limit, ask(address, &self.rules.path, self.protocol))
+        let result = timeout(limit, send_check(address, &self.rules.path, self.protocol))
             .await
             .unwrap_or(Err(CheckError::Timeout(limit)));
         if let Err(CheckError::Connect(error)) = &result
             && let Some(fault) = local_fault(error)
         {
-            // It says nothing about the endpoint.
-            tracing::warn!(pool = self.pool, %address, %error, "endpoint not checked, local fault");
+            // A local fault does not count against the endpoint.
+            tracing::warn!(pool = self.pool, %address, %error, "health check failed, local fault");
             self.metrics.local_fault(fault);
             return address;
         }
         if let Err(error) = &result {
-            tracing::debug!(pool = self.pool, %address, %error, "the check of an endpoint failed");
+            tracing::debug!(pool = self.pool, %address, %error, "health check failed");
             self.metrics.pool(self.index).check_failed(error.reason());
         }
         let changed = snapshot.get(address).is_some_and(|endpoint| endpoint.checked(result.is_ok(), &self.rules));
         match result {
-            Ok(()) if changed => tracing::info!(pool = self.pool, %address, "endpoint is well again"),
-            Err(error) if changed => tracing::warn!(pool = self.pool, %address, %error, "endpoint is down"),
+            Ok(()) if changed => tracing::info!(pool = self.pool, %address, "endpoint recovered"),
+            Err(error) if changed => {
+                tracing::warn!(pool = self.pool, %address, %error, "endpoint failed its health checks");
+            }
             _ => {}
         }
         address
     }
 }
 
-/// GET, and whether the status is 2xx. The body is of no interest: the connection ends with the head.
-async fn ask(address: SocketAddr, path: &PathAndQuery, protocol: AppProtocol) -> Result<(), CheckError> {
+/// Sends a GET and expects a 2xx status. The connection is closed after the head.
+async fn send_check(address: SocketAddr, path: &PathAndQuery, protocol: AppProtocol) -> Result<(), CheckError> {
     let io = TokioIo::new(TcpStream::connect(address).await.map_err(CheckError::Connect)?);
     let mut request = Request::new(Empty::<Bytes>::new());
     request.headers_mut().insert(header::USER_AGENT, HeaderValue::from_static("penstock-health-check"));
@@ -144,7 +147,7 @@ async fn ask(address: SocketAddr, path: &PathAndQuery, protocol: AppProtocol) ->
     if status.is_success() { Ok(()) } else { Err(CheckError::Status(status)) }
 }
 
-/// The response's, while the connection is driven.
+/// Returns the response's status and drives the connection meanwhile.
 async fn status(
     response: impl Future<Output = hyper::Result<Response<Incoming>>>,
     connection: impl Future,
@@ -152,7 +155,7 @@ async fn status(
     let mut response = pin!(response);
     let response = tokio::select! {
         response = &mut response => response,
-        // It has ended with the response or without.
+        // The connection ended, with or without a response.
         _ = connection => response.await,
     };
     Ok(response?.status())

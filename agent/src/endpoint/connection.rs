@@ -1,7 +1,7 @@
-//! One connection to an endpoint: what was read of it, its slot where it can be steered, and the two ways of waiting on it.
+//! One HTTP/1.1 connection to an endpoint: its socket, its slot if it can be steered, and the count of bytes read.
 //!
-//! While user space reads, tokio watches for bytes. While the kernel redirects, each segment would wake the thread for
-//! nothing, so the socket is watched for errors only; bytes, FIN and the end of the message come as events of the slot.
+//! While user space reads, tokio watches the socket for bytes. While the kernel redirects, the socket is watched for errors only
+//! ("quiet"), so that segments do not wake the thread; bytes, FIN and the end of the message arrive as events of the slot.
 
 use std::{io, net::SocketAddr, rc::Rc, time::Duration};
 
@@ -19,32 +19,33 @@ use crate::{
     steer::{RegisterError, Source, WorkerSteering},
 };
 
-/// How long bytes that were let through may come behind the end of the stream: turns, and the length of one.
+/// How often to look for passed bytes that arrive after the end of the stream.
 const LATE_TURNS: u32 = 1000;
+/// The time between two of these looks.
 const LATE_TURN: Duration = Duration::from_millis(1);
 
 pub struct EndpointConnection {
-    // Before `source`: a slot outlives its socket.
+    // Declared before `source`, so that the socket is closed before the slot is freed.
     io: Io,
     source: Option<Source>,
     pub address: SocketAddr,
-    /// The endpoint's address is on this machine.
+    /// Whether the endpoint's address is on this machine.
     pub local: bool,
     /// Bytes that user space has read since the connection was made.
     pub consumed: u64,
     pub(super) idle_since: Instant,
-    /// The slot, in the metrics.
+    /// Counts the slot in the metrics.
     pub(super) counted: Option<InFlight>,
-    /// Nothing is outstanding on it.
+    /// Whether nothing is outstanding on the connection.
     resting: bool,
-    /// The request that the connection carries, which holds the stream until it is sent.
+    /// The current request, which holds the stream until it is sent.
     sending: Option<Sending>,
 }
 
 enum Io {
     Ready(Rc<TcpStream>),
     Quiet(AsyncFd<std::net::TcpStream>),
-    /// Only while one becomes the other, or after that has failed.
+    /// During the change between the two, or after the change failed.
     Gone,
 }
 
@@ -53,7 +54,7 @@ fn gone() -> io::Error {
 }
 
 impl EndpointConnection {
-    /// Connects, and makes the connection known to the kernel before it is made, and before anything can arrive on it.
+    /// Connects. Registers the socket with the kernel programs before it connects, and so before anything can arrive on it.
     pub async fn connect(
         address: SocketAddr,
         times: Times,
@@ -61,24 +62,24 @@ impl EndpointConnection {
         receive_buffer: u32,
     ) -> io::Result<Self> {
         let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-        // What is not for the kernel to carry waits here while a client stalls, so this bounds it. The kernel doubles the value.
+        // Bounds the bytes that wait in the socket while a client stalls on the relay path. The kernel doubles the value.
         socket.set_recv_buffer_size(receive_buffer / 2)?;
         socket::detect_unreachable(&socket, times.unreachable)?;
         let unsteered = |error: RegisterError| {
-            tracing::debug!(%address, %error, "endpoint connection cannot be steered");
+            tracing::debug!(%address, %error, "endpoint connection cannot be steered, relaying it");
         };
         let source = steering.and_then(|steering| steering.announce_source(&socket).map_err(unsteered).ok());
         let stream = match times.connect {
             Some(timeout) => tokio::time::timeout(timeout, socket.connect(address)).await??,
-            // The kernel's own, some minutes.
+            // The kernel's own timeout, some minutes.
             None => socket.connect(address).await?,
         };
         stream.set_nodelay(true)?;
         let local = address.ip().is_loopback() || stream.local_addr()?.ip() == address.ip();
         let source = source.filter(|source| source.insert(&stream).map_err(unsteered).is_ok());
         if source.is_some() {
-            // What was let through has left the TCP queue, so the kernel would close with FIN although bytes are unread,
-            // behind a window that is shut: an endpoint that only writes would not learn of it for `tcp_fin_timeout`.
+            // Passed bytes have left the TCP queue, so the kernel would close with a FIN although bytes are unread, and with a
+            // closed window. An endpoint that only writes would not notice that for `tcp_fin_timeout`.
             socket::set_reset_on_close(&stream, true);
         }
         let (io, consumed, idle_since) = (Io::Ready(Rc::new(stream)), 0, Instant::now());
@@ -90,7 +91,7 @@ impl EndpointConnection {
         self.source.as_ref()
     }
 
-    /// The next response goes to the client with this key.
+    /// Sets the client socket that the next response may be steered to.
     pub fn announce(&self, target: Option<u64>) {
         if let (Some(source), Some(target)) = (&self.source, target) {
             source.slot().announce(target);
@@ -104,7 +105,7 @@ impl EndpointConnection {
         }
     }
 
-    /// The stream, for what sends a request. It has to be let go before the connection turns quiet, and before it is dropped.
+    /// The stream, for sending a request. It has to be released before the connection becomes quiet or is dropped.
     pub fn stream(&self) -> io::Result<Rc<TcpStream>> {
         match &self.io {
             Io::Ready(stream) => Ok(Rc::clone(stream)),
@@ -112,7 +113,7 @@ impl EndpointConnection {
         }
     }
 
-    /// The connection carries this request from now on, and stops it when it is dropped.
+    /// Sets the request that the connection carries. Dropping the connection stops it.
     pub fn set_sending(&mut self, sending: Sending) {
         self.sending = Some(sending);
     }
@@ -121,13 +122,13 @@ impl EndpointConnection {
         self.sending.as_ref()
     }
 
-    /// The request has been sent whole.
+    /// Whether the request has been sent completely.
     pub fn is_sent(&self) -> bool {
         self.sending.as_ref().is_none_or(Sending::is_sent)
     }
 
-    /// Bytes that the endpoint's kernel has acknowledged since the connection was made, and one for that; also when it has broken.
-    /// `None`: not known.
+    /// Bytes that the endpoint's kernel has acknowledged since the connection was made, plus one for the SYN. Also known after the
+    /// connection broke. Returns `None` if it is unknown.
     pub fn acknowledged(&self) -> Option<u64> {
         match &self.io {
             Io::Ready(stream) => socket::acknowledged(&**stream).ok(),
@@ -136,55 +137,55 @@ impl EndpointConnection {
         }
     }
 
-    /// Puts the endpoint's own socket into the map for the length of its response: see [`Source::admit`].
+    /// Puts the endpoint's own socket into the map until the end of its response. See [`Source::admit`].
     pub fn admit(&self) -> bool {
         self.is_sent() && self.source.as_ref().is_some_and(Source::admit)
     }
 
-    /// The endpoint's own socket is as it was before the response: see [`Source::dismiss`].
+    /// Removes the endpoint's own socket from the map. If it returns false, the connection must not be reused: the endpoint could
+    /// notice that its socket was in the map. See [`Source::dismiss`].
     pub fn dismiss(&self) -> bool {
         self.source.as_ref().is_none_or(Source::dismiss)
     }
 
-    /// From here on, an end of the connection is a reset, unless it is [resting](Self::set_resting) by then: what it carries
-    /// would take a FIN for an end in order.
+    /// Makes the close of the connection a reset, unless it is [resting](Self::set_resting) by then: the protocol that it carries
+    /// would take a FIN for an orderly close.
     pub fn reset_on_close(&self) {
         if let Ok(stream) = self.ready() {
             socket::set_reset_on_close(stream, true);
         }
     }
 
-    /// Both directions at once.
+    /// Splits the connection to read and write at once.
     pub fn split(&mut self) -> io::Result<(Reader<'_>, &TcpStream)> {
         let Io::Ready(stream) = &self.io else { return Err(gone()) };
         Ok((Reader { stream, source: self.source.as_ref(), consumed: &mut self.consumed }, stream))
     }
 
-    /// Bytes were let through to user space that it has not read.
+    /// Whether the kernel passed bytes to user space that have not been read.
     pub fn unread(&self) -> bool {
         self.source.as_ref().is_some_and(|source| source.slot().passed() != self.consumed)
     }
 
-    /// The reading side beside the slot, to wait on both.
+    /// The slot and the reading side, to wait on both. Returns `None` if the connection cannot be steered.
     pub fn listen(&mut self) -> io::Result<Option<(&Source, Reader<'_>)>> {
         let Io::Ready(stream) = &self.io else { return Err(gone()) };
         let Some(source) = self.source.as_ref() else { return Ok(None) };
         Ok(Some((source, Reader { stream, source: Some(source), consumed: &mut self.consumed })))
     }
 
-    /// Reads what is there, at most the buffer's spare capacity; 0 is the end of the stream. Cancel-safe.
+    /// Waits for bytes and reads at most the buffer's spare capacity. Returns 0 at the end of the stream. Cancel-safe.
     pub async fn read(&mut self, buf: &mut BytesMut) -> io::Result<usize> {
         self.split()?.0.read(buf).await
     }
 
-    /// Reads what is there without waiting. Unlike tokio's readiness, the answer is the socket's own, and given after any
-    /// verdict that was in progress.
+    /// Reads without waiting. It asks the socket itself rather than tokio's readiness, and runs after any verdict in progress.
     pub fn read_now(&mut self, buf: &mut BytesMut) -> io::Result<usize> {
         self.split()?.0.read_now(buf)
     }
 
-    /// Returns when no verdict of this connection is in progress: reading TCP_INFO takes the lock that verdicts run under
-    /// (`tcp_get_info`), and unlike a read does not take the socket's error.
+    /// Returns when no verdict of this connection is in progress. Reading TCP_INFO takes the lock under which verdicts run
+    /// (`tcp_get_info`) and, unlike a read, does not consume the socket's error.
     pub fn wait_for_verdict(&self) {
         let _ = match &self.io {
             Io::Ready(stream) => socket::bytes_written(&**stream),
@@ -193,7 +194,7 @@ impl EndpointConnection {
         };
     }
 
-    /// From now on, only errors wake us. Fails while a request is being sent.
+    /// Watches the socket for errors only. Fails with `ResourceBusy` while a request is being sent.
     pub fn quiet(&mut self) -> io::Result<()> {
         match std::mem::replace(&mut self.io, Io::Gone) {
             Io::Ready(stream) => match Rc::try_unwrap(stream) {
@@ -208,7 +209,7 @@ impl EndpointConnection {
         Ok(())
     }
 
-    /// From now on, bytes wake us again.
+    /// Watches the socket for bytes again.
     pub fn attentive(&mut self) -> io::Result<()> {
         match std::mem::replace(&mut self.io, Io::Gone) {
             Io::Quiet(quiet) => self.io = Io::Ready(Rc::new(TcpStream::from_std(quiet.into_inner())?)),
@@ -221,24 +222,24 @@ impl EndpointConnection {
     pub async fn broken(&self) {
         match &self.io {
             Io::Quiet(quiet) => {
-                // Whatever is ready on a socket without urgent data is an error or a hang-up.
+                // Without urgent data, priority readiness means an error or a hang-up.
                 let _ = quiet.ready(Interest::PRIORITY).await;
             }
             _ => std::future::pending().await,
         }
     }
 
-    /// Whether the last message is over; if not, closing the connection breaks it off.
+    /// Sets whether the last message is complete. If it is not, closing the connection resets it.
     pub fn set_resting(&mut self, resting: bool) {
         self.resting = resting;
     }
 
-    /// Something has come that has not been read: bytes, or the end.
+    /// Whether bytes or the end of the stream can be read.
     pub fn has_more(&self) -> io::Result<bool> {
         socket::has_more(self.ready()?)
     }
 
-    /// Nothing has come on an idle connection: neither its end nor bytes that nobody asked for.
+    /// Whether an idle connection is usable: it has received neither its end nor unsolicited bytes.
     pub(super) fn is_alive(&self) -> bool {
         matches!(self.has_more(), Ok(false))
     }
@@ -246,11 +247,11 @@ impl EndpointConnection {
 
 impl Drop for EndpointConnection {
     fn drop(&mut self) {
-        // Lets go of the stream, so that it is closed here and before the slot.
+        // Releases the stream, so that it is closed here and before the slot is freed.
         if let Some(sending) = &self.sending {
             sending.stop();
         }
-        // The kernel must not go on redirecting to a client that we are about to leave.
+        // The kernel must not redirect to a client that this connection no longer serves.
         if let Some(source) = &self.source {
             source.slot().disarm();
         }
@@ -262,11 +263,11 @@ impl Drop for EndpointConnection {
     }
 }
 
-/// The reading side of a connection that the kernel looks at too.
+/// The reading side of a connection.
 pub struct Reader<'a> {
     pub stream: &'a TcpStream,
     pub source: Option<&'a Source>,
-    /// Bytes that user space has read since the kernel looks.
+    /// Bytes that user space has read since the kernel programs see the connection.
     pub consumed: &'a mut u64,
 }
 
@@ -281,22 +282,22 @@ impl Reader<'_> {
             }
         };
         let n = if n == 0 { self.late(buf).await? } else { n };
-        book(self.source, self.consumed, n)
+        count_read(self.source, self.consumed, n)
     }
 
     /// As [`EndpointConnection::read_now`].
     pub fn read_now(&mut self, buf: &mut BytesMut) -> io::Result<usize> {
         let n = socket::receive_into(self.stream, buf)?;
-        book(self.source, self.consumed, n)
+        count_read(self.source, self.consumed, n)
     }
 
-    /// Bytes were let through to user space that it has not read.
+    /// Whether the kernel passed bytes to user space that have not been read.
     pub fn is_behind(&self) -> bool {
         self.source.is_some_and(|source| source.slot().passed() != *self.consumed)
     }
 
-    /// The endpoint has closed its side. Bytes that the verdict let through under memory pressure may come after that
-    /// (`sk_psock_verdict_apply` leaves them to a worker); they are waited for.
+    /// Reads after the endpoint has closed its side. Under memory pressure, passed bytes may arrive after the FIN, because
+    /// `sk_psock_verdict_apply` leaves them to a work queue, so this waits for them.
     async fn late(&self, buf: &mut BytesMut) -> io::Result<usize> {
         for _ in 0..LATE_TURNS {
             if !self.is_behind() {
@@ -311,8 +312,8 @@ impl Reader<'_> {
     }
 }
 
-/// Books `n` bytes read, unless the kernel no longer knows what it has let through.
-fn book(source: Option<&Source>, consumed: &mut u64, n: usize) -> io::Result<usize> {
+/// Counts `n` bytes as read. Fails if the kernel lost count of the bytes that it passed.
+fn count_read(source: Option<&Source>, consumed: &mut u64, n: usize) -> io::Result<usize> {
     if source.is_some_and(|source| source.slot().is_astray()) {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "the kernel lost track of the stream"));
     }

@@ -1,8 +1,8 @@
-//! What keeps the sets of endpoints up to date: names, files and checks, as tasks on a thread of their own, so that no worker
-//! waits for DNS, for a disk or for an endpoint that is not well.
+//! Keeps the endpoint sets up to date from DNS names, files and health checks, as tasks on a thread of their own, so that no
+//! worker waits for DNS, the disk or a slow endpoint.
 //!
-//! A pool with a name or a file is waited for: its gate opens when each of them has given its endpoints once, or, after a while,
-//! when there is an endpoint at all.
+//! Readiness waits for each pool with a name or a file: the pool's gate opens when every source has given its endpoints once or,
+//! after [`PATIENCE`], when there is at least one endpoint.
 
 use std::{convert::Infallible, io, sync::Arc, thread::JoinHandle, time::Duration};
 
@@ -25,32 +25,32 @@ use crate::{
 
 const THREAD: &str = "endpoints";
 
-/// How long a source may keep a pool waiting that has other endpoints.
+/// How long readiness waits for a source if the pool already has endpoints.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Dropping it ends the tasks and the thread.
+/// Runs the discovery. Dropping it ends the tasks and the thread.
 #[derive(Debug)]
 pub struct Discovery(Option<Running>);
 
 #[derive(Debug)]
 struct Running {
-    /// Closed by being dropped.
+    /// Dropping it stops the thread.
     stop: oneshot::Sender<Infallible>,
     thread: JoinHandle<()>,
 }
 
-/// One pool's part in it.
+/// The discovery of one pool.
 struct Job {
     pool: Pool,
     index: usize,
     set: Arc<EndpointSet>,
-    /// None where there is nothing to wait for.
+    /// `None` if readiness does not wait for this pool.
     gate: Option<Gate>,
 }
 
 impl Discovery {
-    /// `sets` are those of the pools, in their order. Without `readiness`, nobody waits for them. There is no thread where no
-    /// pool needs one.
+    /// Starts the discovery. `sets` are those of the pools, in the order of the configuration. Without `readiness` there are no
+    /// gates. Starts no thread if no pool needs one. Fails if the runtime or the thread cannot be created.
     pub fn start(
         config: &Config,
         sets: &[Arc<EndpointSet>],
@@ -90,7 +90,7 @@ impl Discovery {
                     _ = stopped => {}
                 }
             });
-            // A file system that hangs does not hold up the end.
+            // Does not wait for a blocked file system.
             runtime.shutdown_background();
         };
         let thread = std::thread::Builder::new().name(THREAD.to_owned()).spawn(move || watch.run(THREAD, work))?;
@@ -107,7 +107,7 @@ impl Drop for Discovery {
     }
 }
 
-/// Starts them all; they end with the set.
+/// Starts the tasks of all pools. They end when the returned set is dropped.
 fn tasks(jobs: Vec<Job>, config: &Config, metrics: &Arc<Metrics>) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
     let dns = Dns::new(&config.dns);
@@ -184,14 +184,14 @@ mod tests {
         EndpointSet::of(endpoints.iter().copied(), Ejection::default())
     }
 
-    /// Two sources, and the ends of the wait for them.
+    /// Two sources, and the receivers that wait for their first answers.
     fn sources() -> ([oneshot::Sender<()>; 2], FuturesUnordered<oneshot::Receiver<()>>) {
         let ((one, first), (two, second)) = (oneshot::channel(), oneshot::channel());
         ([one, two], [first, second].into_iter().collect())
     }
 
     #[test]
-    fn the_gate_opens_when_all_have_answered() {
+    fn gate_opens_when_all_sources_have_answered() {
         let (readiness, set, ([one, two], answers)) = (Readiness::new(), set(&[address()]), sources());
         let mut wait = pin!(open_when_answered(answers, std::future::pending(), &set, readiness.gate("a")));
         drop(one);
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_never_answers_is_waited_for_only_so_long_where_there_are_endpoints() {
+    fn gate_with_endpoints_opens_after_the_patience() {
         let (readiness, set, (_unanswered, answers)) = (Readiness::new(), set(&[address()]), sources());
         let (over, patience) = oneshot::channel::<()>();
         let mut wait = pin!(open_when_answered(answers, patience.map(drop), &set, readiness.gate("a")));
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn without_an_endpoint_it_is_waited_for() {
+    fn gate_without_endpoints_waits_after_the_patience() {
         let (readiness, set, ([one, _two], answers)) = (Readiness::new(), set(&[]), sources());
         let mut wait = pin!(open_when_answered(answers, std::future::ready(()), &set, readiness.gate("a")));
         assert!(wait.as_mut().now_or_never().is_none() && !readiness.is_ready());

@@ -1,5 +1,6 @@
-//! The way of one source into its pool: what it gives goes into the set, and that it fails is told to whoever watches. What it
-//! gave last holds until it gives something else.
+//! Feeds the endpoints of one source into its pool's set, and reports failures of the source in the log and the metrics.
+//!
+//! While a source fails, its previous endpoints are kept.
 
 use std::{fmt::Display, net::SocketAddr, sync::Arc};
 
@@ -10,37 +11,37 @@ use crate::{config, metrics::Metrics};
 
 pub(super) struct Feed {
     pub(super) pool: String,
-    /// Of the pool, in the metrics.
+    /// The pool's index in the metrics.
     pub(super) index: usize,
     pub(super) source: Source,
     pub(super) set: Arc<EndpointSet>,
     pub(super) metrics: Arc<Metrics>,
-    /// The agent's own listener, which is no endpoint.
+    /// The agent's own listener, which is never used as an endpoint.
     pub(super) listen: SocketAddr,
-    /// Dropped with the first answer.
+    /// Dropped when the source gives its first endpoints.
     pub(super) unanswered: Option<oneshot::Sender<()>>,
     pub(super) failing: bool,
 }
 
 impl Feed {
-    /// The source has given its endpoints.
-    pub(super) fn gives(&mut self, endpoints: Vec<config::Endpoint>) {
+    /// The source gave its endpoints.
+    pub(super) fn update(&mut self, endpoints: Vec<config::Endpoint>) {
         let (pool, source, count) = (&self.pool, self.source.name(), endpoints.len());
         let changed = self.set.replace(self.source, endpoints);
         if changed || self.failing {
-            tracing::info!(pool, source, endpoints = count, "endpoints");
+            tracing::info!(pool, source, endpoints = count, "endpoints updated");
         }
         self.metrics.pool(self.index).source_up(source, true);
         (self.failing, self.unanswered) = (false, None);
     }
 
-    /// The source has given nothing that can be used. Says so in the log where that is news.
-    pub(super) fn fails(&mut self, reason: &'static str, error: &dyn Display, news: bool) {
+    /// The source failed. Warns in the log if that is `news`.
+    pub(super) fn failed(&mut self, reason: &'static str, error: &dyn Display, news: bool) {
         let (pool, source) = (&self.pool, self.source.name());
         if news {
-            tracing::warn!(pool, source, %error, "no endpoints: what was there before holds");
+            tracing::warn!(pool, source, %error, "endpoint source failed, keeping the previous endpoints");
         } else {
-            tracing::debug!(pool, source, %error, "still no endpoints");
+            tracing::debug!(pool, source, %error, "endpoint source still fails");
         }
         let metrics = self.metrics.pool(self.index);
         metrics.source_failed(source, reason);

@@ -1,8 +1,7 @@
-//! Endpoints in a file that is watched: it is read four times a second and counts when it has changed.
+//! Reads a pool's endpoints from a file, four times a second, and feeds them into the set when the content has changed.
 //!
-//! Reading needs no knowledge of how files change: a rename, the swap of the link behind a ConfigMap, a write in place and a
-//! network's file system are all the same, and what is read is what counts. A change is taken when it was read twice, so that
-//! a file that is being written in place is not taken by half.
+//! Polling the content works for every kind of change: renames, the symlink swap of a ConfigMap, writes in place and network file
+//! systems. A change is applied after two equal reads, so that a file that is being written in place is not applied half-written.
 
 use std::{io, path::PathBuf, time::Duration};
 
@@ -12,19 +11,19 @@ use tokio::io::AsyncReadExt as _;
 use super::feed::Feed;
 use crate::config::{Endpoint, EndpointsError, EndpointsFormat, parse_endpoints};
 
-const LOOK: Duration = Duration::from_millis(250);
-/// A file of more bytes is not one of endpoints.
+const READ_INTERVAL: Duration = Duration::from_millis(250);
+/// Largest file in bytes.
 const MAX: u64 = 16 << 20;
 
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 enum FileError {
-    #[error("there is no such file")]
+    #[error("file not found")]
     Missing,
-    #[error("it cannot be read: {0}")]
+    #[error("cannot be read: {0}")]
     Unreadable(String),
-    #[error("it has more than {MAX} bytes")]
+    #[error("larger than {MAX} bytes")]
     TooLarge,
-    #[error("it is not text")]
+    #[error("not valid UTF-8")]
     NotText,
     #[error("{0}")]
     Wrong(#[from] EndpointsError),
@@ -43,26 +42,26 @@ impl FileError {
 
 type Content = Result<Vec<u8>, FileError>;
 
-/// Runs until it is dropped.
+/// Follows the file until the future is dropped.
 pub(super) async fn follow(path: PathBuf, ports: Vec<u16>, mut feed: Feed) {
     let format = EndpointsFormat::of(&path);
     let mut watch = Watch::default();
     loop {
-        if let Some(content) = watch.look(read(&path).await) {
+        if let Some(content) = watch.changed(read(&path).await) {
             let endpoints = content.clone().and_then(|content| {
                 let text = std::str::from_utf8(&content).map_err(|_| FileError::NotText)?;
                 Ok(parse_endpoints(text, format, &ports, feed.listen)?)
             });
             take(endpoints, &path, &mut feed);
         }
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(READ_INTERVAL).await;
     }
 }
 
 fn take(endpoints: Result<Vec<Endpoint>, FileError>, path: &std::path::Path, feed: &mut Feed) {
     match endpoints {
-        Ok(endpoints) => feed.gives(endpoints),
-        Err(error) => feed.fails(error.reason(), &format_args!("{}: {error}", path.display()), true),
+        Ok(endpoints) => feed.update(endpoints),
+        Err(error) => feed.failed(error.reason(), &format_args!("{}: {error}", path.display()), true),
     }
 }
 
@@ -81,28 +80,28 @@ async fn read(path: &std::path::Path) -> Content {
     }
 }
 
-/// Tells changes from what was there before.
+/// Detects changes of the content.
 #[derive(Debug, Default)]
 struct Watch {
-    /// What was taken last.
-    taken: Option<Content>,
-    /// What was read last, when that was something else.
+    /// The content that was applied last.
+    applied: Option<Content>,
+    /// The content that was read last, if it differs from `applied`.
     changing: Option<Content>,
 }
 
 impl Watch {
-    /// What the file is from now on, if it is something new. The first is new.
-    fn look(&mut self, content: Content) -> Option<&Content> {
-        if self.taken.as_ref() == Some(&content) {
+    /// Takes what was read. Returns the content if it is to be applied: the first one, or a change that was read twice.
+    fn changed(&mut self, content: Content) -> Option<&Content> {
+        if self.applied.as_ref() == Some(&content) {
             self.changing = None;
             return None;
         }
-        if self.taken.is_some() && self.changing.as_ref() != Some(&content) {
+        if self.applied.is_some() && self.changing.as_ref() != Some(&content) {
             self.changing = Some(content);
             return None;
         }
         self.changing = None;
-        Some(self.taken.insert(content))
+        Some(self.applied.insert(content))
     }
 }
 
@@ -115,39 +114,39 @@ mod tests {
     }
 
     #[test]
-    fn the_first_counts_at_once_and_a_change_when_it_stays() {
+    fn first_content_is_applied_at_once_and_a_change_when_read_twice() {
         let mut watch = Watch::default();
-        assert_eq!(watch.look(text("a")), Some(&text("a")));
-        assert_eq!(watch.look(text("a")), None);
-        assert_eq!(watch.look(text("")), None, "being written");
-        assert_eq!(watch.look(text("b")), None);
-        assert_eq!(watch.look(text("b")), Some(&text("b")));
-        assert_eq!(watch.look(text("b")), None);
+        assert_eq!(watch.changed(text("a")), Some(&text("a")));
+        assert_eq!(watch.changed(text("a")), None);
+        assert_eq!(watch.changed(text("")), None, "being written");
+        assert_eq!(watch.changed(text("b")), None);
+        assert_eq!(watch.changed(text("b")), Some(&text("b")));
+        assert_eq!(watch.changed(text("b")), None);
     }
 
     #[test]
-    fn back_before_it_counted_is_no_change() {
+    fn change_that_is_undone_before_the_second_read_is_ignored() {
         let mut watch = Watch::default();
-        watch.look(text("a"));
+        watch.changed(text("a"));
         for content in [text(""), text("a"), text(""), text("a")] {
-            assert_eq!(watch.look(content), None);
+            assert_eq!(watch.changed(content), None);
         }
     }
 
     #[test]
-    fn a_file_that_is_gone_is_a_change_like_any_other() {
+    fn missing_file_is_a_change() {
         let mut watch = Watch::default();
         let missing = || Err(FileError::Missing);
-        assert_eq!(watch.look(missing()), Some(&missing()));
-        assert_eq!(watch.look(missing()), None);
-        assert_eq!(watch.look(text("a")), None);
-        assert_eq!(watch.look(text("a")), Some(&text("a")));
-        assert_eq!(watch.look(missing()), None);
-        assert_eq!(watch.look(missing()), Some(&missing()));
+        assert_eq!(watch.changed(missing()), Some(&missing()));
+        assert_eq!(watch.changed(missing()), None);
+        assert_eq!(watch.changed(text("a")), None);
+        assert_eq!(watch.changed(text("a")), Some(&text("a")));
+        assert_eq!(watch.changed(missing()), None);
+        assert_eq!(watch.changed(missing()), Some(&missing()));
     }
 
     #[tokio::test]
-    async fn files_are_read_up_to_a_limit() {
+    async fn larger_file_is_rejected() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("e.toml");
         assert_eq!(read(&path).await, Err(FileError::Missing));

@@ -1,8 +1,8 @@
-//! The health of one endpoint, from two sides: what requests saw of it (passive) and what checks found (active).
+//! The health of one endpoint, from the results of requests (passive) and of health checks (active). Time is passed in.
 //!
-//! An endpoint that failed some requests in a row is ejected for a time. After that one request is let through: if it
-//! succeeds the endpoint is in again, if it fails the endpoint is out for twice as long, and if nothing is heard of it
-//! another one is let through when the first time has passed once more. Time is passed in.
+//! An endpoint that fails several requests in a row is ejected. After the ejection one request is let through as a probe: a
+//! success lets the endpoint recover, a failure ejects it for twice as long. If the probe has no result, another one is let
+//! through after the base time.
 
 use std::{
     sync::atomic::{AtomicBool, Ordering},
@@ -15,7 +15,7 @@ use crate::config::{Ejection, HealthCheck};
 
 #[derive(Debug, Default)]
 pub(super) struct Health {
-    /// Whether `state` is other than at the start: the requests of a healthy endpoint take no lock.
+    /// Whether `state` differs from the initial state. Requests to a healthy endpoint take no lock.
     troubled: AtomicBool,
     state: Mutex<State>,
 }
@@ -26,33 +26,33 @@ struct State {
     active: Active,
 }
 
-/// What requests saw.
+/// Results of requests.
 #[derive(Debug, Default)]
 struct Passive {
     /// In a row.
     failures: u32,
     /// In a row.
     ejections: u32,
-    /// Ejected; from then on a probe may go.
+    /// The end of the ejection, when a probe may be sent. `None` if the endpoint is not ejected.
     until: Option<Instant>,
     probing: bool,
 }
 
-/// What checks found.
+/// Results of health checks.
 #[derive(Debug, Default)]
 struct Active {
     down: bool,
-    /// Results in a row that speak against `down`.
+    /// Consecutive results that contradict `down`.
     against: u32,
 }
 
 impl Health {
-    /// Whether requests should go elsewhere if they can.
+    /// Whether requests should go to other endpoints if there are any.
     pub(super) fn is_avoided(&self, now: Instant) -> bool {
         self.with(|state| state.active.down || state.passive.until.is_some_and(|until| now < until)).unwrap_or(false)
     }
 
-    /// Taken out by failures, whether or not a probe is due.
+    /// Whether failed requests have ejected the endpoint. Stays true while a probe is due.
     pub(super) fn is_ejected(&self) -> bool {
         self.ejected_until().is_some()
     }
@@ -61,12 +61,12 @@ impl Health {
         self.with(|state| state.passive.until).flatten()
     }
 
-    /// Taken out by checks.
+    /// Whether health checks have marked the endpoint as down.
     pub(super) fn is_down(&self) -> bool {
         self.with(|state| state.active.down).unwrap_or(false)
     }
 
-    /// A request goes to the endpoint. It is the probe if one is due.
+    /// A request is sent to the endpoint. It becomes the probe if one is due.
     pub(super) fn begins(&self, rules: &Ejection, now: Instant) {
         self.with(|state| state.passive.begins(rules, now));
     }
@@ -76,17 +76,17 @@ impl Health {
         self.with(|state| state.passive = Passive::default());
     }
 
-    /// A request failed. True if the endpoint is ejected by this, which it is only if it `may_be`.
+    /// A request failed. Returns true if that ejects the endpoint, which it does only if `may_be` is true.
     pub(super) fn failed(&self, rules: &Ejection, now: Instant, may_be: bool) -> bool {
         self.change(|state| state.passive.failed(rules, now, may_be))
     }
 
-    /// A check has its result. True if the endpoint went up or down by it.
+    /// A health check ended. Returns true if the endpoint went up or down.
     pub(super) fn checked(&self, healthy: bool, rules: &HealthCheck) -> bool {
         self.change(|state| state.active.checked(healthy, rules))
     }
 
-    /// None if the endpoint is as at the start.
+    /// Calls `f` only if the state differs from the initial state.
     fn with<T>(&self, f: impl FnOnce(&mut State) -> T) -> Option<T> {
         self.troubled.load(Ordering::Relaxed).then(|| self.change(f))
     }
@@ -96,7 +96,7 @@ impl Health {
         let value = f(&mut state);
         let (Passive { failures, until, .. }, Active { down, against }) = (&state.passive, &state.active);
         let troubled = *failures > 0 || until.is_some() || *down || *against > 0;
-        // Under the lock, so that the last word on the state is also the last one here.
+        // Stored under the lock, so that the flag always matches the latest state.
         self.troubled.store(troubled, Ordering::Relaxed);
         value
     }
@@ -111,7 +111,7 @@ impl Passive {
     }
 
     fn failed(&mut self, rules: &Ejection, now: Instant, may_eject: bool) -> bool {
-        // Requests that were under way together fail together: while the endpoint is ejected, only the probe says anything new.
+        // Concurrent requests fail together. While the endpoint is ejected, only the probe's result counts.
         if rules.failures == 0 || (self.until.is_some() && !self.probing) {
             return false;
         }
@@ -160,18 +160,18 @@ mod tests {
     }
 
     #[test]
-    fn the_third_failure_in_a_row_ejects() {
+    fn third_failure_in_a_row_ejects() {
         let (health, now) = (Health::default(), Instant::now());
         assert!(!fail(&health, now) && !fail(&health, now));
         health.succeeded();
         assert!(!fail(&health, now) && !fail(&health, now) && !health.is_avoided(now));
         assert!(fail(&health, now) && health.is_avoided(now));
-        assert!(!fail(&health, now), "the fourth says nothing new");
+        assert!(!fail(&health, now), "the fourth changes nothing");
         assert_eq!(health.ejected_until(), Some(now + 5 * SECOND));
     }
 
     #[test]
-    fn one_probe_at_a_time_and_twice_as_long_when_it_fails() {
+    fn failed_probe_doubles_the_ejection() {
         let (health, mut now) = (Health::default(), Instant::now());
         for _ in 0..3 {
             fail(&health, now);
@@ -181,7 +181,7 @@ mod tests {
             now += seconds * SECOND;
             assert!(!health.is_avoided(now), "a probe is due after {seconds} s");
             health.begins(&rules(), now);
-            assert!(health.is_avoided(now), "and only one");
+            assert!(health.is_avoided(now), "only one probe at a time");
             assert!(fail(&health, now));
         }
         now += 15 * SECOND;
@@ -189,11 +189,11 @@ mod tests {
         health.succeeded();
         assert!(!health.is_avoided(now) && !health.is_ejected());
         assert!(!fail(&health, now) && !fail(&health, now) && fail(&health, now));
-        assert_eq!(health.ejected_until(), Some(now + 5 * SECOND), "a success ends the doubling");
+        assert_eq!(health.ejected_until(), Some(now + 5 * SECOND), "a success resets the ejection time");
     }
 
     #[test]
-    fn a_probe_that_is_never_heard_of_is_followed_by_another() {
+    fn probe_without_result_is_followed_by_another() {
         let (health, now) = (Health::default(), Instant::now());
         for _ in 0..3 {
             fail(&health, now);
@@ -204,20 +204,20 @@ mod tests {
     }
 
     #[test]
-    fn not_more_than_allowed_and_not_at_all_when_off() {
+    fn ejection_is_limited_and_can_be_off() {
         let (health, now) = (Health::default(), Instant::now());
         for _ in 0..5 {
             assert!(!health.failed(&rules(), now, false));
         }
         assert!(!health.is_avoided(now));
-        assert!(fail(&health, now), "as soon as it is allowed");
+        assert!(fail(&health, now), "ejected as soon as it is allowed");
         let off = Ejection { failures: 0, ..rules() };
         let health = Health::default();
         assert!((0..9).all(|_| !health.failed(&off, now, true)));
     }
 
     #[test]
-    fn checks_count_in_a_row() {
+    fn consecutive_checks_change_the_state() {
         let rules = HealthCheck { unhealthy_after: 2, healthy_after: 3, ..HealthCheck::new("/".parse().unwrap()) };
         let (health, now) = (Health::default(), Instant::now());
         let check = |healthy| health.checked(healthy, &rules);

@@ -1,10 +1,8 @@
-//! HTTP/2 connections to endpoints without TLS (`app_protocol = "h2c"`), shared by the requests of a worker.
+//! HTTP/2 connections to endpoints without TLS (`app_protocol = "h2c"`), shared by the requests of a worker. Needs its `LocalSet`.
 //!
-//! A stream is taken on a connection that has room for it by the endpoint's own limit; when none has, another connection is
-//! made, one at a time for each endpoint: all who wait for it get it or fail together. Must be used on a worker's `LocalSet`.
-//!
-//! No PINGs are sent: gRPC servers close connections that ping more often than every five minutes. TCP finds a machine that is
-//! gone ([`socket::detect_unreachable`]).
+//! A stream uses a connection that is below the endpoint's own limit of streams. If none is, one connection at a time is made per
+//! endpoint, and all requests that wait for it succeed or fail together. No PINGs are sent, because gRPC servers close connections
+//! that ping more often than every five minutes; TCP detects an unreachable machine ([`socket::detect_unreachable`]).
 
 use std::{
     cell::{Cell, RefCell},
@@ -28,18 +26,17 @@ use super::{
 };
 use crate::{http::frames::FrameBody, kernel::socket, local::Local};
 
-/// Connections to one endpoint; beyond them, requests queue for a stream.
+/// Most connections to one endpoint. Beyond that, requests queue for a stream.
 const MAX_CONNECTIONS: usize = 64;
-/// Of a response's body, before anything is read of it: what a client that reads nothing costs.
+/// Flow-control window of a stream: the bytes of a response that a client which reads nothing holds in memory.
 const STREAM_WINDOW: u32 = 128 << 10;
-/// No bound of its own: streams whose clients read nothing must not hold up the others. And h2 closes a connection when the
-/// small frames that wait on it, at 256 bytes each, come to half of this.
+/// Large enough never to be the limit: streams whose clients read nothing must not block the others. Also, h2 closes a connection
+/// when the small frames that wait on it, at 256 bytes each, reach half of this.
 const CONNECTION_WINDOW: u32 = 1 << 30;
-/// Of a request's body, beyond what the endpoint's window takes.
+/// Bytes of a request's body that are buffered beyond the endpoint's window.
 const SEND_BUFFER: usize = 64 << 10;
-/// How often a new connection is looked at for the endpoint's settings: hyper reads them in a task of its own, which wakes
-/// nobody.
-const LOOK: Duration = Duration::from_millis(1);
+/// How often a new connection is polled for the endpoint's settings: hyper reads them in a task that wakes nobody.
+const SETTINGS_POLL: Duration = Duration::from_millis(1);
 
 #[derive(Clone)]
 pub struct Http2Pool(Rc<Inner>);
@@ -60,7 +57,7 @@ type Dial = Shared<LocalBoxFuture<'static, Result<(), Arc<io::Error>>>>;
 
 struct Connection {
     send: SendRequest<FrameBody>,
-    /// Streams that the endpoint lets us have at once, as far as it has said.
+    /// The endpoint's limit of concurrent streams; 0 until it has sent its settings.
     limit: watch::Receiver<usize>,
     load: Rc<Load>,
     link: Rc<Link>,
@@ -72,17 +69,17 @@ struct Load {
     idle_since: Cell<Instant>,
 }
 
-/// Room for one request on a connection; dropping it gives the room back.
+/// One stream of a connection. Dropping it frees the stream.
 pub struct Stream {
     pub send: SendRequest<FrameBody>,
-    /// The connection has carried requests before.
+    /// Whether the connection has carried requests before.
     pub reused: bool,
     load: Rc<Load>,
     link: Rc<Link>,
 }
 
 impl Stream {
-    /// Bytes of the whole connection that the endpoint's kernel has acknowledged. `None`: not known.
+    /// Bytes of the whole connection that the endpoint's kernel has acknowledged. Returns `None` if that is unknown.
     pub fn acknowledged(&self) -> Option<u64> {
         self.link.acknowledged()
     }
@@ -104,7 +101,7 @@ impl Http2Pool {
         self.0.times.set(times);
     }
 
-    /// Room for a request. The error kinds are those of `connect(2)`, and `TimedOut`. Cancel-safe.
+    /// Returns a stream for a request. The error kinds are those of `connect(2)` and `TimedOut`. Cancel-safe.
     pub async fn stream(&self, address: SocketAddr) -> io::Result<Stream> {
         loop {
             let dial = {
@@ -119,13 +116,13 @@ impl Http2Pool {
         }
     }
 
-    /// A task of its own: it goes on without those who waited for it.
+    /// Connects in a separate task, which continues even if every waiting request is cancelled.
     fn dial(&self, address: SocketAddr) -> Dial {
         let task = tokio::task::spawn_local(Rc::clone(&self.0).dial(address));
         async move { task.await.unwrap_or_else(|error| Err(Arc::new(io::Error::other(error)))) }.boxed_local().shared()
     }
 
-    /// Closes what has been idle too long, and what leads to an endpoint that is no longer `wanted`, once nothing runs on it.
+    /// Closes connections without streams that were idle for too long or whose endpoint is no longer `wanted`.
     pub fn sweep(&self, keep_alive: Duration, wanted: impl Fn(SocketAddr) -> bool) {
         self.0.endpoints.borrow_mut().retain(|&address, endpoint| {
             let wanted = wanted(address);
@@ -173,7 +170,7 @@ impl Inner {
     }
 }
 
-/// Connects, and waits until the endpoint has said how many streams it takes.
+/// Connects, and waits for the endpoint's limit of streams.
 async fn connect(address: SocketAddr, times: Times) -> io::Result<Connection> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     socket::detect_unreachable(&socket, times.unreachable)?;
@@ -192,7 +189,7 @@ async fn connect(address: SocketAddr, times: Times) -> io::Result<Connection> {
     let (told, mut limit) = watch::channel(0);
     tokio::task::spawn_local(async move {
         let mut connection = pin!(connection);
-        let mut look = tokio::time::interval(LOOK);
+        let mut look = tokio::time::interval(SETTINGS_POLL);
         let ended = std::future::poll_fn(|cx| {
             let ended = connection.as_mut().poll(cx);
             let now = connection.current_max_send_streams();

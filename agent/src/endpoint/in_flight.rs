@@ -1,5 +1,5 @@
-//! Requests in flight at an endpoint: a counter that a guard keeps raised for as long as it lives. The counter outlives the
-//! endpoint's place in its pool, so that what runs when it is taken out is counted to its end.
+//! Counts the requests in flight at an endpoint with guards. The counter outlives the endpoint's membership in its pool, so
+//! requests that run when the endpoint is removed are counted to their end.
 
 use std::sync::{
     Arc,
@@ -10,7 +10,7 @@ use std::sync::{
 pub(super) struct Counter(Arc<AtomicUsize>);
 
 impl Counter {
-    // Relaxed throughout: the counts steer choices and publish nothing. Where a limit must hold, the picker's lock orders them.
+    // Relaxed throughout: the counts influence choices and publish no other memory. For hard limits the picker's lock orders them.
     pub(super) fn now(&self) -> usize {
         self.0.load(Ordering::Relaxed)
     }
@@ -21,13 +21,13 @@ impl Counter {
     }
 }
 
-/// One request in flight; dropping it ends the count.
+/// Counts one request in flight until it is dropped.
 #[derive(Debug)]
 #[must_use = "dropping it ends the count"]
 pub struct InFlight(Option<Counter>);
 
 impl InFlight {
-    /// A request at an endpoint that is not counted.
+    /// A guard that counts nothing, for addresses outside the set.
     pub(super) fn uncounted() -> Self {
         Self(None)
     }

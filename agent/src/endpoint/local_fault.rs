@@ -1,13 +1,13 @@
-//! Faults of this machine's that a connect can meet: no descriptor, no port, no memory, a local policy. They say nothing about the
-//! endpoint, so they never count against it.
+//! Recognises connect errors that this machine causes: out of descriptors, ports or memory, or a local policy. They never count
+//! against the endpoint.
 
 use std::{io, sync::Arc};
 
-/// What is wrong here: a label. `None`: the fault is the endpoint's, or the network's.
+/// The label of a local fault. Returns `None` if the endpoint or the network caused the error.
 pub fn local_fault(error: &io::Error) -> Option<&'static str> {
     match raw_os_error(error)? {
         libc::EMFILE | libc::ENFILE => Some("open_files"),
-        // connect(2): EAGAIN is for a port too.
+        // connect(2) also returns EAGAIN if no local port is free.
         libc::EADDRNOTAVAIL | libc::EADDRINUSE | libc::EAGAIN => Some("ports"),
         libc::ENOBUFS | libc::ENOMEM | libc::ENOSPC => Some("memory"),
         libc::EACCES | libc::EPERM => Some("policy"),
@@ -16,7 +16,7 @@ pub fn local_fault(error: &io::Error) -> Option<&'static str> {
     }
 }
 
-/// Of the error itself, or of the one that it wraps.
+/// The OS error of `error` or of the error that it wraps.
 fn raw_os_error(error: &io::Error) -> Option<i32> {
     error.raw_os_error().or_else(|| {
         let inner = error.get_ref()?;
@@ -30,7 +30,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn local_fault_is_told_from_the_endpoints() {
+    fn local_fault_is_distinguished_from_endpoint_errors() {
         let table = [
             (libc::EMFILE, Some("open_files")),
             (libc::ENFILE, Some("open_files")),

@@ -1,4 +1,4 @@
-//! One endpoint in the set of its pool: what its source says of it, and what it keeps from one snapshot to the next.
+//! One endpoint of a pool: what its source says about it, and the state that it keeps across snapshots.
 
 use std::{
     net::SocketAddr,
@@ -21,7 +21,7 @@ pub struct Endpoint {
     pub(super) state: Arc<State>,
 }
 
-/// What an endpoint keeps from one snapshot to the next.
+/// The state that an endpoint keeps across snapshots.
 #[derive(Debug)]
 pub(super) struct State {
     id: u32,
@@ -41,7 +41,7 @@ impl Endpoint {
         Self { address, node, zone, draining, state }
     }
 
-    /// Not the same as that of any other endpoint that was ever in the set.
+    /// An id that no other endpoint of the set has ever had.
     pub fn id(&self) -> u32 {
         self.state.id
     }
@@ -50,17 +50,17 @@ impl Endpoint {
         self.state.in_flight.now()
     }
 
-    /// Requests go elsewhere if they can.
+    /// Whether requests go to other endpoints if there are any.
     pub fn is_avoided(&self, now: Instant) -> bool {
         self.state.health.is_avoided(now)
     }
 
-    /// How long until a request may try it again; none if it is not ejected.
+    /// The time until a probe may be sent. Returns `None` if the endpoint is not ejected.
     pub fn ejected_for(&self, now: Instant) -> Option<Duration> {
         self.state.health.ejected_until().map(|until| until.saturating_duration_since(now))
     }
 
-    /// A check has its result. True if the endpoint went up or down by it.
+    /// A health check ended. Returns true if the endpoint went up or down.
     pub fn checked(&self, healthy: bool, rules: &HealthCheck) -> bool {
         self.state.health.checked(healthy, rules)
     }

@@ -1,5 +1,5 @@
-//! Endpoints behind a DNS name: every address that it has, at each of the pool's ports, looked up again when the answer's time
-//! is over.
+//! Resolves a pool's endpoints from a DNS name: every address at each of the pool's ports. Looks the name up again when the
+//! answer expires.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -9,7 +9,7 @@ use crate::{
     dns::{Answer, Dns, DnsError},
 };
 
-/// Runs until it is dropped.
+/// Follows the name until the future is dropped.
 pub(super) async fn follow(named: NamedEndpoints, dns: Dns, mut feed: Feed) {
     loop {
         let answer = dns.resolve(&named.name).await;
@@ -17,17 +17,17 @@ pub(super) async fn follow(named: NamedEndpoints, dns: Dns, mut feed: Feed) {
     }
 }
 
-/// Feeds on an answer. Returns how long it holds.
+/// Feeds an answer into the set. Returns the time until the next lookup.
 fn take(named: &NamedEndpoints, answer: Result<Answer, DnsError>, retry_after: Duration, feed: &mut Feed) -> Duration {
     match answer {
         Ok(answer) => {
             let at_each_port = |&ip| named.ports.iter().map(move |&port| SocketAddr::new(ip, port));
             let all = answer.addresses.iter().flat_map(at_each_port);
-            feed.gives(all.filter(|&address| !is_own(address, feed.listen)).map(Endpoint::from).collect());
+            feed.update(all.filter(|&address| !is_own(address, feed.listen)).map(Endpoint::from).collect());
             answer.holds
         }
         Err(error) => {
-            feed.fails(error.reason(), &error, !feed.failing);
+            feed.failed(error.reason(), &error, !feed.failing);
             retry_after
         }
     }

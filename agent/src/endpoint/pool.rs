@@ -1,5 +1,6 @@
-//! Idle connections by endpoint, one pool for each worker. Last in, first out; none is kept longer than the limit, which
-//! stands below the model servers' own (uvicorn closes after 5 s).
+//! Idle HTTP/1.1 connections by endpoint, one pool per worker, reused last in, first out.
+//!
+//! A connection is kept for at most `Times::keep_alive`, which should be below the model server's own limit (uvicorn: 5 s).
 
 use std::{
     cell::{Cell, RefCell},
@@ -15,7 +16,7 @@ use tokio::time::Instant;
 use super::{connection::EndpointConnection, times::Times};
 use crate::{metrics::Metrics, steer::WorkerSteering};
 
-/// Idle connections kept for one endpoint.
+/// Most idle connections per endpoint.
 const MAX_IDLE: usize = 256;
 
 pub struct Pool {
@@ -39,7 +40,7 @@ impl Pool {
         self.steering.as_ref()
     }
 
-    /// An idle connection that has not been closed meanwhile.
+    /// Takes an idle connection that the endpoint has not closed.
     pub fn reuse(&self, address: SocketAddr) -> Option<EndpointConnection> {
         let mut idle = self.idle.borrow_mut();
         let connections = idle.get_mut(&address)?;
@@ -53,7 +54,7 @@ impl Pool {
         None
     }
 
-    /// A new connection. The error kinds are those of `connect(2)`, and `TimedOut`.
+    /// Makes a new connection. The error kinds are those of `connect(2)` and `TimedOut`.
     pub async fn connect(&self, address: SocketAddr) -> io::Result<EndpointConnection> {
         let (times, steering) = (self.times.get(), self.steering.as_ref());
         let mut connection = EndpointConnection::connect(address, times, steering, self.receive_buffer).await?;
@@ -61,7 +62,7 @@ impl Pool {
         Ok(connection)
     }
 
-    /// Takes back a connection on which nothing is outstanding.
+    /// Keeps a connection on which nothing is outstanding.
     pub fn put(&self, mut connection: EndpointConnection) {
         if connection.attentive().is_err() {
             return;
@@ -76,8 +77,7 @@ impl Pool {
         connections.push(connection);
     }
 
-    /// Closes what has been idle too long, and what leads to an endpoint that is no longer `wanted`. Called about once a
-    /// second.
+    /// Closes connections that were idle for too long or whose endpoint is no longer `wanted`. Called about once a second.
     pub fn sweep(&self, wanted: impl Fn(SocketAddr) -> bool) {
         self.idle.borrow_mut().retain(|&address, connections| {
             let wanted = wanted(address);

@@ -1,9 +1,7 @@
-//! The endpoints of one pool, as they are now. Sources replace their part of it, requests take a [`Snapshot`]: neither waits
-//! for the other for longer than a pointer is copied.
+//! The current endpoints of one pool. Sources replace their part; requests read a [`Snapshot`], which costs one pointer copy.
 //!
-//! An endpoint that stays in the set keeps its health and its count of requests. One that is draining or gone gets no new
-//! requests; those it has run to their end. One that is avoided (ejected, or down by its checks) gets requests only when
-//! nothing better is left.
+//! An endpoint that stays in the set keeps its health and its request count. A draining or removed endpoint gets no new requests
+//! and finishes the running ones. An avoided endpoint (ejected or down) gets requests only if no other is left.
 
 use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Instant};
 
@@ -19,7 +17,7 @@ use crate::{
     metrics::EndpointState,
 };
 
-/// Who says which endpoints there are. The set is all of them; of an address that several name, the first in this order counts.
+/// Where endpoints come from. The set is the union; if several sources list an address, the first source in this order wins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Source {
     Config,
@@ -28,7 +26,7 @@ pub enum Source {
 }
 
 impl Source {
-    /// For logs and metrics.
+    /// The label in logs and metrics.
     pub fn name(self) -> &'static str {
         match self {
             Self::Config => "config",
@@ -43,7 +41,7 @@ pub struct EndpointSet {
     rules: Ejection,
     subset: Rule,
     snapshot: RwLock<Arc<Snapshot>>,
-    /// Held while the set changes and while an endpoint is ejected, so that the limit on those holds.
+    /// Held while the set changes and while an endpoint is ejected, so that the limit on ejections holds.
     changing: Mutex<Parts>,
 }
 
@@ -54,7 +52,7 @@ struct Parts {
     next_id: u32,
 }
 
-/// The endpoints at one moment, in the order of their sources, each address once.
+/// The endpoints at one moment, ordered by source, each address once.
 #[derive(Debug, Default)]
 pub struct Snapshot {
     endpoints: Vec<Endpoint>,
@@ -63,13 +61,13 @@ pub struct Snapshot {
 }
 
 impl EndpointSet {
-    /// The endpoints that the configuration lists; other sources add theirs. `node` is where this agent is.
+    /// A set with the endpoints that the configuration lists. Other sources add theirs later. `node` is the agent's locality.
     pub fn new(pool: &config::Pool, node: &Node) -> Self {
         Self::with(pool.endpoints.clone(), pool.ejection.clone(), Rule::new(pool, node))
     }
 
-    /// The set of a pool whose settings have changed, in place of the one before: endpoints that stay keep their health and
-    /// their requests, and what a name or a file said holds until it says something else.
+    /// The set of a pool after a reload. Endpoints that stay keep their health and their request count, and endpoints from DNS
+    /// or a file are kept until that source changes them.
     pub fn after(before: &Self, pool: &config::Pool, node: &Node) -> Self {
         let parts = before.changing.lock();
         let mut listed = parts.listed.clone();
@@ -101,12 +99,12 @@ impl EndpointSet {
         set
     }
 
-    /// The endpoints now. They stay as they are in it, except for their health and their requests.
+    /// The current endpoints. In a snapshot only the endpoints' health and request counts change.
     pub fn snapshot(&self) -> Arc<Snapshot> {
         Arc::clone(&self.snapshot.read())
     }
 
-    /// What `source` says from now on. True if that changes the set.
+    /// Replaces the endpoints of `source`. Returns true if the set changed.
     pub fn replace(&self, source: Source, endpoints: Vec<config::Endpoint>) -> bool {
         let mut parts = self.changing.lock();
         if parts.listed[source as usize] == endpoints {
@@ -123,7 +121,7 @@ impl EndpointSet {
         *self.snapshot.write() = Arc::new(snapshot);
     }
 
-    /// A request goes to `address`, until the guard is dropped. One that is not in the set is not counted.
+    /// Counts a request to `address` until the guard is dropped. An address that is not in the set is not counted.
     pub fn begin(&self, address: SocketAddr, now: Instant) -> InFlight {
         self.snapshot().get(address).map_or_else(InFlight::uncounted, |endpoint| {
             endpoint.state.health.begins(&self.rules, now);
@@ -131,14 +129,14 @@ impl EndpointSet {
         })
     }
 
-    /// A request to `address` got an answer.
+    /// A request to `address` succeeded.
     pub fn succeeded(&self, address: SocketAddr) {
         if let Some(endpoint) = self.snapshot().get(address) {
             endpoint.state.health.succeeded();
         }
     }
 
-    /// A request to `address` got none. True if the endpoint is ejected by that.
+    /// A request to `address` failed. Returns true if that ejects the endpoint.
     pub fn failed(&self, address: SocketAddr, now: Instant) -> bool {
         let _changing = self.changing.lock();
         let snapshot = self.snapshot();
@@ -146,18 +144,18 @@ impl EndpointSet {
         endpoint.state.health.failed(&self.rules, now, snapshot.may_eject_one_more(self.rules.max_percent))
     }
 
-    /// Whether a response with a 5xx status is a failure.
+    /// Whether a response with a 5xx status counts as a failure.
     pub fn counts_server_errors(&self) -> bool {
         self.rules.server_errors
     }
 
-    /// The part of the pool that a request is to stay in; `None` is all of it.
+    /// The subset to pick from; `None` means the whole pool.
     pub fn subset(&self, now: Instant) -> Option<Arc<[SocketAddr]>> {
         let snapshot = self.snapshot();
         self.subset.choose(&snapshot.subsets, |address| snapshot.get(address), now)
     }
 
-    /// How many endpoints there are, by [`EndpointState`].
+    /// The number of endpoints in each [`EndpointState`].
     pub fn states(&self) -> [usize; EndpointState::ALL.len()] {
         let mut counts = [0; EndpointState::ALL.len()];
         for endpoint in self.snapshot().endpoints() {
@@ -166,7 +164,7 @@ impl EndpointSet {
         counts
     }
 
-    /// Those in the list that are avoided go behind the others; the order is otherwise kept.
+    /// Moves avoided endpoints to the end of the list and keeps the order otherwise.
     pub fn avoided_last(&self, addresses: &mut [SocketAddr], now: Instant) {
         let snapshot = self.snapshot();
         addresses.sort_by_key(|&address| snapshot.get(address).is_some_and(|endpoint| endpoint.is_avoided(now)));
@@ -201,7 +199,7 @@ impl Snapshot {
         self.index.get(&address).map(|&at| &self.endpoints[at])
     }
 
-    /// Those that may get new requests.
+    /// The endpoints that may get new requests.
     pub fn ready(&self) -> impl Iterator<Item = &Endpoint> {
         self.endpoints.iter().filter(|endpoint| !endpoint.draining)
     }
@@ -235,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn the_set_is_all_sources_and_the_first_counts() {
+    fn set_is_the_union_and_the_first_source_wins() {
         let set = set(2);
         let named = config::Endpoint { zone: Some("a".into()), ..address(2).into() };
         assert!(set.replace(Source::Dns, vec![address(3).into(), address(3).into()]));
@@ -243,12 +241,12 @@ mod tests {
         assert_eq!(addresses(&set), [1, 2, 4, 3].map(address));
         assert_eq!(set.snapshot().get(address(2)).unwrap().zone, None);
         assert!(set.replace(Source::File, vec![]));
-        assert!(!set.replace(Source::File, vec![]), "nothing new");
+        assert!(!set.replace(Source::File, vec![]), "unchanged");
         assert_eq!(addresses(&set), [1, 2, 3].map(address));
     }
 
     #[test]
-    fn what_stays_keeps_its_state_and_what_comes_back_is_new() {
+    fn endpoint_that_stays_keeps_its_state_and_one_that_returns_is_new() {
         let (set, now) = (set(3), Instant::now());
         let running = [set.begin(address(1), now), set.begin(address(1), now)];
         set.failed(address(1), now);
@@ -270,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn half_of_them_may_be_ejected_and_never_the_last() {
+    fn ejections_are_limited_and_spare_the_last_endpoint() {
         for (endpoints, percent, most) in [(1, 100, 0), (2, 50, 1), (3, 50, 1), (4, 50, 2), (4, 100, 3), (4, 24, 0)] {
             let rules = Ejection { failures: 1, max_percent: percent, ..Ejection::default() };
             let (set, now) = (EndpointSet::of(listed(1..=endpoints), rules), Instant::now());
@@ -280,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn avoided_ones_go_last_in_their_order() {
+    fn avoided_endpoints_move_to_the_end() {
         let (set, now) = (set(4), Instant::now());
         set.failed(address(1), now);
         set.failed(address(3), now);
@@ -290,16 +288,16 @@ mod tests {
     }
 
     #[test]
-    fn strangers_are_not_counted() {
+    fn unknown_address_is_not_counted() {
         let (set, now) = (set(1), Instant::now());
-        let _stranger = set.begin(address(9), now);
+        let _unknown = set.begin(address(9), now);
         assert!(!set.failed(address(9), now));
         set.succeeded(address(9));
         assert_eq!(addresses(&set), [address(1)]);
     }
 
     #[test]
-    fn a_set_with_other_settings_goes_on_where_the_one_before_was() {
+    fn reloaded_set_keeps_endpoints_and_their_state() {
         let (before, now) = (set(3), Instant::now());
         before.replace(Source::Dns, listed([7]));
         before.replace(Source::File, listed([8]));
@@ -310,7 +308,7 @@ mod tests {
             ..config::Pool::new("p", vec![address(1), address(4)])
         };
         let after = EndpointSet::after(&before, &pool, &Node::default());
-        assert_eq!(addresses(&after), [1, 4, 7].map(address), "the file is not followed any more");
+        assert_eq!(addresses(&after), [1, 4, 7].map(address), "the file is no longer configured");
         let snapshot = after.snapshot();
         let one = snapshot.get(address(1)).unwrap();
         assert!(one.in_flight() == 1 && one.is_avoided(now));

@@ -1,33 +1,32 @@
-//! The part of a pool that requests are to stay in (`[pools.subset]`): worked out when the endpoints change, so that a request
-//! only takes what is there.
+//! The subset of a pool that requests stay in (`[pools.subset]`). It is computed when the endpoints change, not per request.
 //!
-//! With `prefer` there is a list for each locality, the narrowest first in the order of the setting. A request gets the first
-//! in which an endpoint is not avoided: with all of a node's endpoints ejected, the zone's are nearer than none.
+//! With `prefer` there is one list per locality, in the order of the setting. A request gets the first list that has an endpoint
+//! that is not avoided: if all endpoints of the node are ejected, it gets those of the zone.
 
 use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 use super::member::Endpoint;
 use crate::config::{self, EmptySubset, Locality, Node, Passthrough};
 
-/// The rule, and where this agent is.
+/// The rule and the agent's own locality.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Rule {
     subset: config::Subset,
     node: Node,
-    /// Endpoints that the pool does not list count, too.
-    strangers: Passthrough,
+    /// Which addresses outside the pool are allowed.
+    passthrough: Passthrough,
 }
 
-/// The subsets that there are to choose from, in this order. None: there is no rule.
+/// The subsets, in order of preference. `None` if the pool has no rule.
 #[derive(Debug, Default)]
 pub(super) struct Subsets(Option<Vec<Arc<[SocketAddr]>>>);
 
 impl Rule {
     pub(super) fn new(pool: &config::Pool, node: &Node) -> Self {
-        Self { subset: pool.subset.clone(), node: node.clone(), strangers: pool.passthrough.clone() }
+        Self { subset: pool.subset.clone(), node: node.clone(), passthrough: pool.passthrough.clone() }
     }
 
-    /// `find` gives the endpoint of the set at an address.
+    /// Computes the subsets. `find` returns the endpoint of the set at an address.
     pub(super) fn subsets<'e>(
         &self,
         endpoints: &'e [Endpoint],
@@ -44,7 +43,7 @@ impl Rule {
             endpoints.iter().filter(is_near).map(|near| near.address).collect()
         };
         let is_there = |&&address: &&SocketAddr| {
-            find(address).map_or_else(|| self.strangers.admits(address.ip()), |endpoint| !endpoint.draining)
+            find(address).map_or_else(|| self.passthrough.admits(address.ip()), |endpoint| !endpoint.draining)
         };
         let explicit = &self.subset.endpoints;
         if !explicit.is_empty() {
@@ -56,7 +55,7 @@ impl Rule {
         }
     }
 
-    /// The subset of a request; `None` is the whole pool.
+    /// The subset for a request; `None` means the whole pool.
     pub(super) fn choose<'e>(
         &self,
         subsets: &Subsets,
@@ -64,11 +63,11 @@ impl Rule {
         now: Instant,
     ) -> Option<Arc<[SocketAddr]>> {
         let subsets = subsets.0.as_ref()?;
-        let is_well = |&address: &SocketAddr| find(address).is_none_or(|endpoint| !endpoint.is_avoided(now));
-        if let Some(well) = subsets.iter().find(|subset| subset.iter().any(is_well)) {
-            return Some(Arc::clone(well));
+        let is_healthy = |&address: &SocketAddr| find(address).is_none_or(|endpoint| !endpoint.is_avoided(now));
+        if let Some(healthy) = subsets.iter().find(|subset| subset.iter().any(is_healthy)) {
+            return Some(Arc::clone(healthy));
         }
-        // What is explicit, or is not to be left, is kept to as long as there is anything in it.
+        // Every endpoint is avoided. An explicit subset, or one with `empty = "fail"`, is used as long as it has endpoints.
         let kept = self.subset.prefer.is_empty() || self.subset.empty == EmptySubset::Fail;
         let rest = subsets.iter().find(|subset| kept && !subset.is_empty());
         match self.subset.empty {
@@ -94,7 +93,7 @@ mod tests {
         config::Endpoint { node: Some(node.into()), zone: Some(zone.into()), ..address(n).into() }
     }
 
-    /// Endpoints 1 and 2 are on this node, 1 to 3 in this zone, 4 is elsewhere and 5 nobody knows where.
+    /// Endpoints 1 and 2 are on this node, 1 to 3 in this zone, 4 in another zone, and 5 has no locality.
     fn set(adjust: impl FnOnce(&mut Pool)) -> EndpointSet {
         let mut pool = Pool::new("a", []);
         pool.endpoints =
@@ -121,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_worked_out_once_for_a_set() {
+    fn subset_is_computed_once_per_set() {
         let set = prefer(&[Locality::Zone], EmptySubset::All);
         let subset = || set.subset(Instant::now()).unwrap();
         let first = subset();
@@ -133,13 +132,13 @@ mod tests {
     }
 
     #[test]
-    fn without_a_rule_it_is_the_whole_pool() {
+    fn subset_without_rule_is_the_whole_pool() {
         assert_subset(&set(|_| {}), None);
         assert_subset(&set(|pool| pool.subset.empty = EmptySubset::Fail), None);
     }
 
     #[test]
-    fn the_nearest_with_an_endpoint_that_is_well() {
+    fn nearest_subset_with_a_healthy_endpoint_is_chosen() {
         let set = prefer(&[Locality::Node, Locality::Zone], EmptySubset::All);
         assert_subset(&set, Some(&[1, 2]));
         fail(&set, [1]);
@@ -153,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn what_drains_or_leaves_is_in_no_subset() {
+    fn draining_and_removed_endpoints_are_in_no_subset() {
         let set = prefer(&[Locality::Node, Locality::Zone], EmptySubset::All);
         let draining = config::Endpoint { draining: true, ..at(1, "n1", "a") };
         set.replace(Source::Config, vec![draining.clone(), at(2, "n1", "a"), at(3, "n2", "a")]);
@@ -165,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn a_subset_that_is_not_to_be_left_is_empty_only_without_endpoints() {
+    fn failing_subset_is_empty_only_without_endpoints() {
         let set = prefer(&[Locality::Node], EmptySubset::Fail);
         fail(&set, [1, 2]);
         assert_subset(&set, Some(&[1, 2]));
@@ -174,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn explicit_endpoints_are_those_of_them_that_are_in_the_pool() {
+    fn explicit_subset_is_limited_to_the_pool() {
         let explicit = |empty| {
             move |pool: &mut Pool| {
                 pool.subset = config::Subset { prefer: vec![], endpoints: [9, 3, 1].map(address).into(), empty };
@@ -189,10 +188,10 @@ mod tests {
         let set_fail = set(explicit(EmptySubset::Fail));
         set_fail.replace(Source::Config, vec![address(2).into()]);
         assert_subset(&set_fail, Some(&[]));
-        let with_strangers = set(|pool| {
+        let with_passthrough = set(|pool| {
             explicit(EmptySubset::All)(pool);
             pool.passthrough = Passthrough::On;
         });
-        assert_subset(&with_strangers, Some(&[9, 3, 1]));
+        assert_subset(&with_passthrough, Some(&[9, 3, 1]));
     }
 }

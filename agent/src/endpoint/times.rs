@@ -1,12 +1,13 @@
-//! How long connections to endpoints are kept, and how long they are waited for. A reload may change it while connections live.
+//! The timeouts of connections to endpoints. A reload may change them while connections are open.
 
 use std::time::Duration;
 
 #[derive(Debug, Clone, Copy)]
 pub struct Times {
-    /// A connection that has been idle for so long is closed.
+    /// How long an idle connection is kept.
     pub keep_alive: Duration,
+    /// How long connecting may take; `None` leaves it to the kernel.
     pub connect: Option<Duration>,
-    /// As [`crate::kernel::socket::detect_unreachable`] takes it.
+    /// See [`crate::kernel::socket::detect_unreachable`].
     pub unreachable: Option<Duration>,
 }

@@ -1,5 +1,5 @@
-//! The socket of a connection that hyper speaks HTTP/2 on. How much the endpoint has acknowledged can be asked for while hyper
-//! has it, and when it is closed.
+//! The socket that hyper uses for an HTTP/2 connection to an endpoint. The number of acknowledged bytes can be read while hyper
+//! owns the socket and after it was closed.
 
 use std::{
     cell::{Cell, RefCell},
@@ -16,12 +16,13 @@ use tokio::{
 
 use crate::kernel::socket;
 
-/// For hyper. Dropping it closes the connection.
+/// hyper's side. Dropping it closes the connection.
 pub(super) struct Wire(Rc<Link>);
 
+/// The agent's view of the socket.
 pub(super) struct Link {
     stream: RefCell<Option<TcpStream>>,
-    /// When it was closed.
+    /// Acknowledged bytes when the socket was closed.
     last: Cell<Option<u64>>,
 }
 
@@ -40,7 +41,7 @@ impl Wire {
 }
 
 impl Link {
-    /// Bytes that the endpoint's kernel has acknowledged. `None`: not known.
+    /// Bytes that the endpoint's kernel has acknowledged. Returns `None` if that is unknown.
     pub(super) fn acknowledged(&self) -> Option<u64> {
         match &*self.stream.borrow() {
             Some(stream) => socket::acknowledged(stream).ok(),

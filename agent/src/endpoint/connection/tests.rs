@@ -1,5 +1,5 @@
-//! What a network does that loopback does not: a retransmission that begins before what has arrived. The peer is made of
-//! single TCP segments, so that each byte range is chosen.
+//! Retransmissions that overlap received bytes, which loopback never produces. The peer writes single TCP segments, so that the
+//! test chooses each byte range.
 
 use std::{
     fs::File,
@@ -29,13 +29,13 @@ const PEER: Ipv4Addr = Ipv4Addr::new(10, 9, 9, 2);
 const US: Ipv4Addr = Ipv4Addr::new(10, 9, 9, 1);
 const PORT: u16 = 8000;
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Wraps after the first few bytes.
+/// The peer's first sequence number, which wraps after a few bytes.
 const FIRST: u32 = 0xffff_fff0;
 
 const SYN_ACK: u8 = 0x12;
 const PSH_ACK: u8 = 0x18;
 
-/// The far end of one connection, a segment at a time.
+/// The peer of one connection, which sends single segments.
 struct Peer {
     tun: File,
     port: u16,
@@ -43,13 +43,13 @@ struct Peer {
 }
 
 impl Peer {
-    /// Answers the first SYN.
+    /// Accepts the first SYN.
     fn accept(mut tun: File) -> Self {
         let mut packet = [0; 2048];
         loop {
             let n = tun.read(&mut packet).expect("a packet");
             let tcp = &packet[20..n];
-            // IPv4, TCP, SYN alone; the interface also sends IPv6's router solicitations.
+            // IPv4, TCP, only SYN set. The interface also sends IPv6 router solicitations.
             if packet[0] == 0x45 && packet[9] == 6 && tcp[13] == 2 {
                 let port = u16::from_be_bytes([tcp[0], tcp[1]]);
                 let sequence = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
@@ -101,12 +101,12 @@ fn checksum(bytes: &[u8]) -> u16 {
     !(sum as u16)
 }
 
-/// Byte at a position of the stream.
+/// The bytes of the test stream.
 fn stream(len: u32) -> Vec<u8> {
     (0..len).map(|at| (at.wrapping_mul(0x9e37_79b9) >> 24) as u8).collect()
 }
 
-/// Runs `test` in a namespace of its own, with a connection to the peer that the kernel program looks after.
+/// Runs `test` in its own network namespace, with a connection to the peer that is registered with the kernel program.
 fn with_peer(test: impl AsyncFnOnce(Peer, EndpointConnection, Rc<WorkerSteering>) + Send + 'static) {
     let run = move || {
         let kernel = Arc::new(Kernel::load(16).expect("load"));
@@ -124,16 +124,16 @@ fn with_peer(test: impl AsyncFnOnce(Peer, EndpointConnection, Rc<WorkerSteering>
             tokio::time::timeout(PATIENCE, test).await.expect("in time");
         });
     };
-    // The namespace is the thread's, and ends with it.
+    // The namespace belongs to the thread and ends with it.
     std::thread::spawn(run).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
 }
 
 #[test]
-fn a_retransmission_that_overlaps_is_read_once() {
+fn overlapping_retransmission_is_read_once() {
     with_peer(async |mut peer, mut endpoint, _| {
         let bytes = stream(20_000);
         let mut got = BytesMut::with_capacity(1 << 16);
-        // Begin and end of each segment: an overlap of 10, of nearly all, across several pages, and none.
+        // Start and end of each segment: overlaps of 10 bytes, of nearly everything, across several pages, and none.
         for (from, to) in [(0, 10), (0, 20), (15, 21), (1, 9000), (9000, 9001), (4, 20_000)] {
             peer.send(from, &bytes[from as usize..to as usize]);
             while got.len() < to as usize {
@@ -146,7 +146,7 @@ fn a_retransmission_that_overlaps_is_read_once() {
 }
 
 #[test]
-fn a_retransmission_that_overlaps_is_redirected_once() {
+fn overlapping_retransmission_is_redirected_once() {
     with_peer(async |mut peer, mut endpoint, steering| {
         let bytes = stream(6000);
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("bind");
@@ -174,9 +174,9 @@ fn a_retransmission_that_overlaps_is_redirected_once() {
     });
 }
 
-/// What tells whether a request may have been executed: a reset is no acknowledgement of what it answers.
+/// Whether a request may have been executed depends on this: a reset does not acknowledge the bytes that it responds to.
 #[test]
-fn reset_acknowledges_nothing_and_an_acknowledgement_before_it_counts() {
+fn reset_acknowledges_nothing_but_an_earlier_ack_counts() {
     const ACK: u8 = 0x10;
     const RST: u8 = 0x04;
     for acknowledges in [0, 7] {

@@ -10,12 +10,12 @@ const PING: u8 = 6;
 const HEADERS: u8 = 1;
 const PREFACE: usize = 24;
 
-/// Takes one connection, says that it speaks HTTP/2, and gives the kinds of all frames that came, at its end.
+/// Accepts one connection, sends SETTINGS and nothing else. Returns the kinds of all frames received, at the end.
 fn silent(listener: &TcpListener) -> Vec<u8> {
     let (mut stream, _) = listener.accept().expect("a connection");
     stream.write_all(&[0, 0, 0, SETTINGS, 0, 0, 0, 0, 0]).expect("SETTINGS");
     let mut bytes = Vec::new();
-    // A reset ends it as well.
+    // A reset ends the connection as well.
     let _ = stream.read_to_end(&mut bytes);
     let (mut kinds, mut rest) = (Vec::new(), &bytes[PREFACE.min(bytes.len())..]);
     while let [a, b, c, kind, ..] = *rest {
@@ -26,7 +26,7 @@ fn silent(listener: &TcpListener) -> Vec<u8> {
     kinds
 }
 
-/// The clock runs ahead whenever nothing else is to be done.
+/// The paused clock advances whenever the runtime is idle.
 #[tokio::test(start_paused = true)]
 async fn silent_endpoint_gets_no_ping() {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
