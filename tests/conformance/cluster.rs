@@ -1,5 +1,5 @@
-//! What the suite sets up: pools of pods, each pod with an address of its own, each pool with a picker that does what requests
-//! tell it; gateways in front of them, configured in TOML as by their users; and requests.
+//! The suite's setup: pools of pods with their own addresses, each pool with a picker that follows the request's selection;
+//! gateways in front of them, configured in TOML; and requests.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -15,12 +15,12 @@ use penstock_tests::{
     scripted_epp::Lwepp,
 };
 
-/// Each call another address of this machine; tests in other processes have others.
+/// A different address of this machine on each call; tests in other processes have others.
 fn address() -> IpAddr {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let [high, low] = NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
     let process = std::process::id().to_be_bytes()[3];
-    // Neither 127.0 nor an address that ends in 0.
+    // Neither in 127.0 nor ending in 0.
     Ipv4Addr::new(127, 1 + process % 250, high, low + 1).into()
 }
 
@@ -74,23 +74,23 @@ pub(crate) struct InferencePool {
     name: &'static str,
     pub(crate) pods: Vec<Pod>,
     pub(crate) epp: ScriptedEpp,
-    /// Where the gateway looks for the EPP.
+    /// The EPP address in the gateway's configuration.
     epp_address: SocketAddr,
     failure_mode: &'static str,
     app_protocol: Option<&'static str>,
-    /// The pods' addresses, and the ports they all listen on; none where each has its own.
+    /// The pods' addresses and their common ports; no ports if each pod has its own.
     endpoints: Vec<String>,
     ports: Vec<u16>,
 }
 
 impl InferencePool {
-    /// As many pods; a port each.
+    /// Starts `pods` pods, each on its own port.
     pub(crate) async fn start(name: &'static str, pods: usize) -> Self {
         let pods = join_all((0..pods).map(|_| Pod::http1((address(), 0).into()))).await;
         Self::each_on_its_port(name, pods).await
     }
 
-    /// The same of pods that speak HTTP/2 without TLS, as the pool says.
+    /// The same with HTTP/2 pods (h2c), declared in the pool.
     pub(crate) async fn h2c(name: &'static str, pods: usize) -> Self {
         let pods = join_all((0..pods).map(|_| Pod::h2c((address(), 0).into()))).await;
         Self::each_on_its_port(name, pods).await.speaking("h2c")
@@ -102,7 +102,7 @@ impl InferencePool {
         Self::over(name, pods, endpoints, Vec::new()).await
     }
 
-    /// As many pods that serve three ranks each, on the same three ports.
+    /// Starts `pods` pods with three ranks each, on the same three ports.
     pub(crate) async fn data_parallel(name: &'static str, pods: usize) -> Self {
         let first = address();
         let mut ranks = Vec::new();
@@ -131,12 +131,12 @@ impl InferencePool {
         Self { failure_mode: "open", ..self }
     }
 
-    /// The gateway is told that pods speak this.
+    /// Configures the gateway to use this protocol.
     pub(crate) fn speaking(self, app_protocol: &'static str) -> Self {
         Self { app_protocol: Some(app_protocol), ..self }
     }
 
-    /// The gateway is told that the EPP is there.
+    /// Configures the gateway with this EPP address.
     pub(crate) fn with_epp_at(self, epp_address: SocketAddr) -> Self {
         Self { epp_address, ..self }
     }
@@ -180,13 +180,13 @@ pub(crate) fn gateway(mode: SteeringMode, pools: &[&InferencePool], routes: &str
     TestAgent::start(builtin_pool(&[]), mode, |config| (config.pools, config.routes) = (told.pools, told.routes))
 }
 
-/// The same with other routes, from now on.
+/// Reloads the agent with other routes.
 pub(crate) fn reroute(gateway: &TestAgent, pools: &[&InferencePool], routes: &str) {
     let routes = configured(pools, routes).routes;
     gateway.agent.reload(Config { routes, ..gateway.agent.config() }).expect("routes can change");
 }
 
-/// An event stream in pieces, so that there is something for the kernel to carry.
+/// An event stream in pieces, so that it can be steered.
 fn events() -> Plan {
     Plan {
         framing: Framing::Chunked,
@@ -211,7 +211,7 @@ pub(crate) fn get(target: &str) -> Request {
     Request::get(target).header("x-test-plan", events().header())
 }
 
-/// The picker is to choose among these, and does.
+/// The picker must choose among these pods.
 pub(crate) fn choosing(request: Request, pods: &[SocketAddr]) -> Request {
     let list: Vec<String> = pods.iter().map(ToString::to_string).collect();
     choosing_addresses(request, &list.join(","))
@@ -221,13 +221,13 @@ pub(crate) fn choosing_addresses(request: Request, list: &str) -> Request {
     request.header("test-epp-endpoint-selection", list)
 }
 
-/// On a connection of its own.
+/// On a new connection.
 pub(crate) async fn send(gateway: &TestAgent, request: &Request) -> Response {
     let mut client = Client::connect(gateway.addr).await.expect("the gateway accepts");
     client.request(request).await.expect("a response")
 }
 
-/// The pod that the whole of the response came from.
+/// The pod that sent the whole response.
 pub(crate) fn served(response: &Response) -> SocketAddr {
     assert_eq!(response.status(), 200, "{}", response.text());
     let plan = events();
@@ -237,7 +237,7 @@ pub(crate) fn served(response: &Response) -> SocketAddr {
     response.served_by().expect("a pod's response")
 }
 
-/// The request a hundred times, ten at once, each ten on one connection: the pods that served.
+/// Sends the request a hundred times, ten at once, each ten on one connection; returns the pods that served.
 pub(crate) async fn hundred(gateway: &TestAgent, request: &Request) -> Vec<SocketAddr> {
     let ten = || async {
         let mut client = Client::connect(gateway.addr).await.expect("the gateway accepts");
@@ -250,7 +250,7 @@ pub(crate) async fn hundred(gateway: &TestAgent, request: &Request) -> Vec<Socke
     join_all((0..10).map(|_| ten())).await.concat()
 }
 
-/// Whether the kernel has carried what it was to carry, and nothing else.
+/// Asserts that exactly the expected responses were steered.
 pub(crate) fn assert_carried(gateway: &TestAgent, mode: SteeringMode) {
     let steered = gateway.steered();
     assert_eq!(steered > 0, mode != SteeringMode::Off, "{steered}");

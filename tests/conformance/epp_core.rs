@@ -1,5 +1,5 @@
-//! What no conformance suite looks at and every user of an EPP relies on: a profile of our own, "EPP-Core". Most of it is in the
-//! other test binaries (`docs/conformance.md` says where); here is what is nowhere else.
+//! "EPP-Core", our own profile: what every user of an EPP relies on and no conformance suite checks. Most of its tests are in
+//! other test binaries (`docs/conformance.md` lists them); this file has the rest.
 
 use penstock_agent::config::SteeringMode;
 use penstock_tests::{
@@ -13,14 +13,14 @@ use penstock_tests::{
 use crate::SOON;
 use crate::cluster::{InferencePool, assert_carried, gateway};
 
-/// Server-sent events are not held back: the client has each of them while the model is still at work on the next. A model
-/// that stops after any of them has been heard up to there.
+/// Server-sent events are not held back: the client gets each event while the model works on the next, and every event sent
+/// before a stall.
 pub(crate) async fn events_arrive_as_they_are_sent(mode: SteeringMode) {
     const EVENT: u64 = 40;
     let pool = InferencePool::start("primary", 1).await;
     let gateway = gateway(mode, &[&pool], "");
     for events in [1, 2, 100] {
-        // A chunk each: its size in two digits, and two line ends.
+        // One chunk per event: a two-digit size and two line ends.
         let wire = events * (EVENT + 6);
         let plan = Plan {
             framing: Framing::Chunked,
@@ -41,7 +41,7 @@ pub(crate) async fn events_arrive_as_they_are_sent(mode: SteeringMode) {
         assert_eq!(checker.offset(), events * EVENT);
         client.reset().unwrap();
     }
-    // What was broken off is counted a moment later.
+    // A broken response is counted a moment later.
     eventually(SOON, || gateway.count("penstock_client_aborts_total", &[]) == 3).await;
     assert_carried(&gateway, mode);
 }

@@ -1,7 +1,7 @@
-//! A pool's EPP is not there.
+//! A pool whose EPP is missing.
 //!
-//! The suite's own test of failing open took down the EPP of another pool up to its version of August 2026, so that it passed
-//! whatever the gateway did. Here the EPP that goes away is the one that has picked before.
+//! Up to its version of August 2026, the suite's fail-open test took down the EPP of another pool, so it passed whatever the
+//! gateway did. Here the EPP that goes away is the one that picked before.
 
 use penstock_agent::config::SteeringMode;
 use penstock_tests::Refusing;
@@ -20,9 +20,8 @@ pool = "secondary"
 const PRIMARY: &str = "primary.example.com";
 const SECONDARY: &str = "secondary.example.com";
 
-/// EppUnAvailableFailOpen: pinned to one pod while the pool's EPP lives; when that EPP is gone, a POST with JSON is still
-/// answered with 200 by a pod of the pool. The other pool's EPP and its pods are not concerned, and when the EPP is back, its
-/// picks count again.
+/// EppUnAvailableFailOpen: requests are pinned to one pod while the pool's EPP runs; without it, a POST with JSON still gets a 200
+/// from a pod of the pool. The other pool's EPP and pods are unaffected, and once the EPP is back, its picks are followed again.
 pub(crate) async fn epp_unavailable_fail_open(mode: SteeringMode) {
     let primary = InferencePool::start("primary", 2).await;
     let mut secondary = InferencePool::start("secondary", 3).await.failing_open();
@@ -49,7 +48,7 @@ pub(crate) async fn epp_unavailable_fail_open(mode: SteeringMode) {
     assert_carried(&gateway, mode);
 }
 
-/// Its counterpart: the same in a pool that fails closed is a 5xx and reaches no pod of any pool.
+/// The counterpart: a pool that fails closed returns 5xx and reaches no pod of any pool.
 pub(crate) async fn epp_unavailable_fail_closed(mode: SteeringMode) {
     let primary = InferencePool::start("primary", 2).await.failing_open();
     let mut secondary = InferencePool::start("secondary", 3).await;
@@ -71,8 +70,8 @@ pub(crate) async fn epp_unavailable_fail_closed(mode: SteeringMode) {
     assert_eq!(served(&send(&gateway, &request).await), secondary.pod(1));
 }
 
-/// InferencePoolInvalidEPPService: the pool's EPP has never been there. Requests for the pool are a 5xx; the gateway stays up
-/// and serves the other pool.
+/// InferencePoolInvalidEPPService: the pool's EPP never existed. Requests to the pool get a 5xx; the gateway stays up and serves
+/// the other pool.
 pub(crate) async fn inference_pool_invalid_epp_service(mode: SteeringMode) {
     let nobody = Refusing::new().unwrap();
     let broken = InferencePool::start("primary", 2).await.with_epp_at(nobody.addr);

@@ -1,7 +1,6 @@
-//! The data plane's part of the conformance suite of the Gateway API Inference Extension: each test under its name there (in
-//! snake case), written anew from what it checks, against the suite's light picker; and what that suite leaves out, in
-//! [`epp_core`]. Every test runs with the responses relayed and with the kernel carrying what it can. `docs/conformance.md` is
-//! the table.
+//! The data plane's part of the Gateway API Inference Extension's conformance suite: each test has its name there (in snake
+//! case) and is rewritten from what it checks, against the suite's light picker. [`epp_core`] adds what the suite omits. Every
+//! test runs relayed and steered. `docs/conformance.md` has the table.
 
 mod cluster;
 mod routing;
@@ -13,7 +12,7 @@ use std::time::Duration;
 
 use penstock_agent::config::SteeringMode;
 
-/// Longest wait for what is to happen soon; a bound for a machine that is busy, not an expectation.
+/// Upper bound for events expected soon, with room for a busy machine.
 const SOON: Duration = Duration::from_secs(30);
 
 macro_rules! on_both_paths {

@@ -1,4 +1,4 @@
-//! Requests go where the picker says, and the picker is told where they went.
+//! Requests go to the picked endpoint, and the picker is told which endpoint served.
 
 use penstock_agent::config::SteeringMode;
 use penstock_tests::{eventually, model_server::Echo, scripted_epp::StreamRecord};
@@ -8,8 +8,8 @@ use crate::cluster::{
     InferencePool, assert_carried, choosing, choosing_addresses, gateway, get, hundred, post, send, served,
 };
 
-/// GatewayFollowingEPPRouting: of a hundred POSTs, ten at once, none reaches a pod outside the set that was chosen, for sets
-/// of one, two and three.
+/// GatewayFollowingEPPRouting: of a hundred POSTs, ten at once, none reaches a pod outside the selected set, for sets of one, two
+/// and three.
 pub(crate) async fn gateway_following_epp_routing(mode: SteeringMode) {
     let pool = InferencePool::start("primary", 4).await;
     let gateway = gateway(mode, &[&pool], "");
@@ -28,8 +28,8 @@ pub(crate) async fn gateway_following_epp_routing(mode: SteeringMode) {
     assert_carried(&gateway, mode);
 }
 
-/// GatewayFollowingEPPRoutingWithDataParallelism: three target ports on each address, each an endpoint of its own; the port is
-/// followed as exactly as the address.
+/// GatewayFollowingEPPRoutingWithDataParallelism: three target ports per address, each its own endpoint; port and address are
+/// both followed exactly.
 pub(crate) async fn gateway_following_epp_routing_with_data_parallelism(mode: SteeringMode) {
     let pool = InferencePool::data_parallel("ranks", 2).await;
     let gateway = gateway(mode, &[&pool], "");
@@ -39,7 +39,7 @@ pub(crate) async fn gateway_following_epp_routing_with_data_parallelism(mode: St
         let expected: Vec<u64> = (0..pool.pods.len()).map(|other| if other <= number { 100 } else { 0 }).collect();
         assert_eq!(pool.requests(), expected);
     }
-    // An address without a port is all three of it, and none of the other's.
+    // An address without a port selects all three of its ports and none of the other's.
     let address = pool.pod(0).ip();
     let served = hundred(&gateway, &choosing_addresses(post("/v1/completions"), &address.to_string())).await;
     assert!(served.iter().all(|served| served.ip() == address), "{served:?}");
@@ -47,8 +47,8 @@ pub(crate) async fn gateway_following_epp_routing_with_data_parallelism(mode: St
     assert_carried(&gateway, mode);
 }
 
-/// GatewayDestinationEndpointServed: the picker finds the endpoint that served in the metadata of the message about the
-/// response's head, and what it puts on the response reaches the client.
+/// GatewayDestinationEndpointServed: the picker finds the served endpoint in the metadata of the response-head message, and what
+/// it sets on the response reaches the client.
 pub(crate) async fn gateway_destination_endpoint_served(mode: SteeringMode) {
     let pool = InferencePool::start("primary", 3).await;
     let gateway = gateway(mode, &[&pool], "");
@@ -68,8 +68,8 @@ pub(crate) async fn gateway_destination_endpoint_served(mode: SteeringMode) {
     assert_carried(&gateway, mode);
 }
 
-/// InferencePoolAppProtocol: pods of HTTP/2 without TLS where the pool says so, of HTTP/1.1 where it says that or nothing; the
-/// served endpoint is told of each.
+/// InferencePoolAppProtocol: HTTP/2 pods without TLS if the pool says so, otherwise HTTP/1.1; the picker is told the served
+/// endpoint of each.
 pub(crate) async fn inference_pool_app_protocol(mode: SteeringMode) {
     let (h2c, http, default) = tokio::join!(
         InferencePool::h2c("h2c", 2),
@@ -88,7 +88,7 @@ pub(crate) async fn inference_pool_app_protocol(mode: SteeringMode) {
                 let named = response.header("x-conformance-test-served-endpoint");
                 assert_eq!(named, Some(pod.addr.to_string().as_str()), "{host}");
             }
-            // Pseudo-headers are HTTP/2's.
+            // Pseudo-headers exist only in HTTP/2.
             let seen = pod.seen();
             let by_http2 = |seen: &Echo| seen.header(":scheme") == Some("http");
             assert_eq!((seen.len(), seen.iter().all(by_http2)), (2, host == "h2c.example.com"));

@@ -1,4 +1,4 @@
-//! Which pool a request goes to.
+//! Route selection: which pool serves a request.
 
 use std::time::Instant;
 
@@ -7,8 +7,8 @@ use penstock_agent::config::SteeringMode;
 use crate::SOON;
 use crate::cluster::{InferencePool, assert_carried, choosing, gateway, get, hundred, post, reroute, send, served};
 
-/// GatewayWeightedAcrossTwoInferencePools: 70 to 30 over 200 requests, within ten percent or four and a half standard deviations,
-/// whichever is more; in each pool the pod that its own picker has chosen.
+/// GatewayWeightedAcrossTwoInferencePools: 70 to 30 over 200 requests, within ten percent or 4.5 standard deviations, whichever is
+/// larger; in each pool the pod that its own picker chose.
 pub(crate) async fn gateway_weighted_across_two_inference_pools(mode: SteeringMode) {
     const REQUESTS: usize = 200;
     const PRIMARY: f64 = 0.7;
@@ -19,7 +19,7 @@ host = "example.com"
 pools = [{ name = "primary", weight = 70 }, { name = "secondary", weight = 30 }]
 "#;
     let gateway = gateway(mode, &[&primary, &secondary], split);
-    // Each picker finds one of its own among these.
+    // Each picker finds one of its own pods in this list.
     let chosen = [primary.pod(1), secondary.pod(0)];
     let request = choosing(post("/v1/completions").header("host", "example.com"), &chosen);
     let served = [hundred(&gateway, &request).await, hundred(&gateway, &request).await].concat();
@@ -33,7 +33,7 @@ pools = [{ name = "primary", weight = 70 }, { name = "secondary", weight = 30 }]
     assert_carried(&gateway, mode);
 }
 
-/// HTTPRouteMultipleGatewaysDifferentPools: two gateways, each with a route to a pool of its own.
+/// HTTPRouteMultipleGatewaysDifferentPools: two gateways, each with a route to its own pool.
 pub(crate) async fn http_route_multiple_gateways_different_pools(mode: SteeringMode) {
     let (primary, secondary) = tokio::join!(InferencePool::start("primary", 2), InferencePool::start("secondary", 2));
     let hosts = ["primary.example.com", "secondary.example.com"];
@@ -53,8 +53,7 @@ pub(crate) async fn http_route_multiple_gateways_different_pools(mode: SteeringM
     }
 }
 
-/// InferencePoolHTTPRouteMultipleRules: one route with several rules; host and path choose the pool, whose EPP is asked and
-/// no other.
+/// InferencePoolHTTPRouteMultipleRules: one route with several rules; host and path select the pool, and only its EPP is asked.
 pub(crate) async fn inference_pool_http_route_multiple_rules(mode: SteeringMode) {
     let (primary, secondary) = tokio::join!(InferencePool::start("primary", 1), InferencePool::start("secondary", 1));
     let rules = r#"
@@ -103,8 +102,8 @@ pool = "secondary"
     assert_carried(&gateway, mode);
 }
 
-/// InferencePoolHTTPRoutePortValidation: a GET without a body is served by the pool at the pool's own port, whatever port is
-/// named on the way to it: none, the same, or another.
+/// InferencePoolHTTPRoutePortValidation: a GET without a body reaches the pool at the pool's port, whether the Host has no port,
+/// the same port, or another.
 pub(crate) async fn inference_pool_http_route_port_validation(mode: SteeringMode) {
     let pool = InferencePool::start("primary", 2).await;
     let gateway = gateway(mode, &[&pool], "[[routes]]\nhost = \"example.com\"\npool = \"primary\"\n");
@@ -123,8 +122,8 @@ pub(crate) async fn inference_pool_http_route_port_validation(mode: SteeringMode
     assert_carried(&gateway, mode);
 }
 
-/// InferencePoolResolvedRefsCondition, the data plane's part of it: a pool is served through the routes that name it as long
-/// as they do; a route that is taken away is a 404 that reaches nobody, and its other route does not notice.
+/// InferencePoolResolvedRefsCondition, the data plane's part: a pool is served through the routes that name it. A removed route
+/// returns 404 and reaches no endpoint, and the pool's other route is unaffected.
 pub(crate) async fn inference_pool_resolved_refs_condition(mode: SteeringMode) {
     let pool = InferencePool::start("primary", 1).await;
     let [one, two] = ["one.example.com", "two.example.com"];
@@ -135,7 +134,7 @@ pub(crate) async fn inference_pool_resolved_refs_condition(mode: SteeringMode) {
         if let Some(routes) = routes {
             reroute(&gateway, &[&pool], &routes);
         }
-        // Each worker takes the new routes for itself.
+        // Each worker takes the new routes at its own time.
         let (mut in_a_row, begin) = (0, Instant::now());
         while in_a_row < 20 {
             assert!(begin.elapsed() < SOON, "no {status} for {one}");

@@ -221,7 +221,7 @@ async fn malformed_response_bodies_are_broken_off() {
     }
 }
 
-/// RFC 9110 §15.2: forwarded to HTTP/1.1 and not to HTTP/1.0. The agent consumes `100 Continue`, because it requested the body itself.
+/// RFC 9110 §15.2: forwarded to HTTP/1.1 and not to HTTP/1.0. The agent requests the body itself, so it consumes `100 Continue`.
 #[tokio::test]
 async fn interim_responses_are_forwarded() {
     let interim = "HTTP/1.1 103 Early Hints\r\nlink: </a>\r\nconnection: x-hop\r\nx-hop: 1\r\nx-penstock-reason: no\r\n\r\n\

@@ -351,7 +351,7 @@ async fn conflicting_hosts_are_rejected() {
     .await;
 }
 
-/// What follows a request, or is said to be no part of it.
+/// Bytes after the end of a request.
 #[tokio::test]
 async fn trailing_bytes_hide_no_request() {
     let (close, body) = ("connection: close\r\n", "hello");
@@ -388,7 +388,7 @@ async fn trailing_bytes_hide_no_request() {
     .await;
 }
 
-/// A body that waits to be asked for.
+/// Bodies sent with `Expect`.
 #[tokio::test]
 async fn unusual_expectations_hide_no_request() {
     let (n, expect) = (HIDDEN.len(), "expect: 100-continue\r\n");
@@ -400,7 +400,7 @@ async fn unusual_expectations_hide_no_request() {
         trick("with two lengths", with(&(length(n) + ENCODING), &after_last()), To(400, "length_and_encoding")),
         trick("of too much", with("content-length: 99999999999\r\n", HIDDEN), To(413, "body_too_large")),
         trick("folded", post(&format!("expect:\r\n 100-continue\r\n{}", length(n)), HIDDEN), To(400, "folded_line")),
-        // Asked for nothing, because it is here already, or is none, or the client would not understand.
+        // No 100 is sent: the body is here already or empty, or the client speaks HTTP/1.0.
         trick("not waited for", with(&length(n), HIDDEN), Whole(HIDDEN.into())),
         trick("not waited for, in a chunk", with(ENCODING, &in_chunk()), Whole(HIDDEN.into())),
         trick("of nothing", with(&length(0), ""), Whole(Vec::new())),

@@ -1,5 +1,5 @@
-//! Clients that are slow, silent or gone, and endpoints that are: each time that a request may take, and what comes after it.
-//! (That an endpoint falls silent in mid-response, on every path: `broken`. That a picker does: `picking::patience`.)
+//! Slow, silent and departed clients and endpoints: every request timeout and its result. (`broken` tests endpoints that fall
+//! silent during a response, `picking::patience` tests silent pickers.)
 
 use std::time::{Duration, Instant};
 

@@ -1,4 +1,4 @@
-//! Exchanges that are the same whoever speaks what.
+//! Exchanges that behave the same for every protocol pair.
 
 use std::{
     sync::Arc,
@@ -22,19 +22,19 @@ use crate::{
     scene::{Asker, Back, Front, Scene, first},
 };
 
-/// The payload of a planned response is right, and as long as planned.
+/// Asserts that the payload of a planned response has the planned bytes and length.
 fn assert_planned(plan: &Plan, body: &[u8]) {
     let mut checker = plan.checker();
     checker.feed(body).unwrap();
     assert_eq!(checker.offset(), plan.size);
 }
 
-/// The host that an endpoint was asked for.
+/// The host that the endpoint received.
 fn host(seen: &Echo) -> &str {
     seen.header(":authority").or(seen.header("host")).unwrap()
 }
 
-/// Reads at least so many bytes of a body that goes on.
+/// Reads at least this many bytes of a body.
 async fn read_at_least(client: &mut Asker, plan: &Plan, bytes: u64) {
     let mut checker = plan.checker();
     while checker.offset() < bytes {
@@ -54,7 +54,7 @@ pub(crate) async fn request_without_body_is_served(front: Front, back: Back) {
     assert!(!scene.epp.streams()[0].kinds().contains(&"request_body"));
 }
 
-/// The picker sees the body and its model, changes it, and the endpoint gets what it made of it.
+/// The picker sees the body and its model and changes it; the endpoint gets the changed body.
 pub(crate) async fn json_changed_by_picker_reaches_endpoint(front: Front, back: Back) {
     let rewriting = |all: &[_]| LlmdRouter::new(all).rewriting("a-model-with-a-much-longer-name");
     let scene = Scene::with(front, back, rewriting, |_| {}).await;
@@ -98,7 +98,7 @@ pub(crate) async fn twenty_mebibytes_pass_each_way(front: Front, back: Back) {
     }
 }
 
-/// Of unknown length, and with pauses: the endpoint gets it under its length.
+/// An upload of unknown length with pauses: the endpoint gets it with a Content-Length.
 pub(crate) async fn upload_in_pieces_arrives_with_length(front: Front, back: Back) {
     let scene = Scene::with(front, back, first, |_| {}).await;
     let mut client = scene.client().await;
@@ -112,11 +112,11 @@ pub(crate) async fn upload_in_pieces_arrives_with_length(front: Front, back: Bac
     assert_eq!(empty.body_length, 0);
 }
 
-/// Nothing is held back: the endpoint sends no more until the client has what there is.
+/// Nothing is held back: the endpoint sends no more until the client has received everything sent so far.
 pub(crate) async fn events_arrive_as_they_are_sent(front: Front, back: Back) {
     let scene = Scene::new(front, back).await;
     let mut client = scene.client().await;
-    // Of chunks, their size lines count too.
+    // Chunk-size lines count too.
     let fault = Some(Fault { after: 1500, kind: FaultKind::Stall });
     let headers = vec![("content-type".to_owned(), "text/event-stream".to_owned())];
     let plan = Plan {
@@ -135,7 +135,7 @@ pub(crate) async fn events_arrive_as_they_are_sent(front: Front, back: Back) {
     assert_eq!(scene.endpoint.aborted(), 0);
 }
 
-/// A model may think for long before its first byte; that it has begun is told at once.
+/// A model may take long before its first byte; the response head is forwarded at once.
 pub(crate) async fn response_head_does_not_wait_for_body(front: Front, back: Back) {
     let scene = Scene::new(front, back).await;
     let fault = Some(Fault { after: 0, kind: FaultKind::Stall });
@@ -159,7 +159,7 @@ pub(crate) async fn lengths_and_trailers_are_kept(front: Front, back: Back) {
     let trailers: Vec<_> = trailers.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
     let hidden = [("content-length", "5"), ("host", "elsewhere")];
     let sent = match back {
-        // What would change the message's meaning is no trailer.
+        // Fields that would change the message's meaning are not allowed as trailers.
         Back::Http1 => trailers.iter().cloned().chain(hidden.map(|(n, v)| (n.to_owned(), v.to_owned()))).collect(),
         Back::Http2 => trailers.clone(),
     };
@@ -168,7 +168,7 @@ pub(crate) async fn lengths_and_trailers_are_kept(front: Front, back: Back) {
         let response = client.request(&plan.request()).await.unwrap();
         assert_eq!((response.status(), response.read.end), (200, BodyEnd::Complete));
         assert_planned(&plan, &response.body);
-        // Bytes of HTTP/1.1 on both sides are passed on as they are.
+        // HTTP/1.1 on both sides: bytes are forwarded unchanged.
         if (front, back) != (Front::Tls1, Back::Http1) {
             assert_eq!(response.read.trailers, trailers);
         }
@@ -184,7 +184,7 @@ pub(crate) async fn bodiless_heads_keep_their_length(front: Front, back: Back) {
     let response = client.request(&head).await.unwrap();
     assert_eq!((response.status(), response.header("content-length")), (200, Some("5000")));
     assert_eq!((response.read.end, response.read.len), (BodyEnd::Complete, 0));
-    // Of a HEAD that is not told the length, of what a GET would have got, and of what there never is.
+    // Lengths of: a HEAD response without one, a HEAD response with that of the GET, and statuses that never have a body.
     let unknown = Plan { framing: Framing::Chunked, ..plan };
     let head = Request::new("HEAD", "/test/body").header("x-test-plan", unknown.header());
     let response = client.request(&head).await.unwrap();
@@ -203,13 +203,13 @@ pub(crate) async fn bodiless_heads_keep_their_length(front: Front, back: Back) {
         assert_eq!((response.header("content-length"), response.header("transfer-encoding")), (None, None));
         assert_eq!((response.read.end, response.read.len), (BodyEnd::Complete, 0));
     }
-    // An empty body is one.
+    // An empty body has length 0.
     let response = client.request(&Plan::default().request()).await.unwrap();
     assert_eq!((response.status(), response.header("content-length")), (200, Some("0")));
     assert_eq!(client.request(&echo(json("m", 10))).await.unwrap().status(), 200);
 }
 
-/// Only the endpoint's close ends it, where that speaks HTTP/1.1.
+/// With HTTP/1.1, only the endpoint's close ends such a body.
 pub(crate) async fn body_without_length_is_delivered(front: Front, back: Back) {
     let scene = Scene::new(front, back).await;
     for size in [0, 100_000] {
@@ -242,14 +242,14 @@ pub(crate) async fn endpoint_break_never_ends_cleanly(front: Front, back: Back) 
                         assert_ne!(end, BodyEnd::Complete, "{case}");
                         assert!(!front.is_http2() || end == BodyEnd::Reset, "{case}: {end:?}");
                     }
-                    // The endpoint's reset has overtaken its head, and this is the answer.
+                    // The endpoint's reset overtook its head; this is the agent's response.
                     Ok(head) if after == 0 => {
                         assert_eq!(head.status, 502, "{case}");
                         continue;
                     }
                     Ok(head) => panic!("{case}: {head:?}"),
-                    // The agent's has, or there was nothing to send with the head when the endpoint's came: of a stream,
-                    // a reset takes what is on its way.
+                    // The agent's reset overtook the head, or there was nothing to send with the head: a reset discards what
+                    // is still in flight on the stream.
                     Err(error) => assert!(after == 0 || back == Back::Http2, "{case}: {error:#}"),
                 }
                 broken += 1.0;
@@ -262,7 +262,7 @@ pub(crate) async fn endpoint_break_never_ends_cleanly(front: Front, back: Back) 
     assert_eq!(scene.request(&echo(json("m", 10))).await.status(), 200);
 }
 
-/// Before the pick, while the endpoint thinks, and during the response: endpoint and picker hear of it at once.
+/// Before the pick, while the endpoint works, and during the response: endpoint and picker are notified at once.
 pub(crate) async fn client_disconnect_ends_request_everywhere(front: Front, back: Back) {
     let scene = Scene::new(front, back).await;
     let mut thinking = Plan::default();
@@ -285,7 +285,7 @@ pub(crate) async fn client_disconnect_ends_request_everywhere(front: Front, back
         eventually(SOON, || scene.epp.streams_ended(StreamEnd::Cancelled) == number as usize).await;
         let aborts = || scene.agent.metric("penstock_client_aborts_total", &[]);
         eventually(SOON, || aborts() == number as f64).await;
-        // The other streams of an HTTP/2 connection do not notice.
+        // The other streams of an HTTP/2 connection continue.
         if let Some(mut connection) = connection {
             let plan = Plan { size: 100_000, ..Plan::default() };
             let response = connection.request(&plan.request()).await.unwrap();
@@ -294,7 +294,7 @@ pub(crate) async fn client_disconnect_ends_request_everywhere(front: Front, back
     }
 }
 
-/// Its window is full, and what is held for it has a bound.
+/// The client's window fills up, and the bytes held for it are bounded.
 pub(crate) async fn unread_response_is_bounded(front: Front, back: Back) {
     let scene = Scene::new(front, back).await;
     let mut client = scene.client().await;
@@ -302,14 +302,14 @@ pub(crate) async fn unread_response_is_bounded(front: Front, back: Back) {
     client.send(&plan.request()).await.unwrap();
     assert_eq!(client.head().await.unwrap().status, 200);
     let held = until_still(|| scene.endpoint.written()).await;
-    // What the kernel buffers of TCP connections on this machine, or what the windows of streams let through.
+    // What this machine's kernel buffers for TCP connections, or what the stream windows let through.
     let bound = if front.is_http2() && back == Back::Http2 { 2 << 20 } else { 64 << 20 };
     assert!(held < bound, "{held} bytes are on their way");
     assert_eq!(scene.request(&echo(json("m", 10))).await.status(), 200);
     read_at_least(&mut client, &plan, held + (1 << 20)).await;
 }
 
-/// Waits until a number that has begun to grow has stopped.
+/// Waits until a growing number stops growing.
 async fn until_still(number: impl Fn() -> u64) -> u64 {
     let (mut last, mut since) = (0, Instant::now());
     eventually(SOON, || {
@@ -349,7 +349,7 @@ pub(crate) async fn errors_have_openai_shape(front: Front, back: Back) {
         assert_eq!(response.header("content-type"), Some("application/json"));
         assert_eq!(response.read.end, BodyEnd::Complete);
     }
-    // All of them on one connection, where it can carry on.
+    // All on one connection, as long as it stays usable.
     assert_eq!(scene.client().await.request(&echo(json("m", 10))).await.unwrap().status(), 200);
     assert_eq!(scene.endpoint.requests(), 1);
     scene.epp.stop();
@@ -376,7 +376,7 @@ pub(crate) async fn immediate_reply_reaches_client(front: Front, back: Back) {
     assert_eq!(scene.endpoint.requests(), 0);
 }
 
-/// Before the response it is an answer; in its middle it breaks the stream off.
+/// Before the response it becomes the response; during the response it breaks the stream off.
 pub(crate) async fn eviction_ends_request(front: Front, back: Back) {
     let mut thinking = Plan::default();
     (thinking.head.split_at, thinking.head.pause_us) = (Some(0), 3_600_000_000);

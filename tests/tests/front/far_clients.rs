@@ -1,4 +1,4 @@
-//! Clients behind a network of their own: a slow link, a machine that vanishes, and one that is there and takes nothing.
+//! Clients behind their own network: a slow link, a vanished machine, and a reachable client that reads nothing.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -24,7 +24,7 @@ use tokio::{
 
 use crate::SOON;
 
-/// An agent that a client can reach from a namespace.
+/// An agent that clients reach from a network namespace.
 struct Far {
     server: ModelServer,
     agent: TestAgent,
@@ -35,14 +35,14 @@ struct Far {
 }
 
 impl Far {
-    /// `number` tells apart what runs at the same time.
+    /// `number` distinguishes concurrent tests.
     async fn new(
         number: u8,
         mode: SteeringMode,
         pool: impl FnOnce(&mut Pool),
         adjust: impl FnOnce(&mut Config),
     ) -> Self {
-        // Addresses for measurements (RFC 2544), so that nobody is hidden; some pairs for each process.
+        // Benchmark addresses (RFC 2544), which hide no real host; several pairs per process.
         let pair = std::process::id() % (1 << 10) * 16 + u32::from(number);
         let [here, client] = [1, 2].map(|host| Ipv4Addr::from(0xc613_0000 + pair * 4 + host));
         let name = format!("far{pair}");
@@ -73,7 +73,7 @@ impl Far {
         Client::over(self.connect(self.agent.addr).await, self.agent.addr)
     }
 
-    /// What the client sends takes its time: this many bits a second.
+    /// Limits what the client sends to this many bits a second.
     fn slow_down(&self, rate: &str) {
         let name = self.name.clone();
         let shape = move || {
@@ -89,7 +89,7 @@ impl Far {
     }
 }
 
-/// Sends all of it before it looks for an answer, as simple clients do.
+/// Sends everything before looking for a response, as simple clients do.
 async fn upload<S: AsyncRead + AsyncWrite + Unpin>(
     mut client: Client<S>,
     request: &Request,
@@ -100,7 +100,7 @@ async fn upload<S: AsyncRead + AsyncWrite + Unpin>(
     (response, client.until_end().await.unwrap())
 }
 
-/// What comes after the answer takes longer than any pause: it is read all the same.
+/// The rest of the upload takes longer than any pause, and the agent still reads it.
 #[tokio::test]
 async fn early_response_during_slow_upload_reaches_client() {
     const LIMIT: u64 = 100_000;
@@ -136,7 +136,7 @@ async fn early_response_during_slow_upload_reaches_client() {
     assert_eq!(far.agent.count("penstock_client_lingers_cut_total", &[]), 0);
 }
 
-/// For how long, and for how much, has its bounds.
+/// Reading on is limited in time and in bytes.
 #[tokio::test]
 async fn client_sending_after_response_is_cut_at_limit() {
     let far = Far::new(
@@ -152,10 +152,10 @@ async fn client_sending_after_response_is_cut_at_limit() {
     .await;
     let endless = || Request::post("/test/echo", vec![b'x'; 64 << 20]);
     let mut client = far.client().await;
-    // It finds out while it sends, or at the end.
+    // The client notices while sending or at the end.
     let _ = client.send(&endless()).await;
     eventually(SOON, || far.agent.count("penstock_client_lingers_cut_total", &["reason=\"bytes\""]) == 1).await;
-    // One that says nothing more, and one that goes on for ever, slowly.
+    // One client sends nothing more, the other continues slowly forever.
     let mut client = far.client().await;
     client.send_raw(b"POST /test/echo HTTP/1.1\r\nhost: x\r\ncontent-length: 1001\r\n\r\n").await.unwrap();
     assert_eq!(client.response().await.unwrap().status(), 413);
@@ -171,18 +171,18 @@ fn unreachable(config: &mut Config) {
     config.timeouts.keep_alive = None;
 }
 
-/// In each state of a request, on each path: its endpoint hears of it within the time.
+/// In each state of a request, on each path, the endpoint is notified in time.
 async fn vanishes(number: u8, mode: SteeringMode) {
     let far = Far::new(number, mode, |_| {}, unreachable).await;
     let head = HeadWrites { split_at: Some(0), pause_us: 600_000_000, ..HeadWrites::default() };
     let waits = Plan { head, ..Plan::default() };
-    // A token now and then, which is on its way when the link goes.
+    // A token now and then, in flight when the link goes down.
     let pauses = Some(Pauses { seed: 1, every: 1, up_to_us: 100_000 });
     let tokens =
         Plan { framing: Framing::Chunked, size: 1 << 30, writes: Lengths::Fixed(100), pauses, ..Plan::default() };
     let fault = Some(Fault { after: 1000, kind: FaultKind::StallMs(600_000) });
     let silent = Plan { framing: Framing::Chunked, size: 1 << 30, fault, ..Plan::default() };
-    // More than the send queue takes, for a client that reads none of it.
+    // Larger than the send queue, for a client that reads none of it.
     let full = Plan { size: 1 << 30, ..Plan::default() };
     let switched = Plan { size: 1 << 30, ..Plan::switching("websocket", Upgraded::Send) };
     let switch = switched.request().header("connection", "Upgrade").header("upgrade", "websocket");
@@ -223,7 +223,7 @@ async fn vanished_client_is_noticed_on_local() {
     vanishes(5, SteeringMode::Local).await;
 }
 
-/// TCP_USER_TIMEOUT would end it: each probe of its window is answered, and none opens it.
+/// TCP_USER_TIMEOUT alone would end it: each window probe is acknowledged, and none opens the window.
 #[tokio::test]
 async fn reachable_client_that_reads_nothing_is_kept() {
     let far = Far::new(

@@ -1,4 +1,4 @@
-//! gRPC through the agent: messages and trailers as they are, and errors of the agent's own in the form that gRPC reads.
+//! gRPC through the agent: messages and trailers pass unchanged, and the agent's own errors are gRPC statuses.
 
 use penstock_agent::config::{AppProtocol, FailureMode, PathPattern, Pool, Route, SteeringMode};
 use penstock_proto::{
@@ -36,7 +36,7 @@ fn pairs(fields: &[(&str, &str)]) -> Vec<(String, String)> {
     fields.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
 }
 
-/// The endpoint's trailers, and no others.
+/// Asserts the endpoint's trailers and no others.
 fn assert_trailers(response: &Response) {
     assert_eq!(response.read.end, BodyEnd::Complete);
     let trailers = [("grpc-status", "0"), ("x-trace-bin", "AAEC/w"), ("x-twice", "1"), ("x-twice", "2")];
@@ -71,13 +71,13 @@ async fn server_stream_keeps_messages_and_trailers() {
         assert_eq!(message, framed(&streamed(number)), "message {number}");
     }
     assert_trailers(&response);
-    // No message is an answer too.
+    // A response without messages is valid too.
     let response = scene.request(&call("/test.Model/Stream", &[0])).await;
     assert_eq!(response.body, b"");
     assert_trailers(&response);
 }
 
-/// A head that is the end as well, as it was: with a body, however empty, it would be another error.
+/// A Trailers-Only response must stay one: an added empty body would make it a different error.
 #[tokio::test]
 async fn trailers_only_errors_are_forwarded() {
     let scene = scene(Front::Http2).await;
@@ -95,7 +95,7 @@ async fn trailers_only_errors_are_forwarded() {
     assert_eq!((head.status(), head.flags & END_STREAM), (Some(200), END_STREAM));
 }
 
-/// `content-type: application/grpc`, HTTP 200, and what went wrong in the fields of the head.
+/// `content-type: application/grpc`, HTTP 200, and the error in the fields of the head.
 fn assert_failed(response: &Response, code: Code, says: &str) {
     assert_eq!((response.status(), response.header("content-type")), (200, Some("application/grpc")), "{response:?}");
     assert_eq!(response.header("grpc-status"), Some((code as i32).to_string().as_str()), "{response:?}");
@@ -123,7 +123,7 @@ async fn agent_errors_have_grpc_status() {
     assert_failed(&response, Code::Unavailable, "endpoint picker");
     assert_eq!(response.header("x-penstock-reason"), Some("picker_failed"));
     assert_eq!(scene.endpoint.requests(), 0);
-    // Whoever does not speak gRPC gets what it reads.
+    // Clients without gRPC get an ordinary error.
     let response = client.request(&Request::post("/test.Model/Unary", "x")).await.unwrap();
     assert_eq!((response.status(), response.error_code().as_str()), (503, "picker_failed"));
 }
@@ -151,7 +151,7 @@ async fn immediate_reply_becomes_grpc_status() {
     assert_eq!(response.header("x-why"), Some("queue full"));
 }
 
-/// An agent in front of a picker as if that were its endpoint: a server of gRPC by a library.
+/// An agent in front of a picker as its endpoint: a gRPC server based on tonic.
 async fn before_a_picker() -> (TestAgent, ScriptedEpp, Channel) {
     let server = ScriptedEpp::start(LlmdRouter::new(&[([192, 0, 2, 1], 80).into()])).await.unwrap();
     let pool = Pool { app_protocol: AppProtocol::H2c, ..builtin_pool(&[server.addr]) };
@@ -193,15 +193,15 @@ async fn tonic_stream_succeeds() {
     assert_eq!(server.streams()[0].kinds(), ["request_headers", "response_headers"]);
 }
 
-/// A library reads them as what they are.
+/// tonic's client decodes them as statuses.
 #[tokio::test]
 async fn tonic_reads_errors_as_statuses() {
-    // The endpoint's own: no such method.
+    // The endpoint's own error: no such method.
     let other = scene(Front::Http2).await;
     let channel = Channel::from_shared(format!("http://{}", other.agent.addr)).unwrap().connect().await.unwrap();
     let status = HealthClient::new(channel).check(HealthCheckRequest::default()).await.unwrap_err();
     assert_eq!((status.code(), status.message()), (Code::Unimplemented, "unknown method"));
-    // The agent's.
+    // The agent's error.
     let (agent, mut server, channel) = before_a_picker().await;
     server.stop();
     let status = HealthClient::new(channel).check(HealthCheckRequest::default()).await.unwrap_err();

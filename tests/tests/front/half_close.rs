@@ -1,4 +1,4 @@
-//! Clients that close their sending side behind the request (`listen.half_close`).
+//! Clients that close their sending side after the request (`listen.half_close`).
 
 use std::time::Duration;
 
@@ -26,7 +26,7 @@ async fn scene(front: Front, back: Back, mode: SteeringMode, half_close: HalfClo
     .await
 }
 
-/// A head that is late, and a body that comes piece by piece.
+/// A delayed head and a body that arrives piece by piece.
 fn slow(stream_id: u64) -> Plan {
     Plan {
         framing: Framing::Chunked,
@@ -63,7 +63,7 @@ async fn answered(scene: &Scene, request: Request, plan: &Plan) {
     assert_eq!(end, ConnectionEnd::Fin);
 }
 
-/// With and without a body, wherever the end finds the request, on each path.
+/// With and without a body, in every state of the request, on each path.
 #[tokio::test]
 async fn half_closed_client_with_half_close_enabled_is_answered() {
     let ways = MODES.map(|mode| (Front::Http1, Back::Http1, mode));
@@ -81,7 +81,7 @@ async fn half_closed_client_with_half_close_enabled_is_answered() {
     }
 }
 
-/// The end comes while the kernel carries.
+/// The client half-closes while its response is steered.
 #[tokio::test]
 async fn half_close_during_response_keeps_rest() {
     for mode in MODES {
@@ -106,7 +106,7 @@ async fn half_close_during_response_keeps_rest() {
     }
 }
 
-/// A reset is leaving, whatever came before.
+/// A reset counts as leaving, whatever came before.
 #[tokio::test]
 async fn reset_after_half_close_ends_request() {
     for mode in MODES {
@@ -128,7 +128,7 @@ async fn reset_after_half_close_ends_request() {
     }
 }
 
-/// As nginx, Envoy and Go have it: in each state of the request.
+/// The default of nginx, Envoy and Go, in each state of the request.
 #[tokio::test]
 async fn half_close_by_default_ends_request() {
     let ways = MODES.map(|mode| (Front::Http1, mode)).into_iter().chain([(Front::Tls1, SteeringMode::Auto)]);

@@ -1,4 +1,4 @@
-//! What HTTP/2 clients have of their own: streams beside each other, windows, connections that are asked to go.
+//! HTTP/2 clients: concurrent streams, flow-control windows, and GOAWAY.
 
 use std::{sync::Arc, time::Duration};
 
@@ -31,7 +31,7 @@ async fn connect(scene: &Scene) -> Http2Client {
     Http2Client::connect(scene.agent.addr).await.unwrap()
 }
 
-/// Each has its bytes, up and down, and the connection is one.
+/// Each stream gets its own bytes in both directions, over one connection.
 #[tokio::test]
 async fn two_hundred_concurrent_streams_stay_separate() {
     let scene = Scene::with(Front::Http2, Back::Http1, first, |_| {}).await;
@@ -72,7 +72,7 @@ async fn two_hundred_concurrent_streams_stay_separate() {
     assert_eq!(scene.agent.metric("penstock_flows_total", &["path=\"relay\"", "reason=\"http2\""]), 200.0);
 }
 
-/// Its own window is full, and so are not those of the others; what is held for it is a window's worth.
+/// Only the stalled stream's window is full; the agent holds at most one window for it.
 #[tokio::test]
 async fn stalled_stream_does_not_block_others() {
     let scene = scene().await;
@@ -84,7 +84,7 @@ async fn stalled_stream_does_not_block_others() {
         assert_eq!(stream.head().await.unwrap().status, 200);
         held.push(stream);
     }
-    // A client that means it gives back the connection's window, and so does this one for all that it reads.
+    // A client that stalls one stream on purpose returns the connection window; so does this one for everything it reads.
     let mut other = Http2Client::connect_with(
         scene.agent.addr,
         Builder::new().initial_window_size(64 << 10).initial_connection_window_size(8 << 20),
@@ -108,7 +108,7 @@ async fn stalled_stream_does_not_block_others() {
     eventually(SOON, || scene.endpoint.aborted() == 8).await;
 }
 
-/// The stream alone: the endpoint's connection and the picker's stream go at once, and its neighbours go on.
+/// Only the stream ends: its endpoint connection and picker stream close at once, and other streams continue.
 #[tokio::test]
 async fn stream_cancelled_during_upload_aborts_request() {
     let scene = scene().await;
@@ -126,7 +126,7 @@ async fn stream_cancelled_during_upload_aborts_request() {
     assert_eq!(scene.endpoint.requests(), 1);
 }
 
-/// What an endpoint behind HTTP/1.1 has no use for, and a body of a declared length that is another.
+/// An HTTP/1.1 endpoint gets no trailers; a body that differs from its declared length resets the stream.
 #[tokio::test]
 async fn request_trailers_are_dropped_and_length_mismatch_resets_stream() {
     let scene = Scene::with(Front::Http2, Back::Http1, first, |_| {}).await;
@@ -145,7 +145,7 @@ async fn request_trailers_are_dropped_and_length_mismatch_resets_stream() {
         let mut head = client.head(&Request::new("POST", "/test/echo")).unwrap();
         head.headers_mut().insert("content-length", declared.parse().unwrap());
         let mut stream = client.open(head, false).await.unwrap();
-        // Either may find the stream reset already.
+        // The stream may have been reset already.
         let _ = stream.data(sent).await;
         let _ = stream.finish(HeaderMap::new());
         stream.head().await.unwrap_err();
@@ -155,7 +155,7 @@ async fn request_trailers_are_dropped_and_length_mismatch_resets_stream() {
     assert_eq!(client.request(&Request::get("/test/echo")).await.unwrap().status(), 200);
 }
 
-/// An answer that comes before the whole body is one, and the rest of the body is not waited for.
+/// A response before the end of the body is complete, and the rest of the body is not awaited.
 #[tokio::test]
 async fn early_response_does_not_wait_for_upload() {
     let scene = Scene::with(Front::Http2, Back::Http1, first, |config| config.limits.body_bytes = 100_000).await;
@@ -191,7 +191,7 @@ async fn oversized_head_returns_431() {
     assert_eq!(scene.endpoint.requests(), 1);
 }
 
-/// Streams beyond the limit wait on the client's side, which knows it.
+/// Streams over the limit wait in the client, which knows the limit.
 #[tokio::test]
 async fn concurrent_streams_stay_within_configured_limit() {
     let limit = |config: &mut penstock_agent::config::Config| config.listen.http2_max_streams = 3;
@@ -209,7 +209,7 @@ async fn idle_connection_gets_goaway() {
     let going = frames.find(|frame| frame.kind == kind::GOAWAY).await.unwrap().unwrap();
     assert_eq!(going.error(), Some(0));
     assert!(frames.find(|_| false).await.unwrap().is_none());
-    // One with a request that takes longer is not idle.
+    // A connection with a long request is not idle.
     let mut client = connect(&scene).await;
     let fault = Some(Fault { after: 500, kind: FaultKind::StallMs(2000) });
     let plan = Plan { size: 1000, fault, ..Plan::default() };
@@ -219,7 +219,7 @@ async fn idle_connection_gets_goaway() {
     eventually(SOON, || scene.agent.metric("penstock_client_connections", &[]) == 0.0).await;
 }
 
-/// A response flows only as far as its client reads.
+/// A response flows only as fast as its client reads.
 #[tokio::test]
 async fn drain_lets_streams_finish() {
     let scene = scene().await;
@@ -254,7 +254,7 @@ async fn forced_shutdown_resets_streams() {
     eventually(SOON, || scene.endpoint.aborted() == 1).await;
 }
 
-/// However the preface is cut, behind whatever comes with it; and HTTP/1.1 goes on beside it on the same port.
+/// The preface in any split, with whatever follows it; HTTP/1.1 works on the same port meanwhile.
 #[tokio::test]
 async fn split_preface_is_recognized() {
     let scene = scene().await;
@@ -274,7 +274,7 @@ async fn split_preface_is_recognized() {
     assert_eq!(http1.request(&echo(json("m", 10))).await.unwrap().status(), 200);
 }
 
-/// What begins like a preface and is none is answered as HTTP/1.1 has it, and closed.
+/// Bytes that start like a preface and differ later get an HTTP/1.1 error and a close.
 #[tokio::test]
 async fn partial_preface_is_answered_as_http1() {
     let scene = Scene::with(Front::Http1, Back::Http1, first, |config| {
@@ -289,7 +289,7 @@ async fn partial_preface_is_answered_as_http1() {
         assert_eq!(response.status(), status, "{}", wire.escape_ascii());
         client.until_end().await.unwrap();
     }
-    // From its first line on it is HTTP/2, and wrong as such.
+    // After its first line it is HTTP/2, and a malformed preface there.
     let tcp = tokio::net::TcpStream::connect(scene.agent.addr).await.unwrap();
     let mut frames = Http2Frames::new(tcp).unwrap();
     frames.send_raw(b"PRI * HTTP/2.0\r\nhost: x\r\n\r\n").await.unwrap();
@@ -298,7 +298,7 @@ async fn partial_preface_is_answered_as_http1() {
     assert_eq!(scene.endpoint.requests(), 0);
 }
 
-/// Behind a request of HTTP/1.1 it is no protocol to begin with.
+/// After an HTTP/1.1 request a preface cannot start HTTP/2.
 #[tokio::test]
 async fn preface_after_http1_request_is_rejected() {
     let scene = Scene::with(Front::Http1, Back::Http1, first, |_| {}).await;
@@ -321,7 +321,7 @@ async fn preface_with_http2_disabled_is_rejected() {
     assert_eq!(client.until_end().await.unwrap(), ConnectionEnd::Fin);
 }
 
-/// Frames that are none end the connection, and nobody else's.
+/// Malformed frames end their connection and no other.
 #[tokio::test]
 async fn malformed_frames_end_only_their_connection() {
     let scene = scene().await;
@@ -348,7 +348,7 @@ async fn malformed_frames_end_only_their_connection() {
     assert_eq!(scene.endpoint.requests(), 1);
 }
 
-/// Responses of both protocols through one agent that steers: HTTP/2 does not take part, and nothing is mixed up.
+/// Responses over both protocols through one steering agent: HTTP/2 is relayed, and no bytes mix.
 #[tokio::test]
 async fn http2_streams_and_steered_http1_responses_stay_separate() {
     let ingress = |config: &mut penstock_agent::config::Config| config.steering.mode = SteeringMode::Ingress;

@@ -1,4 +1,4 @@
-//! What endpoints of HTTP/2 have of their own: connections that are shared, limits of their making, requests they refuse unseen.
+//! HTTP/2 endpoints: shared connections, their stream limits, and requests that they refuse unprocessed.
 
 use std::{future::Future, time::Duration};
 
@@ -28,18 +28,18 @@ async fn server(options: Http2Options) -> Http2Server {
     Http2Server::start(options).await.unwrap()
 }
 
-/// An agent whose pool is one endpoint of HTTP/2, without a picker to ask.
+/// An agent whose pool has one HTTP/2 endpoint and no EPP.
 fn agent(addr: std::net::SocketAddr, adjust: impl FnOnce(&mut Config)) -> TestAgent {
     let pool = Pool { app_protocol: AppProtocol::H2c, ..builtin_pool(&[addr]) };
     TestAgent::start(pool, SteeringMode::Off, adjust)
 }
 
-/// A POST of what need not be JSON.
+/// A POST whose body is not JSON.
 fn plain(body: impl Into<bytes::Bytes>) -> Request {
     Request::post("/test/echo", body)
 }
 
-/// A response whose head takes a while.
+/// A response with a delayed head.
 fn slow(number: u64) -> Plan {
     let mut plan = Plan { size: 3000, stream_id: number, ..Plan::default() };
     (plan.head.split_at, plan.head.pause_us) = (Some(0), 30_000);
@@ -53,7 +53,7 @@ async fn finishes(mut stream: Stream, plan: &Plan) {
     assert_eq!(response.read.len, plan.size);
 }
 
-/// All of them at once.
+/// Sends all requests concurrently.
 async fn all_at_once(client: &mut Http2Client, plans: impl IntoIterator<Item = Plan>) {
     let mut streams = Vec::new();
     for plan in plans {
@@ -77,7 +77,7 @@ async fn many_requests_share_one_connection() {
     assert_eq!(agent.count("penstock_endpoint_connections_total", &["result=\"reused\""]), 119);
 }
 
-/// Where its connections take few streams, there are more connections, and nothing is refused.
+/// If a connection allows few streams, the agent opens more connections, and no request is refused.
 #[tokio::test]
 async fn endpoint_stream_limit_is_respected() {
     let server = server(Http2Options { max_streams: 4, ..Http2Options::default() }).await;
@@ -86,12 +86,12 @@ async fn endpoint_stream_limit_is_respected() {
     all_at_once(&mut client, (0..20).map(slow)).await;
     assert_eq!(server.connections_accepted(), 5);
     assert_eq!(agent.count("penstock_endpoint_retries_total", &[]), 0);
-    // And they are used again.
+    // The connections are reused.
     all_at_once(&mut client, (0..20).map(slow)).await;
     assert_eq!((server.connections_accepted(), server.requests()), (5, 40));
 }
 
-/// What runs on a connection that is to go may finish, and what comes is taken elsewhere.
+/// Running streams on a connection after GOAWAY may finish; new requests use another connection.
 #[tokio::test]
 async fn connection_after_goaway_gets_no_requests() {
     let server = server(Http2Options::default()).await;
@@ -113,7 +113,7 @@ async fn connection_after_goaway_gets_no_requests() {
     assert_eq!((read.end, read.len), (BodyEnd::Complete, plan.size));
 }
 
-/// Whether or not the agent has noticed its death.
+/// Whether or not the agent has noticed that the endpoint stopped.
 #[tokio::test]
 async fn restarted_endpoint_is_dialled_again() {
     let mut first = server(Http2Options::default()).await;
@@ -128,7 +128,7 @@ async fn restarted_endpoint_is_dialled_again() {
     }
 }
 
-/// A request that was refused unseen is sent again, body and all.
+/// A request that was refused unprocessed is sent again, with its body.
 #[tokio::test]
 async fn refused_stream_is_retried() {
     let server = server(Http2Options { refuses: 2, ..Http2Options::default() }).await;
@@ -141,7 +141,7 @@ async fn refused_stream_is_retried() {
     assert_eq!(agent.count("penstock_endpoint_retries_total", &["reason=\"stream_refused\""]), 2);
 }
 
-/// Not for ever.
+/// The number of attempts is limited.
 #[tokio::test]
 async fn endpoint_refusing_every_stream_counts_as_failed() {
     let server = server(Http2Options { refuses: u64::MAX, ..Http2Options::default() }).await;
@@ -152,7 +152,7 @@ async fn endpoint_refusing_every_stream_counts_as_failed() {
     assert!(server.refused() < 20, "{}", server.refused());
 }
 
-/// An endpoint by hand: `serve` is given each of its connections, numbered from 0.
+/// A scripted endpoint: `serve` gets each of its connections, numbered from 0.
 async fn by_hand<F>(serve: impl Fn(usize, Http2Frames) -> F + Send + 'static) -> std::net::SocketAddr
 where
     F: Future<Output = anyhow::Result<()>> + Send + 'static,
@@ -169,12 +169,12 @@ where
     addr
 }
 
-/// A head of which a single byte says that all is well.
+/// A response head of one byte: the indexed field `:status: 200`.
 fn all_is_well(stream: u32) -> Frame {
     Frame::new(kind::HEADERS, 5, stream, [0x88])
 }
 
-/// GOAWAY says which requests were not looked at, and they are sent again.
+/// GOAWAY names the unprocessed requests, which are retried.
 #[tokio::test]
 async fn streams_unprocessed_at_goaway_are_retried() {
     let addr = by_hand(|number, mut frames| async move {
@@ -194,7 +194,7 @@ async fn streams_unprocessed_at_goaway_are_retried() {
     assert_eq!(agent.count("penstock_endpoint_retries_total", &["reason=\"stream_refused\""]), 1);
 }
 
-/// A GOAWAY that leaves the request standing does not.
+/// A request that GOAWAY declares processed is not retried.
 #[tokio::test]
 async fn stream_processed_at_goaway_is_not_retried() {
     let addr = by_hand(|_, mut frames| async move {
@@ -213,11 +213,11 @@ async fn stream_processed_at_goaway_is_not_retried() {
     assert_eq!(agent.count("penstock_endpoint_retries_total", &[]), 0);
 }
 
-/// Heads that are none, frames that are none: an answer, and the next request is served.
+/// Malformed heads and frames return an error, and the next request is served.
 #[tokio::test]
 async fn malformed_responses_return_502() {
     let wrong: [&[u8]; 4] = [
-        // Without a status; with a field in capitals; with a length that is not the body's; no header block at all.
+        // Without a status; with an uppercase field name; with a wrong length; without a header block.
         &[],
         &[0x88, 0, 1, b'X', 1, b'1'],
         &[0x88, 0x5c, 1, b'5'],
@@ -230,7 +230,7 @@ async fn malformed_responses_return_502() {
             None => frames.send(&all_is_well(head.stream)).await?,
         }
         if number < wrong.len() {
-            // So that each has a connection of its own.
+            // GOAWAY, so that each request gets its own connection.
             frames.send(&Frame::new(kind::GOAWAY, 0, 0, [0, 0, 0, 1, 0, 0, 0, 0])).await?;
         }
         frames.find(|_| false).await?;
@@ -262,7 +262,7 @@ async fn unreachable_endpoint_is_followed_by_next_in_list() {
     }
 }
 
-/// One that speaks HTTP/1.1, and one that says nothing.
+/// An endpoint that speaks HTTP/1.1, and a silent one.
 #[tokio::test]
 async fn endpoint_without_http2_returns_error_in_time() {
     let http1 = ModelServer::start(Options::default()).await.unwrap();
@@ -276,14 +276,14 @@ async fn endpoint_without_http2_returns_error_in_time() {
     }
 }
 
-/// Clients that read nothing hold up neither each other nor anybody else on the endpoint's connection, however small its
+/// Clients that read nothing block neither each other nor other streams of the endpoint connection, for small and large
 /// frames.
 #[tokio::test]
 async fn stalled_clients_do_not_block_others() {
     let server = server(Http2Options::default()).await;
     let agent = agent(server.addr, |config| config.listen.workers = 1);
     let mut stalled = Vec::new();
-    // Tokens in frames of their own, and bulk.
+    // Tokens in one frame each, and bulk data.
     for number in 0..24 {
         let chunks = if number % 6 == 0 { Lengths::Fixed(40) } else { Lengths::Fixed(16 << 10) };
         let plan = Plan { framing: Framing::Chunked, size: 64 << 20, stream_id: number, chunks, ..Plan::default() };
@@ -292,7 +292,7 @@ async fn stalled_clients_do_not_block_others() {
         assert_eq!(stream.head().await.unwrap().status, 200);
         stalled.push((client, stream, plan));
     }
-    // Whatever waits for them has come as far as it can.
+    // By then, everything that waits for these clients is as far as it gets.
     let mut last = (0, std::time::Instant::now());
     eventually(SOON, || {
         let now = server.written();
@@ -309,7 +309,7 @@ async fn stalled_clients_do_not_block_others() {
         finishes(other.send(&plan.request()).await.unwrap(), &plan).await;
     }
     assert_eq!(server.connections_accepted(), 1);
-    // Each goes on where it was.
+    // Each continues where it stopped.
     for (_, stream, plan) in &mut stalled {
         let mut checker = plan.checker();
         while checker.offset() < 400_000 {
@@ -324,7 +324,7 @@ async fn stalled_clients_do_not_block_others() {
     assert_eq!(server.connections_accepted(), 1);
 }
 
-/// The client's trailers are the endpoint's, whatever the two speak, but for those that may not follow a body.
+/// Client trailers reach the endpoint for every protocol pair, except those not allowed after a body.
 #[tokio::test]
 async fn request_trailers_reach_endpoint() {
     let fields = [("x-checksum", "1"), ("authorization", "evil"), ("x-gateway-destination-endpoint", "6.6.6.6:6")];
@@ -352,7 +352,7 @@ async fn request_trailers_reach_endpoint() {
     assert_eq!((seen.body_length, seen.trailers), (3, vec![("x-checksum".to_owned(), "1".to_owned())]));
 }
 
-/// GOAWAY leaves the request standing, and then the connection ends: it may have been executed.
+/// GOAWAY counts the request as processed, then the connection ends: it may have been executed.
 #[tokio::test]
 async fn request_below_goaway_last_stream_is_executed_once() {
     let requests = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
@@ -362,7 +362,7 @@ async fn request_below_goaway_last_stream_is_executed_once() {
         async move {
             let head = frames.find(|frame| frame.kind == kind::HEADERS).await?.unwrap();
             counted.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-            // ENHANCE_YOUR_CALM, as gRPC servers answer too many PINGs.
+            // ENHANCE_YOUR_CALM, as gRPC servers respond to too many PINGs.
             let [a, b, c, d] = head.stream.to_be_bytes();
             frames.send(&Frame::new(kind::GOAWAY, 0, 0, [a, b, c, d, 0, 0, 0, 11])).await
         }
@@ -377,7 +377,7 @@ async fn request_below_goaway_last_stream_is_executed_once() {
     }
 }
 
-/// A response that is whole before the request is: the rest of the request is not waited for.
+/// The response is complete before the request: the rest of the request is not awaited.
 #[tokio::test]
 async fn early_response_does_not_wait_for_upload() {
     let addr = by_hand(|_, mut frames| async move {
@@ -391,13 +391,13 @@ async fn early_response_does_not_wait_for_upload() {
     let agent = agent(addr, |_| {});
     let mut client = Client::connect(agent.addr).await.unwrap();
     for _ in 0..3 {
-        // More than its window takes.
+        // Larger than the endpoint's window.
         let response = client.request(&plain(vec![b'x'; 1 << 20])).await.unwrap();
         assert_eq!((response.status(), response.read.end), (200, BodyEnd::Complete));
     }
 }
 
-/// Responses that HTTP/2 is part of are relayed, whatever the agent could do.
+/// Responses with HTTP/2 on either side are relayed in every steering mode.
 #[tokio::test]
 async fn http2_responses_are_relayed() {
     let ingress = |config: &mut Config| config.steering.mode = SteeringMode::Ingress;
@@ -413,7 +413,7 @@ async fn http2_responses_are_relayed() {
     assert_eq!(scene.agent.steered(), 0);
 }
 
-/// Idle connections are closed, those in use are not.
+/// Only connections without streams are closed.
 #[tokio::test]
 async fn idle_connections_are_closed() {
     let server = server(Http2Options::default()).await;
@@ -427,7 +427,7 @@ async fn idle_connections_are_closed() {
     assert_eq!(server.connections_accepted(), 2);
 }
 
-/// HTTP/1.0 gets what it can read: no chunks, and the end of the connection for the end of the body.
+/// An HTTP/1.0 client gets no chunks; the close ends the body.
 #[tokio::test]
 async fn http10_client_is_served() {
     let scene = Scene::with(Front::Http1, Back::Http2, first, |_| {}).await;
@@ -441,7 +441,7 @@ async fn http10_client_is_served() {
         assert_eq!(response.header("transfer-encoding"), None);
         plan.checker().feed(&response.body).unwrap();
         assert_eq!((response.read.end, response.read.len), (BodyEnd::Complete, plan.size));
-        // Broken off, it does not look like an end.
+        // A broken response must not look complete.
         let fault = Some(Fault { after: 50_000, kind: FaultKind::Reset });
         let wire = format!("GET / HTTP/1.0\r\nx-test-plan: {}\r\n\r\n", Plan { fault, ..plan }.header());
         let mut client = Client::connect(scene.agent.addr).await.unwrap();

@@ -1,5 +1,5 @@
-//! What one HTTP/2 connection of a client's may cost: streams that are not read, requests that are taken back, frames that carry
-//! nothing. Each has its limit, and those who stay below it notice nothing.
+//! Limits on the cost of one HTTP/2 client connection: unread streams, cancelled requests, empty frames. Clients below the
+//! limits are unaffected.
 
 use std::time::{Duration, Instant};
 
@@ -34,7 +34,7 @@ impl Scene {
         Self { server, agent }
     }
 
-    /// A client that lets this much of each response come before it says more.
+    /// A client whose windows admit this much of each response before it opens them.
     async fn client(&self, window: u32) -> Http2Frames {
         Http2Frames::connect_with(self.agent.addr, &Frame::initial_window(window)).await.unwrap()
     }
@@ -51,7 +51,7 @@ fn get(stream: u32, path: &str, plan: Option<&Plan>) -> Frame {
     Frame::headers(stream, true, &fields)
 }
 
-/// The answer to this stream up to its end: the bytes of its body, and the error of its reset.
+/// Reads the response of this stream to its end: body bytes and the reset's error, if any.
 async fn answer(client: &mut Http2Frames, stream: u32, give_back: bool) -> (u64, Option<u32>) {
     let mut bytes = 0;
     loop {
@@ -73,7 +73,7 @@ async fn answer(client: &mut Http2Frames, stream: u32, give_back: bool) -> (u64,
     }
 }
 
-/// Answers PINGs, as [`Http2Frames`] does, and opens no window: a response, an error of the agent's own.
+/// The client answers PINGs, as [`Http2Frames`] does, and opens no window, for a response and for an agent error.
 #[tokio::test]
 async fn client_with_closed_window_loses_stream_then_connection() {
     let scene = Scene::new(|_| {}).await;
@@ -112,7 +112,7 @@ async fn errors_with_closed_window_end_connection() {
     eventually(SOON, || scene.connections() == 0.0).await;
 }
 
-/// One is read all the time, the other never.
+/// One stream is read all the time, the other never.
 #[tokio::test]
 async fn stalled_stream_is_reset_and_others_continue() {
     let scene = Scene::new(|_| {}).await;
@@ -123,7 +123,7 @@ async fn stalled_stream_is_reset_and_others_continue() {
     client.send(&get(3, "/test/echo", Some(&read))).await.unwrap();
     let mut checker = read.checker();
     let mut reset_at = None;
-    // As much again as had come when the other was reset.
+    // As much again as had arrived when the other stream was reset.
     while reset_at.is_none_or(|at| checker.offset() < 2 * at) {
         let frame = client.next().await.unwrap().expect("the connection goes on");
         match (frame.kind, frame.stream) {
@@ -145,7 +145,7 @@ async fn stalled_stream_is_reset_and_others_continue() {
     assert_eq!(answer(&mut client, 5, true).await, (5000, None));
 }
 
-/// A window that opens by a byte now and then is progress, however long the whole takes.
+/// A window that opens by single bytes is progress, however long the whole takes.
 #[tokio::test]
 async fn client_opening_window_by_bytes_is_served_completely() {
     let scene = Scene::new(|_| {}).await;
@@ -166,7 +166,7 @@ async fn client_opening_window_by_bytes_is_served_completely() {
     assert!(begin.elapsed() > 2 * IDLE, "the test took no longer than the idle time");
 }
 
-/// Its windows are open, and nothing is read of the connection.
+/// The client's windows are open, and it reads nothing from the connection.
 #[tokio::test]
 async fn client_not_reading_connection_is_closed() {
     let scene = Scene::new(|_| {}).await;
@@ -185,7 +185,7 @@ async fn silent_client_after_connect_is_closed() {
     assert_eq!(scene.connections(), 1.0);
 }
 
-/// Opened, accepted, reset, again and again: no endpoint sees more of it than the budget.
+/// Opens and resets streams repeatedly: endpoints see no more requests than the budget.
 #[tokio::test]
 async fn cancelled_requests_are_limited_by_budget() {
     const RESETS: u32 = 20;
@@ -197,7 +197,7 @@ async fn cancelled_requests_are_limited_by_budget() {
     let going = loop {
         let stream = 2 * taken_back + 1;
         client.send(&get(stream, "/test/echo", Some(&never))).await.unwrap();
-        // It is at the endpoint, or the connection is over.
+        // The request reached the endpoint, or the connection is over.
         let ended = || scene.agent.count("penstock_http2_connections_ended_total", &["reason=\"resets\""]) == 1;
         eventually(SOON, || scene.server.requests() > u64::from(taken_back) || ended()).await;
         if ended() {
@@ -210,13 +210,13 @@ async fn cancelled_requests_are_limited_by_budget() {
     assert_eq!(going.and_then(|frame| frame.error()), Some(ENHANCE_YOUR_CALM));
     assert!((RESETS..=RESETS + 2).contains(&taken_back), "{taken_back}");
     eventually(SOON, || scene.connections() == 0.0 && scene.server.connections_open() == 0).await;
-    // The next connection has a budget of its own.
+    // The next connection has its own budget.
     let mut client = scene.client(65_535).await;
     client.send(&get(1, "/test/echo", Some(&Plan { size: 100, ..Plan::default() }))).await.unwrap();
     assert_eq!(answer(&mut client, 1, false).await, (100, None));
 }
 
-/// What a user who cancels does to the connection of a gateway: reset before the head now and then, after it as often as may be.
+/// A gateway connection with users who cancel: resets before the head are rare, after it they are frequent.
 #[tokio::test]
 async fn cancelled_responses_use_no_budget() {
     let scene = Scene::new(|config| config.listen.http2_resets = 5).await;
@@ -249,7 +249,7 @@ async fn empty_frames_are_limited_by_budget() {
         let fields = [(":method", "POST"), (":scheme", "http"), (":path", "/test/echo"), (":authority", "x")];
         client.send(&Frame::headers(1, false, &fields)).await.unwrap();
         let flood = frame.wire().repeat(100);
-        // The client is read on while it says goodbye, so all of it can be sent.
+        // The agent keeps reading while it closes, so everything can be sent.
         for _ in 0..40 {
             if client.send_raw(&flood).await.is_err() {
                 break;
@@ -260,7 +260,7 @@ async fn empty_frames_are_limited_by_budget() {
         drop(client);
         eventually(SOON, || scene.connections() == 0.0).await;
     }
-    // A header block in frames without end.
+    // A header block with endless continuation frames.
     let mut client = scene.client(65_535).await;
     client.send(&Frame::new(kind::HEADERS, 0, 1, [])).await.unwrap();
     let _ = client.send_raw(&Frame::new(kind::CONTINUATION, 0, 1, []).wire().repeat(5000)).await;
@@ -268,7 +268,7 @@ async fn empty_frames_are_limited_by_budget() {
     assert_eq!(going.and_then(|frame| frame.error()), Some(ENHANCE_YOUR_CALM));
 }
 
-/// Windows that are given back frame by frame, as some clients do.
+/// Returns window space frame by frame, as some clients do.
 #[tokio::test]
 async fn window_updates_of_active_reader_use_no_budget() {
     let scene = Scene::new(|config| config.listen.http2_control_frames = 100).await;

@@ -1,5 +1,5 @@
-//! What clients and endpoints may speak: HTTP/1.1 and HTTP/2, clients with TLS and without. Whoever speaks what, the bytes are
-//! the same; and what each of them has of its own: streams, gRPC's manners, certificates, upgrades.
+//! Clients and endpoints over HTTP/1.1 and HTTP/2, with and without TLS. The bytes are the same for every protocol pair; each
+//! protocol's own features (streams, gRPC, certificates, upgrades) have their own tests.
 
 mod exchanges;
 mod far_clients;
@@ -16,10 +16,10 @@ mod upgrades;
 
 use std::time::Duration;
 
-/// Longest wait for what is to happen soon; a bound for a machine that is busy, not an expectation.
+/// Upper bound for events expected soon, with room for a busy machine.
 const SOON: Duration = Duration::from_secs(30);
 
-/// Each exchange between each pair, so that a failure names all three.
+/// Runs each exchange for each protocol pair, so that a failure names all three.
 macro_rules! between_every_pair {
     ($($exchange:ident)+) => {
         between_every_pair!(@pair http2_to_http1, Http2, Http1: $($exchange)+);

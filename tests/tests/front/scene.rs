@@ -1,4 +1,4 @@
-//! An agent that asks a picker, in front of one endpoint, and its clients; who speaks what is the test's choice.
+//! An agent with an EPP and one endpoint, and clients; the test chooses the protocols of client and endpoint.
 
 use std::net::SocketAddr;
 
@@ -15,17 +15,17 @@ use penstock_tests::{
 };
 use tokio::net::TcpStream;
 
-/// What clients speak.
+/// The client's protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Front {
     Http1,
     Http2,
-    /// HTTP/1.1 and HTTP/2 in TLS.
+    /// HTTP/1.1 and HTTP/2 over TLS.
     Tls1,
     Tls2,
 }
 
-/// What the endpoint speaks.
+/// The endpoint's protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Back {
     Http1,
@@ -43,23 +43,23 @@ pub(crate) struct Scene {
     pub(crate) endpoint: Endpoint,
     pub(crate) certificate: Certificate,
     front: Front,
-    /// Where the certificate is.
+    /// The folder with the certificate, if clients use TLS.
     folder: tempfile::TempDir,
 }
 
-/// A picker that takes any request, JSON or not, and leaves it alone.
+/// A picker that accepts any request, JSON or not, and changes nothing.
 pub(crate) fn first(all: &[SocketAddr]) -> impl Script + use<> {
     let picked = all[0].to_string();
     Answering::new(move |_| vec![reply::pick(&picked, &[])])
 }
 
 impl Scene {
-    /// With a picker as in the field.
+    /// With a picker that behaves like a production EPP.
     pub(crate) async fn new(front: Front, back: Back) -> Self {
         Self::with(front, back, LlmdRouter::new, |_| {}).await
     }
 
-    /// `script` is given the address of the endpoint; `adjust` changes what the test is about.
+    /// `script` gets the endpoint's address; `adjust` changes the configuration.
     pub(crate) async fn with<S: Script>(
         front: Front,
         back: Back,
@@ -73,7 +73,7 @@ impl Scene {
         Self::before(front, endpoint, script, adjust).await
     }
 
-    /// As [`Self::with`], before an endpoint of the caller's.
+    /// Like [`Self::with`], in front of the caller's own endpoint.
     pub(crate) async fn before<S: Script>(
         front: Front,
         endpoint: Endpoint,
@@ -99,12 +99,12 @@ impl Scene {
         Self { agent, epp, endpoint, certificate, front, folder }
     }
 
-    /// Where the certificate's files are.
+    /// The folder of the certificate files.
     pub(crate) fn folder(&self) -> &std::path::Path {
         self.folder.path()
     }
 
-    /// Where clients connect.
+    /// The address for clients.
     pub(crate) fn addr(&self) -> SocketAddr {
         match self.front {
             Front::Http1 | Front::Http2 => self.agent.addr,
@@ -112,7 +112,7 @@ impl Scene {
         }
     }
 
-    /// A client on a connection of its own.
+    /// Opens a client connection.
     pub(crate) async fn client(&self) -> Asker {
         let addr = self.addr();
         match self.front {
@@ -143,12 +143,12 @@ impl Front {
     }
 }
 
-/// Some client: one request after the other.
+/// A client of any protocol, with one request at a time.
 #[expect(clippy::large_enum_variant, reason = "one for each test")]
 pub(crate) enum Asker {
     Http1(Client),
     Tls1(Client<TlsStream<TcpStream>>),
-    /// With the stream of the request that is under way.
+    /// With the stream of the running request.
     Http2(Http2Client, Option<Stream>),
 }
 
@@ -197,7 +197,7 @@ impl Asker {
         }
     }
 
-    /// Wants no more of the response. The connection of an HTTP/2 client goes on.
+    /// Cancels the response. The connection of an HTTP/2 client stays open.
     pub(crate) fn leave(self) -> Option<Self> {
         match self {
             Self::Http1(_) | Self::Tls1(_) => None,

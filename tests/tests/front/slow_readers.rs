@@ -1,5 +1,5 @@
-//! Clients that take their time, and clients that take nothing. Progress is what a client acknowledges: whoever reads, however
-//! slowly, gets every byte, and who does not is let go after the idle time, whatever carries the bytes.
+//! Slow and stalled clients. Progress is what a client acknowledges: a client that reads, however slowly, gets every byte, and
+//! one that reads nothing is closed after the idle timeout, on every path.
 
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::SOON;
 
-/// Less than a slow reader takes for what frees a third of the send buffer, which is when a writer is woken.
+/// Shorter than the time a slow reader needs to free a third of the send buffer, which is when a writer is woken.
 const IDLE: Duration = Duration::from_secs(2);
 const SIZE: u64 = 1 << 20;
 const SEND_BUFFER: u32 = 512 << 10;
@@ -23,7 +23,7 @@ const SEND_BUFFER: u32 = 512 << 10;
 const BYTES: usize = 3000;
 const TICK: Duration = Duration::from_millis(50);
 const MODES: [SteeringMode; 4] = [SteeringMode::Off, SteeringMode::Ingress, SteeringMode::Local, SteeringMode::Auto];
-/// Asked for; the kernel doubles it.
+/// The requested size; the kernel doubles it.
 const RECEIVE_BUFFER: usize = 16 << 10;
 
 async fn start(
@@ -42,7 +42,7 @@ async fn start(
     (server, agent)
 }
 
-/// The same exchange on each path, all at once. An agent's start takes the thread for a while, which no client should wait for.
+/// Runs the exchange on all paths concurrently. Agents start first, because a start blocks the thread.
 async fn on_every_path(pool: impl Fn(&mut Pool), exchange: impl AsyncFn(SteeringMode, &TestAgent)) {
     let mut all = Vec::new();
     for mode in MODES {
@@ -51,7 +51,7 @@ async fn on_every_path(pool: impl Fn(&mut Pool), exchange: impl AsyncFn(Steering
     futures_util::future::join_all(all.iter().map(|(mode, (_, agent))| exchange(*mode, agent))).await;
 }
 
-/// Takes the rest slowly, and compares it.
+/// Reads and compares the rest slowly.
 async fn read_slowly(mode: SteeringMode, client: &mut (impl AsyncRead + Unpin), checker: &mut Checker) {
     let (begin, mut piece) = (Instant::now(), vec![0; BYTES]);
     while checker.offset() < SIZE {
@@ -84,7 +84,7 @@ async fn slow_reader_of_response_is_served_on_every_path() {
             let slow = Reader::Slow { bytes: BYTES, tick: TICK };
             let read = slow.take(&mut client, &mut plan.checker()).await.unwrap();
             assert_eq!((read.end, read.len), (BodyEnd::Complete, SIZE), "{mode:?}");
-            // And the connection goes on.
+            // The connection stays usable.
             assert_eq!(client.request(&Request::get("/v1/models")).await.unwrap().status(), 200);
         },
     )
@@ -147,7 +147,7 @@ async fn slow_reader_of_pinned_connection_is_served_on_every_path() {
     .await;
 }
 
-/// Sends requests as long as they are taken, and reads nothing.
+/// Sends requests until the agent accepts no more, and reads nothing.
 async fn flood(agent: &TestAgent, wire: &[u8]) {
     let client = Client::connect_with(agent.addr, Some(RECEIVE_BUFFER)).await.unwrap();
     let (mut stream, _) = client.into_parts();
@@ -159,7 +159,7 @@ async fn flood(agent: &TestAgent, wire: &[u8]) {
             }
         }
     };
-    // The end is a reset: nobody keeps what nobody reads.
+    // The connection ends with a reset: unread responses are discarded.
     let error = tokio::time::timeout(SOON, sent).await.expect("an end");
     assert!(matches!(error.kind(), std::io::ErrorKind::ConnectionReset | std::io::ErrorKind::BrokenPipe), "{error}");
     eventually(SOON, || agent.metric("penstock_client_connections", &[]) == 0.0).await;
@@ -177,7 +177,7 @@ async fn pipelining_client_that_never_reads_is_closed() {
         flood(&agent, &plan.request().wire("agent")).await;
         eventually(SOON, || server.connections_open() <= 1).await;
         assert_eq!(agent.count("penstock_client_stalls_total", &[]), 1);
-        // Answers of the agent's own, behind which the connection stays open: its endpoint cannot be reached.
+        // The endpoint is unreachable, so the agent's own errors, which keep the connection open, fill the queue.
         drop(server);
         let nobody = Refusing::new().unwrap();
         let agent = TestAgent::start(builtin_pool(&[nobody.addr]), mode, soon);

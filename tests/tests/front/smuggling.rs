@@ -1,5 +1,5 @@
-//! Requests of HTTP/2 that could be read as others once they are written as HTTP/1.1: the endpoint sees one request or none,
-//! and never the one hidden inside.
+//! HTTP/2 requests that could become several when written as HTTP/1.1: the endpoint sees one request or none, never the hidden
+//! one.
 
 use penstock_tests::{
     Http2Client, Request,
@@ -15,7 +15,7 @@ use crate::{
 
 const HIDDEN: &str = "GET /smuggled HTTP/1.1\r\nhost: x\r\n\r\n";
 
-/// The fields of a POST, those given in place of or behind its own.
+/// The fields of a POST, with the given fields replacing or following its own.
 fn post<'a>(given: &[(&'a str, &'a str)]) -> Vec<(&'a str, &'a str)> {
     let mut fields = vec![(":method", "POST"), (":scheme", "http"), (":path", "/test/echo"), (":authority", "x")];
     for field in given {
@@ -27,17 +27,17 @@ fn post<'a>(given: &[(&'a str, &'a str)]) -> Vec<(&'a str, &'a str)> {
     fields
 }
 
-/// Sends it with a body; gives the status of the answer, or `None` when stream or connection were broken off.
+/// Sends the request with a body; returns the status, or `None` if the stream or connection was reset.
 async fn answer(scene: &Scene, fields: &[(&str, &str)], body: &[u8]) -> Option<u16> {
     let mut frames = Http2Frames::connect(scene.agent.addr).await.unwrap();
     frames.send(&Frame::headers(1, false, fields)).await.unwrap();
-    // The connection may be gone already.
+    // The connection may be closed already.
     let _ = frames.send(&Frame::new(kind::DATA, END_STREAM, 1, body)).await;
     let answers = [kind::HEADERS, kind::RST_STREAM, kind::GOAWAY];
     frames.find(|frame| answers.contains(&frame.kind)).await.unwrap()?.status()
 }
 
-/// Fields and pseudo-fields that HTTP/2 forbids, or that would be more than one line of HTTP/1.1.
+/// Fields and pseudo-fields that HTTP/2 forbids, or that would become more than one line of HTTP/1.1.
 #[tokio::test]
 async fn http2_smuggling_is_rejected() {
     let scene = Scene::with(Front::Http2, Back::Http1, first, |_| {}).await;
@@ -62,7 +62,7 @@ async fn http2_smuggling_is_rejected() {
         &[("x own", "1")],
         &[("", "1")],
         &[("X-Own", "1")],
-        // Fields of a connection of HTTP/1.1, and lengths that are not the body's.
+        // Connection-specific HTTP/1.1 fields, and lengths that differ from the body's.
         &[("transfer-encoding", "chunked")],
         &[("connection", "close")],
         &[("connection", "content-length")],
@@ -75,7 +75,7 @@ async fn http2_smuggling_is_rejected() {
         &[("content-length", "40"), ("content-length", "5")],
         &[("content-length", "x")],
         &[("content-length", "+36")],
-        // Targets that HTTP/1.1 has no room for.
+        // Targets that HTTP/1.1 cannot express.
         &[(":path", "/test/echo /smuggled")],
         &[(":path", "/test/\u{e4}")],
         &[(":path", "")],
@@ -89,7 +89,7 @@ async fn http2_smuggling_is_rejected() {
         &[(":authority", "x"), ("host", "y")],
         &[("host", "y")],
         &[("host", "x"), ("host", "x")],
-        // Pseudo-fields, once more and where they do not belong.
+        // Repeated and misplaced pseudo-fields.
         &[("x-own", "1"), (":path2", "/smuggled")],
         &[(":status", "200")],
         &[(":protocol", "websocket")],
@@ -112,12 +112,12 @@ async fn http2_smuggling_is_rejected() {
         answer(&scene, &post(&[(":method", method)]), b"").await;
     }
     assert_eq!(scene.endpoint.requests(), 0);
-    // Nobody else has noticed.
+    // Other requests are unaffected.
     let mut client = Http2Client::connect(scene.agent.addr).await.unwrap();
     assert_eq!(client.request(&Request::get("/test/echo")).await.unwrap().status(), 200);
 }
 
-/// What only looks like it: one request, with its body.
+/// A lookalike is one request with its body.
 #[tokio::test]
 async fn harmless_lookalike_is_forwarded_as_one_request() {
     let scene = Scene::with(Front::Http2, Back::Http1, first, |_| {}).await;
@@ -130,7 +130,7 @@ async fn harmless_lookalike_is_forwarded_as_one_request() {
         &[("te", "trailers")],
         &[("x-own", "a: b; c, \u{e4}")],
         &[(":path", "/test/echo?x=%0d%0a%20HTTP/1.1")],
-        // Cut off: it concerns the client alone.
+        // The response was cut off, which affects only this client.
         &[(":path", "/test/echo#/smuggled")],
         &[("expect", "100-continue")],
     ];

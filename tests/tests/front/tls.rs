@@ -1,4 +1,4 @@
-//! What clients that speak TLS have of their own: the handshake, the protocol it agrees on, and certificates that change.
+//! TLS clients: handshake, protocol negotiation and certificate reloads.
 
 use std::{pin::pin, time::Duration};
 
@@ -30,7 +30,7 @@ fn agreed(tls: &penstock_tests::tls::TlsStream<TcpStream>) -> Option<&[u8]> {
     tls.get_ref().1.alpn_protocol()
 }
 
-/// The server prefers HTTP/2; a client that says nothing speaks HTTP/1.1.
+/// The server prefers HTTP/2; a client without ALPN speaks HTTP/1.1.
 #[tokio::test]
 async fn alpn_selects_protocol() {
     let scene = scene().await;
@@ -62,7 +62,7 @@ async fn alpn_with_http2_disabled_omits_http2() {
     assert!(scene.certificate.connect(scene.addr(), &["h2"]).await.is_err());
 }
 
-/// HTTP/2 without its name in the handshake is not HTTP/2.
+/// HTTP/2 needs ALPN: a preface without it is rejected.
 #[tokio::test]
 async fn preface_after_http1_alpn_is_rejected() {
     let scene = scene().await;
@@ -72,7 +72,7 @@ async fn preface_after_http1_alpn_is_rejected() {
     assert_eq!(client.response().await.unwrap().status(), 505);
 }
 
-/// There is one certificate, whatever name the client asks for, and if it asks for none.
+/// Every client gets the one certificate, with any server name or none.
 #[tokio::test]
 async fn any_server_name_gets_the_certificate() {
     let scene = scene().await;
@@ -83,7 +83,7 @@ async fn any_server_name_gets_the_certificate() {
     }
 }
 
-/// It is shown to those who connect from then on; those who are connected do not notice.
+/// New connections get the new certificate; existing ones are unaffected.
 #[tokio::test]
 async fn changed_certificate_is_reloaded() {
     let scene = scene().await;
@@ -91,7 +91,7 @@ async fn changed_certificate_is_reloaded() {
     let plan = Plan { size: 16 << 20, ..Plan::default() };
     old.send(&plan.request()).await.unwrap();
     assert_eq!(old.head().await.unwrap().status, 200);
-    // Half of a change is none.
+    // A half-written change is ignored.
     let (cert, key) = (scene.folder().join("cert.pem"), scene.folder().join("key.pem"));
     let before = std::fs::read(&cert).unwrap();
     std::fs::write(&cert, "no certificate").unwrap();
@@ -111,7 +111,7 @@ async fn changed_certificate_is_reloaded() {
     assert_eq!(old.request(&echo(json("m", 10))).await.unwrap().status(), 200);
 }
 
-/// Either way round: a wrong protocol ends its connection, and nobody else's.
+/// TLS on the plain port and plain bytes on the TLS port end only their own connection.
 #[tokio::test]
 async fn protocol_mismatch_ends_only_its_connection() {
     let scene = scene().await;
@@ -151,14 +151,14 @@ async fn stalled_handshake_is_closed() {
     }
     let timed_out = || scene.agent.count("penstock_tls_handshakes_failed_total", &["reason=\"timeout\""]);
     eventually(SOON, || timed_out() == 2).await;
-    // A head in TLS has its time too.
+    // A slow head over TLS times out too.
     let tls = scene.certificate.connect(scene.addr(), &[]).await.unwrap();
     let mut client = Client::over(tls, scene.addr());
     client.send_raw(b"GET / HTTP/1.1\r\n").await.unwrap();
     assert_eq!(client.response().await.unwrap().status(), 408);
 }
 
-/// The end of the connection is announced, so that a client can tell it from an attack.
+/// close_notify lets the client tell the end from a truncation attack.
 #[tokio::test]
 async fn connections_end_with_close_notify() {
     let soon = |config: &mut Config| config.timeouts.keep_alive = Some(Duration::from_secs(1));
@@ -171,7 +171,7 @@ async fn connections_end_with_close_notify() {
     }
 }
 
-/// A body that only the close ends is not cut unseen.
+/// A body delimited by close must not look complete.
 #[tokio::test]
 async fn forced_shutdown_sends_no_close_notify() {
     let scene = scene().await;
@@ -186,7 +186,7 @@ async fn forced_shutdown_sends_no_close_notify() {
     assert_eq!(client.read_body(|_| Ok(())).await.unwrap().end, BodyEnd::Reset);
 }
 
-/// Draining is for both listeners.
+/// The drain closes both listeners.
 #[tokio::test]
 async fn drain_closes_tls_port() {
     let scene = scene().await;
@@ -199,7 +199,7 @@ async fn drain_closes_tls_port() {
     eventually(SOON, || scene.agent.agent.is_done()).await;
 }
 
-/// The kernel would send plain bytes: it has no part in it, and carries those of the other port.
+/// The kernel would send plain bytes, so TLS responses are relayed while plain ones are steered.
 #[tokio::test]
 async fn tls_responses_are_relayed() {
     let ingress = |config: &mut Config| config.steering.mode = SteeringMode::Ingress;
@@ -220,8 +220,8 @@ async fn tls_responses_are_relayed() {
     eventually(SOON, || scene.agent.steered() > 0).await;
 }
 
-/// Of two places one is held by a client that stops within its handshake. Clients that say nothing hold none, and those that come
-/// wait, as long as a handshake may take.
+/// One of two places is held by a client that stops within its handshake. Silent clients hold no place, and further clients
+/// wait for at most the handshake timeout.
 #[tokio::test]
 async fn handshakes_over_limit_wait_for_a_place() {
     let scene = Scene::with(Front::Tls1, Back::Http1, first, |config: &mut Config| {
@@ -237,7 +237,7 @@ async fn handshakes_over_limit_wait_for_a_place() {
     let mut half = Vec::new();
     for places in [1.0, 2.0] {
         let mut stream = TcpStream::connect(scene.addr()).await.unwrap();
-        // The head of a record whose rest never comes.
+        // The head of a record without the rest.
         stream.write_all(&[22, 3, 1, 2, 0, 1]).await.unwrap();
         eventually(SOON, || active() == places).await;
         half.push(stream);
@@ -248,13 +248,13 @@ async fn handshakes_over_limit_wait_for_a_place() {
     }
     let mut waits = pin!(scene.certificate.connect(scene.addr(), &[]));
     assert!(timeout(Duration::from_millis(200), waits.as_mut()).await.is_err(), "it got a third place");
-    // One leaves.
+    // One client leaves.
     drop(half.pop());
     let mut client = Client::over(timeout(SOON, waits).await.expect("in time").unwrap(), scene.addr());
     assert_eq!(client.request(&echo(json("m", 10))).await.unwrap().status(), 200);
 }
 
-/// One that says nothing, and one that stops within its handshake.
+/// A silent client, and one that stops within its handshake.
 #[tokio::test]
 async fn handshakes_over_timeout_are_closed() {
     let soon = |config: &mut Config| config.timeouts.head = Some(Duration::from_millis(300));

@@ -1,5 +1,4 @@
-//! Connections that switch protocols (RFC 9110 §7.8): from the 101 on they are the client's and the endpoint's, byte for byte
-//! and end for end.
+//! Protocol switches (RFC 9110 §7.8): after the 101, bytes and closes pass between client and endpoint unchanged.
 
 use std::{sync::Arc, time::Duration};
 
@@ -29,7 +28,7 @@ use crate::{
     scene::{Asker, Back, Endpoint, Front, Scene, first},
 };
 
-/// Plain on each path, and in TLS.
+/// Plain on each path, and over TLS.
 const WAYS: [(Front, SteeringMode); 5] = [
     (Front::Http1, SteeringMode::Off),
     (Front::Http1, SteeringMode::Ingress),
@@ -51,7 +50,7 @@ fn server(scene: &Scene) -> &ModelServer {
     }
 }
 
-/// A GET that wants to switch, answered by the plan.
+/// A GET that requests a switch; the plan determines the response.
 fn switch(plan: &Plan) -> Request {
     Request::get("/test/upgrade")
         .header("connection", "Upgrade")
@@ -62,14 +61,14 @@ fn switch(plan: &Plan) -> Request {
 trait Both: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> Both for S {}
 
-/// A client's side of a connection that has switched.
+/// The client's side of a switched connection.
 struct Switched {
     from: ReadHalf<Box<dyn Both>>,
     to: WriteHalf<Box<dyn Both>>,
 }
 
 impl Switched {
-    /// Sends `request`, with bytes right behind it, and gives what follows the 101, and the bytes that came right behind that.
+    /// Sends `request` directly followed by bytes; returns the connection after the 101 and the bytes that followed it directly.
     async fn new(scene: &Scene, request: &Request, early: &[u8]) -> (Self, Vec<u8>) {
         let wire = [&request.wire("agent"), early].concat();
         match scene.client().await {
@@ -96,21 +95,21 @@ impl Switched {
         self.to.flush().await.unwrap();
     }
 
-    /// So many bytes.
+    /// Reads this many bytes.
     async fn read(&mut self, length: usize) -> Vec<u8> {
         let mut bytes = vec![0; length];
         timeout(SOON, self.from.read_exact(&mut bytes)).await.expect("in time").unwrap();
         bytes
     }
 
-    /// All that still comes, and how it ends.
+    /// Reads to the end; returns the bytes and how the connection ended.
     async fn rest(&mut self) -> (Vec<u8>, ConnectionEnd) {
         let mut bytes = Vec::new();
         let end = timeout(SOON, self.from.read_to_end(&mut bytes)).await.expect("in time");
         (bytes, if end.is_ok() { ConnectionEnd::Fin } else { ConnectionEnd::Reset })
     }
 
-    /// Sends the bytes of a stream in pieces, and the end.
+    /// Sends the bytes of a stream in pieces, then closes.
     async fn upload(&mut self, stream_id: u64, size: u64) {
         let (mut at, mut random) = (0, Random::new(stream_id));
         while at < size {
@@ -126,7 +125,7 @@ fn whole(bytes: &[u8]) -> Received {
     Received { length: bytes.len() as u64, hash: Fnv::of(bytes).value(), end: ConnectionEnd::Fin }
 }
 
-/// All that came is the stream's, from its beginning.
+/// Asserts that the received bytes are the stream's, from its start.
 fn assert_stream(stream_id: u64, size: u64, pieces: &[&[u8]]) {
     let mut checker = Checker::new(stream_id);
     for piece in pieces {
@@ -135,7 +134,7 @@ fn assert_stream(stream_id: u64, size: u64, pieces: &[&[u8]]) {
     assert_eq!(checker.offset(), size);
 }
 
-/// Interleaved as it comes; counted as one request that was relayed; the picker's stream lives as long as it does.
+/// In any interleaving; counted as one relayed request; the picker's stream lives as long as the connection.
 #[tokio::test]
 async fn bytes_flow_both_ways() {
     for way in WAYS {
@@ -171,14 +170,14 @@ async fn bytes_flow_both_ways() {
         assert_eq!(scene.agent.count("penstock_upstream_bytes_total", &[]), 1 << 20, "{way:?}");
         assert_eq!(scene.agent.count("penstock_requests_total", &["reason=\"ok\""]), 1);
         eventually(SOON, || scene.agent.metric("penstock_client_connections", &[]) == 0.0).await;
-        // What the endpoint was told: the wish, in the agent's own words.
+        // The endpoint received the agent's own upgrade fields.
         let seen = server(&scene).seen();
         assert_eq!((seen[0].header("connection"), seen[0].header("upgrade")), (Some("upgrade"), Some("websocket")));
         assert_eq!(seen[0].body_framing, "none");
     }
 }
 
-/// Both, where the endpoint waits for the client and the client for the endpoint.
+/// Both directions, with the endpoint and the client taking turns waiting.
 #[tokio::test]
 async fn both_directions_are_steered() {
     for way in WAYS {
@@ -203,7 +202,7 @@ async fn both_directions_are_steered() {
     }
 }
 
-/// Right behind the request's head, and right behind the response's, however that is cut.
+/// Bytes directly after the request head and the response head, in any split.
 #[tokio::test]
 async fn early_bytes_are_delivered() {
     for way in WAYS {
@@ -225,12 +224,12 @@ async fn early_bytes_are_delivered() {
     }
 }
 
-/// The end of one direction is passed on, and the other goes on.
+/// The end of one direction is forwarded, and the other direction continues.
 #[tokio::test]
 async fn half_close_by_either_side_is_forwarded() {
     for way in WAYS {
         let scene = scene(way).await;
-        // The client; its end is what the endpoint waits for.
+        // The client ends first; the endpoint waits for that.
         let plan = Plan { size: 300_000, stream_id: 1, ..Plan::switching("websocket", Upgraded::SendLast) };
         let (mut client, early) = Switched::new(&scene, &switch(&plan), b"").await;
         client.upload(2, 100_000).await;
@@ -238,7 +237,7 @@ async fn half_close_by_either_side_is_forwarded() {
         assert_eq!(end, ConnectionEnd::Fin);
         assert_stream(1, 300_000, &[&early, &rest]);
         assert_eq!(server(&scene).received()[0], whole(&Alphabet::Binary.bytes(2, 0, 100_000)));
-        // The endpoint; the client goes on when it has seen that.
+        // The endpoint ends first; the client continues when it has seen that.
         let plan = Plan { size: 1000, stream_id: 3, ..Plan::switching("websocket", Upgraded::Send) };
         let (mut client, early) = Switched::new(&scene, &switch(&plan), b"").await;
         let (rest, end) = client.rest().await;
@@ -252,8 +251,8 @@ async fn half_close_by_either_side_is_forwarded() {
     }
 }
 
-/// Neither direction waits for the other: what one peer has not taken yet is in nobody's way, although the kernel may have it in
-/// one queue with what that peer sends.
+/// Unread bytes of one direction do not block the other, although the kernel may hold them in one queue with what that peer
+/// sends.
 #[tokio::test]
 async fn peer_sending_before_reading_is_not_blocked() {
     join_all(MODES.map(async |mode| {
@@ -271,7 +270,7 @@ async fn peer_sending_before_reading_is_not_blocked() {
     .await;
 }
 
-/// An agent and both ends of a connection that has switched, each with a small receive buffer.
+/// An agent and both ends of a switched connection, each with a small receive buffer.
 async fn ends(mode: SteeringMode) -> (TestAgent, TcpStream, TcpStream) {
     let socket = TcpSocket::new_v4().unwrap();
     socket.set_recv_buffer_size(2048).unwrap();
@@ -292,7 +291,7 @@ async fn ends(mode: SteeringMode) -> (TestAgent, TcpStream, TcpStream) {
     (agent, client, endpoint)
 }
 
-/// Sends of a stream what all buffers hold, as tokens come; returns how much that is.
+/// Sends more of a stream than all buffers hold, token by token; returns the number of bytes.
 async fn fill(to: &mut TcpStream, stream_id: u64) -> u64 {
     let mut filled = 0;
     loop {
@@ -303,7 +302,7 @@ async fn fill(to: &mut TcpStream, stream_id: u64) -> u64 {
     }
 }
 
-/// All of a stream's first bytes arrive.
+/// Asserts that the first bytes of a stream arrive.
 async fn exact(to: &mut TcpStream, from: &mut TcpStream, stream_id: u64, size: u64) {
     let bytes = Alphabet::Binary.bytes(stream_id, 0, size as usize);
     let write = async { timeout(SOON, to.write_all(&bytes)).await.expect("in time").unwrap() };
@@ -316,7 +315,7 @@ async fn exact_from(from: &mut TcpStream, stream_id: u64, size: u64) {
     assert_stream(stream_id, size, &[&bytes]);
 }
 
-/// A break is no end: the other side sees a break too.
+/// A reset is not an orderly close: the other side sees a reset too.
 #[tokio::test]
 async fn reset_is_forwarded() {
     for mode in MODES {
@@ -332,7 +331,7 @@ async fn resets(scene: &Scene) {
     eventually(SOON, || scene.agent.count("penstock_requests_total", &["reason=\"endpoint_broke\""]) == 1).await;
     eventually(SOON, || scene.epp.streams_ended(StreamEnd::Cancelled) == 1).await;
     eventually(SOON, || server(scene).connections_open() == 0).await;
-    // Whether the endpoint has begun to read when it meets the break is its own affair.
+    // Whether the endpoint has started reading by then is not determined.
     let (before, aborted) = (server(scene).received().len(), server(scene).aborted());
 
     let plan = Plan::switching("websocket", Upgraded::Echo);
@@ -347,7 +346,7 @@ async fn resets(scene: &Scene) {
     eventually(SOON, || scene.epp.streams_ended(StreamEnd::Cancelled) == 2).await;
 }
 
-/// TLS that is cut off without having said so is no end either.
+/// TLS cut off without close_notify is not an orderly close.
 #[tokio::test]
 async fn tls_cut_without_close_notify_is_a_reset() {
     let scene = scene((Front::Tls1, SteeringMode::Auto)).await;
@@ -361,7 +360,7 @@ async fn tls_cut_without_close_notify_is_a_reset() {
     assert_eq!(client.rest().await.1, ConnectionEnd::Reset);
 }
 
-/// An endpoint that does not want to is an endpoint that answers.
+/// An endpoint that does not switch answers with an ordinary response.
 #[tokio::test]
 async fn endpoint_refusal_is_forwarded_as_response() {
     let scene = scene(STEERED).await;
@@ -377,7 +376,7 @@ async fn endpoint_refusal_is_forwarded_as_response() {
     assert_eq!(server(&scene).connections_accepted(), 1);
 }
 
-/// The body goes first, as a body.
+/// The body is sent first, framed as a body.
 #[tokio::test]
 async fn request_with_body_switches_after_body() {
     let scene = scene(STEERED).await;
@@ -402,7 +401,7 @@ fn wishes(seen: &Echo) -> (Option<&str>, Option<&str>) {
     (seen.header("connection"), seen.header("upgrade"))
 }
 
-/// A wish that is none, or for what the agent does not let through, does not reach the endpoint.
+/// An invalid upgrade, or one to a protocol that the agent does not allow, does not reach the endpoint.
 #[tokio::test]
 async fn disallowed_upgrades_are_not_forwarded() {
     let allowed = |config: &mut Config| config.listen.upgrades = vec!["websocket".to_owned(), "x-own".to_owned()];
@@ -424,7 +423,7 @@ async fn disallowed_upgrades_are_not_forwarded() {
         assert_eq!(wishes(&seen), (None, None), "{wire}");
         assert_eq!(seen.header("http2-settings"), None, "{wire}");
     }
-    // Letter case does not matter, and the connection may carry other wishes.
+    // Case is insignificant, and Connection may list other options.
     for (upgrade, connection) in [("WebSocket", "keep-alive, Upgrade"), ("x-own", "UPGRADE")] {
         let request = Request::get("/test/echo").header("connection", connection).header("upgrade", upgrade);
         let seen = scene.request(&request).await.echoed();
@@ -432,7 +431,7 @@ async fn disallowed_upgrades_are_not_forwarded() {
     }
 }
 
-/// It would be the endpoint's word for it that the client wants this.
+/// A switch is accepted only if the client requested it.
 #[tokio::test]
 async fn unrequested_switch_returns_502() {
     let scene = scene(STEERED).await;
@@ -452,7 +451,7 @@ async fn unrequested_switch_returns_502() {
     assert_eq!(scene.request(&Request::get("/test/echo")).await.status(), 200);
 }
 
-/// HTTP/2 endpoints do not switch, and are not asked to.
+/// HTTP/2 endpoints cannot switch and get no upgrade request.
 #[tokio::test]
 async fn http2_endpoint_gets_no_upgrade() {
     let scene = Scene::with(Front::Http1, Back::Http2, first, |_| {}).await;
@@ -461,7 +460,7 @@ async fn http2_endpoint_gets_no_upgrade() {
     assert_eq!(wishes(&seen), (None, None));
 }
 
-/// It breaks both sides off.
+/// The eviction breaks off both sides.
 #[tokio::test]
 async fn eviction_breaks_off_both_sides() {
     let now = Arc::new(Notify::new());
@@ -479,7 +478,7 @@ async fn eviction_breaks_off_both_sides() {
     assert_eq!(scene.agent.metric("penstock_evictions_total", &[]), 1.0);
 }
 
-/// The time without a byte, either way, ends it; the time for a whole request does not.
+/// The idle timeout covers both directions; the total timeout does not apply.
 #[tokio::test]
 async fn tunnel_closes_after_idle_timeout() {
     for mode in MODES {
@@ -502,7 +501,7 @@ async fn moves_and_rests(mode: SteeringMode) {
     let (rest, end) = client.rest().await;
     assert_eq!((early.len() + rest.len(), end), (20_000, ConnectionEnd::Fin));
     drop(client);
-    // Both do, and then neither.
+    // Both sides send, then neither.
     let (mut client, _) = Switched::new(&scene, &switch(&Plan::switching("websocket", Upgraded::Echo)), b"").await;
     for _ in 0..3 {
         client.send(b"x").await;
@@ -513,7 +512,7 @@ async fn moves_and_rests(mode: SteeringMode) {
     eventually(SOON, || server(&scene).connections_open() == 0).await;
 }
 
-/// Draining lets it go on, until the time for that is over.
+/// The drain leaves the tunnel open until the drain timeout.
 #[tokio::test]
 async fn drain_waits_for_tunnel_and_force_ends_it() {
     let scene = scene(STEERED).await;
@@ -535,7 +534,7 @@ async fn drain_waits_for_tunnel_and_force_ends_it() {
     eventually(SOON, || server(&scene).connections_open() == 0).await;
 }
 
-/// Of endpoints whose responses the kernel carries: neither side is a target or a source any more.
+/// The endpoint's earlier responses were steered: neither side is still a target or source.
 #[tokio::test]
 async fn upgrade_after_steered_responses_works() {
     let ingress = |config: &mut Config| {
@@ -561,7 +560,7 @@ async fn upgrade_after_steered_responses_works() {
     assert_eq!(server(&scene).received()[0], whole(&Alphabet::Binary.bytes(8, 0, 200_000)));
 }
 
-/// What it is all for, by a library on both sides.
+/// A WebSocket library on both sides.
 #[tokio::test]
 async fn websocket_messages_pass() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -1,5 +1,5 @@
-//! What the agent may do beyond an ordinary process: three capabilities start it for any user, none is needed to relay, and what
-//! a start needs is given up by every thread.
+//! Capabilities: three are enough for any user to start the agent, relaying needs none, and every thread drops what only the
+//! start needs.
 
 use std::{collections::BTreeMap, fs};
 
@@ -12,7 +12,7 @@ use penstock_tests::{
 
 use crate::{ANY_PORT, SOON};
 
-/// Nobody in particular.
+/// An arbitrary unprivileged user.
 const USER: u32 = 65_534;
 const CAP_NET_BIND_SERVICE: u64 = 1 << 10;
 
@@ -20,7 +20,7 @@ async fn server() -> ModelServer {
     ModelServer::start(Options { idle_close: None, ..Options::default() }).await.unwrap()
 }
 
-/// A stream that the kernel can carry.
+/// A stream that can be steered.
 fn plan() -> Plan {
     Plan {
         framing: Framing::Chunked,
@@ -32,7 +32,7 @@ fn plan() -> Plan {
     }
 }
 
-/// Asks for a response, whose every byte is checked; returns the bytes of it that this path has carried.
+/// Requests and checks a response; returns the bytes of it that this path carried.
 async fn carried(agent: &AgentProcess, path: &str) -> f64 {
     let plan = plan();
     let mut client = Client::connect(agent.addr).await.unwrap();
@@ -41,15 +41,15 @@ async fn carried(agent: &AgentProcess, path: &str) -> f64 {
     let mut checker = plan.checker();
     let read = Reader::Fast.take(&mut client, &mut checker).await.unwrap();
     assert_eq!((read.end, read.len), (BodyEnd::Complete, plan.size));
-    // It is entered in the books before the connection's next request is answered.
+    // The response is counted before the connection's next request is answered.
     assert_eq!(client.request(&Request::get("/v1/models")).await.unwrap().status(), 200);
     agent.metric("penstock_body_bytes_total", &[&format!("path=\"{path}\"")]).await.unwrap()
 }
 
-/// `/proc/pid/task/*/status`: the name of each thread, and its fields.
+/// `/proc/pid/task/*/status`: each thread's name and fields.
 fn threads(agent: &AgentProcess) -> Vec<BTreeMap<String, String>> {
     let tasks = fs::read_dir(format!("/proc/{}/task", agent.process.id())).unwrap();
-    // A thread may end between the listing and the reading.
+    // A thread may end between the listing and the read.
     let statuses = tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("status")).ok());
     let fields = |line: &str| line.split_once(":\t").map(|(name, value)| (name.to_owned(), value.to_owned()));
     statuses.map(|status| status.lines().filter_map(fields).collect()).collect()
@@ -59,7 +59,7 @@ fn set(thread: &BTreeMap<String, String>, name: &str) -> u64 {
     u64::from_str_radix(&thread[name], 16).unwrap()
 }
 
-/// No thread holds a capability any more, and none can gain one; all belong to this user, group and groups.
+/// Waits until no thread holds or can gain a capability, and all have this user, group and supplementary groups.
 async fn hold_nothing(agent: &AgentProcess, user: u32, groups: &str) {
     let ids = [user; 4].map(|id| id.to_string()).join("\t");
     let as_wanted = |thread: &BTreeMap<String, String>| {
@@ -68,7 +68,7 @@ async fn hold_nothing(agent: &AgentProcess, user: u32, groups: &str) {
             && [&thread["Uid"], &thread["Gid"]] == [&ids; 2]
             && thread.get("Groups").map_or("", |found| found.trim()) == groups
     };
-    // A thread gives up what it has as the first thing it does, which the start does not wait for.
+    // A thread drops its capabilities first, but the start does not wait for it.
     eventually(SOON, || threads(agent).iter().all(as_wanted)).await;
 }
 
@@ -106,10 +106,10 @@ async fn agent_without_capabilities_relays_and_logs_reason() {
     assert_eq!(carried(&agent, "ingress").await, 0.0);
 }
 
-/// What Kubernetes gives with `deploy/daemonset.yaml`.
+/// The capabilities that `deploy/daemonset.yaml` requests.
 const FIVE: &str = "-all,+bpf,+net_admin,+perfmon,+setuid,+setgid";
 
-/// Root, but only as far as a container's runtime grants it, without ambient capabilities.
+/// Root limited to a container runtime's capabilities, without ambient ones.
 #[tokio::test]
 async fn root_with_five_capabilities_loads_programs_and_drops_root() {
     let server = server().await;
@@ -128,11 +128,11 @@ async fn configured_user_and_groups_apply_to_reads() {
     let settings = "[process]\nuser = \"61001:61001\"\ngroups = [61002]";
     let mut agent = AgentProcess::start(ANY_PORT, server.addr, "off", settings).await.unwrap();
     hold_nothing(&agent, 61_001, "61002").await;
-    // A request body that goes to a file still finds one.
+    // A request body can still spill to a file.
     let body = vec![b'x'; 3 << 20];
     let mut client = Client::connect(agent.addr).await.unwrap();
     assert_eq!(client.request(&Request::post("/test/echo", body)).await.unwrap().status(), 200);
-    // Only the other group may read it from now on.
+    // From here on, only the supplementary group may read the file.
     agent.write_config(server.addr, settings).unwrap();
     let path = agent.config_path().to_owned();
     std::os::unix::fs::chown(&path, Some(0), Some(61_002)).unwrap();
@@ -160,7 +160,7 @@ async fn retained_root_is_reported() {
     assert!(line.contains("lacks CAP_SETUID, CAP_SETGID"), "{line}");
 }
 
-/// Send buffers beyond what any machine lets an ordinary process have, and as many different threads as an agent has: spans, an EPP that is looked after, endpoints that are checked.
+/// Send buffers above any machine's limit for unprivileged processes, and every kind of thread (spans, EPP, endpoint checks).
 const EVERYTHING: &str = "client_send_buffer = 67108864\n\
     [tracing]\notlp_endpoint = \"http://127.0.0.1:9\"\n\
     [[routes]]\npool = \"default\"\n\
@@ -172,18 +172,18 @@ const EVERYTHING: &str = "client_send_buffer = 67108864\n\
 async fn startup_capabilities_are_dropped_by_every_thread() {
     let server = server().await;
     let mut agent = AgentProcess::start(ANY_PORT, server.addr, "ingress", EVERYTHING).await.unwrap();
-    // Threads name themselves; the kernel keeps 15 bytes of a name.
+    // Threads set their own names; the kernel keeps 15 bytes.
     let all =
         ["penstock-0", "penstock-1", "penstock-events", "penstock-contro", "penstock-spans", "endpoints", "admin"];
     let named = |name: &&str| threads(&agent).iter().any(|thread| thread["Name"] == **name);
     eventually(SOON, || all.iter().all(named)).await;
     hold_nothing(&agent, USER, "").await;
-    // These tests run as root, who may bound what can ever be had.
+    // These tests run as root, which may limit the bounding set.
     assert!(threads(&agent).iter().all(|thread| set(thread, "CapBnd") == 0));
     let line = agent.process.line("capabilities: ", SOON).await.unwrap();
     assert!(line.contains("INFO") && line.contains("none kept"), "{line}");
     assert!(carried(&agent, "ingress").await > 0.0);
-    // Clients' connections have them all the same, from their listener.
+    // Client connections inherit their send buffer from the listener.
     let mut client = Client::connect(agent.addr).await.unwrap();
     assert_eq!(client.request(&Request::get("/v1/models")).await.unwrap().status(), 200);
     let sockets = std::process::Command::new("ss").args(["-tmnH", "state", "established"]).output().unwrap();
@@ -195,7 +195,7 @@ async fn startup_capabilities_are_dropped_by_every_thread() {
         .unwrap();
     assert!(lines.next().unwrap().contains("tb67108864,"), "{sockets}");
 
-    // What a reload starts has none either.
+    // Threads started by a reload hold none either.
     agent.write_config(server.addr, EVERYTHING).unwrap();
     agent.process.signal(nix::sys::signal::Signal::SIGHUP).unwrap();
     agent.process.line("the configuration was read again", SOON).await.unwrap();
@@ -214,12 +214,12 @@ async fn capabilities_without_need_are_all_dropped() {
     }
 }
 
-/// Ports below 1024 are bound before the capability for them is given up.
+/// Ports below 1024 are bound before the agent drops the capability for them.
 #[tokio::test]
 async fn privileged_port_is_bound_before_capability_drop() {
     let server = server().await;
     let [user, group] = ["--reuid", "--regid"].map(|flag| format!("{flag}={USER}"));
-    // 127.0.0.2 is this machine too, and no other test uses it.
+    // 127.0.0.2 is also this machine, and no other test uses it.
     let listen = "127.0.0.2:81".parse().unwrap();
     let with = ["--bounding-set", "--inh-caps", "--ambient-caps"].map(|set| format!("{set}=-all,+net_bind_service"));
     let through = ["setpriv", &user, &group, "--clear-groups", &with[0], &with[1], &with[2]];

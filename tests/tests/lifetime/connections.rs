@@ -1,4 +1,4 @@
-//! As many connections as an agent takes, and one more; and an agent that has run out of file descriptors.
+//! The limit on connections, and exhausted file descriptors.
 
 use std::time::{Duration, Instant};
 
@@ -30,7 +30,7 @@ fn limited(server: &ModelServer) -> TestAgent {
     })
 }
 
-/// A connection in the middle of a response.
+/// Opens a connection in the middle of a response.
 async fn busy(agent: &TestAgent) -> Client {
     let plan = Plan { fault: Some(Fault { after: 1000, kind: FaultKind::Stall }), size: 1 << 20, ..Plan::default() };
     let mut client = Client::connect(agent.addr).await.unwrap();
@@ -66,7 +66,7 @@ async fn connection_over_limit_gets_503_at_once() {
     let mut http2 = Http2Frames::connect(agent.addr).await.unwrap();
     let told = http2.find(|frame| frame.kind == kind::GOAWAY).await.unwrap().unwrap();
     assert_eq!(told.error(), Some(0));
-    // The next node would only be full sooner.
+    // Retrying on the next node would only fill it sooner.
     let (status, lines) = verbose(&agent).await;
     assert!(status == 200 && lines.contains("connections: 4 of 4, full"), "{status} {lines}");
     assert_eq!(agent.count("penstock_client_connections_limit", &[]), LIMIT as u64);
@@ -106,7 +106,7 @@ async fn longest_idle_connection_makes_room() {
         assert_eq!(client.request(&Request::get(MODELS)).await.unwrap().status(), 200);
         idle.push(client);
     }
-    // Each newcomer stays, so that all that were idle before go, on whichever worker they are.
+    // Each new connection stays open, so that every idle one is closed, on whichever worker it is.
     let mut later = Vec::new();
     for _ in 1..LIMIT {
         later.push(busy(&agent).await);
@@ -119,7 +119,7 @@ async fn longest_idle_connection_makes_room() {
     assert!(matches!(running.piece(1).await.unwrap(), Piece::Data(_)), "a connection with a request was closed");
 }
 
-/// Two hundred connections that have begun a request, of an agent that may have 128 descriptors.
+/// Two hundred connections with started requests, to an agent limited to 128 descriptors.
 #[tokio::test]
 async fn exhausted_descriptors_refuse_clients_but_not_probes() {
     let server = server().await;
@@ -140,7 +140,7 @@ async fn exhausted_descriptors_refuse_clients_but_not_probes() {
             assert_eq!(agent.ask_admin(path).await.unwrap().0, 200);
         }
     }
-    // A new client is refused, one way or the other.
+    // A new client is refused, by a failed connect or by a close.
     let mut client = Client::connect(agent.addr).await.unwrap();
     match tokio::time::timeout(SOON, client.request(&Request::get(MODELS))).await.expect("an answer or the end") {
         Ok(response) => assert_eq!(response.status(), 503),

@@ -1,5 +1,4 @@
-//! What `penstock doctor` finds on this machine, and on machines that lack something; and an agent on a kernel that is known for
-//! losing bytes.
+//! `penstock doctor` on this machine and on machines with something missing, and the agent on a kernel known to lose bytes.
 
 use std::process::{Command, Output};
 
@@ -27,7 +26,7 @@ fn document(output: &Output) -> Value {
     serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
 }
 
-/// The finding about `name`: whether it is well, what was found, and the advice.
+/// The finding `name`: whether it passed, what was found, and the advice.
 fn finding<'a>(document: &'a Value, name: &str) -> (bool, &'a str, Option<&'a str>) {
     let machine = document["machine"].as_array().unwrap();
     let found = machine.iter().find(|one| one["name"] == name).unwrap_or_else(|| panic!("no {name} in {document:#}"));
@@ -45,7 +44,7 @@ fn doctor_on_capable_machine_reports_every_path_ready() {
     }
     let paths = document["paths"].as_array().unwrap();
     assert_eq!(paths.iter().map(|path| &path["path"]).collect::<Vec<_>>(), ["local", "ingress"]);
-    // The text names the same checks.
+    // The text output names the same checks.
     let text = String::from_utf8(doctor(&[], &[]).stdout).unwrap();
     for path in paths {
         assert_eq!(path["ready"], true);
@@ -57,7 +56,7 @@ fn doctor_on_capable_machine_reports_every_path_ready() {
     }
 }
 
-/// A path that is missing: here because the cgroup that is configured is not there.
+/// A missing path, because the configured cgroup does not exist.
 #[test]
 fn doctor_with_missing_path_exits_2() {
     let config = tempfile::NamedTempFile::new().unwrap();
@@ -91,7 +90,7 @@ fn doctor_without_capabilities_exits_1() {
     assert!(path["ready"] == false && path["why"].as_str().unwrap().contains("Operation not permitted"), "{path:#}");
 }
 
-/// The kernel calls itself 2.6.something to those that ask for it, and stays the one it is.
+/// `setarch --uname-2.6` makes the kernel report version 2.6; its behaviour does not change.
 const OLD_KERNEL: [&str; 2] = ["setarch", "--uname-2.6"];
 
 #[test]
@@ -107,7 +106,7 @@ fn doctor_on_faulty_kernel_fails_unless_forced() {
     let output = doctor(&OLD_KERNEL, &["--json", "--force"]);
     let forced = document(&output);
     assert!(!finding(&forced, "kernel").0 && finding(&forced, "program").0);
-    // Links to cgroups are younger than what this kernel calls itself.
+    // cgroup links need a newer kernel than the reported version.
     assert_eq!((output.status.code(), &forced["result"]), (Some(2), &"the agent steers, but not by: local".into()));
 }
 
@@ -142,7 +141,7 @@ async fn agent_on_faulty_kernel_relays_unless_forced() {
     assert_eq!(forced.metric("penstock_steering_path_info", &info).await.unwrap(), 1.0);
 }
 
-/// A cgroup that goes when nobody is in it any more.
+/// A cgroup that is removed on drop once it is empty.
 struct Group(std::path::PathBuf);
 
 impl Drop for Group {
@@ -151,7 +150,7 @@ impl Drop for Group {
     }
 }
 
-/// As in an unprivileged container: the cgroup that this process is in looks like the root, and no endpoint is in it.
+/// As in an unprivileged container: this process's cgroup looks like the root, and it contains no endpoint.
 #[test]
 fn private_cgroup_namespace_disables_local_path() {
     let root = penstock_agent::kernel::cgroup::root().unwrap();

@@ -1,5 +1,5 @@
-//! The agent's end: killed, it takes down only what passes through it, visibly, and leaves nothing behind; told to end,
-//! it finishes what runs.
+//! The agent's end. Killed, it visibly breaks only what passes through it and leaves nothing in the kernel; terminated, it
+//! finishes running requests.
 
 use std::time::Duration;
 
@@ -33,7 +33,7 @@ fn plan(framing: Framing, size: u64) -> Plan {
     }
 }
 
-/// A response that is under way.
+/// A running response.
 struct Running {
     client: Client,
     checker: Checker,
@@ -64,12 +64,12 @@ async fn is_complete(agent: &AgentProcess, plan: &Plan) {
     let read = Reader::Fast.take(&mut running.client, &mut running.checker).await.unwrap();
     assert_eq!((read.end, read.len), (BodyEnd::Complete, plan.size));
     if plan.framing != Framing::UntilClose {
-        // It is entered in the books before the connection's next request is answered.
+        // The response is counted before the connection's next request is answered.
         assert_eq!(running.client.request(&Request::get("/v1/models")).await.unwrap().status(), 200);
     }
 }
 
-/// The kernel's programs go with it, and endpoints serve the next one, those too whose own sockets were looked at.
+/// The kernel programs end with the agent, and endpoints, including those whose own sockets were in maps, serve its successor.
 #[tokio::test]
 async fn killed_agent_leaves_no_kernel_state() {
     // The kernel keeps 15 bytes of a name.
@@ -94,7 +94,7 @@ async fn leaves_nothing(steering: &str, names: &[&str]) {
 
     let mut running = Vec::new();
     for framing in FRAMINGS {
-        // Streams that flow, and streams that rest.
+        // Some streams flow, others are paused.
         running.push(Running::start(&agent, &plan(framing, 1 << 30)).await);
         let resting = Plan { fault: Some(Fault { after: 50_000, kind: FaultKind::Stall }), ..plan(framing, 1 << 30) };
         running.push(Running::start(&agent, &resting).await);
@@ -133,7 +133,7 @@ async fn sigterm_drains_agent() {
         let mut idle = Client::connect(agent.addr).await.unwrap();
         let mut running = Vec::new();
         for framing in FRAMINGS {
-            // More than all buffers hold, so that nothing is over when the signal comes.
+            // Larger than all buffers, so that no response is complete when the signal arrives.
             let plan = Plan { writes: Lengths::Fixed(64 << 10), pauses: None, ..plan(framing, 64 << 20) };
             running.push((Running::start(&agent, &plan).await, plan.size));
         }
@@ -141,7 +141,7 @@ async fn sigterm_drains_agent() {
         agent.process.terminate().unwrap();
         idle.until_end().await.unwrap();
         assert_eq!(agent.ask_admin("/readyz").await.unwrap(), (503, "draining\n".to_owned()));
-        // Each worker closes its listener for itself.
+        // Each worker closes its own listener.
         eventually(AT_ONCE, || std::net::TcpStream::connect(agent.addr).is_err()).await;
         for (running, size) in &mut running {
             let read = Reader::Fast.take(&mut running.client, &mut running.checker).await.unwrap();

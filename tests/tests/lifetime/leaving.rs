@@ -1,4 +1,4 @@
-//! How an agent leaves: it sends clients elsewhere while it still serves them, then closes its ports, and resets nobody.
+//! How an agent shuts down: it asks clients to leave while still serving them, then closes its ports, and resets no connection.
 
 use std::io::{Read as _, Write as _};
 
@@ -44,11 +44,11 @@ async fn lame_duck_after_sigterm_serves_and_closes_connections() {
         assert_eq!((response.status(), response.header("connection")), (200, Some("close")));
         assert_eq!(client.until_end().await.unwrap(), ConnectionEnd::Fin);
     }
-    // An error of the agent's own says so, too.
+    // The agent's own errors close the connection too.
     let mut client = Client::connect(agent.addr).await.unwrap();
     let refused = client.request(&Request::new("GET", "/v1/models").header("content-length", "x")).await.unwrap();
     assert_eq!((refused.status(), refused.header("connection")), (400, Some("close")));
-    // A client that connects now is not told to go away before it has been served.
+    // A new client gets a response before its connection closes.
     let mut http2 = Http2Client::connect(agent.addr).await.unwrap();
     assert_eq!(http2.request(&Request::get(MODELS)).await.unwrap().status(), 200);
     http2.end().await.unwrap();
@@ -75,7 +75,7 @@ async fn end_of_lame_duck_closes_port_and_exits() {
     assert!(std::net::TcpStream::connect(agent.addr).is_err());
 }
 
-/// Connections that the workers have not accepted yet when the drain begins.
+/// Connections not yet accepted when the drain begins.
 #[tokio::test]
 async fn drain_answers_connections_in_accept_queue() {
     let server = server().await;

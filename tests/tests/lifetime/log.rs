@@ -1,4 +1,4 @@
-//! The log of an agent whose clients write what they like into it.
+//! The log of an agent whose clients control what is written.
 
 use penstock_tests::{Client, ModelServer, Process, Request, agent_process::AgentProcess, model_server::Options};
 use tokio::io::AsyncWriteExt as _;
@@ -33,7 +33,7 @@ async fn access_line_of_long_request_is_truncated_and_marked() {
     assert!(line.len() < 4096 && line.contains("bytes)"), "{} bytes", line.len());
 }
 
-/// Lines that nobody reads pile up to the limit and no further; requests go on, and the metric says what is lost.
+/// An unread log queues lines up to its limit and drops the rest; requests continue, and a metric counts the lost lines.
 #[tokio::test]
 async fn unread_log_stays_within_limit_and_blocks_no_request() {
     let server = ModelServer::start(Options::default()).await.unwrap();
@@ -69,7 +69,7 @@ async fn unread_log_stays_within_limit_and_blocks_no_request() {
             text.lines().find(|line| line.starts_with("penstock_log_lines_dropped_total{reason=\"queue_full\"}"));
         line.unwrap().rsplit(' ').next().unwrap().parse::<u64>().unwrap()
     };
-    // A pipe holds 64 KiB, the writer's buffer as much.
+    // A pipe holds 64 KiB, and the writer's buffer as much.
     let path = format!("/v1/{}", "q".repeat(1000));
     let begin = std::time::Instant::now();
     while dropped().await == 0 {

@@ -1,4 +1,4 @@
-//! What an agent lives through: what it finds at its start, another configuration while it runs, and its end.
+//! The agent's lifetime: what it finds at start, reloads, and its end.
 
 mod capabilities;
 mod connections;

@@ -1,4 +1,4 @@
-//! A panic harms the request that it happens in; in a part that all requests need, it makes the agent leave.
+//! A panic ends only the request it occurs in; a panic in a shared part makes the agent exit.
 
 use std::{
     sync::{
@@ -34,14 +34,14 @@ async fn server() -> ModelServer {
     ModelServer::start(Options { idle_close: None, ..Options::default() }).await.unwrap()
 }
 
-/// Panics of this test binary are counted, and shown as before.
+/// Counts panics of this test binary and prints them as usual.
 fn count_panics() {
     static ONCE: std::sync::Once = std::sync::Once::new();
     ONCE.call_once(|| {
         let shown = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |panic| {
             panics::record(panic);
-            // A backtrace takes seconds, of the thread that panics.
+            // A backtrace takes seconds on the panicking thread.
             if panics::message(panic.payload()) != FAULT {
                 shown(panic);
             }
@@ -53,7 +53,7 @@ fn wants(parts: &Parts, place: &str) -> bool {
     parts.headers.get("x-fault").is_some_and(|value| value == place)
 }
 
-/// Fails in the requests that ask for it.
+/// A probe that panics in the requests that ask for it.
 fn faulty() -> Probe {
     Probe::new(|point| match point {
         Point::Request(parts) if wants(parts, "request") => panic!("{FAULT}"),
@@ -97,7 +97,7 @@ async fn panic_in_http2_request_returns_500_and_streams_finish() {
     let server = server().await;
     let agent = TestAgent::start_with(builtin_pool(&[server.addr]), SteeringMode::Off, faulty(), |_| {});
     let mut client = Http2Client::connect(agent.addr).await.unwrap();
-    // Less than the connection's window, and not over when the other request fails.
+    // Less than the connection window, and incomplete when the other request fails.
     let fault = Some(Fault { after: 500, kind: FaultKind::StallMs(500) });
     let plan = Plan { size: 10_000, fault, ..Plan::default() };
     let mut running = client.send(&plan.request()).await.unwrap();
@@ -107,7 +107,7 @@ async fn panic_in_http2_request_returns_500_and_streams_finish() {
     let mut checker = plan.checker();
     let read = running.read_body(|bytes| Ok(checker.feed(bytes)?)).await.unwrap();
     assert_eq!((read.end, read.len), (BodyEnd::Complete, plan.size));
-    // The connection itself is not used any further.
+    // The connection itself takes no more requests.
     client.end().await.unwrap();
 }
 
@@ -121,7 +121,7 @@ fn config(server: &ModelServer) -> Config {
     config
 }
 
-/// Starts an agent and lives its life, as `penstock run` does; the agent's address comes first.
+/// Starts an agent and runs it to its end, as `penstock run` does; sends the agent's address first.
 fn live(config: Config, probe: Probe) -> (std::net::SocketAddr, std::net::SocketAddr, Life) {
     let (told, started) = std::sync::mpsc::channel();
     let life = std::thread::spawn(move || {
@@ -154,7 +154,7 @@ async fn panic_in_worker_makes_agent_unready_and_others_finish() {
         }
     });
     let (address, admin, life) = live(config(&server), probe);
-    // Streams on both workers, so that one of them at least outlives the other.
+    // Streams on both workers, so that at least one outlives the panicking worker.
     let plan = Plan { size: 4 << 20, ..Plan::default() };
     let mut running = Vec::new();
     for _ in 0..16 {
@@ -188,7 +188,7 @@ async fn panic_in_worker_makes_agent_unready_and_others_finish() {
     fails(life).await;
 }
 
-/// Settings under which an agent has every thread that it may have.
+/// A configuration under which the agent starts every kind of thread.
 fn everything(server: &ModelServer) -> Config {
     let mut config = config(server);
     config.steering.mode = SteeringMode::Ingress;

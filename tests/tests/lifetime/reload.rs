@@ -1,4 +1,4 @@
-//! Another configuration while the agent runs: it holds for the requests that begin afterwards, and cuts nothing.
+//! Reloads: a new configuration applies to requests that begin afterwards, and cuts none that run.
 
 use std::net::SocketAddr;
 
@@ -27,7 +27,7 @@ async fn served_by(client: &mut Client) -> Option<SocketAddr> {
     response.served_by()
 }
 
-/// Long enough to be under way when something happens.
+/// A response long enough to be running during a reload.
 fn long() -> Plan {
     Plan {
         framing: Framing::Chunked,
@@ -48,7 +48,7 @@ async fn next_request_on_connection_uses_new_configuration() {
     let mut config = agent.agent.config();
     config.pools = vec![builtin_pool(&[two.addr])];
     agent.agent.reload(config).unwrap();
-    // The workers take it each for itself.
+    // Each worker takes the new configuration at its own time.
     let mut clients = Vec::new();
     for _ in 0..8 {
         clients.push(Client::connect(agent.addr).await.unwrap());
@@ -90,7 +90,7 @@ async fn removed_pool_returns_404_and_leaves_metrics() {
     assert_eq!(agent.count("penstock_endpoints", &["default", "ready"]), 1);
 }
 
-/// The picker's stream of a request that runs goes on to its end, and the next request fails open as the new settings say.
+/// The picker stream of a running request continues to its end; the next request fails open as newly configured.
 #[tokio::test]
 async fn removed_picker_is_told_end_of_running_request() {
     let [one, _two] = servers().await;

@@ -1,5 +1,5 @@
-//! The path `local`, on which an endpoint's own `sendmsg` reaches the client: whoever the endpoint is and however it sends,
-//! wherever on this machine it is, and however it ends.
+//! The path `local`, on which an endpoint's own `sendmsg` reaches the client: for every endpoint and way of sending, every
+//! location on this machine and every end.
 
 mod posts;
 mod pressure;
@@ -11,7 +11,7 @@ mod urgent;
 
 use penstock_tests::{BodyEnd, Client, Plan, Reader, TestAgent};
 
-/// Body bytes that went this way.
+/// Body bytes carried by this path.
 fn carried(agent: &TestAgent, path: &str) -> u64 {
     agent.count("penstock_body_bytes_total", &[&format!("path=\"{path}\"")])
 }
@@ -20,7 +20,7 @@ fn stops(agent: &TestAgent, reason: &str) -> u64 {
     agent.count("penstock_steer_stops_total", &[&format!("reason=\"{reason}\"")])
 }
 
-/// One response on this connection, complete and compared.
+/// Asserts one complete and exact response on this connection.
 async fn is_exact(client: &mut Client, plan: &Plan) {
     client.send(&plan.request()).await.unwrap();
     let head = client.head().await.unwrap_or_else(|error| panic!("{error:#}: {plan:?}"));

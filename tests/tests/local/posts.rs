@@ -1,5 +1,5 @@
-//! POSTs into real servers, on every mode. An endpoint's socket in a map must not keep it from reading: nginx and the JVM ask
-//! FIONREAD, which several kernels answer with 0 there. `cargo xtask posts` has more servers and larger bodies.
+//! POSTs to real servers in every mode. A socket in a map must stay readable: nginx and the JVM call FIONREAD, which several
+//! kernels answer with 0 there. `cargo xtask posts` covers more servers and larger bodies.
 
 use penstock_agent::config::SteeringMode;
 use penstock_tests::{
@@ -13,7 +13,7 @@ async fn every_post_is_answered(kind: Kind) {
         let tally = posts::run(&server, mode, SHORT).await.unwrap_or_else(|error| panic!("{error:#}"));
         println!("{mode:?}: {tally}");
         let local = matches!(mode, SteeringMode::Auto | SteeringMode::Local);
-        // The Java server writes a whole response at once, and the kernel takes over behind what has been written.
+        // The Java server writes a whole response at once, and steering starts after the bytes already written.
         assert!(tally.local > 0 || !local || kind == Kind::JavaNio, "{mode:?}: {tally}");
         assert!(tally.local == 0 || local, "{mode:?}: {tally}");
     }

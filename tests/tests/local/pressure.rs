@@ -1,5 +1,5 @@
-//! Memory that is short: the agent's process in a cgroup of its own with a tight limit, while many clients read slowly. A
-//! response then is complete or visibly broken, on every path; never short with a clean end.
+//! Memory pressure: the agent runs in its own cgroup with a tight limit while many clients read slowly. On every path, a
+//! response is complete or visibly broken, never short with an orderly close.
 
 use std::{
     net::SocketAddr,
@@ -15,17 +15,16 @@ use penstock_tests::{
 
 const FRAMINGS: [Framing; 3] = [Framing::ContentLength, Framing::Chunked, Framing::UntilClose];
 const CLIENTS: u64 = 60;
-/// What all buffers of sockets may take, bytes; less than the clients' send buffers by far.
+/// The limit on all socket buffers, in bytes: far below the clients' send buffers.
 const TCP: u64 = 3 << 20;
 
-/// A cgroup of the memory controller, in whichever of the hierarchies that is (cgroups(7)). Dropping it removes it, once
-/// nobody is in it.
+/// A cgroup of the memory controller, in either hierarchy (cgroups(7)). Dropping it removes it, once it is empty.
 struct Group(PathBuf);
 
-/// What bounds memory in the hierarchy, and what counts how often it did.
+/// The hierarchy's file that limits memory, and the one that counts hits of the limit.
 enum Files {
     Unified,
-    /// Buffers of sockets have a limit of their own.
+    /// The file that limits socket buffers.
     Legacy,
 }
 
@@ -46,7 +45,7 @@ impl Group {
             return (Self(group), Files::Legacy);
         }
         let unified = mounted("cgroup2", "").expect("a cgroup hierarchy with the memory controller");
-        // Where it is not handed down yet.
+        // The controller may not be delegated yet.
         let _ = std::fs::write(unified.join("cgroup.subtree_control"), "+memory");
         let group = unified.join(name);
         std::fs::create_dir(&group).unwrap();
@@ -68,7 +67,7 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        // The kernel's last accounts of a process come in a little later than its end.
+        // The kernel finishes a process's accounts slightly after its exit.
         let gone = |path: &Path| std::fs::remove_dir(path).is_ok();
         let begin = std::time::Instant::now();
         while !gone(&self.0) && begin.elapsed() < Duration::from_secs(2) {
@@ -87,7 +86,7 @@ async fn responses_under_memory_pressure_are_whole_or_broken() {
 async fn under_pressure(steering: &str) {
     let server = ModelServer::start(Options { idle_close: None, ..Options::default() }).await.unwrap();
     let listen = SocketAddr::from(([127, 0, 0, 1], 0));
-    // Declared first: the process ends before its group is removed.
+    // Declared first, so that the process ends before its group is removed.
     let (group, files) = Group::new();
     let agent = AgentProcess::start(listen, server.addr, steering, "[timeouts]\nidle = \"1500ms\"").await.unwrap();
     match files {
@@ -97,7 +96,7 @@ async fn under_pressure(steering: &str) {
             group.write("memory.kmem.tcp.limit_in_bytes", TCP);
         }
     }
-    // Pages and sockets from now on are the group's.
+    // From now on, pages and sockets are charged to the group.
     group.write("cgroup.procs", u64::from(agent.process.id()));
 
     let clients: Vec<_> = (0..CLIENTS)
@@ -132,7 +131,7 @@ async fn under_pressure(steering: &str) {
                         true
                     }
                     Ok(read) => {
-                        // An end by close that is no end has to be a reset.
+                        // A truncated body delimited by close must end with a reset.
                         assert!(framing != Framing::UntilClose || read.end == BodyEnd::Reset, "{read:?}");
                         false
                     }
@@ -153,7 +152,7 @@ async fn under_pressure(steering: &str) {
     println!("{steering}: {complete} of {CLIENTS} complete");
     assert!(pressed, "{steering}: there was no pressure");
 
-    // How many get through depends on the machine. Whoever comes when the pressure is over does.
+    // The number of complete responses depends on the machine. A client that comes after the pressure ends is served.
     let plan = Plan { size: 1 << 20, ..Plan::default() };
     let mut client = Client::connect(agent.addr).await.unwrap();
     client.send(&plan.request()).await.unwrap();

@@ -1,5 +1,4 @@
-//! Whose sockets are touched: those that the agent has connected to, in whatever network namespace and under whatever kind of
-//! address, and no other.
+//! Which sockets the agent touches: only those it has connected to, in any network namespace and with any address family.
 
 use std::{
     collections::HashSet,
@@ -33,7 +32,7 @@ fn sender(listen: SocketAddr, namespace: Option<&Arc<Namespace>>) -> Sender {
     Sender::start(Options { listen, namespace: namespace.cloned(), ..options }).unwrap()
 }
 
-/// Two responses on one connection, and the kernel carries.
+/// Asserts two exact responses on one connection, carried by the path `local`.
 async fn is_carried(agent: &TestAgent, id: u64) {
     let before = carried(agent, "local");
     let mut client = Client::connect(agent.addr).await.unwrap();
@@ -43,14 +42,14 @@ async fn is_carried(agent: &TestAgent, id: u64) {
     eventually(SOON, || carried(agent, "local") > before).await;
 }
 
-/// Sockets that the maps of any agent on this machine know by cookie: the agent's own, and endpoints'.
+/// Sockets that any agent on this machine has in its maps by cookie: its own and endpoints'.
 fn known() -> HashSet<u64> {
     let mut cookies = HashSet::new();
     for info in loaded_maps().filter_map(Result::ok) {
         if !matches!(info.name_as_str(), Some("INDEX" | "LOCAL_INDEX")) {
             continue;
         }
-        // Others' agents come and go.
+        // Other tests' agents start and end meanwhile.
         let Ok(data) = MapData::from_id(info.id()) else { continue };
         let map: HashMap<MapData, u64, u32> = Map::HashMap(data).try_into().unwrap();
         cookies.extend(map.keys().filter_map(Result::ok));
@@ -58,10 +57,10 @@ fn known() -> HashSet<u64> {
     cookies
 }
 
-/// And a connection with the same addresses and ports in a third namespace is nobody's.
+/// A connection with the same addresses and ports in a third namespace is left alone.
 #[tokio::test]
 async fn endpoint_in_other_network_namespace_is_steered() {
-    // Addresses for measurements (RFC 2544), so that nobody is hidden; a pair for each process.
+    // Benchmark addresses (RFC 2544), which hide no real host; one pair per process.
     let pair = std::process::id() % (1 << 14);
     let [here, there] = [1, 2].map(|host| Ipv4Addr::from(0xc612_0000 + pair * 4 + host));
     let name = format!("penstock{pair}");
@@ -83,7 +82,7 @@ async fn endpoint_in_other_network_namespace_is_steered() {
     let twin = other.run(|| connect(connection.peer, endpoint.addr)).unwrap();
     let cookies = twin.each_ref().map(|socket| SockRef::from(socket).cookie().unwrap());
     assert_eq!(twin[0].local_addr().unwrap(), connection.peer);
-    // Both talk at the same time, each on the connection of these four names.
+    // Both exchange data at once, on connections with identical addresses and ports.
     let talk = std::thread::spawn(move || {
         for id in 0..50 {
             talk(&twin[0], &twin[1], id);
@@ -101,7 +100,7 @@ async fn endpoint_in_other_network_namespace_is_steered() {
     drop(twin);
 }
 
-/// A connection from `from` to `to`, both ends of it.
+/// Opens a connection from `from` to `to` and returns both ends.
 fn connect(from: SocketAddr, to: SocketAddr) -> [TcpStream; 2] {
     let listener = TcpListener::bind(to).unwrap();
     let socket = Socket::new(Domain::for_address(from), Type::STREAM, None).unwrap();
@@ -126,7 +125,7 @@ async fn ipv6_and_dual_stack_listeners_are_steered() {
     });
     is_carried(&agent, 1).await;
 
-    // Its socket is one of IPv6, and the packets are of IPv4.
+    // An IPv6 socket whose packets are IPv4.
     let both = sender(SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)), None);
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, both.addr.port()));
     let agent = TestAgent::start(builtin_pool(&[address]), SteeringMode::Local, |_| {});
@@ -144,8 +143,8 @@ async fn two_agents_with_one_endpoint_both_steer() {
     }
 }
 
-/// The inner one writes to its client, which is the outer one, in turn with its kernel: nothing may go round its account,
-/// not even before it has steered anything.
+/// The inner agent and its kernel take turns writing to its client, the outer agent: every byte must be counted, even before
+/// anything is steered.
 #[tokio::test]
 async fn agent_in_front_of_agent_delivers_exact_bytes() {
     for mode in [SteeringMode::Local, SteeringMode::Auto] {
@@ -156,7 +155,7 @@ async fn agent_in_front_of_agent_delivers_exact_bytes() {
         });
         let mut client = Client::connect(outer.addr).await.unwrap();
         for id in 0..4 {
-            // Too small for the kernel, with time for the outer one to wait for the rest of it.
+            // Too small to be steered, with time for the outer agent to wait for the rest.
             let fault = Some(Fault { after: 2000, kind: FaultKind::StallMs(30) });
             is_exact(&mut client, &Plan { size: 4000, stream_id: id, fault, ..Plan::default() }).await;
             let pauses = Some(Pauses { seed: id, every: 4, up_to_us: 2000 });
@@ -170,10 +169,10 @@ async fn agent_in_front_of_agent_delivers_exact_bytes() {
     }
 }
 
-/// Connections and clients for which there is no slot, or no place in a map, are served all the same.
+/// Connections and clients without a free slot or map entry are relayed.
 #[tokio::test]
 async fn full_maps_and_slot_tables_relay() {
-    // In auto, a client that has a place on the path ingress leaves none to the next in time for the path local.
+    // In auto, a client on the path ingress may take the last place that the next needs on the path local.
     let cases: [(u32, SteeringMode, &[&str]); 4] = [
         (1, SteeringMode::Local, &["local"]),
         (2, SteeringMode::Local, &["local"]),
@@ -184,7 +183,7 @@ async fn full_maps_and_slot_tables_relay() {
         let endpoint = sender(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), None);
         let agent = TestAgent::start(builtin_pool(&[endpoint.addr]), mode, |config| {
             config.steering.max_flows = max_flows;
-            // Each connection asks for a slot anew.
+            // Each connection requests a new slot.
             config.timeouts.endpoint_keep_alive = Duration::from_millis(1);
         });
         let clients = (0..12).map(|id| {
@@ -200,7 +199,7 @@ async fn full_maps_and_slot_tables_relay() {
         }
         eventually(SOON, || agent.count("penstock_requests_total", &[r#"reason="ok""#]) == 24).await;
         assert!(agent.count("penstock_flows_total", &[]) == 24 && carried(&agent, "relay") > 0);
-        // Alone, a client finds room: what has been given back is free again within a second or two.
+        // A single client gets a place: released ones are free again within two seconds.
         let by_kernel = || paths.iter().map(|path| carried(&agent, path)).sum::<u64>();
         let begin = Instant::now();
         while by_kernel() == 0 {

@@ -1,7 +1,7 @@
-//! Every way of sending, to clients of every speed: the same bytes, nobody waits in vain, and the kernel carries.
+//! Every way of sending, to clients of every speed: the bytes are exact, no side waits in vain, and the path `local` carries.
 //!
-//! What a sender is told when its bytes went elsewhere is what it would have been told otherwise, or it would wait for a
-//! turn that never comes (edge-triggered), or try for ever (level-triggered).
+//! A sender whose bytes are redirected must see the same results and events as otherwise. If not, it would wait for a wakeup
+//! that never comes (edge-triggered) or retry forever (level-triggered).
 
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ const MIB: u64 = 1 << 20;
 const READERS: [(Reader, u64); 3] = [
     (Reader::Fast, 2 * MIB),
     (Reader::Slow { bytes: 16 << 10, tick: Duration::from_millis(1) }, MIB),
-    // More than all the buffers on the way hold.
+    // Larger than all buffers in between.
     (Reader::Stalled { after: 100_000, pause: Duration::from_millis(200) }, 7 * MIB),
 ];
 
@@ -44,7 +44,7 @@ senders! {
     sendfile_is_exact: [Blocking SendFile] [EdgeTriggered SendFile];
 }
 
-/// An agent, and a pool for each of the endpoints, by the first part of the path.
+/// An agent with one pool per endpoint, selected by the first path segment.
 fn agent(senders: &[Sender]) -> TestAgent {
     TestAgent::start(builtin_pool(&[senders[0].addr]), SteeringMode::Local, |config| {
         for (index, sender) in senders.iter().enumerate() {
@@ -55,7 +55,7 @@ fn agent(senders: &[Sender]) -> TestAgent {
     })
 }
 
-/// Every framing and speed at once; compares what every client gets. The agent has counted all of it.
+/// Every framing and speed at once; compares every response and the agent's count of it.
 async fn exchanges(agent: &TestAgent, pool: usize) {
     let exchanged = || agent.count("penstock_requests_total", &[r#"reason="ok""#]);
     let counted = || agent.count("penstock_body_bytes_total", &[]);
@@ -108,12 +108,12 @@ async fn send(ways: &[(Waits, Calls)]) {
         assert_eq!(sender.stalled(), 0, "{waits:?} {calls:?}");
         assert!(more.0 > MIB, "{waits:?} {calls:?}: {} bytes steered", more.0);
         assert!(more.1 > 0, "{waits:?} {calls:?}: the room gate did not trip");
-        // A socket that is said to be writable and takes nothing would be tried for ever.
+        // A sender would retry forever on a socket that polls writable and takes nothing.
         assert!(refused <= 2 * sent, "{waits:?} {calls:?}: refused {refused} times, {sent} calls sent something");
     }
 }
 
-/// The kernel tells its owner by numbers when it is done with each call, and would count a redirect otherwise.
+/// The kernel reports completed calls by number, and would also count a redirected one.
 #[tokio::test]
 async fn zerocopy_sender_gets_every_notification() {
     let mut at_once = Options::new(Blocking, ZeroCopy);
@@ -123,11 +123,12 @@ async fn zerocopy_sender_gets_every_notification() {
     exchanges(&agent, 0).await;
     let (calls, completed) = senders[0].zerocopy();
     assert_eq!((stops(&agent, "account"), carried(&agent, "local"), carried(&agent, "ingress")), (0, 0, 0));
-    // A sender waits for them before it reads another request, and here the client may be first.
+    // The sender waits for the notifications before it reads the next request; the client may be faster.
     eventually(SOON, || senders[0].zerocopy().1 == calls).await;
     println!("{calls} calls, {completed} completed when all had arrived");
 
-    // Told when the connection is known already, and before a response: its socket does not enter the map, and calls are counted.
+    // SO_ZEROCOPY set on a connection that the agent already knows, before its response: the socket stays out of the map, and
+    // calls are counted.
     exchanges(&agent, 1).await;
     let (calls, _) = senders[1].zerocopy();
     assert!(calls > 0, "{calls} calls");

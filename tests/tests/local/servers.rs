@@ -1,5 +1,5 @@
-//! Servers that nobody wrote for us, as endpoints on this machine: what each serves in one piece and in a stream arrives byte
-//! for byte, and the kernel carries some of it. They are what `cargo xtask setup --tests` installs.
+//! Third-party servers as endpoints on this machine: a whole response and a stream of each arrive byte for byte, partly by the
+//! path `local`. `cargo xtask setup --tests` installs the servers.
 
 use std::{
     net::{SocketAddr, TcpListener, TcpStream},
@@ -20,7 +20,7 @@ const SOON: Duration = Duration::from_secs(20);
 const STREAM_ID: u64 = 11;
 const SIZE: usize = 2_000_000;
 
-/// The bytes that all of them serve, in a folder of this test's.
+/// The bytes that every server serves, in this test's folder.
 fn content() -> TempDir {
     let folder = TempDir::new().unwrap();
     std::fs::write(folder.path().join("content"), Alphabet::Text.bytes(STREAM_ID, 0, SIZE)).unwrap();
@@ -41,7 +41,7 @@ fn python() -> PathBuf {
     python
 }
 
-/// Runs a server that is given the file and says where it listens.
+/// Runs a server, which gets the file and prints its address.
 async fn start(mut command: Command, folder: &TempDir) -> (Process, SocketAddr) {
     command.arg(folder.path().join("content"));
     let mut process = Process::spawn(command).expect("run `cargo xtask setup --tests`");
@@ -49,7 +49,7 @@ async fn start(mut command: Command, folder: &TempDir) -> (Process, SocketAddr) 
     (process, addr)
 }
 
-/// Each of the paths, to clients of every speed at once, twice on each connection.
+/// Requests each path at every client speed concurrently, twice per connection.
 async fn serves(name: &str, addr: SocketAddr, paths: &[&'static str]) {
     let agent = TestAgent::start(builtin_pool(&[addr]), SteeringMode::Local, |_| {});
     let readers = [
@@ -122,12 +122,11 @@ async fn go_responses_are_exact() {
     serves("go", addr, &["/bulk", "/stream", "/file"]).await;
 }
 
-/// A file by `sendfile`, by `writev`, at a limited rate, and in chunks (which is what becomes of a file that nginx looks
-/// through for includes).
+/// A file by `sendfile`, by `writev`, at a limited rate, and in chunks (which nginx uses for a file it scans for includes).
 #[tokio::test]
 async fn nginx_responses_are_exact() {
     let folder = content();
-    // nginx does not say which port it was given: one that was free a moment ago.
+    // nginx does not report its port, so it gets one that was free a moment ago.
     let addr = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let path = folder.path().display();
     let locations: String = [

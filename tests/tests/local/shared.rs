@@ -1,5 +1,5 @@
-//! A sender that writes into its pages after it has sent them (`sendfile` from tmpfs): chunk syntax that was parsed must be the
-//! one that the client gets, on every mode.
+//! A sender that changes its pages after sending them (`sendfile` from tmpfs): in every mode, the client gets the same chunk
+//! syntax that the agent parsed.
 
 use std::{
     fs::File,
@@ -21,7 +21,7 @@ use penstock_tests::{
 use socket2::{Domain, Socket, Type};
 
 const SOON: Duration = Duration::from_secs(10);
-/// More than the client's receive buffer takes, less than the agent's send buffer to it.
+/// More than the client's receive buffer, less than the agent's send buffer.
 const QUEUED: usize = 300_000;
 const TAIL: &[u8] = b"00005\r\nworld\r\n0\r\n\r\n";
 
@@ -37,8 +37,8 @@ fn read_request(connection: &mut TcpStream) -> bool {
     true
 }
 
-/// Answers the first request with a chunk that the client leaves unread, then one that comes from a file, and writes into the
-/// file when the next request arrives, on whichever connection: by then the agent has taken the message for complete.
+/// Answers the first request with a chunk that the client leaves unread and a chunk from a file, and overwrites the file when the
+/// next request arrives on any connection: by then the agent considers the message complete.
 fn endpoint(zerocopy: bool) -> SocketAddr {
     let listener = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
     listener.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
@@ -88,7 +88,7 @@ async fn chunk_syntax_rewritten_after_sending_does_not_reach_client() {
             let head = client.head().await.unwrap();
             assert_eq!(head.status, 200);
             eventually(SOON, || done() == 1).await;
-            // The endpoint rewrites its file now.
+            // The endpoint overwrites its file now.
             let mut other = Client::connect(agent.addr).await.unwrap();
             assert_eq!(other.request(&Request::get("/b")).await.unwrap().text(), "ok");
             let mut body = Vec::new();

@@ -1,4 +1,4 @@
-//! Urgent data (MSG_OOB) from a client, which HTTP does not use: it is no sign that the client has left.
+//! Urgent data (MSG_OOB) from a client, which HTTP does not use: it does not mean that the client has left.
 
 use std::{os::fd::AsRawFd as _, time::Duration};
 
@@ -35,7 +35,7 @@ async fn urgent_byte_from_client_does_not_end_response() {
             let read = read.unwrap_or_else(|error| panic!("{error:#}: {mode:?} {framing:?}"));
             assert_eq!((read.end, read.len), (BodyEnd::Complete, plan.size), "{mode:?} {framing:?}");
         }
-        // And while nothing has been answered yet.
+        // Also before the response begins.
         let plan = Plan { size: 1000, ..Plan::default() };
         let stream = tokio::net::TcpStream::connect(agent.addr).await.unwrap();
         let raw = stream.as_raw_fd();

@@ -1,5 +1,5 @@
-//! Every kind of request through an agent that asks a picker, against each picker there is in the field: the same scenario,
-//! the same expectations, whatever the picker's manners. And what a picker can be told of responses.
+//! Every kind of request through an agent with an EPP, against each known picker: the same scenarios and expectations, whatever
+//! the picker's message pattern. Also what a picker is told about responses.
 
 mod requests;
 mod responses;
@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use penstock_tests::scripted_epp::{Dynamo, Gie, LlmdRouter, Lwepp};
 
-/// Longest wait for what is to happen soon; a bound for a machine that is busy, not an expectation.
+/// Upper bound for events expected soon, with room for a busy machine.
 const SOON: Duration = Duration::from_secs(30);
 
-/// Each scenario against each picker, so that a failure names both.
+/// Runs each scenario against each picker, so that a failure names both.
 macro_rules! against_every_picker {
     ($($module:ident::$scenario:ident)+) => {
         mod gie { $(#[tokio::test] async fn $scenario() { super::$module::$scenario::<super::Gie>().await; })+ }

@@ -1,4 +1,4 @@
-//! Scenarios of the way there: what the picker is told, what it answers, and what the endpoint gets.
+//! Request scenarios: what the picker is told, what it answers, and what the endpoint gets.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ fn all<'a>(seen: &'a Echo, name: &str) -> Vec<&'a str> {
     seen.headers.iter().filter(|(n, _)| n.eq_ignore_ascii_case(name)).map(|(_, value)| value.as_str()).collect()
 }
 
-/// The endpoint got what the picker made of `body`, under a length that is right.
+/// Asserts that the endpoint got the picker's version of `body` with a correct length.
 fn assert_sent_on<P: Personality>(seen: &Echo, body: &[u8], rewritten: Option<&str>) {
     let expected = P::sent_on(body, rewritten);
     assert_eq!((seen.body_length, seen.body_hash), (expected.len() as u64, Fnv::of(&expected).value()));
@@ -30,7 +30,7 @@ fn assert_sent_on<P: Personality>(seen: &Echo, body: &[u8], rewritten: Option<&s
     assert!(all(seen, "transfer-encoding").is_empty());
 }
 
-/// The picker was told who served, put its mark on the response, and was told of the end once.
+/// Asserts that the picker was told the served endpoint and one end, and that its mark is on the response.
 async fn assert_told<P: Personality>(stage: &Stage, stream: usize, response: &Response) {
     let served = response.served_by().unwrap();
     let (name, value) = P::mark(served);
@@ -42,7 +42,7 @@ async fn assert_told<P: Personality>(stage: &Stage, stream: usize, response: &Re
     assert_eq!(told.response_body(), (Vec::new(), 1));
 }
 
-/// E7, E8: a GET ends with its head; the pick is followed, and the response told.
+/// E7, E8: a GET ends with its head; the pick is followed, and the picker is told about the response.
 pub(crate) async fn request_without_body_is_picked<P: Personality>() {
     let mut stage = stage::<P>().await;
     let response = stage.request(&Request::get("/test/echo")).await;
@@ -78,7 +78,7 @@ pub(crate) async fn bodies_of_300_kb_and_3_mb_arrive_whole<P: Personality>() {
     }
 }
 
-/// E2: the picker takes the pieces while the client uploads; chunks become a length.
+/// E2: the picker gets pieces while the client uploads; the endpoint gets a Content-Length instead of chunks.
 pub(crate) async fn slow_chunked_upload_arrives_with_length<P: Personality>() {
     let mut stage = stage::<P>().await;
     let body = json("m", 200_000);
@@ -93,7 +93,7 @@ pub(crate) async fn slow_chunked_upload_arrives_with_length<P: Personality>() {
     assert!(told.kinds().iter().filter(|kind| **kind == "request_body").count() > 4, "{:?}", told.kinds());
 }
 
-/// E3, E4: a body that the picker changes goes out in place of the client's, under its own length.
+/// E3, E4: a body changed by the picker replaces the client's, with its own length.
 pub(crate) async fn rewritten_model_reaches_endpoint<P: Personality>() {
     let mut stage = Stage::new(|all| P::over(Endpoints::new(all)).rewriting("a-model-with-a-much-longer-name")).await;
     for body in [json("m", 10), json("m", 150_000)] {
@@ -105,8 +105,8 @@ pub(crate) async fn rewritten_model_reaches_endpoint<P: Personality>() {
     assert_sent_on::<P>(&seen, &json("m", 1000), Some("a-model-with-a-much-longer-name"));
 }
 
-/// E4: fields that the picker sets replace the client's and are added where there are none; what it only repeats stays as it
-/// was, repeated fields too; on the response its mark is set and the framing stays.
+/// E4: fields that the picker sets replace the client's or are added; repeated fields that it only echoes stay unchanged; on the
+/// response its mark is set and the framing stays.
 pub(crate) async fn fields_are_changed_both_ways<P: Personality>() {
     let fields = [("x-both", "picker"), ("x-new", "1")];
     let mut stage = Stage::new(|all| P::over(Endpoints::new(all)).adding(&fields)).await;
@@ -122,8 +122,7 @@ pub(crate) async fn fields_are_changed_both_ways<P: Personality>() {
     assert_told::<P>(&stage, 0, &response).await;
 }
 
-/// E4, E21, D15: what the picker says about prefill and its like reaches the endpoint as it was set; a client's copies reach
-/// nobody.
+/// E4, E21, D15: the picker's fields for prefill and similar reach the endpoint as set; the client's copies are removed.
 pub(crate) async fn disaggregation_fields_reach_endpoint<P: Personality>() {
     const FIELDS: [(&str, &str); 7] = [
         ("x-prefiller-host-port", "10.0.0.7:8000"),
@@ -158,7 +157,7 @@ pub(crate) async fn picker_trace_context_reaches_endpoint<P: Personality>() {
     assert_eq!(all(&seen, "traceparent"), [picker]);
 }
 
-/// E7: requests on one connection are picked for one by one, over one connection to the picker.
+/// E7: requests on one connection are picked one by one, over one connection to the picker.
 pub(crate) async fn each_request_of_a_connection_is_picked<P: Personality>() {
     let mut stage = stage::<P>().await;
     let mut served = Vec::new();
@@ -171,7 +170,7 @@ pub(crate) async fn each_request_of_a_connection_is_picked<P: Personality>() {
     assert_eq!((stage.epp.streams_started(), stage.epp.connections_accepted()), (4, 1));
 }
 
-/// E8, E10: the next of the list is tried with the same body, and it is the one that is told to have served.
+/// E8, E10: the next endpoint of the list gets the same body, and is reported as the served one.
 pub(crate) async fn dead_first_choice_is_followed_by_second<P: Personality>() {
     let dead = Refusing::new().unwrap();
     let mut stage = Stage::with(
@@ -186,8 +185,8 @@ pub(crate) async fn dead_first_choice_is_followed_by_second<P: Personality>() {
     assert_told::<P>(&stage, 0, &response).await;
 }
 
-/// E5, E11, E12: a picker without endpoints says so in its own way: the client gets the answer that it gives, and where it
-/// gives none, the pool's mode decides. The connection stays good.
+/// E5, E11, E12: a picker without endpoints signals it in its own way: the client gets its immediate reply or, without one, the
+/// pool's failure mode decides. The connection stays usable.
 pub(crate) async fn picker_without_endpoints_answers_or_failure_mode_decides<P: Personality>() {
     for mode in [FailureMode::Closed, FailureMode::Open] {
         let script = |_: &[_]| P::over(Endpoints::new(&[]));
@@ -212,7 +211,7 @@ pub(crate) async fn picker_without_endpoints_answers_or_failure_mode_decides<P: 
     }
 }
 
-/// E17: under the name that it has for its health it serves, and under another it is taken to serve.
+/// E17: under its own health service name it reports serving; under another name it is taken to serve.
 pub(crate) async fn health_service_name_decides_health<P: Personality>() {
     let mut serving = 0;
     for service in ["envoy.service.ext_proc.v3.ExternalProcessor", "inference-extension"] {

@@ -1,4 +1,4 @@
-//! Scenarios of the way back: who carries the bytes, and who may go away meanwhile.
+//! Response scenarios: which path carries the bytes, and which party may leave meanwhile.
 
 use penstock_agent::config::SteeringMode;
 use penstock_tests::{
@@ -46,16 +46,16 @@ pub(crate) async fn relayed_stream_is_reported_to_picker<P: Personality>() {
     a_stream::<P>(SteeringMode::Off).await;
 }
 
-/// E7, E18: a streamed completion, carried by the kernel; the picker is told all the same.
+/// E7, E18: a streamed completion, steered; the picker is told all the same.
 pub(crate) async fn steered_stream_is_reported_to_picker<P: Personality>() {
     a_stream::<P>(SteeringMode::Auto).await;
 }
 
-/// E20: a picker that dies while the response flows takes nothing of it along; the next request finds the new one.
+/// E20: a picker that dies during a response cuts nothing; the next request uses the restarted one.
 pub(crate) async fn picker_death_cuts_no_response<P: Personality>() {
     for mode in [SteeringMode::Off, SteeringMode::Auto] {
         let mut stage = stage::<P>(mode).await;
-        // More than all the buffers on the way hold, so that it flows only as the client reads.
+        // Larger than all buffers in between, so that it flows only as the client reads.
         let plan = Plan { size: 24 << 20, framing: Framing::Chunked, ..Plan::default() };
         let mut client = Client::connect_with(stage.agent.addr, Some(64 << 10)).await.unwrap();
         client.send(&plan.request()).await.unwrap();
@@ -69,7 +69,7 @@ pub(crate) async fn picker_death_cuts_no_response<P: Personality>() {
     }
 }
 
-/// E18: a client that leaves ends the endpoint's work and the picker's stream, whoever carries the bytes.
+/// E18: a departing client ends the endpoint's work and the picker's stream, on every path.
 pub(crate) async fn client_disconnect_ends_picker_stream<P: Personality>() {
     for mode in [SteeringMode::Off, SteeringMode::Auto] {
         let stage = stage::<P>(mode).await;
@@ -82,7 +82,7 @@ pub(crate) async fn client_disconnect_ends_picker_stream<P: Personality>() {
         client.reset().unwrap();
         eventually(SOON, || (stage.one.aborted(), stage.one.connections_open()) == (1, 0)).await;
         eventually(SOON, || stage.epp.streams_ended(StreamEnd::Cancelled) == 1).await;
-        // The connection to the picker lives on.
+        // The connection to the picker stays open.
         assert_eq!(stage.epp.connections_open(), 1, "{mode:?}");
     }
 }

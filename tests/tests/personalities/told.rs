@@ -1,4 +1,4 @@
-//! `response_to_picker`: what the picker is told of the bodies of responses, in step with what the client gets.
+//! `response_to_picker`: what the picker is told about response bodies, in step with what the client gets.
 
 use penstock_agent::config::{ResponseToPicker, SteeringMode};
 use penstock_common::tail::TAIL;
@@ -36,14 +36,14 @@ fn completion(tokens: u32, interval_us: u32) -> Request {
     Request::post("/v1/completions", body).header("content-type", "application/json")
 }
 
-/// The whole events within the last bytes of what the client got.
+/// The complete events within the last bytes of the client's body.
 fn last_events(body: &[u8]) -> &[u8] {
     let Some(cut) = body.len().checked_sub(TAIL as usize).filter(|&cut| cut > 0) else { return body };
     let text = std::str::from_utf8(&body[cut..]).unwrap();
     text.split_once("\n\n").unwrap().1.as_bytes()
 }
 
-/// The streams, when all have ended in order.
+/// The streams, after all have closed orderly.
 async fn ended(stage: &Stage, streams: usize) -> Vec<StreamRecord> {
     eventually(SOON, || stage.epp.streams_ended(StreamEnd::HalfClosed) == streams).await;
     stage.epp.streams()
@@ -58,7 +58,7 @@ fn relayed_for_the_picker(stage: &Stage) -> u64 {
     stage.agent.count("penstock_flows_total", &[r#"path="relay""#, r#"reason="response_to_picker""#])
 }
 
-/// Those that user space carried and told of, whether the body came behind its head or, on a busy machine, all of it with it.
+/// Relayed responses that were reported, whether the body came after its head or, on a busy machine, together with it.
 fn relayed_and_told(stage: &Stage) -> u64 {
     relayed_for_the_picker(stage) + stage.agent.count("penstock_flows_total", &[r#"reason="complete""#])
 }
@@ -69,7 +69,7 @@ fn steered(stage: &Stage) -> u64 {
 
 async fn last_events_are_told<P: Personality>(mode: SteeringMode) {
     let mut stage = stage(|all| P::over(Endpoints::new(all)), ResponseToPicker::Usage, mode).await;
-    // From ones that the kernel carries to such as come at once, and shorter than the tail.
+    // From streams long enough to be steered to ones that arrive at once and are shorter than the tail.
     let streams = [(200, 1000), (200, 0), (5, 1000), (3, 0), (1500, 50), (100, 2000)];
     for (number, (count, interval)) in streams.into_iter().enumerate() {
         let response = stage.request(&completion(count, interval)).await;
@@ -86,20 +86,20 @@ async fn last_events_are_told<P: Personality>(mode: SteeringMode) {
     assert_eq!(relayed_for_the_picker(&stage), 0);
 }
 
-/// E7: with `usage`, a stream that the kernel carries is told by its last events, without its chunk sizes.
+/// E7: with `usage`, the picker is told a steered stream's last events, without chunk sizes.
 #[tokio::test]
 async fn usage_of_steered_streams_is_reported() {
     last_events_are_told::<LlmdRouter>(SteeringMode::Auto).await;
     last_events_are_told::<Gie>(SteeringMode::Ingress).await;
 }
 
-/// E7: and so is one that is relayed.
+/// E7: the same for a relayed stream.
 #[tokio::test]
 async fn usage_of_relayed_streams_is_reported() {
     last_events_are_told::<LlmdRouter>(SteeringMode::Off).await;
 }
 
-/// The kernel gives such a stream back again and again, so that its end is put together from what both carried.
+/// The kernel disarms such a stream repeatedly, so its end is assembled from steered and relayed bytes.
 #[tokio::test]
 async fn usage_of_streams_to_slow_clients_is_reported() {
     let stage = stage(LlmdRouter::new, ResponseToPicker::Usage, SteeringMode::Ingress).await;
@@ -123,7 +123,7 @@ async fn usage_of_streams_to_slow_clients_is_reported() {
     assert_eq!(tokens(&stage, "output"), 60_000);
 }
 
-/// Whatever the framing says of the end: sizes of chunks, extensions and trailers are no part of it.
+/// Chunk sizes, extensions and trailers are not part of what is reported.
 #[tokio::test]
 async fn usage_with_any_framing_is_reported() {
     for mode in [SteeringMode::Ingress, SteeringMode::Off] {
@@ -152,7 +152,7 @@ async fn usage_with_any_framing_is_reported() {
     }
 }
 
-/// A client of HTTP/1.0 gets the body decoded, and the picker the same bytes.
+/// An HTTP/1.0 client gets the decoded body, and the picker the same bytes.
 #[tokio::test]
 async fn http10_clients_and_picker_get_same_decoded_bytes() {
     for told in [ResponseToPicker::Usage, ResponseToPicker::Body] {
@@ -167,7 +167,7 @@ async fn http10_clients_and_picker_get_same_decoded_bytes() {
     }
 }
 
-/// E7: a JSON document can only be parsed whole, so it is told whole, up to a limit.
+/// E7: a JSON document can only be parsed whole, so it is reported whole, up to a limit.
 #[tokio::test]
 async fn usage_of_json_documents_is_reported() {
     let mut stage = stage(LlmdRouter::new, ResponseToPicker::Usage, SteeringMode::Ingress).await;
@@ -178,7 +178,7 @@ async fn usage_of_json_documents_is_reported() {
     assert_eq!((tokens(&stage, "input"), tokens(&stage, "output")), (5, 20_000));
     assert_eq!((relayed_and_told(&stage), steered(&stage)), (1, 0));
 
-    // Beyond the limit there is nothing to tell; where the length says so, the kernel carries it.
+    // Above the limit nothing is reported; if the length says so, the response is steered.
     let large = Plan {
         size: 300_000,
         headers: vec![("content-type".to_owned(), "application/json".to_owned())],
@@ -193,7 +193,7 @@ async fn usage_of_json_documents_is_reported() {
     assert_eq!(relayed_and_told(&stage), 2);
 }
 
-/// What is neither events nor a document is not looked at, and carried as ever.
+/// Other content types are not inspected and are carried as usual.
 #[tokio::test]
 async fn other_content_types_are_not_reported() {
     let mut stage = stage(LlmdRouter::new, ResponseToPicker::Usage, SteeringMode::Ingress).await;
@@ -236,14 +236,14 @@ async fn every_byte_is_told<P: Personality>() {
     assert_eq!(stage.agent.count("penstock_epp_bodies_given_up_total", &[]), 0);
 }
 
-/// E7: with `body`, every byte is told in order, in pieces, with one end.
+/// E7: with `body`, every byte is reported in order, in pieces, with one end.
 #[tokio::test]
 async fn body_mode_reports_every_byte() {
     every_byte_is_told::<LlmdRouter>().await;
     every_byte_is_told::<penstock_tests::scripted_epp::Lwepp>().await;
 }
 
-/// E20: a picker that does not take what it is told holds nobody up, and is told no more of that response.
+/// E20: a picker that does not read delays no response, and is told no more about that one.
 #[tokio::test]
 async fn stalled_picker_delays_no_response() {
     let silent = Fault::At(Moment::ResponseBody, Harm::Silence);
@@ -256,7 +256,7 @@ async fn stalled_picker_delays_no_response() {
     assert_eq!(stage.request(&Request::get("/test/echo")).await.status(), 200);
 }
 
-/// E20: nor does one that dies, or fails, in the middle.
+/// E20: a picker that dies or fails during the body cuts nothing.
 #[tokio::test]
 async fn picker_failure_during_body_cuts_nothing() {
     for harm in [Harm::Die, Harm::ResetConnection, Harm::Status(tonic::Code::Internal), Harm::Close] {
@@ -270,7 +270,7 @@ async fn picker_failure_during_body_cuts_nothing() {
     }
 }
 
-/// E6: a picker that reads the body may take its decision back in the middle of it.
+/// E6: a picker that reads the body may evict the request in the middle of it.
 #[tokio::test]
 async fn eviction_during_body_breaks_off_response() {
     let fault = Fault::At(Moment::ResponseBody, Harm::Immediate(429));

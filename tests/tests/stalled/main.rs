@@ -1,5 +1,5 @@
-//! Clients that stop reading while their response goes on: what is on its way stays within the buffers that were configured, in
-//! user space and in the kernel, on every path, and every byte comes when they go on.
+//! Clients that stop reading during a response: the bytes in flight stay within the configured buffers, in user space and in
+//! the kernel, on every path, and every byte arrives when they continue.
 
 mod many;
 mod memory;
@@ -13,7 +13,7 @@ fn mib(bytes: u64) -> f64 {
     bytes as f64 / MIB as f64
 }
 
-/// The most that a send buffer grows to by itself.
+/// The kernel's limit for automatic growth of a send buffer.
 fn wmem() -> u64 {
     let text = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_wmem").unwrap();
     text.split_whitespace().last().and_then(|bytes| bytes.parse().ok()).unwrap()

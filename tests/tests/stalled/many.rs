@@ -1,9 +1,8 @@
-//! Five hundred clients at once, with small buffers at every socket, so that what the test's own ends hold is little and known.
+//! Five hundred stalled clients with small buffers at every socket, so that the test's own ends hold little and known amounts.
 //!
-//! Three accounts are taken while they stall. The sharp one is the servers': they cannot send what nobody takes. Then what
-//! the kernel charges each of the agent's sockets for, and the agent's own memory. Bytes that were redirected and have not
-//! reached a send queue yet are in no socket's account; they are in the first, and in the kernel's pages, which are the
-//! whole machine's and so get a wide berth.
+//! Three measurements are taken during the stall. The exact one is the servers': they cannot send what is not taken. The others
+//! are what the kernel charges each of the agent's sockets for, and the agent's memory. Redirected bytes not yet in a send queue
+//! are charged to no socket; they count in the first, and in the whole machine's kernel pages, whose bound is therefore loose.
 
 use std::time::{Duration, Instant};
 
@@ -23,21 +22,21 @@ const CLIENTS: u64 = 500;
 /// `client_send_buffer` and `endpoint_receive_buffer`.
 const SEND: u64 = 64 * KIB;
 const RECEIVE: u64 = 64 * KIB;
-/// What user space may hold of a response that it relays: what one read gives.
+/// What user space may hold of a relayed response: one read.
 const READ: u64 = 64 * KIB;
-/// What the far ends ask for; the kernel doubles it.
+/// Buffers requested by the test's ends; the kernel doubles them.
 const SERVER: u64 = 16 * KIB;
 const CLIENT: u64 = 8 * KIB;
-/// The kernel looks before it takes a piece, not behind it, so a buffer may be over its limit by one.
+/// The kernel checks the limit before it takes a piece, so a buffer may exceed its limit by one.
 const PIECE: u64 = 16 * KIB;
-/// Loopback's segments are of 64 KiB, and the kernel would make send buffers for ten of them.
+/// Loopback segments are 64 KiB, and the kernel would size send buffers for ten of them.
 const SEGMENT: u32 = 1400;
-/// What comes first, and a pause behind it, so that the kernel has the flow when the rest comes; and that, in writes.
+/// What is sent first, in writes of this size, followed by a pause, so that the flow is armed when the rest arrives.
 const FIRST: u64 = 4 * KIB;
 const BODY: u64 = MIB;
 const WRITE: u64 = 4 * KIB;
 const SOON: Duration = Duration::from_secs(30);
-/// Servers that have sent nothing for so long have nowhere to send to.
+/// Servers are blocked once they have sent nothing for this long.
 const QUIET: Duration = Duration::from_millis(500);
 
 #[tokio::test]
@@ -94,7 +93,7 @@ async fn stall(steering: &str) {
     let send_limit = most(&to_clients, |one| one.send_limit);
     let receive_limit = most(&to_endpoints, |one| one.receive_limit);
     let each = |bytes: u64| bytes.div_ceil(CLIENTS);
-    // Beside whole writes, the kernel may have a part of one from each server.
+    // Besides whole writes, the kernel may hold part of one from each server.
     let on_its_way = each(server.written() - sent) + WRITE;
     let process = each(held.rss.saturating_sub(before.rss));
     let kernel = held.kernel.saturating_sub(before.kernel);
@@ -116,24 +115,24 @@ async fn stall(steering: &str) {
     );
 
     if steering == "off" {
-        // The kernel sizes them, up to its own limit.
+        // The kernel sizes them automatically, up to its limit.
         assert!(send_limit <= wmem());
     } else {
         assert!(to_clients.iter().all(|one| one.send_limit == SEND), "{to_clients:?}");
     }
     assert_eq!(receive_limit, RECEIVE);
     assert!(sends <= send_limit + PIECE && receives <= receive_limit + PIECE, "{to_clients:?} {to_endpoints:?}");
-    // As with one client, the process may need some more for itself.
+    // As with one client, the process may need some memory for itself.
     assert!(held.rss <= before.rss + CLIENTS * READ + 8 * MIB, "{before:?} {held:?}");
     let bound = send_limit + RECEIVE + READ + 2 * SERVER + 2 * CLIENT;
     assert!(on_its_way <= bound, "{on_its_way} bytes on their way to each, {bound} allowed");
-    // The kernel's pages are never full; and others use the machine as well.
+    // Kernel pages are never full, and other processes use the machine.
     assert!(kernel <= 2 * CLIENTS * bound + 128 * MIB, "{before:?} {held:?}");
 
     for (client, checker) in &mut clients {
         let read = Reader::Fast.take(client, checker).await.unwrap();
         assert_eq!((read.end, read.len), (BodyEnd::Complete, BODY));
-        // What has been carried is in the books before the connection's next request is answered.
+        // Bytes are counted before the connection's next request is answered.
         assert_eq!(client.request(&Request::get("/v1/models")).await.unwrap().status(), 200);
     }
     let count = async |name, label: &str| agent.metric(name, &[label]).await.unwrap() as u64;
@@ -150,7 +149,7 @@ async fn stall(steering: &str) {
     }
 }
 
-/// A client whose response has begun, and stops behind its first bytes until the server is told to go on.
+/// A client whose response has begun; it pauses after the first bytes until the server is told to continue.
 async fn begun(agent: &AgentProcess, stream_id: u64) -> (Client, Checker) {
     let socket = Socket::new(Domain::IPV4, Type::STREAM.nonblocking(), None).unwrap();
     socket.set_recv_buffer_size(CLIENT as usize).unwrap();
@@ -172,7 +171,7 @@ async fn begun(agent: &AgentProcess, stream_id: u64) -> (Client, Checker) {
     (client, checker)
 }
 
-/// This process has two sockets for each client.
+/// This process has two sockets per client.
 fn allow_descriptors() {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();

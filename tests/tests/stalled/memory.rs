@@ -1,4 +1,4 @@
-//! Memory of the agent's process and of the machine, at one moment.
+//! Memory of the agent's process and of the machine at one moment.
 
 use penstock_tests::agent_process::AgentProcess;
 
@@ -8,7 +8,7 @@ pub(crate) struct Memory {
     /// Of the agent's process.
     pub(crate) rss: u64,
     pub(crate) available: u64,
-    /// Pages that the kernel has for itself, unreclaimable slab included: where socket buffers are.
+    /// The kernel's own pages including unreclaimable slab, which hold socket buffers.
     pub(crate) kernel: u64,
     /// What sockets are charged for (`/proc/net/sockstat`).
     pub(crate) sockets: u64,

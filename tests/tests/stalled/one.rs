@@ -1,9 +1,8 @@
-//! One client, in the middle of a gibibyte, with the buffers that are configured by default.
+//! One stalled client of a 1 GiB response, with the default buffers.
 //!
-//! The sharp bound is told by the server: it cannot send what nobody takes. What the kernel redirects without a limit would
-//! be in no socket's account, only in pages that are neither free nor anybody's, and would come to the whole body; that
-//! figure is the whole machine's, so it gets 64 MiB on top. MemAvailable, which whatever runs beside the test moves by
-//! hundreds of MiB, is only printed.
+//! The exact bound comes from the server, which cannot send what is not taken. Bytes redirected without a limit would be charged to
+//! no socket, only to kernel pages, and would add up to the whole body; that figure covers the whole machine, so its bound has
+//! 64 MiB on top. MemAvailable, which other processes change by hundreds of MiB, is only printed.
 
 use std::time::{Duration, Instant};
 
@@ -17,12 +16,12 @@ use penstock_tests::{
 
 use crate::{KIB, MIB, memory::Memory, mib, wmem};
 
-/// What comes first, and a pause behind it, so that the kernel has the flow when the rest comes.
+/// What is sent first, followed by a pause, so that the flow is armed when the rest arrives.
 const FIRST: u64 = 64 * KIB;
 const BODY: u64 = 1 << 30;
 const CLIENT_SEND_BUFFER: u64 = MIB;
 const ENDPOINT_RECEIVE_BUFFER: u64 = MIB / 2;
-/// What the client asks for; the kernel doubles it.
+/// The buffer that the client requests; the kernel doubles it.
 const CLIENT: usize = 128 << 10;
 
 #[tokio::test]
@@ -55,8 +54,8 @@ async fn stall(steering: &str, time: Duration) {
     let before = Memory::now(&agent);
     assert_eq!(at_least(&mut client, &mut checker, 8 * MIB).await.unwrap(), None);
 
-    // The stall is what is tested, so it takes its time; memory is looked at all along. Others use this machine's memory
-    // for a while; a backlog stays. So what the kernel holds is the least of the second half.
+    // The stall itself is tested, so it lasts a while, and memory is sampled throughout. Other processes use memory for a time; a
+    // backlog stays. The kernel's share is therefore the minimum of the second half.
     let begin = Instant::now();
     let mut held = Memory { rss: 0, available: 0, kernel: u64::MAX, sockets: u64::MAX };
     eventually(time + Duration::from_secs(10), || {
@@ -82,7 +81,7 @@ async fn stall(steering: &str, time: Duration) {
         mib(held.sockets.saturating_sub(before.sockets)),
         mib(before.available.saturating_sub(held.available)),
     );
-    // Without steering the kernel sizes the client's buffer too, up to its own limit.
+    // Without steering the kernel also sizes the client's buffer, up to its limit.
     let client_send_buffer = if steering == "off" { wmem() } else { CLIENT_SEND_BUFFER };
     let bound = client_send_buffer + ENDPOINT_RECEIVE_BUFFER + wmem() + 2 * CLIENT as u64 + MIB;
     assert!(on_its_way <= bound, "{on_its_way} bytes on their way, {bound} allowed");
@@ -93,7 +92,7 @@ async fn stall(steering: &str, time: Duration) {
     let begin = Instant::now();
     let read = Reader::Fast.take(&mut client, &mut checker).await.unwrap();
     assert_eq!((read.end, read.len), (BodyEnd::Complete, BODY));
-    // What has been carried is in the books before the connection's next request is answered.
+    // Bytes are counted before the connection's next request is answered.
     assert_eq!(client.request(&Request::get("/v1/models")).await.unwrap().status(), 200);
     let path = format!("path=\"{steering}\"");
     let steered = agent.metric("penstock_body_bytes_total", &[&path]).await.unwrap() as u64;

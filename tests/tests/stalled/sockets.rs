@@ -1,20 +1,20 @@
-//! What the kernel charges each socket of a process for, as `ss` tells it.
+//! What the kernel charges each socket of a process for, as reported by `ss`.
 
 use std::process::Command;
 
-/// One end of a TCP connection; bytes.
+/// One end of a TCP connection; sizes in bytes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct TcpSocket {
-    /// What has been received and waits, with what the kernel needs around it, and how much that may be.
+    /// Received and unread data including kernel overhead, and its limit.
     pub(crate) receive: u64,
     pub(crate) receive_limit: u64,
-    /// The same, of what waits to be sent or acknowledged.
+    /// The same for data to be sent or acknowledged.
     pub(crate) send: u64,
     pub(crate) send_limit: u64,
 }
 
 impl TcpSocket {
-    /// Those of the machine that are connected and fit: `sport = :8080`, as ss(8) has it.
+    /// The machine's connected sockets that match a filter such as `sport = :8080` (ss(8)).
     pub(crate) fn all(filter: &str) -> Vec<Self> {
         let output = Command::new("ss").args(["-tnmHO", "state", "established", filter]).output().unwrap();
         assert!(output.status.success(), "{output:?}");
