@@ -1,4 +1,4 @@
-//! An endpoint that decides for each request, at its first byte, whether it will be answered.
+//! A test endpoint that decides at the first byte of each request how to treat it.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -9,32 +9,32 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
 pub(crate) enum Act {
-    /// 200, with `ok`.
+    /// 200 with the body `ok`.
     Answer,
-    /// As `Answer`, and then the connection vanishes without a word, as when its machine starts anew: what comes next is answered
-    /// by a reset that acknowledges nothing.
+    /// Like `Answer`; then the connection disappears silently, as when its machine restarts: the next bytes get a reset that
+    /// acknowledges nothing.
     AnswerAndVanish,
-    /// The connection is closed when the request is there.
+    /// The connection closes after the whole request.
     Close,
-    /// It is reset when the request is there.
+    /// The connection is reset after the whole request.
     Reset,
-    /// It is closed at the first bytes of the request, so that what follows is answered by a reset.
+    /// The connection closes at the request's first bytes, so that the rest is answered by a reset.
     Snap,
-    /// One byte of an answer, and the end.
+    /// One byte of a response, then a close.
     Begin,
-    /// Nothing more comes.
+    /// Silence.
     Silence,
 }
 
 #[derive(Clone, Copy)]
 pub(crate) struct Turn {
-    /// Which connection, from 1.
+    /// The connection's number, from 1.
     pub(crate) connection: u64,
-    /// Which request of it, from 1.
+    /// The request's number on its connection, from 1.
     pub(crate) request: u64,
 }
 
-/// Ends with the test.
+/// Stops with the test.
 pub(crate) struct Abrupt {
     pub(crate) addr: SocketAddr,
     requests: Arc<Mutex<Vec<Instant>>>,
@@ -67,7 +67,7 @@ impl Abrupt {
         self.requests.lock().len()
     }
 
-    /// When they began.
+    /// When the requests began.
     pub(crate) fn begun(&self) -> Vec<Instant> {
         self.requests.lock().clone()
     }
@@ -89,7 +89,7 @@ async fn serve(mut stream: TcpStream, addr: SocketAddr, act: impl Fn(u64) -> Act
             Act::Answer => stream.write_all(answer.as_bytes()).await?,
             Act::AnswerAndVanish => {
                 stream.write_all(answer.as_bytes()).await?;
-                // A socket under repair is closed in silence (tcp(7), TCP_REPAIR).
+                // A socket in repair mode closes silently (tcp(7), TCP_REPAIR).
                 nix::sys::socket::setsockopt(&stream, nix::sys::socket::sockopt::TcpRepair, &1)?;
                 break;
             }
@@ -108,7 +108,7 @@ async fn serve(mut stream: TcpStream, addr: SocketAddr, act: impl Fn(u64) -> Act
     Ok(())
 }
 
-/// Reads one request, whose body has a length if there is one.
+/// Reads one request and its body, if it has a Content-Length.
 async fn whole(stream: &mut TcpStream) -> std::io::Result<()> {
     let mut bytes = Vec::new();
     loop {

@@ -1,5 +1,5 @@
-//! What request bodies cost while they wait for their picker: the budgets of all of them, in memory and in files, and the
-//! window of the connection that they came on.
+//! The cost of request bodies that wait for their picker: the budgets in memory and in files, and the window of the client
+//! connection.
 
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,7 @@ use penstock_tests::{
 use crate::SOON;
 
 const MIB: u64 = 1 << 20;
-/// Nothing of the body is read, and nothing is answered.
+/// Reads nothing of the body and answers nothing.
 const HANGS: Fault = Fault::At(Moment::RequestHeaders, Harm::Silence);
 
 fn memory(agent: &TestAgent) -> u64 {
@@ -32,7 +32,7 @@ fn refused(agent: &TestAgent, at: &str) -> u64 {
     agent.count("penstock_request_bodies_refused_total", &[&format!("reason=\"{at}\"")])
 }
 
-/// Two pools: requests with `host: stalled` wait for an EPP that hangs, all others are for a server that answers.
+/// Two pools: requests with `host: stalled` wait for an EPP that hangs, all others reach a server.
 async fn two_pools(adjust: impl FnOnce(&mut Config)) -> (TestAgent, ScriptedEpp, ModelServer) {
     let server = ModelServer::start(Default::default()).await.unwrap();
     let picker = ScriptedEpp::start(Faulty::new(Production::new(&[server.addr]), HANGS)).await.unwrap();
@@ -66,7 +66,7 @@ async fn two_pools(adjust: impl FnOnce(&mut Config)) -> (TestAgent, ScriptedEpp,
     (agent, picker, server)
 }
 
-/// Eight connections of 32 requests each, 256 MiB in all, where there is room for a sixteenth.
+/// Eight connections with 32 requests each: 256 MiB in all, sixteen times the budget.
 #[tokio::test]
 async fn bodies_waiting_for_stalled_epp_stay_within_budgets() {
     let (agent, _picker, _server) = two_pools(|config| {
@@ -92,7 +92,7 @@ async fn bodies_waiting_for_stalled_epp_stay_within_budgets() {
     eventually(Duration::from_secs(60), settled).await;
     let active = agent.count("penstock_active_requests", &["pool=\"stalled\""]);
     assert!(active <= 16, "{active}");
-    // More than there is room for at all, so at least one is refused; the EPP answers none.
+    // More than the budget, so at least one is rejected; the EPP answers none.
     let mut last = Http2Client::connect(agent.addr).await.unwrap();
     let mut answers = FuturesUnordered::new();
     for _ in 0..17 {
@@ -105,13 +105,13 @@ async fn bodies_waiting_for_stalled_epp_stay_within_budgets() {
     assert_eq!(response.header("retry-after"), Some("1"));
     let mut client = Client::connect(agent.addr).await.unwrap();
     assert_eq!(client.request(&penstock_tests::Request::get("/test/echo")).await.unwrap().status(), 200);
-    // With their clients gone, all of it is there again.
+    // After the clients leave, the whole budget is free again.
     drop((waiting, answers, clients, last));
     eventually(SOON, || memory(&agent) == 0 && spilled(&agent) == 0).await;
     assert_eq!(client.request(&echo(json("m", MIB as usize))).await.unwrap().status(), 200);
 }
 
-/// A body that went to a file because of all the others is the same body.
+/// A body that spills because of other bodies arrives unchanged.
 #[tokio::test]
 async fn spilled_body_reaches_picker_and_endpoint_whole() {
     for (total, own) in [(0, 1 << 20), (100_000, 1 << 20), (1 << 30, 0)] {
@@ -149,7 +149,7 @@ async fn bodies_stay_in_memory_with_files_disabled() {
     assert_eq!(stage.agent.count("penstock_request_bodies_spilled_total", &[]), 0);
 }
 
-/// The body that the EPP gives counts; for lack of room it is no failure of the EPP, and an open pool does not open.
+/// The EPP's body counts against the budget; exhaustion is not the EPP's failure, and an open pool does not fail open.
 #[tokio::test]
 async fn replacement_body_from_epp_counts_against_budget() {
     let large = Alphabet::Text.bytes(7, 0, 500_000);
@@ -182,7 +182,7 @@ async fn replacement_body_from_epp_counts_against_budget() {
     assert_eq!(agent.count("penstock_epp_failures_total", &[]), 0);
 }
 
-/// Six uploads that nobody takes are more than the window of their connection.
+/// Six stalled uploads exceed the window of their connection.
 #[tokio::test]
 async fn uploads_to_stalled_epp_leave_connection_window_to_others() {
     let (agent, picker, server) = two_pools(|_| {}).await;
@@ -203,7 +203,7 @@ async fn uploads_to_stalled_epp_leave_connection_window_to_others() {
     assert_eq!((server.requests(), agent.count("penstock_active_requests", &["pool=\"stalled\""])), (3, 6));
 }
 
-/// What the agent does not read, because its EPP does not take it, is no slowness of the client.
+/// A body that the agent does not read because its EPP is slow is not the client's slowness.
 #[tokio::test]
 async fn slow_epp_never_causes_408() {
     let delay = Duration::from_millis(900);

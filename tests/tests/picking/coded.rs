@@ -1,5 +1,5 @@
-//! Bodies with a content coding, a byte order mark, or in another encoding than UTF-8: what the agent makes of their model, and
-//! that they go on as they are.
+//! Bodies with a content coding, a byte order mark or an encoding other than UTF-8: the agent finds their model and forwards
+//! them unchanged.
 
 use std::io::Write as _;
 
@@ -16,7 +16,7 @@ use penstock_tests::{
 const GZIP: &[u8] = include_bytes!("../../../agent/src/http/coding/testdata/body.gz");
 const BROTLI: &[u8] = include_bytes!("../../../agent/src/http/coding/testdata/body.br");
 const ZSTD: &[u8] = include_bytes!("../../../agent/src/http/coding/testdata/body.zst");
-/// The model that they name.
+/// The model that the bodies name.
 const MODEL: &str = "llama-3.1-8b";
 
 fn gzip(bytes: &[u8]) -> Vec<u8> {
@@ -30,7 +30,7 @@ fn coded(coding: &str, body: impl Into<bytes::Bytes>) -> Request {
     if coding.is_empty() { request } else { request.header("content-encoding", coding) }
 }
 
-/// An agent that sends requests for [`MODEL`] to the first server, and with `other` all others to the second.
+/// An agent that routes [`MODEL`] to the first server and, with `other`, everything else to the second.
 async fn routed(other: bool, adjust: impl FnOnce(&mut Config)) -> (TestAgent, [ModelServer; 2]) {
     let servers =
         [ModelServer::start(Default::default()).await.unwrap(), ModelServer::start(Default::default()).await.unwrap()];
@@ -52,7 +52,7 @@ async fn ask(agent: &TestAgent, request: &Request) -> Response {
     Client::connect(agent.addr).await.unwrap().request(request).await.unwrap()
 }
 
-/// What the endpoint got is what was sent, field and bytes.
+/// Asserts that the endpoint got the sent fields and bytes.
 fn unchanged(response: &Response, coding: &str, body: &[u8]) {
     let echo = response.echoed();
     assert_eq!((echo.body_length, echo.body_hash), (body.len() as u64, Fnv::of(body).value()));
@@ -71,7 +71,7 @@ async fn coded_body_is_routed_by_model_and_forwarded_unchanged() {
         ("br, gzip", gzip(BROTLI), true),
         ("identity", json(MODEL, 100), true),
         ("gzip", gzip(&json("another", 10)), false),
-        // Not read, and not in need of it.
+        // Unreadable, and no route needs it.
         ("", json(MODEL, 100), true),
         ("gzip", gzip(br#"{"prompt":"without a model"}"#), false),
     ];
@@ -83,7 +83,7 @@ async fn coded_body_is_routed_by_model_and_forwarded_unchanged() {
         let model = response.echoed().header("x-gateway-model-name").map(str::to_owned);
         assert_eq!(model.as_deref() == Some(MODEL), first, "{coding}: {model:?}");
     }
-    // Whatever is no JSON by its type is not looked at.
+    // A body whose type is not JSON is not inspected.
     let upload =
         Request::post("/test/echo", "x").header("content-type", "text/plain").header("content-encoding", "zip");
     assert_eq!(ask(&agent, &upload).await.served_by(), Some(servers[1].addr));
@@ -113,10 +113,10 @@ async fn unreadable_coded_body_with_model_route_is_rejected() {
     assert_eq!((servers[0].requests(), servers[1].requests()), (0, 0));
 }
 
-/// Nothing needs the model: it is a header where it can be had, and the body passes in any case.
+/// If no route needs the model, it becomes a header where it can be read, and the body passes in any case.
 #[tokio::test]
 async fn unreadable_coded_body_without_model_route_passes() {
-    // An EPP that does not look at the body.
+    // An EPP that does not read the body.
     let echoes = |all: &[std::net::SocketAddr]| {
         let named = all[0].to_string();
         Answering::new(move |exchange| {
@@ -158,7 +158,7 @@ async fn unreadable_coded_body_without_model_route_passes() {
     assert_eq!((response.status(), response.error_code().as_str()), (415, "content_coding"));
 }
 
-/// D13: marks and encodings that JSON must not have, and has.
+/// D13: marks and encodings that JSON forbids but clients send.
 #[tokio::test]
 async fn byte_order_mark_and_utf16_are_accepted() {
     let (agent, servers) = routed(true, |_| {}).await;
@@ -174,7 +174,7 @@ async fn byte_order_mark_and_utf16_are_accepted() {
     }
 }
 
-/// An EPP that puts another body in place of the client's: what the client said of its own goes, what the EPP says stays.
+/// An EPP that replaces the body: the client's fields about its body are removed, the EPP's stay.
 #[tokio::test]
 async fn digests_and_coding_of_replaced_body_are_removed() {
     const DIGESTS: [&str; 4] = ["content-md5", "digest", "content-digest", "repr-digest"];
@@ -182,7 +182,7 @@ async fn digests_and_coding_of_replaced_body_are_removed() {
         move |all: &[std::net::SocketAddr]| {
             let named = all[0].to_string();
             Answering::new(move |exchange| {
-                // As production EPPs do: every field again.
+                // Echoes every field, as production EPPs do.
                 let fields: Vec<(&str, &str)> = exchange
                     .request_headers
                     .iter()

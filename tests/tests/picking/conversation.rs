@@ -1,4 +1,4 @@
-//! What the picker is told, and when.
+//! The messages that the picker gets, and when.
 
 use penstock_proto::ext_proc::{BodySendMode, processing_request::Request as Told};
 use penstock_tests::{
@@ -32,7 +32,7 @@ async fn request_head_carries_pseudo_headers() {
     assert!(told.iter().all(|(name, _)| *name == name.to_lowercase()));
 }
 
-/// E2: full duplex both ways, without waiting for the reply to the headers.
+/// E2: full duplex in both directions, without waiting for the reply to the headers.
 #[tokio::test]
 async fn only_first_message_carries_body_mode() {
     let mut stage = Stage::new(Production::new).await;
@@ -45,7 +45,7 @@ async fn only_first_message_carries_body_mode() {
     assert!(stream.messages.len() > 4 && stream.messages[1..].iter().all(|message| message.protocol_config.is_none()));
 }
 
-/// GET without a body is picked for and served, and so are other methods without one.
+/// GET and other methods without a body.
 #[tokio::test]
 async fn request_without_body_ends_with_head_and_is_served() {
     let mut stage = Stage::new(Production::new).await;
@@ -65,7 +65,7 @@ async fn request_without_body_ends_with_head_and_is_served() {
     assert!(!stream.kinds().contains(&"request_body"));
 }
 
-/// E1: all of it, and one end.
+/// E1: the whole body with one end.
 #[tokio::test]
 async fn request_body_reaches_picker_in_pieces_with_one_end() {
     let mut stage = Stage::new(Production::new).await;
@@ -82,7 +82,7 @@ async fn request_body_reaches_picker_in_pieces_with_one_end() {
     }
 }
 
-/// E2: what has arrived is told before the rest does.
+/// E2: the picker gets what has arrived while the client still uploads.
 #[tokio::test]
 async fn request_body_reaches_picker_during_upload() {
     let mut stage = Stage::new(Production::new).await;
@@ -90,7 +90,7 @@ async fn request_body_reaches_picker_during_upload() {
     let wire = echo(body.clone()).wire("agent");
     let (begin, rest) = wire.split_at(150_000);
     stage.client.send_raw(begin).await.unwrap();
-    // Of what was sent, all but the head.
+    // Everything sent except the head.
     let uploaded = body.len() - rest.len();
     let epp = &stage.epp;
     eventually(SOON, || {
@@ -121,7 +121,7 @@ async fn response_head_names_served_endpoint() {
 #[tokio::test]
 async fn picker_stream_stays_open_during_response() {
     let stage = Stage::new(Production::new).await;
-    // More than all the buffers on the way hold, so that it flows only as the client reads.
+    // Larger than all buffers in between, so that it flows only as the client reads.
     let plan = Plan { size: 32 << 20, ..Plan::default() };
     let mut client = Client::connect_with(stage.agent.addr, Some(64 << 10)).await.unwrap();
     client.send(&plan.request()).await.unwrap();
@@ -137,7 +137,7 @@ async fn picker_stream_stays_open_during_response() {
     eventually(SOON, || stage.epp.streams_ended(StreamEnd::HalfClosed) == 1).await;
 }
 
-/// E19: it closes its streams with status OK after each pick.
+/// E19: the picker closes its streams with status OK after each pick.
 #[tokio::test]
 async fn picker_closing_before_response_is_no_failure() {
     let mut stage = Stage::new(|all| Production::new(all).skipping_response()).await;
@@ -148,7 +148,7 @@ async fn picker_closing_before_response_is_no_failure() {
     assert_eq!(stage.epp.connections_accepted(), 1);
 }
 
-/// E20: its death cuts nothing that flows.
+/// E20: the picker's death cuts no running response.
 #[tokio::test]
 async fn picker_death_during_response_cuts_nothing() {
     let mut stage = Stage::new(Production::new).await;

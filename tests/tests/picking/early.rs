@@ -1,4 +1,4 @@
-//! Endpoints that answer before they have the whole request, and endpoints that take nothing of it.
+//! Endpoints that respond before they have the whole request, and endpoints that read none of it.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -21,21 +21,21 @@ use crate::SOON;
 
 const SIZE: usize = 16 << 20;
 
-/// When the endpoint ends its response, which begins with the request's head.
+/// When the endpoint ends its response, which starts at the request's head.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Ends {
     BehindTheRequest,
-    /// It reads the rest of the request only when it is told to.
+    /// It reads the rest of the request only when told to.
     AtOnce,
-    /// It never answers and never reads a body.
+    /// It never responds and never reads a body.
     Never,
 }
 
-/// What the test tells the endpoint.
+/// What the test has told the endpoint.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Told {
     Nothing,
-    /// The client has the beginning of the response.
+    /// The client has the start of the response.
     Begun,
     /// The client has the whole response.
     Answered,
@@ -46,7 +46,7 @@ struct State {
     ends: Ends,
     told: watch::Sender<Told>,
     connections: Arc<AtomicUsize>,
-    /// Of each request that was read to its end: bytes of its body, and the reason of a reset.
+    /// For each request read to its end: bytes of its body, and the code of a reset.
     uploads: Arc<Mutex<Uploads>>,
 }
 
@@ -95,7 +95,7 @@ impl State {
     }
 }
 
-/// What a request is answered with: its beginning comes at once, and the rest is the hash of its body.
+/// The start of the response is sent at once; the rest is the hash of the request body.
 const BEGIN: &str = "begin ";
 
 fn rest(hash: Fnv) -> String {
@@ -196,8 +196,8 @@ fn large() -> (Request, Fnv) {
     (Request::post("/", body), hash)
 }
 
-/// What the client of either protocol does: it sees the beginning of the response while the endpoint has the head of the request
-/// alone, and then the rest.
+/// The client side for both protocols: it reads the start of the response while the endpoint has only the request head, and
+/// then the rest.
 macro_rules! exchange {
     ($stream:expr, $endpoint:expr) => {{
         assert_eq!($stream.head().await.unwrap().status, 200);
@@ -234,8 +234,7 @@ impl Http1 {
     }
 }
 
-/// On every path: the response flows while the request is still being sent, which then goes to its end, and the connection takes
-/// another request.
+/// On every path: the response flows during the upload, the upload completes, and the connection takes another request.
 #[tokio::test]
 async fn early_response_does_not_cut_request() {
     for (protocol, mode) in [
@@ -269,8 +268,8 @@ async fn early_response_does_not_cut_request() {
     }
 }
 
-/// RFC 9112 §9.3, RFC 9113 §8.1: what is left of the request is not sent, the client is not kept waiting, and nothing of it is
-/// taken for the next request.
+/// RFC 9112 §9.3, RFC 9113 §8.1: the rest of the request is not sent, the client need not wait, and none of it is taken for the
+/// next request.
 #[tokio::test]
 async fn response_ending_first_ends_request() {
     for protocol in [AppProtocol::Http1, AppProtocol::H2c] {
@@ -293,7 +292,7 @@ async fn response_ending_first_ends_request() {
     }
 }
 
-/// With one timeout off, the other bounds the wait.
+/// With one of the two timeouts off, the other limits the wait.
 #[tokio::test]
 async fn endpoint_that_reads_no_body_times_out() {
     let limit = Some(Duration::from_millis(300));

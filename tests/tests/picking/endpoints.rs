@@ -1,4 +1,4 @@
-//! Connections to endpoints that are kept, and what becomes of a request when one of them dies.
+//! Kept endpoint connections, and requests whose connection closes under them.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -43,7 +43,7 @@ async fn connection_with_close_header_is_not_kept() {
     assert_eq!(stage.agent.metric("penstock_endpoint_retries_total", &[]), 0.0);
 }
 
-/// D4: uvicorn closes after five seconds, so the agent's own limit is below that, and holds.
+/// D4: uvicorn closes after five seconds, so the agent's own limit is lower and must hold.
 #[tokio::test]
 async fn idle_connection_is_closed_before_endpoint_closes() {
     let uvicorn = Duration::from_secs(5);
@@ -61,7 +61,7 @@ async fn idle_connection_is_closed_before_endpoint_closes() {
     assert_eq!(agent.count("penstock_endpoint_retries_total", &[]), 0);
 }
 
-/// Answers the first request of each connection, and to the second says `last_words` and closes. Counts connections.
+/// Answers the first request of each connection; answers the second with `last_words` and closes. Counts connections.
 async fn one_request_each(last_words: &'static [u8]) -> (SocketAddr, watch::Receiver<u64>) {
     let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
     let addr = listener.local_addr().unwrap();
@@ -86,7 +86,7 @@ async fn one_request_each(last_words: &'static [u8]) -> (SocketAddr, watch::Rece
     (addr, connections)
 }
 
-/// Two POSTs on one client connection; the second meets the end of the kept connection.
+/// Sends two POSTs on one client connection; the second meets the end of the kept connection.
 async fn second_of_two(method: &str, last_words: &'static [u8]) -> (penstock_tests::Response, u64) {
     let (endpoint, connections) = one_request_each(last_words).await;
     let epp = ScriptedEpp::start(Production::new(&[endpoint])).await.unwrap();
@@ -102,7 +102,7 @@ async fn second_of_two(method: &str, last_words: &'static [u8]) -> (penstock_tes
     (response, connections)
 }
 
-/// The endpoint has read the request: one that may be executed again goes to another connection, and a POST does not.
+/// The endpoint has read the request: an idempotent one is retried on another connection, a POST is not.
 #[tokio::test]
 async fn acknowledged_request_on_kept_connection_is_retried_if_idempotent() {
     let (response, connections) = second_of_two("PUT", b"").await;

@@ -1,5 +1,5 @@
-//! Pickers that say more than the limits allow: they have failed, and the pool's failure mode decides. What they say of a
-//! response is then not applied.
+//! Picker messages above the limits: the picker has failed, and the failure mode decides. Such changes to a response are not
+//! applied.
 
 use std::net::SocketAddr;
 
@@ -16,7 +16,7 @@ use penstock_tests::{
     stage::{echo, epp, json},
 };
 
-/// Replies to a request, the pick among them.
+/// Returns replies to a request, including the pick.
 type Excess = fn(&str) -> Vec<ProcessingResponse>;
 
 fn fields(count: usize) -> Vec<(String, String)> {
@@ -42,7 +42,7 @@ fn large_field(picked: &str) -> Vec<ProcessingResponse> {
     vec![pick_with(picked, &[("x-large".to_owned(), "x".repeat(200_000))])]
 }
 
-/// Nothing in each of them.
+/// Replies with nothing in them.
 fn many_messages(picked: &str) -> Vec<ProcessingResponse> {
     let empty = ProcessingResponse::default;
     (0..6000).map(|_| empty()).chain([reply::pick(picked, &[])]).collect()
@@ -73,7 +73,7 @@ async fn check(excess: Excess, reason: &str) {
     for mode in [FailureMode::Closed, FailureMode::Open] {
         let script = |all: &[SocketAddr]| {
             let picked = all[0].to_string();
-            // The body's replies come last: they would settle the request.
+            // Excess before the body's replies, which would complete the pick.
             Answering::new(move |_| excess(&picked))
         };
         let mut stage = Stage::with(script, |config: &mut Config| {
@@ -118,7 +118,7 @@ async fn excessive_immediate_replies_are_a_failure() {
     }
 }
 
-/// As many fields as the setting allows, besides those of a head as large as heads may be.
+/// As many fields as the setting allows, besides those of a head at its own limit.
 #[tokio::test]
 async fn mutations_within_limits_are_applied() {
     let script = |all: &[SocketAddr]| {
@@ -135,7 +135,7 @@ async fn mutations_within_limits_are_applied() {
     assert_eq!((with("x-own-"), with("x-field-")), (100, 15));
 }
 
-/// Picks, and changes the head of each response too much.
+/// Picks, then changes each response head too much.
 struct Loud(Production);
 
 #[tonic::async_trait]

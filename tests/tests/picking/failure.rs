@@ -1,5 +1,5 @@
-//! When the picker fails: a pool that fails open answers from its own endpoints with the body intact, one that fails closed
-//! says 503 and sends nothing anywhere; whatever the fault, its moment, and the body.
+//! Picker failures: a pool that fails open serves from its own endpoints with the body intact; one that fails closed returns 503
+//! and sends nothing. Covers every fault, moment and body.
 
 use std::{
     sync::{Arc, LazyLock},
@@ -21,30 +21,30 @@ use tonic::Code;
 
 use crate::SOON;
 
-/// Long enough for a picker that answers, on a busy machine too.
+/// Long enough for a working picker, even on a busy machine.
 const DECISION: Duration = Duration::from_secs(2);
 
-/// What the request brings.
+/// The request body.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Body {
     None,
     /// 1 KiB.
     Small,
-    /// 20 MiB: beyond every window and buffer, and what is kept of it goes to a file.
+    /// 20 MiB: larger than every window and buffer; the kept part spills to a file.
     Large,
-    /// 2 MiB, of which the client sends the last eighth when the picker has failed. What comes before is more than the
-    /// picker's window and the agent's queue hold, so that a picker that takes nothing is found out.
+    /// 2 MiB, of which the client sends the last eighth after the picker has failed. The part before exceeds the picker's window
+    /// and the agent's queue, so that a stalled picker is detected.
     Paused,
 }
 
 const BODIES: [Body; 4] = [Body::None, Body::Small, Body::Large, Body::Paused];
 const MODES: [FailureMode; 2] = [FailureMode::Open, FailureMode::Closed];
 
-/// How many large bodies are under way at once.
+/// Limits how many large bodies run concurrently.
 static LARGE: Semaphore = Semaphore::const_new(2);
 
 impl Body {
-    /// The bytes, and their hash: every byte is a function of its place.
+    /// The bytes and their hash; each byte is a function of its offset.
     fn content(self) -> (Bytes, u64) {
         type Made = LazyLock<(Bytes, u64)>;
         fn made(len: usize) -> (Bytes, u64) {
@@ -68,28 +68,28 @@ impl Body {
     }
 }
 
-/// What is wrong with the picker.
+/// The picker's fault.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Wrong {
-    /// Nothing listens.
+    /// Nothing listens on its address.
     Absent,
-    /// It does not speak TLS, which the pool wants.
+    /// It does not speak TLS, although the pool requires it.
     Tls,
     Faulty(Fault),
 }
 
-/// What the pool is to do.
+/// The expected behaviour of the pool.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Expected {
-    /// Fail, as its mode says, for one of these reasons.
+    /// The failure mode applies, with one of these reasons.
     Fail(&'static [&'static str]),
-    /// Follow the pick, which had come before the fault.
+    /// The pool follows the pick that preceded the fault.
     Follow,
-    /// Either: whether the pick gets out before the connection is cut is chance.
+    /// Either: whether the pick is sent before the connection breaks is a race.
     Either,
 }
 
-/// One request with that body through a pool of that mode, whose picker is wrong in that way every time, and one more.
+/// Sends this body through a pool with this failure mode and picker fault, then one more request.
 async fn check(wrong: Wrong, mode: FailureMode, body: Body, expected: Expected) {
     let _large = if body == Body::Large { Some(LARGE.acquire().await) } else { None };
     let refusing = Refusing::new().unwrap();
@@ -121,7 +121,7 @@ async fn check(wrong: Wrong, mode: FailureMode, body: Body, expected: Expected) 
         }
         stage.client.response().await.unwrap()
     } else {
-        // A pool that fails closed answers at once, and need not take the rest of a large body.
+        // A pool that fails closed responds at once and need not read the rest of a large body.
         let sent = stage.client.send_raw(&body.request().wire("agent")).await;
         assert!(sent.is_ok() || (mode == FailureMode::Closed && body == Body::Large), "{sent:?}");
         stage.client.response().await.unwrap()
@@ -149,7 +149,7 @@ async fn check(wrong: Wrong, mode: FailureMode, body: Body, expected: Expected) 
         Expected::Follow => assert_eq!(failures, 0, "{case}"),
         Expected::Either => {}
     }
-    // Without an unread body the connection is as good as before.
+    // With the body fully read, the connection stays usable.
     if response.header("connection").is_some() {
         assert!(response.status() == 503 && body != Body::None, "{case}");
         return;
@@ -172,13 +172,13 @@ async fn always(wrong: Wrong, reasons: &'static [&'static str]) {
     matrix(|_| wrong, |_| Some(Expected::Fail(reasons))).await;
 }
 
-/// E11, E12: no picker at all.
+/// E11, E12: nothing listens at the picker's address.
 #[tokio::test]
 async fn refused_connection_follows_failure_mode() {
     always(Wrong::Absent, &["connect"]).await;
 }
 
-/// E11, E12, E16: one that does not speak TLS.
+/// E11, E12, E16: the picker does not speak TLS.
 #[tokio::test]
 async fn failed_tls_handshake_follows_failure_mode() {
     always(Wrong::Tls, &["connect"]).await;
@@ -190,7 +190,7 @@ async fn immediate_reset_follows_failure_mode() {
     always(Wrong::Faulty(Fault::ResetAtAccept), &["connect", "reset"]).await;
 }
 
-/// E11, E12, E13: connected, and the decision's deadline holds all the same.
+/// E11, E12, E13: the decision deadline applies after the connect.
 #[tokio::test]
 async fn accepted_but_silent_connection_follows_failure_mode() {
     always(Wrong::Faulty(Fault::Deaf), &["deadline"]).await;
@@ -205,9 +205,9 @@ async fn at_half_of_body(harm: Harm, reasons: &'static [&'static str]) {
     matrix(|body| Wrong::Faulty(Fault::At(Moment::RequestBody(body.content().0.len() / 2), harm)), expected).await;
 }
 
-/// The reply to the head is the whole pick where there is no body. With one, the rest of the answer is missing: that is
-/// the client's body where the picker is merely silent about it (no reasons), and a failure where the stream is lost. It
-/// comes when the whole body is there, so no client has one to hold back.
+/// Without a body, the reply to the head is the whole pick. With a body, the rest of the picker's answer is missing: if the picker
+/// is merely silent about the body (no reasons), the client's body is used; if the stream is lost, it is a failure. The fault comes
+/// after the whole body, so `Paused` does not apply.
 async fn after_head_reply(harm: Harm, reasons: &'static [&'static str]) {
     let expected = |body| match (reasons, body) {
         (_, Body::Paused) => None,
@@ -247,13 +247,13 @@ async fn grpc_error_follows_failure_mode() {
     at_any_moment(Harm::Status(Code::Unavailable), &["unavailable"]).await;
 }
 
-/// E11, E12: as gRPC servers do whose message is too large for them, or who have too much to do.
+/// E11, E12: as gRPC servers respond to oversized messages or overload.
 #[tokio::test]
 async fn picker_over_its_limits_follows_failure_mode() {
     at_any_moment(Harm::Status(Code::ResourceExhausted), &["resource_exhausted"]).await;
 }
 
-/// E11, E12, E19: the end in order is no failure when the pick has come before it.
+/// E11, E12, E19: an orderly close after the pick is not a failure.
 #[tokio::test]
 async fn stream_closed_without_pick_follows_failure_mode() {
     let reasons = &["closed_without_pick"];
@@ -264,7 +264,7 @@ async fn stream_closed_without_pick_follows_failure_mode() {
     );
 }
 
-/// E11, E12: what it puts in place of the body is larger than bodies may be here, in pieces or in one message.
+/// E11, E12: the replacement body exceeds the agent's body limit, in pieces or in one message.
 #[tokio::test]
 async fn oversized_replacement_body_follows_failure_mode() {
     const LIMIT: usize = 100_000;

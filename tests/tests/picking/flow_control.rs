@@ -1,4 +1,4 @@
-//! llm-d's picker under load: it holds requests in a queue, and drops those that have no place in it, with the reason.
+//! llm-d's picker under load: it queues requests, and drops those without a place in the queue, giving the reason.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use penstock_tests::{
     stage::{echo, json},
 };
 
-/// E13: with the settings as they are by default, a request may wait for its turn for seconds, and holds nobody up meanwhile.
+/// E13: with default settings a request may queue for seconds, and delays no other request.
 #[tokio::test]
 async fn request_queued_for_seconds_is_not_cut() {
     let queued = Fault::At(Moment::RequestBody(usize::MAX), Harm::Delay(Duration::from_millis(2500)));
@@ -31,7 +31,7 @@ async fn request_queued_for_seconds_is_not_cut() {
     assert_eq!(stage.agent.count("penstock_epp_failures_total", &[]), 0);
 }
 
-/// E5: the client is told why, in the picker's own words, and may stay.
+/// E5: the client gets the picker's own reason, and its connection stays usable.
 #[tokio::test]
 async fn drop_reason_reaches_client() {
     const REASON: &str = "x-llm-d-request-dropped-reason";

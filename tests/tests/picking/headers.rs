@@ -1,5 +1,5 @@
-//! Fields that the agent takes out and puts in: what clients may not say, and what picker, endpoint and client learn of the
-//! way a message came.
+//! Fields that the agent removes and adds: what clients may not set, and what picker, endpoint and client are told about a
+//! message's way.
 
 use penstock_agent::config::{Forwarding, HostPattern, Route};
 use penstock_tests::{
@@ -10,7 +10,7 @@ use penstock_tests::{
     stage::{echo, epp, json},
 };
 
-/// The fields by which a client could pose as the gateway or the picker, the configured ones among them.
+/// The fields with which a client could pose as the gateway or picker, including the configured ones.
 const CONTROL: [&str; 20] = [
     "x-gateway-destination-endpoint",
     "x-gateway-destination-endpoint-subset",
@@ -34,14 +34,14 @@ const CONTROL: [&str; 20] = [
     "x-other-pick",
 ];
 
-/// Each with dashes, with underscores, and in capitals.
+/// Each name with dashes, with underscores, and in capitals.
 fn spellings() -> Vec<String> {
     let of =
         |name: &&str| [(*name).to_owned(), name.replace('-', "_"), name.to_uppercase(), name.replacen('-', "_", 1)];
     CONTROL.iter().flat_map(of).collect()
 }
 
-/// E21: whichever pool a request goes to, and whichever of them has which header for its picks.
+/// E21: for every pool, and for the pick headers of all pools.
 #[tokio::test]
 async fn control_fields_from_client_in_any_spelling_are_removed() {
     const MARK: &str = "6.6.6.6:6";
@@ -82,7 +82,7 @@ async fn control_fields_from_client_in_any_spelling_are_removed() {
     }
 }
 
-/// E21: the pick is for the agent, in whichever field it comes; what is said of other endpoints is for the endpoint.
+/// E21: the pick fields are for the agent only; fields about other endpoints reach the endpoint.
 #[tokio::test]
 async fn pick_fields_do_not_reach_endpoint() {
     let mut stage = Stage::with(
@@ -108,7 +108,7 @@ async fn pick_fields_do_not_reach_endpoint() {
     assert_eq!(seen.header("x-prefiller-host-port"), Some("10.0.0.7:8000"));
 }
 
-/// Hop-by-hop fields, those that Connection names, and look-alikes of the fields that frame a message.
+/// Hop-by-hop fields, those that Connection names, and variants of framing fields.
 #[tokio::test]
 async fn hop_by_hop_fields_are_not_forwarded() {
     let mut stage = Stage::new(Production::new).await;
@@ -182,14 +182,14 @@ async fn forwarded_fields_follow_configuration() {
         let response = stage.request(&said(echo(json("m", 10)))).await;
         assert_eq!(of_the_client(&response.echoed()), expected);
         assert_eq!(response.header("via"), via.map(|name| format!("1.1 {name}")).as_deref());
-        // The picker is told the same.
+        // The picker gets the same fields.
         let told = stage.epp.streams()[0].request_headers();
         assert_eq!(header(&told, "x-forwarded-for"), expected[1]);
         assert_eq!(header(&told, "forwarded"), expected[5]);
     }
 }
 
-/// The same id for picker, endpoint and, where that is configured, the client, whoever answers it.
+/// Picker, endpoint and, if configured, the client get the same id, whoever sends the response.
 #[tokio::test]
 async fn request_id_is_same_for_picker_endpoint_and_client() {
     let mut stage = Stage::with(Production::new, |config| config.headers.request_id_to_client = true).await;
@@ -218,7 +218,7 @@ async fn request_id_is_same_for_picker_endpoint_and_client() {
     let response = asked.request(&echo("{}").header("x-request-id", "mine")).await;
     assert_eq!((response.status(), response.header("x-request-id")), (429, Some("mine")));
 
-    // Not told unless asked to; what an endpoint says is its own.
+    // Off by default; an endpoint's own field passes.
     let mut quiet = Stage::new(Production::new).await;
     assert_eq!(quiet.request(&echo("{}").header("x-request-id", "mine")).await.header("x-request-id"), None);
     let response = quiet.request(&Plan { headers: theirs, ..Plan::default() }.request()).await;
@@ -227,7 +227,7 @@ async fn request_id_is_same_for_picker_endpoint_and_client() {
     assert_eq!((refused.status(), refused.header("x-request-id")), (400, None));
 }
 
-/// Only the agent gives reasons.
+/// Only the agent sets the reason header.
 #[tokio::test]
 async fn reason_header_from_endpoint_is_removed() {
     let stage = Stage::new(Production::new).await;

@@ -1,4 +1,4 @@
-//! Endpoints that are not well: left alone after failures or by checks, tried again, and never the last.
+//! Endpoint health: ejection after failures or failed checks, recovery, and the last endpoint's exemption.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -27,7 +27,7 @@ impl Switch {
     }
 }
 
-/// An endpoint that answers while it is switched on; at first it is off.
+/// An endpoint that can be switched on and off; initially off.
 async fn switched() -> (Abrupt, Switch) {
     let well = Arc::new(AtomicBool::new(false));
     let look = Arc::clone(&well);
@@ -53,12 +53,12 @@ fn endpoints(agent: &TestAgent, state: &str) -> u64 {
     agent.count("penstock_endpoints", &[&format!("state=\"{state}\"")])
 }
 
-/// Whoever answers.
+/// The endpoint that responds.
 async fn served(client: &mut Client) -> Option<SocketAddr> {
     client.request(&put("{}")).await.unwrap().served_by()
 }
 
-/// D7: the requests that failed there were answered by the other.
+/// D7: the other endpoint serves the failed requests.
 #[tokio::test]
 async fn three_consecutive_failures_eject_endpoint() {
     let ((bad, _), good) = (switched().await, model_server().await);
@@ -77,7 +77,7 @@ async fn three_consecutive_failures_eject_endpoint() {
 async fn successful_probe_recovers_endpoint() {
     let ((bad, switch), good) = (switched().await, model_server().await);
     let (agent, mut client) = agent(ejecting(&[bad.addr, good.addr], Duration::from_millis(50))).await;
-    // The first ejection, and a probe that fails.
+    // The first ejection, then a failed probe.
     while agent.count("penstock_ejections_total", &[]) < 2 {
         assert_eq!(served(&mut client).await, Some(good.addr));
     }
@@ -101,7 +101,7 @@ async fn last_endpoint_is_never_ejected() {
     assert_eq!(served(&mut client).await, Some(bad.addr));
 }
 
-/// D7, E10: the picker's list is obeyed, with what is ejected last.
+/// D7, E10: the picker's list is followed, with ejected endpoints moved to its end.
 #[tokio::test]
 async fn ejected_endpoints_move_to_end_of_picker_list() {
     let ((bad, switch), (also, _)) = (switched().await, switched().await);
@@ -173,7 +173,7 @@ async fn endpoints_all_failing_checks_are_still_used() {
 
 #[tokio::test]
 async fn check_over_timeout_fails() {
-    // Connections are taken by the kernel, and that is all.
+    // The kernel accepts connections, and nothing responds.
     let deaf = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
     let good = model_server().await;
     let endpoints_of = [deaf.local_addr().unwrap(), good.addr];
@@ -187,7 +187,7 @@ async fn check_over_timeout_fails() {
 
 #[tokio::test]
 async fn checks_are_spread_over_interval() {
-    // A quarter of it between two checks is more than a busy machine delays a thread.
+    // A gap of a quarter interval between two checks exceeds the delays of a busy machine.
     const INTERVAL: Duration = Duration::from_secs(4);
     let mut servers = Vec::new();
     for _ in 0..4 {
@@ -199,6 +199,6 @@ async fn checks_are_spread_over_interval() {
     let first = servers[0].begun()[0];
     let after: Vec<_> = servers.iter().map(|server| server.begun()[0].duration_since(first)).collect();
     assert!(after.is_sorted(), "{after:?}");
-    // Late by nature, and half an interval early is not chance.
+    // Delays are expected; half an interval too early is not.
     assert!(after[3] >= INTERVAL / 2, "{after:?}");
 }

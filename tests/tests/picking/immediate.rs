@@ -1,4 +1,4 @@
-//! The picker answers the client itself, or takes its decision back.
+//! Immediate replies and evictions by the picker.
 
 use std::sync::Arc;
 
@@ -23,7 +23,7 @@ fn evicting(all: &[std::net::SocketAddr], after: EvictAfter, now: &Arc<Notify>) 
     Evicting { inner: Production::new(all), after, now: Arc::clone(now) }
 }
 
-/// E5: as the picker gave them.
+/// E5: forwarded as the picker sent them.
 #[tokio::test]
 async fn immediate_reply_status_fields_and_body_reach_client() {
     let fields = [("retry-after", "7"), ("x-why", "queue full"), ("content-type", "application/json")];
@@ -39,7 +39,7 @@ async fn immediate_reply_status_fields_and_body_reach_client() {
     assert_eq!(stage.requests(), (0, 0));
 }
 
-/// E5, E11: an answer is an answer in a pool that fails open too.
+/// E5, E11: an immediate reply reaches the client in a pool that fails open too.
 #[tokio::test]
 async fn immediate_reply_in_open_pool_is_not_a_failure() {
     let mut stage = Stage::with(
@@ -51,7 +51,7 @@ async fn immediate_reply_in_open_pool_is_not_a_failure() {
     assert_eq!(stage.requests(), (0, 0));
 }
 
-/// E5: what evicts a request before its pick is an answer to it.
+/// E5: an eviction before the pick is the response.
 #[tokio::test]
 async fn immediate_reply_after_whole_body_keeps_connection() {
     let mut stage = Stage::new(|all| refusing(all, Moment::RequestBody(usize::MAX))).await;
@@ -73,10 +73,10 @@ async fn immediate_reply_before_whole_body_stops_upload() {
     assert_eq!(stage.requests(), (0, 0));
 }
 
-/// E6: before the head of the response has gone out.
+/// E6: before the response head is sent.
 #[tokio::test]
 async fn eviction_before_response_head_reaches_client_as_response() {
-    // It comes in place of the reply to the response's head.
+    // Sent in place of the reply to the response head.
     let mut stage =
         Stage::with(|all| refusing(all, Moment::ResponseHeaders), |config| epp(config).response_timeout = Some(SOON))
             .await;
@@ -87,7 +87,7 @@ async fn eviction_before_response_head_reaches_client_as_response() {
     assert_eq!(stage.agent.metric("penstock_evictions_total", &[]), 1.0);
 }
 
-/// E6: in the middle of the body, endpoint and client are broken off (on every path: `broken.rs`).
+/// E6: during the body, the endpoint and client connections break off (`broken.rs` covers every path).
 #[tokio::test]
 async fn eviction_during_response_breaks_it_off() {
     let now = Arc::new(Notify::new());

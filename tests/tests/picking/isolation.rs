@@ -1,5 +1,5 @@
-//! No byte of one request reaches another: fields and bodies that do not overlap, over every `pick_per`, picker, steering mode,
-//! retry, change of replica and failure mode. What an endpoint gets is the client's, or what the picker decided for that request.
+//! No byte of one request reaches another: requests with distinct fields and bodies, across every `pick_per`, picker, steering
+//! mode, retry, replica change and failure mode. An endpoint gets the client's bytes or the picker's decision for that request.
 
 use std::net::SocketAddr;
 
@@ -23,11 +23,11 @@ use tonic::Code;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Style {
     Builtin,
-    /// Names the endpoints, and sets every field again.
+    /// Names the endpoints and echoes every field.
     Echo,
-    /// And a field that says which request it is for.
+    /// Also sets a field that names the request.
     Field,
-    /// And a body in place of the client's that says it too.
+    /// Also replaces the body with one that names the request.
     Body,
     Llmd,
     Gie,
@@ -38,7 +38,7 @@ enum Style {
 const STYLES: [Style; 8] =
     [Style::Builtin, Style::Echo, Style::Field, Style::Body, Style::Llmd, Style::Gie, Style::Lwepp, Style::Dynamo];
 
-/// What befalls the first stream of the case.
+/// The fault of the case's first picker stream.
 const FAULTS: [Option<Fault>; 7] = [
     None,
     Some(Fault::At(Moment::RequestHeaders, Harm::ResetConnection)),
@@ -49,17 +49,17 @@ const FAULTS: [Option<Fault>; 7] = [
     Some(Fault::At(Moment::ResponseHeaders, Harm::ResetConnection)),
 ];
 
-/// What stands in every part of one request, and in no other.
+/// The text in every part of one request and in no other.
 fn mark(case: u64, request: u64) -> String {
     format!("mark-{case}-{request}-end")
 }
 
-/// The body that [`Style::Body`] puts in place of the client's.
+/// The replacement body of [`Style::Body`].
 fn rewritten(mark: &str) -> Vec<u8> {
     json(&format!("rewritten-{mark}"), 400)
 }
 
-/// [`Style::Echo`], [`Style::Field`] and [`Style::Body`].
+/// The picker for [`Style::Echo`], [`Style::Field`] and [`Style::Body`].
 struct Deciding {
     style: Style,
     list: String,
@@ -117,7 +117,7 @@ async fn epp(style: Style, endpoints: &[SocketAddr], fault: Option<Fault>) -> Sc
     }
 }
 
-/// What the endpoint may get for this body, the client's among them.
+/// The bodies that the endpoint may get for this one, including the client's.
 fn bodies(style: Style, mark: &str, body: &[u8]) -> Vec<Vec<u8>> {
     let decided = match style {
         Style::Body => rewritten(mark),
@@ -136,7 +136,7 @@ struct Case {
     fault: Option<Fault>,
     failure_mode: FailureMode,
     mode: SteeringMode,
-    /// The first endpoint of the list refuses connections.
+    /// Whether the first endpoint of the list refuses connections.
     refuses: bool,
 }
 
@@ -158,7 +158,7 @@ impl Case {
         format!("case {number}: {style:?} {pick_per:?} {fault:?} {failure_mode:?} {mode:?} refuses={refuses}")
     }
 
-    /// The `n`th request: every field of it says so.
+    /// The `n`th request, with its mark in every field.
     fn request(&self, n: u64) -> (Request, Vec<u8>) {
         let mark = mark(self.number, n);
         let body = if n % 4 == 3 { Vec::new() } else { json(&mark, 100 + 40_000 * (n as usize % 2)) };
@@ -173,13 +173,13 @@ impl Case {
             .header("authorization", format!("Bearer {mark}"))
             .header("cookie", format!("session={mark}"))
             .header(&format!("x-only-{mark}"), mark.as_str());
-        // A field that only some have, so that others would show it if it stayed.
+        // A field that only some requests have, to detect one that persists.
         let request =
             if n.is_multiple_of(2) { request.header("content-digest", format!("sha-256={mark}")) } else { request };
         (request, body)
     }
 
-    /// An answer of the endpoint or, after a fault, of the agent.
+    /// Checks a response of the endpoint or, after a fault, of the agent.
     fn check(&self, n: u64, body: &[u8], response: &Response) {
         let own = mark(self.number, n);
         let name = self.name();
@@ -197,13 +197,13 @@ impl Case {
         has("authorization", format!("Bearer {own}"));
         has("cookie", format!("session={own}"));
         has(&format!("x-only-{own}"), own.clone());
-        // It goes out with the body that it is of.
+        // The digest is sent only with the body that it describes.
         let digest = n.is_multiple_of(2) && seen.body_hash == Fnv::of(body).value();
         assert_eq!(seen.header("content-digest").is_some(), digest, "{name}: request {n}");
         let allowed: Vec<u64> = bodies(self.style, &own, body).iter().map(|body| Fnv::of(body).value()).collect();
         let bodiless = body.is_empty() && seen.body_length == 0;
         assert!(bodiless || allowed.contains(&seen.body_hash), "{name}: request {n} has another body");
-        // A decision that changes a request is for that request, and each has one of its own.
+        // A decision that changes a request applies to that request only, and each request has its own.
         if matches!(self.style, Style::Field | Style::Body) && self.fault.is_none() {
             has("x-decided-for", own.clone());
             assert!(bodiless || seen.body_hash == allowed[1], "{name}: request {n} lacks its own decision");
@@ -217,7 +217,7 @@ impl Case {
         if self.refuses {
             endpoints.insert(0, refusing.addr);
         }
-        // The second replica is asked where the first fails.
+        // The second replica is asked if the first fails.
         let epps = [epp(self.style, &endpoints, self.fault).await, epp(self.style, &endpoints, None).await];
         let mut pool = match self.style {
             Style::Builtin => builtin_pool(&endpoints),
@@ -238,7 +238,7 @@ impl Case {
             let (request, body) = self.request(n);
             self.check(n, &body, &http2.request(&request).await.unwrap());
         }
-        // A stream to a picker is about one request.
+        // A picker stream concerns one request.
         for stream in epps.iter().flat_map(ScriptedEpp::streams) {
             let (fields, body) = (stream.request_headers(), stream.request_body().0);
             let own = header(&fields, "x-request-id").unwrap_or_default().to_owned();
@@ -278,7 +278,7 @@ async fn steered_requests_share_no_byte() {
     run(100..109, &[SteeringMode::Ingress, SteeringMode::Local, SteeringMode::Auto]).await;
 }
 
-/// The fault that was found: a lease, pickers that echo, and three clients of one connection.
+/// A regression test: a lease, pickers that echo, and three clients of one connection.
 #[tokio::test]
 async fn leased_requests_keep_their_own_fields() {
     for style in [Style::Echo, Style::Llmd] {

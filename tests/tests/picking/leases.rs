@@ -1,4 +1,4 @@
-//! Picks that hold for a while: how many requests, how long, and what ends them early.
+//! Leases: their number of requests, their duration, and what ends them early.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -22,12 +22,12 @@ fn lease(time: Duration, requests: u32) -> impl FnOnce(&mut Config) {
     }
 }
 
-/// The endpoint that answers one more request.
+/// Sends one more request; returns the endpoint that responds.
 async fn served(stage: &mut Stage) -> SocketAddr {
     stage.request(&echo(json("m", 100))).await.served_by().unwrap()
 }
 
-/// The first request counts; the next connection has a lease of its own.
+/// The first request counts; the next connection gets its own lease.
 #[tokio::test]
 async fn lease_ends_after_request_count() {
     let mut stage = Stage::with(Production::new, lease(Duration::from_secs(60), 3)).await;
@@ -54,13 +54,13 @@ async fn lease_ends_after_duration() {
     assert!(stage.agent.count("penstock_leased_requests_total", &[]) > 0);
 }
 
-/// A picker that echoes every field and the whole body, and changes nothing, gives a lease; fields and bodies of leased requests
-/// are their own.
+/// A picker that echoes every field and the whole body without changes gives a lease; leased requests keep their own fields and
+/// bodies.
 #[tokio::test]
 async fn leased_requests_keep_their_own_fields_and_bodies() {
     let mut stage = Stage::with(Production::new, lease(Duration::from_secs(60), 10)).await;
     for (turn, who) in ["alice", "bob", "carol"].into_iter().enumerate() {
-        // The second spills to a file, and is compared all the same.
+        // The second body spills to a file and is compared too.
         let body = json(who, 100 + 700_000 * turn);
         let token = format!("Bearer {who}");
         let seen = stage.request(&echo(body.clone()).header("authorization", token.as_str())).await.echoed();
@@ -71,7 +71,7 @@ async fn leased_requests_keep_their_own_fields_and_bodies() {
     assert_eq!(stage.agent.count("penstock_leased_requests_total", &[]), 2);
 }
 
-/// A large body that is echoed from a file gives a lease, too.
+/// Echoing a large spilled body gives a lease too.
 #[tokio::test]
 async fn echoed_spilled_body_gives_a_lease() {
     let mut stage = Stage::with(Production::new, lease(Duration::from_secs(60), 10)).await;
@@ -81,7 +81,7 @@ async fn echoed_spilled_body_gives_a_lease() {
     assert_eq!(stage.epp.streams_started(), 1);
 }
 
-/// A picker that changes anything of a request but its destination and its trace is asked about each.
+/// A picker that changes anything but destination and trace fields is asked about each request.
 #[tokio::test]
 async fn changed_request_gives_no_lease() {
     type Answer = fn(&str) -> Vec<ProcessingResponse>;
@@ -122,7 +122,7 @@ async fn changed_request_gives_no_lease() {
     }
 }
 
-/// Trace context that the picker sets is for its own request, and no change.
+/// Trace context set by the picker applies to its own request and is not a change.
 #[tokio::test]
 async fn picker_trace_fields_do_not_apply_to_leased_requests() {
     let script = |all: &[SocketAddr]| {
@@ -155,13 +155,13 @@ async fn fail_open_gives_no_lease_and_no_pin() {
         for _ in 0..5 {
             assert_eq!(stage.request(&echo(json("m", 100))).await.status(), 200);
         }
-        // Two that fail, and one that holds for the rest.
+        // Two failures, then one lease that holds.
         assert_eq!(stage.epp.streams_started(), 3, "{pick_per:?}");
         assert_eq!(stage.agent.count("penstock_picks_not_held_total", &[r#"reason="fail_open""#]), 2);
     }
 }
 
-/// An endpoint that takes no more requests, or another configuration, ends it: the picker is asked again.
+/// A draining endpoint or a new configuration ends the lease: the picker is asked again.
 #[tokio::test]
 async fn draining_endpoint_ends_lease() {
     let mut stage = Stage::with(Production::new, lease(Duration::from_secs(60), 1000)).await;
@@ -180,7 +180,7 @@ async fn draining_endpoint_ends_lease() {
     eventually(SOON, || stage.agent.metric("penstock_active_requests", &[]) == 0.0).await;
 }
 
-/// An endpoint that the pool does not list, and that may be dialled all the same, is as good.
+/// An endpoint outside the pool that passthrough admits can be leased too.
 #[tokio::test]
 async fn lease_for_endpoint_outside_pool_is_kept() {
     let stranger = |config: &mut Config| {

@@ -1,4 +1,4 @@
-//! Clients that leave, and an agent that does.
+//! Departing clients, and a departing agent.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -13,7 +13,7 @@ use penstock_tests::{
 
 use crate::SOON;
 
-/// A client that leaves is noticed within this.
+/// A departed client is noticed within this time.
 const AT_ONCE: Duration = Duration::from_secs(2);
 
 /// E18: before the pick.
@@ -28,11 +28,11 @@ async fn client_disconnect_before_pick_cancels_stream() {
     eventually(SOON, || stage.epp.streams_ended(StreamEnd::Cancelled) == 1).await;
     assert_eq!(stage.requests(), (0, 0));
     eventually(SOON, || stage.agent.metric("penstock_client_aborts_total", &[]) == 1.0).await;
-    // The connection to the picker lives on.
+    // The connection to the picker stays open.
     assert_eq!(stage.epp.connections_open(), 1);
 }
 
-/// Sends `request` and resets the connection when `then` holds.
+/// Sends `request` and resets the connection once `then` holds.
 async fn leaves(stage: &Stage, request: &Request, then: impl FnMut() -> bool) {
     let mut client = Client::connect(stage.agent.addr).await.unwrap();
     client.send(request).await.unwrap();
@@ -40,7 +40,7 @@ async fn leaves(stage: &Stage, request: &Request, then: impl FnMut() -> bool) {
     client.reset().unwrap();
 }
 
-/// D6, E18: with a body that is not all here, and another that was never sent. By an end in order and by a reset.
+/// D6, E18: with a partial body and with no body sent; by an orderly close and by a reset.
 #[tokio::test]
 async fn client_disconnect_during_upload_cancels_stream() {
     for reset in [false, true] {
@@ -61,14 +61,14 @@ async fn client_disconnect_during_upload_cancels_stream() {
     }
 }
 
-/// D6, E18: while the picker takes no more of the body. By an end in order and by a reset.
+/// D6, E18: while the picker stops reading the body; by an orderly close and by a reset.
 #[tokio::test]
 async fn client_disconnect_with_stalled_picker_cancels_stream() {
     for reset in [false, true] {
         let deaf = Fault::At(Moment::RequestHeaders, Harm::Silence);
         let stage = Stage::new(|all| Faulty::new(Production::new(all), deaf)).await;
         let mut client = Client::connect(stage.agent.addr).await.unwrap();
-        // More than all the buffers on the way hold.
+        // Larger than all buffers in between.
         let wire = echo(json("m", 16 << 20)).wire("agent");
         client.send_raw(&wire[..12 << 20]).await.unwrap();
         eventually(SOON, || stage.epp.streams_started() == 1).await;
@@ -83,7 +83,7 @@ async fn client_disconnect_with_stalled_picker_cancels_stream() {
     }
 }
 
-/// D6, E18: while an endpoint is being connected to.
+/// D6, E18: while the agent connects to an endpoint.
 #[tokio::test]
 async fn client_disconnect_during_connect_ends_request() {
     let deaf = Deaf::new().unwrap();
@@ -102,7 +102,7 @@ async fn client_disconnect_during_connect_ends_request() {
     eventually(AT_ONCE, || stage.agent.metric("penstock_client_aborts_total", &[]) == 1.0).await;
 }
 
-/// D6, E18: although it had sent the next request already, so that its end lies behind bytes nobody reads.
+/// D6, E18: the client has already sent its next request, so its close follows unread bytes.
 #[tokio::test]
 async fn client_disconnect_after_pipelined_request_is_noticed() {
     for reset in [false, true] {
@@ -123,7 +123,7 @@ async fn client_disconnect_after_pipelined_request_is_noticed() {
     }
 }
 
-/// D6, E18: while the response's head waits for the picker's word about it.
+/// D6, E18: while the response head waits for the picker's reply.
 #[tokio::test]
 async fn client_disconnect_during_response_decision_ends_request() {
     let silent = Fault::At(Moment::ResponseHeaders, Harm::Silence);
@@ -168,7 +168,7 @@ fn refused(addr: SocketAddr) -> bool {
     std::net::TcpStream::connect(addr).is_err()
 }
 
-/// A response that flows only as far as its client reads, and an idle connection.
+/// A response that flows only as fast as its client reads, and an idle connection.
 async fn one_running_one_idle() -> (Stage, Client, Plan) {
     let mut stage = Stage::new(|all| Production::new(&all[..1])).await;
     assert_eq!(stage.request(&echo(json("m", 10))).await.status(), 200);

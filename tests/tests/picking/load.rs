@@ -1,4 +1,4 @@
-//! A thousand requests and more whose picker takes its time, on one worker.
+//! A thousand and more concurrent requests with a slow picker, on one worker.
 
 use std::time::{Duration, Instant};
 
@@ -26,10 +26,10 @@ async fn timed(client: &mut Client) -> Duration {
     begin.elapsed()
 }
 
-/// What one request costs all that take part (client, agent, picker and endpoint share the machine) is taken from requests
-/// one at a time: their time less the 50 ms. In the worst order the last of a thousand waits for the work of all the others,
-/// but for nobody's 50 ms; so none takes longer than 50 ms and a thousand times that cost. Four times as much is allowed for
-/// a machine that others use too, which still tells it from waiting in turn: that would be 50 s.
+/// Serial requests give the cost of one request for all parties (client, agent, picker and endpoint share the machine): their
+/// time less the 50 ms. In the worst order the last of a thousand requests waits for the work of all others, but for nobody's
+/// 50 ms, so none takes longer than 50 ms plus a thousand times that cost. The bound allows four times as much for a shared
+/// machine, which still detects serial waiting: that would take 50 s.
 #[tokio::test]
 async fn thousand_requests_wait_for_picks_concurrently() {
     let thinks = Fault::At(Moment::RequestBody(usize::MAX), Harm::Delay(THINKS));
@@ -58,8 +58,8 @@ async fn thousand_requests_wait_for_picks_concurrently() {
     assert_eq!(stage.epp.connections_accepted(), 1);
 }
 
-/// E15: no limit of ours on streams, where other proxies stop at 100 or 1024 and answer 500. The picker answers nobody before
-/// all of them wait for it, over one connection.
+/// E15: the agent does not limit streams, where other proxies stop at 100 or 1024 and return 500. The picker answers no request
+/// before all of them wait, over one connection.
 #[tokio::test]
 async fn more_than_1024_requests_are_picked_concurrently() {
     const AT_ONCE: usize = 1100;
@@ -74,12 +74,12 @@ async fn more_than_1024_requests_are_picked_concurrently() {
     assert_eq!((stage.epp.streams_started(), stage.epp.connections_accepted()), (AT_ONCE, 1));
 }
 
-/// E15: what exceeds the picker's own limit waits for its turn on the one connection, and does not fail.
+/// E15: requests above the picker's limit wait their turn on the one connection and do not fail.
 #[tokio::test]
 async fn picker_stream_limit_makes_requests_wait() {
     const LIMIT: usize = 10;
     let endpoint = ModelServer::start(Default::default()).await.unwrap();
-    // Answers nobody before the limit is reached.
+    // Answers no request before the limit is reached.
     let script = Gathering::new(Production::new(&[endpoint.addr]), LIMIT);
     let setup = Setup { max_streams: Some(LIMIT as u32), ..Setup::default() };
     let epp = ScriptedEpp::start_with(setup, script).await.unwrap();

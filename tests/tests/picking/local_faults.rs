@@ -1,4 +1,4 @@
-//! Faults of the agent's own machine: they are answered as such and never held against endpoints.
+//! Faults of the agent's own machine return their own error and never count against endpoints.
 
 use std::net::{Ipv4Addr, SocketAddr};
 
@@ -12,7 +12,7 @@ use socket2::{Domain, Socket, Type};
 
 use crate::SOON;
 
-/// A connection from a port of the caller's choice.
+/// Opens a connection from a given port.
 fn connect(from: u16, to: SocketAddr) -> std::net::TcpStream {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
     socket.set_reuse_address(true).unwrap();
@@ -21,7 +21,7 @@ fn connect(from: u16, to: SocketAddr) -> std::net::TcpStream {
     socket.into()
 }
 
-/// The agent is in a namespace where there is one port for connections, and it is taken.
+/// The agent's namespace has one ephemeral port, which is taken.
 #[tokio::test]
 async fn port_exhaustion_does_not_count_against_endpoints() {
     const PORT: u16 = 40_001;
@@ -60,7 +60,7 @@ async fn port_exhaustion_does_not_count_against_endpoints() {
         assert_eq!((response.status(), response.error_code().as_str()), (503, "local_fault"));
         assert_eq!(response.header("retry-after"), Some("1"));
     }
-    // Those of requests, and then those of checks.
+    // The failures of requests, then those of checks.
     let before = faults();
     assert!(before >= 10, "{before}");
     eventually(SOON, || faults() >= before + 4).await;

@@ -1,5 +1,5 @@
-//! Requests that would come back to the agent that forwards them: its own addresses are refused wherever they are named, and a
-//! request that has been here before is answered with 508.
+//! Request loops: the agent's own addresses are rejected in every position, and a request that passed this agent before
+//! returns 508.
 
 use std::net::{Ipv4Addr, SocketAddr};
 
@@ -19,7 +19,7 @@ fn start(pool: Pool) -> TestAgent {
     TestAgent::start(pool, SteeringMode::Off, |config| config.headers.via = None)
 }
 
-/// The agent goes on with another first pool.
+/// Reloads the agent with another first pool.
 fn change(agent: &TestAgent, adjust: impl FnOnce(&mut Pool)) {
     let mut config = agent.config();
     adjust(&mut config.pools[0]);
@@ -32,7 +32,7 @@ async fn refused(agent: &TestAgent) -> (u16, String) {
     (response.status(), response.header("x-penstock-reason").unwrap_or_default().to_owned())
 }
 
-/// Two agents, one behind the other, are no loop; nor are two behind which the first comes again, but then the third hop is.
+/// Two agents in a row are no loop. If the second forwards to the first, the request is rejected on its third hop.
 #[tokio::test]
 async fn looped_request_returns_508() {
     let server = ModelServer::start(Options::default()).await.unwrap();
@@ -46,9 +46,9 @@ async fn looped_request_returns_508() {
 
     change(&back, |pool| pool.endpoints = vec![front.addr.into()]);
     let before = server.requests();
-    // As the agent behind the first passes it on, without the reason.
+    // The first agent's error as the second one forwards it, without the reason.
     let refusal = || async { refused(&front).await.0 == 508 };
-    // The workers of the other agent may still be under the configuration before.
+    // The other agent's workers may still have the previous configuration.
     let begin = std::time::Instant::now();
     while !refusal().await {
         assert!(begin.elapsed() < SOON);
@@ -58,7 +58,7 @@ async fn looped_request_returns_508() {
     eventually(SOON, || loops() > 0).await;
 }
 
-/// The default upstream, a listed endpoint, and what the picker names.
+/// The default upstream, a listed endpoint, and the picker's choice.
 #[tokio::test]
 async fn own_listeners_as_endpoints_are_rejected() {
     let epp_at = |addresses: &[SocketAddr]| {
@@ -77,19 +77,19 @@ async fn own_listeners_as_endpoints_are_rejected() {
             own.push(SocketAddr::from(([127, 3, 2, 1], port)));
         }
         for own in own {
-            // Listed.
+            // Listed in the pool.
             change(&agent, |pool| pool.endpoints = vec![own.into()]);
             settled(&agent, (508, "own_listener")).await;
-            // The others are used.
+            // The other endpoints are used.
             change(&agent, |pool| pool.endpoints = vec![own.into(), server.addr.into()]);
             settled(&agent, (200, "")).await;
-            // Named by the picker, of a pool that does not list it.
+            // Chosen by the picker, outside the pool's list.
             let epp = epp_at(&[own]).await;
             let anywhere = Passthrough::Networks(vec![Network::parse("0.0.0.0/0").unwrap()]);
             let named = Pool { passthrough: anywhere, ..epp_pool(&[], epp.addr, FailureMode::Closed) };
             change(&agent, |pool| *pool = named.clone());
             settled(&agent, (502, "endpoint_not_in_pool")).await;
-            // What a pool opens to.
+            // Used by a pool that fails open.
             let opening = Pool { failure_mode: FailureMode::Open, default_upstream: Some(own), ..named };
             change(&agent, |pool| *pool = opening);
             settled(&agent, (508, "own_listener")).await;
@@ -97,7 +97,7 @@ async fn own_listeners_as_endpoints_are_rejected() {
     }
 }
 
-/// Waits for the agent to answer so: workers take a configuration between requests.
+/// Waits until the agent responds like this: workers take a configuration between requests.
 async fn settled(agent: &TestAgent, expected: (u16, &str)) {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, agent.addr.port()));
     let begin = std::time::Instant::now();
@@ -112,7 +112,7 @@ async fn settled(agent: &TestAgent, expected: (u16, &str)) {
     }
 }
 
-/// `true` lets the picker name addresses elsewhere, not on this machine.
+/// `true` lets the picker choose addresses on other machines, not on this one.
 #[tokio::test]
 async fn passthrough_excludes_own_machine_unless_listed() {
     let server = ModelServer::start(Options::default()).await.unwrap();

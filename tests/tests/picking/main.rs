@@ -1,5 +1,5 @@
-//! Requests through an agent that asks an endpoint picker, in this process and with steering off: where they go, what the
-//! picker is told, what it changes, and what happens when it fails.
+//! Requests through an agent with an EPP, in this process and with steering off: routing, the picker's messages and changes, and
+//! its failures.
 
 mod abrupt;
 mod bodies;
@@ -44,5 +44,5 @@ mod vanished;
 
 use std::time::Duration;
 
-/// Longest wait for what is to happen soon; a bound for a machine that is busy, not an expectation.
+/// Upper bound for events expected soon, with room for a busy machine.
 const SOON: Duration = Duration::from_secs(10);

@@ -14,7 +14,7 @@ use penstock_tests::{
 
 use crate::SOON;
 
-/// D13: the time to the pick, to the first token and between tokens, and the tokens.
+/// D13: the time to the pick, to the first token and between tokens, and the token counts.
 #[tokio::test]
 async fn request_times_and_tokens_match_client() {
     const THINKS: Duration = Duration::from_millis(100);
@@ -37,7 +37,7 @@ async fn request_times_and_tokens_match_client() {
 
     let of = |name: &str| stage.agent.metric(&format!("penstock_{name}"), &[]);
     eventually(SOON, || of("request_duration_seconds_count") == 1.0).await;
-    // The agent was done between the response's last byte and now.
+    // The agent finished between the response's last byte and now.
     let took = begin.elapsed().as_secs_f64();
     let seconds = |name: &str| {
         assert_eq!(of(&format!("{name}_count")), 1.0, "{name}");
@@ -48,7 +48,7 @@ async fn request_times_and_tokens_match_client() {
     let (between, all) = (seconds("time_per_output_chunk_seconds"), seconds("request_duration_seconds"));
     let shown = format!("pick {pick}, first {first}, between {between}, all {all}, took {took}");
     assert!(thinks <= pick && pick + interval <= first && first < all && all <= took, "{shown}");
-    // A mean over pieces, of which a few may hold more than one event, and the last come at once.
+    // A mean over pieces; a few may hold several events, and the last ones arrive together.
     assert!(interval / 4.0 <= between && between <= all - first, "{shown}");
     let tokens = |kind: &str| {
         let labels = [r#"gen_ai_response_model="m""#, &format!("gen_ai_token_type=\"{kind}\"")];
@@ -57,8 +57,8 @@ async fn request_times_and_tokens_match_client() {
     assert_eq!((tokens("input"), tokens("output")), (3, u64::from(TOKENS)));
 }
 
-/// Time to the first token, between tokens, and tokens a second, by model: the same of a stream that user space writes and of
-/// one of which it sees nothing. The bounds are those of the endpoint's pauses: a machine may be late, and never early.
+/// Time to first token, time between tokens and tokens per second by model, equal for a relayed and a steered stream. The bounds
+/// come from the endpoint's pauses: a machine may be late, never early.
 #[tokio::test]
 async fn event_stream_times_by_model_match_on_every_path() {
     tokio::join!(streams(SteeringMode::Off), streams(SteeringMode::Ingress));
@@ -82,7 +82,7 @@ async fn streams(mode: SteeringMode) {
         eventually(SOON, || agent.count("penstock_requests_total", &[]) == took.len() as u64 + 1).await;
         took.push(begin.elapsed().as_secs_f64());
     }
-    // What is no event stream has no tokens.
+    // Responses without events have no tokens.
     let mut client = Client::connect(agent.addr).await.unwrap();
     assert_eq!(client.request(&Request::get("/v1/models")).await.unwrap().status(), 200);
     eventually(SOON, || agent.count("penstock_requests_total", &[]) == took.len() as u64 + 1).await;
@@ -106,7 +106,7 @@ async fn streams(mode: SteeringMode) {
         let times = count as f64;
         // The endpoint pauses before its first token too.
         assert!(times * interval <= first.1 && first.1 < took, "{shown}");
-        // Three messages end a stream at once; and the first may be seen late, by three quarters of a stream at most.
+        // Three messages end a stream at once; the first may be seen late, by at most three quarters of a stream.
         let messages = f64::from(TOKENS + 3);
         let least = times * interval * f64::from(TOKENS - 1) / messages / 4.0;
         assert!(least <= between.1 && between.1 <= took - first.1, "{shown}");

@@ -1,4 +1,4 @@
-//! The model named in a request's body becomes a header, and what becomes of bodies that name none.
+//! The model in a request body becomes a header; bodies without a model.
 
 use penstock_agent::config::{Config, MissingModel};
 use penstock_tests::{
@@ -13,7 +13,7 @@ use crate::SOON;
 
 const MODEL: &str = "x-gateway-model-name";
 
-/// Takes any body, JSON or not.
+/// Accepts any body, JSON or not.
 fn first(all: &[std::net::SocketAddr]) -> impl Script + use<> {
     let picked = all[0].to_string();
     Answering::new(move |_| vec![reply::pick(&picked, &[])])
@@ -50,13 +50,13 @@ fn missing(rule: MissingModel) -> impl FnOnce(&mut Config) {
     |config| config.bbr.missing_model = rule
 }
 
-/// Of JSON bodies that named a model, named none, and named an empty one.
+/// Counts of JSON bodies with a model, without one, and with an empty one.
 fn counted(stage: &Stage) -> [u64; 3] {
     ["success", "body_field_not_found", "body_field_empty"]
         .map(|name| stage.agent.count(&format!("penstock_bbr_{name}_total"), &[]))
 }
 
-/// JSON without a model, with an empty one, and with what is no name.
+/// JSON without a model, with an empty one, and with one that is not a name.
 const NAMELESS: [&str; 4] = [r#"{"prompt":"p"}"#, r#"{"model":""}"#, r#"{"model":null}"#, r#"{"model":["m"]}"#];
 
 /// D11.
@@ -85,7 +85,7 @@ async fn missing_model_uses_default() {
     assert_eq!(counted(&stage), [1, 3, 1]);
 }
 
-/// D11: nobody is asked, and nothing sent on.
+/// D11: no picker is asked, and nothing is forwarded.
 #[tokio::test]
 async fn missing_model_is_rejected_if_configured() {
     let mut stage = Stage::with(first, missing(MissingModel::Reject)).await;
@@ -95,14 +95,14 @@ async fn missing_model_is_rejected_if_configured() {
         stage.client = Client::connect(stage.agent.addr).await.unwrap();
     }
     assert_eq!((stage.epp.streams_started(), stage.requests()), (0, (0, 0)));
-    // What has no JSON body is not concerned.
+    // Other bodies are unaffected.
     for request in [Request::get("/test/echo"), Request::post("/test/echo", "a=b"), echo(""), echo(json("llama", 10))] {
         assert_eq!(stage.request(&request).await.status(), 200);
     }
     assert_eq!(counted(&stage), [1, 3, 1]);
 }
 
-/// D11: as late as at the end of a long body, of which the picker has been told by then.
+/// D11: even at the end of a long body that the picker has received by then.
 #[tokio::test]
 async fn long_body_without_model_is_rejected_at_its_end() {
     let mut stage = Stage::with(first, missing(MissingModel::Reject)).await;
@@ -118,7 +118,7 @@ async fn long_body_without_model_is_rejected_at_its_end() {
     assert_eq!(stage.requests(), (0, 0));
 }
 
-/// D11: numbers and booleans by their text.
+/// D11: numbers and booleans become their text.
 #[tokio::test]
 async fn nonstring_model_becomes_its_text() {
     let mut stage = Stage::with(first, missing(MissingModel::Reject)).await;
@@ -127,7 +127,7 @@ async fn nonstring_model_becomes_its_text() {
     }
 }
 
-/// D11: the adapter's and the base model's own, for picker and endpoint; never a client's.
+/// D11: picker and endpoint get the adapter's name and its base model, never the client's value.
 #[tokio::test]
 async fn adapter_reports_its_base_model() {
     const BASE: &str = "x-gateway-base-model-name";
@@ -141,7 +141,7 @@ async fn adapter_reports_its_base_model() {
         (json("llama", 10), Some("llama"), Some("llama")),
         (json("other", 10), None, None),
         (r#"{"prompt":"p"}"#.into(), None, None),
-        // Known when the picker has been asked.
+        // The model is known only after the picker was asked.
         (late.into_bytes(), Some("llama"), None),
     ];
     for (stream, (body, to_endpoint, to_picker)) in rows.into_iter().enumerate() {
@@ -154,7 +154,7 @@ async fn adapter_reports_its_base_model() {
     }
 }
 
-/// D11: byte for byte, whatever is to become of JSON without a model.
+/// D11: byte for byte, whatever applies to JSON without a model.
 #[tokio::test]
 async fn body_without_json_passes_unchanged() {
     let mut stage = Stage::with(first, missing(MissingModel::Reject)).await;

@@ -1,4 +1,4 @@
-//! What pickers change of requests and responses, as the endpoint and the client see it.
+//! The picker's changes to requests and responses, as seen by endpoint and client.
 
 use bytes::Bytes;
 use penstock_proto::{
@@ -52,7 +52,7 @@ async fn request_fields_are_set_appended_and_removed() {
     assert!(all(&seen, reply::DESTINATION).is_empty());
 }
 
-/// E4: nor is the target.
+/// E4: the target is not changed either.
 #[tokio::test]
 async fn picker_changes_to_framing_and_host_are_ignored() {
     let mut stage = Stage::new(|all| {
@@ -76,7 +76,7 @@ async fn replaced_body_has_its_own_length() {
         Answering::new(move |_| [reply::pick(&picked, &[])].into_iter().chain(reply::request_body(&new)).collect())
     })
     .await;
-    // One message of body, several, and none with a length.
+    // A body of one message, of several, and without a length.
     for request in [echo(json("m", 100)), echo(json("m", 200_000)), echo("").chunked(json("m", 1000), 100)] {
         let seen = stage.request(&request).await.echoed();
         assert_eq!(all(&seen, "content-length"), [new.len().to_string()]);
@@ -147,7 +147,7 @@ async fn mutated_response_keeps_body_and_length() {
     assert_eq!(response.header("x-went-into-resp-headers"), Some("true"));
 }
 
-/// The first endpoint for requests without a body, and this mutation of request and response.
+/// Picks the first endpoint for requests without a body, with this mutation of request and response.
 struct Mutating {
     picked: String,
     mutation: HeaderMutation,
@@ -175,11 +175,11 @@ fn values(head: &Head, name: &str) -> Vec<String> {
     named.map(|(_, value)| value.clone()).collect()
 }
 
-/// E4: each way to set a field, on one that is there and on one that is not, in both directions.
+/// E4: each append action, on an existing and a missing field, in both directions.
 #[tokio::test]
 async fn every_append_action_applies_both_ways() {
     use HeaderAppendAction::{AddIfAbsent, AppendIfExistsOrAdd, OverwriteIfExists, OverwriteIfExistsOrAdd};
-    // append, action; what becomes of a field with the value "old", and of one that is missing
+    // Append action, then the results for a field with the value "old" and for a missing one.
     let rows: [(_, _, &[&str], &[&str]); 8] = [
         (None, AppendIfExistsOrAdd, &["new"], &["new"]),
         (Some(false), AppendIfExistsOrAdd, &["new"], &["new"]),
@@ -217,7 +217,7 @@ fn own(texts: &[&str]) -> Vec<String> {
     texts.iter().map(|text| (*text).to_owned()).collect()
 }
 
-/// E4: what says where a response ends and what becomes of its connection is not the picker's, whichever way it tries.
+/// E4: the picker cannot change framing and connection fields of a response, in any way it tries.
 #[tokio::test]
 async fn picker_changes_to_response_framing_are_ignored() {
     let fields = [

@@ -1,4 +1,4 @@
-//! Lists of endpoints in which some entries cannot be used: the others are, in their order.
+//! Endpoint lists with unusable entries: the others are used in order.
 
 use std::net::SocketAddr;
 
@@ -12,7 +12,7 @@ use penstock_tests::{
 
 use crate::SOON;
 
-/// `GOOD` stands for an endpoint of the pool.
+/// `GOOD` in the list stands for an endpoint of the pool.
 async fn stage(list: &'static str, by_metadata: bool, mode: FailureMode) -> Stage {
     let script = move |all: &[SocketAddr]| {
         let list = list.replace("GOOD", &all[1].to_string()).replace("PORT", &all[1].port().to_string());
@@ -76,7 +76,7 @@ async fn bare_ipv6_endpoint_is_found_in_pool() {
     }
 }
 
-/// A preflight is answered by an endpoint whatever the picker does, and the picker is not asked.
+/// An endpoint answers a preflight whatever the picker does, and the picker is not asked.
 #[tokio::test]
 async fn preflight_is_served_without_picker() {
     let mut stage = Stage::with(
@@ -96,7 +96,7 @@ async fn preflight_is_served_without_picker() {
         assert_eq!(stage.request(&preflight()).await.status(), 200);
     }
     assert_eq!(stage.epp.streams_started(), 0);
-    // Other OPTIONS are requests like any.
+    // Other OPTIONS requests are treated like any request.
     assert_eq!(stage.request(&Request::new("OPTIONS", "/test/echo")).await.status(), 500);
     eventually(SOON, || stage.epp.streams_started() == 1).await;
 }

@@ -1,4 +1,4 @@
-//! A picker behind a DNS name: each address is a replica, answers hold for their time, and nobody waits for DNS who need not.
+//! A picker behind a DNS name: each address is a replica, answers hold for their TTL, and only requests that need DNS wait for it.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -24,14 +24,14 @@ async fn endpoint() -> ModelServer {
     ModelServer::start(Default::default()).await.unwrap()
 }
 
-/// Replicas at one port of several addresses of this machine, as pods have it.
+/// Replicas on one port at several addresses of this machine, like pods.
 async fn pods(endpoint: &ModelServer, addresses: &[&str]) -> Vec<ScriptedEpp> {
     for _ in 0..10 {
         let mut pods: Vec<ScriptedEpp> = Vec::new();
         for address in addresses {
             let port = pods.first().map_or(0, |pod| pod.addr.port());
             let setup = Setup { address: SocketAddr::new(ip(address), port), ..Setup::default() };
-            // Somebody else may have that port at another address.
+            // Another process may use that port on another address.
             let Ok(pod) = ScriptedEpp::start_with(setup, Production::new(&[endpoint.addr])).await else { break };
             pods.push(pod);
         }
@@ -57,7 +57,7 @@ fn agent(endpoint: &ModelServer, dns: &DnsServer, port: u16, adjust: impl FnOnce
     })
 }
 
-/// Which of the pods is asked.
+/// The pod that gets the request.
 async fn asked(client: &mut Client, pods: &[ScriptedEpp]) -> IpAddr {
     let before: Vec<_> = pods.iter().map(ScriptedEpp::streams_started).collect();
     assert_eq!(client.request(&Request::get("/test/echo")).await.unwrap().status(), 200);
@@ -80,16 +80,16 @@ async fn resolved_addresses_become_replicas_in_sorted_order() {
     let mut client = Client::connect(agent.addr).await.unwrap();
     assert_eq!(asked(&mut client, &pods).await, three);
     assert_eq!(replicas(&agent), 2);
-    // One comes, and the order is the same for every agent, whenever it looked.
+    // A replica is added; the order is the same for every agent, whenever it looked up the name.
     dns.set(NAME, &[three, two, four], LONG);
     eventually(SOON, || replicas(&agent) == 3).await;
     assert_eq!(asked(&mut client, &pods).await, two);
-    // One goes. Its connection is of no use any more.
+    // A replica is removed, and its connection with it.
     dns.set(NAME, &[three, four], LONG);
     eventually(SOON, || replicas(&agent) == 2).await;
     assert_eq!(asked(&mut client, &pods).await, three);
     eventually(SOON, || pods[0].connections_open() == 0).await;
-    // What is not answered changes nothing.
+    // A failed lookup changes nothing.
     dns.remove(NAME);
     let before = dns.queries(NAME);
     eventually(SOON, || dns.queries(NAME) > before).await;
@@ -99,7 +99,7 @@ async fn resolved_addresses_become_replicas_in_sorted_order() {
     assert_eq!(agent.count("penstock_epp_failures_total", &[]), 0);
 }
 
-/// E17: answers hold for their time, whatever the number of requests.
+/// E17: answers hold for their TTL, whatever the number of requests.
 #[tokio::test]
 async fn name_is_resolved_again_after_ttl() {
     let (endpoint, dns) = (endpoint().await, DnsServer::start().await.unwrap());
@@ -121,7 +121,7 @@ async fn name_is_resolved_again_after_ttl() {
     assert_eq!(dns.queries(NAME), second);
 }
 
-/// E17: a picker that is started elsewhere is found before its old address's time is over.
+/// E17: a picker that moved is found before the TTL of its old address ends.
 #[tokio::test]
 async fn failed_replica_triggers_immediate_lookup() {
     let (endpoint, dns) = (endpoint().await, DnsServer::start().await.unwrap());
@@ -137,7 +137,7 @@ async fn failed_replica_triggers_immediate_lookup() {
     assert_eq!(asked(&mut client, &pods).await, ip("127.0.0.3"));
 }
 
-/// E11, E13: DNS that says nothing holds requests up for `connect_timeout`, and the worker not at all.
+/// E11, E13: a silent DNS server delays requests by `connect_timeout`, and never blocks the worker.
 #[tokio::test]
 async fn unanswered_name_fails_after_connect_timeout() {
     const CONNECT: Duration = Duration::from_secs(1);
@@ -157,7 +157,7 @@ async fn unanswered_name_fails_after_connect_timeout() {
     assert_eq!(agent.count("penstock_epp_failures_total", &[r#"reason="unresolved""#]), 20);
 }
 
-/// E13: the decision's deadline holds while a name is looked up.
+/// E13: the decision deadline holds during a lookup.
 #[tokio::test]
 async fn decision_deadline_holds_during_lookup() {
     const DECISION: Duration = Duration::from_millis(200);
@@ -174,7 +174,7 @@ async fn decision_deadline_holds_during_lookup() {
     assert_eq!(agent.count("penstock_epp_failures_total", &[r#"reason="deadline""#]), 1);
 }
 
-/// A name that does not exist is known not to, and nobody waits for it.
+/// A nonexistent name is known to be so, and no request waits for it.
 #[tokio::test]
 async fn nonexistent_name_fails_at_once() {
     let (endpoint, dns) = (endpoint().await, DnsServer::start().await.unwrap());

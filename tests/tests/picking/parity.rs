@@ -1,4 +1,4 @@
-//! What the nginx module ngx-inference does, and where it falls short of it: the rest of its list is tested elsewhere
+//! What the nginx module ngx-inference does, and its shortcomings. The rest of its feature list is tested elsewhere
 //! (`docs/configuration.md` says where).
 
 use penstock_agent::config::{Config, Picker};
@@ -10,7 +10,7 @@ use penstock_tests::{
     stage::{echo, json},
 };
 
-/// Its test matrix: reading the model, and asking a picker, each on and off.
+/// The module's test matrix: reading the model and asking a picker, each on and off.
 #[tokio::test]
 async fn every_combination_of_model_and_picker_is_served() {
     for (reads_model, asks) in [(false, false), (false, true), (true, false), (true, true)] {
@@ -31,7 +31,7 @@ async fn every_combination_of_model_and_picker_is_served() {
     }
 }
 
-/// Its locations cannot switch off what the server switched on.
+/// The module's locations cannot switch off what the server enables.
 #[tokio::test]
 async fn pool_without_picker_coexists_with_pool_with_picker() {
     let mut stage = Stage::with(Production::new, |config| {
@@ -53,8 +53,8 @@ async fn pool_without_picker_coexists_with_pool_with_picker() {
     }
 }
 
-/// Its picks are found by a timer of 10 ms, so that none takes less. Here most take a fraction of that; a few of many are
-/// enough to tell, on a machine that is busy.
+/// The module polls for picks every 10 ms, so none takes less. Here most take a fraction of that; a few fast ones are enough as
+/// proof on a busy machine.
 #[tokio::test]
 async fn pick_is_used_without_timer_delay() {
     let mut stage = Stage::new(Production::new).await;
@@ -68,7 +68,7 @@ async fn pick_is_used_without_timer_delay() {
     panic!("of a thousand picks not ten took less than 5 ms");
 }
 
-/// It puts values where text goes, which bytes beyond UTF-8 do not survive.
+/// The module treats values as text, which damages bytes beyond UTF-8.
 #[tokio::test]
 async fn field_values_are_forwarded_as_bytes() {
     let mut stage = Stage::new(Production::new).await;

@@ -1,5 +1,5 @@
-//! When the picker does not answer at once, or not at all: the decision's deadline, the second question on a fresh
-//! connection, and where a pool that opens sends requests.
+//! Slow and silent pickers: the decision deadline, the second attempt on a new connection, and the destination of a pool that
+//! fails open.
 
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use penstock_tests::{
 
 use crate::SOON;
 
-/// E13: apart from the timeout of connecting.
+/// E13: separate from the connect timeout.
 #[tokio::test]
 async fn decision_over_deadline_fails() {
     let mut stage = Stage::with(
@@ -38,7 +38,7 @@ async fn decision_within_deadline_is_awaited() {
     assert_eq!(stage.request(&echo(json("m", 10))).await.status(), 200);
 }
 
-/// E13: `off` waits for as long as it takes, and for no longer than the client does.
+/// E13: `off` waits as long as the decision takes and the client stays.
 #[tokio::test]
 async fn decision_without_deadline_is_awaited_until_client_leaves() {
     for (timeout, status) in [(Some(Duration::from_millis(100)), 503), (None, 200)] {
@@ -50,7 +50,7 @@ async fn decision_without_deadline_is_awaited_until_client_leaves() {
         .await;
         assert_eq!(stage.request(&echo(json("m", 10))).await.status(), status, "{timeout:?}");
     }
-    // One that takes nothing holds up the upload, too.
+    // A picker that does not read stalls the upload too.
     let silent = Fault::At(Moment::RequestHeaders, Harm::Silence);
     let stage =
         Stage::with(|all| Faulty::new(Production::new(all), silent), |config| epp(config).decision_timeout = None)
@@ -59,7 +59,7 @@ async fn decision_without_deadline_is_awaited_until_client_leaves() {
         let mut client = penstock_tests::Client::connect(stage.agent.addr).await.unwrap();
         let begun = stage.epp.streams_started();
         let wire = echo(body).wire("agent");
-        // All of the larger one is more than there is room for.
+        // The whole larger body exceeds the buffers.
         tokio::select! {
             () = async { drop(client.send_raw(&wire).await) } => {}
             () = eventually(SOON, || stage.epp.streams_started() > begun) => {}
@@ -71,7 +71,7 @@ async fn decision_without_deadline_is_awaited_until_client_leaves() {
     eventually(SOON, || stage.agent.metric("penstock_active_requests", &[]) == 0.0).await;
 }
 
-/// D10: the time for the whole request holds while the picker thinks, and is nothing to open for.
+/// D10: the request timeout applies while the picker decides, and does not trigger fail-open.
 #[tokio::test]
 async fn request_timeout_holds_during_decision() {
     let silent = Fault::At(Moment::RequestHeaders, Harm::Silence);
@@ -90,11 +90,11 @@ async fn request_timeout_holds_during_decision() {
     assert!(begin.elapsed() >= Duration::from_millis(300) && begin.elapsed() < SOON);
     eventually(SOON, || stage.epp.streams_ended(StreamEnd::Cancelled) == 1).await;
     assert_eq!(stage.requests(), (0, 0));
-    // The next on the connection has a time of its own.
+    // The next request of the connection has its own total timeout.
     assert_eq!(stage.request(&echo(json("m", 10))).await.status(), 200);
 }
 
-/// E10, D10: an endpoint that does not accept in time is passed over like one that refuses.
+/// E10, D10: an endpoint that accepts no connection in time is skipped like one that refuses.
 #[tokio::test]
 async fn unreachable_first_choice_is_followed_by_second() {
     let deaf = Deaf::new().unwrap();
@@ -129,7 +129,7 @@ async fn fail_open_uses_default_upstream() {
     assert_eq!(stage.requests(), (0, 0));
 }
 
-/// With failure mode closed, so that only a second question can save the request.
+/// Fails closed, so that only a second attempt can save the request.
 async fn asked_again_after(fault: Fault, connections: u64) {
     let mut stage = Stage::new(|all| Faulty::new(Production::new(all), fault).times(1)).await;
     let body = json("m", 1 << 20);
@@ -148,7 +148,7 @@ async fn lost_picker_connection_is_replaced_and_pick_repeated() {
     asked_again_after(Fault::At(Moment::RequestBody(1 << 19), Harm::ResetConnection), 2).await;
 }
 
-/// Those without a decision are asked again: one bad stream fails nobody else.
+/// Undecided requests are asked again: one bad stream fails no other request.
 #[tokio::test]
 async fn stream_reset_fails_no_other_request() {
     let fault = Fault::At(Moment::RequestBody(1 << 10), Harm::ResetConnection);

@@ -1,5 +1,4 @@
-//! Connections that stay with the endpoint picked for their first request: one pick, every byte both ways, on each path, and
-//! each of the ends that such a connection may have.
+//! Pinned connections: one pick, every byte in both directions on each path, and each way such a connection can end.
 
 use std::time::Duration;
 
@@ -39,7 +38,7 @@ impl Rig {
         Self { agent, epp, endpoints }
     }
 
-    /// A connection with its first response behind it.
+    /// A connection after its first response.
     async fn pinned(&self) -> Client {
         let mut client = Client::connect(self.agent.addr).await.unwrap();
         exchange(&mut client, &plan(Framing::ContentLength, 1000, 1)).await;
@@ -63,7 +62,7 @@ fn plan(framing: Framing, size: u64, stream_id: u64) -> Plan {
     Plan { framing, size, stream_id, ..Plan::default() }
 }
 
-/// As above, held up in the middle, so that the kernel has the flow when the rest comes.
+/// Like `plan`, with a pause in the middle, so that the flow is armed when the rest arrives.
 fn paused(framing: Framing, size: u64, stream_id: u64) -> Plan {
     Plan {
         writes: Lengths::Random { seed: stream_id, max: 10_000 },
@@ -72,7 +71,7 @@ fn paused(framing: Framing, size: u64, stream_id: u64) -> Plan {
     }
 }
 
-/// Gives the endpoint that answered.
+/// Returns the endpoint that responded.
 async fn exchange(client: &mut Client, plan: &Plan) -> std::net::SocketAddr {
     let response = client.request(&plan.request()).await.unwrap();
     plan.checker().feed(&response.body).unwrap();
@@ -80,7 +79,7 @@ async fn exchange(client: &mut Client, plan: &Plan) -> std::net::SocketAddr {
     response.served_by().unwrap()
 }
 
-/// One pick for all that a connection asks; the next connection is picked for anew.
+/// One pick for all requests of a connection; the next connection gets a new pick.
 #[tokio::test]
 async fn connection_stays_with_its_endpoint() {
     for mode in MODES {
@@ -91,7 +90,7 @@ async fn connection_stays_with_its_endpoint() {
             assert_eq!(exchange(&mut first, &paused(framing, 100_000, turn as u64)).await, home);
         }
         assert_eq!(rig.epp.streams_started(), 1);
-        // Bodies both ways, one of them large.
+        // Bodies in both directions, one of them large.
         let body = Alphabet::Text.bytes(9, 0, 1 << 20);
         let echo = first.request(&Request::post("/test/echo", body.clone())).await.unwrap().echoed();
         assert_eq!((echo.body_length, echo.body_hash), (body.len() as u64, Fnv::of(&body).value()), "{mode:?}");
@@ -108,7 +107,7 @@ async fn connection_stays_with_its_endpoint() {
     }
 }
 
-/// What the client has sent behind its first request belongs to the endpoint too.
+/// Bytes that the client sent after its first request reach the endpoint too.
 #[tokio::test]
 async fn pipelined_requests_reach_endpoint() {
     for mode in MODES {
@@ -128,7 +127,7 @@ async fn pipelined_requests_reach_endpoint() {
     }
 }
 
-/// The endpoint's end is the client's, behind the last byte; its reset is one.
+/// The endpoint's close reaches the client after the last byte, and its reset as a reset.
 #[tokio::test]
 async fn endpoint_close_or_reset_reaches_client() {
     for mode in MODES {
@@ -166,8 +165,8 @@ async fn client_reset_reaches_endpoint() {
     }
 }
 
-/// At the end of its age a connection is closed as soon as nothing moves; what is being sent then is sent whole. Where a message
-/// ends nobody knows, so that the end must not look like one in order.
+/// At its maximum age a connection closes once it is quiet; data in transit is delivered first. The agent does not know message
+/// ends, so the close must not look orderly.
 #[tokio::test]
 async fn pin_over_max_age_ends_when_quiet() {
     for mode in MODES {
@@ -181,7 +180,7 @@ async fn pin_over_max_age_ends_when_quiet() {
     }
 }
 
-/// So does one whose endpoint drains, and all when the agent does.
+/// A drain of the endpoint ends its pins; a drain of the agent ends all.
 #[tokio::test]
 async fn pin_ends_when_endpoint_or_agent_drains() {
     for mode in [SteeringMode::Off, SteeringMode::Auto] {
@@ -204,7 +203,7 @@ async fn pin_ends_when_endpoint_or_agent_drains() {
     }
 }
 
-/// A connection on which nothing moves for the idle time is broken off.
+/// A connection without traffic for the idle timeout is broken off.
 #[tokio::test]
 async fn idle_pin_is_broken_off() {
     for mode in MODES {

@@ -1,5 +1,5 @@
-//! Several replicas of one picker: who is asked, who is asked next, and that no request is lost when they change places, die or
-//! go away.
+//! Several replicas of one EPP: the order in which they are asked, and that no request is lost when they swap roles, die or
+//! restart.
 
 use std::{
     net::SocketAddr,
@@ -29,14 +29,14 @@ use tonic::{Code, Status};
 
 use crate::SOON;
 
-/// Between two checks of health.
+/// The interval between health checks.
 const INTERVAL: Duration = Duration::from_millis(50);
 
 async fn endpoint() -> ModelServer {
     ModelServer::start(Default::default()).await.unwrap()
 }
 
-/// Over one endpoint, with these replicas of a picker in this order; fails closed. Without checks of health.
+/// One endpoint and these replicas of an EPP, in this order; fails closed, without health checks.
 fn agent(endpoint: &ModelServer, epps: &[SocketAddr], adjust: impl FnOnce(&mut Config)) -> TestAgent {
     TestAgent::start(epps_pool(&[endpoint.addr], epps, FailureMode::Closed), SteeringMode::Off, adjust)
 }
@@ -57,7 +57,7 @@ fn failures(agent: &TestAgent) -> u64 {
     agent.count("penstock_epp_failures_total", &[])
 }
 
-/// One after the other; returns how many streams each replica has seen since the test began.
+/// Sends requests one after another; returns how many streams each replica has seen since the test began.
 async fn ask(agent: &TestAgent, requests: usize, epps: &[&ScriptedEpp]) -> Vec<usize> {
     let mut client = Client::connect(agent.addr).await.unwrap();
     for _ in 0..requests {
@@ -66,7 +66,7 @@ async fn ask(agent: &TestAgent, requests: usize, epps: &[&ScriptedEpp]) -> Vec<u
     epps.iter().map(|epp| epp.streams_started()).collect()
 }
 
-/// Says this of its health.
+/// Answers health checks with this status.
 struct Says<S>(S, Result<ServingStatus, Code>);
 
 #[tonic::async_trait]
@@ -88,7 +88,7 @@ impl<S: Script> Script for Says<S> {
     }
 }
 
-/// E17: what a replica says of its health decides whether it is asked first. What knows nothing of health is taken to serve.
+/// E17: a replica's health decides whether it is asked first. One without a health service is taken to serve.
 #[tokio::test]
 async fn replica_not_serving_is_avoided() {
     use ServingStatus::{NotServing, ServiceUnknown, Serving, Unknown};
@@ -108,14 +108,14 @@ async fn replica_not_serving_is_avoided() {
         let second = ScriptedEpp::start(inner()).await.unwrap();
         let agent = agent(&endpoint, &[first.addr, second.addr], checked);
         eventually(SOON, || is(&agent, first.addr, state) && is(&agent, second.addr, "serving")).await;
-        // Of two that serve the first gets everything.
+        // Of two serving replicas, the first gets everything.
         let expected = if is_asked { [10, 0] } else { [0, 10] };
         assert_eq!(ask(&agent, 10, &[&first, &second]).await, expected, "{health:?}");
         assert_eq!(first.health_checks()[0], "envoy.service.ext_proc.v3.ExternalProcessor");
     }
 }
 
-/// E17: one that is stuck is found out by its health, not by requests.
+/// E17: health checks, not requests, detect a hung replica.
 #[tokio::test]
 async fn silent_replica_is_avoided() {
     struct Deaf(Arc<AtomicBool>, Production);
@@ -143,7 +143,7 @@ async fn silent_replica_is_avoided() {
     let second = ScriptedEpp::start(inner()).await.unwrap();
     let agent = agent(&endpoint, &[first.addr, second.addr], |config| {
         checked(config);
-        // Also the time for a health answer: the second replica must not miss it on a busy machine.
+        // Also the health-check timeout: the second replica must meet it on a busy machine.
         epp(config).connect_timeout = Duration::from_secs(1);
     });
     eventually(SOON, || is(&agent, first.addr, "unreachable")).await;
@@ -154,7 +154,7 @@ async fn silent_replica_is_avoided() {
     assert_eq!(failures(&agent), 0);
 }
 
-/// E17: health decides the order, not whether anybody is asked.
+/// E17: health decides the order, not whether a replica is asked at all.
 #[tokio::test]
 async fn replicas_all_unhealthy_are_still_asked() {
     let endpoint = endpoint().await;
@@ -175,7 +175,7 @@ async fn replicas_all_unhealthy_are_still_asked() {
     assert_eq!(failures(&agent), 0);
 }
 
-/// E17: the light picker has its own name for its health, and a port for it.
+/// E17: the light picker has its own health service name and port.
 #[tokio::test]
 async fn health_service_name_and_port_are_configurable() {
     let endpoint = endpoint().await;
@@ -192,7 +192,7 @@ async fn health_service_name_and_port_are_configurable() {
     assert_eq!(ask(&agent, 1, &[&picker]).await, [1]);
 }
 
-/// E17: checks come from one place, on a connection that stays, and not from each worker.
+/// E17: checks come from one place over one persistent connection, not from each worker.
 #[tokio::test]
 async fn replica_is_checked_once_for_all_workers() {
     let endpoint = endpoint().await;
@@ -207,7 +207,7 @@ async fn replica_is_checked_once_for_all_workers() {
     assert_eq!(picker.connections_accepted(), 1);
 }
 
-/// A request whose first replica fails in this way, before a decision; the metric's reason.
+/// Sends a request whose first replica fails like this before a decision; `reason` is the metric's label.
 async fn goes_to_the_next(fault: Option<Fault>, reasons: &[&str]) {
     let (endpoint, refusing) = (endpoint().await, Refusing::new().unwrap());
     let inner = || Production::new(&[endpoint.addr]);
@@ -224,14 +224,13 @@ async fn goes_to_the_next(fault: Option<Fault>, reasons: &[&str]) {
     );
     let counted: u64 = reasons.iter().map(|reason| asked_again(&agent, reason)).sum();
     assert!(counted >= 1 && counted == agent.count("penstock_epp_asked_again_total", &[]), "{fault:?}: {counted}");
-    // It is not the first to be asked now.
+    // The failed replica is no longer asked first.
     let seen = first.streams_started();
     assert_eq!(ask(&agent, 5, &[&first, &second]).await, [seen, 6], "{fault:?}");
     assert_eq!(failures(&agent), 0, "{fault:?}");
 }
 
-/// E17, §8: refused, reset, going away, UNAVAILABLE: whatever comes before a decision, the next replica is asked, with the whole
-/// of the body.
+/// E17: after a refusal, reset, GOAWAY or UNAVAILABLE before a decision, the next replica is asked, with the whole body.
 #[tokio::test]
 async fn undecided_request_is_retried_on_next_replica() {
     let half = Moment::RequestBody(1 << 19);
@@ -244,7 +243,7 @@ async fn undecided_request_is_retried_on_next_replica() {
     }
 }
 
-/// What is the picker's answer, or takes all the time there is, is nobody else's to say. E13.
+/// E13: the picker's own answer, or one that uses up the deadline, is not asked for again.
 #[tokio::test]
 async fn decided_request_is_not_retried() {
     const DECISION: Duration = Duration::from_millis(300);
@@ -273,10 +272,10 @@ async fn decided_request_is_not_retried() {
 /// E13: one deadline, however many replicas are asked.
 #[tokio::test]
 async fn decision_deadline_spans_all_replicas() {
-    // Long enough that a busy machine does not turn one question into none or three.
+    // Long enough that a busy machine does not turn one attempt into none or three.
     const DECISION: Duration = Duration::from_secs(3);
     let endpoint = endpoint().await;
-    // Each takes most of the time before it refuses.
+    // Each replica uses most of the deadline before it refuses.
     let mut epps = Vec::new();
     for _ in 0..3 {
         let slow = Faulty::new(
@@ -296,7 +295,7 @@ async fn decision_deadline_spans_all_replicas() {
     assert_eq!((epps[1].streams_started(), epps[2].streams_started()), (1, 0));
 }
 
-/// Requests one after the other on each of some connections, every one of which has to be answered.
+/// Sends requests one after another on each of several connections; each must be answered.
 struct Load {
     stop: Arc<AtomicBool>,
     answered: Vec<Arc<AtomicU64>>,
@@ -322,7 +321,7 @@ impl Load {
         Self { clients: answered.iter().map(client).collect(), stop, answered }
     }
 
-    /// Waits until on each connection so many more have been answered: with two, one of them has begun meanwhile.
+    /// Waits until each connection has this many more answers: with two, one request began in between.
     async fn more(&self, requests: u64) {
         let enough: Vec<u64> = self.answered.iter().map(|answered| answered.load(Relaxed) + requests).collect();
         eventually(SOON, || {
@@ -340,7 +339,7 @@ impl Load {
     }
 }
 
-/// One that takes a moment, so that requests are under way whenever something happens to it.
+/// A picker that takes a moment, so that requests are always running during a change.
 fn thoughtful(endpoint: &ModelServer) -> impl Script {
     let thinks = Fault::At(Moment::RequestBody(usize::MAX), Harm::Delay(Duration::from_millis(3)));
     Faulty::new(Production::new(&[endpoint.addr]), thinks)
@@ -351,7 +350,7 @@ async fn elected(endpoint: &ModelServer, election: &Election, follower: Follower
     [ScriptedEpp::start(replica(0)).await.unwrap(), ScriptedEpp::start(replica(1)).await.unwrap()]
 }
 
-/// E17: leaders change under load. Those who lead no more refuse at once, before anybody has asked for their health.
+/// E17: leader changes under load. A former leader refuses at once, before any health check.
 #[tokio::test]
 async fn leader_change_loses_no_request() {
     let (endpoint, election) = (endpoint().await, Election::default());
@@ -365,7 +364,7 @@ async fn leader_change_loses_no_request() {
         load.more(2).await;
         eventually(SOON, || is(&agent, epps[leader].addr, "serving") && is(&agent, epps[follower].addr, "not_serving"))
             .await;
-        // What had been sent there before is answered by now.
+        // Requests sent there before are answered by now.
         load.more(2).await;
         let refused = epps[follower].streams_started();
         load.more(5).await;
@@ -376,7 +375,7 @@ async fn leader_change_loses_no_request() {
     assert!(asked_again(&agent, "unavailable") > 0);
 }
 
-/// E17: what a follower answers is its answer; from then on the leader is asked, however long it is to the next check.
+/// E17: a follower's reply is its reply; from then on the leader is asked, without waiting for the next check.
 #[tokio::test]
 async fn immediate_503_triggers_health_checks() {
     let (endpoint, election) = (endpoint().await, Election::default());
@@ -397,7 +396,7 @@ async fn immediate_503_triggers_health_checks() {
     }
 }
 
-/// E17, E20: the leader is killed under load, and a response that it has picked for flows on.
+/// E17, E20: the leader is killed under load, and a response that it picked for continues.
 #[tokio::test]
 async fn leader_death_loses_no_request() {
     let (endpoint, election) = (endpoint().await, Election::default());
@@ -429,7 +428,7 @@ async fn leader_death_loses_no_request() {
     assert_eq!(failures(&agent), 0);
 }
 
-/// §7.1: GOAWAY under load. Streams that the server has taken finish where they are, the others go to a new connection.
+/// GOAWAY under load: accepted streams finish where they are, others use a new connection.
 #[tokio::test]
 async fn goaway_loses_no_request() {
     let endpoint = endpoint().await;
@@ -453,7 +452,7 @@ async fn goaway_loses_no_request() {
     let mut checker = plan.checker();
     flowing.read_body(Pace::Fast, |bytes| Ok(checker.feed(bytes)?)).await.unwrap();
     assert_eq!(checker.offset(), plan.size);
-    // Every stream, that of the response which outlived its connection's server too, has ended in order.
+    // Every stream closed orderly, including that of the response which outlived its connection's server.
     eventually(SOON, || epp.streams_open() == 0).await;
     assert_eq!(epp.streams_ended(StreamEnd::HalfClosed), epp.streams_started());
 }

@@ -1,4 +1,4 @@
-//! Requests that an endpoint does not answer: which of them go on to the next endpoint, and how often.
+//! Retries: which unanswered requests go to the next endpoint, and how often.
 
 use std::io::{Read as _, Write as _};
 use std::net::SocketAddr;
@@ -16,7 +16,7 @@ use penstock_tests::{ModelServer, Refusing, eventually, model_server::Options};
 use crate::SOON;
 use crate::abrupt::{Abrupt, Act, Turn};
 
-/// No ejection, so that a list stays as the picker gave it.
+/// No ejection, so that a list keeps the picker's order.
 fn unmoved(config: &mut Config) {
     config.pools[0].ejection.failures = 0;
 }
@@ -28,7 +28,7 @@ fn retry(attempts: u32, budget_percent: u32, budget_min_per_second: u32) -> impl
     }
 }
 
-/// Always the same list.
+/// Always returns the same list.
 fn list(endpoints: &[SocketAddr]) -> impl Script + use<> {
     let named = endpoints.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
     Answering::new(move |_| vec![reply::pick(&named, &[])])
@@ -41,7 +41,7 @@ struct Scene {
 }
 
 impl Scene {
-    /// A picker that always names these.
+    /// A picker that always names these endpoints.
     async fn new(endpoints: &[SocketAddr], adjust: impl FnOnce(&mut Config)) -> Self {
         let epp = ScriptedEpp::start(list(endpoints)).await.unwrap();
         let agent = TestAgent::start(epp_pool(endpoints, epp.addr, FailureMode::Closed), SteeringMode::Off, adjust);
@@ -70,10 +70,10 @@ async fn model_server() -> ModelServer {
     ModelServer::start(Options::default()).await.unwrap()
 }
 
-/// How a request is treated that its endpoint has acknowledged.
+/// What an acknowledged request's endpoint does next.
 const ENDS: [fn() -> Act; 3] = [|| Act::Close, || Act::Reset, || Act::Snap];
 
-/// E10, D5, and E8: what is reported as served is what answered.
+/// E10, D5, E8: the endpoint that answered is reported as served.
 #[tokio::test]
 async fn acknowledged_idempotent_request_is_retried_on_next_endpoint() {
     for act in ENDS {
@@ -92,7 +92,7 @@ async fn acknowledged_idempotent_request_is_retried_on_next_endpoint() {
     }
 }
 
-/// Whatever its size, and wherever else it could go: a byte of it has been acknowledged.
+/// For any size and any further endpoints: a byte of the request has been acknowledged.
 #[tokio::test]
 async fn acknowledged_post_is_executed_once() {
     for act in ENDS {
@@ -107,7 +107,7 @@ async fn acknowledged_post_is_executed_once() {
     }
 }
 
-/// Also by a connection that was kept, which is not the race that such connections are in: the endpoint has taken it.
+/// Also on a kept connection: this is not the usual race of such connections, because the endpoint has the request.
 #[tokio::test]
 async fn acknowledged_post_on_kept_connection_is_executed_once() {
     let ends: [fn() -> Act; 2] = [|| Act::Close, || Act::Reset];
@@ -129,7 +129,7 @@ async fn acknowledged_post_on_kept_connection_is_executed_once() {
     }
 }
 
-/// `retry.methods` is the pool's word on what is idempotent there.
+/// `retry.methods` defines which methods are idempotent in the pool.
 #[tokio::test]
 async fn retry_methods_are_configurable() {
     let (abrupt, good) = (Abrupt::start(|_| Act::Close).await, model_server().await);
@@ -144,7 +144,7 @@ async fn retry_methods_are_configurable() {
     assert_eq!((abrupt.requests(), good.requests(), scene.refused("method")), (2, 1, 1));
 }
 
-/// D5: also in the middle of a long list, after one that cannot be reached.
+/// D5: also in the middle of a long list, after an unreachable endpoint.
 #[tokio::test]
 async fn picker_list_is_walked_in_order() {
     let (dead, abrupt, good) = (Refusing::new().unwrap(), Abrupt::start(|_| Act::Close).await, model_server().await);
@@ -165,7 +165,7 @@ async fn response_after_first_byte_is_not_retried() {
     assert_eq!(scene.agent.count("penstock_endpoint_retries_total", &[]), 0);
 }
 
-/// D5, D10: it may be at work.
+/// D5, D10: the endpoint may be executing it.
 #[tokio::test]
 async fn first_byte_timeout_is_not_retried() {
     let (silent, good) = (Abrupt::start(|_| Act::Silence).await, model_server().await);
@@ -179,7 +179,7 @@ async fn first_byte_timeout_is_not_retried() {
     assert_eq!(good.requests(), 0);
 }
 
-/// D5: they are executions, so that with none of them there is exactly one.
+/// D5: attempts count executions, so with zero retries there is exactly one.
 #[tokio::test]
 async fn attempts_are_limited() {
     for attempts in [0, 1, 2] {
@@ -197,7 +197,7 @@ async fn attempts_are_limited() {
     }
 }
 
-/// D5: ten seconds' worth of one a second, and no part of the requests.
+/// D5: ten seconds' worth at one per second, with no share of the requests.
 #[tokio::test]
 async fn retries_are_limited_by_budget() {
     let (abrupt, good) = (Abrupt::start(|_| Act::Close).await, model_server().await);
@@ -211,7 +211,7 @@ async fn retries_are_limited_by_budget() {
     assert_eq!((good.requests(), scene.refused("budget")), (answered, 30 - answered));
 }
 
-/// D5: nothing was sent, so there is nothing to limit.
+/// D5: nothing was sent, so nothing counts.
 #[tokio::test]
 async fn failed_connects_use_no_budget() {
     let dead: Vec<_> = (0..5).map(|_| Refusing::new().unwrap()).collect();
@@ -224,7 +224,7 @@ async fn failed_connects_use_no_budget() {
     assert_eq!((scene.retries("connect"), scene.fallbacks("5")), (100, 20));
 }
 
-/// D5: the built-in picker and a pool that fails open have lists, too.
+/// D5: the built-in picker and a pool that fails open have lists too.
 #[tokio::test]
 async fn builtin_and_fail_open_picks_are_retried() {
     let (abrupt, good) = (Abrupt::start(|_| Act::Close).await, model_server().await);
@@ -243,7 +243,7 @@ async fn builtin_and_fail_open_picks_are_retried() {
     assert!(abrupt.requests() > 0);
 }
 
-/// What no request may fail of: it costs nothing, and there is nowhere else to go.
+/// A single endpoint: such a retry uses no budget and has no other endpoint to go to.
 async fn one_endpoint(act: impl Fn(Turn) -> Act + Send + Sync + 'static) -> (Abrupt, Scene) {
     let abrupt = Abrupt::start(act).await;
     let scene = Scene::new(&[abrupt.addr], retry(0, 0, 0)).await;
@@ -252,7 +252,7 @@ async fn one_endpoint(act: impl Fn(Turn) -> Act + Send + Sync + 'static) -> (Abr
 
 const TIMES: u64 = 300;
 
-/// D3, D4: nothing of the request was acknowledged, so it goes out again whatever its method, and costs nothing.
+/// D3, D4: no byte of the request was acknowledged, so it is sent again whatever its method, without using budget.
 #[tokio::test]
 async fn stale_kept_connections_are_replaced() {
     let (abrupt, mut scene) = one_endpoint(|_| Act::AnswerAndVanish).await;
@@ -264,7 +264,7 @@ async fn stale_kept_connections_are_replaced() {
     assert_eq!(abrupt.requests() as u64, TIMES);
 }
 
-/// Answers one request on each connection and closes it when it is told to: so long after it was told.
+/// Answers one request per connection and closes it when told to, after the given delay.
 fn closing(told: Receiver<Duration>) -> SocketAddr {
     let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let addr = listener.local_addr().unwrap();
@@ -288,9 +288,9 @@ fn closing(told: Receiver<Duration>) -> SocketAddr {
     addr
 }
 
-/// D3, D4: whatever was acknowledged in that moment, a request that may be executed again is answered. Where the agent found the
-/// connection closed it is closed later the next time, and where the agent had used it
-/// earlier, so that the one comes as close to the other as can be.
+/// D3, D4: an idempotent request is answered, whatever was acknowledged at that moment. The delay of the close adapts: later if the
+/// agent found the connection closed, earlier if it used the connection, so that close and request come as close together as
+/// possible.
 #[tokio::test]
 async fn kept_connection_closing_under_request_is_replaced() {
     let (tell, told) = std::sync::mpsc::channel();
@@ -321,7 +321,7 @@ async fn kept_connection_closing_under_request_is_replaced() {
     assert!(found_closed > 20 && before > 20, "{found_closed} {before}");
 }
 
-/// D5: what endpoints die of goes no further than its attempts.
+/// D5: a request that kills endpoints reaches no more of them than its attempts.
 #[tokio::test]
 async fn request_killing_endpoints_stops_at_attempt_limit() {
     let mortal = |turn: Turn| if turn.connection == 1 && turn.request == 1 { Act::Answer } else { Act::Close };

@@ -1,4 +1,4 @@
-//! Which pool a request goes to: by its head, by what its body names, and by shares.
+//! Route selection: by head, by the model in the body, and by weight.
 
 use std::net::SocketAddr;
 
@@ -14,7 +14,7 @@ use penstock_tests::{
 
 use crate::SOON;
 
-/// An agent with a pool for each of `names`, each over a server of its own, and what `text` says besides.
+/// An agent with a pool for each of `names`, each with its own server, and the further configuration `text`.
 struct Pools {
     agent: TestAgent,
     client: Client,
@@ -46,11 +46,11 @@ impl Pools {
         Self { agent, client, names, servers }
     }
 
-    /// The pool that answered, or the code of the refusal.
+    /// The pool that answered, or the code of the error.
     async fn ask(&mut self, request: &Request) -> String {
         let response = self.client.request(request).await.unwrap();
         let Some(served) = response.served_by() else {
-            // It closes with an answer of its own to a request that has no pool.
+            // The agent closes after its own error to a request without a pool.
             self.client = Client::connect(self.agent.addr).await.unwrap();
             return response.error_code();
         };
@@ -115,7 +115,7 @@ async fn route_matches_host_path_method_and_header() {
     eventually(SOON, || refused() == 2).await;
 }
 
-/// Control headers are no conditions a client can meet.
+/// Clients cannot meet conditions on control headers.
 #[tokio::test]
 async fn model_route_ignores_client_headers() {
     let routes = r#"
@@ -148,14 +148,14 @@ async fn model_route_ignores_client_headers() {
             (posing(named("mistral-7b")), "mistral"),
             (posing(named("other")), "rest"),
             (posing(get("/test/echo")), "rest"),
-            // Not JSON, as it says itself.
+            // Declared as other than JSON.
             (Request::post("/test/echo", json("sql", 10)).header("content-type", "text/plain"), "rest"),
             (Request::post("/test/echo", json("sql", 10)), "rest"),
         ])
         .await;
 }
 
-/// A body that decides is read as far as it takes; one that does not is not waited for.
+/// A body that decides the route is read as far as needed; another is not awaited.
 #[tokio::test]
 async fn body_is_awaited_only_if_it_decides_route() {
     let servers = servers(2).await;
@@ -195,8 +195,8 @@ async fn start_epp(endpoints: &[SocketAddr]) -> ScriptedEpp {
     ScriptedEpp::start(Production::over(Endpoints::new(endpoints))).await.unwrap()
 }
 
-/// E24, `GatewayWeightedAcrossTwoInferencePools`: 70 to 30 of 200 requests, within a tenth or 4.5 standard deviations, each
-/// pool asking its own EPP.
+/// E24, `GatewayWeightedAcrossTwoInferencePools`: 70 to 30 of 200 requests, within a tenth or 4.5 standard deviations; each pool
+/// asks its own EPP.
 #[tokio::test]
 async fn weighted_split_uses_picker_of_each_pool() {
     const REQUESTS: usize = 200;
@@ -230,22 +230,22 @@ async fn weighted_split_uses_picker_of_each_pool() {
     let tolerance = (4.5 * (SHARE * (1.0 - SHARE) / REQUESTS as f64).sqrt()).max(0.10);
     let share = to_heavy as f64 / REQUESTS as f64;
     assert!((share - SHARE).abs() <= tolerance, "{share} is not within {tolerance} of {SHARE}");
-    // Each pool's picks are of its own picker, and no more of them than requests.
+    // Each pool's picks come from its own picker, and there are no more picks than requests.
     assert_eq!((heavy.streams_started(), light.streams_started()), (to_heavy, to_light));
     assert!(addrs.iter().all(|addr| count(&[*addr]) > 0), "each picker takes turns");
     for (pool, requests) in [("default", to_heavy), ("light", to_light)] {
-        // A request is counted when its answer has gone out.
+        // A request is counted after its response is sent.
         let counted = || agent.count("penstock_requests_total", &[&format!("pool=\"{pool}\"")]);
         eventually(SOON, || counted() == requests as u64).await;
     }
 }
 
-/// E24: a list of one pool's picker is not walked into another pool.
+/// E24: a list from one pool's picker does not continue in another pool.
 #[tokio::test]
 async fn failed_pool_does_not_use_other_pool() {
     let servers = servers(2).await;
     let addrs = [servers[0].addr, servers[1].addr];
-    // Of the wrong pool.
+    // From the wrong pool.
     let epp = start_epp(&addrs[1..]).await;
     let agent = TestAgent::start(epp_pool(&addrs[..1], epp.addr, FailureMode::Closed), SteeringMode::Off, |config| {
         config.pools.push(builtin_pool(&addrs[1..]));

@@ -1,4 +1,4 @@
-//! Routing follows the pick.
+//! Requests reach the picked endpoint.
 
 use penstock_tests::{
     Refusing, Request, Stage,
@@ -76,7 +76,7 @@ async fn endpoint_connections_are_kept() {
     assert_eq!(stage.agent.metric("penstock_endpoint_connections_total", &[r#"result="reused""#]), 4.0);
 }
 
-/// Each of the fields by which a client could pose as the gateway or the picker.
+/// The fields with which a client could pose as the gateway or picker.
 const CONTROL: [&str; 7] = [
     "x-gateway-destination-endpoint",
     "X-Gateway-Destination-Endpoint",
@@ -104,7 +104,7 @@ async fn control_fields_from_client_reach_neither_picker_nor_endpoint() {
     assert_eq!(stage.one.connections_accepted(), 0);
 }
 
-/// E12, E21: it is not obeyed where the picker names none.
+/// E12, E21: also if the picker names no endpoint.
 #[tokio::test]
 async fn destination_header_from_client_is_ignored() {
     let mut stage = Stage::new(|_| Answering::new(|_| vec![reply::request_headers(reply::mutation(&[]))])).await;
@@ -113,7 +113,7 @@ async fn destination_header_from_client_is_ignored() {
     assert_eq!((stage.one.connections_accepted(), stage.two.connections_accepted()), (0, 0));
 }
 
-/// Always the same list.
+/// Always returns the same list.
 fn list(named: String) -> impl penstock_tests::scripted_epp::Script {
     Answering::new(move |_| vec![reply::pick(&named, &[])])
 }

@@ -1,4 +1,4 @@
-//! What another proxy was seen to do with a picker, and what is right instead: the rows that no other file has.
+//! Faults observed in another proxy with a picker, and the correct behaviour. Cases covered in no other file.
 
 use std::time::{Duration, Instant};
 
@@ -18,11 +18,11 @@ use penstock_tests::{
 
 use crate::SOON;
 
-/// When the picker has the whole of the request.
+/// When the picker has received the whole request.
 const ASKED: Moment = Moment::RequestBody(usize::MAX);
 
-/// Seen: with a body in full duplex, a picker that hangs leaves the client waiting for ever. E11, E12, E13: the deadline holds
-/// for one that has taken everything, and for one that acknowledges each piece and then decides nothing.
+/// Observed: with a full-duplex body, a hung picker leaves the client waiting forever. E11, E12, E13: the deadline holds for a
+/// picker that has read everything, and for one that acknowledges each piece and never decides.
 #[tokio::test]
 async fn hung_picker_after_whole_request_follows_failure_mode() {
     async fn hangs<P: Personality>(mode: FailureMode) {
@@ -55,7 +55,7 @@ async fn hung_picker_after_whole_request_follows_failure_mode() {
     );
 }
 
-/// E13: a request that is asked about again has no more time than any other.
+/// E13: a second attempt does not extend the deadline.
 #[tokio::test]
 async fn decision_deadline_spans_both_attempts() {
     const DEADLINE: Duration = Duration::from_secs(3);
@@ -75,8 +75,8 @@ async fn decision_deadline_spans_both_attempts() {
     assert!(took >= DEADLINE && took < DEADLINE + DEADLINE / 2, "{took:?}");
 }
 
-/// Seen: one TCP reset on the picker's connection fails every request on it. Each that waits for its decision is asked about
-/// again, over one fresh connection, whether the picker had said something about pieces of the body or not.
+/// Observed: one TCP reset on the picker's connection fails every request on it. Each undecided request is asked again over one
+/// new connection, whether or not the picker had replied to pieces of its body.
 #[tokio::test]
 async fn connection_reset_fails_no_waiting_request() {
     async fn resets<P: Personality>() {
@@ -99,8 +99,8 @@ async fn connection_reset_fails_no_waiting_request() {
     resets::<Dynamo>().await;
 }
 
-/// Seen: a request that comes with a length goes out in chunks, though the picker set the length; and a response that the
-/// picker sees loses its own. E3, E7: both keep their framing, and every stream is half-closed at its end.
+/// Observed: a request with a length goes out in chunks, though the picker set the length; a response that the picker sees loses
+/// its length. E3, E7: both keep their framing, and every stream is half-closed at its end.
 #[tokio::test]
 async fn framing_is_kept_both_ways_in_full_duplex() {
     async fn keeps<P: Personality>() {

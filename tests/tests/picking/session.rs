@@ -1,4 +1,4 @@
-//! Sessions: the built-in picker's own, and those that a picker keeps with a token of its own.
+//! Sessions of the built-in picker, and of a picker with its own session token.
 
 use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
@@ -31,7 +31,7 @@ async fn served(client: &mut Client, request: &Request) -> SocketAddr {
     client.request(request).await.unwrap().served_by().unwrap()
 }
 
-/// D9: whatever the connection, the worker, the agent and the order in which it has its endpoints.
+/// D9: across connections, workers, agents, and orders of the endpoints.
 #[tokio::test]
 async fn session_requests_reach_one_endpoint() {
     let servers = servers().await;
@@ -54,7 +54,7 @@ async fn session_requests_reach_one_endpoint() {
     assert!(used.len() > 1, "{homes:?}");
 }
 
-/// D9: the first header that says something counts; without any, requests take turns.
+/// D9: the first nonempty header counts; without one, requests rotate.
 #[tokio::test]
 async fn requests_without_session_rotate() {
     let servers = servers().await;
@@ -73,7 +73,7 @@ async fn requests_without_session_rotate() {
     assert_eq!(served(&mut client, &by_first).await, home);
 }
 
-/// D9, D8: while its endpoint cannot be reached, a session has one other; nobody else's moves.
+/// D9, D8: while its endpoint is unreachable, a session uses one other; no other session moves.
 #[tokio::test]
 async fn session_with_dead_endpoint_uses_one_other() {
     let (servers, dead) = (servers().await, Refusing::new().unwrap());
@@ -90,7 +90,7 @@ async fn session_with_dead_endpoint_uses_one_other() {
     assert!(agent.count("penstock_endpoint_connections_total", &[r#"result="failed""#]) > 0);
 }
 
-/// D9, E11: a pool that fails open keeps sessions together, too.
+/// D9, E11: a pool that fails open keeps sessions together too.
 #[tokio::test]
 async fn session_in_fail_open_pool_keeps_endpoint() {
     let (servers, refusing) = (servers().await, Refusing::new().unwrap());
@@ -104,7 +104,7 @@ async fn session_in_fail_open_pool_keeps_endpoint() {
     assert_eq!(homes, [home, home]);
 }
 
-/// Keeps a session where its token says, and gives one to whoever has none.
+/// Keeps a session at the endpoint in its token, and issues a token to requests without one.
 struct Tokens(Vec<SocketAddr>);
 
 #[tonic::async_trait]
@@ -121,7 +121,7 @@ impl Script for Tokens {
     }
 }
 
-/// D9: what a picker writes on a response reaches the client, and comes back with its next request, to endpoint and picker.
+/// D9: a field set by the picker on a response reaches the client and returns with its next request, to endpoint and picker.
 #[tokio::test]
 async fn picker_session_token_is_forwarded_both_ways() {
     let mut stage = Stage::new(|all| Tokens(all.to_vec())).await;

@@ -1,4 +1,4 @@
-//! A picker that keeps its streams and says nothing about the heads of responses.
+//! A picker that keeps its streams open and never replies to response heads.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use penstock_tests::{
 
 use crate::SOON;
 
-/// Long enough for a picker that answers, on a busy machine too.
+/// Long enough for a working picker, even on a busy machine.
 const WAIT: Duration = Duration::from_secs(1);
 const MARK: &str = "x-went-into-resp-headers";
 
@@ -33,7 +33,7 @@ async fn silent(times: u64) -> Stage {
     .await
 }
 
-/// E20: the first few responses wait, and then none does.
+/// E20: the first few responses wait; later ones do not.
 #[tokio::test]
 async fn picker_silent_on_responses_is_awaited_three_times() {
     let mut stage = silent(u64::MAX).await;
@@ -47,7 +47,7 @@ async fn picker_silent_on_responses_is_awaited_three_times() {
     assert_eq!(replies(&stage, "in_time"), 0);
 }
 
-/// E20: a reply that would have been in time ends that, and replies count again.
+/// E20: a reply within the deadline ends that state, and replies count again.
 #[tokio::test]
 async fn picker_that_replies_again_is_awaited_again() {
     let mut stage = silent(5).await;

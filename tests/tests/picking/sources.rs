@@ -1,5 +1,4 @@
-//! Where the endpoints of a pool come from, besides its list: a name that is looked up and a file that is watched; and what
-//! becomes of those that drain or leave.
+//! Sources of a pool's endpoints besides its list: a DNS name and a watched file. Also endpoints that drain or are removed.
 
 use std::fmt::Display;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -77,12 +76,12 @@ impl File {
         Pool { endpoints_file: Some(self.path.clone()), ..builtin_pool(&[]) }
     }
 
-    /// As editors and `kubectl cp` do, and as nobody should.
+    /// In place, as editors and `kubectl cp` do.
     fn write(&self, text: &str) {
         std::fs::write(&self.path, text).unwrap();
     }
 
-    /// As it is done well.
+    /// Atomically, by a rename.
     fn replace(&self, text: &str) {
         let next = self.folder.path().join("next");
         std::fs::write(&next, text).unwrap();
@@ -122,7 +121,7 @@ async fn endpoint_file_changes_are_followed() {
     assert_eq!((up(&agent, "file"), failures(&agent, "file", "wrong")), (1, 0));
 }
 
-/// What a kubelet does: the names in a volume are links into a folder, itself behind a link that is swapped.
+/// Updates like a kubelet: the names in a volume link into a folder that is itself behind a link, which is swapped.
 fn publish(volume: &Path, version: &str, text: &str) {
     let folder = format!("..{version}");
     std::fs::create_dir(volume.join(&folder)).unwrap();
@@ -150,7 +149,7 @@ async fn config_map_changes_are_followed() {
     }
 }
 
-/// What is wrong with it is said once.
+/// The error is logged once.
 #[tokio::test]
 async fn broken_file_keeps_previous_endpoints() {
     let (one, two) = (model_server().await, model_server().await);
@@ -188,7 +187,7 @@ async fn pool_waits_for_missing_file() {
     assert_eq!(served(&mut client).await, Some(one.addr));
 }
 
-/// D8: a stream that runs there ends as it should, and nothing new begins there.
+/// D8: a running stream ends normally, and no new request starts there.
 async fn leaves_in_peace(leave: impl FnOnce(&File, SocketAddr, &[SocketAddr]), left: (u64, u64)) {
     let (one, others) = (model_server().await, [model_server().await, model_server().await]);
     let file = File::new("endpoints.toml");
@@ -196,7 +195,7 @@ async fn leaves_in_peace(leave: impl FnOnce(&File, SocketAddr, &[SocketAddr]), l
     let agent = start(file.pool());
     until_ready(&agent, 1).await;
     let mut running = client(&agent).await;
-    // More than fits between the two while the client does not read.
+    // Larger than the buffers in between while the client does not read.
     let plan = Plan { size: 40 << 20, ..Plan::default() };
     running.send(&plan.request()).await.unwrap();
     running.head().await.unwrap();
@@ -226,7 +225,7 @@ async fn removed_endpoint_finishes_and_gets_nothing_new() {
     leaves_in_peace(|file, _, others| file.replace(&toml(others)), (2, 0)).await;
 }
 
-/// D8: of a picker's list, and when the picker fails.
+/// D8: in a picker's list, and when the picker fails.
 #[tokio::test]
 async fn draining_endpoint_in_pick_is_skipped() {
     let (one, two) = (model_server().await, model_server().await);
@@ -276,7 +275,7 @@ fn named(dns: &DnsServer, ports: &[u16], min_ttl: Duration) -> (Pool, impl FnOnc
 
 const AT_ONCE: Duration = Duration::from_millis(20);
 
-/// Two servers on one port of different addresses.
+/// Two servers on one port at different addresses.
 async fn twins() -> (ModelServer, ModelServer) {
     let one = model_server_at(SocketAddr::new(ip(2), 0)).await;
     let two = model_server_at(SocketAddr::new(ip(3), one.addr.port())).await;
@@ -357,7 +356,7 @@ async fn pool_waits_for_unresolved_name() {
     assert_eq!(served(&mut client(&agent).await).await, Some(one.addr));
 }
 
-/// E22: each address with each port is an endpoint, and a pick means exactly one of them.
+/// E22: each address and port pair is an endpoint, and a pick means exactly one of them.
 #[tokio::test]
 async fn each_port_of_address_is_its_own_endpoint() {
     let (a, b) = twins().await;
@@ -380,17 +379,17 @@ async fn each_port_of_address_is_its_own_endpoint() {
         let response = client.request(&echo("{}").header("x-to", server.addr.to_string())).await.unwrap();
         assert_eq!(response.served_by(), Some(server.addr));
     }
-    // D3: a connection is kept for its address and port.
+    // D3: a connection is kept per address and port.
     let accepted = [&a, &b, &c, &d].map(ModelServer::connections_accepted);
     assert_eq!(accepted, [1, 1, 1, 1]);
-    // Neither another port of the same address nor the address alone will do.
+    // Neither another port of the address nor the address alone is accepted.
     let other = model_server_at(SocketAddr::new(ip(2), 0)).await;
     let response = client.request(&echo("{}").header("x-to", other.addr.to_string())).await.unwrap();
     assert_eq!((response.status(), response.error_code().as_str()), (502, "endpoint_not_in_pool"));
     assert_eq!(other.connections_accepted(), 0);
 }
 
-/// A pool's list, its file and its name together; of what several say, the list counts first.
+/// A pool's list, file and name together; where they overlap, the list takes precedence.
 #[tokio::test]
 async fn pool_combines_all_sources() {
     let (one, two) = twins().await;

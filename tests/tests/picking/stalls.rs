@@ -1,4 +1,4 @@
-//! Pickers that let requests wait for the whole of their time: one that decides others meanwhile holds the request back, one that
+//! Pickers that let requests wait until the deadline: one that decides others meanwhile holds the request back; one that
 //! decides nothing has stalled, and no further request waits for it until it decides again.
 
 use std::{
@@ -27,8 +27,8 @@ use crate::SOON;
 
 const DECISION: Duration = Duration::from_millis(400);
 
-/// Decides what it decides at once, or not at all: requests with the field `x-hold` never, and while it is stuck none. Says of
-/// its health that it serves.
+/// Decides at once or never: never for requests with the field `x-hold`, and for none while it is stuck. Its health reports
+/// serving.
 struct Holding {
     inner: Production,
     stuck: Arc<AtomicBool>,
@@ -90,7 +90,7 @@ impl Scene {
         self.stage.agent.count("penstock_epp_failures_total", &[&format!("reason=\"{reason}\"")])
     }
 
-    /// One that the picker holds back, while it decides others. The status.
+    /// Sends a request that the picker holds back while it decides others; returns the status.
     async fn held(&mut self) -> u16 {
         let mut client = self.client().await;
         let begun = self.stage.epp.streams_started();
@@ -115,13 +115,13 @@ async fn picker_deciding_other_requests_may_hold_one() {
         let mut scene = scene(mode, open_on_deadline).await;
         assert_eq!(scene.held().await, status, "{mode:?} {open_on_deadline}");
         assert_eq!((scene.failures("held"), scene.failures("deadline")), (1, 0));
-        // It is asked as before.
+        // The picker is asked as before.
         assert_eq!(scene.stage.request(&echo(json("m", 100))).await.status(), 200);
         assert_eq!(scene.stage.agent.count("penstock_epp_stalls_total", &[]), 0);
     }
 }
 
-/// Health that is well is no evidence.
+/// A serving health status is no evidence.
 #[tokio::test]
 async fn stalled_picker_is_not_awaited() {
     for (mode, status) in [(FailureMode::Open, 200), (FailureMode::Closed, 503)] {
@@ -134,7 +134,7 @@ async fn stalled_picker_is_not_awaited() {
         assert!(begin.elapsed() >= DECISION);
         assert_eq!((scene.failures("deadline"), scene.stage.agent.count("penstock_epp_stalls_total", &[])), (1, 1));
 
-        // No further request waits, and at most one at a time is put to it in the background.
+        // No further request waits; in the background at most one at a time is put to the picker.
         let begun = scene.stage.epp.streams_started();
         let begin = Instant::now();
         for _ in 0..20 {
@@ -150,7 +150,7 @@ async fn stalled_picker_is_not_awaited() {
         assert!(probes <= 1 + took.as_millis().div_ceil(DECISION.as_millis()) as u32, "{probes} in {took:?}");
         assert_eq!(scene.failures("stalled"), 20);
 
-        // It decides again: found by a request that is put to it.
+        // The picker decides again: a background request detects it.
         scene.stuck.store(false, Relaxed);
         let begin = Instant::now();
         loop {

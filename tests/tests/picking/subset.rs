@@ -1,4 +1,4 @@
-//! E9: the part of a pool that requests are to stay in, as a picker is told of it and as the built-in one keeps to it.
+//! E9: the subset of a pool that requests should stay in, as sent to a picker and as followed by the built-in one.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -72,7 +72,7 @@ fn texts(addresses: &[SocketAddr]) -> Vec<String> {
     addresses.iter().map(ToString::to_string).collect()
 }
 
-/// What a message says of the subset, which must be a list.
+/// The subset in a message, which must be a list.
 fn hint(message: &penstock_proto::ext_proc::ProcessingRequest) -> Option<Vec<String>> {
     let metadata = &message.metadata_context.as_ref()?.filter_metadata;
     let hint = metadata.get("envoy.lb.subset_hint")?.fields.get("x-gateway-destination-endpoint-subset")?;
@@ -100,7 +100,7 @@ async fn subset_hint_is_a_list_on_every_message() {
     }
 }
 
-/// The endpoints, what is preferred, the hint, and who answers.
+/// The endpoints, the preference, the hint, and the server that responds.
 type Row<'a> = (Vec<Endpoint>, &'a [Locality], Option<Vec<SocketAddr>>, SocketAddr);
 
 #[tokio::test]
@@ -159,7 +159,7 @@ async fn explicit_subset_is_the_hint() {
     assert_eq!(world.requests(), [0, 2, 2]);
 }
 
-/// The picker is told the empty list, and answers for itself.
+/// The picker gets the empty list and replies itself.
 #[tokio::test]
 async fn empty_subset_reaches_picker_as_empty_list() {
     let world = World::new().await;
@@ -174,7 +174,7 @@ async fn empty_subset_reaches_picker_as_empty_list() {
     eventually(SOON, || agent.count("penstock_requests_total", &reason) == 1).await;
 }
 
-/// It is the picker that decides.
+/// The picker decides.
 #[tokio::test]
 async fn pick_outside_subset_is_followed_and_counted() {
     let world = World::new().await;
@@ -186,7 +186,7 @@ async fn pick_outside_subset_is_followed_and_counted() {
     assert_eq!(agent.count("penstock_epp_outside_subset_total", &[r#"pool="default""#]), 1);
 }
 
-/// And with a picker that fails in a pool that is open.
+/// Also with a failed picker in a pool that fails open.
 #[tokio::test]
 async fn builtin_picker_stays_within_subset() {
     let nobody = Refusing::new().unwrap();
@@ -210,7 +210,7 @@ async fn builtin_picker_stays_within_subset() {
     }
 }
 
-/// As `penstock epp` serves it.
+/// As served by `penstock epp`.
 #[tokio::test]
 async fn builtin_epp_server_stays_within_subset() {
     let world = World::new().await;
@@ -242,7 +242,7 @@ async fn builtin_epp_server_stays_within_subset() {
     server.abort();
 }
 
-/// A pool of a thousand endpoints: its hint is taken as it is, and requests do not wait for it.
+/// A subset of a thousand endpoints is sent whole, and requests do not wait for it.
 #[tokio::test]
 async fn subset_of_thousand_endpoints_does_not_delay_requests() {
     let world = World::new().await;

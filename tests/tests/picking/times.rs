@@ -1,4 +1,4 @@
-//! How long a request may take: its route's timeouts go before its pool's, and those before `[timeouts]`.
+//! Request timeouts: a route's override its pool's, which override `[timeouts]`.
 
 use std::time::{Duration, Instant};
 
@@ -11,11 +11,11 @@ use penstock_tests::{
 };
 
 const SHORT: Duration = Duration::from_millis(300);
-/// Longer than that by far.
+/// Much longer than that.
 const LATE_MS: u64 = 900;
 
-/// The pool `patient` has the timeouts of `pool`. Requests with `x-way: pool` go to it as they are, those with `route` by a route
-/// that has the timeouts of `route`, and all others to a pool without timeouts of its own. `body` is the model's.
+/// The pool `patient` has the timeouts `pool`. Requests with `x-way: pool` go directly to it, those with `route` through a route
+/// with the timeouts `route`, and all others to a pool without its own timeouts. `body` is the model's.
 async fn start(global: &str, pool: &str, route: &str) -> (TestAgent, ModelServer) {
     let server = ModelServer::start(Default::default()).await.unwrap();
     let endpoints = format!("endpoints = [\"{}\"]", server.addr);
@@ -51,7 +51,7 @@ async fn start(global: &str, pool: &str, route: &str) -> (TestAgent, ModelServer
     (agent, server)
 }
 
-/// The status and reason of the answer, or how its body ended.
+/// The status and reason of the response, or how its body ended.
 async fn ask(agent: &TestAgent, request: &Request) -> String {
     let mut client = Client::connect(agent.addr).await.unwrap();
     let response = client.request(request).await.unwrap();
@@ -62,7 +62,7 @@ async fn ask(agent: &TestAgent, request: &Request) -> String {
     }
 }
 
-/// What becomes of `request` on the plain way, on that of the pool and on that of the route.
+/// The results of `request` on the plain way, through the pool and through the route.
 async fn by_way(agent: &TestAgent, request: &Request) -> [String; 3] {
     let way = |way: &str| request.clone().header("x-way", way);
     [ask(agent, request).await, ask(agent, &way("pool")).await, ask(agent, &way("route")).await]
@@ -77,7 +77,7 @@ async fn first_byte_timeout_of_route_overrides_pool() {
     assert_eq!(by_way(&agent, &late).await, [cut, "ok", cut]);
     let (agent, _server) = start("", "first_byte = \"300ms\"", "first_byte = \"off\"").await;
     assert_eq!(by_way(&agent, &late).await, ["ok", cut, "ok"]);
-    // Another of the route's leaves this one to the pool.
+    // A different timeout of the route leaves this one to the pool.
     let (agent, _server) = start("first_byte = \"300ms\"", "first_byte = \"1m\"", "idle = \"1ms\"").await;
     assert_eq!(ask(&agent, &late.clone().header("x-way", "route")).await, "ok");
 }
@@ -116,7 +116,7 @@ async fn request_body_timeout_of_route_overrides_pool() {
     assert_eq!(by_way(&agent, &slow).await, ["ok", cut, "ok"]);
 }
 
-/// Until its body names the model, a request has the times of the first route that may win.
+/// Until its body names the model, a request has the timeouts of the first route that may match.
 #[tokio::test]
 async fn late_model_uses_timeouts_of_first_possible_route() {
     let late = |model: &str| {

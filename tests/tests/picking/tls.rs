@@ -1,4 +1,4 @@
-//! E16: TLS to the picker in every mode, with what it must take and what it must refuse, and files that change.
+//! E16: TLS to the picker: what each mode must accept and reject, and changed files.
 
 use std::{
     net::SocketAddr,
@@ -44,7 +44,7 @@ impl Ca {
 }
 
 impl Signed {
-    /// As pickers make theirs when they are given none.
+    /// A self-signed certificate, as pickers generate without a configured one.
     fn by_itself() -> Self {
         let key = KeyPair::generate().unwrap();
         Self { certificate: CertificateParams::new([]).unwrap().self_signed(&key).unwrap().pem(), key }
@@ -92,7 +92,7 @@ fn write(folder: &TempDir, name: &str, text: &str) -> PathBuf {
     file
 }
 
-/// Until a request has this status, each on a connection of its own to the picker.
+/// Sends requests, each on a new picker connection, until one has this status.
 async fn until(agent: &TestAgent, picker: &mut ScriptedEpp, wanted: u16) {
     let begin = Instant::now();
     while status(agent).await != wanted {
@@ -141,7 +141,7 @@ async fn each_tls_mode_accepts_only_valid_pickers() {
     }
 }
 
-/// E16, with a name: the certificate has to carry it, whatever address it has.
+/// E16: the certificate must carry the looked-up name, whatever the address.
 #[tokio::test]
 async fn certificate_must_match_resolved_name() {
     let (endpoint, folder, dns) = (endpoint().await, TempDir::new().unwrap(), DnsServer::start().await.unwrap());
@@ -161,7 +161,7 @@ async fn certificate_must_match_resolved_name() {
     }
 }
 
-/// E16: mutual TLS, with each way to know the picker.
+/// E16: mutual TLS, with each mode of verifying the picker.
 #[tokio::test]
 async fn mutual_tls_presents_client_certificate() {
     let (endpoint, folder) = (endpoint().await, TempDir::new().unwrap());
@@ -186,7 +186,7 @@ async fn mutual_tls_presents_client_certificate() {
     }
 }
 
-/// E16: a CA that is replaced is used for new connections, without a restart, and what is open stays.
+/// E16: a replaced CA applies to new connections without a restart, and open connections stay.
 #[tokio::test]
 async fn changed_tls_files_are_reloaded() {
     let (endpoint, folder) = (endpoint().await, TempDir::new().unwrap());
@@ -195,7 +195,7 @@ async fn changed_tls_files_are_reloaded() {
     let file = write(&folder, "ca.pem", &old.0.pem());
     let agent_of_old = agent(&endpoint, picker_of_old.addr, |epp| epp.tls = EppTls::Ca(file.clone()));
     assert_eq!(status(&agent_of_old).await, 200);
-    // Another agent with the same file, whose picker has moved on already.
+    // Another agent with the same file, whose picker has already changed its certificate.
     let mut picker_of_new = picker(&endpoint, new.sign(&["127.0.0.1"]).serves()).await;
     let agent_of_new = agent(&endpoint, picker_of_new.addr, |epp| epp.tls = EppTls::Ca(file.clone()));
     assert_eq!(status(&agent_of_new).await, 503);
@@ -204,12 +204,12 @@ async fn changed_tls_files_are_reloaded() {
     let begin = Instant::now();
     until(&agent_of_new, &mut picker_of_new, 200).await;
     assert!(begin.elapsed() < SOON / 2, "{:?}", begin.elapsed());
-    // The connection that was there is none the worse for it; the next is.
+    // The existing connection is unaffected; the next one uses the new CA.
     assert_eq!((status(&agent_of_old).await, picker_of_old.connections_accepted()), (200, 1));
     until(&agent_of_old, &mut picker_of_old, 503).await;
 }
 
-/// E17 with E16: health is asked for on the same terms.
+/// E17, E16: health checks use the same TLS settings.
 #[tokio::test]
 async fn health_checks_use_same_tls() {
     let endpoint = endpoint().await;

@@ -1,5 +1,5 @@
-//! Traces: the caller's is continued, the picker's word about it counts, and with a collector the agent has spans of its own
-//! in it.
+//! Traces: the caller's trace continues, the picker's trace context takes precedence, and with a collector the agent adds its
+//! own spans.
 
 use std::{
     net::SocketAddr,
@@ -40,7 +40,7 @@ async fn spans(collector: &Collector, count: usize) -> Vec<CollectedSpan> {
     collector.spans()
 }
 
-/// The span of a request, and that of its pick if there was one.
+/// The span of a request, and that of its pick if any.
 fn pair(spans: &[CollectedSpan]) -> (&CollectedSpan, Option<&CollectedSpan>) {
     let server = spans.iter().find(|span| span.name != "pick").expect("a span of the request");
     (server, spans.iter().find(|span| span.parent == server.id))
@@ -106,11 +106,11 @@ async fn request_span_joins_callers_trace_and_pick_is_its_child() {
     assert!(times.is_sorted() && pick.begin < pick.end, "{times:?}");
 }
 
-/// D14: what the picker and the endpoint do is done within the agent's span.
+/// D14: the picker's and the endpoint's work is within the agent's span.
 #[tokio::test]
 async fn agent_span_is_parent_of_picker_and_endpoint_spans() {
     let collector = Collector::start(Mood::Keeps).await.unwrap();
-    // It sends every field back as it got it.
+    // It echoes every field.
     let mut stage = Stage::with(|all| LlmdRouter::over(Endpoints::new(all)), to(&collector)).await;
     let request = echo(json("m", 10)).header("traceparent", parent("01")).header("tracestate", "a=1");
     let seen = stage.request(&request).await.echoed();
@@ -132,7 +132,7 @@ async fn picker_span_is_parent_of_endpoint_span() {
     assert_eq!(all(&seen, "traceparent"), [own.as_str()]);
 }
 
-/// Contexts that are none, with a `tracestate` that must not outlive them.
+/// Malformed contexts, with a `tracestate` that must be dropped with them.
 fn malformed() -> [String; 6] {
     [
         "nonsense".to_owned(),
@@ -165,7 +165,7 @@ async fn malformed_context_starts_new_trace() {
     }
 }
 
-/// D14: without a collector the agent takes no part in traces; what it gets it hands on, if it is one.
+/// D14: without a collector the agent adds no spans; it forwards a valid context.
 #[tokio::test]
 async fn trace_context_without_collector_passes_through() {
     let mut stage = Stage::new(Production::new).await;
@@ -184,7 +184,7 @@ async fn trace_context_without_collector_passes_through() {
     assert!(all(&stage.request(&twice).await.echoed(), "traceparent").is_empty());
 }
 
-/// D14: the caller's flag decides where there is one, and the ratio where there is none.
+/// D14: the caller's flag decides if present, otherwise the ratio.
 #[tokio::test]
 async fn sampling_follows_caller_or_ratio() {
     for (ratio, context, sampled) in [
@@ -209,13 +209,13 @@ async fn sampling_follows_caller_or_ratio() {
         let [sent] = all(&seen, "traceparent")[..] else { panic!("{seen:?}") };
         assert!(sent.ends_with(if sampled { "-01" } else { "-00" }), "{ratio} {context:?}: {sent}");
         assert_eq!(sent.contains(TRACE), context.is_some());
-        // The agent's end sends all there is.
+        // The agent's shutdown sends all queued spans.
         drop(stage);
         assert_eq!(collector.spans().len(), if sampled { 2 } else { 0 }, "{ratio} {context:?}");
     }
 }
 
-/// Sends one request and gives its span and the pick's. How the answer ends is not looked at.
+/// Sends one request and returns its span and the pick's. Ignores how the response ends.
 async fn spans_of<S: Script>(
     script: impl FnOnce(&[SocketAddr]) -> S,
     adjust: impl FnOnce(&mut Config),
@@ -239,15 +239,14 @@ async fn spans_of<S: Script>(
     (server.clone(), pick.cloned())
 }
 
-/// Status, reason, `error.type` and whether it failed; of the pick by whom and `error.type`.
+/// Status, reason, `error.type` and whether it failed; for the pick also the picker and `error.type`.
 fn outcome((server, pick): &(CollectedSpan, Option<CollectedSpan>)) -> ([&str; 3], bool, [&str; 2]) {
     let own = ["http.response.status_code", "penstock.reason", "error.type"].map(|name| server.get(name));
     let pick = ["penstock.picked_by", "error.type"].map(|name| pick.as_ref().map_or("none", |pick| pick.get(name)));
     (own, server.failed, pick)
 }
 
-/// D14: under the reason that metrics and logs use. Conventions have it that a server's span is not failed by what its
-/// client does wrong.
+/// D14: the reason label of metrics and logs. By convention, a client's error does not fail a server's span.
 #[tokio::test]
 async fn spans_carry_failure_reason() {
     let request = || echo("{}").header("host", "x");
@@ -304,7 +303,7 @@ async fn builtin_pick_has_a_span() {
     assert_eq!((pick.get("penstock.picked_by"), pick.kind as i32), ("builtin", 1));
 }
 
-/// D14: the queue is bounded, requests do not wait for it, and neither does the agent's end.
+/// D14: the queue is bounded, and neither requests nor the agent's shutdown wait for it.
 #[tokio::test]
 async fn silent_collector_loses_only_spans() {
     let collector = Collector::start(Mood::Holds).await.unwrap();
@@ -319,7 +318,7 @@ async fn silent_collector_loses_only_spans() {
     for _ in 0..20 {
         assert_eq!(client.request(&echo("{}")).await.unwrap().status(), 200);
     }
-    // Of 40 spans at most 8 wait.
+    // At most 8 of the 40 spans are queued.
     let full = ["reason=\"queue_full\""];
     eventually(SOON, || agent.count("penstock_trace_spans_dropped_total", &full) >= 32).await;
     let (metrics, begin) = (agent.agent.metrics(), Instant::now());
@@ -344,7 +343,7 @@ async fn refusing_collector_loses_only_spans() {
     assert_eq!(agent.count("penstock_trace_spans_exported_total", &[]), 0);
 }
 
-/// D14: what is in the queue when the agent ends is sent.
+/// D14: spans queued at shutdown are sent.
 #[tokio::test]
 async fn queued_spans_are_sent_at_shutdown() {
     let collector = Collector::start(Mood::Keeps).await.unwrap();

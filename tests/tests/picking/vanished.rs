@@ -1,4 +1,4 @@
-//! Endpoints whose machine vanishes: no FIN, no RST, nothing answers any more. Each has a network namespace, whose link goes down.
+//! Endpoints whose machine vanishes: no FIN, no RST, no response. Each has a network namespace whose link goes down.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
@@ -23,9 +23,9 @@ struct Machine {
 }
 
 impl Machine {
-    /// `number` tells the machines of this process apart.
+    /// `number` distinguishes the machines of this process.
     fn new(number: u32) -> Self {
-        // Addresses for measurements (RFC 2544); a range for each process.
+        // Benchmark addresses (RFC 2544); a range per process.
         let base = 0xc613_0000 + (std::process::id() % (1 << 10)) * 64 + number * 4;
         let [here, there] = [1, 2].map(|host| Ipv4Addr::from(base + host));
         let link = format!("pv{}x{number}", std::process::id());
@@ -36,7 +36,7 @@ impl Machine {
         Self { namespace, link, listener: Some(TcpListener::from_std(listener).unwrap()), addr }
     }
 
-    /// Serves `/stream` with a body that never ends, and anything else with `ok`.
+    /// Serves `/stream` with an endless body, and anything else with `ok`.
     fn serve(&mut self, protocol: AppProtocol) {
         let listener = self.listener.take().unwrap();
         tokio::spawn(async move {
@@ -65,7 +65,7 @@ async fn http1(mut stream: TcpStream) -> std::io::Result<()> {
             stream.write_all(begin).await?;
             return std::future::pending().await;
         }
-        // JSON ends with the only brace of its kind.
+        // The JSON ends with its only closing brace.
         if bytes.ends_with(b"}") {
             bytes.clear();
             stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await?;
@@ -110,7 +110,7 @@ async fn agent(
     (agent, epp)
 }
 
-/// Nothing of the request was acknowledged, so it goes on whatever its method, and is executed once.
+/// No byte of the request was acknowledged, so it is retried whatever its method, and is executed once.
 #[tokio::test]
 async fn vanished_machine_on_kept_connection_is_followed_by_next() {
     for (number, protocol) in [(0, AppProtocol::Http1), (1, AppProtocol::H2c)] {
@@ -135,8 +135,8 @@ async fn vanished_machine_on_kept_connection_is_followed_by_next() {
     }
 }
 
-/// The client sees a response that is broken off, and the EPP learns of it, long before the idle time; also where nobody reads
-/// the connection because the kernel carries what comes.
+/// The client sees a broken response and the EPP learns of it, long before the idle timeout, even when steering is on and nothing
+/// reads the connection.
 #[tokio::test]
 async fn vanished_machine_during_response_breaks_it_off() {
     let rows = [
