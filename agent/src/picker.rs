@@ -1,8 +1,9 @@
-//! Picking the endpoint: the ext_proc exchange with an EPP, and the picker that is built in.
+//! Picks endpoints, through an EPP (ext_proc) or with the built-in picker.
 //!
-//! In the order a request meets them: `replica` has the replicas of an EPP, `attempts` says which of them to ask, `client` has
-//! the channels to them and a stream per request; `exchange` is what is said on such a stream; `mutation` applies the headers
-//! that came back; `builtin` picks in this process. `tend` looks after the replicas meanwhile.
+//! `replica` holds an EPP's replicas and `tend` keeps them up to date; `attempts` selects the replica to ask; `client` has the
+//! connections and one stream per request; `exchange` is the protocol on a stream; `mutation` applies the returned headers;
+//! `builtin` picks in this process.
+
 pub mod attempts;
 pub mod builtin;
 pub mod client;

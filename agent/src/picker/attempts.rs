@@ -1,6 +1,6 @@
-//! Whom to ask about one request, and whom next when that fails before a decision: each replica once, the best first, and once
-//! more a replica whose connection was lost. Streams that a server did not take do not count, up to a bound. Whoever calls
-//! brings the clock and holds the deadline.
+//! Selects the EPP replica to ask about one request, and the next one if that fails before a decision: each replica once, best
+//! first, and once more a replica whose connection was lost. Streams that a server did not process are repeated, up to a bound.
+//! Time is passed in, and the caller holds the deadline.
 
 use std::{net::SocketAddr, sync::Arc, time::Instant};
 
@@ -12,19 +12,21 @@ use super::{
     replica::{Replica, Replicas},
 };
 
-/// Streams of one request that servers may leave untaken. Each met another connection, or another moment.
+/// How often the stream of one request is repeated after a server did not process it.
 const NOT_TAKEN: u32 = 3;
 
 pub struct Attempts {
     replicas: Arc<Replicas>,
     current: Arc<Replica>,
     asked: Vec<SocketAddr>,
+    /// Whether the one retry over a new connection is still available.
     fresh: bool,
+    /// Remaining repetitions of streams that were not processed.
     not_taken: u32,
 }
 
 impl Attempts {
-    /// Waits for a replica to be known, for `connect_timeout` at most. Cancel-safe.
+    /// Waits until a replica is known, for at most `connect_timeout`. Fails with `Unresolved` if none is. Cancel-safe.
     pub async fn begin(replicas: &Arc<Replicas>) -> Result<Self, PickError> {
         let known = replicas.known().await?;
         let best = known.best(&[], Instant::now()).ok_or_else(|| PickError::Unresolved("no replica".into()))?;
@@ -42,16 +44,16 @@ impl Attempts {
         &self.current
     }
 
-    /// It gave this outcome.
+    /// The current replica gave this outcome.
     pub fn answered(&self, outcome: &Outcome) {
         self.current.answered();
-        // The answer of one that has no endpoint, or that leads no more: then the next request is to know.
+        // A 503 may mean that the replica has no endpoints or is no longer the leader, so check it before the next request.
         if matches!(outcome, Outcome::Immediate(reply) if reply.status == StatusCode::SERVICE_UNAVAILABLE) {
             self.replicas.look_again();
         }
     }
 
-    /// It failed. True when there is another attempt to make, with what is now [`Self::replica`].
+    /// The current replica failed. Returns true if there is another attempt, with the new [`Self::replica`].
     pub fn again(&mut self, error: &PickError, now: Instant) -> bool {
         match error.again() {
             Again::Here if self.not_taken > 0 => {
@@ -105,7 +107,7 @@ mod tests {
         PickError::NotTaken(String::new())
     }
 
-    /// The replicas that are asked when each attempt fails in this way, by their last number.
+    /// The replicas that are asked if the attempts fail in this way, each by its last digit.
     async fn asked(replicas: &Arc<Replicas>, failures: &[PickError]) -> Vec<u8> {
         let last = |replica: &Replica| replica.address.to_string().as_bytes()[7] - b'0';
         let mut attempts = Attempts::begin(replicas).await.unwrap();
@@ -120,7 +122,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn each_replica_once_in_order_and_one_fresh_connection() {
+    async fn replicas_are_asked_once_each_and_once_over_a_new_connection() {
         let unavailable = status(tonic::Code::Unavailable);
         let cases: [(&[PickError], &[u8]); 7] = [
             (&[refused(), refused(), refused()], &[1, 2, 3]),
@@ -137,19 +139,19 @@ mod tests {
         for last in [PickError::Deadline, PickError::ClosedWithoutPick, PickError::NoDestination] {
             assert_eq!(asked(&replicas(2), &[last]).await, [1]);
         }
-        assert_eq!(asked(&replicas(1), &[reset(false), reset(false)]).await, [1, 1], "as ever with one replica");
+        assert_eq!(asked(&replicas(1), &[reset(false), reset(false)]).await, [1, 1], "also with one replica");
         assert_eq!(asked(&replicas(1), &[refused()]).await, [1]);
     }
 
     #[tokio::test]
-    async fn streams_that_nobody_takes_have_a_bound() {
+    async fn streams_that_are_not_processed_are_repeated_up_to_a_bound() {
         let failures: Vec<_> = (0..100).map(|_| not_taken()).collect();
         let asked = asked(&replicas(2), &failures).await;
         assert_eq!(asked, [1, 1, 1, 1, 2]);
     }
 
     #[tokio::test]
-    async fn one_that_failed_comes_later_until_it_answers() {
+    async fn failed_replica_is_asked_last_until_it_answers() {
         let replicas = replicas(2);
         assert_eq!(asked(&replicas, &[refused()]).await, [1, 2]);
         assert_eq!(asked(&replicas, &[refused()]).await, [2, 1]);
@@ -163,7 +165,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_one_that_leads_by_now_is_next() {
+    async fn new_leader_is_asked_next() {
         let replicas = replicas(3);
         let all = replicas.snapshot().replicas;
         for (replica, state) in all.iter().zip([State::Serving, State::NotServing, State::NotServing]) {

@@ -1,11 +1,7 @@
-//! The built-in picker: least in-flight with session and prefix affinity over the endpoints of a pool, shared by all workers.
-//!
-//! Given a request's session and the hash of its leading blocks, gives up to ten endpoints, best first. The endpoint that
-//! the session belongs to, or without one that saw the longest part of the prefix (and so probably has it in its KV cache),
-//! is best while it is not much busier than the idlest; else the one with the fewest requests in flight, ties in rotation.
-//! Of endpoints that are avoided it knows from the pool's set.
-//!
-//! One short critical section a pick, with nothing in it that blocks; memory does not grow with traffic. Time is passed in.
+//! The built-in picker: least requests in flight, with session and prefix affinity, shared by all workers. Takes a request's
+//! session and the hash of its leading blocks; returns up to ten endpoints, best first. The best is the session's endpoint or,
+//! without a session, the one that saw the longest prefix (probably in its KV cache), unless it is much busier than the least
+//! busy one; otherwise the least busy one, with ties in rotation. A pick takes one short lock; memory does not grow with traffic.
 
 mod affinity;
 mod prompt;
@@ -23,15 +19,14 @@ pub use session::SessionHash;
 use crate::endpoint::{in_flight::InFlight, member::Endpoint, set::EndpointSet};
 use affinity::Affinity;
 
-/// The endpoint that knows the prefix may have this many more requests in flight than the idlest.
+/// How many more requests in flight than the least busy endpoint the endpoint with the prefix may have.
 const AFFINITY_SLACK: usize = 4;
-/// The endpoint that a session belongs to may have this many: whoever asked for sessions wants them kept together.
+/// The same for a session's endpoint. It is higher, because sessions are configured to keep requests together.
 const SESSION_SLACK: usize = 16;
-/// Endpoints in a pick: the best, and where to go when it cannot be reached. More than a pod has ports, since those fail
-/// together.
+/// Most endpoints in a pick: the best one and fallbacks. It is more than a pod has ports, because those fail together.
 const MAX_PICKED: usize = 10;
 
-/// Endpoints in order of preference, those that are avoided last: at least one, at most ten.
+/// One to ten endpoints in order of preference. Avoided endpoints come last.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pick {
     pub endpoints: Vec<SocketAddr>,
@@ -55,7 +50,7 @@ pub struct BuiltinPicker {
 #[derive(Debug)]
 struct State {
     affinity: Affinity,
-    /// Advances by one a pick, so that equals take turns.
+    /// Advances by one per pick, so that equally busy endpoints take turns.
     turn: usize,
 }
 
@@ -65,25 +60,25 @@ impl BuiltinPicker {
         Self { endpoints, max_in_flight: usize::MAX, state: Mutex::new(state) }
     }
 
-    /// An endpoint with this many requests in flight is not picked.
+    /// Sets the number of requests in flight from which an endpoint is not picked.
     #[must_use]
     pub fn with_max_in_flight(mut self, limit: usize) -> Self {
         self.max_in_flight = limit;
         self
     }
 
-    /// What it picks from.
+    /// The endpoints to pick from.
     pub fn endpoints(&self) -> &EndpointSet {
         &self.endpoints
     }
 
-    /// Chooses among the endpoints of `subset`, or all. The request is not counted before [`EndpointSet::begin`].
+    /// Picks among the endpoints of `subset`, or all. The request is not counted until [`EndpointSet::begin`].
     pub fn pick(&self, prompt: &PromptHash, subset: Option<&[SocketAddr]>, now: Instant) -> Result<Pick, NoEndpoint> {
         self.choose(&mut self.state.lock(), prompt, subset, now)
     }
 
-    /// Chooses and counts the request at the best endpoint in one step, so that requests at the same moment see each other and
-    /// the limit is never overrun.
+    /// Picks and counts the request at the best endpoint in one step, so that concurrent requests see each other and the limit
+    /// holds.
     pub fn pick_and_begin(
         &self,
         prompt: &PromptHash,
@@ -113,7 +108,7 @@ impl BuiltinPicker {
         };
         let (mut eligible, mut avoided): (Vec<&Endpoint>, Vec<&Endpoint>) =
             admitted.into_iter().partition(|endpoint| !endpoint.is_avoided(now));
-        // With nothing better left a guess is better than a refusal.
+        // If every endpoint is avoided, trying one is better than refusing the request.
         if eligible.is_empty() {
             std::mem::swap(&mut eligible, &mut avoided);
         }
@@ -136,7 +131,7 @@ impl BuiltinPicker {
         };
 
         if let Some(session) = prompt.session {
-            // All in the session's own order, so that its second choice is always the same, too.
+            // Rank all endpoints by the session's score, so that its second choice is stable, too.
             ranked.sort_by_cached_key(|&(load, _, endpoint)| {
                 (load > least + SESSION_SLACK, Reverse(session.score(endpoint.address)))
             });

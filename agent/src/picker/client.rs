@@ -1,9 +1,8 @@
-//! Asking an EPP: `EppClient` per worker and EPP, with a connection to each replica in use; `PickStream` per request.
+//! Asks an EPP: one `EppClient` per worker and EPP, with a connection to each replica in use, and one `PickStream` per request.
 //!
-//! Given a replica, a request's head and pieces of its body, a stream gives the EPP's outcome, and later carries the head and the end of
-//! the response. It drives the exchange over the shared connection, without tasks of its own and without a deadline: whoever
-//! waits decides for how long. The EPP may send its headers only with its first message, so sending never waits for them.
-//! After the outcome nothing that happens to the stream is an error. Dropping a stream cancels it; `finish` ends it.
+//! A stream takes the request's head and body and returns the EPP's outcome; later it sends the response's head and end. It has no
+//! task and no deadline of its own. Sending never waits for the EPP's headers, which may come only with its first message. After
+//! the outcome no failure of the stream is an error. Dropping a stream cancels it; `finish` ends it.
 
 use std::{
     net::SocketAddr,
@@ -37,58 +36,58 @@ use super::{
     silence::{Reply, Silence, Waiting},
 };
 
-/// Messages between the agent and the connection, beyond which they wait in the exchange for the EPP to take them.
+/// Messages queued in the connection. More messages wait in the exchange until the EPP takes them.
 const QUEUE: usize = 2;
-/// How long an EPP may take to take what is left to tell it of a response that is over.
+/// How long an EPP has to read the remaining messages after the response has ended.
 const REST: Duration = Duration::from_secs(5);
-/// How long a stream is read after that, so that it ends by the EPP's close and not by a reset. Streams count against the
-/// EPP's limit meanwhile.
+/// How long a stream is read after that, so that it ends by the EPP's close and not by a reset. Meanwhile the stream counts
+/// against the EPP's limit.
 const CLOSE: Duration = Duration::from_secs(2);
-/// A message of the EPP may be this much longer than the body in it.
+/// How much longer an EPP's message may be than the body in it.
 const MESSAGE: usize = 1 << 20;
 
-/// The way to one EPP.
+/// A worker's client of one EPP.
 pub struct EppClient {
     replicas: Arc<Replicas>,
-    lines: Mutex<Lines>,
+    links: Mutex<Links>,
     endings: TaskTracker,
 }
 
-/// To the replicas that have been asked and are still there.
+/// Connections to the replicas that have been asked and still exist.
 #[derive(Default)]
-struct Lines {
-    lines: Vec<Line>,
-    /// When they were last held against these.
+struct Links {
+    links: Vec<Link>,
+    /// The replicas when `links` was last updated.
     known: Arc<[Arc<Replica>]>,
 }
 
-/// What a worker has with one replica. Clones share it.
+/// A worker's connection to one replica. Clones share it.
 #[derive(Clone)]
-struct Line {
+struct Link {
     replica: Arc<Replica>,
     connection: Connection,
     silence: Arc<Silence>,
 }
 
 impl EppClient {
-    /// Connects with the first request.
+    /// Creates the client. It connects with the first request.
     pub fn new(replicas: Arc<Replicas>) -> Self {
-        Self { replicas, lines: Mutex::default(), endings: TaskTracker::new() }
+        Self { replicas, links: Mutex::default(), endings: TaskTracker::new() }
     }
 
-    /// Resolves when the EPPs have been told the rest of the streams that are [finished](PickStream::finish), or have had their
-    /// time. For when nothing more is asked.
+    /// Resolves when all streams that were [finished](PickStream::finish) have sent their rest or timed out. Call it when nothing
+    /// more is asked.
     pub async fn finished(&self) {
         self.endings.close();
         self.endings.wait().await;
     }
 
-    /// Whether these are the replicas that it asks.
+    /// Whether this client asks these replicas.
     pub fn asks(&self, replicas: &Arc<Replicas>) -> bool {
         Arc::ptr_eq(&self.replicas, replicas)
     }
 
-    /// Whom to ask about a request. See [`Attempts::begin`].
+    /// Selects the replica to ask about a request. See [`Attempts::begin`].
     pub async fn attempts(&self) -> Result<Attempts, PickError> {
         Attempts::begin(&self.replicas).await
     }
@@ -98,7 +97,7 @@ impl EppClient {
         self.replicas.snapshot().replicas.iter().filter(|replica| replica.is_stalled()).cloned().collect()
     }
 
-    /// Starts asking about a request. Does not wait, and must be called on a tokio runtime. `subset`: choose among these.
+    /// Opens a stream about a request without waiting. `subset` is the subset hint. Must be called on a tokio runtime.
     pub fn open(
         &self,
         replica: &Arc<Replica>,
@@ -108,11 +107,11 @@ impl EppClient {
         limits: Limits,
         members: Option<Arc<Snapshot>>,
     ) -> PickStream {
-        let line = self.line(replica);
+        let link = self.link(replica);
         let (out, messages) = mpsc::channel(QUEUE);
         let mut request_stream = tonic::Request::new(ReceiverStream::new(messages));
         let cancel = CancelOnDrop(Some(request_stream.cancellation_handle()));
-        let call = call(line.connection, request_stream, limits.replaced_body + MESSAGE);
+        let call = call(link.connection, request_stream, limits.replaced_body + MESSAGE);
         let header = self.replicas.settings.header.clone();
         let mut exchange = Exchange::new(header, request, has_body, subset, limits);
         if let Some(members) = members {
@@ -122,33 +121,33 @@ impl EppClient {
             _cancel: cancel,
             exchange,
             out: Some(PollSender::new(out)),
-            answer: Answer::Awaited(call.boxed()),
-            silence: Waiting::new(&line.silence),
-            replica: line.replica,
+            incoming: Incoming::Opening(call.boxed()),
+            silence: Waiting::new(&link.silence),
+            replica: link.replica,
             endings: self.endings.clone(),
         };
-        // The head leaves now, not when the first piece of the body is there; whoever waits later registers its own waker.
+        // Send the head now instead of with the first piece of the body. Later calls register their own waker.
         let mut nobody = Context::from_waker(Waker::noop());
         let _ = stream.poll_send(&mut nobody);
-        let _ = stream.poll_answer(&mut nobody);
+        let _ = stream.poll_incoming(&mut nobody);
         stream
     }
 
-    fn line(&self, replica: &Arc<Replica>) -> Line {
+    fn link(&self, replica: &Arc<Replica>) -> Link {
         let known = self.replicas.snapshot().replicas;
-        let mut all = self.lines.lock();
+        let mut all = self.links.lock();
         if !Arc::ptr_eq(&all.known, &known) {
-            // Connections to replicas that are gone close when their streams are over.
-            all.lines.retain(|line| known.iter().any(|replica| Arc::ptr_eq(replica, &line.replica)));
+            // Connections to removed replicas close when their streams end.
+            all.links.retain(|link| known.iter().any(|replica| Arc::ptr_eq(replica, &link.replica)));
             all.known = known;
         }
-        if let Some(line) = all.lines.iter().find(|line| Arc::ptr_eq(&line.replica, replica)) {
-            return line.clone();
+        if let Some(link) = all.links.iter().find(|link| Arc::ptr_eq(&link.replica, replica)) {
+            return link.clone();
         }
         let connection = Connection::new(&self.replicas, replica);
-        let line = Line { replica: Arc::clone(replica), connection, silence: Arc::default() };
-        all.lines.push(line.clone());
-        line
+        let link = Link { replica: Arc::clone(replica), connection, silence: Arc::default() };
+        all.links.push(link.clone());
+        link
     }
 }
 
@@ -175,62 +174,63 @@ fn failure(status: &tonic::Status, http2: &Http2, answered: bool) -> PickError {
     }
 }
 
-/// What the EPP says about a response's head.
+/// The EPP's reply to a response's head.
 #[derive(Debug, Clone, PartialEq)]
 pub enum ResponseReply {
-    /// None: the stream is over, or the EPP took too long.
+    /// `None` if the stream has ended or the EPP did not reply in time.
     Mutation(Option<HeaderMutation>),
-    /// A mutation over the limits, which is not applied.
+    /// The mutation exceeds the limits and is not applied.
     Excessive,
     Evicted(ImmediateReply),
 }
 
 /// One request's stream to its EPP.
 pub struct PickStream {
-    /// First, so that the stream is cancelled before the end of `out` could look like an orderly close.
+    /// Declared first, so that the stream is cancelled before the drop of `out` could look like an orderly close.
     _cancel: CancelOnDrop,
     exchange: Exchange,
     out: Option<PollSender<ProcessingRequest>>,
-    answer: Answer,
+    incoming: Incoming,
     silence: Waiting,
     replica: Arc<Replica>,
     endings: TaskTracker,
 }
 
-enum Answer {
-    Awaited(BoxFuture<'static, Result<(Streaming<ProcessingResponse>, Http2), PickError>>),
+/// The EPP's side of the stream.
+enum Incoming {
+    Opening(BoxFuture<'static, Result<(Streaming<ProcessingResponse>, Http2), PickError>>),
     Open(Box<Streaming<ProcessingResponse>>, Http2),
     Over,
 }
 
 impl PickStream {
-    /// The EPP that is asked, `host:port` as configured.
+    /// The authority of the EPP that is asked, `host:port` as configured.
     pub fn authority(&self) -> &str {
         self.replica.authority.as_str()
     }
 
-    /// Whether the stream is open for a piece of the body, and has nothing left of those before.
+    /// Whether the stream is open and all earlier messages have left, so that a piece of the body may be given.
     pub fn takes_body(&self) -> bool {
         self.out.is_some() && !self.exchange.has_message()
     }
 
-    /// Whether there is something that the EPP has not taken yet.
+    /// Whether messages wait for the EPP to take them.
     pub fn has_unsent(&self) -> bool {
         self.out.is_some() && self.exchange.has_message()
     }
 
-    /// Hands over a piece of the body, of any size. It leaves with the next call of any method that waits.
+    /// Queues a piece of the body, of any size. The next call of a method that waits sends it.
     pub fn give_body(&mut self, piece: Bytes, end: bool) {
         self.exchange.request_body(piece, end);
     }
 
-    /// Gives a piece, and waits until it has left or there is an outcome.
+    /// Sends a piece, and waits until it has left or there is an outcome.
     pub async fn send_body(&mut self, piece: Bytes, end: bool) -> Result<Option<Outcome>, PickError> {
         self.give_body(piece, end);
         if self.has_unsent() { self.progress().await } else { Ok(None) }
     }
 
-    /// Waits for the outcome, however long it takes. Cancel-safe.
+    /// Waits for the outcome without a deadline. Cancel-safe.
     pub async fn outcome(&mut self) -> Result<Outcome, PickError> {
         loop {
             if let Some(outcome) = self.progress().await? {
@@ -239,7 +239,7 @@ impl PickStream {
         }
     }
 
-    /// Waits for the outcome, however long it takes; `None` once what was unsent has left, if anything was. Cancel-safe.
+    /// Waits for the outcome without a deadline. Returns `None` as soon as messages that were unsent have left. Cancel-safe.
     pub async fn progress(&mut self) -> Result<Option<Outcome>, PickError> {
         let unsent = self.has_unsent();
         poll_fn(|cx| {
@@ -252,7 +252,7 @@ impl PickStream {
         .await
     }
 
-    /// The outcome as far as it is known when the time is up.
+    /// The outcome at the deadline: a pick if the EPP has sent enough for one, otherwise an error.
     pub fn at_deadline(&mut self) -> Result<Outcome, PickError> {
         self.exchange.deadline();
         while let Some(event) = self.exchange.next_event() {
@@ -263,9 +263,8 @@ impl PickStream {
         Err(PickError::Deadline)
     }
 
-    /// Tells the EPP about the head of the response that `served` gave, and waits at most `wait` for its mutation of it; with
-    /// none, and while the EPP is known to be silent about heads, it does not wait. Cancel-safe: the head has been taken, the
-    /// reply is lost.
+    /// Sends the head of the response from `served`, and waits at most `wait` for the EPP's mutation. Does not wait if `wait` is
+    /// `None` or the EPP is known to be silent about heads. If it is cancelled, the head is still sent and the reply is lost.
     pub async fn response_headers(
         &mut self,
         status: http::StatusCode,
@@ -309,24 +308,24 @@ impl PickStream {
         reply.unwrap_or(ResponseReply::Mutation(None))
     }
 
-    /// What became of the question about the response's head; `None`: there was none.
+    /// How the EPP replied to the response's head. Returns `None` if no head was sent.
     pub fn head_reply(&self) -> Option<Reply> {
         self.silence.reply()
     }
 
-    /// Resolves when the EPP evicts the request, and never otherwise: the response does not depend on the EPP. Cancel-safe.
+    /// Resolves when the EPP evicts the request, and never otherwise. Cancel-safe.
     pub async fn evicted(&mut self) -> ImmediateReply {
         self.evicted_telling(|| None).await
     }
 
-    /// As [`evicted`](Self::evicted), and tells the EPP about pieces of the response's body, one at a time as it takes them.
-    /// `more` is asked whenever the future is polled, so whoever produces pieces does it in the same task, before.
+    /// As [`evicted`](Self::evicted), but also sends pieces of the response's body, one at a time as the EPP takes them. `more` is
+    /// called whenever the future is polled, so pieces have to be produced earlier in the same task.
     pub async fn evicted_telling(&mut self, mut more: impl FnMut() -> Option<Bytes>) -> ImmediateReply {
         poll_fn(|cx| {
             while self.poll_send(cx).is_ready()
                 && let Some(piece) = more()
             {
-                // Without a stream the piece has nowhere to go.
+                // If the stream has ended, the piece is dropped.
                 if self.out.is_some() {
                     self.exchange.response_body(piece, false);
                 }
@@ -343,8 +342,8 @@ impl PickStream {
         .await
     }
 
-    /// The response is over: tells `rest` of its body and the end, closes the sending side, and leaves the EPP a moment to
-    /// close the other.
+    /// Ends the stream after the response: sends the `rest` of its body and the end, closes the sending side, and waits in the
+    /// background for the EPP to close the other, for at most [`REST`] and [`CLOSE`].
     pub fn finish(mut self, rest: Vec<Bytes>) {
         let last = rest.len();
         for (number, piece) in (1..).zip(rest) {
@@ -353,7 +352,7 @@ impl PickStream {
         self.exchange.response_end();
         let endings = self.endings.clone();
         endings.spawn(async move {
-            // The EPP may take more only when its replies are taken.
+            // The EPP may stop reading until its replies are read.
             let told =
                 poll_fn(|cx| if self.poll_replies(cx).is_ready() { Poll::Ready(()) } else { self.poll_send(cx) });
             if timeout(REST, told).await.is_ok() {
@@ -363,7 +362,7 @@ impl PickStream {
         });
     }
 
-    /// Takes whatever the EPP says, until its stream is over. It is of no consequence any more.
+    /// Reads and discards the EPP's replies until its stream ends.
     fn poll_replies(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         while let Some(event) = ready!(self.poll_event(cx)) {
             if let Ok(Event::ResponseHead(_)) = event {
@@ -373,7 +372,7 @@ impl PickStream {
         Poll::Ready(())
     }
 
-    /// None: the stream is over and its outcome has been given.
+    /// Returns `None` if the stream has ended and its outcome was already returned.
     fn poll_outcome(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Outcome>, PickError>> {
         loop {
             match ready!(self.poll_event(cx)) {
@@ -390,21 +389,21 @@ impl PickStream {
             if let Some(event) = self.exchange.next_event() {
                 return Poll::Ready(Some(event));
             }
-            if matches!(self.answer, Answer::Over) {
+            if matches!(self.incoming, Incoming::Over) {
                 return Poll::Ready(None);
             }
-            ready!(self.poll_answer(cx));
+            ready!(self.poll_incoming(cx));
         }
     }
 
-    /// One step of the EPP's side, into the exchange.
-    fn poll_answer(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        match &mut self.answer {
-            Answer::Awaited(call) => match ready!(call.poll_unpin(cx)) {
-                Ok((replies, http2)) => self.answer = Answer::Open(Box::new(replies), http2),
+    /// Passes one reply, or the end of the stream, from the EPP to the exchange.
+    fn poll_incoming(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        match &mut self.incoming {
+            Incoming::Opening(call) => match ready!(call.poll_unpin(cx)) {
+                Ok((replies, http2)) => self.incoming = Incoming::Open(Box::new(replies), http2),
                 Err(error) => self.over(|exchange| exchange.failed(error)),
             },
-            Answer::Open(replies, http2) => match ready!(replies.poll_next_unpin(cx)) {
+            Incoming::Open(replies, http2) => match ready!(replies.poll_next_unpin(cx)) {
                 Some(Ok(reply)) => self.exchange.receive(reply),
                 Some(Err(status)) => {
                     let error = failure(&status, http2, self.exchange.answered());
@@ -412,23 +411,23 @@ impl PickStream {
                 }
                 None => self.over(Exchange::closed),
             },
-            Answer::Over => {}
+            Incoming::Over => {}
         }
         Poll::Ready(())
     }
 
     fn over(&mut self, end: impl FnOnce(&mut Exchange)) {
-        self.answer = Answer::Over;
+        self.incoming = Incoming::Over;
         self.out = None;
         end(&mut self.exchange);
     }
 
-    /// Ready when every message has left, or never will.
+    /// Ready when every message has left or the stream has ended.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         while let Some(out) = &mut self.out
             && self.exchange.has_message()
         {
-            // A channel without a receiver is a stream that is over; the EPP's side says why.
+            // The channel has no receiver if the stream has ended; `incoming` has the reason.
             let sent = ready!(out.poll_reserve(cx)).is_ok()
                 && self.exchange.next_message().is_none_or(|message| out.send_item(message).is_ok());
             if !sent {

@@ -1,12 +1,7 @@
-//! The HTTP/2 connection to a replica of an EPP: one, shared by all requests of a worker, opened when it is needed.
-//!
-//! Given where it goes, `get` gives the connection that is open, or the outcome of the attempt that is under way: all who wait
-//! for it fail together, and the next one tries again. A connection that has failed a stream through its own fault, or whose
-//! server is going away, is not handed out again; streams that it carries run to their end. There is no limit on streams but
-//! the server's.
-//!
-//! tonic's own channel queues requests behind a connect and lets them fail one after the other, each after a timeout of its
-//! own; and it may hand out a broken connection once more.
+//! The HTTP/2 connection to an EPP replica, shared by all requests of a worker and opened on demand. `get` returns the open
+//! connection or the result of the running attempt: all requests that wait for it fail together, and the next one connects again.
+//! A connection that failed a stream, or whose server sent GOAWAY, is not used for new streams; its open streams finish.
+//! (tonic's own channel fails queued requests one after the other, each after its own timeout, and may return a broken connection.)
 
 use std::{
     error::Error,
@@ -30,13 +25,14 @@ use tonic::body::Body;
 
 use super::replica::{Replica, Replicas};
 
-/// Replies are at most a few pieces per stream; the window leaves room for a replaced body in one round trip.
+/// Replies are at most a few pieces per stream. The window has room for a replaced body in one round trip.
 const STREAM_WINDOW: u32 = 2 << 20;
 const CONNECTION_WINDOW: u32 = 16 << 20;
-/// gRPC servers written in Go close connections that ping more often than every five minutes, so pings only find a peer that
-/// is stuck; one that is gone is found by TCP.
+/// gRPC servers written in Go close connections that ping more often than every five minutes. So pings only detect a stuck peer;
+/// TCP detects an unreachable one.
 const PING: Duration = Duration::from_secs(310);
 const PING_TIMEOUT: Duration = Duration::from_secs(20);
+/// TCP_USER_TIMEOUT: how long sent bytes may stay unacknowledged.
 const GONE: Duration = Duration::from_secs(15);
 
 #[derive(Clone)]
@@ -53,12 +49,12 @@ struct Inner {
 type Attempt = Shared<BoxFuture<'static, Result<Http2, Arc<io::Error>>>>;
 
 impl Connection {
-    /// To the replica's ext_proc service. Opens nothing.
+    /// A connection to the replica's ext_proc service. Does not connect yet.
     pub fn new(replicas: &Arc<Replicas>, replica: &Arc<Replica>) -> Self {
         Self::to(replicas, replica, replica.address, replicas.tls.is_some())
     }
 
-    /// To where its health is served. Opens nothing.
+    /// A connection to the replica's health service. Does not connect yet.
     pub fn to_health(replicas: &Arc<Replicas>, replica: &Arc<Replica>) -> Self {
         let settings = &replicas.settings;
         let port = settings.health_port.unwrap_or(replica.address.port());
@@ -71,18 +67,18 @@ impl Connection {
         Self(Arc::new(Inner { replicas, replica, address, tls, current: Mutex::new(None) }))
     }
 
-    /// The URI that streams are opened under.
+    /// The URI under which streams are opened.
     pub fn origin(&self) -> http::Uri {
         let scheme = if self.0.tls { http::uri::Scheme::HTTPS } else { http::uri::Scheme::HTTP };
         let mut parts = http::uri::Parts::default();
         parts.scheme = Some(scheme);
         parts.authority = Some(self.0.replica.authority.clone());
         parts.path_and_query = Some(http::uri::PathAndQuery::from_static("/"));
-        // Of these parts nothing is missing.
+        // The parts are complete, so this cannot fail.
         http::Uri::from_parts(parts).unwrap_or_default()
     }
 
-    /// Cancel-safe: an attempt goes on without those who waited for it.
+    /// Returns the open connection or connects. Cancel-safe: an attempt continues in the background.
     pub async fn get(&self) -> Result<Http2, Arc<io::Error>> {
         let attempt = {
             let mut current = self.0.current.lock();
@@ -102,7 +98,7 @@ impl Connection {
     fn attempt(&self) -> Attempt {
         let inner = self.0.clone();
         let connect = tokio::spawn(async move {
-            let timeout = io::Error::new(io::ErrorKind::TimedOut, "no connection in time");
+            let timeout = io::Error::new(io::ErrorKind::TimedOut, "connect timeout");
             tokio::time::timeout(inner.replicas.settings.connect_timeout, inner.connect())
                 .await
                 .unwrap_or(Err(timeout))
@@ -141,7 +137,7 @@ async fn handshake(io: impl hyper::rt::Read + hyper::rt::Write + Unpin + Send + 
         .handshake(io)
         .await
         .map_err(|error| {
-            // Keeps the kind: a reset is worth another attempt. It comes wrapped by h2, or bare when h2 had not begun.
+            // Keep the kind, because a reset is retried. The I/O error is wrapped by h2, or bare if h2 had not begun.
             let io = error.source().and_then(|source| {
                 source.downcast_ref::<io::Error>().or_else(|| source.downcast_ref::<h2::Error>()?.get_io())
             });
@@ -151,7 +147,7 @@ async fn handshake(io: impl hyper::rt::Read + hyper::rt::Write + Unpin + Send + 
     let http2 = Http2 { send, lost: Arc::default(), went_away: Arc::default() };
     let went_away = Arc::clone(&http2.went_away);
     tokio::spawn(async move {
-        // Requests that wait for it learn of its end after this.
+        // Waiting requests notice the end of the connection after this flag is set.
         match connection.await {
             Ok(()) => went_away.store(true, Ordering::Relaxed),
             Err(error) => tracing::debug!(?error, "connection to the EPP ended"),
@@ -160,13 +156,13 @@ async fn handshake(io: impl hyper::rt::Read + hyper::rt::Write + Unpin + Send + 
     Ok(http2)
 }
 
-/// An open connection; clones are the same one.
+/// An open connection. Clones share it.
 #[derive(Clone)]
 pub struct Http2 {
     send: http2::SendRequest<Body>,
-    /// Not to be handed out again.
+    /// Whether the connection must not be used for new streams.
     lost: Arc<AtomicBool>,
-    /// It has ended in order: by GOAWAY.
+    /// Whether the connection ended by GOAWAY.
     went_away: Arc<AtomicBool>,
 }
 
@@ -175,13 +171,13 @@ impl Http2 {
         !self.lost.load(Ordering::Relaxed) && !self.send.is_closed()
     }
 
-    /// Its peer does not answer in time: streams that it carries may go on, and no other begins on it.
+    /// Takes the connection out of use for new streams. Open streams continue.
     pub fn retire(&self) {
         self.lost.store(true, Ordering::Relaxed);
     }
 
-    /// What became of a stream that ended with this status. A loss that is not about the stream alone takes the connection
-    /// out of use at once; hyper may take a moment longer to notice.
+    /// How the transport lost a stream that ended with this status. Returns `None` if the server ended it. A loss that is not
+    /// limited to the stream retires the connection at once, because hyper may notice it later.
     pub fn loss(&self, status: &tonic::Status) -> Option<Loss> {
         let mut error = status.source()?;
         let (mut stream_only, mut not_taken) = (false, false);
@@ -189,13 +185,13 @@ impl Http2 {
             if let Some(error) = error.downcast_ref::<h2::Error>() {
                 stream_only |= error.is_reset();
                 not_taken |= match error.reason() {
-                    // GOAWAY ends the streams that the server had not looked at with this error.
+                    // GOAWAY ends the streams that the server did not process with this error.
                     Some(h2::Reason::NO_ERROR) => error.is_remote() && error.is_go_away(),
                     Some(h2::Reason::REFUSED_STREAM) => error.is_remote(),
                     _ => false,
                 };
             }
-            // Never sent: it waited in hyper's queue.
+            // hyper cancels requests that are still in its queue.
             let canceled = error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_canceled);
             not_taken |= canceled && self.went_away.load(Ordering::Relaxed);
             match error.source() {
@@ -210,10 +206,10 @@ impl Http2 {
     }
 }
 
-/// How the transport, rather than the server's code, ended a stream.
+/// How the transport, and not the server's code, ended a stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Loss {
-    /// The server has not looked at it.
+    /// The server did not process the stream.
     NotTaken,
     Broken,
 }
@@ -223,7 +219,7 @@ impl tonic::codegen::Service<http::Request<Body>> for Http2 {
     type Error = hyper::Error;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
 
-    /// hyper holds back what exceeds the server's limit of streams.
+    /// Always ready: hyper queues requests above the server's limit of streams.
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         Poll::Ready(Ok(()))
     }

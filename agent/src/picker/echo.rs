@@ -1,8 +1,7 @@
-//! Whether a picker's mutation of a request changes anything.
+//! Decides whether an EPP's mutation of a request changes anything.
 //!
-//! Takes the mutation, the request as the picker was told of it, and the length of the body it was sent; returns true if the
-//! request would leave with another field than it came with. Pickers in the field set every field again that they were told,
-//! and the length of the body: those are echoes. Fields that carry the pick or the trace are no change either.
+//! Takes the mutation, the request as it was sent to the EPP and the length of its body. Existing EPPs set every field that they
+//! received, and the body's length, again: such echoes are not changes. Fields that carry the pick or the trace are not either.
 
 use http::{HeaderName, header, request};
 use penstock_proto::{
@@ -15,7 +14,7 @@ use super::{
     mutation::{Target, action, target},
 };
 
-/// Fields that carry trace context, of W3C and of those that came before it.
+/// Fields that carry trace context, W3C's and older ones.
 const TRACE: [&str; 9] = [
     "traceparent",
     "tracestate",
@@ -29,8 +28,8 @@ const TRACE: [&str; 9] = [
 ];
 const TRACE_PREFIXES: [&str; 3] = ["x-b3-", "x-ot-span-", "x-datadog-"];
 
-/// `length`: bytes of the body. A field that the picker removes is a change although this request does not have it: it says
-/// what is to become of requests that do.
+/// Whether the mutation changes the request. `length` is the body's length in bytes. A removed field counts as a change even if
+/// this request does not have it, because later requests of the connection may.
 pub fn changes(mutation: &HeaderMutation, request: &request::Parts, length: u64) -> bool {
     let removes = mutation.remove_headers.iter().any(|name| !is_exempt(name));
     removes || mutation.set_headers.iter().any(|option| !is_echo(option, request, length))
@@ -47,7 +46,7 @@ fn is_echo(option: &HeaderValueOption, request: &request::Parts, length: u64) ->
             let present = request.headers.get_all(&name).iter().any(|present| present == value);
             present && action(option) != HeaderAppendAction::AppendIfExistsOrAdd
         }
-        // Not applied, but the picker decided about a body of another length.
+        // Never applied, but a different length means that the EPP decided about another body.
         Target::Protected if header::CONTENT_LENGTH.as_str().eq_ignore_ascii_case(&field.key) => {
             value.trim_ascii() == length.to_string().as_bytes()
         }
@@ -55,7 +54,7 @@ fn is_echo(option: &HeaderValueOption, request: &request::Parts, length: u64) ->
     }
 }
 
-/// The name of the pick, or of a part of the trace.
+/// Whether the field carries the pick or trace context.
 fn is_exempt(name: &str) -> bool {
     let Ok(name) = HeaderName::from_bytes(name.as_bytes()) else { return false };
     let name = name.as_str();
@@ -88,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn echoed_fields_the_pick_and_the_trace_are_no_change() {
+    fn echoes_pick_and_trace_fields_are_not_changes() {
         let echoes = [
             ("x-a", "1"),
             ("X-A", "2"),
@@ -108,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn every_other_field_is_a_change() {
+    fn any_other_field_is_a_change() {
         let changes = [
             ("x-prefiller-host-port", "10.0.0.9:8000"),
             ("authorization", "Bearer bob"),

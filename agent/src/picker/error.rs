@@ -1,7 +1,5 @@
-//! Why an EPP did not pick. Every variant is a matter for the pool's failure mode.
-//!
-//! Given by the exchange (what the EPP said) and by the client (what became of the stream). An answer that the EPP meant for
-//! the client is not among them: that is `Outcome::Immediate`.
+//! Why an EPP did not pick, from the exchange (the EPP's messages) and the client (the stream). The pool's failure mode handles
+//! every variant. An EPP's immediate reply is not an error: see `Outcome::Immediate`.
 
 use std::{io::ErrorKind, sync::Arc};
 
@@ -9,44 +7,44 @@ use crate::config::EppLimits;
 
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum PickError {
-    #[error("the EPP's name has no address: {0}")]
+    #[error("cannot resolve the EPP's name: {0}")]
     Unresolved(Arc<str>),
     #[error("cannot connect to the EPP: {0}")]
     Connect(Arc<std::io::Error>),
-    /// The EPP did not take the stream: its server is going away (GOAWAY), or refused it.
-    #[error("the EPP did not take the stream: {0}")]
+    /// The server sent GOAWAY or refused the stream.
+    #[error("the EPP did not process the stream: {0}")]
     NotTaken(String),
-    /// The connection, or the stream alone, was lost before the EPP had answered.
-    #[error("the stream to the EPP broke off: {message}")]
+    /// The connection or the stream was lost. `answered`: the EPP had already said something about the request.
+    #[error("lost the stream to the EPP: {message}")]
     Reset { message: String, answered: bool },
     #[error("the EPP answered with gRPC status {}: {message}", label(*.code))]
     Status { code: tonic::Code, message: String },
     #[error("the EPP closed the stream without a pick")]
     ClosedWithoutPick,
-    #[error("the EPP answered without naming an endpoint")]
+    #[error("the EPP replied without an endpoint")]
     NoDestination,
-    /// The entries that are no `ip:port`.
-    #[error("the EPP named what is no ip:port: {0}")]
+    /// The invalid entries.
+    #[error("the EPP returned an invalid ip:port: {0}")]
     BadDestination(String),
     #[error("the EPP's replacement of the body is larger than {limit} bytes")]
     BodyTooLarge { limit: usize },
-    #[error("the EPP replaced only a part of the body")]
+    #[error("the EPP replaced only part of the body")]
     BodyPartial,
-    #[error("the EPP sets or removes more than {} fields or {} bytes besides those that the head has", limits.fields, limits.bytes)]
+    #[error("the EPP's mutation exceeds the head's own fields by more than {} fields or {} bytes", limits.fields, limits.bytes)]
     MutationTooLarge { limits: EppLimits },
     #[error("the EPP sent more than {limit} messages without a decision")]
     TooManyMessages { limit: usize },
     #[error("the EPP sent more than {limit} bytes of dynamic metadata in one message")]
     MetadataTooLarge { limit: usize },
-    #[error("the EPP answered the client with more than the limits allow")]
+    #[error("the EPP's immediate reply exceeds the limits")]
     ReplyTooLarge,
-    /// And decided no other request meanwhile, or there was nobody to ask.
-    #[error("the EPP did not answer in time")]
+    /// The EPP decided no other request meanwhile, or no replica was known.
+    #[error("the EPP did not decide in time")]
     Deadline,
-    #[error("the EPP did not decide this request in time, but others meanwhile")]
+    #[error("the EPP decided other requests but not this one in time")]
     Held,
-    /// Not asked: no replica has decided anything since a request waited in vain.
-    #[error("the EPP has stalled, and is not waited for until it decides a request again")]
+    /// The EPP was not asked, because every replica has stalled: a request timed out and no replica has decided one since.
+    #[error("the EPP is stalled and gets only probes until it decides a request")]
     Stalled,
 }
 
@@ -74,12 +72,12 @@ impl PickError {
         }
     }
 
-    /// Whether the request can be asked again, and where. None of these is a decision, so nobody gets two.
+    /// Whether and where to ask again about the request. No variant is a decision, so a request never gets two.
     pub fn again(&self) -> Again {
         match self {
             PickError::NotTaken(_) => Again::Here,
             PickError::Reset { answered: false, .. } => Again::HereOnce,
-            // The same loss, noticed while the connection was being made.
+            // The same loss, noticed while connecting.
             PickError::Connect(error)
                 if matches!(
                     error.kind(),
@@ -96,21 +94,21 @@ impl PickError {
     }
 }
 
-/// Where a request that got no decision can be asked again.
+/// Where to ask again about a request that got no decision.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Again {
-    /// Of the same replica, which has not seen it. The next stream does not meet a connection that is going away.
+    /// The same replica, which did not process the request. The next stream does not use a connection that is going away.
     Here,
-    /// Of the same replica on a fresh connection, which the next stream gets: the transport was lost through no fault of this
-    /// request. Once: it may have been.
+    /// The same replica over a new connection, which the next stream gets. Only once, because the request itself may have caused
+    /// the loss.
     HereOnce,
-    /// Of another replica.
+    /// Another replica.
     Elsewhere,
-    /// This is the EPP's answer, or its time is over.
+    /// Nowhere: this is the EPP's answer, or the deadline has passed.
     Not,
 }
 
-/// The names of the gRPC specification, lower-case.
+/// The gRPC specification's names in lower case.
 fn label(code: tonic::Code) -> &'static str {
     use tonic::Code;
     match code {

@@ -1,9 +1,8 @@
-//! What is said on one picker stream: a state machine without sockets, clock or tasks.
+//! The protocol on one EPP stream, as a state machine without sockets, clock or tasks.
 //!
-//! Given the request's head, pieces of its body, the EPP's messages and the end of its stream, it gives the messages to send
-//! (`next_message`) and events (`next_event`): the decision, an immediate response, the mutation of the response's head.
-//! Exactly one end of stream goes out per direction. There is at most one decision or failure; after the decision nothing that
-//! the EPP does is an error. The EPP's replies may come in any order.
+//! Takes the request's head and body, the EPP's messages and the end of its stream; returns messages to send (`next_message`) and
+//! events (`next_event`). Sends exactly one end of stream per direction. There is at most one decision or failure, and after a
+//! decision nothing from the EPP is an error. The EPP's replies may come in any order.
 
 use std::{collections::VecDeque, net::SocketAddr, sync::Arc};
 
@@ -30,36 +29,37 @@ const BYTES_PER_MESSAGE: usize = 256;
 
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Bytes of a body that the EPP puts in place of the client's, or answers the client with.
+    /// Most bytes of a replaced body or of an immediate reply's body.
     pub replaced_body: usize,
-    /// What those bytes count against.
+    /// The budget against which the bytes of a replaced body count.
     pub memory: Arc<Budget>,
+    /// The configured limits on the EPP's messages.
     pub said: EppLimits,
 }
 
-/// Where the request goes and what becomes of it on the way.
+/// The EPP's pick and its mutations of the request.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Decision {
-    /// In the order to try them; at least one, no duplicates.
+    /// At least one endpoint, without duplicates, in the order in which to try them.
     pub endpoints: Vec<SocketAddr>,
-    /// What the EPP named besides.
+    /// The invalid entries of the EPP's list.
     pub bad: Bad,
-    /// For the request's head; the pick itself is taken out.
+    /// The mutation of the request's head, without the pick.
     pub mutation: HeaderMutation,
     pub body: Body,
 }
 
 #[derive(Debug, Clone, PartialEq)]
 pub enum Body {
-    /// As the client sent it.
+    /// The client's body.
     Original,
-    /// These pieces instead, in order.
+    /// These pieces, in order.
     Replaced(Vec<Bytes>),
-    /// Others instead, for which there was no room: their SHA-256. Only if they turn out to be the client's can the request go on.
+    /// The SHA-256 of a replacement for which there was no memory. The request can be sent only if it equals the client's body.
     Unheld(Box<[u8]>),
 }
 
-/// The EPP's answer to the client. After a decision it means: break off the request.
+/// The EPP's immediate reply to the client. After a decision it is an eviction.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ImmediateReply {
     pub status: http::StatusCode,
@@ -80,41 +80,43 @@ pub enum Event {
     Outcome(Outcome),
     /// The EPP's reply to the head of the response.
     ResponseHead(HeaderMutation),
-    /// That reply was over the limits, and is not applied.
+    /// The EPP's reply to the head of the response exceeds the limits and is not applied.
     Excessive,
 }
 
 #[derive(Debug)]
 pub struct Exchange {
-    /// Header that carries the pick.
+    /// The name of the header that carries the pick.
     header: HeaderName,
     limits: Limits,
-    /// Where the pool's endpoints are known.
+    /// The pool's endpoints, if known.
     members: Option<Arc<Snapshot>>,
     subset: Option<Vec<SocketAddr>>,
     served: Option<SocketAddr>,
     outbox: VecDeque<ProcessingRequest>,
-    /// Body messages so far, and whether the last of them (or the head) had the end of stream.
+    /// Body messages so far.
     pieces_sent: usize,
+    /// Whether the last body message, or the head, had the end of stream.
     request_ended: bool,
     response: ResponsePhase,
-    /// The EPP has replied to the head of the request.
+    /// Whether the EPP has replied to the head of the request.
     head_answered: bool,
     by_metadata: Option<String>,
     by_header: Option<String>,
     mutation: HeaderMutation,
-    /// What the EPP may still say of the request's head, and of the response's.
+    /// How much the EPP may still change in the request's head.
     request_room: Room,
+    /// How much the EPP may still change in the response's head.
     response_room: Room,
-    /// Messages of the EPP so far.
+    /// Messages from the EPP so far.
     messages: usize,
     replacement: Replacement,
-    /// A decision, an immediate response or a failure has been given.
+    /// Whether a decision, an immediate reply or a failure was returned.
     settled: bool,
     events: VecDeque<Result<Event, PickError>>,
 }
 
-/// How much a mutation of a head may still say: what it takes to echo the head, and the configured limits besides.
+/// How large a mutation of a head may still be: enough to echo the head, plus the configured limits.
 #[derive(Debug, Clone, Copy)]
 struct Room {
     fields: usize,
@@ -122,7 +124,7 @@ struct Room {
 }
 
 impl Room {
-    /// Pseudo-headers that a head is told with.
+    /// Pseudo-headers that are sent with a head.
     const PSEUDO: usize = 4;
 
     fn of(head: &HeaderMap, limits: &EppLimits) -> Self {
@@ -130,7 +132,7 @@ impl Room {
         Self { fields: head.len() + Self::PSEUDO + limits.fields, bytes: bytes + limits.bytes }
     }
 
-    /// False if the mutation does not fit.
+    /// Subtracts the mutation. Returns false if it does not fit.
     fn take(&mut self, mutation: &HeaderMutation) -> bool {
         let set = mutation.set_headers.iter().filter_map(|set| set.header.as_ref());
         let set: usize = set.map(|header| header.key.len() + message::value(header).len()).sum();
@@ -187,13 +189,13 @@ impl Exchange {
         exchange
     }
 
-    /// With the endpoints that the pool has.
+    /// Sets the pool's endpoints, against which picks are parsed.
     #[must_use]
     pub fn among(self, members: Arc<Snapshot>) -> Self {
         Self { members: Some(members), ..self }
     }
 
-    /// A piece of the request's body, of any size. What comes after the end is not sent.
+    /// Queues a piece of the request's body, of any size. Pieces after the end are dropped.
     pub fn request_body(&mut self, piece: Bytes, end: bool) {
         if self.request_ended {
             return;
@@ -206,7 +208,7 @@ impl Exchange {
         self.settle();
     }
 
-    /// The head of the response that `served` gave.
+    /// Queues the head of the response from `served`.
     pub fn response_headers(
         &mut self,
         status: http::StatusCode,
@@ -223,7 +225,7 @@ impl Exchange {
         self.queue(message::response_head(status, headers, end_of_stream));
     }
 
-    /// A piece of the response's body, of any size. What comes before the head or after the end is not sent.
+    /// Queues a piece of the response's body, of any size. Pieces before the head or after the end are dropped.
     pub fn response_body(&mut self, piece: Bytes, end: bool) {
         if self.response != ResponsePhase::Body {
             return;
@@ -236,7 +238,7 @@ impl Exchange {
         }
     }
 
-    /// The response is over.
+    /// Queues the end of the response.
     pub fn response_end(&mut self) {
         self.response_body(Bytes::new(), true);
     }
@@ -253,12 +255,12 @@ impl Exchange {
         self.events.pop_front()
     }
 
-    /// Whether the EPP has said anything about the request. That a piece of the body stays as it is says nothing.
+    /// Whether the EPP has said anything about the request. A reply that keeps a piece of the body unchanged does not count.
     pub fn answered(&self) -> bool {
         self.head_answered || self.by_metadata.is_some() || !self.replacement.is_untouched()
     }
 
-    /// A message from the EPP.
+    /// Takes a message from the EPP.
     pub fn receive(&mut self, reply: ProcessingResponse) {
         self.messages += 1;
         if let Err(error) = self.check(&reply) {
@@ -280,13 +282,13 @@ impl Exchange {
                 self.request_head(head.response.unwrap_or_default());
             }
             Some(Response::RequestBody(body)) if !self.settled => self.body_reply(body),
-            // Replies about the response's body and about trailers change nothing; what is late about the request neither.
+            // Replies to the response's body and to trailers, and late replies to the request, change nothing.
             _ => {}
         }
         self.settle();
     }
 
-    /// The EPP has ended the stream with status OK: carry on without it.
+    /// The EPP ended the stream with status OK. Decides with what it has sent.
     pub fn closed(&mut self) {
         if self.settled {
             return;
@@ -301,15 +303,15 @@ impl Exchange {
         self.finish(verdict);
     }
 
-    /// The stream is lost, or the EPP has ended it with an error.
+    /// The stream was lost, or the EPP ended it with an error.
     pub fn failed(&mut self, error: PickError) {
         if !self.settled {
             self.finish(Err(error));
         }
     }
 
-    /// The time for the decision is over. Some EPPs pick by the header reply alone and are silent about the body: then the
-    /// body is the client's. A replacement that has begun and not ended is a failure: part of each would be nobody's request.
+    /// The decision timeout has passed. Some EPPs reply only to the head: then the client's body is used. An incomplete
+    /// replacement is a failure, because a mixture of both bodies is never sent.
     pub fn deadline(&mut self) {
         if self.settled {
             return;
@@ -329,13 +331,13 @@ impl Exchange {
         self.outbox.push_back(ProcessingRequest { request: Some(request), metadata_context, protocol_config: None });
     }
 
-    /// What an EPP says before its decision has limits.
+    /// Checks the limits on messages before the decision.
     fn check(&self, reply: &ProcessingResponse) -> Result<(), PickError> {
         if self.settled {
             return Ok(());
         }
         let EppLimits { messages, metadata_bytes, .. } = self.limits.said;
-        // It may answer each message, twice, and send a body in small pieces.
+        // An EPP may reply to each message twice and send a body in small pieces.
         let allowed = messages + 2 * self.pieces_sent + self.replacement.bytes() / BYTES_PER_MESSAGE;
         if self.messages > allowed {
             return Err(PickError::TooManyMessages { limit: allowed });
@@ -355,12 +357,12 @@ impl Exchange {
             if !self.settled {
                 return self.finish(Err(PickError::ReplyTooLarge));
             }
-            // It evicts the request all the same.
+            // After a decision it still evicts the request, without its fields and body.
             reply = ImmediateResponse { details: reply.details, ..ImmediateResponse::default() };
         }
         self.settled = true;
         let code = reply.status.and_then(|status| u16::try_from(status.code).ok());
-        // A final status only: without one, as with one that is none, Envoy answers 200 or worse.
+        // Only a final status is accepted; otherwise 500. (Envoy sends 200 or an invalid status then.)
         let status = code
             .and_then(|code| http::StatusCode::from_u16(code).ok())
             .filter(|status| (200..600).contains(&status.as_u16()));
@@ -403,7 +405,7 @@ impl Exchange {
         for set in mutation.iter().flat_map(|mutation| &mutation.set_headers) {
             match &set.header {
                 Some(header) if header.key.eq_ignore_ascii_case(self.header.as_str()) => {
-                    // The first counts: production EPPs set the pick and then echo the request's own headers.
+                    // The first one wins: production EPPs set the pick and then echo the request's own headers.
                     let pick = || String::from_utf8_lossy(message::value(header)).into_owned();
                     self.by_header.get_or_insert_with(pick);
                 }
@@ -413,7 +415,7 @@ impl Exchange {
         self.mutation.remove_headers.extend(mutation.into_iter().flat_map(|mutation| mutation.remove_headers));
     }
 
-    /// Decides as soon as everything is there.
+    /// Decides as soon as all replies have arrived.
     fn settle(&mut self) {
         let whole = self.replacement.is_whole(self.pieces_sent, self.request_ended);
         if !self.settled && self.head_answered && whole {
@@ -422,7 +424,7 @@ impl Exchange {
         }
     }
 
-    /// The first counts.
+    /// Returns the outcome as an event. Only the first one counts.
     fn finish(&mut self, verdict: Result<Decision, PickError>) {
         if self.settled {
             return;
@@ -437,7 +439,7 @@ impl Exchange {
         Ok(Decision { endpoints, bad, mutation: std::mem::take(&mut self.mutation), body })
     }
 
-    /// Metadata first: a client cannot have set it.
+    /// The pick. Metadata takes precedence over the header, because a client cannot set it.
     fn named(&self) -> Result<Names, PickError> {
         let is_member = |address| self.members.as_ref().is_some_and(|members| members.get(address).is_some());
         let mut bad = Bad::default();

@@ -1,4 +1,4 @@
-//! The health of one replica: gRPC `Check`, again and again. `Watch` is not used: EPPs do not implement it.
+//! Checks the health of one EPP replica with repeated gRPC `Check` calls. `Watch` is not used, because EPPs do not implement it.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,10 +11,10 @@ use super::{
     replica::{Replica, Replicas, State},
 };
 
-/// Failing requests ask for checks ahead of time; between two of them passes this at least.
+/// Least time between two checks. Failing requests ask for checks before the interval has passed.
 const GAP: Duration = Duration::from_millis(100);
 
-/// Calls `found` with what `check` gives, every `interval` and when the replica is to be looked at, for ever.
+/// Calls `check` every `interval` and whenever `replica.look` is notified, and passes each result to `found`. Never returns.
 pub(super) async fn watch<F: Future<Output = State>>(
     replica: &Replica,
     interval: Duration,
@@ -25,12 +25,12 @@ pub(super) async fn watch<F: Future<Output = State>>(
     loop {
         found(check().await);
         sleep(gap).await;
-        // Not an error: the interval is over.
+        // A timeout means that the interval has passed.
         let _ = timeout(interval - gap, replica.look.notified()).await;
     }
 }
 
-/// The replica's health, on a connection that is kept for the next check.
+/// Checks one replica over a connection that is kept for the next check.
 pub(super) struct Checker {
     connection: Connection,
     service: String,
@@ -47,16 +47,15 @@ impl Checker {
         }
     }
 
-    /// Takes at most `connect_timeout`, twice that where it has to connect, and at most twice as long again where a connection
-    /// is lost.
+    /// Takes at most `connect_timeout`; twice that if it has to connect, and twice as long again if a connection is lost.
     pub(super) async fn check(&self) -> State {
-        // A connection that was lost while it was idle, or whose server is going away, says nothing of the server's health.
+        // A connection that was lost while idle, or by GOAWAY, does not tell the server's health, so try once more.
         let first = self.once().await;
         let second = if first.is_none() { self.once().await } else { first };
         second.unwrap_or(State::Unreachable)
     }
 
-    /// `None`: the connection was lost.
+    /// Returns `None` if the connection was lost.
     async fn once(&self) -> Option<State> {
         let Ok(http2) = self.connection.get().await else { return Some(State::Unreachable) };
         let mut client = HealthClient::with_origin(http2.clone(), self.connection.origin());
@@ -81,7 +80,7 @@ fn state(status: ServingStatus) -> State {
     }
 }
 
-/// A server that does not know the service, or does not say, is alive; one that fails to say is not well.
+/// A server that does not know the service, or refuses to tell, is alive. Any other error counts as not serving.
 fn failed(code: Code) -> State {
     match code {
         Code::NotFound | Code::Unimplemented | Code::PermissionDenied | Code::Unauthenticated => State::Unknown,
@@ -99,7 +98,7 @@ mod tests {
     use crate::config::Epp;
 
     #[test]
-    fn only_those_that_say_so_do_not_serve() {
+    fn only_explicit_failures_are_not_serving() {
         assert_eq!(state(ServingStatus::Serving), State::Serving);
         assert_eq!(state(ServingStatus::NotServing), State::NotServing);
         assert_eq!(state(ServingStatus::ServiceUnknown), State::Unknown);
@@ -109,7 +108,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_check_comes_with_the_interval_or_when_it_is_asked_for() {
+    async fn check_runs_at_the_interval_or_on_request() {
         const INTERVAL: Duration = Duration::from_secs(5);
         let replicas = Arc::new(Replicas::new(&Epp::new("10.0.0.1:1")).unwrap());
         let replica = Arc::clone(&replicas.snapshot().replicas[0]);
@@ -120,7 +119,7 @@ mod tests {
         };
         let script = async {
             sleep(Duration::from_secs(7)).await;
-            // In the middle of an interval: at once. Ten times in a row: once more, after the gap.
+            // In the middle of an interval: checks at once. Ten more requests in a row: one more check after the gap.
             replicas.look_again();
             tokio::task::yield_now().await;
             for _ in 0..10 {

@@ -1,7 +1,7 @@
-//! The messages that the agent writes on a picker stream, and where it finds the pick in those it reads.
+//! Builds the messages that the agent sends on an EPP stream, and finds the pick in received metadata. Stateless.
 //!
-//! Given HTTP heads, pieces of bodies and addresses, it makes the parts of `ProcessingRequest`. Names are lower-case and values
-//! are in `raw_value`, as pickers expect. Nothing here has state.
+//! Takes HTTP heads, pieces of bodies and addresses; returns the parts of `ProcessingRequest`. Names are in lower case and values
+//! in `raw_value`, as EPPs expect.
 
 use std::net::SocketAddr;
 
@@ -13,7 +13,7 @@ use penstock_proto::{
 };
 use prost_types::{ListValue, Struct, Value, value::Kind};
 
-/// Pieces of a body are at most this long: the size that pickers themselves cut their answers to.
+/// Largest piece of a body in bytes. EPPs cut their own replies to the same size.
 pub const PIECE: usize = 62_000;
 
 pub const DESTINATION: &str = "x-gateway-destination-endpoint";
@@ -22,7 +22,7 @@ const SUBSET: &str = "x-gateway-destination-endpoint-subset";
 const LB: &str = "envoy.lb";
 const LB_SUBSET: &str = "envoy.lb.subset_hint";
 
-/// The head of a request. `:authority` stands for `host`, as HTTP/2 has it; `:scheme` is that of the extensions, else `http`.
+/// The head of a request. `:authority` replaces `host`, as in HTTP/2. `:scheme` comes from the extensions and defaults to `http`.
 pub fn request_head(request: &http::request::Parts, end_of_stream: bool) -> Request {
     let uri = &request.uri;
     let host = request.headers.get(http::header::HOST);
@@ -57,7 +57,7 @@ pub fn response_body(body: Bytes, end: bool) -> impl Iterator<Item = Request> {
     pieces(body, end).map(Request::ResponseBody)
 }
 
-/// One message per piece of `body`; an empty one only to carry the end.
+/// One message per piece of `body`. A message is empty only if it carries just the end.
 fn pieces(mut body: Bytes, end: bool) -> impl Iterator<Item = HttpBody> {
     let mut done = body.is_empty() && !end;
     std::iter::from_fn(move || {
@@ -70,7 +70,7 @@ fn pieces(mut body: Bytes, end: bool) -> impl Iterator<Item = HttpBody> {
     })
 }
 
-/// Both bodies full duplex, sent without waiting: there are pickers that refuse anything else.
+/// Both bodies in full-duplex mode, sent without waiting. Some EPPs refuse anything else.
 pub fn protocol_config() -> ProtocolConfiguration {
     ProtocolConfiguration {
         request_body_mode: BodySendMode::FullDuplexStreamed.into(),
@@ -79,7 +79,7 @@ pub fn protocol_config() -> ProtocolConfiguration {
     }
 }
 
-/// What accompanies every message: the endpoints to choose from, and once there is a response the one that gave it.
+/// The metadata of every message: the subset hint and, once there is a response, the endpoint that served it.
 pub fn metadata(subset: Option<&[SocketAddr]>, served: Option<SocketAddr>) -> Option<Metadata> {
     let text = |address: &SocketAddr| Value { kind: Some(Kind::StringValue(address.to_string())) };
     let one = |key: &str, kind| Struct { fields: [(key.to_owned(), Value { kind: Some(kind) })].into() };
@@ -92,7 +92,7 @@ pub fn metadata(subset: Option<&[SocketAddr]>, served: Option<SocketAddr>) -> Op
     (!filter_metadata.is_empty()).then_some(Metadata { filter_metadata })
 }
 
-/// The pick in an EPP's dynamic metadata: a string, or from some a list of strings.
+/// The pick in an EPP's dynamic metadata: a string or, from some EPPs, a list of strings.
 pub fn metadata_destination(metadata: &Struct) -> Option<String> {
     let Kind::StructValue(lb) = metadata.fields.get(LB)?.kind.as_ref()? else { return None };
     match lb.fields.get(DESTINATION)?.kind.as_ref()? {
@@ -108,7 +108,7 @@ pub fn metadata_destination(metadata: &Struct) -> Option<String> {
     }
 }
 
-/// The bytes of a header value: pickers use either field.
+/// The bytes of a header value. EPPs use either field.
 pub fn value(header: &HeaderValue) -> &[u8] {
     if header.raw_value.is_empty() { header.value.as_bytes() } else { &header.raw_value }
 }

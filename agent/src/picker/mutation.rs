@@ -1,9 +1,7 @@
-//! Applying the EPP's header mutation to a head.
+//! Applies an EPP's header mutation to the headers of a request or a response, as Envoy does, removals first.
 //!
-//! Given a `HeaderMutation` and the headers of a request or a response, it changes the headers as Envoy would, removals first.
-//! The names that say where and how a message travels are never touched: pseudo-headers, `host`, framing, hop-by-hop fields,
-//! `x-envoy-*`. Nothing fails: what is no header is skipped, and counted. An empty value is a value, whatever
-//! `keep_empty_value` says: Envoy's ext_proc filter does not look at that field either.
+//! Never changes pseudo-headers, `host`, framing and hop-by-hop fields, and `x-envoy-*`. Invalid names and values are skipped and
+//! counted. Empty values are set whatever `keep_empty_value` says, because Envoy's ext_proc filter ignores that field, too.
 
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 use penstock_proto::{
@@ -13,7 +11,7 @@ use penstock_proto::{
 
 use super::message;
 
-/// Returns how many entries were skipped because their name or value cannot be in a header.
+/// Applies the mutation. Returns the number of entries that were skipped because their name or value is invalid.
 pub fn apply(mutation: &HeaderMutation, headers: &mut HeaderMap) -> usize {
     let mut invalid = 0;
     for name in &mutation.remove_headers {
@@ -40,7 +38,7 @@ pub fn apply(mutation: &HeaderMutation, headers: &mut HeaderMap) -> usize {
 
 pub(super) enum Target {
     Header(HeaderName),
-    /// Not the EPP's to change: the agent computes it, or it belongs to one connection.
+    /// A field that the EPP may not change: the agent computes it, or it belongs to one connection.
     Protected,
     Invalid,
 }
@@ -69,7 +67,8 @@ pub(super) fn target(name: &str) -> Target {
     }
 }
 
-/// `append` decides where it is given. Without it, action 0 is what a picker sends that says nothing, and that overwrites.
+/// The action of an entry. `append` takes precedence. Without it, action 0 is the default of an EPP that sets no action, and
+/// overwrites.
 pub(super) fn action(option: &HeaderValueOption) -> HeaderAppendAction {
     match (option.append, option.append_action()) {
         (Some(true), _) => HeaderAppendAction::AppendIfExistsOrAdd,
@@ -81,7 +80,7 @@ pub(super) fn action(option: &HeaderValueOption) -> HeaderAppendAction {
 fn set(headers: &mut HeaderMap, name: HeaderName, value: HeaderValue, action: HeaderAppendAction) {
     let overwrites = match action {
         HeaderAppendAction::AppendIfExistsOrAdd => {
-            // A map takes 32768 fields; the limits on mutations are far below.
+            // A map holds up to 32768 fields; the limits on mutations are far below.
             let _ = headers.try_append(name, value);
             return;
         }
@@ -89,7 +88,7 @@ fn set(headers: &mut HeaderMap, name: HeaderName, value: HeaderValue, action: He
         HeaderAppendAction::OverwriteIfExists => headers.contains_key(&name),
         HeaderAppendAction::OverwriteIfExistsOrAdd => true,
     };
-    // Pickers send every header back, of a repeated one only the last value: that is an echo and not a wish.
+    // EPPs send every header back, of a repeated one only the last value. Such an echo must not remove the other values.
     let echo = headers.get_all(&name).iter().any(|present| present == value);
     if overwrites && !echo {
         let _ = headers.try_insert(name, value);

@@ -1,38 +1,37 @@
-//! The endpoints that an EPP names: `ip:port`, or several with commas.
+//! Parses the endpoints that an EPP returns: a comma-separated list of `ip:port`.
 //!
-//! Takes the list as it came and which addresses the pool has; returns those that can be used, in their order, and what could
-//! not be read. An IPv6 address without brackets is told from its port by the pool's members, else only where it has all eight
-//! groups. An IPv4-mapped address is the IPv4 address.
+//! Takes the list and a test for the pool's members; returns the valid addresses in order and the invalid entries. An IPv6 address
+//! without brackets is accepted if it is a member or has all eight groups. An IPv4-mapped address becomes the IPv4 address.
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
-/// Endpoints of one list, beyond which it is cut off: a list is walked one by one.
-const MOST: usize = 64;
-/// Of what could not be read, this much is kept for the log.
+/// Most endpoints of one list. More are dropped, because dispatch may try each of them.
+const MAX_ENDPOINTS: usize = 64;
+/// How many bytes of invalid entries are kept for the log.
 const SHOWN: usize = 200;
 
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Names {
-    /// No duplicates.
+    /// The valid endpoints, without duplicates.
     pub endpoints: Vec<SocketAddr>,
     pub bad: Bad,
 }
 
-/// Entries that could not be read.
+/// Invalid entries.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Bad {
     pub count: usize,
-    /// The first of them, as they came.
+    /// The first of them, escaped and cut.
     pub shown: String,
 }
 
 impl Names {
-    /// `is_member` says whether the pool has this endpoint. Empty entries count for nothing.
+    /// Parses `list`. `is_member` tells whether the pool has an endpoint. Empty entries are ignored.
     pub fn parse(list: &str, is_member: impl Fn(SocketAddr) -> bool) -> Self {
         let mut names = Self::default();
         for entry in list.split(',').map(str::trim).filter(|entry| !entry.is_empty()) {
             match address(entry, &is_member) {
-                Some(endpoint) if names.endpoints.len() < MOST => {
+                Some(endpoint) if names.endpoints.len() < MAX_ENDPOINTS => {
                     if !names.endpoints.contains(&endpoint) {
                         names.endpoints.push(endpoint);
                     }
@@ -58,7 +57,7 @@ impl Bad {
 }
 
 fn address(entry: &str, is_member: impl Fn(SocketAddr) -> bool) -> Option<SocketAddr> {
-    // A zone means something on one machine only.
+    // A zone is valid on one machine only.
     if entry.contains('%') {
         return None;
     }
@@ -76,7 +75,7 @@ fn address(entry: &str, is_member: impl Fn(SocketAddr) -> bool) -> Option<Socket
     Some(if is_member(named) { named } else { SocketAddr::new(canonical, port) })
 }
 
-/// IPv6 without brackets, the port behind the last colon.
+/// Parses IPv6 without brackets, with the port after the last colon.
 fn bare(entry: &str, is_member: impl Fn(SocketAddr) -> bool) -> Option<SocketAddr> {
     let (host, port) = entry.rsplit_once(':')?;
     let ip: Ipv6Addr = host.parse().ok()?;
@@ -100,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn entries_that_cannot_be_read_are_passed_over() {
+    fn invalid_entries_are_skipped() {
         let cases: [(&str, &[&str], usize); 14] = [
             ("pod-7:8000,10.0.0.7:8000", &["10.0.0.7:8000"], 1),
             ("10.0.0.7:8000,127.0.0.1:99999", &["10.0.0.7:8000"], 1),
@@ -128,12 +127,12 @@ mod tests {
     }
 
     #[test]
-    fn bare_ipv6_is_a_member_or_has_all_groups() {
+    fn bare_ipv6_has_to_be_a_member_or_have_all_groups() {
         assert_eq!(named("fd00:0:0:8::5:8000"), (vec!["[fd00:0:0:8::5]:8000".to_owned()], 0));
         // Another spelling of the same member.
         assert_eq!(named("fd00::8:0:0:0:5:8000").0, ["[fd00:0:0:8::5]:8000"]);
         assert_eq!(named("fd00:0:0:8:0:0:0:6:8000").0, ["[fd00:0:0:8::6]:8000"]);
-        // It could be an address whose last group is 8000.
+        // Ambiguous: 8000 could be the last group of the address.
         assert_eq!(named("fd00:0:0:8::6:8000"), (vec![], 1));
         assert_eq!(named("fd00:0:0:8:0:0:0:8000"), (vec![], 1));
     }
@@ -141,7 +140,7 @@ mod tests {
     #[test]
     fn long_lists_are_cut() {
         let list: Vec<String> = (0..1000).map(|n| format!("10.0.{}.{}:80", n / 250, n % 250 + 1)).collect();
-        assert_eq!(named(&list.join(",")).0.len(), MOST);
+        assert_eq!(named(&list.join(",")).0.len(), MAX_ENDPOINTS);
         let names = Names::parse(&"é\n".repeat(10_000), |_| false);
         assert!(names.bad.count == 1 && names.bad.shown.len() < 1000);
     }

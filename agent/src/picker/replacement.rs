@@ -1,8 +1,7 @@
-//! What the EPP makes of the request's body: its replies to the body messages, counted and collected.
+//! Collects an EPP's replies to the request's body and decides whether the client's or the EPP's body is sent.
 //!
-//! Given each reply in turn, it says when the body is known and then whether it is the client's or the EPP's. EPPs reply in two
-//! ways: with a stream of pieces of its own that has an end (GIE, llm-d), or with one reply per message, empty where the piece
-//! stays (lwepp). Never gives a body that is partly the one and partly the other.
+//! EPPs reply in two ways: with a stream of pieces and an end (GIE, llm-d), or with one reply per message, empty if the piece is
+//! unchanged (lwepp). Invariant: the result is never a mixture of both bodies.
 
 use std::sync::Arc;
 
@@ -17,19 +16,20 @@ pub struct Replacement {
     limit: usize,
     memory: Arc<Budget>,
     pieces: Vec<Bytes>,
-    /// Once there was no room for a piece: of all of them.
+    /// The digest of all pieces, once there was no memory to keep a piece.
     digest: Option<digest::Context>,
     bytes: usize,
-    /// Replies that leave their piece as it is, and replies that replace or drop it.
+    /// Replies that keep their piece unchanged.
     kept: usize,
+    /// Replies that replace or drop their piece.
     replaced: usize,
     streamed: bool,
     ended: bool,
 }
 
 impl Replacement {
-    /// Up to `limit` bytes, which count against `memory` until the last of their pieces is dropped. Where that has no room for
-    /// them, nothing is held but their digest, which still tells whether they are the client's.
+    /// Collects up to `limit` bytes, which count against `memory` until the last piece is dropped. If `memory` is exhausted, only
+    /// the digest is kept, which still tells whether the body equals the client's.
     pub fn new(limit: usize, memory: Arc<Budget>) -> Self {
         Self {
             limit,
@@ -45,7 +45,7 @@ impl Replacement {
     }
 
     pub fn reply(&mut self, mutation: Option<Mutation>) -> Result<(), PickError> {
-        // Envoy repeats the end of a large body, and so may what copies it.
+        // Envoy repeats the end of a large body, and EPPs may do the same.
         if self.ended {
             return Ok(());
         }
@@ -65,7 +65,7 @@ impl Replacement {
         Ok(())
     }
 
-    /// A body that came with the reply to the head.
+    /// Takes a body that came with the reply to the head.
     pub fn whole(&mut self, body: Bytes) -> Result<(), PickError> {
         self.streamed = true;
         self.ended = true;
@@ -77,12 +77,12 @@ impl Replacement {
         self.bytes
     }
 
-    /// Nothing but the client's body so far.
+    /// Whether the EPP has left the client's body unchanged so far.
     pub fn is_untouched(&self) -> bool {
         !self.streamed && self.replaced == 0
     }
 
-    /// The fate of the body is known; `sent` messages of it have gone out, and `all` says that there are no more.
+    /// Whether the EPP's replies are complete. `sent` is the number of body messages so far; `all` is true if there are no more.
     pub fn is_whole(&self, sent: usize, all: bool) -> bool {
         self.ended || (all && !self.streamed && self.kept + self.replaced >= sent)
     }
@@ -91,7 +91,7 @@ impl Replacement {
         if self.is_untouched() {
             return Ok(Body::Original);
         }
-        // Streamed pieces are the whole body whatever empty replies came before them; replies per message must all replace.
+        // Streamed pieces are the whole body, even after empty replies. Replies per message have to replace every piece.
         let mixed = if self.streamed { self.replaced > 0 } else { self.kept > 0 };
         if mixed {
             return Err(PickError::BodyPartial);

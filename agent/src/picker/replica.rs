@@ -1,10 +1,8 @@
-//! The replicas of one pool's EPP: which there are and how they are. Workers ask it whom to ask; what looks after it (`tend`)
-//! looks names up and checks health, once for all workers.
+//! The replicas of one pool's EPP and their state, shared by all workers. `tend` resolves names and checks health.
 //!
-//! Replicas have an order, that of the configuration and then of the addresses of each name, which is the same for every
-//! agent. The best is the first of those that are best off, so that as long as one serves, it gets everything: with leader
-//! election that is the leader, and without it the state of one EPP (prefixes, load) stays of use. An EPP without a replica
-//! that serves is asked all the same: what a replica says of its health decides who is asked first, not whether.
+//! Replicas are ordered as configured and then by address, the same for every agent. Requests go to the first replica with the best
+//! rank: the leader, if there is leader election; otherwise one EPP keeps all the state (prefixes, load). Health decides only the
+//! order: an EPP without a serving replica is still asked.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -24,18 +22,18 @@ use tokio::sync::{Notify, watch};
 use super::{error::PickError, tls::Tls};
 use crate::config;
 
-/// How long a replica that failed a request comes after the others that serve.
+/// How long a replica that failed a request ranks below other serving ones.
 const PENALTY: Duration = Duration::from_secs(5);
 
-/// What a replica says of its health: a metric label.
+/// A replica's health. A metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum State {
-    /// Not checked, or it knows nothing of health: assumed to serve.
+    /// Not checked, or the server does not report health. Assumed to serve.
     Unknown,
     Serving,
     NotServing,
-    /// Its health could not be had.
+    /// The health check got no reply.
     Unreachable,
 }
 
@@ -55,21 +53,21 @@ impl State {
 #[derive(Debug)]
 pub struct Replica {
     pub address: SocketAddr,
-    /// `host:port` as configured: what streams are opened under.
+    /// `host:port` as configured; the authority of streams.
     pub authority: Authority,
-    /// For TLS.
+    /// The server name for TLS.
     pub name: ServerName<'static>,
     state: AtomicU8,
-    /// When its penalty is over, in milliseconds since `born`; 0: it has none.
+    /// When the penalty ends, in milliseconds since `born`. 0 means no penalty.
     penalty: AtomicU64,
     born: Instant,
-    /// Requests that it has decided.
+    /// The number of requests that the replica has decided.
     decisions: AtomicU64,
-    /// It let a request wait for the whole of its time and decided no other meanwhile. No request waits for it.
+    /// Whether a request timed out while the replica decided no other. No request waits for a stalled replica.
     stalled: AtomicBool,
-    /// A request is put to it in the background.
+    /// Whether a probe is in progress.
     probed: AtomicBool,
-    /// Its health is to be checked now.
+    /// Notified to check the replica's health now.
     pub(super) look: Notify,
 }
 
@@ -93,24 +91,25 @@ impl Replica {
         State::ALL[usize::from(self.state.load(Relaxed))]
     }
 
-    /// Returns what it was before.
+    /// Sets the state. Returns the previous one.
     pub fn set_state(&self, state: State) -> State {
         State::ALL[usize::from(self.state.swap(state as u8, Relaxed))]
     }
 
-    /// A request had to go to another replica.
+    /// The replica failed a request, which goes to another replica.
     pub fn failed(&self, now: Instant) {
         let until = now.saturating_duration_since(self.born) + PENALTY;
         self.penalty.store(u64::try_from(until.as_millis()).unwrap_or(u64::MAX), Relaxed);
     }
 
-    /// It has decided so many requests. That it answers pings and questions about its health says nothing: one that is
-    /// deadlocked does.
+    /// The number of requests that the replica has decided. Replies to pings and health checks prove nothing: a deadlocked EPP
+    /// sends them, too.
     pub fn decisions(&self) -> u64 {
         self.decisions.load(Relaxed)
     }
 
-    /// A request waited in vain, and since it was sent there has been no decision. True if that is news.
+    /// Marks the replica as stalled: a request timed out and there was no decision since it was sent. Returns true if it was not
+    /// stalled before.
     pub fn stall(&self) -> bool {
         !self.stalled.swap(true, Relaxed)
     }
@@ -119,8 +118,8 @@ impl Replica {
         self.stalled.load(Relaxed)
     }
 
-    /// One request at a time is put to a replica that has stalled, to learn whether it decides again: true if that is this one.
-    /// Until [`Self::probe_ended`].
+    /// Begins a probe of a stalled replica, one at a time. Returns false if the replica is not stalled or is being probed. The
+    /// probe lasts until [`Self::probe_ended`].
     pub fn begin_probe(&self) -> bool {
         self.is_stalled() && !self.probed.swap(true, Relaxed)
     }
@@ -129,19 +128,19 @@ impl Replica {
         self.probed.store(false, Relaxed);
     }
 
-    /// It decided a request.
+    /// The replica decided a request.
     pub fn answered(&self) {
         self.decisions.fetch_add(1, Relaxed);
         if self.stalled.load(Relaxed) && self.stalled.swap(false, Relaxed) {
-            tracing::info!(address = %self.address, authority = %self.authority, "EPP replica decides again");
+            tracing::info!(address = %self.address, authority = %self.authority, "EPP replica recovered from its stall");
         }
         if self.penalty.load(Relaxed) != 0 {
             self.penalty.store(0, Relaxed);
         }
     }
 
-    /// The lower, the sooner it is asked. One that says it does not serve may serve all the same, while it drains; one that
-    /// cannot be reached costs the time to find out.
+    /// A lower rank is asked first. A replica that reports not serving may still serve while it drains; an unreachable one costs
+    /// the connect timeout.
     fn rank(&self, now: Instant) -> u8 {
         let since = now.saturating_duration_since(self.born).as_millis();
         if self.is_stalled() {
@@ -157,24 +156,24 @@ impl Replica {
     }
 }
 
-/// The replicas at one moment, in their order.
+/// The replicas at one moment, in order.
 #[derive(Debug, Clone, Default)]
 pub struct Snapshot {
     pub replicas: Arc<[Arc<Replica>]>,
-    /// Why there are none, once that is known.
+    /// Why there are no replicas, once that is known.
     unresolved: Option<Arc<str>>,
 }
 
 impl Snapshot {
-    /// The one to ask next, of those that `asked` does not have.
+    /// The replica to ask next, without those in `asked`.
     pub fn best(&self, asked: &[SocketAddr], now: Instant) -> Option<&Arc<Replica>> {
         let left = self.replicas.iter().filter(|replica| !asked.contains(&replica.address));
-        // Of equals the first.
+        // `min_by_key` returns the first of equal ranks.
         left.min_by_key(|replica| replica.rank(now))
     }
 }
 
-/// `host:port` of the configuration.
+/// A configured `host:port`.
 #[derive(Debug)]
 pub struct Entry {
     pub host: String,
@@ -187,16 +186,16 @@ pub struct Replicas {
     pub settings: config::Epp,
     pub tls: Option<Tls>,
     entries: Vec<Entry>,
-    /// What each entry was found to be.
+    /// The addresses of each entry.
     found: Mutex<Vec<Vec<IpAddr>>>,
     current: watch::Sender<Snapshot>,
-    /// The names are to be looked up now.
+    /// Notified to resolve the names now.
     pub(super) look: Notify,
 }
 
 impl Replicas {
-    /// Fails on an address that is none and on TLS files that are of no use, which it reads. Entries that are addresses are
-    /// known at once, names when they have been looked up.
+    /// Reads the TLS files. Fails on an invalid address or TLS file. Entries that are IP addresses are known at once, names after
+    /// they were resolved.
     pub fn new(settings: &config::Epp) -> anyhow::Result<Self> {
         let entry = |address: &String| entry(address, settings.server_name.as_deref());
         let entries = settings.addresses.iter().map(entry).collect::<anyhow::Result<Vec<_>>>()?;
@@ -214,20 +213,20 @@ impl Replicas {
         Ok(replicas)
     }
 
-    /// Those that have to be looked up, with their places among the entries.
+    /// The names to resolve, with the indices of their entries.
     pub fn names(&self) -> impl Iterator<Item = (usize, &str)> {
         let names = self.entries.iter().enumerate().map(|(place, entry)| (place, entry.host.as_str()));
         names.filter(|(_, host)| host.parse::<IpAddr>().is_err())
     }
 
-    /// A name has these addresses now. The replicas that stay keep their state.
+    /// A name was resolved to these addresses. Replicas that stay keep their state.
     pub fn resolved(&self, place: usize, mut addresses: Vec<IpAddr>) {
         addresses.sort_unstable();
         self.found.lock()[place] = addresses;
         self.merge();
     }
 
-    /// A name could not be looked up. What it was found to be before holds.
+    /// A name could not be resolved. Its previous addresses are kept.
     pub fn unresolved(&self, why: &str) {
         self.current.send_modify(|snapshot| {
             if snapshot.replicas.is_empty() {
@@ -251,7 +250,7 @@ impl Replicas {
                 replicas.push(known.unwrap_or_else(new));
             }
         }
-        // Without one, whoever waits goes on waiting for the first answer.
+        // If there are no replicas, waiting requests continue to wait for the first answer.
         self.current.send_replace(Snapshot { replicas: replicas.into(), unresolved: None });
     }
 
@@ -259,19 +258,19 @@ impl Replicas {
         self.current.borrow().clone()
     }
 
-    /// For whoever wants to know of every change.
+    /// Receives every change of the replicas.
     pub fn changes(&self) -> watch::Receiver<Snapshot> {
         self.current.subscribe()
     }
 
-    /// The replicas, as soon as one is known, or why none is. Cancel-safe.
+    /// Waits for at most `connect_timeout` until a replica is known. Fails with `Unresolved` and the reason. Cancel-safe.
     pub async fn known(&self) -> Result<Snapshot, PickError> {
         let mut changes = self.changes();
         let known = changes.wait_for(|snapshot| !snapshot.replicas.is_empty() || snapshot.unresolved.is_some());
         let snapshot = match tokio::time::timeout(self.settings.connect_timeout, known).await {
-            // The sender is in self.
+            // The channel cannot close, because the sender is in `self`.
             Ok(Ok(snapshot)) => snapshot.clone(),
-            Ok(Err(_)) | Err(_) => Snapshot { unresolved: Some("no answer yet".into()), ..Snapshot::default() },
+            Ok(Err(_)) | Err(_) => Snapshot { unresolved: Some("no DNS answer yet".into()), ..Snapshot::default() },
         };
         match &snapshot.unresolved {
             Some(why) => Err(PickError::Unresolved(Arc::clone(why))),
@@ -279,7 +278,7 @@ impl Replicas {
         }
     }
 
-    /// A request had to go to another replica: it may be that this one leads no more, or is somewhere else.
+    /// Resolves the names and checks all replicas now: a failed one may have lost its leadership or changed its address.
     pub fn look_again(&self) {
         self.look.notify_one();
         for replica in &*self.current.borrow().replicas {

@@ -1,8 +1,7 @@
-//! EPPs that keep their streams and say nothing about response heads: they would cost each response the whole
-//! `response_timeout`. After a few in a row nobody waits any more, until a reply comes that would have been in time.
-//!
-//! Replies are read whether or not anybody waits for them, so no clock has to tell when to try again. One [`Silence`] for each
-//! replica that a worker asks, one [`Waiting`] for each stream. Whoever calls brings the clock.
+//! Detects EPPs that never reply to response heads, which would delay each response by `response_timeout`. After
+//! [`PATIENCE`] timeouts in a row responses stop waiting, until a reply arrives that would have been in time. Replies are read even
+//! if nothing waits for them, so no retry timer is needed. One [`Silence`] per replica and worker, one [`Waiting`] per stream. Time
+//! is passed in.
 
 use std::{
     sync::{
@@ -12,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Replies in a row that did not come in time, after which nobody waits.
+/// Timeouts in a row after which responses stop waiting.
 const PATIENCE: u32 = 3;
 
 #[derive(Debug, Default)]
@@ -20,13 +19,13 @@ pub struct Silence {
     missed: AtomicU32,
 }
 
-/// What became of the question about a response's head: a metric label.
+/// How an EPP replied to a response's head. A metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reply {
-    /// It was answered in time, or the EPP had closed the stream and has nothing to say.
+    /// The EPP replied in time, or it had already closed the stream.
     InTime,
     TimedOut,
-    /// Nobody waited: so it is configured, or the EPP had been silent before.
+    /// The response did not wait, because of the configuration or because the EPP was silent before.
     NotAwaited,
 }
 
@@ -40,11 +39,11 @@ impl Reply {
     }
 }
 
-/// One stream's part.
+/// The wait of one stream.
 #[derive(Debug)]
 pub struct Waiting {
     shared: Arc<Silence>,
-    /// When a reply that comes later is no longer in time.
+    /// Until when a reply is in time.
     until: Option<Instant>,
     reply: Option<Reply>,
 }
@@ -54,7 +53,7 @@ impl Waiting {
         Self { shared: Arc::clone(shared), until: None, reply: None }
     }
 
-    /// The question is put; returns for how long to wait for the reply.
+    /// The response's head is sent. Returns how long to wait for the reply; `None` means not to wait.
     pub fn ask(&mut self, configured: Option<Duration>, now: Instant) -> Option<Duration> {
         self.until = configured.map(|wait| now + wait);
         let wait = configured.filter(|_| self.shared.missed.load(Relaxed) < PATIENCE);
@@ -62,19 +61,19 @@ impl Waiting {
         wait
     }
 
-    /// The reply came while it was waited for.
+    /// The reply arrived during the wait.
     pub fn answered(&self) {
         self.shared.missed.store(0, Relaxed);
     }
 
-    /// It did not.
+    /// The wait timed out.
     pub fn timed_out(&mut self) {
         self.reply = Some(Reply::TimedOut);
-        // Counts no further than it matters, so it cannot wrap.
+        // Stops counting at the threshold, so it cannot overflow.
         let _ = self.shared.missed.fetch_update(Relaxed, Relaxed, |missed| (missed < PATIENCE).then_some(missed + 1));
     }
 
-    /// The reply came when nobody waited any more.
+    /// The reply arrived without a wait, or after it.
     pub fn late(&self, now: Instant) {
         if self.until.is_some_and(|until| now <= until) {
             self.answered();
@@ -100,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn after_three_nobody_waits_until_a_reply_comes_in_time() {
+    fn three_timeouts_disable_the_wait_until_a_reply_in_time() {
         let (shared, now) = (Arc::default(), Instant::now());
         for _ in 0..PATIENCE {
             assert_eq!(silent(&shared).reply(), Some(Reply::TimedOut));
@@ -108,13 +107,13 @@ mod tests {
         let mut waiting = Waiting::new(&shared);
         assert_eq!((waiting.ask(WAIT, now), waiting.reply()), (None, Some(Reply::NotAwaited)));
         waiting.late(now + Duration::from_millis(101));
-        assert_eq!(Waiting::new(&shared).ask(WAIT, now), None, "a reply that is slow is as good as none");
+        assert_eq!(Waiting::new(&shared).ask(WAIT, now), None, "a slow reply does not restore the wait");
         waiting.late(now + Duration::from_millis(100));
         assert_eq!(Waiting::new(&shared).ask(WAIT, now), WAIT);
     }
 
     #[test]
-    fn only_silence_in_a_row_counts() {
+    fn only_consecutive_timeouts_count() {
         let shared = Arc::default();
         for _ in 0..10 {
             silent(&shared);
@@ -127,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn where_it_is_off_nobody_waits_or_counts() {
+    fn disabled_wait_is_never_counted() {
         let (shared, now) = (Arc::default(), Instant::now());
         let mut waiting = Waiting::new(&shared);
         assert_eq!((waiting.ask(None, now), waiting.reply()), (None, Some(Reply::NotAwaited)));

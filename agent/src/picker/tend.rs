@@ -1,6 +1,5 @@
-//! What goes on beside requests for the replicas of one pool's EPP, once for all workers: names are looked up again when their
-//! answers are over, health is checked, TLS files are read when they change. Nothing here is waited for by a request but the
-//! first answer of DNS.
+//! Background work for the replicas of one pool's EPP, shared by all workers: resolves names when their answers expire, checks
+//! health, and reloads TLS files when they change. Requests wait only for the first DNS answer.
 
 use std::{collections::HashMap, net::SocketAddr, sync::Arc};
 
@@ -14,7 +13,7 @@ use super::{
 };
 use crate::{dns::Dns, metrics::Metrics};
 
-/// Looks after the EPP of the pool with this index, for ever. Must be called on a tokio runtime.
+/// Maintains the replicas of the EPP of the pool with this index. Never returns. Must be called on a tokio runtime.
 pub async fn tend(replicas: Arc<Replicas>, dns: Dns, metrics: Arc<Metrics>, pool: usize) {
     let names = join_all(replicas.names().map(|(place, host)| look_up(&replicas, &dns, place, host)));
     let files = async {
@@ -22,10 +21,10 @@ pub async fn tend(replicas: Arc<Replicas>, dns: Dns, metrics: Arc<Metrics>, pool
             tls.follow_files().await;
         }
     };
-    tokio::join!(names, files, look_after(&replicas, &metrics, pool));
+    tokio::join!(names, files, monitor(&replicas, &metrics, pool));
 }
 
-/// Keeps one name's addresses up to date.
+/// Keeps the addresses of one name up to date.
 async fn look_up(replicas: &Replicas, dns: &Dns, place: usize, host: &str) {
     loop {
         let holds = match dns.resolve(host).await {
@@ -34,62 +33,62 @@ async fn look_up(replicas: &Replicas, dns: &Dns, place: usize, host: &str) {
                 answer.holds
             }
             Err(error) => {
-                tracing::warn!(%error, "the EPP's name cannot be looked up");
+                tracing::warn!(%error, "resolving the EPP's name failed, keeping the previous replicas");
                 replicas.unresolved(&error.to_string());
                 dns.retry_after()
             }
         };
-        // Sooner when a replica fails: it may be somewhere else by now.
+        // Look up sooner if a replica fails, because its address may have changed.
         let gap = dns.shortest().min(holds);
         sleep(gap).await;
         let _ = timeout(holds - gap, replicas.look.notified()).await;
     }
 }
 
-/// Keeps a task, or without checks only the metric, for each replica that there is.
-async fn look_after(replicas: &Arc<Replicas>, metrics: &Arc<Metrics>, pool: usize) {
+/// Keeps a health-check task, or without checks only the metric, for each replica.
+async fn monitor(replicas: &Arc<Replicas>, metrics: &Arc<Metrics>, pool: usize) {
     let mut changes = replicas.changes();
-    let mut tended: HashMap<SocketAddr, Tended> = HashMap::new();
+    let mut monitored: HashMap<SocketAddr, Monitored> = HashMap::new();
     loop {
         let known = Arc::clone(&changes.borrow_and_update().replicas);
-        tended.retain(|_, tended| known.iter().any(|replica| Arc::ptr_eq(replica, &tended.shown.replica)));
+        monitored.retain(|_, monitored| known.iter().any(|replica| Arc::ptr_eq(replica, &monitored.status.replica)));
         for replica in &*known {
-            tended.entry(replica.address).or_insert_with(|| Tended::new(replicas, replica, metrics, pool));
+            monitored.entry(replica.address).or_insert_with(|| Monitored::new(replicas, replica, metrics, pool));
         }
-        // The sender is in `replicas`.
+        // Cannot fail, because the sender is in `replicas`.
         if changes.changed().await.is_err() {
             return;
         }
     }
 }
 
-struct Tended {
-    shown: Arc<Shown>,
+struct Monitored {
+    status: Arc<ReplicaStatus>,
     checks: Option<AbortOnDropHandle<()>>,
 }
 
-impl Tended {
+impl Monitored {
     fn new(replicas: &Arc<Replicas>, replica: &Arc<Replica>, metrics: &Arc<Metrics>, pool: usize) -> Self {
-        let shown = Arc::new(Shown { replica: Arc::clone(replica), metrics: Arc::clone(metrics), pool });
-        shown.metrics.pool(pool).epp_replica(replica.address, None, Some(replica.state().label()));
+        let status = Arc::new(ReplicaStatus { replica: Arc::clone(replica), metrics: Arc::clone(metrics), pool });
+        status.metrics.pool(pool).epp_replica(replica.address, None, Some(replica.state().label()));
         let checks = replicas.settings.health_interval.map(|interval| {
-            let (shown, checker) = (Arc::clone(&shown), Checker::new(replicas, replica));
+            let (status, checker) = (Arc::clone(&status), Checker::new(replicas, replica));
             AbortOnDropHandle::new(tokio::spawn(async move {
-                health::watch(&shown.replica, interval, || checker.check(), |state| shown.found(state)).await;
+                health::watch(&status.replica, interval, || checker.check(), |state| status.found(state)).await;
             }))
         });
-        Self { shown, checks }
+        Self { status, checks }
     }
 }
 
-/// A replica in the metrics and the log.
-struct Shown {
+/// Reports a replica's state in the metrics and the log.
+struct ReplicaStatus {
     replica: Arc<Replica>,
     metrics: Arc<Metrics>,
     pool: usize,
 }
 
-impl Shown {
+impl ReplicaStatus {
     fn found(&self, state: State) {
         let before = self.replica.set_state(state);
         if before == state {
@@ -98,21 +97,21 @@ impl Shown {
         let (address, authority) = (self.replica.address, &self.replica.authority);
         match state {
             State::Unknown | State::Serving => {
-                tracing::info!(%address, %authority, state = state.label(), "EPP replica");
+                tracing::info!(%address, %authority, state = state.label(), "EPP replica changed state");
             }
             State::NotServing | State::Unreachable => {
-                tracing::warn!(%address, %authority, state = state.label(), "EPP replica");
+                tracing::warn!(%address, %authority, state = state.label(), "EPP replica changed state");
             }
         }
         self.metrics.pool(self.pool).epp_replica(address, Some(before.label()), Some(state.label()));
     }
 }
 
-impl Drop for Tended {
+impl Drop for Monitored {
     fn drop(&mut self) {
-        // Aborted first: nothing is found after that.
+        // Aborts the checks first, so that no result arrives afterwards.
         self.checks = None;
-        let Shown { replica, metrics, pool } = &*self.shown;
+        let ReplicaStatus { replica, metrics, pool } = &*self.status;
         metrics.pool(*pool).epp_replica(replica.address, Some(replica.state().label()), None);
     }
 }

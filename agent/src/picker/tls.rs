@@ -1,9 +1,7 @@
-//! TLS toward the replicas of an EPP.
+//! TLS to the replicas of an EPP. Makes a connector from the settings, or none for plain HTTP/2.
 //!
-//! Given the settings it gives a connector, or nothing for plain HTTP/2. EPPs come with a certificate that they signed
-//! themselves, for no name: `insecure` encrypts and verifies nothing, `pinned` wants one of the keys it knows, `ca` verifies
-//! everything. The files are read again when they change: connections that are made from then on use what they say, those
-//! that are open stay. A file that is of no use changes nothing.
+//! EPPs often have a self-signed certificate without a name: `insecure` verifies nothing, `pinned` accepts known keys, `ca`
+//! verifies everything. Files are reloaded when they change, for new connections. An invalid file changes nothing.
 
 mod verify;
 
@@ -19,19 +17,19 @@ use crate::{
     pem::{self, PemError},
 };
 
-/// How often the files are looked at.
-const LOOK: Duration = Duration::from_secs(1);
+/// How often the files are read.
+const READ_INTERVAL: Duration = Duration::from_secs(1);
 
 pub struct Tls {
     mode: EppTls,
     client: Option<ClientCertificate>,
     current: RwLock<TlsConnector>,
-    /// What the files said when they were last looked at, or why they could not be read.
+    /// The content of the files when they were last read, or why that failed.
     seen: Mutex<Result<Vec<Vec<u8>>, String>>,
 }
 
 impl Tls {
-    /// Reads the files; blocks on them.
+    /// Reads the files, which blocks. Returns `None` if TLS is off. Fails if a file cannot be read or is invalid.
     pub fn new(epp: &Epp) -> anyhow::Result<Option<Self>> {
         if epp.tls == EppTls::Off {
             return Ok(None);
@@ -43,21 +41,21 @@ impl Tls {
         Ok(Some(Self { mode, client, current, seen: Mutex::new(Ok(texts)) }))
     }
 
-    /// As the files are now.
+    /// The connector for the current files.
     pub fn connector(&self) -> TlsConnector {
         self.current.read().clone()
     }
 
-    /// Keeps the connector as the files say, for ever. Reads them on the runtime's threads for blocking work.
+    /// Reloads the files whenever they change, on the runtime's blocking threads. Returns only if there are no files.
     pub async fn follow_files(&self) {
         let files = files(&self.mode, self.client.as_ref());
         if files.is_empty() {
             return;
         }
         loop {
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(READ_INTERVAL).await;
             let found = read_all(&files).await;
-            // Once for each change, not once a second.
+            // Log each change once, not once a second.
             if found == *self.seen.lock() {
                 continue;
             }
@@ -67,19 +65,15 @@ impl Tls {
             match made {
                 Ok(connector) => {
                     *self.current.write() = connector;
-                    tracing::info!(?files, "TLS files have changed and are in use");
+                    tracing::info!(?files, "EPP TLS files reloaded");
                 }
-                Err(error) => tracing::warn!(
-                    ?files,
-                    error,
-                    "TLS files have changed and are of no use: what they said before holds"
-                ),
+                Err(error) => tracing::warn!(?files, error, "EPP TLS reload failed, keeping the current files"),
             }
         }
     }
 }
 
-/// In the order in which [`connector`] takes their texts.
+/// The files, in the order in which [`connector`] takes their texts.
 fn files(mode: &EppTls, client: Option<&ClientCertificate>) -> Vec<PathBuf> {
     let ca = if let EppTls::Ca(file) = mode { Some(file.clone()) } else { None };
     let client = client.map(|client| [client.certificate.clone(), client.key.clone()]);

@@ -1,5 +1,5 @@
-//! Which endpoint was last given a prefix: a table of fixed size, so that neither memory nor the time under the lock depends on
-//! the traffic. Sets of four, and in a full set the entry that was used longest ago gives way.
+//! Remembers which endpoint last got a prefix, in a table of fixed size, so that neither memory nor the time under the lock depends
+//! on traffic. The table is 4-way set-associative and evicts the least recently used entry of a set.
 
 use super::prompt::PromptHash;
 
@@ -9,9 +9,9 @@ const WAYS: usize = 4;
 #[derive(Debug, Clone, Copy, Default)]
 struct Entry {
     hash: u64,
-    /// Its id in the set.
+    /// The endpoint's id in its set.
     endpoint: u32,
-    /// The pick that used it last; 0 is an empty entry.
+    /// The pick that used the entry last. 0 means that the entry is empty.
     used: u32,
 }
 
@@ -27,14 +27,14 @@ impl Affinity {
         Self { sets: vec![[Entry::default(); WAYS]; SETS].into_boxed_slice(), clock: 0 }
     }
 
-    /// The endpoint that knows the longest part of `prompt`, among those that `suits`.
+    /// The endpoint that knows the longest prefix of `prompt`, among those for which `suits` is true.
     pub(super) fn longest(&self, prompt: &PromptHash, suits: impl Fn(u32) -> bool) -> Option<u32> {
         prompt.blocks.iter().rev().filter_map(|&hash| self.get(hash)).find(|&endpoint| suits(endpoint))
     }
 
-    /// `endpoint` is about to know all of `prompt`.
+    /// Records that `endpoint` gets `prompt`.
     pub(super) fn learn(&mut self, prompt: &PromptHash, endpoint: u32) {
-        // A wrapped clock only makes some young entries look old for a while.
+        // When the clock wraps, some recent entries look old for a while, which is harmless.
         self.clock = self.clock.wrapping_add(1).max(1);
         for &hash in &prompt.blocks {
             let set = &mut self.sets[set_of(hash)];

@@ -1,16 +1,16 @@
-//! What the built-in picker knows of a request: its session, and what its body begins with as a chain of hashes: the n-th covers the first n blocks, so that two requests share as
-//! many hashes as they share leading blocks. Only whole blocks count, and only the first [`MAX_BLOCKS`].
+//! A request as the built-in picker sees it: its session and a chain of hashes of its body. The n-th hash covers the first n
+//! blocks, so two requests share as many hashes as leading blocks. Only the first [`MAX_BLOCKS`] complete blocks count.
 
 use std::hash::{DefaultHasher, Hasher};
 
 use super::SessionHash;
 
-/// Bytes in a block: about 64 tokens, a few blocks of a model server's prefix cache.
+/// Bytes per block: about 64 tokens, or a few blocks of a model server's prefix cache.
 pub(super) const BLOCK: usize = 256;
-/// With [`BLOCK`]: the first 16 KiB of a body tell conversations apart.
+/// Most blocks: with [`BLOCK`], the first 16 KiB of a body, which distinguish conversations.
 pub(super) const MAX_BLOCKS: usize = 64;
 
-/// Hashes within one process only: they are not stable over builds.
+/// The hashes are valid within one process only, because they differ between builds.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PromptHash {
     /// Shortest prefix first.
@@ -19,23 +19,23 @@ pub struct PromptHash {
 }
 
 impl PromptHash {
-    /// Of a request without a body: no affinity.
+    /// The hash of a request without a body, which has no affinity.
     pub fn none() -> Self {
         Self::default()
     }
 
-    /// The same prompt of this session, which goes before what the prompt begins with.
+    /// The same prompt with a session, which takes precedence over the prefix.
     #[must_use]
     pub fn of(self, session: Option<SessionHash>) -> Self {
         Self { session, ..self }
     }
 }
 
-/// Takes the body in slices of any size.
+/// Computes a [`PromptHash`] from slices of any size.
 #[derive(Debug, Clone, Default)]
 pub struct PromptHasher {
     hasher: DefaultHasher,
-    /// Bytes in the block that is not whole yet.
+    /// Bytes in the incomplete block.
     filled: usize,
     hash: PromptHash,
 }

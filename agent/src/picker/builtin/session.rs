@@ -1,11 +1,11 @@
-//! Which endpoint a session belongs to: rendezvous hashing, so that nothing is remembered, every agent says the same, and an
-//! endpoint that comes or goes moves only its own sessions.
+//! Maps sessions to endpoints by rendezvous hashing: it needs no state, all agents agree, and an endpoint that is added or removed
+//! moves only its own sessions.
 //!
-//! The hash is fixed here and not the standard library's, which may differ between two builds that run side by side.
+//! The hash function is fixed here, because the standard library's may differ between two builds that run side by side.
 
 use std::net::{IpAddr, SocketAddr};
 
-/// A session by the hash of its name.
+/// The hash of a session's name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SessionHash(u64);
 
@@ -14,7 +14,7 @@ impl SessionHash {
         Self(fnv(name))
     }
 
-    /// The session's endpoint is the one with the highest; the next highest is its second choice, and so on.
+    /// The endpoint's score for this session. The highest score is the session's endpoint, the next one its second choice.
     pub(super) fn score(self, endpoint: SocketAddr) -> u64 {
         let address = match endpoint.ip() {
             IpAddr::V4(ip) => u128::from(ip.to_bits()),
@@ -30,7 +30,7 @@ fn fnv(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
-/// The last step of SplitMix64: every bit of the argument moves every bit of the result.
+/// The final mix of SplitMix64: every bit of the argument affects every bit of the result.
 fn mixed(hash: u64) -> u64 {
     let hash = hash.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let hash = (hash ^ (hash >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_hash_stays_as_it_is() {
+    fn hash_is_stable_across_builds() {
         let endpoints = ["10.0.0.1:8000", "[fd00::1]:8000"].map(|address| address.parse().unwrap());
         assert_eq!(
             endpoints.map(|endpoint| SessionHash::new(b"abc").score(endpoint)),

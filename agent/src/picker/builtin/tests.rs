@@ -1,4 +1,4 @@
-//! Deterministic: time is an argument, and rotation starts at the first endpoint.
+//! These tests are deterministic: time is an argument, and rotation starts at the first endpoint.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +14,7 @@ fn endpoint(n: u8) -> SocketAddr {
     SocketAddr::from(([10, 0, 0, n], 8000))
 }
 
-/// One failure ejects.
+/// A picker with endpoints that one failure ejects.
 fn picker(endpoints: u8) -> BuiltinPicker {
     let rules = Ejection { failures: 1, max_percent: 100, ..Ejection::default() };
     BuiltinPicker::new(Arc::new(EndpointSet::of((1..=endpoints).map(endpoint), rules)))
@@ -45,7 +45,7 @@ fn best(picker: &BuiltinPicker, prompt: &PromptHash, now: Instant) -> SocketAddr
 }
 
 #[test]
-fn spreads_evenly_without_load() {
+fn idle_endpoints_are_picked_evenly() {
     let (picker, now) = (picker(3), Instant::now());
     let mut picked = BTreeMap::new();
     for _ in 0..30 {
@@ -55,7 +55,7 @@ fn spreads_evenly_without_load() {
 }
 
 #[test]
-fn spreads_evenly_under_load() {
+fn busy_endpoints_are_picked_evenly() {
     let (picker, now) = (picker(3), Instant::now());
     let guards: Vec<_> = (0..30).map(|_| picker.pick_and_begin(&PromptHash::none(), None, now).unwrap().1).collect();
     for n in 1..=3 {
@@ -66,7 +66,7 @@ fn spreads_evenly_under_load() {
 }
 
 #[test]
-fn least_in_flight_first_then_the_fallbacks() {
+fn endpoints_are_ordered_by_requests_in_flight() {
     let (picker, now) = (picker(4), Instant::now());
     let _busy = [
         picker.endpoints().begin(endpoint(1), now),
@@ -79,7 +79,7 @@ fn least_in_flight_first_then_the_fallbacks() {
 }
 
 #[test]
-fn a_conversation_stays_where_its_prefix_is() {
+fn conversation_stays_at_the_endpoint_with_its_prefix() {
     let (picker, now) = (picker(3), Instant::now());
     let mut conversation = prompt(b'a', 2);
     let first = best(&picker, &hash(&conversation), now);
@@ -91,7 +91,7 @@ fn a_conversation_stays_where_its_prefix_is() {
 }
 
 #[test]
-fn the_longest_known_prefix_wins() {
+fn longest_known_prefix_wins() {
     let (picker, now) = (picker(2), Instant::now());
     let learn = |body: &[u8], at| {
         picker.pick(&hash(body), Some(&[endpoint(at)]), now).unwrap();
@@ -112,19 +112,23 @@ fn affinity_yields_to_load() {
     let mut busy: Vec<_> = (0..AFFINITY_SLACK).map(|_| picker.endpoints().begin(endpoint(1), now)).collect();
     assert_eq!(best(&picker, &hash, now), endpoint(1), "within the slack");
     busy.push(picker.endpoints().begin(endpoint(1), now));
-    assert_eq!(best(&picker, &hash, now), endpoint(2), "beyond it");
+    assert_eq!(best(&picker, &hash, now), endpoint(2), "beyond the slack");
     drop(busy);
-    assert_eq!(best(&picker, &hash, now), endpoint(2), "which now knows the prefix");
+    assert_eq!(best(&picker, &hash, now), endpoint(2), "it knows the prefix now");
 }
 
 #[test]
-fn an_ejected_endpoint_is_avoided_and_its_prefixes_go_elsewhere() {
+fn ejected_endpoint_is_last_and_its_prefixes_move() {
     let (picker, now) = (picker(2), Instant::now());
     let hash = hash(&prompt(b'a', 4));
     assert_eq!(best(&picker, &hash, now), endpoint(1));
     assert!(picker.endpoints().failed(endpoint(1), now));
     for _ in 0..4 {
-        assert_eq!(picker.pick(&hash, None, now).unwrap().endpoints, [2, 1].map(endpoint), "it goes last");
+        assert_eq!(
+            picker.pick(&hash, None, now).unwrap().endpoints,
+            [2, 1].map(endpoint),
+            "the ejected endpoint is last"
+        );
     }
     picker.endpoints().succeeded(endpoint(1));
     picker.endpoints().failed(endpoint(2), now);
@@ -132,14 +136,14 @@ fn an_ejected_endpoint_is_avoided_and_its_prefixes_go_elsewhere() {
 }
 
 #[test]
-fn with_nothing_else_left_an_ejected_endpoint_is_eligible() {
+fn ejected_endpoint_is_picked_if_no_other_is_left() {
     let (picker, now) = (picker(2), Instant::now());
     picker.endpoints().failed(endpoint(1), now);
     assert_eq!(picker.pick(&PromptHash::none(), Some(&[endpoint(1)]), now).unwrap().endpoints, [endpoint(1)]);
 }
 
 #[test]
-fn the_set_may_change_and_what_drains_is_not_picked() {
+fn draining_or_removed_endpoint_is_not_picked() {
     let (picker, now) = (picker(2), Instant::now());
     let hash = hash(&prompt(b'a', 4));
     assert_eq!(best(&picker, &hash, now), endpoint(1));
@@ -153,7 +157,7 @@ fn the_set_may_change_and_what_drains_is_not_picked() {
 }
 
 #[test]
-fn a_subset_is_kept_to() {
+fn pick_stays_in_the_subset() {
     let (picker, now) = (picker(3), Instant::now());
     let pick = |subset: &[SocketAddr]| picker.pick(&PromptHash::none(), Some(subset), now).map(|pick| pick.endpoints);
     for _ in 0..4 {
@@ -164,7 +168,7 @@ fn a_subset_is_kept_to() {
 }
 
 #[test]
-fn the_limit_holds_also_against_affinity() {
+fn limit_overrides_affinity() {
     let (picker, now) = (picker(2).with_max_in_flight(1), Instant::now());
     let hash = hash(&prompt(b'a', 4));
     let (first, _one) = picker.pick_and_begin(&hash, None, now).unwrap();
@@ -176,7 +180,7 @@ fn the_limit_holds_also_against_affinity() {
 }
 
 #[test]
-fn a_prompt_hash_does_not_depend_on_how_the_body_is_cut() {
+fn prompt_hash_is_independent_of_chunking() {
     let body: Vec<u8> = (0..100_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     let whole = hash(&body);
     assert_eq!(whole.blocks.len(), prompt::MAX_BLOCKS);
@@ -190,7 +194,7 @@ fn a_prompt_hash_does_not_depend_on_how_the_body_is_cut() {
 }
 
 #[test]
-fn the_table_of_prefixes_does_not_grow() {
+fn prefix_table_has_a_fixed_capacity() {
     let mut affinity = Affinity::new();
     for n in 0..2 * CAPACITY as u64 {
         affinity.learn(&blocks(n.wrapping_mul(0x9e37_79b9_7f4a_7c15)), 0);
@@ -203,7 +207,7 @@ fn the_table_of_prefixes_does_not_grow() {
 }
 
 #[test]
-fn workers_share_it() {
+fn limit_holds_across_workers() {
     let (picker, now) = (picker(3).with_max_in_flight(10), Instant::now());
     let admitted: usize = std::thread::scope(|scope| {
         let worker =
@@ -224,7 +228,7 @@ fn in_order(picker: &BuiltinPicker, session: usize, now: Instant) -> Vec<SocketA
 }
 
 #[test]
-fn a_session_stays_whoever_is_asked_and_whatever_it_says() {
+fn session_maps_to_the_same_endpoints_on_every_agent() {
     let (one, now) = (picker(5), Instant::now());
     let other = BuiltinPicker::new(Arc::new(EndpointSet::of((1..=5).rev().map(endpoint), Ejection::default())));
     for session in 0..50 {
@@ -240,7 +244,7 @@ fn a_session_stays_whoever_is_asked_and_whatever_it_says() {
 }
 
 #[test]
-fn sessions_spread_evenly() {
+fn sessions_are_spread_evenly() {
     let (picker, now) = (picker(5), Instant::now());
     let mut sessions = BTreeMap::new();
     for session in 0..5000 {
@@ -250,19 +254,19 @@ fn sessions_spread_evenly() {
 }
 
 #[test]
-fn a_session_yields_to_much_load_and_to_nothing_less() {
+fn session_moves_only_beyond_the_slack() {
     let (picker, now) = (picker(3), Instant::now());
     let order = in_order(&picker, 7, now);
     let mut busy: Vec<_> = (0..SESSION_SLACK).map(|_| picker.endpoints().begin(order[0], now)).collect();
     assert_eq!(in_order(&picker, 7, now), order, "within the slack");
     busy.push(picker.endpoints().begin(order[0], now));
-    assert_eq!(in_order(&picker, 7, now), [order[1], order[2], order[0]], "beyond it");
+    assert_eq!(in_order(&picker, 7, now), [order[1], order[2], order[0]], "beyond the slack");
     drop(busy);
     assert_eq!(in_order(&picker, 7, now), order);
 }
 
 #[test]
-fn the_sessions_of_an_endpoint_that_is_ejected_or_drains_come_back_to_it() {
+fn sessions_return_to_an_endpoint_that_recovers() {
     let (picker, now) = (picker(3), Instant::now());
     let order = in_order(&picker, 7, now);
     picker.endpoints().failed(order[0], now);
@@ -281,9 +285,9 @@ fn the_sessions_of_an_endpoint_that_is_ejected_or_drains_come_back_to_it() {
 }
 
 proptest! {
-    /// With one endpoint less, the sessions of the others stay, and its own go to their second choice.
+    /// If one endpoint is removed, its sessions move to their second choice and all others stay.
     #[test]
-    fn only_the_sessions_of_an_endpoint_that_leaves_move(all in 2..20u8, gone in any::<prop::sample::Index>()) {
+    fn removed_endpoint_moves_only_its_own_sessions(all in 2..20u8, gone in any::<prop::sample::Index>()) {
         let (before, now) = (picker(all), Instant::now());
         let gone = endpoint(1 + gone.index(all.into()) as u8);
         let left = (1..=all).map(endpoint).filter(|&endpoint| endpoint != gone);

@@ -1,6 +1,6 @@
-//! A scripted EPP on a port of its own, for the tests of the client.
+//! A scripted EPP for the tests of the client. It runs a script for each stream.
 //!
-//! Given a script for each stream, it serves them. Like servers in Go it sends its HTTP/2 headers only with its first reply.
+//! Like servers in Go, it sends its HTTP/2 headers only with its first reply.
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -29,14 +29,14 @@ use tonic::{Status, Streaming, transport::Server};
 
 type Reply = Result<ProcessingResponse, Status>;
 
-/// One stream, seen from the EPP.
+/// The EPP's side of one stream.
 pub(super) struct Call {
     requests: Streaming<ProcessingRequest>,
     replies: mpsc::Sender<Reply>,
 }
 
 impl Call {
-    /// None is the agent's half-close, an error its cancellation.
+    /// Returns `None` at the agent's half-close, and an error if it cancelled.
     pub(super) async fn message(&mut self) -> Result<Option<ProcessingRequest>, Status> {
         self.requests.message().await
     }
@@ -45,7 +45,7 @@ impl Call {
         self.message().await.expect("a stream").expect("a message").request.expect("a request")
     }
 
-    /// The whole of the request's body.
+    /// Reads the whole request body.
     pub(super) async fn body(&mut self) -> Vec<u8> {
         let mut body = Vec::new();
         loop {
@@ -67,7 +67,7 @@ impl Call {
     }
 
     pub(super) async fn reply(&self, reply: Reply) {
-        // The agent may have left; scripts that care look at their requests.
+        // Fails if the agent has left, which scripts notice in their requests.
         let _ = self.replies.send(reply).await;
     }
 
@@ -133,7 +133,7 @@ impl ExternalProcessor for Scripted {
     }
 }
 
-/// Serves on a free port until the test is over.
+/// Serves on a free port until the test ends.
 pub(super) async fn serve<F>(server: Server, script: impl Fn(Call) -> F + Send + Sync + 'static) -> SocketAddr
 where
     F: Future<Output = ()> + Send + 'static,

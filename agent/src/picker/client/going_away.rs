@@ -1,4 +1,4 @@
-//! Servers that go away, frame by frame: what GOAWAY says of streams is finer than what a server library lets a test say.
+//! Servers that send GOAWAY, written frame by frame, because server libraries do not let a test choose the last stream.
 
 use bytes::{BufMut, BytesMut};
 use penstock_proto::ext_proc::ProcessingResponse;
@@ -17,7 +17,7 @@ const GOAWAY: u8 = 7;
 const END_STREAM: u8 = 1;
 const END_HEADERS: u8 = 4;
 
-/// One connection, from the server's side.
+/// The server's side of one connection.
 struct Frames(TcpStream);
 
 impl Frames {
@@ -38,7 +38,7 @@ impl Frames {
         self.0.write_all(&frame).await.unwrap();
     }
 
-    /// Type, flags and stream of the next frame; `None` when the client has closed.
+    /// Type, flags and stream of the next frame. Returns `None` if the client has closed.
     async fn next(&mut self) -> Option<(u8, u8, u32)> {
         let mut head = [0; 9];
         self.0.read_exact(&mut head).await.ok()?;
@@ -48,7 +48,7 @@ impl Frames {
         Some((head[3], head[4], stream))
     }
 
-    /// The next stream that is opened.
+    /// Waits for the next stream to be opened.
     async fn opened(&mut self) -> u32 {
         loop {
             if let (HEADERS, _, stream) = self.next().await.unwrap() {
@@ -78,7 +78,7 @@ impl Frames {
     }
 }
 
-/// The connection's first stream, which stays open.
+/// Opens the connection's first stream, which stays open.
 async fn picked_once(client: &EppClient, listener: &TcpListener) -> (PickStream, Frames) {
     let mut stream = open(client, false);
     let server = async {
@@ -92,9 +92,9 @@ async fn picked_once(client: &EppClient, listener: &TcpListener) -> (PickStream,
     (stream, frames)
 }
 
-/// Those that the server has taken finish on the old connection; those above its last are asked again on a new one.
+/// Streams up to the GOAWAY's last one finish on the old connection. Later ones are retried on a new connection.
 #[tokio::test]
-async fn streams_up_to_the_last_finish_and_the_others_are_not_taken() {
+async fn goaway_finishes_earlier_streams_and_retries_later_ones() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let client = client(listener.local_addr().unwrap());
     let (_warm, mut old) = picked_once(&client, &listener).await;
@@ -109,7 +109,7 @@ async fn streams_up_to_the_last_finish_and_the_others_are_not_taken() {
     let error = error.unwrap_err();
     assert_eq!((error.reason(), error.again()), ("not_taken", Again::Here), "{error}");
 
-    // Meanwhile the one that was taken waits for its pick, and gets it.
+    // Meanwhile the earlier stream waits for its pick, and gets it.
     let (mut again, new) = (open(&client, false), Frames::accept(&listener));
     let answered = async {
         let mut new = new.await;
@@ -123,7 +123,7 @@ async fn streams_up_to_the_last_finish_and_the_others_are_not_taken() {
     assert_eq!(picked(outcomes.0).endpoints, addresses(&[A]));
     assert_eq!(picked(outcomes.1).endpoints, addresses(&[A]));
 
-    // The phase of the response, too: its head, its end and the half-close arrive there.
+    // The response's head and end, and the half-close, also arrive on the old connection.
     let served = A.parse().unwrap();
     taken.response_headers(StatusCode::OK, &HeaderMap::new(), served, false, None).await;
     taken.finish(Vec::new());
@@ -137,20 +137,20 @@ async fn streams_up_to_the_last_finish_and_the_others_are_not_taken() {
     };
     assert_eq!(soon(ended).await, first);
     drop(again);
-    // And the new connection is the one in use.
+    // The next stream uses the new connection.
     let _next = open(&client, false);
     soon(new.opened()).await;
 }
 
-/// A connection whose server went away while it was idle is found out by the next stream, which is asked again.
+/// If the server sent GOAWAY on an idle connection, the next stream notices it and is retried.
 #[tokio::test]
-async fn an_idle_connection_that_went_away_costs_no_request() {
+async fn idle_connection_that_went_away_fails_no_request() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let client = client(listener.local_addr().unwrap());
     let (first, mut old) = picked_once(&client, &listener).await;
     drop(first);
     old.go_away(1).await;
-    // hyper closes the connection when its last stream is over.
+    // hyper closes the connection when its last stream has ended.
     soon(async { while old.next().await.is_some() {} }).await;
 
     let serve = async {

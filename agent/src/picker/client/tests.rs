@@ -45,7 +45,7 @@ fn post() -> Parts {
     http::Request::post("/v1/completions").header("host", "llm").body(()).unwrap().into_parts().0
 }
 
-/// What must happen happens long before this.
+/// Fails if `what` takes longer than any correct run.
 async fn soon<T>(what: impl Future<Output = T>) -> T {
     tokio::time::timeout(Duration::from_secs(20), what).await.expect("in time")
 }
@@ -90,7 +90,7 @@ async fn picks_by_header_and_by_metadata() {
 }
 
 #[tokio::test]
-async fn pieces_arrive_while_the_client_still_uploads() {
+async fn body_pieces_arrive_while_the_client_uploads() {
     let (seen, mut arrived) = unbounded_channel();
     let address = serve(Server::builder(), move |mut call| {
         let seen = seen.clone();
@@ -108,7 +108,7 @@ async fn pieces_arrive_while_the_client_still_uploads() {
     })
     .await;
     let client = client(address);
-    // The first stream opens the connection; on an open one, pieces leave while nobody waits for an answer.
+    // The first stream opens the connection. On an open one, pieces leave without waiting for a reply.
     let mut first = open(&client, true);
     assert_eq!(soon(first.send_body("first".into(), true)).await.unwrap(), None);
     picked(soon(first.outcome()).await);
@@ -122,7 +122,7 @@ async fn pieces_arrive_while_the_client_still_uploads() {
 }
 
 #[tokio::test]
-async fn an_epp_that_is_silent_until_it_has_the_body_and_then_replaces_it() {
+async fn epp_that_replaces_the_body_after_reading_it_is_supported() {
     let address = serve(Server::builder(), async |mut call| {
         let mut body = Bytes::from(call.body().await);
         call.pick(A).await;
@@ -132,7 +132,7 @@ async fn an_epp_that_is_silent_until_it_has_the_body_and_then_replaces_it() {
         }
     })
     .await;
-    // More than fits into the queue and into a server's first window.
+    // More than fits into the queue and a server's initial window.
     let body: Bytes = (0..900_000_u32).map(|n| n as u8).collect();
     let mut stream = open(&client(address), true);
     for piece in body.chunks(200_000) {
@@ -147,10 +147,10 @@ async fn an_epp_that_is_silent_until_it_has_the_body_and_then_replaces_it() {
 }
 
 #[tokio::test]
-async fn a_send_that_the_epp_does_not_take_ends_with_its_answer() {
+async fn blocked_send_ends_with_the_immediate_reply() {
     let address = serve(Server::builder(), async |mut call| {
         call.next().await;
-        // Reads no further until the window must be full.
+        // Reads one more message and then lets the window fill up.
         call.next().await;
         call.immediate(429).await;
         std::future::pending::<()>().await;
@@ -163,7 +163,7 @@ async fn a_send_that_the_epp_does_not_take_ends_with_its_answer() {
 }
 
 #[tokio::test]
-async fn a_send_can_be_cancelled_and_loses_nothing() {
+async fn cancelled_send_loses_no_byte() {
     let (gate, opened) = tokio::sync::watch::channel(false);
     let address = serve(Server::builder(), move |mut call| {
         let mut opened = opened.clone();
@@ -185,7 +185,7 @@ async fn a_send_can_be_cancelled_and_loses_nothing() {
 }
 
 #[tokio::test]
-async fn ends_without_a_pick() {
+async fn stream_that_ends_without_a_pick_is_an_error() {
     let closes = serve(Server::builder(), async |mut call| drop(call.next().await)).await;
     let fails = serve(Server::builder(), async |mut call| {
         call.next().await;
@@ -213,7 +213,7 @@ async fn ends_without_a_pick() {
 }
 
 #[tokio::test]
-async fn at_the_deadline_the_head_alone_is_a_pick() {
+async fn head_reply_alone_is_a_pick_at_the_deadline() {
     let address = serve(Server::builder(), async |mut call| {
         call.body().await;
         call.pick(A).await;
@@ -226,14 +226,14 @@ async fn at_the_deadline_the_head_alone_is_a_pick() {
     assert_eq!(stream.at_deadline().unwrap_err().reason(), "deadline");
     let mut stream = open(&client, true);
     assert_eq!(soon(stream.send_body(Bytes::new(), true)).await.unwrap(), None);
-    // The reply after the pick shows that the pick is there; it decides nothing itself.
+    // The reply to the response's head follows the pick, so the pick has arrived. It decides nothing itself.
     let event = soon(poll_fn(|cx| stream.poll_event(cx))).await;
     assert!(matches!(event, Some(Ok(Event::ResponseHead(_)))), "{event:?}");
     assert_eq!(picked(stream.at_deadline()).endpoints, addresses(&[A]));
 }
 
 #[tokio::test]
-async fn an_epp_that_is_down_fails_at_once_and_is_tried_again() {
+async fn connection_to_a_dead_epp_fails_at_once_and_is_retried() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     drop(listener);
@@ -248,8 +248,8 @@ async fn an_epp_that_is_down_fails_at_once_and_is_tried_again() {
 }
 
 #[tokio::test]
-async fn those_who_wait_for_a_connection_fail_together() {
-    // Takes TCP connections and says nothing, so that TLS hangs.
+async fn requests_that_wait_for_a_connection_fail_together() {
+    // Accepts TCP connections and sends nothing, so that the TLS handshake hangs.
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let client = client_to(&address, EppTls::Insecure, Duration::from_millis(250));
@@ -260,7 +260,7 @@ async fn those_who_wait_for_a_connection_fail_together() {
 }
 
 #[tokio::test]
-async fn a_lost_connection_is_not_met_again() {
+async fn lost_connection_is_not_reused() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let client = client(listener.local_addr().unwrap());
     let mut waiting: Vec<_> = (0..3).map(|_| open(&client, false)).collect();
@@ -279,7 +279,7 @@ async fn a_lost_connection_is_not_met_again() {
 }
 
 #[tokio::test]
-async fn the_response_phase() {
+async fn response_head_and_end_reach_the_epp() {
     let (seen, mut end) = unbounded_channel();
     let address = serve(Server::builder(), move |mut call| {
         let seen = seen.clone();
@@ -310,7 +310,7 @@ async fn the_response_phase() {
 }
 
 #[tokio::test]
-async fn a_body_is_told_as_the_epp_takes_it_and_the_rest_at_the_end() {
+async fn response_body_is_sent_as_the_epp_takes_it() {
     const PIECES: u8 = 40;
     let (seen, mut told) = unbounded_channel();
     let (take, may_take) = tokio::sync::watch::channel(false);
@@ -331,14 +331,14 @@ async fn a_body_is_told_as_the_epp_takes_it_and_the_rest_at_the_end() {
     let mut stream = open(&client(address), false);
     picked(soon(stream.outcome()).await);
     stream.response_headers(StatusCode::OK, &HeaderMap::new(), A.parse().unwrap(), false, None).await;
-    // Larger than the EPP's window, together.
+    // Together larger than the EPP's window.
     let mut pieces: Vec<_> = (0..PIECES).map(|n| Bytes::from(vec![n; message::PIECE])).collect();
     let mut left = pieces.clone();
     left.reverse();
     let taken = std::cell::Cell::new(0);
     let mut next = || left.pop().inspect(|_| taken.set(taken.get() + 1));
     assert!(stream.evicted_telling(&mut next).now_or_never().is_none());
-    assert!(taken.get() < PIECES, "{} pieces are under way to an EPP that takes none", taken.get());
+    assert!(taken.get() < PIECES, "{} pieces were sent to an EPP that reads none", taken.get());
     take.send(true).unwrap();
     tokio::select! {
         _ = stream.evicted_telling(&mut next) => panic!("no eviction"),
@@ -359,7 +359,7 @@ async fn a_body_is_told_as_the_epp_takes_it_and_the_rest_at_the_end() {
 }
 
 #[tokio::test]
-async fn eviction() {
+async fn immediate_reply_after_the_pick_evicts() {
     let address = serve(Server::builder(), async |mut call| {
         call.next().await;
         call.pick(A).await;
@@ -381,7 +381,7 @@ async fn eviction() {
 }
 
 #[tokio::test]
-async fn the_response_does_not_depend_on_the_epp() {
+async fn response_continues_after_the_stream_ended() {
     for error in [None, Some(tonic::Status::internal("gone"))] {
         let address = serve(Server::builder(), move |mut call| {
             let error = error.clone();
@@ -405,9 +405,9 @@ async fn the_response_does_not_depend_on_the_epp() {
     }
 }
 
-/// tonic shows a server a cancellation as an orderly end, so this is looked at as HTTP/2.
+/// tonic reports a cancellation to servers as an orderly end, so this test reads HTTP/2 itself.
 #[tokio::test]
-async fn a_dropped_stream_is_reset_and_a_finished_one_half_closed() {
+async fn dropped_stream_is_reset_and_finished_stream_half_closed() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let client = client(listener.local_addr().unwrap());
     let (seen, mut events) = unbounded_channel();
@@ -419,7 +419,7 @@ async fn a_dropped_stream_is_reset_and_a_finished_one_half_closed() {
             tokio::spawn(async move {
                 let mut body = request.into_body();
                 loop {
-                    // The end may be an empty frame of its own.
+                    // The end may be a separate empty frame.
                     let data = body.data().await.transpose().map(|data| data.is_some_and(|data| !data.is_empty()));
                     let over = !matches!(data, Ok(true));
                     seen.send(data).unwrap();

@@ -11,11 +11,12 @@ use prost_types::{ListValue, Struct, Value, value::Kind};
 use super::*;
 use crate::{budget::Budget, picker::message};
 
-/// What happens on a stream, after the head of a request with a body has gone out.
+/// A step on a stream after the head of a request with a body was sent.
 #[derive(Debug, Clone)]
 enum Step {
-    /// A piece of the client's body; the last one.
+    /// A piece of the client's body.
     Piece,
+    /// The last piece of the client's body.
     End,
     Reply(Box<ProcessingResponse>),
     Closed,
@@ -38,7 +39,7 @@ fn mutation(headers: &[(&str, &str)]) -> Option<HeaderMutation> {
     Some(HeaderMutation { set_headers, remove_headers: vec![] })
 }
 
-/// A header reply that picks `list`.
+/// A reply to the head that picks `list`.
 fn head(list: &str) -> Step {
     let response = Some(CommonResponse {
         header_mutation: mutation(&[(message::DESTINATION, list)]),
@@ -119,7 +120,8 @@ fn step(exchange: &mut Exchange, step: Step) {
     }
 }
 
-/// Everything that came out, in short: `a:1,b:2 original`, `a:1 replaced xyz`, `immediate 429`, `error closed_without_pick`.
+/// All events in short form (`a:1,b:2 original`, `a:1 replaced xyz`, `immediate 429`, `error closed_without_pick`), and the
+/// number of the step that caused the last one.
 fn run(exchange: &mut Exchange, steps: Vec<Step>) -> (Vec<String>, usize) {
     let mut seen = Vec::new();
     let mut at = 0;
@@ -149,26 +151,26 @@ fn run(exchange: &mut Exchange, steps: Vec<Step>) -> (Vec<String>, usize) {
 
 const A: &str = "10.0.0.1:1";
 
-/// Each row: the steps, what comes out, and after which step the last of it does.
+/// Each row: the steps, the events, and the step after which the last event occurs.
 #[test]
-fn every_order_of_replies() {
+fn replies_in_any_order_lead_to_one_outcome() {
     #[rustfmt::skip]
     let rows: Vec<(&str, Vec<Step>, &[&str], usize)> = vec![
-        // How the known EPPs answer.
+        // Replies of known EPPs.
         ("GIE: silent until the end, head, then the body streamed", vec![Piece, End, head(A), streamed("new", false), streamed("er", true)], &["10.0.0.1:1 replaced newer"], 5),
         ("lwepp: an empty reply per piece, then the head", vec![Piece, kept(), Piece, kept(), End, kept(), head(A)], &["10.0.0.1:1 original"], 7),
-        ("lwepp, late", vec![Piece, Piece, End, kept(), kept(), kept(), head(A)], &["10.0.0.1:1 original"], 7),
+        ("lwepp, all replies after the end", vec![Piece, Piece, End, kept(), kept(), kept(), head(A)], &["10.0.0.1:1 original"], 7),
         ("empty replies after the head", vec![Piece, End, head(A), kept(), kept()], &["10.0.0.1:1 original"], 5),
-        ("empty replies, then streamed all the same", vec![Piece, kept(), End, streamed("new", true), head(A)], &["10.0.0.1:1 replaced new"], 5),
+        ("empty replies, then streamed", vec![Piece, kept(), End, streamed("new", true), head(A)], &["10.0.0.1:1 replaced new"], 5),
         ("llm-d: closes after the request phase", vec![Piece, End, head(A), streamed("new", true), Closed], &["10.0.0.1:1 replaced new"], 4),
         // Other orders.
         ("head before the end of the body", vec![Piece, head(A), streamed("n", false), End, streamed("ew", true)], &["10.0.0.1:1 replaced new"], 5),
         ("all replies before the end", vec![Piece, kept(), head(A), End, kept()], &["10.0.0.1:1 original"], 5),
         ("body before head", vec![Piece, End, streamed("new", true), head(A)], &["10.0.0.1:1 replaced new"], 4),
         ("two ends", vec![End, streamed("new", true), streamed("", true), head(A), streamed("x", true)], &["10.0.0.1:1 replaced new"], 4),
-        ("two ends of ours", vec![End, End, head(A), kept()], &["10.0.0.1:1 original"], 4),
+        ("two ends of the request", vec![End, End, head(A), kept()], &["10.0.0.1:1 original"], 4),
         ("an empty replacement", vec![End, head(A), streamed("", true)], &["10.0.0.1:1 replaced "], 3),
-        ("trailers mean nothing", vec![End, trailers(), head(A), trailers(), kept()], &["10.0.0.1:1 original"], 5),
+        ("trailers are ignored", vec![End, trailers(), head(A), trailers(), kept()], &["10.0.0.1:1 original"], 5),
         // Other ways to replace.
         ("whole bodies, one per piece", vec![Piece, body(Mutation::Body("ab".into())), End, body(Mutation::Body("cd".into())), head(A)], &["10.0.0.1:1 replaced abcd"], 5),
         ("dropped, then whole", vec![Piece, body(Mutation::ClearBody(true)), End, body(Mutation::Body("cd".into())), head(A)], &["10.0.0.1:1 replaced cd"], 5),
@@ -177,19 +179,19 @@ fn every_order_of_replies() {
         ("one piece kept and one replaced", vec![Piece, kept(), End, body(Mutation::Body("cd".into())), head(A)], &["error body_partial"], 5),
         ("replaced per piece and streamed", vec![Piece, body(Mutation::Body("ab".into())), End, streamed("cd", true), head(A)], &["error body_partial"], 5),
         ("with the head", vec![Piece, replace_at_head(A, "whole")], &["10.0.0.1:1 replaced whole"], 2),
-        ("as large as may be", vec![End, head(A), streamed("12345", false), streamed("67890", true)], &["10.0.0.1:1 replaced 1234567890"], 4),
+        ("exactly the limit", vec![End, head(A), streamed("12345", false), streamed("67890", true)], &["10.0.0.1:1 replaced 1234567890"], 4),
         ("too large", vec![End, head(A), streamed("12345", false), streamed("678901", false), streamed("", true)], &["error body_too_large"], 4),
-        // Where the pick is.
+        // Location of the pick.
         ("metadata before header", vec![End, with_metadata(head("10.0.0.2:2"), text(A)), kept()], &["10.0.0.1:1 original"], 3),
         ("metadata alone", vec![End, with_metadata(no_pick(), text(A)), kept()], &["10.0.0.1:1 original"], 3),
         ("metadata with the body reply", vec![End, with_metadata(kept(), text(A)), no_pick()], &["10.0.0.1:1 original"], 3),
         ("metadata as a list", vec![End, with_metadata(no_pick(), Kind::ListValue(ListValue { values: vec![Value { kind: Some(text(A)) }, Value { kind: Some(text("[::1]:2")) }] })), kept()], &["10.0.0.1:1,[::1]:2 original"], 3),
         ("empty metadata", vec![End, with_metadata(head(A), text(" ")), kept()], &["10.0.0.1:1 original"], 3),
-        ("metadata that is no text", vec![End, with_metadata(head(A), Kind::BoolValue(true)), kept()], &["10.0.0.1:1 original"], 3),
+        ("metadata that is not text", vec![End, with_metadata(head(A), Kind::BoolValue(true)), kept()], &["10.0.0.1:1 original"], 3),
         ("a list", vec![End, head(" 10.0.0.1:1, [fd00::2]:8000 ,10.0.0.1:1,,10.0.0.3:3"), kept()], &["10.0.0.1:1,[fd00::2]:8000,10.0.0.3:3 original"], 3),
         ("a name in the list", vec![End, head("10.0.0.1:1,pod-7:8000"), kept()], &["10.0.0.1:1 original"], 3),
         ("only commas", vec![End, head(" , "), kept()], &["error no_destination"], 3),
-        ("none", vec![End, no_pick(), kept()], &["error no_destination"], 3),
+        ("no pick", vec![End, no_pick(), kept()], &["error no_destination"], 3),
         // Immediate responses.
         ("at once", vec![immediate(429)], &["immediate 429"], 1),
         ("while uploading", vec![Piece, immediate(503), Piece, End], &["immediate 503"], 2),
@@ -229,9 +231,9 @@ fn every_order_of_replies() {
     }
 }
 
-/// A stream that is lost before anything was said about the request can be asked again.
+/// A request is asked again if its stream is lost before the EPP said anything about it.
 #[test]
-fn that_a_piece_stays_as_it_is_says_nothing() {
+fn unchanged_piece_does_not_count_as_an_answer() {
     for (steps, answered) in [
         (vec![Piece, kept(), End, kept()], false),
         (vec![Piece, body(Mutation::ClearBody(false)), trailers()], false),
@@ -248,7 +250,7 @@ fn that_a_piece_stays_as_it_is_says_nothing() {
 }
 
 #[test]
-fn a_request_without_a_body_is_decided_by_the_head() {
+fn request_without_body_is_decided_by_the_head_reply() {
     let mut exchange = exchange(false, None);
     assert_eq!(run(&mut exchange, vec![Piece, End, head(A)]), (vec!["10.0.0.1:1 original".to_owned()], 3));
     let Some(Request::RequestHeaders(head)) = exchange.next_message().and_then(|message| message.request) else {
@@ -259,9 +261,9 @@ fn a_request_without_a_body_is_decided_by_the_head() {
 }
 
 #[test]
-fn mutations_that_pile_up_are_a_failure() {
+fn accumulated_mutations_over_the_limit_fail() {
     let mut exchange = exchange(true, None);
-    // Besides those that the head has, the pseudo-headers among them.
+    // In addition to the head's own fields and pseudo-headers.
     let limit = EppLimits::default().fields + request().headers.len() + 4;
     for piece in 0..limit {
         step(&mut exchange, Piece);
@@ -277,7 +279,7 @@ fn mutations_that_pile_up_are_a_failure() {
 }
 
 #[test]
-fn a_bad_destination_is_named() {
+fn invalid_destination_is_quoted_in_the_error() {
     let mut exchange = exchange(true, None);
     for next in [End, head("10.0.0.1, pod-7:80, [::1]"), kept()] {
         step(&mut exchange, next);
@@ -287,7 +289,7 @@ fn a_bad_destination_is_named() {
 }
 
 #[test]
-fn mutations_of_head_and_body_replies_add_up_without_the_pick() {
+fn mutations_of_head_and_body_replies_are_joined_without_the_pick() {
     let mut exchange = exchange(true, None);
     let common = |mutation| Some(CommonResponse { header_mutation: mutation, ..Default::default() });
     let mut first = mutation(&[("X-Gateway-Destination-Endpoint", A), ("traceparent", "t")]);
@@ -308,7 +310,7 @@ fn mutations_of_head_and_body_replies_add_up_without_the_pick() {
 }
 
 #[test]
-fn what_goes_out() {
+fn messages_carry_head_body_and_metadata() {
     let subset: Vec<SocketAddr> = vec![A.parse().unwrap(), "[::1]:2".parse().unwrap()];
     let mut exchange = exchange(true, Some(&subset));
     let large = Bytes::from(vec![b'x'; 2 * message::PIECE + 1]);
@@ -356,7 +358,7 @@ fn what_goes_out() {
 }
 
 #[test]
-fn the_end_is_on_the_last_piece_or_on_the_response_head() {
+fn end_of_stream_is_on_the_last_piece_or_the_response_head() {
     let mut exchange = exchange(true, None);
     exchange.request_body(vec![b'x'; message::PIECE + 1].into(), true);
     exchange.response_headers(http::StatusCode::NO_CONTENT, &HeaderMap::new(), A.parse().unwrap(), true);
@@ -372,7 +374,7 @@ fn the_end_is_on_the_last_piece_or_on_the_response_head() {
 }
 
 #[test]
-fn a_response_body_goes_out_in_pieces_between_the_head_and_one_end() {
+fn response_body_is_sent_in_pieces_with_one_end() {
     let mut exchange = exchange(false, None);
     exchange.response_body(Bytes::from_static(b"early"), true);
     exchange.response_headers(http::StatusCode::OK, &HeaderMap::new(), A.parse().unwrap(), false);
@@ -391,7 +393,7 @@ fn a_response_body_goes_out_in_pieces_between_the_head_and_one_end() {
 }
 
 #[test]
-fn without_a_subset_there_is_no_metadata_and_an_empty_one_is_said() {
+fn empty_subset_is_sent_and_no_subset_sends_no_metadata() {
     assert_eq!(exchange(true, None).next_message().unwrap().metadata_context, None);
     let metadata = exchange(true, Some(&[])).next_message().unwrap().metadata_context.unwrap();
     let hint = &metadata.filter_metadata["envoy.lb.subset_hint"].fields["x-gateway-destination-endpoint-subset"];
@@ -399,7 +401,7 @@ fn without_a_subset_there_is_no_metadata_and_an_empty_one_is_said() {
 }
 
 #[test]
-fn the_reply_to_the_response_head() {
+fn reply_to_the_response_head_is_an_event() {
     let mut exchange = exchange(true, None);
     let response = Some(CommonResponse { header_mutation: mutation(&[("x-served", A)]), ..Default::default() });
     let steps = vec![End, head(A), kept(), reply(Response::ResponseHeaders(HeadersResponse { response }))];
@@ -407,10 +409,10 @@ fn the_reply_to_the_response_head() {
 }
 
 #[test]
-fn a_replacement_that_there_is_no_room_for_is_known_by_its_digest() {
+fn replacement_without_memory_is_known_by_its_digest() {
     let pieces: Vec<Bytes> = (0..5_u8).map(|number| Bytes::from(vec![number; 3])).collect();
     let all = pieces.concat();
-    // Room for none, for some, and for all of them.
+    // Memory for none, for some, and for all pieces.
     for (room, held) in [(0, false), (7, false), (15, true)] {
         let gauge = prometheus_client::metrics::gauge::Gauge::default();
         let mut replacement = Replacement::new(100, Budget::new(room, gauge.clone()));
@@ -422,7 +424,7 @@ fn a_replacement_that_there_is_no_room_for_is_known_by_its_digest() {
             Body::Replaced(given) => assert!(held && given.concat() == all),
             Body::Unheld(digest) => {
                 assert!(!held && *digest == *ring::digest::digest(&ring::digest::SHA256, &all).as_ref());
-                assert_eq!(gauge.get(), 0, "what was held before is let go of");
+                assert_eq!(gauge.get(), 0, "held pieces are released");
             }
             Body::Original => panic!("{room}"),
         }

@@ -28,9 +28,9 @@ fn set(key: &str, value: &[u8], append: Option<bool>, append_action: i32) -> Hea
 }
 
 #[test]
-fn one_set() {
+fn entry_is_applied_by_its_action() {
     let before = [("a", "1"), ("a", "2"), ("host", "h"), ("content-length", "7"), ("connection", "close")];
-    // name, value, append, append_action; the values of that name after it; skipped as invalid
+    // name, value, append, append_action; the values of that name afterwards; entries skipped as invalid
     #[allow(clippy::type_complexity)]
     #[rustfmt::skip]
     let rows: &[(&str, &str, Option<bool>, i32, &[&str], usize)] = &[
@@ -49,9 +49,9 @@ fn one_set() {
         ("b", "3", None,        OVERWRITE, &["3"], 0),
         ("b", "3", None,        EXISTING,  &[], 0),
         ("b", "",  None,        APPEND,    &[""], 0),
-        // An action that is not known counts as 0.
+        // An unknown action counts as 0.
         ("a", "3", None,        99,        &["3"], 0),
-        // The echo of one of several values.
+        // An echo of one of several values.
         ("a", "1", None,        APPEND,    &["1", "2"], 0),
         ("a", "2", None,        OVERWRITE, &["1", "2"], 0),
         ("host", "evil",          None, OVERWRITE, &["h"], 0),
@@ -75,9 +75,9 @@ fn one_set() {
     }
 }
 
-/// As it comes from the wire: with `keep_empty_value` (field 4, which our messages do not have) and with none.
+/// Encoded by hand, with and without `keep_empty_value` (field 4, which the project's messages do not have).
 #[test]
-fn an_empty_value_stays_whether_or_not_it_is_to_be_kept() {
+fn empty_value_is_set_whatever_keep_empty_value_says() {
     for keep_empty_value in [&[][..], &[0x20, 0], &[0x20, 1]] {
         let mut wire = set("a", b"", None, OVERWRITE).encode_to_vec();
         wire.extend_from_slice(keep_empty_value);
@@ -89,7 +89,7 @@ fn an_empty_value_stays_whether_or_not_it_is_to_be_kept() {
 }
 
 #[test]
-fn removals_come_first_and_spare_what_is_protected() {
+fn removals_are_applied_first_and_spare_protected_fields() {
     let mut map = headers(&[("a", "1"), ("a", "2"), ("b", "1"), ("host", "h"), ("te", "trailers")]);
     let remove_headers = ["A", "b", "absent", "host", ":path", "te", "no good"].map(str::to_owned).to_vec();
     let skipped = apply(&HeaderMutation { set_headers: vec![set("b", b"2", None, 0)], remove_headers }, &mut map);
@@ -98,7 +98,7 @@ fn removals_come_first_and_spare_what_is_protected() {
 }
 
 #[test]
-fn the_value_is_raw_or_text_and_need_not_be_utf8() {
+fn value_is_raw_or_text_and_may_be_invalid_utf8() {
     let mut map = HeaderMap::new();
     let text = core::HeaderValue { key: "text".into(), value: "t".into(), raw_value: Bytes::new() };
     let both = core::HeaderValue { key: "both".into(), value: "t".into(), raw_value: Bytes::from_static(b"raw") };

@@ -14,7 +14,7 @@ fn known(replicas: &Replicas) -> Vec<String> {
     replicas.snapshot().replicas.iter().map(|replica| replica.address.to_string()).collect()
 }
 
-/// The order in which they are asked.
+/// The order in which the replicas are asked.
 fn order(replicas: &Replicas, now: Instant) -> Vec<u16> {
     let (snapshot, mut asked) = (replicas.snapshot(), Vec::new());
     while let Some(best) = snapshot.best(&asked, now) {
@@ -24,7 +24,7 @@ fn order(replicas: &Replicas, now: Instant) -> Vec<u16> {
 }
 
 #[test]
-fn those_that_serve_come_first_and_keep_their_order() {
+fn serving_replicas_come_first_in_order() {
     use State::{NotServing, Serving, Unknown, Unreachable};
     let replicas = replicas(&["10.0.0.1:1", "10.0.0.1:2", "10.0.0.1:3", "10.0.0.1:4"]);
     let now = Instant::now();
@@ -44,13 +44,13 @@ fn those_that_serve_come_first_and_keep_their_order() {
 }
 
 #[test]
-fn a_penalty_is_over_after_five_seconds_or_an_answer() {
+fn penalty_ends_after_five_seconds_or_an_answer() {
     let replicas = replicas(&["10.0.0.1:1", "10.0.0.1:2", "10.0.0.1:3"]);
     let all = replicas.snapshot().replicas;
     all[2].set_state(State::NotServing);
     let now = Instant::now();
     all[0].failed(now);
-    // It may serve all the same, so it comes before one that says it does not.
+    // It may still serve, so it ranks above one that reports not serving.
     assert_eq!(order(&replicas, now), [2, 1, 3]);
     assert_eq!(order(&replicas, now + PENALTY - Duration::from_millis(2)), [2, 1, 3]);
     assert_eq!(order(&replicas, now + PENALTY), [1, 2, 3]);
@@ -59,7 +59,7 @@ fn a_penalty_is_over_after_five_seconds_or_an_answer() {
 }
 
 #[test]
-fn names_are_found_in_the_order_of_the_entries_and_keep_their_state() {
+fn resolved_replicas_keep_the_order_of_entries_and_their_state() {
     let replicas = replicas(&["epp.test:9002", "10.0.0.9:9002", "[fd00::1]:9003"]);
     assert_eq!(replicas.names().collect::<Vec<_>>(), [(0, "epp.test")]);
     assert_eq!(known(&replicas), ["10.0.0.9:9002", "[fd00::1]:9003"]);
@@ -68,16 +68,16 @@ fn names_are_found_in_the_order_of_the_entries_and_keep_their_state() {
     let second = Arc::clone(&replicas.snapshot().replicas[1]);
     assert_eq!((second.authority.as_str(), second.name.to_str().as_ref()), ("epp.test:9002", "epp.test"));
     second.set_state(State::NotServing);
-    // One goes, one stays, one comes, and one is another entry's too.
+    // One address is removed, one stays, one is added, and one also belongs to another entry.
     replicas.resolved(0, ips(&["10.0.0.2", "10.0.0.3", "10.0.0.9"]));
     assert_eq!(known(&replicas), ["10.0.0.2:9002", "10.0.0.3:9002", "10.0.0.9:9002", "[fd00::1]:9003"]);
     assert_eq!(replicas.snapshot().replicas[0].state(), State::NotServing);
     replicas.unresolved("no answer");
-    assert_eq!(known(&replicas).len(), 4, "what it was found to be before holds");
+    assert_eq!(known(&replicas).len(), 4, "the previous addresses are kept");
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_name_is_waited_for_until_there_is_an_answer() {
+async fn unresolved_name_is_awaited_until_the_first_answer() {
     let replicas = Arc::new(replicas(&["epp.test:9002"]));
     let begin = tokio::time::Instant::now();
     let error = replicas.known().await.unwrap_err();
@@ -90,16 +90,16 @@ async fn a_name_is_waited_for_until_there_is_an_answer() {
     tokio::task::yield_now().await;
     replicas.unresolved("epp.test: no such name");
     let error = waiting.await.unwrap().unwrap_err();
-    assert_eq!(error.to_string(), "the EPP's name has no address: epp.test: no such name");
+    assert_eq!(error.to_string(), "cannot resolve the EPP's name: epp.test: no such name");
     let begin = tokio::time::Instant::now();
-    assert!(replicas.known().await.is_err() && begin.elapsed().is_zero(), "known by now");
+    assert!(replicas.known().await.is_err() && begin.elapsed().is_zero(), "already known");
 
     replicas.resolved(0, ips(&["10.0.0.1"]));
     assert_eq!(replicas.known().await.unwrap().replicas.len(), 1);
 }
 
 #[test]
-fn settings_that_cannot_work_are_refused() {
+fn invalid_settings_are_rejected() {
     for address in ["", "epp", "http://epp:9002", "a b:1"] {
         assert!(Replicas::new(&Epp::new(address)).is_err(), "{address:?}");
     }

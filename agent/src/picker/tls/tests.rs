@@ -33,7 +33,7 @@ fn signed(ca: &Ca) -> (String, String) {
     (certificate.pem(), key.serialize_pem())
 }
 
-/// A TLS server with a certificate of `ca` that says two bytes, when the client's is of `clients`.
+/// A TLS server with a certificate of `ca` that sends two bytes. With `clients`, it requires a client certificate of that CA.
 async fn serve(ca: &Ca, clients: Option<&Ca>) -> std::net::SocketAddr {
     let provider = Arc::new(ring::default_provider());
     let builder = ServerConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions().unwrap();
@@ -61,7 +61,7 @@ async fn serve(ca: &Ca, clients: Option<&Ca>) -> std::net::SocketAddr {
     address
 }
 
-/// Whether the two sides take each other.
+/// Whether the handshake succeeds and the greeting arrives.
 async fn greets(tls: &Tls, address: std::net::SocketAddr, name: &'static str) -> bool {
     let tcp = TcpStream::connect(address).await.unwrap();
     let mut greeting = [0; 2];
@@ -86,7 +86,7 @@ fn tls(epp: &Epp) -> Tls {
 }
 
 #[tokio::test]
-async fn a_ca_vouches_for_a_name() {
+async fn ca_verifies_issuer_and_name() {
     let (folder, ours, other) = (TempDir::new().unwrap(), ca(), ca());
     let address = serve(&ours, None).await;
     let file = write(&folder, "ours.pem", &ours.pem());
@@ -100,7 +100,7 @@ async fn a_ca_vouches_for_a_name() {
 }
 
 #[test]
-fn files_that_are_of_no_use_are_found_at_once() {
+fn invalid_files_are_rejected_at_start() {
     let folder = TempDir::new().unwrap();
     assert!(Tls::new(&Epp::new("epp:9002")).unwrap().is_none());
     for file in [write(&folder, "empty.pem", ""), folder.path().join("none.pem")] {
@@ -117,13 +117,13 @@ fn files_that_are_of_no_use_are_found_at_once() {
 /// Runs `script` while the files are followed.
 async fn following(tls: &Tls, script: impl Future<Output = ()>) {
     tokio::select! {
-        () = tls.follow_files() => unreachable!("it never ends"),
+        () = tls.follow_files() => unreachable!("follow_files never returns"),
         () = script => {}
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_ca_file_that_changes_is_read_again_and_one_that_is_broken_is_not_used() {
+async fn changed_ca_file_is_reloaded_and_broken_one_ignored() {
     let (folder, old, new) = (TempDir::new().unwrap(), ca(), ca());
     let (of_old, of_new) = (serve(&old, None).await, serve(&new, None).await);
     let file = write(&folder, "ca.pem", &old.pem());
@@ -133,21 +133,21 @@ async fn a_ca_file_that_changes_is_read_again_and_one_that_is_broken_is_not_used
         assert_eq!(which().await, (true, false));
         for broken in ["", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"] {
             write(&folder, "ca.pem", broken);
-            sleep(2 * LOOK).await;
+            sleep(2 * READ_INTERVAL).await;
             assert_eq!(which().await, (true, false), "{broken:?}");
         }
         std::fs::remove_file(&file).unwrap();
-        sleep(2 * LOOK).await;
+        sleep(2 * READ_INTERVAL).await;
         assert_eq!(which().await, (true, false));
         write(&folder, "ca.pem", &new.pem());
-        sleep(2 * LOOK).await;
+        sleep(2 * READ_INTERVAL).await;
         assert_eq!(which().await, (false, true));
     })
     .await;
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_client_certificate_is_used_when_its_key_is_there_too() {
+async fn client_certificate_is_used_once_its_key_matches() {
     let (folder, servers, old, new) = (TempDir::new().unwrap(), ca(), ca(), ca());
     let (of_old, of_new) = (serve(&servers, Some(&old)).await, serve(&servers, Some(&new)).await);
     let ((old_certificate, old_key), (new_certificate, new_key)) = (signed(&old), signed(&new));
@@ -159,10 +159,10 @@ async fn a_client_certificate_is_used_when_its_key_is_there_too() {
     following(&tls, async {
         assert_eq!(which().await, (true, false));
         write(&folder, "client.pem", &new_certificate);
-        sleep(2 * LOOK).await;
+        sleep(2 * READ_INTERVAL).await;
         assert_eq!(which().await, (true, false), "half of the pair");
         write(&folder, "client.key", &new_key);
-        sleep(2 * LOOK).await;
+        sleep(2 * READ_INTERVAL).await;
         assert_eq!(which().await, (false, true));
     })
     .await;

@@ -1,5 +1,5 @@
-//! Servers that are known by their key, or not at all. Names, dates and issuers do not count; that the server holds the key of
-//! the certificate it shows does.
+//! Verifies servers by a pinned key, or not at all. Names, dates and issuers are ignored. The server always has to prove that it
+//! holds the key of its certificate.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::config::Pin;
 
 #[derive(Debug)]
 pub(super) struct ByKey {
-    /// None: any key will do.
+    /// `None` accepts any key.
     pub(super) pins: Option<Vec<Pin>>,
     pub(super) provider: Arc<CryptoProvider>,
 }
@@ -75,7 +75,7 @@ mod tests {
     use super::*;
     use crate::pem;
 
-    /// Made by openssl, and its pin by the command that the documentation of [`Pin`] has.
+    /// Made with openssl; the pin was computed with the command in the documentation of [`Pin`].
     const CERTIFICATE: &str = "-----BEGIN CERTIFICATE-----
 MIIBhjCCAS2gAwIBAgIUWecwmSX/BbPFD4UQtTyYWJXGDm8wCgYIKoZIzj0EAwIw
 GDEWMBQGA1UECgwNSW5mZXJlbmNlIEV4dDAgFw0yNjExMjUxODAxMjRaGA8yMTI2
@@ -90,7 +90,7 @@ ISairr5U02YKnw==
     const PIN: &str = "36cf19931c73a4287a985eef1424b8ca03becd1034a4f893491b42d178e27a33";
 
     #[test]
-    fn a_pin_is_what_openssl_says() {
+    fn pin_matches_openssl() {
         let certificates = pem::certificates(CERTIFICATE.as_bytes()).unwrap();
         let pin = pin(&certificates[0]).unwrap();
         assert_eq!(pin.to_string(), PIN);
