@@ -1,8 +1,8 @@
 //! The admin server: `/livez`, `/readyz`, `/metrics`.
 //!
-//! It has its own thread and runtime and takes no lock of the data plane for longer than a copy, so a stuck data plane can
-//! still be looked at. A connection carries one request and is limited in time. Probes are answered whatever else is
-//! connected: a new connection takes the place of an old one, and descriptors are held back for it.
+//! Runs on its own thread and runtime and holds data-plane locks only while copying, so it answers even if the data
+//! plane is stuck. Each connection carries one request and has a time limit. Probes are answered under overload: a new
+//! connection replaces the oldest one, and file descriptors are reserved for it.
 
 mod answer;
 mod places;
@@ -31,29 +31,30 @@ use crate::{
 use answer::Answers;
 use places::{Place, Places};
 
-/// Dropping it ends the server; [`AdminHandle::stop`] also waits for its thread.
+/// A running admin server. Dropping it stops the server; [`AdminHandle::stop`] also waits for its thread.
 #[derive(Debug)]
 pub struct AdminHandle {
     local_addr: SocketAddr,
-    /// Closed by being dropped.
+    /// The server stops when this sender is dropped.
     stop: oneshot::Sender<Infallible>,
     thread: JoinHandle<()>,
 }
 
 impl AdminHandle {
-    /// With the port the kernel chose, where 0 was asked for.
+    /// The bound address; if port 0 was configured, with the port that the kernel chose.
     pub fn local_addr(&self) -> SocketAddr {
         self.local_addr
     }
 
-    /// Ends the server and its open connections; the address is free when it returns.
+    /// Stops the server and closes its connections. The address is free when this returns.
     pub fn stop(self) {
         drop(self.stop);
         let _ = self.thread.join();
     }
 }
 
-/// Serves what arrives at `listener`. `verbose` gives the lines that `/readyz?verbose` adds; it runs on the admin thread and must not block.
+/// Serves requests on `listener`. `verbose` returns the lines that `/readyz?verbose` adds; it runs on the admin thread
+/// and must not block.
 pub fn start(
     listener: TcpListener,
     metrics: Arc<Metrics>,
@@ -68,16 +69,16 @@ pub fn start(
 
 #[derive(Clone, Copy)]
 struct Bounds {
-    /// Connections that have not sent a whole request, and as many again whose answer is being written.
+    /// Maximum number of connections whose request is incomplete, and also of those whose answer is being written.
     connections: usize,
-    /// From the connection to the end of the request's head.
+    /// Time limit from accept to the end of the request head.
     head: Duration,
-    /// From the connection to its end.
+    /// Time limit from accept to the end of the connection.
     whole: Duration,
 }
 
 const THREAD: &str = "admin";
-/// Descriptors that the rest of the process cannot take.
+/// File descriptors reserved for the admin server.
 const RESERVE: usize = 4;
 /// Pause after an `accept` that failed.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -104,7 +105,7 @@ fn serve(listener: TcpListener, answers: Answers, bounds: Bounds, watch: &Watch)
     Ok(AdminHandle { local_addr, stop, thread })
 }
 
-/// Accepts every connection at once: one beyond the bounds takes the place of an older one.
+/// Accepts every connection; one beyond the bounds replaces an older one.
 async fn accept(listener: tokio::net::TcpListener, answers: Rc<Answers>, bounds: Bounds) {
     let places = Rc::new(Places::new(bounds.connections));
     let reserve = Rc::new(Reserve::new(RESERVE));
@@ -115,7 +116,8 @@ async fn accept(listener: tokio::net::TcpListener, answers: Rc<Answers>, bounds:
     loop {
         match listener.accept().await {
             Ok(accepted) => take(accepted),
-            // The kernel looks for a descriptor before it looks for a connection: there may be none.
+            // The kernel allocates the descriptor before it checks for a connection, so the retry can find no
+            // connection waiting.
             Err(error) if is_exhausted(&error) && reserve.release() => match listener.accept().now_or_never() {
                 Some(Ok(accepted)) => {
                     answers.metrics.accept_failed("admin");
@@ -128,7 +130,7 @@ async fn accept(listener: tokio::net::TcpListener, answers: Rc<Answers>, bounds:
                 tokio::time::sleep(PAUSE).await;
                 reserve.refill();
             }
-            // The client has left already.
+            // The client closed before it was accepted.
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
                 tracing::warn!(%error, "admin: accept failed");
@@ -148,15 +150,15 @@ async fn connection(mut stream: TcpStream, place: Place, answers: Rc<Answers>, r
         .timer(TokioTimer::new())
         .header_read_timeout(bounds.head)
         .keep_alive(false)
-        // A client that has only sent FIN is answered.
+        // Answers a client that has half-closed.
         .half_close(true)
         .serve_connection(TokioIo::new(&mut stream), service);
     tokio::select! {
         ended = connection => if let Err(error) = ended {
-            tracing::debug!(%error, "admin: connection");
+            tracing::debug!(%error, "admin: connection failed");
         },
         () = place.shed() => tracing::debug!("admin: connection shed"),
-        () = tokio::time::sleep(bounds.whole) => tracing::debug!("admin: connection took too long"),
+        () = tokio::time::sleep(bounds.whole) => tracing::debug!("admin: connection timed out"),
     }
     reserve.reclaim(stream);
 }
@@ -216,14 +218,14 @@ mod tests {
     }
 
     #[test]
-    fn alive() {
+    fn livez_answers_ok() {
         let server = server(patient());
         let (status, _, body) = ask(&server, "GET /livez");
         assert_eq!((status, body.as_str()), (200, "ok\n"));
     }
 
     #[test]
-    fn ready_when_the_gates_are_open_and_until_the_drain() {
+    fn readyz_is_ok_from_open_gates_until_the_drain() {
         let server = server(patient());
         let gates = [server.readiness.gate("listeners"), server.readiness.gate("picker: a")];
         let (status, _, body) = ask(&server, "GET /readyz");
@@ -241,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn metrics_are_open_metrics() {
+    fn metrics_are_served_as_open_metrics() {
         let server = server(patient());
         server.metrics.client_aborted();
         let (status, head, body) = ask(&server, "GET /metrics");
@@ -252,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn others_are_refused() {
+    fn other_paths_and_methods_are_refused() {
         let server = server(patient());
         for (request, status) in [
             ("GET /", 404),
@@ -269,20 +271,20 @@ mod tests {
     }
 
     #[test]
-    fn a_silent_client_is_closed() {
+    fn silent_client_is_closed() {
         let short = Duration::from_millis(30);
         for bounds in [Bounds { head: short, ..patient() }, Bounds { whole: short, ..patient() }] {
             let server = server(bounds);
             let mut silent = connect(&server);
             silent.write_all(b"GET /livez HTTP/1.1\r\n").unwrap();
-            // Ends, with or without a 408, well before the deadline of the read.
+            // The connection ends, with or without a 408, well before the read deadline.
             let _ = rest(silent);
         }
     }
 
-    /// Three hundred of each kind of client that holds a connection open, and a probe after each.
+    /// Opens 300 of each kind of client that holds a connection open, and probes after each kind.
     #[test]
-    fn probe_beside_hundreds_of_held_connections_is_answered() {
+    fn probe_is_answered_with_hundreds_of_held_connections() {
         let server = server(patient());
         let mut held = Vec::new();
         for sent in ["", "\r\n", "GET /livez HTTP/1.1\r\nHost: a\r\n", "GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n"] {
@@ -292,7 +294,7 @@ mod tests {
                 held.push(stream);
             }
             for path in ["/livez", "/readyz", "/metrics"] {
-                assert_eq!(ask(&server, &format!("GET {path}")).0, 200, "beside {sent:?}");
+                assert_eq!(ask(&server, &format!("GET {path}")).0, 200, "while clients hold {sent:?}");
             }
         }
     }
@@ -303,14 +305,14 @@ mod tests {
         let held: Vec<_> = (0..2).map(|_| connect(&server)).collect();
         assert_eq!(ask(&server, "GET /livez").0, 200);
         let _ = (&held[0]).read(&mut [0; 1]);
-        // The younger one still has its place.
+        // The younger connection keeps its place.
         (&held[1]).write_all(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
         held[1].shutdown(Shutdown::Write).unwrap();
         assert!(rest(held[1].try_clone().unwrap()).ends_with("ok\n"));
     }
 
     #[test]
-    fn connections_opened_and_closed_at_once_delay_no_probe() {
+    fn connections_opened_and_closed_immediately_do_not_delay_probes() {
         let server = server(patient());
         let addr = server.handle.local_addr();
         for _ in 0..20 {
@@ -328,12 +330,12 @@ mod tests {
         let open = connect(&server);
         server.handle.stop();
         assert!(TcpStream::connect(addr).is_err());
-        // Reset or end, according to whether it had been accepted.
+        // RST or FIN, depending on whether the connection had been accepted.
         let _ = (&open).read(&mut [0; 1]);
     }
 
     #[test]
-    fn drop_ends_the_server() {
+    fn drop_stops_the_server() {
         let server = server(patient());
         let addr = server.handle.local_addr();
         drop(server);

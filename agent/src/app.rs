@@ -1,7 +1,8 @@
-//! The agent as a whole: from a checked configuration to running threads, and down again.
+//! Starts, reloads and stops the whole agent.
 //!
-//! Everything that can fail at start fails in [`Agent::start`], before a request is taken. Workers, the admin server and
-//! the kernel's events have threads of their own.
+//! Takes a validated configuration and returns a running [`Agent`]. Everything that can fail at start fails in
+//! [`Agent::start`], before a request is accepted. Workers, the admin server and the kernel events run on their own
+//! threads.
 
 use std::{io, net::SocketAddr, rc::Rc, sync::Arc, thread::JoinHandle};
 
@@ -36,41 +37,42 @@ use crate::{
     worker::Worker,
 };
 
-/// Connections that the kernel holds for us until a worker accepts them.
+/// Accept backlog of each listener, in connections.
 const BACKLOG: i32 = 4096;
 
-/// A running agent. Dropping it breaks off what runs.
+/// A running agent. Dropping it aborts running requests.
 pub struct Agent {
-    /// What holds now, and goes to the workers when it changes.
+    /// The current shared state; a new value is sent to the workers.
     shared: watch::Sender<Arc<Shared>>,
     readiness: Readiness,
     admin: AdminHandle,
     workers: Vec<JoinHandle<()>>,
     watch: Watch,
-    /// Ends after the workers.
-    beside: Mutex<Option<Beside>>,
+    /// Stopped after the workers.
+    background: Mutex<Option<BackgroundTasks>>,
     certificate: Option<Arc<Certificate>>,
     address: SocketAddr,
     tls_address: Option<SocketAddr>,
     ladder: Ladder,
-    /// Outlives the workers, whose last spans it sends.
+    /// Outlives the workers, because it exports their last spans.
     exporter: Option<Exporter>,
 }
 
-/// What goes on beside requests under one configuration.
-struct Beside {
+/// The tasks that run in the background under one configuration.
+struct BackgroundTasks {
     _discovery: Discovery,
     _control: Control,
 }
 
 impl Agent {
-    /// Blocks while the kernel proves itself (some tens of milliseconds), on a runtime of its own: not to be called on one. The
-    /// calling thread has no capabilities afterwards ([`capability`]).
+    /// Starts the agent. Blocks for some tens of milliseconds while the self-test runs on a runtime of its own, so it
+    /// must not be called from within a runtime. Afterwards the calling thread has no capabilities (see
+    /// [`capability`]).
     pub fn start(config: Config) -> Result<Self> {
         Self::start_with(config, Probe::default())
     }
 
-    /// As [`start`](Self::start), with a probe that makes the agent fail; for tests.
+    /// Like [`start`](Self::start), with a probe that makes the agent fail; for tests.
     pub fn start_with(config: Config, probe: Probe) -> Result<Self> {
         let count = match config.listen.workers {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
@@ -96,17 +98,17 @@ impl Agent {
         }
         let own = Listeners::new(bound);
 
-        // Everything is loaded and bound. From here on only workers can do what an ordinary process cannot, and this thread
-        // until it has started them.
+        // Everything is loaded and bound. From here on only the workers, and this thread until it has started them,
+        // keep capabilities.
         if ladder.forces_buffers {
-            // Connections inherit it, so that no worker needs a capability for it.
+            // Accepted connections inherit the buffer size, so that workers do not need a capability to set it.
             let buffer = config.steering.client_send_buffer;
             plain.iter().try_for_each(|listener| socket::set_send_buffer(listener, buffer))?;
         }
-        let given_up = capability::keep(&[]);
-        let capabilities = capabilities(&given_up);
+        let dropped = capability::keep(&[]);
+        let capabilities = capabilities(&dropped);
         let around = capability::with(&[], || Around::start(config, metrics, &readiness, own, &watch))?;
-        let Around { shared, exporter, certificate, beside } = around;
+        let Around { shared, exporter, certificate, background } = around;
         let (config, metrics) = (&shared.config, &shared.metrics);
         let mut status = ladder.lines();
         let user = capability::user();
@@ -123,7 +125,8 @@ impl Agent {
         let steering = ladder.steering();
         if let Steering::Active(kernel) = &steering {
             kernel.events().watch(watch.clone());
-            // Inherited by every connection: another agent on this machine, whose endpoint this one is, knows it from the start.
+            // Accepted connections inherit this option. If such a connection comes from another agent on this machine,
+            // that agent knows from the start that its endpoint is an agent.
             plain.iter().try_for_each(socket::keep_account)?;
         }
         let address = plain[0].local_addr()?;
@@ -153,9 +156,9 @@ impl Agent {
             };
             workers.push(thread.spawn(run)?);
         }
-        // What this thread starts later, at a reload, has none either.
+        // Threads that this one starts at a later reload have no capabilities either.
         let _ = capability::keep(&[]);
-        match given_up {
+        match dropped {
             Ok(()) => tracing::info!("{capabilities}; {user}"),
             Err(_) => tracing::warn!("{capabilities}; {user}"),
         }
@@ -168,7 +171,7 @@ impl Agent {
             admin,
             workers,
             watch,
-            beside: Mutex::new(Some(beside)),
+            background: Mutex::new(Some(background)),
             certificate,
             address,
             tls_address,
@@ -177,12 +180,12 @@ impl Agent {
         })
     }
 
-    /// Where clients connect; the port is the one that was bound.
+    /// The address of the plain listener, with the port that was bound.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Where clients that speak TLS connect.
+    /// The address of the TLS listener, if there is one.
     pub fn tls_address(&self) -> Option<SocketAddr> {
         self.tls_address
     }
@@ -195,7 +198,7 @@ impl Agent {
         self.ladder.steering()
     }
 
-    /// What the kernel has proven.
+    /// What the self-test has proven about the kernel.
     pub fn ladder(&self) -> &Ladder {
         &self.ladder
     }
@@ -208,13 +211,14 @@ impl Agent {
         &self.readiness
     }
 
-    /// The configuration that holds now.
+    /// The current configuration.
     pub fn config(&self) -> Config {
         self.shared.borrow().config.clone()
     }
 
-    /// Requests that begin from now on are served under `config`; connections stay, and requests that run go on as they began.
-    /// Refused as a whole where it changes what only a start can: nothing has changed then. Blocks on threads that end.
+    /// Serves requests that begin from now on under `config`. Connections stay open, and running requests keep the
+    /// configuration they began with. Returns an error and changes nothing if `config` changes a setting that needs a
+    /// restart. Blocks until the previous background threads have ended.
     pub fn reload(&self, config: Config) -> Result<(), ReloadError> {
         let before = Arc::clone(&self.shared.borrow());
         let outcome = self.reloaded(&before, config);
@@ -228,39 +232,39 @@ impl Agent {
             return Err(ReloadError::NeedsRestart(fixed));
         }
         let shared = Arc::new(before.after(config).map_err(ReloadError::Pools)?);
-        let mut running = self.beside.lock();
-        // One after the other: both tell the same metrics of the same replicas.
+        let mut running = self.background.lock();
+        // The previous tasks stop first, because both would report the same metrics of the same replicas.
         *running = None;
-        let next = beside(&shared, self.certificate.as_ref(), None, &self.watch);
+        let next = start_background(&shared, self.certificate.as_ref(), None, &self.watch);
         self.shared.send_replace(shared);
-        *running = Some(next.map_err(ReloadError::Beside)?);
+        *running = Some(next.map_err(ReloadError::Background)?);
         Ok(())
     }
 
-    /// Not ready any more; connections are still accepted, and asked to end with the request that they carry.
+    /// Makes the agent unready. It still accepts connections, and asks each of them to end after its current request.
     pub fn leave(&self) {
         self.readiness.draining();
         self.shared.borrow().leaving.cancel();
     }
 
-    /// No new connections; what runs may finish.
+    /// Stops accepting connections; running requests may finish.
     pub fn drain(&self) {
         self.leave();
         self.shared.borrow().draining.cancel();
     }
 
-    /// Breaks off what still runs.
+    /// Aborts running requests.
     pub fn force(&self) {
         self.drain();
         self.shared.borrow().force.cancel();
     }
 
-    /// Every worker has ended.
+    /// Whether every worker has ended.
     pub fn is_done(&self) -> bool {
         self.workers.iter().all(JoinHandle::is_finished)
     }
 
-    /// A worker or another thread could not start or go on: the agent is unready and to be drained.
+    /// Whether a worker or another thread failed. The agent is then unready and should be drained.
     pub fn has_failed(&self) -> bool {
         self.watch.has_failed()
     }
@@ -270,17 +274,17 @@ impl Agent {
         self.watch.failed().await;
     }
 
-    /// Waits for the workers to end, after [`drain`](Self::drain).
+    /// Waits for the workers to end; call it after [`drain`](Self::drain).
     pub fn join(mut self) {
         self.join_workers();
     }
 
     fn join_workers(&mut self) {
         for worker in self.workers.drain(..) {
-            // A worker that panicked has said so already.
+            // A worker's panic has been logged already.
             let _ = worker.join();
         }
-        *self.beside.lock() = None;
+        *self.background.lock() = None;
         self.exporter = None;
     }
 }
@@ -292,12 +296,12 @@ impl Drop for Agent {
     }
 }
 
-/// What there is around the workers.
+/// The parts of an agent other than its workers.
 struct Around {
     shared: Arc<Shared>,
     exporter: Option<Exporter>,
     certificate: Option<Arc<Certificate>>,
-    beside: Beside,
+    background: BackgroundTasks,
 }
 
 impl Around {
@@ -312,29 +316,29 @@ impl Around {
         let shared = Shared::new(config, metrics, telemetry)?.listening(own);
         let shared = Arc::new(Shared { probe: watch.probe.clone(), ..shared });
         let certificate = shared.config.listen.tls.as_ref().map(Certificate::read).transpose()?;
-        let beside = beside(&shared, certificate.as_ref(), Some(readiness), watch)?;
-        Ok(Self { shared, exporter, certificate, beside })
+        let background = start_background(&shared, certificate.as_ref(), Some(readiness), watch)?;
+        Ok(Self { shared, exporter, certificate, background })
     }
 }
 
-/// What this thread has kept, and all others will have; for the log and `/readyz?verbose`.
-fn capabilities(given_up: &Result<(), CapsError>) -> String {
+/// Describes the capabilities that this thread has kept and all others will have, for the log and `/readyz?verbose`.
+fn capabilities(dropped: &Result<(), CapsError>) -> String {
     let held = capability::held().join(", ");
-    match given_up {
-        Err(error) => format!("capabilities: cannot be given up: {error}; held: {held}"),
+    match dropped {
+        Err(error) => format!("capabilities: failed to drop: {error}; held: {held}"),
         Ok(()) if held.is_empty() => "capabilities: none kept".to_owned(),
         Ok(()) => format!("capabilities: kept {held}"),
     }
 }
 
-/// Starts what goes on beside requests: endpoints are followed and counted, the replicas of EPPs looked after, files read again.
-/// Without `readiness`, nobody waits for it.
-fn beside(
+/// Starts the background tasks: endpoint discovery, endpoint counts, EPP replica checks and certificate reloads. With
+/// `readiness`, the agent becomes ready only after discovery has its first result.
+fn start_background(
     shared: &Shared,
     certificate: Option<&Arc<Certificate>>,
     readiness: Option<&Readiness>,
     watch: &Watch,
-) -> Result<Beside> {
+) -> Result<BackgroundTasks> {
     let counts = shared.endpoints.iter().cloned().map(|set| Box::new(move || set.states()) as _);
     shared.metrics.count_endpoints(counts);
     let discovery = Discovery::start(&shared.config, &shared.endpoints, &shared.metrics, readiness, watch)?;
@@ -345,10 +349,10 @@ fn beside(
         epps.map(|(pool, replicas)| tend(replicas, dns.clone(), Arc::clone(&shared.metrics), pool).boxed()).collect();
     tasks.extend(certificate.map(|certificate| Arc::clone(certificate).follow().boxed()));
     let control = Control::start(tasks, watch).context("the control thread")?;
-    Ok(Beside { _discovery: discovery, _control: control })
+    Ok(BackgroundTasks { _discovery: discovery, _control: control })
 }
 
-/// A worker's thread.
+/// Runs a worker on the current thread until it has drained.
 fn work(
     updates: watch::Receiver<Arc<Shared>>,
     steering: &Steering,
@@ -369,11 +373,11 @@ fn work(
     })
 }
 
-/// One listener for each worker, on the same address (SO_REUSEPORT).
+/// Opens one listener per worker on the same address (SO_REUSEPORT).
 fn listen(address: SocketAddr, count: usize) -> io::Result<Vec<std::net::TcpListener>> {
     let mut listeners: Vec<std::net::TcpListener> = Vec::with_capacity(count);
     for _ in 0..count {
-        // Port 0 is chosen once.
+        // Port 0 is resolved by the first listener.
         let address = listeners.first().map_or(Ok(address), std::net::TcpListener::local_addr)?;
         let socket = socket2::Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
         socket.set_reuse_address(true)?;
@@ -386,13 +390,13 @@ fn listen(address: SocketAddr, count: usize) -> io::Result<Vec<std::net::TcpList
     Ok(listeners)
 }
 
-/// Each request may hold two descriptors.
+/// Raises RLIMIT_NOFILE to its hard limit, because each request may hold two descriptors.
 fn raise_descriptor_limit() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
         && soft < hard
         && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
     {
-        tracing::warn!(%error, soft, "the limit of open files stays low");
+        tracing::warn!(%error, soft, "could not raise RLIMIT_NOFILE");
     }
 }

@@ -1,11 +1,11 @@
 //! Body-based routing: finds the top-level `model` (and `stream`) of a JSON body while it uploads.
 //!
-//! Given slices of any size, gives the model as soon as its value is complete, and at the end the verdict whether the whole
-//! body was JSON (RFC 8259). Memory is constant: nesting is one bit a level, only the model's value is kept, and that is bounded.
-//! An object that names its model twice is refused, because the model server may read the other one.
+//! Takes slices of any size. Returns the model as soon as its value is complete, and at the end whether the whole body
+//! was JSON (RFC 8259). Memory is constant: nesting takes one bit per level, and only the model's value is kept, up to
+//! a limit. An object that names its model twice is refused, because the model server may read the other one.
 //!
-//! Stricter than the grammar only in: depth, that duplicate, the model's length, and the model being real Unicode. A lone
-//! surrogate elsewhere (a prompt cut inside an emoji) is grammatical and is left for the model server to judge.
+//! Stricter than the grammar in depth, that duplicate, the model's length, and the model being valid Unicode. A lone
+//! surrogate elsewhere (a prompt cut inside an emoji) is grammatical and passes to the model server.
 
 mod capture;
 mod error;
@@ -27,16 +27,16 @@ use nesting::Nesting;
 use number::Number;
 use text::{Piece, Text};
 
-/// A model name longer than this many bytes is an error.
+/// Maximum length of a model name, in bytes.
 pub const MAX_MODEL: usize = 256;
-/// Objects and arrays may be nested this deep; one level more is an error (the limit serde_json has, too).
+/// Maximum nesting depth of objects and arrays. serde_json has the same limit.
 pub const MAX_DEPTH: u8 = 127;
-/// The longest key that matters is `stream`.
+/// Longest key of interest, in bytes: `stream`.
 const MAX_KEY: usize = 6;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Model {
-    /// Not seen so far; in a [`Summary`]: the body has none.
+    /// Not seen so far; in a [`Summary`], the body has no model.
     NotYet,
     Found(String),
     /// The value's JSON text, cut after [`MAX_MODEL`] bytes.
@@ -46,7 +46,7 @@ pub enum Model {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Summary {
     pub model: Model,
-    /// The top-level `stream`, where it is a boolean; the last one counts.
+    /// The top-level `stream` if it is a boolean; the last one counts.
     pub stream: Option<bool>,
 }
 
@@ -60,7 +60,7 @@ pub struct ModelScanner {
     member: Member,
     keep: Keep,
     capture: Capture,
-    /// Offset of the opening quote of the string being read, or of the last one.
+    /// Offset of the opening quote of the current or last string.
     text_start: u64,
     found: Summary,
     failed: Option<JsonError>,
@@ -78,7 +78,7 @@ enum State {
     KeyText(Text),
     ValueText(Text),
     Number(Number),
-    /// What is left of `true`, `false` or `null`, and the boolean it makes.
+    /// The remaining bytes of `true`, `false` or `null`, and its boolean value.
     Literal(&'static [u8], Option<bool>),
 }
 
@@ -89,13 +89,13 @@ enum Member {
     Other,
 }
 
-/// What goes into the capture.
+/// What is copied into the capture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Keep {
     Nothing,
     /// The decoded characters of the current string.
     Text,
-    /// The JSON text of the current value, whatever is nested in it.
+    /// The JSON text of the current value, including nested values.
     Raw,
 }
 
@@ -120,12 +120,12 @@ impl ModelScanner {
         }
     }
 
-    /// Counts bytes before the document, which are not read.
+    /// Counts bytes before the document without reading them.
     fn skip(&mut self, bytes: usize) {
         self.offset += bytes as u64;
     }
 
-    /// Reads the next bytes of the body. After an error every call repeats it.
+    /// Reads the next bytes of the body. After an error every call returns the same error.
     pub fn feed(&mut self, mut bytes: &[u8]) -> Result<(), JsonError> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
@@ -154,7 +154,7 @@ impl ModelScanner {
         self.found.stream
     }
 
-    /// The body is complete.
+    /// Finishes a complete body.
     pub fn finish(self) -> Result<Summary, JsonError> {
         if let Some(error) = self.failed {
             return Err(error);
@@ -167,7 +167,8 @@ impl ModelScanner {
         if complete { Ok(self.found) } else { Err(self.error(Found::EndOfInput)) }
     }
 
-    /// Consumes some of `bytes`, which are not empty; 0 when the first of them ends a number and belongs to what follows.
+    /// Consumes a prefix of `bytes`, which must not be empty. Returns its length; 0 if the first byte ends a number and
+    /// belongs to the next token.
     fn step(&mut self, bytes: &[u8]) -> Result<usize, JsonError> {
         let byte = bytes[0];
         match self.state {
@@ -272,7 +273,7 @@ impl ModelScanner {
         Ok(())
     }
 
-    /// The top-level member that the value at this point is the value of.
+    /// The top-level member whose value begins here.
     fn value_of(&self) -> Member {
         if self.nesting.depth() == 1 && self.nesting.in_object() { self.member } else { Member::Other }
     }
@@ -323,7 +324,7 @@ impl ModelScanner {
         self.state = if self.nesting.depth() == 0 { State::End } else { State::CommaOrClose };
     }
 
-    /// An error at this point; the strings that are refused as a whole are pointed at by their opening quote.
+    /// An error at this point. If a whole string is refused, the offset is that of its opening quote.
     fn error(&self, found: Found) -> JsonError {
         let (offset, expected) = match found {
             Found::Byte(_) | Found::EndOfInput => (self.offset, self.expected()),

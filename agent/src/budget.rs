@@ -1,7 +1,7 @@
-//! Bytes that all requests share: one [`Budget`] for request bodies in memory, one for those in files.
+//! Byte budgets that all requests share: one [`Budget`] for request bodies in memory, one for those in files.
 //!
-//! Taking never waits. What there is no room for is refused, and whoever asked spills or sheds. A [`Share`] gives back what it
-//! took when it is dropped, so `used` is never more than the limit that held when it was taken.
+//! Taking never waits. If the budget is exhausted, `grow` returns false and the caller spills or sheds. A [`Share`]
+//! returns its bytes when it is dropped. `used` never exceeds the limit that was set when the bytes were taken.
 
 use std::sync::{
     Arc,
@@ -21,17 +21,17 @@ pub struct Budget {
 }
 
 impl Budget {
-    /// `gauge` shows what is used.
+    /// `gauge` shows the used bytes.
     pub fn new(limit: u64, gauge: Gauge) -> Arc<Self> {
         Arc::new(Self { limit: AtomicU64::new(limit), used: AtomicU64::new(0), gauge })
     }
 
-    /// Refuses nothing, for what is bounded otherwise.
+    /// A budget without a limit, for bytes that are bounded otherwise.
     pub fn unlimited() -> Arc<Self> {
         Self::new(u64::MAX, Gauge::default())
     }
 
-    /// Holds for what is taken from now on.
+    /// Sets the limit in bytes for later calls; bytes already taken stay.
     pub fn set_limit(&self, limit: u64) {
         self.limit.store(limit, Ordering::Relaxed);
     }
@@ -45,7 +45,8 @@ impl Budget {
         Share { budget: Arc::clone(self), bytes: 0 }
     }
 
-    /// The same bytes, which count until their last clone is dropped; if there is no room for them, they come back as they are.
+    /// Returns the same bytes, counted until their last clone is dropped; or, as an error, the bytes uncounted if the
+    /// budget is exhausted.
     pub fn hold(self: &Arc<Self>, bytes: Bytes) -> Result<Bytes, Bytes> {
         let mut share = self.share();
         if share.grow(bytes.len() as u64) { Ok(share.hold(bytes)) } else { Err(bytes) }
@@ -67,7 +68,7 @@ impl Budget {
     }
 }
 
-/// What one holder has taken of a budget.
+/// The bytes that one holder has taken from a budget.
 #[derive(Debug)]
 pub struct Share {
     budget: Arc<Budget>,
@@ -75,7 +76,7 @@ pub struct Share {
 }
 
 impl Share {
-    /// Takes `bytes` more; false if there is no room for them, and then nothing is taken.
+    /// Takes `bytes` more. Returns false and takes nothing if the budget is exhausted.
     #[must_use]
     pub fn grow(&mut self, bytes: u64) -> bool {
         let taken = self.budget.take(bytes);
@@ -85,12 +86,12 @@ impl Share {
         taken
     }
 
-    /// The same bytes, which keep this share until their last clone is dropped.
+    /// Returns the same bytes, which keep this share until their last clone is dropped.
     pub fn hold(self, bytes: Bytes) -> Bytes {
         Bytes::from_owner(Held { bytes, _share: self })
     }
 
-    /// Gives `bytes` back, of those that it has.
+    /// Returns up to `bytes` of this share to the budget.
     pub fn shrink(&mut self, bytes: u64) {
         let bytes = bytes.min(self.bytes);
         self.bytes -= bytes;
@@ -115,7 +116,7 @@ impl AsRef<[u8]> for Held {
     }
 }
 
-/// The budgets of request bodies, over all workers and across reloads.
+/// The budgets of request bodies, shared by all workers and kept across reloads.
 #[derive(Debug)]
 pub struct Bodies {
     pub memory: Arc<Budget>,
@@ -132,18 +133,18 @@ impl Bodies {
         Arc::new(Self { memory, spill, metrics })
     }
 
-    /// After a reload.
+    /// Applies the limits of a reloaded configuration.
     pub fn set_limits(&self, limits: &Limits) {
         self.memory.set_limit(limits.total_body_bytes);
         self.spill.set_limit(limits.total_spill_bytes);
     }
 
-    /// A body has begun to go to a file: a label for why.
+    /// Counts a body that began to spill to a file, by reason.
     pub fn spilled(&self, why: &'static str) {
         self.metrics.body_spilled(why);
     }
 
-    /// A request is refused because there was no room for its body: a label for where.
+    /// Counts a request refused because a budget was exhausted, by the budget's label.
     pub fn refused(&self, at: &'static str) {
         self.metrics.body_refused(at);
     }
@@ -154,7 +155,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_share_gives_back_what_it_took_and_no_more_than_the_limit_is_taken() {
+    fn share_stays_within_the_limit_and_returns_its_bytes() {
         let gauge = Gauge::default();
         let budget = Budget::new(100, gauge.clone());
         let (mut one, mut other) = (budget.share(), budget.share());
@@ -165,14 +166,14 @@ mod tests {
         drop(other);
         assert_eq!(gauge.get(), 50);
         budget.set_limit(10);
-        assert!(!one.grow(1), "what is taken already counts against the new limit");
+        assert!(!one.grow(1), "bytes taken before count against the new limit");
         drop(one);
         assert_eq!(gauge.get(), 0);
         assert!(!budget.share().grow(u64::MAX));
     }
 
     #[test]
-    fn held_bytes_count_until_their_last_clone_is_gone() {
+    fn held_bytes_count_until_their_last_clone_is_dropped() {
         let gauge = Gauge::default();
         let budget = Budget::new(5, gauge.clone());
         let held = budget.hold(Bytes::from_static(b"hello")).unwrap();

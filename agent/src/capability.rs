@@ -1,10 +1,10 @@
-//! What the agent may do beyond an ordinary process (`capabilities(7)`), and how it gives up what it does not need.
+//! The agent's capabilities (`capabilities(7)`), and how it drops those that it does not need.
 //!
-//! Capabilities belong to threads, and a new thread has those of the one that starts it. So `penstock run` narrows itself to
-//! what a start takes before it reads its files or has other threads ([`begin`]); it reads its configuration and becomes another
-//! user than root ([`become_user`]); it loads the kernel program and binds its ports; and the thread that starts all others gives
-//! up the rest ([`keep`]) before it starts the first. What must have less earlier, the log and the proof, runs by [`with`].
-//! docs/capabilities.md says what needs which.
+//! Capabilities belong to threads; a new thread inherits those of its parent. [`begin`] keeps what a start needs,
+//! before files are read or threads exist; [`become_user`] leaves root after the configuration was read. After the
+//! kernel program is loaded and the ports are bound, the thread that starts all others drops the rest ([`keep`]).
+//! Threads that need less earlier (the log, the self-test) start through [`with`]. docs/capabilities.md lists what
+//! needs which.
 
 use std::collections::HashSet;
 
@@ -17,20 +17,20 @@ use nix::{
 
 use crate::config::{self, User};
 
-/// What loading the kernel program and attaching it takes.
+/// Capabilities needed to load and attach the kernel program.
 pub const LOADING: [Capability; 3] = [Capability::CAP_BPF, Capability::CAP_NET_ADMIN, Capability::CAP_PERFMON];
-/// What a port below `net.ipv4.ip_unprivileged_port_start` takes.
+/// Capability needed to bind a port below `net.ipv4.ip_unprivileged_port_start`.
 pub const BINDING: Capability = Capability::CAP_NET_BIND_SERVICE;
-/// What becoming another user takes.
+/// Capabilities needed to become another user.
 pub const IDENTITY: [Capability; 2] = [Capability::CAP_SETUID, Capability::CAP_SETGID];
 
-/// Those of [`LOADING`] that this thread does not have.
+/// The capabilities of [`LOADING`] that this thread lacks.
 pub fn missing() -> Vec<Capability> {
     let held = caps::read(None, CapSet::Effective).unwrap_or_default();
     LOADING.into_iter().filter(|capability| !held.contains(capability)).collect()
 }
 
-/// What this thread could use, by name.
+/// Names of the permitted capabilities of this thread.
 pub fn held() -> Vec<String> {
     let held = caps::read(None, CapSet::Permitted).unwrap_or_default();
     let mut names: Vec<String> = held.iter().map(ToString::to_string).collect();
@@ -38,10 +38,10 @@ pub fn held() -> Vec<String> {
     names
 }
 
-/// For a process that has one thread: no more than a start takes, now or ever. Empties the bounding set where that is permitted
-/// (CAP_SETPCAP), and no program that is executed gains anything.
+/// Limits a single-threaded process to the capabilities that a start needs. Also empties the bounding set if that is
+/// permitted (CAP_SETPCAP), so that no executed program gains capabilities.
 pub fn begin() -> Result<(), CapsError> {
-    // Nothing is executed, and a kernel that refuses has said no to nothing that the agent does.
+    // The agent executes no other program, so a kernel that refuses this changes nothing.
     let _ = nix::sys::prctl::set_no_new_privs();
     if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)? {
         for capability in runtime::thread_all_supported() {
@@ -51,8 +51,8 @@ pub fn begin() -> Result<(), CapsError> {
     keep(&[&LOADING[..], &IDENTITY, &[BINDING]].concat())
 }
 
-/// Gives up root for the user and the groups given, and what only that took. For a process that has one thread. Without root, or with
-/// `None`, the user stays.
+/// Switches from root to the configured user and groups and drops the capabilities that only this needed. For a
+/// single-threaded process. Keeps the user if the process is not root or no user is configured.
 pub fn become_user(process: &config::Process) -> anyhow::Result<()> {
     let start = [&LOADING[..], &[BINDING]].concat();
     let Some(User { uid, gid }) = process.user.filter(|_| Uid::effective().is_root()) else { return Ok(keep(&start)?) };
@@ -61,7 +61,7 @@ pub fn become_user(process: &config::Process) -> anyhow::Result<()> {
     ensure!(lacks.is_empty(), "this process lacks {}", lacks.join(", "));
     let groups: Vec<Gid> = process.groups.iter().copied().map(Gid::from_raw).collect();
     let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
-    // Permitted capabilities outlive root; the effective ones have to be raised again.
+    // Permitted capabilities survive the change of user; effective ones have to be raised again.
     prctl::set_keepcaps(true).context("PR_SET_KEEPCAPS")?;
     unistd::setgroups(&groups).context("setgroups")?;
     unistd::setresgid(gid, gid, gid).context("setresgid")?;
@@ -71,23 +71,24 @@ pub fn become_user(process: &config::Process) -> anyhow::Result<()> {
     Ok(keep(&start)?)
 }
 
-/// Whom this process runs as, for the log and `/readyz?verbose`.
+/// The user and groups of this process, for the log and `/readyz?verbose`.
 pub fn user() -> String {
     let groups = unistd::getgroups().unwrap_or_default();
     let groups: Vec<String> = groups.iter().map(ToString::to_string).collect();
     let groups = if groups.is_empty() { "none".to_owned() } else { groups.join(", ") };
     let root = if Uid::effective().is_root() {
-        ", which owns the files of the system: process.user names another"
+        ", which can write system files: set process.user to an ordinary user"
     } else {
         ""
     };
     format!("user: uid {}, gid {}, groups: {groups}{root}", Uid::effective(), Gid::effective())
 }
 
-/// Gives up every other capability, for this thread and for those that it starts.
+/// Drops all capabilities but `kept`, for this thread and for threads that it starts.
 pub fn keep(kept: &[Capability]) -> Result<(), CapsError> {
     let kept: HashSet<Capability> = kept.iter().copied().collect();
-    // The permitted set last: the others lie in it. Emptying the inheritable set empties the ambient one.
+    // The permitted set goes last because the others are subsets of it. Emptying the inheritable set empties the
+    // ambient one.
     caps::set(None, CapSet::Inheritable, &HashSet::new())?;
     for set in [CapSet::Effective, CapSet::Permitted] {
         let held = caps::read(None, set)?;
@@ -96,13 +97,13 @@ pub fn keep(kept: &[Capability]) -> Result<(), CapsError> {
     Ok(())
 }
 
-/// Runs `work` on a thread of its own that has given up every other capability, and so have the threads that it starts.
+/// Runs `work` on a new thread that has only the capabilities in `kept`, as have the threads that it starts.
 ///
 /// # Panics
 /// If `work` does.
 pub fn with<T: Send>(kept: &[Capability], work: impl FnOnce() -> T + Send) -> T {
     let restricted = || {
-        // Where it fails for this thread it does for all, and the start says so.
+        // A failure here fails for all threads, and the start reports it.
         let _ = keep(kept);
         work()
     };
@@ -113,7 +114,7 @@ pub fn with<T: Send>(kept: &[Capability], work: impl FnOnce() -> T + Send) -> T 
 mod tests {
     use super::*;
 
-    /// These tests run as root, each on a thread of its own.
+    /// These tests run as root, each on its own thread.
     fn of_this_thread(set: CapSet) -> HashSet<Capability> {
         caps::read(None, set).unwrap()
     }
@@ -121,7 +122,7 @@ mod tests {
     const SEND_BUFFERS: Capability = Capability::CAP_NET_ADMIN;
 
     #[test]
-    fn what_is_not_kept_is_gone_for_this_thread_and_its_children_alone() {
+    fn dropped_capabilities_are_lost_by_this_thread_and_its_children_only() {
         let before = of_this_thread(CapSet::Permitted);
         assert!(missing().is_empty(), "these tests need {LOADING:?}");
         with(&[SEND_BUFFERS], || {
@@ -130,14 +131,14 @@ mod tests {
             assert_eq!(held(), ["CAP_NET_ADMIN"]);
             assert_eq!(missing(), [Capability::CAP_BPF, Capability::CAP_PERFMON]);
             std::thread::spawn(|| assert_eq!(held(), ["CAP_NET_ADMIN"])).join().unwrap();
-            // It does not come back.
+            // A dropped capability cannot be raised again.
             assert!(caps::raise(None, CapSet::Effective, Capability::CAP_BPF).is_err());
         });
         assert_eq!(of_this_thread(CapSet::Permitted), before);
     }
 
     #[test]
-    fn a_start_bounds_what_can_ever_be_had() {
+    fn begin_limits_capabilities_to_those_of_a_start() {
         std::thread::spawn(|| {
             begin().unwrap();
             let most = [LOADING.to_vec(), IDENTITY.to_vec(), vec![BINDING]].concat();
@@ -145,7 +146,7 @@ mod tests {
             assert_eq!(of_this_thread(CapSet::Bounding), HashSet::new());
             assert_eq!(nix::sys::prctl::get_no_new_privs(), Ok(true));
             assert!(missing().is_empty());
-            // A second time there is nothing to bound.
+            // A second call has nothing left to drop.
             begin().unwrap();
         })
         .join()
@@ -153,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn without_any_there_is_nothing_to_give_up() {
+    fn begin_without_capabilities_succeeds() {
         with(&[], || {
             begin().unwrap();
             assert_eq!(held(), [""; 0]);

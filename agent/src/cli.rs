@@ -1,5 +1,5 @@
-//! The verbs and their flags. Exit codes: 0 fine, 1 failed, 64 the configuration or the command line is wrong (EX_USAGE);
-//! `doctor` has one more.
+//! The subcommands and their flags. Exit codes: 0 success, 1 failure, 64 invalid configuration or command line
+//! (EX_USAGE); `doctor` also uses 2.
 
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
@@ -19,18 +19,18 @@ use crate::doctor;
 
 const USAGE: u8 = 64;
 
-/// Routes each inference request to the endpoint its picker names, and steers the answer in the kernel.
+/// Routes each inference request to the endpoint its picker chooses, and steers the response in the kernel.
 #[derive(Parser)]
 #[command(name = "penstock", version)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     verb: Verb,
-    /// What is logged: a tracing filter, such as `info,penstock::access=off`.
+    /// Log filter in tracing's syntax, such as `info,penstock::access=off`.
     #[arg(long, global = true, env = "PENSTOCK_LOG", default_value = "info")]
     log: String,
     #[arg(long, global = true, env = "PENSTOCK_LOG_FORMAT", value_enum, default_value = "text")]
     log_format: LogFormat,
-    /// Bytes of log lines that may wait to be written. Lines beyond are dropped, and counted.
+    /// Maximum bytes of log lines that wait to be written. Further lines are dropped and counted.
     #[arg(long, global = true, env = "PENSTOCK_LOG_QUEUE_BYTES", default_value_t = 8 << 20, value_name = "BYTES")]
     log_queue_bytes: usize,
 }
@@ -45,12 +45,12 @@ enum LogFormat {
 enum Verb {
     /// Run the agent.
     Run(Configured),
-    /// Read the configuration and say what is wrong with it.
+    /// Validate the configuration and print its errors.
     Check(Configured),
-    /// Say what this machine lets the agent do, and what to do about the rest.
+    /// Report what this machine lets the agent do, and how to fix what is missing.
     #[command(
-        after_help = "Exit codes:\n  0   every path is ready\n  1   none is: the agent relays every byte in user space\n  2   some path is off; \
-                            the output says which\n  64  the configuration or the command line is wrong"
+        after_help = "Exit codes:\n  0   every path is ready\n  1   no path is ready: the agent relays every byte in user space\n  \
+                      2   some path is off; the output says which\n  64  the configuration or the command line is wrong"
     )]
     Doctor(Doctor),
     /// Serve the built-in picker over ext_proc, for Envoy or another Penstock.
@@ -80,10 +80,10 @@ struct Configured {
 
 #[derive(Args)]
 struct Doctor {
-    /// Take [steering] from this file, as `penstock run` would. Without it, the defaults hold
+    /// Read [steering] from this file, as `penstock run` would; without it, use the defaults
     #[arg(long, env = "PENSTOCK_CONFIG")]
     config: Option<PathBuf>,
-    /// Try the kernel program also on a kernel that is known to lose or repeat bytes in sockmap
+    /// Try the kernel program even on a kernel that is known to lose or repeat bytes in sockmap
     #[arg(long, env = "PENSTOCK_FORCE", value_parser = clap::builder::BoolishValueParser::new())]
     force: bool,
     /// Print one JSON document
@@ -93,7 +93,7 @@ struct Doctor {
 
 #[derive(Args)]
 struct Epp {
-    /// The production EPP's port is the default.
+    /// The address to listen on; the default port is that of the production EPP.
     #[arg(long, default_value = "0.0.0.0:9002")]
     listen: SocketAddr,
     /// `ip:port`, once for each endpoint.
@@ -101,28 +101,30 @@ struct Epp {
     endpoints: Vec<SocketAddr>,
     #[arg(long, value_enum, default_value = "self-signed")]
     tls: Tls,
-    /// Answer 429 when every eligible endpoint has this many requests in flight.
+    /// Answer 429 if every eligible endpoint has this many requests in flight.
     #[arg(long)]
     max_inflight: Option<usize>,
     /// Wait before each answer, in milliseconds; for tests.
     #[arg(long, default_value_t = 0)]
     delay_ms: u64,
-    /// Requests with the same value of this header go to the same endpoint. Of several, the first that a request has counts.
+    /// Requests with the same value of this header go to the same endpoint. If given several times, the first header
+    /// that a request has counts.
     #[arg(long = "session-header")]
     session_headers: Vec<http::HeaderName>,
-    /// Largest request body, bytes.
+    /// Maximum size of a request body, in bytes.
     #[arg(long, default_value_t = 10 << 20)]
     max_body: usize,
-    /// With TLS: take only clients whose certificate one of the CAs in this file (PEM) has signed.
+    /// With TLS: accept only clients whose certificate is signed by a CA in this file (PEM).
     #[arg(long, value_name = "FILE")]
     client_ca: Option<PathBuf>,
-    /// Connections at once; more are closed.
+    /// Maximum number of concurrent connections; further ones are closed.
     #[arg(long, default_value_t = EppServerLimits::default().connections)]
     max_connections: usize,
-    /// Streams at once, which are requests until their responses have ended; more are RESOURCE_EXHAUSTED.
+    /// Maximum number of concurrent streams, one per request until its response has ended; further ones get
+    /// RESOURCE_EXHAUSTED.
     #[arg(long, default_value_t = EppServerLimits::default().streams)]
     max_streams: usize,
-    /// Bytes of request bodies held for all streams; more are answered with 503.
+    /// Maximum bytes of request bodies held for all streams; further requests are answered with 503.
     #[arg(long, default_value_t = EppServerLimits::default().held_bytes)]
     max_held: usize,
 }
@@ -135,10 +137,11 @@ enum Tls {
 
 impl Cli {
     pub(crate) fn run(self) -> ExitCode {
-        // While this is the only thread. What looks and asks does no more than it is started with.
+        // Drops capabilities while this is the only thread. Commands other than `run` and `epp` keep the capabilities
+        // they were started with.
         let serves = matches!(self.verb, Verb::Run(_) | Verb::Epp(_));
         let narrowed = if serves { capability::begin() } else { Ok(()) };
-        // Read before root is given up, which is before there is a second thread.
+        // Reads the files while the process is still root; root is dropped before a second thread exists.
         let config = match &self.verb {
             Verb::Run(configured) => match configured.read() {
                 Ok(config) => Some(config),
@@ -150,7 +153,7 @@ impl Cli {
             _ => None,
         };
         let became = config.as_ref().map_or(Ok(()), |config| capability::become_user(&config.process));
-        // Writes what is still queued when it is dropped.
+        // Flushes the queued lines when it is dropped.
         let writer = capability::with(&[], || start_logging(&self.log, self.log_format, self.log_queue_bytes));
         let _writer = match writer {
             Ok(writer) => writer,
@@ -158,20 +161,20 @@ impl Cli {
         };
         panics::install();
         if let Err(error) = narrowed {
-            tracing::warn!(%error, "capabilities cannot be given up");
+            tracing::warn!(%error, "failed to drop capabilities");
         }
         if let Err(error) = became {
-            tracing::warn!(error = format!("{error:#}"), "the agent stays root");
+            tracing::warn!(error = format!("{error:#}"), "could not change the user, staying root");
         }
         match self.verb {
-            Verb::Run(configured) => report(config.context("the configuration has been read").and_then(|config| {
+            Verb::Run(configured) => report(config.context("the configuration was not read").and_then(|config| {
                 let signals = Signals::install()?;
                 let agent = Agent::start(config)?;
                 run::until_ended(agent, signals, || configured.read()).map(|()| ExitCode::SUCCESS)
             })),
             Verb::Check(configured) => with_config(&configured, |config| {
                 println!(
-                    "{} is fine: {} pools, {} routes",
+                    "{} is valid: {} pools, {} routes",
                     configured.config.display(),
                     config.pools.len(),
                     config.routes.len()
@@ -232,14 +235,14 @@ fn report(result: anyhow::Result<ExitCode>) -> ExitCode {
     })
 }
 
-/// Logs to stderr through a thread of its own: a worker must not wait for whoever reads the log.
+/// Logs to stderr through a separate thread, so that a slow log reader never blocks a worker.
 fn start_logging(filter: &str, format: LogFormat, queue_bytes: usize) -> anyhow::Result<logging::Guard> {
     let filter = EnvFilter::try_new(filter).unwrap_or_else(|error| {
         eprintln!("penstock: --log {filter}: {error}; logging at level info");
         EnvFilter::new("info")
     });
     let colours = std::io::IsTerminal::is_terminal(&std::io::stderr()) && matches!(format, LogFormat::Text);
-    let (writer, guard) = logging::start(std::io::stderr(), queue_bytes, colours).context("the log's thread")?;
+    let (writer, guard) = logging::start(std::io::stderr(), queue_bytes, colours).context("starting the log thread")?;
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_ansi(colours);
     match format {
         LogFormat::Text => builder.init(),
@@ -279,9 +282,9 @@ impl Epp {
         runtime.block_on(async {
             let listener = tokio::net::TcpListener::bind(config.listen).await?;
             if let Err(error) = capability::keep(&[]) {
-                tracing::warn!(%error, "capabilities cannot be given up");
+                tracing::warn!(%error, "failed to drop capabilities");
             }
-            tracing::info!(address = %listener.local_addr()?, "penstock epp");
+            tracing::info!(address = %listener.local_addr()?, "penstock epp started");
             epp_server::serve(config, listener, run::terminated()).await
         })?;
         Ok(ExitCode::SUCCESS)

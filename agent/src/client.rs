@@ -1,4 +1,4 @@
-//! A client as the phases of a request know it, whatever it speaks: it sends a body, it may leave, it gets one answer.
+//! The client side of a request, independent of the protocol: its body, its departure, and one answer.
 
 pub mod close;
 pub mod ledger;
@@ -27,7 +27,7 @@ pub enum Client {
 }
 
 impl Client {
-    /// Resolves when the client has left. Cancel-safe. See [`ClientSocket::gone`].
+    /// Resolves when the client is gone. Cancel-safe. See [`ClientSocket::gone`].
     pub async fn gone(&mut self) {
         match self {
             Self::Http1(socket) => socket.gone().await,
@@ -35,7 +35,7 @@ impl Client {
         }
     }
 
-    /// Whether what it sends is encrypted on its way.
+    /// Whether the client's connection is encrypted.
     pub fn is_tls(&self) -> bool {
         match self {
             Self::Http1(socket) => socket.is_tls(),
@@ -43,14 +43,14 @@ impl Client {
         }
     }
 
-    /// The answer to the next request is to come.
+    /// Resets `is_answered` for the next request.
     pub fn begin_answer(&mut self) {
         if let Self::Http1(socket) = self {
             socket.begin_answer();
         }
     }
 
-    /// Something of the answer has been sent.
+    /// Whether any part of the answer has been sent.
     pub fn is_answered(&self) -> bool {
         match self {
             Self::Http1(socket) => socket.is_answered(),
@@ -58,15 +58,15 @@ impl Client {
         }
     }
 
-    /// What counts as having left, from now on.
+    /// Sets when an HTTP/1.1 client counts as gone.
     pub fn set_leaving(&mut self, half_close: HalfClose, unreachable: Option<Duration>) {
-        // Of HTTP/2 the connection minds.
+        // For HTTP/2 the connection detects this.
         if let Self::Http1(socket) = self {
             socket.set_leaving(half_close, unreachable);
         }
     }
 
-    /// How long the client may take nothing of what it is sent, from now on.
+    /// Sets how long the client may acknowledge nothing of what it is sent.
     pub fn set_idle(&mut self, idle: Option<Duration>) {
         match self {
             Self::Http1(socket) => socket.set_idle(idle),
@@ -74,15 +74,15 @@ impl Client {
         }
     }
 
-    /// Of the request something may be on its way that nobody will read.
+    /// Marks whether unread bytes of the request may still arrive.
     pub fn set_unread(&mut self, unread: bool) {
-        // A stream of HTTP/2 says by itself that it wants no more.
+        // An HTTP/2 stream is reset instead.
         if let Self::Http1(socket) = self {
             socket.unread = unread;
         }
     }
 
-    /// Sends a whole answer to a request with this method.
+    /// Sends a complete answer to a request with this method.
     pub async fn reply(&mut self, method: &Method, reply: &Reply, keep_alive: bool) -> io::Result<()> {
         match self {
             Self::Http1(socket) => {

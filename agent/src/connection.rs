@@ -1,5 +1,5 @@
-//! A client's connection: one request after the other, until one side has enough. One that begins as HTTP/2 does is
-//! handed to `http2`.
+//! Serves a client's connection: one request after the other, until one side ends it. A connection that begins with the
+//! HTTP/2 preface is handed to `http2`.
 
 mod http2;
 
@@ -23,32 +23,32 @@ use crate::{
     worker::{Current, Worker},
 };
 
-/// First read of a connection; larger heads grow the buffer up to the configured limit.
+/// Size of the first read of a connection, in bytes; larger heads grow the buffer up to the configured limit.
 const READ: usize = 4096;
 
-/// How long the first request of a connection is waited for when the agent drains.
+/// How long a draining agent waits for the first request of a connection.
 const FIRST: Duration = Duration::from_millis(200);
 
 /// Serves the connection to its end.
 pub async fn serve(current: &Rc<Current>, stream: TcpStream, peer: SocketAddr) {
     probe(current, &stream);
-    // Fails only when the client has left already.
+    // Fails only if the client has already closed.
     let Ok(socket) = ClientSocket::new(stream) else { return };
     requests(current, socket, peer).await;
 }
 
-/// Has the kernel find out whether the client's machine is there while nothing is said.
+/// Turns on TCP keepalive, so that the kernel detects a client that disappears while the connection is idle.
 fn probe(current: &Current, stream: &TcpStream) {
-    // Fails only when the client has left already, which the next read finds.
+    // Fails only if the client has already closed, which the next read detects.
     let _ = socket::probe_when_idle(stream, current.worker().shared.config.timeouts.client_unreachable);
 }
 
-/// As [`serve`], of a client that speaks TLS. The handshake has the time of a request head; it takes a place among all handshakes
-/// from the client's first byte on, and its steps take turns with those of the same worker.
+/// Like [`serve`], for a client that speaks TLS. The handshake has the time limit of a request head. It takes a
+/// handshake place from the client's first byte on, and its steps take turns with other handshakes of the worker.
 pub async fn serve_tls(current: &Rc<Current>, tls: &Acceptor, stream: TcpStream, peer: SocketAddr) {
     probe(current, &stream);
     let worker = current.worker();
-    // Fails only when the client has left already.
+    // Fails only if the client has already closed.
     let Ok(()) = stream.set_nodelay(true) else { return };
     let until = worker.shared.config.timeouts.head.map(|limit| Instant::now() + limit);
     let failed = |reason| worker.shared.metrics.tls_handshake_failed(reason);
@@ -60,7 +60,7 @@ pub async fn serve_tls(current: &Rc<Current>, tls: &Acceptor, stream: TcpStream,
     let stream = match within(until, worker.handshakes.take(tls.accept(stream))).await {
         Some(Ok(stream)) => stream,
         Some(Err(error)) => {
-            tracing::debug!(%peer, %error, "TLS handshake");
+            tracing::debug!(%peer, %error, "TLS handshake failed");
             return failed("refused");
         }
         None => return failed("timeout"),
@@ -73,14 +73,14 @@ pub async fn serve_tls(current: &Rc<Current>, tls: &Acceptor, stream: TcpStream,
     requests(current, socket, peer).await;
 }
 
-/// Requests of HTTP/1.1, one after the other.
+/// Serves HTTP/1.1 requests, one after the other.
 async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketAddr) {
     let mut first = !socket.is_tls();
     let mut lease = None;
     let resting = Resting::new(&current.idle);
     loop {
         let head = read_head(&current.worker(), &mut socket, &resting).await;
-        // A reload may have come while nothing did.
+        // The configuration may have been reloaded while the connection was idle.
         let worker = &current.worker();
         let http2 = worker.shared.config.listen.http2_max_streams > 0;
         if std::mem::take(&mut first) && http2 && matches!(head, Err(Error::Request(RequestError::Http2Preface))) {
@@ -124,8 +124,8 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
     }
 }
 
-/// Reads the next request's head, and tells when it began; `None` when the client has no more or nothing to say for too long,
-/// or when no request has begun and the agent drains or the connection is `resting` too long for another's sake.
+/// Reads the next request head and returns it with the time of its first byte. Returns `None` if the client closed or
+/// was idle for too long, or if no request has begun and the agent drains or the connection is shed.
 async fn read_head(
     worker: &Worker,
     client: &mut ClientSocket,
@@ -134,7 +134,7 @@ async fn read_head(
     let config = &worker.shared.config;
     let limits = HeadLimits { bytes: config.limits.head_bytes, headers: config.limits.headers };
     let mut begun: Option<Instant> = has_begun(&client.buf).then(Instant::now);
-    // The head is a part of the request.
+    // The head counts as part of the request.
     let head_limit = config.timeouts.head.into_iter().chain(config.timeouts.request).min();
     let idle = config.timeouts.keep_alive.map(|limit| Instant::now() + limit);
     let mut parser = RequestParser::default();
@@ -154,7 +154,7 @@ async fn read_head(
             biased;
             read = within(until, client.read(READ)) => read,
             () = drained(worker, resting), if begun.is_none() => {
-                // What is in the socket already was sent to an agent that took requests.
+                // Bytes already in the socket were sent before the drain.
                 match client.read_now(READ) {
                     Ok(n) if n > 0 => Some(Ok(n)),
                     _ => return Ok(None),
@@ -183,7 +183,8 @@ async fn read_head(
     }
 }
 
-/// Resolves when the agent drains; of a connection that has had no request a little later, because its first may be on the way.
+/// Resolves when the agent drains; for an unused connection slightly later, because its first request may be in
+/// transit.
 async fn drained(worker: &Worker, resting: &Resting) {
     worker.shared.draining.cancelled().await;
     if !resting.is_used() {
@@ -191,7 +192,7 @@ async fn drained(worker: &Worker, resting: &Resting) {
     }
 }
 
-/// `None`: it was not done in time.
+/// Returns `None` if `work` did not finish by `until`.
 async fn within<T>(until: Option<Instant>, work: impl Future<Output = T>) -> Option<T> {
     match until {
         Some(until) => timeout_at(until, work).await.ok(),
@@ -199,14 +200,14 @@ async fn within<T>(until: Option<Instant>, work: impl Future<Output = T>) -> Opt
     }
 }
 
-/// The target in the request line of a head that was refused, as far as it came; empty where there is none.
+/// The target in the request line of a refused head, as far as it was read; may be empty.
 fn path(buf: &[u8]) -> String {
     let line = buf.split(|&byte| byte == b'\r' || byte == b'\n').find(|line| !line.is_empty()).unwrap_or_default();
     let target = line.split(|&byte| byte == b' ').nth(1).unwrap_or_default();
     String::from_utf8_lossy(target).into_owned()
 }
 
-/// Empty lines before a request (RFC 9112 §2.2) do not begin one: some clients end a body with one, and then wait.
+/// Empty lines before a request (RFC 9112 §2.2) do not begin it: some clients end a body with one and then wait.
 fn has_begun(buf: &[u8]) -> bool {
     buf.iter().any(|&byte| byte != b'\r' && byte != b'\n')
 }

@@ -1,5 +1,5 @@
-//! The control thread: what goes on beside requests, once for all workers. It has a runtime of its own, so that nothing here
-//! takes time from a worker, and the few blocking reads of files are done on that runtime's other threads.
+//! The control thread: runs the background tasks, once for all workers, on its own runtime. So these tasks take no time
+//! from a worker; their few blocking file reads run on the runtime's blocking threads.
 
 use std::{convert::Infallible, io, thread::JoinHandle};
 
@@ -10,20 +10,20 @@ use crate::panics::Watch;
 
 const THREAD: &str = "penstock-control";
 
-/// Runs until the agent ends.
+/// A task that runs until the agent ends.
 pub type Task = BoxFuture<'static, ()>;
 
-/// Dropping it ends its tasks, and waits for the thread.
+/// The running control thread. Dropping it cancels its tasks and joins the thread.
 pub struct Control(Option<Running>);
 
 struct Running {
-    /// Closed by being dropped.
+    /// The thread stops when this sender is dropped.
     stop: oneshot::Sender<Infallible>,
     thread: JoinHandle<()>,
 }
 
 impl Control {
-    /// Without tasks there is no thread.
+    /// Starts the thread, unless there are no tasks.
     pub fn start(tasks: Vec<Task>, watch: &Watch) -> io::Result<Self> {
         if tasks.is_empty() {
             return Ok(Self(None));
@@ -42,7 +42,7 @@ impl Control {
                     _ = stopped => {}
                 }
             });
-            // A read of a file that hangs holds nobody up.
+            // Does not wait for a blocking file read that hangs.
             runtime.shutdown_background();
         };
         let thread = std::thread::Builder::new().name(THREAD.to_owned()).spawn(move || watch.run(THREAD, work))?;

@@ -1,8 +1,8 @@
-//! Names to addresses, without blocking: the system's resolver settings (`/etc/resolv.conf`, `/etc/hosts`), or the servers
-//! of `[dns]`.
+//! Resolves names to addresses asynchronously, by the system's resolver settings (`/etc/resolv.conf`, `/etc/hosts`) or
+//! the servers of `[dns]`.
 //!
-//! An answer says for how long it holds, so that whoever keeps it knows when to look again. Nothing is cached here. Tasks of
-//! a lookup run on the runtime of the caller.
+//! An answer includes its validity, so that callers know when to look it up again. Nothing is cached here. Lookup tasks
+//! run on the caller's runtime.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -19,10 +19,10 @@ use thiserror::Error;
 
 use crate::config;
 
-/// When to try again after a failure.
+/// Delay before the next lookup after a failure.
 const RETRY: Duration = Duration::from_secs(5);
 
-/// Cheap to clone.
+/// The resolver. Cheap to clone.
 #[derive(Clone)]
 pub struct Dns {
     resolver: Result<Arc<TokioResolver>, DnsError>,
@@ -31,19 +31,20 @@ pub struct Dns {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answer {
-    /// Sorted, each once, at least one. Of a name with both families these are the IPv4 ones: a server counts once.
+    /// Sorted, without duplicates, not empty. If a name has both families, only IPv4 addresses, so that a server counts
+    /// once.
     pub addresses: Vec<IpAddr>,
-    /// How long it holds: the shortest TTL, within the bounds of `[dns]`.
+    /// Validity: the shortest TTL, within the bounds of `[dns]`.
     pub holds: Duration,
 }
 
 #[derive(Debug, Clone, Error)]
 pub enum DnsError {
-    #[error("no resolver: {0}")]
+    #[error("cannot read the resolver settings: {0}")]
     Settings(NetError),
     #[error("{name}: {error}")]
     Lookup { name: String, error: NetError },
-    #[error("{name}: it has no address")]
+    #[error("{name}: the name has no address")]
     NoAddress { name: String },
     #[error("{name}: no answer within {after:?}")]
     Timeout { name: String, after: Duration },
@@ -62,13 +63,14 @@ impl DnsError {
 }
 
 impl Dns {
-    /// Reads the system's settings, unless `[dns]` names servers. What is wrong with them is the answer to every lookup.
+    /// Reads the system's settings, unless `[dns]` names servers. If the settings are invalid, every lookup returns
+    /// that error.
     pub fn new(settings: &config::Dns) -> Self {
         let resolver = resolver(settings).map(Arc::new).map_err(DnsError::Settings);
         Self { resolver, settings: settings.clone() }
     }
 
-    /// The addresses of `host`, which may be an address itself. Takes `dns.timeout` at most.
+    /// Resolves `host`, which may be an IP address. Takes at most `dns.timeout`.
     pub async fn resolve(&self, host: &str) -> Result<Answer, DnsError> {
         let resolver = self.resolver.as_ref().map_err(Clone::clone)?;
         let timeout = self.settings.timeout;
@@ -93,7 +95,7 @@ impl Dns {
         Ok(Answer { addresses, holds: ttl.clamp(self.settings.min_ttl, self.settings.max_ttl) })
     }
 
-    /// The shortest time between two lookups of one name.
+    /// The minimum time between two lookups of one name.
     pub fn shortest(&self) -> Duration {
         self.settings.min_ttl
     }
@@ -115,7 +117,7 @@ fn resolver(settings: &config::Dns) -> Result<TokioResolver, NetError> {
     let options = builder.options_mut();
     options.ip_strategy = LookupIpStrategy::Ipv4thenIpv6;
     options.cache_size = 0;
-    // One lost packet is made up for within the time of a lookup.
+    // Allows one retransmission within the time limit of a lookup.
     (options.attempts, options.timeout) = (2, settings.timeout / 3);
     builder.build()
 }
@@ -135,7 +137,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn an_address_is_its_own_answer() {
+    async fn ip_address_resolves_to_itself() {
         let dns = Dns::new(&config::Dns { servers: vec!["127.0.0.1:9".parse().unwrap()], ..config::Dns::default() });
         for (text, address) in [("10.0.0.7", "10.0.0.7"), ("fd00::7", "fd00::7")] {
             let answer = dns.resolve(text).await.unwrap();
@@ -145,8 +147,8 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_server_that_is_not_there_is_an_error_in_time() {
-        // Bound, so that nobody else answers there, and silent.
+    async fn silent_server_times_out() {
+        // A bound but silent port, so that nothing else answers there.
         let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
         let settings = config::Dns {
             servers: vec![silent.local_addr().unwrap()],

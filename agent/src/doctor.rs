@@ -1,7 +1,7 @@
-//! `penstock doctor`: what this machine lets the agent do, and what to do about the rest.
+//! `penstock doctor`: reports what this machine lets the agent do, and how to fix what is missing.
 //!
-//! What the text says of paths, the JSON document and the exit code are views of the same findings; those of the paths are
-//! what `penstock run` would find at its start, in the same code.
+//! The text, the JSON document and the exit code show the same findings. The findings about paths come from the code
+//! that `penstock run` uses at start.
 
 use std::{path::Path, process::ExitCode, time::Duration};
 
@@ -18,23 +18,23 @@ use penstock_agent::{
 };
 use serde_json::{Value, json};
 
-/// No path: every byte is relayed.
+/// Exit code if no path is ready: every byte is relayed.
 const RELAY_ONLY: u8 = 1;
-/// Some path is off.
+/// Exit code if some path is off.
 const SOME_OFF: u8 = 2;
 
-/// One thing that was looked at.
+/// The result of one check.
 struct Finding {
     name: String,
     ok: bool,
     found: String,
-    /// What to do about it, where something can be done.
+    /// What to do about it, if something can be done.
     advice: Option<String>,
 }
 
-/// Looks at everything and prints it.
+/// Runs all checks and prints the result.
 pub(crate) fn run(mut steering: config::Steering, as_json: bool) -> ExitCode {
-    // It is about what the machine could do, also where the settings do not ask for it.
+    // Checks all paths, even if the settings do not enable them.
     steering.mode = SteeringMode::Auto;
     let ladder = Ladder::climb(&steering);
     let findings = machine(&steering, &ladder);
@@ -55,11 +55,11 @@ fn verdict(ladder: &Ladder) -> (u8, String) {
     match off.len() {
         0 => (0, "every path is ready".to_owned()),
         n if n == ladder.rungs.len() => (RELAY_ONLY, "the agent relays every byte in user space".to_owned()),
-        _ => (SOME_OFF, format!("the agent steers, but not by: {}", off.join(", "))),
+        _ => (SOME_OFF, format!("the agent steers, except on: {}", off.join(", "))),
     }
 }
 
-/// Everything but the paths.
+/// All checks except those of the paths.
 fn machine(steering: &config::Steering, ladder: &Ladder) -> Vec<Finding> {
     let release = version::release();
     let sound = version::is_sound(&release);
@@ -68,14 +68,14 @@ fn machine(steering: &config::Steering, ladder: &Ladder) -> Vec<Finding> {
         ok: sound,
         found: if sound { release } else { format!("{release}: KNOWN to lose or repeat bytes in sockmap") },
         advice: (!sound).then(|| {
-            let forced = if steering.force { "it is tried, because that was forced" } else { "or --force" };
-            format!("take 6.1.142, 6.6.94, 6.12.34, 6.16 or a newer one of these series; {forced}")
+            let forced = if steering.force { "tried anyway, because it was forced" } else { "or use --force" };
+            format!("upgrade to 6.1.142, 6.6.94, 6.12.34, 6.16 or newer in these series; {forced}")
         }),
     }];
     let missing = capability::missing();
     findings.extend(capability::LOADING.iter().map(|one| {
         let ok = !missing.contains(one);
-        let advice = (!ok).then(|| "start as root, or give it to the process: docs/capabilities.md".to_owned());
+        let advice = (!ok).then(|| "start as root, or grant this capability; see docs/capabilities.md".to_owned());
         Finding { name: one.to_string(), ok, found: if ok { "have" } else { "MISSING" }.to_owned(), advice }
     }));
     let btf = Path::new("/sys/kernel/btf/vmlinux");
@@ -96,33 +96,33 @@ fn machine(steering: &config::Steering, ladder: &Ladder) -> Vec<Finding> {
     findings
 }
 
-/// Whether an endpoint can tell that its socket is in a map.
+/// Whether an endpoint can observe that its socket is in a map.
 fn endpoint_sockets(kernel: &Kernel) -> Finding {
     let (found, advice) = match kernel.endpoint_visible() {
-        None => ("as they are outside of a map".to_owned(), None),
+        None => ("same behaviour inside and outside of a map".to_owned(), None),
         Some(how) => (
             format!("endpoint_visible: in a map, {how}"),
-            Some("upgraded and pinned connections take the path ingress, and responses the path local".to_owned()),
+            Some("upgraded and pinned connections use path ingress, responses use path local".to_owned()),
         ),
     };
     Finding { name: "sockets".to_owned(), ok: true, found, advice }
 }
 
 fn cgroup(steering: &config::Steering) -> Finding {
-    let advice = "mount it; in a container, mount the node's; or name it as steering.cgroup";
+    let advice = "mount cgroup v2 (in a container, the node's), or set steering.cgroup";
     let (ok, found) = match steering.cgroup.clone().map_or_else(cgroup::root, Ok) {
         Ok(root) if root.join("cgroup.procs").exists() && cgroup::is_whole(&root) => (true, root.display().to_string()),
         Ok(root) if root.join("cgroup.procs").exists() => {
-            (true, format!("{}: no root, so endpoints elsewhere are not recognised", root.display()))
+            (true, format!("{}: not the root, so endpoints outside of it are not recognised", root.display()))
         }
         Err(error @ CgroupError::Private(_)) => (false, format!("PRIVATE: {error}")),
-        Ok(root) => (false, format!("MISSING: {} is not one", root.display())),
+        Ok(root) => (false, format!("MISSING: {} is not a cgroup v2 mount", root.display())),
         Err(error) => (false, format!("MISSING: {error}")),
     };
     Finding { name: "cgroup v2".to_owned(), ok, found, advice: (!ok).then(|| advice.to_owned()) }
 }
 
-/// What a running agent keeps of its capabilities.
+/// The capabilities that a running agent keeps.
 fn kept() -> Finding {
     Finding { name: "kept later".to_owned(), ok: true, found: "no capability".to_owned(), advice: None }
 }
@@ -130,14 +130,14 @@ fn kept() -> Finding {
 fn program(ladder: &Ladder, capable: bool) -> Finding {
     let (ok, found, advice) = match &ladder.program {
         Program::Loaded(_) | Program::Unproven => (true, "loaded".to_owned(), None),
-        Program::Off => (true, "not asked for".to_owned(), None),
+        Program::Off => (true, "not requested".to_owned(), None),
         Program::Refused(why) => (false, format!("NOT TRIED: {why}"), None),
         Program::Failed(why) => {
             let advice = if capable {
-                "look at the kernel's configuration (CONFIG_BPF_SYSCALL, CONFIG_BPF_STREAM_PARSER), at lockdown, and at \
+                "check the kernel configuration (CONFIG_BPF_SYSCALL, CONFIG_BPF_STREAM_PARSER), lockdown, and \
                  what seccomp and security modules forbid"
             } else {
-                "it takes the capabilities above"
+                "grant the capabilities listed above"
             };
             (false, format!("FAILED: {why}"), Some(advice.to_owned()))
         }
@@ -161,7 +161,7 @@ fn print_advice(advice: Option<&str>) {
 fn print_path(rung: &Rung) {
     let state = match &rung.state {
         State::Ready => "ready".to_owned(),
-        State::Unasked => "not asked for".to_owned(),
+        State::Unasked => "not requested".to_owned(),
         State::Off(why) => format!("OFF: {why}"),
     };
     println!("{:<15}{state}", format!("path {}", rung.path.as_str()));
@@ -175,10 +175,10 @@ fn print_path(rung: &Rung) {
     print_advice(advice(rung));
 }
 
-/// Only for what the findings above do not explain.
+/// Advice for failed checks; other causes are explained by the findings above.
 fn advice(rung: &Rung) -> Option<&'static str> {
     let failed = rung.checks.iter().any(|check| check.failure.is_some());
-    failed.then_some("the agent does without this path, and no byte is lost; another kernel is the remedy")
+    failed.then_some("the agent does not use this path and loses no byte; use another kernel to enable it")
 }
 
 fn milliseconds(took: Duration) -> String {

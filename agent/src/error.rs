@@ -1,9 +1,9 @@
-//! Why a request was not answered by an endpoint: one list, and the one place that turns it into a status, a label and a
-//! body.
+//! The reasons why a request was not answered by an endpoint, and the only place that maps them to a status, a label
+//! and a body.
 //!
-//! The body has the shape that OpenAI's clients read, `{"error": {"message", "type", "param", "code"}}`, or is plain text where
-//! that is configured or the client would rather have it. The label that metrics and the access log use is in both, and in
-//! the field `x-penstock-reason`. `docs/errors.md` has all of them; a test holds it to this file.
+//! The body has the shape that OpenAI clients expect, `{"error": {"message", "type", "param", "code"}}`, or is plain
+//! text if that is configured or the client prefers it. The label used by metrics and the access log is also in the
+//! body and in the header `x-penstock-reason`. `docs/errors.md` lists all reasons; a test compares it with this file.
 
 use std::{cmp::Ordering, io, net::SocketAddr, time::Duration};
 
@@ -33,15 +33,15 @@ pub enum Error {
     Body(#[from] BodyError),
     #[error("{0}")]
     Naming(#[from] NamingError),
-    #[error("the body ended after {found} bytes, before the end that its head declares")]
+    #[error("the body ended after {found} bytes, earlier than its head declares")]
     BodyCut { found: u64 },
     #[error("the connection ended inside a request head")]
     HeadCut,
     #[error("the request head did not end within {0:?}")]
     HeadTimeout(Duration),
-    #[error("no byte of the request body came within {0:?}")]
+    #[error("no byte of the request body arrived within {0:?}")]
     BodyTimeout(Duration),
-    #[error("the request body came with less than {0} bytes a second")]
+    #[error("the request body arrived at less than {0} bytes per second")]
     BodySlow(u64),
     #[error("the request was not answered within {0:?}")]
     RequestTimeout(Duration),
@@ -49,35 +49,35 @@ pub enum Error {
     NoRoute,
     #[error("the endpoint picker failed: {0}")]
     Picker(#[from] PickError),
-    #[error("the endpoint picker named {0}, which is not in the pool or takes no new requests")]
+    #[error("the endpoint picker chose {0}, which is not in the pool or takes no new requests")]
     Stranger(SocketAddr),
     #[error("the pool has no endpoint for this request: {0}")]
     NoEndpoint(#[from] NoEndpoint),
-    #[error("none of the endpoints picked can be reached; the last was {address}: {error}")]
+    #[error("none of the picked endpoints can be reached; the last was {address}: {error}")]
     Connect { address: SocketAddr, error: io::Error },
-    #[error("the agent cannot connect to endpoints; the last was {address}: {error}")]
+    #[error("the agent cannot open connections to endpoints; the last was {address}: {error}")]
     LocalFault { address: SocketAddr, error: io::Error },
-    #[error("the endpoint {address} took nothing of the request for {limit:?}")]
+    #[error("the endpoint {address} accepted no byte of the request for {limit:?}")]
     RequestStalled { address: SocketAddr, limit: Duration },
     #[error("the endpoint {0} closed the connection before it answered")]
     EndpointClosed(SocketAddr),
     #[error("the endpoint {0} did not answer in time")]
     FirstByte(SocketAddr),
-    #[error("the endpoint {address} answered with what is no response: {error}")]
+    #[error("the endpoint {address} sent an invalid HTTP response: {error}")]
     Response { address: SocketAddr, error: ResponseError },
-    #[error("the request has been forwarded by this agent before")]
+    #[error("loop detected: this agent has already forwarded the request")]
     Loop,
     #[error("the endpoint {0} is one of this agent's own listeners")]
     OwnListener(SocketAddr),
-    /// The picker took its decision back; its own answer goes to the client.
+    /// The picker revoked its decision; its own answer goes to the client.
     #[error("the endpoint picker evicted the request: {}", .0.details)]
     Evicted(Box<ImmediateReply>),
-    #[error("the agent has as many connections as it takes")]
+    #[error("the agent has reached its limit of connections")]
     TooManyConnections,
-    #[error("the agent failed while it processed the request")]
+    #[error("internal error while processing the request")]
     Panicked,
-    /// Nobody is there to read an answer.
-    #[error("the client left")]
+    /// Not sent, because the client is gone.
+    #[error("the client disconnected")]
     ClientGone,
 }
 
@@ -100,7 +100,7 @@ impl Error {
             Self::Evicted(reply) => reply.status,
             Self::TooManyConnections => StatusCode::SERVICE_UNAVAILABLE,
             Self::Panicked => StatusCode::INTERNAL_SERVER_ERROR,
-            // Never sent; nginx's number for it, so that the metric says what happened.
+            // Never sent. nginx's status for this case, so that the metric shows it.
             Self::ClientGone => StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST),
         }
     }
@@ -137,7 +137,7 @@ impl Error {
         }
     }
 
-    /// The whole answer.
+    /// Builds the whole answer.
     pub fn reply(&self, manner: &Manner<'_>) -> Reply {
         let (status, reason) = (self.status(), self.reason());
         let (content_type, body) = match manner.format {
@@ -162,7 +162,7 @@ impl Error {
             headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
         if status == StatusCode::UNSUPPORTED_MEDIA_TYPE {
-            // RFC 9110 §12.5.3: what a request may be coded with.
+            // The codings that a request may use (RFC 9110 §12.5.3).
             headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static(coding::ACCEPTED));
         }
         manner.mark(&mut headers);
@@ -171,21 +171,21 @@ impl Error {
     }
 }
 
-/// How the client of a request is to be answered by the agent itself.
+/// How the agent's own answer to a request is formatted.
 #[derive(Debug, Clone, Copy)]
 pub struct Manner<'r> {
     format: ErrorFormat,
-    /// The request is one of gRPC.
+    /// The request is a gRPC request.
     pub grpc: bool,
-    /// JSON has the shape of Anthropic's API.
+    /// JSON bodies have the shape of Anthropic's API.
     anthropic: bool,
-    /// Where the client is to learn it in a field.
+    /// The request id, if clients get it in a header.
     request_id: Option<&'r HeaderValue>,
     own_id: Option<&'r HeaderValue>,
 }
 
 impl<'r> Manner<'r> {
-    /// By the fields of its request.
+    /// Determines the format from the headers of a request.
     pub fn of(request: &'r HeaderMap, config: &Config) -> Self {
         let format = match accept::compare(request, "text/plain", "application/json") {
             Ordering::Greater => ErrorFormat::Plain,
@@ -197,18 +197,18 @@ impl<'r> Manner<'r> {
         Self { format, grpc: is_grpc(request), anthropic: false, request_id, own_id }
     }
 
-    /// In the shape of the API that the path belongs to.
+    /// Uses the error shape of the API that `path` belongs to.
     #[must_use]
     pub fn at(self, path: &str) -> Self {
         Self { anthropic: is_messages(path), ..self }
     }
 
-    /// Where the head of the request could not be read.
+    /// The format for a request whose head could not be read.
     pub fn unknown(config: &Config) -> Self {
         Self { format: config.errors.format, grpc: false, anthropic: false, request_id: None, own_id: None }
     }
 
-    /// Adds what any answer has, the picker's included.
+    /// Adds the headers that every answer has, including the picker's.
     pub fn mark(&self, answer: &mut HeaderMap) {
         if let Some(id) = self.request_id {
             answer.insert(headers::X_REQUEST_ID, id.clone());
@@ -216,8 +216,8 @@ impl<'r> Manner<'r> {
     }
 }
 
-/// Whether it is the path of Anthropic's messages, or of what lies below them: `/v1/messages`, `/v1/messages/count_tokens`, with
-/// any prefix.
+/// Whether `path` is `/v1/messages` of Anthropic's API or below it, such as `/v1/messages/count_tokens`, with any
+/// prefix.
 fn is_messages(path: &str) -> bool {
     let path = path.split('?').next().unwrap_or_default();
     let mut before = "";

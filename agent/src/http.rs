@@ -1,8 +1,8 @@
-//! HTTP/1.1 on plain sockets: heads, bodies, and the headers that must not travel further than one hop.
+//! HTTP/1.1 messages: heads, bodies, and the headers that apply to a single hop.
 //!
-//! Everything here is a pure function of bytes (only [`body::ReplayBody`] touches a file), strict where a second reading of
-//! the same bytes would be possible (RFC 9112 §11.2, request smuggling), and silent on the wire: errors are values with a
-//! status and a label, and the caller, who owns the socket, answers them.
+//! Everything here is a pure function of bytes; only [`body::ReplayBody`] uses a file. Parsing is strict where another
+//! parser could read the same bytes differently (RFC 9112 §11.2, request smuggling). Errors are values with a status
+//! and a label; the caller, which owns the socket, sends the answer.
 
 pub mod head;
 pub mod request;

@@ -1,7 +1,7 @@
-//! The only module that knows aya, and the only one of the agent with `unsafe`: loading the kernel programs, their maps, the
-//! slots that they share with us, their events, and the socket calls that have no safe wrapper.
+//! Loads the kernel programs and wraps their maps, slots and events, and socket calls without a safe wrapper. The only
+//! module of the agent that uses aya or `unsafe`.
 //!
-//! Given sockets and indices, it does what it is told; when to insert, arm or take back is `steer`'s business.
+//! `steer` decides when to insert a socket, arm a slot or reclaim a flow; this module only executes it.
 #![allow(unsafe_code)]
 
 mod btf;
@@ -32,7 +32,7 @@ use zerocopy::IntoBytes as _;
 
 use self::{events::Events, slots::Slots};
 
-/// Names of the kernel programs, as `BPF_OBJ_GET_INFO_BY_FD` shows them (cut to 15 bytes there).
+/// Names of the kernel programs, which `BPF_OBJ_GET_INFO_BY_FD` shows cut to 15 bytes.
 pub const PROGRAM: &str = "penstock_verdict";
 pub const MESSAGE_PROGRAM: &str = "penstock_message";
 pub const PEERS_PROGRAM: &str = "penstock_peers";
@@ -41,30 +41,30 @@ pub const ADMIT_PROGRAM: &str = "penstock_admit";
 #[derive(Debug, Error)]
 pub enum LoadError {
     #[error(
-        "this binary was built without the kernel program; `cargo xtask setup` installs what builds it, `cargo xtask \
-         build-ebpf` builds it, then build the agent again"
+        "this binary was built without the kernel program; run `cargo xtask setup`, then `cargo xtask \
+         build-ebpf`, then build the agent again"
     )]
     NotBuilt,
-    #[error("the kernel's type information: {0}")]
+    #[error("cannot read the kernel's type information: {0}")]
     Btf(#[from] btf::BtfError),
-    #[error("loading the kernel program (it takes CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON): {0}")]
+    #[error("cannot load the kernel program (needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON): {0}")]
     Load(#[from] aya::EbpfError),
-    #[error("the kernel program is refused: {0}")]
+    #[error("the kernel refused the program: {0}")]
     Program(#[from] aya::programs::ProgramError),
-    #[error("the kernel program's maps: {0}")]
+    #[error("cannot use the kernel program's maps: {0}")]
     Map(#[from] MapError),
-    #[error("the kernel program's log: {0}")]
+    #[error("cannot read the kernel program's log: {0}")]
     Log(#[from] aya_log::Error),
-    #[error("the kernel program has no {0}")]
+    #[error("the kernel program lacks {0}")]
     Missing(&'static str),
-    #[error("the kernel program's memory and events: {0}")]
+    #[error("cannot set up the kernel program's memory or events: {0}")]
     Io(#[from] std::io::Error),
-    #[error("before Linux 5.7, what is attached to a cgroup stays there and keeps others out")]
+    #[error("Linux before 5.7 has no cgroup links: an attached program would stay and exclude others")]
     NoLinks,
 }
 
 impl LoadError {
-    /// What failed and the kernel's own word for it, in one line: without what the verifier looked at.
+    /// The error and its root cause in one line, without the verifier's output.
     pub fn reason(&self) -> String {
         let whole = self.to_string();
         let line = whole.lines().next().unwrap_or_default();
@@ -77,8 +77,8 @@ impl LoadError {
     }
 }
 
-/// The loaded program. While it lives, sockets in its maps are looked after by the kernel; when the last handle goes,
-/// kernel and program let go of everything.
+/// The loaded programs. The kernel handles the sockets in their maps while this lives; when the last handle is dropped,
+/// the kernel unloads the programs and releases the sockets.
 pub struct Kernel {
     slots: Arc<Slots>,
     events: Events,
@@ -93,7 +93,7 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// Loads and attaches the program, with room for `max_flows` endpoint connections and as many clients.
+    /// Loads and attaches the verdict program, with room for `max_flows` endpoint connections and as many clients.
     pub fn load(max_flows: u32) -> Result<Self, LoadError> {
         let object = object::bytes().ok_or(LoadError::NotBuilt)?;
         let offsets = btf::offsets()?;
@@ -107,7 +107,7 @@ impl Kernel {
             loader.map_max_entries(map, max_flows);
         }
         let mut ebpf = loader.load(object)?;
-        // What the programs have to say, seldom and never for each byte, comes with the agent's own log.
+        // The programs log rarely and never per byte; their lines go to the agent's log.
         let log = EbpfLogger::init(&mut ebpf)?;
 
         let program = ebpf.program_mut(PROGRAM).ok_or(LoadError::Missing("verdict program"))?;
@@ -115,7 +115,8 @@ impl Kernel {
         program.load()?;
         let sources: SockHash<_, u64> = ebpf.map("SOURCES").ok_or(LoadError::Missing("map SOURCES"))?.try_into()?;
         let sources_fd = sources.fd().try_clone()?;
-        // Attached before any socket is inserted: a socket keeps the programs its map had at insertion (sock_map_link).
+        // Attach before any socket is inserted: a socket keeps the programs that its map had at insertion
+        // (sock_map_link).
         let program: &mut SkSkb = ebpf.program_mut(PROGRAM).ok_or(LoadError::Missing("verdict program"))?.try_into()?;
         program.attach(&sources_fd)?;
 
@@ -135,17 +136,17 @@ impl Kernel {
         };
         let (sources, targets) = (take("SOURCES")?, take("TARGETS")?);
         let (index, tails, locals) = (take("INDEX")?, take("TAILS")?, take("LOCAL_INDEX")?);
-        let local = Err("not asked for".into());
+        let local = Err("not requested".into());
         Ok(Self { slots, events, sources, targets, index, tails, locals, local, endpoint_visible: None, ebpf })
     }
 
-    /// Whether endpoints on this machine are recognised, and if not, why.
+    /// Whether endpoints on this machine are recognised; the error says why not.
     pub fn local(&self) -> Result<(), Arc<str>> {
         self.local.clone()
     }
 
-    /// As [`attach_local`](Self::attach_local), in the cgroup that is named or found; [`local`](Self::local) tells what came
-    /// of it.
+    /// Attaches the path `local` to the given cgroup, or to the root cgroup if none is given. [`local`](Self::local)
+    /// returns the result.
     pub fn try_local(&mut self, cgroup: Option<&Path>) {
         let at = |cgroup: &Path, error: &LoadError| format!("cgroup {}: {}", cgroup.display(), error.reason());
         let attached = match cgroup {
@@ -158,7 +159,8 @@ impl Kernel {
         self.local = attached.map_err(Arc::from);
     }
 
-    /// How the owner of a socket can tell that it is in the message program's map, on this kernel; `None` where it cannot.
+    /// How the owner of a socket can observe on this kernel that the socket is in the message program's map; `None` if
+    /// it cannot.
     pub fn endpoint_visible(&self) -> Option<Arc<str>> {
         self.endpoint_visible.clone()
     }
@@ -167,7 +169,7 @@ impl Kernel {
         self.endpoint_visible = how;
     }
 
-    /// Puts a socket of this process into the message program's map.
+    /// Inserts a socket of this process into the message program's map.
     pub fn map_as_endpoint(&mut self, socket: impl AsFd) -> Result<(), LoadError> {
         let map = self.ebpf.map_mut("LOCALS").ok_or(LoadError::Missing("map LOCALS"))?;
         let mut sockets: SockHash<_, u64> = map.try_into()?;
@@ -175,13 +177,13 @@ impl Kernel {
         Ok(sockets.insert(cookie, std::os::fd::AsRawFd::as_raw_fd(&socket.as_fd()), 0)?)
     }
 
-    /// Remembers why endpoints on this machine are not recognised.
+    /// Stores why endpoints on this machine are not recognised.
     pub fn without_local(&mut self, why: &str) {
         self.local = Err(why.into());
     }
 
-    /// Has connections to endpoints in this cgroup (the root of a cgroup v2 hierarchy: on this machine) recognised as they are
-    /// made, and what those endpoints send looked at.
+    /// Recognises connections to endpoints in this cgroup (all of this machine, if it is the root of a cgroup v2
+    /// hierarchy) as they are made, and inspects what those endpoints send.
     pub fn attach_local(&mut self, cgroup: &Path) -> Result<(), LoadError> {
         if KernelVersion::current().is_ok_and(|version| version < KernelVersion::new(5, 7, 0)) {
             return Err(LoadError::NoLinks);
@@ -192,7 +194,7 @@ impl Kernel {
         program.load()?;
         let sockets: SockHash<_, u64> = self.ebpf.map("LOCALS").ok_or(LoadError::Missing("map LOCALS"))?.try_into()?;
         let sockets = sockets.fd().try_clone()?;
-        // Attached before any socket is inserted, as above.
+        // Attach before any socket is inserted; see `load`.
         let program: &mut SkMsg =
             self.ebpf.program_mut(MESSAGE_PROGRAM).ok_or(LoadError::Missing("message program"))?.try_into()?;
         program.attach(&sockets)?;
@@ -202,13 +204,13 @@ impl Kernel {
         let program = self.ebpf.program_mut(PEERS_PROGRAM).ok_or(LoadError::Missing("peers program"))?;
         let program: &mut SockOps = program.try_into()?;
         program.load()?;
-        // A link stands beside those of others whatever the mode, and takes no flag (cgroup_bpf_link_attach).
+        // A link coexists with other links in any mode and takes no flags (cgroup_bpf_link_attach).
         program.attach(cgroup, CgroupAttachMode::Single)?;
         Ok(())
     }
 
-    /// Runs the admission program for the endpoint's own socket of a connection, which is named by the cookie of the agent's;
-    /// returns one of `penstock_common::slot::admission`. Takes no capability: the descriptor of the program is enough.
+    /// Runs the admission program for the endpoint's socket of a connection, given the cookie of the agent's socket.
+    /// Returns one of `penstock_common::slot::admission`. Needs no capability beyond the program's descriptor.
     pub fn admit(&self, connection: u64, leave: bool) -> Result<u32, LoadError> {
         let program: &Xdp =
             self.ebpf.program(ADMIT_PROGRAM).ok_or(LoadError::Missing("admission program"))?.try_into()?;
@@ -217,7 +219,7 @@ impl Kernel {
         Ok(program.test_run(options)?.return_value)
     }
 
-    /// Handles of the maps for one worker; they share the kernel's maps, not a lock.
+    /// Map handles for one worker; workers share the kernel's maps but no lock.
     pub fn maps(&self) -> Result<Maps, LoadError> {
         let again = |data: &MapData| -> Result<MapData, LoadError> {
             Ok(MapData::from_fd(data.fd().as_fd().try_clone_to_owned()?)?)
@@ -240,20 +242,20 @@ impl Kernel {
     }
 }
 
-/// One worker's handles of the program's maps. Keys are socket cookies, that of `tails` is the index of the slot.
+/// One worker's map handles. Keys are socket cookies, except in `tails`, whose key is the slot index.
 pub struct Maps {
     pub sources: SockHash<MapData, u64>,
     pub targets: SockHash<MapData, u64>,
     pub index: HashMap<MapData, u64, u32>,
     pub tails: HashMap<MapData, u32, Ring>,
-    /// Cookies of endpoints' own sockets, to the index of the slot.
+    /// Maps cookies of endpoints' own sockets to slot indices.
     pub locals: HashMap<MapData, u64, u32>,
 }
 
 /// The memory of a ring of last payload bytes (`penstock_common::tail`).
 pub type Ring = [u8; penstock_common::tail::MEMORY];
 
-/// Maps that have an entry for each connection that may be steered.
+/// Maps with one entry per connection that may be steered.
 const MAPS_BY_FLOW: [&str; 11] = [
     "SOURCES",
     "TARGETS",
@@ -274,7 +276,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_verifier_accepts_the_program() {
+    fn programs_pass_the_verifier() {
         let mut kernel = Kernel::load(64).expect("load");
         kernel.attach_local(&cgroup::root().expect("a cgroup v2 hierarchy")).expect("attach");
         kernel.maps().expect("maps");

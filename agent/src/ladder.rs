@@ -1,7 +1,8 @@
-//! The ladder of paths: which of them this kernel has proven at the start, best first, and why not the others.
+//! The ladder of steering paths: which of them have proven themselves on this kernel, best first, and why the others
+//! have not.
 //!
-//! Given the settings, it loads the kernel program and has each path prove itself. User space carries what no path does, so
-//! nothing here is an error of the start: a path that is missing or fails is off, with its reason.
+//! Takes the settings, loads the kernel programs and runs each path's self-test. User space carries whatever no path
+//! carries, so nothing here fails the start: a path that is missing or fails is off, with a reason.
 
 use std::sync::Arc;
 
@@ -16,35 +17,34 @@ use crate::{
     steer::Steering,
 };
 
-/// A path that the kernel may have.
+/// A path and its self-test.
 struct Entry {
     path: Path,
     lane: Lane,
     cases: &'static [Case],
 }
 
-/// Best first. What the first cannot carry on falls back on the second, which therefore stands without it, and not the other
-/// way round.
+/// Best first. Path `local` falls back on path `ingress`, which therefore has to work without it.
 const LOCAL: Entry = Entry { path: Path::Local, lane: Lane::Local, cases: selftest::CASES };
 const INGRESS: Entry = Entry { path: Path::Ingress, lane: Lane::Ingress, cases: selftest::CASES };
 const PATHS: [Entry; 2] = [LOCAL, INGRESS];
 
 pub struct Ladder {
     pub program: Program,
-    /// One for each path, best first.
+    /// One per path, best first.
     pub rungs: Vec<Rung>,
-    /// The release of a kernel that would have been refused.
+    /// The kernel release, if steering was forced on a kernel that would have been refused.
     pub forced: Option<String>,
-    /// Clients' send buffers are to be above `net.core.wmem_max`, which takes a capability that only a start has.
+    /// Whether clients' send buffers exceed `net.core.wmem_max`, which needs a capability that only the start has.
     pub forces_buffers: bool,
 }
 
-/// The kernel program.
+/// The state of the kernel programs.
 pub enum Program {
     Loaded(Arc<Kernel>),
-    /// Loaded, and let go of again because no path is ready.
+    /// Loaded, and unloaded again because no path is ready.
     Unproven,
-    /// Not asked for: the settings say that user space carries everything.
+    /// Not requested: the settings turn steering off.
     Off,
     /// Not tried on this kernel.
     Refused(Arc<str>),
@@ -53,11 +53,11 @@ pub enum Program {
 
 pub struct Rung {
     pub path: Path,
-    /// What was tried; empty where nothing was.
+    /// The checks that ran; empty if none did.
     pub checks: Vec<Check>,
     pub state: State,
-    /// How an endpoint can tell that its socket is in a map while bytes for it wait there. Upgraded and pinned connections do
-    /// not take the path then, unless the settings say that everything does.
+    /// How an endpoint can observe that its socket is in a map while bytes for it wait there. If it can, upgraded and
+    /// pinned connections do not use the path unless the settings demand it.
     pub endpoint_visible: Option<Arc<str>>,
 }
 
@@ -70,7 +70,8 @@ pub enum State {
 }
 
 impl Ladder {
-    /// Blocks while the kernel proves itself, on a runtime of its own: not to be called on one.
+    /// Loads the programs and runs the self-tests. Blocks, on a runtime of its own, so it must not be called from
+    /// within a runtime.
     pub fn climb(config: &config::Steering) -> Self {
         Self::climb_on(&version::release(), config)
     }
@@ -82,7 +83,7 @@ impl Ladder {
         let sound = version::is_sound(release);
         if !sound && !config.force {
             let why: Arc<str> =
-                format!("kernel {release} may lose or repeat bytes in sockmap; --force steers all the same").into();
+                format!("kernel {release} may lose or repeat bytes in sockmap; use --force to steer anyway").into();
             return Self::without(Program::Refused(Arc::clone(&why)), &State::Off(why));
         }
         match Self::load(config, &PATHS) {
@@ -95,7 +96,7 @@ impl Ladder {
         }
     }
 
-    /// Loads the program and has both paths prove themselves.
+    /// Loads the programs and runs the self-tests of both paths.
     fn load(config: &config::Steering, [local, ingress]: &[Entry; 2]) -> Result<Self, LoadError> {
         let mut kernel = Kernel::load(config.max_flows)?;
         let asked = config.mode != SteeringMode::Ingress;
@@ -105,7 +106,7 @@ impl Ladder {
         if kernel.local().is_ok() {
             match selftest::how_visible(&mut kernel) {
                 Ok(how) => kernel.set_endpoint_visible(how),
-                Err(error) => kernel.set_endpoint_visible(Some(format!("its calls cannot be tried: {error:#}").into())),
+                Err(error) => kernel.set_endpoint_visible(Some(format!("cannot test its calls: {error:#}").into())),
             }
         }
         let mut kernel = Arc::new(kernel);
@@ -116,7 +117,8 @@ impl Ladder {
         match &first.state {
             _ if !asked => first.state = State::Unasked,
             State::Off(why) if kernel.local().is_ok() => {
-                // Without its programs, which would look at every endpoint's messages for nothing.
+                // Reload without the programs of path `local`, which would inspect every endpoint's messages for
+                // nothing.
                 drop(kernel);
                 let mut without = Kernel::load(config.max_flows)?;
                 without.without_local(why);
@@ -127,12 +129,12 @@ impl Ladder {
         let second = Rung::prove(ingress, &kernel);
         first.endpoint_visible = kernel.endpoint_visible();
         if let (SteeringMode::Local, Some(how)) = (config.mode, &first.endpoint_visible) {
-            tracing::warn!(%how, "mode local also carries upgraded and pinned connections, whose endpoints may wait for ever");
+            tracing::warn!(%how, "mode local also carries upgraded and pinned connections, whose endpoints may then hang");
         }
         if first.state == State::Ready && second.state != State::Ready {
-            first.state = State::Off("it falls back on the path ingress, which is off".into());
+            first.state = State::Off("it needs path ingress as fallback, which is off".into());
         }
-        // Where nothing is steered, no program is to look at anything, and no client gets such a buffer.
+        // If nothing is steered, no program may run and no client gets a larger buffer.
         let (program, forces_buffers) = match second.state {
             State::Ready => (Program::Loaded(kernel), forces(config.client_send_buffer)),
             _ => (Program::Unproven, false),
@@ -140,7 +142,7 @@ impl Ladder {
         Ok(Self { program, rungs: vec![first, second], forced: None, forces_buffers })
     }
 
-    /// No path, for the same reason.
+    /// A ladder with every path off for the same reason.
     fn without(program: Program, state: &State) -> Self {
         let off =
             |entry: &Entry| Rung { path: entry.path, checks: Vec::new(), state: state.clone(), endpoint_visible: None };
@@ -151,7 +153,7 @@ impl Ladder {
         self.rungs.iter().any(|rung| rung.path == path && rung.state == State::Ready)
     }
 
-    /// What workers go by.
+    /// The steering that workers use.
     pub fn steering(&self) -> Steering {
         match &self.program {
             Program::Off => Steering::Off,
@@ -184,13 +186,13 @@ impl Ladder {
         }
     }
 
-    /// The lines of `/readyz?verbose`: the whole, then each path.
+    /// The lines of `/readyz?verbose`: the summary, then each path.
     pub fn lines(&self) -> Vec<String> {
         let paths = self.rungs.iter().map(|rung| format!("path {}", rung.describe()));
         std::iter::once(self.describe()).chain(paths).collect()
     }
 
-    /// Says it once, in the log and in the metrics.
+    /// Reports the result in the log and the metrics.
     pub fn announce(&self, metrics: &Metrics) {
         if self.forced.is_some() || matches!(self.steering(), Steering::Unavailable(_)) {
             tracing::warn!("{}", self.describe());
@@ -204,7 +206,7 @@ impl Ladder {
                 (State::Ready, None) => format!("passed{}", rung.visible()),
                 (State::Ready, Some(release)) => format!("passed, forced on kernel {release}{}", rung.visible()),
             };
-            // Where all are off for the same reason, it has been said.
+            // If all paths are off for the same reason, the summary has said so.
             if matches!(rung.state, State::Off(_)) && matches!(self.steering(), Steering::Active(_)) {
                 tracing::warn!("path {}", rung.describe());
             }
@@ -214,12 +216,12 @@ impl Ladder {
 }
 
 impl Rung {
-    /// Without any capability, as workers are.
+    /// Runs the self-test without capabilities, as workers run.
     fn prove(entry: &Entry, kernel: &Arc<Kernel>) -> Self {
         let mut rung = Self { path: entry.path, checks: Vec::new(), state: State::Ready, endpoint_visible: None };
         match capability::with(&[], || selftest::prove(kernel, entry.lane, entry.cases)) {
             Ok(checks) => rung.checks = checks,
-            Err(error) => rung.state = State::Off(format!("the self-test cannot be run: {error:#}").into()),
+            Err(error) => rung.state = State::Off(format!("the self-test could not run: {error:#}").into()),
         }
         let failed = rung.checks.iter().find_map(|check| Some((check.case, check.failure.as_ref()?)));
         if let Some((case, failure)) = failed {
@@ -244,12 +246,12 @@ impl Rung {
     }
 }
 
-/// Whether a send buffer of that size takes a capability.
+/// Whether a send buffer of this size needs a capability.
 fn forces(send_buffer: u32) -> bool {
     !capability::with(&[], || socket::may_have_send_buffer(send_buffer)).unwrap_or(false)
 }
 
-/// Why the program is not loaded, with what this process lacks.
+/// Why the programs are not loaded, with the capabilities that this process lacks.
 fn failure(error: &LoadError, missing: &[Capability]) -> String {
     let reason = error.reason();
     if missing.is_empty() {
@@ -275,7 +277,7 @@ mod tests {
         assert_eq!(ingress, "path ingress: ready");
         let Steering::Active(kernel) = ladder.steering() else { panic!("not active") };
         assert_eq!(kernel.local(), Ok(()));
-        // Where an endpoint could tell, the line says how, and for which connections.
+        // If an endpoint can observe the map, the line says how, and for which connections.
         match kernel.endpoint_visible() {
             None => assert_eq!(local, "path local: ready"),
             Some(how) => {
@@ -289,10 +291,10 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_that_loses_bytes_is_refused_unless_forced() {
+    fn kernel_that_may_lose_bytes_is_refused_unless_forced() {
         let refused = Ladder::climb_on("6.1.0-9-amd64", &config());
         assert!(matches!(refused.program, Program::Refused(_)) && !refused.is_ready(Path::Ingress));
-        let why = "kernel 6.1.0-9-amd64 may lose or repeat bytes in sockmap; --force steers all the same";
+        let why = "kernel 6.1.0-9-amd64 may lose or repeat bytes in sockmap; use --force to steer anyway";
         let off = ["path local", "path ingress"].map(|path| format!("{path}: off: {why}"));
         assert_eq!(refused.lines(), [format!("steering: unavailable: {why}"), off[0].clone(), off[1].clone()]);
 
@@ -307,7 +309,7 @@ mod tests {
         let info = r#"penstock_steering_path_info{path="ingress",reason="passed, forced on kernel 6.1.0-9-amd64"} 1"#;
         assert!(text.contains(info) && text.contains(r#"penstock_steering_path_active{path="ingress"} 1"#), "{text}");
 
-        // Force is for kernels that are in doubt, and changes nothing where none is.
+        // Force changes nothing on a sound kernel.
         let sound = Ladder::climb(&config::Steering { force: true, ..config() });
         assert_eq!(sound.describe(), "steering: active (local, ingress)");
     }
@@ -316,7 +318,7 @@ mod tests {
         Ladder::load(config, entries).expect("load")
     }
 
-    /// What the metrics say of a path.
+    /// The metrics lines of a path.
     fn shown(ladder: &Ladder, path: &str) -> String {
         let metrics = Metrics::new(&[]);
         ladder.announce(&metrics);
@@ -325,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn a_local_path_that_fails_is_off_and_leaves_no_program_behind() {
+    fn failed_local_path_is_off_and_its_programs_are_unloaded() {
         let ladder = climb(&config(), &[Entry { cases: selftest::FAILING, ..LOCAL }, INGRESS]);
         assert_eq!(ladder.describe(), "steering: active (ingress)");
         let why = "self-test: bad: a hole at 7";
@@ -340,17 +342,17 @@ mod tests {
     }
 
     #[test]
-    fn without_the_path_ingress_there_is_none() {
+    fn failed_ingress_path_disables_steering() {
         let ladder = climb(&config(), &[LOCAL, Entry { cases: selftest::FAILING, ..INGRESS }]);
         let Steering::Unavailable(why) = ladder.steering() else { panic!("not unavailable") };
         assert!(matches!(ladder.program, Program::Unproven) && !ladder.forces_buffers);
         assert!(why.contains("ingress: off: self-test: bad: a hole at 7"), "{why}");
-        assert_eq!(ladder.lines()[1], "path local: off: it falls back on the path ingress, which is off");
+        assert_eq!(ladder.lines()[1], "path local: off: it needs path ingress as fallback, which is off");
         assert!(ladder.describe().starts_with("steering: unavailable: "));
     }
 
     #[test]
-    fn without_a_cgroup_there_is_no_local_path() {
+    fn missing_cgroup_disables_the_local_path() {
         let nowhere = config::Steering { cgroup: Some("/nowhere/cgroup".into()), ..config() };
         let ladder = Ladder::climb(&nowhere);
         assert_eq!(ladder.describe(), "steering: active (ingress)");
@@ -366,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn without_capabilities_it_says_which_are_missing() {
+    fn missing_capabilities_are_named() {
         let ladder = capability::with(&[Capability::CAP_BPF], || Ladder::climb(&config()));
         let said = ladder.describe();
         let lacks = "steering: unavailable: this process lacks CAP_NET_ADMIN, CAP_PERFMON: ";
@@ -376,26 +378,26 @@ mod tests {
     }
 
     #[test]
-    fn a_small_send_buffer_takes_no_capability_and_a_large_one_does() {
+    fn only_a_large_send_buffer_needs_a_capability() {
         let small = Ladder::climb(&config::Steering { client_send_buffer: 64 << 10, ..config() });
         assert!(small.is_ready(Path::Ingress) && !small.forces_buffers);
-        // Beyond what any machine sets net.core.wmem_max to.
+        // Larger than any machine's net.core.wmem_max.
         let large = Ladder::climb(&config::Steering { client_send_buffer: 1 << 30, ..config() });
         assert!(large.is_ready(Path::Ingress));
         assert!(large.forces_buffers);
     }
 
     #[test]
-    fn what_the_verifier_looked_at_is_no_reason() {
+    fn reason_leaves_out_the_verifier_output() {
         let kept = [Capability::CAP_BPF, Capability::CAP_NET_ADMIN];
         let said = capability::with(&kept, || Ladder::climb(&config())).describe();
-        let why = "this process lacks CAP_PERFMON: the kernel program is refused: the BPF_PROG_LOAD syscall returned \
+        let why = "this process lacks CAP_PERFMON: the kernel refused the program: the BPF_PROG_LOAD syscall returned \
                    Permission denied (os error 13)";
         assert_eq!(said, format!("steering: unavailable: {why}"));
     }
 
     #[test]
-    fn off_is_off() {
+    fn mode_off_turns_every_path_off() {
         let ladder = Ladder::climb(&config::Steering { mode: SteeringMode::Off, force: true, ..config() });
         assert!(matches!(ladder.steering(), Steering::Off));
         let lines = ["steering: off (configured)", "path local: off (configured)", "path ingress: off (configured)"];

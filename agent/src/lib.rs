@@ -1,6 +1,6 @@
-//! Penstock: routes each inference request to the endpoint its picker names, then lets the kernel carry the answer.
+//! Penstock: routes each inference request to the endpoint its picker chooses, then lets the kernel carry the response.
 //!
-//! Modules stand in the order in which a request meets them; a module never imports from one that calls it.
+//! Modules are listed in the order in which a request passes through them; a module never imports from its callers.
 
 pub mod pem;
 pub mod listeners;

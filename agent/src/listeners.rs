@@ -1,8 +1,8 @@
-//! The addresses at which this process accepts connections: no request is sent to one of them.
+//! The addresses at which this process accepts connections; no request is forwarded to one of them.
 //!
-//! Takes the addresses that are bound; says of any other whether connecting to it reaches one of them. A listener on all
-//! addresses is reached at every local address of the machine with its port; a server at another port, or another address than
-//! a specific listener's, is not this process.
+//! Takes the bound addresses and tells whether connecting to another address reaches one of them. A wildcard listener
+//! is reached at every local address with its port. Another port, or another address than that of a specific listener,
+//! is not this process.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 
@@ -27,19 +27,19 @@ pub fn accepts(listener: SocketAddr, address: SocketAddr) -> bool {
     let ip = address.ip().to_canonical();
     match listener.ip() {
         IpAddr::V4(Ipv4Addr::UNSPECIFIED) => ip.is_ipv4() && is_local(ip),
-        // Both families: what Linux does unless it is told otherwise.
+        // Both families, which is Linux's default.
         IpAddr::V6(Ipv6Addr::UNSPECIFIED) => is_local(ip),
         bound => bound.to_canonical() == ip,
     }
 }
 
-/// Whether it is an address of this machine: then the kernel would answer from it.
+/// Whether `ip` is an address of this machine.
 fn is_local(ip: IpAddr) -> bool {
     if ip.is_loopback() || ip.is_unspecified() {
         return true;
     }
     let any: IpAddr = if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-    // Connecting a datagram socket sends nothing. Its source is the destination only where that is local.
+    // Connecting a datagram socket sends nothing. Its source address equals the destination only if that is local.
     let source = UdpSocket::bind((any, 0)).and_then(|socket| {
         socket.connect((ip, 9))?;
         socket.local_addr()

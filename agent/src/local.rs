@@ -1,4 +1,4 @@
-//! Tasks that stay on their worker: what hyper runs beside a connection does not cross threads.
+//! hyper's executor for a worker: tasks that hyper spawns for a connection stay on the worker's thread.
 
 #[derive(Debug, Clone, Copy)]
 pub struct Local;

@@ -1,7 +1,7 @@
-//! The log's way to stderr: a queue that is bounded in bytes, and a thread that writes.
+//! Writes the log to stderr through a queue that is bounded in bytes, on its own thread.
 //!
-//! Takes each event as one formatted line and never waits: a line that finds no room is dropped and counted. Whatever a field
-//! holds, an event stays one line without control characters, and no line is longer than [`LINE`].
+//! Takes each event as one formatted line and never waits: a line that does not fit is dropped and counted. An event is
+//! always one line without control characters and at most [`LINE`] bytes long.
 
 use std::{
     io::{self, Write},
@@ -15,7 +15,7 @@ use std::{
 
 use tracing_subscriber::fmt::MakeWriter;
 
-/// Bytes of a line.
+/// Maximum length of a line, in bytes.
 pub const LINE: usize = 64 << 10;
 /// How long the end of the process waits for the last lines to be written.
 const FLUSH: Duration = Duration::from_secs(1);
@@ -37,7 +37,7 @@ impl Dropped {
         }
     }
 
-    /// Lines that this process has dropped for this reason. A process has one log, so this counts for the process.
+    /// Lines that this process has dropped for this reason. A process has a single log, so the count is global.
     pub fn lines(self) -> u64 {
         DROPPED[self as usize].load(Relaxed)
     }
@@ -51,22 +51,22 @@ static DROPPED: [AtomicU64; Dropped::ALL.len()] = [const { AtomicU64::new(0) }; 
 
 enum Message {
     Line(Vec<u8>),
-    /// Answered once everything before it has been written.
+    /// Acknowledged once everything before it has been written.
     End(mpsc::Sender<()>),
 }
 
-/// The entrance of the queue. Clones share it.
+/// The sending side of the queue. Clones share it.
 #[derive(Clone)]
 pub struct Queue {
     messages: mpsc::Sender<Message>,
     /// Bytes in the queue.
     queued: Arc<AtomicUsize>,
     limit: usize,
-    /// Lines carry the formatter's own escape sequences, for colours.
+    /// Whether lines contain the formatter's own escape sequences for colours.
     colours: bool,
 }
 
-/// Writes what is queued when it is dropped, for [`FLUSH`] at most.
+/// Writes what is queued when dropped; waits at most [`FLUSH`].
 pub struct Guard(mpsc::Sender<Message>);
 
 impl Drop for Guard {
@@ -78,7 +78,7 @@ impl Drop for Guard {
     }
 }
 
-/// Starts the thread that writes to `output`. At most `limit` bytes wait for it.
+/// Starts the thread that writes to `output`. At most `limit` bytes are queued.
 pub fn start(output: impl Write + Send + 'static, limit: usize, colours: bool) -> io::Result<(Queue, Guard)> {
     let (messages, queue) = mpsc::channel();
     let queued = Arc::new(AtomicUsize::new(0));
@@ -94,7 +94,7 @@ fn run(output: impl Write, queue: &mpsc::Receiver<Message>, queued: &AtomicUsize
         while let Some(message) = next {
             match message {
                 Message::Line(line) => {
-                    // Whoever reads the log may have gone; there is nowhere to say so.
+                    // A closed stderr cannot be reported anywhere.
                     let _ = output.write_all(&line);
                     queued.fetch_sub(line.len(), Relaxed);
                 }
@@ -128,7 +128,7 @@ impl<'q> MakeWriter<'q> for Queue {
     }
 }
 
-/// Takes one event, which the formatter writes at once.
+/// Takes one event, which the formatter writes in one call.
 pub struct Event<'q>(&'q Queue);
 
 impl Write for Event<'_> {
@@ -145,7 +145,7 @@ impl Write for Event<'_> {
     }
 }
 
-/// The event as one line. Control characters, and those that turn the direction of text, become escapes that JSON knows too.
+/// Formats the event as one line. Control characters and bidirectional controls become escapes that are valid in JSON.
 fn line(event: &[u8], colours: bool) -> Option<Vec<u8>> {
     if event.len() > LINE {
         return None;
@@ -158,7 +158,7 @@ fn line(event: &[u8], colours: bool) -> Option<Vec<u8>> {
             '\n' => line.extend_from_slice(b"\\n"),
             '\r' => line.extend_from_slice(b"\\r"),
             '\t' => line.extend_from_slice(b"\\t"),
-            // The formatter has escaped those of the fields.
+            // The formatter has escaped those inside fields.
             '\x1b' if colours => line.push(b'\x1b'),
             char if char.is_control() || turns_text(char) => {
                 line.extend_from_slice(format!("\\u{:04x}", u32::from(char)).as_bytes());
@@ -170,7 +170,7 @@ fn line(event: &[u8], colours: bool) -> Option<Vec<u8>> {
     Some(line)
 }
 
-/// Line separators, and the controls of bidirectional text.
+/// Line separators and the controls of bidirectional text.
 fn turns_text(char: char) -> bool {
     matches!(char, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{200e}' | '\u{200f}')
 }
@@ -183,7 +183,7 @@ mod tests {
 
     use super::*;
 
-    /// Passes on what is written once it may.
+    /// Blocks writes until the gate opens, then passes them on.
     struct Gate(Receiver<()>, Sender<Vec<u8>>);
 
     impl Write for Gate {
@@ -198,7 +198,7 @@ mod tests {
         }
     }
 
-    /// What `log` writes through a queue of `limit` bytes whose reader begins only afterwards.
+    /// What `log` writes through a queue of `limit` bytes whose reader starts only afterwards.
     fn written(limit: usize, json: bool, log: impl FnOnce()) -> String {
         let (open, gate) = mpsc::channel();
         let (out, chunks) = mpsc::channel();
@@ -217,11 +217,11 @@ mod tests {
     }
 
     #[test]
-    fn lines_beyond_the_bytes_of_the_queue_are_dropped_and_counted() {
+    fn lines_beyond_the_queue_limit_are_dropped_and_counted() {
         let before = Dropped::QueueFull.lines();
         let line = "x".repeat(1000);
         let written = written(10_000, true, || (0..100).for_each(|_| tracing::info!(line)));
-        // The writer may have taken some before the gate stopped it.
+        // The writer may have taken some lines before the gate stopped it.
         assert!(written.len() <= 10_000 + LINE && written.lines().all(|one| one.contains(&line)), "{}", written.len());
         let lines = written.lines().count() as u64;
         assert!(lines < 100 && Dropped::QueueFull.lines() - before >= 100 - lines);

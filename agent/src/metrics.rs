@@ -1,7 +1,7 @@
-//! What the agent counts and measures, as Prometheus reads it.
+//! The agent's metrics, exported in Prometheus format.
 //!
-//! One [`Metrics`] is made at start and shared; there is nothing global, so tests count for themselves. Names, labels and
-//! help stand in `families`. Recording never waits for a scrape longer than one metric takes to be written out.
+//! One [`Metrics`] is created at start and shared; nothing is global, so each test has its own counts. Names, labels
+//! and help are in `families`. Recording waits for a scrape at most as long as encoding one metric takes.
 
 mod families;
 mod labels;
@@ -26,13 +26,13 @@ use families::Families;
 use labels::{ByFlow, ByListener, ByPath, ByReason, ByResult, PathState};
 use models::Models;
 
-/// Reason of a request that was answered by its endpoint, as [`PoolMetrics::request`] takes it.
+/// Reason of a request that an endpoint answered; see [`PoolMetrics::request`].
 pub const OK: &str = "ok";
 
 /// Content type of [`Metrics::encode`].
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// What a JSON body says of its model.
+/// The result of reading the model from a JSON body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BodyModel {
     Found,
@@ -40,7 +40,7 @@ pub enum BodyModel {
     Empty,
 }
 
-/// What everything counts with, and the pools of one configuration. The series outlive it.
+/// The metrics of the process and the pools of one configuration. Series outlive the configuration.
 pub struct Metrics {
     core: Arc<Core>,
     pools: Vec<Arc<PoolMetrics>>,
@@ -55,17 +55,17 @@ struct Core {
     body_bytes: [Counter; Path::ALL.len()],
     /// By [`Connection`].
     endpoint_connections: [Counter; Connection::ALL.len()],
-    /// By [`Path`]: the state it is shown with.
+    /// By [`Path`]: the exported state.
     path_states: Mutex<[Option<PathState>; Path::ALL.len()]>,
-    /// Asked for the states of a pool's endpoints whenever metrics are read.
+    /// Queried for the states of each pool's endpoints at every scrape.
     endpoints: Mutex<Vec<(Arc<PoolMetrics>, CountEndpoints)>>,
 }
 
-/// Endpoints by [`EndpointState`].
+/// Number of endpoints by [`EndpointState`].
 type CountEndpoints = Box<dyn Fn() -> [usize; EndpointState::ALL.len()] + Send>;
 
 impl Metrics {
-    /// `pool_names` in the order of the configuration, so that indices agree.
+    /// `pool_names` must be in configuration order, so that indices agree.
     pub fn new(pool_names: &[String]) -> Arc<Self> {
         let mut registry = Registry::with_prefix("penstock");
         let families = Arc::new(Families::register(&mut registry));
@@ -86,7 +86,7 @@ impl Metrics {
         Self::of(core, pool_names)
     }
 
-    /// The same metrics with the pools of another configuration. A pool of the same name has the same series.
+    /// The same metrics with the pools of another configuration. A pool keeps its series if its name stays.
     pub fn for_pools(&self, pool_names: &[String]) -> Arc<Self> {
         Self::of(Arc::clone(&self.core), pool_names)
     }
@@ -97,17 +97,17 @@ impl Metrics {
         Arc::new(Self { core, pools })
     }
 
-    /// How many models metrics tell apart from now on.
+    /// Sets how many model names the metrics distinguish.
     pub fn limit_models(&self, limit: usize) {
         self.core.models.set_limit(limit);
     }
 
-    /// The metrics of the pool at this index of the configuration. Panics beyond it.
+    /// The metrics of the pool at this index of the configuration. Panics if out of range.
     pub fn pool(&self, index: usize) -> &PoolMetrics {
         &self.pools[index]
     }
 
-    /// The metrics of requests that no pool has seen: heads that are not HTTP, and those no route matches.
+    /// The metrics of requests without a pool: invalid heads, and requests that no route matches.
     pub fn unrouted(&self) -> &PoolMetrics {
         &self.core.unrouted
     }
@@ -117,52 +117,52 @@ impl Metrics {
         InFlight::new(&self.core.families.client_connections)
     }
 
-    /// A client went away before its answer was complete.
+    /// Counts a client that disconnected before its answer was complete.
     pub fn client_aborted(&self) {
         self.core.families.client_aborts.inc();
     }
 
-    /// A client's connection is closed because no request came.
+    /// Counts a client connection closed because it was idle.
     pub fn client_idle_closed(&self) {
         self.core.families.client_idle_closes.inc();
     }
 
-    /// So many client connections may be open at once.
+    /// Sets the limit of concurrent client connections.
     pub fn set_connections_limit(&self, limit: usize) {
         self.core.families.client_connections_limit.set(limit as i64);
     }
 
-    /// A client's connection was refused at a limit.
+    /// Counts a client connection refused at a limit.
     pub fn client_refused(&self, reason: &'static str) {
         self.core.families.client_connections_refused.get_or_create(&ByReason { reason }).inc();
     }
 
-    /// An idle connection is closed to make room.
+    /// Counts an idle client connection closed to make room.
     pub fn client_shed(&self) {
         self.core.families.client_connections_shed.inc();
     }
 
-    /// The process had no descriptor or no memory left for a connection.
+    /// Counts a connection that could not be accepted for lack of descriptors or memory.
     pub fn accept_failed(&self, listener: &'static str) {
         self.core.families.accept_failures.get_or_create(&ByListener { listener }).inc();
     }
 
-    /// A client has taken nothing of its answer for too long.
+    /// Counts a client that took nothing of its answer for too long.
     pub fn client_stalled(&self) {
         self.core.families.client_stalls.inc();
     }
 
-    /// A client was still sending when its connection was closed.
+    /// Counts a connection closed while the client was still sending.
     pub fn client_linger_cut(&self, reason: &'static str) {
         self.core.families.client_lingers_cut.get_or_create(&ByReason { reason }).inc();
     }
 
-    /// A client's HTTP/2 connection is ended by the agent.
+    /// Counts a client's HTTP/2 connection closed by the agent.
     pub fn http2_ended(&self, reason: &'static str) {
         self.core.families.http2_ended.get_or_create(&ByReason { reason }).inc();
     }
 
-    /// What a JSON body said of its model.
+    /// Counts a JSON body by its model.
     pub fn body_model(&self, model: BodyModel) {
         let counter = match model {
             BodyModel::Found => &self.core.families.bbr_success,
@@ -172,17 +172,17 @@ impl Metrics {
         counter.inc();
     }
 
-    /// What request bodies take, in memory and in files.
+    /// The bytes of request bodies in memory and in files.
     pub fn body_gauges(&self) -> [Gauge; 2] {
         [self.core.families.request_body_memory.clone(), self.core.families.request_body_spill.clone()]
     }
 
-    /// A request's body has begun to go to a file.
+    /// Counts a request body that began to spill to a file.
     pub fn body_spilled(&self, why: &'static str) {
         self.core.families.request_bodies_spilled.get_or_create(&ByReason { reason: why }).inc();
     }
 
-    /// A request is refused because there was no room for its body.
+    /// Counts a request refused because a body budget was exhausted.
     pub fn body_refused(&self, at: &'static str) {
         self.core.families.request_bodies_refused.get_or_create(&ByReason { reason: at }).inc();
     }
@@ -192,7 +192,7 @@ impl Metrics {
         InFlight::new(&self.core.families.epp_streams_inflight)
     }
 
-    /// A request asked for a connection to an endpoint.
+    /// Counts a request for a connection to an endpoint.
     pub fn endpoint_connection(&self, result: Connection) {
         self.core.endpoint_connections[result as usize].inc();
     }
@@ -206,39 +206,39 @@ impl Metrics {
         self.core.families.tls_handshakes_failed.get_or_create(&ByReason { reason }).inc();
     }
 
-    /// A request is sent again.
+    /// Counts a retry.
     pub fn endpoint_retried(&self, reason: &'static str) {
         self.core.families.endpoint_retries.get_or_create(&ByReason { reason }).inc();
     }
 
-    /// A connection to an endpoint did not come about for a fault of this machine's.
+    /// Counts a connection to an endpoint that failed because of this machine.
     pub fn local_fault(&self, reason: &'static str) {
         self.core.families.local_faults.get_or_create(&ByReason { reason }).inc();
     }
 
-    /// A response is carried by `path`; once per response.
+    /// Counts a response by the path that carries it.
     pub fn flow(&self, path: Path, reason: &'static str) {
         self.core.families.flows.get_or_create(&ByFlow { path, reason }).inc();
     }
 
-    /// Bytes of a body that went along `path`.
+    /// Adds bytes of a response body carried by `path`.
     pub fn body_bytes(&self, path: Path, bytes: u64) {
         self.core.body_bytes[path as usize].inc_by(bytes);
     }
 
-    /// Bytes from a client, behind a switch of protocols or in a pinned connection, that went along `path`.
+    /// Adds bytes from a client, of an upgraded or pinned connection, carried by `path`.
     pub fn upstream_bytes(&self, path: Path, bytes: u64) {
         if bytes > 0 {
             self.core.families.upstream_bytes.get_or_create(&ByPath { path }).inc_by(bytes);
         }
     }
 
-    /// The kernel gave a flow back before the end of its message.
+    /// Counts a flow that the kernel disarmed before the end of its message.
     pub fn steer_stopped(&self, reason: &'static str) {
         self.core.families.steer_stops.get_or_create(&ByReason { reason }).inc();
     }
 
-    /// Events of the kernel program were lost.
+    /// Counts lost events of the kernel programs.
     pub fn steer_events_missed(&self, events: u64) {
         self.core.families.steer_events_missed.inc_by(events);
     }
@@ -248,17 +248,17 @@ impl Metrics {
         InFlight::new(&self.core.families.slots_in_use)
     }
 
-    /// Spans have reached the collector.
+    /// Counts spans that the collector accepted.
     pub fn trace_spans_exported(&self, spans: u64) {
         self.core.families.trace_spans_exported.inc_by(spans);
     }
 
-    /// Spans are lost.
+    /// Counts lost spans.
     pub fn trace_spans_dropped(&self, reason: &'static str, spans: u64) {
         self.core.families.trace_spans_dropped.get_or_create(&ByReason { reason }).inc_by(spans);
     }
 
-    /// What the self-test of a path said; replaces what was said of it before.
+    /// Sets the self-test result of a path, replacing the previous one.
     pub fn set_steering_path(&self, path: Path, active: bool, reason: &str) {
         let state = PathState { path, reason: reason.to_owned() };
         let mut shown = self.core.path_states.lock();
@@ -269,8 +269,8 @@ impl Metrics {
         self.core.families.steering_path_active.get_or_create(&ByPath { path }).set(i64::from(active));
     }
 
-    /// Has the endpoints of each pool counted whenever metrics are read, and no others any more; one of `counts` for each pool.
-    /// They must not block.
+    /// Counts the endpoints of each pool at every scrape, replacing the previous counters; one element of `counts` per
+    /// pool. They must not block.
     pub fn count_endpoints(&self, counts: impl IntoIterator<Item = CountEndpoints>) {
         let mut counted = self.core.endpoints.lock();
         for (pool, _) in counted.drain(..) {
@@ -279,18 +279,18 @@ impl Metrics {
         counted.extend(self.pools.iter().cloned().zip(counts));
     }
 
-    /// The configuration was read again: `applied`, or `refused`.
+    /// Counts a reload: `applied` or `refused`.
     pub fn reloaded(&self, result: &'static str) {
         self.core.families.reloads.get_or_create(&ByReason { reason: result }).inc();
     }
 
-    /// OpenMetrics text, of type [`CONTENT_TYPE`].
+    /// The metrics as OpenMetrics text of type [`CONTENT_TYPE`].
     pub fn encode(&self) -> String {
         for (pool, count) in &*self.core.endpoints.lock() {
             pool.set_endpoints(count());
         }
         let mut text = String::with_capacity(16 << 10);
-        // A String takes everything, and no metric here fails to encode; what was written stands if one ever does.
+        // Writing to a String cannot fail. If a metric ever failed to encode, the text before it would remain.
         let _ = text::encode(&mut text, &self.core.registry);
         text
     }
@@ -302,7 +302,7 @@ impl fmt::Debug for Metrics {
     }
 }
 
-/// Adds one to a gauge for as long as it lives.
+/// Adds one to a gauge until dropped.
 #[derive(Debug)]
 #[must_use = "counts only while it is held"]
 pub struct InFlight(Gauge);
@@ -354,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pool_of_a_reload_shares_its_series() {
+    fn reloaded_pool_keeps_its_series() {
         let metrics = metrics();
         metrics.pool(0).evicted();
         metrics.for_pools(&["gpu".to_owned()]).pool(0).evicted();
@@ -362,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn streams_are_measured_by_pool_and_model() {
+    fn event_streams_are_measured_by_pool_and_model() {
         let metrics = metrics();
         metrics.limit_models(1);
         let ms = Duration::from_millis;
@@ -377,20 +377,20 @@ mod tests {
         assert_line(&metrics, &format!(r#"{name}_sum{{pool="gpu",gen_ai_request_model="m"}} 0.06"#));
         assert_line(&metrics, &format!(r#"{name}_count{{pool="cpu",gen_ai_request_model="other"}} 1"#));
         assert_line(&metrics, &format!(r#"{name}_count{{pool="cpu",gen_ai_request_model=""}} 1"#));
-        // A single message has no next one.
+        // A stream of one message has no time between messages.
         let name = "penstock_gen_ai_server_time_per_output_token_seconds";
         assert_line(&metrics, &format!(r#"{name}_count{{pool="gpu",gen_ai_request_model="m"}} 1"#));
         assert_line(&metrics, &format!(r#"{name}_sum{{pool="gpu",gen_ai_request_model="m"}} 0.1"#));
         let name = "penstock_gen_ai_server_output_tokens_per_second";
         assert_line(&metrics, &format!(r#"{name}_sum{{pool="cpu",gen_ai_request_model="m"}} 10.0"#));
         assert_line(&metrics, "penstock_metric_models_overflow_total 1");
-        // The bound outlives a reload, and so do the names.
+        // Limit and known names survive a reload.
         metrics.for_pools(&["gpu".to_owned()]).pool(0).tokens("m2", 1, 2);
         assert_line(&metrics, "penstock_metric_models_overflow_total 2");
     }
 
     #[test]
-    fn exchanges_take_microseconds_or_a_minute() {
+    fn epp_exchange_buckets_reach_from_microseconds_to_a_minute() {
         let metrics = metrics();
         assert!(!metrics.encode().contains("epp_exchange"));
         metrics.pool(0).epp_exchange(EppOutcome::Picked, Duration::from_micros(40));
@@ -403,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn a_replica_has_one_state_at_a_time() {
+    fn replica_has_one_state_at_a_time() {
         let metrics = metrics();
         let replica = "10.0.0.1:9002".parse().unwrap();
         metrics.pool(0).epp_replica(replica, None, Some("unknown"));
@@ -454,11 +454,11 @@ mod tests {
         assert_line(&metrics, r#"penstock_endpoints{pool="cpu",state="ready"} 0"#);
         metrics.for_pools(&["gpu".to_owned()]).count_endpoints([Box::new(|| [0, 0, 0, 7usize]) as CountEndpoints]);
         assert_line(&metrics, r#"penstock_endpoints{pool="gpu",state="ready"} 7"#);
-        assert!(!metrics.encode().contains(r#"endpoints{pool="cpu""#), "a pool that is gone has no endpoints");
+        assert!(!metrics.encode().contains(r#"endpoints{pool="cpu""#), "a removed pool has no endpoints");
     }
 
     #[test]
-    fn places_in_a_list_are_few() {
+    fn fallback_attempt_index_is_bounded() {
         let metrics = metrics();
         for index in 0..20 {
             metrics.pool(0).fallback_attempt(index);
@@ -469,7 +469,7 @@ mod tests {
     }
 
     #[test]
-    fn steering_counts() {
+    fn steering_metrics_are_counted() {
         let metrics = metrics();
         metrics.flow(Path::Ingress, "eligible");
         metrics.body_bytes(Path::Ingress, 10);
@@ -501,7 +501,7 @@ mod tests {
     }
 
     #[test]
-    fn models_of_bodies_are_counted_by_the_names_of_bbr() {
+    fn body_models_are_counted_by_the_names_of_bbr() {
         let metrics = metrics();
         for (model, times) in [(BodyModel::Found, 3), (BodyModel::NotFound, 2), (BodyModel::Empty, 1)] {
             (0..times).for_each(|_| metrics.body_model(model));
@@ -512,7 +512,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_has_one_state_at_a_time() {
+    fn path_has_one_state_at_a_time() {
         let metrics = metrics();
         metrics.set_steering_path(Path::Ingress, true, "passed");
         assert_line(&metrics, r#"penstock_steering_path_active{path="ingress"} 1"#);
@@ -523,7 +523,7 @@ mod tests {
     }
 
     #[test]
-    fn doc_comments_are_the_help() {
+    fn doc_comments_are_the_help_texts() {
         let metrics = metrics();
         assert_line(&metrics, "# HELP penstock_client_connections Client connections that are open.");
         assert_line(&metrics, "# TYPE penstock_client_connections gauge");

@@ -1,7 +1,7 @@
-//! Panics are logged with their place and counted, and a thread that ends by one makes the agent unready.
+//! Logs and counts panics, and makes the agent unready if a panic ends one of its threads.
 //!
-//! [`install`] replaces the process's panic hook, which sees every panic, whoever catches it. [`Watch`] runs the thread of a
-//! part that the agent cannot do without.
+//! [`install`] sets the process's panic hook, which sees every panic, caught or not. [`Watch`] runs the threads that
+//! the agent cannot do without.
 
 use std::{
     any::Any,
@@ -18,15 +18,15 @@ use crate::{
     text::{self, cut},
 };
 
-/// Places that the metric tells apart; panics at further ones count as `other`.
+/// Maximum number of locations that the metric distinguishes; panics at further ones count as `other`.
 const PLACES: usize = 64;
 
-/// Panics of this process by thread and place. A process has one hook, so this counts for the process.
+/// Panics of this process by thread and location. A process has a single hook, so the count is global.
 static SEEN: Mutex<BTreeMap<Place, u64>> = Mutex::new(BTreeMap::new());
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Place {
-    /// What kind of thread: workers are all `worker`.
+    /// The kind of thread; all workers are `worker`.
     pub thread: String,
     /// `file:line`.
     pub at: String,
@@ -37,19 +37,19 @@ pub fn install() {
     std::panic::set_hook(Box::new(record));
 }
 
-/// How many there were at each place.
+/// The number of panics at each location.
 pub fn seen() -> Vec<(Place, u64)> {
     SEEN.lock().iter().map(|(place, &count)| (place.clone(), count)).collect()
 }
 
-/// Logs and counts one.
+/// Logs and counts one panic.
 pub fn record(panic: &PanicHookInfo<'_>) {
     let current = std::thread::current();
     let thread = current.name().unwrap_or("unnamed");
     let at = panic.location().map_or_else(|| "unknown".to_owned(), |at| format!("{}:{}", at.file(), at.line()));
     let message = cut(message(panic.payload()), text::PHRASE);
     count(Place { thread: kind(thread).to_owned(), at: at.clone() });
-    // Without a backtrace, which takes seconds to make readable, of a worker's time.
+    // No backtrace: resolving its symbols takes seconds of the worker's time.
     tracing::error!(thread, at, panic = &*message, "panicked");
 }
 
@@ -68,13 +68,13 @@ fn kind(thread: &str) -> &str {
     }
 }
 
-/// What a panic says.
+/// The message of a panic.
 pub fn message(payload: &(dyn Any + Send)) -> &str {
     let text = payload.downcast_ref::<&str>().copied();
     text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
 }
 
-/// What happens when a part of the agent ends that should not: the agent is unready for good, and is to end.
+/// Handles the end of a part that the agent cannot do without: the agent becomes unready for good and has to stop.
 #[derive(Clone)]
 pub struct Watch {
     readiness: Readiness,
@@ -88,9 +88,9 @@ impl Watch {
         Self { readiness: readiness.clone(), failed: CancellationToken::new(), probe }
     }
 
-    /// Runs a thread's work; `part` names it in `/readyz` and in the log. The part has failed if the work panics.
+    /// Runs a thread's work; `part` names it in `/readyz` and in the log. A panic of the work fails the part.
     pub fn run(&self, part: &str, work: impl FnOnce()) {
-        // Whatever the work has left half done is not used again.
+        // The state that the work leaves behind is not used again.
         let work = || {
             self.probe.at(Point::Thread(part));
             work();
@@ -100,7 +100,7 @@ impl Watch {
         }
     }
 
-    /// `part` cannot go on.
+    /// Reports that `part` has failed.
     pub fn fail(&self, part: &str, why: &str) {
         let why = cut(why, text::PHRASE);
         tracing::error!(part, error = &*why, "a part of the agent failed, draining and exiting");
@@ -128,13 +128,13 @@ mod tests {
         let watch = Watch::new(&readiness, Probe::default());
         watch.run("events", || {});
         assert!(readiness.is_ready() && !watch.has_failed());
-        watch.run("events", || panic!("a fault of this test's"));
+        watch.run("events", || panic!("a panic of this test"));
         assert!(watch.has_failed());
         assert_eq!(readiness.pending(), ["failed: events"]);
     }
 
     #[test]
-    fn threads_are_told_apart_by_what_they_do() {
+    fn threads_are_named_by_kind() {
         let kinds = ["penstock-0", "penstock-17", "penstock-events", "admin", "main"].map(kind);
         assert_eq!(kinds, ["worker", "worker", "penstock-events", "admin", "main"]);
     }

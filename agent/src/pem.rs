@@ -1,4 +1,5 @@
-//! Certificates and keys out of PEM text. A file that only looks right is an error here, not at the first handshake.
+//! Reads and verifies certificates and keys from PEM text, so that an unusable file is an error here and not at the
+//! first handshake.
 
 use std::io;
 
@@ -18,10 +19,10 @@ pub enum PemError {
     Io(#[from] io::Error),
     #[error("{0}")]
     Pem(pem::Error),
-    /// Well formed, but no certificate or key that can be used.
+    /// Well formed, but not a usable certificate or key.
     #[error("{0}")]
     Tls(rustls::Error),
-    #[error("the key is not the certificate's")]
+    #[error("the key does not match the certificate")]
     Mismatch,
 }
 
@@ -40,13 +41,13 @@ impl From<pem::Error> for PemError {
     }
 }
 
-/// At least one, in the order of the text.
+/// The certificates of the text, in order; at least one.
 pub fn certificates(text: &[u8]) -> Result<Vec<CertificateDer<'static>>, PemError> {
     let certificates: Vec<_> = CertificateDer::pem_slice_iter(text).collect::<Result<_, _>>()?;
     if certificates.is_empty() { Err(pem::Error::NoItemsFound.into()) } else { Ok(certificates) }
 }
 
-/// The CA certificates of the text, at least one, as what a server's certificate is verified against.
+/// The CA certificates of the text, at least one, for verifying a server's certificate.
 pub fn roots(text: &[u8]) -> Result<RootCertStore, PemError> {
     let mut roots = RootCertStore::empty();
     for certificate in certificates(text)? {
@@ -62,7 +63,7 @@ pub fn key(text: &[u8]) -> Result<PrivateKeyDer<'static>, PemError> {
     Ok(key)
 }
 
-/// A certificate, those between it and a CA, and the key that belongs to it.
+/// A certificate, its intermediate certificates, and the matching key.
 pub fn certified_key(certificate: &[u8], key_text: &[u8]) -> Result<CertifiedKey, PemError> {
     Ok(CertifiedKey::from_der(certificates(certificate)?, key(key_text)?, &ring::default_provider())?)
 }
@@ -72,7 +73,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_key_belongs_to_its_certificate() {
+    fn key_must_match_its_certificate() {
         let made = |name: &str| rcgen::generate_simple_self_signed([name.to_owned()]).unwrap();
         let (one, other) = (made("one"), made("other"));
         let (certificate, key_text) = (one.cert.pem(), one.signing_key.serialize_pem());
@@ -85,13 +86,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_none_of_them_is_an_error() {
+    fn invalid_pem_is_an_error() {
         let made = rcgen::generate_simple_self_signed(["one".to_owned()]).unwrap();
         let (certificate, key_text) = (made.cert.pem(), made.signing_key.serialize_pem());
         for text in ["", "no certificate", &key_text, &certificate[..certificate.len() / 2]] {
             assert!(certificates(text.as_bytes()).is_err(), "{text:?}");
         }
-        // PEM of something else than a certificate.
+        // PEM with other content than a certificate.
         assert!(roots(b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n").is_err());
         assert_eq!(roots(certificate.as_bytes()).unwrap().len(), 1);
         let no_key = "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n";

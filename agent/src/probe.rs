@@ -1,23 +1,23 @@
-//! Places at which a test can make the agent fail. A process that is not a test has no way to set a probe.
+//! Points at which a test can make the agent fail. Outside of tests no probe can be set.
 
 use std::{fmt, sync::Arc};
 
 use http::request;
 
-/// Where the agent is.
+/// A point in the agent's execution.
 #[derive(Debug, Clone, Copy)]
 pub enum Point<'p> {
-    /// At the beginning of a thread of this name.
+    /// At the start of the thread with this name.
     Thread(&'p str),
-    /// In a worker's own work, about once a second.
+    /// In a worker's own loop, about once a second.
     Worker,
-    /// In the thread of the kernel's events, about once a second.
+    /// In the kernel events thread, about once a second.
     Events,
-    /// With a request whose body and pool are not known yet.
+    /// Before a request's body and pool are known.
     Request(&'p request::Parts),
-    /// With a request that an endpoint has begun to answer, before anything of the answer is sent.
+    /// When an endpoint has begun to answer, before any of the answer is sent.
     Response(&'p request::Parts),
-    /// With a request whose answer has been sent.
+    /// After the answer has been sent.
     Answered(&'p request::Parts),
 }
 

@@ -1,14 +1,14 @@
-//! Whether the agent takes traffic: named gates that start closed, and a drain that never ends.
+//! Whether the agent takes traffic: named gates that start closed, and a drain that cannot be undone.
 //!
-//! Each part that must be up before the first request holds a [`Gate`] and opens it. The names of those still closed are
-//! what `/readyz` answers, so a start that hangs says where. All gates are made before the admin server starts:
-//! with none, the agent counts as ready.
+//! Each part that must be up before the first request holds a [`Gate`] and opens it. `/readyz` lists the closed gates,
+//! so that a start that hangs shows where. All gates must be created before the admin server starts, because an agent
+//! without gates counts as ready.
 
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-/// Shared by cloning.
+/// The readiness of one agent. Clones share it.
 #[derive(Debug, Clone, Default)]
 pub struct Readiness {
     state: Arc<Mutex<State>>,
@@ -26,19 +26,19 @@ impl Readiness {
         Self::default()
     }
 
-    /// A closed gate. Gates may share a name; each is opened for itself.
+    /// Creates a closed gate. Gates may share a name; each has to be opened.
     pub fn gate(&self, name: impl Into<String>) -> Gate {
         let name = name.into();
         self.state.lock().closed.push(name.clone());
         Gate { name, state: Arc::clone(&self.state) }
     }
 
-    /// Not ready from here on, whatever gates open: load balancers stop sending, running responses go on.
+    /// Makes the agent unready for good. Load balancers stop sending; running responses continue.
     pub fn draining(&self) {
         self.state.lock().draining = true;
     }
 
-    /// Not ready from here on, because of this.
+    /// Makes the agent unready for good, because of `what`.
     pub fn fail(&self, what: impl Into<String>) {
         self.state.lock().failed.push(what.into());
     }
@@ -52,8 +52,8 @@ impl Readiness {
         state.closed.is_empty() && state.failed.is_empty() && !state.draining
     }
 
-    /// What keeps the agent from being ready, each name once: a drain, what has failed, then gates in the order they were made.
-    /// Empty when the agent is ready.
+    /// What keeps the agent from being ready, each name once: a drain, then failed parts, then closed gates in creation
+    /// order. Empty if the agent is ready.
     pub fn pending(&self) -> Vec<String> {
         let state = self.state.lock();
         let mut names: Vec<String> = Vec::new();
@@ -67,7 +67,8 @@ impl Readiness {
     }
 }
 
-/// Dropped without [`Gate::open`] it stays closed: a part that failed to start must not make the agent ready.
+/// A gate that holds back readiness. If dropped without [`Gate::open`] it stays closed: a part that failed to start
+/// must not make the agent ready.
 #[derive(Debug)]
 #[must_use = "a gate that is dropped stays closed for good"]
 pub struct Gate {
@@ -89,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ready_when_every_gate_is_open() {
+    fn agent_is_ready_when_every_gate_is_open() {
         let readiness = Readiness::new();
         assert!(readiness.is_ready());
         let listeners = readiness.gate("listeners");
@@ -104,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn gates_of_one_name_open_one_by_one() {
+    fn gates_with_the_same_name_open_separately() {
         let readiness = Readiness::new();
         let gates = [readiness.gate("listeners"), readiness.gate("listeners")];
         assert_eq!(readiness.pending(), ["listeners"]);
@@ -116,14 +117,14 @@ mod tests {
     }
 
     #[test]
-    fn a_dropped_gate_stays_closed() {
+    fn dropped_gate_stays_closed() {
         let readiness = Readiness::new();
         drop(readiness.gate("steering"));
         assert_eq!(readiness.pending(), ["steering"]);
     }
 
     #[test]
-    fn failed_part_is_for_good() {
+    fn failed_part_keeps_the_agent_unready() {
         let readiness = Readiness::new();
         readiness.gate("worker 0").open();
         readiness.fail("failed: worker 0");
@@ -132,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn draining_is_for_good() {
+    fn draining_keeps_the_agent_unready() {
         let readiness = Readiness::new();
         let gate = readiness.gate("picker");
         readiness.clone().draining();

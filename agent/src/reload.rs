@@ -1,23 +1,23 @@
-//! What a running agent can take from another configuration, and what only a start can.
+//! Compares two configurations: which settings a running agent can change, and which need a restart.
 //!
-//! Pools, routes, timeouts, limits and all else that a request looks up apply to the requests that come after. What is bound,
+//! Pools, routes, timeouts, limits and everything else that a request looks up apply to later requests. What is bound,
 //! sized or started once is compared here.
 
 use crate::config::{Config, Listen};
 
 #[derive(Debug, thiserror::Error)]
 pub enum ReloadError {
-    #[error("{} cannot change while the agent runs: restart it", .0.join(", "))]
+    #[error("{} cannot change at run time: restart the agent", .0.join(", "))]
     NeedsRestart(Vec<&'static str>),
     #[error("{0:#}")]
     Pools(anyhow::Error),
-    #[error("what goes on beside requests has ended, and the agent is to be started again: {0:#}")]
-    Beside(anyhow::Error),
+    #[error("background tasks stopped; restart the agent: {0:#}")]
+    Background(anyhow::Error),
 }
 
-/// The settings that differ and cannot be taken, as they are named in the file.
+/// The names of the settings that differ and need a restart.
 pub fn needs_restart(before: &Config, after: &Config) -> Vec<&'static str> {
-    // Every field is named, so that a new one is decided on.
+    // Every field is named, so that a decision has to be made for each new one.
     let Listen {
         address,
         workers,
@@ -68,7 +68,7 @@ mod tests {
     use crate::config::{Pool, Route};
 
     #[test]
-    fn what_requests_look_up_can_change_and_what_is_bound_cannot() {
+    fn settings_of_bound_resources_need_a_restart() {
         let before = Config::new(vec![Pool::new("a", vec![])]);
         let mut after = Config::new(vec![Pool::new("b", vec![])]);
         after.routes = vec![Route::to("b")];
@@ -80,6 +80,6 @@ mod tests {
         after.admin.address.set_port(2);
         after.steering.max_flows += 1;
         let refused = ReloadError::NeedsRestart(needs_restart(&before, &after)).to_string();
-        assert_eq!(refused, "listen.address, admin, steering cannot change while the agent runs: restart it");
+        assert_eq!(refused, "listen.address, admin, steering cannot change at run time: restart the agent");
     }
 }

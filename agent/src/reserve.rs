@@ -1,7 +1,8 @@
-//! File descriptors that are held back, so that a connection can still be accepted after the process has run out of them.
+//! Reserved file descriptors, so that a connection can still be accepted after the process has run out of them.
 //!
-//! A held descriptor is open on `/dev/null`. [`Reserve::release`] closes one, so that the next `accept` finds a free number;
-//! [`Reserve::reclaim`] closes that connection and keeps its number in one step, which no other thread can get between.
+//! A reserved descriptor is open on `/dev/null`. [`Reserve::release`] closes one, so that the next `accept` gets its
+//! number. [`Reserve::reclaim`] closes that connection and takes the number back atomically, so that no other thread
+//! can take it.
 
 use std::{cell::RefCell, fs::File, io, os::fd::OwnedFd};
 
@@ -13,19 +14,19 @@ pub struct Reserve {
 }
 
 impl Reserve {
-    /// Opens `size` descriptors, or as many as there are left.
+    /// Opens `size` descriptors, or as many as are available.
     pub fn new(size: usize) -> Self {
         let reserve = Self { size, held: RefCell::default() };
         reserve.refill();
         reserve
     }
 
-    /// Closes one held descriptor; false if none is held.
+    /// Closes one reserved descriptor; false if none is left.
     pub fn release(&self) -> bool {
         self.held.borrow_mut().pop().is_some()
     }
 
-    /// Opens what has been released, as far as the process has descriptors again.
+    /// Opens released descriptors again, as far as the process can.
     pub fn refill(&self) {
         let mut held = self.held.borrow_mut();
         while held.len() < self.size
@@ -35,7 +36,7 @@ impl Reserve {
         }
     }
 
-    /// Closes `stream`, and keeps its descriptor if the reserve is not full.
+    /// Closes `stream` and keeps its descriptor, unless the reserve is full.
     pub fn reclaim(&self, stream: TcpStream) {
         let mut held = self.held.borrow_mut();
         if held.len() == self.size {
@@ -44,7 +45,7 @@ impl Reserve {
         let Ok(stream) = stream.into_std() else { return };
         let mut number = OwnedFd::from(stream);
         match held.last() {
-            // Copying over an open descriptor closes it.
+            // dup2 onto an open descriptor closes it.
             Some(null) if nix::unistd::dup2(null, &mut number).is_ok() => held.push(number),
             Some(_) => {}
             None => {
@@ -55,7 +56,7 @@ impl Reserve {
     }
 }
 
-/// Whether the process or the machine has no descriptor or no memory left for a further connection.
+/// Whether the process or the machine has no descriptor or memory for another connection.
 pub fn is_exhausted(error: &io::Error) -> bool {
     use nix::libc::{EMFILE, ENFILE, ENOBUFS, ENOMEM};
     matches!(error.raw_os_error(), Some(EMFILE | ENFILE | ENOBUFS | ENOMEM))

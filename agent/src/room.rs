@@ -1,7 +1,7 @@
-//! How many client connections may be open at once, over all workers and listeners, and which of them end to make room.
+//! Limits the concurrent client connections over all workers and listeners, and closes idle ones to make room.
 //!
-//! Beyond the limit, the connection that has been idle longest gives up its place: one on the worker that accepts if there is
-//! any, else one on the worker that has the most. A connection with a request is never closed for another.
+//! At the limit, the connection that has been idle longest is closed: one of the accepting worker if it has any, else
+//! one of the worker that has the most. A connection with a request is never closed.
 
 use std::{
     cell::{Cell, RefCell},
@@ -19,27 +19,27 @@ use tokio::{
     time::timeout,
 };
 
-/// How long a new connection waits for an idle one to end.
+/// How long a new connection waits for an idle one to close.
 const WAIT: Duration = Duration::from_millis(250);
 
-/// What all workers share.
+/// The limit that all workers share.
 pub struct Room {
     places: Arc<Semaphore>,
     limit: usize,
-    /// One for each worker.
+    /// One per worker.
     corners: Vec<Corner>,
 }
 
 #[derive(Default)]
 struct Corner {
-    /// Idle connections.
+    /// Number of idle connections.
     idle: AtomicUsize,
-    /// How many of them other workers want to have closed.
+    /// Number of idle connections that other workers want closed.
     wanted: AtomicUsize,
     asked: Notify,
 }
 
-/// A connection's place, until it is dropped.
+/// A connection's place; dropping it frees the place.
 pub type Place = OwnedSemaphorePermit;
 
 impl Room {
@@ -48,10 +48,10 @@ impl Room {
         Arc::new(Self { places: Arc::new(Semaphore::new(limit)), limit, corners })
     }
 
-    /// For `/readyz?verbose`.
+    /// The connection count for `/readyz?verbose`.
     pub fn describe(&self) -> String {
         let free = self.places.available_permits();
-        let full = if free == 0 { ", full: new ones are refused unless an idle one can be closed" } else { "" };
+        let full = if free == 0 { ", full: new connections are refused unless an idle one can be closed" } else { "" };
         format!("connections: {} of {}{full}", self.limit - free, self.limit)
     }
 
@@ -65,7 +65,7 @@ pub struct Idle {
     room: Arc<Room>,
     worker: usize,
     next: Cell<u64>,
-    /// Those that have been idle longest first.
+    /// Longest idle first.
     resting: RefCell<BTreeMap<u64, Rc<Notify>>>,
 }
 
@@ -78,7 +78,7 @@ impl Idle {
         &self.room
     }
 
-    /// A place that is free, or becomes free because an idle connection ends; `None` if there is no such connection.
+    /// Waits for a free place, closing an idle connection if needed; `None` if no connection is idle.
     pub async fn enter(&self) -> Option<Place> {
         if let Some(place) = self.room.try_enter() {
             return Some(place);
@@ -89,7 +89,7 @@ impl Idle {
         timeout(WAIT, Arc::clone(&self.room.places).acquire_owned()).await.ok()?.ok()
     }
 
-    /// Has one idle connection closed, which takes a moment; false if there is none on any worker.
+    /// Asks for one idle connection to be closed, which takes a moment. Returns false if no worker has one.
     pub fn make_room(&self) -> bool {
         if self.close_oldest() {
             return true;
@@ -112,7 +112,7 @@ impl Idle {
         true
     }
 
-    /// Closes idle connections as other workers ask for it. Never returns.
+    /// Closes idle connections at the request of other workers. Never returns.
     pub async fn serve_others(&self) {
         loop {
             self.corner().asked.notified().await;
@@ -127,13 +127,13 @@ impl Idle {
     }
 }
 
-/// A connection that may be idle at times.
+/// A connection's idle state.
 pub struct Resting {
     idle: Rc<Idle>,
     close: Rc<Notify>,
-    /// Its place among the idle ones.
+    /// Its key among the idle connections.
     number: Cell<Option<u64>>,
-    /// It has had one.
+    /// The connection has had a request.
     used: Cell<bool>,
     over: Cell<bool>,
 }
@@ -144,7 +144,7 @@ impl Resting {
         Self { idle: Rc::clone(idle), close, number: Cell::new(None), used: Cell::new(false), over: Cell::new(false) }
     }
 
-    /// It has no request from now on.
+    /// Marks the connection idle.
     pub fn begin(&self) {
         if self.number.get().is_none() {
             let number = self.idle.next.replace(self.idle.next.get() + 1);
@@ -154,7 +154,7 @@ impl Resting {
         }
     }
 
-    /// It has one.
+    /// Marks the connection busy with a request.
     pub fn end(&self) {
         self.used.set(true);
         if let Some(number) = self.number.take()
@@ -168,7 +168,7 @@ impl Resting {
         self.used.get()
     }
 
-    /// It ends for another one.
+    /// Marks the connection as shed.
     pub fn give_up(&self) {
         self.over.set(true);
     }
@@ -177,7 +177,7 @@ impl Resting {
         self.over.get()
     }
 
-    /// Resolves when the connection is to end for another one, if it is idle then. Cancel-safe.
+    /// Resolves when the connection has to close in favour of another one. Cancel-safe.
     pub async fn closed(&self) {
         self.close.notified().await;
     }
@@ -196,12 +196,12 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn full_room_closes_the_connection_that_has_been_idle_longest() {
+    async fn full_room_closes_the_longest_idle_connection() {
         let room = Room::new(2, 1);
         let idle = Idle::new(Arc::clone(&room), 0);
         let [one, two] = [Resting::new(&idle), Resting::new(&idle)];
         let places = [idle.enter().await.unwrap(), idle.enter().await.unwrap()];
-        assert!(idle.enter().await.is_none(), "both have a request");
+        assert!(idle.enter().await.is_none(), "both connections have a request");
         one.begin();
         two.begin();
         one.end();

@@ -1,9 +1,9 @@
-//! The life of a running agent: it reads its configuration again at SIGHUP, and leaves at SIGTERM, SIGINT or a failure of one of
-//! its parts.
+//! Runs an agent until it ends: reloads the configuration at SIGHUP, and stops at SIGTERM, SIGINT or a failure of one
+//! of its parts.
 //!
-//! It leaves in three steps: for `timeouts.lame_duck` it still accepts, while `/readyz` and each answer send clients elsewhere;
-//! then the port closes, and what runs may finish within `timeouts.drain`; then what still runs is broken off. A second signal
-//! breaks off at once.
+//! Stops in three steps. For `timeouts.lame_duck` the agent still accepts, while `/readyz` and each answer send clients
+//! elsewhere. Then the port closes, and running requests may finish within `timeouts.drain`. Then what still runs is
+//! aborted. A second signal aborts immediately.
 
 use std::{io, time::Duration};
 
@@ -17,10 +17,10 @@ use crate::{
     config::{Config, ConfigErrors, Timeouts},
 };
 
-/// How often a draining agent looks whether it is done.
+/// Time between two checks whether a drain is done.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// The handlers of signals, on a runtime of their own.
+/// The signal handlers, with their runtime.
 pub struct Signals {
     runtime: tokio::runtime::Runtime,
     terminate: Signal,
@@ -29,7 +29,8 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Before the agent starts, so that no signal ends it in the middle of a request.
+    /// Installs the handlers. Must be called before the agent starts, so that no signal kills it in the middle of a
+    /// request.
     pub fn install() -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let [terminate, interrupt, hangup] = {
@@ -40,7 +41,7 @@ impl Signals {
     }
 }
 
-/// How long an agent takes to leave.
+/// The time limits for stopping.
 #[derive(Clone, Copy)]
 struct Leave {
     lame_duck: Duration,
@@ -53,7 +54,8 @@ impl From<&Timeouts> for Leave {
     }
 }
 
-/// Returns when the agent has ended. `read` reads the configuration as it is now. An error says that a part of the agent failed.
+/// Runs until the agent has ended. `read` reads the current configuration. Returns an error if a part of the agent
+/// failed.
 pub fn until_ended(
     agent: Agent,
     signals: Signals,
@@ -64,7 +66,7 @@ pub fn until_ended(
     let failed = agent.has_failed();
     agent.join();
     tracing::info!("stopped");
-    anyhow::ensure!(!failed, "a part of the agent failed; the log says which");
+    anyhow::ensure!(!failed, "a part of the agent failed, see the log");
     Ok(())
 }
 
@@ -74,7 +76,7 @@ struct Stop {
 }
 
 impl Stop {
-    /// Cancel-safe.
+    /// Resolves at the next SIGTERM or SIGINT. Cancel-safe.
     async fn asked(&mut self) {
         tokio::select! {
             _ = self.terminate.recv() => {}
@@ -113,25 +115,25 @@ async fn live(agent: &Agent, mut stop: Stop, mut hangup: Signal, read: impl Fn()
     }
 }
 
-/// Reads the configuration again and takes it; returns its times for leaving. One that is wrong, or needs a restart, changes
-/// nothing.
+/// Reloads the configuration and returns its time limits for stopping. An invalid configuration, or one that needs a
+/// restart, changes nothing.
 fn reload(agent: &Agent, read: impl Fn() -> Result<Config, ConfigErrors>) -> Option<Leave> {
     let config = match read() {
         Ok(config) => config,
         Err(errors) => {
             agent.metrics().reloaded("invalid");
-            tracing::error!("the configuration stays as it was:\n{errors}");
+            tracing::error!("configuration reload failed, keeping the current one:\n{errors}");
             return None;
         }
     };
     let leave = Leave::from(&config.timeouts);
     match agent.reload(config) {
         Ok(()) => {
-            tracing::info!("the configuration was read again");
+            tracing::info!("configuration reloaded");
             Some(leave)
         }
         Err(error) => {
-            tracing::error!(%error, "the configuration stays as it was");
+            tracing::error!(%error, "configuration reload failed, keeping the current one");
             None
         }
     }

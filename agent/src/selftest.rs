@@ -1,7 +1,8 @@
-//! The proof that this kernel steers without losing a byte, made on loopback connections before the first request.
+//! The self-test: proves on loopback connections, before the first request, that this kernel steers without losing a
+//! byte.
 //!
-//! A path is proven by its cases. Each sends patterned bytes through the same code that serves clients and compares every one
-//! of them. The proof does not show the absence of rare races: kernels that are known for those are refused by their version.
+//! Each case sends patterned bytes through the code that serves clients and compares all of them. Rare races cannot be
+//! excluded this way; kernels that are known for them are refused by version.
 
 mod cases;
 mod rig;
@@ -21,31 +22,31 @@ use crate::{
     steer::WorkerSteering,
 };
 
-/// All cases of a path together. They take some tens of milliseconds, but a node that starts everything at once is slow, and a
-/// path that is off stays off.
+/// Time limit for all cases of a path. They take some tens of milliseconds, but a node that starts many processes at
+/// once is slow, and a path that is off stays off.
 const DEADLINE: Duration = Duration::from_secs(20);
 
-/// What every path must do, in its lane.
+/// The cases that every path must pass.
 pub const CASES: &[Case] = cases::CASES;
 
 pub use visible::how_visible;
 
-/// One thing that a path must do.
+/// One requirement of a path.
 pub struct Case {
     pub name: &'static str,
     run: fn(&Rc<WorkerSteering>, Lane) -> LocalBoxFuture<'_, Result<()>>,
 }
 
-/// What came of a case.
+/// The result of a case.
 #[derive(Debug, Clone)]
 pub struct Check {
     pub case: &'static str,
     pub took: Duration,
-    /// Why it failed.
+    /// Why the case failed, if it did.
     pub failure: Option<String>,
 }
 
-/// Runs every case in one lane, on a runtime of its own. Fails where none could be run.
+/// Runs the cases on one path, on a runtime of its own. Fails if the cases cannot run at all.
 pub fn prove(kernel: &Arc<Kernel>, lane: Lane, cases: &[Case]) -> Result<Vec<Check>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let steering = WorkerSteering::new(kernel)?;
@@ -53,7 +54,7 @@ pub fn prove(kernel: &Arc<Kernel>, lane: Lane, cases: &[Case]) -> Result<Vec<Che
         let deadline = tokio::time::Instant::now() + DEADLINE;
         let mut checks = Vec::with_capacity(cases.len());
         for case in cases {
-            // Each takes a slot. That a small table is full of those that are soon to be free is no fault of the path.
+            // Each case takes a slot. A small table may be full of retired slots, which is not a fault of the path.
             if kernel.slots().is_exhausted() {
                 kernel.slots().reclaim();
             }
@@ -81,8 +82,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn this_kernel_steers() {
-        // A case has one connection at a time.
+    fn running_kernel_passes_every_case() {
+        // A case uses one connection at a time.
         let mut kernel = Kernel::load(1).expect("load");
         kernel.try_local(None);
         assert_eq!(kernel.local(), Ok(()));
@@ -98,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn a_case_that_fails_says_why_and_the_others_run() {
+    fn failed_case_has_a_reason_and_the_others_still_run() {
         let kernel = Arc::new(Kernel::load(64).expect("load"));
         let checks = prove(&kernel, Lane::Ingress, FAILING).expect("the cases run");
         let failures: Vec<_> = checks.iter().map(|check| (check.case, check.failure.as_deref())).collect();

@@ -1,5 +1,5 @@
-//! What all workers share under one configuration. A reload makes another one; requests that have begun keep the one that they
-//! began with.
+//! The state that all workers share under one configuration. A reload creates a new one; running requests keep the one
+//! they began with.
 
 use std::{net::SocketAddr, sync::Arc, time::Instant};
 
@@ -24,30 +24,30 @@ pub struct Shared {
     pub config: Config,
     pub router: Router,
     pub metrics: Arc<Metrics>,
-    /// Where tracing is on.
+    /// None if tracing is off.
     pub telemetry: Option<Telemetry>,
-    /// One for each pool.
+    /// One per pool.
     pub endpoints: Vec<Arc<EndpointSet>>,
-    /// One for each pool.
+    /// One per pool.
     pub retries: Vec<RetryBudget>,
-    /// One for each pool: picks for `builtin` and for fail-open.
+    /// One per pool; picks for `builtin` pools and for fail-open.
     pub pickers: Vec<BuiltinPicker>,
-    /// One for each pool that asks an EPP.
+    /// One per pool; None if the pool does not use an EPP.
     pub replicas: Vec<Option<Arc<Replicas>>>,
-    /// The headers in which EPPs name their picks: `picker.header` of every pool, and the protocol's own.
+    /// The headers in which EPPs return their picks: `picker.header` of every pool, and the protocol's own.
     pub pick_headers: Vec<HeaderName>,
     pub model_headers: ModelHeaders,
-    /// Where this agent listens.
+    /// The addresses at which this agent listens.
     pub own: Listeners,
-    /// What requests are marked with that this agent has forwarded.
+    /// The mark on requests that this agent has forwarded.
     pub mark: HeaderValue,
-    /// The agent is about to drain: connections are asked to end with the request that they carry.
+    /// Cancelled when the agent is about to drain: connections are asked to end after their current request.
     pub leaving: CancellationToken,
-    /// Outlives a reload, as the bodies do.
+    /// Kept across reloads, as bodies are.
     pub bodies: Arc<Bodies>,
-    /// No new connections or requests; what runs may finish.
+    /// Cancelled when no new connections or requests are accepted; running requests may finish.
     pub draining: CancellationToken,
-    /// Break off what still runs.
+    /// Cancelled when running requests have to be aborted.
     pub force: CancellationToken,
     pub probe: Probe,
 }
@@ -59,14 +59,14 @@ impl Shared {
         Ok(Self::with(config, endpoints, replicas, metrics, telemetry))
     }
 
-    /// With the addresses that are bound.
+    /// Sets the bound addresses.
     #[must_use]
     pub fn listening(self, own: Listeners) -> Self {
         Self { own, ..self }
     }
 
-    /// Under another configuration. Pools are the same where their names are: their endpoints go on as they are, and so does
-    /// their EPP if its settings are the same.
+    /// The state under another configuration. A pool with the same name keeps its endpoints, and its EPP if the picker
+    /// settings are equal.
     pub fn after(&self, config: Config) -> anyhow::Result<Self> {
         let endpoints = config.pools.iter().map(|pool| match self.pool_named(&pool.name) {
             Some(before) => EndpointSet::after(&self.endpoints[before], pool, &config.node),
@@ -127,7 +127,7 @@ impl Shared {
         self.config.pools.iter().position(|pool| pool.name == name)
     }
 
-    /// A request got no answer from `address`.
+    /// Records that a request got no answer from `address`.
     pub fn endpoint_failed(&self, pool: usize, address: SocketAddr) {
         if self.endpoints[pool].failed(address, Instant::now()) {
             self.metrics.pool(pool).ejected();
@@ -135,7 +135,7 @@ impl Shared {
         }
     }
 
-    /// `address` answered with `status`.
+    /// Records that `address` answered with `status`.
     pub fn endpoint_answered(&self, pool: usize, address: SocketAddr, status: StatusCode) {
         if status.is_server_error() && self.endpoints[pool].counts_server_errors() {
             self.endpoint_failed(pool, address);
@@ -144,15 +144,15 @@ impl Shared {
         }
     }
 
-    /// Whether requests of the pool may be sent to `address`: it is in the pool and not draining, or the pool lets the EPP name
-    /// it, and it is not this agent.
+    /// Whether requests of the pool may be sent to `address`: it is in the pool and not draining, or the pool admits it
+    /// by passthrough; and it is not a listener of this agent.
     pub fn admits(&self, pool: usize, address: SocketAddr) -> bool {
         let listed = self.endpoints[pool].snapshot();
         let stranger = || self.config.pools[pool].passthrough.admits(address.ip());
         listed.get(address).map_or_else(stranger, |endpoint| !endpoint.draining) && !self.own.accept(address)
     }
 
-    /// Whether a request may still go to `address`. If not, idle connections to it are of no use.
+    /// Whether a request may still go to `address`. If not, idle connections to it can be closed.
     pub fn is_dialled(&self, address: SocketAddr) -> bool {
         let listed =
             |endpoints: &Arc<EndpointSet>| endpoints.snapshot().get(address).is_some_and(|endpoint| !endpoint.draining);
@@ -172,12 +172,12 @@ fn replicas(pool: &config::Pool) -> anyhow::Result<Option<Arc<Replicas>>> {
     }
 }
 
-/// The names of the pools, in their order.
+/// The names of the pools, in configuration order.
 pub fn names(config: &Config) -> Vec<String> {
     config.pools.iter().map(|pool| pool.name.clone()).collect()
 }
 
-/// One of this agent's own.
+/// A random mark that identifies this agent.
 fn mark() -> HeaderValue {
     let mut text = uuid::Uuid::encode_buffer();
     let id = uuid::Uuid::new_v4().simple().encode_lower(&mut text);

@@ -1,5 +1,5 @@
-//! A worker's place: a core, its current-thread runtime and its listeners. What requests are served with comes with the
-//! configuration; the connections stay when that is replaced.
+//! The accept loop of one worker: accepts connections on its listeners and serves them on the worker's current-thread
+//! runtime. A reload replaces the configuration; connections stay.
 
 mod refusal;
 
@@ -25,23 +25,24 @@ use crate::{
     worker::{Current, Worker},
 };
 
-/// Connections of a worker that are being refused, or wait for an idle one to end. Those beyond are closed at once.
+/// Maximum number of a worker's connections that are being refused or wait for an idle one to close. Further ones are
+/// closed immediately.
 const REFUSALS: usize = 128;
-/// Pause after a connection that is closed at once, and after an `accept` that failed.
+/// Pause after a connection that was closed immediately, and after a failed `accept`.
 const PAUSE: Duration = Duration::from_millis(1);
 const EXHAUSTED: Duration = Duration::from_millis(10);
-/// How long handshakes that have begun may take to end, once no others may begin.
+/// Time limit for handshakes in progress once new ones are refused.
 const HANDSHAKES: Duration = Duration::from_millis(200);
 
-/// Where clients connect to a worker.
+/// A listening socket of a worker.
 pub struct Listener {
     pub socket: TcpListener,
-    /// For clients that speak TLS.
+    /// Set for clients that speak TLS.
     pub tls: Option<Acceptor>,
 }
 
-/// Serves until drained: returns when the last connection has ended after `draining`, or all are broken off by `force`. `idle`
-/// bounds the connections, with those of the other workers. `updates`: what holds after a reload.
+/// Serves until drained: returns when the last connection has ended after `draining`, or when `force` aborts them all.
+/// `idle` limits the connections, shared with the other workers. `updates` yields the state after each reload.
 pub async fn serve(worker: Worker, listeners: Vec<Listener>, idle: Rc<Idle>, updates: watch::Receiver<Arc<Shared>>) {
     let draining = worker.shared.draining.clone();
     let current = Rc::new(Current::new(worker, idle));
@@ -60,16 +61,17 @@ pub async fn serve(worker: Worker, listeners: Vec<Listener>, idle: Rc<Idle>, upd
         () = current.idle.serve_others() => {}
         () = draining.cancelled() => {}
     }
-    // Who has begun to connect is served; who begins now is not heard, where that can be, and refused when it tries again.
+    // Connections in progress are still accepted. New handshakes are dropped if possible, so that the client is refused
+    // when it tries again.
     for listener in &listeners {
         if let Err(error) = socket::refuse_handshakes(&listener.socket) {
-            // Since Linux 6.16 this takes CAP_NET_ADMIN. Without it, only a handshake that ends between the last look at the queue
-            // and the close is reset.
-            tracing::debug!(%error, "new handshakes go on until the port closes");
+            // Since Linux 6.16 this needs CAP_NET_ADMIN. Without it, a handshake that ends between the last check of
+            // the queue and the close is reset.
+            tracing::debug!(%error, "could not drop new handshakes, accepting them until the port closes");
         }
     }
     let _ = timeout(HANDSHAKES, join_all(listeners.iter().map(|listener| site.accept_all(listener)))).await;
-    // The socket itself says what there is.
+    // The raw socket shows whether a connection is left.
     for Listener { socket, tls } in listeners {
         let Ok(socket) = socket.into_std() else { continue };
         while let Ok((stream, peer)) = socket.accept() {
@@ -88,7 +90,7 @@ pub async fn serve(worker: Worker, listeners: Vec<Listener>, idle: Rc<Idle>, upd
     }
 }
 
-/// Takes every update. Never returns.
+/// Applies every reload. Never returns.
 async fn follow(current: &Current, mut updates: watch::Receiver<Arc<Shared>>) {
     while updates.changed().await.is_ok() {
         let shared = Arc::clone(&updates.borrow_and_update());
@@ -100,9 +102,9 @@ async fn follow(current: &Current, mut updates: watch::Receiver<Arc<Shared>>) {
 struct Site {
     current: Rc<Current>,
     connections: TaskTracker,
-    /// Of [`REFUSALS`].
+    /// Current number of refusals; see [`REFUSALS`].
     refusals: Rc<Cell<usize>>,
-    /// A descriptor to refuse a connection with, when there is no other.
+    /// A descriptor for refusing a connection when the process has run out of them.
     reserve: Reserve,
     said: Seldom,
 }
@@ -118,7 +120,7 @@ impl Site {
         }
     }
 
-    /// Never returns.
+    /// Accepts connections. Never returns.
     async fn accept_all(&self, Listener { socket, tls }: &Listener) {
         loop {
             let (stream, peer) = self.accept(socket, tls.is_some()).await;
@@ -128,7 +130,7 @@ impl Site {
         }
     }
 
-    /// Serves the connection where there is room, or refuses it; false if it had to be closed without a word.
+    /// Serves the connection if there is room, or refuses it. Returns false if it had to be closed without an answer.
     fn take(&self, stream: TcpStream, peer: SocketAddr, tls: Option<Acceptor>) -> bool {
         let current = Rc::clone(&self.current);
         if let Some(place) = current.idle.room().try_enter() {
@@ -155,7 +157,7 @@ impl Site {
             refusal::count(&worker, "max_connections");
             if said {
                 let limit = worker.shared.config.listen.max_connections;
-                tracing::warn!(limit, "no room for further connections, refusing new ones");
+                tracing::warn!(limit, "connection limit reached, refusing new connections");
             }
             if tls.is_none() {
                 refusal::answer(&worker, stream).await;
@@ -164,13 +166,15 @@ impl Site {
         true
     }
 
-    /// The next connection. If there is no descriptor for it, an idle connection gives up its own; if none is idle, it is refused.
+    /// Accepts the next connection. If the process is out of descriptors, an idle connection is closed for it; if none
+    /// is idle, the new one is refused.
     async fn accept(&self, listener: &TcpListener, tls: bool) -> (TcpStream, SocketAddr) {
         loop {
             self.reserve.refill();
             match listener.accept().await {
                 Ok(accepted) => return accepted,
-                // The kernel looks for a descriptor before it looks for a connection: there may be none.
+                // The kernel allocates the descriptor before it checks for a connection, so the retry can find no
+                // connection waiting.
                 Err(error) if is_exhausted(&error) && self.reserve.release() => {
                     if let Some(Ok(accepted)) = listener.accept().now_or_never() {
                         let worker = self.current.worker();
@@ -186,7 +190,7 @@ impl Site {
                     }
                 }
                 Err(error) if is_exhausted(&error) => tokio::time::sleep(EXHAUSTED).await,
-                // The client has left already, or its network has: accept(2), "Error handling".
+                // The client or its network is gone already: accept(2), "Error handling".
                 Err(error) if is_of_the_connection(&error) => {}
                 Err(error) => {
                     if self.said.may() {
@@ -198,7 +202,7 @@ impl Site {
         }
     }
 
-    /// Refuses a connection that has the descriptor of the reserve.
+    /// Refuses a connection that uses the reserved descriptor.
     fn refuse(&self, worker: &Worker, stream: TcpStream, tls: bool) {
         refusal::count(worker, "descriptors");
         if !tls {
@@ -208,7 +212,7 @@ impl Site {
     }
 }
 
-/// One of [`REFUSALS`], until it is dropped.
+/// A refusal in progress, counted until dropped.
 struct Refusal(Rc<Cell<usize>>);
 
 impl Refusal {
@@ -240,7 +244,7 @@ async fn connection(current: &Rc<Current>, stream: TcpStream, peer: SocketAddr, 
     }
 }
 
-/// Whether the error says something of the connection in the queue, and nothing of the listener.
+/// Whether the error concerns the queued connection rather than the listener.
 fn is_of_the_connection(error: &io::Error) -> bool {
     use nix::libc::{
         ECONNABORTED, EHOSTDOWN, EHOSTUNREACH, EINTR, ENETDOWN, ENETUNREACH, ENONET, ENOPROTOOPT, EOPNOTSUPP, EPROTO,

@@ -1,8 +1,8 @@
-//! What the picker learns of a response's body: a copy of every byte, or of the end that says how many tokens there were.
+//! Copies what a picker wants of a response body: every byte, or the end with its token counts.
 //!
-//! Given the payload in order as it goes by, whoever carries it, it gives pieces for the picker's stream and, when the body is
-//! over, what is left to tell. The client never waits for it: pieces wait in a queue of bounded size, and a picker that does
-//! not take them is told no more of this response. A `Tee` exists only where a pool's picker wants one.
+//! Takes the payload in order, whichever path carries it. Returns pieces for the picker's stream and, at the end of the
+//! body, the rest. The client never waits for it: pieces wait in a bounded queue, and a picker that does not take them
+//! gets no more of this response. A `Tee` exists only if a pool's picker wants one.
 
 mod usage;
 
@@ -16,17 +16,17 @@ pub use usage::Usage;
 
 use crate::config::ResponseToPicker;
 
-/// A JSON document up to this size is kept whole, because only the whole can be parsed.
+/// Maximum size of a JSON document that is kept, in bytes; it has to be complete to be parsed.
 const DOCUMENT: usize = 256 << 10;
 
 #[derive(Debug)]
 pub struct Tee {
     keep: Keep,
-    /// The end of the payload so far.
+    /// The last bytes of the payload so far.
     kept: BytesMut,
-    /// Bytes came before what is kept.
+    /// Whether bytes before `kept` were dropped.
     cut: bool,
-    /// With `body`: what the picker has not taken yet.
+    /// In mode `body`: pieces that the picker has not taken yet.
     queue: Option<Queue>,
 }
 
@@ -34,9 +34,9 @@ pub struct Tee {
 enum Keep {
     /// The last events of an event stream.
     Events,
-    /// A whole JSON document.
+    /// A complete JSON document.
     Document,
-    /// Nothing that could be read here.
+    /// Nothing, because the body cannot be parsed.
     Nothing,
 }
 
@@ -49,7 +49,8 @@ struct Queue {
 }
 
 impl Tee {
-    /// `None`: the picker learns of the end and nothing else. `length` is the body's where it is declared.
+    /// Returns `None` if the picker wants nothing of the body but its end. `length` is the declared length of the body,
+    /// in bytes.
     pub fn new(mode: ResponseToPicker, headers: &HeaderMap, length: Option<u64>, queue_limit: usize) -> Option<Self> {
         let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
         let kind = text(header::CONTENT_TYPE).split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
@@ -71,12 +72,12 @@ impl Tee {
         Some(Self { keep, kept: BytesMut::new(), cut: false, queue })
     }
 
-    /// More is wanted than the end that the kernel can keep.
+    /// Whether more is wanted than the tail that the kernel can keep.
     pub fn wants_all(&self) -> bool {
         self.queue.is_some() || self.keep == Keep::Document
     }
 
-    /// Wire bytes of the body; `framing` stands where they begin, and they do not reach beyond the message.
+    /// Takes wire bytes of the body. `framing` is the state at their start; they must not exceed the message.
     pub fn take_framed(&mut self, mut framing: Framing, mut wire: &[u8]) {
         while !wire.is_empty() {
             let (taken, payload) = framing.next(wire);
@@ -90,7 +91,7 @@ impl Tee {
         }
     }
 
-    /// The next payload bytes.
+    /// Takes the next payload bytes.
     pub fn take(&mut self, payload: &[u8]) {
         if let Some(queue) = &mut self.queue {
             queue.push(payload);
@@ -106,7 +107,7 @@ impl Tee {
             self.cut = true;
         }
         if self.keep == Keep::Document && self.cut {
-            // Half a document is nothing.
+            // A truncated JSON document cannot be parsed.
             self.kept = BytesMut::new();
             self.keep = Keep::Nothing;
             return;
@@ -115,13 +116,13 @@ impl Tee {
         self.kept.extend_from_slice(new);
     }
 
-    /// Bytes went by that were not seen; what is kept is not the end any more.
+    /// Notes a gap of unseen bytes: what was kept before it is dropped.
     pub fn skipped(&mut self) {
         self.kept.clear();
         self.cut = true;
     }
 
-    /// The next piece for the picker, while the body goes by.
+    /// Returns the next piece for the picker while the body is being delivered.
     pub fn next_piece(&mut self) -> Option<Bytes> {
         let queue = self.queue.as_mut()?;
         let piece = queue.pieces.pop_front()?;
@@ -129,12 +130,12 @@ impl Tee {
         Some(piece)
     }
 
-    /// The picker did not take what it was to be told.
+    /// Whether the picker did not take its pieces in time.
     pub fn given_up(&self) -> bool {
         self.queue.as_ref().is_some_and(|queue| queue.given_up)
     }
 
-    /// The body is over: what the picker is still to be told of it.
+    /// Returns what the picker still gets at the end of the body.
     pub fn rest(&mut self) -> Vec<Bytes> {
         if let Some(queue) = &mut self.queue {
             return std::mem::take(&mut queue.pieces).into();
@@ -143,7 +144,7 @@ impl Tee {
         if end.is_empty() { Vec::new() } else { vec![Bytes::copy_from_slice(end)] }
     }
 
-    /// The tokens that the body says it took, if it says so.
+    /// The tokens that the body reports, if it does.
     pub fn usage(&self) -> Option<Usage> {
         match self.keep {
             Keep::Events => usage::of_events(self.end()),
@@ -152,7 +153,7 @@ impl Tee {
         }
     }
 
-    /// What is kept, from the first whole event on.
+    /// The kept bytes, from the first complete event on.
     fn end(&self) -> &[u8] {
         match self.keep {
             Keep::Events if self.cut => after_blank_line(&self.kept),
@@ -168,7 +169,7 @@ impl Queue {
         }
         self.bytes += payload.len();
         if self.bytes > self.limit {
-            // Without its middle a body is another body.
+            // A body with a gap would be a different body.
             self.given_up = true;
             self.pieces = VecDeque::new();
             self.bytes = 0;

@@ -1,8 +1,8 @@
-//! Spans of requests, for an OpenTelemetry collector.
+//! Spans of requests, exported to an OpenTelemetry collector.
 //!
-//! Each request whose head could be read has a server span, and its pick a child of that. The server span's context goes to
-//! the picker and, unless the picker sets another, to the endpoint. A worker makes spans and puts ended ones into a bounded
-//! queue; a thread of its own sends them. Where tracing is off, none of this exists.
+//! Each request with a valid head has a server span, and its pick has a child span. The server span's context goes to
+//! the picker and, unless the picker sets another, to the endpoint. Workers put ended spans into a bounded queue; a
+//! separate thread exports them. Nothing of this exists if tracing is off.
 
 mod export;
 mod span;
@@ -21,14 +21,15 @@ use opentelemetry_sdk::{
 
 use crate::{config, metrics::Metrics, panics::Watch};
 
-/// Makes spans. Clones make them for the same exporter.
+/// Creates spans. Clones use the same exporter.
 #[derive(Clone)]
 pub struct Telemetry {
     tracer: SdkTracer,
 }
 
 impl Telemetry {
-    /// `None` where it is off. Dropping the exporter sends what is left, for a moment.
+    /// Starts the exporter; `None` if tracing is off. Dropping the exporter sends the remaining spans, for up to a
+    /// second.
     pub fn start(
         config: &config::Tracing,
         metrics: &Arc<Metrics>,
@@ -36,7 +37,7 @@ impl Telemetry {
     ) -> anyhow::Result<Option<(Self, Exporter)>> {
         let Some(endpoint) = &config.otlp_endpoint else { return Ok(None) };
         let (queue, exporter) = export::start(endpoint, config, &resource(config), Arc::clone(metrics), watch)
-            .with_context(|| format!("the exporter of spans to {endpoint}"))?;
+            .with_context(|| format!("cannot start the span exporter for {endpoint}"))?;
         let sampler = Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(config.sampling_ratio.get())));
         let provider = SdkTracerProvider::builder().with_sampler(sampler).with_span_processor(queue).build();
         let scope = InstrumentationScope::builder("penstock").with_version(env!("CARGO_PKG_VERSION")).build();
@@ -44,7 +45,7 @@ impl Telemetry {
     }
 }
 
-/// What the spans are about: this agent, and whatever `OTEL_RESOURCE_ATTRIBUTES` says.
+/// Describes this agent, with the attributes of `OTEL_RESOURCE_ATTRIBUTES`.
 fn resource(config: &config::Tracing) -> Resource {
     Resource::builder()
         .with_service_name(config.service_name.clone())

@@ -1,13 +1,13 @@
-//! Text from outside, bounded for the log and for spans.
+//! Bounds text from outside for the log and for spans.
 
 use std::borrow::Cow;
 
-/// Bytes that the log and spans keep of a request id, a model or a user agent.
+/// Maximum bytes of a request id, a model or a user agent.
 pub const NAME: usize = 256;
-/// Bytes that they keep of a path, an error or what a panic says.
+/// Maximum bytes of a path, an error or a panic message.
 pub const PHRASE: usize = 1024;
 
-/// At most `limit` bytes of `text`, cut between characters; then `…(+N bytes)` says how much is missing.
+/// At most `limit` bytes of `text`, cut between characters; `…(+N bytes)` tells how much is missing.
 pub fn cut(text: &str, limit: usize) -> Cow<'_, str> {
     if text.len() <= limit {
         return Cow::Borrowed(text);
@@ -22,7 +22,7 @@ mod tests {
     use super::cut;
 
     #[test]
-    fn long_text_is_cut_between_characters_and_says_how_much_is_missing() {
+    fn long_text_is_cut_between_characters_with_the_missing_length() {
         assert_eq!(cut("abc", 3), "abc");
         assert_eq!(cut("abcd", 3), "abc…(+1 bytes)");
         assert_eq!(cut("aäöü", 4), "aä…(+4 bytes)");

@@ -1,4 +1,4 @@
-//! TLS toward clients: the certificate from its files, which can be read again while the agent runs.
+//! TLS toward clients. Reads the certificate from its files and reloads it while the agent runs.
 
 use std::{fs, path::Path, sync::Arc, time::Duration};
 
@@ -20,10 +20,10 @@ use crate::{
     pem::{self, PemError},
 };
 
-/// How often the files are looked at.
+/// Time between two checks of the files.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// ALPN's names (RFC 7301).
+/// ALPN protocol names (RFC 7301).
 pub const H2: &[u8] = b"h2";
 const HTTP11: &[u8] = b"http/1.1";
 
@@ -35,11 +35,11 @@ pub enum TlsError {
     Settings(#[from] rustls::Error),
 }
 
-/// What clients are shown. Those that are connected keep what they have seen.
+/// The certificate shown to clients. Established connections are not affected by a reload.
 #[derive(Debug)]
 pub struct Certificate {
     settings: ListenTls,
-    /// The files as they were read.
+    /// The contents of the files when last read.
     read: RwLock<(Vec<u8>, Vec<u8>)>,
     current: RwLock<Arc<CertifiedKey>>,
 }
@@ -51,21 +51,21 @@ impl Certificate {
         Ok(Arc::new(Self { settings: settings.clone(), read: RwLock::new(files), current: RwLock::new(Arc::new(key)) }))
     }
 
-    /// Reads the files again; true when they have changed. On an error the old one stays. Blocks.
+    /// Reads the files again; returns true if they changed. On an error the current certificate stays. Blocks.
     pub fn reread(&self) -> Result<bool, TlsError> {
         let files = contents(&self.settings)?;
         if *self.read.read() == files {
             return Ok(false);
         }
         let key = parse(&self.settings, &files);
-        // What is wrong with these files is said once.
+        // An error in these files is reported once.
         *self.read.write() = files;
         *self.current.write() = Arc::new(key?);
         Ok(true)
     }
 
-    /// Reads the files again whenever they have changed, for ever, on the runtime's threads for blocking work. What cannot be
-    /// used is said once.
+    /// Reloads the files whenever they change, on the runtime's blocking threads. Never returns. Each error is logged
+    /// once.
     pub async fn follow(self: Arc<Self>) {
         let mut said = None;
         loop {
@@ -73,12 +73,12 @@ impl Certificate {
             let certificate = Arc::clone(&self);
             let Ok(read) = tokio::task::spawn_blocking(move || certificate.reread()).await else { continue };
             match read {
-                Ok(true) => tracing::info!(file = %self.settings.cert_file.display(), "the certificate was read again"),
+                Ok(true) => tracing::info!(file = %self.settings.cert_file.display(), "certificate reloaded"),
                 Ok(false) => said = None,
                 Err(error) => {
                     let error = error.to_string();
                     if said.as_ref() != Some(&error) {
-                        tracing::warn!(error, "the certificate stays as it was");
+                        tracing::warn!(error, "certificate reload failed, keeping the current one");
                         said = Some(error);
                     }
                 }
@@ -86,7 +86,7 @@ impl Certificate {
         }
     }
 
-    /// `http2`: offer it. At most `handshakes` at once.
+    /// Creates an acceptor that allows at most `handshakes` concurrent handshakes. `http2`: offer HTTP/2 in ALPN.
     pub fn acceptor(self: &Arc<Self>, http2: bool, handshakes: usize) -> Result<Acceptor, TlsError> {
         let builder = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()));
         let builder = builder.with_safe_default_protocol_versions()?;
@@ -97,7 +97,7 @@ impl Certificate {
     }
 }
 
-/// Speaks TLS with clients, so many at once over all workers.
+/// Accepts TLS connections, with a limit of concurrent handshakes over all workers.
 #[derive(Clone)]
 pub struct Acceptor {
     tls: TlsAcceptor,
@@ -110,7 +110,7 @@ impl Acceptor {
         Arc::clone(&self.places).acquire_owned().await.ok()
     }
 
-    /// A handshake.
+    /// Performs a handshake.
     pub fn accept(&self, stream: TcpStream) -> Accept<TcpStream> {
         self.tls.accept(stream)
     }

@@ -1,5 +1,5 @@
-//! Work whose steps keep a worker busy for long, such as TLS handshakes, in turns: of all that wait one takes a step, and then
-//! whatever else is ready runs. However many clients come at once, a response that flows waits for one step.
+//! Schedules work with long CPU-bound steps, such as TLS handshakes: one waiting task takes one step, then everything
+//! else that is ready runs. So a running response waits for one step at most, however many clients connect.
 
 use std::{future::poll_fn, pin::pin, task::Poll};
 
@@ -14,12 +14,12 @@ impl Default for Turns {
 }
 
 impl Turns {
-    /// Does `work`, whose every step waits for its turn, first come first served. Cancel-safe if `work` is.
+    /// Runs `work`; each of its steps waits for its turn, first come first served. Cancel-safe if `work` is.
     pub async fn take<T>(&self, work: impl Future<Output = T>) -> T {
         let mut work = pin!(work);
         loop {
             let Ok(turn) = self.0.acquire().await else { return work.await };
-            // Behind everything that is ready now.
+            // Lets everything that is ready now run first.
             yield_now().await;
             let step = poll_fn(|cx| Poll::Ready(work.as_mut().poll(cx))).await;
             drop(turn);
@@ -45,9 +45,9 @@ mod tests {
 
     use super::*;
 
-    /// A stream that is woken as often as they are gets a step for each of theirs, however many they are.
+    /// A task that is woken as often as the crowd gets one step for each of the crowd's steps.
     #[tokio::test]
-    async fn turns_of_a_crowd_leave_others_as_many() {
+    async fn crowd_of_tasks_leaves_others_their_turns() {
         const CROWD: usize = 200;
         const STEPS: usize = 5;
         LocalSet::new()

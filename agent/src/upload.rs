@@ -1,7 +1,8 @@
-//! Taking a request's body from the client: off the wire, through the model scanner and the prompt hash, into the copy that
-//! can be sent again.
+//! Receives a request body: reads it from the client, scans it for the model and the prompt hash, and keeps it for
+//! replay.
 //!
-//! Reading is cancel-safe so that it can race the picker; keeping is not, and is done before anything else is awaited.
+//! Reading is cancel-safe, so that it can race the picker; keeping is not, and is finished before anything else is
+//! awaited.
 
 mod clock;
 mod scan;
@@ -35,8 +36,8 @@ pub struct Upload {
 }
 
 impl Upload {
-    /// Of a request with these headers. Fails at once on a body that is declared too large. `naming` is told whether there is a
-    /// body.
+    /// Prepares the upload of a request with these headers. Fails immediately if the declared length is too large.
+    /// `naming` gets whether there is a body.
     pub fn new(
         body: RequestBody,
         headers: &HeaderMap,
@@ -58,13 +59,14 @@ impl Upload {
         })
     }
 
-    /// Before anything is read: whether the request's route needs the model, and how long the client may be silent.
+    /// Must be called before anything is read: sets whether the request's route needs the model, and how long the
+    /// client may be silent.
     pub fn begin(&mut self, needs_model: bool, timeout: Option<Duration>) -> Result<(), Error> {
         self.set_timeout(timeout);
         Ok(self.scan.begin(needs_model)?)
     }
 
-    /// How long the client may be silent.
+    /// Sets how long the client may be silent.
     pub fn set_timeout(&mut self, timeout: Option<Duration>) {
         self.clock.set_limit(timeout);
     }
@@ -81,14 +83,14 @@ impl Upload {
         self.scan.naming()
     }
 
-    /// The next piece of the body off the wire; `None` at its end. Cancel-safe.
+    /// Reads the next piece of the body; `None` at its end. Cancel-safe.
     pub async fn read(&mut self, client: &mut Client) -> Result<Option<Bytes>, Error> {
         let piece = self.clock.limit(self.source.next(client)).await?;
         self.clock.progress(piece.as_ref().map_or(0, Bytes::len));
         Ok(piece)
     }
 
-    /// As [`read`](Self::read); with the whole body here, it fails when the client leaves and waits until then.
+    /// Like [`read`](Self::read), but after the end of the body waits until the client disconnects and then fails.
     pub async fn read_or_gone(&mut self, client: &mut Client) -> Result<Option<Bytes>, Error> {
         if self.is_done() {
             client.gone().await;
@@ -97,7 +99,7 @@ impl Upload {
         self.read(client).await
     }
 
-    /// Keeps and scans what has been read: a piece, or the end. Not cancel-safe.
+    /// Keeps and scans what was read: a piece, or the end. Not cancel-safe.
     pub async fn take(&mut self, read: Option<Bytes>) -> Result<(), Error> {
         if let Some(piece) = read {
             self.scan.take(&piece).await?;
@@ -106,7 +108,7 @@ impl Upload {
         if self.is_done() { Ok(self.scan.end().await?) } else { Ok(()) }
     }
 
-    /// Reads and keeps what is left.
+    /// Reads and keeps the rest of the body.
     pub async fn rest(&mut self, client: &mut Client) -> Result<(), Error> {
         while !self.is_done() {
             let read = self.read(client).await?;
@@ -115,7 +117,7 @@ impl Upload {
         Ok(())
     }
 
-    /// Does `work`, and reads and keeps what comes of the body meanwhile. Fails when the client does.
+    /// Runs `work`, and reads and keeps the body meanwhile. Fails if reading fails or the client disconnects.
     pub async fn during<T>(&mut self, client: &mut Client, work: impl Future<Output = T>) -> Result<T, Error> {
         let mut work = std::pin::pin!(work);
         loop {
@@ -128,22 +130,22 @@ impl Upload {
         }
     }
 
-    /// Gives the copy away.
+    /// Moves the kept body out.
     pub fn take_kept(&mut self) -> ReplayBody {
         self.kept.take()
     }
 
-    /// Of the body, as far as it is here.
+    /// The trailers of the body received so far.
     pub fn trailers_mut(&mut self) -> &mut HeaderMap {
         &mut self.source.trailers
     }
 
-    /// Gives the trailers away.
+    /// Moves the trailers out.
     pub fn take_trailers(&mut self) -> HeaderMap {
         std::mem::take(&mut self.source.trailers)
     }
 
-    /// The prompt as the built-in picker knows it.
+    /// The prompt hash for the built-in picker.
     pub fn prompt(&mut self) -> PromptHash {
         self.scan.prompt()
     }

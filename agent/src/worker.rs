@@ -1,5 +1,5 @@
-//! What a request is served with on one worker: the configuration as it was when the request began, connections to endpoints,
-//! channels to the EPPs. Nothing of a request crosses to another worker.
+//! The state of one worker: the configuration, connections to endpoints, and channels to the EPPs. A request keeps the
+//! state it began with and never moves to another worker.
 
 use std::{cell::RefCell, rc::Rc, sync::Arc};
 
@@ -13,10 +13,10 @@ use crate::{
     turns::Turns,
 };
 
-/// What a request is served with.
+/// The state with which requests are served.
 pub struct Worker {
     pub shared: Arc<Shared>,
-    /// One for each pool that asks an EPP.
+    /// One per pool; None if the pool does not use an EPP.
     pub epps: Vec<Option<Rc<EppClient>>>,
     pub endpoints: Rc<Pool>,
     /// For pools whose endpoints speak HTTP/2.
@@ -36,7 +36,7 @@ impl Worker {
         Self { epps, endpoints: Rc::new(endpoints), http2_endpoints, handshakes: Rc::default(), shared }
     }
 
-    /// The same worker under another configuration: it keeps its connections.
+    /// The same worker under another configuration. Keeps its connections.
     pub fn after(&self, shared: Arc<Shared>) -> Self {
         let config = &shared.config;
         let (endpoints, http2_endpoints) = (Rc::clone(&self.endpoints), self.http2_endpoints.clone());
@@ -51,7 +51,7 @@ impl Worker {
         Self { epps, endpoints, http2_endpoints, handshakes: Rc::clone(&self.handshakes), shared }
     }
 
-    /// Closes connections that are of no use any more. Called about once a second.
+    /// Closes connections that are no longer needed. Called about once a second.
     pub fn sweep(&self) {
         let is_dialled = |address| self.shared.is_dialled(address);
         self.endpoints.sweep(is_dialled);
@@ -71,10 +71,10 @@ fn times(config: &Config) -> Times {
     }
 }
 
-/// The worker as it is under the configuration that holds now.
+/// The worker under the current configuration.
 pub struct Current {
     worker: RefCell<Rc<Worker>>,
-    /// Its client connections without a request.
+    /// The client connections of this worker that have no request.
     pub idle: Rc<Idle>,
 }
 
@@ -83,7 +83,7 @@ impl Current {
         Self { worker: RefCell::new(Rc::new(worker)), idle }
     }
 
-    /// What a request that begins now is served with.
+    /// The state for a request that begins now.
     pub fn worker(&self) -> Rc<Worker> {
         Rc::clone(&self.worker.borrow())
     }

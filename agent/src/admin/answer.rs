@@ -1,4 +1,4 @@
-//! What the admin server answers, as a function of the request's method and target.
+//! The admin server's answer for a request method and target.
 
 use std::{fmt::Write, sync::Arc, time::Instant};
 
@@ -19,16 +19,16 @@ pub(super) struct Answers {
     scrape: Mutex<Scrape>,
 }
 
-/// The text of the metrics as it was last written out.
+/// The most recently encoded metrics.
 struct Scrape {
     text: Bytes,
-    /// How often it may be written out again now.
+    /// Tokens left: how often the metrics may be encoded now.
     allowed: f64,
     at: Instant,
 }
 
-/// How often a second the metrics are written out. Requests beyond that share one text, which is at most a few hundredths of
-/// a second old: writing it out takes this thread's time from probes.
+/// Maximum number of times per second that the metrics are encoded. Further requests get the previous text, which is at
+/// most some tens of milliseconds old. Without a limit, scrapes could delay probes on this thread.
 const SCRAPES: f64 = 50.0;
 
 impl Answers {

@@ -1,7 +1,9 @@
-//! Connections to the admin port at once: so many that wait for their request, and so many whose answer is being written.
+//! Limits the concurrent connections to the admin port, in two classes: those waiting for their request and those being
+//! answered.
 //!
-//! A connection that enters a full class sheds the oldest one of the address that has the most there: idle connections
-//! displace no answer, slow readers no request, and one address none of another that has fewer.
+//! A connection that enters a full class sheds the oldest connection of the address that has the most in that class. So
+//! idle connections cannot displace answers, slow readers cannot displace requests, and no address can displace one
+//! that has fewer.
 
 use std::{
     cell::{Cell, RefCell},
@@ -13,7 +15,7 @@ use std::{
 use tokio::sync::Notify;
 
 pub(super) struct Places {
-    /// Of each class.
+    /// Maximum number of connections per class.
     bound: usize,
     next: Cell<u64>,
     waiting: RefCell<Class>,
@@ -28,7 +30,7 @@ struct Held {
     shed: Rc<Notify>,
 }
 
-/// A connection's place, until it is dropped.
+/// A connection's place in a class; dropping it frees the place.
 pub(super) struct Place {
     number: u64,
     shed: Rc<Notify>,
@@ -40,7 +42,7 @@ impl Places {
         Self { bound, next: Cell::new(0), waiting: RefCell::default(), answering: RefCell::default() }
     }
 
-    /// For a connection from `address`, which has sent nothing yet.
+    /// Registers a connection from `address` that has sent nothing yet.
     pub(super) fn enter(places: &Rc<Self>, address: IpAddr) -> Place {
         let number = places.next.replace(places.next.get() + 1);
         let shed = Rc::new(Notify::new());
@@ -48,7 +50,7 @@ impl Places {
         Place { number, shed, places: Rc::clone(places) }
     }
 
-    /// Ends one connection, if there is any; one without a request first.
+    /// Sheds one connection, if there is one; waiting connections first.
     pub(super) fn shed(&self) {
         for class in [&self.waiting, &self.answering] {
             if shed_oldest(&mut class.borrow_mut()) {
@@ -66,7 +68,7 @@ impl Places {
     }
 }
 
-/// False if there is none.
+/// Returns false if the class is empty.
 fn shed_oldest(class: &mut Class) -> bool {
     let mut by_address: HashMap<IpAddr, usize> = HashMap::new();
     for held in class.values() {
@@ -82,7 +84,7 @@ fn shed_oldest(class: &mut Class) -> bool {
 }
 
 impl Place {
-    /// The request is here.
+    /// Moves the connection to the answering class, because its request has arrived.
     pub(super) fn answering(&self) {
         let held = self.places.waiting.borrow_mut().remove(&self.number);
         if let Some(held) = held {
@@ -90,7 +92,7 @@ impl Place {
         }
     }
 
-    /// Resolves when the connection is to end for another one.
+    /// Resolves when the connection has to close because another one takes its place.
     pub(super) async fn shed(&self) {
         self.shed.notified().await;
     }
@@ -127,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn waiting_connections_displace_no_answer() {
+    fn waiting_connections_do_not_displace_answers() {
         let places = Rc::new(Places::new(2));
         let answers: Vec<Place> = (0..2).map(|_| Places::enter(&places, address(1))).collect();
         answers.iter().for_each(Place::answering);
@@ -136,7 +138,7 @@ mod tests {
         // A third answer displaces the first.
         waiting[9].answering();
         assert!(is_shed(&answers[0]) && !is_shed(&answers[1]) && !is_shed(&waiting[9]));
-        // With descriptors exhausted, whoever has not asked yet goes first.
+        // If descriptors run out, waiting connections are shed first.
         let last = Places::enter(&places, address(9));
         places.shed();
         assert!(is_shed(&waiting[8]) && !is_shed(&last));

@@ -1,4 +1,4 @@
-//! The bounded copy of the one string that is being kept: a top-level key, or the model.
+//! The bounded copy of the string that is being kept: a top-level key or the model.
 
 use super::Found;
 
@@ -6,9 +6,9 @@ use super::Found;
 pub(super) struct Capture {
     bytes: Vec<u8>,
     limit: usize,
-    /// There was more than the limit.
+    /// The string was longer than the limit.
     over: bool,
-    /// The first half of a surrogate pair, waiting for the second.
+    /// The first half of a surrogate pair, until its second half arrives.
     high: Option<u16>,
     lone: bool,
 }
@@ -26,7 +26,7 @@ impl Capture {
         self.bytes.extend_from_slice(&bytes[..bytes.len().min(room)]);
     }
 
-    /// A UTF-16 code unit from an escape; two of them may make one character.
+    /// Adds a UTF-16 code unit from an escape; two of them may form one character.
     pub(super) fn push_unit(&mut self, unit: u16) {
         let high = self.high.take();
         if high.is_none() && (0xd800..0xdc00).contains(&unit) {
@@ -41,7 +41,7 @@ impl Capture {
         }
     }
 
-    /// The whole string, in UTF-8, or why there is none.
+    /// The whole string in UTF-8, or an error if it is too long or has a lone surrogate.
     pub(super) fn decoded(&self) -> Result<&[u8], Found> {
         if self.lone || self.high.is_some() {
             Err(Found::LoneSurrogate)
@@ -52,7 +52,7 @@ impl Capture {
         }
     }
 
-    /// What there was room for, for people to read.
+    /// The string, cut at the limit, for error messages.
     pub(super) fn cut_text(&self) -> String {
         let whole = match std::str::from_utf8(&self.bytes) {
             Ok(text) => text.len(),

@@ -1,4 +1,4 @@
-//! Why a body is not JSON that can be routed: where, what was found, what was expected there.
+//! Errors for bodies that cannot be routed, with the offset, what was found and what was expected.
 
 use std::fmt;
 
@@ -6,10 +6,10 @@ use http::StatusCode;
 
 use crate::http::coding::CodingError;
 
-/// Why a request cannot go on as its body is.
+/// Why a request is refused because of its body.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NamingError {
-    #[error("the body is not JSON that can be routed: {0}")]
+    #[error("cannot read the model from the JSON body: {0}")]
     Json(#[from] JsonError),
     #[error("the body names no model: found {found}, expected the name of a model")]
     Missing { found: &'static str },
@@ -57,7 +57,7 @@ pub enum Found {
     TooDeep,
     SecondModel,
     LongModel,
-    /// In the model's name; elsewhere it is let through.
+    /// In the model's name only; elsewhere a lone surrogate passes.
     LoneSurrogate,
 }
 

@@ -1,4 +1,4 @@
-//! The headers that carry what the body names, to picker, endpoint and routes.
+//! The headers that carry the body's model to picker, endpoint and routes.
 
 use std::collections::HashMap;
 
@@ -10,7 +10,7 @@ use crate::config::Bbr;
 pub struct ModelHeaders {
     model: HeaderName,
     base_model: HeaderName,
-    /// By model: of adapters, and of the base models themselves.
+    /// Base models by model name; a base model maps to itself.
     base_models: HashMap<String, HeaderValue>,
 }
 
@@ -25,7 +25,8 @@ impl ModelHeaders {
         }
     }
 
-    /// A name with control characters in it is no header, and none is set.
+    /// Sets the headers for `model`. A name with control characters is not a valid header value, so no model header is
+    /// set for it.
     pub fn set(&self, headers: &mut HeaderMap, model: &str) {
         if let Some(base) = self.base_models.get(model) {
             headers.insert(self.base_model.clone(), base.clone());

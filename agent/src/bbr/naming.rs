@@ -1,10 +1,9 @@
-//! What a request's body says its model is.
+//! Determines the model that a request body names.
 //!
-//! Given the body piece by piece, without content coding, gives the model as soon as it is settled, and counts once what was found.
-//! A body in UTF-16 or UTF-32 names no model.
-//! Only bodies whose
-//! Content-Type is JSON are looked at: what GIE's BBR does to others (400) would end every upload of a file. A model that is
-//! a number, `true` or `false` is its text; null, an array and an object are no model; an empty one is none, too.
+//! Takes the body in pieces, without content coding; returns the model as soon as it is known, and counts each outcome
+//! once. Only bodies with a JSON Content-Type are read: GIE's BBR answers others with 400, which would break every file
+//! upload. A number, `true` or `false` counts as a model by its text; null, an array, an object and an empty string do
+//! not. A body in UTF-16 or UTF-32 names no model.
 
 use std::sync::Arc;
 
@@ -20,9 +19,9 @@ use crate::{
 };
 
 pub struct Naming {
-    /// While there is something to look at.
+    /// None if the body is not read, or no longer read.
     scanner: Option<ModelScanner>,
-    /// Until there is enough of it, and the scanner has it.
+    /// The first bytes, until the encoding is known.
     lead: Option<Lead>,
     named: Named,
     rejects: bool,
@@ -30,14 +29,14 @@ pub struct Naming {
 }
 
 enum Named {
-    /// So far; for good where there is nothing to look at.
+    /// Not known yet; never known if the body is not read.
     Unknown,
     Model(String),
     Missing,
 }
 
 impl Naming {
-    /// For a request with these headers.
+    /// Creates the reader for a request with these headers.
     pub fn new(bbr: &Bbr, headers: &HeaderMap, has_body: bool, metrics: &Arc<Metrics>) -> Self {
         Self {
             scanner: (bbr.enabled && has_body && is_json(headers)).then(ModelScanner::new),
@@ -48,7 +47,7 @@ impl Naming {
         }
     }
 
-    /// The model is known, or known to be absent.
+    /// Whether the model is known, or known to be missing.
     pub fn is_settled(&self) -> bool {
         self.scanner.is_none() || !matches!(self.named, Named::Unknown)
     }
@@ -58,7 +57,7 @@ impl Naming {
         self.rejects
     }
 
-    /// The model that the body names, or the default of one that names none.
+    /// The model that the body names, or the configured default if it names none.
     pub fn model<'a>(&'a self, bbr: &'a Bbr) -> Option<&'a str> {
         match (&self.named, &bbr.missing_model) {
             (Named::Model(model), _) | (Named::Missing, MissingModel::Default(model)) => Some(model),
@@ -66,7 +65,7 @@ impl Naming {
         }
     }
 
-    /// The next bytes of the body.
+    /// Reads the next bytes of the body.
     pub fn feed(&mut self, mut bytes: &[u8]) -> Result<(), NamingError> {
         if let Some(lead) = &mut self.lead {
             if !lead.take(&mut bytes) {
@@ -77,7 +76,7 @@ impl Naming {
         self.scan(bytes)
     }
 
-    /// The first bytes are here, or as many as there are.
+    /// Detects the encoding once the first bytes have arrived or the body has ended, and starts the scan.
     fn begin(&mut self) -> Result<(), NamingError> {
         let (Some(lead), Some(scanner)) = (self.lead.take(), &mut self.scanner) else { return Ok(()) };
         match lead.encoding() {
@@ -89,7 +88,7 @@ impl Naming {
         }
     }
 
-    /// The body cannot be read: it names no model that the agent could know, unless it has done so.
+    /// Stops reading a body that cannot be read. Unless a model was found before, it counts as missing.
     pub fn give_up(&mut self) -> Result<(), NamingError> {
         if self.scanner.take().is_some() && matches!(self.named, Named::Unknown) {
             return self.settle(Model::NotYet);
@@ -109,7 +108,7 @@ impl Naming {
         }
     }
 
-    /// The body is complete: it must be whole JSON where it is JSON at all.
+    /// Finishes a complete body; a JSON body must be valid to its end.
     pub fn end(&mut self) -> Result<(), NamingError> {
         self.begin()?;
         let Some(scanner) = self.scanner.take() else { return Ok(()) };
@@ -122,7 +121,7 @@ impl Naming {
             Model::Found(model) if !model.is_empty() => (Ok(model), ""),
             Model::Found(_) => (Err(BodyModel::Empty), "an empty one"),
             Model::NotAString(text) if is_scalar(&text) => (Ok(text), ""),
-            Model::NotAString(_) => (Err(BodyModel::NotFound), "one that is no name"),
+            Model::NotAString(_) => (Err(BodyModel::NotFound), "a null, array or object"),
             Model::NotYet => (Err(BodyModel::NotFound), "none"),
         };
         self.metrics.body_model(found.as_ref().map_or_else(|&why| why, |_| BodyModel::Found));
@@ -135,7 +134,7 @@ impl Naming {
     }
 }
 
-/// Whether the JSON text of a value that is not a string is a number, `true` or `false`; one that had to be cut is not.
+/// Whether the JSON text of a non-string value is a number, `true` or `false`. Text that was cut is not.
 fn is_scalar(text: &str) -> bool {
     !text.starts_with(['[', '{']) && text != "null" && !text.ends_with('…')
 }

@@ -1,4 +1,4 @@
-//! Which of the open brackets are braces: one bit a level, so that the depth limit is also the memory limit.
+//! Tracks which open brackets are braces: one bit per level, so the depth limit is also the memory limit.
 
 use super::MAX_DEPTH;
 
@@ -18,7 +18,7 @@ impl Nesting {
         self.objects & 1 == 1
     }
 
-    /// False, and nothing is opened, at the limit.
+    /// Opens a level. Returns false and opens nothing at the depth limit.
     #[must_use]
     pub(super) fn open(&mut self, object: bool) -> bool {
         if self.depth == MAX_DEPTH {

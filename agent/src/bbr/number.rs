@@ -1,6 +1,6 @@
-//! The grammar of a number (RFC 8259 §6). Its end is known only by the byte after it.
+//! The grammar of a number (RFC 8259 §6). Only the byte after a number shows its end.
 
-/// The part read last.
+/// The part that was read last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Number {
     Minus,

@@ -1,4 +1,4 @@
-//! The scanner against a table, and against serde_json on arbitrary documents, mutated and cut anywhere.
+//! Tests the scanner with a table, and against serde_json on arbitrary documents, mutated and cut at arbitrary offsets.
 
 use std::fmt;
 
@@ -14,7 +14,7 @@ fn scan(body: &[u8]) -> Result<Summary, JsonError> {
     scanner.finish()
 }
 
-/// The same, cut before each of `cuts`.
+/// Scans the same body, cut before each of `cuts`.
 fn scan_cut(body: &[u8], cuts: &[usize]) -> Result<Summary, JsonError> {
     let mut scanner = ModelScanner::new();
     let mut from = 0;
@@ -44,7 +44,7 @@ fn not_a_string(text: &str) -> Model {
 }
 
 #[test]
-fn models() {
+fn top_level_model_is_found() {
     let long = "x".repeat(MAX_MODEL);
     for (body, expected) in [
         (r#"{"model":"llama","prompt":"hi"}"#, found("llama")),
@@ -78,13 +78,13 @@ fn models() {
 }
 
 #[test]
-fn a_long_value_that_is_not_a_string_is_cut_at_a_character() {
+fn long_non_string_model_is_cut_at_a_character() {
     let body = format!("{{\"model\":[\"{}\"]}}", "é".repeat(MAX_MODEL));
     assert_eq!(model(&body), not_a_string(&format!("[\"{}…", "é".repeat((MAX_MODEL - 2) / 2))));
 }
 
 #[test]
-fn streams() {
+fn top_level_boolean_stream_is_found() {
     for (body, expected) in [
         (r#"{"stream":true}"#, Some(true)),
         (r#"{"model":"a","stream":false,"b":true}"#, Some(false)),
@@ -99,7 +99,7 @@ fn streams() {
 }
 
 #[test]
-fn the_model_is_known_as_soon_as_its_value_is_complete() {
+fn model_is_known_as_soon_as_its_value_is_complete() {
     let mut scanner = ModelScanner::new();
     scanner.feed(br#"{"model":"lla"#).unwrap();
     assert_eq!(scanner.model(), &Model::NotYet);
@@ -112,7 +112,7 @@ fn the_model_is_known_as_soon_as_its_value_is_complete() {
 }
 
 #[test]
-fn errors_say_where_what_and_what_was_expected() {
+fn errors_name_offset_found_and_expected() {
     for (body, expected) in [
         (&b""[..], "byte 0: found the end of the body, expected a value"),
         (b"\xef\xbb\xbf{}", "byte 0: found byte 0xef, expected a value"),
@@ -149,7 +149,7 @@ fn errors_say_where_what_and_what_was_expected() {
 }
 
 #[test]
-fn an_error_stays() {
+fn error_is_repeated_by_later_calls() {
     let mut scanner = ModelScanner::new();
     let error = scanner.feed(b"}").unwrap_err();
     assert_eq!(scanner.feed(b"{}").unwrap_err(), error);
@@ -157,7 +157,7 @@ fn an_error_stays() {
 }
 
 #[test]
-fn a_model_is_bounded() {
+fn model_longer_than_the_limit_is_refused() {
     let body = format!(r#"{{"model":"{}"}}"#, "x".repeat(MAX_MODEL + 1));
     assert_eq!(
         scan(body.as_bytes()).unwrap_err().to_string(),
@@ -166,7 +166,7 @@ fn a_model_is_bounded() {
 }
 
 #[test]
-fn depth_is_bounded_where_serde_json_bounds_it() {
+fn depth_limit_is_that_of_serde_json() {
     let nested = |open: &str, close: &str, depth| open.repeat(depth) + "1" + &close.repeat(depth);
     for (open, close) in [("[", "]"), ("{\"a\":", "}"), ("{\"model\":", "}")] {
         for depth in [1, usize::from(MAX_DEPTH), usize::from(MAX_DEPTH) + 1] {
@@ -179,13 +179,13 @@ fn depth_is_bounded_where_serde_json_bounds_it() {
 }
 
 #[test]
-fn lone_surrogates_outside_the_model_are_let_through() {
+fn lone_surrogates_outside_the_model_pass() {
     let body = br#"{"model":"a","prompt":"cut \ud83d","x":"\udc00\ud800\u0041"}"#;
     assert_eq!(scan(body).unwrap().model, found("a"));
     assert!(serde_json::from_slice::<Value>(body).is_err(), "serde_json cannot represent it");
 }
 
-/// The top-level members with their keys decoded and duplicates kept; nothing for a document that is not an object.
+/// The decoded top-level keys, duplicates included.
 struct Keys(Vec<String>);
 
 impl<'de> Deserialize<'de> for Keys {
@@ -208,16 +208,16 @@ impl<'de> Deserialize<'de> for Keys {
     }
 }
 
-/// `IgnoredAny` is serde_json's bare grammar: unlike `Value` it lets lone surrogates and huge exponents pass, as we do, but it
-/// does not look at UTF-8. The documents here are not deep.
+/// `IgnoredAny` is serde_json's bare grammar: like our scanner and unlike `Value` it accepts lone surrogates and huge
+/// exponents, but it does not check UTF-8. The documents here are shallow.
 fn agrees_with_serde_json(body: &[u8], cuts: &[usize]) {
     let ours = scan(body);
-    assert_eq!(scan_cut(body, cuts), ours, "where it is cut does not matter");
+    assert_eq!(scan_cut(body, cuts), ours, "the cuts change the result");
     let valid = serde_json::from_slice::<IgnoredAny>(body).is_ok() && std::str::from_utf8(body).is_ok();
     let summary = match ours {
         Ok(summary) => summary,
         Err(JsonError { found: Found::Byte(_) | Found::EndOfInput, .. }) => {
-            return assert!(!valid, "we refuse, serde_json does not");
+            return assert!(!valid, "refused, but serde_json accepts it");
         }
         Err(JsonError { found: Found::SecondModel, .. }) => {
             if let Ok(Keys(keys)) = serde_json::from_slice(body) {
@@ -228,9 +228,9 @@ fn agrees_with_serde_json(body: &[u8], cuts: &[usize]) {
         Err(JsonError { found: Found::LoneSurrogate, .. }) => {
             return assert!(serde_json::from_slice::<Value>(body).is_err());
         }
-        Err(error) => panic!("not expected here: {error}"),
+        Err(error) => panic!("unexpected error: {error}"),
     };
-    assert!(valid, "serde_json refuses, we do not");
+    assert!(valid, "accepted, but serde_json refuses it");
     let Ok(document) = serde_json::from_slice::<Value>(body) else { return };
     match (document.get("model"), summary.model) {
         (None, ours) => assert_eq!(ours, Model::NotYet),
@@ -265,7 +265,7 @@ fn document() -> impl Strategy<Value = Value> {
     prop_oneof![3 => object, 1 => nested]
 }
 
-/// Bytes to put in: mostly those that mean something.
+/// Bytes to insert: mostly ones with a meaning in JSON.
 fn interesting() -> impl Strategy<Value = u8> {
     prop_oneof![prop::sample::select(b"{}[],:\"\\ul0-1.eE+ \n\xc3\xa9\xed\xf0\x00".to_vec()), any::<u8>()]
 }
@@ -287,7 +287,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
     #[test]
-    fn documents_and_their_mutations(
+    fn mutated_documents_agree_with_serde_json(
         value in document(),
         pretty: bool,
         edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), interesting()), 0..4),
@@ -302,7 +302,7 @@ proptest! {
     }
 
     #[test]
-    fn sentences_of_tokens(tokens in prop::collection::vec(prop::sample::select(vec![
+    fn token_sequences_agree_with_serde_json(tokens in prop::collection::vec(prop::sample::select(vec![
         "{", "}", "[", "]", ",", ":", "\"", "\\", "\\u", "d83d", "\\ude00", "\\ud800", "00e9", "\"model\":", "\"str\\u0065am\":", "\"mod\\u0065l\"", "\"a\"",
         "\"a\":", "1", "0", "-", ".5", "e9", "E+", "true", "fals", "null", " ", "\n", "é", "😀", "\u{1}", "{\"model\":\"",
     ]), 0..24)) {

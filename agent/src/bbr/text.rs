@@ -1,20 +1,22 @@
-//! The inside of a string (RFC 8259 §7) that may be cut anywhere: escapes, and UTF-8 as Unicode 15 table 3-7 has it.
+//! The inside of a JSON string (RFC 8259 §7): escapes, and UTF-8 as in Unicode 15 table 3-7. Slices may be cut
+//! anywhere.
 //!
-//! Almost every byte of a body is plain text inside one string, so that is looked through in blocks the compiler vectorises and
-//! checked by the standard library; the state machine sees only what is left: escapes, and characters cut by the end of a slice.
+//! Almost every byte of a body is plain text inside one string. Plain text is scanned in blocks that the compiler
+//! vectorises and validated by the standard library. The state machine handles the rest: escapes, and characters cut by
+//! the end of a slice.
 
-/// What is unfinished.
+/// The state inside a string.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Text {
     Plain,
     /// After a backslash.
     Escape,
-    /// In `\uXXXX`: digits to come and the value so far.
+    /// In `\uXXXX`: digits still to come and the value so far.
     Hex {
         left: u8,
         unit: u16,
     },
-    /// In a character: bytes to come and the range of the next one.
+    /// Inside a character: bytes still to come and the allowed range of the next one.
     Utf8 {
         left: u8,
         low: u8,
@@ -24,9 +26,9 @@ pub(super) enum Text {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Piece<'a> {
-    /// These, as they stand. The bytes of one character may come in several pieces.
+    /// Literal bytes. The bytes of one character may arrive in several pieces.
     Bytes(&'a [u8]),
-    /// One UTF-16 code unit, from an escape.
+    /// One UTF-16 code unit from an escape.
     Unit(u16),
     /// Part of an escape.
     Part,
@@ -35,7 +37,8 @@ pub(super) enum Piece<'a> {
 }
 
 impl Text {
-    /// Reads the beginning of `bytes`, which are not empty: how many, and what they are. None if the first is not allowed.
+    /// Reads a prefix of `bytes`, which must not be empty. Returns its length and meaning, or None if the first byte is
+    /// not allowed.
     pub(super) fn step<'a>(&mut self, bytes: &'a [u8]) -> Option<(usize, Piece<'a>)> {
         let byte = bytes[0];
         let piece = match *self {
@@ -105,11 +108,11 @@ impl Text {
     }
 }
 
-/// How many bytes are whole characters that stand for themselves.
+/// Length of the prefix that consists of whole, unescaped characters, in bytes.
 fn plain_prefix(bytes: &[u8]) -> usize {
     const BLOCK: usize = 32;
     let special = |byte: u8| (byte < 0x20) | (byte == b'"') | (byte == b'\\');
-    // No early exit inside a block: that is what lets it become a few vector instructions.
+    // No early exit inside a block, so that the compiler can vectorise it.
     let clean =
         bytes.chunks_exact(BLOCK).take_while(|block| !block.iter().fold(false, |any, &byte| any | special(byte)));
     let clean = clean.count() * BLOCK;
@@ -120,7 +123,7 @@ fn plain_prefix(bytes: &[u8]) -> usize {
     }
 }
 
-/// The state after the first byte of a character of several bytes; None if no character begins so.
+/// The state after the first byte of a multi-byte character; None if no character begins with this byte.
 fn after_lead(byte: u8) -> Option<Text> {
     let (left, low, high) = match byte {
         0xc2..=0xdf => (1, 0x80, 0xbf),

@@ -1,6 +1,6 @@
-//! Ending a client's connection in stages (RFC 9112 §9.6): our side first, then what the client still sends is read and thrown
-//! away, then the rest. A close with bytes unread, or before they have come, is a reset, and a reset takes what has been sent from a
-//! client that has not read it yet: an upload that was refused would fail without saying why.
+//! Closes a client's connection in stages (RFC 9112 §9.6): sends FIN, then reads and discards what the client still
+//! sends, then closes. Closing with unread bytes, or before they arrive, sends RST, and a RST can discard an answer
+//! that the client has not read yet: a refused upload would fail without its reason.
 
 use std::time::Duration;
 
@@ -13,13 +13,13 @@ use tokio::{
 use super::wire::Wire;
 use crate::config::Config;
 
-/// How long nothing has to come before a client is taken to have sent all. A slow link that loses packets pauses for seconds.
+/// How long a client must be silent before it counts as finished. A slow, lossy link can pause for seconds.
 const UNREAD: Duration = Duration::from_secs(5);
 const READ: Duration = Duration::from_secs(1);
-/// Read at once.
+/// Bytes per read.
 const PIECE: usize = 64 << 10;
 
-/// How long, and for how many bytes, a client is read that is not listened to any more.
+/// Limits for reading and discarding what a client still sends.
 #[derive(Debug, Clone, Copy)]
 pub struct Linger {
     time: Duration,
@@ -28,7 +28,7 @@ pub struct Linger {
 }
 
 impl Linger {
-    /// `unread`: the client was answered before it had been read, so it may be sending.
+    /// `unread`: the answer was sent before the whole request was read, so the client may still be sending.
     pub fn new(config: &Config, unread: bool) -> Self {
         let quiet = if unread { UNREAD } else { READ };
         Self { time: config.timeouts.linger, quiet, bytes: config.limits.linger_bytes }
@@ -36,19 +36,19 @@ impl Linger {
 }
 
 impl Default for Linger {
-    /// By the default settings, for a client that has been read.
+    /// The limits of the default configuration for a client that has been read.
     fn default() -> Self {
         Self::new(&Config::new(Vec::new()), false)
     }
 }
 
-/// Why a client is not read to its end: a label.
+/// The metric label for the limit that ended the lingering close.
 pub type Cut = &'static str;
 
-/// Ends the connection. `Err`: before the client had ended its side.
+/// Closes the connection. `Err` if a limit was reached before the client closed its side.
 pub async fn discard(mut wire: Wire, mut buf: BytesMut, linger: Linger) -> Result<(), Cut> {
     let until = Instant::now() + linger.time;
-    // Waits only for what TLS says last; with the connection broken there is nothing to wait for.
+    // Waits only to send TLS's close_notify. If the connection is broken, nothing remains to be done.
     match timeout_at(until, wire.shutdown()).await {
         Ok(Ok(())) => {}
         Ok(Err(_)) => return Ok(()),

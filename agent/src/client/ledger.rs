@@ -1,8 +1,7 @@
-//! The account of what has been written to a connection, by us and by the kernel for us.
+//! Accounts for the bytes written to a client connection, by user space and by the kernel.
 //!
-//! What the kernel redirects reaches the socket a little later than the redirect, and what user space writes would overtake
-//! it. So every write, and the close, first waits until the socket has taken exactly what the account says
-//! (`settle`, the drain test).
+//! Redirected bytes reach the socket shortly after the redirect, and a write from user space could overtake them. So
+//! every write, and the close, first waits until the socket has taken exactly the booked bytes (`settle`).
 
 use std::{io, time::Duration};
 
@@ -11,25 +10,25 @@ use tokio::net::TcpStream;
 use super::patience::Patience;
 use crate::kernel::socket;
 
-/// Longest wait between two looks at a socket that has not settled: a jiffy at HZ=100.
+/// Longest pause between two checks of an unsettled socket: one jiffy at HZ=100.
 const SETTLE_STEP: Duration = Duration::from_millis(10);
 
 pub struct Ledger {
-    /// `socket::bytes_written` when the account began.
+    /// `socket::bytes_written` at the start of the account.
     base: u64,
-    /// Bytes since then, written by us or redirected by the kernel.
+    /// Bytes since then, written by user space or redirected by the kernel.
     booked: u64,
-    /// Bytes were redirected since the account was last found to match.
+    /// Bytes were redirected after the account last matched.
     unsettled: bool,
 }
 
 impl Ledger {
-    /// Of a connection on which nothing redirected is on its way.
+    /// Starts the account of a connection that has no redirected bytes in transit.
     pub fn begin(stream: &TcpStream) -> io::Result<Self> {
         Ok(Self { base: socket::bytes_written(stream)?, booked: 0, unsettled: false })
     }
 
-    /// Books bytes that we have written.
+    /// Books bytes that user space has written.
     pub fn add_written(&mut self, bytes: u64) {
         self.booked += bytes;
     }
@@ -40,8 +39,8 @@ impl Ledger {
         self.unsettled |= bytes > 0;
     }
 
-    /// Waits until the socket has taken everything that was redirected to it: `TimedOut` when the client acknowledged nothing
-    /// for too long. Cancel-safe.
+    /// Waits until the socket has taken all redirected bytes. Returns `TimedOut` if the client acknowledges nothing for
+    /// too long. Cancel-safe.
     pub async fn settle(&mut self, stream: &TcpStream, mut patience: Patience) -> io::Result<()> {
         let mut wait = Duration::ZERO;
         for turn in 0u32.. {
@@ -49,7 +48,7 @@ impl Ledger {
                 break;
             }
             socket::has_more(stream)?;
-            // Usually the kernel's worker is done within microseconds.
+            // The kernel's worker usually finishes within microseconds.
             if turn < 32 {
                 tokio::task::yield_now().await;
             } else {
@@ -63,8 +62,8 @@ impl Ledger {
         Ok(())
     }
 
-    /// Takes what was booked as redirected and has not come out of the account; returns how much that is. Only when it will not
-    /// come any more.
+    /// Removes redirected bytes that the socket has not taken from the account and returns their number. Only valid
+    /// once they can no longer arrive.
     pub fn forgive(&mut self, stream: &TcpStream) -> io::Result<u64> {
         let taken = self.taken(stream)?;
         let missing = self.booked.saturating_sub(taken);

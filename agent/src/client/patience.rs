@@ -1,8 +1,8 @@
-//! How long a peer may take nothing of what it is sent.
+//! Limits how long a peer may acknowledge nothing of what it is sent.
 //!
-//! Progress is what the peer's kernel acknowledges, not what our send queue takes: a queue of a megabyte has room again only
-//! after a third of it has left, which takes a slow reader longer than the limit. The count is read only when time has passed.
-//! A wait ends between the limit and a quarter more after the last progress.
+//! Progress is what the peer's kernel acknowledges, not what our send queue takes: a queue of 1 MB reports room only
+//! after a third of it has left, which can take a slow reader longer than the limit. The counter is read only at
+//! intervals, so a wait ends between 1 and 1.25 limits after the last progress.
 
 use std::{
     future::poll_fn,
@@ -18,7 +18,7 @@ use tokio::time::{Instant, timeout_at};
 use super::{reach::Reach, wire::Wire};
 use crate::kernel::socket;
 
-/// Looks within one limit.
+/// Checks per limit.
 const LOOKS: u32 = 4;
 
 pub struct Patience {
@@ -29,30 +29,31 @@ pub struct Patience {
 
 struct Waiting {
     acked: u64,
-    /// When the peer last acknowledged something, or the wait began.
+    /// Time of the last acknowledgement, or the start of the wait.
     since: Instant,
     next_look: Instant,
 }
 
 impl Patience {
-    /// For `limit`, and `unreachable` where nothing is acknowledged at all. `None` is for ever.
+    /// `limit` applies to a peer that takes nothing, `unreachable` to one that acknowledges nothing at all. `None`
+    /// disables a limit.
     pub fn new(limit: Option<Duration>, unreachable: Option<Duration>) -> Self {
         Self { limit, reach: Reach::new(unreachable), waiting: None }
     }
 
-    /// How often to look.
+    /// Time between two checks.
     fn interval(&self) -> Option<Duration> {
         self.limit.map(|limit| limit / LOOKS).into_iter().chain(self.reach.interval()).min()
     }
 
-    /// Waits for `poll`, which needs the whole connection, as long as the client takes something. Cancel-safe if `poll` loses
+    /// Drives `poll`, which needs the whole connection, while the client makes progress. Cancel-safe if `poll` loses
     /// nothing between two calls.
     pub async fn step<T>(
         &mut self,
         wire: &mut Wire,
         mut poll: impl FnMut(Pin<&mut Wire>, &mut Context<'_>) -> Poll<io::Result<T>>,
     ) -> io::Result<T> {
-        // Most waits are none.
+        // Usually `poll` is ready immediately.
         let at_once = poll_fn(|cx| match poll(Pin::new(wire), cx) {
             Poll::Ready(done) => Poll::Ready(Some(done)),
             Poll::Pending => Poll::Ready(None),
@@ -74,7 +75,7 @@ impl Patience {
         }
     }
 
-    /// Begins to wait, unless it has begun.
+    /// Starts to wait, unless a wait has started.
     pub fn begin(&mut self, socket: impl AsFd) -> io::Result<()> {
         if let (Some(interval), None) = (self.interval(), &self.waiting) {
             let now = Instant::now();
@@ -84,7 +85,8 @@ impl Patience {
         Ok(())
     }
 
-    /// Whether the peer has acknowledged something lately; if not, [`is_over`] holds for the error. `NotConnected`: it is gone.
+    /// Checks for progress if a check is due. Returns an error for which [`is_over`] is true if there was none for too
+    /// long, and `NotConnected` if the peer is gone.
     pub fn look(&mut self, socket: impl AsFd) -> io::Result<()> {
         let (Some(interval), Some(waiting)) = (self.interval(), &mut self.waiting) else { return Ok(()) };
         let now = Instant::now();
@@ -105,7 +107,8 @@ impl Patience {
     }
 }
 
-/// The peer has taken nothing for too long. The kernel's own ETIMEDOUT says that it is not there any more.
+/// Whether the error means that the peer took nothing for too long. The kernel's own ETIMEDOUT means that the peer is
+/// gone.
 pub fn is_over(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::TimedOut && error.raw_os_error().is_none()
 }

@@ -1,8 +1,8 @@
-//! Whether a client's machine is still there while something is on its way to it.
+//! Detects that a client's machine is gone while data for it is in transit.
 //!
-//! TCP's keepalive probes a connection on which nothing is, and TCP_USER_TIMEOUT would count a client that is there and takes
-//! nothing as gone (Linux ends it although each probe of its window is answered). So this looks at whether anything at all is
-//! acknowledged while the kernel repeats itself.
+//! TCP keepalive probes only idle connections, and TCP_USER_TIMEOUT also ends clients that are present but take nothing
+//! (Linux ends the connection although each window probe is answered). So this module checks whether anything is
+//! acknowledged while the kernel retransmits.
 
 use std::{
     cell::RefCell,
@@ -16,29 +16,29 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::kernel::socket;
 
-/// Looks in the time after which a client is gone.
+/// Checks within the limit.
 const LOOKS: u32 = 8;
-/// How far the age of an acknowledgement is off, which the kernel tells in milliseconds.
+/// Accuracy of an acknowledgement's age, which the kernel reports in milliseconds.
 const ACCURACY: Duration = Duration::from_millis(50);
 
 pub struct Reach {
     after: Option<Duration>,
-    /// Since when nothing was acknowledged that had to be, and when the last acknowledgement before came.
+    /// When due acknowledgements stopped, and the time of the last acknowledgement before that.
     stuck: Option<(Instant, Instant)>,
 }
 
 impl Reach {
-    /// `None`: it is not looked at.
+    /// `None` disables the check.
     pub fn new(after: Option<Duration>) -> Self {
         Self { after, stuck: None }
     }
 
-    /// How often to look.
+    /// Time between two checks.
     pub fn interval(&self) -> Option<Duration> {
         self.after.map(|after| after / LOOKS)
     }
 
-    /// True: the client is gone, or its connection broken.
+    /// Returns true if the client is gone or its connection is broken.
     pub fn look(&mut self, socket: impl AsFd) -> bool {
         let Some(after) = self.after else { return false };
         let now = Instant::now();
@@ -60,7 +60,7 @@ impl Reach {
     }
 }
 
-/// A [`Reach`] with its clock, which goes on from one wait to the next.
+/// A [`Reach`] with its timer, which keeps running from one wait to the next.
 pub struct Watch(RefCell<Option<(Reach, Pin<Box<Sleep>>)>>);
 
 impl Watch {

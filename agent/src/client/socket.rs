@@ -1,4 +1,4 @@
-//! A client's HTTP/1.1 connection: reads, and writes behind whatever the kernel has redirected to it.
+//! A client's HTTP/1.1 connection. Writes wait until bytes that the kernel redirected have reached the socket.
 
 use std::{future::poll_fn, io, rc::Rc, time::Duration};
 
@@ -23,36 +23,36 @@ use crate::{
     steer::{RegisterError, Source, WorkerSteering},
 };
 
-/// How long a client may acknowledge nothing while what was redirected is handed over, before a close is a reset.
+/// How long a client may acknowledge nothing of the redirected bytes before the close becomes a reset.
 const SETTLE: Duration = Duration::from_secs(30);
-/// What a client may have sent before its connection became something else, for the kernel to look at what follows.
+/// Maximum bytes read ahead of a tunnel before its client side can be steered.
 const EARLY: usize = 256 * 1024;
-/// Read at once of what is not asked for yet.
+/// Bytes per read ahead of time.
 const AHEAD: usize = 4096;
 
 pub struct ClientSocket {
     wire: Wire,
-    /// Read and not yet used: the rest of a request, or the beginning of the next.
+    /// Bytes read but not used: the rest of a request, or the beginning of the next.
     pub buf: BytesMut,
     ledger: Ledger,
     key: Option<u64>,
     resets: bool,
-    /// Something has been written since the last [`begin_answer`](Self::begin_answer).
+    /// Something was written since the last [`begin_answer`](Self::begin_answer).
     answered: bool,
-    /// Of the last request something may be on its way that nobody will read.
+    /// Unread bytes of the last request may still arrive.
     pub unread: bool,
     stalled: bool,
-    /// How long the client may take nothing.
+    /// How long the client may acknowledge nothing of what it is sent.
     idle: Option<Duration>,
     half_close: HalfClose,
-    /// After so long without an acknowledgement that is due its machine is gone.
+    /// How long a due acknowledgement may be missing before the client's machine counts as gone.
     unreachable: Option<Duration>,
     watch: Watch,
-    /// What the kernel knows of what the client sends. Behind `wire`: a slot outlives its socket.
+    /// The kernel's slot for what the client sends. Declared after `wire`, because a slot must outlive its socket.
     source: Option<Source>,
 }
 
-/// A connection, what has been read of it, and what the kernel knows of it.
+/// A connection, the bytes already read from it, and its slot in the kernel.
 pub(super) type TunnelEnd<'a> = (&'a TcpStream, BytesMut, Option<&'a Source>);
 
 impl ClientSocket {
@@ -84,7 +84,7 @@ impl ClientSocket {
         })
     }
 
-    /// The connection, and what has been read of it.
+    /// The connection and the bytes already read from it.
     pub fn into_parts(self) -> (Wire, BytesMut) {
         (self.wire, self.buf)
     }
@@ -93,7 +93,7 @@ impl ClientSocket {
         self.wire.tcp()
     }
 
-    /// The answer to the next request is to come, or its final one after an interim one.
+    /// Resets `is_answered`, for the next request or for the final response after an interim one.
     pub fn begin_answer(&mut self) {
         self.answered = false;
     }
@@ -106,7 +106,7 @@ impl ClientSocket {
         self.wire.is_tls()
     }
 
-    /// What counts as having left, from now on.
+    /// Sets when the client counts as gone.
     pub fn set_leaving(&mut self, half_close: HalfClose, unreachable: Option<Duration>) {
         self.half_close = half_close;
         if self.unreachable != unreachable {
@@ -115,7 +115,7 @@ impl ClientSocket {
         }
     }
 
-    /// For a wait for this client.
+    /// The time limits for one wait.
     pub fn patience(&self) -> Patience {
         Patience::new(self.idle, self.unreachable)
     }
@@ -124,17 +124,17 @@ impl ClientSocket {
         self.unreachable
     }
 
-    /// The client has ended its side of a plain connection, and is to be answered all the same.
+    /// Whether the client has closed its side of a plain connection and still gets an answer.
     pub fn is_half_closed(&self) -> bool {
         self.half_close == HalfClose::Answer && socket::is_half_closed(self.stream())
     }
 
-    /// From now on the client may take nothing for so long at most.
+    /// Sets how long the client may acknowledge nothing of what it is sent.
     pub fn set_idle(&mut self, idle: Option<Duration>) {
         self.idle = idle;
     }
 
-    /// Makes the connection a possible target, once; returns its key.
+    /// Registers the connection as a target, once; returns its key.
     pub fn make_target(&mut self, steering: &WorkerSteering, send_buffer: u32) -> Result<u64, RegisterError> {
         if let Some(key) = self.key {
             return Ok(key);
@@ -144,13 +144,14 @@ impl ClientSocket {
         Ok(key)
     }
 
-    /// Reads what is there into `buf`, which grows by up to about `room`; 0 is the end of the stream. Cancel-safe.
+    /// Reads available bytes into `buf`, which grows by up to about `room`; returns 0 at the end of the stream.
+    /// Cancel-safe.
     pub async fn read(&mut self, room: usize) -> io::Result<usize> {
         self.make_room(room);
         self.wire.read_buf(&mut self.buf).await
     }
 
-    /// As [`read`](Self::read), without waiting.
+    /// Like [`read`](Self::read), without waiting.
     pub fn read_now(&mut self, room: usize) -> io::Result<usize> {
         self.make_room(room);
         match &mut self.wire {
@@ -167,9 +168,9 @@ impl ClientSocket {
         }
     }
 
-    /// Writes all of it, behind whatever the kernel has redirected: fails as [`patience::is_over`] knows it when the client
-    /// takes nothing for too long, and then the close is a reset. Not cancel-safe: after a cancelled write the connection can only be
-    /// broken off.
+    /// Writes all of `buf`, after redirected bytes have settled. If the client takes nothing for too long, fails with
+    /// an error for which [`patience::is_over`] is true, and the close becomes a reset. Not cancel-safe: after a
+    /// cancelled write the connection can only be aborted.
     pub async fn write_all(&mut self, buf: &[u8]) -> io::Result<()> {
         self.answered = true;
         self.settle().await?;
@@ -181,7 +182,7 @@ impl ClientSocket {
                 Err(error) => return self.stalled(error),
             }
         }
-        // Plain bytes are with the kernel; of TLS a part may be with us.
+        // Plain bytes are in the kernel now; TLS may still buffer some.
         if let Err(error) = patience.step(&mut self.wire, AsyncWrite::poll_flush).await {
             return self.stalled(error);
         }
@@ -189,7 +190,7 @@ impl ClientSocket {
         Ok(())
     }
 
-    /// What is queued for a client that takes nothing need not be kept.
+    /// Makes the close a reset if the client stalled, so that the kernel drops the queued bytes.
     fn stalled(&mut self, error: io::Error) -> io::Result<()> {
         if patience::is_over(&error) {
             self.stalled = true;
@@ -198,51 +199,53 @@ impl ClientSocket {
         Err(error)
     }
 
-    /// The client has taken nothing for too long.
+    /// Whether the client has taken nothing for too long.
     pub fn has_stalled(&self) -> bool {
         self.stalled
     }
 
-    /// The connection as it is, unless it speaks TLS, and what has been read of it already, for someone who keeps an account of
-    /// their own. With `steering` what the client sends from now on is looked at by the kernel, where that can be.
+    /// The plain connection, the bytes already read from it, and its slot, for a caller that keeps its own account.
+    /// With `steering`, the kernel inspects what the client sends from now on, if possible. Fails with `Unsupported`
+    /// for TLS.
     pub fn tunnel(&mut self, steering: Option<&Rc<WorkerSteering>>) -> io::Result<TunnelEnd<'_>> {
         if self.is_tls() {
             return Err(io::ErrorKind::Unsupported.into());
         }
         if let Some(steering) = steering {
-            // What has arrived has to be read whole before: the kernel would send what is read in part a second time.
+            // Everything that has arrived must be read first: the kernel would deliver a partly read segment a second
+            // time.
             while self.buf.len() < EARLY {
                 match self.read_now(AHEAD) {
                     Ok(0) => break,
                     Ok(_) => {}
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                    // Whoever reads next would take it for an end in order.
+                    // Without this, the next reader would take the error for an orderly close.
                     Err(error) => return Err(error),
                 }
             }
             let drained = self.buf.len() < EARLY;
             self.source = if drained { steering.announce_source(self.stream()).ok() } else { None };
-            // A client that has closed its side already is refused.
+            // Fails for a client that has already closed its side.
             self.source = self.source.take().filter(|source| source.insert(self.stream()).is_ok());
-            // What has come between the read and the insertion is let through now, by this look.
+            // This check passes on what arrived between the read and the insertion.
             socket::has_more(self.stream())?;
         }
         let early = std::mem::take(&mut self.buf);
         Ok((self.wire.tcp(), early, self.source.as_ref()))
     }
 
-    /// The connection, for both directions at once, and what has been read already. The kernel's account ends here: no more is
-    /// to be redirected.
+    /// The connection for both directions, and the bytes already read. The ledger ends here: nothing may be redirected
+    /// afterwards.
     pub fn raw(&mut self) -> (&mut Wire, BytesMut) {
         (&mut self.wire, std::mem::take(&mut self.buf))
     }
 
-    /// Books bytes that the kernel has redirected here.
+    /// Books bytes that the kernel has redirected to this socket.
     pub fn add_redirected(&mut self, bytes: u64) {
         self.ledger.add_redirected(bytes);
     }
 
-    /// As [`Ledger::forgive`].
+    /// See [`Ledger::forgive`].
     pub fn forgive(&mut self) -> io::Result<u64> {
         self.ledger.forgive(self.wire.tcp())
     }
@@ -252,26 +255,25 @@ impl ClientSocket {
         socket::send_queue(self.stream())
     }
 
-    /// As [`Ledger::settle`], as long as the client takes something.
+    /// Like [`Ledger::settle`], with this client's time limits.
     pub async fn settle(&mut self) -> io::Result<()> {
         let patience = self.patience();
         let settled = self.ledger.settle(self.wire.tcp(), patience).await;
         settled.or_else(|error| self.stalled(error))
     }
 
-    /// Resolves when the client has left: closed or reset, its machine gone, or, unless it is answered all the same
-    /// (`listen.half_close`), closed its writing side; and also when that lies behind bytes that nobody has read yet (the rest of a
-    /// body, the next request). Cancel-safe.
+    /// Resolves when the client is gone: closed, reset, unreachable or, unless `listen.half_close` keeps answering,
+    /// half-closed. Also sees an end that follows unread bytes (the rest of a body, the next request). Cancel-safe.
     pub async fn gone(&mut self) {
         if !self.is_tls() {
             return self.left().await;
         }
-        // What is decrypted may tell sooner. What is read ahead of time is kept.
+        // The end may be visible earlier in the decrypted stream. Bytes read ahead are kept.
         while self.buf.is_empty() {
             match self.read(AHEAD).await {
                 Ok(1..) => {}
                 Ok(0) if self.half_close == HalfClose::Answer => break,
-                // It has not said so in TLS; the request is whole by its own framing.
+                // The client did not send close_notify, but the request's own framing shows that it is complete.
                 Err(error) if self.half_close == HalfClose::Answer && error.kind() == io::ErrorKind::UnexpectedEof => {
                     break;
                 }
@@ -281,10 +283,10 @@ impl ClientSocket {
         self.left().await;
     }
 
-    /// As [`gone`](Self::gone), by the TCP stream alone.
+    /// Like [`gone`](Self::gone), using only the TCP stream.
     pub async fn left(&self) {
         let end = async {
-            // Nothing is urgent on these sockets: what this waits for is the end of the stream, which tokio remembers.
+            // These sockets carry no urgent data, so this readiness means the end of the stream, which tokio remembers.
             let end = match self.half_close {
                 HalfClose::Cancel => Interest::PRIORITY,
                 HalfClose::Answer => Interest::ERROR,
@@ -298,31 +300,32 @@ impl ClientSocket {
         }
     }
 
-    /// Ends the connection in order: everything written arrives, then FIN; then the client is read on, because closing with
-    /// bytes unread would send RST and take what is on its way from the client. `Err`: the client had not ended its side.
+    /// Closes the connection orderly: everything written arrives, then FIN. The client is then read on, because closing
+    /// with unread bytes would send RST and discard data in transit. `Err` if the client had not closed its side.
     pub async fn close(mut self, linger: Linger) -> Result<(), Cut> {
         self.idle = Some(self.idle.map_or(SETTLE, |idle| idle.min(SETTLE)));
         if self.settle().await.is_err() {
-            // What was redirected has not all arrived at the socket, and the close would drop it: not without a sign.
+            // Some redirected bytes have not reached the socket and the close drops them, so the client must see a
+            // reset.
             socket::set_reset_on_close(self.stream(), true);
             return Ok(());
         }
         if self.resets {
             socket::set_reset_on_close(self.stream(), false);
         }
-        // The client may take its time with what is queued: the kernel delivers that after the close too.
+        // The client may be slow to take what is queued: the kernel delivers it after the close.
         close::discard(self.wire, self.buf, linger).await
     }
 
-    /// From here on, any end of the connection, that of the process included, is a reset: the body being sent ends only by
-    /// close, and an early FIN would look like its end. [`close`](Self::close) in order takes it back.
+    /// Makes any end of the connection a reset, including the end of the process: the response body ends only by close,
+    /// and an early FIN would look like its end. [`close`](Self::close) reverts this.
     pub fn reset_on_close(&mut self) {
         self.resets = true;
         socket::set_reset_on_close(self.stream(), true);
     }
 
-    /// Breaks the connection off in the middle of a message. What has been sent of it still arrives, except where only a
-    /// reset tells the client that it is not the whole.
+    /// Aborts the connection in the middle of a message. Bytes already sent still arrive, unless only a reset tells the
+    /// client that the message is incomplete.
     pub async fn abort(mut self) {
         if !self.resets {
             let _ = tokio::time::timeout(Duration::from_secs(1), self.settle()).await;

@@ -1,7 +1,7 @@
-//! A client's HTTP/2 stream: one request, whose body comes in frames, and one answer.
+//! A client's HTTP/2 stream: one request, whose body arrives in frames, and one answer.
 //!
-//! The connection (`connection::http2`) has the frames; the windows are the client's. What waits for them waits for
-//! `timeouts.idle` at most, then the stream is reset. Dropping this before the answer is complete resets the stream.
+//! The connection (`connection::http2`) handles the frames. Waits for the client's windows take at most
+//! `timeouts.idle`; then the stream is reset. Dropping this before the answer is complete resets the stream.
 
 use std::{future::poll_fn, io, rc::Rc, time::Duration};
 
@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use super::traffic::Traffic;
 use crate::http::date;
 
-/// Looks at a stream that waits, within the time that it may.
+/// Checks of a waiting stream within its limit.
 const LOOKS: u32 = 4;
 
 pub struct ClientStream {
@@ -23,7 +23,7 @@ pub struct ClientStream {
     tls: bool,
     id: u32,
     traffic: Rc<Traffic>,
-    /// Bytes of the response's body so far.
+    /// Bytes of the response body sent so far.
     sent: u64,
     /// How long the client may take nothing.
     idle: Option<Duration>,
@@ -33,7 +33,7 @@ pub struct ClientStream {
 enum State {
     Unanswered(SendResponse<Bytes>),
     Flowing(SendStream<Bytes>),
-    /// The head was all, and [`ClientStream::end`] is still to come.
+    /// The head ended the stream; [`ClientStream::end`] is still to be called.
     Ended,
     Answered,
 }
@@ -59,12 +59,12 @@ impl ClientStream {
         self.tls
     }
 
-    /// The answer has been given, or its head.
+    /// Whether the answer's head has been sent.
     pub fn is_answered(&self) -> bool {
         !matches!(self.state, State::Unanswered(_))
     }
 
-    /// From now on the client may take nothing for so long at most.
+    /// Sets how long the client may take nothing.
     pub fn set_idle(&mut self, idle: Option<Duration>) {
         self.idle = idle;
     }
@@ -73,7 +73,7 @@ impl ClientStream {
         self.idle
     }
 
-    /// The next frame of the request's body. Cancel-safe.
+    /// Returns the next frame of the request body. Cancel-safe.
     pub async fn frame(&mut self) -> Option<Result<Frame<Bytes>, h2::Error>> {
         if let Some(data) = self.body.data().await {
             return Some(data.and_then(|data| {
@@ -84,19 +84,19 @@ impl ClientStream {
         self.body.trailers().await.map(|trailers| trailers.map(Frame::trailers)).transpose()
     }
 
-    /// The request's body has been read to its end.
+    /// Whether the request body has been read to its end.
     pub fn is_read(&self) -> bool {
         self.body.is_end_stream()
     }
 
-    /// The client has taken nothing for too long.
+    /// Whether the client has taken nothing for too long.
     pub fn has_stalled(&self) -> bool {
         self.stalled
     }
 
-    /// Resolves when the client has left. Cancel-safe.
+    /// Resolves when the client is gone. Cancel-safe.
     pub async fn gone(&mut self) {
-        // Either way, reset or an error, nobody is there any more.
+        // A reset and an error both mean that the client is gone.
         match &mut self.state {
             State::Unanswered(answer) => drop(poll_fn(|cx| answer.poll_reset(cx)).await),
             State::Flowing(out) => drop(poll_fn(|cx| out.poll_reset(cx)).await),
@@ -104,7 +104,7 @@ impl ClientStream {
         }
     }
 
-    /// Gives the whole answer, and waits until the client takes it.
+    /// Sends a complete answer and waits until the client takes it.
     pub async fn reply(&mut self, head: Response<()>, body: Bytes) -> io::Result<()> {
         if body.is_empty() {
             return self.head(head, true);
@@ -113,12 +113,12 @@ impl ClientStream {
         self.write(body, true).await
     }
 
-    /// Gives the head of an answer whose body follows.
+    /// Sends the head of an answer whose body follows.
     pub fn begin(&mut self, head: Response<()>) -> io::Result<()> {
         self.head(head, false)
     }
 
-    /// Gives the head of an answer without a body; it is to be ended all the same.
+    /// Sends the head of an answer without a body; [`end`](Self::end) must still be called.
     pub fn begin_and_end(&mut self, head: Response<()>) -> io::Result<()> {
         self.head(head, true)?;
         self.state = State::Ended;
@@ -133,7 +133,8 @@ impl ClientStream {
         Ok(())
     }
 
-    /// Waits until the client takes it. Not cancel-safe: afterwards the stream can only be broken off.
+    /// Sends a piece of the body and waits until the client takes it. Not cancel-safe: after a cancelled call the
+    /// stream can only be aborted.
     pub async fn data(&mut self, piece: Bytes) -> io::Result<()> {
         self.write(piece, false).await
     }
@@ -147,7 +148,7 @@ impl ClientStream {
         }
     }
 
-    /// Only what has room in the windows is handed on, so nothing piles up behind a client that takes nothing.
+    /// Passes on only what fits into the windows, so that nothing piles up for a client that takes nothing.
     async fn write(&mut self, mut piece: Bytes, ends: bool) -> io::Result<()> {
         while !piece.is_empty() {
             let room = self.room(piece.len()).await?;
@@ -162,10 +163,11 @@ impl ClientStream {
         Ok(())
     }
 
-    /// Waits for room for up to `wanted` bytes: `TimedOut` when the client made none for too long.
+    /// Waits for room for up to `wanted` bytes. Returns `TimedOut` if the client made no room for too long.
     async fn room(&mut self, wanted: usize) -> io::Result<usize> {
         let State::Flowing(out) = &mut self.state else { return Err(gone()) };
-        // Nothing is asked for before there is something to send: what one stream reserves of the connection's window, no other has.
+        // Reserves only when there is something to send: what one stream reserves of the connection's window is lost to
+        // the others.
         out.reserve_capacity(wanted);
         if out.capacity() > 0 {
             return Ok(out.capacity());

@@ -1,5 +1,5 @@
-//! What goes over a client's HTTP/2 connection: what of each response has been written, when a stream last moved, and whether
-//! the client asks for more than its share. The connection (`connection::http2`) writes it down, its streams read it.
+//! Statistics of a client's HTTP/2 connection: bytes written per stream, the time of the last progress, and budgets
+//! against abuse. The connection (`connection::http2`) records them, its streams read them.
 
 mod budget;
 
@@ -19,31 +19,31 @@ use crate::{
     kernel::socket,
 };
 
-/// The time in which a budget of resets is whole again, and one of frames.
+/// The time in which a budget refills completely: for resets and for frames.
 const RESETS: Duration = Duration::from_secs(600);
 const FRAMES: Duration = Duration::from_secs(10);
-/// Frames without a part of a message that a frame with one explains: a client may open the windows of stream and connection
-/// for each DATA frame, and probe what the way takes by PINGs.
+/// How many frames without message content one frame with content allows: a client may update the windows of stream and
+/// connection for each DATA frame, and measure bandwidth by PINGs.
 const EXPLAINED: u32 = 8;
 
 pub struct Traffic {
     wire: RefCell<Wire>,
     /// Bytes of DATA written, by stream.
     written: RefCell<HashMap<u32, u64>>,
-    /// Requests that the client may take back before they are answered.
+    /// Requests that the client may reset before they are answered.
     resets: RefCell<Budget>,
-    /// Frames that carry no part of a message.
+    /// Frames without message content.
     frames: RefCell<Budget>,
-    /// When a part of a message last came or went.
+    /// Time of the last frame with message content, in either direction.
     moved: Cell<Instant>,
-    /// When anything last came.
+    /// Time of the last frame received.
     heard: Cell<Instant>,
     over: Cell<Option<&'static str>>,
     told: Notify,
 }
 
 impl Traffic {
-    /// `resets` and `frames`: how many of either a client may have at once.
+    /// `resets` and `frames` are the sizes of the two budgets.
     pub fn new(wire: Wire, resets: u32, frames: u32) -> Self {
         let now = Instant::now();
         Self {
@@ -58,7 +58,7 @@ impl Traffic {
         }
     }
 
-    /// The connection itself, for as long as nobody else is asked for it.
+    /// The connection itself; the caller must release the borrow before anyone else needs it.
     pub fn wire(&self) -> &RefCell<Wire> {
         &self.wire
     }
@@ -67,7 +67,7 @@ impl Traffic {
         self.wire.into_inner()
     }
 
-    /// A frame has come. False: there are too many of its kind, and the connection is over.
+    /// Records a received frame. Returns false if the budget is exceeded and the connection has to end.
     pub fn received(&self, frame: FrameHead, now: Instant) -> bool {
         self.heard.set(now);
         let carries = match frame.kind {
@@ -84,7 +84,7 @@ impl Traffic {
         frames.spend(now) || self.end("frames")
     }
 
-    /// A frame has been written.
+    /// Records a written frame.
     pub fn sent(&self, frame: FrameHead, now: Instant) {
         match frame.kind {
             kind::DATA => {
@@ -99,14 +99,14 @@ impl Traffic {
         }
     }
 
-    /// The client has taken a request back before it was answered.
+    /// Records that the client reset a request before it was answered.
     pub fn reset(&self) {
         if !self.resets.borrow_mut().spend(Instant::now()) {
             self.end("resets");
         }
     }
 
-    /// The connection has to end. False, always.
+    /// Tells the connection to end. Always returns false.
     pub fn end(&self, reason: &'static str) -> bool {
         if self.over.get().is_none() {
             self.over.set(Some(reason));
@@ -115,12 +115,12 @@ impl Traffic {
         false
     }
 
-    /// Why the connection has to end, if so.
+    /// The reason why the connection has to end, if it has to.
     pub fn over(&self) -> Option<&'static str> {
         self.over.get()
     }
 
-    /// Resolves when the connection has to end, with the reason. Cancel-safe.
+    /// Resolves with the reason when the connection has to end. Cancel-safe.
     pub async fn ended(&self) -> &'static str {
         loop {
             if let Some(reason) = self.over.get() {
@@ -130,7 +130,7 @@ impl Traffic {
         }
     }
 
-    /// Counts what is written of this stream's response from now on.
+    /// Starts to count the written bytes of this stream.
     pub fn open(&self, stream: u32) {
         self.written.borrow_mut().insert(stream, 0);
     }
@@ -139,27 +139,27 @@ impl Traffic {
         self.written.borrow_mut().remove(&stream);
     }
 
-    /// When a part of a message last came or went.
+    /// Time of the last frame with message content, in either direction.
     pub fn moved(&self) -> Instant {
         self.moved.get()
     }
 
-    /// When anything last came.
+    /// Time of the last frame received.
     pub fn heard(&self) -> Instant {
         self.heard.get()
     }
 
-    /// Bytes that the client has acknowledged, all streams together.
+    /// Bytes that the client has acknowledged, over all streams.
     pub fn acknowledged(&self) -> io::Result<u64> {
         socket::bytes_acked(self.wire.borrow().tcp())
     }
 
-    /// Bytes that it has not.
+    /// Bytes that the client has not acknowledged.
     pub fn queued(&self) -> io::Result<u32> {
         socket::send_queue(self.wire.borrow().tcp())
     }
 
-    /// Begins to watch a wait of this stream, of whose response `sent` bytes are on their way.
+    /// Starts to watch a wait of this stream, which has been given `sent` bytes of its response.
     pub fn watch(&self, stream: u32, sent: u64, limit: Duration) -> io::Result<Stall> {
         let acked = self.acknowledged()?;
         let position = acked + u64::from(self.queued()?);
@@ -172,21 +172,21 @@ impl Traffic {
     }
 }
 
-/// A stream that waits for its client. Its windows are the client's, and so is the connection that all streams share; so it
-/// stalls when neither lets a byte of it go on.
+/// A stream that waits for its client. The client controls the stream's windows and the connection that all streams
+/// share; the stream stalls if neither lets a byte of it proceed.
 pub struct Stall {
     stream: u32,
     sent: u64,
     limit: Duration,
     written: u64,
-    /// Where in the connection what has been written of the stream ends, at the latest.
+    /// Upper bound of the connection offset where the stream's written bytes end.
     position: u64,
     acked: u64,
     since: Instant,
 }
 
 impl Stall {
-    /// Looks again: `TimedOut` if the client has taken nothing of the stream for the whole limit.
+    /// Checks for progress. Returns `TimedOut` if the client has taken nothing of the stream for the whole limit.
     pub fn look(&mut self, traffic: &Traffic) -> io::Result<()> {
         let (now, written, acked) = (Instant::now(), traffic.written_of(self.stream), traffic.acknowledged()?);
         let on_its_way = self.sent > written || acked < self.position;

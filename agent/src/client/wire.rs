@@ -1,4 +1,4 @@
-//! A client's connection as bytes: plain, or inside TLS.
+//! A client's connection as a byte stream: plain TCP or TLS.
 
 use std::{
     io::{self, IoSlice},
@@ -14,7 +14,7 @@ use tokio_rustls::server::TlsStream;
 
 pub enum Wire {
     Plain(TcpStream),
-    /// Cannot be a target of the kernel's, which would send plain bytes.
+    /// Cannot be a target, because the kernel would send plain bytes.
     Tls(Box<TlsStream<TcpStream>>),
 }
 
@@ -31,7 +31,7 @@ impl Wire {
     }
 }
 
-/// Does the same on whichever stream it is.
+/// Calls the same method on either stream.
 macro_rules! on_stream {
     ($wire:expr, $stream:ident => $call:expr) => {
         match $wire.get_mut() {

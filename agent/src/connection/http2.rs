@@ -1,7 +1,7 @@
-//! A client's HTTP/2 connection: h2 speaks it, and each of its streams is a request of its own.
+//! A client's HTTP/2 connection. h2 implements the protocol; each stream is served as a request.
 //!
-//! Bounded by the streams at once, the bytes of their heads, the windows, the time without a request, the time in which the
-//! client takes nothing, and the budgets of [`Traffic`] for requests taken back and for frames that carry nothing.
+//! Bounded by: concurrent streams, bytes of their heads, windows, time without a request, time in which the client
+//! takes nothing, and the budgets of [`Traffic`] for resets and for frames without content.
 
 mod io;
 
@@ -33,29 +33,29 @@ use crate::{
     worker::{Current, Worker},
 };
 
-/// Of a request's body, before anything is read of it.
+/// Receive window of a request body per stream, in bytes.
 const STREAM_WINDOW: u32 = 256 << 10;
 const CONNECTION_WINDOW: u32 = 1 << 20;
-/// Of a response, per stream, beyond what the client's window takes.
+/// Bytes of a response buffered per stream beyond the client's window.
 const SEND_BUFFER: usize = 64 << 10;
-/// How long a connection that ends for another one may take to say so.
+/// How long a connection that is shed may take to send GOAWAY.
 const GOODBYE: Duration = Duration::from_millis(100);
-/// A client that is silent for so long is asked whether it is there, and has so long to say so.
+/// How long a client may be silent before it gets a PING, and how long it may take to answer it.
 const PING: Duration = Duration::from_secs(30);
 const PONG: Duration = Duration::from_secs(20);
-/// For a GOAWAY behind which the connection ends.
+/// How long a final GOAWAY may take to be sent.
 const LAST_WORD: Duration = Duration::from_secs(1);
-/// Looks at a client that takes nothing, within the time that it may.
+/// Checks within the limit of a client that takes nothing.
 const LOOKS: u32 = 4;
 
-/// Requests at once, and since when there has been none.
+/// The number of running requests, and since when it has been zero.
 struct Activity {
     requests: Cell<usize>,
     idle_since: Cell<Instant>,
-    /// There has been one.
+    /// Whether the connection has had a request.
     used: Cell<bool>,
     first: Notify,
-    /// The processing of a request has panicked: those that run end, and the connection with them.
+    /// A request handler panicked: running requests finish, then the connection closes.
     faulty: Notify,
     resting: Resting,
 }
@@ -71,8 +71,8 @@ impl Activity {
         Active(Rc::clone(self))
     }
 
-    /// Resolves when the agent leaves and the connection has been of use: a client that is told to go away before its first
-    /// request would come back at once.
+    /// Resolves when the agent leaves and the connection has had a request: a client that gets GOAWAY before its first
+    /// request would reconnect immediately.
     async fn leaves(&self, leaving: &CancellationToken) {
         leaving.cancelled().await;
         while !self.used.get() {
@@ -80,7 +80,7 @@ impl Activity {
         }
     }
 
-    /// Resolves when the connection has no request and is to end for another one.
+    /// Resolves when the connection is idle and chosen to be shed.
     async fn shed(&self) {
         loop {
             self.resting.closed().await;
@@ -106,7 +106,7 @@ impl Activity {
 }
 
 impl Active {
-    /// There is no other request on the connection.
+    /// Whether this is the only request on the connection.
     fn is_only(&self) -> bool {
         self.0.requests.get() == 1
     }
@@ -122,14 +122,14 @@ impl Drop for Active {
     }
 }
 
-/// Serves the connection to its end; `read` is what has been read of it.
+/// Serves the connection to its end; `read` holds bytes already read from it.
 pub(super) async fn serve(current: &Rc<Current>, read: BytesMut, wire: Wire, peer: SocketAddr) {
     let worker = current.worker();
     let listen = &worker.shared.config.listen;
     let traffic = Rc::new(Traffic::new(wire, listen.http2_resets, listen.http2_control_frames));
     let requests = TaskTracker::new();
     let left = exchange(current, &worker, &traffic, read, peer, &requests).await;
-    // With the connection gone, what still runs ends; and it is accounted for.
+    // Requests still running end with the connection; waits until they are accounted for.
     requests.close();
     requests.wait().await;
     let Some(traffic) = Rc::into_inner(traffic) else { return };
@@ -142,22 +142,22 @@ pub(super) async fn serve(current: &Rc<Current>, read: BytesMut, wire: Wire, pee
             }
         }
         Left::Done => {}
-        // What is queued will not be taken, and the kernel need not keep it.
+        // The client will not take what is queued, so the kernel should drop it.
         Left::Stuck => socket::set_reset_on_close(wire.tcp(), true),
     }
 }
 
-/// How a connection has ended.
+/// How a connection ended.
 enum Left {
-    /// The client may be sending.
+    /// The client may still be sending.
     Reading,
-    /// Nothing is on its way.
+    /// Nothing is in transit.
     Done,
-    /// The client does not take what it was sent last.
+    /// The client does not take what is queued.
     Stuck,
 }
 
-/// The whole of the connection.
+/// Runs the whole connection.
 async fn exchange(
     current: &Rc<Current>,
     worker: &Worker,
@@ -187,7 +187,7 @@ async fn exchange(
     let mut connection = match within(until, handshake).await {
         Some(Ok(connection)) => connection,
         Some(Err(error)) => {
-            tracing::debug!(%peer, %error, "HTTP/2 connection");
+            tracing::debug!(%peer, %error, "HTTP/2 handshake failed");
             return Left::Reading;
         }
         None => return Left::Stuck,
@@ -202,7 +202,7 @@ async fn exchange(
             () = poll_fn(|cx| watch.poll_gone(traffic.wire().borrow().tcp(), cx)) => "unreachable",
         }
     });
-    // True: for another connection's sake.
+    // True if the connection is shed in favour of another one.
     let mut leave = pin!(async {
         tokio::select! {
             () = shared.draining.cancelled() => false,
@@ -229,7 +229,7 @@ async fn exchange(
                     requests.spawn_local(one);
                 }
                 Some(Err(error)) => {
-                    tracing::debug!(%peer, %error, "HTTP/2 connection");
+                    tracing::debug!(%peer, %error, "HTTP/2 connection failed");
                     return Left::Reading;
                 }
                 None => return Left::Reading,
@@ -238,17 +238,17 @@ async fn exchange(
                 leaving = true;
                 connection.graceful_shutdown();
                 if shed {
-                    // Whoever is idle needs no time to finish.
+                    // An idle client needs no time to finish.
                     let _ = timeout(GOODBYE, closed(&mut connection)).await;
                     return Left::Done;
                 }
             }
         }
     };
-    tracing::debug!(%peer, reason, "HTTP/2 connection ended by the agent");
+    tracing::debug!(%peer, reason, "closing HTTP/2 connection");
     shared.metrics.http2_ended(reason);
     traffic.end(reason);
-    // What is queued for streams goes first: behind GOAWAY nothing does.
+    // Bytes queued for streams have to be sent before GOAWAY; h2 sends nothing after it.
     let _ = poll_fn(|cx| Poll::Ready(connection.poll_accept(cx).is_ready())).await;
     connection.abrupt_shutdown(match reason {
         "resets" | "frames" => Reason::ENHANCE_YOUR_CALM,
@@ -260,13 +260,13 @@ async fn exchange(
     }
 }
 
-/// The connection has sent what it had to, and has ended.
+/// Resolves when the connection has sent everything and ended.
 async fn closed(connection: &mut Connection<CountedIo, Bytes>) {
     while let Some(Ok(_)) = poll_fn(|cx| connection.poll_accept(cx)).await {}
 }
 
-/// Resolves when the client has said nothing, and does not say that it is there although it has been asked. One that is slow
-/// to take what it is sent finds the question late.
+/// Resolves when the client has been silent and does not answer a PING. Acknowledged bytes extend the wait, because a
+/// slow reader sees the PING late.
 async fn silent(traffic: &Traffic, ping: Option<PingPong>) {
     let Some(mut ping) = ping else { return std::future::pending().await };
     loop {
@@ -279,7 +279,7 @@ async fn silent(traffic: &Traffic, ping: Option<PingPong>) {
         loop {
             match timeout(PONG, poll_fn(|cx| ping.poll_pong(cx))).await {
                 Ok(Ok(_)) => break,
-                // The connection's own task says so.
+                // The connection task reports the error.
                 Ok(Err(_)) => return std::future::pending().await,
                 Err(_) => {
                     let now = traffic.acknowledged();
@@ -293,14 +293,14 @@ async fn silent(traffic: &Traffic, ping: Option<PingPong>) {
     }
 }
 
-/// Resolves when the client has acknowledged nothing of what is queued for it for so long.
+/// Resolves when the client has acknowledged nothing of its queued bytes for `idle`.
 async fn untaken(traffic: &Traffic, idle: Option<Duration>) {
     let Some(idle) = idle else { return std::future::pending().await };
     let (mut acknowledged, mut since) = (traffic.acknowledged().unwrap_or_default(), Instant::now());
     loop {
         tokio::time::sleep(idle / LOOKS).await;
         let (now, queued) = (traffic.acknowledged(), traffic.queued().unwrap_or_default());
-        // An error is for whoever reads to find.
+        // The reader reports the error.
         let now = now.unwrap_or(acknowledged);
         if now != acknowledged || queued == 0 {
             (acknowledged, since) = (now, Instant::now());
@@ -339,7 +339,7 @@ async fn one(
     if stream.has_stalled() {
         worker.shared.metrics.client_stalled();
     }
-    // The stream's own head may have left somewhat after it began to wait.
+    // The stream's head may have been sent somewhat after the wait began.
     let still = stream.idle().is_some_and(|idle| traffic.moved().elapsed() >= idle / 2);
     let ends = stream.has_stalled() && active.is_only() && still;
     drop(stream);

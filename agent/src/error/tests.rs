@@ -25,7 +25,7 @@ fn written(error: &Error, manner: &Manner<'_>) -> (String, String) {
 }
 
 #[test]
-fn an_answer_is_json_with_the_label() {
+fn json_answer_carries_the_reason() {
     let (head, body) = written(&Error::BodyCut { found: 3 }, &manner(ErrorFormat::OpenAi));
     assert!(head.starts_with("HTTP/1.1 400 Bad Request\r\n") && head.contains("connection: close"), "{head}");
     assert!(head.contains("\r\nx-penstock-reason: body_cut\r\n"), "{head}");
@@ -71,7 +71,7 @@ fn anthropic_paths_get_anthropic_errors() {
 }
 
 #[test]
-fn an_answer_is_text_with_the_label() {
+fn text_answer_carries_the_reason() {
     let id = HeaderValue::from_static("mine");
     let manner = Manner { request_id: Some(&id), ..manner(ErrorFormat::Plain) };
     let (head, body) = written(&Error::NoRoute, &manner);
@@ -81,7 +81,7 @@ fn an_answer_is_text_with_the_label() {
 }
 
 #[test]
-fn the_request_and_the_configuration_say_how() {
+fn accept_header_and_configuration_choose_the_format() {
     let mut config = Config::new(Vec::new());
     let fields_of = |fields: &[(&'static str, &'static str)]| -> HeaderMap {
         fields.iter().map(|(n, v)| (HeaderName::from_static(n), HeaderValue::from_static(v))).collect()
@@ -106,7 +106,7 @@ fn the_request_and_the_configuration_say_how() {
     assert_eq!(marked(&config), "mine");
 }
 
-/// One of each.
+/// One error of each kind.
 fn every_error() -> Vec<Error> {
     let found = String::new;
     let address = SocketAddr::from(([127, 0, 0, 1], 1));
@@ -195,7 +195,7 @@ fn every_error() -> Vec<Error> {
     heads.chain(requests).chain(bodies.into_iter().map(Error::Body)).chain(others).collect()
 }
 
-/// The labels that a source file's `fn reason` can give.
+/// The labels that the `fn reason` functions of a source file can return.
 fn labels(source: &str) -> Vec<&str> {
     let mut found = Vec::new();
     for function in source.split("fn reason(").skip(1) {
@@ -206,7 +206,7 @@ fn labels(source: &str) -> Vec<&str> {
     found
 }
 
-/// The rows of a section of `docs/errors.md`: reason and the next column.
+/// The rows of a section of `docs/errors.md`: the reason and the next column.
 fn rows(title: &str) -> BTreeMap<String, String> {
     let text = include_str!("../../../docs/errors.md");
     let (_, section) = text.split_once(&format!("## {title}\n")).expect(title);
@@ -217,11 +217,11 @@ fn rows(title: &str) -> BTreeMap<String, String> {
     });
     let list: Vec<_> = rows.collect();
     let map: BTreeMap<_, _> = list.iter().cloned().collect();
-    assert_eq!(list.len(), map.len(), "a reason stands there twice");
+    assert_eq!(list.len(), map.len(), "a reason is listed twice");
     map
 }
 
-/// Whatever the agent can answer is in the table with its status, and the table has nothing else.
+/// Every error is documented with its status, and nothing else is.
 #[test]
 fn every_reason_is_documented_with_its_status() {
     let status = |error: &Error| match error {
@@ -231,7 +231,7 @@ fn every_reason_is_documented_with_its_status() {
     let every: BTreeMap<String, String> =
         every_error().iter().map(|error| (error.reason().to_owned(), status(error))).collect();
     assert_eq!(rows("Before the response has begun"), every);
-    // `every_error` has all of them.
+    // Checks that `every_error` is complete.
     let sources = [
         include_str!("../error.rs"),
         include_str!("../bbr/error.rs"),
@@ -246,14 +246,14 @@ fn every_reason_is_documented_with_its_status() {
 }
 
 #[test]
-fn every_reason_to_break_off_is_documented() {
+fn every_reason_after_the_response_began_is_documented() {
     let ends = [End::ClientGone, End::Broken, End::Idle].map(|end| end.reason().to_owned());
     let documented = rows("After the response has begun");
     let mut expected: Vec<_> = ends.into_iter().chain(["evicted".to_owned(), "request_timeout".to_owned()]).collect();
     expected.sort_unstable();
     assert_eq!(documented.into_keys().collect::<Vec<_>>(), expected);
     let mut in_source = labels(include_str!("../deliver.rs"));
-    // A tunnel that was asked to stop is no broken response.
+    // A tunnel that was asked to stop is not a broken response.
     in_source.retain(|&label| label != crate::metrics::OK && label != End::Over.reason());
     assert_eq!(in_source.len(), 3);
 }

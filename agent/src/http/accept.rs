@@ -1,4 +1,4 @@
-//! What a client would rather read (RFC 9110 §12.5.1), between two media types.
+//! Compares two media types by a client's Accept header (RFC 9110 §12.5.1).
 
 use std::cmp::Ordering;
 
@@ -6,14 +6,14 @@ use http::{HeaderMap, header};
 
 use super::head::joined;
 
-/// How the client likes `one` in comparison with `other`, such as `text/plain`. Equal without Accept.
+/// Greater if the client prefers `one` over `other` (media types such as `text/plain`); Equal without Accept.
 pub fn compare(headers: &HeaderMap, one: &str, other: &str) -> Ordering {
     let list = joined(headers, &header::ACCEPT);
     let list = String::from_utf8_lossy(&list);
     quality(&list, one).total_cmp(&quality(&list, other))
 }
 
-/// The quality that the most specific range gives a media type. What is malformed about a range is passed over.
+/// The quality that the most specific matching range gives a media type. Malformed ranges are skipped.
 fn quality(list: &str, media: &str) -> f32 {
     let kind = media.split('/').next().unwrap_or_default();
     let mut best = (0, 0.0);
@@ -42,7 +42,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_or_json() {
+    fn accept_chooses_text_or_json() {
         let table = [
             ("", Ordering::Equal),
             ("*/*", Ordering::Equal),

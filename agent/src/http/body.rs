@@ -1,9 +1,9 @@
-//! Request bodies: off the wire in pieces, and kept so that they can be sent again.
+//! Reads request bodies from the wire and keeps them for replay.
 //!
-//! [`BodyReader`] is pure: wire bytes in, payload out, the limit on size enforced. [`ReplayBody`] holds the payload until the
-//! endpoint has answered, because an endpoint that cannot be reached is replaced by the next of the list and the body goes
-//! out anew: first in memory, then in an unlinked temporary file that only threads made for blocking touch. Both count against
-//! the budgets of all bodies ([`Bodies`]).
+//! [`BodyReader`] is pure: it takes wire bytes, returns payload and enforces the size limit. [`ReplayBody`] keeps the
+//! payload until an endpoint has answered, because a retry sends the whole body to the next endpoint. It spills from
+//! memory to an unlinked temporary file, which only blocking threads access. Both count against the budgets of all
+//! bodies ([`Bodies`]).
 
 use std::{borrow::Borrow, fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
@@ -15,11 +15,11 @@ use ring::digest;
 use super::{head::shown, request::RequestBody, trailers};
 use crate::budget::{Bodies, Share};
 
-/// Largest piece that a replay yields, and the unit in which the file is written while there is memory to gather it.
+/// Largest piece that a replay returns, and the unit of file writes while memory is available, in bytes.
 pub const PIECE: usize = 64 * 1024;
-/// A piece that is read back while there is no room in the budget for it is at most this long, and counts nowhere.
+/// Largest piece, in bytes, that is read back uncounted if the budget is exhausted.
 const UNCOUNTED: usize = 16 * 1024;
-/// Least memory that a body with a byte takes.
+/// Smallest memory allocation of a non-empty body, in bytes.
 const LEAST: usize = 1024;
 
 #[derive(Debug, thiserror::Error)]
@@ -30,9 +30,9 @@ pub enum BodyError {
     Chunk { found: String },
     #[error("chunk sizes, extensions and trailers take {found} bytes for {payload} bytes of payload")]
     Overhead { found: u64, payload: u64 },
-    #[error("the body could not be kept in a temporary file: {0}")]
+    #[error("could not store the body in a temporary file: {0}")]
     File(#[from] io::Error),
-    #[error("there is no room for more request bodies {at}")]
+    #[error("no space left for request bodies {at}")]
     Full { at: &'static str },
 }
 
@@ -60,27 +60,27 @@ impl BodyError {
 
 #[derive(Debug, PartialEq, Eq)]
 pub enum Decoded {
-    /// Payload, never empty.
+    /// Payload; never empty.
     Piece(Bytes),
-    /// The buffer is used up and the body goes on.
+    /// The buffer is empty and the body continues.
     Incomplete,
-    /// The body is complete; what is left in the buffer belongs to the next request.
+    /// The body is complete; the rest of the buffer belongs to the next request.
     Done,
 }
 
-/// Takes a request body off the wire. After an error it must not be used again.
+/// Reads a request body from the wire. Must not be used after an error.
 #[derive(Debug)]
 pub struct BodyReader {
     framing: Framing,
     limit: u64,
     payload: u64,
     overhead: u64,
-    /// As they came, behind the last chunk.
+    /// The raw trailer section after the last chunk.
     trailers: BytesMut,
 }
 
 impl BodyReader {
-    /// Fails at once when the declared length is above `limit`.
+    /// Fails immediately if the declared length exceeds `limit`.
     pub fn new(body: RequestBody, limit: u64) -> Result<Self, BodyError> {
         let framing = match body {
             RequestBody::None => Framing::none(),
@@ -98,23 +98,24 @@ impl BodyReader {
         self.framing.is_done()
     }
 
-    /// The trailers of a complete body. A section that cannot be read has none: they are optional (RFC 9110 §6.5.1).
+    /// The trailers of a complete body. A malformed trailer section yields none, because trailers are optional (RFC
+    /// 9110 §6.5.1).
     pub fn trailers(&self) -> HeaderMap {
         trailers::parse(&self.trailers).unwrap_or_default()
     }
 
-    /// Books a frame of `bytes`.
+    /// Counts a frame of `bytes` against the limit.
     pub fn frame(&mut self, bytes: usize) -> Result<(), BodyError> {
         self.payload += bytes as u64;
         if self.payload > self.limit { Err(BodyError::TooLarge { limit: self.limit }) } else { Ok(()) }
     }
 
-    /// The last frame has come.
+    /// Marks the body complete after its last frame.
     pub fn end(&mut self) {
         self.framing = Framing::none();
     }
 
-    /// Takes the next piece from the front of `buf`, without copying it. Never takes a byte beyond the body.
+    /// Takes the next piece from the front of `buf` without copying it. Never takes a byte beyond the body.
     pub fn decode(&mut self, buf: &mut BytesMut) -> Result<Decoded, BodyError> {
         while !self.framing.is_done() && !buf.is_empty() {
             let begin = self.framing;
@@ -133,7 +134,7 @@ impl BodyReader {
             trailers::keep(begin, &buf[..taken], &mut self.trailers);
             buf.advance(taken);
             self.overhead += taken as u64;
-            // Chunks of one byte are a waste but legal; extensions that outweigh the payload are an attack.
+            // One-byte chunks are wasteful but legal; extensions that outweigh the payload are an attack.
             if self.overhead > PIECE as u64 + 16 * self.payload {
                 return Err(BodyError::Overhead { found: self.overhead, payload: self.payload });
             }
@@ -144,9 +145,9 @@ impl BodyReader {
 
 /// A request body that can be read any number of times.
 ///
-/// The order is blocks in memory, then the file, then the tail. Pieces are copied into blocks: held as they came, a body of
-/// one-byte chunks would keep every read buffer alive. Memory used is at most `memory` and one block, and what the budget of all
-/// bodies has; where that has nothing left, each piece goes to the file as it comes.
+/// The order is: blocks in memory, the file, the tail. Pieces are copied into blocks, because a body of one-byte chunks
+/// would otherwise keep every read buffer alive. Uses at most `memory` plus one block, within the budget of all bodies;
+/// if that budget is exhausted, pieces go to the file as they arrive.
 #[derive(Debug)]
 pub struct ReplayBody {
     memory: u64,
@@ -155,19 +156,19 @@ pub struct ReplayBody {
     file: Option<Arc<File>>,
     /// Bytes in the file.
     filed: u64,
-    /// Begins small and grows; shorter than [`PIECE`] between calls.
+    /// Starts small and grows; shorter than [`PIECE`] between calls.
     tail: BytesMut,
-    /// Bytes that the tail has room for; they are held already.
+    /// Capacity of the tail in bytes, already counted in `held`.
     room: usize,
     length: u64,
     bodies: Arc<Bodies>,
-    /// Of blocks and tail.
+    /// The share for blocks and tail.
     held: Share,
     spilled: Share,
 }
 
 impl ReplayBody {
-    /// Keeps about `memory` bytes in memory and at most `limit` bytes in all.
+    /// Keeps about `memory` bytes in memory and at most `limit` bytes in total.
     pub fn new(memory: usize, limit: u64, bodies: &Arc<Bodies>) -> Self {
         Self {
             memory: memory as u64,
@@ -192,19 +193,19 @@ impl ReplayBody {
         self.length == 0
     }
 
-    /// All of it. What is left can take nothing any more.
+    /// Moves the body out. The body left behind accepts nothing.
     #[must_use]
     pub fn take(&mut self) -> Self {
         let nothing = Self::new(0, 0, &self.bodies);
         std::mem::replace(self, nothing)
     }
 
-    /// Bytes of it that lie in the temporary file.
+    /// Bytes of the body in the temporary file.
     pub fn filed(&self) -> u64 {
         self.filed
     }
 
-    /// Whether these pieces are the same bytes.
+    /// Whether `pieces` contain the same bytes.
     pub async fn is_same(&self, pieces: &[Bytes]) -> Result<bool, BodyError> {
         if pieces.iter().map(|piece| piece.len() as u64).sum::<u64>() != self.length {
             return Ok(false);
@@ -235,7 +236,7 @@ impl ReplayBody {
         Ok(digest.finish().as_ref().into())
     }
 
-    /// Adds `piece` at the end. Not cancel-safe: a body whose `append` was dropped or failed has to be dropped too.
+    /// Appends `piece`. Not cancel-safe: a body whose `append` was dropped or failed must be dropped too.
     pub async fn append(&mut self, mut piece: Bytes) -> Result<(), BodyError> {
         let length = self.length + piece.len() as u64;
         if length > self.limit {
@@ -257,7 +258,7 @@ impl ReplayBody {
         Ok(())
     }
 
-    /// Whether the tail can be so long.
+    /// Grows the tail's capacity to `bytes`. Returns false if the budget is exhausted.
     fn make_room(&mut self, bytes: usize) -> bool {
         if bytes <= self.room {
             return true;
@@ -266,14 +267,14 @@ impl ReplayBody {
         if !self.held.grow((room - self.room) as u64) {
             return false;
         }
-        // Not `reserve`, which may take twice as much.
+        // `reserve` may allocate twice as much.
         let mut tail = BytesMut::with_capacity(room);
         tail.extend_from_slice(&self.tail);
         (self.tail, self.room) = (tail, room);
         true
     }
 
-    /// The tail is a whole block.
+    /// Stores the full tail as a block, or spills it.
     async fn store(&mut self) -> Result<(), BodyError> {
         let held = (self.blocks.len() + 1) * PIECE;
         if self.file.is_none() && held as u64 <= self.memory {
@@ -325,12 +326,13 @@ impl ReplayBody {
         BodyError::Full { at: if at == "disk" { "on the disk" } else { "in memory and in files" } }
     }
 
-    /// Reads the body from its beginning.
+    /// Reads the body from the beginning.
     pub fn pieces(&self) -> Pieces<&Self> {
         Pieces::of(self)
     }
 
-    /// What is at this offset, 1 to [`PIECE`] bytes; `None` behind what there is. A copy counts while it lives.
+    /// Returns 1 to [`PIECE`] bytes at this offset; `None` at or beyond the end. A copy counts against the budget while
+    /// it lives.
     pub async fn piece_at(&self, at: u64) -> Result<Option<Bytes>, BodyError> {
         let in_memory = (self.blocks.len() * PIECE) as u64;
         let before_tail = in_memory + self.filed;
@@ -367,7 +369,8 @@ impl ReplayBody {
 }
 
 impl Drop for ReplayBody {
-    /// Closing the last descriptor of an unlinked file frees its blocks, which may wait for the disk. Until then they count.
+    /// Closing the last descriptor of an unlinked file frees its blocks, which may block on the disk. The spilled bytes
+    /// count until then.
     fn drop(&mut self) {
         let spilled = std::mem::replace(&mut self.spilled, self.bodies.spill.share());
         if let (Some(file), Ok(runtime)) = (self.file.take(), tokio::runtime::Handle::try_current()) {
@@ -387,12 +390,13 @@ pub struct Pieces<B> {
 }
 
 impl<B: Borrow<ReplayBody>> Pieces<B> {
-    /// From the beginning of `body`.
+    /// Starts at the beginning of `body`.
     pub fn of(body: B) -> Self {
         Self { body, at: 0 }
     }
 
-    /// The next piece, 1 to [`PIECE`] bytes; `None` at the end. Cancel-safe: a dropped call yields the same piece again.
+    /// Returns the next piece of 1 to [`PIECE`] bytes; `None` at the end. Cancel-safe: a dropped call yields the same
+    /// piece again.
     pub async fn next(&mut self) -> Result<Option<Bytes>, BodyError> {
         let piece = self.body.borrow().piece_at(self.at).await?;
         self.at += piece.as_ref().map_or(0, |piece| piece.len() as u64);
@@ -400,12 +404,12 @@ impl<B: Borrow<ReplayBody>> Pieces<B> {
     }
 }
 
-/// Whether it is the disk, or a quota of it, that has no room.
+/// Whether the disk or a quota is full.
 fn is_full(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge)
 }
 
-/// Runs `work` on a thread that may block.
+/// Runs `work` on a blocking thread.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
     tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
 }

@@ -1,8 +1,9 @@
-//! Content codings of request bodies (RFC 9110 §8.4), taken off so that a body can be looked at. The body itself goes on as it is.
+//! Decodes the content codings of request bodies (RFC 9110 §8.4), so that a body can be inspected. The body itself is
+//! forwarded unchanged.
 //!
-//! [`Codings`] is what the head says. A [`Decoder`] is given the body's bytes as they come and gives pieces of what they stand for,
-//! each of at most [`PIECE`] bytes, so that nobody decodes for long at a time. What decoding may cost is bounded: the decoded bytes
-//! by a limit, the windows of the codings by a budget, their number by [`MOST`].
+//! [`Codings`] is what the head declares. A [`Decoder`] takes the body's bytes as they arrive and returns decoded
+//! pieces of at most [`PIECE`] bytes, so that no call runs for long. The cost is bounded: decoded bytes by a limit,
+//! windows by a budget, the number of codings by [`MOST`].
 
 mod brotli;
 mod gzip;
@@ -20,37 +21,37 @@ use self::{brotli::Brotli, gzip::Gzip, inflate::Inflate, zstd::Zstd};
 use super::head::{joined, shown};
 use crate::budget::{Budget, Share};
 
-/// Largest piece that a decoder gives.
+/// Largest piece that a decoder returns, in bytes.
 pub const PIECE: usize = 32 * 1024;
-/// More codings than this on one body are not taken off.
+/// Maximum number of codings on one body.
 const MOST: usize = 3;
-/// What RFC 9659 lets a zstd coding ask for; brotli has 16 MiB at most, and deflate 32 KiB.
+/// Largest window of a zstd content coding (RFC 9659), in bytes. brotli uses at most 16 MiB, deflate 32 KiB.
 const LARGEST_WINDOW: u64 = 8 << 20;
-/// What a decoder takes besides its window.
+/// Memory of a decoder in addition to its window, in bytes.
 const STATE: u64 = 64 * 1024;
 
-/// The value of `Accept-Encoding` that tells a client what is understood.
+/// The value of `Accept-Encoding` that tells a client which codings are supported.
 pub const ACCEPTED: &str = "gzip, deflate, br, zstd";
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CodingError {
-    #[error("found Content-Encoding \"{found}\", expected {ACCEPTED}, or {MOST} of them at most")]
+    #[error("found Content-Encoding \"{found}\", expected at most {MOST} of {ACCEPTED}")]
     Unsupported { found: String },
-    #[error("the body is not what Content-Encoding \"{coding}\" says: {reason}")]
+    #[error("the body is not valid for Content-Encoding \"{coding}\": {reason}")]
     Corrupt { coding: &'static str, reason: String },
     #[error("the body ends inside Content-Encoding \"{coding}\"")]
     Truncated { coding: &'static str },
     #[error("the decoded body is larger than {limit} bytes")]
     TooLarge { limit: u64 },
-    #[error("there is no room in memory to decode the body")]
+    #[error("not enough memory to decode the body")]
     NoRoom,
 }
 
-/// How a body is coded, outermost coding last.
+/// The codings of a body, in the order in which they were applied.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Codings {
     Known(Vec<Coding>),
-    /// The field.
+    /// The value of an unsupported header.
     Unknown(String),
 }
 
@@ -63,7 +64,7 @@ pub enum Coding {
 }
 
 impl Codings {
-    /// Of a body with this head. `identity` and what is empty are no codings.
+    /// The codings declared by a head. `identity` and empty elements are ignored.
     pub fn of(headers: &HeaderMap) -> Self {
         let field = joined(headers, &header::CONTENT_ENCODING);
         let mut known = Vec::new();
@@ -96,18 +97,18 @@ impl Coding {
     }
 }
 
-/// What one call of a stage came to.
+/// The result of one call of a stage.
 #[derive(Debug, PartialEq, Eq)]
 enum Step {
-    /// So many bytes of output, more than 0.
+    /// Number of bytes written to the output, more than 0.
     Output(usize),
-    /// All input is used up, and the stream goes on.
+    /// All input is consumed and the stream continues.
     Input,
-    /// The stream is complete, and so is the input.
+    /// The stream and the input are complete.
     End,
 }
 
-/// Why a stage cannot go on.
+/// Why a stage failed.
 enum Fault {
     Corrupt(String),
     Truncated,
@@ -121,23 +122,23 @@ impl Fault {
     }
 }
 
-/// One coding being taken off: bytes in with [`push`](Self::push), bytes out with [`step`](Self::step).
+/// A decoder for one coding: [`push`](Self::push) takes input, [`step`](Self::step) returns output.
 trait Stage {
     fn push(&mut self, input: &[u8]);
-    /// Nothing more is pushed.
+    /// Marks the end of the input.
     fn end(&mut self);
-    /// `out` is [`PIECE`] bytes long. Takes what it needs for its window from `share`, once it knows.
+    /// `out` is [`PIECE`] bytes long. Takes the memory for its window from `share` once the size is known.
     fn step(&mut self, out: &mut [u8], share: &mut Share) -> Result<Step, Fault>;
 }
 
 pub struct Decoder {
-    /// In the order in which they are taken off: the last coding that was put on comes first.
+    /// In decoding order: the coding applied last comes first.
     stages: Vec<(Coding, Box<dyn Stage>)>,
     share: Share,
     limit: u64,
-    /// Bytes that stages have given, all of them together.
+    /// Bytes that all stages have returned.
     decoded: u64,
-    /// How many of the stages, from the first, have been told that their input is over.
+    /// Number of stages, from the first, whose input has been ended.
     ended: usize,
     out: Vec<u8>,
 }
@@ -149,7 +150,8 @@ impl std::fmt::Debug for Decoder {
 }
 
 impl Decoder {
-    /// For a body with these codings, at least one; it may become `limit` bytes long. Windows count against `memory`.
+    /// Decodes a body with these codings (at least one) of at most `limit` decoded bytes. Windows count against
+    /// `memory`.
     pub fn new(codings: &[Coding], limit: u64, memory: &Arc<Budget>) -> Self {
         let stage = |&coding: &Coding| -> (Coding, Box<dyn Stage>) {
             let stage: Box<dyn Stage> = match coding {
@@ -164,19 +166,19 @@ impl Decoder {
         Self { stages, share: memory.share(), limit, decoded: 0, ended: 0, out: Vec::new() }
     }
 
-    /// The next bytes of the body.
+    /// Adds the next bytes of the body.
     pub fn push(&mut self, bytes: &[u8]) {
         self.stages[0].1.push(bytes);
     }
 
-    /// The body is complete. What there still is to decode comes with [`step`](Self::step), and then it is an error if that was
-    /// not all of it.
+    /// Marks the body complete. [`step`](Self::step) returns what remains to be decoded, and an error if the body was
+    /// truncated.
     pub fn end(&mut self) {
         self.stages[0].1.end();
         self.ended = self.ended.max(1);
     }
 
-    /// The next piece, of 1 to [`PIECE`] bytes; `None` when it takes more input to have one, or the body is complete.
+    /// Returns the next piece of 1 to [`PIECE`] bytes; `None` if more input is needed or the body is complete.
     pub fn step(&mut self) -> Result<Option<Bytes>, CodingError> {
         if self.out.is_empty() {
             if !self.share.grow(STATE * self.stages.len() as u64) {

@@ -1,4 +1,4 @@
-//! The date of a message, as HTTP writes it (RFC 9110 §5.6.7), formatted once a second on each thread.
+//! The Date header (RFC 9110 §5.6.7), formatted once per second and thread.
 
 use std::{
     cell::RefCell,
@@ -7,7 +7,7 @@ use std::{
 
 use http::HeaderValue;
 
-/// Now.
+/// The current date.
 pub fn now() -> HeaderValue {
     thread_local! {
         static LAST: RefCell<Option<(u64, HeaderValue)>> = const { RefCell::new(None) };
@@ -26,7 +26,7 @@ pub fn now() -> HeaderValue {
 
 fn value(time: SystemTime) -> HeaderValue {
     let value = HeaderValue::from_str(&httpdate::fmt_http_date(time));
-    // A date is plain ASCII.
+    // A date is always plain ASCII, so the fallback is unreachable.
     value.unwrap_or(HeaderValue::from_static("Thu, 01 Jan 1970 00:00:00 GMT"))
 }
 

@@ -1,5 +1,5 @@
-//! Fields about the bytes of a body, which say nothing true any more when an EPP has put another body in its place: digests (RFC
-//! 9530, RFC 3230, RFC 1864), and the content coding where the new body has none.
+//! Removes headers that an EPP's replacement body makes wrong: digests of the client's body (RFC 9530, RFC 3230, RFC
+//! 1864), and its content coding if the new body is not coded.
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, header};
@@ -13,11 +13,12 @@ const DIGESTS: [HeaderName; 4] = [
     HeaderName::from_static("digest"),
     HeaderName::from_static("repr-digest"),
 ];
-/// As much of the new body is looked at as shows whether it is coded.
+/// Bytes of the new body that are inspected to find out whether it is coded.
 const LOOK: u64 = 64 * 1024;
 const TEXT: usize = 512;
 
-/// Removes from `headers` what the client said of its own body; `client` is what it said. What the EPP has said instead stays.
+/// Removes from `headers` what describes the client's body; `client` is what the client sent. Headers that the EPP
+/// changed stay.
 pub fn remove_stale(headers: &mut HeaderMap, client: &HeaderMap, body: &[Bytes]) {
     let is_clients = |headers: &HeaderMap, name: &HeaderName| headers.get_all(name) == client.get_all(name);
     for name in DIGESTS.iter().filter(|name| is_clients(headers, name)).collect::<Vec<_>>() {
@@ -32,7 +33,7 @@ pub fn remove_stale(headers: &mut HeaderMap, client: &HeaderMap, body: &[Bytes])
     }
 }
 
-/// Whether it begins as no coding does. Some would take text for a coded body for a while.
+/// Whether the body begins as text. Some decoders would accept text as coded data for a while.
 fn is_text(body: &[Bytes]) -> bool {
     let begin: Vec<u8> = body.iter().flatten().copied().take(TEXT).collect();
     let text = match std::str::from_utf8(&begin) {
@@ -54,7 +55,7 @@ fn is_coded(mut decoder: Decoder, body: &[Bytes]) -> bool {
                 let part = piece.len().min(LOOK as usize);
                 decoder.push(&piece[..part]);
                 seen += part as u64;
-                // What follows is not pushed.
+                // The rest is not pushed.
                 if part < piece.len() {
                     seen = LOOK;
                 }
@@ -95,7 +96,7 @@ mod tests {
     }
 
     #[test]
-    fn digests_of_the_client_go_and_those_of_the_epp_stay() {
+    fn digests_of_the_client_are_removed_and_those_of_the_epp_kept() {
         let client = headers(&[
             ("content-md5", "Q2hlY2sgSW50ZWdyaXR5IQ=="),
             ("digest", "sha-256=X48E9qOokqqrvdts8nOJRJN3OWDUoyWxBf7kbu9DBPE="),
@@ -110,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn the_coding_goes_where_the_new_body_has_none() {
+    fn content_encoding_is_removed_if_the_new_body_is_not_coded() {
         let plain = format!("{{\"model\":\"m\",\"prompt\":\"{}\"}}", "x".repeat(300_000));
         let (plain, gzip, br) = (Bytes::from(plain), Bytes::from_static(GZIPPED), Bytes::from_static(BROTLI));
         let rows: [(&'static str, &Bytes, bool); 12] = [
@@ -123,7 +124,7 @@ mod tests {
             ("deflate", &plain, false),
             ("gzip, br", &plain, false),
             ("identity", &plain, true),
-            // Nobody here can tell.
+            // The agent cannot decode this coding.
             ("compress", &plain, true),
             ("gzip", &Bytes::new(), false),
             ("x-gzip", &gzip, true),
@@ -137,7 +138,7 @@ mod tests {
                 assert_eq!(now.contains_key("content-encoding"), stays, "{coding}, {} bytes", body.len());
             }
         }
-        // An EPP that says how its body is coded is believed.
+        // A coding set by the EPP is trusted.
         let client = headers(&[("content-encoding", "gzip")]);
         let mut now = headers(&[("content-encoding", "br")]);
         remove_stale(&mut now, &client, &[plain]);

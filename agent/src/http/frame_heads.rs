@@ -1,7 +1,7 @@
-//! The heads of HTTP/2 frames in a stream of bytes (RFC 9113 §4.1), whatever pieces it comes in. What frames carry is not
-//! looked at.
+//! Reads the heads of HTTP/2 frames (RFC 9113 §4.1) from a byte stream that may be cut anywhere. Ignores the payload of
+//! frames.
 
-/// The client's connection preface (RFC 9113 §3.4), bytes.
+/// Length of the client's connection preface (RFC 9113 §3.4), in bytes.
 pub const PREFACE: usize = 24;
 
 pub mod kind {
@@ -9,7 +9,7 @@ pub mod kind {
     pub const HEADERS: u8 = 1;
 }
 
-/// Flag of DATA and HEADERS.
+/// Flag of DATA and HEADERS frames.
 pub const END_STREAM: u8 = 1;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,7 +24,7 @@ pub struct FrameHead {
 pub struct FrameHeads {
     head: [u8; 9],
     have: usize,
-    /// Bytes to come before the next head.
+    /// Bytes left before the next head.
     skip: usize,
 }
 
@@ -34,7 +34,7 @@ impl FrameHeads {
         Self { head: [0; 9], have: 0, skip }
     }
 
-    /// Gives each head that ends in `bytes` to `seen`.
+    /// Calls `seen` for each head that ends in `bytes`.
     pub fn feed(&mut self, mut bytes: &[u8], mut seen: impl FnMut(FrameHead)) {
         while !bytes.is_empty() {
             let skipped = self.skip.min(bytes.len());
@@ -65,7 +65,7 @@ mod tests {
         for (kind, flags, stream, length) in frames {
             wire.extend_from_slice(&(length as u32).to_be_bytes()[1..]);
             wire.extend([kind, flags]);
-            // The reserved bit says nothing.
+            // The reserved bit is ignored.
             wire.extend((stream | 1 << 31).to_be_bytes());
             wire.extend((0..length).map(|at| at as u8));
         }

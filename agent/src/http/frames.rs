@@ -1,7 +1,8 @@
-//! Bodies of HTTP/2 messages that are written piece by piece: a queue of one piece, so that whoever writes waits for the peer.
+//! Bodies of HTTP/2 messages that are written piece by piece, through a queue of one piece, so that the writer waits
+//! for the peer.
 //!
-//! A body whose writer is dropped before [`FrameSender::end`] is an error to hyper, which resets the stream with the body's reason:
-//! what is cut short never ends cleanly.
+//! If the writer is dropped before [`FrameSender::end`], the body yields an error and hyper resets the stream with the
+//! body's reason. So a truncated body never ends cleanly.
 
 use std::{
     cell::Cell,
@@ -16,23 +17,23 @@ use http::HeaderMap;
 use hyper::body::{Body, Frame, SizeHint};
 use tokio::sync::mpsc;
 
-/// The message was not finished. hyper takes the reason from the source.
+/// The body was not finished. hyper takes the reset reason from the source.
 #[derive(Debug, thiserror::Error)]
 #[error("the body was cut short")]
 pub struct Cut(#[source] h2::Error);
 
-/// With what reason a stream is reset whose body is cut short.
+/// The reason with which the stream of a truncated body is reset.
 #[derive(Debug, Clone)]
 pub struct CutReason(Rc<Cell<Reason>>);
 
 impl CutReason {
-    /// The peer has answered, and needs no more of it (RFC 9113 §8.1).
+    /// The peer has answered and does not need the rest (RFC 9113 §8.1).
     pub fn set_answered(&self) {
         self.0.set(Reason::NO_ERROR);
     }
 }
 
-/// The peer wants no more of it.
+/// The peer does not want the rest of the body.
 #[derive(Debug, Clone, Copy, thiserror::Error)]
 #[error("the stream is gone")]
 pub struct Gone;
@@ -45,7 +46,7 @@ enum Piece {
 pub struct FrameBody(Source);
 
 enum Source {
-    /// All of it, until it has been given.
+    /// The whole body, until it has been returned.
     Whole(Option<Bytes>),
     Written {
         pieces: mpsc::Receiver<Piece>,
@@ -65,12 +66,12 @@ impl FrameBody {
         Self(Source::Whole(Some(body).filter(|body| !body.is_empty())))
     }
 
-    /// The body of a response that the sender writes; `length` is its length where it is known.
+    /// The body of a response that the sender writes; `length` in bytes, if known.
     pub fn written(length: Option<u64>) -> (FrameSender, Self) {
         Self::of(length, Reason::INTERNAL_ERROR)
     }
 
-    /// The body of a request of this length.
+    /// The body of a request of `length` bytes.
     pub fn request(length: u64) -> (FrameSender, Self) {
         Self::of(Some(length), Reason::CANCEL)
     }
@@ -84,19 +85,19 @@ impl FrameBody {
 }
 
 impl FrameSender {
-    /// Waits until there is room. Not cancel-safe: the piece may be lost.
+    /// Sends a piece of the body; waits until the queue has room. Not cancel-safe: the piece may be lost.
     pub async fn data(&self, piece: Bytes) -> Result<(), Gone> {
         self.send(Piece::Frame(Frame::data(piece))).await
     }
 
-    /// Ends the body, with trailers unless there are none.
+    /// Ends the body, with trailers unless they are empty.
     pub async fn end(self, trailers: HeaderMap) -> Result<(), Gone> {
-        // Behind trailers nobody asks for more.
+        // After trailers the body is not polled again.
         let last = if trailers.is_empty() { Piece::End } else { Piece::Frame(Frame::trailers(trailers)) };
         self.send(last).await
     }
 
-    /// Resolves when nobody reads the body any more. Cancel-safe.
+    /// Resolves when the body is no longer read. Cancel-safe.
     pub async fn gone(&self) {
         self.pieces.closed().await;
     }

@@ -1,31 +1,31 @@
-//! What the heads of requests and responses have in common: where they end, their field lines, and the two fields that
-//! say how long the body is.
+//! Shared parsing of request and response heads: where a head ends, its field lines, and the two fields that determine
+//! the body's length.
 //!
-//! `httparse` reads the lines; what it lets pass and another parser might read differently (bare LF, bare CR) is refused
-//! before it runs, and what it refuses is named afterwards. A fault is found at the first wrong byte, so the answer does
-//! not depend on how the bytes were cut into reads.
+//! `httparse` reads the lines. Bytes that it accepts but another parser could read differently (bare LF, bare CR) are
+//! refused before it runs; what it refuses is named afterwards. A fault is found at the first wrong byte, so the answer
+//! does not depend on how the bytes were cut into reads.
 
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Version, header};
 
-/// How large a head may be.
+/// Size limits of a head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HeadLimits {
-    /// Start line, fields and blank line, bytes.
+    /// Maximum bytes of start line, fields and blank line.
     pub bytes: usize,
-    /// Field lines.
+    /// Maximum number of field lines.
     pub headers: usize,
 }
 
-/// A head that must not be read as HTTP/1.1, whichever side sent it.
+/// A head that cannot be read unambiguously as HTTP/1.1, from either side.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum HeadError {
     #[error("the head does not end within {limit} bytes")]
     TooLong { limit: usize },
     #[error("the head has more than {limit} header fields")]
     TooManyFields { limit: usize },
-    #[error("found a line feed alone after \"{line}\", expected lines to end with CR LF")]
+    #[error("found a bare line feed after \"{line}\", expected lines to end with CR LF")]
     BareLf { line: String },
-    #[error("found a carriage return alone after \"{line}\", expected lines to end with CR LF")]
+    #[error("found a bare carriage return after \"{line}\", expected lines to end with CR LF")]
     BareCr { line: String },
     #[error("found control character 0x{byte:02x} after \"{line}\", expected visible characters, blanks and tabs")]
     Control { byte: u8, line: String },
@@ -39,18 +39,18 @@ pub enum HeadError {
     ContentLength { found: String },
     #[error("found several values of Content-Length, \"{found}\", expected one")]
     ContentLengthRepeated { found: String },
-    #[error("found Transfer-Encoding \"{found}\" beside Content-Length, expected one of them")]
+    #[error("found Transfer-Encoding \"{found}\" together with Content-Length, expected only one of them")]
     LengthAndEncoding { found: String },
     #[error("found Transfer-Encoding \"{found}\", expected `chunked`")]
     TransferEncoding { found: String },
-    #[error("found Transfer-Encoding \"{found}\", and only `chunked` is implemented")]
+    #[error("found Transfer-Encoding \"{found}\", expected `chunked`, the only one implemented")]
     TransferCoding { found: String },
     #[error("found Transfer-Encoding \"{found}\" in an HTTP/1.0 message, which cannot have one")]
     TransferEncodingInHttp10 { found: String },
 }
 
 impl HeadError {
-    /// The status that answers a request with this fault.
+    /// The status of the answer to a request with this error.
     pub fn status(&self) -> StatusCode {
         match self {
             Self::TooLong { .. } | Self::TooManyFields { .. } => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
@@ -80,22 +80,22 @@ impl HeadError {
     }
 }
 
-/// Finds where a head ends while its bytes arrive, and looks at each of them once.
+/// Finds the end of a head as its bytes arrive, inspecting each byte once.
 ///
-/// Lines end with CR LF and nothing else. RFC 9112 §2.2 would let us take a bare LF; an endpoint or a proxy behind us
-/// that does not is how requests are smuggled.
+/// Lines must end with CR LF. RFC 9112 §2.2 allows a bare LF, but if the next hop reads it differently, requests can be
+/// smuggled.
 #[derive(Debug, Default)]
 pub(super) struct HeadEnd {
-    /// Bytes looked at.
+    /// Number of bytes inspected.
     seen: usize,
-    /// Where the current line begins.
+    /// Offset of the current line.
     line: usize,
     previous: u8,
 }
 
 impl HeadEnd {
-    /// The length of the head that starts `buf`, its blank line included; `None` if the end has not arrived. Each call is given
-    /// the bytes of the calls before, and more behind them.
+    /// The length of the head at the start of `buf`, including its blank line; `None` if the end has not arrived. Each
+    /// call must pass the bytes of the previous calls, followed by new ones.
     pub(super) fn find(&mut self, buf: &[u8]) -> Result<Option<usize>, HeadError> {
         while let Some(&byte) = buf.get(self.seen) {
             let (at, line) = (self.seen, self.line);
@@ -122,7 +122,7 @@ pub(super) fn start_line(head: &[u8]) -> &[u8] {
     lines(head).next().unwrap_or_default()
 }
 
-/// Names what is wrong with the field lines of a complete head; `None` when they are well formed.
+/// The first malformed field line of a complete head; `None` if all are well formed.
 pub(super) fn field_fault(head: &[u8]) -> Option<HeadError> {
     lines(head).skip(1).take_while(|line| !line.is_empty()).find_map(|line| {
         let name = line.split(|&b| b == b':').next().unwrap_or_default();
@@ -143,9 +143,9 @@ fn lines(head: &[u8]) -> impl Iterator<Item = &[u8]> {
     head.split(|&b| b == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line))
 }
 
-/// The fields as a map, in order.
+/// The fields as a map, in their order.
 pub(super) fn fields(parsed: &[httparse::Header<'_>], limit: usize) -> Result<HeaderMap, HeadError> {
-    // Room for the handful of fields that forwarding adds.
+    // Leaves room for the fields that forwarding adds.
     let mut map = HeaderMap::try_with_capacity(parsed.len() + 8).map_err(|_| HeadError::TooManyFields { limit })?;
     for field in parsed {
         let name = HeaderName::from_bytes(field.name.as_bytes());
@@ -158,7 +158,7 @@ pub(super) fn fields(parsed: &[httparse::Header<'_>], limit: usize) -> Result<He
     Ok(map)
 }
 
-/// What the fields say about the body.
+/// The body length declared by the fields.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) enum Declared {
     #[default]
@@ -167,14 +167,14 @@ pub(super) enum Declared {
     Chunked,
 }
 
-/// The length of a request's body as declared (RFC 9112 §6.1 to §6.3), where only one reading is possible.
+/// The declared length of a request body (RFC 9112 §6.1 to §6.3), if it is unambiguous.
 ///
 /// Stricter than the RFC, which lets a recipient prefer Transfer-Encoding over Content-Length and merge equal lengths.
 pub(super) fn declared(headers: &HeaderMap, version: Version) -> Result<Declared, HeadError> {
     declared_with(headers, version, length)
 }
 
-/// As [`declared`], of a response: a length that is repeated is one length (RFC 9110 §8.6).
+/// Like [`declared`], for a response: a repeated equal length counts as one (RFC 9110 §8.6).
 pub(super) fn declared_by_response(headers: &HeaderMap, version: Version) -> Result<Declared, HeadError> {
     declared_with(headers, version, repeated_length)
 }
@@ -203,13 +203,13 @@ fn length(value: &[u8]) -> Result<u64, HeadError> {
     if value.contains(&b',') {
         return Err(HeadError::ContentLengthRepeated { found: shown(value) });
     }
-    // `parse` alone would take a plus sign.
+    // `parse` alone would accept a plus sign.
     let digits = std::str::from_utf8(value).ok().filter(|text| text.bytes().all(|b| b.is_ascii_digit()));
     let length = digits.and_then(|text| text.parse().ok());
     length.ok_or_else(|| HeadError::ContentLength { found: shown(value) })
 }
 
-/// One length, or a list of equal ones.
+/// A single length, or a list of equal ones.
 fn repeated_length(value: &[u8]) -> Result<u64, HeadError> {
     let mut lengths = value.split(|&b| b == b',').map(|part| length(part.trim_ascii()));
     let first = lengths.next().unwrap_or_else(|| length(value))?;
@@ -228,7 +228,7 @@ fn chunked(value: &[u8]) -> Result<(), HeadError> {
     let codings: Vec<&[u8]> = value.split(|&b| b == b',').map(<[u8]>::trim_ascii).collect();
     let is_chunked = |coding: &&[u8]| coding.eq_ignore_ascii_case(b"chunked");
     let well_formed = codings.iter().all(|coding| !coding.is_empty());
-    // RFC 9112 §6.1: chunked is applied once and last; before it may stand codings that we do not have.
+    // RFC 9112 §6.1: chunked is applied exactly once, as the last coding. Other codings before it are not implemented.
     if well_formed && codings.iter().position(is_chunked) == Some(codings.len() - 1) {
         Err(HeadError::TransferCoding { found: shown(value) })
     } else {
@@ -242,14 +242,15 @@ pub(super) fn joined(headers: &HeaderMap, name: &HeaderName) -> Vec<u8> {
     values.join(&b", "[..])
 }
 
-/// The one protocol that the sender wants to go on with (RFC 9110 §7.8), where Connection says so too. HTTP/1.0 has none.
+/// The protocol that the sender wants to switch to (RFC 9110 §7.8), if it is the only one and Connection names it too.
+/// None in HTTP/1.0.
 pub(super) fn upgrade(headers: &HeaderMap, version: Version) -> Option<HeaderValue> {
     let mut wanted = headers.get_all(header::UPGRADE).iter();
     let only = wanted.next().filter(|_| wanted.next().is_none())?;
     (version == Version::HTTP_11 && has_option(headers, "upgrade")).then(|| only.clone())
 }
 
-/// Whether the sender lets the connection be used again (RFC 9112 §9.3).
+/// Whether the sender allows the connection to be reused (RFC 9112 §9.3).
 pub(super) fn keep_alive(headers: &HeaderMap, version: Version) -> bool {
     !has_option(headers, "close") && (version != Version::HTTP_10 || has_option(headers, "keep-alive"))
 }
@@ -259,7 +260,7 @@ fn has_option(headers: &HeaderMap, option: &str) -> bool {
     options.split(|&b| b == b',').any(|o| o.trim_ascii().eq_ignore_ascii_case(option.as_bytes()))
 }
 
-/// Bytes from the wire as they may stand in a log line or an error body: escaped, and cut after 80 bytes.
+/// Wire bytes for a log line or an error body: escaped, and cut after 80 bytes.
 pub(super) fn shown(bytes: &[u8]) -> String {
     const MOST: usize = 80;
     let cut = &bytes[..bytes.len().min(MOST)];
@@ -276,18 +277,18 @@ pub(super) mod tests {
         static LOOKED_AT: Cell<usize> = const { Cell::new(0) };
     }
 
-    /// A byte has been looked at by [`HeadEnd::find`] on this thread.
+    /// Counts a byte inspected by [`HeadEnd::find`] on this thread.
     pub(super) fn count() {
         LOOKED_AT.set(LOOKED_AT.get() + 1);
     }
 
-    /// Bytes that have been looked at since the last call.
+    /// The number of bytes inspected since the last call.
     pub(in crate::http) fn looked_at() -> usize {
         LOOKED_AT.take()
     }
 
     #[test]
-    fn a_head_in_single_bytes_is_found_where_the_whole_one_is() {
+    fn head_end_in_single_bytes_is_found_at_the_same_offset() {
         let wire = b"GET / HTTP/1.1\r\nhost: x\r\n\r\nGET";
         let mut find = HeadEnd::default();
         let found = (0..=wire.len()).find_map(|cut| find.find(&wire[..cut]).unwrap());

@@ -1,11 +1,11 @@
-//! Header fields that belong to one hop, fields that only the agent may set, and fields that it adds.
+//! Removes hop-by-hop headers and headers that only the agent may set, and adds those that forwarding needs.
 //!
-//! Pure functions over a `HeaderMap`. Names compare with `_` as `-`: servers that map names to variables do the same, and
-//! `x_gateway_destination_endpoint` must not get past the filter.
+//! Pure functions over a `HeaderMap`. Names are compared with `_` equal to `-`, because servers that map names to
+//! variables do the same; so `x_gateway_destination_endpoint` is filtered too.
 //!
-//! Whom the endpoint may believe about the client follows from the setting ([`Forwarding`]): with `append` the last element of
-//! `X-Forwarded-For` and `Forwarded` is the agent's word and the rest is the client's; with `replace` all of it is the
-//! agent's; with `off` none of it.
+//! What the endpoint may trust about the client depends on [`Forwarding`]. With `append`, the last element of
+//! `X-Forwarded-For` and `Forwarded` is the agent's and the rest the client's; with `replace` everything is the
+//! agent's; with `off` nothing is.
 
 use std::net::IpAddr;
 
@@ -14,7 +14,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Version, header};
 use super::{date, head::joined};
 use crate::config::{Forwarding, Headers};
 
-/// RFC 9110 §7.6.1, and the fields of a proxy's own authentication (§11.7), which concern the next hop only.
+/// Hop-by-hop headers: RFC 9110 §7.6.1, and those of proxy authentication (§11.7), which concern the next hop only.
 const HOP_BY_HOP: [&str; 8] = [
     "connection",
     "keep-alive",
@@ -26,20 +26,21 @@ const HOP_BY_HOP: [&str; 8] = [
     "upgrade",
 ];
 
-/// What Connection must not name, because removing it changes what the message means to the next hop.
+/// Headers that Connection cannot remove, because removing them changes the message's meaning for the next hop.
 const END_TO_END: [HeaderName; 4] =
     [header::HOST, header::CONTENT_LENGTH, header::CONTENT_TYPE, header::CONTENT_ENCODING];
 
-/// Of these, not even look-alikes go on: nobody has a use for a `content_length` but to say another length than the agent's.
+/// Framing headers. Their underscore variants are removed too, because a `content_length` could only contradict the
+/// agent's.
 const FRAMING: [&str; 4] = ["content-length", "transfer-encoding", "host", "connection"];
 
-/// Fields between gateway, picker and endpoint: from a client they would steer the request past the picker.
+/// Headers between gateway, picker and endpoint. From a client they would bypass the picker.
 const CONTROL: [&str; 11] = [
     "x-prefiller-host-port",
     "x-encoder-hosts-ports",
     "x-data-parallel-host-port",
     "x-kv-cache-source-host-port",
-    // Dynamo's, by which its frontend finds workers.
+    // Dynamo's headers, by which its frontend selects workers.
     "x-worker-instance-id",
     "x-dynamo-routing-mode",
     "x-dynamo-prefill-worker-id",
@@ -49,7 +50,7 @@ const CONTROL: [&str; 11] = [
     "x-dynamo-backend-instance-id",
 ];
 
-/// Families of control fields, by prefix.
+/// Prefixes of control headers.
 const CONTROL_PREFIXES: [&str; 2] = ["x-gateway-destination-endpoint", "x-envoy-"];
 
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
@@ -57,13 +58,13 @@ const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
 pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// Only the agent's own answers carry it: why it did not get one from an endpoint.
+/// Set only on the agent's own answers: the reason why no endpoint answered.
 pub const X_PENSTOCK_REASON: HeaderName = HeaderName::from_static("x-penstock-reason");
 
-/// The agents that have forwarded a request, each by an id of its own.
+/// The ids of the agents that have forwarded a request.
 pub const X_PENSTOCK_HOP: HeaderName = HeaderName::from_static("x-penstock-hop");
 
-/// Whether the request has been forwarded by the agent whose mark this is.
+/// Whether the agent with this mark has already forwarded the request.
 pub fn is_marked(headers: &HeaderMap, mark: &HeaderValue) -> bool {
     let marks = joined(headers, &X_PENSTOCK_HOP);
     marks.split(|&byte| byte == b',').any(|hop| hop.trim_ascii() == mark.as_bytes())
@@ -83,11 +84,11 @@ impl Arrival {
     }
 }
 
-/// Makes a client's fields fit to travel: hop-by-hop and control fields out, forwarding fields in.
+/// Prepares a client's headers for forwarding: removes hop-by-hop and control headers, adds forwarding headers.
 ///
-/// `model` is the configured header that carries the model, which is the agent's to set.
+/// `model` is the configured header that carries the model; only the agent may set it.
 pub fn prepare_request(headers: &mut HeaderMap, arrival: &Arrival, model: &HeaderName, settings: &Headers) {
-    // What the client asks to remove goes first, so that it cannot name a field that is added below.
+    // Headers named by Connection are removed first, so that the client cannot remove one that is added below.
     remove_hop_by_hop(headers);
     remove_if(headers, |name| name.contains('_') && FRAMING.iter().any(|field| same(name, field)));
     remove_control(headers, model, model);
@@ -97,25 +98,26 @@ pub fn prepare_request(headers: &mut HeaderMap, arrival: &Arrival, model: &Heade
     add_via(headers, arrival.version, settings.via.as_deref());
 }
 
-/// Makes an endpoint's fields fit to travel back. `request` are the fields of the request that it answers.
+/// Prepares an endpoint's response headers for the client. `request` are the headers of the request.
 pub fn prepare_response(headers: &mut HeaderMap, version: Version, request: &HeaderMap, settings: &Headers) {
     prepare_interim(headers, version, settings);
-    // RFC 9110 §6.6.1: whoever forwards a response without a date adds it.
+    // RFC 9110 §6.6.1: a recipient that forwards a response without Date adds it.
     headers.entry(header::DATE).or_insert_with(date::now);
     if let Some(id) = request_id(request, settings) {
         headers.insert(X_REQUEST_ID, id.clone());
     }
 }
 
-/// Makes the fields of an interim response (1xx) fit to travel back.
+/// Prepares the headers of an interim response (1xx) for the client.
 pub fn prepare_interim(headers: &mut HeaderMap, version: Version, settings: &Headers) {
     remove_hop_by_hop(headers);
     headers.remove(X_PENSTOCK_REASON);
     add_via(headers, version, settings.via.as_deref());
 }
 
-/// Counts this hop in Max-Forwards (RFC 9110 §7.6.2). True: the request must go no further. Only OPTIONS has it here: TRACE is not
-/// implemented, and of other methods it means nothing. One that is no number is left alone.
+/// Decrements Max-Forwards (RFC 9110 §7.6.2). Returns true if the request must not be forwarded further. Applies only
+/// to OPTIONS: TRACE is not implemented, and for other methods the header has no meaning. An invalid value is left
+/// unchanged.
 pub fn is_last_forward(method: &Method, headers: &mut HeaderMap) -> bool {
     if method != Method::OPTIONS {
         return false;
@@ -127,17 +129,17 @@ pub fn is_last_forward(method: &Method, headers: &mut HeaderMap) -> bool {
     left == 0
 }
 
-/// The request's id where the client is to learn it.
+/// The request id, if the client gets it.
 pub fn request_id<'h>(request: &'h HeaderMap, settings: &Headers) -> Option<&'h HeaderValue> {
     request.get(X_REQUEST_ID).filter(|_| settings.request_id_to_client)
 }
 
-/// Whether the field concerns one connection only.
+/// Whether the header concerns a single connection.
 pub fn is_hop_by_hop(name: &HeaderName) -> bool {
     HOP_BY_HOP.contains(&name.as_str())
 }
 
-/// Removes the hop-by-hop fields and those that Connection names, from a request or a response.
+/// Removes hop-by-hop headers and those that Connection names, from a request or a response.
 pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
     let options = joined(headers, &header::CONNECTION);
     for option in options.split(|&b| b == b',').map(<[u8]>::trim_ascii) {
@@ -151,7 +153,7 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
     }
 }
 
-/// Removes every field by which a client could pose as the gateway or the picker.
+/// Removes every header by which a client could impersonate the gateway or the picker.
 pub fn remove_control(headers: &mut HeaderMap, destination: &HeaderName, model: &HeaderName) {
     remove_if(headers, |name| {
         CONTROL_PREFIXES.iter().any(|prefix| begins(name, prefix))
@@ -159,8 +161,8 @@ pub fn remove_control(headers: &mut HeaderMap, destination: &HeaderName, model: 
     });
 }
 
-/// Removes what a picker may have set for the agent alone: the pick is of no use to the endpoint, which gets what the picker
-/// says about other endpoints (prefill and its like) as it was set.
+/// Removes the pick itself, which is meant for the agent only. What the picker says about other endpoints (prefill and
+/// the like) stays.
 pub fn remove_pick(headers: &mut HeaderMap, destination: &HeaderName) {
     remove_if(headers, |name| begins(name, CONTROL_PREFIXES[0]) || same(name, destination.as_str()));
 }
@@ -172,12 +174,12 @@ pub(super) fn remove_if(headers: &mut HeaderMap, unwanted: impl Fn(&str) -> bool
     }
 }
 
-/// Whether the two are the same name, `_` being the same as `-`.
+/// Whether the names are equal, treating `_` as `-`.
 pub(super) fn same(name: &str, other: &str) -> bool {
     name.len() == other.len() && begins(name, other)
 }
 
-/// Whether `name` begins with `prefix`, `_` being the same as `-`.
+/// Whether `name` begins with `prefix`, treating `_` as `-`.
 pub(super) fn begins(name: &str, prefix: &str) -> bool {
     let dashed = |b: u8| if b == b'_' { b'-' } else { b };
     name.len() >= prefix.len() && name.bytes().zip(prefix.bytes()).all(|(a, b)| dashed(a) == dashed(b))
@@ -195,7 +197,7 @@ fn add_request_id(headers: &mut HeaderMap) {
     }
 }
 
-/// Adds `x-forwarded-for` (a list), `-proto`, `-host` and `-port` (which the first to set them sets).
+/// Appends to `x-forwarded-for`, and sets `-proto`, `-host` and `-port` unless present.
 fn add_x_forwarded(headers: &mut HeaderMap, arrival: &Arrival, forwarding: Forwarding) {
     match forwarding {
         Forwarding::Off => return,
@@ -232,7 +234,7 @@ fn add_forwarded(headers: &mut HeaderMap, arrival: &Arrival, forwarding: Forward
     }
     let mut element = match arrival.client.to_canonical() {
         IpAddr::V4(client) => format!("for={client}"),
-        // RFC 7239 §6: in brackets, which are no token.
+        // RFC 7239 §6: an IPv6 address is in brackets, which need quotes.
         IpAddr::V6(client) => format!("for=\"[{client}]\""),
     };
     if let Some(host) = headers.get(header::HOST).and_then(|host| host.to_str().ok()).filter(|host| !host.is_empty()) {
@@ -242,7 +244,7 @@ fn add_forwarded(headers: &mut HeaderMap, arrival: &Arrival, forwarding: Forward
     append(headers, header::FORWARDED, &element);
 }
 
-/// Appends this hop to `via`, with the version that the message arrived in (RFC 9110 §7.6.3).
+/// Appends this hop to `via`, with the version of the received message (RFC 9110 §7.6.3).
 fn add_via(headers: &mut HeaderMap, received: Version, name: Option<&str>) {
     let Some(name) = name else { return };
     let version = match received {
@@ -253,7 +255,7 @@ fn add_via(headers: &mut HeaderMap, received: Version, name: Option<&str>) {
     append(headers, header::VIA, &format!("{version} {name}"));
 }
 
-/// Adds to a list, on one line: several readers of `x-forwarded-for` look at the first line only.
+/// Appends to a list on one line: several readers of `x-forwarded-for` read only the first line.
 fn append(headers: &mut HeaderMap, name: HeaderName, element: &str) {
     let mut list = joined(headers, &name);
     if !list.is_empty() {

@@ -1,4 +1,4 @@
-//! A whole answer that no endpoint gave: an error of the agent's own, or the picker's.
+//! A complete answer that does not come from an endpoint: the agent's own error or the picker's reply.
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, header};
@@ -8,13 +8,13 @@ use super::{date, headers};
 #[derive(Debug, Clone)]
 pub struct Reply {
     pub status: StatusCode,
-    /// Fields about framing and connection in it are not sent.
+    /// Framing and connection headers in it are ignored.
     pub headers: HeaderMap,
     pub body: Bytes,
 }
 
 impl Reply {
-    /// Appends it as HTTP/1.1. The body is left out where there must be none (RFC 9112 §6.3).
+    /// Appends the answer as HTTP/1.1, without a body if there must be none (RFC 9112 §6.3).
     pub fn write(&self, out: &mut BytesMut, method: &Method, keep_alive: bool) {
         let reason = self.status.canonical_reason().unwrap_or_default();
         out.put_slice(format!("HTTP/1.1 {} {reason}\r\n", self.status.as_u16()).as_bytes());
@@ -38,8 +38,8 @@ impl Reply {
         }
     }
 
-    /// The same answer to a gRPC request, which reads the status from fields of the head and no body ("Trailers-Only").
-    /// Statuses map as gRPC's http-grpc-status-mapping says.
+    /// Converts the answer for a gRPC client, which reads the status from head fields without a body ("Trailers-Only").
+    /// Statuses map as in gRPC's http-grpc-status-mapping.
     #[must_use]
     pub fn grpc(self, message: &str) -> Self {
         let code = match self.status.as_u16() {
@@ -59,7 +59,7 @@ impl Reply {
         Self { status: StatusCode::OK, headers, body: Bytes::new() }
     }
 
-    /// As HTTP/2 has it.
+    /// The answer as HTTP/2 head and body.
     pub fn frames(&self, method: &Method) -> (Response<()>, Bytes) {
         let mut head = Response::new(());
         *head.status_mut() = self.status;
@@ -81,7 +81,7 @@ impl Reply {
     }
 }
 
-/// gRPC's encoding of a status message: printable ASCII but `%` stands for itself.
+/// gRPC's encoding of a status message: printable ASCII except `%` is literal.
 fn percent_encoded(message: &str) -> String {
     let mut encoded = String::with_capacity(message.len());
     for byte in message.bytes() {
@@ -93,7 +93,7 @@ fn percent_encoded(message: &str) -> String {
     encoded
 }
 
-/// A gRPC request, by its content type (gRPC over HTTP2, "Content-Type").
+/// Whether the content type is that of gRPC (gRPC over HTTP2, "Content-Type").
 pub fn is_grpc(headers: &HeaderMap) -> bool {
     let kind = headers.get(header::CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
     kind.strip_prefix(b"application/grpc").is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
@@ -104,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_answer_has_no_body_where_none_may_be() {
+    fn answer_without_allowed_body_has_none() {
         let rows = [
             (Method::GET, StatusCode::OK, "date: now\r\ncontent-length: 2\r\n\r\nhi"),
             (Method::HEAD, StatusCode::OK, "date: now\r\ncontent-length: 2\r\n\r\n"),
@@ -121,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn answer_without_date_gets_one() {
+    fn answer_without_date_gets_a_date() {
         let mut out = BytesMut::new();
         let reply = Reply { status: StatusCode::NOT_FOUND, headers: HeaderMap::new(), body: Bytes::new() };
         reply.write(&mut out, &Method::GET, true);
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn a_grpc_client_reads_the_status_from_the_head() {
+    fn grpc_answer_has_the_status_in_its_head() {
         let headers = HeaderMap::from_iter([(header::RETRY_AFTER, HeaderValue::from_static("1"))]);
         let reply = Reply { status: StatusCode::SERVICE_UNAVAILABLE, headers, body: Bytes::from_static(b"{}") };
         let reply = reply.grpc("100 % gone\n");
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn grpc_is_known_by_its_content_type() {
+    fn grpc_is_detected_by_content_type() {
         for (kind, is) in [
             ("application/grpc", true),
             ("application/grpc+proto", true),

@@ -1,15 +1,15 @@
-//! Request heads: bytes from a client in, a head that only one reading fits out.
+//! Parses request heads strictly: a returned head has only one possible reading.
 //!
-//! Given what has arrived so far it answers "not yet", a head with its length in bytes, or an error that says what was
-//! found, what was expected, and which status answers it. An accepted target is in origin form or `*`: the authority of
-//! an absolute target equals Host, so nothing is lost. After an error the connection must be closed, because where the
-//! next request would begin is unknown.
+//! Given the bytes received so far, returns None (incomplete), a head with its length in bytes, or an error that names
+//! what was found, what was expected and the status to answer. An accepted target is in origin form or `*`; the
+//! authority of an absolute target equals Host, so nothing is lost. After an error the connection must be closed,
+//! because the start of the next request is unknown.
 
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, Version, header, request};
 
 use super::head::{self, Declared, HeadEnd, HeadError, HeadLimits, shown};
 
-/// Empty lines tolerated before a request (RFC 9112 §2.2: some clients end a body with a CR LF too many).
+/// Empty lines accepted before a request (RFC 9112 §2.2: some clients end a body with an extra CR LF).
 const LEADING_BLANK_LINES: usize = 4;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,20 +17,20 @@ pub enum RequestBody {
     None,
     Length(u64),
     Chunked,
-    /// In frames of HTTP/2, with the length where it is declared.
+    /// HTTP/2 frames, with the declared length if there is one.
     Frames(Option<u64>),
 }
 
 #[derive(Debug, Clone)]
 pub struct RequestHead {
-    /// The fields are as sent; [`super::headers::prepare_request`] makes them fit to travel.
+    /// The headers as sent; [`super::headers::prepare_request`] prepares them for forwarding.
     pub parts: request::Parts,
     pub body: RequestBody,
-    /// The client lets the connection be used again.
+    /// Whether the client allows the connection to be reused.
     pub keep_alive: bool,
-    /// The client waits for `100 Continue` before it sends the body.
+    /// Whether the client waits for `100 Continue` before it sends the body.
     pub expect_continue: bool,
-    /// What the client would like the connection to be from the response on.
+    /// The protocol that the client wants to switch to.
     pub upgrade: Option<HeaderValue>,
 }
 
@@ -44,17 +44,17 @@ pub enum RequestError {
     RequestLine { found: String },
     #[error("the request line does not end within {limit} bytes")]
     RequestLineTooLong { limit: usize },
-    #[error("found the preface of HTTP/2, expected HTTP/1.1")]
+    #[error("found the HTTP/2 preface, expected HTTP/1.1")]
     Http2Preface,
     #[error("found version \"{found}\", expected HTTP/1.1 or HTTP/1.0")]
     Version { found: String },
-    #[error("method {found} is not implemented here")]
+    #[error("method {found} is not implemented")]
     Method { found: String },
     #[error("found target \"{found}\", expected a path, or an http or https URL")]
     Target { found: String },
     #[error("found target `*` with method {method}, expected it only with OPTIONS")]
     Asterisk { method: String },
-    #[error("the request has no Host, expected one")]
+    #[error("found no Host field, expected one")]
     HostMissing,
     #[error("found several Host fields, \"{found}\", expected one")]
     HostRepeated { found: String },
@@ -62,7 +62,7 @@ pub enum RequestError {
     Host { found: String },
     #[error("found target \"{target}\" with Host \"{host}\", expected the same host in both")]
     HostMismatch { target: String, host: String },
-    #[error("found Expect \"{found}\", expected 100-continue or none")]
+    #[error("found Expect \"{found}\", expected `100-continue` or no Expect field")]
     Expectation { found: String },
 }
 
@@ -72,7 +72,7 @@ impl RequestError {
             Self::Head(fault) => fault.status(),
             Self::RequestLineTooLong { .. } => StatusCode::URI_TOO_LONG,
             Self::Http2Preface | Self::Version { .. } => StatusCode::HTTP_VERSION_NOT_SUPPORTED,
-            // Not 405: no resource here has these methods, and 405 would owe the client an Allow field (RFC 9110 §15.5.6).
+            // Not 405: no resource has these methods, and 405 would require an Allow header (RFC 9110 §15.5.6).
             Self::Method { .. } => StatusCode::NOT_IMPLEMENTED,
             Self::Expectation { .. } => StatusCode::EXPECTATION_FAILED,
             Self::BlankLines
@@ -107,13 +107,13 @@ impl RequestError {
     }
 }
 
-/// Reads the request head that starts `buf`; with it its length in bytes, tolerated empty lines included. `None`: more
-/// bytes are needed. For a head that arrives piece by piece see [`RequestParser`].
+/// Reads the request head at the start of `buf`. Returns it with its length in bytes, accepted empty lines included, or
+/// `None` if it is incomplete. See [`RequestParser`] for heads that arrive in pieces.
 pub fn parse_request(buf: &[u8], limits: &HeadLimits) -> Result<Option<(RequestHead, usize)>, RequestError> {
     RequestParser::default().parse(buf, limits)
 }
 
-/// Reads one request head while its bytes arrive. However they are cut, each is looked at once until the head is complete.
+/// Reads one request head as its bytes arrive, inspecting each byte once until the head is complete.
 #[derive(Debug, Default)]
 pub struct RequestParser {
     /// Bytes of empty lines before the head.
@@ -122,7 +122,7 @@ pub struct RequestParser {
 }
 
 impl RequestParser {
-    /// As [`parse_request`]; each call is given the bytes of the calls before, and more behind them.
+    /// Like [`parse_request`]; each call must pass the bytes of the previous calls, followed by new ones.
     pub fn parse(&mut self, buf: &[u8], limits: &HeadLimits) -> Result<Option<(RequestHead, usize)>, RequestError> {
         let window = &buf[..buf.len().min(limits.bytes)];
         while window[self.skip..].starts_with(b"\r\n") {
@@ -132,7 +132,7 @@ impl RequestParser {
             }
         }
         let head = &window[self.skip..];
-        // Half of an empty line, or the first byte of a head that is wrong.
+        // Either half of an empty line, or the first byte of an invalid head.
         if head == b"\r" && window.len() < limits.bytes {
             return Ok(None);
         }
@@ -145,7 +145,7 @@ impl RequestParser {
     }
 }
 
-/// The head of an HTTP/2 request, in the form that one of HTTP/1.1 has here. hyper has refused what RFC 9113 §8.2 forbids;
+/// Converts the head of an HTTP/2 request to the form of HTTP/1.1. hyper has refused what RFC 9113 §8.2 forbids.
 /// `ended`: no body follows.
 pub fn from_http2(mut parts: request::Parts, ended: bool, limits: &HeadLimits) -> Result<RequestHead, RequestError> {
     if matches!(parts.method, Method::CONNECT | Method::TRACE) {
@@ -154,7 +154,7 @@ pub fn from_http2(mut parts: request::Parts, ended: bool, limits: &HeadLimits) -
     if parts.headers.len() > limits.headers {
         return Err(HeadError::TooManyFields { limit: limits.headers }.into());
     }
-    // RFC 9113 §8.2.3: cookies may come in pieces.
+    // RFC 9113 §8.2.3: cookies may arrive in several fields.
     let cookies: Vec<&[u8]> = parts.headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect();
     if cookies.len() > 1 {
         let joined = cookies.join(&b"; "[..]);
@@ -172,7 +172,7 @@ pub fn from_http2(mut parts: request::Parts, ended: bool, limits: &HeadLimits) -
         }
         None => None,
     };
-    // As in HTTP/1.0, a request may have its host in the target alone.
+    // As in HTTP/1.0, the host may be in the target only.
     let lenient = if authority.is_some() { Version::HTTP_10 } else { Version::HTTP_11 };
     check_host(&mut parts.headers, lenient, authority.as_ref())?;
     parts.uri = parse_target(&parts.method, &target)?.uri;
@@ -181,12 +181,12 @@ pub fn from_http2(mut parts: request::Parts, ended: bool, limits: &HeadLimits) -
         Declared::Length(bytes) => RequestBody::Frames(Some(bytes)),
         Declared::Nothing | Declared::Chunked => RequestBody::Frames(None),
     };
-    // hyper has its own way to let a body come.
+    // hyper handles Expect itself.
     parts.headers.remove(header::EXPECT);
     Ok(RequestHead { parts, body, keep_alive: true, expect_continue: false, upgrade: None })
 }
 
-/// Reads one complete head.
+/// Parses one complete head.
 fn parse(bytes: &[u8], limits: &HeadLimits) -> Result<RequestHead, RequestError> {
     let mut fields = Vec::with_capacity(limits.headers);
     let mut raw = httparse::Request::new(&mut []);
@@ -213,7 +213,7 @@ fn parse(bytes: &[u8], limits: &HeadLimits) -> Result<RequestHead, RequestError>
         Declared::Length(bytes) => RequestBody::Length(bytes),
         Declared::Chunked => RequestBody::Chunked,
     };
-    // RFC 9110 §10.1.1: an HTTP/1.0 client does not wait, and without a body there is nothing to wait for.
+    // RFC 9110 §10.1.1: an HTTP/1.0 client does not wait, and neither does a request without a body.
     let has_body = !matches!(body, RequestBody::None | RequestBody::Length(0));
     let expect_continue = expects_continue(&headers)? && version == Version::HTTP_11 && has_body;
     let keep_alive = head::keep_alive(&headers, version);
@@ -224,7 +224,7 @@ fn parse(bytes: &[u8], limits: &HeadLimits) -> Result<RequestHead, RequestError>
     Ok(RequestHead { parts, body, keep_alive, expect_continue, upgrade })
 }
 
-/// Names what `httparse` did not take.
+/// The reason why `httparse` refused the head.
 fn fault(bytes: &[u8], error: Option<httparse::Error>, limits: &HeadLimits) -> RequestError {
     let line = head::start_line(bytes);
     let words: Vec<&[u8]> = line.split(|&b| b == b' ').collect();
@@ -234,7 +234,7 @@ fn fault(bytes: &[u8], error: Option<httparse::Error>, limits: &HeadLimits) -> R
         (Some(httparse::Error::Version), [_, _, version]) if is_version(version) => {
             RequestError::Version { found: shown(version) }
         }
-        // A bad byte in the request line is `Token` to httparse, one in a field line `HeaderName` or `HeaderValue`.
+        // For httparse, a bad byte in the request line is `Token`, one in a field line `HeaderName` or `HeaderValue`.
         (Some(httparse::Error::Token | httparse::Error::Version | httparse::Error::NewLine), _) => {
             RequestError::RequestLine { found: shown(line) }
         }
@@ -243,7 +243,7 @@ fn fault(bytes: &[u8], error: Option<httparse::Error>, limits: &HeadLimits) -> R
     }
 }
 
-/// `HTTP/` digit `.` digit (RFC 9112 §2.3).
+/// Whether `word` is `HTTP/` digit `.` digit (RFC 9112 §2.3).
 fn is_version(word: &[u8]) -> bool {
     matches!(word, [b'H', b'T', b'T', b'P', b'/', major, b'.', minor] if major.is_ascii_digit() && minor.is_ascii_digit())
 }
@@ -251,14 +251,15 @@ fn is_version(word: &[u8]) -> bool {
 struct Target {
     /// Origin form, or `*`.
     uri: Uri,
-    /// Of an absolute target: host, port, and the port that the scheme stands for.
+    /// The authority of an absolute target: host, port, and the default port of the scheme.
     authority: Option<Authority>,
 }
 
-/// RFC 9112 §3.2: origin form, absolute form, or `*`. (Authority form belongs to CONNECT.)
+/// Parses origin form, absolute form or `*` (RFC 9112 §3.2). Authority form belongs to CONNECT.
 fn parse_target(method: &Method, target: &str) -> Result<Target, RequestError> {
     let wrong = || RequestError::Target { found: shown(target.as_bytes()) };
-    // A fragment never travels, and raw bytes beyond ASCII have no agreed reading; `http` would cut the one and keep the other.
+    // A fragment is never sent, and bytes beyond ASCII have no agreed meaning; `http` would cut the former and accept
+    // the latter.
     if !target.bytes().all(|b| matches!(b, 0x21..=0x7e) && b != b'#') {
         return Err(wrong());
     }
@@ -278,7 +279,7 @@ fn parse_target(method: &Method, target: &str) -> Result<Target, RequestError> {
     let (authority, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
     let (host, port) = parse_host(authority.as_bytes()).ok_or_else(wrong)?;
     let origin = match path {
-        // RFC 9112 §3.2.4: OPTIONS of a whole server goes on as `*`.
+        // RFC 9112 §3.2.4: OPTIONS for a whole server is forwarded as `*`.
         "" if method == Method::OPTIONS => "*".to_owned(),
         _ if path.starts_with('/') => path.to_owned(),
         _ => format!("/{path}"),
@@ -294,8 +295,8 @@ struct Authority {
     default_port: u16,
 }
 
-/// RFC 9112 §3.2: exactly one valid Host in HTTP/1.1, at most one in HTTP/1.0, and the same as in an absolute target. One that
-/// is empty names no host: an absolute target does that for it, and in HTTP/1.0 nobody has to.
+/// Checks RFC 9112 §3.2: exactly one valid Host in HTTP/1.1, at most one in HTTP/1.0, equal to that of an absolute
+/// target. An empty Host names no host: an absolute target replaces it, and HTTP/1.0 does not need one.
 fn check_host(headers: &mut HeaderMap, version: Version, target: Option<&Authority>) -> Result<(), RequestError> {
     let mut hosts = headers.get_all(header::HOST).iter();
     let (host, second) = (hosts.next(), hosts.next());
@@ -323,7 +324,8 @@ fn check_host(headers: &mut HeaderMap, version: Version, target: Option<&Authori
     }
 }
 
-/// `uri-host [":" port]` (RFC 9110 §7.2, RFC 3986 §3.2.2), the host in lower case. Without user information, and not empty.
+/// Parses `uri-host [":" port]` (RFC 9110 §7.2, RFC 3986 §3.2.2), host in lower case. User information and an empty
+/// host are invalid.
 fn parse_host(value: &[u8]) -> Option<(String, Option<u16>)> {
     let text = std::str::from_utf8(value).ok()?;
     let split = if text.starts_with('[') { text.find(']')? + 1 } else { text.find(':').unwrap_or(text.len()) };
@@ -341,7 +343,7 @@ fn parse_host(value: &[u8]) -> Option<(String, Option<u16>)> {
     valid.then(|| (host.to_ascii_lowercase(), port))
 }
 
-/// RFC 9110 §10.1.1: `100-continue` is the only expectation there is.
+/// Whether the client expects `100-continue`, the only expectation defined (RFC 9110 §10.1.1).
 fn expects_continue(headers: &HeaderMap) -> Result<bool, RequestError> {
     if !headers.contains_key(header::EXPECT) {
         return Ok(false);

@@ -1,9 +1,7 @@
-//! Heads on the way to an endpoint and back: the request head that is sent, the response head that is read, and the
-//! response head that goes on to the client.
+//! Writes request heads for endpoints, parses response heads, and writes response heads for clients.
 //!
-//! Where a response ends decides whether the next one on the same connection is read in the right place, so a head with
-//! two readings is an error and never forwarded. The body toward the client keeps the endpoint's framing byte for byte,
-//! which is what lets the kernel carry it.
+//! Where a response ends decides where the next one on the same connection begins, so a head with two readings is an
+//! error and is never forwarded. The body keeps the endpoint's framing byte for byte, so that the kernel can steer it.
 
 use std::{fmt::Write as _, net::SocketAddr};
 
@@ -28,23 +26,23 @@ pub enum BodyKind {
 pub struct ResponseHead {
     pub status: StatusCode,
     pub version: Version,
-    /// The reason phrase as sent, which may be empty.
+    /// The reason phrase as sent; may be empty.
     pub reason: String,
     pub headers: HeaderMap,
-    /// Ready for the first byte of the body.
+    /// The framing of the body, at its first byte.
     pub framing: Framing,
     pub body: BodyKind,
-    /// The endpoint's connection can be used again after this response.
+    /// Whether the endpoint connection can be reused after this response.
     pub keep_alive: bool,
-    /// 1xx but 101: the real response is still to come.
+    /// 1xx except 101: the final response follows.
     pub interim: bool,
-    /// 101: what the connection is from now on.
+    /// 101: the new protocol of the connection.
     pub upgrade: Option<HeaderValue>,
-    /// Content-Length as sent. Without a body (HEAD, 304) it describes the body that a GET would have got.
+    /// Content-Length as sent. Without a body (HEAD, 304) it describes the body that a GET would get.
     content_length: Option<u64>,
 }
 
-/// An endpoint's head that must not be forwarded; each answers the client 502.
+/// An endpoint's head that cannot be forwarded; the client gets 502.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ResponseError {
     #[error(transparent)]
@@ -53,7 +51,7 @@ pub enum ResponseError {
     StatusLine { found: String },
     #[error("found more than {limit} {what} of interim responses before the response")]
     Interim { limit: usize, what: &'static str },
-    #[error("the endpoint switches protocols, which the request has not asked for")]
+    #[error("the endpoint switched protocols, which the request did not ask for")]
     SwitchingProtocols,
 }
 
@@ -73,10 +71,10 @@ impl ResponseError {
     }
 }
 
-/// Reads the response head that starts `buf`; with it its length in bytes. `None`: more bytes are needed. For a head that
-/// arrives piece by piece see [`ResponseParser`].
+/// Reads the response head at the start of `buf`. Returns it with its length in bytes, or `None` if it is incomplete.
+/// See [`ResponseParser`] for heads that arrive in pieces.
 ///
-/// `request_method` is that of the request it answers: a response to HEAD has no body whatever its fields say.
+/// `request_method` is the method of the request: a response to HEAD has no body whatever its fields say.
 pub fn parse_response(
     buf: &[u8],
     limits: &HeadLimits,
@@ -85,14 +83,14 @@ pub fn parse_response(
     ResponseParser::default().parse(buf, limits, request_method)
 }
 
-/// Reads one response head while its bytes arrive. However they are cut, each is looked at once until the head is complete.
+/// Reads one response head as its bytes arrive, inspecting each byte once until the head is complete.
 #[derive(Debug, Default)]
 pub struct ResponseParser {
     end: HeadEnd,
 }
 
 impl ResponseParser {
-    /// As [`parse_response`]; each call is given the bytes of the calls before, and more behind them.
+    /// Like [`parse_response`]; each call must pass the bytes of the previous calls, followed by new ones.
     pub fn parse(
         &mut self,
         buf: &[u8],
@@ -101,7 +99,7 @@ impl ResponseParser {
     ) -> Result<Option<(ResponseHead, usize)>, ResponseError> {
         const BEGIN: &[u8] = b"HTTP/";
         let window = &buf[..buf.len().min(limits.bytes)];
-        // Found at once: what is no response may never end a line.
+        // Checked immediately, because an invalid response may never contain a line end.
         if !BEGIN.iter().zip(window).all(|(expected, found)| expected == found) {
             return Err(ResponseError::StatusLine { found: shown(head::start_line(window)) });
         }
@@ -113,7 +111,7 @@ impl ResponseParser {
     }
 }
 
-/// Reads one complete head.
+/// Parses one complete head.
 fn parse(bytes: &[u8], limits: &HeadLimits, request_method: &Method) -> Result<ResponseHead, ResponseError> {
     let line = || ResponseError::StatusLine { found: shown(head::start_line(bytes)) };
     let mut fields = Vec::with_capacity(limits.headers);
@@ -148,8 +146,8 @@ fn parse(bytes: &[u8], limits: &HeadLimits, request_method: &Method) -> Result<R
         BodyKind::Chunked => Framing::chunked(),
         BodyKind::UntilClose => Framing::until_close(),
     };
-    // A 1xx or 204 that declares a body (RFC 9112 §6.1, RFC 9110 §8.6 forbid it) may be followed by one, and so may a head with
-    // two readings: nothing may be read after it.
+    // A 1xx or 204 that declares a body (forbidden by RFC 9112 §6.1 and RFC 9110 §8.6) may be followed by one, and so
+    // may a head with ambiguous framing. Nothing may be read after either.
     let bare = status.is_informational() || status == StatusCode::NO_CONTENT;
     let stray_body = !clear || (bare && !matches!(declared, Declared::Nothing | Declared::Length(0)));
     let keep_alive = head::keep_alive(&headers, version) && body != BodyKind::UntilClose && !stray_body && !switches;
@@ -158,8 +156,8 @@ fn parse(bytes: &[u8], limits: &HeadLimits, request_method: &Method) -> Result<R
     Ok(ResponseHead { status, version, reason, headers, framing, body, keep_alive, interim, upgrade, content_length })
 }
 
-/// What the fields declare, and whether that is clear. Of a message that never has a body, fields that contradict each other or
-/// cannot be read are removed (RFC 9112 §6.3, first rule): nothing depends on them here, and a recipient might read them.
+/// The declared length, and whether it is unambiguous. If the message never has a body, contradictory or invalid fields
+/// are removed (RFC 9112 §6.3, first rule), because the next recipient might read them.
 fn declared(headers: &mut HeaderMap, version: Version, bodiless: bool) -> Result<(Declared, bool), ResponseError> {
     match head::declared_by_response(headers, version) {
         Err(_) if bodiless => {
@@ -177,7 +175,7 @@ fn declared(headers: &mut HeaderMap, version: Version, bodiless: bool) -> Result
     }
 }
 
-/// A head that came over HTTP/2 in answer to a request with this method; `ended`: nothing follows.
+/// Converts the head of an HTTP/2 response to a request with this method. `ended`: no body follows.
 pub fn from_http2(
     mut parts: response::Parts,
     ended: bool,
@@ -192,7 +190,7 @@ pub fn from_http2(
     let content_length = if let Declared::Length(bytes) = declared { Some(bytes) } else { None };
     let (body, framing) = match body_of(parts.status, request_method, declared) {
         BodyKind::None => (BodyKind::None, Framing::none()),
-        // HTTP/1.1 has to say so.
+        // HTTP/1.1 has to declare an empty body.
         _ if ended => (BodyKind::Length(0), Framing::none()),
         BodyKind::Length(bytes) => (BodyKind::Length(bytes), Framing::length(bytes)),
         BodyKind::Chunked | BodyKind::UntilClose => (BodyKind::Chunked, Framing::chunked()),
@@ -211,13 +209,13 @@ pub fn from_http2(
     })
 }
 
-/// RFC 9112 §6.3, the first rule: whatever the fields say.
+/// Whether the response has no body whatever its fields say (RFC 9112 §6.3, first rule).
 fn never_has_body(status: StatusCode, request_method: &Method) -> bool {
     let never = status.is_informational() || status == StatusCode::NO_CONTENT || status == StatusCode::NOT_MODIFIED;
     never || request_method == Method::HEAD
 }
 
-/// RFC 9112 §6.3, in its order.
+/// The body's framing by RFC 9112 §6.3, in its order of rules.
 fn body_of(status: StatusCode, request_method: &Method, declared: Declared) -> BodyKind {
     match declared {
         _ if never_has_body(status, request_method) => BodyKind::None,
@@ -228,19 +226,19 @@ fn body_of(status: StatusCode, request_method: &Method, declared: Declared) -> B
 }
 
 impl ResponseHead {
-    /// `Content-Type: text/event-stream`, whatever its parameters.
+    /// Whether the content type is `text/event-stream`, with any parameters.
     pub fn is_event_stream(&self) -> bool {
         const KIND: &[u8] = b"text/event-stream";
         let kind = self.headers.get(header::CONTENT_TYPE).and_then(|kind| kind.as_bytes().get(..KIND.len()));
         kind.is_some_and(|kind| kind.eq_ignore_ascii_case(KIND))
     }
 
-    /// A chunked body for an HTTP/1.0 client, which knows no chunks: the body must be sent decoded, until close.
+    /// Whether a chunked body has to be decoded for an HTTP/1.0 client and ended by close.
     pub fn needs_dechunk(&self, client: Version) -> bool {
         self.body == BodyKind::Chunked && client == Version::HTTP_10
     }
 
-    /// The head as a client of HTTP/2 gets it.
+    /// The head for an HTTP/2 client.
     pub fn frames(&self) -> Response<()> {
         let mut head = Response::new(());
         *head.status_mut() = self.status;
@@ -258,18 +256,18 @@ impl ResponseHead {
         head
     }
 
-    /// Appends the head as the client gets it. Returns whether the client's connection stays open afterwards: `keep_alive`
-    /// is the wish, and a body that only the close ends overrides it.
+    /// Appends the head for an HTTP/1 client. Returns whether the client connection stays open: `keep_alive` says
+    /// whether it should, but a body that ends by close overrides it.
     ///
-    /// Framing and connection fields follow from [`body`](Self::body), whatever a mutation did to the map. An interim head
-    /// for an HTTP/1.0 client writes nothing (RFC 9110 §15.2).
+    /// Framing and connection headers follow from [`body`](Self::body), whatever a mutation did to the map. Writes
+    /// nothing for an interim head to an HTTP/1.0 client (RFC 9110 §15.2).
     pub fn write_head(&self, out: &mut BytesMut, keep_alive: bool, client: Version) -> bool {
         let ends_by_close = self.body == BodyKind::UntilClose || self.needs_dechunk(client);
         let keep_alive = keep_alive && !ends_by_close;
         if self.interim && client == Version::HTTP_10 {
             return keep_alive;
         }
-        // Always our own version (RFC 9110 §6.2), and the space even without a reason (RFC 9112 §4).
+        // Always the agent's own version (RFC 9110 §6.2), and the space even without a reason phrase (RFC 9112 §4).
         out.put_slice(b"HTTP/1.1 ");
         out.put_slice(self.status.as_str().as_bytes());
         out.put_u8(b' ');
@@ -296,17 +294,17 @@ impl ResponseHead {
     }
 }
 
-/// How the body of a request is framed on its way to an endpoint.
+/// The framing of a request body toward an endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RequestFraming<'a> {
     None,
     Length(u64),
-    /// With these trailers behind it.
+    /// Chunked, followed by these trailers.
     Chunked(&'a HeaderMap),
 }
 
-/// Appends a request head as `endpoint` gets it: origin form, Host first, the framing of the body that will follow, and the
-/// protocol that the client wants to go on with. Fields about the client's connection and framing are left out.
+/// Appends a request head for `endpoint`: origin form, Host first, the framing of the body that follows, and the
+/// requested upgrade. Headers about the client's connection and framing are left out.
 pub fn write_request(
     parts: &request::Parts,
     endpoint: SocketAddr,
@@ -320,7 +318,7 @@ pub fn write_request(
     out.put_slice(b" HTTP/1.1\r\nhost: ");
     match parts.headers.get(header::HOST).filter(|host| !host.is_empty()) {
         Some(host) => out.put_slice(host.as_bytes()),
-        // An HTTP/1.0 client may have sent none, and servers refuse an empty one.
+        // An HTTP/1.0 client may have sent no Host, and servers refuse an empty one.
         None => {
             let _ = write!(out, "{endpoint}");
         }
@@ -339,7 +337,7 @@ pub fn write_request(
                 let _ = write!(out, "trailer: {name}\r\n");
             }
         }
-        // RFC 9110 §8.6: these methods say so when they send no body.
+        // RFC 9110 §8.6: these methods declare an empty body explicitly.
         RequestFraming::None if matches!(parts.method, Method::POST | Method::PUT | Method::PATCH) => {
             write_length(0, out);
         }
@@ -367,7 +365,7 @@ fn write_fields(fields: &HeaderMap, own: impl Fn(&HeaderName) -> bool, out: &mut
 }
 
 fn write_length(bytes: u64, out: &mut BytesMut) {
-    // Writing into a BytesMut fails only when memory cannot be had, and then it aborts.
+    // Writing into a BytesMut fails only if memory is exhausted, and then it aborts.
     let _ = write!(out, "content-length: {bytes}\r\n");
 }
 

@@ -1,7 +1,7 @@
-//! W3C Trace Context (level 1): the caller's span in `traceparent`, and what tracing systems say of it in `tracestate`.
+//! W3C Trace Context (level 1): reads `traceparent` and `tracestate` from a client and writes them for the next hop.
 //!
-//! Pure. A context that is right is continued. Of one that is not, nothing is believed or passed on (§4.3): the trace begins
-//! anew with whoever takes part in it next. Parsing is our own because the SDK's takes fields that are too short.
+//! Pure functions. A valid context is continued; an invalid one is removed and a new trace begins (§4.3). Parsing is
+//! our own because the SDK accepts fields that are too short.
 
 use std::fmt;
 
@@ -12,10 +12,10 @@ use super::head::joined;
 
 pub const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 pub const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
-/// Bytes of a `tracestate`, which each span keeps. The specification asks for 512.
+/// Maximum length of a `tracestate`, in bytes; each span keeps a copy. The specification asks for at least 512.
 const LONGEST: usize = 4096;
 
-/// What a `traceparent` says.
+/// The content of a `traceparent`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TraceParent {
     /// Never zero.
@@ -26,8 +26,8 @@ pub struct TraceParent {
 }
 
 impl TraceParent {
-    /// §3.2: `version-traceid-parentid-flags`, in lower-case hexadecimal digits. A later version than ours may go on after
-    /// another dash, and the flags that we do not know are nothing to us.
+    /// Parses `version-traceid-parentid-flags` in lower-case hexadecimal (§3.2). Later versions may append a dash and
+    /// more fields; unknown flags are ignored.
     pub fn parse(value: &[u8]) -> Option<Self> {
         let (fields, more) = value.split_at_checked(55)?;
         let version = octets::<1>(&fields[..2])?[0];
@@ -47,7 +47,7 @@ impl TraceParent {
     }
 }
 
-/// As it is sent, in our version.
+/// Formats the header in version 00.
 impl fmt::Display for TraceParent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (trace, span) = (u128::from_be_bytes(self.trace_id), u64::from_be_bytes(self.span_id));
@@ -68,8 +68,8 @@ fn octets<const N: usize>(digits: &[u8]) -> Option<[u8; N]> {
     Some(octets)
 }
 
-/// The context that a client sent. What is malformed of it is taken out of the fields: without exactly one right
-/// `traceparent`, all of it, else a wrong `tracestate` alone.
+/// Returns the context that a client sent. Removes both headers unless there is exactly one valid `traceparent`, and an
+/// invalid `tracestate` alone.
 pub fn received(headers: &mut HeaderMap) -> Option<(TraceParent, TraceState)> {
     let mut parents = headers.get_all(TRACEPARENT).iter();
     let parent = match (parents.next(), parents.next()) {
@@ -84,7 +84,7 @@ pub fn received(headers: &mut HeaderMap) -> Option<(TraceParent, TraceState)> {
     if !headers.contains_key(TRACESTATE) {
         return Some((parent, TraceState::NONE));
     }
-    // Lines of one list (§3.3.1). An empty one says nothing.
+    // Several lines form one list (§3.3.1), which may be empty.
     let state = String::from_utf8(joined(headers, &TRACESTATE))
         .ok()
         .filter(|list| list.len() <= LONGEST)
@@ -95,7 +95,7 @@ pub fn received(headers: &mut HeaderMap) -> Option<(TraceParent, TraceState)> {
     Some((parent, state.unwrap_or(TraceState::NONE)))
 }
 
-/// Makes `context` the parent of whatever the next hop does.
+/// Sets `context` as the parent of the next hop's spans.
 pub fn send(headers: &mut HeaderMap, context: TraceParent) {
     if let Ok(value) = HeaderValue::from_str(&context.to_string()) {
         headers.insert(TRACEPARENT, value);
@@ -110,7 +110,7 @@ mod tests {
     const SPAN: &str = "b7ad6b7169203331";
 
     #[test]
-    fn a_traceparent_has_one_form() {
+    fn traceparent_is_parsed_strictly() {
         let good = |text: &str| TraceParent::parse(text.as_bytes()).map(|parent| (parent.to_string(), parent.sampled));
         let table = [
             (format!("00-{TRACE}-{SPAN}-01"), true),
@@ -118,7 +118,7 @@ mod tests {
             // Flags that a later level defines.
             (format!("00-{TRACE}-{SPAN}-03"), true),
             (format!("00-{TRACE}-{SPAN}-fe"), false),
-            // Later versions, with more and without.
+            // Later versions, with and without further fields.
             (format!("01-{TRACE}-{SPAN}-01"), true),
             (format!("cc-{TRACE}-{SPAN}-01-what-the-future-will-be-like"), true),
             (format!("fe-{TRACE}-{SPAN}-01-"), true),
@@ -167,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_malformed_is_not_passed_on() {
+    fn malformed_trace_context_is_removed() {
         let parent = format!("00-{TRACE}-{SPAN}-01");
         let parent = parent.as_str();
         let (p, s) = ("traceparent", "tracestate");

@@ -1,5 +1,5 @@
-//! Trailer sections: taken out of chunked syntax, read, and rid of fields that mean nothing behind a body or would mislead whoever
-//! merges them into the head (RFC 9110 §6.5.1).
+//! Trailer sections: extracts them from chunked syntax, parses them, and removes fields that have no meaning in
+//! trailers or would mislead a recipient that merges them into the head (RFC 9110 §6.5.1).
 
 use bytes::BytesMut;
 use http::{HeaderMap, HeaderName, HeaderValue};
@@ -7,11 +7,12 @@ use penstock_common::framing::{Framing, state};
 
 use super::headers;
 
-/// Trailers of one message.
+/// Maximum number of trailers per message.
 const TRAILERS: usize = 64;
 
-/// Fields that frame a message, describe its content, route or authenticate it, or change how a request or response is handled.
-const NOT_BEHIND_A_BODY: [&str; 42] = [
+/// Fields not allowed in trailers: they frame a message, describe its content, route or authenticate it, or control its
+/// handling.
+const FORBIDDEN: [&str; 42] = [
     "accept-ranges",
     "age",
     "allow",
@@ -56,12 +57,13 @@ const NOT_BEHIND_A_BODY: [&str; 42] = [
     "x-request-id",
 ];
 
-/// The section is no list of fields.
+/// The section is not a valid list of fields.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the trailers are malformed")]
 pub struct Malformed;
 
-/// Of a run of chunked syntax, the bytes that belong to the trailer section; `framing` stands where the run begins.
+/// Appends to `section` the bytes of a run of chunked syntax that belong to the trailer section; `framing` is the state
+/// at the start of the run.
 pub fn keep(mut framing: Framing, syntax: &[u8], section: &mut BytesMut) {
     for &byte in syntax {
         if framing.state >= state::TRAILER_FIRST {
@@ -71,7 +73,7 @@ pub fn keep(mut framing: Framing, syntax: &[u8], section: &mut BytesMut) {
     }
 }
 
-/// The fields of a whole section, which may be empty.
+/// Parses a complete section, which may be empty.
 pub fn parse(section: &[u8]) -> Result<HeaderMap, Malformed> {
     let mut fields = [httparse::EMPTY_HEADER; TRAILERS];
     let mut trailers = HeaderMap::new();
@@ -90,11 +92,11 @@ pub fn parse(section: &[u8]) -> Result<HeaderMap, Malformed> {
     Ok(trailers)
 }
 
-/// Leaves what may stand behind a body, such as digests and the status of gRPC.
+/// Removes forbidden trailers; keeps others such as digests and the gRPC status.
 pub fn filter(trailers: &mut HeaderMap) {
     headers::remove_hop_by_hop(trailers);
     headers::remove_if(trailers, |name| {
-        headers::begins(name, "x-forwarded-") || NOT_BEHIND_A_BODY.iter().any(|field| headers::same(name, field))
+        headers::begins(name, "x-forwarded-") || FORBIDDEN.iter().any(|field| headers::same(name, field))
     });
 }
 
@@ -103,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn trailers_are_told_from_chunks_however_the_bytes_are_cut() {
+    fn trailers_are_extracted_from_chunks_in_any_cuts() {
         let wire = b"3\r\nabc\r\n0;x=y\r\nGrpc-Status: 0\r\nx-a: 1\r\nx-a: 2\r\n\r\n";
         for cut in 1..wire.len() {
             let (mut framing, mut section, mut data) = (Framing::chunked(), BytesMut::new(), Vec::new());
@@ -126,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_trailer_section_is_malformed() {
+    fn invalid_trailer_section_is_malformed() {
         for section in [&b"a b: 1\r\n\r\n"[..], b": 1\r\n\r\n"] {
             assert_eq!(parse(section), Err(Malformed), "{section:?}");
         }
@@ -134,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn only_fields_that_may_stand_behind_a_body_are_left() {
+    fn forbidden_trailers_are_removed() {
         let allowed =
             ["digest", "content-digest", "grpc-status", "grpc-message", "x-checksum", "server-timing", "etag"];
         let denied = [

@@ -1,6 +1,6 @@
-//! Offsets of the fields of the running kernel that the programs read, read from its BTF (Documentation/bpf/btf.rst).
+//! Reads the offsets of kernel struct fields from the running kernel's BTF (Documentation/bpf/btf.rst).
 //!
-//! aya relocates field accesses of C programs only, so the Rust program gets the offsets as a global.
+//! aya relocates field accesses of C programs only, so the Rust programs get the offsets as a global.
 
 use std::{fs, path::Path};
 
@@ -11,11 +11,11 @@ const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
 
 #[derive(Debug, Error)]
 pub enum BtfError {
-    #[error("{VMLINUX} cannot be read ({0}); the kernel needs CONFIG_DEBUG_INFO_BTF")]
+    #[error("cannot read {VMLINUX} ({0}); the kernel needs CONFIG_DEBUG_INFO_BTF")]
     Read(#[from] std::io::Error),
     #[error("{VMLINUX} is not little-endian BTF version 1")]
     Format,
-    #[error("{VMLINUX} has no {0}")]
+    #[error("{VMLINUX} lacks {0}")]
     Missing(&'static str),
 }
 
@@ -60,7 +60,7 @@ fn offsets_in(bytes: &[u8]) -> Result<Offsets, BtfError> {
         shared_frag_list: field("skb_shared_info", "frag_list")?,
         shared_frags: field("skb_shared_info", "frags")?,
         page_compound_head: field("page", "compound_head").unwrap_or(0),
-        // The first page of a folio is the folio. Where one of the two is missing, every page counts as shared.
+        // The first page of a folio is the folio. If either field is missing, every page counts as shared.
         page_mapping: field("page", "compound_head").and_then(|_| field("folio", "mapping")).unwrap_or(0),
     })
 }
@@ -76,7 +76,7 @@ const KIND_DECL_TAG: u32 = 17;
 const KIND_ENUM64: u32 = 19;
 const KIND_INT: u32 = 1;
 
-/// Depth of anonymous members that are followed; the kernel nests far less.
+/// Maximum depth of nested anonymous members; the kernel nests far less.
 const MAX_DEPTH: u32 = 8;
 
 struct Btf<'a> {
@@ -129,7 +129,7 @@ impl<'a> Btf<'a> {
         Some((start, u32_at(self.types, start + 4)?))
     }
 
-    /// Ids of the types of this kind and name (a declaration may share it).
+    /// Ids of the types of this kind and name; a forward declaration may share the name.
     fn named(&self, kind: u32, name: &'static str) -> impl Iterator<Item = u32> {
         (1..=self.starts.len() as u32).filter(move |&id| {
             self.info(id).is_some_and(|(start, info)| {
@@ -139,7 +139,7 @@ impl<'a> Btf<'a> {
         })
     }
 
-    /// Value of an enumerator.
+    /// The value of an enumerator.
     fn value(&self, id: u32, name: &str) -> Option<u32> {
         let (start, info) = self.info(id)?;
         (0..(info & 0xffff) as usize).map(|n| start + 12 + n * 8).find_map(|at| {
@@ -148,13 +148,13 @@ impl<'a> Btf<'a> {
         })
     }
 
-    /// Offset in bits of a member, also inside anonymous structs and unions.
+    /// Offset of a member in bits; searches anonymous structs and unions too.
     fn member(&self, id: u32, name: &str, depth: u32) -> Option<u32> {
         let (start, info) = self.info(id)?;
         if !matches!(info >> 24 & 0x1f, KIND_STRUCT | KIND_UNION) || depth > MAX_DEPTH {
             return None;
         }
-        // With kind_flag the offset's upper byte is the size of a bit field.
+        // With kind_flag, the upper byte of the offset is the size of a bit field.
         let mask = if info >> 31 == 1 { 0x00ff_ffff } else { u32::MAX };
         (0..(info & 0xffff) as usize).find_map(|n| {
             let at = start + 12 + n * 12;
@@ -173,10 +173,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_running_kernel_has_the_fields() {
+    fn running_kernel_has_all_fields() {
         let offsets = offsets().expect("BTF of the running kernel");
         assert!(offsets.sk_wmem_queued > 0 && offsets.sk_sndbuf > 0);
-        // write_seq belongs to tcp_sock, behind the struct sock that it begins with.
+        // tcp_sock begins with struct sock, so write_seq lies after it.
         assert!(offsets.write_seq > offsets.sk_sndbuf);
         assert!(offsets.msg_data_end > offsets.msg_data && offsets.msg_sk > 0);
         assert!(offsets.skc_cookie > 0 && offsets.skc_cookie < offsets.sk_sndbuf);
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn refuses_what_is_not_btf() {
+    fn invalid_btf_is_refused() {
         assert!(matches!(offsets_in(b""), Err(BtfError::Format)));
         assert!(matches!(offsets_in(&[0u8; 64]), Err(BtfError::Format)));
     }

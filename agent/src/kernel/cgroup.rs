@@ -1,4 +1,4 @@
-//! Where the cgroup v2 hierarchy is mounted: beside v1 it may be anywhere (cgroups(7)).
+//! Finds the mount point of the cgroup v2 hierarchy, which may be anywhere if v1 is mounted too (cgroups(7)).
 
 use std::path::{Path, PathBuf};
 
@@ -6,32 +6,32 @@ use thiserror::Error;
 
 #[derive(Debug, Error)]
 pub enum CgroupError {
-    #[error("/proc/mounts cannot be read: {0}")]
+    #[error("cannot read /proc/mounts: {0}")]
     Read(#[from] std::io::Error),
-    #[error(
-        "no cgroup v2 hierarchy is mounted; `mount -t cgroup2 none DIRECTORY` mounts one, `steering.cgroup` names it"
-    )]
+    #[error("no cgroup v2 hierarchy is mounted; run `mount -t cgroup2 none DIRECTORY` and set `steering.cgroup`")]
     NotMounted,
     #[error(
-        "{0} is the root of a private cgroup namespace, so endpoints outside of this container are never seen; mount the node's \
-         hierarchy and name it as steering.cgroup"
+        "{0} is the root of a private cgroup namespace, so endpoints outside of this container cannot be recognised; \
+         mount the node's hierarchy and set steering.cgroup"
     )]
     Private(String),
 }
 
-/// The root of the hierarchy. Fails where this process sees only a part of it.
+/// The root of the hierarchy. Fails if this process sees only a part of the hierarchy.
 pub fn root() -> Result<PathBuf, CgroupError> {
     let mounts = std::fs::read_to_string("/proc/mounts")?;
     let first = roots_in(&mounts).next().ok_or(CgroupError::NotMounted)?;
     roots_in(&mounts).find(|root| is_whole(root)).ok_or_else(|| CgroupError::Private(first.display().to_string()))
 }
 
-/// Whether programs attached there see every socket of this machine: the real root alone has no `cgroup.type` (cgroups(7)).
+/// Whether programs attached here see every socket of this machine: only the real root has no `cgroup.type`
+/// (cgroups(7)).
 pub fn is_whole(cgroup: &Path) -> bool {
     !cgroup.join("cgroup.type").exists()
 }
 
-/// Fields are separated by blanks, and blanks within them written as `\\040` (getmntent(3)).
+/// Mount points of cgroup v2. Fields are separated by blanks; blanks within fields are written as `\\040`
+/// (getmntent(3)).
 fn roots_in(mounts: &str) -> impl Iterator<Item = PathBuf> {
     mounts.lines().filter_map(|line| {
         let mut fields = line.split(' ');
@@ -45,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn finds_the_hierarchy_beside_others() {
+    fn cgroup2_mount_is_found_among_others() {
         let unified = "proc /proc proc rw 0 0\ncgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\n\
                        none /sys/fs/cgroup/the\\040unified cgroup2 rw,nosuid 0 0\n";
         assert_eq!(roots_in(unified).collect::<Vec<_>>(), [PathBuf::from("/sys/fs/cgroup/the unified")]);

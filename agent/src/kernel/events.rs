@@ -1,7 +1,7 @@
-//! Events of the kernel program: a thread sleeps on the ring buffer and wakes the task that waits for the slot named.
+//! Events of the kernel programs: a thread waits on the ring buffer and wakes the task that waits for the slot named.
 //!
-//! An event is a hint. What happened stands in the slot, so a spurious one is harmless; when the ring was full, every
-//! waiting task is woken to look.
+//! An event is only a hint: the slot holds the state, so a spurious event is harmless. If the ring was full, every
+//! waiting task is woken to check its slot.
 
 use std::{
     io,
@@ -34,7 +34,7 @@ use crate::{
 
 const THREAD: &str = "penstock-events";
 
-/// How often retired slots are freed.
+/// Time between two attempts to free retired slots.
 const RECLAIM: Duration = Duration::from_secs(1);
 
 type ProgramLog = EbpfLogger<&'static dyn log::Log>;
@@ -48,13 +48,13 @@ pub struct Events {
 struct Shared {
     wakers: Box<[AtomicWaker]>,
     missed: AtomicU64,
-    /// Whoever is told when the thread ends before it is asked to.
+    /// Told if the thread ends before it is asked to.
     watch: OnceLock<Watch>,
     failure: OnceLock<String>,
 }
 
 impl Events {
-    /// Also hands on what the programs log and frees, now and then, slots that have been retired.
+    /// Starts the thread, which also forwards the programs' log lines and frees retired slots.
     pub(super) fn start(
         ring: RingBuf<MapData>,
         missed: Array<MapData, u64>,
@@ -67,33 +67,33 @@ impl Events {
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
         let (theirs, until) = (Arc::clone(&shared), Arc::clone(&stop));
         let thread = std::thread::Builder::new().name(THREAD.into()).spawn(move || {
-            // Reading what is mapped and open takes none. Where they cannot be given up, the start says so for all threads.
+            // Reading mapped memory and open descriptors needs no capability. A failure to drop them is reported at the
+            // start.
             let _ = capability::keep(&[]);
             let ended = catch_unwind(AssertUnwindSafe(|| run(ring, &missed, log, &theirs, &slots, &until)));
             theirs.fail(match ended {
                 Ok(Ok(())) => return,
-                Ok(Err(error)) => format!("waiting for events: {error}"),
+                Ok(Err(error)) => format!("cannot wait for events: {error}"),
                 Err(panic) => panics::message(&*panic).to_owned(),
             });
         })?;
         Ok(Self { shared, stop, thread: Some(thread) })
     }
 
-    /// Has `watch` told when the thread ends before it is asked to.
+    /// Tells `watch` if the thread ends before it is asked to.
     pub fn watch(&self, watch: Watch) {
         let _ = self.shared.watch.set(watch);
         self.shared.tell();
     }
 
-    /// Ready when the span, of the slots at `index`, is released; otherwise the task is woken when the kernel says something
-    /// of them.
+    /// Ready when the span of the slot at `index` is released. Otherwise wakes the task at the next event for the slot.
     pub fn poll_released(&self, index: u32, span: SpanRef<'_>, cx: &mut Context<'_>) -> Poll<()> {
-        // Register first: an event between the look and the registration would be lost the other way round.
+        // Register before the check; otherwise an event between the two would be lost.
         self.shared.wakers[index as usize].register(cx.waker());
         if span.is_released() { Poll::Ready(()) } else { Poll::Pending }
     }
 
-    /// Events that found the ring full, since the last call.
+    /// Number of events lost because the ring was full, since the last call.
     pub fn take_missed(&self) -> u64 {
         self.shared.missed.swap(0, Relaxed)
     }
@@ -158,8 +158,8 @@ fn run(
     }
 }
 
-/// Sleeps until one of the rings has something, or a second has passed and missed events are worth a look; breaks when it is
-/// time to end.
+/// Waits until a ring has data or one second has passed, so that missed events are noticed. Breaks when the thread has
+/// to stop.
 fn wait(ring: &RingBuf<MapData>, log: &ProgramLog, stop: BorrowedFd<'_>) -> nix::Result<ControlFlow<()>> {
     let fds = [super::socket::borrow(ring), log.as_fd(), stop];
     let mut fds = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN));

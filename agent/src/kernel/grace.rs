@@ -1,7 +1,8 @@
-//! Waiting until every kernel program that was running has ended.
+//! Waits until every kernel program that was running has ended.
 //!
-//! An update of a map of maps returns only after a grace period of RCU, under which programs run (`maybe_wait_bpf_programs`).
-//! Unlike membarrier(2), which fails on kernels with `nohz_full`, that holds wherever the programs can be loaded.
+//! An update of a map of maps returns only after an RCU grace period, under which programs run
+//! (`maybe_wait_bpf_programs`). membarrier(2) would fail on kernels with `nohz_full`; this works wherever the programs
+//! can be loaded.
 
 use std::{
     io,
@@ -24,7 +25,7 @@ struct Create {
     inner_map_fd: u32,
 }
 
-/// The same for `BPF_MAP_UPDATE_ELEM`.
+/// The beginning of `union bpf_attr` for `BPF_MAP_UPDATE_ELEM`.
 #[repr(C)]
 struct Update {
     map_fd: u32,
@@ -41,14 +42,14 @@ pub(super) struct Grace {
 }
 
 impl Grace {
-    /// Takes CAP_BPF.
+    /// Creates the maps. Needs CAP_BPF.
     pub(super) fn new() -> io::Result<Self> {
         let inner = create(BPF_MAP_TYPE_ARRAY, 0)?;
         let outer = create(BPF_MAP_TYPE_ARRAY_OF_MAPS, inner.as_raw_fd() as u32)?;
         Ok(Self { outer, inner })
     }
 
-    /// Blocks for some milliseconds. Takes no capability.
+    /// Blocks for some milliseconds. Needs no capability.
     pub(super) fn wait(&self) -> io::Result<()> {
         let (key, value) = (0u32, self.inner.as_raw_fd() as u32);
         let (map_fd, key, value) = (self.outer.as_raw_fd() as u32, (&raw const key) as u64, (&raw const value) as u64);
@@ -59,12 +60,13 @@ impl Grace {
 fn create(map_type: u32, inner_map_fd: u32) -> io::Result<OwnedFd> {
     let attributes = Create { map_type, key_size: 4, value_size: 4, max_entries: 1, map_flags: 0, inner_map_fd };
     let fd = bpf(BPF_MAP_CREATE, &attributes)?;
-    // SAFETY: a descriptor that the call has just made, and that nobody else has.
+    // SAFETY: the call has just created this descriptor, and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<libc::c_int> {
-    // SAFETY: the kernel reads so many bytes of the attributes, and from the words that they point to, which live as long.
+    // SAFETY: the kernel reads `size_of::<T>()` bytes of the attributes and the words that they point to, which outlive
+    // the call.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw const *attributes, size_of::<T>()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as libc::c_int) }
 }
@@ -75,7 +77,7 @@ mod tests {
     use crate::capability;
 
     #[test]
-    fn grace_period_is_waited_for_without_capabilities() {
+    fn grace_period_needs_no_capabilities() {
         let grace = Grace::new().expect("CAP_BPF");
         capability::with(&[], || grace.wait()).expect("wait");
     }

@@ -1,10 +1,10 @@
-//! The kernel program's object file, built by `cargo xtask build-ebpf` and carried in the binary.
+//! The kernel programs' object file, built by `cargo xtask build-ebpf` and embedded in the binary.
 
-/// `None`: the binary was built while the object was missing (build.rs has said so then).
+/// The object file, or `None` if it was missing when the binary was built (build.rs warns then).
 pub(super) fn bytes() -> Option<&'static [u8]> {
     #[cfg(penstock_bpf)]
     {
-        /// The ELF reader wants its input aligned.
+        /// The ELF reader needs aligned input.
         #[repr(C, align(32))]
         struct Aligned<T: ?Sized>(T);
         static OBJECT: &Aligned<[u8]> = &Aligned(*include_bytes!(env!("PENSTOCK_BPF_OBJECT_PATH")));

@@ -1,5 +1,5 @@
-//! The slots, mapped into our memory: for each connection that may be steered one of either path (layout and rules in
-//! `penstock_common::slot`).
+//! The slots, mapped into the agent's memory: each connection that may be steered has one for each path. Layout and
+//! rules are in `penstock_common::slot`.
 
 use std::{
     num::NonZeroUsize,
@@ -17,15 +17,15 @@ use penstock_common::{
 
 use super::grace::Grace;
 
-/// The whole table. Lives as long as any slot of it is used.
+/// The whole table. Lives as long as any of its slots is used.
 pub struct Slots {
     slots: Mapping<Slot>,
     locals: Mapping<LocalSlot>,
     count: u32,
     free: Mutex<Vec<u32>>,
-    /// Given back, while a message program may still be at work on them.
+    /// Slots given back while a message program may still use them.
     retired: Mutex<Vec<u32>>,
-    /// Held while what has been retired is neither there nor free.
+    /// Held while retired slots are being moved to `free`.
     reclaiming: Mutex<()>,
     grace: Grace,
 }
@@ -45,34 +45,35 @@ impl Slots {
         self.count == 0
     }
 
-    /// A slot for a new connection, by its index; taken once a connection, so workers hardly meet at the lock.
+    /// Takes a slot for a new connection; returns its index. Called once per connection, so workers rarely contend for
+    /// the lock.
     pub fn take(&self) -> Option<u32> {
         self.free.lock().pop()
     }
 
-    /// Takes back a slot that no program can touch any more.
+    /// Frees a slot that no program can use any more.
     pub fn give_back(&self, index: u32) {
         self.free.lock().push(index);
     }
 
-    /// As [`give_back`](Self::give_back), of a connection whose endpoint's socket lives on: a message program that has
-    /// begun, on another processor, may still be at work on the slots.
+    /// Like [`give_back`](Self::give_back), for a connection whose endpoint socket still exists: a message program
+    /// running on another CPU may still use the slot.
     pub fn retire(&self, index: u32) {
         self.retired.lock().push(index);
     }
 
-    /// No connection would get a slot now.
+    /// Whether no slot is free.
     pub fn is_exhausted(&self) -> bool {
         self.free.lock().is_empty()
     }
 
-    /// Frees what has been retired, after every program that has begun is done. Takes some milliseconds. Of two callers the second
-    /// returns when what the first has found is free.
+    /// Frees the retired slots after every running program has ended. Takes some milliseconds. A concurrent second call
+    /// returns after the first has freed the slots it found.
     pub fn reclaim(&self) {
         self.reclaim_after(|| self.grace.wait());
     }
 
-    /// Where the wait fails, what has been retired stays retired.
+    /// If `wait` fails, the retired slots stay retired.
     fn reclaim_after(&self, wait: impl FnOnce() -> std::io::Result<()>) {
         let _one = self.reclaiming.lock();
         let retired = std::mem::take(&mut *self.retired.lock());
@@ -88,7 +89,7 @@ impl Slots {
         }
     }
 
-    /// The slots at `index`.
+    /// The slots of both paths at `index`.
     ///
     /// # Panics
     /// If `index` is not below [`len`](Self::len).
@@ -97,23 +98,23 @@ impl Slots {
     }
 }
 
-/// The values of an array map, in our memory.
+/// The values of an array map, mapped into the agent's memory.
 struct Mapping<T> {
     base: NonNull<T>,
     count: u32,
 }
 
-// SAFETY: the memory is shared with the kernel anyway; access goes through atomics, or through `SlotRef` and `SpanRef` whose
-// rules say who may write when.
+// SAFETY: the memory is shared with the kernel anyway. Access goes through atomics, or through `SlotRef` and `SpanRef`,
+// whose rules say who may write when.
 unsafe impl<T> Send for Mapping<T> {}
-// SAFETY: as above.
+// SAFETY: the same argument as for `Send`.
 unsafe impl<T> Sync for Mapping<T> {}
 
 impl<T> Mapping<T> {
     fn new(map: BorrowedFd<'_>, count: u32) -> std::io::Result<Self> {
         let bytes = NonZeroUsize::new(count as usize * size_of::<T>()).ok_or(std::io::ErrorKind::InvalidInput)?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: a fresh mapping of the array map's values, chosen by the kernel; the map has BPF_F_MMAPABLE.
+        // SAFETY: a new mapping at an address that the kernel chooses; the map has BPF_F_MMAPABLE.
         let base = unsafe { mmap(None, bytes, protection, MapFlags::MAP_SHARED, map, 0) }?;
         Ok(Self { base: base.cast(), count })
     }
@@ -127,7 +128,8 @@ impl<T> Mapping<T> {
 
 impl<T> Drop for Mapping<T> {
     fn drop(&mut self) {
-        // SAFETY: the mapping made in `new`; every SlotRef borrows the table, so none is left. A failure leaves it mapped.
+        // SAFETY: unmaps the mapping made in `new`. Every SlotRef borrows the table, so none exists. A failure leaves
+        // it mapped.
         let _ = unsafe { munmap(self.base.cast(), self.count as usize * size_of::<T>()) };
     }
 }
@@ -136,24 +138,24 @@ impl<T> Drop for Mapping<T> {
 macro_rules! words {
     ($($method:ident => $base:ident.$field:ident,)+) => {
         $(fn $method(&self) -> &Word {
-            // SAFETY: inside the live mapping; words are accessed as whole words, and the plain fields between them are
-            // never behind a reference, because the kernel writes them.
+            // SAFETY: inside the live mapping. Words are accessed as whole words; no reference is made to the plain
+            // fields between them, because the kernel writes those.
             unsafe { &(*self.$base.as_ptr()).$field }
         })+
     };
 }
 
-/// Who moves the bytes of a span in the kernel.
+/// The path on which the kernel moves the bytes of a span.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lane {
-    /// The verdict, when the endpoint's bytes have arrived at our socket.
+    /// The verdict program, when the endpoint's bytes have arrived at the agent's socket.
     Ingress,
     /// The endpoint's own `sendmsg`.
     Local,
 }
 
-/// One connection's slots, as its owner sees them. Fields other than the words may be touched only while the span is
-/// released (`armed == 0`), which the methods see to.
+/// One connection's slots, for their owner. Fields other than the words may be accessed only while the span is released
+/// (`armed == 0`); the methods enforce this.
 #[derive(Clone, Copy)]
 pub struct SlotRef<'a> {
     slot: NonNull<Slot>,
@@ -170,16 +172,16 @@ impl<'a> SlotRef<'a> {
         found => local.found,
     }
 
-    /// Everything back to zero, before the connection is known to the kernel programs.
+    /// Sets everything to zero, before the kernel programs know the connection.
     pub fn reset(&self) {
-        // SAFETY: no connection has these slots, so the kernel does not touch them; zero is a valid value of both.
+        // SAFETY: no connection has these slots, so the kernel does not access them; zero is a valid value of both.
         unsafe {
             self.slot.as_ptr().write_bytes(0, 1);
             self.local.as_ptr().write_bytes(0, 1);
         }
     }
 
-    /// What is handed over and taken back on one of the paths.
+    /// The part that is armed and reclaimed on one of the paths.
     pub fn span(&self, lane: Lane) -> SpanRef<'a> {
         // SAFETY: fields of live slots.
         let span = unsafe {
@@ -191,12 +193,13 @@ impl<'a> SlotRef<'a> {
         SpanRef { span: NonNull::new(span).expect("a field of a live slot"), _slots: self.slots }
     }
 
-    /// Hands the rest of the message to the kernel: redirect to `target` while exactly `consumed` bytes have reached user
-    /// space, and with `keep` (the ingress path alone) copy the payload into the connection's ring. Only while released.
+    /// Hands the rest of the message over to the kernel: it redirects to `target` as long as exactly `consumed` bytes
+    /// have reached user space, and with `keep` (path ingress only) copies the payload into the connection's ring. Only
+    /// while released.
     pub fn arm(&self, lane: Lane, target: u64, framing: Framing, consumed: u64, keep: bool) {
         let span = self.span(lane);
         debug_assert!(span.is_released());
-        // SAFETY: released, so these fields are ours.
+        // SAFETY: released, so the kernel does not access these fields.
         let armed = unsafe {
             match lane {
                 Lane::Ingress => {
@@ -205,7 +208,7 @@ impl<'a> SlotRef<'a> {
                 }
                 Lane::Local => {
                     (&raw mut (*self.local.as_ptr()).expected).write_volatile(0);
-                    // What the other lane has redirected was sent over the connection too.
+                    // Bytes that the other path redirected were sent over the connection too.
                     let sent = consumed.wrapping_add(self.span(Lane::Ingress).redirected()) as u32;
                     1 << 32 | u64::from((self.origin().get() as u32).wrapping_add(sent))
                 }
@@ -214,40 +217,41 @@ impl<'a> SlotRef<'a> {
         span.arm(target, framing, armed, keep);
     }
 
-    /// The flow is taken back on both paths although the kernel has not let go. Only when no redirect can happen any more:
-    /// the arming was refused, the endpoint has closed, or the connection is broken off.
+    /// Reclaims the flow on both paths although the kernel has not released it. Only valid if no redirect can happen
+    /// any more: the arming was refused, the endpoint has closed, or the connection is being aborted.
     pub fn disarm(&self) {
         self.span(Lane::Ingress).disarm();
         self.span(Lane::Local).disarm();
     }
 
-    /// Bytes let through to user space since the connection was made.
+    /// Bytes passed to user space since the connection was made.
     pub fn passed(&self) -> u64 {
         self.passed_word().atomic().load(Acquire)
     }
 
-    /// What the kernel let through cannot be trusted any more: the connection must be broken off.
+    /// Whether the kernel passed bytes that cannot be trusted; the connection must then be aborted.
     pub fn is_astray(&self) -> bool {
         self.astray().get() != 0
     }
 
-    /// Cookie of the endpoint's own socket, where that is on this machine and has been recognised.
+    /// Cookie of the endpoint's own socket, if that is on this machine and has been recognised.
     pub fn peer(&self) -> Option<u64> {
         Some(self.peer_word().atomic().load(Acquire)).filter(|&cookie| cookie != 0)
     }
 
-    /// The next response is for the client with this key: the kernel looks for its socket when the response comes.
+    /// Announces that the next response goes to the client with this key. The kernel looks up its socket when the
+    /// response arrives.
     pub fn announce(&self, target: u64) {
         self.span(Lane::Local).target().set(target);
     }
 
-    /// The kernel has found the client that was announced.
+    /// Whether the kernel has found the announced client.
     pub fn has_found(&self, target: u64) -> bool {
         self.found().atomic().load(Acquire) == target
     }
 }
 
-/// One span, as its owner sees it; the rule is that of [`SlotRef`].
+/// One span, for its owner; the rules are those of [`SlotRef`].
 #[derive(Clone, Copy)]
 pub struct SpanRef<'a> {
     span: NonNull<Span>,
@@ -263,7 +267,7 @@ impl SpanRef<'_> {
         last_ns => span.last_ns,
     }
 
-    /// Starts a message: its stamps begin anew. Only while released.
+    /// Starts a message by resetting its stamps. Only while released.
     pub fn begin_message(&self) {
         debug_assert!(self.is_released());
         self.first_ns().set(0);
@@ -272,7 +276,7 @@ impl SpanRef<'_> {
 
     fn arm(&self, target: u64, framing: Framing, armed: u64, keep: bool) {
         let span = self.span.as_ptr();
-        // SAFETY: released, so these fields are ours.
+        // SAFETY: released, so the kernel does not access these fields.
         unsafe {
             (&raw mut (*span).framing).write_volatile(framing);
             (&raw mut (*span).stop).write_volatile(0);
@@ -282,17 +286,17 @@ impl SpanRef<'_> {
         self.armed().atomic().store(armed, SeqCst);
     }
 
-    /// The kernel has let go of the span: what it wrote may be read.
+    /// Whether the kernel has released the span, so that what it wrote may be read.
     pub fn is_released(&self) -> bool {
         self.armed().atomic().load(Acquire) == 0
     }
 
-    /// As [`SlotRef::disarm`], on this path.
+    /// Like [`SlotRef::disarm`], for this path.
     pub fn disarm(&self) {
         self.armed().atomic().store(0, SeqCst);
     }
 
-    /// Where the message stands. Only while released.
+    /// The position in the message. Only while released.
     pub fn framing(&self) -> Framing {
         debug_assert!(self.is_released());
         // SAFETY: released, so the kernel does not write it.
@@ -301,7 +305,7 @@ impl SpanRef<'_> {
 
     /// Why the kernel stopped, one of `penstock_common::slot::stop`. Only while released.
     pub fn stop(&self) -> u32 {
-        // SAFETY: a whole aligned word.
+        // SAFETY: an aligned word, read as a whole.
         unsafe { (&raw const (*self.span.as_ptr()).stop).read_volatile() }
     }
 
@@ -312,11 +316,11 @@ impl SpanRef<'_> {
 
     /// Segments or messages redirected since the connection was made.
     pub fn segments(&self) -> u64 {
-        // SAFETY: a whole aligned word.
+        // SAFETY: an aligned word, read as a whole.
         unsafe { (&raw const (*self.span.as_ptr()).segments).read_volatile() }
     }
 
-    /// First and last redirect of the message, CLOCK_MONOTONIC ns; 0: none yet.
+    /// Times of the message's first and last redirect, CLOCK_MONOTONIC in ns; 0 if there was none.
     pub fn stamps(&self) -> (u64, u64) {
         (self.first_ns().atomic().load(Relaxed), self.last_ns().atomic().load(Relaxed))
     }
@@ -329,13 +333,13 @@ mod tests {
     use crate::kernel::Kernel;
 
     #[test]
-    fn retired_slot_is_freed_only_after_the_programs_have_ended() {
+    fn retired_slot_is_freed_only_after_running_programs_ended() {
         let kernel = Kernel::load(1).expect("load");
         let slots = kernel.slots();
         let index = slots.take().expect("a slot");
         slots.retire(index);
         slots.reclaim_after(|| Err(io::ErrorKind::InvalidInput.into()));
-        assert_eq!(slots.take(), None, "freed although nobody has waited");
+        assert_eq!(slots.take(), None, "freed although the wait failed");
         slots.reclaim();
         assert_eq!(slots.take(), Some(index));
     }

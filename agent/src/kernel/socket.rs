@@ -1,5 +1,5 @@
-//! Socket calls without a safe wrapper: what a TCP connection has sent and queued, its cookie, a read that does not pass
-//! through tokio's readiness, and the end that resets.
+//! Socket calls without a safe wrapper: counters of a TCP connection, its cookie, reads that bypass tokio's readiness,
+//! and closing by reset.
 
 use std::{
     io,
@@ -18,22 +18,22 @@ use tokio::{
 nix::ioctl_read_bad!(siocoutq, libc::TIOCOUTQ, libc::c_int);
 nix::ioctl_read_bad!(fionread, libc::FIONREAD, libc::c_int);
 
-/// Borrows the descriptor of something that only has a raw one.
+/// Borrows the descriptor of a type that exposes only a raw one.
 pub(super) fn borrow<T: AsRawFd>(owner: &T) -> BorrowedFd<'_> {
-    // SAFETY: `owner` keeps the descriptor open for as long as it is borrowed.
+    // SAFETY: `owner` keeps the descriptor open while it is borrowed.
     unsafe { BorrowedFd::borrow_raw(owner.as_raw_fd()) }
 }
 
-/// SO_COOKIE: names this socket and no other until reboot.
+/// SO_COOKIE: unique among all sockets until reboot.
 pub fn cookie(socket: impl AsFd) -> io::Result<u64> {
     socket2::SockRef::from(&socket.as_fd()).cookie()
 }
 
-/// Bytes ever written to the connection, by us or by the kernel for us: `tcpi_bytes_acked` plus those still queued
-/// (SIOCOUTQ), read again until nothing has been acknowledged between the two. Its growth tells when what was redirected has
-/// reached the socket. `NotConnected` once the connection is gone: a reset empties the queue, and then the sum never comes out;
-/// nor need any read tell of it, because whoever writes next, the kernel's own worker included, takes the socket's error
-/// (`sock_error`).
+/// Bytes ever written to the connection, by the agent or the kernel: `tcpi_bytes_acked` plus the queued bytes
+/// (SIOCOUTQ), read again until no acknowledgement came between the two. Its growth shows when redirected bytes have
+/// reached the socket. Returns `NotConnected` once the connection is gone: a reset empties the queue, so the sum would
+/// never match, and a read need not report the reset, because any writer, including the kernel's worker, may take the
+/// socket's error (`sock_error`).
 pub fn bytes_written(socket: impl AsFd) -> io::Result<u64> {
     let fd = socket.as_fd();
     let mut acked = bytes_acked(fd)?;
@@ -47,32 +47,32 @@ pub fn bytes_written(socket: impl AsFd) -> io::Result<u64> {
     }
 }
 
-/// Bytes that the peer's kernel has acknowledged (`tcpi_bytes_acked`), one for the SYN of a connection that we have made. Also of
-/// one that has broken. A reset acknowledges nothing: neither does it what was read before it and not yet acknowledged.
+/// Bytes that the peer's kernel has acknowledged (`tcpi_bytes_acked`), plus one for the SYN of an outgoing connection.
+/// Works for a broken connection too. A reset acknowledges nothing, not even bytes that the peer has read.
 pub fn acknowledged(socket: impl AsFd) -> io::Result<u64> {
     Ok(tcp_info(socket.as_fd())?.tcpi_bytes_acked)
 }
 
-/// As [`acknowledged`]; `NotConnected` once the connection is gone.
+/// Like [`acknowledged`], but returns `NotConnected` once the connection is gone.
 pub fn bytes_acked(socket: impl AsFd) -> io::Result<u64> {
     Ok(open_tcp_info(socket.as_fd())?.tcpi_bytes_acked)
 }
 
-/// How long ago the peer acknowledged anything, while the kernel repeats what it has sent, or asks in vain for room: `None` when
-/// it does neither. `NotConnected` once the connection is gone.
+/// Time since the peer's last acknowledgement, while the kernel retransmits or probes a closed window; otherwise
+/// `None`. Returns `NotConnected` once the connection is gone.
 pub fn unanswered(socket: impl AsFd) -> io::Result<Option<Duration>> {
     let info = open_tcp_info(socket.as_fd())?;
     let repeats = info.tcpi_unacked > 0 && info.tcpi_retransmits > 0 || info.tcpi_probes > 0;
     Ok(repeats.then(|| Duration::from_millis(info.tcpi_last_ack_recv.into())))
 }
 
-/// The peer has ended its side, and nothing more.
+/// Whether the peer has closed its side, and the connection is otherwise open.
 pub fn is_half_closed(socket: impl AsFd) -> bool {
     const TCP_CLOSE_WAIT: u8 = 8;
     tcp_info(socket.as_fd()).is_ok_and(|info| info.tcpi_state == TCP_CLOSE_WAIT)
 }
 
-/// `NotConnected` once the connection is gone.
+/// Returns `NotConnected` once the connection is gone.
 fn open_tcp_info(fd: BorrowedFd<'_>) -> io::Result<libc::tcp_info> {
     const TCP_CLOSE: u8 = 7;
     let info = tcp_info(fd)?;
@@ -80,10 +80,10 @@ fn open_tcp_info(fd: BorrowedFd<'_>) -> io::Result<libc::tcp_info> {
 }
 
 fn tcp_info(fd: BorrowedFd<'_>) -> io::Result<libc::tcp_info> {
-    // SAFETY: tcp_info is plain integers; the kernel fills at most `len` bytes of it.
+    // SAFETY: tcp_info consists of integers; the kernel fills at most `len` bytes of it.
     let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
     let mut len = size_of::<libc::tcp_info>() as libc::socklen_t;
-    // SAFETY: pointers to locals of the sizes given.
+    // SAFETY: pointers to locals of the given sizes.
     let result = unsafe {
         libc::getsockopt(fd.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, (&raw mut info).cast(), &raw mut len)
     };
@@ -101,7 +101,7 @@ pub fn send_queue(socket: impl AsFd) -> io::Result<u32> {
     Ok(queued.max(0) as u32)
 }
 
-/// Bytes that wait to be read, as the kernel tells them (FIONREAD).
+/// Bytes waiting to be read (FIONREAD).
 pub fn receive_queue(socket: impl AsFd) -> io::Result<u32> {
     let mut waiting: libc::c_int = 0;
     // SAFETY: the ioctl writes one int to the pointer.
@@ -109,13 +109,13 @@ pub fn receive_queue(socket: impl AsFd) -> io::Result<u32> {
     Ok(waiting.max(0) as u32)
 }
 
-/// Reads what is there into the buffer's spare capacity, which must not be empty. `Ok(0)` is the end of the stream,
-/// `WouldBlock` that nothing is there now; the socket lock that the call takes makes it wait for a verdict in progress
+/// Reads available bytes into the buffer's spare capacity, which must not be empty. `Ok(0)` is the end of the stream,
+/// `WouldBlock` means that nothing is available. The call takes the socket lock, so it waits for a running verdict
 /// (`tcp_bpf_recvmsg_parser`).
 pub fn receive_into(socket: impl AsFd, buf: &mut BytesMut) -> io::Result<usize> {
     let spare = buf.spare_capacity_mut();
     debug_assert!(!spare.is_empty());
-    // SAFETY: the kernel writes at most `spare.len()` bytes to memory that is ours.
+    // SAFETY: the kernel writes at most `spare.len()` bytes to the buffer's own memory.
     let n =
         unsafe { libc::recv(socket.as_fd().as_raw_fd(), spare.as_mut_ptr().cast(), spare.len(), libc::MSG_DONTWAIT) };
     let n = usize::try_from(n).map_err(|_| io::Error::last_os_error())?;
@@ -124,7 +124,7 @@ pub fn receive_into(socket: impl AsFd, buf: &mut BytesMut) -> io::Result<usize> 
     Ok(n)
 }
 
-/// Writes all of it, without having the connection alone. Not cancel-safe.
+/// Writes all of `buf` through a shared reference. Not cancel-safe.
 pub async fn write_all(stream: &TcpStream, mut buf: &[u8]) -> io::Result<()> {
     while !buf.is_empty() {
         stream.writable().await?;
@@ -137,9 +137,9 @@ pub async fn write_all(stream: &TcpStream, mut buf: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Has the kernel break the connection with `TimedOut` when the peer's machine has been unreachable for `after`: when it
-/// acknowledges nothing of what was sent, or answers no keepalive probe of an idle connection. A peer that takes no byte for that
-/// long counts as unreachable, too (TCP_USER_TIMEOUT). `None`: as the machine is set up, which is hours.
+/// Makes the kernel break the connection with `TimedOut` if the peer has been unreachable for `after`: it acknowledges
+/// nothing of what was sent, or answers no keepalive probe of an idle connection. A peer that takes no byte for that
+/// long also counts as unreachable (TCP_USER_TIMEOUT). `None` keeps the machine's settings, which take hours.
 pub fn detect_unreachable(socket: impl AsFd, after: Option<Duration>) -> io::Result<()> {
     probe_when_idle(&socket, after)?;
     match after {
@@ -148,7 +148,7 @@ pub fn detect_unreachable(socket: impl AsFd, after: Option<Duration>) -> io::Res
     }
 }
 
-/// The part of [`detect_unreachable`] that is about idle connections: a peer that is there may take nothing for as long as it likes.
+/// The part of [`detect_unreachable`] for idle connections; a present peer may take nothing for any time.
 pub fn probe_when_idle(socket: impl AsFd, after: Option<Duration>) -> io::Result<()> {
     let Some(after) = after else { return Ok(()) };
     const SECOND: Duration = Duration::from_secs(1);
@@ -157,8 +157,8 @@ pub fn probe_when_idle(socket: impl AsFd, after: Option<Duration>) -> io::Result
     socket2::SockRef::from(&socket.as_fd()).set_tcp_keepalive(&probes)
 }
 
-/// Drops every SYN that arrives at a listener from now on; handshakes that have begun go on to their end. The filter sees the TCP
-/// header, and the connections that are accepted inherit it.
+/// Drops every new SYN to a listener; handshakes in progress complete. The filter sees the TCP header, and accepted
+/// connections inherit it.
 pub fn refuse_handshakes(listener: impl AsFd) -> io::Result<()> {
     const FLAGS: u32 = 13;
     const SYN: u32 = 2;
@@ -171,17 +171,17 @@ pub fn refuse_handshakes(listener: impl AsFd) -> io::Result<()> {
     ])
 }
 
-/// Ends our side of a connection.
+/// Closes the sending side of a connection.
 pub fn shut_down(socket: impl AsFd) -> io::Result<()> {
     socket2::SockRef::from(&socket.as_fd()).shutdown(std::net::Shutdown::Write)
 }
 
-/// Looks at what is there without taking it; results as in [`receive_into`].
+/// Reads available bytes without taking them; results as in [`receive_into`].
 pub fn peek(socket: impl AsFd, buf: &mut [u8]) -> io::Result<usize> {
     Ok(socket::recv(socket.as_fd().as_raw_fd(), buf, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK)?)
 }
 
-/// Whether there is something to read: bytes, or the end. An error of the connection's is taken by the look.
+/// Whether bytes or the end of the stream can be read. Returns and thereby clears a pending error of the connection.
 pub fn has_more(socket: impl AsFd) -> io::Result<bool> {
     match peek(socket, &mut [0]) {
         Ok(_) => Ok(true),
@@ -190,33 +190,33 @@ pub fn has_more(socket: impl AsFd) -> io::Result<bool> {
     }
 }
 
-/// Registers a connection with the runtime so that nothing but an error or a hang-up wakes whoever waits on it: urgent
-/// data, which HTTP does not use, is the only thing asked for, and errors are always told.
+/// Registers a connection with the runtime so that only errors and hang-ups wake its waiters: it asks only for urgent
+/// data, which HTTP does not use, and errors are always reported.
 pub fn watch_errors(stream: std::net::TcpStream) -> io::Result<AsyncFd<std::net::TcpStream>> {
     // SAFETY: a TcpStream keeps its descriptor until it is dropped.
     Ok(unsafe { AsyncFd::register_with_interest(stream, Interest::PRIORITY) }?)
 }
 
-/// Whether the close sends RST, so that the peer cannot take it for the end of a message.
+/// Sets whether close sends RST, so that the peer cannot mistake it for the end of a message.
 pub fn set_reset_on_close(socket: impl AsFd, reset: bool) {
-    // On a socket that is already dead there is nothing left to reset.
+    // A socket that is already dead cannot be reset.
     let _ = socket2::SockRef::from(&socket.as_fd()).set_linger(reset.then_some(Duration::ZERO));
 }
 
-/// Whatever the machine's `tcp_notsent_lowat`, this socket takes what its send buffer has room for: who redirects to it goes by
-/// that room.
+/// Makes the socket accept whatever fits into its send buffer, independent of the machine's `tcp_notsent_lowat`,
+/// because redirects are decided by that space.
 pub fn take_all_that_fits(socket: impl AsFd) -> io::Result<()> {
     socket2::SockRef::from(&socket.as_fd()).set_tcp_notsent_lowat(i32::MAX as u32)
 }
 
-/// Says that the owner keeps an account of this socket's queue, or of those of the connections that it accepts, which no
-/// Penstock's message program may bypass. The sign is SO_RXQ_OVFL, which means nothing to TCP.
+/// Marks a socket, or the connections that a listener accepts, whose owner keeps an account of its queue, so that no
+/// Penstock's message program bypasses it. The mark is SO_RXQ_OVFL, which has no meaning for TCP.
 pub fn keep_account(socket: impl AsFd) -> io::Result<()> {
     Ok(socket::setsockopt(&socket.as_fd(), socket::sockopt::RxqOvfl, &1)?)
 }
 
-/// SO_SNDBUF, beyond `net.core.wmem_max` where we may. The kernel doubles the value for its own overhead. Accepted connections
-/// inherit a listener's.
+/// Sets SO_SNDBUF, beyond `net.core.wmem_max` if permitted. The kernel doubles the value for its own overhead. Accepted
+/// connections inherit a listener's size.
 pub fn set_send_buffer(socket: impl AsFd, bytes: u32) -> io::Result<()> {
     let value = bytes as libc::c_int / 2;
     if socket2::SockRef::from(&socket.as_fd()).send_buffer_size()? == value as usize * 2 {
@@ -227,14 +227,14 @@ pub fn set_send_buffer(socket: impl AsFd, bytes: u32) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether a socket of this thread gets a send buffer of that size.
+/// Whether a socket of this thread can get a send buffer of this size.
 pub fn may_have_send_buffer(bytes: u32) -> io::Result<bool> {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
     set_send_buffer(&socket, bytes)?;
     Ok(socket.send_buffer_size()? >= bytes as usize / 2 * 2)
 }
 
-/// CLOCK_MONOTONIC in ns, the clock of the kernel program's stamps.
+/// CLOCK_MONOTONIC in ns, the clock of the kernel programs' stamps.
 pub fn monotonic_ns() -> u64 {
     let now =
         nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC).unwrap_or(nix::sys::time::TimeSpec::new(0, 0));

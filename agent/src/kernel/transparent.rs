@@ -1,8 +1,8 @@
-//! The same server's calls on a plain connection and on one whose socket enters the message program's map for its responses, as
-//! `steer` has it: what each call returns is compared.
+//! Tests that a server cannot observe the message program's map: compares the results of the same calls on a plain
+//! connection and on one whose socket is in the map during responses, as `steer` does it.
 //!
-//! Where this kernel's maps are not visible, also on a connection whose socket stays in the map, as upgraded and pinned
-//! connections have it.
+//! If the map is not observable on this kernel, also on a connection whose socket stays in the map, as for upgraded and
+//! pinned connections.
 
 mod calls;
 mod uring;
@@ -23,7 +23,7 @@ use crate::{
     steer::{Source, WorkerSteering},
 };
 
-/// Bytes of a request.
+/// Size of a request, in bytes.
 const REQUEST: usize = 195;
 
 /// When the server's socket is in the map.
@@ -35,7 +35,7 @@ enum Mapped {
     Always,
 }
 
-/// A client's connection, as the agent has it, and the server's end of it.
+/// A client's connection as the agent makes it, and the server's end of it.
 struct Pair {
     client: TcpStream,
     server: Server,
@@ -83,7 +83,7 @@ impl Pair {
         self.server.arrived(bytes);
     }
 
-    /// The server's answer, by every call that sends.
+    /// Sends the server's answer with every sending call.
     fn respond(&mut self) {
         self.admit();
         self.server.look("before the response");
@@ -100,11 +100,11 @@ impl Pair {
         });
         assert!(got == calls::pattern(0, want), "{:?}: the response is not what was sent", self.mapped);
         self.server.acknowledged();
-        self.server.look("behind the response");
+        self.server.look("after the response");
         self.dismiss();
     }
 
-    /// How the client sees the end.
+    /// Records how the client sees the end.
     fn client_end(&mut self) {
         let mut byte = [0];
         let end = self.client.read(&mut byte).map_err(|error| error.kind());
@@ -112,7 +112,7 @@ impl Pair {
     }
 }
 
-/// Requests that are read by every call that reads, with a response between them.
+/// Reads requests with every reading call, with a response after each.
 fn reads(pair: &mut Pair) {
     pair.send(REQUEST);
     pair.server.look("a request");
@@ -167,7 +167,7 @@ fn client_resets(pair: &mut Pair) {
     pair.server.look("after a reset");
 }
 
-/// The server closes its sending side, then reads what still comes, then the other.
+/// The server closes its sending side, reads what still arrives, then closes its receiving side.
 fn server_shuts_down(pair: &mut Pair) {
     pair.send(REQUEST);
     pair.server.receive(REQUEST, 0);
@@ -179,7 +179,7 @@ fn server_shuts_down(pair: &mut Pair) {
     pair.server.send(10, libc::MSG_NOSIGNAL);
     pair.dismiss();
     pair.send(REQUEST);
-    pair.server.look("behind the server's end");
+    pair.server.look("after the server's end");
     pair.server.receive(REQUEST, 0);
     pair.server.shut_down(libc::SHUT_RD);
     pair.server.receive(REQUEST, 0);
@@ -196,7 +196,7 @@ fn server_lingers(pair: &mut Pair) {
     pair.client_end();
 }
 
-/// The server closes with a request unread: a reset tells the client.
+/// The server closes with a request unread, so the client gets a reset.
 fn server_closes_unread(pair: &mut Pair) {
     pair.send(REQUEST);
     pair.server.receive(REQUEST, 0);
@@ -224,7 +224,7 @@ fn steering() -> (Rc<WorkerSteering>, bool) {
 }
 
 #[test]
-fn endpoint_calls_return_the_same_in_and_out_of_the_map() {
+fn endpoint_calls_return_the_same_inside_and_outside_the_map() {
     let (steering, visible) = steering();
     let ways: &[Mapped] = if visible { &[Mapped::Responses] } else { &[Mapped::Responses, Mapped::Always] };
     for (name, scenario) in SCENARIOS {
@@ -246,7 +246,7 @@ fn endpoint_calls_return_the_same_in_and_out_of_the_map() {
 }
 
 #[test]
-fn endpoint_that_counts_what_its_socket_sends_is_not_admitted() {
+fn endpoint_that_tracks_its_sends_is_not_admitted() {
     let (steering, _) = steering();
     for prepare in [calls::zerocopy as fn(&Server), calls::stamps] {
         let mut pair = Pair::new(&steering, Mapped::Responses);
@@ -258,7 +258,7 @@ fn endpoint_that_counts_what_its_socket_sends_is_not_admitted() {
 }
 
 #[test]
-fn endpoint_that_has_not_read_its_request_is_not_admitted() {
+fn endpoint_with_unread_request_is_not_admitted() {
     let (steering, _) = steering();
     let mut pair = Pair::new(&steering, Mapped::Responses);
     let source = |pair: &Pair| pair.source.as_ref().unwrap().admit();

@@ -1,4 +1,4 @@
-//! For tests: a network interface whose other end is this process, in a network namespace of its own.
+//! For tests: a network interface whose other end is this process, in its own network namespace.
 
 use std::{
     fs::{File, OpenOptions},
@@ -25,18 +25,18 @@ nix::ioctl_write_ptr_bad!(
     InterfaceRequest
 );
 
-/// Moves this thread into a new network namespace with one interface, `tun0` at 10.9.9.1/24, and loopback up. What is
-/// written to the file arrives at the interface; what is sent to 10.9.9.0/24 is read from it. Takes root.
+/// Moves this thread into a new network namespace with one interface, `tun0` at 10.9.9.1/24, and loopback up. Bytes
+/// written to the file arrive at the interface; packets to 10.9.9.0/24 are read from it. Needs root.
 pub fn isolated() -> io::Result<File> {
     unshare(CloneFlags::CLONE_NEWNET)?;
     let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun")?;
     let mut name = [0; 16];
     name[..4].copy_from_slice(b"tun0");
     let request = InterfaceRequest { name, flags: FLAGS, rest: [0; 22] };
-    // SAFETY: the kernel reads a struct ifreq, of which this is the part that it looks at, padded to its size.
+    // SAFETY: the kernel reads a struct ifreq; this is the part it uses, padded to the full size.
     unsafe { tun_set_interface(file.as_raw_fd(), &raw const request) }?;
     for command in ["link set lo up", "addr add 10.9.9.1/24 dev tun0", "link set tun0 up"] {
-        // A child inherits the namespace of the thread that starts it.
+        // A child inherits the network namespace of the thread that starts it.
         let status = Command::new("ip").args(command.split(' ')).status()?;
         if !status.success() {
             return Err(io::Error::other(format!("ip {command}: {status}")));

@@ -1,40 +1,40 @@
-//! Kernels that are known to lose or repeat bytes in sockmap without a sign.
+//! Detects kernels that are known to lose or repeat bytes in sockmap silently.
 //!
-//! Two fixes of 2025 decide: 7683167196bd (data lost when the target's buffer is full) and 3b4f14b79428 (bytes sent twice
-//! after a partial send). They are in 6.16, and in the stable series from the releases below on. The self-test cannot show
+//! Two fixes of 2025 are required: 7683167196bd (data lost when the target's buffer is full) and 3b4f14b79428 (bytes
+//! sent twice after a partial send). They are in 6.16 and in the stable releases below. The self-test cannot detect
 //! their absence, because the races are rare.
 
 use std::fs;
 
-/// The first good release of each stable series that got the fixes.
+/// The first fixed release of each stable series.
 const FIXED: [(u32, u32, u32); 4] = [(6, 1, 142), (6, 6, 94), (6, 12, 34), (6, 15, 3)];
-/// From here on every release has them.
+/// From this version on every release is fixed.
 const ALWAYS: (u32, u32) = (6, 16);
 
-/// Whether the kernel of this version (`6.1.176`, with or without something behind it) may steer.
+/// Whether a kernel of this version (`6.1.176`, optionally with a suffix) may steer.
 pub fn is_sound(version: &str) -> bool {
     let (major, minor, patch) = numbers(version);
     (major, minor) >= ALWAYS || FIXED.iter().any(|&(a, b, c)| (a, b) == (major, minor) && patch >= c)
 }
 
-/// What the running kernel calls itself (`uname -r`), behind the version it was made from where the name hides that one:
-/// `6.1.176 (6.1.0-50-cloud-amd64)`.
+/// The name of the running kernel (`uname -r`), preceded by its upstream version if the name hides that: `6.1.176
+/// (6.1.0-50-cloud-amd64)`.
 pub fn release() -> String {
     let Ok(name) = nix::sys::utsname::uname() else { return String::new() };
-    // Ubuntu's kernels alone have this file.
+    // Only Ubuntu's kernels have this file.
     let signature = fs::read_to_string("/proc/version_signature").unwrap_or_default();
     with_origin(&name.release().to_string_lossy(), &name.version().to_string_lossy(), &signature)
 }
 
-/// `version` is `uname -v`, where Debian says `Debian 6.1.176-1`; `signature` is Ubuntu's file, `Ubuntu 6.8.0-45.45-generic
-/// 6.8.12`.
+/// `version` is `uname -v`, where Debian has `Debian 6.1.176-1`; `signature` is Ubuntu's file, such as `Ubuntu
+/// 6.8.0-45.45-generic 6.8.12`.
 fn with_origin(release: &str, version: &str, signature: &str) -> String {
     let debian = version.split_whitespace().skip_while(|word| *word != "Debian").nth(1);
     let ubuntu = signature.strip_prefix("Ubuntu ").and_then(|rest| rest.split_whitespace().nth(1));
     let Some(origin) = ubuntu.or(debian) else { return release.to_owned() };
     let (major, minor, patch) = numbers(origin);
     let of_release = numbers(release);
-    // One that speaks of another series says nothing about this kernel.
+    // An origin of another series says nothing about this kernel.
     if (major, minor) != (of_release.0, of_release.1) || patch == of_release.2 {
         return release.to_owned();
     }
@@ -51,7 +51,7 @@ mod tests {
     use super::{is_sound, with_origin};
 
     #[test]
-    fn sound_from_the_fixes_on() {
+    fn kernels_with_the_fixes_are_sound() {
         let rows = [
             ("6.18.44-fc-v595", true),
             ("7.0.1", true),
@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn the_version_behind_a_release_name() {
+    fn upstream_version_is_found_for_a_release_name() {
         let debian = |version: &str| format!("#1 SMP PREEMPT_DYNAMIC Debian {version} (2026-07-02)");
         let rows = [
             ("6.1.0-50-cloud-amd64", debian("6.1.176-1"), "", "6.1.176 (6.1.0-50-cloud-amd64)"),
@@ -89,7 +89,7 @@ mod tests {
                 "6.8.12 (6.8.0-45-generic)",
             ),
             ("6.18.44", "#1 SMP PREEMPT_DYNAMIC @0".to_owned(), "", "6.18.44"),
-            // Not of this kernel, cut short, or empty: the release says what it can.
+            // Of another kernel, truncated, or empty: only the release is shown.
             ("6.6.3-custom", debian("6.1.176-1"), "", "6.6.3-custom"),
             ("6.1.0-50-amd64", "#1 SMP Debian".to_owned(), "Ubuntu\n", "6.1.0-50-amd64"),
             ("", String::new(), "", ""),

@@ -1,4 +1,4 @@
-//! Every metric the agent exports, with its name, its labels and its help. The doc comment is the HELP text.
+//! Every exported metric with its name, labels and help. The doc comment is the HELP text.
 
 use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram, info::Info},
@@ -22,7 +22,7 @@ macro_rules! families {
         impl Families {
             pub(super) fn register(registry: &mut Registry) -> Self {
                 let families = Self { $($field: families!(@new $($new)?),)+ };
-                // The registry ends each text with a full stop of its own.
+                // The registry appends a full stop to each text.
                 $(registry.register($name, concat!($($help),+).trim().trim_end_matches('.'), families.$field.clone());)+
                 registry.register("build", "The running agent", Info::new(Build { version: env!("CARGO_PKG_VERSION") }));
                 families
@@ -34,145 +34,149 @@ macro_rules! families {
 }
 
 families! {
-    /// Requests answered, whoever wrote the answer; pool is empty where none was reached.
+    /// Requests answered, by endpoints, pickers or the agent; pool is empty if no pool was selected.
     requests: Family<ByAnswer, Counter> = "requests";
     /// Time from the first byte of a request to the last byte of its answer.
     request_duration: Histograms<ByPool> = "request_duration_seconds" in REQUEST_SECONDS;
     /// Requests that are being read, picked for, forwarded or answered.
     active_requests: Family<ByPool, Gauge> = "active_requests";
-    /// Bytes from clients behind a switch of protocols, or to an endpoint that they stay with, by who carried them.
+    /// Bytes from clients on upgraded or pinned connections, by path.
     upstream_bytes: Family<ByPath, Counter> = "upstream_bytes";
-    /// How long client connections stayed with an endpoint.
+    /// How long client connections were pinned to an endpoint.
     pin_duration: Histograms<ByPool> = "pin_duration_seconds" in PIN_SECONDS;
-    /// Client connections that stay with an endpoint now.
+    /// Client connections that are pinned to an endpoint.
     pinned_connections: Family<ByPool, Gauge> = "pinned_connections";
-    /// Client connections that have stayed with an endpoint, by how that ended.
+    /// Client connections that were pinned to an endpoint, by the reason why the pin ended.
     pins_ended: Family<ByPoolAndReason, Counter> = "pins_ended";
-    /// Requests that went where the one before had gone, without a pick.
+    /// Requests sent to the endpoint of the previous request under a lease, without a pick.
     leased_requests: Family<ByPool, Counter> = "leased_requests";
-    /// Picks of pools with `pick_per` "lease" or "connection" that hold for their request alone, because the EPP changed its fields or
-    /// its body.
+    /// Picks of pools with `pick_per` "lease" or "connection" that apply to a single request, because the EPP changed
+    /// its headers or its body.
     picks_not_held: Family<ByPoolAndReason, Counter> = "picks_not_held";
-    /// Time from the request's head to the first byte of the response's body.
+    /// Time from the request head to the first byte of the response body.
     ttft: Histograms<ByPool> = "ttft_seconds" in TTFT_SECONDS;
-    /// Mean time between the chunks of a streamed response after its first.
+    /// Mean time between the chunks of a streamed response, without its first.
     time_per_output_chunk: Histograms<ByPool> = "time_per_output_chunk_seconds" in CHUNK_SECONDS;
-    /// Of event streams, whoever carried them: time from the request's head to the first message; gen_ai.server.time_to_first_token.
+    /// Time from the request head to the first message of an event stream, on any path;
+    /// gen_ai.server.time_to_first_token.
     gen_ai_ttft: Histograms<ByRequestModel> = "gen_ai_server_time_to_first_token_seconds" in TTFT_SECONDS;
-    /// Of event streams, each once: mean time between messages, which are tokens where the server writes each for itself;
-    /// gen_ai.server.time_per_output_token.
+    /// Mean time between messages, once per event stream; messages are tokens if the server writes each token
+    /// separately; gen_ai.server.time_per_output_token.
     gen_ai_tpot: Histograms<ByRequestModel> = "gen_ai_server_time_per_output_token_seconds" in TOKEN_SECONDS;
-    /// Of event streams, each once: messages a second behind the first.
+    /// Messages per second after the first, once per event stream.
     gen_ai_token_rate: Histograms<ByRequestModel> = "gen_ai_server_output_tokens_per_second" in TOKENS_PER_SECOND;
-    /// Label values for a model that became `other`, because limits.metric_models names are known already.
+    /// Model names reported as `other`, because the limit limits.metric_models was reached.
     metric_models_overflow: Counter = "metric_models_overflow";
 
-    /// Times the configuration was read again, by what came of it.
+    /// Configuration reloads, by result.
     reloads: Family<ByReason, Counter> = "config_reloads";
 
     /// Client connections that are open.
     client_connections: Gauge = "client_connections";
-    /// Client connections that may be open at once (listen.max_connections).
+    /// Maximum number of concurrent client connections (listen.max_connections).
     client_connections_limit: Gauge = "client_connections_limit";
-    /// Client connections that were refused at a limit, with 503 where that was possible.
+    /// Client connections refused at a limit, with 503 if possible.
     client_connections_refused: Family<ByReason, Counter> = "client_connections_refused";
-    /// Idle client connections that were closed to make room for new ones.
+    /// Idle client connections closed to make room for new ones.
     client_connections_shed: Counter = "client_connections_shed";
-    /// Times that a connection could not be accepted because the process had no descriptor or no memory left, by listener.
+    /// Connections that could not be accepted for lack of descriptors or memory, by listener.
     accept_failures: Family<ByListener, Counter> = "accept_failures";
-    /// TLS handshakes with clients that came to nothing.
+    /// TLS handshakes with clients that failed.
     tls_handshakes_failed: Family<ByReason, Counter> = "tls_handshakes_failed";
-    /// TLS handshakes with clients that are under way.
+    /// TLS handshakes with clients in progress.
     tls_handshakes_active: Gauge = "tls_handshakes_active";
-    /// Requests whose client went away before the answer was complete.
+    /// Requests whose client disconnected before the answer was complete.
     client_aborts: Counter = "client_aborts";
-    /// Client connections that were closed because no request came in the keep-alive time.
+    /// Client connections closed because no request arrived within the keep-alive time.
     client_idle_closes: Counter = "client_idle_closes";
-    /// Answers that were broken off because their client took nothing of them in the idle time.
+    /// Answers aborted because the client took nothing of them within the idle time.
     client_stalls: Counter = "client_stalls";
-    /// Client connections that were closed while the client was still sending, by what ended the wait for its end.
+    /// Client connections closed while the client was still sending, by the limit that was reached.
     client_lingers_cut: Family<ByReason, Counter> = "client_lingers_cut";
-    /// HTTP/2 connections that the agent ended: too many resets, too many control frames, no answer to PING, nothing taken.
+    /// HTTP/2 connections closed by the agent, by reason: too many resets, too many control frames, no answer to PING,
+    /// stalled client.
     http2_ended: Family<ByReason, Counter> = "http2_connections_ended";
 
-    /// Bytes of memory that request bodies take, those that EPPs put in their place among them; at most limits.total_body_bytes.
+    /// Bytes of memory used by request bodies, including replacements by EPPs; at most limits.total_body_bytes.
     request_body_memory: Gauge = "request_body_memory_bytes";
     /// Bytes of request bodies in temporary files; at most limits.total_spill_bytes.
     request_body_spill: Gauge = "request_body_spill_bytes";
-    /// Request bodies that went to a file: because of the body's own limit, or of that of all bodies (total).
+    /// Request bodies that spilled to a file, by the limit that was reached: the body's own, or that of all bodies
+    /// (total).
     request_bodies_spilled: Family<ByReason, Counter> = "request_bodies_spilled";
-    /// Requests refused because there was no room for their body: in files, on the disk, or in memory where nothing else will do.
+    /// Requests refused for lack of space for their body: in files, on the disk, or in memory if it cannot spill.
     request_bodies_refused: Family<ByReason, Counter> = "request_bodies_refused";
 
-    /// JSON bodies that named a model.
+    /// JSON bodies that name a model.
     bbr_success: Counter = "bbr_success";
-    /// JSON bodies without a model, or with one that is null, an array or an object.
+    /// JSON bodies without a model, or with a model that is null, an array or an object.
     bbr_body_field_not_found: Counter = "bbr_body_field_not_found";
     /// JSON bodies with an empty model.
     bbr_body_field_empty: Counter = "bbr_body_field_empty";
 
-    /// Time from the opening of the EPP's stream to its decision, or to giving up on it; the upload of the body is part of it.
+    /// Time from opening the stream to the EPP until its decision or failure, including the upload of the body.
     epp_exchange: Histograms<ByOutcome> = "epp_exchange_seconds" in EPP_SECONDS;
-    /// Exchanges with the EPP that failed, whatever the pool's failure mode made of it.
+    /// Exchanges with the EPP that failed, in either failure mode.
     epp_failures: Family<ByPoolAndReason, Counter> = "epp_failures";
-    /// Endpoints in picks that cannot be used, and are passed over: invalid, or not admitted to the pool.
+    /// Endpoints in picks that were skipped because they are invalid or not admitted to the pool.
     epp_endpoints_passed_over: Family<ByPoolAndReason, Counter> = "epp_endpoints_passed_over";
-    /// Times that a replica of an EPP stalled: it let a request wait for the decision's whole time, and decided no other meanwhile.
+    /// Stalls of an EPP replica: it decided nothing during a request's whole time limit.
     epp_stalls: Family<ByPool, Counter> = "epp_stalls";
-    /// Questions put to the EPP again, on another connection or to another replica, by what became of the one before.
+    /// Requests sent to the EPP again, on another connection or to another replica, by the outcome of the previous
+    /// attempt.
     epp_asked_again: Family<ByPoolAndReason, Counter> = "epp_asked_again";
-    /// Replicas of EPPs by what their health checks say of them; always 1.
+    /// Replicas of EPPs by the state their health checks report; always 1.
     epp_replicas: Family<ByReplica, Gauge> = "epp_replicas";
-    /// Streams to EPPs that are open; one lives as long as the response of its request.
+    /// Open streams to EPPs; a stream lasts as long as the response of its request.
     epp_streams_inflight: Gauge = "epp_streams_inflight";
-    /// Responses by what became of the question about their head: answered in time, given up, or not waited for.
+    /// Responses by the outcome of the EPP's reply about their head: answered in time, given up, or not waited for.
     epp_head_replies: Family<ByPoolAndReason, Counter> = "epp_head_replies";
-    /// Responses whose body the EPP was not told to the end, because it did not take it.
+    /// Responses whose body was not sent to the EPP completely, because the EPP did not read it.
     epp_bodies_given_up: Family<ByPool, Counter> = "epp_bodies_given_up";
-    /// Tokens that responses say they took, where the EPP's settings have the agent look: gen_ai.client.inference.tokens.
+    /// Tokens that responses report, if the EPP's settings ask the agent to read them: gen_ai.client.inference.tokens.
     gen_ai_tokens: Family<ByModel, Counter> = "gen_ai_client_inference_tokens";
-    /// Requests that the EPP gave up while they were being answered.
+    /// Requests that the EPP evicted while they were being answered.
     evictions: Family<ByPool, Counter> = "evictions";
 
-    /// Connections to endpoints that requests asked for, by where they came from.
+    /// Connections to endpoints that requests asked for, by their origin.
     endpoint_connections: Family<ByResult, Counter> = "endpoint_connections";
-    /// Connections to endpoints that did not come about for a fault of this machine's, which never counts against the endpoint.
+    /// Connections to endpoints that failed because of this machine; they never count against the endpoint.
     local_faults: Family<ByReason, Counter> = "local_faults";
-    /// Requests that went on to another connection or endpoint, because one did not connect, had closed a kept connection, or
-    /// closed before it answered.
+    /// Requests that were retried on another connection or endpoint, because one did not connect, had closed a kept
+    /// connection, or closed before it answered.
     endpoint_retries: Family<ByReason, Counter> = "endpoint_retries";
-    /// Requests that may have been executed and were not sent again although there was somewhere to send them: the method does
-    /// not allow it, or the attempts or the budget were used up.
+    /// Requests that may have been executed and were not retried although another endpoint was available: the method
+    /// does not allow it, or the attempts or the budget were exhausted.
     endpoint_retries_refused: Family<ByPoolAndReason, Counter> = "endpoint_retries_refused";
-    /// Turns of endpoints that were not the first of their list, by place: 1 is the second.
+    /// Requests sent to an endpoint other than the first of their list, by index: 1 is the second.
     fallback_attempts: Family<ByPoolAndIndex, Counter> = "fallback_attempts";
-    /// Picks of the EPP that begin outside the subset that it was given; they are followed.
+    /// Picks of the EPP whose first endpoint is outside the given subset; they are followed.
     epp_outside_subset: Family<ByPool, Counter> = "epp_outside_subset";
 
     /// Endpoints of a pool, by their state.
     endpoints: Family<ByPoolAndState, Gauge> = "endpoints";
-    /// Whether the last that a pool's name or file gave could be used; if not, what it gave before holds.
+    /// Whether the latest result of a pool's name or file was usable; if not, the previous endpoints remain.
     endpoint_source_up: Family<BySource, Gauge> = "endpoint_source_up";
-    /// Lookups of a name, and changes of a file, that gave no endpoints.
+    /// Lookups of a name and changes of a file that yielded no endpoints.
     endpoint_source_failures: Family<BySourceAndReason, Counter> = "endpoint_source_failures";
-    /// Checks of an endpoint's health that found it unwell.
+    /// Failed health checks of endpoints.
     endpoint_check_failures: Family<ByPoolAndReason, Counter> = "endpoint_check_failures";
-    /// Times that an endpoint was taken out of its pool for a while because it failed requests.
+    /// Endpoints ejected from their pool for a time because they failed requests.
     ejections: Family<ByPool, Counter> = "ejections";
 
-    /// Responses, each once, by who carried the body and why.
+    /// Responses, counted once each, by path and reason.
     flows: Family<ByFlow, Counter> = "flows";
-    /// Bytes of response bodies, by who carried them.
+    /// Bytes of response bodies, by path.
     body_bytes: Family<ByPath, Counter> = "body_bytes";
-    /// Times the kernel gave a steered flow back before the end of its message.
+    /// Steered flows that the kernel disarmed before the end of their message.
     steer_stops: Family<ByReason, Counter> = "steer_stops";
-    /// Events of the kernel program that found no room in the ring buffer.
+    /// Events of the kernel programs lost because the ring buffer was full.
     steer_events_missed: Counter = "steer_events_missed";
     /// Endpoint connections that hold a slot of the kernel maps.
     slots_in_use: Gauge = "slots_in_use";
-    /// Spans that the collector has taken.
+    /// Spans that the collector accepted.
     trace_spans_exported: Counter = "trace_spans_exported";
-    /// Spans that were lost: the queue was full, the collector did not take them, or the agent stopped.
+    /// Spans that were lost: the queue was full, the collector did not accept them, or the agent stopped.
     trace_spans_dropped: Family<ByReason, Counter> = "trace_spans_dropped";
 
     /// Whether a path passed its self-test and is in use.
@@ -181,7 +185,7 @@ families! {
     steering_path_info: Family<PathState, Gauge> = "steering_path_info";
 }
 
-/// gen_ai.server.request.duration, with room below for the agent's own answers and above for long generations.
+/// gen_ai.server.request.duration, extended below for the agent's own answers and above for long generations.
 const REQUEST_SECONDS: [f64; 20] = [
     0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92,
     163.84, 327.68, 655.36,
@@ -194,10 +198,10 @@ const TTFT_SECONDS: [f64; 16] =
 /// gen_ai.server.time_per_output_token.
 const CHUNK_SECONDS: [f64; 13] = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5];
 
-/// From one exchange to hours.
+/// From a single exchange to hours.
 const PIN_SECONDS: [f64; 10] = [0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14_400.0];
 
-/// The same, with room below for small models on fast machines.
+/// gen_ai.server.time_per_output_token, extended below for small models on fast machines.
 const TOKEN_SECONDS: [f64; 16] =
     [0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5];
 

@@ -1,4 +1,4 @@
-//! Label sets and the closed sets of label values. Free-form labels are `&'static str`, so cardinality is fixed by the code.
+//! Label sets and the enums of label values. Free-form labels are `&'static str`, so the code bounds the cardinality.
 
 use std::{fmt, sync::Arc};
 
@@ -14,7 +14,7 @@ macro_rules! label {
         }
 
         impl $name {
-            /// In the order of declaration, so that `variant as usize` is its index.
+            /// All variants in declaration order, so that `variant as usize` is the index.
             pub const ALL: [Self; [$($text),+].len()] = [$(Self::$variant),+];
 
             pub const fn as_str(self) -> &'static str {
@@ -33,7 +33,7 @@ macro_rules! label {
 }
 
 label! {
-    /// Who carries the bytes of a response's body.
+    /// The path that carries a response body.
     Path {
         /// The kernel, from the model server's socket on this machine.
         Local = "local",
@@ -45,15 +45,15 @@ label! {
 }
 
 label! {
-    /// How an exchange with the EPP ended.
+    /// The outcome of an exchange with the EPP.
     EppOutcome {
-        /// It named an endpoint.
+        /// The EPP chose an endpoint.
         Picked = "picked",
-        /// It answered the request itself.
+        /// The EPP answered the request itself.
         Immediate = "immediate",
-        /// It failed and the pool is open.
+        /// The EPP failed and the pool fails open.
         FailOpen = "fail_open",
-        /// It failed and the pool is closed.
+        /// The EPP failed and the pool fails closed.
         FailClosed = "fail_closed",
     }
 }
@@ -68,19 +68,19 @@ label! {
 }
 
 label! {
-    /// How an endpoint of a pool is: what of these holds first, from the top.
+    /// The state of a pool's endpoint: the first of these that applies, from the top.
     EndpointState {
         /// Gets no new requests.
         Draining = "draining",
-        /// Down, by its checks.
+        /// Its health checks fail.
         Unhealthy = "unhealthy",
-        /// Taken out for a while, by the requests that it failed.
+        /// Excluded for a time because it failed requests.
         Ejected = "ejected",
         Ready = "ready",
     }
 }
 
-/// Shared, so that a label set is made without copying the name. Empty: the request never got as far as a pool.
+/// A shared pool name, so that label sets are created without copying it. Empty if no pool was selected.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct PoolName(pub(super) Arc<str>);
 
@@ -114,7 +114,7 @@ pub(super) struct ByPoolAndReason {
     pub(super) reason: &'static str,
 }
 
-/// As many as there are replicas: one state each at a time.
+/// One per replica, with a single state at a time.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(super) struct ByReplica {
     pub(super) pool: PoolName,
@@ -147,7 +147,7 @@ pub(super) struct ByPoolAndIndex {
     pub(super) index: &'static str,
 }
 
-/// With the names of OpenTelemetry's conventions. The model comes from responses, so [`super::models`] bounds its values.
+/// Named as in OpenTelemetry's conventions. The model comes from responses, so [`super::models`] bounds its values.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(super) struct ByModel {
     pub(super) pool: PoolName,
@@ -155,7 +155,7 @@ pub(super) struct ByModel {
     pub(super) gen_ai_token_type: &'static str,
 }
 
-/// As [`ByModel`]; the model is what the request names.
+/// Like [`ByModel`], with the model that the request names.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(super) struct ByRequestModel {
     pub(super) pool: PoolName,
@@ -183,7 +183,7 @@ pub(super) struct ByFlow {
     pub(super) reason: &'static str,
 }
 
-/// The one free-form text: what a self-test said. One per path at a time.
+/// The only free-form text, the result of a self-test. One per path at a time.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(super) struct PathState {
     pub(super) path: Path,

@@ -1,5 +1,5 @@
-//! Names of models as label values: they come from outside, so there are only so many, of all pools together and for as long as
-//! the agent runs.
+//! Model names as label values. They come from outside, so their number is bounded over all pools and for the life of
+//! the agent.
 
 use std::{
     collections::HashSet,
@@ -12,9 +12,9 @@ use std::{
 use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
 
-/// What comes when there are enough counts as this.
+/// The label value for names beyond the limit.
 const OTHER: &str = "other";
-/// A longer name is no name.
+/// Maximum length of a name, in bytes; longer names count as `other`.
 const MAX_LENGTH: usize = 128;
 
 #[derive(Debug)]
@@ -26,17 +26,17 @@ pub(super) struct Models {
 }
 
 impl Models {
-    /// `overflow` counts what comes when `limit` names are known.
+    /// `overflow` counts names seen after `limit` names are known.
     pub(super) fn new(limit: usize, overflow: Counter) -> Self {
         Self { known: Mutex::default(), limit: limit.into(), other: OTHER.into(), overflow }
     }
 
-    /// Names that are known stay.
+    /// Sets the limit. Known names stay.
     pub(super) fn set_limit(&self, limit: usize) {
         self.limit.store(limit, Relaxed);
     }
 
-    /// The label value for a model; empty for a response that has none.
+    /// The label value for a model; empty for a response without one.
     pub(super) fn bounded(&self, model: &str) -> Arc<str> {
         let mut known = self.known.lock();
         if let Some(known) = known.get(model) {
@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn there_are_only_so_many() {
+    fn model_names_beyond_the_limit_become_other() {
         let overflow = Counter::default();
         let models = Models::new(100, overflow.clone());
         assert_eq!(&*models.bounded(&"x".repeat(200)), OTHER);

@@ -1,4 +1,4 @@
-//! The metrics of one pool, looked up once: what every request touches is a handle, not a search.
+//! The metrics of one pool. Handles that every request uses are looked up once.
 
 use std::{
     net::SocketAddr,
@@ -18,19 +18,19 @@ use super::{
     models::Models,
 };
 
-/// What is known of an event stream whose messages nobody has looked into.
+/// Timing of an event stream whose messages were not parsed.
 #[derive(Debug, Clone, Copy)]
 pub struct Streamed {
-    /// From the request's head to the first message.
+    /// From the request head to the first message.
     pub first: Duration,
-    /// From there to the last one.
+    /// From the first message to the last.
     pub rest: Duration,
-    /// Pieces that user space wrote, and segments that the kernel redirected.
+    /// Pieces written by user space plus segments redirected by the kernel.
     pub messages: u64,
 }
 
 impl Streamed {
-    /// Mean seconds between messages, where there are several.
+    /// Mean seconds between messages; None for a single message.
     fn between(&self) -> Option<f64> {
         (self.messages > 1 && !self.rest.is_zero()).then(|| self.rest.as_secs_f64() / (self.messages - 1) as f64)
     }
@@ -47,7 +47,7 @@ pub struct PoolMetrics {
     time_per_output_chunk: Histogram,
     evictions: Counter,
     ejections: Counter,
-    /// By [`EppOutcome`]; filled on first use, because a pool may have no EPP and a histogram is twenty lines.
+    /// By [`EppOutcome`]; created on first use, because a pool may have no EPP and a histogram takes twenty lines.
     epp_exchange: [OnceLock<Histogram>; EppOutcome::ALL.len()],
     models: Arc<Models>,
 }
@@ -75,7 +75,7 @@ impl PoolMetrics {
         }
     }
 
-    /// A request answered with `status`; `reason` is [`OK`] or the label of the error.
+    /// Counts a request answered with `status`; `reason` is [`OK`] or the label of the error.
     pub fn request(&self, status: u16, reason: &'static str, took: Duration) {
         if status == 200 && reason == OK {
             self.answered_ok.inc();
@@ -91,39 +91,39 @@ impl PoolMetrics {
         InFlight::new(&self.active_requests)
     }
 
-    /// Counts a client's connection as pinned until the guard is dropped.
+    /// Counts a client connection as pinned until the guard is dropped.
     pub fn pinned_connection(&self) -> InFlight {
         InFlight::new(&self.families.pinned_connections.get_or_create_owned(&ByPool { pool: self.name.clone() }))
     }
 
-    /// A pinned connection is no longer.
+    /// Counts the end of a pin.
     pub fn pin_ended(&self, reason: &'static str, took: Duration) {
         let pool = ByPool { pool: self.name.clone() };
         self.families.pin_duration.get_or_create(&pool).observe(took.as_secs_f64());
         self.families.pins_ended.get_or_create(&self.and_reason(reason)).inc();
     }
 
-    /// A request goes where the one before has gone.
+    /// Counts a request sent under a lease.
     pub fn leased(&self) {
         self.families.leased_requests.get_or_create(&ByPool { pool: self.name.clone() }).inc();
     }
 
-    /// A pick is for its request alone although the pool's picks hold for more.
+    /// Counts a pick that applies to a single request although the pool's picks normally apply to more.
     pub fn pick_not_held(&self, reason: &'static str) {
         self.families.picks_not_held.get_or_create(&self.and_reason(reason)).inc();
     }
 
-    /// From the request's head to the first byte of the response's body.
+    /// Records the time from the request head to the first byte of the response body.
     pub fn time_to_first_token(&self, time: Duration) {
         self.ttft.observe(time.as_secs_f64());
     }
 
-    /// Mean over one response, its first chunk left out.
+    /// Records the mean over one response, without its first chunk.
     pub fn time_per_output_chunk(&self, time: Duration) {
         self.time_per_output_chunk.observe(time.as_secs_f64());
     }
 
-    /// An event stream was carried.
+    /// Records an event stream.
     pub fn streamed(&self, model: &str, stream: &Streamed) {
         let labels = ByRequestModel { pool: self.name.clone(), gen_ai_request_model: self.models.bounded(model) };
         self.families.gen_ai_ttft.get_or_create(&labels).observe(stream.first.as_secs_f64());
@@ -133,7 +133,7 @@ impl PoolMetrics {
         }
     }
 
-    /// An exchange with the EPP came to its decision.
+    /// Records the outcome of an exchange with the EPP.
     pub fn epp_exchange(&self, outcome: EppOutcome, took: Duration) {
         let histogram = self.epp_exchange[outcome as usize].get_or_init(|| {
             self.families.epp_exchange.get_or_create_owned(&ByOutcome { pool: self.name.clone(), outcome })
@@ -141,29 +141,29 @@ impl PoolMetrics {
         histogram.observe(took.as_secs_f64());
     }
 
-    /// The EPP named so many endpoints that cannot be used.
+    /// Counts endpoints in a pick that cannot be used.
     pub fn epp_passed_over(&self, reason: &'static str, endpoints: usize) {
         if endpoints > 0 {
             self.families.epp_endpoints_passed_over.get_or_create(&self.and_reason(reason)).inc_by(endpoints as u64);
         }
     }
 
-    /// A replica of the EPP let a request wait in vain, and decided no other meanwhile.
+    /// Counts a stall of an EPP replica: it decided nothing during a request's whole time limit.
     pub fn epp_stalled(&self) {
         self.families.epp_stalls.get_or_create(&ByPool { pool: self.name.clone() }).inc();
     }
 
-    /// An exchange with the EPP failed.
+    /// Counts a failed exchange with the EPP.
     pub fn epp_failed(&self, reason: &'static str) {
         self.families.epp_failures.get_or_create(&ByPoolAndReason { pool: self.name.clone(), reason }).inc();
     }
 
-    /// The EPP is asked again about a request.
+    /// Counts a repeated attempt to ask the EPP about a request.
     pub fn epp_asked_again(&self, reason: &'static str) {
         self.families.epp_asked_again.get_or_create(&ByPoolAndReason { pool: self.name.clone(), reason }).inc();
     }
 
-    /// A replica of the EPP was in one state, or not there, and is now in another, or gone.
+    /// Changes the state of an EPP replica; None before it appears and after it is gone.
     pub fn epp_replica(&self, replica: SocketAddr, before: Option<&'static str>, now: Option<&'static str>) {
         let labels = |state| ByReplica { pool: self.name.clone(), replica: replica.to_string(), state };
         if let Some(before) = before {
@@ -174,18 +174,18 @@ impl PoolMetrics {
         }
     }
 
-    /// What became of the question about a response's head.
+    /// Counts the outcome of the EPP's reply about a response head.
     pub fn epp_head_reply(&self, reply: &'static str) {
         let labels = ByPoolAndReason { pool: self.name.clone(), reason: reply };
         self.families.epp_head_replies.get_or_create(&labels).inc();
     }
 
-    /// The EPP did not take a response's body, and is told no more of it.
+    /// Counts a response body that the EPP did not read to its end.
     pub fn epp_body_given_up(&self) {
         self.families.epp_bodies_given_up.get_or_create(&ByPool { pool: self.name.clone() }).inc();
     }
 
-    /// The tokens that a response took.
+    /// Adds the tokens that a response reports.
     pub fn tokens(&self, model: &str, input: u64, output: u64) {
         let model = self.models.bounded(model);
         for (kind, tokens) in [("input", input), ("output", output)] {
@@ -195,17 +195,17 @@ impl PoolMetrics {
         }
     }
 
-    /// The EPP gave up a request that was being answered.
+    /// Counts a request that the EPP evicted while it was being answered.
     pub fn evicted(&self) {
         self.evictions.inc();
     }
 
-    /// An endpoint was taken out for a while.
+    /// Counts an ejection.
     pub fn ejected(&self) {
         self.ejections.inc();
     }
 
-    /// A request goes to the endpoint at this place of its list, counted from 0, which is not counted here.
+    /// Counts a request sent to the endpoint at this index of its list; index 0 is not counted.
     pub fn fallback_attempt(&self, index: usize) {
         const PLACES: [&str; 8] = ["1", "2", "3", "4", "5", "6", "7", "8+"];
         if let Some(index) = index.checked_sub(1) {
@@ -214,34 +214,34 @@ impl PoolMetrics {
         }
     }
 
-    /// A request is not sent again.
+    /// Counts a request that was not retried.
     pub fn retry_refused(&self, reason: &'static str) {
         self.families.endpoint_retries_refused.get_or_create(&self.and_reason(reason)).inc();
     }
 
-    /// The EPP named an endpoint that it was not to choose from.
+    /// Counts a pick outside the subset that the EPP was given.
     pub fn epp_outside_subset(&self) {
         self.families.epp_outside_subset.get_or_create(&ByPool { pool: self.name.clone() }).inc();
     }
 
-    /// What a source of endpoints gave can be used, or not.
+    /// Sets whether the latest result of an endpoint source was usable.
     pub fn source_up(&self, source: &'static str, up: bool) {
         let labels = BySource { pool: self.name.clone(), source };
         self.families.endpoint_source_up.get_or_create(&labels).set(up.into());
     }
 
-    /// A source of endpoints gave none that can be used.
+    /// Counts a result of an endpoint source without usable endpoints.
     pub fn source_failed(&self, source: &'static str, reason: &'static str) {
         let labels = BySourceAndReason { pool: self.name.clone(), source, reason };
         self.families.endpoint_source_failures.get_or_create(&labels).inc();
     }
 
-    /// A check found an endpoint unwell.
+    /// Counts a failed health check.
     pub fn check_failed(&self, reason: &'static str) {
         self.families.endpoint_check_failures.get_or_create(&self.and_reason(reason)).inc();
     }
 
-    /// How many endpoints there are, by [`EndpointState`].
+    /// Sets the number of endpoints by [`EndpointState`].
     pub(super) fn set_endpoints(&self, counts: [usize; EndpointState::ALL.len()]) {
         for (state, count) in EndpointState::ALL.into_iter().zip(counts) {
             let labels = ByPoolAndState { pool: self.name.clone(), state };

@@ -1,4 +1,4 @@
-//! Metrics of the process: its log and its panics, which it counts whether an agent runs in it or several.
+//! Metrics of the process (its log and its panics), counted once even if several agents run in it.
 
 use std::fmt;
 
@@ -21,7 +21,7 @@ struct ByThreadAndPlace {
 
 impl Collector for Process {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let help = "Log lines that were dropped: the queue was full, or they were too long.";
+        let help = "Log lines that were dropped because the queue was full or they were too long.";
         let mut family = encoder.encode_descriptor("log_lines_dropped", help, None, MetricType::Counter)?;
         for reason in Dropped::ALL {
             let labels = [("reason", reason.label())];
@@ -31,7 +31,7 @@ impl Collector for Process {
         if panics.is_empty() {
             return Ok(());
         }
-        let help = "Panics, by the thread and the place in the source.";
+        let help = "Panics, by thread and source location.";
         let mut family = encoder.encode_descriptor("panics", help, None, MetricType::Counter)?;
         for (place, count) in panics {
             let labels = ByThreadAndPlace { thread: place.thread, place: place.at };

@@ -1,7 +1,7 @@
-//! The cases: what the known bugs of sockmap redirects, and our own rule, would show on this kernel.
+//! The self-test cases: what the known bugs of sockmap redirects, or a bug in our rules, would show on this kernel.
 //!
-//! They are the same in each lane. What a lane does not take goes on to the next, so bytes are counted over all of them, and
-//! each case sees to it that its own lane has carried some.
+//! The cases are the same on each path. What a path does not take goes to the next, so bytes are summed over all paths,
+//! and each case checks that its own path has carried some.
 
 use std::{cell::Cell, fs::File, io::Write as _, net::Ipv4Addr, os::unix::fs::FileExt as _, rc::Rc, time::Duration};
 
@@ -32,10 +32,13 @@ pub(super) const CASES: &[Case] = &[
     },
     Case { name: "a chunked stream in small pieces", run: |steering, lane| small_chunks(steering, lane).boxed_local() },
     Case {
-        name: "bytes let through before the kernel takes over",
+        name: "bytes passed before the kernel takes over",
         run: |steering, lane| passed_then_redirected(steering, lane).boxed_local(),
     },
-    Case { name: "an end by FIN behind the last byte", run: |steering, lane| end_by_fin(steering, lane).boxed_local() },
+    Case {
+        name: "an orderly close after the last byte",
+        run: |steering, lane| end_by_fin(steering, lane).boxed_local(),
+    },
     Case {
         name: "chunk syntax in pages that the sender can still write",
         run: |steering, lane| shared_syntax(steering, lane).boxed_local(),
@@ -47,14 +50,14 @@ pub(super) const CASES: &[Case] = &[
 ];
 
 const BODY: usize = 2 << 20;
-/// Written at once; several have room in a send buffer.
+/// Bytes per write; a send buffer holds several.
 const PIECE: usize = 32 * 1024;
-/// A sender that gets on no further for this long is stuck. Only this thread and the kernel's receive path have a part in it.
+/// A sender without progress for this long is stuck. Only this thread and the kernel's receive path are involved.
 const QUIET: Duration = Duration::from_millis(10);
 /// SO_SNDBUF of the server and SO_RCVBUF of the reader, before the kernel doubles it.
 const FAR_BUFFER: usize = 32 * 1024;
-/// What may be under way while the reader stalls: both of our buffers, those of the far ends, and what one turn of user space
-/// holds. Without the room gate all of the body would be.
+/// Maximum bytes in transit while the reader stalls: both of our buffers, those of the far ends, and what one turn of
+/// user space holds. Without the room check it would be the whole body.
 const UNDER_WAY: usize = 2 * BUFFER as usize + 4 * FAR_BUFFER + (256 << 10);
 const _: () = assert!(UNDER_WAY < BODY / 2);
 
@@ -79,7 +82,7 @@ async fn stalled_reader(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()>
         reader.read_exact(&mut got).await.map(drop)
     };
     let release = async {
-        // The reader begins when the sender has nowhere left to send to: it has stopped getting on.
+        // The reader starts when the sender makes no more progress.
         let mut before = 0;
         while sent.get() < BUFFER as usize / 2 || sent.get() != before {
             before = sent.get();
@@ -94,7 +97,7 @@ async fn stalled_reader(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()>
     read?;
     ensure!(end == End::Complete { reusable: true }, "the delivery ended as {end:?}");
     ensure!(account.carried(lane) > 0, "the kernel redirected nothing");
-    ensure!(account.stops[stop::ROOM as usize] > 0, "the room gate did not trip");
+    ensure!(account.stops[stop::ROOM as usize] > 0, "the room check did not stop the kernel");
     ensure!(under_way <= UNDER_WAY, "{under_way} bytes were taken for a reader that reads nothing");
     ensure!(
         account.steered + account.local + account.relayed == BODY as u64,
@@ -129,8 +132,8 @@ async fn small_chunks(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> {
     compare(&got, &wire)
 }
 
-/// Responses as a kept connection sees them, one behind the other: the head is let through and read by user space, the body
-/// begins while nothing is armed, and the kernel takes over behind what user space has read and written on.
+/// Responses on a kept connection, one after the other: user space reads the passed head, the body begins while nothing
+/// is armed, and the kernel takes over after what user space has read and written.
 async fn passed_then_redirected(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> {
     const ROUNDS: usize = 3;
     const HEAD: usize = 300;
@@ -157,7 +160,7 @@ async fn passed_then_redirected(steering: &Rc<WorkerSteering>, lane: Lane) -> Re
         let mut got = vec![0; body.len()];
         let exchange = async {
             for (number, piece) in got.chunks_mut(PIECE).enumerate() {
-                // The first is on its way already.
+                // The first piece has been sent already.
                 if number > 0 {
                     server.write_all(&body[number * PIECE..][..PIECE]).await?;
                 }
@@ -168,8 +171,8 @@ async fn passed_then_redirected(steering: &Rc<WorkerSteering>, lane: Lane) -> Re
         let ((end, account), exchanged) = tokio::join!(rig.deliver(Framing::length(body.len() as u64)), exchange);
         exchanged?;
         ensure!(end == End::Complete { reusable: true }, "the delivery ended as {end:?}");
-        ensure!(account.relayed >= PIECE as u64, "what was let through was not relayed");
-        ensure!(account.carried(lane) > 0, "the kernel redirected nothing behind it");
+        ensure!(account.relayed >= PIECE as u64, "the passed bytes were not relayed");
+        ensure!(account.carried(lane) > 0, "the kernel redirected nothing after them");
         ensure!(
             account.steered + account.local + account.relayed == body.len() as u64,
             "the account does not add up: {account:?}"
@@ -208,8 +211,9 @@ async fn end_by_fin(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> {
     compare(&got, &body)
 }
 
-/// The endpoint sends a file, and writes other chunk sizes into it once the agent has taken the message for complete. On the path
-/// `ingress` such a segment goes to user space, which keeps what it has parsed; a message program's kernel has copied it.
+/// The endpoint sends a file, and writes other chunk sizes into it once the agent considers the message complete. On
+/// path `ingress` such a segment passes to user space, which keeps what it has parsed; on path `local` the kernel has
+/// copied it.
 async fn shared_syntax(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> {
     let (mut rig, server, mut reader) = Rig::new(steering, lane).await?;
     let wire = b"5\r\nhello\r\n5\r\nworld\r\n0\r\n\r\n";
@@ -235,7 +239,7 @@ async fn shared_syntax(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> 
     compare(&got, wire)
 }
 
-/// The end of such a stream would never be seen by the kernel program: user space has to carry it, whatever the lane.
+/// The kernel programs would never see the end of such a stream, so user space has to carry it on either path.
 async fn half_closed_is_refused(steering: &Rc<WorkerSteering>, _lane: Lane) -> Result<()> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
     let socket = TcpSocket::new_v4()?;
@@ -243,9 +247,9 @@ async fn half_closed_is_refused(steering: &Rc<WorkerSteering>, _lane: Lane) -> R
     let (endpoint, server) = tokio::join!(socket.connect(listener.local_addr()?), listener.accept());
     let mut endpoint = endpoint?;
     drop(server?);
-    ensure!(endpoint.read(&mut [0]).await? == 0, "bytes on a connection that nobody has written to");
+    ensure!(endpoint.read(&mut [0]).await? == 0, "received bytes on a connection without any");
     let inserted = source.insert(&endpoint);
-    // The slot outlives its socket.
+    // The slot must outlive its socket.
     drop(endpoint);
     ensure!(inserted.is_err(), "the kernel took the socket");
     Ok(())

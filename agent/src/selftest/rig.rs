@@ -1,5 +1,5 @@
-//! What a case of the proof works with: two loopback connections as the agent has them, their far ends, and bytes that show
-//! by their value where they belong.
+//! The setup of a self-test case: two loopback connections as the agent makes them, their far ends, and bytes derived
+//! from their position.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -23,9 +23,9 @@ use crate::{
     steer::{Source, WorkerSteering},
 };
 
-/// Longer than any case may take: the proof as a whole is limited.
+/// Longer than any case may take; the self-test as a whole is limited.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// SO_SNDBUF of the client's connection and SO_RCVBUF of the endpoint's, as the kernel doubles it.
+/// SO_SNDBUF of the client connection and SO_RCVBUF of the endpoint connection, after the kernel doubled it.
 pub(super) const BUFFER: u32 = 256 * 1024;
 
 /// The agent's side of two connections.
@@ -36,7 +36,7 @@ pub(super) struct Rig {
 }
 
 impl Rig {
-    /// With the far ends: the server that answers and the reader that asked.
+    /// Creates the connections. Also returns the far ends: the server and the reader.
     pub(super) async fn new(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<(Self, TcpStream, TcpStream)> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address: SocketAddr = listener.local_addr()?;
@@ -51,7 +51,7 @@ impl Rig {
         server.set_nodelay(true)?;
         let mut rig = Self { endpoint, client, target: Target { key, send_buffer: BUFFER, lane } };
         rig.announce();
-        // In place of a head.
+        // Stands in for a response head.
         server.write_all(b"h").await?;
         rig.endpoint.read(&mut BytesMut::with_capacity(1)).await?;
         let source = rig.endpoint.source().context("the kernel refused the endpoint's socket")?;
@@ -60,12 +60,12 @@ impl Rig {
         Ok((rig, server, reader?))
     }
 
-    /// Says before each response whom it is for.
+    /// Announces the client of the next response.
     pub(super) fn announce(&self) {
         self.endpoint.announce(Some(self.target.key));
     }
 
-    /// Delivers a body through the kernel where it takes it.
+    /// Delivers a body, through the kernel as far as it takes it.
     pub(super) async fn deliver(&mut self, framing: Framing) -> (End, Account) {
         let (client, endpoint) = (&mut self.client, &mut self.endpoint);
         let mut delivery = Delivery::new(client, endpoint, framing, BytesMut::new(), Some(PATIENCE));
@@ -73,19 +73,19 @@ impl Rig {
         (delivery.run().await, delivery.account)
     }
 
-    /// Bytes that the kernel has let through to user space.
+    /// Bytes that the kernel has passed to user space.
     pub(super) fn passed(&self) -> u64 {
         self.endpoint.source().map_or(0, |source: &Source| source.slot().passed())
     }
 }
 
-/// `len` bytes of the pattern from a position on.
+/// `len` bytes of the pattern, starting at position `from`.
 pub(super) fn pattern(from: usize, len: usize) -> Vec<u8> {
     (from..from + len).map(|at| (at as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_be_bytes()[0]).collect()
 }
 
 pub(super) fn compare(got: &[u8], want: &[u8]) -> Result<()> {
-    // At once first: byte by byte, a debug build on an emulated processor takes seconds for it.
+    // Compares as a whole first: byte by byte takes a debug build on an emulated processor seconds.
     if got == want {
         return Ok(());
     }

@@ -1,8 +1,8 @@
-//! Whether the owner of a socket in the message program's map can tell: the calls that ask about what waits on a socket, on one
-//! that is in the map.
+//! Checks whether the owner of a socket in the message program's map can observe that: makes the calls that query
+//! waiting bytes on such a socket.
 //!
-//! `tests/tests/local/transparent.rs` compares many more. Those here are the ones that known kernels answer wrongly: since
-//! 929e30f93125 and until 04af4efde58a, FIONREAD says 0.
+//! `tests/tests/local/transparent.rs` compares many more calls. These are the ones that known kernels answer wrongly:
+//! from 929e30f93125 until 04af4efde58a, FIONREAD reports 0.
 
 use std::{
     io::{Read as _, Write as _},
@@ -17,10 +17,10 @@ use socket2::SockRef;
 use crate::kernel::{Kernel, socket};
 
 const BYTES: usize = 195;
-/// Loopback takes some microseconds.
+/// Loopback takes microseconds.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The first difference, or `None`.
+/// Describes the first difference; `None` if there is none.
 pub fn how_visible(kernel: &mut Kernel) -> Result<Option<Arc<str>>> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let mut client = TcpStream::connect(listener.local_addr()?)?;
@@ -35,15 +35,15 @@ pub fn how_visible(kernel: &mut Kernel) -> Result<Option<Arc<str>>> {
         }
         let begun = Instant::now();
         while server.peek(&mut buffer)? < BYTES {
-            ensure!(begun.elapsed() < PATIENCE, "the bytes do not arrive");
+            ensure!(begun.elapsed() < PATIENCE, "the bytes did not arrive");
         }
         let waiting = socket::receive_queue(&server)?;
         if waiting as usize != BYTES {
-            return Ok(Some(format!("FIONREAD says {waiting} where {BYTES} bytes wait").into()));
+            return Ok(Some(format!("FIONREAD reports {waiting} of {BYTES} waiting bytes").into()));
         }
-        ensure!(server.read(&mut buffer)? == BYTES, "a read that is short");
-        ensure!(socket::receive_queue(&server)? == 0, "FIONREAD says that bytes wait that have been read");
+        ensure!(server.read(&mut buffer)? == BYTES, "short read");
+        ensure!(socket::receive_queue(&server)? == 0, "FIONREAD reports bytes that were already read");
     }
-    ensure!(SockRef::from(&server).take_error()?.is_none() && server.read(&mut buffer)? == 0, "no end");
+    ensure!(SockRef::from(&server).take_error()?.is_none() && server.read(&mut buffer)? == 0, "no end of stream");
     Ok(None)
 }

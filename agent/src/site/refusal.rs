@@ -1,4 +1,4 @@
-//! What a client is told whose connection finds no room: 503 over HTTP/1.1, GOAWAY over HTTP/2, the end of the connection over TLS.
+//! Answers clients whose connection finds no room: 503 over HTTP/1.1, GOAWAY over HTTP/2, and a plain close over TLS.
 
 use std::time::{Duration, Instant};
 
@@ -15,18 +15,19 @@ use crate::{
     worker::Worker,
 };
 
-/// For the whole of a refusal, the client's request included.
+/// Time limit for a refusal, including the client's request.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// Bytes of the request that are read, so that the close does not reset the connection before the answer is read.
+/// Bytes of the request that are read, so that the close does not reset the connection before the client reads the
+/// answer.
 const DISCARD: usize = 64 << 10;
 
-/// How an HTTP/2 connection begins (RFC 9113 §3.4).
+/// The beginning of an HTTP/2 connection (RFC 9113 §3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0";
-/// SETTINGS without any, then GOAWAY of NO_ERROR with the last stream 0: nothing has been processed, all can be sent again.
+/// Empty SETTINGS, then GOAWAY with NO_ERROR and last stream 0: nothing was processed and everything can be sent again.
 const GO_AWAY: &[u8] = b"\0\0\0\x04\0\0\0\0\0\
                          \0\0\x08\x07\0\0\0\0\0\0\0\0\0\0\0\0\0";
 
-/// Reads the beginning of a request and answers it. Takes [`PATIENCE`] at most.
+/// Reads the beginning of a request and answers it. Takes at most [`PATIENCE`].
 pub(super) async fn answer(worker: &Worker, mut stream: TcpStream) {
     let exchange = async {
         let mut request = vec![0; 4096];
@@ -43,11 +44,11 @@ pub(super) async fn answer(worker: &Worker, mut stream: TcpStream) {
         }
         std::io::Result::Ok(())
     };
-    // A client that does not wait for it loses nothing.
+    // A client that does not wait for the answer loses nothing.
     let _ = timeout(PATIENCE, exchange).await;
 }
 
-/// As [`answer`], without waiting for anything.
+/// Like [`answer`], without waiting.
 pub(super) fn answer_at_once(worker: &Worker, stream: &TcpStream) {
     let mut request = [0; 4096];
     let read = stream.try_read(&mut request).unwrap_or_default();
@@ -72,7 +73,7 @@ fn reply(worker: &Worker, request: &[u8]) -> BytesMut {
     out
 }
 
-/// Lets a message through once in a while.
+/// Limits a log message to one per [`PAUSE`](Self::PAUSE).
 #[derive(Default)]
 pub(super) struct Seldom(std::cell::Cell<Option<Instant>>);
 

@@ -12,7 +12,7 @@ fn joined(pieces: &[Bytes]) -> Vec<u8> {
     pieces.concat()
 }
 
-/// Some numbered events, then usage and the end, as a model server with `stream_options.include_usage` sends them.
+/// `events` numbered events, then usage and the end, as a model server sends them with `stream_options.include_usage`.
 fn stream(events: usize, end: &str) -> String {
     let body: String = (0..events).map(|n| format!("data: {{\"model\":\"m\",\"n\":{n}}}{end}{end}")).collect();
     let usage = r#"{"model":"m","usage":{"prompt_tokens":7,"completion_tokens":9}}"#;
@@ -26,7 +26,7 @@ fn tokens(tee: &Tee) -> Option<(u64, u64)> {
 }
 
 #[test]
-fn only_what_can_be_read_is_kept() {
+fn only_parsable_bodies_are_kept() {
     use ResponseToPicker::{Body, Headers, Usage};
     let rows = [
         (Headers, "text/event-stream", None),
@@ -49,7 +49,7 @@ fn only_what_can_be_read_is_kept() {
 }
 
 #[test]
-fn a_long_stream_is_told_from_its_first_whole_event_within_the_tail() {
+fn long_stream_is_sent_from_the_first_whole_event_of_its_tail() {
     for end in ["\n", "\r\n", "\r"] {
         let text = stream(500, end);
         let mut tee = tee(ResponseToPicker::Usage, "text/event-stream").unwrap();
@@ -59,7 +59,7 @@ fn a_long_stream_is_told_from_its_first_whole_event_within_the_tail() {
         assert_eq!(tokens(&tee), Some(USAGE), "{end:?}");
         let told = String::from_utf8(joined(&tee.rest())).unwrap();
         assert!(text.ends_with(&told) && told.starts_with("data: "), "{told}");
-        // No whole event that would have had room is left out.
+        // No complete event that would have fitted is left out.
         let left = &text[..text.len() - told.len()];
         let event = left.len() - left.trim_end().rfind("data: ").unwrap();
         assert!(told.len() + event + 4 > tail::TAIL as usize, "{} {event}", told.len());
@@ -67,7 +67,7 @@ fn a_long_stream_is_told_from_its_first_whole_event_within_the_tail() {
 }
 
 #[test]
-fn a_short_stream_is_told_whole() {
+fn short_stream_is_sent_whole() {
     let text = stream(3, "\n");
     let mut tee = tee(ResponseToPicker::Usage, "text/event-stream").unwrap();
     tee.take(text.as_bytes());
@@ -75,14 +75,14 @@ fn a_short_stream_is_told_whole() {
 }
 
 #[test]
-fn an_event_longer_than_the_tail_is_not_told_in_part() {
+fn event_longer_than_the_tail_is_not_sent_in_part() {
     let mut tee = tee(ResponseToPicker::Usage, "text/event-stream").unwrap();
     tee.take(format!("data: {}", "x".repeat(5000)).as_bytes());
     assert_eq!((tee.usage(), tee.rest()), (None, vec![]));
 }
 
 #[test]
-fn after_a_gap_only_what_follows_counts() {
+fn bytes_before_a_gap_are_dropped() {
     let mut tee = tee(ResponseToPicker::Usage, "text/event-stream").unwrap();
     tee.take(b"data: early\n\n");
     tee.skipped();
@@ -91,7 +91,7 @@ fn after_a_gap_only_what_follows_counts() {
 }
 
 #[test]
-fn a_document_is_told_whole_or_not_at_all() {
+fn document_is_sent_whole_or_not_at_all() {
     let document =
         |len| format!(r#"{{"usage":{{"prompt_tokens":7,"completion_tokens":9}},"text":"{}"}}"#, "x".repeat(len));
     for (len, whole) in [(10, true), (200_000, true), (DOCUMENT, false), (3 * DOCUMENT, false)] {
@@ -106,7 +106,7 @@ fn a_document_is_told_whole_or_not_at_all() {
 }
 
 #[test]
-fn usage_is_read_where_it_is() {
+fn usage_is_read_from_documents_and_events() {
     let usage =
         |model: &str, input_tokens, output_tokens| Some(Usage { model: model.to_owned(), input_tokens, output_tokens });
     let rows = [
@@ -124,7 +124,7 @@ fn usage_is_read_where_it_is() {
 }
 
 #[test]
-fn a_picker_that_does_not_take_its_pieces_is_told_no_more() {
+fn picker_that_takes_no_pieces_gets_no_more() {
     let mut tee = tee(ResponseToPicker::Body, "audio/mpeg").unwrap();
     for _ in 0..10 {
         tee.take(&[1; 10_000]);
@@ -141,7 +141,7 @@ fn a_picker_that_does_not_take_its_pieces_is_told_no_more() {
 
 proptest! {
     #[test]
-    fn chunk_syntax_is_left_out_however_it_is_cut(chunks in prop::collection::vec(1usize..3000, 1..20), cut in 1usize..500) {
+    fn chunk_syntax_is_left_out_in_any_cuts(chunks in prop::collection::vec(1usize..3000, 1..20), cut in 1usize..500) {
         let mut wire = Vec::new();
         let mut payload = Vec::new();
         for (n, len) in chunks.into_iter().enumerate() {

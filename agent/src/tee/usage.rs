@@ -1,4 +1,5 @@
-//! The tokens of a response, as OpenAI's APIs tell them: in the last event of a stream that has a `usage`, or in the document.
+//! The token counts of a response in the format of OpenAI's APIs: from the last event of a stream that has a `usage`,
+//! or from the document.
 
 use std::borrow::Cow;
 
@@ -6,7 +7,7 @@ use serde::Deserialize;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Usage {
-    /// Empty where the response names none.
+    /// Empty if the response names no model.
     pub model: String,
     pub input_tokens: u64,
     pub output_tokens: u64,
@@ -22,7 +23,7 @@ struct Message<'a> {
 
 #[derive(Deserialize)]
 struct Tokens {
-    /// Chat and text completions, embeddings; the responses API.
+    /// Aliases: chat and text completions and embeddings; the responses API.
     #[serde(alias = "input_tokens", default)]
     prompt_tokens: u64,
     #[serde(alias = "output_tokens", default)]

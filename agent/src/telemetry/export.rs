@@ -1,7 +1,7 @@
-//! From ended spans to the collector: a bounded queue that never blocks, and a thread with a runtime of its own.
+//! Exports ended spans to the collector, through a bounded queue that never blocks and a thread with its own runtime.
 //!
-//! What finds no room in the queue, and what the collector does not take, is dropped and counted. The SDK's own batch
-//! processor would do the same but for the counting, and its thread has no runtime that gRPC could run on.
+//! Spans that do not fit into the queue or that the collector does not accept are dropped and counted. The SDK's own
+//! batch processor does not count them, and its thread has no runtime for gRPC.
 
 use std::{cell::Cell, sync::Arc, thread::JoinHandle, time::Duration};
 
@@ -19,14 +19,14 @@ use crate::{config, metrics::Metrics, panics::Watch};
 
 const THREAD: &str = "penstock-spans";
 
-/// Spans of one message.
+/// Maximum number of spans per message.
 const BATCH: usize = 512;
-/// How long the collector may take for a message, repetitions included.
+/// Time limit for one message, including retries.
 const EXPORT: Duration = Duration::from_secs(10);
 /// How long the end of the agent waits for the last spans to be sent.
 const FLUSH: Duration = Duration::from_secs(1);
 
-/// The entrance of the queue.
+/// The sending side of the queue.
 #[derive(Debug)]
 pub(super) struct Queue {
     spans: mpsc::Sender<SpanData>,
@@ -48,13 +48,13 @@ impl SpanProcessor for Queue {
         Ok(())
     }
 
-    /// It ends with its [`Exporter`].
+    /// The queue ends with its [`Exporter`].
     fn shutdown_with_timeout(&self, _: Duration) -> OTelSdkResult {
         Ok(())
     }
 }
 
-/// The thread that sends. Dropping it sends what is in the queue, for [`FLUSH`] at most, and ends it.
+/// The exporting thread. Dropping it sends the queued spans, for at most [`FLUSH`], and stops the thread.
 pub struct Exporter {
     stop: CancellationToken,
     thread: Option<JoinHandle<()>>,
@@ -64,13 +64,13 @@ impl Drop for Exporter {
     fn drop(&mut self) {
         self.stop.cancel();
         if let Some(thread) = self.thread.take() {
-            // If it panicked it has said so already.
+            // A panic of the thread has been logged already.
             let _ = thread.join();
         }
     }
 }
 
-/// Connects with the first message, and again whenever the connection is lost.
+/// Starts the exporter. It connects with the first message and reconnects when the connection is lost.
 pub(super) fn start(
     endpoint: &str,
     config: &config::Tracing,
@@ -97,9 +97,9 @@ pub(super) fn start(
 struct Sender {
     exporter: SpanExporter,
     metrics: Arc<Metrics>,
-    /// Spans taken from the queue whose fate is open.
+    /// Spans taken from the queue and neither exported nor dropped yet.
     unsent: Cell<usize>,
-    /// The last message was not taken, which has been logged.
+    /// Whether the last message failed, which has been logged.
     failing: Cell<bool>,
 }
 
@@ -133,20 +133,20 @@ impl Sender {
             Ok(()) => {
                 self.metrics.trace_spans_exported(spans);
                 if self.failing.replace(false) {
-                    tracing::info!("the collector takes spans again");
+                    tracing::info!("span export recovered");
                 }
             }
             Err(error) => {
                 self.metrics.trace_spans_dropped("export_failed", spans);
                 if !self.failing.replace(true) {
-                    tracing::warn!(%error, "the collector does not take spans");
+                    tracing::warn!(%error, "span export failed, dropping spans");
                 }
             }
         }
     }
 }
 
-/// Waits for a span, and then a while for more. False: there is none, and there will be none. Cancel-safe.
+/// Waits for a span and then up to `interval` for more. Returns false if the queue is closed and empty. Cancel-safe.
 async fn gather(
     queue: &mut mpsc::Receiver<SpanData>,
     batch: &mut Vec<SpanData>,

@@ -1,8 +1,8 @@
-//! The span of one request, with the names of OpenTelemetry's conventions for HTTP servers and generative AI; what they have
-//! no name for is called `penstock.…`.
+//! The span of one request, with attribute names from OpenTelemetry's conventions for HTTP servers and generative AI;
+//! other attributes are named `penstock.…`.
 //!
-//! Its times follow the monotonic clock from where it began, so that a step of the wall clock does not turn them around. A
-//! span that is dropped ends then.
+//! Times follow the monotonic clock from the start of the request, so that a step of the wall clock cannot reverse
+//! them. A dropped span ends when it is dropped.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -35,37 +35,37 @@ pub struct RequestSpan {
     began: (SystemTime, Instant),
 }
 
-/// How a request was picked for.
+/// The result of a pick.
 pub struct Pick<'p> {
-    /// `epp`, `builtin`, or `fail_open` for the one in place of the other.
+    /// `epp`, `builtin`, or `fail_open` if the built-in picker replaced a failed EPP.
     pub by: &'static str,
     pub epp: Option<&'p str>,
-    /// In the order to try them.
+    /// In the order in which they are tried.
     pub endpoints: &'p [SocketAddr],
-    /// Why there was no pick.
+    /// Why the pick failed.
     pub error: Option<&'static str>,
 }
 
-/// How a request ended.
+/// The result of a request.
 pub struct Ended<'e> {
     pub status: u16,
     pub reason: &'static str,
-    /// The agent answered with an error of its own.
+    /// Whether the agent answered with its own error.
     pub refused: bool,
-    /// The response had begun and was broken off.
+    /// Whether the response began and was aborted.
     pub broken: bool,
     pub pool: &'e str,
     pub endpoint: Option<SocketAddr>,
     pub model: Option<&'e str>,
     pub carried_by: &'static str,
     pub carried_why: &'static str,
-    /// From the beginning of the request to the first byte of the response's body.
+    /// From the start of the request to the first byte of the response body.
     pub first_byte: Option<Duration>,
 }
 
 impl Telemetry {
-    /// Begins the span of a request, as a child of the `caller`'s if there is one, and makes it the parent of whatever the next
-    /// hops do. The fields are as [`crate::http::headers::prepare_request`] leaves them.
+    /// Starts the span of a request, as a child of the `caller`'s span if there is one, and makes it the parent of the
+    /// next hops' spans. The headers must have been prepared by [`crate::http::headers::prepare_request`].
     pub fn request(
         &self,
         parts: &mut request::Parts,
@@ -142,7 +142,7 @@ impl RequestSpan {
         self.began.0 + time.saturating_duration_since(self.began.1)
     }
 
-    /// A pick that began at `began` and is over.
+    /// Records a finished pick that began at `began`.
     pub fn pick(&self, began: Instant, pick: &Pick<'_>) {
         if !self.span.is_recording() {
             return;
@@ -184,7 +184,7 @@ impl RequestSpan {
             all.push(KeyValue::new("penstock.carried_by", ended.carried_by));
             all.push(KeyValue::new("penstock.carried_why", ended.carried_why));
         }
-        // As the conventions for servers have it, what the client did wrong is not the span's failure.
+        // By the conventions for servers, a client's error is not a failure of the span.
         if ended.refused || ended.broken {
             all.push(KeyValue::new("error.type", ended.reason));
         } else if ended.status >= 500 {

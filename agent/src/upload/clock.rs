@@ -1,8 +1,8 @@
-//! How long a client may take with its body. Only time in which the agent waits for the client counts: while it writes to disk,
-//! or does not read, the clock stands still.
+//! Limits how long a client may take to send its body. Only time in which the agent waits for the client counts; the
+//! clock stops while the agent writes to disk or does not read.
 //!
-//! A body is late when no byte of it came for the limit, or when it took in all longer than the limit and the time that it needs at
-//! the least rate. So a large body may take as long as it likes while it keeps coming, and one that trickles has an end.
+//! A body is late if no byte of it arrived for the limit, or if it took longer in total than the limit plus the time it
+//! needs at the minimum rate. So a large body may take any time while it keeps arriving, and one that trickles ends.
 
 use std::time::Duration;
 
@@ -12,14 +12,14 @@ use crate::error::Error;
 
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Clock {
-    /// `None` is off.
+    /// `None` disables the clock.
     limit: Option<Duration>,
-    /// Bytes a second; 0 is off.
+    /// Minimum rate in bytes per second; 0 disables it.
     rate: u64,
     received: u64,
-    /// Since the last byte.
+    /// Waiting time since the last byte.
     quiet: Duration,
-    /// Before it.
+    /// Waiting time before the last byte.
     waited: Duration,
 }
 
@@ -32,14 +32,14 @@ impl Clock {
         self.limit = limit;
     }
 
-    /// So many bytes have come.
+    /// Records received bytes.
     pub(super) fn progress(&mut self, bytes: usize) {
         self.received += bytes as u64;
         self.waited += self.quiet;
         self.quiet = Duration::ZERO;
     }
 
-    /// Waits for the client, as long as it has time. Cancel-safe: the time of a dropped call counts.
+    /// Waits for the client within its time limit. Cancel-safe: the time of a dropped call counts.
     pub(super) async fn limit<T>(&mut self, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
         let Some((left, late)) = self.left() else { return work.await };
         let running = Running { since: Instant::now(), clock: self };
@@ -48,7 +48,7 @@ impl Clock {
         result.unwrap_or(Err(late))
     }
 
-    /// The time that the client has left, and what it has run into when that is over.
+    /// The time that the client has left, and the error when it is over.
     fn left(&self) -> Option<(Duration, Error)> {
         let limit = self.limit?;
         let until_silent = (limit.saturating_sub(self.quiet), Error::BodyTimeout(limit));
@@ -61,7 +61,7 @@ impl Clock {
     }
 }
 
-/// Counts while it lives.
+/// Counts waiting time until dropped.
 struct Running<'a> {
     since: Instant,
     clock: &'a mut Clock,
@@ -87,7 +87,7 @@ mod tests {
         clock
     }
 
-    /// `bytes` come after each pause, until the client is late: after how long, and for what reason.
+    /// Sends `bytes` after each pause until the client is late; returns the time until then and the error.
     async fn until_late(mut clock: Clock, bytes: usize, pause: Duration) -> (Duration, Error) {
         let begin = Instant::now();
         loop {
@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_body_that_stops_is_late_after_the_limit() {
+    async fn stopped_body_is_late_after_the_limit() {
         let (after, error) = until_late(clock(100), 1, Duration::MAX).await;
         assert_eq!(after, LIMIT);
         assert!(matches!(error, Error::BodyTimeout(LIMIT)));
@@ -111,8 +111,8 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_body_that_trickles_is_late_and_one_at_the_least_rate_is_not() {
-        // 50 bytes a second of 100: each earns half of the second that it took.
+    async fn trickling_body_is_late_and_body_at_the_minimum_rate_is_not() {
+        // 50 bytes per second at a minimum rate of 100: each pause earns half of its time.
         let (after, error) = until_late(clock(100), 50, Duration::from_secs(1)).await;
         assert!(after > 2 * LIMIT - Duration::from_secs(1) && after <= 2 * LIMIT, "{after:?}");
         assert!(matches!(error, Error::BodySlow(100)));
@@ -123,11 +123,11 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn time_in_which_nobody_reads_is_not_the_clients() {
+    async fn time_without_reading_does_not_count() {
         let mut clock = clock(100);
         for _ in 0..100 {
             advance(LIMIT).await;
-            // Dropped again and again, as by a select: that time counts.
+            // Dropped repeatedly, as by a select; that time counts.
             let _ = timeout(LIMIT / 200, clock.limit(std::future::pending::<Result<(), Error>>())).await;
         }
         let begin = Instant::now();
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn off_is_for_ever() {
+    async fn clock_without_limit_never_ends() {
         let mut clock = Clock::new(100);
         let work = async {
             sleep(LIMIT * 1000).await;

@@ -1,8 +1,8 @@
-//! What a body says, read while it passes: the model that it names and the hash of its prompt.
+//! Scans a body as it arrives: the model that it names and the hash of its prompt.
 //!
-//! A body with a content coding is decoded for that; what goes on is the body as it came. Only a route that looks at the model, or
-//! `missing_model = "reject"`, needs a body to be decoded: then one that cannot be is refused. Otherwise the model is a header that
-//! is set where it can be had, and what cannot be decoded passes as a body that names none.
+//! A body with a content coding is decoded for the scan only; it is forwarded as it came. Decoding is required only if
+//! the route needs the model or `missing_model = "reject"`: then a body that cannot be decoded is refused. Otherwise
+//! such a body counts as one without a model.
 
 use std::sync::Arc;
 
@@ -21,7 +21,7 @@ pub(super) struct Scan {
     naming: Naming,
     hasher: PromptHasher,
     form: Form,
-    /// The request is refused where its body cannot be decoded.
+    /// Whether the request is refused if its body cannot be decoded.
     needed: bool,
     bodies: Arc<Bodies>,
 }
@@ -29,16 +29,16 @@ pub(super) struct Scan {
 enum Form {
     Plain,
     Coded(Box<Decoder>),
-    /// In a coding that is not understood.
+    /// In an unsupported coding.
     Unknown(String),
-    /// Not looked at any more.
+    /// No longer scanned.
     Opaque,
 }
 
 impl Scan {
     pub(super) fn new(naming: Naming, headers: &HeaderMap, limits: &Limits, bodies: &Arc<Bodies>) -> Self {
         let form = match Codings::of(headers) {
-            // Nobody wants to know.
+            // The model is not wanted.
             _ if naming.is_settled() => Form::Plain,
             Codings::Known(codings) if codings.is_empty() => Form::Plain,
             Codings::Known(codings) => {
@@ -50,7 +50,7 @@ impl Scan {
         Self { naming, hasher: PromptHasher::new(), form, needed, bodies: Arc::clone(bodies) }
     }
 
-    /// Before the first piece: whether the request's route needs the model.
+    /// Must be called before the first piece: whether the request's route needs the model.
     pub(super) fn begin(&mut self, needed: bool) -> Result<(), NamingError> {
         self.needed |= needed;
         if let Form::Unknown(field) = &self.form {
@@ -64,7 +64,7 @@ impl Scan {
         &self.naming
     }
 
-    /// The next piece of the body. Not cancel-safe.
+    /// Scans the next piece of the body. Not cancel-safe.
     pub(super) async fn take(&mut self, piece: &Bytes) -> Result<(), NamingError> {
         match &mut self.form {
             Form::Plain => {
@@ -82,7 +82,7 @@ impl Scan {
         }
     }
 
-    /// The body is complete: it must be whole JSON where it is JSON at all. Not cancel-safe.
+    /// Finishes a complete body; a JSON body must be valid to its end. Not cancel-safe.
     pub(super) async fn end(&mut self) -> Result<(), NamingError> {
         if let Form::Coded(decoder) = &mut self.form {
             decoder.end();
@@ -98,7 +98,7 @@ impl Scan {
                 Ok(Some(piece)) => {
                     self.hasher.update(&piece);
                     self.naming.feed(&piece)?;
-                    // A small body can stand for a large one.
+                    // A small coded body can expand to a large one.
                     tokio::task::yield_now().await;
                 }
                 Ok(None) => break,
@@ -119,8 +119,8 @@ impl Scan {
         Err(error.into())
     }
 
-    /// The prompt as the built-in picker knows it: as decoded, where it was, so that the same conversation is the same prompt
-    /// in whatever coding it comes.
+    /// The prompt hash for the built-in picker. It is computed from decoded bytes, so that the same conversation has
+    /// the same hash in any coding.
     pub(super) fn prompt(&mut self) -> PromptHash {
         std::mem::replace(&mut self.hasher, PromptHasher::new()).finish()
     }

@@ -1,4 +1,4 @@
-//! The payload of a request's body as it comes from the client, whatever it speaks.
+//! The payload of a request body, received over HTTP/1.1 or HTTP/2.
 
 use bytes::Bytes;
 use http::HeaderMap;
@@ -10,13 +10,13 @@ use crate::{
     http::body::{BodyReader, Decoded},
 };
 
-/// First read of a body; small bodies are the rule.
+/// Size of the first read of a body, in bytes; most bodies are small.
 const READ: usize = 16 * 1024;
 
 pub(super) struct Source {
     reader: BodyReader,
     received: u64,
-    /// Behind the body.
+    /// The trailers after the body.
     pub(super) trailers: HeaderMap,
 }
 
@@ -29,7 +29,7 @@ impl Source {
         self.reader.is_done()
     }
 
-    /// The next piece; `None` at the end. Cancel-safe.
+    /// Returns the next piece; `None` at the end. Cancel-safe.
     pub(super) async fn next(&mut self, client: &mut Client) -> Result<Option<Bytes>, Error> {
         let piece = match client {
             Client::Http1(socket) => loop {

@@ -138,10 +138,10 @@ async fn configured_user_and_groups_apply_to_reads() {
     std::os::unix::fs::chown(&path, Some(0), Some(61_002)).unwrap();
     fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o640)).unwrap();
     agent.process.signal(nix::sys::signal::Signal::SIGHUP).unwrap();
-    agent.process.line("the configuration was read again", SOON).await.unwrap();
+    agent.process.line("configuration reloaded", SOON).await.unwrap();
     fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
     agent.process.signal(nix::sys::signal::Signal::SIGHUP).unwrap();
-    let refused = agent.process.line("the configuration stays as it was", SOON).await.unwrap();
+    let refused = agent.process.line("configuration reload failed, keeping the current one", SOON).await.unwrap();
     assert!(refused.contains("ermission denied"), "{refused}");
 }
 
@@ -152,11 +152,11 @@ async fn retained_root_is_reported() {
     let mut agent = AgentProcess::start(ANY_PORT, server.addr, "off", keep).await.unwrap();
     agent.process.line("user: uid 0, gid 0", SOON).await.unwrap();
     let (_, ready) = agent.ask_admin("/readyz?verbose").await.unwrap();
-    assert!(ready.contains("user: uid 0, gid 0") && ready.contains("process.user names another"), "{ready}");
+    assert!(ready.contains("user: uid 0, gid 0") && ready.contains("set process.user"), "{ready}");
 
     let through = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"];
     let mut agent = AgentProcess::start_through(&through, ANY_PORT, server.addr, "off", "").await.unwrap();
-    let line = agent.process.line("the agent stays root", SOON).await.unwrap();
+    let line = agent.process.line("could not change the user, staying root", SOON).await.unwrap();
     assert!(line.contains("lacks CAP_SETUID, CAP_SETGID"), "{line}");
 }
 
@@ -198,7 +198,7 @@ async fn startup_capabilities_are_dropped_by_every_thread() {
     // Threads started by a reload hold none either.
     agent.write_config(server.addr, EVERYTHING).unwrap();
     agent.process.signal(nix::sys::signal::Signal::SIGHUP).unwrap();
-    agent.process.line("the configuration was read again", SOON).await.unwrap();
+    agent.process.line("configuration reloaded", SOON).await.unwrap();
     hold_nothing(&agent, USER, "").await;
 }
 

@@ -65,7 +65,7 @@ fn doctor_with_missing_path_exits_2() {
     let output = doctor(&[], &["--json", "--config", config.path().to_str().unwrap()]);
     let document = document(&output);
     assert_eq!(output.status.code(), Some(2), "{document:#}");
-    assert_eq!(document["result"], "the agent steers, but not by: local");
+    assert_eq!(document["result"], "the agent steers, except on: local");
     let (ok, found, advice) = finding(&document, "cgroup v2");
     assert!(!ok && found.contains("/nowhere/cgroup") && advice.is_some(), "{document:#}");
     let [local, ingress] = &document["paths"].as_array().unwrap()[..] else { panic!("{document:#}") };
@@ -85,7 +85,7 @@ fn doctor_without_capabilities_exits_1() {
     }
     let (ok, found, advice) = finding(&document, "program");
     assert!(!ok && found.contains("lacks CAP_BPF, CAP_NET_ADMIN, CAP_PERFMON"), "{found}");
-    assert_eq!(advice, Some("it takes the capabilities above"));
+    assert_eq!(advice, Some("grant the capabilities listed above"));
     let path = &document["paths"][0];
     assert!(path["ready"] == false && path["why"].as_str().unwrap().contains("Operation not permitted"), "{path:#}");
 }
@@ -107,7 +107,7 @@ fn doctor_on_faulty_kernel_fails_unless_forced() {
     let forced = document(&output);
     assert!(!finding(&forced, "kernel").0 && finding(&forced, "program").0);
     // cgroup links need a newer kernel than the reported version.
-    assert_eq!((output.status.code(), &forced["result"]), (Some(2), &"the agent steers, but not by: local".into()));
+    assert_eq!((output.status.code(), &forced["result"]), (Some(2), &"the agent steers, except on: local".into()));
 }
 
 #[test]
@@ -169,5 +169,5 @@ fn private_cgroup_namespace_disables_local_path() {
         local["ready"] == false && local["why"].as_str().unwrap().contains("private cgroup namespace"),
         "{local:#}"
     );
-    assert_eq!((output.status.code(), &document["result"]), (Some(2), &"the agent steers, but not by: local".into()));
+    assert_eq!((output.status.code(), &document["result"]), (Some(2), &"the agent steers, except on: local".into()));
 }

@@ -124,7 +124,7 @@ async fn reload_changing_startup_settings_is_rejected_whole() {
     config.pools = vec![builtin_pool(&[two.addr])];
     config.listen.workers += 1;
     let refused = agent.agent.reload(config).unwrap_err().to_string();
-    assert_eq!(refused, "listen.workers cannot change while the agent runs: restart it");
+    assert_eq!(refused, "listen.workers cannot change at run time: restart the agent");
     let mut client = Client::connect(agent.addr).await.unwrap();
     assert_eq!(served_by(&mut client).await, Some(one.addr));
     assert_eq!(agent.count("penstock_config_reloads_total", &["refused"]), 1);
@@ -144,7 +144,7 @@ async fn sighup_cuts_no_stream() {
 
         agent.write_config(two.addr, "").unwrap();
         agent.process.signal(Signal::SIGHUP).unwrap();
-        agent.process.line("the configuration was read again", SOON).await.unwrap();
+        agent.process.line("configuration reloaded", SOON).await.unwrap();
         let mut another = Client::connect(agent.addr).await.unwrap();
         let begin = std::time::Instant::now();
         while served_by(&mut another).await != Some(two.addr) {
@@ -165,7 +165,7 @@ async fn invalid_configuration_changes_nothing() {
     let mut agent = AgentProcess::start(ANY_PORT, one.addr, "off", "").await.unwrap();
     agent.write_config(two.addr, "[timeouts]\nidle = \"never\"").unwrap();
     agent.process.signal(Signal::SIGHUP).unwrap();
-    let line = agent.process.line("the configuration stays as it was", SOON).await.unwrap();
+    let line = agent.process.line("configuration reload failed, keeping the current one", SOON).await.unwrap();
     assert!(line.contains("timeouts.idle") && line.contains("never"), "{line}");
     let mut client = Client::connect(agent.addr).await.unwrap();
     assert_eq!(served_by(&mut client).await, Some(one.addr));

@@ -1,4 +1,4 @@
-//! Bodies in a table, and against what serde_json reads of them.
+//! Tests `Naming` with a table of bodies and against serde_json.
 
 use http::HeaderValue;
 use proptest::prelude::*;
@@ -16,7 +16,7 @@ fn rule(missing_model: MissingModel) -> Bbr {
     Bbr { missing_model, ..Bbr::default() }
 }
 
-/// The model of a body that comes in pieces of this size, and of how many bodies found, not found and empty is said.
+/// The model of a body that arrives in pieces of this size, and the counters found, not found and empty.
 fn named(
     bbr: &Bbr,
     content_type: Option<&str>,
@@ -46,7 +46,7 @@ const EMPTY: [u64; 3] = [0, 0, 1];
 const UNREAD: [u64; 3] = [0, 0, 0];
 
 #[test]
-fn what_names_a_model_and_what_does_not() {
+fn json_values_name_a_model_or_do_not() {
     let long = "1".repeat(300);
     let rows = [
         (r#"{"model":"llama"}"#, Some("llama"), FOUND),
@@ -74,9 +74,9 @@ fn what_names_a_model_and_what_does_not() {
 }
 
 #[test]
-fn a_refusal_says_what_was_found() {
+fn missing_model_error_says_what_was_found() {
     for (body, found) in
-        [("{}", "none"), (r#"{"model":""}"#, "an empty one"), (r#"{"model":[]}"#, "one that is no name")]
+        [("{}", "none"), (r#"{"model":""}"#, "an empty one"), (r#"{"model":[]}"#, "a null, array or object")]
     {
         let expected = format!("the body names no model: found {found}, expected the name of a model");
         assert_eq!(json(&rule(MissingModel::Reject), body).0, Err(expected));
@@ -84,7 +84,7 @@ fn a_refusal_says_what_was_found() {
 }
 
 #[test]
-fn only_json_is_looked_at() {
+fn only_json_bodies_are_read() {
     let body = br#"{"model":"llama"}"#;
     let default = rule(MissingModel::Default("base".into()));
     for kind in ["application/json", "Application/JSON ; charset=utf-8", "application/problem+json", "a/b+JSON;c=d"] {
@@ -104,7 +104,7 @@ fn only_json_is_looked_at() {
 }
 
 #[test]
-fn a_model_is_missing_before_the_end_of_the_body_where_that_is_known() {
+fn missing_model_is_reported_before_the_end_of_the_body() {
     let metrics = Metrics::new(&[]);
     let mut naming = Naming::new(&rule(MissingModel::Reject), &headers(Some("application/json")), true, &metrics);
     assert!(naming.feed(br#"{"model":""#).is_ok());
@@ -113,7 +113,7 @@ fn a_model_is_missing_before_the_end_of_the_body_where_that_is_known() {
 }
 
 #[test]
-fn the_headers_of_adapters_base_models_and_others() {
+fn model_headers_are_set_for_adapters_and_base_models() {
     let bbr = Bbr { base_models: [("sql".to_owned(), "llama".to_owned())].into(), ..Bbr::default() };
     let rows = [
         ("sql", Some("sql"), Some("llama")),
@@ -130,7 +130,7 @@ fn the_headers_of_adapters_base_models_and_others() {
     }
 }
 
-/// What the rule says, of the document as a whole.
+/// The expected result, computed from the whole document.
 fn reference(document: &Value, missing: &MissingModel) -> Result<Option<String>, ()> {
     let model = match document.get("model") {
         Some(Value::String(model)) if !model.is_empty() => Some(model.clone()),
@@ -169,7 +169,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(500))]
 
     #[test]
-    fn it_says_what_the_whole_document_says(document in document(), piece in 1..20usize, rules in 0..3usize) {
+    fn model_matches_the_one_in_the_parsed_document(document in document(), piece in 1..20usize, rules in 0..3usize) {
         let missing = [MissingModel::Pass, MissingModel::Default("base".into()), MissingModel::Reject][rules].clone();
         let body = document.to_string();
         let (found, counted) = named(&rule(missing.clone()), Some("application/json"), body.as_bytes(), piece);
@@ -187,7 +187,7 @@ fn utf32(text: &str, order: fn(u32) -> [u8; 4]) -> Vec<u8> {
 }
 
 #[test]
-fn a_byte_order_mark_is_read_past() {
+fn byte_order_mark_is_skipped() {
     for text in [r#"{"model":"m"}"#, r#" {"model":"m"}"#, "1", "[]", "\"ä\""] {
         let (bare, marked) = (text.as_bytes().to_vec(), format!("\u{feff}{text}").into_bytes());
         for piece in [1, 2, 3, 4, 5, 100] {
@@ -196,7 +196,7 @@ fn a_byte_order_mark_is_read_past() {
         }
     }
     let wrong = |body: &str| named(&Bbr::default(), Some("application/json"), body.as_bytes(), 2).0.unwrap_err();
-    // Offsets are those of the body; one mark is enough, and half of one is none.
+    // Offsets count from the start of the body. Only one whole mark is skipped.
     assert!(wrong("\u{feff}{x").contains("byte 4: found `x`"), "{}", wrong("\u{feff}{x"));
     assert!(wrong("\u{feff}\u{feff}{}").contains("byte 3: found byte 0xef"));
     assert!(wrong("\u{feff}").contains("byte 3: found the end of the body"));

@@ -1,4 +1,4 @@
-//! What may happen so often: a number that refills with time.
+//! A token bucket: a number of events that refills with time.
 
 use std::time::Duration;
 
@@ -12,13 +12,13 @@ pub(super) struct Budget {
 }
 
 impl Budget {
-    /// `most` at once, and again as many in `time`.
+    /// Allows `most` events at once and refills completely within `time`.
     pub(super) fn new(most: u32, time: Duration, now: Instant) -> Self {
         let most = f64::from(most);
         Self { most, left: most, per_second: most / time.as_secs_f64(), at: now }
     }
 
-    /// False: there is none left.
+    /// Takes one token. Returns false if the bucket is empty.
     pub(super) fn spend(&mut self, now: Instant) -> bool {
         let passed = now.duration_since(self.at).as_secs_f64();
         self.left = (self.left + passed * self.per_second).min(self.most);
@@ -30,7 +30,7 @@ impl Budget {
         true
     }
 
-    /// Gives back, up to the whole.
+    /// Adds `count` tokens, up to the maximum.
     pub(super) fn earn(&mut self, count: u32) {
         self.left = (self.left + f64::from(count)).min(self.most);
     }
@@ -41,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn budget_refills_with_time_up_to_the_whole() {
+    fn budget_refills_with_time_up_to_its_maximum() {
         let begin = Instant::now();
         let at = |seconds| begin + Duration::from_secs(seconds);
         let mut budget = Budget::new(100, Duration::from_secs(10), begin);
@@ -53,7 +53,7 @@ mod tests {
     }
 
     #[test]
-    fn budget_of_an_even_rate_is_never_spent() {
+    fn budget_is_never_exhausted_at_an_even_rate() {
         let begin = Instant::now();
         let mut budget = Budget::new(1000, Duration::from_secs(600), begin);
         for event in 0..10_000 {

@@ -1,4 +1,4 @@
-//! A client's HTTP/2 connection as h2 reads and writes it; the heads of the frames that pass are counted.
+//! The byte stream below h2, which records the frame heads that pass in both directions.
 
 use std::{
     io::{self, IoSlice},
@@ -20,14 +20,14 @@ use crate::{
 
 pub(super) struct CountedIo {
     traffic: Rc<Traffic>,
-    /// Read before, and not yet given to h2.
+    /// Bytes read before, which h2 has not taken yet.
     read: BytesMut,
     incoming: FrameHeads,
     outgoing: FrameHeads,
 }
 
 impl CountedIo {
-    /// `read` has been read of the connection already.
+    /// `read` holds bytes already read from the connection.
     pub(super) fn new(traffic: Rc<Traffic>, read: BytesMut) -> Self {
         Self { traffic, read, incoming: FrameHeads::after(PREFACE), outgoing: FrameHeads::after(0) }
     }
@@ -42,7 +42,7 @@ impl AsyncRead for CountedIo {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         if this.traffic.over().is_some() {
-            // What a client sends beyond its share is not read: the connection's task has been woken to end it.
+            // Stops reading from a client over its budget; the connection task has been woken to end the connection.
             return Poll::Pending;
         }
         let before = buf.filled().len();

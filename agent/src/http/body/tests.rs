@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::{config::Limits, metrics::Metrics};
 
-/// Budgets that refuse nothing here.
+/// Budgets that are large enough for every test.
 fn bodies() -> Arc<Bodies> {
     budgets(1 << 30, 1 << 30).0
 }
@@ -14,7 +14,7 @@ fn budgets(memory: u64, spill: u64) -> (Arc<Bodies>, Arc<Metrics>) {
     (Bodies::new(&limits, &metrics), metrics)
 }
 
-/// The payload of `wire`, given in pieces of `cut` bytes, and what is left behind the body.
+/// Decodes `wire` in pieces of `cut` bytes; returns the payload and the bytes left after the body.
 fn decode(wire: &[u8], body: RequestBody, limit: u64, cut: usize) -> Result<(Vec<u8>, Vec<u8>, bool), BodyError> {
     let mut reader = BodyReader::new(body, limit)?;
     let (mut buf, mut payload) = (BytesMut::new(), Vec::new());
@@ -29,7 +29,7 @@ fn decode(wire: &[u8], body: RequestBody, limit: u64, cut: usize) -> Result<(Vec
 }
 
 #[test]
-fn takes_the_body_and_nothing_else() {
+fn reader_takes_exactly_the_body() {
     use RequestBody::{Chunked, Length, None};
     let table: &[(&str, RequestBody, &str, &str, bool)] = &[
         ("next", None, "", "next", true),
@@ -49,7 +49,7 @@ fn takes_the_body_and_nothing_else() {
 }
 
 #[test]
-fn refuses_each_trick_by_name() {
+fn malformed_bodies_are_refused_by_reason() {
     use RequestBody::{Chunked, Length};
     let extensions = format!("1;{}\r\na\r\n", "x".repeat(4000)).repeat(20);
     let long_line = format!("1;{}\r\n", "x".repeat(100_000));
@@ -78,7 +78,7 @@ fn refuses_each_trick_by_name() {
 
 proptest! {
     #[test]
-    fn any_chunks_in_any_cuts_give_the_payload(
+    fn chunks_cut_anywhere_give_the_payload(
         chunks in prop::collection::vec(prop::collection::vec(any::<u8>(), 1..50), 0..20), cut in 1_usize..100
     ) {
         let mut wire = Vec::new();
@@ -94,12 +94,12 @@ proptest! {
     }
 
     #[test]
-    fn never_panics(wire in prop::collection::vec(any::<u8>(), 0..300), cut in 1_usize..300) {
+    fn reader_never_panics(wire in prop::collection::vec(any::<u8>(), 0..300), cut in 1_usize..300) {
         let _ = decode(&wire, RequestBody::Chunked, 100, cut);
     }
 }
 
-/// `length` bytes that tell their position.
+/// `length` bytes derived from their position.
 fn pattern(length: usize) -> Bytes {
     (0..length).map(|at| (at % 251) as u8).collect()
 }
@@ -115,7 +115,7 @@ async fn read(body: &ReplayBody) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn replays_the_same_bytes_from_memory_and_file() {
+async fn replay_returns_the_same_bytes_from_memory_and_file() {
     // (length, appended in pieces of, memory, expected in the file)
     let table = [
         (0, 1, 0, 0),
@@ -141,7 +141,7 @@ async fn replays_the_same_bytes_from_memory_and_file() {
 }
 
 #[tokio::test]
-async fn goes_on_growing_after_a_replay() {
+async fn body_can_grow_after_a_replay() {
     let (bytes, mut body) = (pattern(3 * PIECE), ReplayBody::new(PIECE, 1 << 20, &bodies()));
     for piece in bytes.chunks(PIECE / 2) {
         body.append(Bytes::copy_from_slice(piece)).await.unwrap();
@@ -150,7 +150,7 @@ async fn goes_on_growing_after_a_replay() {
 }
 
 #[tokio::test]
-async fn refuses_what_exceeds_the_limit() {
+async fn append_beyond_the_limit_is_refused() {
     let mut body = ReplayBody::new(0, 10, &bodies());
     body.append(Bytes::from_static(b"0123456789")).await.unwrap();
     let error = body.append(Bytes::from_static(b"!")).await.unwrap_err();
@@ -158,7 +158,7 @@ async fn refuses_what_exceeds_the_limit() {
 }
 
 #[tokio::test]
-async fn one_byte_pieces_do_not_hold_their_buffers() {
+async fn one_byte_pieces_do_not_keep_their_buffers() {
     let mut body = ReplayBody::new(PIECE, 1 << 20, &bodies());
     for _ in 0..1000 {
         let buffer = Bytes::from(vec![7; 4096]);
@@ -168,7 +168,7 @@ async fn one_byte_pieces_do_not_hold_their_buffers() {
 }
 
 #[tokio::test]
-async fn the_same_bytes_are_known_whatever_the_pieces() {
+async fn same_bytes_compare_equal_in_any_pieces() {
     let mut body = ReplayBody::new(1 << 20, 1 << 20, &bodies());
     let bytes: Vec<u8> = (0..200_000u32).map(|n| n as u8).collect();
     for piece in bytes.chunks(70_001) {
@@ -186,7 +186,7 @@ async fn the_same_bytes_are_known_whatever_the_pieces() {
     assert!(!filed.is_same(&[other.into()]).await.unwrap());
 }
 
-/// What of it is in memory and in files, by the metrics.
+/// Bytes in memory and in files, by the metrics.
 fn taken(metrics: &Metrics) -> (u64, u64) {
     let text = metrics.encode();
     let value = |name: &str| {
@@ -197,7 +197,7 @@ fn taken(metrics: &Metrics) -> (u64, u64) {
 }
 
 #[tokio::test]
-async fn bodies_beyond_the_memory_of_all_go_to_files_and_beyond_those_are_refused() {
+async fn bodies_spill_beyond_the_memory_budget_and_are_refused_beyond_the_spill_budget() {
     let piece = 16 * 1024;
     let (bodies, metrics) = budgets(2 * PIECE as u64, 3 * PIECE as u64);
     let body = || ReplayBody::new(1 << 20, 1 << 20, &bodies);
@@ -221,7 +221,7 @@ async fn bodies_beyond_the_memory_of_all_go_to_files_and_beyond_those_are_refuse
         assert!(body.is_same(&[pattern(PIECE)]).await.unwrap());
         assert_eq!(*body.sha256().await.unwrap(), *digest::digest(&digest::SHA256, &pattern(PIECE)).as_ref());
     }
-    // What is let go of is there for the next.
+    // Released memory is available to the next body.
     drop(all[0].take());
     let mut next = body();
     next.append(pattern(PIECE)).await.unwrap();
@@ -241,9 +241,9 @@ async fn bodies_beyond_the_memory_of_all_go_to_files_and_beyond_those_are_refuse
     }
 }
 
-/// However its memory is cut short, a body is what was appended, and a reading may begin anywhere.
+/// A body is complete however small its memory is, and reading may begin at any offset.
 #[tokio::test]
-async fn a_body_that_memory_runs_out_for_is_whole() {
+async fn body_is_complete_when_memory_runs_out() {
     for memory in [0, 1024, 20_000, 65_536, 100_000, 140_000] {
         let (bodies, metrics) = budgets(memory, 1 << 30);
         let (bytes, mut body) = (pattern(200_000), ReplayBody::new(80_000, 1 << 20, &bodies));
@@ -261,7 +261,7 @@ async fn a_body_that_memory_runs_out_for_is_whole() {
 }
 
 #[tokio::test]
-async fn memory_that_a_body_counts_for_is_what_it_allocates() {
+async fn counted_memory_equals_allocated_memory() {
     let (bodies, metrics) = budgets(1 << 30, 1 << 30);
     let mut body = ReplayBody::new(1 << 20, 1 << 20, &bodies);
     let mut length = 0;

@@ -1,4 +1,4 @@
-//! Brotli (RFC 7932), without the large windows of its extension.
+//! The brotli decoder (RFC 7932), without the large-window extension.
 
 use brotli_decompressor::{BrotliDecompressStream, BrotliResult, BrotliState, StandardAlloc};
 use bytes::{Buf as _, BytesMut};
@@ -10,7 +10,7 @@ type State = BrotliState<StandardAlloc, StandardAlloc, StandardAlloc>;
 pub(super) struct Brotli {
     input: BytesMut,
     over: bool,
-    /// Once the window is known.
+    /// Created once the window size is known.
     state: Option<Box<State>>,
     total: usize,
     complete: bool,
@@ -22,7 +22,7 @@ impl Brotli {
     }
 }
 
-/// RFC 7932 §9.1: what the first byte says of the window.
+/// The window size in bytes, from the first byte of the stream (RFC 7932 §9.1).
 fn window(first: u8) -> u64 {
     let bits = match (first & 1, first >> 1 & 7, first >> 4 & 7) {
         (0, ..) => 16,
@@ -47,7 +47,7 @@ impl Stage for Brotli {
             return match (self.input.is_empty(), self.over) {
                 (true, true) => Ok(Step::End),
                 (true, false) => Ok(Step::Input),
-                (false, _) => Err(Fault::corrupt("bytes follow its end")),
+                (false, _) => Err(Fault::corrupt("data after the end of the stream")),
             };
         }
         if self.state.is_none() {
@@ -75,12 +75,12 @@ impl Stage for Brotli {
         self.input.advance(used);
         self.complete = matches!(result, BrotliResult::ResultSuccess);
         match result {
-            BrotliResult::ResultFailure => Err(Fault::corrupt("it cannot be decoded")),
+            BrotliResult::ResultFailure => Err(Fault::corrupt("invalid brotli data")),
             _ if given > 0 => Ok(Step::Output(given)),
             BrotliResult::ResultSuccess => self.step(out, share),
             BrotliResult::NeedsMoreInput if self.over => Err(Fault::Truncated),
             BrotliResult::NeedsMoreInput => Ok(Step::Input),
-            BrotliResult::NeedsMoreOutput => Err(Fault::corrupt("it gives nothing")),
+            BrotliResult::NeedsMoreOutput => Err(Fault::corrupt("the decoder made no progress")),
         }
     }
 }

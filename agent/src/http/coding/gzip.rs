@@ -1,4 +1,4 @@
-//! gzip (RFC 1952): members one after the other, each with its checksum.
+//! The gzip decoder (RFC 1952), for any number of concatenated members. Checks their checksums.
 
 use std::io::{self, BufRead, Read};
 
@@ -9,7 +9,7 @@ use super::{Fault, Share, Stage, Step};
 
 pub(super) struct Gzip(MultiGzDecoder<Input>);
 
-/// What has been pushed and not read.
+/// Input that has not been read.
 #[derive(Default)]
 struct Input {
     bytes: BytesMut,

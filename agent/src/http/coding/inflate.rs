@@ -1,5 +1,5 @@
-//! `deflate`: RFC 9110 §8.4.1.2 means the zlib format (RFC 1950), and some senders leave its frame out (RFC 1951). The first two
-//! bytes tell which it is.
+//! The `deflate` decoder. RFC 9110 §8.4.1.2 defines it as zlib format (RFC 1950), but some senders omit the zlib header
+//! (RFC 1951). The first two bytes tell the formats apart.
 
 use bytes::{Buf as _, BytesMut};
 use flate2::{Decompress, FlushDecompress, Status};
@@ -9,7 +9,7 @@ use super::{Fault, Share, Stage, Step};
 pub(super) struct Inflate {
     input: BytesMut,
     over: bool,
-    /// Once the format is known.
+    /// Created once the format is known.
     state: Option<Decompress>,
     complete: bool,
 }
@@ -42,7 +42,7 @@ impl Stage for Inflate {
                 return match (self.input.is_empty(), self.over) {
                     (true, true) => Ok(Step::End),
                     (true, false) => Ok(Step::Input),
-                    (false, _) => Err(Fault::corrupt("bytes follow its end")),
+                    (false, _) => Err(Fault::corrupt("data after the end of the stream")),
                 };
             }
             let Some(state) = &mut self.state else { return Ok(Step::Input) };

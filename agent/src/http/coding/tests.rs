@@ -1,4 +1,5 @@
-//! A document in each coding: those in `testdata` are what the zstd command line, zlib and brotli of Node.js made of it.
+//! Decodes one document in each coding. The files in `testdata` were made with the zstd command line and Node.js's zlib
+//! and brotli.
 
 use std::{
     io::{Read as _, Write as _},
@@ -22,7 +23,7 @@ const BROTLI: &[u8] = include_bytes!("testdata/body.br");
 const ZSTD: &[u8] = include_bytes!("testdata/body.zst");
 const FAST: &[u8] = include_bytes!("testdata/fast.zst");
 const UNCHECKED: &[u8] = include_bytes!("testdata/nocheck.zst");
-/// Wants a window of 128 MiB.
+/// Needs a window of 128 MiB.
 const LONG: &[u8] = include_bytes!("testdata/long.zst");
 
 fn document() -> Vec<u8> {
@@ -49,7 +50,7 @@ fn raw(bytes: &[u8]) -> Vec<u8> {
     encoder.finish().unwrap()
 }
 
-/// What a body is, given in pieces of `cut` bytes; no piece that comes out is too large.
+/// Decodes `bytes`, pushed in pieces of `cut` bytes, and checks the size of each output piece.
 fn within(
     codings: &[Coding],
     bytes: &[u8],
@@ -79,7 +80,7 @@ fn decode(codings: &[Coding], bytes: &[u8], cut: usize) -> Result<Vec<u8>, Codin
     within(codings, bytes, cut, 1 << 30, &Budget::unlimited())
 }
 
-/// Every coding, and some on top of each other.
+/// One sample of each coding, and some combinations.
 fn samples() -> &'static [(Vec<Coding>, Vec<u8>)] {
     static SAMPLES: LazyLock<Vec<(Vec<Coding>, Vec<u8>)>> = LazyLock::new(made);
     &SAMPLES
@@ -103,7 +104,7 @@ fn made() -> Vec<(Vec<Coding>, Vec<u8>)> {
 }
 
 #[test]
-fn a_coded_document_is_the_same_however_it_arrives() {
+fn coded_document_decodes_the_same_in_any_cuts() {
     let document = document();
     assert!(document.starts_with(b"{\"model\":\"llama-3.1-8b\"") && document.len() > PIECE);
     for (codings, bytes) in samples() {
@@ -114,7 +115,7 @@ fn a_coded_document_is_the_same_however_it_arrives() {
 }
 
 #[test]
-fn members_and_frames_follow_each_other() {
+fn concatenated_members_and_frames_decode() {
     let document = document();
     let (begin, rest) = document.split_at(10_000);
     let gzipped = [gzip(begin), gzip(b""), gzip(rest)].concat();
@@ -126,7 +127,7 @@ fn members_and_frames_follow_each_other() {
 }
 
 #[test]
-fn a_truncated_body_is_an_error_wherever_it_is_cut() {
+fn truncated_body_is_an_error_at_any_cut() {
     for (codings, bytes) in samples() {
         for length in (0..bytes.len()).step_by(397).chain([bytes.len() - 1]) {
             let error = decode(codings, &bytes[..length], 1000).unwrap_err();
@@ -136,7 +137,7 @@ fn a_truncated_body_is_an_error_wherever_it_is_cut() {
 }
 
 #[test]
-fn a_body_that_is_something_else_is_an_error() {
+fn body_in_another_format_is_an_error() {
     let json = br#"{"model":"m","messages":[{"role":"user","content":"hello"}]}"#;
     for coding in [Coding::Gzip, Coding::Deflate, Coding::Brotli, Coding::Zstd] {
         let error = decode(&[coding], json, 10).unwrap_err();
@@ -145,19 +146,19 @@ fn a_body_that_is_something_else_is_an_error() {
     for (codings, bytes) in samples() {
         let error = decode(codings, &[&bytes[..], b"more"].concat(), 1000).unwrap_err();
         let error = matches!(error, CodingError::Corrupt { .. } | CodingError::Truncated { .. });
-        assert!(error, "{codings:?} with bytes behind its end");
+        assert!(error, "{codings:?} with data after its end");
     }
 }
 
 #[test]
-fn a_checksum_that_is_wrong_is_an_error() {
+fn wrong_checksum_is_an_error() {
     let last_but = |bytes: &[u8], back: usize| {
         let mut bytes = bytes.to_vec();
         let at = bytes.len() - back;
         bytes[at] ^= 1;
         bytes
     };
-    // The length comes last in gzip, the checksum before it.
+    // gzip ends with the checksum and then the length.
     let rows = [
         (Coding::Gzip, last_but(GZIP, 8)),
         (Coding::Gzip, last_but(GZIP, 1)),
@@ -170,12 +171,12 @@ fn a_checksum_that_is_wrong_is_an_error() {
     }
 }
 
-/// A few kilobytes that stand for gigabytes are given up at the limit, without having been decoded further.
+/// A few kilobytes that expand to gigabytes fail at the limit and are not decoded further.
 #[test]
-fn a_bomb_is_given_up_at_the_limit() {
+fn decompression_bomb_fails_at_the_limit() {
     const LIMIT: u64 = 1 << 20;
     let zeros = vec![0; 8 << 20];
-    // Blocks that repeat one byte 128 KiB times, in a frame with a window of 128 KiB.
+    // Blocks that each repeat one byte 128 Ki times, in a frame with a window of 128 KiB.
     let block = ((128_u32 << 10) << 3 | 1 << 1).to_le_bytes();
     let rle = [&[0x28, 0xb5, 0x2f, 0xfd, 0, 7 << 3][..], &[&block[..3], b"0"].concat().repeat(10_000)].concat();
     let rows: [(&[Coding], Vec<u8>); 5] = [
@@ -202,7 +203,7 @@ fn a_bomb_is_given_up_at_the_limit() {
 }
 
 #[test]
-fn windows_count_and_have_a_bound() {
+fn windows_are_counted_and_bounded() {
     let error = decode(&[Coding::Zstd], LONG, 1000).unwrap_err();
     assert!(error.to_string().contains("a window of 134217728 bytes"), "{error}");
     for (codings, bytes) in samples() {
@@ -220,7 +221,7 @@ fn windows_count_and_have_a_bound() {
 }
 
 #[test]
-fn the_field_names_codings() {
+fn content_encoding_is_parsed() {
     use Coding::{Brotli, Deflate, Gzip, Zstd};
     let rows: [(&[&str], Option<&[Coding]>); 17] = [
         (&[], Some(&[])),
@@ -258,7 +259,7 @@ fn the_field_names_codings() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
-    /// Whatever is wrong with it, a body is an error or some document, within the limit.
+    /// A corrupted body yields an error or a document within the limit.
     #[test]
     fn broken_bodies_never_panic(
         sample in 0..10_usize,

@@ -1,5 +1,5 @@
-//! Zstandard (RFC 8878): frames one after the other, skippable ones among them, with windows as RFC 9659 has them for a content
-//! coding. `ruzstd` wants a block whole before it decodes it; a block is 128 KiB at most.
+//! The Zstandard decoder (RFC 8878), for concatenated frames, skippable frames included. Windows are limited as RFC
+//! 9659 requires. `ruzstd` needs a complete block before it decodes it; a block is at most 128 KiB.
 
 use std::io::Read as _;
 
@@ -9,7 +9,7 @@ use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
 use super::{Fault, LARGEST_WINDOW, Share, Stage, Step};
 
 const MAGIC: u32 = 0xfd2f_b528;
-/// The last four bits are free.
+/// The last four bits are arbitrary.
 const SKIPPABLE: u32 = 0x184d_2a50;
 const LARGEST_BLOCK: usize = 128 << 10;
 
@@ -18,7 +18,7 @@ pub(super) struct Zstd {
     over: bool,
     decoder: FrameDecoder,
     state: State,
-    /// What has been taken for the window.
+    /// Memory taken for the window, in bytes.
     window: u64,
 }
 
@@ -28,12 +28,12 @@ enum State {
     Between {
         any: bool,
     },
-    /// So many bytes of a skippable frame are left.
+    /// Bytes left of a skippable frame.
     Skipping(u64),
     Blocks {
         checksum: bool,
     },
-    /// The last block is decoded, not all of it given.
+    /// The last block has been decoded but not returned completely.
     Draining {
         checksum: bool,
     },
@@ -45,7 +45,7 @@ impl Zstd {
         Self { input: BytesMut::new(), over: false, decoder: FrameDecoder::new(), state, window: 0 }
     }
 
-    /// The first bytes of a frame, if they are here.
+    /// Reads a frame header. Returns false if it is incomplete.
     fn begin(&mut self, share: &mut Share) -> Result<bool, Fault> {
         let Some(&[a, b, c, d]) = self.input.first_chunk() else { return Ok(false) };
         let magic = u32::from_le_bytes([a, b, c, d]);
@@ -56,7 +56,7 @@ impl Zstd {
             return Ok(true);
         }
         if magic != MAGIC {
-            return Err(Fault::corrupt("no frame begins where one has to"));
+            return Err(Fault::corrupt("no frame magic number found"));
         }
         let Some(&descriptor) = self.input.get(4) else { return Ok(false) };
         let (single, checksum) = (descriptor & 0x20 != 0, descriptor & 4 != 0);
@@ -77,10 +77,10 @@ impl Zstd {
         };
         if window > LARGEST_WINDOW {
             return Err(Fault::Corrupt(format!(
-                "it wants a window of {window} bytes, and {LARGEST_WINDOW} are allowed"
+                "it needs a window of {window} bytes, more than the allowed {LARGEST_WINDOW}"
             )));
         }
-        // The decoder holds a block more, and may have twice as much while it grows.
+        // The decoder holds one more block and may allocate twice as much while it grows.
         let wanted = 2 * (window + LARGEST_BLOCK as u64);
         if wanted > self.window {
             if !share.grow(wanted - self.window) {
@@ -94,7 +94,7 @@ impl Zstd {
         Ok(true)
     }
 
-    /// The next block, if it is here.
+    /// Decodes the next block. Returns false if it is incomplete.
     fn block(&mut self, checksum: bool) -> Result<bool, Fault> {
         let Some(&[a, b, c]) = self.input.first_chunk() else { return Ok(false) };
         let header = u32::from_le_bytes([a, b, c, 0]);
@@ -102,7 +102,7 @@ impl Zstd {
         if size > LARGEST_BLOCK {
             return Err(Fault::corrupt("a block is larger than 128 KiB"));
         }
-        // One byte stands for all of a block of the kind RLE.
+        // An RLE block stores a single byte.
         let content = if kind == 1 { 1 } else { size };
         let whole = 3 + content + if last && checksum { 4 } else { 0 };
         let Some(mut block) = self.input.get(..whole) else { return Ok(false) };
@@ -139,7 +139,7 @@ impl Stage for Zstd {
                     left == 0
                 }
                 State::Blocks { checksum } => {
-                    // What is behind the window, so that at most a block is held besides it.
+                    // Returns bytes older than the window first, so that at most one block is held in addition to it.
                     let given = self.decoder.read(out).map_err(Fault::corrupt)?;
                     if given > 0 {
                         return Ok(Step::Output(given));
@@ -152,7 +152,7 @@ impl Stage for Zstd {
                         return Ok(Step::Output(given));
                     }
                     if checksum && self.decoder.get_checksum_from_data() != self.decoder.get_calculated_checksum() {
-                        return Err(Fault::corrupt("its checksum is wrong"));
+                        return Err(Fault::corrupt("wrong checksum"));
                     }
                     self.state = State::Between { any: true };
                     true

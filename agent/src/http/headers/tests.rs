@@ -3,7 +3,7 @@ use super::*;
 const ARRIVAL: Arrival =
     Arrival { client: IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 7)), version: Version::HTTP_11, tls: false };
 
-/// Names and values.
+/// Header names and values.
 type Fields<'a> = &'a [(&'a str, &'a str)];
 
 fn map(fields: Fields<'_>) -> HeaderMap {
@@ -29,14 +29,14 @@ fn prepared_by(fields: Fields<'_>, arrival: &Arrival, settings: &Headers) -> Hea
 }
 
 #[test]
-fn hop_by_hop_fields_stay_behind() {
+fn hop_by_hop_headers_are_removed() {
     let table: &[(Fields<'_>, &[&str])] = &[
         (&[("connection", "close"), ("a", "1")], &["a"]),
         (&[("connection", "X-Hop , keep-alive"), ("x-hop", "1"), ("keep-alive", "timeout=5")], &[]),
         (&[("connection", "x-b"), ("connection", "x-c"), ("x-b", "1"), ("x-c", "1"), ("x-d", "1")], &["x-d"]),
         (&[("te", "trailers"), ("upgrade", "websocket"), ("proxy-connection", "close")], &[]),
         (&[("transfer-encoding", "chunked"), ("proxy-authorization", "secret")], &[]),
-        // Connection cannot take away what frames, addresses or explains the message.
+        // Connection cannot remove headers that frame, address or describe the message.
         (
             &[("connection", "host, content-length, content-type"), ("host", "h"), ("content-length", "1")],
             &["content-length", "host"],
@@ -52,9 +52,9 @@ fn hop_by_hop_fields_stay_behind() {
     }
 }
 
-/// Each name of `CONTROL` and of its families, with dashes, underscores and both, in either case.
+/// Tests each name of `CONTROL` and its prefixes with dashes, underscores and both, in either case.
 #[test]
-fn control_fields_from_clients_are_stripped() {
+fn control_headers_from_clients_are_removed() {
     let families = [
         "x-gateway-destination-endpoint",
         "x-gateway-destination-endpoint-subset",
@@ -71,7 +71,7 @@ fn control_fields_from_clients_are_stripped() {
         }
     }
     let near = ["x-gateway-model", "x-prefiller-host-port-2", "x-env", "x-picky", "x-gateway-destination"];
-    // What the protocol has clients say to the picker.
+    // Headers that clients may send to the picker.
     let said = [
         "x-gateway-inference-fairness-id",
         "x-llm-d-inference-objective",
@@ -88,7 +88,7 @@ fn control_fields_from_clients_are_stripped() {
 }
 
 #[test]
-fn look_alikes_of_framing_fields_stay_behind() {
+fn underscore_variants_of_framing_headers_are_removed() {
     for name in ["content_length", "transfer_encoding", "Transfer_Encoding"] {
         assert!(!prepared(&[(name, "chunked")]).contains_key(name), "{name}");
     }
@@ -96,7 +96,7 @@ fn look_alikes_of_framing_fields_stay_behind() {
 }
 
 #[test]
-fn a_pick_goes_no_further_than_the_agent() {
+fn pick_is_not_forwarded_to_the_endpoint() {
     let mut headers = map(&[
         ("x-gateway-destination-endpoint", "a"),
         ("x_gateway_destination_endpoint_served", "a"),
@@ -111,7 +111,7 @@ fn a_pick_goes_no_further_than_the_agent() {
 }
 
 #[test]
-fn forwarding_fields_are_added() {
+fn forwarding_headers_are_added() {
     let headers = prepared(&[]);
     assert_eq!(headers["via"], "1.1 penstock");
     assert_eq!(headers["x-forwarded-for"], "192.0.2.7");
@@ -125,7 +125,7 @@ fn forwarding_fields_are_added() {
         ("x-forwarded-for", "10.0.0.2"),
         ("x-forwarded-proto", "https"),
         ("x-request-id", "mine"),
-        // Must not remove what the agent adds.
+        // Connection must not remove what the agent adds.
         ("connection", "x-forwarded-for, via"),
     ]);
     assert_eq!(headers["via"], "1.1 penstock");
@@ -139,7 +139,7 @@ fn forwarding_fields_are_added() {
 }
 
 #[test]
-fn who_is_believed_about_the_client() {
+fn forwarding_mode_decides_what_the_endpoint_may_trust() {
     let said: Fields<'_> = &[
         ("host", "llm.example:8443"),
         ("x-forwarded-for", "10.0.0.1"),
@@ -172,7 +172,7 @@ fn who_is_believed_about_the_client() {
 }
 
 #[test]
-fn ports_and_addresses() {
+fn forwarded_ports_and_addresses_are_formatted() {
     let settings = Headers { forwarded: Forwarding::Append, ..Headers::default() };
     let table = [
         (false, "x", "80", "192.0.2.7", "for=192.0.2.7;host=\"x\";proto=http"),
@@ -197,7 +197,7 @@ fn ports_and_addresses() {
 }
 
 #[test]
-fn this_hop_has_a_name_or_none() {
+fn via_uses_the_configured_name_or_is_left_out() {
     let by = |via: Option<&str>| Headers { via: via.map(str::to_owned), ..Headers::default() };
     let old = Arrival { version: Version::HTTP_10, ..ARRIVAL };
     assert_eq!(prepared_by(&[("via", "1.1 a")], &old, &by(Some("gw.example:80")))["via"], "1.1 a, 1.0 gw.example:80");
@@ -209,7 +209,7 @@ fn this_hop_has_a_name_or_none() {
 }
 
 #[test]
-fn responses_carry_the_id_where_that_is_asked_for() {
+fn responses_carry_the_request_id_if_configured() {
     let request = map(&[("x-request-id", "mine")]);
     let fields: Fields<'_> =
         &[("x-request-id", "theirs"), ("x-penstock-reason", "posing"), ("keep-alive", "timeout=5")];

@@ -5,20 +5,20 @@ use super::*;
 use crate::http::response::{RequestFraming, write_request};
 
 const LIMITS: HeadLimits = HeadLimits { bytes: 4096, headers: 32 };
-/// Small, for heads made at random.
+/// Small limits for generated heads.
 const CUT: HeadLimits = HeadLimits { bytes: 120, headers: 5 };
 
 fn parse(input: impl AsRef<[u8]>) -> Result<Option<(RequestHead, usize)>, RequestError> {
     parse_request(input.as_ref(), &LIMITS)
 }
 
-/// A head whose body framing and version are as given, with a Host.
+/// A request with a Host and the given fields.
 fn with(fields: &str) -> String {
     format!("POST /v1/completions HTTP/1.1\r\nHost: h\r\n{fields}\r\n")
 }
 
 #[test]
-fn refuses_each_trick_by_name() {
+fn malformed_requests_are_refused_by_reason() {
     let long_target = format!("GET /{} HTTP/1.1\r\n", "x".repeat(LIMITS.bytes));
     let long_field = format!("GET / HTTP/1.1\r\nHost: h\r\na: {}\r\n\r\n", "x".repeat(LIMITS.bytes));
     let many_fields = with(&"a: b\r\n".repeat(32));
@@ -136,7 +136,7 @@ fn refuses_each_trick_by_name() {
 }
 
 #[test]
-fn accepts_with_one_reading() {
+fn unambiguous_requests_are_accepted() {
     use RequestBody::{Chunked, Length, None as NoBody};
     let table: &[(&str, &str, RequestBody, bool)] = &[
         ("GET / HTTP/1.1\r\nHost: h\r\n\r\n", "/", NoBody, true),
@@ -163,7 +163,7 @@ fn accepts_with_one_reading() {
 }
 
 #[test]
-fn the_host_of_an_absolute_target_stands_in_for_a_missing_one() {
+fn host_of_an_absolute_target_replaces_a_missing_one() {
     for input in [
         "GET http://h:81/ HTTP/1.0\r\n\r\n",
         "GET http://h:81/ HTTP/1.0\r\nHost:\r\n\r\n",
@@ -176,13 +176,13 @@ fn the_host_of_an_absolute_target_stands_in_for_a_missing_one() {
 }
 
 #[test]
-fn empty_host_of_http10_is_no_host() {
+fn empty_host_in_http10_is_removed() {
     let (head, _) = parse("GET / HTTP/1.0\r\nHost:\r\n\r\n").unwrap().unwrap();
     assert!(!head.parts.headers.contains_key(header::HOST));
 }
 
 #[test]
-fn waits_for_continue_only_where_the_client_does() {
+fn continue_is_expected_only_if_the_client_waits() {
     let expects = |input: &str| parse(input).unwrap().unwrap().0.expect_continue;
     assert!(expects(&with("Expect: 100-Continue\r\nContent-Length: 5\r\n")));
     assert!(expects(&with("Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n")));
@@ -192,12 +192,12 @@ fn waits_for_continue_only_where_the_client_does() {
 }
 
 #[test]
-fn takes_nothing_beyond_the_head() {
+fn parser_takes_nothing_beyond_the_head() {
     let (_, length) = parse(with("Content-Length: 5\r\n") + "hello").unwrap().unwrap();
     assert_eq!(length, with("Content-Length: 5\r\n").len());
 }
 
-/// One of `usual`, and now and then one of `odd`.
+/// Usually one of `usual`, sometimes one of `odd`.
 fn mostly(usual: &[&'static str], odd: &[&'static str]) -> impl Strategy<Value = &'static str> + use<> {
     prop_oneof![12 => prop::sample::select(usual.to_vec()), 1 => prop::sample::select(odd.to_vec())]
 }
@@ -235,13 +235,13 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(1000))]
 
     #[test]
-    fn never_panics(input in prop::collection::vec(any::<u8>(), 0..300)) {
+    fn parser_never_panics(input in prop::collection::vec(any::<u8>(), 0..300)) {
         let _ = outcome(&input);
     }
 
-    /// However the bytes are cut into reads, the first answer other than "not yet" is the same.
+    /// However the bytes are cut into reads, the first result other than `None` is the same.
     #[test]
-    fn does_not_depend_on_cuts(input in heads()) {
+    fn result_does_not_depend_on_cuts(input in heads()) {
         let whole = outcome(&input);
         let first = (0..=input.len()).map(|end| outcome(&input[..end])).find(|o| !matches!(o, Ok(None)));
         prop_assert_eq!(&first.unwrap_or(Ok(None)), &whole);
@@ -251,9 +251,9 @@ proptest! {
         prop_assert_eq!(first.unwrap_or(Ok(None)), whole);
     }
 
-    /// What is accepted goes out as a head in which another parser finds the same request, with one framing.
+    /// An accepted head is written so that another parser reads the same request with one framing.
     #[test]
-    fn goes_out_with_the_same_meaning(input in heads()) {
+    fn forwarded_request_has_the_same_meaning(input in heads()) {
         let Ok(Some((head, _))) = parse(&input) else { return Ok(()) };
         let body_len = match head.body {
             RequestBody::None => None,
@@ -285,14 +285,17 @@ proptest! {
 }
 
 #[test]
-fn a_refusal_says_what_was_found_and_expected() {
+fn request_error_names_found_and_expected() {
     let error = parse(with("Content-Length: 5\r\nTransfer-Encoding: chunked\r\n")).unwrap_err();
     assert_eq!(error.status(), StatusCode::BAD_REQUEST);
-    assert_eq!(error.to_string(), "found Transfer-Encoding \"chunked\" beside Content-Length, expected one of them");
+    assert_eq!(
+        error.to_string(),
+        "found Transfer-Encoding \"chunked\" together with Content-Length, expected only one of them"
+    );
 }
 
 #[test]
-fn a_head_in_single_bytes_is_scanned_once() {
+fn head_in_single_bytes_is_scanned_once() {
     let limits = HeadLimits { bytes: 64 << 10, headers: 32 };
     let field = "x".repeat(limits.bytes - with("").len() - "a: \r\n".len());
     for wire in [with(&format!("a: {field}\r\n")), format!("\r\n\r\n{}", with(&format!("a: {}\r\n", &field[4..])))] {

@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use super::*;
 
 const LIMITS: HeadLimits = HeadLimits { bytes: 4096, headers: 32 };
-/// Small, for heads made at random.
+/// Small limits for generated heads.
 const CUT: HeadLimits = HeadLimits { bytes: 90, headers: 3 };
 
 fn parse(input: impl AsRef<[u8]>, method: &Method) -> Result<Option<(ResponseHead, usize)>, ResponseError> {
@@ -15,7 +15,7 @@ fn ok(input: &str) -> ResponseHead {
 }
 
 #[test]
-fn refuses_each_trick_by_name() {
+fn malformed_responses_are_refused_by_reason() {
     let long = format!("HTTP/1.1 200 OK\r\na: {}\r\n\r\n", "x".repeat(LIMITS.bytes));
     let table: &[(&str, &str, &str)] = &[
         (
@@ -51,7 +51,7 @@ fn refuses_each_trick_by_name() {
 }
 
 #[test]
-fn the_body_ends_where_rfc_9112_says() {
+fn body_framing_follows_rfc_9112() {
     use BodyKind::{Chunked, Length, None, UntilClose};
     let (get, head) = (Method::GET, Method::HEAD);
     let table: &[(&str, &Method, BodyKind, bool)] = &[
@@ -84,9 +84,9 @@ fn the_body_ends_where_rfc_9112_says() {
 }
 
 #[test]
-fn the_client_gets_the_same_framing() {
+fn client_gets_the_same_framing() {
     let (new, old) = (Version::HTTP_11, Version::HTTP_10);
-    // (endpoint's fields, client wants to keep, client's version, what follows the date, client stays)
+    // (endpoint's headers, client wants keep-alive, client's version, headers after Date, connection stays open)
     let table: &[(&str, bool, Version, &str, bool)] = &[
         ("Content-Length: 05\r\n", true, new, "content-length: 5\r\n", true),
         ("Content-Length: 5\r\nConnection: close\r\n", true, new, "content-length: 5\r\n", true),
@@ -108,7 +108,7 @@ fn the_client_gets_the_same_framing() {
 }
 
 #[test]
-fn heads_without_a_body() {
+fn bodiless_heads_are_forwarded() {
     let table: &[(&str, Method, &str)] = &[
         ("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n", Method::HEAD, "HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n"),
         ("HTTP/1.1 304 N\r\nContent-Length: 5\r\n\r\n", Method::GET, "HTTP/1.1 304 N\r\ncontent-length: 5\r\n\r\n"),
@@ -128,7 +128,7 @@ fn heads_without_a_body() {
 }
 
 #[test]
-fn bodiless_response_with_unclear_framing_is_passed_on_without_it() {
+fn bodiless_response_with_ambiguous_framing_is_forwarded_without_it() {
     let both = "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n";
     let lengths = "Content-Length: 5, 6\r\n";
     let coding = "Transfer-Encoding: gzip, chunked\r\n";
@@ -160,7 +160,7 @@ fn bodiless_response_with_unclear_framing_is_passed_on_without_it() {
 }
 
 #[test]
-fn a_mutation_cannot_change_the_framing() {
+fn mutation_cannot_change_the_framing() {
     let mut head = ok("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n");
     for (name, value) in [("content-length", "6"), ("transfer-encoding", "chunked"), ("connection", "close")] {
         head.headers.insert(name, value.parse().unwrap());
@@ -171,7 +171,7 @@ fn a_mutation_cannot_change_the_framing() {
 }
 
 #[test]
-fn request_without_host_gets_the_endpoints_address() {
+fn request_without_host_gets_the_endpoint_address() {
     for (host, endpoint, expected) in [
         (None, "10.0.0.1:8000", "10.0.0.1:8000"),
         (Some(""), "10.0.0.1:8000", "10.0.0.1:8000"),
@@ -188,7 +188,7 @@ fn request_without_host_gets_the_endpoints_address() {
 }
 
 #[test]
-fn requests_go_out_in_origin_form() {
+fn requests_are_sent_in_origin_form() {
     let request = |method: &str, target: &str| {
         let fields =
             [("accept", "*/*"), ("host", "h"), ("content-length", "9"), ("expect", "100-continue"), ("te", "a")];
@@ -253,12 +253,12 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(1000))]
 
     #[test]
-    fn never_panics(input in prop::collection::vec(any::<u8>(), 0..300)) {
+    fn parser_never_panics(input in prop::collection::vec(any::<u8>(), 0..300)) {
         let _ = outcome(&input);
     }
 
     #[test]
-    fn does_not_depend_on_cuts(input in heads()) {
+    fn result_does_not_depend_on_cuts(input in heads()) {
         let whole = outcome(&input);
         let first = (0..=input.len()).map(|end| outcome(&input[..end])).find(|o| !matches!(o, Ok(None)));
         prop_assert_eq!(&first.unwrap_or(Ok(None)), &whole);
@@ -268,9 +268,9 @@ proptest! {
         prop_assert_eq!(first.unwrap_or(Ok(None)), whole);
     }
 
-    /// What is accepted goes on as a head in which another parser, and this one, find the same response.
+    /// An accepted head is forwarded so that another parser, and this one, read the same response.
     #[test]
-    fn goes_on_with_the_same_meaning(input in heads()) {
+    fn forwarded_response_has_the_same_meaning(input in heads()) {
         let Ok(Some((head, _))) = parse(&input, &Method::GET) else { return Ok(()) };
         let mut out = BytesMut::new();
         let stays = head.write_head(&mut out, true, Version::HTTP_11);
@@ -288,7 +288,7 @@ proptest! {
 }
 
 #[test]
-fn a_head_in_single_bytes_is_scanned_once() {
+fn head_in_single_bytes_is_scanned_once() {
     let limits = HeadLimits { bytes: 64 << 10, headers: 32 };
     let begin = "HTTP/1.1 200 OK\r\ncontent-length: 5\r\na: ";
     let wire = format!("{begin}{}\r\n\r\n", "x".repeat(limits.bytes - begin.len() - 4));

@@ -5,10 +5,10 @@ use std::{
 
 use super::*;
 
-/// Also while acknowledgements come: whoever begins an account at a moment when the peer takes what was written before would
-/// wait for ever for the sum to come out.
+/// Also while acknowledgements arrive: an account that begins while the peer acknowledges earlier bytes must still
+/// match later.
 #[test]
-fn bytes_written_are_what_was_written() {
+fn bytes_written_equals_the_bytes_sent() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut writer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (mut reader, _) = listener.accept().unwrap();

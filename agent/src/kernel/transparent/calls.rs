@@ -1,4 +1,4 @@
-//! A server's calls, each with what it returned.
+//! A server's socket calls, with a log of their results.
 
 use std::{
     fs::File,
@@ -18,9 +18,9 @@ use crate::kernel::socket;
 
 /// Loopback takes microseconds, an emulated processor milliseconds.
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
-/// What each sending call sends.
+/// Bytes sent per sending call.
 const PIECE: usize = 10_000;
-/// Bytes of a response: the calls of [`Server::respond`].
+/// Bytes of a response, which [`Server::respond`] sends.
 pub(super) const RESPONSE: usize = 9 * PIECE;
 
 pub(super) fn pattern(from: usize, len: usize) -> Vec<u8> {
@@ -32,11 +32,11 @@ pub(super) struct Server {
     edges: Epoll,
     levels: Epoll,
     log: Vec<String>,
-    /// Bytes of the response that have been sent.
+    /// Bytes of the response sent so far.
     sent: usize,
 }
 
-/// What a call returned, or its error.
+/// The result of a call, or its error.
 fn outcome(result: isize) -> String {
     if result < 0 { format!("{:?}", io::Error::last_os_error().raw_os_error()) } else { result.to_string() }
 }
@@ -110,7 +110,7 @@ impl Server {
         unsafe { libc::recv(self.fd(), buffer.as_mut_ptr().cast(), buffer.len(), flags) }
     }
 
-    /// Waits until so many bytes can be read.
+    /// Waits until `bytes` can be read.
     pub(super) fn arrived(&self, bytes: usize) {
         let (begun, mut buffer) = (Instant::now(), vec![0; bytes + 1]);
         while self.recv(&mut buffer, libc::MSG_PEEK | libc::MSG_DONTWAIT) < bytes as isize {
@@ -118,7 +118,7 @@ impl Server {
         }
     }
 
-    /// Waits until the client has closed its side, or reset.
+    /// Waits until the client has closed its side or reset.
     pub(super) fn ended(&self) {
         let mut fds = [PollFd::new(self.socket(), PollFlags::from_bits_retain(libc::POLLRDHUP))];
         assert_eq!(poll(&mut fds, u16::MAX), Ok(1));
@@ -132,7 +132,7 @@ impl Server {
         }
     }
 
-    /// Every call that asks and changes nothing.
+    /// Makes every call that only queries state.
     pub(super) fn look(&mut self, when: &str) {
         self.note(format!("-- {when}"));
         let (waiting, queued) = (socket::receive_queue(self.socket()), socket::send_queue(self.socket()));
@@ -166,7 +166,7 @@ impl Server {
         }
     }
 
-    /// With SO_RCVLOWAT above what waits, poll says nothing.
+    /// With SO_RCVLOWAT above the available bytes, poll reports nothing.
     pub(super) fn low_water(&mut self, bytes: usize) {
         for low in [bytes as c_int + 1, bytes as c_int, 1] {
             option(self.socket(), libc::SOL_SOCKET, libc::SO_RCVLOWAT, low);
@@ -181,12 +181,12 @@ impl Server {
             .each_mut()
             .map(|buffer| libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() });
         let mut messages = vectors.each_mut().map(|vector| {
-            // SAFETY: plain integers and pointers, of which null is one.
+            // SAFETY: plain integers and pointers, for which zero is valid.
             let mut message: libc::mmsghdr = unsafe { std::mem::zeroed() };
             (message.msg_hdr.msg_iov, message.msg_hdr.msg_iovlen) = (vector, 1);
             message
         });
-        // SAFETY: the messages describe the buffers above, which live until the call is over.
+        // SAFETY: the messages describe the buffers above, which outlive the call.
         let received =
             unsafe { libc::recvmmsg(self.fd(), messages.as_mut_ptr(), 2, libc::MSG_WAITFORONE, std::ptr::null_mut()) };
         let lengths = messages.map(|message| message.msg_len);
@@ -196,7 +196,7 @@ impl Server {
 
     pub(super) fn splice_out(&mut self, bytes: usize) {
         let (from, to) = nix::unistd::pipe().unwrap();
-        // SAFETY: descriptors that are open, and no offsets.
+        // SAFETY: open descriptors and no offsets.
         let moved = unsafe {
             let null = std::ptr::null_mut();
             libc::splice(self.fd(), null, to.as_raw_fd(), null, bytes, libc::SPLICE_F_NONBLOCK)
@@ -215,7 +215,7 @@ impl Server {
         self.sent += sent.max(0) as usize;
     }
 
-    /// [`RESPONSE`] bytes, by nine calls.
+    /// Sends [`RESPONSE`] bytes with nine calls.
     pub(super) fn respond(&mut self) {
         self.sent = 0;
         self.send(PIECE, 0);
@@ -233,14 +233,14 @@ impl Server {
     }
 
     fn send_file(&mut self) {
-        // SAFETY: a call that makes a descriptor, with a name that ends.
+        // SAFETY: creates a descriptor; the name is nul-terminated.
         let file = unsafe { libc::memfd_create(c"response".as_ptr(), libc::MFD_CLOEXEC) };
         assert!(file >= 0);
-        // SAFETY: the descriptor has just been made, and nobody else has it.
+        // SAFETY: the descriptor has just been created, and nothing else owns it.
         let mut file = unsafe { File::from_raw_fd(file) };
         file.write_all(&pattern(self.sent, PIECE)).unwrap();
         file.seek(SeekFrom::Start(0)).unwrap();
-        // SAFETY: descriptors that are open, and no offset.
+        // SAFETY: open descriptors and no offset.
         let sent = unsafe { libc::sendfile(self.fd(), file.as_raw_fd(), std::ptr::null_mut(), PIECE) };
         self.call("sendfile", sent);
         self.sent += sent.max(0) as usize;
@@ -252,7 +252,7 @@ impl Server {
         let mut left = PIECE;
         while left > 0 {
             let null = std::ptr::null_mut();
-            // SAFETY: descriptors that are open, and no offsets.
+            // SAFETY: open descriptors and no offsets.
             let moved = unsafe { libc::splice(from.as_raw_fd(), null, self.fd(), null, left, 0) };
             assert!(moved > 0, "{}", io::Error::last_os_error());
             left -= moved as usize;
@@ -278,7 +278,7 @@ impl Server {
         let mut vectors = [&piece[..4000], &piece[4000..]]
             .map(|part| libc::iovec { iov_base: part.as_ptr().cast_mut().cast(), iov_len: part.len() });
         let mut messages = vectors.each_mut().map(|vector| {
-            // SAFETY: plain integers and pointers, of which null is one.
+            // SAFETY: plain integers and pointers, for which zero is valid.
             let mut message: libc::mmsghdr = unsafe { std::mem::zeroed() };
             (message.msg_hdr.msg_iov, message.msg_hdr.msg_iovlen) = (vector, 1);
             message
@@ -290,7 +290,7 @@ impl Server {
         self.sent += PIECE;
     }
 
-    /// Options that are set and read back.
+    /// Sets options and reads them back.
     pub(super) fn options(&mut self) {
         let options = [
             ("SO_KEEPALIVE", libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1),
@@ -310,13 +310,13 @@ impl Server {
         }
     }
 
-    /// Another descriptor of the socket, that came through a Unix socket to this process, sees the same.
+    /// Passes the socket through a Unix socket to this process and queries the new descriptor.
     pub(super) fn passed_on(&mut self) {
         let (here, there) = std::os::unix::net::UnixStream::pair().unwrap();
         let (mut byte, mut control) = ([0u8], [0u64; 4]);
         let mut vector = libc::iovec { iov_base: byte.as_mut_ptr().cast(), iov_len: 1 };
-        // SAFETY: the message describes locals that live until both calls are over; the control buffer has room for one
-        // descriptor, and the macros compute addresses in it.
+        // SAFETY: the message describes locals that outlive both calls. The control buffer has room for one descriptor,
+        // and the macros compute addresses inside it.
         let passed = unsafe {
             let mut message: libc::msghdr = std::mem::zeroed();
             (message.msg_iov, message.msg_iovlen) = (&raw mut vector, 1);
@@ -337,7 +337,7 @@ impl Server {
     }
 
     pub(super) fn shut_down(&mut self, how: c_int) {
-        // SAFETY: a call that touches no memory of ours.
+        // SAFETY: the call accesses no memory of this process.
         let result = unsafe { libc::shutdown(self.fd(), how) };
         self.call(&format!("shutdown({how})"), result as isize);
     }
@@ -358,7 +358,7 @@ impl Server {
 
 /// `tcpi_bytes_received`, `tcpi_bytes_acked` and `tcpi_state`.
 fn counters(socket: impl AsFd) -> (u64, u64, u8) {
-    // SAFETY: plain integers, of which zero is one.
+    // SAFETY: plain integers, for which zero is valid.
     let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
     let mut size = size_of::<libc::tcp_info>() as libc::socklen_t;
     let fd = socket.as_fd().as_raw_fd();

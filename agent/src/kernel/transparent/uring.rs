@@ -1,4 +1,4 @@
-//! The same by io_uring. Where that is forbidden, both sides say so.
+//! The same calls through io_uring. If io_uring is forbidden, both connections log that.
 
 use std::os::fd::AsRawFd as _;
 
@@ -8,7 +8,7 @@ use super::calls::{PATIENCE, Server, pattern};
 
 const GROUP: u16 = 7;
 
-/// Runs the requests; returns as many results as are asked for.
+/// Submits the requests; returns after `results` results.
 fn run(ring: &mut IoUring, entries: &[squeue::Entry], results: usize) -> Vec<(i32, bool)> {
     for entry in entries {
         // SAFETY: the buffers that the entries name live until their results have been taken.
@@ -23,7 +23,7 @@ fn run(ring: &mut IoUring, entries: &[squeue::Entry], results: usize) -> Vec<(i3
     seen
 }
 
-/// Half by a receive, the rest by a multishot receive with a buffer of the ring's.
+/// Receives half with a receive, the rest with a multishot receive into a buffer of the ring.
 pub(super) fn receives(server: &mut Server, bytes: usize) {
     let Ok(mut ring) = IoUring::new(8) else { return server.note("no io_uring".to_owned()) };
     let fd = types::Fd(server.socket().as_raw_fd());
@@ -31,14 +31,14 @@ pub(super) fn receives(server: &mut Server, bytes: usize) {
     let receive = opcode::Recv::new(fd, half.as_mut_ptr(), half.len() as u32).build();
     let seen = run(&mut ring, &[receive], 1);
     server.note(format!("io_uring receives {seen:?} {half:?}"));
-    // Two: without one left, Linux 6.1 ends the multishot at once.
+    // Two buffers: without a spare one, Linux 6.1 ends the multishot immediately.
     let provide = opcode::ProvideBuffers::new(shared.as_mut_ptr(), 4096, 2, GROUP, 0).build();
     let seen = run(&mut ring, &[provide], 1);
     server.note(format!("io_uring takes buffers {seen:?}"));
     let multishot = opcode::RecvMulti::new(fd, GROUP).build().user_data(1);
     let seen = run(&mut ring, &[multishot], 1);
     server.note(format!("io_uring receives {seen:?} {:?}", &shared[..bytes - bytes / 2]));
-    // It would take the next request too.
+    // Cancelled, because it would receive the next request too.
     let cancel = opcode::AsyncCancel::new(1).build();
     let mut seen = run(&mut ring, &[cancel], 2);
     seen.sort_unstable();

@@ -111,7 +111,7 @@ fn invalid_files_are_rejected_at_start() {
     let epp =
         Epp { client_certificate: Some(ClientCertificate { certificate, key }), ..by_ca(&folder.path().join("")) };
     let error = Tls::new(&Epp { tls: EppTls::Insecure, ..epp }).err().unwrap();
-    assert_eq!(error.to_string(), "the key is not the certificate's");
+    assert_eq!(error.to_string(), "the key does not match the certificate");
 }
 
 /// Runs `script` while the files are followed.
