@@ -1,8 +1,8 @@
-//! `penstock epp`: the built-in picker as an Endpoint Picker on the wire, for Envoy or for another Penstock to ask.
+//! `penstock epp`: serves the built-in picker as an EPP, for Envoy or for another Penstock.
 //!
-//! Serves `ext_proc` (one stream is one HTTP request; the exchange is in [`session`]) and gRPC health, in the order and form
-//! that production pickers answer in. Differs from them in this: response bodies go back piece by piece, never held to the
-//! end, and request trailers end a body, too. Without an open stream there is no state but the picker's.
+//! Serves `ext_proc` (one stream per HTTP request, see [`session`]) and gRPC health, and replies as production EPPs do, with two
+//! differences: response bodies are returned piece by piece and never held, and request trailers also end a body. Keeps no state
+//! besides the picker's and that of open streams.
 
 mod bounds;
 mod health;
@@ -46,25 +46,25 @@ use bounds::{Budget, Counted, Part};
 use health::Health;
 use session::{Session, Step};
 
-/// How long open streams may take to end after the shutdown.
+/// How long open streams may take to end after a shutdown.
 const DRAIN: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Clone)]
 pub struct EppServerConfig {
-    /// Default `0.0.0.0:9002`.
+    /// The address to listen on. Default `0.0.0.0:9002`.
     pub listen: SocketAddr,
-    /// What to pick from.
+    /// The endpoints to pick from.
     pub endpoints: Vec<SocketAddr>,
     pub tls: EppServerTls,
-    /// Requests in flight at an endpoint; with all at the limit, requests are refused with 429. Default: no limit.
+    /// Most requests in flight per endpoint. If all endpoints are at the limit, requests are refused with 429. Default: no limit.
     pub max_inflight: Option<usize>,
-    /// Time to let pass before each answer, to see what a slow picker does to its clients. Default: none.
+    /// Delay before each pick, to test clients with a slow EPP. Default: none.
     pub delay: Option<Duration>,
-    /// Request body, bytes; more is 413. Default 10485760 (10 MiB).
+    /// Most bytes of a request body. Larger ones are refused with 413. Default 10485760 (10 MiB).
     pub max_body: usize,
-    /// Requests with the same value of the first of these that they have go to the same endpoint. Default: none.
+    /// Headers that name a session. The first of them that a request has counts. Default: none.
     pub session_headers: Vec<HeaderName>,
-    /// With TLS: PEM of the CAs one of which must have signed the client's certificate. Default: nobody has to show one.
+    /// With TLS: PEM of the CAs that may sign client certificates. Default: no client certificate is required.
     pub client_ca: Option<Vec<u8>>,
     pub limits: EppServerLimits,
 }
@@ -73,17 +73,18 @@ pub struct EppServerConfig {
 pub enum EppServerTls {
     /// Plain HTTP/2.
     Off,
-    /// TLS with a certificate made at the start, without names.
+    /// TLS with a self-signed certificate that is made at start and has no names.
     SelfSigned,
 }
 
-/// Serves until `shutdown` resolves; then refuses new streams (GOAWAY) and returns when the open ones have ended, or after 30 s.
+/// Serves until `shutdown` resolves. Then it refuses new streams (GOAWAY) and returns when the open ones have ended, or after 30 s.
+/// Fails if the TLS certificate cannot be made or the listener fails.
 pub async fn serve(
     config: EppServerConfig,
     listener: TcpListener,
     shutdown: impl Future<Output = ()> + Send,
 ) -> anyhow::Result<()> {
-    // What a proxy had to pass over is avoided at once: it says so only after the request has gone elsewhere.
+    // Eject after one failure, because a proxy reports a failed endpoint only through the endpoint that served the request.
     let rules = Ejection {
         failures: 1,
         base: Duration::from_secs(1),
@@ -107,15 +108,15 @@ pub async fn serve(
     };
 
     let mut server = Server::builder()
-        // A stream is a request. All connections together have the limit.
+        // One stream per request. `streams` also limits all connections together.
         .max_concurrent_streams(u32::try_from(limits.streams).unwrap_or(u32::MAX))
-        // Envoy ends its streams with RST_STREAM; a burst of those is its everyday and not an attack.
+        // Envoy ends its streams with RST_STREAM, so bursts of those are normal and not an attack.
         .http2_max_pending_accept_reset_streams(Some(65_536))
         .http2_max_local_error_reset_streams(None)
-        // Prompts are long: a window below their length costs a round trip each time it fills.
+        // Prompts are long, and each time that the window is full costs a round trip.
         .initial_stream_window_size(1 << 20)
         .initial_connection_window_size(16 << 20)
-        // A proxy that vanished must not keep its requests counted.
+        // Detects unreachable proxies, whose requests must not stay counted.
         .http2_keepalive_interval(Some(Duration::from_secs(30)));
     if config.tls == EppServerTls::SelfSigned {
         server = server.tls_config(tls::self_signed(config.client_ca.as_deref())?)?;
@@ -124,7 +125,7 @@ pub async fn serve(
     let (stopping, stopped) = oneshot::channel();
     let shutdown = async move {
         shutdown.await;
-        // The receiver is gone only when the server is.
+        // Fails only if the server has ended.
         let _ = stopping.send(());
     };
     let served = server
@@ -139,12 +140,12 @@ pub async fn serve(
     tokio::select! {
         biased;
         result = served => result?,
-        () = drained => tracing::warn!("streams still open {DRAIN:?} after the shutdown are broken off"),
+        () = drained => tracing::warn!("drain timed out after {DRAIN:?}, resetting open streams"),
     }
     Ok(())
 }
 
-/// Connections as they are accepted; those beyond the limit are closed.
+/// Accepted connections. Those above the limit are closed at once.
 fn incoming(listener: TcpListener, connections: usize) -> impl Stream<Item = std::io::Result<Counted>> {
     let budget = Budget::new(connections);
     TcpIncoming::from(listener).with_nodelay(Some(true)).filter_map(move |accepted| {
@@ -191,7 +192,7 @@ impl ExternalProcessor for Processor {
     }
 }
 
-/// One stream. There is no task behind it: when the client is gone tonic drops this, and the request is no longer counted.
+/// One stream, without a task of its own. When the client leaves, tonic drops it, which ends the count of the request.
 struct Exchange {
     _stream: Part,
     limits: EppServerLimits,
@@ -207,7 +208,7 @@ impl Exchange {
         self.messages += 1;
         if !self.session.is_decided() && self.messages > self.limits.messages {
             return Err(Status::resource_exhausted(format!(
-                "more than {} messages of one request",
+                "more than {} messages for one request",
                 self.limits.messages
             )));
         }
@@ -232,14 +233,14 @@ impl Exchange {
             if self.session.is_over() {
                 return Ok(None);
             }
-            // What was held has been sent.
+            // The body has been sent back.
             if self.session.is_decided() {
                 self.session.release();
             }
             let wait = if self.session.is_decided() { self.limits.response_idle } else { self.limits.idle };
             let message = match timeout(wait, self.inbound.message()).await {
                 Ok(message) => message?,
-                Err(_) => return Err(Status::deadline_exceeded(format!("nothing came for {wait:?}"))),
+                Err(_) => return Err(Status::deadline_exceeded(format!("no message for {wait:?}"))),
             };
             let Some(message) = message else { return Ok(None) };
             self.check(&message)?;

@@ -1,6 +1,6 @@
-//! What `penstock epp` takes from all of its clients together: connections, streams and bytes of bodies that are held.
+//! Limits of `penstock epp` over all of its clients: connections, streams and bytes of held bodies.
 //!
-//! Each of them is a count with a limit. A reservation is given back when it is dropped.
+//! Each is a budget. A reservation is returned when it is dropped.
 
 use std::{
     io,
@@ -21,22 +21,22 @@ use tonic::transport::server::{Connected, TcpConnectInfo};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EppServerLimits {
-    /// Connections at once; more are closed at once. Default 1024.
+    /// Open connections. Further ones are closed at once. Default 1024.
     pub connections: usize,
-    /// Streams at once; more are answered with RESOURCE_EXHAUSTED. Default 65536.
+    /// Open streams. Further ones get RESOURCE_EXHAUSTED. Default 65536.
     pub streams: usize,
-    /// Bytes of request bodies that are held for all streams; more are answered with 503. Default 1073741824.
+    /// Bytes of request bodies that are held for all streams. Further ones get 503. Default 1073741824.
     pub held_bytes: usize,
-    /// Fields of a head; more are an error of the stream. Default 1024.
+    /// Fields of a head. More fail the stream. Default 1024.
     pub fields: usize,
-    /// Bytes of them. Default 262144.
+    /// Bytes of a head's fields. More fail the stream. Default 262144.
     pub field_bytes: usize,
-    /// Messages of one stream before its request is complete. Default 65536.
+    /// Messages of one stream before its request is complete. More fail the stream. Default 65536.
     pub messages: usize,
-    /// How long a stream whose request is not complete may be silent; default 60 s.
+    /// How long a stream may be silent before its request is complete. Default 60 s.
     pub idle: Duration,
-    /// How long one may be silent whose response is awaited or under way: a proxy that tells nothing but its end says nothing for
-    /// as long as it takes. Default 1 h.
+    /// How long a stream may be silent afterwards, until the response ends. It is long, because some proxies report only the end
+    /// of a response. Default 1 h.
     pub response_idle: Duration,
 }
 
@@ -67,19 +67,19 @@ impl Budget {
         Arc::new(Self { used: AtomicUsize::new(0), limit })
     }
 
-    /// An empty part of it.
+    /// An empty reservation.
     pub(super) fn part(self: &Arc<Self>) -> Part {
         Part { budget: Arc::clone(self), amount: 0 }
     }
 
-    /// One of it; `None`: there is none left.
+    /// Reserves one. Returns `None` if the budget is used up.
     pub(super) fn one(self: &Arc<Self>) -> Option<Part> {
         let mut part = self.part();
         part.grow(1).then_some(part)
     }
 }
 
-/// What somebody has of a budget.
+/// A reservation of a part of a budget.
 #[derive(Debug)]
 pub(super) struct Part {
     budget: Arc<Budget>,
@@ -87,12 +87,12 @@ pub(super) struct Part {
 }
 
 impl Part {
-    /// Gives back what it has.
+    /// Returns the reservation to the budget.
     pub(super) fn release(&mut self) {
         self.budget.used.fetch_sub(std::mem::take(&mut self.amount), Relaxed);
     }
 
-    /// False if there is not so much left.
+    /// Reserves `by` more. Returns false if the budget has not enough left.
     pub(super) fn grow(&mut self, by: usize) -> bool {
         let Budget { used, limit } = &*self.budget;
         let add = |used: usize| used.checked_add(by).filter(|sum| sum <= limit);
@@ -108,7 +108,7 @@ impl Drop for Part {
     }
 }
 
-/// A connection that counts for as long as it is open.
+/// A connection that is counted while it is open.
 pub(super) struct Counted {
     stream: TcpStream,
     _part: Part,
@@ -153,7 +153,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn budget_is_given_back_when_a_part_is_dropped() {
+    fn dropped_part_is_returned_to_the_budget() {
         let budget = Budget::new(3);
         let mut part = budget.part();
         assert!(part.grow(2) && !part.grow(2) && !part.grow(usize::MAX));

@@ -1,4 +1,4 @@
-//! gRPC health: the names that proxies and kubelets ask pickers for. There is one replica, so it always leads and is ready.
+//! Serves gRPC health under the service names that proxies and kubelets ask EPPs for. A single replica is always leader and ready.
 
 use penstock_proto::health::{
     HealthCheckRequest, HealthCheckResponse, health_check_response::ServingStatus, health_server,
@@ -16,7 +16,7 @@ impl health_server::Health for Health {
         if SERVICES.contains(&service.as_str()) {
             Ok(Response::new(HealthCheckResponse { status: ServingStatus::Serving.into() }))
         } else {
-            Err(Status::not_found(format!("no service `{service}` here")))
+            Err(Status::not_found(format!("unknown service `{service}`")))
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Why a request gets no endpoint, and what its client is told: one match for status, code and reason.
+//! Why a request gets no endpoint, with the status, the code and the reason that its client gets.
 
 use crate::{bbr::JsonError, picker::builtin::NoEndpoint};
 
@@ -8,18 +8,18 @@ pub(super) enum Refusal {
     Json(#[from] JsonError),
     #[error("the body has no model")]
     NoModel,
-    #[error("model is not a string but {0}")]
+    #[error("found model {0}, expected a string")]
     ModelIsNotAString(String),
     #[error("the body is longer than {0} bytes")]
     TooLong(usize),
-    #[error("the bodies of all requests are more than this picker holds")]
+    #[error("the memory for request bodies is used up")]
     Full,
     #[error("{0}")]
     NoEndpoint(#[from] NoEndpoint),
 }
 
 impl Refusal {
-    /// HTTP status, its name in the body, and the reason that is given in a header where the picker turned the request away.
+    /// The HTTP status, its name in the body, and the reason for the header `x-llm-d-request-dropped-reason`, if it is set.
     pub(super) fn terms(&self) -> (i32, &'static str, Option<&'static str>) {
         match self {
             Refusal::Json(_) | Refusal::NoModel | Refusal::ModelIsNotAString(_) => (400, "BadRequest", None),

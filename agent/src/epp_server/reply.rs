@@ -1,7 +1,7 @@
-//! The messages a picker answers with. Header names are lower-case and values travel in `raw_value`.
+//! Builds the EPP's replies. Header names are in lower case and values in `raw_value`.
 //!
-//! Like production pickers it echoes the headers of a message as mutations. A name that occurs twice is left out: set again, it
-//! would become one, and a cookie be lost. So are pseudo-headers and what belongs to the connection and not to the message.
+//! Like production EPPs, it echoes the headers of a message as mutations. Omits repeated names, because setting them again would
+//! leave one value and lose a cookie, and pseudo-headers and hop-by-hop fields.
 
 use std::collections::HashMap;
 
@@ -36,7 +36,7 @@ const HOP_BY_HOP: [&str; 9] = [
     "upgrade",
 ];
 
-/// The pick, for a request with these headers, and with a body of this length if it has one.
+/// The pick, for a request with these headers and, if it has a body, of this length.
 pub(super) fn picked(pick: &Pick, headers: Option<&HeaderMap>, body: Option<usize>) -> ProcessingResponse {
     let list: Vec<String> = pick.endpoints.iter().map(ToString::to_string).collect();
     let list = list.join(",");
@@ -56,7 +56,7 @@ pub(super) fn picked(pick: &Pick, headers: Option<&HeaderMap>, body: Option<usiz
     }
 }
 
-/// The whole body of a request, unchanged; an empty one is one empty piece.
+/// The whole request body, unchanged, in pieces. An empty body is one empty piece.
 pub(super) fn request_body(mut body: Bytes) -> impl Iterator<Item = ProcessingResponse> {
     let mut ended = false;
     std::iter::from_fn(move || {
@@ -76,12 +76,12 @@ pub(super) fn response_headers(headers: &HttpHeaders) -> ProcessingResponse {
     message(Response::ResponseHeaders(HeadersResponse { response: Some(response) }))
 }
 
-/// One piece of a response, unchanged.
+/// One piece of a response body, unchanged.
 pub(super) fn response_body(piece: Bytes, end_of_stream: bool) -> ProcessingResponse {
     message(Response::ResponseBody(streamed(piece, end_of_stream)))
 }
 
-/// To a proxy that keeps the pieces and waits only for leave to send them.
+/// Lets a proxy send its piece unchanged, in the body modes in which the proxy keeps the piece.
 pub(super) fn response_body_unchanged() -> ProcessingResponse {
     message(Response::ResponseBody(BodyResponse { response: Some(CommonResponse::default()) }))
 }
@@ -127,7 +127,7 @@ fn echo(headers: Option<&HeaderMap>) -> impl Iterator<Item = HeaderValueOption> 
         .map(|from| header(&from.key, Bytes::copy_from_slice(value(from))))
 }
 
-/// With neither append nor an action set, this overwrites.
+/// Sets neither `append` nor an action, so the value overwrites.
 fn header(key: &str, value: impl Into<Bytes>) -> HeaderValueOption {
     let header = HeaderValue { key: key.to_owned(), value: String::new(), raw_value: value.into() };
     HeaderValueOption { header: Some(header), ..Default::default() }

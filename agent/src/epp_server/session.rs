@@ -1,8 +1,7 @@
-//! One exchange from the picker's side: messages in, replies out; no socket and no clock.
+//! The EPP's side of one exchange: takes messages, returns replies, without socket or clock.
 //!
-//! Headers that end the request are answered at once. Else there is silence until the body has ended, and then the header reply
-//! and the whole body follow, in this order. The request is counted at its endpoint from the pick to the end of the response,
-//! or of the stream if that comes first.
+//! A head that ends the request is answered at once. Otherwise the head and the whole body are answered, in this order, when the
+//! body has ended. The request is counted at its endpoint from the pick to the end of the response or of the stream.
 
 use std::{collections::VecDeque, net::SocketAddr, sync::Arc, time::Instant};
 
@@ -31,24 +30,24 @@ pub(super) struct Session {
     picker: Arc<BuiltinPicker>,
     max_body: usize,
     session_headers: Arc<[HeaderName]>,
-    /// For the body that is kept.
+    /// The reservation for the held body.
     held: Part,
     phase: Phase,
     headers: Option<HeaderMap>,
     subset: Option<Vec<SocketAddr>>,
-    /// The proxy sends no request body, whatever its headers say.
+    /// Whether the proxy sends no request bodies, whatever the headers say.
     bodiless: bool,
-    /// The proxy gives response bodies out of its hands, and gets them back.
+    /// Whether the proxy expects response bodies back.
     full_duplex_response: bool,
     pick: Option<Pick>,
-    /// None before the pick, and when the response has ended.
+    /// `None` before the pick and after the end of the response.
     in_flight: Option<InFlight>,
 }
 
 enum Phase {
     Headers,
     Body(Upload),
-    /// The request is complete; with a body or not, and ended by trailers or not.
+    /// The request is complete. `trailers`: trailers ended it.
     Deciding {
         body: Option<Upload>,
         trailers: bool,
@@ -57,9 +56,10 @@ enum Phase {
     Over,
 }
 
-/// What is next.
+/// What the caller has to do next.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Step {
+    /// Read the next message.
     Read,
     /// Call [`Session::decide`].
     Decide,
@@ -87,7 +87,7 @@ impl Session {
         }
     }
 
-    /// The request has been refused: nothing more is said.
+    /// Whether the request was refused, so that no reply follows.
     pub(super) fn is_over(&self) -> bool {
         matches!(self.phase, Phase::Over)
     }
@@ -96,7 +96,7 @@ impl Session {
         matches!(self.phase, Phase::Decided | Phase::Over)
     }
 
-    /// The body has gone back.
+    /// Releases the reservation for the body, which has been sent back.
     pub(super) fn release(&mut self) {
         self.held.release();
     }
@@ -111,7 +111,7 @@ impl Session {
             self.configure(config)?;
         }
         let metadata = message.metadata_context.as_ref();
-        // Proxies differ in the message that carries it; the last one before the pick counts.
+        // Proxies send the hint with different messages. The last one before the pick counts.
         if self.pick.is_none()
             && let Some(metadata) = metadata
             && let Some(subset) = subset::subset(metadata, &self.picker.endpoints().snapshot())
@@ -129,7 +129,7 @@ impl Session {
                 self.in_flight = None;
             }
             None => {
-                return Err(Status::invalid_argument("a message without a request in it, or with one unknown here"));
+                return Err(Status::invalid_argument("message without a known request"));
             }
         }
         Ok(Step::Read)
@@ -167,7 +167,7 @@ impl Session {
         let upload = match &mut self.phase {
             Phase::Body(upload) => upload,
             Phase::Headers => return Err(Status::invalid_argument("request_body before request_headers")),
-            // There are proxies that end a long body twice.
+            // Some proxies end a long body twice.
             Phase::Deciding { .. } | Phase::Decided | Phase::Over => return Ok(Step::Read),
         };
         let room = if self.held.grow(piece.body.len()) { Ok(()) } else { Err(Refusal::Full) };
@@ -196,7 +196,7 @@ impl Session {
         Step::Decide
     }
 
-    /// Answers the request. To be called once, when [`receive`](Self::receive) says so.
+    /// Answers the request. Call it once, when [`receive`](Self::receive) returns [`Step::Decide`].
     pub(super) fn decide(&mut self, now: Instant, replies: &mut Replies) {
         let Phase::Deciding { body, trailers } = std::mem::replace(&mut self.phase, Phase::Decided) else { return };
         let decided = body.map(Upload::finish).transpose().and_then(|upload| {
@@ -219,7 +219,7 @@ impl Session {
         }
     }
 
-    /// Of the request, by the first of the headers for it that says something.
+    /// The session's hash, from the first session header that is present and not empty.
     fn session(&self) -> Option<SessionHash> {
         let headers = &self.headers.as_ref()?.headers;
         let named = |name: &HeaderName| headers.iter().find(|header| header.key.eq_ignore_ascii_case(name.as_str()));
@@ -228,7 +228,7 @@ impl Session {
     }
 
     fn refuse(&mut self, refusal: &Refusal, replies: &mut Replies) {
-        tracing::debug!(%refusal, "refused");
+        tracing::debug!(%refusal, "request refused");
         self.phase = Phase::Over;
         replies.push_back(reply::refused(refusal));
     }
@@ -249,7 +249,7 @@ impl Session {
         }
     }
 
-    /// Counts the request where it went. The endpoints before that one in the list did not answer the connect.
+    /// Counts the request at the endpoint that served it. The earlier endpoints of the pick have failed.
     fn served_by(&mut self, served: SocketAddr, now: Instant) {
         self.picker.endpoints().succeeded(served);
         let Some(pick) = &self.pick else { return };

@@ -1,6 +1,6 @@
-//! What the proxy says in the metadata: which endpoints to choose from, and which one gave the response.
+//! Reads the subset hint and the serving endpoint from a proxy's metadata.
 //!
-//! Proxies write addresses as a list of strings or as one string with commas, each `ip:port` or only `ip`; all are read.
+//! Accepts every form that proxies use: a list of strings or one string with commas, of `ip:port` or just `ip`.
 
 use std::{
     collections::HashSet,
@@ -12,7 +12,7 @@ use prost_types::value::Kind;
 
 use crate::endpoint::set::Snapshot;
 
-/// The endpoints among `all` that the subset hint names. None without a hint; empty if it names none of them.
+/// The endpoints of `all` that the subset hint names. Returns `None` without a hint, and an empty list if no endpoint matches.
 pub(super) fn subset(metadata: &Metadata, all: &Snapshot) -> Option<Vec<SocketAddr>> {
     let names = strings(metadata, "envoy.lb.subset_hint", "x-gateway-destination-endpoint-subset")?;
     let addresses: HashSet<SocketAddr> = names.iter().filter_map(|name| name.parse().ok()).collect();
@@ -22,7 +22,7 @@ pub(super) fn subset(metadata: &Metadata, all: &Snapshot) -> Option<Vec<SocketAd
     Some(all.endpoints().iter().map(|endpoint| endpoint.address).filter(named).collect())
 }
 
-/// The endpoint that gave the response; the last one, should there be several.
+/// The endpoint that served the response. If several are named, the last one.
 pub(super) fn served(metadata: &Metadata) -> Option<SocketAddr> {
     strings(metadata, "envoy.lb", "x-gateway-destination-endpoint-served")?.last()?.parse().ok()
 }

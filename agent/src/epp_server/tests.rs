@@ -1,4 +1,4 @@
-//! The server on port 0, asked with the generated client: one test for each thing a proxy relies on.
+//! Tests the server on port 0 with the generated client, one test per behaviour that proxies rely on.
 
 use std::{
     future::pending,
@@ -36,7 +36,7 @@ use crate::{
 
 mod bounded;
 
-/// For what must happen; nothing here waits for it to pass.
+/// Limit for events that have to happen. No passing test waits for it.
 const SOON: Duration = Duration::from_secs(10);
 const BODY: &[u8] = br#"{"model":"llama","prompt":"hi"}"#;
 
@@ -96,7 +96,7 @@ impl Epp {
         Exchange { metadata: Some(Metadata { filter_metadata }), ..self.open().await }
     }
 
-    /// The pick of a request with a body, whose stream stays open.
+    /// Picks for a request with a body. Its stream stays open.
     async fn pick(&self) -> (String, Exchange) {
         let mut exchange = self.open().await;
         exchange.post(BODY).await;
@@ -104,7 +104,7 @@ impl Epp {
     }
 }
 
-/// One stream, from the proxy's side.
+/// The proxy's side of one stream.
 struct Exchange {
     asks: mpsc::Sender<ProcessingRequest>,
     replies: Streaming<ProcessingResponse>,
@@ -142,7 +142,7 @@ impl Exchange {
         }
     }
 
-    /// Takes the header reply and the body after it; gives the destination.
+    /// Reads the header reply and the body. Returns the destination.
     async fn picked(&mut self) -> String {
         let (_, destination) = self.header_reply().await;
         self.request_pieces().await;
@@ -164,10 +164,10 @@ impl Exchange {
         }
     }
 
-    /// The one reply of a stream that ends with it.
+    /// Reads the immediate reply, after which the stream has to end.
     async fn refused(mut self) -> ImmediateResponse {
         let Reply::ImmediateResponse(reply) = self.reply().await else { panic!("not refused") };
-        assert!(self.next().await.is_none(), "the stream ends, and well");
+        assert!(self.next().await.is_none(), "the stream ends with status OK");
         reply
     }
 
@@ -203,7 +203,7 @@ fn list(texts: &[&str]) -> Kind {
 }
 
 #[tokio::test]
-async fn headers_that_end_the_request_are_answered_at_once() {
+async fn request_without_body_is_answered_at_once() {
     let epp = Epp::start(config(2)).await;
     let mut exchange = epp.open().await;
     exchange.send(head("GET", true)).await;
@@ -215,7 +215,7 @@ async fn headers_that_end_the_request_are_answered_at_once() {
 }
 
 #[tokio::test]
-async fn a_body_is_awaited_to_its_end_and_goes_back_whole_in_pieces() {
+async fn body_is_awaited_and_returned_in_pieces() {
     let epp = Epp::start(config(1)).await;
     let mut exchange = epp.open().await;
     let body = format!(r#"{{"prompt":"{}","model":"llama"}}"#, "x".repeat(200_000));
@@ -224,7 +224,7 @@ async fn a_body_is_awaited_to_its_end_and_goes_back_whole_in_pieces() {
     for piece in message::request_body(Bytes::copy_from_slice(first), false) {
         exchange.send(piece).await;
     }
-    // Another exchange on the same connection has come and gone: the server has had its chance to speak too early.
+    // After a complete exchange on the same connection, a premature reply would have arrived.
     epp.pick().await;
     assert!(poll_once(exchange.replies.message()).is_pending());
     for piece in message::request_body(Bytes::copy_from_slice(rest), true) {
@@ -248,7 +248,7 @@ fn poll_once<F: Future>(future: F) -> Poll<F::Output> {
 }
 
 #[tokio::test]
-async fn an_empty_last_message_ends_a_body_and_a_second_end_is_ignored() {
+async fn empty_message_ends_the_body_and_second_end_is_ignored() {
     let epp = Epp::start(config(1)).await;
     let mut exchange = epp.open().await;
     exchange.send(head("POST", false)).await;
@@ -261,7 +261,7 @@ async fn an_empty_last_message_ends_a_body_and_a_second_end_is_ignored() {
 }
 
 #[tokio::test]
-async fn trailers_end_a_body() {
+async fn trailers_end_the_body() {
     let epp = Epp::start(config(1)).await;
     let mut exchange = epp.open().await;
     exchange.send(head("POST", false)).await;
@@ -272,7 +272,7 @@ async fn trailers_end_a_body() {
 }
 
 #[tokio::test]
-async fn a_response_is_echoed() {
+async fn response_is_echoed() {
     let epp = Epp::start(config(1)).await;
     let (_, mut exchange) = epp.pick().await;
     let mut headers = http::HeaderMap::new();
@@ -298,7 +298,7 @@ async fn a_response_is_echoed() {
 }
 
 #[tokio::test]
-async fn the_body_modes_of_the_proxy_are_respected() {
+async fn body_modes_of_the_proxy_are_respected() {
     let epp = Epp::start(config(1)).await;
     let configured = |request: BodySendMode, response: BodySendMode, ask| ProcessingRequest {
         request: Some(ask),
@@ -327,13 +327,13 @@ async fn the_body_modes_of_the_proxy_are_respected() {
 }
 
 #[tokio::test]
-async fn bad_bodies_are_refused_with_400() {
+async fn invalid_body_is_refused_with_400() {
     let epp = Epp::start(config(1)).await;
     for (body, expected) in [
         (&b"{\"model\":}"[..], "the body is not JSON: byte 9: found `}`, expected a value"),
         (b"", "the body is not JSON: byte 0: found the end of the body, expected a value"),
         (b"{\"prompt\":1}", "the body has no model"),
-        (b"{\"model\":[1]}", "model is not a string but [1]"),
+        (b"{\"model\":[1]}", "found model [1], expected a string"),
     ] {
         let exchange = epp.open().await;
         exchange.post(body).await;
@@ -344,7 +344,7 @@ async fn bad_bodies_are_refused_with_400() {
 }
 
 #[tokio::test]
-async fn a_body_over_the_limit_is_refused_before_its_end() {
+async fn body_over_the_limit_is_refused_before_its_end() {
     let epp = Epp::start(EppServerConfig { max_body: 100, ..config(1) }).await;
     let exchange = epp.open().await;
     exchange.send(head("POST", false)).await;
@@ -355,7 +355,7 @@ async fn a_body_over_the_limit_is_refused_before_its_end() {
 }
 
 #[tokio::test]
-async fn a_subset_is_kept_to_however_it_is_written() {
+async fn subset_hint_is_respected_in_every_form() {
     let epp = Epp::start(config(3)).await;
     for (subset, expected) in [
         (list(&["10.0.0.2:8000"]), "10.0.0.2:8000"),
@@ -369,7 +369,7 @@ async fn a_subset_is_kept_to_however_it_is_written() {
 }
 
 #[tokio::test]
-async fn a_subset_on_the_last_message_only_is_seen() {
+async fn subset_hint_on_the_last_message_is_respected() {
     let epp = Epp::start(config(3)).await;
     let mut exchange = epp.with_subset(list(&["10.0.0.3:8000"])).await;
     let subset = exchange.metadata.take();
@@ -380,7 +380,7 @@ async fn a_subset_on_the_last_message_only_is_seen() {
 }
 
 #[tokio::test]
-async fn with_no_endpoint_eligible_a_request_is_refused_with_503() {
+async fn request_without_eligible_endpoint_is_refused_with_503() {
     let epp = Epp::start(config(2)).await;
     for subset in [list(&[]), text(""), list(&["10.0.0.9:8000"]), list(&["10.0.0.1:1"])] {
         let exchange = epp.with_subset(subset).await;
@@ -397,7 +397,7 @@ async fn with_no_endpoint_eligible_a_request_is_refused_with_503() {
 }
 
 #[tokio::test]
-async fn with_all_endpoints_at_the_limit_a_request_is_refused_with_429() {
+async fn request_is_refused_with_429_if_all_endpoints_are_at_the_limit() {
     let epp = Epp::start(EppServerConfig { max_inflight: Some(1), ..config(2) }).await;
     let (first, _first) = epp.pick().await;
     let (second, mut busy) = epp.pick().await;
@@ -413,11 +413,11 @@ async fn with_all_endpoints_at_the_limit_a_request_is_refused_with_429() {
     busy.send(response_end()).await;
     assert!(matches!(busy.reply().await, Reply::ResponseBody(_)));
     let (third, _third) = epp.pick().await;
-    assert_eq!(third, "10.0.0.2:8000", "the end of the response has ended the count, the stream being open");
+    assert_eq!(third, "10.0.0.2:8000", "the end of the response frees the endpoint while the stream is open");
 }
 
 #[tokio::test]
-async fn the_end_of_a_stream_ends_the_count() {
+async fn end_of_the_stream_frees_the_endpoint() {
     let epp = Epp::start(EppServerConfig { max_inflight: Some(1), ..config(1) }).await;
     let (_, exchange) = epp.pick().await;
     drop(exchange);
@@ -430,22 +430,22 @@ async fn the_end_of_a_stream_ends_the_count() {
             }
         }
     };
-    timeout(SOON, again).await.expect("the endpoint is free again");
+    timeout(SOON, again).await.expect("the endpoint becomes free");
 }
 
 #[tokio::test]
-async fn a_request_counts_where_it_was_served_and_what_was_passed_over_is_avoided() {
+async fn request_is_counted_where_it_was_served_and_skipped_endpoints_are_avoided() {
     let epp = Epp::start(EppServerConfig { max_inflight: Some(1), ..config(3) }).await;
     let (picked, mut exchange) = epp.pick().await;
     assert_eq!(picked, "10.0.0.1:8000,10.0.0.2:8000,10.0.0.3:8000");
     exchange.respond(endpoint(2)).await;
     let (next, _next) = epp.pick().await;
-    assert_eq!(next, "10.0.0.3:8000,10.0.0.1:8000", "1 has failed and goes last, 2 is busy");
+    assert_eq!(next, "10.0.0.3:8000,10.0.0.1:8000", "1 failed and is last, 2 is busy");
 }
 
-/// Each in turn would be for the endpoint that is idle.
+/// Without a session, each request would go to an idle endpoint.
 #[tokio::test]
-async fn requests_of_a_session_are_picked_for_alike() {
+async fn requests_of_a_session_get_the_same_pick() {
     let session_headers = ["x-session-id", "x-request-id"].map(HeaderName::from_static).to_vec();
     let epp = Epp::start(EppServerConfig { session_headers, ..config(3) }).await;
     let ((first, _one), (second, _two), (third, _three)) = (epp.pick().await, epp.pick().await, epp.pick().await);
@@ -453,7 +453,7 @@ async fn requests_of_a_session_are_picked_for_alike() {
 }
 
 #[tokio::test]
-async fn a_delay_passes_before_the_answer() {
+async fn pick_is_delayed_as_configured() {
     let delay = Duration::from_millis(20);
     let epp = Epp::start(EppServerConfig { delay: Some(delay), ..config(1) }).await;
     let started = Instant::now();
@@ -462,7 +462,7 @@ async fn a_delay_passes_before_the_answer() {
 }
 
 #[tokio::test]
-async fn messages_out_of_order_are_an_error() {
+async fn body_before_head_is_an_error() {
     let epp = Epp::start(config(1)).await;
     let mut exchange = epp.open().await;
     exchange.send(Ask::RequestBody(HttpBody::default())).await;
@@ -470,7 +470,7 @@ async fn messages_out_of_order_are_an_error() {
 }
 
 #[tokio::test]
-async fn health_is_served_under_the_names_proxies_ask_for() {
+async fn health_is_served_for_the_names_that_proxies_use() {
     let epp = Epp::start(config(1)).await;
     let mut client = HealthClient::new(epp.channel.clone());
     for service in ["", "liveness", "readiness", "envoy.service.ext_proc.v3.ExternalProcessor"] {
@@ -482,7 +482,7 @@ async fn health_is_served_under_the_names_proxies_ask_for() {
 }
 
 #[tokio::test]
-async fn shutdown_lets_open_streams_end_and_takes_no_new_ones() {
+async fn shutdown_finishes_open_streams_and_refuses_new_ones() {
     let epp = Epp::start(config(1)).await;
     let (_, mut exchange) = epp.pick().await;
     epp.stop.send(()).unwrap();
@@ -493,11 +493,11 @@ async fn shutdown_lets_open_streams_end_and_takes_no_new_ones() {
     exchange.send(response_end()).await;
     assert!(matches!(exchange.reply().await, Reply::ResponseBody(_)));
     drop(exchange);
-    timeout(SOON, epp.served).await.expect("it ends when the stream has").unwrap().unwrap();
+    timeout(SOON, epp.served).await.expect("the server ends after the stream").unwrap().unwrap();
 }
 
 #[tokio::test]
-async fn tls_is_served_with_a_certificate_made_at_the_start() {
+async fn tls_is_served_with_a_self_signed_certificate() {
     let epp = Epp::start(EppServerConfig { tls: EppServerTls::SelfSigned, ..config(1) }).await;
     let uri = format!("http://{}", epp.address);
     let channel = Endpoint::from_shared(uri)
@@ -509,7 +509,7 @@ async fn tls_is_served_with_a_certificate_made_at_the_start() {
     assert_eq!(epp.pick().await.0, "10.0.0.1:8000");
 }
 
-/// Dials with TLS and, as proxies do, without verification; the server has to speak HTTP/2.
+/// Dials with TLS and, as proxies do, without verification. The server has to negotiate HTTP/2.
 struct DialTls {
     address: SocketAddr,
     client_certificate: Option<config::ClientCertificate>,

@@ -1,4 +1,4 @@
-//! The certificate of a picker that was given none: made at the start, for no name. Whoever asks it does not verify.
+//! A self-signed certificate without names, made at start. Clients of EPPs do not verify it.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use tonic::transport::{Certificate, Identity, ServerTlsConfig};
 /// How long a client's handshake may take.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 
-/// `client_ca`: PEM of the CAs one of which must have signed the client's certificate.
+/// The server's TLS settings. `client_ca` is the PEM of the CAs that may sign client certificates.
 pub(super) fn self_signed(client_ca: Option<&[u8]>) -> anyhow::Result<ServerTlsConfig> {
     let made = rcgen::generate_simple_self_signed(Vec::new()).context("making a self-signed certificate")?;
     let identity = Identity::from_pem(made.cert.pem(), made.signing_key.serialize_pem());

@@ -1,4 +1,4 @@
-//! The body of one request while it arrives: kept, since it goes back whole; scanned for its model; hashed for affinity.
+//! Receives a request body: keeps it, because it is sent back, scans it for the model, and hashes it for affinity.
 
 use bytes::{Bytes, BytesMut};
 
@@ -23,7 +23,7 @@ impl Upload {
         Self { limit, body: BytesMut::new(), scanner, json: Ok(()), hasher }
     }
 
-    /// Refuses at once what does not fit; what is wrong with the JSON is said at the end, as production pickers do.
+    /// Adds a piece. Fails at once if the body is too large. Invalid JSON is reported at the end, as production EPPs do.
     pub(super) fn push(&mut self, piece: &[u8]) -> Result<(), Refusal> {
         if piece.len() > self.limit - self.body.len() {
             return Err(Refusal::TooLong(self.limit));

@@ -1,4 +1,4 @@
-//! What one client, or all of them together, may take of the picker.
+//! Tests the limits on single clients and on all clients together.
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use tokio::io::AsyncReadExt as _;
@@ -19,9 +19,9 @@ async fn connections_beyond_the_limit_are_closed() {
     let (picked, exchange) = epp.pick().await;
     assert_eq!(picked, "10.0.0.1:8000");
     let mut beyond = TcpStream::connect(epp.address).await.unwrap();
-    let read = timeout(SOON, beyond.read(&mut [0; 1])).await.expect("it is closed");
+    let read = timeout(SOON, beyond.read(&mut [0; 1])).await.expect("the connection is closed");
     assert_eq!(read.unwrap_or(0), 0);
-    // What was there goes on.
+    // The existing connection still works.
     drop(exchange);
     epp.pick().await;
 }
@@ -30,7 +30,7 @@ async fn connections_beyond_the_limit_are_closed() {
 async fn streams_beyond_the_limit_are_refused() {
     let epp = Epp::start(limited(EppServerLimits { streams: 1, ..EppServerLimits::default() })).await;
     let (_, open) = epp.pick().await;
-    // Another connection: the limit is for all of them together.
+    // The limit covers all connections, so another connection is refused a stream, too.
     let channel = Endpoint::from_shared(format!("http://{}", epp.address)).unwrap().connect_lazy();
     let mut other = ExternalProcessorClient::new(channel);
     let refused = timeout(SOON, other.process(tokio_stream::pending())).await.unwrap().map(drop).unwrap_err();
@@ -38,7 +38,7 @@ async fn streams_beyond_the_limit_are_refused() {
     drop(open);
     let begin = Instant::now();
     while timeout(SOON, other.process(tokio_stream::pending())).await.unwrap().is_err() {
-        assert!(begin.elapsed() < SOON, "the stream that ended counts no more");
+        assert!(begin.elapsed() < SOON, "the ended stream is still counted");
     }
 }
 
@@ -49,7 +49,7 @@ async fn held_bodies_are_bounded_over_all_streams() {
     let holding = epp.open().await;
     holding.send(head("POST", false)).await;
     holding.send(Ask::RequestBody(HttpBody { body: vec![b' '; 20].into(), end_of_stream: false })).await;
-    // Whichever comes second does not fit.
+    // The second of the two bodies does not fit.
     let begin = Instant::now();
     loop {
         let mut exchange = epp.open().await;
@@ -59,7 +59,7 @@ async fn held_bodies_are_bounded_over_all_streams() {
             assert_eq!(reply.status.unwrap().code, 503);
             break;
         }
-        assert!(begin.elapsed() < SOON, "the first has not arrived");
+        assert!(begin.elapsed() < SOON, "the first body has not arrived");
     }
     drop(holding);
     let begin = Instant::now();
@@ -69,7 +69,7 @@ async fn held_bodies_are_bounded_over_all_streams() {
         if matches!(exchange.reply().await, Reply::RequestHeaders(_)) {
             break;
         }
-        assert!(begin.elapsed() < SOON, "what was held is given back");
+        assert!(begin.elapsed() < SOON, "the held bytes were not released");
     }
 }
 
@@ -101,13 +101,13 @@ async fn heads_and_messages_are_bounded() {
 }
 
 #[tokio::test]
-async fn silent_streams_end() {
+async fn silent_stream_times_out() {
     let limits = EppServerLimits { idle: Duration::from_millis(50), ..EppServerLimits::default() };
     let epp = Epp::start(limited(limits)).await;
     let mut exchange = epp.open().await;
     exchange.send(head("POST", false)).await;
     assert_eq!(failed(&mut exchange).await, Code::DeadlineExceeded);
-    // A response takes its time.
+    // After the pick, `response_idle` applies.
     let limits = EppServerLimits { response_idle: Duration::from_millis(50), ..EppServerLimits::default() };
     let epp = Epp::start(limited(limits)).await;
     let (_, mut exchange) = epp.pick().await;
@@ -115,7 +115,7 @@ async fn silent_streams_end() {
 }
 
 #[tokio::test]
-async fn clients_without_the_certificate_are_refused() {
+async fn client_without_a_valid_certificate_is_refused() {
     let mut params = CertificateParams::new(Vec::new()).unwrap();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let authority = || CertifiedIssuer::self_signed(params.clone(), KeyPair::generate().unwrap()).unwrap();
