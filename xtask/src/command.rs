@@ -1,4 +1,4 @@
-//! How the other files make and run commands. All run in the workspace's root, and an error names the command.
+//! Makes and runs commands. All run in the workspace's root, and every error names its command.
 
 use std::{
     env,
@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 
 pub(crate) fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask is a folder of the workspace")
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask is in the workspace")
 }
 
 pub(crate) fn command(program: impl AsRef<OsStr>) -> Command {
@@ -19,11 +19,11 @@ pub(crate) fn command(program: impl AsRef<OsStr>) -> Command {
     command
 }
 
-/// The cargo that runs this xtask, for everything built for the host.
+/// The cargo that runs this xtask, for everything that is built for the host.
 pub(crate) fn cargo() -> Command {
     let mut command = command(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    // What says that xtask is the package being run: build scripts that look at it (ring's) would run again, and with them
-    // everything above, whenever builds with xtask and without it take turns.
+    // These variables say that xtask is the running package. Build scripts that read them (ring's) and everything that depends on
+    // them would be built again after each switch between builds with xtask and without it.
     for (name, _) in env::vars_os() {
         if name.to_str().is_some_and(|name| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")) {
             command.env_remove(&name);
@@ -32,7 +32,7 @@ pub(crate) fn cargo() -> Command {
     command
 }
 
-/// A command without what `cargo xtask` put into the environment, for a toolchain that is not the one that runs this xtask.
+/// A command without the environment variables of `cargo xtask`, for a toolchain other than the one that runs this xtask.
 pub(crate) fn foreign(program: impl AsRef<OsStr>) -> Command {
     let mut command = command(program);
     for (name, _) in env::vars_os() {
@@ -50,7 +50,7 @@ pub(crate) fn foreign(program: impl AsRef<OsStr>) -> Command {
     command
 }
 
-/// Runs with this process's own output; an exit status other than 0 is an error.
+/// Runs the command with this process's output. An exit status other than 0 is an error.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
     let status = command.stdin(Stdio::null()).status().with_context(|| format!("starting {}", line(command)))?;
     if !status.success() {
@@ -59,19 +59,19 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// What a short command prints; `None` where it does not start or fails.
+/// The trimmed standard output of a short command; `None` if it does not start or fails.
 pub(crate) fn output(command: &mut Command) -> Option<String> {
     let output = command.stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
-/// Becomes the command: it takes over the terminal and the signals.
+/// Replaces this process by the command, which gets the terminal and the signals.
 pub(crate) fn exec(command: &mut Command) -> Result<()> {
     use std::os::unix::process::CommandExt;
     Err(command.exec()).with_context(|| format!("starting {}", line(command)))
 }
 
-/// Where a program is: on PATH, or where `cargo install` puts it.
+/// The path of a program: on PATH, or in cargo's bin folder.
 pub(crate) fn find(program: &str) -> Option<PathBuf> {
     let cargo_home = env::var_os("CARGO_HOME").map(PathBuf::from).or_else(|| Some(env::home_dir()?.join(".cargo")));
     env::split_paths(&env::var_os("PATH").unwrap_or_default())
@@ -80,7 +80,7 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
         .find(|path| path.is_file())
 }
 
-/// The command as one would type it: the program without its folder.
+/// The command as a user would type it, the program without its folder.
 pub(crate) fn line(command: &Command) -> String {
     let program = Path::new(command.get_program()).file_name().unwrap_or(command.get_program());
     let words = std::iter::once(program).chain(command.get_args());

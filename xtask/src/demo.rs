@@ -1,4 +1,4 @@
-//! `cargo xtask demo -- ARGUMENTS`: builds the kernel program, the agent and the model servers, then becomes the demo.
+//! `cargo xtask demo -- ARGUMENTS`: builds the kernel program, the agent and the model servers, then runs the demo in their place.
 
 use anyhow::Result;
 
@@ -6,7 +6,7 @@ use crate::{command::exec, optimised};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// For the demo
+    /// Arguments of the demo
     #[arg(last = true)]
     demo: Vec<String>,
 }

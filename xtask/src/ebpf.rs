@@ -1,7 +1,6 @@
-//! `cargo xtask build-ebpf`: the kernel program, built for the kernel's target into `target/bpf/penstock.bpf.o`, from where
-//! the agent's build takes it in.
+//! `cargo xtask build-ebpf`: builds the kernel program into `target/bpf/penstock.bpf.o`, which the agent's build embeds.
 //!
-//! The object is replaced only when its content changed, so the agent is not built again for nothing.
+//! The object is replaced only if its content changed, so that the agent is not rebuilt needlessly.
 
 use std::{fs, path::Path};
 
@@ -15,7 +14,7 @@ use crate::{
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Fail where a tool is missing instead of installing it
+    /// Fail if a tool is missing instead of installing it
     #[arg(long)]
     no_setup: bool,
 }
@@ -33,7 +32,7 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     build(Warnings::Allow)
 }
 
-/// Sets up what is missing, then builds.
+/// Installs missing tools, then builds.
 pub(crate) fn build(warnings: Warnings) -> Result<()> {
     if Compiler::find().is_none() || linker().is_none() {
         setup::kernel_build()?;
@@ -44,13 +43,13 @@ pub(crate) fn build(warnings: Warnings) -> Result<()> {
 
     let target = root().join("target/ebpf");
     let linker = format!("linker={}", linker.display());
-    // The target's own flags: with --target, cargo does not pass them to build scripts and procedural macros.
+    // With --target, cargo does not pass these flags to build scripts and procedural macros.
     let flags = ["-C", "target-cpu=v3", "-C", "debuginfo=2", "-C", &linker, "-C", "link-arg=--btf"];
     let mut cargo = compiler.cargo_build();
     cargo.args(["--release", "--package", "penstock-ebpf", "--target-dir"]).arg(&target);
     cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
     if let Warnings::Deny = warnings {
-        // Unlike `-D warnings` among the flags, this builds nothing anew.
+        // Unlike `-D warnings` among the flags, this rebuilds nothing.
         cargo.args(["-Z", "warnings", "--config", "build.warnings='deny'"]);
     }
     run(&mut cargo)?;
@@ -62,12 +61,12 @@ fn install(built: &Path) -> Result<()> {
     let object = root().join("target/bpf/penstock.bpf.o");
     let content = fs::read(built).with_context(|| format!("reading {}", built.display()))?;
     if !content.windows(5).any(|name| name == b".BTF\0") {
-        bail!("{} has no BTF, which the kernel asks for: was it linked by bpf-linker with --btf?", built.display());
+        bail!("{} has no BTF, which the kernel requires: was it linked by bpf-linker with --btf?", built.display());
     }
     let unchanged = fs::read(&object).is_ok_and(|old| old == content);
     if !unchanged {
-        fs::create_dir_all(object.parent().expect("the object is in a folder"))?;
-        // By rename, so that a build of the agent at the same time never sees half of it.
+        fs::create_dir_all(object.parent().expect("the object has a folder"))?;
+        // A rename is atomic: a concurrent build of the agent never sees half of the object.
         let new = object.with_extension("new");
         fs::write(&new, &content)?;
         fs::rename(&new, &object)?;

@@ -1,10 +1,8 @@
-//! `cargo xtask fuzz --seconds N`: builds the fuzz targets for libFuzzer and runs each for so long, one after the other.
+//! `cargo xtask fuzz --seconds N`: builds the fuzz targets for libFuzzer with the agent's compiler, and runs them in sequence.
 //!
-//! The compiler is the one that builds the agent: what libFuzzer needs of it (`-C passes=sancov-module` and LLVM's options for
-//! it) is stable, so neither nightly nor cargo-fuzz is needed. Only the workspace's own crates are instrumented, so every dependency
-//! is shared with the other debug builds: cargo calls this program instead of rustc for them. Inputs are taken from `fuzz/corpus/TARGET`; what a run adds stays
-//! in `target/fuzz`, and `--merge` takes from there what reaches more code. An input that breaks a promise is in
-//! `target/fuzz/findings`.
+//! Only the workspace's crates are instrumented, so dependencies are shared with other debug builds: cargo calls this program
+//! instead of rustc for those crates. Inputs come from `fuzz/corpus/TARGET`; a run adds new ones to `target/fuzz`, from where
+//! `--merge` copies those that reach more code. Failing inputs are in `target/fuzz/findings`.
 
 use std::{
     env,
@@ -23,7 +21,7 @@ use crate::{
     progress::Steps,
 };
 
-/// As cargo-fuzz sets them, without a sanitizer: the code under test is safe Rust.
+/// The flags of cargo-fuzz, without a sanitizer: the code under test is safe Rust. All of them are stable.
 const COVERAGE: [&str; 11] = [
     "--cfg",
     "fuzzing",
@@ -37,26 +35,26 @@ const COVERAGE: [&str; 11] = [
     "debug-assertions",
     "--cap-lints=allow",
 ];
-/// Set for cargo when this program is the compiler that it calls for the workspace's crates.
+/// Set in cargo's environment when it calls this program as the compiler of the workspace's crates.
 const COMPILER: &str = "PENSTOCK_FUZZ_COMPILER";
-/// Crates that are more than glue are optimised.
+/// Optimised packages: those with the code under test.
 const OPTIMISED: [&str; 3] = ["penstock-agent", "penstock-common", "penstock-fuzz"];
-/// Longest input that is tried, bytes.
+/// The longest input, in bytes.
 const MOST_INPUT: &str = "-max_len=4096";
-/// An input that takes longer is a finding, seconds.
+/// An input that takes longer than this many seconds is a finding.
 const PATIENCE: &str = "-timeout=30";
-/// What the process may hold, MiB.
+/// Memory limit of the process, in MiB.
 const MEMORY: &str = "-rss_limit_mb=2048";
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// For each target
+    /// Time for each target
     #[arg(long, default_value_t = 60)]
     seconds: u64,
-    /// Only these; all by default
+    /// Run only these targets; all by default
     #[arg(long)]
     target: Vec<String>,
-    /// Instead of fuzzing: take the new inputs that reach more code into fuzz/corpus
+    /// Instead of fuzzing, copy new inputs that reach more code to fuzz/corpus
     #[arg(long)]
     merge: bool,
 }
@@ -64,7 +62,7 @@ pub(crate) struct Args {
 pub(crate) fn main(args: &Args) -> Result<()> {
     let all = targets()?;
     if let Some(unknown) = args.target.iter().find(|target| !all.contains(target)) {
-        bail!("no target {unknown}; there are {}", all.join(", "));
+        bail!("no fuzz target {unknown}: expected one of {}", all.join(", "));
     }
     let mut steps = Steps::default();
     let folder = steps.step("build", build)?;
@@ -73,7 +71,7 @@ pub(crate) fn main(args: &Args) -> Result<()> {
         eprintln!("== {target}");
         let program = folder.join(target);
         let done = if args.merge { merge(&program, target) } else { fuzz(&program, target, args.seconds) };
-        // One finding is no reason to know nothing of the other targets.
+        // The other targets run after a finding too.
         if let Err(error) = done {
             failed.push(format!("{target}: {error:#}"));
         }
@@ -88,14 +86,14 @@ fn targets() -> Result<Vec<String>> {
     let mut names = Vec::new();
     for file in fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
         let path = file?.path();
-        let name = path.file_stem().and_then(|name| name.to_str()).context("a target with a name")?;
+        let name = path.file_stem().and_then(|name| name.to_str()).context("a target has no name")?;
         names.push(name.to_owned());
     }
     names.sort();
     Ok(names)
 }
 
-/// The folder of the programs.
+/// Builds the programs; returns their folder.
 fn build() -> Result<PathBuf> {
     ebpf::build(ebpf::Warnings::Allow)?;
     let mut build = cargo();
@@ -111,15 +109,15 @@ fn build() -> Result<PathBuf> {
     Ok(root().join("target/debug"))
 }
 
-/// When cargo has called this program instead of rustc: becomes rustc, with what libFuzzer needs, and does not return.
+/// If cargo called this program instead of rustc, replaces it by rustc with libFuzzer's flags and does not return.
 pub(crate) fn become_compiler() -> Result<()> {
     if env::var_os(COMPILER).is_none() {
         return Ok(());
     }
     let mut arguments = env::args_os().skip(1);
-    let mut rustc = Command::new(arguments.next().context("no compiler is named")?);
+    let mut rustc = Command::new(arguments.next().context("cargo named no compiler")?);
     let arguments: Vec<OsString> = arguments.collect();
-    // Build scripts run here, without libFuzzer; without a name, cargo asks what the compiler can do.
+    // Build scripts run without libFuzzer. Without a crate name, cargo queries the compiler.
     let name = arguments.windows(2).find(|pair| pair[0] == "--crate-name").map(|pair| &pair[1]);
     if name.is_some_and(|name| name != "build_script_build" && name != "___") {
         rustc.args(COVERAGE);
@@ -131,7 +129,7 @@ fn fuzz(program: &Path, target: &str, seconds: u64) -> Result<()> {
     let (new, findings) = (folder("corpus", target)?, folder("findings", target)?);
     let mut command = libfuzzer(program);
     command.args([&format!("-max_total_time={seconds}"), "-print_final_stats=1", PATIENCE, MEMORY]);
-    // The first folder takes what is found.
+    // libFuzzer writes new inputs to the first folder.
     command.arg(format!("-artifact_prefix={}/", findings.display())).arg(new).arg(kept(target));
     run(&mut command)
 }
@@ -143,7 +141,7 @@ fn merge(program: &Path, target: &str) -> Result<()> {
 fn libfuzzer(program: &Path) -> std::process::Command {
     let mut command = crate::command::command(program);
     command.arg(MOST_INPUT);
-    // Coverage tells where a finding is; the agent's log does not.
+    // A finding needs a backtrace.
     command.env("RUST_BACKTRACE", env::var_os("RUST_BACKTRACE").unwrap_or_else(|| "1".into()));
     command
 }

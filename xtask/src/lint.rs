@@ -1,6 +1,6 @@
-//! `cargo xtask lint`: formatting, clippy, warnings of the kernel program, and the rules of the house that no compiler knows.
+//! `cargo xtask lint`: formatting, clippy, warnings of the kernel program, and rules of this project that no compiler checks.
 //!
-//! The rules look at tracked files. Every finding is printed as `file:line: what`, then the verb fails.
+//! The rules read tracked files. Every finding is printed as `file:line: what`, then the command fails.
 
 mod dependencies;
 mod links;
@@ -15,13 +15,13 @@ use crate::{
     progress::Steps,
 };
 
-/// Longer files usually have two nouns in them: a warning, not a failure.
+/// Files with more lines usually hold two topics: a warning, not a failure.
 const LONG_FILE: usize = 500;
 
-/// Split, so that this file does not break its own rules.
+/// Split, so that this file does not violate its own rules.
 const NEVER_IN_RUST: [&str; 4] =
     [concat!("#[", "ignore"), concat!("#[", "should_panic"), concat!("to", "do!("), concat!("unimple", "mented!(")];
-/// rustc denies the rest.
+/// The attribute that permits unsafe code; rustc denies unsafe code without it.
 const UNSAFE_ALLOWED: &str = concat!("(un", "safe_code)");
 const UNSAFE_PLACES: [&str; 4] = [
     "agent-ebpf/",
@@ -30,7 +30,7 @@ const UNSAFE_PLACES: [&str; 4] = [
     // tokio has no safe way to register a timer.
     "tests/src/model_server/pacer.rs",
 ];
-/// Where a clone of this repository is, and where packages come from, is its user's business.
+/// Paths of one machine and hosts of package registries do not belong into the repository.
 const NEVER_IN_TEXT: [&str; 7] = [
     concat!("/wo", "rk/"),
     concat!("/ho", "me/"),
@@ -43,10 +43,10 @@ const NEVER_IN_TEXT: [&str; 7] = [
 
 pub(crate) fn main() -> Result<()> {
     let mut steps = Steps::default();
-    // Each is run even when one before it has failed, so that all there is to mend is seen at once.
+    // Every step runs, also after a failed one, so that all findings are visible at once.
     let results = [
         steps.step("formatting", || run(cargo().args(["fmt", "--all", "--check"]))),
-        steps.step("rules of the house", rules),
+        steps.step("project rules", rules),
         steps.step("dependencies", dependencies::check),
         steps.step("kernel program without warnings", || ebpf::build(ebpf::Warnings::Deny)),
         steps.step("documentation", documentation),
@@ -59,7 +59,7 @@ pub(crate) fn main() -> Result<()> {
     Ok(())
 }
 
-/// Every link of the documentation leads somewhere.
+/// rustdoc, which checks the links in doc comments.
 fn documentation() -> Result<()> {
     let mut doc = cargo();
     doc.args([
@@ -79,7 +79,7 @@ fn rules() -> Result<()> {
     let files = output(command("git").args(["ls-files"])).context("listing the tracked files with git")?;
     let mut findings = Vec::new();
     for file in files.lines().filter(|file| *file != "Cargo.lock" && !file.starts_with("fuzz/corpus/")) {
-        // Deleted and not yet committed, or not text: nothing to look at.
+        // Skips binary files, and files that are deleted but not yet committed.
         let Ok(text) = fs::read_to_string(root().join(file)) else { continue };
         look_at(file, &text, &mut findings);
         if file.ends_with(".md") {
@@ -102,7 +102,7 @@ fn look_at(file: &str, text: &str, findings: &mut Vec<String>) {
         }
         if rust {
             for never in NEVER_IN_RUST.into_iter().filter(|never| line.contains(never)) {
-                found(format!("`{never}`: a test runs, and code is there or is not"));
+                found(format!("`{never}`: tests must run, and code must be complete"));
             }
             if !may_be_unsafe && line.contains(UNSAFE_ALLOWED) {
                 found(format!("unsafe code belongs in {}", UNSAFE_PLACES.join(", ")));
@@ -111,11 +111,11 @@ fn look_at(file: &str, text: &str, findings: &mut Vec<String>) {
     }
     let lines = text.lines().count();
     if rust && lines > LONG_FILE {
-        eprintln!("warning: {file} has {lines} lines: two nouns?");
+        eprintln!("warning: {file} has {lines} lines: does it hold two topics?");
     }
 }
 
-/// Whether the text occurs other than within a longer path or name.
+/// Whether the text occurs outside of a longer path or name.
 fn stands_alone(line: &str, text: &str) -> bool {
     let in_a_name = |before: char| before.is_alphanumeric() || "._-".contains(before);
     line.match_indices(text).any(|(at, _)| !line[..at].ends_with(in_a_name))
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn finds_what_it_is_for() {
+    fn violation_of_each_rule_is_found() {
         assert_eq!(findings("a.rs", concat!("#![allow(un", "safe_code)]\n")).len(), 1);
         assert_eq!(findings("a.rs", concat!("#[", "ignore = \"slow\"]\n")).len(), 1);
         assert_eq!(findings("a.md", "text \n").len(), 1);
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn lets_the_rest_pass() {
+    fn permitted_text_is_not_found() {
         assert!(findings("common/src/slot.rs", concat!("#![allow(un", "safe_code)]\n")).is_empty());
         assert!(findings("a.md", concat!("src/ro", "ot/x and ./wo", "rk/y\n")).is_empty());
     }

@@ -1,8 +1,7 @@
-//! The verbs of the project, for people and for CI alike: `cargo xtask VERB`.
+//! The project's commands, for people and CI: `cargo xtask COMMAND`.
 //!
-//! This file lists them; each has its own. What several verbs need stands below them: how the kernel program can be
-//! built on this machine (`toolchain`), how commands are made (`command`), how what is to be fast is built (`optimised`),
-//! how long work is shown (`progress`), and how tests are repeated (`repeat`).
+//! Each command has a file. Shared parts: `toolchain` finds the compiler of the kernel program, `command` makes and runs processes,
+//! `optimised` builds fast programs, `progress` shows long work, `repeat` repeats tests.
 
 mod demo;
 mod fuzz;
@@ -31,27 +30,27 @@ use clap::Parser;
 #[derive(Parser)]
 #[command(name = "cargo xtask", about, disable_help_subcommand = true)]
 enum Verb {
-    /// Install what building the kernel program needs; does nothing where it is all there
+    /// Install what building the kernel program needs, if it is missing
     Setup(setup::Args),
     /// Build the kernel program into target/bpf/penstock.bpf.o
     BuildEbpf(ebpf::Args),
     /// Build everything and start the agent: cargo xtask run -- --config FILE
     Run(run::Args),
-    /// Build what the demo needs and start it: cargo xtask demo -- ARGUMENTS
+    /// Build and start the demo: cargo xtask demo -- ARGUMENTS
     Demo(demo::Args),
-    /// Build what the stress run needs and start it: cargo xtask stress --seconds 600
+    /// Build and start the stress run: cargo xtask stress --seconds 600
     Stress(stress::Args),
-    /// Build what the soak run needs and start it: cargo xtask soak --minutes 30
+    /// Build and start the soak run: cargo xtask soak --minutes 30
     Soak(soak::Args),
-    /// Run the fuzz targets one after the other: cargo xtask fuzz --seconds 60
+    /// Run the fuzz targets in sequence: cargo xtask fuzz --seconds 60
     Fuzz(fuzz::Args),
-    /// Install what is missing, build, and POST into real servers on each mode: cargo xtask posts --server nginx
+    /// Send POSTs to real servers in each steering mode: cargo xtask posts --server nginx
     Posts(posts::Args),
     /// Install what is missing, build everything, run every test
     Test(test::Args),
-    /// Run the tests of the kernel's part on other kernels, in virtual machines
+    /// Run the kernel tests on other kernels, in virtual machines
     VmTest(vm::Args),
-    /// Check formatting, the rules of the house, dependencies, warnings, documentation links and clippy
+    /// Check formatting, project rules, dependencies, warnings, documentation links and clippy
     Lint,
     /// Prepare the commit of a release: cargo xtask release 0.2.0 --dry-run
     Release(release::Args),
@@ -77,7 +76,6 @@ fn main() -> ExitCode {
         Verb::Release(args) => release::main(&args),
     };
     if let Err(error) = done {
-        // In one line: where in xtask it came from helps nobody.
         eprintln!("xtask: {error:#}");
         return ExitCode::FAILURE;
     }

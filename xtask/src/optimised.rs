@@ -1,4 +1,5 @@
-//! The profile `demo`: optimised where it matters, and built in a few minutes. For the verbs that start the tests' programs.
+//! Builds with the profile `demo`, which optimises what is measured and takes a few minutes. For commands that start programs of
+//! `penstock-tests`.
 
 use std::process::Command;
 
@@ -11,14 +12,14 @@ use crate::{
 
 const PROFILE: [&str; 2] = ["--profile", "demo"];
 
-/// The kernel program, the agent, and the programs that test it.
+/// Builds the kernel program, the agent, and the programs of `penstock-tests`.
 pub(crate) fn build() -> Result<()> {
     ebpf::build(ebpf::Warnings::Allow)?;
     let packages = ["--package", "penstock-agent", "--package", "penstock-tests", "--bins"];
     run(cargo().arg("build").args(PROFILE).args(packages))
 }
 
-/// A program of the tests, as it was built; its arguments are still to come.
+/// A program of `penstock-tests` without arguments.
 pub(crate) fn program(name: &str) -> Command {
     let mut program = cargo();
     program.args(["run", "--quiet"]).args(PROFILE).args(["--package", "penstock-tests", "--bin", name, "--"]);

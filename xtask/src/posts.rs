@@ -1,5 +1,5 @@
-//! `cargo xtask posts ARGUMENTS`: builds the kernel program, the agent and the tests' library, then becomes the run of POSTs into
-//! real servers.
+//! `cargo xtask posts ARGUMENTS`: installs the servers, builds the kernel program, the agent and the tests' programs, then runs
+//! `penstock-posts` in this process's place.
 
 use anyhow::Result;
 
@@ -8,7 +8,7 @@ use crate::{command::exec, optimised, setup};
 #[derive(clap::Args)]
 #[command(disable_help_flag = true)]
 pub(crate) struct Args {
-    /// For the run: --server, --mode, --short; --help says more
+    /// Arguments of the run: --server, --mode, --short; see --help
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     posts: Vec<String>,
 }

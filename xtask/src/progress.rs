@@ -1,4 +1,4 @@
-//! Long work, shown in plain lines that read the same on a terminal and in a CI log.
+//! Shows long work in plain lines, for terminals and CI logs alike.
 
 use std::{
     collections::VecDeque,
@@ -13,13 +13,13 @@ use anyhow::{Context, Result, bail};
 
 use crate::command::line;
 
-/// How often a command that keeps its output to itself says that it is alive.
+/// Interval of progress lines for a command whose output is not shown.
 const HEARTBEAT: Duration = Duration::from_secs(10);
-/// How much of its output is shown when it fails.
+/// Lines of its output that are shown if it fails.
 const TAIL: usize = 40;
 
-/// Runs a command whose output matters only when it fails: says what is done, then every ten seconds how long it has
-/// taken and the last line it printed, and its last lines if it fails.
+/// Runs a command whose output matters only if it fails. Prints the command, every ten seconds the time it has taken and its last line,
+/// and its last lines if it fails.
 pub(crate) fn quietly(what: &str, command: &mut Command) -> Result<()> {
     let started = Instant::now();
     eprintln!("{what}: {}", line(command));
@@ -64,7 +64,7 @@ pub(crate) fn quietly(what: &str, command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Sends each line of a child's output, until the child closes it.
+/// Sends each line of a child's output until the child closes it.
 fn forward(pipe: impl Read + Send + 'static, lines: Sender<String>) {
     thread::spawn(move || {
         for line in BufReader::new(pipe).split(b'\n').map_while(Result::ok) {
@@ -76,7 +76,7 @@ fn forward(pipe: impl Read + Send + 'static, lines: Sender<String>) {
     });
 }
 
-/// The steps of a verb and their times, printed when the verb ends, whichever way it ends.
+/// The steps of a command with their times, printed on drop.
 #[derive(Default)]
 pub(crate) struct Steps(Vec<(&'static str, Duration, bool)>);
 

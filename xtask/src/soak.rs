@@ -1,4 +1,5 @@
-//! `cargo xtask soak ARGUMENTS`: builds the kernel program, the agent and the tests' library, then becomes the soak run.
+//! `cargo xtask soak ARGUMENTS`: builds the kernel program, the agent and the tests' programs, then runs `penstock-soak` in this
+//! process's place.
 
 use anyhow::Result;
 
@@ -7,7 +8,7 @@ use crate::{command::exec, optimised};
 #[derive(clap::Args)]
 #[command(disable_help_flag = true)]
 pub(crate) struct Args {
-    /// For the run: --minutes, --seed, --mode; --help says more
+    /// Arguments of the run: --minutes, --seed, --mode; see --help
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     soak: Vec<String>,
 }

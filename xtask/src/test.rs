@@ -1,5 +1,5 @@
-//! `cargo xtask test`: from a fresh clone to every test run. Nothing is skipped: where the kernel does not permit what a
-//! test needs, that test fails and says so.
+//! `cargo xtask test`: installs what is missing, builds everything and runs every test. No test is skipped: if the kernel does not
+//! permit what a test needs, that test fails and says so.
 
 use anyhow::Result;
 
@@ -12,10 +12,10 @@ use crate::{
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Run the tests so many times, with every core loaded meanwhile, and print each failure with its runs
+    /// Run the tests N times with every core loaded, and print each failure with its runs
     #[arg(long, value_name = "N")]
     repeat: Option<u32>,
-    /// For the test runner: a filter, for example
+    /// Arguments of the test runner, such as a filter
     #[arg(last = true)]
     runner: Vec<String>,
 }
@@ -46,7 +46,7 @@ pub(crate) fn main(args: &Args) -> Result<()> {
         return steps.step("tests, repeated", || repeat::tests(times, || tests(&["--no-fail-fast"])));
     }
     steps.step("tests", || run(&mut tests(&[])))?;
-    // Neither runner above runs them, and a filter for the tests says nothing about them.
+    // Neither runner runs these, and the arguments are for the other tests.
     if args.runner.is_empty() {
         steps.step("tests in documentation", || run(cargo().args(["test", "--doc"])))?;
     }

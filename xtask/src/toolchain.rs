@@ -1,24 +1,24 @@
-//! What this machine has for building the kernel program, and what it lacks.
+//! Finds the compiler and the linker of the kernel program on this machine.
 //!
-//! The target `bpfel-unknown-none` comes without a prebuilt `core` from rustup. Two ways lead to one: rustup's nightly
-//! with `rust-src`, from which `core` is built, or Debian's rustc-web with its prebuilt one. Each needs bpf-linker.
+//! rustup has no prebuilt `core` for `bpfel-unknown-none`. It comes from rustup's nightly with `rust-src`, which builds it, or from
+//! Debian's rustc-web, which has it prebuilt. Both need bpf-linker.
 
 use std::{path::PathBuf, process::Command};
 
 use crate::command::{command, find, foreign, output};
 
-/// bpf-linker's LLVM must be at least the one of the rustc whose bitcode it reads; these go together with rustc-web.
+/// bpf-linker's LLVM must be at least as new as that of the compiler. These versions fit rustc-web.
 pub(crate) const LINKER_VERSION: &str = "0.13.0";
 pub(crate) const LLVM: &str = "22";
 
 pub(crate) const DEBIAN_PACKAGES: [&str; 7] =
     ["rustc-web", "cargo-web", "libstd-rust-web-dev-bpf", "llvm-22-dev", "libzstd-dev", "zlib1g-dev", "g++"];
 
-/// A compiler that makes bitcode for the kernel.
+/// A compiler for the kernel's target.
 pub(crate) enum Compiler {
-    /// Way A: rustup's nightly; `core` is built from its `rust-src`.
+    /// rustup's nightly; it builds `core` from `rust-src`. Preferred.
     Nightly,
-    /// Way B: Debian's. rustup's proxies stand before these two on PATH, so they are called by their paths.
+    /// Debian's rustc-web. Called by path, because rustup's proxies may precede it on PATH.
     Debian { rustc: PathBuf, cargo: PathBuf },
 }
 
@@ -42,7 +42,7 @@ impl Compiler {
         Some(Self::Debian { rustc: program("rustc")?, cargo: program("cargo")? })
     }
 
-    /// `cargo build`, for the kernel's target.
+    /// `cargo build` for the kernel's target.
     pub(crate) fn cargo_build(&self) -> Command {
         let mut cargo = match self {
             Self::Nightly => {
@@ -69,7 +69,7 @@ impl Compiler {
     }
 }
 
-/// bpf-linker, if it is there, starts (its LLVM is a shared library) and is not too old.
+/// bpf-linker, if it is installed, starts (its LLVM is a shared library) and is new enough.
 pub(crate) fn linker() -> Option<PathBuf> {
     let path = find("bpf-linker")?;
     let text = output(command(&path).arg("--version"))?;
@@ -77,9 +77,9 @@ pub(crate) fn linker() -> Option<PathBuf> {
     (numbers(text.split(' ').nth(1)?) >= numbers(LINKER_VERSION)).then_some(path)
 }
 
-/// Those of the packages that Debian's package database does not list as installed; all, where there is no such database.
+/// The packages that dpkg does not list as installed; all of them on a system without dpkg.
 pub(crate) fn missing_packages<'a>(packages: &[&'a str]) -> Vec<&'a str> {
-    // dpkg-query fails when one of the packages is unknown to it, and prints the others all the same.
+    // dpkg-query fails if it does not know one of the packages, but prints the others.
     let listed = command("dpkg-query").args(["-W", "-f", "${Package} ${db:Status-Status}\n"]).args(packages).output();
     let listed = listed.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
     let installed = |package: &str| listed.lines().any(|line| line == format!("{package} installed"));

@@ -1,8 +1,8 @@
-//! `cargo xtask vm-test`: the tests of the kernel's part, on other kernels than this machine's.
+//! `cargo xtask vm-test`: the kernel tests on other kernels than this machine's.
 //!
-//! Debian's kernels boot in qemu, in software, from an initramfs that carries the agent and the tests as `cargo xtask test`
-//! builds them. There the agent's `doctor` runs, then each test binary. The table of results goes to standard output and
-//! stands in `docs/kernels.md`. Everything fetched or made is under `target/vm`.
+//! Boots Debian's kernels in qemu with software emulation, from an initramfs with the agent and the tests as `cargo xtask test` builds
+//! them, and runs `penstock doctor` and each test binary there. Prints the table of results for `docs/kernels.md`. Files are under
+//! `target/vm`.
 
 mod archive;
 mod binaries;
@@ -25,13 +25,13 @@ use crate::{command::root, ebpf, progress::Steps, setup};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Which of Debian's kernels
+    /// Debian's kernel to boot
     #[arg(long, value_enum, default_value = "all")]
     kernel: Choice,
-    /// Leave cgroup v2 out of the machine, and only ask `doctor` there
+    /// Do not mount cgroup v2 in the machine, and run only `doctor`
     #[arg(long)]
     without_cgroup: bool,
-    /// Only tests whose name contains one of these
+    /// Run only tests whose names contain one of these
     #[arg(last = true)]
     filter: Vec<String>,
 }
@@ -44,7 +44,7 @@ enum Choice {
     /// Debian 13's
     #[value(name = "6.12")]
     Trixie,
-    /// The newest that Debian has packaged
+    /// The newest that Debian packages
     Newest,
     All,
 }
@@ -74,7 +74,7 @@ pub(crate) fn main(args: &Args) -> Result<()> {
 
     let mut rows = Vec::new();
     for series in args.kernel.series() {
-        // What goes wrong with one kernel is no reason to know nothing of the next.
+        // The other kernels run after a failure too.
         let row = steps.step(series.name(), || one(series, &payload, args));
         rows.push((series, row));
     }
@@ -94,7 +94,7 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     }
     print!("{}", table::render(&table));
     if !failed.is_empty() {
-        bail!("failed on {}; what the machines printed is in target/vm/*/console.log", failed.join(", "));
+        bail!("failed on {}; the output of the machines is in target/vm/*/console.log", failed.join(", "));
     }
     Ok(())
 }

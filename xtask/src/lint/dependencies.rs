@@ -1,5 +1,5 @@
-//! What comes in with a dependency: `deny.toml` held against Cargo.lock and the packages' own licences, without a tool that would
-//! have to be built first. `cargo deny check` reads the same file.
+//! Checks dependencies against `deny.toml`: sources and bans in Cargo.lock, and the packages' licences. Needs no tool that would have to be
+//! built first; `cargo deny check` reads the same file.
 
 use std::{collections::BTreeSet, fs, process::Stdio};
 
@@ -23,7 +23,7 @@ struct Licenses {
     exceptions: Vec<Exception>,
 }
 
-/// A crate that may have these licences too.
+/// A crate that may also have these licences.
 #[derive(Deserialize)]
 struct Exception {
     #[serde(rename = "crate")]
@@ -53,9 +53,9 @@ struct Lock {
 #[derive(Deserialize)]
 struct Package {
     name: String,
-    /// `None`: a crate of the workspace.
+    /// `None` for a crate of the workspace.
     source: Option<String>,
-    /// Names, some followed by a version.
+    /// Names, some with a version after them.
     #[serde(default)]
     dependencies: Vec<String>,
 }
@@ -69,7 +69,7 @@ pub(super) fn check() -> Result<()> {
         bans(&deny.bans, package, &mut findings);
     }
     let metadata = output(cargo().args(["metadata", "--locked", "--format-version", "1"]).stderr(Stdio::inherit()))
-        .context("Cargo.lock does not fit the manifests, or a package cannot be had")?;
+        .context("Cargo.lock does not match the manifests, or a package cannot be downloaded")?;
     let metadata: Value = serde_json::from_str(&metadata)?;
     let packages = metadata["packages"].as_array().context("cargo metadata names no packages")?;
     for package in packages {
@@ -103,10 +103,10 @@ fn licence(licences: &Licenses, name: &str, licence: Option<&str>, findings: &mu
     let allowed: Vec<&String> =
         licences.allow.iter().chain(exceptions.flat_map(|exception| &exception.allow)).collect();
     let Some(licence) = licence else {
-        findings.push(format!("{name} names no licence"));
+        findings.push(format!("{name} declares no licence"));
         return;
     };
-    // Some write `MIT/Apache-2.0`, as crates.io once had it.
+    // Some packages use the old form `MIT/Apache-2.0`.
     match Expression::parse_mode(licence, spdx::ParseMode::LAX) {
         Ok(expression) => {
             let allows = |wanted: &LicenseReq| allowed.iter().any(|allowed| **allowed == wanted.to_string());
@@ -118,7 +118,7 @@ fn licence(licences: &Licenses, name: &str, licence: Option<&str>, findings: &mu
     }
 }
 
-/// The oldest compiler supported is the one that everything is tested with.
+/// The oldest supported compiler is the one that the tests use.
 fn oldest_compiler(findings: &mut Vec<String>) -> Result<()> {
     #[derive(Deserialize)]
     struct File {

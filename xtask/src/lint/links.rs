@@ -1,9 +1,9 @@
-//! Links in the documents: what they point to is there. A link whose text is a name in backticks and whose target is a Rust
-//! file points to the function, or the module of tests, of that name in it: so a table of features cannot outlive its tests.
+//! Checks that the targets of links in documents exist. If a link's text is a name in backticks and its target a Rust file, that file must
+//! define a function or module of this name, so that a table of features cannot outlive its tests.
 
 use std::{fs, path::Path};
 
-/// Findings in the document `file` (relative to `root`) with this text. Links to other hosts and to headings are left alone.
+/// Adds the findings in the document `file` (relative to `root`) with this text. Ignores links to other hosts and to headings.
 pub(super) fn look_at(root: &Path, file: &str, text: &str, findings: &mut Vec<String>) {
     let folder = root.join(file).parent().map(Path::to_path_buf).unwrap_or_default();
     for (line, number) in text.lines().zip(1..) {
@@ -16,7 +16,7 @@ pub(super) fn look_at(root: &Path, file: &str, text: &str, findings: &mut Vec<St
                 Ok(code) if path.ends_with(".rs") => missing(name, &code),
                 Ok(_) => None,
                 Err(_) if folder.join(path).is_dir() => None,
-                Err(_) => Some("is not there".to_owned()),
+                Err(_) => Some("does not exist".to_owned()),
             };
             findings.extend(fault.map(|fault| format!("{file}:{number}: {target} {fault}")));
         }
@@ -49,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn finds_links_to_what_is_not_there() {
+    fn links_to_missing_targets_are_found() {
         let root = tempfile::tempdir().expect("a folder");
         fs::create_dir(root.path().join("docs")).expect("a folder");
         fs::write(root.path().join("a.rs"), "#[test]\nfn one() {}\nmod two;\n").expect("a file");
@@ -60,7 +60,7 @@ mod tests {
         let expected = [
             "docs/t.md:2: ../a.rs has no `on`",
             "docs/t.md:3: ../a.rs has no `three`",
-            "docs/t.md:4: h.md is not there",
+            "docs/t.md:4: h.md does not exist",
         ];
         assert_eq!(findings, expected);
     }

@@ -1,5 +1,5 @@
-//! Debian's packages of other suites than this machine's, through apt with lists and sources of its own under `target/vm`:
-//! the system's configuration is read for the mirror's address and left as it is.
+//! Fetches packages of other Debian suites than this machine's, with apt lists and sources of its own under `target/vm`. Reads the
+//! mirror's address from the system's configuration and changes nothing there.
 
 use std::{
     fs,
@@ -14,13 +14,13 @@ use crate::{
     progress::quietly,
 };
 
-/// Signs every suite; in the package that each Debian has.
+/// The keys of every suite; installed on each Debian.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 const BUSYBOX: &str = "busybox-static";
-/// A list that cannot be fetched is an error, and not just a warning.
+/// A list that cannot be fetched is an error, not a warning.
 const UPDATE: [&str; 3] = ["-o", "APT::Update::Error-Mode=any", "update"];
 
-/// A line of kernels.
+/// A series of kernels.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Series {
     Bookworm,
@@ -53,7 +53,7 @@ impl Series {
         }
     }
 
-    /// Which packages are its kernels. Those for the cloud are small and have what is needed.
+    /// The pattern of its kernel packages: those for the cloud, which are small.
     fn packages(self) -> &'static str {
         match self {
             Self::Bookworm => r"^linux-image-6\.1\.[^ ]*-cloud-amd64$",
@@ -63,12 +63,12 @@ impl Series {
     }
 }
 
-/// A kernel, unpacked.
+/// An unpacked kernel.
 pub(crate) struct Kernel {
-    /// Of Debian's package: `6.1.176-1`.
+    /// The version of Debian's package, such as `6.1.176-1`.
     pub(crate) version: String,
     pub(crate) image: PathBuf,
-    /// Where its packages are unpacked; one of them holds the modules.
+    /// The folders of its unpacked packages; one of them holds the modules.
     pub(crate) roots: Vec<PathBuf>,
     /// busybox, of the same suite.
     pub(crate) busybox: PathBuf,
@@ -80,10 +80,10 @@ pub(crate) struct Archive {
 }
 
 impl Archive {
-    /// Asks the mirror what there is. Where it cannot be reached, the lists of the last time are used, if there are any.
+    /// Fetches the package lists. If the mirror cannot be reached, uses the lists of an earlier run, if any.
     pub(crate) fn open(series: Series, folder: &Path) -> Result<Self> {
         if output(command("dpkg").arg("--print-architecture")).as_deref() != Some("amd64") {
-            bail!("vm-test takes Debian on amd64, whose apt fetches the kernels");
+            bail!("vm-test requires Debian on amd64, whose apt fetches the kernels");
         }
         let archive = Self { series, folder: folder.to_owned() };
         for sub in ["lists/partial", "cache/archives/partial", "packages"] {
@@ -96,7 +96,7 @@ impl Archive {
             if archive.newest(series.packages()).is_err() {
                 return Err(error);
             }
-            eprintln!("vm-test: going on with the lists of the last time");
+            eprintln!("vm-test: using the package lists of an earlier run");
         }
         Ok(archive)
     }
@@ -124,7 +124,7 @@ impl Archive {
         newest(&shown).with_context(|| format!("Debian has no package like {pattern}"))
     }
 
-    /// Where a package is unpacked: fetched if it is not there yet.
+    /// The folder of an unpacked package, fetched if it does not exist.
     fn unpacked(&self, package: &str, version: &str) -> Result<PathBuf> {
         let root = self.folder.join(format!("packages/{package}_{version}"));
         if root.is_dir() {
@@ -138,15 +138,15 @@ impl Archive {
         let mut download = self.apt("apt-get");
         download.args(["download", &format!("{package}={version}")]).current_dir(&partial);
         quietly("vm-test: package", &mut download)?;
-        let package = find_file(std::slice::from_ref(&partial), "*.deb").context("apt-get has downloaded nothing")?;
+        let package = find_file(std::slice::from_ref(&partial), "*.deb").context("apt-get downloaded nothing")?;
         quietly("vm-test: unpack", command("dpkg-deb").arg("--extract").arg(&package).arg(&partial))?;
         fs::remove_file(package)?;
-        // By rename, so that what is there is whole.
+        // A rename is atomic: an existing folder is complete.
         fs::rename(&partial, &root)?;
         Ok(root)
     }
 
-    /// One of apt's programs, with nothing of the system's but its settings: a proxy's, for example.
+    /// One of apt's programs with its own lists and sources; system settings such as a proxy still apply.
     fn apt(&self, program: &str) -> Command {
         let mut apt = command(program);
         let mut option = |name: &str, value: &Path| {
@@ -166,7 +166,7 @@ impl Archive {
     }
 }
 
-/// One-line sources of a series, from what `apt-get update --print-uris` says of this machine's.
+/// One-line sources of a series, from this machine's sources as `apt-get update --print-uris` prints them.
 fn sources(series: Series, listed: &str) -> Result<String> {
     let archives: Vec<&str> =
         listed.lines().filter_map(|line| line.trim_start_matches('\'').split("/dists/").next()).collect();
@@ -174,7 +174,7 @@ fn sources(series: Series, listed: &str) -> Result<String> {
     let Some(main) = of("/debian") else {
         bail!("apt has no source whose address ends with /debian, from which the kernels would come");
     };
-    // Mirrors have it beside the other.
+    // Mirrors have both next to each other.
     let security = of("/debian-security").map_or_else(|| format!("{main}-security"), str::to_owned);
     let mut sources = String::new();
     let main = series.suites().iter().map(|suite| (main, suite));
@@ -184,17 +184,17 @@ fn sources(series: Series, listed: &str) -> Result<String> {
     Ok(sources)
 }
 
-/// What apt knows of a package.
+/// A package as apt describes it.
 #[derive(Debug, PartialEq, Eq)]
 struct Package {
     name: String,
     version: String,
-    /// Packages of the same version that hold what it does not: of newer kernels the image and the modules.
+    /// Further packages of the same version: newer kernels have separate ones for the image and the modules.
     parts: Vec<String>,
 }
 
 impl Package {
-    /// From a paragraph of `apt-cache show`.
+    /// Parses a paragraph of `apt-cache show`.
     fn parse(paragraph: &str) -> Option<Self> {
         let field = |name: &str| paragraph.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "));
         let depends = field("Depends").unwrap_or_default().split(", ").filter_map(|depends| depends.split(' ').next());
@@ -213,12 +213,12 @@ fn newest(shown: &str) -> Option<Package> {
     shown.split("\n\n").filter_map(Package::parse).max_by_key(|package| numbers(&package.version))
 }
 
-/// The numbers of a version, in order: enough to compare kernels, which have no epochs.
+/// The numbers of a version, which suffice to compare kernels: they have no epochs.
 fn numbers(version: &str) -> Vec<u64> {
     version.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse().ok()).collect()
 }
 
-/// A file below these folders, of which not all need to be there, whose name fits (as a shell's `*`).
+/// A file below these folders whose name matches the shell pattern. Ignores folders that do not exist.
 pub(crate) fn find_file(folders: &[PathBuf], name: &str) -> Option<PathBuf> {
     let folders = folders.iter().filter(|folder| folder.is_dir());
     let found = output(command("find").args(folders).args(["-type", "f", "-name", name]))?;
@@ -230,7 +230,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sources_stand_beside_the_machine_s_own() {
+    fn sources_use_the_machines_mirror() {
         let listed = "'http://other.example/apt/dists/any/InRelease' a 0 \n\
                       'http://mirror.example/debian/dists/bookworm/InRelease' b 0 \n\
                       'http://mirror.example/debian-security/dists/bookworm-security/InRelease' c 0 \n";
@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_is_by_number() {
+    fn newest_version_is_found_by_number() {
         let shown = "Package: linux-image-6.1.0-9-cloud-amd64\nVersion: 6.1.27-1\n\n\
                      Package: linux-image-6.1.0-56-cloud-amd64\nInstalled-Size: 1\nVersion: 6.1.187-1\n\n\
                      Package: linux-image-6.1.0-50-cloud-amd64\nVersion: 6.1.176-1\n";
@@ -259,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kernel_in_parts() {
+    fn kernel_in_parts_names_its_packages() {
         let shown = "Package: linux-image-7.3.4-cloud-amd64\nVersion: 7.3.4-1\nDepends: dracut | initramfs-tools (>= 0.120), \
                      linux-base-7.3.4-cloud-amd64 (= 7.3.4-1), linux-binary-7.3.4-cloud-amd64 (= 7.3.4-1), \
                      linux-modules-7.3.4-cloud-amd64 (= 7.3.4-1)\n";

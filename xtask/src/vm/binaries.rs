@@ -1,5 +1,5 @@
-//! What runs in the machine: the agent, and the tests that look at the kernel's part. They are built as `cargo xtask test`
-//! builds them, so a machine that has just run the tests builds nothing here; cargo's messages say where they are.
+//! The binaries that run in the machine: the agent and the kernel tests. They are built as `cargo xtask test` builds them, so nothing is
+//! built after a test run; cargo's messages name their paths.
 
 use std::{path::PathBuf, process::Stdio};
 
@@ -8,19 +8,19 @@ use serde_json::Value;
 
 use crate::command::{cargo, line};
 
-/// A test binary, and which of its tests: those whose names contain one of these, or all.
+/// A test binary, with the tests to run: those whose names contain one of `names`, or all.
 struct Ring {
     binary: &'static str,
-    /// What cargo calls the target: `test`, or `lib` for a library's unit tests.
+    /// Cargo's kind of the target: `test`, or `lib` for a library's unit tests.
     kind: &'static str,
     names: &'static [&'static str],
-    /// How many at a time: one, so that its deadlines have both processors for themselves; more where tests mostly wait.
+    /// Concurrent tests: one, so that its deadlines have both processors; more if the tests mostly wait.
     threads: u32,
-    /// Seconds, many times what it takes, for a machine that other work keeps busy.
+    /// Time limit in seconds; several times the usual time, for a busy host.
     limit: u32,
 }
 
-/// Unit tests first: when one of them fails, there is no need to look at what follows.
+/// Unit tests first: their failures explain later ones.
 const RING: [Ring; 4] = [
     Ring {
         binary: "penstock_agent",
@@ -31,7 +31,7 @@ const RING: [Ring; 4] = [
     },
     Ring { binary: "broken", kind: "test", names: &[], threads: 1, limit: 900 },
     Ring { binary: "steering", kind: "test", names: &[], threads: 1, limit: 900 },
-    // Five hundred clients at once are too much for it.
+    // Without the tests with five hundred clients, which overload the machine.
     Ring { binary: "stalled", kind: "test", names: &["one::"], threads: 2, limit: 900 },
 ];
 
@@ -42,7 +42,7 @@ pub(crate) struct Run {
     pub(crate) args: Vec<String>,
 }
 
-/// Every binary of the ring; `filter` stands in for its own choice of tests.
+/// The run of each binary; `filter`, if it is not empty, replaces its list of tests.
 pub(crate) fn plan(filter: &[String]) -> Vec<Run> {
     let runs = RING.iter().map(|ring| {
         let mut args = vec![format!("--test-threads={}", ring.threads)];
@@ -59,15 +59,15 @@ pub(crate) fn plan(filter: &[String]) -> Vec<Run> {
 /// Builds the agent's binary.
 pub(crate) fn agent() -> Result<PathBuf> {
     let messages = built(&["build", "--bins"])?;
-    executable(&messages, "bin", "penstock").context("cargo has built no binary penstock")
+    executable(&messages, "bin", "penstock").context("cargo built no binary penstock")
 }
 
-/// Builds the tests; the ring's, by name.
+/// Builds the tests; returns the binaries of `RING` by name.
 pub(crate) fn tests() -> Result<Vec<(&'static str, PathBuf)>> {
     let messages = built(&["test", "--no-run"])?;
     let find = |ring: &Ring| {
         let path = executable(&messages, ring.kind, ring.binary);
-        Ok((ring.binary, path.with_context(|| format!("cargo has built no test binary {}", ring.binary))?))
+        Ok((ring.binary, path.with_context(|| format!("cargo built no test binary {}", ring.binary))?))
     };
     RING.iter().map(find).collect()
 }
@@ -82,7 +82,7 @@ fn built(args: &[&str]) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// The executable of the target of this kind and name; of a library, that of its unit tests.
+/// The executable of the target with this kind and name; for a library, of its unit tests.
 fn executable(messages: &str, kind: &str, name: &str) -> Option<PathBuf> {
     messages.lines().find_map(|message| {
         let message: Value = serde_json::from_str(message).ok()?;

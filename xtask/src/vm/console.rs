@@ -1,5 +1,4 @@
-//! What a machine printed, read line by line: which program began, how each test of it ended, and what the kernel itself
-//! complained about.
+//! Parses a machine's console line by line: which program started, how each of its tests ended, and what the kernel complained about.
 
 use std::time::Duration;
 
@@ -7,16 +6,16 @@ use std::time::Duration;
 pub(crate) const DOCTOR: &str = "doctor";
 const KERNEL_LOG: &str = "dmesg";
 
-/// With these the kernel says that something is wrong with itself.
+/// Marks of the kernel's own errors.
 const COMPLAINTS: [&str; 6] = ["WARNING: ", "BUG: ", "Oops", "general protection fault", "Kernel panic", "seq # bug"];
 
-/// How many lines of what went wrong are kept for each.
+/// Lines that are kept of each section, and of complaints.
 const KEPT: usize = 60;
 
 #[derive(Default)]
 pub(crate) struct Report {
     pub(crate) sections: Vec<Section>,
-    /// Of the kernel's log, and of the console outside of every section.
+    /// From the kernel's log, and from the console outside of every section.
     pub(crate) complaints: Vec<String>,
     open: bool,
 }
@@ -25,7 +24,7 @@ pub(crate) struct Report {
 pub(crate) struct Section {
     pub(crate) name: String,
     pub(crate) begin: Duration,
-    /// How long it took, and its exit status; none of both while it runs.
+    /// Duration and exit status; `None` while it runs.
     pub(crate) end: Option<(Duration, i32)>,
     /// The last lines.
     pub(crate) lines: Vec<String>,
@@ -42,12 +41,12 @@ pub(crate) struct Section {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Failure {
     pub(crate) test: String,
-    /// What the panic said, in one line.
+    /// The first line of the panic's message.
     pub(crate) why: String,
 }
 
 impl Report {
-    /// Takes a line that came `at` so long after the machine was started. True: something began or ended.
+    /// Takes a line that came `at` after the machine's start. Returns whether a section began or ended.
     pub(crate) fn line(&mut self, line: &str, at: Duration) -> bool {
         if let Some(name) = line.strip_prefix("@begin ") {
             self.sections.push(Section { name: name.to_owned(), begin: at, ..Section::default() });
@@ -83,7 +82,7 @@ impl Report {
         self.sections.iter().find(|section| section.name == name)
     }
 
-    /// All that was to run has run, to the kernel's log at its end.
+    /// Whether every section ran, including the last one, the kernel's log.
     pub(crate) fn is_complete(&self) -> bool {
         self.section(KERNEL_LOG).is_some_and(|section| section.end.is_some())
     }
@@ -118,12 +117,12 @@ impl Section {
         }
     }
 
-    /// Of a test binary: it ran to its end, and none of its tests failed.
+    /// For a test binary: it finished, and no test failed.
     pub(crate) fn is_good(&self) -> bool {
         self.is_whole() && self.failures.is_empty() && self.status() == Some(0)
     }
 
-    /// Of a test binary: libtest came to its summary.
+    /// For a test binary: libtest printed its summary.
     pub(crate) fn is_whole(&self) -> bool {
         self.complete
     }
@@ -132,7 +131,7 @@ impl Section {
         self.end.map(|(_, status)| status)
     }
 
-    /// What the last line of doctor says: `every path is ready` of `result         every path is ready`.
+    /// The result in doctor's last line: `every path is ready` in `result         every path is ready`.
     pub(crate) fn verdict(&self) -> Option<&str> {
         self.lines.last()?.split_once(' ').map(|(_, verdict)| verdict.trim())
     }
@@ -151,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_without_failures() {
+    fn run_without_failures_is_good() {
         let report = report(
             "SeaBIOS\n@begin doctor\nkernel 6.1\nresult         every path is ready\n\n@end doctor 0\n@begin broken\n\
              running 2 tests\ntest a::b ... ok\ntest c ... ok\n\ntest result: ok. 2 passed; 0 failed\n\n@end broken 0\n\
@@ -165,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn failures_have_their_reasons() {
+    fn failures_are_reported_with_reasons() {
         let report = report(
             "@begin steering\ntest a ... FAILED\ntest b ... ok\ntest c ... FAILED\n\nfailures:\n\n---- a stdout ----\n\
              seed 7\n\nthread 'a' (3) panicked at tests/steering.rs:5:1:\nbyte 3 is wrong\nnote: more\n\n---- c stdout ----\n\
@@ -179,13 +178,13 @@ mod tests {
     }
 
     #[test]
-    fn a_binary_that_dies_is_not_good() {
+    fn binary_that_dies_is_not_good() {
         assert!(!report("@begin a\ntest b ... ok\n@end a 139\n").section("a").unwrap().is_good());
         assert!(!report("@begin a\ntest b ... ok\n").section("a").unwrap().is_good());
     }
 
     #[test]
-    fn the_kernel_s_complaints_are_found_in_its_log_and_outside_of_programs() {
+    fn kernel_complaints_are_found_in_log_and_console() {
         let report = report(
             "[ 1.0] BUG: unable to boot\n@begin a\nWARNING: a program's own\n@end a 0\n@begin dmesg\n\
              [ 9.0] WARNING: CPU: 1 PID: 9 at net/core/skmsg.c:1\n[ 9.1] ok\n@end dmesg 0\n",

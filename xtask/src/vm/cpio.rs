@@ -1,5 +1,4 @@
-//! The archive format that the kernel unpacks as its first file system (Documentation/driver-api/early-userspace/
-//! buffer-format.rst, "newc").
+//! Writes the archive format of the kernel's initial file system (Documentation/driver-api/early-userspace/buffer-format.rst, "newc").
 
 use std::{
     collections::BTreeSet,
@@ -10,7 +9,7 @@ use std::{
 const FOLDER: u32 = 0o040_755;
 const FILE: u32 = 0o100_755;
 
-/// Writes an archive; the folders of a file are made as they are needed. Everything belongs to root and may be executed.
+/// Writes an archive and adds the folders of each file. Everything belongs to root and is executable.
 pub(crate) struct Cpio<W> {
     to: W,
     folders: BTreeSet<String>,
@@ -51,7 +50,7 @@ impl<W: Write> Cpio<W> {
         self.inode += 1;
         let name = path.trim_start_matches('/');
         let size = u32::try_from(content.len()).map_err(|_| io::Error::other(format!("{path} is too large")))?;
-        // inode, mode, owner, group, links, time, size, four numbers of devices, length of the name, checksum.
+        // inode, mode, owner, group, links, time, size, four device numbers, length of the name, checksum.
         let fields = [self.inode, mode, 0, 0, 1, 0, size, 0, 0, 0, 0, name.len() as u32 + 1, 0];
         write!(self.to, "070701")?;
         for field in fields {
@@ -59,7 +58,7 @@ impl<W: Write> Cpio<W> {
         }
         self.to.write_all(name.as_bytes())?;
         self.to.write_all(&[0])?;
-        // Name and content each end at a multiple of four.
+        // Name and content are padded to a multiple of four.
         self.pad(6 + 13 * 8 + name.len() + 1)?;
         self.to.write_all(content)?;
         self.pad(content.len())
@@ -75,7 +74,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_brings_its_folders_once() {
+    fn folders_of_files_are_written_once() {
         let mut archive = Vec::new();
         let mut cpio = Cpio::new(&mut archive);
         cpio.file("/a/b/one", b"12345").unwrap();

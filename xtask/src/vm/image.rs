@@ -1,4 +1,4 @@
-//! The machine's only file system: busybox, the agent, the tests, the libraries that they load, and what to run.
+//! Writes the machine's only file system: busybox, the agent, the tests, their libraries, and the plan of what to run.
 
 use std::{
     fs::{self, File},
@@ -17,16 +17,16 @@ use crate::command::{command, find, output, root, run};
 
 /// The first process of the machine.
 const INIT: &str = include_str!("init.sh");
-/// For `/dev/net/tun`, which a test plays a network with.
+/// For `/dev/net/tun`, with which a test simulates a network.
 const MODULES: [&str; 1] = ["tun"];
-/// Empty, to be mounted on.
+/// Mount points.
 const FOLDERS: [&str; 4] = ["/proc", "/sys", "/dev", "/tmp"];
 
-/// What is the same on every kernel: paths in the machine, and the files to put there.
+/// The files that are the same for every kernel, with their paths in the machine.
 pub(crate) struct Payload(Vec<(String, PathBuf)>);
 
 impl Payload {
-    /// A test looks for the agent's binary beside itself or one folder up, so it is laid out as cargo does.
+    /// A test looks for the agent's binary in its own folder or one folder up, so the layout is cargo's.
     pub(crate) fn new(agent: &Path, tests: &[(&str, PathBuf)]) -> Result<Self> {
         let mut files = vec![("/tests/penstock".to_owned(), agent.to_owned())];
         files.extend(tests.iter().map(|(name, path)| (format!("/tests/deps/{name}"), path.clone())));
@@ -54,7 +54,7 @@ impl Payload {
         cpio.file("/bin/busybox", &read(&kernel.busybox)?)?;
         cpio.file("/plan", lines(plan).as_bytes())?;
         for module in MODULES {
-            // Built into a kernel that has no such file.
+            // A kernel without this file has the module built in.
             if let Some(content) = module_in(&kernel.roots, module)? {
                 cpio.file(&format!("/modules/{module}.ko"), &content)?;
             }
@@ -66,7 +66,7 @@ impl Payload {
     }
 }
 
-/// A line for each: its name, its limit in seconds, its arguments.
+/// One line for each run: name, limit in seconds, arguments.
 fn lines(plan: &[Run]) -> String {
     plan.iter().map(|run| format!("{} {} {}\n", run.name, run.limit, run.args.join(" "))).collect()
 }
@@ -75,13 +75,13 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("reading {}", path.display()))
 }
 
-/// The paths in what ldd prints: `libc.so.6 => /lib/libc.so.6 (0x7f…)`, and the loader without an arrow.
+/// The paths in ldd's output: `libc.so.6 => /lib/libc.so.6 (0x7f…)`, and the loader's line without an arrow.
 fn libraries(list: &str) -> Vec<String> {
     let path = |line: &str| line.split_whitespace().find(|word| word.starts_with('/')).map(str::to_owned);
     list.lines().filter_map(path).collect()
 }
 
-/// Without what only debuggers read, nine tenths of it: the machine's memory is not for that.
+/// A copy without debug information, which is nine tenths of the file, to save the machine's memory.
 fn stripped(program: &Path) -> Result<PathBuf> {
     if find("strip").is_none() {
         return Ok(program.to_owned());
@@ -93,7 +93,7 @@ fn stripped(program: &Path) -> Result<PathBuf> {
     Ok(to)
 }
 
-/// A module's content, out of `kernel/drivers` and so on; newer kernels' are compressed.
+/// The content of a module; newer kernels have compressed ones.
 fn module_in(roots: &[PathBuf], name: &str) -> Result<Option<Vec<u8>>> {
     let Some(path) = find_file(roots, &format!("{name}.ko*")) else { return Ok(None) };
     if path.extension().is_some_and(|extension| extension == "xz") {
@@ -109,13 +109,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn libraries_of_a_program() {
+    fn libraries_are_read_from_ldd() {
         let list = "\tlinux-vdso.so.1 (0x00007f)\n\tlibc.so.6 => /lib/libc.so.6 (0x00007f)\n\t/lib64/ld-linux.so.2 (0x00007f)\n";
         assert_eq!(libraries(list), ["/lib/libc.so.6", "/lib64/ld-linux.so.2"]);
     }
 
     #[test]
-    fn the_plan_as_the_machine_reads_it() {
+    fn plan_has_one_line_per_run() {
         let plan = [Run { name: "broken", limit: 60, args: vec!["--test-threads=2".into(), "wrong".into()] }];
         assert_eq!(lines(&plan), "broken 60 --test-threads=2 wrong\n");
     }

@@ -1,6 +1,6 @@
 #!/bin/busybox sh
-# The first process of a machine of `cargo xtask vm-test`: it runs /plan and stops the machine. Lines that begin with @ are
-# for vm/console.rs.
+# The first process of a machine of `cargo xtask vm-test`: runs /plan and stops the machine. vm/console.rs reads the lines that
+# begin with @.
 
 /bin/busybox mkdir -p /sbin /usr/bin /usr/sbin
 /bin/busybox --install -s
@@ -19,7 +19,7 @@ for module in /modules/*.ko; do
     if [ -e "$module" ]; then insmod "$module"; fi
 done
 
-# What ran may have left its last line without an end, so each marker begins with one.
+# A program may end without a newline, so each marker begins with one.
 run() {
     name=$1 limit=$2
     shift 2
@@ -30,7 +30,7 @@ run() {
 
 run doctor 120 /tests/penstock doctor
 while read -r name limit args; do
-    # Words are what it is to be split into.
+    # The arguments are split into words on purpose.
     # shellcheck disable=SC2086
     run "$name" "$limit" "/tests/deps/$name" $args
 done </plan

@@ -1,4 +1,4 @@
-//! qemu: a machine of two processors in software, without a network or a disk, whose serial console is our pipe.
+//! Runs qemu: two emulated processors, no network and no disk, and a serial console that is read through a pipe.
 
 use std::{
     fs::File,
@@ -18,9 +18,9 @@ use crate::{
     setup::QEMU,
 };
 
-/// All of it. Each program has its own limit in the machine; this one is for a machine that stands still.
+/// Limit of the whole run, for a machine that hangs; in the machine each program has its own limit.
 const DEADLINE: Duration = Duration::from_secs(60 * 60);
-/// How long the machine may print nothing at all.
+/// Longest time without any output.
 const SILENCE: Duration = Duration::from_secs(16 * 60);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -36,13 +36,13 @@ pub(crate) struct Machine<'a> {
 }
 
 impl Machine<'_> {
-    /// Runs until the machine stops itself; what it prints goes to `log` too. Gives what it printed and how long it ran.
+    /// Runs until the machine stops itself, and copies its output to `log`. Returns the parsed output and the run time.
     pub(crate) fn run(&self, log: &Path) -> Result<(Report, Duration)> {
         let mut append = String::from("console=ttyS0 loglevel=1 panic=-1");
         if self.cgroup == Cgroup::Absent {
             append.push_str(" penstock.cgroup=no");
         }
-        // It takes both processors of a small machine for minutes: others go first. And it ends with us.
+        // qemu can occupy both processors of a small host for minutes, so it runs with low priority. It is killed with this process.
         let mut qemu = command("setpriv");
         qemu.args(["--pdeathsig", "KILL", "nice", QEMU]);
         qemu.args(["-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", "2048", "-nic", "none", "-no-reboot"]);
@@ -74,7 +74,10 @@ impl Machine<'_> {
                         eprintln!("  {:>4} s  {line}", began.elapsed().as_secs());
                     }
                 }
-                Err(RecvTimeoutError::Timeout) => bail!("the machine has stood still; {:?} in all", began.elapsed()),
+                Err(RecvTimeoutError::Timeout) => bail!(
+                    "the machine printed nothing for too long, or exceeded its time limit, after {:?}",
+                    began.elapsed()
+                ),
                 Err(RecvTimeoutError::Disconnected) => break,
             }
         }
@@ -83,13 +86,13 @@ impl Machine<'_> {
             bail!("{} ended with {status}", line(&qemu));
         }
         if report.sections.is_empty() {
-            bail!("the kernel did not come as far as its first process");
+            bail!("the kernel did not reach its first process");
         }
         Ok((report, began.elapsed()))
     }
 }
 
-/// Killed, whatever the way out.
+/// Killed on drop.
 struct Running(Child);
 
 impl Drop for Running {

@@ -1,4 +1,4 @@
-//! The results, as they stand in `docs/kernels.md`.
+//! Renders the results as Markdown for `docs/kernels.md`.
 
 use std::{fmt::Write, time::Duration};
 
@@ -9,12 +9,12 @@ use super::{
 
 /// One machine's results.
 pub(crate) struct Row {
-    /// Of Debian's package.
+    /// The version of Debian's package.
     pub(crate) version: String,
     pub(crate) cgroup: Cgroup,
-    /// The test binaries that were to run.
+    /// The test binaries that should run.
     pub(crate) planned: Vec<&'static str>,
-    /// Only tests of some names were to run, which not every binary has.
+    /// A filter selected tests, which not every binary has.
     pub(crate) filtered: bool,
     pub(crate) report: Report,
     pub(crate) time: Duration,
@@ -23,7 +23,7 @@ pub(crate) struct Row {
 impl Row {
     pub(crate) fn passed(&self) -> bool {
         let report = &self.report;
-        // Without cgroup v2 one path is missing, which doctor has to find, and the other is ready.
+        // Without cgroup v2 doctor must report that one path is off and the other ready.
         let expected = if self.cgroup == Cgroup::Absent { 2 } else { 0 };
         let doctor = report.section(DOCTOR).and_then(Section::status) == Some(expected);
         let tests = self.planned.iter().all(|name| report.section(name).is_some_and(|section| self.is_good(section)));
@@ -37,7 +37,7 @@ impl Row {
 
     fn doctor(&self) -> String {
         let Some(doctor) = self.report.section(DOCTOR) else { return "did not run".to_owned() };
-        let verdict = doctor.verdict().unwrap_or("said nothing");
+        let verdict = doctor.verdict().unwrap_or("printed nothing");
         match doctor.status() {
             Some(0) => verdict.to_owned(),
             Some(status) => format!("{verdict} (exit status {status})"),
@@ -45,15 +45,15 @@ impl Row {
         }
     }
 
-    /// `24 of 25`, or why there is no such number.
+    /// `24 of 25`, or why the binary did not finish.
     fn cell(&self, name: &str) -> String {
         let Some(section) = self.report.section(name) else { return "did not run".to_owned() };
         let ran = section.passed as usize + section.failures.len();
         let result = format!("{} of {ran}", section.passed);
         match section.status() {
-            None => format!("{result}, then stood still"),
-            // Of busybox's `timeout`: the program's end by a signal.
-            Some(143) => format!("{result}, then took too long"),
+            None => format!("{result}, then hung"),
+            // busybox's `timeout` ended the program by a signal.
+            Some(143) => format!("{result}, then exceeded its limit"),
             Some(status) if !section.is_whole() => format!("{result}, then died (exit status {status})"),
             Some(_) => result,
         }
@@ -67,7 +67,7 @@ impl Row {
             }
             if !section.is_whole() {
                 let last = section.lines.last().map_or("nothing", String::as_str);
-                findings.push(format!("`{}` did not end; the last that it printed: {last}", section.name));
+                findings.push(format!("`{}` did not finish; its last line: {last}", section.name));
             }
         }
         findings.extend(self.report.complaints.iter().map(|line| format!("the kernel: {line}")));
@@ -75,7 +75,7 @@ impl Row {
     }
 }
 
-/// In Markdown: the table, then what went wrong on each, then what doctor printed on each.
+/// In Markdown: the table, the failures on each kernel, and the output of doctor on each.
 pub(crate) fn render(rows: &[Row]) -> String {
     let mut text = String::new();
     let Some(first) = rows.first() else { return text };
@@ -128,7 +128,7 @@ mod tests {
     const LOG: &str = "@begin dmesg\n@end dmesg 0\n";
 
     #[test]
-    fn a_row_that_passed() {
+    fn passed_row_is_rendered() {
         let row = row(&[DOCTOR_FINE, FINE, LOG].concat(), Cgroup::Mounted, vec!["broken"]);
         assert!(row.passed());
         let table = "| kernel | `penstock doctor` | `broken` | time |\n|---|---|---|---|\n\
@@ -138,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_is_missing_is_a_failure() {
+    fn missing_part_fails_the_row() {
         let unavailable = "@begin doctor\nresult         the agent relays\n@end doctor 1\n";
         let failed = "@begin broken\ntest a ... FAILED\ntest result: FAILED. 0 passed\n@end broken 101\n";
         let complaint = "@begin dmesg\n[1] WARNING: at net/core/skmsg.c\n@end dmesg 0\n";
@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn a_binary_may_have_no_test_of_a_filter_but_one_of_all_must() {
+    fn filter_must_match_in_one_binary() {
         let nothing = "@begin stalled\ntest result: ok. 0 passed\n@end stalled 0\n";
         for (parts, passed) in [([FINE, nothing], [false, true]), ([nothing, nothing], [false, false])] {
             for (filtered, passed) in [false, true].into_iter().zip(passed) {
