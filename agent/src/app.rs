@@ -29,8 +29,8 @@ use crate::{
     readiness::{Gate, Readiness},
     reload::{self, ReloadError},
     room::{Idle, Room},
+    server::{self, Listener},
     shared::{Shared, names},
-    site::{self, Listener},
     steer::Steering,
     telemetry::{Exporter, Telemetry},
     tls::{Acceptor, Certificate},
@@ -86,11 +86,11 @@ impl Agent {
 
         let ladder = Ladder::climb(&config.steering);
         ladder.announce(&metrics);
-        let listening = |address| listen(address, count).with_context(|| format!("listening on {address}"));
+        let listening = |address| listen(address, count).with_context(|| format!("cannot listen on {address}"));
         let plain = listening(config.listen.address)?;
         let secured = config.listen.tls.as_ref().map(|tls| listening(tls.address)).transpose()?;
         let admin = std::net::TcpListener::bind(config.admin.address);
-        let admin = admin.with_context(|| format!("the admin server on {}", config.admin.address))?;
+        let admin = admin.with_context(|| format!("cannot start the admin server on {}", config.admin.address))?;
 
         let mut bound = vec![plain[0].local_addr()?, admin.local_addr()?];
         if let Some(secured) = &secured {
@@ -107,8 +107,8 @@ impl Agent {
         }
         let dropped = capability::keep(&[]);
         let capabilities = capabilities(&dropped);
-        let around = capability::with(&[], || Around::start(config, metrics, &readiness, own, &watch))?;
-        let Around { shared, exporter, certificate, background } = around;
+        let services = capability::with(&[], || Services::start(config, metrics, &readiness, own, &watch))?;
+        let Services { shared, exporter, certificate, background } = services;
         let (config, metrics) = (&shared.config, &shared.metrics);
         let mut status = ladder.lines();
         let user = capability::user();
@@ -120,7 +120,7 @@ impl Agent {
             let verbose = move || status.iter().cloned().chain([room.describe()]).collect();
             capability::with(&[], || admin::start(admin, metrics, readiness, verbose, &watch))
         };
-        let admin = admin.context("the admin server")?;
+        let admin = admin.context("cannot start the admin server")?;
 
         let steering = ladder.steering();
         if let Steering::Active(kernel) = &steering {
@@ -297,14 +297,14 @@ impl Drop for Agent {
 }
 
 /// The parts of an agent other than its workers.
-struct Around {
+struct Services {
     shared: Arc<Shared>,
     exporter: Option<Exporter>,
     certificate: Option<Arc<Certificate>>,
     background: BackgroundTasks,
 }
 
-impl Around {
+impl Services {
     fn start(
         config: Config,
         metrics: Arc<Metrics>,
@@ -348,7 +348,7 @@ fn start_background(
     let mut tasks: Vec<control::Task> =
         epps.map(|(pool, replicas)| tend(replicas, dns.clone(), Arc::clone(&shared.metrics), pool).boxed()).collect();
     tasks.extend(certificate.map(|certificate| Arc::clone(certificate).follow().boxed()));
-    let control = Control::start(tasks, watch).context("the control thread")?;
+    let control = Control::start(tasks, watch).context("cannot start the control thread")?;
     Ok(BackgroundTasks { _discovery: discovery, _control: control })
 }
 
@@ -368,7 +368,7 @@ fn work(
         let listener = |(socket, tls)| Ok(Listener { socket: tokio::net::TcpListener::from_std(socket)?, tls });
         let listeners = listeners.into_iter().map(listener).collect::<io::Result<_>>()?;
         gate.open();
-        site::serve(worker, listeners, idle, updates).await;
+        server::serve(worker, listeners, idle, updates).await;
         Ok(())
     })
 }

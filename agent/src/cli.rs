@@ -242,7 +242,8 @@ fn start_logging(filter: &str, format: LogFormat, queue_bytes: usize) -> anyhow:
         EnvFilter::new("info")
     });
     let colours = std::io::IsTerminal::is_terminal(&std::io::stderr()) && matches!(format, LogFormat::Text);
-    let (writer, guard) = logging::start(std::io::stderr(), queue_bytes, colours).context("starting the log thread")?;
+    let (writer, guard) =
+        logging::start(std::io::stderr(), queue_bytes, colours).context("cannot start the log thread")?;
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_ansi(colours);
     match format {
         LogFormat::Text => builder.init(),
@@ -257,7 +258,7 @@ impl Epp {
             self.client_ca.is_none() || matches!(self.tls, Tls::SelfSigned),
             "--client-ca needs --tls self-signed"
         );
-        let read = |file: PathBuf| std::fs::read(&file).with_context(|| format!("reading {}", file.display()));
+        let read = |file: PathBuf| std::fs::read(&file).with_context(|| format!("cannot read {}", file.display()));
         let client_ca = self.client_ca.map(read).transpose()?;
         let config = EppServerConfig {
             listen: self.listen,

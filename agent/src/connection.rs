@@ -18,16 +18,16 @@ use crate::{
     },
     kernel::socket,
     proxy::{self, After, Panicked},
-    room::Resting,
+    room::IdleState,
     tls::{self, Acceptor},
     worker::{Current, Worker},
 };
 
 /// Size of the first read of a connection, in bytes; larger heads grow the buffer up to the configured limit.
-const READ: usize = 4096;
+const FIRST_READ: usize = 4096;
 
 /// How long a draining agent waits for the first request of a connection.
-const FIRST: Duration = Duration::from_millis(200);
+const FIRST_REQUEST: Duration = Duration::from_millis(200);
 
 /// Serves the connection to its end.
 pub async fn serve(current: &Rc<Current>, stream: TcpStream, peer: SocketAddr) {
@@ -56,7 +56,7 @@ pub async fn serve_tls(current: &Rc<Current>, tls: &Acceptor, stream: TcpStream,
         return failed("timeout");
     }
     let Some(place) = within(until, tls.place()).await else { return failed("busy") };
-    let under_way = worker.shared.metrics.tls_handshake();
+    let in_progress = worker.shared.metrics.tls_handshake();
     let stream = match within(until, worker.handshakes.take(tls.accept(stream))).await {
         Some(Ok(stream)) => stream,
         Some(Err(error)) => {
@@ -65,7 +65,7 @@ pub async fn serve_tls(current: &Rc<Current>, tls: &Acceptor, stream: TcpStream,
         }
         None => return failed("timeout"),
     };
-    drop((place, under_way));
+    drop((place, in_progress));
     if stream.get_ref().1.alpn_protocol() == Some(tls::H2) {
         return http2::serve(current, BytesMut::new(), Wire::Tls(Box::new(stream)), peer).await;
     }
@@ -77,9 +77,9 @@ pub async fn serve_tls(current: &Rc<Current>, tls: &Acceptor, stream: TcpStream,
 async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketAddr) {
     let mut first = !socket.is_tls();
     let mut lease = None;
-    let resting = Resting::new(&current.idle);
+    let idle_state = IdleState::new(&current.idle);
     loop {
-        let head = read_head(&current.worker(), &mut socket, &resting).await;
+        let head = read_head(&current.worker(), &mut socket, &idle_state).await;
         // The configuration may have been reloaded while the connection was idle.
         let worker = &current.worker();
         let http2 = worker.shared.config.listen.http2_max_streams > 0;
@@ -94,7 +94,7 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
                 let answered = proxy::guarded(worker, &mut client, head, begun, peer, &mut lease).await;
                 answered.unwrap_or_else(|Panicked(after)| after)
             }
-            Ok(None) if resting.is_over() => After::Abort,
+            Ok(None) if idle_state.is_shed() => After::Abort,
             Ok(None) => After::Close,
             Err(error) => {
                 proxy::refuse(worker, &mut client, &error, &path).await;
@@ -129,7 +129,7 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
 async fn read_head(
     worker: &Worker,
     client: &mut ClientSocket,
-    resting: &Resting,
+    idle_state: &IdleState,
 ) -> Result<Option<(RequestHead, Instant)>, Error> {
     let config = &worker.shared.config;
     let limits = HeadLimits { bytes: config.limits.head_bytes, headers: config.limits.headers };
@@ -141,30 +141,30 @@ async fn read_head(
     loop {
         if let Some((head, length)) = parser.parse(&client.buf, &limits)? {
             let _ = client.buf.split_to(length);
-            resting.end();
+            idle_state.set_busy();
             return Ok(Some((head, begun.unwrap_or_else(Instant::now))));
         }
         if begun.is_none() {
-            resting.begin();
+            idle_state.set_idle();
         } else {
-            resting.end();
+            idle_state.set_busy();
         }
         let until = begun.map_or(idle, |begun| head_limit.map(|limit| begun + limit));
         let read = tokio::select! {
             biased;
-            read = within(until, client.read(READ)) => read,
-            () = drained(worker, resting), if begun.is_none() => {
+            read = within(until, client.read(FIRST_READ)) => read,
+            () = drained(worker, idle_state), if begun.is_none() => {
                 // Bytes already in the socket were sent before the drain.
-                match client.read_now(READ) {
+                match client.read_now(FIRST_READ) {
                     Ok(n) if n > 0 => Some(Ok(n)),
                     _ => return Ok(None),
                 }
             }
-            () = resting.closed(), if begun.is_none() => match client.read_now(READ) {
+            () = idle_state.shed(), if begun.is_none() => match client.read_now(FIRST_READ) {
                 Ok(n) if n > 0 => Some(Ok(n)),
                 _ => {
                     worker.shared.metrics.client_shed();
-                    resting.give_up();
+                    idle_state.mark_shed();
                     return Ok(None);
                 }
             },
@@ -185,10 +185,10 @@ async fn read_head(
 
 /// Resolves when the agent drains; for an unused connection slightly later, because its first request may be in
 /// transit.
-async fn drained(worker: &Worker, resting: &Resting) {
+async fn drained(worker: &Worker, idle_state: &IdleState) {
     worker.shared.draining.cancelled().await;
-    if !resting.is_used() {
-        tokio::time::sleep(FIRST).await;
+    if !idle_state.is_used() {
+        tokio::time::sleep(FIRST_REQUEST).await;
     }
 }
 

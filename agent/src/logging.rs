@@ -160,7 +160,7 @@ fn line(event: &[u8], colours: bool) -> Option<Vec<u8>> {
             '\t' => line.extend_from_slice(b"\\t"),
             // The formatter has escaped those inside fields.
             '\x1b' if colours => line.push(b'\x1b'),
-            char if char.is_control() || turns_text(char) => {
+            char if char.is_control() || is_bidi_control(char) => {
                 line.extend_from_slice(format!("\\u{:04x}", u32::from(char)).as_bytes());
             }
             char => line.extend_from_slice(char.encode_utf8(&mut [0; 4]).as_bytes()),
@@ -171,7 +171,7 @@ fn line(event: &[u8], colours: bool) -> Option<Vec<u8>> {
 }
 
 /// Line separators and the controls of bidirectional text.
-fn turns_text(char: char) -> bool {
+fn is_bidi_control(char: char) -> bool {
     matches!(char, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{200e}' | '\u{200f}')
 }
 

@@ -27,11 +27,11 @@ pub struct Room {
     places: Arc<Semaphore>,
     limit: usize,
     /// One per worker.
-    corners: Vec<Corner>,
+    workers_idle: Vec<WorkerIdle>,
 }
 
 #[derive(Default)]
-struct Corner {
+struct WorkerIdle {
     /// Number of idle connections.
     idle: AtomicUsize,
     /// Number of idle connections that other workers want closed.
@@ -44,8 +44,8 @@ pub type Place = OwnedSemaphorePermit;
 
 impl Room {
     pub fn new(limit: usize, workers: usize) -> Arc<Self> {
-        let corners = (0..workers).map(|_| Corner::default()).collect();
-        Arc::new(Self { places: Arc::new(Semaphore::new(limit)), limit, corners })
+        let workers_idle = (0..workers).map(|_| WorkerIdle::default()).collect();
+        Arc::new(Self { places: Arc::new(Semaphore::new(limit)), limit, workers_idle })
     }
 
     /// The connection count for `/readyz?verbose`.
@@ -66,12 +66,12 @@ pub struct Idle {
     worker: usize,
     next: Cell<u64>,
     /// Longest idle first.
-    resting: RefCell<BTreeMap<u64, Rc<Notify>>>,
+    connections: RefCell<BTreeMap<u64, Rc<Notify>>>,
 }
 
 impl Idle {
     pub fn new(room: Arc<Room>, worker: usize) -> Rc<Self> {
-        Rc::new(Self { room, worker, next: Cell::new(0), resting: RefCell::default() })
+        Rc::new(Self { room, worker, next: Cell::new(0), connections: RefCell::default() })
     }
 
     pub fn room(&self) -> &Room {
@@ -94,20 +94,20 @@ impl Idle {
         if self.close_oldest() {
             return true;
         }
-        let corners = self.room.corners.iter();
-        let most = corners.max_by_key(|corner| corner.idle.load(Relaxed).saturating_sub(corner.wanted.load(Relaxed)));
-        let Some(corner) = most.filter(|corner| corner.idle.load(Relaxed) > corner.wanted.load(Relaxed)) else {
+        let workers = self.room.workers_idle.iter();
+        let most = workers.max_by_key(|worker| worker.idle.load(Relaxed).saturating_sub(worker.wanted.load(Relaxed)));
+        let Some(worker) = most.filter(|worker| worker.idle.load(Relaxed) > worker.wanted.load(Relaxed)) else {
             return false;
         };
-        corner.wanted.fetch_add(1, Relaxed);
-        corner.asked.notify_one();
+        worker.wanted.fetch_add(1, Relaxed);
+        worker.asked.notify_one();
         true
     }
 
     fn close_oldest(&self) -> bool {
-        let oldest = self.resting.borrow_mut().pop_first();
+        let oldest = self.connections.borrow_mut().pop_first();
         let Some((_, close)) = oldest else { return false };
-        self.corner().idle.fetch_sub(1, Relaxed);
+        self.own().idle.fetch_sub(1, Relaxed);
         close.notify_one();
         true
     }
@@ -115,52 +115,58 @@ impl Idle {
     /// Closes idle connections at the request of other workers. Never returns.
     pub async fn serve_others(&self) {
         loop {
-            self.corner().asked.notified().await;
-            for _ in 0..self.corner().wanted.swap(0, Relaxed) {
+            self.own().asked.notified().await;
+            for _ in 0..self.own().wanted.swap(0, Relaxed) {
                 self.close_oldest();
             }
         }
     }
 
-    fn corner(&self) -> &Corner {
-        &self.room.corners[self.worker]
+    fn own(&self) -> &WorkerIdle {
+        &self.room.workers_idle[self.worker]
     }
 }
 
 /// A connection's idle state.
-pub struct Resting {
+pub struct IdleState {
     idle: Rc<Idle>,
-    close: Rc<Notify>,
+    closing: Rc<Notify>,
     /// Its key among the idle connections.
     number: Cell<Option<u64>>,
     /// The connection has had a request.
     used: Cell<bool>,
-    over: Cell<bool>,
+    is_shed: Cell<bool>,
 }
 
-impl Resting {
+impl IdleState {
     pub fn new(idle: &Rc<Idle>) -> Self {
-        let close = Rc::new(Notify::new());
-        Self { idle: Rc::clone(idle), close, number: Cell::new(None), used: Cell::new(false), over: Cell::new(false) }
+        let closing = Rc::new(Notify::new());
+        Self {
+            idle: Rc::clone(idle),
+            closing,
+            number: Cell::new(None),
+            used: Cell::new(false),
+            is_shed: Cell::new(false),
+        }
     }
 
     /// Marks the connection idle.
-    pub fn begin(&self) {
+    pub fn set_idle(&self) {
         if self.number.get().is_none() {
             let number = self.idle.next.replace(self.idle.next.get() + 1);
-            self.idle.resting.borrow_mut().insert(number, Rc::clone(&self.close));
-            self.idle.corner().idle.fetch_add(1, Relaxed);
+            self.idle.connections.borrow_mut().insert(number, Rc::clone(&self.closing));
+            self.idle.own().idle.fetch_add(1, Relaxed);
             self.number.set(Some(number));
         }
     }
 
     /// Marks the connection busy with a request.
-    pub fn end(&self) {
+    pub fn set_busy(&self) {
         self.used.set(true);
         if let Some(number) = self.number.take()
-            && self.idle.resting.borrow_mut().remove(&number).is_some()
+            && self.idle.connections.borrow_mut().remove(&number).is_some()
         {
-            self.idle.corner().idle.fetch_sub(1, Relaxed);
+            self.idle.own().idle.fetch_sub(1, Relaxed);
         }
     }
 
@@ -169,23 +175,23 @@ impl Resting {
     }
 
     /// Marks the connection as shed.
-    pub fn give_up(&self) {
-        self.over.set(true);
+    pub fn mark_shed(&self) {
+        self.is_shed.set(true);
     }
 
-    pub fn is_over(&self) -> bool {
-        self.over.get()
+    pub fn is_shed(&self) -> bool {
+        self.is_shed.get()
     }
 
     /// Resolves when the connection has to close in favour of another one. Cancel-safe.
-    pub async fn closed(&self) {
-        self.close.notified().await;
+    pub async fn shed(&self) {
+        self.closing.notified().await;
     }
 }
 
-impl Drop for Resting {
+impl Drop for IdleState {
     fn drop(&mut self) {
-        self.end();
+        self.set_busy();
     }
 }
 
@@ -199,19 +205,19 @@ mod tests {
     async fn full_room_closes_the_longest_idle_connection() {
         let room = Room::new(2, 1);
         let idle = Idle::new(Arc::clone(&room), 0);
-        let [one, two] = [Resting::new(&idle), Resting::new(&idle)];
+        let [one, two] = [IdleState::new(&idle), IdleState::new(&idle)];
         let places = [idle.enter().await.unwrap(), idle.enter().await.unwrap()];
         assert!(idle.enter().await.is_none(), "both connections have a request");
-        one.begin();
-        two.begin();
-        one.end();
-        one.begin();
+        one.set_idle();
+        two.set_idle();
+        one.set_busy();
+        one.set_idle();
         let [first, second] = places;
         let (entered, ()) = tokio::join!(idle.enter(), async {
-            two.closed().await;
+            two.shed().await;
             drop(second);
         });
-        assert!(entered.is_some() && one.closed().now_or_never().is_none());
+        assert!(entered.is_some() && one.shed().now_or_never().is_none());
         drop((first, two));
         assert_eq!(room.describe(), "connections: 1 of 2");
     }
@@ -220,13 +226,13 @@ mod tests {
     async fn idle_connection_of_another_worker_is_closed() {
         let room = Room::new(1, 2);
         let [here, there] = [0, 1].map(|worker| Idle::new(Arc::clone(&room), worker));
-        let other = Resting::new(&there);
+        let other = IdleState::new(&there);
         let place = there.enter().await.unwrap();
         assert!(here.enter().await.is_none());
         assert!(room.describe().contains("1 of 1, full"), "{}", room.describe());
-        other.begin();
+        other.set_idle();
         let closed = async {
-            other.closed().await;
+            other.shed().await;
             drop((place, other));
         };
         let entered = tokio::select! {

@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// Time between two checks whether a drain is done.
-const LOOK: Duration = Duration::from_millis(20);
+const CHECK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The signal handlers, with their runtime.
 pub struct Signals {
@@ -77,7 +77,7 @@ struct Stop {
 
 impl Stop {
     /// Resolves at the next SIGTERM or SIGINT. Cancel-safe.
-    async fn asked(&mut self) {
+    async fn requested(&mut self) {
         tokio::select! {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
@@ -89,7 +89,7 @@ async fn live(agent: &Agent, mut stop: Stop, mut hangup: Signal, read: impl Fn()
     let mut leave = Leave::from(&agent.config().timeouts);
     loop {
         tokio::select! {
-            () = stop.asked() => break,
+            () = stop.requested() => break,
             () = agent.failed() => break,
             _ = hangup.recv() => leave = reload(agent, &read).unwrap_or(leave),
         }
@@ -97,7 +97,7 @@ async fn live(agent: &Agent, mut stop: Stop, mut hangup: Signal, read: impl Fn()
     tracing::info!(lame_duck = ?leave.lame_duck, deadline = ?leave.drain, "draining");
     agent.leave();
     tokio::select! {
-        () = stop.asked() => agent.force(),
+        () = stop.requested() => agent.force(),
         () = tokio::time::sleep(leave.lame_duck) => {}
     }
     agent.drain();
@@ -105,12 +105,12 @@ async fn live(agent: &Agent, mut stop: Stop, mut hangup: Signal, read: impl Fn()
     let mut forced = false;
     while !agent.is_done() {
         tokio::select! {
-            () = stop.asked() => agent.force(),
+            () = stop.requested() => agent.force(),
             () = tokio::time::sleep_until(deadline), if !forced => {
                 agent.force();
                 forced = true;
             }
-            () = tokio::time::sleep(LOOK) => {}
+            () = tokio::time::sleep(CHECK_INTERVAL) => {}
         }
     }
 }

@@ -166,7 +166,8 @@ fn replicas(pool: &config::Pool) -> anyhow::Result<Option<Arc<Replicas>>> {
     match &pool.picker {
         Picker::Builtin => Ok(None),
         Picker::Epp(epp) => {
-            let replicas = Replicas::new(epp).with_context(|| format!("the EPP of the pool {}", pool.name))?;
+            let replicas =
+                Replicas::new(epp).with_context(|| format!("cannot set up the EPP of pool {}", pool.name))?;
             Ok(Some(Arc::new(replicas)))
         }
     }

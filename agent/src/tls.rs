@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// Time between two checks of the files.
-const LOOK: Duration = Duration::from_secs(1);
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// ALPN protocol names (RFC 7301).
 pub const H2: &[u8] = b"h2";
@@ -52,7 +52,7 @@ impl Certificate {
     }
 
     /// Reads the files again; returns true if they changed. On an error the current certificate stays. Blocks.
-    pub fn reread(&self) -> Result<bool, TlsError> {
+    pub fn reload_if_changed(&self) -> Result<bool, TlsError> {
         let files = contents(&self.settings)?;
         if *self.read.read() == files {
             return Ok(false);
@@ -67,19 +67,19 @@ impl Certificate {
     /// Reloads the files whenever they change, on the runtime's blocking threads. Never returns. Each error is logged
     /// once.
     pub async fn follow(self: Arc<Self>) {
-        let mut said = None;
+        let mut reported = None;
         loop {
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(CHECK_INTERVAL).await;
             let certificate = Arc::clone(&self);
-            let Ok(read) = tokio::task::spawn_blocking(move || certificate.reread()).await else { continue };
+            let Ok(read) = tokio::task::spawn_blocking(move || certificate.reload_if_changed()).await else { continue };
             match read {
                 Ok(true) => tracing::info!(file = %self.settings.cert_file.display(), "certificate reloaded"),
-                Ok(false) => said = None,
+                Ok(false) => reported = None,
                 Err(error) => {
                     let error = error.to_string();
-                    if said.as_ref() != Some(&error) {
+                    if reported.as_ref() != Some(&error) {
                         tracing::warn!(error, "certificate reload failed, keeping the current one");
-                        said = Some(error);
+                        reported = Some(error);
                     }
                 }
             }

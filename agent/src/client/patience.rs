@@ -19,7 +19,7 @@ use super::{reach::Reach, wire::Wire};
 use crate::kernel::socket;
 
 /// Checks per limit.
-const LOOKS: u32 = 4;
+const CHECKS: u32 = 4;
 
 pub struct Patience {
     limit: Option<Duration>,
@@ -31,7 +31,7 @@ struct Waiting {
     acked: u64,
     /// Time of the last acknowledgement, or the start of the wait.
     since: Instant,
-    next_look: Instant,
+    next_check: Instant,
 }
 
 impl Patience {
@@ -43,7 +43,7 @@ impl Patience {
 
     /// Time between two checks.
     fn interval(&self) -> Option<Duration> {
-        self.limit.map(|limit| limit / LOOKS).into_iter().chain(self.reach.interval()).min()
+        self.limit.map(|limit| limit / CHECKS).into_iter().chain(self.reach.interval()).min()
     }
 
     /// Drives `poll`, which needs the whole connection, while the client makes progress. Cancel-safe if `poll` loses
@@ -65,7 +65,7 @@ impl Patience {
         loop {
             let work = poll_fn(|cx| poll(Pin::new(wire), cx));
             let done = match &self.waiting {
-                Some(waiting) => timeout_at(waiting.next_look, work).await.ok(),
+                Some(waiting) => timeout_at(waiting.next_check, work).await.ok(),
                 None => Some(work.await),
             };
             match done {
@@ -80,7 +80,7 @@ impl Patience {
         if let (Some(interval), None) = (self.interval(), &self.waiting) {
             let now = Instant::now();
             let acked = socket::bytes_acked(socket.as_fd())?;
-            self.waiting = Some(Waiting { acked, since: now, next_look: now + interval });
+            self.waiting = Some(Waiting { acked, since: now, next_check: now + interval });
         }
         Ok(())
     }
@@ -90,7 +90,7 @@ impl Patience {
     pub fn look(&mut self, socket: impl AsFd) -> io::Result<()> {
         let (Some(interval), Some(waiting)) = (self.interval(), &mut self.waiting) else { return Ok(()) };
         let now = Instant::now();
-        if now < waiting.next_look {
+        if now < waiting.next_check {
             return Ok(());
         }
         let acked = socket::bytes_acked(socket.as_fd())?;
@@ -102,7 +102,7 @@ impl Patience {
         if self.reach.look(&socket) {
             return Err(io::ErrorKind::NotConnected.into());
         }
-        waiting.next_look = now + interval;
+        waiting.next_check = now + interval;
         Ok(())
     }
 }

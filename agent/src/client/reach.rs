@@ -17,7 +17,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use crate::kernel::socket;
 
 /// Checks within the limit.
-const LOOKS: u32 = 8;
+const CHECKS: u32 = 8;
 /// Accuracy of an acknowledgement's age, which the kernel reports in milliseconds.
 const ACCURACY: Duration = Duration::from_millis(50);
 
@@ -35,7 +35,7 @@ impl Reach {
 
     /// Time between two checks.
     pub fn interval(&self) -> Option<Duration> {
-        self.after.map(|after| after / LOOKS)
+        self.after.map(|after| after / CHECKS)
     }
 
     /// Returns true if the client is gone or its connection is broken.

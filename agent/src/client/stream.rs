@@ -15,7 +15,7 @@ use super::traffic::Traffic;
 use crate::http::date;
 
 /// Checks of a waiting stream within its limit.
-const LOOKS: u32 = 4;
+const CHECKS: u32 = 4;
 
 pub struct ClientStream {
     body: RecvStream,
@@ -182,7 +182,7 @@ impl ClientStream {
         let mut room = std::pin::pin!(room);
         let mut stall = self.traffic.watch(self.id, self.sent, idle)?;
         loop {
-            if let Ok(room) = timeout(idle / LOOKS, room.as_mut()).await {
+            if let Ok(room) = timeout(idle / CHECKS, room.as_mut()).await {
                 return room;
             }
             if let Err(error) = stall.look(&self.traffic) {

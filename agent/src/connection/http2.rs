@@ -29,7 +29,7 @@ use crate::{
     http::{head::HeadLimits, request::from_http2},
     kernel::socket,
     proxy::{self, Panicked},
-    room::Resting,
+    room::IdleState,
     worker::{Current, Worker},
 };
 
@@ -39,14 +39,14 @@ const CONNECTION_WINDOW: u32 = 1 << 20;
 /// Bytes of a response buffered per stream beyond the client's window.
 const SEND_BUFFER: usize = 64 << 10;
 /// How long a connection that is shed may take to send GOAWAY.
-const GOODBYE: Duration = Duration::from_millis(100);
+const SHED_TIMEOUT: Duration = Duration::from_millis(100);
 /// How long a client may be silent before it gets a PING, and how long it may take to answer it.
-const PING: Duration = Duration::from_secs(30);
-const PONG: Duration = Duration::from_secs(20);
+const PING_INTERVAL: Duration = Duration::from_secs(30);
+const PONG_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long a final GOAWAY may take to be sent.
-const LAST_WORD: Duration = Duration::from_secs(1);
+const GOAWAY_TIMEOUT: Duration = Duration::from_secs(1);
 /// Checks within the limit of a client that takes nothing.
-const LOOKS: u32 = 4;
+const CHECKS: u32 = 4;
 
 /// The number of running requests, and since when it has been zero.
 struct Activity {
@@ -57,7 +57,7 @@ struct Activity {
     first: Notify,
     /// A request handler panicked: running requests finish, then the connection closes.
     faulty: Notify,
-    resting: Resting,
+    idle_state: IdleState,
 }
 
 struct Active(Rc<Activity>);
@@ -65,7 +65,7 @@ struct Active(Rc<Activity>);
 impl Activity {
     fn begin(self: &Rc<Self>) -> Active {
         self.requests.set(self.requests.get() + 1);
-        self.resting.end();
+        self.idle_state.set_busy();
         self.used.set(true);
         self.first.notify_one();
         Active(Rc::clone(self))
@@ -73,7 +73,7 @@ impl Activity {
 
     /// Resolves when the agent leaves and the connection has had a request: a client that gets GOAWAY before its first
     /// request would reconnect immediately.
-    async fn leaves(&self, leaving: &CancellationToken) {
+    async fn must_leave(&self, leaving: &CancellationToken) {
         leaving.cancelled().await;
         while !self.used.get() {
             self.first.notified().await;
@@ -83,7 +83,7 @@ impl Activity {
     /// Resolves when the connection is idle and chosen to be shed.
     async fn shed(&self) {
         loop {
-            self.resting.closed().await;
+            self.idle_state.shed().await;
             if self.requests.get() == 0 {
                 return;
             }
@@ -117,7 +117,7 @@ impl Drop for Active {
         self.0.requests.set(self.0.requests.get() - 1);
         self.0.idle_since.set(Instant::now());
         if self.0.requests.get() == 0 {
-            self.0.resting.begin();
+            self.0.idle_state.set_idle();
         }
     }
 }
@@ -128,27 +128,27 @@ pub(super) async fn serve(current: &Rc<Current>, read: BytesMut, wire: Wire, pee
     let listen = &worker.shared.config.listen;
     let traffic = Rc::new(Traffic::new(wire, listen.http2_resets, listen.http2_control_frames));
     let requests = TaskTracker::new();
-    let left = exchange(current, &worker, &traffic, read, peer, &requests).await;
+    let ending = run(current, &worker, &traffic, read, peer, &requests).await;
     // Requests still running end with the connection; waits until they are accounted for.
     requests.close();
     requests.wait().await;
     let Some(traffic) = Rc::into_inner(traffic) else { return };
     let wire = traffic.into_wire();
-    match left {
-        Left::Reading => {
+    match ending {
+        Ending::Reading => {
             let linger = Linger::new(&worker.shared.config, false);
             if let Err(cut) = discard(wire, BytesMut::new(), linger).await {
                 worker.shared.metrics.client_linger_cut(cut);
             }
         }
-        Left::Done => {}
+        Ending::Done => {}
         // The client will not take what is queued, so the kernel should drop it.
-        Left::Stuck => socket::set_reset_on_close(wire.tcp(), true),
+        Ending::Stuck => socket::set_reset_on_close(wire.tcp(), true),
     }
 }
 
 /// How a connection ended.
-enum Left {
+enum Ending {
     /// The client may still be sending.
     Reading,
     /// Nothing is in transit.
@@ -158,14 +158,14 @@ enum Left {
 }
 
 /// Runs the whole connection.
-async fn exchange(
+async fn run(
     current: &Rc<Current>,
     worker: &Worker,
     traffic: &Rc<Traffic>,
     read: BytesMut,
     peer: SocketAddr,
     requests: &TaskTracker,
-) -> Left {
+) -> Ending {
     let (shared, config) = (&worker.shared, &worker.shared.config);
     let activity = Rc::new(Activity {
         requests: Cell::new(0),
@@ -173,9 +173,9 @@ async fn exchange(
         used: Cell::new(false),
         first: Notify::new(),
         faulty: Notify::new(),
-        resting: Resting::new(&current.idle),
+        idle_state: IdleState::new(&current.idle),
     });
-    activity.resting.begin();
+    activity.idle_state.set_idle();
     let handshake = Builder::new()
         .max_concurrent_streams(config.listen.http2_max_streams)
         .max_header_list_size(config.limits.head_bytes as u32)
@@ -188,17 +188,17 @@ async fn exchange(
         Some(Ok(connection)) => connection,
         Some(Err(error)) => {
             tracing::debug!(%peer, %error, "HTTP/2 handshake failed");
-            return Left::Reading;
+            return Ending::Reading;
         }
-        None => return Left::Stuck,
+        None => return Ending::Stuck,
     };
     let ping = connection.ping_pong();
     let watch = Watch::new(config.timeouts.client_unreachable);
     let mut over = pin!(async {
         tokio::select! {
             reason = traffic.ended() => reason,
-            () = silent(traffic, ping) => "silent",
-            () = untaken(traffic, config.timeouts.idle) => "stalled",
+            () = unresponsive(traffic, ping) => "silent",
+            () = stalled(traffic, config.timeouts.idle) => "stalled",
             () = poll_fn(|cx| watch.poll_gone(traffic.wire().borrow().tcp(), cx)) => "unreachable",
         }
     });
@@ -206,7 +206,7 @@ async fn exchange(
     let mut leave = pin!(async {
         tokio::select! {
             () = shared.draining.cancelled() => false,
-            () = activity.leaves(&shared.leaving) => false,
+            () = activity.must_leave(&shared.leaving) => false,
             () = activity.faulty.notified() => false,
             () = activity.idle(config.timeouts.keep_alive) => {
                 shared.metrics.client_idle_closed();
@@ -225,22 +225,22 @@ async fn exchange(
             reason = over.as_mut() => break reason,
             accepted = poll_fn(|cx| connection.poll_accept(cx)) => match accepted {
                 Some(Ok((request, answer))) => {
-                    let one = one(current.worker(), request, answer, peer, Rc::clone(traffic), activity.begin());
-                    requests.spawn_local(one);
+                    let served = serve_request(current.worker(), request, answer, peer, Rc::clone(traffic), activity.begin());
+                    requests.spawn_local(served);
                 }
                 Some(Err(error)) => {
                     tracing::debug!(%peer, %error, "HTTP/2 connection failed");
-                    return Left::Reading;
+                    return Ending::Reading;
                 }
-                None => return Left::Reading,
+                None => return Ending::Reading,
             },
             shed = leave.as_mut(), if !leaving => {
                 leaving = true;
                 connection.graceful_shutdown();
                 if shed {
                     // An idle client needs no time to finish.
-                    let _ = timeout(GOODBYE, closed(&mut connection)).await;
-                    return Left::Done;
+                    let _ = timeout(SHED_TIMEOUT, closed(&mut connection)).await;
+                    return Ending::Done;
                 }
             }
         }
@@ -254,9 +254,9 @@ async fn exchange(
         "resets" | "frames" => Reason::ENHANCE_YOUR_CALM,
         _ => Reason::NO_ERROR,
     });
-    match timeout(LAST_WORD, closed(&mut connection)).await {
-        Ok(()) => Left::Reading,
-        Err(_) => Left::Stuck,
+    match timeout(GOAWAY_TIMEOUT, closed(&mut connection)).await {
+        Ok(()) => Ending::Reading,
+        Err(_) => Ending::Stuck,
     }
 }
 
@@ -267,17 +267,17 @@ async fn closed(connection: &mut Connection<CountedIo, Bytes>) {
 
 /// Resolves when the client has been silent and does not answer a PING. Acknowledged bytes extend the wait, because a
 /// slow reader sees the PING late.
-async fn silent(traffic: &Traffic, ping: Option<PingPong>) {
+async fn unresponsive(traffic: &Traffic, ping: Option<PingPong>) {
     let Some(mut ping) = ping else { return std::future::pending().await };
     loop {
-        sleep_until(traffic.heard() + PING).await;
-        if traffic.heard().elapsed() < PING {
+        sleep_until(traffic.heard() + PING_INTERVAL).await;
+        if traffic.heard().elapsed() < PING_INTERVAL {
             continue;
         }
         let mut acknowledged = traffic.acknowledged();
         let Ok(()) = ping.send_ping(Ping::opaque()) else { return };
         loop {
-            match timeout(PONG, poll_fn(|cx| ping.poll_pong(cx))).await {
+            match timeout(PONG_TIMEOUT, poll_fn(|cx| ping.poll_pong(cx))).await {
                 Ok(Ok(_)) => break,
                 // The connection task reports the error.
                 Ok(Err(_)) => return std::future::pending().await,
@@ -294,11 +294,11 @@ async fn silent(traffic: &Traffic, ping: Option<PingPong>) {
 }
 
 /// Resolves when the client has acknowledged nothing of its queued bytes for `idle`.
-async fn untaken(traffic: &Traffic, idle: Option<Duration>) {
+async fn stalled(traffic: &Traffic, idle: Option<Duration>) {
     let Some(idle) = idle else { return std::future::pending().await };
     let (mut acknowledged, mut since) = (traffic.acknowledged().unwrap_or_default(), Instant::now());
     loop {
-        tokio::time::sleep(idle / LOOKS).await;
+        tokio::time::sleep(idle / CHECKS).await;
         let (now, queued) = (traffic.acknowledged(), traffic.queued().unwrap_or_default());
         // The reader reports the error.
         let now = now.unwrap_or(acknowledged);
@@ -310,7 +310,7 @@ async fn untaken(traffic: &Traffic, idle: Option<Duration>) {
     }
 }
 
-async fn one(
+async fn serve_request(
     worker: Rc<Worker>,
     request: http::Request<RecvStream>,
     answer: SendResponse<Bytes>,

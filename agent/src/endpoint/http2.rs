@@ -24,7 +24,7 @@ use super::{
     times::Times,
     wire::{Link, Wire},
 };
-use crate::{http::frames::FrameBody, kernel::socket, local::Local};
+use crate::{executor::LocalExecutor, http::frames::FrameBody, kernel::socket};
 
 /// Most connections to one endpoint. Beyond that, requests queue for a stream.
 const MAX_CONNECTIONS: usize = 64;
@@ -177,7 +177,7 @@ async fn connect(address: SocketAddr, times: Times) -> io::Result<Connection> {
     let tcp = socket.connect(address).await?;
     tcp.set_nodelay(true)?;
     let (wire, link) = Wire::new(tcp);
-    let (send, connection) = Builder::new(Local)
+    let (send, connection) = Builder::new(LocalExecutor)
         .timer(TokioTimer::new())
         .initial_max_send_streams(0)
         .initial_stream_window_size(STREAM_WINDOW)

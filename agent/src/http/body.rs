@@ -26,7 +26,7 @@ const LEAST: usize = 1024;
 pub enum BodyError {
     #[error("the body is larger than {limit} bytes")]
     TooLarge { limit: u64 },
-    #[error("found \"{found}\" in a chunked body, expected a chunk as RFC 9112 §7.1 has it")]
+    #[error("found \"{found}\" in a chunked body, expected a chunk (RFC 9112 §7.1)")]
     Chunk { found: String },
     #[error("chunk sizes, extensions and trailers take {found} bytes for {payload} bytes of payload")]
     Overhead { found: u64, payload: u64 },

@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 
 /// The body was not finished. hyper takes the reset reason from the source.
 #[derive(Debug, thiserror::Error)]
-#[error("the body was cut short")]
+#[error("the body was truncated")]
 pub struct Cut(#[source] h2::Error);
 
 /// The reason with which the stream of a truncated body is reset.
@@ -35,7 +35,7 @@ impl CutReason {
 
 /// The peer does not want the rest of the body.
 #[derive(Debug, Clone, Copy, thiserror::Error)]
-#[error("the stream is gone")]
+#[error("the peer closed the stream")]
 pub struct Gone;
 
 enum Piece {

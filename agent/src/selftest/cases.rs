@@ -58,8 +58,8 @@ const QUIET: Duration = Duration::from_millis(10);
 const FAR_BUFFER: usize = 32 * 1024;
 /// Maximum bytes in transit while the reader stalls: both of our buffers, those of the far ends, and what one turn of
 /// user space holds. Without the room check it would be the whole body.
-const UNDER_WAY: usize = 2 * BUFFER as usize + 4 * FAR_BUFFER + (256 << 10);
-const _: () = assert!(UNDER_WAY < BODY / 2);
+const IN_TRANSIT: usize = 2 * BUFFER as usize + 4 * FAR_BUFFER + (256 << 10);
+const _: () = assert!(IN_TRANSIT < BODY / 2);
 
 async fn stalled_reader(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> {
     let (mut rig, mut server, mut reader) = Rig::new(steering, lane).await?;
@@ -91,14 +91,14 @@ async fn stalled_reader(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()>
         let _ = start_reading.send(());
         sent.get()
     };
-    let ((end, account), written, read, under_way) =
+    let ((end, account), written, read, in_transit) =
         tokio::join!(rig.deliver(Framing::length(BODY as u64)), write, read, release);
     written?;
     read?;
     ensure!(end == End::Complete { reusable: true }, "the delivery ended as {end:?}");
     ensure!(account.carried(lane) > 0, "the kernel redirected nothing");
     ensure!(account.stops[stop::ROOM as usize] > 0, "the room check did not stop the kernel");
-    ensure!(under_way <= UNDER_WAY, "{under_way} bytes were taken for a reader that reads nothing");
+    ensure!(in_transit <= IN_TRANSIT, "{in_transit} bytes were taken for a reader that reads nothing");
     ensure!(
         account.steered + account.local + account.relayed == BODY as u64,
         "the account does not add up: {account:?}"

@@ -75,16 +75,16 @@ fn reply(worker: &Worker, request: &[u8]) -> BytesMut {
 
 /// Limits a log message to one per [`PAUSE`](Self::PAUSE).
 #[derive(Default)]
-pub(super) struct Seldom(std::cell::Cell<Option<Instant>>);
+pub(super) struct LogLimit(std::cell::Cell<Option<Instant>>);
 
-impl Seldom {
+impl LogLimit {
     const PAUSE: Duration = Duration::from_secs(10);
 
-    pub(super) fn may(&self) -> bool {
-        let may = self.0.get().is_none_or(|last| last.elapsed() >= Self::PAUSE);
-        if may {
+    pub(super) fn allows(&self) -> bool {
+        let allowed = self.0.get().is_none_or(|last| last.elapsed() >= Self::PAUSE);
+        if allowed {
             self.0.set(Some(Instant::now()));
         }
-        may
+        allowed
     }
 }

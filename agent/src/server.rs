@@ -13,7 +13,7 @@ use tokio::{
 };
 use tokio_util::task::TaskTracker;
 
-use self::refusal::Seldom;
+use self::refusal::LogLimit;
 use crate::{
     connection,
     kernel::socket,
@@ -46,7 +46,7 @@ pub struct Listener {
 pub async fn serve(worker: Worker, listeners: Vec<Listener>, idle: Rc<Idle>, updates: watch::Receiver<Arc<Shared>>) {
     let draining = worker.shared.draining.clone();
     let current = Rc::new(Current::new(worker, idle));
-    let site = Site::new(&current);
+    let accept_loop = AcceptLoop::new(&current);
     let sweep = async {
         loop {
             tokio::time::sleep(Duration::from_secs(1)).await;
@@ -55,7 +55,7 @@ pub async fn serve(worker: Worker, listeners: Vec<Listener>, idle: Rc<Idle>, upd
         }
     };
     tokio::select! {
-        _ = join_all(listeners.iter().map(|listener| site.accept_all(listener))) => {}
+        _ = join_all(listeners.iter().map(|listener| accept_loop.accept_all(listener))) => {}
         () = sweep => {}
         () = follow(&current, updates) => {}
         () = current.idle.serve_others() => {}
@@ -70,18 +70,18 @@ pub async fn serve(worker: Worker, listeners: Vec<Listener>, idle: Rc<Idle>, upd
             tracing::debug!(%error, "could not drop new handshakes, accepting them until the port closes");
         }
     }
-    let _ = timeout(HANDSHAKES, join_all(listeners.iter().map(|listener| site.accept_all(listener)))).await;
+    let _ = timeout(HANDSHAKES, join_all(listeners.iter().map(|listener| accept_loop.accept_all(listener)))).await;
     // The raw socket shows whether a connection is left.
     for Listener { socket, tls } in listeners {
         let Ok(socket) = socket.into_std() else { continue };
         while let Ok((stream, peer)) = socket.accept() {
             let adopted = stream.set_nonblocking(true).and_then(|()| TcpStream::from_std(stream));
             let Ok(stream) = adopted else { continue };
-            site.take(stream, peer, tls.clone());
+            accept_loop.take(stream, peer, tls.clone());
         }
     }
-    site.connections.close();
-    site.connections.wait().await;
+    accept_loop.connections.close();
+    accept_loop.connections.wait().await;
     let worker = current.worker();
     let told = join_all(worker.epps.iter().flatten().map(|epp| epp.finished()));
     tokio::select! {
@@ -99,24 +99,24 @@ async fn follow(current: &Current, mut updates: watch::Receiver<Arc<Shared>>) {
     std::future::pending::<()>().await;
 }
 
-struct Site {
+struct AcceptLoop {
     current: Rc<Current>,
     connections: TaskTracker,
     /// Current number of refusals; see [`REFUSALS`].
     refusals: Rc<Cell<usize>>,
     /// A descriptor for refusing a connection when the process has run out of them.
     reserve: Reserve,
-    said: Seldom,
+    log_limit: LogLimit,
 }
 
-impl Site {
+impl AcceptLoop {
     fn new(current: &Rc<Current>) -> Self {
         Self {
             current: Rc::clone(current),
             connections: TaskTracker::new(),
             refusals: Rc::default(),
             reserve: Reserve::new(1),
-            said: Seldom::default(),
+            log_limit: LogLimit::default(),
         }
     }
 
@@ -145,7 +145,7 @@ impl Site {
             return false;
         }
         let refusal = Refusal::new(&self.refusals);
-        let said = self.said.may();
+        let may_log = self.log_limit.allows();
         self.connections.spawn_local(async move {
             if let Some(place) = current.idle.enter().await {
                 drop(refusal);
@@ -155,7 +155,7 @@ impl Site {
             }
             let worker = current.worker();
             refusal::count(&worker, "max_connections");
-            if said {
+            if may_log {
                 let limit = worker.shared.config.listen.max_connections;
                 tracing::warn!(limit, "connection limit reached, refusing new connections");
             }
@@ -179,7 +179,7 @@ impl Site {
                     if let Some(Ok(accepted)) = listener.accept().now_or_never() {
                         let worker = self.current.worker();
                         worker.shared.metrics.accept_failed("listen");
-                        if self.said.may() {
+                        if self.log_limit.allows() {
                             tracing::warn!(%error, "accept failed, closing idle connections and refusing new ones");
                         }
                         if self.current.idle.make_room() {
@@ -193,7 +193,7 @@ impl Site {
                 // The client or its network is gone already: accept(2), "Error handling".
                 Err(error) if is_of_the_connection(&error) => {}
                 Err(error) => {
-                    if self.said.may() {
+                    if self.log_limit.allows() {
                         tracing::warn!(%error, "accept failed");
                     }
                     tokio::time::sleep(EXHAUSTED).await;
