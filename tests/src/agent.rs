@@ -1,6 +1,6 @@
-//! The agent in this process, on ports of its own, as the tests of the whole use it.
+//! Runs the agent inside the test process on its own ports.
 //!
-//! Kernel steering is required where a test asks for it: on a machine that cannot steer the test fails with the reason.
+//! A test that asks for steering requires it: on a machine that cannot steer, the test fails with the reason.
 
 use std::{net::SocketAddr, sync::Once, time::Duration};
 
@@ -13,14 +13,14 @@ use penstock_agent::{
 };
 use tracing_subscriber::EnvFilter;
 
-/// An agent that ends with the test.
+/// An agent that stops when dropped.
 pub struct TestAgent {
     pub agent: Agent,
     pub addr: SocketAddr,
     config: Config,
 }
 
-/// One pool over `endpoints`, picked by the built-in picker.
+/// One pool over `endpoints` with the built-in picker.
 pub fn builtin_pool(endpoints: &[SocketAddr]) -> Pool {
     Pool::new("default", endpoints.to_vec())
 }
@@ -30,7 +30,7 @@ pub fn epp_pool(endpoints: &[SocketAddr], epp: SocketAddr, failure_mode: Failure
     epps_pool(endpoints, &[epp], failure_mode)
 }
 
-/// As [`epp_pool`], with several replicas. Nobody checks their health, so that connections and streams of a picker are those of
+/// Like [`epp_pool`], with several replicas and without health checks, so that a picker sees only connections and streams of
 /// requests.
 pub fn epps_pool(endpoints: &[SocketAddr], epps: &[SocketAddr], failure_mode: FailureMode) -> Pool {
     let addresses = epps.iter().map(ToString::to_string).collect();
@@ -39,17 +39,17 @@ pub fn epps_pool(endpoints: &[SocketAddr], epps: &[SocketAddr], failure_mode: Fa
 }
 
 impl TestAgent {
-    /// Starts with one pool; `adjust` changes what the test is about.
+    /// Starts with one pool; `adjust` changes the configuration for the test.
     pub fn start(pool: Pool, steering: SteeringMode, adjust: impl FnOnce(&mut Config)) -> Self {
         Self::try_start(pool, steering, adjust).unwrap_or_else(|error| panic!("{error:#}"))
     }
 
-    /// As [`Self::start`], with a probe that makes the agent fail.
+    /// Like [`Self::start`], with a probe that makes the agent fail.
     pub fn start_with(pool: Pool, steering: SteeringMode, probe: Probe, adjust: impl FnOnce(&mut Config)) -> Self {
         Self::begin(pool, steering, probe, adjust).unwrap_or_else(|error| panic!("{error:#}"))
     }
 
-    /// As [`Self::start`]; says why when the agent does not start, or is to steer and cannot.
+    /// Like [`Self::start`]; returns an error if the agent does not start or cannot steer as configured.
     pub fn try_start(pool: Pool, steering: SteeringMode, adjust: impl FnOnce(&mut Config)) -> Result<Self> {
         Self::begin(pool, steering, Probe::default(), adjust)
     }
@@ -69,7 +69,7 @@ impl TestAgent {
             SteeringMode::Local => Some(Path::Local),
             SteeringMode::Auto | SteeringMode::Ingress => Some(Path::Ingress),
         };
-        // The self-test has a runtime of its own, which cannot be started inside the test's.
+        // The self-test starts its own runtime, which cannot be nested in the test's.
         let begun = config.clone();
         let start = std::thread::spawn(|| Agent::start_with(begun, probe));
         let agent = start.join().expect("the agent's start does not panic").context("starting the agent")?;
@@ -79,17 +79,17 @@ impl TestAgent {
         Ok(Self { addr: agent.address(), agent, config })
     }
 
-    /// What it was started with.
+    /// The configuration it was started with.
     pub fn config(&self) -> Config {
         self.config.clone()
     }
 
-    /// Sum of the samples of a metric whose labels contain all of `labels` (`path="ingress"`); 0 when there is none.
+    /// Sum of the samples of a metric whose labels contain all of `labels` (`path="ingress"`); 0 without samples.
     pub fn metric(&self, name: &str, labels: &[&str]) -> f64 {
         sum(&self.agent.metrics().encode(), name, labels)
     }
 
-    /// Bytes of bodies that the kernel has carried, whatever the path.
+    /// Steered body bytes on any path.
     pub fn steered(&self) -> u64 {
         ["ingress", "local"]
             .map(|path| self.count("penstock_body_bytes_total", &[&format!("path=\"{path}\"")]))
@@ -97,12 +97,12 @@ impl TestAgent {
             .sum()
     }
 
-    /// Bytes from clients, behind a switch of protocols or to an endpoint that they stay with, that the kernel has carried.
+    /// Steered bytes from clients, after a protocol switch or on a pinned connection.
     pub fn steered_up(&self) -> u64 {
         self.count("penstock_upstream_bytes_total", &[r#"path="ingress""#])
     }
 
-    /// As [`Self::metric`], of a counter.
+    /// Like [`Self::metric`], for a counter.
     pub fn count(&self, name: &str, labels: &[&str]) -> u64 {
         self.metric(name, labels) as u64
     }
@@ -117,7 +117,7 @@ pub(crate) fn sum(text: &str, name: &str, labels: &[&str]) -> f64 {
     samples.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
 }
 
-/// Logs of the agent go to the test's output, where a failure shows them. `PENSTOCK_LOG` filters.
+/// Sends the agent's log to the test's output, which a failure prints. `PENSTOCK_LOG` filters.
 fn trace() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {

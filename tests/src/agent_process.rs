@@ -1,4 +1,4 @@
-//! The agent as a process of its own, for tests that measure it, signal it or kill it.
+//! The agent as its own process, for tests that measure, signal or kill it.
 
 use std::{
     collections::HashSet,
@@ -16,17 +16,17 @@ use tempfile::{NamedTempFile, TempDir};
 use crate::{Client, Process, Request, agent};
 
 const SOON: Duration = Duration::from_secs(20);
-/// Longer than an acknowledgement is put off, and shorter than the second between two looks at what is idle.
+/// Longer than a delayed acknowledgement, and shorter than the second between two idle checks.
 const REST: Duration = Duration::from_millis(250);
 
 pub struct AgentProcess {
     pub process: Process,
     pub addr: SocketAddr,
     pub admin: SocketAddr,
-    /// Where clients that speak TLS connect.
+    /// The address for TLS clients.
     pub tls: Option<SocketAddr>,
     config: NamedTempFile,
-    /// Of the binary, where it is not that of the build.
+    /// The folder of the binary, if it is not that of the build.
     _folder: Option<TempDir>,
     listen: SocketAddr,
     steering: String,
@@ -34,7 +34,7 @@ pub struct AgentProcess {
 
 impl AgentProcess {
     /// Starts `penstock run` at `listen` (port 0 takes a free one) over one pool; `settings` are further sections of the
-    /// configuration, and `steering` is its mode. Fails with the reason on a machine that cannot steer as asked.
+    /// configuration, and `steering` is its mode. Returns an error with the reason on a machine that cannot steer as configured.
     pub async fn start(listen: SocketAddr, endpoint: SocketAddr, steering: &str, settings: &str) -> Result<Self> {
         let agent = Self::start_through(&[], listen, endpoint, steering, settings).await?;
         let wanted = match steering {
@@ -47,8 +47,8 @@ impl AgentProcess {
         Ok(agent)
     }
 
-    /// As [`start`](Self::start) through another command, such as `setpriv`, whatever the kernel lets it do. Every user can
-    /// read the binary and the configuration.
+    /// Like [`start`](Self::start) through another command, such as `setpriv`. Does not check that steering is active. Every user
+    /// can read the binary and the configuration.
     pub async fn start_through(
         through: &[&str],
         listen: SocketAddr,
@@ -62,7 +62,7 @@ impl AgentProcess {
         Ok(agent)
     }
 
-    /// Starts `penstock run` with this configuration, whose `admin.address` has to have a free port.
+    /// Starts `penstock run` with this configuration, whose `admin.address` must have a free port.
     pub async fn start_with_text(text: &str) -> Result<Self> {
         Self::start_text(&[], text).await
     }
@@ -81,7 +81,7 @@ impl AgentProcess {
             }
             [] => Command::new(binary),
         };
-        // As variables, which `through` may set otherwise.
+        // As environment variables, which `through` may override.
         command.env("PENSTOCK_LOG", "info,penstock::access=off").env("PENSTOCK_LOG_FORMAT", "json");
         command.args(["run", "--config"]);
         command.arg(config.path());
@@ -97,34 +97,34 @@ impl AgentProcess {
         Ok(Self { process, addr, admin, tls, config, _folder: folder, listen: addr, steering: String::new() })
     }
 
-    /// What it finds when it reads its configuration again.
+    /// Writes the configuration for the next reload.
     pub fn write_config(&self, endpoint: SocketAddr, settings: &str) -> Result<()> {
         Ok(std::fs::write(self.config.path(), text(self.listen, endpoint, &self.steering, settings))?)
     }
 
-    /// As [`write_config`](Self::write_config), all of it.
+    /// Like [`write_config`](Self::write_config), with the complete text.
     pub fn write_text(&self, text: &str) -> Result<()> {
         Ok(std::fs::write(self.config.path(), text)?)
     }
 
-    /// The file of its configuration.
+    /// The path of its configuration file.
     pub fn config_path(&self) -> &Path {
         self.config.path()
     }
 
-    /// Status and body that the admin server answers.
+    /// Status and body of the admin server's response.
     pub async fn ask_admin(&self, path: &str) -> Result<(u16, String)> {
         let response = Client::connect(self.admin).await?.request(&Request::get(path)).await?;
         Ok((response.status(), response.text()))
     }
 
-    /// Sum of the samples of a metric whose labels contain all of `labels`; 0 when there is none.
+    /// Sum of the samples of a metric whose labels contain all of `labels`; 0 without samples.
     pub async fn metric(&self, name: &str, labels: &[&str]) -> Result<f64> {
         Ok(agent::sum(&self.ask_admin("/metrics").await?.1, name, labels))
     }
 
-    /// Returns once its workers have had nothing to do for a while: what was handed to them has gone as far as it can, a
-    /// flow that the kernel may carry into the kernel's hands.
+    /// Returns once the workers have been idle for a while: by then everything handed to them has gone as far as it can, and an
+    /// eligible flow is armed.
     pub async fn rests(&self) -> Result<()> {
         let begin = Instant::now();
         let (mut since, mut before) = (begin, None);
@@ -143,7 +143,7 @@ impl AgentProcess {
     pub fn programs(&self) -> Result<HashSet<u32>> {
         let mut ids = HashSet::new();
         for entry in std::fs::read_dir(format!("/proc/{}/fdinfo", self.process.id()))? {
-            // A descriptor may be closed between the listing and the reading.
+            // A descriptor may be closed between the listing and the read.
             let Ok(text) = std::fs::read_to_string(entry?.path()) else { continue };
             let id = text.lines().find_map(|line| line.strip_prefix("prog_id:"));
             ids.extend(id.and_then(|id| id.trim().parse::<u32>().ok()));
@@ -161,7 +161,7 @@ fn for_everyone(binary: &Path) -> Result<TempDir> {
     Ok(folder)
 }
 
-/// Unless `settings` say otherwise, the agent drains as soon as it is asked to.
+/// Unless `settings` override it, the drain ends at once.
 fn text(listen: SocketAddr, endpoint: SocketAddr, steering: &str, settings: &str) -> String {
     const AT_ONCE: &str = "[timeouts]\nlame_duck = \"off\"\n";
     let (before, settings) = if settings.contains("lame_duck") {

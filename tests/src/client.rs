@@ -1,8 +1,7 @@
-//! An exact HTTP/1.1 client on one connection, which may be one in TLS: it sends what it is told, in the pieces it is told, and reports what came
-//! back, when, and how it ended. It never retries, follows or reconnects. The framing of responses is undone by
-//! [`Decoder`], which shares nothing with the agent.
+//! An exact HTTP/1.1 client on one connection, plain or TLS. It sends given bytes in given pieces and reports what was received,
+//! when, and how it ended. It never retries, follows redirects or reconnects. Its [`Decoder`] shares no code with the agent.
 //!
-//! Reading happens only inside the calls: a client that is not called is a client that has stalled.
+//! It reads only inside calls: between calls, the client is stalled.
 
 use std::collections::VecDeque;
 use std::io::ErrorKind;
@@ -23,7 +22,7 @@ use crate::decoder::{Decoder, Framed};
 pub enum BodyEnd {
     /// Where its framing says.
     Complete,
-    /// The connection ended cleanly before that.
+    /// The connection closed orderly before that.
     Truncated,
     /// The connection was reset before that.
     Reset,
@@ -36,7 +35,7 @@ pub enum ConnectionEnd {
     Reset,
 }
 
-/// How fast a body is taken from the socket.
+/// How fast the client reads a body from the socket.
 #[derive(Clone, Copy, Debug)]
 pub enum Pace {
     Fast,
@@ -47,7 +46,7 @@ pub enum Pace {
     },
 }
 
-/// A request body and how it is put on the wire.
+/// A request body and its framing.
 #[derive(Clone, Debug)]
 pub(crate) enum Body {
     None,
@@ -108,14 +107,14 @@ impl Request {
         self
     }
 
-    /// The whole message, head included, in writes of `bytes` with `pause` after each.
+    /// Sends the whole message, head included, in writes of `bytes` with `pause` after each.
     #[must_use]
     pub fn piecewise(mut self, bytes: usize, pause: Duration) -> Self {
         self.pieces = Some((bytes.max(1), pause));
         self
     }
 
-    /// The bytes of the message. `host` is used when no `host` header was given.
+    /// The bytes of the message. `host` applies if the request has no `host` header.
     #[must_use]
     pub fn wire(&self, host: &str) -> Vec<u8> {
         let mut wire = format!("{} {} HTTP/1.1\r\n", self.method, self.target).into_bytes();
@@ -153,9 +152,9 @@ impl Request {
 pub struct Head {
     pub status: u16,
     pub reason: String,
-    /// In their order and their case.
+    /// In their received order and case.
     pub headers: Vec<(String, String)>,
-    /// The bytes it came in.
+    /// The head's bytes.
     pub raw: Bytes,
     /// When its last byte was read.
     pub at: Instant,
@@ -185,29 +184,29 @@ impl Head {
     }
 }
 
-/// Payload bytes as they arrived together.
+/// Payload bytes received together.
 #[derive(Clone, Copy, Debug)]
 pub struct Arrival {
     pub at: Instant,
     pub len: usize,
 }
 
-/// What is known of a body once it has ended.
+/// The result of reading a body.
 #[derive(Clone, Debug)]
 pub struct BodyRead {
     pub end: BodyEnd,
     pub len: u64,
     pub arrivals: Vec<Arrival>,
     pub trailers: Vec<(String, String)>,
-    /// Chunks with data, when the body was chunked.
+    /// Chunks with data, if the body was chunked.
     pub chunks: u64,
-    /// Bytes of the body as it was on the wire, framing included.
+    /// Bytes of the body on the wire, framing included.
     pub wire: u64,
 }
 
 #[derive(Clone, Debug)]
 pub struct Response {
-    /// Heads with a 1xx status that came first.
+    /// Interim (1xx) heads received first.
     pub interim: Vec<Head>,
     pub head: Head,
     pub body: Vec<u8>,
@@ -260,16 +259,16 @@ pub struct Client<S = TcpStream> {
     stream: S,
     peer: SocketAddr,
     buffer: BytesMut,
-    /// For every request without its final head yet: was it HEAD.
+    /// One entry per request without a final head yet: whether it was HEAD.
     awaited: VecDeque<bool>,
     decoder: Option<Decoder>,
     /// Wire bytes of the body so far.
     wire: u64,
-    /// Told once by the socket, and as often as it is asked for by us.
+    /// How the connection ended. The socket reports it once; later reads return it from here.
     ended: Option<ConnectionEnd>,
     recorded: Option<Vec<u8>>,
     sent: Instant,
-    /// Longest wait for a byte; a call fails after it. Ten seconds unless changed.
+    /// Longest wait for a byte, after which a call fails. Default: ten seconds.
     pub patience: Duration,
 }
 
@@ -278,8 +277,7 @@ impl Client {
         Self::connect_with(peer, None).await
     }
 
-    /// With `SO_RCVBUF` set before the connection is made, so that it bounds the window from the start. The kernel
-    /// doubles the value.
+    /// Sets `SO_RCVBUF` before connecting, so that it bounds the window from the start. The kernel doubles the value.
     pub async fn connect_with(peer: SocketAddr, rcvbuf: Option<usize>) -> Result<Self> {
         let socket = Socket::new(Domain::for_address(peer), Type::STREAM.nonblocking(), None)?;
         if let Some(bytes) = rcvbuf {
@@ -302,7 +300,7 @@ impl Client {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
-    /// On a connection to `peer` that has been made.
+    /// Uses an existing connection to `peer`.
     pub fn over(stream: S, peer: SocketAddr) -> Self {
         Self {
             stream,
@@ -318,12 +316,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
         }
     }
 
-    /// The connection, and what has been read of it and given to nobody.
+    /// The connection, and its unread buffered bytes.
     pub fn into_parts(self) -> (S, BytesMut) {
         (self.stream, self.buffer)
     }
 
-    /// Keeps every byte that is read from now on, for [`Self::recorded`].
+    /// Records every byte read from now on, for [`Self::recorded`].
     pub fn record(&mut self) {
         self.recorded = Some(Vec::new());
     }
@@ -340,7 +338,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
         &self.buffer
     }
 
-    /// Sends a request and reads all of its response.
+    /// Sends a request and reads its whole response.
     pub async fn request(&mut self, request: &Request) -> Result<Response> {
         self.send(request).await?;
         self.response().await
@@ -362,14 +360,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
         Ok(())
     }
 
-    /// Writes bytes that need not be a request, or a whole one. A response read afterwards is taken for one to a GET.
+    /// Writes arbitrary bytes, such as part of a request. A response read afterwards is taken for a GET's.
     pub async fn send_raw(&mut self, bytes: &[u8]) -> Result<()> {
         self.write(bytes).await?;
         self.sent = Instant::now();
         Ok(())
     }
 
-    /// A stream may keep bytes back until it is flushed: TLS does when the socket is full.
+    /// A stream may buffer bytes until a flush: TLS does when the socket is full.
     async fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.stream.write_all(bytes).await?;
         Ok(self.stream.flush().await?)
@@ -380,7 +378,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
         Ok(self.stream.shutdown().await?)
     }
 
-    /// Reads all of the next response.
+    /// Reads the whole next response.
     pub async fn response(&mut self) -> Result<Response> {
         let mut interim = Vec::new();
         let head = loop {
@@ -399,8 +397,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
         Ok(Response { interim, head, body, read, sent: self.sent })
     }
 
-    /// Reads the next head, interim ones included. After a final one the body is read with [`Self::piece`] or
-    /// [`Self::read_body`]. Fails when the connection ends first.
+    /// Reads the next head, including interim ones. After a final head, [`Self::piece`] or [`Self::read_body`] read the body.
+    /// Returns an error if the connection ends first.
     pub async fn head(&mut self) -> Result<Head> {
         loop {
             let mut headers = [httparse::EMPTY_HEADER; 128];
@@ -430,7 +428,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
         }
     }
 
-    /// The next payload bytes, at most `limit` wire bytes' worth, or the end of the body.
+    /// The next payload bytes, from at most `limit` wire bytes, or the end of the body.
     pub async fn piece(&mut self, limit: usize) -> Result<Piece> {
         let decoder = self.decoder.as_mut().context("no head was read for this body")?;
         loop {
@@ -461,7 +459,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
         }
     }
 
-    /// Reads the rest of the body at `pace` and gives its pieces to `sink`, whose error ends the reading.
+    /// Reads the rest of the body at `pace` and passes its pieces to `sink`, whose error ends the read.
     pub async fn read_body(&mut self, pace: Pace, mut sink: impl FnMut(&[u8]) -> Result<()>) -> Result<BodyRead> {
         let mut arrivals = Vec::new();
         let mut len = 0;
@@ -488,7 +486,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
         }
     }
 
-    /// Reads until the connection ends; what came is in [`Self::surplus`] (and in [`Self::recorded`]).
+    /// Reads until the connection ends; the bytes are in [`Self::surplus`] (and in [`Self::recorded`]).
     pub async fn until_end(&mut self) -> Result<ConnectionEnd> {
         loop {
             if let Some(end) = self.fill(usize::MAX).await? {
@@ -503,7 +501,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
     }
 }
 
-/// Appends what the socket has, at most `limit` bytes, or tells how it ended.
+/// Appends what the socket has, at most `limit` bytes, or returns how it ended.
 async fn read_some(
     stream: &mut (impl AsyncRead + Unpin),
     buffer: &mut BytesMut,
@@ -520,7 +518,7 @@ async fn read_some(
             }
             Ok(None)
         }
-        // TLS that ends without having said so has been cut.
+        // TLS that ends without close_notify was cut.
         Err(error)
             if matches!(
                 error.kind(),
@@ -533,8 +531,8 @@ async fn read_some(
     }
 }
 
-/// Sends `request` on a connection of its own and returns every byte that came back until the connection ended: what
-/// two data paths are compared by. The request should ask for `connection: close`.
+/// Sends `request` on a new connection and returns every byte until its end, to compare two data paths. The request should ask
+/// for `connection: close`.
 pub async fn exchange_raw(peer: SocketAddr, request: &[u8]) -> Result<(Vec<u8>, ConnectionEnd)> {
     let mut client = Client::connect(peer).await?;
     client.send_raw(request).await?;
@@ -548,7 +546,7 @@ mod tests {
 
     use super::*;
 
-    /// As TLS does when the socket is full, the stream keeps what is written until it is flushed or full.
+    /// Like TLS with a full socket, the stream buffers writes until it is flushed or full.
     #[tokio::test]
     async fn request_over_buffering_stream_is_sent_whole() {
         let (near, mut far) = duplex(1 << 20);

@@ -1,4 +1,4 @@
-//! An OpenTelemetry collector that keeps the spans it gets, or refuses them, or takes its time.
+//! An OpenTelemetry collector that keeps spans, refuses them, or never answers.
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -19,7 +19,7 @@ use tonic::{Request, Response, Status};
 
 use crate::own_runtime::OwnRuntime;
 
-/// What becomes of the messages.
+/// How it treats messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mood {
     Keeps,
@@ -28,12 +28,12 @@ pub enum Mood {
     Holds,
 }
 
-/// A span as it came: ids in hexadecimal digits, times in nanoseconds since 1970, values as text.
+/// A received span: ids in hexadecimal, times in nanoseconds since 1970, values as text.
 #[derive(Clone, Debug)]
 pub struct CollectedSpan {
     pub trace: String,
     pub id: String,
-    /// Empty without one.
+    /// Empty without a parent.
     pub parent: String,
     pub state: String,
     pub name: String,
@@ -41,10 +41,10 @@ pub struct CollectedSpan {
     pub begin: u64,
     pub end: u64,
     pub attributes: BTreeMap<String, String>,
-    /// Name, time and attributes of each.
+    /// Name, time and attributes of each event.
     pub events: Vec<(String, u64, BTreeMap<String, String>)>,
     pub failed: bool,
-    /// What the message said of its sender.
+    /// The sender's resource attributes.
     pub resource: BTreeMap<String, String>,
 }
 
@@ -66,7 +66,7 @@ impl CollectedSpan {
         }
     }
 
-    /// An attribute; empty when there is none.
+    /// An attribute; empty if missing.
     #[must_use]
     pub fn get(&self, name: &str) -> &str {
         self.attributes.get(name).map_or("", String::as_str)
@@ -116,19 +116,19 @@ impl Collector {
         Ok(Self { addr, record, _runtime: runtime })
     }
 
-    /// Where it takes OTLP over gRPC.
+    /// Its OTLP endpoint over gRPC.
     #[must_use]
     pub fn url(&self) -> String {
         format!("http://{}", self.addr)
     }
 
-    /// Those that were kept, in the order of their arrival.
+    /// The kept spans, in order of arrival.
     #[must_use]
     pub fn spans(&self) -> Vec<CollectedSpan> {
         self.record.spans.lock().clone()
     }
 
-    /// Messages that came, whatever became of them.
+    /// Messages received, however they were treated.
     #[must_use]
     pub fn messages(&self) -> u64 {
         self.record.messages.load(Ordering::Relaxed)

@@ -1,14 +1,14 @@
-//! Bytes that know where they belong: each is a function of a stream's id and of its position in that stream, so that a
-//! byte which is lost, doubled, swapped or taken from another stream shows up, and where. Two alphabets over the same
-//! words: all 256 values, or 64 printable ones that stand unescaped in JSON and in an event stream.
+//! Position-dependent test bytes: each byte is a function of a stream's id and its position, so that a lost, repeated, swapped or
+//! foreign byte is detected and located. Two alphabets over the same words: all 256 values, or 64 printable characters that need no
+//! escape in JSON and event streams.
 //!
-//! Always holds: `fill` of a range is the same whatever pieces it is asked for in.
+//! Invariant: `fill` of a range is the same in any pieces.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// Which byte values a stream is made of.
+/// The byte values of a stream.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Alphabet {
@@ -20,14 +20,14 @@ pub enum Alphabet {
 
 const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
 
-/// How far from its place a mismatch is looked for, in bytes each way.
+/// How far around a mismatch to search for its bytes, in bytes each way.
 const NEARBY: u64 = 1 << 20;
-/// Bytes that have to agree before a place counts as found.
+/// Bytes that must agree for a match.
 const EVIDENCE: usize = 8;
 const WINDOW: usize = 32;
 
 impl Alphabet {
-    /// The eight bytes at `8 * index`. The mix is the finaliser of splitmix64: neighbours share nothing.
+    /// The eight bytes at `8 * index`. The mix is splitmix64's finaliser, so neighbours are unrelated.
     #[inline]
     fn word(self, stream_id: u64, index: u64) -> [u8; 8] {
         let mut z =
@@ -41,7 +41,7 @@ impl Alphabet {
         }
     }
 
-    /// Writes the bytes of `stream_id` that begin at `offset` into all of `buf`.
+    /// Fills all of `buf` with the bytes of `stream_id` starting at `offset`.
     pub fn fill(self, stream_id: u64, offset: u64, buf: &mut [u8]) {
         let skip = (offset % 8) as usize;
         let mut index = offset / 8;
@@ -63,7 +63,7 @@ impl Alphabet {
         last.copy_from_slice(&self.word(stream_id, index)[..n]);
     }
 
-    /// The `len` bytes of `stream_id` that begin at `offset`.
+    /// The `len` bytes of `stream_id` starting at `offset`.
     #[must_use]
     pub fn bytes(self, stream_id: u64, offset: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
@@ -71,8 +71,8 @@ impl Alphabet {
         bytes
     }
 
-    /// Where in `stream_id`, nearest to `around`, `found` stands; `None` when it is shorter than eight bytes or not
-    /// within a mebibyte. Asked of another stream's id it tells whether two streams were mixed up.
+    /// The position in `stream_id`, nearest to `around`, where `found` occurs; `None` if it is shorter than eight bytes or not
+    /// within a mebibyte. With another stream's id, this shows whether two streams were mixed up.
     #[must_use]
     pub fn locate(self, stream_id: u64, around: u64, found: &[u8]) -> Option<u64> {
         if found.len() < EVIDENCE {
@@ -98,15 +98,15 @@ pub fn fill_text(stream_id: u64, offset: u64, buf: &mut [u8]) {
     Alphabet::Text.fill(stream_id, offset, buf);
 }
 
-/// The first byte that is not the stream's.
+/// The first wrong byte.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mismatch {
     pub stream_id: u64,
     pub offset: u64,
     pub expected: Vec<u8>,
     pub found: Vec<u8>,
-    /// Where the found bytes belong, relative to where they are: 5 when five bytes before them were lost, -5 when the
-    /// last five came twice. `None` when they are not from nearby, or too few to tell.
+    /// Where the found bytes belong, relative to their position: 5 if five bytes before them were lost, -5 if the last five were
+    /// repeated. `None` if they belong nowhere near, or are too few to tell.
     pub shift: Option<i64>,
 }
 
@@ -124,7 +124,7 @@ impl fmt::Display for Mismatch {
 
 impl std::error::Error for Mismatch {}
 
-/// Compares a stream with what it should be, piece by piece.
+/// Compares received pieces with the expected stream.
 #[derive(Clone, Debug)]
 pub struct Checker {
     alphabet: Alphabet,
@@ -149,7 +149,7 @@ impl Checker {
         Self { alphabet, stream_id, offset: 0, expected: Vec::new() }
     }
 
-    /// Bytes that were right so far.
+    /// Bytes that matched so far.
     #[must_use]
     pub fn offset(&self) -> u64 {
         self.offset
@@ -230,7 +230,7 @@ mod tests {
             let mut bytes = Alphabet::Binary.bytes(id, 0, 10_000);
             bytes.drain(at..at + lost);
             let mismatch = Checker::new(id).feed(&bytes).unwrap_err();
-            // The first lost byte may by chance equal the one that took its place.
+            // The first lost byte may equal its replacement by chance.
             prop_assert!((at as u64..at as u64 + 4).contains(&mismatch.offset));
             prop_assert_eq!(mismatch.shift, Some(lost as i64));
         }

@@ -1,10 +1,9 @@
-//! A message body's framing, undone the plain way: one enum, one byte at a time where it matters. It shares nothing with
-//! the agent's own parser on purpose, since the tests hold one against the other. Used by the test client for responses
-//! and by the model server for requests.
+//! A deliberately simple decoder of body framing. It shares no code with the agent's parser, because tests compare the two. The
+//! test client uses it for responses, the model server for requests.
 
 use anyhow::{Context, Result, bail};
 
-/// How a head says its body ends (RFC 9112 §6.3).
+/// How a head delimits its body (RFC 9112 §6.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Framed {
     Nothing,
@@ -17,10 +16,10 @@ pub enum Framed {
 enum State {
     Length(u64),
     UntilClose,
-    /// A chunk-size line, as far as it has come.
+    /// A partial chunk-size line.
     Size(Vec<u8>),
     Data(u64),
-    /// The line end after a chunk, and how many of its two bytes were seen.
+    /// The line end after a chunk, with how many of its two bytes were read.
     DataEnd(u8),
     /// A line of the trailer section.
     Trailer(Vec<u8>),
@@ -51,7 +50,7 @@ impl Decoder {
         matches!(self.state, State::Complete)
     }
 
-    /// Whether an end of the connection now is a clean end of the body.
+    /// Whether a close now would end the body correctly.
     #[must_use]
     pub fn complete_at_close(&self) -> bool {
         matches!(self.state, State::Complete | State::UntilClose)
@@ -68,8 +67,8 @@ impl Decoder {
         self.chunks
     }
 
-    /// Takes bytes from `input` until it is empty or the body complete, hands the payload to `sink`, and returns how
-    /// many bytes were taken. Errors on anything that is not the chunked coding of RFC 9112 §7.1.
+    /// Consumes `input` until it is empty or the body complete, passes the payload to `sink`, and returns how many bytes were
+    /// consumed. Returns an error for anything but the chunked coding of RFC 9112 §7.1.
     pub fn decode(&mut self, input: &[u8], mut sink: impl FnMut(&[u8])) -> Result<usize> {
         let mut at = 0;
         while at < input.len() && !self.complete() {
@@ -143,7 +142,7 @@ fn chunk_size(line: &[u8]) -> Result<u64> {
 mod tests {
     use super::*;
 
-    /// Decodes in pieces of `step` and gives the payload, the bytes left over and the decoder, or that it failed.
+    /// Decodes in pieces of `step`; returns the payload, the remaining bytes and the decoder, or an error.
     fn decode(framed: Framed, wire: &[u8], step: usize) -> Option<(Vec<u8>, usize, Decoder)> {
         let mut decoder = Decoder::new(framed);
         let (mut payload, mut taken) = (Vec::new(), 0);
@@ -156,7 +155,7 @@ mod tests {
     #[test]
     fn decoder_input_table_gives_expected_output() {
         use Framed::*;
-        /// framing, wire, payload, bytes left over, complete, complete at close
+        /// framing, wire, payload, remaining bytes, complete, complete at close
         type Case = (Framed, &'static [u8], &'static [u8], usize, bool, bool);
         let good: &[Case] = &[
             (Nothing, b"next", b"", 4, true, true),

@@ -1,8 +1,7 @@
-//! What `cargo xtask demo` shows: requests through the whole of it, over real sockets and the real picker protocol, and
-//! for each which endpoint answered, who carried the bytes, and whether they are the ones that the endpoint sent.
+//! The scenario of `cargo xtask demo`: requests over real sockets and the real picker protocol, showing for each the endpoint that
+//! answered, the path of the bytes, and whether they match what the endpoint sent.
 //!
-//! Nothing is taken on trust from the agent but the path: bytes and hashes come from the model servers and from what the
-//! client read, CPU time from `/proc`.
+//! Only the path is the agent's own statement: bytes and hashes come from the model servers and the client, CPU time from `/proc`.
 
 mod fleet;
 mod load;
@@ -16,14 +15,14 @@ use fleet::Fleet;
 
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
-    /// Do not end by itself.
+    /// Keep running until interrupted.
     pub keep: bool,
-    /// Where the kernel cannot steer, relaying is what is expected.
+    /// If the kernel cannot steer, expect relaying.
     pub allow_relay: bool,
 }
 
-/// Whether everything was as it should be; fails when `stopped` resolves before that is known. Child processes end when
-/// this returns or is dropped.
+/// Returns whether every check passed; returns an error if `stopped` resolves first. Child processes end when this returns or is
+/// dropped.
 pub async fn run(options: Options, stopped: impl Future<Output = ()>) -> Result<bool> {
     let mut stopped = pin!(stopped);
     let (fleet, fine) = tokio::select! {

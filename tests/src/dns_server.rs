@@ -1,5 +1,4 @@
-//! A DNS server that says what a test wants: addresses of names, each for a time, changed while it runs. Over UDP; what it
-//! was not told of does not exist.
+//! A scripted DNS server over UDP: addresses of names with their TTLs, changeable while it runs. Other names do not exist.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -14,7 +13,7 @@ use tokio::net::UdpSocket;
 
 use crate::own_runtime::OwnRuntime;
 
-/// Dropping it ends it: its port is then closed.
+/// Dropping it stops the server and closes its port.
 pub struct DnsServer {
     pub addr: SocketAddr,
     zone: Arc<Mutex<Zone>>,
@@ -23,21 +22,21 @@ pub struct DnsServer {
 
 #[derive(Default)]
 struct Zone {
-    /// By lower-case name without the last dot.
+    /// By lowercase name without the final dot.
     names: HashMap<String, Answer>,
     silent: bool,
 }
 
 #[derive(Default)]
 struct Answer {
-    /// None: the name does not exist.
+    /// `None`: the name does not exist.
     addresses: Option<Vec<IpAddr>>,
     ttl: Duration,
     queries: u64,
 }
 
 impl DnsServer {
-    /// Returns once the port is open, on a thread of its own.
+    /// Returns once the port is open. Runs on its own thread.
     pub async fn start() -> Result<Self> {
         let zone = Arc::<Mutex<Zone>>::default();
         let asked = Arc::clone(&zone);
@@ -51,8 +50,8 @@ impl DnsServer {
         Ok(Self { addr, zone, _runtime: runtime })
     }
 
-    /// From now on `name` has these addresses, IPv4 or IPv6, and says so for `ttl` (whole seconds). Without addresses it
-    /// exists all the same.
+    /// From now on `name` has these IPv4 or IPv6 addresses and this TTL (whole seconds). Without addresses it exists but has no
+    /// records.
     pub fn set(&self, name: &str, addresses: &[IpAddr], ttl: Duration) {
         let mut zone = self.zone.lock();
         let answer = zone.names.entry(key(name)).or_default();
@@ -64,13 +63,12 @@ impl DnsServer {
         self.zone.lock().names.entry(key(name)).or_default().addresses = None;
     }
 
-    /// Whether questions are counted and left without an answer.
+    /// Whether queries are counted but not answered.
     pub fn silence(&self, silent: bool) {
         self.zone.lock().silent = silent;
     }
 
-    /// Questions about `name` so far. A lookup is one question for each family of addresses that it asks for, and more where
-    /// it repeats them.
+    /// Queries about `name` so far. A lookup sends one query per address family, and more if it retries.
     #[must_use]
     pub fn queries(&self, name: &str) -> u64 {
         self.zone.lock().names.get(&key(name)).map_or(0, |answer| answer.queries)
@@ -86,7 +84,7 @@ async fn serve(socket: UdpSocket, zone: Arc<Mutex<Zone>>) {
     while let Ok((len, peer)) = socket.recv_from(&mut datagram).await {
         let reply = zone.lock().reply(&datagram[..len]);
         if let Some(reply) = reply {
-            // Whoever asked may be gone.
+            // The resolver may be gone.
             let _ = socket.send_to(&reply, peer).await;
         }
     }
@@ -99,7 +97,7 @@ impl Zone {
         let mut reply = Message::response(query.metadata.id, OpCode::Query);
         reply.metadata.recursion_available = true;
         reply.add_query(question.clone());
-        // Names that nobody told it of are kept too, for their count.
+        // Unknown names are kept too, for their count.
         let answer = self.names.entry(key(&question.name().to_ascii())).or_default();
         answer.queries += 1;
         if self.silent {

@@ -1,10 +1,10 @@
-//! Waiting for a condition, which is what tests do in place of sleeping.
+//! Waits for conditions, in place of sleeps.
 
 use std::panic::Location;
 use std::time::{Duration, Instant};
 
-/// Returns as soon as `condition` holds; it is looked at every millisecond. Panics, naming the caller, when it does not
-/// hold within `deadline`. Cancel-safe.
+/// Returns as soon as `condition` holds; checks it every millisecond. Panics with the caller's location if it does not hold within
+/// `deadline`. Cancel-safe.
 #[track_caller]
 pub fn eventually(deadline: Duration, condition: impl FnMut() -> bool) -> impl Future<Output = ()> {
     let caller = Location::caller();
@@ -13,7 +13,7 @@ pub fn eventually(deadline: Duration, condition: impl FnMut() -> bool) -> impl F
     }
 }
 
-/// As [`eventually`]; false when it does not hold in time.
+/// Like [`eventually`]; returns false if the condition does not hold in time.
 pub(crate) async fn within(deadline: Duration, mut condition: impl FnMut() -> bool) -> bool {
     let begin = Instant::now();
     while !condition() {

@@ -1,8 +1,8 @@
-//! An exact HTTP/2 client on one connection, plain or in TLS. It takes the requests and gives the responses of the HTTP/1.1
-//! one, so that a scenario need not know which of them it has: a body with a length declares it, a body in chunks goes in
-//! DATA frames of that size, and a stream that is reset is a body that ends with [`BodyEnd::Reset`]. It never retries.
+//! An exact HTTP/2 client on one connection, plain or TLS, with the request and response types of the HTTP/1.1 client. A body with
+//! a length declares it, a chunked body is sent in DATA frames of the chunk size, and a reset stream ends with [`BodyEnd::Reset`].
+//! It never retries.
 //!
-//! A stream's window is given back as its bytes are taken: one that is not read is a client that has stalled.
+//! It returns a stream's window as the bytes are taken: an unread stream is stalled.
 
 use std::future::poll_fn;
 use std::net::SocketAddr;
@@ -25,7 +25,7 @@ pub struct Http2Client {
     connection: JoinHandle<Result<(), h2::Error>>,
     scheme: &'static str,
     authority: String,
-    /// Longest wait for anything; a call fails after it. Ten seconds unless changed.
+    /// Longest wait, after which a call fails. Default: ten seconds.
     pub patience: Duration,
 }
 
@@ -41,31 +41,31 @@ impl Http2Client {
         Self::connect_with(peer, &mut Builder::new()).await
     }
 
-    /// `settings` bounds the windows, among others.
+    /// `settings` sets the windows, among others.
     pub async fn connect_with(peer: SocketAddr, settings: &mut Builder) -> Result<Self> {
         let stream = TcpStream::connect(peer).await?;
         stream.set_nodelay(true)?;
         Self::over(stream, "http", &peer.to_string(), settings).await
     }
 
-    /// On a connection that has been made; requests name `scheme` and `authority`.
+    /// Uses an existing connection; requests carry `scheme` and `authority`.
     pub async fn over<S>(stream: S, scheme: &'static str, authority: &str, settings: &mut Builder) -> Result<Self>
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        // h2 closes a connection for the small frames that wait on it, and those who stall here mean to.
+        // h2 closes a connection with too many small buffered frames, but these clients stall on purpose.
         settings.enable_push(false).data_frame_budget(1 << 30);
         let (streams, connection) = settings.handshake(stream).await?;
         let connection = tokio::spawn(connection);
         Ok(Self { streams, connection, scheme, authority: authority.to_owned(), patience: Duration::from_secs(10) })
     }
 
-    /// Sends a request and reads all of its response.
+    /// Sends a request and reads its whole response.
     pub async fn request(&mut self, request: &Request) -> Result<Response> {
         self.send(request).await?.response().await
     }
 
-    /// Sends a request: its head now, its body beside whatever the caller does.
+    /// Sends a request: its head now, its body in the background.
     pub async fn send(&mut self, request: &Request) -> Result<Stream> {
         let (pieces, pause) = pieces(request);
         let head = self.head(request)?;
@@ -78,7 +78,7 @@ impl Http2Client {
         Ok(stream)
     }
 
-    /// Opens a stream with this head; the body is the caller's to send, unless it ends with the head.
+    /// Opens a stream with this head; the caller sends the body, unless the head ends the stream.
     pub async fn open(&mut self, head: http::Request<()>, ends: bool) -> Result<Stream> {
         let ready = poll_fn(|context| self.streams.poll_ready(context));
         timeout(self.patience, ready).await.context("no room for another stream")??;
@@ -95,7 +95,7 @@ impl Http2Client {
         })
     }
 
-    /// The head of a request as it goes out. A field named `:authority` is the pseudo-header.
+    /// The head of a request on the wire. A field named `:authority` becomes the pseudo-header.
     pub fn head(&self, request: &Request) -> Result<http::Request<()>> {
         let authority = request.headers.iter().find(|(name, _)| name == ":authority");
         let authority = authority.map_or(self.authority.as_str(), |(_, value)| value);
@@ -111,20 +111,20 @@ impl Http2Client {
         Ok(head)
     }
 
-    /// How many streams the peer allows at once.
+    /// How many concurrent streams the peer allows.
     #[must_use]
     pub fn allowed_streams(&self) -> usize {
         self.streams.current_max_send_streams()
     }
 
-    /// Waits for the end of the connection: an error unless it is in good manners.
+    /// Waits for the end of the connection; an error unless it is orderly.
     pub async fn end(&mut self) -> Result<()> {
         let end = timeout(self.patience, &mut self.connection).await;
         Ok(end.context("the connection did not end in time")???)
     }
 }
 
-/// A body cut as the request says, and the pause after each piece.
+/// The body in the request's pieces, and the pause after each.
 fn pieces(request: &Request) -> (Vec<Bytes>, Duration) {
     let (body, size) = match &request.body {
         Body::None => return (Vec::new(), Duration::ZERO),
@@ -137,7 +137,7 @@ fn pieces(request: &Request) -> (Vec<Bytes>, Duration) {
     while !rest.is_empty() {
         pieces.push(rest.split_to(size.min(rest.len())));
     }
-    // A body there is, if an empty one.
+    // An empty body is still a body.
     if pieces.is_empty() {
         pieces.push(Bytes::new());
     }
@@ -147,7 +147,7 @@ fn pieces(request: &Request) -> (Vec<Bytes>, Duration) {
 async fn upload(mut out: SendStream<Bytes>, pieces: Vec<Bytes>, pause: Duration) {
     let last = pieces.len().saturating_sub(1);
     for (number, piece) in pieces.into_iter().enumerate() {
-        // What became of the request is told by its answer.
+        // The response shows what became of the request.
         if send(&mut out, piece, number == last).await.is_err() {
             return;
         }
@@ -157,7 +157,7 @@ async fn upload(mut out: SendStream<Bytes>, pieces: Vec<Bytes>, pause: Duration)
     }
 }
 
-/// Sends a piece as the peer's window has room for it.
+/// Sends a piece as the peer's window allows.
 pub(crate) async fn send(out: &mut SendStream<Bytes>, mut piece: Bytes, ends: bool) -> Result<(), h2::Error> {
     loop {
         if piece.is_empty() {
@@ -166,7 +166,7 @@ pub(crate) async fn send(out: &mut SendStream<Bytes>, mut piece: Bytes, ends: bo
         out.reserve_capacity(piece.len());
         let room = match poll_fn(|context| out.poll_capacity(context)).await {
             Some(room) => room?,
-            // Reset, or at its end.
+            // Reset or ended.
             None => return Err(Reason::STREAM_CLOSED.into()),
         };
         let now = piece.split_to(room.min(piece.len()));
@@ -178,11 +178,11 @@ pub(crate) async fn send(out: &mut SendStream<Bytes>, mut piece: Bytes, ends: bo
     }
 }
 
-/// A request under way. Dropping it cancels the stream.
+/// A running request. Dropping it cancels the stream.
 pub struct Stream {
     answer: Option<ResponseFuture>,
     body: Option<RecvStream>,
-    /// The request's body, where the caller sends it.
+    /// The request's body, if the caller sends it.
     out: Option<SendStream<Bytes>>,
     upload: Option<JoinHandle<()>>,
     sent: Instant,
@@ -206,7 +206,7 @@ impl Stream {
         Ok(timeout(self.patience, send(out, piece.into(), false)).await.context("no room in the window")??)
     }
 
-    /// Ends the request's body, with trailers if there are any.
+    /// Ends the request's body, optionally with trailers.
     pub fn finish(&mut self, trailers: HeaderMap) -> Result<()> {
         let mut out = self.out.take().context("the body is not the caller's to send")?;
         if trailers.is_empty() {
@@ -227,7 +227,7 @@ impl Stream {
         self.reason
     }
 
-    /// Reads the head; fails when the stream ends first, and [`Self::reason`] then tells why.
+    /// Reads the head; an error if the stream ends first, with the cause in [`Self::reason`].
     pub async fn head(&mut self) -> Result<Head> {
         let answer = self.answer.take().context("the head has been read")?;
         let answer = timeout(self.patience, answer).await.context("no head came in time")?;
@@ -242,7 +242,7 @@ impl Stream {
         })
     }
 
-    /// The next bytes of the body, a DATA frame at most, or its end.
+    /// The next bytes of the body, at most one DATA frame, or its end.
     pub async fn piece(&mut self) -> Result<Piece> {
         let body = self.body.as_mut().context("no head was read for this body")?;
         loop {
@@ -260,7 +260,7 @@ impl Stream {
         }
     }
 
-    /// Reads the rest of the body and gives its pieces to `sink`, whose error ends the reading.
+    /// Reads the rest of the body and passes its pieces to `sink`, whose error ends the read.
     pub async fn read_body(&mut self, mut sink: impl FnMut(&[u8]) -> Result<()>) -> Result<BodyRead> {
         let (mut arrivals, mut len) = (Vec::new(), 0);
         let mut end = loop {
@@ -285,7 +285,7 @@ impl Stream {
         Ok(BodyRead { end, len, arrivals, trailers, chunks: self.frames, wire: len })
     }
 
-    /// Reads all of the response.
+    /// Reads the whole response.
     pub async fn response(&mut self) -> Result<Response> {
         let head = self.head().await?;
         let mut body = Vec::new();
@@ -307,7 +307,7 @@ fn broken(reason: &mut Option<Reason>, error: &h2::Error) -> BodyEnd {
     if reason.is_some() { BodyEnd::Reset } else { BodyEnd::Truncated }
 }
 
-/// The fields of a map; a value that is not text is shown as far as it is.
+/// The fields of a map; values that are not text are shown lossily.
 pub(crate) fn pairs(fields: &HeaderMap) -> Vec<(String, String)> {
     let text = |value: &HeaderValue| String::from_utf8_lossy(value.as_bytes()).into_owned();
     fields.iter().map(|(name, value)| (name.as_str().to_owned(), text(value))).collect()

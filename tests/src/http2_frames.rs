@@ -1,5 +1,5 @@
-//! HTTP/2 by hand: frames as they are on the wire (RFC 9113 §4.1), and header blocks in which every field is spelled out
-//! (RFC 7541 §6.2.2), for what no library would send.
+//! Raw HTTP/2 frames (RFC 9113 §4.1) and header blocks of literal fields (RFC 7541 §6.2.2), for messages that no library would
+//! send.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -44,19 +44,19 @@ impl Frame {
         Self { kind, flags, stream, payload: payload.into() }
     }
 
-    /// A head in one frame.
+    /// A HEADERS frame with the whole head.
     #[must_use]
     pub fn headers(stream: u32, ends: bool, fields: &[(&str, &str)]) -> Self {
         Self::new(kind::HEADERS, END_HEADERS | u8::from(ends), stream, block(fields))
     }
 
-    /// So many bytes more may come on the stream; on all together with 0.
+    /// Grants this many more bytes on the stream, or on the connection if 0.
     #[must_use]
     pub fn window(stream: u32, bytes: u32) -> Self {
         Self::new(kind::WINDOW_UPDATE, 0, stream, bytes.to_be_bytes())
     }
 
-    /// Settings that let so many bytes come on each stream at first (RFC 9113 §6.5.2).
+    /// SETTINGS with this initial stream window (RFC 9113 §6.5.2).
     #[must_use]
     pub fn initial_window(bytes: u32) -> Self {
         Self::new(kind::SETTINGS, 0, 0, [&4_u16.to_be_bytes()[..], &bytes.to_be_bytes()].concat())
@@ -77,7 +77,7 @@ impl Frame {
         wire
     }
 
-    /// The status of a response's head, where a single byte says it.
+    /// The status of a response head whose first byte encodes it.
     #[must_use]
     pub fn status(&self) -> Option<u16> {
         let indexed = [200, 204, 206, 304, 400, 404, 500];
@@ -85,7 +85,7 @@ impl Frame {
         indexed.get(first.checked_sub(0x88)?).copied()
     }
 
-    /// The error code of a RST_STREAM or a GOAWAY.
+    /// The error code of a RST_STREAM or GOAWAY.
     #[must_use]
     pub fn error(&self) -> Option<u32> {
         let at = match self.kind {
@@ -97,7 +97,7 @@ impl Frame {
     }
 }
 
-/// Literal fields with literal names, none of them to be remembered.
+/// Literal fields with literal names, without indexing.
 fn block(fields: &[(&str, &str)]) -> Vec<u8> {
     let mut block = Vec::new();
     for (name, value) in fields {
@@ -110,7 +110,7 @@ fn block(fields: &[(&str, &str)]) -> Vec<u8> {
     block
 }
 
-/// An integer in seven bits and as many bytes as it takes (RFC 7541 §5.1).
+/// An integer with a seven-bit prefix (RFC 7541 §5.1).
 fn length(length: usize, block: &mut Vec<u8>) {
     if length < 127 {
         return block.push(length as u8);
@@ -130,19 +130,19 @@ pub struct Http2Frames {
 }
 
 impl Http2Frames {
-    /// A client that has said that it speaks HTTP/2.
+    /// A client after its preface and SETTINGS.
     pub async fn connect(peer: SocketAddr) -> Result<Self> {
         Self::connect_with(peer, &Frame::new(kind::SETTINGS, 0, 0, [])).await
     }
 
-    /// As [`Self::connect`], with settings.
+    /// Like [`Self::connect`], with these settings.
     pub async fn connect_with(peer: SocketAddr, settings: &Frame) -> Result<Self> {
         let mut connection = Self::new(TcpStream::connect(peer).await?)?;
         connection.send_raw(&[PREFACE, &settings.wire()].concat()).await?;
         Ok(connection)
     }
 
-    /// A server that has been told so, and has answered.
+    /// A server after the exchange of preface and SETTINGS.
     pub async fn accept(stream: TcpStream) -> Result<Self> {
         let mut connection = Self::new(stream)?;
         let mut preface = [0; PREFACE.len()];
@@ -152,7 +152,7 @@ impl Http2Frames {
         Ok(connection)
     }
 
-    /// A connection on which nothing has been said.
+    /// A connection without any traffic yet.
     pub fn new(stream: TcpStream) -> Result<Self> {
         stream.set_nodelay(true)?;
         Ok(Self { stream })
@@ -166,7 +166,7 @@ impl Http2Frames {
         self.send_raw(&frame.wire()).await
     }
 
-    /// The next frame; `None` at the end of the connection. Settings and pings are acknowledged.
+    /// The next frame; `None` at the end of the connection. Acknowledges SETTINGS and PING.
     pub async fn next(&mut self) -> Result<Option<Frame>> {
         let mut head = [0; 9];
         match timeout(PATIENCE, self.stream.read_exact(&mut head)).await.context("no frame came in time")? {
@@ -179,13 +179,13 @@ impl Http2Frames {
         let frame = Frame { kind, flags, stream: u32::from_be_bytes(stream) & 0x7fff_ffff, payload };
         let answer: &[u8] = if frame.kind == kind::PING { &frame.payload } else { &[] };
         if matches!(frame.kind, kind::SETTINGS | kind::PING) && frame.flags == 0 {
-            // A peer that has gone says so when the next frame is asked for.
+            // A departed peer is noticed at the next read.
             let _ = self.send(&Frame::new(frame.kind, 1, 0, answer)).await;
         }
         Ok(Some(frame))
     }
 
-    /// The next frame that this holds for; `None` at the end of the connection.
+    /// The next frame that satisfies `wanted`; `None` at the end of the connection.
     pub async fn find(&mut self, mut wanted: impl FnMut(&Frame) -> bool) -> Result<Option<Frame>> {
         while let Some(frame) = self.next().await? {
             if wanted(&frame) {

@@ -1,8 +1,8 @@
-//! A sample endpoint that speaks HTTP/2 without TLS. It answers as the model server does where it can: by the request's
-//! [`Plan`](crate::Plan), by `/test/echo`, and in the manners of gRPC where the request is one (see `grpc`).
+//! An HTTP/2 endpoint without TLS. It answers like the model server by the request's [`Plan`](crate::Plan) and `/test/echo`, and as
+//! gRPC for gRPC requests (see `grpc`).
 //!
-//! Frames take the place of chunks: a body goes in DATA frames of the plan's `chunks`. A peer that resets a stream is noticed
-//! at once and counted in `aborted`.
+//! DATA frames replace chunks: a body is sent in frames of the plan's `chunks`. A stream reset by the peer is noticed at once and
+//! counted in `aborted`.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -24,11 +24,11 @@ mod tests;
 #[derive(Clone, Debug)]
 pub struct Http2Options {
     pub listen: SocketAddr,
-    /// Streams at once on a connection; what is beyond is refused.
+    /// Concurrent streams per connection; more are refused.
     pub max_streams: u32,
-    /// This many requests are refused as not processed (`REFUSED_STREAM`), the first ones.
+    /// The first requests, this many, are refused as unprocessed (`REFUSED_STREAM`).
     pub refuses: u64,
-    /// Of a stream and of a connection.
+    /// The window of a stream and of a connection.
     pub window: u32,
 }
 
@@ -38,7 +38,7 @@ impl Default for Http2Options {
     }
 }
 
-/// What the connections of one server share.
+/// State shared by the connections of one server.
 struct Shared {
     options: Http2Options,
     addr: SocketAddr,
@@ -52,11 +52,11 @@ struct Shared {
     most_streams: AtomicU64,
     written: AtomicU64,
     seen: Mutex<Vec<Echo>>,
-    /// Counts the times that connections were told to go.
+    /// Incremented to make connections send GOAWAY.
     leaving: watch::Sender<u64>,
 }
 
-/// A running server. Dropping it ends it like a killed process.
+/// A running server. Dropping it acts like killing its process.
 pub struct Http2Server {
     pub addr: SocketAddr,
     shared: Arc<Shared>,
@@ -64,7 +64,7 @@ pub struct Http2Server {
 }
 
 impl Http2Server {
-    /// Returns once the server accepts connections, on a thread of its own.
+    /// Returns once the server accepts connections. Runs on its own thread.
     pub async fn start(options: Http2Options) -> Result<Self> {
         let (shared, runtime) = OwnRuntime::start("http2-server", move || listen(options)).await?;
         Ok(Self { addr: shared.addr, shared, runtime })
@@ -80,7 +80,7 @@ impl Http2Server {
         self.shared.open.load(Ordering::Relaxed)
     }
 
-    /// Requests that were read as a whole.
+    /// Requests read whole.
     #[must_use]
     pub fn requests(&self) -> u64 {
         self.shared.requests.load(Ordering::Relaxed)
@@ -92,7 +92,7 @@ impl Http2Server {
         self.shared.refused.load(Ordering::Relaxed)
     }
 
-    /// Responses that were not finished because the peer reset the stream, or is gone.
+    /// Responses left incomplete because the peer reset the stream or is gone.
     #[must_use]
     pub fn aborted(&self) -> u64 {
         self.shared.aborted.load(Ordering::Relaxed)
@@ -104,30 +104,30 @@ impl Http2Server {
         self.shared.uploads_broken.load(Ordering::Relaxed)
     }
 
-    /// The most streams that were open at once, over all connections.
+    /// The highest number of concurrent streams over all connections.
     #[must_use]
     pub fn most_streams(&self) -> u64 {
         self.shared.most_streams.load(Ordering::Relaxed)
     }
 
-    /// Bytes of bodies for which the peer's windows had room.
+    /// Bytes of bodies sent within the peer's windows.
     #[must_use]
     pub fn written(&self) -> u64 {
         self.shared.written.load(Ordering::Relaxed)
     }
 
-    /// The requests so far, in the order of their arrival.
+    /// The requests so far, in order of arrival.
     #[must_use]
     pub fn seen(&self) -> Vec<Echo> {
         self.shared.seen.lock().clone()
     }
 
-    /// Tells every connection to go (`GOAWAY`); what runs on them may finish.
+    /// Sends `GOAWAY` on every connection; running streams may finish.
     pub fn leave(&self) {
         self.shared.leaving.send_modify(|times| *times += 1);
     }
 
-    /// Closes everything at once and returns when it is closed. The counters can still be read.
+    /// Closes everything at once and returns afterwards. The counters remain readable.
     pub fn stop(&mut self) {
         self.runtime.stop();
     }
@@ -158,7 +158,7 @@ async fn listen(options: Http2Options) -> Result<Arc<Shared>> {
             let server = Arc::clone(&server);
             tokio::spawn(async move {
                 server.open.fetch_add(1, Ordering::Relaxed);
-                // An error is the peer's: it has been told.
+                // An error concerns the peer, which has been notified.
                 let _ = connection(tcp, &server).await;
                 server.open.fetch_sub(1, Ordering::Relaxed);
             });
@@ -167,7 +167,7 @@ async fn listen(options: Http2Options) -> Result<Arc<Shared>> {
     Ok(shared)
 }
 
-/// One connection to its end.
+/// Serves one connection to its end.
 async fn connection(tcp: TcpStream, shared: &Arc<Shared>) -> Result<()> {
     let _ = tcp.set_nodelay(true);
     let (tcp, kept) = kept(tcp)?;
@@ -185,7 +185,7 @@ async fn connection(tcp: TcpStream, shared: &Arc<Shared>) -> Result<()> {
     loop {
         let accepted = tokio::select! {
             biased;
-            // A plan asks for the end of the connection: nothing more is said on it.
+            // The plan ends the connection, without further frames.
             _ = closed.wait_for(|close| *close) => return Ok(()),
             Ok(()) = leaving.changed() => {
                 connection.graceful_shutdown();
@@ -194,7 +194,7 @@ async fn connection(tcp: TcpStream, shared: &Arc<Shared>) -> Result<()> {
             accepted = connection.accept() => accepted,
         };
         let Some(accepted) = accepted else {
-            // Closing before the peer does, with frames of its own unread, would take back what is still on its way.
+            // Closing before the peer, with unread frames from it, would discard data in flight.
             drop(connection);
             read_out(kept).await?;
             return Ok(());
@@ -210,14 +210,14 @@ async fn connection(tcp: TcpStream, shared: &Arc<Shared>) -> Result<()> {
     }
 }
 
-/// The connection, and another handle to it.
+/// Returns the connection and a second handle to it.
 fn kept(tcp: TcpStream) -> std::io::Result<(TcpStream, std::net::TcpStream)> {
     let tcp = tcp.into_std()?;
     let kept = tcp.try_clone()?;
     Ok((TcpStream::from_std(tcp)?, kept))
 }
 
-/// Waits for the peer to end the connection.
+/// Waits for the peer to close the connection.
 async fn read_out(tcp: std::net::TcpStream) -> std::io::Result<()> {
     let mut tcp = TcpStream::from_std(tcp)?;
     tokio::io::copy(&mut tcp, &mut tokio::io::sink()).await?;

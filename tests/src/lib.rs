@@ -1,6 +1,5 @@
-//! What the tests of the whole agent are made of: bytes that know their place, an exact client, a sample model server, a
-//! scripted endpoint picker, and child processes. Nothing here is used by the agent, and nothing but the wire is shared
-//! with it.
+//! Building blocks for tests of the whole agent: position-dependent bytes, an exact client, a sample model server, a scripted
+//! endpoint picker, and child processes. The agent uses none of it, and shares only the wire format with it.
 
 pub mod agent;
 pub mod agent_process;

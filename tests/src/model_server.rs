@@ -1,9 +1,8 @@
-//! A sample model server: OpenAI's completions API with made-up tokens, and test endpoints whose every byte, write and
-//! misdeed is told by the request (see [`Plan`]). HTTP/1.1 is written by hand on plain sockets, because the tests need
-//! to decide where a write ends.
+//! A sample model server: OpenAI's completions API with generated tokens, and test endpoints whose bytes, writes and faults the
+//! request determines (see [`Plan`]). HTTP/1.1 is written directly to sockets, because tests control where a write ends.
 //!
-//! Any response says who gave it (`x-served-by: ip:port`) and which one it is on its connection (`x-request-count`).
-//! A peer that closes or resets during a response is noticed at once, as uvicorn does, and counted in `aborted`.
+//! Every response names its server (`x-served-by: ip:port`) and its number on the connection (`x-request-count`). A peer that
+//! closes or resets during a response is noticed at once, as in uvicorn, and counted in `aborted`.
 
 use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -38,19 +37,19 @@ pub use upgraded::{Received, Upload};
 #[derive(Clone, Debug)]
 pub struct Options {
     pub listen: SocketAddr,
-    /// The model that `/v1/models` and `/metrics` name.
+    /// The model name in `/v1/models` and `/metrics`.
     pub model: String,
-    /// Tokens of a completion that asks for no number.
+    /// Default number of tokens of a completion.
     pub tokens: u32,
-    /// Time between tokens of a completion that asks for no other.
+    /// Default time between tokens.
     pub interval: Duration,
-    /// A connection that waits this long for a request is closed without a word. Uvicorn's is five seconds.
+    /// A connection without a request for this long is closed silently. Uvicorn's default is five seconds.
     pub idle_close: Option<Duration>,
     /// Whether requests are kept for [`ModelServer::seen`].
     pub keep_requests: bool,
-    /// Whether bytes written are hashed for `/test/sent`, which takes time for each.
+    /// Whether written bytes are hashed for `/test/sent`, which costs time for each.
     pub keep_sent: bool,
-    /// `SO_SNDBUF` of its connections. The kernel doubles it, and sizes the buffer by itself if it is not given.
+    /// `SO_SNDBUF` of its connections. The kernel doubles it, and sizes the buffer automatically without it.
     pub send_buffer: Option<usize>,
 }
 
@@ -69,7 +68,7 @@ impl Default for Options {
     }
 }
 
-/// What the connections of one server share.
+/// State shared by the connections of one server.
 struct Shared {
     options: Options,
     addr: SocketAddr,
@@ -86,13 +85,13 @@ struct Shared {
     seen: Mutex<Vec<Echo>>,
     sent: Mutex<sent::Account>,
     received: Mutex<Vec<Received>>,
-    /// By the ids of their streams.
+    /// By stream id.
     uploads: Mutex<HashMap<u64, Upload>>,
-    /// Responses that wait to be told ([`FaultKind::UntilTold`]) wait no more.
+    /// Whether responses that wait for [`FaultKind::UntilTold`] may continue.
     told: watch::Sender<bool>,
 }
 
-/// One more while it lives.
+/// Counts one more while it exists.
 struct Gauge<'a>(&'a AtomicU64);
 
 impl<'a> Gauge<'a> {
@@ -108,7 +107,7 @@ impl Drop for Gauge<'_> {
     }
 }
 
-/// A running server. Dropping it ends it like a killed process: listener and connections are closed at once.
+/// A running server. Dropping it acts like killing its process: listener and connections close at once.
 pub struct ModelServer {
     pub addr: SocketAddr,
     shared: Arc<Shared>,
@@ -116,7 +115,7 @@ pub struct ModelServer {
 }
 
 impl ModelServer {
-    /// Returns once the server accepts connections, on a thread of its own.
+    /// Returns once the server accepts connections. Runs on its own thread.
     pub async fn start(options: Options) -> Result<Self> {
         let (shared, runtime) = OwnRuntime::start("model-server", move || listen(options)).await?;
         Ok(Self { addr: shared.addr, shared, runtime })
@@ -132,71 +131,71 @@ impl ModelServer {
         self.shared.open.load(Ordering::Relaxed)
     }
 
-    /// Requests that were read as a whole.
+    /// Requests read whole.
     #[must_use]
     pub fn requests(&self) -> u64 {
         self.shared.requests.load(Ordering::Relaxed)
     }
 
-    /// Responses that were not finished because the peer closed or reset the connection.
+    /// Responses left incomplete because the peer closed or reset the connection.
     #[must_use]
     pub fn aborted(&self) -> u64 {
         self.shared.aborted.load(Ordering::Relaxed)
     }
 
-    /// Bytes of responses that the kernel has taken from the server, in whole writes.
+    /// Response bytes accepted by the kernel, counted in whole writes.
     #[must_use]
     pub fn written(&self) -> u64 {
         self.shared.written.load(Ordering::Relaxed)
     }
 
-    /// Requests whose body ended early or whose bytes made no request.
+    /// Requests whose body ended early or whose bytes did not parse.
     #[must_use]
     pub fn uploads_broken(&self) -> u64 {
         self.shared.uploads_broken.load(Ordering::Relaxed)
     }
 
-    /// Completions being generated, as `/metrics` tells it.
+    /// Completions in progress, as in `/metrics`.
     #[must_use]
     pub fn running(&self) -> u64 {
         self.shared.running.load(Ordering::Relaxed)
     }
 
-    /// The requests so far, in the order of their arrival.
+    /// The requests so far, in order of arrival.
     #[must_use]
     pub fn seen(&self) -> Vec<Echo> {
         self.shared.seen.lock().clone()
     }
 
-    /// What came on connections that have switched protocols, once the peer had ended its side of them.
+    /// What arrived on switched connections, once the peer had ended its side of them.
     #[must_use]
     pub fn received(&self) -> Vec<Received> {
         self.shared.received.lock().clone()
     }
 
-    /// What has come so far of a stream that a plan has named ([`Plan::upload`]).
+    /// What has arrived so far of a stream named by a plan ([`Plan::upload`]).
     #[must_use]
     pub fn upload(&self, stream_id: u64) -> Option<Upload> {
         self.shared.uploads.lock().get(&stream_id).cloned()
     }
 
-    /// As [`Self::upload`], and forgets it.
+    /// Like [`Self::upload`]; also forgets the stream.
     pub fn take_upload(&self, stream_id: u64) -> Option<Upload> {
         self.shared.uploads.lock().remove(&stream_id)
     }
 
-    /// What was sent in answer to the request of this `x-request-id`, if it is one of the last.
+    /// What was sent in response to the request with this `x-request-id`, if it is recent.
     #[must_use]
     pub fn sent(&self, id: &str) -> Option<Sent> {
         self.shared.sent.lock().find(id).cloned()
     }
 
-    /// What `/metrics` tells as `vllm:num_requests_waiting`.
+    /// The value of `vllm:num_requests_waiting` in `/metrics`.
     pub fn set_waiting(&self, requests: u64) {
         self.shared.waiting.store(requests, Ordering::Relaxed);
     }
 
-    /// What `/metrics` tells as `vllm:kv_cache_usage_perc`: 0 to 1.
+    /// The value of `vllm:kv_cache_usage_perc` in `/metrics`: 0 to 1.
     pub fn set_kv_cache_usage(&self, usage: f64) {
         *self.shared.kv_cache_usage.lock() = usage;
     }
@@ -206,12 +205,12 @@ impl ModelServer {
         self.shared.healthy.store(healthy, Ordering::Relaxed);
     }
 
-    /// Responses that wait to be told ([`FaultKind::UntilTold`]) go on, and later ones do not wait.
+    /// Continues the responses that wait for [`FaultKind::UntilTold`]; later ones do not wait.
     pub fn go_on(&self) {
         self.shared.told.send_replace(true);
     }
 
-    /// Closes everything at once and returns when it is closed. The counters can still be read.
+    /// Closes everything at once and returns afterwards. The counters remain readable.
     pub fn stop(&mut self) {
         self.runtime.stop();
     }
@@ -221,7 +220,7 @@ async fn listen(options: Options) -> Result<Arc<Shared>> {
     let listener =
         TcpListener::bind(options.listen).await.with_context(|| format!("listening on {}", options.listen))?;
     if let Some(bytes) = options.send_buffer {
-        // What it accepts inherits it.
+        // Accepted sockets inherit it.
         socket2::SockRef::from(&listener).set_send_buffer_size(bytes)?;
     }
     let shared = Arc::new(Shared {
@@ -255,7 +254,7 @@ async fn listen(options: Options) -> Result<Arc<Shared>> {
                         Connection::new(stream, &server).serve().await;
                     });
                 }
-                // Out of descriptors, most likely; there is nobody to tell.
+                // Probably out of descriptors; retry.
                 Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
             }
         }

@@ -1,4 +1,4 @@
-//! A network namespace of the test's own, which ends with it and leaves nothing behind. Takes root and `ip`.
+//! A network namespace for a test, removed on drop. Needs root and `ip`.
 
 use std::fs::File;
 use std::os::fd::AsRawFd as _;
@@ -7,14 +7,14 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, setns, unshare};
 
-/// Lives as long as this does, or as long as a socket or a thread is in it.
+/// Exists until this is dropped and no socket or thread is left in it.
 #[derive(Debug)]
 pub struct Namespace(File);
 
 impl Namespace {
-    /// With loopback up.
+    /// Creates a namespace with loopback up.
     pub fn new() -> Result<Self> {
-        // A thread can leave a namespace, and a runtime's should not.
+        // A thread stays in the namespace it enters, so a runtime's thread must not enter one.
         let made = std::thread::spawn(|| -> Result<File> {
             unshare(CloneFlags::CLONE_NEWNET).context("making a network namespace")?;
             Ok(File::open("/proc/thread-self/ns/net")?)
@@ -24,8 +24,8 @@ impl Namespace {
         Ok(namespace)
     }
 
-    /// Another, with a pair of interfaces between it and the caller's: `name` has the address `here` on this side and `there`
-    /// on that one, each with the length of its prefix.
+    /// Another namespace, connected to the caller's by a pair of interfaces: `name` has the address `here` on this side and `there`
+    /// on the other, each with its prefix length.
     pub fn beside(name: &str, here: &str, there: &str) -> Result<Self> {
         let namespace = Self::new()?;
         ip(&format!("link add {name} type veth peer name {name} netns {}", namespace.path()))?;
@@ -36,7 +36,7 @@ impl Namespace {
         Ok(namespace)
     }
 
-    /// On a thread in the namespace. Sockets that it makes stay in it.
+    /// Runs on a thread in the namespace. Sockets that it creates stay in the namespace.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| -> Result<T> {
@@ -51,7 +51,7 @@ impl Namespace {
         self.run(|| ip(command))?
     }
 
-    /// As other processes see it.
+    /// The path under which other processes see it.
     fn path(&self) -> String {
         format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
     }

@@ -1,5 +1,5 @@
-//! A server that a test starts has a thread and a current-thread runtime of its own, so that it does not share a
-//! scheduler with the agent under test. Dropping the handle drops the runtime, and with it every socket of the server.
+//! Runs a test's server on its own thread and current-thread runtime, so that it shares no scheduler with the agent under test.
+//! Dropping the handle drops the runtime and every socket of the server.
 
 use std::thread::JoinHandle;
 
@@ -12,7 +12,7 @@ pub(crate) struct OwnRuntime {
 }
 
 impl OwnRuntime {
-    /// Runs `begin` on the new runtime and returns what it gives together with the handle; tasks it spawned go on.
+    /// Runs `begin` on the new runtime and returns its result with the handle; the tasks it spawned continue.
     pub(crate) async fn start<T, F>(name: &str, begin: impl FnOnce() -> F + Send + 'static) -> Result<(T, Self)>
     where
         T: Send + 'static,
@@ -34,7 +34,7 @@ impl OwnRuntime {
         Ok((value, Self { stop: Some(stop), thread: Some(thread) }))
     }
 
-    /// Ends the runtime at once; returns when its sockets are closed.
+    /// Ends the runtime at once; returns after its sockets are closed.
     pub(crate) fn stop(&mut self) {
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {

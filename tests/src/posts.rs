@@ -1,5 +1,5 @@
-//! POSTs of every size, framing and speed into a real server behind an agent: each is answered, with the length and the
-//! digest of the bytes that were sent.
+//! POSTs of every size, framing and speed to a real server behind an agent: each response must carry the length and digest of the
+//! sent bytes.
 
 use std::{fmt, net::SocketAddr, time::Duration};
 
@@ -16,29 +16,29 @@ use crate::{
     servers::{CONTENT, RealServer},
 };
 
-/// A POST that hangs is one that takes longer.
+/// A POST that takes longer counts as hung.
 const PATIENCE: Duration = Duration::from_secs(30);
 pub const MODES: [SteeringMode; 4] =
     [SteeringMode::Off, SteeringMode::Ingress, SteeringMode::Auto, SteeringMode::Local];
 
-/// How much of it.
+/// How much traffic to send.
 #[derive(Clone, Copy, Debug)]
 pub struct Extent {
     pub sizes: &'static [usize],
-    /// Connections that are kept, and send a small POST each, several times.
+    /// Kept connections, each of which sends a small POST several times.
     pub kept: usize,
 }
 
-/// What takes some seconds.
+/// Traffic for a few seconds.
 pub const SHORT: Extent = Extent { sizes: &[1000, 70_000, 2 << 20], kept: 20 };
 pub const WHOLE: Extent = Extent { sizes: &[1000, 9000, 70_000, 1 << 20, 8 << 20, 32 << 20], kept: 300 };
 
-/// What came of it in one mode.
+/// The result in one mode.
 #[derive(Debug)]
 pub struct Tally {
     pub posts: usize,
     pub bytes: usize,
-    /// Bytes of responses that took the path `local`.
+    /// Response bytes carried by the path `local`.
     pub local: u64,
     pub took: Duration,
 }
@@ -54,31 +54,31 @@ impl fmt::Display for Tally {
 enum Manner {
     Length,
     Chunked,
-    /// Length, in writes of an eighth with a pause after each.
+    /// With a length, in writes of an eighth with a pause after each.
     Slow,
     /// Chunked, in writes of an eighth.
     SlowChunked,
-    /// `Expect: 100-continue`, and the body once that was answered.
+    /// `Expect: 100-continue`, with the body sent after the 100.
     Expect,
 }
 
 const MANNERS: [Manner; 5] = [Manner::Length, Manner::Chunked, Manner::Slow, Manner::SlowChunked, Manner::Expect];
 
-/// All of it into one server, on one mode.
+/// Sends all of it to one server in one mode.
 pub async fn run(server: &RealServer, mode: SteeringMode, extent: Extent) -> Result<Tally> {
     let agent = TestAgent::try_start(builtin_pool(&[server.addr]), mode, |config| {
         config.limits.body_bytes = 64 << 20;
-        // The smallest response is worth the path that is tried.
+        // The smallest response may be steered.
         config.steering.min_bytes = 1;
     })?;
     let begun = tokio::time::Instant::now();
     let mut tally = Tally { posts: 0, bytes: 0, local: 0, took: Duration::ZERO };
     let all = async {
-        // One connection to the agent, and so one after the other on one to the endpoint.
+        // One agent connection, and therefore serial requests on one endpoint connection.
         let mut client = Client::connect(agent.addr).await?;
         for &size in extent.sizes {
             for manner in MANNERS {
-                // A response that the kernel carries, and the next request on the same connection behind it.
+                // A steered response, followed by the next request on the same connection.
                 let streamed = tokio::time::timeout(PATIENCE, stream(&mut client, server)).await;
                 streamed.unwrap_or_else(|_| bail!("a response that stops")).context("a response before the POST")?;
                 let body = body(tally.posts, size);
@@ -141,7 +141,7 @@ async fn post(client: &mut Client, target: &str, manner: Manner, body: &[u8]) ->
     check(&response, body.len(), body)
 }
 
-/// Two requests at once on each of two connections.
+/// Two concurrent requests on each of two connections.
 async fn pipelined(agent: SocketAddr, target: &str) -> Result<usize> {
     let both = (0..2).map(async |number| {
         let mut client = Client::connect(agent).await?;
@@ -157,7 +157,7 @@ async fn pipelined(agent: SocketAddr, target: &str) -> Result<usize> {
     Ok(try_join_all(both).await?.into_iter().sum())
 }
 
-/// Connections that stay open, each with several requests, all at once.
+/// Connections that stay open, each with several requests, all concurrently.
 async fn kept(agent: SocketAddr, target: &str, connections: usize) -> Result<usize> {
     const ROUNDS: usize = 3;
     let mut clients = Vec::new();
@@ -175,7 +175,7 @@ async fn kept(agent: SocketAddr, target: &str, connections: usize) -> Result<usi
     Ok(connections * ROUNDS)
 }
 
-/// A response tells what has come: `length digest`, or a model server's echo.
+/// The response reports what arrived: `length digest`, or a model server's echo.
 fn check(response: &Response, length: usize, body: &[u8]) -> Result<()> {
     ensure!(response.status() == 200, "{} {}", response.status(), response.text());
     let text = response.text();

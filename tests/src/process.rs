@@ -1,5 +1,5 @@
-//! A child process under test: its output captured line by line, its signals, and what it costs in CPU and memory, read
-//! from `/proc` as `proc(5)` describes. Dropping it kills it.
+//! A child process under test: its output line by line, its signals, and its CPU and memory usage from `/proc` (`proc(5)`).
+//! Dropping it kills it.
 
 use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read};
@@ -22,7 +22,7 @@ pub struct Process {
 }
 
 impl Process {
-    /// Where cargo put the workspace's binary `name`: beside the running test.
+    /// The workspace's binary `name`, in cargo's folder of the running test.
     pub fn binary(name: &str) -> Result<PathBuf> {
         let test = std::env::current_exe()?;
         let found = test.ancestors().skip(1).take(2).map(|folder| folder.join(name)).find(|path| path.is_file());
@@ -36,7 +36,7 @@ impl Process {
         Self::spawn(command)
     }
 
-    /// Starts any command; its standard output and error are captured together, its input is empty.
+    /// Starts any command; captures standard output and error together; its input is empty.
     pub fn spawn(mut command: Command) -> Result<Self> {
         let name = command.get_program().to_string_lossy().into_owned();
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -52,17 +52,17 @@ impl Process {
         self.child.id()
     }
 
-    /// What it has printed so far.
+    /// Its output so far.
     #[must_use]
     pub fn output(&self) -> Vec<String> {
         self.lines.lock().clone()
     }
 
-    /// The first line, past or to come, that contains `text`. Fails when the process ends without it.
+    /// The first past or future line that contains `text`. An error if the process ends without it.
     pub async fn line(&mut self, text: &str, deadline: Duration) -> Result<String> {
         let begin = Instant::now();
         loop {
-            // Asked before the lines are looked at, so that the last line of an ended process still counts.
+            // Checked before the lines, so that the last line of an ended process still counts.
             let ended = self.child.try_wait()?;
             if let Some(line) = self.lines.lock().iter().find(|line| line.contains(text)) {
                 return Ok(line.clone());
@@ -78,7 +78,7 @@ impl Process {
         }
     }
 
-    /// The address a `listening on ip:port` line tells.
+    /// The address in a `listening on ip:port` line.
     pub async fn listening(&mut self, deadline: Duration) -> Result<std::net::SocketAddr> {
         let line = self.line("listening on ", deadline).await?;
         let address = line.rsplit("listening on ").next().unwrap_or_default();
@@ -95,13 +95,13 @@ impl Process {
         self.signal(Signal::SIGTERM)
     }
 
-    /// SIGKILL, and waits for the end.
+    /// SIGKILL, then waits for the exit.
     pub fn kill(&mut self) -> Result<ExitStatus> {
         self.child.kill()?;
         Ok(self.child.wait()?)
     }
 
-    /// SIGTERM, and waits for the end; SIGKILL when it has not come by the deadline.
+    /// SIGTERM, then waits for the exit; SIGKILL after the deadline.
     #[expect(clippy::disallowed_methods, reason = "for destructors, which cannot await")]
     pub fn stop(&mut self, deadline: Duration) -> Result<ExitStatus> {
         let begin = Instant::now();
@@ -116,7 +116,7 @@ impl Process {
         self.kill()
     }
 
-    /// Waits for the process to end by itself.
+    /// Waits for the process to exit.
     pub async fn ended(&mut self, deadline: Duration) -> Result<ExitStatus> {
         let begin = Instant::now();
         loop {
@@ -128,10 +128,10 @@ impl Process {
         }
     }
 
-    /// User and system time so far, of ended threads too, in clock ticks (10 ms).
+    /// User and system time so far, including ended threads, in clock ticks (10 ms).
     pub fn cpu_time(&self) -> Result<Duration> {
         let stat = self.proc("stat")?;
-        // The name in parentheses may hold blanks; utime and stime are the 14th and 15th field of the line.
+        // The name in parentheses may contain blanks; utime and stime are the line's 14th and 15th fields.
         let (_, fields) = stat.rsplit_once(") ").context("/proc/pid/stat without a name")?;
         let mut fields = fields.split(' ').skip(11).map(str::parse::<u64>);
         let (Some(Ok(user)), Some(Ok(system))) = (fields.next(), fields.next()) else {
@@ -141,11 +141,11 @@ impl Process {
         Ok(Duration::from_secs_f64((user + system) as f64 / per_second as f64))
     }
 
-    /// Time on a CPU so far to the nanosecond, of the threads that are alive: those that ended are missing.
+    /// CPU time so far of the threads that are alive, to the nanosecond; ended threads are missing.
     pub fn cpu_time_exact(&self) -> Result<Duration> {
         let mut total = 0;
         for task in std::fs::read_dir(format!("/proc/{}/task", self.id()))? {
-            // A thread may end between the listing and the reading.
+            // A thread may end between the listing and the read.
             let Ok(line) = std::fs::read_to_string(task?.path().join("schedstat")) else { continue };
             let on_cpu = line.split(' ').next().unwrap_or_default();
             total += on_cpu.parse::<u64>().with_context(|| format!("schedstat {line:?}"))?;
@@ -153,11 +153,11 @@ impl Process {
         Ok(Duration::from_nanos(total))
     }
 
-    /// How often threads whose names begin so have fallen asleep so far; `None` while one of them is awake.
+    /// How often threads with this name prefix have fallen asleep so far; `None` while one of them is awake.
     pub fn sleeps(&self, name: &str) -> Result<Option<u64>> {
         let mut total = 0;
         for task in std::fs::read_dir(format!("/proc/{}/task", self.id()))? {
-            // A thread may end between the listing and the reading.
+            // A thread may end between the listing and the read.
             let Ok(status) = std::fs::read_to_string(task?.path().join("status")) else { continue };
             let field =
                 |field: &str| status.lines().find_map(|line| line.strip_prefix(field)).unwrap_or_default().trim();
@@ -177,7 +177,7 @@ impl Process {
         self.status_kib("VmRSS:")
     }
 
-    /// The most memory that was ever resident, in bytes.
+    /// Peak resident memory in bytes.
     pub fn peak_rss(&self) -> Result<u64> {
         self.status_kib("VmHWM:")
     }
@@ -206,7 +206,7 @@ impl Drop for Process {
     }
 }
 
-/// Collects lines until the pipe's other end is closed, then drops its share of `lines`.
+/// Collects lines until the pipe's other end closes, then drops its share of `lines`.
 fn capture(pipe: Option<impl Read + Send + 'static>, lines: &Lines) {
     let Some(pipe) = pipe else { return };
     let lines = Arc::clone(lines);

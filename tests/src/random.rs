@@ -1,4 +1,4 @@
-//! Numbers that a seed decides (a Weyl sequence through a multiply and a shift).
+//! Seeded pseudorandom numbers (a Weyl sequence with a multiply and a shift).
 
 #[derive(Clone, Debug)]
 pub struct Random(u64);
@@ -9,21 +9,21 @@ impl Random {
         Self(seed)
     }
 
-    /// A seed that nobody chose; print it, so that a failure can be repeated.
+    /// A fresh seed; print it, so that a failure can be reproduced.
     #[must_use]
     pub fn fresh_seed() -> u64 {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         now.as_nanos() as u64
     }
 
-    /// One of `0..n`; 0 when `n` is.
+    /// A number in `0..n`; 0 if `n` is 0.
     pub fn below(&mut self, n: u64) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mixed = (self.0 ^ (self.0 >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         (mixed ^ (mixed >> 32)) % n.max(1)
     }
 
-    /// True once in `n` times.
+    /// True with probability 1/`n`.
     pub fn one_in(&mut self, n: u64) -> bool {
         self.below(n) == 0
     }

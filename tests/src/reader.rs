@@ -1,4 +1,4 @@
-//! How a client takes a body, and what it found: every byte is compared with the one that belongs there.
+//! How a client reads a body; every byte is compared with the expected one.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ pub enum Reader {
         bytes: usize,
         tick: Duration,
     },
-    /// Takes nothing for a while once it has this many bytes, and the rest fast.
+    /// Pauses once it has this many bytes, then reads fast.
     Stalled {
         after: u64,
         pause: Duration,
@@ -24,7 +24,7 @@ pub enum Reader {
 }
 
 impl Reader {
-    /// Reads the body whose head was read, to its end. A byte that is not `checker`'s is an error that says where.
+    /// Reads the body to its end, after its head was read. An error locates the first byte that differs from `checker`'s.
     pub async fn take(self, client: &mut Client, checker: &mut Checker) -> Result<BodyRead> {
         let pace = match self {
             Self::Fast => Pace::Fast,
@@ -42,7 +42,7 @@ impl Reader {
     }
 }
 
-/// Reads until `bytes` of the body have come; the body's end if that was sooner.
+/// Reads until `bytes` of the body have arrived; returns the body's end if that comes first.
 pub async fn at_least(client: &mut Client, checker: &mut Checker, bytes: u64) -> Result<Option<BodyEnd>> {
     while checker.offset() < bytes {
         match client.piece(64 << 10).await.with_context(|| format!("after {} bytes", checker.offset()))? {

@@ -1,11 +1,11 @@
-//! Addresses where no connection comes about.
+//! Addresses that refuse or ignore connections.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 
 use anyhow::{Context, Result};
 use socket2::{Domain, Socket, Type};
 
-/// One that nobody listens on, for as long as this lives: it is bound, so that no other test gets the port.
+/// An address that refuses connections while this exists: it is bound, so that no other test gets the port.
 pub struct Refusing {
     pub addr: SocketAddr,
     _socket: Socket,
@@ -18,7 +18,7 @@ impl Refusing {
     }
 }
 
-/// One that neither accepts nor refuses: its queue is full, and the kernel drops whatever knocks.
+/// An address that neither accepts nor refuses: its queue is full, and the kernel drops further SYNs.
 pub struct Deaf {
     pub addr: SocketAddr,
     _socket: Socket,
@@ -29,7 +29,7 @@ impl Deaf {
     pub fn new() -> Result<Self> {
         let (socket, addr) = bound()?;
         socket.listen(0)?;
-        // A queue of no length holds one.
+        // A backlog of 0 holds one connection.
         Ok(Self { addr, _socket: socket, _queued: TcpStream::connect(addr)? })
     }
 }

@@ -1,10 +1,9 @@
-//! An endpoint picker that does what a test says. A [`Script`] has a method for each kind of message, with a default for
-//! each; ready ones behave as the pickers in the field do ([`Gie`], [`LlmdRouter`], [`Lwepp`], [`Dynamo`]), [`Faulty`] lets any
-//! of them fail at a chosen moment, [`Gathering`] lets requests wait for each other, and [`Evicting`] lets them take their
-//! decision back.
+//! A scripted endpoint picker. A [`Script`] has a defaulted method per message kind. Ready scripts behave like real pickers
+//! ([`Gie`], [`LlmdRouter`], [`Lwepp`], [`Dynamo`]); [`Faulty`] makes one fail at a chosen moment, [`Gathering`] makes requests
+//! wait for each other, and [`Evicting`] evicts them.
 //!
-//! Like servers in Go it sends its HTTP/2 headers only with its first message, takes the messages of a stream one at a
-//! time (a script that waits holds up the sender through the flow-control window), and it records everything it takes.
+//! Like Go servers it sends its HTTP/2 headers with its first message and handles a stream's messages one at a time (a waiting
+//! script blocks the sender through flow control). It records everything it receives.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -42,37 +41,37 @@ pub use gathering::Gathering;
 pub use personality::{Dynamo, Endpoints, Gie, LlmdRouter, Lwepp, Personality, Production, Refusal};
 pub use record::{StreamEnd, StreamRecord, header};
 
-/// Why a script wants no more of a stream.
+/// Why a script ends a stream.
 #[derive(Debug)]
 pub enum End {
     /// Closes it with status OK.
     Close,
     Status(Status),
-    /// Resets the TCP connection it came on, and every other stream of it.
+    /// Resets its TCP connection with every other stream on it.
     ResetConnection,
-    /// The picker is gone, as when its process is killed: all connections closed, the port too.
+    /// Acts like a killed process: all connections and the port close.
     Die,
 }
 
-/// What is done with a TCP connection before anything is read from it.
+/// What happens to a new TCP connection before anything is read from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Accept {
     Serve,
-    /// It is kept, and nothing is read or written.
+    /// Kept open, with nothing read or written.
     Silent,
     Reset,
 }
 
 pub type Answer = Result<(), End>;
 
-/// One picker's behaviour. A method is dropped where it waits when the peer cancels the stream.
+/// One picker's behaviour. A method's future is dropped at its await if the peer cancels the stream.
 #[tonic::async_trait]
 pub trait Script: Send + Sync + 'static {
     fn accept(&self) -> Accept {
         Accept::Serve
     }
 
-    /// What the health service says about `service`.
+    /// The health status of `service`.
     fn health(&self, _service: &str) -> Result<ServingStatus, Status> {
         Ok(ServingStatus::Serving)
     }
@@ -81,7 +80,7 @@ pub trait Script: Send + Sync + 'static {
         Ok(())
     }
 
-    /// The body so far, this piece included, is in `exchange.request_body`.
+    /// The body so far, including this piece, is in `exchange.request_body`.
     async fn request_body(&self, _exchange: &mut Exchange, _body: &HttpBody) -> Answer {
         Ok(())
     }
@@ -102,7 +101,7 @@ pub trait Script: Send + Sync + 'static {
         exchange.send(reply::response_trailers()).await
     }
 
-    /// The peer will send no more; afterwards the stream is closed with status OK.
+    /// The peer sends nothing more; afterwards the stream closes with status OK.
     async fn half_close(&self, _exchange: &mut Exchange) -> Answer {
         Ok(())
     }
@@ -123,7 +122,7 @@ pub struct Setup {
     pub address: SocketAddr,
     /// Default: none.
     pub tls: Option<ServerTlsConfig>,
-    /// Streams that one connection may have open; default: no limit.
+    /// Concurrent streams per connection; default: no limit.
     pub max_streams: Option<u32>,
 }
 
@@ -133,7 +132,7 @@ impl Default for Setup {
     }
 }
 
-/// A running picker. Dropping it is as [`Self::stop`].
+/// A running picker. Dropping it acts like [`Self::stop`].
 pub struct ScriptedEpp {
     pub addr: SocketAddr,
     setup: Setup,
@@ -144,12 +143,12 @@ pub struct ScriptedEpp {
 }
 
 impl ScriptedEpp {
-    /// Returns once the port is open, on a thread of its own.
+    /// Returns once the port is open. Runs on its own thread.
     pub async fn start(script: impl Script) -> Result<Self> {
         Self::start_with(Setup::default(), script).await
     }
 
-    /// As [`Self::start`].
+    /// Like [`Self::start`].
     pub async fn start_with(setup: Setup, script: impl Script) -> Result<Self> {
         let (addr, script, go_away) = (setup.address, Arc::new(script), Arc::default());
         let mut epp = Self { addr, setup, script, record: Arc::default(), go_away, runtime: None };
@@ -157,13 +156,13 @@ impl ScriptedEpp {
         Ok(epp)
     }
 
-    /// Sends GOAWAY on the connections that are open, as servers do that limit the age of connections: streams that have begun
-    /// go on, others need another connection. The port stays open.
+    /// Sends GOAWAY on the open connections, like servers that limit connection age: started streams continue, others need another
+    /// connection. The port stays open.
     pub fn go_away(&self) {
         self.go_away.notify_one();
     }
 
-    /// Kills all connections at once and closes the port: from then on it refuses. The record stays.
+    /// Closes all connections and the port at once; new connections are refused. The record stays.
     pub fn stop(&mut self) {
         self.runtime = None;
         for stream in &mut *self.record.streams.lock() {
@@ -171,7 +170,7 @@ impl ScriptedEpp {
         }
     }
 
-    /// Starts again on the same port, after [`Self::stop`] or [`End::Die`]. The record goes on.
+    /// Starts again on the same port, after [`Self::stop`] or [`End::Die`]. The record continues.
     pub async fn restart(&mut self) -> Result<()> {
         self.stop();
         let setup = Setup { address: self.addr, ..self.setup.clone() };
@@ -184,7 +183,7 @@ impl ScriptedEpp {
         Ok(())
     }
 
-    /// Everything so far, a stream each, in the order of their start.
+    /// All streams so far, in order of their start.
     #[must_use]
     pub fn streams(&self) -> Vec<StreamRecord> {
         self.record.streams.lock().clone()
@@ -200,13 +199,13 @@ impl ScriptedEpp {
         self.record.streams.lock().iter().filter(|stream| stream.end.is_none()).count()
     }
 
-    /// Streams that ended so.
+    /// Streams with this end.
     #[must_use]
     pub fn streams_ended(&self, end: StreamEnd) -> usize {
         self.record.streams.lock().iter().filter(|stream| stream.end == Some(end)).count()
     }
 
-    /// The services whose health was asked for, in the order of the questions.
+    /// The services of the health checks received, in order.
     #[must_use]
     pub fn health_checks(&self) -> Vec<String> {
         self.record.health.lock().clone()

@@ -1,9 +1,8 @@
-//! An HTTP/1.1 endpoint on plain threads, which hands its responses to the kernel in one particular way: what an endpoint's
-//! `sendmsg` does on the path `local` depends on how it is called and on what the endpoint does when it is refused.
+//! An HTTP/1.1 endpoint on plain threads that hands its responses to the kernel by a chosen kind of call: on the path `local`, the
+//! endpoint's calls and its handling of a full socket matter.
 //!
-//! Requests are [`Plan`]s, of which framing, size, content and chunks count. A sender pauses now and then, so that the agent
-//! catches up and the kernel can take over. Whoever waits in vain for its turn to write, or tries over and over, shows up
-//! in the counters.
+//! Requests are [`Plan`]s, of which framing, size, content and chunks apply. A sender pauses now and then, so that the agent
+//! catches up and arms the flow. Counters reveal waits for a writable socket that never end, and busy retries.
 
 use std::io;
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -24,29 +23,29 @@ pub use turn::set_zerocopy;
 mod message;
 mod turn;
 
-/// What a sender does when the socket takes no more.
+/// What a sender does when the socket is full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Waits {
-    /// It sleeps in the call.
+    /// It blocks in the call.
     Blocking,
-    /// It tries again whenever the socket is writable.
+    /// It retries whenever the socket is writable.
     LevelTriggered,
-    /// It tries again only when it is told that the socket has become writable.
+    /// It retries only when notified that the socket has become writable.
     EdgeTriggered,
 }
 
-/// The calls that a sender makes.
+/// The calls of a sender.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Calls {
     /// `send`, this many bytes at a time.
     Send(usize),
-    /// `writev` of many small pieces; of a chunk its size, its bytes and its end.
+    /// `writev` of many small pieces; for a chunk its size, its bytes and its end.
     Vectored,
-    /// `sendfile`, and `send` for what is around chunks.
+    /// `sendfile`, and `send` for chunk framing.
     SendFile,
     /// `send` with `MSG_ZEROCOPY`.
     ZeroCopy,
-    /// `send`, by this many threads in turn.
+    /// `send`, by this many threads taking turns.
     Turns(usize),
 }
 
@@ -55,9 +54,9 @@ pub struct Options {
     pub listen: SocketAddr,
     pub waits: Waits,
     pub calls: Calls,
-    /// `SO_ZEROCOPY` is set on the listener, so that every connection has it before it is made.
+    /// Sets `SO_ZEROCOPY` on the listener, so that connections are accepted with it.
     pub zerocopy_from_the_start: bool,
-    /// Where it listens; where the caller is unless it is told.
+    /// Where it listens; the caller's namespace by default.
     pub namespace: Option<Arc<Namespace>>,
 }
 
@@ -74,22 +73,22 @@ impl Options {
     }
 }
 
-/// A connection that was made to the sender.
+/// A connection to the sender.
 #[derive(Clone, Copy, Debug)]
 pub struct Accepted {
     pub peer: SocketAddr,
-    /// Of the sender's socket (SO_COOKIE).
+    /// The cookie of the sender's socket (SO_COOKIE).
     pub cookie: u64,
 }
 
 #[derive(Default)]
 struct Shared {
-    /// Calls that sent something, and calls that were told to try later.
+    /// Calls that sent something, and calls that would have blocked.
     sent: AtomicU64,
     refused: AtomicU64,
-    /// Waits for the socket to become writable that nothing ended.
+    /// Waits for a writable socket that timed out.
     stalled: AtomicU64,
-    /// Calls with `MSG_ZEROCOPY`, and those that the kernel has said to be done with.
+    /// Calls with `MSG_ZEROCOPY`, and those reported complete by the kernel.
     zerocopy: AtomicU64,
     completed: AtomicU64,
     accepted: Mutex<Vec<(Accepted, TcpStream)>>,
@@ -125,7 +124,7 @@ impl Sender {
                 let Ok(handle) = stream.try_clone() else { continue };
                 server.accepted.lock().push((Accepted { peer, cookie }, handle));
                 std::thread::spawn(move || {
-                    // An error is the peer's end, or told by the counters.
+                    // An error is the peer's close, or is visible in the counters.
                     let _ = serve(&stream, &options, &server);
                     let _ = stream.shutdown(Shutdown::Both);
                 });
@@ -173,7 +172,7 @@ impl Drop for Sender {
     }
 }
 
-/// Requests in, responses out, until either side has had enough.
+/// Serves requests until either side ends the connection.
 fn serve(stream: &TcpStream, options: &Options, shared: &Shared) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let turn = Turn::new(stream, options, shared)?;
@@ -197,7 +196,7 @@ fn serve(stream: &TcpStream, options: &Options, shared: &Shared) -> io::Result<(
     }
 }
 
-/// The plan of the first request, and its length; `None` when it has not all come. Requests have no bodies.
+/// The plan of the first request, and its length; `None` while incomplete. Requests have no bodies.
 fn request(bytes: &[u8]) -> io::Result<Option<(Plan, usize)>> {
     let mut headers = [httparse::EMPTY_HEADER; 32];
     let mut request = httparse::Request::new(&mut headers);

@@ -1,6 +1,5 @@
-//! Servers that nobody wrote for us, as endpoints on this machine. Those that answer themselves run a script of
-//! `tests/local/servers`; the proxies stand in front of a [`ModelServer`]. `cargo xtask setup --tests` installs what the tests
-//! need, and `--posts` the rest.
+//! Third-party servers as endpoints on this machine. Origin servers run a script from `tests/local/servers`; proxies forward to a
+//! [`ModelServer`]. `cargo xtask setup --tests` installs those the tests need, and `--posts` the rest.
 
 use std::{
     fs,
@@ -15,7 +14,7 @@ use tempfile::TempDir;
 
 use crate::{Alphabet, ModelServer, Process, eventually, model_server::Options};
 
-/// Bytes of the least response that the kernel may carry.
+/// Size of the smallest response that may be steered.
 pub const CONTENT: usize = 200_000;
 /// A JVM starts slowly on a busy machine.
 const SOON: Duration = Duration::from_secs(40);
@@ -36,7 +35,7 @@ pub enum Kind {
     Penstock,
 }
 
-/// One of them, until it is dropped.
+/// A running server, until dropped.
 pub struct RealServer {
     pub kind: Kind,
     pub addr: SocketAddr,
@@ -55,7 +54,7 @@ impl RealServer {
         } else {
             SocketAddr::from(([127, 0, 0, 1], 0))
         };
-        // Some do not say which port they were given: one that was free a moment ago.
+        // Some servers do not report their port, so they get one that was free a moment ago.
         let addr = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
         let command = kind.command(folder.path(), addr, behind)?;
         let mut process = Process::spawn(command).context("run `cargo xtask setup --tests --posts`")?;
@@ -68,12 +67,12 @@ impl RealServer {
         Ok(Self { kind, addr, process, _origin: origin, _folder: folder })
     }
 
-    /// What it has printed so far.
+    /// Its output so far.
     pub fn output(&self) -> Vec<String> {
         self.process.output()
     }
 
-    /// Where it takes a POST and tells what has come.
+    /// Where it accepts a POST and reports what arrived.
     pub fn target(&self) -> &'static str {
         if self.kind.is_proxy() { "/test/echo" } else { "/post" }
     }
@@ -179,7 +178,7 @@ fn venv(program: &str) -> PathBuf {
     root().join("target/venv/bin").join(program)
 }
 
-/// Built by Go, whose cache has it from the last time. Another process may be running the one before.
+/// Built by Go, usually from its cache. Another process may be running the previous build.
 pub fn go_server() -> Result<PathBuf> {
     let binary = root().join("target/go-server");
     let fresh = binary.with_extension(std::process::id().to_string());

@@ -1,9 +1,9 @@
-//! Traffic of every kind for a long time, while EPPs restart, endpoints die, links go down, configurations are reloaded and memory
-//! gets scarce; every byte compared, and at the end nothing is left that was not there after the warm-up.
+//! Long mixed traffic while EPPs restart, endpoints die, links go down, configurations reload and memory is scarce. Every byte is
+//! compared, and after the run each agent must hold what it held after the warm-up.
 //!
-//! One agent process for each steering mode, all at once, over the same servers. Each pool of the configuration meets one kind of
-//! fault, so that it is known which requests may fail, and when: those of the pools `mortal` and `linked`, while their server
-//! or their link is away. Everything else has to be answered, and every byte has to be right always.
+//! One agent process per steering mode, all concurrently over the same servers. Each pool of the configuration meets one kind of
+//! fault, which determines which requests may fail and when: those to the pools `mortal` and `linked`, while their server or link
+//! is away. All other requests must be answered.
 
 mod bounds;
 mod caller;
@@ -31,30 +31,30 @@ use footprint::Footprint;
 use subject::Subject;
 use world::World;
 
-/// Part of the time that is warm-up: what is there after it is what has to be there at the end.
+/// The warm-up's share of the time; what an agent holds after it is the baseline for the end.
 const WARM_UP: f64 = 0.2;
-/// Between two lines about how things stand.
+/// Between two progress lines.
 const PROGRESS: Duration = Duration::from_secs(10);
 
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     pub time: Duration,
     pub seed: u64,
-    /// The only one; all of them otherwise.
+    /// Only this mode; otherwise all.
     pub mode: Option<SteeringMode>,
 }
 
-/// What came of a soak run.
+/// The result of a soak run.
 #[derive(Debug)]
 pub struct Report {
-    /// Lines for the reader, one or more for each agent.
+    /// Lines to print, at least one per agent.
     pub lines: Vec<String>,
-    /// All that is not as it should be.
+    /// Everything that is wrong.
     pub complaints: Vec<String>,
 }
 
-/// Runs for `options.time` and the time that it takes until everything rests. `note` is told how things stand. Fails if
-/// something other than the agents' work is in the way.
+/// Runs for `options.time` and until everything rests. Passes progress to `note`. Returns an error only for causes other than the
+/// agents.
 pub async fn run(options: Options, note: impl Fn(&str)) -> Result<Report> {
     let modes = options.mode.map_or_else(|| SteeringMode::value_variants().to_vec(), |mode| vec![mode]);
     let world = World::start().await.context("the servers of the soak run")?;
@@ -69,7 +69,7 @@ pub async fn run(options: Options, note: impl Fn(&str)) -> Result<Report> {
     phase(&world, &subjects, &mut ledgers, &mut random, warm, &note).await;
     let before = footprints(&world, &subjects).await.context("after the warm-up")?;
     note("warmed up");
-    // The latency of the warm-up is not that of the run.
+    // The warm-up's latency is not part of the run.
     ledgers.iter_mut().for_each(|ledger| ledger.latency = latency::Samples::default());
     phase(&world, &subjects, &mut ledgers, &mut random, options.time - warm, &note).await;
     let after = footprints(&world, &subjects).await.context("after the run")?;
@@ -91,7 +91,7 @@ pub async fn run(options: Options, note: impl Fn(&str)) -> Result<Report> {
     Ok(report)
 }
 
-/// Traffic and faults for so long.
+/// Traffic and faults for this time.
 async fn phase(
     world: &World,
     subjects: &[Subject],

@@ -1,5 +1,5 @@
-//! What most tests of picking begin with: two endpoints, a scripted picker, an agent with one pool over the endpoints that
-//! asks the picker and fails closed, and a client.
+//! The usual setup of picking tests: two endpoints, a scripted picker, an agent with one pool that asks the picker and fails
+//! closed, and a client.
 
 use std::net::SocketAddr;
 
@@ -20,12 +20,12 @@ pub struct Stage {
 }
 
 impl Stage {
-    /// `script` is given the addresses of the endpoints. Bytes are relayed.
+    /// `script` gets the endpoints' addresses. Bytes are relayed.
     pub async fn new<S: Script>(script: impl FnOnce(&[SocketAddr]) -> S) -> Self {
         Self::with(script, |_| {}).await
     }
 
-    /// `adjust` changes what the test is about; steering is off and the pool is the first.
+    /// `adjust` changes the configuration for the test; steering is off and the pool is the first.
     pub async fn with<S: Script>(script: impl FnOnce(&[SocketAddr]) -> S, adjust: impl FnOnce(&mut Config)) -> Self {
         let one = ModelServer::start(Options::default()).await.expect("an endpoint");
         let two = ModelServer::start(Options::default()).await.expect("an endpoint");
@@ -54,37 +54,37 @@ pub fn epp(config: &mut Config) -> &mut Epp {
     }
 }
 
-/// A JSON body of about `len` bytes that names `model` first.
+/// A JSON body of about `len` bytes, with `model` as its first member.
 pub fn json(model: &str, len: usize) -> Vec<u8> {
     let prompt = String::from_utf8(Alphabet::Text.bytes(1, 0, len)).expect("text");
     format!(r#"{{"model":"{model}","prompt":"{prompt}"}}"#).into_bytes()
 }
 
-/// A POST that is answered with what the endpoint got.
+/// A POST whose response reports what the endpoint got.
 pub fn echo(body: impl Into<bytes::Bytes>) -> Request {
     Request::post("/test/echo", body).header("content-type", "application/json")
 }
 
-/// As [`echo`], of a request that may be executed again (RFC 9110 §9.2.2).
+/// Like [`echo`], with an idempotent method (RFC 9110 §9.2.2).
 pub fn put(body: impl Into<bytes::Bytes>) -> Request {
     Request::new("PUT", "/test/echo").header("content-type", "application/json").body(body)
 }
 
 impl Response {
-    /// The endpoint that gave it.
+    /// The endpoint that sent the response.
     #[must_use]
     pub fn served_by(&self) -> Option<SocketAddr> {
         self.header("x-served-by")?.parse().ok()
     }
 
-    /// What the endpoint says it got.
+    /// What the endpoint received.
     #[must_use]
     pub fn echoed(&self) -> Echo {
         assert_eq!(self.status(), 200, "{}", self.text());
         self.json().expect("an echo")
     }
 
-    /// `error.code` of an error of the agent's own; empty when it is none.
+    /// `error.code` of the agent's own error; empty otherwise.
     #[must_use]
     pub fn error_code(&self) -> String {
         let body: serde_json::Value = self.json().unwrap_or_default();

@@ -1,8 +1,8 @@
-//! Everything at once, at random: framings, sizes, pauses, buffers, slow and impatient clients, switches of protocol, endpoints
-//! that break off. Every byte is known by its place, so one that is lost, doubled or swapped is told, and where.
+//! Random cases: framings, sizes, pauses, buffers, slow and impatient clients, protocol switches, and endpoints that break off.
+//! Bytes depend on their position, so a lost, repeated or swapped one is located.
 //!
-//! A run is rounds, each with an agent of its own in one steering mode; in one of three, connections stay with their endpoint. A round is decided by its seed (the timing aside), so
-//! a failure names the seed that begins with its round.
+//! A run consists of rounds, each with its own agent in one steering mode; in one of three, connections are pinned. A seed
+//! determines a round (except timing), and a failure names the seed whose first round reproduces it.
 
 mod books;
 mod case;
@@ -35,12 +35,12 @@ const CLIENTS: usize = 24;
 const SERVERS: usize = 2;
 /// Longest time with one agent.
 const ROUND: Duration = Duration::from_secs(10);
-/// A client leaves when its response takes longer.
+/// A client gives up if its response takes longer.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// What is over is in the books within this.
+/// Finished requests are counted within this time.
 const SOON: Duration = Duration::from_secs(10);
 
-/// The paths that have to carry something in this mode. Every mode is stressed.
+/// The paths that must carry something in this mode. Every mode is stressed.
 #[must_use]
 pub fn paths(mode: SteeringMode) -> &'static [&'static str] {
     match mode {
@@ -60,12 +60,11 @@ pub(crate) fn mode_name(mode: SteeringMode) -> String {
 pub struct Options {
     pub time: Duration,
     pub seed: u64,
-    /// The only one; all of them in turns otherwise.
+    /// Only this mode; otherwise all in turn.
     pub mode: Option<SteeringMode>,
 }
 
-/// One tally for each mode. `note` is told of each round when it is over. Fails when something else than the agent's work is in
-/// the way.
+/// One tally per mode. Passes each finished round to `note`. Returns an error only for causes other than the agent.
 pub async fn run(options: Options, mut note: impl FnMut(&Tally)) -> Result<Vec<Tally>> {
     let modes = options.mode.map_or_else(|| SteeringMode::value_variants().to_vec(), |mode| vec![mode]);
     let turns = options.time.div_duration_f64(ROUND * modes.len() as u32).ceil().max(1.0) as u32;
@@ -118,23 +117,23 @@ async fn round(mode: SteeringMode, seed: u64, time: Duration) -> Result<Tally> {
     Ok(tally)
 }
 
-/// Nothing is held for requests that are over, and complete responses were carried by somebody.
+/// Asserts that no resources are held for finished requests, and that the paths account for all complete responses.
 async fn settle(agent: &TestAgent, servers: &[ModelServer], tally: &Tally) -> Result<()> {
     for gauge in ["penstock_active_requests", "penstock_client_connections"] {
         let none = within(SOON, || agent.metric(gauge, &[]) == 0.0).await;
         ensure!(none, "{gauge} stays at {}", agent.metric(gauge, &[]));
     }
-    // What is open now is kept for the next request: as many as there were at once, of each worker to each endpoint.
+    // Connections may stay open for reuse: as many as were concurrent, for each worker and endpoint.
     let open = || servers.iter().map(ModelServer::connections_open).sum::<u64>();
     let most = (CLIENTS * SERVERS * 2) as u64;
     ensure!(within(SOON, || open() <= most).await, "{} connections to endpoints stay open", open());
     let carried = agent.count("penstock_body_bytes_total", &[]);
-    // Of a response that was broken off, what its last write has left in the client's connection is in nobody's books.
+    // After a broken response, the remainder of its last write to the client is counted nowhere.
     ensure!(carried >= tally.whole, "complete responses had {} bytes, and {carried} were carried", tally.whole);
     Ok(())
 }
 
-/// One client's cases against an agent over `servers`, until then. `seed` is what a failure names.
+/// One client's cases against an agent over `servers`, until the deadline. A failure names `seed`.
 pub(crate) async fn calls(
     addr: SocketAddr,
     servers: &[ModelServer],
@@ -147,7 +146,7 @@ pub(crate) async fn calls(
     Caller { addr, servers, random, pinned: false, number }.run(mode, seed, until).await
 }
 
-/// A client: one case after the other, on a connection that is kept where it can be.
+/// A client: one case after another, on a kept connection if possible.
 struct Caller<'a> {
     addr: SocketAddr,
     servers: &'a [ModelServer],
@@ -165,13 +164,13 @@ impl Caller<'_> {
             match self.exchange(kept.take(), &case, count).await {
                 Ok(done) => {
                     tally.done(&case, done.outcome, done.bytes);
-                    // An endpoint that closes a connection closes it for the client that is pinned to it.
+                    // A closing endpoint also closes the client connection pinned to it.
                     kept = done.client.filter(|_| !(self.pinned && case.exchange.closes()));
                 }
                 Err(error) => {
                     let what = format!("client {}, its case {count}: {case:?}\n    {}", self.number, again(mode, seed));
                     tally.fail(&what, &error);
-                    // Whatever is wrong here may be so at once again.
+                    // The fault may recur at once.
                     tokio::time::sleep(Duration::from_millis(10)).await;
                 }
             }
@@ -186,8 +185,8 @@ impl Caller<'_> {
         };
         let name = format!("{}-{count}", self.number);
         let exchange = exchange::run(client, case, &name, self.servers);
-        // A client whose buffer has less room than a segment gets what the kernel's probes of its window bring: some KiB a second.
-        // Whether bytes come at all is looked at elsewhere; one who has waited this long has seen enough.
+        // A client buffer smaller than a segment receives only what window probes bring: some KiB a second. Other checks ensure
+        // that bytes arrive at all; a client that has waited this long has seen enough.
         let left = Done { outcome: Outcome::Left, bytes: 0, client: None };
         tokio::time::timeout(PATIENCE, exchange).await.unwrap_or(Ok(left))
     }

@@ -1,4 +1,4 @@
-//! TLS as a test needs it: a certificate that signs itself, in files for the agent, and clients that trust it alone.
+//! TLS for tests: a self-signed certificate, in files for the agent, and clients that trust only it.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -28,7 +28,7 @@ impl Certificate {
         Ok(Self { cert_pem, key_pem, der: issued.cert.der().clone(), name: name.to_owned() })
     }
 
-    /// Puts certificate and key into `folder`, in place of what was there; gives their paths.
+    /// Writes certificate and key into `folder`, replacing existing ones; returns their paths.
     pub fn write(&self, folder: &Path) -> Result<(PathBuf, PathBuf)> {
         let paths = (folder.join("cert.pem"), folder.join("key.pem"));
         std::fs::write(&paths.1, &self.key_pem)?;
@@ -36,12 +36,12 @@ impl Certificate {
         Ok(paths)
     }
 
-    /// A connection to a server that has this certificate; fails with any other. `protocols` are offered by ALPN.
+    /// Connects to a server with this certificate; fails with any other. `protocols` are offered by ALPN.
     pub async fn connect(&self, peer: SocketAddr, protocols: &[&str]) -> Result<TlsStream<TcpStream>> {
         self.connect_as(peer, &self.name, protocols).await
     }
 
-    /// As [`Self::connect`], over a server name of the caller's; one that the certificate does not have fails.
+    /// Like [`Self::connect`], with this server name; fails if the certificate lacks it.
     pub async fn connect_as(&self, peer: SocketAddr, name: &str, protocols: &[&str]) -> Result<TlsStream<TcpStream>> {
         let tcp = TcpStream::connect(peer).await?;
         tcp.set_nodelay(true)?;
@@ -49,7 +49,7 @@ impl Certificate {
         self.connector(protocols)?.connect(name, tcp).await.context("the handshake")
     }
 
-    /// As [`Self::connect`], on a connection that has been made.
+    /// Like [`Self::connect`], over an existing connection.
     pub async fn over(&self, tcp: TcpStream, protocols: &[&str]) -> Result<TlsStream<TcpStream>> {
         tcp.set_nodelay(true)?;
         let name = ServerName::try_from(self.name.clone())?;

@@ -1,5 +1,5 @@
-//! The main job in one command: model servers, a picker and the agent as processes of their own, real requests through
-//! them, and what became of every byte. Started by `cargo xtask demo`.
+//! Runs model servers, a picker and the agent as separate processes, sends real requests and prints what became of every byte.
+//! Started by `cargo xtask demo`.
 
 use std::process::ExitCode;
 
@@ -10,10 +10,10 @@ use tokio::signal::unix::{SignalKind, signal};
 /// Starts three model servers, a picker and an agent, and shows what happens to requests.
 #[derive(Parser)]
 struct Args {
-    /// Leave everything running until Ctrl-C, for requests of your own
+    /// Leave everything running until Ctrl-C, for your own requests
     #[arg(long)]
     keep: bool,
-    /// A kernel that cannot steer is no failure
+    /// Accept a kernel that cannot steer
     #[arg(long)]
     allow_relay: bool,
 }

@@ -1,5 +1,5 @@
-//! What a follow-on request costs by who decides on it: `penstock-follow-ons`. One client, one connection, one request after the
-//! other; agent, picker, endpoint and client are in this process, so that its CPU time is that of all of them.
+//! `penstock-follow-ons` measures the cost of a follow-on request for each way of picking. One client sends serial requests on one
+//! connection; agent, picker, endpoint and client share this process, so its CPU time covers all of them.
 
 use std::time::{Duration, Instant};
 
@@ -14,25 +14,25 @@ use penstock_tests::{
     scripted_epp::{Answering, reply},
 };
 
-/// Follow-on requests: p50 and CPU time, all of it, for each.
+/// Measures follow-on requests: p50 and total CPU time of each.
 #[derive(Parser)]
 struct Args {
-    /// Requests for each figure
+    /// Requests per measurement
     #[arg(long, default_value_t = 4000)]
     requests: u32,
-    /// Only ways whose name contains this
+    /// Only ways whose name contains this text
     #[arg(long, default_value = "")]
     only: String,
-    /// Bytes of the responses
+    /// Response size in bytes
     #[arg(long, value_delimiter = ',', default_value = "200,4096,65536,262144")]
     sizes: Vec<u64>,
 }
 
-/// A way for a request to find its endpoint.
+/// How a request gets its endpoint.
 #[derive(Clone, Copy)]
 struct Way {
     name: &'static str,
-    /// None: there is no agent.
+    /// Directly, without an agent.
     mode: Option<SteeringMode>,
     pick_per: PickPer,
     epp: bool,
@@ -119,7 +119,7 @@ fn cpu() -> Result<Duration> {
     Ok(Duration::from_micros(micros.try_into()?))
 }
 
-/// Of the agent's threads, which are named after it, as is the process (`/proc/self/task/ID/schedstat`).
+/// CPU time of the agent's threads, which are named after it, as is the process (`/proc/self/task/ID/schedstat`).
 fn agents_cpu() -> Result<Duration> {
     let mut nanos = 0;
     for task in std::fs::read_dir("/proc/self/task")? {

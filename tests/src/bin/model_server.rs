@@ -1,4 +1,4 @@
-//! The sample model server as a process: for tests that kill it, for measurements, and for a first try at home.
+//! The sample model server as a process, for tests that kill it, for measurements, and for trying Penstock out.
 
 use std::io::Write as _;
 use std::net::SocketAddr;
@@ -9,7 +9,7 @@ use clap::Parser;
 use penstock_tests::model_server::{ModelServer, Options};
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Answers OpenAI completion requests with made-up tokens.
+/// Answers OpenAI completion requests with generated tokens.
 #[derive(Parser)]
 struct Args {
     /// Address and port; port 0 takes a free one.
@@ -24,7 +24,7 @@ struct Args {
     /// Tokens of a completion, unless the request says otherwise.
     #[arg(long, default_value_t = 16)]
     tokens: u32,
-    /// Milliseconds after which a connection without a request is closed; 0 never does.
+    /// Milliseconds after which a connection without a request is closed; 0 disables this.
     #[arg(long, default_value_t = 5000)]
     idle_close_ms: u64,
 }

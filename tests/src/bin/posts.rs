@@ -1,4 +1,4 @@
-//! POSTs into real servers on each steering mode, all of them. Started by `cargo xtask posts`.
+//! POSTs to real servers in each steering mode, all sizes. Started by `cargo xtask posts`.
 
 use std::process::ExitCode;
 
@@ -9,17 +9,17 @@ use penstock_tests::{
     servers::{Kind, RealServer},
 };
 
-/// POSTs of 1 kB to 32 MiB, slow and fast, plain, chunked and with Expect, into real servers on this machine, on each mode
+/// POSTs of 1 kB to 32 MiB, slow and fast, plain, chunked and with Expect, to real servers on this machine, in each mode
 #[derive(Parser)]
 #[command(name = "cargo xtask posts")]
 struct Args {
-    /// Only this server, or these
+    /// Only these servers
     #[arg(long)]
     server: Vec<Kind>,
     /// Only this mode
     #[arg(long)]
     mode: Option<SteeringMode>,
-    /// Fewer sizes and connections, as the tests have them
+    /// Fewer sizes and connections, as in the tests
     #[arg(long)]
     short: bool,
 }

@@ -1,4 +1,4 @@
-//! Every kind of traffic and of fault for a long time, and nothing lost, nothing left. Started by `cargo xtask soak`.
+//! Long mixed traffic with faults; reports lost bytes and leaks. Started by `cargo xtask soak`.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -8,17 +8,17 @@ use penstock_agent::config::SteeringMode;
 use penstock_tests::Random;
 use penstock_tests::soak::{self, Options};
 
-/// Mixed traffic with faults through agents in each steering mode; what is left at the end is a failure.
+/// Mixed traffic with faults through agents in each steering mode; whatever is left at the end is a failure.
 #[derive(Parser)]
 #[command(name = "cargo xtask soak")]
 struct Args {
-    /// How long there is traffic
+    /// Duration of the traffic
     #[arg(long, default_value_t = 30.0)]
     minutes: f64,
-    /// What decides requests and faults (not their timing)
+    /// Seed of the requests and faults (not of their timing)
     #[arg(long)]
     seed: Option<u64>,
-    /// Only an agent with this mode
+    /// Only an agent in this mode
     #[arg(long)]
     mode: Option<SteeringMode>,
 }

@@ -1,5 +1,4 @@
-//! Random requests against agents in each steering mode, for as long as one likes; every byte compared. Started by
-//! `cargo xtask stress`.
+//! Random requests to agents in each steering mode for a given time; every byte is compared. Started by `cargo xtask stress`.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -13,10 +12,10 @@ use penstock_tests::stress::{self, Options};
 #[derive(Parser)]
 #[command(name = "cargo xtask stress")]
 struct Args {
-    /// How long requests are begun, in all modes together
+    /// How long to start requests, in all modes together
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     seconds: u64,
-    /// What decides the cases; a failure names the one to give here, with its mode
+    /// Seed of the cases; a failure names the seed and mode that reproduce it
     #[arg(long)]
     seed: Option<u64>,
     /// Only this mode

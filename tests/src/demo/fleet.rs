@@ -1,5 +1,5 @@
-//! The processes: three model servers, a picker over them, and agents that ask it. Each takes free ports of loopback and
-//! tells which; each is asked to end (SIGTERM) when it is dropped, agents first.
+//! The demo's processes: three model servers, a picker, and agents that ask it. Each takes free loopback ports and prints them;
+//! each gets SIGTERM on drop, agents first.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -17,7 +17,7 @@ use crate::client::{Client, Request};
 use crate::process::Process;
 
 const SERVERS: usize = 3;
-/// For a process to be ready, and for a line of its log to come.
+/// Timeout for a process to be ready, and for a log line to appear.
 const SOON: Duration = Duration::from_secs(20);
 const END: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_millis(5);
@@ -33,7 +33,7 @@ impl Deref for Child {
 
 impl Drop for Child {
     fn drop(&mut self) {
-        // Of a process that does not even take signals there is nothing more to say.
+        // If a process cannot be signalled, nothing more can be done.
         let _ = self.0.stop(END);
     }
 }
@@ -49,11 +49,11 @@ pub(super) struct AgentProcess {
     process: Child,
     pub(super) address: SocketAddr,
     pub(super) admin: SocketAddr,
-    /// As the agent says it: `steering: active (ingress)`.
+    /// As the agent logs it: `steering: active (ingress)`.
     steering: String,
 }
 
-/// The agent's line about one request.
+/// The agent's log line about one request.
 #[derive(Debug, Deserialize)]
 pub(super) struct Access {
     pub(super) endpoint: String,
@@ -102,7 +102,7 @@ impl Fleet {
         Ok(Self { agent, epp, servers, folder })
     }
 
-    /// Another agent over the same picker and the same servers, that carries every byte in user space.
+    /// Another agent over the same picker and servers that relays every byte.
     pub(super) async fn relaying_agent(&self) -> Result<AgentProcess> {
         AgentProcess::start(&self.folder, "second agent, PENSTOCK_STEERING=off", "off").await
     }
@@ -136,7 +136,7 @@ impl AgentProcess {
         Ok(Self { process, address, admin, steering })
     }
 
-    /// Why the kernel does not steer, when it does not.
+    /// Why the kernel cannot steer, if so.
     pub(super) fn unavailable(&self) -> Option<String> {
         self.steering.strip_prefix("steering: unavailable: ").map(str::to_owned)
     }
@@ -145,14 +145,14 @@ impl AgentProcess {
         self.process.cpu_time_exact()
     }
 
-    /// What the agent logged about the request; waits until it has.
+    /// What the agent logged about the request; waits for the line.
     pub(super) async fn access(&mut self, id: &str) -> Result<Access> {
         let line = self.process.0.line(&format!("\"request_id\":\"{id}\""), SOON).await?;
         serde_json::from_str(&line).with_context(|| format!("access log line {line}"))
     }
 }
 
-/// Starts a binary of the workspace without settings of this shell's for the agent.
+/// Starts a workspace binary without this shell's `PENSTOCK_*` settings.
 fn child(name: &str, args: &[&str], environment: &[(&str, &str)]) -> Result<Child> {
     let mut command = Command::new(Process::binary(name)?);
     for (variable, _) in std::env::vars_os() {
@@ -171,7 +171,7 @@ fn field<T: std::str::FromStr>(line: &str, name: &str) -> Result<T> {
     value.with_context(|| format!("no {name} in the log line {line}"))
 }
 
-/// What is waited for, in a line that ends when it is there.
+/// Prints what is awaited on one line, which is completed when it is done.
 struct Waiting {
     begin: Instant,
     last: String,

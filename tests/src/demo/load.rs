@@ -1,5 +1,5 @@
-//! What a streamed token costs the agent with steering and without, in one run: two agents over the same servers and the
-//! same picker take the same load in turns.
+//! The agent's CPU cost per streamed token with and without steering: two agents over the same servers and picker take the same
+//! load in turns.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -15,10 +15,10 @@ const STREAMS: usize = 50;
 const TOKENS: usize = 100;
 const INTERVAL: Duration = Duration::from_millis(20);
 const ROUNDS: u32 = 3;
-/// Events of a chat that are no token: the role, the reason of the end, `[DONE]`.
+/// Events of a chat that are not tokens: the role, the finish reason, `[DONE]`.
 const OTHER_EVENTS: usize = 3;
 
-/// CPU time that went into one agent's rounds.
+/// CPU time spent in one agent's rounds.
 #[derive(Default)]
 struct Cost {
     agent: Duration,
@@ -26,7 +26,7 @@ struct Cost {
     tokens: u32,
 }
 
-/// Fails when an answer of the load is not whole; the figures are printed, and not judged.
+/// Returns an error if a response of the load is incomplete; figures are printed, not judged.
 pub(super) async fn compare(fleet: &Fleet) -> Result<()> {
     let relaying = fleet.relaying_agent().await?;
     println!(
@@ -34,7 +34,7 @@ pub(super) async fn compare(fleet: &Fleet) -> Result<()> {
         INTERVAL.as_millis()
     );
     let (mut on, mut off) = (Cost::default(), Cost::default());
-    // Connections, pages and code that the first streams touch are not the price of a token.
+    // The first streams' connections, page faults and code loading are not part of the cost.
     for agent in [&fleet.agent, &relaying] {
         Cost::default().round(fleet, agent).await?;
     }

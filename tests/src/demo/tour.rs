@@ -1,4 +1,4 @@
-//! The requests of the demo, and the table of what became of them.
+//! The demo's requests and the table of their results.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -15,10 +15,10 @@ use crate::content::{Alphabet, Fnv};
 use crate::model_server::{Framing, Lengths, Plan, Sent};
 
 const INTERVAL_US: u64 = 20_000;
-/// Long enough for a prompt to leave in pieces and for the picker to be asked meanwhile.
+/// Long enough for the prompt to be sent in pieces, so that the picker is asked meanwhile.
 const LONG_PROMPT: usize = 1 << 20;
 
-/// Who is to carry a response where the kernel can.
+/// The path expected for a response if the kernel can steer.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum By {
     Kernel,
@@ -29,21 +29,21 @@ struct Ask {
     what: &'static str,
     request: Request,
     upload: Bytes,
-    /// What the body is, for those that are made of numbered bytes.
+    /// The body's plan, for position-dependent bytes.
     plan: Option<Plan>,
     by: By,
 }
 
-/// What came of one.
+/// One result.
 struct Answered {
     ask: Ask,
     id: String,
     response: Response,
-    /// The body's bytes as they were on the wire.
+    /// The body's bytes on the wire.
     wire: Vec<u8>,
 }
 
-/// Whether every answer was exact and came the way it should.
+/// Whether every response was exact and used the expected path.
 pub(super) async fn run(fleet: &mut Fleet, steers: bool) -> Result<bool> {
     println!(
         "{:>2}  {:<29} {:<8}  {:<20} {:>10} {:>10}  {:>8}  exact",
@@ -77,9 +77,9 @@ pub(super) async fn run(fleet: &mut Fleet, steers: bool) -> Result<bool> {
 }
 
 enum Visit {
-    /// One connection, one after the other.
+    /// One connection, serially.
     InTurn(Vec<Ask>),
-    /// Connections of their own.
+    /// Each on a new connection.
     AtOnce(Vec<Ask>),
 }
 
@@ -139,7 +139,7 @@ impl Ask {
         asked["x-test-interval-us"] = json!(if stream { INTERVAL_US } else { 0 });
         let upload = Bytes::from(asked.to_string());
         let request = Request::post(target, upload.clone()).header("content-type", "application/json");
-        // A whole answer is a few hundred bytes: less than arming the kernel for it is worth.
+        // A whole response is a few hundred bytes: too small to be worth arming.
         Self { what, request, upload, plan: None, by: if stream { By::Kernel } else { By::UserSpace } }
     }
 }
@@ -176,7 +176,7 @@ impl Ask {
     }
 }
 
-/// What is wrong with an answer, in words; nothing when it is right.
+/// What is wrong with a response; empty if correct.
 async fn problems(answered: &Answered, access: &Access, steers: bool) -> Result<Vec<String>> {
     let Answered { ask, id, response, wire } = answered;
     let mut problems = Vec::new();
@@ -214,7 +214,7 @@ async fn problems(answered: &Answered, access: &Access, steers: bool) -> Result<
     Ok(problems)
 }
 
-/// What the endpoint says about the exchange, asked without the agent.
+/// The endpoint's record of the exchange, requested without the agent.
 async fn sent(endpoint: &str, id: &str) -> Result<Sent> {
     let endpoint: SocketAddr = endpoint.parse().with_context(|| format!("x-served-by: {endpoint:?}"))?;
     let mut client = Client::connect(endpoint).await?;

@@ -1,11 +1,11 @@
-//! gRPC as far as a proxy can tell it: length-prefixed messages, trailers with a status, and errors that are trailers only.
-//! The messages mean nothing; each answer says by its bytes which one it is.
+//! gRPC as a proxy sees it: length-prefixed messages, trailers with a status, and Trailers-Only errors. The messages have no
+//! meaning; their bytes identify each response.
 //!
 //! | method | |
 //! |---|---|
-//! | `/test.Model/Unary` | the request's message again |
-//! | `/test.Model/Stream` | as many messages as the first byte of the request's says |
-//! | `/test.Model/Fail` | no message, and a status that is an error |
+//! | `/test.Model/Unary` | returns the request's message |
+//! | `/test.Model/Stream` | returns as many messages as the first byte of the request's message says |
+//! | `/test.Model/Fail` | returns an error status without a message |
 
 use std::time::Duration;
 
@@ -14,10 +14,10 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 use super::stream::{Exchange, Stop, map};
 use crate::Alphabet;
 
-/// Bytes of each message of a stream.
+/// Size of each message of a stream, in bytes.
 pub const MESSAGE: usize = 3000;
 
-/// A message with its prefix: not compressed, its length, its bytes.
+/// A message with its prefix: uncompressed flag, length, bytes.
 #[must_use]
 pub fn framed(message: &[u8]) -> Bytes {
     let mut framed = BytesMut::with_capacity(5 + message.len());
@@ -39,7 +39,7 @@ fn fields(fields: &[(&str, &str)]) -> Vec<(String, String)> {
 
 const KIND: (&str, &str) = ("content-type", "application/grpc");
 
-/// Answers as the method says.
+/// Answers according to the method.
 pub(super) async fn answer(exchange: &mut Exchange) -> Result<(), Stop> {
     let ok = fields(&[("grpc-status", "0"), ("x-trace-bin", "AAEC/w"), ("x-twice", "1"), ("x-twice", "2")]);
     let body = Bytes::from(std::mem::take(&mut exchange.body));

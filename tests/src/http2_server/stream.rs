@@ -1,4 +1,4 @@
-//! One stream: a request in, a response out as its plan says.
+//! One HTTP/2 stream: reads a request and sends the response of its plan.
 
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -18,13 +18,13 @@ use crate::http2_client::{pairs, send};
 use crate::model_server::{Echo, FaultKind, Framing, Plan, Sequence};
 use crate::random::Random;
 
-/// Why a response is not finished.
+/// Why a response is incomplete.
 pub(super) enum Stop {
-    /// The peer has reset it, or is gone.
+    /// The peer reset it or is gone.
     Peer,
-    /// The plan says so.
+    /// The plan breaks it off.
     Reset,
-    /// The plan says so; the connection ends with it.
+    /// The plan breaks off the whole connection.
     Close,
 }
 
@@ -34,7 +34,7 @@ impl From<h2::Error> for Stop {
     }
 }
 
-/// What is known of a stream while it is served.
+/// State of a stream while it is served.
 pub(super) struct Exchange {
     pub(super) shared: Arc<Shared>,
     pub(super) echo: Echo,
@@ -82,7 +82,7 @@ pub(super) async fn serve(
     }
 }
 
-/// The whole request.
+/// Reads the whole request.
 async fn read(request: Request<RecvStream>, count: u64) -> Result<(Echo, Vec<u8>), h2::Error> {
     let (head, mut from) = request.into_parts();
     let mut headers = Vec::new();
@@ -127,7 +127,7 @@ fn is_grpc(headers: &HeaderMap) -> bool {
     headers.get(http::header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
 }
 
-/// The fields of a map, which must be well formed: they are the test's own.
+/// The fields of a map, which must be valid: they are the test's own.
 pub(super) fn map(fields: &[(String, String)]) -> HeaderMap {
     let mut map = HeaderMap::new();
     for (name, value) in fields {
@@ -155,7 +155,7 @@ impl Exchange {
         }
     }
 
-    /// Sends a head; with it the stream ends, or what follows is written to what it gives.
+    /// Sends a head, which ends the stream or returns the handle for its body.
     pub(super) fn head(
         &mut self,
         status: u16,
@@ -178,7 +178,7 @@ impl Exchange {
         if body.is_empty() { Ok(()) } else { self.write(&mut out, body.into(), true).await }
     }
 
-    /// Writes a piece in one DATA frame, where the peer takes as much.
+    /// Sends a piece in one DATA frame, if the window allows.
     pub(super) async fn write(&self, out: &mut SendStream<Bytes>, piece: Bytes, ends: bool) -> Result<(), Stop> {
         let length = piece.len() as u64;
         send(out, piece, ends).await?;
@@ -253,8 +253,7 @@ impl Exchange {
         }
     }
 
-    /// Waits, for ever if no duration is given, and notices a peer that resets the stream meanwhile. `out`: once the head
-    /// has gone.
+    /// Waits, forever without a duration, and notices a reset by the peer. `out` is set once the head is sent.
     pub(super) async fn pause(
         &mut self,
         out: Option<&mut SendStream<Bytes>>,

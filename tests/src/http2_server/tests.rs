@@ -1,4 +1,4 @@
-//! The HTTP/2 client and the HTTP/2 endpoint against each other.
+//! The HTTP/2 client against the HTTP/2 endpoint.
 
 use std::time::Duration;
 

@@ -1,5 +1,6 @@
-//! One connection: requests in, responses out, until either side has had enough. It owns the socket and is the only one
-//! to write to it; what a response is made of is decided in `planned` and `openai`.
+//! One HTTP/1.1 connection: reads requests and writes responses until either side ends it. It owns the socket and is its only
+//! writer;
+//! `planned` and `openai` produce the responses.
 
 use std::fmt::Write as _;
 use std::sync::Arc;
@@ -17,10 +18,10 @@ use super::request::Request;
 use super::sent::Tally;
 use super::{Shared, openai, planned};
 
-/// Bytes of following requests that are read while a response is written.
+/// Bytes of following requests that are read during a response.
 const PIPELINED: usize = 64 << 10;
 
-/// Why a connection ends in the middle of a response.
+/// Why a connection ends during a response.
 pub(super) enum Stop {
     PeerGone,
     Close,
@@ -33,13 +34,13 @@ pub(super) struct Connection {
     pacer: Pacer,
     pub(super) shared: Arc<Shared>,
     count: u64,
-    /// The response that is being written, when its request has a name.
+    /// The response being written, if its request has an id.
     tally: Option<Tally>,
 }
 
 impl Connection {
     pub(super) fn new(stream: TcpStream, shared: &Arc<Shared>) -> Self {
-        // Writes are to reach the wire as they are made.
+        // Each write must reach the wire as it is made.
         let _ = stream.set_nodelay(true);
         Self {
             stream,
@@ -76,7 +77,7 @@ impl Connection {
         }
     }
 
-    /// The next request, body included; `None` when there is none.
+    /// The next request with its body; `None` at the end of the connection.
     async fn request(&mut self) -> Option<Request> {
         if self.buffer.is_empty() {
             let idle = self.shared.options.idle_close;
@@ -99,7 +100,7 @@ impl Connection {
         request.ok()
     }
 
-    /// Fails with a text for the peer, or without one when the peer is gone.
+    /// On error, returns a text for the peer, or `None` if the peer is gone.
     async fn rest_of_request(&mut self) -> Result<Request, Option<String>> {
         self.count += 1;
         let mut request = loop {
@@ -154,14 +155,14 @@ impl Connection {
         }
     }
 
-    /// A head up to its own headers; the empty line is still to come.
+    /// A head up to its own headers, without the final empty line.
     pub(super) fn head(&self, status: u16) -> String {
         let reason = http::StatusCode::from_u16(status).ok().and_then(|code| code.canonical_reason()).unwrap_or("");
         let (addr, count) = (self.shared.addr, self.count);
         format!("HTTP/1.1 {status} {reason}\r\nx-served-by: {addr}\r\nx-request-count: {count}\r\n")
     }
 
-    /// A whole response in one write.
+    /// Sends a whole response in one write.
     pub(super) async fn answer(
         &mut self,
         status: u16,
@@ -185,7 +186,7 @@ impl Connection {
         self.answer(status, "application/json", body.to_string().as_bytes(), After::KeepAlive).await
     }
 
-    /// One write, unless the socket has no room for all of it.
+    /// One write, unless the socket has too little room.
     pub(super) async fn write(&mut self, bytes: &[u8]) -> Result<(), Stop> {
         if let Some(tally) = &mut self.tally {
             tally.writing(bytes, &mut self.shared.sent.lock());
@@ -195,12 +196,12 @@ impl Connection {
         Ok(())
     }
 
-    /// From now on, only full segments leave.
+    /// From now on, only full segments are sent.
     pub(super) fn cork(&self) {
         let _ = socket2::SockRef::from(&self.stream).set_tcp_cork(true);
     }
 
-    /// Waits, for ever if no duration is given, and notices a peer that leaves meanwhile.
+    /// Waits, forever without a duration, and notices a departing peer.
     pub(super) async fn pause(&mut self, duration: Option<Duration>) -> Result<(), Stop> {
         let Self { stream, buffer, pacer, .. } = self;
         let wait = async {
@@ -212,12 +213,12 @@ impl Connection {
         unless_gone(stream, buffer, wait).await
     }
 
-    /// Waits until the server is told to go on, and notices a peer that leaves meanwhile.
+    /// Waits until the server is told to continue, and notices a departing peer.
     pub(super) async fn until_told(&mut self) -> Result<(), Stop> {
         let Self { stream, buffer, shared, .. } = self;
         let mut told = shared.told.subscribe();
         let wait = async {
-            // Fails when the server ends, and its connections with it.
+            // Fails when the server stops, which also ends its connections.
             let _ = told.wait_for(|told| *told).await;
         };
         unless_gone(stream, buffer, wait).await

@@ -1,6 +1,5 @@
-//! The completions API as inference servers offer it: chat and text completions, as one JSON document or as an event
-//! stream, the list of models, health, and metrics under vLLM's names. The tokens are words from a short list, at the
-//! pace that the request asks for.
+//! The completions API of inference servers: chat and text completions as a JSON document or an event stream, the model list,
+//! health, and metrics with vLLM's names. Tokens are words from a short list, at the pace that the request sets.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, LazyLock};
@@ -17,7 +16,7 @@ use super::{Gauge, Shared};
 const WORDS: [&str; 12] =
     ["Water ", "turns ", "the ", "wheel ", "while ", "the ", "gate ", "decides ", "how ", "much ", "of ", "it. "];
 
-/// When the model came to be, as far as anybody asks.
+/// The model's arbitrary creation time.
 static CREATED: LazyLock<u64> =
     LazyLock::new(|| SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()));
 
@@ -36,7 +35,7 @@ struct Completion {
     messages: Vec<Value>,
     #[serde(default)]
     prompt: Value,
-    /// An addition of ours.
+    /// A test extension.
     #[serde(default, rename = "x-test-interval-us")]
     interval_us: Option<u64>,
 }
@@ -86,7 +85,7 @@ fn metrics(shared: &Shared) -> String {
     lines.concat()
 }
 
-/// What the answers to one request have in common.
+/// The common parts of the responses to one request.
 struct Job {
     chat: bool,
     id: String,
@@ -131,7 +130,7 @@ fn request_number(shared: &Shared) -> u64 {
     shared.requests.load(Ordering::Relaxed)
 }
 
-/// Words in all the texts of a prompt, which stand for its tokens.
+/// Words in all texts of a prompt, counted as its tokens.
 fn words(value: &Value) -> usize {
     match value {
         Value::String(text) => text.split_whitespace().count(),
@@ -152,7 +151,7 @@ async fn stream(connection: &mut Connection, job: &Job, interval: Duration) -> R
     let begin = Instant::now();
     for token in 0..job.tokens {
         if !interval.is_zero() {
-            // By the schedule, so that being late once does not make every later token late.
+            // By a fixed schedule, so that one delay does not delay every later token.
             let due = begin + interval * (token + 1);
             connection.pause(Some(due.saturating_duration_since(Instant::now()))).await?;
         }
@@ -168,7 +167,7 @@ async fn stream(connection: &mut Connection, job: &Job, interval: Duration) -> R
     Ok(After::KeepAlive)
 }
 
-/// One event in one chunk in one write.
+/// Sends one event in one chunk and one write.
 async fn event(connection: &mut Connection, data: &str) -> Result<(), Stop> {
     let len = "data: \n\n".len() + data.len();
     connection.write(format!("{len:x}\r\ndata: {data}\n\n\r\n").as_bytes()).await
@@ -197,14 +196,14 @@ impl Job {
         self.envelope(if self.chat { "chat.completion.chunk" } else { "text_completion" }, &json!([choice]))
     }
 
-    /// The event that carries the usage, and no choice.
+    /// The event with the usage and no choices.
     fn usage_part(&self) -> Value {
         let mut part = self.envelope(if self.chat { "chat.completion.chunk" } else { "text_completion" }, &json!([]));
         part["usage"] = self.usage();
         part
     }
 
-    /// The whole answer as one document.
+    /// The whole response as one document.
     fn whole(&self) -> Value {
         let text: String = WORDS.iter().cycle().take(self.tokens as usize).copied().collect();
         let mut choice = json!({"index": 0, "logprobs": null, "finish_reason": self.finish_reason});

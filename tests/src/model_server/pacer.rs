@@ -1,4 +1,4 @@
-//! Waiting for less than a millisecond, which tokio's clock does not do: a timerfd of its own for short waits.
+//! Submillisecond waits, which tokio's clock does not support: a timerfd for short waits.
 #![allow(unsafe_code)] // tokio has no safe way to register a timer
 
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -8,7 +8,7 @@ use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use tokio::io::unix::AsyncFd;
 
-/// From here on a millisecond more or less does not matter.
+/// At this duration or longer, a millisecond's error is acceptable.
 const COARSE: Duration = Duration::from_millis(5);
 
 struct Timer(TimerFd);
@@ -46,7 +46,7 @@ impl Pacer {
         timer.get_ref().0.set(once, TimerSetTimeFlags::empty())?;
         loop {
             let mut ready = timer.readable().await?;
-            // Setting the timer again has taken back an expiry nobody waited for: then the read would block.
+            // Setting the timer again discards an expiry that was not awaited; without this the read would block.
             if let Ok(read) = ready.try_io(|timer| Ok(timer.get_ref().0.wait()?)) {
                 return read;
             }

@@ -1,44 +1,45 @@
-//! What a test asks the model server to do, as JSON in the request header `x-test-plan`, and what the server tells a test
-//! about the request it got. A request with a plan is answered by it whatever its target.
+//! The plan that a test puts into the request header `x-test-plan` as JSON, and the server's report of a received request. A
+//! request with a plan is answered by it for any target.
 
 use serde::{Deserialize, Serialize};
 
 use crate::client::Request;
 use crate::content::{Alphabet, Checker};
 
-/// One response, byte by byte. The default is 200 with an empty body and `content-length: 0`.
+/// One response, byte by byte. Default: 200 with an empty body and `content-length: 0`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Plan {
     pub status: u16,
-    /// Sent after the server's own.
+    /// Sent after the server's own fields.
     pub headers: Vec<(String, String)>,
-    /// Status codes of heads that are sent before the response's, each in a write of its own.
+    /// Status codes of interim heads, each sent in its own write.
     pub interim: Vec<u16>,
     pub framing: Framing,
     /// Bytes of payload.
     pub size: u64,
     pub stream_id: u64,
     pub alphabet: Alphabet,
-    /// Added to the size that `content-length` declares. Too large a length ends with the connection if `after` does.
+    /// Added to the size in `content-length`. If it is too large, the body ends with the connection, provided that `after` closes
+    /// it.
     pub length_error: i64,
-    /// Lengths of the chunks, when chunked.
+    /// Lengths of the chunks, if chunked.
     pub chunks: Lengths,
-    /// Put after the size of every chunk, the last one included: `name=value`.
+    /// Put after the size of every chunk, including the last: `name=value`.
     pub chunk_extension: Option<String>,
     pub trailers: Vec<(String, String)>,
     pub head: HeadWrites,
     /// Lengths of the writes after the head.
     pub writes: Lengths,
     pub pauses: Option<Pauses>,
-    /// From the body on, only full segments leave; with a close, the last bytes and the FIN share one (`TCP_CORK`).
+    /// From the body on, only full segments are sent; with a close, the last bytes and the FIN share one (`TCP_CORK`).
     pub cork: bool,
     pub fault: Option<Fault>,
     pub after: After,
-    /// The head switches protocols (101), and this follows in place of a body; both sides close when they have had enough.
+    /// The head switches protocols (101), and this replaces the body.
     pub upgraded: Option<Upgraded>,
-    /// The stream that the peer sends behind such a head, in the plan's alphabet: what comes is compared with it, and
-    /// [`super::ModelServer::take_upload`] tells the result.
+    /// The stream that the peer sends after such a head, in the plan's alphabet: received bytes are compared with it, and
+    /// [`super::ModelServer::take_upload`] returns the result.
     pub upload: Option<u64>,
 }
 
@@ -69,7 +70,7 @@ impl Default for Plan {
 }
 
 impl Plan {
-    /// Switches to a protocol of this name.
+    /// Switches to this protocol.
     #[must_use]
     pub fn switching(protocol: &str, upgraded: Upgraded) -> Self {
         let fields = [("connection", "upgrade"), ("upgrade", protocol)];
@@ -89,7 +90,7 @@ impl Plan {
         Request::get("/test/body").header("x-test-plan", self.header())
     }
 
-    /// Checks the payload this plan asks for.
+    /// Checks the payload of this plan.
     #[must_use]
     pub fn checker(&self) -> Checker {
         Checker::of(self.alphabet, self.stream_id)
@@ -101,9 +102,9 @@ impl Plan {
 pub enum Framing {
     ContentLength,
     Chunked,
-    /// Neither length nor chunks; the end of the connection is the end of the body.
+    /// Neither length nor chunks; the close ends the body.
     UntilClose,
-    /// No body and no header about one, as for 204 and 304.
+    /// No body and no framing header, as for 204 and 304.
     None,
 }
 
@@ -111,11 +112,11 @@ pub enum Framing {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Upgraded {
-    /// What comes goes back, and so does the end of it.
+    /// Echoes received bytes and the close.
     Echo,
-    /// The plan's bytes, and the end, whatever comes meanwhile.
+    /// Sends the plan's bytes and closes, whatever arrives meanwhile.
     Send,
-    /// The same, once the peer has ended its side.
+    /// The same, after the peer has ended its side.
     SendLast,
 }
 
@@ -124,7 +125,7 @@ pub enum Upgraded {
 #[serde(rename_all = "snake_case")]
 pub enum Lengths {
     Fixed(u64),
-    /// Each of 1 to `max`.
+    /// Each from 1 to `max`.
     Random {
         seed: u64,
         max: u64,
@@ -139,15 +140,15 @@ pub struct Pauses {
     pub seed: u64,
     /// After this many writes each.
     pub every: u64,
-    /// Each of 0 to this.
+    /// Each from 0 to this many microseconds.
     pub up_to_us: u64,
 }
 
-/// How the head meets the wire.
+/// How the head is written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HeadWrites {
-    /// Bytes of the head that get a write of their own.
+    /// Bytes of the head that get their own write.
     pub split_at: Option<usize>,
     /// Between the two writes of a split head, and between a head and a body in separate writes.
     pub pause_us: u64,
@@ -155,7 +156,7 @@ pub struct HeadWrites {
     pub with_body: bool,
 }
 
-/// What goes wrong after so many bytes of the body as it is on the wire, chunk-size lines included.
+/// A fault after this many bytes of the body on the wire, chunk-size lines included.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Fault {
@@ -166,36 +167,35 @@ pub struct Fault {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FaultKind {
-    /// Nothing more comes, and the connection stays.
+    /// Sends nothing more and keeps the connection open.
     Stall,
-    /// The rest comes after this many milliseconds.
+    /// Continues after this many milliseconds.
     StallMs(u64),
-    /// The rest of a body over HTTP/1.1 comes once the server has been told to go on ([`super::ModelServer::go_on`]); elsewhere as
-    /// [`FaultKind::Stall`].
+    /// Over HTTP/1.1, continues once [`super::ModelServer::go_on`] is called; elsewhere acts like [`FaultKind::Stall`].
     UntilTold,
-    /// A reset. What the peer's window had no room for is lost with it.
+    /// A reset. Bytes that did not fit the peer's window are lost.
     Reset,
-    /// An end of the connection in good manners.
+    /// An orderly close.
     Close,
 }
 
-/// What becomes of the connection.
+/// What happens to the connection afterwards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum After {
     KeepAlive,
-    /// The response says `connection: close`, and it is closed.
+    /// The response says `connection: close`, and the connection closes.
     Close,
-    /// It is closed without having been announced.
+    /// The connection closes without announcement.
     SilentClose,
 }
 
-/// A request as the server got it; `/test/echo` answers with it.
+/// A request as the server received it; the response to `/test/echo`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Echo {
     pub method: String,
     pub target: String,
-    /// In their order and their case.
+    /// In their received order and case.
     pub headers: Vec<(String, String)>,
     /// `none`, `content-length` or `chunked`.
     pub body_framing: String,
@@ -203,7 +203,7 @@ pub struct Echo {
     /// FNV-1a of the body: see [`crate::content::Fnv`].
     pub body_hash: u64,
     pub trailers: Vec<(String, String)>,
-    /// Which request of its connection it is, from 1.
+    /// The request's number on its connection, from 1.
     pub count: u64,
 }
 

@@ -1,5 +1,5 @@
-//! A response made as its plan says: the bytes after the head come from [`Wire`], and are cut into writes, held up and
-//! broken off independently of what they mean.
+//! Planned responses: the bytes after the head come from [`Wire`] and are cut into writes, paused and broken off independently of
+//! their meaning.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -72,7 +72,7 @@ fn head(connection: &Connection, plan: &Plan) -> String {
     head
 }
 
-/// Writes the bytes after the head; `first` goes before them in the first write.
+/// Writes the bytes after the head; `first` precedes them in the first write.
 async fn body(connection: &mut Connection, plan: &Plan, wire: &mut Wire<'_>, first: Vec<u8>) -> Result<(), Stop> {
     let mut lengths = Sequence::new(plan.writes);
     let mut random = plan.pauses.map(|pauses| Random::new(pauses.seed));
@@ -117,9 +117,9 @@ async fn body(connection: &mut Connection, plan: &Plan, wire: &mut Wire<'_>, fir
 struct Wire<'a> {
     plan: &'a Plan,
     chunks: Sequence,
-    /// Framing that comes before any more payload.
+    /// Framing to be sent before any more payload.
     pending: Vec<u8>,
-    /// Payload given out so far.
+    /// Payload produced so far.
     offset: u64,
     /// Payload up to the next piece of framing.
     open: u64,

@@ -1,16 +1,16 @@
-//! A request as a whole: head and body. Bodies are hashed as they come, and kept only for the completions API.
+//! A request's head and body. Bodies are hashed as they arrive, and kept only for the completions API.
 
 use crate::content::Fnv;
 use crate::decoder::{Decoder, Framed};
 
 use super::plan::Echo;
 
-/// Bytes of a head before it is refused.
+/// Maximum size of a head in bytes.
 pub(super) const MAX_HEAD: usize = 256 << 10;
 
 pub(super) struct Request {
     pub(super) echo: Echo,
-    /// Empty unless the target is one of the completions API.
+    /// Empty unless the target belongs to the completions API.
     pub(super) body: Vec<u8>,
     pub(super) keep_alive: bool,
     pub(super) expects_continue: bool,
@@ -19,8 +19,8 @@ pub(super) struct Request {
 }
 
 impl Request {
-    /// Parses a head at the start of `bytes`: the request and the head's length, `None` while it is incomplete, and an
-    /// error text when it is none.
+    /// Parses a head at the start of `bytes`: returns the request and the head's length, `None` while it is incomplete, or an error
+    /// text if it is malformed.
     pub(super) fn parse(bytes: &[u8], count: u64) -> Result<Option<(Self, usize)>, String> {
         let mut headers = [httparse::EMPTY_HEADER; 256];
         let mut parsed = httparse::Request::new(&mut headers);
@@ -69,7 +69,7 @@ impl Request {
         self.decoder.complete()
     }
 
-    /// Takes bytes of the body; returns how many.
+    /// Consumes bytes of the body; returns how many.
     pub(super) fn feed(&mut self, bytes: &[u8]) -> Result<usize, String> {
         let kept = self.echo.target.starts_with("/v1/").then_some(&mut self.body);
         let (hash, length) = (&mut self.hash, &mut self.echo.body_length);

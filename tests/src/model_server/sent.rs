@@ -1,7 +1,8 @@
-//! What was written in answer to which request: length and hash of the body as it is on the wire, chunk sizes included. A
-//! client that names its request (`x-request-id`) can ask for it at `GET /test/sent?ID` and compare with what it got.
+//! What was written in response to each request: length and hash of the body on the wire, chunk framing included. A client that
+//! sets
+//! `x-request-id` can get the record at `GET /test/sent?ID` and compare it with what it received.
 //!
-//! Always holds: a byte is in the account before it is on the wire, so whoever has read the last one finds it there.
+//! Invariant: a byte is recorded before it is on the wire, so a client that has read the last byte finds it in the record.
 
 use std::collections::VecDeque;
 
@@ -11,17 +12,17 @@ use crate::content::Fnv;
 
 use super::plan::Echo;
 
-/// Requests remembered; the oldest go.
+/// The number of requests kept; the oldest are evicted first.
 const REMEMBERED: usize = 1024;
 
-/// One exchange as the server saw it: the answer to `/test/sent`. Hashes are FNV-1a.
+/// One exchange as the server saw it: the response to `/test/sent`. Hashes are FNV-1a.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sent {
     pub id: String,
-    /// The request's body, without its framing.
+    /// The request's body without framing.
     pub request_length: u64,
     pub request_hash: u64,
-    /// The response's body, framing included.
+    /// The response's body including framing.
     pub length: u64,
     pub hash: u64,
 }
@@ -48,19 +49,19 @@ impl Account {
 pub(super) struct Tally {
     sent: Sent,
     hash: Fnv,
-    /// As much of a head as there is; `None` in the body.
+    /// The head so far; `None` in the body.
     head: Option<Vec<u8>>,
 }
 
 impl Tally {
-    /// `None` for a request without a name.
+    /// `None` for a request without an id.
     pub(super) fn of(request: &Echo) -> Option<Self> {
         let id = request.header("x-request-id")?.to_owned();
         let sent = Sent { id, request_length: request.body_length, request_hash: request.body_hash, ..Sent::default() };
         Some(Self { sent, hash: Fnv::default(), head: Some(Vec::new()) })
     }
 
-    /// Takes note of bytes that are about to be written.
+    /// Records bytes that are about to be written.
     pub(super) fn writing(&mut self, mut bytes: &[u8], account: &mut Account) {
         while let Some(head) = &mut self.head {
             let seen = head.len();

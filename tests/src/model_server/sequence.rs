@@ -1,9 +1,9 @@
-//! Lengths one after the other, as a plan asks for them.
+//! Generates the lengths of a plan.
 
 use super::plan::Lengths;
 use crate::random::Random;
 
-/// The lengths a [`Lengths`] stands for, each at least one.
+/// The lengths that a [`Lengths`] describes, each at least one.
 pub(crate) struct Sequence {
     lengths: Lengths,
     random: Random,

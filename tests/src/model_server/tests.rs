@@ -11,7 +11,7 @@ async fn server() -> ModelServer {
     ModelServer::start(Options::default()).await.unwrap()
 }
 
-/// The plan's response, its payload checked as far as it came.
+/// The plan's response, with its payload checked as far as it arrived.
 async fn planned(plan: &Plan) -> (Response, Client) {
     let server = server().await;
     let mut client = Client::connect(server.addr).await.unwrap();
@@ -72,7 +72,7 @@ async fn heads_are_split_and_preceded_by_interim_responses() {
     let interim: Vec<u16> = response.interim.iter().map(|head| head.status).collect();
     assert_eq!((interim, response.status(), response.read.len), (vec![103, 103], 200, 100));
 
-    // The first piece of the head is all that comes before the pause.
+    // Only the first piece of the head arrives before the pause.
     let server = server().await;
     let head = HeadWrites { pause_us: 200_000, ..head };
     let mut client = Client::connect(server.addr).await.unwrap();

@@ -1,4 +1,4 @@
-//! A connection that has switched protocols: bytes both ways, each of them checked by whoever gets them.
+//! A switched connection: bytes in both directions, each checked by its receiver.
 
 use std::future::pending;
 use std::time::Duration;
@@ -25,18 +25,18 @@ pub struct Received {
     pub end: ConnectionEnd,
 }
 
-/// What a peer sent of the stream that it was to send, as far as that goes now.
+/// The part of the announced stream that a peer has sent so far.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Upload {
-    /// Bytes that were right.
+    /// Bytes that matched.
     pub right: u64,
-    /// The first that was not. What comes behind it is not looked at.
+    /// The first byte that differed. Later bytes are not compared.
     pub wrong: Option<Mismatch>,
-    /// Once there is one.
+    /// How the stream ended, once it has.
     pub end: Option<ConnectionEnd>,
 }
 
-/// Compares what comes with the stream that the plan names, if it names one.
+/// Compares received bytes with the stream named by the plan, if any.
 struct Watch<'a> {
     stream: Option<(u64, Checker)>,
     shared: &'a Shared,
@@ -65,7 +65,7 @@ impl<'a> Watch<'a> {
     }
 }
 
-/// `first` is what goes out in one write with the first bytes.
+/// `first` is sent in one write with the first bytes.
 pub(super) async fn respond(
     connection: &mut Connection,
     plan: &Plan,
@@ -93,7 +93,7 @@ pub(super) async fn respond(
             let receive = async {
                 let received = receive(&mut from, early, None, watch).await;
                 shared.received.lock().push(received);
-                // What is to be sent has nobody to go to.
+                // The peer is gone, so nothing more can be sent.
                 if received.end == ConnectionEnd::Reset { Err(Stop::PeerGone) } else { Ok(received) }
             };
             tokio::try_join!(receive, send(&mut to, plan, first)).map(|(received, ())| received)
@@ -105,7 +105,7 @@ pub(super) async fn respond(
     }
 }
 
-/// Takes all that comes, and gives it back if it is to be echoed.
+/// Receives everything and, if echoing, passes it on.
 async fn receive(
     from: &mut ReadHalf<'_>,
     early: BytesMut,
@@ -137,7 +137,7 @@ async fn receive(
     Received { length, hash: hash.value(), end }
 }
 
-/// Sends the plan's bytes and the end, as the plan cuts them, holds them up and breaks them off.
+/// Sends the plan's bytes and closes, with the plan's writes, pauses and faults.
 async fn send(to: &mut WriteHalf<'_>, plan: &Plan, first: Vec<u8>) -> Result<(), Stop> {
     let mut lengths = Sequence::new(plan.writes);
     let mut random = plan.pauses.map(|pauses| Random::new(pauses.seed));

@@ -1,4 +1,4 @@
-//! A script in one function: it is asked once, when the request is whole, and what it gives is sent.
+//! A script made of one function, called once per whole request; its return value is sent.
 
 use penstock_proto::ext_proc::processing_response::Response;
 use penstock_proto::ext_proc::{HttpBody, HttpHeaders, ProcessingResponse};
@@ -7,7 +7,7 @@ use super::{Answer, Exchange, Script, reply};
 
 type Answers = dyn Fn(&Exchange) -> Vec<ProcessingResponse> + Send + Sync;
 
-/// Leaves the body as it is, piece by piece, unless the function's messages replace it.
+/// Leaves the body unchanged, piece by piece, unless the function's messages replace it.
 pub struct Answering(Box<Answers>);
 
 impl Answering {

@@ -1,4 +1,4 @@
-//! Replicas of one picker that elect a leader: it alone says of itself that it serves.
+//! Replicas of one picker with an elected leader: only the leader's health reports serving.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,12 +9,12 @@ use tonic::Status;
 
 use super::{Answer, End, Exchange, Script, reply};
 
-/// Who leads. Clones are the same election.
+/// The current leader. Clones share the election.
 #[derive(Clone, Default)]
 pub struct Election(Arc<AtomicUsize>);
 
 impl Election {
-    /// From now on this one leads.
+    /// From now on this replica leads.
     pub fn leads(&self, replica: usize) {
         self.0.store(replica, Ordering::Relaxed);
     }
@@ -25,17 +25,17 @@ impl Election {
     }
 }
 
-/// What becomes of requests to one that does not lead.
+/// What a replica that is not the leader does with requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Follower {
     Answers,
-    /// UNAVAILABLE, at the first message.
+    /// UNAVAILABLE at the first message.
     Refuses,
-    /// An answer for the client, 503: it has no endpoint.
+    /// An immediate 503: it has no endpoint.
     KnowsNothing,
 }
 
-/// `inner`, as one of several.
+/// `inner` as one of several replicas.
 pub struct Elected<S> {
     pub inner: S,
     pub replica: usize,

@@ -1,5 +1,4 @@
-//! A script that takes its decision back when a test says so: as a flow control that evicts requests under pressure, it may
-//! do it at any moment after the pick.
+//! A script that evicts requests when a test says so, at any moment after the pick, like flow control under pressure.
 
 use std::sync::Arc;
 
@@ -10,16 +9,16 @@ use tonic::Status;
 
 use super::{Answer, End, Exchange, Script, reply};
 
-/// When it waits to be told.
+/// When it waits for the notification.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum After {
-    /// When the request has been answered, and before it reads anything of the response.
+    /// After the pick, before it reads anything about the response.
     Pick,
-    /// When it has answered the head of the response.
+    /// After it has replied to the response head.
     ResponseHead,
 }
 
-/// `inner`, which evicts each request with 429 when it is notified.
+/// `inner`, with an eviction (429) of each request on notification.
 pub struct Evicting<S> {
     pub inner: S,
     pub after: After,

@@ -1,4 +1,4 @@
-//! One stream as a script sees it: what the peer has said so far, and the way to answer.
+//! A script's view of one stream: the peer's messages so far, and the means to reply.
 
 use penstock_proto::core::Metadata;
 use penstock_proto::ext_proc::processing_response::Response;
@@ -11,19 +11,18 @@ use super::{Answer, record};
 
 pub struct Exchange {
     pub request_headers: Vec<(String, String)>,
-    /// As far as it has come.
+    /// The body so far.
     pub request_body: Vec<u8>,
     pub response_headers: Vec<(String, String)>,
-    /// The last message's.
+    /// Of the last message.
     pub metadata: Option<Metadata>,
     pub protocol_config: Option<ProtocolConfiguration>,
-    /// Whatever a script wants to remember: the endpoint it picked, body it holds back.
+    /// A script's own state, such as the picked endpoint or a held-back body.
     pub picked: Option<String>,
     pub held: Vec<u8>,
-    /// Whether the reply to the request's headers sets every field of the request again, as production pickers do. Default:
-    /// true.
+    /// Whether the reply to the request head echoes every field, as production pickers do. Default: true.
     pub echoes: bool,
-    /// Befalls the stream when the reply to the request's headers has been sent.
+    /// The fault that strikes after the reply to the request head is sent.
     pub(super) after_header_reply: Option<Harm>,
     replies: mpsc::Sender<Result<ProcessingResponse, Status>>,
 }
@@ -48,7 +47,7 @@ impl Exchange {
         self.replies.clone()
     }
 
-    /// Sends a message. Waits while the peer takes none.
+    /// Sends a message. Waits while the peer reads none.
     pub async fn send(&mut self, mut message: ProcessingResponse) -> Answer {
         let header_reply = matches!(message.response, Some(Response::RequestHeaders(_)));
         if let Some(Response::RequestHeaders(reply)) = &mut message.response
@@ -57,7 +56,7 @@ impl Exchange {
             let mutation = reply.response.get_or_insert_default().header_mutation.get_or_insert_default();
             reply::echo(&self.request_headers, mutation);
         }
-        // A peer that is gone is noticed by whoever runs the script.
+        // The script's runner notices a departed peer.
         let _ = self.replies.send(Ok(message)).await;
         match self.after_header_reply.take_if(|_| header_reply) {
             Some(harm) => harm.strike(self).await,
@@ -65,20 +64,20 @@ impl Exchange {
         }
     }
 
-    /// The endpoints the picker may choose from, if the last message limits them.
+    /// The endpoints that the last message limits the choice to, if any.
     #[must_use]
     pub fn subset(&self) -> Option<Vec<String>> {
         record::subset(self.metadata.as_ref())
     }
 
-    /// The endpoint that the last message says the response came from.
+    /// The served endpoint in the last message.
     #[must_use]
     pub fn served(&self) -> Option<String> {
         record::served(self.metadata.as_ref())
     }
 }
 
-/// Messages to send, for scripts that do not care to spell them out.
+/// Ready-made messages for scripts.
 pub mod reply {
     use bytes::Bytes;
     use penstock_proto::core::{HeaderValue, HeaderValueOption};
@@ -91,16 +90,16 @@ pub mod reply {
     use penstock_proto::http_type::HttpStatus;
     use penstock_proto::prost_types::{Struct, Value, value::Kind};
 
-    /// The header and the metadata key that name the endpoint.
+    /// The header and metadata key of the picked endpoint.
     pub const DESTINATION: &str = "x-gateway-destination-endpoint";
-    /// The most body in one message of the production picker.
+    /// The production picker's maximum of body bytes per message.
     const PIECE: usize = 62_000;
 
     fn message(response: Response) -> ProcessingResponse {
         ProcessingResponse { response: Some(response), ..ProcessingResponse::default() }
     }
 
-    /// Sets `headers`, each over what was there, as the Go pickers do: by the default of the action.
+    /// Sets `headers`, each over an existing one, as the Go pickers do: with the default append action.
     #[must_use]
     pub fn mutation(headers: &[(&str, &str)]) -> HeaderMutation {
         let set = |(name, value): &(&str, &str)| HeaderValueOption {
@@ -114,8 +113,8 @@ pub mod reply {
         HeaderMutation { set_headers: headers.iter().map(set).collect(), remove_headers: Vec::new() }
     }
 
-    /// Sets the `fields` that the mutation does not name, pseudo-headers included; of a repeated one the last value, as a Go map
-    /// leaves it.
+    /// Sets the `fields` that the mutation does not name, including pseudo-headers; of a repeated field only the last value, as in
+    /// a Go map.
     pub fn echo(fields: &[(String, String)], out: &mut HeaderMutation) {
         let named = |name: &str| {
             let set = out.set_headers.iter().filter_map(|set| set.header.as_ref()).map(|header| header.key.as_str());
@@ -136,7 +135,7 @@ pub mod reply {
         message(Response::RequestHeaders(HeadersResponse { response: Some(response) }))
     }
 
-    /// The reply to the request's headers that names `endpoints` in both places, and sets `headers`.
+    /// The reply to the request head that names `endpoints` in header and metadata, and sets `headers`.
     #[must_use]
     pub fn pick(endpoints: &str, headers: &[(&str, &str)]) -> ProcessingResponse {
         let mut all = vec![(DESTINATION, endpoints)];
@@ -162,29 +161,29 @@ pub mod reply {
         BodyResponse { response: Some(response) }
     }
 
-    /// The whole of a body, in as many messages as it takes.
+    /// A whole body in as many messages as needed.
     fn pieces(body: &Bytes) -> impl Iterator<Item = BodyResponse> {
         let last = body.len().saturating_sub(1) / PIECE;
         (0..=last).map(move |n| streamed(body.slice(n * PIECE..body.len().min((n + 1) * PIECE)), n == last))
     }
 
-    /// The whole of a request's body.
+    /// A whole request body.
     pub fn request_body(body: &Bytes) -> impl Iterator<Item = ProcessingResponse> {
         pieces(body).map(|piece| message(Response::RequestBody(piece)))
     }
 
-    /// The whole of a request's body in one message, however large.
+    /// A whole request body in one message, however large.
     #[must_use]
     pub fn request_body_in_one(body: &Bytes) -> ProcessingResponse {
         message(Response::RequestBody(streamed(body.clone(), true)))
     }
 
-    /// The whole of a response's body.
+    /// A whole response body.
     pub fn response_bodies(body: &Bytes) -> impl Iterator<Item = ProcessingResponse> {
         pieces(body).map(|piece| message(Response::ResponseBody(piece)))
     }
 
-    /// A reply to a piece of the request's body that changes nothing.
+    /// A reply to a piece of the request body that changes nothing.
     #[must_use]
     pub fn request_body_unchanged() -> ProcessingResponse {
         message(Response::RequestBody(BodyResponse { response: Some(CommonResponse::default()) }))

@@ -1,4 +1,4 @@
-//! A script that fails at a chosen moment, and otherwise is another script.
+//! Wraps a script and makes it fail at a chosen moment.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -9,13 +9,13 @@ use tonic::{Code, Status};
 
 use super::{Accept, Answer, End, Exchange, Script, reply};
 
-/// When a fault strikes. Messages of that kind are not seen by the inner script before it.
+/// When a fault strikes. The inner script does not see the messages of that kind beforehand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Moment {
     RequestHeaders,
-    /// With the message that brings the request's body to this many bytes, or ends it.
+    /// With the message that brings the request body to this many bytes, or ends it.
     RequestBody(usize),
-    /// When the reply to the request's headers has been sent.
+    /// After the reply to the request head is sent.
     HeaderReply,
     ResponseHeaders,
     ResponseBody,
@@ -25,15 +25,15 @@ pub enum Moment {
 pub enum Harm {
     /// Nothing more is read or answered on the stream.
     Silence,
-    /// The script goes on after this.
+    /// The script continues after this.
     Delay(Duration),
     ResetConnection,
     /// See [`End::Die`].
     Die,
     Status(Code),
-    /// The stream is closed with status OK.
+    /// The stream closes with status OK.
     Close,
-    /// An immediate response of this status, and the stream is closed. After the request was sent on this is an eviction.
+    /// An immediate reply with this status, then the stream closes. After dispatch this is an eviction.
     Immediate(u16),
 }
 
@@ -52,7 +52,7 @@ impl Harm {
             Self::Immediate(status) => {
                 let why = [("x-llm-d-request-dropped-reason", "evicted")];
                 let message = reply::immediate(status, &why, "request evicted by flow control");
-                // Not a header reply, so nothing befalls it in turn.
+                // Not a reply to the head, so no further fault strikes after it.
                 let _ = exchange.replies().send(Ok(message)).await;
                 Err(End::Close)
             }
@@ -62,14 +62,14 @@ impl Harm {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// Connections are accepted and nothing more.
+    /// Connections are accepted and then ignored.
     Deaf,
-    /// Connections are reset as soon as they are accepted.
+    /// Connections are reset when accepted.
     ResetAtAccept,
     At(Moment, Harm),
 }
 
-/// `inner`, with a fault in the first `times` streams (or connections); in all of them unless told.
+/// `inner`, with a fault in the first `times` streams (or connections); by default in all.
 pub struct Faulty<S> {
     inner: S,
     fault: Fault,
@@ -81,13 +81,13 @@ impl<S: Script> Faulty<S> {
         Self { inner, fault, left: AtomicU64::new(u64::MAX) }
     }
 
-    /// Only this often.
+    /// Limits the number of faults.
     #[must_use]
     pub fn times(self, times: u64) -> Self {
         Self { left: AtomicU64::new(times), ..self }
     }
 
-    /// Uses one of the times up, if there are any left.
+    /// Uses up one fault, if any are left.
     fn due(&self) -> bool {
         self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok()
     }

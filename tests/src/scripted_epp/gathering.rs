@@ -1,4 +1,4 @@
-//! A script that lets requests gather: none of the first so many is answered before all of them wait for their answer.
+//! A script that gathers requests: it answers none of the first few before all of them wait.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -10,11 +10,11 @@ use tonic::Status;
 use super::fault::Harm;
 use super::{Answer, Exchange, Script};
 
-/// `inner`, for requests that have gathered.
+/// `inner`, for gathered requests.
 pub struct Gathering<S> {
     inner: S,
     all: Barrier,
-    /// Streams that are still to come.
+    /// Streams still expected.
     awaited: AtomicUsize,
     harm: Option<Harm>,
 }
@@ -24,7 +24,7 @@ impl<S: Script> Gathering<S> {
         Self { inner, all: Barrier::new(streams), awaited: AtomicUsize::new(streams), harm: None }
     }
 
-    /// None of them is answered: this befalls the last, and the others are left waiting.
+    /// Answers none of them: this fault strikes the last, and the others keep waiting.
     #[must_use]
     pub fn then(self, harm: Harm) -> Self {
         Self { harm: Some(harm), ..self }

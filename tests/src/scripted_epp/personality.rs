@@ -1,7 +1,7 @@
-//! Pickers as they are in the field, as far as their peer can tell them apart: GIE's of v1.5, llm-d's router, the light one
-//! that conformance tests use, and Dynamo's, which insists. Which endpoint is picked is the same plain rule for all.
+//! Real pickers as far as their peer can distinguish them: GIE v1.5, llm-d's router, the light one of conformance tests, and
+//! Dynamo, which validates strictly. All pick by the same simple rule.
 //!
-//! [`Personality`] is what a test needs to know to run the same scenario against each of them.
+//! [`Personality`] has what a test needs to run one scenario against each of them.
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -24,13 +24,13 @@ pub use gie::Gie;
 pub use llmd::LlmdRouter;
 pub use lwepp::Lwepp;
 
-/// The picker of tests that are not about pickers.
+/// The picker for tests of other subjects.
 pub type Production = LlmdRouter;
 
-/// What a picker does to a request that finds no endpoint.
+/// What a picker does with a request without an available endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {
-    /// It answers the client with this status.
+    /// It sends an immediate reply with this status.
     Immediate(u16),
     /// It fails, and the pool's failure mode decides.
     Fails,
@@ -43,21 +43,21 @@ pub trait Personality: Script + Sized {
     #[must_use]
     fn adding(self, fields: &[(&str, &str)]) -> Self;
 
-    /// Puts this model into every request's body; a picker that never changes bodies ignores it.
+    /// Puts this model into every request body; a picker that never changes bodies ignores it.
     #[must_use]
     fn rewriting(self, model: &str) -> Self;
 
-    /// What the endpoint gets for a client's JSON body.
+    /// The body that the endpoint gets for a client's JSON body.
     fn sent_on(body: &[u8], rewritten: Option<&str>) -> Vec<u8>;
 
-    /// The field that it puts on a response of `served`, and its value.
+    /// The field that it sets on a response from `served`, and its value.
     fn mark(served: SocketAddr) -> (&'static str, String);
 
-    /// Without an endpoint to pick, for a request with or without a body.
+    /// What it does without an endpoint to pick, for a request with or without a body.
     fn refusal(has_body: bool) -> Refusal;
 }
 
-/// Round robin over the endpoints that the subset allows. A test changes `offer` to have a list.
+/// Round robin over the endpoints in the subset. A test changes `offer` to get a list.
 pub struct Endpoints {
     endpoints: Vec<String>,
     next: AtomicUsize,
@@ -71,20 +71,20 @@ impl Endpoints {
         Self { endpoints, next: AtomicUsize::new(0), offer: 1 }
     }
 
-    /// Names this many endpoints, the first choice first.
+    /// Names this many endpoints, in order of preference.
     #[must_use]
     pub fn offering(self, offer: usize) -> Self {
         Self { offer, ..self }
     }
 
-    /// Those that a list of `ip:port`, or of `ip` for all ports there, names.
+    /// The endpoints in a list of `ip:port`, or of `ip` for all its ports.
     fn named(&self, list: &str) -> Vec<String> {
         let names = |entry: &str, one: &str| entry == one || one.rsplit_once(':').is_some_and(|(ip, _)| ip == entry);
         let named = |one: &&String| list.split(',').any(|entry| names(entry.trim(), one));
         self.endpoints.iter().filter(named).cloned().collect()
     }
 
-    /// `ip:port`, or several with commas; `None` when there is none to pick.
+    /// `ip:port`, or several with commas; `None` if there is none to pick.
     fn pick(&self, subset: Option<&[String]>) -> Option<String> {
         let allowed = |one: &&String| subset.is_none_or(|subset| subset.contains(one));
         let allowed: Vec<&String> = self.endpoints.iter().filter(allowed).collect();
@@ -96,15 +96,15 @@ impl Endpoints {
     }
 }
 
-/// The names that GIE's code base has for its health.
+/// The health service names in GIE's code base.
 const SERVICES: [&str; 3] = ["liveness", "readiness", "envoy.service.ext_proc.v3.ExternalProcessor"];
 
-/// Serving under these names, and says of others that it does not know them.
+/// Serving under these names; unknown under others.
 fn known_as(services: &[&str], service: &str) -> Result<ServingStatus, Status> {
     Ok(if services.contains(&service) { ServingStatus::Serving } else { ServingStatus::ServiceUnknown })
 }
 
-/// Fields that a test has a picker set.
+/// Fields that a test makes a picker set.
 type Fields = Vec<(String, String)>;
 
 fn owned(fields: &[(&str, &str)]) -> Fields {
@@ -115,10 +115,10 @@ fn borrowed(fields: &[(String, String)]) -> impl Iterator<Item = (&str, &str)> {
     fields.iter().map(|(name, value)| (name.as_str(), value.as_str()))
 }
 
-/// Picks and answers as GIE's code base does: the pick, the body's length, what the test wants, and every field of the request
-/// again, as Go's map leaves them (of a repeated one the last value only); then the whole body.
+/// Picks and replies like GIE's code base: the pick, the body's length, the test's fields, and an echo of every request field as
+/// Go's map leaves it (the last value of a repeated one); then the whole body.
 async fn echo(endpoints: &Endpoints, added: &Fields, exchange: &mut Exchange, body: Option<&Bytes>) -> Answer {
-    // Of the last message: what earlier ones said is forgotten.
+    // Of the last message: earlier ones are forgotten.
     let Some(picked) = endpoints.pick(exchange.subset().as_deref()) else {
         return match body {
             Some(_) => failure(exchange, 503, "ServiceUnavailable", "no candidate pods available").await,
@@ -143,7 +143,7 @@ async fn echo(endpoints: &Endpoints, added: &Fields, exchange: &mut Exchange, bo
     Ok(())
 }
 
-/// Every field of the response again, and a mark.
+/// Echoes every response field and adds a mark.
 async fn echo_response_head(exchange: &mut Exchange) -> Answer {
     let echoed = exchange.response_headers.clone();
     let mut fields: Vec<_> = borrowed(&echoed).collect();
@@ -151,7 +151,7 @@ async fn echo_response_head(exchange: &mut Exchange) -> Answer {
     exchange.send(reply::response_headers(&fields)).await
 }
 
-/// Events one by one; anything else is withheld until it is whole.
+/// Events one by one; other content is withheld until complete.
 async fn echo_response_body(exchange: &mut Exchange, body: &HttpBody) -> Answer {
     let kind = header(&exchange.response_headers, "content-type").unwrap_or_default();
     if kind.contains("text/event-stream") {
@@ -167,7 +167,7 @@ async fn echo_response_body(exchange: &mut Exchange, body: &HttpBody) -> Answer 
     Ok(())
 }
 
-/// The request's body as an object that names a model, or the answer to one that does not.
+/// The request body as an object with a model, or the error reply without one.
 async fn parsed(exchange: &mut Exchange) -> Result<serde_json::Map<String, Value>, End> {
     let Ok(Value::Object(fields)) = serde_json::from_slice::<Value>(&exchange.request_body) else {
         failure(exchange, 400, "BadRequest", "invalid JSON").await?;
@@ -179,7 +179,7 @@ async fn parsed(exchange: &mut Exchange) -> Result<serde_json::Map<String, Value
     Ok(fields)
 }
 
-/// An error as GIE's code base tells it: an immediate response, and the end of the stream.
+/// An error in the style of GIE's code base: an immediate reply, then the end of the stream.
 async fn failure(exchange: &mut Exchange, status: u16, code: &str, why: &str) -> Answer {
     exchange.send(reply::immediate(status, &[], &format!("inference error: {code} - {why}"))).await?;
     Err(End::Close)

@@ -1,4 +1,4 @@
-//! What a picker was told, kept for the test to look at.
+//! The messages that a picker received, recorded for the test.
 
 use std::time::Instant;
 
@@ -7,12 +7,12 @@ use penstock_proto::ext_proc::processing_request::Request;
 use penstock_proto::ext_proc::{ProcessingRequest, ProtocolConfiguration};
 use penstock_proto::prost_types::{Value, value::Kind};
 
-/// How a stream came to its end.
+/// How a stream ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StreamEnd {
     /// The peer half-closed it.
     HalfClosed,
-    /// The peer reset it, or its connection went away.
+    /// The peer reset it, or its connection ended.
     Cancelled,
     /// The script ended it.
     Script,
@@ -22,10 +22,10 @@ pub enum StreamEnd {
 
 #[derive(Clone, Debug)]
 pub struct StreamRecord {
-    /// Which connection it came on, from 1.
+    /// The number of its connection, from 1.
     pub connection: u64,
     pub messages: Vec<ProcessingRequest>,
-    /// When each message was taken.
+    /// When each message was read.
     pub taken: Vec<Instant>,
     /// `None` while it is open.
     pub end: Option<StreamEnd>,
@@ -77,13 +77,13 @@ impl StreamRecord {
         found.unwrap_or_default()
     }
 
-    /// The request's body as far as it came, and how many messages said that it ends.
+    /// The request body so far, and the number of messages that ended it.
     #[must_use]
     pub fn request_body(&self) -> (Vec<u8>, usize) {
         self.body(|request| if let Request::RequestBody(body) = request { Some(body) } else { None })
     }
 
-    /// The same of the response's.
+    /// The same for the response body.
     #[must_use]
     pub fn response_body(&self) -> (Vec<u8>, usize) {
         self.body(|request| if let Request::ResponseBody(body) = request { Some(body) } else { None })
@@ -98,19 +98,19 @@ impl StreamRecord {
         (body, pieces.iter().filter(|piece| piece.end_of_stream).count())
     }
 
-    /// What the first message says about the protocol.
+    /// The first message's protocol configuration.
     #[must_use]
     pub fn protocol_config(&self) -> Option<ProtocolConfiguration> {
         self.messages.first().and_then(|message| message.protocol_config)
     }
 
-    /// The subset that the first message limits the choice to.
+    /// The subset in the first message.
     #[must_use]
     pub fn subset(&self) -> Option<Vec<String>> {
         subset(self.messages.first()?.metadata_context.as_ref())
     }
 
-    /// The endpoint that the response came from.
+    /// The served endpoint of the response.
     #[must_use]
     pub fn served(&self) -> Option<String> {
         let response = |message: &&ProcessingRequest| matches!(message.request, Some(Request::ResponseHeaders(_)));
@@ -124,7 +124,7 @@ pub fn header<'a>(headers: &'a [(String, String)], name: &str) -> Option<&'a str
     headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
 }
 
-/// The entries of a header map; values are read from either of their two fields.
+/// The entries of a header map, with values from either of their two fields.
 pub(super) fn pairs(headers: Option<&HeaderMap>) -> Vec<(String, String)> {
     let Some(headers) = headers else { return Vec::new() };
     let text = |header: &penstock_proto::core::HeaderValue| {

@@ -1,4 +1,4 @@
-//! The server under a scripted picker: its connections, in generations that go away together, and the gRPC services.
+//! The scripted picker's server: connections in generations that end together, and the gRPC services.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -21,12 +21,12 @@ use tonic::{Status, Streaming};
 use super::transport::{Cut, Cutter, Incoming};
 use super::{Accept, Answer, End, Exchange, Record, Script, Setup, StreamEnd, StreamRecord, record};
 
-/// Replies under way to the peer, beyond which a script waits for it.
+/// Replies queued for the peer, above which a script waits.
 const REPLIES: usize = 64;
-/// A stream's HTTP/2 window, as Go's server has it at first.
+/// A stream's initial HTTP/2 window, as in Go's server.
 const WINDOW: u32 = 65_535;
-/// All streams together have more: h2, unlike Go's server, closes a connection for the small frames that wait on it, and
-/// allows fewer of them the smaller this is. A burst of requests is to be taken, not punished.
+/// The connection window is larger: unlike Go's server, h2 closes a connection with too many small buffered frames, and allows
+/// fewer of them if this is smaller. A burst of requests must not close the connection.
 const CONNECTION_WINDOW: u32 = 16 << 20;
 
 #[derive(Clone)]
@@ -37,10 +37,10 @@ pub(super) struct Server {
     die: Arc<Notify>,
 }
 
-/// Connections that are told together that their server is going away.
+/// Connections that get GOAWAY together.
 struct Generation {
     connections: mpsc::Sender<Incoming>,
-    /// Closed by being dropped.
+    /// Closed on drop.
     _stay: oneshot::Sender<()>,
 }
 
@@ -86,7 +86,7 @@ impl ExternalProcessor for Server {
         };
         let (replies, mut replied) = mpsc::channel(REPLIES);
         tokio::spawn(self.clone().stream(request.into_inner(), Exchange::new(replies), index, connection));
-        // HTTP/2 headers go with the first message, and a failure without one needs no others.
+        // HTTP/2 headers are sent with the first message; a failure without one sends only trailers.
         match replied.recv().await {
             Some(Ok(first)) => {
                 let all = futures_util::stream::iter([Ok(first)]).chain(ReceiverStream::new(replied));
@@ -103,7 +103,7 @@ impl Server {
         Self { setup, script, record, die: Arc::default() }
     }
 
-    /// Opens the port and serves it; gives the address.
+    /// Opens the port and serves it; returns the address.
     pub(super) async fn listen(self, go_away: Arc<Notify>) -> Result<SocketAddr> {
         let address = self.setup.address;
         let listener = TcpListener::bind(address).await.with_context(|| format!("listening on {address}"))?;
@@ -113,14 +113,14 @@ impl Server {
         Ok(address)
     }
 
-    /// Accepts until the picker dies: then the port is closed first and the connections after it, so that whoever sees the end
-    /// of a connection finds the port closed.
+    /// Accepts until the picker dies: then it closes the port before the connections, so that a peer that sees the end of a
+    /// connection finds the port closed.
     async fn accept(self, listener: TcpListener, mut generation: Generation, go_away: Arc<Notify>) {
         let (all, cut) = watch::channel(Cut::None);
         let mut silent = Vec::new();
         loop {
             let stream = tokio::select! {
-                // Who connects after the picker was told to go away, or to die, does not get what was there before.
+                // A connection made after the picker went away or died must not join the previous generation.
                 biased;
                 () = self.die.notified() => {
                     drop(listener);
@@ -128,7 +128,7 @@ impl Server {
                     return;
                 }
                 () = go_away.notified() => {
-                    // The one before says GOAWAY on its connections by being dropped.
+                    // Dropping the previous generation sends GOAWAY on its connections.
                     let Ok(next) = Generation::begin(&self) else { return };
                     generation = next;
                     continue;
@@ -152,7 +152,7 @@ impl Server {
         }
     }
 
-    /// One stream from its first message to its end.
+    /// Serves one stream from its first message to its end.
     async fn stream(
         self,
         mut messages: Streaming<ProcessingRequest>,
@@ -167,7 +167,7 @@ impl Server {
             ended = script => ended,
             () = replies.closed() => (StreamEnd::Cancelled, Ok(())),
         };
-        // The record first: a test that sees the stream's end is to find it there.
+        // Recorded first, so that a test that sees the stream's end finds it in the record.
         self.record.streams.lock()[index].end.get_or_insert(end);
         match outcome {
             Ok(()) | Err(End::Close) => {}
@@ -199,8 +199,8 @@ impl Server {
                     self.message(exchange, message).await
                 }
                 Ok(None) => {
-                    // tonic shows a reset as an end in good manners too. What tells them apart, the replies that nobody
-                    // takes any more, is known when the tasks that were woken together with this one have run.
+                    // tonic reports a reset as an orderly end too. The dropped reply receiver, which distinguishes them, is visible
+                    // once the tasks woken together with this one have run.
                     for _ in 0..4 {
                         tokio::task::yield_now().await;
                     }

@@ -25,7 +25,7 @@ async fn channel(epp: &ScriptedEpp) -> Channel {
     Channel::from_shared(format!("http://{}", epp.addr)).unwrap().connect().await.unwrap()
 }
 
-/// A stream from the agent's side, without an agent.
+/// A stream opened directly, without an agent.
 struct Peer {
     out: Option<mpsc::Sender<ProcessingRequest>>,
     answers: tokio::task::JoinHandle<Result<Streaming<ProcessingResponse>, Status>>,
@@ -66,7 +66,7 @@ impl Peer {
         self.send(Request::RequestBody(body), None).await;
     }
 
-    /// Half-closes, and returns what the picker said in all.
+    /// Half-closes and returns all messages of the picker.
     async fn finish(mut self) -> (Vec<ProcessingResponse>, Result<(), Code>) {
         self.out = None;
         self.rest().await
@@ -112,7 +112,7 @@ fn endpoints() -> Vec<SocketAddr> {
     ["127.0.0.1:7001", "127.0.0.1:7002", "127.0.0.1:7003"].map(|one| one.parse().unwrap()).to_vec()
 }
 
-/// The destination a reply to the request's headers sets.
+/// The destination set by a reply to the request head.
 fn picked(message: &ProcessingResponse) -> Option<String> {
     let Some(Response::RequestHeaders(reply)) = &message.response else { return None };
     let mutation = reply.response.as_ref()?.header_mutation.as_ref()?;
@@ -216,7 +216,7 @@ async fn lwepp_answers_pieces_first_and_follows_selection() {
     assert!(empty(&replies[0]) && empty(&replies[1]));
     assert_eq!(picked(&replies[2]).as_deref(), Some("127.0.0.1:7002"));
     assert_eq!(replies.len(), 3);
-    // An address alone names all of its ports.
+    // An address alone names all its ports.
     let mut all = Vec::new();
     for _ in endpoints() {
         let peer = Peer::open(channel.clone()).await;
@@ -252,7 +252,7 @@ async fn dynamo_requires_body_and_rewrites_it() {
     assert_eq!(peer.rest().await.1, Err(Code::FailedPrecondition));
 }
 
-/// How a stream with a body ends under a fault: what was picked before, and the status.
+/// How a stream with a body ends under a fault: what was picked before it, and the status.
 async fn under(fault: Fault) -> (Option<String>, Vec<ProcessingResponse>, Result<(), Code>, ScriptedEpp) {
     let epp = ScriptedEpp::start(Faulty::new(Production::new(&endpoints()), fault)).await.unwrap();
     let peer = Peer::open(channel(&epp).await).await;
@@ -290,7 +290,7 @@ async fn scripted_fault_cuts_connections() {
     let (_, _, end, epp) = under(Fault::At(Moment::RequestBody(5), Harm::ResetConnection)).await;
     assert!(end.is_err());
     eventually(SOON, || epp.connections_open() == 0).await;
-    // The port is open still.
+    // The port is still open.
     channel(&epp).await;
 
     let (_, _, end, mut epp) = under(Fault::At(Moment::HeaderReply, Harm::Die)).await;
@@ -302,7 +302,7 @@ async fn scripted_fault_cuts_connections() {
 
     let epp =
         ScriptedEpp::start(Faulty::new(Production::new(&endpoints()), Fault::ResetAtAccept).times(1)).await.unwrap();
-    // Whoever is slow to look finds the reset in place of the connection.
+    // A slow client sees the reset instead of the accepted connection.
     match crate::Client::connect(epp.addr).await {
         Ok(mut first) => assert_eq!(first.until_end().await.unwrap(), crate::client::ConnectionEnd::Reset),
         Err(error) => {

@@ -1,5 +1,4 @@
-//! The TCP connections of the scripted picker, which a script can cut: closed in good manners or reset, under tonic's
-//! feet.
+//! The scripted picker's TCP connections, which a script can close or reset underneath tonic.
 
 use std::io::{self, ErrorKind};
 use std::pin::Pin;
@@ -22,10 +21,10 @@ pub(super) enum Cut {
     Reset,
 }
 
-/// Cuts one connection; tonic hands it to each stream of that connection.
+/// Cuts one connection; tonic passes it to each stream of that connection.
 #[derive(Clone)]
 pub(super) struct Cutter {
-    /// Which connection of the server, from 1.
+    /// The connection's number, from 1.
     pub(super) number: u64,
     cut: Arc<watch::Sender<Cut>>,
 }
@@ -45,7 +44,7 @@ pub(super) struct Incoming {
 }
 
 impl Incoming {
-    /// `all` cuts it together with every other.
+    /// `all` cuts every other connection too.
     pub(super) fn new(stream: TcpStream, number: u64, open: &Arc<AtomicU64>, mut all: watch::Receiver<Cut>) -> Self {
         let _ = stream.set_nodelay(true);
         open.fetch_add(1, Ordering::Relaxed);
@@ -67,9 +66,9 @@ impl Incoming {
         let _ = socket2::SockRef::from(&self.stream).set_linger(Some(Duration::ZERO));
     }
 
-    /// An error once the connection is cut; whoever gets it drops the connection, which closes it.
+    /// Returns an error once the connection is cut; the caller drops the connection, which closes it.
     fn check(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        // It is polled no more after it has resolved, because the connection is gone then.
+        // Not polled again after it resolves, because the connection is dropped then.
         match self.cut.poll_unpin(cx) {
             Poll::Pending => return Ok(()),
             Poll::Ready(Cut::Reset) => self.linger_not(),
@@ -80,7 +79,7 @@ impl Incoming {
     }
 }
 
-/// A sender that is gone cuts nothing.
+/// A dropped sender cuts nothing.
 async fn wanted(cut: &mut watch::Receiver<Cut>) -> Cut {
     let how = cut.wait_for(|cut| *cut != Cut::None).await.map(|how| *how);
     match how {

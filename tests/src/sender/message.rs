@@ -1,4 +1,4 @@
-//! A response as the calls that send it: each message is one call, if the kernel takes it whole.
+//! A response as a list of messages, each sent by one call unless the kernel takes only part.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -13,7 +13,7 @@ use super::Calls;
 use crate::Plan;
 use crate::model_server::{Framing, Sequence};
 
-/// Bytes of one piece of a `writev`, and how many are in one: an odd number, and less than IOV_MAX.
+/// Bytes per piece of a `writev` and pieces per call: an odd number, and below IOV_MAX.
 const PIECE: usize = 701;
 const PIECES: usize = 97;
 
@@ -40,7 +40,7 @@ impl Message {
         }
     }
 
-    /// One call. What the kernel has taken is gone from the message.
+    /// One call. Removes the accepted bytes from the message.
     pub(super) fn send(&mut self, mut stream: &TcpStream, file: Option<&File>, flags: i32) -> io::Result<()> {
         match self {
             Self::Memory(parts) => {
@@ -59,7 +59,7 @@ impl Message {
             }
             Self::File { offset, len } => {
                 let file = file.ok_or(io::ErrorKind::NotFound)?;
-                // The kernel moves the offset.
+                // The kernel advances the offset.
                 *len -= sendfile64(stream, file, Some(offset), *len)?;
             }
         }
@@ -72,7 +72,7 @@ pub(super) struct Messages {
     pub(super) head: Message,
     pub(super) body: VecDeque<Message>,
     pub(super) file: Option<File>,
-    /// What `MSG_ZEROCOPY` lends stays as it is until the kernel is done with it.
+    /// Memory lent with `MSG_ZEROCOPY` stays unchanged until the kernel reports completion.
     _lent: Vec<Bytes>,
 }
 
@@ -123,7 +123,7 @@ fn chunks(plan: &Plan, payload: &Bytes) -> Vec<Bytes> {
     parts
 }
 
-/// Messages of `len` bytes, whatever is in them.
+/// Messages of `len` bytes, without regard to their content.
 fn cut(parts: &[Bytes], len: usize) -> VecDeque<Message> {
     let whole = Bytes::from(parts.concat());
     (0..whole.len()).step_by(len).map(|at| Message::of([whole.slice(at..whole.len().min(at + len))])).collect()
@@ -138,7 +138,7 @@ fn vectored(parts: &[Bytes], chunked: bool) -> VecDeque<Message> {
     pieces.chunks(PIECES).map(|pieces| Message::of(pieces.to_vec())).collect()
 }
 
-/// The payload from the file, in calls of a chunk, or of 100 000 bytes; what is around chunks from memory.
+/// The payload from the file, in calls of one chunk or of 100 000 bytes; chunk framing from memory.
 fn from_file(parts: &[Bytes], chunked: bool) -> VecDeque<Message> {
     let mut messages = VecDeque::new();
     let mut offset = 0;

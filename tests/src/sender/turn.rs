@@ -1,5 +1,4 @@
-//! One connection of a sender, and whose turn it is: to wait for the socket, to write, to pause, to hear that the kernel is
-//! done with memory that was lent to it.
+//! One connection of a sender, and the thread whose turn it is to wait for the socket, write, pause, or reap zerocopy completions.
 
 use std::io::{self, ErrorKind, Read as _};
 use std::net::TcpStream;
@@ -17,27 +16,27 @@ use super::message::{Message, Messages};
 use super::{Calls, Options, Shared, Waits};
 
 sockopt_impl!(
-    /// SO_ZEROCOPY: `MSG_ZEROCOPY` counts.
+    /// Whether SO_ZEROCOPY is set, so that `MSG_ZEROCOPY` applies.
     ZeroCopy, SetOnly, libc::SOL_SOCKET, libc::SO_ZEROCOPY, bool
 );
 
-/// A sender pauses this long after so many bytes.
+/// A sender pauses this long after this many bytes.
 const PAUSE: Duration = Duration::from_millis(4);
 const BURST: usize = 200_000;
-/// Nobody in these tests makes a sender wait this long.
+/// No client in these tests blocks a sender for this long.
 const STALL: Duration = Duration::from_secs(8);
 /// `SO_EE_ORIGIN_ZEROCOPY` (linux/errqueue.h).
 const ORIGIN_ZEROCOPY: u8 = 5;
 
 pub(super) struct Turn<'a> {
     stream: &'a TcpStream,
-    /// Without one, calls block.
+    /// `None`: calls block.
     epoll: Option<Epoll>,
     edge: bool,
     calls: Calls,
     flags: i32,
     shared: &'a Shared,
-    /// Calls of this connection with `MSG_ZEROCOPY`, and how many are completed.
+    /// Calls of this connection with `MSG_ZEROCOPY`, and how many are complete.
     lent: AtomicU64,
     returned: AtomicU64,
 }
@@ -49,7 +48,7 @@ impl<'a> Turn<'a> {
         if options.waits != Waits::Blocking {
             stream.set_nonblocking(true)?;
             let watched = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-            // A level that is of no interest must not wake: what is asked for changes in `wait`.
+            // A level that is of no interest must not wake the thread, so `wait` changes the requested events.
             let flags = if edge { writable() | readable() | EpollFlags::EPOLLET } else { EpollFlags::empty() };
             watched.add(stream, EpollEvent::new(flags, 0))?;
             epoll = Some(watched);
@@ -67,14 +66,14 @@ impl<'a> Turn<'a> {
         let mut stream = self.stream;
         loop {
             match stream.read(buffer) {
-                // Waiting for a request is no stall.
+                // Waiting for a request is not a stall.
                 Err(error) if error.kind() == ErrorKind::WouldBlock => self.wait(readable(), None)?,
                 other => return other,
             };
         }
     }
 
-    /// A moment in which the agent may catch up. An error when the peer leaves meanwhile.
+    /// A pause in which the agent may catch up. An error if the peer leaves meanwhile.
     pub(super) fn pause(&self) -> io::Result<()> {
         let end = Instant::now() + PAUSE;
         loop {
@@ -91,7 +90,7 @@ impl<'a> Turn<'a> {
         }
     }
 
-    /// No request comes before the response to the last one has gone, so what can be read is the end.
+    /// The client sends no request before the last response is complete, so readable data means the end.
     fn check(&self, events: PollFlags) -> io::Result<()> {
         if events.intersects(PollFlags::POLLIN | PollFlags::POLLHUP) {
             return Err(ErrorKind::ConnectionReset.into());
@@ -102,7 +101,7 @@ impl<'a> Turn<'a> {
         }
     }
 
-    /// Head, a pause, and the body, with a pause after each burst.
+    /// Sends the head, a pause, and the body with a pause after each burst.
     pub(super) fn send(&self, messages: &mut Messages) -> io::Result<()> {
         let Messages { head, body, file, .. } = messages;
         self.whole(head, file.as_ref())?;
@@ -141,7 +140,7 @@ impl<'a> Turn<'a> {
         })
     }
 
-    /// As many calls as it takes.
+    /// Calls until the message is sent.
     fn whole(&self, message: &mut Message, file: Option<&std::fs::File>) -> io::Result<()> {
         while message.len() > 0 {
             match message.send(self.stream, file, self.flags) {
@@ -156,7 +155,7 @@ impl<'a> Turn<'a> {
                     self.shared.refused.fetch_add(1, Ordering::Relaxed);
                     self.wait(writable(), Some(STALL))?;
                 }
-                // No more memory can be lent for now (`net.core.optmem_max`).
+                // The limit on lent memory is reached (`net.core.optmem_max`).
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => self.complete()?,
                 Err(error) => return Err(error),
             }
@@ -164,7 +163,7 @@ impl<'a> Turn<'a> {
         Ok(())
     }
 
-    /// Until the kernel tells of one of these; an edge counts once.
+    /// Waits until the kernel reports one of these events; an edge is reported once.
     fn wait(&self, wanted: EpollFlags, longest: Option<Duration>) -> io::Result<()> {
         let epoll = self.epoll.as_ref().ok_or(ErrorKind::WouldBlock)?;
         if !self.edge {
@@ -185,7 +184,7 @@ impl<'a> Turn<'a> {
         }
     }
 
-    /// Waits for the kernel to be done with everything that was lent.
+    /// Waits for the kernel to release all lent memory.
     pub(super) fn complete(&self) -> io::Result<()> {
         while self.returned.load(Ordering::Relaxed) < self.lent.load(Ordering::Relaxed) {
             let mut fds = [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN)];
@@ -200,7 +199,7 @@ impl<'a> Turn<'a> {
         Ok(())
     }
 
-    /// Takes what the kernel tells of completed calls, ranges of their numbers.
+    /// Reads the reported ranges of completed calls.
     fn reap(&self) -> io::Result<()> {
         if self.flags == 0 {
             return Ok(());

@@ -1,20 +1,20 @@
-//! What a soak run allows: how much more an agent may hold at its end than after the warm-up, and how much slower it may be.
+//! The limits of a soak run: an agent's growth since the warm-up, and its slowdown.
 
 use std::fmt;
 use std::time::Duration;
 
 use super::footprint::Footprint;
 
-/// Fewer samples in a third of the run are noise: they are printed and not judged.
+/// With fewer samples in a third of the run, latencies are noise: printed, not judged.
 const LEAST_SAMPLES: usize = 300;
 
-/// What may be more at the end than after the warm-up.
+/// The allowed growth since the warm-up.
 #[derive(Clone, Copy, Debug)]
 pub struct Allowance {
-    /// Resident memory, bytes: pages that the allocator keeps, and the part of what there was.
+    /// Resident memory in bytes: pages kept by the allocator, and a fraction of the baseline.
     pub rss: u64,
     pub rss_part: f64,
-    /// Descriptors: connections to the EPP that each worker may or may not have just now.
+    /// Descriptors: connections to the EPP, which each worker may or may not have at that moment.
     pub descriptors: usize,
 }
 
@@ -34,7 +34,7 @@ impl Allowance {
         if after.descriptors > before.descriptors + self.descriptors {
             complaints.push(format!("descriptors have grown from {} to {}", before.descriptors, after.descriptors));
         }
-        // These have no reason to be there while nothing is under way.
+        // These must be zero while the agent is idle.
         for (what, count) in &after.entries {
             if *count > 0 {
                 complaints.push(format!("{count} of {what} are left"));
@@ -44,7 +44,7 @@ impl Allowance {
     }
 }
 
-/// Latency in the first third of a run and in its last.
+/// Latencies in the first and the last third of a run.
 #[derive(Clone, Debug)]
 pub struct Drift {
     samples: usize,
@@ -63,7 +63,7 @@ impl Drift {
         Self { samples: first.len().min(last.len()), first: both(first), last: both(last) }
     }
 
-    /// The median may be half as much again and 5 ms more, the 99th percentile twice as much and 100 ms more.
+    /// Allowed: the median plus half and 5 ms, the 99th percentile doubled plus 100 ms.
     #[must_use]
     pub fn complaints(&self) -> Vec<String> {
         if self.samples == 0 {

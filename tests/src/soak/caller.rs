@@ -1,4 +1,4 @@
-//! A client of a soak run: one request after the other, of every kind, over one way to the agent.
+//! A soak client: one request after another, of every kind, over one kind of connection to the agent.
 
 use std::cell::RefCell;
 use std::time::{Duration, Instant};
@@ -15,9 +15,9 @@ use super::world::World;
 use crate::tls::TlsStream;
 use crate::{Client, Http2Client, Random, Request, Response};
 
-/// Between two requests of a caller: the machine is to be busy, not full.
+/// Pause between two requests: the machine should be busy, not saturated.
 const REST: Duration = Duration::from_millis(20);
-/// Nothing takes longer, however bad things are.
+/// Upper bound for any request, however many faults there are.
 const PATIENCE: Duration = Duration::from_secs(45);
 
 /// How a client talks to the agent.
@@ -115,7 +115,7 @@ impl<'a> Caller<'a> {
         };
         let request = visit.request();
         if let Some(patience) = visit.leaves_after {
-            // A client that is killed: its connection goes with it.
+            // A killed client: its connection ends with it.
             let _ = tokio::time::timeout(patience, connection.request(&request)).await;
             return Ok(None);
         }

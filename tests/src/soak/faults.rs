@@ -1,4 +1,4 @@
-//! What happens to the servers and the agents of a soak run, and when: a fault explains only failures of its own time.
+//! The faults of a soak run and their times: a fault excuses only failures within its time.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -10,22 +10,22 @@ use super::subject::Subject;
 use super::world::World;
 use crate::{Random, ScriptedEpp};
 
-/// Between two faults, so that most requests meet none.
+/// Pause between two faults, so that most requests meet none.
 const QUIET: Duration = Duration::from_millis(1500);
-/// How long something is away.
+/// Duration of an outage.
 const AWAY: Duration = Duration::from_millis(1500);
-/// What a fault has broken is noticed within this: the longest wait is a client's for bytes of a dead connection.
+/// Failures caused by a fault occur within this time: the longest wait is a client's for bytes of a dead connection.
 const SETTLE: Duration = Duration::from_secs(12);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Fault {
-    /// Closed with all its connections; a new one at the same address. The pools of the EPP fail open.
+    /// The EPP stops with all connections, and another starts at the same address. Its pools fail open.
     EppRestarts,
-    /// GOAWAY, as servers do that limit the age of connections.
+    /// GOAWAY, like servers that limit connection age.
     EppGoesAway,
     EndpointDies,
     LinkGoesDown,
-    /// SIGHUP, with another configuration.
+    /// SIGHUP with another configuration.
     Reload,
     MemoryPressure,
 }
@@ -59,7 +59,7 @@ impl Faults {
         }
     }
 
-    /// Whether this fault was there at some time between `from` and now, or shortly before.
+    /// Whether this fault was active between `from` and now, or shortly before.
     pub(super) fn explain(&self, fault: Fault, from: Instant) -> bool {
         let windows = self.windows.borrow();
         let mut own = windows.iter().rev().filter(|(kind, ..)| *kind == fault);
@@ -75,12 +75,12 @@ impl Faults {
     }
 }
 
-/// One fault after the other, all kinds in turns in an order that `random` decides.
+/// Causes one fault after another, all kinds in turns, in an order set by `random`.
 pub(super) async fn run(world: &World, subjects: &[Subject], mut random: Random, until: Instant) {
     let mut left: Vec<Fault> = Vec::new();
     loop {
         tokio::time::sleep(QUIET).await;
-        // What begins now has to be over before the end.
+        // A fault must be over before the end.
         if Instant::now() + AWAY * 2 >= until {
             return;
         }

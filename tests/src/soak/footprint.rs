@@ -1,4 +1,4 @@
-//! What an agent holds when nothing is under way.
+//! What an idle agent holds.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -10,10 +10,10 @@ use aya::maps::{HashMap, Map, MapData, MapInfo};
 use super::subject::Subject;
 use super::world::World;
 
-/// Everything rests within this: connections to endpoints are kept for two seconds, and what is retired is freed after.
+/// Everything rests within this: endpoint connections are kept for two seconds, and retired resources are freed afterwards.
 const REST: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(100);
-/// Maps with an entry for each connection, by the size of their keys.
+/// Maps with an entry per connection, by key size.
 const MAPS: [&str; 3] = ["INDEX", "LOCAL_INDEX", "TAILS"];
 const GAUGES: [&str; 2] = ["penstock_active_requests", "penstock_client_connections"];
 
@@ -21,12 +21,12 @@ const GAUGES: [&str; 2] = ["penstock_active_requests", "penstock_client_connecti
 pub(super) struct Footprint {
     pub(super) rss: u64,
     pub(super) descriptors: usize,
-    /// What has to be nothing: gauges, connections at the servers, streams at the EPP and entries of the kernel's maps.
+    /// What must be zero: gauges, connections at the servers, streams at the EPP and entries in kernel maps.
     pub(super) entries: Vec<(String, u64)>,
 }
 
 impl Footprint {
-    /// Once nothing is left that has to be nothing, or after [`REST`] as it is then.
+    /// Returns once everything that must be zero is, or the current state after [`REST`].
     pub(super) async fn at_rest(world: &World, subject: &Subject) -> Result<Self> {
         let begin = Instant::now();
         loop {
@@ -68,7 +68,7 @@ impl fmt::Display for Footprint {
 fn maps(subject: &Subject) -> Result<Vec<(String, u64)>> {
     let mut ids = BTreeSet::new();
     for entry in std::fs::read_dir(format!("/proc/{}/fdinfo", subject.process().id()))? {
-        // A descriptor may be closed between the listing and the reading.
+        // A descriptor may be closed between the listing and the read.
         let Ok(text) = std::fs::read_to_string(entry?.path()) else { continue };
         let id = text.lines().find_map(|line| line.strip_prefix("map_id:"));
         ids.extend(id.and_then(|id| id.trim().parse::<u32>().ok()));

@@ -1,4 +1,4 @@
-//! How long a small request takes, asked again and again on one connection, and whether that changes.
+//! The latency of a small request, repeated on one connection, and its change over time.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -11,12 +11,12 @@ use crate::{Client, Plan};
 const EVERY: Duration = Duration::from_millis(50);
 const SIZE: u64 = 1000;
 
-/// In the order in which they were taken.
+/// In the order of measurement.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Samples(Vec<Duration>);
 
 impl Samples {
-    /// The first third beside the last.
+    /// The first and the last third.
     pub(super) fn drift(&self) -> Drift {
         let third = self.0.len() / 3;
         let sorted = |samples: &[Duration]| {
@@ -28,7 +28,7 @@ impl Samples {
     }
 }
 
-/// Asks until then. A request that fails is no sample: the other clients see to failures.
+/// Measures until the deadline. Failed requests are skipped: the other clients report failures.
 pub(super) async fn probe(agent: SocketAddr, until: Instant) -> Samples {
     let mut samples = Samples::default();
     let mut client = None;

@@ -1,4 +1,4 @@
-//! What came of the requests to one agent.
+//! The results of the requests to one agent.
 
 use std::fmt;
 
@@ -8,10 +8,10 @@ use super::latency::Samples;
 use crate::content::Mismatch;
 use crate::stress::Tally;
 
-/// Failures that are kept as they were; all are counted.
+/// Number of failures kept in detail; all are counted.
 const KEPT: usize = 10;
 
-/// A body that is another than the one that was sent, and looks whole.
+/// A body that looks complete and differs from the one sent.
 #[derive(Debug)]
 pub(super) struct Wrong(pub(super) String);
 
@@ -25,15 +25,15 @@ impl std::error::Error for Wrong {}
 
 #[derive(Debug, Default)]
 pub struct Ledger {
-    /// Requests that were answered as they should be.
+    /// Requests answered correctly.
     pub done: u64,
-    /// Bodies with a wrong byte, or with a clean end that came too soon.
+    /// Bodies with a wrong byte, or with an orderly close too early.
     pub wrong: u64,
-    /// Failures that a fault explains.
+    /// Failures excused by a fault.
     pub explained: u64,
-    /// Failures that none does.
+    /// Other failures.
     pub unexplained: u64,
-    /// The first that are wrong or unexplained.
+    /// The first wrong or unexcused failures.
     pub failures: Vec<String>,
     pub(super) latency: Samples,
 }
@@ -43,7 +43,7 @@ impl Ledger {
         self.done += 1;
     }
 
-    /// `what` failed; `explained`: by a fault, which a wrong byte never is.
+    /// Records the failure `what`; a fault may excuse it, but never a wrong byte.
     pub(super) fn failed(&mut self, what: &str, error: &Error, explained: bool) {
         let wrong = error.is::<Mismatch>() || error.is::<Wrong>();
         let count = match (wrong, explained) {
@@ -67,7 +67,7 @@ impl Ledger {
         self.latency = other.latency;
     }
 
-    /// Those of the stress run's clients, which no fault of this run touches.
+    /// The tallies of the stress clients, which no fault affects.
     pub(super) fn add_stress(&mut self, tally: &Tally) {
         self.done += tally.complete + tally.broken + tally.left;
         self.wrong += tally.wrong + tally.short;

@@ -1,24 +1,24 @@
-//! Too little memory for a process: a memory cgroup of its own whose limit is a little above what it uses.
+//! Memory pressure for one process: its own memory cgroup with a limit slightly above its usage.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-/// Above what the process uses: pages of files have to go, its own fit.
+/// Above the process's usage: file pages must be reclaimed, its own fit.
 const HEADROOM: u64 = 48 << 20;
 
-/// A cgroup that a process is in. Dropping it takes the limit away; the cgroup goes with its process.
+/// A process's cgroup. Dropping it removes the limit; the cgroup goes with the process.
 pub(super) struct MemoryCgroup {
     folder: PathBuf,
-    /// The names of the files, which the versions of cgroups differ in.
+    /// The file names, which differ between cgroup versions.
     limit: &'static str,
     usage: &'static str,
     none: &'static str,
 }
 
 impl MemoryCgroup {
-    /// Puts the process into one. Fails where no memory cgroup can be made.
+    /// Moves the process into a new cgroup. Fails if no memory cgroup can be created.
     pub(super) fn around(process: u32) -> Result<Self> {
         let name = format!("penstock-soak-{process}");
         let mounts = fs::read_to_string("/proc/mounts")?;
@@ -62,7 +62,7 @@ impl Drop for MemoryCgroup {
     }
 }
 
-/// While it lives, memory is scarce.
+/// Memory is scarce while this exists.
 pub(super) struct Pressure<'a>(&'a MemoryCgroup);
 
 impl Drop for Pressure<'_> {

@@ -1,4 +1,4 @@
-//! An agent that is soaked: its process, its configuration, and the clients that talk to it.
+//! An agent under soak: its process, configuration and clients.
 
 use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
@@ -18,7 +18,7 @@ use crate::agent_process::AgentProcess;
 use crate::stress::{self, mode_name};
 use crate::{Process, Random};
 
-/// Clients that take what the stress run asks for: every framing, fault and switch of protocols.
+/// Clients with the stress run's cases: every framing, fault and protocol switch.
 const STRESS_CLIENTS: usize = 3;
 
 pub(super) struct Subject {
@@ -27,7 +27,7 @@ pub(super) struct Subject {
     pub(super) tls: SocketAddr,
     memory: Result<MemoryCgroup>,
     reloads: Cell<u64>,
-    /// How things stand, as of the last request.
+    /// The state as of the last request.
     standing: RefCell<String>,
 }
 
@@ -35,7 +35,7 @@ impl Subject {
     pub(super) async fn start(mode: SteeringMode, world: &World) -> Result<Self> {
         let agent = AgentProcess::start_with_text(&text(mode, world, 0)).await?;
         let tls = agent.tls.context("an address for TLS in the agent's log")?;
-        // Last, so that it goes after the process.
+        // Last, so that it is dropped after the process.
         let memory = MemoryCgroup::around(agent.process.id());
         Ok(Self { mode, agent, tls, memory, reloads: Cell::new(0), standing: RefCell::default() })
     }
@@ -44,14 +44,14 @@ impl Subject {
         mode_name(self.mode)
     }
 
-    /// The agent's configuration is another one now, and it is told to read it.
+    /// Changes the agent's configuration and makes it reload.
     pub(super) fn reload(&self, world: &World) -> Result<()> {
         self.reloads.set(self.reloads.get() + 1);
         self.agent.write_text(&text(self.mode, world, self.reloads.get()))?;
         self.agent.process.signal(Signal::SIGHUP)
     }
 
-    /// Memory is scarce while the guard lives.
+    /// Memory is scarce while the guard exists.
     pub(super) fn press(&self) -> Result<Pressure<'_>> {
         match &self.memory {
             Ok(memory) => memory.press(),
@@ -71,7 +71,7 @@ impl Subject {
         self.standing.borrow().clone()
     }
 
-    /// Every kind of client, until then.
+    /// Runs every kind of client until the deadline.
     pub(super) async fn traffic(&self, world: &World, mut random: Random, until: Instant) -> Ledger {
         let mut fork = || Random::new(random.below(u64::MAX));
         let ledger = RefCell::new(Ledger::default());
@@ -93,7 +93,7 @@ impl Subject {
         ledger
     }
 
-    /// Lines of the agent's log that nobody wants to read.
+    /// Lines of the agent's log to ignore.
     pub(super) fn complaints(&self) -> Vec<String> {
         let output = self.agent.process.output();
         let bad = output.iter().filter(|line| line.contains("panicked") || line.contains("\"level\":\"ERROR\""));
@@ -101,7 +101,7 @@ impl Subject {
     }
 }
 
-/// The configuration; each version differs in what a reload may change.
+/// The configuration; versions differ in what a reload may change.
 fn text(mode: SteeringMode, world: &World, version: u64) -> String {
     let stable: Vec<String> = world.stable_addrs().iter().map(|addr| format!("\"{addr}\"")).collect();
     let with = |addr: SocketAddr| format!("[{}, \"{addr}\"]", stable[0]);

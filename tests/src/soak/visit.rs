@@ -1,4 +1,4 @@
-//! One request of a soak run, and what its response must be: chosen by a seed alone.
+//! One request of a soak run and its expected response, determined by a seed.
 
 use std::time::Duration;
 
@@ -9,10 +9,10 @@ use crate::content::{Alphabet, Fnv};
 use crate::model_server::{Framing, Lengths, Pauses, Plan};
 use crate::{BodyEnd, ModelServer, Random, Request, Response};
 
-/// A client that is killed lives this long at most.
+/// Longest lifetime of a client that is killed.
 const SHORT_LIFE: u64 = 40;
 
-/// The pools of the agent's configuration; the prefix of the path chooses.
+/// The pools of the agent's configuration; the path prefix selects one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Pool {
     Stable,
@@ -41,9 +41,9 @@ pub(super) struct Visit {
     pub(super) pool: Pool,
     name: String,
     plan: Plan,
-    /// Bytes of text in the request's body, a JSON document.
+    /// Size of the text in the request's JSON body, in bytes.
     upload: Option<u64>,
-    /// The client is killed then.
+    /// When the client is killed.
     pub(super) leaves_after: Option<Duration>,
 }
 
@@ -52,7 +52,7 @@ impl Visit {
         let stream_id = random.below(u64::MAX);
         let whole = Plan { stream_id, ..Plan::default() };
         let (plan, upload) = match random.below(8) {
-            // An event stream, as tokens come.
+            // An event stream at a token's pace.
             0..=2 => {
                 let pauses = Pauses { seed: stream_id, every: 1, up_to_us: 4000 };
                 let headers = vec![("content-type".to_owned(), "text/event-stream".to_owned())];
@@ -87,7 +87,7 @@ impl Visit {
         Some([br#"{"model":"soak","prompt":""#, &text[..], br#""}"#].concat())
     }
 
-    /// Every byte of the response, and of the request where it went to one of `servers`.
+    /// Checks every byte of the response, and of the request if it went to one of `servers`.
     pub(super) fn check(&self, response: &Response, servers: &[ModelServer]) -> Result<()> {
         if response.status() != 200 {
             bail!("status {}: {}", response.status(), response.text().chars().take(300).collect::<String>());

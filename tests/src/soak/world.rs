@@ -1,4 +1,4 @@
-//! The servers of a soak run: endpoints that stay, one that dies, one behind a link, and an EPP.
+//! The servers of a soak run: stable endpoints, one that dies, one behind a link, and an EPP.
 
 use std::cell::{Cell, RefCell};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -14,12 +14,12 @@ use crate::tls::Certificate;
 use crate::{ModelServer, Namespace, ScriptedEpp};
 
 pub(super) struct World {
-    /// Never touched.
+    /// Never faulted.
     pub(super) stable: Vec<ModelServer>,
-    /// Dies and comes back at the same address.
+    /// Stops and restarts at the same address.
     pub(super) mortal: RefCell<Option<ModelServer>>,
     pub(super) mortal_addr: SocketAddr,
-    /// In a network namespace of its own.
+    /// In its own network namespace.
     pub(super) linked: ModelServer,
     pub(super) link: Link,
     pub(super) epp: RefCell<Option<ScriptedEpp>>,
@@ -28,14 +28,14 @@ pub(super) struct World {
     pub(super) certificate: Certificate,
     pub(super) cert_file: PathBuf,
     pub(super) key_file: PathBuf,
-    /// The most streams that were left open at an EPP when everything rested.
+    /// The highest number of streams left open at an EPP when everything rested.
     pub(super) streams_left: Cell<usize>,
     /// Clients so far.
     clients: Cell<usize>,
     _folder: TempDir,
 }
 
-/// A pair of interfaces, one end of it in the namespace.
+/// A pair of interfaces, with one end in the namespace.
 pub(super) struct Link {
     namespace: Namespace,
     name: String,
@@ -57,7 +57,7 @@ impl World {
         let stable = vec![ModelServer::start(endpoint(local)).await?, ModelServer::start(endpoint(local)).await?];
         let mortal = ModelServer::start(endpoint(local)).await?;
 
-        // Addresses for measurements (RFC 2544), so that nobody is hidden; a pair for each process.
+        // Benchmark addresses (RFC 2544), which hide no real host; one pair per process.
         let pair = std::process::id() % (1 << 14);
         let [here, there] = [1, 2].map(|host| Ipv4Addr::from(0xc613_0000 + pair * 4 + host));
         let name = format!("soak{pair}");
@@ -67,7 +67,7 @@ impl World {
         let addrs: Vec<_> = stable.iter().map(|server| server.addr).collect();
         let epp = ScriptedEpp::start(LlmdRouter::new(&addrs)).await?;
         let folder = tempfile::tempdir()?;
-        // An agent reads the certificate as another user than root.
+        // The agent reads the certificate as a user other than root.
         std::fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
         let certificate = Certificate::new("localhost")?;
         let (cert_file, key_file) = certificate.write(folder.path())?;
@@ -89,7 +89,7 @@ impl World {
         })
     }
 
-    /// Another for each client: the name of a request begins with it.
+    /// A unique number per client, used as prefix of its request ids.
     pub(super) fn number(&self) -> usize {
         self.clients.replace(self.clients.get() + 1)
     }
@@ -104,7 +104,7 @@ impl World {
         Ok(())
     }
 
-    /// A new one at the same address, with nothing to remember.
+    /// Restarts a server at the same address, without its history.
     pub(super) async fn epp_returns(&self) -> Result<()> {
         let setup = Setup { address: self.epp_addr, ..Setup::default() };
         let epp = ScriptedEpp::start_with(setup, LlmdRouter::new(&self.stable_addrs())).await?;

@@ -1,9 +1,9 @@
-//! What agents have counted, read from their metrics: by path and by reason, whatever paths and reasons there are.
+//! Counters of agents, read from their metrics by path and reason, whatever their values.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
-/// Counts by the values of their labels (`ingress chunked`).
+/// Counts by label values (`ingress chunked`).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Counts(BTreeMap<String, u64>);
 
@@ -51,11 +51,11 @@ impl fmt::Display for Counts {
 
 #[derive(Clone, Debug, Default)]
 pub struct Books {
-    /// Bytes of bodies, by path.
+    /// Body bytes, by path.
     pub bytes: Counts,
-    /// Responses, by path and why it was chosen.
+    /// Responses, by path and steering reason.
     pub flows: Counts,
-    /// How often the kernel gave a flow back, by reason.
+    /// How often the kernel disarmed a flow early, by reason.
     pub stops: Counts,
     /// Requests, by pool, status and reason.
     pub requests: Counts,

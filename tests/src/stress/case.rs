@@ -1,4 +1,4 @@
-//! What one client asks for next, and how it takes it: chosen by a seed alone, without a socket in sight.
+//! A client's next request and how it reads the response, determined by a seed; no sockets involved.
 
 use std::time::Duration;
 
@@ -6,15 +6,15 @@ use crate::model_server::{After, Fault, FaultKind, Framing, HeadWrites, Lengths,
 use crate::{Random, Reader};
 
 const KIB: u64 = 1 << 10;
-/// Of a response, and of either direction behind a switch of protocols.
+/// Maximum size of a response, and of each direction after a protocol switch.
 const LARGEST: u64 = 3_000_000;
 const LARGEST_REQUEST: u64 = 300_000;
 
 #[derive(Clone, Debug)]
 pub struct Case {
-    /// On a connection of its own, although one is kept.
+    /// Uses a new connection although one is kept.
     pub fresh: bool,
-    /// `SO_RCVBUF`, where a connection is made for it.
+    /// `SO_RCVBUF` of a new connection.
     pub rcvbuf: Option<usize>,
     pub exchange: Exchange,
 }
@@ -27,7 +27,7 @@ pub enum Exchange {
         body: Option<RequestBody>,
         taking: Taking,
     },
-    /// The connection switches protocols: bytes both ways.
+    /// The connection switches protocols: bytes in both directions.
     Switch {
         plan: Plan,
         upload: Upload,
@@ -38,7 +38,7 @@ pub enum Exchange {
 #[derive(Clone, Copy, Debug)]
 pub enum Taking {
     All(Reader),
-    /// The client leaves once it has these bytes.
+    /// The client leaves after this many bytes.
     Part {
         bytes: u64,
         reset: bool,
@@ -49,13 +49,13 @@ pub enum Taking {
 pub struct RequestBody {
     pub stream_id: u64,
     pub size: u64,
-    /// Bytes of a chunk; with `content-length` otherwise.
+    /// Bytes per chunk; with `content-length` if absent.
     pub chunks: Option<usize>,
-    /// Bytes of each write, with a pause behind it.
+    /// Bytes per write, each followed by a pause.
     pub pieces: Option<usize>,
 }
 
-/// What a client sends behind a switch, and then its end.
+/// What a client sends after a switch before it closes.
 #[derive(Clone, Copy, Debug)]
 pub struct Upload {
     pub stream_id: u64,
@@ -65,7 +65,7 @@ pub struct Upload {
 }
 
 impl Exchange {
-    /// The endpoint closes its connection behind it, without having said so.
+    /// Whether the endpoint closes its connection afterwards without announcing it.
     pub fn closes(&self) -> bool {
         matches!(self, Self::Response { plan, .. } if plan.after == After::SilentClose)
     }
@@ -101,7 +101,7 @@ fn response(random: &mut Random) -> Exchange {
         plan.headers = vec![("content-type".to_owned(), "text/event-stream".to_owned())];
     }
     plan.cork = framing == Framing::UntilClose && random.one_in(2);
-    // An end that was not announced, right behind the last byte, is what makes a broken connection of a whole message.
+    // An unannounced close right after the last byte makes a complete message look broken.
     plan.after = random.pick(&[After::KeepAlive, After::KeepAlive, After::KeepAlive, After::Close, After::SilentClose]);
     let head_only = framing != Framing::UntilClose && random.one_in(20);
     plan.fault = plan.fault.filter(|_| !head_only);
@@ -127,7 +127,7 @@ fn switch(random: &mut Random) -> Exchange {
     Exchange::Switch { plan: Plan { fault, framing: Framing::None, upgraded: Some(upgraded), ..plan }, upload, taking }
 }
 
-/// A stream of bytes: how long, and how it is written, held up and broken off.
+/// The length of a stream, and its writes, pauses and faults.
 fn stream(random: &mut Random) -> Plan {
     let (size, seed) = (at_random(random, LARGEST), random.below(u64::MAX));
     let pauses = |every, up_to_us| Some(Pauses { seed, every, up_to_us });
@@ -137,9 +137,9 @@ fn stream(random: &mut Random) -> Plan {
         0 | 1 => (Lengths::Fixed(64 << 10), now_and_then),
         2 => (Lengths::Random { seed, max: 1000.max(size / 50) }, now_and_then),
         3 => (Lengths::Random { seed, max: 100_000 }, now_and_then),
-        // As fast as clients take it, which is when the kernel carries all of it.
+        // As fast as clients read, so that all of it is steered.
         4 | 5 => (Lengths::Random { seed, max: 30_000 }, pauses(1, 1000)),
-        // As tokens come.
+        // At a token's pace.
         _ => (Lengths::Random { seed, max: 100.max(size / 200) }, pauses(1, 500)),
     };
     let fault = (size > 0 && random.one_in(4)).then(|| {
@@ -161,7 +161,7 @@ fn stream(random: &mut Random) -> Plan {
     }
 }
 
-/// Nothing, a byte, a page or all of it: each order of magnitude as often as the others.
+/// Nothing, a byte, a page or all of it: each order of magnitude is equally likely.
 fn at_random(random: &mut Random, largest: u64) -> u64 {
     let most = random.pick(&[1, 1000, 100_000, largest]);
     random.below(most.min(largest) + 1)
@@ -173,7 +173,7 @@ fn taking(random: &mut Random, size: u64) -> Taking {
     }
     Taking::All(match random.below(4) {
         0 => {
-            // Half a second at most.
+            // At most half a second.
             let bytes = 1 + size / 250 + random.below(100 * KIB);
             Reader::Slow { bytes: bytes as usize, tick: Duration::from_millis(1) }
         }

@@ -1,5 +1,4 @@
-//! One case over a client's connection, and what must not happen in it: a byte that is not the one that belongs there, and an
-//! end that looks like the right one and comes too soon.
+//! Runs one case over a client connection and detects wrong bytes and early orderly closes.
 
 use std::fmt;
 
@@ -13,13 +12,13 @@ use crate::model_server::{Fault, FaultKind, Framing, ModelServer, Plan};
 use crate::reader::at_least;
 use crate::{BodyEnd, Client};
 
-/// How an exchange that is as it should be has ended.
+/// How a correct exchange ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
     Complete,
-    /// As the endpoint was told to.
+    /// As the plan told the endpoint to.
     Broken,
-    /// The client has left.
+    /// The client left.
     Left,
 }
 
@@ -27,7 +26,7 @@ pub(super) struct Done {
     pub(super) outcome: Outcome,
     /// Bytes of the body that were read, framing included.
     pub(super) bytes: u64,
-    /// When its connection goes on.
+    /// Whether its connection continues.
     pub(super) client: Option<Client>,
 }
 
@@ -37,7 +36,7 @@ impl Done {
     }
 }
 
-/// A stream ended in good order and was not whole.
+/// A stream that closed orderly before its end.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Short {
     pub(super) bytes: u64,
@@ -53,7 +52,7 @@ impl fmt::Display for Short {
 
 impl std::error::Error for Short {}
 
-/// A request arrived as another: all that is known of its bytes are their number and their hash.
+/// A request that arrived changed: only the number and hash of its bytes are known.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Garbled {
     size: u64,
@@ -69,8 +68,8 @@ impl fmt::Display for Garbled {
 
 impl std::error::Error for Garbled {}
 
-/// Runs `case`; `name` is the request's, and nobody else's. Errors are [`crate::content::Mismatch`], [`Short`], [`Garbled`],
-/// and whatever else is not as it should be.
+/// Runs `case` under the unique request id `name`. Errors are [`crate::content::Mismatch`], [`Short`], [`Garbled`], or describe
+/// anything else that is wrong.
 pub(super) async fn run(client: Client, case: &Case, name: &str, servers: &[ModelServer]) -> Result<Done> {
     match &case.exchange {
         Exchange::Switch { plan, upload, taking } => switch::run(client, plan, upload, *taking, servers).await,
@@ -115,20 +114,20 @@ async fn response(
     let fault = plan.fault.filter(|fault| !matches!(fault.kind, FaultKind::StallMs(_)));
     let head = match client.head().await {
         Ok(head) => head,
-        // A body that only the close ends is broken off by a reset, which may take the head with it.
+        // A body delimited by close is broken off by a reset, which may discard the head.
         Err(error) if fault.is_some() && error.to_string().contains("Reset") => {
             return Ok(Done::new(Outcome::Broken, 0));
         }
         Err(error) => return Err(error),
     };
     if head.status == 502 && fault.is_some() {
-        // The reset took the head with it.
+        // The reset discarded the head.
         client.read_body(Pace::Fast, |_| Ok(())).await?;
         return Ok(Done { client: Some(client), ..Done::new(Outcome::Broken, 0) });
     }
     if head.status == 502 && body.is_some_and(|(_, name)| !answered(name, servers)) {
-        // The endpoint closed a kept connection while the request was on its way. Its kernel has acknowledged the request, so the
-        // agent cannot know that nobody has read it, and a POST is executed at most once (RFC 9110 section 9.2.2).
+        // The endpoint closed a kept connection while the request was in flight. Its kernel acknowledged the request, so the agent
+        // cannot know that it was not read, and a POST is executed at most once (RFC 9110 section 9.2.2).
         let text = text(&mut client).await?;
         ensure!(text.contains("\"endpoint_closed\""), "status 502: {text}");
         return Ok(Done { client: Some(client), ..Done::new(Outcome::Broken, 0) });
@@ -163,7 +162,7 @@ async fn response(
             let client = (!until_close && !closes).then_some(client);
             return Ok(Done { client, ..Done::new(Outcome::Complete, read.wire) });
         }
-        // Nobody can tell this end from the right one.
+        // This end is indistinguishable from the correct one.
         Some(Fault { kind: FaultKind::Close, after }) if until_close => {
             ensure!(read.end == BodyEnd::Complete, "{:?} after {} bytes", read.end, read.len);
             ensure!(read.len == after, Short { of: after, ..short });
@@ -176,7 +175,7 @@ async fn response(
     Ok(Done::new(Outcome::Broken, read.wire))
 }
 
-/// What an answer says that should have been another.
+/// Describes an unexpected response.
 pub(super) async fn refused(client: &mut Client, status: u16) -> anyhow::Error {
     match text(client).await {
         Ok(text) => anyhow!("status {status}: {text}"),
@@ -184,7 +183,7 @@ pub(super) async fn refused(client: &mut Client, status: u16) -> anyhow::Error {
     }
 }
 
-/// A body that is complete, or the beginning of it.
+/// The body, or its beginning if incomplete.
 async fn text(client: &mut Client) -> Result<String> {
     let mut text = Vec::new();
     let read = client.read_body(Pace::Fast, |bytes| {
@@ -197,16 +196,16 @@ async fn text(client: &mut Client) -> Result<String> {
     Ok(text)
 }
 
-/// An endpoint has begun to answer the request of this name.
+/// Whether an endpoint has started to answer the request with this id.
 fn answered(name: &str, servers: &[ModelServer]) -> bool {
     servers.iter().any(|server| server.sent(name).is_some())
 }
 
-/// The endpoint has got every byte of the request.
+/// Whether the endpoint received every byte of the request.
 fn arrived(body: &RequestBody, name: &str, servers: &[ModelServer]) -> Result<()> {
     let bytes = Alphabet::Binary.bytes(body.stream_id, 0, body.size as usize);
     let hash = Fnv::of(&bytes).value();
-    // Those of a request that was sent again differ in nothing.
+    // The records of a repeated request are identical.
     for sent in servers.iter().filter_map(|server| server.sent(name)) {
         let same = (sent.request_length, sent.request_hash) == (body.size, hash);
         ensure!(same, Garbled { size: body.size, arrived: sent.request_length });

@@ -1,4 +1,4 @@
-//! A connection that switches protocols: both directions at once, each compared where it arrives.
+//! A connection that switches protocols: both directions concurrently, each compared by its receiver.
 
 use std::cell::Cell;
 use std::io::ErrorKind;
@@ -19,7 +19,7 @@ use crate::eventually::within;
 use crate::model_server::{FaultKind, ModelServer, Plan, Sequence, Upgraded};
 use crate::{Client, Random, Reader};
 
-/// Longest wait for a byte, or for room for one.
+/// Longest wait for a byte, or for room to send one.
 const PATIENCE: Duration = Duration::from_secs(25);
 
 pub(super) async fn run(
@@ -33,7 +33,7 @@ pub(super) async fn run(
     client.send(&plan.request().header("connection", "upgrade").header("upgrade", "websocket")).await?;
     let head = match client.head().await {
         Ok(head) => head,
-        // A reset may take the head with it.
+        // A reset may discard the head.
         Err(error) if fault.is_some() && error.to_string().contains("Reset") => {
             return Ok(Done::new(Outcome::Broken, 0));
         }
@@ -58,7 +58,7 @@ pub(super) async fn run(
         let down = receive(&mut from, &early, taking, &mut checker, &reset);
         let up = send(&mut to, upload, &reset);
         tokio::pin!(down, up);
-        // A client that leaves does so whatever it has still to send.
+        // A client may leave with bytes still to send.
         tokio::select! {
             biased;
             end = &mut down => match end? {
@@ -81,7 +81,7 @@ pub(super) async fn run(
     let short = Short { bytes, of: fault.map_or(size, |fault| fault.after) };
     if let Some(fault) = fault {
         match (fault.kind, end) {
-            // With bytes of ours unread, a close is a reset.
+            // With unread bytes of ours, a close becomes a reset.
             (FaultKind::Close, ConnectionEnd::Reset) => {}
             (FaultKind::Close, ConnectionEnd::Fin) => ensure!(bytes == fault.after, short),
             _ => ensure!(end == ConnectionEnd::Reset, short),
@@ -100,7 +100,7 @@ pub(super) async fn run(
     Ok(Done::new(Outcome::Complete, bytes))
 }
 
-/// What the endpoint has got is the upload's, as far as it goes.
+/// Asserts that the endpoint received a prefix of the upload.
 fn right(server: &ModelServer, stream_id: u64) -> Result<(u64, Option<ConnectionEnd>)> {
     let upload = server.take_upload(stream_id).unwrap_or_default();
     match upload.wrong {
@@ -117,8 +117,8 @@ fn leave(stream: TcpStream, taking: Taking) -> Result<()> {
     Ok(())
 }
 
-/// How the connection ended; `None` when the client wants no more. A socket tells of a reset once: where a write has been told
-/// (`reset`), a read gets what looks like an end in order.
+/// How the connection ended; `None` if the client stops reading. A socket reports a reset once: if a write got it (`reset`), a read
+/// sees an orderly close.
 async fn receive(
     from: &mut ReadHalf<'_>,
     early: &[u8],
@@ -158,7 +158,7 @@ async fn receive(
     }
 }
 
-/// Whether all of it could be sent, and the end.
+/// Whether everything, including the close, could be sent.
 async fn send(to: &mut WriteHalf<'_>, upload: &Upload, reset: &Cell<bool>) -> Result<bool> {
     let mut lengths = Sequence::new(upload.writes);
     let mut random = Random::new(upload.stream_id);

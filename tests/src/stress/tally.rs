@@ -1,4 +1,4 @@
-//! What came of many cases.
+//! The combined results of many cases.
 
 use std::fmt;
 
@@ -11,31 +11,31 @@ use super::exchange::{Garbled, Outcome, Short};
 use super::{mode_name, paths};
 use crate::content::Mismatch;
 
-/// Failures that are kept as they were; all are counted.
+/// Number of failures kept in detail; all are counted.
 const KEPT: usize = 10;
 
-/// What one kind of agent has carried, and whether it was right.
+/// What agents in one mode carried, and whether it was correct.
 #[derive(Clone, Debug)]
 pub struct Tally {
     pub mode: SteeringMode,
     pub complete: u64,
-    /// Broken off by the endpoint, as it was told to.
+    /// Broken off by the endpoint, as planned.
     pub broken: u64,
-    /// The client has left.
+    /// The client left.
     pub left: u64,
-    /// Connections that switched protocols, among all of these.
+    /// How many of these connections switched protocols.
     pub switched: u64,
-    /// Bytes of responses that clients have read, framing included.
+    /// Response bytes read by clients, framing included.
     pub read: u64,
-    /// Of those, the bytes of responses that were complete.
+    /// The part of them in complete responses.
     pub whole: u64,
-    /// Streams with a byte that did not belong there.
+    /// Streams with a wrong byte.
     pub wrong: u64,
-    /// Streams that ended in good order and too soon.
+    /// Streams that closed orderly and too early.
     pub short: u64,
-    /// Anything else that is not as it should be.
+    /// Other failures.
     pub odd: u64,
-    /// The first of these three.
+    /// The first failures of these three kinds.
     pub failures: Vec<String>,
     pub books: Books,
 }
@@ -85,7 +85,7 @@ impl Tally {
         self.whole += if outcome == Outcome::Complete { bytes } else { 0 };
     }
 
-    /// `what` is where it happened.
+    /// `what` says where it happened.
     pub(super) fn fail(&mut self, what: &str, error: &Error) {
         let count = if error.is::<Mismatch>() || error.is::<Garbled>() {
             &mut self.wrong
@@ -114,7 +114,7 @@ impl Tally {
         self.books.add(&other.books);
     }
 
-    /// All that is not as it should be, the paths that carried nothing included; empty when all is.
+    /// Everything that is wrong, including paths that carried nothing; empty if all is well.
     #[must_use]
     pub fn complaints(&self) -> Vec<String> {
         let mode = self.name();

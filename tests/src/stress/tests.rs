@@ -1,4 +1,4 @@
-//! What a stress run says of an agent that is not exact: a proxy stands for it that does one thing wrong.
+//! What a stress run reports about an inexact agent, simulated by a proxy with one fault.
 
 use std::{io, net::SocketAddr};
 
@@ -14,7 +14,7 @@ use crate::content::Mismatch;
 use crate::model_server::{Framing, Plan, Upgraded};
 use case::{Taking, Upload};
 
-/// What is done to a stream, at this byte of it.
+/// What happens to a stream at this byte.
 #[derive(Clone, Copy, Debug)]
 enum Misdeed {
     None,
@@ -39,7 +39,7 @@ fn garble(body: &mut Vec<u8>, misdeed: Misdeed) {
     }
 }
 
-/// Passes on one connection: the response as a whole, with a misdeed in its body, or what the client sends behind the head.
+/// Relays one connection: the whole response with a fault in its body, or the client's bytes after the head.
 async fn proxy(to: SocketAddr, down: Misdeed, up: Misdeed) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let addr = listener.local_addr().unwrap();
@@ -86,7 +86,7 @@ fn switch() -> Case {
     case(Exchange::Switch { plan, upload, taking: Taking::All(Reader::Fast) })
 }
 
-/// What the tally has to say of one case through the proxy.
+/// The tally's complaint about one case through the proxy.
 async fn complaint(case: &Case, down: Misdeed, up: Misdeed) -> (Tally, Option<anyhow::Error>) {
     let options = ServerOptions { idle_close: None, ..ServerOptions::default() };
     let servers = [ModelServer::start(options).await.unwrap()];

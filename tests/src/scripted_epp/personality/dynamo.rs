@@ -1,5 +1,5 @@
-//! Dynamo's picker: it refuses any protocol configuration but the full-duplex one, says how each field is to be set, removes
-//! fields, puts token ids into the body, and reads the served endpoint as the last of a list.
+//! Dynamo's picker: it requires the full-duplex protocol configuration, sets explicit append actions, removes fields, puts token
+//! ids into the body, and takes the last of a list as the served endpoint.
 
 use std::net::SocketAddr;
 
@@ -18,7 +18,7 @@ pub struct Dynamo {
     added: Fields,
 }
 
-/// What it takes off a request.
+/// The fields it removes from a request.
 const REMOVED: [&str; 2] = ["x-gateway-destination-endpoint-subset", "x-dynamo-request-control"];
 
 fn overwriting(fields: &[(&str, &str)]) -> HeaderMutation {

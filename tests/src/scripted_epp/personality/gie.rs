@@ -1,5 +1,5 @@
-//! The picker of the Gateway API Inference Extension, v1.5: the installed base. It writes every JSON body anew, so that the
-//! order of its members changes, and sends every field of request and response back.
+//! The Gateway API Inference Extension's picker, v1.5, the most widely installed. It rewrites every JSON body, which changes the
+//! order of its members, and echoes every field of request and response.
 
 use std::net::SocketAddr;
 
@@ -58,7 +58,7 @@ impl Personality for Gie {
         Self { rewrite: Some(model.to_owned()), ..self }
     }
 
-    /// Members in the order of their names, and no blanks.
+    /// Members in the order of their names, without blanks.
     fn sent_on(body: &[u8], rewritten: Option<&str>) -> Vec<u8> {
         let Ok(mut body) = serde_json::from_slice::<Value>(body) else { return body.to_vec() };
         if let Some(model) = rewritten {

@@ -1,5 +1,5 @@
-//! The picker of llm-d's router, which carries on where GIE's left off: it leaves a body alone that it need not change, may
-//! close the stream after the request, and may take its decision back (see [`Evicting`](crate::scripted_epp::Evicting)).
+//! The picker of llm-d's router, a successor of GIE's: it leaves a body unchanged unless needed, may close the stream after the
+//! request, and may evict it (see [`Evicting`](crate::scripted_epp::Evicting)).
 
 use std::net::SocketAddr;
 
@@ -29,7 +29,7 @@ impl LlmdRouter {
         Self { endpoints, rewrite: None, added: Fields::new(), skip_response: false }
     }
 
-    /// Replaces the model in the request's body.
+    /// Replaces the model in the request body.
     #[must_use]
     pub fn rewriting(self, model: &str) -> Self {
         Self { rewrite: Some(model.to_owned()), ..self }
@@ -88,7 +88,7 @@ impl Personality for LlmdRouter {
         self.rewriting(model)
     }
 
-    /// Written anew only where something changes.
+    /// Rewritten only if something changes.
     fn sent_on(body: &[u8], rewritten: Option<&str>) -> Vec<u8> {
         match (serde_json::from_slice::<Value>(body), rewritten) {
             (Ok(mut body), Some(model)) => {

@@ -1,6 +1,6 @@
-//! The light picker of the conformance suite: an empty reply to each piece of body, before the one to the headers; it picks
-//! among those that the header `test-epp-endpoint-selection` names (`ip[:port],...`), never changes a body, says on the
-//! response who served it, and fails with gRPC statuses only.
+//! The light picker of the conformance suite: it replies to each piece of body, without content, before the headers. It picks among
+//! the endpoints in the header `test-epp-endpoint-selection` (`ip[:port],...`), never changes a body, names the served endpoint on
+//! the response, and fails only with gRPC statuses.
 
 use std::net::SocketAddr;
 
@@ -11,7 +11,7 @@ use tonic::Status;
 use super::{Answer, End, Endpoints, Exchange, Fields, Personality, Refusal, Script, borrowed, owned};
 use crate::scripted_epp::{header, reply};
 
-/// A body larger than this is an error.
+/// A larger body is an error.
 const MAX_BODY: usize = 10 << 20;
 
 pub struct Lwepp {
@@ -27,7 +27,7 @@ impl Lwepp {
 
     async fn answer(&self, exchange: &mut Exchange) -> Answer {
         let told = header(&exchange.request_headers, "test-epp-endpoint-selection");
-        // What the request says goes before the subset.
+        // The request's selection precedes the subset.
         let allowed = told.map(|list| self.endpoints.named(list)).or_else(|| exchange.subset());
         let Some(picked) = self.endpoints.pick(allowed.as_deref()) else {
             return Err(End::Status(Status::internal("no endpoint to pick")));
