@@ -1,5 +1,5 @@
-//! A request body off the wire, cut anywhere: the framing parser, the reader on top of it, and a decoder that reads whole
-//! lines must agree about the payload and about the byte where the body ends.
+//! A request body from the wire, cut anywhere. The framing parser, the reader on top of it, and a decoder that reads whole lines must
+//! agree about the payload and about the byte at which the body ends.
 
 use bytes::{Bytes, BytesMut};
 use futures_util::FutureExt as _;
@@ -16,13 +16,13 @@ use penstock_common::framing::{Framing, MAX_CHUNK_LINE, MAX_TRAILERS};
 
 use crate::input;
 
-/// Above what an input can hold, so that nothing goes to a file.
+/// More than an input can hold, so that no body is spilled to a file.
 const MEMORY: usize = 1 << 20;
 
-/// How far a body reaches into the bytes.
+/// How the bytes end the body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum End {
-    /// It ends after so many bytes.
+    /// The body ends after this many bytes.
     Complete(usize),
     Incomplete,
     Invalid,
@@ -47,7 +47,7 @@ pub fn run(data: &[u8]) {
     read(body, limit, input::pieces(wire, lengths), wire.len(), &payload, end);
 }
 
-/// What [`Framing`] makes of the pieces.
+/// Reads the pieces with [`Framing`].
 fn framed<'d>(mut framing: Framing, pieces: impl Iterator<Item = &'d [u8]>) -> (Vec<u8>, End) {
     let (mut payload, mut taken) = (Vec::new(), 0);
     for mut piece in pieces {
@@ -67,7 +67,7 @@ fn framed<'d>(mut framing: Framing, pieces: impl Iterator<Item = &'d [u8]>) -> (
     (payload, end)
 }
 
-/// A chunked body read in whole lines (RFC 9112 §7.1), written without a look at the parser.
+/// Reads a chunked body in whole lines (RFC 9112 §7.1). Written independently of the parser.
 fn by_lines(wire: &[u8]) -> (Vec<u8>, End) {
     let (mut payload, mut at) = (Vec::new(), 0);
     loop {
@@ -93,7 +93,7 @@ fn by_lines(wire: &[u8]) -> (Vec<u8>, End) {
     }
 }
 
-/// The size of a chunk, and the bytes of its line.
+/// The size of a chunk, and the length of its line in bytes.
 fn size_line(wire: &[u8]) -> Result<(u64, usize), End> {
     let digits = wire.iter().take_while(|byte| byte.is_ascii_hexdigit()).count();
     let rest = &wire[digits..];
@@ -120,7 +120,7 @@ fn size_line(wire: &[u8]) -> Result<(u64, usize), End> {
     }
 }
 
-/// The bytes of the trailer section, with the empty line that ends it.
+/// The length of the trailer section in bytes, including the empty line that ends it.
 fn trailers(wire: &[u8]) -> Result<usize, End> {
     let limit = MAX_TRAILERS as usize;
     let mut at = 0;
@@ -138,7 +138,7 @@ fn trailers(wire: &[u8]) -> Result<usize, End> {
     }
 }
 
-/// [`BodyReader`] and [`ReplayBody`] give the same payload, leave the bytes behind the body alone and hold to the limit.
+/// [`BodyReader`] and [`ReplayBody`] must return the same payload, not take the bytes after the body, and respect the limit.
 fn read<'d>(
     body: RequestBody,
     limit: u64,
@@ -166,7 +166,9 @@ fn read<'d>(
                     kept.append(piece).now_or_never().expect("memory does not wait").expect("within the limit");
                 }
                 Ok(Decoded::Incomplete | Decoded::Done) => break,
-                Err(BodyError::TooLarge { .. }) => return assert!(payload.len() as u64 > limit, "too early a limit"),
+                Err(BodyError::TooLarge { .. }) => {
+                    return assert!(payload.len() as u64 > limit, "the limit applied too early");
+                }
                 Err(BodyError::Chunk { .. }) => return assert_eq!(end, End::Invalid),
                 Err(BodyError::Overhead { .. }) => return,
                 Err(error) => panic!("{error}"),
@@ -178,15 +180,15 @@ fn read<'d>(
     match end {
         End::Complete(length) => {
             assert!(reader.is_done());
-            assert_eq!(buf.len(), sent - length, "bytes of the next request are taken or left");
+            assert_eq!(buf.len(), sent - length, "the body has another length");
         }
         End::Incomplete => assert!(!reader.is_done()),
-        End::Invalid => panic!("accepted what is invalid"),
+        End::Invalid => panic!("an invalid body was accepted"),
     }
     let mut pieces = kept.pieces();
     let mut again = Vec::new();
     while let Some(piece) = pieces.next().now_or_never().expect("memory does not wait").expect("memory does not fail") {
         again.extend_from_slice(&Bytes::clone(&piece));
     }
-    assert_eq!(again, payload, "a body that is sent again is another one");
+    assert_eq!(again, payload, "the replayed body differs");
 }

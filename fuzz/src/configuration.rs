@@ -1,7 +1,7 @@
-//! A configuration, and a file of endpoints: no text makes them panic, and each error says where it is in one line.
+//! A configuration, and an endpoint file: no text makes the parsers panic, and each error names its line and fits on one line.
 //!
-//! Half of the inputs are text as it is, the others are put together from lines of the default configuration, which reach what
-//! random text does not.
+//! Half of the inputs are used as they are; the others select lines of the default configuration, which reach more code than random
+//! text.
 
 use arbitrary::Unstructured;
 use penstock_agent::config::{Config, EndpointsFormat, default_toml, parse_endpoints};
@@ -44,13 +44,13 @@ pub fn run(data: &[u8]) {
             assert_eq!(Config::parse(&text, "penstock.toml").as_ref(), Ok(&config));
         }
         Err(errors) => {
-            assert!(errors.iter().next().is_some(), "refused without an error");
+            assert!(errors.iter().next().is_some(), "rejected without an error");
             let mut before = 0;
             for error in errors.iter() {
                 assert!((1..=lines).contains(&error.line()), "line {} of {lines}: {error}", error.line());
                 assert!(error.line() >= before, "errors out of order");
                 before = error.line();
-                assert!(!error.to_string().contains('\n'), "an error of several lines: {error}");
+                assert!(!error.to_string().contains('\n'), "an error with several lines: {error}");
             }
         }
     }
@@ -63,7 +63,7 @@ pub fn run(data: &[u8]) {
     }
 }
 
-/// Lines of the default configuration, some with another value, some in another order.
+/// Lines of the default configuration, some with other values, some reordered.
 fn assembled(data: &mut Unstructured<'_>) -> arbitrary::Result<String> {
     let default = default_toml();
     let lines: Vec<&str> =

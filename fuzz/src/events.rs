@@ -1,5 +1,5 @@
-//! What the picker learns of a response body: the count of tokens from the end of an event stream or from a document, and a copy
-//! of every byte within a bound, however the body comes.
+//! What the picker learns about a response body: the token counts from the end of an event stream or from a document, or a bounded
+//! copy of every byte. The result must not depend on how the body is cut.
 
 use http::{HeaderMap, HeaderValue, header};
 use penstock_agent::{config::ResponseToPicker, tee::Tee};
@@ -16,7 +16,7 @@ pub fn run(data: &[u8]) {
     let lengths = [choices.byte(), choices.byte(), choices.byte()];
     let kind = if flags & 1 == 0 { "text/event-stream" } else { "application/json" };
     let headers: HeaderMap = [(header::CONTENT_TYPE, HeaderValue::from_static(kind))].into_iter().collect();
-    let tee = |mode| Tee::new(mode, &headers, None, QUEUE).expect("this kind is looked at");
+    let tee = |mode| Tee::new(mode, &headers, None, QUEUE).expect("this content type is supported");
 
     let mut whole = tee(ResponseToPicker::Usage);
     whole.take(payload);
@@ -24,7 +24,7 @@ pub fn run(data: &[u8]) {
     input::pieces(payload, lengths).for_each(|piece| cut.take(piece));
     assert_eq!(cut.usage(), whole.usage(), "cut into {lengths:?}");
 
-    // The same in chunks, as it comes over the wire.
+    // The same payload as chunks on the wire.
     let (mut framing, mut chunked) = (Framing::chunked(), tee(ResponseToPicker::Usage));
     for piece in input::pieces(payload, lengths) {
         let chunk = [format!("{:x}\r\n", piece.len()).as_bytes(), piece, b"\r\n"].concat();
@@ -34,7 +34,7 @@ pub fn run(data: &[u8]) {
     assert_eq!(chunked.usage(), whole.usage(), "in chunks of {lengths:?}");
 
     let end: usize = whole.rest().iter().map(bytes::Bytes::len).sum();
-    assert!(end <= payload.len() && (flags & 1 == 1 || end <= tail::TAIL as usize), "{end} bytes are kept");
+    assert!(end <= payload.len() && (flags & 1 == 1 || end <= tail::TAIL as usize), "{end} bytes were kept");
     if payload.len() < tail::TAIL as usize {
         assert_eq!(whole.usage().is_some(), has_usage(payload, flags & 1 == 1), "the usage that serde_json finds");
     }
@@ -44,14 +44,14 @@ pub fn run(data: &[u8]) {
     let given_up = copy.given_up();
     assert_eq!(given_up, payload.len() > QUEUE, "the queue has a limit");
     let copied = copy.rest().concat();
-    assert!(given_up || copied == payload, "the copy is another body");
+    assert!(given_up || copied == payload, "the copy differs from the body");
 }
 
 fn has_usage(payload: &[u8], document: bool) -> bool {
     let is_usage = |text: &[u8]| {
         let Ok(Value::Object(message)) = serde_json::from_slice(text) else { return false };
         let count = |usage: &Value, names: [&str; 2]| {
-            // Both spellings at once are one field too many.
+            // Both spellings at once are invalid.
             let found: Vec<_> = names.iter().filter_map(|name| usage.get(name)).collect();
             found.len() < 2 && found.iter().all(|count| count.is_u64())
         };

@@ -1,8 +1,7 @@
-//! An exchange with an EPP that sends anything in any order.
+//! An exchange with an EPP that sends any messages in any order.
 //!
-//! There is at most one decision or failure, each direction ends once, what the agent sends is what it was given, and a
-//! decision holds what it promises. Its mutation, applied to the request, leaves one request with the framing that the agent
-//! gives it.
+//! There must be at most one decision or failure, each direction must end once, the agent must send the bytes that it was given, and a
+//! decision must be valid: its mutation, applied to the request, leaves one request with the framing that the agent gave it.
 
 use arbitrary::Unstructured;
 use bytes::{Bytes, BytesMut};
@@ -123,7 +122,7 @@ fn walk(data: &mut Unstructured<'_>) -> arbitrary::Result<()> {
         }
         look(&mut exchange, &mut seen, &parts.headers, ended.then_some(&given[..]));
     }
-    assert!(given.starts_with(&seen.sent), "other bytes were sent than were given");
+    assert!(given.starts_with(&seen.sent), "the bytes sent differ from those given");
     Ok(())
 }
 
@@ -131,7 +130,11 @@ fn look(exchange: &mut Exchange, seen: &mut Seen, headers: &HeaderMap, body: Opt
     while let Some(ProcessingRequest { request, protocol_config, .. }) = exchange.next_message() {
         let request = request.expect("a message with a part");
         let is_head = matches!(request, processing_request::Request::RequestHeaders(_));
-        assert_eq!((is_head, protocol_config.is_some()), (!seen.first, !seen.first), "the head comes first and once");
+        assert_eq!(
+            (is_head, protocol_config.is_some()),
+            (!seen.first, !seen.first),
+            "the head must be the first message, once"
+        );
         seen.first = true;
         match request {
             processing_request::Request::RequestHeaders(head) => seen.request_ends += usize::from(head.end_of_stream),
@@ -173,7 +176,7 @@ fn look(exchange: &mut Exchange, seen: &mut Seen, headers: &HeaderMap, body: Opt
 
 fn decided(decision: &Decision, headers: &HeaderMap, body: Option<&[u8]>) {
     let Decision { endpoints, mutation, body: fate, .. } = decision;
-    assert!(!endpoints.is_empty(), "a decision for nowhere");
+    assert!(!endpoints.is_empty(), "a decision without endpoints");
     assert!(endpoints.iter().enumerate().all(|(at, endpoint)| !endpoints[..at].contains(endpoint)), "{endpoints:?}");
     let length = match fate {
         Body::Original | Body::Unheld(_) => body.map_or(0, <[u8]>::len),
@@ -194,7 +197,7 @@ fn decided(decision: &Decision, headers: &HeaderMap, body: Option<&[u8]>) {
             assert_eq!((taken, head.body), (out.len(), RequestBody::Length(length as u64)), "{}", out.escape_ascii());
             assert!(head.upgrade.is_none() && head.keep_alive && !head.expect_continue, "{}", out.escape_ascii());
         }
-        other => panic!("the EPP makes it what is no request: {other:?}, {}", out.escape_ascii()),
+        other => panic!("the mutation makes the request invalid: {other:?}, {}", out.escape_ascii()),
     }
 }
 
@@ -235,7 +238,7 @@ fn common(data: &mut Unstructured<'_>) -> arbitrary::Result<CommonResponse> {
     })
 }
 
-/// Mostly short, at times about as long as the limit.
+/// Usually short, sometimes about as long as the limit.
 fn body(data: &mut Unstructured<'_>) -> arbitrary::Result<Bytes> {
     let times = if data.ratio(1, 16)? { REPLACED_BODY / 2 } else { 1 };
     Ok(bytes(data, 8)?.repeat(times).into())

@@ -1,7 +1,7 @@
-//! A request of HTTP/2 as it goes on over HTTP/1.1: no field, path or method may make two requests of one.
+//! An HTTP/2 request that is forwarded over HTTP/1.1: no field, path or method may turn it into two requests.
 //!
-//! The input is a request as `http` and h2 let it exist. What the agent accepts and writes must be read back as exactly that
-//! request, by the agent's own parser and by hyper's.
+//! The input is a request that `http` and h2 accept. The agent's own parser and hyper's must read what the agent writes as exactly that
+//! request.
 
 use arbitrary::Unstructured;
 use bytes::BytesMut;
@@ -19,7 +19,7 @@ use penstock_agent::{
 use crate::{peers, request_head::LIMITS};
 
 const MOST_BODY: usize = 64;
-/// Names that say something about framing, the connection or the host, and spellings of them.
+/// Fields about framing, the connection or the host, and variants of their names.
 const NAMES: [&str; 22] = [
     "host",
     "content-length",
@@ -63,7 +63,7 @@ pub fn run(data: &[u8]) {
     let shown = out.escape_ascii().to_string();
     let (again, taken) = match parse_request(&out, &limits) {
         Ok(Some(read)) => read,
-        other => panic!("forwarded as what is no request: {other:?}, {shown}"),
+        other => panic!("forwarded as an invalid request: {other:?}, {shown}"),
     };
     assert_eq!(taken, out.len(), "more than one head in {shown}");
     assert_eq!(again.parts.method, head.parts.method, "{shown}");
@@ -76,7 +76,7 @@ pub fn run(data: &[u8]) {
     }
     assert!(
         again.upgrade.is_none() && again.keep_alive,
-        "a field of HTTP/2 steers the connection of HTTP/1.1: {shown}"
+        "a field of the HTTP/2 request controls the HTTP/1.1 connection: {shown}"
     );
 
     let found = peers::hyper::requests(&[&out, &body[..], b"GET /second HTTP/1.1\r\nhost: second\r\n\r\n"].concat());
@@ -85,7 +85,7 @@ pub fn run(data: &[u8]) {
     assert_eq!(found[0].body, body, "{shown}");
 }
 
-/// `None` where `http` would not let it exist.
+/// `None` if `http` rejects it.
 fn request(data: &mut Unstructured<'_>) -> arbitrary::Result<Option<(request::Parts, Vec<u8>)>> {
     let method = match data.int_in_range(0..=4)? {
         0 => Ok(Method::GET),

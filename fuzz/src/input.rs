@@ -1,6 +1,6 @@
-//! What targets read off the front of their input: choices and places to cut.
+//! Reads choices and piece lengths from the start of an input.
 
-/// Bytes of an input that make choices; when they are used up, every choice is 0.
+/// The bytes of an input that make choices. After the last one, every choice is 0.
 pub(crate) struct Choices<'d> {
     rest: &'d [u8],
 }
@@ -23,7 +23,7 @@ pub(crate) fn split(data: &[u8], count: usize) -> (Choices<'_>, &[u8]) {
     (Choices::new(choices), rest)
 }
 
-/// `data` in pieces whose lengths repeat those of `lengths`; no length is 0.
+/// Cuts `data` into pieces with the `lengths`, repeated; a length of 0 counts as 1.
 pub(crate) fn pieces(mut data: &[u8], lengths: [u8; 3]) -> impl Iterator<Item = &[u8]> {
     let mut lengths = lengths.into_iter().cycle();
     std::iter::from_fn(move || {

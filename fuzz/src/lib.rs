@@ -1,8 +1,8 @@
-//! Fuzz targets: everything that reads bytes from outside, compared with other readers of the same bytes.
+//! Fuzz targets: the agent's parsers of bytes from outside, compared with other parsers of the same bytes.
 //!
-//! Each module has `run`, which takes any bytes and panics if the code under test breaks a promise. The programs in
-//! `fuzz_targets/` give `run` to libFuzzer; `tests/corpus.rs` runs it over the inputs in `corpus/`.
-//! docs/decisions/0007-fuzzing.md has the reasons.
+//! Each module has a function `run`, which takes any bytes and panics if the code under test violates a property. The programs in
+//! `fuzz_targets/` pass `run` to libFuzzer; `tests/corpus.rs` runs it on the inputs in `corpus/`. The reasons are in
+//! docs/decisions/0007-fuzzing.md.
 
 mod input;
 pub mod peers;
@@ -17,10 +17,10 @@ pub mod configuration;
 pub mod model_scan;
 pub mod events;
 
-/// A fuzz target: what one input does.
+/// The function of a fuzz target, which tests one input.
 pub type Run = fn(&[u8]);
 
-/// Every target by the name of its program and of its folder in `corpus/`.
+/// Every target, by the name of its program and of its folder in `corpus/`.
 pub const TARGETS: [(&str, Run); 9] = [
     ("request_head", request_head::run),
     ("response_head", response_head::run),

@@ -1,4 +1,4 @@
-//! The scan of a JSON body for its model, cut anywhere, against serde_json.
+//! The scan of a JSON body for its model, cut anywhere, compared with serde_json.
 
 use penstock_agent::bbr::{Found, JsonError, Model, ModelScanner, Summary};
 use serde_json::Value;
@@ -9,9 +9,9 @@ pub fn run(data: &[u8]) {
     let (mut choices, body) = input::split(data, 3);
     let lengths = [choices.byte(), choices.byte(), choices.byte()];
     let ours = scan(std::iter::once(body));
-    assert_eq!(scan(input::pieces(body, lengths)), ours, "where it is cut does not matter");
+    assert_eq!(scan(input::pieces(body, lengths)), ours, "the result depends on the cut");
 
-    // `Value` refuses what is grammatical: lone surrogates, and numbers beyond f64. We do not look at those.
+    // `Value` refuses some valid JSON: lone surrogates, and numbers beyond f64. The scanner does not check those.
     let theirs = serde_json::from_slice::<Value>(body);
     let summary = match (ours, &theirs) {
         (Ok(summary), _) => summary,
@@ -21,15 +21,15 @@ pub fn run(data: &[u8]) {
             }),
             theirs,
         ) => {
-            return assert!(theirs.is_err(), "serde_json reads what we refuse");
+            return assert!(theirs.is_err(), "serde_json accepts what the scanner refuses");
         }
-        // Refused although it is JSON.
+        // Refused although it is valid JSON.
         (Err(JsonError { found: Found::SecondModel | Found::LongModel, .. }), _) => return,
     };
     let Ok(document) = theirs else {
         let grammatical =
             serde_json::from_slice::<serde::de::IgnoredAny>(body).is_ok() && std::str::from_utf8(body).is_ok();
-        return assert!(grammatical, "we read what is no JSON");
+        return assert!(grammatical, "the scanner accepts invalid JSON");
     };
     match (document.get("model"), summary.model) {
         (None, ours) => assert_eq!(ours, Model::NotYet),

@@ -1,19 +1,19 @@
-//! Other readers of the same bytes: hyper, and llhttp inside Node.js.
+//! Other parsers of the same bytes: hyper, and llhttp inside Node.js.
 //!
-//! Each is given wire bytes and tells the messages that it found. A reader that finds other messages than the agent does is
-//! a reader through which requests can be smuggled.
+//! Each takes wire bytes and returns the messages that it found. If a parser finds other messages than the agent does, requests can be
+//! smuggled past one of them.
 
 pub mod hyper;
 pub mod llhttp;
 
-/// A message as a reader understood it.
+/// A message as a parser understood it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Message {
     /// The method, or the status code.
     pub start: String,
     /// The target; empty for a response.
     pub target: String,
-    /// Fields in order, names in lower case, values without the blanks around them.
+    /// Fields in their order, names in lower case, values trimmed.
     pub fields: Vec<(String, Vec<u8>)>,
     pub body: Vec<u8>,
 }
@@ -30,7 +30,7 @@ mod tests {
     use super::{hyper, llhttp, llhttp::Kind};
 
     #[test]
-    fn both_requests_are_found_by_every_reader() {
+    fn both_requests_are_found_by_every_parser() {
         let wire = b"POST /a HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\nGET /b HTTP/1.1\r\nHost: h\r\n\r\n";
         let llhttp = llhttp::read(Kind::Request, wire);
         assert_eq!((llhttp.complete, llhttp.error.as_str()), (2, ""));
@@ -43,14 +43,14 @@ mod tests {
     }
 
     #[test]
-    fn smuggled_request_is_seen() {
+    fn smuggled_request_is_found_by_every_parser() {
         let wire = b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\nGET /smuggled HTTP/1.1\r\nHost: h\r\n\r\n";
         assert!(hyper::requests(wire).iter().any(|message| message.target == "/smuggled"));
         assert!(llhttp::read(Kind::Request, wire).messages.iter().any(|message| message.target == "/smuggled"));
     }
 
     #[test]
-    fn response_is_found_by_every_reader() {
+    fn response_is_found_by_every_parser() {
         let wire = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc";
         let hyper = hyper::response(&Method::GET, wire).expect("a response");
         let llhttp = llhttp::read(Kind::Response, wire);

@@ -1,8 +1,8 @@
 //! A request head from a client, and the head that an endpoint gets for it.
 //!
-//! Whatever the agent accepts must have one reading: hyper and llhttp, given the same bytes with a body and a second request
-//! behind them, must find the same two requests or refuse. What the agent writes for the endpoint must be accepted by all
-//! three, with the same reading. What the agent refuses, hyper may accept only where [`STRICTER`] says so.
+//! Every parser must read an accepted head the same way: hyper and llhttp, given the same bytes followed by a body and a second request,
+//! must find the same two requests or refuse. All three must accept the head that the agent writes for the endpoint, and read it the same
+//! way. hyper may accept a head that the agent refuses only for the reasons in [`STRICTER`].
 
 use bytes::BytesMut;
 use http::{HeaderName, Version};
@@ -23,12 +23,12 @@ use crate::{
 };
 
 pub(crate) const LIMITS: HeadLimits = HeadLimits { bytes: 2048, headers: 32 };
-/// A request behind the first one: a reader that finds another request than this has lost its place.
+/// The request after the first one. A parser that finds another request here ended the first one at the wrong byte.
 const SECOND: &[u8] = b"GET /second HTTP/1.1\r\nhost: second\r\n\r\n";
-/// Bodies up to this length are sent in full; the head alone is looked at where the body is declared longer.
+/// Bodies up to this length are sent in full; of a request with a longer body only the head is tested.
 const MOST_BODY: u64 = 4096;
 
-/// Reasons for which the agent refuses what hyper accepts. Everything else that hyper accepts the agent has to accept.
+/// Reasons for which the agent may refuse what hyper accepts. The agent must accept everything else that hyper accepts.
 const STRICTER: [&str; 19] = [
     "head_too_long",
     "too_many_fields",
@@ -50,7 +50,7 @@ const STRICTER: [&str; 19] = [
     "host_repeated",
     "host",
 ];
-/// More of them: two hosts that differ, and an expectation that nobody knows.
+/// More such reasons: two different hosts, an unknown expectation, and an invalid field line.
 const STRICTER_STILL: [&str; 3] = ["host_mismatch", "expectation", "field_line"];
 
 pub fn run(data: &[u8]) {
@@ -58,7 +58,7 @@ pub fn run(data: &[u8]) {
     let lengths = [choices.byte(), choices.byte(), choices.byte()];
     let whole = parse_request(wire, &LIMITS);
 
-    // The answer does not depend on how the bytes were cut into reads.
+    // The result must not depend on how the bytes were cut into reads.
     let (mut parser, mut arrived) = (RequestParser::default(), 0);
     for piece in input::pieces(wire, lengths) {
         arrived += piece.len();
@@ -66,8 +66,8 @@ pub fn run(data: &[u8]) {
         let ends = !matches!(part, Ok(None));
         match (part, &whole) {
             (Ok(None), _) => {}
-            (Ok(Some((_, length))), Ok(Some((_, same)))) => assert_eq!(length, *same, "the head ends elsewhere"),
-            (Err(error), Err(same)) => assert_eq!(error.reason(), same.reason(), "another error"),
+            (Ok(Some((_, length))), Ok(Some((_, same)))) => assert_eq!(length, *same, "the head has another length"),
+            (Err(error), Err(same)) => assert_eq!(error.reason(), same.reason(), "the error depends on the cut"),
             (part, whole) => panic!("{arrived} bytes are {part:?}, all are {whole:?}"),
         }
         if ends {
@@ -80,7 +80,7 @@ pub fn run(data: &[u8]) {
         Ok(Some((head, length))) => accepted(head, &wire[..length]),
         Err(error) => {
             assert!((400..600).contains(&error.status().as_u16()));
-            assert!(!error.to_string().contains(['\r', '\n']), "an error that breaks the line: {error}");
+            assert!(!error.to_string().contains(['\r', '\n']), "an error with a line break: {error}");
             let stricter = STRICTER.contains(&error.reason()) || STRICTER_STILL.contains(&error.reason());
             if !stricter {
                 let found = peers::hyper::requests(wire);
@@ -96,7 +96,7 @@ fn accepted(mut head: RequestHead, wire: &[u8]) {
     let ours = message(&head, &body);
     one_reading(&[wire, &coded, SECOND].concat(), &ours, &head);
 
-    // As it goes on to the endpoint.
+    // The head that the endpoint gets.
     let version = head.parts.version;
     let arrival = Arrival { client: [127, 0, 0, 1].into(), version, tls: false };
     let model = HeaderName::from_static("x-model");
@@ -109,8 +109,9 @@ fn accepted(mut head: RequestHead, wire: &[u8]) {
     let endpoint = ([10, 0, 0, 1], 8000).into();
     write_request(&head.parts, endpoint, framing, head.upgrade.as_ref(), &mut out);
     let limits = HeadLimits { bytes: usize::MAX, headers: 128 };
-    let (again, taken) = parse_request(&out, &limits).expect("what is forwarded is valid").expect("and whole");
-    assert_eq!(taken, out.len(), "more than one head is forwarded");
+    let (again, taken) =
+        parse_request(&out, &limits).expect("the forwarded head is valid").expect("the forwarded head is complete");
+    assert_eq!(taken, out.len(), "more than one head was forwarded");
     assert_eq!((&again.parts.method, &again.parts.uri), (&head.parts.method, &head.parts.uri));
     let declared = match again.body {
         RequestBody::Length(bytes) => bytes,
@@ -122,7 +123,7 @@ fn accepted(mut head: RequestHead, wire: &[u8]) {
     one_reading(&[&out, &body[..], SECOND].concat(), &forwarded, &again);
 }
 
-/// A body that fits the head, as payload and as it goes over the wire; `None` where it would be too long to try.
+/// A body that fits the head, as payload and as wire bytes; `None` if it would be too long.
 fn body_of(declared: RequestBody) -> Option<(Vec<u8>, Vec<u8>)> {
     match declared {
         RequestBody::None | RequestBody::Frames(_) => Some((Vec::new(), Vec::new())),
@@ -145,23 +146,23 @@ fn message(head: &RequestHead, body: &[u8]) -> Message {
     }
 }
 
-/// hyper and llhttp find `ours` in front of `wire` and then [`SECOND`], or less, but nothing else.
+/// hyper and llhttp may find `ours` at the start of `wire` and then [`SECOND`], or fewer messages, but no others.
 fn one_reading(wire: &[u8], ours: &Message, head: &RequestHead) {
     let hyper = peers::hyper::requests(wire);
     same("hyper", &hyper, ours);
-    // hyper has no HTTP/1.0 keep-alive that a request with Upgrade or an expectation would change.
+    // After HTTP/1.0, Upgrade or a close, hyper may not read the second request.
     if head.keep_alive && head.upgrade.is_none() && head.parts.version == Version::HTTP_11 {
         assert_eq!(hyper.len(), 2, "hyper finds {hyper:?} in {}", wire.escape_ascii());
     }
     let llhttp = peers::llhttp::read(Kind::Request, wire);
-    // A message that is not complete has no end that could be in another place.
+    // An incomplete message has no end to compare.
     same("llhttp", &llhttp.messages[..llhttp.complete], ours);
     if llhttp.complete == 0 {
         assert!(REFUSED_BY_LLHTTP.contains(&llhttp.error.as_str()), "llhttp refuses: {llhttp:?}");
     }
 }
 
-/// Where llhttp is stricter than we are: it knows a list of methods, and takes CONNECT and Upgrade for the end of HTTP.
+/// Errors of llhttp for requests that the agent accepts: it has a list of methods, and stops at CONNECT and Upgrade.
 const REFUSED_BY_LLHTTP: [&str; 2] = ["HPE_INVALID_METHOD", "UPGRADE"];
 
 fn same(reader: &str, found: &[Message], ours: &Message) {
@@ -176,6 +177,10 @@ fn same(reader: &str, found: &[Message], ours: &Message) {
     };
     assert_eq!(sorted(first), sorted(ours), "{reader}");
     for second in found {
-        assert_eq!((second.start.as_str(), second.target.as_str()), ("GET", "/second"), "{reader} lost its place");
+        assert_eq!(
+            (second.start.as_str(), second.target.as_str()),
+            ("GET", "/second"),
+            "{reader} found the second request elsewhere"
+        );
     }
 }

@@ -1,7 +1,7 @@
 //! A response head from an endpoint, and the head that the client gets for it.
 //!
-//! What the agent accepts must have one reading: hyper and llhttp, given the same bytes with a body behind them, find the same
-//! response or refuse. The head that goes on to the client must be framed as the endpoint framed it.
+//! Every parser must read an accepted head the same way: hyper and llhttp, given the same bytes followed by a body, must find the same
+//! response or refuse. The head that the client gets must have the endpoint's framing.
 
 use bytes::BytesMut;
 use http::{Method, Version};
@@ -16,7 +16,7 @@ use crate::{
     request_head::LIMITS,
 };
 
-/// A response behind the first one.
+/// The response after the first one.
 const SECOND: &[u8] = b"HTTP/1.1 299 second\r\ncontent-length: 0\r\n\r\n";
 const MOST_BODY: u64 = 4096;
 
@@ -35,8 +35,8 @@ pub fn run(data: &[u8]) {
         let ends = !matches!(part, Ok(None));
         match (part, &whole) {
             (Ok(None), _) => {}
-            (Ok(Some((_, length))), Ok(Some((_, same)))) => assert_eq!(length, *same, "the head ends elsewhere"),
-            (Err(error), Err(same)) => assert_eq!(error.reason(), same.reason(), "another error"),
+            (Ok(Some((_, length))), Ok(Some((_, same)))) => assert_eq!(length, *same, "the head has another length"),
+            (Err(error), Err(same)) => assert_eq!(error.reason(), same.reason(), "the error depends on the cut"),
             (part, whole) => panic!("{arrived} bytes are {part:?}, all are {whole:?}"),
         }
         if ends {
@@ -47,7 +47,7 @@ pub fn run(data: &[u8]) {
     match whole {
         Ok(None) => {}
         Ok(Some((head, length))) => accepted(&head, &wire[..length], &method, client),
-        Err(error) => assert!(!error.to_string().contains(['\r', '\n']), "an error that breaks the line: {error}"),
+        Err(error) => assert!(!error.to_string().contains(['\r', '\n']), "an error with a line break: {error}"),
     }
 }
 
@@ -75,28 +75,33 @@ fn one_reading(head: &ResponseHead, wire: &[u8], body: &[u8], coded: &[u8], meth
     let complete = &llhttp.messages[..llhttp.complete];
     same("llhttp", complete.first(), &ours);
     for second in complete.iter().skip(1) {
-        assert_eq!(second.start, "299", "llhttp lost its place: {llhttp:?}");
+        assert_eq!(second.start, "299", "llhttp found the second response elsewhere: {llhttp:?}");
     }
 }
 
-/// What the client gets is framed as what the endpoint sent, whatever else the head says.
+/// The head for the client must have the endpoint's framing.
 fn forwarded(head: &ResponseHead, method: &Method, client: Version) {
     let mut out = BytesMut::new();
     let kept = head.write_head(&mut out, true, client);
     if head.interim && client == Version::HTTP_10 {
-        return assert!(out.is_empty(), "an interim head for a client of HTTP/1.0");
+        return assert!(out.is_empty(), "an interim head for an HTTP/1.0 client");
     }
     let limits = HeadLimits { bytes: usize::MAX, headers: 128 };
-    let (again, taken) = parse_response(&out, &limits, method).expect("what is forwarded is valid").expect("and whole");
-    assert_eq!(taken, out.len(), "more than one head is forwarded");
+    let (again, taken) = parse_response(&out, &limits, method)
+        .expect("the forwarded head is valid")
+        .expect("the forwarded head is complete");
+    assert_eq!(taken, out.len(), "more than one head was forwarded");
     assert_eq!((again.status, again.interim), (head.status, head.interim));
     let body = if head.needs_dechunk(client) { BodyKind::UntilClose } else { head.body };
-    assert_eq!(again.body, body, "the client is told another end of the body");
+    assert_eq!(again.body, body, "the client sees another framing");
     let switches = head.upgrade.is_some();
-    assert!(!kept || again.keep_alive || head.interim || switches, "kept open, and the client is told that it closes");
+    assert!(
+        !kept || again.keep_alive || head.interim || switches,
+        "the connection stays open although the head announces a close"
+    );
 }
 
-/// A body that fits, as payload and as it goes over the wire; `None` where it would be too long to try.
+/// A body that fits the head, as payload and as wire bytes; `None` if it would be too long.
 fn body_of(declared: BodyKind) -> Option<(Vec<u8>, Vec<u8>)> {
     const STRAY: &[u8] = b"HTTP/1.1 200 smuggled\r\n\r\n";
     match declared {
@@ -114,7 +119,7 @@ fn body_of(declared: BodyKind) -> Option<(Vec<u8>, Vec<u8>)> {
 fn same(reader: &str, found: Option<&Message>, ours: &Message) {
     let Some(found) = found else { return };
     assert_eq!((&found.start, &found.body), (&ours.start, &ours.body), "{reader}");
-    // The agent makes the framing fields agree with each other; the body shows what they mean.
+    // The agent makes the framing fields consistent, so they may differ; the body shows the framing.
     let framing = ["content-length", "transfer-encoding"];
     let sorted = |message: &Message| {
         let mut fields = message.fields.clone();

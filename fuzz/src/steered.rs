@@ -1,8 +1,8 @@
-//! A response body that the programs loaded in the kernel carry, cut anywhere: the client must get the bytes of the message,
-//! each once and in order, and a message that is cut short or invalid must never look complete.
+//! A response body, cut anywhere, that the kernel programs carry: the client must get each byte of the message once and in order, and a
+//! truncated or invalid message must never look complete.
 //!
-//! `BPF_PROG_TEST_RUN` does not know `sk_skb` and `sk_msg` programs (their `bpf_prog_ops` are empty), so real loopback
-//! connections are steered, as the agent does it. This needs what the agent needs to steer; without that it panics.
+//! `BPF_PROG_TEST_RUN` does not run `sk_skb` and `sk_msg` programs (their `bpf_prog_ops` are empty), so the target steers real loopback
+//! connections, as the agent does. It panics without the capabilities that steering needs.
 
 use std::{net::Ipv4Addr, rc::Rc, sync::Arc, time::Duration};
 
@@ -93,7 +93,7 @@ async fn deliver(
     let key = client.make_target(&world.steering, BUFFER)?;
     server.set_nodelay(true)?;
     endpoint.announce(Some(key));
-    // In place of a head.
+    // This byte stands for the head.
     server.write_all(b"h").await?;
     endpoint.read(&mut BytesMut::with_capacity(1)).await?;
     ensure!(
@@ -103,7 +103,7 @@ async fn deliver(
 
     let write = async {
         for piece in input::pieces(wire, lengths) {
-            // The agent closes the connection where the message has ended or is invalid.
+            // The agent closes the connection at the end of the message, or when it is invalid.
             if server.write_all(piece).await.is_err() {
                 break;
             }
@@ -142,10 +142,10 @@ async fn deliver(
         ensure!(matches!(end, End::Complete { .. }), "a complete message ended as {end:?}");
         ensure!(orderly, "a complete message ends with a reset");
     } else {
-        ensure!(end == End::Broken, "a message that is not complete ended as {end:?}");
+        ensure!(end == End::Broken, "an incomplete message ended as {end:?}");
     }
     if expected.is_invalid() {
-        ensure!(message.starts_with(&got), "bytes arrived that are not in the message");
+        ensure!(message.starts_with(&got), "the client got bytes that are not in the message");
     } else {
         ensure!(got == message, "{} bytes of {} arrived", got.len(), message.len());
     }

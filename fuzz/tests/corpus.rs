@@ -1,10 +1,10 @@
-//! Every target on its corpus, and on inputs that a fixed seed makes of it: what the fuzzer has found stays found.
+//! Runs every target on its corpus and on mutations of it with a fixed seed, so that found faults stay fixed.
 
 use std::{fs, path::PathBuf};
 
 use penstock_fuzz::TARGETS;
 
-/// Inputs made of the corpus of each target. Coverage guides `cargo xtask fuzz`; this only keeps the targets honest.
+/// Mutated inputs for each target.
 const MUTATED: usize = 300;
 const LONGEST: usize = 4096;
 
@@ -12,7 +12,7 @@ fn corpus(target: &str) -> Vec<Vec<u8>> {
     let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target);
     let mut files: Vec<_> = fs::read_dir(&folder)
         .unwrap_or_else(|error| panic!("{}: {error}", folder.display()))
-        .map(|entry| entry.expect("an entry").path())
+        .map(|entry| entry.expect("a folder entry").path())
         .collect();
     files.sort();
     files.into_iter().map(|file| fs::read(file).expect("a file of the corpus")).collect()
@@ -48,7 +48,7 @@ fn runs(target: &str) {
     for _ in 0..MUTATED {
         let input = mutated(&mut random, &corpus);
         if let Err(panic) = std::panic::catch_unwind(|| run(&input)) {
-            eprintln!("the input: {}", input.escape_ascii());
+            eprintln!("failing input: {}", input.escape_ascii());
             std::panic::resume_unwind(panic);
         }
     }
@@ -62,7 +62,7 @@ macro_rules! targets {
         })*
 
         #[test]
-        fn every_target_is_run() {
+        fn every_target_has_a_test() {
             let run = [$($target),*];
             assert_eq!(TARGETS.map(|(name, _)| name), run);
         }
@@ -70,13 +70,13 @@ macro_rules! targets {
 }
 
 targets! {
-    request_head_on_its_corpus_has_one_reading: "request_head",
-    response_head_on_its_corpus_has_one_reading: "response_head",
-    http2_request_on_its_corpus_is_forwarded_as_one: "http2_request",
-    body_on_its_corpus_ends_where_it_ends: "body",
-    steered_body_on_its_corpus_arrives_once: "steered",
-    exchange_on_its_corpus_decides_once: "exchange",
-    configuration_on_its_corpus_is_read_or_refused_with_lines: "configuration",
-    model_scan_on_its_corpus_agrees_with_serde_json: "model_scan",
-    events_on_their_corpus_yield_the_usage: "events",
+    request_head_corpus_is_read_alike_by_all_parsers: "request_head",
+    response_head_corpus_is_read_alike_by_all_parsers: "response_head",
+    http2_request_corpus_is_forwarded_as_one_request: "http2_request",
+    body_corpus_ends_at_its_last_byte: "body",
+    steered_corpus_arrives_once_and_in_order: "steered",
+    exchange_corpus_decides_at_most_once: "exchange",
+    configuration_corpus_is_parsed_or_rejected_with_lines: "configuration",
+    model_scan_corpus_agrees_with_serde_json: "model_scan",
+    events_corpus_yields_usage: "events",
 }

@@ -1,4 +1,4 @@
-//! hyper's server and client over memory: polled until nothing moves, without a runtime.
+//! hyper's server and client on bytes in memory, polled without a runtime.
 
 use std::{
     cell::RefCell,
@@ -22,13 +22,13 @@ use hyper::{
 
 use super::{Message, fields};
 
-/// Turns of a future over memory before it counts as stuck.
+/// Polls of a future before it counts as stuck.
 const MOST_TURNS: usize = 10_000;
 
-/// The far end sends these bytes and closes; what is written to it is dropped.
+/// A connection whose peer sends these bytes, then closes, and ignores what it receives.
 struct Wire {
     bytes: Bytes,
-    /// Nothing comes before the first write: a client takes earlier bytes for nobody's.
+    /// No byte arrives before the first write: hyper's client rejects bytes before its request.
     waits: bool,
 }
 
@@ -58,7 +58,7 @@ impl Write for Wire {
     }
 }
 
-/// The requests that hyper's server finds in `wire`, up to the first that it refuses.
+/// The requests that hyper's server finds in `wire`, up to the first one that it refuses.
 pub fn requests(wire: &[u8]) -> Vec<Message> {
     let found = Rc::new(RefCell::new(Vec::new()));
     let service = service_fn(|request: Request<Incoming>| {
@@ -87,7 +87,7 @@ pub fn requests(wire: &[u8]) -> Vec<Message> {
     found.take()
 }
 
-/// The response that hyper's client finds at the front of `wire` when it has asked with `method`.
+/// The response to a request with `method` that hyper's client finds at the start of `wire`.
 pub fn response(method: &Method, wire: &[u8]) -> Option<Message> {
     let io = Wire { bytes: Bytes::copy_from_slice(wire), waits: true };
     let mut exchange = std::pin::pin!(async {
@@ -113,7 +113,7 @@ pub fn response(method: &Method, wire: &[u8]) -> Option<Message> {
     found
 }
 
-/// Polls until `turn` says that it is done. Everything is in memory, so each turn gets on or nothing ever will.
+/// Polls until `turn` returns true. Everything is in memory, so a future that is pending after many turns never completes.
 fn drive(mut turn: impl FnMut(&mut Context<'_>) -> bool) {
     let mut cx = Context::from_waker(Waker::noop());
     let _ = (0..MOST_TURNS).any(|_| turn(&mut cx));

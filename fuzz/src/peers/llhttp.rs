@@ -1,4 +1,4 @@
-//! llhttp, as Node.js has it: one process for each thread that asks, and one question at a time.
+//! llhttp inside Node.js: one process for each thread, one query at a time.
 
 use std::{
     cell::RefCell,
@@ -20,14 +20,14 @@ pub enum Kind {
     ResponseToHead,
 }
 
-/// What llhttp made of the bytes.
+/// The messages that llhttp found.
 #[derive(Debug)]
 pub struct Reading {
-    /// Complete messages, then the one that was not complete, if there was one.
+    /// Complete messages, then an incomplete one, if any.
     pub messages: Vec<Message>,
-    /// The messages that are complete.
+    /// The number of complete messages.
     pub complete: usize,
-    /// Its error code; empty if it took every byte. `UPGRADE`: it stopped where another protocol begins.
+    /// llhttp's error code; empty if it took every byte. `UPGRADE` if it stopped at a switch of protocols.
     pub error: String,
 }
 
@@ -44,13 +44,15 @@ thread_local! {
     static NODE: RefCell<Option<Node>> = const { RefCell::new(None) };
 }
 
-/// Reads `wire`, after which the sender closes.
+/// Parses `wire`, after which the sender closes.
 ///
 /// # Panics
 ///
-/// If Node.js cannot be started or ends.
+/// If Node.js cannot be started or exits.
 pub fn read(kind: Kind, wire: &[u8]) -> Reading {
-    NODE.with_borrow_mut(|node| ask(node, kind, wire).expect("Node.js reads (`cargo xtask setup --tests` installs it)"))
+    NODE.with_borrow_mut(|node| {
+        ask(node, kind, wire).expect("Node.js answers (`cargo xtask setup --tests` installs it)")
+    })
 }
 
 fn ask(node: &mut Option<Node>, kind: Kind, wire: &[u8]) -> Result<Reading> {
@@ -62,12 +64,12 @@ fn ask(node: &mut Option<Node>, kind: Kind, wire: &[u8]) -> Result<Reading> {
             node.insert(Node(command.spawn().context("starting node")?))
         }
     };
-    let input = child.stdin.as_mut().context("a pipe to node")?;
+    let input = child.stdin.as_mut().context("no pipe to node")?;
     let mut question = u32::try_from(wire.len())?.to_le_bytes().to_vec();
     question.push(kind as u8);
     question.extend_from_slice(wire);
     input.write_all(&question)?;
-    let output = child.stdout.as_mut().context("a pipe from node")?;
+    let output = child.stdout.as_mut().context("no pipe from node")?;
     let mut length = [0; 4];
     output.read_exact(&mut length)?;
     let mut answer = vec![0; u32::from_le_bytes(length) as usize];
@@ -95,7 +97,7 @@ fn message(found: &Value) -> Message {
     }
 }
 
-/// Node gives bytes as characters of Latin-1.
+/// Node returns bytes as Latin-1 characters.
 fn bytes(text: &str) -> Vec<u8> {
     text.chars().map(|c| c as u32 as u8).collect()
 }
