@@ -24,7 +24,7 @@ pub use self::{
     pinned::{Pin, pinned},
 };
 use self::{
-    pick::{Picked, Verdict},
+    pick::{PickOutcome, Picked},
     record::Record,
 };
 use crate::{
@@ -43,7 +43,7 @@ use crate::{
         mutation,
     },
     probe::Point,
-    route::Times,
+    route::RequestTimeouts,
     upload::Upload,
     worker::Worker,
 };
@@ -75,16 +75,16 @@ struct Request {
     target: Option<u64>,
     /// When its first byte arrived.
     begun: Instant,
-    times: Times,
+    timeouts: RequestTimeouts,
     /// When the request, including its response, has to be complete.
     deadline: Option<Instant>,
 }
 
 impl Request {
     /// Applies these timeouts from now on.
-    fn set_times(&mut self, times: Times) {
-        self.times = times;
-        self.deadline = times.request.map(|limit| self.begun + limit);
+    fn set_timeouts(&mut self, timeouts: RequestTimeouts) {
+        self.timeouts = timeouts;
+        self.deadline = timeouts.request.map(|limit| self.begun + limit);
     }
 }
 
@@ -101,7 +101,7 @@ pub async fn refuse(worker: &Worker, client: &mut Client, error: &Error, path: &
     client.set_idle(worker.shared.config.timeouts.idle);
     client.set_unread(true);
     // The method is unknown. A response body is right for every method but HEAD, and the connection closes anyway.
-    let _ = answer(client, &Method::GET, &Manner::unknown(&worker.shared.config).at(path), error, false).await;
+    let _ = send_error(client, &Method::GET, &Manner::unknown(&worker.shared.config).at(path), error, false).await;
     record.finish_unrouted(worker, error);
 }
 
@@ -131,23 +131,23 @@ pub async fn run(
         record,
         target: None,
         begun,
-        times: Times::from(&config.timeouts),
+        timeouts: RequestTimeouts::from(&config.timeouts),
         deadline: None,
     };
-    let taken = take(worker, client, &mut request, head.body, head.expect_continue, peer).await;
-    client.set_idle(request.times.idle);
-    let mut upload = match taken {
+    let received = receive(worker, client, &mut request, head.body, head.expect_continue, peer).await;
+    client.set_idle(request.timeouts.idle);
+    let mut upload = match received {
         Ok(upload) => upload,
         Err(error) => {
             let manner = Manner::of(&request.parts.headers, config).at(request.parts.uri.path());
             client.set_unread(true);
-            let answered = answer(client, &request.parts.method, &manner, &error, false).await;
+            let answered = send_error(client, &request.parts.method, &manner, &error, false).await;
             request.record.finish_unrouted(worker, &error);
             return close_after(answered);
         }
     };
     let active = worker.shared.metrics.pool(request.pool).active_request();
-    let result = answered(worker, client, &mut request, &mut upload, lease).await;
+    let result = pick_and_respond(worker, client, &mut request, &mut upload, lease).await;
     drop(active);
     client.set_unread(!upload.is_done());
     let after = match result {
@@ -159,7 +159,7 @@ pub async fn run(
             // If part of the body is unread, the start of the next request is unknown.
             let keep_alive = upload.is_done() && request.keeps_alive(worker) && !matches!(error, Error::ClientGone);
             let manner = Manner::of(&request.parts.headers, config).at(request.parts.uri.path());
-            let answered = answer(client, &request.parts.method, &manner, error, keep_alive).await;
+            let answered = send_error(client, &request.parts.method, &manner, error, keep_alive).await;
             if keep_alive && answered { After::Next } else { close_after(answered) }
         }
     };
@@ -184,12 +184,18 @@ async fn with_deadline<T>(
 }
 
 /// Sends an error response. Returns whether the client took it.
-async fn answer(client: &mut Client, method: &Method, manner: &Manner<'_>, error: &Error, keep_alive: bool) -> bool {
+async fn send_error(
+    client: &mut Client,
+    method: &Method,
+    manner: &Manner<'_>,
+    error: &Error,
+    keep_alive: bool,
+) -> bool {
     !matches!(error, Error::ClientGone) && client.reply(method, &error.reply(manner), keep_alive).await.is_ok()
 }
 
 /// Prepares the head and reads the body until the pool and the model are known.
-async fn take(
+async fn receive(
     worker: &Worker,
     client: &mut Client,
     request: &mut Request,
@@ -220,15 +226,15 @@ async fn take(
     let route = |request: &mut Request| {
         let routed = router.route(&request.parts, |below| fastrand::u64(..below)).map_err(|_| Error::NoRoute)?;
         request.pool = routed.pool;
-        request.set_times(routed.times);
-        Ok::<_, Error>(routed.times.body)
+        request.set_timeouts(routed.timeouts);
+        Ok::<_, Error>(routed.timeouts.body)
     };
     if needs_model {
-        request.set_times(router.times_of_body(&request.parts).unwrap_or(request.times));
+        request.set_timeouts(router.body_timeouts(&request.parts).unwrap_or(request.timeouts));
     } else {
         route(request)?;
     }
-    upload.begin(needs_model, request.times.body)?;
+    upload.begin(needs_model, request.timeouts.body)?;
     let beginning = async {
         if expect_continue
             && upload.has_body()
@@ -244,7 +250,7 @@ async fn take(
         }
         Ok(())
     };
-    with_deadline(request.deadline.zip(request.times.request), beginning).await?;
+    with_deadline(request.deadline.zip(request.timeouts.request), beginning).await?;
     set_model(worker, &mut request.parts, &upload);
     if needs_model {
         upload.set_timeout(route(request)?);
@@ -259,7 +265,7 @@ fn set_model(worker: &Worker, parts: &mut request::Parts, upload: &Upload) {
 }
 
 /// The phases after routing: pick, dispatch and respond.
-async fn answered(
+async fn pick_and_respond(
     worker: &Worker,
     client: &mut Client,
     request: &mut Request,
@@ -267,16 +273,16 @@ async fn answered(
     lease: &mut Option<Lease>,
 ) -> Result<After, Error> {
     if headers::is_last_forward(&request.parts.method, &mut request.parts.headers) {
-        return last_forward(worker, client, request, upload).await;
+        return answer_last_forward(worker, client, request, upload).await;
     }
-    let (deadline, asked) = (request.deadline.zip(request.times.request), Instant::now());
-    let verdict = with_deadline(deadline, pick::pick(worker, client, request, upload, lease)).await;
-    request.record.pick(worker, request.pool, asked, &verdict);
-    let mut picked = match verdict? {
-        Verdict::Forward(picked) => picked,
-        Verdict::Reply(reply) => {
+    let (deadline, asked) = (request.deadline.zip(request.timeouts.request), Instant::now());
+    let outcome = with_deadline(deadline, pick::pick(worker, client, request, upload, lease)).await;
+    request.record.pick(worker, request.pool, asked, &outcome);
+    let mut picked = match outcome? {
+        PickOutcome::Forward(picked) => picked,
+        PickOutcome::Reply(reply) => {
             let keep_alive = request.keeps_alive(worker) && upload.is_done();
-            immediate(worker, client, &request.parts, &reply, keep_alive).await?;
+            send_immediate(worker, client, &request.parts, &reply, keep_alive).await?;
             request.record.status(reply.status, "picker_reply");
             return Ok(if keep_alive { After::Next } else { After::Close });
         }
@@ -292,22 +298,22 @@ async fn answered(
     for pick in &worker.shared.pick_headers {
         headers::remove_pick(&mut request.parts.headers, pick);
     }
-    request.target = target(worker, client);
+    request.target = local_target(worker, client);
     prepare_trailers(worker, upload);
-    let answer = with_deadline(deadline, dispatch::dispatch(worker, client, request, upload, &mut picked)).await;
-    let answer = match answer {
+    let response = with_deadline(deadline, dispatch::dispatch(worker, client, request, upload, &mut picked)).await;
+    let response = match response {
         Err(Error::Evicted(reply)) => {
             worker.shared.metrics.pool(request.pool).evicted();
             let keep_alive = request.keeps_alive(worker);
-            immediate(worker, client, &request.parts, &reply, keep_alive).await?;
+            send_immediate(worker, client, &request.parts, &reply, keep_alive).await?;
             request.record.status(reply.status, "evicted");
             return Ok(if keep_alive { After::Next } else { After::Close });
         }
-        answer => answer?,
+        response => response?,
     };
     // The rest of the request is sent while the response is delivered.
-    let sending = answer.body.sending();
-    let respond = respond::respond(worker, client, request, *picked, answer);
+    let sending = response.body.sending();
+    let respond = respond::respond(worker, client, request, *picked, response);
     match sending {
         Some(sending) => sending.run_during(respond).await,
         None => respond.await,
@@ -324,7 +330,7 @@ fn prepare_trailers(worker: &Worker, upload: &mut Upload) {
 }
 
 /// Answers a request with `Max-Forwards: 0` (RFC 9110 §7.6.2).
-async fn last_forward(
+async fn answer_last_forward(
     worker: &Worker,
     client: &mut Client,
     request: &mut Request,
@@ -339,7 +345,7 @@ async fn last_forward(
 }
 
 /// The client socket's key for path `local`, which has to be known before the endpoint responds.
-fn target(worker: &Worker, client: &mut Client) -> Option<u64> {
+fn local_target(worker: &Worker, client: &mut Client) -> Option<u64> {
     let steering = worker.endpoints.steering().filter(|steering| steering.has_local())?;
     let Client::Http1(socket) = client else { return None };
     if socket.is_tls() {
@@ -349,7 +355,7 @@ fn target(worker: &Worker, client: &mut Client) -> Option<u64> {
 }
 
 /// Sends the EPP's immediate reply to the client.
-async fn immediate(
+async fn send_immediate(
     worker: &Worker,
     client: &mut Client,
     request: &request::Parts,

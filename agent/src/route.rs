@@ -7,19 +7,19 @@
 mod split;
 #[cfg(test)]
 mod tests;
-mod times;
+mod timeouts;
 
 use http::{HeaderMap, HeaderName, Method, header, request};
 
 use crate::config::{self, Config, HeaderCondition, HostPattern, ModelPattern, PathPattern, TimeoutOverrides};
 use split::Split;
-pub use times::Times;
+pub use timeouts::RequestTimeouts;
 
 #[derive(Debug, Clone)]
 pub struct Router {
     routes: Vec<Route>,
     /// By pool, without the overrides of routes.
-    times: Vec<Times>,
+    timeouts: Vec<RequestTimeouts>,
 }
 
 /// The pool and timeouts that a route gives to one request.
@@ -27,7 +27,7 @@ pub struct Router {
 pub struct Routed {
     /// The pool's index in the configuration.
     pub pool: usize,
-    pub times: Times,
+    pub timeouts: RequestTimeouts,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -55,13 +55,13 @@ struct BodyCondition {
 
 impl Router {
     pub fn new(config: &Config) -> Self {
-        let all = Times::from(&config.timeouts);
-        let times = config.pools.iter().map(|pool| all.with(&pool.timeouts)).collect();
+        let all = RequestTimeouts::from(&config.timeouts);
+        let timeouts = config.pools.iter().map(|pool| all.with(&pool.timeouts)).collect();
         if config.routes.is_empty() {
             let first = config.pools.first().map(|pool| config::Route::to(pool.name.clone()));
-            return Self { routes: first.iter().map(|route| Route::new(route, config)).collect(), times };
+            return Self { routes: first.iter().map(|route| Route::new(route, config)).collect(), timeouts };
         }
-        Self { routes: config.routes.iter().map(|route| Route::new(route, config)).collect(), times }
+        Self { routes: config.routes.iter().map(|route| Route::new(route, config)).collect(), timeouts }
     }
 
     /// Whether the pool of this request depends on its body. Ignores the headers that are set from the body.
@@ -71,9 +71,9 @@ impl Router {
     }
 
     /// The timeouts that apply while the body is read for routing: those of the first route that may match, with its first pool.
-    pub fn times_of_body(&self, request: &request::Parts) -> Option<Times> {
+    pub fn body_timeouts(&self, request: &request::Parts) -> Option<RequestTimeouts> {
         let may_win = self.routes.iter().find(|route| route.head_matches(request))?;
-        Some(self.times.get(may_win.pools.draw(|_| 0)?)?.with(&may_win.timeouts))
+        Some(self.timeouts.get(may_win.pools.draw(|_| 0)?)?.with(&may_win.timeouts))
     }
 
     /// Routes the request. If the route has several pools, `roll` returns a uniformly distributed number below its argument.
@@ -81,7 +81,7 @@ impl Router {
         let holds = |route: &&Route| route.head_matches(request) && route.body_matches(&request.headers);
         let route = self.routes.iter().find(holds).ok_or(NoRoute)?;
         let pool = route.pools.draw(roll).ok_or(NoRoute)?;
-        Ok(Routed { pool, times: self.times[pool].with(&route.timeouts) })
+        Ok(Routed { pool, timeouts: self.timeouts[pool].with(&route.timeouts) })
     }
 }
 

@@ -17,7 +17,7 @@ use crate::http::body::BodyError;
 
 /// Why a request was not sent to its end.
 #[derive(Debug)]
-pub enum Unsent {
+pub enum SendError {
     /// The kept body could not be read back.
     Body(BodyError),
     /// The endpoint took nothing for this long.
@@ -31,19 +31,19 @@ pub enum Unsent {
 pub struct Sending(Rc<RefCell<SendState>>);
 
 enum SendState {
-    Running(LocalBoxFuture<'static, Result<(), Unsent>>),
+    Running(LocalBoxFuture<'static, Result<(), SendError>>),
     Sent,
     Stopped,
 }
 
 impl Sending {
     /// Sends nothing before [`run`](Self::run) is polled.
-    pub fn new(work: impl Future<Output = Result<(), Unsent>> + 'static) -> Self {
+    pub fn new(work: impl Future<Output = Result<(), SendError>> + 'static) -> Self {
         Self(Rc::new(RefCell::new(SendState::Running(work.boxed_local()))))
     }
 
     /// Sends until the request is sent or sending fails. An error is returned once; later calls return `Ok`. Cancel-safe.
-    pub async fn run(&self) -> Result<(), Unsent> {
+    pub async fn run(&self) -> Result<(), SendError> {
         poll_fn(|cx| {
             let mut state = self.0.borrow_mut();
             let SendState::Running(work) = &mut *state else { return Poll::Ready(Ok(())) };
@@ -112,12 +112,15 @@ impl Progress {
 }
 
 /// Waits for the endpoint to take a part of the request, for at most `idle`.
-pub async fn taken<T, E>(idle: Option<Duration>, part: impl Future<Output = Result<T, E>>) -> Result<T, Unsent> {
-    let taken = match idle {
-        Some(idle) => tokio::time::timeout(idle, part).await.map_err(|_| Unsent::Stalled(idle))?,
+pub async fn with_idle_timeout<T, E>(
+    idle: Option<Duration>,
+    part: impl Future<Output = Result<T, E>>,
+) -> Result<T, SendError> {
+    let result = match idle {
+        Some(idle) => tokio::time::timeout(idle, part).await.map_err(|_| SendError::Stalled(idle))?,
         None => part.await,
     };
-    taken.map_err(|_| Unsent::Refused)
+    result.map_err(|_| SendError::Refused)
 }
 
 #[cfg(test)]
@@ -125,7 +128,7 @@ mod tests {
     use super::*;
 
     /// Takes `parts` seconds and makes progress once a second.
-    async fn work(parts: u32, progress: Progress, held: Rc<()>) -> Result<(), Unsent> {
+    async fn work(parts: u32, progress: Progress, held: Rc<()>) -> Result<(), SendError> {
         for _ in 0..parts {
             tokio::time::sleep(Duration::from_secs(1)).await;
             progress.made();
@@ -167,7 +170,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn part_that_is_not_taken_in_time_stalls() {
         let (idle, never) = (Some(Duration::from_secs(2)), std::future::pending::<Result<(), ()>>());
-        assert!(matches!(taken(idle, never).await, Err(Unsent::Stalled(_))));
-        assert!(matches!(taken(None, async { Err::<(), ()>(()) }).await, Err(Unsent::Refused)));
+        assert!(matches!(with_idle_timeout(idle, never).await, Err(SendError::Stalled(_))));
+        assert!(matches!(with_idle_timeout(None, async { Err::<(), ()>(()) }).await, Err(SendError::Refused)));
     }
 }

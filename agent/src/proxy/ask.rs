@@ -47,8 +47,8 @@ pub(super) struct Question<'a> {
 
 impl Question<'_> {
     pub(super) async fn ask(&self, client: &mut Client, request: &Request, upload: &mut Upload) -> Asked {
-        let mut patience = Patience::new(self.settings.decision_timeout, upload.has_body());
-        let mut attempts = match upload.during(client, patience.limit(self.epp.attempts())).await {
+        let mut timer = DecisionTimer::new(self.settings.decision_timeout, upload.has_body());
+        let mut attempts = match upload.during(client, timer.limit(self.epp.attempts())).await {
             Ok(Ok(Ok(attempts))) => attempts,
             Ok(Ok(Err(error))) => return Asked::Failed(error),
             Ok(Err(_)) => return Asked::Failed(PickError::Deadline),
@@ -68,7 +68,7 @@ impl Question<'_> {
                 self.limits.clone(),
                 Some(Arc::clone(&self.members)),
             ));
-            match converse(&mut stream, &mut patience, client, upload).await {
+            match converse(&mut stream, &mut timer, client, upload).await {
                 Ok(outcome) => {
                     attempts.answered(&outcome);
                     return Asked::Answered(outcome, stream);
@@ -162,20 +162,20 @@ const PROBE: Duration = Duration::from_secs(75);
 
 /// How long to wait for the EPP. One timeout covers all attempts, from the moment at which the EPP was given the end of the body.
 /// Before that, the timeout applies to each single wait for the EPP.
-struct Patience {
+struct DecisionTimer {
     timeout: Option<Duration>,
     until: Option<Instant>,
     /// Since when the EPP has taken nothing, before it was given the end of the body.
     stalled: Option<Instant>,
 }
 
-impl Patience {
+impl DecisionTimer {
     fn new(timeout: Option<Duration>, has_body: bool) -> Self {
-        let mut patience = Self { timeout, until: None, stalled: None };
+        let mut timer = Self { timeout, until: None, stalled: None };
         if !has_body {
-            patience.begin(Duration::ZERO);
+            timer.begin(Duration::ZERO);
         }
-        patience
+        timer
     }
 
     /// The EPP was given the end of the body.
@@ -201,7 +201,7 @@ impl Patience {
     async fn limit<T>(&self, what: impl Future<Output = T>) -> Result<T, Elapsed> {
         match (self.until, self.timeout) {
             (Some(until), _) => timeout_at(until, what).await,
-            (None, Some(patience)) => timeout(patience, what).await,
+            (None, Some(limit)) => timeout(limit, what).await,
             (None, None) => Ok(what.await),
         }
     }
@@ -210,11 +210,11 @@ impl Patience {
 /// Sends the kept body to the EPP and keeps what the client uploads meanwhile, until the EPP decides or the deadline passes.
 async fn converse(
     stream: &mut PickStream,
-    patience: &mut Patience,
+    timer: &mut DecisionTimer,
     client: &mut Client,
     upload: &mut Upload,
 ) -> Result<Outcome, Asked> {
-    patience.waits_for_epp(false);
+    timer.waits_for_epp(false);
     let (mut sent, mut ended, mut told) = (0, !upload.has_body(), !upload.has_body());
     let begun = Instant::now();
     loop {
@@ -227,16 +227,16 @@ async fn converse(
             }
         }
         if ended && !std::mem::replace(&mut told, true) {
-            patience.begin(begun.elapsed());
+            timer.begin(begun.elapsed());
         }
-        patience.waits_for_epp(stream.has_unsent());
-        let deadline = patience.deadline(ended);
+        timer.waits_for_epp(stream.has_unsent());
+        let deadline = timer.deadline(ended);
         let read = tokio::select! {
             biased;
             progress = stream.progress() => match progress.map_err(Asked::Failed)? {
                 Some(outcome) => return Ok(outcome),
                 None => {
-                    patience.waits_for_epp(false);
+                    timer.waits_for_epp(false);
                     continue;
                 }
             },
@@ -264,40 +264,40 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn timeout_covers_all_attempts_from_the_end_of_the_body() {
-        let mut patience = Patience::new(Some(TIMEOUT), true);
+        let mut timer = DecisionTimer::new(Some(TIMEOUT), true);
         for _ in 0..3 {
             // The client uploads slowly, and the EPP takes each piece.
-            assert!(patience.limit(sleep(TIMEOUT / 2)).await.is_ok());
+            assert!(timer.limit(sleep(TIMEOUT / 2)).await.is_ok());
         }
-        patience.begin(TIMEOUT);
-        assert!(patience.limit(sleep(TIMEOUT / 2)).await.is_ok());
+        timer.begin(TIMEOUT);
+        assert!(timer.limit(sleep(TIMEOUT / 2)).await.is_ok());
         // Another attempt begins.
-        patience.begin(Duration::ZERO);
+        timer.begin(Duration::ZERO);
         let begin = Instant::now();
-        assert!(patience.limit(sleep(TIMEOUT)).await.is_err());
+        assert!(timer.limit(sleep(TIMEOUT)).await.is_err());
         assert_eq!(begin.elapsed(), TIMEOUT / 2);
-        assert!(patience.limit(std::future::pending::<()>()).await.is_err());
+        assert!(timer.limit(std::future::pending::<()>()).await.is_err());
         assert_eq!(begin.elapsed(), TIMEOUT / 2);
         // A retry that sends the body slowly: each part has the whole timeout.
-        assert_eq!(patience.deadline(false), None);
-        patience.waits_for_epp(true);
-        assert_eq!(patience.deadline(false), Some(Instant::now() + TIMEOUT));
+        assert_eq!(timer.deadline(false), None);
+        timer.waits_for_epp(true);
+        assert_eq!(timer.deadline(false), Some(Instant::now() + TIMEOUT));
         sleep(TIMEOUT / 3).await;
-        patience.begin(TIMEOUT / 3);
-        assert_eq!(patience.deadline(true), Some(Instant::now()));
+        timer.begin(TIMEOUT / 3);
+        assert_eq!(timer.deadline(true), Some(Instant::now()));
     }
 
     #[tokio::test(start_paused = true)]
     async fn timeout_covers_each_wait_before_the_end_of_the_body() {
-        let patience = Patience::new(Some(TIMEOUT), true);
+        let timer = DecisionTimer::new(Some(TIMEOUT), true);
         let begin = Instant::now();
-        assert!(patience.limit(std::future::pending::<()>()).await.is_err());
+        assert!(timer.limit(std::future::pending::<()>()).await.is_err());
         assert_eq!(begin.elapsed(), TIMEOUT);
     }
 
     #[tokio::test(start_paused = true)]
     async fn wait_without_timeout_is_unlimited() {
-        let patience = Patience::new(None, false);
-        assert!(patience.limit(sleep(Duration::from_secs(1_000_000))).await.is_ok());
+        let timer = DecisionTimer::new(None, false);
+        assert!(timer.limit(sleep(Duration::from_secs(1_000_000))).await.is_ok());
     }
 }

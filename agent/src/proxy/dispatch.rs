@@ -18,7 +18,7 @@ use self::content::Content;
 use super::{
     Request,
     pick::Picked,
-    respond::{Answer, evicted},
+    respond::{EndpointResponse, evicted},
 };
 use crate::{
     client::Client,
@@ -26,7 +26,7 @@ use crate::{
     endpoint::{
         body::ResponseBody,
         local_fault::local_fault,
-        sending::{Sending, Unsent},
+        sending::{SendError, Sending},
     },
     error::Error,
     http::{head::HeadLimits, headers, response::ResponseHead},
@@ -43,7 +43,7 @@ pub(super) async fn dispatch(
     request: &mut Request,
     upload: &mut Upload,
     picked: &mut Picked,
-) -> Result<Answer, Error> {
+) -> Result<EndpointResponse, Error> {
     let mut list = std::mem::take(&mut picked.endpoints);
     // Never dial the agent itself, whichever picker named the address.
     if let Some(own) = list.iter().copied().find(|&address| worker.shared.own.accept(address)) {
@@ -58,11 +58,11 @@ pub(super) async fn dispatch(
     let interim_heads = takes_interim(client, request).then_some(heads);
     let job = Job { worker, request, content, interim_heads };
     let mut attempts = pin!(try_in_turn(&job, list));
-    let answer = loop {
+    let response = loop {
         tokio::select! {
             biased;
             Some(head) = interim.recv() => forward_interim(client, &job, head).await?,
-            answer = &mut attempts => break answer,
+            response = &mut attempts => break response,
             reply = evicted(&mut picked.stream) => return Err(Error::Evicted(Box::new(reply))),
             () = client.gone() => return Err(Error::ClientGone),
         }
@@ -71,7 +71,7 @@ pub(super) async fn dispatch(
     if let Ok(head) = interim.try_recv() {
         forward_interim(client, &job, head).await?;
     }
-    answer
+    response
 }
 
 /// Whether interim responses are forwarded: not to HTTP/1.0 clients (RFC 9110 §15.2) and not to HTTP/2 clients (docs/limits.md).
@@ -85,7 +85,7 @@ async fn forward_interim(client: &mut Client, job: &Job<'_>, mut head: ResponseH
     headers::prepare_interim(&mut head.headers, head.version, &job.worker.shared.config.headers);
     let mut out = BytesMut::new();
     head.write_head(&mut out, true, job.request.parts.version);
-    match within(job.idle(), socket.write_all(&out)).await {
+    match with_timeout(job.idle(), socket.write_all(&out)).await {
         Some(Ok(())) => Ok(()),
         _ => Err(Error::ClientGone),
     }
@@ -102,7 +102,7 @@ struct Job<'a> {
 
 impl Job<'_> {
     fn idle(&self) -> Option<Duration> {
-        self.request.times.idle
+        self.request.timeouts.idle
     }
 
     fn head_limits(&self) -> HeadLimits {
@@ -149,7 +149,7 @@ struct Turn {
     fresh: bool,
 }
 
-async fn try_in_turn(job: &Job<'_>, list: Vec<SocketAddr>) -> Result<Answer, Error> {
+async fn try_in_turn(job: &Job<'_>, list: Vec<SocketAddr>) -> Result<EndpointResponse, Error> {
     let (shared, pool) = (&job.worker.shared, job.request.pool);
     let metrics = shared.metrics.pool(pool);
     shared.retries[pool].request(now());
@@ -165,7 +165,7 @@ async fn try_in_turn(job: &Job<'_>, list: Vec<SocketAddr>) -> Result<Answer, Err
         let failed = match turn(job, address, fresh).await {
             Ok((head, body)) => {
                 shared.endpoint_answered(pool, address, head.status);
-                return Ok(Answer { address, head, body, in_flight });
+                return Ok(EndpointResponse { address, head, body, in_flight });
             }
             Err(failed) => failed,
         };
@@ -173,8 +173,8 @@ async fn try_in_turn(job: &Job<'_>, list: Vec<SocketAddr>) -> Result<Answer, Err
             shared.endpoint_failed(pool, address);
         }
         let reason = match failed {
-            Failed::Final(error) => return Err(error),
-            Failed::Connect(error) => match local_fault(&error) {
+            AttemptError::Final(error) => return Err(error),
+            AttemptError::Connect(error) => match local_fault(&error) {
                 Some(fault) => {
                     tracing::warn!(%address, %error, "connecting to the endpoint failed, local fault");
                     shared.metrics.local_fault(fault);
@@ -187,11 +187,11 @@ async fn try_in_turn(job: &Job<'_>, list: Vec<SocketAddr>) -> Result<Answer, Err
                     "connect"
                 }
             },
-            Failed::Early { executed: false, .. } => {
+            AttemptError::ClosedEarly { executed: false, .. } => {
                 last = Error::EndpointClosed(address);
                 "not_acknowledged"
             }
-            Failed::Early { executed: true, kept } => {
+            AttemptError::ClosedEarly { executed: true, kept } => {
                 last = Error::EndpointClosed(address);
                 executions += 1;
                 // A kept connection may have been closed for its age. A new connection to the same endpoint shows that.
@@ -219,7 +219,7 @@ fn now() -> std::time::Instant {
 }
 
 /// One attempt with one endpoint, over the pool's protocol.
-async fn turn(job: &Job<'_>, address: SocketAddr, fresh: bool) -> Result<(ResponseHead, ResponseBody), Failed> {
+async fn turn(job: &Job<'_>, address: SocketAddr, fresh: bool) -> Result<(ResponseHead, ResponseBody), AttemptError> {
     match job.worker.shared.config.pools[job.request.pool].app_protocol {
         AppProtocol::Http1 => http1::turn(job, address, fresh).await,
         // A closed HTTP/2 connection is never reused, so `fresh` needs no special case.
@@ -227,29 +227,29 @@ async fn turn(job: &Job<'_>, address: SocketAddr, fresh: bool) -> Result<(Respon
     }
 }
 
-enum Failed {
+enum AttemptError {
     /// Connecting failed, so nothing was sent.
     Connect(io::Error),
     /// The connection ended before the first byte of a response. `executed`: the endpoint may have executed the request. `kept`:
     /// the connection had carried requests before.
-    Early {
+    ClosedEarly {
         executed: bool,
         kept: bool,
     },
     Final(Error),
 }
 
-impl Failed {
+impl AttemptError {
     fn counts_against_endpoint(&self) -> bool {
         match self {
             Self::Connect(error) => local_fault(error).is_none(),
-            Self::Early { .. } => true,
+            Self::ClosedEarly { .. } => true,
             Self::Final(error) => matches!(error, Error::FirstByte(_) | Error::RequestStalled { .. }),
         }
     }
 }
 
-impl From<Error> for Failed {
+impl From<Error> for AttemptError {
     fn from(error: Error) -> Self {
         Self::Final(error)
     }
@@ -258,14 +258,14 @@ impl From<Error> for Failed {
 /// Sends the request. Resolves only if sending fails in a way that rules out a response.
 async fn send_failure(sending: &Sending, address: SocketAddr) -> Error {
     match sending.run().await {
-        Err(Unsent::Body(error)) => error.into(),
-        Err(Unsent::Stalled(limit)) => Error::RequestStalled { address, limit },
+        Err(SendError::Body(error)) => error.into(),
+        Err(SendError::Stalled(limit)) => Error::RequestStalled { address, limit },
         // The endpoint may have responded and closed. Reading the response decides.
-        Ok(()) | Err(Unsent::Refused) => std::future::pending().await,
+        Ok(()) | Err(SendError::Refused) => std::future::pending().await,
     }
 }
 
-async fn within<T>(limit: Option<Duration>, work: impl Future<Output = T>) -> Option<T> {
+async fn with_timeout<T>(limit: Option<Duration>, work: impl Future<Output = T>) -> Option<T> {
     match limit {
         Some(limit) => tokio::time::timeout(limit, work).await.ok(),
         None => Some(work.await),

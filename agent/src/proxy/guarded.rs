@@ -5,7 +5,7 @@ use std::{net::SocketAddr, panic::AssertUnwindSafe};
 use futures_util::FutureExt as _;
 use tokio::time::Instant;
 
-use super::{After, Lease, answer, record::Record, run};
+use super::{After, Lease, record::Record, run, send_error};
 use crate::{
     client::Client,
     error::{Error, Manner},
@@ -40,6 +40,6 @@ pub async fn guarded(
     }
     let mut manner = Manner::unknown(&worker.shared.config).at(uri.path());
     manner.grpc = grpc;
-    answer(client, &method, &manner, &Error::Panicked, false).await;
+    send_error(client, &method, &manner, &Error::Panicked, false).await;
     Err(Panicked(After::Close))
 }

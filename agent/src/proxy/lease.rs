@@ -28,7 +28,7 @@ pub struct Lease {
 }
 
 impl Lease {
-    /// A lease on a pick that [may be reused](holds). Returns `None` if the pool does not use leases.
+    /// A lease on a pick that [may be reused](is_reusable). Returns `None` if the pool does not use leases.
     pub(super) fn new(worker: &Worker, pool: usize, endpoints: &[SocketAddr]) -> Option<Self> {
         let config = &worker.shared.config.pools[pool];
         (config.pick_per == PickPer::Lease && config.lease.requests > 1).then(|| Self {
@@ -66,7 +66,13 @@ impl Lease {
 /// Whether the decision may be reused for later requests of the connection: the EPP changed only the destination. A body that was
 /// replaced with the same bytes does not count as a change. Always true for pools with `pick_per = "request"`. `length` is the
 /// length of the client's body.
-pub(super) fn holds(worker: &Worker, pool: usize, decision: &Decision, request: &request::Parts, length: u64) -> bool {
+pub(super) fn is_reusable(
+    worker: &Worker,
+    pool: usize,
+    decision: &Decision,
+    request: &request::Parts,
+    length: u64,
+) -> bool {
     if worker.shared.config.pools[pool].pick_per == PickPer::Request {
         return true;
     }

@@ -38,14 +38,14 @@ pub(super) struct Picked {
     pub(super) mutation: HeaderMutation,
     pub(super) body: Body,
     /// Whether the pick may also be used for later requests of the connection, if the pool allows that.
-    pub(super) holds: bool,
+    pub(super) reusable: bool,
     /// The EPP's stream, which lives as long as the response.
     pub(super) stream: Option<PickStream>,
     /// Counts the stream in the metrics while it is open.
     pub(super) _open: Option<InFlight>,
 }
 
-pub(super) enum Verdict {
+pub(super) enum PickOutcome {
     Forward(Box<Picked>),
     /// The EPP's immediate reply.
     Reply(ImmediateReply),
@@ -57,22 +57,22 @@ pub(super) async fn pick(
     request: &mut Request,
     upload: &mut Upload,
     held: &mut Option<Lease>,
-) -> Result<Verdict, Error> {
+) -> Result<PickOutcome, Error> {
     if let Some(endpoints) = held.as_mut().and_then(|lease| lease.take(worker, request.pool)) {
         upload.rest(client).await?;
-        return Ok(Verdict::Forward(Box::new(without_epp(endpoints))));
+        return Ok(PickOutcome::Forward(Box::new(without_epp(endpoints))));
     }
     let pool = &worker.shared.config.pools[request.pool];
     let (Some(epp), config::Picker::Epp(settings)) = (&worker.epps[request.pool], &pool.picker) else {
         *held = None;
         upload.rest(client).await?;
-        return builtin(worker, request, upload).map(|picked| Verdict::Forward(Box::new(picked)));
+        return builtin(worker, request, upload).map(|picked| PickOutcome::Forward(Box::new(picked)));
     };
     if is_preflight(&request.parts)
         && let Ok(picked) = builtin(worker, request, upload)
     {
         upload.rest(client).await?;
-        return Ok(Verdict::Forward(Box::new(Picked { holds: false, ..picked })));
+        return Ok(PickOutcome::Forward(Box::new(Picked { reusable: false, ..picked })));
     }
     *held = None;
     let started = Instant::now();
@@ -87,7 +87,7 @@ pub(super) async fn pick(
     let failure = match question.ask(client, request, upload).await {
         Asked::Answered(Outcome::Immediate(reply), _) => {
             metrics.epp_exchange(EppOutcome::Immediate, started.elapsed());
-            return Ok(Verdict::Reply(reply));
+            return Ok(PickOutcome::Reply(reply));
         }
         Asked::Answered(Outcome::Picked(decision), stream) => match admitted(worker, request.pool, decision) {
             Ok((endpoints, mut decision)) => {
@@ -99,13 +99,13 @@ pub(super) async fn pick(
                 upload.rest(client).await?;
                 question.probe(question.probes(), request, upload).await?;
                 decision.body = final_body(worker, upload, decision.body).await?;
-                let holds = lease::holds(worker, request.pool, &decision, &request.parts, upload.kept.len());
-                if holds {
+                let reusable = lease::is_reusable(worker, request.pool, &decision, &request.parts, upload.kept.len());
+                if reusable {
                     *held = Lease::new(worker, request.pool, &endpoints);
                 }
                 let Decision { mutation, body, .. } = decision;
-                let picked = Picked { endpoints, mutation, body, holds, stream: Some(*stream), _open: Some(open) };
-                return Ok(Verdict::Forward(Box::new(picked)));
+                let picked = Picked { endpoints, mutation, body, reusable, stream: Some(*stream), _open: Some(open) };
+                return Ok(PickOutcome::Forward(Box::new(picked)));
             }
             Err(stranger) => Error::Stranger(stranger),
         },
@@ -150,7 +150,7 @@ pub(super) async fn pick(
             if pool.pick_per != PickPer::Request {
                 metrics.pick_not_held("fail_open");
             }
-            Ok(Verdict::Forward(Box::new(Picked { holds: false, ..picked })))
+            Ok(PickOutcome::Forward(Box::new(Picked { reusable: false, ..picked })))
         }
     }
 }
@@ -233,5 +233,5 @@ fn open_pick(worker: &Worker, pool: &config::Pool, request: &Request, upload: &m
 
 fn without_epp(endpoints: Vec<SocketAddr>) -> Picked {
     let (mutation, body) = (HeaderMutation::default(), Body::Original);
-    Picked { endpoints, mutation, body, holds: true, stream: None, _open: None }
+    Picked { endpoints, mutation, body, reusable: true, stream: None, _open: None }
 }

@@ -6,7 +6,7 @@ use http::{StatusCode, request};
 use penstock_common::slot::stop;
 use tokio::time::Instant;
 
-use super::pick::Verdict;
+use super::pick::PickOutcome;
 use crate::{
     config::Picker,
     deliver::Account,
@@ -64,22 +64,22 @@ impl Record {
     }
 
     /// Records the result of the pick that began at `began` in the span.
-    pub(super) fn pick(&self, worker: &Worker, pool: usize, began: Instant, verdict: &Result<Verdict, Error>) {
+    pub(super) fn pick(&self, worker: &Worker, pool: usize, began: Instant, outcome: &Result<PickOutcome, Error>) {
         let Some(span) = &self.span else { return };
-        let stream = if let Ok(Verdict::Forward(picked)) = verdict { picked.stream.as_ref() } else { None };
+        let stream = if let Ok(PickOutcome::Forward(picked)) = outcome { picked.stream.as_ref() } else { None };
         let epp = match &worker.shared.config.pools[pool].picker {
             // The EPP that was asked. If several failed, the first one configured is named.
             Picker::Epp(epp) => stream.map(PickStream::authority).or(epp.addresses.first().map(String::as_str)),
             Picker::Builtin => None,
         };
-        let (by, endpoints, error) = match verdict {
-            Ok(Verdict::Forward(picked)) if epp.is_some() && picked.stream.is_none() => {
+        let (by, endpoints, error) = match outcome {
+            Ok(PickOutcome::Forward(picked)) if epp.is_some() && picked.stream.is_none() => {
                 ("fail_open", picked.endpoints.as_slice(), None)
             }
-            Ok(Verdict::Forward(picked)) => {
+            Ok(PickOutcome::Forward(picked)) => {
                 (if epp.is_some() { "epp" } else { "builtin" }, picked.endpoints.as_slice(), None)
             }
-            Ok(Verdict::Reply(_)) => ("epp", &[][..], None),
+            Ok(PickOutcome::Reply(_)) => ("epp", &[][..], None),
             Err(error) => (if epp.is_some() { "epp" } else { "builtin" }, &[][..], Some(error.reason())),
         };
         span.pick(began, &Pick { by, epp, endpoints, error });

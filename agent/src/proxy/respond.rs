@@ -6,7 +6,7 @@ use std::{cell::RefCell, net::SocketAddr, rc::Rc};
 use bytes::{Bytes, BytesMut};
 use tokio::time::Instant;
 
-use super::{After, Pin, Request, immediate, pick::Picked};
+use super::{After, Pin, Request, pick::Picked, send_immediate};
 use crate::{
     client::{Client, ClientSocket},
     config::{self, SteeringMode},
@@ -35,7 +35,7 @@ use crate::{
 const EVICTED: &str = "evicted";
 
 /// An endpoint's response of which the head has been read.
-pub(super) struct Answer {
+pub(super) struct EndpointResponse {
     pub(super) address: SocketAddr,
     pub(super) head: ResponseHead,
     pub(super) body: ResponseBody,
@@ -66,9 +66,9 @@ pub(super) async fn respond(
     client: &mut Client,
     request: &mut Request,
     mut picked: Picked,
-    answer: Answer,
+    response: EndpointResponse,
 ) -> Result<After, Error> {
-    let Answer { address, mut head, mut body, in_flight } = answer;
+    let EndpointResponse { address, mut head, mut body, in_flight } = response;
     request.record.served(address);
     let config = &worker.shared.config;
     headers::prepare_response(&mut head.headers, head.version, &request.parts.headers, &config.headers);
@@ -103,7 +103,7 @@ pub(super) async fn respond(
                 worker.shared.metrics.pool(request.pool).evicted();
                 drop(body);
                 let keep_alive = request.keeps_alive(worker);
-                immediate(worker, client, &request.parts, &reply, keep_alive).await?;
+                send_immediate(worker, client, &request.parts, &reply, keep_alive).await?;
                 request.record.status(reply.status, "evicted");
                 return Ok(if keep_alive { After::Next } else { After::Close });
             }
@@ -133,12 +133,12 @@ pub(super) async fn respond(
                 // of the request for the next one.
                 let kept = reusable && head.keep_alive && connection.is_sent() && connection.dismiss();
                 let pins = worker.shared.config.pools[request.pool].pick_per == config::PickPer::Connection;
-                if kept && pins && picked.holds && carried.keep_alive && matches!(client, Client::Http1(_)) {
+                if kept && pins && picked.reusable && carried.keep_alive && matches!(client, Client::Http1(_)) {
                     let pin = Pin {
                         endpoint: connection,
                         pool: request.pool,
                         target: request.target,
-                        idle: request.times.idle,
+                        idle: request.timeouts.idle,
                     };
                     return Ok(After::Pinned(Box::new(pin)));
                 }
@@ -182,7 +182,7 @@ async fn bytes(
     let told = tee.map(|tee| tee.borrow().wants_all());
     let (target, path, reason) = path(worker, client, request, head, endpoint, pending, told);
 
-    let idle = request.times.idle;
+    let idle = request.timeouts.idle;
     let mut delivery = Delivery::new(client, endpoint, head.framing, std::mem::take(pending), idle);
     delivery.lead = lead;
     delivery.target = target;
@@ -214,7 +214,7 @@ async fn tunnel(
     // Only an orderly close in both directions is passed on as one.
     client.reset_on_close();
     endpoint.reset_on_close();
-    let idle = request.times.idle;
+    let idle = request.timeouts.idle;
     let pending = std::mem::take(pending);
     let (down, up, path) = lanes(worker, client, request.target, endpoint);
     let mut tunnel = Tunnel { client, endpoint, lead, pending, idle, down, up, account: Account::default() };
@@ -285,7 +285,7 @@ async fn frames(
             Ok(())
         }
     };
-    let idle = request.times.idle;
+    let idle = request.timeouts.idle;
     let mut delivery = Frames { client, body, lead, coding, tee, idle, account: Account::default() };
     let end = match begun {
         Err(_) => Ok(End::ClientGone),

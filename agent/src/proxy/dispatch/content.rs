@@ -15,12 +15,12 @@ use crate::{
 /// Clones share the same content.
 #[derive(Clone)]
 pub(super) struct Content {
-    source: Source,
+    body: ContentBody,
     trailers: Rc<HeaderMap>,
 }
 
 #[derive(Clone)]
-enum Source {
+enum ContentBody {
     None,
     Kept(Rc<ReplayBody>),
     Replaced(Rc<[Bytes]>),
@@ -29,21 +29,23 @@ enum Source {
 impl Content {
     /// Moves the content out of the upload, which has to be complete, and the pick.
     pub(super) fn new(upload: &mut Upload, body: &mut Body) -> Self {
-        let source = match std::mem::replace(body, Body::Original) {
-            Body::Original if upload.has_body() => Source::Kept(Rc::new(upload.take_kept())),
-            Body::Original | Body::Unheld(_) => Source::None,
+        let body = match std::mem::replace(body, Body::Original) {
+            Body::Original if upload.has_body() => ContentBody::Kept(Rc::new(upload.take_kept())),
+            Body::Original | Body::Unheld(_) => ContentBody::None,
             // The client's trailers are dropped with the client's body.
-            Body::Replaced(pieces) => return Self { source: Source::Replaced(pieces.into()), trailers: Rc::default() },
+            Body::Replaced(pieces) => {
+                return Self { body: ContentBody::Replaced(pieces.into()), trailers: Rc::default() };
+            }
         };
-        Self { source, trailers: Rc::new(upload.take_trailers()) }
+        Self { body, trailers: Rc::new(upload.take_trailers()) }
     }
 
     /// Bytes of the body. Returns `None` if the request has no body.
     pub(super) fn length(&self) -> Option<u64> {
-        match &self.source {
-            Source::None => None,
-            Source::Kept(kept) => Some(kept.len()),
-            Source::Replaced(pieces) => Some(pieces.iter().map(|piece| piece.len() as u64).sum()),
+        match &self.body {
+            ContentBody::None => None,
+            ContentBody::Kept(kept) => Some(kept.len()),
+            ContentBody::Replaced(pieces) => Some(pieces.iter().map(|piece| piece.len() as u64).sum()),
         }
     }
 
@@ -53,10 +55,10 @@ impl Content {
 
     /// Reads the body from its start.
     pub(super) fn pieces(&self) -> Pieces {
-        match &self.source {
-            Source::None => Pieces::Replaced(Rc::default(), 0),
-            Source::Kept(kept) => Pieces::Kept(Kept::of(Rc::clone(kept))),
-            Source::Replaced(pieces) => Pieces::Replaced(Rc::clone(pieces), 0),
+        match &self.body {
+            ContentBody::None => Pieces::Replaced(Rc::default(), 0),
+            ContentBody::Kept(kept) => Pieces::Kept(Kept::of(Rc::clone(kept))),
+            ContentBody::Replaced(pieces) => Pieces::Replaced(Rc::clone(pieces), 0),
         }
     }
 }

@@ -6,12 +6,12 @@ use bytes::{BufMut as _, BytesMut};
 use http::HeaderValue;
 use tokio::net::TcpStream;
 
-use super::{Failed, Job, content::Content, send_failure};
+use super::{AttemptError, Job, content::Content, send_failure};
 use crate::{
     endpoint::{
         body::ResponseBody,
         connection::{EndpointConnection, Reader},
-        sending::{Progress, Sending, Unsent, taken},
+        sending::{Progress, SendError, Sending, with_idle_timeout},
     },
     error::Error,
     http::{
@@ -36,20 +36,24 @@ pub(super) async fn turn(
     job: &Job<'_>,
     address: SocketAddr,
     fresh: bool,
-) -> Result<(ResponseHead, ResponseBody), Failed> {
+) -> Result<(ResponseHead, ResponseBody), AttemptError> {
     let metrics = &job.worker.shared.metrics;
     let kept = if fresh { None } else { job.worker.endpoints.reuse(address) };
     if let Some(endpoint) = kept {
         metrics.endpoint_connection(Connection::Reused);
         match attempt(job, endpoint, true).await {
-            Err(Failed::Early { executed: false, .. }) => metrics.endpoint_retried("kept_connection_closed"),
-            Err(Failed::Early { executed, .. }) => return Err(Failed::Early { executed, kept: true }),
+            Err(AttemptError::ClosedEarly { executed: false, .. }) => {
+                metrics.endpoint_retried("kept_connection_closed");
+            }
+            Err(AttemptError::ClosedEarly { executed, .. }) => {
+                return Err(AttemptError::ClosedEarly { executed, kept: true });
+            }
             outcome => return outcome,
         }
     }
     let endpoint = job.worker.endpoints.connect(address).await.map_err(|error| {
         metrics.endpoint_connection(Connection::Failed);
-        Failed::Connect(error)
+        AttemptError::Connect(error)
     })?;
     metrics.endpoint_connection(Connection::New);
     attempt(job, endpoint, false).await
@@ -61,14 +65,14 @@ async fn attempt(
     job: &Job<'_>,
     mut endpoint: EndpointConnection,
     kept: bool,
-) -> Result<(ResponseHead, ResponseBody), Failed> {
+) -> Result<(ResponseHead, ResponseBody), AttemptError> {
     let address = endpoint.address;
     endpoint.announce(job.request.target);
     let before = endpoint.acknowledged();
     let lost = |endpoint: &EndpointConnection| {
         // If the kernel does not report acknowledged bytes, assume that the request arrived.
         let executed = before.zip(endpoint.acknowledged()).is_none_or(|(before, now)| now > before);
-        Failed::Early { executed, kept: false }
+        AttemptError::ClosedEarly { executed, kept: false }
     };
     let progress = Progress::begin();
     let Ok(stream) = endpoint.stream() else { return Err(lost(&endpoint)) };
@@ -80,12 +84,12 @@ async fn attempt(
         biased;
         head = read_head(job, &mut endpoint, address) => head,
         error = send_failure(&sending, address) => return Err(error.into()),
-        () = progress.overdue(job.request.times.first_byte) => return Err(Error::FirstByte(address).into()),
+        () = progress.overdue(job.request.timeouts.first_byte) => return Err(Error::FirstByte(address).into()),
     };
     let (head, pending) = match head {
         Ok(read) => read,
-        Err(Unread::Nothing) => return Err(lost(&endpoint)),
-        Err(Unread::Error(error)) => return Err(error.into()),
+        Err(ReadError::Nothing) => return Err(lost(&endpoint)),
+        Err(ReadError::Error(error)) => return Err(error.into()),
     };
     // The upgraded protocol begins after the request, so the request has to be sent to its end.
     if head.upgrade.is_some() && (sending.run().await.is_err() || !sending.is_sent()) {
@@ -121,7 +125,7 @@ async fn send(
     prompt: bool,
     progress: Progress,
     idle: Option<Duration>,
-) -> Result<(), Unsent> {
+) -> Result<(), SendError> {
     let chunked = matches!(framing(&content), RequestFraming::Chunked(_));
     if prompt {
         let last = if content.length().is_some_and(|length| length > 0) { 0 } else { 1 };
@@ -129,7 +133,7 @@ async fn send(
         write(&endpoint, &first, &progress, idle).await?;
     }
     let mut pieces = content.pieces();
-    while let Some(piece) = pieces.next().await.map_err(Unsent::Body)? {
+    while let Some(piece) = pieces.next().await.map_err(SendError::Body)? {
         if out.len() + piece.len() > ONE_WRITE {
             write(&endpoint, &out, &progress, idle).await?;
             out.clear();
@@ -162,28 +166,30 @@ async fn write(
     mut out: &[u8],
     progress: &Progress,
     idle: Option<Duration>,
-) -> Result<(), Unsent> {
+) -> Result<(), SendError> {
     while !out.is_empty() {
         match endpoint.try_write(out) {
             Ok(n) => {
                 out = &out[n..];
                 progress.made();
             }
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => taken(idle, endpoint.writable()).await?,
-            Err(_) => return Err(Unsent::Refused),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                with_idle_timeout(idle, endpoint.writable()).await?;
+            }
+            Err(_) => return Err(SendError::Refused),
         }
     }
     Ok(())
 }
 
 /// Why no head was read.
-enum Unread {
+enum ReadError {
     /// The connection ended before the first byte.
     Nothing,
     Error(Error),
 }
 
-impl From<Error> for Unread {
+impl From<Error> for ReadError {
     fn from(error: Error) -> Self {
         Self::Error(error)
     }
@@ -194,11 +200,11 @@ async fn read_head(
     job: &Job<'_>,
     endpoint: &mut EndpointConnection,
     address: SocketAddr,
-) -> Result<(ResponseHead, BytesMut), Unread> {
+) -> Result<(ResponseHead, BytesMut), ReadError> {
     let limits = job.head_limits();
     let method = &job.request.parts.method;
-    let bad = |error| Unread::Error(Error::Response { address, error });
-    let Ok((mut reader, _)) = endpoint.split() else { return Err(Unread::Nothing) };
+    let bad = |error| ReadError::Error(Error::Response { address, error });
+    let Ok((mut reader, _)) = endpoint.split() else { return Err(ReadError::Nothing) };
     let mut buf = BytesMut::with_capacity(READ);
     let (mut answered, mut reusable) = (false, true);
     let (mut heads, mut bytes) = (0, 0);
@@ -207,7 +213,7 @@ async fn read_head(
         match read(&mut reader, &mut buf).await {
             Some(()) => answered = true,
             None if answered => return Err(Error::EndpointClosed(address).into()),
-            None => return Err(Unread::Nothing),
+            None => return Err(ReadError::Nothing),
         }
         while let Some((mut head, length)) = parser.parse(&buf, &limits, method).map_err(bad)? {
             let _ = buf.split_to(length);

@@ -5,12 +5,12 @@ use std::{error::Error as _, net::SocketAddr, time::Duration};
 use http::{HeaderValue, Uri, Version, header};
 use hyper::body::Body as _;
 
-use super::{Failed, Job, content::Content, send_failure};
+use super::{AttemptError, Job, content::Content, send_failure};
 use crate::{
     endpoint::{
         body::ResponseBody,
         http2::Stream,
-        sending::{Progress, Sending, Unsent, taken},
+        sending::{Progress, SendError, Sending, with_idle_timeout},
     },
     error::Error,
     http::{
@@ -28,9 +28,9 @@ const PIECE: usize = 16 * 1024;
 
 /// Sends the request on a new stream. If the endpoint refuses the stream, because it is closing the connection or is overloaded,
 /// sends it again, on another connection if the first is closing.
-pub(super) async fn turn(job: &Job<'_>, address: SocketAddr) -> Result<(ResponseHead, ResponseBody), Failed> {
+pub(super) async fn turn(job: &Job<'_>, address: SocketAddr) -> Result<(ResponseHead, ResponseBody), AttemptError> {
     let metrics = &job.worker.shared.metrics;
-    let mut failed = Failed::Early { executed: false, kept: false };
+    let mut failed = AttemptError::ClosedEarly { executed: false, kept: false };
     for _ in 0..REFUSALS {
         let stream = job.worker.http2_endpoints.stream(address).await.map_err(|error| {
             metrics.endpoint_connection(Connection::Failed);
@@ -39,28 +39,28 @@ pub(super) async fn turn(job: &Job<'_>, address: SocketAddr) -> Result<(Response
         let reused = stream.reused;
         metrics.endpoint_connection(if reused { Connection::Reused } else { Connection::New });
         match attempt(job, address, stream).await {
-            Err(Attempt::Refused) => metrics.endpoint_retried("stream_refused"),
-            Err(Attempt::Failed(Failed::Early { executed: false, .. })) if reused => {
+            Err(StreamError::Refused) => metrics.endpoint_retried("stream_refused"),
+            Err(StreamError::Failed(AttemptError::ClosedEarly { executed: false, .. })) if reused => {
                 metrics.endpoint_retried("kept_connection_closed");
             }
-            Err(Attempt::Failed(Failed::Early { executed, .. })) => {
-                failed = Failed::Early { executed, kept: reused };
+            Err(StreamError::Failed(AttemptError::ClosedEarly { executed, .. })) => {
+                failed = AttemptError::ClosedEarly { executed, kept: reused };
                 break;
             }
-            Err(Attempt::Failed(failed)) => return Err(failed),
+            Err(StreamError::Failed(failed)) => return Err(failed),
             Ok(answer) => return Ok(answer),
         }
     }
     Err(failed)
 }
 
-enum Attempt {
+enum StreamError {
     /// The endpoint did not process the request (RFC 9113 §8.7).
     Refused,
-    Failed(Failed),
+    Failed(AttemptError),
 }
 
-impl From<Error> for Attempt {
+impl From<Error> for StreamError {
     fn from(error: Error) -> Self {
         Self::Failed(error.into())
     }
@@ -71,7 +71,7 @@ async fn attempt(
     job: &Job<'_>,
     address: SocketAddr,
     mut stream: Stream,
-) -> Result<(ResponseHead, ResponseBody), Attempt> {
+) -> Result<(ResponseHead, ResponseBody), StreamError> {
     let before = stream.acknowledged();
     let progress = Progress::begin();
     let trailers = !job.content.trailers().is_empty();
@@ -89,16 +89,16 @@ async fn attempt(
         biased;
         response = sent => response,
         error = send_failure(&sending, address) => return Err(error.into()),
-        () = progress.overdue(job.request.times.first_byte) => return Err(Error::FirstByte(address).into()),
+        () = progress.overdue(job.request.timeouts.first_byte) => return Err(Error::FirstByte(address).into()),
     };
     let (parts, body) = response
         .map_err(|error| {
             if is_refused(&error) {
-                return Attempt::Refused;
+                return StreamError::Refused;
             }
             // Acknowledged bytes may belong to any stream of the connection, so assume this one's.
             let executed = before.zip(stream.acknowledged()).is_none_or(|(before, now)| now > before);
-            Attempt::Failed(Failed::Early { executed, kept: false })
+            StreamError::Failed(AttemptError::ClosedEarly { executed, kept: false })
         })?
         .into_parts();
     let head = from_http2(parts, body.is_end_stream(), &job.request.parts.method, &job.head_limits())
@@ -142,16 +142,21 @@ fn head(job: &Job<'_>, address: SocketAddr) -> http::Request<()> {
     head
 }
 
-async fn send(sender: FrameSender, content: Content, progress: Progress, idle: Option<Duration>) -> Result<(), Unsent> {
+async fn send(
+    sender: FrameSender,
+    content: Content,
+    progress: Progress,
+    idle: Option<Duration>,
+) -> Result<(), SendError> {
     let mut pieces = content.pieces();
-    while let Some(mut piece) = pieces.next().await.map_err(Unsent::Body)? {
+    while let Some(mut piece) = pieces.next().await.map_err(SendError::Body)? {
         while !piece.is_empty() {
             let part = piece.split_to(piece.len().min(PIECE));
-            taken(idle, sender.data(part)).await?;
+            with_idle_timeout(idle, sender.data(part)).await?;
             progress.made();
         }
     }
-    taken(idle, sender.end(content.trailers().clone())).await?;
+    with_idle_timeout(idle, sender.end(content.trailers().clone())).await?;
     progress.made();
     Ok(())
 }

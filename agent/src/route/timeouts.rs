@@ -6,21 +6,21 @@ use crate::config::{TimeoutOverrides, Timeouts};
 
 /// Timeouts of one request. `None` means no timeout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Times {
+pub struct RequestTimeouts {
     pub body: Option<Duration>,
     pub first_byte: Option<Duration>,
     pub idle: Option<Duration>,
     pub request: Option<Duration>,
 }
 
-impl From<&Timeouts> for Times {
+impl From<&Timeouts> for RequestTimeouts {
     fn from(timeouts: &Timeouts) -> Self {
         let &Timeouts { body, first_byte, idle, request, .. } = timeouts;
         Self { body, first_byte, idle, request }
     }
 }
 
-impl Times {
+impl RequestTimeouts {
     /// Returns these timeouts with `overrides` applied.
     #[must_use]
     pub fn with(self, overrides: &TimeoutOverrides) -> Self {
