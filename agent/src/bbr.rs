@@ -1,11 +1,8 @@
 //! Body-based routing: finds the top-level `model` (and `stream`) of a JSON body while it uploads.
 //!
-//! Takes slices of any size. Returns the model as soon as its value is complete, and at the end whether the whole body
-//! was JSON (RFC 8259). Memory is constant: nesting takes one bit per level, and only the model's value is kept, up to
-//! a limit. An object that names its model twice is refused, because the model server may read the other one.
-//!
-//! Stricter than the grammar in depth, that duplicate, the model's length, and the model being valid Unicode. A lone
-//! surrogate elsewhere (a prompt cut inside an emoji) is grammatical and passes to the model server.
+//! Takes slices of any size. Returns the model as soon as its value is complete, and at the end whether the body was
+//! JSON (RFC 8259). Memory is constant. An object that names its model twice is refused, because the model server may
+//! read the other one. A lone surrogate outside the model passes.
 
 mod capture;
 mod error;

@@ -1,10 +1,8 @@
 //! The agent's capabilities (`capabilities(7)`), and how it drops those that it does not need.
 //!
-//! Capabilities belong to threads; a new thread inherits those of its parent. [`begin`] keeps what a start needs,
-//! before files are read or threads exist; [`become_user`] leaves root after the configuration was read. After the
-//! kernel program is loaded and the ports are bound, the thread that starts all others drops the rest ([`keep`]).
-//! Threads that need less earlier (the log, the self-test) start through [`with`]. docs/capabilities.md lists what
-//! needs which.
+//! Capabilities belong to threads; a new thread inherits its parent's. [`begin`] keeps what a start needs,
+//! [`become_user`] leaves root after the files were read, [`keep`] drops the rest before the workers start, and
+//! [`with`] runs threads that need less earlier. docs/capabilities.md lists what needs which.
 
 use std::collections::HashSet;
 

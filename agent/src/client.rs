@@ -66,7 +66,7 @@ impl Client {
         }
     }
 
-    /// Sets how long the client may acknowledge nothing of what it is sent.
+    /// Sets how long the client may go without acknowledging data.
     pub fn set_idle(&mut self, idle: Option<Duration>) {
         match self {
             Self::Http1(socket) => socket.set_idle(idle),

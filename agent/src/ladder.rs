@@ -206,7 +206,7 @@ impl Ladder {
                 (State::Ready, None) => format!("passed{}", rung.visible()),
                 (State::Ready, Some(release)) => format!("passed, forced on kernel {release}{}", rung.visible()),
             };
-            // If all paths are off for the same reason, the summary has said so.
+            // If all paths are off for the same reason, the summary includes it already.
             if matches!(rung.state, State::Off(_)) && matches!(self.steering(), Steering::Active(_)) {
                 tracing::warn!("path {}", rung.describe());
             }
@@ -277,7 +277,7 @@ mod tests {
         assert_eq!(ingress, "path ingress: ready");
         let Steering::Active(kernel) = ladder.steering() else { panic!("not active") };
         assert_eq!(kernel.local(), Ok(()));
-        // If an endpoint can observe the map, the line says how, and for which connections.
+        // If an endpoint can observe the map, the line includes how, and for which connections.
         match kernel.endpoint_visible() {
             None => assert_eq!(local, "path local: ready"),
             Some(how) => {

@@ -147,7 +147,7 @@ impl Metrics {
         self.core.families.accept_failures.get_or_create(&ByListener { listener }).inc();
     }
 
-    /// Counts a client that took nothing of its answer for too long.
+    /// Counts an answer aborted because its client stalled.
     pub fn client_stalled(&self) {
         self.core.families.client_stalls.inc();
     }

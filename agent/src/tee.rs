@@ -49,8 +49,8 @@ struct Queue {
 }
 
 impl Tee {
-    /// Returns `None` if the picker wants nothing of the body but its end. `length` is the declared length of the body,
-    /// in bytes.
+    /// Returns `None` if the picker only needs to know that the body ended. `length` is the declared length of the
+    /// body, in bytes.
     pub fn new(mode: ResponseToPicker, headers: &HeaderMap, length: Option<u64>, queue_limit: usize) -> Option<Self> {
         let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
         let kind = text(header::CONTENT_TYPE).split(';').next().unwrap_or_default().trim().to_ascii_lowercase();

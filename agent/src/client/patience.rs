@@ -1,4 +1,4 @@
-//! Limits how long a peer may acknowledge nothing of what it is sent.
+//! Limits how long a peer may go without acknowledging the data sent to it.
 //!
 //! Progress is what the peer's kernel acknowledges, not what our send queue takes: a queue of 1 MB reports room only
 //! after a third of it has left, which can take a slow reader longer than the limit. The counter is read only at
@@ -35,8 +35,8 @@ struct Waiting {
 }
 
 impl Patience {
-    /// `limit` applies to a peer that takes nothing, `unreachable` to one that acknowledges nothing at all. `None`
-    /// disables a limit.
+    /// `limit` applies to a peer that reads nothing, `unreachable` to one that acknowledges nothing, not even probes.
+    /// `None` disables a limit.
     pub fn new(limit: Option<Duration>, unreachable: Option<Duration>) -> Self {
         Self { limit, reach: Reach::new(unreachable), waiting: None }
     }

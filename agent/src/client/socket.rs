@@ -23,9 +23,9 @@ use crate::{
     steer::{RegisterError, Source, WorkerSteering},
 };
 
-/// How long a client may acknowledge nothing of the redirected bytes before the close becomes a reset.
+/// How long redirected bytes may stay unacknowledged before a close becomes a reset.
 const SETTLE: Duration = Duration::from_secs(30);
-/// Maximum bytes read ahead of a tunnel before its client side can be steered.
+/// A tunnel's client side is steered only if fewer bytes than this were waiting when the tunnel began.
 const EARLY: usize = 256 * 1024;
 /// Bytes per read ahead of time.
 const AHEAD: usize = 4096;
@@ -42,7 +42,7 @@ pub struct ClientSocket {
     /// Unread bytes of the last request may still arrive.
     pub unread: bool,
     stalled: bool,
-    /// How long the client may acknowledge nothing of what it is sent.
+    /// How long the client may go without acknowledging data.
     idle: Option<Duration>,
     half_close: HalfClose,
     /// How long a due acknowledgement may be missing before the client's machine counts as gone.
@@ -129,7 +129,7 @@ impl ClientSocket {
         self.half_close == HalfClose::Answer && socket::is_half_closed(self.stream())
     }
 
-    /// Sets how long the client may acknowledge nothing of what it is sent.
+    /// Sets how long the client may go without acknowledging data.
     pub fn set_idle(&mut self, idle: Option<Duration>) {
         self.idle = idle;
     }
@@ -168,9 +168,9 @@ impl ClientSocket {
         }
     }
 
-    /// Writes all of `buf`, after redirected bytes have settled. If the client takes nothing for too long, fails with
-    /// an error for which [`patience::is_over`] is true, and the close becomes a reset. Not cancel-safe: after a
-    /// cancelled write the connection can only be aborted.
+    /// Writes all of `buf`, after redirected bytes have settled. If the client stalls, fails with an error for which
+    /// [`patience::is_over`] is true, and the close becomes a reset. Not cancel-safe: after a cancelled write the
+    /// connection can only be aborted.
     pub async fn write_all(&mut self, buf: &[u8]) -> io::Result<()> {
         self.answered = true;
         self.settle().await?;
@@ -199,7 +199,7 @@ impl ClientSocket {
         Err(error)
     }
 
-    /// Whether the client has taken nothing for too long.
+    /// Whether the client has stalled.
     pub fn has_stalled(&self) -> bool {
         self.stalled
     }

@@ -25,7 +25,7 @@ pub struct ClientStream {
     traffic: Rc<Traffic>,
     /// Bytes of the response body sent so far.
     sent: u64,
-    /// How long the client may take nothing.
+    /// How long the client may go without opening its window.
     idle: Option<Duration>,
     stalled: bool,
 }
@@ -64,7 +64,7 @@ impl ClientStream {
         !matches!(self.state, State::Unanswered(_))
     }
 
-    /// Sets how long the client may take nothing.
+    /// Sets how long the client may go without opening its window.
     pub fn set_idle(&mut self, idle: Option<Duration>) {
         self.idle = idle;
     }
@@ -89,7 +89,7 @@ impl ClientStream {
         self.body.is_end_stream()
     }
 
-    /// Whether the client has taken nothing for too long.
+    /// Whether the client has stalled.
     pub fn has_stalled(&self) -> bool {
         self.stalled
     }
@@ -148,7 +148,7 @@ impl ClientStream {
         }
     }
 
-    /// Passes on only what fits into the windows, so that nothing piles up for a client that takes nothing.
+    /// Passes on only what fits into the windows, so that nothing piles up for a stalled client.
     async fn write(&mut self, mut piece: Bytes, ends: bool) -> io::Result<()> {
         while !piece.is_empty() {
             let room = self.room(piece.len()).await?;

@@ -186,7 +186,7 @@ pub struct Stall {
 }
 
 impl Stall {
-    /// Checks for progress. Returns `TimedOut` if the client has taken nothing of the stream for the whole limit.
+    /// Checks for progress. Returns `TimedOut` if the stream made none for the whole limit.
     pub fn look(&mut self, traffic: &Traffic) -> io::Result<()> {
         let (now, written, acked) = (Instant::now(), traffic.written_of(self.stream), traffic.acknowledged()?);
         let on_its_way = self.sent > written || acked < self.position;

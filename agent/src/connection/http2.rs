@@ -1,7 +1,7 @@
 //! A client's HTTP/2 connection. h2 implements the protocol; each stream is served as a request.
 //!
-//! Bounded by: concurrent streams, bytes of their heads, windows, time without a request, time in which the client
-//! takes nothing, and the budgets of [`Traffic`] for resets and for frames without content.
+//! Bounded by: concurrent streams, bytes of their heads, windows, time without a request, time without
+//! acknowledgements, and the budgets of [`Traffic`] for resets and for frames without content.
 
 mod io;
 
@@ -45,7 +45,7 @@ const PING_INTERVAL: Duration = Duration::from_secs(30);
 const PONG_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long a final GOAWAY may take to be sent.
 const GOAWAY_TIMEOUT: Duration = Duration::from_secs(1);
-/// Checks within the limit of a client that takes nothing.
+/// Checks of a stalled client within its time limit.
 const CHECKS: u32 = 4;
 
 /// The number of running requests, and since when it has been zero.
@@ -142,7 +142,7 @@ pub(super) async fn serve(current: &Rc<Current>, read: BytesMut, wire: Wire, pee
             }
         }
         Ending::Done => {}
-        // The client will not take what is queued, so the kernel should drop it.
+        // The client will not read the queued bytes, so the kernel should drop them.
         Ending::Stuck => socket::set_reset_on_close(wire.tcp(), true),
     }
 }
@@ -153,7 +153,7 @@ enum Ending {
     Reading,
     /// Nothing is in transit.
     Done,
-    /// The client does not take what is queued.
+    /// The client does not read the queued bytes.
     Stuck,
 }
 
@@ -293,7 +293,7 @@ async fn unresponsive(traffic: &Traffic, ping: Option<PingPong>) {
     }
 }
 
-/// Resolves when the client has acknowledged nothing of its queued bytes for `idle`.
+/// Resolves when the client's queued bytes have been unacknowledged for `idle`.
 async fn stalled(traffic: &Traffic, idle: Option<Duration>) {
     let Some(idle) = idle else { return std::future::pending().await };
     let (mut acknowledged, mut since) = (traffic.acknowledged().unwrap_or_default(), Instant::now());

@@ -1,3 +1,5 @@
+//! Tests error answers, and compares the reasons with `docs/errors.md`.
+
 use std::collections::BTreeMap;
 
 use bytes::BytesMut;

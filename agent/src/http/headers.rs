@@ -1,11 +1,8 @@
 //! Removes hop-by-hop headers and headers that only the agent may set, and adds those that forwarding needs.
 //!
 //! Pure functions over a `HeaderMap`. Names are compared with `_` equal to `-`, because servers that map names to
-//! variables do the same; so `x_gateway_destination_endpoint` is filtered too.
-//!
-//! What the endpoint may trust about the client depends on [`Forwarding`]. With `append`, the last element of
-//! `X-Forwarded-For` and `Forwarded` is the agent's and the rest the client's; with `replace` everything is the
-//! agent's; with `off` nothing is.
+//! variables do the same. What the endpoint may trust about the client depends on [`Forwarding`]: with `append` the
+//! last element of `X-Forwarded-For` and `Forwarded` is the agent's, with `replace` everything, with `off` nothing.
 
 use std::net::IpAddr;
 

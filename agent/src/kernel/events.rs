@@ -48,7 +48,7 @@ pub struct Events {
 struct Shared {
     wakers: Box<[AtomicWaker]>,
     missed: AtomicU64,
-    /// Told if the thread ends before it is asked to.
+    /// Notified if the thread ends before it is asked to.
     watch: OnceLock<Watch>,
     failure: OnceLock<String>,
 }
@@ -80,7 +80,7 @@ impl Events {
         Ok(Self { shared, stop, thread: Some(thread) })
     }
 
-    /// Tells `watch` if the thread ends before it is asked to.
+    /// Notifies `watch` if the thread ends before it is asked to.
     pub fn watch(&self, watch: Watch) {
         let _ = self.shared.watch.set(watch);
         self.shared.tell();

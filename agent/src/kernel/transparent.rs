@@ -98,7 +98,7 @@ impl Pair {
             server.respond();
             reader.join().unwrap()
         });
-        assert!(got == calls::pattern(0, want), "{:?}: the response is not what was sent", self.mapped);
+        assert!(got == calls::pattern(0, want), "{:?}: the response differs from what was sent", self.mapped);
         self.server.acknowledged();
         self.server.look("after the response");
         self.dismiss();

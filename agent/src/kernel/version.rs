@@ -34,7 +34,7 @@ fn with_origin(release: &str, version: &str, signature: &str) -> String {
     let Some(origin) = ubuntu.or(debian) else { return release.to_owned() };
     let (major, minor, patch) = numbers(origin);
     let of_release = numbers(release);
-    // An origin of another series says nothing about this kernel.
+    // Ignores an origin of another series.
     if (major, minor) != (of_release.0, of_release.1) || patch == of_release.2 {
         return release.to_owned();
     }

@@ -89,7 +89,7 @@ families! {
     client_aborts: Counter = "client_aborts";
     /// Client connections closed because no request arrived within the keep-alive time.
     client_idle_closes: Counter = "client_idle_closes";
-    /// Answers aborted because the client took nothing of them within the idle time.
+    /// Answers aborted because the client read none of them within the idle time.
     client_stalls: Counter = "client_stalls";
     /// Client connections closed while the client was still sending, by the limit that was reached.
     client_lingers_cut: Family<ByReason, Counter> = "client_lingers_cut";

@@ -98,7 +98,7 @@ async fn stalled_reader(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()>
     ensure!(end == End::Complete { reusable: true }, "the delivery ended as {end:?}");
     ensure!(account.carried(lane) > 0, "the kernel redirected nothing");
     ensure!(account.stops[stop::ROOM as usize] > 0, "the room check did not stop the kernel");
-    ensure!(in_transit <= IN_TRANSIT, "{in_transit} bytes were taken for a reader that reads nothing");
+    ensure!(in_transit <= IN_TRANSIT, "{in_transit} bytes were sent to a reader that reads nothing");
     ensure!(
         account.steered + account.local + account.relayed == BODY as u64,
         "the account does not add up: {account:?}"

@@ -1,3 +1,5 @@
+//! Tests what a picker gets of a response body.
+
 use http::{HeaderMap, HeaderValue};
 use proptest::prelude::*;
 

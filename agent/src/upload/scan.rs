@@ -1,8 +1,8 @@
 //! Scans a body as it arrives: the model that it names and the hash of its prompt.
 //!
-//! A body with a content coding is decoded for the scan only; it is forwarded as it came. Decoding is required only if
-//! the route needs the model or `missing_model = "reject"`: then a body that cannot be decoded is refused. Otherwise
-//! such a body counts as one without a model.
+//! A body with a content coding is decoded for the scan only and forwarded unchanged. Decoding is required only if the
+//! route needs the model or `missing_model = "reject"`: then a body that cannot be decoded is refused. Otherwise such a
+//! body counts as one without a model.
 
 use std::sync::Arc;
 

@@ -173,7 +173,7 @@ proptest! {
         let missing = [MissingModel::Pass, MissingModel::Default("base".into()), MissingModel::Reject][rules].clone();
         let body = document.to_string();
         let (found, counted) = named(&rule(missing.clone()), Some("application/json"), body.as_bytes(), piece);
-        prop_assert_eq!(counted.iter().sum::<u64>(), 1, "counted once");
+        prop_assert_eq!(counted.iter().sum::<u64>(), 1, "not counted once");
         prop_assert_eq!(found.map_err(drop), reference(&document, &missing), "{}", body);
     }
 }

@@ -1,3 +1,5 @@
+//! Tests reading and replaying request bodies, and their budgets.
+
 use proptest::prelude::*;
 
 use super::*;

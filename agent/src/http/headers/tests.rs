@@ -1,3 +1,5 @@
+//! Tests which headers are removed and added.
+
 use super::*;
 
 const ARRIVAL: Arrival =

@@ -1,3 +1,5 @@
+//! Tests request heads with tables, and with generated heads cut at arbitrary offsets.
+
 use http::StatusCode;
 use proptest::prelude::*;
 

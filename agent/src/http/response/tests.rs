@@ -1,3 +1,5 @@
+//! Tests response heads with tables, and with generated heads cut at arbitrary offsets.
+
 use proptest::prelude::*;
 
 use super::*;

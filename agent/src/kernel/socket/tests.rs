@@ -1,3 +1,5 @@
+//! Tests socket counters on loopback connections.
+
 use std::{
     io::{Read as _, Write as _},
     net::{TcpListener, TcpStream},

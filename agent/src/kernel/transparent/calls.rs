@@ -114,7 +114,7 @@ impl Server {
     pub(super) fn arrived(&self, bytes: usize) {
         let (begun, mut buffer) = (Instant::now(), vec![0; bytes + 1]);
         while self.recv(&mut buffer, libc::MSG_PEEK | libc::MSG_DONTWAIT) < bytes as isize {
-            assert!(begun.elapsed() < PATIENCE, "the bytes do not arrive");
+            assert!(begun.elapsed() < PATIENCE, "the bytes did not arrive");
         }
     }
 
@@ -128,7 +128,7 @@ impl Server {
     pub(super) fn acknowledged(&self) {
         let begun = Instant::now();
         while socket::send_queue(self.socket()).unwrap() > 0 {
-            assert!(begun.elapsed() < PATIENCE, "the response is not acknowledged");
+            assert!(begun.elapsed() < PATIENCE, "the response was not acknowledged");
         }
     }
 
