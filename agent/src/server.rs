@@ -83,9 +83,9 @@ pub async fn serve(worker: Worker, listeners: Vec<Listener>, idle: Rc<Idle>, upd
     accept_loop.connections.close();
     accept_loop.connections.wait().await;
     let worker = current.worker();
-    let told = join_all(worker.epps.iter().flatten().map(|epp| epp.finished()));
+    let epps_finished = join_all(worker.epps.iter().flatten().map(|epp| epp.finished()));
     tokio::select! {
-        _ = told => {}
+        _ = epps_finished => {}
         () = worker.shared.force.cancelled() => {}
     }
 }

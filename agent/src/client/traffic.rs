@@ -35,11 +35,11 @@ pub struct Traffic {
     /// Frames without message content.
     frames: RefCell<Budget>,
     /// Time of the last frame with message content, in either direction.
-    moved: Cell<Instant>,
+    last_content: Cell<Instant>,
     /// Time of the last frame received.
-    heard: Cell<Instant>,
+    last_received: Cell<Instant>,
     over: Cell<Option<&'static str>>,
-    told: Notify,
+    ended_notify: Notify,
 }
 
 impl Traffic {
@@ -51,10 +51,10 @@ impl Traffic {
             written: RefCell::default(),
             resets: RefCell::new(Budget::new(resets, RESETS, now)),
             frames: RefCell::new(Budget::new(frames, FRAMES, now)),
-            moved: Cell::new(now),
-            heard: Cell::new(now),
+            last_content: Cell::new(now),
+            last_received: Cell::new(now),
             over: Cell::new(None),
-            told: Notify::new(),
+            ended_notify: Notify::new(),
         }
     }
 
@@ -69,7 +69,7 @@ impl Traffic {
 
     /// Records a received frame. Returns false if the budget is exceeded and the connection has to end.
     pub fn received(&self, frame: FrameHead, now: Instant) -> bool {
-        self.heard.set(now);
+        self.last_received.set(now);
         let carries = match frame.kind {
             kind::HEADERS => true,
             kind::DATA => frame.length > 0 || frame.flags & END_STREAM != 0,
@@ -77,7 +77,7 @@ impl Traffic {
         };
         let mut frames = self.frames.borrow_mut();
         if carries {
-            self.moved.set(now);
+            self.last_content.set(now);
             frames.earn(EXPLAINED);
             return true;
         }
@@ -88,13 +88,13 @@ impl Traffic {
     pub fn sent(&self, frame: FrameHead, now: Instant) {
         match frame.kind {
             kind::DATA => {
-                self.moved.set(now);
+                self.last_content.set(now);
                 self.frames.borrow_mut().earn(EXPLAINED);
                 if let Some(written) = self.written.borrow_mut().get_mut(&frame.stream) {
                     *written += frame.length as u64;
                 }
             }
-            kind::HEADERS => self.moved.set(now),
+            kind::HEADERS => self.last_content.set(now),
             _ => {}
         }
     }
@@ -110,7 +110,7 @@ impl Traffic {
     pub fn end(&self, reason: &'static str) -> bool {
         if self.over.get().is_none() {
             self.over.set(Some(reason));
-            self.told.notify_one();
+            self.ended_notify.notify_one();
         }
         false
     }
@@ -126,7 +126,7 @@ impl Traffic {
             if let Some(reason) = self.over.get() {
                 return reason;
             }
-            self.told.notified().await;
+            self.ended_notify.notified().await;
         }
     }
 
@@ -140,13 +140,13 @@ impl Traffic {
     }
 
     /// Time of the last frame with message content, in either direction.
-    pub fn moved(&self) -> Instant {
-        self.moved.get()
+    pub fn last_content(&self) -> Instant {
+        self.last_content.get()
     }
 
     /// Time of the last frame received.
-    pub fn heard(&self) -> Instant {
-        self.heard.get()
+    pub fn last_received(&self) -> Instant {
+        self.last_received.get()
     }
 
     /// Bytes that the client has acknowledged, over all streams.

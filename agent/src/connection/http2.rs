@@ -270,8 +270,8 @@ async fn closed(connection: &mut Connection<CountedIo, Bytes>) {
 async fn unresponsive(traffic: &Traffic, ping: Option<PingPong>) {
     let Some(mut ping) = ping else { return std::future::pending().await };
     loop {
-        sleep_until(traffic.heard() + PING_INTERVAL).await;
-        if traffic.heard().elapsed() < PING_INTERVAL {
+        sleep_until(traffic.last_received() + PING_INTERVAL).await;
+        if traffic.last_received().elapsed() < PING_INTERVAL {
             continue;
         }
         let mut acknowledged = traffic.acknowledged();
@@ -340,7 +340,7 @@ async fn serve_request(
         worker.shared.metrics.client_stalled();
     }
     // The stream's head may have been sent somewhat after the wait began.
-    let still = stream.idle().is_some_and(|idle| traffic.moved().elapsed() >= idle / 2);
+    let still = stream.idle().is_some_and(|idle| traffic.last_content().elapsed() >= idle / 2);
     let ends = stream.has_stalled() && active.is_only() && still;
     drop(stream);
     if ends {
