@@ -5,7 +5,7 @@ use std::{cell::RefCell, rc::Rc, sync::Arc};
 
 use crate::{
     config::Config,
-    endpoint::{http2::Http2Pool, pool::Pool, times::Times},
+    endpoint::{http2::Http2Pool, pool::Http1Pool, times::Times},
     picker::{client::EppClient, replica::Replicas},
     room::Idle,
     shared::Shared,
@@ -18,7 +18,7 @@ pub struct Worker {
     pub shared: Arc<Shared>,
     /// One per pool; None if the pool does not use an EPP.
     pub epps: Vec<Option<Rc<EppClient>>>,
-    pub endpoints: Rc<Pool>,
+    pub endpoints: Rc<Http1Pool>,
     /// For pools whose endpoints speak HTTP/2.
     pub http2_endpoints: Http2Pool,
     /// TLS handshakes with clients.
@@ -30,7 +30,7 @@ impl Worker {
     pub fn new(shared: Arc<Shared>, steering: Option<Rc<WorkerSteering>>) -> Self {
         let config = &shared.config;
         let receive_buffer = config.steering.endpoint_receive_buffer;
-        let endpoints = Pool::new(Arc::clone(&shared.metrics), steering, times(config), receive_buffer);
+        let endpoints = Http1Pool::new(Arc::clone(&shared.metrics), steering, times(config), receive_buffer);
         let http2_endpoints = Http2Pool::new(times(config));
         let epps = shared.replicas.iter().map(|replicas| Some(Rc::new(EppClient::new(replicas.clone()?)))).collect();
         Self { epps, endpoints: Rc::new(endpoints), http2_endpoints, handshakes: Rc::default(), shared }

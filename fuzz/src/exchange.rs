@@ -86,7 +86,7 @@ fn walk(data: &mut Unstructured<'_>) -> arbitrary::Result<()> {
     let header = HeaderName::from_static(DESTINATION);
     let subset = ["10.0.0.1:8000".parse().expect("an address")];
     let subset = if data.arbitrary()? { Some(&subset[..]) } else { None };
-    let limits = Limits { replaced_body: REPLACED_BODY, memory: Budget::unlimited(), said: EppLimits::default() };
+    let limits = Limits { replaced_body: REPLACED_BODY, memory: Budget::unlimited(), epp: EppLimits::default() };
     let mut exchange = Exchange::new(header, &parts, has_body, subset, limits);
     let (mut given, mut ended, mut seen) = (Vec::new(), !has_body, Seen::default());
     for _ in 0..STEPS {
@@ -179,7 +179,7 @@ fn decided(decision: &Decision, headers: &HeaderMap, body: Option<&[u8]>) {
     assert!(!endpoints.is_empty(), "a decision without endpoints");
     assert!(endpoints.iter().enumerate().all(|(at, endpoint)| !endpoints[..at].contains(endpoint)), "{endpoints:?}");
     let length = match fate {
-        Body::Original | Body::Unheld(_) => body.map_or(0, <[u8]>::len),
+        Body::Original | Body::DigestOnly(_) => body.map_or(0, <[u8]>::len),
         Body::Replaced(pieces) => pieces.iter().map(Bytes::len).sum(),
     };
     assert!(matches!(fate, Body::Original) || length <= REPLACED_BODY, "a replacement of {length} bytes");

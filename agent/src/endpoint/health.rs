@@ -17,11 +17,11 @@ use crate::config::{Ejection, HealthCheck};
 pub(super) struct Health {
     /// Whether `state` differs from the initial state. Requests to a healthy endpoint take no lock.
     troubled: AtomicBool,
-    state: Mutex<State>,
+    state: Mutex<HealthState>,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct HealthState {
     passive: Passive,
     active: Active,
 }
@@ -87,11 +87,11 @@ impl Health {
     }
 
     /// Calls `f` only if the state differs from the initial state.
-    fn with<T>(&self, f: impl FnOnce(&mut State) -> T) -> Option<T> {
+    fn with<T>(&self, f: impl FnOnce(&mut HealthState) -> T) -> Option<T> {
         self.troubled.load(Ordering::Relaxed).then(|| self.change(f))
     }
 
-    fn change<T>(&self, f: impl FnOnce(&mut State) -> T) -> T {
+    fn change<T>(&self, f: impl FnOnce(&mut HealthState) -> T) -> T {
         let mut state = self.state.lock();
         let value = f(&mut state);
         let (Passive { failures, until, .. }, Active { down, against }) = (&state.passive, &state.active);

@@ -18,25 +18,25 @@ pub struct Endpoint {
     pub node: Option<String>,
     pub zone: Option<String>,
     pub draining: bool,
-    pub(super) state: Arc<State>,
+    pub(super) state: Arc<KeptState>,
 }
 
 /// The state that an endpoint keeps across snapshots.
 #[derive(Debug)]
-pub(super) struct State {
+pub(super) struct KeptState {
     id: u32,
     pub(super) in_flight: Counter,
     pub(super) health: Health,
 }
 
-impl State {
+impl KeptState {
     pub(super) fn new(id: u32) -> Self {
         Self { id, in_flight: Counter::default(), health: Health::default() }
     }
 }
 
 impl Endpoint {
-    pub(super) fn new(listed: config::Endpoint, state: Arc<State>) -> Self {
+    pub(super) fn new(listed: config::Endpoint, state: Arc<KeptState>) -> Self {
         let config::Endpoint { address, node, zone, draining } = listed;
         Self { address, node, zone, draining, state }
     }

@@ -19,7 +19,7 @@ use crate::{metrics::Metrics, steer::WorkerSteering};
 /// Most idle connections per endpoint.
 const MAX_IDLE: usize = 256;
 
-pub struct Pool {
+pub struct Http1Pool {
     idle: RefCell<HashMap<SocketAddr, Vec<EndpointConnection>>>,
     steering: Option<Rc<WorkerSteering>>,
     times: Cell<Times>,
@@ -27,7 +27,7 @@ pub struct Pool {
     metrics: Arc<Metrics>,
 }
 
-impl Pool {
+impl Http1Pool {
     pub fn new(metrics: Arc<Metrics>, steering: Option<Rc<WorkerSteering>>, times: Times, receive_buffer: u32) -> Self {
         Self { idle: RefCell::default(), steering, times: Cell::new(times), receive_buffer, metrics }
     }

@@ -9,7 +9,7 @@ use parking_lot::{Mutex, RwLock};
 
 use super::{
     in_flight::InFlight,
-    member::{Endpoint, State},
+    member::{Endpoint, KeptState},
     subset::{Rule, Subsets},
 };
 use crate::{
@@ -181,7 +181,7 @@ impl Parts {
             let kept = before.get(listed.address).map(|endpoint| Arc::clone(&endpoint.state));
             let state = kept.unwrap_or_else(|| {
                 self.next_id += 1;
-                Arc::new(State::new(self.next_id))
+                Arc::new(KeptState::new(self.next_id))
             });
             merged.index.insert(listed.address, merged.endpoints.len());
             merged.endpoints.push(Endpoint::new(listed.clone(), state));

@@ -7,7 +7,7 @@ use std::{net::SocketAddr, sync::Arc, time::Instant};
 use http::StatusCode;
 
 use super::{
-    error::{Again, PickError},
+    error::{PickError, Retry},
     exchange::Outcome,
     replica::{Replica, Replicas},
 };
@@ -55,17 +55,17 @@ impl Attempts {
 
     /// The current replica failed. Returns true if there is another attempt, with the new [`Self::replica`].
     pub fn again(&mut self, error: &PickError, now: Instant) -> bool {
-        match error.again() {
-            Again::Here if self.not_taken > 0 => {
+        match error.retry() {
+            Retry::SameReplica if self.not_taken > 0 => {
                 self.not_taken -= 1;
                 return true;
             }
-            Again::HereOnce if self.fresh => {
+            Retry::SameReplicaOnce if self.fresh => {
                 self.fresh = false;
                 return true;
             }
-            Again::Here | Again::HereOnce | Again::Elsewhere => {}
-            Again::Not => return false,
+            Retry::SameReplica | Retry::SameReplicaOnce | Retry::OtherReplica => {}
+            Retry::Never => return false,
         }
         self.current.failed(now);
         self.replicas.look_again();

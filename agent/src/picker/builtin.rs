@@ -44,11 +44,11 @@ pub enum NoEndpoint {
 pub struct BuiltinPicker {
     endpoints: Arc<EndpointSet>,
     max_in_flight: usize,
-    state: Mutex<State>,
+    state: Mutex<PickerState>,
 }
 
 #[derive(Debug)]
-struct State {
+struct PickerState {
     affinity: Affinity,
     /// Advances by one per pick, so that equally busy endpoints take turns.
     turn: usize,
@@ -56,7 +56,7 @@ struct State {
 
 impl BuiltinPicker {
     pub fn new(endpoints: Arc<EndpointSet>) -> Self {
-        let state = State { affinity: Affinity::new(), turn: 0 };
+        let state = PickerState { affinity: Affinity::new(), turn: 0 };
         Self { endpoints, max_in_flight: usize::MAX, state: Mutex::new(state) }
     }
 
@@ -93,7 +93,7 @@ impl BuiltinPicker {
 
     fn choose(
         &self,
-        state: &mut State,
+        state: &mut PickerState,
         prompt: &PromptHash,
         subset: Option<&[SocketAddr]>,
         now: Instant,

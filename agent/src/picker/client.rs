@@ -33,7 +33,7 @@ use super::{
     error::PickError,
     exchange::{Event, Exchange, ImmediateReply, Limits, Outcome},
     replica::{Replica, Replicas},
-    silence::{Reply, Silence, Waiting},
+    silence::{HeadReply, Silence, Waiting},
 };
 
 /// Messages queued in the connection. More messages wait in the exchange until the EPP takes them.
@@ -115,7 +115,7 @@ impl EppClient {
         let header = self.replicas.settings.header.clone();
         let mut exchange = Exchange::new(header, request, has_body, subset, limits);
         if let Some(members) = members {
-            exchange = exchange.among(members);
+            exchange = exchange.with_members(members);
         }
         let mut stream = PickStream {
             _cancel: cancel,
@@ -309,18 +309,18 @@ impl PickStream {
     }
 
     /// How the EPP replied to the response's head. Returns `None` if no head was sent.
-    pub fn head_reply(&self) -> Option<Reply> {
+    pub fn head_reply(&self) -> Option<HeadReply> {
         self.silence.reply()
     }
 
     /// Resolves when the EPP evicts the request, and never otherwise. Cancel-safe.
     pub async fn evicted(&mut self) -> ImmediateReply {
-        self.evicted_telling(|| None).await
+        self.evicted_while_sending(|| None).await
     }
 
     /// As [`evicted`](Self::evicted), but also sends pieces of the response's body, one at a time as the EPP takes them. `more` is
     /// called whenever the future is polled, so pieces have to be produced earlier in the same task.
-    pub async fn evicted_telling(&mut self, mut more: impl FnMut() -> Option<Bytes>) -> ImmediateReply {
+    pub async fn evicted_while_sending(&mut self, mut more: impl FnMut() -> Option<Bytes>) -> ImmediateReply {
         poll_fn(|cx| {
             while self.poll_send(cx).is_ready()
                 && let Some(piece) = more()

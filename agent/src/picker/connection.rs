@@ -144,7 +144,7 @@ async fn handshake(io: impl hyper::rt::Read + hyper::rt::Write + Unpin + Send + 
             let kind = io.map_or(io::ErrorKind::Other, io::Error::kind);
             io::Error::new(kind, error)
         })?;
-    let http2 = Http2 { send, lost: Arc::default(), went_away: Arc::default() };
+    let http2 = Http2 { send, retired: Arc::default(), went_away: Arc::default() };
     let went_away = Arc::clone(&http2.went_away);
     tokio::spawn(async move {
         // Waiting requests notice the end of the connection after this flag is set.
@@ -161,19 +161,19 @@ async fn handshake(io: impl hyper::rt::Read + hyper::rt::Write + Unpin + Send + 
 pub struct Http2 {
     send: http2::SendRequest<Body>,
     /// Whether the connection must not be used for new streams.
-    lost: Arc<AtomicBool>,
+    retired: Arc<AtomicBool>,
     /// Whether the connection ended by GOAWAY.
     went_away: Arc<AtomicBool>,
 }
 
 impl Http2 {
     fn is_usable(&self) -> bool {
-        !self.lost.load(Ordering::Relaxed) && !self.send.is_closed()
+        !self.retired.load(Ordering::Relaxed) && !self.send.is_closed()
     }
 
     /// Takes the connection out of use for new streams. Open streams continue.
     pub fn retire(&self) {
-        self.lost.store(true, Ordering::Relaxed);
+        self.retired.store(true, Ordering::Relaxed);
     }
 
     /// How the transport lost a stream that ended with this status. Returns `None` if the server ended it. A loss that is not

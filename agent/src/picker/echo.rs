@@ -11,7 +11,7 @@ use penstock_proto::{
 
 use super::{
     message::{self, DESTINATION},
-    mutation::{Target, action, target},
+    mutation::{Field, action, classify},
 };
 
 /// Fields that carry trace context, W3C's and older ones.
@@ -41,16 +41,16 @@ fn is_echo(option: &HeaderValueOption, request: &request::Parts, length: u64) ->
         return true;
     }
     let value = message::value(field);
-    match target(&field.key) {
-        Target::Header(name) => {
+    match classify(&field.key) {
+        Field::Header(name) => {
             let present = request.headers.get_all(&name).iter().any(|present| present == value);
             present && action(option) != HeaderAppendAction::AppendIfExistsOrAdd
         }
         // Never applied, but a different length means that the EPP decided about another body.
-        Target::Protected if header::CONTENT_LENGTH.as_str().eq_ignore_ascii_case(&field.key) => {
+        Field::Protected if header::CONTENT_LENGTH.as_str().eq_ignore_ascii_case(&field.key) => {
             value.trim_ascii() == length.to_string().as_bytes()
         }
-        Target::Protected | Target::Invalid => true,
+        Field::Protected | Field::Invalid => true,
     }
 }
 

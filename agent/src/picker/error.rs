@@ -73,10 +73,10 @@ impl PickError {
     }
 
     /// Whether and where to ask again about the request. No variant is a decision, so a request never gets two.
-    pub fn again(&self) -> Again {
+    pub fn retry(&self) -> Retry {
         match self {
-            PickError::NotTaken(_) => Again::Here,
-            PickError::Reset { answered: false, .. } => Again::HereOnce,
+            PickError::NotTaken(_) => Retry::SameReplica,
+            PickError::Reset { answered: false, .. } => Retry::SameReplicaOnce,
             // The same loss, noticed while connecting.
             PickError::Connect(error)
                 if matches!(
@@ -84,28 +84,28 @@ impl PickError {
                     ErrorKind::ConnectionReset | ErrorKind::ConnectionAborted | ErrorKind::BrokenPipe
                 ) =>
             {
-                Again::HereOnce
+                Retry::SameReplicaOnce
             }
             PickError::Connect(_)
             | PickError::Reset { .. }
-            | PickError::Status { code: tonic::Code::Unavailable, .. } => Again::Elsewhere,
-            _ => Again::Not,
+            | PickError::Status { code: tonic::Code::Unavailable, .. } => Retry::OtherReplica,
+            _ => Retry::Never,
         }
     }
 }
 
 /// Where to ask again about a request that got no decision.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Again {
+pub enum Retry {
     /// The same replica, which did not process the request. The next stream does not use a connection that is going away.
-    Here,
+    SameReplica,
     /// The same replica over a new connection, which the next stream gets. Only once, because the request itself may have caused
     /// the loss.
-    HereOnce,
+    SameReplicaOnce,
     /// Another replica.
-    Elsewhere,
+    OtherReplica,
     /// Nowhere: this is the EPP's answer, or the deadline has passed.
-    Not,
+    Never,
 }
 
 /// The gRPC specification's names in lower case.

@@ -19,7 +19,7 @@ use prost::Message as _;
 use super::{
     error::PickError,
     message,
-    names::{Bad, Names},
+    names::{InvalidEntries, Names},
     replacement::Replacement,
 };
 use crate::{budget::Budget, config::EppLimits, endpoint::set::Snapshot};
@@ -34,7 +34,7 @@ pub struct Limits {
     /// The budget against which the bytes of a replaced body count.
     pub memory: Arc<Budget>,
     /// The configured limits on the EPP's messages.
-    pub said: EppLimits,
+    pub epp: EppLimits,
 }
 
 /// The EPP's pick and its mutations of the request.
@@ -43,7 +43,7 @@ pub struct Decision {
     /// At least one endpoint, without duplicates, in the order in which to try them.
     pub endpoints: Vec<SocketAddr>,
     /// The invalid entries of the EPP's list.
-    pub bad: Bad,
+    pub invalid: InvalidEntries,
     /// The mutation of the request's head, without the pick.
     pub mutation: HeaderMutation,
     pub body: Body,
@@ -56,7 +56,7 @@ pub enum Body {
     /// These pieces, in order.
     Replaced(Vec<Bytes>),
     /// The SHA-256 of a replacement for which there was no memory. The request can be sent only if it equals the client's body.
-    Unheld(Box<[u8]>),
+    DigestOnly(Box<[u8]>),
 }
 
 /// The EPP's immediate reply to the client. After a decision it is an eviction.
@@ -105,25 +105,25 @@ pub struct Exchange {
     by_header: Option<String>,
     mutation: HeaderMutation,
     /// How much the EPP may still change in the request's head.
-    request_room: Room,
+    request_allowance: Allowance,
     /// How much the EPP may still change in the response's head.
-    response_room: Room,
+    response_allowance: Allowance,
     /// Messages from the EPP so far.
     messages: usize,
     replacement: Replacement,
     /// Whether a decision, an immediate reply or a failure was returned.
-    settled: bool,
+    finished: bool,
     events: VecDeque<Result<Event, PickError>>,
 }
 
 /// How large a mutation of a head may still be: enough to echo the head, plus the configured limits.
 #[derive(Debug, Clone, Copy)]
-struct Room {
+struct Allowance {
     fields: usize,
     bytes: usize,
 }
 
-impl Room {
+impl Allowance {
     /// Pseudo-headers that are sent with a head.
     const PSEUDO: usize = 4;
 
@@ -176,12 +176,12 @@ impl Exchange {
             by_metadata: None,
             by_header: None,
             mutation: HeaderMutation::default(),
-            request_room: Room::of(&request.headers, &limits.said),
-            response_room: Room { fields: limits.said.fields, bytes: limits.said.bytes },
+            request_allowance: Allowance::of(&request.headers, &limits.epp),
+            response_allowance: Allowance { fields: limits.epp.fields, bytes: limits.epp.bytes },
             messages: 0,
             replacement: Replacement::new(limits.replaced_body, Arc::clone(&limits.memory)),
             limits,
-            settled: false,
+            finished: false,
             events: VecDeque::new(),
         };
         exchange.queue(message::request_head(request, !has_body));
@@ -191,7 +191,7 @@ impl Exchange {
 
     /// Sets the pool's endpoints, against which picks are parsed.
     #[must_use]
-    pub fn among(self, members: Arc<Snapshot>) -> Self {
+    pub fn with_members(self, members: Arc<Snapshot>) -> Self {
         Self { members: Some(members), ..self }
     }
 
@@ -205,7 +205,7 @@ impl Exchange {
             self.pieces_sent += 1;
             self.queue(request);
         }
-        self.settle();
+        self.decide_if_complete();
     }
 
     /// Queues the head of the response from `served`.
@@ -220,7 +220,7 @@ impl Exchange {
             return;
         }
         self.served = Some(served);
-        self.response_room = Room::of(headers, &self.limits.said);
+        self.response_allowance = Allowance::of(headers, &self.limits.epp);
         self.response = if end_of_stream { ResponsePhase::Ended } else { ResponsePhase::Body };
         self.queue(message::response_head(status, headers, end_of_stream));
     }
@@ -266,7 +266,7 @@ impl Exchange {
         if let Err(error) = self.check(&reply) {
             return self.finish(Err(error));
         }
-        if !self.settled
+        if !self.finished
             && let Some(list) = reply.dynamic_metadata.as_ref().and_then(message::metadata_destination)
         {
             self.by_metadata = Some(list);
@@ -275,37 +275,37 @@ impl Exchange {
             Some(Response::ImmediateResponse(immediate)) => self.immediate(immediate),
             Some(Response::ResponseHeaders(head)) => {
                 let mutation = head.response.and_then(|common| common.header_mutation).unwrap_or_default();
-                let fits = self.response_room.take(&mutation);
+                let fits = self.response_allowance.take(&mutation);
                 self.events.push_back(Ok(if fits { Event::ResponseHead(mutation) } else { Event::Excessive }));
             }
-            Some(Response::RequestHeaders(head)) if !self.settled => {
+            Some(Response::RequestHeaders(head)) if !self.finished => {
                 self.request_head(head.response.unwrap_or_default());
             }
-            Some(Response::RequestBody(body)) if !self.settled => self.body_reply(body),
+            Some(Response::RequestBody(body)) if !self.finished => self.body_reply(body),
             // Replies to the response's body and to trailers, and late replies to the request, change nothing.
             _ => {}
         }
-        self.settle();
+        self.decide_if_complete();
     }
 
     /// The EPP ended the stream with status OK. Decides with what it has sent.
     pub fn closed(&mut self) {
-        if self.settled {
+        if self.finished {
             return;
         }
-        let verdict = if !self.has_destination() {
+        let result = if !self.has_destination() {
             Err(PickError::ClosedWithoutPick)
         } else if self.replacement.is_untouched() || self.replacement.is_whole(self.pieces_sent, self.request_ended) {
             self.decide()
         } else {
             Err(PickError::BodyPartial)
         };
-        self.finish(verdict);
+        self.finish(result);
     }
 
     /// The stream was lost, or the EPP ended it with an error.
     pub fn failed(&mut self, error: PickError) {
-        if !self.settled {
+        if !self.finished {
             self.finish(Err(error));
         }
     }
@@ -313,17 +313,17 @@ impl Exchange {
     /// The decision timeout has passed. Some EPPs reply only to the head: then the client's body is used. An incomplete
     /// replacement is a failure, because a mixture of both bodies is never sent.
     pub fn deadline(&mut self) {
-        if self.settled {
+        if self.finished {
             return;
         }
-        let verdict = if !(self.head_answered && self.request_ended && self.has_destination()) {
+        let result = if !(self.head_answered && self.request_ended && self.has_destination()) {
             Err(PickError::Deadline)
         } else if self.replacement.is_untouched() {
             self.decide()
         } else {
             Err(PickError::BodyPartial)
         };
-        self.finish(verdict);
+        self.finish(result);
     }
 
     fn queue(&mut self, request: Request) {
@@ -333,10 +333,10 @@ impl Exchange {
 
     /// Checks the limits on messages before the decision.
     fn check(&self, reply: &ProcessingResponse) -> Result<(), PickError> {
-        if self.settled {
+        if self.finished {
             return Ok(());
         }
-        let EppLimits { messages, metadata_bytes, .. } = self.limits.said;
+        let EppLimits { messages, metadata_bytes, .. } = self.limits.epp;
         // An EPP may reply to each message twice and send a body in small pieces.
         let allowed = messages + 2 * self.pieces_sent + self.replacement.bytes() / BYTES_PER_MESSAGE;
         if self.messages > allowed {
@@ -351,16 +351,16 @@ impl Exchange {
     }
 
     fn immediate(&mut self, mut reply: ImmediateResponse) {
-        let mut room = Room { fields: self.limits.said.fields, bytes: self.limits.said.bytes };
-        let fits = reply.headers.as_ref().is_none_or(|headers| room.take(headers));
+        let mut allowance = Allowance { fields: self.limits.epp.fields, bytes: self.limits.epp.bytes };
+        let fits = reply.headers.as_ref().is_none_or(|headers| allowance.take(headers));
         if !fits || reply.body.len() > self.limits.replaced_body {
-            if !self.settled {
+            if !self.finished {
                 return self.finish(Err(PickError::ReplyTooLarge));
             }
             // After a decision it still evicts the request, without its fields and body.
             reply = ImmediateResponse { details: reply.details, ..ImmediateResponse::default() };
         }
-        self.settled = true;
+        self.finished = true;
         let code = reply.status.and_then(|status| u16::try_from(status.code).ok());
         // Only a final status is accepted; otherwise 500. (Envoy sends 200 or an invalid status then.)
         let status = code
@@ -399,8 +399,8 @@ impl Exchange {
     }
 
     fn mutate(&mut self, mutation: Option<HeaderMutation>) {
-        if mutation.as_ref().is_some_and(|mutation| !self.request_room.take(mutation)) {
-            return self.finish(Err(PickError::MutationTooLarge { limits: self.limits.said }));
+        if mutation.as_ref().is_some_and(|mutation| !self.request_allowance.take(mutation)) {
+            return self.finish(Err(PickError::MutationTooLarge { limits: self.limits.epp }));
         }
         for set in mutation.iter().flat_map(|mutation| &mutation.set_headers) {
             match &set.header {
@@ -416,43 +416,43 @@ impl Exchange {
     }
 
     /// Decides as soon as all replies have arrived.
-    fn settle(&mut self) {
+    fn decide_if_complete(&mut self) {
         let whole = self.replacement.is_whole(self.pieces_sent, self.request_ended);
-        if !self.settled && self.head_answered && whole {
-            let verdict = self.decide();
-            self.finish(verdict);
+        if !self.finished && self.head_answered && whole {
+            let result = self.decide();
+            self.finish(result);
         }
     }
 
     /// Returns the outcome as an event. Only the first one counts.
-    fn finish(&mut self, verdict: Result<Decision, PickError>) {
-        if self.settled {
+    fn finish(&mut self, result: Result<Decision, PickError>) {
+        if self.finished {
             return;
         }
-        self.settled = true;
-        self.events.push_back(verdict.map(|decision| Event::Outcome(Outcome::Picked(decision))));
+        self.finished = true;
+        self.events.push_back(result.map(|decision| Event::Outcome(Outcome::Picked(decision))));
     }
 
     fn decide(&mut self) -> Result<Decision, PickError> {
-        let Names { endpoints, bad } = self.named()?;
+        let Names { endpoints, invalid } = self.named()?;
         let body = self.replacement.take()?;
-        Ok(Decision { endpoints, bad, mutation: std::mem::take(&mut self.mutation), body })
+        Ok(Decision { endpoints, invalid, mutation: std::mem::take(&mut self.mutation), body })
     }
 
     /// The pick. Metadata takes precedence over the header, because a client cannot set it.
     fn named(&self) -> Result<Names, PickError> {
         let is_member = |address| self.members.as_ref().is_some_and(|members| members.get(address).is_some());
-        let mut bad = Bad::default();
+        let mut invalid = InvalidEntries::default();
         for list in [&self.by_metadata, &self.by_header].into_iter().flatten() {
             let names = Names::parse(list, is_member);
             if !names.endpoints.is_empty() {
                 return Ok(names);
             }
-            if bad.count == 0 {
-                bad = names.bad;
+            if invalid.count == 0 {
+                invalid = names.invalid;
             }
         }
-        Err(if bad.count == 0 { PickError::NoDestination } else { PickError::BadDestination(bad.shown) })
+        Err(if invalid.count == 0 { PickError::NoDestination } else { PickError::BadDestination(invalid.shown) })
     }
 
     fn has_destination(&self) -> bool {

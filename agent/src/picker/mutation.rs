@@ -15,10 +15,10 @@ use super::message;
 pub fn apply(mutation: &HeaderMutation, headers: &mut HeaderMap) -> usize {
     let mut invalid = 0;
     for name in &mutation.remove_headers {
-        match target(name) {
-            Target::Header(name) => drop(headers.remove(name)),
-            Target::Protected => {}
-            Target::Invalid => invalid += 1,
+        match classify(name) {
+            Field::Header(name) => drop(headers.remove(name)),
+            Field::Protected => {}
+            Field::Invalid => invalid += 1,
         }
     }
     for option in &mutation.set_headers {
@@ -27,27 +27,27 @@ pub fn apply(mutation: &HeaderMutation, headers: &mut HeaderMap) -> usize {
             continue;
         };
         let value = HeaderValue::from_bytes(message::value(header));
-        match (target(&header.key), value) {
-            (Target::Protected, _) => {}
-            (Target::Header(name), Ok(value)) => set(headers, name, value, action(option)),
-            (Target::Invalid, _) | (_, Err(_)) => invalid += 1,
+        match (classify(&header.key), value) {
+            (Field::Protected, _) => {}
+            (Field::Header(name), Ok(value)) => set(headers, name, value, action(option)),
+            (Field::Invalid, _) | (_, Err(_)) => invalid += 1,
         }
     }
     invalid
 }
 
-pub(super) enum Target {
+pub(super) enum Field {
     Header(HeaderName),
     /// A field that the EPP may not change: the agent computes it, or it belongs to one connection.
     Protected,
     Invalid,
 }
 
-pub(super) fn target(name: &str) -> Target {
+pub(super) fn classify(name: &str) -> Field {
     if name.starts_with(':') {
-        return Target::Protected;
+        return Field::Protected;
     }
-    let Ok(name) = HeaderName::from_bytes(name.as_bytes()) else { return Target::Invalid };
+    let Ok(name) = HeaderName::from_bytes(name.as_bytes()) else { return Field::Invalid };
     let protected = [
         header::HOST,
         header::CONTENT_LENGTH,
@@ -61,9 +61,9 @@ pub(super) fn target(name: &str) -> Target {
         HeaderName::from_static("http2-settings"),
     ];
     if name.as_str().starts_with("x-envoy-") || protected.contains(&name) {
-        Target::Protected
+        Field::Protected
     } else {
-        Target::Header(name)
+        Field::Header(name)
     }
 }
 

@@ -14,12 +14,12 @@ const SHOWN: usize = 200;
 pub struct Names {
     /// The valid endpoints, without duplicates.
     pub endpoints: Vec<SocketAddr>,
-    pub bad: Bad,
+    pub invalid: InvalidEntries,
 }
 
 /// Invalid entries.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
-pub struct Bad {
+pub struct InvalidEntries {
     pub count: usize,
     /// The first of them, escaped and cut.
     pub shown: String,
@@ -37,14 +37,14 @@ impl Names {
                     }
                 }
                 Some(_) => {}
-                None => names.bad.add(entry),
+                None => names.invalid.add(entry),
             }
         }
         names
     }
 }
 
-impl Bad {
+impl InvalidEntries {
     fn add(&mut self, entry: &str) {
         self.count += 1;
         let room = SHOWN.saturating_sub(self.shown.len());
@@ -95,7 +95,7 @@ mod tests {
     fn named(list: &str) -> (Vec<String>, usize) {
         let members: Vec<SocketAddr> = MEMBERS.iter().map(|member| member.parse().unwrap()).collect();
         let names = Names::parse(list, |address| members.contains(&address));
-        (names.endpoints.iter().map(ToString::to_string).collect(), names.bad.count)
+        (names.endpoints.iter().map(ToString::to_string).collect(), names.invalid.count)
     }
 
     #[test]
@@ -142,6 +142,6 @@ mod tests {
         let list: Vec<String> = (0..1000).map(|n| format!("10.0.{}.{}:80", n / 250, n % 250 + 1)).collect();
         assert_eq!(named(&list.join(",")).0.len(), MAX_ENDPOINTS);
         let names = Names::parse(&"é\n".repeat(10_000), |_| false);
-        assert!(names.bad.count == 1 && names.bad.shown.len() < 1000);
+        assert!(names.invalid.count == 1 && names.invalid.shown.len() < 1000);
     }
 }

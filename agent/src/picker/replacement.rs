@@ -97,7 +97,7 @@ impl Replacement {
             return Err(PickError::BodyPartial);
         }
         Ok(match self.digest.take() {
-            Some(digest) => Body::Unheld(digest.finish().as_ref().into()),
+            Some(digest) => Body::DigestOnly(digest.finish().as_ref().into()),
             None => Body::Replaced(std::mem::take(&mut self.pieces)),
         })
     }

@@ -21,7 +21,7 @@ pub struct Silence {
 
 /// How an EPP replied to a response's head. A metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reply {
+pub enum HeadReply {
     /// The EPP replied in time, or it had already closed the stream.
     InTime,
     TimedOut,
@@ -29,7 +29,7 @@ pub enum Reply {
     NotAwaited,
 }
 
-impl Reply {
+impl HeadReply {
     pub fn label(self) -> &'static str {
         match self {
             Self::InTime => "in_time",
@@ -45,7 +45,7 @@ pub struct Waiting {
     shared: Arc<Silence>,
     /// Until when a reply is in time.
     until: Option<Instant>,
-    reply: Option<Reply>,
+    reply: Option<HeadReply>,
 }
 
 impl Waiting {
@@ -57,7 +57,7 @@ impl Waiting {
     pub fn ask(&mut self, configured: Option<Duration>, now: Instant) -> Option<Duration> {
         self.until = configured.map(|wait| now + wait);
         let wait = configured.filter(|_| self.shared.missed.load(Relaxed) < PATIENCE);
-        self.reply = Some(if wait.is_some() { Reply::InTime } else { Reply::NotAwaited });
+        self.reply = Some(if wait.is_some() { HeadReply::InTime } else { HeadReply::NotAwaited });
         wait
     }
 
@@ -68,7 +68,7 @@ impl Waiting {
 
     /// The wait timed out.
     pub fn timed_out(&mut self) {
-        self.reply = Some(Reply::TimedOut);
+        self.reply = Some(HeadReply::TimedOut);
         // Stops counting at the threshold, so it cannot overflow.
         let _ = self.shared.missed.fetch_update(Relaxed, Relaxed, |missed| (missed < PATIENCE).then_some(missed + 1));
     }
@@ -80,7 +80,7 @@ impl Waiting {
         }
     }
 
-    pub fn reply(&self) -> Option<Reply> {
+    pub fn reply(&self) -> Option<HeadReply> {
         self.reply
     }
 }
@@ -102,10 +102,10 @@ mod tests {
     fn three_timeouts_disable_the_wait_until_a_reply_in_time() {
         let (shared, now) = (Arc::default(), Instant::now());
         for _ in 0..PATIENCE {
-            assert_eq!(silent(&shared).reply(), Some(Reply::TimedOut));
+            assert_eq!(silent(&shared).reply(), Some(HeadReply::TimedOut));
         }
         let mut waiting = Waiting::new(&shared);
-        assert_eq!((waiting.ask(WAIT, now), waiting.reply()), (None, Some(Reply::NotAwaited)));
+        assert_eq!((waiting.ask(WAIT, now), waiting.reply()), (None, Some(HeadReply::NotAwaited)));
         waiting.late(now + Duration::from_millis(101));
         assert_eq!(Waiting::new(&shared).ask(WAIT, now), None, "a slow reply does not restore the wait");
         waiting.late(now + Duration::from_millis(100));
@@ -121,7 +121,7 @@ mod tests {
             let mut waiting = Waiting::new(&shared);
             assert_eq!(waiting.ask(WAIT, Instant::now()), WAIT);
             waiting.answered();
-            assert_eq!(waiting.reply(), Some(Reply::InTime));
+            assert_eq!(waiting.reply(), Some(HeadReply::InTime));
         }
     }
 
@@ -129,7 +129,7 @@ mod tests {
     fn disabled_wait_is_never_counted() {
         let (shared, now) = (Arc::default(), Instant::now());
         let mut waiting = Waiting::new(&shared);
-        assert_eq!((waiting.ask(None, now), waiting.reply()), (None, Some(Reply::NotAwaited)));
+        assert_eq!((waiting.ask(None, now), waiting.reply()), (None, Some(HeadReply::NotAwaited)));
         waiting.late(now);
     }
 }

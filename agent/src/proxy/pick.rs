@@ -81,7 +81,7 @@ pub(super) async fn pick(
     let subset = worker.shared.endpoints[request.pool].subset(started.into_std());
     let limit = worker.shared.config.limits.body_bytes;
     let memory = Arc::clone(&worker.shared.bodies.memory);
-    let limits = Limits { replaced_body: limit.try_into().unwrap_or(usize::MAX), memory, said: settings.limits };
+    let limits = Limits { replaced_body: limit.try_into().unwrap_or(usize::MAX), memory, epp: settings.limits };
     let members = worker.shared.endpoints[request.pool].snapshot();
     let question = Question { epp, settings, subset: subset.as_deref(), limits, members, metrics };
     let failure = match question.ask(client, request, upload).await {
@@ -162,11 +162,11 @@ async fn final_body(worker: &Worker, upload: &Upload, body: Body) -> Result<Body
     let same = match &body {
         Body::Original => true,
         Body::Replaced(pieces) => upload.kept.is_same(pieces).await?,
-        Body::Unheld(digest) => upload.kept.sha256().await? == *digest,
+        Body::DigestOnly(digest) => upload.kept.sha256().await? == *digest,
     };
     match body {
         _ if same => Ok(Body::Original),
-        Body::Unheld(_) => {
+        Body::DigestOnly(_) => {
             worker.shared.bodies.refused("memory");
             Err(BodyError::Full { at: "in memory, where bodies that an EPP replaced are kept" }.into())
         }
@@ -179,7 +179,7 @@ async fn final_body(worker: &Worker, upload: &Upload, body: Body) -> Result<Body
 fn admitted(worker: &Worker, pool: usize, decision: Decision) -> Result<(Vec<SocketAddr>, Decision), SocketAddr> {
     let admits = |address: &SocketAddr| worker.shared.admits(pool, *address);
     let mut endpoints: Vec<_> = decision.endpoints.iter().copied().filter(admits).collect();
-    let (invalid, strangers) = (decision.bad.count, decision.endpoints.len() - endpoints.len());
+    let (invalid, strangers) = (decision.invalid.count, decision.endpoints.len() - endpoints.len());
     if invalid + strangers > 0 {
         let metrics = worker.shared.metrics.pool(pool);
         metrics.epp_passed_over("invalid", invalid);
@@ -188,7 +188,7 @@ fn admitted(worker: &Worker, pool: usize, decision: Decision) -> Result<(Vec<Soc
         tracing::warn!(
             pool = name,
             invalid,
-            entries = decision.bad.shown,
+            entries = decision.invalid.shown,
             not_admitted = strangers,
             "EPP picked unusable endpoints, skipping them"
         );

@@ -298,7 +298,7 @@ async fn frames(
     Carried { end, account: delivery.account, path: Path::Relay, reason: "http2", keep_alive }
 }
 
-/// Resolves with the reason when the deadline or an eviction ends the response. Poll it after the delivery, as [`evicted_telling`].
+/// Resolves with the reason when the deadline or an eviction ends the response. Poll it after the delivery, as [`evicted_while_sending`].
 async fn aborted(
     deadline: Option<Instant>,
     stream: &mut Option<PickStream>,
@@ -312,16 +312,16 @@ async fn aborted(
     };
     tokio::select! {
         biased;
-        _ = evicted_telling(stream, tee) => EVICTED,
+        _ = evicted_while_sending(stream, tee) => EVICTED,
         () = late => "request_timeout",
     }
 }
 
 /// As [`evicted`], but also sends the EPP what is in the tee. Poll it after the delivery in the same task: then everything that the
 /// delivery puts into the tee is taken out at once.
-async fn evicted_telling(stream: &mut Option<PickStream>, tee: Option<&RefCell<Tee>>) -> ImmediateReply {
+async fn evicted_while_sending(stream: &mut Option<PickStream>, tee: Option<&RefCell<Tee>>) -> ImmediateReply {
     match (stream, tee) {
-        (Some(stream), Some(tee)) => stream.evicted_telling(|| tee.borrow_mut().next_piece()).await,
+        (Some(stream), Some(tee)) => stream.evicted_while_sending(|| tee.borrow_mut().next_piece()).await,
         (stream, _) => evicted(stream).await,
     }
 }

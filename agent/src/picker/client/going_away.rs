@@ -107,7 +107,7 @@ async fn goaway_finishes_earlier_streams_and_retries_later_ones() {
     };
     let (error, first) = soon(async { tokio::join!(left.outcome(), server) }).await;
     let error = error.unwrap_err();
-    assert_eq!((error.reason(), error.again()), ("not_taken", Again::Here), "{error}");
+    assert_eq!((error.reason(), error.retry()), ("not_taken", Retry::SameReplica), "{error}");
 
     // Meanwhile the earlier stream waits for its pick, and gets it.
     let (mut again, new) = (open(&client, false), Frames::accept(&listener));
@@ -162,7 +162,7 @@ async fn idle_connection_that_went_away_fails_no_request() {
     let ask = async {
         loop {
             match open(&client, false).outcome().await {
-                Err(error) => assert_eq!(error.again(), Again::Here, "{error}"),
+                Err(error) => assert_eq!(error.retry(), Retry::SameReplica, "{error}"),
                 outcome => return outcome,
             }
         }

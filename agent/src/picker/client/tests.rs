@@ -10,7 +10,7 @@ use crate::{
     budget::Budget,
     config::{Epp, EppTls},
     picker::{
-        error::Again,
+        error::Retry,
         exchange::{Body, Decision},
         message,
     },
@@ -23,8 +23,8 @@ mod going_away;
 use epp::{serve, serve_on};
 
 fn limits() -> Limits {
-    let said = crate::config::EppLimits { fields: 512, bytes: 1 << 17, messages: 4096, metadata_bytes: 1 << 18 };
-    Limits { replaced_body: 1 << 20, memory: Budget::unlimited(), said }
+    let epp = crate::config::EppLimits { fields: 512, bytes: 1 << 17, messages: 4096, metadata_bytes: 1 << 18 };
+    Limits { replaced_body: 1 << 20, memory: Budget::unlimited(), epp }
 }
 const A: &str = "10.0.0.1:8000";
 
@@ -200,13 +200,13 @@ async fn stream_that_ends_without_a_pick_is_an_error() {
     .await;
     let answers = serve(Server::builder(), async |call| call.immediate(503).await).await;
     for (address, reason, again) in [
-        (closes, "closed_without_pick", Again::Not),
-        (fails, "failed_precondition", Again::Not),
-        (fails_late, "unavailable", Again::Elsewhere),
+        (closes, "closed_without_pick", Retry::Never),
+        (fails, "failed_precondition", Retry::Never),
+        (fails_late, "unavailable", Retry::OtherReplica),
     ] {
         let mut stream = open(&client(address), true);
         let error = soon(stream.outcome()).await.unwrap_err();
-        assert_eq!((error.reason(), error.again()), (reason, again), "{error}");
+        assert_eq!((error.reason(), error.retry()), (reason, again), "{error}");
     }
     let Ok(Outcome::Immediate(reply)) = ask(&client(answers)).await else { panic!("no answer") };
     assert_eq!(reply.status, StatusCode::SERVICE_UNAVAILABLE);
@@ -240,7 +240,7 @@ async fn connection_to_a_dead_epp_fails_at_once_and_is_retried() {
     let client = client(address);
     for _ in 0..2 {
         let error = ask(&client).await.unwrap_err();
-        assert_eq!((error.reason(), error.again()), ("connect", Again::Elsewhere), "{error}");
+        assert_eq!((error.reason(), error.retry()), ("connect", Retry::OtherReplica), "{error}");
     }
     let listener = TcpListener::bind(address).await.unwrap();
     serve_on(listener, Server::builder(), async |call| call.pick(A).await);
@@ -272,7 +272,7 @@ async fn lost_connection_is_not_reused() {
     let (outcomes, ()) = soon(async { tokio::join!(outcomes, lose) }).await;
     for outcome in outcomes {
         let error = outcome.unwrap_err();
-        assert_eq!((error.reason(), error.again()), ("reset", Again::HereOnce), "{error}");
+        assert_eq!((error.reason(), error.retry()), ("reset", Retry::SameReplicaOnce), "{error}");
     }
     serve_on(listener, Server::builder(), async |call| call.pick(A).await);
     assert_eq!(picked(ask(&client).await).endpoints, addresses(&[A]));
@@ -337,11 +337,11 @@ async fn response_body_is_sent_as_the_epp_takes_it() {
     left.reverse();
     let taken = std::cell::Cell::new(0);
     let mut next = || left.pop().inspect(|_| taken.set(taken.get() + 1));
-    assert!(stream.evicted_telling(&mut next).now_or_never().is_none());
+    assert!(stream.evicted_while_sending(&mut next).now_or_never().is_none());
     assert!(taken.get() < PIECES, "{} pieces were sent to an EPP that reads none", taken.get());
     take.send(true).unwrap();
     tokio::select! {
-        _ = stream.evicted_telling(&mut next) => panic!("no eviction"),
+        _ = stream.evicted_while_sending(&mut next) => panic!("no eviction"),
         () = soon(async { while told.len() < usize::from(PIECES / 2) { tokio::task::yield_now().await } }) => {}
     }
     left.reverse();

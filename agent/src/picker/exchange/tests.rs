@@ -105,7 +105,7 @@ fn request() -> http::request::Parts {
 
 fn exchange(has_body: bool, subset: Option<&[SocketAddr]>) -> Exchange {
     let header = HeaderName::from_static(message::DESTINATION);
-    let limits = Limits { replaced_body: 10, memory: Budget::unlimited(), said: EppLimits::default() };
+    let limits = Limits { replaced_body: 10, memory: Budget::unlimited(), epp: EppLimits::default() };
     Exchange::new(header, &request(), has_body, subset, limits)
 }
 
@@ -138,7 +138,7 @@ fn run(exchange: &mut Exchange, steps: Vec<Step>) -> (Vec<String>, usize) {
                     let endpoints: Vec<_> = decision.endpoints.iter().map(ToString::to_string).collect();
                     let body = match decision.body {
                         Body::Original => "original".to_owned(),
-                        Body::Unheld(_) => "unheld".to_owned(),
+                        Body::DigestOnly(_) => "digest only".to_owned(),
                         Body::Replaced(pieces) => format!("replaced {}", String::from_utf8_lossy(&pieces.concat())),
                     };
                     format!("{} {body}", endpoints.join(","))
@@ -422,7 +422,7 @@ fn replacement_without_memory_is_known_by_its_digest() {
         }
         match replacement.take().unwrap() {
             Body::Replaced(given) => assert!(held && given.concat() == all),
-            Body::Unheld(digest) => {
+            Body::DigestOnly(digest) => {
                 assert!(!held && *digest == *ring::digest::digest(&ring::digest::SHA256, &all).as_ref());
                 assert_eq!(gauge.get(), 0, "held pieces are released");
             }

@@ -31,7 +31,7 @@ impl Content {
     pub(super) fn new(upload: &mut Upload, body: &mut Body) -> Self {
         let body = match std::mem::replace(body, Body::Original) {
             Body::Original if upload.has_body() => ContentBody::Kept(Rc::new(upload.take_kept())),
-            Body::Original | Body::Unheld(_) => ContentBody::None,
+            Body::Original | Body::DigestOnly(_) => ContentBody::None,
             // The client's trailers are dropped with the client's body.
             Body::Replaced(pieces) => {
                 return Self { body: ContentBody::Replaced(pieces.into()), trailers: Rc::default() };
