@@ -72,9 +72,9 @@ impl TestAgent {
         // The self-test starts its own runtime, which cannot be nested in the test's.
         let begun = config.clone();
         let start = std::thread::spawn(|| Agent::start_with(begun, probe));
-        let agent = start.join().expect("the agent's start does not panic").context("starting the agent")?;
+        let agent = start.join().expect("the agent's start panicked").context("could not start the agent")?;
         if wanted.is_some_and(|path| !agent.ladder().is_ready(path)) {
-            bail!("this test needs the kernel: {:#?}", agent.ladder().lines());
+            bail!("this test needs steering: {:#?}", agent.ladder().lines());
         }
         Ok(Self { addr: agent.address(), agent, config })
     }

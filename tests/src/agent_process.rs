@@ -43,7 +43,7 @@ impl AgentProcess {
             _ => "steering: active",
         };
         let output = agent.process.output();
-        ensure!(output.iter().any(|line| line.contains(wanted)), "this test needs the kernel: {output:#?}");
+        ensure!(output.iter().any(|line| line.contains(wanted)), "this test needs steering: {output:#?}");
         Ok(agent)
     }
 
@@ -129,7 +129,7 @@ impl AgentProcess {
         let begin = Instant::now();
         let (mut since, mut before) = (begin, None);
         while since.elapsed() < REST {
-            ensure!(begin.elapsed() < SOON, "the agent's workers find no rest");
+            ensure!(begin.elapsed() < SOON, "the agent's workers did not become idle");
             tokio::time::sleep(Duration::from_millis(5)).await;
             let sleeps = self.process.sleeps("penstock-")?;
             if sleeps.is_none() || sleeps != before {

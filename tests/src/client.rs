@@ -423,7 +423,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
                 return Ok(head);
             }
             if let Some(end) = self.fill(usize::MAX).await? {
-                bail!("the connection ended ({end:?}) in a head, after {:?}", String::from_utf8_lossy(&self.buffer));
+                bail!(
+                    "the connection ended ({end:?}) within a head, after {:?}",
+                    String::from_utf8_lossy(&self.buffer)
+                );
             }
         }
     }
@@ -448,7 +451,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
             }
             if self.ended.is_none() {
                 let read = read_some(&mut self.stream, &mut self.buffer, self.recorded.as_mut(), limit);
-                self.ended = timeout(self.patience, read).await.context("no byte of the body came in time")??;
+                self.ended = timeout(self.patience, read).await.context("timed out waiting for the body")??;
             }
             match self.ended {
                 None => {}
@@ -475,7 +478,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
                     sink(&data)?;
                 }
                 Piece::End(end) => {
-                    let decoder = self.decoder.take().context("a body was read")?;
+                    let decoder = self.decoder.take().context("the body has been read")?;
                     let (trailers, chunks) = (decoder.trailers().to_vec(), decoder.chunks());
                     return Ok(BodyRead { end, len, arrivals, trailers, chunks, wire: self.wire });
                 }
@@ -497,7 +500,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Client<S> {
 
     async fn fill(&mut self, limit: usize) -> Result<Option<ConnectionEnd>> {
         let read = read_some(&mut self.stream, &mut self.buffer, self.recorded.as_mut(), limit);
-        timeout(self.patience, read).await.context("no byte came in time")?
+        timeout(self.patience, read).await.context("timed out waiting for a byte")?
     }
 }
 
@@ -557,11 +560,11 @@ mod tests {
         for request in [whole, pieces] {
             client.send(&request).await.unwrap();
             let mut wire = vec![0; request.wire("127.0.0.1:80").len()];
-            timeout(client.patience, far.read_exact(&mut wire)).await.expect("no byte is kept back").unwrap();
+            timeout(client.patience, far.read_exact(&mut wire)).await.expect("a byte was held back").unwrap();
             assert!(wire.ends_with(b"xxx"));
         }
         client.send_raw(b"raw").await.unwrap();
         let mut wire = [0; 3];
-        timeout(client.patience, far.read_exact(&mut wire)).await.expect("no byte is kept back").unwrap();
+        timeout(client.patience, far.read_exact(&mut wire)).await.expect("a byte was held back").unwrap();
     }
 }

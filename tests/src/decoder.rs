@@ -92,7 +92,7 @@ impl Decoder {
                 State::DataEnd(seen) => {
                     let expected = b"\r\n"[usize::from(*seen)];
                     if rest[0] != expected {
-                        bail!("byte {:#04x} where the line end after a chunk should be", rest[0]);
+                        bail!("found byte {:#04x} after a chunk, expected a line end", rest[0]);
                     }
                     at += 1;
                     *seen += 1;
@@ -117,7 +117,7 @@ impl Decoder {
                             self.state = State::Complete;
                         } else {
                             let line = String::from_utf8(line.to_vec())?;
-                            let (name, value) = line.split_once(':').context("a trailer without a colon")?;
+                            let (name, value) = line.split_once(':').context("trailer without a colon")?;
                             self.trailers.push((name.to_owned(), value.trim().to_owned()));
                             self.state = State::Trailer(Vec::new());
                         }
@@ -130,7 +130,7 @@ impl Decoder {
 }
 
 fn chunk_size(line: &[u8]) -> Result<u64> {
-    let line = std::str::from_utf8(line).context("a chunk-size line that is not text")?;
+    let line = std::str::from_utf8(line).context("chunk-size line is not UTF-8")?;
     let digits = line.split([';', ' ', '\t']).next().unwrap_or_default();
     if digits.is_empty() || !digits.bytes().all(|byte| byte.is_ascii_hexdigit()) {
         bail!("chunk-size line {line:?}");

@@ -53,9 +53,9 @@ async fn show(options: Options) -> Result<(Fleet, bool)> {
     if why.is_none() {
         load::compare(&fleet).await?;
     } else {
-        println!("no comparison of CPU time: there is no steering to compare with");
+        println!("skipped the comparison of CPU time: steering is off");
     }
-    println!("\n{}", if fine { "all was right" } else { "NOT ALL WAS RIGHT: see above" });
+    println!("\n{}", if fine { "all checks passed" } else { "CHECKS FAILED: see above" });
     Ok((fleet, fine))
 }
 

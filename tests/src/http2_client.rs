@@ -81,7 +81,7 @@ impl Http2Client {
     /// Opens a stream with this head; the caller sends the body, unless the head ends the stream.
     pub async fn open(&mut self, head: http::Request<()>, ends: bool) -> Result<Stream> {
         let ready = poll_fn(|context| self.streams.poll_ready(context));
-        timeout(self.patience, ready).await.context("no room for another stream")??;
+        timeout(self.patience, ready).await.context("timed out waiting for a stream")??;
         let (answer, out) = self.streams.send_request(head, ends)?;
         Ok(Stream {
             answer: Some(answer),
@@ -120,7 +120,7 @@ impl Http2Client {
     /// Waits for the end of the connection; an error unless it is orderly.
     pub async fn end(&mut self) -> Result<()> {
         let end = timeout(self.patience, &mut self.connection).await;
-        Ok(end.context("the connection did not end in time")???)
+        Ok(end.context("timed out waiting for the end of the connection")???)
     }
 }
 
@@ -202,13 +202,15 @@ impl Drop for Stream {
 impl Stream {
     /// Sends more of the request's body.
     pub async fn data(&mut self, piece: impl Into<Bytes>) -> Result<()> {
-        let out = self.out.as_mut().context("the body is not the caller's to send")?;
-        Ok(timeout(self.patience, send(out, piece.into(), false)).await.context("no room in the window")??)
+        let out = self.out.as_mut().context("the client sends this body")?;
+        Ok(timeout(self.patience, send(out, piece.into(), false))
+            .await
+            .context("timed out waiting for the window")??)
     }
 
     /// Ends the request's body, optionally with trailers.
     pub fn finish(&mut self, trailers: HeaderMap) -> Result<()> {
-        let mut out = self.out.take().context("the body is not the caller's to send")?;
+        let mut out = self.out.take().context("the client sends this body")?;
         if trailers.is_empty() {
             out.send_data(Bytes::new(), true)?;
         } else {
@@ -230,7 +232,7 @@ impl Stream {
     /// Reads the head; an error if the stream ends first, with the cause in [`Self::reason`].
     pub async fn head(&mut self) -> Result<Head> {
         let answer = self.answer.take().context("the head has been read")?;
-        let answer = timeout(self.patience, answer).await.context("no head came in time")?;
+        let answer = timeout(self.patience, answer).await.context("timed out waiting for the head")?;
         let (head, body) = answer.inspect_err(|error| self.reason = reset(error))?.into_parts();
         self.body = Some(body);
         Ok(Head {
@@ -246,7 +248,7 @@ impl Stream {
     pub async fn piece(&mut self) -> Result<Piece> {
         let body = self.body.as_mut().context("no head was read for this body")?;
         loop {
-            match timeout(self.patience, body.data()).await.context("no byte of the body came in time")? {
+            match timeout(self.patience, body.data()).await.context("timed out waiting for the body")? {
                 None => return Ok(Piece::End(BodyEnd::Complete)),
                 Some(Ok(data)) => {
                     body.flow_control().release_capacity(data.len())?;
@@ -277,7 +279,10 @@ impl Stream {
         if end == BodyEnd::Complete
             && let Some(body) = &mut self.body
         {
-            match timeout(self.patience, body.trailers()).await.context("no end of the stream came in time")? {
+            match timeout(self.patience, body.trailers())
+                .await
+                .context("timed out waiting for the end of the stream")?
+            {
                 Ok(found) => trailers = found.as_ref().map(pairs).unwrap_or_default(),
                 Err(error) => end = broken(&mut self.reason, &error),
             }

@@ -69,7 +69,7 @@ impl Frame {
 
     #[must_use]
     pub fn wire(&self) -> Vec<u8> {
-        let length = u32::try_from(self.payload.len()).expect("a frame of a test's").to_be_bytes();
+        let length = u32::try_from(self.payload.len()).expect("the frame is too long").to_be_bytes();
         let mut wire = length[1..].to_vec();
         wire.extend([self.kind, self.flags]);
         wire.extend(self.stream.to_be_bytes());
@@ -147,7 +147,7 @@ impl Http2Frames {
         let mut connection = Self::new(stream)?;
         let mut preface = [0; PREFACE.len()];
         connection.stream.read_exact(&mut preface).await?;
-        ensure!(preface == PREFACE, "{:?} is no preface", preface.escape_ascii().to_string());
+        ensure!(preface == PREFACE, "expected a preface, found {:?}", preface.escape_ascii().to_string());
         connection.send(&Frame::new(kind::SETTINGS, 0, 0, [])).await?;
         Ok(connection)
     }
@@ -169,7 +169,7 @@ impl Http2Frames {
     /// The next frame; `None` at the end of the connection. Acknowledges SETTINGS and PING.
     pub async fn next(&mut self) -> Result<Option<Frame>> {
         let mut head = [0; 9];
-        match timeout(PATIENCE, self.stream.read_exact(&mut head)).await.context("no frame came in time")? {
+        match timeout(PATIENCE, self.stream.read_exact(&mut head)).await.context("timed out waiting for a frame")? {
             Ok(_) => {}
             Err(_) => return Ok(None),
         }

@@ -16,10 +16,10 @@ impl Namespace {
     pub fn new() -> Result<Self> {
         // A thread stays in the namespace it enters, so a runtime's thread must not enter one.
         let made = std::thread::spawn(|| -> Result<File> {
-            unshare(CloneFlags::CLONE_NEWNET).context("making a network namespace")?;
+            unshare(CloneFlags::CLONE_NEWNET).context("could not create a network namespace")?;
             Ok(File::open("/proc/thread-self/ns/net")?)
         });
-        let namespace = Self(made.join().expect("a thread that does not panic")?);
+        let namespace = Self(made.join().expect("the thread panicked")?);
         namespace.ip("link set lo up")?;
         Ok(namespace)
     }
@@ -40,10 +40,10 @@ impl Namespace {
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| -> Result<T> {
-                setns(&self.0, CloneFlags::CLONE_NEWNET).context("entering a network namespace")?;
+                setns(&self.0, CloneFlags::CLONE_NEWNET).context("could not enter a network namespace")?;
                 Ok(work())
             });
-            thread.join().expect("a thread that does not panic")
+            thread.join().expect("the thread panicked")
         })
     }
 

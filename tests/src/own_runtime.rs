@@ -30,7 +30,7 @@ impl OwnRuntime {
                 }
             });
         })?;
-        let value = began.await.context("the server's thread ended at its start")??;
+        let value = began.await.context("the server's thread ended while starting")??;
         Ok((value, Self { stop: Some(stop), thread: Some(thread) }))
     }
 

@@ -80,7 +80,9 @@ pub async fn run(server: &RealServer, mode: SteeringMode, extent: Extent) -> Res
             for manner in MANNERS {
                 // A steered response, followed by the next request on the same connection.
                 let streamed = tokio::time::timeout(PATIENCE, stream(&mut client, server)).await;
-                streamed.unwrap_or_else(|_| bail!("a response that stops")).context("a response before the POST")?;
+                streamed
+                    .unwrap_or_else(|_| bail!("the response stalled"))
+                    .context("the response before the POST failed")?;
                 let body = body(tally.posts, size);
                 let post = post(&mut client, server.target(), manner, &body);
                 let answered = tokio::time::timeout(PATIENCE, post).await;

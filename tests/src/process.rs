@@ -26,7 +26,7 @@ impl Process {
     pub fn binary(name: &str) -> Result<PathBuf> {
         let test = std::env::current_exe()?;
         let found = test.ancestors().skip(1).take(2).map(|folder| folder.join(name)).find(|path| path.is_file());
-        found.with_context(|| format!("no binary {name} beside {}: build the workspace first", test.display()))
+        found.with_context(|| format!("found no binary {name} next to {}: build the workspace first", test.display()))
     }
 
     /// Starts one of the workspace's binaries.
@@ -68,7 +68,7 @@ impl Process {
                 return Ok(line.clone());
             }
             let output = || self.output().join("\n");
-            ensure!(begin.elapsed() < deadline, "{} did not print {text:?}, but:\n{}", self.name, output());
+            ensure!(begin.elapsed() < deadline, "{} did not print {text:?}; its output:\n{}", self.name, output());
             if let Some(status) = ended
                 && Arc::strong_count(&self.lines) == 1
             {
@@ -123,7 +123,7 @@ impl Process {
             if let Some(status) = self.child.try_wait()? {
                 return Ok(status);
             }
-            ensure!(begin.elapsed() < deadline, "{} still runs after {deadline:?}", self.name);
+            ensure!(begin.elapsed() < deadline, "{} has not exited after {deadline:?}", self.name);
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
@@ -132,12 +132,12 @@ impl Process {
     pub fn cpu_time(&self) -> Result<Duration> {
         let stat = self.proc("stat")?;
         // The name in parentheses may contain blanks; utime and stime are the line's 14th and 15th fields.
-        let (_, fields) = stat.rsplit_once(") ").context("/proc/pid/stat without a name")?;
+        let (_, fields) = stat.rsplit_once(") ").context("/proc/pid/stat has no name")?;
         let mut fields = fields.split(' ').skip(11).map(str::parse::<u64>);
         let (Some(Ok(user)), Some(Ok(system))) = (fields.next(), fields.next()) else {
             bail!("/proc/pid/stat is {stat:?}");
         };
-        let per_second = sysconf(SysconfVar::CLK_TCK)?.context("no clock tick")?;
+        let per_second = sysconf(SysconfVar::CLK_TCK)?.context("_SC_CLK_TCK is unknown")?;
         Ok(Duration::from_secs_f64((user + system) as f64 / per_second as f64))
     }
 

@@ -202,6 +202,6 @@ fn request(bytes: &[u8]) -> io::Result<Option<(Plan, usize)>> {
     let mut request = httparse::Request::new(&mut headers);
     let httparse::Status::Complete(len) = request.parse(bytes).map_err(io::Error::other)? else { return Ok(None) };
     let plan = request.headers.iter().find(|header| header.name.eq_ignore_ascii_case("x-test-plan"));
-    let plan = plan.ok_or_else(|| io::Error::other("a request without a plan"))?;
+    let plan = plan.ok_or_else(|| io::Error::other("request without a plan"))?;
     Ok(Some((serde_json::from_slice(plan.value)?, len)))
 }

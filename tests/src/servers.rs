@@ -109,7 +109,7 @@ impl Kind {
             Ok(path)
         };
         let python = venv("python");
-        let python = python.to_str().context("the path of the Python environment")?;
+        let python = python.to_str().context("the path of the Python environment is not UTF-8")?;
         let short_java = ["-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"];
         Ok(match self {
             Self::Nginx => {

@@ -57,22 +57,24 @@ pub struct Report {
 /// agents.
 pub async fn run(options: Options, note: impl Fn(&str)) -> Result<Report> {
     let modes = options.mode.map_or_else(|| SteeringMode::value_variants().to_vec(), |mode| vec![mode]);
-    let world = World::start().await.context("the servers of the soak run")?;
+    let world = World::start().await.context("could not start the servers of the soak run")?;
     let mut subjects = Vec::new();
     for mode in modes {
-        subjects.push(Subject::start(mode, &world).await.with_context(|| format!("the agent with {mode:?}"))?);
+        subjects.push(
+            Subject::start(mode, &world).await.with_context(|| format!("could not start the agent with {mode:?}"))?,
+        );
     }
     let mut random = Random::new(options.seed);
     let warm = options.time.mul_f64(WARM_UP);
 
     let mut ledgers: Vec<Ledger> = subjects.iter().map(|_| Ledger::default()).collect();
     phase(&world, &subjects, &mut ledgers, &mut random, warm, &note).await;
-    let before = footprints(&world, &subjects).await.context("after the warm-up")?;
+    let before = footprints(&world, &subjects).await.context("measuring after the warm-up")?;
     note("warmed up");
     // The warm-up's latency is not part of the run.
     ledgers.iter_mut().for_each(|ledger| ledger.latency = latency::Samples::default());
     phase(&world, &subjects, &mut ledgers, &mut random, options.time - warm, &note).await;
-    let after = footprints(&world, &subjects).await.context("after the run")?;
+    let after = footprints(&world, &subjects).await.context("measuring after the run")?;
 
     let mut report = Report { lines: vec![world.faults.summary()], complaints: Vec::new() };
     for (((subject, ledger), before), after) in subjects.iter().zip(&ledgers).zip(&before).zip(&after) {

@@ -32,7 +32,7 @@ impl Stage {
         let epp = ScriptedEpp::start(script(&[one.addr, two.addr])).await.expect("a picker");
         let pool = epp_pool(&[one.addr, two.addr], epp.addr, FailureMode::Closed);
         let agent = TestAgent::start(pool, SteeringMode::Off, adjust);
-        let client = Client::connect(agent.addr).await.expect("the agent accepts");
+        let client = Client::connect(agent.addr).await.expect("could not connect to the agent");
         Self { client, agent, epp, one, two }
     }
 

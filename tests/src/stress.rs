@@ -73,7 +73,7 @@ pub async fn run(options: Options, mut note: impl FnMut(&Tally)) -> Result<Vec<T
     for turn in 0..turns {
         for (number, total) in tallies.iter_mut().enumerate() {
             let seed = options.seed.wrapping_add(u64::from(turn) * modes.len() as u64 + number as u64);
-            let round = round(total.mode, seed, time).await.with_context(|| again(total.mode, seed))?;
+            let round = round(total.mode, seed, time).await.with_context(|| reproduce(total.mode, seed))?;
             note(&round);
             total.add(&round);
         }
@@ -81,8 +81,8 @@ pub async fn run(options: Options, mut note: impl FnMut(&Tally)) -> Result<Vec<T
     Ok(tallies)
 }
 
-fn again(mode: SteeringMode, seed: u64) -> String {
-    format!("again: cargo xtask stress --mode {} --seed {seed}", mode_name(mode))
+fn reproduce(mode: SteeringMode, seed: u64) -> String {
+    format!("reproduce: cargo xtask stress --mode {} --seed {seed}", mode_name(mode))
 }
 
 async fn round(mode: SteeringMode, seed: u64, time: Duration) -> Result<Tally> {
@@ -111,7 +111,7 @@ async fn round(mode: SteeringMode, seed: u64, time: Duration) -> Result<Tally> {
         tally.add(&of_one);
     }
     if let Err(error) = settle(&agent, &servers, &tally).await {
-        tally.fail(&again(mode, seed), &error);
+        tally.fail(&reproduce(mode, seed), &error);
     }
     tally.books = Books::read(&agent.agent.metrics().encode());
     Ok(tally)
@@ -126,10 +126,10 @@ async fn settle(agent: &TestAgent, servers: &[ModelServer], tally: &Tally) -> Re
     // Connections may stay open for reuse: as many as were concurrent, for each worker and endpoint.
     let open = || servers.iter().map(ModelServer::connections_open).sum::<u64>();
     let most = (CLIENTS * SERVERS * 2) as u64;
-    ensure!(within(SOON, || open() <= most).await, "{} connections to endpoints stay open", open());
+    ensure!(within(SOON, || open() <= most).await, "{} connections to endpoints were not closed", open());
     let carried = agent.count("penstock_body_bytes_total", &[]);
     // After a broken response, the remainder of its last write to the client is counted nowhere.
-    ensure!(carried >= tally.whole, "complete responses had {} bytes, and {carried} were carried", tally.whole);
+    ensure!(carried >= tally.whole, "complete responses had {} bytes, but the paths counted {carried}", tally.whole);
     Ok(())
 }
 
@@ -168,7 +168,8 @@ impl Caller<'_> {
                     kept = done.client.filter(|_| !(self.pinned && case.exchange.closes()));
                 }
                 Err(error) => {
-                    let what = format!("client {}, its case {count}: {case:?}\n    {}", self.number, again(mode, seed));
+                    let what =
+                        format!("client {}, its case {count}: {case:?}\n    {}", self.number, reproduce(mode, seed));
                     tally.fail(&what, &error);
                     // The fault may recur at once.
                     tokio::time::sleep(Duration::from_millis(10)).await;

@@ -190,7 +190,7 @@ async fn silent_endpoint_breaks_response_after_idle_timeout() {
             let expected = if framing == Framing::UntilClose { BodyEnd::Reset } else { BodyEnd::Truncated };
             assert_eq!(end, expected, "{mode:?} {framing:?} after {len}");
             if framing == Framing::ContentLength {
-                assert_eq!(len, 50_000, "what had come before was delivered");
+                assert_eq!(len, 50_000, "the bytes before the break were not delivered");
             }
             eventually(AT_ONCE, || (server.aborted(), server.connections_open()) == (1, 0)).await;
             let reasons = ["reason=\"idle_timeout\""];

@@ -20,7 +20,7 @@ use serde_json::Value;
 const CONFIG_PATH: &str = "/etc/penstock/penstock.toml";
 
 fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests is a folder of the workspace")
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests is not in a workspace")
 }
 
 fn read(file: &str) -> String {
@@ -70,22 +70,22 @@ fn lost(source: &Value, typed: &Value, path: &str, found: &mut Vec<String>) {
             }
         }
         _ if source == typed => {}
-        _ => found.push(format!("{path}: {source} is read as {typed}")),
+        _ => found.push(format!("{path}: {source} was read as {typed}")),
     }
 }
 
 fn assert_known<T: Resource + DeserializeOwned + Serialize>() {
     let source = documents().into_iter().find(|document| document["kind"] == T::KIND).expect(T::KIND);
-    let typed = serde_json::to_value(manifest::<T>()).expect("a manifest serialises");
+    let typed = serde_json::to_value(manifest::<T>()).expect("the manifest cannot be serialised");
     let mut found = Vec::new();
     lost(&source, &typed, T::KIND, &mut found);
-    assert!(found.is_empty(), "Kubernetes does not know: {found:#?}");
+    assert!(found.is_empty(), "unknown to Kubernetes: {found:#?}");
 }
 
 #[test]
 fn manifest_fields_are_known_to_kubernetes() {
     let kinds: BTreeSet<String> = documents().iter().map(|document| document["kind"].to_string()).collect();
-    assert_eq!(kinds.len(), 4, "each kind is looked at below: {kinds:?}");
+    assert_eq!(kinds.len(), 4, "the manifests have kinds without a check below: {kinds:?}");
     assert_known::<Namespace>();
     assert_known::<ServiceAccount>();
     assert_known::<ConfigMap>();
@@ -96,7 +96,7 @@ fn manifest_fields_are_known_to_kubernetes() {
 fn unknown_manifest_field_is_detected() {
     let mut found = Vec::new();
     let source = serde_json::json!({ "metadata": { "name": "a", "lables": {} } });
-    let typed: Namespace = serde_json::from_value(source.clone()).expect("unknown fields are dropped");
+    let typed: Namespace = serde_json::from_value(source.clone()).expect("unknown fields were not dropped");
     lost(&source, &serde_json::to_value(typed).expect("serialises"), "Namespace", &mut found);
     assert_eq!(found, ["Namespace.metadata.lables"]);
 }
@@ -111,14 +111,18 @@ fn manifests_share_namespace_and_references_resolve() {
     assert_eq!(pod().service_account_name, account.metadata.name);
 
     let volumes = pod().volumes.expect("volumes");
-    let config = volumes.iter().find_map(|volume| volume.config_map.as_ref()).expect("a volume from the ConfigMap");
+    let config = volumes.iter().find_map(|volume| volume.config_map.as_ref()).expect("no volume uses the ConfigMap");
     assert_eq!(Some(&config.name), map.metadata.name.as_ref());
     let mounted: BTreeSet<String> =
         container().volume_mounts.expect("mounts").into_iter().map(|mount| mount.name).collect();
-    assert_eq!(mounted, volumes.into_iter().map(|volume| volume.name).collect(), "every volume is mounted");
+    assert_eq!(
+        mounted,
+        volumes.into_iter().map(|volume| volume.name).collect(),
+        "the mounts are not exactly the volumes"
+    );
 
     let labels = set.spec.template.metadata.and_then(|metadata| metadata.labels);
-    assert_eq!(set.spec.selector.match_labels, labels, "the selector is the pods' labels");
+    assert_eq!(set.spec.selector.match_labels, labels, "the selector differs from the pods' labels");
 }
 
 #[test]
@@ -128,7 +132,7 @@ fn config_map_holds_example_at_agents_path() {
     assert_eq!(data["penstock.toml"], read("deploy/penstock.toml"));
 
     let mounts = container().volume_mounts.expect("mounts");
-    let mount = mounts.iter().find(|mount| mount.name == "config").expect("the mount of the configuration");
+    let mount = mounts.iter().find(|mount| mount.name == "config").expect("the configuration is not mounted");
     assert_eq!(format!("{}/penstock.toml", mount.mount_path), CONFIG_PATH);
     assert_eq!(container().args.expect("arguments"), ["run", "--config", CONFIG_PATH]);
 }
@@ -138,13 +142,13 @@ fn ports_match_configuration() {
     let config = config();
     assert_eq!(config.listen.address.port(), 8080, "the agent's default");
     assert_eq!(config.admin.address.port(), 9901, "the agent's default");
-    assert!(config.admin.address.ip().is_unspecified(), "the kubelet probes the node's address");
+    assert!(config.admin.address.ip().is_unspecified(), "the kubelet cannot probe the admin address");
 
     let ports = container().ports.expect("ports");
     let port = |name: &str| {
         let port =
             ports.iter().find(|port| port.name.as_deref() == Some(name)).unwrap_or_else(|| panic!("port {name}"));
-        assert_eq!(port.host_port, Some(port.container_port), "on the host's network they are one");
+        assert_eq!(port.host_port, Some(port.container_port), "host and container port differ on the host network");
         port.container_port
     };
     assert_eq!(port("http"), i32::from(config.listen.address.port()));
@@ -179,7 +183,7 @@ fn pod_can_load_and_attach_programs() {
         pod.volumes.expect("volumes").into_iter().filter_map(|volume| Some(volume.host_path?.path)).collect();
     let mounts = container().volume_mounts.expect("mounts");
     for path in ["/sys/fs/cgroup", "/sys/kernel/btf"] {
-        assert!(paths.contains(path), "{path} is not taken from the host");
+        assert!(paths.contains(path), "{path} is not mounted from the host");
         let mount = mounts.iter().find(|mount| mount.mount_path == path).unwrap_or_else(|| panic!("mount of {path}"));
         assert_eq!(mount.read_only, Some(true), "{path}");
     }
@@ -191,7 +195,7 @@ fn names(all: &[impl ToString]) -> Vec<String> {
 
 #[test]
 fn container_has_minimal_capabilities_and_drops_root() {
-    let context = container().security_context.expect("a security context");
+    let context = container().security_context.expect("no security context");
     assert_eq!((context.privileged, context.allow_privilege_escalation), (Some(false), Some(false)));
     assert_eq!(context.read_only_root_filesystem, Some(true));
     assert_eq!(context.seccomp_profile.map(|profile| profile.type_).as_deref(), Some("RuntimeDefault"));
@@ -199,7 +203,7 @@ fn container_has_minimal_capabilities_and_drops_root() {
     assert_eq!(capabilities.drop, Some(vec!["ALL".to_owned()]));
     let added: Vec<String> = capabilities.add.expect("added").into_iter().map(|name| format!("CAP_{name}")).collect();
     assert_eq!(added, [names(&capability::LOADING), names(&capability::IDENTITY)].concat());
-    assert!(config().process.user.is_some(), "root is given up");
+    assert!(config().process.user.is_some(), "the configuration keeps root");
     // systemd has ambient capabilities and starts the agent as another user.
     assert_eq!(unit("AmbientCapabilities"), [names(&capability::LOADING).join(" ")]);
 }
@@ -214,22 +218,26 @@ fn privileged_patch_overrides_security_context() {
     let mut merged = serde_json::to_value(container().security_context).expect("serialises");
     for (field, value) in patched["securityContext"].as_object().expect("fields") {
         if value.is_null() {
-            merged.as_object_mut().expect("fields").remove(field).unwrap_or_else(|| panic!("{field} is not there"));
+            merged
+                .as_object_mut()
+                .expect("fields")
+                .remove(field)
+                .unwrap_or_else(|| panic!("the patch removes {field}, which is not set"));
         } else {
             merged[field] = value.clone();
         }
     }
     assert_eq!((&merged["privileged"], &merged["allowPrivilegeEscalation"]), (&Value::Bool(true), &Value::Bool(true)));
     assert_eq!(merged["readOnlyRootFilesystem"], Value::Bool(true));
-    let context: SecurityContext = serde_json::from_value(merged.clone()).expect("a security context");
-    assert_eq!(serde_json::to_value(context).expect("serialises"), merged, "Kubernetes knows every field");
+    let context: SecurityContext = serde_json::from_value(merged.clone()).expect("no security context");
+    assert_eq!(serde_json::to_value(context).expect("serialises"), merged, "a field is unknown to Kubernetes");
 }
 
 #[test]
 fn stop_timeouts_exceed_drain_timeout() {
     let timeouts = config().timeouts;
     let leaves = timeouts.lame_duck.unwrap_or_default() + timeouts.drain;
-    let grace = pod().termination_grace_period_seconds.expect("a grace period");
+    let grace = pod().termination_grace_period_seconds.expect("no grace period");
     assert!(Duration::from_secs(grace.unsigned_abs()) > leaves, "{grace} s is not longer than {leaves:?}");
 
     let [stop] = unit("TimeoutStopSec")[..].try_into().expect("one TimeoutStopSec");
@@ -261,7 +269,7 @@ fn deployed_flags_and_configuration_are_valid() {
     assert!(penstock(&["run", "--config", CONFIG_PATH, "--help"]).contains(CONFIG_PATH));
     assert!(penstock(&["run", "--help"]).contains("PENSTOCK_LOG_FORMAT"));
     let env = container().env.expect("environment");
-    let [log_format] = &env[..] else { panic!("one variable, which is looked at here: {env:?}") };
+    let [log_format] = &env[..] else { panic!("expected one variable, found {env:?}") };
     assert_eq!((log_format.name.as_str(), log_format.value.as_deref()), ("PENSTOCK_LOG_FORMAT", Some("json")));
 }
 
@@ -275,7 +283,7 @@ fn systemd_unit_starts_agent_with_required_settings() {
         assert_eq!(unit(key), ["CAP_BPF CAP_NET_ADMIN CAP_PERFMON"], "{key}");
     }
     let files: usize = unit("LimitNOFILE")[0].parse().expect("a number");
-    assert!(files > 2 * config().listen.max_connections, "a client's and an endpoint's socket for each connection");
+    assert!(files > 2 * config().listen.max_connections, "each connection needs a client's and an endpoint's socket");
 }
 
 /// The instructions of the Dockerfile with their arguments.
@@ -283,7 +291,7 @@ fn dockerfile() -> Vec<(String, String)> {
     let text = read("deploy/Dockerfile");
     let lines = text.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
     lines
-        .map(|line| line.split_once(' ').expect("an instruction and its arguments"))
+        .map(|line| line.split_once(' ').expect("an instruction has no arguments"))
         .map(|(a, b)| (a.to_owned(), b.to_owned()))
         .collect()
 }
@@ -297,14 +305,14 @@ fn dockerfile_copies_whole_workspace() {
         let mut words: Vec<&str> = arguments.split(' ').collect();
         words.pop().expect("a destination");
         for source in words {
-            assert!(root().join(source).exists(), "COPY {source}: there is no such file");
+            assert!(root().join(source).exists(), "COPY {source}: file not found");
             copied.insert(source.to_owned());
         }
     }
     let manifest: toml::Table = read("Cargo.toml").parse().expect("Cargo.toml is TOML");
     for member in manifest["workspace"]["members"].as_array().expect("members") {
         let member = member.as_str().expect("a folder");
-        assert!(copied.contains(member), "cargo does not start without the member {member}");
+        assert!(copied.contains(member), "the workspace member {member} is not copied");
     }
 }
 
@@ -315,7 +323,7 @@ fn dockerfile_entrypoint_matches_pod() {
         found.unwrap_or_else(|| panic!("no {wanted}")).1
     };
     assert_eq!(last("ENTRYPOINT"), r#"["/usr/local/bin/penstock"]"#);
-    let arguments: Vec<String> = serde_json::from_str(&last("CMD")).expect("the exec form");
+    let arguments: Vec<String> = serde_json::from_str(&last("CMD")).expect("CMD is not in exec form");
     assert_eq!(Some(arguments), container().args);
     assert_eq!(last("STOPSIGNAL"), "SIGTERM");
 }

@@ -19,7 +19,7 @@ const PARTS: [&str; 8] =
 async fn openai_python_package_works() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
     let python = root.join("target/venv/bin/python");
-    assert!(python.is_file(), "no {}: run `cargo xtask setup --tests`", python.display());
+    assert!(python.is_file(), "{} not found: run `cargo xtask setup --tests`", python.display());
 
     let (one, two) =
         (ModelServer::start(Options::default()).await.unwrap(), ModelServer::start(Options::default()).await.unwrap());

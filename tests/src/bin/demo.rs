@@ -23,7 +23,7 @@ async fn main() -> ExitCode {
     let args = Args::parse();
     let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
     else {
-        eprintln!("penstock-demo: signals cannot be waited for");
+        eprintln!("penstock-demo: could not install the signal handlers");
         return ExitCode::FAILURE;
     };
     let stopped = async {

@@ -117,7 +117,7 @@ impl AgentProcess {
     async fn start(folder: &TempDir, name: &str, steering: &str) -> Result<Self> {
         let mut waiting = Waiting::begin(name);
         let config = folder.path().join("penstock.toml");
-        let config = config.to_str().context("the temporary folder's name is no text")?;
+        let config = config.to_str().context("the temporary folder's name is not UTF-8")?;
         let args = ["run", "--config", config, "--log", "info", "--log-format", "json"];
         let mut process = child("penstock", &args, &[("PENSTOCK_STEERING", steering)])?;
         let started = process.0.line("\"workers\"", SOON).await?;
@@ -168,7 +168,7 @@ fn child(name: &str, args: &[&str], environment: &[(&str, &str)]) -> Result<Chil
 fn field<T: std::str::FromStr>(line: &str, name: &str) -> Result<T> {
     let fields: Value = serde_json::from_str(line).with_context(|| format!("log line {line}"))?;
     let value = fields[name].as_str().and_then(|text| text.parse().ok());
-    value.with_context(|| format!("no {name} in the log line {line}"))
+    value.with_context(|| format!("the log line {line} lacks {name}"))
 }
 
 /// Prints what is awaited on one line, which is completed when it is done.

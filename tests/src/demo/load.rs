@@ -52,7 +52,7 @@ pub(super) async fn compare(fleet: &Fleet) -> Result<()> {
     let [agent, others, all] =
         [(on.agent, off.agent), (on.others, off.others), (on.all(), off.all())].map(|(on, off)| ratio(on, off));
     println!("{:<14} {agent:>12.2} {others:>26.2} {all:>12.2}", "on / off");
-    println!("What the kernel spends on a redirected byte counts to whoever sends it, or to the kernel's own threads.");
+    println!("The kernel's time for a redirected byte counts towards the sender or the kernel's own threads.");
     Ok(())
 }
 

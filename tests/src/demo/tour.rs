@@ -188,16 +188,20 @@ async fn problems(answered: &Answered, access: &Access, steers: bool) -> Result<
     expect(response.status() == 200, &|| format!("status {}", response.status()));
     expect(response.read.end == BodyEnd::Complete, &|| format!("the body ended as {:?}", response.read.end));
     let served_by = response.header("x-served-by").unwrap_or_default();
-    expect(served_by == access.endpoint, &|| format!("{served_by} answered, the agent says {}", access.endpoint));
-    expect(access.reason == "ok", &|| format!("the agent says {}", access.reason));
+    expect(served_by == access.endpoint, &|| format!("{served_by} answered, but the agent logged {}", access.endpoint));
+    expect(access.reason == "ok", &|| format!("the agent logged {}", access.reason));
 
     let sent = sent(served_by, id).await?;
     let (upload, body) = (Fnv::of(&ask.upload).value(), Fnv::of(wire).value());
     expect((sent.request_length, sent.request_hash) == (ask.upload.len() as u64, upload), &|| {
-        format!("of a request body of {} bytes the endpoint got {}, or others", ask.upload.len(), sent.request_length)
+        format!(
+            "sent a request body of {} bytes, the endpoint got {}, or they differ",
+            ask.upload.len(),
+            sent.request_length
+        )
     });
     expect((sent.length, sent.hash) == (wire.len() as u64, body), &|| {
-        format!("the endpoint sent {} bytes, {} came, or others", sent.length, wire.len())
+        format!("the endpoint sent {} bytes, {} arrived, or they differ", sent.length, wire.len())
     });
     if let Some(plan) = &ask.plan {
         let checked = plan.checker().feed(&response.body);
@@ -205,12 +209,12 @@ async fn problems(answered: &Answered, access: &Access, steers: bool) -> Result<
         expect(response.body.len() as u64 == plan.size, &|| format!("{} of {}", response.body.len(), plan.size));
     }
     let accounted = access.bytes_kernel + access.bytes_user;
-    expect(accounted == sent.length, &|| format!("the agent accounts for {accounted} bytes"));
+    expect(accounted == sent.length, &|| format!("the agent counted {accounted} bytes"));
     let by_kernel = steers && ask.by == By::Kernel;
     expect(access.by_kernel() == by_kernel, &|| {
-        format!("to be carried by {}", if by_kernel { "the kernel" } else { "user space" })
+        format!("expected to be carried by {}", if by_kernel { "the kernel" } else { "user space" })
     });
-    expect(!by_kernel || access.bytes_kernel > 0, &|| "no byte went through the kernel".to_owned());
+    expect(!by_kernel || access.bytes_kernel > 0, &|| "no byte was steered".to_owned());
     Ok(problems)
 }
 

@@ -22,7 +22,7 @@ pub const MESSAGE: usize = 3000;
 pub fn framed(message: &[u8]) -> Bytes {
     let mut framed = BytesMut::with_capacity(5 + message.len());
     framed.put_u8(0);
-    framed.put_u32(u32::try_from(message.len()).expect("a message of a test's"));
+    framed.put_u32(u32::try_from(message.len()).expect("the message is too long"));
     framed.put_slice(message);
     framed.freeze()
 }

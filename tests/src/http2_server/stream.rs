@@ -131,8 +131,8 @@ fn is_grpc(headers: &HeaderMap) -> bool {
 pub(super) fn map(fields: &[(String, String)]) -> HeaderMap {
     let mut map = HeaderMap::new();
     for (name, value) in fields {
-        let name = HeaderName::from_bytes(name.as_bytes()).expect("a name of the plan's");
-        map.append(name, HeaderValue::from_bytes(value.as_bytes()).expect("a value of the plan's"));
+        let name = HeaderName::from_bytes(name.as_bytes()).expect("the plan has an invalid name");
+        map.append(name, HeaderValue::from_bytes(value.as_bytes()).expect("the plan has an invalid value"));
     }
     map
 }
@@ -151,7 +151,7 @@ impl Exchange {
         match self.echo.target.split('?').next().unwrap_or_default() {
             "/test/echo" => self.whole(200, "application/json", serde_json::json!(self.echo).to_string()).await,
             "/test/body" => self.planned(&Plan::default()).await,
-            _ => self.whole(404, "text/plain", "no such thing".to_owned()).await,
+            _ => self.whole(404, "text/plain", "unknown path".to_owned()).await,
         }
     }
 
@@ -163,7 +163,7 @@ impl Exchange {
         ends: bool,
     ) -> Result<SendStream<Bytes>, Stop> {
         let mut head = Response::new(());
-        *head.status_mut() = http::StatusCode::from_u16(status).expect("a status of the plan's");
+        *head.status_mut() = http::StatusCode::from_u16(status).expect("the plan has an invalid status");
         let served_by = HeaderValue::from_str(&self.shared.addr.to_string()).expect("an address");
         head.headers_mut().insert("x-served-by", served_by);
         head.headers_mut().insert("x-request-count", self.echo.count.into());
@@ -199,7 +199,7 @@ impl Exchange {
         fields.extend_from_slice(&plan.headers);
         for status in &plan.interim {
             let mut head = Response::new(());
-            *head.status_mut() = http::StatusCode::from_u16(*status).expect("a status of the plan's");
+            *head.status_mut() = http::StatusCode::from_u16(*status).expect("the plan has an invalid status");
             self.respond.send_informational(head)?;
         }
         let pause = Duration::from_micros(plan.head.pause_us);
@@ -240,7 +240,7 @@ impl Exchange {
             }
             let until = fault.map_or(plan.size, |fault| fault.after.min(plan.size));
             let size = sizes.next().min(until - at);
-            let length = usize::try_from(size).expect("a frame fits into memory");
+            let length = usize::try_from(size).expect("the frame exceeds memory");
             self.write(out, plan.alphabet.bytes(plan.stream_id, at, length).into(), false).await?;
             at += size;
             frames += 1;

@@ -151,7 +151,7 @@ impl Connection {
         let sent = self.shared.sent.lock().find(id).cloned();
         match sent {
             Some(sent) => self.json(200, &serde_json::json!(sent)).await,
-            None => self.answer(404, "text/plain", b"no such request", After::KeepAlive).await,
+            None => self.answer(404, "text/plain", b"unknown request id", After::KeepAlive).await,
         }
     }
 

@@ -81,7 +81,7 @@ impl Plan {
     /// The header's value.
     #[must_use]
     pub fn header(&self) -> String {
-        serde_json::to_string(self).expect("a plan is JSON")
+        serde_json::to_string(self).expect("the plan cannot be serialised")
     }
 
     /// `GET /test/body` with this plan.

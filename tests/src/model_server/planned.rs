@@ -151,7 +151,7 @@ impl<'a> Wire<'a> {
             } else if self.open > 0 {
                 let n = left.min(self.open);
                 let at = out.len();
-                out.resize(at + usize::try_from(n).expect("a write fits into memory"), 0);
+                out.resize(at + usize::try_from(n).expect("the write exceeds memory"), 0);
                 self.plan.alphabet.fill(self.plan.stream_id, self.offset, &mut out[at..]);
                 self.offset += n;
                 self.open -= n;

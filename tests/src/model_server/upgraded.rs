@@ -157,7 +157,7 @@ async fn send(to: &mut WriteHalf<'_>, plan: &Plan, first: Vec<u8>) -> Result<(),
         let until = fault.map_or(plan.size, |fault| fault.after.min(plan.size));
         let length = lengths.next().min(until - at);
         let begin = buffer.len();
-        buffer.resize(begin + usize::try_from(length).expect("a write fits into memory"), 0);
+        buffer.resize(begin + usize::try_from(length).expect("the write exceeds memory"), 0);
         plan.alphabet.fill(plan.stream_id, at, &mut buffer[begin..]);
         to.write_all(&buffer).await.map_err(|_| Stop::PeerGone)?;
         buffer.clear();

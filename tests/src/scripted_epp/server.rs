@@ -78,7 +78,7 @@ impl ExternalProcessor for Server {
         request: tonic::Request<Streaming<ProcessingRequest>>,
     ) -> Result<tonic::Response<Self::ProcessStream>, Status> {
         let connection = request.extensions().get::<Cutter>().cloned();
-        let connection = connection.ok_or_else(|| Status::internal("a stream without a connection"))?;
+        let connection = connection.ok_or_else(|| Status::internal("stream without a connection"))?;
         let index = {
             let mut streams = self.record.streams.lock();
             streams.push(StreamRecord::new(connection.number));
@@ -236,7 +236,7 @@ impl Server {
             }
             Some(Request::ResponseBody(body)) => script.response_body(exchange, &body).await,
             Some(Request::ResponseTrailers(trailers)) => script.response_trailers(exchange, &trailers).await,
-            None => Err(End::Status(Status::invalid_argument("a message of no kind"))),
+            None => Err(End::Status(Status::invalid_argument("message without a kind"))),
         }
     }
 }

@@ -159,7 +159,7 @@ async fn gie_answers_headers_then_whole_body() {
     assert_eq!(picked(&replies[0]).as_deref(), Some("127.0.0.1:7001,127.0.0.1:7002"));
     let pieces: Vec<_> = replies[1..3].iter().map(|reply| streamed(reply).unwrap()).collect();
     assert_eq!((pieces[0].0.len(), pieces[0].1, pieces[1].1), (62_000, false, true));
-    assert!(pieces[1].0.len() + 62_000 == body.len() + 4, "the model has four letters more");
+    assert!(pieces[1].0.len() + 62_000 == body.len() + 4, "the new model name is four letters longer");
     assert!(matches!(replies[3].response, Some(Response::ResponseHeaders(_))));
     assert_eq!(streamed(&replies[4]), Some((Bytes::from_static(b"abcd"), true)));
     assert_eq!(replies.len(), 5);

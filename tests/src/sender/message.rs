@@ -81,7 +81,7 @@ impl Messages {
         let field = match plan.framing {
             Framing::ContentLength => format!("content-length: {}\r\n", plan.size),
             Framing::Chunked => "transfer-encoding: chunked\r\n".to_owned(),
-            Framing::UntilClose | Framing::None => return Err(io::Error::other("a framing that no sender knows")),
+            Framing::UntilClose | Framing::None => return Err(io::Error::other("framing not supported by senders")),
         };
         let head = format!("HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\n{field}\r\n");
         let payload = Bytes::from(plan.alphabet.bytes(plan.stream_id, 0, plan.size as usize));

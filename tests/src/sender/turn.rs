@@ -135,7 +135,7 @@ impl<'a> Turn<'a> {
                 }
             };
             let threads: Vec<_> = (0..threads).map(|_| scope.spawn(one)).collect();
-            let ends = threads.into_iter().map(|thread| thread.join().expect("a thread of a sender"));
+            let ends = threads.into_iter().map(|thread| thread.join().expect("a sender's thread panicked"));
             ends.collect::<io::Result<()>>()
         })
     }

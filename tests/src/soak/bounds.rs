@@ -29,10 +29,10 @@ impl Allowance {
         let mut complaints = Vec::new();
         let most = before.rss + self.rss + (before.rss as f64 * self.rss_part) as u64;
         if after.rss > most {
-            complaints.push(format!("memory has grown from {} to {} KiB", before.rss >> 10, after.rss >> 10));
+            complaints.push(format!("memory grew from {} to {} KiB", before.rss >> 10, after.rss >> 10));
         }
         if after.descriptors > before.descriptors + self.descriptors {
-            complaints.push(format!("descriptors have grown from {} to {}", before.descriptors, after.descriptors));
+            complaints.push(format!("descriptors grew from {} to {}", before.descriptors, after.descriptors));
         }
         // These must be zero while the agent is idle.
         for (what, count) in &after.entries {
@@ -67,7 +67,7 @@ impl Drift {
     #[must_use]
     pub fn complaints(&self) -> Vec<String> {
         if self.samples == 0 {
-            return vec!["no latency was taken".to_owned()];
+            return vec!["no latency was measured".to_owned()];
         }
         if self.samples < LEAST_SAMPLES {
             return Vec::new();
@@ -75,7 +75,7 @@ impl Drift {
         let bounds = [(1.5, Duration::from_millis(5)), (2.0, Duration::from_millis(100))];
         let slower = bounds.iter().zip(self.first.iter().zip(&self.last));
         let slower = slower.filter(|((part, more), (first, last))| **last > first.mul_f64(*part) + *more);
-        slower.map(|_| format!("it has become slower: {self}")).take(1).collect()
+        slower.map(|_| format!("latency increased: {self}")).take(1).collect()
     }
 }
 

@@ -96,7 +96,7 @@ impl<'a> Caller<'a> {
             let begin = Instant::now();
             let fresh = self.random.one_in(6);
             let done = tokio::time::timeout(PATIENCE, self.visit(kept.take().filter(|_| !fresh), &visit)).await;
-            match done.unwrap_or_else(|_| bail!("no end after {PATIENCE:?}")) {
+            match done.unwrap_or_else(|_| bail!("not finished after {PATIENCE:?}")) {
                 Ok(connection) => {
                     kept = connection;
                     self.ledger.borrow_mut().done();

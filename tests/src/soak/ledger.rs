@@ -93,6 +93,6 @@ impl Ledger {
 impl fmt::Display for Ledger {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { done, wrong, explained, unexplained, .. } = self;
-        write!(f, "{done} requests, {wrong} wrong, {explained} failed by a fault, {unexplained} failed otherwise")
+        write!(f, "{done} requests, {wrong} wrong, {explained} failed during a fault, {unexplained} failed otherwise")
     }
 }

@@ -34,7 +34,7 @@ pub(super) struct Subject {
 impl Subject {
     pub(super) async fn start(mode: SteeringMode, world: &World) -> Result<Self> {
         let agent = AgentProcess::start_with_text(&text(mode, world, 0)).await?;
-        let tls = agent.tls.context("an address for TLS in the agent's log")?;
+        let tls = agent.tls.context("the agent logged no TLS address")?;
         // Last, so that it is dropped after the process.
         let memory = MemoryCgroup::around(agent.process.id());
         Ok(Self { mode, agent, tls, memory, reloads: Cell::new(0), standing: RefCell::default() })
@@ -97,7 +97,7 @@ impl Subject {
     pub(super) fn complaints(&self) -> Vec<String> {
         let output = self.agent.process.output();
         let bad = output.iter().filter(|line| line.contains("panicked") || line.contains("\"level\":\"ERROR\""));
-        bad.take(5).map(|line| format!("the agent says {line}")).collect()
+        bad.take(5).map(|line| format!("the agent logged {line}")).collect()
     }
 }
 

@@ -95,12 +95,15 @@ impl Visit {
         self.plan.checker().feed(&response.body)?;
         let whole = response.body.len() as u64 == self.plan.size;
         ensure!(response.read.end == BodyEnd::Complete, "{:?} after {} bytes", response.read.end, response.body.len());
-        ensure!(whole, Wrong(format!("{} bytes of {} and a clean end", response.body.len(), self.plan.size)));
+        ensure!(whole, Wrong(format!("orderly close after {} bytes of {}", response.body.len(), self.plan.size)));
         let Some(body) = self.body() else { return Ok(()) };
         let (length, hash) = (body.len() as u64, Fnv::of(&body).value());
         for sent in servers.iter().filter_map(|server| server.sent(&self.name)) {
             let same = (sent.request_length, sent.request_hash) == (length, hash);
-            ensure!(same, Wrong(format!("{} bytes of a request of {length} arrived, or others", sent.request_length)));
+            ensure!(
+                same,
+                Wrong(format!("{} bytes of a request of {length} arrived, or they differ", sent.request_length))
+            );
         }
         Ok(())
     }

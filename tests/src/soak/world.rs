@@ -125,7 +125,7 @@ impl World {
 
     pub(super) fn complaints(&self) -> Vec<String> {
         let left = self.streams_left.get();
-        if left == 0 { Vec::new() } else { vec![format!("{left} streams stay open at the EPP")] }
+        if left == 0 { Vec::new() } else { vec![format!("{left} streams at the EPP were not closed")] }
     }
 }
 
@@ -135,5 +135,5 @@ async fn served_in(namespace: &Namespace, listen: SocketAddr) -> Result<ModelSer
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(ModelServer::start(endpoint(listen)))
     })?;
-    started.context("a server in a network namespace")
+    started.context("could not start a server in a network namespace")
 }

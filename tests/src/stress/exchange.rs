@@ -46,7 +46,7 @@ pub(super) struct Short {
 impl fmt::Display for Short {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { bytes, of } = self;
-        write!(f, "ended in good order after {bytes} bytes of {of}")
+        write!(f, "orderly close after {bytes} bytes of {of}")
     }
 }
 
@@ -62,7 +62,7 @@ pub(super) struct Garbled {
 impl fmt::Display for Garbled {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { size, arrived } = self;
-        write!(f, "a request body of {size} bytes arrived as another, of {arrived}")
+        write!(f, "a request body of {size} bytes arrived changed, with {arrived}")
     }
 }
 

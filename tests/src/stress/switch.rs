@@ -45,8 +45,11 @@ pub(super) async fn run(
     if head.status != 101 {
         return Err(refused(&mut client, head.status).await);
     }
-    let served = head.header("x-served-by").context("nobody has served this")?;
-    let server = servers.iter().find(|server| server.addr.to_string() == served).context("an unknown server")?;
+    let served = head.header("x-served-by").context("the response names no server")?;
+    let server = servers
+        .iter()
+        .find(|server| server.addr.to_string() == served)
+        .context("the response names an unknown server")?;
 
     let (mut stream, early) = client.into_parts();
     let echo = plan.upgraded == Some(Upgraded::Echo);
@@ -71,7 +74,7 @@ pub(super) async fn run(
             }
         }
     };
-    let ends = both.await.with_context(|| format!("behind the switch, by {served}"))?;
+    let ends = both.await.with_context(|| format!("after the switch, with {served}"))?;
     let bytes = checker.offset();
     let Some((end, sent)) = ends else {
         leave(stream, taking)?;
@@ -91,9 +94,9 @@ pub(super) async fn run(
     }
     ensure!(end == ConnectionEnd::Fin, "{end:?} after {bytes} bytes of {size}");
     ensure!(bytes == size, short);
-    ensure!(sent, "the upload broke");
+    ensure!(sent, "the upload was cut off");
     let ended = || server.upload(upload.stream_id).is_some_and(|upload| upload.end.is_some());
-    ensure!(within(PATIENCE, ended).await, "the endpoint has not seen the end of the upload");
+    ensure!(within(PATIENCE, ended).await, "the endpoint did not see the end of the upload");
     let (arrived, end) = right(server, upload.stream_id)?;
     ensure!(end == Some(ConnectionEnd::Fin), "the upload ended with {end:?} after {arrived} bytes");
     ensure!(arrived == upload.size, Short { bytes: arrived, of: upload.size });
@@ -148,7 +151,7 @@ async fn receive(
         buffer.clear();
         buffer.reserve(most.min(64 << 10));
         let read = timeout(PATIENCE, from.take(most as u64).read_buf(&mut buffer)).await;
-        match read.with_context(|| format!("no byte in time after {}", checker.offset()))? {
+        match read.with_context(|| format!("timed out after {} bytes", checker.offset()))? {
             Ok(0) if reset.get() => return Ok(Some(ConnectionEnd::Reset)),
             Ok(0) => return Ok(Some(ConnectionEnd::Fin)),
             Ok(_) => checker.feed(&buffer)?,

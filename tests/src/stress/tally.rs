@@ -145,6 +145,9 @@ impl fmt::Display for Tally {
         writeln!(f, "  bytes  {}", books.bytes)?;
         writeln!(f, "  flows  {}: {}", books.flows.sum(), books.flows)?;
         writeln!(f, "  stops  {}", books.stops)?;
-        writeln!(f, "  wrong  {wrong} streams with a wrong byte, {short} short with a clean end, {odd} otherwise")
+        writeln!(
+            f,
+            "  wrong  {wrong} streams with a wrong byte, {short} closed orderly too early, {odd} other failures"
+        )
     }
 }

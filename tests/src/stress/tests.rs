@@ -161,5 +161,5 @@ fn unused_path_is_reported() {
 
 #[test]
 fn failure_report_names_reproduction_command() {
-    assert_eq!(again(SteeringMode::Ingress, 7), "again: cargo xtask stress --mode ingress --seed 7");
+    assert_eq!(reproduce(SteeringMode::Ingress, 7), "reproduce: cargo xtask stress --mode ingress --seed 7");
 }

@@ -97,7 +97,7 @@ impl Setting {
 
     /// Asserts that both bystanders are served normally.
     pub(crate) async fn unharmed(&mut self) {
-        let Piece::Data(data) = self.stream.piece(usize::MAX).await.unwrap() else { panic!("the stream has ended") };
+        let Piece::Data(data) = self.stream.piece(usize::MAX).await.unwrap() else { panic!("the stream ended") };
         self.checker.feed(&data).unwrap();
         let plan = Plan { size: 3000, stream_id: 2, ..Plan::default() };
         let response = self.kept.request(&plan.request()).await.unwrap();

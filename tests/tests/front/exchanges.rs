@@ -304,7 +304,7 @@ pub(crate) async fn unread_response_is_bounded(front: Front, back: Back) {
     let held = until_still(|| scene.endpoint.written()).await;
     // What this machine's kernel buffers for TCP connections, or what the stream windows let through.
     let bound = if front.is_http2() && back == Back::Http2 { 2 << 20 } else { 64 << 20 };
-    assert!(held < bound, "{held} bytes are on their way");
+    assert!(held < bound, "{held} bytes are in flight");
     assert_eq!(scene.request(&echo(json("m", 10))).await.status(), 200);
     read_at_least(&mut client, &plan, held + (1 << 20)).await;
 }

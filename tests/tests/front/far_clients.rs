@@ -95,7 +95,7 @@ async fn upload<S: AsyncRead + AsyncWrite + Unpin>(
     request: &Request,
 ) -> (Response, ConnectionEnd) {
     client.patience = SOON;
-    client.send(request).await.expect("the whole request is taken");
+    client.send(request).await.expect("the request was not sent whole");
     let response = client.response().await.expect("an answer");
     (response, client.until_end().await.unwrap())
 }

@@ -43,7 +43,7 @@ async fn finish(client: &mut Asker) {
     match client {
         Asker::Http1(client) => client.finish().await.unwrap(),
         Asker::Tls1(client) => client.finish().await.unwrap(),
-        Asker::Http2(..) => panic!("HTTP/2 cannot go on with one side closed"),
+        Asker::Http2(..) => panic!("HTTP/2 connections cannot be half-closed"),
     }
 }
 

@@ -302,7 +302,7 @@ async fn stalled_clients_do_not_block_others() {
         last.1.elapsed() > Duration::from_millis(300)
     })
     .await;
-    assert!(last.0 < 24 << 20, "{} bytes are on their way", last.0);
+    assert!(last.0 < 24 << 20, "{} bytes are in flight", last.0);
     let mut other = Http2Client::connect(agent.addr).await.unwrap();
     for number in 0..20 {
         let plan = Plan { size: 200_000, stream_id: 100 + number, ..Plan::default() };

@@ -55,7 +55,7 @@ fn get(stream: u32, path: &str, plan: Option<&Plan>) -> Frame {
 async fn answer(client: &mut Http2Frames, stream: u32, give_back: bool) -> (u64, Option<u32>) {
     let mut bytes = 0;
     loop {
-        let frame = client.find(|frame| frame.stream == stream).await.unwrap().expect("a frame of the stream");
+        let frame = client.find(|frame| frame.stream == stream).await.unwrap().expect("no frame of the stream");
         match frame.kind {
             kind::RST_STREAM => return (bytes, frame.error()),
             kind::DATA => {
@@ -125,7 +125,7 @@ async fn stalled_stream_is_reset_and_others_continue() {
     let mut reset_at = None;
     // As much again as had arrived when the other stream was reset.
     while reset_at.is_none_or(|at| checker.offset() < 2 * at) {
-        let frame = client.next().await.unwrap().expect("the connection goes on");
+        let frame = client.next().await.unwrap().expect("the connection ended");
         match (frame.kind, frame.stream) {
             (kind::DATA, 3) => {
                 checker.feed(&frame.payload).unwrap();
@@ -154,7 +154,7 @@ async fn client_opening_window_by_bytes_is_served_completely() {
     client.send(&get(1, "/test/echo", Some(&plan))).await.unwrap();
     let (begin, mut checker) = (Instant::now(), plan.checker());
     loop {
-        let frame = client.find(|frame| frame.kind == kind::DATA).await.unwrap().expect("more of the body");
+        let frame = client.find(|frame| frame.kind == kind::DATA).await.unwrap().expect("no more of the body");
         checker.feed(&frame.payload).unwrap();
         if frame.flags & END_STREAM != 0 {
             break;
@@ -163,7 +163,7 @@ async fn client_opening_window_by_bytes_is_served_completely() {
         client.send(&Frame::window(1, 1)).await.unwrap();
     }
     assert_eq!(checker.offset(), plan.size);
-    assert!(begin.elapsed() > 2 * IDLE, "the test took no longer than the idle time");
+    assert!(begin.elapsed() > 2 * IDLE, "the test took no longer than the idle timeout");
 }
 
 /// The client's windows are open, and it reads nothing from the connection.

@@ -158,7 +158,7 @@ impl Asker {
         match self {
             Self::Http1(client) => client.response().await,
             Self::Tls1(client) => client.response().await,
-            Self::Http2(_, stream) => stream.as_mut().context("nothing was sent")?.response().await,
+            Self::Http2(_, stream) => stream.as_mut().context("no request was sent")?.response().await,
         }
     }
 
@@ -177,7 +177,7 @@ impl Asker {
         match self {
             Self::Http1(client) => client.head().await,
             Self::Tls1(client) => client.head().await,
-            Self::Http2(_, stream) => stream.as_mut().context("nothing was sent")?.head().await,
+            Self::Http2(_, stream) => stream.as_mut().context("no request was sent")?.head().await,
         }
     }
 
@@ -185,7 +185,7 @@ impl Asker {
         match self {
             Self::Http1(client) => client.piece(usize::MAX).await,
             Self::Tls1(client) => client.piece(usize::MAX).await,
-            Self::Http2(_, stream) => stream.as_mut().context("nothing was sent")?.piece().await,
+            Self::Http2(_, stream) => stream.as_mut().context("no request was sent")?.piece().await,
         }
     }
 
@@ -193,7 +193,7 @@ impl Asker {
         match self {
             Self::Http1(client) => client.read_body(Pace::Fast, sink).await,
             Self::Tls1(client) => client.read_body(Pace::Fast, sink).await,
-            Self::Http2(_, stream) => stream.as_mut().context("nothing was sent")?.read_body(sink).await,
+            Self::Http2(_, stream) => stream.as_mut().context("no request was sent")?.read_body(sink).await,
         }
     }
 

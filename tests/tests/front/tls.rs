@@ -102,7 +102,7 @@ async fn changed_certificate_is_reloaded() {
     assert_ne!(std::fs::read(&cert).unwrap(), before);
     let begin = std::time::Instant::now();
     while new.connect(scene.addr(), &[]).await.is_err() {
-        assert!(begin.elapsed() < SOON, "the new certificate is not shown");
+        assert!(begin.elapsed() < SOON, "the new certificate was not presented");
     }
     assert!(scene.certificate.connect(scene.addr(), &[]).await.is_err());
     let mut checker = plan.checker();

@@ -74,7 +74,7 @@ impl Switched {
         match scene.client().await {
             Asker::Http1(client) => Self::over(client, &wire).await,
             Asker::Tls1(client) => Self::over(client, &wire).await,
-            Asker::Http2(..) => panic!("HTTP/2 does not switch"),
+            Asker::Http2(..) => panic!("HTTP/2 cannot switch protocols"),
         }
     }
 

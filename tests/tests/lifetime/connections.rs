@@ -89,7 +89,7 @@ async fn tls_connection_over_limit_is_closed() {
     let held = busy(&agent).await;
     let address = agent.agent.tls_address().unwrap();
     let refused = tokio::time::timeout(SOON, certificate.connect(address, &["http/1.1"])).await.expect("in time");
-    assert!(refused.is_err(), "a limit for each listener");
+    assert!(refused.is_err(), "the connection over the limit was accepted");
     drop(held);
     eventually(SOON, || agent.count("penstock_client_connections", &[]) == 0).await;
     certificate.connect(address, &["http/1.1"]).await.unwrap();
@@ -142,7 +142,10 @@ async fn exhausted_descriptors_refuse_clients_but_not_probes() {
     }
     // A new client is refused, by a failed connect or by a close.
     let mut client = Client::connect(agent.addr).await.unwrap();
-    match tokio::time::timeout(SOON, client.request(&Request::get(MODELS))).await.expect("an answer or the end") {
+    match tokio::time::timeout(SOON, client.request(&Request::get(MODELS)))
+        .await
+        .expect("neither a response nor a close")
+    {
         Ok(response) => assert_eq!(response.status(), 503),
         Err(error) => drop(error),
     }
@@ -154,6 +157,6 @@ async fn exhausted_descriptors_refuse_clients_but_not_probes() {
         if matches!(response, Ok(Ok(response)) if response.status() == 200) {
             break;
         }
-        assert!(begin.elapsed() < SOON, "the agent does not recover");
+        assert!(begin.elapsed() < SOON, "the agent did not recover");
     }
 }

@@ -96,7 +96,7 @@ async fn drain_answers_connections_in_accept_queue() {
         for mut stream in queued {
             stream.set_read_timeout(Some(SOON)).unwrap();
             let mut answer = String::new();
-            stream.read_to_string(&mut answer).expect("an answer, and no reset");
+            stream.read_to_string(&mut answer).expect("the connection was reset");
             assert!(answer.starts_with("HTTP/1.1 200 "), "{answer:?}");
         }
     });

@@ -27,7 +27,7 @@ use penstock_tests::{
 
 use crate::{ANY_PORT, SOON};
 
-const FAULT: &str = "a fault of the test's";
+const FAULT: &str = "injected fault";
 const HERE: &str = "tests/tests/lifetime/panics.rs";
 
 async fn server() -> ModelServer {
@@ -130,7 +130,7 @@ fn live(config: Config, probe: Probe) -> (std::net::SocketAddr, std::net::Socket
         told.send((agent.address(), agent.admin_address()))?;
         until_ended(agent, signals, || unreachable!("no SIGHUP is sent"))
     });
-    let (address, admin) = started.recv().expect("the agent starts");
+    let (address, admin) = started.recv().expect("the agent did not start");
     (address, admin, life)
 }
 

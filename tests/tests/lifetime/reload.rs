@@ -57,9 +57,9 @@ async fn next_request_on_connection_uses_new_configuration() {
     let begin = std::time::Instant::now();
     for client in &mut clients {
         while served_by(client).await != Some(two.addr) {
-            assert!(begin.elapsed() < SOON, "a connection never meets it");
+            assert!(begin.elapsed() < SOON, "a connection never got the new configuration");
         }
-        assert_eq!(served_by(client).await, Some(two.addr), "once it holds, it holds");
+        assert_eq!(served_by(client).await, Some(two.addr), "the previous configuration came back");
     }
     assert_eq!(agent.count("penstock_config_reloads_total", &["applied"]), 1);
 }
@@ -84,7 +84,7 @@ async fn removed_pool_returns_404_and_leaves_metrics() {
     agent.agent.reload(config).unwrap();
     let begin = std::time::Instant::now();
     while client.request(&Request::get("/v1/models")).await.unwrap().status() != 404 {
-        assert!(begin.elapsed() < SOON, "the route is still there");
+        assert!(begin.elapsed() < SOON, "the route was not removed");
     }
     assert_eq!(agent.metric("penstock_endpoints", &["second"]), 0.0);
     assert_eq!(agent.count("penstock_endpoints", &["default", "ready"]), 1);
@@ -112,7 +112,7 @@ async fn removed_picker_is_told_end_of_running_request() {
     epp.stop();
     let begin = std::time::Instant::now();
     while client.request(&Request::get("/v1/models")).await.unwrap().status() != 200 {
-        assert!(begin.elapsed() < SOON, "it still fails closed");
+        assert!(begin.elapsed() < SOON, "the pool still fails closed");
     }
 }
 
@@ -148,13 +148,13 @@ async fn sighup_cuts_no_stream() {
         let mut another = Client::connect(agent.addr).await.unwrap();
         let begin = std::time::Instant::now();
         while served_by(&mut another).await != Some(two.addr) {
-            assert!(begin.elapsed() < SOON, "{steering}: the new configuration never holds");
+            assert!(begin.elapsed() < SOON, "{steering}: the new configuration never took effect");
         }
         let read = Reader::Fast.take(&mut client, &mut checker).await.unwrap();
         assert_eq!((read.end, read.len), (BodyEnd::Complete, plan.size), "{steering}");
         let begin = std::time::Instant::now();
         while served_by(&mut client).await != Some(two.addr) {
-            assert!(begin.elapsed() < SOON, "{steering}: the connection never meets it");
+            assert!(begin.elapsed() < SOON, "{steering}: the connection never got the new configuration");
         }
     }
 }

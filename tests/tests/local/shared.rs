@@ -100,7 +100,7 @@ async fn chunk_syntax_rewritten_after_sending_does_not_reach_client() {
             assert_eq!(read.end, BodyEnd::Complete, "{mode:?}, zerocopy {zerocopy}");
             assert!(body == [Alphabet::Text.bytes(1, 0, QUEUED), b"world".to_vec()].concat(), "{mode:?}");
             println!(
-                "{mode:?}, zerocopy {zerocopy}: {} stops because pages are shared",
+                "{mode:?}, zerocopy {zerocopy}: {} stops because of shared pages",
                 agent.count("penstock_steer_stops_total", &[r#"reason="shared""#])
             );
         }

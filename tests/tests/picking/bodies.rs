@@ -100,7 +100,7 @@ async fn bodies_waiting_for_stalled_epp_stay_within_budgets() {
         answers.push(async move { stream.response().await });
     }
     let first = tokio::time::timeout(Duration::from_secs(60), answers.next()).await;
-    let response = first.expect("one is refused").unwrap().unwrap();
+    let response = first.expect("no request was rejected").unwrap().unwrap();
     assert_eq!((response.status(), response.error_code().as_str()), (503, "bodies_full"));
     assert_eq!(response.header("retry-after"), Some("1"));
     let mut client = Client::connect(agent.addr).await.unwrap();

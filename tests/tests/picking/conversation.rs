@@ -72,7 +72,7 @@ async fn request_body_reaches_picker_in_pieces_with_one_end() {
     let body = json("m", 1 << 20);
     stage.request(&echo(body.clone())).await;
     let stream = &stage.epp.streams()[0];
-    assert!(stream.request_body() == (body, 1), "the whole body, and one end");
+    assert!(stream.request_body() == (body, 1), "expected the whole body and one end");
     for message in &stream.messages {
         match &message.request {
             Some(Told::RequestBody(piece)) => assert!(piece.body.len() <= 62_000, "{}", piece.body.len()),

@@ -122,12 +122,12 @@ async fn ejected_endpoints_move_to_end_of_picker_list() {
     assert_eq!((bad.requests(), endpoints(&agent, "ejected")), (3, 1));
     switch.set(true);
     let response = client.request(&put("{}").header("x-alone", "1")).await.unwrap();
-    assert_eq!(response.served_by(), Some(bad.addr), "where it is all there is, it is asked");
+    assert_eq!(response.served_by(), Some(bad.addr), "the only endpoint was not used");
 }
 
 async fn until_served(client: &mut Client, by: SocketAddr) {
     let served = async { while served(client).await != Some(by) {} };
-    tokio::time::timeout(SOON, served).await.expect("it gets a request");
+    tokio::time::timeout(SOON, served).await.expect("the endpoint got no request");
 }
 
 fn checked(endpoints: &[SocketAddr], interval: Duration, timeout: Duration) -> Pool {

@@ -185,7 +185,7 @@ impl Case {
         let name = self.name();
         let text = format!("{:?} {}", response.head, response.text());
         for other in text.split("mark-").skip(1) {
-            assert!(format!("mark-{other}").starts_with(&own), "{name}: request {n} shows mark-{other:.20}");
+            assert!(format!("mark-{other}").starts_with(&own), "{name}: request {n} contains mark-{other:.20}");
         }
         if response.status() != 200 {
             assert!(self.fault.is_some() && self.failure_mode == FailureMode::Closed, "{name}: request {n}: {text}");
@@ -246,7 +246,7 @@ impl Case {
             for other in said.split("mark-").skip(1) {
                 assert!(
                     format!("mark-{other}").starts_with(&own),
-                    "{}: a stream for {own} tells mark-{other:.20}",
+                    "{}: a stream for {own} contains mark-{other:.20}",
                     self.name()
                 );
             }

@@ -50,7 +50,7 @@ async fn lease_ends_after_duration() {
         served(&mut stage).await;
         assert!(begin.elapsed() < SOON);
     }
-    assert!(begin.elapsed() >= Duration::from_millis(400), "two leases have ended");
+    assert!(begin.elapsed() >= Duration::from_millis(400), "two leases ended too early");
     assert!(stage.agent.count("penstock_leased_requests_total", &[]) > 0);
 }
 

@@ -182,7 +182,7 @@ async fn body_without_json_passes_unchanged() {
             assert_eq!((seen.body_length, seen.body_hash), (body.len() as u64, Fnv::of(&body).value()), "{kind:?}");
             assert_eq!((seen.header("content-type"), seen.header(MODEL)), (kind, None));
             let told = &stage.epp.streams()[2 * stream + usize::from(chunked)];
-            assert!(told.request_body() == (body.clone(), 1), "the picker is told the body and one end");
+            assert!(told.request_body() == (body.clone(), 1), "expected the picker to get the body and one end");
         }
     }
     assert_eq!(counted(&stage), [0, 0, 0]);

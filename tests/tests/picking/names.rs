@@ -39,7 +39,7 @@ async fn pods(endpoint: &ModelServer, addresses: &[&str]) -> Vec<ScriptedEpp> {
             return pods;
         }
     }
-    panic!("no port is free at each of {addresses:?}");
+    panic!("found no common free port at {addresses:?}");
 }
 
 fn ip(address: &str) -> IpAddr {
@@ -62,7 +62,7 @@ async fn asked(client: &mut Client, pods: &[ScriptedEpp]) -> IpAddr {
     let before: Vec<_> = pods.iter().map(ScriptedEpp::streams_started).collect();
     assert_eq!(client.request(&Request::get("/test/echo")).await.unwrap().status(), 200);
     let mut asked = pods.iter().zip(before).filter(|(pod, before)| pod.streams_started() > *before);
-    asked.next().expect("one is asked").0.addr.ip()
+    asked.next().expect("no pod was asked").0.addr.ip()
 }
 
 fn replicas(agent: &TestAgent) -> u64 {
@@ -153,7 +153,7 @@ async fn unanswered_name_fails_after_connect_timeout() {
         client.request(&Request::get("/test/echo")).await.unwrap().status()
     };
     assert_eq!(join_all((0..20).map(|_| one())).await, [200; 20]);
-    assert!(begin.elapsed() >= CONNECT && begin.elapsed() < 10 * CONNECT, "one after the other: {:?}", begin.elapsed());
+    assert!(begin.elapsed() >= CONNECT && begin.elapsed() < 10 * CONNECT, "took {:?}", begin.elapsed());
     assert_eq!(agent.count("penstock_epp_failures_total", &[r#"reason="unresolved""#]), 20);
 }
 

@@ -65,7 +65,7 @@ async fn pick_is_used_without_timer_delay() {
             return;
         }
     }
-    panic!("of a thousand picks not ten took less than 5 ms");
+    panic!("fewer than ten of a thousand picks took less than 5 ms");
 }
 
 /// The module treats values as text, which damages bytes beyond UTF-8.

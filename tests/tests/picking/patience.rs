@@ -118,7 +118,7 @@ async fn fail_open_uses_default_upstream() {
     let mut stage = Stage::with(Production::new, |config| {
         let pool = &mut config.pools[0];
         (pool.failure_mode, pool.default_upstream) = (FailureMode::Open, Some(upstream.addr));
-        let Picker::Epp(epp) = &mut pool.picker else { unreachable!("the pool has an EPP") };
+        let Picker::Epp(epp) = &mut pool.picker else { unreachable!("the pool has no EPP") };
         epp.addresses = vec![refusing.addr.to_string()];
     })
     .await;

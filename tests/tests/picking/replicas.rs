@@ -325,7 +325,7 @@ impl Load {
     async fn more(&self, requests: u64) {
         let enough: Vec<u64> = self.answered.iter().map(|answered| answered.load(Relaxed) + requests).collect();
         eventually(SOON, || {
-            assert!(self.clients.iter().all(|client| !client.is_finished()), "a request has failed");
+            assert!(self.clients.iter().all(|client| !client.is_finished()), "a request failed");
             self.answered.iter().zip(&enough).all(|(answered, enough)| answered.load(Relaxed) >= *enough)
         })
         .await;
@@ -368,7 +368,7 @@ async fn leader_change_loses_no_request() {
         load.more(2).await;
         let refused = epps[follower].streams_started();
         load.more(5).await;
-        assert_eq!(epps[follower].streams_started(), refused, "turn {turn}: a follower is not asked");
+        assert_eq!(epps[follower].streams_started(), refused, "turn {turn}: a follower was asked");
     }
     load.end().await;
     assert_eq!(failures(&agent), 0);
@@ -448,7 +448,7 @@ async fn goaway_loses_no_request() {
     load.end().await;
     assert_eq!(failures(&agent), 0);
     assert!(epp.connections_accepted() > 20, "{}", epp.connections_accepted());
-    assert_eq!(other.streams_started(), 0, "its health is none the worse for it");
+    assert_eq!(other.streams_started(), 0, "the other replica was asked");
     let mut checker = plan.checker();
     flowing.read_body(Pace::Fast, |bytes| Ok(checker.feed(bytes)?)).await.unwrap();
     assert_eq!(checker.offset(), plan.size);

@@ -339,5 +339,5 @@ async fn request_killing_endpoints_stops_at_attempt_limit() {
     }
     let response = client.request(&put(json("m", 100))).await.unwrap();
     assert_eq!((response.status(), response.error_code().as_str()), (502, "endpoint_closed"));
-    assert_eq!((one.requests(), two.requests()), (3, 1), "it met the first on the kept connection and on a fresh one");
+    assert_eq!((one.requests(), two.requests()), (3, 1), "expected the first on the kept and on a new connection");
 }

@@ -232,7 +232,7 @@ async fn weighted_split_uses_picker_of_each_pool() {
     assert!((share - SHARE).abs() <= tolerance, "{share} is not within {tolerance} of {SHARE}");
     // Each pool's picks come from its own picker, and there are no more picks than requests.
     assert_eq!((heavy.streams_started(), light.streams_started()), (to_heavy, to_light));
-    assert!(addrs.iter().all(|addr| count(&[*addr]) > 0), "each picker takes turns");
+    assert!(addrs.iter().all(|addr| count(&[*addr]) > 0), "a picker did not rotate");
     for (pool, requests) in [("default", to_heavy), ("light", to_light)] {
         // A request is counted after its response is sent.
         let counted = || agent.count("penstock_requests_total", &[&format!("pool=\"{pool}\"")]);

@@ -44,7 +44,7 @@ async fn hung_picker_after_whole_request_follows_failure_mode() {
                 }
             }
             assert_eq!(stage.agent.count("penstock_epp_failures_total", &[r#"reason="deadline""#]), 1);
-            assert_eq!(stage.epp.streams_started(), 1, "time that is up is not asked for again");
+            assert_eq!(stage.epp.streams_started(), 1, "the picker was asked again after the deadline");
         }
     }
     tokio::join!(

@@ -116,7 +116,7 @@ async fn endpoint_file_changes_are_followed() {
         while served(&mut client).await != Some(server.addr) {
             assert!(begin.elapsed() < SOON, "change {turn}");
         }
-        println!("change {turn} was seen after {:?}", begin.elapsed());
+        println!("change {turn} took effect after {:?}", begin.elapsed());
     }
     assert_eq!((up(&agent, "file"), failures(&agent, "file", "wrong")), (1, 0));
 }
@@ -170,7 +170,7 @@ async fn broken_file_keeps_previous_endpoints() {
     eventually(SOON, || up(&agent, "file") == 1).await;
     assert_eq!(served(&mut client).await, Some(two.addr));
     assert_eq!((failures(&agent, "file", "wrong"), failures(&agent, "file", "missing")), (2, 1));
-    assert!(agent.agent.readiness().is_ready(), "once ready, a broken file does not change it");
+    assert!(agent.agent.readiness().is_ready(), "a broken file made a ready agent unready");
 }
 
 #[tokio::test]

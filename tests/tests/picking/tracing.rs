@@ -42,7 +42,7 @@ async fn spans(collector: &Collector, count: usize) -> Vec<CollectedSpan> {
 
 /// The span of a request, and that of its pick if any.
 fn pair(spans: &[CollectedSpan]) -> (&CollectedSpan, Option<&CollectedSpan>) {
-    let server = spans.iter().find(|span| span.name != "pick").expect("a span of the request");
+    let server = spans.iter().find(|span| span.name != "pick").expect("no span of the request");
     (server, spans.iter().find(|span| span.parent == server.id))
 }
 
@@ -68,7 +68,7 @@ async fn request_span_joins_callers_trace_and_pick_is_its_child() {
 
     let spans = spans(&collector, 2).await;
     let (server, pick) = pair(&spans);
-    let pick = pick.expect("a span of the pick");
+    let pick = pick.expect("no span of the pick");
     assert_eq!((spans.len(), server.trace.as_str(), server.parent.as_str()), (2, TRACE, SPAN));
     assert_eq!((pick.trace.as_str(), server.state.as_str(), pick.state.as_str()), (TRACE, "a=1,b@c=2", "a=1,b@c=2"));
     assert_eq!((server.name.as_str(), server.kind as i32, pick.kind as i32), ("POST", 2, 3));
@@ -299,7 +299,7 @@ async fn builtin_pick_has_a_span() {
     assert_eq!(client.request(&echo("{}")).await.unwrap().status(), 200);
     let spans = spans(&collector, 2).await;
     let (_, pick) = pair(&spans);
-    let pick = pick.expect("a span of the pick");
+    let pick = pick.expect("no span of the pick");
     assert_eq!((pick.get("penstock.picked_by"), pick.kind as i32), ("builtin", 1));
 }
 

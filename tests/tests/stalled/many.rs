@@ -98,7 +98,7 @@ async fn stall(steering: &str) {
     let process = each(held.rss.saturating_sub(before.rss));
     let kernel = held.kernel.saturating_sub(before.kernel);
     let kib = |bytes: u64| bytes as f64 / KIB as f64;
-    println!("{steering}: on its way {:.1} KiB each, agent + {:.1} KiB each", kib(on_its_way), kib(process));
+    println!("{steering}: in flight {:.1} KiB each, agent + {:.1} KiB each", kib(on_its_way), kib(process));
     println!(
         "{steering}: send buffers {:.1} KiB each, at most {:.1} of {:.1}; receive buffers {:.1} KiB each, at most {:.1} of {:.1}",
         kib(each(all(&to_clients, |one| one.send))),
@@ -125,7 +125,7 @@ async fn stall(steering: &str) {
     // As with one client, the process may need some memory for itself.
     assert!(held.rss <= before.rss + CLIENTS * READ + 8 * MIB, "{before:?} {held:?}");
     let bound = send_limit + RECEIVE + READ + 2 * SERVER + 2 * CLIENT;
-    assert!(on_its_way <= bound, "{on_its_way} bytes on their way to each, {bound} allowed");
+    assert!(on_its_way <= bound, "{on_its_way} bytes in flight to each client, {bound} allowed");
     // Kernel pages are never full, and other processes use the machine.
     assert!(kernel <= 2 * CLIENTS * bound + 128 * MIB, "{before:?} {held:?}");
 
@@ -140,7 +140,7 @@ async fn stall(steering: &str) {
     let bytes = (count("penstock_body_bytes_total", ingress).await, count("penstock_body_bytes_total", local).await);
     let room = count("penstock_steer_stops_total", r#"reason="room""#).await;
     println!(
-        "{steering}: {bytes:?} bytes carried by the kernel (ingress, local); want of room stopped it {room} times"
+        "{steering}: {bytes:?} bytes carried by the kernel (ingress, local); disarmed {room} times for lack of room"
     );
     match steering {
         "off" => assert_eq!((bytes, room), ((0, 0), 0)),

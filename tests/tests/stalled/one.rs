@@ -71,7 +71,7 @@ async fn stall(steering: &str, time: Duration) {
     .await;
     let on_its_way = server.written() - checker.offset();
     println!(
-        "{steering}, {} s: on its way {:.1} MiB; agent {:.1} MiB + {:.1}; kernel + {:.1} MiB, sockets + {:.1} MiB, \
+        "{steering}, {} s: in flight {:.1} MiB; agent {:.1} MiB + {:.1}; kernel + {:.1} MiB, sockets + {:.1} MiB, \
          available - {:.1} MiB",
         time.as_secs(),
         mib(on_its_way),
@@ -84,7 +84,7 @@ async fn stall(steering: &str, time: Duration) {
     // Without steering the kernel also sizes the client's buffer, up to its limit.
     let client_send_buffer = if steering == "off" { wmem() } else { CLIENT_SEND_BUFFER };
     let bound = client_send_buffer + ENDPOINT_RECEIVE_BUFFER + wmem() + 2 * CLIENT as u64 + MIB;
-    assert!(on_its_way <= bound, "{on_its_way} bytes on their way, {bound} allowed");
+    assert!(on_its_way <= bound, "{on_its_way} bytes in flight, {bound} allowed");
     assert!(held.rss - before.rss.min(held.rss) <= 8 * MIB, "{before:?} {held:?}");
     let kernel = held.kernel.saturating_sub(before.kernel);
     assert!(kernel <= bound + 64 * MIB, "{before:?} {held:?}");

@@ -61,7 +61,7 @@ impl Script for Dynamo {
             modes == (duplex, duplex) && config.send_body_without_waiting_for_header_response
         });
         if !strict {
-            return Err(End::Status(Status::failed_precondition("bodies have to be FULL_DUPLEX_STREAMED")));
+            return Err(End::Status(Status::failed_precondition("body mode must be FULL_DUPLEX_STREAMED")));
         }
         if headers.end_of_stream { self.answer(exchange, None).await } else { Ok(()) }
     }
