@@ -73,8 +73,8 @@ pub(crate) async fn epp_unavailable_fail_closed(mode: SteeringMode) {
 /// InferencePoolInvalidEPPService: the pool's EPP never existed. Requests to the pool get a 5xx; the gateway stays up and serves
 /// the other pool.
 pub(crate) async fn inference_pool_invalid_epp_service(mode: SteeringMode) {
-    let nobody = Refusing::new().unwrap();
-    let broken = InferencePool::start("primary", 2).await.with_epp_at(nobody.addr);
+    let refusing = Refusing::new().unwrap();
+    let broken = InferencePool::start("primary", 2).await.with_epp_at(refusing.addr);
     let secondary = InferencePool::start("secondary", 2).await;
     let gateway = gateway(mode, &[&broken, &secondary], ROUTES);
     for _ in 0..10 {

@@ -21,7 +21,7 @@ use crate::own_runtime::OwnRuntime;
 
 /// How it treats messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mood {
+pub enum CollectorBehaviour {
     Keeps,
     Refuses,
     /// Never answers.
@@ -102,7 +102,7 @@ pub struct Collector {
 }
 
 impl Collector {
-    pub async fn start(mood: Mood) -> Result<Self> {
+    pub async fn start(mood: CollectorBehaviour) -> Result<Self> {
         let record = Arc::<Record>::default();
         let server = Server { mood, record: Arc::clone(&record) };
         let begin = move || async move {
@@ -136,7 +136,7 @@ impl Collector {
 }
 
 struct Server {
-    mood: Mood,
+    mood: CollectorBehaviour,
     record: Arc<Record>,
 }
 
@@ -148,9 +148,9 @@ impl TraceService for Server {
     ) -> Result<Response<ExportTraceServiceResponse>, Status> {
         self.record.messages.fetch_add(1, Ordering::Relaxed);
         match self.mood {
-            Mood::Keeps => {}
-            Mood::Refuses => return Err(Status::invalid_argument("refused")),
-            Mood::Holds => std::future::pending().await,
+            CollectorBehaviour::Keeps => {}
+            CollectorBehaviour::Refuses => return Err(Status::invalid_argument("refused")),
+            CollectorBehaviour::Holds => std::future::pending().await,
         }
         let mut spans = self.record.spans.lock();
         for resource in request.into_inner().resource_spans {

@@ -31,7 +31,7 @@ pub mod tls;
 
 pub use agent::TestAgent;
 pub use client::{BodyEnd, Client, Request, Response};
-pub use collector::{CollectedSpan, Collector, Mood};
+pub use collector::{CollectedSpan, Collector, CollectorBehaviour};
 pub use content::{Alphabet, Checker};
 pub use decoder::{Decoder, Framed};
 pub use dns_server::DnsServer;

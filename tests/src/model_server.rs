@@ -206,7 +206,7 @@ impl ModelServer {
     }
 
     /// Continues the responses that wait for [`FaultKind::UntilTold`]; later ones do not wait.
-    pub fn go_on(&self) {
+    pub fn resume(&self) {
         self.shared.told.send_replace(true);
     }
 

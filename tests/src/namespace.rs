@@ -26,7 +26,7 @@ impl Namespace {
 
     /// Another namespace, connected to the caller's by a pair of interfaces: `name` has the address `here` on this side and `there`
     /// on the other, each with its prefix length.
-    pub fn beside(name: &str, here: &str, there: &str) -> Result<Self> {
+    pub fn connected(name: &str, here: &str, there: &str) -> Result<Self> {
         let namespace = Self::new()?;
         ip(&format!("link add {name} type veth peer name {name} netns {}", namespace.path()))?;
         ip(&format!("addr add {here} dev {name}"))?;

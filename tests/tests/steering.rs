@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use penstock_agent::config::SteeringMode;
 use penstock_tests::{
-    BodyEnd, Client, Collector, ModelServer, Mood, Plan, Random, Reader, Request,
+    BodyEnd, Client, Collector, CollectorBehaviour, ModelServer, Plan, Random, Reader, Request,
     agent::{TestAgent, builtin_pool},
     client::Head,
     eventually,
@@ -145,7 +145,7 @@ impl Rig {
         }
         self.responses += 1;
         self.wire += read.wire;
-        let steered = self.books().await - self.steered;
+        let steered = self.counted_steered().await - self.steered;
         self.steered += steered;
         match case.steered(self.mode) {
             Some(true) => assert!(steered > 0, "nothing steered: {what}"),
@@ -156,7 +156,7 @@ impl Rig {
     }
 
     /// Bytes steered so far, after all responses are counted.
-    async fn books(&self) -> u64 {
+    async fn counted_steered(&self) -> u64 {
         let count = |name, labels: &[&str]| self.agent.count(name, labels);
         eventually(SOON, || count("penstock_requests_total", &[]) == self.responses).await;
         let steered = self.agent.steered();
@@ -352,8 +352,10 @@ async fn http10_clients_get_chunks_decoded(mode: SteeringMode) {
 /// D14: the span names the path of the body and the time of its first byte, which precedes its last.
 #[tokio::test]
 async fn span_reports_steered_bytes() {
-    let (collector, server) =
-        (Collector::start(Mood::Keeps).await.unwrap(), ModelServer::start(Options::default()).await.unwrap());
+    let (collector, server) = (
+        Collector::start(CollectorBehaviour::Keeps).await.unwrap(),
+        ModelServer::start(Options::default()).await.unwrap(),
+    );
     let agent = TestAgent::start(builtin_pool(&[server.addr]), SteeringMode::Ingress, |config| {
         config.tracing.otlp_endpoint = Some(collector.url());
         config.tracing.export_interval = Duration::from_millis(5);

@@ -80,7 +80,7 @@ impl Fleet {
             let args = ["--listen", "127.0.0.1:0", "--interval-us", "20000", "--tokens", "40"];
             let mut server = child("penstock-model-server", &args, &[])?;
             let address = server.0.listening(SOON).await?;
-            waiting.over(address);
+            waiting.done(address);
             servers.push(server);
             endpoints.push(address);
         }
@@ -91,7 +91,7 @@ impl Fleet {
         args.extend(texts.iter().flat_map(|endpoint| ["--endpoint", endpoint]));
         let mut epp = child("penstock", &args, &[])?;
         let address: SocketAddr = field(&epp.0.line("penstock epp", SOON).await?, "address")?;
-        waiting.over(address);
+        waiting.done(address);
 
         let mut config = String::from("[listen]\naddress = \"127.0.0.1:0\"\n\n[admin]\naddress = \"127.0.0.1:0\"\n\n");
         config.push_str("[timeouts]\nlame_duck = \"off\"\n\n");
@@ -129,10 +129,10 @@ impl AgentProcess {
             if ready.status() == 200 {
                 break;
             }
-            waiting.still(ready.text().trim())?;
+            waiting.note(ready.text().trim())?;
             tokio::time::sleep(LOOK).await;
         }
-        waiting.over(address);
+        waiting.done(address);
         Ok(Self { process, address, admin, steering })
     }
 
@@ -184,7 +184,7 @@ impl Waiting {
         Self { begin: Instant::now(), last: String::new() }
     }
 
-    fn still(&mut self, what: &str) -> Result<()> {
+    fn note(&mut self, what: &str) -> Result<()> {
         ensure!(self.begin.elapsed() < SOON, "still {what} after {SOON:?}");
         if self.last != what {
             print!("({what}) ");
@@ -193,7 +193,7 @@ impl Waiting {
         Ok(())
     }
 
-    fn over(self, address: SocketAddr) {
+    fn done(self, address: SocketAddr) {
         println!("ready on {address} after {} ms", self.begin.elapsed().as_millis());
     }
 }

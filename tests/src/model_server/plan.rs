@@ -171,7 +171,7 @@ pub enum FaultKind {
     Stall,
     /// Continues after this many milliseconds.
     StallMs(u64),
-    /// Over HTTP/1.1, continues once [`super::ModelServer::go_on`] is called; elsewhere acts like [`FaultKind::Stall`].
+    /// Over HTTP/1.1, continues once [`super::ModelServer::resume`] is called; elsewhere acts like [`FaultKind::Stall`].
     UntilTold,
     /// A reset. Bytes that did not fit the peer's window are lost.
     Reset,

@@ -343,13 +343,13 @@ async fn cancelled_and_finished_streams_are_distinguished() {
 
 #[tokio::test]
 async fn health_answer_follows_script() {
-    struct Ill;
-    impl Script for Ill {
+    struct Unhealthy;
+    impl Script for Unhealthy {
         fn health(&self, service: &str) -> Result<ServingStatus, tonic::Status> {
             Ok(if service == "liveness" { ServingStatus::Serving } else { ServingStatus::NotServing })
         }
     }
-    let epp = ScriptedEpp::start(Ill).await.unwrap();
+    let epp = ScriptedEpp::start(Unhealthy).await.unwrap();
     let mut client = HealthClient::new(channel(&epp).await);
     for (service, status) in [("liveness", ServingStatus::Serving), ("readiness", ServingStatus::NotServing)] {
         let asked = HealthCheckRequest { service: service.to_owned() };

@@ -59,10 +59,10 @@ impl Incoming {
     }
 
     pub(super) fn reset(self) {
-        self.linger_not();
+        self.reset_on_close();
     }
 
-    fn linger_not(&self) {
+    fn reset_on_close(&self) {
         let _ = socket2::SockRef::from(&self.stream).set_linger(Some(Duration::ZERO));
     }
 
@@ -71,7 +71,7 @@ impl Incoming {
         // Not polled again after it resolves, because the connection is dropped then.
         match self.cut.poll_unpin(cx) {
             Poll::Pending => return Ok(()),
-            Poll::Ready(Cut::Reset) => self.linger_not(),
+            Poll::Ready(Cut::Reset) => self.reset_on_close(),
             Poll::Ready(_) => {}
         }
         self.cut = std::future::ready(Cut::Fin).boxed();

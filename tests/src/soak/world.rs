@@ -61,7 +61,7 @@ impl World {
         let pair = std::process::id() % (1 << 14);
         let [here, there] = [1, 2].map(|host| Ipv4Addr::from(0xc613_0000 + pair * 4 + host));
         let name = format!("soak{pair}");
-        let namespace = Namespace::beside(&name, &format!("{here}/30"), &format!("{there}/30"))?;
+        let namespace = Namespace::connected(&name, &format!("{here}/30"), &format!("{there}/30"))?;
         let linked = served_in(&namespace, SocketAddr::from((there, 0))).await?;
 
         let addrs: Vec<_> = stable.iter().map(|server| server.addr).collect();

@@ -47,7 +47,7 @@ fn in_chunk() -> String {
     format!("{:x}\r\n{HIDDEN}\r\n0\r\n\r\n", HIDDEN.len())
 }
 
-async fn plays(tricks: impl IntoIterator<Item = Trick>) {
+async fn run(tricks: impl IntoIterator<Item = Trick>) {
     let mut setting = Setting::start(|_| {}).await;
     for Trick { name, wire, comes } in tricks {
         let what = format!("{name}: {}", wire[..wire.len().min(400)].escape_ascii());
@@ -116,9 +116,9 @@ fn is_well_formed(seen: &Echo, body: &[u8], what: &str) {
 /// CL.TE, TE.CL and CL.CL, in either field order.
 #[tokio::test]
 async fn conflicting_lengths_are_rejected() {
-    let (n, behind) = (HIDDEN.len(), after_last().len());
+    let (n, chunked) = (HIDDEN.len(), after_last().len());
     let heads = [
-        (length(behind) + ENCODING, "length_and_encoding"),
+        (length(chunked) + ENCODING, "length_and_encoding"),
         (ENCODING.to_owned() + &length(4), "length_and_encoding"),
         (ENCODING.to_owned() + &length(0) + ENCODING, "length_and_encoding"),
         (length(0) + "Transfer-Encoding: Chunked\r\n", "length_and_encoding"),
@@ -134,7 +134,7 @@ async fn conflicting_lengths_are_rejected() {
     ];
     let bodies = [after_last(), in_chunk(), HIDDEN.to_owned()];
     let row = |(head, reason): &(String, &'static str), body: &String| trick(head, post(head, body), To(400, reason));
-    plays(heads.iter().flat_map(|head| bodies.iter().map(move |body| row(head, body)))).await;
+    run(heads.iter().flat_map(|head| bodies.iter().map(move |body| row(head, body)))).await;
 }
 
 /// TE.TE: a coding that only one of two parsers takes for chunked.
@@ -202,7 +202,7 @@ async fn obfuscated_chunked_codings_are_rejected() {
             Whole(chunk.clone().into()),
         ),
     ];
-    plays(refused.chain([old]).chain(taken)).await;
+    run(refused.chain([old]).chain(taken)).await;
 }
 
 #[tokio::test]
@@ -247,7 +247,7 @@ async fn nonnumeric_lengths_are_rejected() {
         // Without a length there is no body: the bytes are read as the next request, which is malformed.
         trick("none", post("", format!("x\r\n{HIDDEN}")), Then(Vec::new(), 400, "request_line")),
     ]);
-    plays(rows).await;
+    run(rows).await;
 }
 
 /// Chunk sizes, extensions, line ends and trailers.
@@ -311,7 +311,7 @@ async fn malformed_chunks_are_rejected() {
         whole("trailers that pose as credentials", chunk("", "authorization: Bearer x\r\ncookie: a=b\r\n")),
         whole("folded trailers", chunk("", "x: y\r\n transfer-encoding: chunked\r\n")),
     ]);
-    plays(rows).await;
+    run(rows).await;
 }
 
 /// Conflicting statements of the host.
@@ -323,7 +323,7 @@ async fn conflicting_hosts_are_rejected() {
     let refused = |name: &str, target: &str, fields: &str, reason: &'static str| {
         trick(name, request(target, fields) + HIDDEN, To(400, reason))
     };
-    plays([
+    run([
         refused("repeated", "/test/echo", "host: x\r\nhost: x\r\n", "host_repeated"),
         refused("two", "/test/echo", "host: x\r\nHost: evil\r\n", "host_repeated"),
         refused("a list", "/test/echo", "host: x, evil\r\n", "host"),
@@ -352,9 +352,9 @@ async fn conflicting_hosts_are_rejected() {
 async fn trailing_bytes_hide_no_request() {
     let (close, body) = ("connection: close\r\n", "hello");
     let five = length(5);
-    let old = |fields: &str, behind: &str| format!("GET /test/echo HTTP/1.0\r\nhost: x\r\n{fields}\r\n{behind}");
-    let behind = |rest: &str| post(&five, format!("{body}{rest}"));
-    plays([
+    let old = |fields: &str, after: &str| format!("GET /test/echo HTTP/1.0\r\nhost: x\r\n{fields}\r\n{after}");
+    let followed_by = |rest: &str| post(&five, format!("{body}{rest}"));
+    run([
         trick("after the last request", [get(close), HIDDEN.into()].concat(), Last(Vec::new())),
         trick(
             "after the last request, with a body",
@@ -367,17 +367,21 @@ async fn trailing_bytes_hide_no_request() {
             Last(Vec::new()),
         ),
         trick("after the last request in HTTP/1.0", old("", HIDDEN), Last(Vec::new())),
-        trick("a prefix of the next request", behind("G"), Whole(body.into())),
-        trick("a last chunk after the body", behind("0\r\n\r\n"), Then(body.into(), 400, "request_line")),
-        trick("a chunk after the body", behind(&in_chunk()), Then(body.into(), 400, "request_line")),
-        trick("a field without a request", behind("x: y\r\n\r\n"), Then(body.into(), 400, "request_line")),
-        trick("a response", behind("HTTP/1.1 200 OK\r\n\r\n"), Then(body.into(), 400, "request_line")),
-        trick("many empty lines", behind("\r\n\r\n\r\n\r\n\r\n"), Then(body.into(), 400, "blank_lines")),
-        trick("HTTP/2", behind("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), Then(body.into(), 505, "http2_preface")),
-        trick("a tunnel", behind("CONNECT x:443 HTTP/1.1\r\nhost: x:443\r\n\r\n"), Then(body.into(), 501, "method")),
+        trick("a prefix of the next request", followed_by("G"), Whole(body.into())),
+        trick("a last chunk after the body", followed_by("0\r\n\r\n"), Then(body.into(), 400, "request_line")),
+        trick("a chunk after the body", followed_by(&in_chunk()), Then(body.into(), 400, "request_line")),
+        trick("a field without a request", followed_by("x: y\r\n\r\n"), Then(body.into(), 400, "request_line")),
+        trick("a response", followed_by("HTTP/1.1 200 OK\r\n\r\n"), Then(body.into(), 400, "request_line")),
+        trick("many empty lines", followed_by("\r\n\r\n\r\n\r\n\r\n"), Then(body.into(), 400, "blank_lines")),
+        trick("HTTP/2", followed_by("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), Then(body.into(), 505, "http2_preface")),
+        trick(
+            "a tunnel",
+            followed_by("CONNECT x:443 HTTP/1.1\r\nhost: x:443\r\n\r\n"),
+            Then(body.into(), 501, "method"),
+        ),
         trick(
             "a request without a Host",
-            behind("GET /smuggled HTTP/1.1\r\n\r\n"),
+            followed_by("GET /smuggled HTTP/1.1\r\n\r\n"),
             Then(body.into(), 400, "host_missing"),
         ),
     ])
@@ -389,7 +393,7 @@ async fn trailing_bytes_hide_no_request() {
 async fn unusual_expectations_hide_no_request() {
     let (n, expect) = (HIDDEN.len(), "expect: 100-continue\r\n");
     let with = |fields: &str, body: &str| post(&format!("{expect}{fields}"), body);
-    plays([
+    run([
         trick("of two kinds", with(&(length(n) + "expect: x\r\n"), HIDDEN), To(417, "expectation")),
         trick("twice", with(&(length(n) + expect), HIDDEN), To(417, "expectation")),
         trick("unknown", post(&("expect: 200-ok\r\n".to_owned() + &length(n)), HIDDEN), To(417, "expectation")),

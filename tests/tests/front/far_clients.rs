@@ -25,7 +25,7 @@ use tokio::{
 use crate::SOON;
 
 /// An agent that clients reach from a network namespace.
-struct Far {
+struct FarClients {
     server: ModelServer,
     agent: TestAgent,
     there: Arc<Namespace>,
@@ -34,7 +34,7 @@ struct Far {
     _folder: tempfile::TempDir,
 }
 
-impl Far {
+impl FarClients {
     /// `number` distinguishes concurrent tests.
     async fn new(
         number: u8,
@@ -46,7 +46,7 @@ impl Far {
         let pair = std::process::id() % (1 << 10) * 16 + u32::from(number);
         let [here, client] = [1, 2].map(|host| Ipv4Addr::from(0xc613_0000 + pair * 4 + host));
         let name = format!("far{pair}");
-        let there = Namespace::beside(&name, &format!("{here}/30"), &format!("{client}/30")).unwrap();
+        let there = Namespace::connected(&name, &format!("{here}/30"), &format!("{client}/30")).unwrap();
         let server = ModelServer::start(Options { idle_close: None, ..Options::default() }).await.unwrap();
         let mut settings = builtin_pool(&[server.addr]);
         pool(&mut settings);
@@ -104,7 +104,7 @@ async fn upload<S: AsyncRead + AsyncWrite + Unpin>(
 #[tokio::test]
 async fn early_response_during_slow_upload_reaches_client() {
     const LIMIT: u64 = 100_000;
-    let far = Far::new(
+    let far = FarClients::new(
         1,
         SteeringMode::Off,
         |_| {},
@@ -139,7 +139,7 @@ async fn early_response_during_slow_upload_reaches_client() {
 /// Reading on is limited in time and in bytes.
 #[tokio::test]
 async fn client_sending_after_response_is_cut_at_limit() {
-    let far = Far::new(
+    let far = FarClients::new(
         2,
         SteeringMode::Off,
         |_| {},
@@ -173,7 +173,7 @@ fn unreachable(config: &mut Config) {
 
 /// In each state of a request, on each path, the endpoint is notified in time.
 async fn vanishes(number: u8, mode: SteeringMode) {
-    let far = Far::new(number, mode, |_| {}, unreachable).await;
+    let far = FarClients::new(number, mode, |_| {}, unreachable).await;
     let head = HeadWrites { split_at: Some(0), pause_us: 600_000_000, ..HeadWrites::default() };
     let waits = Plan { head, ..Plan::default() };
     // A token now and then, in flight when the link goes down.
@@ -226,7 +226,7 @@ async fn vanished_client_is_noticed_on_local() {
 /// TCP_USER_TIMEOUT alone would end it: each window probe is acknowledged, and none opens the window.
 #[tokio::test]
 async fn reachable_client_that_reads_nothing_is_kept() {
-    let far = Far::new(
+    let far = FarClients::new(
         6,
         SteeringMode::Auto,
         |pool| pool.pick_per = PickPer::Request,

@@ -98,7 +98,7 @@ async fn half_close_during_response_keeps_rest() {
         }
         client.finish().await.unwrap();
         let Endpoint::Http1(server) = &scene.endpoint else { unreachable!() };
-        server.go_on();
+        server.resume();
         let read =
             client.read_body(penstock_tests::client::Pace::Fast, |bytes| Ok(checker.feed(bytes)?)).await.unwrap();
         assert_eq!((read.end, checker.offset()), (BodyEnd::Complete, plan.size), "{mode:?}");

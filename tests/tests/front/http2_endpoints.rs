@@ -153,7 +153,7 @@ async fn endpoint_refusing_every_stream_counts_as_failed() {
 }
 
 /// A scripted endpoint: `serve` gets each of its connections, numbered from 0.
-async fn by_hand<F>(serve: impl Fn(usize, Http2Frames) -> F + Send + 'static) -> std::net::SocketAddr
+async fn scripted_endpoint<F>(serve: impl Fn(usize, Http2Frames) -> F + Send + 'static) -> std::net::SocketAddr
 where
     F: Future<Output = anyhow::Result<()>> + Send + 'static,
 {
@@ -170,19 +170,19 @@ where
 }
 
 /// A response head of one byte: the indexed field `:status: 200`.
-fn all_is_well(stream: u32) -> Frame {
+fn ok_head(stream: u32) -> Frame {
     Frame::new(kind::HEADERS, 5, stream, [0x88])
 }
 
 /// GOAWAY names the unprocessed requests, which are retried.
 #[tokio::test]
 async fn streams_unprocessed_at_goaway_are_retried() {
-    let addr = by_hand(|number, mut frames| async move {
+    let addr = scripted_endpoint(|number, mut frames| async move {
         let head = frames.find(|frame| frame.kind == kind::HEADERS).await?.unwrap();
         if number == 0 {
             frames.send(&Frame::new(kind::GOAWAY, 0, 0, [0; 8])).await?;
         } else {
-            frames.send(&all_is_well(head.stream)).await?;
+            frames.send(&ok_head(head.stream)).await?;
         }
         frames.find(|_| false).await?;
         Ok(())
@@ -197,10 +197,10 @@ async fn streams_unprocessed_at_goaway_are_retried() {
 /// A request that GOAWAY declares processed is not retried.
 #[tokio::test]
 async fn stream_processed_at_goaway_is_not_retried() {
-    let addr = by_hand(|_, mut frames| async move {
+    let addr = scripted_endpoint(|_, mut frames| async move {
         let head = frames.find(|frame| frame.kind == kind::HEADERS).await?.unwrap();
         frames.send(&Frame::new(kind::GOAWAY, 0, 0, [0, 0, 0, 1, 0, 0, 0, 0])).await?;
-        frames.send(&all_is_well(head.stream)).await?;
+        frames.send(&ok_head(head.stream)).await?;
         frames.find(|_| false).await?;
         Ok(())
     })
@@ -223,11 +223,11 @@ async fn malformed_responses_return_502() {
         &[0x88, 0x5c, 1, b'5'],
         &[0xff; 40],
     ];
-    let addr = by_hand(move |number, mut frames| async move {
+    let addr = scripted_endpoint(move |number, mut frames| async move {
         let head = frames.find(|frame| frame.kind == kind::HEADERS).await?.unwrap();
         match wrong.get(number) {
             Some(block) => frames.send(&Frame::new(kind::HEADERS, 5, head.stream, *block)).await?,
-            None => frames.send(&all_is_well(head.stream)).await?,
+            None => frames.send(&ok_head(head.stream)).await?,
         }
         if number < wrong.len() {
             // GOAWAY, so that each request gets its own connection.
@@ -357,7 +357,7 @@ async fn request_trailers_reach_endpoint() {
 async fn request_below_goaway_last_stream_is_executed_once() {
     let requests = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
     let counted = std::sync::Arc::clone(&requests);
-    let addr = by_hand(move |_, mut frames| {
+    let addr = scripted_endpoint(move |_, mut frames| {
         let counted = std::sync::Arc::clone(&counted);
         async move {
             let head = frames.find(|frame| frame.kind == kind::HEADERS).await?.unwrap();
@@ -380,9 +380,9 @@ async fn request_below_goaway_last_stream_is_executed_once() {
 /// The response is complete before the request: the rest of the request is not awaited.
 #[tokio::test]
 async fn early_response_does_not_wait_for_upload() {
-    let addr = by_hand(|_, mut frames| async move {
+    let addr = scripted_endpoint(|_, mut frames| async move {
         while let Some(head) = frames.find(|frame| frame.kind == kind::HEADERS).await? {
-            frames.send(&all_is_well(head.stream)).await?;
+            frames.send(&ok_head(head.stream)).await?;
             frames.send(&Frame::new(kind::RST_STREAM, 0, head.stream, [0; 4])).await?;
         }
         Ok(())

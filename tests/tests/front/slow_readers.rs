@@ -179,8 +179,8 @@ async fn pipelining_client_that_never_reads_is_closed() {
         assert_eq!(agent.count("penstock_client_stalls_total", &[]), 1);
         // The endpoint is unreachable, so the agent's own errors, which keep the connection open, fill the queue.
         drop(server);
-        let nobody = Refusing::new().unwrap();
-        let agent = TestAgent::start(builtin_pool(&[nobody.addr]), mode, soon);
+        let refusing = Refusing::new().unwrap();
+        let agent = TestAgent::start(builtin_pool(&[refusing.addr]), mode, soon);
         let id = "x".repeat(8000);
         flood(&agent, &Request::get("/nowhere").header("x-request-id", id).wire("agent")).await;
         assert_eq!(agent.count("penstock_client_stalls_total", &[]), 1);

@@ -397,7 +397,7 @@ async fn request_with_body_switches_after_body() {
     assert_eq!(seen.body_framing, "content-length");
 }
 
-fn wishes(seen: &Echo) -> (Option<&str>, Option<&str>) {
+fn upgrade_fields(seen: &Echo) -> (Option<&str>, Option<&str>) {
     (seen.header("connection"), seen.header("upgrade"))
 }
 
@@ -420,14 +420,14 @@ async fn disallowed_upgrades_are_not_forwarded() {
         let mut client = Client::connect(scene.agent.addr).await.unwrap();
         client.send_raw(wire.as_bytes()).await.unwrap();
         let seen = client.response().await.unwrap().echoed();
-        assert_eq!(wishes(&seen), (None, None), "{wire}");
+        assert_eq!(upgrade_fields(&seen), (None, None), "{wire}");
         assert_eq!(seen.header("http2-settings"), None, "{wire}");
     }
     // Case is insignificant, and Connection may list other options.
     for (upgrade, connection) in [("WebSocket", "keep-alive, Upgrade"), ("x-own", "UPGRADE")] {
         let request = Request::get("/test/echo").header("connection", connection).header("upgrade", upgrade);
         let seen = scene.request(&request).await.echoed();
-        assert_eq!(wishes(&seen), (Some("upgrade"), Some(upgrade)));
+        assert_eq!(upgrade_fields(&seen), (Some("upgrade"), Some(upgrade)));
     }
 }
 
@@ -457,7 +457,7 @@ async fn http2_endpoint_gets_no_upgrade() {
     let scene = Scene::with(Front::Http1, Back::Http2, first, |_| {}).await;
     let request = Request::get("/test/echo").header("connection", "upgrade").header("upgrade", "websocket");
     let seen = scene.request(&request).await.echoed();
-    assert_eq!(wishes(&seen), (None, None));
+    assert_eq!(upgrade_fields(&seen), (None, None));
 }
 
 /// The eviction breaks off both sides.
@@ -482,11 +482,11 @@ async fn eviction_breaks_off_both_sides() {
 #[tokio::test]
 async fn tunnel_closes_after_idle_timeout() {
     for mode in MODES {
-        moves_and_rests(mode).await;
+        check_idle_timeout(mode).await;
     }
 }
 
-async fn moves_and_rests(mode: SteeringMode) {
+async fn check_idle_timeout(mode: SteeringMode) {
     let scene = Scene::with(Front::Http1, Back::Http1, first, |config| {
         config.steering.mode = mode;
         config.timeouts.idle = Some(Duration::from_secs(2));

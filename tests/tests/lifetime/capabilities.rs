@@ -60,7 +60,7 @@ fn set(thread: &BTreeMap<String, String>, name: &str) -> u64 {
 }
 
 /// Waits until no thread holds or can gain a capability, and all have this user, group and supplementary groups.
-async fn hold_nothing(agent: &AgentProcess, user: u32, groups: &str) {
+async fn assert_no_capabilities(agent: &AgentProcess, user: u32, groups: &str) {
     let ids = [user; 4].map(|id| id.to_string()).join("\t");
     let as_wanted = |thread: &BTreeMap<String, String>| {
         ["CapEff", "CapPrm", "CapInh", "CapAmb"].map(|name| set(thread, name)) == [0; 4]
@@ -84,7 +84,7 @@ async fn any_user_with_three_capabilities_can_steer() {
         let agent = AgentProcess::start_through(&through, ANY_PORT, server.addr, mode, "").await.unwrap();
         let output = agent.process.output();
         assert!(output.iter().any(|line| line.contains(said)), "{output:#?}");
-        hold_nothing(&agent, USER, "").await;
+        assert_no_capabilities(&agent, USER, "").await;
         assert!(carried(&agent, mode).await > 0.0, "{mode}");
     }
 }
@@ -116,7 +116,7 @@ async fn root_with_five_capabilities_loads_programs_and_drops_root() {
     let bounded = format!("--bounding-set={FIVE}");
     let through = ["setpriv", "--no-new-privs", &bounded, "--inh-caps=-all"];
     let mut agent = AgentProcess::start_through(&through, ANY_PORT, server.addr, "auto", "").await.unwrap();
-    hold_nothing(&agent, USER, "").await;
+    assert_no_capabilities(&agent, USER, "").await;
     let line = agent.process.line("capabilities: none kept", SOON).await.unwrap();
     assert!(line.contains("INFO") && line.contains("user: uid 65534, gid 65534, groups: none"), "{line}");
     assert!(carried(&agent, "local").await > 0.0);
@@ -127,7 +127,7 @@ async fn configured_user_and_groups_apply_to_reads() {
     let server = server().await;
     let settings = "[process]\nuser = \"61001:61001\"\ngroups = [61002]";
     let mut agent = AgentProcess::start(ANY_PORT, server.addr, "off", settings).await.unwrap();
-    hold_nothing(&agent, 61_001, "61002").await;
+    assert_no_capabilities(&agent, 61_001, "61002").await;
     // A request body can still spill to a file.
     let body = vec![b'x'; 3 << 20];
     let mut client = Client::connect(agent.addr).await.unwrap();
@@ -177,7 +177,7 @@ async fn startup_capabilities_are_dropped_by_every_thread() {
         ["penstock-0", "penstock-1", "penstock-events", "penstock-contro", "penstock-spans", "endpoints", "admin"];
     let named = |name: &&str| threads(&agent).iter().any(|thread| thread["Name"] == **name);
     eventually(SOON, || all.iter().all(named)).await;
-    hold_nothing(&agent, USER, "").await;
+    assert_no_capabilities(&agent, USER, "").await;
     // These tests run as root, which may limit the bounding set.
     assert!(threads(&agent).iter().all(|thread| set(thread, "CapBnd") == 0));
     let line = agent.process.line("capabilities: ", SOON).await.unwrap();
@@ -199,7 +199,7 @@ async fn startup_capabilities_are_dropped_by_every_thread() {
     agent.write_config(server.addr, EVERYTHING).unwrap();
     agent.process.signal(nix::sys::signal::Signal::SIGHUP).unwrap();
     agent.process.line("configuration reloaded", SOON).await.unwrap();
-    hold_nothing(&agent, USER, "").await;
+    assert_no_capabilities(&agent, USER, "").await;
 }
 
 #[tokio::test]
@@ -207,7 +207,7 @@ async fn capabilities_without_need_are_all_dropped() {
     let server = server().await;
     for (steering, settings, path) in [("ingress", "client_send_buffer = 131072", "ingress"), ("off", "", "relay")] {
         let agent = AgentProcess::start(ANY_PORT, server.addr, steering, settings).await.unwrap();
-        hold_nothing(&agent, USER, "").await;
+        assert_no_capabilities(&agent, USER, "").await;
         let (_, ready) = agent.ask_admin("/readyz?verbose").await.unwrap();
         assert!(ready.contains("capabilities: none kept\n"), "{ready}");
         assert!(carried(&agent, path).await > 0.0);
@@ -225,7 +225,7 @@ async fn privileged_port_is_bound_before_capability_drop() {
     let through = ["setpriv", &user, &group, "--clear-groups", &with[0], &with[1], &with[2]];
     let agent = AgentProcess::start_through(&through, listen, server.addr, "off", "").await.unwrap();
     assert_eq!(agent.addr, listen);
-    hold_nothing(&agent, USER, "").await;
+    assert_no_capabilities(&agent, USER, "").await;
     assert!(threads(&agent).iter().all(|thread| set(thread, "CapBnd") == CAP_NET_BIND_SERVICE));
 
     let none = ["setpriv", &user, &group, "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"];

@@ -122,7 +122,7 @@ fn config(server: &ModelServer) -> Config {
 }
 
 /// Starts an agent and runs it to its end, as `penstock run` does; sends the agent's address first.
-fn live(config: Config, probe: Probe) -> (std::net::SocketAddr, std::net::SocketAddr, Life) {
+fn run_agent(config: Config, probe: Probe) -> (std::net::SocketAddr, std::net::SocketAddr, Life) {
     let (told, started) = std::sync::mpsc::channel();
     let life = std::thread::spawn(move || {
         let signals = Signals::install()?;
@@ -136,7 +136,7 @@ fn live(config: Config, probe: Probe) -> (std::net::SocketAddr, std::net::Socket
 
 type Life = std::thread::JoinHandle<anyhow::Result<()>>;
 
-async fn fails(life: Life) {
+async fn assert_fails(life: Life) {
     eventually(SOON, || life.is_finished()).await;
     let error = life.join().unwrap().unwrap_err().to_string();
     assert!(error.contains("a part of the agent failed"), "{error}");
@@ -153,7 +153,7 @@ async fn panic_in_worker_makes_agent_unready_and_others_finish() {
             panic!("{FAULT}");
         }
     });
-    let (address, admin, life) = live(config(&server), probe);
+    let (address, admin, life) = run_agent(config(&server), probe);
     // Streams on both workers, so that at least one outlives the panicking worker.
     let plan = Plan { size: 4 << 20, ..Plan::default() };
     let mut running = Vec::new();
@@ -185,7 +185,7 @@ async fn panic_in_worker_makes_agent_unready_and_others_finish() {
         }
     }
     assert!(complete > 0 && broken > 0, "{complete} complete, {broken} broken");
-    fails(life).await;
+    assert_fails(life).await;
 }
 
 /// A configuration under which the agent starts every kind of thread.
@@ -212,7 +212,7 @@ async fn panic_in_thread_ends_agent() {
             Point::Events if part == "penstock-events" => panic!("{FAULT}"),
             _ => {}
         });
-        let (_, _, life) = live(everything(&server), probe);
-        fails(life).await;
+        let (_, _, life) = run_agent(everything(&server), probe);
+        assert_fails(life).await;
     }
 }

@@ -64,8 +64,8 @@ async fn endpoint_in_other_network_namespace_is_steered() {
     let pair = std::process::id() % (1 << 14);
     let [here, there] = [1, 2].map(|host| Ipv4Addr::from(0xc612_0000 + pair * 4 + host));
     let name = format!("penstock{pair}");
-    let beside = Arc::new(Namespace::beside(&name, &format!("{here}/30"), &format!("{there}/30")).unwrap());
-    let endpoint = sender(SocketAddr::from((there, 0)), Some(&beside));
+    let connected = Arc::new(Namespace::connected(&name, &format!("{here}/30"), &format!("{there}/30")).unwrap());
+    let endpoint = sender(SocketAddr::from((there, 0)), Some(&connected));
     let agent = TestAgent::start(builtin_pool(&[endpoint.addr]), SteeringMode::Local, |config| {
         config.listen.workers = 1;
         config.timeouts.endpoint_keep_alive = Duration::from_secs(60);

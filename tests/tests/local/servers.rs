@@ -50,7 +50,7 @@ async fn start(mut command: Command, folder: &TempDir) -> (Process, SocketAddr) 
 }
 
 /// Requests each path at every client speed concurrently, twice per connection.
-async fn serves(name: &str, addr: SocketAddr, paths: &[&'static str]) {
+async fn check_server(name: &str, addr: SocketAddr, paths: &[&'static str]) {
     let agent = TestAgent::start(builtin_pool(&[addr]), SteeringMode::Local, |_| {});
     let readers = [
         (Reader::Fast, None),
@@ -93,7 +93,7 @@ async fn uvicorn_responses_are_exact() {
     let mut command = Command::new(python());
     command.arg(script("asgi.py"));
     let (_server, addr) = start(command, &folder).await;
-    serves("uvicorn", addr, &["/bulk", "/stream"]).await;
+    check_server("uvicorn", addr, &["/bulk", "/stream"]).await;
 }
 
 #[tokio::test]
@@ -102,7 +102,7 @@ async fn aiohttp_responses_are_exact() {
     let mut command = Command::new(python());
     command.arg(script("aiohttp_server.py"));
     let (_server, addr) = start(command, &folder).await;
-    serves("aiohttp", addr, &["/bulk", "/stream", "/file"]).await;
+    check_server("aiohttp", addr, &["/bulk", "/stream", "/file"]).await;
 }
 
 #[tokio::test]
@@ -111,7 +111,7 @@ async fn node_responses_are_exact() {
     let mut command = Command::new("node");
     command.arg(script("node.js"));
     let (_server, addr) = start(command, &folder).await;
-    serves("node", addr, &["/bulk", "/stream", "/file"]).await;
+    check_server("node", addr, &["/bulk", "/stream", "/file"]).await;
 }
 
 #[tokio::test]
@@ -119,7 +119,7 @@ async fn go_responses_are_exact() {
     let folder = content();
     let binary = penstock_tests::servers::go_server().unwrap();
     let (_server, addr) = start(Command::new(binary), &folder).await;
-    serves("go", addr, &["/bulk", "/stream", "/file"]).await;
+    check_server("go", addr, &["/bulk", "/stream", "/file"]).await;
 }
 
 /// A file by `sendfile`, by `writev`, at a limited rate, and in chunks (which nginx uses for a file it scans for includes).
@@ -156,5 +156,5 @@ async fn nginx_responses_are_exact() {
         TcpStream::connect(addr).is_ok()
     })
     .await;
-    serves("nginx", addr, &["/sendfile", "/writev", "/limited", "/limited-writev", "/chunked"]).await;
+    check_server("nginx", addr, &["/sendfile", "/writev", "/limited", "/limited-writev", "/chunked"]).await;
 }

@@ -19,7 +19,7 @@ pub(crate) enum Act {
     /// The connection is reset after the whole request.
     Reset,
     /// The connection closes at the request's first bytes, so that the rest is answered by a reset.
-    Snap,
+    CloseEarly,
     /// One byte of a response, then a close.
     Begin,
     /// Silence.
@@ -81,7 +81,7 @@ async fn serve(mut stream: TcpStream, addr: SocketAddr, act: impl Fn(u64) -> Act
             break;
         }
         let act = act(request);
-        if matches!(act, Act::Snap) {
+        if matches!(act, Act::CloseEarly) {
             break;
         }
         whole(&mut stream).await?;
@@ -93,7 +93,7 @@ async fn serve(mut stream: TcpStream, addr: SocketAddr, act: impl Fn(u64) -> Act
                 nix::sys::socket::setsockopt(&stream, nix::sys::socket::sockopt::TcpRepair, &1)?;
                 break;
             }
-            Act::Close | Act::Snap => break,
+            Act::Close | Act::CloseEarly => break,
             Act::Reset => {
                 socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
                 break;

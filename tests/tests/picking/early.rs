@@ -24,7 +24,7 @@ const SIZE: usize = 16 << 20;
 /// When the endpoint ends its response, which starts at the request's head.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Ends {
-    BehindTheRequest,
+    AfterTheRequest,
     /// It reads the rest of the request only when told to.
     AtOnce,
     /// It never responds and never reads a body.
@@ -139,7 +139,7 @@ async fn http1(mut stream: TcpStream, state: State) -> std::io::Result<()> {
         if taken < length {
             return Ok(());
         }
-        if state.ends == Ends::BehindTheRequest {
+        if state.ends == Ends::AfterTheRequest {
             stream.write_all(rest(hash).as_bytes()).await?;
         }
     }
@@ -164,7 +164,7 @@ async fn http2(stream: TcpStream, state: State) -> Result<(), h2::Error> {
             }
             let (taken, hash, reason) = upload(request.into_body()).await;
             state.uploads.lock().push((taken, reason));
-            if state.ends == Ends::BehindTheRequest {
+            if state.ends == Ends::AfterTheRequest {
                 out.send_data(rest(hash).into(), true)?;
             }
             Ok::<_, h2::Error>(())
@@ -244,7 +244,7 @@ async fn early_response_does_not_cut_request() {
         (AppProtocol::H2c, SteeringMode::Off),
     ] {
         for http2_client in [false, true] {
-            let endpoint = Endpoint::start(protocol, Ends::BehindTheRequest).await;
+            let endpoint = Endpoint::start(protocol, Ends::AfterTheRequest).await;
             let agent = TestAgent::start(pool(&endpoint, protocol), mode, |config| config.listen.workers = 1);
             let (request, hash) = large();
             let small = Request::post("/", Bytes::from_static(b"small"));

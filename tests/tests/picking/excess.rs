@@ -136,10 +136,10 @@ async fn mutations_within_limits_are_applied() {
 }
 
 /// Picks, then changes each response head too much.
-struct Loud(Production);
+struct ExcessiveResponse(Production);
 
 #[tonic::async_trait]
-impl Script for Loud {
+impl Script for ExcessiveResponse {
     async fn request_headers(&self, exchange: &mut Exchange, headers: &HttpHeaders) -> Answer {
         self.0.request_headers(exchange, headers).await
     }
@@ -158,7 +158,7 @@ impl Script for Loud {
 #[tokio::test]
 async fn excessive_response_mutation_is_not_applied() {
     let mut stage = Stage::with(
-        |all| Loud(Production::new(all)),
+        |all| ExcessiveResponse(Production::new(all)),
         |config| {
             epp(config).response_timeout = Some(crate::SOON);
         },

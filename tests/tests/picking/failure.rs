@@ -47,14 +47,14 @@ impl Body {
     /// The bytes and their hash; each byte is a function of its offset.
     fn content(self) -> (Bytes, u64) {
         type Made = LazyLock<(Bytes, u64)>;
-        fn made(len: usize) -> (Bytes, u64) {
+        fn generate(len: usize) -> (Bytes, u64) {
             let body = json("m", len);
             let hash = Fnv::of(&body).value();
             (body.into(), hash)
         }
-        static SMALL: Made = LazyLock::new(|| made(1 << 10));
-        static LARGE: Made = LazyLock::new(|| made(20 << 20));
-        static PAUSED: Made = LazyLock::new(|| made(2 << 20));
+        static SMALL: Made = LazyLock::new(|| generate(1 << 10));
+        static LARGE: Made = LazyLock::new(|| generate(20 << 20));
+        static PAUSED: Made = LazyLock::new(|| generate(2 << 20));
         match self {
             Self::None => (Bytes::new(), Fnv::of(b"").value()),
             Self::Small => SMALL.clone(),
@@ -70,7 +70,7 @@ impl Body {
 
 /// The picker's fault.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Wrong {
+enum PickerFault {
     /// Nothing listens on its address.
     Absent,
     /// It does not speak TLS, although the pool requires it.
@@ -90,10 +90,10 @@ enum Expected {
 }
 
 /// Sends this body through a pool with this failure mode and picker fault, then one more request.
-async fn check(wrong: Wrong, mode: FailureMode, body: Body, expected: Expected) {
+async fn check(wrong: PickerFault, mode: FailureMode, body: Body, expected: Expected) {
     let _large = if body == Body::Large { Some(LARGE.acquire().await) } else { None };
     let refusing = Refusing::new().unwrap();
-    let fault = if let Wrong::Faulty(fault) = wrong { Some(fault) } else { None };
+    let fault = if let PickerFault::Faulty(fault) = wrong { Some(fault) } else { None };
     let never = Fault::At(Moment::ResponseBody, Harm::Close);
     let mut stage = Stage::with(
         |all| Faulty::new(Production::new(all), fault.unwrap_or(never)),
@@ -102,9 +102,9 @@ async fn check(wrong: Wrong, mode: FailureMode, body: Body, expected: Expected) 
             config.pools[0].failure_mode = mode;
             epp(config).decision_timeout = Some(DECISION);
             match wrong {
-                Wrong::Absent => epp(config).addresses = vec![refusing.addr.to_string()],
-                Wrong::Tls => epp(config).tls = EppTls::Insecure,
-                Wrong::Faulty(_) => {}
+                PickerFault::Absent => epp(config).addresses = vec![refusing.addr.to_string()],
+                PickerFault::Tls => epp(config).tls = EppTls::Insecure,
+                PickerFault::Faulty(_) => {}
             }
         },
     )
@@ -162,47 +162,48 @@ async fn check(wrong: Wrong, mode: FailureMode, body: Body, expected: Expected) 
     );
 }
 
-async fn matrix(wrong: impl Fn(Body) -> Wrong, expected: impl Fn(Body) -> Option<Expected>) {
+async fn matrix(wrong: impl Fn(Body) -> PickerFault, expected: impl Fn(Body) -> Option<Expected>) {
     let cases = MODES.into_iter().flat_map(|mode| BODIES.map(|body| (mode, body)));
     let checks = cases.filter_map(|(mode, body)| Some(check(wrong(body), mode, body, expected(body)?)));
     join_all(checks).await;
 }
 
-async fn always(wrong: Wrong, reasons: &'static [&'static str]) {
+async fn always(wrong: PickerFault, reasons: &'static [&'static str]) {
     matrix(|_| wrong, |_| Some(Expected::Fail(reasons))).await;
 }
 
 /// E11, E12: nothing listens at the picker's address.
 #[tokio::test]
 async fn refused_connection_follows_failure_mode() {
-    always(Wrong::Absent, &["connect"]).await;
+    always(PickerFault::Absent, &["connect"]).await;
 }
 
 /// E11, E12, E16: the picker does not speak TLS.
 #[tokio::test]
 async fn failed_tls_handshake_follows_failure_mode() {
-    always(Wrong::Tls, &["connect"]).await;
+    always(PickerFault::Tls, &["connect"]).await;
 }
 
 /// E11, E12.
 #[tokio::test]
 async fn immediate_reset_follows_failure_mode() {
-    always(Wrong::Faulty(Fault::ResetAtAccept), &["connect", "reset"]).await;
+    always(PickerFault::Faulty(Fault::ResetAtAccept), &["connect", "reset"]).await;
 }
 
 /// E11, E12, E13: the decision deadline applies after the connect.
 #[tokio::test]
 async fn accepted_but_silent_connection_follows_failure_mode() {
-    always(Wrong::Faulty(Fault::Deaf), &["deadline"]).await;
+    always(PickerFault::Faulty(Fault::Deaf), &["deadline"]).await;
 }
 
 async fn at_head(harm: Harm, reasons: &'static [&'static str]) {
-    always(Wrong::Faulty(Fault::At(Moment::RequestHeaders, harm)), reasons).await;
+    always(PickerFault::Faulty(Fault::At(Moment::RequestHeaders, harm)), reasons).await;
 }
 
 async fn at_half_of_body(harm: Harm, reasons: &'static [&'static str]) {
     let expected = |body| (body != Body::None).then_some(Expected::Fail(reasons));
-    matrix(|body| Wrong::Faulty(Fault::At(Moment::RequestBody(body.content().0.len() / 2), harm)), expected).await;
+    matrix(|body| PickerFault::Faulty(Fault::At(Moment::RequestBody(body.content().0.len() / 2), harm)), expected)
+        .await;
 }
 
 /// Without a body, the reply to the head is the whole pick. With a body, the rest of the picker's answer is missing: if the picker
@@ -215,7 +216,7 @@ async fn after_head_reply(harm: Harm, reasons: &'static [&'static str]) {
         (_, Body::None) => Some(Expected::Either),
         (reasons, _) => Some(Expected::Fail(reasons)),
     };
-    matrix(|_| Wrong::Faulty(Fault::At(Moment::HeaderReply, harm)), expected).await;
+    matrix(|_| PickerFault::Faulty(Fault::At(Moment::HeaderReply, harm)), expected).await;
 }
 
 async fn at_any_moment(harm: Harm, reasons: &'static [&'static str]) {

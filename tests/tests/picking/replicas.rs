@@ -45,7 +45,7 @@ fn checked(config: &mut Config) {
     epp(config).health_interval = Some(INTERVAL);
 }
 
-fn is(agent: &TestAgent, replica: SocketAddr, state: &str) -> bool {
+fn has_state(agent: &TestAgent, replica: SocketAddr, state: &str) -> bool {
     agent.count("penstock_epp_replicas", &[&format!("replica=\"{replica}\""), &format!("state=\"{state}\"")]) == 1
 }
 
@@ -67,10 +67,10 @@ async fn ask(agent: &TestAgent, requests: usize, epps: &[&ScriptedEpp]) -> Vec<u
 }
 
 /// Answers health checks with this status.
-struct Says<S>(S, Result<ServingStatus, Code>);
+struct Reporting<S>(S, Result<ServingStatus, Code>);
 
 #[tonic::async_trait]
-impl<S: Script> Script for Says<S> {
+impl<S: Script> Script for Reporting<S> {
     fn health(&self, _: &str) -> Result<ServingStatus, Status> {
         self.1.map_err(|code| Status::new(code, "scripted"))
     }
@@ -104,10 +104,10 @@ async fn replica_not_serving_is_avoided() {
     let endpoint = endpoint().await;
     for (health, state, is_asked) in cases {
         let inner = || Production::new(&[endpoint.addr]);
-        let first = ScriptedEpp::start(Says(inner(), health)).await.unwrap();
+        let first = ScriptedEpp::start(Reporting(inner(), health)).await.unwrap();
         let second = ScriptedEpp::start(inner()).await.unwrap();
         let agent = agent(&endpoint, &[first.addr, second.addr], checked);
-        eventually(SOON, || is(&agent, first.addr, state) && is(&agent, second.addr, "serving")).await;
+        eventually(SOON, || has_state(&agent, first.addr, state) && has_state(&agent, second.addr, "serving")).await;
         // Of two serving replicas, the first gets everything.
         let expected = if is_asked { [10, 0] } else { [0, 10] };
         assert_eq!(ask(&agent, 10, &[&first, &second]).await, expected, "{health:?}");
@@ -146,10 +146,10 @@ async fn silent_replica_is_avoided() {
         // Also the health-check timeout: the second replica must meet it on a busy machine.
         epp(config).connect_timeout = Duration::from_secs(1);
     });
-    eventually(SOON, || is(&agent, first.addr, "unreachable")).await;
+    eventually(SOON, || has_state(&agent, first.addr, "unreachable")).await;
     assert_eq!(ask(&agent, 10, &[&first, &second]).await, [0, 10]);
     deaf.store(false, Relaxed);
-    eventually(SOON, || is(&agent, first.addr, "serving")).await;
+    eventually(SOON, || has_state(&agent, first.addr, "serving")).await;
     assert_eq!(ask(&agent, 10, &[&first, &second]).await, [10, 10]);
     assert_eq!(failures(&agent), 0);
 }
@@ -158,7 +158,7 @@ async fn silent_replica_is_avoided() {
 #[tokio::test]
 async fn replicas_all_unhealthy_are_still_asked() {
     let endpoint = endpoint().await;
-    let draining = || Says(Production::new(&[endpoint.addr]), Ok(ServingStatus::NotServing));
+    let draining = || Reporting(Production::new(&[endpoint.addr]), Ok(ServingStatus::NotServing));
     let (gone, first, second) = (
         Refusing::new().unwrap(),
         ScriptedEpp::start(draining()).await.unwrap(),
@@ -166,9 +166,9 @@ async fn replicas_all_unhealthy_are_still_asked() {
     );
     let agent = agent(&endpoint, &[gone.addr, first.addr, second.addr], checked);
     eventually(SOON, || {
-        is(&agent, gone.addr, "unreachable")
-            && is(&agent, first.addr, "not_serving")
-            && is(&agent, second.addr, "not_serving")
+        has_state(&agent, gone.addr, "unreachable")
+            && has_state(&agent, first.addr, "not_serving")
+            && has_state(&agent, second.addr, "not_serving")
     })
     .await;
     assert_eq!(ask(&agent, 10, &[&first, &second]).await, [10, 0]);
@@ -179,14 +179,14 @@ async fn replicas_all_unhealthy_are_still_asked() {
 #[tokio::test]
 async fn health_service_name_and_port_are_configurable() {
     let endpoint = endpoint().await;
-    let health = ScriptedEpp::start(Says(Production::new(&[]), Ok(ServingStatus::NotServing))).await.unwrap();
+    let health = ScriptedEpp::start(Reporting(Production::new(&[]), Ok(ServingStatus::NotServing))).await.unwrap();
     let picker = ScriptedEpp::start(Production::new(&[endpoint.addr])).await.unwrap();
     let agent = agent(&endpoint, &[picker.addr], |config| {
         checked(config);
         epp(config).health_port = Some(health.addr.port());
         epp(config).health_service = "inference-extension".to_owned();
     });
-    eventually(SOON, || is(&agent, picker.addr, "not_serving")).await;
+    eventually(SOON, || has_state(&agent, picker.addr, "not_serving")).await;
     assert_eq!(health.health_checks()[0], "inference-extension");
     assert_eq!(picker.connections_accepted(), 0);
     assert_eq!(ask(&agent, 1, &[&picker]).await, [1]);
@@ -208,7 +208,7 @@ async fn replica_is_checked_once_for_all_workers() {
 }
 
 /// Sends a request whose first replica fails like this before a decision; `reason` is the metric's label.
-async fn goes_to_the_next(fault: Option<Fault>, reasons: &[&str]) {
+async fn check_retried_on_next_replica(fault: Option<Fault>, reasons: &[&str]) {
     let (endpoint, refusing) = (endpoint().await, Refusing::new().unwrap());
     let inner = || Production::new(&[endpoint.addr]);
     let first = ScriptedEpp::start(Faulty::new(inner(), fault.unwrap_or(Fault::Deaf))).await.unwrap();
@@ -234,12 +234,12 @@ async fn goes_to_the_next(fault: Option<Fault>, reasons: &[&str]) {
 #[tokio::test]
 async fn undecided_request_is_retried_on_next_replica() {
     let half = Moment::RequestBody(1 << 19);
-    goes_to_the_next(None, &["connect"]).await;
-    goes_to_the_next(Some(Fault::ResetAtAccept), &["connect", "reset"]).await;
+    check_retried_on_next_replica(None, &["connect"]).await;
+    check_retried_on_next_replica(Some(Fault::ResetAtAccept), &["connect", "reset"]).await;
     for moment in [Moment::RequestHeaders, half, Moment::HeaderReply] {
-        goes_to_the_next(Some(Fault::At(moment, Harm::Status(Code::Unavailable))), &["unavailable"]).await;
-        goes_to_the_next(Some(Fault::At(moment, Harm::ResetConnection)), &["connect", "reset"]).await;
-        goes_to_the_next(Some(Fault::At(moment, Harm::Die)), &["connect", "reset"]).await;
+        check_retried_on_next_replica(Some(Fault::At(moment, Harm::Status(Code::Unavailable))), &["unavailable"]).await;
+        check_retried_on_next_replica(Some(Fault::At(moment, Harm::ResetConnection)), &["connect", "reset"]).await;
+        check_retried_on_next_replica(Some(Fault::At(moment, Harm::Die)), &["connect", "reset"]).await;
     }
 }
 
@@ -340,13 +340,13 @@ impl Load {
 }
 
 /// A picker that takes a moment, so that requests are always running during a change.
-fn thoughtful(endpoint: &ModelServer) -> impl Script {
-    let thinks = Fault::At(Moment::RequestBody(usize::MAX), Harm::Delay(Duration::from_millis(3)));
-    Faulty::new(Production::new(&[endpoint.addr]), thinks)
+fn slow_picker(endpoint: &ModelServer) -> impl Script {
+    let slow = Fault::At(Moment::RequestBody(usize::MAX), Harm::Delay(Duration::from_millis(3)));
+    Faulty::new(Production::new(&[endpoint.addr]), slow)
 }
 
 async fn elected(endpoint: &ModelServer, election: &Election, follower: Follower) -> [ScriptedEpp; 2] {
-    let replica = |replica| Elected { inner: thoughtful(endpoint), replica, election: election.clone(), follower };
+    let replica = |replica| Elected { inner: slow_picker(endpoint), replica, election: election.clone(), follower };
     [ScriptedEpp::start(replica(0)).await.unwrap(), ScriptedEpp::start(replica(1)).await.unwrap()]
 }
 
@@ -362,8 +362,10 @@ async fn leader_change_loses_no_request() {
         let (leader, follower) = (turn % 2, 1 - turn % 2);
         election.leads(leader);
         load.more(2).await;
-        eventually(SOON, || is(&agent, epps[leader].addr, "serving") && is(&agent, epps[follower].addr, "not_serving"))
-            .await;
+        eventually(SOON, || {
+            has_state(&agent, epps[leader].addr, "serving") && has_state(&agent, epps[follower].addr, "not_serving")
+        })
+        .await;
         // Requests sent there before are answered by now.
         load.more(2).await;
         let refused = epps[follower].streams_started();
@@ -383,13 +385,14 @@ async fn immediate_503_triggers_health_checks() {
     let agent = agent(&endpoint, &[epps[0].addr, epps[1].addr], |config| {
         epp(config).health_interval = Some(Duration::from_secs(3600));
     });
-    eventually(SOON, || is(&agent, epps[0].addr, "serving") && is(&agent, epps[1].addr, "not_serving")).await;
+    eventually(SOON, || has_state(&agent, epps[0].addr, "serving") && has_state(&agent, epps[1].addr, "not_serving"))
+        .await;
     let mut client = Client::connect(agent.addr).await.unwrap();
     for leader in [1, 0] {
         election.leads(leader);
         assert_eq!(client.request(&echo(json("m", 1000))).await.unwrap().status(), 503);
         eventually(SOON, || {
-            is(&agent, epps[leader].addr, "serving") && is(&agent, epps[1 - leader].addr, "not_serving")
+            has_state(&agent, epps[leader].addr, "serving") && has_state(&agent, epps[1 - leader].addr, "not_serving")
         })
         .await;
         assert_eq!(client.request(&echo(json("m", 1000))).await.unwrap().status(), 200);
@@ -414,11 +417,13 @@ async fn leader_death_loses_no_request() {
         epps[leader].stop();
         load.more(2).await;
         election.leads(follower);
-        eventually(SOON, || is(&agent, epps[leader].addr, "unreachable") && is(&agent, epps[follower].addr, "serving"))
-            .await;
+        eventually(SOON, || {
+            has_state(&agent, epps[leader].addr, "unreachable") && has_state(&agent, epps[follower].addr, "serving")
+        })
+        .await;
         load.more(3).await;
         epps[leader].restart().await.unwrap();
-        eventually(SOON, || is(&agent, epps[leader].addr, "not_serving")).await;
+        eventually(SOON, || has_state(&agent, epps[leader].addr, "not_serving")).await;
 
         let mut checker = plan.checker();
         let read = flowing.read_body(Pace::Fast, |bytes| Ok(checker.feed(bytes)?)).await.unwrap();
@@ -432,8 +437,8 @@ async fn leader_death_loses_no_request() {
 #[tokio::test]
 async fn goaway_loses_no_request() {
     let endpoint = endpoint().await;
-    let epp = ScriptedEpp::start(thoughtful(&endpoint)).await.unwrap();
-    let other = ScriptedEpp::start(thoughtful(&endpoint)).await.unwrap();
+    let epp = ScriptedEpp::start(slow_picker(&endpoint)).await.unwrap();
+    let other = ScriptedEpp::start(slow_picker(&endpoint)).await.unwrap();
     let agent = agent(&endpoint, &[epp.addr, other.addr], checked);
     let load = Load::begin(agent.addr);
     load.more(1).await;

@@ -17,13 +17,13 @@ use crate::SOON;
 use crate::abrupt::{Abrupt, Act, Turn};
 
 /// No ejection, so that a list keeps the picker's order.
-fn unmoved(config: &mut Config) {
+fn without_ejection(config: &mut Config) {
     config.pools[0].ejection.failures = 0;
 }
 
 fn retry(attempts: u32, budget_percent: u32, budget_min_per_second: u32) -> impl FnOnce(&mut Config) {
     move |config| {
-        unmoved(config);
+        without_ejection(config);
         config.pools[0].retry = Retry { attempts, budget_percent, budget_min_per_second, ..Retry::default() };
     }
 }
@@ -71,14 +71,14 @@ async fn model_server() -> ModelServer {
 }
 
 /// What an acknowledged request's endpoint does next.
-const ENDS: [fn() -> Act; 3] = [|| Act::Close, || Act::Reset, || Act::Snap];
+const ENDS: [fn() -> Act; 3] = [|| Act::Close, || Act::Reset, || Act::CloseEarly];
 
 /// E10, D5, E8: the endpoint that answered is reported as served.
 #[tokio::test]
 async fn acknowledged_idempotent_request_is_retried_on_next_endpoint() {
     for act in ENDS {
         let (abrupt, good) = (Abrupt::start(move |_| act()).await, model_server().await);
-        let mut scene = Scene::new(&[abrupt.addr, good.addr], unmoved).await;
+        let mut scene = Scene::new(&[abrupt.addr, good.addr], without_ejection).await;
         for len in [100, 3 << 20] {
             let body = json("m", len);
             let response = scene.request(&put(body.clone())).await;
@@ -134,7 +134,7 @@ async fn acknowledged_post_on_kept_connection_is_executed_once() {
 async fn retry_methods_are_configurable() {
     let (abrupt, good) = (Abrupt::start(|_| Act::Close).await, model_server().await);
     let mut scene = Scene::new(&[abrupt.addr, good.addr], |config| {
-        unmoved(config);
+        without_ejection(config);
         config.pools[0].retry.methods = vec![http::Method::POST];
     })
     .await;
@@ -148,7 +148,7 @@ async fn retry_methods_are_configurable() {
 #[tokio::test]
 async fn picker_list_is_walked_in_order() {
     let (dead, abrupt, good) = (Refusing::new().unwrap(), Abrupt::start(|_| Act::Close).await, model_server().await);
-    let mut scene = Scene::new(&[dead.addr, abrupt.addr, good.addr], unmoved).await;
+    let mut scene = Scene::new(&[dead.addr, abrupt.addr, good.addr], without_ejection).await;
     assert_eq!(scene.request(&put("{}")).await.served_by(), Some(good.addr));
     assert_eq!((scene.retries("connect"), scene.retries("closed_before_response")), (1, 1));
     assert_eq!((scene.fallbacks("1"), scene.fallbacks("2"), scene.fallbacks("3")), (1, 1, 0));
@@ -158,7 +158,7 @@ async fn picker_list_is_walked_in_order() {
 #[tokio::test]
 async fn response_after_first_byte_is_not_retried() {
     let (begins, good) = (Abrupt::start(|_| Act::Begin).await, model_server().await);
-    let mut scene = Scene::new(&[begins.addr, good.addr], unmoved).await;
+    let mut scene = Scene::new(&[begins.addr, good.addr], without_ejection).await;
     let response = scene.request(&echo("{}")).await;
     assert_eq!((response.status(), response.error_code().as_str()), (502, "endpoint_closed"));
     assert_eq!((begins.requests(), good.requests()), (1, 0));
@@ -170,7 +170,7 @@ async fn response_after_first_byte_is_not_retried() {
 async fn first_byte_timeout_is_not_retried() {
     let (silent, good) = (Abrupt::start(|_| Act::Silence).await, model_server().await);
     let mut scene = Scene::new(&[silent.addr, good.addr], |config| {
-        unmoved(config);
+        without_ejection(config);
         config.timeouts.first_byte = Some(Duration::from_millis(200));
     })
     .await;
@@ -230,9 +230,9 @@ async fn builtin_and_fail_open_picks_are_retried() {
     let (abrupt, good) = (Abrupt::start(|_| Act::Close).await, model_server().await);
     let dead: Vec<_> = (0..4).map(|_| Refusing::new().unwrap()).collect();
     let endpoints: Vec<_> = dead.iter().map(|dead| dead.addr).chain([abrupt.addr, good.addr]).collect();
-    let nobody = Refusing::new().unwrap();
+    let refusing = Refusing::new().unwrap();
     let generous = |config: &mut Config| retry(1, 100, 100)(config);
-    for pool in [builtin_pool(&endpoints), epp_pool(&endpoints, nobody.addr, FailureMode::Open)] {
+    for pool in [builtin_pool(&endpoints), epp_pool(&endpoints, refusing.addr, FailureMode::Open)] {
         let agent = TestAgent::start(pool, SteeringMode::Off, generous);
         let mut client = Client::connect(agent.addr).await.unwrap();
         for _ in 0..12 {

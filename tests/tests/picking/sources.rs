@@ -56,7 +56,7 @@ fn failures(agent: &TestAgent, source: &str, reason: &str) -> u64 {
     agent.count("penstock_endpoint_source_failures_total", &labels)
 }
 
-fn up(agent: &TestAgent, source: &str) -> u64 {
+fn sources_up(agent: &TestAgent, source: &str) -> u64 {
     agent.count("penstock_endpoint_source_up", &[&format!("source=\"{source}\"")])
 }
 
@@ -118,7 +118,7 @@ async fn endpoint_file_changes_are_followed() {
         }
         println!("change {turn} took effect after {:?}", begin.elapsed());
     }
-    assert_eq!((up(&agent, "file"), failures(&agent, "file", "wrong")), (1, 0));
+    assert_eq!((sources_up(&agent, "file"), failures(&agent, "file", "wrong")), (1, 0));
 }
 
 /// Updates like a kubelet: the names in a volume link into a folder that is itself behind a link, which is swapped.
@@ -159,7 +159,7 @@ async fn broken_file_keeps_previous_endpoints() {
     until_ready(&agent, 1).await;
     let mut client = client(&agent).await;
     file.write("endpoints = [\"10.0.0.1\"]");
-    eventually(SOON, || up(&agent, "file") == 0).await;
+    eventually(SOON, || sources_up(&agent, "file") == 0).await;
     assert_eq!(served(&mut client).await, Some(one.addr));
     file.replace("");
     eventually(SOON, || failures(&agent, "file", "wrong") == 2).await;
@@ -167,7 +167,7 @@ async fn broken_file_keeps_previous_endpoints() {
     eventually(SOON, || failures(&agent, "file", "missing") == 1).await;
     assert_eq!(served(&mut client).await, Some(one.addr));
     file.write(&toml(&[two.addr]));
-    eventually(SOON, || up(&agent, "file") == 1).await;
+    eventually(SOON, || sources_up(&agent, "file") == 1).await;
     assert_eq!(served(&mut client).await, Some(two.addr));
     assert_eq!((failures(&agent, "file", "wrong"), failures(&agent, "file", "missing")), (2, 1));
     assert!(agent.agent.readiness().is_ready(), "a broken file made a ready agent unready");
@@ -188,7 +188,7 @@ async fn pool_waits_for_missing_file() {
 }
 
 /// D8: a running stream ends normally, and no new request starts there.
-async fn leaves_in_peace(leave: impl FnOnce(&File, SocketAddr, &[SocketAddr]), left: (u64, u64)) {
+async fn finishes_and_gets_nothing_new(leave: impl FnOnce(&File, SocketAddr, &[SocketAddr]), left: (u64, u64)) {
     let (one, others) = (model_server().await, [model_server().await, model_server().await]);
     let file = File::new("endpoints.toml");
     file.write(&toml(&[one.addr]));
@@ -216,13 +216,13 @@ async fn leaves_in_peace(leave: impl FnOnce(&File, SocketAddr, &[SocketAddr]), l
 /// D8.
 #[tokio::test]
 async fn draining_endpoint_finishes_and_gets_nothing_new() {
-    leaves_in_peace(|file, one, others| file.replace(&draining(one, others)), (2, 1)).await;
+    finishes_and_gets_nothing_new(|file, one, others| file.replace(&draining(one, others)), (2, 1)).await;
 }
 
 /// D8.
 #[tokio::test]
 async fn removed_endpoint_finishes_and_gets_nothing_new() {
-    leaves_in_peace(|file, _, others| file.replace(&toml(others)), (2, 0)).await;
+    finishes_and_gets_nothing_new(|file, _, others| file.replace(&toml(others)), (2, 0)).await;
 }
 
 /// D8: in a picker's list, and when the picker fails.
@@ -238,8 +238,8 @@ async fn draining_endpoint_in_pick_is_skipped() {
     }))
     .await
     .unwrap();
-    let nobody = Refusing::new().unwrap();
-    for (picker, mode) in [(epp.addr, FailureMode::Closed), (nobody.addr, FailureMode::Open)] {
+    let refusing = Refusing::new().unwrap();
+    for (picker, mode) in [(epp.addr, FailureMode::Closed), (refusing.addr, FailureMode::Open)] {
         let pool = Pool { endpoints_file: Some(file.path.clone()), ..epp_pool(&[], picker, mode) };
         let agent = start(pool);
         until_ready(&agent, 1).await;
@@ -333,13 +333,13 @@ async fn failed_lookup_keeps_previous_endpoints() {
     let mut client = client(&agent).await;
     dns.remove(NAME);
     eventually(SOON, || failures(&agent, "dns", "no_address") >= 2).await;
-    assert_eq!((served(&mut client).await, up(&agent, "dns")), (Some(one.addr), 0));
+    assert_eq!((served(&mut client).await, sources_up(&agent, "dns")), (Some(one.addr), 0));
     dns.silence(true);
     eventually(SOON, || failures(&agent, "dns", "timeout") >= 1).await;
     assert_eq!(served(&mut client).await, Some(one.addr));
     dns.set(NAME, &[ip(3)], Duration::ZERO);
     dns.silence(false);
-    eventually(SOON, || up(&agent, "dns") == 1).await;
+    eventually(SOON, || sources_up(&agent, "dns") == 1).await;
     assert_eq!(served(&mut client).await, Some(two.addr));
 }
 

@@ -189,8 +189,8 @@ async fn pick_outside_subset_is_followed_and_counted() {
 /// Also with a failed picker in a pool that fails open.
 #[tokio::test]
 async fn builtin_picker_stays_within_subset() {
-    let nobody = Refusing::new().unwrap();
-    for pool in [builtin_pool(&[]), epp_pool(&[], nobody.addr, FailureMode::Open)] {
+    let refusing = Refusing::new().unwrap();
+    for pool in [builtin_pool(&[]), epp_pool(&[], refusing.addr, FailureMode::Open)] {
         let world = World::new().await;
         let near = agent(pool.clone(), world.endpoints(), prefer(&NODE_THEN_ZONE, EmptySubset::All)).await;
         let zone = agent(pool.clone(), world.endpoints(), prefer(&[Locality::Zone], EmptySubset::All)).await;

@@ -45,12 +45,12 @@ impl Ca {
 
 impl Signed {
     /// A self-signed certificate, as pickers generate without a configured one.
-    fn by_itself() -> Self {
+    fn self_signed_identity() -> Self {
         let key = KeyPair::generate().unwrap();
         Self { certificate: CertificateParams::new([]).unwrap().self_signed(&key).unwrap().pem(), key }
     }
 
-    fn serves(&self) -> ServerTlsConfig {
+    fn server_config(&self) -> ServerTlsConfig {
         ServerTlsConfig::new().identity(Identity::from_pem(&self.certificate, self.key.serialize_pem()))
     }
 
@@ -107,9 +107,9 @@ async fn until(agent: &TestAgent, picker: &mut ScriptedEpp, wanted: u16) {
 async fn each_tls_mode_accepts_only_valid_pickers() {
     let (endpoint, folder) = (endpoint().await, TempDir::new().unwrap());
     let (ours, other) = (Ca::new(), Ca::new());
-    let (named, itself) = (ours.sign(&["epp.example", "127.0.0.1"]), Signed::by_itself());
-    let picker_named = picker(&endpoint, named.serves()).await;
-    let picker_itself = picker(&endpoint, itself.serves()).await;
+    let (named, itself) = (ours.sign(&["epp.example", "127.0.0.1"]), Signed::self_signed_identity());
+    let picker_named = picker(&endpoint, named.server_config()).await;
+    let picker_self_signed = picker(&endpoint, itself.server_config()).await;
     let plain = ScriptedEpp::start(Production::new(&[endpoint.addr])).await.unwrap();
     let ca = |name: &str, ca: &Ca| EppTls::Ca(write(&folder, name, &ca.0.pem()));
     let (ours, other) = (ca("ours.pem", &ours), ca("other.pem", &other));
@@ -118,16 +118,16 @@ async fn each_tls_mode_accepts_only_valid_pickers() {
         ("plain", &plain, EppTls::Off, None, true),
         ("TLS where none is expected", &picker_named, EppTls::Off, None, false),
         ("none where TLS is expected", &plain, EppTls::Insecure, None, false),
-        ("insecure", &picker_itself, EppTls::Insecure, None, true),
-        ("insecure, with a name to ask for", &picker_itself, EppTls::Insecure, Some("epp.example"), true),
+        ("insecure", &picker_self_signed, EppTls::Insecure, None, true),
+        ("insecure, with a name to ask for", &picker_self_signed, EppTls::Insecure, Some("epp.example"), true),
         ("by our CA, for the host", &picker_named, ours.clone(), None, true),
         ("by our CA, for another name that it has", &picker_named, ours.clone(), Some("epp.example"), true),
         ("by our CA, for a name that it lacks", &picker_named, ours.clone(), Some("other.example"), false),
         ("by another CA", &picker_named, other, None, false),
-        ("by itself, with a CA expected", &picker_itself, ours, None, false),
-        ("its key", &picker_itself, pinned(&[&itself]), None, true),
-        ("its key, of several", &picker_itself, pinned(&[&named, &itself]), Some("whatever"), true),
-        ("another key", &picker_itself, pinned(&[&named]), None, false),
+        ("by itself, with a CA expected", &picker_self_signed, ours, None, false),
+        ("its key", &picker_self_signed, pinned(&[&itself]), None, true),
+        ("its key, of several", &picker_self_signed, pinned(&[&named, &itself]), Some("whatever"), true),
+        ("another key", &picker_self_signed, pinned(&[&named]), None, false),
     ];
     for (case, picker, tls, name, works) in cases {
         let agent = agent(&endpoint, picker.addr, |epp| {
@@ -148,7 +148,7 @@ async fn certificate_must_match_resolved_name() {
     dns.set("epp.test", &["127.0.0.1".parse().unwrap()], Duration::from_secs(60));
     dns.set("impostor.test", &["127.0.0.1".parse().unwrap()], Duration::from_secs(60));
     let ca = Ca::new();
-    let picker = picker(&endpoint, ca.sign(&["epp.test"]).serves()).await;
+    let picker = picker(&endpoint, ca.sign(&["epp.test"]).server_config()).await;
     let file = write(&folder, "ca.pem", &ca.0.pem());
     for (name, expected) in [("epp.test", 200), ("impostor.test", 503)] {
         let pool = epps_pool(&[endpoint.addr], &[], FailureMode::Closed);
@@ -167,7 +167,7 @@ async fn mutual_tls_presents_client_certificate() {
     let (endpoint, folder) = (endpoint().await, TempDir::new().unwrap());
     let (servers, clients) = (Ca::new(), Ca::new());
     let server = servers.sign(&["127.0.0.1"]);
-    let wants = server.serves().client_ca_root(Certificate::from_pem(clients.0.pem()));
+    let wants = server.server_config().client_ca_root(Certificate::from_pem(clients.0.pem()));
     let picker = picker(&endpoint, wants).await;
     let shows = |name: &str, signed: &Signed| ClientCertificate {
         certificate: write(&folder, &format!("{name}.pem"), &signed.certificate),
@@ -191,30 +191,30 @@ async fn mutual_tls_presents_client_certificate() {
 async fn changed_tls_files_are_reloaded() {
     let (endpoint, folder) = (endpoint().await, TempDir::new().unwrap());
     let (old, new) = (Ca::new(), Ca::new());
-    let mut picker_of_old = picker(&endpoint, old.sign(&["127.0.0.1"]).serves()).await;
+    let mut old_picker = picker(&endpoint, old.sign(&["127.0.0.1"]).server_config()).await;
     let file = write(&folder, "ca.pem", &old.0.pem());
-    let agent_of_old = agent(&endpoint, picker_of_old.addr, |epp| epp.tls = EppTls::Ca(file.clone()));
+    let agent_of_old = agent(&endpoint, old_picker.addr, |epp| epp.tls = EppTls::Ca(file.clone()));
     assert_eq!(status(&agent_of_old).await, 200);
     // Another agent with the same file, whose picker has already changed its certificate.
-    let mut picker_of_new = picker(&endpoint, new.sign(&["127.0.0.1"]).serves()).await;
-    let agent_of_new = agent(&endpoint, picker_of_new.addr, |epp| epp.tls = EppTls::Ca(file.clone()));
+    let mut new_picker = picker(&endpoint, new.sign(&["127.0.0.1"]).server_config()).await;
+    let agent_of_new = agent(&endpoint, new_picker.addr, |epp| epp.tls = EppTls::Ca(file.clone()));
     assert_eq!(status(&agent_of_new).await, 503);
 
     write(&folder, "ca.pem", &new.0.pem());
     let begin = Instant::now();
-    until(&agent_of_new, &mut picker_of_new, 200).await;
+    until(&agent_of_new, &mut new_picker, 200).await;
     assert!(begin.elapsed() < SOON / 2, "{:?}", begin.elapsed());
     // The existing connection is unaffected; the next one uses the new CA.
-    assert_eq!((status(&agent_of_old).await, picker_of_old.connections_accepted()), (200, 1));
-    until(&agent_of_old, &mut picker_of_old, 503).await;
+    assert_eq!((status(&agent_of_old).await, old_picker.connections_accepted()), (200, 1));
+    until(&agent_of_old, &mut old_picker, 503).await;
 }
 
 /// E17, E16: health checks use the same TLS settings.
 #[tokio::test]
 async fn health_checks_use_same_tls() {
     let endpoint = endpoint().await;
-    let (signed, other) = (Signed::by_itself(), Signed::by_itself());
-    let picker = picker(&endpoint, signed.serves()).await;
+    let (signed, other) = (Signed::self_signed_identity(), Signed::self_signed_identity());
+    let picker = picker(&endpoint, signed.server_config()).await;
     for (pin, state) in [(signed.pin(), "serving"), (other.pin(), "unreachable")] {
         let agent = agent(&endpoint, picker.addr, |epp| {
             epp.tls = EppTls::Pinned(vec![pin]);

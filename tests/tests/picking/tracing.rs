@@ -8,7 +8,7 @@ use std::{
 
 use penstock_agent::config::{Config, FailureMode, HostPattern, Ratio, Route, SteeringMode};
 use penstock_tests::{
-    Client, CollectedSpan, Collector, Mood, Plan, Refusing, Request, Stage,
+    Client, CollectedSpan, Collector, CollectorBehaviour, Plan, Refusing, Request, Stage,
     agent::{TestAgent, builtin_pool},
     eventually,
     model_server::{Echo, Fault as Stall, FaultKind, ModelServer, Options},
@@ -53,7 +53,7 @@ fn all<'e>(seen: &'e Echo, name: &str) -> Vec<&'e str> {
 /// D14.
 #[tokio::test]
 async fn request_span_joins_callers_trace_and_pick_is_its_child() {
-    let collector = Collector::start(Mood::Keeps).await.unwrap();
+    let collector = Collector::start(CollectorBehaviour::Keeps).await.unwrap();
     let mut stage = Stage::with(Production::new, to(&collector)).await;
     let request = Request::post("/v1/chat/completions", r#"{"model":"m","messages":[],"max_tokens":4}"#)
         .header("content-type", "application/json")
@@ -109,7 +109,7 @@ async fn request_span_joins_callers_trace_and_pick_is_its_child() {
 /// D14: the picker's and the endpoint's work is within the agent's span.
 #[tokio::test]
 async fn agent_span_is_parent_of_picker_and_endpoint_spans() {
-    let collector = Collector::start(Mood::Keeps).await.unwrap();
+    let collector = Collector::start(CollectorBehaviour::Keeps).await.unwrap();
     // It echoes every field.
     let mut stage = Stage::with(|all| LlmdRouter::over(Endpoints::new(all)), to(&collector)).await;
     let request = echo(json("m", 10)).header("traceparent", parent("01")).header("tracestate", "a=1");
@@ -124,7 +124,7 @@ async fn agent_span_is_parent_of_picker_and_endpoint_spans() {
 /// D14, E4.
 #[tokio::test]
 async fn picker_span_is_parent_of_endpoint_span() {
-    let collector = Collector::start(Mood::Keeps).await.unwrap();
+    let collector = Collector::start(CollectorBehaviour::Keeps).await.unwrap();
     let own = format!("00-{TRACE}-00f067aa0ba902b7-01");
     let script = |all: &[_]| LlmdRouter::over(Endpoints::new(all)).adding(&[("traceparent", &own)]);
     let mut stage = Stage::with(script, to(&collector)).await;
@@ -147,7 +147,7 @@ fn malformed() -> [String; 6] {
 /// D14: W3C Trace Context §4.3.
 #[tokio::test]
 async fn malformed_context_starts_new_trace() {
-    let collector = Collector::start(Mood::Keeps).await.unwrap();
+    let collector = Collector::start(CollectorBehaviour::Keeps).await.unwrap();
     let mut stage = Stage::with(Production::new, to(&collector)).await;
     let contexts: Vec<_> = malformed().into_iter().map(Some).chain([None]).collect();
     for (number, context) in contexts.into_iter().enumerate() {
@@ -194,7 +194,7 @@ async fn sampling_follows_caller_or_ratio() {
         (1.0, None, true),
         (1.0, Some("00"), false),
     ] {
-        let collector = Collector::start(Mood::Keeps).await.unwrap();
+        let collector = Collector::start(CollectorBehaviour::Keeps).await.unwrap();
         let configure = to(&collector);
         let mut stage = Stage::with(Production::new, |config| {
             configure(config);
@@ -221,7 +221,7 @@ async fn spans_of<S: Script>(
     adjust: impl FnOnce(&mut Config),
     request: Request,
 ) -> (CollectedSpan, Option<CollectedSpan>) {
-    let collector = Collector::start(Mood::Keeps).await.unwrap();
+    let collector = Collector::start(CollectorBehaviour::Keeps).await.unwrap();
     let configure = to(&collector);
     let mut stage = Stage::with(script, |config| {
         configure(config);
@@ -294,7 +294,7 @@ async fn builtin(configure: impl FnOnce(&mut Config)) -> (ModelServer, TestAgent
 /// D14.
 #[tokio::test]
 async fn builtin_pick_has_a_span() {
-    let collector = Collector::start(Mood::Keeps).await.unwrap();
+    let collector = Collector::start(CollectorBehaviour::Keeps).await.unwrap();
     let (_server, _agent, mut client) = builtin(to(&collector)).await;
     assert_eq!(client.request(&echo("{}")).await.unwrap().status(), 200);
     let spans = spans(&collector, 2).await;
@@ -306,7 +306,7 @@ async fn builtin_pick_has_a_span() {
 /// D14: the queue is bounded, and neither requests nor the agent's shutdown wait for it.
 #[tokio::test]
 async fn silent_collector_loses_only_spans() {
-    let collector = Collector::start(Mood::Holds).await.unwrap();
+    let collector = Collector::start(CollectorBehaviour::Holds).await.unwrap();
     let configure = to(&collector);
     let (_server, agent, mut client) = builtin(|config| {
         configure(config);
@@ -333,7 +333,7 @@ async fn silent_collector_loses_only_spans() {
 /// D14.
 #[tokio::test]
 async fn refusing_collector_loses_only_spans() {
-    let collector = Collector::start(Mood::Refuses).await.unwrap();
+    let collector = Collector::start(CollectorBehaviour::Refuses).await.unwrap();
     let (_server, agent, mut client) = builtin(to(&collector)).await;
     for _ in 0..3 {
         assert_eq!(client.request(&echo("{}")).await.unwrap().status(), 200);
@@ -346,7 +346,7 @@ async fn refusing_collector_loses_only_spans() {
 /// D14: spans queued at shutdown are sent.
 #[tokio::test]
 async fn queued_spans_are_sent_at_shutdown() {
-    let collector = Collector::start(Mood::Keeps).await.unwrap();
+    let collector = Collector::start(CollectorBehaviour::Keeps).await.unwrap();
     let configure = to(&collector);
     let (_server, agent, mut client) = builtin(|config| {
         configure(config);

@@ -29,7 +29,7 @@ impl Machine {
         let base = 0xc613_0000 + (std::process::id() % (1 << 10)) * 64 + number * 4;
         let [here, there] = [1, 2].map(|host| Ipv4Addr::from(base + host));
         let link = format!("pv{}x{number}", std::process::id());
-        let namespace = Namespace::beside(&link, &format!("{here}/30"), &format!("{there}/30")).unwrap();
+        let namespace = Namespace::connected(&link, &format!("{here}/30"), &format!("{there}/30")).unwrap();
         let listener = namespace.run(|| std::net::TcpListener::bind((there, 0)).unwrap()).unwrap();
         listener.set_nonblocking(true).unwrap();
         let addr = listener.local_addr().unwrap();

@@ -73,7 +73,7 @@ async fn stall(steering: &str) {
     agent.rests().await.unwrap();
     let (before, sent) = (Memory::now(&agent), server.written());
 
-    server.go_on();
+    server.resume();
     let mut last = (Instant::now(), sent);
     eventually(SOON, || {
         if server.written() != last.1 {

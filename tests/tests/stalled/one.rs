@@ -50,7 +50,7 @@ async fn stall(steering: &str, time: Duration) {
     let mut checker = plan.checker();
     assert_eq!(at_least(&mut client, &mut checker, FIRST).await.unwrap(), None);
     agent.rests().await.unwrap();
-    server.go_on();
+    server.resume();
     let before = Memory::now(&agent);
     assert_eq!(at_least(&mut client, &mut checker, 8 * MIB).await.unwrap(), None);
 
