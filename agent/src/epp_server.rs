@@ -49,6 +49,7 @@ use session::{Session, Step};
 /// How long open streams may take to end after a shutdown.
 const DRAIN: Duration = Duration::from_secs(30);
 
+/// The settings of `penstock epp`.
 #[derive(Debug, Clone)]
 pub struct EppServerConfig {
     /// The address to listen on. Default `0.0.0.0:9002`.
@@ -69,6 +70,7 @@ pub struct EppServerConfig {
     pub limits: EppServerLimits,
 }
 
+/// TLS of `penstock epp`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EppServerTls {
     /// Plain HTTP/2.

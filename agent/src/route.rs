@@ -15,6 +15,7 @@ use crate::config::{self, Config, HeaderCondition, HostPattern, ModelPattern, Pa
 use split::Split;
 pub use timeouts::RequestTimeouts;
 
+/// The configured routes.
 #[derive(Debug, Clone)]
 pub struct Router {
     routes: Vec<Route>,
@@ -30,6 +31,7 @@ pub struct Routed {
     pub timeouts: RequestTimeouts,
 }
 
+/// No route matches the request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("no route matches the request")]
 pub struct NoRoute;
@@ -54,6 +56,7 @@ struct BodyCondition {
 }
 
 impl Router {
+    /// Compiles the routes of a configuration.
     pub fn new(config: &Config) -> Self {
         let all = RequestTimeouts::from(&config.timeouts);
         let timeouts = config.pools.iter().map(|pool| all.with(&pool.timeouts)).collect();

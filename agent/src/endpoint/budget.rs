@@ -12,6 +12,7 @@ use crate::config::Retry;
 /// Seconds over which requests and retries are counted.
 const WINDOW: usize = 10;
 
+/// The retry budget of one pool.
 #[derive(Debug)]
 pub struct RetryBudget {
     percent: u64,
@@ -29,6 +30,7 @@ struct Slot {
 }
 
 impl RetryBudget {
+    /// A budget that counts from `now`.
     pub fn new(rules: &Retry, now: Instant) -> Self {
         Self {
             percent: rules.budget_percent.into(),

@@ -12,6 +12,7 @@ use crate::{
     metrics::EndpointState,
 };
 
+/// One endpoint of a snapshot.
 #[derive(Debug)]
 pub struct Endpoint {
     pub address: SocketAddr,
@@ -46,6 +47,7 @@ impl Endpoint {
         self.state.id
     }
 
+    /// Requests in flight.
     pub fn in_flight(&self) -> usize {
         self.state.in_flight.now()
     }
@@ -65,6 +67,7 @@ impl Endpoint {
         self.state.health.checked(healthy, rules)
     }
 
+    /// The state for the metrics. Draining comes before unhealthy, and unhealthy before ejected.
     pub fn state(&self) -> EndpointState {
         if self.draining {
             EndpointState::Draining

@@ -19,6 +19,7 @@ use crate::{metrics::Metrics, steer::WorkerSteering};
 /// Most idle connections per endpoint.
 const MAX_IDLE: usize = 256;
 
+/// A worker's HTTP/1.1 connections to endpoints.
 pub struct Http1Pool {
     idle: RefCell<HashMap<SocketAddr, Vec<EndpointConnection>>>,
     steering: Option<Rc<WorkerSteering>>,
@@ -28,14 +29,17 @@ pub struct Http1Pool {
 }
 
 impl Http1Pool {
+    /// An empty pool. `receive_buffer` is the size of the sockets' receive buffers in bytes.
     pub fn new(metrics: Arc<Metrics>, steering: Option<Rc<WorkerSteering>>, times: Times, receive_buffer: u32) -> Self {
         Self { idle: RefCell::default(), steering, times: Cell::new(times), receive_buffer, metrics }
     }
 
+    /// Sets the timeouts of new and idle connections.
     pub fn set_times(&self, times: Times) {
         self.times.set(times);
     }
 
+    /// The worker's steering; `None` if steering is off.
     pub fn steering(&self) -> Option<&Rc<WorkerSteering>> {
         self.steering.as_ref()
     }

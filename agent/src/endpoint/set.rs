@@ -36,6 +36,7 @@ impl Source {
     }
 }
 
+/// The endpoints of one pool.
 #[derive(Debug)]
 pub struct EndpointSet {
     rules: Ejection,
@@ -89,6 +90,7 @@ impl EndpointSet {
         set
     }
 
+    /// A set of these endpoints, without a subset.
     pub fn of(endpoints: impl IntoIterator<Item = impl Into<config::Endpoint>>, rules: Ejection) -> Self {
         Self::with(endpoints.into_iter().map(Into::into).collect(), rules, Rule::default())
     }
@@ -191,10 +193,12 @@ impl Parts {
 }
 
 impl Snapshot {
+    /// All endpoints, in order.
     pub fn endpoints(&self) -> &[Endpoint] {
         &self.endpoints
     }
 
+    /// The endpoint at this address.
     pub fn get(&self, address: SocketAddr) -> Option<&Endpoint> {
         self.index.get(&address).map(|&at| &self.endpoints[at])
     }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+/// Timeouts of connections to endpoints.
 #[derive(Debug, Clone, Copy)]
 pub struct Times {
     /// How long an idle connection is kept.

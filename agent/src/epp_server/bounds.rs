@@ -19,6 +19,7 @@ use tokio::{
 };
 use tonic::transport::server::{Connected, TcpConnectInfo};
 
+/// The limits of `penstock epp`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EppServerLimits {
     /// Open connections. Further ones are closed at once. Default 1024.

@@ -15,6 +15,7 @@ use super::{
 /// How often the stream of one request is repeated after a server did not process it.
 const NOT_TAKEN: u32 = 3;
 
+/// The attempts for one request.
 pub struct Attempts {
     replicas: Arc<Replicas>,
     current: Arc<Replica>,

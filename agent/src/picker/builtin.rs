@@ -32,6 +32,7 @@ pub struct Pick {
     pub endpoints: Vec<SocketAddr>,
 }
 
+/// Why the built-in picker picks no endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum NoEndpoint {
     #[error("no endpoint is eligible")]
@@ -40,6 +41,7 @@ pub enum NoEndpoint {
     Saturated,
 }
 
+/// The built-in picker of one pool.
 #[derive(Debug)]
 pub struct BuiltinPicker {
     endpoints: Arc<EndpointSet>,
@@ -55,6 +57,7 @@ struct PickerState {
 }
 
 impl BuiltinPicker {
+    /// A picker for these endpoints, without a limit of requests in flight.
     pub fn new(endpoints: Arc<EndpointSet>) -> Self {
         let state = PickerState { affinity: Affinity::new(), turn: 0 };
         Self { endpoints, max_in_flight: usize::MAX, state: Mutex::new(state) }

@@ -35,6 +35,7 @@ const PING_TIMEOUT: Duration = Duration::from_secs(20);
 /// TCP_USER_TIMEOUT: how long sent bytes may stay unacknowledged.
 const GONE: Duration = Duration::from_secs(15);
 
+/// A shared connection to one replica. Clones share it.
 #[derive(Clone)]
 pub struct Connection(Arc<Inner>);
 

@@ -5,6 +5,7 @@ use std::{io::ErrorKind, sync::Arc};
 
 use crate::config::EppLimits;
 
+/// Why an EPP did not pick.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum PickError {
     #[error("cannot resolve the EPP's name: {0}")]

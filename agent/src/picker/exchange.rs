@@ -27,6 +27,7 @@ use crate::{budget::Budget, config::EppLimits, endpoint::set::Snapshot};
 /// Bytes of a replaced body for which the EPP may send one more message.
 const BYTES_PER_MESSAGE: usize = 256;
 
+/// Limits on what an EPP sends.
 #[derive(Debug, Clone)]
 pub struct Limits {
     /// Most bytes of a replaced body or of an immediate reply's body.
@@ -49,6 +50,7 @@ pub struct Decision {
     pub body: Body,
 }
 
+/// The body to send to the endpoint.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Body {
     /// The client's body.
@@ -69,12 +71,14 @@ pub struct ImmediateReply {
     pub details: String,
 }
 
+/// The EPP's answer about a request.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Outcome {
     Picked(Decision),
     Immediate(ImmediateReply),
 }
 
+/// An event from the EPP.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     Outcome(Outcome),
@@ -84,6 +88,7 @@ pub enum Event {
     Excessive,
 }
 
+/// The state of one EPP stream.
 #[derive(Debug)]
 pub struct Exchange {
     /// The name of the header that carries the pick.
@@ -243,14 +248,17 @@ impl Exchange {
         self.response_body(Bytes::new(), true);
     }
 
+    /// Returns the next message to send.
     pub fn next_message(&mut self) -> Option<ProcessingRequest> {
         self.outbox.pop_front()
     }
 
+    /// Whether there are messages to send.
     pub fn has_message(&self) -> bool {
         !self.outbox.is_empty()
     }
 
+    /// Returns the next event.
     pub fn next_event(&mut self) -> Option<Result<Event, PickError>> {
         self.events.pop_front()
     }

@@ -16,6 +16,7 @@ use prost_types::{ListValue, Struct, Value, value::Kind};
 /// Largest piece of a body in bytes. EPPs cut their own replies to the same size.
 pub const PIECE: usize = 62_000;
 
+/// The header and the metadata key of the pick.
 pub const DESTINATION: &str = "x-gateway-destination-endpoint";
 const SERVED: &str = "x-gateway-destination-endpoint-served";
 const SUBSET: &str = "x-gateway-destination-endpoint-subset";
@@ -49,10 +50,12 @@ pub fn response_head(status: http::StatusCode, headers: &HeaderMap, end_of_strea
     Request::ResponseHeaders(HttpHeaders { headers: Some(core::HeaderMap { headers: all }), end_of_stream })
 }
 
+/// The messages for a piece of a request body.
 pub fn request_body(body: Bytes, end: bool) -> impl Iterator<Item = Request> {
     pieces(body, end).map(Request::RequestBody)
 }
 
+/// The messages for a piece of a response body.
 pub fn response_body(body: Bytes, end: bool) -> impl Iterator<Item = Request> {
     pieces(body, end).map(Request::ResponseBody)
 }

@@ -10,6 +10,7 @@ const MAX_ENDPOINTS: usize = 64;
 /// How many bytes of invalid entries are kept for the log.
 const SHOWN: usize = 200;
 
+/// A parsed list of endpoints.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub struct Names {
     /// The valid endpoints, without duplicates.

@@ -12,6 +12,7 @@ use ring::digest;
 use super::{error::PickError, exchange::Body};
 use crate::budget::Budget;
 
+/// The EPP's replies to one request body.
 pub struct Replacement {
     limit: usize,
     memory: Arc<Budget>,
@@ -44,6 +45,7 @@ impl Replacement {
         }
     }
 
+    /// Takes the reply to one body message. Fails with `BodyTooLarge` if the body exceeds the limit.
     pub fn reply(&mut self, mutation: Option<Mutation>) -> Result<(), PickError> {
         // Envoy repeats the end of a large body, and EPPs may do the same.
         if self.ended {
@@ -87,6 +89,7 @@ impl Replacement {
         self.ended || (all && !self.streamed && self.kept + self.replaced >= sent)
     }
 
+    /// Returns the body. Fails with `BodyPartial` if the EPP replaced only part of it.
     pub fn take(&mut self) -> Result<Body, PickError> {
         if self.is_untouched() {
             return Ok(Body::Original);

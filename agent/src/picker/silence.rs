@@ -14,6 +14,7 @@ use std::{
 /// Timeouts in a row after which responses stop waiting.
 const PATIENCE: u32 = 3;
 
+/// The timeouts in a row of one replica.
 #[derive(Debug, Default)]
 pub struct Silence {
     missed: AtomicU32,
@@ -30,6 +31,7 @@ pub enum HeadReply {
 }
 
 impl HeadReply {
+    /// The metric label.
     pub fn label(self) -> &'static str {
         match self {
             Self::InTime => "in_time",
@@ -49,6 +51,7 @@ pub struct Waiting {
 }
 
 impl Waiting {
+    /// A stream that has not sent a head.
     pub fn new(shared: &Arc<Silence>) -> Self {
         Self { shared: Arc::clone(shared), until: None, reply: None }
     }
@@ -80,6 +83,7 @@ impl Waiting {
         }
     }
 
+    /// How the EPP replied. Returns `None` before the head was sent.
     pub fn reply(&self) -> Option<HeadReply> {
         self.reply
     }

@@ -20,6 +20,7 @@ use crate::{
 /// How often the files are read.
 const READ_INTERVAL: Duration = Duration::from_secs(1);
 
+/// The TLS settings toward one EPP.
 pub struct Tls {
     mode: EppTls,
     client: Option<ClientCertificate>,

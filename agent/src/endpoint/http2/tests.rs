@@ -1,3 +1,5 @@
+//! Tests of HTTP/2 connections to endpoints.
+
 use std::{
     io::{Read as _, Write as _},
     net::TcpListener,

@@ -41,10 +41,12 @@ pub struct PromptHasher {
 }
 
 impl PromptHasher {
+    /// A hasher at the start of a body.
     pub fn new() -> Self {
         Self::default()
     }
 
+    /// Adds the next bytes of the body.
     pub fn update(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() && self.hash.blocks.len() < MAX_BLOCKS {
             let (block, rest) = bytes.split_at(bytes.len().min(BLOCK - self.filled));
@@ -58,6 +60,7 @@ impl PromptHasher {
         }
     }
 
+    /// Returns the hash of the bytes so far.
     pub fn finish(self) -> PromptHash {
         self.hash
     }

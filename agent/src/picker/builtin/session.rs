@@ -10,6 +10,7 @@ use std::net::{IpAddr, SocketAddr};
 pub struct SessionHash(u64);
 
 impl SessionHash {
+    /// Hashes a session's name.
     pub fn new(name: &[u8]) -> Self {
         Self(fnv(name))
     }

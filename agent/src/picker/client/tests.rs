@@ -1,3 +1,5 @@
+//! Tests of the EPP client against scripted EPPs.
+
 use std::time::Instant;
 
 use http::{HeaderMap, StatusCode, request::Parts};

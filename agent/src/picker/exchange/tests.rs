@@ -1,3 +1,5 @@
+//! Tests of the exchange: tables of steps on a stream and the events that follow.
+
 use penstock_proto::{
     core::{HeaderValue, HeaderValueOption},
     ext_proc::{

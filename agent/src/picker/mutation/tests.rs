@@ -1,3 +1,5 @@
+//! Tests of header mutations.
+
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue};
 use penstock_proto::{

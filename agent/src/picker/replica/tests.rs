@@ -1,3 +1,5 @@
+//! Tests of the replicas' order and state.
+
 use super::*;
 use crate::config::Epp;
 

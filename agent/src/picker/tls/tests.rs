@@ -1,3 +1,5 @@
+//! Tests of TLS to EPPs with generated certificates.
+
 use std::path::Path;
 
 use rcgen::{CertificateParams, CertifiedIssuer, IsCa, KeyPair};
