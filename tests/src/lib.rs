@@ -1,5 +1,7 @@
 //! Building blocks for tests of the whole agent: position-dependent bytes, an exact client, a sample model server, a scripted
 //! endpoint picker, and child processes. The agent uses none of it, and shares only the wire format with it.
+//!
+//! `E1` and `D1` and so on in comments of tests are rows of `docs/compared.md`.
 
 pub mod agent;
 pub mod agent_process;

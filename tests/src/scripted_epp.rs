@@ -1,6 +1,5 @@
-//! A scripted endpoint picker. A [`Script`] has a defaulted method per message kind. Ready scripts behave like real pickers
-//! ([`Gie`], [`LlmdRouter`], [`Lwepp`], [`Dynamo`]); [`Faulty`] makes one fail at a chosen moment, [`Gathering`] makes requests
-//! wait for each other, and [`Evicting`] evicts them.
+//! A scripted endpoint picker. A [`Script`] handles each kind of message. Some behave like real pickers ([`Gie`], [`LlmdRouter`],
+//! [`Lwepp`], [`Dynamo`]), others fail ([`Faulty`]), gather requests ([`Gathering`]) or evict them ([`Evicting`]).
 //!
 //! Like Go servers it sends its HTTP/2 headers with its first message and handles a stream's messages one at a time (a waiting
 //! script blocks the sender through flow control). It records everything it receives.

@@ -48,7 +48,7 @@ impl RealServer {
     pub async fn start(kind: Kind) -> Result<Self> {
         let folder = TempDir::new()?;
         let mut origin = None;
-        let behind = if kind.is_proxy() {
+        let upstream = if kind.is_proxy() {
             let options = Options { idle_close: None, keep_requests: false, keep_sent: false, ..Options::default() };
             origin.insert(ModelServer::start(options).await?).addr
         } else {
@@ -56,7 +56,7 @@ impl RealServer {
         };
         // Some servers do not report their port, so they get one that was free a moment ago.
         let addr = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
-        let command = kind.command(folder.path(), addr, behind)?;
+        let command = kind.command(folder.path(), addr, upstream)?;
         let mut process = Process::spawn(command).context("run `cargo xtask setup --tests --posts`")?;
         let addr = if kind.says_where() { process.listening(SOON).await? } else { addr };
         eventually(SOON, || {

@@ -1,9 +1,8 @@
-//! Long mixed traffic while EPPs restart, endpoints die, links go down, configurations reload and memory is scarce. Every byte is
-//! compared, and after the run each agent must hold what it held after the warm-up.
+//! Long mixed traffic under faults. Every byte is compared, and at the end each agent must hold what it held after the warm-up.
 //!
-//! One agent process per steering mode, all concurrently over the same servers. Each pool of the configuration meets one kind of
-//! fault, which determines which requests may fail and when: those to the pools `mortal` and `linked`, while their server or link
-//! is away. All other requests must be answered.
+//! One agent process per steering mode, all concurrently over the same servers. Each pool meets one kind of fault, which determines
+//! which requests may fail and when: those to the pools `mortal` and `linked`, while their server or link is away. All others must
+//! be answered.
 
 mod bounds;
 mod caller;

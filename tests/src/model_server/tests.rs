@@ -1,3 +1,5 @@
+//! The HTTP/1.1 client against the model server.
+
 use std::time::{Duration, Instant};
 
 use super::*;

@@ -1,3 +1,5 @@
+//! The scripted pickers against a gRPC client.
+
 use std::time::Duration;
 
 use bytes::Bytes;
