@@ -1,15 +1,15 @@
 //! Where an HTTP/1.1 message body ends (RFC 9112 §6 and §7): Content-Length, chunked with extensions and trailers, until
 //! close, or no body.
 //!
-//! Given wire bytes in pieces of any size, it tells syntax from payload and stops at the last byte of the message, never
-//! beyond. Payload is skipped by count, so the kernel program looks only at chunk-size lines. Constant size, no allocation.
+//! Takes wire bytes in pieces of any size, separates syntax from payload, and stops at the last byte of the message. Payload is
+//! skipped by count, so the kernel program reads only chunk-size lines. Constant size, no allocation.
 
-/// Longest chunk-size line (size, extensions, CRLF) that is accepted, in bytes.
+/// Longest accepted chunk-size line (size, extensions, CRLF), in bytes.
 pub const MAX_CHUNK_LINE: u32 = 4096;
-/// Longest trailer section (with the empty line that ends it) that is accepted, in bytes.
+/// Longest accepted trailer section (including the empty line that ends it), in bytes.
 pub const MAX_TRAILERS: u32 = 16 * 1024;
 
-/// The parser's states; plain numbers because the value lives in memory that the kernel and user space share.
+/// The parser's states. Plain numbers, because the value is in memory that the kernel and user space share.
 pub mod state {
     /// The message is complete.
     pub const DONE: u32 = 0;
@@ -31,9 +31,9 @@ pub mod state {
     pub const SIZE_LF: u32 = 8;
     /// Payload of a chunk.
     pub const CHUNK: u32 = 9;
-    /// The CR behind a chunk's payload.
+    /// The CR after a chunk's payload.
     pub const CHUNK_CR: u32 = 10;
-    /// The LF behind a chunk's payload.
+    /// The LF after a chunk's payload.
     pub const CHUNK_LF: u32 = 11;
     /// Start of a trailer line, or of the line that ends the message.
     pub const TRAILER_FIRST: u32 = 12;
@@ -45,7 +45,7 @@ pub mod state {
     pub const END_LF: u32 = 15;
 }
 
-/// How far into a message body the bytes seen so far reach.
+/// The position in a message body after the bytes taken so far.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(
@@ -85,12 +85,12 @@ impl Framing {
         Self::new(state::SIZE_FIRST, 0)
     }
 
-    /// Everything until the peer closes.
+    /// A body that ends when the peer closes.
     pub const fn until_close() -> Self {
         Self::new(state::UNTIL_CLOSE, 0)
     }
 
-    /// The last byte of the message has been seen.
+    /// The last byte of the message was taken.
     pub const fn is_done(&self) -> bool {
         self.state == state::DONE
     }
@@ -110,7 +110,7 @@ impl Framing {
         self.state == state::UNTIL_CLOSE
     }
 
-    /// Takes up to `available` bytes of payload without looking at them; returns how many. 0 when syntax comes next.
+    /// Takes up to `available` bytes of payload by count. Returns how many: 0 if syntax comes next.
     #[inline(always)]
     pub fn skip(&mut self, available: u64) -> u64 {
         let next = match self.state {
@@ -132,11 +132,11 @@ impl Framing {
         taken
     }
 
-    /// Takes one byte of chunked syntax. Must not be called when [`skip`](Self::skip) would take the byte.
+    /// Takes one byte of chunked syntax. Must not be called if [`skip`](Self::skip) would take the byte.
     #[inline(always)]
     pub fn step(&mut self, byte: u8) {
         use state::*;
-        // By the state before the byte, so that the LF that ends the line or the message counts as part of it.
+        // The state before the byte decides, so that the LF which ends the line or the message counts as part of it.
         let limit = if self.state >= TRAILER_FIRST { MAX_TRAILERS } else { MAX_CHUNK_LINE };
         if self.line >= limit {
             self.state = INVALID;
@@ -201,7 +201,7 @@ impl Framing {
         state::SIZE
     }
 
-    /// Advances over `buf` up to the end of the message; returns how many bytes belong to it.
+    /// Advances over `buf` up to the end of the message. Returns how many bytes belong to the message.
     pub fn feed(&mut self, buf: &[u8]) -> usize {
         let mut at = 0;
         while at < buf.len() && !self.is_done() && !self.is_invalid() {
@@ -210,8 +210,8 @@ impl Framing {
         at
     }
 
-    /// Advances over the next run of `buf`; returns how many bytes it took and which of them are payload. Takes at least
-    /// one byte unless `buf` is empty, the message is done, or the bytes are invalid (then the state says so).
+    /// Advances over the next run of `buf`. Returns how many bytes it took, and those that are payload. Takes at least one byte
+    /// unless `buf` is empty, the message is done, or the bytes are invalid (see [`is_invalid`](Self::is_invalid)).
     pub fn next<'a>(&mut self, buf: &'a [u8]) -> (usize, Option<&'a [u8]>) {
         let payload = self.skip(buf.len() as u64) as usize;
         if payload > 0 {

@@ -1,8 +1,8 @@
-//! What the agent and its kernel program share, once: where a message ends ([`framing`]), the memory both write
-//! ([`slot`]), the rules by which the kernel lets through or redirects what a connection's peer has sent ([`verdict`]) and what
-//! a socket of this machine is about to send ([`local`]), and the copy that it makes of the last bytes of a message ([`tail`]).
+//! The code that the agent and its kernel programs share: message framing ([`framing`]), the shared memory of a connection ([`slot`]), the
+//! rules by which the kernel passes or redirects received segments ([`verdict`]) and messages of a local endpoint ([`local`]), and the
+//! copy of a message's last bytes ([`tail`]).
 //!
-//! Nothing here allocates, blocks or knows a socket; the host tests run exactly what the kernel runs.
+//! Nothing here allocates, blocks or knows a socket. Tests on the host run the same code as the kernel.
 
 #![no_std]
 #![allow(unsafe_code)] // the slot is memory that two programs write

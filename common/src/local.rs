@@ -1,12 +1,8 @@
-//! The local rule: what happens to one message that an endpoint on this machine is about to send.
+//! The rule of path `local`: what happens to one message that an endpoint on this machine is about to send.
 //!
-//! Given the connection's slot and the message's length, it leaves the message to the endpoint's own connection or has it put
-//! into the client's send queue, and keeps the books. A redirect happens only when user space has consumed every byte that
-//! the endpoint has sent over its connection (then `write_seq` is what the agent knows of), everything redirected before has
-//! arrived (the target's `write_seq` says so: what the program counted may have met an error after it had run), the bytes
-//! lie inside the message, and the client's send buffer has room. Any other outcome stops steering until the agent arms
-//! again. The kernel serialises calls for one connection by its socket lock (`tcp_bpf_sendmsg`), and releases that between
-//! the call and the transfer.
+//! Takes the connection's slot and the message's length. Passes the message to the endpoint's own connection, or redirects it into
+//! the client's send queue and counts it in the slot. Invariant: no byte overtakes another, because a redirect needs all of the
+//! conditions in [`message`]; anything else disarms the slot.
 
 use crate::{
     framing::Framing,
@@ -14,21 +10,30 @@ use crate::{
     verdict::Kernel,
 };
 
-/// What the rule needs to know of a message.
+/// What the rule needs to know about a message.
 pub trait Message: Kernel {
-    /// The sender's `write_seq`: behind the last byte that it has sent over its own connection.
+    /// The sender's `write_seq`: the sequence number after the last byte that it sent over its own connection.
     fn write_seq(&mut self) -> u32;
-    /// The sender keeps an account of its own queue, which a redirect would bypass.
+    /// The sender tracks its own send queue, which a redirect would bypass.
     fn keeps_account(&mut self) -> bool;
 }
 
-/// Decides on a message of `len` bytes. It goes its ordinary way unless [`Kernel::redirect`] took it.
+/// Decides on a message of `len` bytes. The endpoint's own connection carries the message unless [`Kernel::redirect`] took it.
+///
+/// A redirect happens only if
+/// - user space has consumed every byte that the endpoint sent over its connection: `write_seq` is the value that the agent armed with,
+/// - everything redirected before has arrived: the target's `write_seq` shows it, because a transfer may fail after the program ran,
+/// - the bytes lie inside the message, and
+/// - the client's send buffer has room.
+///
+/// Otherwise the slot is disarmed, and only the agent arms it again. The kernel serialises calls for one connection by its socket lock
+/// (`tcp_bpf_sendmsg`), and releases that lock between the call and the transfer.
 #[inline(always)]
 pub fn message(slot: &mut LocalSlot, len: u32, kernel: &mut impl Message) {
     if slot.span.armed.get() == 0 {
         return;
     }
-    // Read again, for what the agent wrote before it armed; it may have taken the flow back meanwhile.
+    // The acquire load orders what the agent wrote before it armed. The agent may have disarmed since the first load.
     let armed = kernel.load_acquire(&slot.span.armed);
     if armed == 0 {
         return;
@@ -57,8 +62,8 @@ fn try_redirect(slot: &mut LocalSlot, armed: u64, len: u32, kernel: &mut impl Me
     if slot.expected >> 32 != 0 && slot.expected as u32 != buffer.write_seq {
         return Err(stop::BEHIND);
     }
-    // A message that does not fit would be taken in part, and an endpoint that waits for its own socket to become writable is
-    // not told when it may go on.
+    // The kernel would take a message that does not fit in part. The endpoint would then wait for its own socket to become
+    // writable, and would never be woken.
     if !buffer.has_room(len) {
         return Err(stop::ROOM);
     }

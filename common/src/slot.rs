@@ -1,35 +1,34 @@
-//! The slots: for each endpoint connection 128 bytes for either path, in array maps that the agent has mapped into its
-//! memory.
+//! The slots: 128 bytes for each endpoint connection and path, in array maps that the agent has mapped into its memory.
 //!
-//! What both have is a [`Span`]: the agent hands a flow over by storing `armed` last, with release order; from then on the
-//! kernel owns `framing`, `redir` and the stamps until it clears `armed`. Whatever ends an armed span clears `armed` last, so
-//! an agent that reads `armed == 0` with acquire order sees everything written before. `passed` belongs to the kernel always.
+//! Both kinds contain a [`Span`]. The agent arms it by storing `armed` last, with release order. Then the kernel owns `framing`,
+//! `redir` and the stamps until it clears `armed`, which is its last store: an agent that reads `armed == 0` with acquire order sees
+//! everything written before. Only the kernel writes `passed`.
 
 use crate::framing::Framing;
 pub use crate::word::Word;
 
-/// Why the kernel stopped redirecting; `0` is "it has not".
+/// Why the kernel disarmed a slot before the end of the message; `0` means that it did not.
 pub mod stop {
-    /// Bytes had reached user space that the agent had not consumed when it armed.
+    /// When the agent armed, it had not consumed every byte that was passed to user space.
     pub const REFUSED: u32 = 1;
-    /// The segment does not end inside the message, breaks its syntax, or has more syntax than one call may look at.
+    /// The segment does not end inside the message, violates its syntax, or has more syntax than one call may read.
     pub const FRAMING: u32 = 2;
     /// The client's send buffer has no room for the segment.
     pub const ROOM: u32 = 3;
-    /// The client's socket is not in the target map, or the redirect was not taken.
+    /// The client's socket is not in the target map, or the kernel refused the redirect.
     pub const TARGET: u32 = 4;
     /// The endpoint has closed its side.
     pub const FIN: u32 = 5;
-    /// Not all that was redirected before has reached the client's send queue.
+    /// Not everything redirected before has reached the client's send queue.
     pub const BEHIND: u32 = 6;
-    /// The sender keeps an account of its own socket's queue (`SO_ZEROCOPY`, or another Penstock), which a redirect would bypass.
+    /// The sender tracks its own send queue (`SO_ZEROCOPY`, or another Penstock), which a redirect would bypass.
     pub const ACCOUNT: u32 = 7;
     /// The segment holds chunk syntax in memory that the sender can still write (`sendfile`, `splice`, `vmsplice`).
     pub const SHARED: u32 = 8;
-    /// How many there are, with "it has not".
+    /// The number of values, including 0.
     pub const COUNT: usize = 9;
 
-    /// Metric label of a reason.
+    /// The metric label of a value.
     pub const fn label(reason: u32) -> &'static str {
         match reason {
             REFUSED => "refused",
@@ -45,18 +44,18 @@ pub mod stop {
     }
 }
 
-/// What the agent hands to the kernel and takes back, whatever the path. Times are CLOCK_MONOTONIC nanoseconds
+/// The part of a slot that agent and kernel hand over, the same for both paths. Times are CLOCK_MONOTONIC nanoseconds
 /// (`bpf_ktime_get_ns`).
 #[repr(C)]
 #[cfg_attr(all(feature = "user", not(test)), derive(zerocopy::IntoBytes, zerocopy::FromBytes, zerocopy::KnownLayout))]
 pub struct Span {
-    /// 0: pass. Else where the stream has to stand for a redirect, as the path counts it.
+    /// 0: disarmed. Otherwise the position at which the stream must be for a redirect, as the path counts it.
     pub armed: Word,
     /// Bytes redirected since the connection was made.
     pub redir: Word,
     /// Key of the client's socket in the target map (its cookie).
     pub target: Word,
-    /// Where the message stands after the last redirected byte.
+    /// The position in the message after the last redirected byte.
     pub framing: Framing,
     /// First and last redirect since `first_ns` was last zeroed.
     pub first_ns: Word,
@@ -65,40 +64,40 @@ pub struct Span {
     pub segments: u64,
     /// One of [`stop`]: why the last armed span ended early.
     pub stop: u32,
-    /// Not 0: copies of the payload go into the connection's ring ([`crate::tail`]). Written by the agent while released.
+    /// Not 0: copy the payload to the connection's ring ([`crate::tail`]). The agent writes it while the slot is disarmed.
     pub keep: u32,
 }
 
-/// The ingress path's state of one connection: what the verdict on its segments knows.
+/// The state of one connection on path `ingress`, for the verdict on its segments.
 #[repr(C)]
 #[cfg_attr(all(feature = "user", not(test)), derive(zerocopy::IntoBytes, zerocopy::FromBytes, zerocopy::KnownLayout))]
 pub struct Slot {
     /// `armed` is `1 +` the value that `passed` must have for a redirect.
     pub span: Span,
-    /// Bytes let through to user space since the connection was made. Written by the kernel only.
+    /// Bytes passed to user space since the connection was made. Only the kernel writes it.
     pub passed: Word,
-    /// `1 << 32 |` the target's `write_seq` at the first redirect of this arming, less `redir`; 0: not taken yet.
+    /// `1 << 32 |` the target's `write_seq` at the first redirect of this arming, minus `redir`; 0: no redirect yet.
     pub wbase: u64,
     /// `1 << 32 |` the TCP sequence number of the first byte that the peer sent; 0: none yet.
     pub origin: u64,
-    /// Not 0: the kernel's account of the stream and the stream differ. Nothing read from the connection can be trusted.
+    /// Not 0: the kernel's count differs from the stream. Bytes read from the connection cannot be trusted.
     pub astray: Word,
     pub reserved: [u64; 2],
 }
 
-/// The local path's state of one connection: what is known of the endpoint's own socket, which lives on this machine.
+/// The state of one connection on path `local`, about the endpoint's own socket on this machine.
 #[repr(C)]
 #[cfg_attr(all(feature = "user", not(test)), derive(zerocopy::IntoBytes, zerocopy::FromBytes, zerocopy::KnownLayout))]
 pub struct LocalSlot {
     /// `armed` is `1 << 32 |` the value that the endpoint's `write_seq` must have for a redirect.
     pub span: Span,
-    /// `1 << 32 |` the target's `write_seq` as it is when everything redirected in this arming has arrived; 0: none yet.
+    /// `1 << 32 |` the target's `write_seq` after everything redirected in this arming has arrived; 0: no redirect yet.
     pub expected: u64,
-    /// `1 << 32 |` the endpoint's `write_seq` before its first byte. Written when the connection is made.
+    /// `1 << 32 |` the endpoint's `write_seq` before its first byte. `sock_ops` writes it when the connection is made.
     pub origin: Word,
-    /// Cookie of the endpoint's socket, once it has been recognised; 0: it has not.
+    /// Cookie of the endpoint's socket; 0: not recognised.
     pub peer: Word,
-    /// Cookie of the client whose socket the kernel has found; 0: none. Written by the verdict on what the endpoint sends.
+    /// Cookie of the client whose socket the verdict has found; 0: none. Only the verdict writes it.
     pub found: Word,
     pub reserved: [u64; 2],
 }
@@ -106,33 +105,33 @@ pub struct LocalSlot {
 const _: () = assert!(size_of::<Slot>() == 128 && size_of::<LocalSlot>() == 128);
 const _: () = assert!(size_of::<Framing>() == 24);
 
-/// What the agent asks of the admission program, as the packet of a test run (`BPF_PROG_TEST_RUN`).
+/// The agent's request to the program `penstock_admit`: the packet of a test run (`BPF_PROG_TEST_RUN`).
 #[repr(C)]
 #[cfg_attr(feature = "user", derive(zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Admission {
     /// Cookie of the agent's own socket of the connection.
     pub connection: u64,
-    /// 0: put the endpoint's socket into the map. Else: take it out.
+    /// 0: insert the endpoint's socket into the map. Otherwise: remove it.
     pub leave: u64,
 }
 
-/// What came of an [`Admission`].
+/// The result of an [`Admission`].
 pub mod admission {
     pub const DONE: u32 = 0;
-    /// The endpoint's socket is not known, or is gone.
+    /// The endpoint's socket is not recognised, or is closed.
     pub const UNKNOWN: u32 = 1;
-    /// No network namespace that the agent's has an id for holds the endpoint's socket.
+    /// The endpoint's socket is in no network namespace that the agent's namespace has an id for.
     pub const ELSEWHERE: u32 = 2;
     /// The endpoint has not read the whole request.
     pub const UNREAD: u32 = 3;
-    /// The endpoint keeps an account of what its socket sends.
+    /// The endpoint tracks what its socket sends.
     pub const ACCOUNT: u32 = 4;
-    /// The kernel refuses the socket: another program has it in a map.
+    /// The kernel refused the socket: another program has it in a map.
     pub const REFUSED: u32 = 5;
-    /// The socket has left the map, and a call of the endpoint's still uses what the map had made of it.
+    /// The socket has left the map, but a call of the endpoint still uses the map's state.
     pub const IN_USE: u32 = 6;
 
-    /// One word for logs.
+    /// The name of a result in logs.
     pub const fn label(outcome: u32) -> &'static str {
         match outcome {
             DONE => "done",
@@ -147,35 +146,35 @@ pub mod admission {
     }
 }
 
-/// Offsets into the kernel's own structures, read from its BTF at load and handed to the program as a global.
+/// Offsets in the kernel's structures. The agent reads them from BTF at load and sets them as a global of the program.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 #[cfg_attr(feature = "user", derive(zerocopy::IntoBytes, zerocopy::Immutable))]
 pub struct Offsets {
-    /// `struct sock::sk_wmem_queued`: bytes of memory that the send queue holds.
+    /// `struct sock::sk_wmem_queued`: bytes of memory in the send queue.
     pub sk_wmem_queued: u32,
     /// `struct sock::sk_sndbuf`: its limit.
     pub sk_sndbuf: u32,
-    /// `struct tcp_sock::write_seq`: sequence number behind the last byte written.
+    /// `struct tcp_sock::write_seq`: sequence number after the last written byte.
     pub write_seq: u32,
     /// `struct tcp_sock::max_window`, the largest window that the peer has offered, and `mss_cache`.
     pub max_window: u32,
     pub mss_cache: u32,
     /// `struct sk_buff::cb`, which begins with `struct tcp_skb_cb::seq` in a receive queue.
     pub skb_cb: u32,
-    /// `struct sk_msg::sk`, `data` and `data_end`: whose message it is, and the part of it that lies in one piece.
+    /// `struct sk_msg::sk`, `data` and `data_end`: the sender's socket, and the first contiguous piece of the message.
     pub msg_sk: u32,
     pub msg_data: u32,
     pub msg_data_end: u32,
-    /// `struct bpf_sock_ops_kern::sk`: whose connection it is about.
+    /// `struct bpf_sock_ops_kern::sk`: the socket.
     pub ops_sk: u32,
     /// `struct sock_common::skc_cookie` and `skc_flags`.
     pub skc_cookie: u32,
     pub skc_flags: u32,
-    /// Bits of `skc_flags` that say that the owner keeps an account of the socket's queue: SOCK_ZEROCOPY (it waits to be told
-    /// what has been sent), and SOCK_RXQ_OVFL, which means nothing to TCP and marks Penstock's own.
+    /// Bits of `skc_flags` of sockets whose owner tracks the send queue: SOCK_ZEROCOPY (the owner waits for completions), and
+    /// SOCK_RXQ_OVFL, which means nothing to TCP and marks Penstock's own sockets.
     pub accounts: u32,
-    /// `struct tcp_sock::copied_seq`: sequence number behind the last byte that the owner has read.
+    /// `struct tcp_sock::copied_seq`: sequence number after the last byte that the owner has read.
     pub copied_seq: u32,
     /// `struct sock::sk_user_data`: not null while the socket is in a socket map.
     pub sk_user_data: u32,

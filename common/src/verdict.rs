@@ -1,10 +1,8 @@
-//! The verdict: what happens to one segment that an endpoint sent.
+//! The verdict, the rule of path `ingress`: what happens to one segment that an endpoint sent.
 //!
-//! Given the connection's slot and the segment's length, it lets the segment through to user space or has it redirected
-//! to the client's socket, and keeps the books. A redirect happens only when user space has consumed every byte that was
-//! let through, the segment lies inside the message, and the client's send buffer has room: so no byte overtakes another
-//! and kernel memory stays bounded. Any other outcome stops steering until the agent arms again. The kernel serialises
-//! calls for one connection by its socket lock (`sk_psock_verdict_data_ready`).
+//! Takes the connection's slot and the segment's length. Passes the segment to user space, or redirects it to the client's socket, and
+//! counts it in the slot. Invariants: no byte overtakes another, and kernel memory stays bounded, because a redirect needs all of the
+//! conditions in [`verdict`]; anything else disarms the slot.
 
 use core::sync::atomic::Ordering::Acquire;
 
@@ -13,51 +11,51 @@ use crate::{
     slot::{Slot, Span, Word, stop},
 };
 
-/// What both rules need of the kernel; tests put a model in its place.
+/// What both rules need from the kernel. Tests implement it with a model.
 pub trait Kernel {
-    /// Loads with acquire order. The target has no such load in Rust's core library, so each side brings its own.
+    /// Loads with acquire order. Rust's core library has no such load for the kernel's target, so each side has its own.
     fn load_acquire(&mut self, word: &Word) -> u64;
     /// Stores 0 with release order.
     fn clear_release(&mut self, word: &Word);
-    /// Advances `framing` over all `len` bytes. False: it ends before they do, is invalid, or is too long to tell.
-    /// With `keep`, what is payload is copied into the connection's ring on the way.
+    /// Advances `framing` over all `len` bytes. Returns false if the message ends before, is invalid, or has too much syntax for one
+    /// call. With `keep`, copies the payload to the connection's ring.
     fn parse(&mut self, framing: &mut Framing, len: u32, keep: bool) -> bool;
-    /// Fill of the target's send buffer; `None`: no such target.
+    /// The fill of the target's send buffer; `None` if the target does not exist.
     fn target(&mut self, key: u64) -> Option<SendBuffer>;
-    /// Has the bytes queued for the target.
+    /// Queues the bytes for the target. Returns whether the kernel took them.
     fn redirect(&mut self, key: u64) -> bool;
-    /// CLOCK_MONOTONIC, ns.
+    /// CLOCK_MONOTONIC in nanoseconds.
     fn now(&mut self) -> u64;
-    /// Tells the agent that the slot has something for it.
+    /// Sends the agent an event for the slot.
     fn event(&mut self);
 }
 
-/// What the verdict needs to know of a segment.
+/// What the verdict needs to know about a segment.
 pub trait Segment: Kernel {
     /// TCP sequence number of the segment's first byte.
     fn sequence(&mut self) -> u32;
-    /// Cuts bytes off the segment's front. False: they are still there.
+    /// Removes bytes from the segment's front. Returns whether they were removed.
     fn trim(&mut self, bytes: u32) -> bool;
     /// The endpoint has closed its side, with this segment or before it.
     fn closed(&mut self) -> bool;
-    /// The segment has bytes in memory that the sender can still write.
+    /// Some of the segment's bytes are in memory that the sender can still write.
     fn is_shared(&mut self) -> bool;
 }
 
-/// `struct tcp_sock` of the target, as far as it matters here.
+/// Fields of the target's `struct tcp_sock`.
 #[derive(Clone, Copy)]
 pub struct SendBuffer {
     pub write_seq: u32,
     pub queued: i32,
     pub limit: i32,
-    /// The smallest buffer, of bytes to be sent, that the queue is made of: half of a small window, else a segment.
+    /// The smallest buffer of the queue, in bytes to be sent: half of a small window, otherwise a segment.
     pub piece: u32,
 }
 
 impl SendBuffer {
-    /// Whether so many bytes can be put into it without an acknowledgement from the peer. The queue is made of buffers of at
-    /// least `piece` bytes (`tcp_send_mss`, `tcp_bound_to_half_wnd`), of which each costs up to 1 KiB of its own, and what is
-    /// being sent meanwhile may be split a few times (`tso_fragment`).
+    /// Whether this many bytes fit without an acknowledgement from the peer. The queue consists of buffers of at least `piece` bytes
+    /// (`tcp_send_mss`, `tcp_bound_to_half_wnd`). Each costs up to 1 KiB of its own, and buffers that are being sent may be split a few
+    /// times (`tso_fragment`).
     #[inline(always)]
     pub(crate) fn has_room(self, bytes: u32) -> bool {
         const BUFFER: i64 = 1024;
@@ -68,6 +66,10 @@ impl SendBuffer {
 
 /// Decides on a segment of `len` bytes; `len` 0 is the endpoint's FIN. The segment passes to user space unless
 /// [`Kernel::redirect`] took it.
+///
+/// A redirect happens only if user space has consumed every passed byte, the segment lies inside the message, and the client's send
+/// buffer has room. Otherwise the slot is disarmed, and only the agent arms it again. The kernel serialises calls for one connection by
+/// its socket lock (`sk_psock_verdict_data_ready`).
 #[inline(always)]
 pub fn verdict(slot: &mut Slot, len: u32, kernel: &mut impl Segment) {
     let len = if len == 0 { 0 } else { without_overlap(slot, len, kernel) };
@@ -75,7 +77,7 @@ pub fn verdict(slot: &mut Slot, len: u32, kernel: &mut impl Segment) {
         add(&slot.passed, len);
         return;
     }
-    // Read again, for what the agent wrote before it armed.
+    // The acquire load orders what the agent wrote before it armed.
     let armed = kernel.load_acquire(&slot.span.armed);
     match try_redirect(slot, armed, len, kernel) {
         Ok(()) if slot.span.framing.is_done() => slot.span.end(0, kernel),
@@ -87,10 +89,10 @@ pub fn verdict(slot: &mut Slot, len: u32, kernel: &mut impl Segment) {
     }
 }
 
-/// Cuts off what earlier segments have brought already; returns the length that is left.
+/// Removes bytes that earlier segments brought. Returns the remaining length.
 ///
-/// A retransmitted segment may begin before the end of what has arrived. `tcp_recvmsg` skips that part by its offset;
-/// `tcp_read_skb` hands over the whole segment, so without this the bytes would be delivered twice.
+/// A retransmitted segment may begin before the end of what has arrived. `tcp_recvmsg` skips that part by its offset. `tcp_read_skb`
+/// hands over the whole segment, so without this function the bytes would be delivered twice.
 #[inline(always)]
 fn without_overlap(slot: &mut Slot, len: u32, kernel: &mut impl Segment) -> u32 {
     let sequence = kernel.sequence();
@@ -119,15 +121,15 @@ fn try_redirect(slot: &mut Slot, armed: u64, len: u32, kernel: &mut impl Segment
         return Err(stop::FIN);
     }
     let mut framing = slot.span.framing;
-    // The redirect sends the same pages later: what was read as the length of a chunk could be another one by then. Payload
-    // is the sender's own matter.
+    // The redirect sends the same pages later, when the sender may have changed a chunk length that was read here. A sender that
+    // changes payload harms only its own message.
     if framing.has_syntax_within(len) && kernel.is_shared() {
         return Err(stop::SHARED);
     }
     if !kernel.parse(&mut framing, len, slot.span.keep != 0) {
         return Err(stop::FRAMING);
     }
-    // A FIN that comes with data brings no empty segment of its own, so nothing else would tell the agent.
+    // After a FIN that comes with data no empty segment follows, so nothing else would tell the agent.
     if !framing.is_done() && kernel.closed() {
         return Err(stop::FIN);
     }
@@ -139,8 +141,8 @@ fn try_redirect(slot: &mut Slot, armed: u64, len: u32, kernel: &mut impl Segment
     }
     // Redirected, but not yet in the target's send queue.
     let backlog = (redir as u32).wrapping_sub(buffer.write_seq.wrapping_sub(slot.wbase as u32));
-    // What does not fit would wait for the target's peer, and with it whatever that peer sends, where the target is a source
-    // too: one queue of the kernel's holds both (`sk_psock_backlog`).
+    // Bytes that do not fit would wait for the target's peer. If the target is a source too, what that peer sends would wait behind
+    // them, because the kernel has one queue for both (`sk_psock_backlog`).
     if !buffer.has_room(backlog.saturating_add(len)) {
         return Err(stop::ROOM);
     }
@@ -158,7 +160,7 @@ fn add(counter: &Word, n: u32) {
 }
 
 impl Span {
-    /// Enters `len` redirected bytes, after which the message stands at `framing`.
+    /// Counts `len` redirected bytes, after which the position in the message is `framing`.
     #[inline(always)]
     pub(crate) fn book(&mut self, framing: Framing, len: u32, now: u64) {
         add(&self.redir, len);
@@ -170,7 +172,7 @@ impl Span {
         self.last_ns.set(now);
     }
 
-    /// Gives the flow back: at the end of the message (0), or for one of [`stop`].
+    /// Disarms: at the end of the message (0), or for a reason of [`stop`].
     #[inline(always)]
     pub(crate) fn end(&mut self, reason: u32, kernel: &mut impl Kernel) {
         self.stop = reason;
@@ -178,7 +180,7 @@ impl Span {
         kernel.event();
     }
 
-    /// True when the agent may take the books: the kernel writes nothing of the span until the next arming.
+    /// Whether the agent may read the span: the kernel does not write it until the agent arms again.
     pub fn is_released(&self) -> bool {
         self.armed.atomic().load(Acquire) == 0
     }

@@ -1,10 +1,10 @@
-//! The word that both sides read and write. A model check puts one in its place that tries every order in which such accesses
-//! may be seen (`tests/handover`).
+//! The word that both sides read and write. The model check (`tests/handover`) replaces it by one that tries every order in which
+//! such accesses may become visible.
 
 use core::{cell::UnsafeCell, sync::atomic::AtomicU64};
 
-/// A word that both sides read while one of them may write. `get` and `set` are single, unordered accesses (the eBPF
-/// back end has no atomic loads and stores); order comes from [`atomic`](Self::atomic) on the host and from
+/// A word that both sides read while one of them may write. `get` and `set` are single, unordered accesses, because the eBPF back end
+/// has no atomic loads and stores. Ordered accesses are [`atomic`](Self::atomic) on the host and the methods of
 /// [`Kernel`](crate::verdict::Kernel) in the program.
 #[repr(transparent)]
 #[derive(Default)]
@@ -23,7 +23,7 @@ impl Word {
 
     #[inline(always)]
     pub fn set(&self, value: u64) {
-        // SAFETY: as above.
+        // SAFETY: the pointer is valid and aligned for as long as `self` is.
         unsafe { self.0.get().write_volatile(value) }
     }
 
@@ -31,10 +31,10 @@ impl Word {
         self.0.get()
     }
 
-    /// The same word with ordered accesses, for the host.
+    /// The same word for ordered accesses, on the host only.
     #[inline(always)]
     pub const fn atomic(&self) -> &AtomicU64 {
-        // SAFETY: AtomicU64 has the layout of u64, and all other accesses are of the whole word.
+        // SAFETY: AtomicU64 has the layout of u64, and all other accesses use the whole word.
         unsafe { AtomicU64::from_ptr(self.0.get()) }
     }
 }

@@ -1,5 +1,5 @@
-//! The ring of last payload bytes against a plain copy of the whole stream: runs of any length, in any number, also such
-//! that were written and not redirected.
+//! The ring of last payload bytes compared with a copy of the whole stream: runs of any length and number, including runs that were
+//! copied but not redirected.
 
 #[path = "support/random.rs"]
 mod random;
@@ -7,7 +7,7 @@ mod random;
 use penstock_common::tail::{MEMORY, RING, TAIL, last, place};
 use random::Random;
 
-/// As the kernel program copies a run.
+/// Copies a run as the kernel program does.
 fn write(ring: &mut [u8; MEMORY], position: u32, run: &[u8]) {
     let copies = place(position, run.len() as u32);
     let (skip, first, offset) = (copies.skip as usize, copies.first as usize, copies.offset as usize);
@@ -26,14 +26,14 @@ fn read(ring: &[u8; MEMORY], position: u32, n: u32) -> Vec<u8> {
     [older, newer].concat()
 }
 
-/// What the agent holds of one message: its own copy, and how much the kernel has carried since it got the flow.
+/// The agent's state of one message: its own copy of the last bytes, and how much the kernel has carried since arming.
 struct Agent {
     tail: Vec<u8>,
     steered: u32,
 }
 
 impl Agent {
-    fn take_back(&mut self, ring: &[u8; MEMORY], position: u32) {
+    fn reclaim(&mut self, ring: &[u8; MEMORY], position: u32) {
         self.append(&read(ring, position, self.steered));
         self.steered = 0;
     }
@@ -45,7 +45,7 @@ impl Agent {
 }
 
 #[test]
-fn whoever_carries_a_run_the_last_bytes_are_there() {
+fn last_bytes_are_kept_on_every_path() {
     for seed in 0..500 {
         let mut random = Random::new(seed);
         let mut ring = [0; MEMORY];
@@ -60,23 +60,23 @@ fn whoever_carries_a_run_the_last_bytes_are_there() {
             let position = start.wrapping_add(stream.len() as u32);
             stream.extend_from_slice(&run);
             if random.one_in(4) {
-                // Copied as far as it was parsed, and then let through: user space forwards all of it.
+                // Copied as far as it was parsed, then passed: user space forwards all of it.
                 write(&mut ring, position, &run[..random.within(0, n)]);
-                agent.take_back(&ring, position);
+                agent.reclaim(&ring, position);
                 agent.append(&run);
             } else {
                 write(&mut ring, position, &run);
                 agent.steered += n as u32;
             }
         }
-        agent.take_back(&ring, start.wrapping_add(stream.len() as u32));
+        agent.reclaim(&ring, start.wrapping_add(stream.len() as u32));
         let expected = &stream[stream.len().saturating_sub(TAIL as usize)..];
         assert!(agent.tail == expected, "seed {seed}");
     }
 }
 
 #[test]
-fn a_run_longer_than_the_tail_is_kept_from_its_end() {
+fn last_bytes_of_long_run_are_kept() {
     let run = bytes(&mut Random::new(1), 70_000);
     let mut ring = [0; MEMORY];
     write(&mut ring, 5, &run);

@@ -1,10 +1,10 @@
 //! The slot protocol between verdict and agent, on a model of everything around it.
 //!
-//! One endpoint connection carries messages to one client. Endpoint, verdict, the kernel's worker, the client, the thread
-//! that reads events and the agent take steps in an order that a seed decides, also in the middle of a verdict. The
-//! agent's steps are those of `agent/src/deliver.rs` and `deliver/span.rs`; resets, idle times and clients that leave are
-//! not modelled, because they end the delivery. Bytes are ranges of the endpoint's
-//! wire, so that a lost, doubled or overtaking byte is a range that does not begin where the last one ended.
+//! One endpoint connection carries messages to one client. Endpoint, verdict, the kernel's worker, the client, the event thread and the
+//! agent take steps in an order that a seed decides, also in the middle of a verdict. The agent's steps are those of `deliver` and
+//! `steer` in `agent/src/`. Bytes are ranges of the endpoint's wire, so a lost, doubled or overtaking byte is a gap.
+//!
+//! Resets, idle timeouts and leaving clients are not modelled, because they end the delivery.
 #![allow(unsafe_code)] // the slot is memory that two programs write
 
 #[path = "support/random.rs"]
@@ -25,17 +25,17 @@ use random::Random;
 const SCHEDULES: u64 = 25_000;
 const KEY: u64 = 7;
 
-/// The slot as both sides see it: neither asks the other before it looks.
+/// The slot, which both sides access without a lock.
 struct Shared(UnsafeCell<Slot>);
 
 impl Shared {
     fn new() -> Self {
-        // SAFETY: a slot is integers and nothing else, so zero is one.
+        // SAFETY: a slot consists of integers, so all zeros are a valid slot.
         Self(UnsafeCell::new(unsafe { MaybeUninit::zeroed().assume_init() }))
     }
 
     fn words(&self) -> &Slot {
-        // SAFETY: the tests run on one thread, and of this reference only words and whole integers are used.
+        // SAFETY: the test runs on one thread, and uses only words and whole integers of this reference.
         unsafe { &*self.0.get() }
     }
 }
@@ -46,7 +46,7 @@ enum Done {
     Broken,
 }
 
-/// Where the agent stands: between two of its accesses to anything that others see.
+/// The agent's position between two accesses to shared state.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum At {
     Head,
@@ -64,7 +64,7 @@ enum At {
     Look,
     Asleep,
     Disarm { then_read: bool },
-    TakeBack { then_read: bool },
+    Reclaim { then_read: bool },
     Finished(Done),
 }
 
@@ -72,7 +72,7 @@ struct Agent {
     at: At,
     consumed: u64,
     pending: Range<usize>,
-    /// Of `pending`: what `write_all` has left to write, and how much `feed` took.
+    /// The part of `pending` that is still to be written.
     writing: Range<usize>,
     framing: Framing,
     target: bool,
@@ -89,7 +89,7 @@ struct Message {
     framing: Framing,
 }
 
-/// What has happened, over all schedules: the test is worth something only if everything does.
+/// Counters of what happened over all schedules. The test is meaningful only if each case occurs.
 #[derive(Default, Debug)]
 struct Seen {
     redirects: u64,
@@ -113,22 +113,22 @@ struct World<'a> {
 
     wire: Vec<u8>,
     messages: Vec<Message>,
-    /// The message being delivered, and where the wire ends for now: the endpoint waits for the next request.
+    /// The message being delivered, and the end of what the endpoint has sent: it waits for the next request.
     message: usize,
     sent: usize,
     closes: bool,
     fin: bool,
     segment_cap: usize,
-    /// How slow the endpoint is: a fast one hardly ever meets an agent about to arm.
+    /// How slow the endpoint is. A fast one rarely sends while the agent arms.
     pace: usize,
     max_steps: u32,
 
     /// A verdict runs: the endpoint's socket is locked.
     locked: bool,
-    /// How much of the others fits between two steps of this verdict; 1: nothing.
+    /// How many steps of others fit between two steps of this verdict; 1: none.
     haste: usize,
     receive: VecDeque<Range<usize>>,
-    /// Let through, but there was no memory: the worker brings it.
+    /// Passed without memory: the kernel's worker delivers it later.
     late: VecDeque<Range<usize>>,
     receive_limit: usize,
 
@@ -140,9 +140,9 @@ struct World<'a> {
     stalled: bool,
 
     events: bool,
-    /// What a parser says that has seen everything delivered or redirected of the message.
+    /// A parser that has read every delivered or redirected byte of the message.
     reference: Framing,
-    /// The agent has armed and the kernel has not let go.
+    /// The slot is armed.
     armed: bool,
     agent: Agent,
 }
@@ -168,7 +168,7 @@ impl<'a> World<'a> {
                 match random.within(0, 7) {
                     0 => framing = Framing::until_close(),
                     1 => wire.truncate(random.within(start, wire.len())),
-                    2 => wire.extend_from_slice(b"behind the end"),
+                    2 => wire.extend_from_slice(b"after the end"),
                     3 => {
                         let at = random.within(start, wire.len() - 1);
                         wire[at] ^= 1 << random.within(0, 7);
@@ -178,14 +178,14 @@ impl<'a> World<'a> {
             }
             messages.push(Message { start, framing });
         }
-        // Counters that wrap where the kernel's do.
+        // Counters that wrap where those of the kernel do.
         let redir = random.pick(&[0, u64::from(u32::MAX) - 50]);
         slot.words().span.redir.set(redir);
         let consumed = random.pick(&[0, 1 << 40]);
         slot.words().passed.set(consumed);
-        // As if the stream had begun where the counters did.
+        // As if the stream had begun with the counters at 0.
         let begun = FIRST_SEQUENCE.wrapping_sub(consumed as u32).wrapping_sub(redir as u32);
-        // SAFETY: one thread, and nothing looks at the slot yet.
+        // SAFETY: one thread, and nothing else accesses the slot yet.
         unsafe { (*slot.0.get()).origin = 1 << 32 | u64::from(begun) };
         let framing = messages[0].framing;
         let sequence = random.pick(&[0, u32::MAX - 100, 1 << 31]);
@@ -254,7 +254,7 @@ impl<'a> World<'a> {
             };
             self.take(step);
             if step == Step::Endpoint && self.random.one_in(4) {
-                // The endpoint pauses: nothing that follows can wake an agent that has missed something.
+                // The endpoint pauses: nothing wakes an agent that has missed an event.
                 self.stalled = false;
                 while let Some(step) = self.choose(false) {
                     self.take(step);
@@ -301,7 +301,7 @@ impl<'a> World<'a> {
         assert!(self.queued() + self.backlogged() <= self.send_limit, "the client's send buffer overflows");
     }
 
-    /// Others move while a verdict is in progress.
+    /// Lets others take steps during a verdict.
     fn interleave(&mut self) {
         while !self.random.one_in(self.haste) {
             match self.choose(false) {
@@ -330,7 +330,7 @@ impl<'a> World<'a> {
         self.messages.get(self.message + 1).map_or(self.wire.len(), |next| next.start)
     }
 
-    /// How far the current message reaches, and what the parser says there.
+    /// The end of the current message, and the parser's state there.
     fn expected_end(&self) -> (usize, Framing) {
         let Message { start, mut framing } = self.messages[self.message];
         let taken = framing.feed(&self.wire[start..]);
@@ -342,7 +342,7 @@ impl<'a> World<'a> {
         let len = if end == self.sent { 0 } else { self.random.within(1, self.segment_cap.min(end - self.sent)) };
         let segment = self.sent..self.sent + len;
         self.sent = segment.end;
-        // The last segment may bring the FIN along; then no empty one follows. The socket knows before the verdict runs.
+        // The last segment may carry the FIN; then no empty one follows. The socket's state changes before the verdict runs.
         let fin = self.is_last() && self.sent == end && self.must_close() && (len == 0 || self.random.one_in(2));
         self.fin |= fin;
         self.seen.fin_with_data += u64::from(fin && len > 0);
@@ -352,7 +352,7 @@ impl<'a> World<'a> {
     fn verdict(&mut self, segment: Range<usize>) {
         self.locked = true;
         self.haste = self.random.pick(&[1, 2, 20]);
-        // A retransmission may begin before what has arrived; the program gets it whole.
+        // A retransmission may begin before the end of what has arrived; the program gets the whole segment.
         let overlap =
             if !segment.is_empty() && self.random.one_in(8) { self.random.within(0, segment.start.min(20)) } else { 0 };
         self.seen.overlaps += u64::from(overlap > 0);
@@ -363,29 +363,29 @@ impl<'a> World<'a> {
         let mut kernel =
             Segment { world: self, segment: segment.clone(), overlap, shared, redirected: false, asked: false };
         if armed.get() == 0 {
-            // The verdict has read 0 and not yet counted: whatever is armed meanwhile, it does not see.
+            // The verdict has read 0 and has not counted yet. It does not see what is armed meanwhile.
             kernel.world.interleave();
             let meanwhile = armed.atomic().swap(0, SeqCst);
             kernel.world.seen.armed_in_window += u64::from(meanwhile != 0);
-            // SAFETY: one thread; on this path the verdict calls nothing that looks at the slot.
+            // SAFETY: one thread, and here the verdict calls nothing that accesses the slot.
             verdict(unsafe { &mut *slot }, len, &mut kernel);
             armed.set(meanwhile);
         } else {
-            // SAFETY: one thread. The model's steps inside the verdict look at the slot as the agent does at memory that
-            // the kernel writes: by whole words, and at other fields only while the slot is released.
+            // SAFETY: one thread. The model's steps inside the verdict access the slot as the agent does: by whole words, and other
+            // fields only while the slot is released.
             verdict(unsafe { &mut *slot }, len, &mut kernel);
         }
         let (redirected, asked) = (kernel.redirected, kernel.asked);
-        assert_eq!(kernel.overlap, 0, "bytes that had arrived are delivered again");
+        assert_eq!(kernel.overlap, 0, "bytes that had arrived were delivered again");
         if self.haste == 1 && asked && !redirected && self.slot_stop() == stop::ROOM {
             let full = self.queued() + self.backlogged() + segment.len();
-            assert!(full > self.send_limit, "stopped for want of room, and there is room");
+            assert!(full > self.send_limit, "stopped for lack of room although there is room");
         }
         self.interleave();
         if redirected {
             self.backlog.push_back(segment);
         } else if len > 0 {
-            // Behind what is late already, or late itself: `sk_psock_verdict_apply` leaves it to the worker.
+            // After late segments, or without memory: `sk_psock_verdict_apply` leaves it to the worker.
             if !self.late.is_empty() || self.random.one_in(8) {
                 self.seen.late += 1;
                 self.late.push_back(segment);
@@ -446,7 +446,7 @@ impl<'a> World<'a> {
         !self.agent.unsettled || self.written as u64 == self.agent.account
     }
 
-    /// Reads as user space does; 0 is the end of the stream.
+    /// Reads as user space does. Returns 0 at the end of the stream.
     fn receive(&mut self) -> Option<usize> {
         let Some(front) = self.receive.front_mut() else {
             return (self.fin && self.late.is_empty()).then_some(0);
@@ -543,16 +543,16 @@ impl<'a> World<'a> {
                 None => At::Recheck,
                 Some(n) => At::Disarm { then_read: n == 0 },
             },
-            // Let through, yet not to be read so far: the arming is refused, and no verdict may come to say so.
+            // Passed, but not readable yet: the verdict would refuse the arming, but may never run.
             At::Recheck if slot.passed.get() != self.agent.consumed => At::Disarm { then_read: false },
             At::Recheck => At::Register,
             At::Register => {
-                // A wake-up from before is worth nothing to what sleeps from here on.
+                // An earlier wake-up does not count for the sleep that follows.
                 self.agent.woken = false;
                 self.agent.registered = true;
                 At::Look
             }
-            At::Look if slot.span.is_released() => At::TakeBack { then_read: false },
+            At::Look if slot.span.is_released() => At::Reclaim { then_read: false },
             At::Look => {
                 self.seen.slept += 1;
                 At::Asleep
@@ -564,9 +564,9 @@ impl<'a> World<'a> {
                     slot.span.armed.atomic().store(0, SeqCst);
                     self.armed = false;
                 }
-                At::TakeBack { then_read }
+                At::Reclaim { then_read }
             }
-            At::TakeBack { then_read } => {
+            At::Reclaim { then_read } => {
                 // SAFETY: released, so the kernel does not write it.
                 let framing = unsafe { (&raw const (*raw).span.framing).read_volatile() };
                 let stop = self.slot_stop();
@@ -588,7 +588,7 @@ impl<'a> World<'a> {
         };
     }
 
-    /// The message is complete: asks for the next, where the connection can take it.
+    /// Starts the next message after a complete one, if the connection can carry it.
     fn next_message(&mut self) -> At {
         if !self.agent.pending.is_empty() || self.is_last() {
             return At::Finished(Done::Complete);
@@ -601,20 +601,20 @@ impl<'a> World<'a> {
         At::Head
     }
 
-    /// Everything but the endpoint has come to rest, and the client reads: the agent must wait for the endpoint.
+    /// Everything but the endpoint is idle and the client reads, so the agent must be waiting for the endpoint.
     fn check_quiet(&self) {
         let at = self.agent.at;
         if matches!(at, At::Finished(_)) {
             return;
         }
         assert!(matches!(at, At::Asleep | At::Read | At::Head), "stuck at {at:?}");
-        assert!(self.receive.is_empty() && self.late.is_empty(), "asleep at {at:?}, and there is something to read");
+        assert!(self.receive.is_empty() && self.late.is_empty(), "asleep at {at:?} although bytes are readable");
         assert!(self.agent.pending.is_empty() && self.backlog.is_empty() && self.queued() == 0, "{at:?}");
-        assert!(!self.fin, "asleep at {at:?}, and the endpoint has closed");
+        assert!(!self.fin, "asleep at {at:?} although the endpoint has closed");
         assert_eq!(self.slot.words().passed.get(), self.agent.consumed);
-        assert_eq!(self.written, self.sent, "asleep at {at:?}, and bytes are missing");
-        assert!(at != At::Asleep || !self.slot.words().span.is_released(), "asleep, and the slot is released");
-        assert!(!self.reference.is_done() || at == At::Head, "asleep behind the end");
+        assert_eq!(self.written, self.sent, "asleep at {at:?} although bytes are missing");
+        assert!(at != At::Asleep || !self.slot.words().span.is_released(), "asleep although the slot is released");
+        assert!(!self.reference.is_done() || at == At::Head, "asleep after the end");
     }
 
     fn check_end(&mut self) {
@@ -657,16 +657,16 @@ fn append_message(wire: &mut Vec<u8>, random: &mut Random) -> Framing {
     Framing::chunked()
 }
 
-/// Of the first byte; wraps early in every stream.
+/// The sequence number of the first byte. It wraps early in every stream.
 const FIRST_SEQUENCE: u32 = 0xffff_ffc0;
 
-/// One segment's verdict in progress; at each call out of it, the others may move.
+/// The verdict on one segment. At each call others may take steps.
 struct Segment<'w, 'a> {
     world: &'w mut World<'a>,
     segment: Range<usize>,
-    /// Bytes in front of it that had arrived before.
+    /// Leading bytes that had arrived before.
     overlap: usize,
-    /// The sender can still write the memory that it lies in.
+    /// The sender can still write the segment's memory.
     shared: bool,
     redirected: bool,
     /// The target was looked up.
@@ -698,11 +698,11 @@ impl Kernel for Segment<'_, '_> {
             return None;
         }
         self.asked = true;
-        // In the program's order: what moves in between counts twice rather than not at all.
+        // In the program's order: bytes that move in between count twice rather than not at all.
         let write_seq = self.world.sequence.wrapping_add(self.world.written as u32);
         self.world.interleave();
         let queued = self.world.queued() as i32;
-        // Nothing in this model costs more than its bytes; 16 KiB are kept free all the same.
+        // In this model bytes cost no extra memory, but the rule keeps 16 KiB free.
         Some(SendBuffer { write_seq, queued, limit: self.world.send_limit as i32 + (16 << 10), piece: u32::MAX })
     }
 
@@ -713,17 +713,20 @@ impl Kernel for Segment<'_, '_> {
         }
         let world = &mut *self.world;
         assert!(world.armed, "a redirect after a stop");
-        assert!(world.receive.is_empty() && world.late.is_empty(), "a redirect overtakes what was let through");
+        assert!(world.receive.is_empty() && world.late.is_empty(), "a redirect overtakes passed bytes");
         assert!(world.agent.pending.is_empty() && world.agent.writing.is_empty(), "a redirect overtakes the agent");
         assert_eq!(self.segment.start, world.written + world.backlogged());
         let full = world.queued() + world.backlogged() + self.segment.len();
         assert!(full <= world.send_limit, "a redirect without room");
         let mut reference = world.reference;
-        assert_eq!(reference.feed(&world.wire[self.segment.clone()]), self.segment.len(), "a redirect behind the end");
-        assert!(!reference.is_invalid(), "a redirect of what is no message");
+        assert_eq!(reference.feed(&world.wire[self.segment.clone()]), self.segment.len(), "a redirect after the end");
+        assert!(!reference.is_invalid(), "a redirect of an invalid message");
         let mut before = world.reference;
         let payload = before.skip(self.segment.len() as u64) as usize;
-        assert!(!self.shared || payload == self.segment.len(), "a redirect of syntax that the sender can still write");
+        assert!(
+            !self.shared || payload == self.segment.len(),
+            "a redirect of syntax in memory that the sender can still write"
+        );
         world.seen.shared_payload += u64::from(self.shared);
         world.reference = reference;
         world.seen.redirects += 1;
@@ -762,19 +765,19 @@ impl penstock_common::verdict::Segment for Segment<'_, '_> {
     }
 }
 
-/// Prints the seed of a schedule that fails.
+/// Prints the seed of a failing schedule.
 struct Seed(u64);
 
 impl Drop for Seed {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("seed {}: run it alone with PENSTOCK_SEED={}", self.0, self.0);
+            eprintln!("seed {}: repeat it with PENSTOCK_SEED={}", self.0, self.0);
         }
     }
 }
 
 #[test]
-fn every_byte_arrives_once_and_in_order_and_no_wake_up_is_lost() {
+fn every_byte_arrives_once_in_order_and_no_wake_up_is_lost() {
     let mut seen = Seen::default();
     let one = std::env::var("PENSTOCK_SEED").ok().and_then(|seed| seed.parse::<u64>().ok());
     for seed in one.map_or(0..SCHEDULES, |seed| seed..seed + 1) {

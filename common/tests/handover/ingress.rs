@@ -1,4 +1,4 @@
-//! The ingress rule: verdicts under the lock of the agent's socket, and the agent.
+//! The model of path `ingress`: verdicts under the lock of the agent's socket, and the agent.
 
 use std::sync::{Arc, atomic::Ordering::Acquire};
 
@@ -56,7 +56,7 @@ impl Segment for Program<'_, Slot> {
     }
 }
 
-/// As `Delivery::run`: writes what user space has, and hands the flow over whenever that is nothing.
+/// The agent's delivery: writes what user space holds, and arms whenever it holds nothing.
 fn agent(scene: &Scene<Slot>) {
     let slot = scene.slot();
     // SAFETY: a field's address.
@@ -66,7 +66,7 @@ fn agent(scene: &Scene<Slot>) {
         // `armable`
         if passed(slot) != consumed {
             let pending = scene.read_now();
-            assert!(!pending.is_empty(), "what was let through is nowhere");
+            assert!(!pending.is_empty(), "a passed byte is missing");
             consumed += pending.len() as u64;
             scene.forward(&mut framing, &pending);
             continue;
@@ -74,10 +74,10 @@ fn agent(scene: &Scene<Slot>) {
         // `span`
         let early = if scene.is(Weakened::ReadFirst) { scene.read_now() } else { Vec::new() };
         scene.plain();
-        // SAFETY: as in `Scene::arm`.
+        // SAFETY: the slot is released, so this field is the agent's; the model reports a race if not.
         unsafe { (*slot).wbase = 0 };
         scene.arm(span, framing, consumed + 1);
-        let pending = if scene.is(Weakened::ReadFirst) { early } else { scene.read_behind_arming() };
+        let pending = if scene.is(Weakened::ReadFirst) { early } else { scene.read_after_arming() };
         if pending.is_empty() && !scene.is_released(span) && (scene.is(Weakened::ReadFirst) || passed(slot) == consumed)
         {
             while !scene.is_released(span) {
@@ -95,7 +95,7 @@ fn agent(scene: &Scene<Slot>) {
     }
 }
 
-/// Bytes let through to user space.
+/// Bytes passed to user space.
 fn passed(slot: *const Slot) -> u64 {
     // SAFETY: a word.
     unsafe { &(*slot).passed }.atomic().load(Acquire)

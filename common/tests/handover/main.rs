@@ -1,10 +1,9 @@
-//! The handover of a flow between agent and kernel, in every order in which two processors may see each other's accesses, those
-//! of arm64 included (loom's model of C11).
+//! Checks the handover of a flow between agent and kernel in every order in which two processors may see each other's accesses, with
+//! loom's model of C11 (which includes arm64).
 //!
-//! The rules are the files of the crate, compiled here with loom's atomic in place of the word; the agent takes the steps of
-//! `agent/src/deliver/span.rs` and `agent/src/kernel/slots.rs` in their order. What the kernel moves later than it decides is
-//! `tests/verdict.rs`' to play. Each rule is checked as it is, and with one order weakened, which the model must find: a check
-//! that cannot fail shows nothing.
+//! The rules are the files of the crate, compiled with loom's atomic as the word. The agent takes the same steps in the same order as
+//! `deliver`, `steer` and `kernel/slots.rs` in `agent/src/`. Bytes that the kernel moves later than it decides are in
+//! `tests/verdict.rs`. Each rule is also checked with one order weakened, and the model must find the fault.
 #![allow(unsafe_code)] // the slot is memory that two programs write
 
 #[path = "../../src/framing.rs"]
@@ -33,14 +32,14 @@ use std::{
 
 use scene::{BYTES, Seen, Weakened};
 
-/// Every order is tried that takes up to this many preemptions. (Three take a quarter of a minute, and find nothing more.)
+/// The model tries every order with up to this many preemptions. Three take a quarter of a minute and find nothing more.
 const PREEMPTIONS: usize = 2;
 
-/// For which bytes the client's send queue has room.
+/// The bytes for which the client's send queue has room.
 const ROOMS: [[bool; BYTES]; 5] =
     [[true; BYTES], [true, true, false], [true, false, true], [false, true, true], [false; BYTES]];
 
-/// One of the rules with an agent: given the room, what is weakened, and what has been seen.
+/// A model of one rule with an agent. Takes the room, the weakened order, and the counters of what happened.
 type Model = fn([bool; BYTES], Option<Weakened>, &Arc<Seen>);
 
 fn explore(model: Model, room: [bool; BYTES], weakened: Option<Weakened>, seen: &Arc<Seen>) {
@@ -50,7 +49,7 @@ fn explore(model: Model, room: [bool; BYTES], weakened: Option<Weakened>, seen: 
     builder.check(move || model(room, weakened, &seen));
 }
 
-/// As it is, the rule holds, in every order; and there is something to hold.
+/// The rule holds in every order, and every case occurs.
 fn holds(model: Model) {
     let seen = Arc::default();
     for room in ROOMS {
@@ -60,15 +59,15 @@ fn holds(model: Model) {
     assert!(seen.all(), "{seen:?}");
 }
 
-/// With one order weakened, the model finds this.
+/// With one order weakened, the model finds the fault `what`.
 fn finds(model: Model, weakened: Weakened, what: &str) {
     let explored = catch_unwind(AssertUnwindSafe(|| explore(model, [true; BYTES], Some(weakened), &Arc::default())));
-    let Err(found) = explored else { panic!("{weakened:?} makes no difference") };
+    let Err(found) = explored else { panic!("{weakened:?} is not needed") };
     let text = found.downcast_ref::<String>().map(String::as_str).or(found.downcast_ref::<&str>().copied());
     assert!(text.is_some_and(|text| text.contains(what)), "{weakened:?}: {text:?}");
 }
 
-/// Two accesses to the same fields that nothing orders.
+/// Two unordered accesses to the same fields.
 const RACE: &str = "Causality violation";
 const DEADLOCK: &str = "deadlock";
 const OVERTAKEN: &str = "every byte once, in order";
@@ -79,7 +78,7 @@ macro_rules! rules {
             use super::*;
 
             #[test]
-            fn loses_nothing_and_lets_nothing_overtake() {
+            fn every_byte_arrives_once_and_in_order() {
                 holds($model);
             }
 
@@ -92,21 +91,21 @@ macro_rules! rules {
 }
 
 rules! {
-    the_verdict_on_a_segment = ingress::run {
-        needs_the_release_of_arming: Arming, RACE;
-        needs_the_acquire_behind_it: Armed, RACE;
-        needs_the_release_of_clearing: Clearing, RACE;
-        needs_the_acquire_of_taking_back: TakingBack, RACE;
-        needs_its_books_before_the_clearing: ClearedFirst, RACE;
-        needs_the_read_behind_the_arming: ReadFirst, DEADLOCK;
-        needs_to_know_what_was_read: ArmedAhead, OVERTAKEN;
+    verdict_rule = ingress::run {
+        release_of_arming_is_needed: Arming, RACE;
+        acquire_of_armed_is_needed: Armed, RACE;
+        release_of_clearing_is_needed: Clearing, RACE;
+        acquire_of_reclaiming_is_needed: Reclaiming, RACE;
+        counting_before_clearing_is_needed: ClearedFirst, RACE;
+        read_after_arming_is_needed: ReadFirst, DEADLOCK;
+        arming_at_the_read_position_is_needed: ArmedAhead, OVERTAKEN;
     }
-    the_rule_for_a_message = sender::run {
-        needs_the_release_of_arming: Arming, RACE;
-        needs_the_acquire_behind_it: Armed, RACE;
-        needs_the_release_of_clearing: Clearing, RACE;
-        needs_the_acquire_of_taking_back: TakingBack, RACE;
-        needs_its_books_before_the_clearing: ClearedFirst, RACE;
-        needs_to_know_what_was_read: ArmedAhead, RACE;
+    message_rule = sender::run {
+        release_of_arming_is_needed: Arming, RACE;
+        acquire_of_armed_is_needed: Armed, RACE;
+        release_of_clearing_is_needed: Clearing, RACE;
+        acquire_of_reclaiming_is_needed: Reclaiming, RACE;
+        counting_before_clearing_is_needed: ClearedFirst, RACE;
+        arming_at_the_read_position_is_needed: ArmedAhead, RACE;
     }
 }

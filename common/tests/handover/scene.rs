@@ -1,5 +1,4 @@
-//! What both rules have around them: the memory that is handed over, the program's view of the kernel, the client, and which
-//! order is weakened.
+//! The parts of both models: the slot, the program's view of the kernel, the client, and the weakened order.
 
 use std::{
     cell::UnsafeCell,
@@ -21,56 +20,56 @@ use crate::{
 };
 
 pub(crate) const KEY: u64 = 7;
-/// Bytes of the message, each a segment or a message of the endpoint's own.
+/// Bytes of the message. Each is a segment, or a message that the endpoint sends.
 pub(crate) const BYTES: usize = 3;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Weakened {
     /// The agent's store that arms is relaxed.
     Arming,
-    /// The program's second load is.
+    /// The program's second load of `armed` is relaxed.
     Armed,
-    /// The program's store that lets go is.
+    /// The program's store that disarms is relaxed.
     Clearing,
-    /// The agent's load that sees it is.
-    TakingBack,
-    /// The program lets go before it has written its books.
+    /// The agent's load that sees the disarming is relaxed.
+    Reclaiming,
+    /// The program disarms before it has counted.
     ClearedFirst,
-    /// The agent reads what has arrived before it arms, and not behind that.
+    /// The agent reads what has arrived before it arms, not after.
     ReadFirst,
-    /// The agent arms as if it had read one byte more.
+    /// The agent arms as if it had consumed one byte more.
     ArmedAhead,
 }
 
-/// What has happened, over all orders: a check is worth something only if everything does.
+/// Counters of what happened over all orders. The check is meaningful only if each case occurs.
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
     redirected: AtomicU64,
     passed: AtomicU64,
     slept: AtomicU64,
     disarmed: AtomicU64,
-    read_behind_arming: AtomicU64,
+    read_after_arming: AtomicU64,
 }
 
 impl Seen {
     pub(crate) fn all(&self) -> bool {
-        let Self { redirected, passed, slept, disarmed, read_behind_arming } = self;
-        [redirected, passed, slept, disarmed, read_behind_arming].iter().all(|count| count.load(Relaxed) > 0)
+        let Self { redirected, passed, slept, disarmed, read_after_arming } = self;
+        [redirected, passed, slept, disarmed, read_after_arming].iter().all(|count| count.load(Relaxed) > 0)
     }
 }
 
-/// The slot `S`, without a lock; which of its fields are whose is what is checked.
+/// The slot `S` without a lock: the model checks which side owns its fields.
 pub(crate) struct Scene<S> {
     slot: UnsafeCell<S>,
-    /// Stands for all fields that are not words: who touches them touches this, and loom tells when two do so at once.
+    /// Stands for all fields that are not words. Every access to them accesses this too, so that loom reports races.
     plain: loom::cell::UnsafeCell<()>,
-    /// The agent's sleep.
+    /// Wakes the agent.
     pub(crate) event: Notify,
-    /// The client has got more of what was redirected: the next look of `settle`.
+    /// Wakes the agent's `settle` when the client has received more of what was redirected.
     pub(crate) moved: Notify,
-    /// What the client has got.
+    /// What the client has received.
     pub(crate) client: Mutex<Vec<u8>>,
-    /// What has reached the agent's socket; locked for as long as a verdict runs, and by whoever reads it.
+    /// What has reached the agent's socket. Verdicts and reads hold the lock.
     pub(crate) socket: Mutex<Vec<u8>>,
     /// Whether the client's send queue has room for each byte.
     room: [bool; BYTES],
@@ -78,9 +77,9 @@ pub(crate) struct Scene<S> {
     seen: Arc<Seen>,
 }
 
-// SAFETY: the words are atomics; of the rest loom runs one thread at a time, and tells of accesses that nothing orders.
+// SAFETY: the words are atomics. loom runs one thread at a time and reports unordered accesses to the rest.
 unsafe impl<S> Sync for Scene<S> {}
-// SAFETY: as above.
+// SAFETY: loom runs one thread at a time and reports unordered accesses.
 unsafe impl<S> Send for Scene<S> {}
 
 impl<S> Scene<S> {
@@ -111,7 +110,7 @@ impl<S> Scene<S> {
         self.weakened == Some(weakened)
     }
 
-    /// `order`, unless it is the one to be weakened.
+    /// `order`, or `Relaxed` if this is the weakened one.
     pub(crate) fn order(&self, place: Weakened, order: Ordering) -> Ordering {
         if self.is(place) { Relaxed } else { order }
     }
@@ -121,10 +120,10 @@ impl<S> Scene<S> {
         std::mem::take(&mut *self.socket.lock().unwrap())
     }
 
-    /// Takes what has arrived, once the flow is handed over.
-    pub(crate) fn read_behind_arming(&self) -> Vec<u8> {
+    /// Takes what has arrived, after arming.
+    pub(crate) fn read_after_arming(&self) -> Vec<u8> {
         let bytes = self.read_now();
-        self.seen.read_behind_arming.fetch_add(u64::from(!bytes.is_empty()), Relaxed);
+        self.seen.read_after_arming.fetch_add(u64::from(!bytes.is_empty()), Relaxed);
         bytes
     }
 
@@ -134,24 +133,24 @@ impl<S> Scene<S> {
         self.event.wait();
     }
 
-    /// Writes as user space, which stands at `framing`.
+    /// Forwards bytes in user space, from the position `framing`.
     pub(crate) fn forward(&self, framing: &mut Framing, bytes: &[u8]) {
         for byte in bytes {
-            assert_eq!(framing.feed(&[*byte]), 1, "the message has more bytes than it has");
+            assert_eq!(framing.feed(&[*byte]), 1, "more bytes than the message has");
             self.client.lock().unwrap().push(*byte);
         }
     }
 
-    /// Every byte once, in order.
+    /// The client has received every byte once and in order.
     pub(crate) fn check(&self) {
         let got = self.client.lock().unwrap();
         assert_eq!(*got, (0..BYTES as u8).collect::<Vec<_>>(), "every byte once, in order");
     }
 
-    /// The agent's half of `Span`, in the order of `SpanRef`.
+    /// Arms the span, with the stores in the agent's order.
     pub(crate) fn arm(&self, span: *mut Span, framing: Framing, armed: u64) {
         self.plain();
-        // SAFETY: released, so these fields are the agent's; the model tells if not.
+        // SAFETY: the span is released, so these fields are the agent's; the model reports a race if not.
         unsafe {
             (*span).framing = framing;
             (*span).stop = 0;
@@ -164,7 +163,7 @@ impl<S> Scene<S> {
 
     pub(crate) fn is_released(&self, span: *const Span) -> bool {
         // SAFETY: a word.
-        unsafe { &(*span).armed }.atomic().load(self.order(Weakened::TakingBack, Acquire)) == 0
+        unsafe { &(*span).armed }.atomic().load(self.order(Weakened::Reclaiming, Acquire)) == 0
     }
 
     pub(crate) fn disarm(&self, span: *const Span) {
@@ -178,22 +177,22 @@ impl<S> Scene<S> {
         unsafe { &(*span).redir }.atomic().load(Acquire)
     }
 
-    /// Where the message stands. Only while released.
+    /// The position in the message. Only while the span is released.
     pub(crate) fn framing(&self, span: *const Span) -> Framing {
         self.plain();
-        // SAFETY: as in `arm`.
+        // SAFETY: the span is released, so the field is the agent's; the model reports a race if not.
         unsafe { (*span).framing }
     }
 }
 
-/// A program at work on one byte.
+/// A run of a program on one byte.
 pub(crate) struct Program<'a, S> {
     pub(crate) scene: &'a Scene<S>,
     pub(crate) span: *const Span,
     pub(crate) byte: u8,
     /// The endpoint's `write_seq`.
     pub(crate) write_seq: u32,
-    /// It has begun to use what was handed over.
+    /// It uses fields of the span.
     owns: bool,
     redirected: bool,
 }
@@ -208,7 +207,7 @@ impl<'a, S> Program<'a, S> {
         self.scene.plain();
     }
 
-    /// The program is over, and has written its books if it has not let go of them. True: the byte is the kernel's to move.
+    /// Ends the run. Returns whether the kernel moves the byte.
     pub(crate) fn end(&self) -> bool {
         self.booked();
         let seen = if self.redirected { &self.scene.seen.redirected } else { &self.scene.seen.passed };
@@ -224,13 +223,13 @@ impl<'a, S> Program<'a, S> {
 }
 
 impl<S> Kernel for Program<'_, S> {
-    /// A read-modify-write, as there (`agent-ebpf/src/memory.rs`).
+    /// A read-modify-write, as in `agent-ebpf/src/memory.rs`.
     fn load_acquire(&mut self, word: &Word) -> u64 {
         word.atomic().fetch_add(0, self.scene.order(Weakened::Armed, AcqRel))
     }
 
     fn clear_release(&mut self, word: &Word) {
-        // The books have been written just now.
+        // The program counted before this call.
         self.booked();
         self.owns = false;
         word.atomic().swap(0, self.scene.order(Weakened::Clearing, Release));
@@ -242,7 +241,7 @@ impl<S> Kernel for Program<'_, S> {
     }
 
     fn target(&mut self, key: u64) -> Option<SendBuffer> {
-        assert_eq!(key, KEY, "a target that the agent has not named");
+        assert_eq!(key, KEY, "a target that the agent did not set");
         let write_seq = self.scene.client.lock().unwrap().len() as u32;
         let queued = if self.scene.room[usize::from(self.byte)] { 0 } else { 1 << 20 };
         Some(SendBuffer { write_seq, queued, limit: 1 << 20, piece: 1 })
@@ -267,7 +266,7 @@ impl<S> Kernel for Program<'_, S> {
     }
 }
 
-/// A span as it is when a connection is made.
+/// The span of a new connection.
 pub(crate) fn span() -> Span {
     Span {
         armed: Word::default(),

@@ -1,4 +1,4 @@
-//! The local rule: an endpoint's `sendmsg` with its program, and the agent, which shares no lock with them.
+//! The model of path `local`: the endpoint's `sendmsg` with its program, and the agent, which shares no lock with them.
 
 use std::sync::Arc;
 
@@ -25,7 +25,7 @@ pub(crate) fn run(room: [bool; BYTES], weakened: Option<Weakened>, seen: &Arc<Se
     scene.check();
 }
 
-/// The endpoint sends one byte. What it decides under its socket's lock it does after that (`tcp_bpf_send_verdict`).
+/// The endpoint sends one byte. The program decides under the socket's lock; the transfer follows without it (`tcp_bpf_send_verdict`).
 fn send(scene: &Scene<LocalSlot>, byte: u8, write_seq: &mut u32) {
     // SAFETY: one endpoint, and the agent's accesses are what the model checks.
     let slot = unsafe { &mut *scene.slot() };
@@ -52,7 +52,7 @@ impl Message for Program<'_, LocalSlot> {
     }
 }
 
-/// As `Delivery::run`.
+/// The agent's delivery.
 fn agent(scene: &Scene<LocalSlot>) {
     let slot = scene.slot();
     // SAFETY: a field's address.
@@ -62,16 +62,16 @@ fn agent(scene: &Scene<LocalSlot>) {
         // `span`
         let before = scene.redirected(span);
         scene.plain();
-        // SAFETY: as in `Scene::arm`.
+        // SAFETY: the slot is released, so this field is the agent's; the model reports a race if not.
         unsafe { (*slot).expected = 0 };
         scene.arm(span, framing, 1 << 32 | consumed);
         let pending = listen(scene, span);
         if !scene.is_released(span) {
             scene.disarm(span);
-            // `wait_for_verdict`: of the agent's own socket, which tells nothing of the endpoint's.
+            // `wait_for_verdict`: waits for the agent's own socket, not for the endpoint's.
             drop(scene.socket.lock().unwrap());
         }
-        // `take_back`, `arrived`
+        // Reclaims.
         account += scene.redirected(span) - before;
         framing = scene.framing(span);
         while (scene.client.lock().unwrap().len() as u64) < account {
@@ -83,10 +83,10 @@ fn agent(scene: &Scene<LocalSlot>) {
     }
 }
 
-/// Bytes that have been sent over the connection; none when the kernel lets go first.
+/// Bytes that were sent over the connection; none if the kernel disarms first.
 fn listen(scene: &Scene<LocalSlot>, span: *const crate::slot::Span) -> Vec<u8> {
     loop {
-        let pending = scene.read_behind_arming();
+        let pending = scene.read_after_arming();
         if !pending.is_empty() || scene.is_released(span) {
             return pending;
         }

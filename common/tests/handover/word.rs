@@ -1,4 +1,4 @@
-//! Loom's atomic as the word of the slots: unordered accesses are relaxed ones.
+//! loom's atomic as the word of the slots. Unordered accesses are relaxed.
 
 use loom::sync::atomic::{AtomicU64, Ordering::Relaxed};
 

@@ -1,4 +1,4 @@
-//! Numbers that look random and come again from the same seed.
+//! Reproducible pseudorandom numbers.
 
 pub(crate) struct Random(u64);
 
@@ -15,7 +15,7 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// Any of `low..=high`.
+    /// A number from `low..=high`.
     pub(crate) fn within(&mut self, low: usize, high: usize) -> usize {
         low + (self.next() % (high - low + 1) as u64) as usize
     }

@@ -1,8 +1,8 @@
-//! The kernel program's walk over one segment (`parse` and `step` in `agent-ebpf/src/main.rs`), over a slice.
+//! The walk of the kernel programs over one segment (`parse` and `step` in `agent-ebpf/src/`), on a slice.
 
 use penstock_common::framing::Framing;
 
-/// Advances over the segment as far as `max_steps` let it; returns how far.
+/// Advances over the segment by at most `max_steps` steps. Returns how many bytes it took.
 pub(crate) fn walk(framing: &mut Framing, segment: &[u8], max_steps: u32) -> usize {
     let mut at = framing.skip(segment.len() as u64) as usize;
     for _ in 0..max_steps {
@@ -23,7 +23,7 @@ pub(crate) fn walk(framing: &mut Framing, segment: &[u8], max_steps: u32) -> usi
     at
 }
 
-/// The program's answer: the whole segment lies inside the message.
+/// The kernel program's result: whether the whole segment lies inside the message.
 pub(crate) fn parse(framing: &mut Framing, segment: &[u8], max_steps: u32) -> bool {
     walk(framing, segment, max_steps) == segment.len() && !framing.is_invalid()
 }
