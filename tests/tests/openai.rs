@@ -12,7 +12,7 @@ use penstock_tests::{
 };
 
 /// The steps of `client.py`, in order.
-const PARTS: [&str; 8] =
+const STEPS: [&str; 8] =
     ["chat", "chat streamed", "text", "models", "errors", "kept connection", "abandoned", "20 streams at once"];
 
 #[tokio::test]
@@ -46,11 +46,11 @@ async fn openai_python_package_works() {
     // Proxy settings of the environment must not apply to loopback.
     command.env("NO_PROXY", "*");
     let mut client = Process::spawn(command).unwrap();
-    let summary = client.line("all parts held", Duration::from_secs(60)).await.unwrap();
+    let summary = client.line("all steps passed", Duration::from_secs(60)).await.unwrap();
     assert!(client.ended(Duration::from_secs(10)).await.unwrap().success(), "{:?}", client.output());
-    let held: Vec<String> =
+    let passed: Vec<String> =
         client.output().iter().filter_map(|line| line.strip_prefix("ok ").map(str::to_owned)).collect();
-    assert_eq!(held, PARTS, "{summary}");
+    assert_eq!(passed, STEPS, "{summary}");
 
     // Both endpoints served streams and some were steered. How many depends on the machine: on a busy one, a short stream arrives
     // whole before it can be steered. The agent counts a stream after it reclaims the flow, which may be after the client is done.

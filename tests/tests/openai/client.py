@@ -1,7 +1,7 @@
-"""What a user's program does with the `openai` package, pointed at the agent: python client.py BASE_URL.
+"""Uses the `openai` package like a user's program, against the agent: python client.py BASE_URL.
 
-Asserts everything itself; prints one line for each part that held. BASE_URL ends in /v1; the model server behind the agent
-is the tests' own, whose tokens are these twelve words in turn.
+Asserts everything itself and prints one line per passed step. BASE_URL ends in /v1. The agent's endpoint is the tests' model
+server, whose tokens repeat these twelve words.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ CHAT = {"model": "sample", "messages": MESSAGES, "max_tokens": TOKENS}
 PACED = {"extra_body": {"x-test-interval-us": 2000}}
 
 
-def told(what):
+def passed(what):
     print(f"ok {what}", flush=True)
 
 
@@ -27,7 +27,7 @@ def chat(client):
     assert answer.choices[0].finish_reason == "length", answer
     assert answer.usage.completion_tokens == TOKENS, answer
     assert answer.usage.prompt_tokens == 4, answer
-    told("chat")
+    passed("chat")
 
 
 def chat_streamed(client):
@@ -40,7 +40,7 @@ def chat_streamed(client):
     assert len({part.id for part in parts}) == 1, parts
     assert parts[-2].choices[0].finish_reason == "length", parts[-2]
     assert parts[-1].usage.completion_tokens == TOKENS, parts[-1]
-    told("chat streamed")
+    passed("chat streamed")
 
 
 def text(client):
@@ -49,40 +49,40 @@ def text(client):
     assert answer.choices[0].text == TEXT, answer
     parts = list(client.completions.create(**asked, **PACED, stream=True))
     assert "".join(part.choices[0].text for part in parts) == TEXT, parts
-    told("text")
+    passed("text")
 
 
 def models(client):
     listed = client.models.list()
     assert [model.id for model in listed] == ["sample"], listed
-    told("models")
+    passed("models")
 
 
 def errors(client):
-    """The agent's own, the endpoint's, and the class that each status becomes."""
+    """Errors of the agent and of the endpoint, and the exception class of each status."""
     try:
         client.chat.completions.create(model="unrouted", messages=MESSAGES)
-        raise AssertionError("a model without a route was answered")
+        raise AssertionError("a model without a route got a response")
     except openai.NotFoundError as error:
         assert isinstance(error, openai.APIStatusError)
         assert (error.status_code, error.code, error.type) == (404, "no_route", "invalid_request_error"), error
         assert "no route" in error.body["message"], error.body
     try:
         client.chat.completions.create(model="unpickable", messages=MESSAGES)
-        raise AssertionError("a pool whose picker is gone answered")
+        raise AssertionError("a pool without its picker got a response")
     except openai.InternalServerError as error:
         assert (error.status_code, error.code, error.type) == (503, "picker_failed", "server_error"), error
         assert error.response.headers["retry-after"] == "1", error.response.headers
     try:
         client.get("/nothing", cast_to=object)
-        raise AssertionError("what the endpoint does not know was answered")
+        raise AssertionError("a path unknown to the endpoint got a response")
     except openai.NotFoundError as error:
         assert (error.status_code, error.code, error.type) == (404, "404", "NotFoundError"), (error.code, error.type)
-    told("errors")
+    passed("errors")
 
 
 def kept_connection(client):
-    """An error in between does not cost the connection, nor does a stream."""
+    """Errors and streams keep the connection usable."""
     for _ in range(3):
         chat_streamed_quietly(client)
         assert client.chat.completions.create(**CHAT).choices[0].message.content == TEXT
@@ -90,7 +90,7 @@ def kept_connection(client):
             client.chat.completions.create(model="unrouted", messages=MESSAGES)
         except openai.NotFoundError:
             pass
-    told("kept connection")
+    passed("kept connection")
 
 
 def chat_streamed_quietly(client):
@@ -99,11 +99,11 @@ def chat_streamed_quietly(client):
 
 
 def abandoned(client):
-    """A stream that is closed early leaves the client usable."""
+    """A stream closed early leaves the client usable."""
     with client.chat.completions.create(**CHAT, **PACED, stream=True) as stream:
         next(iter(stream))
     assert client.chat.completions.create(**CHAT).choices[0].message.content == TEXT
-    told("abandoned")
+    passed("abandoned")
 
 
 async def concurrent(base_url):
@@ -116,17 +116,17 @@ async def concurrent(base_url):
         answers = await asyncio.gather(*(one(client, 20 + number) for number in range(20)))
     for number, answer in enumerate(answers):
         assert "".join(answer) == "".join(f"{WORDS[n % len(WORDS)]} " for n in range(20 + number)), (number, answer)
-    told(f"{len(answers)} streams at once")
+    passed(f"{len(answers)} streams at once")
 
 
 def main():
     base_url = sys.argv[1]
-    # Without retries, so that a failure that a second try would hide is seen.
+    # Without retries, which would hide failures.
     with openai.OpenAI(base_url=base_url, api_key="none", max_retries=0) as client:
-        for part in (chat, chat_streamed, text, models, errors, kept_connection, abandoned):
-            part(client)
+        for step in (chat, chat_streamed, text, models, errors, kept_connection, abandoned):
+            step(client)
     asyncio.run(concurrent(base_url))
-    print(f"openai {openai.__version__}: all parts held")
+    print(f"openai {openai.__version__}: all steps passed")
 
 
 main()

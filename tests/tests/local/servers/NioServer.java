@@ -1,5 +1,5 @@
-// A selector over channels that reads as many bytes as the socket says are there (`InputStream.available`, FIONREAD), and answers
-// each POST with the length and the SHA-256 of its body, and everything else with many bytes.
+// A selector over channels that reads as many bytes as the socket reports (`InputStream.available`, FIONREAD). It answers each POST
+// with the length and the SHA-256 of its body, and everything else with many bytes.
 
 import java.net.InetAddress;
 import java.net.InetSocketAddress;
@@ -13,7 +13,7 @@ import java.security.MessageDigest;
 import java.util.HexFormat;
 
 class NioServer {
-    // One connection: the head that is being read, then the body.
+    // State of one connection: the head being read, then the body.
     static class Connection {
         final StringBuilder line = new StringBuilder();
         final MessageDigest digest;
@@ -35,7 +35,7 @@ class NioServer {
             }
         }
 
-        // Takes what has been read; returns what is to be sent.
+        // Consumes the bytes read; returns the bytes to send.
         String take(ByteBuffer bytes) {
             var out = new StringBuilder();
             while (bytes.hasRemaining()) {
@@ -113,7 +113,7 @@ class NioServer {
     static void serve(SocketChannel channel, Connection connection) throws java.io.IOException {
         int available = available(channel);
         if (available == 0) {
-            // The end, as far as the socket says.
+            // The socket reports the end.
             if (channel.read(ByteBuffer.allocate(1)) < 0) {
                 channel.close();
             } else {
@@ -131,7 +131,7 @@ class NioServer {
         }
     }
 
-    // SocketAdaptor's stream refuses channels that do not block, so the channel's own method is asked.
+    // SocketAdaptor's stream rejects non-blocking channels, so this calls the channel's own method.
     static int available(SocketChannel channel) throws java.io.IOException {
         try {
             var method = channel.getClass().getDeclaredMethod("available");

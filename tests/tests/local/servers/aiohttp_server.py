@@ -1,5 +1,5 @@
-"""aiohttp: `/bulk` is the file in one piece, `/stream` the same in many, `/file` what aiohttp makes of a file; `/post` answers
-with the length and the SHA-256 of the body."""
+"""aiohttp: `/bulk` is the file in one piece, `/stream` in many, `/file` an aiohttp FileResponse; `/post` returns the length
+and the SHA-256 of the body."""
 
 import asyncio
 import hashlib

@@ -1,5 +1,5 @@
-"""A plain ASGI application on uvicorn: `/bulk` is the file in one piece, `/stream` the same in many; `/post` answers with the
-length and the SHA-256 of the body. The event loop is the second argument."""
+"""A plain ASGI application on uvicorn: `/bulk` is the file in one piece, `/stream` in many; `/post` returns the length and
+the SHA-256 of the body. The event loop is the second argument."""
 
 import asyncio
 import hashlib

@@ -1,5 +1,5 @@
-// Node's http: `/bulk` is the file in one piece, `/stream` the same in many, `/file` the file piped; `/post` answers with the length
-// and the SHA-256 of the body.
+// Node's http: `/bulk` is the file in one piece, `/stream` in many, `/file` the file piped; `/post` returns the length and the
+// SHA-256 of the body.
 
 const crypto = require("crypto");
 const fs = require("fs");

@@ -1,5 +1,5 @@
-// Go's net/http: `/bulk` is the file in one piece, `/stream` the same in many, `/file` what net/http makes of a file; `/post` answers
-// with the length and the SHA-256 of the body.
+// Go's net/http: `/bulk` is the file in one piece, `/stream` in many, `/file` served as a file by net/http; `/post` returns the
+// length and the SHA-256 of the body.
 package main
 
 import (
