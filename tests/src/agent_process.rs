@@ -125,7 +125,7 @@ impl AgentProcess {
 
     /// Returns once the workers have been idle for a while: by then everything handed to them has gone as far as it can, and an
     /// eligible flow is armed.
-    pub async fn rests(&self) -> Result<()> {
+    pub async fn until_idle(&self) -> Result<()> {
         let begin = Instant::now();
         let (mut since, mut before) = (begin, None);
         while since.elapsed() < REST {

@@ -52,8 +52,8 @@ pub struct Report {
     pub complaints: Vec<String>,
 }
 
-/// Runs for `options.time` and until everything rests. Passes progress to `note`. Returns an error only for causes other than the
-/// agents.
+/// Runs for `options.time` and until the agents are idle. Passes progress to `note`. Returns an error only for causes other than
+/// the agents.
 pub async fn run(options: Options, note: impl Fn(&str)) -> Result<Report> {
     let modes = options.mode.map_or_else(|| SteeringMode::value_variants().to_vec(), |mode| vec![mode]);
     let world = World::start().await.context("could not start the servers of the soak run")?;
@@ -120,7 +120,7 @@ async fn phase(
     join(join(join_all(traffic), faults), progress).await;
 }
 
-/// What each agent holds once it rests.
+/// What each agent holds once it is idle.
 async fn footprints(world: &World, subjects: &[Subject]) -> Result<Vec<Footprint>> {
     let mut all = Vec::new();
     for subject in subjects {

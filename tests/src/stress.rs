@@ -4,7 +4,7 @@
 //! A run consists of rounds, each with its own agent in one steering mode; in one of three, connections are pinned. A seed
 //! determines a round (except timing), and a failure names the seed whose first round reproduces it.
 
-mod books;
+mod counters;
 mod case;
 mod exchange;
 mod switch;
@@ -12,8 +12,8 @@ mod tally;
 #[cfg(test)]
 mod tests;
 
-pub use books::{Books, Counts};
 pub use case::Case;
+pub use counters::{Counters, Counts};
 pub use tally::Tally;
 
 use std::net::SocketAddr;
@@ -113,7 +113,7 @@ async fn round(mode: SteeringMode, seed: u64, time: Duration) -> Result<Tally> {
     if let Err(error) = settle(&agent, &servers, &tally).await {
         tally.fail(&reproduce(mode, seed), &error);
     }
-    tally.books = Books::read(&agent.agent.metrics().encode());
+    tally.counters = Counters::read(&agent.agent.metrics().encode());
     Ok(tally)
 }
 

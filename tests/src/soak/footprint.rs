@@ -10,8 +10,8 @@ use aya::maps::{HashMap, Map, MapData, MapInfo};
 use super::subject::Subject;
 use super::world::World;
 
-/// Everything rests within this: endpoint connections are kept for two seconds, and retired resources are freed afterwards.
-const REST: Duration = Duration::from_secs(30);
+/// The agent is idle within this time: endpoint connections are kept for two seconds, and retired resources are freed afterwards.
+const IDLE_WITHIN: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(100);
 /// Maps with an entry per connection, by key size.
 const MAPS: [&str; 3] = ["INDEX", "LOCAL_INDEX", "TAILS"];
@@ -26,13 +26,13 @@ pub(super) struct Footprint {
 }
 
 impl Footprint {
-    /// Returns once everything that must be zero is, or the current state after [`REST`].
+    /// Returns once everything that must be zero is, or the current state after [`IDLE_WITHIN`].
     pub(super) async fn at_rest(world: &World, subject: &Subject) -> Result<Self> {
         let begin = Instant::now();
         loop {
             let found = Self::now(world, subject).await?;
-            let rests = found.entries.iter().all(|(_, count)| *count == 0);
-            if rests || begin.elapsed() > REST {
+            let idle = found.entries.iter().all(|(_, count)| *count == 0);
+            if idle || begin.elapsed() > IDLE_WITHIN {
                 let streams = world.streams_open();
                 world.streams_left.set(world.streams_left.get().max(streams));
                 return Ok(found);

@@ -28,7 +28,7 @@ pub(super) struct World {
     pub(super) certificate: Certificate,
     pub(super) cert_file: PathBuf,
     pub(super) key_file: PathBuf,
-    /// The highest number of streams left open at an EPP when everything rested.
+    /// The highest number of streams left open at an EPP when the agents were idle.
     pub(super) streams_left: Cell<usize>,
     /// Clients so far.
     clients: Cell<usize>,

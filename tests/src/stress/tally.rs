@@ -5,8 +5,8 @@ use std::fmt;
 use anyhow::Error;
 use penstock_agent::config::SteeringMode;
 
-use super::books::Books;
 use super::case::{Case, Exchange};
+use super::counters::Counters;
 use super::exchange::{Garbled, Outcome, Short};
 use super::{mode_name, paths};
 use crate::content::Mismatch;
@@ -37,7 +37,7 @@ pub struct Tally {
     pub odd: u64,
     /// The first failures of these three kinds.
     pub failures: Vec<String>,
-    pub books: Books,
+    pub counters: Counters,
 }
 
 impl Tally {
@@ -54,7 +54,7 @@ impl Tally {
             short: 0,
             odd: 0,
             failures: Vec::new(),
-            books: Books::default(),
+            counters: Counters::default(),
         }
     }
 
@@ -111,7 +111,7 @@ impl Tally {
         self.short += other.short;
         self.odd += other.odd;
         self.failures.extend_from_slice(&other.failures[..other.failures.len().min(KEPT - self.failures.len())]);
-        self.books.add(&other.books);
+        self.counters.add(&other.counters);
     }
 
     /// Everything that is wrong, including paths that carried nothing; empty if all is well.
@@ -125,7 +125,7 @@ impl Tally {
         if self.complete == 0 {
             complaints.push(format!("{mode}: no response was complete"));
         }
-        for path in paths(self.mode).iter().filter(|path| self.books.bytes.get(path) == 0) {
+        for path in paths(self.mode).iter().filter(|path| self.counters.bytes.get(path) == 0) {
             complaints.push(format!("{mode}: the path {path} carried nothing"));
         }
         complaints
@@ -134,7 +134,7 @@ impl Tally {
 
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { complete, broken, left, switched, read, wrong, short, odd, books, .. } = self;
+        let Self { complete, broken, left, switched, read, wrong, short, odd, counters, .. } = self;
         writeln!(
             f,
             "{:<8} {} requests, {switched} of them switches of protocol: {complete} complete, {broken} broken off by \
@@ -142,9 +142,9 @@ impl fmt::Display for Tally {
             self.name(),
             self.requests(),
         )?;
-        writeln!(f, "  bytes  {}", books.bytes)?;
-        writeln!(f, "  flows  {}: {}", books.flows.sum(), books.flows)?;
-        writeln!(f, "  stops  {}", books.stops)?;
+        writeln!(f, "  bytes  {}", counters.bytes)?;
+        writeln!(f, "  flows  {}: {}", counters.flows.sum(), counters.flows)?;
+        writeln!(f, "  stops  {}", counters.stops)?;
         writeln!(
             f,
             "  wrong  {wrong} streams with a wrong byte, {short} closed orderly too early, {odd} other failures"

@@ -153,7 +153,7 @@ fn unused_path_is_reported() {
         tally.complete = 1;
         assert_eq!(tally.complaints().len(), paths(*mode).len());
         for path in paths(*mode) {
-            tally.books.add(&Books::read(&format!("penstock_body_bytes_total{{path=\"{path}\"}} 1\n")));
+            tally.counters.add(&Counters::read(&format!("penstock_body_bytes_total{{path=\"{path}\"}} 1\n")));
         }
         assert_eq!(tally.complaints(), Vec::<String>::new());
     }

@@ -70,7 +70,7 @@ async fn stall(steering: &str) {
     for id in 0..CLIENTS {
         clients.push(begun(&agent, id).await);
     }
-    agent.rests().await.unwrap();
+    agent.until_idle().await.unwrap();
     let (before, sent) = (Memory::now(&agent), server.written());
 
     server.resume();

@@ -49,7 +49,7 @@ async fn stall(steering: &str, time: Duration) {
     assert_eq!(client.head().await.unwrap().status, 200);
     let mut checker = plan.checker();
     assert_eq!(at_least(&mut client, &mut checker, FIRST).await.unwrap(), None);
-    agent.rests().await.unwrap();
+    agent.until_idle().await.unwrap();
     server.resume();
     let before = Memory::now(&agent);
     assert_eq!(at_least(&mut client, &mut checker, 8 * MIB).await.unwrap(), None);

@@ -49,8 +49,9 @@ impl fmt::Display for Counts {
     }
 }
 
+/// The counters of one or more agents.
 #[derive(Clone, Debug, Default)]
-pub struct Books {
+pub struct Counters {
     /// Body bytes, by path.
     pub bytes: Counts,
     /// Responses, by path and steering reason.
@@ -61,7 +62,7 @@ pub struct Books {
     pub requests: Counts,
 }
 
-impl Books {
+impl Counters {
     #[must_use]
     pub fn read(metrics: &str) -> Self {
         let read = |name| Counts::read(metrics, name);
@@ -91,10 +92,10 @@ mod tests {
             penstock_flows_total{path=\"ingress\",reason=\"length\"} 2\n\
             penstock_flows_total{path=\"relay\",reason=\"small\"} 3\n\
             penstock_body_bytes_total{path=\"relay\"} 10\n";
-        let mut books = Books::read(metrics);
-        books.add(&books.clone());
-        assert_eq!(books.flows.to_string(), "ingress length 4, relay small 6");
-        assert_eq!((books.bytes.get("relay"), books.bytes.get("ingress"), books.flows.sum()), (20, 0, 10));
-        assert_eq!(books.stops.to_string(), "none");
+        let mut counters = Counters::read(metrics);
+        counters.add(&counters.clone());
+        assert_eq!(counters.flows.to_string(), "ingress length 4, relay small 6");
+        assert_eq!((counters.bytes.get("relay"), counters.bytes.get("ingress"), counters.flows.sum()), (20, 0, 10));
+        assert_eq!(counters.stops.to_string(), "none");
     }
 }
