@@ -107,7 +107,7 @@ impl InferencePool {
         let first = address();
         let mut ranks = Vec::new();
         for _ in 0..3 {
-            ranks.push(Pod::http1((first, 0).into()).await.expect("a rank"));
+            ranks.push(Pod::http1((first, 0).into()).await.expect("could not start a rank"));
         }
         let ports: Vec<u16> = ranks.iter().map(|rank| rank.addr.port()).collect();
         let mut addresses = vec![first];
@@ -115,7 +115,7 @@ impl InferencePool {
             let address = address();
             addresses.push(address);
             for &port in &ports {
-                ranks.push(Pod::http1((address, port).into()).await.expect("a rank"));
+                ranks.push(Pod::http1((address, port).into()).await.expect("could not start a rank"));
             }
         }
         Self::over(name, ranks, addresses.iter().map(ToString::to_string).collect(), ports).await
@@ -224,7 +224,7 @@ pub(crate) fn choosing_addresses(request: Request, list: &str) -> Request {
 /// On a new connection.
 pub(crate) async fn send(gateway: &TestAgent, request: &Request) -> Response {
     let mut client = Client::connect(gateway.addr).await.expect("the gateway accepts");
-    client.request(request).await.expect("a response")
+    client.request(request).await.expect("the request failed")
 }
 
 /// The pod that sent the whole response.
@@ -234,7 +234,7 @@ pub(crate) fn served(response: &Response) -> SocketAddr {
     let mut checker = plan.checker();
     checker.feed(&response.body).expect("the bytes that were sent");
     assert_eq!(checker.offset(), plan.size);
-    response.served_by().expect("a pod's response")
+    response.served_by().expect("the response names no pod")
 }
 
 /// Sends the request a hundred times, ten at once, each ten on one connection; returns the pods that served.
@@ -243,7 +243,7 @@ pub(crate) async fn hundred(gateway: &TestAgent, request: &Request) -> Vec<Socke
         let mut client = Client::connect(gateway.addr).await.expect("the gateway accepts");
         let mut pods = Vec::new();
         for _ in 0..10 {
-            pods.push(served(&client.request(request).await.expect("a response")));
+            pods.push(served(&client.request(request).await.expect("the request failed")));
         }
         pods
     };

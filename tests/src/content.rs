@@ -117,7 +117,7 @@ impl fmt::Display for Mismatch {
         match shift {
             Some(lost @ 1..) => write!(f, "which belongs {lost} bytes later (lost bytes)"),
             Some(early) => write!(f, "which belongs {} bytes earlier (repeated bytes)", -early),
-            None => f.write_str("which is from nowhere near"),
+            None => f.write_str("which belongs nowhere nearby"),
         }
     }
 }
@@ -257,7 +257,7 @@ mod tests {
         let mismatch = checker.feed(&Alphabet::Binary.bytes(2, 100, 100)).unwrap_err();
         assert_eq!((mismatch.offset, mismatch.shift), (100, None));
         assert_eq!(Alphabet::Binary.locate(2, 100, &mismatch.found), Some(100));
-        assert!(mismatch.to_string().contains("nowhere near"));
+        assert!(mismatch.to_string().contains("nowhere nearby"));
     }
 
     #[test]

@@ -86,7 +86,7 @@ pub async fn run(server: &RealServer, mode: SteeringMode, extent: Extent) -> Res
                 let body = body(tally.posts, size);
                 let post = post(&mut client, server.target(), manner, &body);
                 let answered = tokio::time::timeout(PATIENCE, post).await;
-                answered.unwrap_or_else(|_| bail!("no answer")).with_context(|| format!("{manner:?} of {size}"))?;
+                answered.unwrap_or_else(|_| bail!("no response")).with_context(|| format!("{manner:?} of {size}"))?;
                 tally.posts += 1;
                 tally.bytes += size;
             }
@@ -151,7 +151,7 @@ async fn pipelined(agent: SocketAddr, target: &str) -> Result<usize> {
         let wire: Vec<u8> = bodies.iter().flat_map(|body| Request::post(target, body.clone()).wire("agent")).collect();
         client.send_raw(&wire).await?;
         for body in &bodies {
-            let response = tokio::time::timeout(PATIENCE, client.response()).await.context("no answer")??;
+            let response = tokio::time::timeout(PATIENCE, client.response()).await.context("no response")??;
             check(&response, body.len(), body)?;
         }
         anyhow::Ok(bodies.len())
@@ -170,7 +170,7 @@ async fn kept(agent: SocketAddr, target: &str, connections: usize) -> Result<usi
         let posts = clients.iter_mut().enumerate().map(async |(number, client)| {
             let body = body(round * connections + number, 1000 + number);
             let post = post(client, target, Manner::Length, &body);
-            tokio::time::timeout(PATIENCE, post).await.context("no answer")?
+            tokio::time::timeout(PATIENCE, post).await.context("no response")?
         });
         try_join_all(posts).await?;
     }
@@ -191,6 +191,6 @@ fn check(response: &Response, length: usize, body: &[u8]) -> Result<()> {
             (text, format!("{length} {hex}"))
         }
     };
-    ensure!(said == right, "{said} came, {right} was sent");
+    ensure!(said == right, "the response reports {said}, sent {right}");
     Ok(())
 }

@@ -124,7 +124,7 @@ async fn phase(
 async fn footprints(world: &World, subjects: &[Subject]) -> Result<Vec<Footprint>> {
     let mut all = Vec::new();
     for subject in subjects {
-        all.push(Footprint::at_rest(world, subject).await.with_context(|| subject.name())?);
+        all.push(Footprint::when_idle(world, subject).await.with_context(|| subject.name())?);
     }
     Ok(all)
 }

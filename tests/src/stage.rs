@@ -27,9 +27,9 @@ impl Stage {
 
     /// `adjust` changes the configuration for the test; steering is off and the pool is the first.
     pub async fn with<S: Script>(script: impl FnOnce(&[SocketAddr]) -> S, adjust: impl FnOnce(&mut Config)) -> Self {
-        let one = ModelServer::start(Options::default()).await.expect("an endpoint");
-        let two = ModelServer::start(Options::default()).await.expect("an endpoint");
-        let epp = ScriptedEpp::start(script(&[one.addr, two.addr])).await.expect("a picker");
+        let one = ModelServer::start(Options::default()).await.expect("could not start an endpoint");
+        let two = ModelServer::start(Options::default()).await.expect("could not start an endpoint");
+        let epp = ScriptedEpp::start(script(&[one.addr, two.addr])).await.expect("could not start the picker");
         let pool = epp_pool(&[one.addr, two.addr], epp.addr, FailureMode::Closed);
         let agent = TestAgent::start(pool, SteeringMode::Off, adjust);
         let client = Client::connect(agent.addr).await.expect("could not connect to the agent");
@@ -37,7 +37,7 @@ impl Stage {
     }
 
     pub async fn request(&mut self, request: &Request) -> Response {
-        self.client.request(request).await.expect("a response")
+        self.client.request(request).await.expect("the request failed")
     }
 
     /// Requests that the endpoints have read.
@@ -81,7 +81,7 @@ impl Response {
     #[must_use]
     pub fn echoed(&self) -> Echo {
         assert_eq!(self.status(), 200, "{}", self.text());
-        self.json().expect("an echo")
+        self.json().expect("the response is not an echo")
     }
 
     /// `error.code` of the agent's own error; empty otherwise.

@@ -46,14 +46,14 @@ impl Certificate {
         let tcp = TcpStream::connect(peer).await?;
         tcp.set_nodelay(true)?;
         let name = ServerName::try_from(name.to_owned())?;
-        self.connector(protocols)?.connect(name, tcp).await.context("the handshake")
+        self.connector(protocols)?.connect(name, tcp).await.context("the TLS handshake failed")
     }
 
     /// Like [`Self::connect`], over an existing connection.
     pub async fn over(&self, tcp: TcpStream, protocols: &[&str]) -> Result<TlsStream<TcpStream>> {
         tcp.set_nodelay(true)?;
         let name = ServerName::try_from(self.name.clone())?;
-        self.connector(protocols)?.connect(name, tcp).await.context("the handshake")
+        self.connector(protocols)?.connect(name, tcp).await.context("the TLS handshake failed")
     }
 
     fn connector(&self, protocols: &[&str]) -> Result<TlsConnector> {

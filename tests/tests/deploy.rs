@@ -44,11 +44,11 @@ fn manifest<T: Resource + DeserializeOwned>() -> T {
 }
 
 fn pod() -> PodSpec {
-    manifest::<DaemonSet>().spec.template.spec.expect("a pod's spec")
+    manifest::<DaemonSet>().spec.template.spec.expect("no pod spec")
 }
 
 fn container() -> Container {
-    let [container] = <[Container; 1]>::try_from(pod().containers).expect("one container");
+    let [container] = <[Container; 1]>::try_from(pod().containers).expect("expected one container");
     container
 }
 
@@ -140,8 +140,8 @@ fn config_map_holds_example_at_agents_path() {
 #[test]
 fn ports_match_configuration() {
     let config = config();
-    assert_eq!(config.listen.address.port(), 8080, "the agent's default");
-    assert_eq!(config.admin.address.port(), 9901, "the agent's default");
+    assert_eq!(config.listen.address.port(), 8080, "differs from the agent's default");
+    assert_eq!(config.admin.address.port(), 9901, "differs from the agent's default");
     assert!(config.admin.address.ip().is_unspecified(), "the kubelet cannot probe the admin address");
 
     let ports = container().ports.expect("ports");
@@ -154,7 +154,7 @@ fn ports_match_configuration() {
     assert_eq!(port("http"), i32::from(config.listen.address.port()));
     assert_eq!(port("admin"), i32::from(config.admin.address.port()));
 
-    let metadata = manifest::<DaemonSet>().spec.template.metadata.expect("the pods' metadata");
+    let metadata = manifest::<DaemonSet>().spec.template.metadata.expect("no pod metadata");
     let annotations = metadata.annotations.expect("annotations");
     assert_eq!(annotations["prometheus.io/port"], config.admin.address.port().to_string());
     assert_eq!(annotations["prometheus.io/path"], "/metrics");
@@ -184,7 +184,8 @@ fn pod_can_load_and_attach_programs() {
     let mounts = container().volume_mounts.expect("mounts");
     for path in ["/sys/fs/cgroup", "/sys/kernel/btf"] {
         assert!(paths.contains(path), "{path} is not mounted from the host");
-        let mount = mounts.iter().find(|mount| mount.mount_path == path).unwrap_or_else(|| panic!("mount of {path}"));
+        let mount =
+            mounts.iter().find(|mount| mount.mount_path == path).unwrap_or_else(|| panic!("{path} is not mounted"));
         assert_eq!(mount.read_only, Some(true), "{path}");
     }
 }
@@ -213,7 +214,7 @@ fn container_has_minimal_capabilities_and_drops_root() {
 fn privileged_patch_overrides_security_context() {
     let source: Value = serde_saphyr::from_str(&read("deploy/privileged.yaml")).expect("YAML");
     let patched = &source["spec"]["template"]["spec"]["containers"];
-    let [patched] = &patched.as_array().expect("containers")[..] else { panic!("one container: {patched}") };
+    let [patched] = &patched.as_array().expect("containers")[..] else { panic!("expected one container: {patched}") };
     assert_eq!(patched["name"], container().name.as_str());
     let mut merged = serde_json::to_value(container().security_context).expect("serialises");
     for (field, value) in patched["securityContext"].as_object().expect("fields") {
@@ -256,7 +257,7 @@ fn unit(key: &str) -> Vec<&'static str> {
 /// Runs the agent binary built for these tests.
 fn penstock(arguments: &[&str]) -> String {
     let binary = Process::binary("penstock").unwrap_or_else(|error| panic!("{error:#}"));
-    let output = Command::new(binary).args(arguments).current_dir(root()).output().expect("penstock starts");
+    let output = Command::new(binary).args(arguments).current_dir(root()).output().expect("could not start penstock");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "penstock {arguments:?}: {text}{}", String::from_utf8_lossy(&output.stderr));
     text
@@ -342,7 +343,7 @@ fn dockerfile_xtask_commands_exist() {
         let arguments: Vec<&str> = words.collect();
         let mut cargo = Command::new(env!("CARGO"));
         cargo.args(["run", "--quiet", "--package", "penstock-xtask", "--"]).args(&arguments).arg("--help");
-        let output = cargo.current_dir(root()).output().expect("cargo starts");
+        let output = cargo.current_dir(root()).output().expect("could not start cargo");
         assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
     }
 }

@@ -148,7 +148,7 @@ impl Rig {
         let steered = self.counted_steered().await - self.steered;
         self.steered += steered;
         match case.steered(self.mode) {
-            Some(true) => assert!(steered > 0, "nothing steered: {what}"),
+            Some(true) => assert!(steered > 0, "no byte was steered: {what}"),
             Some(false) => assert_eq!(steered, 0, "steered: {what}"),
             None => {}
         }

@@ -80,7 +80,7 @@ async fn heads_are_split_and_preceded_by_interim_responses() {
     let mut client = Client::connect(server.addr).await.unwrap();
     client.patience = Duration::from_millis(100);
     client.send(&Plan { head, ..Plan::default() }.request()).await.unwrap();
-    assert!(client.head().await.unwrap_err().to_string().contains("in time"));
+    assert!(client.head().await.unwrap_err().to_string().contains("timed out"));
     assert_eq!(client.surplus().len(), 20);
 }
 

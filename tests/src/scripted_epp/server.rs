@@ -53,7 +53,7 @@ impl Generation {
             .initial_connection_window_size(CONNECTION_WINDOW)
             .max_concurrent_streams(server.setup.max_streams);
         if let Some(tls) = &server.setup.tls {
-            grpc = grpc.tls_config(tls.clone()).context("the picker's TLS")?;
+            grpc = grpc.tls_config(tls.clone()).context("invalid TLS settings of the picker")?;
         }
         let grpc = grpc
             .add_service(ExternalProcessorServer::new(server.clone()))

@@ -27,7 +27,7 @@ pub(super) struct Footprint {
 
 impl Footprint {
     /// Returns once everything that must be zero is, or the current state after [`IDLE_WITHIN`].
-    pub(super) async fn at_rest(world: &World, subject: &Subject) -> Result<Self> {
+    pub(super) async fn when_idle(world: &World, subject: &Subject) -> Result<Self> {
         let begin = Instant::now();
         loop {
             let found = Self::now(world, subject).await?;

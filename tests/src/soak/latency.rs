@@ -52,6 +52,6 @@ async fn ask(kept: Option<Client>, agent: SocketAddr) -> Result<(Duration, Clien
     };
     let begin = Instant::now();
     let response = client.request(&Plan { size: SIZE, ..Plan::default() }.request()).await?;
-    (response.status() == 200).then_some(()).context("another status")?;
+    (response.status() == 200).then_some(()).context("status is not 200")?;
     Ok((begin.elapsed(), client))
 }

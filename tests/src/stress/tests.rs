@@ -125,7 +125,7 @@ async fn corrupt_byte_is_reported_with_its_offset() {
         ];
         for (case, down, up) in of_both {
             let (tally, error) = complaint(&case, down, up).await;
-            let error = error.expect("a complaint");
+            let error = error.expect("the case passed");
             let found = error.downcast_ref::<Mismatch>().unwrap_or_else(|| panic!("{error:#}"));
             assert_eq!((found.offset, found.shift), (offset, shift), "{case:?}");
             assert_eq!((tally.wrong, tally.failed()), (1, 1));

@@ -96,7 +96,7 @@ async fn upload<S: AsyncRead + AsyncWrite + Unpin>(
 ) -> (Response, ConnectionEnd) {
     client.patience = SOON;
     client.send(request).await.expect("the request was not sent whole");
-    let response = client.response().await.expect("an answer");
+    let response = client.response().await.expect("no response");
     (response, client.until_end().await.unwrap())
 }
 

@@ -431,7 +431,7 @@ async fn idle_connections_are_closed() {
 #[tokio::test]
 async fn http10_client_is_served() {
     let scene = Scene::with(Front::Http1, Back::Http2, first, |_| {}).await;
-    let Endpoint::Http2(server) = &scene.endpoint else { panic!("another endpoint") };
+    let Endpoint::Http2(server) = &scene.endpoint else { panic!("the endpoint speaks HTTP/1.1") };
     for framing in [Framing::ContentLength, Framing::Chunked] {
         let plan = Plan { size: 100_000, framing, ..Plan::default() };
         let mut client = Client::connect(scene.agent.addr).await.unwrap();

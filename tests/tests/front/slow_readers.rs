@@ -160,7 +160,7 @@ async fn flood(agent: &TestAgent, wire: &[u8]) {
         }
     };
     // The connection ends with a reset: unread responses are discarded.
-    let error = tokio::time::timeout(SOON, sent).await.expect("an end");
+    let error = tokio::time::timeout(SOON, sent).await.expect("timed out");
     assert!(matches!(error.kind(), std::io::ErrorKind::ConnectionReset | std::io::ErrorKind::BrokenPipe), "{error}");
     eventually(SOON, || agent.metric("penstock_client_connections", &[]) == 0.0).await;
 }

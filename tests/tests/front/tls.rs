@@ -193,7 +193,7 @@ async fn drain_closes_tls_port() {
     let mut tls = scene.certificate.connect(scene.addr(), &["http/1.1"]).await.unwrap();
     scene.agent.agent.drain();
     let mut rest = Vec::new();
-    timeout(SOON, tls.read_to_end(&mut rest)).await.expect("in time").unwrap();
+    timeout(SOON, tls.read_to_end(&mut rest)).await.expect("timed out").unwrap();
     assert!(rest.is_empty());
     eventually(SOON, || std::net::TcpStream::connect(scene.addr()).is_err()).await;
     eventually(SOON, || scene.agent.agent.is_done()).await;
@@ -250,7 +250,7 @@ async fn handshakes_over_limit_wait_for_a_place() {
     assert!(timeout(Duration::from_millis(200), waits.as_mut()).await.is_err(), "it got a third place");
     // One client leaves.
     drop(half.pop());
-    let mut client = Client::over(timeout(SOON, waits).await.expect("in time").unwrap(), scene.addr());
+    let mut client = Client::over(timeout(SOON, waits).await.expect("timed out").unwrap(), scene.addr());
     assert_eq!(client.request(&echo(json("m", 10))).await.unwrap().status(), 200);
 }
 
@@ -268,7 +268,7 @@ async fn handshakes_over_timeout_are_closed() {
     let failed = || scene.agent.count("penstock_tls_handshakes_failed_total", &["reason=\"timeout\""]);
     eventually(SOON, || failed() == 2).await;
     for mut stream in streams {
-        let end = timeout(SOON, stream.read(&mut [0; 64])).await.expect("an end");
+        let end = timeout(SOON, stream.read(&mut [0; 64])).await.expect("timed out");
         assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
     }
     assert_eq!(scene.agent.metric("penstock_tls_handshakes_active", &[]), 0.0);

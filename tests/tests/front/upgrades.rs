@@ -46,7 +46,7 @@ async fn scene((front, mode): (Front, SteeringMode)) -> Scene {
 fn server(scene: &Scene) -> &ModelServer {
     match &scene.endpoint {
         Endpoint::Http1(server) => server,
-        Endpoint::Http2(_) => panic!("another endpoint"),
+        Endpoint::Http2(_) => panic!("the endpoint speaks HTTP/2"),
     }
 }
 
@@ -98,14 +98,14 @@ impl Switched {
     /// Reads this many bytes.
     async fn read(&mut self, length: usize) -> Vec<u8> {
         let mut bytes = vec![0; length];
-        timeout(SOON, self.from.read_exact(&mut bytes)).await.expect("in time").unwrap();
+        timeout(SOON, self.from.read_exact(&mut bytes)).await.expect("timed out").unwrap();
         bytes
     }
 
     /// Reads to the end; returns the bytes and how the connection ended.
     async fn rest(&mut self) -> (Vec<u8>, ConnectionEnd) {
         let mut bytes = Vec::new();
-        let end = timeout(SOON, self.from.read_to_end(&mut bytes)).await.expect("in time");
+        let end = timeout(SOON, self.from.read_to_end(&mut bytes)).await.expect("timed out");
         (bytes, if end.is_ok() { ConnectionEnd::Fin } else { ConnectionEnd::Reset })
     }
 
@@ -150,7 +150,7 @@ async fn bytes_flow_both_ways() {
         assert_eq!(scene.epp.streams_open(), 1);
         let Switched { from, to } = &mut client;
         let mut down = Vec::new();
-        let read = async { timeout(SOON, from.read_to_end(&mut down)).await.expect("in time").unwrap() };
+        let read = async { timeout(SOON, from.read_to_end(&mut down)).await.expect("timed out").unwrap() };
         let write = async {
             for at in (0..1 << 20).step_by(10_000) {
                 let length = 10_000.min((1 << 20) - at);
@@ -305,13 +305,13 @@ async fn fill(to: &mut TcpStream, stream_id: u64) -> u64 {
 /// Asserts that the first bytes of a stream arrive.
 async fn exact(to: &mut TcpStream, from: &mut TcpStream, stream_id: u64, size: u64) {
     let bytes = Alphabet::Binary.bytes(stream_id, 0, size as usize);
-    let write = async { timeout(SOON, to.write_all(&bytes)).await.expect("in time").unwrap() };
+    let write = async { timeout(SOON, to.write_all(&bytes)).await.expect("timed out").unwrap() };
     tokio::join!(write, exact_from(from, stream_id, size));
 }
 
 async fn exact_from(from: &mut TcpStream, stream_id: u64, size: u64) {
     let mut bytes = vec![0; size as usize];
-    timeout(SOON, from.read_exact(&mut bytes)).await.expect("in time").unwrap();
+    timeout(SOON, from.read_exact(&mut bytes)).await.expect("timed out").unwrap();
     assert_stream(stream_id, size, &[&bytes]);
 }
 

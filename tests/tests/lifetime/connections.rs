@@ -88,7 +88,7 @@ async fn tls_connection_over_limit_is_closed() {
     });
     let held = busy(&agent).await;
     let address = agent.agent.tls_address().unwrap();
-    let refused = tokio::time::timeout(SOON, certificate.connect(address, &["http/1.1"])).await.expect("in time");
+    let refused = tokio::time::timeout(SOON, certificate.connect(address, &["http/1.1"])).await.expect("timed out");
     assert!(refused.is_err(), "the connection over the limit was accepted");
     drop(held);
     eventually(SOON, || agent.count("penstock_client_connections", &[]) == 0).await;

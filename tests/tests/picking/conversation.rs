@@ -126,7 +126,7 @@ async fn picker_stream_stays_open_during_response() {
     let mut client = Client::connect_with(stage.agent.addr, Some(64 << 10)).await.unwrap();
     client.send(&plan.request()).await.unwrap();
     assert_eq!(client.head().await.unwrap().status, 200);
-    let Piece::Data(first) = client.piece(1000).await.unwrap() else { panic!("a body") };
+    let Piece::Data(first) = client.piece(1000).await.unwrap() else { panic!("no body") };
     eventually(SOON, || stage.epp.streams()[0].kinds() == ["request_headers", "response_headers"]).await;
     assert_eq!(stage.epp.streams_open(), 1);
     assert_eq!(stage.agent.metric("penstock_active_requests", &[]), 1.0);

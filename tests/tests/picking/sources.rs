@@ -366,7 +366,7 @@ async fn each_port_of_address_is_its_own_endpoint() {
     dns.set(NAME, &[ip(2), ip(3)], Duration::from_secs(1));
     let epp = ScriptedEpp::start(Answering::new(|exchange| {
         let to = exchange.request_headers.iter().find(|(name, _)| name == "x-to");
-        vec![reply::pick(&to.expect("a wish").1, &[])]
+        vec![reply::pick(&to.expect("the request names no endpoint").1, &[])]
     }))
     .await
     .unwrap();

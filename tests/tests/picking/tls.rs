@@ -96,7 +96,7 @@ fn write(folder: &TempDir, name: &str, text: &str) -> PathBuf {
 async fn until(agent: &TestAgent, picker: &mut ScriptedEpp, wanted: u16) {
     let begin = Instant::now();
     while status(agent).await != wanted {
-        assert!(begin.elapsed() < SOON, "{wanted} never comes");
+        assert!(begin.elapsed() < SOON, "no request had status {wanted}");
         tokio::time::sleep(Duration::from_millis(20)).await;
         picker.restart().await.unwrap();
     }
