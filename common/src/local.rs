@@ -21,13 +21,15 @@ pub trait Message: Kernel {
 /// Decides on a message of `len` bytes. The endpoint's own connection carries the message unless [`Kernel::redirect`] took it.
 ///
 /// A redirect happens only if
-/// - user space has consumed every byte that the endpoint sent over its connection: `write_seq` is the value that the agent armed with,
-/// - everything redirected before has arrived: the target's `write_seq` shows it, because a transfer may fail after the program ran,
+/// - user space has consumed every byte that the endpoint sent over its connection: `write_seq` is the value that the agent armed
+///   with,
+/// - everything redirected before has arrived: the target's `write_seq` shows it, because a transfer may fail after the program
+///   ran,
 /// - the bytes lie inside the message, and
 /// - the client's send buffer has room.
 ///
-/// Otherwise the slot is disarmed, and only the agent arms it again. The kernel serialises calls for one connection by its socket lock
-/// (`tcp_bpf_sendmsg`), and releases that lock between the call and the transfer.
+/// Otherwise the slot is disarmed, and only the agent arms it again. The kernel serialises calls for one connection by its socket
+/// lock (`tcp_bpf_sendmsg`), and releases that lock between the call and the transfer.
 #[inline(always)]
 pub fn message(slot: &mut LocalSlot, len: u32, kernel: &mut impl Message) {
     if slot.span.armed.get() == 0 {

@@ -1,8 +1,8 @@
 //! The slots: 128 bytes for each endpoint connection and path, in array maps that the agent has mapped into its memory.
 //!
 //! Both kinds contain a [`Span`]. The agent arms it by storing `armed` last, with release order. Then the kernel owns `framing`,
-//! `redir` and the stamps until it clears `armed`, which is its last store: an agent that reads `armed == 0` with acquire order sees
-//! everything written before. Only the kernel writes `passed`.
+//! `redir` and the stamps until it clears `armed`, which is its last store: an agent that reads `armed == 0` with acquire order
+//! sees everything written before. Only the kernel writes `passed`.
 
 use crate::framing::Framing;
 pub use crate::word::Word;

@@ -1,21 +1,22 @@
-//! The ring for a copy of the last payload bytes of a redirected message, without chunk-size lines. It lets the agent read the end of
-//! a stream that it did not relay.
+//! The ring for a copy of the last payload bytes of a redirected message, without chunk-size lines. It lets the agent read the end
+//! of a stream that it did not relay.
 //!
 //! A byte's place is its number in the payload ([`Framing::payload`](crate::framing::Framing)) modulo the ring's size, so the ring
-//! needs no state of its own. A segment that was copied but not redirected overwrites only the oldest bytes, which the agent
-//! no longer needs after it has forwarded that segment.
+//! needs no state of its own. A segment that was copied but not redirected overwrites only the oldest bytes, which the agent no
+//! longer needs after it has forwarded that segment.
 
 /// Bytes of a ring, a power of two.
 pub const RING: u32 = 4096;
-/// Payload bytes that can be read back. Less than the ring, so that the ring, one copy beyond its end and the kernel's header of a map
-/// entry fit into 8 KiB.
+/// Payload bytes that can be read back. Less than the ring, so that the ring, one copy beyond its end and the kernel's header of a
+/// map entry fit into 8 KiB.
 pub const TAIL: u32 = RING - 256;
 /// Size of a ring's memory in bytes: for the verifier, a copy may begin at the last byte of the ring and be as long as the tail.
 pub const MEMORY: usize = (RING + TAIL) as usize;
 
 const _: () = assert!(RING.is_power_of_two() && MEMORY + 256 <= 8192);
 
-/// Where a run of payload is copied: `first` bytes after the first `skip` go to `offset`, the next `second` bytes to the ring's start.
+/// Where a run of payload is copied: `first` bytes after the first `skip` go to `offset`, the next `second` bytes to the ring's
+/// start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Copies {
     pub skip: u32,

@@ -1,8 +1,8 @@
 //! The verdict, the rule of path `ingress`: what happens to one segment that an endpoint sent.
 //!
-//! Takes the connection's slot and the segment's length. Passes the segment to user space, or redirects it to the client's socket, and
-//! counts it in the slot. Invariants: no byte overtakes another, and kernel memory stays bounded, because a redirect needs all of the
-//! conditions in [`verdict`]; anything else disarms the slot.
+//! Takes the connection's slot and the segment's length. Passes the segment to user space, or redirects it to the client's socket,
+//! and counts it in the slot. Invariants: no byte overtakes another, and kernel memory stays bounded, because a redirect needs all
+//! of the conditions in [`verdict`]; anything else disarms the slot.
 
 use core::sync::atomic::Ordering::Acquire;
 
@@ -17,8 +17,8 @@ pub trait Kernel {
     fn load_acquire(&mut self, word: &Word) -> u64;
     /// Stores 0 with release order.
     fn clear_release(&mut self, word: &Word);
-    /// Advances `framing` over all `len` bytes. Returns false if the message ends before, is invalid, or has too much syntax for one
-    /// call. With `keep`, copies the payload to the connection's ring.
+    /// Advances `framing` over all `len` bytes. Returns false if the message ends before, is invalid, or has too much syntax for
+    /// one call. With `keep`, copies the payload to the connection's ring.
     fn parse(&mut self, framing: &mut Framing, len: u32, keep: bool) -> bool;
     /// The fill of the target's send buffer; `None` if the target does not exist.
     fn target(&mut self, key: u64) -> Option<SendBuffer>;
@@ -53,9 +53,9 @@ pub struct SendBuffer {
 }
 
 impl SendBuffer {
-    /// Whether this many bytes fit without an acknowledgement from the peer. The queue consists of buffers of at least `piece` bytes
-    /// (`tcp_send_mss`, `tcp_bound_to_half_wnd`). Each costs up to 1 KiB of its own, and buffers that are being sent may be split a few
-    /// times (`tso_fragment`).
+    /// Whether this many bytes fit without an acknowledgement from the peer. The queue consists of buffers of at least `piece`
+    /// bytes (`tcp_send_mss`, `tcp_bound_to_half_wnd`). Each costs up to 1 KiB of its own, and buffers that are being sent may be
+    /// split a few times (`tso_fragment`).
     #[inline(always)]
     pub(crate) fn has_room(self, bytes: u32) -> bool {
         const BUFFER: i64 = 1024;
@@ -64,12 +64,12 @@ impl SendBuffer {
     }
 }
 
-/// Decides on a segment of `len` bytes; `len` 0 is the endpoint's FIN. The segment passes to user space unless
-/// [`Kernel::redirect`] took it.
+/// Decides on a segment of `len` bytes; `len` 0 is the endpoint's FIN. The segment passes to user space unless [`Kernel::redirect`]
+/// took it.
 ///
 /// A redirect happens only if user space has consumed every passed byte, the segment lies inside the message, and the client's send
-/// buffer has room. Otherwise the slot is disarmed, and only the agent arms it again. The kernel serialises calls for one connection by
-/// its socket lock (`sk_psock_verdict_data_ready`).
+/// buffer has room. Otherwise the slot is disarmed, and only the agent arms it again. The kernel serialises calls for one
+/// connection by its socket lock (`sk_psock_verdict_data_ready`).
 #[inline(always)]
 pub fn verdict(slot: &mut Slot, len: u32, kernel: &mut impl Segment) {
     let len = if len == 0 { 0 } else { without_overlap(slot, len, kernel) };
@@ -91,8 +91,8 @@ pub fn verdict(slot: &mut Slot, len: u32, kernel: &mut impl Segment) {
 
 /// Removes bytes that earlier segments brought. Returns the remaining length.
 ///
-/// A retransmitted segment may begin before the end of what has arrived. `tcp_recvmsg` skips that part by its offset. `tcp_read_skb`
-/// hands over the whole segment, so without this function the bytes would be delivered twice.
+/// A retransmitted segment may begin before the end of what has arrived. `tcp_recvmsg` skips that part by its offset.
+/// `tcp_read_skb` hands over the whole segment, so without this function the bytes would be delivered twice.
 #[inline(always)]
 fn without_overlap(slot: &mut Slot, len: u32, kernel: &mut impl Segment) -> u32 {
     let sequence = kernel.sequence();

@@ -3,8 +3,8 @@
 
 use core::{cell::UnsafeCell, sync::atomic::AtomicU64};
 
-/// A word that both sides read while one of them may write. `get` and `set` are single, unordered accesses, because the eBPF back end
-/// has no atomic loads and stores. Ordered accesses are [`atomic`](Self::atomic) on the host and the methods of
+/// A word that both sides read while one of them may write. `get` and `set` are single, unordered accesses, because the eBPF back
+/// end has no atomic loads and stores. Ordered accesses are [`atomic`](Self::atomic) on the host and the methods of
 /// [`Kernel`](crate::verdict::Kernel) in the program.
 #[repr(transparent)]
 #[derive(Default)]

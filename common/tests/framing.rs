@@ -343,11 +343,11 @@ enum Differs {
     /// hyper accepts a NUL in a chunk extension. The parser refuses it: no server sends one, and text-based intermediaries end
     /// strings there.
     NulInExtension,
-    /// hyper accepts a bare LF or a NUL in the trailer section and searches for CR LF. The parser refuses it at once, because others
-    /// take the bare LF for the end of the line.
+    /// hyper accepts a bare LF or a NUL in the trailer section and searches for CR LF. The parser refuses it at once, because
+    /// others take the bare LF for the end of the line.
     BareLfOrNulInTrailers,
-    /// The end is the same, but hyper requires trailer lines to be header fields. The parser does not check them: the client gets them
-    /// unchanged.
+    /// The end is the same, but hyper requires trailer lines to be header fields. The parser does not check them: the client gets
+    /// them unchanged.
     TrailersNotFields,
 }
 

@@ -1,8 +1,8 @@
 //! The slot protocol between verdict and agent, on a model of everything around it.
 //!
-//! One endpoint connection carries messages to one client. Endpoint, verdict, the kernel's worker, the client, the event thread and the
-//! agent take steps in an order that a seed decides, also in the middle of a verdict. The agent's steps are those of `deliver` and
-//! `steer` in `agent/src/`. Bytes are ranges of the endpoint's wire, so a lost, doubled or overtaking byte is a gap.
+//! One endpoint connection carries messages to one client. Endpoint, verdict, the kernel's worker, the client, the event thread and
+//! the agent take steps in an order that a seed decides, also in the middle of a verdict. The agent's steps are those of `deliver`
+//! and `steer` in `agent/src/`. Bytes are ranges of the endpoint's wire, so a lost, doubled or overtaking byte is a gap.
 //!
 //! Resets, idle timeouts and leaving clients are not modelled, because they end the delivery.
 #![allow(unsafe_code)] // the slot is memory that two programs write

@@ -1,5 +1,5 @@
-//! A request body from the wire, cut anywhere. The framing parser, the reader on top of it, and a decoder that reads whole lines must
-//! agree about the payload and about the byte at which the body ends.
+//! A request body from the wire, cut anywhere. The framing parser, the reader on top of it, and a decoder that reads whole lines
+//! must agree about the payload and about the byte at which the body ends.
 
 use bytes::{Bytes, BytesMut};
 use futures_util::FutureExt as _;

@@ -1,7 +1,7 @@
 //! An exchange with an EPP that sends any messages in any order.
 //!
-//! There must be at most one decision or failure, each direction must end once, the agent must send the bytes that it was given, and a
-//! decision must be valid: its mutation, applied to the request, leaves one request with the framing that the agent gave it.
+//! There must be at most one decision or failure, each direction must end once, the agent must send the bytes that it was given,
+//! and a decision must be valid: its mutation, applied to the request, leaves one request with the framing that the agent gave it.
 
 use arbitrary::Unstructured;
 use bytes::{Bytes, BytesMut};

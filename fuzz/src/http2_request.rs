@@ -1,7 +1,7 @@
 //! An HTTP/2 request that is forwarded over HTTP/1.1: no field, path or method may turn it into two requests.
 //!
-//! The input is a request that `http` and h2 accept. The agent's own parser and hyper's must read what the agent writes as exactly that
-//! request.
+//! The input is a request that `http` and h2 accept. The agent's own parser and hyper's must read what the agent writes as exactly
+//! that request.
 
 use arbitrary::Unstructured;
 use bytes::BytesMut;

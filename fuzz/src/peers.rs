@@ -1,7 +1,7 @@
 //! Other parsers of the same bytes: hyper, and llhttp inside Node.js.
 //!
-//! Each takes wire bytes and returns the messages that it found. If a parser finds other messages than the agent does, requests can be
-//! smuggled past one of them.
+//! Each takes wire bytes and returns the messages that it found. If a parser finds other messages than the agent does, requests can
+//! be smuggled past one of them.
 
 pub mod hyper;
 pub mod llhttp;

@@ -1,8 +1,8 @@
 //! A request head from a client, and the head that an endpoint gets for it.
 //!
-//! Every parser must read an accepted head the same way: hyper and llhttp, given the same bytes followed by a body and a second request,
-//! must find the same two requests or refuse. All three must accept the head that the agent writes for the endpoint, and read it the same
-//! way. hyper may accept a head that the agent refuses only for the reasons in [`STRICTER`].
+//! Every parser must read an accepted head the same way: hyper and llhttp, given the same bytes followed by a body and a second
+//! request, must find the same two requests or refuse. All three must accept the head that the agent writes for the endpoint, and
+//! read it the same way. hyper may accept a head that the agent refuses only for the reasons in [`STRICTER`].
 
 use bytes::BytesMut;
 use http::{HeaderName, Version};

@@ -1,7 +1,7 @@
 //! A response head from an endpoint, and the head that the client gets for it.
 //!
-//! Every parser must read an accepted head the same way: hyper and llhttp, given the same bytes followed by a body, must find the same
-//! response or refuse. The head that the client gets must have the endpoint's framing.
+//! Every parser must read an accepted head the same way: hyper and llhttp, given the same bytes followed by a body, must find the
+//! same response or refuse. The head that the client gets must have the endpoint's framing.
 
 use bytes::BytesMut;
 use http::{Method, Version};

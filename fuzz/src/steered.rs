@@ -1,8 +1,8 @@
-//! A response body, cut anywhere, that the kernel programs carry: the client must get each byte of the message once and in order, and a
-//! truncated or invalid message must never look complete.
+//! A response body, cut anywhere, that the kernel programs carry: the client must get each byte of the message once and in order,
+//! and a truncated or invalid message must never look complete.
 //!
-//! `BPF_PROG_TEST_RUN` does not run `sk_skb` and `sk_msg` programs (their `bpf_prog_ops` are empty), so the target steers real loopback
-//! connections, as the agent does. It panics without the capabilities that steering needs.
+//! `BPF_PROG_TEST_RUN` does not run `sk_skb` and `sk_msg` programs (their `bpf_prog_ops` are empty), so the target steers real
+//! loopback connections, as the agent does. It panics without the capabilities that steering needs.
 
 use std::{net::Ipv4Addr, rc::Rc, sync::Arc, time::Duration};
 

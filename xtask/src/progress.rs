@@ -18,8 +18,8 @@ const HEARTBEAT: Duration = Duration::from_secs(10);
 /// Lines of its output that are shown if it fails.
 const TAIL: usize = 40;
 
-/// Runs a command whose output matters only if it fails. Prints the command, every ten seconds the time it has taken and its last line,
-/// and its last lines if it fails.
+/// Runs a command whose output matters only if it fails. Prints the command, every ten seconds the time it has taken and its last
+/// line, and its last lines if it fails.
 pub(crate) fn quietly(what: &str, command: &mut Command) -> Result<()> {
     let started = Instant::now();
     eprintln!("{what}: {}", line(command));

@@ -1,8 +1,8 @@
 //! `cargo xtask release VERSION`: prepares the commit of a release.
 //!
 //! Takes the new version. Requires a clean tree, a version that was not released yet, and entries under Unreleased in CHANGELOG.md.
-//! Edits Cargo.toml, Cargo.lock, CHANGELOG.md and the image tags in deploy/, then prints the git commands; it never commits or tags.
-//! With `--dry-run` it prints the edits and writes nothing.
+//! Edits Cargo.toml, Cargo.lock, CHANGELOG.md and the image tags in deploy/, then prints the git commands; it never commits or
+//! tags. With `--dry-run` it prints the edits and writes nothing.
 
 use std::{fmt, fs, str::FromStr};
 

@@ -34,7 +34,8 @@ pub(crate) struct Args {
     /// Only print what is missing, and fail if anything is
     #[arg(long)]
     check: bool,
-    /// Also install what the tests need: ip, nginx, Node, Go, a JDK, and Python with the openai client and two servers in target/venv
+    /// Also install what the tests need: ip, nginx, Node, Go, a JDK, and Python with the openai client and two servers in
+    /// target/venv
     #[arg(long)]
     tests: bool,
     /// Also install what `cargo xtask posts` needs: HAProxy, and gunicorn and Envoy in target/venv

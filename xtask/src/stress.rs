@@ -1,5 +1,5 @@
-//! `cargo xtask stress ARGUMENTS`: builds the kernel program, the agent and the tests' programs, then runs `penstock-stress` in this
-//! process's place.
+//! `cargo xtask stress ARGUMENTS`: builds the kernel program, the agent and the tests' programs, then runs `penstock-stress` in
+//! this process's place.
 
 use anyhow::Result;
 

@@ -1,8 +1,8 @@
 //! `cargo xtask vm-test`: the kernel tests on other kernels than this machine's.
 //!
-//! Boots Debian's kernels in qemu with software emulation, from an initramfs with the agent and the tests as `cargo xtask test` builds
-//! them, and runs `penstock doctor` and each test binary there. Prints the table of results for `docs/kernels.md`. Files are under
-//! `target/vm`.
+//! Boots Debian's kernels in qemu with software emulation, from an initramfs with the agent and the tests as `cargo xtask test`
+//! builds them, and runs `penstock doctor` and each test binary there. Prints the table of results for `docs/kernels.md`. Files are
+//! under `target/vm`.
 
 mod archive;
 mod binaries;

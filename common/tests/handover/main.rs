@@ -1,8 +1,8 @@
-//! Checks the handover of a flow between agent and kernel in every order in which two processors may see each other's accesses, with
-//! loom's model of C11 (which includes arm64).
+//! Checks the handover of a flow between agent and kernel in every order in which two processors may see each other's accesses,
+//! with loom's model of C11 (which includes arm64).
 //!
-//! The rules are the files of the crate, compiled with loom's atomic as the word. The agent takes the same steps in the same order as
-//! `deliver`, `steer` and `kernel/slots.rs` in `agent/src/`. Bytes that the kernel moves later than it decides are in
+//! The rules are the files of the crate, compiled with loom's atomic as the word. The agent takes the same steps in the same order
+//! as `deliver`, `steer` and `kernel/slots.rs` in `agent/src/`. Bytes that the kernel moves later than it decides are in
 //! `tests/verdict.rs`. Each rule is also checked with one order weakened, and the model must find the fault.
 #![allow(unsafe_code)] // the slot is memory that two programs write
 

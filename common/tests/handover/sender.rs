@@ -25,7 +25,8 @@ pub(crate) fn run(room: [bool; BYTES], weakened: Option<Weakened>, seen: &Arc<Se
     scene.check();
 }
 
-/// The endpoint sends one byte. The program decides under the socket's lock; the transfer follows without it (`tcp_bpf_send_verdict`).
+/// The endpoint sends one byte. The program decides under the socket's lock; the transfer follows without it
+/// (`tcp_bpf_send_verdict`).
 fn send(scene: &Scene<LocalSlot>, byte: u8, write_seq: &mut u32) {
     // SAFETY: one endpoint, and the agent's accesses are what the model checks.
     let slot = unsafe { &mut *scene.slot() };

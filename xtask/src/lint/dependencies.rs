@@ -1,5 +1,5 @@
-//! Checks dependencies against `deny.toml`: sources and bans in Cargo.lock, and the packages' licences. Needs no tool that would have to be
-//! built first; `cargo deny check` reads the same file.
+//! Checks dependencies against `deny.toml`: sources and bans in Cargo.lock, and the packages' licences. Needs no tool that would
+//! have to be built first; `cargo deny check` reads the same file.
 
 use std::{collections::BTreeSet, fs, process::Stdio};
 

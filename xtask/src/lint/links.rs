@@ -1,5 +1,5 @@
-//! Checks that the targets of links in documents exist. If a link's text is a name in backticks and its target a Rust file, that file must
-//! define a function or module of this name, so that a table of features cannot outlive its tests.
+//! Checks that the targets of links in documents exist. If a link's text is a name in backticks and its target a Rust file, that
+//! file must define a function or module of this name, so that a table of features cannot outlive its tests.
 
 use std::{fs, path::Path};
 

@@ -1,5 +1,5 @@
-//! The binaries that run in the machine: the agent and the kernel tests. They are built as `cargo xtask test` builds them, so nothing is
-//! built after a test run; cargo's messages name their paths.
+//! The binaries that run in the machine: the agent and the kernel tests. They are built as `cargo xtask test` builds them, so
+//! nothing is built after a test run; cargo's messages name their paths.
 
 use std::{path::PathBuf, process::Stdio};
 

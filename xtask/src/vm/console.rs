@@ -1,4 +1,5 @@
-//! Parses a machine's console line by line: which program started, how each of its tests ended, and what the kernel complained about.
+//! Parses a machine's console line by line: which program started, how each of its tests ended, and what the kernel complained
+//! about.
 
 use std::time::Duration;
 

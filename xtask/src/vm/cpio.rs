@@ -1,4 +1,5 @@
-//! Writes the archive format of the kernel's initial file system (Documentation/driver-api/early-userspace/buffer-format.rst, "newc").
+//! Writes the archive format of the kernel's initial file system (Documentation/driver-api/early-userspace/buffer-format.rst,
+//! "newc").
 
 use std::{
     collections::BTreeSet,

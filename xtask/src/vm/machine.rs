@@ -42,7 +42,8 @@ impl Machine<'_> {
         if self.cgroup == Cgroup::Absent {
             append.push_str(" penstock.cgroup=no");
         }
-        // qemu can occupy both processors of a small host for minutes, so it runs with low priority. It is killed with this process.
+        // qemu can occupy both processors of a small host for minutes, so it runs with low priority. It is killed with this
+        // process.
         let mut qemu = command("setpriv");
         qemu.args(["--pdeathsig", "KILL", "nice", QEMU]);
         qemu.args(["-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", "2048", "-nic", "none", "-no-reboot"]);
