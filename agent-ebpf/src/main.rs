@@ -1,10 +1,10 @@
 //! The kernel programs: they move response bytes from the endpoint's socket to the client's.
 //!
-//! `verdict` looks at what has arrived on a connection (`sk_skb/stream_verdict`), `message` at what an endpoint on this
-//! machine is about to send (`sk_msg`), `peers` recognises the sockets of such endpoints (`sock_ops`), and `admit` puts one into the
-//! message program's map and takes it out again, when the agent asks (`xdp`, run by hand). The rules are those of
-//! `penstock_common`; the programs give them maps, helpers and the bytes of chunk-size lines. All return `SK_PASS` for whatever
-//! has bytes: a redirect is a pass to another socket, and `SK_DROP` would lose them without a trace.
+//! `verdict` decides on received segments (`sk_skb/stream_verdict`), `message` on what an endpoint on this machine sends
+//! (`sk_msg`). `peers` recognises the sockets of such endpoints (`sock_ops`), and `admit` inserts them into a map for a response
+//! (`xdp`, never attached). The rules are in `penstock_common`; the programs implement their maps, helpers and access to bytes.
+//! Invariant: a program returns `SK_PASS` for everything that has bytes, also for a redirect, because `SK_DROP` would lose them
+//! silently.
 
 #![no_std]
 #![no_main]
@@ -23,7 +23,7 @@ mod memory;
 #[cfg(not(test))]
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-    // The verifier refuses a program that could get here.
+    // The verifier refuses a program that can reach this.
     loop {}
 }
 

@@ -1,5 +1,4 @@
-//! What the programs and the agent share. Which map belongs to whom stands at each; those that a program writes and the agent
-//! reads are slots and events.
+//! The maps of the programs, and their layouts. The agent inserts sockets and indices; slots and events carry results to the agent.
 
 use aya_ebpf::{
     Global,
@@ -14,48 +13,48 @@ use penstock_common::{
 
 use crate::memory::fetch_add;
 
-/// Connections whose arriving bytes are looked at, by cookie: the verdict runs on these.
+/// Connections on which the verdict runs, by cookie.
 #[map]
 pub(crate) static SOURCES: SockHash<u64> = SockHash::with_max_entries(16384, 0);
-/// Connections that bytes are redirected to, by cookie; no program runs on these.
+/// Connections that bytes are redirected to, by cookie. No program runs on these.
 #[map]
 pub(crate) static TARGETS: SockHash<u64> = SockHash::with_max_entries(16384, 0);
-/// Cookie of a source to the index of its slots.
+/// Index of the slots of a source, by its cookie.
 #[map]
 pub(crate) static INDEX: HashMap<u64, u32> = HashMap::with_max_entries(16384, 0);
 #[map]
 pub(crate) static SLOTS: Array<Slot> = Array::with_max_entries(16384, BPF_F_MMAPABLE);
-/// Indices of slots that have something for the agent.
+/// Indices of slots with an event for the agent.
 #[map]
 pub(crate) static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
-/// Rings of last payload bytes, by the index of the slot; the agent makes one where an EPP wants to know how responses end.
+/// Rings of last payload bytes, by the index of the slot. The agent makes one if an EPP wants to know how responses end.
 #[map]
 pub(crate) static TAILS: HashMap<u32, [u8; tail::MEMORY]> = HashMap::with_max_entries(16384, BPF_F_NO_PREALLOC);
-/// Events that found `EVENTS` full.
+/// Number of events for which `EVENTS` was full.
 #[map]
 pub(crate) static MISSED: Array<u64> = Array::with_max_entries(1, 0);
 
-/// Sockets of endpoints on this machine, by cookie: the message program runs on these. Each is in it while a response of its
-/// connection may be redirected.
+/// Sockets of endpoints on this machine, by cookie. The message program runs on these. A socket is in the map only while a response
+/// of its connection may be redirected.
 #[map]
 pub(crate) static LOCALS: SockHash<u64> = SockHash::with_max_entries(16384, 0);
-/// Cookie of such a socket to the index of its connection's slots.
+/// Index of the slots of such a socket's connection, by its cookie.
 #[map]
 pub(crate) static LOCAL_INDEX: HashMap<u64, u32> = HashMap::with_max_entries(16384, 0);
 #[map]
 pub(crate) static LOCAL_SLOTS: Array<LocalSlot> = Array::with_max_entries(16384, BPF_F_MMAPABLE);
-/// Connections of the agent that are being made. Entries are taken out when the other side is seen, which for most never
-/// happens, so that old ones have to give way.
+/// Connections that the agent is making. An entry is removed when the other side is seen. For most connections that never happens,
+/// so the oldest entries are evicted.
 #[map]
 pub(crate) static PEERS: LruHashMap<Ends, Peer> = LruHashMap::with_max_entries(16384, 0);
-/// How the endpoints' sockets are found again, by the index of the slots.
+/// How to find the endpoints' sockets, by the index of the slots.
 #[map]
 pub(crate) static NEIGHBOURS: Array<Neighbour> = Array::with_max_entries(16384, 0);
-/// Cookie of a network namespace to its id in the agent's namespace.
+/// Id of a network namespace in the agent's namespace, by its cookie.
 #[map]
 pub(crate) static NAMESPACES: LruHashMap<u64, i64> = LruHashMap::with_max_entries(4096, 0);
-/// The clients' sockets, by the index of the slots: a message program cannot look one up, as it cannot give it back. Not
-/// among the slots, because addresses are nothing that user space should see or write.
+/// The clients' sockets, by the index of the slots, because a message program cannot look a socket up (it could not release it).
+/// Not part of the slots, because user space must not see or write kernel addresses.
 #[map]
 pub(crate) static FOUND: Array<Found> = Array::with_max_entries(16384, 0);
 
@@ -87,7 +86,7 @@ pub(crate) static OFFSETS: Global<Offsets> = Global::new(Offsets {
     page_mapping: 0,
 });
 
-/// Both ends of a connection, the agent's first; IPv4 addresses are mapped (RFC 4291 §2.5.5.2), words as in the packet.
+/// Both ends of a connection. IPv4 addresses are mapped (RFC 4291 §2.5.5.2); words are in packet order.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct Ends {
@@ -102,16 +101,16 @@ pub(crate) struct End {
     pub(crate) port: u32,
 }
 
-/// A connection of the agent's, and how it will be known again: two sockets that have chosen the same initial sequence
-/// numbers are the two ends of one connection, whatever namespaces they live in and whoever else uses their addresses.
+/// A connection that the agent makes. Two sockets with the same pair of initial sequence numbers are the two ends of one
+/// connection, in any namespaces, even if other sockets use the same addresses.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct Peer {
-    /// Of the agent's socket, by which is seen whether the connection is still its own, and the slots are.
+    /// Cookie of the agent's socket. It tells whether the connection and its slots still belong to the agent.
     pub(crate) cookie: u64,
     pub(crate) index: u32,
     pub(crate) unused: u32,
-    /// The agent's next sequence number, and the endpoint's.
+    /// The next sequence numbers of the agent and of the endpoint.
     pub(crate) sends: u32,
     pub(crate) receives: u32,
 }
@@ -123,20 +122,20 @@ pub(crate) struct Neighbour {
     pub(crate) ends: Ends,
     /// Cookie of its network namespace.
     pub(crate) namespace: u64,
-    /// Not 0: that namespace has been looked for among all ids.
+    /// Not 0: all namespace ids were searched for that namespace.
     pub(crate) searched: u64,
 }
 
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct Found {
-    /// Address of the client's `struct tcp_sock`; it is read with a helper that minds no address.
+    /// Address of the client's `struct tcp_sock`. Read with `bpf_probe_read_kernel`, which tolerates bad addresses.
     pub(crate) socket: u64,
-    /// Its cookie, by which is seen whether that is still it.
+    /// The client's cookie. It tells whether the address is still that of the client.
     pub(crate) cookie: u64,
 }
 
-/// Tells the agent that the slot at `index` has something for it.
+/// Sends the agent an event for the slot at `index`.
 #[inline(always)]
 pub(crate) fn event(index: u32) {
     if EVENTS.output::<u64>(u64::from(index), 0).is_err()

@@ -1,5 +1,4 @@
-//! Memory that others write at the same time: ordered accesses to words of a map, and fields of the kernel's own structures;
-//! and memory that the verifier is to know nothing of.
+//! Ordered accesses to words of a map, reads of the kernel's structures, and numbers that are hidden from the verifier.
 
 use core::{arch::asm, ptr};
 
@@ -15,13 +14,13 @@ use crate::maps::OFFSETS;
 #[inline(always)]
 pub(crate) fn fetch_add(word: *mut u64, n: u64) -> u64 {
     let mut value = n;
-    // SAFETY: the pointer is to a word of a map's value, which the verifier checks.
+    // SAFETY: the pointer is to a word of a map's value; the verifier checks it.
     unsafe { asm!("{0} = atomic_fetch_add((u64 *)({1} + 0), {0})", inout(reg) value, in(reg) word) };
     value
 }
 
-/// A fetch-and-add of 0: eBPF has no load-acquire on the kernels we support, and read-modify-writes that return the
-/// old value are fully ordered (Documentation/bpf/standardization/instruction-set.rst, JITs of x86-64 and arm64).
+/// A fetch-and-add of 0: eBPF has no load-acquire on the supported kernels, and read-modify-writes that return the old value are
+/// fully ordered (Documentation/bpf/standardization/instruction-set.rst, JITs of x86-64 and arm64).
 #[inline(always)]
 pub(crate) fn load_acquire(word: &Word) -> u64 {
     fetch_add(word.as_ptr(), 0)
@@ -29,26 +28,25 @@ pub(crate) fn load_acquire(word: &Word) -> u64 {
 
 #[inline(always)]
 pub(crate) fn clear_release(word: &Word) {
-    // SAFETY: exchanges a word that we hold a reference to.
+    // SAFETY: exchanges the word behind a valid reference.
     unsafe { asm!("{0} = xchg_64({1} + 0, {0})", inout(reg) 0u64 => _, in(reg) word.as_ptr()) };
 }
 
-/// Whether the owner of a socket keeps an account of its queue: of `SO_ZEROCOPY`'s completions, or as a Penstock of what it
-/// and its kernel have written.
+/// Whether the owner of a socket tracks its send queue: by completions of `SO_ZEROCOPY`, or because the owner is a Penstock.
 #[inline(always)]
 pub(crate) unsafe fn keeps_account(socket: *const u8) -> bool {
     let offsets = OFFSETS.load();
-    // SAFETY: the helper that reads checks every address.
+    // SAFETY: `bpf_probe_read_kernel` tolerates bad addresses.
     let flags = unsafe { read_u64(socket, offsets.skc_flags) };
     flags & u64::from(offsets.accounts) != 0
 }
 
-/// Whether the owner of a socket wants a time stamp of what it sends (SO_TIMESTAMPING).
+/// Whether the owner of a socket asks for time stamps of what it sends (SO_TIMESTAMPING).
 #[inline(always)]
 pub(crate) unsafe fn stamps_what_it_sends(socket: *const u8) -> bool {
     /// SOF_TIMESTAMPING_TX_HARDWARE, _SOFTWARE, _SCHED and _ACK; the field has 16 bits on some kernels.
     const SENDING: u32 = 1 | 1 << 1 | 1 << 8 | 1 << 9;
-    // SAFETY: the helper that reads checks every address.
+    // SAFETY: `bpf_probe_read_kernel` tolerates bad addresses.
     unsafe { read_u32(socket, OFFSETS.load().sk_tsflags) & SENDING != 0 }
 }
 
@@ -57,48 +55,48 @@ pub(crate) unsafe fn stamps_what_it_sends(socket: *const u8) -> bool {
 pub(crate) unsafe fn send_buffer(tcp: *const u8) -> SendBuffer {
     let offsets = OFFSETS.load();
     SendBuffer {
-        // SAFETY: the helper that reads checks every address.
+        // SAFETY: `bpf_probe_read_kernel` tolerates bad addresses.
         write_seq: unsafe { read_u32(tcp, offsets.write_seq) },
-        // SAFETY: as above.
+        // SAFETY: `bpf_probe_read_kernel` tolerates bad addresses.
         queued: unsafe { read_u32(tcp, offsets.sk_wmem_queued) } as i32,
-        // SAFETY: as above.
+        // SAFETY: `bpf_probe_read_kernel` tolerates bad addresses.
         limit: unsafe { read_u32(tcp, offsets.sk_sndbuf) } as i32,
-        // SAFETY: as above.
+        // SAFETY: `bpf_probe_read_kernel` tolerates bad addresses.
         piece: unsafe { (read_u32(tcp, offsets.max_window) / 2).min(read_u32(tcp, offsets.mss_cache)) },
     }
 }
 
-/// 0 where there is nothing to read.
+/// 0 if the address cannot be read.
 #[inline(always)]
 pub(crate) unsafe fn read_u32(base: *const u8, offset: u32) -> u32 {
-    // SAFETY: the caller's.
+    // SAFETY: `read` tolerates bad addresses.
     unsafe { read(base, offset) }
 }
 
-/// 0 where there is nothing to read.
+/// 0 if the address cannot be read.
 #[inline(always)]
 pub(crate) unsafe fn read_u64(base: *const u8, offset: u32) -> u64 {
-    // SAFETY: the caller's.
+    // SAFETY: `read` tolerates bad addresses.
     unsafe { read(base, offset) }
 }
 
 #[inline(always)]
 unsafe fn read<T: Default>(base: *const u8, offset: u32) -> T {
     let mut value = T::default();
-    // SAFETY: the helper checks the address itself and leaves the value when it faults.
+    // SAFETY: the helper tolerates bad addresses, and writes only to `value`.
     unsafe {
         bpf_probe_read_kernel(ptr::from_mut(&mut value).cast(), size_of::<T>() as u32, base.add(offset as usize).cast())
     };
     value
 }
 
-/// 0, of which the verifier knows nothing; `unknown` is a number of which it knows as little.
+/// 0, but unknown to the verifier, like `unknown`.
 ///
-/// Every number that a callback finds in its caller's stack has been combined with it, before the loop and at the end of each
-/// step, so that none is ever a constant. Before 6.8 the verifier does not see that branches depend on such constants (precision
-/// tracking follows r10 only): having tried the callback with one, it takes all others for the same, and removes the code that
-/// this one does not reach. Later verifiers follow each state, length of line and size of chunk that a step can lead to from
-/// each that came before: ten times the work, most of a second at each load.
+/// Every number that a callback reads from its caller's stack is combined with it, before the loop and at the end of each step, so
+/// that none is a constant for the verifier. Before 6.8 the verifier does not see that branches depend on such constants (its
+/// precision tracking follows r10 only): it explores the callback with one value, assumes that value for every call, and removes
+/// the code that this value does not reach. Later verifiers explore each state, line length and chunk size that a step can lead to:
+/// ten times the work, most of a second at each load.
 #[inline(always)]
 pub(crate) fn zero(unknown: u32) -> u64 {
     let mut low = u64::from(unknown);
@@ -107,11 +105,11 @@ pub(crate) fn zero(unknown: u32) -> u64 {
     low << 32 | low & u64::from(u32::MAX)
 }
 
-/// The bits of a state.
+/// A mask of the bits of a state.
 const STATES: u32 = 15;
 const _: () = assert!(state::END_LF == STATES);
 
-/// The same framing, whose numbers the verifier has forgotten: see [`zero`].
+/// The same framing with numbers that the verifier does not know: see [`zero`].
 #[inline(always)]
 pub(crate) fn forgotten(framing: Framing, zero: u64) -> Framing {
     Framing {

@@ -1,4 +1,4 @@
-//! `sk_msg`: each message that an endpoint on this machine is about to send comes here, in the endpoint's own `sendmsg`.
+//! `sk_msg`: runs on each message that an endpoint on this machine sends, in the endpoint's own `sendmsg`.
 
 use core::ffi::c_void;
 
@@ -21,18 +21,18 @@ use crate::{
     memory::{self, forgotten, read_u32, read_u64, send_buffer, zero},
 };
 
-/// Bytes of chunk syntax and runs of payload that one call looks at; a message with more goes its ordinary way.
+/// Limit of bytes of chunk syntax and runs of payload in one call. A message with more is passed.
 const MAX_STEPS: u32 = 4096;
 
 #[sk_msg]
 fn penstock_message(ctx: SkMsgContext) -> u32 {
     let offsets = OFFSETS.load();
-    // The context is the kernel's own sk_msg, whatever the verifier makes of its fields.
-    // SAFETY: the helper that reads checks every address.
+    // The context is the kernel's own `sk_msg`, although the verifier presents other fields.
+    // SAFETY: `bpf_probe_read_kernel` tolerates bad addresses.
     let socket = unsafe { read_u64(ctx.as_ptr().cast(), offsets.msg_sk) } as *const u8;
-    // SAFETY: as above.
+    // SAFETY: `bpf_probe_read_kernel` tolerates bad addresses.
     let cookie = unsafe { read_u64(socket, offsets.skc_cookie) };
-    // SAFETY: the agent removes entries only of connections that it has closed.
+    // SAFETY: the agent removes an entry only after it has closed the connection.
     let Some(index) = (unsafe { LOCAL_INDEX.get(&cookie) }) else { return SK_PASS };
     let index = *index;
     let Some(slot) = LOCAL_SLOTS.get_ptr_mut(index) else { return SK_PASS };
@@ -61,7 +61,7 @@ impl Kernel for Send<'_> {
         memory::clear_release(word);
     }
 
-    /// Syntax is looked for in the message's first piece only: to see more, a helper would have to move memory.
+    /// Reads syntax only in the message's first piece: a helper would have to move memory to show more.
     #[inline(always)]
     fn parse(&mut self, framing: &mut Framing, len: u32, _: bool) -> bool {
         let taken = framing.skip(u64::from(len)) as u32;
@@ -70,29 +70,29 @@ impl Kernel for Send<'_> {
         }
         let offsets = OFFSETS.load();
         let msg = self.ctx.as_ptr().cast::<u8>().cast_const();
-        // SAFETY: the helper that reads checks every address.
+        // SAFETY: `bpf_probe_read_kernel` tolerates bad addresses.
         let (begin, end) = unsafe { (read_u64(msg, offsets.msg_data), read_u64(msg, offsets.msg_data_end)) };
         let zero = zero(len);
         let (readable, at) = (end.saturating_sub(begin) ^ zero, taken ^ zero as u32);
         let mut walk = Walk { framing: forgotten(*framing, zero), data: begin, readable, at, len };
         let walk_ptr: *mut Walk = &raw mut walk;
-        // SAFETY: `step` is a function of the signature that bpf_loop calls, and `walk` outlives the call.
+        // SAFETY: `step` has the signature that `bpf_loop` calls, and `walk` outlives the call.
         unsafe { bpf_loop(MAX_STEPS, step as *mut c_void, walk_ptr.cast(), 0) };
         *framing = walk.framing;
         walk.at == len && !walk.framing.is_invalid()
     }
 
-    /// Through the address that the verdict has found: this program cannot look a socket up, as it cannot give it back.
+    /// Uses the address that the verdict has found, because this program cannot look a socket up (it could not release it).
     #[inline(always)]
     fn target(&mut self, key: u64) -> Option<SendBuffer> {
         let found = FOUND.get_ptr_mut(self.index)?;
-        // SAFETY: words of a map's value, each read whole.
+        // SAFETY: reads whole words of a map's value.
         let (socket, cookie) =
             unsafe { ((&raw const (*found).socket).read_volatile(), (&raw const (*found).cookie).read_volatile()) };
         let socket = socket as *const u8;
-        // SAFETY: the helper that reads checks every address. Where a socket was, another may be: its cookie tells.
+        // SAFETY: `bpf_probe_read_kernel` tolerates bad addresses. The cookie tells whether it is still the same socket.
         let is_it = cookie == key && unsafe { read_u64(socket, OFFSETS.load().skc_cookie) } == key;
-        // SAFETY: as above.
+        // SAFETY: `bpf_probe_read_kernel` tolerates bad addresses.
         is_it.then(|| unsafe { send_buffer(socket) })
     }
 
@@ -103,7 +103,7 @@ impl Kernel for Send<'_> {
 
     #[inline(always)]
     fn now(&mut self) -> u64 {
-        // SAFETY: a helper without arguments.
+        // SAFETY: the helper has no arguments.
         unsafe { bpf_ktime_get_ns() }
     }
 
@@ -116,13 +116,13 @@ impl Kernel for Send<'_> {
 impl Message for Send<'_> {
     #[inline(always)]
     fn write_seq(&mut self) -> u32 {
-        // SAFETY: the helper that reads checks every address.
+        // SAFETY: `bpf_probe_read_kernel` tolerates bad addresses.
         unsafe { read_u32(self.socket, OFFSETS.load().write_seq) }
     }
 
     #[inline(always)]
     fn keeps_account(&mut self) -> bool {
-        // SAFETY: the helper that reads checks every address.
+        // SAFETY: `bpf_probe_read_kernel` tolerates bad addresses.
         unsafe { memory::keeps_account(self.socket) }
     }
 }
@@ -137,9 +137,9 @@ struct Walk {
     len: u32,
 }
 
-/// One step of the walk; 0 goes on, 1 ends it.
+/// One step of the walk. Returns 0 to continue, 1 to stop.
 extern "C" fn step(_: u64, walk: *mut Walk) -> u64 {
-    // SAFETY: bpf_loop hands over the pointer that it was given.
+    // SAFETY: `bpf_loop` passes the pointer that it was given.
     let walk = unsafe { &mut *walk };
     if walk.at >= walk.len {
         return 1;
@@ -157,7 +157,7 @@ extern "C" fn step(_: u64, walk: *mut Walk) -> u64 {
     }
     let mut byte = 0u8;
     let address = (walk.data + u64::from(walk.at)) as *const c_void;
-    // SAFETY: the helper checks the address itself.
+    // SAFETY: `bpf_probe_read_kernel` tolerates bad addresses.
     if unsafe { bpf_probe_read_kernel((&raw mut byte).cast(), 1, address) } != 0 {
         return 1;
     }

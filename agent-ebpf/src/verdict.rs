@@ -1,4 +1,4 @@
-//! `sk_skb/stream_verdict`: each segment that has arrived on a connection comes here before user space sees it.
+//! `sk_skb/stream_verdict`: runs on each segment that arrives on a connection, before user space sees it.
 
 use core::{arch::asm, ffi::c_void, ptr};
 
@@ -29,14 +29,14 @@ use crate::{
     shared::is_shared,
 };
 
-/// Bytes of chunk syntax and runs of payload that one call looks at; a segment with more goes to user space.
+/// Limit of bytes of chunk syntax and runs of payload in one call. A segment with more is passed.
 const MAX_STEPS: u32 = 4096;
 
 #[stream_verdict]
 fn penstock_verdict(ctx: SkBuffContext) -> u32 {
-    // SAFETY: the context is the one the kernel called us with.
+    // SAFETY: the kernel passed this context.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    // SAFETY: entries are removed only after the connection is closed.
+    // SAFETY: the agent removes an entry only after it has closed the connection.
     let Some(index) = (unsafe { INDEX.get(&cookie) }) else { return SK_PASS };
     let index = *index;
     let Some(slot) = SLOTS.get_ptr_mut(index) else { return SK_PASS };
@@ -50,23 +50,23 @@ fn penstock_verdict(ctx: SkBuffContext) -> u32 {
         error!(&ctx, "connection {}: {} bytes are not where they belong; it will be broken off", cookie, len);
     }
     find_client(index);
-    // An empty segment is the FIN, and nothing is lost with it: the socket's state tells of the end. Let through, it would
-    // break the socket where something is queued before it: `sk_psock_backlog` takes the 0 bytes that it moves for a failure.
+    // An empty segment is the FIN. Dropping it loses nothing, because the socket's state shows the end. If it were passed while
+    // something is queued, it would break the socket: `sk_psock_backlog` takes the 0 bytes that it moves for a failure.
     if len == 0 { SK_DROP } else { SK_PASS }
 }
 
-/// Where the agent has said which client the response is for: finds that client's socket, once, for the message program.
+/// If the agent has announced the response's client, finds that client's socket for the message program, once.
 #[inline(always)]
 fn find_client(index: u32) {
     let Some(slot) = LOCAL_SLOTS.get_ptr_mut(index) else { return };
-    // SAFETY: only whole words of it are used.
+    // SAFETY: only whole words of the slot are used.
     let slot = unsafe { &*slot };
     let key = slot.span.target.get();
     if key == slot.found.get() {
         return;
     }
     let targets = (&raw const TARGETS).cast_mut().cast::<c_void>();
-    // SAFETY: a lookup in a socket map takes a reference, which is released on every path.
+    // SAFETY: the lookup takes a reference, which is released on every path.
     unsafe {
         let sock = bpf_map_lookup_elem(targets, (&raw const key).cast());
         if sock.is_null() {
@@ -117,7 +117,7 @@ impl Kernel for Skb<'_> {
         let at = taken ^ zero as u32;
         let mut walk = Walk { framing: forgotten(*framing, zero), skb: self.ctx.as_ptr(), ring, at, len };
         let walk_ptr: *mut Walk = &raw mut walk;
-        // SAFETY: `step` is a function of the signature that bpf_loop calls, and `walk` outlives the call.
+        // SAFETY: `step` has the signature that `bpf_loop` calls, and `walk` outlives the call.
         unsafe { bpf_loop(MAX_STEPS, step as *mut c_void, walk_ptr.cast(), 0) };
         *framing = walk.framing;
         walk.at == len && !walk.framing.is_invalid()
@@ -126,7 +126,7 @@ impl Kernel for Skb<'_> {
     #[inline(always)]
     fn target(&mut self, key: u64) -> Option<SendBuffer> {
         let targets = (&raw const TARGETS).cast_mut().cast::<c_void>();
-        // SAFETY: a lookup in a socket map takes a reference, which is released below on every path.
+        // SAFETY: the lookup takes a reference, which is released on every path.
         unsafe {
             let sock = bpf_map_lookup_elem(targets, (&raw const key).cast());
             if sock.is_null() {
@@ -146,7 +146,7 @@ impl Kernel for Skb<'_> {
 
     #[inline(always)]
     fn now(&mut self) -> u64 {
-        // SAFETY: a helper without arguments.
+        // SAFETY: the helper has no arguments.
         unsafe { bpf_ktime_get_ns() }
     }
 
@@ -159,9 +159,9 @@ impl Kernel for Skb<'_> {
 impl Segment for Skb<'_> {
     #[inline(always)]
     fn sequence(&mut self) -> u32 {
-        // The context is the kernel's own sk_buff, whatever the verifier makes of its fields.
+        // The context is the kernel's own `sk_buff`, although the verifier presents other fields.
         let skb: *const u8 = self.ctx.as_ptr().cast();
-        // SAFETY: the helper checks the address itself.
+        // SAFETY: `bpf_probe_read_kernel` tolerates bad addresses.
         unsafe { read_u32(skb, OFFSETS.load().skb_cb) }
     }
 
@@ -175,7 +175,7 @@ impl Segment for Skb<'_> {
                 return true;
             }
             let now = if left > 4095 { 4095 } else { left };
-            // SAFETY: a helper on the context; mode and flags 0 are all that it takes.
+            // SAFETY: the helper takes the context; it accepts only 0 as mode and flags.
             if unsafe { bpf_skb_adjust_room(skb, -(now as i32), 0, 0) } != 0 {
                 return false;
             }
@@ -184,12 +184,12 @@ impl Segment for Skb<'_> {
         left == 0
     }
 
-    /// `tcp_fin` changes the state before it lets anyone see the segment.
+    /// `tcp_fin` changes the socket's state before the verdict runs.
     #[inline(always)]
     fn closed(&mut self) -> bool {
         const ESTABLISHED: u32 = 1;
         let skb: *mut __sk_buff = self.ctx.as_ptr().cast();
-        // SAFETY: the context, and the socket that the verifier has us check for null.
+        // SAFETY: the kernel passed the context, and its socket is checked for null.
         unsafe {
             let socket = (*skb).__bindgen_anon_2.sk;
             socket.is_null() || (*socket).state != ESTABLISHED
@@ -207,15 +207,15 @@ impl Segment for Skb<'_> {
 struct Walk {
     framing: Framing,
     skb: *mut c_void,
-    /// Null, or where copies of the payload go.
+    /// The ring for copies of the payload, or null.
     ring: *mut u8,
     at: u32,
     len: u32,
 }
 
-/// One step of the walk; 0 goes on, 1 ends it.
+/// One step of the walk. Returns 0 to continue, 1 to stop.
 extern "C" fn step(_: u64, walk: *mut Walk) -> u64 {
-    // SAFETY: bpf_loop hands over the pointer that it was given.
+    // SAFETY: `bpf_loop` passes the pointer that it was given.
     let walk = unsafe { &mut *walk };
     if walk.at >= walk.len {
         return 1;
@@ -234,7 +234,7 @@ extern "C" fn step(_: u64, walk: *mut Walk) -> u64 {
         return 1;
     }
     let mut byte = 0u8;
-    // SAFETY: the helper checks the range and fails outside the segment.
+    // SAFETY: the helper fails outside of the segment.
     if unsafe { bpf_skb_load_bytes(walk.skb, walk.at, (&raw mut byte).cast(), 1) } != 0 {
         return 1;
     }
@@ -244,7 +244,7 @@ extern "C" fn step(_: u64, walk: *mut Walk) -> u64 {
     0
 }
 
-/// Copies the end of a run of payload into the ring, if there is one. `position` is the number of the run's first byte.
+/// Copies the end of a run of payload to the ring, unless it is null. `position` is the number of the run's first byte.
 #[inline(always)]
 fn copy(skb: *mut c_void, ring: *mut u8, position: u32, at: u32, len: u32) {
     if ring.is_null() || len == 0 {
@@ -253,8 +253,8 @@ fn copy(skb: *mut c_void, ring: *mut u8, position: u32, at: u32, len: u32) {
     let copies = tail::place(position, len);
     let at = at + copies.skip;
     let offset = u64::from(copies.offset);
-    // SAFETY: at most RING - 1 + TAIL bytes from the start of the ring's memory, which the verifier checks; the helper fails
-    // where the segment has no such bytes.
+    // SAFETY: writes at most RING - 1 + TAIL bytes from the start of the ring's memory, which the verifier checks. The helper fails
+    // if the segment does not have these bytes.
     unsafe {
         if let Some(first) = bounded(copies.first) {
             bpf_skb_load_bytes(skb, at, ring.add((offset & u64::from(tail::RING - 1)) as usize).cast(), first);
@@ -265,13 +265,13 @@ fn copy(skb: *mut c_void, ring: *mut u8, position: u32, at: u32, len: u32) {
     }
 }
 
-/// The same length, where the verifier sees that it is from 1 to TAIL; `None` where it is not. Before 6.8 the verifier learns
-/// nothing from a comparison with 0, so the lower bound comes from an addition.
+/// The same length if it is from 1 to TAIL, in a form that the verifier understands; otherwise `None`. Before 6.8 the verifier
+/// learns nothing from a comparison with 0, so the lower bound comes from an addition.
 #[inline(always)]
 fn bounded(len: u32) -> Option<u32> {
     let mut less = u64::from(len);
-    // SAFETY: subtracts 1, where the compiler does not see it: it can neither leave out the comparison nor put the length back
-    // in place of the sum.
+    // SAFETY: subtracts 1 in a way that the compiler cannot see, so it can neither omit the comparison nor replace the sum by the
+    // length.
     unsafe { asm!("{0} += -1", inout(reg) less) };
     if less < u64::from(tail::TAIL) { Some(less as u32 + 1) } else { None }
 }
