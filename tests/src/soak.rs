@@ -113,7 +113,7 @@ async fn phase(
             tokio::time::sleep(PROGRESS).await;
             let left = until.saturating_duration_since(Instant::now()).as_secs();
             for subject in subjects {
-                note(&format!("{left} s left, {}", subject.standing()));
+                note(&format!("{left} s left, {}", subject.progress()));
             }
         }
     };

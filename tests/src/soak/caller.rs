@@ -103,7 +103,7 @@ impl<'a> Caller<'a> {
                 }
                 Err(error) => self.failed(&visit, begin, &error),
             }
-            self.subject.stands(&self.ledger.borrow());
+            self.subject.set_progress(&self.ledger.borrow());
             tokio::time::sleep(REST).await;
         }
     }

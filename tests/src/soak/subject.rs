@@ -28,7 +28,7 @@ pub(super) struct Subject {
     memory: Result<MemoryCgroup>,
     reloads: Cell<u64>,
     /// The state as of the last request.
-    standing: RefCell<String>,
+    progress: RefCell<String>,
 }
 
 impl Subject {
@@ -37,7 +37,7 @@ impl Subject {
         let tls = agent.tls.context("the agent logged no TLS address")?;
         // Last, so that it is dropped after the process.
         let memory = MemoryCgroup::around(agent.process.id());
-        Ok(Self { mode, agent, tls, memory, reloads: Cell::new(0), standing: RefCell::default() })
+        Ok(Self { mode, agent, tls, memory, reloads: Cell::new(0), progress: RefCell::default() })
     }
 
     pub(super) fn name(&self) -> String {
@@ -63,12 +63,12 @@ impl Subject {
         &self.agent.process
     }
 
-    pub(super) fn stands(&self, ledger: &Ledger) {
-        *self.standing.borrow_mut() = format!("{}: {ledger}", self.name());
+    pub(super) fn set_progress(&self, ledger: &Ledger) {
+        *self.progress.borrow_mut() = format!("{}: {ledger}", self.name());
     }
 
-    pub(super) fn standing(&self) -> String {
-        self.standing.borrow().clone()
+    pub(super) fn progress(&self) -> String {
+        self.progress.borrow().clone()
     }
 
     /// Runs every kind of client until the deadline.
