@@ -29,7 +29,7 @@ on_every_path! {
     any_framing_size_and_write_pattern_is_exact
     bytes_after_pause_are_steered
     single_byte_writes_are_exact
-    large_bodies_are_steered
+    large_bodies_are_exact
     slow_and_stalled_clients_get_every_byte
     last_bytes_with_fin_are_delivered
     client_stalled_before_orderly_close_gets_every_byte
@@ -262,7 +262,7 @@ async fn single_byte_writes_are_exact(mode: SteeringMode) {
     rig.report(seed);
 }
 
-async fn large_bodies_are_steered(mode: SteeringMode) {
+async fn large_bodies_are_exact(mode: SteeringMode) {
     let seed = Random::fresh_seed();
     let (mut random, mut rig) = (random(seed), Rig::start(mode).await);
     for framing in ALL {
