@@ -54,6 +54,8 @@ struct Shared {
     seen: Mutex<Vec<Echo>>,
     /// Incremented to make connections send GOAWAY.
     leaving: watch::Sender<u64>,
+    /// Whether responses that wait for [`FaultKind::UntilTold`](crate::model_server::FaultKind::UntilTold) may continue.
+    told: watch::Sender<bool>,
 }
 
 /// A running server. Dropping it acts like killing its process.
@@ -127,6 +129,17 @@ impl Http2Server {
         self.shared.leaving.send_modify(|times| *times += 1);
     }
 
+    /// Continues the responses that wait for [`FaultKind::UntilTold`](crate::model_server::FaultKind::UntilTold); later ones do
+    /// not wait.
+    pub fn resume(&self) {
+        self.shared.told.send_replace(true);
+    }
+
+    /// As at the start: such responses wait until [`Self::resume`].
+    pub fn hold(&self) {
+        self.shared.told.send_replace(false);
+    }
+
     /// Closes everything at once and returns afterwards. The counters remain readable.
     pub fn stop(&mut self) {
         self.runtime.stop();
@@ -150,6 +163,7 @@ async fn listen(options: Http2Options) -> Result<Arc<Shared>> {
         written: AtomicU64::default(),
         seen: Mutex::default(),
         leaving: watch::Sender::new(0),
+        told: watch::Sender::default(),
     });
     let server = Arc::clone(&shared);
     tokio::spawn(async move {

@@ -53,7 +53,7 @@ pub(super) async fn answer(exchange: &mut Exchange) -> Result<(), Stop> {
             let mut out = exchange.head(200, &fields(&[KIND]), false)?;
             for number in 0..u64::from(body.get(5).copied().unwrap_or_default()) {
                 exchange.write(&mut out, framed(&streamed(number)), false).await?;
-                exchange.pause(Some(&mut out), Some(Duration::from_millis(1))).await?;
+                exchange.pause(Some(&mut out), Duration::from_millis(1)).await?;
             }
             Ok(out.send_trailers(map(&ok))?)
         }

@@ -204,14 +204,14 @@ impl Exchange {
         }
         let pause = Duration::from_micros(plan.head.pause_us);
         if plan.head.split_at.is_some() {
-            self.pause(None, Some(pause)).await?;
+            self.pause(None, pause).await?;
         }
         let bodiless = self.echo.method == "HEAD" || plan.framing == Framing::None;
         if bodiless && plan.trailers.is_empty() {
             return self.head(plan.status, &fields, true).map(drop);
         }
         let mut out = self.head(plan.status, &fields, false)?;
-        self.pause(Some(&mut out), Some(pause)).await?;
+        self.pause(Some(&mut out), pause).await?;
         if !bodiless {
             self.body(plan, &mut out).await?;
         }
@@ -229,8 +229,9 @@ impl Exchange {
         loop {
             if let Some(due) = fault.take_if(|fault| fault.after == at) {
                 match due.kind {
-                    FaultKind::Stall | FaultKind::UntilTold => self.pause(Some(out), None).await?,
-                    FaultKind::StallMs(ms) => self.pause(Some(out), Some(Duration::from_millis(ms))).await?,
+                    FaultKind::Stall => self.wait(Some(out), std::future::pending()).await?,
+                    FaultKind::UntilTold => self.until_told(out).await?,
+                    FaultKind::StallMs(ms) => self.pause(Some(out), Duration::from_millis(ms)).await?,
                     FaultKind::Reset => return Err(Stop::Reset),
                     FaultKind::Close => return Err(Stop::Close),
                 }
@@ -248,23 +249,27 @@ impl Exchange {
                 && frames.is_multiple_of(pauses.every.max(1))
             {
                 let pause = Duration::from_micros(random.below(pauses.up_to_us.saturating_add(1)));
-                self.pause(Some(out), Some(pause)).await?;
+                self.pause(Some(out), pause).await?;
             }
         }
     }
 
-    /// Waits, forever without a duration, and notices a reset by the peer. `out` is set once the head is sent.
-    pub(super) async fn pause(
-        &mut self,
-        out: Option<&mut SendStream<Bytes>>,
-        duration: Option<Duration>,
-    ) -> Result<(), Stop> {
+    pub(super) async fn pause(&mut self, out: Option<&mut SendStream<Bytes>>, duration: Duration) -> Result<(), Stop> {
+        self.wait(out, sleep(duration)).await
+    }
+
+    /// Waits for [`Http2Server::resume`](super::Http2Server::resume).
+    async fn until_told(&mut self, out: &mut SendStream<Bytes>) -> Result<(), Stop> {
+        let mut told = self.shared.told.subscribe();
         let wait = async {
-            match duration {
-                Some(duration) => sleep(duration).await,
-                None => std::future::pending().await,
-            }
+            // Fails when the server ends, and its connections with it.
+            let _ = told.wait_for(|told| *told).await;
         };
+        self.wait(Some(out), wait).await
+    }
+
+    /// Waits for `event`, and notices a reset by the peer. `out` is set once the head is sent.
+    async fn wait(&mut self, out: Option<&mut SendStream<Bytes>>, event: impl Future<Output = ()>) -> Result<(), Stop> {
         let respond = &mut self.respond;
         let leave = async {
             match out {
@@ -275,7 +280,7 @@ impl Exchange {
         tokio::select! {
             biased;
             _ = leave => Err(Stop::Peer),
-            () = wait => Ok(()),
+            () = event => Ok(()),
         }
     }
 }

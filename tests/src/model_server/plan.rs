@@ -171,7 +171,8 @@ pub enum FaultKind {
     Stall,
     /// Continues after this many milliseconds.
     StallMs(u64),
-    /// Over HTTP/1.1, continues once [`super::ModelServer::resume`] is called; elsewhere acts like [`FaultKind::Stall`].
+    /// Continues once [`super::ModelServer::resume`] or [`crate::Http2Server::resume`] is called; after an upgrade, acts like
+    /// [`FaultKind::Stall`].
     UntilTold,
     /// A reset. Bytes that did not fit the peer's window are lost.
     Reset,

@@ -39,11 +39,10 @@ fn plain(body: impl Into<bytes::Bytes>) -> Request {
     Request::post("/test/echo", body)
 }
 
-/// A response with a delayed head.
-fn slow(number: u64) -> Plan {
-    let mut plan = Plan { size: 3000, stream_id: number, ..Plan::default() };
-    (plan.head.split_at, plan.head.pause_us) = (Some(0), 30_000);
-    plan
+/// A response that waits for the server's word in its body.
+fn held(number: u64) -> Plan {
+    let fault = Some(Fault { after: 1000, kind: FaultKind::UntilTold });
+    Plan { size: 3000, stream_id: number, fault, ..Plan::default() }
 }
 
 async fn finishes(mut stream: Stream, plan: &Plan) {
@@ -53,12 +52,16 @@ async fn finishes(mut stream: Stream, plan: &Plan) {
     assert_eq!(response.read.len, plan.size);
 }
 
-/// Sends all requests concurrently.
-async fn all_at_once(client: &mut Http2Client, plans: impl IntoIterator<Item = Plan>) {
+/// So many held responses at once: none ends before the server has read every request.
+async fn all_at_once(client: &mut Http2Client, server: &Http2Server, count: u64) {
+    server.hold();
+    let before = server.requests();
     let mut streams = Vec::new();
-    for plan in plans {
+    for plan in (0..count).map(held) {
         streams.push((client.send(&plan.request()).await.unwrap(), plan));
     }
+    eventually(SOON, || server.requests() == before + count).await;
+    server.resume();
     join_all(streams.into_iter().map(|(stream, plan)| async move { finishes(stream, &plan).await })).await;
 }
 
@@ -67,7 +70,7 @@ async fn many_requests_share_one_connection() {
     let server = server(Http2Options::default()).await;
     let agent = agent(server.addr, |_| {});
     let mut client = Http2Client::connect(agent.addr).await.unwrap();
-    all_at_once(&mut client, (0..100).map(slow)).await;
+    all_at_once(&mut client, &server, 100).await;
     for number in 0..20 {
         let response = client.request(&plain(number.to_string())).await.unwrap();
         assert_eq!(response.echoed().count, 101 + number);
@@ -83,11 +86,12 @@ async fn endpoint_stream_limit_is_respected() {
     let server = server(Http2Options { max_streams: 4, ..Http2Options::default() }).await;
     let agent = agent(server.addr, |_| {});
     let mut client = Http2Client::connect(agent.addr).await.unwrap();
-    all_at_once(&mut client, (0..20).map(slow)).await;
+    all_at_once(&mut client, &server, 20).await;
     assert_eq!(server.connections_accepted(), 5);
     assert_eq!(agent.count("penstock_endpoint_retries_total", &[]), 0);
-    // The connections are reused.
-    all_at_once(&mut client, (0..20).map(slow)).await;
+    // And they are used again, once the agent has noticed the end of each stream.
+    eventually(SOON, || agent.metric("penstock_active_requests", &[]) == 0.0).await;
+    all_at_once(&mut client, &server, 20).await;
     assert_eq!((server.connections_accepted(), server.requests()), (5, 40));
 }
 
