@@ -9,13 +9,19 @@ use penstock_tests::{
     BodyEnd, Http2Client, Plan, Request,
     agent::{TestAgent, builtin_pool},
     eventually,
-    http2_frames::{END_STREAM, Frame, Http2Frames, kind},
+    http2_frames::{END_STREAM, Frame, Http2Frames, PREFACE, kind},
     model_server::{HeadWrites, ModelServer, Options},
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpSocket, TcpStream},
 };
 
 use crate::SOON;
 
 const IDLE: Duration = Duration::from_millis(400);
+/// Where the idle time is not what is tested: a bound for a machine that is busy, not an expectation.
+const LONG: Duration = Duration::from_secs(60);
 const CANCEL: u32 = 8;
 const ENHANCE_YOUR_CALM: u32 = 11;
 
@@ -32,6 +38,15 @@ impl Scene {
             adjust(config);
         });
         Self { server, agent }
+    }
+
+    /// As [`Self::new`], for clients whose pace is not what is tested.
+    async fn patient(adjust: impl FnOnce(&mut Config)) -> Self {
+        Self::new(|config| {
+            config.timeouts.idle = Some(LONG);
+            adjust(config);
+        })
+        .await
     }
 
     /// A client whose windows admit this much of each response before it opens them.
@@ -148,7 +163,8 @@ async fn stalled_stream_is_reset_and_others_continue() {
 /// A window that opens by single bytes is progress, however long the whole takes.
 #[tokio::test]
 async fn client_opening_window_by_bytes_is_served_completely() {
-    let scene = Scene::new(|_| {}).await;
+    const IDLE: Duration = Duration::from_secs(2);
+    let scene = Scene::new(|config| config.timeouts.idle = Some(IDLE)).await;
     let mut client = scene.client(1).await;
     let plan = Plan { size: 12, ..Plan::default() };
     client.send(&get(1, "/test/echo", Some(&plan))).await.unwrap();
@@ -159,7 +175,7 @@ async fn client_opening_window_by_bytes_is_served_completely() {
         if frame.flags & END_STREAM != 0 {
             break;
         }
-        tokio::time::sleep(IDLE / 3).await;
+        tokio::time::sleep(IDLE / 4).await;
         client.send(&Frame::window(1, 1)).await.unwrap();
     }
     assert_eq!(checker.offset(), plan.size);
@@ -178,18 +194,77 @@ async fn client_not_reading_connection_is_closed() {
 }
 
 #[tokio::test]
-async fn silent_client_after_connect_is_closed() {
-    let scene = Scene::new(|config| config.timeouts.head = Some(IDLE)).await;
+async fn client_without_a_request_is_closed_after_keep_alive() {
+    let scene = Scene::new(|config| config.timeouts.keep_alive = Some(IDLE)).await;
+    let begin = Instant::now();
     let mut client = Http2Frames::connect(scene.agent.addr).await.unwrap();
-    assert!(client.find(|frame| frame.kind == kind::SETTINGS).await.unwrap().is_some());
-    assert_eq!(scene.connections(), 1.0);
+    let last = client.find(|frame| frame.kind == kind::GOAWAY).await.unwrap().expect("a GOAWAY");
+    assert_eq!(last.error(), Some(0));
+    assert!(begin.elapsed() >= IDLE, "{:?}", begin.elapsed());
+    assert!(client.find(|_| false).await.unwrap().is_none());
+    eventually(SOON, || scene.connections() == 0.0).await;
+    assert_eq!(scene.agent.count("penstock_client_idle_closes_total", &[]), 1);
+}
+
+#[tokio::test]
+async fn client_with_incomplete_preface_is_closed_after_head_timeout() {
+    let scene = Scene::new(|config| config.timeouts.head = Some(IDLE)).await;
+    let begin = Instant::now();
+    // What looks like the head of a request is answered as one; after that the client has said that it speaks HTTP/2.
+    for (length, status) in [(3, "HTTP/1.1 408 "), (10, "HTTP/1.1 408 "), (PREFACE.len() - 1, "")] {
+        let mut client = TcpStream::connect(scene.agent.addr).await.unwrap();
+        client.write_all(&PREFACE[..length]).await.unwrap();
+        let mut answer = Vec::new();
+        let end = tokio::time::timeout(SOON, client.read_to_end(&mut answer)).await;
+        let end = end.unwrap_or_else(|_| panic!("still open after {length} bytes of the preface"));
+        assert!(end.is_ok() || status.is_empty(), "{length}: {end:?}");
+        assert!(answer.starts_with(status.as_bytes()), "{length}: {:?}", answer.escape_ascii().to_string());
+    }
+    assert!(begin.elapsed() >= 3 * IDLE, "{:?}", begin.elapsed());
+    eventually(SOON, || scene.connections() == 0.0).await;
+}
+
+/// 50 KB a second through small buffers, of one response and with all windows open: each wait is longer than the idle time
+/// between two moments at which the connection's socket turns writable.
+#[tokio::test]
+async fn slow_reader_of_its_connection_is_served_completely() {
+    let scene = Scene::new(|config| {
+        config.timeouts.idle = Some(Duration::from_secs(1));
+        config.steering.client_send_buffer = 512 << 10;
+    })
+    .await;
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(16 << 10).unwrap();
+    let stream = socket.connect(scene.agent.addr).await.unwrap();
+    let mut client = Http2Frames::new(stream).unwrap();
+    let settings = Frame::initial_window((1 << 31) - 1);
+    client.send_raw(&[PREFACE, &settings.wire()].concat()).await.unwrap();
+    client.send(&Frame::window(0, 1 << 30)).await.unwrap();
+    let plan = Plan { size: 400_000, ..Plan::default() };
+    client.send(&get(1, "/test/echo", Some(&plan))).await.unwrap();
+    let (begin, mut checker, mut read) = (Instant::now(), plan.checker(), 0);
+    loop {
+        let frame = client.next().await.unwrap().expect("the connection goes on");
+        assert!(!matches!(frame.kind, kind::RST_STREAM | kind::GOAWAY), "{frame:?} after {} bytes", checker.offset());
+        read += frame.payload.len() as u32;
+        if frame.kind == kind::DATA && frame.stream == 1 {
+            checker.feed(&frame.payload).unwrap();
+            if frame.flags & END_STREAM != 0 {
+                break;
+            }
+        }
+        tokio::time::sleep_until((begin + Duration::from_secs(1) * read / 50_000).into()).await;
+    }
+    assert_eq!(checker.offset(), plan.size);
+    assert!(begin.elapsed() > Duration::from_secs(6), "not slow: {:?}", begin.elapsed());
+    assert_eq!(scene.agent.count("penstock_client_stalls_total", &[]), 0);
 }
 
 /// Opens and resets streams repeatedly: endpoints see no more requests than the budget.
 #[tokio::test]
 async fn cancelled_requests_are_limited_by_budget() {
     const RESETS: u32 = 20;
-    let scene = Scene::new(|config| config.listen.http2_resets = RESETS).await;
+    let scene = Scene::patient(|config| config.listen.http2_resets = RESETS).await;
     let mut client = scene.client(65_535).await;
     let head = HeadWrites { split_at: Some(0), pause_us: 60_000_000, ..HeadWrites::default() };
     let never = Plan { head, ..Plan::default() };
@@ -219,7 +294,7 @@ async fn cancelled_requests_are_limited_by_budget() {
 /// A gateway connection with users who cancel: resets before the head are rare, after it they are frequent.
 #[tokio::test]
 async fn cancelled_responses_use_no_budget() {
-    let scene = Scene::new(|config| config.listen.http2_resets = 5).await;
+    let scene = Scene::patient(|config| config.listen.http2_resets = 5).await;
     let mut client = Http2Client::connect(scene.agent.addr).await.unwrap();
     for _ in 0..50 {
         let mut stream = client.send(&Plan { size: 1 << 30, ..Plan::default() }.request()).await.unwrap();
@@ -231,7 +306,7 @@ async fn cancelled_responses_use_no_budget() {
 
 #[tokio::test]
 async fn empty_frames_are_limited_by_budget() {
-    let scene = Scene::new(|_| {}).await;
+    let scene = Scene::patient(|_| {}).await;
     let empty = Frame::new(kind::DATA, 0, 1, []);
     let rows = [
         ("PING", Frame::new(kind::PING, 0, 0, *b"whatever")),
@@ -271,7 +346,7 @@ async fn empty_frames_are_limited_by_budget() {
 /// Returns window space frame by frame, as some clients do.
 #[tokio::test]
 async fn window_updates_of_active_reader_use_no_budget() {
-    let scene = Scene::new(|config| config.listen.http2_control_frames = 100).await;
+    let scene = Scene::patient(|config| config.listen.http2_control_frames = 100).await;
     let mut client = scene.client(65_535).await;
     let plan = Plan { size: 16 << 20, ..Plan::default() };
     client.send(&get(1, "/test/echo", Some(&plan))).await.unwrap();
