@@ -80,6 +80,8 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
     let idle_state = IdleState::new(&current.idle);
     loop {
         let head = read_head(&current.worker(), &mut socket, &idle_state).await;
+        // Whatever the result, the connection no longer waits for a request.
+        idle_state.set_busy();
         // The configuration may have been reloaded while the connection was idle.
         let worker = &current.worker();
         let http2 = worker.shared.config.listen.http2_max_streams > 0;
@@ -141,7 +143,6 @@ async fn read_head(
     loop {
         if let Some((head, length)) = parser.parse(&client.buf, &limits)? {
             let _ = client.buf.split_to(length);
-            idle_state.set_busy();
             return Ok(Some((head, begun.unwrap_or_else(Instant::now))));
         }
         if begun.is_none() {

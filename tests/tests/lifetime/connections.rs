@@ -9,7 +9,7 @@ use penstock_tests::{
     agent_process::AgentProcess,
     client::{ConnectionEnd, Piece},
     eventually,
-    http2_frames::{Http2Frames, kind},
+    http2_frames::{END_STREAM, Frame, Http2Frames, kind},
     model_server::{Fault, FaultKind, Options},
     tls::Certificate,
 };
@@ -119,12 +119,57 @@ async fn longest_idle_connection_makes_room() {
     assert!(matches!(running.piece(1).await.unwrap(), Piece::Data(_)), "a connection with a request was closed");
 }
 
+/// A connection of HTTP/2 with a response to its first request, all of it if it is `whole`.
+async fn http2(agent: &TestAgent, whole: bool) -> Http2Frames {
+    let fault = (!whole).then_some(Fault { after: 1000, kind: FaultKind::Stall });
+    let plan = Plan { fault, size: 2000, ..Plan::default() };
+    let header = plan.header();
+    let mut client = Http2Frames::connect(agent.addr).await.unwrap();
+    let fields =
+        [(":method", "GET"), (":scheme", "http"), (":path", "/"), (":authority", "x"), ("x-test-plan", &header)];
+    client.send(&Frame::headers(1, true, &fields)).await.unwrap();
+    let wanted = |frame: &Frame| frame.kind == kind::DATA && (!whole || frame.flags & END_STREAM != 0);
+    assert!(client.find(wanted).await.unwrap().is_some());
+    client
+}
+
+#[tokio::test]
+async fn idle_http2_connection_makes_room_and_one_with_a_stream_does_not() {
+    let server = server().await;
+    let agent = limited(&server);
+    let mut held = Vec::new();
+    for _ in 2..LIMIT {
+        held.push(busy(&agent).await);
+    }
+    let mut running = http2(&agent, false).await;
+    let mut idle = http2(&agent, true).await;
+    eventually(SOON, || agent.metric("penstock_active_requests", &[]) == LIMIT as f64 - 1.0).await;
+    let going = async {
+        let last = idle.find(|frame| frame.kind == kind::GOAWAY).await.unwrap().expect("a GOAWAY");
+        assert_eq!(last.error(), Some(0));
+        assert!(idle.find(|_| false).await.unwrap().is_none());
+    };
+    let (newcomer, ()) = tokio::join!(busy(&agent), going);
+    held.push(newcomer);
+    assert_eq!(agent.count("penstock_client_connections_shed_total", &[]), 1);
+    assert_eq!(agent.count("penstock_client_connections_refused_total", &[]), 0);
+
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    assert_eq!(client.request(&Request::get(MODELS)).await.unwrap().error_code(), "too_many_connections");
+    running.send(&Frame::new(kind::PING, 0, 0, *b"are you?")).await.unwrap();
+    let next = running.find(|frame| frame.kind == kind::PING || frame.kind == kind::GOAWAY).await.unwrap();
+    assert_eq!(next.map(|frame| frame.kind), Some(kind::PING));
+    assert_eq!(agent.count("penstock_client_connections_shed_total", &[]), 1);
+}
+
 /// Two hundred connections with started requests, to an agent limited to 128 descriptors.
 #[tokio::test]
 async fn exhausted_descriptors_refuse_clients_but_not_probes() {
     let server = server().await;
     let through = ["prlimit", "--nofile=128:128"];
-    let agent = AgentProcess::start_through(&through, ANY_PORT, server.addr, "off", "").await.unwrap();
+    // None of them times out before the test is over.
+    let settings = "[timeouts]\nhead = \"10m\"\n";
+    let agent = AgentProcess::start_through(&through, ANY_PORT, server.addr, "off", settings).await.unwrap();
     let mut held = Vec::new();
     for _ in 0..200 {
         let mut stream = TcpStream::connect(agent.addr).await.unwrap();
