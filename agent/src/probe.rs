@@ -17,8 +17,8 @@ pub enum Point<'p> {
     Request(&'p request::Parts),
     /// When an endpoint has begun to answer, before any of the answer is sent.
     Response(&'p request::Parts),
-    /// After the answer has been sent.
-    Answered(&'p request::Parts),
+    /// While an answer is being sent, whenever the delivery waits.
+    Body(&'p request::Parts),
 }
 
 type Call = dyn Fn(Point<'_>) + Send + Sync;

@@ -1,7 +1,7 @@
 //! Responds: sends the response's head to the EPP and, with the EPP's mutation, to the client. Delivers the body over the chosen
 //! path. Then both connections are reused, pinned or closed.
 
-use std::{cell::RefCell, net::SocketAddr, rc::Rc};
+use std::{cell::RefCell, convert::Infallible, future::poll_fn, net::SocketAddr, rc::Rc, task::Poll};
 
 use bytes::{Bytes, BytesMut};
 use tokio::time::Instant;
@@ -191,7 +191,7 @@ async fn bytes(
     let end = tokio::select! {
         biased;
         end = delivery.run() => Ok(end),
-        reason = aborted(request.deadline, &mut picked.stream, tee) => Err(reason),
+        reason = aborted(worker, request, request.deadline, &mut picked.stream, tee) => Err(reason),
     };
     if end.is_err() {
         delivery.abandon();
@@ -222,7 +222,7 @@ async fn tunnel(
         biased;
         end = tunnel.run(std::future::pending()) => Ok(end),
         // The 101 is the whole response, so the request's deadline no longer applies.
-        reason = aborted(None, &mut picked.stream, None) => Err(reason),
+        reason = aborted(worker, request, None, &mut picked.stream, None) => Err(reason),
     };
     Carried { end, account: tunnel.account, path, reason: "upgrade", keep_alive: false }
 }
@@ -292,7 +292,7 @@ async fn frames(
         Ok(()) => tokio::select! {
             biased;
             end = delivery.run() => Ok(end),
-            reason = aborted(request.deadline, &mut picked.stream, tee) => Err(reason),
+            reason = aborted(worker, request, request.deadline, &mut picked.stream, tee) => Err(reason),
         },
     };
     Carried { end, account: delivery.account, path: Path::Relay, reason: "http2", keep_alive }
@@ -300,6 +300,8 @@ async fn frames(
 
 /// Resolves with the reason when the deadline or an eviction ends the response. Poll it after the delivery, as [`evicted_while_sending`].
 async fn aborted(
+    worker: &Worker,
+    request: &Request,
     deadline: Option<Instant>,
     stream: &mut Option<PickStream>,
     tee: Option<&RefCell<Tee>>,
@@ -310,8 +312,13 @@ async fn aborted(
             None => std::future::pending().await,
         }
     };
+    let probed = poll_fn(|_| {
+        worker.shared.probe.at(Point::Body(&request.parts));
+        Poll::<Infallible>::Pending
+    });
     tokio::select! {
         biased;
+        never = probed => match never {},
         _ = evicted_while_sending(stream, tee) => EVICTED,
         () = late => "request_timeout",
     }

@@ -19,9 +19,9 @@ use penstock_agent::{
 use penstock_tests::{
     BodyEnd, Client, Http2Client, ModelServer, Plan, Reader, Request,
     agent::{TestAgent, builtin_pool},
-    client::ConnectionEnd,
+    client::{ConnectionEnd, Piece},
     eventually,
-    model_server::{Fault, FaultKind, Options},
+    model_server::{Fault, FaultKind, Framing, Options},
     reader::at_least,
 };
 
@@ -58,6 +58,7 @@ fn faulty() -> Probe {
     Probe::new(|point| match point {
         Point::Request(parts) if wants(parts, "request") => panic!("{FAULT}"),
         Point::Response(parts) if wants(parts, "response") => panic!("{FAULT}"),
+        Point::Body(parts) if wants(parts, "body") => panic!("{FAULT}"),
         _ => {}
     })
 }
@@ -109,6 +110,73 @@ async fn panic_in_http2_request_returns_500_and_streams_finish() {
     assert_eq!((read.end, read.len), (BodyEnd::Complete, plan.size));
     // The connection itself takes no more requests.
     client.end().await.unwrap();
+}
+
+/// With more of the body to come, and by its framing.
+#[tokio::test]
+async fn request_that_panics_in_its_body_breaks_off_for_its_client_alone() {
+    count_panics();
+    let server = server().await;
+    for steering in [SteeringMode::Off, SteeringMode::Ingress] {
+        for framing in [Framing::ContentLength, Framing::Chunked, Framing::UntilClose] {
+            let agent = TestAgent::start_with(builtin_pool(&[server.addr]), steering, faulty(), |_| {});
+            let stalls = Some(Fault { after: 5000, kind: FaultKind::Stall });
+            let plan = Plan { framing, size: 100_000, fault: stalls, ..Plan::default() };
+            let mut client = Client::connect(agent.addr).await.unwrap();
+            client.send(&plan.request().header("x-fault", "body")).await.unwrap();
+            assert_eq!(client.head().await.unwrap().status, 200);
+            let read = Reader::Fast.take(&mut client, &mut plan.checker()).await.unwrap();
+            assert!(read.end != BodyEnd::Complete && read.len < plan.size, "{steering:?} {framing:?} {read:?}");
+            assert!(framing != Framing::UntilClose || read.end == BodyEnd::Reset, "{steering:?} {read:?}");
+            is_counted_once(&agent).await;
+        }
+    }
+    assert_eq!(server.aborted(), 6);
+}
+
+#[tokio::test]
+async fn http2_request_that_panics_in_its_body_is_reset_and_its_neighbour_finishes() {
+    count_panics();
+    let server = server().await;
+    let armed = Arc::new(AtomicBool::new(false));
+    let trigger = Arc::clone(&armed);
+    let probe = Probe::new(move |point| match point {
+        Point::Body(parts) if wants(parts, "body") && trigger.load(Relaxed) => panic!("{FAULT}"),
+        _ => {}
+    });
+    let agent = TestAgent::start_with(builtin_pool(&[server.addr]), SteeringMode::Off, probe, |_| {});
+    let mut client = Http2Client::connect(agent.addr).await.unwrap();
+    let fault = Some(Fault { after: 500, kind: FaultKind::UntilTold });
+    let waits = Plan { size: 10_000, fault, ..Plan::default() };
+    let mut running = client.send(&waits.request()).await.unwrap();
+    assert_eq!(running.head().await.unwrap().status, 200);
+    // More than the client's windows take, so that it has to be waited for.
+    let plan = Plan { size: 64 << 20, ..waits.clone() };
+    let mut failing = client.send(&plan.request().header("x-fault", "body")).await.unwrap();
+    assert_eq!(failing.head().await.unwrap().status, 200);
+    let mut checker = plan.checker();
+    while checker.offset() < 500 {
+        let Piece::Data(data) = failing.piece().await.unwrap() else { panic!("ended at {}", checker.offset()) };
+        checker.feed(&data).unwrap();
+    }
+    armed.store(true, Relaxed);
+    server.resume();
+    let read = failing.read_body(|bytes| Ok(checker.feed(bytes)?)).await.unwrap();
+    assert!(read.end == BodyEnd::Reset && checker.offset() < plan.size, "{read:?}");
+    let mut checker = waits.checker();
+    let read = running.read_body(|bytes| Ok(checker.feed(bytes)?)).await.unwrap();
+    assert_eq!((read.end, read.len), (BodyEnd::Complete, waits.size));
+    is_counted_once(&agent).await;
+}
+
+/// And the agent serves on.
+async fn is_counted_once(agent: &TestAgent) {
+    eventually(SOON, || agent.metric("penstock_active_requests", &[]) == 0.0).await;
+    assert_eq!(agent.count("penstock_requests_total", &[r#"reason="internal_error""#]), 1);
+    assert!(agent.count("penstock_panics_total", &[HERE]) >= 1);
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    assert_eq!(client.request(&Request::get("/v1/models")).await.unwrap().status(), 200);
+    assert!(agent.agent.readiness().is_ready() && !agent.agent.has_failed());
 }
 
 fn config(server: &ModelServer) -> Config {
