@@ -3,18 +3,23 @@
 use std::{
     net::{Ipv4Addr, SocketAddr},
     process::Command,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
-use penstock_agent::config::{Config, ListenTls, PathPattern, PickPer, Pool, Route, SteeringMode};
+use penstock_agent::config::{Config, Epp, ListenTls, PathPattern, PickPer, Picker, Pool, Route, SteeringMode};
+use penstock_proto::ext_proc::{HttpBody, HttpHeaders};
 use penstock_tests::{
-    BodyEnd, Client, Plan, Request,
+    BodyEnd, Client, Plan, Request, ScriptedEpp,
     agent::{TestAgent, builtin_pool},
     client::{ConnectionEnd, Response},
     eventually,
     model_server::{Fault, FaultKind, Framing, HeadWrites, Lengths, ModelServer, Options, Pauses, Upgraded},
     namespace::Namespace,
+    scripted_epp::{Answer, Exchange, Script, reply},
     tls::Certificate,
 };
 use tokio::{
@@ -136,7 +141,72 @@ async fn early_response_during_slow_upload_reaches_client() {
     assert_eq!(far.agent.count("penstock_client_lingers_cut_total", &[]), 0);
 }
 
-/// Reading on is limited in time and in bytes.
+/// The picker's own answers, and the agent's to a body that takes too long, while the client is still sending.
+#[tokio::test]
+async fn immediate_replies_and_408_during_a_slow_upload_reach_their_client() {
+    let first = AtomicUsize::new(0);
+    let why = "too much of it".repeat(1000);
+    let answer = why.clone();
+    let script = EarlyReply { answer, first };
+    let epp = ScriptedEpp::start(script).await.unwrap();
+    let picker = epp.addr;
+    let far = Far::new(
+        7,
+        SteeringMode::Off,
+        |pool| {
+            let epp = Epp { health_interval: None, ..Epp::new(&picker.to_string()) };
+            pool.picker = Picker::Epp(epp);
+        },
+        |config| config.timeouts.body = Some(Duration::from_secs(60)),
+    )
+    .await;
+    far.slow_down("20mbit");
+    let upload_of = |length| Request::post("/test/echo", vec![b'x'; length]);
+    for status in [413, 408] {
+        let begin = Instant::now();
+        let (response, end) = upload(far.client().await, &upload_of(4 << 20)).await;
+        assert_eq!((response.status(), response.text().as_str(), end), (status, why.as_str(), ConnectionEnd::Fin));
+        assert_eq!(response.header("connection"), Some("close"));
+        assert!(begin.elapsed() > Duration::from_secs(1), "the link was not slow: {:?}", begin.elapsed());
+    }
+    assert_eq!(far.server.requests(), 0);
+    assert_eq!(far.agent.count("penstock_client_lingers_cut_total", &[]), 0);
+
+    let far =
+        Far::new(8, SteeringMode::Off, |_| {}, |config| config.timeouts.body = Some(Duration::from_millis(300))).await;
+    far.slow_down("20mbit");
+    let mut client = far.client().await;
+    client.patience = SOON;
+    let wire = upload_of(4 << 20).wire("agent");
+    // The client pauses for longer than it may, and sends the rest before it looks for an answer.
+    client.send_raw(&wire[..100_000]).await.unwrap();
+    eventually(SOON, || far.agent.count("penstock_requests_total", &[r#"reason="body_timeout""#]) == 1).await;
+    client.send_raw(&wire[100_000..]).await.expect("the whole request is taken");
+    let response = client.response().await.unwrap();
+    assert_eq!((response.status(), response.error_code().as_str()), (408, "body_timeout"));
+    assert_eq!(client.until_end().await.unwrap(), ConnectionEnd::Fin);
+    assert_eq!(far.agent.count("penstock_client_lingers_cut_total", &[]), 0);
+}
+
+/// Answers once it has seen the head: 413 the first request, 408 the others.
+struct EarlyReply {
+    answer: String,
+    first: AtomicUsize,
+}
+
+#[tonic::async_trait]
+impl Script for EarlyReply {
+    async fn request_headers(&self, exchange: &mut Exchange, _: &HttpHeaders) -> Answer {
+        let status = if self.first.fetch_add(1, Ordering::Relaxed) == 0 { 413 } else { 408 };
+        exchange.send(reply::immediate(status, &[], &self.answer)).await
+    }
+
+    async fn request_body(&self, _: &mut Exchange, _: &HttpBody) -> Answer {
+        Ok(())
+    }
+}
+
+/// For how long, and for how much, has its bounds.
 #[tokio::test]
 async fn client_sending_after_response_is_cut_at_limit() {
     let far = FarClients::new(

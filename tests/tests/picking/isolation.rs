@@ -1,9 +1,11 @@
-//! No byte of one request reaches another: requests with distinct fields and bodies, across every `pick_per`, picker, steering
-//! mode, retry, replica change and failure mode. An endpoint gets the client's bytes or the picker's decision for that request.
+//! No byte of one request reaches another: fields and bodies that do not overlap, over every `pick_per`, picker, steering mode,
+//! retry, change of replica, failure mode, and death of an endpoint that has taken the request. What an endpoint gets is the
+//! client's, or what the picker decided for that request.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, sync::Arc};
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use penstock_agent::config::{FailureMode, PickPer, SteeringMode};
 use penstock_proto::ext_proc::{HttpBody, HttpHeaders};
 use penstock_tests::{
@@ -17,6 +19,7 @@ use penstock_tests::{
     },
     stage::json,
 };
+use tokio::{io::AsyncReadExt as _, net::TcpListener};
 use tonic::Code;
 
 /// How a picker treats requests.
@@ -129,6 +132,35 @@ fn bodies(style: Style, mark: &str, body: &[u8]) -> Vec<Vec<u8>> {
     vec![body.to_vec(), decided]
 }
 
+/// An endpoint that takes a request, as far as it comes at once, and dies of it.
+struct Dying {
+    addr: SocketAddr,
+    /// What it got on each of its connections.
+    taken: Arc<Mutex<Vec<String>>>,
+}
+
+impl Dying {
+    async fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (addr, taken) = (listener.local_addr().unwrap(), Arc::<Mutex<Vec<String>>>::default());
+        let kept = Arc::clone(&taken);
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let mut bytes = Vec::new();
+                while !bytes.windows(4).any(|end| end == b"\r\n\r\n") {
+                    if !matches!(stream.read_buf(&mut bytes).await, Ok(1..)) {
+                        break;
+                    }
+                }
+                if !bytes.is_empty() {
+                    kept.lock().push(String::from_utf8_lossy(&bytes).into_owned());
+                }
+            }
+        });
+        Self { addr, taken }
+    }
+}
+
 struct Case {
     number: u64,
     style: Style,
@@ -136,8 +168,15 @@ struct Case {
     fault: Option<Fault>,
     failure_mode: FailureMode,
     mode: SteeringMode,
-    /// Whether the first endpoint of the list refuses connections.
-    refuses: bool,
+    /// What the first endpoint of the list does.
+    first: First,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum First {
+    Serves,
+    RefusesConnections,
+    DiesOfRequests,
 }
 
 impl Case {
@@ -149,13 +188,13 @@ impl Case {
             fault: random.pick(&FAULTS),
             failure_mode: random.pick(&[FailureMode::Open, FailureMode::Closed]),
             mode,
-            refuses: random.one_in(3),
+            first: random.pick(&[First::Serves, First::RefusesConnections, First::DiesOfRequests]),
         }
     }
 
     fn name(&self) -> String {
-        let Self { number, style, pick_per, fault, failure_mode, mode, refuses } = self;
-        format!("case {number}: {style:?} {pick_per:?} {fault:?} {failure_mode:?} {mode:?} refuses={refuses}")
+        let Self { number, style, pick_per, fault, failure_mode, mode, first } = self;
+        format!("case {number}: {style:?} {pick_per:?} {fault:?} {failure_mode:?} {mode:?} {first:?}")
     }
 
     /// The `n`th request, with its mark in every field.
@@ -165,6 +204,8 @@ impl Case {
         let request = match n % 4 {
             3 => Request::get("/test/echo"),
             2 => Request::post("/test/echo", "").chunked(body.clone(), 1000),
+            // It may be executed again.
+            1 => Request::new("PUT", "/test/echo").body(body.clone()),
             _ => Request::post("/test/echo", body.clone()),
         };
         let request = request
@@ -186,6 +227,11 @@ impl Case {
         let text = format!("{:?} {}", response.head, response.text());
         for other in text.split("mark-").skip(1) {
             assert!(format!("mark-{other}").starts_with(&own), "{name}: request {n} contains mark-{other:.20}");
+        }
+        if self.first == First::DiesOfRequests && response.status() == 502 {
+            assert_eq!(response.error_code(), "endpoint_closed", "{name}: request {n}: {text}");
+            assert!(matches!(n % 4, 0 | 2), "{name}: request {n} could have been executed again");
+            return;
         }
         if response.status() != 200 {
             assert!(self.fault.is_some() && self.failure_mode == FailureMode::Closed, "{name}: request {n}: {text}");
@@ -214,8 +260,11 @@ impl Case {
         let servers = [server().await, server().await];
         let refusing = Refusing::new().unwrap();
         let mut endpoints = vec![servers[0].addr, servers[1].addr];
-        if self.refuses {
-            endpoints.insert(0, refusing.addr);
+        let dying = Dying::start().await;
+        match self.first {
+            First::Serves => {}
+            First::RefusesConnections => endpoints.insert(0, refusing.addr),
+            First::DiesOfRequests => endpoints.insert(0, dying.addr),
         }
         // The second replica is asked if the first fails.
         let epps = [epp(self.style, &endpoints, self.fault).await, epp(self.style, &endpoints, None).await];
@@ -232,13 +281,30 @@ impl Case {
             let client = &mut clients[(n / 2 % 2) as usize];
             let response = client.request(&request).await.unwrap_or_else(|error| panic!("{}: {error:#}", self.name()));
             self.check(n, &body, &response);
+            if response.header("connection") == Some("close") {
+                *client = Client::connect(agent.addr).await.unwrap();
+            }
         }
         let mut http2 = Http2Client::connect(agent.addr).await.unwrap();
         for n in 10..13 {
             let (request, body) = self.request(n);
             self.check(n, &body, &http2.request(&request).await.unwrap());
         }
-        // A picker stream concerns one request.
+        // A connection that the endpoint died on carried one request, once.
+        let taken = dying.taken.lock().clone();
+        for request in &taken {
+            let own = request.split("mark-").nth(1).unwrap_or_else(|| panic!("{}: {request}", self.name()));
+            let own = &own[..own.find("-end").expect("the end of a mark")];
+            for other in request.split("mark-").skip(1) {
+                // The last may have been cut.
+                let whole = format!("{own}-end");
+                let same = other.starts_with(&whole) || whole.starts_with(other);
+                assert!(same, "{}: {own} and mark-{other:.20}", self.name());
+            }
+            let again = taken.iter().filter(|other| other.contains(&format!("mark-{own}-end"))).count();
+            assert!(again == 1 || !request.starts_with("POST "), "{}: {own} was taken {again} times", self.name());
+        }
+        // A stream to a picker is about one request.
         for stream in epps.iter().flat_map(ScriptedEpp::streams) {
             let (fields, body) = (stream.request_headers(), stream.request_body().0);
             let own = header(&fields, "x-request-id").unwrap_or_default().to_owned();
@@ -289,7 +355,7 @@ async fn leased_requests_keep_their_own_fields() {
             fault: None,
             failure_mode: FailureMode::Closed,
             mode: SteeringMode::Off,
-            refuses: false,
+            first: First::Serves,
         };
         case.run().await;
     }

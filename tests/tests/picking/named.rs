@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use penstock_agent::config::FailureMode;
 use penstock_tests::{
     ModelServer, Request, Stage, eventually,
+    http2_frames::{Frame, Http2Frames, kind},
     model_server::Options,
     scripted_epp::{Answering, reply},
     stage::{echo, epp},
@@ -99,4 +100,25 @@ async fn preflight_is_served_without_picker() {
     // Other OPTIONS requests are treated like any request.
     assert_eq!(stage.request(&Request::new("OPTIONS", "/test/echo")).await.status(), 500);
     eventually(SOON, || stage.epp.streams_started() == 1).await;
+}
+
+/// A question about the whole server: an endpoint answers it, whatever the picker does, over either version of HTTP.
+#[tokio::test]
+async fn options_of_the_whole_server_needs_no_picker() {
+    let mut stage = Stage::new(|_| Answering::new(|_| vec![reply::immediate(500, &[], "")])).await;
+    stage.epp.stop();
+    let response = stage.request(&Request::new("OPTIONS", "*")).await;
+    assert!(response.served_by().is_some(), "{} {}", response.status(), response.text());
+    let mut http2 = Http2Frames::connect(stage.agent.addr).await.unwrap();
+    let fields = [(":method", "OPTIONS"), (":scheme", "http"), (":path", "*"), (":authority", "x")];
+    http2.send(&Frame::headers(1, true, &fields)).await.unwrap();
+    let head = http2.find(|frame| frame.stream == 1).await.unwrap().expect("an answer");
+    assert_eq!((head.kind, head.status()), (kind::HEADERS, Some(response.status())));
+    let seen = [stage.one.seen(), stage.two.seen()].concat();
+    let targets: Vec<_> = seen.iter().map(|seen| (seen.method.as_str(), seen.target.as_str())).collect();
+    assert_eq!(targets, [("OPTIONS", "*"); 2]);
+    // It is for the agent when it may go no further.
+    let last = stage.request(&Request::new("OPTIONS", "*").header("max-forwards", "0")).await;
+    assert_eq!((last.status(), last.served_by()), (200, None), "{}", last.text());
+    assert_eq!(stage.epp.streams_started(), 0);
 }
