@@ -34,7 +34,7 @@ pub(super) async fn turn(job: &Job<'_>, address: SocketAddr) -> Result<(Response
     for _ in 0..REFUSALS {
         let stream = job.worker.http2_endpoints.stream(address).await.map_err(|error| {
             metrics.endpoint_connection(Connection::Failed);
-            Failed::Connect(error)
+            AttemptError::Connect(error)
         })?;
         let reused = stream.reused;
         metrics.endpoint_connection(if reused { Connection::Reused } else { Connection::New });
