@@ -45,7 +45,7 @@ enum LogFormat {
 enum Verb {
     /// Run the agent.
     Run(Configured),
-    /// Validate the configuration and print its errors.
+    /// The same as `penstock config check`.
     Check(Configured),
     /// Report what this machine lets the agent do, and how to fix what is missing.
     #[command(
@@ -68,6 +68,12 @@ enum Verb {
 enum ConfigVerb {
     /// Print every setting with its default and what it means.
     Default,
+    /// Print the JSON Schema of the configuration.
+    Schema,
+    /// Print the reference of all settings, in Markdown.
+    Reference,
+    /// Validate the configuration and the files that it names, and print the errors.
+    Check(Configured),
 }
 
 #[derive(Args)]
@@ -172,25 +178,16 @@ impl Cli {
                 let agent = Agent::start(config)?;
                 run::until_ended(agent, signals, || configured.read()).map(|()| ExitCode::SUCCESS)
             })),
-            Verb::Check(configured) => with_config(&configured, |config| {
-                println!(
-                    "{} is valid: {} pools, {} routes",
-                    configured.config.display(),
-                    config.pools.len(),
-                    config.routes.len()
-                );
-                Ok(ExitCode::SUCCESS)
-            }),
+            Verb::Check(configured) | Verb::Config { verb: ConfigVerb::Check(configured) } => check(&configured),
             Verb::Doctor(doctor) => doctor.run(),
             Verb::Epp(epp) => report(epp.serve()),
             Verb::Version => {
                 println!("penstock {}", env!("CARGO_PKG_VERSION"));
                 ExitCode::SUCCESS
             }
-            Verb::Config { verb: ConfigVerb::Default } => {
-                print!("{}", config::default_toml());
-                ExitCode::SUCCESS
-            }
+            Verb::Config { verb: ConfigVerb::Default } => print(&config::default_toml()),
+            Verb::Config { verb: ConfigVerb::Schema } => print(&config::json_schema()),
+            Verb::Config { verb: ConfigVerb::Reference } => print(&config::reference()),
         }
     }
 }
@@ -218,14 +215,23 @@ impl Configured {
     }
 }
 
-fn with_config(configured: &Configured, then: impl FnOnce(Config) -> anyhow::Result<ExitCode>) -> ExitCode {
+fn check(configured: &Configured) -> ExitCode {
     match configured.read() {
-        Ok(config) => report(then(config)),
+        Ok(config) => {
+            let (file, pools, routes) = (configured.config.display(), config.pools.len(), config.routes.len());
+            println!("{file} is valid: {pools} pools, {routes} routes");
+            ExitCode::SUCCESS
+        }
         Err(errors) => {
             eprintln!("{errors}");
             ExitCode::from(USAGE)
         }
     }
+}
+
+fn print(text: &str) -> ExitCode {
+    print!("{text}");
+    ExitCode::SUCCESS
 }
 
 fn report(result: anyhow::Result<ExitCode>) -> ExitCode {

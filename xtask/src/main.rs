@@ -9,6 +9,7 @@ mod lint;
 mod posts;
 mod release;
 mod run;
+mod settings;
 mod soak;
 mod stress;
 mod test;
@@ -50,6 +51,8 @@ enum Verb {
     Test(test::Args),
     /// Run the kernel tests on other kernels, in virtual machines
     VmTest(vm::Args),
+    /// Write what is generated from the declarations of the settings: the reference and the JSON Schema in docs
+    Settings,
     /// Check formatting, project rules, dependencies, warnings, documentation links and clippy
     Lint,
     /// Prepare the commit of a release: cargo xtask release 0.2.0 --dry-run
@@ -72,6 +75,7 @@ fn main() -> ExitCode {
         Verb::Posts(args) => posts::main(&args),
         Verb::Test(args) => test::main(&args),
         Verb::VmTest(args) => vm::main(&args),
+        Verb::Settings => settings::main(),
         Verb::Lint => lint::main(),
         Verb::Release(args) => release::main(&args),
     };

@@ -77,7 +77,7 @@ impl ClientSocket {
             unread: false,
             stalled: false,
             idle: None,
-            half_close: HalfClose::default(),
+            half_close: HalfClose::Cancel,
             unreachable: None,
             watch: Watch::new(None),
             source: None,

@@ -1,18 +1,32 @@
 //! `[dns]`: how names become addresses.
 
-use super::{Dns, document::Section, value};
+use std::{net::SocketAddr, time::Duration};
 
-pub(super) fn dns(section: &mut Section<'_>) -> Dns {
-    let default = Dns::default();
-    let dns = Dns {
-        servers: section.list("servers", "an array of ip:port", value::endpoint),
-        timeout: section.read("timeout", value::duration).unwrap_or(default.timeout),
-        min_ttl: section.read("min_ttl", value::duration).unwrap_or(default.min_ttl),
-        max_ttl: section.read("max_ttl", value::duration).unwrap_or(default.max_ttl),
-    };
-    if dns.min_ttl > dns.max_ttl {
-        let key = if section.has("min_ttl") { "min_ttl" } else { "max_ttl" };
-        section.reject(key, "a min_ttl above max_ttl", "min_ttl up to max_ttl");
+use super::{
+    document::Section,
+    settings::settings,
+    value::{duration, endpoint},
+};
+
+settings! {
+    /// How names become addresses.
+    pub struct Dns {
+        /// Servers to ask instead of those of `/etc/resolv.conf`; names are then taken as they are, without search domains.
+        pub servers: Vec<SocketAddr> = Vec::new() => endpoint().list("an array of ip:port"),
+        /// One lookup, with its repetitions.
+        pub timeout: Duration = Duration::from_secs(5) => duration(),
+        /// An answer holds at least this long, whatever its TTL.
+        pub min_ttl: Duration = Duration::from_secs(1) => duration(),
+        /// An answer holds at most this long, whatever its TTL.
+        pub max_ttl: Duration = Duration::from_secs(300) => duration(),
     }
-    dns
+}
+
+impl Dns {
+    pub(super) fn check(&self, section: &Section<'_>) {
+        if self.min_ttl > self.max_ttl {
+            let key = if section.has("min_ttl") { "min_ttl" } else { "max_ttl" };
+            section.reject(key, "a min_ttl above max_ttl", "min_ttl up to max_ttl");
+        }
+    }
 }

@@ -12,23 +12,25 @@ use toml::{
 };
 
 use super::{
-    error::{ConfigError, ConfigErrors},
+    error::{ConfigError, ConfigErrors, Position},
     value::{self, Parsed},
 };
 
-/// Reads all of `text` with `read`, which is given the root section. `Err` with every error, in the order of lines.
+/// How alike an unknown key and a known one are, from 0 to 1, if one is meant for the other. clap uses the same.
+const ALIKE: f64 = 0.7;
+
+/// Reads all of `text` with `read`, which is given the root section. `Err` with every error, in the order of the file.
 pub(super) fn read<T>(text: &str, file: &str, read: impl FnOnce(&mut Section<'_>) -> T) -> Result<T, ConfigErrors> {
     let place = Place { text, file, errors: RefCell::default() };
     let (tree, syntax) = DeTable::parse_recoverable(text);
     for error in syntax {
-        let line = place.line(error.span().map_or(0, |span| span.start));
+        let position = place.position(error.span().map_or(0, |span| span.start));
         let message = error.message().replace('\n', ", ");
-        place.errors.borrow_mut().push(ConfigError::Syntax { file: file.to_owned(), line, message });
+        place.errors.borrow_mut().push(ConfigError::Syntax { file: file.to_owned(), position, message });
     }
     ConfigErrors::check(place.errors.take())?;
 
-    let mut root =
-        Section { place: &place, path: String::new(), start: 0, table: Some(tree.get_ref()), known: Vec::new() };
+    let mut root = Section::new(&place, String::new(), 0, Some(tree.get_ref()));
     let value = read(&mut root);
     root.finish();
     ConfigErrors::check(place.errors.take())?;
@@ -42,15 +44,19 @@ struct Place<'d> {
 }
 
 impl Place<'_> {
-    fn line(&self, offset: usize) -> usize {
-        self.text.bytes().take(offset).filter(|&byte| byte == b'\n').count() + 1
+    fn position(&self, offset: usize) -> Position {
+        let before = self.text.char_indices().take_while(|(at, _)| *at < offset);
+        before.fold(Position { line: 1, column: 1 }, |position, (_, character)| match character {
+            '\n' => Position { line: position.line + 1, column: 1 },
+            _ => Position { column: position.column + 1, ..position },
+        })
     }
 
     fn report(&self, offset: usize, key: String, found: String, expected: String) {
         let mut errors = self.errors.borrow_mut();
         if !errors.iter().any(|error| matches!(error, ConfigError::Value { key: known, .. } if *known == key)) {
-            let line = self.line(offset);
-            errors.push(ConfigError::Value { file: self.file.to_owned(), line, key, found, expected });
+            let position = self.position(offset);
+            errors.push(ConfigError::Value { file: self.file.to_owned(), position, key, found, expected });
         }
     }
 }
@@ -66,6 +72,10 @@ pub(super) struct Section<'d> {
 }
 
 impl<'d> Section<'d> {
+    fn new(place: &'d Place<'d>, path: String, start: usize, table: Option<&'d DeTable<'d>>) -> Self {
+        Self { place, path, start, table, known: Vec::new() }
+    }
+
     /// The value of `key`, or `None` if the key is absent or its value is wrong.
     pub(super) fn read<T>(&mut self, key: &'static str, parse: impl FnOnce(&DeValue<'_>) -> Parsed<T>) -> Option<T> {
         let value = self.get(key)?;
@@ -135,16 +145,56 @@ impl<'d> Section<'d> {
 
     /// The table under `key`, read by `read`.
     pub(super) fn section<T>(&mut self, key: &'static str, read: impl FnOnce(&mut Section<'d>) -> T) -> T {
-        let value = self.get(key);
-        let table = match value.map(Spanned::get_ref) {
-            Some(DeValue::Table(table)) => Some(table),
-            Some(other) => {
-                self.reject(key, value::shown(other), "a section");
-                None
-            }
-            None => None,
+        if let Some(value) = self.get(key).map(Spanned::get_ref).filter(|value| !value.is_table()) {
+            self.reject(key, value::shown(value), "a section");
+        }
+        let mut section = self.at(key);
+        let value = read(&mut section);
+        section.finish();
+        value
+    }
+
+    /// As [`Section::section`] where the file has `key`.
+    pub(super) fn optional_section<T>(
+        &mut self,
+        key: &'static str,
+        read: impl FnOnce(&mut Section<'d>) -> T,
+    ) -> Option<T> {
+        self.knows([key]);
+        self.has(key).then(|| self.section(key, read))
+    }
+
+    /// This section as it is, for checks after everything has been read.
+    pub(super) fn view(&self) -> Section<'d> {
+        Section::new(self.place, self.path.clone(), self.start, self.table)
+    }
+
+    /// The section under `key` as it is, for checks after everything has been read.
+    pub(super) fn at(&self, key: &str) -> Section<'d> {
+        let value = self.table.and_then(|table| table.get(key));
+        let table = value.and_then(|value| value.get_ref().as_table());
+        let start = value.map_or(self.start, |value| value.span().start);
+        Section::new(self.place, self.path_of(key), start, table)
+    }
+
+    /// The `[[key]]` sections as they are, for checks after everything has been read.
+    pub(super) fn each(&self, key: &str) -> Vec<Section<'d>> {
+        let elements = self.table.and_then(|table| table.get(key)).and_then(|value| value.get_ref().as_array());
+        let path = self.path_of(key);
+        let section = |(index, element): (usize, &'d Spanned<DeValue<'d>>)| {
+            let table = element.get_ref().as_table()?;
+            Some(Section::new(self.place, format!("{path}[{index}]"), element.span().start, Some(table)))
         };
-        self.child(self.path_of(key), value.map_or(self.start, |value| value.span().start), table, read)
+        elements.into_iter().flat_map(|elements| elements.iter().enumerate()).filter_map(section).collect()
+    }
+
+    /// Adds keys to those that the section may have.
+    pub(super) fn knows(&mut self, keys: impl IntoIterator<Item = &'static str>) {
+        for key in keys {
+            if !self.known.contains(&key) {
+                self.known.push(key);
+            }
+        }
     }
 
     /// The `[[key]]` sections, each read by `read` in the order of the file.
@@ -198,7 +248,7 @@ impl<'d> Section<'d> {
         table: Option<&'d DeTable<'d>>,
         read: impl FnOnce(&mut Section<'d>) -> T,
     ) -> T {
-        let mut section = Section { place: self.place, path, start, table, known: Vec::new() };
+        let mut section = Section::new(self.place, path, start, table);
         let value = read(&mut section);
         section.finish();
         value
@@ -226,7 +276,7 @@ impl<'d> Section<'d> {
     }
 
     fn get(&mut self, key: &'static str) -> Option<&'d Spanned<DeValue<'d>>> {
-        self.known.push(key);
+        self.knows([key]);
         self.table?.get(key)
     }
 
@@ -250,11 +300,21 @@ impl<'d> Section<'d> {
 
     fn finish(self) {
         for key in self.table.into_iter().flat_map(|table| table.keys()) {
-            if !self.known.iter().any(|known| *known == key.get_ref()) {
+            let name: &str = key.get_ref();
+            if !self.known.contains(&name) {
+                let found = match nearest(name, &self.known) {
+                    Some(nearest) => format!("an unknown key (did you mean {nearest}?)"),
+                    None => "an unknown key".to_owned(),
+                };
                 let expected = format!("one of {}", self.known.join(", "));
-                let path = self.path_of(key.get_ref());
-                self.place.report(key.span().start, path, "an unknown key".to_owned(), expected);
+                self.place.report(key.span().start, self.path_of(name), found, expected);
             }
         }
     }
+}
+
+/// Of `known`, the name that is most like `name`, if any is alike.
+fn nearest(name: &str, known: &[&'static str]) -> Option<&'static str> {
+    let alike = known.iter().map(|known| (strsim::jaro(name, known), *known)).filter(|(alike, _)| *alike > ALIKE);
+    alike.max_by(|(one, _), (other, _)| one.total_cmp(other)).map(|(_, known)| known)
 }

@@ -3,64 +3,137 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use serde::Deserialize;
+use serde_json::json;
 use thiserror::Error;
 use toml::de::DeValue;
 
 use super::{
-    Endpoint, NamedEndpoints,
     document::Section,
-    value::{self, Expected, Parsed},
+    settings::Kind as _,
+    value::{self, Custom, Expected, List, Parsed, host, integer},
 };
 
 /// As many ranks as an InferencePool may have target ports.
 const MAX_PORTS: usize = 8;
 
-pub(super) fn ports(section: &mut Section<'_>) -> Vec<u16> {
-    let ports = section.list("ports", "an array of port numbers", value::integer(1..=u16::MAX));
-    if ports.len() > MAX_PORTS {
-        section.reject("ports", format_args!("{} ports", ports.len()), format_args!("at most {MAX_PORTS}"));
+const LISTED: &str = "an array of ip:port";
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    pub address: SocketAddr,
+    /// Name of the node it runs on.
+    pub node: Option<String>,
+    pub zone: Option<String>,
+    /// Gets no new requests; those it has may finish.
+    pub draining: bool,
+}
+
+impl From<SocketAddr> for Endpoint {
+    fn from(address: SocketAddr) -> Self {
+        Self { address, node: None, zone: None, draining: false }
     }
-    for (index, port) in ports.iter().enumerate().filter(|(index, port)| ports[..*index].contains(port)) {
-        section.reject(&format!("ports[{index}]"), format_args!("{port} again"), "each port once");
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamedEndpoints {
+    pub name: String,
+    /// At least one.
+    pub ports: Vec<u16>,
+}
+
+fn port() -> List<u16> {
+    integer(1..=u16::MAX).list("an array of port numbers")
+}
+
+pub(super) fn ports() -> Custom<Vec<u16>> {
+    Custom {
+        words: "an array of port numbers",
+        schema: json!({
+            "type": "array",
+            "items": { "type": "integer", "minimum": 1, "maximum": u16::MAX },
+            "maxItems": MAX_PORTS,
+            "uniqueItems": true,
+        }),
+        read: |section, key| {
+            let ports = port().read(section, key)?;
+            if ports.len() > MAX_PORTS {
+                section.reject(key, format_args!("{} ports", ports.len()), format_args!("at most {MAX_PORTS}"));
+            }
+            for (index, port) in ports.iter().enumerate().filter(|(index, port)| ports[..*index].contains(port)) {
+                section.reject(&format!("{key}[{index}]"), format_args!("{port} again"), "each port once");
+            }
+            Some(ports)
+        },
+        show: |_| None,
     }
-    ports
 }
 
 /// An address without a port stands for one endpoint at each of `ports`.
-pub(super) fn listed(section: &mut Section<'_>, ports: &[u16], listen: SocketAddr) -> Vec<Endpoint> {
-    let mut endpoints: Vec<Endpoint> = Vec::new();
-    let elements = section.list("endpoints", "an array of ip:port", |value| listed_element(value, ports));
-    for (index, element) in elements.into_iter().enumerate() {
-        let key = format!("endpoints[{index}]");
-        for endpoint in element {
-            let address = endpoint.address;
-            if endpoints.iter().any(|other| other.address == address) {
-                section.reject(&key, format_args!("\"{address}\" again"), "each endpoint once");
-            } else if is_own(address, listen) {
-                let expected = format_args!("another server than listen.address ({listen})");
-                section.reject(&key, format_args!("\"{address}\""), expected);
+pub(super) fn listed() -> Custom<Vec<Endpoint>> {
+    let address = json!({ "type": "string" });
+    let table = json!({
+        "type": "object",
+        "properties": {
+            "address": { "type": "string" },
+            "node": { "type": "string" },
+            "zone": { "type": "string" },
+            "draining": { "type": "boolean", "default": false },
+        },
+        "required": ["address"],
+        "additionalProperties": false,
+    });
+    Custom {
+        words: LISTED,
+        schema: json!({ "type": "array", "items": { "anyOf": [address, table] } }),
+        read: |section, key| {
+            let ports = port().read(section, "ports").unwrap_or_default();
+            let elements = section.list(key, LISTED, |value| listed_element(value, &ports));
+            let mut endpoints: Vec<Endpoint> = Vec::new();
+            for (index, element) in elements.into_iter().enumerate() {
+                for endpoint in element {
+                    if endpoints.iter().any(|other| other.address == endpoint.address) {
+                        let found = format_args!("\"{}\" again", endpoint.address);
+                        section.reject(&format!("{key}[{index}]"), found, "each endpoint once");
+                    }
+                    endpoints.push(endpoint);
+                }
             }
-            endpoints.push(endpoint);
+            Some(endpoints)
+        },
+        show: |_| None,
+    }
+}
+
+/// Requests that the agent sends to itself would go round for ever.
+pub(super) fn check_listed(section: &Section<'_>, ports: &[u16], listen: SocketAddr) {
+    let mut view = section.view();
+    let elements = view.list("endpoints", LISTED, |value| listed_element(value, ports));
+    for (index, element) in elements.into_iter().enumerate() {
+        for endpoint in element.into_iter().filter(|endpoint| is_own(endpoint.address, listen)) {
+            let expected = format_args!("another server than listen.address ({listen})");
+            section.reject(&format!("endpoints[{index}]"), format_args!("\"{}\"", endpoint.address), expected);
         }
     }
-    endpoints
 }
 
-pub(super) fn named(section: &mut Section<'_>, ports: &[u16]) -> Option<NamedEndpoints> {
-    let name = section.read("endpoints_dns", value::host)?;
-    if ports.is_empty() && !section.has("ports") {
-        section.reject("endpoints_dns", format_args!("{name:?} without ports"), "ports beside it");
+pub(super) fn named() -> Custom<Option<NamedEndpoints>> {
+    Custom {
+        words: "a host without port",
+        schema: json!({ "type": "string" }),
+        read: |section, key| {
+            let name = host().read(section, key)?;
+            if !section.has("ports") {
+                section.reject(key, format_args!("{name:?} without ports"), "ports beside it");
+            }
+            let ports = port().read(section, "ports").unwrap_or_default();
+            Some(Some(NamedEndpoints { name, ports }))
+        },
+        show: |_| None,
     }
-    Some(NamedEndpoints { name, ports: ports.to_vec() })
-}
-
-pub(super) fn file(section: &mut Section<'_>) -> Option<PathBuf> {
-    let file = section.read("endpoints_file", value::non_empty)?;
-    Some(section.folder().join(file))
 }
 
 /// An element of `endpoints`, in the configuration and in files. Alone it is an address.
@@ -111,9 +184,9 @@ fn listed_element(value: &DeValue<'_>, ports: &[u16]) -> Parsed<Vec<Endpoint>> {
     let entry = match Listed::deserialize(deserializer) {
         Ok(listed) => Entry::from(listed),
         Err(_) if matches!(value, DeValue::Table(_)) => return Err(Expected(EXPECTED.into())),
-        Err(_) => return Err(value::not_an_endpoint()),
+        Err(_) => return Err(Expected(value::ENDPOINT.into())),
     };
-    entry.endpoints(ports).map_err(|_| value::not_an_endpoint())
+    entry.endpoints(ports).map_err(|_| Expected(value::ENDPOINT.into()))
 }
 
 /// What is wrong with a file of endpoints.

@@ -7,13 +7,13 @@ pub enum ConfigError {
     #[error("{file}: cannot be read: {reason}")]
     Unreadable { file: String, reason: String },
     /// The text is not TOML. Nothing beyond syntax is checked then: what follows a broken line means little.
-    #[error("{file}:{line}: not valid TOML: {message}")]
-    Syntax { file: String, line: usize, message: String },
-    #[error("{file}:{line}: {key}: found {found}, expected {expected}")]
+    #[error("{file}:{position}: not valid TOML: {message}")]
+    Syntax { file: String, position: Position, message: String },
+    #[error("{file}:{position}: {key}: found {found}, expected {expected}")]
     Value {
         file: String,
-        /// From 1. A key that is missing has the line of its section.
-        line: usize,
+        /// A key that is missing has the position of its section.
+        position: Position,
         /// Dotted, as in `pools[1].picker.address`.
         key: String,
         found: String,
@@ -21,24 +21,52 @@ pub enum ConfigError {
     },
 }
 
+/// Where in a file, both from 1; the column counts characters.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Position {
+    pub line: usize,
+    pub column: usize,
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.line, self.column)
+    }
+}
+
+/// A key under a name that it had in the version before. Its value is used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{file}:{position}: {old_key} is now {key}; the next version does not accept the old name")]
+pub struct ConfigWarning {
+    pub file: String,
+    pub position: Position,
+    /// Dotted, as in `limits.headers`.
+    pub old_key: String,
+    pub key: String,
+}
+
 impl ConfigError {
     /// Line in the file, from 1; 0 where the error is about all of it.
     pub fn line(&self) -> usize {
+        self.position().line
+    }
+
+    fn position(&self) -> Position {
         match self {
-            Self::Unreadable { .. } => 0,
-            Self::Syntax { line, .. } | Self::Value { line, .. } => *line,
+            Self::Unreadable { .. } => Position::default(),
+            Self::Syntax { position, .. } | Self::Value { position, .. } => *position,
         }
     }
 }
 
-/// At least one error, in the order of lines. Displays as one per line.
+/// At least one error, in the order of the file. Displays as one per line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigErrors(Vec<ConfigError>);
 
 impl ConfigErrors {
     /// `Err` with the errors ordered, `Ok` if there are none.
     pub(super) fn check(mut errors: Vec<ConfigError>) -> Result<(), Self> {
-        errors.sort_by_key(ConfigError::line);
+        errors.sort_by_key(ConfigError::position);
         if errors.is_empty() { Ok(()) } else { Err(Self(errors)) }
     }
 

@@ -1,8 +1,13 @@
 //! `[node]`: where this agent runs.
 
-use super::{Node, Overrides, document::Section, value};
+use super::{settings::settings, value::non_empty};
 
-pub(super) fn node(section: &mut Section<'_>, overrides: &Overrides) -> Node {
-    let (name, zone) = (section.read("name", value::non_empty), section.read("zone", value::non_empty));
-    Node { name: overrides.node.clone().or(name), zone: overrides.zone.clone().or(zone) }
+settings! {
+    /// Where this agent runs, in the words that endpoints use; `prefer` of a pool's subset compares the two.
+    pub struct Node {
+        /// The node. `PENSTOCK_NODE` and `--node` win over it.
+        pub name: Option<String> = None => non_empty().optional("node-1"),
+        /// The zone. `PENSTOCK_ZONE` and `--zone` win over it.
+        pub zone: Option<String> = None => non_empty().optional("zone-a"),
+    }
 }

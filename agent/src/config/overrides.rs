@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use super::SteeringMode;
+use super::{Config, SteeringMode};
 
 /// Flattened into the command line; a flag wins over its variable, a variable over the file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args)]
@@ -25,6 +25,17 @@ pub struct Overrides {
     /// Zone this agent runs in, instead of `node.zone`
     #[arg(long, env = "PENSTOCK_ZONE", value_name = "NAME")]
     pub zone: Option<String>,
+}
+
+impl Overrides {
+    pub(super) fn apply(&self, config: &mut Config) {
+        config.listen.address = self.listen.unwrap_or(config.listen.address);
+        config.admin.address = self.admin.unwrap_or(config.admin.address);
+        config.steering.mode = self.steering.unwrap_or(config.steering.mode);
+        config.steering.force |= self.force;
+        config.node.name = self.node.clone().or(config.node.name.take());
+        config.node.zone = self.zone.clone().or(config.node.zone.take());
+    }
 }
 
 #[cfg(test)]

@@ -2,9 +2,10 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use serde_json::json;
 use toml::de::DeValue;
 
-use super::value::{self, Expected, Parsed};
+use super::value::{self, Value};
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Passthrough {
@@ -107,22 +108,23 @@ fn bits_of(ip: IpAddr) -> u128 {
     }
 }
 
-pub(super) fn passthrough(value: &DeValue<'_>) -> Parsed<Passthrough> {
-    let expected = || Expected(r#"true, false, or an array of networks such as ["10.0.0.0/8"]"#.into());
-    match value {
+pub(super) fn passthrough() -> Value<Passthrough> {
+    let network = |value: &toml::Spanned<DeValue<'_>>| value::text(value.get_ref()).and_then(Network::parse);
+    let parse = move |value: &DeValue<'_>| match value {
+        DeValue::Boolean(true) => Some(Passthrough::On),
+        DeValue::Boolean(false) => Some(Passthrough::Off),
         DeValue::Array(networks) if !networks.is_empty() => {
-            let network = |value: &toml::Spanned<DeValue<'_>>| match value.get_ref() {
-                DeValue::String(text) => Network::parse(text),
-                _ => None,
-            };
-            networks.iter().map(network).collect::<Option<_>>().map(Passthrough::Networks).ok_or_else(expected)
+            networks.iter().map(network).collect::<Option<_>>().map(Passthrough::Networks)
         }
-        _ => match value::boolean(value) {
-            Ok(true) => Ok(Passthrough::On),
-            Ok(false) => Ok(Passthrough::Off),
-            Err(_) => Err(expected()),
-        },
-    }
+        _ => None,
+    };
+    let schema = json!({ "anyOf": [
+        { "type": "boolean" },
+        { "type": "array", "items": { "type": "string" }, "minItems": 1 },
+    ] });
+    // No file has networks as its default.
+    let show = |passthrough: &Passthrough| (*passthrough == Passthrough::On).into();
+    Value::new(r#"true, false, or an array of networks such as ["10.0.0.0/8"]"#, schema, parse, show)
 }
 
 #[cfg(test)]

@@ -1,32 +1,41 @@
 //! `[process]`: who the agent is.
 
-use toml::de::DeValue;
-
 use super::{
-    Process, User,
-    document::Section,
-    value::{self, Expected, Parsed},
+    settings::settings,
+    value::{Value, integer},
 };
 
-pub(super) fn process(section: &mut Section<'_>) -> Process {
-    let default = Process::default();
-    let given = section.has("groups");
-    let groups = section.list("groups", "an array of numbers", value::integer(0..=u32::MAX - 1));
-    Process {
-        user: section.read("user", user_or_keep).unwrap_or(default.user),
-        groups: if given { groups } else { default.groups },
+settings! {
+    /// Who an agent is that was started as root.
+    pub struct Process {
+        /// Started as root (uid 0), the agent becomes this user and group once it has read this file, and keeps of root only the
+        /// capabilities that docs/capabilities.md names. What it reads later has to be readable for them: this file at a reload,
+        /// keys, certificates, files of endpoints. `keep`: it stays root.
+        // `nobody` and its group, as most distributions number them.
+        pub user: Option<User> = Some(User { uid: 65_534, gid: 65_534 }) => user_or_keep(),
+        /// Supplementary groups that it has then, by number.
+        pub groups: Vec<u32> = Vec::new() => integer(0..=u32::MAX - 1).list("an array of numbers"),
     }
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct User {
+    pub uid: u32,
+    pub gid: u32,
+}
+
 /// `uid:gid`, or `keep`.
-fn user_or_keep(value: &DeValue<'_>) -> Parsed<Option<User>> {
-    let text = if let DeValue::String(text) = value { text.as_ref() } else { "" };
-    if text == "keep" {
-        return Ok(None);
-    }
-    let id = |text: &str| text.parse().ok().filter(|id| (1..u32::MAX).contains(id));
-    let user = text.split_once(':').and_then(|(uid, gid)| Some(User { uid: id(uid)?, gid: id(gid)? }));
-    user.map(Some).ok_or(Expected(
-        r#""keep", or the numbers of a user and a group that are not root's, such as "65534:65534""#.into(),
-    ))
+fn user_or_keep() -> Value<Option<User>> {
+    let words = r#""keep", or the numbers of a user and a group that are not root's, such as "65534:65534""#;
+    let parse = |text: &str| {
+        if text == "keep" {
+            return Some(None);
+        }
+        let id = |text: &str| text.parse().ok().filter(|id| (1..u32::MAX).contains(id));
+        text.split_once(':').and_then(|(uid, gid)| Some(Some(User { uid: id(uid)?, gid: id(gid)? })))
+    };
+    Value::text(words, parse, |user| match user {
+        Some(User { uid, gid }) => format!("{uid}:{gid}"),
+        None => "keep".to_owned(),
+    })
 }

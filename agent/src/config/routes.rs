@@ -1,151 +1,258 @@
 //! `[[routes]]`: which requests go to which pools. A route that no request can reach is an error.
 
-use http::Method;
-use toml::de::DeValue;
+use http::{HeaderName, HeaderValue, Method};
+use serde_json::json;
 
 use super::{
-    Bbr, HeaderCondition, HostPattern, ModelPattern, PathPattern, Pool, Route, WeightedPool,
+    bbr::Bbr,
     document::Section,
-    timeouts,
-    value::{self, Expected, Parsed},
+    pools::Pool,
+    settings::{Group, keys, section, settings, tables},
+    timeouts::TimeoutOverrides,
+    value::{self, Value, integer},
 };
 
 /// As the Gateway API has it.
 const MAX_WEIGHT: u32 = 1_000_000;
 
-pub(super) fn routes(root: &mut Section<'_>, pools: &[Pool], bbr: &Bbr) -> Vec<Route> {
-    let mut earlier: Vec<Route> = Vec::new();
-    root.sections("routes", |section| {
-        let route = Route {
-            hosts: section.one_or_more("host", host),
-            path: path(section),
-            methods: section.one_or_more("method", method),
-            headers: headers(section),
-            models: section.one_or_more("model", model),
-            base_models: section.one_or_more("base_model", value::non_empty),
-            pools: weighted(section, pools),
-            timeouts: section.section("timeouts", timeouts::overrides),
-        };
-        check_names(section, &route, bbr);
-        if let Some(index) = earlier.iter().position(|earlier| covers(earlier, &route)) {
-            let key = if section.has("pools") { "pools" } else { "pool" };
-            let found = format_args!("a route that routes[{index}] always wins over");
-            section.reject(key, found, "the narrower route first");
-        }
-        earlier.push(route);
-    });
-    earlier
+settings! {
+    /// Every kind of condition that is given must hold; one without any holds always.
+    pub struct Route {
+        /// Without port; letter case does not matter. `*.example.com` holds for every name below example.com, but not for that one.
+        pub hosts: Vec<HostPattern> = Vec::new() => host().one_or_more().named("host").example("llm.example.com"),
+        /// What the path of the request is to be.
+        pub path: Option<PathPattern> = None => keys::<PathKeys>(),
+        /// The method of the request.
+        pub methods: Vec<Method> = Vec::new()
+            => value::method(goes_through).one_or_more().named("method").example("POST"),
+        /// All of these, of the header as the endpoint gets it: without a client's control headers, with what the agent adds. Without
+        /// `value`: the header is there.
+        pub headers: Vec<HeaderCondition> = Vec::new()
+            => tables(r#"an array of { name = "x-team", value = "red" }, value optional"#)
+                .example(json!([{ "name": "x-team", "value": "red" }, { "name": "x-beta" }])),
+        /// The model that the request's body names. `llama-*` holds for every model that begins so, `*` for any.
+        pub models: Vec<ModelPattern> = Vec::new() => model().one_or_more().named("model").example("llama-3.1-8b"),
+        /// The base model of the request's model; of those in `bbr.base_models`.
+        pub base_models: Vec<String> = Vec::new()
+            => value::non_empty().one_or_more().named("base_model").example("llama-3.1-8b"),
+        /// At least one, each once, not all of weight 0.
+        pub pools: Vec<WeightedPool> = Vec::new() => keys::<PoolKeys>(),
+        /// For requests of this route, instead of those of its pool; each can be left out.
+        pub timeouts: TimeoutOverrides = TimeoutOverrides::default() => section(),
+    }
 }
 
-fn host(value: &DeValue<'_>) -> Parsed<HostPattern> {
-    const EXPECTED: &str = r#"a host without port, such as "llm.example.com" or "*.example.com""#;
-    let expected = || Expected(EXPECTED.into());
+/// Without port; letter case does not matter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HostPattern {
+    Exact(String),
+    /// `*.example.com`: names with one label or more before `.example.com`, which is what is here.
+    Below(String),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PathPattern {
+    Exact(String),
+    /// Whole segments: `/v1` holds for `/v1` and `/v1/models`, not for `/v10`. Without slash at the end, so `/` is empty.
+    Prefix(String),
+}
+
+settings! {
+    /// The path of a request, as it was sent: neither decoded nor normalised, without query.
+    struct PathKeys {
+        /// Whole segments: `/v1` holds for `/v1` and `/v1/models`, not for `/v10`. As it was sent, neither decoded nor normalised,
+        /// without query.
+        path_prefix: Option<String> = None => path().optional("/v1"),
+        /// Instead of `path_prefix`: this path only.
+        path: Option<String> = None => path().optional("/v1/chat/completions"),
+    }
+}
+
+settings! {
+    /// A condition on a header.
+    pub struct HeaderCondition {
+        /// The name of the header.
+        pub name: HeaderName = HeaderName::from_static("x") => any_header_name().required("the name of a header", "x-team"),
+        /// One of the header's lines is this, letter by letter. Without it: the header is there.
+        pub value: Option<String> = None => header_value().optional("red"),
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ModelPattern {
+    Exact(String),
+    /// `llama-*`; of `*` nothing is left, and any model will do.
+    Prefix(String),
+}
+
+settings! {
+    /// A share of a route's requests, each drawn for itself.
+    pub struct WeightedPool {
+        /// Name of a pool.
+        pub name: String = String::new() => value::pool_name().required("the name of a pool", "default"),
+        /// Its part of the sum of weights. 0 gets nothing.
+        pub weight: u32 = 1 => integer(0..=MAX_WEIGHT),
+    }
+}
+
+settings! {
+    /// Where the requests of a route go.
+    struct PoolKeys {
+        /// The name of the pool.
+        pool: Option<String> = None => value::pool_name().optional("default"),
+        /// Instead of `pool`: a share for each, of the sum of weights (1 where it is left out, 0 is none), drawn anew for each request.
+        pools: Vec<WeightedPool> = Vec::new()
+            => tables(r#"an array of { name = "a", weight = 70 }"#).example(json!([{ "name": "default", "weight": 70 }])),
+    }
+}
+
+fn host() -> Value<HostPattern> {
     let normal = |host: &str| host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase();
-    match value {
-        DeValue::String(text) if text.starts_with("*.") => {
-            let below = DeValue::String(text[2..].into());
-            let below = value::host(&below).map_err(|_| expected())?;
-            // An address has no names below it.
-            let is_name = !below.starts_with('[') && below.parse::<std::net::Ipv4Addr>().is_err();
-            if is_name { Ok(HostPattern::Below(format!(".{}", normal(&below)))) } else { Err(expected()) }
+    let parse = move |text: &str| match text.strip_prefix("*.") {
+        // An address has no names below it.
+        Some(below) => {
+            let is_name =
+                value::is_host(below) && !below.starts_with('[') && below.parse::<std::net::Ipv4Addr>().is_err();
+            is_name.then(|| HostPattern::Below(format!(".{}", normal(below))))
         }
-        _ => value::host(value).map(|host| HostPattern::Exact(normal(&host))).map_err(|_| expected()),
-    }
+        None => value::is_host(text).then(|| HostPattern::Exact(normal(text))),
+    };
+    let show = |host: &HostPattern| match host {
+        HostPattern::Exact(host) => host.clone(),
+        HostPattern::Below(below) => format!("*{below}"),
+    };
+    Value::text(r#"a host without port, such as "llm.example.com" or "*.example.com""#, parse, show)
 }
 
-fn path(section: &mut Section<'_>) -> Option<PathPattern> {
-    let exact = section.read("path", value::path_prefix).map(PathPattern::Exact);
-    let prefix = section.read("path_prefix", value::path_prefix);
-    if section.has("path") && section.has("path_prefix") {
-        section.reject("path_prefix", "a second condition on the path", "path or path_prefix");
-    }
-    exact.or_else(|| prefix.map(|prefix| PathPattern::Prefix(prefix.trim_end_matches('/').to_owned())))
+/// Of those that go through the agent, which CONNECT and TRACE do not.
+fn goes_through(method: &Method) -> bool {
+    !matches!(*method, Method::CONNECT | Method::TRACE)
 }
 
-/// Those that go through the agent: CONNECT and TRACE do not.
-fn method(value: &DeValue<'_>) -> Parsed<Method> {
-    let method = if let DeValue::String(text) = value { Method::from_bytes(text.as_bytes()).ok() } else { None };
-    let method = method.filter(|method| {
-        !matches!(*method, Method::CONNECT | Method::TRACE) && !method.as_str().contains(|c: char| c.is_lowercase())
-    });
-    method.ok_or(Expected(r#"a method in capital letters, such as "POST""#.into()))
-}
-
-fn headers(section: &mut Section<'_>) -> Vec<HeaderCondition> {
-    let expected = r#"an array of { name = "x-team", value = "red" }, value optional"#;
-    let conditions = section.tables("headers", expected, |section| {
-        let name = section.require("name", "the name of a header", value::any_header_name);
-        let value = section.read("value", value::header_value);
-        name.map(|name| HeaderCondition { name, value })
-    });
-    conditions.into_iter().flatten().collect()
-}
-
-fn model(value: &DeValue<'_>) -> Parsed<ModelPattern> {
-    let name = value::non_empty(value)?;
-    Ok(match name.strip_suffix('*') {
-        Some(prefix) => ModelPattern::Prefix(prefix.to_owned()),
-        None => ModelPattern::Exact(name),
+fn path() -> Value<String> {
+    value::string(r#"a path that starts with "/", without query"#, |text| {
+        text.starts_with('/') && !text.contains(['?', '#', ' '])
     })
 }
 
-fn weighted(section: &mut Section<'_>, pools: &[Pool]) -> Vec<WeightedPool> {
-    let one_of = || {
-        let names: Vec<&str> = pools.iter().map(|pool| pool.name.as_str()).collect();
-        format!("one of {}", names.join(", "))
+/// A header to look at.
+fn any_header_name() -> Value<HeaderName> {
+    Value::text("the name of a header", |text| HeaderName::from_bytes(text.as_bytes()).ok(), ToString::to_string)
+}
+
+/// As it is once blanks around it are gone.
+fn header_value() -> Value<String> {
+    let is_value = |text: &str| text.trim() == text && HeaderValue::from_str(text).is_ok();
+    value::string("a header's value, without blanks around it", is_value)
+}
+
+fn model() -> Value<ModelPattern> {
+    let parse = |text: &str| match text.strip_suffix('*') {
+        _ if text.is_empty() => None,
+        Some(prefix) => Some(ModelPattern::Prefix(prefix.to_owned())),
+        None => Some(ModelPattern::Exact(text.to_owned())),
     };
-    let exists = |name: &str| pools.iter().any(|pool| pool.name == name);
-    let only = section.read("pool", value::pool_name);
-    let mut shares: Vec<WeightedPool> = Vec::new();
-    section.tables("pools", r#"an array of { name = "a", weight = 70 }"#, |section| {
-        let name = section.require("name", "the name of a pool", value::pool_name).unwrap_or_default();
-        let weight = section.read("weight", value::integer(0..=MAX_WEIGHT)).unwrap_or(1);
-        if !exists(&name) {
-            section.reject("name", format_args!("{name:?}"), one_of());
-        } else if shares.iter().any(|share| share.name == name) {
-            section.reject("name", format_args!("{name:?} again"), "each pool once");
+    let show = |model: &ModelPattern| match model {
+        ModelPattern::Exact(model) => model.clone(),
+        ModelPattern::Prefix(prefix) => format!("{prefix}*"),
+    };
+    Value::text("a text that is not empty", parse, show)
+}
+
+impl Group for PathKeys {
+    type Value = Option<PathPattern>;
+
+    fn resolve(self, section: &Section<'_>) -> Option<PathPattern> {
+        if section.has("path") && section.has("path_prefix") {
+            section.reject("path_prefix", "a second condition on the path", "path or path_prefix");
         }
-        shares.push(WeightedPool { name, weight });
-    });
-    match (only, section.has("pools")) {
-        (None, false) => section.reject("pool", "nothing", "the name of a pool, or pools"),
-        (Some(_), true) => section.reject("pool", "a pool beside pools", "pool or pools"),
-        (Some(name), false) => {
-            if !exists(&name) {
-                section.reject("pool", format_args!("{name:?}"), one_of());
+        let prefix = |prefix: String| PathPattern::Prefix(prefix.trim_end_matches('/').to_owned());
+        self.path.map(PathPattern::Exact).or_else(|| self.path_prefix.map(prefix))
+    }
+}
+
+impl Group for PoolKeys {
+    type Value = Vec<WeightedPool>;
+
+    fn resolve(self, section: &Section<'_>) -> Vec<WeightedPool> {
+        match (self.pool, section.has("pools")) {
+            (None, false) => section.reject("pool", "nothing", "the name of a pool, or pools"),
+            (Some(_), true) => section.reject("pool", "a pool beside pools", "pool or pools"),
+            (Some(name), false) => return vec![WeightedPool::new(name, 1)],
+            (None, true) if self.pools.iter().all(|share| share.weight == 0) => {
+                section.reject("pools", "no weight above 0", "at least one");
             }
-            shares.push(WeightedPool::new(name, 1));
+            (None, true) => {}
         }
-        (None, true) if shares.iter().all(|share| share.weight == 0) => {
-            section.reject("pools", "no weight above 0", "at least one");
-        }
-        (None, true) => {}
-    }
-    shares
-}
-
-/// What a route asks of a body must be looked for in it.
-fn check_names(section: &Section<'_>, route: &Route, bbr: &Bbr) {
-    if !bbr.enabled {
-        for key in ["model", "base_model"].into_iter().filter(|key| section.has(key)) {
-            section.reject(key, "a condition that never holds", "bbr.enabled = true");
-        }
-    }
-    for base in &route.base_models {
-        if !bbr.base_models.values().any(|known| known == base) {
-            section.reject("base_model", format_args!("{base:?}"), "a base model of bbr.base_models");
-        }
+        self.pools
     }
 }
 
-/// Whether every request that `later` is for already belongs to `earlier`.
-fn covers(earlier: &Route, later: &Route) -> bool {
-    any_covers(&earlier.hosts, &later.hosts, HostPattern::covers)
-        && earlier.path.as_ref().is_none_or(|path| later.path.as_ref().is_some_and(|later| path.covers(later)))
-        && any_covers(&earlier.methods, &later.methods, PartialEq::eq)
-        && earlier.headers.iter().all(|header| later.headers.iter().any(|later| header.covers(later)))
-        && any_covers(&earlier.models, &later.models, ModelPattern::covers)
-        && any_covers(&earlier.base_models, &later.base_models, PartialEq::eq)
+impl Route {
+    /// All requests to the pool of this name.
+    pub fn to(pool: impl Into<String>) -> Self {
+        Self { pools: vec![WeightedPool::new(pool, 1)], ..Self::default() }
+    }
+
+    fn check(&self, section: &Section<'_>, pools: &[Pool], bbr: &Bbr) {
+        self.check_pools(section, pools);
+        self.check_models(section, bbr);
+    }
+
+    fn check_pools(&self, section: &Section<'_>, pools: &[Pool]) {
+        let names: Vec<&str> = pools.iter().map(|pool| pool.name.as_str()).collect();
+        let one_of = format!("one of {}", names.join(", "));
+        let of_pools = section.each("pools");
+        for (index, share) in self.pools.iter().enumerate() {
+            let (section, key) = of_pools.get(index).map_or((section, "pool"), |section| (section, "name"));
+            if !names.contains(&share.name.as_str()) {
+                section.reject(key, format_args!("{:?}", share.name), &one_of);
+            } else if self.pools[..index].iter().any(|other| other.name == share.name) {
+                section.reject(key, format_args!("{:?} again", share.name), "each pool once");
+            }
+        }
+    }
+
+    /// What a route asks of a body must be looked for in it.
+    fn check_models(&self, section: &Section<'_>, bbr: &Bbr) {
+        if !bbr.enabled {
+            for key in ["model", "base_model"].into_iter().filter(|key| section.has(key)) {
+                section.reject(key, "a condition that never holds", "bbr.enabled = true");
+            }
+        }
+        for base in &self.base_models {
+            if !bbr.base_models.values().any(|known| known == base) {
+                section.reject("base_model", format_args!("{base:?}"), "a base model of bbr.base_models");
+            }
+        }
+    }
+
+    /// Whether every request that `later` is for already belongs to this one.
+    fn covers(&self, later: &Self) -> bool {
+        any_covers(&self.hosts, &later.hosts, HostPattern::covers)
+            && self.path.as_ref().is_none_or(|path| later.path.as_ref().is_some_and(|later| path.covers(later)))
+            && any_covers(&self.methods, &later.methods, PartialEq::eq)
+            && self.headers.iter().all(|header| later.headers.iter().any(|later| header.covers(later)))
+            && any_covers(&self.models, &later.models, ModelPattern::covers)
+            && any_covers(&self.base_models, &later.base_models, PartialEq::eq)
+    }
+}
+
+impl WeightedPool {
+    pub fn new(name: impl Into<String>, weight: u32) -> Self {
+        Self { name: name.into(), weight }
+    }
+}
+
+pub(super) fn check(routes: &[Route], root: &Section<'_>, pools: &[Pool], bbr: &Bbr) {
+    for (index, (route, section)) in routes.iter().zip(root.each("routes")).enumerate() {
+        route.check(&section, pools, bbr);
+        if let Some(earlier) = routes[..index].iter().position(|earlier| earlier.covers(route)) {
+            let key = if section.has("pools") { "pools" } else { "pool" };
+            let found = format_args!("a route that routes[{earlier}] always wins over");
+            section.reject(key, found, "the narrower route first");
+        }
+    }
 }
 
 /// Of alternatives, none of which is no condition.

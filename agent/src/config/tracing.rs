@@ -1,14 +1,70 @@
 //! `[tracing]`: spans to an OpenTelemetry collector.
 
-use super::{Tracing, document::Section, value};
+use std::time::Duration;
 
-pub(super) fn tracing(section: &mut Section<'_>) -> Tracing {
-    let default = Tracing::default();
-    Tracing {
-        otlp_endpoint: section.read("otlp_endpoint", value::http_url_or_off).unwrap_or(default.otlp_endpoint),
-        sampling_ratio: section.read("sampling_ratio", value::ratio).unwrap_or(default.sampling_ratio),
-        service_name: section.read("service_name", value::non_empty).unwrap_or(default.service_name),
-        queue_spans: section.read("queue_spans", value::integer(1..=1 << 20)).unwrap_or(default.queue_spans),
-        export_interval: section.read("export_interval", value::duration).unwrap_or(default.export_interval),
+use http::uri::Authority;
+use serde_json::json;
+use toml::de::DeValue;
+
+use super::{
+    settings::settings,
+    value::{self, Value, duration, integer},
+};
+
+settings! {
+    /// Spans to an OpenTelemetry collector. Trace context is passed on whether this is on or off.
+    pub struct Tracing {
+        /// Where the collector takes OTLP over gRPC without TLS.
+        pub otlp_endpoint: Option<String> = None => http_url().or_off(),
+        /// Part of the traces that begin here which are exported. Of the others the caller's flag decides.
+        pub sampling_ratio: Ratio = Ratio::ALL => ratio(),
+        /// `service.name` of the spans.
+        pub service_name: String = "penstock".to_owned() => value::non_empty(),
+        /// Spans that may wait for the collector. What comes then is dropped, and counted.
+        pub queue_spans: usize = 4096 => integer(1..=1 << 20),
+        /// How long spans are gathered before they are sent.
+        pub export_interval: Duration = Duration::from_secs(1) => duration(),
     }
+}
+
+/// From 0 to 1.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Ratio(f64);
+
+// Never NaN.
+impl Eq for Ratio {}
+
+impl Ratio {
+    pub const ALL: Self = Self(1.0);
+
+    /// `None` outside of 0 to 1.
+    pub fn new(ratio: f64) -> Option<Self> {
+        (0.0..=1.0).contains(&ratio).then_some(Self(ratio))
+    }
+
+    pub fn get(self) -> f64 {
+        self.0
+    }
+}
+
+/// `http://host:port`: the collector is on this node or next to it.
+fn http_url() -> Value<String> {
+    value::string(r#"a URL such as "http://127.0.0.1:4317""#, |url| {
+        let authority = url.strip_prefix("http://").map(|rest| rest.trim_end_matches('/')).unwrap_or_default();
+        let is_host = |authority: &Authority| !authority.host().is_empty() && !authority.as_str().contains('@');
+        authority.parse().is_ok_and(|authority| is_host(&authority))
+    })
+}
+
+fn ratio() -> Value<Ratio> {
+    let parse = |value: &DeValue<'_>| {
+        let number: f64 = match value {
+            DeValue::Float(number) => number.as_str().parse().ok()?,
+            DeValue::Integer(number) => number.as_str().parse().ok()?,
+            _ => return None,
+        };
+        Ratio::new(number)
+    };
+    let schema = json!({ "type": "number", "minimum": 0, "maximum": 1 });
+    Value::new("a number from 0 to 1", schema, parse, |ratio| ratio.get().into())
 }

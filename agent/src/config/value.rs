@@ -1,23 +1,265 @@
-//! Single values: from TOML to the type of a setting, or what would have been right in words.
+//! Kinds of single values: from TOML to the type of a setting, or what would have been right in words.
 //!
-//! Each parser is a function of the value alone. Ranges are part of a parser, so that the words and the check cannot differ.
+//! A [`Value`] holds the words, the JSON Schema and the parser of one kind, so that the three cannot differ. The functions here
+//! make those that several sections use; what one section alone uses is in its file.
 
-use std::{borrow::Cow, fmt::Display, net::SocketAddr, ops::RangeInclusive, time::Duration};
+use std::{borrow::Cow, fmt::Display, net::SocketAddr, ops::RangeInclusive, path::PathBuf, time::Duration};
 
 use http::{
-    HeaderName, HeaderValue, header,
+    HeaderName, Method, header,
     uri::{Authority, PathAndQuery},
 };
+use serde_json::{Value as Json, json};
 use toml::de::DeValue;
 
-use super::{Pin, Ratio};
+use super::{
+    document::Section,
+    settings::{Key, Kind, Shape, paragraphs},
+};
 
 /// Completes "expected …".
 pub(super) struct Expected(pub(super) Cow<'static, str>);
 
 pub(super) type Parsed<T> = Result<T, Expected>;
 
-const DAY: Duration = Duration::from_secs(24 * 3600);
+type Parse<T> = Box<dyn Fn(&DeValue<'_>) -> Option<T>>;
+
+/// One value.
+pub(super) struct Value<T> {
+    words: Cow<'static, str>,
+    choices: Vec<(&'static str, String)>,
+    schema: Json,
+    parse: Parse<T>,
+    show: Box<dyn Fn(&T) -> Json>,
+}
+
+impl<T: 'static> Value<T> {
+    /// `words` completes "expected …"; `show` is the inverse of `parse`.
+    pub(super) fn new(
+        words: impl Into<Cow<'static, str>>,
+        schema: Json,
+        parse: impl Fn(&DeValue<'_>) -> Option<T> + 'static,
+        show: impl Fn(&T) -> Json + 'static,
+    ) -> Self {
+        let (parse, show) = (Box::new(parse), Box::new(show));
+        Self { words: words.into(), choices: Vec::new(), schema, parse, show }
+    }
+
+    /// A value that is a text.
+    pub(super) fn text(
+        words: impl Into<Cow<'static, str>>,
+        parse: impl Fn(&str) -> Option<T> + 'static,
+        show: impl Fn(&T) -> String + 'static,
+    ) -> Self {
+        Self::new(
+            words,
+            json!({ "type": "string" }),
+            move |value| text(value).and_then(&parse),
+            move |value| show(value).into(),
+        )
+    }
+
+    pub(super) fn schema(mut self, schema: Json) -> Self {
+        self.schema = schema;
+        self
+    }
+
+    pub(super) fn parse(&self, value: &DeValue<'_>) -> Parsed<T> {
+        (self.parse)(value).ok_or_else(|| Expected(self.words.clone()))
+    }
+
+    /// `off` is `None`.
+    pub(super) fn or_off(self) -> Value<Option<T>> {
+        let Self { words, schema, parse, show, .. } = self;
+        let off = json!({ "const": "off" });
+        Value::new(
+            format!(r#""off" or {words}"#),
+            json!({ "anyOf": [off, schema] }),
+            move |value| if text(value) == Some("off") { Some(None) } else { parse(value).map(Some) },
+            move |value| value.as_ref().map_or("off".into(), &show),
+        )
+    }
+
+    /// `None` if the file does not set it.
+    pub(super) fn optional(self, example: impl Into<Json>) -> Optional<T> {
+        Optional { value: self, example: example.into() }
+    }
+
+    /// Absence is an error; `words` name what is missing.
+    pub(super) fn required(self, words: &'static str, example: impl Into<Json>) -> Required<T> {
+        Required { value: self, words, example: example.into() }
+    }
+
+    /// An array; `words` are for what is no array.
+    pub(super) fn list(self, words: &'static str) -> List<T> {
+        List { element: self, words }
+    }
+
+    /// One value, or an array that is not empty.
+    pub(super) fn one_or_more(self) -> OneOrMore<T> {
+        OneOrMore(self)
+    }
+
+    fn shape(&self, default: Option<Json>) -> Shape {
+        let (words, choices) = (self.words.to_string(), self.choices.clone());
+        Shape::Value { words, choices, schema: self.schema.clone(), default, example: None }
+    }
+}
+
+/// A key with a value.
+fn key(name: &'static str, doc: &[&'static str], shape: Shape) -> Key {
+    Key { name, old_name: None, doc: paragraphs(doc), shape, is_set: true, required: false }
+}
+
+impl<T: 'static> Kind for Value<T> {
+    type Value = T;
+
+    fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<T> {
+        section.read(key, |value| self.parse(value))
+    }
+
+    fn describe(&self, name: &'static str, doc: &[&'static str], default: &T) -> Vec<Key> {
+        vec![key(name, doc, self.shape(Some((self.show)(default))))]
+    }
+}
+
+pub(super) struct Optional<T> {
+    value: Value<T>,
+    example: Json,
+}
+
+impl<T: 'static> Kind for Optional<T> {
+    type Value = Option<T>;
+
+    fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<Option<T>> {
+        Some(self.value.read(section, key))
+    }
+
+    fn describe(&self, name: &'static str, doc: &[&'static str], _: &Option<T>) -> Vec<Key> {
+        let shape = with_example(self.value.shape(None), &self.example);
+        vec![Key { is_set: false, ..key(name, doc, shape) }]
+    }
+}
+
+pub(super) struct Required<T> {
+    value: Value<T>,
+    words: &'static str,
+    example: Json,
+}
+
+impl<T: 'static> Kind for Required<T> {
+    type Value = T;
+
+    fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<T> {
+        section.require(key, self.words, |value| self.value.parse(value))
+    }
+
+    fn describe(&self, name: &'static str, doc: &[&'static str], _: &T) -> Vec<Key> {
+        let shape = with_example(self.value.shape(None), &self.example);
+        vec![Key { required: true, ..key(name, doc, shape) }]
+    }
+}
+
+fn with_example(shape: Shape, json: &Json) -> Shape {
+    match shape {
+        Shape::Value { words, choices, schema, default, .. } => {
+            Shape::Value { words, choices, schema, default, example: Some(json.clone()) }
+        }
+        other => other,
+    }
+}
+
+pub(super) struct List<T> {
+    element: Value<T>,
+    words: &'static str,
+}
+
+impl<T: 'static> Kind for List<T> {
+    type Value = Vec<T>;
+
+    fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<Vec<T>> {
+        let is_given = section.has(key);
+        let listed = section.list(key, self.words, |value| self.element.parse(value));
+        is_given.then_some(listed)
+    }
+
+    fn describe(&self, name: &'static str, doc: &[&'static str], default: &Vec<T>) -> Vec<Key> {
+        let default = default.iter().map(&self.element.show).collect();
+        let shape = Shape::Value {
+            words: self.words.to_owned(),
+            choices: self.element.choices.clone(),
+            schema: json!({ "type": "array", "items": self.element.schema }),
+            default: Some(default),
+            example: None,
+        };
+        vec![key(name, doc, shape)]
+    }
+}
+
+/// Without a value it is empty.
+pub(super) struct OneOrMore<T>(Value<T>);
+
+impl<T: 'static> Kind for OneOrMore<T> {
+    type Value = Vec<T>;
+
+    fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<Vec<T>> {
+        Some(section.one_or_more(key, |value| self.0.parse(value)))
+    }
+
+    fn describe(&self, name: &'static str, doc: &[&'static str], _: &Vec<T>) -> Vec<Key> {
+        let array = json!({ "type": "array", "items": self.0.schema, "minItems": 1 });
+        let shape = Shape::Value {
+            words: format!("{}, or an array of them", self.0.words),
+            choices: self.0.choices.clone(),
+            schema: json!({ "anyOf": [self.0.schema, array] }),
+            default: None,
+            example: None,
+        };
+        vec![Key { is_set: false, ..key(name, doc, shape) }]
+    }
+}
+
+/// A value that a function reads; the function may look at other keys, too.
+pub(super) struct Custom<T> {
+    pub(super) words: &'static str,
+    pub(super) schema: Json,
+    pub(super) read: fn(&mut Section<'_>, &'static str) -> Option<T>,
+    /// What the file says where the setting has its default; `None` if it says nothing.
+    pub(super) show: fn(&T) -> Option<Json>,
+}
+
+impl<T> Kind for Custom<T> {
+    type Value = T;
+
+    fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<T> {
+        (self.read)(section, key)
+    }
+
+    fn describe(&self, name: &'static str, doc: &[&'static str], default: &T) -> Vec<Key> {
+        let (words, schema, default) = (self.words.to_owned(), self.schema.clone(), (self.show)(default));
+        let is_set = default.is_some();
+        let shape = Shape::Value { words, choices: Vec::new(), schema, default, example: None };
+        vec![Key { is_set, ..key(name, doc, shape) }]
+    }
+}
+
+/// An enum whose values have names: see `choice!`.
+pub(super) trait Choice: Copy + PartialEq + 'static {
+    /// Name, value and the lines of its documentation.
+    const ALL: &'static [(&'static str, Self, &'static [&'static str])];
+}
+
+/// One of the names of `C`.
+pub(super) fn choice<C: Choice>() -> Value<C> {
+    let names: Vec<String> = C::ALL.iter().map(|(name, ..)| format!("{name:?}")).collect();
+    let choices: Vec<_> = C::ALL.iter().map(|(name, _, doc)| (*name, paragraphs(doc).join(" "))).collect();
+    let named = |(name, meaning): &(&'static str, String)| json!({ "const": name, "description": meaning });
+    let schema = json!({ "oneOf": choices.iter().map(named).collect::<Vec<_>>() });
+    let parse = |text: &str| C::ALL.iter().find(|(name, ..)| *name == text).map(|(_, choice, _)| *choice);
+    let show =
+        |choice: &C| C::ALL.iter().find(|(_, other, _)| other == choice).map_or("", |(name, ..)| *name).to_owned();
+    Value { choices, ..Value::text(names.join(" or "), parse, show).schema(schema) }
+}
 
 /// Completes "found …".
 pub(super) fn shown(value: &DeValue<'_>) -> String {
@@ -32,175 +274,199 @@ pub(super) fn shown(value: &DeValue<'_>) -> String {
     }
 }
 
-pub(super) fn integer<T>(range: RangeInclusive<T>) -> impl Fn(&DeValue<'_>) -> Parsed<T>
+pub(super) fn text<'v>(value: &'v DeValue<'_>) -> Option<&'v str> {
+    match value {
+        DeValue::String(text) => Some(text),
+        _ => None,
+    }
+}
+
+pub(super) fn integer<T>(range: RangeInclusive<T>) -> Value<T>
 where
-    T: TryFrom<u64> + PartialOrd + Display,
+    T: TryFrom<u64> + PartialOrd + Display + Copy + Into<Number> + 'static,
 {
-    move |value| {
+    let (least, most) = (*range.start(), *range.end());
+    let schema = json!({ "type": "integer", "minimum": least.into().0, "maximum": most.into().0 });
+    let parse = move |value: &DeValue<'_>| {
         let number = match value {
             DeValue::Integer(number) => u64::from_str_radix(number.as_str(), number.radix()).ok(),
             _ => None,
         };
-        let number = number.and_then(|number| T::try_from(number).ok()).filter(|number| range.contains(number));
-        number.ok_or_else(|| Expected(format!("an integer from {} to {}", range.start(), range.end()).into()))
+        number.and_then(|number| T::try_from(number).ok()).filter(|number| range.contains(number))
+    };
+    Value::new(format!("an integer from {least} to {most}"), schema, parse, |&number: &T| number.into().0.into())
+}
+
+/// An integer of any width.
+pub(super) struct Number(u64);
+
+impl From<u16> for Number {
+    fn from(number: u16) -> Self {
+        Self(number.into())
     }
 }
 
-pub(super) fn boolean(value: &DeValue<'_>) -> Parsed<bool> {
-    match value {
-        DeValue::Boolean(flag) => Ok(*flag),
-        _ => Err(Expected("true or false".into())),
+impl From<u32> for Number {
+    fn from(number: u32) -> Self {
+        Self(number.into())
     }
 }
+
+impl From<u64> for Number {
+    fn from(number: u64) -> Self {
+        Self(number)
+    }
+}
+
+impl From<usize> for Number {
+    fn from(number: usize) -> Self {
+        Self(number as u64)
+    }
+}
+
+pub(super) fn boolean() -> Value<bool> {
+    let parse = |value: &DeValue<'_>| if let DeValue::Boolean(flag) = value { Some(*flag) } else { None };
+    Value::new("true or false", json!({ "type": "boolean" }), parse, |&flag| flag.into())
+}
+
+const DAY: Duration = Duration::from_secs(24 * 3600);
+const UNITS: [(&str, u64); 4] = [("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)];
 
 /// More than zero, up to a day.
-pub(super) fn duration(value: &DeValue<'_>) -> Parsed<Duration> {
-    text(value)
-        .and_then(parse_duration)
-        .ok_or(Expected(r#"a duration such as "250ms", "4s", "5m" or "1h", from 1ms to 24h"#.into()))
+pub(super) fn duration() -> Value<Duration> {
+    let words = r#"a duration such as "250ms", "4s", "5m" or "1h", from 1ms to 24h"#;
+    Value::text(words, parse_duration, show_duration)
+        .schema(json!({ "type": "string", "pattern": "^[0-9]+(ms|s|m|h)$" }))
 }
 
-/// As [`duration`], or `off`.
-pub(super) fn duration_or_off(value: &DeValue<'_>) -> Parsed<Option<Duration>> {
-    if text(value) == Some("off") {
-        return Ok(None);
-    }
-    duration(value).map(Some).map_err(|Expected(duration)| Expected(format!(r#""off" or {duration}"#).into()))
+pub(super) fn duration_or_off() -> Value<Option<Duration>> {
+    duration().or_off()
 }
 
 /// As [`duration_or_off`], and not below a second: what the kernel counts in seconds.
-pub(super) fn seconds_or_off(value: &DeValue<'_>) -> Parsed<Option<Duration>> {
-    let duration = duration_or_off(value).ok().filter(|duration| duration.is_none_or(|d| d >= Duration::from_secs(1)));
-    duration.ok_or(Expected(r#""off" or a duration such as "4s", "5m" or "1h", from 1s to 24h"#.into()))
+pub(super) fn seconds_or_off() -> Value<Option<Duration>> {
+    let words = r#"a duration such as "4s", "5m" or "1h", from 1s to 24h"#;
+    let parse = |text: &str| parse_duration(text).filter(|duration| *duration >= Duration::from_secs(1));
+    Value::text(words, parse, show_duration)
+        .schema(json!({ "type": "string", "pattern": "^[0-9]+(ms|s|m|h)$" }))
+        .or_off()
 }
 
 fn parse_duration(text: &str) -> Option<Duration> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let (number, unit) = text.split_at(digits);
-    let milliseconds = match unit {
-        "ms" => 1,
-        "s" => 1000,
-        "m" => 60_000,
-        "h" => 3_600_000,
-        _ => return None,
-    };
+    let (_, milliseconds) = UNITS.into_iter().find(|(name, _)| *name == unit)?;
     let duration = Duration::from_millis(number.parse::<u64>().ok()?.checked_mul(milliseconds)?);
     (!duration.is_zero() && duration <= DAY).then_some(duration)
 }
 
-/// An address to listen on; port 0 lets the kernel choose.
-pub(super) fn listen_address(value: &DeValue<'_>) -> Parsed<SocketAddr> {
-    let address = text(value).and_then(|text| text.parse().ok());
-    address.ok_or(Expected(r#"ip:port, such as "0.0.0.0:8080" or "[::]:8080""#.into()))
+/// In the largest unit of which it is a multiple.
+fn show_duration(duration: &Duration) -> String {
+    let milliseconds = duration.as_millis() as u64;
+    let fits = |(_, unit): &(&str, u64)| milliseconds.is_multiple_of(*unit);
+    UNITS.into_iter().find(fits).map_or_else(String::new, |(name, unit)| format!("{}{name}", milliseconds / unit))
 }
+
+/// An address to listen on; port 0 lets the kernel choose.
+pub(super) fn listen_address() -> Value<SocketAddr> {
+    let words = r#"ip:port, such as "0.0.0.0:8080" or "[::]:8080""#;
+    Value::text(words, |text| text.parse().ok(), ToString::to_string)
+}
+
+pub(super) const ENDPOINT: &str = r#"ip:port of a server, such as "10.0.0.7:8000" or "[fd00::7]:8000""#;
 
 /// An address to connect to.
-pub(super) fn endpoint(value: &DeValue<'_>) -> Parsed<SocketAddr> {
-    let address = text(value).and_then(|text| text.parse::<SocketAddr>().ok());
-    let address = address.filter(|address| address.port() != 0 && !address.ip().is_unspecified());
-    address.ok_or_else(not_an_endpoint)
-}
-
-pub(super) fn not_an_endpoint() -> Expected {
-    Expected(r#"ip:port of a server, such as "10.0.0.7:8000" or "[fd00::7]:8000""#.into())
+pub(super) fn endpoint() -> Value<SocketAddr> {
+    let can_be_dialled = |address: &SocketAddr| address.port() != 0 && !address.ip().is_unspecified();
+    Value::text(ENDPOINT, move |text| text.parse().ok().filter(can_be_dialled), ToString::to_string)
 }
 
 /// A name or address, and a port.
-pub(super) fn host_port(value: &DeValue<'_>) -> Parsed<String> {
-    let is_host_port = |text: &&str| {
+pub(super) fn host_port() -> Value<String> {
+    let is_host_port = |text: &str| {
         text.parse::<Authority>().is_ok_and(|authority| {
             !authority.host().is_empty() && !text.contains('@') && authority.port_u16().is_some_and(|port| port != 0)
         })
     };
-    let address = text(value).filter(is_host_port);
-    address.map(str::to_owned).ok_or(Expected(r#"host:port, such as "epp.default.svc:9002""#.into()))
+    string(r#"host:port, such as "epp.default.svc:9002""#, is_host_port)
 }
 
 /// A host without port.
-pub(super) fn host(value: &DeValue<'_>) -> Parsed<String> {
-    let is_host =
-        |text: &&str| text.parse::<Authority>().is_ok_and(|authority| authority.host() == *text) && !text.contains('*');
-    let host = text(value).filter(is_host);
-    host.map(str::to_owned).ok_or(Expected(r#"a host without port, such as "llm.example.com""#.into()))
+pub(super) fn host() -> Value<String> {
+    string(r#"a host without port, such as "llm.example.com""#, is_host)
 }
 
-/// `http://host:port`: the collector is on this node or next to it.
-pub(super) fn http_url_or_off(value: &DeValue<'_>) -> Parsed<Option<String>> {
-    let expected = || Expected(r#""off" or a URL such as "http://127.0.0.1:4317""#.into());
-    match text(value).ok_or_else(expected)? {
-        "off" => Ok(None),
-        url => {
-            let authority = url.strip_prefix("http://").map(|rest| rest.trim_end_matches('/')).unwrap_or_default();
-            let is_host = |authority: &Authority| !authority.host().is_empty() && !authority.as_str().contains('@');
-            authority.parse().ok().filter(is_host).map(|_| Some(url.to_owned())).ok_or_else(expected)
-        }
-    }
-}
-
-/// RFC 9110 §7.6.3: a pseudonym, or a host with an optional port.
-pub(super) fn via_or_off(value: &DeValue<'_>) -> Parsed<Option<String>> {
-    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~:[]".contains(&byte);
-    match text(value).filter(|text| !text.is_empty() && text.bytes().all(allowed)) {
-        Some("off") => Ok(None),
-        Some(name) => Ok(Some(name.to_owned())),
-        None => Err(Expected(r#""off" or a name without blanks, such as "penstock""#.into())),
-    }
-}
-
-pub(super) fn ratio(value: &DeValue<'_>) -> Parsed<Ratio> {
-    let number = match value {
-        DeValue::Float(number) => number.as_str().parse().ok(),
-        DeValue::Integer(number) => number.as_str().parse().ok(),
-        _ => None,
-    };
-    number.and_then(Ratio::new).ok_or(Expected("a number from 0 to 1".into()))
-}
-
-pub(super) fn path_prefix(value: &DeValue<'_>) -> Parsed<String> {
-    let path = text(value).filter(|text| text.starts_with('/') && !text.contains(['?', '#', ' ']));
-    path.map(str::to_owned).ok_or(Expected(r#"a path that starts with "/", without query"#.into()))
-}
-
-/// What a request may ask for.
-pub(super) fn path_and_query(value: &DeValue<'_>) -> Parsed<PathAndQuery> {
-    let path = text(value).filter(|text| text.starts_with('/') && !text.contains('#'));
-    path.and_then(|path| path.parse().ok()).ok_or(Expected(r#"a path that starts with "/""#.into()))
+pub(super) fn is_host(text: &str) -> bool {
+    text.parse::<Authority>().is_ok_and(|authority| authority.host() == text) && !text.contains('*')
 }
 
 /// What a metric label and a log line carry unescaped.
-pub(super) fn pool_name(value: &DeValue<'_>) -> Parsed<String> {
-    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-/".contains(&byte);
-    let name = text(value).filter(|text| (1..=253).contains(&text.len()) && text.bytes().all(allowed));
-    name.map(str::to_owned).ok_or(Expected("1 to 253 letters, digits or any of . _ - /".into()))
+pub(super) fn pool_name() -> Value<String> {
+    let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-/".contains(&byte);
+    let is_name = move |text: &str| (1..=253).contains(&text.len()) && text.bytes().all(is_allowed);
+    string("1 to 253 letters, digits or any of . _ - /", is_name)
+        .schema(json!({ "type": "string", "pattern": "^[A-Za-z0-9._/-]{1,253}$" }))
 }
 
-/// A token (RFC 9110 §5.6.2), and not the upgrade that hides requests.
-pub(super) fn upgrade(value: &DeValue<'_>) -> Parsed<String> {
-    let name =
-        text(value).filter(|text| HeaderName::from_bytes(text.as_bytes()).is_ok() && !text.eq_ignore_ascii_case("h2c"));
-    name.map(str::to_owned).ok_or(Expected(r#"the name of a protocol other than "h2c", such as "websocket""#.into()))
+pub(super) fn non_empty() -> Value<String> {
+    string("a text that is not empty", |text| !text.is_empty()).schema(json!({ "type": "string", "minLength": 1 }))
 }
 
-pub(super) fn non_empty(value: &DeValue<'_>) -> Parsed<String> {
-    let text = text(value).filter(|text| !text.is_empty());
-    text.map(str::to_owned).ok_or(Expected("a text that is not empty".into()))
+/// A text for which `holds`.
+pub(super) fn string(words: &'static str, holds: impl Fn(&str) -> bool + 'static) -> Value<String> {
+    Value::text(words, move |text| holds(text).then(|| text.to_owned()), Clone::clone)
 }
 
-/// The SHA-256 of a public key.
-pub(super) fn pin(value: &DeValue<'_>) -> Parsed<Pin> {
-    let pin = text(value).filter(|text| text.len() == 64).and_then(|text| {
-        let mut pin = [0; 32];
-        for (byte, digits) in pin.iter_mut().zip(text.as_bytes().chunks(2)) {
-            let digit = |at: usize| char::from(digits[at]).to_digit(16).map(|digit| digit as u8);
-            *byte = digit(0)? << 4 | digit(1)?;
-        }
-        Some(Pin(pin))
-    });
-    pin.ok_or(Expected("the SHA-256 of a public key, 64 hexadecimal digits".into()))
+fn path() -> Value<String> {
+    string("the path of a file", |text| !text.is_empty()).schema(json!({ "type": "string", "minLength": 1 }))
+}
+
+/// A file. A relative path starts at the folder of the configuration file.
+pub(super) fn file() -> Custom<Option<PathBuf>> {
+    Custom {
+        words: "the path of a file",
+        schema: json!({ "type": "string", "minLength": 1 }),
+        read: |section, key| Some(path().read(section, key).map(|file| section.folder().join(file))),
+        show: |_| None,
+    }
+}
+
+/// As [`file`]; absence is an error, and `words` name what is missing.
+pub(super) fn required_file(words: &'static str, example: &'static str) -> RequiredFile {
+    RequiredFile(path().required(words, example))
+}
+
+pub(super) struct RequiredFile(Required<String>);
+
+impl Kind for RequiredFile {
+    type Value = PathBuf;
+
+    fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<PathBuf> {
+        self.0.read(section, key).map(|file| section.folder().join(file))
+    }
+
+    fn describe(&self, name: &'static str, doc: &[&'static str], _: &PathBuf) -> Vec<Key> {
+        self.0.describe(name, doc, &String::new())
+    }
+}
+
+/// What a request may ask for.
+pub(super) fn path_and_query() -> Value<PathAndQuery> {
+    let parse = |text: &str| Some(text).filter(|text| text.starts_with('/') && !text.contains('#'))?.parse().ok();
+    Value::text(r#"a path that starts with "/""#, parse, ToString::to_string)
+}
+
+/// A method for which `holds`.
+pub(super) fn method(holds: fn(&Method) -> bool) -> Value<Method> {
+    let parse = move |text: &str| {
+        let method = Method::from_bytes(text.as_bytes()).ok()?;
+        Some(method).filter(|method| holds(method) && !text.contains(char::is_lowercase))
+    };
+    Value::text(r#"a method in capital letters, such as "POST""#, parse, ToString::to_string)
 }
 
 /// A header that the agent may set: those that frame the message or belong to the connection are its own.
-pub(super) fn header_name(value: &DeValue<'_>) -> Parsed<HeaderName> {
+pub(super) fn header_name() -> Value<HeaderName> {
     const RESERVED: [HeaderName; 8] = [
         header::HOST,
         header::CONTENT_LENGTH,
@@ -211,36 +477,6 @@ pub(super) fn header_name(value: &DeValue<'_>) -> Parsed<HeaderName> {
         header::UPGRADE,
         header::EXPECT,
     ];
-    let name = text(value).and_then(|text| HeaderName::from_bytes(text.as_bytes()).ok());
-    let name = name.filter(|name| !RESERVED.contains(name));
-    name.ok_or(Expected("the name of a header that does not frame the message".into()))
-}
-
-/// A header to look at.
-pub(super) fn any_header_name(value: &DeValue<'_>) -> Parsed<HeaderName> {
-    let name = text(value).and_then(|text| HeaderName::from_bytes(text.as_bytes()).ok());
-    name.ok_or(Expected("the name of a header".into()))
-}
-
-/// As it is once blanks around it are gone.
-pub(super) fn header_value(value: &DeValue<'_>) -> Parsed<String> {
-    let value = text(value).filter(|text| text.trim() == *text && HeaderValue::from_str(text).is_ok());
-    value.map(str::to_owned).ok_or(Expected("a header's value, without blanks around it".into()))
-}
-
-pub(super) fn one_of<T: Copy>(choices: &'static [(&'static str, T)]) -> impl Fn(&DeValue<'_>) -> Parsed<T> {
-    move |value| {
-        let choice = text(value).and_then(|text| choices.iter().find(|(name, _)| *name == text));
-        choice.map(|(_, choice)| *choice).ok_or_else(|| {
-            let names: Vec<String> = choices.iter().map(|(name, _)| format!("{name:?}")).collect();
-            Expected(names.join(" or ").into())
-        })
-    }
-}
-
-fn text<'v>(value: &'v DeValue<'_>) -> Option<&'v str> {
-    match value {
-        DeValue::String(text) => Some(text),
-        _ => None,
-    }
+    let parse = |text: &str| HeaderName::from_bytes(text.as_bytes()).ok().filter(|name| !RESERVED.contains(name));
+    Value::text("the name of a header that does not frame the message", parse, ToString::to_string)
 }

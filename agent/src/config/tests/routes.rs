@@ -3,70 +3,74 @@
 use super::*;
 
 #[test]
-fn bad_routes() {
+fn wrong_routes_are_rejected() {
     const HOST: &str = r#"expected a host without port, such as "llm.example.com" or "*.example.com""#;
     let mut cases = vec![
         (
             "host = \"a\"".to_owned(),
-            "4: routes[0].pool: found nothing, expected the name of a pool, or pools".to_owned(),
+            "4:1: routes[0].pool: found nothing, expected the name of a pool, or pools".to_owned(),
         ),
-        ("pool = \"b\"".to_owned(), "5: routes[0].pool: found \"b\", expected one of a".to_owned()),
+        ("pool = \"b\"".to_owned(), "5:1: routes[0].pool: found \"b\", expected one of a".to_owned()),
     ];
     for host in ["llm:80", "*", "*.", "a.*", "**.a", "*a.b", "*.10.0.0.1", "*.[::1]", "a b"] {
-        cases.push((format!("pool = \"a\"\nhost = {host:?}"), format!("6: routes[0].host: found {host:?}, {HOST}")));
+        cases.push((format!("pool = \"a\"\nhost = {host:?}"), format!("6:8: routes[0].host: found {host:?}, {HOST}")));
     }
     let conditions = [
-        ("path_prefix = \"v1\"", r#"path_prefix: found "v1", expected a path that starts with "/", without query"#),
-        ("path = \"/a?b\"", r#"path: found "/a?b", expected a path that starts with "/", without query"#),
+        ("path_prefix = \"v1\"", 15, r#"path_prefix: found "v1", expected a path that starts with "/", without query"#),
+        ("path = \"/a?b\"", 8, r#"path: found "/a?b", expected a path that starts with "/", without query"#),
         (
             "path_prefix = \"/a\", path = \"/b\"",
+            1,
             "path_prefix: found a second condition on the path, expected path or path_prefix",
         ),
-        ("method = \"post\"", r#"method: found "post", expected a method in capital letters, such as "POST""#),
+        ("method = \"post\"", 10, r#"method: found "post", expected a method in capital letters, such as "POST""#),
         (
             "method = [\"GET\", \"TRACE\"]",
+            18,
             r#"method[1]: found "TRACE", expected a method in capital letters, such as "POST""#,
         ),
-        ("method = []", "method: found an empty array, expected one value or more"),
+        ("method = []", 1, "method: found an empty array, expected one value or more"),
         (
             "headers = [\"a\"]",
+            1,
             r#"headers: found "a", expected an array of { name = "x-team", value = "red" }, value optional"#,
         ),
-        ("headers = [{ value = \"a\" }]", "headers[0].name: found nothing, expected the name of a header"),
-        ("headers = [{ name = \"a b\" }]", "headers[0].name: found \"a b\", expected the name of a header"),
+        ("headers = [{ value = \"a\" }]", 12, "headers[0].name: found nothing, expected the name of a header"),
+        ("headers = [{ name = \"a b\" }]", 21, "headers[0].name: found \"a b\", expected the name of a header"),
         (
             "headers = [{ name = \"a\", value = \" b\" }]",
+            34,
             "headers[0].value: found \" b\", expected a header's value, without blanks around it",
         ),
-        ("model = \"\"", r#"model: found "", expected a text that is not empty"#),
-        ("base_model = \"b\"", "base_model: found \"b\", expected a base model of bbr.base_models"),
+        ("model = \"\"", 9, r#"model: found "", expected a text that is not empty"#),
+        ("base_model = \"b\"", 1, "base_model: found \"b\", expected a base model of bbr.base_models"),
     ];
-    for (conditions, expected) in conditions {
+    for (conditions, column, expected) in conditions {
         cases.push((
             format!("pool = \"a\"\n{}", conditions.replace(", path =", "\npath =")),
-            format!("6: routes[0].{expected}"),
+            format!("6:{column}: routes[0].{expected}"),
         ));
     }
     let pools = [
-        ("pools = \"a\"", r#"5: routes[0].pools: found "a", expected an array of { name = "a", weight = 70 }"#),
-        ("pools = []", "5: routes[0].pools: found no weight above 0, expected at least one"),
+        ("pools = \"a\"", r#"5:1: routes[0].pools: found "a", expected an array of { name = "a", weight = 70 }"#),
+        ("pools = []", "5:1: routes[0].pools: found no weight above 0, expected at least one"),
         (
             "pools = [{ name = \"a\", weight = 0 }]",
-            "5: routes[0].pools: found no weight above 0, expected at least one",
+            "5:1: routes[0].pools: found no weight above 0, expected at least one",
         ),
-        ("pools = [{ weight = 1 }]", "5: routes[0].pools[0].name: found nothing, expected the name of a pool"),
-        ("pools = [{ name = \"b\" }]", "5: routes[0].pools[0].name: found \"b\", expected one of a"),
+        ("pools = [{ weight = 1 }]", "5:10: routes[0].pools[0].name: found nothing, expected the name of a pool"),
+        ("pools = [{ name = \"b\" }]", "5:12: routes[0].pools[0].name: found \"b\", expected one of a"),
         (
             "pools = [{ name = \"a\" }, { name = \"a\" }]",
-            "5: routes[0].pools[1].name: found \"a\" again, expected each pool once",
+            "5:28: routes[0].pools[1].name: found \"a\" again, expected each pool once",
         ),
         (
             "pools = [{ name = \"a\", weight = 1000001 }]",
-            "5: routes[0].pools[0].weight: found 1000001, expected an integer from 0 to 1000000",
+            "5:33: routes[0].pools[0].weight: found 1000001, expected an integer from 0 to 1000000",
         ),
         (
             "pools = [{ name = \"a\" }]\npool = \"a\"",
-            "6: routes[0].pool: found a pool beside pools, expected pool or pools",
+            "6:1: routes[0].pool: found a pool beside pools, expected pool or pools",
         ),
     ];
     cases.extend(pools.map(|(pools, expected)| (pools.to_owned(), expected.to_owned())));
@@ -76,16 +80,16 @@ fn bad_routes() {
 }
 
 #[test]
-fn routes_by_model_need_models() {
+fn model_condition_without_bbr_is_rejected() {
     assert_message(
         &format!("[bbr]\nenabled = false\n{POOL}[[routes]]\npool = \"a\"\nmodel = \"m\""),
-        "p.toml:8: routes[0].model: found a condition that never holds, expected bbr.enabled = true",
+        "p.toml:8:1: routes[0].model: found a condition that never holds, expected bbr.enabled = true",
     );
 }
 
 /// An earlier route and a later one, and whether the later one is out of reach.
 #[test]
-fn a_route_out_of_reach_is_an_error() {
+fn unreachable_route_is_rejected() {
     let rows = [
         ("", "model = \"m\"", true),
         ("model = \"m\"", "", false),

@@ -1,0 +1,87 @@
+//! The default file: every setting, with its documentation.
+
+use serde_json::Value as Json;
+
+use super::{
+    Config,
+    settings::{Key, Settings as _, Shape},
+};
+
+/// Columns of a comment.
+const WIDTH: usize = 130;
+
+const INTRODUCTION: &str = "Penstock. Every setting with its default; a line such as `#key = value` has none and shows the form. \
+                            Durations are \"250ms\", \"4s\", \"5m\" or \"1h\". Sizes are bytes.";
+
+/// A complete commented file. Its settings are the defaults; what has none is commented out, as `#key = value`.
+pub fn default_toml() -> String {
+    let mut text = String::new();
+    comment(&mut text, INTRODUCTION);
+    section(&mut text, "", &Config::describe());
+    text
+}
+
+/// The values of a section, and after them the sections in it, as TOML wants it.
+fn section(text: &mut String, path: &str, keys: &[Key]) {
+    for key in keys {
+        if let Shape::Value { choices, default, example, .. } = &key.shape {
+            for paragraph in &key.doc {
+                comment(text, paragraph);
+            }
+            for (name, meaning) in choices {
+                comment(text, &format!("{name:?}: {meaning}"));
+            }
+            let Some(value) = example.as_ref().or(default.as_ref()) else { continue };
+            let mark = if key.is_set { "" } else { "#" };
+            text.push_str(&format!("{mark}{} = {}\n", key.name, toml(value)));
+        }
+    }
+    for key in keys {
+        let path = if path.is_empty() { key.name.to_owned() } else { format!("{path}.{}", key.name) };
+        let (header, keys) = match &key.shape {
+            Shape::Value { .. } => continue,
+            Shape::Section(keys) => (format!("[{path}]"), keys),
+            Shape::Sections(keys) => (format!("[[{path}]]"), keys),
+        };
+        text.push('\n');
+        for paragraph in &key.doc {
+            comment(text, paragraph);
+        }
+        let mark = if key.is_set { "" } else { "#" };
+        text.push_str(&format!("{mark}{header}\n"));
+        section(text, &path, keys);
+    }
+}
+
+fn comment(text: &mut String, paragraph: &str) {
+    let mut line = String::from("#");
+    for word in paragraph.split(' ') {
+        if line.len() + 1 + word.len() > WIDTH && line.len() > 1 {
+            text.push_str(&line);
+            text.push('\n');
+            line.truncate(1);
+        }
+        line.push(' ');
+        line.push_str(word);
+    }
+    text.push_str(&line);
+    text.push('\n');
+}
+
+/// A value in one line.
+pub(super) fn toml(value: &Json) -> String {
+    match value {
+        Json::Array(elements) => format!("[{}]", elements.iter().map(toml).collect::<Vec<_>>().join(", ")),
+        Json::Object(entries) => {
+            let entry = |(key, value): (&String, &Json)| format!("{} = {}", bare(key), toml(value));
+            format!("{{ {} }}", entries.iter().map(entry).collect::<Vec<_>>().join(", "))
+        }
+        // The escapes of JSON are a part of TOML's.
+        simple => simple.to_string(),
+    }
+}
+
+fn bare(key: &str) -> String {
+    let is_bare = key.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
+    if is_bare { key.to_owned() } else { Json::from(key).to_string() }
+}

@@ -1,0 +1,339 @@
+//! How a setting is declared: once, as a field of the struct of its section.
+//!
+//! [`settings!`] turns the declaration into the struct, its `Default`, the reader and the description. A field has its
+//! documentation, its default and its [`Kind`]; the kind knows the values that it takes. From the description come the default
+//! file ([`super::default_file`]), the reference ([`super::reference`]) and the JSON Schema ([`super::schema`]). `CONTRIBUTING.md` has the recipe for a new setting.
+
+use std::marker::PhantomData;
+
+use serde_json::{Value as Json, json};
+
+use super::document::Section;
+
+/// A section of the file.
+pub(super) trait Settings: Sized {
+    fn read(section: &mut Section<'_>) -> Self;
+    /// Its keys, in the order of the declaration.
+    fn describe() -> Vec<Key>;
+}
+
+/// What a setting takes: how it is read, and how it is described.
+pub(super) trait Kind: Sized {
+    type Value;
+
+    /// `None` if the file has no value for it, or a wrong one, which is then reported.
+    fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<Self::Value>;
+
+    /// The keys that it has in the file: one for most.
+    fn describe(&self, name: &'static str, doc: &[&'static str], default: &Self::Value) -> Vec<Key>;
+
+    /// In the file, the key is `name` instead of the field's name.
+    fn named(self, name: &'static str) -> Adjusted<Self> {
+        Adjusted { name: Some(name), ..Adjusted::new(self) }
+    }
+
+    /// The key had this name in the version before. The old name is accepted with a warning.
+    fn was(self, old_name: &'static str) -> Adjusted<Self> {
+        Adjusted { old_name: Some(old_name), ..Adjusted::new(self) }
+    }
+
+    /// What the default file shows, as `#key = example`, instead of the default.
+    fn example(self, example: impl Into<Json>) -> Adjusted<Self> {
+        Adjusted { example: Some(example.into()), is_set: Some(false), ..Adjusted::new(self) }
+    }
+
+    /// The default file has it, and all below it, as `#key = value`.
+    fn commented(self) -> Adjusted<Self> {
+        Adjusted { is_set: Some(false), ..Adjusted::new(self) }
+    }
+
+    /// As [`Kind::example`], and without a `#`: the default file is wrong without it.
+    fn shown(self, example: impl Into<Json>) -> Adjusted<Self> {
+        Adjusted { example: Some(example.into()), is_set: Some(true), ..Adjusted::new(self) }
+    }
+}
+
+/// One key of a section, for what is printed.
+#[derive(Debug, Clone)]
+pub(super) struct Key {
+    pub(super) name: &'static str,
+    pub(super) old_name: Option<&'static str>,
+    /// Paragraphs.
+    pub(super) doc: Vec<String>,
+    pub(super) shape: Shape,
+    /// Whether the default file sets it. If not, it is there as `#key = value`.
+    pub(super) is_set: bool,
+    /// Whether a section without it is wrong.
+    pub(super) required: bool,
+}
+
+#[derive(Debug, Clone)]
+pub(super) enum Shape {
+    Value {
+        /// Completes "expected …".
+        words: String,
+        /// The values that have names, each with what it means.
+        choices: Vec<(&'static str, String)>,
+        schema: Json,
+        default: Option<Json>,
+        example: Option<Json>,
+    },
+    /// `[name]`
+    Section(Vec<Key>),
+    /// `[[name]]`
+    Sections(Vec<Key>),
+}
+
+impl Key {
+    pub(super) fn section(name: &'static str, doc: &[&'static str], keys: Vec<Key>) -> Self {
+        let shape = Shape::Section(keys);
+        Self { name, old_name: None, doc: paragraphs(doc), shape, is_set: true, required: false }
+    }
+
+    /// The default file has it, and all below it, as `#key = value`.
+    pub(super) fn unset(mut self) -> Self {
+        self.is_set = false;
+        if let Shape::Section(keys) | Shape::Sections(keys) = &mut self.shape {
+            *keys = std::mem::take(keys).into_iter().map(Key::unset).collect();
+        }
+        self
+    }
+}
+
+/// The lines of a doc comment as paragraphs.
+pub(super) fn paragraphs(doc: &[&'static str]) -> Vec<String> {
+    let blocks = doc.split(|line| line.trim().is_empty()).filter(|block| !block.is_empty());
+    blocks.map(|block| block.iter().map(|line| line.trim()).collect::<Vec<_>>().join(" ")).collect()
+}
+
+/// A kind whose key differs in one respect.
+pub(super) struct Adjusted<K> {
+    kind: K,
+    name: Option<&'static str>,
+    old_name: Option<&'static str>,
+    example: Option<Json>,
+    is_set: Option<bool>,
+}
+
+impl<K> Adjusted<K> {
+    fn new(kind: K) -> Self {
+        Self { kind, name: None, old_name: None, example: None, is_set: None }
+    }
+}
+
+impl<K: Kind> Kind for Adjusted<K> {
+    type Value = K::Value;
+
+    fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<K::Value> {
+        self.kind.read(section, self.name.unwrap_or(key))
+    }
+
+    fn describe(&self, name: &'static str, doc: &[&'static str], default: &K::Value) -> Vec<Key> {
+        let adjusted = |mut key: Key| {
+            key.old_name = self.old_name.or(key.old_name);
+            if let (Shape::Value { example, .. }, Some(adjusted)) = (&mut key.shape, &self.example) {
+                *example = Some(adjusted.clone());
+            }
+            match self.is_set {
+                Some(true) => Key { is_set: true, ..key },
+                Some(false) => key.unset(),
+                None => key,
+            }
+        };
+        self.kind.describe(self.name.unwrap_or(name), doc, default).into_iter().map(adjusted).collect()
+    }
+}
+
+/// A section whose keys stand in the section around it and together make one value.
+pub(super) trait Group: Settings {
+    type Value;
+    /// Reports what does not fit together.
+    fn resolve(self, section: &Section<'_>) -> Self::Value;
+}
+
+/// The keys of a [`Group`].
+pub(super) struct Keys<G>(PhantomData<G>);
+
+pub(super) fn keys<G: Group>() -> Keys<G> {
+    Keys(PhantomData)
+}
+
+impl<G: Group> Kind for Keys<G> {
+    type Value = G::Value;
+
+    fn read(&self, section: &mut Section<'_>, _: &'static str) -> Option<G::Value> {
+        Some(G::read(section).resolve(section))
+    }
+
+    fn describe(&self, _: &'static str, _: &[&'static str], _: &G::Value) -> Vec<Key> {
+        G::describe()
+    }
+}
+
+/// A field that is no key of its section: it is found elsewhere.
+pub(super) struct Elsewhere<T>(pub(super) fn(&Section<'_>) -> Option<T>);
+
+impl<T> Kind for Elsewhere<T> {
+    type Value = T;
+
+    fn read(&self, section: &mut Section<'_>, _: &'static str) -> Option<T> {
+        (self.0)(section)
+    }
+
+    fn describe(&self, _: &'static str, _: &[&'static str], _: &T) -> Vec<Key> {
+        Vec::new()
+    }
+}
+
+/// `[key]`, with the defaults where it is absent.
+pub(super) struct Nested<S>(PhantomData<S>);
+
+pub(super) fn section<S: Settings>() -> Nested<S> {
+    Nested(PhantomData)
+}
+
+impl<S: Settings> Kind for Nested<S> {
+    type Value = S;
+
+    fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<S> {
+        Some(section.section(key, S::read))
+    }
+
+    fn describe(&self, name: &'static str, doc: &[&'static str], _: &S) -> Vec<Key> {
+        vec![Key::section(name, doc, S::describe())]
+    }
+}
+
+/// `[key]`, whose absence has a meaning.
+pub(super) struct OptionalSection<S>(PhantomData<S>);
+
+pub(super) fn optional_section<S: Settings>() -> OptionalSection<S> {
+    OptionalSection(PhantomData)
+}
+
+impl<S: Settings> Kind for OptionalSection<S> {
+    type Value = Option<S>;
+
+    fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<Option<S>> {
+        Some(section.optional_section(key, S::read))
+    }
+
+    fn describe(&self, name: &'static str, doc: &[&'static str], _: &Option<S>) -> Vec<Key> {
+        vec![Key::section(name, doc, S::describe()).unset()]
+    }
+}
+
+/// `[[key]]`, in the order of the file.
+pub(super) struct Repeated<S>(PhantomData<S>);
+
+pub(super) fn sections<S: Settings>() -> Repeated<S> {
+    Repeated(PhantomData)
+}
+
+impl<S: Settings> Kind for Repeated<S> {
+    type Value = Vec<S>;
+
+    fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<Vec<S>> {
+        Some(section.sections(key, S::read))
+    }
+
+    fn describe(&self, name: &'static str, doc: &[&'static str], _: &Vec<S>) -> Vec<Key> {
+        vec![Key { shape: Shape::Sections(S::describe()), ..Key::section(name, doc, Vec::new()) }]
+    }
+}
+
+/// An array of inline tables, in the order of the file.
+pub(super) struct Tables<S> {
+    words: &'static str,
+    section: PhantomData<S>,
+}
+
+/// `words` are for what is no such array.
+pub(super) fn tables<S: Settings>(words: &'static str) -> Tables<S> {
+    Tables { words, section: PhantomData }
+}
+
+impl<S: Settings> Kind for Tables<S> {
+    type Value = Vec<S>;
+
+    fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<Vec<S>> {
+        Some(section.tables(key, self.words, S::read))
+    }
+
+    fn describe(&self, name: &'static str, doc: &[&'static str], _: &Vec<S>) -> Vec<Key> {
+        let schema = json!({ "type": "array", "items": super::schema::object(&S::describe()) });
+        let shape =
+            Shape::Value { words: self.words.to_owned(), choices: Vec::new(), schema, default: None, example: None };
+        vec![Key { name, old_name: None, doc: paragraphs(doc), shape, is_set: false, required: false }]
+    }
+}
+
+/// Declares a section. The keys have the names of the fields.
+macro_rules! settings {
+    (
+        $(#[doc = $doc:literal])*
+        $(#[derive($($derive:ident),*)])?
+        $vis:vis struct $name:ident {
+            $(
+                $(#[doc = $field_doc:literal])*
+                $field_vis:vis $field:ident: $type:ty = $default:expr => $kind:expr,
+            )*
+        }
+    ) => {
+        $(#[doc = $doc])*
+        #[derive(Debug, Clone, PartialEq, Eq $(, $($derive),*)?)]
+        $vis struct $name {
+            $($(#[doc = $field_doc])* $field_vis $field: $type,)*
+        }
+
+        impl Default for $name {
+            fn default() -> Self {
+                Self { $($field: $default,)* }
+            }
+        }
+
+        impl $crate::config::settings::Settings for $name {
+            fn read(section: &mut $crate::config::document::Section<'_>) -> Self {
+                use $crate::config::settings::Kind as _;
+                let default = Self::default();
+                Self { $($field: $kind.read(section, stringify!($field)).unwrap_or(default.$field),)* }
+            }
+
+            fn describe() -> Vec<$crate::config::settings::Key> {
+                use $crate::config::settings::Kind as _;
+                let default = Self::default();
+                let mut keys = Vec::new();
+                $(keys.extend($kind.describe(stringify!($field), &[$($field_doc),*], &default.$field));)*
+                keys
+            }
+        }
+    };
+}
+
+/// Declares an enum whose variants have names in the file, and documentation.
+macro_rules! choice {
+    (
+        $(#[doc = $doc:literal])*
+        $(#[derive($($derive:path),*)])?
+        $vis:vis enum $name:ident {
+            $(
+                $(#[doc = $variant_doc:literal])*
+                $variant:ident = $text:literal,
+            )*
+        }
+    ) => {
+        $(#[doc = $doc])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq $(, $($derive),*)?)]
+        $vis enum $name {
+            $($(#[doc = $variant_doc])* $variant,)*
+        }
+
+        impl $crate::config::value::Choice for $name {
+            const ALL: &'static [(&'static str, Self, &'static [&'static str])] =
+                &[$(($text, Self::$variant, &[$($variant_doc),*])),*];
+        }
+    };
+}
+
+pub(super) use choice;
+pub(super) use settings;

@@ -1,0 +1,119 @@
+//! The default file holds every setting, and its values are the defaults.
+
+use std::time::Duration;
+
+use http::uri::PathAndQuery;
+
+use super::{
+    super::settings::{Key, Settings as _, Shape},
+    *,
+};
+
+#[test]
+fn default_file_gives_defaults() {
+    let pool = Pool::new("default", [address("127.0.0.1:8000")]);
+    assert_eq!(Config::parse(&default_toml(), "p.toml").unwrap(), Config::new(vec![pool]));
+}
+
+/// The default file with its commented settings switched on: `#key = …` and `#[[section]]`, but not `# prose`.
+fn everything_on() -> String {
+    let text = default_toml();
+    let lines = text.lines().map(|line| match line.strip_prefix('#') {
+        Some(setting) if !setting.starts_with(' ') => format!("{setting}\n"),
+        _ => format!("{line}\n"),
+    });
+    let text = lines.collect::<String>().replace("kind = \"builtin\"", "kind = \"epp\"");
+    text.replace("\"closed\"", "\"open\"").replace("missing_model = \"pass\"", "missing_model = \"default\"")
+}
+
+#[test]
+fn commented_settings_of_default_file_give_defaults() {
+    let mut text = everything_on();
+    let excluded = [
+        "ca_file",
+        "pins",
+        "server_name",
+        "client_cert_file",
+        "client_key_file",
+        "health_port",
+        "health_tls",
+        "prefer",
+        "pools",
+    ];
+    for key in excluded {
+        text = text.replace(&format!("\n{key} = "), "\n#");
+    }
+    let text = text.replace("path = \"/v1/chat", "#");
+    let config = Config::parse(&text, "p.toml").unwrap();
+    assert_eq!(config.pools[0].picker, Picker::Epp(Epp::new("127.0.0.1:9002")));
+    assert_eq!(config.pools[0].default_upstream, Some("127.0.0.1:8001".parse().unwrap()));
+    assert_eq!(config.pools[0].health, Some(HealthCheck::new(PathAndQuery::from_static("/health"))));
+    assert_eq!(config.pools[0].endpoints_file, Some("endpoints.toml".into()));
+    let tls = ListenTls { address: address("0.0.0.0:8443"), cert_file: "tls.crt".into(), key_file: "tls.key".into() };
+    assert_eq!(config.listen, Listen { tls: Some(tls), ..Listen::default() });
+    assert_eq!(config.node, Node { name: Some("node-1".into()), zone: Some("zone-a".into()) });
+    assert_eq!(config.pools[0].session_headers, ["x-session-id"]);
+    assert_eq!(config.bbr.missing_model, MissingModel::Default("unknown".into()));
+    assert_eq!(config.bbr.base_models, [("sql-lora".to_owned(), "llama-3.1-8b".to_owned())].into());
+    let header = |name: &'static str, value: Option<&str>| HeaderCondition {
+        name: http::HeaderName::from_static(name),
+        value: value.map(str::to_owned),
+    };
+    let route = Route {
+        hosts: vec![HostPattern::Exact("llm.example.com".into())],
+        path: Some(PathPattern::Prefix("/v1".into())),
+        methods: vec![http::Method::POST],
+        headers: vec![header("x-team", Some("red")), header("x-beta", None)],
+        models: vec![ModelPattern::Exact("llama-3.1-8b".into())],
+        base_models: vec!["llama-3.1-8b".into()],
+        pools: vec![WeightedPool::new("default", 1)],
+        timeouts: times(60, 600, 300),
+    };
+    assert_eq!(config.routes, [route]);
+    assert_eq!(config.pools[0].timeouts, times(60, 600, 300));
+}
+
+/// In seconds; the whole of a request is off.
+fn times(body: u64, first_byte: u64, idle: u64) -> TimeoutOverrides {
+    let [body, first_byte, idle] = [body, first_byte, idle].map(|seconds| Some(Some(Duration::from_secs(seconds))));
+    TimeoutOverrides { body, first_byte, idle, request: Some(None) }
+}
+
+/// Every key stands in its section, with a comment before it and with a value.
+#[test]
+fn default_file_has_every_key() {
+    fn check(text: &str, path: &str, keys: &[Key]) {
+        let start = text.find(&format!("\n{path}\n")).unwrap_or_else(|| panic!("{path} is missing"));
+        let section = &text[start + path.len() + 2..];
+        let section = &section[..section.find("\n[").unwrap_or(section.len())];
+        for key in keys {
+            let below = format!("{}.{}", path.trim_matches(['[', ']']), key.name);
+            assert!(!key.doc.is_empty(), "{below} has no documentation");
+            match &key.shape {
+                Shape::Value { .. } => {
+                    assert!(section.lines().any(|line| line.starts_with(&format!("{} = ", key.name))), "{below}");
+                }
+                Shape::Section(keys) => check(text, &format!("[{below}]"), keys),
+                Shape::Sections(keys) => check(text, &format!("[[{below}]]"), keys),
+            }
+        }
+    }
+    let text = everything_on();
+    for key in Config::describe() {
+        match &key.shape {
+            Shape::Sections(keys) => check(&text, &format!("[[{}]]", key.name), keys),
+            Shape::Section(keys) => check(&text, &format!("[{}]", key.name), keys),
+            Shape::Value { .. } => panic!("{} is in no section", key.name),
+        }
+    }
+}
+
+#[test]
+fn unknown_top_level_key_is_rejected() {
+    assert_eq!(
+        messages(&format!("top = 1\n{POOL}")),
+        [
+            "p.toml:1:1: top: found an unknown key, expected one of listen, admin, limits, timeouts, headers, errors, bbr, steering, tracing, process, node, dns, pools, routes"
+        ]
+    );
+}

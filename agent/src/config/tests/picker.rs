@@ -1,0 +1,73 @@
+//! Pickers that are wrong.
+
+use super::*;
+
+#[test]
+fn wrong_epps_are_rejected() {
+    const HOST_PORT: &str = r#"expected host:port, such as "epp.default.svc:9002""#;
+    for address in ["epp", "epp:0", ":9002", "http://epp:9002", "user@epp:9002", "epp:99999", ""] {
+        assert_message(
+            &format!("{POOL}[pools.picker]\nkind = \"epp\"\naddress = \"{address}\""),
+            &format!("p.toml:6:11: pools[0].picker.address: found \"{address}\", {HOST_PORT}"),
+        );
+    }
+    let cases = [
+        ("address = []", "address: found an empty array, expected one value or more"),
+        ("address = [\"e:1\", \"e\"]", r#"address[1]: found "e", expected host:port, such as "epp.default.svc:9002""#),
+        ("address = [\"e:1\", \"f:1\", \"e:1\"]", r#"address[2]: found "e:1" again, expected each address once"#),
+        ("tls = \"on\"", r#"tls: found "on", expected "off" or "insecure" or "ca" or "pinned""#),
+        ("tls = \"ca\"", "ca_file: found nothing, expected the file with the CA's certificate"),
+        ("ca_file = \"ca.pem\"", r#"ca_file: found a setting that nothing uses, expected tls = "ca" beside it"#),
+        (
+            "server_name = \"a\"",
+            r#"server_name: found a setting that nothing uses, expected tls beside it, and not "off""#,
+        ),
+        (
+            "tls = \"insecure\"\nserver_name = \"a b\"",
+            r#"server_name: found "a b", expected a DNS name or an IP address"#,
+        ),
+        ("tls = \"pinned\"", "pins: found nothing, expected the SHA-256 of at least one public key"),
+        (
+            "tls = \"pinned\"\npins = [\"00ff\"]",
+            r#"pins[0]: found "00ff", expected the SHA-256 of a public key, 64 hexadecimal digits"#,
+        ),
+        (
+            "tls = \"insecure\"\npins = \"00000000000000000000000000000000000000000000000000000000000000ff\"",
+            r#"pins: found a setting that nothing uses, expected tls = "pinned" beside it"#,
+        ),
+        (
+            "tls = \"insecure\"\nclient_cert_file = \"a\"",
+            "client_cert_file: found no client_key_file beside it, expected both or none",
+        ),
+        (
+            "decision_timeout = 3",
+            r#"decision_timeout: found 3, expected "off" or a duration such as "250ms", "4s", "5m" or "1h", from 1ms to 24h"#,
+        ),
+        ("health_port = 0", "health_port: found 0, expected an integer from 1 to 65535"),
+        ("health_tls = true", "health_tls: found a setting that nothing uses, expected health_port beside it"),
+        (
+            "health_port = 1\nhealth_tls = true",
+            r#"health_tls: found tls = "off", expected tls beside it, and not "off""#,
+        ),
+        ("health_service = \"\"", r#"health_service: found "", expected a text that is not empty"#),
+        ("response_to_picker = \"all\"", r#"response_to_picker: found "all", expected "headers" or "usage" or "body""#),
+        ("response_queue_bytes = 1", "response_queue_bytes: found 1, expected an integer from 65536 to 1073741824"),
+        ("header = \"a b\"", r#"header: found "a b", expected the name of a header that does not frame the message"#),
+    ];
+    for (more, expected) in cases {
+        let address = if more.starts_with("address") { "" } else { "address = \"[::1]:1\"\n" };
+        let messages = messages(&format!("{POOL}[pools.picker]\nkind = \"epp\"\n{address}{more}"));
+        assert_eq!(messages.len(), 1, "{messages:?}");
+        assert_eq!(messages[0].split_once(": pools[0].picker.").unwrap().1, expected);
+    }
+}
+
+#[test]
+fn decision_timeout_off_is_accepted() {
+    let text = format!(
+        "{POOL}[pools.picker]\nkind = \"epp\"\naddress = \"e:1\"\ndecision_timeout = \"off\"\nhealth_interval = \"off\""
+    );
+    let config = Config::parse(&text, "p.toml").unwrap();
+    let expected = Epp { decision_timeout: None, health_interval: None, ..Epp::new("e:1") };
+    assert_eq!(config.pools[0].picker, Picker::Epp(expected));
+}
