@@ -174,6 +174,7 @@ impl Cli {
         }
         match self.verb {
             Verb::Run(configured) => report(config.context("the configuration was not read").and_then(|config| {
+                config.log_warnings();
                 let signals = Signals::install()?;
                 let agent = Agent::start(config)?;
                 run::until_ended(agent, signals, || configured.read()).map(|()| ExitCode::SUCCESS)
@@ -218,6 +219,9 @@ impl Configured {
 fn check(configured: &Configured) -> ExitCode {
     match configured.read() {
         Ok(config) => {
+            for warning in &config.warnings {
+                eprintln!("{warning}");
+            }
             let (file, pools, routes) = (configured.config.display(), config.pools.len(), config.routes.len());
             println!("{file} is valid: {pools} pools, {routes} routes");
             ExitCode::SUCCESS

@@ -69,7 +69,7 @@ pub use timeouts::{TimeoutOverrides, Timeouts};
 pub use tracing::{Ratio, Tracing};
 
 use document::Section;
-use settings::{Settings as _, section, sections, settings};
+use settings::{Elsewhere, Settings as _, section, sections, settings};
 
 use crate::listeners::Listeners;
 
@@ -105,6 +105,8 @@ settings! {
         /// The first route whose conditions all hold wins. No routes: everything goes to the first pool. `host`, `method`, `model` and
         /// `base_model` take one value or an array, of which one must hold.
         pub routes: Vec<Route> = Vec::new() => sections().commented(),
+        /// Settings under names that they had in the version before.
+        pub warnings: Vec<ConfigWarning> = Vec::new() => Elsewhere(|_| None),
     }
 }
 
@@ -126,7 +128,7 @@ impl Config {
         let text = std::fs::read_to_string(path).map_err(|error| {
             ConfigErrors::from(ConfigError::Unreadable { file: file.clone(), reason: error.to_string() })
         })?;
-        document::read(&text, &file, |root| {
+        Self::read_all(&text, &file, |root| {
             let config = Self::of(root, overrides);
             config.check_files(root);
             config
@@ -140,7 +142,29 @@ impl Config {
 
     /// As [`Config::parse`], with flags and environment on top.
     pub fn parse_with(text: &str, file_name: &str, overrides: &Overrides) -> Result<Self, ConfigErrors> {
-        document::read(text, file_name, |root| Self::of(root, overrides))
+        Self::read_all(text, file_name, |root| Self::of(root, overrides))
+    }
+
+    fn read_all(
+        text: &str,
+        file_name: &str,
+        read: impl FnOnce(&mut Section<'_>) -> Self,
+    ) -> Result<Self, ConfigErrors> {
+        let (config, warnings) = document::read(text, file_name, &Self::describe(), read)?;
+        Ok(Self { warnings, ..config })
+    }
+
+    /// Logs what the file should say otherwise.
+    pub fn log_warnings(&self) {
+        for ConfigWarning { file, position, old_key, key } in &self.warnings {
+            ::tracing::warn!(
+                file,
+                line = position.line,
+                old_key,
+                key,
+                "setting has an old name, which the next version rejects"
+            );
+        }
     }
 
     fn of(root: &mut Section<'_>, overrides: &Overrides) -> Self {

@@ -45,6 +45,7 @@ pub fn needs_restart(before: &Config, after: &Config) -> Vec<&'static str> {
         dns: _,
         pools: _,
         routes: _,
+        warnings: _,
     } = before;
     [
         ("listen.address", *address != after.listen.address),

@@ -126,6 +126,7 @@ fn reload(agent: &Agent, read: impl Fn() -> Result<Config, ConfigErrors>) -> Opt
             return None;
         }
     };
+    config.log_warnings();
     let leave = Leave::from(&config.timeouts);
     match agent.reload(config) {
         Ok(()) => {

@@ -265,7 +265,7 @@ fn penstock(arguments: &[&str]) -> String {
 
 #[test]
 fn deployed_flags_and_configuration_are_valid() {
-    penstock(&["check", "--config", "deploy/penstock.toml"]);
+    penstock(&["config", "check", "--config", "deploy/penstock.toml"]);
     // With --help, the command line is parsed and nothing runs; the help also names the default.
     assert!(penstock(&["run", "--config", CONFIG_PATH, "--help"]).contains(CONFIG_PATH));
     assert!(penstock(&["run", "--help"]).contains("PENSTOCK_LOG_FORMAT"));
@@ -277,7 +277,7 @@ fn deployed_flags_and_configuration_are_valid() {
 #[test]
 fn systemd_unit_starts_agent_with_required_settings() {
     assert_eq!(unit("ExecStart"), [format!("/usr/local/bin/penstock run --config {CONFIG_PATH}")]);
-    assert_eq!(unit("ExecStartPre"), [format!("/usr/local/bin/penstock check --config {CONFIG_PATH}")]);
+    assert_eq!(unit("ExecStartPre"), [format!("/usr/local/bin/penstock config check --config {CONFIG_PATH}")]);
     // EX_USAGE, the agent's exit code for an invalid configuration.
     assert_eq!(unit("RestartPreventExitStatus"), ["64"]);
     for key in ["AmbientCapabilities", "CapabilityBoundingSet"] {

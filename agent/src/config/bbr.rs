@@ -20,7 +20,8 @@ settings! {
         /// Content-Type, pass unread.
         pub enabled: bool = true => value::boolean(),
         /// Request header that carries the model to picker and endpoint.
-        pub header: HeaderName = HeaderName::from_static("x-gateway-model-name") => value::header_name(),
+        pub header: HeaderName = HeaderName::from_static("x-gateway-model-name")
+            => value::header_name().named("model_header").was("header"),
         /// What it means when a JSON body names no model.
         pub missing_model: MissingModel = MissingModel::Pass => keys::<MissingModelKeys>(),
         /// Request header that carries the base model, for models that `base_models` knows.
@@ -101,7 +102,7 @@ impl Group for MissingModelKeys {
 impl Bbr {
     pub(super) fn check(&self, section: &Section<'_>) {
         if self.base_model_header == self.header {
-            let expected = format_args!("another header than bbr.header ({})", self.header);
+            let expected = format_args!("another header than bbr.model_header ({})", self.header);
             section.reject("base_model_header", &self.base_model_header, expected);
         }
         for (adapter, base) in &self.base_models {

@@ -4,6 +4,8 @@
 //! A key has at most one error, so a check that runs on such a stand-in value adds no second, misleading one. A section
 //! learns its keys by being asked for them; what nobody asked for is unknown and an error.
 
+mod renames;
+
 use std::{cell::RefCell, collections::BTreeMap, fmt::Display, ops::Range};
 
 use toml::{
@@ -12,17 +14,24 @@ use toml::{
 };
 
 use super::{
-    error::{ConfigError, ConfigErrors, Position},
+    error::{ConfigError, ConfigErrors, ConfigWarning, Position},
+    settings::Key,
     value::{self, Parsed},
 };
 
 /// How alike an unknown key and a known one are, from 0 to 1, if one is meant for the other. clap uses the same.
 const ALIKE: f64 = 0.7;
 
-/// Reads all of `text` with `read`, which is given the root section. `Err` with every error, in the order of the file.
-pub(super) fn read<T>(text: &str, file: &str, read: impl FnOnce(&mut Section<'_>) -> T) -> Result<T, ConfigErrors> {
+/// Reads all of `text` with `read`, which is given the root section with these keys. `Err` with every error, in the order of the
+/// file.
+pub(super) fn read<T>(
+    text: &str,
+    file: &str,
+    keys: &[Key],
+    read: impl FnOnce(&mut Section<'_>) -> T,
+) -> Result<(T, Vec<ConfigWarning>), ConfigErrors> {
     let place = Place { text, file, errors: RefCell::default() };
-    let (tree, syntax) = DeTable::parse_recoverable(text);
+    let (mut tree, syntax) = DeTable::parse_recoverable(text);
     for error in syntax {
         let position = place.position(error.span().map_or(0, |span| span.start));
         let message = error.message().replace('\n', ", ");
@@ -30,11 +39,14 @@ pub(super) fn read<T>(text: &str, file: &str, read: impl FnOnce(&mut Section<'_>
     }
     ConfigErrors::check(place.errors.take())?;
 
+    let mut warnings = Vec::new();
+    renames::apply(&place, tree.get_mut(), "", keys, &mut warnings);
     let mut root = Section::new(&place, String::new(), 0, Some(tree.get_ref()));
     let value = read(&mut root);
     root.finish();
     ConfigErrors::check(place.errors.take())?;
-    Ok(value)
+    warnings.sort_by_key(|warning| warning.position);
+    Ok((value, warnings))
 }
 
 struct Place<'d> {
@@ -281,7 +293,7 @@ impl<'d> Section<'d> {
     }
 
     fn path_of(&self, key: &str) -> String {
-        if self.path.is_empty() { key.to_owned() } else { format!("{}.{key}", self.path) }
+        join(&self.path, key)
     }
 
     fn span_of(&self, key: &str) -> Range<usize> {
@@ -311,6 +323,10 @@ impl<'d> Section<'d> {
             }
         }
     }
+}
+
+fn join(path: &str, key: &str) -> String {
+    if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") }
 }
 
 /// Of `known`, the name that is most like `name`, if any is alike.

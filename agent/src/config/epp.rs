@@ -51,7 +51,8 @@ settings! {
         /// that response, and the client goes on.
         pub response_queue_bytes: usize = 1 << 20 => integer(64 << 10..=1 << 30),
         /// Header that carries the pick.
-        pub header: HeaderName = HeaderName::from_static("x-gateway-destination-endpoint") => value::header_name(),
+        pub header: HeaderName = HeaderName::from_static("x-gateway-destination-endpoint")
+            => value::header_name().named("destination_header").was("header"),
         /// How often each replica is asked for its gRPC health. One that is not serving, or does not answer within `connect_timeout`,
         /// is asked after the others. One that knows nothing of health, or of the service, counts as serving.
         pub health_interval: Option<Duration> = Some(Duration::from_secs(5)) => duration_or_off(),
@@ -86,7 +87,7 @@ settings! {
         /// Fields that it sets or removes besides those that the head has.
         pub fields: usize = 512 => integer(16..=8192),
         /// Their bytes, names and values, besides those that the head has.
-        pub bytes: usize = 128 << 10 => integer(1024..=4 << 20),
+        pub bytes: usize = 128 << 10 => integer(1024..=4 << 20).named("field_bytes").was("bytes"),
         /// Messages before its decision, besides two for each message that it gets and one for each 256 bytes of a body that it
         /// replaces.
         pub messages: usize = 4096 => integer(16..=1_000_000),

@@ -8,13 +8,14 @@ settings! {
         /// Request or response head. More is 431 (request) or 502 (response).
         pub head_bytes: usize = 64 << 10 => integer(1024..=1 << 20),
         /// Header fields in a head. More is 431 (request) or 502 (response).
-        pub headers: usize = 128 => integer(16..=1024),
+        pub headers: usize = 128 => integer(16..=1024).named("head_fields").was("headers"),
         /// Request body. More is 413.
         pub body_bytes: u64 = 32 << 20 => integer(1..=1 << 40),
         /// Part of a request body held in memory; the rest goes to an unlinked file.
         pub body_memory_bytes: usize = 1 << 20 => integer(0..=1 << 30),
         /// Memory that all request bodies together may take. Beyond it they go to files.
-        pub total_body_bytes: u64 = 256 << 20 => integer(0..=1 << 50),
+        pub total_body_bytes: u64 = 256 << 20
+            => integer(0..=1 << 50).named("total_body_memory_bytes").was("total_body_bytes"),
         /// What all request bodies together may take in files. Beyond it requests are answered with 503. 0: there are no files, and
         /// `body_memory_bytes` is no limit.
         pub total_spill_bytes: u64 = 1 << 30 => integer(0..=1 << 50),

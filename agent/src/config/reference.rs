@@ -34,6 +34,8 @@ fn section(text: &mut String, key: &Key, path: &str) {
                 None => "none".to_owned(),
             };
             let mut meaning = key.doc.clone();
+            meaning
+                .extend(key.old_name.map(|old_name| format!("The old name `{old_name}` is accepted with a warning.")));
             meaning.extend(choices.iter().map(|(name, meaning)| format!("`{name:?}`: {meaning}")));
             let cells = [format!("`{}`", key.name), default, words.clone(), meaning.join("<br>")];
             text.push_str(&format!("| {} |\n", cells.map(|cell| cell.replace('|', "\\|")).join(" | ")));

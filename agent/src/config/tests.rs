@@ -7,6 +7,7 @@ mod files;
 mod picker;
 mod pools;
 mod printed;
+mod renames;
 mod routes;
 mod sections;
 

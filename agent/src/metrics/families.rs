@@ -97,7 +97,7 @@ families! {
     /// stalled client.
     http2_ended: Family<ByReason, Counter> = "http2_connections_ended";
 
-    /// Bytes of memory used by request bodies, including replacements by EPPs; at most limits.total_body_bytes.
+    /// Bytes of memory used by request bodies, including replacements by EPPs; at most limits.total_body_memory_bytes.
     request_body_memory: Gauge = "request_body_memory_bytes";
     /// Bytes of request bodies in temporary files; at most limits.total_spill_bytes.
     request_body_spill: Gauge = "request_body_spill_bytes";

@@ -5,10 +5,10 @@ use super::*;
 #[test]
 fn several_errors_are_reported_in_file_order() {
     let text =
-        "[limits]\nheaders = 1\nhead = 2\n[timeouts]\ndrain = 3\n[[pools]]\nname = \"a\"\n[[routes]]\npool = \"b\"";
+        "[limits]\nhead_fields = 1\nhead = 2\n[timeouts]\ndrain = 3\n[[pools]]\nname = \"a\"\n[[routes]]\npool = \"b\"";
     let places: Vec<String> = messages(text).iter().map(|m| m.split(": found").next().unwrap().to_owned()).collect();
     let expected = [
-        "p.toml:2:11: limits.headers",
+        "p.toml:2:15: limits.head_fields",
         "p.toml:3:1: limits.head",
         "p.toml:5:9: timeouts.drain",
         "p.toml:6:1: pools[0].endpoints",

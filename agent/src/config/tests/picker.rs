@@ -52,7 +52,10 @@ fn wrong_epps_are_rejected() {
         ("health_service = \"\"", r#"health_service: found "", expected a text that is not empty"#),
         ("response_to_picker = \"all\"", r#"response_to_picker: found "all", expected "headers" or "usage" or "body""#),
         ("response_queue_bytes = 1", "response_queue_bytes: found 1, expected an integer from 65536 to 1073741824"),
-        ("header = \"a b\"", r#"header: found "a b", expected the name of a header that does not frame the message"#),
+        (
+            "destination_header = \"a b\"",
+            r#"destination_header: found "a b", expected the name of a header that does not frame the message"#,
+        ),
     ];
     for (more, expected) in cases {
         let address = if more.starts_with("address") { "" } else { "address = \"[::1]:1\"\n" };
