@@ -120,13 +120,13 @@ fn walk(data: &mut Unstructured<'_>) -> arbitrary::Result<()> {
             }
             _ => exchange.receive(reply(data)?),
         }
-        look(&mut exchange, &mut seen, &parts.headers, ended.then_some(&given[..]));
+        check_messages(&mut exchange, &mut seen, &parts.headers, ended.then_some(&given[..]));
     }
     assert!(given.starts_with(&seen.sent), "the bytes sent differ from those given");
     Ok(())
 }
 
-fn look(exchange: &mut Exchange, seen: &mut Seen, headers: &HeaderMap, body: Option<&[u8]>) {
+fn check_messages(exchange: &mut Exchange, seen: &mut Seen, headers: &HeaderMap, body: Option<&[u8]>) {
     while let Some(ProcessingRequest { request, protocol_config, .. }) = exchange.next_message() {
         let request = request.expect("a message with a part");
         let is_head = matches!(request, processing_request::Request::RequestHeaders(_));
@@ -158,7 +158,7 @@ fn look(exchange: &mut Exchange, seen: &mut Seen, headers: &HeaderMap, body: Opt
         match event {
             Ok(Event::Outcome(Outcome::Picked(decision))) => {
                 seen.verdicts += 1;
-                decided(&decision, headers, body);
+                check_decision(&decision, headers, body);
             }
             Err(error) => {
                 seen.verdicts += 1;
@@ -174,7 +174,7 @@ fn look(exchange: &mut Exchange, seen: &mut Seen, headers: &HeaderMap, body: Opt
     }
 }
 
-fn decided(decision: &Decision, headers: &HeaderMap, body: Option<&[u8]>) {
+fn check_decision(decision: &Decision, headers: &HeaderMap, body: Option<&[u8]>) {
     let Decision { endpoints, mutation, body: fate, .. } = decision;
     assert!(!endpoints.is_empty(), "a decision without endpoints");
     assert!(endpoints.iter().enumerate().all(|(at, endpoint)| !endpoints[..at].contains(endpoint)), "{endpoints:?}");

@@ -46,20 +46,20 @@ pub fn run(data: &[u8]) {
 
     match whole {
         Ok(None) => {}
-        Ok(Some((head, length))) => accepted(&head, &wire[..length], &method, client),
+        Ok(Some((head, length))) => check_accepted(&head, &wire[..length], &method, client),
         Err(error) => assert!(!error.to_string().contains(['\r', '\n']), "an error with a line break: {error}"),
     }
 }
 
-fn accepted(head: &ResponseHead, wire: &[u8], method: &Method, client: Version) {
+fn check_accepted(head: &ResponseHead, wire: &[u8], method: &Method, client: Version) {
     let Some((body, coded)) = body_of(head.body) else { return };
     if !head.interim && head.upgrade.is_none() {
-        one_reading(head, wire, &body, &coded, method);
+        check_one_reading(head, wire, &body, &coded, method);
     }
-    forwarded(head, method, client);
+    check_forwarded(head, method, client);
 }
 
-fn one_reading(head: &ResponseHead, wire: &[u8], body: &[u8], coded: &[u8], method: &Method) {
+fn check_one_reading(head: &ResponseHead, wire: &[u8], body: &[u8], coded: &[u8], method: &Method) {
     let ours = Message {
         start: head.status.as_str().to_owned(),
         target: String::new(),
@@ -67,20 +67,20 @@ fn one_reading(head: &ResponseHead, wire: &[u8], body: &[u8], coded: &[u8], meth
         body: body.to_vec(),
     };
     let found = peers::hyper::response(method, &[wire, coded].concat());
-    same("hyper", found.as_ref(), &ours);
+    assert_same("hyper", found.as_ref(), &ours);
 
     let kind = if *method == Method::HEAD { Kind::ResponseToHead } else { Kind::Response };
     let second = if head.keep_alive { SECOND } else { b"" };
     let llhttp = peers::llhttp::read(kind, &[wire, coded, second].concat());
     let complete = &llhttp.messages[..llhttp.complete];
-    same("llhttp", complete.first(), &ours);
+    assert_same("llhttp", complete.first(), &ours);
     for second in complete.iter().skip(1) {
         assert_eq!(second.start, "299", "llhttp found the second response elsewhere: {llhttp:?}");
     }
 }
 
 /// The head for the client must have the endpoint's framing.
-fn forwarded(head: &ResponseHead, method: &Method, client: Version) {
+fn check_forwarded(head: &ResponseHead, method: &Method, client: Version) {
     let mut out = BytesMut::new();
     let kept = head.write_head(&mut out, true, client);
     if head.interim && client == Version::HTTP_10 {
@@ -116,7 +116,7 @@ fn body_of(declared: BodyKind) -> Option<(Vec<u8>, Vec<u8>)> {
     }
 }
 
-fn same(reader: &str, found: Option<&Message>, ours: &Message) {
+fn assert_same(reader: &str, found: Option<&Message>, ours: &Message) {
     let Some(found) = found else { return };
     assert_eq!((&found.start, &found.body), (&ours.start, &ours.body), "{reader}");
     // The agent makes the framing fields consistent, so they may differ; the body shows the framing.

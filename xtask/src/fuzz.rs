@@ -130,12 +130,12 @@ fn fuzz(program: &Path, target: &str, seconds: u64) -> Result<()> {
     let mut command = libfuzzer(program);
     command.args([&format!("-max_total_time={seconds}"), "-print_final_stats=1", PATIENCE, MEMORY]);
     // libFuzzer writes new inputs to the first folder.
-    command.arg(format!("-artifact_prefix={}/", findings.display())).arg(new).arg(kept(target));
+    command.arg(format!("-artifact_prefix={}/", findings.display())).arg(new).arg(corpus(target));
     run(&mut command)
 }
 
 fn merge(program: &Path, target: &str) -> Result<()> {
-    run(libfuzzer(program).arg("-set_cover_merge=1").arg(kept(target)).arg(folder("corpus", target)?))
+    run(libfuzzer(program).arg("-set_cover_merge=1").arg(corpus(target)).arg(folder("corpus", target)?))
 }
 
 fn libfuzzer(program: &Path) -> std::process::Command {
@@ -146,7 +146,7 @@ fn libfuzzer(program: &Path) -> std::process::Command {
     command
 }
 
-fn kept(target: &str) -> PathBuf {
+fn corpus(target: &str) -> PathBuf {
     root().join("fuzz/corpus").join(target)
 }
 

@@ -81,15 +81,15 @@ fn rules() -> Result<()> {
     for file in files.lines().filter(|file| *file != "Cargo.lock" && !file.starts_with("fuzz/corpus/")) {
         // Skips binary files, and files that are deleted but not yet committed.
         let Ok(text) = fs::read_to_string(root().join(file)) else { continue };
-        look_at(file, &text, &mut findings);
+        check_text(file, &text, &mut findings);
         if file.ends_with(".md") {
-            links::look_at(root(), file, &text, &mut findings);
+            links::check(root(), file, &text, &mut findings);
         }
     }
     report(&findings)
 }
 
-fn look_at(file: &str, text: &str, findings: &mut Vec<String>) {
+fn check_text(file: &str, text: &str, findings: &mut Vec<String>) {
     let rust = file.ends_with(".rs");
     let may_be_unsafe = UNSAFE_PLACES.iter().any(|place| file.starts_with(place));
     for (line, number) in text.lines().zip(1..) {
@@ -97,7 +97,7 @@ fn look_at(file: &str, text: &str, findings: &mut Vec<String>) {
         if line.ends_with([' ', '\t']) {
             found("white space at the end of the line".to_owned());
         }
-        for never in NEVER_IN_TEXT.into_iter().filter(|never| stands_alone(line, never)) {
+        for never in NEVER_IN_TEXT.into_iter().filter(|never| occurs_alone(line, never)) {
             found(format!("`{never}`: a path of one machine or a registry's host"));
         }
         if rust {
@@ -116,7 +116,7 @@ fn look_at(file: &str, text: &str, findings: &mut Vec<String>) {
 }
 
 /// Whether the text occurs outside of a longer path or name.
-fn stands_alone(line: &str, text: &str) -> bool {
+fn occurs_alone(line: &str, text: &str) -> bool {
     let in_a_name = |before: char| before.is_alphanumeric() || "._-".contains(before);
     line.match_indices(text).any(|(at, _)| !line[..at].ends_with(in_a_name))
 }
@@ -137,7 +137,7 @@ mod tests {
 
     fn findings(file: &str, text: &str) -> Vec<String> {
         let mut findings = Vec::new();
-        look_at(file, text, &mut findings);
+        check_text(file, text, &mut findings);
         findings
     }
 

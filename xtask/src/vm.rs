@@ -75,7 +75,7 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     let mut rows = Vec::new();
     for series in args.kernel.series() {
         // The other kernels run after a failure too.
-        let row = steps.step(series.name(), || one(series, &payload, args));
+        let row = steps.step(series.name(), || test_kernel(series, &payload, args));
         rows.push((series, row));
     }
 
@@ -99,7 +99,7 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn one(series: Series, payload: &image::Payload, args: &Args) -> Result<Row> {
+fn test_kernel(series: Series, payload: &image::Payload, args: &Args) -> Result<Row> {
     let folder = folder(series);
     let kernel = archive::Archive::open(series, &folder)?.kernel()?;
     let plan = if args.without_cgroup { vec![] } else { binaries::plan(&args.filter) };

@@ -4,7 +4,7 @@
 use std::{fs, path::Path};
 
 /// Adds the findings in the document `file` (relative to `root`) with this text. Ignores links to other hosts and to headings.
-pub(super) fn look_at(root: &Path, file: &str, text: &str, findings: &mut Vec<String>) {
+pub(super) fn check(root: &Path, file: &str, text: &str, findings: &mut Vec<String>) {
     let folder = root.join(file).parent().map(Path::to_path_buf).unwrap_or_default();
     for (line, number) in text.lines().zip(1..) {
         for (name, target) in links(line) {
@@ -56,7 +56,7 @@ mod tests {
         let text = "[`one`](../a.rs) [`x::two`](../a.rs), [b](../a.rs#L1), [c](#d), [e](https://f.example)\n\
                     [`on`](../a.rs)\n[`three`](../a.rs)\n[g](h.md)\n";
         let mut findings = Vec::new();
-        look_at(root.path(), "docs/t.md", text, &mut findings);
+        check(root.path(), "docs/t.md", text, &mut findings);
         let expected = [
             "docs/t.md:2: ../a.rs has no `on`",
             "docs/t.md:3: ../a.rs has no `three`",

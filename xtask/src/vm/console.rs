@@ -119,12 +119,12 @@ impl Section {
     }
 
     /// For a test binary: it finished, and no test failed.
-    pub(crate) fn is_good(&self) -> bool {
-        self.is_whole() && self.failures.is_empty() && self.status() == Some(0)
+    pub(crate) fn has_passed(&self) -> bool {
+        self.has_summary() && self.failures.is_empty() && self.status() == Some(0)
     }
 
     /// For a test binary: libtest printed its summary.
-    pub(crate) fn is_whole(&self) -> bool {
+    pub(crate) fn has_summary(&self) -> bool {
         self.complete
     }
 
@@ -160,7 +160,7 @@ mod tests {
         assert!(report.is_complete() && report.complaints.is_empty());
         assert_eq!(report.section("doctor").unwrap().verdict(), Some("every path is ready"));
         let broken = report.section("broken").unwrap();
-        assert!(broken.is_good());
+        assert!(broken.has_passed());
         assert_eq!((broken.passed, broken.end), (2, Some((Duration::from_secs(7), 0))));
     }
 
@@ -174,14 +174,14 @@ mod tests {
         let steering = report.section("steering").unwrap();
         let failure = |test: &str, why: &str| Failure { test: test.to_owned(), why: why.to_owned() };
         assert_eq!(steering.failures, [failure("a", "byte 3 is wrong"), failure("c", "no reason given")]);
-        assert!(!steering.is_good() && steering.is_whole());
+        assert!(!steering.has_passed() && steering.has_summary());
         assert!(!report.is_complete());
     }
 
     #[test]
     fn binary_that_dies_is_not_good() {
-        assert!(!report("@begin a\ntest b ... ok\n@end a 139\n").section("a").unwrap().is_good());
-        assert!(!report("@begin a\ntest b ... ok\n").section("a").unwrap().is_good());
+        assert!(!report("@begin a\ntest b ... ok\n@end a 139\n").section("a").unwrap().has_passed());
+        assert!(!report("@begin a\ntest b ... ok\n").section("a").unwrap().has_passed());
     }
 
     #[test]

@@ -26,13 +26,14 @@ impl Row {
         // Without cgroup v2 doctor must report that one path is off and the other ready.
         let expected = if self.cgroup == Cgroup::Absent { 2 } else { 0 };
         let doctor = report.section(DOCTOR).and_then(Section::status) == Some(expected);
-        let tests = self.planned.iter().all(|name| report.section(name).is_some_and(|section| self.is_good(section)));
+        let tests =
+            self.planned.iter().all(|name| report.section(name).is_some_and(|section| self.has_passed(section)));
         let any = self.planned.is_empty() || report.sections.iter().any(|section| section.passed > 0);
         doctor && tests && any && report.is_complete() && report.complaints.is_empty()
     }
 
-    fn is_good(&self, section: &Section) -> bool {
-        section.is_good() && (section.passed > 0 || self.filtered)
+    fn has_passed(&self, section: &Section) -> bool {
+        section.has_passed() && (section.passed > 0 || self.filtered)
     }
 
     fn doctor(&self) -> String {
@@ -54,7 +55,7 @@ impl Row {
             None => format!("{result}, then hung"),
             // busybox's `timeout` ended the program by a signal.
             Some(143) => format!("{result}, then exceeded its limit"),
-            Some(status) if !section.is_whole() => format!("{result}, then died (exit status {status})"),
+            Some(status) if !section.has_summary() => format!("{result}, then died (exit status {status})"),
             Some(_) => result,
         }
     }
@@ -65,7 +66,7 @@ impl Row {
             for failure in &section.failures {
                 findings.push(format!("`{}::{}`: {}", section.name, failure.test, failure.why));
             }
-            if !section.is_whole() {
+            if !section.has_summary() {
                 let last = section.lines.last().map_or("nothing", String::as_str);
                 findings.push(format!("`{}` did not finish; its last line: {last}", section.name));
             }
