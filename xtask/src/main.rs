@@ -51,7 +51,7 @@ enum Verb {
     Test(test::Args),
     /// Run the kernel tests on other kernels, in virtual machines
     VmTest(vm::Args),
-    /// Write what is generated from the declarations of the settings: the reference and the JSON Schema in docs
+    /// Write the reference and the JSON Schema in docs from the declarations of the settings
     Settings,
     /// Check formatting, project rules, dependencies, warnings, documentation links and clippy
     Lint,
