@@ -150,7 +150,7 @@ async fn immediate_replies_and_408_during_a_slow_upload_reach_their_client() {
     let script = EarlyReply { answer, first };
     let epp = ScriptedEpp::start(script).await.unwrap();
     let picker = epp.addr;
-    let far = Far::new(
+    let far = FarClients::new(
         7,
         SteeringMode::Off,
         |pool| {
@@ -173,7 +173,8 @@ async fn immediate_replies_and_408_during_a_slow_upload_reach_their_client() {
     assert_eq!(far.agent.count("penstock_client_lingers_cut_total", &[]), 0);
 
     let far =
-        Far::new(8, SteeringMode::Off, |_| {}, |config| config.timeouts.body = Some(Duration::from_millis(300))).await;
+        FarClients::new(8, SteeringMode::Off, |_| {}, |config| config.timeouts.body = Some(Duration::from_millis(300)))
+            .await;
     far.slow_down("20mbit");
     let mut client = far.client().await;
     client.patience = SOON;
