@@ -135,7 +135,7 @@ impl Http2Server {
         self.shared.told.send_replace(true);
     }
 
-    /// As at the start: such responses wait until [`Self::resume`].
+    /// Restores the initial state: such responses wait for [`Self::resume`].
     pub fn hold(&self) {
         self.shared.told.send_replace(false);
     }

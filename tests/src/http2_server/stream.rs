@@ -262,7 +262,7 @@ impl Exchange {
     async fn until_told(&mut self, out: &mut SendStream<Bytes>) -> Result<(), Stop> {
         let mut told = self.shared.told.subscribe();
         let wait = async {
-            // Fails when the server ends, and its connections with it.
+            // Fails when the server stops, which also ends its connections.
             let _ = told.wait_for(|told| *told).await;
         };
         self.wait(Some(out), wait).await

@@ -141,9 +141,9 @@ async fn early_response_during_slow_upload_reaches_client() {
     assert_eq!(far.agent.count("penstock_client_lingers_cut_total", &[]), 0);
 }
 
-/// The picker's own answers, and the agent's to a body that takes too long, while the client is still sending.
+/// The picker's immediate replies and the agent's body timeout, while the client is still sending.
 #[tokio::test]
-async fn immediate_replies_and_408_during_a_slow_upload_reach_their_client() {
+async fn immediate_replies_and_408_during_slow_upload_reach_client() {
     let first = AtomicUsize::new(0);
     let why = "too much of it".repeat(1000);
     let answer = why.clone();
@@ -179,17 +179,17 @@ async fn immediate_replies_and_408_during_a_slow_upload_reach_their_client() {
     let mut client = far.client().await;
     client.patience = SOON;
     let wire = upload_of(4 << 20).wire("agent");
-    // The client pauses for longer than it may, and sends the rest before it looks for an answer.
+    // The client pauses for longer than the timeout, and sends the rest before it looks for a response.
     client.send_raw(&wire[..100_000]).await.unwrap();
     eventually(SOON, || far.agent.count("penstock_requests_total", &[r#"reason="body_timeout""#]) == 1).await;
-    client.send_raw(&wire[100_000..]).await.expect("the whole request is taken");
+    client.send_raw(&wire[100_000..]).await.expect("the request was not sent whole");
     let response = client.response().await.unwrap();
     assert_eq!((response.status(), response.error_code().as_str()), (408, "body_timeout"));
     assert_eq!(client.until_end().await.unwrap(), ConnectionEnd::Fin);
     assert_eq!(far.agent.count("penstock_client_lingers_cut_total", &[]), 0);
 }
 
-/// Answers once it has seen the head: 413 the first request, 408 the others.
+/// Replies to the request head: 413 to the first request, 408 to the others.
 struct EarlyReply {
     answer: String,
     first: AtomicUsize,
@@ -207,7 +207,7 @@ impl Script for EarlyReply {
     }
 }
 
-/// For how long, and for how much, has its bounds.
+/// Reading on is limited in time and in bytes.
 #[tokio::test]
 async fn client_sending_after_response_is_cut_at_limit() {
     let far = FarClients::new(

@@ -39,7 +39,7 @@ fn plain(body: impl Into<bytes::Bytes>) -> Request {
     Request::post("/test/echo", body)
 }
 
-/// A response that waits for the server's word in its body.
+/// A response that stops in its body until the server resumes it.
 fn held(number: u64) -> Plan {
     let fault = Some(Fault { after: 1000, kind: FaultKind::UntilTold });
     Plan { size: 3000, stream_id: number, fault, ..Plan::default() }
@@ -52,7 +52,7 @@ async fn finishes(mut stream: Stream, plan: &Plan) {
     assert_eq!(response.read.len, plan.size);
 }
 
-/// So many held responses at once: none ends before the server has read every request.
+/// Requests `count` held responses at once: none ends before the server has read every request.
 async fn all_at_once(client: &mut Http2Client, server: &Http2Server, count: u64) {
     server.hold();
     let before = server.requests();
@@ -89,7 +89,7 @@ async fn endpoint_stream_limit_is_respected() {
     all_at_once(&mut client, &server, 20).await;
     assert_eq!(server.connections_accepted(), 5);
     assert_eq!(agent.count("penstock_endpoint_retries_total", &[]), 0);
-    // And they are used again, once the agent has noticed the end of each stream.
+    // The connections are reused once the agent has noticed the end of each stream.
     eventually(SOON, || agent.metric("penstock_active_requests", &[]) == 0.0).await;
     all_at_once(&mut client, &server, 20).await;
     assert_eq!((server.connections_accepted(), server.requests()), (5, 40));

@@ -20,7 +20,7 @@ use tokio::{
 use crate::SOON;
 
 const IDLE: Duration = Duration::from_millis(400);
-/// Where the idle time is not what is tested: a bound for a machine that is busy, not an expectation.
+/// An idle timeout for tests of other limits: an upper bound for a busy machine.
 const LONG: Duration = Duration::from_secs(60);
 const CANCEL: u32 = 8;
 const ENHANCE_YOUR_CALM: u32 = 11;
@@ -40,7 +40,7 @@ impl Scene {
         Self { server, agent }
     }
 
-    /// As [`Self::new`], for clients whose pace is not what is tested.
+    /// Like [`Self::new`], with an idle timeout that no client reaches.
     async fn patient(adjust: impl FnOnce(&mut Config)) -> Self {
         Self::new(|config| {
             config.timeouts.idle = Some(LONG);
@@ -101,7 +101,7 @@ async fn client_with_closed_window_loses_stream_then_connection() {
         client.send(&get(1, path, plan)).await.unwrap();
         assert_eq!(answer(&mut client, 1, false).await, (came, Some(CANCEL)), "{window} {path}");
         assert!(begin.elapsed() >= IDLE);
-        let last = client.find(|frame| frame.kind == kind::GOAWAY).await.unwrap().expect("a GOAWAY");
+        let last = client.find(|frame| frame.kind == kind::GOAWAY).await.unwrap().expect("no GOAWAY");
         assert_eq!(last.error(), Some(0));
         assert!(client.next().await.unwrap().is_none());
     }
@@ -194,11 +194,11 @@ async fn client_not_reading_connection_is_closed() {
 }
 
 #[tokio::test]
-async fn client_without_a_request_is_closed_after_keep_alive() {
+async fn client_without_request_is_closed_after_keep_alive() {
     let scene = Scene::new(|config| config.timeouts.keep_alive = Some(IDLE)).await;
     let begin = Instant::now();
     let mut client = Http2Frames::connect(scene.agent.addr).await.unwrap();
-    let last = client.find(|frame| frame.kind == kind::GOAWAY).await.unwrap().expect("a GOAWAY");
+    let last = client.find(|frame| frame.kind == kind::GOAWAY).await.unwrap().expect("no GOAWAY");
     assert_eq!(last.error(), Some(0));
     assert!(begin.elapsed() >= IDLE, "{:?}", begin.elapsed());
     assert!(client.find(|_| false).await.unwrap().is_none());
@@ -210,7 +210,7 @@ async fn client_without_a_request_is_closed_after_keep_alive() {
 async fn client_with_incomplete_preface_is_closed_after_head_timeout() {
     let scene = Scene::new(|config| config.timeouts.head = Some(IDLE)).await;
     let begin = Instant::now();
-    // What looks like the head of a request is answered as one; after that the client has said that it speaks HTTP/2.
+    // A prefix that may be a request head gets an HTTP/1.1 error; a longer one identifies HTTP/2.
     for (length, status) in [(3, "HTTP/1.1 408 "), (10, "HTTP/1.1 408 "), (PREFACE.len() - 1, "")] {
         let mut client = TcpStream::connect(scene.agent.addr).await.unwrap();
         client.write_all(&PREFACE[..length]).await.unwrap();
@@ -224,10 +224,10 @@ async fn client_with_incomplete_preface_is_closed_after_head_timeout() {
     eventually(SOON, || scene.connections() == 0.0).await;
 }
 
-/// 50 KB a second through small buffers, of one response and with all windows open: each wait is longer than the idle time
-/// between two moments at which the connection's socket turns writable.
+/// Reads 50 KB a second through small buffers with all windows open: the intervals at which the connection's socket becomes
+/// writable exceed the idle timeout.
 #[tokio::test]
-async fn slow_reader_of_its_connection_is_served_completely() {
+async fn slow_reader_of_connection_is_served_completely() {
     let scene = Scene::new(|config| {
         config.timeouts.idle = Some(Duration::from_secs(1));
         config.steering.client_send_buffer = 512 << 10;
@@ -244,7 +244,7 @@ async fn slow_reader_of_its_connection_is_served_completely() {
     client.send(&get(1, "/test/echo", Some(&plan))).await.unwrap();
     let (begin, mut checker, mut read) = (Instant::now(), plan.checker(), 0);
     loop {
-        let frame = client.next().await.unwrap().expect("the connection goes on");
+        let frame = client.next().await.unwrap().expect("the connection ended");
         assert!(!matches!(frame.kind, kind::RST_STREAM | kind::GOAWAY), "{frame:?} after {} bytes", checker.offset());
         read += frame.payload.len() as u32;
         if frame.kind == kind::DATA && frame.stream == 1 {

@@ -254,9 +254,9 @@ async fn handshakes_over_limit_wait_for_a_place() {
     assert_eq!(client.request(&echo(json("m", 10))).await.unwrap().status(), 200);
 }
 
-/// The time of a handshake runs from the connect, and the place is taken by a client that connected later.
+/// The handshake timeout runs from the connect; the only place is held by a client that connected later.
 #[tokio::test]
-async fn handshake_without_a_place_in_its_time_is_ended_as_busy() {
+async fn handshake_without_place_in_time_is_closed_as_busy() {
     let scene = Scene::with(Front::Tls1, Back::Http1, first, |config: &mut Config| {
         config.listen.workers = 1;
         config.listen.tls_handshakes = 1;
@@ -266,22 +266,22 @@ async fn handshake_without_a_place_in_its_time_is_ended_as_busy() {
     let failed = |reason| scene.agent.count("penstock_tls_handshakes_failed_total", &[reason]);
     let mut early = TcpStream::connect(scene.addr()).await.unwrap();
     eventually(SOON, || scene.agent.metric("penstock_client_connections", &[]) == 1.0).await;
-    // So much later ends the time of the handshake that holds the place.
+    // The handshake that holds the place times out this much later.
     tokio::time::sleep(Duration::from_secs(1)).await;
     let mut late = TcpStream::connect(scene.addr()).await.unwrap();
     late.write_all(&[22, 3, 1, 2, 0, 1]).await.unwrap();
     eventually(SOON, || scene.agent.metric("penstock_tls_handshakes_active", &[]) == 1.0).await;
     early.write_all(&[22, 3, 1, 2, 0, 1]).await.unwrap();
     eventually(SOON, || failed("reason=\"busy\"") == 1).await;
-    let end = timeout(SOON, early.read(&mut [0; 64])).await.expect("an end");
+    let end = timeout(SOON, early.read(&mut [0; 64])).await.expect("timed out");
     assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
-    // The place is free once the other is over.
+    // The place is free once the other handshake is over.
     let mut client = Client::over(scene.certificate.connect(scene.addr(), &[]).await.unwrap(), scene.addr());
     assert_eq!(client.request(&echo(json("m", 10))).await.unwrap().status(), 200);
     assert_eq!((failed("reason=\"busy\""), failed("reason=\"timeout\"")), (1, 1));
 }
 
-/// One that says nothing, and one that stops within its handshake.
+/// A silent client, and one that stops within its handshake.
 #[tokio::test]
 async fn handshakes_over_timeout_are_closed() {
     let soon = |config: &mut Config| config.timeouts.head = Some(Duration::from_millis(300));

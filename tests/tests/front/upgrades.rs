@@ -548,7 +548,7 @@ async fn upgrade_after_steered_responses_works() {
     let mut client = Client::connect(scene.agent.addr).await.unwrap();
     let pauses = Some(Pauses { seed: 1, every: 5, up_to_us: 2000 });
     let steered = Plan { size: 500_000, writes: Lengths::Fixed(10_000), pauses, ..Plan::default() };
-    // On a busy machine all of a response may have come before the agent looks at it.
+    // On a busy machine a whole response may arrive before the agent looks at it.
     let begin = Instant::now();
     for number in 1.. {
         let response = client.request(&steered.request()).await.unwrap();
@@ -557,7 +557,7 @@ async fn upgrade_after_steered_responses_works() {
         if scene.agent.steered() > 0 {
             break;
         }
-        assert!(begin.elapsed() < SOON, "the kernel carries nothing");
+        assert!(begin.elapsed() < SOON, "no response was steered");
     }
     // The same two connections.
     let plan = Plan { size: 1 << 20, stream_id: 7, pauses, ..Plan::switching("websocket", Upgraded::Send) };

@@ -119,7 +119,7 @@ async fn longest_idle_connection_makes_room() {
     assert!(matches!(running.piece(1).await.unwrap(), Piece::Data(_)), "a connection with a request was closed");
 }
 
-/// A connection of HTTP/2 with a response to its first request, all of it if it is `whole`.
+/// An HTTP/2 connection with a response to its first request, complete if `whole`.
 async fn http2(agent: &TestAgent, whole: bool) -> Http2Frames {
     let fault = (!whole).then_some(Fault { after: 1000, kind: FaultKind::Stall });
     let plan = Plan { fault, size: 2000, ..Plan::default() };
@@ -134,7 +134,7 @@ async fn http2(agent: &TestAgent, whole: bool) -> Http2Frames {
 }
 
 #[tokio::test]
-async fn idle_http2_connection_makes_room_and_one_with_a_stream_does_not() {
+async fn idle_http2_connection_makes_room_but_active_one_does_not() {
     let server = server().await;
     let agent = limited(&server);
     let mut held = Vec::new();
@@ -145,7 +145,7 @@ async fn idle_http2_connection_makes_room_and_one_with_a_stream_does_not() {
     let mut idle = http2(&agent, true).await;
     eventually(SOON, || agent.metric("penstock_active_requests", &[]) == LIMIT as f64 - 1.0).await;
     let going = async {
-        let last = idle.find(|frame| frame.kind == kind::GOAWAY).await.unwrap().expect("a GOAWAY");
+        let last = idle.find(|frame| frame.kind == kind::GOAWAY).await.unwrap().expect("no GOAWAY");
         assert_eq!(last.error(), Some(0));
         assert!(idle.find(|_| false).await.unwrap().is_none());
     };
@@ -167,7 +167,7 @@ async fn idle_http2_connection_makes_room_and_one_with_a_stream_does_not() {
 async fn exhausted_descriptors_refuse_clients_but_not_probes() {
     let server = server().await;
     let through = ["prlimit", "--nofile=128:128"];
-    // None of them times out before the test is over.
+    // No request times out before the test is over.
     let settings = "[timeouts]\nhead = \"10m\"\n";
     let agent = AgentProcess::start_through(&through, ANY_PORT, server.addr, "off", settings).await.unwrap();
     let mut held = Vec::new();

@@ -112,9 +112,9 @@ async fn panic_in_http2_request_returns_500_and_streams_finish() {
     client.end().await.unwrap();
 }
 
-/// With more of the body to come, and by its framing.
+/// While the body is incomplete, for each framing.
 #[tokio::test]
-async fn request_that_panics_in_its_body_breaks_off_for_its_client_alone() {
+async fn panic_in_body_breaks_off_only_its_response() {
     count_panics();
     let server = server().await;
     for steering in [SteeringMode::Off, SteeringMode::Ingress] {
@@ -128,14 +128,14 @@ async fn request_that_panics_in_its_body_breaks_off_for_its_client_alone() {
             let read = Reader::Fast.take(&mut client, &mut plan.checker()).await.unwrap();
             assert!(read.end != BodyEnd::Complete && read.len < plan.size, "{steering:?} {framing:?} {read:?}");
             assert!(framing != Framing::UntilClose || read.end == BodyEnd::Reset, "{steering:?} {read:?}");
-            is_counted_once(&agent).await;
+            assert_counted_once(&agent).await;
         }
     }
     assert_eq!(server.aborted(), 6);
 }
 
 #[tokio::test]
-async fn http2_request_that_panics_in_its_body_is_reset_and_its_neighbour_finishes() {
+async fn panic_in_http2_body_resets_stream_and_others_finish() {
     count_panics();
     let server = server().await;
     let armed = Arc::new(AtomicBool::new(false));
@@ -150,7 +150,7 @@ async fn http2_request_that_panics_in_its_body_is_reset_and_its_neighbour_finish
     let waits = Plan { size: 10_000, fault, ..Plan::default() };
     let mut running = client.send(&waits.request()).await.unwrap();
     assert_eq!(running.head().await.unwrap().status, 200);
-    // More than the client's windows take, so that it has to be waited for.
+    // Larger than the client's windows, so that it cannot be sent at once.
     let plan = Plan { size: 64 << 20, ..waits.clone() };
     let mut failing = client.send(&plan.request().header("x-fault", "body")).await.unwrap();
     assert_eq!(failing.head().await.unwrap().status, 200);
@@ -166,11 +166,11 @@ async fn http2_request_that_panics_in_its_body_is_reset_and_its_neighbour_finish
     let mut checker = waits.checker();
     let read = running.read_body(|bytes| Ok(checker.feed(bytes)?)).await.unwrap();
     assert_eq!((read.end, read.len), (BodyEnd::Complete, waits.size));
-    is_counted_once(&agent).await;
+    assert_counted_once(&agent).await;
 }
 
-/// And the agent serves on.
-async fn is_counted_once(agent: &TestAgent) {
+/// Asserts one internal error and one panic or more, and that the agent keeps serving.
+async fn assert_counted_once(agent: &TestAgent) {
     eventually(SOON, || agent.metric("penstock_active_requests", &[]) == 0.0).await;
     assert_eq!(agent.count("penstock_requests_total", &[r#"reason="internal_error""#]), 1);
     assert!(agent.count("penstock_panics_total", &[HERE]) >= 1);

@@ -21,9 +21,9 @@ use tonic::Code;
 
 use crate::SOON;
 
-/// The decision's deadline where the picker has to miss it.
+/// The decision deadline if the picker must miss it.
 const DECISION: Duration = Duration::from_secs(2);
-/// And where it must not be met: a bound for a machine that is busy, not an expectation.
+/// The decision deadline otherwise: an upper bound for a busy machine.
 const LONG: Duration = Duration::from_secs(60);
 
 /// The request body.

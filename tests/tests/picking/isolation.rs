@@ -1,6 +1,6 @@
-//! No byte of one request reaches another: fields and bodies that do not overlap, over every `pick_per`, picker, steering mode,
-//! retry, change of replica, failure mode, and death of an endpoint that has taken the request. What an endpoint gets is the
-//! client's, or what the picker decided for that request.
+//! No byte of one request reaches another: requests with distinct fields and bodies, across every `pick_per`, picker, steering
+//! mode, retry, replica change, failure mode, and death of an endpoint that has read the request. An endpoint gets the client's
+//! bytes or the picker's decision for that request.
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -132,10 +132,10 @@ fn bodies(style: Style, mark: &str, body: &[u8]) -> Vec<Vec<u8>> {
     vec![body.to_vec(), decided]
 }
 
-/// An endpoint that takes a request, as far as it comes at once, and dies of it.
+/// An endpoint that reads the start of a request, then closes the connection.
 struct Dying {
     addr: SocketAddr,
-    /// What it got on each of its connections.
+    /// The bytes received on each of its connections.
     taken: Arc<Mutex<Vec<String>>>,
 }
 
@@ -204,7 +204,7 @@ impl Case {
         let request = match n % 4 {
             3 => Request::get("/test/echo"),
             2 => Request::post("/test/echo", "").chunked(body.clone(), 1000),
-            // It may be executed again.
+            // PUT is idempotent.
             1 => Request::new("PUT", "/test/echo").body(body.clone()),
             _ => Request::post("/test/echo", body.clone()),
         };
@@ -290,13 +290,13 @@ impl Case {
             let (request, body) = self.request(n);
             self.check(n, &body, &http2.request(&request).await.unwrap());
         }
-        // A connection that the endpoint died on carried one request, once.
+        // Each connection that the dying endpoint closed carried one request, once.
         let taken = dying.taken.lock().clone();
         for request in &taken {
             let own = request.split("mark-").nth(1).unwrap_or_else(|| panic!("{}: {request}", self.name()));
-            let own = &own[..own.find("-end").expect("the end of a mark")];
+            let own = &own[..own.find("-end").expect("the mark has no end")];
             for other in request.split("mark-").skip(1) {
-                // The last may have been cut.
+                // The last mark may be truncated.
                 let whole = format!("{own}-end");
                 let same = other.starts_with(&whole) || whole.starts_with(other);
                 assert!(same, "{}: {own} and mark-{other:.20}", self.name());
@@ -304,7 +304,7 @@ impl Case {
             let again = taken.iter().filter(|other| other.contains(&format!("mark-{own}-end"))).count();
             assert!(again == 1 || !request.starts_with("POST "), "{}: {own} was taken {again} times", self.name());
         }
-        // A stream to a picker is about one request.
+        // A picker stream concerns one request.
         for stream in epps.iter().flat_map(ScriptedEpp::streams) {
             let (fields, body) = (stream.request_headers(), stream.request_body().0);
             let own = header(&fields, "x-request-id").unwrap_or_default().to_owned();

@@ -102,9 +102,9 @@ async fn preflight_is_served_without_picker() {
     eventually(SOON, || stage.epp.streams_started() == 1).await;
 }
 
-/// A question about the whole server: an endpoint answers it, whatever the picker does, over either version of HTTP.
+/// `OPTIONS *` concerns the whole server: an endpoint answers it whatever the picker does, over both versions of HTTP.
 #[tokio::test]
-async fn options_of_the_whole_server_needs_no_picker() {
+async fn options_asterisk_is_served_without_picker() {
     let mut stage = Stage::new(|_| Answering::new(|_| vec![reply::immediate(500, &[], "")])).await;
     stage.epp.stop();
     let response = stage.request(&Request::new("OPTIONS", "*")).await;
@@ -112,12 +112,12 @@ async fn options_of_the_whole_server_needs_no_picker() {
     let mut http2 = Http2Frames::connect(stage.agent.addr).await.unwrap();
     let fields = [(":method", "OPTIONS"), (":scheme", "http"), (":path", "*"), (":authority", "x")];
     http2.send(&Frame::headers(1, true, &fields)).await.unwrap();
-    let head = http2.find(|frame| frame.stream == 1).await.unwrap().expect("an answer");
+    let head = http2.find(|frame| frame.stream == 1).await.unwrap().expect("no response");
     assert_eq!((head.kind, head.status()), (kind::HEADERS, Some(response.status())));
     let seen = [stage.one.seen(), stage.two.seen()].concat();
     let targets: Vec<_> = seen.iter().map(|seen| (seen.method.as_str(), seen.target.as_str())).collect();
     assert_eq!(targets, [("OPTIONS", "*"); 2]);
-    // It is for the agent when it may go no further.
+    // With Max-Forwards 0 the agent answers it.
     let last = stage.request(&Request::new("OPTIONS", "*").header("max-forwards", "0")).await;
     assert_eq!((last.status(), last.served_by()), (200, None), "{}", last.text());
     assert_eq!(stage.epp.streams_started(), 0);

@@ -132,7 +132,7 @@ async fn failed_replica_triggers_immediate_lookup() {
     assert_eq!(asked(&mut client, &pods).await, ip("127.0.0.2"));
     dns.set(NAME, &[ip("127.0.0.3")], LONG);
     pods[0].stop();
-    // The request that finds the replica gone may have its answer before DNS has given one.
+    // The request that detects the failed replica may be answered before the DNS lookup completes.
     let begin = Instant::now();
     loop {
         let response = client.request(&Request::get("/test/echo")).await.unwrap();
@@ -140,7 +140,7 @@ async fn failed_replica_triggers_immediate_lookup() {
             break;
         }
         assert_eq!(response.error_code(), "picker_failed");
-        assert!(begin.elapsed() < SOON, "the name is not looked up");
+        assert!(begin.elapsed() < SOON, "the name was not resolved again");
     }
     assert!(agent.agent.metrics().encode().contains("127.0.0.3"));
     assert_eq!(asked(&mut client, &pods).await, ip("127.0.0.3"));
