@@ -16,7 +16,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::{
-    command::{cargo, output, root, run},
+    command::{cargo, root, run},
     ebpf,
     progress::Steps,
 };
