@@ -84,7 +84,7 @@ impl Endpoints {
         self.endpoints.iter().filter(named).cloned().collect()
     }
 
-    /// `ip:port`, or several with commas; `None` if there is none to pick.
+    /// `ip:port`, or several with commas; `None` without an endpoint to pick.
     fn pick(&self, subset: Option<&[String]>) -> Option<String> {
         let allowed = |one: &&String| subset.is_none_or(|subset| subset.contains(one));
         let allowed: Vec<&String> = self.endpoints.iter().filter(allowed).collect();

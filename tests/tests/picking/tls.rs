@@ -116,18 +116,18 @@ async fn each_tls_mode_accepts_only_valid_pickers() {
     let pinned = |signed: &[&Signed]| EppTls::Pinned(signed.iter().map(|signed| signed.pin()).collect());
     let cases = [
         ("plain", &plain, EppTls::Off, None, true),
-        ("TLS where none is expected", &picker_named, EppTls::Off, None, false),
+        ("TLS with plaintext expected", &picker_named, EppTls::Off, None, false),
         ("none where TLS is expected", &plain, EppTls::Insecure, None, false),
         ("insecure", &picker_self_signed, EppTls::Insecure, None, true),
-        ("insecure, with a name to ask for", &picker_self_signed, EppTls::Insecure, Some("epp.example"), true),
+        ("insecure, with a server name", &picker_self_signed, EppTls::Insecure, Some("epp.example"), true),
         ("by our CA, for the host", &picker_named, ours.clone(), None, true),
-        ("by our CA, for another name that it has", &picker_named, ours.clone(), Some("epp.example"), true),
-        ("by our CA, for a name that it lacks", &picker_named, ours.clone(), Some("other.example"), false),
+        ("by our CA, for another of its names", &picker_named, ours.clone(), Some("epp.example"), true),
+        ("by our CA, for a name it lacks", &picker_named, ours.clone(), Some("other.example"), false),
         ("by another CA", &picker_named, other, None, false),
-        ("by itself, with a CA expected", &picker_self_signed, ours, None, false),
-        ("its key", &picker_self_signed, pinned(&[&itself]), None, true),
-        ("its key, of several", &picker_self_signed, pinned(&[&named, &itself]), Some("whatever"), true),
-        ("another key", &picker_self_signed, pinned(&[&named]), None, false),
+        ("self-signed, with a CA expected", &picker_self_signed, ours, None, false),
+        ("pinned key", &picker_self_signed, pinned(&[&itself]), None, true),
+        ("pinned key, one of several", &picker_self_signed, pinned(&[&named, &itself]), Some("whatever"), true),
+        ("another pinned key", &picker_self_signed, pinned(&[&named]), None, false),
     ];
     for (case, picker, tls, name, works) in cases {
         let agent = agent(&endpoint, picker.addr, |epp| {
