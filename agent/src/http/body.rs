@@ -331,9 +331,30 @@ impl ReplayBody {
         Pieces::of(self)
     }
 
+    /// All of it, counted once more for as long as the pieces live; `None` if the budget has no room for that.
+    pub async fn in_memory(&self) -> Result<Option<Vec<Bytes>>, BodyError> {
+        let (mut pieces, mut at) = (Vec::new(), 0);
+        while let Some(piece) = self.read_at(at, 0).await? {
+            at += piece.len() as u64;
+            // Blocks count with this body, which may be gone before their clones are.
+            let is_block = at <= (self.blocks.len() * PIECE) as u64;
+            let counted = if is_block { self.bodies.memory.hold(piece) } else { Ok(piece) };
+            match counted {
+                Ok(piece) if !piece.is_empty() => pieces.push(piece),
+                _ => return Ok(None),
+            }
+        }
+        Ok(Some(pieces))
+    }
+
     /// Returns 1 to [`PIECE`] bytes at this offset; `None` at or beyond the end. A copy counts against the budget while
     /// it lives.
     pub async fn piece_at(&self, at: u64) -> Result<Option<Bytes>, BodyError> {
+        self.read_at(at, UNCOUNTED).await
+    }
+
+    /// As [`piece_at`](Self::piece_at), with at most `uncounted` bytes if the budget has no room.
+    async fn read_at(&self, at: u64, uncounted: usize) -> Result<Option<Bytes>, BodyError> {
         let in_memory = (self.blocks.len() * PIECE) as u64;
         let before_tail = in_memory + self.filed;
         if at >= self.length {
@@ -347,7 +368,7 @@ impl ReplayBody {
         let mut length = (end - at).min(PIECE as u64) as usize;
         let mut share = self.bodies.memory.share();
         if !share.grow(length as u64) {
-            length = length.min(UNCOUNTED);
+            length = length.min(uncounted);
         }
         let copy = match &self.file {
             Some(file) if at < before_tail => {

@@ -114,14 +114,15 @@ impl Question<'_> {
     }
 
     /// Sends the request, whose body is complete, to stalled replicas in the background. The decision itself is ignored: a replica
-    /// that decides within the decision timeout has recovered.
+    /// that decides within the decision timeout has recovered. The probes share one copy of the body, which counts against the
+    /// memory budget; without room for it there is no probe.
     pub(super) async fn probe(&self, probes: Vec<Probe>, request: &Request, upload: &Upload) -> Result<(), Error> {
+        if probes.is_empty() {
+            return Ok(());
+        }
+        let Some(body) = upload.kept.in_memory().await? else { return Ok(()) };
         for probe in probes {
-            let mut body = Vec::new();
-            let mut kept = upload.kept.pieces();
-            while let Some(piece) = kept.next().await? {
-                body.push(piece);
-            }
+            let body = body.clone();
             let (parts, has_body) = (&request.parts, upload.has_body());
             let members = Some(Arc::clone(&self.members));
             let mut stream = self.epp.open(&probe.0, parts, has_body, self.subset, self.limits.clone(), members);

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use penstock_agent::config::{Epp, FailureMode};
+use penstock_agent::config::{Config, Epp, FailureMode};
 use penstock_proto::{
     ext_proc::{HttpBody, HttpHeaders},
     health::health_check_response::ServingStatus,
@@ -69,13 +69,17 @@ struct Scene {
 }
 
 async fn scene(mode: FailureMode, open_on_deadline: bool) -> Scene {
+    scene_with(mode, |config| epp(config).open_on_deadline = open_on_deadline).await
+}
+
+async fn scene_with(mode: FailureMode, adjust: impl FnOnce(&mut Config)) -> Scene {
     let stuck = Arc::<AtomicBool>::default();
     let script = |all: &[std::net::SocketAddr]| Holding { inner: Production::new(all), stuck: Arc::clone(&stuck) };
     let stage = Stage::with(script, |config| {
         config.pools[0].failure_mode = mode;
         epp(config).decision_timeout = Some(DECISION);
-        epp(config).open_on_deadline = open_on_deadline;
         epp(config).health_interval = Some(Duration::from_millis(50));
+        adjust(config);
     })
     .await;
     Scene { stage, stuck }
@@ -164,4 +168,29 @@ async fn stalled_picker_is_not_awaited() {
         }
         eventually(SOON, || scene.stage.epp.streams_open() == 0).await;
     }
+}
+
+/// What the background keeps of a request counts after the request has ended; where there is no room, another request is put to
+/// the replica.
+#[tokio::test]
+async fn probe_of_a_stalled_picker_counts_its_body_or_is_not_made() {
+    let mut scene = scene_with(FailureMode::Open, |config| {
+        config.limits.total_body_bytes = 300_000;
+        epp(config).decision_timeout = Some(Duration::from_secs(2));
+    })
+    .await;
+    scene.stuck.store(true, Relaxed);
+    assert_eq!(scene.stage.request(&echo(json("m", 100))).await.status(), 200);
+    assert_eq!(scene.failures("deadline"), 1);
+    eventually(SOON, || scene.stage.epp.streams_open() == 0).await;
+    let memory = |scene: &Scene| scene.stage.agent.count("penstock_request_body_memory_bytes", &[]);
+    for (length, probes) in [(200_000, 0), (100_000, 1)] {
+        let begun = scene.stage.epp.streams_started();
+        let body = json("m", length);
+        let held = (probes * body.len()) as u64;
+        assert_eq!(scene.stage.request(&echo(body)).await.status(), 200);
+        eventually(SOON, || memory(&scene) == held).await;
+        assert_eq!((scene.stage.epp.streams_started() - begun, scene.stage.epp.streams_open()), (probes, probes));
+    }
+    eventually(SOON, || memory(&scene) == 0 && scene.stage.epp.streams_open() == 0).await;
 }

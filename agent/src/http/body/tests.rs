@@ -275,3 +275,27 @@ async fn counted_memory_equals_allocated_memory() {
         assert!(allocated <= (2 * length).max(LEAST) && allocated >= length);
     }
 }
+
+/// In memory, in a file, and in both; the last part of each is a tail.
+#[tokio::test]
+async fn body_in_memory_counts_once_more_until_it_is_gone_or_is_refused() {
+    let whole: Vec<u8> = (0..PIECE * 2 + 1000).map(|at| (at % 251) as u8).collect();
+    for memory in [0, PIECE, PIECE * 4] {
+        let (bodies, _) = budgets(PIECE as u64 * 8, 1 << 30);
+        let mut body = ReplayBody::new(memory, 1 << 30, &bodies);
+        body.append(whole.clone().into()).await.unwrap();
+        let pieces = body.in_memory().await.unwrap().expect("there is room");
+        assert_eq!(pieces.concat(), whole, "{memory}");
+        drop(body);
+        let room = bodies.memory.limit() - whole.len() as u64;
+        let mut rest = bodies.memory.share();
+        assert!(!rest.grow(room + 1) && rest.grow(room), "{memory}");
+        drop((pieces, rest));
+
+        let mut body = ReplayBody::new(memory, 1 << 30, &bodies);
+        body.append(whole.clone().into()).await.unwrap();
+        let mut others = bodies.memory.share();
+        while others.grow(1000) {}
+        assert_eq!(body.in_memory().await.unwrap(), None, "{memory}");
+    }
+}
