@@ -24,7 +24,7 @@ use crate::{
     listeners::Listeners,
     metrics::Metrics,
     panics::Watch,
-    picker::tend::tend,
+    picker::tend::{Means, tend},
     probe::Probe,
     readiness::{Gate, Readiness},
     reload::{self, ReloadError},
@@ -341,12 +341,19 @@ fn start_background(
 ) -> Result<BackgroundTasks> {
     let counts = shared.endpoints.iter().cloned().map(|set| Box::new(move || set.states()) as _);
     shared.metrics.count_endpoints(counts);
-    let discovery = Discovery::start(&shared.config, &shared.endpoints, &shared.metrics, readiness, watch)?;
+    let Shared { config, endpoints, metrics, own, .. } = shared;
+    let discovery = Discovery::start(config, endpoints, metrics, own, readiness, watch)?;
 
     let dns = Dns::new(&shared.config.dns);
     let epps = shared.replicas.iter().enumerate().filter_map(|(pool, replicas)| Some((pool, replicas.clone()?)));
-    let mut tasks: Vec<control::Task> =
-        epps.map(|(pool, replicas)| tend(replicas, dns.clone(), Arc::clone(&shared.metrics), pool).boxed()).collect();
+    let means = |pool| Means {
+        dns: dns.clone(),
+        own: shared.own.clone(),
+        metrics: Arc::clone(&shared.metrics),
+        probe: shared.probe.clone(),
+        pool,
+    };
+    let mut tasks: Vec<control::Task> = epps.map(|(pool, replicas)| tend(replicas, means(pool)).boxed()).collect();
     tasks.extend(certificate.map(|certificate| Arc::clone(certificate).follow().boxed()));
     let control = Control::start(tasks, watch).context("cannot start the control thread")?;
     Ok(BackgroundTasks { _discovery: discovery, _control: control })

@@ -1,6 +1,6 @@
 //! Points at which a test can make the agent fail. Outside of tests no probe can be set.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, net::SocketAddr, sync::Arc};
 
 use http::request;
 
@@ -13,6 +13,8 @@ pub enum Point<'p> {
     Worker,
     /// In the kernel events thread, about once a second.
     Events,
+    /// Before the health check of the EPP replica at this address.
+    HealthCheck(SocketAddr),
     /// Before a request's body and pool are known.
     Request(&'p request::Parts),
     /// When an endpoint has begun to answer, before any of the answer is sent.

@@ -18,6 +18,7 @@ use super::{
 use crate::{
     config::{Config, Pool},
     dns::Dns,
+    listeners::Listeners,
     metrics::Metrics,
     panics::Watch,
     readiness::{Gate, Readiness},
@@ -49,12 +50,13 @@ struct Job {
 }
 
 impl Discovery {
-    /// Starts the discovery. `sets` are those of the pools, in the order of the configuration. Without `readiness` there are no
-    /// gates. Starts no thread if no pool needs one. Fails if the runtime or the thread cannot be created.
+    /// Starts the discovery. `sets` are those of the pools, in the order of the configuration. `own` are the agent's listeners.
+    /// Without `readiness` there are no gates. Starts no thread if no pool needs one. Fails if the runtime or the thread cannot be created.
     pub fn start(
         config: &Config,
         sets: &[Arc<EndpointSet>],
         metrics: &Arc<Metrics>,
+        own: &Listeners,
         readiness: Option<&Readiness>,
         watch: &Watch,
     ) -> io::Result<Self> {
@@ -72,11 +74,11 @@ impl Discovery {
         }
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (stop, stopped) = oneshot::channel::<Infallible>();
-        let (config, metrics) = (config.clone(), Arc::clone(metrics));
+        let (config, metrics, own) = (config.clone(), Arc::clone(metrics), own.clone());
         let watch = watch.clone();
         let work = move || {
             runtime.block_on(async {
-                let mut tasks = tasks(jobs, &config, &metrics);
+                let mut tasks = tasks(jobs, &config, &metrics, &own);
                 let all = async {
                     while let Some(ended) = tasks.join_next().await {
                         if let Some(panic) = ended.err().and_then(|error| error.try_into_panic().ok()) {
@@ -108,7 +110,7 @@ impl Drop for Discovery {
 }
 
 /// Starts the tasks of all pools. They end when the returned set is dropped.
-fn tasks(jobs: Vec<Job>, config: &Config, metrics: &Arc<Metrics>) -> JoinSet<()> {
+fn tasks(jobs: Vec<Job>, config: &Config, metrics: &Arc<Metrics>, own: &Listeners) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
     let dns = Dns::new(&config.dns);
     for Job { pool, index, set, gate } in jobs {
@@ -128,7 +130,7 @@ fn tasks(jobs: Vec<Job>, config: &Config, metrics: &Arc<Metrics>) -> JoinSet<()>
             }
         };
         if let Some(named) = pool.endpoints_dns.clone() {
-            tasks.spawn(names::follow(named, dns.clone(), feed(Source::Dns)));
+            tasks.spawn(names::follow(named, dns.clone(), own.clone(), feed(Source::Dns)));
         }
         if let Some(path) = pool.endpoints_file.clone() {
             tasks.spawn(file::follow(path, pool.ports.clone(), feed(Source::File)));

@@ -1,29 +1,47 @@
 //! Resolves a pool's endpoints from a DNS name: every address at each of the pool's ports. Looks the name up again when the
-//! answer expires.
+//! answer expires. Addresses at which this agent listens are skipped.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
 
 use super::feed::Feed;
 use crate::{
-    config::{Endpoint, NamedEndpoints, is_own},
+    config::{Endpoint, NamedEndpoints},
     dns::{Answer, Dns, DnsError},
+    listeners::Listeners,
 };
 
 /// Follows the name until the future is dropped.
-pub(super) async fn follow(named: NamedEndpoints, dns: Dns, mut feed: Feed) {
+pub(super) async fn follow(named: NamedEndpoints, dns: Dns, own: Listeners, mut feed: Feed) {
+    let mut passed_over = Vec::new();
     loop {
         let answer = dns.resolve(&named.name).await;
-        tokio::time::sleep(take(&named, answer, dns.retry_after(), &mut feed)).await;
+        let endpoints = |addresses: &[IpAddr]| {
+            let at_each_port = |&ip| named.ports.iter().map(move |&port| SocketAddr::new(ip, port));
+            let all = addresses.iter().flat_map(at_each_port);
+            let (ours, others): (Vec<_>, Vec<_>) = all.partition(|&address| own.accept(address));
+            if ours != passed_over && !ours.is_empty() {
+                tracing::warn!(name = named.name, addresses = ?ours, "endpoint is one of the agent's own listeners, passed over");
+            }
+            passed_over = ours;
+            others.into_iter().map(Endpoint::from).collect()
+        };
+        tokio::time::sleep(take(answer, dns.retry_after(), &mut feed, endpoints)).await;
     }
 }
 
-/// Feeds an answer into the set. Returns the time until the next lookup.
-fn take(named: &NamedEndpoints, answer: Result<Answer, DnsError>, retry_after: Duration, feed: &mut Feed) -> Duration {
+/// Feeds an answer into the set; `endpoints` returns those at its addresses. Returns the time until the next lookup.
+fn take(
+    answer: Result<Answer, DnsError>,
+    retry_after: Duration,
+    feed: &mut Feed,
+    endpoints: impl FnOnce(&[IpAddr]) -> Vec<Endpoint>,
+) -> Duration {
     match answer {
         Ok(answer) => {
-            let at_each_port = |&ip| named.ports.iter().map(move |&port| SocketAddr::new(ip, port));
-            let all = answer.addresses.iter().flat_map(at_each_port);
-            feed.update(all.filter(|&address| !is_own(address, feed.listen)).map(Endpoint::from).collect());
+            feed.update(endpoints(&answer.addresses));
             answer.holds
         }
         Err(error) => {

@@ -1,7 +1,8 @@
 //! Checks the health of one EPP replica with repeated gRPC `Check` calls. `Watch` is not used, because EPPs do not implement it.
 
-use std::{sync::Arc, time::Duration};
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
+use futures_util::future::FutureExt as _;
 use penstock_proto::health::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 use tokio::time::{sleep, timeout};
 use tonic::Code;
@@ -13,6 +14,25 @@ use super::{
 
 /// Least time between two checks. Failing requests ask for checks before the interval has passed.
 const GAP: Duration = Duration::from_millis(100);
+
+/// As [`watch`]. A panic of a check, which the panic hook counts, makes the replica unknown; an interval later the checks begin
+/// again.
+pub(super) async fn keep_watching<F: Future<Output = State>>(
+    replica: &Replica,
+    interval: Duration,
+    mut check: impl FnMut() -> F,
+    mut found: impl FnMut(State),
+) {
+    loop {
+        let watching = AssertUnwindSafe(watch(replica, interval, &mut check, &mut found));
+        if watching.catch_unwind().await.is_ok() {
+            return;
+        }
+        tracing::warn!(address = %replica.address, authority = %replica.authority, "health check panicked, starting again");
+        found(State::Unknown);
+        sleep(interval).await;
+    }
+}
 
 /// Calls `check` every `interval` and whenever `replica.look` is notified, and passes each result to `found`. Never returns.
 pub(super) async fn watch<F: Future<Output = State>>(
@@ -90,7 +110,7 @@ fn failed(code: Code) -> State {
 
 #[cfg(test)]
 mod tests {
-    use std::cell::RefCell;
+    use std::cell::{Cell, RefCell};
 
     use tokio::time::Instant;
 
@@ -105,6 +125,25 @@ mod tests {
         assert_eq!(failed(Code::Unimplemented), State::Unknown);
         assert_eq!(failed(Code::NotFound), State::Unknown);
         assert_eq!(failed(Code::Unavailable), State::NotServing);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn check_that_panics_makes_the_replica_unknown_and_is_made_again() {
+        const INTERVAL: Duration = Duration::from_secs(5);
+        let replicas = Arc::new(Replicas::new(&Epp::new("10.0.0.1:1")).unwrap());
+        let replica = Arc::clone(&replicas.snapshot().replicas[0]);
+        let (begin, found, checks) = (Instant::now(), RefCell::new(Vec::new()), Cell::new(0));
+        let check = || {
+            checks.set(checks.get() + 1);
+            let fails = checks.get() == 2;
+            async move { if fails { panic!("a fault of this test's") } else { State::Serving } }
+        };
+        let watching = keep_watching(&replica, INTERVAL, check, |state| {
+            found.borrow_mut().push((begin.elapsed().as_secs(), state));
+        });
+        assert!(timeout(Duration::from_secs(16), watching).await.is_err());
+        let expected = [(0, State::Serving), (5, State::Unknown), (10, State::Serving), (15, State::Serving)];
+        assert_eq!(*found.borrow(), expected);
     }
 
     #[tokio::test(start_paused = true)]

@@ -219,6 +219,11 @@ impl Replicas {
         names.filter(|(_, host)| host.parse::<IpAddr>().is_err())
     }
 
+    /// Of the entry at this place.
+    pub(super) fn port(&self, place: usize) -> u16 {
+        self.entries[place].port
+    }
+
     /// A name was resolved to these addresses. Replicas that stay keep their state.
     pub fn resolved(&self, place: usize, mut addresses: Vec<IpAddr>) {
         addresses.sort_unstable();

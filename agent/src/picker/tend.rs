@@ -1,7 +1,12 @@
 //! Background work for the replicas of one pool's EPP, shared by all workers: resolves names when their answers expire, checks
 //! health, and reloads TLS files when they change. Requests wait only for the first DNS answer.
 
-use std::{collections::HashMap, net::SocketAddr, sync::Arc};
+use std::{
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use futures_util::future::join_all;
 use tokio::time::{sleep, timeout};
@@ -11,25 +16,55 @@ use super::{
     health::{self, Checker},
     replica::{Replica, Replicas, State},
 };
-use crate::{dns::Dns, metrics::Metrics};
+use crate::{
+    dns::Dns,
+    listeners::Listeners,
+    metrics::Metrics,
+    probe::{Point, Probe},
+};
 
-/// Maintains the replicas of the EPP of the pool with this index. Never returns. Must be called on a tokio runtime.
-pub async fn tend(replicas: Arc<Replicas>, dns: Dns, metrics: Arc<Metrics>, pool: usize) {
-    let names = join_all(replicas.names().map(|(place, host)| look_up(&replicas, &dns, place, host)));
+/// What the background work for one pool's EPP needs.
+pub struct Means {
+    pub dns: Dns,
+    /// Where this agent listens: not an EPP.
+    pub own: Listeners,
+    pub metrics: Arc<Metrics>,
+    pub probe: Probe,
+    /// Index of the pool.
+    pub pool: usize,
+}
+
+/// Maintains the replicas of an EPP. Never returns. Must be called on a tokio runtime.
+pub async fn tend(replicas: Arc<Replicas>, means: Means) {
+    let means = Arc::new(means);
+    let names = join_all(replicas.names().map(|(place, host)| look_up(&replicas, &means, place, host)));
     let files = async {
         if let Some(tls) = &replicas.tls {
             tls.follow_files().await;
         }
     };
-    tokio::join!(names, files, monitor(&replicas, &metrics, pool));
+    tokio::join!(names, files, monitor(&replicas, &means));
 }
 
-/// Keeps the addresses of one name up to date.
-async fn look_up(replicas: &Replicas, dns: &Dns, place: usize, host: &str) {
+/// Keeps one name's addresses up to date. Those at which this agent listens are passed over; if there are no others, the name
+/// counts as one that cannot be looked up.
+async fn look_up(replicas: &Replicas, means: &Means, place: usize, host: &str) {
+    let Means { dns, own, .. } = means;
+    let mut passed_over = Vec::new();
     loop {
         let holds = match dns.resolve(host).await {
             Ok(answer) => {
-                replicas.resolved(place, answer.addresses);
+                let is_own = |ip: &IpAddr| own.accept(SocketAddr::new(*ip, replicas.port(place)));
+                let (ours, others): (Vec<_>, Vec<_>) = answer.addresses.into_iter().partition(is_own);
+                if ours != passed_over && !ours.is_empty() {
+                    tracing::warn!(host, addresses = ?ours, "EPP is one of the agent's own listeners, passed over");
+                }
+                passed_over = ours;
+                let none_left = others.is_empty() && !passed_over.is_empty();
+                replicas.resolved(place, others);
+                if none_left {
+                    replicas.unresolved(&format!("{host} is this agent itself"));
+                }
                 answer.holds
             }
             Err(error) => {
@@ -46,14 +81,14 @@ async fn look_up(replicas: &Replicas, dns: &Dns, place: usize, host: &str) {
 }
 
 /// Keeps a health-check task, or without checks only the metric, for each replica.
-async fn monitor(replicas: &Arc<Replicas>, metrics: &Arc<Metrics>, pool: usize) {
+async fn monitor(replicas: &Arc<Replicas>, means: &Arc<Means>) {
     let mut changes = replicas.changes();
     let mut monitored: HashMap<SocketAddr, Monitored> = HashMap::new();
     loop {
         let known = Arc::clone(&changes.borrow_and_update().replicas);
         monitored.retain(|_, monitored| known.iter().any(|replica| Arc::ptr_eq(replica, &monitored.status.replica)));
         for replica in &*known {
-            monitored.entry(replica.address).or_insert_with(|| Monitored::new(replicas, replica, metrics, pool));
+            monitored.entry(replica.address).or_insert_with(|| Monitored::new(replicas, replica, means));
         }
         // Cannot fail, because the sender is in `replicas`.
         if changes.changed().await.is_err() {
@@ -68,27 +103,39 @@ struct Monitored {
 }
 
 impl Monitored {
-    fn new(replicas: &Arc<Replicas>, replica: &Arc<Replica>, metrics: &Arc<Metrics>, pool: usize) -> Self {
-        let status = Arc::new(ReplicaStatus { replica: Arc::clone(replica), metrics: Arc::clone(metrics), pool });
-        status.metrics.pool(pool).epp_replica(replica.address, None, Some(replica.state().label()));
+    fn new(replicas: &Arc<Replicas>, replica: &Arc<Replica>, means: &Arc<Means>) -> Self {
+        let status = Arc::new(ReplicaStatus { replica: Arc::clone(replica), means: Arc::clone(means) });
+        status.replica_is(None, Some(replica.state()));
         let checks = replicas.settings.health_interval.map(|interval| {
-            let (status, checker) = (Arc::clone(&status), Checker::new(replicas, replica));
-            AbortOnDropHandle::new(tokio::spawn(async move {
-                health::watch(&status.replica, interval, || checker.check(), |state| status.found(state)).await;
-            }))
+            let checker = Checker::new(replicas, replica);
+            AbortOnDropHandle::new(tokio::spawn(check(Arc::clone(&status), interval, checker)))
         });
         Self { status, checks }
     }
 }
 
+async fn check(status: Arc<ReplicaStatus>, interval: Duration, checker: Checker) {
+    let ReplicaStatus { replica, means } = &*status;
+    let check = || async {
+        means.probe.at(Point::HealthCheck(replica.address));
+        checker.check().await
+    };
+    health::keep_watching(replica, interval, check, |state| status.found(state)).await;
+}
+
 /// Reports a replica's state in the metrics and the log.
 struct ReplicaStatus {
     replica: Arc<Replica>,
-    metrics: Arc<Metrics>,
-    pool: usize,
+    means: Arc<Means>,
 }
 
 impl ReplicaStatus {
+    /// It was in one state and is in another; `None`: it was or is not there.
+    fn replica_is(&self, before: Option<State>, now: Option<State>) {
+        let metrics = self.means.metrics.pool(self.means.pool);
+        metrics.epp_replica(self.replica.address, before.map(State::label), now.map(State::label));
+    }
+
     fn found(&self, state: State) {
         let before = self.replica.set_state(state);
         if before == state {
@@ -103,7 +150,7 @@ impl ReplicaStatus {
                 tracing::warn!(%address, %authority, state = state.label(), "EPP replica changed state");
             }
         }
-        self.metrics.pool(self.pool).epp_replica(address, Some(before.label()), Some(state.label()));
+        self.replica_is(Some(before), Some(state));
     }
 }
 
@@ -111,7 +158,6 @@ impl Drop for Monitored {
     fn drop(&mut self) {
         // Aborts the checks first, so that no result arrives afterwards.
         self.checks = None;
-        let ReplicaStatus { replica, metrics, pool } = &*self.status;
-        metrics.pool(*pool).epp_replica(replica.address, Some(replica.state().label()), None);
+        self.status.replica_is(Some(self.status.replica.state()), None);
     }
 }

@@ -11,18 +11,19 @@ use std::{
 use http::request::Parts;
 use penstock_agent::{
     app::Agent,
-    config::{Config, Epp, HealthCheck, Picker, SteeringMode},
+    config::{Config, Epp, FailureMode, HealthCheck, Picker, SteeringMode},
     panics,
     probe::{Point, Probe},
     run::{Signals, until_ended},
 };
 use penstock_tests::{
-    BodyEnd, Client, Http2Client, ModelServer, Plan, Reader, Request,
-    agent::{TestAgent, builtin_pool},
+    BodyEnd, Client, Http2Client, ModelServer, Plan, Reader, Request, ScriptedEpp,
+    agent::{TestAgent, builtin_pool, epp_pool},
     client::{ConnectionEnd, Piece},
     eventually,
     model_server::{Fault, FaultKind, Framing, Options},
     reader::at_least,
+    scripted_epp::Production,
 };
 
 use crate::{ANY_PORT, SOON};
@@ -283,4 +284,34 @@ async fn panic_in_thread_ends_agent() {
         let (_, _, life) = run_agent(everything(&server), probe);
         assert_fails(life).await;
     }
+}
+
+/// The replica is unknown meanwhile, and its health is known again after the next check.
+#[tokio::test]
+async fn health_check_that_panics_is_made_again() {
+    count_panics();
+    let server = server().await;
+    let epp = ScriptedEpp::start(Production::new(&[server.addr])).await.unwrap();
+    let armed = Arc::new(AtomicBool::new(true));
+    let trigger = Arc::clone(&armed);
+    let probe = Probe::new(move |point| match point {
+        Point::HealthCheck(_) if trigger.swap(false, Relaxed) => panic!("{FAULT}"),
+        _ => {}
+    });
+    let pool = epp_pool(&[server.addr], epp.addr, FailureMode::Closed);
+    let agent = TestAgent::start_with(pool, SteeringMode::Off, probe, |config| {
+        if let Picker::Epp(epp) = &mut config.pools[0].picker {
+            epp.health_interval = Some(std::time::Duration::from_millis(200));
+        }
+    });
+    let state = |state: &str| agent.metric("penstock_epp_replicas", &[&format!("state=\"{state}\"")]);
+    eventually(SOON, || !armed.load(Relaxed)).await;
+    eventually(SOON, || state("serving") == 1.0).await;
+    for round in 2..4 {
+        armed.store(true, Relaxed);
+        eventually(SOON, || state("unknown") == 1.0).await;
+        eventually(SOON, || state("serving") == 1.0).await;
+        assert!(agent.count("penstock_panics_total", &["penstock-control", HERE]) >= round);
+    }
+    assert!(agent.agent.readiness().is_ready() && !agent.agent.has_failed());
 }

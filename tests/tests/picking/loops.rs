@@ -1,15 +1,18 @@
 //! Request loops: the agent's own addresses are rejected in every position, and a request that passed this agent before
 //! returns 508.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    time::Duration,
+};
 
-use penstock_agent::config::{FailureMode, Network, Passthrough, Pool, SteeringMode};
+use penstock_agent::config::{FailureMode, NamedEndpoints, Network, Passthrough, Picker, Pool, SteeringMode};
 use penstock_tests::{
-    Client, ModelServer, Request, ScriptedEpp, TestAgent,
+    Client, DnsServer, ModelServer, Request, ScriptedEpp, TestAgent,
     agent::{builtin_pool, epp_pool},
     eventually,
     model_server::Options,
-    scripted_epp::Production,
+    scripted_epp::{Production, Setup},
     stage::echo,
 };
 
@@ -126,4 +129,46 @@ async fn passthrough_excludes_own_machine_unless_listed() {
         let expected = if admitted { (200, String::new()) } else { (502, "endpoint_not_in_pool".to_owned()) };
         assert_eq!(refused(&agent).await, expected, "{passthrough:?}");
     }
+}
+
+/// At another address of the name, at the same port, is somebody else.
+#[tokio::test]
+async fn own_listener_is_passed_over_where_a_name_leads_to_it() {
+    const NAME: &str = "loop.test";
+    const OTHER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
+    let dns = DnsServer::start().await.unwrap();
+    let server = ModelServer::start(Options::default()).await.unwrap();
+    let agent = TestAgent::start(builtin_pool(&[server.addr]), SteeringMode::Off, |config| {
+        config.listen.workers = 1;
+        config.dns.servers = vec![dns.addr];
+        config.dns.min_ttl = Duration::from_millis(20);
+    });
+    let (own, port) = (Ipv4Addr::LOCALHOST.into(), agent.addr.port());
+    let name = |addresses: &[IpAddr]| dns.set(NAME, addresses, Duration::ZERO);
+
+    // A picker.
+    name(&[own]);
+    let mut pool = epp_pool(&[server.addr], agent.addr, FailureMode::Closed);
+    if let Picker::Epp(epp) = &mut pool.picker {
+        epp.addresses = vec![format!("{NAME}:{port}")];
+    }
+    change(&agent, |first| *first = pool);
+    settled(&agent, (503, "picker_failed")).await;
+    assert!(agent.count("penstock_epp_failures_total", &[r#"reason="unresolved""#]) > 0);
+    assert_eq!(agent.count("penstock_epp_replicas", &[]), 0);
+    let setup = Setup { address: (OTHER, port).into(), ..Setup::default() };
+    let epp = ScriptedEpp::start_with(setup, Production::new(&[server.addr])).await.unwrap();
+    name(&[own, OTHER.into()]);
+    settled(&agent, (200, "")).await;
+    assert_eq!(agent.count("penstock_epp_replicas", &[]), 1);
+    drop(epp);
+
+    // Endpoints.
+    let listen = (OTHER, port).into();
+    let other = ModelServer::start(Options { listen, ..Options::default() }).await.unwrap();
+    let named = NamedEndpoints { name: NAME.to_owned(), ports: vec![port] };
+    change(&agent, |first| *first = Pool { endpoints_dns: Some(named), ..builtin_pool(&[]) });
+    settled(&agent, (200, "")).await;
+    eventually(SOON, || agent.count("penstock_endpoints", &[]) == 1).await;
+    assert!(other.requests() > 0);
 }
