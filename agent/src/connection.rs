@@ -37,10 +37,13 @@ pub async fn serve(current: &Rc<Current>, stream: TcpStream, peer: SocketAddr) {
     requests(current, socket, peer).await;
 }
 
-/// Turns on TCP keepalive, so that the kernel detects a client that disappears while the connection is idle.
+/// Has the kernel detect a client that disappears while the connection is idle or its window is closed.
 fn probe(current: &Current, stream: &TcpStream) {
+    let after = current.worker().shared.config.timeouts.client_unreachable;
     // Fails only if the client has already closed, which the next read detects.
-    let _ = socket::probe_when_idle(stream, current.worker().shared.config.timeouts.client_unreachable);
+    let _ = socket::probe_when_idle(stream, after);
+    // Fails on kernels before 6.15, which detect it later.
+    let _ = socket::probe_often(stream, after);
 }
 
 /// Like [`serve`], for a client that speaks TLS. The handshake has the time limit of a request head. It takes a

@@ -294,6 +294,22 @@ async fn vanished_client_is_noticed_on_local() {
     vanishes(5, SteeringMode::Local).await;
 }
 
+/// Between two probes of its window the kernel would wait longer than the client may be unreachable: 0.2 s, 0.4 s, … 6.4 s. Linux
+/// takes a bound on that since 6.15.
+#[tokio::test]
+async fn client_that_vanishes_long_after_it_shut_its_window_is_noticed() {
+    let far = Far::new(7, SteeringMode::Off, |_| {}, unreachable).await;
+    let mut client = far.client().await;
+    client.send(&Plan { size: 1 << 30, ..Plan::default() }.request()).await.unwrap();
+    client.head().await.unwrap();
+    tokio::time::sleep(Duration::from_secs(7)).await;
+    assert_eq!(far.agent.metric("penstock_client_connections", &[]), 1.0);
+    far.vanish();
+    let begin = Instant::now();
+    eventually(SOON, || far.agent.metric("penstock_client_connections", &[]) == 0.0).await;
+    assert!(begin.elapsed() < 2 * UNREACHABLE, "{:?}", begin.elapsed());
+}
+
 /// TCP_USER_TIMEOUT alone would end it: each window probe is acknowledged, and none opens the window.
 #[tokio::test]
 async fn reachable_client_that_reads_nothing_is_kept() {
