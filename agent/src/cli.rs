@@ -120,6 +120,10 @@ struct Epp {
     /// Maximum size of a request body, in bytes.
     #[arg(long, default_value_t = 10 << 20)]
     max_body: usize,
+    /// User and group to become if started as root, `uid:gid`, or `keep`. The file of --client-ca has to be
+    /// readable for this user.
+    #[arg(long, value_parser = user, default_value = "65534:65534")]
+    user: UserOrKeep,
     /// With TLS: accept only clients whose certificate is signed by a CA in this file (PEM).
     #[arg(long, value_name = "FILE")]
     client_ca: Option<PathBuf>,
@@ -133,6 +137,13 @@ struct Epp {
     /// Maximum bytes of request bodies held for all streams; further requests are answered with 503.
     #[arg(long, default_value_t = EppServerLimits::default().held_bytes)]
     max_held: usize,
+}
+
+#[derive(Clone, Copy)]
+struct UserOrKeep(Option<config::User>);
+
+fn user(text: &str) -> Result<UserOrKeep, String> {
+    config::parse_user(text).map(UserOrKeep).map_err(|expected| format!("expected {expected}"))
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -158,7 +169,11 @@ impl Cli {
             },
             _ => None,
         };
-        let became = config.as_ref().map_or(Ok(()), |config| capability::become_user(&config.process));
+        let process = match &self.verb {
+            Verb::Epp(epp) => Some(config::Process { user: epp.user.0, groups: Vec::new() }),
+            _ => config.as_ref().map(|config| config.process.clone()),
+        };
+        let became = process.map_or(Ok(()), |process| capability::become_user(&process));
         // Flushes the queued lines when it is dropped.
         let writer = capability::with(&[], || start_logging(&self.log, self.log_format, self.log_queue_bytes));
         let _writer = match writer {
@@ -295,6 +310,7 @@ impl Epp {
             if let Err(error) = capability::keep(&[]) {
                 tracing::warn!(%error, "failed to drop capabilities");
             }
+            tracing::info!("{}", capability::user());
             tracing::info!(address = %listener.local_addr()?, "penstock epp started");
             epp_server::serve(config, listener, run::terminated()).await
         })?;

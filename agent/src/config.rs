@@ -58,7 +58,7 @@ pub use overrides::Overrides;
 pub use passthrough::{Network, Passthrough};
 pub use picker::Picker;
 pub use pools::{AppProtocol, FailureMode, LeaseLimits, PickPer, PinLimits, Pool};
-pub use process::{Process, User};
+pub use process::{Process, User, parse_user};
 pub use reference::reference;
 pub use retry::Retry;
 pub use routes::{HeaderCondition, HostPattern, ModelPattern, PathPattern, Route, WeightedPool};

@@ -7,6 +7,7 @@
 mod bounds;
 mod health;
 mod refusal;
+mod refusals;
 mod reply;
 mod session;
 mod subset;
@@ -44,6 +45,7 @@ pub use bounds::EppServerLimits;
 
 use bounds::{Budget, Counted, Part};
 use health::Health;
+use refusals::Refusals;
 use session::{Session, Step};
 
 /// How long open streams may take to end after a shutdown.
@@ -99,8 +101,10 @@ pub async fn serve(
         picker = picker.with_max_in_flight(limit);
     }
     let limits = config.limits;
+    let refusals = Arc::<Refusals>::default();
     let processor = Processor {
         limits,
+        refusals: Arc::clone(&refusals),
         streams: Budget::new(limits.streams),
         held: Budget::new(limits.held_bytes),
         picker: Arc::new(picker),
@@ -133,7 +137,7 @@ pub async fn serve(
     let served = server
         .add_service(ExternalProcessorServer::new(processor))
         .add_service(HealthServer::new(Health))
-        .serve_with_incoming_shutdown(incoming(listener, limits.connections), shutdown);
+        .serve_with_incoming_shutdown(incoming(listener, limits.connections, refusals), shutdown);
     let drained = async {
         if stopped.await.is_ok() {
             tokio::time::sleep(DRAIN).await;
@@ -148,11 +152,21 @@ pub async fn serve(
 }
 
 /// Accepted connections. Those above the limit are closed at once.
-fn incoming(listener: TcpListener, connections: usize) -> impl Stream<Item = std::io::Result<Counted>> {
+fn incoming(
+    listener: TcpListener,
+    connections: usize,
+    refusals: Arc<Refusals>,
+) -> impl Stream<Item = std::io::Result<Counted>> {
     let budget = Budget::new(connections);
     TcpIncoming::from(listener).with_nodelay(Some(true)).filter_map(move |accepted| {
         let counted = match accepted {
-            Ok(stream) => budget.one().map(|one| Ok(Counted::new(stream, one))),
+            Ok(stream) => match budget.one() {
+                Some(one) => Some(Ok(Counted::new(stream, one))),
+                None => {
+                    refusals.add("connections");
+                    None
+                }
+            },
             Err(error) => Some(Err(error)),
         };
         std::future::ready(counted)
@@ -161,6 +175,7 @@ fn incoming(listener: TcpListener, connections: usize) -> impl Stream<Item = std
 
 struct Processor {
     limits: EppServerLimits,
+    refusals: Arc<Refusals>,
     streams: Arc<Budget>,
     held: Arc<Budget>,
     picker: Arc<BuiltinPicker>,
@@ -178,15 +193,17 @@ impl ExternalProcessor for Processor {
         request: Request<Streaming<ProcessingRequest>>,
     ) -> Result<Response<Self::ProcessStream>, Status> {
         let Some(stream) = self.streams.one() else {
+            self.refusals.add("streams");
             return Err(Status::resource_exhausted("too many streams are open"));
         };
-        let (picker, held) = (Arc::clone(&self.picker), self.held.part());
+        let (picker, held, refusals) = (Arc::clone(&self.picker), self.held.part(), Arc::clone(&self.refusals));
         let exchange = Exchange {
             _stream: stream,
             limits: self.limits,
+            refusals: Arc::clone(&refusals),
             messages: 0,
             inbound: request.into_inner(),
-            session: Session::new(picker, self.max_body, Arc::clone(&self.session_headers), held),
+            session: Session::new(picker, self.max_body, Arc::clone(&self.session_headers), held, refusals),
             replies: VecDeque::new(),
             delay: self.delay,
         };
@@ -198,6 +215,7 @@ impl ExternalProcessor for Processor {
 struct Exchange {
     _stream: Part,
     limits: EppServerLimits,
+    refusals: Arc<Refusals>,
     messages: usize,
     inbound: Streaming<ProcessingRequest>,
     session: Session,
@@ -209,6 +227,7 @@ impl Exchange {
     fn check(&mut self, message: &ProcessingRequest) -> Result<(), Status> {
         self.messages += 1;
         if !self.session.is_decided() && self.messages > self.limits.messages {
+            self.refusals.add("messages");
             return Err(Status::resource_exhausted(format!(
                 "more than {} messages for one request",
                 self.limits.messages
@@ -222,6 +241,7 @@ impl Exchange {
         let fields = fields.map_or(&[][..], |fields| &fields.headers);
         let bytes: usize = fields.iter().map(|field| field.key.len() + field.value.len() + field.raw_value.len()).sum();
         if fields.len() > self.limits.fields || bytes > self.limits.field_bytes {
+            self.refusals.add("fields");
             return Err(Status::resource_exhausted(format!("{} fields of {bytes} bytes in a head", fields.len())));
         }
         Ok(())
@@ -242,7 +262,10 @@ impl Exchange {
             let wait = if self.session.is_decided() { self.limits.response_idle } else { self.limits.idle };
             let message = match timeout(wait, self.inbound.message()).await {
                 Ok(message) => message?,
-                Err(_) => return Err(Status::deadline_exceeded(format!("no message for {wait:?}"))),
+                Err(_) => {
+                    self.refusals.add("silent");
+                    return Err(Status::deadline_exceeded(format!("no message for {wait:?}")));
+                }
             };
             let Some(message) = message else { return Ok(None) };
             self.check(&message)?;

@@ -24,18 +24,26 @@ pub struct User {
     pub gid: u32,
 }
 
-/// `uid:gid`, or `keep`.
+const USER_OR_KEEP: &str = r#""keep", or the numbers of a user and a group that are not root's, such as "65534:65534""#;
+
 fn user_or_keep() -> Value<Option<User>> {
-    let words = r#""keep", or the numbers of a user and a group that are not root's, such as "65534:65534""#;
-    let parse = |text: &str| {
-        if text == "keep" {
-            return Some(None);
-        }
-        let id = |text: &str| text.parse().ok().filter(|id| (1..u32::MAX).contains(id));
-        text.split_once(':').and_then(|(uid, gid)| Some(Some(User { uid: id(uid)?, gid: id(gid)? })))
-    };
-    Value::text(words, parse, |user| match user {
-        Some(User { uid, gid }) => format!("{uid}:{gid}"),
-        None => "keep".to_owned(),
-    })
+    Value::text(
+        USER_OR_KEEP,
+        |text| parse_user(text).ok(),
+        |user| match user {
+            Some(User { uid, gid }) => format!("{uid}:{gid}"),
+            None => "keep".to_owned(),
+        },
+    )
+}
+
+/// `uid:gid`, or `keep`. The error says what was expected.
+pub fn parse_user(text: &str) -> Result<Option<User>, &'static str> {
+    if text == "keep" {
+        return Ok(None);
+    }
+    let id = |text: &str| text.parse().ok().filter(|id| (1..u32::MAX).contains(id));
+    let user = text.split_once(':').and_then(|(uid, gid)| Some(User { uid: id(uid)?, gid: id(gid)? }));
+    user.map(Some).ok_or(USER_OR_KEEP)
+}
 }

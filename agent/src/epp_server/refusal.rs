@@ -19,6 +19,18 @@ pub(super) enum Refusal {
 }
 
 impl Refusal {
+    /// For the log.
+    pub(super) fn label(&self) -> &'static str {
+        match self {
+            Refusal::Json(_) => "json",
+            Refusal::NoModel | Refusal::ModelIsNotAString(_) => "model",
+            Refusal::TooLong(_) => "body_too_large",
+            Refusal::Full => "held_bytes",
+            Refusal::NoEndpoint(NoEndpoint::NoneEligible) => "no_endpoint",
+            Refusal::NoEndpoint(NoEndpoint::Saturated) => "saturated",
+        }
+    }
+
     /// The HTTP status, its name in the body, and the reason for the header `x-llm-d-request-dropped-reason`, if it is set.
     pub(super) fn terms(&self) -> (i32, &'static str, Option<&'static str>) {
         match self {

@@ -15,7 +15,7 @@ use penstock_proto::{
 };
 use tonic::Status;
 
-use super::{bounds::Part, refusal::Refusal, reply, subset, upload::Upload};
+use super::{bounds::Part, refusal::Refusal, refusals::Refusals, reply, subset, upload::Upload};
 use crate::{
     endpoint::in_flight::InFlight,
     picker::{
@@ -27,6 +27,7 @@ use crate::{
 type Replies = VecDeque<ProcessingResponse>;
 
 pub(super) struct Session {
+    refusals: Arc<Refusals>,
     picker: Arc<BuiltinPicker>,
     max_body: usize,
     session_headers: Arc<[HeaderName]>,
@@ -71,8 +72,10 @@ impl Session {
         max_body: usize,
         session_headers: Arc<[HeaderName]>,
         held: Part,
+        refusals: Arc<Refusals>,
     ) -> Self {
         Self {
+            refusals,
             picker,
             max_body,
             session_headers,
@@ -229,6 +232,7 @@ impl Session {
 
     fn refuse(&mut self, refusal: &Refusal, replies: &mut Replies) {
         tracing::debug!(%refusal, "request refused");
+        self.refusals.add(refusal.label());
         self.phase = Phase::Over;
         replies.push_back(reply::refused(refusal));
     }

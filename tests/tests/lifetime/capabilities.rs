@@ -8,6 +8,7 @@ use penstock_tests::{
     agent_process::AgentProcess,
     eventually,
     model_server::{Framing, Lengths, Options, Pauses},
+    process::Process,
 };
 
 use crate::{ANY_PORT, SOON};
@@ -47,8 +48,8 @@ async fn carried(agent: &AgentProcess, path: &str) -> f64 {
 }
 
 /// `/proc/pid/task/*/status`: each thread's name and fields.
-fn threads(agent: &AgentProcess) -> Vec<BTreeMap<String, String>> {
-    let tasks = fs::read_dir(format!("/proc/{}/task", agent.process.id())).unwrap();
+fn threads(process: u32) -> Vec<BTreeMap<String, String>> {
+    let tasks = fs::read_dir(format!("/proc/{process}/task")).unwrap();
     // A thread may end between the listing and the read.
     let statuses = tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("status")).ok());
     let fields = |line: &str| line.split_once(":\t").map(|(name, value)| (name.to_owned(), value.to_owned()));
@@ -60,7 +61,7 @@ fn set(thread: &BTreeMap<String, String>, name: &str) -> u64 {
 }
 
 /// Waits until no thread holds or can gain a capability, and all have this user, group and supplementary groups.
-async fn assert_no_capabilities(agent: &AgentProcess, user: u32, groups: &str) {
+async fn assert_no_capabilities(process: u32, user: u32, groups: &str) {
     let ids = [user; 4].map(|id| id.to_string()).join("\t");
     let as_wanted = |thread: &BTreeMap<String, String>| {
         ["CapEff", "CapPrm", "CapInh", "CapAmb"].map(|name| set(thread, name)) == [0; 4]
@@ -69,7 +70,7 @@ async fn assert_no_capabilities(agent: &AgentProcess, user: u32, groups: &str) {
             && thread.get("Groups").map_or("", |found| found.trim()) == groups
     };
     // A thread drops its capabilities first, but the start does not wait for it.
-    eventually(SOON, || threads(agent).iter().all(as_wanted)).await;
+    eventually(SOON, || threads(process).iter().all(as_wanted)).await;
 }
 
 const THREE: &str = "-all,+bpf,+net_admin,+perfmon";
@@ -84,7 +85,7 @@ async fn any_user_with_three_capabilities_can_steer() {
         let agent = AgentProcess::start_through(&through, ANY_PORT, server.addr, mode, "").await.unwrap();
         let output = agent.process.output();
         assert!(output.iter().any(|line| line.contains(said)), "{output:#?}");
-        assert_no_capabilities(&agent, USER, "").await;
+        assert_no_capabilities(agent.process.id(), USER, "").await;
         assert!(carried(&agent, mode).await > 0.0, "{mode}");
     }
 }
@@ -116,7 +117,7 @@ async fn root_with_five_capabilities_loads_programs_and_drops_root() {
     let bounded = format!("--bounding-set={FIVE}");
     let through = ["setpriv", "--no-new-privs", &bounded, "--inh-caps=-all"];
     let mut agent = AgentProcess::start_through(&through, ANY_PORT, server.addr, "auto", "").await.unwrap();
-    assert_no_capabilities(&agent, USER, "").await;
+    assert_no_capabilities(agent.process.id(), USER, "").await;
     let line = agent.process.line("capabilities: none kept", SOON).await.unwrap();
     assert!(line.contains("INFO") && line.contains("user: uid 65534, gid 65534, groups: none"), "{line}");
     assert!(carried(&agent, "local").await > 0.0);
@@ -127,7 +128,7 @@ async fn configured_user_and_groups_apply_to_reads() {
     let server = server().await;
     let settings = "[process]\nuser = \"61001:61001\"\ngroups = [61002]";
     let mut agent = AgentProcess::start(ANY_PORT, server.addr, "off", settings).await.unwrap();
-    assert_no_capabilities(&agent, 61_001, "61002").await;
+    assert_no_capabilities(agent.process.id(), 61_001, "61002").await;
     // A request body can still spill to a file.
     let body = vec![b'x'; 3 << 20];
     let mut client = Client::connect(agent.addr).await.unwrap();
@@ -175,11 +176,11 @@ async fn startup_capabilities_are_dropped_by_every_thread() {
     // Threads set their own names; the kernel keeps 15 bytes.
     let all =
         ["penstock-0", "penstock-1", "penstock-events", "penstock-contro", "penstock-spans", "endpoints", "admin"];
-    let named = |name: &&str| threads(&agent).iter().any(|thread| thread["Name"] == **name);
+    let named = |name: &&str| threads(agent.process.id()).iter().any(|thread| thread["Name"] == **name);
     eventually(SOON, || all.iter().all(named)).await;
-    assert_no_capabilities(&agent, USER, "").await;
+    assert_no_capabilities(agent.process.id(), USER, "").await;
     // These tests run as root, which may limit the bounding set.
-    assert!(threads(&agent).iter().all(|thread| set(thread, "CapBnd") == 0));
+    assert!(threads(agent.process.id()).iter().all(|thread| set(thread, "CapBnd") == 0));
     let line = agent.process.line("capabilities: ", SOON).await.unwrap();
     assert!(line.contains("INFO") && line.contains("none kept"), "{line}");
     assert!(carried(&agent, "ingress").await > 0.0);
@@ -199,7 +200,7 @@ async fn startup_capabilities_are_dropped_by_every_thread() {
     agent.write_config(server.addr, EVERYTHING).unwrap();
     agent.process.signal(nix::sys::signal::Signal::SIGHUP).unwrap();
     agent.process.line("configuration reloaded", SOON).await.unwrap();
-    assert_no_capabilities(&agent, USER, "").await;
+    assert_no_capabilities(agent.process.id(), USER, "").await;
 }
 
 #[tokio::test]
@@ -207,7 +208,7 @@ async fn capabilities_without_need_are_all_dropped() {
     let server = server().await;
     for (steering, settings, path) in [("ingress", "client_send_buffer = 131072", "ingress"), ("off", "", "relay")] {
         let agent = AgentProcess::start(ANY_PORT, server.addr, steering, settings).await.unwrap();
-        assert_no_capabilities(&agent, USER, "").await;
+        assert_no_capabilities(agent.process.id(), USER, "").await;
         let (_, ready) = agent.ask_admin("/readyz?verbose").await.unwrap();
         assert!(ready.contains("capabilities: none kept\n"), "{ready}");
         assert!(carried(&agent, path).await > 0.0);
@@ -225,12 +226,24 @@ async fn privileged_port_is_bound_before_capability_drop() {
     let through = ["setpriv", &user, &group, "--clear-groups", &with[0], &with[1], &with[2]];
     let agent = AgentProcess::start_through(&through, listen, server.addr, "off", "").await.unwrap();
     assert_eq!(agent.addr, listen);
-    assert_no_capabilities(&agent, USER, "").await;
-    assert!(threads(&agent).iter().all(|thread| set(thread, "CapBnd") == CAP_NET_BIND_SERVICE));
+    assert_no_capabilities(agent.process.id(), USER, "").await;
+    assert!(threads(agent.process.id()).iter().all(|thread| set(thread, "CapBnd") == CAP_NET_BIND_SERVICE));
 
     let none = ["setpriv", &user, &group, "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"];
     let listen = "127.0.0.2:82".parse().unwrap();
     let refused = AgentProcess::start_through(&none, listen, server.addr, "off", "").await;
     let Err(error) = refused else { panic!("bound without the capability") };
     assert!(format!("{error:#}").contains("Permission denied"), "{error:#}");
+}
+
+#[tokio::test]
+async fn picker_that_is_started_as_root_is_root_no_longer() {
+    for (flags, user) in [(&[][..], USER), (&["--user", "1000:1000"], 1000), (&["--user", "keep"], 0)] {
+        let args = [&["epp", "--listen", "127.0.0.1:0", "--endpoint", "127.0.0.1:1"], flags].concat();
+        let mut epp = Process::start("penstock", &args).unwrap();
+        epp.line(&format!("user: uid {user}, gid {user}"), SOON).await.unwrap();
+        assert_no_capabilities(epp.id(), user, "").await;
+    }
+    let mut epp = Process::start("penstock", &["epp", "--endpoint", "127.0.0.1:1", "--user", "0:0"]).unwrap();
+    epp.line("expected \"keep\", or the numbers of a user", SOON).await.unwrap();
 }
