@@ -4,6 +4,7 @@ pub mod body;
 pub mod budget;
 mod check;
 pub mod connection;
+mod crossing;
 pub mod discovery;
 mod feed;
 mod file;

@@ -16,5 +16,4 @@ pub mod date;
 pub mod trace_context;
 pub mod response;
 pub mod reply;
-pub mod frames;
 pub mod frame_heads;

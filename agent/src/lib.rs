@@ -16,7 +16,6 @@ pub mod budget;
 pub mod reserve;
 pub mod dns;
 pub mod admin;
-pub mod executor;
 pub mod http;
 pub mod telemetry;
 pub mod bbr;

@@ -85,6 +85,7 @@ impl Http2Client {
         let (answer, out) = self.streams.send_request(head, ends)?;
         Ok(Stream {
             answer: Some(answer),
+            interim: Vec::new(),
             body: None,
             out: Some(out),
             upload: None,
@@ -181,6 +182,8 @@ pub(crate) async fn send(out: &mut SendStream<Bytes>, mut piece: Bytes, ends: bo
 /// A running request. Dropping it cancels the stream.
 pub struct Stream {
     answer: Option<ResponseFuture>,
+    /// The interim heads so far.
+    interim: Vec<Head>,
     body: Option<RecvStream>,
     /// The request's body, if the caller sends it.
     out: Option<SendStream<Bytes>>,
@@ -231,17 +234,18 @@ impl Stream {
 
     /// Reads the head; an error if the stream ends first, with the cause in [`Self::reason`].
     pub async fn head(&mut self) -> Result<Head> {
-        let answer = self.answer.take().context("the head has been read")?;
+        let mut answer = self.answer.take().context("the head has been read")?;
+        let interim = &mut self.interim;
+        let answer = async move {
+            while let Some(Ok(head)) = poll_fn(|context| answer.poll_informational(context)).await {
+                interim.push(received(&head.into_parts().0));
+            }
+            answer.await
+        };
         let answer = timeout(self.patience, answer).await.context("timed out waiting for the head")?;
         let (head, body) = answer.inspect_err(|error| self.reason = reset(error))?.into_parts();
         self.body = Some(body);
-        Ok(Head {
-            status: head.status.as_u16(),
-            reason: String::new(),
-            headers: pairs(&head.headers),
-            raw: Bytes::new(),
-            at: Instant::now(),
-        })
+        Ok(received(&head))
     }
 
     /// The next bytes of the body, at most one DATA frame, or its end.
@@ -299,7 +303,17 @@ impl Stream {
             Ok(())
         });
         let read = read.await?;
-        Ok(Response { interim: Vec::new(), head, body, read, sent: self.sent })
+        Ok(Response { interim: std::mem::take(&mut self.interim), head, body, read, sent: self.sent })
+    }
+}
+
+fn received(head: &http::response::Parts) -> Head {
+    Head {
+        status: head.status.as_u16(),
+        reason: String::new(),
+        headers: pairs(&head.headers),
+        raw: Bytes::new(),
+        at: Instant::now(),
     }
 }
 

@@ -3,15 +3,16 @@
 //! The connection (`connection::http2`) handles the frames. Waits for the client's windows take at most
 //! `timeouts.idle`; then the stream is reset. Dropping this before the answer is complete resets the stream.
 
-use std::{future::poll_fn, io, rc::Rc, time::Duration};
+use std::{future::poll_fn, io, pin::pin, rc::Rc, time::Duration};
 
 use bytes::Bytes;
+use futures_util::future::FutureExt as _;
 use h2::{Reason, RecvStream, SendStream, server::SendResponse};
 use http::{HeaderMap, Response, header, request};
 use hyper::body::Frame;
 use tokio::time::timeout;
 
-use super::traffic::Traffic;
+use super::traffic::{Stall, Traffic};
 use crate::http::date;
 
 /// Checks of a waiting stream within its limit.
@@ -25,6 +26,8 @@ pub struct ClientStream {
     traffic: Rc<Traffic>,
     /// Bytes of the response body sent so far.
     sent: u64,
+    /// Interim heads so far.
+    interim: u64,
     /// How long the client may go without opening its window.
     idle: Option<Duration>,
     stalled: bool,
@@ -52,7 +55,7 @@ impl ClientStream {
         let (id, tls) = (answer.stream_id().as_u32(), traffic.wire().borrow().is_tls());
         traffic.open(id);
         let state = State::Unanswered(answer);
-        (parts, Self { body, state, tls, id, traffic, sent: 0, idle: None, stalled: false })
+        (parts, Self { body, state, tls, id, traffic, sent: 0, interim: 0, idle: None, stalled: false })
     }
 
     pub fn is_tls(&self) -> bool {
@@ -111,6 +114,25 @@ impl ClientStream {
         }
         self.head(head, false)?;
         self.write(body, true).await
+    }
+
+    /// Sends an interim head, and waits until it has been written: an endpoint that sends many is not read faster than the
+    /// client is written to. `TimedOut` when the client took nothing for too long.
+    pub async fn interim(&mut self, head: Response<()>) -> io::Result<()> {
+        let State::Unanswered(answer) = &mut self.state else { return Err(gone()) };
+        answer.send_informational(head).map_err(io::Error::other)?;
+        self.interim += 1;
+        let written = async {
+            tokio::select! {
+                () = self.traffic.heads_written(self.id, self.interim) => Ok(()),
+                _ = poll_fn(|cx| answer.poll_reset(cx)) => Err(gone()),
+            }
+        };
+        // Whatever the client acknowledges brings the head nearer.
+        let stalls = || self.traffic.watch(self.id, u64::MAX, self.idle.unwrap_or_default());
+        let done = patiently(written, self.idle, stalls, &self.traffic).await;
+        self.stalled = done.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::TimedOut);
+        done
     }
 
     /// Sends the head of an answer whose body follows.
@@ -173,23 +195,38 @@ impl ClientStream {
             return Ok(out.capacity());
         }
         let room = async {
-            match poll_fn(|cx| out.poll_capacity(cx)).await {
-                Some(Ok(room)) => Ok(room),
-                Some(Err(_)) | None => Err(gone()),
+            // Also Ready where what there was has gone to another stream meanwhile.
+            while out.capacity() == 0 {
+                let Some(Ok(_)) = poll_fn(|cx| out.poll_capacity(cx)).await else { return Err(gone()) };
             }
+            Ok(out.capacity())
         };
-        let Some(idle) = self.idle else { return room.await };
-        let mut room = std::pin::pin!(room);
-        let mut stall = self.traffic.watch(self.id, self.sent, idle)?;
-        loop {
-            if let Ok(room) = timeout(idle / CHECKS, room.as_mut()).await {
-                return room;
-            }
-            if let Err(error) = stall.look(&self.traffic) {
-                self.stalled = error.kind() == io::ErrorKind::TimedOut;
-                return Err(error);
-            }
+        let stalls = || self.traffic.watch(self.id, self.sent, self.idle.unwrap_or_default());
+        let room = patiently(room, self.idle, stalls, &self.traffic).await;
+        self.stalled = room.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::TimedOut);
+        room
+    }
+}
+
+/// Waits for `work` as long as `stall`, which is asked several times in `idle`, sees the client take something.
+async fn patiently<T>(
+    work: impl Future<Output = io::Result<T>>,
+    idle: Option<Duration>,
+    stall: impl FnOnce() -> io::Result<Stall>,
+    traffic: &Traffic,
+) -> io::Result<T> {
+    let Some(idle) = idle else { return work.await };
+    let mut work = pin!(work);
+    // Most waits are none.
+    if let Some(done) = work.as_mut().now_or_never() {
+        return done;
+    }
+    let mut stall = stall()?;
+    loop {
+        if let Ok(done) = timeout(idle / CHECKS, work.as_mut()).await {
+            return done;
         }
+        stall.look(traffic)?;
     }
 }
 

@@ -26,10 +26,20 @@ const FRAMES: Duration = Duration::from_secs(10);
 /// connection for each DATA frame, and measure bandwidth by PINGs.
 const EXPLAINED: u32 = 8;
 
+/// What has been written of one stream's response.
+#[derive(Debug, Default, Clone, Copy)]
+struct Written {
+    /// Of DATA.
+    bytes: u64,
+    heads: u64,
+}
+
 pub struct Traffic {
     wire: RefCell<Wire>,
-    /// Bytes of DATA written, by stream.
-    written: RefCell<HashMap<u32, u64>>,
+    /// What has been written, by stream.
+    written: RefCell<HashMap<u32, Written>>,
+    /// Notified when a head has been written.
+    head_written: Notify,
     /// Requests that the client may reset before they are answered.
     resets: RefCell<Budget>,
     /// Frames without message content.
@@ -49,6 +59,7 @@ impl Traffic {
         Self {
             wire: RefCell::new(wire),
             written: RefCell::default(),
+            head_written: Notify::new(),
             resets: RefCell::new(Budget::new(resets, RESETS, now)),
             frames: RefCell::new(Budget::new(frames, FRAMES, now)),
             last_content: Cell::new(now),
@@ -91,10 +102,16 @@ impl Traffic {
                 self.last_content.set(now);
                 self.frames.borrow_mut().earn(EXPLAINED);
                 if let Some(written) = self.written.borrow_mut().get_mut(&frame.stream) {
-                    *written += frame.length as u64;
+                    written.bytes += frame.length as u64;
                 }
             }
-            kind::HEADERS => self.last_content.set(now),
+            kind::HEADERS => {
+                self.last_content.set(now);
+                if let Some(written) = self.written.borrow_mut().get_mut(&frame.stream) {
+                    written.heads += 1;
+                }
+                self.head_written.notify_waiters();
+            }
             _ => {}
         }
     }
@@ -132,7 +149,7 @@ impl Traffic {
 
     /// Starts to count the written bytes of this stream.
     pub fn open(&self, stream: u32) {
-        self.written.borrow_mut().insert(stream, 0);
+        self.written.borrow_mut().insert(stream, Written::default());
     }
 
     pub fn close(&self, stream: u32) {
@@ -168,7 +185,18 @@ impl Traffic {
     }
 
     fn written_of(&self, stream: u32) -> u64 {
-        self.written.borrow().get(&stream).copied().unwrap_or_default()
+        self.written.borrow().get(&stream).copied().unwrap_or_default().bytes
+    }
+
+    /// Resolves when so many heads of this stream have been written. Cancel-safe.
+    pub async fn heads_written(&self, stream: u32, heads: u64) {
+        loop {
+            let written = self.head_written.notified();
+            if self.written.borrow().get(&stream).is_some_and(|written| written.heads >= heads) {
+                return;
+            }
+            written.await;
+        }
     }
 }
 

@@ -5,13 +5,16 @@
 use std::io;
 
 use bytes::{Bytes, BytesMut};
+use h2::RecvStream;
 use http::HeaderMap;
-use http_body_util::BodyExt as _;
-use hyper::body::Incoming;
 use penstock_common::framing::Framing;
 
-use super::{connection::EndpointConnection, http2::Stream, sending::Sending};
-use crate::http::{frames::CutReason, trailers};
+use super::{
+    connection::EndpointConnection,
+    http2::{self, Stream},
+    sending::{CutReason, Sending},
+};
+use crate::http::trailers;
 
 /// Size of the read buffer, and so of the largest piece.
 const READ: usize = 64 * 1024;
@@ -26,7 +29,7 @@ pub enum ResponseBody {
     },
     Http2 {
         /// `None` if the response has no body, whatever the endpoint sends.
-        body: Option<Incoming>,
+        body: Option<RecvStream>,
         /// Kept as long as the body.
         stream: Stream,
         /// The request, which may still be sent.
@@ -61,7 +64,7 @@ impl ResponseBody {
     pub fn is_done(&self) -> bool {
         match self {
             Self::Http1 { framing, .. } => framing.is_done(),
-            Self::Http2 { body, .. } => body.as_ref().is_none_or(hyper::body::Body::is_end_stream),
+            Self::Http2 { body, .. } => body.as_ref().is_none_or(RecvStream::is_end_stream),
         }
     }
 
@@ -112,14 +115,12 @@ impl ResponseBody {
     }
 }
 
-async fn next_frame(body: &mut Incoming) -> io::Result<Piece> {
-    loop {
-        let frame = body.frame().await.transpose().map_err(io::Error::other)?;
-        match frame.map(hyper::body::Frame::into_data) {
-            None => return Ok(Piece::End(HeaderMap::new())),
-            Some(Ok(data)) if data.is_empty() => {}
-            Some(Ok(data)) => return Ok(Piece::Data(data)),
-            Some(Err(frame)) => return Ok(Piece::End(frame.into_trailers().unwrap_or_default())),
+async fn next_frame(body: &mut RecvStream) -> io::Result<Piece> {
+    while let Some(data) = http2::data(body).await.map_err(io::Error::other)? {
+        if !data.is_empty() {
+            return Ok(Piece::Data(data));
         }
     }
+    let trailers = http2::trailers(body).await.map_err(io::Error::other)?;
+    Ok(Piece::End(trailers.unwrap_or_default()))
 }

@@ -12,7 +12,7 @@ use tokio::{
     time::Instant,
 };
 
-use super::{sending::Sending, times::Times};
+use super::{crossing, sending::Sending, times::Times};
 use crate::{
     kernel::socket,
     metrics::InFlight,
@@ -135,6 +135,13 @@ impl EndpointConnection {
             Io::Quiet(quiet) => socket::acknowledged(quiet.get_ref()).ok(),
             Io::Gone => None,
         }
+    }
+
+    /// After the end of the connection: whether the endpoint's kernel has acknowledged more than `before`. `None` if that is unknown.
+    /// See [`crossing`].
+    pub async fn acknowledged_more(&self, before: Option<u64>) -> Option<bool> {
+        let (Io::Ready(stream), Some(before)) = (&self.io, before) else { return None };
+        crossing::decided(|| crossing::look(stream, before)).await
     }
 
     /// Puts the endpoint's own socket into the map until the end of its response. See [`Source::admit`].

@@ -12,19 +12,23 @@ use std::{
     pin::pin,
     rc::Rc,
     sync::Arc,
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
+use bytes::Bytes;
 use futures_util::future::{FutureExt as _, LocalBoxFuture, Shared};
-use hyper::client::conn::http2::{Builder, SendRequest};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use h2::{
+    RecvStream, SendStream,
+    client::{Builder, ResponseFuture, SendRequest},
+};
 use tokio::{net::TcpSocket, sync::watch, time::Instant};
 
 use super::{
     times::Times,
     wire::{Link, Wire},
 };
-use crate::{executor::LocalExecutor, http::frames::FrameBody, kernel::socket};
+use crate::kernel::socket;
 
 /// Most connections to one endpoint. Beyond that, requests queue for a stream.
 const MAX_CONNECTIONS: usize = 64;
@@ -35,8 +39,8 @@ const STREAM_WINDOW: u32 = 128 << 10;
 const CONNECTION_WINDOW: u32 = 1 << 30;
 /// Bytes of a request's body that are buffered beyond the endpoint's window.
 const SEND_BUFFER: usize = 64 << 10;
-/// How often a new connection is polled for the endpoint's settings: hyper reads them in a task that wakes nobody.
-const SETTINGS_POLL: Duration = Duration::from_millis(1);
+/// Bytes of the fields of a head or of trailers.
+const HEAD: u32 = 16 << 10;
 
 #[derive(Clone)]
 pub struct Http2Pool(Rc<Inner>);
@@ -56,7 +60,7 @@ struct Endpoint {
 type Dial = Shared<LocalBoxFuture<'static, Result<(), Arc<io::Error>>>>;
 
 struct Connection {
-    send: SendRequest<FrameBody>,
+    send: SendRequest<Bytes>,
     /// The endpoint's limit of concurrent streams; 0 until it has sent its settings.
     limit: watch::Receiver<usize>,
     load: Rc<Load>,
@@ -71,7 +75,7 @@ struct Load {
 
 /// One stream of a connection. Dropping it frees the stream.
 pub struct Stream {
-    pub send: SendRequest<FrameBody>,
+    send: SendRequest<Bytes>,
     /// Whether the connection has carried requests before.
     pub reused: bool,
     load: Rc<Load>,
@@ -79,9 +83,44 @@ pub struct Stream {
 }
 
 impl Stream {
+    /// Opens it with this head, whose body follows unless it `ends` the request.
+    pub fn open(
+        &mut self,
+        head: http::Request<()>,
+        ends: bool,
+    ) -> Result<(ResponseFuture, SendStream<Bytes>), h2::Error> {
+        self.send.send_request(head, ends)
+    }
+
     /// Bytes of the whole connection that the endpoint's kernel has acknowledged. Returns `None` if that is unknown.
     pub fn acknowledged(&self) -> Option<u64> {
         self.link.acknowledged()
+    }
+
+    /// After the end of the connection: whether the endpoint's kernel has acknowledged more than `before`. `None`: not known.
+    pub async fn acknowledged_more(&self, before: Option<u64>) -> Option<bool> {
+        self.link.acknowledged_more(before?).await
+    }
+}
+
+/// Waits for the next bytes of a body, and takes them: `None` at its end. Cancel-safe.
+pub async fn data(body: &mut RecvStream) -> Result<Option<Bytes>, h2::Error> {
+    match body.data().await.transpose() {
+        Ok(Some(data)) => {
+            body.flow_control().release_capacity(data.len())?;
+            Ok(Some(data))
+        }
+        // The endpoint has answered in full and wants no more of the request (RFC 9113 §8.1).
+        Err(error) if error.reason() == Some(h2::Reason::NO_ERROR) => Ok(None),
+        other => other,
+    }
+}
+
+/// The trailers behind a body that has ended. Cancel-safe.
+pub async fn trailers(body: &mut RecvStream) -> Result<Option<http::HeaderMap>, h2::Error> {
+    match body.trailers().await {
+        Err(error) if error.reason() == Some(h2::Reason::NO_ERROR) => Ok(None),
+        other => other,
     }
 }
 
@@ -128,17 +167,24 @@ impl Http2Pool {
             let wanted = wanted(address);
             endpoint.connections.retain(|connection| {
                 let busy = connection.load.streams.get() > 0;
-                !connection.send.is_closed()
-                    && (busy || (wanted && connection.load.idle_since.get().elapsed() < keep_alive))
+                !connection.is_closed() && (busy || (wanted && connection.load.idle_since.get().elapsed() < keep_alive))
             });
             !endpoint.connections.is_empty() || endpoint.dialling.is_some()
         });
     }
 }
 
+impl Connection {
+    /// It has ended, or the endpoint has told it to go.
+    fn is_closed(&self) -> bool {
+        let mut nobody = Context::from_waker(Waker::noop());
+        matches!(self.send.clone().poll_ready(&mut nobody), Poll::Ready(Err(_)))
+    }
+}
+
 impl Endpoint {
     fn stream(&mut self) -> Option<Stream> {
-        self.connections.retain(|connection| !connection.send.is_closed());
+        self.connections.retain(|connection| !connection.is_closed());
         let room = |connection: &&Connection| connection.load.streams.get() < *connection.limit.borrow();
         let connection = match self.connections.iter().find(room) {
             Some(connection) => connection,
@@ -177,24 +223,23 @@ async fn connect(address: SocketAddr, times: Times) -> io::Result<Connection> {
     let tcp = socket.connect(address).await?;
     tcp.set_nodelay(true)?;
     let (wire, link) = Wire::new(tcp);
-    let (send, connection) = Builder::new(LocalExecutor)
-        .timer(TokioTimer::new())
+    let (send, connection) = Builder::new()
+        .enable_push(false)
         .initial_max_send_streams(0)
-        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_send_buf_size(SEND_BUFFER)
-        .handshake(TokioIo::new(wire))
+        .max_header_list_size(HEAD)
+        .max_send_buffer_size(SEND_BUFFER)
+        .handshake(wire)
         .await
         .map_err(io::Error::other)?;
     let (told, mut limit) = watch::channel(0);
     tokio::task::spawn_local(async move {
         let mut connection = pin!(connection);
-        let mut look = tokio::time::interval(SETTINGS_POLL);
         let ended = std::future::poll_fn(|cx| {
             let ended = connection.as_mut().poll(cx);
-            let now = connection.current_max_send_streams();
+            let now = connection.max_concurrent_send_streams();
             told.send_if_modified(|limit| std::mem::replace(limit, now) != now);
-            while now == 0 && ended.is_pending() && look.poll_tick(cx).is_ready() {}
             ended
         });
         if let Err(error) = ended.await {

@@ -11,6 +11,7 @@ use std::{
 };
 
 use futures_util::future::{FutureExt as _, LocalBoxFuture};
+use h2::Reason;
 use tokio::time::Instant;
 
 use crate::http::body::BodyError;
@@ -24,6 +25,27 @@ pub enum SendError {
     Stalled(Duration),
     /// Writing failed. The endpoint may have responded and closed.
     Refused,
+}
+
+/// With what reason a stream is reset whose request is not sent to its end. Clones are the same.
+#[derive(Debug, Clone)]
+pub struct CutReason(Rc<Cell<Reason>>);
+
+impl Default for CutReason {
+    fn default() -> Self {
+        Self(Rc::new(Cell::new(Reason::CANCEL)))
+    }
+}
+
+impl CutReason {
+    /// The endpoint has answered, and needs no more of it (RFC 9113 §8.1).
+    pub fn set_answered(&self) {
+        self.0.set(Reason::NO_ERROR);
+    }
+
+    pub fn get(&self) -> Reason {
+        self.0.get()
+    }
 }
 
 /// Clones share the same request.

@@ -1,4 +1,4 @@
-//! The socket that hyper uses for an HTTP/2 connection to an endpoint. The number of acknowledged bytes can be read while hyper
+//! The socket that h2 uses for an HTTP/2 connection to an endpoint. The number of acknowledged bytes can be read while h2
 //! owns the socket and after it was closed.
 
 use std::{
@@ -14,9 +14,10 @@ use tokio::{
     net::TcpStream,
 };
 
+use super::crossing;
 use crate::kernel::socket;
 
-/// hyper's side. Dropping it closes the connection.
+/// h2's side. Dropping it closes the connection: at once, or with its link if the endpoint may still acknowledge something.
 pub(super) struct Wire(Rc<Link>);
 
 /// The agent's view of the socket.
@@ -50,8 +51,21 @@ impl Link {
     }
 }
 
+impl Link {
+    /// As [`EndpointConnection::acknowledged_more`](super::connection::EndpointConnection::acknowledged_more).
+    pub(super) async fn acknowledged_more(&self, before: u64) -> Option<bool> {
+        if let Some(last) = self.last.get() {
+            return Some(last > before);
+        }
+        crossing::decided(|| crossing::look(self.stream.borrow().as_ref()?, before)).await
+    }
+}
+
 impl Drop for Wire {
     fn drop(&mut self) {
+        if self.0.stream.borrow().as_ref().is_some_and(crossing::may_follow) {
+            return;
+        }
         self.0.last.set(self.0.acknowledged());
         self.0.stream.take();
     }

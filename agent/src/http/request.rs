@@ -145,7 +145,7 @@ impl RequestParser {
     }
 }
 
-/// Converts the head of an HTTP/2 request to the form of HTTP/1.1. hyper has refused what RFC 9113 §8.2 forbids.
+/// Converts the head of an HTTP/2 request to the form of HTTP/1.1. h2 has refused what RFC 9113 §8.2 forbids.
 /// `ended`: no body follows.
 pub fn from_http2(mut parts: request::Parts, ended: bool, limits: &HeadLimits) -> Result<RequestHead, RequestError> {
     if matches!(parts.method, Method::CONNECT | Method::TRACE) {
@@ -181,7 +181,7 @@ pub fn from_http2(mut parts: request::Parts, ended: bool, limits: &HeadLimits) -
         Declared::Length(bytes) => RequestBody::Frames(Some(bytes)),
         Declared::Nothing | Declared::Chunked => RequestBody::Frames(None),
     };
-    // hyper handles Expect itself.
+    // h2 leaves Expect to the agent, which reads the body anyway.
     parts.headers.remove(header::EXPECT);
     Ok(RequestHead { parts, body, keep_alive: true, expect_continue: false, upgrade: None })
 }

@@ -209,6 +209,16 @@ pub fn from_http2(
     })
 }
 
+/// An interim head that came over HTTP/2.
+pub fn interim_from_http2(parts: response::Parts, limits: &HeadLimits) -> Result<ResponseHead, ResponseError> {
+    if parts.status == StatusCode::SWITCHING_PROTOCOLS {
+        return Err(ResponseError::SwitchingProtocols);
+    }
+    // Any method: an interim response has no body.
+    let head = from_http2(parts, true, &Method::GET, limits)?;
+    Ok(ResponseHead { interim: true, ..head })
+}
+
 /// Whether the response has no body whatever its fields say (RFC 9112 §6.3, first rule).
 fn never_has_body(status: StatusCode, request_method: &Method) -> bool {
     let never = status.is_informational() || status == StatusCode::NO_CONTENT || status == StatusCode::NOT_MODIFIED;
@@ -238,13 +248,19 @@ impl ResponseHead {
         self.body == BodyKind::Chunked && client == Version::HTTP_10
     }
 
-    /// The head for an HTTP/2 client.
-    pub fn frames(&self) -> Response<()> {
+    /// An interim head as a client of HTTP/2 gets it: without a length, because it has no body.
+    pub fn interim_frames(&self) -> Response<()> {
         let mut head = Response::new(());
         *head.status_mut() = self.status;
         let own = |name: &HeaderName| headers::is_hop_by_hop(name) || name == header::CONTENT_LENGTH;
         let fields = self.headers.iter().filter(|(name, _)| !own(name));
         head.headers_mut().extend(fields.map(|(name, value)| (name.clone(), value.clone())));
+        head
+    }
+
+    /// The head as a client of HTTP/2 gets it.
+    pub fn frames(&self) -> Response<()> {
+        let mut head = self.interim_frames();
         let told = match self.body {
             BodyKind::Length(_) => self.content_length,
             BodyKind::None => self.content_length.filter(|_| self.status != StatusCode::NO_CONTENT),

@@ -29,7 +29,11 @@ use crate::{
         sending::{SendError, Sending},
     },
     error::Error,
-    http::{head::HeadLimits, headers, response::ResponseHead},
+    http::{
+        head::HeadLimits,
+        headers,
+        response::{ResponseError, ResponseHead},
+    },
     picker::builtin::NoEndpoint,
     upload::Upload,
     worker::Worker,
@@ -74,18 +78,23 @@ pub(super) async fn dispatch(
     response
 }
 
-/// Whether interim responses are forwarded: not to HTTP/1.0 clients (RFC 9110 §15.2) and not to HTTP/2 clients (docs/limits.md).
+/// Whether interim responses are forwarded: not to HTTP/1.0 clients (RFC 9110 §15.2).
 fn takes_interim(client: &Client, request: &Request) -> bool {
-    matches!(client, Client::Http1(_)) && request.parts.version == Version::HTTP_11
+    matches!(client, Client::Http2(_)) || request.parts.version == Version::HTTP_11
 }
 
 /// Sends an interim head to the client.
 async fn forward_interim(client: &mut Client, job: &Job<'_>, mut head: ResponseHead) -> Result<(), Error> {
-    let Client::Http1(socket) = client else { return Ok(()) };
     headers::prepare_interim(&mut head.headers, head.version, &job.worker.shared.config.headers);
-    let mut out = BytesMut::new();
-    head.write_head(&mut out, true, job.request.parts.version);
-    match with_timeout(job.idle(), socket.write_all(&out)).await {
+    let sent = match client {
+        Client::Http1(socket) => {
+            let mut out = BytesMut::new();
+            head.write_head(&mut out, true, job.request.parts.version);
+            with_timeout(job.idle(), socket.write_all(&out)).await
+        }
+        Client::Http2(stream) => Some(stream.interim(head.interim_frames()).await),
+    };
+    match sent {
         Some(Ok(())) => Ok(()),
         _ => Err(Error::ClientGone),
     }
@@ -252,6 +261,29 @@ impl AttemptError {
 impl From<Error> for AttemptError {
     fn from(error: Error) -> Self {
         Self::Final(error)
+    }
+}
+
+/// Most interim heads before one response.
+const INTERIM_HEADS: usize = 1024;
+/// Most bytes of them, as a multiple of `limits.head_bytes`.
+const INTERIM_BYTES: usize = 16;
+
+/// The interim heads of one response so far.
+#[derive(Default)]
+struct Interim {
+    heads: usize,
+    bytes: usize,
+}
+
+impl Interim {
+    fn add(&mut self, bytes: usize, limits: &HeadLimits) -> Result<(), ResponseError> {
+        (self.heads, self.bytes) = (self.heads + 1, self.bytes + bytes);
+        let most = INTERIM_BYTES * limits.bytes;
+        if self.heads > INTERIM_HEADS {
+            return Err(ResponseError::Interim { limit: INTERIM_HEADS, what: "heads" });
+        }
+        if self.bytes > most { Err(ResponseError::Interim { limit: most, what: "bytes" }) } else { Ok(()) }
     }
 }
 

@@ -28,20 +28,20 @@ use crate::setting::{Setting, echo, error};
 const SOON: Duration = Duration::from_secs(10);
 
 #[derive(Clone, Copy)]
-enum Then {
+pub(crate) enum Then {
     Keep,
     Close,
     Reset,
 }
 
 /// Answers every request with the same bytes. Requests must not have a body.
-struct Endpoint {
-    addr: SocketAddr,
+pub(crate) struct Endpoint {
+    pub(crate) addr: SocketAddr,
     accepted: Arc<AtomicU64>,
 }
 
 impl Endpoint {
-    async fn start(answer: &[u8], then: Then) -> Self {
+    pub(crate) async fn start(answer: &[u8], then: Then) -> Self {
         let listener = TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let (addr, accepted) = (listener.local_addr().unwrap(), Arc::new(AtomicU64::new(0)));
         let (answer, count) = (answer.to_vec(), Arc::clone(&accepted));
@@ -54,7 +54,7 @@ impl Endpoint {
         Self { addr, accepted }
     }
 
-    fn accepted(&self) -> u64 {
+    pub(crate) fn accepted(&self) -> u64 {
         self.accepted.load(Ordering::Relaxed)
     }
 }
@@ -87,7 +87,7 @@ async fn head(stream: &mut TcpStream) -> Option<(String, Vec<u8>)> {
     }
 }
 
-async fn before(endpoint: SocketAddr) -> (TestAgent, Client) {
+pub(crate) async fn before(endpoint: SocketAddr) -> (TestAgent, Client) {
     let agent = TestAgent::start(builtin_pool(&[endpoint]), SteeringMode::Off, |config| {
         config.limits.head_bytes = 4096;
         config.limits.headers = 32;
@@ -219,95 +219,6 @@ async fn malformed_response_bodies_are_broken_off() {
             client = Client::connect(agent.addr).await.unwrap();
         }
     }
-}
-
-/// RFC 9110 §15.2: forwarded to HTTP/1.1 and not to HTTP/1.0. The agent requests the body itself, so it consumes `100 Continue`.
-#[tokio::test]
-async fn interim_responses_are_forwarded() {
-    let interim = "HTTP/1.1 103 Early Hints\r\nlink: </a>\r\nconnection: x-hop\r\nx-hop: 1\r\nx-penstock-reason: no\r\n\r\n\
-                   HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 102 Processing\r\ncontent-length: 0\r\n\r\n";
-    let answer = format!("{interim}HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello");
-    let endpoint = Endpoint::start(answer.as_bytes(), Then::Keep).await;
-    let (_agent, mut client) = before(endpoint.addr).await;
-    for _ in 0..2 {
-        let response = client.request(&echo()).await.unwrap();
-        assert_eq!((response.status(), response.text().as_str()), (200, "hello"));
-        let statuses: Vec<_> = response.interim.iter().map(|head| head.status).collect();
-        assert_eq!(statuses, [103, 102]);
-        let hints = &response.interim[0];
-        assert_eq!((hints.header("link"), hints.header("via")), (Some("</a>"), Some("1.1 penstock")));
-        for head in &response.interim {
-            for name in ["x-hop", "connection", "x-penstock-reason", "content-length", "date"] {
-                assert_eq!(head.header(name), None, "{name}");
-            }
-        }
-    }
-    client.send_raw(b"GET /test/echo HTTP/1.0\r\nconnection: keep-alive\r\n\r\n").await.unwrap();
-    let response = client.response().await.unwrap();
-    assert_eq!((response.status(), response.text().as_str(), response.interim.len()), (200, "hello", 0));
-    assert_eq!(endpoint.accepted(), 1);
-}
-
-/// Many interim responses, then the final one.
-#[tokio::test]
-async fn many_interim_responses_are_forwarded() {
-    let interim = "HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n".repeat(500);
-    let answer = format!("{interim}HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello");
-    let endpoint = Endpoint::start(answer.as_bytes(), Then::Keep).await;
-    let (_agent, mut client) = before(endpoint.addr).await;
-    let response = client.request(&echo()).await.unwrap();
-    assert_eq!((response.status(), response.text().as_str(), response.interim.len()), (200, "hello", 500));
-}
-
-/// Answers each request with the same interim head repeatedly, with an optional pause between them.
-async fn endless(head: &'static str, pause: Option<Duration>) -> SocketAddr {
-    let listener = TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).await.unwrap();
-    let addr = listener.local_addr().unwrap();
-    tokio::spawn(async move {
-        while let Ok((mut stream, _)) = listener.accept().await {
-            tokio::spawn(async move {
-                let mut request = [0; 1];
-                stream.read_exact(&mut request).await.unwrap();
-                while stream.write_all(head.as_bytes()).await.is_ok() {
-                    if let Some(pause) = pause {
-                        tokio::time::sleep(pause).await;
-                    }
-                }
-            });
-        }
-    });
-    addr
-}
-
-/// Their number and size are limited, whether the agent consumes them (100) or forwards them (103).
-#[tokio::test]
-async fn endless_interim_responses_return_502() {
-    for head in ["HTTP/1.1 100 Continue\r\n\r\n", "HTTP/1.1 103 Early Hints\r\n\r\n"] {
-        let (agent, mut client) = before(endless(head, None).await).await;
-        let response = client.request(&echo()).await.unwrap();
-        assert_eq!((response.status(), error(&response).0.as_str()), (502, "bad_response"), "{head}");
-        assert!(response.interim.len() <= 1024, "{}", response.interim.len());
-        let counted = || agent.count("penstock_requests_total", &["reason=\"bad_response\""]) == 1;
-        eventually(SOON, counted).await;
-    }
-    let long: &str = Box::leak(format!("HTTP/1.1 103 E\r\na: {}\r\n\r\n", "x".repeat(4000)).into_boxed_str());
-    let (_agent, mut client) = before(endless(long, None).await).await;
-    let response = client.request(&echo()).await.unwrap();
-    assert_eq!((response.status(), error(&response).0.as_str()), (502, "bad_response"));
-    assert!(response.interim.len() <= 16, "{}", response.interim.len());
-}
-
-/// The timeout covers the wait for the head of the final response.
-#[tokio::test]
-async fn interim_responses_do_not_extend_first_byte_timeout() {
-    let addr = endless("HTTP/1.1 103 Early Hints\r\n\r\n", Some(Duration::from_millis(20))).await;
-    let agent = TestAgent::start(builtin_pool(&[addr]), SteeringMode::Off, |config| {
-        config.timeouts.first_byte = Some(Duration::from_millis(500));
-    });
-    let mut client = Client::connect(agent.addr).await.unwrap();
-    let response = client.request(&echo()).await.unwrap();
-    assert_eq!((response.status(), error(&response).0.as_str()), (504, "first_byte_timeout"));
-    assert!(!response.interim.is_empty());
 }
 
 /// RFC 9110 §6.6.1.

@@ -5,6 +5,7 @@ mod bodies;
 mod endpoints;
 mod formats;
 mod heads;
+mod interim;
 mod setting;
 mod smuggling;
 mod timeouts;

@@ -1,9 +1,18 @@
 //! HTTP/2 endpoints: shared connections, their stream limits, and requests that they refuse unprocessed.
 
-use std::{future::Future, time::Duration};
+use std::{
+    collections::BTreeSet,
+    future::Future,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use futures_util::future::join_all;
 use http::HeaderMap;
+use parking_lot::Mutex;
 use penstock_agent::config::{AppProtocol, Config, FailureMode, Pool, SteeringMode};
 use penstock_tests::{
     BodyEnd, Http2Client, Http2Options, Http2Server, ModelServer, Plan, Refusing, Request, ScriptedEpp,
@@ -12,7 +21,7 @@ use penstock_tests::{
     content::Fnv,
     eventually,
     http2_client::Stream,
-    http2_frames::{Frame, Http2Frames, kind},
+    http2_frames::{END_STREAM, Frame, Http2Frames, kind},
     model_server::{Fault, FaultKind, Framing, Lengths, Options},
     scripted_epp::{Endpoints, LlmdRouter},
     stage::{echo, json},
@@ -455,4 +464,94 @@ async fn http10_client_is_served() {
         }
     }
     assert_eq!(server.seen()[0].header(":authority"), Some(server.addr.to_string().as_str()));
+}
+
+/// What an endpoint sees of the streams of its one connection: which are open, and with what error others were reset.
+#[derive(Default)]
+struct Seen {
+    open: BTreeSet<u32>,
+    resets: Vec<(u32, Option<u32>)>,
+}
+
+/// Whatever becomes of its request, a stream ends: the endpoint need not make room for it.
+#[tokio::test]
+async fn upload_that_gets_no_window_is_reset() {
+    const NO_ERROR: u32 = 0;
+    const CANCEL: u32 = 8;
+    let seen = Arc::<Mutex<Seen>>::default();
+    let shared = Arc::clone(&seen);
+    let accepted = Arc::<AtomicU64>::default();
+    let connections = Arc::clone(&accepted);
+    // Opens no window. Answers what has no body, and the fourth upload at once.
+    let addr = by_hand(move |_, mut frames| {
+        let seen = Arc::clone(&shared);
+        connections.fetch_add(1, Relaxed);
+        async move {
+            while let Some(frame) = frames.next().await? {
+                match frame.kind {
+                    kind::HEADERS if frame.flags & END_STREAM != 0 => frames.send(&all_is_well(frame.stream)).await?,
+                    kind::HEADERS => {
+                        seen.lock().open.insert(frame.stream);
+                        if frame.stream == 7 {
+                            frames.send(&all_is_well(frame.stream)).await?;
+                        }
+                    }
+                    kind::RST_STREAM => {
+                        let mut seen = seen.lock();
+                        seen.open.remove(&frame.stream);
+                        seen.resets.push((frame.stream, frame.error()));
+                    }
+                    _ => {}
+                }
+            }
+            Ok(())
+        }
+    })
+    .await;
+    let agent = agent(addr, |config| {
+        config.listen.workers = 1;
+        config.timeouts.idle = Some(Duration::from_millis(400));
+        config.pools[0].ejection.failures = 0;
+    });
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    // More than the windows of stream and connection take.
+    let upload = echo(json("m", 200_000));
+    for streams in 1..=3 {
+        let response = client.request(&upload).await.unwrap();
+        assert_eq!((response.status(), response.error_code().as_str()), (504, "request_stalled"));
+        eventually(SOON, || seen.lock().resets.len() == streams).await;
+    }
+    assert_eq!(client.request(&upload).await.unwrap().status(), 200);
+    eventually(SOON, || seen.lock().resets.len() == 4).await;
+    assert_eq!(client.request(&Request::get("/test/echo")).await.unwrap().status(), 200);
+    let seen = seen.lock();
+    let resets = [1, 3, 5].map(|stream| (stream, Some(CANCEL)));
+    assert_eq!(seen.resets, [&resets[..], &[(7, Some(NO_ERROR))]].concat());
+    assert!(seen.open.is_empty(), "{:?}", seen.open);
+    assert_eq!(accepted.load(Relaxed), 1);
+}
+
+/// As those of HTTP/1.1 endpoints, to clients of either version.
+#[tokio::test]
+async fn interim_responses_of_http2_endpoints_are_passed_on() {
+    let interim = |stream, status| Frame::headers(stream, false, &[(":status", status), ("link", "</a>")]);
+    let addr = by_hand(move |_, mut frames| async move {
+        while let Some(head) = frames.find(|frame| frame.kind == kind::HEADERS).await? {
+            for status in ["103", "100", "102"] {
+                frames.send(&interim(head.stream, status)).await?;
+            }
+            frames.send(&all_is_well(head.stream)).await?;
+        }
+        Ok(())
+    })
+    .await;
+    let agent = agent(addr, |_| {});
+    let of_http1 = Client::connect(agent.addr).await.unwrap().request(&Request::get("/test/echo")).await.unwrap();
+    let of_http2 = Http2Client::connect(agent.addr).await.unwrap().request(&Request::get("/test/echo")).await.unwrap();
+    for response in [of_http1, of_http2] {
+        assert_eq!(response.status(), 200);
+        let heads = response.interim.iter().map(|head| (head.status, head.header("link"), head.header("via")));
+        let expected = [103, 102].map(|status| (status, Some("</a>"), Some("2 penstock")));
+        assert_eq!(heads.collect::<Vec<_>>(), expected);
+    }
 }

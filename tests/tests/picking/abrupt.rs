@@ -109,7 +109,7 @@ async fn serve(mut stream: TcpStream, addr: SocketAddr, act: impl Fn(u64) -> Act
 }
 
 /// Reads one request and its body, if it has a Content-Length.
-async fn whole(stream: &mut TcpStream) -> std::io::Result<()> {
+pub(crate) async fn whole(stream: &mut TcpStream) -> std::io::Result<()> {
     let mut bytes = Vec::new();
     loop {
         if let Some(at) = bytes.windows(4).position(|end| end == b"\r\n\r\n") {

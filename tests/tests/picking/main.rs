@@ -5,6 +5,7 @@ mod abrupt;
 mod bodies;
 mod coded;
 mod conversation;
+mod crossed;
 mod early;
 mod endpoints;
 mod excess;

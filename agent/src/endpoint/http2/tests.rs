@@ -39,9 +39,8 @@ async fn silent_endpoint_gets_no_ping() {
     local
         .run_until(async {
             let mut stream = Http2Pool::new(times).stream(address).await.expect("a stream");
-            let request =
-                http::Request::get("http://a/").body(FrameBody::whole(bytes::Bytes::new())).expect("a request");
-            let response = stream.send.send_request(request);
+            let request = http::Request::get("http://a/").body(()).expect("a request");
+            let (response, _) = stream.open(request, true).expect("the stream is opened");
             assert!(tokio::time::timeout(Duration::from_secs(3600), response).await.is_err());
         })
         .await;

@@ -6,7 +6,7 @@ use bytes::{BufMut as _, BytesMut};
 use http::HeaderValue;
 use tokio::net::TcpStream;
 
-use super::{AttemptError, Job, content::Content, send_failure};
+use super::{AttemptError, Interim, Job, content::Content, send_failure};
 use crate::{
     endpoint::{
         body::ResponseBody,
@@ -14,10 +14,7 @@ use crate::{
         sending::{Progress, SendError, Sending, with_idle_timeout},
     },
     error::Error,
-    http::{
-        head::HeadLimits,
-        response::{RequestFraming, ResponseError, ResponseHead, ResponseParser, write_request},
-    },
+    http::response::{RequestFraming, ResponseError, ResponseHead, ResponseParser, write_request},
     metrics::Connection,
 };
 
@@ -25,10 +22,6 @@ use crate::{
 const READ: usize = 16 * 1024;
 /// A request of up to this size is sent in one write.
 const ONE_WRITE: usize = 64 * 1024;
-/// Most interim heads before one response.
-const INTERIM_HEADS: usize = 1024;
-/// Most bytes of them, as a multiple of `limits.head_bytes`.
-const INTERIM_BYTES: usize = 16;
 
 /// Sends the request on a kept connection. Uses a new one if none is kept, if `fresh` asks for it, or if the kept one ended before
 /// the endpoint acknowledged a byte.
@@ -69,13 +62,13 @@ async fn attempt(
     let address = endpoint.address;
     endpoint.announce(job.request.target);
     let before = endpoint.acknowledged();
-    let lost = |endpoint: &EndpointConnection| {
+    let lost = async |endpoint: &EndpointConnection| {
         // If the kernel does not report acknowledged bytes, assume that the request arrived.
-        let executed = before.zip(endpoint.acknowledged()).is_none_or(|(before, now)| now > before);
+        let executed = endpoint.acknowledged_more(before).await.unwrap_or(true);
         AttemptError::ClosedEarly { executed, kept: false }
     };
     let progress = Progress::begin();
-    let Ok(stream) = endpoint.stream() else { return Err(lost(&endpoint)) };
+    let Ok(stream) = endpoint.stream() else { return Err(lost(&endpoint).await) };
     let prompt = kept && !job.may_be_repeated();
     let work = send(stream, head_of(job, address), job.content.clone(), prompt, progress.clone(), job.idle());
     let sending = Sending::new(work);
@@ -88,7 +81,7 @@ async fn attempt(
     };
     let (head, pending) = match head {
         Ok(read) => read,
-        Err(ReadError::Nothing) => return Err(lost(&endpoint)),
+        Err(ReadError::Nothing) => return Err(lost(&endpoint).await),
         Err(ReadError::Error(error)) => return Err(error.into()),
     };
     // The upgraded protocol begins after the request, so the request has to be sent to its end.
@@ -206,8 +199,7 @@ async fn read_head(
     let bad = |error| ReadError::Error(Error::Response { address, error });
     let Ok((mut reader, _)) = endpoint.split() else { return Err(ReadError::Nothing) };
     let mut buf = BytesMut::with_capacity(READ);
-    let (mut answered, mut reusable) = (false, true);
-    let (mut heads, mut bytes) = (0, 0);
+    let (mut answered, mut reusable, mut interim) = (false, true, Interim::default());
     let mut parser = ResponseParser::default();
     loop {
         match read(&mut reader, &mut buf).await {
@@ -225,8 +217,8 @@ async fn read_head(
                 head.keep_alive &= reusable;
                 return Ok((head, buf));
             }
-            (heads, bytes, reusable) = (heads + 1, bytes + length, reusable && head.keep_alive);
-            bounded(heads, bytes, &limits).map_err(bad)?;
+            reusable &= head.keep_alive;
+            interim.add(length, &limits).map_err(bad)?;
             job.queue_interim(head).await;
             // An endpoint that sends heads without end must not starve the timers and the worker's other tasks.
             tokio::task::yield_now().await;
@@ -240,17 +232,6 @@ async fn read_head(
 /// Returns `None` if the connection has ended.
 async fn read(reader: &mut Reader<'_>, buf: &mut BytesMut) -> Option<()> {
     matches!(reader.read(buf).await, Ok(1..)).then_some(())
-}
-
-fn bounded(heads: usize, bytes: usize, limits: &HeadLimits) -> Result<(), ResponseError> {
-    let most = INTERIM_BYTES * limits.bytes;
-    match (heads, bytes) {
-        (INTERIM_HEADS.., _) if heads > INTERIM_HEADS => {
-            Err(ResponseError::Interim { limit: INTERIM_HEADS, what: "heads" })
-        }
-        _ if bytes > most => Err(ResponseError::Interim { limit: most, what: "bytes" }),
-        _ => Ok(()),
-    }
 }
 
 /// Whether the endpoint may switch to `protocol`: only if the client asked for it (RFC 9110 §7.8).

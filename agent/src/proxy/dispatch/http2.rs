@@ -1,30 +1,28 @@
 //! Sends one request over HTTP/2, on a stream of its own, and returns the head of the response.
 
-use std::{error::Error as _, net::SocketAddr, time::Duration};
+use std::{future::poll_fn, net::SocketAddr, time::Duration};
 
-use http::{HeaderValue, Uri, Version, header};
-use hyper::body::Body as _;
+use bytes::Bytes;
+use h2::{RecvStream, SendStream, client::ResponseFuture};
+use http::{HeaderMap, HeaderValue, Uri, Version, header};
 
-use super::{AttemptError, Job, content::Content, send_failure};
+use super::{AttemptError, Interim, Job, content::Content, send_failure};
 use crate::{
     endpoint::{
         body::ResponseBody,
         http2::Stream,
-        sending::{Progress, SendError, Sending, with_idle_timeout},
+        sending::{CutReason, Progress, SendError, Sending, with_idle_timeout},
     },
     error::Error,
     http::{
-        frames::{FrameBody, FrameSender},
         headers,
-        response::{BodyKind, ResponseHead, from_http2},
+        response::{BodyKind, ResponseHead, from_http2, interim_from_http2},
     },
     metrics::Connection,
 };
 
 /// How often a request is sent while the endpoint refuses the stream.
 const REFUSALS: u32 = 3;
-/// Largest piece of a body that is passed to the connection at once. Progress is measured in steps of this size.
-const PIECE: usize = 16 * 1024;
 
 /// Sends the request on a new stream. If the endpoint refuses the stream, because it is closing the connection or is overloaded,
 /// sends it again, on another connection if the first is closing.
@@ -74,49 +72,71 @@ async fn attempt(
 ) -> Result<(ResponseHead, ResponseBody), StreamError> {
     let before = stream.acknowledged();
     let progress = Progress::begin();
-    let trailers = !job.content.trailers().is_empty();
-    let (sending, cut, frames) = match job.content.length() {
-        Some(length) if length > 0 || trailers => {
-            let (sender, frames) = FrameBody::request(length);
-            let cut = sender.cut();
-            let sending = Sending::new(send(sender, job.content.clone(), progress.clone(), job.idle()));
-            (sending, Some(cut), frames)
-        }
-        _ => (Sending::new(async { Ok(()) }), None, FrameBody::whole(bytes::Bytes::new())),
+    let has_body = job.content.length().is_some_and(|length| length > 0) || !job.content.trailers().is_empty();
+    // Not on its way: the connection has ended since it was chosen.
+    let (response, out) = stream.open(head(job, address), !has_body).map_err(|_| StreamError::Refused)?;
+    let (sending, cut) = if has_body {
+        let cut = CutReason::default();
+        let out = Out { stream: out, ended: false, cut: cut.clone() };
+        (Sending::new(send(out, job.content.clone(), progress.clone(), job.idle())), Some(cut))
+    } else {
+        (Sending::new(async { Ok(()) }), None)
     };
-    let sent = stream.send.send_request(head(job, address).map(|()| frames));
-    let response = tokio::select! {
+    let head = tokio::select! {
         biased;
-        response = sent => response,
+        head = read_head(job, address, response) => head,
         error = send_failure(&sending, address) => return Err(error.into()),
         () = progress.overdue(job.request.timeouts.first_byte) => return Err(Error::FirstByte(address).into()),
     };
-    let (parts, body) = response
-        .map_err(|error| {
-            if is_refused(&error) {
-                return StreamError::Refused;
-            }
+    let (head, body) = match head {
+        Ok(read) => read,
+        Err(ReadError::Http2(error)) if is_refused(&error) => return Err(StreamError::Refused),
+        Err(ReadError::Http2(_)) => {
             // Acknowledged bytes may belong to any stream of the connection, so assume this one's.
-            let executed = before.zip(stream.acknowledged()).is_none_or(|(before, now)| now > before);
-            StreamError::Failed(AttemptError::ClosedEarly { executed, kept: false })
-        })?
-        .into_parts();
-    let head = from_http2(parts, body.is_end_stream(), &job.request.parts.method, &job.head_limits())
-        .map_err(|error| Error::Response { address, error })?;
+            let executed = stream.acknowledged_more(before).await.unwrap_or(true);
+            return Err(StreamError::Failed(AttemptError::ClosedEarly { executed, kept: false }));
+        }
+        Err(ReadError::Error(error)) => return Err(error.into()),
+    };
+    if let (true, Some(cut)) = (body.is_end_stream(), &cut) {
+        cut.set_answered();
+    }
     let body = Some(body).filter(|_| head.body != BodyKind::None);
     Ok((head, ResponseBody::Http2 { body, stream, sending, cut }))
 }
 
-/// Whether the endpoint did not process the request (RFC 9113 §8.7), or it was never sent.
-fn is_refused(error: &hyper::Error) -> bool {
-    let http2 = error.source().and_then(|source| source.downcast_ref::<h2::Error>());
+/// Why no head was read.
+enum ReadError {
+    /// The stream ended before the head.
+    Http2(h2::Error),
+    Error(Error),
+}
+
+/// Reads the head of the final response. Interim ones go to the client, as over HTTP/1.1.
+async fn read_head(
+    job: &Job<'_>,
+    address: SocketAddr,
+    mut response: ResponseFuture,
+) -> Result<(ResponseHead, RecvStream), ReadError> {
+    let (method, limits) = (&job.request.parts.method, job.head_limits());
+    let bad = |error| ReadError::Error(Error::Response { address, error });
+    let mut interim = Interim::default();
+    // An error is the response's.
+    while let Some(Ok(head)) = poll_fn(|cx| response.poll_informational(cx)).await {
+        let (parts, ()) = head.into_parts();
+        let bytes = parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
+        interim.add(bytes, &limits).map_err(bad)?;
+        job.queue_interim(interim_from_http2(parts, &limits).map_err(bad)?).await;
+        tokio::task::yield_now().await;
+    }
+    let (parts, body) = response.await.map_err(ReadError::Http2)?.into_parts();
+    Ok((from_http2(parts, body.is_end_stream(), method, &limits).map_err(bad)?, body))
+}
+
+/// Whether the endpoint did not process the request (RFC 9113 §8.7).
+fn is_refused(error: &h2::Error) -> bool {
     // A remote GOAWAY is an error only for streams that it reports as not processed.
-    let refused = http2.is_some_and(|error| {
-        (error.reason() == Some(h2::Reason::REFUSED_STREAM) && error.is_remote())
-            || (error.is_go_away() && error.is_remote())
-    });
-    // hyper reports unsent requests as cancelled.
-    refused || error.is_canceled()
+    error.is_remote() && (error.reason() == Some(h2::Reason::REFUSED_STREAM) || error.is_go_away())
 }
 
 fn head(job: &Job<'_>, address: SocketAddr) -> http::Request<()> {
@@ -142,21 +162,54 @@ fn head(job: &Job<'_>, address: SocketAddr) -> http::Request<()> {
     head
 }
 
-async fn send(
-    sender: FrameSender,
-    content: Content,
-    progress: Progress,
-    idle: Option<Duration>,
-) -> Result<(), SendError> {
+/// A request's body on its way. Dropping it before its end resets the stream, whether the endpoint's window has room or not.
+struct Out {
+    stream: SendStream<Bytes>,
+    ended: bool,
+    cut: CutReason,
+}
+
+impl Out {
+    /// Waits for room for up to `wanted` bytes.
+    async fn room(&mut self, wanted: usize) -> Result<usize, h2::Error> {
+        // Nothing is asked for before there is something to send: what one stream reserves of the connection's window, no other has.
+        self.stream.reserve_capacity(wanted);
+        while self.stream.capacity() == 0 {
+            // Also Ready where what there was has gone to another stream meanwhile.
+            poll_fn(|cx| self.stream.poll_capacity(cx)).await.ok_or(h2::Reason::STREAM_CLOSED)??;
+        }
+        Ok(self.stream.capacity())
+    }
+
+    fn end(&mut self, trailers: HeaderMap) -> Result<(), h2::Error> {
+        self.ended = true;
+        if trailers.is_empty() {
+            self.stream.send_data(Bytes::new(), true)
+        } else {
+            self.stream.send_trailers(trailers)
+        }
+    }
+}
+
+impl Drop for Out {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.stream.send_reset(self.cut.get());
+        }
+    }
+}
+
+async fn send(mut out: Out, content: Content, progress: Progress, idle: Option<Duration>) -> Result<(), SendError> {
     let mut pieces = content.pieces();
     while let Some(mut piece) = pieces.next().await.map_err(SendError::Body)? {
         while !piece.is_empty() {
-            let part = piece.split_to(piece.len().min(PIECE));
-            with_idle_timeout(idle, sender.data(part)).await?;
+            let room = with_idle_timeout(idle, out.room(piece.len())).await?;
+            let part = piece.split_to(room.min(piece.len()));
+            out.stream.send_data(part, false).map_err(|_| SendError::Refused)?;
             progress.made();
         }
     }
-    with_idle_timeout(idle, sender.end(content.trailers().clone())).await?;
+    out.end(content.trailers().clone()).map_err(|_| SendError::Refused)?;
     progress.made();
     Ok(())
 }

@@ -1,0 +1,156 @@
+//! Interim responses (1xx) of endpoints: clients get them as they come, bounded in number, in size and in time.
+
+use std::{net::SocketAddr, time::Duration};
+
+use penstock_agent::config::SteeringMode;
+use penstock_tests::{
+    Http2Client,
+    agent::{TestAgent, builtin_pool},
+    client::{Client, Head},
+    eventually,
+    http2_frames::{END_STREAM, Frame, Http2Frames, kind},
+};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpListener,
+};
+
+use crate::{
+    endpoints::{Endpoint, Then, before},
+    setting::{echo, error},
+};
+
+const SOON: Duration = Duration::from_secs(10);
+
+/// RFC 9110 §15.2: to HTTP/1.1 and HTTP/2, and not to HTTP/1.0. `100 Continue` is not for the client, whose body the agent has asked for itself.
+#[tokio::test]
+async fn interim_responses_are_forwarded() {
+    let interim = "HTTP/1.1 103 Early Hints\r\nlink: </a>\r\nconnection: x-hop\r\nx-hop: 1\r\nx-penstock-reason: no\r\n\r\n\
+                   HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 102 Processing\r\ncontent-length: 0\r\n\r\n";
+    let answer = format!("{interim}HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello");
+    let endpoint = Endpoint::start(answer.as_bytes(), Then::Keep).await;
+    let (agent, mut client) = before(endpoint.addr).await;
+    for _ in 0..2 {
+        let response = client.request(&echo()).await.unwrap();
+        assert_eq!((response.status(), response.text().as_str()), (200, "hello"));
+        assert_hints(&response.interim);
+    }
+    client.send_raw(b"GET /test/echo HTTP/1.0\r\nconnection: keep-alive\r\n\r\n").await.unwrap();
+    let response = client.response().await.unwrap();
+    assert_eq!((response.status(), response.text().as_str(), response.interim.len()), (200, "hello", 0));
+    assert_eq!(endpoint.accepted(), 1);
+    let mut client2 = Http2Client::connect(agent.addr).await.unwrap();
+    for _ in 0..2 {
+        let response = client2.request(&echo()).await.unwrap();
+        assert_eq!((response.status(), response.text().as_str()), (200, "hello"));
+        assert_hints(&response.interim);
+    }
+}
+
+fn assert_hints(interim: &[Head]) {
+    let statuses: Vec<_> = interim.iter().map(|head| head.status).collect();
+    assert_eq!(statuses, [103, 102]);
+    assert_eq!((interim[0].header("link"), interim[0].header("via")), (Some("</a>"), Some("1.1 penstock")));
+    for head in interim {
+        for name in ["x-hop", "connection", "x-penstock-reason", "content-length", "date"] {
+            assert_eq!(head.header(name), None, "{name}");
+        }
+    }
+}
+
+/// Many of them, and then the response.
+#[tokio::test]
+async fn many_interim_responses_are_forwarded() {
+    let interim = "HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n".repeat(500);
+    let answer = format!("{interim}HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello");
+    let endpoint = Endpoint::start(answer.as_bytes(), Then::Keep).await;
+    let (agent, mut client) = before(endpoint.addr).await;
+    let response = client.request(&echo()).await.unwrap();
+    assert_eq!((response.status(), response.text().as_str(), response.interim.len()), (200, "hello", 500));
+    let response = Http2Client::connect(agent.addr).await.unwrap().request(&echo()).await.unwrap();
+    assert_eq!((response.status(), response.text().as_str(), response.interim.len()), (200, "hello", 500));
+}
+
+/// Answers each request with the same interim head again and again, with a pause between them if one is given.
+async fn endless(head: &'static str, pause: Option<Duration>) -> SocketAddr {
+    let listener = TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut request = [0; 1];
+                stream.read_exact(&mut request).await.unwrap();
+                while stream.write_all(head.as_bytes()).await.is_ok() {
+                    if let Some(pause) = pause {
+                        tokio::time::sleep(pause).await;
+                    }
+                }
+            });
+        }
+    });
+    addr
+}
+
+/// Whether or not the client is told of them: their number and their size are bounded, and the worker serves others meanwhile.
+#[tokio::test]
+async fn endless_interim_responses_return_502() {
+    for head in ["HTTP/1.1 100 Continue\r\n\r\n", "HTTP/1.1 103 Early Hints\r\n\r\n"] {
+        let (agent, mut client) = before(endless(head, None).await).await;
+        let response = client.request(&echo()).await.unwrap();
+        assert_eq!((response.status(), error(&response).0.as_str()), (502, "bad_response"), "{head}");
+        assert!(response.interim.len() <= 1024, "{}", response.interim.len());
+        let counted = || agent.count("penstock_requests_total", &["reason=\"bad_response\""]) == 1;
+        eventually(SOON, counted).await;
+    }
+    let long: &str = Box::leak(format!("HTTP/1.1 103 E\r\na: {}\r\n\r\n", "x".repeat(4000)).into_boxed_str());
+    let (_agent, mut client) = before(endless(long, None).await).await;
+    let response = client.request(&echo()).await.unwrap();
+    assert_eq!((response.status(), error(&response).0.as_str()), (502, "bad_response"));
+    assert!(response.interim.len() <= 16, "{}", response.interim.len());
+}
+
+/// The time runs to the head of the final response.
+#[tokio::test]
+async fn interim_responses_do_not_extend_first_byte_timeout() {
+    let addr = endless("HTTP/1.1 103 Early Hints\r\n\r\n", Some(Duration::from_millis(20))).await;
+    let agent = TestAgent::start(builtin_pool(&[addr]), SteeringMode::Off, |config| {
+        config.timeouts.first_byte = Some(Duration::from_millis(500));
+    });
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    let response = client.request(&echo()).await.unwrap();
+    assert_eq!((response.status(), error(&response).0.as_str()), (504, "first_byte_timeout"));
+    assert!(!response.interim.is_empty());
+    let response = Http2Client::connect(agent.addr).await.unwrap().request(&echo()).await.unwrap();
+    assert_eq!((response.status(), error(&response).0.as_str()), (504, "first_byte_timeout"));
+    assert!(!response.interim.is_empty());
+}
+
+/// More than the sockets between take. A client of HTTP/2 that reads nothing is sent no more, and loses its request.
+#[tokio::test]
+async fn untaken_interim_responses_end_http2_request() {
+    let interim = format!("HTTP/1.1 103 Early Hints\r\nlink: {}\r\n\r\n", "x".repeat(15_000)).repeat(1000);
+    let answer = format!("{interim}HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello");
+    let endpoint = Endpoint::start(answer.as_bytes(), Then::Keep).await;
+    let agent = TestAgent::start(builtin_pool(&[endpoint.addr]), SteeringMode::Off, |config| {
+        config.limits.head_bytes = 1 << 20;
+        config.timeouts.idle = Some(Duration::from_millis(500));
+    });
+    let fields = [(":method", "GET"), (":scheme", "http"), (":path", "/test/echo"), (":authority", "x")];
+    let mut client = Http2Frames::connect(agent.addr).await.unwrap();
+    client.send(&Frame::headers(1, true, &fields)).await.unwrap();
+    eventually(SOON, || agent.count("penstock_requests_total", &["reason=\"client_gone\""]) == 1).await;
+    eventually(SOON, || agent.count("penstock_client_stalls_total", &[]) == 1).await;
+    // The same for a client that reads: all of it comes.
+    let mut client = Http2Frames::connect(agent.addr).await.unwrap();
+    client.send(&Frame::headers(1, true, &fields)).await.unwrap();
+    let mut heads = 0;
+    loop {
+        let frame = client.find(|frame| frame.stream == 1).await.unwrap().expect("a frame of the stream");
+        assert_ne!(frame.kind, kind::RST_STREAM);
+        heads += u32::from(frame.kind == kind::HEADERS);
+        if frame.flags & END_STREAM != 0 {
+            break;
+        }
+    }
+    assert_eq!(heads, 1001);
+}
