@@ -298,7 +298,7 @@ async fn vanished_client_is_noticed_on_local() {
 /// takes a bound on that since 6.15.
 #[tokio::test]
 async fn client_that_vanishes_long_after_it_shut_its_window_is_noticed() {
-    let far = Far::new(7, SteeringMode::Off, |_| {}, unreachable).await;
+    let far = FarClients::new(7, SteeringMode::Off, |_| {}, unreachable).await;
     let mut client = far.client().await;
     client.send(&Plan { size: 1 << 30, ..Plan::default() }.request()).await.unwrap();
     client.head().await.unwrap();

@@ -483,17 +483,17 @@ async fn upload_that_gets_no_window_is_reset() {
     let accepted = Arc::<AtomicU64>::default();
     let connections = Arc::clone(&accepted);
     // Opens no window. Answers what has no body, and the fourth upload at once.
-    let addr = by_hand(move |_, mut frames| {
+    let addr = scripted_endpoint(move |_, mut frames| {
         let seen = Arc::clone(&shared);
         connections.fetch_add(1, Relaxed);
         async move {
             while let Some(frame) = frames.next().await? {
                 match frame.kind {
-                    kind::HEADERS if frame.flags & END_STREAM != 0 => frames.send(&all_is_well(frame.stream)).await?,
+                    kind::HEADERS if frame.flags & END_STREAM != 0 => frames.send(&ok_head(frame.stream)).await?,
                     kind::HEADERS => {
                         seen.lock().open.insert(frame.stream);
                         if frame.stream == 7 {
-                            frames.send(&all_is_well(frame.stream)).await?;
+                            frames.send(&ok_head(frame.stream)).await?;
                         }
                     }
                     kind::RST_STREAM => {
@@ -535,12 +535,12 @@ async fn upload_that_gets_no_window_is_reset() {
 #[tokio::test]
 async fn interim_responses_of_http2_endpoints_are_passed_on() {
     let interim = |stream, status| Frame::headers(stream, false, &[(":status", status), ("link", "</a>")]);
-    let addr = by_hand(move |_, mut frames| async move {
+    let addr = scripted_endpoint(move |_, mut frames| async move {
         while let Some(head) = frames.find(|frame| frame.kind == kind::HEADERS).await? {
             for status in ["103", "100", "102"] {
                 frames.send(&interim(head.stream, status)).await?;
             }
-            frames.send(&all_is_well(head.stream)).await?;
+            frames.send(&ok_head(head.stream)).await?;
         }
         Ok(())
     })

@@ -244,6 +244,6 @@ async fn picker_that_is_started_as_root_is_root_no_longer() {
         epp.line(&format!("user: uid {user}, gid {user}"), SOON).await.unwrap();
         assert_no_capabilities(epp.id(), user, "").await;
     }
-    let mut epp = Process::start("penstock", &["epp", "--endpoint", "127.0.0.1:1", "--user", "0:0"]).unwrap();
+    let mut epp = Process::start("penstock", ["epp", "--endpoint", "127.0.0.1:1", "--user", "0:0"]).unwrap();
     epp.line("expected \"keep\", or the numbers of a user", SOON).await.unwrap();
 }
