@@ -46,4 +46,3 @@ pub fn parse_user(text: &str) -> Result<Option<User>, &'static str> {
     let user = text.split_once(':').and_then(|(uid, gid)| Some(User { uid: id(uid)?, gid: id(gid)? }));
     user.map(Some).ok_or(USER_OR_KEEP)
 }
-}
