@@ -154,7 +154,7 @@ async fn immediate_replies_and_408_during_slow_upload_reach_client() {
         7,
         SteeringMode::Off,
         |pool| {
-            let epp = Epp { health_interval: None, ..Epp::new(&picker.to_string()) };
+            let epp = Epp { health_interval: None, ..Epp::new(picker.to_string()) };
             pool.picker = Picker::Epp(epp);
         },
         |config| config.timeouts.body = Some(Duration::from_secs(60)),
