@@ -137,8 +137,8 @@ impl EndpointConnection {
         }
     }
 
-    /// After the end of the connection: whether the endpoint's kernel has acknowledged more than `before`. `None` if that is unknown.
-    /// See [`crossing`].
+    /// After the connection has ended: whether the endpoint's kernel has acknowledged more than `before` bytes. Returns `None` if
+    /// that is unknown.
     pub async fn acknowledged_more(&self, before: Option<u64>) -> Option<bool> {
         let (Io::Ready(stream), Some(before)) = (&self.io, before) else { return None };
         crossing::decided(|| crossing::look(stream, before)).await

@@ -2,7 +2,7 @@
 //! worker waits for DNS, the disk or a slow endpoint.
 //!
 //! Readiness waits for each pool with a name or a file: the pool's gate opens when every source has given its endpoints once or,
-//! after [`PATIENCE`], when there is at least one endpoint.
+//! after `PATIENCE`, when there is at least one endpoint.
 
 use std::{convert::Infallible, io, sync::Arc, thread::JoinHandle, time::Duration};
 
@@ -51,7 +51,8 @@ struct Job {
 
 impl Discovery {
     /// Starts the discovery. `sets` are those of the pools, in the order of the configuration. `own` are the agent's listeners.
-    /// Without `readiness` there are no gates. Starts no thread if no pool needs one. Fails if the runtime or the thread cannot be created.
+    /// Without `readiness` there are no gates. Starts no thread if no pool needs one. Fails if the runtime or the thread cannot be
+    /// created.
     pub fn start(
         config: &Config,
         sets: &[Arc<EndpointSet>],

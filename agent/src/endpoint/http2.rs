@@ -39,7 +39,7 @@ const STREAM_WINDOW: u32 = 128 << 10;
 const CONNECTION_WINDOW: u32 = 1 << 30;
 /// Bytes of a request's body that are buffered beyond the endpoint's window.
 const SEND_BUFFER: usize = 64 << 10;
-/// Bytes of the fields of a head or of trailers.
+/// Most bytes of the fields of a head or of trailers.
 const HEAD: u32 = 16 << 10;
 
 #[derive(Clone)]
@@ -83,7 +83,7 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// Opens it with this head, whose body follows unless it `ends` the request.
+    /// Sends the request's head. The body follows, unless the head `ends` the request.
     pub fn open(
         &mut self,
         head: http::Request<()>,
@@ -97,26 +97,27 @@ impl Stream {
         self.link.acknowledged()
     }
 
-    /// After the end of the connection: whether the endpoint's kernel has acknowledged more than `before`. `None`: not known.
+    /// After the connection has ended: whether the endpoint's kernel has acknowledged more than `before` bytes. Returns `None` if
+    /// that is unknown.
     pub async fn acknowledged_more(&self, before: Option<u64>) -> Option<bool> {
         self.link.acknowledged_more(before?).await
     }
 }
 
-/// Waits for the next bytes of a body, and takes them: `None` at its end. Cancel-safe.
+/// Reads the next bytes of a body. Returns `None` at its end. Cancel-safe.
 pub async fn data(body: &mut RecvStream) -> Result<Option<Bytes>, h2::Error> {
     match body.data().await.transpose() {
         Ok(Some(data)) => {
             body.flow_control().release_capacity(data.len())?;
             Ok(Some(data))
         }
-        // The endpoint has answered in full and wants no more of the request (RFC 9113 §8.1).
+        // The endpoint has sent a complete response and does not need the rest of the request (RFC 9113 §8.1).
         Err(error) if error.reason() == Some(h2::Reason::NO_ERROR) => Ok(None),
         other => other,
     }
 }
 
-/// The trailers behind a body that has ended. Cancel-safe.
+/// Reads the trailers after the end of a body. Cancel-safe.
 pub async fn trailers(body: &mut RecvStream) -> Result<Option<http::HeaderMap>, h2::Error> {
     match body.trailers().await {
         Err(error) if error.reason() == Some(h2::Reason::NO_ERROR) => Ok(None),
@@ -175,7 +176,7 @@ impl Http2Pool {
 }
 
 impl Connection {
-    /// It has ended, or the endpoint has told it to go.
+    /// Whether the connection has ended or the endpoint has sent GOAWAY.
     fn is_closed(&self) -> bool {
         let mut nobody = Context::from_waker(Waker::noop());
         matches!(self.send.clone().poll_ready(&mut nobody), Poll::Ready(Err(_)))

@@ -15,24 +15,24 @@ use crate::{
 
 /// Follows the name until the future is dropped.
 pub(super) async fn follow(named: NamedEndpoints, dns: Dns, own: Listeners, mut feed: Feed) {
-    let mut passed_over = Vec::new();
+    let mut skipped = Vec::new();
     loop {
         let answer = dns.resolve(&named.name).await;
         let endpoints = |addresses: &[IpAddr]| {
             let at_each_port = |&ip| named.ports.iter().map(move |&port| SocketAddr::new(ip, port));
             let all = addresses.iter().flat_map(at_each_port);
             let (ours, others): (Vec<_>, Vec<_>) = all.partition(|&address| own.accept(address));
-            if ours != passed_over && !ours.is_empty() {
-                tracing::warn!(name = named.name, addresses = ?ours, "endpoint is one of the agent's own listeners, passed over");
+            if ours != skipped && !ours.is_empty() {
+                tracing::warn!(name = named.name, addresses = ?ours, "endpoint is one of the agent's own listeners, skipping it");
             }
-            passed_over = ours;
+            skipped = ours;
             others.into_iter().map(Endpoint::from).collect()
         };
         tokio::time::sleep(take(answer, dns.retry_after(), &mut feed, endpoints)).await;
     }
 }
 
-/// Feeds an answer into the set; `endpoints` returns those at its addresses. Returns the time until the next lookup.
+/// Feeds an answer into the set. `endpoints` makes endpoints of its addresses. Returns the time until the next lookup.
 fn take(
     answer: Result<Answer, DnsError>,
     retry_after: Duration,

@@ -27,7 +27,7 @@ pub enum SendError {
     Refused,
 }
 
-/// With what reason a stream is reset whose request is not sent to its end. Clones are the same.
+/// The reason with which a stream is reset if its request is not sent completely. Clones share it.
 #[derive(Debug, Clone)]
 pub struct CutReason(Rc<Cell<Reason>>);
 
@@ -38,11 +38,12 @@ impl Default for CutReason {
 }
 
 impl CutReason {
-    /// The endpoint has answered, and needs no more of it (RFC 9113 §8.1).
+    /// The endpoint has sent a complete response and does not need the rest of the request (RFC 9113 §8.1).
     pub fn set_answered(&self) {
         self.0.set(Reason::NO_ERROR);
     }
 
+    /// The current reason.
     pub fn get(&self) -> Reason {
         self.0.get()
     }

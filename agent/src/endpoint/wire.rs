@@ -17,7 +17,7 @@ use tokio::{
 use super::crossing;
 use crate::kernel::socket;
 
-/// h2's side. Dropping it closes the connection: at once, or with its link if the endpoint may still acknowledge something.
+/// h2's side. Dropping it closes the connection, or leaves that to its link if the endpoint may still acknowledge bytes.
 pub(super) struct Wire(Rc<Link>);
 
 /// The agent's view of the socket.

@@ -19,7 +19,7 @@ pub(super) enum Refusal {
 }
 
 impl Refusal {
-    /// For the log.
+    /// The label in the log.
     pub(super) fn label(&self) -> &'static str {
         match self {
             Refusal::Json(_) => "json",

@@ -1,5 +1,4 @@
-//! What `penstock epp` refuses, in the log: for each reason a line at once, and after it one every ten seconds at most, which says
-//! how many there were.
+//! Logs what `penstock epp` refuses: for each reason one line at once, and then at most one line every ten seconds with the count.
 
 use std::{
     collections::BTreeMap,
@@ -8,36 +7,38 @@ use std::{
 
 use parking_lot::Mutex;
 
-const EVERY: Duration = Duration::from_secs(10);
+/// Least time between two lines with the same reason.
+const INTERVAL: Duration = Duration::from_secs(10);
+
+/// The refusals by reason.
+#[derive(Debug, Default)]
+pub(super) struct Refusals(Mutex<BTreeMap<&'static str, Unlogged>>);
 
 #[derive(Debug, Default)]
-pub(super) struct Refusals(Mutex<BTreeMap<&'static str, Untold>>);
-
-#[derive(Debug, Default)]
-struct Untold {
+struct Unlogged {
     count: u64,
     /// When the last line was written.
-    told: Option<Instant>,
+    logged: Option<Instant>,
 }
 
 impl Refusals {
-    /// Something was refused for this reason, of which there are few.
+    /// Counts a refusal and logs it if a line is due. There are few reasons, so the map stays small.
     pub(super) fn add(&self, reason: &'static str) {
         if let Some(count) = self.due(reason, Instant::now()) {
-            tracing::warn!(reason, count, "refused");
+            tracing::warn!(reason, count, "requests refused");
         }
     }
 
-    /// How many a line is to tell of, if one is due.
+    /// Counts a refusal. Returns the number of refusals since the last line if a line is due.
     fn due(&self, reason: &'static str, now: Instant) -> Option<u64> {
         let mut all = self.0.lock();
-        let untold = all.entry(reason).or_default();
-        untold.count += 1;
-        if untold.told.is_some_and(|told| now.duration_since(told) < EVERY) {
+        let unlogged = all.entry(reason).or_default();
+        unlogged.count += 1;
+        if unlogged.logged.is_some_and(|logged| now.duration_since(logged) < INTERVAL) {
             return None;
         }
-        untold.told = Some(now);
-        Some(std::mem::take(&mut untold.count))
+        unlogged.logged = Some(now);
+        Some(std::mem::take(&mut unlogged.count))
     }
 }
 
@@ -46,11 +47,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn refusals_are_told_at_once_and_then_together() {
+    fn refusals_are_logged_at_once_and_then_in_batches() {
         let (refusals, begin) = (Refusals::default(), Instant::now());
-        let told = |reason, seconds| refusals.due(reason, begin + Duration::from_secs(seconds));
-        assert_eq!((told("json", 0), told("json", 0), told("json", 9)), (Some(1), None, None));
-        assert_eq!((told("streams", 9), told("streams", 9)), (Some(1), None));
-        assert_eq!((told("json", 10), told("json", 19), told("json", 20)), (Some(3), None, Some(2)));
+        let logged = |reason, seconds| refusals.due(reason, begin + Duration::from_secs(seconds));
+        assert_eq!((logged("json", 0), logged("json", 0), logged("json", 9)), (Some(1), None, None));
+        assert_eq!((logged("streams", 9), logged("streams", 9)), (Some(1), None));
+        assert_eq!((logged("json", 10), logged("json", 19), logged("json", 20)), (Some(3), None, Some(2)));
     }
 }

@@ -343,7 +343,7 @@ impl PickStream {
     }
 
     /// Ends the stream after the response: sends the `rest` of its body and the end, closes the sending side, and waits in the
-    /// background for the EPP to close the other, for at most [`REST`] and [`CLOSE`].
+    /// background for the EPP to close the other, for at most `REST` and `CLOSE`.
     pub fn finish(mut self, rest: Vec<Bytes>) {
         let last = rest.len();
         for (number, piece) in (1..).zip(rest) {

@@ -15,8 +15,8 @@ use super::{
 /// Least time between two checks. Failing requests ask for checks before the interval has passed.
 const GAP: Duration = Duration::from_millis(100);
 
-/// As [`watch`]. A panic of a check, which the panic hook counts, makes the replica unknown; an interval later the checks begin
-/// again.
+/// As [`watch`], but restarts the checks an interval after a check panicked. The replica is `Unknown` meanwhile. The panic hook has
+/// already counted the panic.
 pub(super) async fn keep_watching<F: Future<Output = State>>(
     replica: &Replica,
     interval: Duration,
@@ -28,7 +28,7 @@ pub(super) async fn keep_watching<F: Future<Output = State>>(
         if watching.catch_unwind().await.is_ok() {
             return;
         }
-        tracing::warn!(address = %replica.address, authority = %replica.authority, "health check panicked, starting again");
+        tracing::warn!(address = %replica.address, authority = %replica.authority, "health check panicked, restarting it");
         found(State::Unknown);
         sleep(interval).await;
     }
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn check_that_panics_makes_the_replica_unknown_and_is_made_again() {
+    async fn panicking_check_makes_the_replica_unknown_and_is_restarted() {
         const INTERVAL: Duration = Duration::from_secs(5);
         let replicas = Arc::new(Replicas::new(&Epp::new("10.0.0.1:1")).unwrap());
         let replica = Arc::clone(&replicas.snapshot().replicas[0]);

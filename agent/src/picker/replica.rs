@@ -219,7 +219,7 @@ impl Replicas {
         names.filter(|(_, host)| host.parse::<IpAddr>().is_err())
     }
 
-    /// Of the entry at this place.
+    /// The port of the entry with this index.
     pub(super) fn port(&self, place: usize) -> u16 {
         self.entries[place].port
     }

@@ -1,5 +1,5 @@
 //! Detects EPPs that never reply to response heads, which would delay each response by `response_timeout`. After
-//! [`PATIENCE`] timeouts in a row responses stop waiting, until a reply arrives that would have been in time. Replies are read even
+//! `PATIENCE` timeouts in a row responses stop waiting, until a reply arrives that would have been in time. Replies are read even
 //! if nothing waits for them, so no retry timer is needed. One [`Silence`] per replica and worker, one [`Waiting`] per stream. Time
 //! is passed in.
 

@@ -23,14 +23,14 @@ use crate::{
     probe::{Point, Probe},
 };
 
-/// What the background work for one pool's EPP needs.
+/// What the background work for one pool's EPP uses.
 pub struct Means {
     pub dns: Dns,
-    /// Where this agent listens: not an EPP.
+    /// The agent's own listeners, which are never used as an EPP.
     pub own: Listeners,
     pub metrics: Arc<Metrics>,
     pub probe: Probe,
-    /// Index of the pool.
+    /// The pool's index.
     pub pool: usize,
 }
 
@@ -46,21 +46,21 @@ pub async fn tend(replicas: Arc<Replicas>, means: Means) {
     tokio::join!(names, files, monitor(&replicas, &means));
 }
 
-/// Keeps one name's addresses up to date. Those at which this agent listens are passed over; if there are no others, the name
-/// counts as one that cannot be looked up.
+/// Keeps the addresses of one name up to date. Skips addresses at which this agent listens. If no others are left, the name counts
+/// as unresolved.
 async fn look_up(replicas: &Replicas, means: &Means, place: usize, host: &str) {
     let Means { dns, own, .. } = means;
-    let mut passed_over = Vec::new();
+    let mut skipped = Vec::new();
     loop {
         let holds = match dns.resolve(host).await {
             Ok(answer) => {
                 let is_own = |ip: &IpAddr| own.accept(SocketAddr::new(*ip, replicas.port(place)));
                 let (ours, others): (Vec<_>, Vec<_>) = answer.addresses.into_iter().partition(is_own);
-                if ours != passed_over && !ours.is_empty() {
-                    tracing::warn!(host, addresses = ?ours, "EPP is one of the agent's own listeners, passed over");
+                if ours != skipped && !ours.is_empty() {
+                    tracing::warn!(host, addresses = ?ours, "EPP is one of the agent's own listeners, skipping it");
                 }
-                passed_over = ours;
-                let none_left = others.is_empty() && !passed_over.is_empty();
+                skipped = ours;
+                let none_left = others.is_empty() && !skipped.is_empty();
                 replicas.resolved(place, others);
                 if none_left {
                     replicas.unresolved(&format!("{host} is this agent itself"));
@@ -105,7 +105,7 @@ struct Monitored {
 impl Monitored {
     fn new(replicas: &Arc<Replicas>, replica: &Arc<Replica>, means: &Arc<Means>) -> Self {
         let status = Arc::new(ReplicaStatus { replica: Arc::clone(replica), means: Arc::clone(means) });
-        status.replica_is(None, Some(replica.state()));
+        status.count_state(None, Some(replica.state()));
         let checks = replicas.settings.health_interval.map(|interval| {
             let checker = Checker::new(replicas, replica);
             AbortOnDropHandle::new(tokio::spawn(check(Arc::clone(&status), interval, checker)))
@@ -130,8 +130,8 @@ struct ReplicaStatus {
 }
 
 impl ReplicaStatus {
-    /// It was in one state and is in another; `None`: it was or is not there.
-    fn replica_is(&self, before: Option<State>, now: Option<State>) {
+    /// Updates the metric from one state to another. `None` means that the replica did not, or does not, exist.
+    fn count_state(&self, before: Option<State>, now: Option<State>) {
         let metrics = self.means.metrics.pool(self.means.pool);
         metrics.epp_replica(self.replica.address, before.map(State::label), now.map(State::label));
     }
@@ -150,7 +150,7 @@ impl ReplicaStatus {
                 tracing::warn!(%address, %authority, state = state.label(), "EPP replica changed state");
             }
         }
-        self.replica_is(Some(before), Some(state));
+        self.count_state(Some(before), Some(state));
     }
 }
 
@@ -158,6 +158,6 @@ impl Drop for Monitored {
     fn drop(&mut self) {
         // Aborts the checks first, so that no result arrives afterwards.
         self.checks = None;
-        self.status.replica_is(Some(self.status.replica.state()), None);
+        self.status.count_state(Some(self.status.replica.state()), None);
     }
 }

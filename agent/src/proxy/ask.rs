@@ -115,7 +115,7 @@ impl Question<'_> {
 
     /// Sends the request, whose body is complete, to stalled replicas in the background. The decision itself is ignored: a replica
     /// that decides within the decision timeout has recovered. The probes share one copy of the body, which counts against the
-    /// memory budget; without room for it there is no probe.
+    /// memory budget; if that has no room, no probe is sent.
     pub(super) async fn probe(&self, probes: Vec<Probe>, request: &Request, upload: &Upload) -> Result<(), Error> {
         if probes.is_empty() {
             return Ok(());

@@ -269,7 +269,7 @@ const INTERIM_HEADS: usize = 1024;
 /// Most bytes of them, as a multiple of `limits.head_bytes`.
 const INTERIM_BYTES: usize = 16;
 
-/// The interim heads of one response so far.
+/// Counts the interim heads of one response.
 #[derive(Default)]
 struct Interim {
     heads: usize,
@@ -277,6 +277,7 @@ struct Interim {
 }
 
 impl Interim {
+    /// Adds one head. Fails if there are too many heads or bytes.
     fn add(&mut self, bytes: usize, limits: &HeadLimits) -> Result<(), ResponseError> {
         (self.heads, self.bytes) = (self.heads + 1, self.bytes + bytes);
         let most = INTERIM_BYTES * limits.bytes;

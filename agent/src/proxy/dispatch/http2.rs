@@ -73,7 +73,7 @@ async fn attempt(
     let before = stream.acknowledged();
     let progress = Progress::begin();
     let has_body = job.content.length().is_some_and(|length| length > 0) || !job.content.trailers().is_empty();
-    // Not on its way: the connection has ended since it was chosen.
+    // Opening fails only if the connection has ended since it was chosen; nothing was sent.
     let (response, out) = stream.open(head(job, address), !has_body).map_err(|_| StreamError::Refused)?;
     let (sending, cut) = if has_body {
         let cut = CutReason::default();
@@ -112,7 +112,7 @@ enum ReadError {
     Error(Error),
 }
 
-/// Reads the head of the final response. Interim ones go to the client, as over HTTP/1.1.
+/// Reads the head of the final response. Interim heads are queued for the client, as over HTTP/1.1.
 async fn read_head(
     job: &Job<'_>,
     address: SocketAddr,
@@ -121,7 +121,7 @@ async fn read_head(
     let (method, limits) = (&job.request.parts.method, job.head_limits());
     let bad = |error| ReadError::Error(Error::Response { address, error });
     let mut interim = Interim::default();
-    // An error is the response's.
+    // Awaiting the response returns an error, too.
     while let Some(Ok(head)) = poll_fn(|cx| response.poll_informational(cx)).await {
         let (parts, ()) = head.into_parts();
         let bytes = parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
@@ -162,7 +162,7 @@ fn head(job: &Job<'_>, address: SocketAddr) -> http::Request<()> {
     head
 }
 
-/// A request's body on its way. Dropping it before its end resets the stream, whether the endpoint's window has room or not.
+/// Sends a request body. Dropping it before the end resets the stream, even if the endpoint's window is full.
 struct Out {
     stream: SendStream<Bytes>,
     ended: bool,
@@ -170,12 +170,12 @@ struct Out {
 }
 
 impl Out {
-    /// Waits for room for up to `wanted` bytes.
+    /// Waits until the endpoint's window has room. Returns the number of bytes, at most `wanted`.
     async fn room(&mut self, wanted: usize) -> Result<usize, h2::Error> {
-        // Nothing is asked for before there is something to send: what one stream reserves of the connection's window, no other has.
+        // Reserve only when there is something to send: other streams cannot use what this one reserves of the connection's window.
         self.stream.reserve_capacity(wanted);
         while self.stream.capacity() == 0 {
-            // Also Ready where what there was has gone to another stream meanwhile.
+            // Also ready if another stream has taken the capacity meanwhile.
             poll_fn(|cx| self.stream.poll_capacity(cx)).await.ok_or(h2::Reason::STREAM_CLOSED)??;
         }
         Ok(self.stream.capacity())
