@@ -18,5 +18,5 @@ pub mod pool;
 pub mod sending;
 pub mod set;
 mod subset;
-pub mod times;
+pub mod timeouts;
 mod wire;

@@ -43,7 +43,7 @@ use tonic::{
 use crate::{config::Ejection, endpoint::set::EndpointSet, picker::builtin::BuiltinPicker};
 pub use bounds::EppServerLimits;
 
-use bounds::{Budget, Counted, Part};
+use bounds::{CountedConnection, Quota, Reservation};
 use health::Health;
 use refusals::Refusals;
 use session::{Session, Step};
@@ -105,8 +105,8 @@ pub async fn serve(
     let processor = Processor {
         limits,
         refusals: Arc::clone(&refusals),
-        streams: Budget::new(limits.streams),
-        held: Budget::new(limits.held_bytes),
+        streams: Quota::new(limits.streams),
+        held: Quota::new(limits.held_bytes),
         picker: Arc::new(picker),
         max_body: config.max_body,
         session_headers: config.session_headers.into(),
@@ -156,12 +156,12 @@ fn incoming(
     listener: TcpListener,
     connections: usize,
     refusals: Arc<Refusals>,
-) -> impl Stream<Item = std::io::Result<Counted>> {
-    let budget = Budget::new(connections);
+) -> impl Stream<Item = std::io::Result<CountedConnection>> {
+    let quota = Quota::new(connections);
     TcpIncoming::from(listener).with_nodelay(Some(true)).filter_map(move |accepted| {
         let counted = match accepted {
-            Ok(stream) => match budget.one() {
-                Some(one) => Some(Ok(Counted::new(stream, one))),
+            Ok(stream) => match quota.one() {
+                Some(one) => Some(Ok(CountedConnection::new(stream, one))),
                 None => {
                     refusals.add("connections");
                     None
@@ -176,8 +176,8 @@ fn incoming(
 struct Processor {
     limits: EppServerLimits,
     refusals: Arc<Refusals>,
-    streams: Arc<Budget>,
-    held: Arc<Budget>,
+    streams: Arc<Quota>,
+    held: Arc<Quota>,
     picker: Arc<BuiltinPicker>,
     max_body: usize,
     session_headers: Arc<[HeaderName]>,
@@ -196,7 +196,7 @@ impl ExternalProcessor for Processor {
             self.refusals.add("streams");
             return Err(Status::resource_exhausted("too many streams are open"));
         };
-        let (picker, held, refusals) = (Arc::clone(&self.picker), self.held.part(), Arc::clone(&self.refusals));
+        let (picker, held, refusals) = (Arc::clone(&self.picker), self.held.reservation(), Arc::clone(&self.refusals));
         let exchange = Exchange {
             _stream: stream,
             limits: self.limits,
@@ -213,7 +213,7 @@ impl ExternalProcessor for Processor {
 
 /// One stream, without a task of its own. When the client leaves, tonic drops it, which ends the count of the request.
 struct Exchange {
-    _stream: Part,
+    _stream: Reservation,
     limits: EppServerLimits,
     refusals: Arc<Refusals>,
     messages: usize,

@@ -5,7 +5,7 @@ use std::{cell::RefCell, rc::Rc, sync::Arc};
 
 use crate::{
     config::Config,
-    endpoint::{http2::Http2Pool, pool::Http1Pool, times::Times},
+    endpoint::{http2::Http2Pool, pool::Http1Pool, timeouts::ConnectionTimeouts},
     picker::{client::EppClient, replica::Replicas},
     room::Idle,
     shared::Shared,
@@ -62,9 +62,9 @@ impl Worker {
     }
 }
 
-fn times(config: &Config) -> Times {
+fn times(config: &Config) -> ConnectionTimeouts {
     let timeouts = &config.timeouts;
-    Times {
+    ConnectionTimeouts {
         keep_alive: timeouts.endpoint_keep_alive,
         connect: timeouts.connect,
         unreachable: timeouts.endpoint_unreachable,

@@ -16,7 +16,7 @@ use penstock_agent::{
     },
     picker::{
         error::PickError,
-        exchange::{Body, Decision, Event, Exchange, Limits, Outcome},
+        exchange::{Body, Decision, Event, Exchange, ExchangeLimits, Outcome},
         message::DESTINATION,
         mutation,
     },
@@ -86,7 +86,8 @@ fn walk(data: &mut Unstructured<'_>) -> arbitrary::Result<()> {
     let header = HeaderName::from_static(DESTINATION);
     let subset = ["10.0.0.1:8000".parse().expect("an address")];
     let subset = if data.arbitrary()? { Some(&subset[..]) } else { None };
-    let limits = Limits { replaced_body: REPLACED_BODY, memory: Budget::unlimited(), epp: EppLimits::default() };
+    let limits =
+        ExchangeLimits { replaced_body: REPLACED_BODY, memory: Budget::unlimited(), epp: EppLimits::default() };
     let mut exchange = Exchange::new(header, &parts, has_body, subset, limits);
     let (mut given, mut ended, mut seen) = (Vec::new(), !has_body, Seen::default());
     for _ in 0..STEPS {

@@ -11,7 +11,7 @@ use bytes::BytesMut;
 use penstock_agent::{
     client::{ClientSocket, close::Linger},
     deliver::{Delivery, End, Target},
-    endpoint::{connection::EndpointConnection, times::Times},
+    endpoint::{connection::EndpointConnection, timeouts::ConnectionTimeouts},
     kernel::{Kernel, slots::Lane},
     steer::{Source, WorkerSteering},
 };
@@ -84,7 +84,7 @@ async fn deliver(
 ) -> Result<()> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
     let address = listener.local_addr()?;
-    let times = Times { keep_alive: PATIENCE, connect: Some(PATIENCE), unreachable: None };
+    let times = ConnectionTimeouts { keep_alive: PATIENCE, connect: Some(PATIENCE), unreachable: None };
     let (endpoint, server) =
         tokio::join!(EndpointConnection::connect(address, times, Some(&world.steering), BUFFER), listener.accept());
     let (reader, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());

@@ -12,7 +12,7 @@ use tokio::{
     time::Instant,
 };
 
-use super::{crossing, sending::Sending, times::Times};
+use super::{crossing, sending::Sending, timeouts::ConnectionTimeouts};
 use crate::{
     kernel::socket,
     metrics::InFlight,
@@ -57,7 +57,7 @@ impl EndpointConnection {
     /// Connects. Registers the socket with the kernel programs before it connects, and so before anything can arrive on it.
     pub async fn connect(
         address: SocketAddr,
-        times: Times,
+        times: ConnectionTimeouts,
         steering: Option<&Rc<WorkerSteering>>,
         receive_buffer: u32,
     ) -> io::Result<Self> {

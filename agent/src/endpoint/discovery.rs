@@ -13,7 +13,7 @@ use super::{
     check::Checks,
     feed::Feed,
     file, names,
-    set::{EndpointSet, Source},
+    set::{EndpointSet, EndpointSource},
 };
 use crate::{
     config::{Config, Pool},
@@ -131,10 +131,10 @@ fn tasks(jobs: Vec<Job>, config: &Config, metrics: &Arc<Metrics>, own: &Listener
             }
         };
         if let Some(named) = pool.endpoints_dns.clone() {
-            tasks.spawn(names::follow(named, dns.clone(), own.clone(), feed(Source::Dns)));
+            tasks.spawn(names::follow(named, dns.clone(), own.clone(), feed(EndpointSource::Dns)));
         }
         if let Some(path) = pool.endpoints_file.clone() {
-            tasks.spawn(file::follow(path, pool.ports.clone(), feed(Source::File)));
+            tasks.spawn(file::follow(path, pool.ports.clone(), feed(EndpointSource::File)));
         }
         if let Some(rules) = pool.health.clone() {
             let checks = Checks {
@@ -218,7 +218,7 @@ mod tests {
         let (readiness, set, ([one, _two], answers)) = (Readiness::new(), set(&[]), sources());
         let mut wait = pin!(open_when_answered(answers, std::future::ready(()), &set, readiness.gate("a")));
         assert!(wait.as_mut().now_or_never().is_none() && !readiness.is_ready());
-        set.replace(Source::File, vec![address().into()]);
+        set.replace(EndpointSource::File, vec![address().into()]);
         drop(one);
         assert!(wait.as_mut().now_or_never().is_some() && readiness.is_ready());
     }

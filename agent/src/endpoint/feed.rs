@@ -6,14 +6,14 @@ use std::{fmt::Display, net::SocketAddr, sync::Arc};
 
 use tokio::sync::oneshot;
 
-use super::set::{EndpointSet, Source};
+use super::set::{EndpointSet, EndpointSource};
 use crate::{config, metrics::Metrics};
 
 pub(super) struct Feed {
     pub(super) pool: String,
     /// The pool's index in the metrics.
     pub(super) index: usize,
-    pub(super) source: Source,
+    pub(super) source: EndpointSource,
     pub(super) set: Arc<EndpointSet>,
     pub(super) metrics: Arc<Metrics>,
     /// The agent's own listener, which is never used as an endpoint.

@@ -25,7 +25,7 @@ use h2::{
 use tokio::{net::TcpSocket, sync::watch, time::Instant};
 
 use super::{
-    times::Times,
+    timeouts::ConnectionTimeouts,
     wire::{Link, Wire},
 };
 use crate::kernel::socket;
@@ -47,7 +47,7 @@ pub struct Http2Pool(Rc<Inner>);
 
 struct Inner {
     endpoints: RefCell<HashMap<SocketAddr, Endpoint>>,
-    times: Cell<Times>,
+    times: Cell<ConnectionTimeouts>,
 }
 
 #[derive(Default)]
@@ -133,11 +133,11 @@ impl Drop for Stream {
 }
 
 impl Http2Pool {
-    pub fn new(times: Times) -> Self {
+    pub fn new(times: ConnectionTimeouts) -> Self {
         Self(Rc::new(Inner { endpoints: RefCell::default(), times: Cell::new(times) }))
     }
 
-    pub fn set_times(&self, times: Times) {
+    pub fn set_times(&self, times: ConnectionTimeouts) {
         self.0.times.set(times);
     }
 
@@ -218,7 +218,7 @@ impl Inner {
 }
 
 /// Connects, and waits for the endpoint's limit of streams.
-async fn connect(address: SocketAddr, times: Times) -> io::Result<Connection> {
+async fn connect(address: SocketAddr, times: ConnectionTimeouts) -> io::Result<Connection> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     socket::detect_unreachable(&socket, times.unreachable)?;
     let tcp = socket.connect(address).await?;

@@ -1,6 +1,7 @@
 //! Idle HTTP/1.1 connections by endpoint, one pool per worker, reused last in, first out.
 //!
-//! A connection is kept for at most `Times::keep_alive`, which should be below the model server's own limit (uvicorn: 5 s).
+//! A connection is kept for at most `ConnectionTimeouts::keep_alive`, which should be below the model server's own limit (uvicorn:
+//! 5 s).
 
 use std::{
     cell::{Cell, RefCell},
@@ -13,7 +14,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{connection::EndpointConnection, times::Times};
+use super::{connection::EndpointConnection, timeouts::ConnectionTimeouts};
 use crate::{metrics::Metrics, steer::WorkerSteering};
 
 /// Most idle connections per endpoint.
@@ -23,19 +24,24 @@ const MAX_IDLE: usize = 256;
 pub struct Http1Pool {
     idle: RefCell<HashMap<SocketAddr, Vec<EndpointConnection>>>,
     steering: Option<Rc<WorkerSteering>>,
-    times: Cell<Times>,
+    times: Cell<ConnectionTimeouts>,
     receive_buffer: u32,
     metrics: Arc<Metrics>,
 }
 
 impl Http1Pool {
     /// An empty pool. `receive_buffer` is the size of the sockets' receive buffers in bytes.
-    pub fn new(metrics: Arc<Metrics>, steering: Option<Rc<WorkerSteering>>, times: Times, receive_buffer: u32) -> Self {
+    pub fn new(
+        metrics: Arc<Metrics>,
+        steering: Option<Rc<WorkerSteering>>,
+        times: ConnectionTimeouts,
+        receive_buffer: u32,
+    ) -> Self {
         Self { idle: RefCell::default(), steering, times: Cell::new(times), receive_buffer, metrics }
     }
 
     /// Sets the timeouts of new and idle connections.
-    pub fn set_times(&self, times: Times) {
+    pub fn set_times(&self, times: ConnectionTimeouts) {
         self.times.set(times);
     }
 

@@ -19,13 +19,13 @@ use crate::{
 
 /// Where endpoints come from. The set is the union; if several sources list an address, the first source in this order wins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Source {
+pub enum EndpointSource {
     Config,
     File,
     Dns,
 }
 
-impl Source {
+impl EndpointSource {
     /// The label in logs and metrics.
     pub fn name(self) -> &'static str {
         match self {
@@ -48,7 +48,7 @@ pub struct EndpointSet {
 
 #[derive(Debug, Default)]
 struct Parts {
-    /// By [`Source`].
+    /// By [`EndpointSource`].
     listed: [Vec<config::Endpoint>; 3],
     next_id: u32,
 }
@@ -73,20 +73,20 @@ impl EndpointSet {
         let parts = before.changing.lock();
         let mut listed = parts.listed.clone();
         for (source, followed) in
-            [(Source::File, pool.endpoints_file.is_some()), (Source::Dns, pool.endpoints_dns.is_some())]
+            [(EndpointSource::File, pool.endpoints_file.is_some()), (EndpointSource::Dns, pool.endpoints_dns.is_some())]
         {
             if !followed {
                 listed[source as usize].clear();
             }
         }
-        listed[Source::Config as usize].clear();
+        listed[EndpointSource::Config as usize].clear();
         let set = Self {
             rules: pool.ejection.clone(),
             subset: Rule::new(pool, node),
             snapshot: RwLock::new(before.snapshot()),
             changing: Mutex::new(Parts { listed, next_id: parts.next_id }),
         };
-        set.rebuild(&mut set.changing.lock(), Source::Config, pool.endpoints.clone());
+        set.rebuild(&mut set.changing.lock(), EndpointSource::Config, pool.endpoints.clone());
         set
     }
 
@@ -97,7 +97,7 @@ impl EndpointSet {
 
     fn with(endpoints: Vec<config::Endpoint>, rules: Ejection, subset: Rule) -> Self {
         let set = Self { rules, subset, snapshot: RwLock::default(), changing: Mutex::default() };
-        set.replace(Source::Config, endpoints);
+        set.replace(EndpointSource::Config, endpoints);
         set
     }
 
@@ -107,7 +107,7 @@ impl EndpointSet {
     }
 
     /// Replaces the endpoints of `source`. Returns true if the set changed.
-    pub fn replace(&self, source: Source, endpoints: Vec<config::Endpoint>) -> bool {
+    pub fn replace(&self, source: EndpointSource, endpoints: Vec<config::Endpoint>) -> bool {
         let mut parts = self.changing.lock();
         if parts.listed[source as usize] == endpoints {
             return false;
@@ -116,7 +116,7 @@ impl EndpointSet {
         true
     }
 
-    fn rebuild(&self, parts: &mut Parts, source: Source, endpoints: Vec<config::Endpoint>) {
+    fn rebuild(&self, parts: &mut Parts, source: EndpointSource, endpoints: Vec<config::Endpoint>) {
         parts.listed[source as usize] = endpoints;
         let mut snapshot = parts.merged(&self.snapshot());
         snapshot.subsets = self.subset.subsets(&snapshot.endpoints, |address| snapshot.get(address));
@@ -240,12 +240,12 @@ mod tests {
     fn set_is_the_union_and_the_first_source_wins() {
         let set = set(2);
         let named = config::Endpoint { zone: Some("a".into()), ..address(2).into() };
-        assert!(set.replace(Source::Dns, vec![address(3).into(), address(3).into()]));
-        assert!(set.replace(Source::File, vec![named, address(4).into()]));
+        assert!(set.replace(EndpointSource::Dns, vec![address(3).into(), address(3).into()]));
+        assert!(set.replace(EndpointSource::File, vec![named, address(4).into()]));
         assert_eq!(addresses(&set), [1, 2, 4, 3].map(address));
         assert_eq!(set.snapshot().get(address(2)).unwrap().zone, None);
-        assert!(set.replace(Source::File, vec![]));
-        assert!(!set.replace(Source::File, vec![]), "unchanged");
+        assert!(set.replace(EndpointSource::File, vec![]));
+        assert!(!set.replace(EndpointSource::File, vec![]), "unchanged");
         assert_eq!(addresses(&set), [1, 2, 3].map(address));
     }
 
@@ -254,7 +254,10 @@ mod tests {
         let (set, now) = (set(3), Instant::now());
         let running = [set.begin(address(1), now), set.begin(address(1), now)];
         set.failed(address(1), now);
-        set.replace(Source::Config, vec![config::Endpoint { draining: true, ..address(1).into() }, address(2).into()]);
+        set.replace(
+            EndpointSource::Config,
+            vec![config::Endpoint { draining: true, ..address(1).into() }, address(2).into()],
+        );
         let one = |set: &EndpointSet| {
             let snapshot = set.snapshot();
             let endpoint = snapshot.get(address(1)).unwrap();
@@ -264,8 +267,8 @@ mod tests {
         assert_eq!(one(&set), (id, 2, true, EndpointState::Draining));
         assert_eq!(set.states(), [1, 0, 0, 1]);
         assert_eq!(set.snapshot().ready().count(), 1);
-        set.replace(Source::Config, listed([2]));
-        set.replace(Source::Config, listed([1, 2]));
+        set.replace(EndpointSource::Config, listed([2]));
+        set.replace(EndpointSource::Config, listed([1, 2]));
         assert_eq!(one(&set), (4, 0, false, EndpointState::Ready));
         drop(running);
         assert_eq!(one(&set), (4, 0, false, EndpointState::Ready));
@@ -303,8 +306,8 @@ mod tests {
     #[test]
     fn reloaded_set_keeps_endpoints_and_their_state() {
         let (before, now) = (set(3), Instant::now());
-        before.replace(Source::Dns, listed([7]));
-        before.replace(Source::File, listed([8]));
+        before.replace(EndpointSource::Dns, listed([7]));
+        before.replace(EndpointSource::File, listed([8]));
         let _running = before.begin(address(1), now);
         before.failed(address(1), now);
         let pool = config::Pool {

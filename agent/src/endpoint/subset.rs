@@ -82,7 +82,7 @@ mod tests {
     use super::*;
     use crate::{
         config::{Ejection, Pool},
-        endpoint::set::{EndpointSet, Source},
+        endpoint::set::{EndpointSet, EndpointSource},
     };
 
     fn address(n: u8) -> SocketAddr {
@@ -127,7 +127,7 @@ mod tests {
         assert!(Arc::ptr_eq(&first, &subset()));
         fail(&set, [1]);
         assert!(Arc::ptr_eq(&first, &subset()));
-        set.replace(Source::File, vec![at(6, "n1", "a")]);
+        set.replace(EndpointSource::File, vec![at(6, "n1", "a")]);
         assert_subset(&set, Some(&[1, 2, 3, 6]));
     }
 
@@ -155,11 +155,11 @@ mod tests {
     fn draining_and_removed_endpoints_are_in_no_subset() {
         let set = prefer(&[Locality::Node, Locality::Zone], EmptySubset::All);
         let draining = config::Endpoint { draining: true, ..at(1, "n1", "a") };
-        set.replace(Source::Config, vec![draining.clone(), at(2, "n1", "a"), at(3, "n2", "a")]);
+        set.replace(EndpointSource::Config, vec![draining.clone(), at(2, "n1", "a"), at(3, "n2", "a")]);
         assert_subset(&set, Some(&[2]));
-        set.replace(Source::Config, vec![draining.clone(), at(3, "n2", "a")]);
+        set.replace(EndpointSource::Config, vec![draining.clone(), at(3, "n2", "a")]);
         assert_subset(&set, Some(&[3]));
-        set.replace(Source::Config, vec![draining, at(4, "n3", "b")]);
+        set.replace(EndpointSource::Config, vec![draining, at(4, "n3", "b")]);
         assert_subset(&set, None);
     }
 
@@ -168,7 +168,7 @@ mod tests {
         let set = prefer(&[Locality::Node], EmptySubset::Fail);
         fail(&set, [1, 2]);
         assert_subset(&set, Some(&[1, 2]));
-        set.replace(Source::Config, vec![at(3, "n2", "a")]);
+        set.replace(EndpointSource::Config, vec![at(3, "n2", "a")]);
         assert_subset(&set, Some(&[]));
     }
 
@@ -183,10 +183,10 @@ mod tests {
         assert_subset(&set_all, Some(&[3, 1]));
         fail(&set_all, [3, 1]);
         assert_subset(&set_all, Some(&[3, 1]));
-        set_all.replace(Source::Config, vec![address(2).into()]);
+        set_all.replace(EndpointSource::Config, vec![address(2).into()]);
         assert_subset(&set_all, None);
         let set_fail = set(explicit(EmptySubset::Fail));
-        set_fail.replace(Source::Config, vec![address(2).into()]);
+        set_fail.replace(EndpointSource::Config, vec![address(2).into()]);
         assert_subset(&set_fail, Some(&[]));
         let with_passthrough = set(|pool| {
             explicit(EmptySubset::All)(pool);

@@ -1,6 +1,6 @@
 //! Limits of `penstock epp` over all of its clients: connections, streams and bytes of held bodies.
 //!
-//! Each is a budget. A reservation is returned when it is dropped.
+//! Each is a quota. A reservation is returned when it is dropped.
 
 use std::{
     io,
@@ -58,44 +58,44 @@ impl Default for EppServerLimits {
 
 /// A count that has a limit.
 #[derive(Debug)]
-pub(super) struct Budget {
+pub(super) struct Quota {
     used: AtomicUsize,
     limit: usize,
 }
 
-impl Budget {
+impl Quota {
     pub(super) fn new(limit: usize) -> Arc<Self> {
         Arc::new(Self { used: AtomicUsize::new(0), limit })
     }
 
     /// An empty reservation.
-    pub(super) fn part(self: &Arc<Self>) -> Part {
-        Part { budget: Arc::clone(self), amount: 0 }
+    pub(super) fn reservation(self: &Arc<Self>) -> Reservation {
+        Reservation { quota: Arc::clone(self), amount: 0 }
     }
 
-    /// Reserves one. Returns `None` if the budget is used up.
-    pub(super) fn one(self: &Arc<Self>) -> Option<Part> {
-        let mut part = self.part();
-        part.grow(1).then_some(part)
+    /// Reserves one. Returns `None` if the quota is used up.
+    pub(super) fn one(self: &Arc<Self>) -> Option<Reservation> {
+        let mut reservation = self.reservation();
+        reservation.grow(1).then_some(reservation)
     }
 }
 
-/// A reservation of a part of a budget.
+/// A reservation of a part of a quota.
 #[derive(Debug)]
-pub(super) struct Part {
-    budget: Arc<Budget>,
+pub(super) struct Reservation {
+    quota: Arc<Quota>,
     amount: usize,
 }
 
-impl Part {
-    /// Returns the reservation to the budget.
+impl Reservation {
+    /// Returns the reservation to the quota.
     pub(super) fn release(&mut self) {
-        self.budget.used.fetch_sub(std::mem::take(&mut self.amount), Relaxed);
+        self.quota.used.fetch_sub(std::mem::take(&mut self.amount), Relaxed);
     }
 
-    /// Reserves `by` more. Returns false if the budget has not enough left.
+    /// Reserves `by` more. Returns false if the quota has not enough left.
     pub(super) fn grow(&mut self, by: usize) -> bool {
-        let Budget { used, limit } = &*self.budget;
+        let Quota { used, limit } = &*self.quota;
         let add = |used: usize| used.checked_add(by).filter(|sum| sum <= limit);
         let granted = used.fetch_update(Relaxed, Relaxed, add).is_ok();
         self.amount += if granted { by } else { 0 };
@@ -103,25 +103,25 @@ impl Part {
     }
 }
 
-impl Drop for Part {
+impl Drop for Reservation {
     fn drop(&mut self) {
         self.release();
     }
 }
 
 /// A connection that is counted while it is open.
-pub(super) struct Counted {
+pub(super) struct CountedConnection {
     stream: TcpStream,
-    _part: Part,
+    _reservation: Reservation,
 }
 
-impl Counted {
-    pub(super) fn new(stream: TcpStream, part: Part) -> Self {
-        Self { stream, _part: part }
+impl CountedConnection {
+    pub(super) fn new(stream: TcpStream, reservation: Reservation) -> Self {
+        Self { stream, _reservation: reservation }
     }
 }
 
-impl Connected for Counted {
+impl Connected for CountedConnection {
     type ConnectInfo = TcpConnectInfo;
 
     fn connect_info(&self) -> Self::ConnectInfo {
@@ -129,13 +129,13 @@ impl Connected for Counted {
     }
 }
 
-impl AsyncRead for Counted {
+impl AsyncRead for CountedConnection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }
 
-impl AsyncWrite for Counted {
+impl AsyncWrite for CountedConnection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(cx, buf)
     }
@@ -154,13 +154,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dropped_part_is_returned_to_the_budget() {
-        let budget = Budget::new(3);
-        let mut part = budget.part();
-        assert!(part.grow(2) && !part.grow(2) && !part.grow(usize::MAX));
-        let one = budget.one();
-        assert!(one.is_some() && budget.one().is_none());
-        drop(part);
-        assert!(budget.part().grow(2) && !budget.part().grow(3));
+    fn dropped_reservation_is_returned_to_the_quota() {
+        let quota = Quota::new(3);
+        let mut reservation = quota.reservation();
+        assert!(reservation.grow(2) && !reservation.grow(2) && !reservation.grow(usize::MAX));
+        let one = quota.one();
+        assert!(one.is_some() && quota.one().is_none());
+        drop(reservation);
+        assert!(quota.reservation().grow(2) && !quota.reservation().grow(3));
     }
 }

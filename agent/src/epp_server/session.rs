@@ -15,7 +15,7 @@ use penstock_proto::{
 };
 use tonic::Status;
 
-use super::{bounds::Part, refusal::Refusal, refusals::Refusals, reply, subset, upload::Upload};
+use super::{bounds::Reservation, refusal::Refusal, refusals::Refusals, reply, subset, upload::Upload};
 use crate::{
     endpoint::in_flight::InFlight,
     picker::{
@@ -32,7 +32,7 @@ pub(super) struct Session {
     max_body: usize,
     session_headers: Arc<[HeaderName]>,
     /// The reservation for the held body.
-    held: Part,
+    held: Reservation,
     phase: Phase,
     headers: Option<HeaderMap>,
     subset: Option<Vec<SocketAddr>>,
@@ -71,7 +71,7 @@ impl Session {
         picker: Arc<BuiltinPicker>,
         max_body: usize,
         session_headers: Arc<[HeaderName]>,
-        held: Part,
+        held: Reservation,
         refusals: Arc<Refusals>,
     ) -> Self {
         Self {

@@ -50,7 +50,7 @@ impl Attempts {
         self.current.answered();
         // A 503 may mean that the replica has no endpoints or is no longer the leader, so check it before the next request.
         if matches!(outcome, Outcome::Immediate(reply) if reply.status == StatusCode::SERVICE_UNAVAILABLE) {
-            self.replicas.look_again();
+            self.replicas.recheck();
         }
     }
 
@@ -69,7 +69,7 @@ impl Attempts {
             Retry::Never => return false,
         }
         self.current.failed(now);
-        self.replicas.look_again();
+        self.replicas.recheck();
         self.asked.push(self.current.address);
         let snapshot = self.replicas.snapshot();
         let Some(next) = snapshot.best(&self.asked, now) else { return false };
@@ -83,7 +83,7 @@ mod tests {
     use std::io;
 
     use super::*;
-    use crate::{config::Epp, picker::replica::State};
+    use crate::{config::Epp, picker::replica::ReplicaState};
 
     const ADDRESSES: [&str; 3] = ["10.0.0.1:9002", "10.0.0.2:9002", "10.0.0.3:9002"];
 
@@ -169,13 +169,15 @@ mod tests {
     async fn new_leader_is_asked_next() {
         let replicas = replicas(3);
         let all = replicas.snapshot().replicas;
-        for (replica, state) in all.iter().zip([State::Serving, State::NotServing, State::NotServing]) {
+        for (replica, state) in
+            all.iter().zip([ReplicaState::Serving, ReplicaState::NotServing, ReplicaState::NotServing])
+        {
             replica.set_state(state);
         }
         let mut attempts = Attempts::begin(&replicas).await.unwrap();
         // While the first is asked, the third becomes the leader.
-        all[0].set_state(State::NotServing);
-        all[2].set_state(State::Serving);
+        all[0].set_state(ReplicaState::NotServing);
+        all[2].set_state(ReplicaState::Serving);
         assert!(attempts.again(&status(tonic::Code::Unavailable), Instant::now()));
         assert_eq!(attempts.replica().address.to_string(), ADDRESSES[2]);
     }

@@ -31,7 +31,7 @@ use super::{
     attempts::Attempts,
     connection::{Connection, Http2, Loss},
     error::PickError,
-    exchange::{Event, Exchange, ImmediateReply, Limits, Outcome},
+    exchange::{Event, Exchange, ExchangeLimits, ImmediateReply, Outcome},
     replica::{Replica, Replicas},
     silence::{HeadReply, Silence, Waiting},
 };
@@ -104,7 +104,7 @@ impl EppClient {
         request: &http::request::Parts,
         has_body: bool,
         subset: Option<&[SocketAddr]>,
-        limits: Limits,
+        limits: ExchangeLimits,
         members: Option<Arc<Snapshot>>,
     ) -> PickStream {
         let link = self.link(replica);

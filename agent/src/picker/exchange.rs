@@ -27,9 +27,9 @@ use crate::{budget::Budget, config::EppLimits, endpoint::set::Snapshot};
 /// Bytes of a replaced body for which the EPP may send one more message.
 const BYTES_PER_MESSAGE: usize = 256;
 
-/// Limits on what an EPP sends.
+/// ExchangeLimits on what an EPP sends.
 #[derive(Debug, Clone)]
-pub struct Limits {
+pub struct ExchangeLimits {
     /// Most bytes of a replaced body or of an immediate reply's body.
     pub replaced_body: usize,
     /// The budget against which the bytes of a replaced body count.
@@ -93,7 +93,7 @@ pub enum Event {
 pub struct Exchange {
     /// The name of the header that carries the pick.
     header: HeaderName,
-    limits: Limits,
+    limits: ExchangeLimits,
     /// The pool's endpoints, if known.
     members: Option<Arc<Snapshot>>,
     subset: Option<Vec<SocketAddr>>,
@@ -166,7 +166,7 @@ impl Exchange {
         request: &http::request::Parts,
         has_body: bool,
         subset: Option<&[SocketAddr]>,
-        limits: Limits,
+        limits: ExchangeLimits,
     ) -> Self {
         let mut exchange = Self {
             header,

@@ -9,7 +9,7 @@ use tonic::Code;
 
 use super::{
     connection::Connection,
-    replica::{Replica, Replicas, State},
+    replica::{Replica, ReplicaState, Replicas},
 };
 
 /// Least time between two checks. Failing requests ask for checks before the interval has passed.
@@ -17,11 +17,11 @@ const GAP: Duration = Duration::from_millis(100);
 
 /// As [`watch`], but restarts the checks an interval after a check panicked. The replica is `Unknown` meanwhile. The panic hook has
 /// already counted the panic.
-pub(super) async fn keep_watching<F: Future<Output = State>>(
+pub(super) async fn keep_watching<F: Future<Output = ReplicaState>>(
     replica: &Replica,
     interval: Duration,
     mut check: impl FnMut() -> F,
-    mut found: impl FnMut(State),
+    mut found: impl FnMut(ReplicaState),
 ) {
     loop {
         let watching = AssertUnwindSafe(watch(replica, interval, &mut check, &mut found));
@@ -29,17 +29,17 @@ pub(super) async fn keep_watching<F: Future<Output = State>>(
             return;
         }
         tracing::warn!(address = %replica.address, authority = %replica.authority, "health check panicked, restarting it");
-        found(State::Unknown);
+        found(ReplicaState::Unknown);
         sleep(interval).await;
     }
 }
 
 /// Calls `check` every `interval` and whenever `replica.look` is notified, and passes each result to `found`. Never returns.
-pub(super) async fn watch<F: Future<Output = State>>(
+pub(super) async fn watch<F: Future<Output = ReplicaState>>(
     replica: &Replica,
     interval: Duration,
     mut check: impl FnMut() -> F,
-    mut found: impl FnMut(State),
+    mut found: impl FnMut(ReplicaState),
 ) {
     let gap = GAP.min(interval);
     loop {
@@ -68,16 +68,16 @@ impl Checker {
     }
 
     /// Takes at most `connect_timeout`; twice that if it has to connect, and twice as long again if a connection is lost.
-    pub(super) async fn check(&self) -> State {
+    pub(super) async fn check(&self) -> ReplicaState {
         // A connection that was lost while idle, or by GOAWAY, does not tell the server's health, so try once more.
         let first = self.once().await;
         let second = if first.is_none() { self.once().await } else { first };
-        second.unwrap_or(State::Unreachable)
+        second.unwrap_or(ReplicaState::Unreachable)
     }
 
     /// Returns `None` if the connection was lost.
-    async fn once(&self) -> Option<State> {
-        let Ok(http2) = self.connection.get().await else { return Some(State::Unreachable) };
+    async fn once(&self) -> Option<ReplicaState> {
+        let Ok(http2) = self.connection.get().await else { return Some(ReplicaState::Unreachable) };
         let mut client = HealthClient::with_origin(http2.clone(), self.connection.origin());
         let request = HealthCheckRequest { service: self.service.clone() };
         match timeout(self.timeout, client.check(request)).await {
@@ -86,25 +86,25 @@ impl Checker {
             Ok(Err(status)) => Some(failed(status.code())),
             Err(_) => {
                 http2.retire();
-                Some(State::Unreachable)
+                Some(ReplicaState::Unreachable)
             }
         }
     }
 }
 
-fn state(status: ServingStatus) -> State {
+fn state(status: ServingStatus) -> ReplicaState {
     match status {
-        ServingStatus::Serving => State::Serving,
-        ServingStatus::NotServing => State::NotServing,
-        ServingStatus::Unknown | ServingStatus::ServiceUnknown => State::Unknown,
+        ServingStatus::Serving => ReplicaState::Serving,
+        ServingStatus::NotServing => ReplicaState::NotServing,
+        ServingStatus::Unknown | ServingStatus::ServiceUnknown => ReplicaState::Unknown,
     }
 }
 
 /// A server that does not know the service, or refuses to tell, is alive. Any other error counts as not serving.
-fn failed(code: Code) -> State {
+fn failed(code: Code) -> ReplicaState {
     match code {
-        Code::NotFound | Code::Unimplemented | Code::PermissionDenied | Code::Unauthenticated => State::Unknown,
-        _ => State::NotServing,
+        Code::NotFound | Code::Unimplemented | Code::PermissionDenied | Code::Unauthenticated => ReplicaState::Unknown,
+        _ => ReplicaState::NotServing,
     }
 }
 
@@ -119,12 +119,12 @@ mod tests {
 
     #[test]
     fn only_explicit_failures_are_not_serving() {
-        assert_eq!(state(ServingStatus::Serving), State::Serving);
-        assert_eq!(state(ServingStatus::NotServing), State::NotServing);
-        assert_eq!(state(ServingStatus::ServiceUnknown), State::Unknown);
-        assert_eq!(failed(Code::Unimplemented), State::Unknown);
-        assert_eq!(failed(Code::NotFound), State::Unknown);
-        assert_eq!(failed(Code::Unavailable), State::NotServing);
+        assert_eq!(state(ServingStatus::Serving), ReplicaState::Serving);
+        assert_eq!(state(ServingStatus::NotServing), ReplicaState::NotServing);
+        assert_eq!(state(ServingStatus::ServiceUnknown), ReplicaState::Unknown);
+        assert_eq!(failed(Code::Unimplemented), ReplicaState::Unknown);
+        assert_eq!(failed(Code::NotFound), ReplicaState::Unknown);
+        assert_eq!(failed(Code::Unavailable), ReplicaState::NotServing);
     }
 
     #[tokio::test(start_paused = true)]
@@ -136,13 +136,18 @@ mod tests {
         let check = || {
             checks.set(checks.get() + 1);
             let fails = checks.get() == 2;
-            async move { if fails { panic!("a fault of this test's") } else { State::Serving } }
+            async move { if fails { panic!("a fault of this test's") } else { ReplicaState::Serving } }
         };
         let watching = keep_watching(&replica, INTERVAL, check, |state| {
             found.borrow_mut().push((begin.elapsed().as_secs(), state));
         });
         assert!(timeout(Duration::from_secs(16), watching).await.is_err());
-        let expected = [(0, State::Serving), (5, State::Unknown), (10, State::Serving), (15, State::Serving)];
+        let expected = [
+            (0, ReplicaState::Serving),
+            (5, ReplicaState::Unknown),
+            (10, ReplicaState::Serving),
+            (15, ReplicaState::Serving),
+        ];
         assert_eq!(*found.borrow(), expected);
     }
 
@@ -154,15 +159,15 @@ mod tests {
         let (begin, checked) = (Instant::now(), RefCell::new(Vec::new()));
         let check = || async {
             sleep(Duration::from_millis(10)).await;
-            State::Serving
+            ReplicaState::Serving
         };
         let script = async {
             sleep(Duration::from_secs(7)).await;
             // In the middle of an interval: checks at once. Ten more requests in a row: one more check after the gap.
-            replicas.look_again();
+            replicas.recheck();
             tokio::task::yield_now().await;
             for _ in 0..10 {
-                replicas.look_again();
+                replicas.recheck();
             }
             sleep(Duration::from_secs(6)).await;
         };

@@ -28,7 +28,7 @@ const PENALTY: Duration = Duration::from_secs(5);
 /// A replica's health. A metric label.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
-pub enum State {
+pub enum ReplicaState {
     /// Not checked, or the server does not report health. Assumed to serve.
     Unknown,
     Serving,
@@ -37,7 +37,7 @@ pub enum State {
     Unreachable,
 }
 
-impl State {
+impl ReplicaState {
     pub const ALL: [Self; 4] = [Self::Unknown, Self::Serving, Self::NotServing, Self::Unreachable];
 
     pub fn label(self) -> &'static str {
@@ -77,7 +77,7 @@ impl Replica {
             address,
             authority,
             name,
-            state: AtomicU8::new(State::Unknown as u8),
+            state: AtomicU8::new(ReplicaState::Unknown as u8),
             penalty: AtomicU64::new(0),
             born: Instant::now(),
             decisions: AtomicU64::new(0),
@@ -87,13 +87,13 @@ impl Replica {
         }
     }
 
-    pub fn state(&self) -> State {
-        State::ALL[usize::from(self.state.load(Relaxed))]
+    pub fn state(&self) -> ReplicaState {
+        ReplicaState::ALL[usize::from(self.state.load(Relaxed))]
     }
 
     /// Sets the state. Returns the previous one.
-    pub fn set_state(&self, state: State) -> State {
-        State::ALL[usize::from(self.state.swap(state as u8, Relaxed))]
+    pub fn set_state(&self, state: ReplicaState) -> ReplicaState {
+        ReplicaState::ALL[usize::from(self.state.swap(state as u8, Relaxed))]
     }
 
     /// The replica failed a request, which goes to another replica.
@@ -148,10 +148,10 @@ impl Replica {
         }
         let penalised = since < u128::from(self.penalty.load(Relaxed));
         match (self.state(), penalised) {
-            (State::Serving | State::Unknown, false) => 0,
-            (State::Serving | State::Unknown, true) => 1,
-            (State::NotServing, false) => 2,
-            (State::NotServing, true) | (State::Unreachable, _) => 3,
+            (ReplicaState::Serving | ReplicaState::Unknown, false) => 0,
+            (ReplicaState::Serving | ReplicaState::Unknown, true) => 1,
+            (ReplicaState::NotServing, false) => 2,
+            (ReplicaState::NotServing, true) | (ReplicaState::Unreachable, _) => 3,
         }
     }
 }
@@ -284,7 +284,7 @@ impl Replicas {
     }
 
     /// Resolves the names and checks all replicas now: a failed one may have lost its leadership or changed its address.
-    pub fn look_again(&self) {
+    pub fn recheck(&self) {
         self.look.notify_one();
         for replica in &*self.current.borrow().replicas {
             replica.look.notify_one();

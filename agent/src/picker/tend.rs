@@ -14,7 +14,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::{
     health::{self, Checker},
-    replica::{Replica, Replicas, State},
+    replica::{Replica, ReplicaState, Replicas},
 };
 use crate::{
     dns::Dns,
@@ -131,22 +131,22 @@ struct ReplicaStatus {
 
 impl ReplicaStatus {
     /// Updates the metric from one state to another. `None` means that the replica did not, or does not, exist.
-    fn count_state(&self, before: Option<State>, now: Option<State>) {
+    fn count_state(&self, before: Option<ReplicaState>, now: Option<ReplicaState>) {
         let metrics = self.means.metrics.pool(self.means.pool);
-        metrics.epp_replica(self.replica.address, before.map(State::label), now.map(State::label));
+        metrics.epp_replica(self.replica.address, before.map(ReplicaState::label), now.map(ReplicaState::label));
     }
 
-    fn found(&self, state: State) {
+    fn found(&self, state: ReplicaState) {
         let before = self.replica.set_state(state);
         if before == state {
             return;
         }
         let (address, authority) = (self.replica.address, &self.replica.authority);
         match state {
-            State::Unknown | State::Serving => {
+            ReplicaState::Unknown | ReplicaState::Serving => {
                 tracing::info!(%address, %authority, state = state.label(), "EPP replica changed state");
             }
-            State::NotServing | State::Unreachable => {
+            ReplicaState::NotServing | ReplicaState::Unreachable => {
                 tracing::warn!(%address, %authority, state = state.label(), "EPP replica changed state");
             }
         }

@@ -19,7 +19,7 @@ use crate::{
     picker::{
         client::{EppClient, PickStream},
         error::PickError,
-        exchange::{Limits, Outcome},
+        exchange::{ExchangeLimits, Outcome},
         replica::Replica,
     },
     upload::Upload,
@@ -39,7 +39,7 @@ pub(super) struct Question<'a> {
     pub(super) settings: &'a config::Epp,
     /// The subset hint.
     pub(super) subset: Option<&'a [SocketAddr]>,
-    pub(super) limits: Limits,
+    pub(super) limits: ExchangeLimits,
     /// The pool's endpoints.
     pub(super) members: Arc<Snapshot>,
     pub(super) metrics: &'a PoolMetrics,

@@ -22,7 +22,7 @@ use crate::{
         builtin::SessionHash,
         client::PickStream,
         error::PickError,
-        exchange::{Body, Decision, ImmediateReply, Limits, Outcome},
+        exchange::{Body, Decision, ExchangeLimits, ImmediateReply, Outcome},
     },
     text::{PHRASE, cut},
     upload::Upload,
@@ -81,7 +81,7 @@ pub(super) async fn pick(
     let subset = worker.shared.endpoints[request.pool].subset(started.into_std());
     let limit = worker.shared.config.limits.body_bytes;
     let memory = Arc::clone(&worker.shared.bodies.memory);
-    let limits = Limits { replaced_body: limit.try_into().unwrap_or(usize::MAX), memory, epp: settings.limits };
+    let limits = ExchangeLimits { replaced_body: limit.try_into().unwrap_or(usize::MAX), memory, epp: settings.limits };
     let members = worker.shared.endpoints[request.pool].snapshot();
     let question = Question { epp, settings, subset: subset.as_deref(), limits, members, metrics };
     let failure = match question.ask(client, request, upload).await {

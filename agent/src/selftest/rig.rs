@@ -18,7 +18,7 @@ use tokio::{
 use crate::{
     client::ClientSocket,
     deliver::{Account, Delivery, End, Target},
-    endpoint::{connection::EndpointConnection, times::Times},
+    endpoint::{connection::EndpointConnection, timeouts::ConnectionTimeouts},
     kernel::slots::Lane,
     steer::{Source, WorkerSteering},
 };
@@ -40,7 +40,7 @@ impl Rig {
     pub(super) async fn new(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<(Self, TcpStream, TcpStream)> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address: SocketAddr = listener.local_addr()?;
-        let times = Times { keep_alive: PATIENCE, connect: Some(PATIENCE), unreachable: None };
+        let times = ConnectionTimeouts { keep_alive: PATIENCE, connect: Some(PATIENCE), unreachable: None };
         let (endpoint, server) =
             tokio::join!(EndpointConnection::connect(address, times, Some(steering), BUFFER), listener.accept());
         let (reader, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());

@@ -17,7 +17,7 @@ use tokio::{
     net::{TcpListener, TcpStream},
 };
 
-use super::{EndpointConnection, Times};
+use super::{ConnectionTimeouts, EndpointConnection};
 use crate::{
     client::ClientSocket,
     deliver::{Delivery, End, Target},
@@ -116,7 +116,7 @@ fn with_peer(test: impl AsyncFnOnce(Peer, EndpointConnection, Rc<WorkerSteering>
         runtime.block_on(async {
             let steering = WorkerSteering::new(&kernel).expect("maps");
             let address = SocketAddr::from((PEER, PORT));
-            let times = Times { keep_alive: PATIENCE, connect: Some(PATIENCE), unreachable: None };
+            let times = ConnectionTimeouts { keep_alive: PATIENCE, connect: Some(PATIENCE), unreachable: None };
             let endpoint =
                 EndpointConnection::connect(address, times, Some(&steering), 1 << 19).await.expect("connect");
             assert!(endpoint.source().is_some());

@@ -35,7 +35,7 @@ async fn silent_endpoint_gets_no_ping() {
     let address = listener.local_addr().expect("an address");
     let server = std::thread::spawn(move || silent(&listener));
     let local = tokio::task::LocalSet::new();
-    let times = Times { keep_alive: Duration::MAX, connect: None, unreachable: None };
+    let times = ConnectionTimeouts { keep_alive: Duration::MAX, connect: None, unreachable: None };
     local
         .run_until(async {
             let mut stream = Http2Pool::new(times).stream(address).await.expect("a stream");

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::{affinity::CAPACITY, *};
 use crate::{
     config::{self, Ejection},
-    endpoint::set::Source,
+    endpoint::set::EndpointSource,
 };
 
 fn endpoint(n: u8) -> SocketAddr {
@@ -148,11 +148,11 @@ fn draining_or_removed_endpoint_is_not_picked() {
     let hash = hash(&prompt(b'a', 4));
     assert_eq!(best(&picker, &hash, now), endpoint(1));
     let draining = config::Endpoint { draining: true, ..endpoint(1).into() };
-    picker.endpoints().replace(Source::Config, vec![draining.clone(), endpoint(3).into()]);
+    picker.endpoints().replace(EndpointSource::Config, vec![draining.clone(), endpoint(3).into()]);
     assert_eq!(picker.pick(&hash, None, now).unwrap().endpoints, [endpoint(3)]);
-    picker.endpoints().replace(Source::Config, vec![draining]);
+    picker.endpoints().replace(EndpointSource::Config, vec![draining]);
     assert_eq!(picker.pick(&hash, None, now), Err(NoEndpoint::NoneEligible));
-    picker.endpoints().replace(Source::Config, vec![]);
+    picker.endpoints().replace(EndpointSource::Config, vec![]);
     assert_eq!(picker.pick(&hash, None, now), Err(NoEndpoint::NoneEligible));
 }
 
@@ -278,9 +278,9 @@ fn sessions_return_to_an_endpoint_that_recovers() {
             |address: SocketAddr| config::Endpoint { draining: drains && address == order[0], ..address.into() };
         (1..=3).map(endpoint).map(draining).collect()
     };
-    picker.endpoints().replace(Source::Config, listed(true));
+    picker.endpoints().replace(EndpointSource::Config, listed(true));
     assert_eq!(in_order(&picker, 7, now), order[1..]);
-    picker.endpoints().replace(Source::Config, listed(false));
+    picker.endpoints().replace(EndpointSource::Config, listed(false));
     assert_eq!(in_order(&picker, 7, now), order);
 }
 

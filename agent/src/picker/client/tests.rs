@@ -24,9 +24,9 @@ mod epp;
 mod going_away;
 use epp::{serve, serve_on};
 
-fn limits() -> Limits {
+fn limits() -> ExchangeLimits {
     let epp = crate::config::EppLimits { fields: 512, bytes: 1 << 17, messages: 4096, metadata_bytes: 1 << 18 };
-    Limits { replaced_body: 1 << 20, memory: Budget::unlimited(), epp }
+    ExchangeLimits { replaced_body: 1 << 20, memory: Budget::unlimited(), epp }
 }
 const A: &str = "10.0.0.1:8000";
 

@@ -107,7 +107,7 @@ fn request() -> http::request::Parts {
 
 fn exchange(has_body: bool, subset: Option<&[SocketAddr]>) -> Exchange {
     let header = HeaderName::from_static(message::DESTINATION);
-    let limits = Limits { replaced_body: 10, memory: Budget::unlimited(), epp: EppLimits::default() };
+    let limits = ExchangeLimits { replaced_body: 10, memory: Budget::unlimited(), epp: EppLimits::default() };
     Exchange::new(header, &request(), has_body, subset, limits)
 }
 

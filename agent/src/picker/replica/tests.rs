@@ -27,7 +27,7 @@ fn order(replicas: &Replicas, now: Instant) -> Vec<u16> {
 
 #[test]
 fn serving_replicas_come_first_in_order() {
-    use State::{NotServing, Serving, Unknown, Unreachable};
+    use ReplicaState::{NotServing, Serving, Unknown, Unreachable};
     let replicas = replicas(&["10.0.0.1:1", "10.0.0.1:2", "10.0.0.1:3", "10.0.0.1:4"]);
     let now = Instant::now();
     for (states, expected) in [
@@ -49,7 +49,7 @@ fn serving_replicas_come_first_in_order() {
 fn penalty_ends_after_five_seconds_or_an_answer() {
     let replicas = replicas(&["10.0.0.1:1", "10.0.0.1:2", "10.0.0.1:3"]);
     let all = replicas.snapshot().replicas;
-    all[2].set_state(State::NotServing);
+    all[2].set_state(ReplicaState::NotServing);
     let now = Instant::now();
     all[0].failed(now);
     // It may still serve, so it ranks above one that reports not serving.
@@ -69,11 +69,11 @@ fn resolved_replicas_keep_the_order_of_entries_and_their_state() {
     assert_eq!(known(&replicas), ["10.0.0.1:9002", "10.0.0.2:9002", "10.0.0.9:9002", "[fd00::1]:9003"]);
     let second = Arc::clone(&replicas.snapshot().replicas[1]);
     assert_eq!((second.authority.as_str(), second.name.to_str().as_ref()), ("epp.test:9002", "epp.test"));
-    second.set_state(State::NotServing);
+    second.set_state(ReplicaState::NotServing);
     // One address is removed, one stays, one is added, and one also belongs to another entry.
     replicas.resolved(0, ips(&["10.0.0.2", "10.0.0.3", "10.0.0.9"]));
     assert_eq!(known(&replicas), ["10.0.0.2:9002", "10.0.0.3:9002", "10.0.0.9:9002", "[fd00::1]:9003"]);
-    assert_eq!(replicas.snapshot().replicas[0].state(), State::NotServing);
+    assert_eq!(replicas.snapshot().replicas[0].state(), ReplicaState::NotServing);
     replicas.unresolved("no answer");
     assert_eq!(known(&replicas).len(), 4, "the previous addresses are kept");
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 /// Timeouts of connections to endpoints.
 #[derive(Debug, Clone, Copy)]
-pub struct Times {
+pub struct ConnectionTimeouts {
     /// How long an idle connection is kept.
     pub keep_alive: Duration,
     /// How long connecting may take; `None` leaves it to the kernel.
