@@ -19,6 +19,7 @@ use crate::http::trailers;
 /// Size of the read buffer, and so of the largest piece.
 const READ: usize = 64 * 1024;
 
+/// A response body that has not been delivered.
 pub enum ResponseBody {
     Http1 {
         connection: EndpointConnection,
@@ -39,6 +40,7 @@ pub enum ResponseBody {
     },
 }
 
+/// A piece of a response body.
 pub enum Piece {
     /// Not empty.
     Data(Bytes),

@@ -24,6 +24,7 @@ const LATE_TURNS: u32 = 1000;
 /// The time between two of these looks.
 const LATE_TURN: Duration = Duration::from_millis(1);
 
+/// An HTTP/1.1 connection to an endpoint.
 pub struct EndpointConnection {
     // Declared before `source`, so that the socket is closed before the slot is freed.
     io: Io,
@@ -87,6 +88,7 @@ impl EndpointConnection {
         Ok(Self { io, source, address, local, consumed, idle_since, counted, resting, sending })
     }
 
+    /// The connection as a source of steered bytes; `None` if it cannot be steered.
     pub fn source(&self) -> Option<&Source> {
         self.source.as_ref()
     }
@@ -118,6 +120,7 @@ impl EndpointConnection {
         self.sending = Some(sending);
     }
 
+    /// The current request, if there is one.
     pub fn sending(&self) -> Option<&Sending> {
         self.sending.as_ref()
     }

@@ -42,6 +42,7 @@ const SEND_BUFFER: usize = 64 << 10;
 /// Most bytes of the fields of a head or of trailers.
 const HEAD: u32 = 16 << 10;
 
+/// A worker's HTTP/2 connections to endpoints. Clones share them.
 #[derive(Clone)]
 pub struct Http2Pool(Rc<Inner>);
 
@@ -133,10 +134,12 @@ impl Drop for Stream {
 }
 
 impl Http2Pool {
+    /// An empty pool.
     pub fn new(times: ConnectionTimeouts) -> Self {
         Self(Rc::new(Inner { endpoints: RefCell::default(), times: Cell::new(times) }))
     }
 
+    /// Sets the timeouts of new connections.
     pub fn set_times(&self, times: ConnectionTimeouts) {
         self.0.times.set(times);
     }

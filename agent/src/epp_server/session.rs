@@ -204,7 +204,7 @@ impl Session {
         let Phase::Deciding { body, trailers } = std::mem::replace(&mut self.phase, Phase::Decided) else { return };
         let decided = body.map(Upload::finish).transpose().and_then(|upload| {
             let (prompt, body) = upload.map_or((PromptHash::none(), None), |(prompt, body)| (prompt, Some(body)));
-            let prompt = prompt.of(self.session());
+            let prompt = prompt.with_session(self.session());
             let picked = self.picker.pick_and_begin(&prompt, self.subset.as_deref(), now)?;
             Ok((picked, body))
         });

@@ -55,7 +55,7 @@ impl Attempts {
     }
 
     /// The current replica failed. Returns true if there is another attempt, with the new [`Self::replica`].
-    pub fn again(&mut self, error: &PickError, now: Instant) -> bool {
+    pub fn next_attempt(&mut self, error: &PickError, now: Instant) -> bool {
         match error.retry() {
             Retry::SameReplica if self.not_taken > 0 => {
                 self.not_taken -= 1;
@@ -114,7 +114,7 @@ mod tests {
         let mut attempts = Attempts::begin(replicas).await.unwrap();
         let mut asked = vec![last(attempts.replica())];
         for failure in failures {
-            if !attempts.again(failure, Instant::now()) {
+            if !attempts.next_attempt(failure, Instant::now()) {
                 break;
             }
             asked.push(last(attempts.replica()));
@@ -178,7 +178,7 @@ mod tests {
         // While the first is asked, the third becomes the leader.
         all[0].set_state(ReplicaState::NotServing);
         all[2].set_state(ReplicaState::Serving);
-        assert!(attempts.again(&status(tonic::Code::Unavailable), Instant::now()));
+        assert!(attempts.next_attempt(&status(tonic::Code::Unavailable), Instant::now()));
         assert_eq!(attempts.replica().address.to_string(), ADDRESSES[2]);
     }
 }

@@ -38,8 +38,10 @@ pub enum ReplicaState {
 }
 
 impl ReplicaState {
+    /// All states, indexed by their discriminants.
     pub const ALL: [Self; 4] = [Self::Unknown, Self::Serving, Self::NotServing, Self::Unreachable];
 
+    /// The metric label.
     pub fn label(self) -> &'static str {
         match self {
             Self::Unknown => "unknown",
@@ -50,6 +52,7 @@ impl ReplicaState {
     }
 }
 
+/// One replica of an EPP.
 #[derive(Debug)]
 pub struct Replica {
     pub address: SocketAddr,
@@ -87,6 +90,7 @@ impl Replica {
         }
     }
 
+    /// The state after the last health check.
     pub fn state(&self) -> ReplicaState {
         ReplicaState::ALL[usize::from(self.state.load(Relaxed))]
     }
@@ -114,6 +118,7 @@ impl Replica {
         !self.stalled.swap(true, Relaxed)
     }
 
+    /// Whether the replica is stalled.
     pub fn is_stalled(&self) -> bool {
         self.stalled.load(Relaxed)
     }
@@ -124,6 +129,7 @@ impl Replica {
         self.is_stalled() && !self.probed.swap(true, Relaxed)
     }
 
+    /// Ends a probe.
     pub fn probe_ended(&self) {
         self.probed.store(false, Relaxed);
     }
@@ -182,6 +188,7 @@ pub struct Entry {
     name: ServerName<'static>,
 }
 
+/// The replicas of one pool's EPP.
 pub struct Replicas {
     pub settings: config::Epp,
     pub tls: Option<Tls>,
@@ -259,6 +266,7 @@ impl Replicas {
         self.current.send_replace(Snapshot { replicas: replicas.into(), unresolved: None });
     }
 
+    /// The current replicas.
     pub fn snapshot(&self) -> Snapshot {
         self.current.borrow().clone()
     }

@@ -78,7 +78,7 @@ impl Question<'_> {
                 }
                 Err(Asked::Failed(error)) => {
                     let asked = attempts.replica().address;
-                    if !attempts.again(&error, Instant::now().into_std()) {
+                    if !attempts.next_attempt(&error, Instant::now().into_std()) {
                         return Asked::Failed(error);
                     }
                     tracing::debug!(%asked, next = %attempts.replica().address, %error, "retrying with another EPP replica");
@@ -216,7 +216,7 @@ async fn converse(
     upload: &mut Upload,
 ) -> Result<Outcome, Asked> {
     timer.waits_for_epp(false);
-    let (mut sent, mut ended, mut told) = (0, !upload.has_body(), !upload.has_body());
+    let (mut sent, mut ended, mut deadline_set) = (0, !upload.has_body(), !upload.has_body());
     let begun = Instant::now();
     loop {
         if !ended && stream.takes_body() {
@@ -227,7 +227,7 @@ async fn converse(
                 stream.give_body(piece.unwrap_or_default(), ended);
             }
         }
-        if ended && !std::mem::replace(&mut told, true) {
+        if ended && !std::mem::replace(&mut deadline_set, true) {
             timer.begin(begun.elapsed());
         }
         timer.waits_for_epp(stream.has_unsent());

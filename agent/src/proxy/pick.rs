@@ -211,7 +211,7 @@ fn builtin(worker: &Worker, request: &Request, upload: &mut Upload) -> Result<Pi
     let (pool, now) = (request.pool, Instant::now().into_std());
     let subset = worker.shared.endpoints[pool].subset(now);
     let names = &worker.shared.config.pools[pool].session_headers;
-    let prompt = upload.prompt().of(session(names, &request.parts.headers));
+    let prompt = upload.prompt().with_session(session(names, &request.parts.headers));
     let pick = worker.shared.pickers[pool].pick(&prompt, subset.as_deref(), now)?;
     Ok(without_epp(pick.endpoints))
 }

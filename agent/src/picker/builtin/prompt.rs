@@ -26,7 +26,7 @@ impl PromptHash {
 
     /// The same prompt with a session, which takes precedence over the prefix.
     #[must_use]
-    pub fn of(self, session: Option<SessionHash>) -> Self {
+    pub fn with_session(self, session: Option<SessionHash>) -> Self {
         Self { session, ..self }
     }
 }

@@ -220,7 +220,7 @@ fn limit_holds_across_workers() {
 }
 
 fn of_session(number: usize) -> PromptHash {
-    PromptHash::none().of(Some(SessionHash::new(format!("session-{number}").as_bytes())))
+    PromptHash::none().with_session(Some(SessionHash::new(format!("session-{number}").as_bytes())))
 }
 
 fn in_order(picker: &BuiltinPicker, session: usize, now: Instant) -> Vec<SocketAddr> {
@@ -235,7 +235,7 @@ fn session_maps_to_the_same_endpoints_on_every_agent() {
         let order = in_order(&one, session, now);
         assert_eq!(order.len(), 5);
         for prompt in [hash(&prompt(b'a', 3)), hash(&prompt(session as u8, 3)), PromptHash::none()] {
-            let asked = prompt.of(Some(SessionHash::new(format!("session-{session}").as_bytes())));
+            let asked = prompt.with_session(Some(SessionHash::new(format!("session-{session}").as_bytes())));
             for picker in [&one, &other] {
                 assert_eq!(picker.pick(&asked, None, now).unwrap().endpoints, order, "{session}");
             }
