@@ -181,8 +181,8 @@ impl Http2Pool {
 impl Connection {
     /// Whether the connection has ended or the endpoint has sent GOAWAY.
     fn is_closed(&self) -> bool {
-        let mut nobody = Context::from_waker(Waker::noop());
-        matches!(self.send.clone().poll_ready(&mut nobody), Poll::Ready(Err(_)))
+        let mut noop = Context::from_waker(Waker::noop());
+        matches!(self.send.clone().poll_ready(&mut noop), Poll::Ready(Err(_)))
     }
 }
 
@@ -237,13 +237,13 @@ async fn connect(address: SocketAddr, times: ConnectionTimeouts) -> io::Result<C
         .handshake(wire)
         .await
         .map_err(io::Error::other)?;
-    let (told, mut limit) = watch::channel(0);
+    let (limit_sender, mut limit) = watch::channel(0);
     tokio::task::spawn_local(async move {
         let mut connection = pin!(connection);
         let ended = std::future::poll_fn(|cx| {
             let ended = connection.as_mut().poll(cx);
             let now = connection.max_concurrent_send_streams();
-            told.send_if_modified(|limit| std::mem::replace(limit, now) != now);
+            limit_sender.send_if_modified(|limit| std::mem::replace(limit, now) != now);
             ended
         });
         if let Err(error) = ended.await {

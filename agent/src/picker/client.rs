@@ -127,9 +127,9 @@ impl EppClient {
             endings: self.endings.clone(),
         };
         // Send the head now instead of with the first piece of the body. Later calls register their own waker.
-        let mut nobody = Context::from_waker(Waker::noop());
-        let _ = stream.poll_send(&mut nobody);
-        let _ = stream.poll_incoming(&mut nobody);
+        let mut noop = Context::from_waker(Waker::noop());
+        let _ = stream.poll_send(&mut noop);
+        let _ = stream.poll_incoming(&mut noop);
         stream
     }
 
@@ -353,9 +353,9 @@ impl PickStream {
         let endings = self.endings.clone();
         endings.spawn(async move {
             // The EPP may stop reading until its replies are read.
-            let told =
+            let sent =
                 poll_fn(|cx| if self.poll_replies(cx).is_ready() { Poll::Ready(()) } else { self.poll_send(cx) });
-            if timeout(REST, told).await.is_ok() {
+            if timeout(REST, sent).await.is_ok() {
                 self.out = None;
                 let _ = timeout(CLOSE, poll_fn(|cx| self.poll_replies(cx))).await;
             }

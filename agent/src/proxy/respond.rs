@@ -179,8 +179,8 @@ async fn bytes(
     if head.body == BodyKind::UntilClose || decode {
         client.reset_on_close();
     }
-    let told = tee.map(|tee| tee.borrow().wants_all());
-    let (target, path, reason) = path(worker, client, request, head, endpoint, pending, told);
+    let wants_all = tee.map(|tee| tee.borrow().wants_all());
+    let (target, path, reason) = path(worker, client, request, head, endpoint, pending, wants_all);
 
     let idle = request.timeouts.idle;
     let mut delivery = Delivery::new(client, endpoint, head.framing, std::mem::take(pending), idle);
@@ -298,7 +298,8 @@ async fn frames(
     Carried { end, account: delivery.account, path: Path::Relay, reason: "http2", keep_alive }
 }
 
-/// Resolves with the reason when the deadline or an eviction ends the response. Poll it after the delivery, as [`evicted_while_sending`].
+/// Resolves with the reason when the deadline or an eviction ends the response. Poll it after the delivery, as
+/// [`evicted_while_sending`].
 async fn aborted(
     worker: &Worker,
     request: &Request,
@@ -353,18 +354,18 @@ fn account_for(worker: &Worker, pool: usize, mut tee: Tee) -> Vec<Bytes> {
 }
 
 /// The steering reason if only user space can deliver the body.
-fn barrier(decode: bool, told: bool, tls: bool, half_closed: bool) -> Option<&'static str> {
+fn barrier(decode: bool, wants_all: bool, tls: bool, half_closed: bool) -> Option<&'static str> {
     match () {
         () if tls => Some("tls"),
         () if half_closed => Some("half_close"),
         () if decode => Some("http10"),
-        () if told => Some("response_to_picker"),
+        () if wants_all => Some("response_to_picker"),
         () => None,
     }
 }
 
-/// Chooses the path and, for a kernel path, makes the client's socket a target. `told` is `Some` if the EPP wants the response's
-/// body: `true` for all of it, `false` for its end.
+/// Chooses the path and, for a kernel path, makes the client's socket a target. `wants_all` is `Some` if the EPP wants the
+/// response's body: `true` for all of it, `false` for its end.
 fn path(
     worker: &Worker,
     client: &mut ClientSocket,
@@ -372,7 +373,7 @@ fn path(
     head: &ResponseHead,
     endpoint: &EndpointConnection,
     pending: &BytesMut,
-    told: Option<bool>,
+    wants_all: Option<bool>,
 ) -> (Option<Target>, Path, &'static str) {
     let config = &worker.shared.config.steering;
     let mut framing = head.framing;
@@ -383,11 +384,11 @@ fn path(
         event_stream: head.is_event_stream(),
         local_endpoint: endpoint.local,
         // Only path `ingress` keeps the end of a response.
-        local_socket: told.is_none()
+        local_socket: wants_all.is_none()
             && request.target.is_some_and(|key| endpoint.source().is_some_and(|source| source.is_local_to(key))),
         barrier: barrier(
             head.needs_dechunk(request.parts.version),
-            told == Some(true),
+            wants_all == Some(true),
             client.is_tls(),
             client.is_half_closed(),
         ),
@@ -398,7 +399,7 @@ fn path(
     }
     let (lane, Some(steering)) = (path.lane(), worker.endpoints.steering()) else { return (None, path, reason) };
     let Some(lane) = lane else { return (None, path, reason) };
-    if told.is_some()
+    if wants_all.is_some()
         && let Some(Err(error)) = endpoint.source().map(Source::make_ring)
     {
         tracing::debug!(%error, "kernel cannot keep the end of the response, relaying it");
