@@ -4,6 +4,7 @@
 
 mod dependencies;
 mod links;
+mod words;
 
 use std::fs;
 
@@ -96,6 +97,9 @@ fn check_text(file: &str, text: &str, findings: &mut Vec<String>) {
         let mut found = |what: String| findings.push(format!("{file}:{number}: {what}"));
         if line.ends_with([' ', '\t']) {
             found("white space at the end of the line".to_owned());
+        }
+        if let Some(phrase) = words::check(file, line) {
+            found(phrase);
         }
         for never in NEVER_IN_TEXT.into_iter().filter(|never| occurs_alone(line, never)) {
             found(format!("`{never}`: a path of one machine or a registry's host"));

@@ -217,7 +217,7 @@ async fn patiently<T>(
 ) -> io::Result<T> {
     let Some(idle) = idle else { return work.await };
     let mut work = pin!(work);
-    // Most waits are none.
+    // Most waits end at once.
     if let Some(done) = work.as_mut().now_or_never() {
         return done;
     }

@@ -158,7 +158,7 @@ struct Entry {
 }
 
 impl Entry {
-    /// The endpoints that it stands for, or the address that is none.
+    /// The endpoints that it stands for; the error is an address that cannot be parsed.
     fn endpoints(self, ports: &[u16]) -> Result<Vec<Endpoint>, String> {
         let Self { address, node, zone, draining } = self;
         // What a template had no value for is not known.

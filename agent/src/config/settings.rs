@@ -248,7 +248,7 @@ pub(super) struct Tables<S> {
     section: PhantomData<S>,
 }
 
-/// `words` are for what is no such array.
+/// `words` describe the array in the error for anything else.
 pub(super) fn tables<S: Settings>(words: &'static str) -> Tables<S> {
     Tables { words, section: PhantomData }
 }

@@ -90,7 +90,7 @@ impl<T: 'static> Value<T> {
         Required { value: self, words, example: example.into() }
     }
 
-    /// An array; `words` are for what is no array.
+    /// An array; `words` describe the array in the error for anything else.
     pub(super) fn list(self, words: &'static str) -> List<T> {
         List { element: self, words }
     }

@@ -391,10 +391,10 @@ async fn request_with_body_switches_after_body() {
             .header("x-test-plan", plan.header())
     };
     let plan = Plan::switching("websocket", Upgraded::Echo);
-    let (mut client, early) = Switched::new(&scene, &request(&plan), b"right behind").await;
+    let (mut client, early) = Switched::new(&scene, &request(&plan), b"first bytes").await;
     client.send(b", and later").await;
     client.to.shutdown().await.unwrap();
-    assert_eq!([early, client.rest().await.0].concat(), b"right behind, and later");
+    assert_eq!([early, client.rest().await.0].concat(), b"first bytes, and later");
     let seen = server(&scene).seen().pop().unwrap();
     assert_eq!((seen.body_length, seen.body_hash), (body.len() as u64, Fnv::of(&body).value()));
     assert_eq!(seen.body_framing, "content-length");
