@@ -5,7 +5,7 @@ use std::{
     process::Command,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU32, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -40,15 +40,11 @@ struct FarClients {
 }
 
 impl FarClients {
-    /// `number` distinguishes concurrent tests.
-    async fn new(
-        number: u8,
-        mode: SteeringMode,
-        pool: impl FnOnce(&mut Pool),
-        adjust: impl FnOnce(&mut Config),
-    ) -> Self {
+    async fn new(mode: SteeringMode, pool: impl FnOnce(&mut Pool), adjust: impl FnOnce(&mut Config)) -> Self {
         // Benchmark addresses (RFC 2544), which hide no real host; several pairs per process.
-        let pair = std::process::id() % (1 << 10) * 16 + u32::from(number);
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed) % 16;
+        let pair = std::process::id() % (1 << 10) * 16 + number;
         let [here, client] = [1, 2].map(|host| Ipv4Addr::from(0xc613_0000 + pair * 4 + host));
         let name = format!("far{pair}");
         let there = Namespace::connected(&name, &format!("{here}/30"), &format!("{client}/30")).unwrap();
@@ -110,7 +106,6 @@ async fn upload<S: AsyncRead + AsyncWrite + Unpin>(
 async fn early_response_during_slow_upload_reaches_client() {
     const LIMIT: u64 = 100_000;
     let far = FarClients::new(
-        1,
         SteeringMode::Off,
         |_| {},
         |config| {
@@ -151,7 +146,6 @@ async fn immediate_replies_and_408_during_slow_upload_reach_client() {
     let epp = ScriptedEpp::start(script).await.unwrap();
     let picker = epp.addr;
     let far = FarClients::new(
-        7,
         SteeringMode::Off,
         |pool| {
             let epp = Epp { health_interval: None, ..Epp::new(picker.to_string()) };
@@ -173,7 +167,7 @@ async fn immediate_replies_and_408_during_slow_upload_reach_client() {
     assert_eq!(far.agent.count("penstock_client_lingers_cut_total", &[]), 0);
 
     let far =
-        FarClients::new(8, SteeringMode::Off, |_| {}, |config| config.timeouts.body = Some(Duration::from_millis(300)))
+        FarClients::new(SteeringMode::Off, |_| {}, |config| config.timeouts.body = Some(Duration::from_millis(300)))
             .await;
     far.slow_down("20mbit");
     let mut client = far.client().await;
@@ -211,7 +205,6 @@ impl Script for EarlyReply {
 #[tokio::test]
 async fn client_sending_after_response_is_cut_at_limit() {
     let far = FarClients::new(
-        2,
         SteeringMode::Off,
         |_| {},
         |config| {
@@ -298,7 +291,7 @@ async fn vanished_client_is_noticed_on_local() {
 /// takes a bound on that since 6.15.
 #[tokio::test]
 async fn client_that_vanishes_long_after_it_shut_its_window_is_noticed() {
-    let far = FarClients::new(7, SteeringMode::Off, |_| {}, unreachable).await;
+    let far = FarClients::new(SteeringMode::Off, |_| {}, unreachable).await;
     let mut client = far.client().await;
     client.send(&Plan { size: 1 << 30, ..Plan::default() }.request()).await.unwrap();
     client.head().await.unwrap();
@@ -314,7 +307,6 @@ async fn client_that_vanishes_long_after_it_shut_its_window_is_noticed() {
 #[tokio::test]
 async fn reachable_client_that_reads_nothing_is_kept() {
     let far = FarClients::new(
-        6,
         SteeringMode::Auto,
         |pool| pool.pick_per = PickPer::Request,
         |config| {
