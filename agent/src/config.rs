@@ -15,6 +15,7 @@ mod endpoints;
 mod epp;
 mod error;
 mod errors;
+mod files;
 mod headers;
 mod health;
 mod limits;

@@ -1,10 +1,6 @@
 //! `[pools.picker]` with `kind = "epp"`: an EPP, its replicas and the TLS to them.
 
-use std::{
-    fmt, fs,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{fmt, path::PathBuf, time::Duration};
 
 use http::HeaderName;
 use rustls::pki_types::ServerName;
@@ -12,10 +8,10 @@ use serde_json::json;
 
 use super::{
     document::Section,
+    files,
     settings::{Group, choice, keys, section, settings},
     value::{self, OneOrMore, Value, boolean, duration, duration_or_off, integer},
 };
-use crate::pem::{self, PemError};
 
 const UNUSED: &str = "a setting that nothing uses";
 const NEEDS_TLS: &str = r#"tls beside it, and not "off""#;
@@ -263,29 +259,10 @@ impl Epp {
     /// Reads the files that the section names.
     pub(super) fn check_files(&self, section: &Section<'_>) {
         if let EppTls::Ca(file) = &self.tls {
-            let is_ca = |text: &[u8]| pem::roots(text).map(drop);
-            check_file(section, "ca_file", file, "a PEM file with a certificate", is_ca);
+            files::check_roots(section, "ca_file", file);
         }
-        let Some(ClientCertificate { certificate, key }) = &self.client_certificate else { return };
-        let is_certificate = |text: &[u8]| pem::certificates(text).map(drop);
-        let text =
-            check_file(section, "client_cert_file", certificate, "a PEM file with a certificate", is_certificate);
-        let expected = "a PEM file with the key of client_cert_file";
-        check_file(section, "client_key_file", key, expected, |key| match &text {
-            Some(certificate) => pem::certified_key(certificate, key).map(drop),
-            None => pem::key(key).map(drop),
-        });
+        if let Some(ClientCertificate { certificate, key }) = &self.client_certificate {
+            files::check_key_pair(section, ("client_cert_file", certificate), ("client_key_file", key));
+        }
     }
-}
-
-/// The file's text, when it can be read and `check` finds nothing wrong with it.
-fn check_file(
-    section: &Section<'_>,
-    key: &str,
-    file: &Path,
-    expected: &str,
-    check: impl FnOnce(&[u8]) -> Result<(), PemError>,
-) -> Option<Vec<u8>> {
-    let text = fs::read(file).map_err(PemError::from).and_then(|text| check(&text).map(|()| text));
-    text.map_err(|why| section.reject(key, format_args!("{} ({why})", file.display()), expected)).ok()
 }

@@ -9,10 +9,10 @@ use http::HeaderName;
 
 use super::{
     document::Section,
+    files,
     settings::{choice, optional_section, settings},
     value::{self, integer},
 };
-use crate::tls::Certificate;
 
 settings! {
     /// Where clients connect.
@@ -85,8 +85,8 @@ impl Listen {
 
     /// Reads the files that the section names.
     pub(super) fn check_files(&self, section: &Section<'_>) {
-        if let Some(Err(why)) = self.tls.as_ref().map(Certificate::read) {
-            section.at("tls").reject("cert_file", why, "PEM files with a certificate and its key");
+        if let Some(ListenTls { cert_file, key_file, .. }) = &self.tls {
+            files::check_key_pair(&section.at("tls"), ("cert_file", cert_file), ("key_file", key_file));
         }
     }
 }

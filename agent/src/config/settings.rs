@@ -2,7 +2,7 @@
 //!
 //! [`settings!`] turns the declaration into the struct, its `Default`, the reader and the description. A field has its
 //! documentation, its default and its [`Kind`]; the kind knows the values that it takes. From the description come the default
-//! file ([`super::default_file`]), the reference ([`super::reference`]) and the JSON Schema ([`super::schema`]). `CONTRIBUTING.md` has the recipe for a new setting.
+//! file ([`super::default_file`]), the reference ([`mod@super::reference`]) and the JSON Schema ([`super::schema`]). `CONTRIBUTING.md` has the recipe for a new setting.
 
 use std::marker::PhantomData;
 

@@ -431,7 +431,7 @@ pub(super) fn file() -> Custom<Option<PathBuf>> {
     }
 }
 
-/// As [`file`]; absence is an error, and `words` name what is missing.
+/// As [`file()`]; absence is an error, and `words` name what is missing.
 pub(super) fn required_file(words: &'static str, example: &'static str) -> RequiredFile {
     RequiredFile(path().required(words, example))
 }

@@ -171,3 +171,16 @@ async fn invalid_configuration_changes_nothing() {
     assert_eq!(served_by(&mut client).await, Some(one.addr));
     assert_eq!(agent.metric("penstock_config_reloads_total", &["invalid"]).await.unwrap(), 1.0);
 }
+
+#[tokio::test]
+async fn old_name_of_setting_is_logged_at_start_and_reload() {
+    let [one, two] = servers().await;
+    let mut agent = AgentProcess::start(ANY_PORT, one.addr, "off", "[limits]\nheaders = 64").await.unwrap();
+    let is_warning = |line: &String| line.contains("old name") && line.contains("limits.head_fields");
+    assert!(agent.process.output().iter().any(is_warning), "{:#?}", agent.process.output());
+    agent.write_config(two.addr, "[bbr]\nheader = \"x-model\"").unwrap();
+    agent.process.signal(Signal::SIGHUP).unwrap();
+    let line = agent.process.line("bbr.model_header", SOON).await.unwrap();
+    assert!(line.contains("old name"), "{line}");
+    agent.process.line("configuration reloaded", SOON).await.unwrap();
+}

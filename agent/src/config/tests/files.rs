@@ -39,6 +39,24 @@ fn client_certificate_is_checked_with_its_key() {
 }
 
 #[test]
+fn certificate_of_listener_is_checked_with_its_key() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("penstock.toml");
+    let tls = "[listen.tls]\naddress = \"127.0.0.1:1\"\ncert_file = \"c.pem\"\nkey_file = \"c.key\"\n";
+    std::fs::write(&path, format!("{tls}{POOL}")).unwrap();
+    let wrong = || {
+        let errors = Config::load(&path).unwrap_err();
+        errors.iter().map(ConfigError::line).collect::<Vec<_>>()
+    };
+    assert_eq!(wrong(), [3, 4]);
+    let certificate = rcgen::generate_simple_self_signed(["c".to_owned()]).unwrap();
+    std::fs::write(folder.path().join("c.pem"), certificate.cert.pem()).unwrap();
+    assert_eq!(wrong(), [4]);
+    std::fs::write(folder.path().join("c.key"), certificate.signing_key.serialize_pem()).unwrap();
+    assert!(Config::load(&path).is_ok());
+}
+
+#[test]
 fn relative_files_are_found_next_to_the_configuration() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("penstock.toml");
