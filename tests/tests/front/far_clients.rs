@@ -236,8 +236,8 @@ fn unreachable(config: &mut Config) {
 }
 
 /// In each state of a request, on each path, the endpoint is notified in time.
-async fn vanishes(number: u8, mode: SteeringMode) {
-    let far = FarClients::new(number, mode, |_| {}, unreachable).await;
+async fn vanishes(mode: SteeringMode) {
+    let far = FarClients::new(mode, |_| {}, unreachable).await;
     let head = HeadWrites { split_at: Some(0), pause_us: 600_000_000, ..HeadWrites::default() };
     let waits = Plan { head, ..Plan::default() };
     // A token now and then, in flight when the link goes down.
@@ -274,17 +274,17 @@ async fn vanishes(number: u8, mode: SteeringMode) {
 
 #[tokio::test]
 async fn vanished_client_is_noticed_on_relay() {
-    vanishes(3, SteeringMode::Off).await;
+    vanishes(SteeringMode::Off).await;
 }
 
 #[tokio::test]
 async fn vanished_client_is_noticed_on_ingress() {
-    vanishes(4, SteeringMode::Ingress).await;
+    vanishes(SteeringMode::Ingress).await;
 }
 
 #[tokio::test]
 async fn vanished_client_is_noticed_on_local() {
-    vanishes(5, SteeringMode::Local).await;
+    vanishes(SteeringMode::Local).await;
 }
 
 /// Between two probes of its window the kernel would wait longer than the client may be unreachable: 0.2 s, 0.4 s, … 6.4 s. Linux
