@@ -81,32 +81,32 @@ settings! {
         pub listen: Listen = Listen::default() => section(),
         /// Where probes and metrics are served.
         pub admin: Admin = Admin::default() => section(),
-        /// How large a message may be, and what all messages together may take. Sizes are bytes.
+        /// Limits of single messages and of all messages together. Sizes are in bytes.
         pub limits: Limits = Limits::default() => section(),
-        /// How long things may take.
+        /// Timeouts of requests and connections.
         pub timeouts: Timeouts = Timeouts::default() => section(),
-        /// What requests and responses are told about this hop.
+        /// Header fields that describe this hop to endpoints and clients.
         pub headers: Headers = Headers::default() => section(),
-        /// The agent's own answers.
+        /// Responses that the agent generates itself.
         pub errors: Errors = Errors::default() => section(),
-        /// The model, read from request bodies.
+        /// Reading the model from request bodies (body-based routing).
         pub bbr: Bbr = Bbr::default() => section(),
-        /// Which response bodies the kernel moves, and with what.
+        /// Which response bodies the kernel moves, and how.
         pub steering: Steering = Steering::default() => section(),
-        /// Spans to an OpenTelemetry collector. Trace context is passed on whether this is on or off.
+        /// Export of spans to an OpenTelemetry collector. The trace context is forwarded even if this is off.
         pub tracing: Tracing = Tracing::default() => section(),
-        /// Who an agent is that was started as root.
+        /// The user that the agent runs as if it is started as root.
         pub process: Process = Process::default() => section(),
-        /// Where this agent runs, in the words that endpoints use; `prefer` of a pool's subset compares the two.
+        /// Where this agent runs. `pools.subset.prefer` compares it with the node and zone of the endpoints.
         pub node: Node = Node::default() => section(),
-        /// How names become addresses.
+        /// How names are resolved.
         pub dns: Dns = Dns::default() => section(),
-        /// At least one; names are unique.
+        /// The pools: at least one, each with a unique name.
         pub pools: Vec<Pool> = Vec::new() => sections(),
-        /// The first route whose conditions all hold wins. No routes: everything goes to the first pool. `host`, `method`, `model` and
-        /// `base_model` take one value or an array, of which one must hold.
+        /// The first route whose conditions all match is used. Without routes, every request goes to the first pool. `host`,
+        /// `method`, `model` and `base_model` take one value or an array, of which one must match.
         pub routes: Vec<Route> = Vec::new() => sections().commented(),
-        /// Settings under names that they had in the version before.
+        /// Settings that have their names from the previous version.
         pub warnings: Vec<ConfigWarning> = Vec::new() => Elsewhere(|_| None),
     }
 }

@@ -12,7 +12,7 @@ use super::{
 settings! {
     /// Where probes and metrics are served.
     pub struct Admin {
-        /// `/livez`, `/readyz`, `/metrics`. `PENSTOCK_ADMIN` and `--admin` win over it.
+        /// Address of the server for `/livez`, `/readyz` and `/metrics`. `--admin` and `PENSTOCK_ADMIN` override it.
         pub address: SocketAddr = SocketAddr::from((Ipv4Addr::LOCALHOST, 9901)) => value::listen_address(),
     }
 }

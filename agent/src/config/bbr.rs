@@ -14,43 +14,43 @@ use super::{
 const BASE_MODELS: &str = r#"a table of adapters and base models, such as { "sql-lora" = "llama-3.1-8b" }"#;
 
 settings! {
-    /// The model, read from request bodies.
+    /// Reading the model from request bodies (body-based routing).
     pub struct Bbr {
-        /// Read the model from bodies whose Content-Type is JSON (`application/json`, `+json`). Other bodies, and those without a
-        /// Content-Type, pass unread.
+        /// Whether the model is read from bodies whose Content-Type is JSON (`application/json` or ending in `+json`). All other
+        /// bodies, and those without a Content-Type, are forwarded unread.
         pub enabled: bool = true => value::boolean(),
-        /// Request header that carries the model to picker and endpoint.
+        /// Request header that tells the picker and the endpoint the model.
         pub header: HeaderName = HeaderName::from_static("x-gateway-model-name")
             => value::header_name().named("model_header").was("header"),
-        /// What it means when a JSON body names no model.
+        /// What happens to a request whose JSON body names no model.
         pub missing_model: MissingModel = MissingModel::Pass => keys::<MissingModelKeys>(),
-        /// Request header that carries the base model, for models that `base_models` knows.
+        /// Request header that tells the picker and the endpoint the base model, if `base_models` has the model.
         pub base_model_header: HeaderName = HeaderName::from_static("x-gateway-base-model-name") => value::header_name(),
-        /// Adapters and their base models. A base model in this table is its own.
+        /// Base model of each adapter. A base model in this table is its own base model.
         pub base_models: BTreeMap<String, String> = BTreeMap::new()
             => base_models().example(json!({ "sql-lora": "llama-3.1-8b" })),
     }
 }
 
-/// What it means when a JSON body names no model.
+/// What happens to a request whose JSON body names no model.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum MissingModel {
-    /// The request goes on without a model.
+    /// The request is forwarded without a model.
     #[default]
     Pass,
-    /// It is for this model: `default_model`.
+    /// The request gets this model (`default_model`).
     Default(String),
-    /// 400.
+    /// The request is answered with 400.
     Reject,
 }
 
 settings! {
-    /// A `default_model` alone says that it is to be used.
+    /// The keys of [`MissingModel`]. `default_model` without `missing_model` means `missing_model = "default"`.
     struct MissingModelKeys {
-        /// A JSON body without a model, or with one that is empty, null, an array or an object. A number, `true` and `false` name a
-        /// model by their text.
+        /// What happens to a request whose JSON body has no model, or one that is empty, null, an array or an object. A number,
+        /// `true` or `false` names a model by its text. If only `default_model` is set, this is `"default"`.
         missing_model: MissingModelRule = MissingModelRule::Pass => value::choice(),
-        /// With `missing_model = "default"` only: the model that is meant.
+        /// With `missing_model = "default"` only: the model of such requests.
         default_model: Option<String> = None => value::non_empty().optional("unknown"),
     }
 }
@@ -58,11 +58,11 @@ settings! {
 choice! {
     /// The values of `missing_model`.
     enum MissingModelRule {
-        /// The request goes on without a model.
+        /// The request is forwarded without a model.
         Pass = "pass",
-        /// It is for `default_model`.
+        /// The request gets `default_model` as its model.
         Default = "default",
-        /// 400.
+        /// The request is answered with 400.
         Reject = "reject",
     }
 }

@@ -10,8 +10,8 @@ use super::{
 /// Columns of a comment.
 const WIDTH: usize = 130;
 
-const INTRODUCTION: &str = "Penstock. Every setting with its default; a line such as `#key = value` has none and shows the form. \
-                            Durations are \"250ms\", \"4s\", \"5m\" or \"1h\". Sizes are bytes.";
+const INTRODUCTION: &str = "The settings of Penstock with their defaults. A line such as `#key = value` shows the form of a setting \
+                            that has no default. Durations are \"250ms\", \"4s\", \"5m\" or \"1h\". Sizes are in bytes.";
 
 /// A complete commented file. Its settings are the defaults; what has none is commented out, as `#key = value`.
 pub fn default_toml() -> String {

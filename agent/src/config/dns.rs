@@ -9,15 +9,15 @@ use super::{
 };
 
 settings! {
-    /// How names become addresses.
+    /// How names are resolved.
     pub struct Dns {
-        /// Servers to ask instead of those of `/etc/resolv.conf`; names are then taken as they are, without search domains.
+        /// DNS servers to ask instead of those in `/etc/resolv.conf`. Search domains are then not applied.
         pub servers: Vec<SocketAddr> = Vec::new() => endpoint().list("an array of ip:port"),
-        /// One lookup, with its repetitions.
+        /// How long one lookup may take, including its retries.
         pub timeout: Duration = Duration::from_secs(5) => duration(),
-        /// An answer holds at least this long, whatever its TTL.
+        /// How long an answer is used at least, whatever its TTL.
         pub min_ttl: Duration = Duration::from_secs(1) => duration(),
-        /// An answer holds at most this long, whatever its TTL.
+        /// How long an answer is used at most, whatever its TTL.
         pub max_ttl: Duration = Duration::from_secs(300) => duration(),
     }
 }

@@ -9,17 +9,17 @@ use super::{
 };
 
 settings! {
-    /// Passive health: an endpoint that fails requests is avoided for a time.
+    /// When an endpoint that fails requests is avoided for a time (passive health).
     pub struct Ejection {
-        /// An endpoint that failed this many requests in a row (no connection, no answer) is avoided. 0 is off.
+        /// Failed requests in a row (no connection or no response) after which an endpoint is ejected. 0 disables ejection.
         pub failures: u32 = 3 => integer(0..=1000),
-        /// How long the first ejection lasts. Then one request is let through as a probe.
+        /// How long the first ejection lasts. After it, one request is sent to the endpoint as a probe.
         pub base: Duration = Duration::from_secs(5) => duration(),
-        /// Each ejection in a row lasts twice as long as the one before, up to this.
+        /// The longest ejection. Each ejection in a row lasts twice as long as the one before, up to this.
         pub max: Duration = Duration::from_secs(60) => duration(),
-        /// Percentage of the pool that may be ejected at once; never the last endpoint.
+        /// Percentage of the endpoints of the pool that may be ejected at once. The last available endpoint is never ejected.
         pub max_percent: u32 = 50 => integer(0..=100),
-        /// Whether a response with a 5xx status is a failure, too.
+        /// Whether a response with a 5xx status counts as a failure, too.
         pub server_errors: bool = false => boolean(),
     }
 }

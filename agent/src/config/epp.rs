@@ -17,48 +17,51 @@ const UNUSED: &str = "a setting that nothing uses";
 const NEEDS_TLS: &str = r#"tls beside it, and not "off""#;
 
 settings! {
-    /// An EPP.
+    /// Settings of a pool whose picker is an EPP.
     pub struct Epp {
-        /// `host:port` of the EPP's gRPC service, or an array of them. Each address that a host has in DNS is a replica. Requests go to
-        /// the first one that serves, in the order of the array and then of the addresses, so that all agents ask the same one and its
-        /// state is of use; to the next when it fails.
+        /// `host:port` of the EPP's gRPC service, or an array of them. Each address of a host in DNS is a replica. Requests go to
+        /// the first replica that serves, in the order of the array and then of the addresses, and to the next one if it fails; all
+        /// agents therefore ask the same replica, whose state covers all requests.
         pub addresses: Vec<String> = Vec::new()
             => value::host_port().one_or_more().named("address").example("127.0.0.1:9002"),
-        /// How the agent speaks to the EPP.
+        /// How the agent connects to the EPP.
         pub tls: EppTls = EppTls::Off => keys::<EppTlsKeys>(),
-        /// With TLS only: name to ask for and, with `tls = "ca"`, that the certificate must carry; instead of the host of `address`.
+        /// With TLS only: server name to send (SNI), instead of the host of `address`. With `tls = "ca"`, the certificate must be
+        /// for this name.
         pub server_name: Option<String> = None => value::non_empty().optional("epp.example.com"),
-        /// What the EPP is shown of the agent in TLS.
+        /// The certificate that the agent presents to the EPP.
         pub client_certificate: Option<ClientCertificate> = None => keys::<ClientCertificateKeys>(),
-        /// TCP and TLS to the EPP; also how long a request waits for the first answer of DNS.
+        /// How long connecting to the EPP (TCP and TLS) may take, and how long a request waits for the first DNS answer.
         pub connect_timeout: Duration = Duration::from_secs(1) => duration(),
-        /// From the end of the request's body to the pick, whatever goes wrong on the way and however many replicas are asked. An EPP
-        /// may queue requests.
+        /// How long a request waits for the pick after the end of its body, over all replicas and retries. An EPP may queue
+        /// requests.
         pub decision_timeout: Option<Duration> = Some(Duration::from_secs(75)) => duration_or_off(),
-        /// When `decision_timeout` is over for a request and the EPP has decided others meanwhile, it holds this one back: the answer is
-        /// 503, unless this is true and `failure_mode` is `open`. An EPP that has decided nothing meanwhile has failed: `failure_mode`
-        /// decides, and no further request waits for it until it decides one again.
+        /// Whether a request that the EPP holds back fails open. An EPP that decided other requests during `decision_timeout` holds
+        /// this one back on purpose: it is answered with 503, unless this is true and `failure_mode` is `"open"`. An EPP that
+        /// decided none has failed: `failure_mode` applies, and no further request waits for it until it decides one again.
         pub open_on_deadline: bool = false => boolean(),
-        /// How long a response head waits for the EPP's mutation of it.
+        /// How long a response head waits for the mutation that the EPP may make of it.
         pub response_timeout: Option<Duration> = Some(Duration::from_millis(100)) => duration_or_off(),
         /// What the EPP sees of response bodies.
         pub response_to_picker: ResponseToPicker = ResponseToPicker::Headers => value::choice(),
-        /// With `response_to_picker = "body"`: bytes of one response that may wait for the EPP. Beyond it the EPP is told no more of
-        /// that response, and the client goes on.
+        /// With `response_to_picker = "body"`: bytes of one response that may wait for the EPP. Beyond it, the EPP gets no more of
+        /// that response, and the response continues to the client.
         pub response_queue_bytes: usize = 1 << 20 => integer(64 << 10..=1 << 30),
-        /// Header that carries the pick.
+        /// Header in which the EPP names the picked endpoints.
         pub header: HeaderName = HeaderName::from_static("x-gateway-destination-endpoint")
             => value::header_name().named("destination_header").was("header"),
-        /// How often each replica is asked for its gRPC health. One that is not serving, or does not answer within `connect_timeout`,
-        /// is asked after the others. One that knows nothing of health, or of the service, counts as serving.
+        /// Interval between the gRPC health checks of each replica. A replica that is not serving, or that does not answer within
+        /// `connect_timeout`, is asked after the others. A replica that does not implement health checks, or does not know the
+        /// service, counts as serving.
         pub health_interval: Option<Duration> = Some(Duration::from_secs(5)) => duration_or_off(),
-        /// Where health is served, if not at the port of `address`. EPPs with default settings have it on 9003.
+        /// Port of the health service, if it is not that of `address`. EPPs with default settings use 9003.
         pub health_port: Option<u16> = None => integer(1..=u16::MAX).optional(9003),
-        /// With `health_port` only: whether it speaks TLS, as the EPP does.
+        /// With `health_port` only: whether the health service uses TLS, with the same settings as the EPP.
         pub health_tls: bool = false => boolean(),
-        /// The service whose health is asked for. The light EPP of the conformance suite says `inference-extension`.
+        /// Name of the service whose health is checked. The light EPP of the conformance suite uses `inference-extension`.
         pub health_service: String = "envoy.service.ext_proc.v3.ExternalProcessor".to_owned() => value::non_empty(),
-        /// How much the EPP may say about one request. Beyond it, it has failed; what it says about a response is then not applied.
+        /// Limits of what the EPP may send for one request. If it exceeds them before its decision, it has failed; if it exceeds
+        /// them for a response, its mutation of the response is not applied.
         pub limits: EppLimits = EppLimits::default() => section(),
     }
 }
@@ -66,10 +69,10 @@ settings! {
 choice! {
     /// What the EPP sees of response bodies.
     pub enum ResponseToPicker {
-        /// Nothing but the end.
+        /// Only the end of the body.
         Headers = "headers",
-        /// What it takes to count tokens: the last events of an event stream (which is steered all the same, for 8 KiB of kernel memory
-        /// for each endpoint connection), or the whole of a JSON document up to 256 KiB (which is relayed).
+        /// What is needed to count tokens: the last events of an event stream (it is still steered, for 8 KiB of kernel memory for
+        /// each endpoint connection), or a JSON document of up to 256 KiB (it is relayed).
         Usage = "usage",
         /// Every byte. Such responses are relayed.
         Body = "body",
@@ -77,41 +80,44 @@ choice! {
 }
 
 settings! {
-    /// How much an EPP may say about one request. Beyond it, it has failed; what it says about a response is then not applied.
+    /// Limits of what an EPP may send for one request. If it exceeds them before its decision, it has failed; if it exceeds them
+    /// for a response, its mutation of the response is not applied.
     #[derive(Copy)]
     pub struct EppLimits {
-        /// Fields that it sets or removes besides those that the head has.
+        /// Fields that the EPP sets or removes, in addition to as many as the head has.
         pub fields: usize = 512 => integer(16..=8192),
-        /// Their bytes, names and values, besides those that the head has.
+        /// Bytes of the names and values of these fields, in addition to as many as the head has.
         pub bytes: usize = 128 << 10 => integer(1024..=4 << 20).named("field_bytes").was("bytes"),
-        /// Messages before its decision, besides two for each message that it gets and one for each 256 bytes of a body that it
-        /// replaces.
+        /// Messages before the decision, in addition to two for each message sent to the EPP and one for each 256 bytes of a
+        /// replaced body.
         pub messages: usize = 4096 => integer(16..=1_000_000),
-        /// Dynamic metadata of one message, bytes.
+        /// Bytes of dynamic metadata in one message.
         pub metadata_bytes: usize = 256 << 10 => integer(1024..=16 << 20),
     }
 }
 
+/// How the agent connects to the EPP.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum EppTls {
-    /// Plain HTTP/2.
+    /// HTTP/2 without TLS.
     Off,
-    /// TLS, certificate not verified: the EPP's own default certificate is self-signed without names.
+    /// TLS without verification of the certificate: an EPP's default certificate is self-signed and names no host.
     Insecure,
-    /// TLS, verified against this PEM file of CA certificates, which is read again when it changes.
+    /// TLS, verified against this PEM file of CA certificates, which is reloaded when it changes.
     Ca(PathBuf),
-    /// TLS, with a certificate of one of these public keys, whatever else it says. At least one.
+    /// TLS with a certificate that has one of these public keys; nothing else in it is verified. At least one.
     Pinned(Vec<Pin>),
 }
 
 settings! {
-    /// TLS to the EPP.
+    /// The keys of [`EppTls`].
     struct EppTlsKeys {
-        /// How the agent speaks to the EPP.
+        /// How the agent connects to the EPP.
         tls: EppTlsMode = EppTlsMode::Off => value::choice(),
-        /// With `tls = "ca"` only: PEM, read again when it changes; a relative path starts at the folder of this file.
+        /// With `tls = "ca"` only: PEM file of CA certificates. It is reloaded when it changes. A relative path is resolved against
+        /// the folder of this file.
         ca_file: Option<PathBuf> = None => value::file().example("ca.pem"),
-        /// With `tls = "pinned"` only: SHA-256 of each public key, in hexadecimal:
+        /// With `tls = "pinned"` only: SHA-256 of each accepted public key, in hexadecimal:
         /// `openssl x509 -in epp.pem -noout -pubkey | openssl pkey -pubin -outform der | openssl dgst -sha256`
         pins: Vec<Pin> = Vec::new()
             => pins().example(json!(["0000000000000000000000000000000000000000000000000000000000000000"])),
@@ -121,13 +127,13 @@ settings! {
 choice! {
     /// The values of `tls`.
     enum EppTlsMode {
-        /// Plain HTTP/2.
+        /// HTTP/2 without TLS.
         Off = "off",
-        /// TLS, certificate not verified: the one that an EPP makes for itself carries no name.
+        /// TLS without verification of the certificate: an EPP's default certificate is self-signed and names no host.
         Insecure = "insecure",
         /// TLS, verified against `ca_file`.
         Ca = "ca",
-        /// TLS, with a certificate of one of the public keys in `pins`, whatever else it says.
+        /// TLS with a certificate that has one of the public keys in `pins`; nothing else in it is verified.
         Pinned = "pinned",
     }
 }
@@ -188,21 +194,22 @@ impl Group for EppTlsKeys {
     }
 }
 
-/// Two PEM files, which are read again when they change.
+/// Two PEM files, which are reloaded when they change.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ClientCertificate {
-    /// The certificate, and those between it and the EPP's CA.
+    /// The certificate, followed by the intermediate certificates up to the EPP's CA.
     pub certificate: PathBuf,
     pub key: PathBuf,
 }
 
 settings! {
-    /// For an EPP that wants to know who asks.
+    /// The keys of [`ClientCertificate`].
     struct ClientCertificateKeys {
-        /// With TLS only, for an EPP that wants to know who asks: PEM, the certificate and those between it and the EPP's CA. Read again
-        /// when it changes; a relative path starts at the folder of this file.
+        /// With TLS only: PEM file of the certificate that the agent presents to the EPP, followed by its intermediate
+        /// certificates. It is reloaded when it changes. A relative path is resolved against the folder of this file.
         client_cert_file: Option<PathBuf> = None => value::file().example("client.pem"),
-        /// PEM, the key of `client_cert_file`. Read again when it changes; a relative path starts at the folder of this file.
+        /// PEM file of the private key of `client_cert_file`. It is reloaded when it changes. A relative path is resolved against
+        /// the folder of this file.
         client_key_file: Option<PathBuf> = None => value::file().example("client.key"),
     }
 }

@@ -6,19 +6,19 @@ use super::{
 };
 
 settings! {
-    /// The agent's own answers.
+    /// Responses that the agent generates itself.
     pub struct Errors {
-        /// Their form, where `Accept` prefers neither.
+        /// Format of these responses if the `Accept` of the request prefers neither JSON nor plain text.
         pub format: ErrorFormat = ErrorFormat::OpenAi => value::choice(),
     }
 }
 
 choice! {
-    /// The form of the agent's own answers.
+    /// Format of the responses that the agent generates itself.
     pub enum ErrorFormat {
-        /// JSON: `{"error": {"message", "type", "param", "code"}}`.
+        /// JSON: `{"error": {"message", "type", "param", "code"}}`, or Anthropic's shape on `/v1/messages`.
         OpenAi = "openai",
-        /// Text: the message, and the reason on a line of its own.
+        /// Plain text: the message, and the reason on its own line.
         Plain = "plain",
     }
 }

@@ -6,13 +6,13 @@ use super::{
 };
 
 settings! {
-    /// What requests and responses are told about this hop.
+    /// Header fields that describe this hop to endpoints and clients.
     pub struct Headers {
-        /// Name of this hop in `Via`, of requests and responses.
+        /// Name of this agent in `Via` of requests and responses.
         pub via: Option<String> = Some("penstock".to_owned()) => via().or_off(),
-        /// `X-Forwarded-For`, `-Proto`, `-Host` and `-Port` of requests.
+        /// How `X-Forwarded-For`, `-Proto`, `-Host` and `-Port` of requests are set.
         pub x_forwarded: Forwarding = Forwarding::Append => value::choice(),
-        /// `Forwarded` (RFC 7239) of requests.
+        /// How `Forwarded` (RFC 7239) of requests is set.
         pub forwarded: Forwarding = Forwarding::Off => value::choice(),
         /// Whether responses carry the `x-request-id` of their request.
         pub request_id_to_client: bool = false => value::boolean(),
@@ -20,14 +20,14 @@ settings! {
 }
 
 choice! {
-    /// Who is believed about where a request came from.
+    /// What happens to the forwarding fields of a request.
     pub enum Forwarding {
-        /// What the client says is kept, and this hop's word is put after it, or where it says nothing: for an agent that only
-        /// proxies can reach. Whoever reads it may trust the last element of a list and no other.
+        /// The client's values are kept; the agent appends its own element to lists and sets the other fields where the client did
+        /// not. For agents that only trusted proxies can reach: only the last element of a list is trustworthy.
         Append = "append",
-        /// What the client says is dropped: for an agent that clients reach themselves.
+        /// The client's values are replaced. For agents that clients can reach directly.
         Replace = "replace",
-        /// What the client says goes on as it is, and nothing is added.
+        /// The client's values are forwarded unchanged, and nothing is added.
         Off = "off",
     }
 }

@@ -10,18 +10,18 @@ use super::{
 };
 
 settings! {
-    /// Active checks of each endpoint.
+    /// Active health checks of each endpoint. Off unless the section is present.
     pub struct HealthCheck {
-        /// What is asked for with GET; a 2xx status is healthy.
+        /// Path that is requested with GET. An endpoint whose status is 2xx is healthy.
         pub path: PathAndQuery = PathAndQuery::from_static("/")
             => path_and_query().required(r#"the path to ask for, such as "/health""#, "/health"),
-        /// From one check to the next.
+        /// Interval between two checks of an endpoint.
         pub interval: Duration = Duration::from_secs(5) => duration(),
-        /// From the connect to the response head.
+        /// How long one check may take, from connecting to the response head.
         pub timeout: Duration = Duration::from_secs(2) => duration(),
-        /// Failures in a row until the endpoint is avoided.
+        /// Failed checks in a row after which the endpoint is avoided.
         pub unhealthy_after: u32 = 3 => integer(1..=100),
-        /// Successes in a row until it is used again.
+        /// Successful checks in a row after which it is used again.
         pub healthy_after: u32 = 1 => integer(1..=100),
     }
 }

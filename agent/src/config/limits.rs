@@ -3,32 +3,33 @@
 use super::{document::Section, settings::settings, value::integer};
 
 settings! {
-    /// How large a message may be, and what all messages together may take. Sizes are bytes.
+    /// Limits of single messages and of all messages together. Sizes are in bytes.
     pub struct Limits {
-        /// Request or response head. More is 431 (request) or 502 (response).
+        /// Size of a request or response head. A larger request head is answered with 431, a larger response head with 502.
         pub head_bytes: usize = 64 << 10 => integer(1024..=1 << 20),
-        /// Header fields in a head. More is 431 (request) or 502 (response).
+        /// Fields in a head. A request with more is answered with 431, a response with more is replaced with 502.
         pub headers: usize = 128 => integer(16..=1024).named("head_fields").was("headers"),
-        /// Request body. More is 413.
+        /// Size of a request body. A larger one is answered with 413.
         pub body_bytes: u64 = 32 << 20 => integer(1..=1 << 40),
-        /// Part of a request body held in memory; the rest goes to an unlinked file.
+        /// Bytes of one request body that are kept in memory. The rest is spilled to an unlinked file.
         pub body_memory_bytes: usize = 1 << 20 => integer(0..=1 << 30),
-        /// Memory that all request bodies together may take. Beyond it they go to files.
+        /// Memory for all request bodies together. Beyond it, bodies are spilled to files.
         pub total_body_bytes: u64 = 256 << 20
             => integer(0..=1 << 50).named("total_body_memory_bytes").was("total_body_bytes"),
-        /// What all request bodies together may take in files. Beyond it requests are answered with 503. 0: there are no files, and
-        /// `body_memory_bytes` is no limit.
+        /// File space for all request bodies together. Beyond it, requests are answered with 503. 0 disables spilling;
+        /// `body_memory_bytes` then has no effect.
         pub total_spill_bytes: u64 = 1 << 30 => integer(0..=1 << 50),
-        /// A request body with a `Content-Encoding`, when it is decoded to find its model. One that is larger is 413 where a route
-        /// needs the model, and passes without one elsewhere.
+        /// Decoded size of a request body with a `Content-Encoding`, which is decoded to find its model. A larger one is answered
+        /// with 413 if a route needs the model, and is forwarded without a model otherwise.
         pub decoded_body_bytes: u64 = 128 << 20 => integer(1..=1 << 40),
-        /// Least rate of a request body, bytes a second: it may take `timeouts.body` and the time that it needs at this rate.
-        /// 0: no limit.
+        /// Minimum rate of a request body in bytes per second: a body may take `timeouts.body` plus its size divided by this rate.
+        /// 0 disables the limit.
         pub body_min_rate: u64 = 100 => integer(0..=1 << 30),
-        /// Models that metrics tell apart, those named by requests and by responses together. What comes then counts as `other`,
-        /// as does a name longer than 128 bytes. 0: every model does.
+        /// Distinct models in metric labels, from requests and responses together. Further models, and names longer than 128 bytes,
+        /// are counted as `other`. 0 counts every model as `other`.
         pub metric_models: usize = 100 => integer(0..=10_000),
-        /// Read and discarded of a client that sends on after its answer. Then its connection is reset.
+        /// Bytes that are read and discarded from a client that continues to send after its response. Beyond it, its connection is
+        /// reset.
         pub linger_bytes: u64 = 256 << 20 => integer(0..=1 << 40),
     }
 }

@@ -17,53 +17,56 @@ use super::{
 settings! {
     /// Where clients connect.
     pub struct Listen {
-        /// `PENSTOCK_LISTEN` and `--listen` win over it.
+        /// Address to listen on. `--listen` and `PENSTOCK_LISTEN` override it.
         pub address: SocketAddr = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 8080)) => value::listen_address(),
-        /// Worker threads; 0 is one per core.
+        /// Number of worker threads. 0 starts one per core.
         pub workers: usize = 0 => integer(0..=1024),
-        /// Client connections at once over all workers.
+        /// Concurrent client connections of all workers together.
         pub max_connections: usize = 16_384 => integer(1..=1_048_576),
-        /// Requests at once on one HTTP/2 connection. 0: HTTP/2 is refused.
+        /// Concurrent requests on one HTTP/2 connection. 0 refuses HTTP/2.
         pub http2_max_streams: u32 = 256 => integer(0..=65_536),
-        /// Protocols that a client may switch its connection to, if the endpoint agrees. The connection is then relayed both ways
-        /// until one side ends it. Never `h2c`: requests in it would not be seen.
+        /// Protocols that a client may upgrade its connection to, if the endpoint agrees. The connection is then relayed in both
+        /// directions until one side closes it. `h2c` is not allowed, because the agent would not see the requests in it.
         pub upgrades: Vec<String> = vec!["websocket".to_owned()] => upgrade().list("an array of protocol names"),
-        /// A second listener, for clients that speak TLS (HTTP/1.1 and HTTP/2). The kernel cannot carry their bodies. Off unless
-        /// the section is there.
+        /// A second listener for clients that use TLS (HTTP/1.1 and HTTP/2). Their response bodies are relayed, because the kernel
+        /// would send them unencrypted. Off unless the section is present.
         pub tls: Option<ListenTls> = None => optional_section(),
-        /// Requests on one HTTP/2 connection that a client may reset before they are answered. As many more are allowed in ten
-        /// minutes. Then GOAWAY with ENHANCE_YOUR_CALM.
+        /// Number of unanswered requests that a client may reset on one HTTP/2 connection; this many more are allowed in every ten
+        /// minutes. Beyond it, the agent sends GOAWAY with ENHANCE_YOUR_CALM.
         pub http2_resets: u32 = 1000 => integer(1..=1_000_000),
-        /// Frames on one HTTP/2 connection that carry no part of a message (PING, SETTINGS, PRIORITY, WINDOW_UPDATE, ...), beyond 8
-        /// for each that carries one either way. As many more are allowed in ten seconds. Then GOAWAY with ENHANCE_YOUR_CALM.
+        /// Number of frames on one HTTP/2 connection that carry no part of a message (PING, SETTINGS, PRIORITY, WINDOW_UPDATE,
+        /// ...), beyond 8 for each frame of a message in either direction; this many more are allowed in every ten seconds. Beyond
+        /// it, the agent sends GOAWAY with ENHANCE_YOUR_CALM.
         pub http2_control_frames: u32 = 1000 => integer(100..=1_000_000),
-        /// What becomes of a request whose client closes its sending side before it has the answer.
+        /// What happens to a request whose client closes its sending side before the response.
         pub half_close: HalfClose = HalfClose::Cancel => value::choice(),
-        /// TLS handshakes at once over all workers. Clients that come then wait, within `timeouts.head`.
+        /// Concurrent TLS handshakes of all workers together. Further clients wait, within `timeouts.head`.
         pub tls_handshakes: usize = 1024 => integer(1..=1_048_576),
     }
 }
 
 choice! {
-    /// What a client means that closes its sending side after its request.
+    /// What it means that a client closes its sending side after its request.
     pub enum HalfClose {
-        /// It has left, as most clients that do this have: the request is cancelled.
+        /// The client has left, which is true of most clients that do this: the request is cancelled.
         Cancel = "cancel",
-        /// It waits for its answer, which ends with a reset, a failed write, or when its machine is gone. HTTP/1.1 alone: HTTP/2
-        /// cannot go on with one side closed.
+        /// The client waits for its response. The request is cancelled only by a reset, a failed write, or
+        /// `timeouts.client_unreachable`. HTTP/1.1 only: an HTTP/2 connection cannot continue with one side closed.
         Answer = "answer",
     }
 }
 
 settings! {
-    /// Bodies of these clients are relayed: the kernel would send them plain.
+    /// A listener for clients that use TLS. Their response bodies are relayed: the kernel would send them unencrypted.
     pub struct ListenTls {
-        /// Where to listen; another port than `listen.address` and `admin.address`.
+        /// Address to listen on. Its port must differ from those of `listen.address` and `admin.address`.
         pub address: SocketAddr = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0))
             => value::listen_address().required("ip:port to listen on", "0.0.0.0:8443"),
-        /// PEM, the server's certificate first. Read again when it changes; a relative path starts at the folder of this file.
+        /// PEM file of the certificate chain, the server's certificate first. It is reloaded when it changes. A relative path is
+        /// resolved against the folder of this file.
         pub cert_file: PathBuf = PathBuf::new() => value::required_file("the file with the certificate", "tls.crt"),
-        /// PEM, the key of `cert_file`. Read again when it changes; a relative path starts at the folder of this file.
+        /// PEM file of the private key of `cert_file`. It is reloaded when it changes. A relative path is resolved against the
+        /// folder of this file.
         pub key_file: PathBuf = PathBuf::new() => value::required_file("the file with its key", "tls.key"),
     }
 }

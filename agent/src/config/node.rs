@@ -3,11 +3,11 @@
 use super::{settings::settings, value::non_empty};
 
 settings! {
-    /// Where this agent runs, in the words that endpoints use; `prefer` of a pool's subset compares the two.
+    /// Where this agent runs. `pools.subset.prefer` compares it with the node and zone of the endpoints.
     pub struct Node {
-        /// The node. `PENSTOCK_NODE` and `--node` win over it.
+        /// Name of the node. `--node` and `PENSTOCK_NODE` override it.
         pub name: Option<String> = None => non_empty().optional("node-1"),
-        /// The zone. `PENSTOCK_ZONE` and `--zone` win over it.
+        /// Name of the zone. `--zone` and `PENSTOCK_ZONE` override it.
         pub zone: Option<String> = None => non_empty().optional("zone-a"),
     }
 }

@@ -9,22 +9,23 @@ use super::{
     value::{self, OneOrMore},
 };
 
-/// What chooses the endpoint of a request.
+/// How the endpoint of a request is chosen.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[expect(clippy::large_enum_variant, reason = "there is one for each pool")]
 pub enum Picker {
-    /// Least in-flight with session and prefix affinity, in this process.
+    /// The built-in picker: least requests in flight, with session and prefix affinity.
     Builtin,
     Epp(Epp),
 }
 
 settings! {
-    /// What both pickers have.
+    /// The keys of both pickers.
     struct PickerKeys {
-        /// Which picker the pool has.
+        /// Which picker the pool uses.
         kind: PickerKind = PickerKind::Builtin => value::choice(),
-        /// Where the built-in picker chooses (also for a pool that fails open): requests with the same value of this header go to the
-        /// same endpoint, unless it is much busier than the idlest. Or an array of names: the first that a request has counts.
+        /// Header whose value keeps a session at one endpoint, or an array of names of which the first one in the request counts.
+        /// The built-in picker (also if it chooses because a pool fails open) sends requests with the same value to the same
+        /// endpoint, unless that has many more requests in flight than the least busy one.
         session_header: Vec<HeaderName> = Vec::new() => session_header().example("x-session-id"),
     }
 }
@@ -32,9 +33,9 @@ settings! {
 choice! {
     /// The values of `kind`.
     enum PickerKind {
-        /// Least in-flight with session and prefix affinity, in this process.
+        /// The built-in picker: least requests in flight, with session and prefix affinity.
         Builtin = "builtin",
-        /// An Endpoint Picker, with the settings below.
+        /// An Endpoint Picker (EPP), configured by the settings below.
         Epp = "epp",
     }
 }

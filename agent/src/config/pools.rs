@@ -23,62 +23,63 @@ use super::{
 use crate::listeners::Listeners;
 
 settings! {
-    /// A named set of endpoints, its picker, and where requests go when the picker fails.
+    /// A named set of endpoints, its picker, and what happens if the picker fails.
     pub struct Pool {
-        /// Unique among the pools.
+        /// Name of the pool, unique among the pools.
         pub name: String = String::new() => value::pool_name().required("the name of the pool", "default"),
-        /// `"ip:port"` or `{ address = "ip:port", node = "node-1", zone = "zone-a", draining = false }` each. May be left out with
-        /// `endpoints_dns` or `endpoints_file`, and with an EPP and `passthrough`; where several are given, the pool is all of them.
+        /// The endpoints, each `"ip:port"` or `{ address = "ip:port", node = "node-1", zone = "zone-a", draining = false }`.
+        /// Optional with `endpoints_dns` or `endpoints_file`, and with an EPP and `passthrough`. Several sources are combined.
         pub endpoints: Vec<Endpoint> = Vec::new() => endpoints::listed().shown(json!(["127.0.0.1:8000"])),
-        /// A name whose addresses are endpoints, at each of `ports`; looked up again when its TTL is over. A lookup that fails, or
-        /// that finds no address, changes nothing.
+        /// DNS name whose addresses are endpoints, at each of `ports`. It is looked up again when its TTL expires. A lookup that
+        /// fails or returns no address keeps the previous endpoints.
         pub endpoints_dns: Option<NamedEndpoints> = None => endpoints::named().example("models.default.svc.cluster.local"),
-        /// A file that is watched, with `endpoints = [...]` in the form of `endpoints`, as TOML or, if its name ends in .json, as
-        /// JSON; a relative path starts at the folder of this file. While it cannot be read or is wrong, what it said before holds.
+        /// File with `endpoints = [...]` in the form of `endpoints`, as TOML, or as JSON if its name ends in `.json`. It is
+        /// reloaded when it changes; if that fails, the previous endpoints are kept. A relative path is resolved against the folder
+        /// of this file.
         pub endpoints_file: Option<PathBuf> = None => value::file().example("endpoints.toml"),
-        /// Up to 8 ports for addresses that are given without one: each address with each port is an endpoint.
+        /// Up to 8 ports for addresses without a port: each address with each port is an endpoint.
         pub ports: Vec<u16> = Vec::new() => endpoints::ports().example(json!([8000])),
-        /// What the endpoints speak, as `appProtocol` of InferencePool v1.
+        /// Protocol of the endpoints, as `appProtocol` of InferencePool v1.
         pub app_protocol: AppProtocol = AppProtocol::Http1 => value::choice(),
-        /// What a pick is for. All but `request` concern clients and endpoints of HTTP/1.1, and apply when the EPP changed nothing
-        /// of the request but its destination and its trace.
+        /// How long a pick is used. `connection` and `lease` apply only to HTTP/1.1 clients and endpoints, and only if the EPP
+        /// changes nothing in the request except its destination and its trace context.
         pub pick_per: PickPer = PickPer::Request => value::choice(),
-        /// With `pick_per = "connection"`.
+        /// With `pick_per = "connection"`: limits of a pinned connection.
         pub pin: PinLimits = PinLimits::default() => section(),
-        /// With `pick_per = "lease"`: how long an EPP's decision holds for a connection.
+        /// With `pick_per = "lease"`: how long a pick is used for the requests of a connection.
         pub lease: LeaseLimits = LeaseLimits::default() => section(),
-        /// What happens when the EPP fails.
+        /// What happens to requests if the EPP fails.
         pub failure_mode: FailureMode = FailureMode::Closed => value::choice(),
-        /// With `failure_mode = "open"` only: where it sends requests. Without it, the built-in picker chooses among the endpoints.
+        /// With `failure_mode = "open"` only: server that gets the requests if the EPP fails. Unset: the built-in picker chooses an
+        /// endpoint of the pool.
         pub default_upstream: Option<SocketAddr> = None => value::endpoint().optional("127.0.0.1:8001"),
-        /// Endpoints that the EPP may name and the pool does not list. `false`: none. `true`: all but loopback and link-local
-        /// addresses (where clouds serve metadata). An array of networks: exactly those, as in `["10.0.0.0/8"]`. Never the agent's
-        /// own listeners.
+        /// Which endpoints the EPP may name that are not in the pool. `false`: none. `true`: all except loopback and link-local
+        /// addresses (clouds serve metadata there). An array of networks, such as `["10.0.0.0/8"]`: exactly those. The agent's own
+        /// listeners are never allowed.
         pub passthrough: Passthrough = Passthrough::Off => passthrough(),
-        /// What chooses the endpoint of a request.
+        /// How the endpoint of a request is chosen.
         pub picker: Picker = Picker::Builtin => section(),
-        /// `picker.session_header`: where the built-in picker chooses, requests with the same value of the first of these headers
-        /// that they have go to the same endpoint.
+        /// `picker.session_header`, for the built-in picker.
         pub session_headers: Vec<HeaderName> = Vec::new() => Elsewhere(picker::session_headers),
-        /// The part of the pool that requests are to stay in: the EPP gets it as a hint, the built-in picker keeps to it. A pick from
-        /// outside the subset is followed.
+        /// The endpoints that are preferred for requests: an EPP gets them as a hint, the built-in picker chooses among them. If
+        /// the EPP picks an endpoint outside of the subset, the request goes there.
         pub subset: Subset = Subset::default() => section(),
-        /// When a request that an endpoint took and did not answer goes to the next endpoint of its list. A request of which the
-        /// endpoint's kernel has acknowledged nothing (no connection, or a kept one that had been closed), or that the endpoint says
-        /// it has not looked at (HTTP/2), goes on whatever is said here; one that was not answered in time (`timeouts.first_byte`)
-        /// does not. No list serves two pools.
+        /// When a request is sent to the next endpoint of its pick although the failed one may have executed it. These limits do
+        /// not apply to a request of which the endpoint acknowledged no byte, or that it declared unprocessed (HTTP/2): it is
+        /// always sent again. A request that exceeds `timeouts.first_byte` is never sent again. A request never moves to another
+        /// pool.
         pub retry: Retry = Retry::default() => section(),
-        /// When an endpoint that fails requests is avoided for a time.
+        /// When an endpoint that fails requests is avoided for a time (passive health).
         pub ejection: Ejection = Ejection::default() => section(),
-        /// Ask each endpoint whether it is well. Off unless the section is there.
+        /// Active health checks of each endpoint. Off unless the section is present.
         pub health: Option<HealthCheck> = None => optional_section(),
-        /// For requests of this pool, instead of those of `[timeouts]`; each can be left out.
+        /// Timeouts of requests to this pool. Unset keys use `[timeouts]`.
         pub timeouts: TimeoutOverrides = TimeoutOverrides::default() => section(),
     }
 }
 
 choice! {
-    /// What the endpoints of a pool speak.
+    /// Protocol of the endpoints of a pool.
     pub enum AppProtocol {
         /// HTTP/1.1.
         Http1 = "http1",
@@ -88,19 +89,20 @@ choice! {
 }
 
 choice! {
-    /// What a pick is for.
+    /// How long a pick is used.
     pub enum PickPer {
-        /// Each request.
+        /// For one request.
         Request = "request",
-        /// A client's connection, which then stays with its endpoint: what follows the first response goes both ways as it is.
+        /// For a client connection, which stays with one endpoint connection: after the first response, bytes are relayed in both
+        /// directions unchanged.
         Connection = "connection",
-        /// The requests of a client's connection, for a while.
+        /// For the requests of a client connection, within the limits of `[pools.lease]`.
         Lease = "lease",
     }
 }
 
 choice! {
-    /// What happens when the EPP fails.
+    /// What happens to requests if the EPP fails.
     pub enum FailureMode {
         /// Requests go to `default_upstream`, or to an endpoint of the pool.
         Open = "open",
@@ -110,21 +112,21 @@ choice! {
 }
 
 settings! {
-    /// With `pick_per = "connection"`.
+    /// With `pick_per = "connection"`: limits of a pinned connection.
     #[derive(Copy)]
     pub struct PinLimits {
-        /// A connection that has been pinned so long is reset at its next quiet second.
+        /// Maximum age of a pinned connection. After it, the connection is reset when it has been idle for a second.
         pub age: Option<Duration> = Some(Duration::from_secs(3600)) => duration_or_off(),
     }
 }
 
 settings! {
-    /// With `pick_per = "lease"`: how long an EPP's decision holds for a connection.
+    /// With `pick_per = "lease"`: how long a pick is used for the requests of a connection.
     #[derive(Copy)]
     pub struct LeaseLimits {
-        /// From the pick.
+        /// How long a lease lasts, from the pick.
         pub time: Duration = Duration::from_secs(10) => duration(),
-        /// Requests, the one that was picked for among them.
+        /// How many requests a lease covers, including the one that was picked for.
         pub requests: u32 = 100 => integer(1..=1_000_000),
     }
 }

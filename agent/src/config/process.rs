@@ -6,14 +6,14 @@ use super::{
 };
 
 settings! {
-    /// Who an agent is that was started as root.
+    /// The user that the agent runs as if it is started as root.
     pub struct Process {
-        /// Started as root (uid 0), the agent becomes this user and group once it has read this file, and keeps of root only the
-        /// capabilities that docs/capabilities.md names. What it reads later has to be readable for them: this file at a reload,
-        /// keys, certificates, files of endpoints. `keep`: it stays root.
+        /// User and group (`uid:gid`) that an agent started as root (uid 0) switches to after reading this file. It keeps only the
+        /// capabilities listed in docs/capabilities.md. The user must be able to read whatever is reloaded: this file, keys,
+        /// certificates, files of endpoints. `"keep"`: the agent stays root.
         // `nobody` and its group, as most distributions number them.
         pub user: Option<User> = Some(User { uid: 65_534, gid: 65_534 }) => user_or_keep(),
-        /// Supplementary groups that it has then, by number.
+        /// Numbers of the supplementary groups of that user.
         pub groups: Vec<u32> = Vec::new() => integer(0..=u32::MAX - 1).list("an array of numbers"),
     }
 }

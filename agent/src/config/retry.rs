@@ -8,21 +8,20 @@ use super::{
 };
 
 settings! {
-    /// A request that an endpoint may have executed and of whose answer nothing was seen goes to the next endpoint of its list. One
-    /// of which the endpoint's kernel has acknowledged nothing (no connection, or a kept one that had been closed), or that the
-    /// endpoint says it has not looked at (HTTP/2), does so whatever is said here; one that was not answered in time
-    /// (`timeouts.first_byte`) does not.
+    /// When a request is sent to the next endpoint of its pick although the failed one may have executed it. These limits do not
+    /// apply to a request of which the endpoint acknowledged no byte, or that it declared unprocessed (HTTP/2): it is always sent
+    /// again. A request that exceeds `timeouts.first_byte` is never sent again.
     pub struct Retry {
-        /// How often one request may be executed again. 0: it is executed once at most.
+        /// How often one request may be retried. 0: it is executed at most once.
         pub attempts: u32 = 2 => integer(0..=10),
-        /// Methods that may be executed again. By default the idempotent ones (RFC 9110 §9.2.2); `POST` in this list may run a
-        /// generation twice.
+        /// Methods that may be retried. The default are the idempotent ones (RFC 9110 §9.2.2). With `POST` in this list, a
+        /// generation may run twice.
         pub methods: Vec<Method> =
             vec![Method::GET, Method::HEAD, Method::OPTIONS, Method::TRACE, Method::PUT, Method::DELETE]
             => method(|method| *method != Method::CONNECT).list("an array of methods"),
-        /// Percentage of the pool's requests of the last ten seconds that may be sent again in them.
+        /// Retries in ten seconds, as a percentage of the pool's requests in those ten seconds.
         pub budget_percent: u32 = 20 => integer(0..=100),
-        /// And besides this many a second.
+        /// Retries per second that are allowed in addition to `budget_percent`.
         pub budget_min_per_second: u32 = 10 => integer(0..=100_000),
     }
 }

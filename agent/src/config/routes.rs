@@ -16,37 +16,38 @@ use super::{
 const MAX_WEIGHT: u32 = 1_000_000;
 
 settings! {
-    /// Every kind of condition that is given must hold; one without any holds always.
+    /// Where requests go that meet all of its conditions. A route without conditions matches every request.
     pub struct Route {
-        /// Without port; letter case does not matter. `*.example.com` holds for every name below example.com, but not for that one.
+        /// Host of the request, without port; case-insensitive. `*.example.com` matches every name below example.com, but not
+        /// example.com itself.
         pub hosts: Vec<HostPattern> = Vec::new() => host().one_or_more().named("host").example("llm.example.com"),
-        /// What the path of the request is to be.
+        /// Condition on the path.
         pub path: Option<PathPattern> = None => keys::<PathKeys>(),
         /// The method of the request.
         pub methods: Vec<Method> = Vec::new()
             => value::method(goes_through).one_or_more().named("method").example("POST"),
-        /// All of these, of the header as the endpoint gets it: without a client's control headers, with what the agent adds. Without
-        /// `value`: the header is there.
+        /// Header fields that must all match, as the endpoint gets them: without the client's control headers, with what the agent
+        /// adds. Without `value`, the header must be present.
         pub headers: Vec<HeaderCondition> = Vec::new()
             => tables(r#"an array of { name = "x-team", value = "red" }, value optional"#)
                 .example(json!([{ "name": "x-team", "value": "red" }, { "name": "x-beta" }])),
-        /// The model that the request's body names. `llama-*` holds for every model that begins so, `*` for any.
+        /// Model that the request body names. `llama-*` matches every model that begins with `llama-`, `*` matches any model.
         pub models: Vec<ModelPattern> = Vec::new() => model().one_or_more().named("model").example("llama-3.1-8b"),
-        /// The base model of the request's model; of those in `bbr.base_models`.
+        /// Base model of the request's model. It must occur in `bbr.base_models`.
         pub base_models: Vec<String> = Vec::new()
             => value::non_empty().one_or_more().named("base_model").example("llama-3.1-8b"),
-        /// At least one, each once, not all of weight 0.
+        /// At least one, each once, not all with weight 0.
         pub pools: Vec<WeightedPool> = Vec::new() => keys::<PoolKeys>(),
-        /// For requests of this route, instead of those of its pool; each can be left out.
+        /// Timeouts of requests of this route. Unset keys use those of the pool.
         pub timeouts: TimeoutOverrides = TimeoutOverrides::default() => section(),
     }
 }
 
-/// Without port; letter case does not matter.
+/// A host without port. Case-insensitive.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum HostPattern {
     Exact(String),
-    /// `*.example.com`: names with one label or more before `.example.com`, which is what is here.
+    /// `*.example.com`: names with at least one label before the suffix `.example.com`, which this holds.
     Below(String),
 }
 
@@ -58,12 +59,12 @@ pub enum PathPattern {
 }
 
 settings! {
-    /// The path of a request, as it was sent: neither decoded nor normalised, without query.
+    /// The path of a request as the client sent it: neither decoded nor normalised, without query.
     struct PathKeys {
-        /// Whole segments: `/v1` holds for `/v1` and `/v1/models`, not for `/v10`. As it was sent, neither decoded nor normalised,
-        /// without query.
+        /// Prefix of the path, in whole segments: `/v1` matches `/v1` and `/v1/models`, but not `/v10`. The path is compared as the
+        /// client sent it, neither decoded nor normalised, without query.
         path_prefix: Option<String> = None => path().optional("/v1"),
-        /// Instead of `path_prefix`: this path only.
+        /// The whole path, instead of `path_prefix`.
         path: Option<String> = None => path().optional("/v1/chat/completions"),
     }
 }
@@ -71,9 +72,9 @@ settings! {
 settings! {
     /// A condition on a header.
     pub struct HeaderCondition {
-        /// The name of the header.
+        /// Name of the header.
         pub name: HeaderName = HeaderName::from_static("x") => any_header_name().required("the name of a header", "x-team"),
-        /// One of the header's lines is this, letter by letter. Without it: the header is there.
+        /// Value of one of the header's lines, case-sensitive. Unset: the header must be present.
         pub value: Option<String> = None => header_value().optional("red"),
     }
 }
@@ -86,11 +87,11 @@ pub enum ModelPattern {
 }
 
 settings! {
-    /// A share of a route's requests, each drawn for itself.
+    /// A pool and its share of a route's requests, drawn for each request.
     pub struct WeightedPool {
         /// Name of a pool.
         pub name: String = String::new() => value::pool_name().required("the name of a pool", "default"),
-        /// Its part of the sum of weights. 0 gets nothing.
+        /// Share of the sum of the weights. 0: the pool gets no requests.
         pub weight: u32 = 1 => integer(0..=MAX_WEIGHT),
     }
 }
@@ -98,9 +99,10 @@ settings! {
 settings! {
     /// Where the requests of a route go.
     struct PoolKeys {
-        /// The name of the pool.
+        /// Name of the pool that gets the requests.
         pool: Option<String> = None => value::pool_name().optional("default"),
-        /// Instead of `pool`: a share for each, of the sum of weights (1 where it is left out, 0 is none), drawn anew for each request.
+        /// Pools that share the requests by weight, instead of `pool`; each request is drawn independently. The default weight is
+        /// 1, and a pool with weight 0 gets no requests.
         pools: Vec<WeightedPool> = Vec::new()
             => tables(r#"an array of { name = "a", weight = 70 }"#).example(json!([{ "name": "default", "weight": 70 }])),
     }

@@ -11,26 +11,27 @@ use super::{
 const MIB: u32 = 1 << 20;
 
 settings! {
-    /// Which response bodies the kernel moves, and with what.
+    /// Which response bodies the kernel moves, and how.
     pub struct Steering {
-        /// `PENSTOCK_STEERING` and `--steering` win over it.
+        /// Which path moves response bodies. `--steering` and `PENSTOCK_STEERING` override it.
         pub mode: SteeringMode = SteeringMode::Auto => value::choice(),
-        /// Where the cgroup v2 hierarchy is mounted that the endpoints on this machine live in. `auto`: as `/proc/mounts` says.
+        /// Mount point of the cgroup v2 hierarchy that contains the endpoints on this machine. `"auto"` takes it from
+        /// `/proc/mounts`.
         pub cgroup: Option<PathBuf> = None => cgroup(),
-        /// In `auto`, bodies with a Content-Length below this are relayed.
+        /// With `mode = "auto"`: bodies with a Content-Length below this many bytes are relayed.
         pub min_bytes: u64 = 16 << 10 => integer(0..=1 << 40),
-        /// In `auto`, bodies above this from an endpoint on another machine are relayed (they arrive in small fragments, which
-        /// redirect one by one). 0, or at least `min_bytes`.
+        /// With `mode = "auto"`: bodies of more than this many bytes from an endpoint on another machine are relayed (they arrive
+        /// in small fragments, each of which is redirected separately). 0, or at least `min_bytes`.
         pub max_remote_bytes: u64 = 64 << 10 => integer(0..=1 << 40),
-        /// SO_SNDBUF of a client connection whose response is steered, bytes.
+        /// Send buffer (SO_SNDBUF) of a client connection whose response is steered, in bytes.
         // The kernel keeps 16 KiB of a send buffer free (`SendBuffer::has_room`): with no more than that nothing would be steered.
         pub client_send_buffer: u32 = 1 << 20 => integer(32_768..=64 * MIB),
-        /// SO_RCVBUF of an endpoint connection, bytes.
+        /// Receive buffer (SO_RCVBUF) of an endpoint connection, in bytes.
         pub endpoint_receive_buffer: u32 = 512 << 10 => integer(16_384..=64 * MIB),
-        /// Endpoint connections that can be steered at once. Sizes the kernel maps.
+        /// Endpoint connections that can be steered at once. Determines the size of the kernel maps.
         pub max_flows: u32 = 16_384 => integer(1..=1_048_576),
-        /// Steer also on a kernel whose version is known to lose or repeat bytes in sockmap. `PENSTOCK_FORCE=true` and `--force`
-        /// say so too.
+        /// Whether to steer on a kernel version that is known to lose or repeat bytes in sockmap. `--force` and
+        /// `PENSTOCK_FORCE=true` enable it, too.
         pub force: bool = false => value::boolean(),
     }
 }
@@ -39,13 +40,13 @@ choice! {
     /// Which path moves response bodies.
     #[derive(clap::ValueEnum)]
     pub enum SteeringMode {
-        /// The best path that passed its self-test, where it pays.
+        /// The best path that passed its self-test, for bodies where steering pays off.
         Auto = "auto",
-        /// The local path for everything that an endpoint on this machine sends, whatever its size, and user space for the rest.
+        /// The `local` path for every body from an endpoint on this machine, whatever its size. All others are relayed.
         Local = "local",
-        /// The ingress path for everything that can be steered, whatever its size.
+        /// The `ingress` path for every body that can be steered, whatever its size.
         Ingress = "ingress",
-        /// User space carries every byte.
+        /// All bodies are relayed in user space.
         Off = "off",
     }
 }

@@ -12,16 +12,17 @@ use super::{
 };
 
 settings! {
-    /// The part of the pool that requests are to stay in: the EPP gets it as a hint, the built-in picker keeps to it. A pick from
-    /// outside the subset is followed.
+    /// The endpoints that are preferred for requests: an EPP gets them as a hint, the built-in picker chooses among them. If the
+    /// EPP picks an endpoint outside of the subset, the request goes there.
     pub struct Subset {
-        /// The first of these that has an endpoint ready where this agent is. Without one, the whole pool.
+        /// Localities in order of preference. The subset is the agent's node or zone, whichever comes first and has an endpoint
+        /// that is not avoided.
         pub prefer: Vec<Locality> = Vec::new()
             => value::choice().list(r#"an array of "node" and "zone""#).example(json!(["node", "zone"])),
-        /// Instead of `prefer`: these endpoints and no others are the subset.
+        /// The endpoints of the subset, instead of `prefer`.
         pub endpoints: Vec<SocketAddr> = Vec::new()
             => endpoint().list("an array of ip:port").example(json!(["127.0.0.1:8000"])),
-        /// What an empty subset means.
+        /// What happens if the subset is empty. With `prefer`, `"all"` also applies if all of its endpoints are avoided.
         pub empty: EmptySubset = EmptySubset::All => value::choice(),
     }
 }
@@ -39,9 +40,9 @@ choice! {
 choice! {
     /// What an empty subset means.
     pub enum EmptySubset {
-        /// The whole pool: the EPP gets no hint.
+        /// The whole pool is used: the EPP gets no hint.
         All = "all",
-        /// Nothing: the EPP gets the empty list and answers 503, as the built-in picker does.
+        /// Requests are answered with 503: by an EPP, which gets an empty list, or by the built-in picker.
         Fail = "fail",
     }
 }

@@ -12,17 +12,18 @@ use super::{
 };
 
 settings! {
-    /// Spans to an OpenTelemetry collector. Trace context is passed on whether this is on or off.
+    /// Export of spans to an OpenTelemetry collector. The trace context is forwarded even if this is off.
     pub struct Tracing {
-        /// Where the collector takes OTLP over gRPC without TLS.
+        /// URL of the collector, for OTLP over gRPC without TLS.
         pub otlp_endpoint: Option<String> = None => http_url().or_off(),
-        /// Part of the traces that begin here which are exported. Of the others the caller's flag decides.
+        /// Ratio of the traces started by this agent that are exported, from 0 to 1. For other traces, the caller's sampled flag
+        /// decides.
         pub sampling_ratio: Ratio = Ratio::ALL => ratio(),
         /// `service.name` of the spans.
         pub service_name: String = "penstock".to_owned() => value::non_empty(),
-        /// Spans that may wait for the collector. What comes then is dropped, and counted.
+        /// Spans that may wait for the collector. Further spans are dropped and counted.
         pub queue_spans: usize = 4096 => integer(1..=1 << 20),
-        /// How long spans are gathered before they are sent.
+        /// How long spans are collected before they are sent.
         pub export_interval: Duration = Duration::from_secs(1) => duration(),
     }
 }

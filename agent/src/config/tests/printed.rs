@@ -53,7 +53,7 @@ fn schema_describes_a_setting_in_full() {
             "minimum": 0,
             "maximum": 1024,
             "default": 0,
-            "description": "Worker threads; 0 is one per core.",
+            "description": "Number of worker threads. 0 starts one per core.",
         })
     );
     assert_eq!(*at("/properties/listen/additionalProperties"), json!(false));
