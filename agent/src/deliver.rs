@@ -16,13 +16,13 @@ pub use tunnel::{Tunnel, Up};
 use std::{cell::RefCell, io, time::Duration};
 
 use bytes::BytesMut;
-use penstock_common::{framing::Framing, slot::stop};
+use penstock_common::{framing::Framing, path::Path, slot::stop};
 use tokio::time::Instant;
 
 use crate::{
     client::{ClientSocket, patience},
     endpoint::connection::EndpointConnection,
-    kernel::{slots::Lane, socket::monotonic_ns},
+    kernel::socket::monotonic_ns,
     tee::Tee,
 };
 
@@ -85,11 +85,12 @@ pub struct Account {
 }
 
 impl Account {
-    /// Bytes that the kernel has carried in this lane.
-    pub fn carried(&self, lane: Lane) -> u64 {
-        match lane {
-            Lane::Ingress => self.steered,
-            Lane::Local => self.local,
+    /// Bytes that have gone this way to the client.
+    pub fn carried(&self, path: Path) -> u64 {
+        match path {
+            Path::Local => self.local,
+            Path::Ingress => self.steered,
+            Path::Relay => self.relayed,
         }
     }
 
@@ -108,22 +109,20 @@ pub struct Target {
     pub key: u64,
     /// Its send buffer, bytes.
     pub send_buffer: u32,
-    pub lane: Lane,
+    pub path: Path,
 }
 
 impl Target {
     /// What is left to try when the kernel cannot carry the flow this way.
     fn next(self) -> Option<Self> {
-        match self.lane {
-            Lane::Local => Some(Self { lane: Lane::Ingress, ..self }),
-            Lane::Ingress => None,
-        }
+        let path = self.path.next();
+        (path != Path::Relay).then_some(Self { path, ..self })
     }
 }
 
 /// Counts at the moment when the kernel gets a flow.
 struct Armed {
-    lane: Lane,
+    path: Path,
     redirected: u64,
     segments: u64,
     payload: u32,
@@ -195,8 +194,8 @@ impl<'a> Delivery<'a> {
     /// Delivers the whole body.
     pub async fn run(&mut self) -> End {
         if let (Some(_), Some(source)) = (self.target, self.endpoint.source()) {
-            source.slot().span(Lane::Ingress).begin_message();
-            source.slot().span(Lane::Local).begin_message();
+            source.slot().ingress().begin_message();
+            source.slot().local().begin_message();
         }
         loop {
             let step = match self.forward().await {

@@ -50,7 +50,7 @@ pub(crate) fn run(mut steering: config::Steering, as_json: bool) -> ExitCode {
 }
 
 fn verdict(ladder: &Ladder) -> (u8, String) {
-    let off = ladder.rungs.iter().filter(|rung| rung.state != State::Ready).map(|rung| rung.path.as_str());
+    let off = ladder.rungs.iter().filter(|rung| rung.state != State::Ready).map(|rung| rung.path.label());
     let off: Vec<_> = off.collect();
     match off.len() {
         0 => (0, "every path is ready".to_owned()),
@@ -89,7 +89,7 @@ fn machine(steering: &config::Steering, ladder: &Ladder) -> Vec<Finding> {
     findings.push(program(ladder, missing.is_empty()));
     if let Program::Loaded(kernel) = &ladder.program {
         findings.push(kept());
-        if ladder.is_ready(penstock_agent::metrics::Path::Local) {
+        if ladder.is_ready(penstock_common::path::Path::Local) {
             findings.push(endpoint_sockets(kernel));
         }
     }
@@ -164,7 +164,7 @@ fn print_path(rung: &Rung) {
         State::Unasked => "not requested".to_owned(),
         State::Off(why) => format!("OFF: {why}"),
     };
-    println!("{:<15}{state}", format!("path {}", rung.path.as_str()));
+    println!("{:<15}{state}", format!("path {}", rung.path.label()));
     for check in &rung.checks {
         let Check { case, took, failure } = check;
         match failure {
@@ -205,7 +205,7 @@ fn document(findings: &[Finding], ladder: &Ladder, code: u8, verdict: &str) -> V
         });
         let checks: Vec<Value> = checks.collect();
         json!({
-            "path": rung.path.as_str(), "ready": rung.state == State::Ready, "why": why, "checks": checks, "advice": advice(rung)
+            "path": rung.path.label(), "ready": rung.state == State::Ready, "why": why, "checks": checks, "advice": advice(rung)
         })
     });
     json!({

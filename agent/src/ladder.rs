@@ -7,12 +7,13 @@
 use std::sync::Arc;
 
 use caps::Capability;
+use penstock_common::path::Path;
 
 use crate::{
     capability,
     config::{self, SteeringMode},
-    kernel::{Kernel, LoadError, slots::Lane, socket, version},
-    metrics::{Metrics, Path},
+    kernel::{Kernel, LoadError, socket, version},
+    metrics::Metrics,
     selftest::{self, Case, Check},
     steer::Steering,
 };
@@ -20,13 +21,12 @@ use crate::{
 /// A path and its self-test.
 struct Entry {
     path: Path,
-    lane: Lane,
     cases: &'static [Case],
 }
 
 /// Best first. Path `local` falls back on path `ingress`, which therefore has to work without it.
-const LOCAL: Entry = Entry { path: Path::Local, lane: Lane::Local, cases: selftest::CASES };
-const INGRESS: Entry = Entry { path: Path::Ingress, lane: Lane::Ingress, cases: selftest::CASES };
+const LOCAL: Entry = Entry { path: Path::Local, cases: selftest::CASES };
+const INGRESS: Entry = Entry { path: Path::Ingress, cases: selftest::CASES };
 const PATHS: [Entry; 2] = [LOCAL, INGRESS];
 
 pub struct Ladder {
@@ -175,7 +175,7 @@ impl Ladder {
         if let Program::Off = self.program {
             return "steering: off (configured)".to_owned();
         }
-        let ready = self.rungs.iter().filter(|rung| rung.state == State::Ready).map(|rung| rung.path.as_str());
+        let ready = self.rungs.iter().filter(|rung| rung.state == State::Ready).map(|rung| rung.path.label());
         let ready = ready.collect::<Vec<_>>().join(", ");
         match &self.forced {
             _ if ready.is_empty() => format!("steering: unavailable: {}", self.why()),
@@ -219,7 +219,7 @@ impl Rung {
     /// Runs the self-test without capabilities, as workers run.
     fn prove(entry: &Entry, kernel: &Arc<Kernel>) -> Self {
         let mut rung = Self { path: entry.path, checks: Vec::new(), state: State::Ready, endpoint_visible: None };
-        match capability::with(&[], || selftest::prove(kernel, entry.lane, entry.cases)) {
+        match capability::with(&[], || selftest::prove(kernel, entry.path, entry.cases)) {
             Ok(checks) => rung.checks = checks,
             Err(error) => rung.state = State::Off(format!("the self-test could not run: {error:#}").into()),
         }
@@ -239,9 +239,9 @@ impl Rung {
 
     pub fn describe(&self) -> String {
         match &self.state {
-            State::Ready => format!("{}: ready{}", self.path.as_str(), self.visible()),
-            State::Unasked => format!("{}: off (configured)", self.path.as_str()),
-            State::Off(why) => format!("{}: off: {why}", self.path.as_str()),
+            State::Ready => format!("{}: ready{}", self.path.label(), self.visible()),
+            State::Unasked => format!("{}: off (configured)", self.path.label()),
+            State::Off(why) => format!("{}: off: {why}", self.path.label()),
         }
     }
 }

@@ -9,12 +9,13 @@ mod models;
 mod pool;
 mod process;
 
-pub use labels::{Connection, EndpointState, EppOutcome, Path};
+pub use labels::{Connection, EndpointState, EppOutcome};
 pub use pool::{PoolMetrics, Streamed};
 
 use std::{fmt, sync::Arc};
 
 use parking_lot::Mutex;
+use penstock_common::path::Path;
 use prometheus_client::{
     encoding::text,
     metrics::{counter::Counter, gauge::Gauge},
@@ -51,11 +52,11 @@ struct Core {
     families: Arc<Families>,
     models: Arc<Models>,
     unrouted: PoolMetrics,
-    /// By [`Path`].
+    /// By `Path`.
     body_bytes: [Counter; Path::ALL.len()],
     /// By [`Connection`].
     endpoint_connections: [Counter; Connection::ALL.len()],
-    /// By [`Path`]: the exported state.
+    /// By `Path`: the exported state.
     path_states: Mutex<[Option<PathState>; Path::ALL.len()]>,
     /// Queried for the states of each pool's endpoints at every scrape.
     endpoints: Mutex<Vec<(Arc<PoolMetrics>, CountEndpoints)>>,
@@ -74,7 +75,7 @@ impl Metrics {
         let models = Arc::new(Models::new(default, families.metric_models_overflow.clone()));
         let core = Arc::new(Core {
             unrouted: PoolMetrics::new("", &families, &models),
-            body_bytes: Path::ALL.map(|path| families.body_bytes.get_or_create_owned(&ByPath { path })),
+            body_bytes: Path::ALL.map(|path| families.body_bytes.get_or_create_owned(&ByPath { path: path.label() })),
             endpoint_connections: Connection::ALL
                 .map(|result| families.endpoint_connections.get_or_create_owned(&ByResult { result })),
             path_states: Mutex::default(),
@@ -218,7 +219,7 @@ impl Metrics {
 
     /// Counts a response by the path that carries it.
     pub fn flow(&self, path: Path, reason: &'static str) {
-        self.core.families.flows.get_or_create(&ByFlow { path, reason }).inc();
+        self.core.families.flows.get_or_create(&ByFlow { path: path.label(), reason }).inc();
     }
 
     /// Adds bytes of a response body carried by `path`.
@@ -229,7 +230,7 @@ impl Metrics {
     /// Adds bytes from a client, of an upgraded or pinned connection, carried by `path`.
     pub fn upstream_bytes(&self, path: Path, bytes: u64) {
         if bytes > 0 {
-            self.core.families.upstream_bytes.get_or_create(&ByPath { path }).inc_by(bytes);
+            self.core.families.upstream_bytes.get_or_create(&ByPath { path: path.label() }).inc_by(bytes);
         }
     }
 
@@ -260,13 +261,13 @@ impl Metrics {
 
     /// Sets the self-test result of a path, replacing the previous one.
     pub fn set_steering_path(&self, path: Path, active: bool, reason: &str) {
-        let state = PathState { path, reason: reason.to_owned() };
+        let state = PathState { path: path.label(), reason: reason.to_owned() };
         let mut shown = self.core.path_states.lock();
         if let Some(before) = shown[path as usize].replace(state.clone()) {
             self.core.families.steering_path_info.remove(&before);
         }
         self.core.families.steering_path_info.get_or_create(&state).set(1);
-        self.core.families.steering_path_active.get_or_create(&ByPath { path }).set(i64::from(active));
+        self.core.families.steering_path_active.get_or_create(&ByPath { path: path.label() }).set(i64::from(active));
     }
 
     /// Counts the endpoints of each pool at every scrape, replacing the previous counters; one element of `counts` per
@@ -471,7 +472,7 @@ mod tests {
     #[test]
     fn steering_metrics_are_counted() {
         let metrics = metrics();
-        metrics.flow(Path::Ingress, "eligible");
+        metrics.flow(Path::Ingress, "chunked");
         metrics.body_bytes(Path::Ingress, 10);
         metrics.body_bytes(Path::Relay, 5);
         metrics.steer_stopped("room");
@@ -483,7 +484,7 @@ mod tests {
         metrics.pool(0).time_to_first_token(Duration::from_millis(30));
         metrics.pool(0).time_per_output_chunk(Duration::from_millis(30));
         for line in [
-            r#"penstock_flows_total{path="ingress",reason="eligible"} 1"#,
+            r#"penstock_flows_total{path="ingress",reason="chunked"} 1"#,
             r#"penstock_body_bytes_total{path="local"} 0"#,
             r#"penstock_body_bytes_total{path="ingress"} 10"#,
             r#"penstock_body_bytes_total{path="relay"} 5"#,

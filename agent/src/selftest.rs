@@ -16,11 +16,9 @@ use std::{
 
 use anyhow::Result;
 use futures_util::future::LocalBoxFuture;
+use penstock_common::path::Path;
 
-use crate::{
-    kernel::{Kernel, slots::Lane},
-    steer::WorkerSteering,
-};
+use crate::{kernel::Kernel, steer::WorkerSteering};
 
 /// Time limit for all cases of a path. They take some tens of milliseconds, but a node that starts many processes at
 /// once is slow, and a path that is off stays off.
@@ -34,7 +32,7 @@ pub use visible::how_visible;
 /// One requirement of a path.
 pub struct Case {
     pub name: &'static str,
-    run: fn(&Rc<WorkerSteering>, Lane) -> LocalBoxFuture<'_, Result<()>>,
+    run: fn(&Rc<WorkerSteering>, Path) -> LocalBoxFuture<'_, Result<()>>,
 }
 
 /// The result of a case.
@@ -47,7 +45,7 @@ pub struct Check {
 }
 
 /// Runs the cases on one path, on a runtime of its own. Fails if the cases cannot run at all.
-pub fn prove(kernel: &Arc<Kernel>, lane: Lane, cases: &[Case]) -> Result<Vec<Check>> {
+pub fn prove(kernel: &Arc<Kernel>, path: Path, cases: &[Case]) -> Result<Vec<Check>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let steering = WorkerSteering::new(kernel)?;
     Ok(runtime.block_on(async {
@@ -59,7 +57,7 @@ pub fn prove(kernel: &Arc<Kernel>, lane: Lane, cases: &[Case]) -> Result<Vec<Che
                 kernel.slots().reclaim();
             }
             let begin = Instant::now();
-            let outcome = tokio::time::timeout_at(deadline, (case.run)(&steering, lane)).await;
+            let outcome = tokio::time::timeout_at(deadline, (case.run)(&steering, path)).await;
             let failure = match outcome {
                 Ok(Ok(())) => None,
                 Ok(Err(error)) => Some(format!("{error:#}")),
@@ -89,10 +87,10 @@ mod tests {
         assert_eq!(kernel.local(), Ok(()));
         let kernel = Arc::new(kernel);
         for _ in 0..10 {
-            for lane in [Lane::Local, Lane::Ingress] {
-                let checks = prove(&kernel, lane, CASES).expect("the cases run");
+            for path in [Path::Local, Path::Ingress] {
+                let checks = prove(&kernel, path, CASES).expect("the cases run");
                 assert_eq!(checks.len(), CASES.len());
-                assert!(checks.iter().all(|check| check.failure.is_none()), "{lane:?}: {checks:#?}");
+                assert!(checks.iter().all(|check| check.failure.is_none()), "{path:?}: {checks:#?}");
             }
         }
         assert_eq!(kernel.events().take_missed(), 0);
@@ -101,7 +99,7 @@ mod tests {
     #[test]
     fn failed_case_has_a_reason_and_the_others_still_run() {
         let kernel = Arc::new(Kernel::load(64).expect("load"));
-        let checks = prove(&kernel, Lane::Ingress, FAILING).expect("the cases run");
+        let checks = prove(&kernel, Path::Ingress, FAILING).expect("the cases run");
         let failures: Vec<_> = checks.iter().map(|check| (check.case, check.failure.as_deref())).collect();
         assert_eq!(failures, [("bad", Some("a hole at 7")), ("good", None)]);
     }

@@ -6,7 +6,8 @@
 //! twice); it stays until it is closed, because taking it out would lose bytes that were let through. A client
 //! connection is inserted when it first becomes a target.
 
-pub mod choice;
+pub mod eligibility;
+pub mod reason;
 
 use std::{
     cell::{Cell, RefCell},
@@ -17,14 +18,10 @@ use std::{
     task::{Context, Poll},
 };
 
-use penstock_common::slot::admission;
+use penstock_common::{path::Path, slot::admission};
 use thiserror::Error;
 
-use crate::kernel::{
-    Kernel, LoadError, Maps, Ring,
-    slots::{Lane, SlotRef},
-    socket,
-};
+use crate::kernel::{Kernel, LoadError, Maps, Ring, slots::SlotRef, socket};
 
 /// Whether the kernel can steer, and if not, why.
 #[derive(Clone)]
@@ -137,8 +134,9 @@ impl Source {
     }
 
     /// Ready when the kernel has let go of the span; the task is woken when it does.
-    pub fn poll_released(&self, lane: Lane, cx: &mut Context<'_>) -> Poll<()> {
-        self.steering.kernel.events().poll_released(self.index, self.slot().span(lane), cx)
+    pub fn poll_released(&self, path: Path, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(span) = self.slot().span(path) else { return Poll::Ready(()) };
+        self.steering.kernel.events().poll_released(self.index, span, cx)
     }
 
     /// Whether the endpoint's own `sendmsg` can carry a response to the client with this key, which was announced.

@@ -9,6 +9,7 @@
 
 pub mod framing;
 pub mod local;
+pub mod path;
 pub mod slot;
 pub mod tail;
 pub mod verdict;

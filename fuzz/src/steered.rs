@@ -12,10 +12,10 @@ use penstock_agent::{
     client::{ClientSocket, close::Linger},
     deliver::{Delivery, End, Target},
     endpoint::{connection::EndpointConnection, timeouts::ConnectionTimeouts},
-    kernel::{Kernel, slots::Lane},
+    kernel::Kernel,
     steer::{Source, WorkerSteering},
 };
-use penstock_common::framing::Framing;
+use penstock_common::{framing::Framing, path::Path};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
@@ -65,9 +65,9 @@ pub fn run(data: &[u8]) {
         if world.kernel.slots().is_exhausted() {
             world.kernel.slots().reclaim();
         }
-        let lane = if kind & 0x80 != 0 && world.has_local { Lane::Local } else { Lane::Ingress };
+        let path = if kind & 0x80 != 0 && world.has_local { Path::Local } else { Path::Ingress };
         let outcome = world.runtime.block_on(async {
-            let delivery = deliver(world, lane, framing, wire, lengths, kind & 0x40 != 0);
+            let delivery = deliver(world, path, framing, wire, lengths, kind & 0x40 != 0);
             tokio::time::timeout(PATIENCE, delivery).await.context("the delivery is stuck")?
         });
         outcome.expect("every byte once, in order");
@@ -76,7 +76,7 @@ pub fn run(data: &[u8]) {
 
 async fn deliver(
     world: &World,
-    lane: Lane,
+    path: Path,
     framing: Framing,
     wire: &[u8],
     lengths: [u8; 3],
@@ -97,7 +97,7 @@ async fn deliver(
     server.write_all(b"h").await?;
     endpoint.read(&mut BytesMut::with_capacity(1)).await?;
     ensure!(
-        lane != Lane::Local || endpoint.source().is_some_and(Source::admit),
+        path != Path::Local || endpoint.source().is_some_and(Source::admit),
         "the endpoint's socket is not admitted"
     );
 
@@ -115,7 +115,7 @@ async fn deliver(
     };
     let carry = async {
         let mut delivery = Delivery::new(&mut client, &mut endpoint, framing, BytesMut::new(), Some(PATIENCE));
-        delivery.target = Some(Target { key, send_buffer: BUFFER, lane });
+        delivery.target = Some(Target { key, send_buffer: BUFFER, path });
         let end = delivery.run().await;
         drop(delivery);
         drop(endpoint);

@@ -8,9 +8,9 @@ use anyhow::{Context as _, Result, bail};
 use penstock_agent::{
     app::Agent,
     config::{Config, Epp, FailureMode, Picker, Pool, SteeringMode},
-    metrics::Path,
     probe::Probe,
 };
+use penstock_common::path::Path;
 use tracing_subscriber::EnvFilter;
 
 /// An agent that stops when dropped.

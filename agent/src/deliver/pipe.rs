@@ -5,7 +5,7 @@
 use std::{cell::Cell, future::poll_fn, io, time::Duration};
 
 use bytes::BytesMut;
-use penstock_common::{framing::Framing, slot::stop};
+use penstock_common::{framing::Framing, path::Path, slot::stop};
 use tokio::{io::Interest, net::TcpStream};
 use tokio_util::sync::CancellationToken;
 
@@ -14,7 +14,7 @@ use crate::{
     client::{ledger::Ledger, patience::Patience},
     endpoint::connection::Reader,
     kernel::{
-        slots::{Lane, SpanRef},
+        slots::SpanRef,
         socket::{self, monotonic_ns},
     },
     steer::Source,
@@ -134,14 +134,14 @@ impl Pipe<'_> {
     async fn span(&mut self, target: Target, stop: &CancellationToken) -> Result<Wake, Broken> {
         self.ledger.settle(self.to, Patience::new(None, None)).await.map_err(|_| Broken::To)?;
         let source = self.from.source.ok_or(Broken::From)?;
-        let span = source.slot().span(target.lane);
+        let span = source.slot().span(target.path).ok_or(Broken::From)?;
         let before = (span.redirected(), span.segments(), monotonic_ns());
-        source.slot().arm(target.lane, target.key, Framing::until_close(), *self.from.consumed, false);
+        source.slot().arm(target.path, target.key, Framing::until_close(), *self.from.consumed, false);
         self.pending.reserve(READ);
         let wake = match self.from.read_now(&mut self.pending) {
             Ok(0) => Ok(Wake::Look),
             Ok(_) => Ok(Wake::Bytes),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.listen(source, target.lane, stop).await,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.listen(source, target.path, stop).await,
             Err(_) => Err(Broken::From),
         };
         if !span.is_released() {
@@ -149,14 +149,14 @@ impl Pipe<'_> {
             // Waits for a verdict in progress, which may have seen the slot armed.
             let _ = socket::bytes_written(self.from.stream);
         }
-        self.take_back(target.lane, span, before).await?;
+        self.take_back(target.path, span, before).await?;
         wake
     }
 
-    async fn listen(&mut self, source: &Source, lane: Lane, stop: &CancellationToken) -> Result<Wake, Broken> {
+    async fn listen(&mut self, source: &Source, path: Path, stop: &CancellationToken) -> Result<Wake, Broken> {
         tokio::select! {
             biased;
-            () = poll_fn(|cx| source.poll_released(lane, cx)) => Ok(Wake::Released),
+            () = poll_fn(|cx| source.poll_released(path, cx)) => Ok(Wake::Released),
             read = self.from.read(&mut self.pending) => match read {
                 Ok(0) => Ok(Wake::Look),
                 Ok(_) => Ok(Wake::Bytes),
@@ -168,16 +168,16 @@ impl Pipe<'_> {
     }
 
     /// Enters the kernel's books into ours; `before` is what they and the clock said at the arming. The span is released.
-    async fn take_back(&mut self, lane: Lane, span: SpanRef<'_>, before: (u64, u64, u64)) -> Result<(), Broken> {
+    async fn take_back(&mut self, path: Path, span: SpanRef<'_>, before: (u64, u64, u64)) -> Result<(), Broken> {
         let (redirected, segments, since) = before;
         let steered = span.redirected().saturating_sub(redirected);
         self.ledger.add_redirected(steered);
         self.account.segments += span.segments().saturating_sub(segments);
         if steered > 0 {
             self.moved.set(self.moved.get().max(span.stamps().1));
-            match lane {
-                Lane::Ingress => self.account.steered += steered,
-                Lane::Local => {
+            match path {
+                Path::Ingress => self.account.steered += steered,
+                _ => {
                     self.account.local += steered;
                     self.account.local -= self.arrived().await?;
                 }

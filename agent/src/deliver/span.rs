@@ -10,12 +10,9 @@
 use std::{future::poll_fn, io, time::Duration};
 
 use super::{Armed, BEHIND, Delivery, End, MAX_FRUITLESS, MIN_BUFFER, SHORT_SPAN, Target, written};
-use crate::kernel::{
-    slots::{Lane, SpanRef},
-    socket::monotonic_ns,
-};
+use crate::kernel::{slots::SpanRef, socket::monotonic_ns};
 use bytes::BytesMut;
-use penstock_common::{slot::stop, tail};
+use penstock_common::{path::Path, slot::stop, tail};
 
 /// What ended the wait for the kernel.
 enum Wake {
@@ -32,16 +29,16 @@ impl Delivery<'_> {
     pub(super) async fn span(&mut self, target: Target) -> Result<bool, End> {
         // The kernel's account of the target begins with the arming: nothing may be on its way from an earlier span.
         written(self.client.settle().await)?;
-        let span = self.kernel_span(target.lane)?;
+        let span = self.kernel_span(target.path)?;
         self.armed = Some(Armed {
-            lane: target.lane,
+            path: target.path,
             redirected: span.redirected(),
             segments: span.segments(),
             payload: self.framing.payload,
             since: monotonic_ns(),
         });
         let slot = self.endpoint.source().ok_or(End::Broken)?.slot();
-        slot.arm(target.lane, target.key, self.framing, self.endpoint.consumed, self.tee.is_some());
+        slot.arm(target.path, target.key, self.framing, self.endpoint.consumed, self.tee.is_some());
         self.make_room();
         let result = match self.endpoint.read_now(&mut self.pending) {
             Ok(0) => Ok(Wake::Endpoint),
@@ -49,20 +46,20 @@ impl Delivery<'_> {
                 self.received(n);
                 Ok(Wake::Bytes)
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => match target.lane {
-                Lane::Ingress => self.sleep().await,
-                Lane::Local => self.listen().await,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => match target.path {
+                Path::Ingress => self.sleep().await,
+                _ => self.listen().await,
             },
             Err(error) => Err(error),
         };
-        let span = self.kernel_span(target.lane)?;
+        let span = self.kernel_span(target.path)?;
         if !span.is_released() {
             span.disarm();
             // Waits for a verdict in progress, which may have seen the slot armed.
             self.endpoint.wait_for_verdict();
         }
         let steered = self.take_back()?;
-        if target.lane == Lane::Local && steered {
+        if target.path == Path::Local && steered {
             self.arrived().await?;
         }
         match result {
@@ -76,8 +73,8 @@ impl Delivery<'_> {
         }
     }
 
-    fn kernel_span(&self, lane: Lane) -> Result<SpanRef<'_>, End> {
-        self.endpoint.source().map(|source| source.slot().span(lane)).ok_or(End::Broken)
+    fn kernel_span(&self, path: Path) -> Result<SpanRef<'_>, End> {
+        self.endpoint.source().and_then(|source| source.slot().span(path)).ok_or(End::Broken)
     }
 
     /// Waits until what the endpoint's `sendmsg` was let redirect has reached the client's send queue. An endpoint that does not
@@ -109,7 +106,7 @@ impl Delivery<'_> {
     /// Takes the flow back after `run` was dropped, for the account's sake; the connections can only be closed.
     pub fn abandon(&mut self) {
         if let Some(armed) = &self.armed
-            && let Ok(span) = self.kernel_span(armed.lane)
+            && let Ok(span) = self.kernel_span(armed.path)
         {
             span.disarm();
             self.endpoint.wait_for_verdict();
@@ -120,16 +117,16 @@ impl Delivery<'_> {
     /// Enters the kernel's books into ours; true when it carried something. The slot is released.
     fn take_back(&mut self) -> Result<bool, End> {
         let before = self.armed.take().ok_or(End::Broken)?;
-        let span = self.kernel_span(before.lane)?;
+        let span = self.kernel_span(before.path)?;
         let steered = span.redirected().saturating_sub(before.redirected);
         let segments = span.segments().saturating_sub(before.segments);
         let (framing, stop, stamps) = (span.framing(), span.stop(), span.stamps());
-        tracing::trace!(lane = ?before.lane, steered, stop = stop::label(stop), "taken back");
+        tracing::trace!(path = ?before.path, steered, stop = stop::label(stop), "taken back");
         self.framing = framing;
         self.client.add_redirected(steered);
-        match before.lane {
-            Lane::Ingress => self.account.steered += steered,
-            Lane::Local => self.account.local += steered,
+        match before.path {
+            Path::Ingress => self.account.steered += steered,
+            _ => self.account.local += steered,
         }
         self.account.segments += segments;
         if steered > 0 {
@@ -179,7 +176,7 @@ impl Delivery<'_> {
     /// Sleeps until the kernel lets go of the slot, or one of the peers or the idle time ends it.
     async fn sleep(&mut self) -> io::Result<Wake> {
         // A short rest may be through already.
-        if self.endpoint.source().is_some_and(|source| source.slot().span(Lane::Ingress).is_released()) {
+        if self.endpoint.source().is_some_and(|source| source.slot().ingress().is_released()) {
             return Ok(Wake::Released);
         }
         // Let through before the arming, and not handed over yet (memory pressure): no event will tell of them.
@@ -199,10 +196,10 @@ impl Delivery<'_> {
         let Some(source) = self.endpoint.source() else { return Wake::Endpoint };
         tokio::select! {
             biased;
-            () = poll_fn(|cx| source.poll_released(Lane::Ingress, cx)) => Wake::Released,
+            () = poll_fn(|cx| source.poll_released(Path::Ingress, cx)) => Wake::Released,
             () = self.client.left() => Wake::Client,
             () = self.endpoint.broken() => Wake::Endpoint,
-            () = idle_since_last(self.idle, source.slot().span(Lane::Ingress)) => Wake::Idle,
+            () = idle_since_last(self.idle, source.slot().ingress()) => Wake::Idle,
         }
     }
 
@@ -210,10 +207,10 @@ impl Delivery<'_> {
     async fn listen(&mut self) -> io::Result<Wake> {
         let (endpoint, pending, client) = (&mut *self.endpoint, &mut self.pending, &*self.client);
         let Some((source, mut reader)) = endpoint.listen()? else { return Ok(Wake::Endpoint) };
-        let span = source.slot().span(Lane::Local);
+        let span = source.slot().local();
         let received = tokio::select! {
             biased;
-            () = poll_fn(|cx| source.poll_released(Lane::Local, cx)) => return Ok(Wake::Released),
+            () = poll_fn(|cx| source.poll_released(Path::Local, cx)) => return Ok(Wake::Released),
             () = client.left() => return Ok(Wake::Client),
             received = reader.read(pending) => received?,
             () = idle_since_last(self.idle, span) => return Ok(Wake::Idle),

@@ -16,6 +16,7 @@ use std::{
 };
 
 use bytes::BytesMut;
+use penstock_common::path::Path;
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf},
     net::TcpStream,
@@ -30,10 +31,7 @@ use super::{
 use crate::{
     client::{ClientSocket, Wire, ledger::Ledger, reach::Watch},
     endpoint::connection::{EndpointConnection, Reader},
-    kernel::{
-        slots::Lane,
-        socket::{self, monotonic_ns},
-    },
+    kernel::socket::{self, monotonic_ns},
     steer::{Source, WorkerSteering},
 };
 
@@ -92,18 +90,18 @@ impl Tunnel<'_> {
         if let (Some(up), Some(_)) = (&self.up, source) {
             let send_buffer = up.send_buffer;
             match up.steering.register_target(endpoint, send_buffer) {
-                Ok(key) => up_target = Some(Target { key, send_buffer, lane: Lane::Ingress }),
+                Ok(key) => up_target = Some(Target { key, send_buffer, path: Path::Ingress }),
                 Err(error) => tracing::debug!(%error, "what a client sends cannot be steered"),
             }
         }
         let slots = [from.source, source].map(|source| source.map(Source::slot));
         for slot in slots.iter().flatten() {
-            slot.span(Lane::Ingress).begin_message();
-            slot.span(Lane::Local).begin_message();
+            slot.ingress().begin_message();
+            slot.local().begin_message();
         }
         let last = || {
             let slots = slots.iter().flatten();
-            let stamps = slots.flat_map(|slot| [Lane::Ingress, Lane::Local].map(|lane| slot.span(lane).stamps().1));
+            let stamps = slots.flat_map(|slot| [slot.ingress(), slot.local()].map(|span| span.stamps().1));
             stamps.fold(moved.get(), u64::max)
         };
         let taken = || acknowledged(client) + acknowledged(endpoint);

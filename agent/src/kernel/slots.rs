@@ -12,6 +12,7 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use parking_lot::Mutex;
 use penstock_common::{
     framing::Framing,
+    path::Path,
     slot::{LocalSlot, Slot, Span, Word},
 };
 
@@ -145,15 +146,6 @@ macro_rules! words {
     };
 }
 
-/// The path on which the kernel moves the bytes of a span.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Lane {
-    /// The verdict program, when the endpoint's bytes have arrived at the agent's socket.
-    Ingress,
-    /// The endpoint's own `sendmsg`.
-    Local,
-}
-
 /// One connection's slots, for their owner. Fields other than the words may be accessed only while the span is released
 /// (`armed == 0`); the methods enforce this.
 #[derive(Clone, Copy)]
@@ -181,35 +173,48 @@ impl<'a> SlotRef<'a> {
         }
     }
 
-    /// The part that is armed and reclaimed on one of the paths.
-    pub fn span(&self, lane: Lane) -> SpanRef<'a> {
-        // SAFETY: fields of live slots.
-        let span = unsafe {
-            match lane {
-                Lane::Ingress => &raw mut (*self.slot.as_ptr()).span,
-                Lane::Local => &raw mut (*self.local.as_ptr()).span,
-            }
-        };
+    /// The part that is armed and reclaimed on this path. `None` if user space carries the bytes.
+    pub fn span(&self, path: Path) -> Option<SpanRef<'a>> {
+        match path {
+            Path::Local => Some(self.local()),
+            Path::Ingress => Some(self.ingress()),
+            Path::Relay => None,
+        }
+    }
+
+    /// The span of path ingress.
+    pub fn ingress(&self) -> SpanRef<'a> {
+        // SAFETY: a field of a live slot.
+        self.span_at(unsafe { &raw mut (*self.slot.as_ptr()).span })
+    }
+
+    /// The span of path local.
+    pub fn local(&self) -> SpanRef<'a> {
+        // SAFETY: a field of a live slot.
+        self.span_at(unsafe { &raw mut (*self.local.as_ptr()).span })
+    }
+
+    fn span_at(&self, span: *mut Span) -> SpanRef<'a> {
         SpanRef { span: NonNull::new(span).expect("a field of a live slot"), _slots: self.slots }
     }
 
     /// Hands the rest of the message over to the kernel: it redirects to `target` as long as exactly `consumed` bytes
     /// have reached user space, and with `keep` (path ingress only) copies the payload into the connection's ring. Only
     /// while released.
-    pub fn arm(&self, lane: Lane, target: u64, framing: Framing, consumed: u64, keep: bool) {
-        let span = self.span(lane);
+    pub fn arm(&self, path: Path, target: u64, framing: Framing, consumed: u64, keep: bool) {
+        let Some(span) = self.span(path) else { return };
         debug_assert!(span.is_released());
         // SAFETY: released, so the kernel does not access these fields.
         let armed = unsafe {
-            match lane {
-                Lane::Ingress => {
+            match path {
+                Path::Ingress => {
                     (&raw mut (*self.slot.as_ptr()).wbase).write_volatile(0);
                     consumed + 1
                 }
-                Lane::Local => {
+                _ => {
                     (&raw mut (*self.local.as_ptr()).expected).write_volatile(0);
                     // Bytes that the other path redirected were sent over the connection too.
-                    let sent = consumed.wrapping_add(self.span(Lane::Ingress).redirected()) as u32;
+                    let sent = consumed.wrapping_add(self.ingress().redirected()) as u32;
                     1 << 32 | u64::from((self.origin().get() as u32).wrapping_add(sent))
                 }
             }
@@ -220,8 +225,8 @@ impl<'a> SlotRef<'a> {
     /// Reclaims the flow on both paths although the kernel has not released it. Only valid if no redirect can happen
     /// any more: the arming was refused, the endpoint has closed, or the connection is being aborted.
     pub fn disarm(&self) {
-        self.span(Lane::Ingress).disarm();
-        self.span(Lane::Local).disarm();
+        self.ingress().disarm();
+        self.local().disarm();
     }
 
     /// Bytes passed to user space since the connection was made.
@@ -242,7 +247,7 @@ impl<'a> SlotRef<'a> {
     /// Announces that the next response goes to the client with this key. The kernel looks up its socket when the
     /// response arrives.
     pub fn announce(&self, target: u64) {
-        self.span(Lane::Local).target().set(target);
+        self.local().target().set(target);
     }
 
     /// Whether the kernel has found the announced client.

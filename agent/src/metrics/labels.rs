@@ -33,18 +33,6 @@ macro_rules! label {
 }
 
 label! {
-    /// The path that carries a response body.
-    Path {
-        /// The kernel, from the model server's socket on this machine.
-        Local = "local",
-        /// The kernel, from the agent's connection to the endpoint.
-        Ingress = "ingress",
-        /// User space.
-        Relay = "relay",
-    }
-}
-
-label! {
     /// The outcome of an exchange with the EPP.
     EppOutcome {
         /// The EPP chose an endpoint.
@@ -174,19 +162,19 @@ pub(super) struct ByListener {
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(super) struct ByPath {
-    pub(super) path: Path,
+    pub(super) path: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(super) struct ByFlow {
-    pub(super) path: Path,
+    pub(super) path: &'static str,
     pub(super) reason: &'static str,
 }
 
 /// The only free-form text, the result of a self-test. One per path at a time.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(super) struct PathState {
-    pub(super) path: Path,
+    pub(super) path: &'static str,
     pub(super) reason: String,
 }
 

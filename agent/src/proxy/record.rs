@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use http::{StatusCode, request};
-use penstock_common::slot::stop;
+use penstock_common::{path::Path, slot::stop};
 use tokio::time::Instant;
 
 use super::pick::PickOutcome;
@@ -13,9 +13,9 @@ use crate::{
     error::Error,
     http::{headers::Arrival, trace_context},
     kernel::socket::monotonic_ns,
-    metrics::{self, Metrics, Streamed},
+    metrics::{Metrics, Streamed},
     picker::client::PickStream,
-    steer::choice::Path,
+    steer::reason::SteerReason,
     telemetry::{Ended, Pick, RequestSpan},
     text::{self, cut},
     worker::Worker,
@@ -112,7 +112,7 @@ impl Record {
         worker: &Worker,
         pool: usize,
         path: Path,
-        reason: &'static str,
+        reason: SteerReason,
         account: Account,
     ) {
         let all = &worker.shared.metrics;
@@ -121,16 +121,11 @@ impl Record {
             && account.stops.iter().all(|&stops| stops == 0)
             && path != Path::Relay
         {
-            (Path::Relay, "arrived")
+            (Path::Relay, SteerReason::Arrived)
         } else {
             (path, reason)
         };
-        let label = match path {
-            Path::Local => metrics::Path::Local,
-            Path::Ingress => metrics::Path::Ingress,
-            Path::Relay => metrics::Path::Relay,
-        };
-        all.flow(label, reason);
+        all.flow(path, reason.label());
         count(all, &account);
         let pieces = account.pieces + account.segments;
         if account.first_ns > 0 {
@@ -141,7 +136,7 @@ impl Record {
                 all.pool(pool).time_per_output_chunk(Duration::from_nanos(between));
             }
         }
-        (self.path, self.path_reason, self.account) = (path.label(), reason, account);
+        (self.path, self.path_reason, self.account) = (path.label(), reason.label(), account);
     }
 
     /// Writes the record of a request that was routed. `error` is the reason if the agent answered it or aborted it.
@@ -236,11 +231,11 @@ fn logged(error: &Error) -> String {
 
 /// Adds the bytes of a flow to the metrics.
 pub(super) fn count(metrics: &Metrics, account: &Account) {
-    metrics.body_bytes(metrics::Path::Relay, account.relayed);
-    metrics.body_bytes(metrics::Path::Ingress, account.steered);
-    metrics.body_bytes(metrics::Path::Local, account.local);
-    metrics.upstream_bytes(metrics::Path::Relay, account.upstream - account.upstream_steered);
-    metrics.upstream_bytes(metrics::Path::Ingress, account.upstream_steered);
+    metrics.body_bytes(Path::Relay, account.relayed);
+    metrics.body_bytes(Path::Ingress, account.steered);
+    metrics.body_bytes(Path::Local, account.local);
+    metrics.upstream_bytes(Path::Relay, account.upstream - account.upstream_steered);
+    metrics.upstream_bytes(Path::Ingress, account.upstream_steered);
     for (reason, &times) in (0..).zip(&account.stops) {
         for _ in 0..times {
             metrics.steer_stopped(stop::label(reason));

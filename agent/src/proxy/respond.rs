@@ -4,6 +4,7 @@
 use std::{cell::RefCell, convert::Infallible, future::poll_fn, net::SocketAddr, rc::Rc, task::Poll};
 
 use bytes::{Bytes, BytesMut};
+use penstock_common::path::Path;
 use tokio::time::Instant;
 
 use super::{After, Pin, Request, pick::Picked, send_immediate};
@@ -25,7 +26,8 @@ use crate::{
     probe::Point,
     steer::{
         Source,
-        choice::{Path, Response, choose},
+        eligibility::{Response, choose},
+        reason::SteerReason,
     },
     tee::Tee,
     worker::Worker,
@@ -48,7 +50,7 @@ struct Carried {
     end: Result<End, &'static str>,
     account: Account,
     path: Path,
-    reason: &'static str,
+    reason: SteerReason,
     /// Whether the client's connection stays open.
     keep_alive: bool,
 }
@@ -224,7 +226,7 @@ async fn tunnel(
         // The 101 is the whole response, so the request's deadline no longer applies.
         reason = aborted(worker, request, None, &mut picked.stream, None) => Err(reason),
     };
-    Carried { end, account: tunnel.account, path, reason: "upgrade", keep_alive: false }
+    Carried { end, account: tunnel.account, path, reason: SteerReason::Upgrade, keep_alive: false }
 }
 
 /// Chooses what steers each direction of a tunnel. Returns the target for downstream bytes, the steering for upstream bytes, and
@@ -251,7 +253,7 @@ pub(super) fn lanes(
         SteeringMode::Auto | SteeringMode::Ingress => Path::Ingress,
         SteeringMode::Local | SteeringMode::Off => Path::Relay,
     };
-    let down = path.lane().map(|lane| Target { key, send_buffer, lane });
+    let down = (path != Path::Relay).then_some(Target { key, send_buffer, path });
     // Mode `local` steers only what the endpoint's own `sendmsg` sends.
     let up = (config.mode != SteeringMode::Local).then(|| Up { steering: Rc::clone(steering), send_buffer });
     (down, up, path)
@@ -295,7 +297,7 @@ async fn frames(
             reason = aborted(worker, request, request.deadline, &mut picked.stream, tee) => Err(reason),
         },
     };
-    Carried { end, account: delivery.account, path: Path::Relay, reason: "http2", keep_alive }
+    Carried { end, account: delivery.account, path: Path::Relay, reason: SteerReason::Http2, keep_alive }
 }
 
 /// Resolves with the reason when the deadline or an eviction ends the response. Poll it after the delivery, as
@@ -354,12 +356,12 @@ fn account_for(worker: &Worker, pool: usize, mut tee: Tee) -> Vec<Bytes> {
 }
 
 /// The steering reason if only user space can deliver the body.
-fn barrier(decode: bool, wants_all: bool, tls: bool, half_closed: bool) -> Option<&'static str> {
+fn barrier(decode: bool, wants_all: bool, tls: bool, half_closed: bool) -> Option<SteerReason> {
     match () {
-        () if tls => Some("tls"),
-        () if half_closed => Some("half_close"),
-        () if decode => Some("http10"),
-        () if wants_all => Some("response_to_picker"),
+        () if tls => Some(SteerReason::Tls),
+        () if half_closed => Some(SteerReason::HalfClose),
+        () if decode => Some(SteerReason::Http10),
+        () if wants_all => Some(SteerReason::ResponseToPicker),
         () => None,
     }
 }
@@ -374,7 +376,7 @@ fn path(
     endpoint: &EndpointConnection,
     pending: &BytesMut,
     wants_all: Option<bool>,
-) -> (Option<Target>, Path, &'static str) {
+) -> (Option<Target>, Path, SteerReason) {
     let config = &worker.shared.config.steering;
     let mut framing = head.framing;
     framing.feed(pending);
@@ -397,19 +399,20 @@ fn path(
     if path == Path::Local && !endpoint.admit() {
         (path, reason) = choose(config, &Response { local_socket: false, ..response });
     }
-    let (lane, Some(steering)) = (path.lane(), worker.endpoints.steering()) else { return (None, path, reason) };
-    let Some(lane) = lane else { return (None, path, reason) };
+    let (Path::Local | Path::Ingress, Some(steering)) = (path, worker.endpoints.steering()) else {
+        return (None, path, reason);
+    };
     if wants_all.is_some()
         && let Some(Err(error)) = endpoint.source().map(Source::make_ring)
     {
         tracing::debug!(%error, "kernel cannot keep the end of the response, relaying it");
-        return (None, Path::Relay, "response_to_picker");
+        return (None, Path::Relay, SteerReason::ResponseToPicker);
     }
     match client.make_target(steering, config.client_send_buffer) {
-        Ok(key) => (Some(Target { key, send_buffer: config.client_send_buffer, lane }), path, reason),
+        Ok(key) => (Some(Target { key, send_buffer: config.client_send_buffer, path }), path, reason),
         Err(error) => {
             tracing::debug!(%error, "client socket cannot become a target, relaying the response");
-            (None, Path::Relay, "target_refused")
+            (None, Path::Relay, SteerReason::TargetRefused)
         }
     }
 }

@@ -12,7 +12,7 @@ use nix::sys::{
     memfd::{MFdFlags, memfd_create},
     sendfile::sendfile,
 };
-use penstock_common::{framing::Framing, slot::stop};
+use penstock_common::{framing::Framing, path::Path, slot::stop};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, Interest},
     net::{TcpListener, TcpSocket},
@@ -23,29 +23,29 @@ use super::{
     Case,
     rig::{BUFFER, Rig, compare, pattern},
 };
-use crate::{client::close::Linger, deliver::End, kernel::slots::Lane, steer::WorkerSteering};
+use crate::{client::close::Linger, deliver::End, steer::WorkerSteering};
 
 pub(super) const CASES: &[Case] = &[
     Case {
         name: "a stalled reader: every byte, and memory stays flat",
-        run: |steering, lane| stalled_reader(steering, lane).boxed_local(),
+        run: |steering, path| stalled_reader(steering, path).boxed_local(),
     },
-    Case { name: "a chunked stream in small pieces", run: |steering, lane| small_chunks(steering, lane).boxed_local() },
+    Case { name: "a chunked stream in small pieces", run: |steering, path| small_chunks(steering, path).boxed_local() },
     Case {
         name: "bytes passed before the kernel takes over",
-        run: |steering, lane| passed_then_redirected(steering, lane).boxed_local(),
+        run: |steering, path| passed_then_redirected(steering, path).boxed_local(),
     },
     Case {
         name: "an orderly close after the last byte",
-        run: |steering, lane| end_by_fin(steering, lane).boxed_local(),
+        run: |steering, path| end_by_fin(steering, path).boxed_local(),
     },
     Case {
         name: "chunk syntax in pages that the sender can still write",
-        run: |steering, lane| shared_syntax(steering, lane).boxed_local(),
+        run: |steering, path| shared_syntax(steering, path).boxed_local(),
     },
     Case {
         name: "a socket whose peer has closed is refused",
-        run: |steering, lane| half_closed_is_refused(steering, lane).boxed_local(),
+        run: |steering, path| half_closed_is_refused(steering, path).boxed_local(),
     },
 ];
 
@@ -61,8 +61,8 @@ const FAR_BUFFER: usize = 32 * 1024;
 const IN_TRANSIT: usize = 2 * BUFFER as usize + 4 * FAR_BUFFER + (256 << 10);
 const _: () = assert!(IN_TRANSIT < BODY / 2);
 
-async fn stalled_reader(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> {
-    let (mut rig, mut server, mut reader) = Rig::new(steering, lane).await?;
+async fn stalled_reader(steering: &Rc<WorkerSteering>, path: Path) -> Result<()> {
+    let (mut rig, mut server, mut reader) = Rig::new(steering, path).await?;
     socket2::SockRef::from(&server).set_send_buffer_size(FAR_BUFFER)?;
     socket2::SockRef::from(&reader).set_recv_buffer_size(FAR_BUFFER)?;
     let body = pattern(0, BODY);
@@ -96,7 +96,7 @@ async fn stalled_reader(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()>
     written?;
     read?;
     ensure!(end == End::Complete { reusable: true }, "the delivery ended as {end:?}");
-    ensure!(account.carried(lane) > 0, "the kernel redirected nothing");
+    ensure!(account.carried(path) > 0, "the kernel redirected nothing");
     ensure!(account.stops[stop::ROOM as usize] > 0, "the room check did not stop the kernel");
     ensure!(in_transit <= IN_TRANSIT, "{in_transit} bytes were sent to a reader that reads nothing");
     ensure!(
@@ -106,8 +106,8 @@ async fn stalled_reader(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()>
     compare(&got, &body)
 }
 
-async fn small_chunks(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> {
-    let (mut rig, mut server, mut reader) = Rig::new(steering, lane).await?;
+async fn small_chunks(steering: &Rc<WorkerSteering>, path: Path) -> Result<()> {
+    let (mut rig, mut server, mut reader) = Rig::new(steering, path).await?;
     let mut wire = Vec::new();
     for n in 1..=64usize {
         wire.extend_from_slice(format!("{n:x};n=v\r\n").as_bytes());
@@ -128,18 +128,18 @@ async fn small_chunks(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> {
     written?;
     read?;
     ensure!(end == End::Complete { reusable: true }, "the delivery ended as {end:?}");
-    ensure!(account.carried(lane) > 0, "the kernel redirected nothing");
+    ensure!(account.carried(path) > 0, "the kernel redirected nothing");
     compare(&got, &wire)
 }
 
 /// Responses on a kept connection, one after the other: user space reads the passed head, the body begins while nothing
 /// is armed, and the kernel takes over after what user space has read and written.
-async fn passed_then_redirected(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> {
+async fn passed_then_redirected(steering: &Rc<WorkerSteering>, path: Path) -> Result<()> {
     const ROUNDS: usize = 3;
     const HEAD: usize = 300;
     const PIECE: usize = 5000;
     const PIECES: usize = 12;
-    let (mut rig, mut server, mut reader) = Rig::new(steering, lane).await?;
+    let (mut rig, mut server, mut reader) = Rig::new(steering, path).await?;
     for round in 0..ROUNDS {
         let wire = pattern(round * 100_000, HEAD + PIECE * PIECES);
         let (head, body) = wire.split_at(HEAD);
@@ -172,7 +172,7 @@ async fn passed_then_redirected(steering: &Rc<WorkerSteering>, lane: Lane) -> Re
         exchanged?;
         ensure!(end == End::Complete { reusable: true }, "the delivery ended as {end:?}");
         ensure!(account.relayed >= PIECE as u64, "the passed bytes were not relayed");
-        ensure!(account.carried(lane) > 0, "the kernel redirected nothing after them");
+        ensure!(account.carried(path) > 0, "the kernel redirected nothing after them");
         ensure!(
             account.steered + account.local + account.relayed == body.len() as u64,
             "the account does not add up: {account:?}"
@@ -182,8 +182,8 @@ async fn passed_then_redirected(steering: &Rc<WorkerSteering>, lane: Lane) -> Re
     Ok(())
 }
 
-async fn end_by_fin(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> {
-    let (mut rig, mut server, mut reader) = Rig::new(steering, lane).await?;
+async fn end_by_fin(steering: &Rc<WorkerSteering>, path: Path) -> Result<()> {
+    let (mut rig, mut server, mut reader) = Rig::new(steering, path).await?;
     let body = pattern(0, 100_000);
     let mut got = Vec::new();
     let write = async {
@@ -214,8 +214,8 @@ async fn end_by_fin(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> {
 /// The endpoint sends a file, and writes other chunk sizes into it once the agent considers the message complete. On
 /// path `ingress` such a segment passes to user space, which keeps what it has parsed; on path `local` the kernel has
 /// copied it.
-async fn shared_syntax(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> {
-    let (mut rig, server, mut reader) = Rig::new(steering, lane).await?;
+async fn shared_syntax(steering: &Rc<WorkerSteering>, path: Path) -> Result<()> {
+    let (mut rig, server, mut reader) = Rig::new(steering, path).await?;
     let wire = b"5\r\nhello\r\n5\r\nworld\r\n0\r\n\r\n";
     let mut file = File::from(memfd_create(c"body", MFdFlags::MFD_CLOEXEC)?);
     file.write_all(wire)?;
@@ -232,7 +232,7 @@ async fn shared_syntax(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> 
     let ((end, account), sent) = tokio::join!(rig.deliver(Framing::chunked()), send);
     ensure!(sent? == wire.len(), "the file was sent in part");
     ensure!(end == End::Complete { reusable: true }, "the delivery ended as {end:?}");
-    ensure!(lane == Lane::Local || account.stops[stop::SHARED as usize] > 0, "the kernel redirected it");
+    ensure!(path == Path::Local || account.stops[stop::SHARED as usize] > 0, "the kernel redirected it");
     file.write_all_at(&[b'f'; 20], 0)?;
     let mut got = vec![0; wire.len()];
     reader.read_exact(&mut got).await?;
@@ -240,7 +240,7 @@ async fn shared_syntax(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<()> 
 }
 
 /// The kernel programs would never see the end of such a stream, so user space has to carry it on either path.
-async fn half_closed_is_refused(steering: &Rc<WorkerSteering>, _lane: Lane) -> Result<()> {
+async fn half_closed_is_refused(steering: &Rc<WorkerSteering>, _path: Path) -> Result<()> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
     let socket = TcpSocket::new_v4()?;
     let source = steering.announce_source(&socket)?;

@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::BytesMut;
-use penstock_common::framing::Framing;
+use penstock_common::{framing::Framing, path::Path};
 use tokio::{
     io::AsyncWriteExt as _,
     net::{TcpListener, TcpStream},
@@ -19,7 +19,6 @@ use crate::{
     client::ClientSocket,
     deliver::{Account, Delivery, End, Target},
     endpoint::{connection::EndpointConnection, timeouts::ConnectionTimeouts},
-    kernel::slots::Lane,
     steer::{Source, WorkerSteering},
 };
 
@@ -37,7 +36,7 @@ pub(super) struct Rig {
 
 impl Rig {
     /// Creates the connections. Also returns the far ends: the server and the reader.
-    pub(super) async fn new(steering: &Rc<WorkerSteering>, lane: Lane) -> Result<(Self, TcpStream, TcpStream)> {
+    pub(super) async fn new(steering: &Rc<WorkerSteering>, path: Path) -> Result<(Self, TcpStream, TcpStream)> {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let address: SocketAddr = listener.local_addr()?;
         let times = ConnectionTimeouts { keep_alive: PATIENCE, connect: Some(PATIENCE), unreachable: None };
@@ -49,14 +48,14 @@ impl Rig {
         let key = client.make_target(steering, BUFFER)?;
         let (endpoint, mut server) = (endpoint?, server?.0);
         server.set_nodelay(true)?;
-        let mut rig = Self { endpoint, client, target: Target { key, send_buffer: BUFFER, lane } };
+        let mut rig = Self { endpoint, client, target: Target { key, send_buffer: BUFFER, path } };
         rig.announce();
         // Stands in for a response head.
         server.write_all(b"h").await?;
         rig.endpoint.read(&mut BytesMut::with_capacity(1)).await?;
         let source = rig.endpoint.source().context("the kernel refused the endpoint's socket")?;
-        ensure!(lane == Lane::Ingress || source.is_local_to(key), "the endpoint's own socket was not recognised");
-        ensure!(lane == Lane::Ingress || source.admit(), "the endpoint's own socket was not admitted");
+        ensure!(path == Path::Ingress || source.is_local_to(key), "the endpoint's own socket was not recognised");
+        ensure!(path == Path::Ingress || source.admit(), "the endpoint's own socket was not admitted");
         Ok((rig, server, reader?))
     }
 

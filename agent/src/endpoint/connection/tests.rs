@@ -11,7 +11,7 @@ use std::{
 };
 
 use bytes::BytesMut;
-use penstock_common::framing::Framing;
+use penstock_common::{framing::Framing, path::Path};
 use tokio::{
     io::AsyncReadExt as _,
     net::{TcpListener, TcpStream},
@@ -21,7 +21,7 @@ use super::{ConnectionTimeouts, EndpointConnection};
 use crate::{
     client::ClientSocket,
     deliver::{Delivery, End, Target},
-    kernel::{Kernel, slots::Lane, tun},
+    kernel::{Kernel, tun},
     steer::WorkerSteering,
 };
 
@@ -157,7 +157,7 @@ fn overlapping_retransmission_is_redirected_once() {
         let key = client.make_target(&steering, 1 << 20).expect("target");
         let mut delivery =
             Delivery::new(&mut client, &mut endpoint, Framing::length(6000), BytesMut::new(), Some(PATIENCE));
-        delivery.target = Some(Target { key, send_buffer: 1 << 20, lane: Lane::Ingress });
+        delivery.target = Some(Target { key, send_buffer: 1 << 20, path: Path::Ingress });
         let read = async {
             let mut got = vec![0; 6000];
             let mut at = 0;
