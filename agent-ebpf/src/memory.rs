@@ -32,6 +32,33 @@ pub(crate) fn clear_release(word: &Word) {
     unsafe { asm!("{0} = xchg_64({1} + 0, {0})", inout(reg) 0u64 => _, in(reg) word.as_ptr()) };
 }
 
+/// The methods of `penstock_common::verdict::Kernel` that are the same for every program with an `index`.
+macro_rules! same_for_all {
+    () => {
+        #[inline(always)]
+        fn load_acquire(&mut self, word: &::penstock_common::slot::Word) -> u64 {
+            $crate::memory::load_acquire(word)
+        }
+
+        #[inline(always)]
+        fn clear_release(&mut self, word: &::penstock_common::slot::Word) {
+            $crate::memory::clear_release(word);
+        }
+
+        #[inline(always)]
+        fn now(&mut self) -> u64 {
+            // SAFETY: a helper without arguments.
+            unsafe { ::aya_ebpf::helpers::generated::bpf_ktime_get_ns() }
+        }
+
+        #[inline(always)]
+        fn event(&mut self) {
+            $crate::maps::event(self.index);
+        }
+    };
+}
+pub(crate) use same_for_all;
+
 /// Whether the owner of a socket tracks its send queue: by completions of `SO_ZEROCOPY`, or because the owner is a Penstock.
 #[inline(always)]
 pub(crate) unsafe fn keeps_account(socket: *const u8) -> bool {

@@ -3,26 +3,20 @@
 use core::ffi::c_void;
 
 use aya_ebpf::{
-    EbpfContext as _,
-    bindings::sk_action::SK_PASS,
-    helpers::generated::{bpf_ktime_get_ns, bpf_loop, bpf_probe_read_kernel},
-    macros::sk_msg,
+    EbpfContext as _, bindings::sk_action::SK_PASS, helpers::generated::bpf_probe_read_kernel, macros::sk_msg,
     programs::SkMsgContext,
 };
 use penstock_common::{
     framing::Framing,
     local::{Message, message},
-    slot::Word,
     verdict::{Kernel, SendBuffer},
 };
 
 use crate::{
-    maps::{FOUND, LOCAL_INDEX, LOCAL_SLOTS, OFFSETS, TARGETS, event},
-    memory::{self, forgotten, read_u32, read_u64, send_buffer, zero},
+    maps::{FOUND, LOCAL_INDEX, LOCAL_SLOTS, OFFSETS, TARGETS},
+    memory::{self, read_u32, read_u64, same_for_all, send_buffer, zero},
+    walk::{Bytes, walk},
 };
-
-/// Limit of bytes of chunk syntax and runs of payload in one call. A message with more is passed.
-const MAX_STEPS: u32 = 4096;
 
 #[sk_msg]
 fn penstock_message(ctx: SkMsgContext) -> u32 {
@@ -51,15 +45,7 @@ struct Send<'a> {
 }
 
 impl Kernel for Send<'_> {
-    #[inline(always)]
-    fn load_acquire(&mut self, word: &Word) -> u64 {
-        memory::load_acquire(word)
-    }
-
-    #[inline(always)]
-    fn clear_release(&mut self, word: &Word) {
-        memory::clear_release(word);
-    }
+    same_for_all!();
 
     /// Reads syntax only in the message's first piece: a helper would have to move memory to show more.
     #[inline(always)]
@@ -72,14 +58,8 @@ impl Kernel for Send<'_> {
         let msg = self.ctx.as_ptr().cast::<u8>().cast_const();
         // SAFETY: `bpf_probe_read_kernel` tolerates bad addresses.
         let (begin, end) = unsafe { (read_u64(msg, offsets.msg_data), read_u64(msg, offsets.msg_data_end)) };
-        let zero = zero(len);
-        let (readable, at) = (end.saturating_sub(begin) ^ zero, taken ^ zero as u32);
-        let mut walk = Walk { framing: forgotten(*framing, zero), data: begin, readable, at, len };
-        let walk_ptr: *mut Walk = &raw mut walk;
-        // SAFETY: `step` has the signature that `bpf_loop` calls, and `walk` outlives the call.
-        unsafe { bpf_loop(MAX_STEPS, step as *mut c_void, walk_ptr.cast(), 0) };
-        *framing = walk.framing;
-        walk.at == len && !walk.framing.is_invalid()
+        let piece = Piece { data: begin, readable: end.saturating_sub(begin) ^ zero(len) };
+        walk(framing, piece, taken, len)
     }
 
     /// Uses the address that the verdict has found, because this program cannot look a socket up (it could not release it).
@@ -100,17 +80,6 @@ impl Kernel for Send<'_> {
     fn redirect(&mut self, key: u64) -> bool {
         TARGETS.redirect_msg(self.ctx, key, 0) == i64::from(SK_PASS)
     }
-
-    #[inline(always)]
-    fn now(&mut self) -> u64 {
-        // SAFETY: the helper has no arguments.
-        unsafe { bpf_ktime_get_ns() }
-    }
-
-    #[inline(always)]
-    fn event(&mut self) {
-        event(self.index);
-    }
 }
 
 impl Message for Send<'_> {
@@ -127,42 +96,22 @@ impl Message for Send<'_> {
     }
 }
 
-/// A walk over one message, a run of payload or a byte of syntax at a time.
-struct Walk {
-    framing: Framing,
-    /// Address of the message's first piece, and its length.
+/// The first piece of a message: its address and its length.
+struct Piece {
     data: u64,
     readable: u64,
-    at: u32,
-    len: u32,
 }
 
-/// One step of the walk. Returns 0 to continue, 1 to stop.
-extern "C" fn step(_: u64, walk: *mut Walk) -> u64 {
-    // SAFETY: `bpf_loop` passes the pointer that it was given.
-    let walk = unsafe { &mut *walk };
-    if walk.at >= walk.len {
-        return 1;
+impl Bytes for Piece {
+    #[inline(always)]
+    fn read(&self, at: u32) -> Option<u8> {
+        if u64::from(at) >= self.readable {
+            return None;
+        }
+        let mut byte = 0u8;
+        let address = (self.data + u64::from(at)) as *const c_void;
+        // SAFETY: the helper checks the address itself.
+        let failed = unsafe { bpf_probe_read_kernel((&raw mut byte).cast(), 1, address) } != 0;
+        (!failed).then_some(byte)
     }
-    let zero = zero(walk.len);
-    let mut framing = walk.framing;
-    let payload = framing.skip(u64::from(walk.len - walk.at)) as u32;
-    if payload > 0 {
-        walk.framing = forgotten(framing, zero);
-        walk.at += payload;
-        return 0;
-    }
-    if !framing.wants_syntax() || u64::from(walk.at) >= walk.readable {
-        return 1;
-    }
-    let mut byte = 0u8;
-    let address = (walk.data + u64::from(walk.at)) as *const c_void;
-    // SAFETY: `bpf_probe_read_kernel` tolerates bad addresses.
-    if unsafe { bpf_probe_read_kernel((&raw mut byte).cast(), 1, address) } != 0 {
-        return 1;
-    }
-    framing.step(byte);
-    walk.framing = forgotten(framing, zero);
-    walk.at += 1;
-    0
 }

@@ -9,8 +9,8 @@ use aya_ebpf::{
         sk_action::{SK_DROP, SK_PASS},
     },
     helpers::generated::{
-        bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_loop, bpf_map_lookup_elem, bpf_sk_release, bpf_skb_adjust_room,
-        bpf_skb_load_bytes, bpf_skc_to_tcp_sock,
+        bpf_get_socket_cookie, bpf_map_lookup_elem, bpf_sk_release, bpf_skb_adjust_room, bpf_skb_load_bytes,
+        bpf_skc_to_tcp_sock,
     },
     macros::stream_verdict,
     programs::SkBuffContext,
@@ -18,19 +18,16 @@ use aya_ebpf::{
 use aya_log_ebpf::error;
 use penstock_common::{
     framing::Framing,
-    slot::Word,
     tail,
     verdict::{Kernel, Segment, SendBuffer, verdict},
 };
 
 use crate::{
-    maps::{FOUND, INDEX, LOCAL_SLOTS, OFFSETS, SLOTS, TAILS, TARGETS, event},
-    memory::{self, forgotten, read_u32, send_buffer, zero},
+    maps::{FOUND, INDEX, LOCAL_SLOTS, OFFSETS, SLOTS, TAILS, TARGETS},
+    memory::{read_u32, same_for_all, send_buffer},
     shared::is_shared,
+    walk::{Bytes, walk},
 };
-
-/// Limit of bytes of chunk syntax and runs of payload in one call. A segment with more is passed.
-const MAX_STEPS: u32 = 4096;
 
 #[stream_verdict]
 fn penstock_verdict(ctx: SkBuffContext) -> u32 {
@@ -65,22 +62,32 @@ fn find_client(index: u32) {
     if key == slot.found.get() {
         return;
     }
+    with_target(key, |tcp| {
+        if let Some(found) = FOUND.get_ptr_mut(index) {
+            // SAFETY: words of a map's value, each written whole.
+            unsafe {
+                (&raw mut (*found).socket).write_volatile(tcp.addr() as u64);
+                (&raw mut (*found).cookie).write_volatile(key);
+            }
+            slot.found.set(key);
+        }
+    });
+}
+
+/// Calls `f` with the `struct tcp_sock` of a target; `None`: there is no such target.
+#[inline(always)]
+fn with_target<T>(key: u64, f: impl FnOnce(*const u8) -> T) -> Option<T> {
     let targets = (&raw const TARGETS).cast_mut().cast::<c_void>();
     // SAFETY: the lookup takes a reference, which is released on every path.
     unsafe {
         let sock = bpf_map_lookup_elem(targets, (&raw const key).cast());
         if sock.is_null() {
-            return;
+            return None;
         }
         let tcp = bpf_skc_to_tcp_sock(sock);
-        if !tcp.is_null()
-            && let Some(found) = FOUND.get_ptr_mut(index)
-        {
-            (&raw mut (*found).socket).write_volatile(tcp.addr() as u64);
-            (&raw mut (*found).cookie).write_volatile(key);
-            slot.found.set(key);
-        }
+        let result = if tcp.is_null() { None } else { Some(f(tcp.cast())) };
         bpf_sk_release(sock);
+        result
     }
 }
 
@@ -90,15 +97,7 @@ struct Skb<'a> {
 }
 
 impl Kernel for Skb<'_> {
-    #[inline(always)]
-    fn load_acquire(&mut self, word: &Word) -> u64 {
-        memory::load_acquire(word)
-    }
-
-    #[inline(always)]
-    fn clear_release(&mut self, word: &Word) {
-        memory::clear_release(word);
-    }
+    same_for_all!();
 
     #[inline(always)]
     fn parse(&mut self, framing: &mut Framing, len: u32, keep: bool) -> bool {
@@ -107,52 +106,22 @@ impl Kernel for Skb<'_> {
         } else {
             ptr::null_mut()
         };
+        let segment = Readable { skb: self.ctx.as_ptr(), ring };
         let position = framing.payload;
         let taken = framing.skip(u64::from(len)) as u32;
-        copy(self.ctx.as_ptr(), ring, position, 0, taken);
-        if taken == len {
-            return true;
-        }
-        let zero = zero(len);
-        let at = taken ^ zero as u32;
-        let mut walk = Walk { framing: forgotten(*framing, zero), skb: self.ctx.as_ptr(), ring, at, len };
-        let walk_ptr: *mut Walk = &raw mut walk;
-        // SAFETY: `step` has the signature that `bpf_loop` calls, and `walk` outlives the call.
-        unsafe { bpf_loop(MAX_STEPS, step as *mut c_void, walk_ptr.cast(), 0) };
-        *framing = walk.framing;
-        walk.at == len && !walk.framing.is_invalid()
+        segment.payload(position, 0, taken);
+        taken == len || walk(framing, segment, taken, len)
     }
 
     #[inline(always)]
     fn target(&mut self, key: u64) -> Option<SendBuffer> {
-        let targets = (&raw const TARGETS).cast_mut().cast::<c_void>();
-        // SAFETY: the lookup takes a reference, which is released on every path.
-        unsafe {
-            let sock = bpf_map_lookup_elem(targets, (&raw const key).cast());
-            if sock.is_null() {
-                return None;
-            }
-            let tcp = bpf_skc_to_tcp_sock(sock);
-            let found = if tcp.is_null() { None } else { Some(send_buffer(tcp.cast())) };
-            bpf_sk_release(sock);
-            found
-        }
+        // SAFETY: the socket is one.
+        with_target(key, |tcp| unsafe { send_buffer(tcp) })
     }
 
     #[inline(always)]
     fn redirect(&mut self, key: u64) -> bool {
         TARGETS.redirect_skb(self.ctx, key, 0) == i64::from(SK_PASS)
-    }
-
-    #[inline(always)]
-    fn now(&mut self) -> u64 {
-        // SAFETY: the helper has no arguments.
-        unsafe { bpf_ktime_get_ns() }
-    }
-
-    #[inline(always)]
-    fn event(&mut self) {
-        event(self.index);
     }
 }
 
@@ -203,45 +172,26 @@ impl Segment for Skb<'_> {
     }
 }
 
-/// A walk over one segment, a run of payload or a byte of syntax at a time.
-struct Walk {
-    framing: Framing,
+/// A segment's bytes, and where copies of the payload go.
+struct Readable {
     skb: *mut c_void,
-    /// The ring for copies of the payload, or null.
+    /// Null: nowhere.
     ring: *mut u8,
-    at: u32,
-    len: u32,
 }
 
-/// One step of the walk. Returns 0 to continue, 1 to stop.
-extern "C" fn step(_: u64, walk: *mut Walk) -> u64 {
-    // SAFETY: `bpf_loop` passes the pointer that it was given.
-    let walk = unsafe { &mut *walk };
-    if walk.at >= walk.len {
-        return 1;
+impl Bytes for Readable {
+    #[inline(always)]
+    fn read(&self, at: u32) -> Option<u8> {
+        let mut byte = 0u8;
+        // SAFETY: the helper checks the range and fails outside the segment.
+        let failed = unsafe { bpf_skb_load_bytes(self.skb, at, (&raw mut byte).cast(), 1) } != 0;
+        (!failed).then_some(byte)
     }
-    let zero = zero(walk.len);
-    let mut framing = walk.framing;
-    let position = framing.payload;
-    let payload = framing.skip(u64::from(walk.len - walk.at)) as u32;
-    if payload > 0 {
-        copy(walk.skb, walk.ring, position, walk.at, payload);
-        walk.framing = forgotten(framing, zero);
-        walk.at += payload;
-        return 0;
+
+    #[inline(always)]
+    fn payload(&self, position: u32, at: u32, len: u32) {
+        copy(self.skb, self.ring, position, at, len);
     }
-    if !framing.wants_syntax() {
-        return 1;
-    }
-    let mut byte = 0u8;
-    // SAFETY: the helper fails outside of the segment.
-    if unsafe { bpf_skb_load_bytes(walk.skb, walk.at, (&raw mut byte).cast(), 1) } != 0 {
-        return 1;
-    }
-    framing.step(byte);
-    walk.framing = forgotten(framing, zero);
-    walk.at += 1;
-    0
 }
 
 /// Copies the end of a run of payload to the ring, unless it is null. `position` is the number of the run's first byte.
