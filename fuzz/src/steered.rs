@@ -10,10 +10,13 @@ use anyhow::{Context as _, Result, ensure};
 use bytes::BytesMut;
 use penstock_agent::{
     client::{ClientSocket, close::Linger},
-    deliver::{Delivery, End, Target},
+    deliver::{Delivery, End},
     endpoint::{connection::EndpointConnection, timeouts::ConnectionTimeouts},
     kernel::Kernel,
-    steer::{Source, WorkerSteering},
+    steer::{
+        Source, WorkerSteering,
+        session::{Session, Target},
+    },
 };
 use penstock_common::{framing::Framing, path::Path};
 use tokio::{
@@ -114,8 +117,10 @@ async fn deliver(
         drop(server);
     };
     let carry = async {
-        let mut delivery = Delivery::new(&mut client, &mut endpoint, framing, BytesMut::new(), Some(PATIENCE));
-        delivery.target = Some(Target { key, send_buffer: BUFFER, path });
+        let target = Target { key, send_buffer: BUFFER };
+        let mut session = Session::new(path, target, framing, endpoint.source());
+        session.idle = Some(PATIENCE);
+        let mut delivery = Delivery::new(&mut client, &mut endpoint, session, BytesMut::new());
         let end = delivery.run().await;
         drop(delivery);
         drop(endpoint);

@@ -31,6 +31,10 @@ const UNSAFE_PLACES: [&str; 4] = [
     // tokio has no safe way to register a timer.
     "tests/src/model_server/pacer.rs",
 ];
+/// The code that accesses slots. Anything else would have to keep the order of steps in `steer/session.rs`.
+const SLOT_PLACES: [&str; 3] = ["agent/src/kernel/", "agent/src/steer.rs", "agent/src/steer/"];
+const SLOT_ACCESS: [&str; 4] =
+    [concat!("Slot", "Ref"), concat!("Span", "Ref"), concat!(".slot", "()."), concat!(".slots()", ".get(")];
 /// Paths of one machine and hosts of package registries do not belong into the repository.
 const NEVER_IN_TEXT: [&str; 7] = [
     concat!("/wo", "rk/"),
@@ -92,6 +96,7 @@ fn rules() -> Result<()> {
 
 fn check_text(file: &str, text: &str, findings: &mut Vec<String>) {
     let rust = file.ends_with(".rs");
+    let may_touch_slots = SLOT_PLACES.iter().any(|place| file.starts_with(place));
     let may_be_unsafe = UNSAFE_PLACES.iter().any(|place| file.starts_with(place));
     for (line, number) in text.lines().zip(1..) {
         let mut found = |what: String| findings.push(format!("{file}:{number}: {what}"));
@@ -110,6 +115,10 @@ fn check_text(file: &str, text: &str, findings: &mut Vec<String>) {
             }
             if !may_be_unsafe && line.contains(UNSAFE_ALLOWED) {
                 found(format!("unsafe code belongs in {}", UNSAFE_PLACES.join(", ")));
+            }
+            let code = line.split("//").next().unwrap_or_default();
+            for access in SLOT_ACCESS.into_iter().filter(|access| !may_touch_slots && code.contains(access)) {
+                found(format!("`{access}`: slots are armed, disarmed and read in {}", SLOT_PLACES.join(", ")));
             }
         }
     }
@@ -143,6 +152,26 @@ mod tests {
         let mut findings = Vec::new();
         check_text(file, text, &mut findings);
         findings
+    }
+
+    #[test]
+    fn slot_access_outside_steer_is_found() {
+        let accesses = [
+            concat!("source.slot", "().arm(path, target, framing, consumed, false);\n"),
+            concat!("source.slot", "().disarm();\n"),
+            concat!("fn read(span: Span", "Ref<'_>) {}\n"),
+            concat!("use crate::kernel::slots::Slot", "Ref;\n"),
+            concat!("let passed = kernel.slots()", ".get(index).passed();\n"),
+        ];
+        for access in accesses {
+            assert_eq!(findings("agent/src/deliver/response.rs", access).len(), 1, "{access}");
+            assert_eq!(findings("fuzz/src/steered.rs", access).len(), 1, "{access}");
+            for place in ["agent/src/steer/session.rs", "agent/src/steer.rs", "agent/src/kernel/events.rs"] {
+                assert!(findings(place, access).is_empty(), "{place}: {access}");
+            }
+        }
+        let others = concat!("metrics.slot", "(); // Span", "Ref\nkernel.slots()", ".is_exhausted();\n");
+        assert!(findings("agent/src/endpoint/pool.rs", others).is_empty());
     }
 
     #[test]

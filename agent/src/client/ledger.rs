@@ -5,13 +5,15 @@
 
 use std::{io, time::Duration};
 
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, time::Instant};
 
 use super::patience::Patience;
 use crate::kernel::socket;
 
 /// Longest pause between two checks of an unsettled socket: one jiffy at HZ=100.
 const SETTLE_STEP: Duration = Duration::from_millis(10);
+/// Upper bound for a non-blocking `sendmsg` in progress.
+const SENDING: Duration = Duration::from_millis(100);
 
 pub struct Ledger {
     /// `socket::bytes_written` at the start of the account.
@@ -41,8 +43,19 @@ impl Ledger {
 
     /// Waits until the socket has taken all redirected bytes. Returns `TimedOut` if the client acknowledges nothing for
     /// too long. Cancel-safe.
-    pub async fn settle(&mut self, stream: &TcpStream, mut patience: Patience) -> io::Result<()> {
-        let mut wait = Duration::ZERO;
+    pub async fn settle(&mut self, stream: &TcpStream, patience: Patience) -> io::Result<()> {
+        self.settle_unless(stream, patience, || false).await.map(drop)
+    }
+
+    /// Like [`settle`](Self::settle). Returns false if the bytes have not arrived and `unless`, called each time that a `sendmsg`
+    /// in progress would have ended, returned true. Cancel-safe.
+    pub async fn settle_unless(
+        &mut self,
+        stream: &TcpStream,
+        mut patience: Patience,
+        mut unless: impl FnMut() -> bool,
+    ) -> io::Result<bool> {
+        let (mut wait, mut asked) = (Duration::ZERO, Instant::now());
         for turn in 0u32.. {
             if !self.unsettled || self.taken(stream)? == self.booked {
                 break;
@@ -56,15 +69,21 @@ impl Ledger {
                 patience.look(stream)?;
                 wait = (wait + Duration::from_millis(1)).min(SETTLE_STEP);
                 tokio::time::sleep(wait).await;
+                if asked.elapsed() >= SENDING {
+                    if unless() {
+                        return Ok(false);
+                    }
+                    asked = Instant::now();
+                }
             }
         }
         self.unsettled = false;
-        Ok(())
+        Ok(true)
     }
 
     /// Removes redirected bytes that the socket has not taken from the account and returns their number. Only valid
     /// once they can no longer arrive.
-    pub fn forgive(&mut self, stream: &TcpStream) -> io::Result<u64> {
+    pub fn write_off_unsettled(&mut self, stream: &TcpStream) -> io::Result<u64> {
         let taken = self.taken(stream)?;
         let missing = self.booked.saturating_sub(taken);
         (self.booked, self.unsettled) = (taken, false);

@@ -20,7 +20,10 @@ use super::{
 use crate::{
     config::HalfClose,
     kernel::socket,
-    steer::{RegisterError, Source, WorkerSteering},
+    steer::{
+        RegisterError, Source, WorkerSteering,
+        session::{Ended, Outlet},
+    },
 };
 
 /// How long redirected bytes may stay unacknowledged before a close becomes a reset.
@@ -179,24 +182,24 @@ impl ClientSocket {
             match patience.step(&mut self.wire, |wire, cx| wire.poll_write(cx, rest)).await {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(n) => rest = &rest[n..],
-                Err(error) => return self.stalled(error),
+                Err(error) => return Err(self.stalled(error)),
             }
         }
         // Plain bytes are in the kernel now; TLS may still buffer some.
         if let Err(error) = patience.step(&mut self.wire, AsyncWrite::poll_flush).await {
-            return self.stalled(error);
+            return Err(self.stalled(error));
         }
         self.ledger.add_written(buf.len() as u64);
         Ok(())
     }
 
     /// Makes the close a reset if the client stalled, so that the kernel drops the queued bytes.
-    fn stalled(&mut self, error: io::Error) -> io::Result<()> {
+    fn stalled(&mut self, error: io::Error) -> io::Error {
         if patience::is_over(&error) {
             self.stalled = true;
             self.reset_on_close();
         }
-        Err(error)
+        error
     }
 
     /// Whether the client has stalled.
@@ -240,26 +243,9 @@ impl ClientSocket {
         (&mut self.wire, std::mem::take(&mut self.buf))
     }
 
-    /// Books bytes that the kernel has redirected to this socket.
-    pub fn add_redirected(&mut self, bytes: u64) {
-        self.ledger.add_redirected(bytes);
-    }
-
-    /// See [`Ledger::forgive`].
-    pub fn forgive(&mut self) -> io::Result<u64> {
-        self.ledger.forgive(self.wire.tcp())
-    }
-
-    /// Bytes that the client has not acknowledged yet.
-    pub fn send_queue(&self) -> io::Result<u32> {
-        socket::send_queue(self.stream())
-    }
-
     /// Like [`Ledger::settle`], with this client's time limits.
     pub async fn settle(&mut self) -> io::Result<()> {
-        let patience = self.patience();
-        let settled = self.ledger.settle(self.wire.tcp(), patience).await;
-        settled.or_else(|error| self.stalled(error))
+        self.settle_unless(|| false).await.map(drop)
     }
 
     /// Resolves when the client is gone: closed, reset, unreachable or, unless `listen.half_close` keeps answering,
@@ -330,5 +316,30 @@ impl ClientSocket {
         if !self.resets {
             let _ = tokio::time::timeout(Duration::from_secs(1), self.settle()).await;
         }
+    }
+}
+
+impl Outlet for ClientSocket {
+    async fn settle_unless(&mut self, unless: impl FnMut() -> bool) -> io::Result<bool> {
+        let patience = self.patience();
+        let settled = self.ledger.settle_unless(self.wire.tcp(), patience, unless).await;
+        settled.map_err(|error| self.stalled(error))
+    }
+
+    fn add_redirected(&mut self, bytes: u64) {
+        self.ledger.add_redirected(bytes);
+    }
+
+    fn write_off_unsettled(&mut self) -> io::Result<u64> {
+        self.ledger.write_off_unsettled(self.wire.tcp())
+    }
+
+    fn send_queue(&self) -> io::Result<u32> {
+        socket::send_queue(self.stream())
+    }
+
+    async fn interrupted(&self) -> Ended {
+        self.left().await;
+        Ended::To(io::ErrorKind::NotConnected.into())
     }
 }

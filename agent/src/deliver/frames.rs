@@ -1,26 +1,27 @@
-//! Delivering where HTTP/2 is spoken on one side or both: payload and trailers, piece by piece, in user space.
+//! Delivers a response if one side or both speak HTTP/2: payload and trailers, piece by piece, in user space.
 //!
-//! The head of the response has been given to an HTTP/2 client already; for one of HTTP/1.1 it is the lead. What is cut short
-//! is never ended: the caller breaks the client's side off.
+//! An HTTP/2 client has already got the response head; for an HTTP/1.1 client it is the lead. A truncated response is never ended:
+//! the caller aborts the client's side.
 
 use std::{cell::RefCell, time::Duration};
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use http::HeaderMap;
 
-use super::{Account, End, written};
+use super::{End, response::after, written};
 use crate::{
     client::Client,
     endpoint::body::{Piece, ResponseBody},
     http::trailers,
     kernel::socket::monotonic_ns,
+    steer::account::Account,
     tee::Tee,
 };
 
-/// How an HTTP/1.1 client gets the body.
+/// The framing of the body for an HTTP/1.1 client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Coding {
-    /// As it is: its length is declared, or the close ends it.
+    /// Without framing: Content-Length or the close ends the body.
     Plain,
     Chunked,
 }
@@ -28,7 +29,7 @@ pub enum Coding {
 pub struct Frames<'a> {
     pub client: &'a mut Client,
     pub body: &'a mut ResponseBody,
-    /// The response head for an HTTP/1.1 client; goes out at once, because the first byte of the body may take its time.
+    /// The response head for an HTTP/1.1 client. It is written at once, because the body's first byte may take long.
     pub lead: BytesMut,
     pub coding: Coding,
     pub tee: Option<&'a RefCell<Tee>>,
@@ -62,7 +63,7 @@ impl Frames<'_> {
                     Err(end) => Err(end),
                 },
                 Err(error) => {
-                    tracing::debug!(%error, "the endpoint broke off its response");
+                    tracing::debug!(%error, "endpoint aborted its response");
                     Err(End::Broken)
                 }
             };
@@ -78,8 +79,7 @@ impl Frames<'_> {
         }
         let now = monotonic_ns();
         self.account.stamp(now, now);
-        self.account.relayed += data.len() as u64;
-        self.account.pieces += 1;
+        self.account.add_relayed(data.len());
         match self.client {
             Client::Http2(stream) => written(stream.data(data).await),
             Client::Http1(socket) => {
@@ -124,12 +124,5 @@ impl Frames<'_> {
             ResponseBody::Http1 { framing, pending, .. } => framing.is_done() && pending.is_empty(),
             ResponseBody::Http2 { .. } => false,
         }
-    }
-}
-
-async fn after(idle: Option<Duration>) {
-    match idle {
-        Some(idle) => tokio::time::sleep(idle).await,
-        None => std::future::pending().await,
     }
 }

@@ -1,79 +1,73 @@
-//! A connection that has become something else (101 Switching Protocols), or that stays with its endpoint
-//! (`pick_per = "connection"`): bytes both ways until both sides have ended theirs. What the endpoint sends goes through the kernel
-//! where that can carry it.
+//! Delivers a tunnel: a connection after `101 Switching Protocols`, or a pinned one (`pick_per = "connection"`). Bytes go both ways
+//! until both sides have ended theirs; the kernel carries what it can.
 //!
-//! The end of one direction is passed on and leaves the other as it is. An error on either side breaks both off: the caller has
-//! made sure that each sees a reset. Asked to stop, it waits for a moment in which nothing moves.
+//! The end of one direction is passed on and leaves the other open. An error on either side ends both; the caller has made sure
+//! that each peer sees a reset. Asked to stop, a tunnel waits until nothing moves.
 
 use std::{
     cell::{Cell, RefCell},
     future::poll_fn,
     io,
     pin::Pin,
-    rc::Rc,
     task::{Context, Poll},
     time::Duration,
 };
 
 use bytes::BytesMut;
-use penstock_common::path::Path;
+use penstock_common::framing::Framing;
 use tokio::{
-    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Interest, ReadBuf},
     net::TcpStream,
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{
-    Account, End, Target,
-    pipe::{Broken, Pipe},
-    written,
-};
+use super::{End, written};
 use crate::{
-    client::{ClientSocket, Wire, ledger::Ledger, reach::Watch},
-    endpoint::connection::{EndpointConnection, Reader},
+    client::{ClientSocket, Wire, ledger::Ledger, patience::Patience, reach::Watch},
+    endpoint::connection::EndpointConnection,
     kernel::socket::{self, monotonic_ns},
-    steer::{Source, WorkerSteering},
+    steer::{
+        eligibility::Upstream,
+        reader::Reader,
+        session::{Ended, Outlet, Session},
+    },
 };
 
 const READ: usize = 16 * 1024;
-/// Looks at what the peers have acknowledged, within a limit.
+/// How often to check the peers' acknowledgements within a time limit.
 const LOOKS: u64 = 4;
-/// How long nothing has to move for a stop.
+/// How long nothing has to move before a stop.
 const QUIET: Duration = Duration::from_secs(1);
+/// Time between two checks whether the other side has acknowledged everything.
+const LOOK: Duration = Duration::from_millis(10);
 
 pub struct Tunnel<'a> {
     pub client: &'a mut ClientSocket,
     pub endpoint: &'a mut EndpointConnection,
     /// The response head.
     pub lead: BytesMut,
-    /// Read behind it.
+    /// The bytes that were read after it.
     pub pending: BytesMut,
     /// Longest time without a byte either way.
     pub idle: Option<Duration>,
-    /// Set when the kernel is to carry what it can of what the endpoint sends, and of what the client sends.
-    pub down: Option<Target>,
-    pub up: Option<Up>,
-    /// `relayed` and its like are what went to the client.
-    pub account: Account,
-}
-
-/// What it takes for the kernel to carry what a client sends.
-pub struct Up {
-    pub steering: Rc<WorkerSteering>,
-    pub send_buffer: u32,
+    /// Carries what the endpoint sends. Its account becomes the tunnel's: `relayed`, `steered` and `local` went to the client.
+    pub down: Session<'a>,
+    /// Set if the kernel may carry what the client sends.
+    pub up: Option<Upstream>,
 }
 
 impl Tunnel<'_> {
-    /// Until both have ended, one broke, nothing moved for the idle time, or `over` resolved and a quiet moment came.
+    /// Runs until both sides have ended, one broke, nothing moved for the idle time, or `over` resolved and nothing moves.
     pub async fn run(&mut self, over: impl Future<Output = ()>) -> End {
         self.lead.extend_from_slice(&self.pending);
         let first = monotonic_ns();
         if let Err(end) = written(self.client.write_all(&self.lead).await) {
             return end;
         }
-        self.account.relayed += self.pending.len() as u64;
-        let end = if self.client.is_tls() { self.by_hand().await } else { self.plain(over).await };
-        self.account.stamp(first, monotonic_ns());
+        self.down.account.relayed += self.pending.len() as u64;
+        let end = if self.client.is_tls() { self.relay().await } else { self.plain(over).await };
+        // The times are those of the tunnel.
+        (self.down.account.first_ns, self.down.account.last_ns) = (first, monotonic_ns());
         end.unwrap_or(End::Broken)
     }
 
@@ -86,45 +80,26 @@ impl Tunnel<'_> {
         let steering = self.up.as_ref().map(|up| &up.steering);
         let Ok((client, early, source)) = self.client.tunnel(steering) else { return Ok(End::ClientGone) };
         let (from, endpoint) = self.endpoint.split()?;
-        let mut up_target = None;
-        if let (Some(up), Some(_)) = (&self.up, source) {
-            let send_buffer = up.send_buffer;
-            match up.steering.register_target(endpoint, send_buffer) {
-                Ok(key) => up_target = Some(Target { key, send_buffer, path: Path::Ingress }),
-                Err(error) => tracing::debug!(%error, "what a client sends cannot be steered"),
-            }
-        }
-        let slots = [from.source, source].map(|source| source.map(Source::slot));
-        for slot in slots.iter().flatten() {
-            slot.ingress().begin_message();
-            slot.local().begin_message();
-        }
-        let last = || {
-            let slots = slots.iter().flatten();
-            let stamps = slots.flat_map(|slot| [slot.ingress(), slot.local()].map(|span| span.stamps().1));
-            stamps.fold(moved.get(), u64::max)
-        };
+        let sources = [from.source, source];
+        let last = || sources.iter().flatten().map(|source| source.last_redirect()).fold(moved.get(), u64::max);
         let taken = || acknowledged(client) + acknowledged(endpoint);
-        let Ok(ledger) = Ledger::begin(client) else { return Ok(End::ClientGone) };
-        let pipe = |from, to, ledger, pending, target| {
-            let account = Account::default();
-            Pipe { from, to, ledger, target, pending, moved: &moved, account, hold: false, fruitless: 0 }
+        let mut up = match &self.up {
+            Some(up) => up.open(source, endpoint),
+            None => Session::relayed(Framing::until_close()),
         };
-        let mut consumed = 0;
-        let mut down = pipe(from, client, ledger, BytesMut::new(), self.down);
-        let from = Reader { stream: client, source, consumed: &mut consumed };
-        let mut up = pipe(from, endpoint, Ledger::begin(endpoint)?, early, up_target);
+        let Ok(ledger) = Ledger::begin(client) else { return Ok(End::ClientGone) };
+        let to = Peer { stream: client, ledger, stop: &stop };
+        let mut down = Direction { from, to, session: &mut self.down, pending: BytesMut::new(), moved: &moved };
+        let from = Reader { stream: client, source, consumed: &mut 0 };
+        let to = Peer { stream: endpoint, ledger: Ledger::begin(endpoint)?, stop: &stop };
+        let mut up_way = Direction { from, to, session: &mut up, pending: early, moved: &moved };
         let both = async {
-            let down = async {
-                down.run(&stop).await.map_err(|broken| match broken {
-                    Broken::From => End::Broken,
-                    Broken::To => End::ClientGone,
-                })
-            };
+            let down = async { down.run().await.map_err(End::from) };
             let up = async {
-                up.run(&stop).await.map_err(|broken| match broken {
-                    Broken::From => End::ClientGone,
-                    Broken::To => End::Broken,
+                up_way.run().await.map_err(|ended| match ended {
+                    Ended::From => End::ClientGone,
+                    Ended::To(_) => End::Broken,
+                    ended => ended.into(),
                 })
             };
             tokio::try_join!(down, up)
@@ -146,25 +121,16 @@ impl Tunnel<'_> {
             () = poll_fn(|cx| watch.poll_gone(client, cx)) => End::ClientGone,
             () = quiet => End::Over,
         };
-        // Dropped in the middle of a span: nothing more may reach either side.
-        for slot in slots.iter().flatten() {
-            slot.disarm();
-        }
-        let (down, up) = (down.account, up.account);
-        let account = &mut self.account;
-        account.relayed += down.relayed;
-        account.steered += down.steered;
-        account.local += down.local;
-        account.pieces += down.pieces;
-        account.segments += down.segments;
-        account.stops = down.stops;
-        account.upstream = up.relayed + up.steered;
-        account.upstream_steered = up.steered;
+        // The kernel may still have a flow: nothing more may reach either side.
+        down.session.abandon(&down.from, &mut down.to);
+        up_way.session.abandon(&up_way.from, &mut up_way.to);
+        self.down.account.upstream = up.account.relayed + up.account.steered;
+        self.down.account.upstream_steered = up.account.steered;
         Ok(end)
     }
 
-    /// As user space has to where the client speaks TLS.
-    async fn by_hand(&mut self) -> io::Result<End> {
+    /// Relays both directions for a client that speaks TLS.
+    async fn relay(&mut self) -> io::Result<End> {
         let (up, down, moved) = (Cell::new(0), Cell::new(0), Cell::new(monotonic_ns()));
         let watch = Watch::new(self.client.unreachable());
         let (wire, early) = self.client.raw();
@@ -188,9 +154,120 @@ impl Tunnel<'_> {
             () = unmoved(&last, &taken, self.idle) => End::Idle,
             () = poll_fn(|cx| watch.poll_gone(wire.borrow().tcp(), cx)) => End::ClientGone,
         };
-        self.account.relayed += down.get();
-        self.account.upstream = up.get();
+        self.down.account.relayed += down.get();
+        self.down.account.upstream = up.get();
         Ok(end)
+    }
+}
+
+/// One direction: forwards bytes until the sender ends its side, and passes that end on.
+struct Direction<'a, 's> {
+    from: Reader<'a>,
+    to: Peer<'a>,
+    session: &'a mut Session<'s>,
+    /// Read and not yet written.
+    pending: BytesMut,
+    /// When a byte was last moved by user space, CLOCK_MONOTONIC ns.
+    moved: &'a Cell<u64>,
+}
+
+impl Direction<'_, '_> {
+    /// Returns true when the first side has ended and the other one was told. Returns false when it was asked to stop: everything
+    /// read is written and acknowledged, and both sides are open.
+    async fn run(&mut self) -> Result<bool, Ended> {
+        loop {
+            if !self.pending.is_empty() {
+                self.write().await?;
+            }
+            self.pending.reserve(READ);
+            let read = match self.session.carry(&mut self.from, &mut self.to, &mut self.pending).await {
+                Ok(true) => continue,
+                Ok(false) => tokio::select! {
+                    biased;
+                    read = self.from.read(&mut self.pending) => read.map_err(|_| Ended::From),
+                    ended = self.to.interrupted() => Err(ended),
+                },
+                Err(ended) => Err(ended),
+            };
+            match read {
+                Ok(0) => {
+                    self.to.settle().await?;
+                    return socket::shut_down(self.to.stream).map(|()| true).map_err(Ended::To);
+                }
+                Ok(_) => {}
+                Err(Ended::Asked) => return self.last().await,
+                Err(ended) => return Err(ended),
+            }
+        }
+    }
+
+    /// Forwards what has come until now, while the kernel has nothing.
+    async fn last(&mut self) -> Result<bool, Ended> {
+        loop {
+            self.pending.reserve(READ);
+            match self.from.read_now(&mut self.pending) {
+                Ok(1..) => self.write().await?,
+                // The caller closes both sides.
+                Ok(0) => break,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(_) => return Err(Ended::From),
+            }
+        }
+        self.to.settle().await?;
+        while self.to.send_queue().map_err(Ended::To)? > 0 {
+            tokio::time::sleep(LOOK).await;
+        }
+        Ok(false)
+    }
+
+    async fn write(&mut self) -> Result<(), Ended> {
+        self.to.settle().await?;
+        socket::write_all(self.to.stream, &self.pending).await.map_err(Ended::To)?;
+        self.to.ledger.add_written(self.pending.len() as u64);
+        self.session.account.add_relayed(self.pending.len());
+        self.moved.set(monotonic_ns());
+        self.pending.clear();
+        Ok(())
+    }
+}
+
+/// The connection that a direction's bytes go to. Time limits are those of the whole tunnel.
+struct Peer<'a> {
+    stream: &'a TcpStream,
+    ledger: Ledger,
+    stop: &'a CancellationToken,
+}
+
+impl Peer<'_> {
+    async fn settle(&mut self) -> Result<(), Ended> {
+        self.settle_unless(|| false).await.map_err(Ended::To).map(drop)
+    }
+}
+
+impl Outlet for Peer<'_> {
+    async fn settle_unless(&mut self, unless: impl FnMut() -> bool) -> io::Result<bool> {
+        self.ledger.settle_unless(self.stream, Patience::new(None, None), unless).await
+    }
+
+    fn add_redirected(&mut self, bytes: u64) {
+        self.ledger.add_redirected(bytes);
+    }
+
+    fn write_off_unsettled(&mut self) -> io::Result<u64> {
+        self.ledger.write_off_unsettled(self.stream)
+    }
+
+    fn send_queue(&self) -> io::Result<u32> {
+        socket::send_queue(self.stream)
+    }
+
+    /// An orderly close of this side is no interruption.
+    async fn interrupted(&self) -> Ended {
+        tokio::select! {
+            biased;
+            _ = self.stream.ready(Interest::ERROR) => Ended::To(io::ErrorKind::ConnectionReset.into()),
+            () = self.stop.cancelled() => Ended::Asked,
+        }
     }
 }
 
@@ -232,7 +309,7 @@ async fn endpoint_to_client(
     }
 }
 
-/// One direction of a client's connection, of which both are used in one task.
+/// One direction of a client's connection; both are used in one task.
 struct Half<'a>(&'a RefCell<&'a mut Wire>);
 
 impl AsyncRead for Half<'_> {
@@ -255,7 +332,7 @@ impl AsyncWrite for Half<'_> {
     }
 }
 
-/// Bytes that this peer has acknowledged. One that is gone is found by whoever reads.
+/// Bytes that this peer has acknowledged; 0 if it is gone, which the reader finds.
 fn acknowledged(socket: &TcpStream) -> u64 {
     socket::bytes_acked(socket).unwrap_or_default()
 }

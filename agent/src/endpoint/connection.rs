@@ -3,7 +3,7 @@
 //! While user space reads, tokio watches the socket for bytes. While the kernel redirects, the socket is watched for errors only
 //! ("quiet"), so that segments do not wake the thread; bytes, FIN and the end of the message arrive as events of the slot.
 
-use std::{io, net::SocketAddr, rc::Rc, time::Duration};
+use std::{io, net::SocketAddr, rc::Rc};
 
 use bytes::BytesMut;
 use tokio::{
@@ -16,13 +16,8 @@ use super::{crossing, sending::Sending, timeouts::ConnectionTimeouts};
 use crate::{
     kernel::socket,
     metrics::InFlight,
-    steer::{RegisterError, Source, WorkerSteering},
+    steer::{RegisterError, Source, WorkerSteering, reader::Reader, session::Inlet},
 };
-
-/// How often to look for passed bytes that arrive after the end of the stream.
-const LATE_TURNS: u32 = 1000;
-/// The time between two of these looks.
-const LATE_TURN: Duration = Duration::from_millis(1);
 
 /// An HTTP/1.1 connection to an endpoint.
 pub struct EndpointConnection {
@@ -96,7 +91,7 @@ impl EndpointConnection {
     /// Sets the client socket that the next response may be steered to.
     pub fn announce(&self, target: Option<u64>) {
         if let (Some(source), Some(target)) = (&self.source, target) {
-            source.slot().announce(target);
+            source.announce(target);
         }
     }
 
@@ -147,11 +142,6 @@ impl EndpointConnection {
         crossing::decided(|| crossing::look(stream, before)).await
     }
 
-    /// Puts the endpoint's own socket into the map until the end of its response. See [`Source::admit`].
-    pub fn admit(&self) -> bool {
-        self.is_sent() && self.source.as_ref().is_some_and(Source::admit)
-    }
-
     /// Removes the endpoint's own socket from the map. If it returns false, the connection must not be reused: the endpoint could
     /// notice that its socket was in the map. See [`Source::dismiss`].
     pub fn dismiss(&self) -> bool {
@@ -172,71 +162,9 @@ impl EndpointConnection {
         Ok((Reader { stream, source: self.source.as_ref(), consumed: &mut self.consumed }, stream))
     }
 
-    /// Whether the kernel passed bytes to user space that have not been read.
-    pub fn unread(&self) -> bool {
-        self.source.as_ref().is_some_and(|source| source.slot().passed() != self.consumed)
-    }
-
-    /// The slot and the reading side, to wait on both. Returns `None` if the connection cannot be steered.
-    pub fn listen(&mut self) -> io::Result<Option<(&Source, Reader<'_>)>> {
-        let Io::Ready(stream) = &self.io else { return Err(gone()) };
-        let Some(source) = self.source.as_ref() else { return Ok(None) };
-        Ok(Some((source, Reader { stream, source: Some(source), consumed: &mut self.consumed })))
-    }
-
     /// Waits for bytes and reads at most the buffer's spare capacity. Returns 0 at the end of the stream. Cancel-safe.
     pub async fn read(&mut self, buf: &mut BytesMut) -> io::Result<usize> {
         self.split()?.0.read(buf).await
-    }
-
-    /// Reads without waiting. It asks the socket itself rather than tokio's readiness, and runs after any verdict in progress.
-    pub fn read_now(&mut self, buf: &mut BytesMut) -> io::Result<usize> {
-        self.split()?.0.read_now(buf)
-    }
-
-    /// Returns when no verdict of this connection is in progress. Reading TCP_INFO takes the lock under which verdicts run
-    /// (`tcp_get_info`) and, unlike a read, does not consume the socket's error.
-    pub fn wait_for_verdict(&self) {
-        let _ = match &self.io {
-            Io::Ready(stream) => socket::bytes_written(&**stream),
-            Io::Quiet(quiet) => socket::bytes_written(quiet.get_ref()),
-            Io::Gone => return,
-        };
-    }
-
-    /// Watches the socket for errors only. Fails with `ResourceBusy` while a request is being sent.
-    pub fn quiet(&mut self) -> io::Result<()> {
-        match std::mem::replace(&mut self.io, Io::Gone) {
-            Io::Ready(stream) => match Rc::try_unwrap(stream) {
-                Ok(stream) => self.io = Io::Quiet(socket::watch_errors(stream.into_std()?)?),
-                Err(stream) => {
-                    self.io = Io::Ready(stream);
-                    return Err(io::ErrorKind::ResourceBusy.into());
-                }
-            },
-            other => self.io = other,
-        }
-        Ok(())
-    }
-
-    /// Watches the socket for bytes again.
-    pub fn attentive(&mut self) -> io::Result<()> {
-        match std::mem::replace(&mut self.io, Io::Gone) {
-            Io::Quiet(quiet) => self.io = Io::Ready(Rc::new(TcpStream::from_std(quiet.into_inner())?)),
-            other => self.io = other,
-        }
-        Ok(())
-    }
-
-    /// Resolves when a quiet connection breaks. Cancel-safe.
-    pub async fn broken(&self) {
-        match &self.io {
-            Io::Quiet(quiet) => {
-                // Without urgent data, priority readiness means an error or a hang-up.
-                let _ = quiet.ready(Interest::PRIORITY).await;
-            }
-            _ => std::future::pending().await,
-        }
     }
 
     /// Sets whether the last message is complete. If it is not, closing the connection resets it.
@@ -255,6 +183,59 @@ impl EndpointConnection {
     }
 }
 
+impl Inlet for EndpointConnection {
+    fn source(&self) -> Option<&Source> {
+        self.source.as_ref()
+    }
+
+    fn reader(&mut self) -> io::Result<Reader<'_>> {
+        Ok(self.split()?.0)
+    }
+
+    fn wait_for_verdict(&self) {
+        match &self.io {
+            Io::Ready(stream) => socket::wait_for_verdict(&**stream),
+            Io::Quiet(quiet) => socket::wait_for_verdict(quiet.get_ref()),
+            Io::Gone => {}
+        }
+    }
+
+    /// Watches the socket for errors only. Fails with `ResourceBusy` while a request is being sent.
+    fn quiet(&mut self) -> io::Result<bool> {
+        match std::mem::replace(&mut self.io, Io::Gone) {
+            Io::Ready(stream) => match Rc::try_unwrap(stream) {
+                Ok(stream) => self.io = Io::Quiet(socket::watch_errors(stream.into_std()?)?),
+                Err(stream) => {
+                    self.io = Io::Ready(stream);
+                    return Err(io::ErrorKind::ResourceBusy.into());
+                }
+            },
+            other => self.io = other,
+        }
+        Ok(true)
+    }
+
+    /// Watches the socket for bytes again.
+    fn attentive(&mut self) -> io::Result<()> {
+        match std::mem::replace(&mut self.io, Io::Gone) {
+            Io::Quiet(quiet) => self.io = Io::Ready(Rc::new(TcpStream::from_std(quiet.into_inner())?)),
+            other => self.io = other,
+        }
+        Ok(())
+    }
+
+    /// Resolves when a quiet connection breaks. Cancel-safe.
+    async fn broken(&self) {
+        match &self.io {
+            Io::Quiet(quiet) => {
+                // Without urgent data, priority readiness means an error or a hang-up.
+                let _ = quiet.ready(Interest::PRIORITY).await;
+            }
+            _ => std::future::pending().await,
+        }
+    }
+}
+
 impl Drop for EndpointConnection {
     fn drop(&mut self) {
         // Releases the stream, so that it is closed here and before the slot is freed.
@@ -263,7 +244,7 @@ impl Drop for EndpointConnection {
         }
         // The kernel must not redirect to a client that this connection no longer serves.
         if let Some(source) = &self.source {
-            source.slot().disarm();
+            source.leave();
         }
         if self.resting
             && let Ok(stream) = self.ready()
@@ -271,64 +252,6 @@ impl Drop for EndpointConnection {
             socket::set_reset_on_close(stream, false);
         }
     }
-}
-
-/// The reading side of a connection.
-pub struct Reader<'a> {
-    pub stream: &'a TcpStream,
-    pub source: Option<&'a Source>,
-    /// Bytes that user space has read since the kernel programs see the connection.
-    pub consumed: &'a mut u64,
-}
-
-impl Reader<'_> {
-    /// As [`EndpointConnection::read`].
-    pub async fn read(&mut self, buf: &mut BytesMut) -> io::Result<usize> {
-        let n = loop {
-            self.stream.readable().await?;
-            match self.stream.try_read_buf(buf) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                read => break read?,
-            }
-        };
-        let n = if n == 0 { self.late(buf).await? } else { n };
-        count_read(self.source, self.consumed, n)
-    }
-
-    /// As [`EndpointConnection::read_now`].
-    pub fn read_now(&mut self, buf: &mut BytesMut) -> io::Result<usize> {
-        let n = socket::receive_into(self.stream, buf)?;
-        count_read(self.source, self.consumed, n)
-    }
-
-    /// Whether the kernel passed bytes to user space that have not been read.
-    pub fn is_behind(&self) -> bool {
-        self.source.is_some_and(|source| source.slot().passed() != *self.consumed)
-    }
-
-    /// Reads after the endpoint has closed its side. Under memory pressure, passed bytes may arrive after the FIN, because
-    /// `sk_psock_verdict_apply` leaves them to a work queue, so this waits for them.
-    async fn late(&self, buf: &mut BytesMut) -> io::Result<usize> {
-        for _ in 0..LATE_TURNS {
-            if !self.is_behind() {
-                return Ok(0);
-            }
-            tokio::time::sleep(LATE_TURN).await;
-            if let Ok(n @ 1..) = socket::receive_into(self.stream, buf) {
-                return Ok(n);
-            }
-        }
-        Err(io::ErrorKind::UnexpectedEof.into())
-    }
-}
-
-/// Counts `n` bytes as read. Fails if the kernel lost count of the bytes that it passed.
-fn count_read(source: Option<&Source>, consumed: &mut u64, n: usize) -> io::Result<usize> {
-    if source.is_some_and(|source| source.slot().is_astray()) {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "the kernel lost track of the stream"));
-    }
-    *consumed += n as u64;
-    Ok(n)
 }
 
 #[cfg(test)]

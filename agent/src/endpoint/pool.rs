@@ -15,7 +15,10 @@ use std::{
 use tokio::time::Instant;
 
 use super::{connection::EndpointConnection, timeouts::ConnectionTimeouts};
-use crate::{metrics::Metrics, steer::WorkerSteering};
+use crate::{
+    metrics::Metrics,
+    steer::{WorkerSteering, session::Inlet as _},
+};
 
 /// Most idle connections per endpoint.
 const MAX_IDLE: usize = 256;

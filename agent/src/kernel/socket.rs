@@ -47,6 +47,12 @@ pub fn bytes_written(socket: impl AsFd) -> io::Result<u64> {
     }
 }
 
+/// Returns when no verdict of this connection is in progress. Reading TCP_INFO takes the lock under which verdicts run
+/// (`tcp_get_info`) and, unlike a read, does not consume the socket's error.
+pub fn wait_for_verdict(socket: impl AsFd) {
+    let _ = bytes_written(socket);
+}
+
 /// Bytes that the peer's kernel has acknowledged (`tcpi_bytes_acked`), plus one for the SYN of an outgoing connection.
 /// Works for a broken connection too. A reset acknowledges nothing, not even bytes that the peer has read.
 pub fn acknowledged(socket: impl AsFd) -> io::Result<u64> {

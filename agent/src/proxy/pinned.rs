@@ -8,10 +8,10 @@ use std::{net::SocketAddr, rc::Rc, time::Duration};
 use bytes::BytesMut;
 use tokio::time::Instant;
 
-use super::{After, record::count, respond::lanes};
+use super::{After, record::count, respond::open_tunnel};
 use crate::{
     client::ClientSocket,
-    deliver::{Account, End, Tunnel},
+    deliver::{End, Tunnel},
     endpoint::connection::EndpointConnection,
     worker::Current,
 };
@@ -39,9 +39,9 @@ pub async fn pinned(current: &Rc<Current>, client: &mut ClientSocket, pin: Pin, 
     // Only an orderly close in both directions is passed on as one.
     client.reset_on_close();
     endpoint.reset_on_close();
-    let (down, up, path) = lanes(worker, client, target, &endpoint);
-    let (lead, pending, account) = (BytesMut::new(), BytesMut::new(), Account::default());
-    let mut tunnel = Tunnel { client, endpoint: &mut endpoint, lead, pending, idle, down, up, account };
+    let (down, up) = open_tunnel(worker, client, target, &endpoint);
+    let (path, lead, pending) = (down.path, BytesMut::new(), BytesMut::new());
+    let mut tunnel = Tunnel { client, endpoint: &mut endpoint, lead, pending, idle, down, up };
     let over = async {
         tokio::select! {
             () = worker.shared.draining.cancelled() => {}
@@ -50,7 +50,7 @@ pub async fn pinned(current: &Rc<Current>, client: &mut ClientSocket, pin: Pin, 
         }
     };
     let end = tunnel.run(over).await;
-    let account = tunnel.account;
+    let account = tunnel.down.account;
     drop(open);
     metrics.pin_ended(end.reason(), began.elapsed());
     count(&worker.shared.metrics, &account);

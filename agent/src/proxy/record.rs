@@ -9,13 +9,12 @@ use tokio::time::Instant;
 use super::pick::PickOutcome;
 use crate::{
     config::Picker,
-    deliver::Account,
     error::Error,
     http::{headers::Arrival, trace_context},
     kernel::socket::monotonic_ns,
     metrics::{Metrics, Streamed},
     picker::client::PickStream,
-    steer::reason::SteerReason,
+    steer::{account::Account, reason::SteerReason},
     telemetry::{Ended, Pick, RequestSpan},
     text::{self, cut},
     worker::Worker,

@@ -1,17 +1,17 @@
 //! Responds: sends the response's head to the EPP and, with the EPP's mutation, to the client. Delivers the body over the chosen
 //! path. Then both connections are reused, pinned or closed.
 
-use std::{cell::RefCell, convert::Infallible, future::poll_fn, net::SocketAddr, rc::Rc, task::Poll};
+use std::{cell::RefCell, convert::Infallible, future::poll_fn, net::SocketAddr, task::Poll};
 
 use bytes::{Bytes, BytesMut};
-use penstock_common::path::Path;
+use penstock_common::{framing::Framing, path::Path};
 use tokio::time::Instant;
 
 use super::{After, Pin, Request, pick::Picked, send_immediate};
 use crate::{
     client::{Client, ClientSocket},
-    config::{self, SteeringMode},
-    deliver::{Account, Coding, Delivery, End, Frames, Target, Tunnel, Up},
+    config,
+    deliver::{Coding, Delivery, End, Frames, Tunnel},
     endpoint::{body::ResponseBody, connection::EndpointConnection, in_flight::InFlight},
     error::Error,
     http::{
@@ -25,9 +25,10 @@ use crate::{
     },
     probe::Point,
     steer::{
-        Source,
-        eligibility::{Response, choose},
+        account::Account,
+        eligibility::{Eligibility, Response, ToPicker, Upstream},
         reason::SteerReason,
+        session::Session,
     },
     tee::Tee,
     worker::Worker,
@@ -181,14 +182,11 @@ async fn bytes(
     if head.body == BodyKind::UntilClose || decode {
         client.reset_on_close();
     }
-    let wants_all = tee.map(|tee| tee.borrow().wants_all());
-    let (target, path, reason) = path(worker, client, request, head, endpoint, pending, wants_all);
+    let (session, reason) = open(worker, client, request, head, endpoint, pending, tee);
+    let path = session.path;
 
-    let idle = request.timeouts.idle;
-    let mut delivery = Delivery::new(client, endpoint, head.framing, std::mem::take(pending), idle);
+    let mut delivery = Delivery::new(client, endpoint, session, std::mem::take(pending));
     delivery.lead = lead;
-    delivery.target = target;
-    delivery.tee = tee;
     delivery.decode = decode;
     let end = tokio::select! {
         biased;
@@ -198,7 +196,7 @@ async fn bytes(
     if end.is_err() {
         delivery.abandon();
     }
-    Carried { end, account: std::mem::take(&mut delivery.account), path, reason, keep_alive }
+    Carried { end, account: delivery.session.account, path, reason, keep_alive }
 }
 
 /// Relays the connection after `101 Switching Protocols`.
@@ -218,45 +216,40 @@ async fn tunnel(
     endpoint.reset_on_close();
     let idle = request.timeouts.idle;
     let pending = std::mem::take(pending);
-    let (down, up, path) = lanes(worker, client, request.target, endpoint);
-    let mut tunnel = Tunnel { client, endpoint, lead, pending, idle, down, up, account: Account::default() };
+    let (down, up) = open_tunnel(worker, client, request.target, endpoint);
+    let path = down.path;
+    let mut tunnel = Tunnel { client, endpoint, lead, pending, idle, down, up };
     let end = tokio::select! {
         biased;
         end = tunnel.run(std::future::pending()) => Ok(end),
         // The 101 is the whole response, so the request's deadline no longer applies.
         reason = aborted(worker, request, None, &mut picked.stream, None) => Err(reason),
     };
-    Carried { end, account: tunnel.account, path, reason: SteerReason::Upgrade, keep_alive: false }
+    Carried { end, account: tunnel.down.account, path, reason: SteerReason::Upgrade, keep_alive: false }
 }
 
-/// Chooses what steers each direction of a tunnel. Returns the target for downstream bytes, the steering for upstream bytes, and
-/// the path of the downstream bytes.
-pub(super) fn lanes(
+/// What carries either direction of a tunnel.
+pub(super) fn open_tunnel(
     worker: &Worker,
     client: &mut ClientSocket,
-    target: Option<u64>,
+    announced: Option<u64>,
     endpoint: &EndpointConnection,
-) -> (Option<Target>, Option<Up>, Path) {
-    let config = &worker.shared.config.steering;
-    let none = (None, None, Path::Relay);
-    let (Some(steering), Some(source)) = (worker.endpoints.steering(), endpoint.source()) else { return none };
-    if client.is_tls() || config.mode == SteeringMode::Off {
-        return none;
+) -> (Session<'static>, Option<Upstream>) {
+    if client.is_tls() {
+        return (Session::relayed(Framing::until_close()), None);
     }
-    let send_buffer = config.client_send_buffer;
-    let Ok(key) = client.make_target(steering, send_buffer) else { return none };
-    // In a tunnel the client may send while the endpoint's socket is in the map.
-    let transparent = config.mode == SteeringMode::Local || !steering.is_endpoint_visible();
-    let is_local = transparent && target == Some(key) && source.is_local_to(key) && endpoint.admit();
-    let path = match config.mode {
-        SteeringMode::Auto | SteeringMode::Local if is_local => Path::Local,
-        SteeringMode::Auto | SteeringMode::Ingress => Path::Ingress,
-        SteeringMode::Local | SteeringMode::Off => Path::Relay,
-    };
-    let down = (path != Path::Relay).then_some(Target { key, send_buffer, path });
-    // Mode `local` steers only what the endpoint's own `sendmsg` sends.
-    let up = (config.mode != SteeringMode::Local).then(|| Up { steering: Rc::clone(steering), send_buffer });
-    (down, up, path)
+    let eligibility = eligibility(worker, endpoint, announced);
+    eligibility.tunnel(|steering, send_buffer| client.make_target(steering, send_buffer))
+}
+
+fn eligibility<'a>(worker: &'a Worker, endpoint: &'a EndpointConnection, announced: Option<u64>) -> Eligibility<'a> {
+    Eligibility {
+        config: &worker.shared.config.steering,
+        steering: worker.endpoints.steering(),
+        source: endpoint.source(),
+        is_sent: endpoint.is_sent(),
+        announced,
+    }
 }
 
 /// Delivers the body as frames, if one side or both speak HTTP/2.
@@ -355,64 +348,30 @@ fn account_for(worker: &Worker, pool: usize, mut tee: Tee) -> Vec<Bytes> {
     tee.rest()
 }
 
-/// The steering reason if only user space can deliver the body.
-fn barrier(decode: bool, wants_all: bool, tls: bool, half_closed: bool) -> Option<SteerReason> {
-    match () {
-        () if tls => Some(SteerReason::Tls),
-        () if half_closed => Some(SteerReason::HalfClose),
-        () if decode => Some(SteerReason::Http10),
-        () if wants_all => Some(SteerReason::ResponseToPicker),
-        () => None,
-    }
-}
-
-/// Chooses the path and, for a kernel path, makes the client's socket a target. `wants_all` is `Some` if the EPP wants the
-/// response's body: `true` for all of it, `false` for its end.
-fn path(
+/// Opens the session that carries the body, of which `pending` has been read.
+fn open<'a>(
     worker: &Worker,
     client: &mut ClientSocket,
     request: &Request,
     head: &ResponseHead,
     endpoint: &EndpointConnection,
     pending: &BytesMut,
-    wants_all: Option<bool>,
-) -> (Option<Target>, Path, SteerReason) {
-    let config = &worker.shared.config.steering;
+    tee: Option<&'a RefCell<Tee>>,
+) -> (Session<'a>, SteerReason) {
     let mut framing = head.framing;
     framing.feed(pending);
     let response = Response {
-        registered: endpoint.source().is_some(),
         framing,
         event_stream: head.is_event_stream(),
         local_endpoint: endpoint.local,
-        // Only path `ingress` keeps the end of a response.
-        local_socket: wants_all.is_none()
-            && request.target.is_some_and(|key| endpoint.source().is_some_and(|source| source.is_local_to(key))),
-        barrier: barrier(
-            head.needs_dechunk(request.parts.version),
-            wants_all == Some(true),
-            client.is_tls(),
-            client.is_half_closed(),
-        ),
+        tls: client.is_tls(),
+        half_closed: client.is_half_closed(),
+        decoded: head.needs_dechunk(request.parts.version),
+        to_picker: tee.map(|tee| if tee.borrow().wants_all() { ToPicker::All } else { ToPicker::End }),
     };
-    let (mut path, mut reason) = choose(config, &response);
-    if path == Path::Local && !endpoint.admit() {
-        (path, reason) = choose(config, &Response { local_socket: false, ..response });
-    }
-    let (Path::Local | Path::Ingress, Some(steering)) = (path, worker.endpoints.steering()) else {
-        return (None, path, reason);
-    };
-    if wants_all.is_some()
-        && let Some(Err(error)) = endpoint.source().map(Source::make_ring)
-    {
-        tracing::debug!(%error, "kernel cannot keep the end of the response, relaying it");
-        return (None, Path::Relay, SteerReason::ResponseToPicker);
-    }
-    match client.make_target(steering, config.client_send_buffer) {
-        Ok(key) => (Some(Target { key, send_buffer: config.client_send_buffer, path }), path, reason),
-        Err(error) => {
-            tracing::debug!(%error, "client socket cannot become a target, relaying the response");
-            (None, Path::Relay, SteerReason::TargetRefused)
-        }
-    }
+    let eligibility = eligibility(worker, endpoint, request.target);
+    let make_target = |steering: &_, send_buffer| client.make_target(steering, send_buffer);
+    let (mut session, reason) = eligibility.response(&response, head.framing, make_target);
+    (session.tee, session.idle) = (tee, request.timeouts.idle);
+    (session, reason)
 }

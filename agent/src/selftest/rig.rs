@@ -17,9 +17,13 @@ use tokio::{
 
 use crate::{
     client::ClientSocket,
-    deliver::{Account, Delivery, End, Target},
+    deliver::{Delivery, End},
     endpoint::{connection::EndpointConnection, timeouts::ConnectionTimeouts},
-    steer::{Source, WorkerSteering},
+    steer::{
+        Source, WorkerSteering,
+        account::Account,
+        session::{Session, Target},
+    },
 };
 
 /// Longer than any case may take; the self-test as a whole is limited.
@@ -31,6 +35,7 @@ pub(super) const BUFFER: u32 = 256 * 1024;
 pub(super) struct Rig {
     pub(super) endpoint: EndpointConnection,
     pub(super) client: ClientSocket,
+    path: Path,
     target: Target,
 }
 
@@ -48,7 +53,7 @@ impl Rig {
         let key = client.make_target(steering, BUFFER)?;
         let (endpoint, mut server) = (endpoint?, server?.0);
         server.set_nodelay(true)?;
-        let mut rig = Self { endpoint, client, target: Target { key, send_buffer: BUFFER, path } };
+        let mut rig = Self { endpoint, client, path, target: Target { key, send_buffer: BUFFER } };
         rig.announce();
         // Stands in for a response head.
         server.write_all(b"h").await?;
@@ -66,15 +71,15 @@ impl Rig {
 
     /// Delivers a body, through the kernel as far as it takes it.
     pub(super) async fn deliver(&mut self, framing: Framing) -> (End, Account) {
-        let (client, endpoint) = (&mut self.client, &mut self.endpoint);
-        let mut delivery = Delivery::new(client, endpoint, framing, BytesMut::new(), Some(PATIENCE));
-        delivery.target = Some(self.target);
-        (delivery.run().await, delivery.account)
+        let mut session = Session::new(self.path, self.target, framing, self.endpoint.source());
+        session.idle = Some(PATIENCE);
+        let mut delivery = Delivery::new(&mut self.client, &mut self.endpoint, session, BytesMut::new());
+        (delivery.run().await, delivery.session.account)
     }
 
     /// Bytes that the kernel has passed to user space.
     pub(super) fn passed(&self) -> u64 {
-        self.endpoint.source().map_or(0, |source: &Source| source.slot().passed())
+        self.endpoint.source().map_or(0, Source::passed)
     }
 }
 

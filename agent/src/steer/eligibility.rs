@@ -1,57 +1,79 @@
-//! Which path carries a response body: one pure rule, which also gives the reason.
+//! Chooses the path of a flow, by one pure rule that also gives the reason, and opens a session on it.
+
+use std::{os::fd::AsFd, rc::Rc};
 
 use penstock_common::{
     framing::{Framing, state},
     path::Path,
 };
 
-use super::reason::SteerReason;
+use super::{
+    RegisterError, WorkerSteering,
+    reason::SteerReason,
+    session::{Session, Target},
+    source::Source,
+};
 use crate::config::{Steering, SteeringMode};
 
-/// What is known of a response when its head has been read.
+/// The facts about a response after its head was read.
 #[derive(Debug, Clone, Copy)]
 pub struct Response {
-    /// The kernel program is loaded and has proven itself, and the endpoint's connection has a slot.
-    pub registered: bool,
-    /// The body still to come.
+    /// The part of the body that is still to come.
     pub framing: Framing,
     /// `Content-Type: text/event-stream`.
     pub event_stream: bool,
     /// The endpoint's address is on this machine.
     pub local_endpoint: bool,
-    /// The endpoint's own socket has been recognised, and can reach the client's.
-    pub local_socket: bool,
-    /// Why only user space can carry it, whatever the settings.
-    pub barrier: Option<SteerReason>,
+    /// The client speaks TLS.
+    pub tls: bool,
+    /// The client has closed its sending side.
+    pub half_closed: bool,
+    /// The agent decodes chunked for the client.
+    pub decoded: bool,
+    /// Which part of the body the EPP gets, if any.
+    pub to_picker: Option<ToPicker>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ToPicker {
+    All,
+    End,
+}
+
+/// What the kernel knows of the connection to the endpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Known {
+    Nothing,
+    /// The agent's socket.
+    Connection,
+    /// Also the endpoint's own socket, which can reach the client's.
+    OwnSocket,
 }
 
 /// The path, and why.
-pub fn choose(config: &Steering, response: &Response) -> (Path, SteerReason) {
+pub fn choose(config: &Steering, response: &Response, known: Known) -> (Path, SteerReason) {
     let relay = |reason| (Path::Relay, reason);
     let framing = &response.framing;
-    if framing.is_done() {
-        return relay(SteerReason::Complete);
+    match () {
+        () if framing.is_done() => return relay(SteerReason::Complete),
+        () if config.mode == SteeringMode::Off => return relay(SteerReason::Off),
+        () if response.tls => return relay(SteerReason::Tls),
+        () if response.half_closed => return relay(SteerReason::HalfClose),
+        () if response.decoded => return relay(SteerReason::Http10),
+        () if response.to_picker == Some(ToPicker::All) => return relay(SteerReason::ResponseToPicker),
+        () if known == Known::Nothing => return relay(SteerReason::Unavailable),
+        () => {}
     }
-    if config.mode == SteeringMode::Off {
-        return relay(SteerReason::Off);
-    }
-    if let Some(barrier) = response.barrier {
-        return relay(barrier);
-    }
-    if !response.registered {
-        return relay(SteerReason::Unavailable);
-    }
+    let own_socket = known == Known::OwnSocket;
     match config.mode {
         SteeringMode::Ingress => return (Path::Ingress, SteerReason::Forced),
-        SteeringMode::Local if response.local_socket => return (Path::Local, SteerReason::Forced),
+        SteeringMode::Local if own_socket => return (Path::Local, SteerReason::Forced),
         SteeringMode::Local => return relay(SteerReason::NotLocal),
         SteeringMode::Auto | SteeringMode::Off => {}
     }
-    // What an endpoint on this machine sends goes from memory to memory, in whatever pieces.
-    let (path, near) = match response.local_socket {
-        true => (Path::Local, true),
-        false => (Path::Ingress, response.local_endpoint),
-    };
+    // Bytes of an endpoint on this machine are not cut into small fragments.
+    let path = if own_socket { Path::Local } else { Path::Ingress };
+    let near = own_socket || response.local_endpoint;
     match framing.state {
         state::LENGTH if framing.left < config.min_bytes => relay(SteerReason::Small),
         state::LENGTH if !near && framing.left > config.max_remote_bytes => relay(SteerReason::LargeRemote),
@@ -60,6 +82,112 @@ pub fn choose(config: &Steering, response: &Response) -> (Path, SteerReason) {
         _ if !near => relay(SteerReason::UnsizedRemote),
         state::UNTIL_CLOSE => (path, SteerReason::UntilClose),
         _ => (path, SteerReason::Chunked),
+    }
+}
+
+/// The connection to an endpoint, and what steering it depends on.
+pub struct Eligibility<'a> {
+    pub config: &'a Steering,
+    pub steering: Option<&'a Rc<WorkerSteering>>,
+    pub source: Option<&'a Source>,
+    /// The whole request has been sent.
+    pub is_sent: bool,
+    /// The client's key that was announced before the request was sent.
+    pub announced: Option<u64>,
+}
+
+/// Steers what a client sends through a tunnel.
+pub struct Upstream {
+    pub steering: Rc<WorkerSteering>,
+    send_buffer: u32,
+}
+
+impl Eligibility<'_> {
+    /// Opens the session of a response with the body `framing`: chooses the path and prepares both sockets for it.
+    pub fn response<'t>(
+        &self,
+        response: &Response,
+        framing: Framing,
+        make_target: impl FnOnce(&WorkerSteering, u32) -> Result<u64, RegisterError>,
+    ) -> (Session<'t>, SteerReason) {
+        let known = match self.source {
+            None => Known::Nothing,
+            // Only path `ingress` keeps the end of a response.
+            Some(source)
+                if response.to_picker.is_none() && self.announced.is_some_and(|key| source.is_local_to(key)) =>
+            {
+                Known::OwnSocket
+            }
+            Some(_) => Known::Connection,
+        };
+        let (mut path, mut reason) = choose(self.config, response, known);
+        if path == Path::Local && !self.admit() {
+            (path, reason) = choose(self.config, response, Known::Connection);
+        }
+        let relay = |reason| (Session::relayed(framing), reason);
+        let (Path::Local | Path::Ingress, Some(steering), Some(source)) = (path, self.steering, self.source) else {
+            return relay(reason);
+        };
+        if response.to_picker.is_some()
+            && let Err(error) = source.make_ring()
+        {
+            tracing::debug!(%error, "kernel cannot keep the end of the response, relaying it");
+            return relay(SteerReason::ResponseToPicker);
+        }
+        let send_buffer = self.config.client_send_buffer;
+        match make_target(steering, send_buffer) {
+            Ok(key) => (Session::new(path, Target { key, send_buffer }, framing, Some(source)), reason),
+            Err(error) => {
+                tracing::debug!(%error, "client socket cannot become a target, relaying the response");
+                relay(SteerReason::TargetRefused)
+            }
+        }
+    }
+
+    /// Opens the session of what the endpoint sends through a tunnel to a client without TLS. Returns `Some` if the kernel may
+    /// carry the other direction too.
+    pub fn tunnel(
+        &self,
+        make_target: impl FnOnce(&WorkerSteering, u32) -> Result<u64, RegisterError>,
+    ) -> (Session<'static>, Option<Upstream>) {
+        let (framing, mode, send_buffer) = (Framing::until_close(), self.config.mode, self.config.client_send_buffer);
+        let relay = (Session::relayed(framing), None);
+        let (Some(steering), Some(source)) = (self.steering, self.source) else { return relay };
+        if mode == SteeringMode::Off {
+            return relay;
+        }
+        let Ok(key) = make_target(steering, send_buffer) else { return relay };
+        // In a tunnel the client may send while the endpoint's socket is in the map.
+        let transparent = mode == SteeringMode::Local || !steering.is_endpoint_visible();
+        let is_local = transparent && self.announced == Some(key) && source.is_local_to(key) && self.admit();
+        let path = match mode {
+            SteeringMode::Auto | SteeringMode::Local if is_local => Path::Local,
+            SteeringMode::Auto | SteeringMode::Ingress => Path::Ingress,
+            SteeringMode::Local | SteeringMode::Off => Path::Relay,
+        };
+        // Mode `local` steers only what the endpoint's own `sendmsg` sends.
+        let up = (mode != SteeringMode::Local).then(|| Upstream { steering: Rc::clone(steering), send_buffer });
+        (Session::new(path, Target { key, send_buffer }, framing, Some(source)), up)
+    }
+
+    /// Puts the endpoint's own socket into the map.
+    fn admit(&self) -> bool {
+        self.is_sent && self.source.is_some_and(Source::admit)
+    }
+}
+
+impl Upstream {
+    /// Opens the session of what a client sends. `source` is `Some` if the kernel sees what arrives from the client.
+    pub fn open(&self, source: Option<&Source>, endpoint: impl AsFd) -> Session<'static> {
+        let (framing, send_buffer) = (Framing::until_close(), self.send_buffer);
+        let Some(source) = source else { return Session::relayed(framing) };
+        match self.steering.register_target(endpoint, send_buffer) {
+            Ok(key) => Session::new(Path::Ingress, Target { key, send_buffer }, framing, Some(source)),
+            Err(error) => {
+                tracing::debug!(%error, "endpoint socket cannot become a target, relaying what the client sends");
+                Session::relayed(framing)
+            }
+        }
     }
 }
 
@@ -82,50 +210,57 @@ mod tests {
 
     #[test]
     fn each_reason_has_its_case() {
+        use Known::{Connection, Nothing, OwnSocket};
+        use Path::{Ingress, Local, Relay};
+        use SteerReason as R;
+        use SteeringMode::{Auto, Ingress as Forced, Local as ForcedLocal, Off};
         let base = Response {
-            registered: true,
             framing: Framing::chunked(),
             event_stream: false,
             local_endpoint: true,
-            local_socket: false,
-            barrier: None,
+            tls: false,
+            half_closed: false,
+            decoded: false,
+            to_picker: None,
         };
         let length = |n| Response { framing: Framing::length(n), ..base };
         let remote = |r: Response| Response { local_endpoint: false, ..r };
-        let own = |r: Response| Response { local_socket: true, ..r };
-        use Path::{Ingress, Local, Relay};
-        use SteeringMode::{Auto, Ingress as Forced, Local as ForcedLocal, Off};
+        let events = Response { event_stream: true, ..base };
+        let (tls, decoded) = (Response { tls: true, ..base }, Response { decoded: true, ..base });
         let rows = [
-            (Auto, base, (Ingress, SteerReason::Chunked)),
-            (Auto, Response { framing: Framing::none(), ..base }, (Relay, SteerReason::Complete)),
-            (Off, base, (Relay, SteerReason::Off)),
-            (Auto, Response { registered: false, ..base }, (Relay, SteerReason::Unavailable)),
-            (Auto, Response { barrier: Some(SteerReason::Http10), ..base }, (Relay, SteerReason::Http10)),
-            (Forced, Response { barrier: Some(SteerReason::Http10), ..base }, (Relay, SteerReason::Http10)),
-            (Off, Response { barrier: Some(SteerReason::Tls), ..base }, (Relay, SteerReason::Off)),
-            (Auto, Response { barrier: Some(SteerReason::Tls), registered: false, ..base }, (Relay, SteerReason::Tls)),
-            (Forced, length(1), (Ingress, SteerReason::Forced)),
-            (Forced, own(base), (Ingress, SteerReason::Forced)),
-            (ForcedLocal, own(length(1)), (Local, SteerReason::Forced)),
-            (ForcedLocal, base, (Relay, SteerReason::NotLocal)),
-            (Auto, own(base), (Local, SteerReason::Chunked)),
-            (Auto, own(Response { event_stream: true, ..base }), (Local, SteerReason::EventStream)),
-            (Auto, own(remote(base)), (Local, SteerReason::Chunked)),
-            (Auto, own(remote(length(1 << 40))), (Local, SteerReason::Length)),
-            (Auto, own(length(999)), (Relay, SteerReason::Small)),
-            (Off, own(base), (Relay, SteerReason::Off)),
-            (Auto, Response { barrier: Some(SteerReason::Tls), ..own(base) }, (Relay, SteerReason::Tls)),
-            (Auto, length(999), (Relay, SteerReason::Small)),
-            (Auto, length(1000), (Ingress, SteerReason::Length)),
-            (Auto, length(1 << 40), (Ingress, SteerReason::Length)),
-            (Auto, remote(length(5000)), (Ingress, SteerReason::Length)),
-            (Auto, remote(length(5001)), (Relay, SteerReason::LargeRemote)),
-            (Auto, remote(base), (Relay, SteerReason::UnsizedRemote)),
-            (Auto, remote(Response { event_stream: true, ..base }), (Ingress, SteerReason::EventStream)),
-            (Auto, Response { framing: Framing::until_close(), ..base }, (Ingress, SteerReason::UntilClose)),
+            (Auto, base, Connection, (Ingress, R::Chunked)),
+            (Auto, Response { framing: Framing::none(), ..base }, Connection, (Relay, R::Complete)),
+            (Off, base, Connection, (Relay, R::Off)),
+            (Auto, base, Nothing, (Relay, R::Unavailable)),
+            (Auto, decoded, Connection, (Relay, R::Http10)),
+            (Forced, decoded, Connection, (Relay, R::Http10)),
+            (Off, tls, Connection, (Relay, R::Off)),
+            (Auto, tls, Nothing, (Relay, R::Tls)),
+            (Auto, Response { half_closed: true, ..base }, OwnSocket, (Relay, R::HalfClose)),
+            (Auto, Response { to_picker: Some(ToPicker::All), ..base }, Connection, (Relay, R::ResponseToPicker)),
+            (Auto, Response { to_picker: Some(ToPicker::End), ..base }, Connection, (Ingress, R::Chunked)),
+            (Forced, length(1), Connection, (Ingress, R::Forced)),
+            (Forced, base, OwnSocket, (Ingress, R::Forced)),
+            (ForcedLocal, length(1), OwnSocket, (Local, R::Forced)),
+            (ForcedLocal, base, Connection, (Relay, R::NotLocal)),
+            (Auto, base, OwnSocket, (Local, R::Chunked)),
+            (Auto, events, OwnSocket, (Local, R::EventStream)),
+            (Auto, remote(base), OwnSocket, (Local, R::Chunked)),
+            (Auto, remote(length(1 << 40)), OwnSocket, (Local, R::Length)),
+            (Auto, length(999), OwnSocket, (Relay, R::Small)),
+            (Off, base, OwnSocket, (Relay, R::Off)),
+            (Auto, tls, OwnSocket, (Relay, R::Tls)),
+            (Auto, length(999), Connection, (Relay, R::Small)),
+            (Auto, length(1000), Connection, (Ingress, R::Length)),
+            (Auto, length(1 << 40), Connection, (Ingress, R::Length)),
+            (Auto, remote(length(5000)), Connection, (Ingress, R::Length)),
+            (Auto, remote(length(5001)), Connection, (Relay, R::LargeRemote)),
+            (Auto, remote(base), Connection, (Relay, R::UnsizedRemote)),
+            (Auto, remote(events), Connection, (Ingress, R::EventStream)),
+            (Auto, Response { framing: Framing::until_close(), ..base }, Connection, (Ingress, R::UntilClose)),
         ];
-        for (mode, response, expected) in rows {
-            assert_eq!(choose(&config(mode), &response), expected, "{mode:?} {response:?}");
+        for (mode, response, known, expected) in rows {
+            assert_eq!(choose(&config(mode), &response, known), expected, "{mode:?} {response:?} {known:?}");
         }
     }
 }

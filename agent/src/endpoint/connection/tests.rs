@@ -20,9 +20,12 @@ use tokio::{
 use super::{ConnectionTimeouts, EndpointConnection};
 use crate::{
     client::ClientSocket,
-    deliver::{Delivery, End, Target},
+    deliver::{Delivery, End},
     kernel::{Kernel, tun},
-    steer::WorkerSteering,
+    steer::{
+        WorkerSteering,
+        session::{Session, Target},
+    },
 };
 
 const PEER: Ipv4Addr = Ipv4Addr::new(10, 9, 9, 2);
@@ -155,9 +158,10 @@ fn overlapping_retransmission_is_redirected_once() {
         let (mut reader, mut client) =
             (reader.expect("connect"), ClientSocket::new(accepted.expect("accept").0).expect("client"));
         let key = client.make_target(&steering, 1 << 20).expect("target");
-        let mut delivery =
-            Delivery::new(&mut client, &mut endpoint, Framing::length(6000), BytesMut::new(), Some(PATIENCE));
-        delivery.target = Some(Target { key, send_buffer: 1 << 20, path: Path::Ingress });
+        let target = Target { key, send_buffer: 1 << 20 };
+        let mut session = Session::new(Path::Ingress, target, Framing::length(6000), endpoint.source());
+        session.idle = Some(PATIENCE);
+        let mut delivery = Delivery::new(&mut client, &mut endpoint, session, BytesMut::new());
         let read = async {
             let mut got = vec![0; 6000];
             let mut at = 0;
@@ -170,7 +174,8 @@ fn overlapping_retransmission_is_redirected_once() {
         };
         let (end, ()) = tokio::join!(delivery.run(), read);
         assert_eq!(end, End::Complete { reusable: true });
-        assert_eq!((delivery.account.steered, delivery.account.relayed), (6000, 0));
+        let account = &delivery.session.account;
+        assert_eq!((account.steered, account.relayed), (6000, 0));
     });
 }
 

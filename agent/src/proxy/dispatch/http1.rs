@@ -10,12 +10,13 @@ use super::{AttemptError, Interim, Job, content::Content, send_failure};
 use crate::{
     endpoint::{
         body::ResponseBody,
-        connection::{EndpointConnection, Reader},
+        connection::EndpointConnection,
         sending::{Progress, SendError, Sending, with_idle_timeout},
     },
     error::Error,
     http::response::{RequestFraming, ResponseError, ResponseHead, ResponseParser, write_request},
     metrics::Connection,
+    steer::reader::Reader,
 };
 
 /// Read buffer for a response head and the bytes that arrive with it.
