@@ -90,9 +90,11 @@ async fn under_pressure(steering: &str) {
     let (group, files) = Group::new();
     let agent = AgentProcess::start(listen, server.addr, steering, "[timeouts]\nidle = \"1500ms\"").await.unwrap();
     match files {
-        Files::Unified => group.write("memory.max", 20 << 20),
+        // Pages of the process and buffers of its sockets together.
+        Files::Unified => group.write("memory.max", 48 << 20),
         Files::Legacy => {
-            group.write("memory.limit_in_bytes", 16 << 20);
+            // The process has room: sockets are what is short.
+            group.write("memory.limit_in_bytes", 64 << 20);
             group.write("memory.kmem.tcp.limit_in_bytes", TCP);
         }
     }

@@ -102,8 +102,10 @@ async fn check(wrong: PickerFault, mode: FailureMode, body: Body, expected: Expe
         |config| {
             config.listen.workers = 1;
             config.pools[0].failure_mode = mode;
+            // A picker that is silent after its decision is waited for as long.
+            let silent = matches!(wrong, PickerFault::Faulty(Fault::At(_, Harm::Silence)));
             let misses = matches!(expected, Expected::Fail(reasons) if reasons.contains(&"deadline"));
-            epp(config).decision_timeout = Some(if misses { DECISION } else { LONG });
+            epp(config).decision_timeout = Some(if misses || silent { DECISION } else { LONG });
             match wrong {
                 PickerFault::Absent => epp(config).addresses = vec![refusing.addr.to_string()],
                 PickerFault::Tls => epp(config).tls = EppTls::Insecure,
