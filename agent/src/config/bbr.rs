@@ -83,11 +83,15 @@ impl Group for MissingModelKeys {
         let has_rule = section.has("missing_model");
         match self.missing_model {
             MissingModelRule::Pass | MissingModelRule::Reject if has_rule && section.has("default_model") => {
-                section.reject("default_model", "a model that nothing uses", r#"missing_model = "default" beside it"#);
+                section.reject("default_model", "a setting without effect", r#"missing_model = "default""#);
                 MissingModel::Pass
             }
             MissingModelRule::Default if !section.has("default_model") => {
-                section.reject("missing_model", r#""default" without a default_model"#, "default_model beside it");
+                section.reject(
+                    "missing_model",
+                    r#""default" without a default_model"#,
+                    "default_model in the same section",
+                );
                 MissingModel::Pass
             }
             MissingModelRule::Reject => MissingModel::Reject,
@@ -107,8 +111,8 @@ impl Bbr {
         }
         for (adapter, base) in &self.base_models {
             if self.base_models.get(base).is_some_and(|further| further != base) {
-                let found = format_args!("{base:?} for {adapter:?}, itself an adapter");
-                section.reject("base_models", found, "base models that have none");
+                let found = format_args!("{base:?} for {adapter:?}, which is itself an adapter");
+                section.reject("base_models", found, "base models that have no other base model");
             }
         }
     }

@@ -127,7 +127,7 @@ impl<'d> Section<'d> {
         let Some(value) = self.get(key) else { return Vec::new() };
         match value.get_ref() {
             DeValue::Array(elements) if elements.is_empty() => {
-                self.reject(key, "an empty array", "one value or more");
+                self.reject(key, "an empty array", "at least one value");
                 Vec::new()
             }
             DeValue::Array(elements) => self.elements(key, elements, parse),

@@ -127,7 +127,7 @@ pub(super) fn named() -> Custom<Option<NamedEndpoints>> {
         read: |section, key| {
             let name = host().read(section, key)?;
             if !section.has("ports") {
-                section.reject(key, format_args!("{name:?} without ports"), "ports beside it");
+                section.reject(key, format_args!("{name:?} without ports"), "ports in the same section");
             }
             let ports = port().read(section, "ports").unwrap_or_default();
             Some(Some(NamedEndpoints { name, ports }))

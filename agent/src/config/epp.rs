@@ -13,8 +13,8 @@ use super::{
     value::{self, OneOrMore, Value, boolean, duration, duration_or_off, integer},
 };
 
-const UNUSED: &str = "a setting that nothing uses";
-const NEEDS_TLS: &str = r#"tls beside it, and not "off""#;
+const UNUSED: &str = "a setting without effect";
+const NEEDS_TLS: &str = r#"a tls other than "off""#;
 
 settings! {
     /// Settings of a pool whose picker is an EPP.
@@ -166,10 +166,7 @@ impl Group for EppTlsKeys {
     type Value = EppTls;
 
     fn resolve(self, section: &Section<'_>) -> EppTls {
-        let needed = [
-            ("ca_file", r#"tls = "ca" beside it"#, EppTlsMode::Ca),
-            ("pins", r#"tls = "pinned" beside it"#, EppTlsMode::Pinned),
-        ];
+        let needed = [("ca_file", r#"tls = "ca""#, EppTlsMode::Ca), ("pins", r#"tls = "pinned""#, EppTlsMode::Pinned)];
         for (key, needs, mode) in needed {
             if section.has(key) && self.tls != mode {
                 section.reject(key, UNUSED, needs);
@@ -252,11 +249,11 @@ impl Epp {
             if section.has(one) && is_off {
                 section.reject(one, UNUSED, NEEDS_TLS);
             } else if section.has(one) && !section.has(other) {
-                section.reject(one, format_args!("no {other} beside it"), "both or none");
+                section.reject(one, format_args!("no {other}"), "both or neither");
             }
         }
         if section.has("health_tls") && !section.has("health_port") {
-            section.reject("health_tls", UNUSED, "health_port beside it");
+            section.reject("health_tls", UNUSED, "health_port in the same section");
         }
         if self.health_tls && is_off {
             section.reject("health_tls", r#"tls = "off""#, NEEDS_TLS);

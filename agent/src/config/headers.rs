@@ -36,5 +36,5 @@ choice! {
 fn via() -> value::Value<String> {
     let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~:[]".contains(&byte);
     let is_name = move |text: &str| !text.is_empty() && text.bytes().all(is_allowed);
-    value::string(r#"a name without blanks, such as "penstock""#, is_name)
+    value::string(r#"a name without spaces, such as "penstock""#, is_name)
 }

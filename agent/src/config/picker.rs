@@ -61,7 +61,7 @@ impl Settings for Picker {
         }
         section.knows(of_epp);
         for key in given {
-            section.reject(key, "a setting of an EPP", r#"kind = "epp" beside it"#);
+            section.reject(key, "a setting of an EPP", r#"kind = "epp""#);
         }
         Self::Builtin
     }

@@ -188,7 +188,7 @@ impl Pool {
                 section.reject("default_upstream", unused, r#"failure_mode = "open""#);
             }
             FailureMode::Open if self.default_upstream.is_none() && !self.has_endpoints() => {
-                section.reject("failure_mode", r#""open" without a place to send to"#, "endpoints or default_upstream");
+                section.reject("failure_mode", r#""open" without a destination"#, "endpoints or default_upstream");
             }
             FailureMode::Closed | FailureMode::Open => {}
         }

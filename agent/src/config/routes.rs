@@ -145,7 +145,7 @@ fn any_header_name() -> Value<HeaderName> {
 /// As it is once blanks around it are gone.
 fn header_value() -> Value<String> {
     let is_value = |text: &str| text.trim() == text && HeaderValue::from_str(text).is_ok();
-    value::string("a header's value, without blanks around it", is_value)
+    value::string("a header value without surrounding white space", is_value)
 }
 
 fn model() -> Value<ModelPattern> {
@@ -158,7 +158,7 @@ fn model() -> Value<ModelPattern> {
         ModelPattern::Exact(model) => model.clone(),
         ModelPattern::Prefix(prefix) => format!("{prefix}*"),
     };
-    Value::text("a text that is not empty", parse, show)
+    Value::text("a string that is not empty", parse, show)
 }
 
 impl Group for PathKeys {
@@ -179,7 +179,7 @@ impl Group for PoolKeys {
     fn resolve(self, section: &Section<'_>) -> Vec<WeightedPool> {
         match (self.pool, section.has("pools")) {
             (None, false) => section.reject("pool", "nothing", "the name of a pool, or pools"),
-            (Some(_), true) => section.reject("pool", "a pool beside pools", "pool or pools"),
+            (Some(_), true) => section.reject("pool", "both pool and pools", "one of them"),
             (Some(name), false) => return vec![WeightedPool::new(name, 1)],
             (None, true) if self.pools.iter().all(|share| share.weight == 0) => {
                 section.reject("pools", "no weight above 0", "at least one");
@@ -219,7 +219,7 @@ impl Route {
     fn check_models(&self, section: &Section<'_>, bbr: &Bbr) {
         if !bbr.enabled {
             for key in ["model", "base_model"].into_iter().filter(|key| section.has(key)) {
-                section.reject(key, "a condition that never holds", "bbr.enabled = true");
+                section.reject(key, "a condition that never matches", "bbr.enabled = true");
             }
         }
         for base in &self.base_models {
@@ -251,7 +251,7 @@ pub(super) fn check(routes: &[Route], root: &Section<'_>, pools: &[Pool], bbr: &
         route.check(&section, pools, bbr);
         if let Some(earlier) = routes[..index].iter().position(|earlier| earlier.covers(route)) {
             let key = if section.has("pools") { "pools" } else { "pool" };
-            let found = format_args!("a route that routes[{earlier}] always wins over");
+            let found = format_args!("an unreachable route: routes[{earlier}] matches all of its requests");
             section.reject(key, found, "the narrower route first");
         }
     }

@@ -54,7 +54,7 @@ choice! {
 fn cgroup() -> Value<Option<PathBuf>> {
     let parse = |text: &str| (!text.is_empty()).then(|| (text != "auto").then(|| PathBuf::from(text)));
     let show = |path: &Option<PathBuf>| path.as_ref().map_or("auto".to_owned(), |path| path.display().to_string());
-    Value::text("a text that is not empty", parse, show)
+    Value::text("a string that is not empty", parse, show)
 }
 
 impl Steering {

@@ -409,7 +409,7 @@ pub(super) fn pool_name() -> Value<String> {
 }
 
 pub(super) fn non_empty() -> Value<String> {
-    string("a text that is not empty", |text| !text.is_empty()).schema(json!({ "type": "string", "minLength": 1 }))
+    string("a string that is not empty", |text| !text.is_empty()).schema(json!({ "type": "string", "minLength": 1 }))
 }
 
 /// A text for which `holds`.

@@ -28,12 +28,7 @@ pub(super) fn apply(
             let span = old_name.span();
             let old_key = join(path, old_name.get_ref());
             if table.contains_key(key.name) {
-                place.report(
-                    span.start,
-                    old_key,
-                    format!("the old name of {below} next to it"),
-                    format!("{below} alone"),
-                );
+                place.report(span.start, old_key, format!("both {below} and this old name"), format!("{below} alone"));
             } else {
                 let (file, position) = (place.file.to_owned(), place.position(span.start));
                 warnings.push(ConfigWarning { file, position, old_key, key: below.clone() });

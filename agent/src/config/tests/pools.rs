@@ -60,7 +60,7 @@ fn wrong_pools_are_rejected() {
         ("picker = \"epp\"", r#"p.toml:4:1: pools[0].picker: found "epp", expected a section"#),
         (
             "[pools.picker]\naddress = \"epp:9002\"",
-            r#"p.toml:5:1: pools[0].picker.address: found a setting of an EPP, expected kind = "epp" beside it"#,
+            r#"p.toml:5:1: pools[0].picker.address: found a setting of an EPP, expected kind = "epp""#,
         ),
         (
             "[pools.picker]\nkind = \"epp\"",
@@ -82,7 +82,8 @@ fn wrong_sources_of_endpoints_are_rejected() {
         ("ports = [1,2,3,4,5,6,7,8,9]", "p.toml:4:1: pools[0].ports: found 9 ports, expected at most 8".to_owned()),
         (
             "endpoints_dns = \"models\"",
-            r#"p.toml:4:1: pools[0].endpoints_dns: found "models" without ports, expected ports beside it"#.to_owned(),
+            r#"p.toml:4:1: pools[0].endpoints_dns: found "models" without ports, expected ports in the same section"#
+                .to_owned(),
         ),
         (
             "endpoints_file = \"\"",
@@ -160,7 +161,7 @@ fn wrong_subsets_and_checks_are_rejected() {
 fn fail_open_without_endpoints_is_rejected() {
     assert_message(
         "[[pools]]\nname = \"a\"\nfailure_mode = \"open\"\npassthrough = true\npicker = { kind = \"epp\", address = \"e:1\" }",
-        r#"p.toml:3:1: pools[0].failure_mode: found "open" without a place to send to, expected endpoints or default_upstream"#,
+        r#"p.toml:3:1: pools[0].failure_mode: found "open" without a destination, expected endpoints or default_upstream"#,
     );
 }
 

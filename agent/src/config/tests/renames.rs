@@ -28,7 +28,7 @@ fn old_names_are_accepted_with_warnings() {
 fn old_name_next_to_the_new_one_is_rejected() {
     assert_message(
         &format!("[limits]\nhead_fields = 16\nheaders = 17\n{POOL}"),
-        "p.toml:3:1: limits.headers: found the old name of limits.head_fields next to it, expected limits.head_fields alone",
+        "p.toml:3:1: limits.headers: found both limits.head_fields and this old name, expected limits.head_fields alone",
     );
 }
 

@@ -29,7 +29,7 @@ fn wrong_routes_are_rejected() {
             18,
             r#"method[1]: found "TRACE", expected a method in capital letters, such as "POST""#,
         ),
-        ("method = []", 1, "method: found an empty array, expected one value or more"),
+        ("method = []", 1, "method: found an empty array, expected at least one value"),
         (
             "headers = [\"a\"]",
             1,
@@ -40,9 +40,9 @@ fn wrong_routes_are_rejected() {
         (
             "headers = [{ name = \"a\", value = \" b\" }]",
             34,
-            "headers[0].value: found \" b\", expected a header's value, without blanks around it",
+            "headers[0].value: found \" b\", expected a header value without surrounding white space",
         ),
-        ("model = \"\"", 9, r#"model: found "", expected a text that is not empty"#),
+        ("model = \"\"", 9, r#"model: found "", expected a string that is not empty"#),
         ("base_model = \"b\"", 1, "base_model: found \"b\", expected a base model of bbr.base_models"),
     ];
     for (conditions, column, expected) in conditions {
@@ -70,7 +70,7 @@ fn wrong_routes_are_rejected() {
         ),
         (
             "pools = [{ name = \"a\" }]\npool = \"a\"",
-            "6:1: routes[0].pool: found a pool beside pools, expected pool or pools",
+            "6:1: routes[0].pool: found both pool and pools, expected one of them",
         ),
     ];
     cases.extend(pools.map(|(pools, expected)| (pools.to_owned(), expected.to_owned())));
@@ -83,7 +83,7 @@ fn wrong_routes_are_rejected() {
 fn model_condition_without_bbr_is_rejected() {
     assert_message(
         &format!("[bbr]\nenabled = false\n{POOL}[[routes]]\npool = \"a\"\nmodel = \"m\""),
-        "p.toml:8:1: routes[0].model: found a condition that never holds, expected bbr.enabled = true",
+        "p.toml:8:1: routes[0].model: found a condition that never matches, expected bbr.enabled = true",
     );
 }
 
@@ -113,8 +113,7 @@ fn unreachable_route_is_rejected() {
     for (earlier, later, unreachable) in rows {
         let text = format!("{POOL}[[routes]]\npool = \"a\"\n{earlier}\n[[routes]]\npool = \"a\"\n{later}");
         let errors = Config::parse(&text, "p.toml").err().map(|errors| errors.to_string());
-        let expected =
-            "routes[1].pool: found a route that routes[0] always wins over, expected the narrower route first";
+        let expected = "routes[1].pool: found an unreachable route: routes[0] matches all of its requests, expected the narrower route first";
         assert_eq!(errors.is_some_and(|errors| errors.contains(expected)), unreachable, "{earlier} | {later}");
     }
 }
