@@ -1,9 +1,9 @@
-//! The configuration: one TOML file, read and checked as a whole before the first socket is bound.
+//! The configuration: one TOML file, read and checked completely before the first socket is bound.
 //!
-//! Each section has a file here that declares its settings: names, defaults, documentation and what they take. Reading goes in
-//! three steps: the sections are read, flags and environment are put on top, and what concerns several settings is checked. What
-//! is wrong is reported all at once, with file, line, column, key, what was found and what was expected. Only [`Config::load`]
-//! and its like open the files that settings name.
+//! Each section has a file here that declares its settings: names, defaults, documentation and accepted values. The sections are
+//! read, flags and environment variables override them, and then the rules that concern several settings are checked. All errors
+//! are reported together, with file, line, column, key, what was found and what was expected. Only [`Config::load`] and
+//! [`Config::load_with`] open the files that settings name.
 
 mod admin;
 mod bbr;
@@ -112,17 +112,17 @@ settings! {
 }
 
 impl Config {
-    /// The defaults around these pools.
+    /// The default configuration with these pools.
     pub fn new(pools: Vec<Pool>) -> Self {
         Self { pools, ..Self::default() }
     }
 
-    /// Reads and checks the file at `path`, and the certificates and keys that it names.
+    /// Reads and checks the file at `path`, and the certificates and keys that it names. Fails with all errors.
     pub fn load(path: impl AsRef<Path>) -> Result<Self, ConfigErrors> {
         Self::load_with(path, &Overrides::default())
     }
 
-    /// As [`Config::load`], with flags and environment on top, so that the result is checked as it will run.
+    /// As [`Config::load`], with flags and environment variables applied before the checks.
     pub fn load_with(path: impl AsRef<Path>, overrides: &Overrides) -> Result<Self, ConfigErrors> {
         let path = path.as_ref();
         let file = path.display().to_string();
@@ -136,12 +136,13 @@ impl Config {
         })
     }
 
-    /// Checks `text` and opens no other file; `file_name` appears in errors, and relative paths in the text start at its folder.
+    /// Reads and checks `text` without opening other files. `file_name` appears in errors, and relative paths in the text are
+    /// resolved against its folder.
     pub fn parse(text: &str, file_name: &str) -> Result<Self, ConfigErrors> {
         Self::parse_with(text, file_name, &Overrides::default())
     }
 
-    /// As [`Config::parse`], with flags and environment on top.
+    /// As [`Config::parse`], with flags and environment variables applied before the checks.
     pub fn parse_with(text: &str, file_name: &str, overrides: &Overrides) -> Result<Self, ConfigErrors> {
         Self::read_all(text, file_name, |root| Self::of(root, overrides))
     }
@@ -155,7 +156,7 @@ impl Config {
         Ok(Self { warnings, ..config })
     }
 
-    /// Logs what the file should say otherwise.
+    /// Logs a warning for each setting with an old name.
     pub fn log_warnings(&self) {
         for ConfigWarning { file, position, old_key, key } in &self.warnings {
             ::tracing::warn!(
@@ -175,7 +176,7 @@ impl Config {
         config
     }
 
-    /// What concerns several settings.
+    /// Checks rules that concern several settings.
     fn check(&self, root: &Section<'_>) {
         self.listen.check(&root.at("listen"));
         self.admin.check(&root.at("admin"), &self.listen);
@@ -189,7 +190,7 @@ impl Config {
         routes::check(&self.routes, root, &self.pools, &self.bbr);
     }
 
-    /// What stands in the files that settings name.
+    /// Checks the contents of the files that settings name.
     fn check_files(&self, root: &Section<'_>) {
         self.listen.check_files(&root.at("listen"));
         pools::check_files(&self.pools, root);

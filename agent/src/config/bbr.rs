@@ -1,4 +1,4 @@
-//! `[bbr]`: what is read from bodies, and what it means if it is not there.
+//! `[bbr]`: reading the model from request bodies, and what happens if a body names none.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,4 @@
-//! The default file: every setting, with its documentation.
+//! Prints the default file: every setting with its documentation.
 
 use serde_json::Value as Json;
 
@@ -7,13 +7,13 @@ use super::{
     settings::{Key, Settings as _, Shape},
 };
 
-/// Columns of a comment.
+/// Maximum width of a comment, in columns.
 const WIDTH: usize = 130;
 
 const INTRODUCTION: &str = "The settings of Penstock with their defaults. A line such as `#key = value` shows the form of a setting \
                             that has no default. Durations are \"250ms\", \"4s\", \"5m\" or \"1h\". Sizes are in bytes.";
 
-/// A complete commented file. Its settings are the defaults; what has none is commented out, as `#key = value`.
+/// Returns a complete commented file. Settings have their defaults; a setting without default is commented out, as `#key = value`.
 pub fn default_toml() -> String {
     let mut text = String::new();
     comment(&mut text, INTRODUCTION);
@@ -21,7 +21,7 @@ pub fn default_toml() -> String {
     text
 }
 
-/// The values of a section, and after them the sections in it, as TOML wants it.
+/// Prints the values of a section, and after them its sub-sections, as TOML requires.
 fn section(text: &mut String, path: &str, keys: &[Key]) {
     for key in keys {
         if let Shape::Value { choices, default, example, .. } = &key.shape {
@@ -68,7 +68,7 @@ fn comment(text: &mut String, paragraph: &str) {
     text.push('\n');
 }
 
-/// A value in one line.
+/// Formats a value on one line.
 pub(super) fn toml(value: &Json) -> String {
     match value {
         Json::Array(elements) => format!("[{}]", elements.iter().map(toml).collect::<Vec<_>>().join(", ")),

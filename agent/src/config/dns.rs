@@ -1,4 +1,4 @@
-//! `[dns]`: how names become addresses.
+//! `[dns]`: how names are resolved.
 
 use std::{net::SocketAddr, time::Duration};
 

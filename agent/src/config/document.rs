@@ -1,8 +1,8 @@
-//! A TOML text as a tree that knows its lines, and the errors found while it is read.
+//! Reads a TOML text as a tree with positions, and collects the errors.
 //!
-//! Reading never stops at an error: the reader gets the default instead and goes on, so that one run reports everything.
-//! A key has at most one error, so a check that runs on such a stand-in value adds no second, misleading one. A section
-//! learns its keys by being asked for them; what nobody asked for is unknown and an error.
+//! Reading never stops at an error: the reader gets the default and continues, so that one run reports everything. A key has at
+//! most one error, so a check that runs on such a default adds no misleading second one. A section learns its keys by being asked
+//! for them; a key that nothing asked for is unknown and an error.
 
 mod renames;
 
@@ -19,7 +19,7 @@ use super::{
     value::{self, Parsed},
 };
 
-/// How alike an unknown key and a known one are, from 0 to 1, if one is meant for the other. clap uses the same.
+/// The least similarity, from 0 to 1, at which an unknown key is taken for a misspelt known one. clap uses the same.
 const ALIKE: f64 = 0.7;
 
 /// Reads all of `text` with `read`, which is given the root section with these keys. `Err` with every error, in the order of the
@@ -73,7 +73,7 @@ impl Place<'_> {
     }
 }
 
-/// One table of the file, or the absence of one: then every key has its default.
+/// One table of the file, or an absent table, in which every key has its default.
 pub(super) struct Section<'d> {
     place: &'d Place<'d>,
     path: String,
@@ -94,7 +94,7 @@ impl<'d> Section<'d> {
         self.parse(value, self.path_of(key), parse)
     }
 
-    /// As [`Section::read`]; absence is an error.
+    /// As [`Section::read`], but absence is an error.
     pub(super) fn require<T>(
         &mut self,
         key: &'static str,
@@ -107,7 +107,7 @@ impl<'d> Section<'d> {
         self.read(key, parse)
     }
 
-    /// The elements of an array; absent is empty, and wrong elements are left out.
+    /// Reads the elements of an array. An absent array is empty; invalid elements are reported and left out.
     pub(super) fn list<T>(
         &mut self,
         key: &'static str,
@@ -122,7 +122,7 @@ impl<'d> Section<'d> {
         self.elements(key, elements, parse)
     }
 
-    /// One value or an array of them, which must not be empty; absent is empty, and wrong elements are left out.
+    /// Reads one value or a non-empty array. An absent key is empty; invalid elements are reported and left out.
     pub(super) fn one_or_more<T>(&mut self, key: &'static str, parse: impl Fn(&DeValue<'_>) -> Parsed<T>) -> Vec<T> {
         let Some(value) = self.get(key) else { return Vec::new() };
         match value.get_ref() {
@@ -135,7 +135,7 @@ impl<'d> Section<'d> {
         }
     }
 
-    /// The entries of a table whose keys are the author's; absent is empty, and wrong entries are left out.
+    /// Reads a table whose keys the author chooses. An absent table is empty; invalid entries are reported and left out.
     pub(super) fn entries<T>(
         &mut self,
         key: &'static str,
@@ -155,7 +155,7 @@ impl<'d> Section<'d> {
         table.iter().filter_map(entry).collect()
     }
 
-    /// The table under `key`, read by `read`.
+    /// Reads the table under `key` with `read`.
     pub(super) fn section<T>(&mut self, key: &'static str, read: impl FnOnce(&mut Section<'d>) -> T) -> T {
         if let Some(value) = self.get(key).map(Spanned::get_ref).filter(|value| !value.is_table()) {
             self.reject(key, value::shown(value), "a section");
@@ -166,7 +166,7 @@ impl<'d> Section<'d> {
         value
     }
 
-    /// As [`Section::section`] where the file has `key`.
+    /// As [`Section::section`] if the file has `key`, otherwise `None`.
     pub(super) fn optional_section<T>(
         &mut self,
         key: &'static str,
@@ -176,12 +176,12 @@ impl<'d> Section<'d> {
         self.has(key).then(|| self.section(key, read))
     }
 
-    /// This section as it is, for checks after everything has been read.
+    /// Returns this section unread, for checks after everything has been read.
     pub(super) fn view(&self) -> Section<'d> {
         Section::new(self.place, self.path.clone(), self.start, self.table)
     }
 
-    /// The section under `key` as it is, for checks after everything has been read.
+    /// Returns the section under `key` unread, for checks after everything has been read.
     pub(super) fn at(&self, key: &str) -> Section<'d> {
         let value = self.table.and_then(|table| table.get(key));
         let table = value.and_then(|value| value.get_ref().as_table());
@@ -189,7 +189,7 @@ impl<'d> Section<'d> {
         Section::new(self.place, self.path_of(key), start, table)
     }
 
-    /// The `[[key]]` sections as they are, for checks after everything has been read.
+    /// Returns the `[[key]]` sections unread, for checks after everything has been read.
     pub(super) fn each(&self, key: &str) -> Vec<Section<'d>> {
         let elements = self.table.and_then(|table| table.get(key)).and_then(|value| value.get_ref().as_array());
         let path = self.path_of(key);
@@ -200,7 +200,7 @@ impl<'d> Section<'d> {
         elements.into_iter().flat_map(|elements| elements.iter().enumerate()).filter_map(section).collect()
     }
 
-    /// Adds keys to those that the section may have.
+    /// Adds to the keys that the section may have.
     pub(super) fn knows(&mut self, keys: impl IntoIterator<Item = &'static str>) {
         for key in keys {
             if !self.known.contains(&key) {
@@ -209,12 +209,12 @@ impl<'d> Section<'d> {
         }
     }
 
-    /// The `[[key]]` sections, each read by `read` in the order of the file.
+    /// Reads each `[[key]]` section with `read`, in file order.
     pub(super) fn sections<T>(&mut self, key: &'static str, read: impl FnMut(&mut Section<'d>) -> T) -> Vec<T> {
         self.tables(key, &format!("[[{key}]] sections"), read)
     }
 
-    /// The tables of an array, each read by `read` in the order of the file; absent is empty.
+    /// Reads each table of an array with `read`, in file order. An absent array is empty.
     pub(super) fn tables<T>(
         &mut self,
         key: &'static str,
@@ -237,18 +237,18 @@ impl<'d> Section<'d> {
         items
     }
 
-    /// Whether the file sets `key`.
+    /// Returns whether the file sets `key`.
     pub(super) fn has(&self, key: &str) -> bool {
         self.table.is_some_and(|table| table.contains_key(key))
     }
 
-    /// An error about `key`, which may be absent or be an element as in `endpoints[1]`.
+    /// Reports an error about `key`, which may be absent or an element such as `endpoints[1]`.
     pub(super) fn reject(&self, key: &str, found: impl Display, expected: impl Display) {
         let span = self.span_of(key);
         self.place.report(span.start, self.path_of(key), found.to_string(), expected.to_string());
     }
 
-    /// Folder of the file, where relative paths start.
+    /// The folder of the file, against which relative paths are resolved.
     pub(super) fn folder(&self) -> &'d std::path::Path {
         std::path::Path::new(self.place.file).parent().unwrap_or(std::path::Path::new(""))
     }
@@ -329,7 +329,7 @@ fn join(path: &str, key: &str) -> String {
     if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") }
 }
 
-/// Of `known`, the name that is most like `name`, if any is alike.
+/// Returns the name in `known` that is most similar to `name`, if one is similar enough.
 fn nearest(name: &str, known: &[&'static str]) -> Option<&'static str> {
     let alike = known.iter().map(|known| (strsim::jaro(name, known), *known)).filter(|(alike, _)| *alike > ALIKE);
     alike.max_by(|(one, _), (other, _)| one.total_cmp(other)).map(|(_, known)| known)

@@ -1,4 +1,4 @@
-//! `[pools.ejection]`: when an endpoint is avoided because of what requests see of it.
+//! `[pools.ejection]`: when an endpoint that fails requests is avoided (passive health).
 
 use std::time::Duration;
 

@@ -1,5 +1,4 @@
-//! Where the endpoints of a pool come from: `endpoints`, `endpoints_dns`, `endpoints_file`, and `ports` for addresses that
-//! have none of their own.
+//! The sources of a pool's endpoints: `endpoints`, `endpoints_dns`, `endpoints_file`, and `ports` for addresses without a port.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -17,7 +16,7 @@ use super::{
     value::{self, Custom, Expected, List, Parsed, host, integer},
 };
 
-/// As many ranks as an InferencePool may have target ports.
+/// The maximum number of target ports of an InferencePool.
 const MAX_PORTS: usize = 8;
 
 const LISTED: &str = "an array of ip:port";
@@ -25,10 +24,10 @@ const LISTED: &str = "an array of ip:port";
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Endpoint {
     pub address: SocketAddr,
-    /// Name of the node it runs on.
+    /// Name of the node that it runs on.
     pub node: Option<String>,
     pub zone: Option<String>,
-    /// Gets no new requests; those it has may finish.
+    /// It gets no new requests; running ones may finish.
     pub draining: bool,
 }
 
@@ -72,7 +71,7 @@ pub(super) fn ports() -> Custom<Vec<u16>> {
     }
 }
 
-/// An address without a port stands for one endpoint at each of `ports`.
+/// An address without a port is one endpoint at each of `ports`.
 pub(super) fn listed() -> Custom<Vec<Endpoint>> {
     let address = json!({ "type": "string" });
     let table = json!({
@@ -108,7 +107,7 @@ pub(super) fn listed() -> Custom<Vec<Endpoint>> {
     }
 }
 
-/// Requests that the agent sends to itself would go round for ever.
+/// Rejects endpoints that are the agent's own listener: requests to them would loop.
 pub(super) fn check_listed(section: &Section<'_>, ports: &[u16], listen: SocketAddr) {
     let mut view = section.view();
     let elements = view.list("endpoints", LISTED, |value| listed_element(value, ports));
@@ -142,6 +141,7 @@ pub(super) fn named() -> Custom<Option<NamedEndpoints>> {
     untagged,
     expecting = "\"ip:port\" or { address = \"ip:port\", node = \"n1\", zone = \"a\", draining = false }"
 )]
+/// An element of `endpoints`, in the configuration and in files.
 enum Listed {
     Address(String),
     Entry(Entry),
@@ -158,7 +158,7 @@ struct Entry {
 }
 
 impl Entry {
-    /// The endpoints that it stands for; the error is an address that cannot be parsed.
+    /// The endpoints at each of `ports`. The error is an address that cannot be parsed.
     fn endpoints(self, ports: &[u16]) -> Result<Vec<Endpoint>, String> {
         let Self { address, node, zone, draining } = self;
         // What a template had no value for is not known.
@@ -189,7 +189,7 @@ fn listed_element(value: &DeValue<'_>, ports: &[u16]) -> Parsed<Vec<Endpoint>> {
     entry.endpoints(ports).map_err(|_| Expected(value::ENDPOINT.into()))
 }
 
-/// What is wrong with a file of endpoints.
+/// An error in a file of endpoints.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum EndpointsError {
     #[error("line {line}: {message}")]
@@ -209,7 +209,7 @@ pub enum EndpointsFormat {
 }
 
 impl EndpointsFormat {
-    /// By the name: `.json`, and anything else is TOML.
+    /// `.json` is JSON; every other name is TOML.
     pub fn of(path: &Path) -> Self {
         if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("json")) {
             Self::Json
@@ -219,8 +219,8 @@ impl EndpointsFormat {
     }
 }
 
-/// The endpoints of a file: `endpoints = [...]` as a pool has it, and nothing else. The list must be there, so that a file
-/// that has only begun to be written is not an empty pool.
+/// Parses a file of endpoints: `endpoints = [...]` as in a pool, and nothing else. The list is required, so that a partly written
+/// file is not an empty pool.
 pub fn parse_endpoints(
     text: &str,
     format: EndpointsFormat,
@@ -250,7 +250,8 @@ pub fn parse_endpoints(
     Ok(endpoints)
 }
 
-/// The endpoints that `text` stands for: `ip:port`, or `ip` at each of `ports`. None if it is neither, or cannot be dialled.
+/// Returns the endpoints of `text`: `ip:port`, or `ip` at each of `ports`. Returns `None` if it is neither, or no address to
+/// connect to.
 fn expand(text: &str, ports: &[u16]) -> Option<Vec<SocketAddr>> {
     let addresses: Vec<SocketAddr> = match text.parse::<IpAddr>() {
         Ok(ip) => ports.iter().map(|&port| SocketAddr::new(ip, port)).collect(),
@@ -260,7 +261,7 @@ fn expand(text: &str, ports: &[u16]) -> Option<Vec<SocketAddr>> {
     (!addresses.is_empty() && addresses.iter().all(can_be_dialled)).then_some(addresses)
 }
 
-/// Whether dialling the endpoint reaches the agent's own listener, as far as the addresses tell.
+/// Returns whether connecting to the endpoint reaches the agent's own listener, judging by the addresses.
 pub fn is_own(endpoint: SocketAddr, listen: SocketAddr) -> bool {
     crate::listeners::accepts(listen, endpoint)
 }

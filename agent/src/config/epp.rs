@@ -1,4 +1,4 @@
-//! `[pools.picker]` with `kind = "epp"`: an EPP, its replicas and the TLS to them.
+//! `[pools.picker]` with `kind = "epp"`: an EPP, its replicas, and TLS to them.
 
 use std::{fmt, path::PathBuf, time::Duration};
 

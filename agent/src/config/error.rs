@@ -1,4 +1,4 @@
-//! What can be wrong with a configuration, one error per key, each with its place and what would be right.
+//! The errors of a configuration: at most one per key, with its position and what was expected.
 
 use std::fmt;
 
@@ -6,7 +6,7 @@ use std::fmt;
 pub enum ConfigError {
     #[error("{file}: cannot be read: {reason}")]
     Unreadable { file: String, reason: String },
-    /// The text is not TOML. Nothing beyond syntax is checked then: what follows a broken line means little.
+    /// The text is not TOML. Only the syntax is checked then, because text after a broken line cannot be interpreted.
     #[error("{file}:{position}: not valid TOML: {message}")]
     Syntax { file: String, position: Position, message: String },
     #[error("{file}:{position}: {key}: found {found}, expected {expected}")]
@@ -21,7 +21,7 @@ pub enum ConfigError {
     },
 }
 
-/// Where in a file, both from 1; the column counts characters.
+/// A position in a file. Line and column start at 1; the column counts characters.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Position {
     pub line: usize,
@@ -34,7 +34,7 @@ impl fmt::Display for Position {
     }
 }
 
-/// A key under a name that it had in the version before. Its value is used.
+/// A key under its name from the previous version. Its value is used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{file}:{position}: {old_key} is now {key}; the next version does not accept the old name")]
 pub struct ConfigWarning {
@@ -46,7 +46,7 @@ pub struct ConfigWarning {
 }
 
 impl ConfigError {
-    /// Line in the file, from 1; 0 where the error is about all of it.
+    /// The line in the file, from 1; 0 if the error concerns the whole file.
     pub fn line(&self) -> usize {
         self.position().line
     }
@@ -59,12 +59,12 @@ impl ConfigError {
     }
 }
 
-/// At least one error, in the order of the file. Displays as one per line.
+/// One or more errors in file order. Displays one per line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigErrors(Vec<ConfigError>);
 
 impl ConfigErrors {
-    /// `Err` with the errors ordered, `Ok` if there are none.
+    /// Returns `Err` with the errors in file order, `Ok` if the list is empty.
     pub(super) fn check(mut errors: Vec<ConfigError>) -> Result<(), Self> {
         errors.sort_by_key(ConfigError::position);
         if errors.is_empty() { Ok(()) } else { Err(Self(errors)) }

@@ -1,4 +1,4 @@
-//! `[errors]`: the form of the agent's own answers.
+//! `[errors]`: the format of the responses that the agent generates itself.
 
 use super::{
     settings::{choice, settings},

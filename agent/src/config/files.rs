@@ -1,5 +1,5 @@
-//! Checks of the certificates and keys that settings name. Each takes the section and the key of the setting, reads the file, and
-//! reports what is wrong with it as an error of the setting.
+//! Checks the certificates and keys that settings name. Each function takes the section and key of a setting, reads the file, and
+//! reports what is wrong as an error of that setting.
 
 use std::{fs, path::Path};
 

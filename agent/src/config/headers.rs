@@ -1,4 +1,4 @@
-//! `[headers]`: what requests and responses are told about this hop.
+//! `[headers]`: header fields that describe this hop.
 
 use super::{
     settings::{choice, settings},

@@ -1,4 +1,4 @@
-//! `[pools.health]`: asking endpoints for their health.
+//! `[pools.health]`: active health checks of endpoints.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! `[limits]`: how large a message may be, and what all messages together may take.
+//! `[limits]`: limits of single messages and of all messages together.
 
 use super::{document::Section, settings::settings, value::integer};
 

@@ -71,7 +71,7 @@ settings! {
     }
 }
 
-/// A token (RFC 9110 §5.6.2), and not the upgrade that hides requests.
+/// A token (RFC 9110 §5.6.2) other than `h2c`, which would hide requests.
 fn upgrade() -> value::Value<String> {
     value::string(r#"the name of a protocol other than "h2c", such as "websocket""#, |text| {
         HeaderName::from_bytes(text.as_bytes()).is_ok() && !text.eq_ignore_ascii_case("h2c")
@@ -94,7 +94,7 @@ impl Listen {
     }
 }
 
-/// Whether the two cannot both be bound.
+/// Returns whether the two addresses cannot both be bound.
 pub(super) fn collide(a: SocketAddr, b: SocketAddr) -> bool {
     a.port() == b.port() && a.port() != 0 && (a.ip() == b.ip() || a.ip().is_unspecified() || b.ip().is_unspecified())
 }

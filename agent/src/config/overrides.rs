@@ -1,10 +1,10 @@
-//! Flags and environment on top of the file: what differs from one node to the next, and nothing else.
+//! Command-line flags and environment variables that override the file: only settings that differ between nodes.
 
 use std::net::SocketAddr;
 
 use super::{Config, SteeringMode};
 
-/// Flattened into the command line; a flag wins over its variable, a variable over the file.
+/// Flattened into the command line. A flag overrides its environment variable, which overrides the file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, clap::Args)]
 pub struct Overrides {
     /// Address to listen on, instead of `listen.address`

@@ -1,4 +1,4 @@
-//! `passthrough`: which addresses an EPP may name that the pool does not list.
+//! `passthrough`: which endpoints an EPP may name that are not in the pool.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -11,21 +11,20 @@ use super::value::{self, Value};
 pub enum Passthrough {
     #[default]
     Off,
-    /// All but those of this machine and its link, and those that are no server's: loopback, link-local, unspecified,
-    /// multicast, broadcast; in any form of IPv6 that stands for an IPv4 address, too.
+    /// All addresses except loopback, link-local, unspecified, multicast and broadcast ones, also as IPv6 forms of IPv4 addresses.
     On,
-    /// These and no others.
+    /// Exactly these.
     Networks(Vec<Network>),
 }
 
-/// Addresses with a common prefix.
+/// The addresses with a common prefix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Network {
     address: IpAddr,
     prefix: u8,
 }
 
-/// Where AWS serves metadata over IPv6; everybody else does at a link-local address.
+/// The address at which AWS serves metadata over IPv6. Other clouds use link-local addresses.
 const METADATA: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
 
 impl Passthrough {
@@ -56,7 +55,7 @@ fn is_elsewhere(ip: IpAddr) -> bool {
     }
 }
 
-/// The IPv4 address that an IPv6 address leads to: IPv4-compatible, NAT64 (RFC 6052) and 6to4 (RFC 3056).
+/// The IPv4 address that an IPv6 address is routed to: IPv4-compatible, NAT64 (RFC 6052) and 6to4 (RFC 3056).
 fn embedded(ip: Ipv6Addr) -> Option<Ipv4Addr> {
     let of = |high: u16, low: u16| {
         let ([a, b], [c, d]) = (high.to_be_bytes(), low.to_be_bytes());
@@ -71,7 +70,7 @@ fn embedded(ip: Ipv6Addr) -> Option<Ipv4Addr> {
 }
 
 impl Network {
-    /// `10.0.0.0/8`, or one address. `None` if it is neither, or has bits behind the prefix.
+    /// Parses `10.0.0.0/8` or a single address. Returns `None` for anything else, and if bits after the prefix are set.
     pub fn parse(text: &str) -> Option<Self> {
         let (address, prefix) = match text.split_once('/') {
             Some((address, prefix)) => (address, Some(prefix)),

@@ -1,4 +1,4 @@
-//! `[pools.picker]`: the built-in picker, or an EPP with settings of its own.
+//! `[pools.picker]`: the built-in picker, or an EPP and its settings.
 
 use http::HeaderName;
 
@@ -44,7 +44,7 @@ fn session_header() -> OneOrMore<HeaderName> {
     value::header_name().one_or_more()
 }
 
-/// Those of a pool.
+/// The session headers of a pool.
 pub(super) fn session_headers(pool: &Section<'_>) -> Option<Vec<HeaderName>> {
     session_header().read(&mut pool.at("picker"), "session_header")
 }

@@ -1,4 +1,4 @@
-//! `[[pools]]`: the endpoints of each pool, its picker, and where requests go when the picker fails.
+//! `[[pools]]`: each pool's endpoints, its picker, and what happens if the picker fails.
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -138,7 +138,7 @@ impl Pool {
         Self { name: name.into(), endpoints, ..Self::default() }
     }
 
-    /// Whether there is a source of endpoints; what a name or a file gives is not known yet.
+    /// Returns whether the pool has a source of endpoints. What a name or a file will return is not known yet.
     fn has_endpoints(&self) -> bool {
         !self.endpoints.is_empty() || self.endpoints_dns.is_some() || self.endpoints_file.is_some()
     }
@@ -164,7 +164,7 @@ impl Pool {
         }
     }
 
-    /// Requests that the agent sends to itself would go round for ever.
+    /// Rejects the agent's own listeners: requests to them would loop.
     fn check_own(&self, section: &Section<'_>, own: &Listeners) {
         let expected = "an address where this agent does not listen";
         if let Some(upstream) = self.default_upstream.filter(|upstream| own.accept(*upstream)) {

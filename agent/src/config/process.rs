@@ -1,4 +1,4 @@
-//! `[process]`: who the agent is.
+//! `[process]`: the user that the agent runs as.
 
 use super::{
     settings::settings,
@@ -37,7 +37,7 @@ fn user_or_keep() -> Value<Option<User>> {
     )
 }
 
-/// `uid:gid`, or `keep`. The error says what was expected.
+/// Parses `uid:gid` or `keep`. The error says what was expected.
 pub fn parse_user(text: &str) -> Result<Option<User>, &'static str> {
     if text == "keep" {
         return Ok(None);

@@ -1,4 +1,4 @@
-//! The reference of all settings, as docs/configuration.md has it.
+//! Prints the reference of all settings, which is a part of docs/configuration.md.
 
 use super::{
     Config,
@@ -6,7 +6,7 @@ use super::{
     settings::{Key, Settings as _, Shape},
 };
 
-/// Markdown: one table for each section.
+/// Returns Markdown: one table for each section.
 pub fn reference() -> String {
     let mut text = String::new();
     for key in &Config::describe() {

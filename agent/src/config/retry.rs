@@ -1,4 +1,4 @@
-//! `[pools.retry]`: when a request that an endpoint took and did not answer goes to the next one.
+//! `[pools.retry]`: when a request that may have been executed is sent to the next endpoint.
 
 use http::Method;
 

@@ -12,7 +12,7 @@ use super::{
     value::{self, Value, integer},
 };
 
-/// As the Gateway API has it.
+/// The maximum weight in the Gateway API.
 const MAX_WEIGHT: u32 = 1_000_000;
 
 settings! {
@@ -126,7 +126,7 @@ fn host() -> Value<HostPattern> {
     Value::text(r#"a host without port, such as "llm.example.com" or "*.example.com""#, parse, show)
 }
 
-/// Of those that go through the agent, which CONNECT and TRACE do not.
+/// Returns whether the agent forwards the method; it rejects CONNECT and TRACE.
 fn goes_through(method: &Method) -> bool {
     !matches!(*method, Method::CONNECT | Method::TRACE)
 }
@@ -137,12 +137,12 @@ fn path() -> Value<String> {
     })
 }
 
-/// A header to look at.
+/// The name of a header to match.
 fn any_header_name() -> Value<HeaderName> {
     Value::text("the name of a header", |text| HeaderName::from_bytes(text.as_bytes()).ok(), ToString::to_string)
 }
 
-/// As it is once blanks around it are gone.
+/// A header value after trimming.
 fn header_value() -> Value<String> {
     let is_value = |text: &str| text.trim() == text && HeaderValue::from_str(text).is_ok();
     value::string("a header value without surrounding white space", is_value)
@@ -191,7 +191,7 @@ impl Group for PoolKeys {
 }
 
 impl Route {
-    /// All requests to the pool of this name.
+    /// A route for all requests to this pool.
     pub fn to(pool: impl Into<String>) -> Self {
         Self { pools: vec![WeightedPool::new(pool, 1)], ..Self::default() }
     }
@@ -215,7 +215,7 @@ impl Route {
         }
     }
 
-    /// What a route asks of a body must be looked for in it.
+    /// Checks that the model conditions can match.
     fn check_models(&self, section: &Section<'_>, bbr: &Bbr) {
         if !bbr.enabled {
             for key in ["model", "base_model"].into_iter().filter(|key| section.has(key)) {
@@ -229,7 +229,7 @@ impl Route {
         }
     }
 
-    /// Whether every request that `later` is for already belongs to this one.
+    /// Returns whether this route matches every request that `later` matches.
     fn covers(&self, later: &Self) -> bool {
         any_covers(&self.hosts, &later.hosts, HostPattern::covers)
             && self.path.as_ref().is_none_or(|path| later.path.as_ref().is_some_and(|later| path.covers(later)))
@@ -257,7 +257,7 @@ pub(super) fn check(routes: &[Route], root: &Section<'_>, pools: &[Pool], bbr: &
     }
 }
 
-/// Of alternatives, none of which is no condition.
+/// Compares two lists of alternatives. An empty list matches everything.
 fn any_covers<T>(earlier: &[T], later: &[T], covers: impl Fn(&T, &T) -> bool) -> bool {
     earlier.is_empty()
         || !later.is_empty() && later.iter().all(|later| earlier.iter().any(|earlier| covers(earlier, later)))

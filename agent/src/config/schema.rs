@@ -1,4 +1,4 @@
-//! The JSON Schema of the configuration file, for editors and for whatever writes the file.
+//! Prints the JSON Schema of the configuration file, for editors and for tools that generate the file.
 
 use serde_json::{Map, Value as Json, json};
 
@@ -7,8 +7,8 @@ use super::{
     settings::{Key, Settings as _, Shape},
 };
 
-/// As a JSON document. It accepts every file that is right, and refuses most that are wrong: what concerns several settings only
-/// `penstock config check` knows.
+/// Returns a JSON document. It accepts every valid file and rejects most invalid ones; only `penstock config check` knows the rules
+/// that concern several settings.
 pub fn json_schema() -> String {
     let mut schema = object(&Config::describe());
     schema["$schema"] = "http://json-schema.org/draft-07/schema#".into();
@@ -16,7 +16,7 @@ pub fn json_schema() -> String {
     format!("{schema:#}\n")
 }
 
-/// A table with these keys and no others.
+/// A table that has only these keys.
 pub(super) fn object(keys: &[Key]) -> Json {
     let mut properties = Map::new();
     for key in keys {

@@ -1,8 +1,9 @@
-//! How a setting is declared: once, as a field of the struct of its section.
+//! Declares settings: each once, as a field of the struct of its section.
 //!
 //! [`settings!`] turns the declaration into the struct, its `Default`, the reader and the description. A field has its
-//! documentation, its default and its [`Kind`]; the kind knows the values that it takes. From the description come the default
-//! file ([`super::default_file`]), the reference ([`mod@super::reference`]) and the JSON Schema ([`super::schema`]). `CONTRIBUTING.md` has the recipe for a new setting.
+//! documentation, its default and its [`Kind`], which determines the accepted values. The default file ([`super::default_file`]),
+//! the reference ([`super::reference`]) and the JSON Schema ([`super::schema`]) are printed from the description. `CONTRIBUTING.md`
+//! has the recipe for a new setting.
 
 use std::marker::PhantomData;
 
@@ -17,7 +18,7 @@ pub(super) trait Settings: Sized {
     fn describe() -> Vec<Key>;
 }
 
-/// What a setting takes: how it is read, and how it is described.
+/// The kind of a setting: how it is read and described.
 pub(super) trait Kind: Sized {
     type Value;
 

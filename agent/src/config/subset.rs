@@ -1,4 +1,4 @@
-//! `[pools.subset]`: the part of a pool that requests are to stay in.
+//! `[pools.subset]`: the endpoints of a pool that are preferred for requests.
 
 use std::net::SocketAddr;
 

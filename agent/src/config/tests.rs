@@ -1,4 +1,4 @@
-//! Good files give what they say; bad files give exactly these messages.
+//! Tests that valid files give the configured values and that invalid files give exactly these messages.
 
 mod default_file;
 mod document;

@@ -1,4 +1,4 @@
-//! `[timeouts]`, and `timeouts` of a pool or a route, which go before it.
+//! `[timeouts]`, and the `timeouts` of a pool or a route, which override it.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! `[tracing]`: spans to an OpenTelemetry collector.
+//! `[tracing]`: export of spans to an OpenTelemetry collector.
 
 use std::time::Duration;
 
@@ -38,7 +38,7 @@ impl Eq for Ratio {}
 impl Ratio {
     pub const ALL: Self = Self(1.0);
 
-    /// `None` outside of 0 to 1.
+    /// Returns `None` outside of 0 to 1.
     pub fn new(ratio: f64) -> Option<Self> {
         (0.0..=1.0).contains(&ratio).then_some(Self(ratio))
     }
@@ -48,7 +48,7 @@ impl Ratio {
     }
 }
 
-/// `http://host:port`: the collector is on this node or next to it.
+/// `http://host:port`, without TLS: the collector is on this node or close to it.
 fn http_url() -> Value<String> {
     value::string(r#"a URL such as "http://127.0.0.1:4317""#, |url| {
         let authority = url.strip_prefix("http://").map(|rest| rest.trim_end_matches('/')).unwrap_or_default();

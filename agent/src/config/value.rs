@@ -1,7 +1,7 @@
-//! Kinds of single values: from TOML to the type of a setting, or what would have been right in words.
+//! Kinds of single values: each converts TOML to the type of a setting, or says what was expected.
 //!
-//! A [`Value`] holds the words, the JSON Schema and the parser of one kind, so that the three cannot differ. The functions here
-//! make those that several sections use; what one section alone uses is in its file.
+//! A [`Value`] holds the description, the JSON Schema and the parser of one kind, so that the three cannot differ. Kinds that
+//! several sections use are here; others are in the file of their section.
 
 use std::{borrow::Cow, fmt::Display, net::SocketAddr, ops::RangeInclusive, path::PathBuf, time::Duration};
 

@@ -1,7 +1,7 @@
-//! Settings under names that they had in the version before.
+//! Accepts settings under the names of the previous version.
 //!
-//! The tree is changed before it is read: every old name becomes the new one, with a warning. The reader and the checks see new
-//! names only.
+//! Changes the tree before it is read: every old name becomes the new one, with a warning. The reader and the checks see only new
+//! names.
 
 use toml::{
     Spanned,
@@ -14,7 +14,7 @@ use crate::config::{
     settings::{Key, Shape},
 };
 
-/// Renames what is in `table`, the section `path` with these keys, and in the sections below it.
+/// Renames the old keys in `table`, which is the section `path` with these keys, and in its sub-sections.
 pub(super) fn apply(
     place: &Place<'_>,
     table: &mut DeTable<'_>,

@@ -1,4 +1,4 @@
-//! The default file holds every setting, and its values are the defaults.
+//! Checks that the default file has every setting, and that its values are the defaults.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! Errors of the whole file, and what is put on top of it.
+//! Errors of the whole file, and overrides.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! Every setting is read: each row sets one to something other than its default.
+//! Checks that every setting is read: each row sets one to a value other than its default.
 
 use std::{path::Path, time::Duration};
 

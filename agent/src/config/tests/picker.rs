@@ -1,4 +1,4 @@
-//! Pickers that are wrong.
+//! Invalid pickers.
 
 use super::*;
 

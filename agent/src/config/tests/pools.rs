@@ -1,4 +1,4 @@
-//! Pools that are wrong, and what is in them.
+//! Invalid pools, and what pools contain.
 
 use super::*;
 

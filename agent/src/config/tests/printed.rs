@@ -1,4 +1,4 @@
-//! What is printed of the settings: unknown keys, the reference and the schema.
+//! Printed settings: unknown keys, the reference and the schema.
 
 use serde_json::{Value as Json, json};
 

@@ -1,4 +1,4 @@
-//! Settings under the names that they had in the version before.
+//! Settings under their names from the previous version.
 
 use super::*;
 

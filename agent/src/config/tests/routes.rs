@@ -1,4 +1,4 @@
-//! Routes that cannot be, and routes that nothing can reach.
+//! Invalid and unreachable routes.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! Sections that are wrong, and what can be off.
+//! Invalid sections, and settings that can be off.
 
 use super::*;
 
