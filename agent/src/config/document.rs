@@ -22,8 +22,8 @@ use super::{
 /// The least similarity, from 0 to 1, at which an unknown key is taken for a misspelt known one. clap uses the same.
 const ALIKE: f64 = 0.7;
 
-/// Reads all of `text` with `read`, which is given the root section with these keys. `Err` with every error, in the order of the
-/// file.
+/// Reads `text` with `read`, which gets the root section. `keys` are the known keys, with their old names. Returns all errors in
+/// file order.
 pub(super) fn read<T>(
     text: &str,
     file: &str,
@@ -77,7 +77,7 @@ impl Place<'_> {
 pub(super) struct Section<'d> {
     place: &'d Place<'d>,
     path: String,
-    /// Byte offset of its first line, for errors about keys it lacks.
+    /// Byte offset of its first line, for errors about missing keys.
     start: usize,
     table: Option<&'d DeTable<'d>>,
     known: Vec<&'static str>,

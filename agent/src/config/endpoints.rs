@@ -135,13 +135,12 @@ pub(super) fn named() -> Custom<Option<NamedEndpoints>> {
     }
 }
 
-/// An element of `endpoints`, in the configuration and in files. Alone it is an address.
+/// An element of `endpoints`, in the configuration and in files.
 #[derive(Deserialize)]
 #[serde(
     untagged,
     expecting = "\"ip:port\" or { address = \"ip:port\", node = \"n1\", zone = \"a\", draining = false }"
 )]
-/// An element of `endpoints`, in the configuration and in files.
 enum Listed {
     Address(String),
     Entry(Entry),
@@ -161,7 +160,7 @@ impl Entry {
     /// The endpoints at each of `ports`. The error is an address that cannot be parsed.
     fn endpoints(self, ports: &[u16]) -> Result<Vec<Endpoint>, String> {
         let Self { address, node, zone, draining } = self;
-        // What a template had no value for is not known.
+        // A template without a value produces an empty string.
         let (node, zone) = (node.filter(|node| !node.is_empty()), zone.filter(|zone| !zone.is_empty()));
         let endpoint = |address| Endpoint { address, node: node.clone(), zone: zone.clone(), draining };
         expand(&address, ports).map(|all| all.into_iter().map(endpoint).collect()).ok_or(address)

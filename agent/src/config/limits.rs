@@ -36,7 +36,7 @@ settings! {
 
 impl Limits {
     pub(super) fn check(&self, section: &Section<'_>) {
-        // The default of one must not turn a smaller value of the other into an error.
+        // A `body_bytes` below the default of `body_memory_bytes` is not an error.
         if section.has("body_memory_bytes") && self.body_memory_bytes as u64 > self.body_bytes {
             let expected = format_args!("at most limits.body_bytes ({})", self.body_bytes);
             section.reject("body_memory_bytes", self.body_memory_bytes, expected);

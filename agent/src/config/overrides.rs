@@ -49,7 +49,7 @@ mod tests {
     }
 
     #[test]
-    fn flags_fill_it() {
+    fn flags_set_overrides() {
         let line = ["penstock", "--listen", "[::1]:1", "--steering", "ingress", "--force"];
         let overrides = Overrides::from_arg_matches(&command().get_matches_from(line)).unwrap();
         assert_eq!(overrides.listen, Some("[::1]:1".parse().unwrap()));
@@ -59,7 +59,7 @@ mod tests {
     }
 
     #[test]
-    fn each_flag_has_its_variable() {
+    fn each_flag_has_its_environment_variable() {
         let command = command();
         let variables: Vec<_> = command.get_arguments().filter_map(|arg| arg.get_env()?.to_str()).collect();
         assert_eq!(

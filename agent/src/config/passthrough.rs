@@ -36,13 +36,13 @@ impl Passthrough {
         let ip = ip.to_canonical();
         match self {
             Self::Off => false,
-            Self::On => is_elsewhere(ip),
+            Self::On => is_remote(ip),
             Self::Networks(networks) => networks.iter().any(|network| network.contains(ip)),
         }
     }
 }
 
-fn is_elsewhere(ip: IpAddr) -> bool {
+fn is_remote(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => {
             let this_network = ip.octets()[0] == 0;
@@ -50,7 +50,7 @@ fn is_elsewhere(ip: IpAddr) -> bool {
         }
         IpAddr::V6(ip) => {
             let kept = ip.is_unspecified() || ip.is_loopback() || ip.is_unicast_link_local() || ip.is_multicast();
-            !(kept || ip == METADATA) && embedded(ip).is_none_or(|ip| is_elsewhere(ip.into()))
+            !(kept || ip == METADATA) && embedded(ip).is_none_or(|ip| is_remote(ip.into()))
         }
     }
 }
@@ -121,7 +121,7 @@ pub(super) fn passthrough() -> Value<Passthrough> {
         { "type": "boolean" },
         { "type": "array", "items": { "type": "string" }, "minItems": 1 },
     ] });
-    // No file has networks as its default.
+    // The default is never an array of networks.
     let show = |passthrough: &Passthrough| (*passthrough == Passthrough::On).into();
     Value::new(r#"true, false, or an array of networks such as ["10.0.0.0/8"]"#, schema, parse, show)
 }
@@ -131,7 +131,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn on_admits_all_but_this_machine_and_its_link() {
+    fn on_admits_only_remote_addresses() {
         for ip in ["10.0.0.1", "192.168.1.1", "100.64.0.1", "8.8.8.8", "fd00::1", "2001:db8::1", "64:ff9b::a00:1"] {
             assert!(Passthrough::On.admits(ip.parse().unwrap()), "{ip}");
         }
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn networks_admit_exactly_those() {
+    fn networks_admit_only_their_addresses() {
         let networks = ["127.0.0.0/8", "10.1.0.0/16", "192.0.2.7", "fd00::/8"];
         let networks = Passthrough::Networks(networks.iter().map(|text| Network::parse(text).unwrap()).collect());
         for ip in ["127.0.0.1", "10.1.255.255", "192.0.2.7", "fd12::1", "::ffff:127.0.0.1"] {
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn malformed_networks_are_refused() {
+    fn malformed_networks_are_rejected() {
         for text in
             ["", "10.0.0.0/33", "10.0.0.1/8", "10.0.0.0/", "10.0.0.0/+8", "10.0.0/8", "::/129", "fd00::1/8", "a"]
         {

@@ -54,7 +54,7 @@ impl Settings for Picker {
         let PickerKeys { kind, session_header: _ } = PickerKeys::read(section);
         let of_epp: Vec<&'static str> = Epp::describe().into_iter().map(|key| key.name).collect();
         let given: Vec<&'static str> = of_epp.iter().copied().filter(|key| section.has(key)).collect();
-        // A wrong `kind` beside settings of an EPP was meant to be one.
+        // An invalid `kind` with settings of an EPP was probably meant to be "epp".
         let is_wrong = section.has("kind") && value::choice::<PickerKind>().read(section, "kind").is_none();
         if kind == PickerKind::Epp || is_wrong && !given.is_empty() {
             return Self::Epp(Epp::read(section));

@@ -111,7 +111,7 @@ settings! {
 fn host() -> Value<HostPattern> {
     let normal = |host: &str| host.strip_suffix('.').unwrap_or(host).to_ascii_lowercase();
     let parse = move |text: &str| match text.strip_prefix("*.") {
-        // An address has no names below it.
+        // `*.` is not allowed before an IP address.
         Some(below) => {
             let is_name =
                 value::is_host(below) && !below.starts_with('[') && below.parse::<std::net::Ipv4Addr>().is_err();

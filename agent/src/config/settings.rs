@@ -22,39 +22,39 @@ pub(super) trait Settings: Sized {
 pub(super) trait Kind: Sized {
     type Value;
 
-    /// `None` if the file has no value for it, or a wrong one, which is then reported.
+    /// Returns `None` if the file has no value, or an invalid one, which it reports.
     fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<Self::Value>;
 
-    /// The keys that it has in the file: one for most.
+    /// Its keys in the file; most settings have one.
     fn describe(&self, name: &'static str, doc: &[&'static str], default: &Self::Value) -> Vec<Key>;
 
-    /// In the file, the key is `name` instead of the field's name.
+    /// Sets the name of the key in the file, instead of the field's name.
     fn named(self, name: &'static str) -> Adjusted<Self> {
         Adjusted { name: Some(name), ..Adjusted::new(self) }
     }
 
-    /// The key had this name in the version before. The old name is accepted with a warning.
+    /// Sets the name of the key in the previous version, which is accepted with a warning.
     fn was(self, old_name: &'static str) -> Adjusted<Self> {
         Adjusted { old_name: Some(old_name), ..Adjusted::new(self) }
     }
 
-    /// What the default file shows, as `#key = example`, instead of the default.
+    /// Sets what the default file shows instead of the default, as `#key = example`.
     fn example(self, example: impl Into<Json>) -> Adjusted<Self> {
         Adjusted { example: Some(example.into()), is_set: Some(false), ..Adjusted::new(self) }
     }
 
-    /// The default file has it, and all below it, as `#key = value`.
+    /// Comments the key and everything below it out in the default file, as `#key = value`.
     fn commented(self) -> Adjusted<Self> {
         Adjusted { is_set: Some(false), ..Adjusted::new(self) }
     }
 
-    /// As [`Kind::example`], and without a `#`: the default file is wrong without it.
+    /// As [`Kind::example`], but without `#`, because the default file would be invalid without it.
     fn shown(self, example: impl Into<Json>) -> Adjusted<Self> {
         Adjusted { example: Some(example.into()), is_set: Some(true), ..Adjusted::new(self) }
     }
 }
 
-/// One key of a section, for what is printed.
+/// The description of one key of a section.
 #[derive(Debug, Clone)]
 pub(super) struct Key {
     pub(super) name: &'static str,
@@ -62,9 +62,9 @@ pub(super) struct Key {
     /// Paragraphs.
     pub(super) doc: Vec<String>,
     pub(super) shape: Shape,
-    /// Whether the default file sets it. If not, it is there as `#key = value`.
+    /// Whether the default file sets it. Otherwise the file has it as `#key = value`.
     pub(super) is_set: bool,
-    /// Whether a section without it is wrong.
+    /// Whether a section without it is invalid.
     pub(super) required: bool,
 }
 
@@ -73,7 +73,7 @@ pub(super) enum Shape {
     Value {
         /// Completes "expected …".
         words: String,
-        /// The values that have names, each with what it means.
+        /// The named values, each with its meaning.
         choices: Vec<(&'static str, String)>,
         schema: Json,
         default: Option<Json>,
@@ -91,7 +91,7 @@ impl Key {
         Self { name, old_name: None, doc: paragraphs(doc), shape, is_set: true, required: false }
     }
 
-    /// The default file has it, and all below it, as `#key = value`.
+    /// Comments the key and everything below it out in the default file, as `#key = value`.
     pub(super) fn unset(mut self) -> Self {
         self.is_set = false;
         if let Shape::Section(keys) | Shape::Sections(keys) = &mut self.shape {
@@ -101,13 +101,13 @@ impl Key {
     }
 }
 
-/// The lines of a doc comment as paragraphs.
+/// Joins the lines of a doc comment to paragraphs.
 pub(super) fn paragraphs(doc: &[&'static str]) -> Vec<String> {
     let blocks = doc.split(|line| line.trim().is_empty()).filter(|block| !block.is_empty());
     blocks.map(|block| block.iter().map(|line| line.trim()).collect::<Vec<_>>().join(" ")).collect()
 }
 
-/// A kind whose key differs in one respect.
+/// A kind with adjustments to its key.
 pub(super) struct Adjusted<K> {
     kind: K,
     name: Option<&'static str>,
@@ -145,14 +145,14 @@ impl<K: Kind> Kind for Adjusted<K> {
     }
 }
 
-/// A section whose keys stand in the section around it and together make one value.
+/// Several keys of a section that together make one value.
 pub(super) trait Group: Settings {
     type Value;
-    /// Reports what does not fit together.
+    /// Makes the value. Reports keys that contradict each other.
     fn resolve(self, section: &Section<'_>) -> Self::Value;
 }
 
-/// The keys of a [`Group`].
+/// The kind of a [`Group`].
 pub(super) struct Keys<G>(PhantomData<G>);
 
 pub(super) fn keys<G: Group>() -> Keys<G> {
@@ -171,7 +171,7 @@ impl<G: Group> Kind for Keys<G> {
     }
 }
 
-/// A field that is no key of its section: it is found elsewhere.
+/// A field that is not a key of its section and is read by a function.
 pub(super) struct Elsewhere<T>(pub(super) fn(&Section<'_>) -> Option<T>);
 
 impl<T> Kind for Elsewhere<T> {
@@ -186,7 +186,7 @@ impl<T> Kind for Elsewhere<T> {
     }
 }
 
-/// `[key]`, with the defaults where it is absent.
+/// `[key]`, which has its defaults if it is absent.
 pub(super) struct Nested<S>(PhantomData<S>);
 
 pub(super) fn section<S: Settings>() -> Nested<S> {
@@ -205,7 +205,7 @@ impl<S: Settings> Kind for Nested<S> {
     }
 }
 
-/// `[key]`, whose absence has a meaning.
+/// `[key]`, which is `None` if it is absent.
 pub(super) struct OptionalSection<S>(PhantomData<S>);
 
 pub(super) fn optional_section<S: Settings>() -> OptionalSection<S> {
@@ -224,7 +224,7 @@ impl<S: Settings> Kind for OptionalSection<S> {
     }
 }
 
-/// `[[key]]`, in the order of the file.
+/// `[[key]]`, in file order.
 pub(super) struct Repeated<S>(PhantomData<S>);
 
 pub(super) fn sections<S: Settings>() -> Repeated<S> {
@@ -243,13 +243,13 @@ impl<S: Settings> Kind for Repeated<S> {
     }
 }
 
-/// An array of inline tables, in the order of the file.
+/// An array of inline tables, in file order.
 pub(super) struct Tables<S> {
     words: &'static str,
     section: PhantomData<S>,
 }
 
-/// `words` describe the array in the error for anything else.
+/// `words` describe the array in the error about any other value.
 pub(super) fn tables<S: Settings>(words: &'static str) -> Tables<S> {
     Tables { words, section: PhantomData }
 }
@@ -269,7 +269,7 @@ impl<S: Settings> Kind for Tables<S> {
     }
 }
 
-/// Declares a section. The keys have the names of the fields.
+/// Declares a section. Each field is a key with the same name.
 macro_rules! settings {
     (
         $(#[doc = $doc:literal])*
@@ -311,7 +311,7 @@ macro_rules! settings {
     };
 }
 
-/// Declares an enum whose variants have names in the file, and documentation.
+/// Declares an enum whose variants have a name in the file and documentation.
 macro_rules! choice {
     (
         $(#[doc = $doc:literal])*

@@ -24,7 +24,7 @@ settings! {
         /// in small fragments, each of which is redirected separately). 0, or at least `min_bytes`.
         pub max_remote_bytes: u64 = 64 << 10 => integer(0..=1 << 40),
         /// Send buffer (SO_SNDBUF) of a client connection whose response is steered, in bytes.
-        // The kernel keeps 16 KiB of a send buffer free (`SendBuffer::has_room`): with no more than that nothing would be steered.
+        // The kernel keeps 16 KiB of a send buffer free (`SendBuffer::has_room`), so a buffer of that size would prevent steering.
         pub client_send_buffer: u32 = 1 << 20 => integer(32_768..=64 * MIB),
         /// Receive buffer (SO_RCVBUF) of an endpoint connection, in bytes.
         pub endpoint_receive_buffer: u32 = 512 << 10 => integer(16_384..=64 * MIB),
@@ -59,7 +59,7 @@ fn cgroup() -> Value<Option<PathBuf>> {
 
 impl Steering {
     pub(super) fn check(&self, section: &Section<'_>) {
-        // 0 is the way to say "nothing remote"; between 0 and min_bytes the two only contradict each other.
+        // 0 means that nothing remote is steered. Any other value below `min_bytes` contradicts it.
         if (1..self.min_bytes).contains(&self.max_remote_bytes) {
             let expected = format_args!("0, or at least steering.min_bytes ({})", self.min_bytes);
             section.reject("max_remote_bytes", self.max_remote_bytes, expected);

@@ -32,7 +32,7 @@ settings! {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Ratio(f64);
 
-// Never NaN.
+// A ratio is never NaN.
 impl Eq for Ratio {}
 
 impl Ratio {

@@ -45,7 +45,7 @@ impl<T: 'static> Value<T> {
         Self { words: words.into(), choices: Vec::new(), schema, parse, show }
     }
 
-    /// A value that is a text.
+    /// A value that is a string.
     pub(super) fn text(
         words: impl Into<Cow<'static, str>>,
         parse: impl Fn(&str) -> Option<T> + 'static,
@@ -68,7 +68,7 @@ impl<T: 'static> Value<T> {
         (self.parse)(value).ok_or_else(|| Expected(self.words.clone()))
     }
 
-    /// `off` is `None`.
+    /// Accepts `"off"` as `None`.
     pub(super) fn or_off(self) -> Value<Option<T>> {
         let Self { words, schema, parse, show, .. } = self;
         let off = json!({ "const": "off" });
@@ -80,22 +80,22 @@ impl<T: 'static> Value<T> {
         )
     }
 
-    /// `None` if the file does not set it.
+    /// `None` if the file does not set the key.
     pub(super) fn optional(self, example: impl Into<Json>) -> Optional<T> {
         Optional { value: self, example: example.into() }
     }
 
-    /// Absence is an error; `words` name what is missing.
+    /// An error if the file does not set the key; `words` name what is missing.
     pub(super) fn required(self, words: &'static str, example: impl Into<Json>) -> Required<T> {
         Required { value: self, words, example: example.into() }
     }
 
-    /// An array; `words` describe the array in the error for anything else.
+    /// An array. `words` describe it in the error about any other value.
     pub(super) fn list(self, words: &'static str) -> List<T> {
         List { element: self, words }
     }
 
-    /// One value, or an array that is not empty.
+    /// One value or a non-empty array.
     pub(super) fn one_or_more(self) -> OneOrMore<T> {
         OneOrMore(self)
     }
@@ -196,7 +196,7 @@ impl<T: 'static> Kind for List<T> {
     }
 }
 
-/// Without a value it is empty.
+/// Empty if the file does not set the key.
 pub(super) struct OneOrMore<T>(Value<T>);
 
 impl<T: 'static> Kind for OneOrMore<T> {
@@ -219,12 +219,12 @@ impl<T: 'static> Kind for OneOrMore<T> {
     }
 }
 
-/// A value that a function reads; the function may look at other keys, too.
+/// A value that is read by a function, which may also read other keys.
 pub(super) struct Custom<T> {
     pub(super) words: &'static str,
     pub(super) schema: Json,
     pub(super) read: fn(&mut Section<'_>, &'static str) -> Option<T>,
-    /// What the file says where the setting has its default; `None` if it says nothing.
+    /// Formats the default for the default file; `None` if the file does not set the key by default.
     pub(super) show: fn(&T) -> Option<Json>,
 }
 
@@ -243,9 +243,9 @@ impl<T> Kind for Custom<T> {
     }
 }
 
-/// An enum whose values have names: see `choice!`.
+/// An enum with named values, declared by `choice!`.
 pub(super) trait Choice: Copy + PartialEq + 'static {
-    /// Name, value and the lines of its documentation.
+    /// Name, value and documentation lines of each.
     const ALL: &'static [(&'static str, Self, &'static [&'static str])];
 }
 
@@ -332,7 +332,7 @@ pub(super) fn boolean() -> Value<bool> {
 const DAY: Duration = Duration::from_secs(24 * 3600);
 const UNITS: [(&str, u64); 4] = [("h", 3_600_000), ("m", 60_000), ("s", 1000), ("ms", 1)];
 
-/// More than zero, up to a day.
+/// A duration of more than zero and at most a day.
 pub(super) fn duration() -> Value<Duration> {
     let words = r#"a duration such as "250ms", "4s", "5m" or "1h", from 1ms to 24h"#;
     Value::text(words, parse_duration, show_duration)
@@ -343,7 +343,7 @@ pub(super) fn duration_or_off() -> Value<Option<Duration>> {
     duration().or_off()
 }
 
-/// As [`duration_or_off`], and not below a second: what the kernel counts in seconds.
+/// As [`duration_or_off`], but at least a second, for timeouts that the kernel counts in seconds.
 pub(super) fn seconds_or_off() -> Value<Option<Duration>> {
     let words = r#"a duration such as "4s", "5m" or "1h", from 1s to 24h"#;
     let parse = |text: &str| parse_duration(text).filter(|duration| *duration >= Duration::from_secs(1));
@@ -360,7 +360,7 @@ fn parse_duration(text: &str) -> Option<Duration> {
     (!duration.is_zero() && duration <= DAY).then_some(duration)
 }
 
-/// In the largest unit of which it is a multiple.
+/// Formats a duration in the largest unit of which it is a multiple.
 fn show_duration(duration: &Duration) -> String {
     let milliseconds = duration.as_millis() as u64;
     let fits = |(_, unit): &(&str, u64)| milliseconds.is_multiple_of(*unit);
@@ -381,7 +381,7 @@ pub(super) fn endpoint() -> Value<SocketAddr> {
     Value::text(ENDPOINT, move |text| text.parse().ok().filter(can_be_dialled), ToString::to_string)
 }
 
-/// A name or address, and a port.
+/// A host name or IP address, with a port.
 pub(super) fn host_port() -> Value<String> {
     let is_host_port = |text: &str| {
         text.parse::<Authority>().is_ok_and(|authority| {
@@ -400,7 +400,7 @@ pub(super) fn is_host(text: &str) -> bool {
     text.parse::<Authority>().is_ok_and(|authority| authority.host() == text) && !text.contains('*')
 }
 
-/// What a metric label and a log line carry unescaped.
+/// A name that needs no escaping in metric labels and log lines.
 pub(super) fn pool_name() -> Value<String> {
     let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-/".contains(&byte);
     let is_name = move |text: &str| (1..=253).contains(&text.len()) && text.bytes().all(is_allowed);
@@ -412,7 +412,7 @@ pub(super) fn non_empty() -> Value<String> {
     string("a string that is not empty", |text| !text.is_empty()).schema(json!({ "type": "string", "minLength": 1 }))
 }
 
-/// A text for which `holds`.
+/// A string for which `holds` returns true.
 pub(super) fn string(words: &'static str, holds: impl Fn(&str) -> bool + 'static) -> Value<String> {
     Value::text(words, move |text| holds(text).then(|| text.to_owned()), Clone::clone)
 }
@@ -421,7 +421,7 @@ fn path() -> Value<String> {
     string("the path of a file", |text| !text.is_empty()).schema(json!({ "type": "string", "minLength": 1 }))
 }
 
-/// A file. A relative path starts at the folder of the configuration file.
+/// The path of a file. A relative path is resolved against the folder of the configuration file.
 pub(super) fn file() -> Custom<Option<PathBuf>> {
     Custom {
         words: "the path of a file",
@@ -450,13 +450,13 @@ impl Kind for RequiredFile {
     }
 }
 
-/// What a request may ask for.
+/// A request target without a host.
 pub(super) fn path_and_query() -> Value<PathAndQuery> {
     let parse = |text: &str| Some(text).filter(|text| text.starts_with('/') && !text.contains('#'))?.parse().ok();
     Value::text(r#"a path that starts with "/""#, parse, ToString::to_string)
 }
 
-/// A method for which `holds`.
+/// A method for which `holds` returns true.
 pub(super) fn method(holds: fn(&Method) -> bool) -> Value<Method> {
     let parse = move |text: &str| {
         let method = Method::from_bytes(text.as_bytes()).ok()?;
@@ -465,7 +465,7 @@ pub(super) fn method(holds: fn(&Method) -> bool) -> Value<Method> {
     Value::text(r#"a method in capital letters, such as "POST""#, parse, ToString::to_string)
 }
 
-/// A header that the agent may set: those that frame the message or belong to the connection are its own.
+/// A header that the configuration may name: not one that frames the message or belongs to the connection.
 pub(super) fn header_name() -> Value<HeaderName> {
     const RESERVED: [HeaderName; 8] = [
         header::HOST,

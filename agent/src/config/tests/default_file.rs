@@ -15,7 +15,7 @@ fn default_file_gives_defaults() {
     assert_eq!(Config::parse(&default_toml(), "p.toml").unwrap(), Config::new(vec![pool]));
 }
 
-/// The default file with its commented settings switched on: `#key = …` and `#[[section]]`, but not `# prose`.
+/// The default file with its commented settings enabled: `#key = …` and `#[[section]]`, but not `# prose`.
 fn everything_on() -> String {
     let text = default_toml();
     let lines = text.lines().map(|line| match line.strip_prefix('#') {
@@ -73,13 +73,13 @@ fn commented_settings_of_default_file_give_defaults() {
     assert_eq!(config.pools[0].timeouts, times(60, 600, 300));
 }
 
-/// In seconds; the whole of a request is off.
+/// Arguments are in seconds; `request` is off.
 fn times(body: u64, first_byte: u64, idle: u64) -> TimeoutOverrides {
     let [body, first_byte, idle] = [body, first_byte, idle].map(|seconds| Some(Some(Duration::from_secs(seconds))));
     TimeoutOverrides { body, first_byte, idle, request: Some(None) }
 }
 
-/// Every key stands in its section, with a comment before it and with a value.
+/// Every key is in its section, with a comment and a value.
 #[test]
 fn default_file_has_every_key() {
     fn check(text: &str, path: &str, keys: &[Key]) {

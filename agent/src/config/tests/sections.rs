@@ -78,7 +78,7 @@ fn wrong_values_in_sections_are_rejected() {
     }
 }
 
-/// A default alone says that it is used; so does its rule.
+/// `default_model` is used without `missing_model`, and with `missing_model = "default"`.
 #[test]
 fn default_model_without_rule_is_used() {
     for text in ["default_model = \"m\"", "missing_model = \"default\"\ndefault_model = \"m\""] {
