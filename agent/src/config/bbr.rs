@@ -19,12 +19,12 @@ settings! {
         /// Whether the model is read from bodies whose Content-Type is JSON (`application/json` or ending in `+json`). All other
         /// bodies, and those without a Content-Type, are forwarded unread.
         pub enabled: bool = true => value::boolean(),
-        /// Request header that tells the picker and the endpoint the model.
+        /// Request header that carries the model to the picker and the endpoint.
         pub header: HeaderName = HeaderName::from_static("x-gateway-model-name")
             => value::header_name().named("model_header").was("header"),
         /// What happens to a request whose JSON body names no model.
         pub missing_model: MissingModel = MissingModel::Pass => keys::<MissingModelKeys>(),
-        /// Request header that tells the picker and the endpoint the base model, if `base_models` has the model.
+        /// Request header that carries the base model to the picker and the endpoint, if `base_models` has the model.
         pub base_model_header: HeaderName = HeaderName::from_static("x-gateway-base-model-name") => value::header_name(),
         /// Base model of each adapter. A base model in this table is its own base model.
         pub base_models: BTreeMap<String, String> = BTreeMap::new()

@@ -76,7 +76,7 @@ pub(super) fn toml(value: &Json) -> String {
             let entry = |(key, value): (&String, &Json)| format!("{} = {}", bare(key), toml(value));
             format!("{{ {} }}", entries.iter().map(entry).collect::<Vec<_>>().join(", "))
         }
-        // The escapes of JSON are a part of TOML's.
+        // JSON's escapes are valid in TOML.
         simple => simple.to_string(),
     }
 }

@@ -56,7 +56,7 @@ settings! {
         pub health_interval: Option<Duration> = Some(Duration::from_secs(5)) => duration_or_off(),
         /// Port of the health service, if it is not that of `address`. EPPs with default settings use 9003.
         pub health_port: Option<u16> = None => integer(1..=u16::MAX).optional(9003),
-        /// With `health_port` only: whether the health service uses TLS, with the same settings as the EPP.
+        /// With `health_port` only: whether the health service uses TLS, as the EPP does.
         pub health_tls: bool = false => boolean(),
         /// Name of the service whose health is checked. The light EPP of the conformance suite uses `inference-extension`.
         pub health_service: String = "envoy.service.ext_proc.v3.ExternalProcessor".to_owned() => value::non_empty(),
@@ -84,14 +84,14 @@ settings! {
     /// for a response, its mutation of the response is not applied.
     #[derive(Copy)]
     pub struct EppLimits {
-        /// Fields that the EPP sets or removes, in addition to as many as the head has.
+        /// Maximum number of fields that the EPP sets or removes, in addition to the number of fields in the head.
         pub fields: usize = 512 => integer(16..=8192),
-        /// Bytes of the names and values of these fields, in addition to as many as the head has.
+        /// Maximum size of the names and values of these fields in bytes, in addition to their size in the head.
         pub bytes: usize = 128 << 10 => integer(1024..=4 << 20).named("field_bytes").was("bytes"),
-        /// Messages before the decision, in addition to two for each message sent to the EPP and one for each 256 bytes of a
-        /// replaced body.
+        /// Maximum number of messages before the decision, in addition to two for each message sent to the EPP and one for each 256
+        /// bytes of a replaced body.
         pub messages: usize = 4096 => integer(16..=1_000_000),
-        /// Bytes of dynamic metadata in one message.
+        /// Maximum size of the dynamic metadata in one message, in bytes.
         pub metadata_bytes: usize = 256 << 10 => integer(1024..=16 << 20),
     }
 }

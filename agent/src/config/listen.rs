@@ -21,9 +21,9 @@ settings! {
         pub address: SocketAddr = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 8080)) => value::listen_address(),
         /// Number of worker threads. 0 starts one per core.
         pub workers: usize = 0 => integer(0..=1024),
-        /// Concurrent client connections of all workers together.
+        /// Maximum number of concurrent client connections of all workers together.
         pub max_connections: usize = 16_384 => integer(1..=1_048_576),
-        /// Concurrent requests on one HTTP/2 connection. 0 refuses HTTP/2.
+        /// Maximum number of concurrent requests on one HTTP/2 connection. 0 refuses HTTP/2.
         pub http2_max_streams: u32 = 256 => integer(0..=65_536),
         /// Protocols that a client may upgrade its connection to, if the endpoint agrees. The connection is then relayed in both
         /// directions until one side closes it. `h2c` is not allowed, because the agent would not see the requests in it.
@@ -31,16 +31,16 @@ settings! {
         /// A second listener for clients that use TLS (HTTP/1.1 and HTTP/2). Their response bodies are relayed, because the kernel
         /// would send them unencrypted. Off unless the section is present.
         pub tls: Option<ListenTls> = None => optional_section(),
-        /// Number of unanswered requests that a client may reset on one HTTP/2 connection; this many more are allowed in every ten
-        /// minutes. Beyond it, the agent sends GOAWAY with ENHANCE_YOUR_CALM.
+        /// Number of unanswered requests that a client may reset on one HTTP/2 connection; the same number again is allowed in
+        /// every ten minutes. Beyond it, the agent sends GOAWAY with ENHANCE_YOUR_CALM.
         pub http2_resets: u32 = 1000 => integer(1..=1_000_000),
         /// Number of frames on one HTTP/2 connection that carry no part of a message (PING, SETTINGS, PRIORITY, WINDOW_UPDATE,
-        /// ...), beyond 8 for each frame of a message in either direction; this many more are allowed in every ten seconds. Beyond
-        /// it, the agent sends GOAWAY with ENHANCE_YOUR_CALM.
+        /// ...), beyond 8 for each frame of a message in either direction; the same number again is allowed in every ten seconds.
+        /// Beyond it, the agent sends GOAWAY with ENHANCE_YOUR_CALM.
         pub http2_control_frames: u32 = 1000 => integer(100..=1_000_000),
         /// What happens to a request whose client closes its sending side before the response.
         pub half_close: HalfClose = HalfClose::Cancel => value::choice(),
-        /// Concurrent TLS handshakes of all workers together. Further clients wait, within `timeouts.head`.
+        /// Maximum number of concurrent TLS handshakes of all workers together. Further clients wait, within `timeouts.head`.
         pub tls_handshakes: usize = 1024 => integer(1..=1_048_576),
     }
 }

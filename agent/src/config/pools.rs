@@ -126,7 +126,7 @@ settings! {
     pub struct LeaseLimits {
         /// How long a lease lasts, from the pick.
         pub time: Duration = Duration::from_secs(10) => duration(),
-        /// How many requests a lease covers, including the one that was picked for.
+        /// Maximum number of requests of a lease, including the one that was picked for.
         pub requests: u32 = 100 => integer(1..=1_000_000),
     }
 }

@@ -24,7 +24,7 @@ pub struct User {
     pub gid: u32,
 }
 
-const USER_OR_KEEP: &str = r#""keep", or the numbers of a user and a group that are not root's, such as "65534:65534""#;
+const USER_OR_KEEP: &str = r#""keep", or the uid and gid of a user and a group other than root, such as "65534:65534""#;
 
 fn user_or_keep() -> Value<Option<User>> {
     Value::text(

@@ -12,14 +12,14 @@ settings! {
     /// apply to a request of which the endpoint acknowledged no byte, or that it declared unprocessed (HTTP/2): it is always sent
     /// again. A request that exceeds `timeouts.first_byte` is never sent again.
     pub struct Retry {
-        /// How often one request may be retried. 0: it is executed at most once.
+        /// Maximum number of retries of one request. 0: it is executed at most once.
         pub attempts: u32 = 2 => integer(0..=10),
-        /// Methods that may be retried. The default are the idempotent ones (RFC 9110 §9.2.2). With `POST` in this list, a
+        /// Methods that may be retried. The default is the idempotent methods (RFC 9110 §9.2.2). With `POST` in this list, a
         /// generation may run twice.
         pub methods: Vec<Method> =
             vec![Method::GET, Method::HEAD, Method::OPTIONS, Method::TRACE, Method::PUT, Method::DELETE]
             => method(|method| *method != Method::CONNECT).list("an array of methods"),
-        /// Retries in ten seconds, as a percentage of the pool's requests in those ten seconds.
+        /// Maximum number of retries in ten seconds, as a percentage of the pool's requests in those ten seconds.
         pub budget_percent: u32 = 20 => integer(0..=100),
         /// Retries per second that are allowed in addition to `budget_percent`.
         pub budget_min_per_second: u32 = 10 => integer(0..=100_000),

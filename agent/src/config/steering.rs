@@ -28,7 +28,7 @@ settings! {
         pub client_send_buffer: u32 = 1 << 20 => integer(32_768..=64 * MIB),
         /// Receive buffer (SO_RCVBUF) of an endpoint connection, in bytes.
         pub endpoint_receive_buffer: u32 = 512 << 10 => integer(16_384..=64 * MIB),
-        /// Endpoint connections that can be steered at once. Determines the size of the kernel maps.
+        /// Maximum number of endpoint connections that can be steered at once. Determines the size of the kernel maps.
         pub max_flows: u32 = 16_384 => integer(1..=1_048_576),
         /// Whether to steer on a kernel version that is known to lose or repeat bytes in sockmap. `--force` and
         /// `PENSTOCK_FORCE=true` enable it, too.

@@ -20,7 +20,8 @@ settings! {
         /// How long a TCP connect to an endpoint may take. After it, the next endpoint of the pick is tried; after the last one,
         /// the request is answered with 504.
         pub connect: Option<Duration> = Some(Duration::from_secs(1)) => duration_or_off(),
-        /// How long the response head may take after the request was sent. After it, the request is answered with 504.
+        /// How long an endpoint may take to send the response head after it got the request. After it, the request is answered with
+        /// 504.
         pub first_byte: Option<Duration> = Some(Duration::from_secs(600)) => duration_or_off(),
         /// How long a response may pause: no byte from the endpoint, or none acknowledged by the client. After it, the connection
         /// is reset; over HTTP/2, the stream is reset, and the connection is closed after its last stream.

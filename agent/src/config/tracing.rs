@@ -21,7 +21,7 @@ settings! {
         pub sampling_ratio: Ratio = Ratio::ALL => ratio(),
         /// `service.name` of the spans.
         pub service_name: String = "penstock".to_owned() => value::non_empty(),
-        /// Spans that may wait for the collector. Further spans are dropped and counted.
+        /// Maximum number of spans that wait for the collector. Further spans are dropped and counted.
         pub queue_spans: usize = 4096 => integer(1..=1 << 20),
         /// How long spans are collected before they are sent.
         pub export_interval: Duration = Duration::from_secs(1) => duration(),

@@ -245,5 +245,5 @@ async fn picker_that_is_started_as_root_is_root_no_longer() {
         assert_no_capabilities(epp.id(), user, "").await;
     }
     let mut epp = Process::start("penstock", ["epp", "--endpoint", "127.0.0.1:1", "--user", "0:0"]).unwrap();
-    epp.line("expected \"keep\", or the numbers of a user", SOON).await.unwrap();
+    epp.line("expected \"keep\", or the uid and gid of a user", SOON).await.unwrap();
 }

@@ -33,8 +33,8 @@ fn client_certificate_is_checked_with_its_key() {
     write("c.key", &one.signing_key.serialize_pem());
     let config = Config::load(&path).unwrap();
     let Picker::Epp(epp) = &config.pools[0].picker else { panic!("{config:?}") };
-    let beside = |name: &str| folder.path().join(name);
-    let expected = ClientCertificate { certificate: beside("c.pem"), key: beside("c.key") };
+    let in_folder = |name: &str| folder.path().join(name);
+    let expected = ClientCertificate { certificate: in_folder("c.pem"), key: in_folder("c.key") };
     assert_eq!(epp.client_certificate, Some(expected));
 }
 
