@@ -23,7 +23,7 @@ settings! {
         pub hosts: Vec<HostPattern> = Vec::new() => host().one_or_more().named("host").example("llm.example.com"),
         /// Condition on the path.
         pub path: Option<PathPattern> = None => keys::<PathKeys>(),
-        /// The method of the request.
+        /// Method of the request.
         pub methods: Vec<Method> = Vec::new()
             => value::method(goes_through).one_or_more().named("method").example("POST"),
         /// Header fields that must all match, as the endpoint gets them: without the client's control headers, with what the agent
@@ -87,7 +87,7 @@ pub enum ModelPattern {
 }
 
 settings! {
-    /// A pool and its share of a route's requests, drawn for each request.
+    /// A pool and its share of a route's requests. A pool is drawn for each request.
     pub struct WeightedPool {
         /// Name of a pool.
         pub name: String = String::new() => value::pool_name().required("the name of a pool", "default"),
@@ -101,8 +101,8 @@ settings! {
     struct PoolKeys {
         /// Name of the pool that gets the requests.
         pool: Option<String> = None => value::pool_name().optional("default"),
-        /// Pools that share the requests by weight, instead of `pool`; each request is drawn independently. The default weight is
-        /// 1, and a pool with weight 0 gets no requests.
+        /// Pools that share the requests by weight, instead of `pool`; a pool is drawn for each request. The default weight is 1,
+        /// and a pool with weight 0 gets no requests.
         pools: Vec<WeightedPool> = Vec::new()
             => tables(r#"an array of { name = "a", weight = 70 }"#).example(json!([{ "name": "default", "weight": 70 }])),
     }
