@@ -1,6 +1,6 @@
 //! `penstock epp`: serves the built-in picker as an EPP, for Envoy or for another Penstock.
 //!
-//! Serves `ext_proc` (one stream per HTTP request, see [`session`]) and gRPC health, and replies as production EPPs do, with two
+//! Serves `ext_proc` (one stream per HTTP request, see `session`) and gRPC health, and replies as production EPPs do, with two
 //! differences: response bodies are returned piece by piece and never held, and request trailers also end a body. Keeps no state
 //! besides the picker's and that of open streams.
 

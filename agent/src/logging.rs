@@ -66,7 +66,7 @@ pub struct Queue {
     colours: bool,
 }
 
-/// Writes what is queued when dropped; waits at most [`FLUSH`].
+/// Writes what is queued when dropped; waits at most `FLUSH`.
 pub struct Guard(mpsc::Sender<Message>);
 
 impl Drop for Guard {

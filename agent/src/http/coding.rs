@@ -3,7 +3,7 @@
 //!
 //! [`Codings`] is what the head declares. A [`Decoder`] takes the body's bytes as they arrive and returns decoded
 //! pieces of at most [`PIECE`] bytes, so that no call runs for long. The cost is bounded: decoded bytes by a limit,
-//! windows by a budget, the number of codings by [`MOST`].
+//! windows by a budget, the number of codings by `MOST`.
 
 mod brotli;
 mod gzip;

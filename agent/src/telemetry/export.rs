@@ -54,7 +54,7 @@ impl SpanProcessor for Queue {
     }
 }
 
-/// The exporting thread. Dropping it sends the queued spans, for at most [`FLUSH`], and stops the thread.
+/// The exporting thread. Dropping it sends the queued spans, for at most `FLUSH`, and stops the thread.
 pub struct Exporter {
     stop: CancellationToken,
     thread: Option<JoinHandle<()>>,

@@ -187,10 +187,12 @@ async fn probe_of_a_stalled_picker_counts_its_body_or_is_not_made() {
     for (length, probes) in [(200_000, 0), (100_000, 1)] {
         let begun = scene.stage.epp.streams_started();
         let body = json("m", length);
-        let held = (probes * body.len()) as u64;
+        let most = (probes * body.len()) as u64;
         assert_eq!(scene.stage.request(&echo(body)).await.status(), 200);
-        eventually(SOON, || memory(&scene) == held).await;
-        assert_eq!((scene.stage.epp.streams_started() - begun, scene.stage.epp.streams_open()), (probes, probes));
+        // What the picker's windows have taken of a probe no longer counts.
+        eventually(SOON, || memory(&scene) <= most).await;
+        eventually(SOON, || scene.stage.epp.streams_started() - begun == probes).await;
+        assert_eq!(scene.stage.epp.streams_open(), probes);
     }
     eventually(SOON, || memory(&scene) == 0 && scene.stage.epp.streams_open() == 0).await;
 }

@@ -199,17 +199,24 @@ impl Drop for Out {
     }
 }
 
+/// The last byte of a body without trailers carries the end of the stream, so that a small request is sent at once.
 async fn send(mut out: Out, content: Content, progress: Progress, idle: Option<Duration>) -> Result<(), SendError> {
+    let mut left = content.length().filter(|_| content.trailers().is_empty());
     let mut pieces = content.pieces();
     while let Some(mut piece) = pieces.next().await.map_err(SendError::Body)? {
         while !piece.is_empty() {
             let room = with_idle_timeout(idle, out.room(piece.len())).await?;
             let part = piece.split_to(room.min(piece.len()));
-            out.stream.send_data(part, false).map_err(|_| SendError::Refused)?;
+            left = left.map(|left| left.saturating_sub(part.len() as u64));
+            let ends = left == Some(0);
+            out.stream.send_data(part, ends).map_err(|_| SendError::Refused)?;
+            out.ended = ends;
             progress.made();
         }
     }
-    out.end(content.trailers().clone()).map_err(|_| SendError::Refused)?;
-    progress.made();
+    if !out.ended {
+        out.end(content.trailers().clone()).map_err(|_| SendError::Refused)?;
+        progress.made();
+    }
     Ok(())
 }
