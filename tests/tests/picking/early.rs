@@ -282,10 +282,12 @@ async fn response_ending_first_ends_request() {
         assert_eq!(response.status(), 200);
         endpoint.tell(Told::Answered);
         eventually(SOON, || endpoint.uploads().len() == 2).await;
-        let mut uploads = endpoint.uploads();
-        let whole = uploads.iter().position(|upload| *upload == (5, None));
-        uploads.remove(whole.unwrap_or_else(|| panic!("{uploads:?}")));
-        assert!(uploads[0].0 < SIZE, "{uploads:?}");
+        let uploads = endpoint.uploads();
+        let cut = uploads.iter().filter(|upload| **upload != (5, None));
+        assert!(cut.clone().all(|(taken, _)| *taken < SIZE), "{uploads:?}");
+        // The first request may have left the second no window of the HTTP/2 connection; then that is cut, too.
+        let most = if protocol == AppProtocol::Http1 { 1 } else { 2 };
+        assert!((1..=most).contains(&cut.count()), "{uploads:?}");
         let connections = if protocol == AppProtocol::Http1 { 2 } else { 1 };
         assert_eq!(endpoint.connections(), connections);
         assert_eq!(agent.count("penstock_requests_total", &[r#"reason="ok""#]), 2);
