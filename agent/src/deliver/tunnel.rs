@@ -65,9 +65,10 @@ impl Tunnel<'_> {
             return end;
         }
         self.down.account.relayed += self.pending.len() as u64;
+        // The times are those of the tunnel, also if it is cut.
+        self.down.account.first_ns = first;
         let end = if self.client.is_tls() { self.relay().await } else { self.plain(over).await };
-        // The times are those of the tunnel.
-        (self.down.account.first_ns, self.down.account.last_ns) = (first, monotonic_ns());
+        self.down.account.last_ns = monotonic_ns();
         end.unwrap_or(End::Broken)
     }
 

@@ -12,7 +12,7 @@ use penstock_common::framing::Framing;
 use super::{
     connection::EndpointConnection,
     http2::{self, Stream},
-    sending::{CutReason, Sending},
+    sending::{CutReason, Sending, Unfinished},
 };
 use crate::http::trailers;
 
@@ -37,6 +37,8 @@ pub enum ResponseBody {
         sending: Sending,
         /// Tells the request's body why it is cut; `None` if the request has no body.
         cut: Option<CutReason>,
+        /// The sending side of a request that could not be sent whole. Dropping it resets the stream.
+        unfinished: Unfinished,
     },
 }
 

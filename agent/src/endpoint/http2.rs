@@ -42,6 +42,10 @@ const SEND_BUFFER: usize = 64 << 10;
 /// Most bytes of the fields of a head or of trailers.
 const HEAD: u32 = 16 << 10;
 
+/// Streams that h2 remembers for a second after their reset. Frames that arrive for others count as the endpoint's fault, and h2 closes
+/// a connection after 1024 of them: the clients of many streams may leave at the same time.
+const RESET_STREAMS: usize = 4096;
+
 /// A worker's HTTP/2 connections to endpoints. Clones share them.
 #[derive(Clone)]
 pub struct Http2Pool(Rc<Inner>);
@@ -106,24 +110,20 @@ impl Stream {
 }
 
 /// Reads the next bytes of a body. Returns `None` at its end. Cancel-safe.
+///
+/// RST_STREAM with NO_ERROR after a complete response only ends the request (RFC 9113 §8.1), and h2 does not report it. Before the
+/// end of the response it is an error like any other.
 pub async fn data(body: &mut RecvStream) -> Result<Option<Bytes>, h2::Error> {
-    match body.data().await.transpose() {
-        Ok(Some(data)) => {
-            body.flow_control().release_capacity(data.len())?;
-            Ok(Some(data))
-        }
-        // The endpoint has sent a complete response and does not need the rest of the request (RFC 9113 §8.1).
-        Err(error) if error.reason() == Some(h2::Reason::NO_ERROR) => Ok(None),
-        other => other,
+    let data = body.data().await.transpose()?;
+    if let Some(data) = &data {
+        body.flow_control().release_capacity(data.len())?;
     }
+    Ok(data)
 }
 
 /// Reads the trailers after the end of a body. Cancel-safe.
 pub async fn trailers(body: &mut RecvStream) -> Result<Option<http::HeaderMap>, h2::Error> {
-    match body.trailers().await {
-        Err(error) if error.reason() == Some(h2::Reason::NO_ERROR) => Ok(None),
-        other => other,
-    }
+    body.trailers().await
 }
 
 impl Drop for Stream {
@@ -233,6 +233,7 @@ async fn connect(address: SocketAddr, times: ConnectionTimeouts) -> io::Result<C
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_header_list_size(HEAD)
+        .max_concurrent_reset_streams(RESET_STREAMS)
         .max_send_buffer_size(SEND_BUFFER)
         .handshake(wire)
         .await

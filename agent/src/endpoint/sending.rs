@@ -3,6 +3,7 @@
 //! Takes the future that sends. It is dropped, with everything it holds, as soon as it is done or stopped.
 
 use std::{
+    any::Any,
     cell::{Cell, RefCell},
     future::poll_fn,
     rc::Rc,
@@ -103,6 +104,18 @@ impl Sending {
         if matches!(*state, SendState::Running(_)) {
             *state = SendState::Stopped;
         }
+    }
+}
+
+/// Keeps the sending side of a request that could not be sent whole until the response has ended: closing it would end the response,
+/// too. Clones are the same.
+#[derive(Clone, Default)]
+pub struct Unfinished(Rc<RefCell<Option<Box<dyn Any>>>>);
+
+impl Unfinished {
+    /// Drops `side` with the last clone.
+    pub fn keep(&self, side: impl Any) {
+        self.0.replace(Some(Box::new(side)));
     }
 }
 

@@ -98,7 +98,8 @@ impl AsyncWrite for Wire {
         self.with(|stream| stream.poll_flush(cx))
     }
 
+    /// Sends no FIN while it is undecided whether the endpoint received bytes that crossed with its own; closing follows.
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.with(|stream| stream.poll_shutdown(cx))
+        self.with(|stream| if crossing::may_follow(&stream) { Poll::Ready(Ok(())) } else { stream.poll_shutdown(cx) })
     }
 }

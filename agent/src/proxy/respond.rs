@@ -104,6 +104,9 @@ pub(super) async fn respond(
             }
             ResponseReply::Evicted(reply) => {
                 worker.shared.metrics.pool(request.pool).evicted();
+                if let Some(sending) = body.sending() {
+                    sending.stop();
+                }
                 drop(body);
                 let keep_alive = request.keeps_alive(worker);
                 send_immediate(worker, client, &request.parts, &reply, keep_alive).await?;

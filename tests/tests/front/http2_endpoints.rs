@@ -531,6 +531,57 @@ async fn upload_that_gets_no_window_is_reset() {
     assert_eq!(accepted.load(Relaxed), 1);
 }
 
+/// RST_STREAM with NO_ERROR ends a request whose response is complete (RFC 9113 §8.1). Before the end of the response it cuts it, like
+/// any reset.
+#[tokio::test]
+async fn response_reset_without_error_before_its_end_is_broken() {
+    const NO_ERROR: u32 = 0;
+    for length in [None, Some("10")] {
+        let addr = scripted_endpoint(move |_, mut frames| async move {
+            while let Some(head) = frames.find(|frame| frame.kind == kind::HEADERS).await? {
+                let mut fields = vec![(":status", "200")];
+                fields.extend(length.map(|length| ("content-length", length)));
+                frames.send(&Frame::headers(head.stream, false, &fields)).await?;
+                frames.send(&Frame::new(kind::DATA, 0, head.stream, *b"hello")).await?;
+                frames.send(&Frame::reset(head.stream, NO_ERROR)).await?;
+            }
+            Ok(())
+        })
+        .await;
+        let agent = agent(addr, |_| {});
+        let mut client = Client::connect(agent.addr).await.unwrap();
+        let end = client.request(&Request::get("/test/echo")).await.map(|response| response.read.end);
+        assert!(!matches!(end, Ok(BodyEnd::Complete)), "HTTP/1.1, {length:?}");
+        let mut client = Http2Client::connect(agent.addr).await.unwrap();
+        let end = client.request(&Request::get("/test/echo")).await.map(|response| response.read.end);
+        assert!(!matches!(end, Ok(BodyEnd::Complete)), "HTTP/2, {length:?}");
+    }
+}
+
+/// The request is not sent whole, and the response is: as over HTTP/1.1.
+#[tokio::test]
+async fn response_continues_when_its_upload_stalls() {
+    const PIECES: u8 = 8;
+    let addr = scripted_endpoint(|_, mut frames| async move {
+        // Opens no window for the upload.
+        while let Some(head) = frames.find(|frame| frame.kind == kind::HEADERS).await? {
+            frames.send(&Frame::headers(head.stream, false, &[(":status", "200")])).await?;
+            for number in 1..=PIECES {
+                tokio::time::sleep(Duration::from_millis(150)).await;
+                let flags = if number == PIECES { END_STREAM } else { 0 };
+                frames.send(&Frame::new(kind::DATA, flags, head.stream, [number])).await?;
+            }
+        }
+        Ok(())
+    })
+    .await;
+    let agent = agent(addr, |config| config.timeouts.idle = Some(Duration::from_millis(400)));
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    let response = client.request(&echo(json("m", 200_000))).await.unwrap();
+    assert_eq!((response.status(), response.read.end), (200, BodyEnd::Complete));
+    assert_eq!(response.body, (1..=PIECES).collect::<Vec<_>>());
+}
+
 /// As those of HTTP/1.1 endpoints, to clients of either version.
 #[tokio::test]
 async fn interim_responses_of_http2_endpoints_are_passed_on() {

@@ -11,7 +11,7 @@ use crate::{
     endpoint::{
         body::ResponseBody,
         http2::Stream,
-        sending::{CutReason, Progress, SendError, Sending, with_idle_timeout},
+        sending::{CutReason, Progress, SendError, Sending, Unfinished, with_idle_timeout},
     },
     error::Error,
     http::{
@@ -75,10 +75,12 @@ async fn attempt(
     let has_body = job.content.length().is_some_and(|length| length > 0) || !job.content.trailers().is_empty();
     // Opening fails only if the connection has ended since it was chosen; nothing was sent.
     let (response, out) = stream.open(head(job, address), !has_body).map_err(|_| StreamError::Refused)?;
+    let unfinished = Unfinished::default();
     let (sending, cut) = if has_body {
         let cut = CutReason::default();
         let out = Out { stream: out, ended: false, cut: cut.clone() };
-        (Sending::new(send(out, job.content.clone(), progress.clone(), job.idle())), Some(cut))
+        let sending = Sending::new(send(out, job.content.clone(), progress.clone(), job.idle(), unfinished.clone()));
+        (sending, Some(cut))
     } else {
         (Sending::new(async { Ok(()) }), None)
     };
@@ -102,7 +104,7 @@ async fn attempt(
         cut.set_answered();
     }
     let body = Some(body).filter(|_| head.body != BodyKind::None);
-    Ok((head, ResponseBody::Http2 { body, stream, sending, cut }))
+    Ok((head, ResponseBody::Http2 { body, stream, sending, cut, unfinished }))
 }
 
 /// Why no head was read.
@@ -199,8 +201,28 @@ impl Drop for Out {
     }
 }
 
+/// Sends the request's body. After a failure the stream stays open in `unfinished`, because the response may continue.
+async fn send(
+    mut out: Out,
+    content: Content,
+    progress: Progress,
+    idle: Option<Duration>,
+    unfinished: Unfinished,
+) -> Result<(), SendError> {
+    let sent = send_body(&mut out, content, progress, idle).await;
+    if sent.is_err() {
+        unfinished.keep(out);
+    }
+    sent
+}
+
 /// The last byte of a body without trailers carries the end of the stream, so that a small request is sent at once.
-async fn send(mut out: Out, content: Content, progress: Progress, idle: Option<Duration>) -> Result<(), SendError> {
+async fn send_body(
+    out: &mut Out,
+    content: Content,
+    progress: Progress,
+    idle: Option<Duration>,
+) -> Result<(), SendError> {
     let mut left = content.length().filter(|_| content.trailers().is_empty());
     let mut pieces = content.pieces();
     while let Some(mut piece) = pieces.next().await.map_err(SendError::Body)? {
