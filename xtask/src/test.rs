@@ -45,7 +45,7 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     if let Some(times) = args.repeat {
         return steps.step("tests, repeated", || repeat::tests(times, || tests(&["--no-fail-fast"])));
     }
-    steps.step("tests", || run(&mut tests(&[])))?;
+    steps.step("tests", || run(&mut tests(&["--no-fail-fast"])))?;
     // Neither runner runs these, and the arguments are for the other tests.
     if args.runner.is_empty() {
         steps.step("tests in documentation", || run(cargo().args(["test", "--doc"])))?;

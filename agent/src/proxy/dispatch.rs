@@ -8,7 +8,9 @@ mod content;
 mod http1;
 mod http2;
 
-use std::{collections::VecDeque, io, net::SocketAddr, pin::pin, time::Duration};
+use std::{
+    cell::Cell, collections::VecDeque, future::poll_fn, io, net::SocketAddr, pin::pin, task::Poll, time::Duration,
+};
 
 use bytes::BytesMut;
 use http::{StatusCode, Version};
@@ -61,20 +63,34 @@ pub(super) async fn dispatch(
     let (heads, mut interim) = mpsc::channel(1);
     let interim_heads = takes_interim(client, request).then_some(heads);
     let job = Job { worker, request, content, interim_heads };
-    let mut attempts = pin!(try_in_turn(&job, list));
-    let response = loop {
-        tokio::select! {
-            biased;
-            Some(head) = interim.recv() => forward_interim(client, &job, head).await?,
-            response = &mut attempts => break response,
-            reply = evicted(&mut picked.stream) => return Err(Error::Evicted(Box::new(reply))),
-            () = client.gone() => return Err(Error::ClientGone),
+    // Runs during the attempts, so that a slow client does not keep them from reading what the endpoint sends.
+    let is_writing = Cell::new(false);
+    let mut to_client = pin!(async {
+        loop {
+            tokio::select! {
+                biased;
+                Some(head) = interim.recv() => {
+                    is_writing.set(true);
+                    forward_interim(client, &job, head).await?;
+                    is_writing.set(false);
+                }
+                () = client.gone() => return Err(Error::ClientGone),
+            }
         }
+    });
+    let response = tokio::select! {
+        biased;
+        response = try_in_turn(&job, list) => response,
+        reply = evicted(&mut picked.stream) => Err(Error::Evicted(Box::new(reply))),
+        gone = &mut to_client => return gone,
     };
-    // The last interim head may have arrived together with the response.
-    if let Ok(head) = interim.try_recv() {
-        forward_interim(client, &job, head).await?;
-    }
+    // A head is written whole, also the last one, which may have arrived together with the response.
+    poll_fn(|cx| match to_client.as_mut().poll(cx) {
+        Poll::Ready(gone) => Poll::Ready(gone.map(drop)),
+        Poll::Pending if is_writing.get() => Poll::Pending,
+        Poll::Pending => Poll::Ready(Ok(())),
+    })
+    .await?;
     response
 }
 

@@ -531,6 +531,33 @@ async fn upload_that_gets_no_window_is_reset() {
     assert_eq!(accepted.load(Relaxed), 1);
 }
 
+/// However slowly the client takes them: a client that reads nothing does not make the agent hold what an endpoint sends.
+#[tokio::test]
+async fn endless_interim_responses_reset_the_stream() {
+    let reset = Arc::<AtomicU64>::default();
+    let seen = Arc::clone(&reset);
+    let addr = scripted_endpoint(move |_, mut frames| {
+        let seen = Arc::clone(&seen);
+        async move {
+            let head = frames.find(|frame| frame.kind == kind::HEADERS).await?.unwrap();
+            let link = "x".repeat(5000);
+            let interim = Frame::headers(head.stream, false, &[(":status", "103"), ("link", &link)]);
+            for _ in 0..2000 {
+                frames.send(&interim).await?;
+            }
+            if frames.find(|frame| frame.kind == kind::RST_STREAM).await?.is_some() {
+                seen.fetch_add(1, Relaxed);
+            }
+            Ok(())
+        }
+    })
+    .await;
+    let agent = agent(addr, |config| config.limits.head_bytes = 1 << 20);
+    let mut client = Client::connect_with(agent.addr, Some(2048)).await.unwrap();
+    client.send(&Request::get("/test/echo")).await.unwrap();
+    eventually(SOON, || reset.load(Relaxed) == 1).await;
+}
+
 /// RST_STREAM with NO_ERROR ends a request whose response is complete (RFC 9113 §8.1). Before the end of the response it cuts it, like
 /// any reset.
 #[tokio::test]

@@ -7,15 +7,25 @@ use penstock_tests::{
     servers::{Kind, RealServer},
 };
 
+const RUNS: usize = 10;
+
 async fn every_post_is_answered(kind: Kind) {
     let server = RealServer::start(kind).await.unwrap_or_else(|error| panic!("{error:#}"));
     for mode in MODES {
-        let tally = posts::run(&server, mode, SHORT).await.unwrap_or_else(|error| panic!("{error:#}"));
-        println!("{mode:?}: {tally}");
         let local = matches!(mode, SteeringMode::Auto | SteeringMode::Local);
-        // The Java server writes a whole response at once, and steering starts after the bytes already written.
-        assert!(tally.local > 0 || !local || kind == Kind::JavaNio, "{mode:?}: {tally}");
-        assert!(tally.local == 0 || local, "{mode:?}: {tally}");
+        // Steering starts after the bytes already written. The Java server writes a whole response at once, and others may be as
+        // fast: the posts are repeated until the kernel has carried a part of a response to them.
+        let mut carried = 0;
+        for _ in 0..RUNS {
+            let tally = posts::run(&server, mode, SHORT).await.unwrap_or_else(|error| panic!("{error:#}"));
+            println!("{mode:?}: {tally}");
+            carried += tally.local;
+            if carried > 0 || !local || kind == Kind::JavaNio {
+                break;
+            }
+        }
+        assert!(carried > 0 || !local || kind == Kind::JavaNio, "{mode:?}: the kernel carried nothing in {RUNS} runs");
+        assert!(carried == 0 || local, "{mode:?}: {carried} bytes by the path local");
     }
 }
 

@@ -1,6 +1,6 @@
 //! Sends one request over HTTP/2, on a stream of its own, and returns the head of the response.
 
-use std::{future::poll_fn, net::SocketAddr, time::Duration};
+use std::{collections::VecDeque, future::poll_fn, net::SocketAddr, time::Duration};
 
 use bytes::Bytes;
 use h2::{RecvStream, SendStream, client::ResponseFuture};
@@ -123,13 +123,30 @@ async fn read_head(
     let (method, limits) = (&job.request.parts.method, job.head_limits());
     let bad = |error| ReadError::Error(Error::Response { address, error });
     let mut interim = Interim::default();
-    // Awaiting the response returns an error, too.
-    while let Some(Ok(head)) = poll_fn(|cx| response.poll_informational(cx)).await {
-        let (parts, ()) = head.into_parts();
-        let bytes = parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
-        interim.add(bytes, &limits).map_err(bad)?;
-        job.queue_interim(interim_from_http2(parts, &limits).map_err(bad)?).await;
-        tokio::task::yield_now().await;
+    // h2 queues interim heads without a limit. They are taken as they arrive and counted, however slowly the client takes them.
+    let mut queue = VecDeque::new();
+    loop {
+        let forwarded = async {
+            match queue.front() {
+                Some(head) => job.queue_interim(ResponseHead::clone(head)).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            next = poll_fn(|cx| response.poll_informational(cx)) => {
+                // Awaiting the response returns an error, too.
+                let Some(Ok(head)) = next else { break };
+                let (parts, ()) = head.into_parts();
+                let bytes = parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
+                interim.add(bytes, &limits).map_err(bad)?;
+                queue.push_back(interim_from_http2(parts, &limits).map_err(bad)?);
+            }
+            () = forwarded => drop(queue.pop_front()),
+        }
+    }
+    for head in queue {
+        job.queue_interim(head).await;
     }
     let (parts, body) = response.await.map_err(ReadError::Http2)?.into_parts();
     Ok((from_http2(parts, body.is_end_stream(), method, &limits).map_err(bad)?, body))
