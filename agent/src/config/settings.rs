@@ -2,7 +2,7 @@
 //!
 //! [`settings!`] turns the declaration into the struct, its `Default`, the reader and the description. A field has its
 //! documentation, its default and its [`Kind`], which determines the accepted values. The default file ([`super::default_file`]),
-//! the reference ([`super::reference`]) and the JSON Schema ([`super::schema`]) are printed from the description. `CONTRIBUTING.md`
+//! the reference (`reference.rs`) and the JSON Schema (`schema.rs`) are printed from the description. `CONTRIBUTING.md`
 //! has the recipe for a new setting.
 
 use std::marker::PhantomData;
