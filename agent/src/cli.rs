@@ -86,7 +86,7 @@ struct Configured {
 
 #[derive(Args)]
 struct Doctor {
-    /// Read [steering] from this file, as `penstock run` would; without it, use the defaults
+    /// Read `[steering]` from this file, as `penstock run` would; without it, use the defaults
     #[arg(long, env = "PENSTOCK_CONFIG")]
     config: Option<PathBuf>,
     /// Try the kernel program even on a kernel that is known to lose or repeat bytes in sockmap
