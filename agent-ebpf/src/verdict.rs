@@ -74,7 +74,7 @@ fn find_client(index: u32) {
     });
 }
 
-/// Calls `f` with the `struct tcp_sock` of a target; `None`: there is no such target.
+/// Calls `f` with the `struct tcp_sock` of a target; returns `None` if the target does not exist.
 #[inline(always)]
 fn with_target<T>(key: u64, f: impl FnOnce(*const u8) -> T) -> Option<T> {
     let targets = (&raw const TARGETS).cast_mut().cast::<c_void>();

@@ -262,7 +262,7 @@ impl Outlet for Peer<'_> {
         socket::send_queue(self.stream)
     }
 
-    /// An orderly close of this side is no interruption.
+    /// An orderly close of this side does not count as one.
     async fn interrupted(&self) -> Ended {
         tokio::select! {
             biased;

@@ -228,6 +228,8 @@ async fn send(
 ) -> Result<(), SendError> {
     let sent = send_body(&mut out, content, progress, idle).await;
     if sent.is_err() {
+        // What it waits for of the connection's window is for the others.
+        out.stream.reserve_capacity(0);
         unfinished.keep(out);
     }
     sent
