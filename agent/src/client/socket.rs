@@ -45,6 +45,8 @@ pub struct ClientSocket {
     /// Unread bytes of the last request may still arrive.
     pub unread: bool,
     stalled: bool,
+    /// The last write was cancelled in its middle, so whatever followed would be read as a part of it.
+    is_cut: bool,
     /// How long the client may go without acknowledging data.
     idle: Option<Duration>,
     half_close: HalfClose,
@@ -79,6 +81,7 @@ impl ClientSocket {
             answered: false,
             unread: false,
             stalled: false,
+            is_cut: false,
             idle: None,
             half_close: HalfClose::Cancel,
             unreachable: None,
@@ -176,12 +179,18 @@ impl ClientSocket {
     /// connection can only be aborted.
     pub async fn write_all(&mut self, buf: &[u8]) -> io::Result<()> {
         self.answered = true;
+        if self.is_cut {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
         self.settle().await?;
         let (mut rest, mut patience) = (buf, self.patience());
         while !rest.is_empty() {
             match patience.step(&mut self.wire, |wire, cx| wire.poll_write(cx, rest)).await {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(n) => rest = &rest[n..],
+                Ok(n) => {
+                    rest = &rest[n..];
+                    self.is_cut = !rest.is_empty();
+                }
                 Err(error) => return Err(self.stalled(error)),
             }
         }

@@ -153,3 +153,21 @@ async fn untaken_interim_responses_end_http2_request() {
     }
     assert_eq!(heads, 1001);
 }
+
+/// The deadline may pass while a head is being written. Nothing may follow a part of a head: the connection ends instead.
+#[tokio::test]
+async fn deadline_inside_an_interim_response_ends_the_connection() {
+    let interim = format!("HTTP/1.1 103 Early Hints\r\nlink: {}\r\n\r\n", "x".repeat(15_000)).repeat(1000);
+    let endpoint = Endpoint::start(interim.as_bytes(), Then::Keep).await;
+    let agent = TestAgent::start(builtin_pool(&[endpoint.addr]), SteeringMode::Off, |config| {
+        config.limits.head_bytes = 1 << 20;
+        config.timeouts.request = Some(Duration::from_millis(500));
+    });
+    let mut client = Client::connect_with(agent.addr, Some(2048)).await.unwrap();
+    client.send_raw(b"GET /test/echo HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    eventually(SOON, || agent.count("penstock_requests_total", &["reason=\"request_timeout\""]) == 1).await;
+    client.until_end().await.expect("the connection stays open");
+    let read = client.surplus();
+    let text = String::from_utf8_lossy(read);
+    assert!(!text.contains("HTTP/1.1 504"), "a head inside another one");
+}
