@@ -51,12 +51,25 @@ pub(crate) struct Args {
     /// Time for each target
     #[arg(long, default_value_t = 60)]
     seconds: u64,
+    /// Instead of a time, a number of inputs for each target, the same ones in each run of the same build
+    #[arg(long, conflicts_with = "seconds")]
+    inputs: Option<u64>,
     /// Run only these targets; all by default
     #[arg(long)]
     target: Vec<String>,
     /// Instead of fuzzing, copy new inputs that reach more code to fuzz/corpus
     #[arg(long)]
     merge: bool,
+}
+
+impl Args {
+    /// libFuzzer's flags for how long it runs.
+    fn length(&self) -> Vec<String> {
+        match self.inputs {
+            Some(inputs) => vec![format!("-runs={inputs}"), "-seed=1".to_owned()],
+            None => vec![format!("-max_total_time={}", self.seconds)],
+        }
+    }
 }
 
 pub(crate) fn main(args: &Args) -> Result<()> {
@@ -70,7 +83,7 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     for target in all.iter().filter(|target| args.target.is_empty() || args.target.contains(target)) {
         eprintln!("== {target}");
         let program = folder.join(target);
-        let done = if args.merge { merge(&program, target) } else { fuzz(&program, target, args.seconds) };
+        let done = if args.merge { merge(&program, target) } else { fuzz(&program, target, args.length()) };
         // The other targets run after a finding too.
         if let Err(error) = done {
             failed.push(format!("{target}: {error:#}"));
@@ -125,10 +138,10 @@ pub(crate) fn become_compiler() -> Result<()> {
     Err(rustc.args(arguments).exec()).context("starting the compiler")
 }
 
-fn fuzz(program: &Path, target: &str, seconds: u64) -> Result<()> {
+fn fuzz(program: &Path, target: &str, length: Vec<String>) -> Result<()> {
     let (new, findings) = (folder("corpus", target)?, folder("findings", target)?);
     let mut command = libfuzzer(program);
-    command.args([&format!("-max_total_time={seconds}"), "-print_final_stats=1", PATIENCE, MEMORY]);
+    command.args(length).args(["-print_final_stats=1", PATIENCE, MEMORY]);
     // libFuzzer writes new inputs to the first folder.
     command.arg(format!("-artifact_prefix={}/", findings.display())).arg(new).arg(corpus(target));
     run(&mut command)
