@@ -7,6 +7,7 @@
 mod content;
 mod http1;
 mod http2;
+mod prepare;
 
 use std::{
     cell::Cell, collections::VecDeque, future::poll_fn, io, net::SocketAddr, pin::pin, task::Poll, time::Duration,
@@ -17,16 +18,17 @@ use http::{StatusCode, Version};
 use tokio::{sync::mpsc, time::Instant};
 
 use self::content::Content;
+pub(super) use self::prepare::prepare;
 use super::{
-    Request,
-    pick::Picked,
-    respond::{EndpointResponse, evicted},
+    picked::{Picked, evicted},
+    request::Request,
 };
 use crate::{
     client::Client,
     config::AppProtocol,
     endpoint::{
         body::ResponseBody,
+        in_flight::InFlight,
         local_fault::local_fault,
         sending::{SendError, Sending},
     },
@@ -40,6 +42,14 @@ use crate::{
     upload::Upload,
     worker::Worker,
 };
+
+/// An endpoint's response of which the head has been read.
+pub(super) struct EndpointResponse {
+    pub(super) address: SocketAddr,
+    pub(super) head: ResponseHead,
+    pub(super) body: ResponseBody,
+    pub(super) in_flight: InFlight,
+}
 
 /// Dispatches a request to the endpoints of the pick; no other pool is tried. The body is moved out of the upload and is freed as
 /// soon as it has been sent.

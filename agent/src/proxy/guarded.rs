@@ -1,11 +1,12 @@
 //! Contains a panic to its request. The client gets 500 if no byte of a response was sent; otherwise its connection is aborted.
 
-use std::{net::SocketAddr, panic::AssertUnwindSafe};
+use std::panic::AssertUnwindSafe;
 
 use futures_util::FutureExt as _;
+use http::{Method, Uri};
 use tokio::time::Instant;
 
-use super::{After, Lease, record::Record, run, send_error};
+use super::{record::Record, reply::send_error, request::After};
 use crate::{
     client::Client,
     error::{Error, Manner},
@@ -16,30 +17,35 @@ use crate::{
 /// The request panicked, and what happens to the client's connection.
 pub struct Panicked(pub After);
 
-/// As [`run`], but catches a panic. The panic hook has already logged and counted it.
-pub async fn guarded(
-    worker: &Worker,
-    client: &mut Client,
-    head: RequestHead,
+/// What the answer to a request needs if its processing panics.
+pub(super) struct Guard {
+    method: Method,
+    uri: Uri,
+    grpc: bool,
     begun: Instant,
-    peer: SocketAddr,
-    lease: &mut Option<Lease>,
-) -> Result<After, Panicked> {
-    let (method, grpc) = (head.parts.method.clone(), is_grpc(&head.parts.headers));
-    let uri = head.parts.uri.clone();
-    client.begin_answer();
-    // Unwind safe: the lease is dropped after a panic and the connection closes, so no half-changed state is used again.
-    let processed = AssertUnwindSafe(run(worker, client, head, begun, peer, lease)).catch_unwind().await;
-    if let Ok(after) = processed {
-        return Ok(after);
+}
+
+impl Guard {
+    pub(super) fn new(head: &RequestHead, begun: Instant) -> Self {
+        let parts = &head.parts;
+        Self { method: parts.method.clone(), uri: parts.uri.clone(), grpc: is_grpc(&parts.headers), begun }
     }
-    *lease = None;
-    Record::new(begun).finish_unrouted(worker, &Error::Panicked);
-    if client.is_answered() {
-        return Err(Panicked(After::Abort));
+
+    /// Processes the request. Returns `None` if that panicked.
+    pub(super) async fn run<T>(&self, processing: impl Future<Output = T>) -> Option<T> {
+        // Unwind safe: the lease is dropped after a panic and the connection closes, so no half-changed state is used again.
+        AssertUnwindSafe(processing).catch_unwind().await.ok()
     }
-    let mut manner = Manner::unknown(&worker.shared.config).at(uri.path());
-    manner.grpc = grpc;
-    send_error(client, &method, &manner, &Error::Panicked, false).await;
-    Err(Panicked(After::Close))
+
+    /// Answers and records a request that panicked.
+    pub(super) async fn answer(self, worker: &Worker, client: &mut Client) -> Panicked {
+        Record::new(self.begun).finish_unrouted(worker, &Error::Panicked);
+        if client.is_answered() {
+            return Panicked(After::Abort);
+        }
+        let mut manner = Manner::unknown(&worker.shared.config).at(self.uri.path());
+        manner.grpc = self.grpc;
+        send_error(client, &self.method, &manner, &Error::Panicked, false).await;
+        Panicked(After::Close)
+    }
 }

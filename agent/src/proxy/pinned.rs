@@ -8,25 +8,19 @@ use std::{net::SocketAddr, rc::Rc, time::Duration};
 use bytes::BytesMut;
 use tokio::time::Instant;
 
-use super::{After, record::count, respond::open_tunnel};
+use super::{
+    record::count,
+    request::{After, Pin},
+    respond::open_tunnel,
+};
 use crate::{
     client::ClientSocket,
     deliver::{End, Tunnel},
-    endpoint::connection::EndpointConnection,
     worker::Current,
 };
 
 /// How often a pinned connection checks whether its endpoint drains.
 const DRAIN_CHECK: Duration = Duration::from_secs(1);
-
-/// The endpoint connection that a client connection is pinned to.
-pub struct Pin {
-    pub(super) endpoint: EndpointConnection,
-    pub(super) pool: usize,
-    pub(super) target: Option<u64>,
-    /// The idle timeout of the first request's route.
-    pub(super) idle: Option<Duration>,
-}
 
 /// Relays the connection until the pin ends.
 pub async fn pinned(current: &Rc<Current>, client: &mut ClientSocket, pin: Pin, peer: SocketAddr) -> After {

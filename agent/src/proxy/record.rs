@@ -6,7 +6,7 @@ use http::{StatusCode, request};
 use penstock_common::{path::Path, slot::stop};
 use tokio::time::Instant;
 
-use super::pick::PickOutcome;
+use super::picked::PickOutcome;
 use crate::{
     config::Picker,
     error::Error,

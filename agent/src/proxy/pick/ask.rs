@@ -9,7 +9,6 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use bytes::Bytes;
 use tokio::time::{Instant, error::Elapsed, sleep_until, timeout, timeout_at};
 
-use super::Request;
 use crate::{
     client::Client,
     config,
@@ -22,6 +21,7 @@ use crate::{
         exchange::{ExchangeLimits, Outcome},
         replica::Replica,
     },
+    proxy::request::Request,
     upload::Upload,
 };
 
@@ -38,7 +38,7 @@ pub(super) struct Question<'a> {
     pub(super) epp: &'a EppClient,
     pub(super) settings: &'a config::Epp,
     /// The subset hint.
-    pub(super) subset: Option<&'a [SocketAddr]>,
+    pub(super) subset: Option<Arc<[SocketAddr]>>,
     pub(super) limits: ExchangeLimits,
     /// The pool's endpoints.
     pub(super) members: Arc<Snapshot>,
@@ -64,7 +64,7 @@ impl Question<'_> {
                 attempts.replica(),
                 parts,
                 has_body,
-                self.subset,
+                self.subset.as_deref(),
                 self.limits.clone(),
                 Some(Arc::clone(&self.members)),
             ));
@@ -125,7 +125,8 @@ impl Question<'_> {
             let body = body.clone();
             let (parts, has_body) = (&request.parts, upload.has_body());
             let members = Some(Arc::clone(&self.members));
-            let mut stream = self.epp.open(&probe.0, parts, has_body, self.subset, self.limits.clone(), members);
+            let mut stream =
+                self.epp.open(&probe.0, parts, has_body, self.subset.as_deref(), self.limits.clone(), members);
             let wait = self.settings.decision_timeout.unwrap_or(PROBE);
             tokio::spawn(async move {
                 let decision = async {

@@ -1,0 +1,51 @@
+//! Prepares a picked request for its endpoint: the model header, the EPP's mutation, the agent's own fields and the trailers.
+
+use crate::{
+    client::Client,
+    http::{digest, headers, trailers},
+    picker::{exchange::Body, mutation},
+    proxy::{picked::Picked, receive::set_model, request::Request},
+    upload::Upload,
+    worker::Worker,
+};
+
+pub(in crate::proxy) fn prepare(
+    worker: &Worker,
+    client: &mut Client,
+    request: &mut Request,
+    upload: &mut Upload,
+    picked: &Picked,
+) {
+    // The model may have been found only after the pick. The endpoint gets the header in any case.
+    set_model(worker, &mut request.parts, upload);
+    let client_headers = matches!(picked.body, Body::Replaced(_)).then(|| request.parts.headers.clone());
+    mutation::apply(&picked.mutation, &mut request.parts.headers);
+    if let (Some(client_headers), Body::Replaced(pieces)) = (client_headers, &picked.body) {
+        digest::remove_stale(&mut request.parts.headers, &client_headers, pieces);
+    }
+    let _ = request.parts.headers.try_append(headers::X_PENSTOCK_HOP, worker.shared.mark.clone());
+    for pick in &worker.shared.pick_headers {
+        headers::remove_pick(&mut request.parts.headers, pick);
+    }
+    request.target = local_target(worker, client);
+    prepare_trailers(worker, upload);
+}
+
+/// Filters the client's trailers by the same rules as its head: it may not set fields that belong to the agent or the EPP.
+fn prepare_trailers(worker: &Worker, upload: &mut Upload) {
+    let config = &worker.shared.config;
+    trailers::filter(upload.trailers_mut());
+    for control in worker.shared.pick_headers.iter().chain([&config.bbr.base_model_header]) {
+        headers::remove_control(upload.trailers_mut(), control, &config.bbr.header);
+    }
+}
+
+/// The client socket's key for path `local`, which has to be known before the endpoint responds.
+fn local_target(worker: &Worker, client: &mut Client) -> Option<u64> {
+    let steering = worker.endpoints.steering().filter(|steering| steering.has_local())?;
+    let Client::Http1(socket) = client else { return None };
+    if socket.is_tls() {
+        return None;
+    }
+    socket.make_target(steering, worker.shared.config.steering.client_send_buffer).ok()
+}

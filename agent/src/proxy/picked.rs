@@ -1,0 +1,50 @@
+//! The result of a pick.
+
+use std::net::SocketAddr;
+
+use bytes::Bytes;
+use penstock_proto::ext_proc::HeaderMutation;
+
+use crate::{
+    metrics::InFlight,
+    picker::{
+        client::PickStream,
+        exchange::{Body, ImmediateReply},
+    },
+};
+
+pub(super) struct Picked {
+    /// In the order in which they are tried. Never empty.
+    pub(super) endpoints: Vec<SocketAddr>,
+    pub(super) mutation: HeaderMutation,
+    pub(super) body: Body,
+    /// Whether the pick may also be used for later requests of the connection, if the pool allows that.
+    pub(super) reusable: bool,
+    /// The EPP's stream, which lives as long as the response.
+    pub(super) stream: Option<PickStream>,
+    /// Counts the stream in the metrics while it is open.
+    pub(super) _open: Option<InFlight>,
+}
+
+pub(super) enum PickOutcome {
+    Forward(Box<Picked>),
+    /// The EPP's immediate reply.
+    Reply(ImmediateReply),
+}
+
+impl Picked {
+    /// Ends the EPP's stream, if there is one, after sending it the `rest` of the response body.
+    pub(super) fn finish(&mut self, rest: Vec<Bytes>) {
+        if let Some(stream) = self.stream.take() {
+            stream.finish(rest);
+        }
+    }
+}
+
+/// Resolves when the EPP evicts the request. Never resolves without a stream.
+pub(super) async fn evicted(stream: &mut Option<PickStream>) -> ImmediateReply {
+    match stream {
+        Some(stream) => stream.evicted().await,
+        None => std::future::pending().await,
+    }
+}

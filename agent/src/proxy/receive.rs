@@ -1,0 +1,92 @@
+//! Receives a request: prepares its head, finds its route, and reads the body until the pool and the model are known.
+
+use std::net::SocketAddr;
+
+use http::{request, uri::Scheme};
+
+use super::request::{Request, with_deadline};
+use crate::{
+    bbr::Naming,
+    client::Client,
+    error::Error,
+    http::{
+        headers::{self, Arrival},
+        request::RequestBody,
+    },
+    probe::Point,
+    upload::Upload,
+    worker::Worker,
+};
+
+/// Bytes of a JSON body that are read to find the model. After that the EPP is asked without it.
+const MODEL_WINDOW: u64 = 64 * 1024;
+
+/// Prepares the head and reads the body until the pool and the model are known.
+pub(super) async fn receive(
+    worker: &Worker,
+    client: &mut Client,
+    request: &mut Request,
+    body: RequestBody,
+    expect_continue: bool,
+    peer: SocketAddr,
+) -> Result<Upload, Error> {
+    worker.shared.probe.at(Point::Request(&request.parts));
+    let config = &worker.shared.config;
+    let naming = |has_body| Naming::new(&config.bbr, &request.parts.headers, has_body, &worker.shared.metrics);
+    let mut upload = Upload::new(body, &request.parts.headers, &config.limits, &worker.shared.bodies, naming)?;
+    let arrival = Arrival { client: peer.ip(), version: request.parts.version, tls: client.is_tls() };
+    if arrival.tls {
+        request.parts.extensions.insert(Scheme::HTTPS);
+    }
+    let headers = &mut request.parts.headers;
+    for control in worker.shared.pick_headers.iter().chain([&config.bbr.base_model_header]) {
+        // Removed from the client's request whichever pool it goes to.
+        headers::remove_control(headers, control, &config.bbr.header);
+    }
+    if headers::is_marked(headers, &worker.shared.mark) {
+        return Err(Error::Loop);
+    }
+    headers::prepare_request(headers, &arrival, &config.bbr.header, &config.headers);
+    request.record.trace(worker, &mut request.parts, &arrival);
+    let router = &worker.shared.router;
+    let needs_model = router.needs_model(&request.parts);
+    let route = |request: &mut Request| {
+        let routed = router.route(&request.parts, |below| fastrand::u64(..below)).map_err(|_| Error::NoRoute)?;
+        request.pool = routed.pool;
+        request.set_timeouts(routed.timeouts);
+        Ok::<_, Error>(routed.timeouts.body)
+    };
+    if needs_model {
+        request.set_timeouts(router.body_timeouts(&request.parts).unwrap_or(request.timeouts));
+    } else {
+        route(request)?;
+    }
+    upload.begin(needs_model, request.timeouts.body)?;
+    let beginning = async {
+        if expect_continue
+            && upload.has_body()
+            && let Client::Http1(socket) = client
+            && socket.buf.is_empty()
+        {
+            socket.write_all(b"HTTP/1.1 100 Continue\r\n\r\n").await.map_err(|_| Error::ClientGone)?;
+            socket.begin_answer();
+        }
+        while !upload.is_done() && !upload.naming().is_settled() && (needs_model || upload.kept.len() < MODEL_WINDOW) {
+            let read = upload.read(client).await?;
+            upload.take(read).await?;
+        }
+        Ok(())
+    };
+    with_deadline(request.deadline.zip(request.timeouts.request), beginning).await?;
+    set_model(worker, &mut request.parts, &upload);
+    if needs_model {
+        upload.set_timeout(route(request)?);
+    }
+    Ok(upload)
+}
+
+pub(super) fn set_model(worker: &Worker, parts: &mut request::Parts, upload: &Upload) {
+    if let Some(model) = upload.naming().model(&worker.shared.config.bbr) {
+        worker.shared.model_headers.set(&mut parts.headers, model);
+    }
+}

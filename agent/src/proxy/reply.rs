@@ -1,0 +1,63 @@
+//! Replies that do not come from an endpoint: the agent's errors, its answer to `Max-Forwards: 0`, and the EPP's immediate replies.
+
+use bytes::Bytes;
+use http::{HeaderValue, Method, StatusCode, request};
+
+use super::request::{After, Request};
+use crate::{
+    client::Client,
+    error::{Error, Manner},
+    http::reply::Reply,
+    picker::{exchange::ImmediateReply, mutation},
+    upload::Upload,
+    worker::Worker,
+};
+
+/// Sends an error response. Returns whether the client took it.
+pub(super) async fn send_error(
+    client: &mut Client,
+    method: &Method,
+    manner: &Manner<'_>,
+    error: &Error,
+    keep_alive: bool,
+) -> bool {
+    !matches!(error, Error::ClientGone) && client.reply(method, &error.reply(manner), keep_alive).await.is_ok()
+}
+
+/// Answers a request with `Max-Forwards: 0` (RFC 9110 §7.6.2).
+pub(super) async fn answer_last_forward(
+    worker: &Worker,
+    client: &mut Client,
+    request: &mut Request,
+    upload: &Upload,
+) -> Result<After, Error> {
+    let keep_alive = request.keeps_alive(worker) && upload.is_done();
+    let mut reply = Reply { status: StatusCode::OK, headers: http::HeaderMap::new(), body: Bytes::new() };
+    Manner::of(&request.parts.headers, &worker.shared.config).mark(&mut reply.headers);
+    client.reply(&request.parts.method, &reply, keep_alive).await.map_err(|_| Error::ClientGone)?;
+    request.record.status(reply.status, "max_forwards");
+    Ok(if keep_alive { After::Next } else { After::Close })
+}
+
+/// Sends the EPP's immediate reply to the client.
+pub(super) async fn send_immediate(
+    worker: &Worker,
+    client: &mut Client,
+    request: &request::Parts,
+    reply: &ImmediateReply,
+    keep_alive: bool,
+) -> Result<(), Error> {
+    let mut headers = http::HeaderMap::new();
+    mutation::apply(&reply.headers, &mut headers);
+    if !reply.body.is_empty() {
+        headers.entry(http::header::CONTENT_TYPE).or_insert(HeaderValue::from_static("text/plain"));
+    }
+    let manner = Manner::of(&request.headers, &worker.shared.config).at(request.uri.path());
+    manner.mark(&mut headers);
+    let mut reply = Reply { status: reply.status, headers, body: reply.body.clone() };
+    if manner.grpc {
+        let message = String::from_utf8_lossy(&reply.body).into_owned();
+        reply = reply.grpc(&message);
+    }
+    client.reply(&request.method, &reply, keep_alive).await.map_err(|_| Error::ClientGone)
+}

@@ -1,0 +1,269 @@
+//! Carries the body of a response to the client: as the endpoint's bytes, as a tunnel or as frames.
+
+use std::{cell::RefCell, convert::Infallible, future::poll_fn, task::Poll};
+
+use bytes::{Bytes, BytesMut};
+use penstock_common::{framing::Framing, path::Path};
+use tokio::time::Instant;
+
+use crate::{
+    client::{Client, ClientSocket},
+    deliver::{Coding, Delivery, End, Frames, Tunnel},
+    endpoint::{body::ResponseBody, connection::EndpointConnection},
+    http::response::{BodyKind, ResponseHead},
+    picker::{client::PickStream, exchange::ImmediateReply},
+    probe::Point,
+    proxy::{
+        picked::{Picked, evicted},
+        request::Request,
+    },
+    steer::{
+        account::Account,
+        eligibility::{Eligibility, Response, ToPicker, Upstream},
+        reason::SteerReason,
+        session::Session,
+    },
+    tee::Tee,
+    worker::Worker,
+};
+
+/// The reason label of a response that the EPP aborted.
+pub(super) const EVICTED: &str = "evicted";
+
+/// The result of delivering a body.
+pub(super) struct Carried {
+    /// The error is the reason for which the agent aborted the body.
+    pub(super) end: Result<End, &'static str>,
+    pub(super) account: Account,
+    pub(super) path: Path,
+    pub(super) reason: SteerReason,
+    /// Whether the client's connection stays open.
+    pub(super) keep_alive: bool,
+}
+
+/// Carries the body of which `head` is the head.
+pub(super) async fn carry(
+    worker: &Worker,
+    client: &mut Client,
+    request: &Request,
+    head: &ResponseHead,
+    body: &mut ResponseBody,
+    picked: &mut Picked,
+    tee: Option<&RefCell<Tee>>,
+) -> Carried {
+    match (&mut *client, &mut *body) {
+        (Client::Http1(socket), ResponseBody::Http1 { connection, pending, .. }) if head.upgrade.is_some() => {
+            tunnel(worker, socket, request, head, connection, pending, picked).await
+        }
+        (Client::Http1(socket), ResponseBody::Http1 { connection, framing: _, pending }) => {
+            bytes(worker, socket, request, head, connection, pending, picked, tee).await
+        }
+        _ => frames(worker, client, request, head, body, picked, tee).await,
+    }
+}
+
+/// Delivers the body as the endpoint's bytes (HTTP/1.1 on both sides), through the kernel if a kernel path was chosen.
+#[expect(clippy::too_many_arguments, reason = "the parts of one response, each borrowed separately")]
+async fn bytes(
+    worker: &Worker,
+    client: &mut ClientSocket,
+    request: &Request,
+    head: &ResponseHead,
+    endpoint: &mut EndpointConnection,
+    pending: &mut BytesMut,
+    picked: &mut Picked,
+    tee: Option<&RefCell<Tee>>,
+) -> Carried {
+    let wish = request.keeps_alive(worker);
+    let mut lead = BytesMut::with_capacity(1024);
+    let keep_alive = head.write_head(&mut lead, wish, request.parts.version);
+    let decode = head.needs_dechunk(request.parts.version);
+    if head.body == BodyKind::UntilClose || decode {
+        client.reset_on_close();
+    }
+    let (session, reason) = open(worker, client, request, head, endpoint, pending, tee);
+    let path = session.path;
+
+    let mut delivery = Delivery::new(client, endpoint, session, std::mem::take(pending));
+    delivery.lead = lead;
+    delivery.decode = decode;
+    let end = tokio::select! {
+        biased;
+        end = delivery.run() => Ok(end),
+        reason = aborted(worker, request, request.deadline, &mut picked.stream, tee) => Err(reason),
+    };
+    if end.is_err() {
+        delivery.abandon();
+    }
+    Carried { end, account: delivery.session.account, path, reason, keep_alive }
+}
+
+/// Relays the connection after `101 Switching Protocols`.
+async fn tunnel(
+    worker: &Worker,
+    client: &mut ClientSocket,
+    request: &Request,
+    head: &ResponseHead,
+    endpoint: &mut EndpointConnection,
+    pending: &mut BytesMut,
+    picked: &mut Picked,
+) -> Carried {
+    let mut lead = BytesMut::with_capacity(1024);
+    head.write_head(&mut lead, true, request.parts.version);
+    // Only an orderly close in both directions is passed on as one.
+    client.reset_on_close();
+    endpoint.reset_on_close();
+    let idle = request.timeouts.idle;
+    let pending = std::mem::take(pending);
+    let (down, up) = open_tunnel(worker, client, request.target, endpoint);
+    let path = down.path;
+    let mut tunnel = Tunnel { client, endpoint, lead, pending, idle, down, up };
+    let end = tokio::select! {
+        biased;
+        end = tunnel.run(std::future::pending()) => Ok(end),
+        // The 101 is the whole response, so the request's deadline no longer applies.
+        reason = aborted(worker, request, None, &mut picked.stream, None) => Err(reason),
+    };
+    Carried { end, account: tunnel.down.account, path, reason: SteerReason::Upgrade, keep_alive: false }
+}
+
+/// What carries either direction of a tunnel.
+pub(in crate::proxy) fn open_tunnel(
+    worker: &Worker,
+    client: &mut ClientSocket,
+    announced: Option<u64>,
+    endpoint: &EndpointConnection,
+) -> (Session<'static>, Option<Upstream>) {
+    if client.is_tls() {
+        return (Session::relayed(Framing::until_close()), None);
+    }
+    let eligibility = eligibility(worker, endpoint, announced);
+    eligibility.tunnel(|steering, send_buffer| client.make_target(steering, send_buffer))
+}
+
+fn eligibility<'a>(worker: &'a Worker, endpoint: &'a EndpointConnection, announced: Option<u64>) -> Eligibility<'a> {
+    Eligibility {
+        config: &worker.shared.config.steering,
+        steering: worker.endpoints.steering(),
+        source: endpoint.source(),
+        is_sent: endpoint.is_sent(),
+        announced,
+    }
+}
+
+/// Delivers the body as frames, if one side or both speak HTTP/2.
+async fn frames(
+    worker: &Worker,
+    client: &mut Client,
+    request: &Request,
+    head: &ResponseHead,
+    body: &mut ResponseBody,
+    picked: &mut Picked,
+    tee: Option<&RefCell<Tee>>,
+) -> Carried {
+    let (mut lead, mut coding, mut keep_alive) = (BytesMut::new(), Coding::Plain, true);
+    let begun = match client {
+        Client::Http2(stream) => {
+            let head = head.frames();
+            // A gRPC trailers-only response has to end with its head.
+            if body.is_done() { stream.begin_and_end(head) } else { stream.begin(head) }
+        }
+        Client::Http1(socket) => {
+            let wish = request.keeps_alive(worker);
+            keep_alive = head.write_head(&mut lead, wish, request.parts.version);
+            match head.body {
+                BodyKind::Chunked if head.needs_dechunk(request.parts.version) => socket.reset_on_close(),
+                BodyKind::Chunked => coding = Coding::Chunked,
+                _ => {}
+            }
+            Ok(())
+        }
+    };
+    let idle = request.timeouts.idle;
+    let mut delivery = Frames { client, body, lead, coding, tee, idle, account: Account::default() };
+    let end = match begun {
+        Err(_) => Ok(End::ClientGone),
+        Ok(()) => tokio::select! {
+            biased;
+            end = delivery.run() => Ok(end),
+            reason = aborted(worker, request, request.deadline, &mut picked.stream, tee) => Err(reason),
+        },
+    };
+    Carried { end, account: delivery.account, path: Path::Relay, reason: SteerReason::Http2, keep_alive }
+}
+
+/// Resolves with the reason when the deadline or an eviction ends the response. Poll it after the delivery, as
+/// [`evicted_while_sending`].
+async fn aborted(
+    worker: &Worker,
+    request: &Request,
+    deadline: Option<Instant>,
+    stream: &mut Option<PickStream>,
+    tee: Option<&RefCell<Tee>>,
+) -> &'static str {
+    let late = async {
+        match deadline {
+            Some(deadline) => tokio::time::sleep_until(deadline).await,
+            None => std::future::pending().await,
+        }
+    };
+    let probed = poll_fn(|_| {
+        worker.shared.probe.at(Point::Body(&request.parts));
+        Poll::<Infallible>::Pending
+    });
+    tokio::select! {
+        biased;
+        never = probed => match never {},
+        _ = evicted_while_sending(stream, tee) => EVICTED,
+        () = late => "request_timeout",
+    }
+}
+
+/// As [`evicted`], but also sends the EPP what is in the tee. Poll it after the delivery in the same task: then everything that the
+/// delivery puts into the tee is taken out at once.
+async fn evicted_while_sending(stream: &mut Option<PickStream>, tee: Option<&RefCell<Tee>>) -> ImmediateReply {
+    match (stream, tee) {
+        (Some(stream), Some(tee)) => stream.evicted_while_sending(|| tee.borrow_mut().next_piece()).await,
+        (stream, _) => evicted(stream).await,
+    }
+}
+
+/// Adds the tee's result to the metrics. Returns the pieces that the EPP has not been sent yet.
+pub(super) fn account_for(worker: &Worker, pool: usize, mut tee: Tee) -> Vec<Bytes> {
+    let metrics = worker.shared.metrics.pool(pool);
+    if tee.given_up() {
+        metrics.epp_body_given_up();
+    }
+    if let Some(usage) = tee.usage() {
+        metrics.tokens(&usage.model, usage.input_tokens, usage.output_tokens);
+    }
+    tee.rest()
+}
+
+/// Opens the session that carries the body, of which `pending` has been read.
+fn open<'a>(
+    worker: &Worker,
+    client: &mut ClientSocket,
+    request: &Request,
+    head: &ResponseHead,
+    endpoint: &EndpointConnection,
+    pending: &BytesMut,
+    tee: Option<&'a RefCell<Tee>>,
+) -> (Session<'a>, SteerReason) {
+    let mut framing = head.framing;
+    framing.feed(pending);
+    let response = Response {
+        framing,
+        event_stream: head.is_event_stream(),
+        local_endpoint: endpoint.local,
+        tls: client.is_tls(),
+        half_closed: client.is_half_closed(),
+        decoded: head.needs_dechunk(request.parts.version),
+        to_picker: tee.map(|tee| if tee.borrow().wants_all() { ToPicker::All } else { ToPicker::End }),
+    };
+    let eligibility = eligibility(worker, endpoint, request.target);
+    let make_target = |steering: &_, send_buffer| client.make_target(steering, send_buffer);
+    let (mut session, reason) = eligibility.response(&response, head.framing, make_target);
+    (session.tee, session.idle) = (tee, request.timeouts.idle);
+    (session, reason)
+}

@@ -1,0 +1,72 @@
+//! Sends the head of a response to the EPP and applies the EPP's mutation to it.
+
+use std::{cell::RefCell, net::SocketAddr};
+
+use crate::{
+    client::Client,
+    config,
+    error::Error,
+    http::response::{BodyKind, ResponseHead},
+    picker::{client::ResponseReply, exchange::ImmediateReply, mutation},
+    proxy::{picked::Picked, request::Request},
+    tee::Tee,
+    worker::Worker,
+};
+
+/// What follows from the EPP's reply to a response head.
+pub(super) enum Applied {
+    /// The response is sent to the client. The tee, if there is one, gets its body.
+    Respond(Option<RefCell<Tee>>),
+    Evicted(ImmediateReply),
+}
+
+/// Sends the head to the EPP, if the EPP picked, and applies its mutation. `ended`: the response has no body.
+pub(super) async fn apply_epp(
+    worker: &Worker,
+    client: &mut Client,
+    request: &Request,
+    picked: &mut Picked,
+    address: SocketAddr,
+    head: &mut ResponseHead,
+    ended: bool,
+) -> Result<Applied, Error> {
+    let settings = match &worker.shared.config.pools[request.pool].picker {
+        config::Picker::Epp(epp) => Some(epp),
+        config::Picker::Builtin => None,
+    };
+    let mut tee = None;
+    if let (Some(stream), Some(settings)) = (&mut picked.stream, settings) {
+        let wait = settings.response_timeout;
+        tee = tee_of(settings, head, ended);
+        let reply = tokio::select! {
+            biased;
+            reply = stream.response_headers(head.status, &head.headers, address, ended, wait) => reply,
+            () = client.gone() => return Err(Error::ClientGone),
+        };
+        if let Some(reply) = stream.head_reply() {
+            worker.shared.metrics.pool(request.pool).epp_head_reply(reply.label());
+        }
+        match reply {
+            ResponseReply::Mutation(Some(change)) => drop(mutation::apply(&change, &mut head.headers)),
+            ResponseReply::Mutation(None) => {}
+            ResponseReply::Excessive => {
+                worker.shared.metrics.pool(request.pool).epp_failed("mutation_too_large");
+                tracing::warn!(
+                    pool = worker.shared.config.pools[request.pool].name,
+                    "EPP's response mutation exceeds the limits, not applied"
+                );
+            }
+            ResponseReply::Evicted(reply) => {
+                return Ok(Applied::Evicted(reply));
+            }
+        }
+    }
+    Ok(Applied::Respond(tee))
+}
+
+/// The tee for this response's body. Returns `None` if the EPP wants nothing of the body or there is no body.
+fn tee_of(settings: &config::Epp, head: &ResponseHead, ended: bool) -> Option<RefCell<Tee>> {
+    let length = if let BodyKind::Length(length) = head.body { Some(length) } else { None };
+    let tee = Tee::new(settings.response_to_picker, &head.headers, length, settings.response_queue_bytes);
+    tee.filter(|_| !ended).map(RefCell::new)
+}
