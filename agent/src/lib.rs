@@ -23,6 +23,7 @@ pub mod route;
 pub mod picker;
 pub mod kernel;
 pub mod tee;
+pub mod rename;
 pub mod steer;
 pub mod client;
 pub mod endpoint;

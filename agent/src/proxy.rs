@@ -11,6 +11,7 @@ mod dispatch;
 mod respond;
 mod reply;
 mod record;
+mod renamed;
 mod lease;
 mod pinned;
 mod guarded;
@@ -96,6 +97,7 @@ async fn run(
         pool: 0,
         record,
         target: None,
+        names: None,
         begun,
         timeouts: RequestTimeouts::from(&config.timeouts),
         deadline: None,
@@ -161,7 +163,7 @@ async fn pick_and_respond(
             return Ok(if keep_alive { After::Next } else { After::Close });
         }
     };
-    dispatch::prepare(worker, client, request, upload, &picked);
+    dispatch::prepare(worker, client, request, upload, &picked).await?;
     let response = with_deadline(deadline, dispatch::dispatch(worker, client, request, upload, &mut picked)).await;
     let response = match response {
         Err(Error::Evicted(reply)) => {

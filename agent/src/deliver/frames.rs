@@ -14,6 +14,7 @@ use crate::{
     endpoint::body::{Piece, ResponseBody},
     http::trailers,
     kernel::socket::monotonic_ns,
+    rename::Rename,
     steer::account::Account,
     tee::Tee,
 };
@@ -35,6 +36,8 @@ pub struct Frames<'a> {
     pub tee: Option<&'a RefCell<Tee>>,
     pub idle: Option<Duration>,
     pub account: Account,
+    /// Changes what the client gets.
+    pub rename: Option<Rename>,
 }
 
 impl Frames<'_> {
@@ -57,7 +60,7 @@ impl Frames<'_> {
                 () = after(self.idle) => return End::Idle,
             };
             let step = match piece {
-                Ok(Piece::Data(data)) => self.data(data).await,
+                Ok(Piece::Data(data)) => self.received(data).await,
                 Ok(Piece::End(trailers)) => match self.end(trailers).await {
                     Ok(()) => return End::Complete { reusable: self.is_reusable() },
                     Err(end) => Err(end),
@@ -73,13 +76,28 @@ impl Frames<'_> {
         }
     }
 
-    async fn data(&mut self, data: Bytes) -> Result<(), End> {
+    /// Takes a piece of the endpoint's body.
+    async fn received(&mut self, data: Bytes) -> Result<(), End> {
         if let Some(tee) = self.tee {
             tee.borrow_mut().take(&data);
         }
         let now = monotonic_ns();
         self.account.stamp(now, now);
         self.account.add_relayed(data.len());
+        match &mut self.rename {
+            None => self.data(data).await,
+            Some(rename) => {
+                let renamed = rename.feed(&data);
+                self.data(renamed).await
+            }
+        }
+    }
+
+    /// Sends payload to the client. An empty chunk would end the body.
+    async fn data(&mut self, data: Bytes) -> Result<(), End> {
+        if data.is_empty() {
+            return Ok(());
+        }
         match self.client {
             Client::Http2(stream) => written(stream.data(data).await),
             Client::Http1(socket) => {
@@ -98,6 +116,10 @@ impl Frames<'_> {
     }
 
     async fn end(&mut self, mut trailers: HeaderMap) -> Result<(), End> {
+        if let Some(rename) = &mut self.rename {
+            let rest = rename.end();
+            self.data(rest).await?;
+        }
         trailers::filter(&mut trailers);
         match self.client {
             Client::Http2(stream) => written(stream.end(trailers).await),

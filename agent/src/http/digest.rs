@@ -2,7 +2,7 @@
 //! 1864), and its content coding if the new body is not coded.
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, header};
+use http::{HeaderMap, HeaderName, HeaderValue, header};
 
 use super::coding::{CodingError, Codings, Decoder};
 use crate::budget::Budget;
@@ -30,6 +30,16 @@ pub fn remove_stale(headers: &mut HeaderMap, client: &HeaderMap, body: &[Bytes])
         && (is_text(body) || !is_coded(Decoder::new(&codings, u64::MAX, &Budget::unlimited()), body))
     {
         headers.remove(header::CONTENT_ENCODING);
+    }
+}
+
+/// Removes from a response's `headers` what does not fit a body that the agent has changed, and weakens its ETag (RFC 9110 §8.8.1).
+pub fn remove_from_changed(headers: &mut HeaderMap) {
+    DIGESTS.iter().for_each(|name| drop(headers.remove(name)));
+    if let Some(tag) = headers.get(header::ETAG).filter(|tag| !tag.as_bytes().starts_with(b"W/"))
+        && let Ok(weak) = HeaderValue::from_bytes(&[b"W/", tag.as_bytes()].concat())
+    {
+        headers.insert(header::ETAG, weak);
     }
 }
 

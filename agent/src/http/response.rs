@@ -10,6 +10,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, Ver
 use penstock_common::framing::Framing;
 
 use super::{
+    digest,
     head::{self, Declared, HeadEnd, HeadError, HeadLimits, shown},
     headers,
 };
@@ -241,6 +242,15 @@ impl ResponseHead {
         const KIND: &[u8] = b"text/event-stream";
         let kind = self.headers.get(header::CONTENT_TYPE).and_then(|kind| kind.as_bytes().get(..KIND.len()));
         kind.is_some_and(|kind| kind.eq_ignore_ascii_case(KIND))
+    }
+
+    /// Prepares the head for a body that is changed on its way: its length and digests are not known.
+    pub fn change_body(&mut self) {
+        digest::remove_from_changed(&mut self.headers);
+        self.content_length = None;
+        if let BodyKind::Length(_) = self.body {
+            self.body = BodyKind::Chunked;
+        }
     }
 
     /// Whether a chunked body has to be decoded for an HTTP/1.0 client and ended by close.

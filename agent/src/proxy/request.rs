@@ -6,7 +6,7 @@ use http::{HeaderValue, request};
 use tokio::time::{Instant, timeout_at};
 
 use super::record::Record;
-use crate::{endpoint::connection::EndpointConnection, error::Error, route::RequestTimeouts, worker::Worker};
+use crate::{endpoint::connection::EndpointConnection, error::Error, rename::Names, route::RequestTimeouts, worker::Worker};
 
 /// What happens to the client's connection after a request.
 pub enum After {
@@ -30,6 +30,8 @@ pub(super) struct Request {
     pub(super) record: Record,
     /// The client socket's key in the kernel's map, if path `local` is possible.
     pub(super) target: Option<u64>,
+    /// Set if the EPP changed the model.
+    pub(super) names: Option<Names>,
     /// When its first byte arrived.
     pub(super) begun: Instant,
     pub(super) timeouts: RequestTimeouts,

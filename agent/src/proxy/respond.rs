@@ -7,7 +7,7 @@ mod head;
 pub(super) use self::carry::open_tunnel;
 use self::{
     carry::{EVICTED, account_for, carry},
-    head::{Applied, apply_epp},
+    head::{Applied, apply_epp, rename},
 };
 use super::{
     dispatch::EndpointResponse,
@@ -46,10 +46,11 @@ pub(super) async fn respond(
             return Ok(if keep_alive { After::Next } else { After::Close });
         }
     };
+    let rename = rename(request, &mut head);
     request.record.status(head.status, "ok");
     request.record.event_stream(head.is_event_stream());
     worker.shared.probe.at(Point::Response(&request.parts));
-    let carried = carry(worker, client, request, &head, &mut body, &mut picked, tee.as_ref()).await;
+    let carried = carry(worker, client, request, &head, &mut body, &mut picked, tee.as_ref(), rename).await;
     drop(in_flight);
     request.record.delivered(worker, request.pool, carried.path, carried.reason, carried.account);
     let rest = tee.map_or_else(Vec::new, |tee| account_for(worker, request.pool, tee.into_inner()));

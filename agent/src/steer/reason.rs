@@ -70,6 +70,8 @@ reasons! {
     HalfClose = "half_close",
     /// The EPP needs the whole body, or the kernel cannot keep its end.
     ResponseToPicker = "response_to_picker",
+    /// The EPP sent the request under another model name, and the agent restores the client's name in the response.
+    ModelRenamed = "model_renamed",
     /// The kernel refused the client's socket as a target.
     TargetRefused = "target_refused",
 }

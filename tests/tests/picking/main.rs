@@ -29,6 +29,7 @@ mod parity;
 mod patience;
 mod pins;
 mod retries;
+mod renamed;
 mod replicas;
 mod routes;
 mod routing;

@@ -1,21 +1,24 @@
 //! Prepares a picked request for its endpoint: the model header, the EPP's mutation, the agent's own fields and the trailers.
 
+use http::header;
+
 use crate::{
     client::Client,
+    error::Error,
     http::{digest, headers, trailers},
     picker::{exchange::Body, mutation},
-    proxy::{picked::Picked, receive::set_model, request::Request},
+    proxy::{picked::Picked, receive::set_model, renamed, request::Request},
     upload::Upload,
     worker::Worker,
 };
 
-pub(in crate::proxy) fn prepare(
+pub(in crate::proxy) async fn prepare(
     worker: &Worker,
     client: &mut Client,
     request: &mut Request,
     upload: &mut Upload,
     picked: &Picked,
-) {
+) -> Result<(), Error> {
     // The model may have been found only after the pick. The endpoint gets the header in any case.
     set_model(worker, &mut request.parts, upload);
     let client_headers = matches!(picked.body, Body::Replaced(_)).then(|| request.parts.headers.clone());
@@ -23,12 +26,18 @@ pub(in crate::proxy) fn prepare(
     if let (Some(client_headers), Body::Replaced(pieces)) = (client_headers, &picked.body) {
         digest::remove_stale(&mut request.parts.headers, &client_headers, pieces);
     }
+    request.names = renamed::names(&picked.body, upload).await?;
+    if request.names.is_some() {
+        // The response has to be readable.
+        request.parts.headers.remove(header::ACCEPT_ENCODING);
+    }
     let _ = request.parts.headers.try_append(headers::X_PENSTOCK_HOP, worker.shared.mark.clone());
     for pick in &worker.shared.pick_headers {
         headers::remove_pick(&mut request.parts.headers, pick);
     }
     request.target = local_target(worker, client);
     prepare_trailers(worker, upload);
+    Ok(())
 }
 
 /// Filters the client's trailers by the same rules as its head: it may not set fields that belong to the agent or the EPP.

@@ -17,6 +17,7 @@ use crate::{
         picked::{Picked, evicted},
         request::Request,
     },
+    rename::Rename,
     steer::{
         account::Account,
         eligibility::{Eligibility, Response, ToPicker, Upstream},
@@ -41,7 +42,8 @@ pub(super) struct Carried {
     pub(super) keep_alive: bool,
 }
 
-/// Carries the body of which `head` is the head.
+/// Carries the body of which `head` is the head. `rename` changes what the client gets.
+#[expect(clippy::too_many_arguments, reason = "the parts of one response, each borrowed separately")]
 pub(super) async fn carry(
     worker: &Worker,
     client: &mut Client,
@@ -50,15 +52,16 @@ pub(super) async fn carry(
     body: &mut ResponseBody,
     picked: &mut Picked,
     tee: Option<&RefCell<Tee>>,
+    rename: Option<Rename>,
 ) -> Carried {
     match (&mut *client, &mut *body) {
         (Client::Http1(socket), ResponseBody::Http1 { connection, pending, .. }) if head.upgrade.is_some() => {
             tunnel(worker, socket, request, head, connection, pending, picked).await
         }
-        (Client::Http1(socket), ResponseBody::Http1 { connection, framing: _, pending }) => {
+        (Client::Http1(socket), ResponseBody::Http1 { connection, framing: _, pending }) if rename.is_none() => {
             bytes(worker, socket, request, head, connection, pending, picked, tee).await
         }
-        _ => frames(worker, client, request, head, body, picked, tee).await,
+        _ => frames(worker, client, request, head, body, picked, tee, rename).await,
     }
 }
 
@@ -151,7 +154,8 @@ fn eligibility<'a>(worker: &'a Worker, endpoint: &'a EndpointConnection, announc
     }
 }
 
-/// Delivers the body as frames, if one side or both speak HTTP/2.
+/// Delivers the body as payload and trailers, if one side or both speak HTTP/2 or the body is changed.
+#[expect(clippy::too_many_arguments, reason = "the parts of one response, each borrowed separately")]
 async fn frames(
     worker: &Worker,
     client: &mut Client,
@@ -160,7 +164,9 @@ async fn frames(
     body: &mut ResponseBody,
     picked: &mut Picked,
     tee: Option<&RefCell<Tee>>,
+    rename: Option<Rename>,
 ) -> Carried {
+    let reason = if rename.is_some() { SteerReason::ModelRenamed } else { SteerReason::Http2 };
     let (mut lead, mut coding, mut keep_alive) = (BytesMut::new(), Coding::Plain, true);
     let begun = match client {
         Client::Http2(stream) => {
@@ -180,7 +186,7 @@ async fn frames(
         }
     };
     let idle = request.timeouts.idle;
-    let mut delivery = Frames { client, body, lead, coding, tee, idle, account: Account::default() };
+    let mut delivery = Frames { client, body, lead, coding, tee, idle, account: Account::default(), rename };
     let end = match begun {
         Err(_) => Ok(End::ClientGone),
         Ok(()) => tokio::select! {
@@ -189,7 +195,7 @@ async fn frames(
             reason = aborted(worker, request, request.deadline, &mut picked.stream, tee) => Err(reason),
         },
     };
-    Carried { end, account: delivery.account, path: Path::Relay, reason: SteerReason::Http2, keep_alive }
+    Carried { end, account: delivery.account, path: Path::Relay, reason, keep_alive }
 }
 
 /// Resolves with the reason when the deadline or an eviction ends the response. Poll it after the delivery, as

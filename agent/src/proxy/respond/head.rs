@@ -2,6 +2,8 @@
 
 use std::{cell::RefCell, net::SocketAddr};
 
+use http::StatusCode;
+
 use crate::{
     client::Client,
     config,
@@ -9,6 +11,7 @@ use crate::{
     http::response::{BodyKind, ResponseHead},
     picker::{client::ResponseReply, exchange::ImmediateReply, mutation},
     proxy::{picked::Picked, request::Request},
+    rename::{Kind, Rename},
     tee::Tee,
     worker::Worker,
 };
@@ -62,6 +65,15 @@ pub(super) async fn apply_epp(
         }
     }
     Ok(Applied::Respond(tee))
+}
+
+/// What restores the client's model name in the body; `None` if the EPP did not change it or the body cannot be read.
+pub(super) fn rename(request: &Request, head: &mut ResponseHead) -> Option<Rename> {
+    let names = request.names.as_ref().filter(|_| head.upgrade.is_none())?;
+    // A part of a document begins anywhere in it.
+    let kind = Kind::of(&head.headers).filter(|_| head.status != StatusCode::PARTIAL_CONTENT)?;
+    head.change_body();
+    Some(Rename::new(names, kind))
 }
 
 /// The tee for this response's body. Returns `None` if the EPP wants nothing of the body or there is no body.

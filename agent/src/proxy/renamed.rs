@@ -1,0 +1,26 @@
+//! Finds out whether the EPP sent a request under another model name.
+
+use bytes::Bytes;
+
+use crate::{
+    error::Error,
+    picker::exchange::Body,
+    rename::{ModelOf, Names},
+    upload::Upload,
+};
+
+/// The model's names before and after the EPP; `None` if it left the name as it was, or one of the bodies has none.
+pub(super) async fn names(body: &Body, upload: &Upload) -> Result<Option<Names>, Error> {
+    let Body::Replaced(pieces) = body else { return Ok(None) };
+    let (mut picker, mut client) = (ModelOf::default(), ModelOf::default());
+    let _ = pieces.iter().all(|piece| picker.feed(piece));
+    let mut offset = 0;
+    while let Some(piece) = upload.kept.piece_at(offset).await? {
+        offset += Bytes::len(&piece) as u64;
+        if !client.feed(&piece) {
+            break;
+        }
+    }
+    let (Some(picker), Some(client)) = (picker.name(), client.name()) else { return Ok(None) };
+    Ok((picker != client).then(|| Names { client: client.to_owned(), picker: picker.to_owned() }))
+}
