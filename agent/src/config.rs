@@ -50,7 +50,8 @@ pub use endpoints::{Endpoint, EndpointsError, EndpointsFormat, NamedEndpoints, i
 pub use epp::{ClientCertificate, Epp, EppLimits, EppTls, Pin, ResponseToPicker};
 pub use error::{ConfigError, ConfigErrors, ConfigWarning, Position};
 pub use errors::{ErrorFormat, Errors};
-pub use headers::{Forwarding, Headers};
+pub(crate) use headers::ALL_HINTS;
+pub use headers::{ClientHint, Forwarding, Headers};
 pub use health::HealthCheck;
 pub use limits::Limits;
 pub use listen::{HalfClose, Listen, ListenTls};

@@ -1,5 +1,7 @@
 //! `[headers]`: header fields that describe this hop.
 
+use serde_json::json;
+
 use super::{
     settings::{choice, settings},
     value,
@@ -14,6 +16,11 @@ settings! {
         pub x_forwarded: Forwarding = Forwarding::Append => value::choice(),
         /// How `Forwarded` (RFC 7239) of requests is set.
         pub forwarded: Forwarding = Forwarding::Off => value::choice(),
+        /// What clients may ask of the EPP; the fields of the others are removed from requests. docs/headers.md lists them.
+        pub client_hints: Vec<ClientHint> = ALL_HINTS.to_vec()
+            => value::choice()
+                .list(r#"an array of "objective", "fairness_id", "model_rewrite" and "latency""#)
+                .example(json!(["objective"])),
         /// Whether responses carry the `x-request-id` of their request.
         pub request_id_to_client: bool = false => value::boolean(),
     }
@@ -29,6 +36,35 @@ choice! {
         Replace = "replace",
         /// The client's values are forwarded unchanged, and nothing is added.
         Off = "off",
+    }
+}
+
+choice! {
+    /// What a client asks of the EPP.
+    pub enum ClientHint {
+        /// The request's objective, from which its priority follows.
+        Objective = "objective",
+        /// The flow between whose requests the EPP shares capacity fairly.
+        FairnessId = "fairness_id",
+        /// Another model than the one that the body names.
+        ModelRewrite = "model_rewrite",
+        /// The times to the first and between later tokens that the request needs.
+        Latency = "latency",
+    }
+}
+
+pub(crate) const ALL_HINTS: [ClientHint; 4] =
+    [ClientHint::Objective, ClientHint::FairnessId, ClientHint::ModelRewrite, ClientHint::Latency];
+
+impl ClientHint {
+    /// The names of its fields, or prefixes of them.
+    pub(crate) fn fields(self) -> &'static [&'static str] {
+        match self {
+            Self::Objective => &["x-gateway-inference-objective", "x-llm-d-inference-objective"],
+            Self::FairnessId => &["x-gateway-inference-fairness-id", "x-llm-d-inference-fairness-id"],
+            Self::ModelRewrite => &["x-gateway-model-name-rewrite", "x-llm-d-model-name-rewrite"],
+            Self::Latency => &["x-slo-ttft-ms", "x-slo-tpot-ms", "x-llm-d-slo-"],
+        }
     }
 }
 

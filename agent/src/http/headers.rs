@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Version, header};
 
 use super::{date, head::joined};
-use crate::config::{Forwarding, Headers};
+use crate::config::{ALL_HINTS, Forwarding, Headers};
 
 /// Hop-by-hop headers: RFC 9110 §7.6.1, and those of proxy authentication (§11.7), which concern the next hop only.
 const HOP_BY_HOP: [&str; 8] = [
@@ -32,7 +32,9 @@ const END_TO_END: [HeaderName; 4] =
 const FRAMING: [&str; 4] = ["content-length", "transfer-encoding", "host", "connection"];
 
 /// Headers between gateway, picker and endpoint. From a client they would bypass the picker.
-const CONTROL: [&str; 11] = [
+pub(super) const CONTROL: [&str; 12] = [
+    // Tells clients why the EPP dropped a request.
+    "x-llm-d-request-dropped-reason",
     "x-prefiller-host-port",
     "x-encoder-hosts-ports",
     "x-data-parallel-host-port",
@@ -48,7 +50,8 @@ const CONTROL: [&str; 11] = [
 ];
 
 /// Prefixes of control headers.
-const CONTROL_PREFIXES: [&str; 2] = ["x-gateway-destination-endpoint", "x-envoy-"];
+pub(super) const CONTROL_PREFIXES: [&str; 3] =
+    ["x-gateway-destination-endpoint", "x-llm-d-destination-endpoint", "x-envoy-"];
 
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
@@ -89,6 +92,7 @@ pub fn prepare_request(headers: &mut HeaderMap, arrival: &Arrival, model: &Heade
     remove_hop_by_hop(headers);
     remove_if(headers, |name| name.contains('_') && FRAMING.iter().any(|field| same(name, field)));
     remove_control(headers, model, model);
+    remove_hints(headers, settings);
     add_request_id(headers);
     add_x_forwarded(headers, arrival, settings.x_forwarded);
     add_forwarded(headers, arrival, settings.forwarded);
@@ -158,10 +162,20 @@ pub fn remove_control(headers: &mut HeaderMap, destination: &HeaderName, model: 
     });
 }
 
+/// Removes what clients may not ask of the EPP.
+pub fn remove_hints(headers: &mut HeaderMap, settings: &Headers) {
+    let refused = ALL_HINTS.iter().filter(|hint| !settings.client_hints.contains(hint));
+    let fields: Vec<&str> = refused.flat_map(|hint| hint.fields()).copied().collect();
+    if !fields.is_empty() {
+        remove_if(headers, |name| fields.iter().any(|field| begins(name, field)));
+    }
+}
+
 /// Removes the pick itself, which is meant for the agent only. What the picker says about other endpoints (prefill and
 /// the like) stays.
 pub fn remove_pick(headers: &mut HeaderMap, destination: &HeaderName) {
-    remove_if(headers, |name| begins(name, CONTROL_PREFIXES[0]) || same(name, destination.as_str()));
+    let picks = &CONTROL_PREFIXES[..2];
+    remove_if(headers, |name| picks.iter().any(|pick| begins(name, pick)) || same(name, destination.as_str()));
 }
 
 pub(super) fn remove_if(headers: &mut HeaderMap, unwanted: impl Fn(&str) -> bool) {

@@ -65,7 +65,7 @@ const RESPONSES: Answer = Answer {
 
 /// Neither JSON nor events: passes as it is.
 const TEXT: Answer =
-    Answer { fields: "content-type: text/plain\r\n", body: r#"{"model":"inner/model-v7"}"#, ..DOCUMENT };
+    Answer { fields: "content-type: text/plain\r\netag: \"7\"\r\n", body: r#"{"model":"inner/model-v7"}"#, ..DOCUMENT };
 
 impl Answer {
     /// The body that the client has to get: the name's first occurrence in each document or event is the model's.

@@ -68,6 +68,7 @@ const ROWS: &[Row] = &[
     ("[headers]", r#"x_forwarded = "replace""#, |c| c.headers.x_forwarded == Forwarding::Replace),
     ("[headers]", r#"forwarded = "append""#, |c| c.headers.forwarded == Forwarding::Append),
     ("[headers]", "request_id_to_client = true", |c| c.headers.request_id_to_client),
+    ("[headers]", r#"client_hints = ["latency"]"#, |c| c.headers.client_hints == [ClientHint::Latency]),
     ("[errors]", r#"format = "plain""#, |c| c.errors.format == ErrorFormat::Plain),
     ("[bbr]", "enabled = true", |c| c.bbr.enabled),
     ("[bbr]", r#"model_header = "X-Model""#, |c| c.bbr.header == header("x-model")),

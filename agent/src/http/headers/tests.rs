@@ -1,6 +1,7 @@
 //! Tests which headers are removed and added.
 
 use super::*;
+use crate::config::ClientHint;
 
 const ARRIVAL: Arrival =
     Arrival { client: IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 7)), version: Version::HTTP_11, tls: false };
@@ -222,4 +223,50 @@ fn responses_carry_the_request_id_if_configured() {
         assert_eq!(response["x-request-id"], expected);
         assert!(!response.contains_key("x-penstock-reason") && !response.contains_key("keep-alive"));
     }
+}
+
+#[test]
+fn hints_that_clients_may_not_set_are_removed_under_every_spelling() {
+    let spelled = |field: &str| {
+        let name = if field.ends_with('-') { format!("{field}ttft-ms") } else { field.to_owned() };
+        [name.clone(), name.replace('-', "_"), name.to_uppercase()]
+    };
+    for allowed in [vec![], vec![ClientHint::Objective], ALL_HINTS.to_vec()] {
+        let settings = Headers { client_hints: allowed.clone(), ..Headers::default() };
+        for hint in ALL_HINTS {
+            for name in hint.fields().iter().flat_map(|field| spelled(field)) {
+                let headers = prepared_by(&[(&name, "1")], &ARRIVAL, &settings);
+                assert_eq!(headers.contains_key(name.as_str()), allowed.contains(&hint), "{name}, {allowed:?}");
+            }
+        }
+    }
+}
+
+/// docs/headers.md has one row for each name, in either table.
+#[test]
+fn fields_between_client_and_epp_are_documented() {
+    let document = include_str!("../../../../docs/headers.md");
+    let (own, clients) = document.split_once("\n## Clients may set").expect("two sections");
+    let rows = |section: &'static str| -> Vec<Vec<&'static str>> {
+        let rows = section.lines().filter(|line| line.starts_with("| `"));
+        rows.map(|row| row.trim_matches('|').split(" | ").map(|cell| cell.trim_matches([' ', '`', '…'])).collect())
+            .collect()
+    };
+    let mut documented: Vec<_> = rows(own).iter().map(|row| row[0]).collect();
+    let mut removed: Vec<_> = CONTROL.iter().chain(&CONTROL_PREFIXES).map(|name| name.trim_end_matches('-')).collect();
+    documented.iter_mut().for_each(|name| *name = name.trim_end_matches('-'));
+    documented.sort_unstable();
+    removed.sort_unstable();
+    assert_eq!(documented, removed);
+
+    let label = |hint| match hint {
+        ClientHint::Objective => "objective",
+        ClientHint::FairnessId => "fairness_id",
+        ClientHint::ModelRewrite => "model_rewrite",
+        ClientHint::Latency => "latency",
+    };
+    let documented: Vec<_> = rows(clients).iter().map(|row| (row[0], row[1])).collect();
+    let declared: Vec<_> =
+        ALL_HINTS.iter().flat_map(|&hint| hint.fields().iter().map(move |field| (*field, label(hint)))).collect();
+    assert_eq!(documented, declared);
 }

@@ -44,6 +44,7 @@ pub(in crate::proxy) async fn prepare(
 fn prepare_trailers(worker: &Worker, upload: &mut Upload) {
     let config = &worker.shared.config;
     trailers::filter(upload.trailers_mut());
+    headers::remove_hints(upload.trailers_mut(), &config.headers);
     for control in worker.shared.pick_headers.iter().chain([&config.bbr.base_model_header]) {
         headers::remove_control(upload.trailers_mut(), control, &config.bbr.header);
     }
