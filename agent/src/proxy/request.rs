@@ -6,7 +6,9 @@ use http::{HeaderValue, request};
 use tokio::time::{Instant, timeout_at};
 
 use super::record::Record;
-use crate::{endpoint::connection::EndpointConnection, error::Error, rename::Names, route::RequestTimeouts, worker::Worker};
+use crate::{
+    endpoint::connection::EndpointConnection, error::Error, rename::Names, route::RequestTimeouts, worker::Worker,
+};
 
 /// What happens to the client's connection after a request.
 pub enum After {
