@@ -30,11 +30,13 @@ pub fn epp_pool(endpoints: &[SocketAddr], epp: SocketAddr, failure_mode: Failure
     epps_pool(endpoints, &[epp], failure_mode)
 }
 
-/// Like [`epp_pool`], with several replicas and without health checks, so that a picker sees only connections and streams of
-/// requests.
+/// Like [`epp_pool`], with several replicas. Without health checks, so that a picker sees only streams of requests; and no request
+/// waits for an unreachable picker.
 pub fn epps_pool(endpoints: &[SocketAddr], epps: &[SocketAddr], failure_mode: FailureMode) -> Pool {
     let addresses = epps.iter().map(ToString::to_string).collect();
-    let epp = Epp { addresses, health_interval: None, ..Epp::new("") };
+    // On a busy machine a picker may take longer than the default to say that it serves HTTP/2.
+    let connect_timeout = Duration::from_secs(10);
+    let epp = Epp { addresses, health_interval: None, connect_timeout, unreachable_wait: Some(None), ..Epp::new("") };
     Pool { picker: Picker::Epp(epp), failure_mode, ..builtin_pool(endpoints) }
 }
 

@@ -7,6 +7,7 @@ use rustls::pki_types::ServerName;
 use serde_json::json;
 
 use super::{
+    FailureMode,
     document::Section,
     files,
     settings::{Group, choice, keys, section, settings},
@@ -31,8 +32,18 @@ settings! {
         pub server_name: Option<String> = None => value::non_empty().optional("epp.example.com"),
         /// The certificate that the agent presents to the EPP.
         pub client_certificate: Option<ClientCertificate> = None => keys::<ClientCertificateKeys>(),
-        /// How long connecting to the EPP (TCP and TLS) may take, and how long a request waits for the first DNS answer.
+        /// How long connecting to the EPP (TCP, TLS and the server's HTTP/2 SETTINGS) may take, and how long a request waits for the
+        /// first DNS answer.
         pub connect_timeout: Duration = Duration::from_secs(1) => duration(),
+        /// How long a request waits for a replica if none can be connected, as while an EPP with one replica restarts. After that,
+        /// `failure_mode` applies. Unset: `"2s"` with `failure_mode = "closed"` and `"off"` with `"open"`. The wait counts against
+        /// `decision_timeout`.
+        pub unreachable_wait: Option<Option<Duration>> = None => duration_or_off().optional("2s"),
+        /// Maximum number of requests of the pool that wait for a replica. `failure_mode` applies to further ones at once.
+        pub unreachable_wait_requests: usize = 4096 => integer(1..=1_000_000),
+        /// Maximum size of the bodies of these requests together, in bytes. `failure_mode` applies at once to a request that exceeds
+        /// it. The bodies also count against the limits of all bodies.
+        pub unreachable_wait_bytes: u64 = 128 << 20 => integer(0..=1 << 50),
         /// How long a request waits for the pick after the end of its body, over all replicas and retries. An EPP may queue
         /// requests.
         pub decision_timeout: Option<Duration> = Some(Duration::from_secs(75)) => duration_or_off(),
@@ -219,7 +230,15 @@ impl Group for ClientCertificateKeys {
     }
 }
 
+/// `unreachable_wait` of a pool that fails closed.
+const UNREACHABLE_WAIT: Duration = Duration::from_secs(2);
+
 impl Epp {
+    /// How long a request of a pool with this failure mode waits for a replica.
+    pub fn unreachable_wait(&self, mode: FailureMode) -> Option<Duration> {
+        self.unreachable_wait.unwrap_or((mode == FailureMode::Closed).then_some(UNREACHABLE_WAIT))
+    }
+
     /// The EPP at `host:port`, without TLS.
     pub fn new(address: impl Into<String>) -> Self {
         Self { addresses: vec![address.into()], ..Self::default() }

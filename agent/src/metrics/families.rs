@@ -125,6 +125,11 @@ families! {
     /// Requests sent to the EPP again, on another connection or to another replica, by the outcome of the previous
     /// attempt.
     epp_asked_again: Family<ByPoolAndReason, Counter> = "epp_asked_again";
+    /// Requests that wait for a replica of their EPP, none of which can be connected.
+    epp_waiting: Family<ByPool, Gauge> = "epp_waiting";
+    /// Requests that had to wait for a replica of their EPP, by outcome: served, in_vain (none came in time, or the EPP failed
+    /// otherwise), full (too many waited already), or left (the client left, or its body failed).
+    epp_waits: Family<ByPoolAndReason, Counter> = "epp_waits";
     /// Replicas of EPPs by the state their health checks report; always 1.
     epp_replicas: Family<ByReplica, Gauge> = "epp_replicas";
     /// Open streams to EPPs; a stream lasts as long as the response of its request.

@@ -163,6 +163,16 @@ impl PoolMetrics {
         self.families.epp_asked_again.get_or_create(&ByPoolAndReason { pool: self.name.clone(), reason }).inc();
     }
 
+    /// Counts a request as waiting for a replica of its EPP until the guard is dropped.
+    pub fn epp_waiting(&self) -> InFlight {
+        InFlight::new(&self.families.epp_waiting.get_or_create_owned(&ByPool { pool: self.name.clone() }))
+    }
+
+    /// Counts a request that had to wait for a replica, by the outcome.
+    pub fn epp_waited(&self, outcome: &'static str) {
+        self.families.epp_waits.get_or_create(&self.and_reason(outcome)).inc();
+    }
+
     /// Changes the state of an EPP replica; None before it appears and after it is gone.
     pub fn epp_replica(&self, replica: SocketAddr, before: Option<&'static str>, now: Option<&'static str>) {
         let labels = |state| ByReplica { pool: self.name.clone(), replica: replica.to_string(), state };

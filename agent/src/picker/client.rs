@@ -87,6 +87,11 @@ impl EppClient {
         Arc::ptr_eq(&self.replicas, replicas)
     }
 
+    /// The EPP's replicas.
+    pub fn replicas(&self) -> &Arc<Replicas> {
+        &self.replicas
+    }
+
     /// Selects the replica to ask about a request. See [`Attempts::begin`].
     pub async fn attempts(&self) -> Result<Attempts, PickError> {
         Attempts::begin(&self.replicas).await

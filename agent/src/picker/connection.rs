@@ -1,11 +1,12 @@
 //! The HTTP/2 connection to an EPP replica, shared by all requests of a worker and opened on demand. `get` returns the open
-//! connection or the result of the running attempt: all requests that wait for it fail together, and the next one connects again.
+//! connection or the result of the running attempt: all requests that wait for it fail together. While the replica is
+//! unreachable, `get` fails at once: `reach` connects again for all.
 //! A connection that failed a stream, or whose server sent GOAWAY, is not used for new streams; its open streams finish.
 //! (tonic's own channel fails queued requests one after the other, each after its own timeout, and may return a broken connection.)
 
 use std::{
     error::Error,
-    io,
+    io::{self, ErrorKind},
     net::SocketAddr,
     pin::Pin,
     sync::{
@@ -13,27 +14,17 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     task::{Context, Poll},
-    time::Duration,
 };
 
 use futures_util::future::{BoxFuture, FutureExt, Shared};
 use hyper::{body::Incoming, client::conn::http2};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use parking_lot::Mutex;
-use tokio::net::TcpStream;
 use tonic::body::Body;
 
-use super::replica::{Replica, Replicas};
-
-/// Replies are at most a few pieces per stream. The window has room for a replaced body in one round trip.
-const STREAM_WINDOW: u32 = 2 << 20;
-const CONNECTION_WINDOW: u32 = 16 << 20;
-/// gRPC servers written in Go close connections that ping more often than every five minutes. So pings only detect a stuck peer;
-/// TCP detects an unreachable one.
-const PING: Duration = Duration::from_secs(310);
-const PING_TIMEOUT: Duration = Duration::from_secs(20);
-/// TCP_USER_TIMEOUT: how long sent bytes may stay unacknowledged.
-const GONE: Duration = Duration::from_secs(15);
+use super::{
+    handshake,
+    replica::{Replica, Replicas},
+};
 
 /// A shared connection to one replica. Clones share it.
 #[derive(Clone)]
@@ -44,6 +35,8 @@ struct Inner {
     replica: Arc<Replica>,
     address: SocketAddr,
     tls: bool,
+    /// Whether this is the service that requests are sent to, whose reachability the replica keeps.
+    is_asked: bool,
     current: Mutex<Option<Attempt>>,
 }
 
@@ -52,7 +45,7 @@ type Attempt = Shared<BoxFuture<'static, Result<Http2, Arc<io::Error>>>>;
 impl Connection {
     /// A connection to the replica's ext_proc service. Does not connect yet.
     pub fn new(replicas: &Arc<Replicas>, replica: &Arc<Replica>) -> Self {
-        Self::to(replicas, replica, replica.address, replicas.tls.is_some())
+        Self::to(replicas, replica, replica.address, replicas.tls.is_some(), true)
     }
 
     /// A connection to the replica's health service. Does not connect yet.
@@ -60,12 +53,12 @@ impl Connection {
         let settings = &replicas.settings;
         let port = settings.health_port.unwrap_or(replica.address.port());
         let tls = replicas.tls.is_some() && (settings.health_port.is_none() || settings.health_tls);
-        Self::to(replicas, replica, SocketAddr::new(replica.address.ip(), port), tls)
+        Self::to(replicas, replica, SocketAddr::new(replica.address.ip(), port), tls, false)
     }
 
-    fn to(replicas: &Arc<Replicas>, replica: &Arc<Replica>, address: SocketAddr, tls: bool) -> Self {
+    fn to(replicas: &Arc<Replicas>, replica: &Arc<Replica>, address: SocketAddr, tls: bool, is_asked: bool) -> Self {
         let (replicas, replica) = (Arc::clone(replicas), Arc::clone(replica));
-        Self(Arc::new(Inner { replicas, replica, address, tls, current: Mutex::new(None) }))
+        Self(Arc::new(Inner { replicas, replica, address, tls, is_asked, current: Mutex::new(None) }))
     }
 
     /// The URI under which streams are opened.
@@ -79,7 +72,8 @@ impl Connection {
         http::Uri::from_parts(parts).unwrap_or_default()
     }
 
-    /// Returns the open connection or connects. Cancel-safe: an attempt continues in the background.
+    /// Returns the open connection or connects, unless the replica is known to be unreachable. Cancel-safe: an attempt continues
+    /// in the background.
     pub async fn get(&self) -> Result<Http2, Arc<io::Error>> {
         let attempt = {
             let mut current = self.0.current.lock();
@@ -90,71 +84,68 @@ impl Connection {
             });
             match usable {
                 Some(attempt) => attempt.clone(),
-                None => current.insert(self.attempt()).clone(),
+                None => match self.0.unreachable() {
+                    Some(error) => return Err(error),
+                    None => current.insert(self.attempt()).clone(),
+                },
             }
         };
         attempt.await
     }
 
     fn attempt(&self) -> Attempt {
-        let inner = self.0.clone();
+        let inner = Arc::clone(&self.0);
         let connect = tokio::spawn(async move {
-            let timeout = io::Error::new(io::ErrorKind::TimedOut, "connect timeout");
-            tokio::time::timeout(inner.replicas.settings.connect_timeout, inner.connect())
-                .await
-                .unwrap_or(Err(timeout))
-                .map_err(Arc::new)
+            let connected = inner.connect().await.map_err(Arc::new);
+            if inner.is_asked {
+                match &connected {
+                    Ok(_) => inner.replica.reached(),
+                    Err(error) => inner.replica.unreachable(error),
+                }
+            }
+            connected
         });
         async move { connect.await.unwrap_or_else(|error| Err(Arc::new(io::Error::other(error)))) }.boxed().shared()
     }
 }
 
 impl Inner {
+    /// Why the replica is not connected now.
+    fn unreachable(&self) -> Option<Arc<io::Error>> {
+        if self.is_asked && self.replicas.is_tended() { self.replica.why_unreachable() } else { None }
+    }
+
+    /// Connects. A connection that breaks meanwhile may have reached a server that was ending, so a second one is tried.
     async fn connect(&self) -> io::Result<Http2> {
-        let tcp = TcpStream::connect(self.address).await?;
-        tcp.set_nodelay(true)?;
-        let socket = socket2::SockRef::from(&tcp);
-        let (time, interval) = (Duration::from_secs(5), Duration::from_secs(5));
-        socket
-            .set_tcp_keepalive(&socket2::TcpKeepalive::new().with_time(time).with_interval(interval).with_retries(2))?;
-        socket.set_tcp_user_timeout(Some(GONE))?;
-        match self.replicas.tls.as_ref().filter(|_| self.tls) {
-            None => handshake(TokioIo::new(tcp)).await,
-            Some(tls) => {
-                let name = self.replica.name.clone();
-                handshake(TokioIo::new(tls.connector().connect(name, tcp).await?)).await
-            }
+        let tls = self.tls;
+        match connect(&self.replicas, &self.replica, self.address, tls).await {
+            Err(error) if is_loss(error.kind()) => connect(&self.replicas, &self.replica, self.address, tls).await,
+            result => result,
         }
     }
 }
 
-async fn handshake(io: impl hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static) -> io::Result<Http2> {
-    let (send, connection) = http2::Builder::new(TokioExecutor::new())
-        .timer(TokioTimer::new())
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .keep_alive_interval(PING)
-        .keep_alive_timeout(PING_TIMEOUT)
-        .handshake(io)
-        .await
-        .map_err(|error| {
-            // Keep the kind, because a reset is retried. The I/O error is wrapped by h2, or bare if h2 had not begun.
-            let io = error.source().and_then(|source| {
-                source.downcast_ref::<io::Error>().or_else(|| source.downcast_ref::<h2::Error>()?.get_io())
-            });
-            let kind = io.map_or(io::ErrorKind::Other, io::Error::kind);
-            io::Error::new(kind, error)
-        })?;
-    let http2 = Http2 { send, retired: Arc::default(), went_away: Arc::default() };
-    let went_away = Arc::clone(&http2.went_away);
-    tokio::spawn(async move {
-        // Waiting requests notice the end of the connection after this flag is set.
-        match connection.await {
-            Ok(()) => went_away.store(true, Ordering::Relaxed),
-            Err(error) => tracing::debug!(?error, "connection to the EPP ended"),
-        }
-    });
-    Ok(http2)
+/// Whether an error means that a connection was lost that had been there.
+pub fn is_loss(kind: ErrorKind) -> bool {
+    matches!(kind, ErrorKind::ConnectionReset | ErrorKind::ConnectionAborted | ErrorKind::BrokenPipe)
+}
+
+/// Connects to a replica within `connect_timeout`.
+pub(super) async fn connect(
+    replicas: &Replicas,
+    replica: &Replica,
+    address: SocketAddr,
+    tls: bool,
+) -> io::Result<Http2> {
+    let tls = replicas.tls.as_ref().filter(|_| tls).map(|tls| (tls.connector(), replica.name.clone()));
+    let timeout = io::Error::new(ErrorKind::TimedOut, "connect timeout");
+    let went_away = Arc::new(AtomicBool::new(false));
+    let ended = Arc::clone(&went_away);
+    // Waiting requests notice the end of the connection after this flag is set.
+    let ended = move |orderly| ended.store(orderly, Ordering::Relaxed);
+    let connect = handshake::connect(address, tls, ended);
+    let send = tokio::time::timeout(replicas.settings.connect_timeout, connect).await.unwrap_or(Err(timeout))?;
+    Ok(Http2 { send, retired: Arc::default(), went_away })
 }
 
 /// An open connection. Clones share it.

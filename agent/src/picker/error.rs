@@ -1,8 +1,9 @@
 //! Why an EPP did not pick, from the exchange (the EPP's messages) and the client (the stream). The pool's failure mode handles
 //! every variant. An EPP's immediate reply is not an error: see `Outcome::Immediate`.
 
-use std::{io::ErrorKind, sync::Arc};
+use std::sync::Arc;
 
+use super::connection::is_loss;
 use crate::config::EppLimits;
 
 /// Why an EPP did not pick.
@@ -79,19 +80,20 @@ impl PickError {
             PickError::NotTaken(_) => Retry::SameReplica,
             PickError::Reset { answered: false, .. } => Retry::SameReplicaOnce,
             // The same loss, noticed while connecting.
-            PickError::Connect(error)
-                if matches!(
-                    error.kind(),
-                    ErrorKind::ConnectionReset | ErrorKind::ConnectionAborted | ErrorKind::BrokenPipe
-                ) =>
-            {
-                Retry::SameReplicaOnce
-            }
+            PickError::Connect(error) if is_loss(error.kind()) => Retry::SameReplicaOnce,
             PickError::Connect(_)
             | PickError::Reset { .. }
             | PickError::Status { code: tonic::Code::Unavailable, .. } => Retry::OtherReplica,
             _ => Retry::Never,
         }
+    }
+
+    /// Whether no replica could be asked, or the connection to the one that was asked was lost.
+    pub fn is_unreachable(&self) -> bool {
+        matches!(
+            self,
+            PickError::Unresolved(_) | PickError::Connect(_) | PickError::NotTaken(_) | PickError::Reset { .. }
+        )
     }
 }
 

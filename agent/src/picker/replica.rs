@@ -5,10 +5,11 @@
 //! order: an EPP without a serving replica is still asked.
 
 use std::{
+    io,
     net::{IpAddr, SocketAddr},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -19,7 +20,7 @@ use parking_lot::Mutex;
 use rustls::pki_types::ServerName;
 use tokio::sync::{Notify, watch};
 
-use super::{error::PickError, tls::Tls};
+use super::{error::PickError, tls::Tls, waiting_room::WaitingRoom};
 use crate::config;
 
 /// How long a replica that failed a request ranks below other serving ones.
@@ -70,12 +71,20 @@ pub struct Replica {
     stalled: AtomicBool,
     /// Whether a probe is in progress.
     probed: AtomicBool,
+    /// Whether the last attempt to connect failed.
+    is_unreachable: AtomicBool,
+    why_unreachable: Mutex<Option<Arc<io::Error>>>,
+    /// Told when the replica becomes reachable or unreachable.
+    news: News,
     /// Notified to check the replica's health now.
     pub(super) look: Notify,
 }
 
+/// Tells that the replicas, or whether they can be connected, changed.
+pub type News = Arc<watch::Sender<()>>;
+
 impl Replica {
-    fn new(address: SocketAddr, authority: Authority, name: ServerName<'static>) -> Self {
+    fn new(address: SocketAddr, authority: Authority, name: ServerName<'static>, news: News) -> Self {
         Self {
             address,
             authority,
@@ -86,6 +95,9 @@ impl Replica {
             decisions: AtomicU64::new(0),
             stalled: AtomicBool::new(false),
             probed: AtomicBool::new(false),
+            is_unreachable: AtomicBool::new(false),
+            why_unreachable: Mutex::default(),
+            news,
             look: Notify::new(),
         }
     }
@@ -98,6 +110,36 @@ impl Replica {
     /// Sets the state. Returns the previous one.
     pub fn set_state(&self, state: ReplicaState) -> ReplicaState {
         ReplicaState::ALL[usize::from(self.state.swap(state as u8, Relaxed))]
+    }
+
+    /// Connecting failed. Until [`Self::reached`], no request connects.
+    pub fn unreachable(&self, why: &Arc<io::Error>) {
+        let mut kept = self.why_unreachable.lock();
+        *kept = Some(Arc::clone(why));
+        if !self.is_unreachable.swap(true, Relaxed) {
+            self.news.send_replace(());
+        }
+    }
+
+    /// Connecting succeeded.
+    pub fn reached(&self) {
+        if !self.is_unreachable() {
+            return;
+        }
+        let mut kept = self.why_unreachable.lock();
+        *kept = None;
+        if self.is_unreachable.swap(false, Relaxed) {
+            self.news.send_replace(());
+        }
+    }
+
+    pub fn is_unreachable(&self) -> bool {
+        self.is_unreachable.load(Relaxed)
+    }
+
+    /// Why the replica cannot be connected; `None` if the last attempt succeeded or there was none.
+    pub fn why_unreachable(&self) -> Option<Arc<io::Error>> {
+        if self.is_unreachable() { self.why_unreachable.lock().clone() } else { None }
     }
 
     /// The replica failed a request, which goes to another replica.
@@ -152,6 +194,9 @@ impl Replica {
         if self.is_stalled() {
             return 4;
         }
+        if self.is_unreachable() {
+            return 3;
+        }
         let penalised = since < u128::from(self.penalty.load(Relaxed));
         match (self.state(), penalised) {
             (ReplicaState::Serving | ReplicaState::Unknown, false) => 0,
@@ -196,6 +241,11 @@ pub struct Replicas {
     /// The addresses of each entry.
     found: Mutex<Vec<Vec<IpAddr>>>,
     current: watch::Sender<Snapshot>,
+    news: News,
+    /// How many tasks connect again to unreachable replicas.
+    tended: AtomicUsize,
+    /// Requests that wait for a replica.
+    pub waiting_room: Arc<WaitingRoom>,
     /// Notified to resolve the names now.
     pub(super) look: Notify,
 }
@@ -214,6 +264,9 @@ impl Replicas {
             entries,
             found: Mutex::new(found),
             current: watch::Sender::default(),
+            news: News::default(),
+            tended: AtomicUsize::new(0),
+            waiting_room: WaitingRoom::new(settings.unreachable_wait_requests, settings.unreachable_wait_bytes),
             look: Notify::new(),
         };
         replicas.merge();
@@ -258,12 +311,14 @@ impl Replicas {
                     continue;
                 }
                 let known = before.iter().find(|r| r.address == address && r.authority == entry.authority).cloned();
-                let new = || Arc::new(Replica::new(address, entry.authority.clone(), entry.name.clone()));
+                let news = || Arc::clone(&self.news);
+                let new = || Arc::new(Replica::new(address, entry.authority.clone(), entry.name.clone(), news()));
                 replicas.push(known.unwrap_or_else(new));
             }
         }
         // If there are no replicas, waiting requests continue to wait for the first answer.
         self.current.send_replace(Snapshot { replicas: replicas.into(), unresolved: None });
+        self.news.send_replace(());
     }
 
     /// The current replicas.
@@ -274,6 +329,39 @@ impl Replicas {
     /// Receives every change of the replicas.
     pub fn changes(&self) -> watch::Receiver<Snapshot> {
         self.current.subscribe()
+    }
+
+    /// Is told every change of the replicas and of their reachability.
+    pub fn news(&self) -> watch::Receiver<()> {
+        self.news.subscribe()
+    }
+
+    /// Resolves when a replica is known that is not known to be unreachable. Cancel-safe.
+    pub async fn reachable(&self) {
+        let mut news = self.news();
+        while self.snapshot().replicas.iter().all(|replica| replica.is_unreachable()) {
+            // Cannot fail, because the sender is in `self`.
+            if news.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Whether a task connects again to unreachable replicas, so that requests need not.
+    pub fn is_tended(&self) -> bool {
+        self.tended.load(Relaxed) > 0
+    }
+
+    /// Makes requests leave connecting to the caller while the guard exists.
+    pub(super) fn tended(&self) -> impl Drop {
+        struct Tended<'a>(&'a Replicas);
+        impl Drop for Tended<'_> {
+            fn drop(&mut self) {
+                self.0.tended.fetch_sub(1, Relaxed);
+            }
+        }
+        self.tended.fetch_add(1, Relaxed);
+        Tended(self)
     }
 
     /// Waits for at most `connect_timeout` until a replica is known. Fails with `Unresolved` and the reason. Cancel-safe.

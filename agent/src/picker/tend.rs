@@ -1,5 +1,5 @@
 //! Background work for the replicas of one pool's EPP, shared by all workers: resolves names when their answers expire, checks
-//! health, and reloads TLS files when they change. Requests wait only for the first DNS answer.
+//! health, connects again to replicas that were lost, and reloads TLS files when they change.
 
 use std::{
     collections::HashMap,
@@ -14,6 +14,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::{
     health::{self, Checker},
+    reach,
     replica::{Replica, ReplicaState, Replicas},
 };
 use crate::{
@@ -36,6 +37,7 @@ pub struct Means {
 
 /// Maintains the replicas of an EPP. Never returns. Must be called on a tokio runtime.
 pub async fn tend(replicas: Arc<Replicas>, means: Means) {
+    let _tended = replicas.tended();
     let means = Arc::new(means);
     let names = join_all(replicas.names().map(|(place, host)| look_up(&replicas, &means, place, host)));
     let files = async {
@@ -80,7 +82,7 @@ async fn look_up(replicas: &Replicas, means: &Means, place: usize, host: &str) {
     }
 }
 
-/// Keeps a health-check task, or without checks only the metric, for each replica.
+/// Keeps the tasks and the metric of each replica.
 async fn monitor(replicas: &Arc<Replicas>, means: &Arc<Means>) {
     let mut changes = replicas.changes();
     let mut monitored: HashMap<SocketAddr, Monitored> = HashMap::new();
@@ -100,6 +102,7 @@ async fn monitor(replicas: &Arc<Replicas>, means: &Arc<Means>) {
 struct Monitored {
     status: Arc<ReplicaStatus>,
     checks: Option<AbortOnDropHandle<()>>,
+    _reach: AbortOnDropHandle<()>,
 }
 
 impl Monitored {
@@ -110,7 +113,9 @@ impl Monitored {
             let checker = Checker::new(replicas, replica);
             AbortOnDropHandle::new(tokio::spawn(check(Arc::clone(&status), interval, checker)))
         });
-        Self { status, checks }
+        let (replicas, replica) = (Arc::clone(replicas), Arc::clone(replica));
+        let reach = tokio::spawn(async move { reach::keep_following(&replicas, &replica).await });
+        Self { status, checks, _reach: AbortOnDropHandle::new(reach) }
     }
 }
 

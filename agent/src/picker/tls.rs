@@ -74,6 +74,11 @@ impl Tls {
     }
 }
 
+/// A connector that accepts any certificate.
+pub fn unverified() -> Option<TlsConnector> {
+    connector(&EppTls::Insecure, &[]).ok()
+}
+
 /// The files, in the order in which [`connector`] takes their texts.
 fn files(mode: &EppTls, client: Option<&ClientCertificate>) -> Vec<PathBuf> {
     let ca = if let EppTls::Ca(file) = mode { Some(file.clone()) } else { None };

@@ -5,6 +5,7 @@ mod ask;
 mod builtin;
 mod epp;
 mod failure_mode;
+mod wait;
 
 use http::{Method, header, request};
 

@@ -106,6 +106,9 @@ async fn check(wrong: PickerFault, mode: FailureMode, body: Body, expected: Expe
             let silent = matches!(wrong, PickerFault::Faulty(Fault::At(_, Harm::Silence)));
             let misses = matches!(expected, Expected::Fail(reasons) if reasons.contains(&"deadline"));
             epp(config).decision_timeout = Some(if misses || silent { DECISION } else { LONG });
+            if wrong == PickerFault::Faulty(Fault::Deaf) {
+                epp(config).connect_timeout = DECISION;
+            }
             match wrong {
                 PickerFault::Absent => epp(config).addresses = vec![refusing.addr.to_string()],
                 PickerFault::Tls => epp(config).tls = EppTls::Insecure,
@@ -196,10 +199,10 @@ async fn immediate_reset_follows_failure_mode() {
     always(PickerFault::Faulty(Fault::ResetAtAccept), &["connect", "reset"]).await;
 }
 
-/// E11, E12, E13: the decision deadline applies after the connect.
+/// E11, E12, E13: a picker that accepts connections and says nothing is not connected.
 #[tokio::test]
 async fn accepted_but_silent_connection_follows_failure_mode() {
-    always(PickerFault::Faulty(Fault::Deaf), &["deadline"]).await;
+    always(PickerFault::Faulty(Fault::Deaf), &["connect"]).await;
 }
 
 async fn at_head(harm: Harm, reasons: &'static [&'static str]) {

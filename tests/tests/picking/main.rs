@@ -2,6 +2,7 @@
 //! its failures.
 
 mod abrupt;
+mod away;
 mod bodies;
 mod coded;
 mod conversation;

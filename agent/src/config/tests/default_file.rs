@@ -33,6 +33,7 @@ fn commented_settings_of_default_file_give_defaults() {
         "ca_file",
         "pins",
         "server_name",
+        "unreachable_wait",
         "client_cert_file",
         "client_key_file",
         "health_port",

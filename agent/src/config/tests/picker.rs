@@ -68,3 +68,21 @@ fn decision_timeout_off_is_accepted() {
     let expected = Epp { decision_timeout: None, health_interval: None, ..Epp::new("e:1") };
     assert_eq!(config.pools[0].picker, Picker::Epp(expected));
 }
+
+#[test]
+fn closed_pool_waits_for_an_unreachable_epp_by_default() {
+    let wait = |more: &str, mode| {
+        let text = format!("{POOL}[pools.picker]\nkind = \"epp\"\naddress = \"e:1\"\n{more}");
+        let config = Config::parse(&text, "p.toml").unwrap();
+        let Picker::Epp(epp) = &config.pools[0].picker else { panic!("no EPP") };
+        epp.unreachable_wait(mode)
+    };
+    let seconds = |seconds| Some(std::time::Duration::from_secs(seconds));
+    for (more, closed, open) in [
+        ("", seconds(2), None),
+        ("unreachable_wait = \"off\"", None, None),
+        ("unreachable_wait = \"3s\"", seconds(3), seconds(3)),
+    ] {
+        assert_eq!((wait(more, FailureMode::Closed), wait(more, FailureMode::Open)), (closed, open), "{more}");
+    }
+}

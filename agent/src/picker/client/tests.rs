@@ -4,7 +4,11 @@ use std::time::Instant;
 
 use http::{HeaderMap, StatusCode, request::Parts};
 use penstock_proto::ext_proc::{processing_request::Request, processing_response::Response};
-use tokio::{io::AsyncReadExt, net::TcpListener, sync::mpsc::unbounded_channel};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpListener,
+    sync::mpsc::unbounded_channel,
+};
 use tonic::transport::Server;
 
 use super::*;
@@ -261,6 +265,9 @@ async fn requests_that_wait_for_a_connection_fail_together() {
     assert!(start.elapsed() < Duration::from_secs(5), "one after the other: {:?}", start.elapsed());
 }
 
+/// The HTTP/2 SETTINGS frame without settings.
+const SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+
 #[tokio::test]
 async fn lost_connection_is_not_reused() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -269,6 +276,7 @@ async fn lost_connection_is_not_reused() {
     let lose = async {
         let (mut connection, _) = listener.accept().await.unwrap();
         connection.read_exact(&mut [0; 24]).await.unwrap();
+        connection.write_all(&SETTINGS).await.unwrap();
     };
     let outcomes = futures_util::future::join_all(waiting.iter_mut().map(PickStream::outcome));
     let (outcomes, ()) = soon(async { tokio::join!(outcomes, lose) }).await;
@@ -278,6 +286,32 @@ async fn lost_connection_is_not_reused() {
     }
     serve_on(listener, Server::builder(), async |call| call.pick(A).await);
     assert_eq!(picked(ask(&client).await).endpoints, addresses(&[A]));
+}
+
+/// A server that ends may have accepted connections that it does not serve.
+#[tokio::test]
+async fn connection_lost_before_its_settings_is_made_again_once() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let client = client(listener.local_addr().unwrap());
+    let lose = async {
+        for _ in 0..2 {
+            let (mut connection, _) = listener.accept().await.unwrap();
+            connection.read_exact(&mut [0; 24]).await.unwrap();
+        }
+    };
+    let (outcome, ()) = soon(async { tokio::join!(ask(&client), lose) }).await;
+    let error = outcome.unwrap_err();
+    assert_eq!((error.reason(), error.retry()), ("connect", Retry::SameReplicaOnce), "{error}");
+    let (outcome, ()) = soon(async {
+        tokio::join!(ask(&client), async {
+            let (mut connection, _) = listener.accept().await.unwrap();
+            connection.read_exact(&mut [0; 24]).await.unwrap();
+            drop(connection);
+            serve_on(listener, Server::builder(), async |call| call.pick(A).await);
+        })
+    })
+    .await;
+    assert_eq!(picked(outcome).endpoints, addresses(&[A]));
 }
 
 #[tokio::test]

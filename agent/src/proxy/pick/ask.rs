@@ -9,6 +9,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use bytes::Bytes;
 use tokio::time::{Instant, error::Elapsed, sleep_until, timeout, timeout_at};
 
+use super::wait::Wait;
 use crate::{
     client::Client,
     config,
@@ -37,6 +38,8 @@ pub(super) enum Asked {
 pub(super) struct Question<'a> {
     pub(super) epp: &'a EppClient,
     pub(super) settings: &'a config::Epp,
+    /// How long the request may wait for a replica.
+    pub(super) wait: Option<Duration>,
     /// The subset hint.
     pub(super) subset: Option<Arc<[SocketAddr]>>,
     pub(super) limits: ExchangeLimits,
@@ -46,8 +49,42 @@ pub(super) struct Question<'a> {
 }
 
 impl Question<'_> {
+    /// Asks until there is an outcome. If no replica can be connected, waits for one for up to `wait` and asks anew.
     pub(super) async fn ask(&self, client: &mut Client, request: &Request, upload: &mut Upload) -> Asked {
         let mut timer = DecisionTimer::new(self.settings.decision_timeout, upload.has_body());
+        let mut wait = Wait::new(self.wait, self.epp.replicas(), self.metrics);
+        let mut lost = 0;
+        loop {
+            let asked = self.ask_replicas(client, request, upload, &mut timer, &mut lost).await;
+            let error = match asked {
+                Asked::Failed(error) => error,
+                Asked::Answered(..) => {
+                    wait.ended(true);
+                    return asked;
+                }
+                Asked::Client(_) => return asked,
+            };
+            if !wait.may_help(&error, lost) {
+                wait.ended(false);
+                return Asked::Failed(error);
+            }
+            match wait.wait(timer.until, client, upload).await {
+                Ok(true) => tracing::debug!(%error, "asking the EPP again, a replica is reachable"),
+                Ok(false) => return Asked::Failed(error),
+                Err(error) => return Asked::Client(error),
+            }
+        }
+    }
+
+    /// Asks one replica after the other. Adds to `lost` the streams that were lost.
+    async fn ask_replicas(
+        &self,
+        client: &mut Client,
+        request: &Request,
+        upload: &mut Upload,
+        timer: &mut DecisionTimer,
+        lost: &mut usize,
+    ) -> Asked {
         let mut attempts = match upload.during(client, timer.limit(self.epp.attempts())).await {
             Ok(Ok(Ok(attempts))) => attempts,
             Ok(Ok(Err(error))) => return Asked::Failed(error),
@@ -68,7 +105,7 @@ impl Question<'_> {
                 self.limits.clone(),
                 Some(Arc::clone(&self.members)),
             ));
-            match converse(&mut stream, &mut timer, client, upload).await {
+            match converse(&mut stream, timer, client, upload).await {
                 Ok(outcome) => {
                     attempts.answered(&outcome);
                     return Asked::Answered(outcome, stream);
@@ -77,6 +114,7 @@ impl Question<'_> {
                     return Asked::Failed(self.late(attempts.replica(), decisions));
                 }
                 Err(Asked::Failed(error)) => {
+                    *lost += usize::from(matches!(error, PickError::Reset { .. }));
                     let asked = attempts.replica().address;
                     if !attempts.next_attempt(&error, Instant::now().into_std()) {
                         return Asked::Failed(error);

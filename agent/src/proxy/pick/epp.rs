@@ -42,7 +42,8 @@ impl<'a> Attempt<'a> {
         let subset = worker.shared.endpoints[pool].subset(started.into_std());
         let members = worker.shared.endpoints[pool].snapshot();
         let metrics = worker.shared.metrics.pool(pool);
-        Self { worker, started, question: Question { epp, settings, subset, limits, members, metrics } }
+        let wait = settings.unreachable_wait(worker.shared.config.pools[pool].failure_mode);
+        Self { worker, started, question: Question { epp, settings, wait, subset, limits, members, metrics } }
     }
 
     /// Asks the EPP. The inner error is a failure of the EPP, to which the pool's failure mode applies.

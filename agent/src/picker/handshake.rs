@@ -1,0 +1,231 @@
+//! Connects to a gRPC server: TCP, TLS if set, and HTTP/2 up to the server's SETTINGS. A server that accepts connections without
+//! serving them is found here and not by requests. If the server speaks another protocol, the error says which setting is wrong.
+
+use std::{error::Error, io, net::SocketAddr, pin::Pin, task::Poll, time::Duration};
+
+use hyper::client::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use rustls::pki_types::ServerName;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+    sync::oneshot,
+};
+use tokio_rustls::TlsConnector;
+use tonic::body::Body;
+
+/// Replies are at most a few pieces per stream. The window has room for a replaced body in one round trip.
+const STREAM_WINDOW: u32 = 2 << 20;
+const CONNECTION_WINDOW: u32 = 16 << 20;
+/// gRPC servers written in Go close connections that ping more often than every five minutes. So pings only detect a stuck peer;
+/// TCP detects an unreachable one.
+const PING: Duration = Duration::from_secs(310);
+const PING_TIMEOUT: Duration = Duration::from_secs(20);
+/// TCP_USER_TIMEOUT: how long sent bytes may stay unacknowledged.
+const GONE: Duration = Duration::from_secs(15);
+
+/// The server speaks another protocol than the settings say. The inner error of an [`io::Error`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Mismatch {
+    #[error("the server answered with TLS; set `tls` in the pool's `picker` section")]
+    Tls,
+    #[error("the server answered without TLS; set `tls = \"off\"` in the pool's `picker` section")]
+    NoTls,
+    #[error("the server answered with HTTP/1.1; set `address` in the pool's `picker` section to the EPP's gRPC port")]
+    Http1,
+    #[error(
+        "the server answered with neither HTTP/2 nor TLS; set `address` in the pool's `picker` section to the EPP's gRPC port"
+    )]
+    Unknown,
+    #[error("the server closed the connection before the HTTP/2 handshake")]
+    Closed,
+}
+
+impl Mismatch {
+    /// The mismatch that an error of [`connect`] reports.
+    pub fn of(error: &io::Error) -> Option<Self> {
+        error.get_ref()?.downcast_ref().copied()
+    }
+
+    fn error(self) -> io::Error {
+        // A lost connection may be repeated, another protocol may not.
+        let kind = if self == Self::Closed { io::ErrorKind::ConnectionAborted } else { io::ErrorKind::InvalidData };
+        io::Error::new(kind, self)
+    }
+}
+
+/// Connects to a server, with TLS if `tls` has the connector and the server's name. Must be called on a tokio runtime, which
+/// drives the connection. `ended` is called at the end of the connection, with whether it ended without an error.
+pub async fn connect(
+    address: SocketAddr,
+    tls: Option<(TlsConnector, ServerName<'static>)>,
+    ended: impl FnOnce(bool) + Send + 'static,
+) -> io::Result<http2::SendRequest<Body>> {
+    let tcp = TcpStream::connect(address).await?;
+    tcp.set_nodelay(true)?;
+    let socket = socket2::SockRef::from(&tcp);
+    let (time, interval) = (Duration::from_secs(5), Duration::from_secs(5));
+    socket.set_tcp_keepalive(&socket2::TcpKeepalive::new().with_time(time).with_interval(interval).with_retries(2))?;
+    socket.set_tcp_user_timeout(Some(GONE))?;
+    match tls {
+        None => open(tcp, ended).await,
+        Some((connector, name)) => {
+            let (tcp, first) = Sniffed::new(tcp);
+            match connector.connect(name, tcp).await {
+                Ok(stream) => open(stream, ended).await,
+                Err(error) => Err(not_tls(first).map_or(error, Mismatch::error)),
+            }
+        }
+    }
+}
+
+/// Whether the server at `address` answers a TLS handshake, whatever its certificate.
+pub async fn answers_tls(address: SocketAddr, connector: TlsConnector, name: ServerName<'static>) -> bool {
+    let Ok(tcp) = TcpStream::connect(address).await else { return false };
+    let (tcp, first) = Sniffed::new(tcp);
+    let connected = connector.connect(name, tcp).await;
+    connected.is_ok() || first.await.is_ok_and(|first| first.is_ok_and(|first| is_tls(&first)))
+}
+
+async fn open(
+    io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    ended: impl FnOnce(bool) + Send + 'static,
+) -> io::Result<http2::SendRequest<Body>> {
+    let (io, first) = Sniffed::new(io);
+    let (send, connection) = http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .keep_alive_interval(PING)
+        .keep_alive_timeout(PING_TIMEOUT)
+        .handshake(TokioIo::new(io))
+        .await
+        .map_err(with_kind)?;
+    tokio::spawn(async move {
+        let result = connection.await;
+        if let Err(error) = &result {
+            tracing::debug!(?error, "connection to the EPP ended");
+        }
+        ended(result.is_ok());
+    });
+    match first.await {
+        Ok(Ok(first)) if is_settings(&first) => Ok(send),
+        Ok(Ok(first)) if first.is_empty() => Err(Mismatch::Closed.error()),
+        Ok(Ok(first)) if is_tls(&first) => Err(Mismatch::Tls.error()),
+        Ok(Ok(first)) if first.starts_with(b"HTTP/") => Err(Mismatch::Http1.error()),
+        Ok(Ok(_)) => Err(Mismatch::Unknown.error()),
+        Ok(Err(kind)) => Err(kind.into()),
+        Err(_) => Err(Mismatch::Closed.error()),
+    }
+}
+
+/// Keeps the kind of the I/O error, which is wrapped by h2, or bare if h2 had not begun. A reset is retried.
+fn with_kind(error: hyper::Error) -> io::Error {
+    let io = error
+        .source()
+        .and_then(|source| source.downcast_ref::<io::Error>().or_else(|| source.downcast_ref::<h2::Error>()?.get_io()));
+    let kind = io.map_or(io::ErrorKind::Other, io::Error::kind);
+    io::Error::new(kind, error)
+}
+
+/// What the server speaks instead of TLS, if it does not.
+fn not_tls(mut first: oneshot::Receiver<First>) -> Option<Mismatch> {
+    let first = first.try_recv().ok()?.ok().filter(|first| !first.is_empty() && !is_tls(first))?;
+    Some(match &*first {
+        first if is_settings(first) => Mismatch::NoTls,
+        first if first.starts_with(b"HTTP/") => Mismatch::Http1,
+        _ => Mismatch::Unknown,
+    })
+}
+
+/// The type and version of a TLS record: an alert or a handshake of TLS 1.x.
+fn is_tls(first: &[u8]) -> bool {
+    matches!(first, [21 | 22, 3, ..])
+}
+
+/// The length, type and flags of an HTTP/2 SETTINGS frame (RFC 9113 §6.5).
+fn is_settings(first: &[u8]) -> bool {
+    matches!(first, [0, _, _, 4, 0, ..])
+}
+
+/// How many bytes tell the protocol.
+const FIRST: usize = 5;
+
+/// The first [`FIRST`] bytes from the peer, fewer if it sent fewer before the end, or why reading failed.
+type First = Result<Vec<u8>, io::ErrorKind>;
+
+/// A stream that reports the first bytes that are read from it.
+struct Sniffed<S> {
+    inner: S,
+    first: Vec<u8>,
+    report: Option<oneshot::Sender<First>>,
+}
+
+impl<S> Sniffed<S> {
+    fn new(inner: S) -> (Self, oneshot::Receiver<First>) {
+        let (report, first) = oneshot::channel();
+        (Self { inner, first: Vec::new(), report: Some(report) }, first)
+    }
+
+    fn report(&mut self, failed: Option<io::ErrorKind>) {
+        if let Some(report) = self.report.take() {
+            let _ = report.send(failed.map_or_else(|| Ok(std::mem::take(&mut self.first)), Err));
+        }
+    }
+}
+
+impl<S> Drop for Sniffed<S> {
+    fn drop(&mut self) {
+        self.report(None);
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Sniffed<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut std::task::Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buf.filled().len();
+        let read = Pin::new(&mut self.inner).poll_read(cx, buf);
+        if self.report.is_some()
+            && let Poll::Ready(read) = &read
+        {
+            let new = &buf.filled()[before..];
+            let missing = FIRST - self.first.len();
+            self.first.extend_from_slice(&new[..new.len().min(missing)]);
+            match read {
+                Err(error) if self.first.is_empty() => self.report(Some(error.kind())),
+                Ok(()) if !new.is_empty() && self.first.len() < FIRST => {}
+                _ => self.report(None),
+            }
+        }
+        read
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Sniffed<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut std::task::Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut std::task::Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write_vectored(cx, bytes)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut std::task::Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut std::task::Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
+}

@@ -1,0 +1,94 @@
+//! Lets a request wait for a replica of its EPP while none can be connected. The client is read meanwhile. What waits is bounded
+//! by the pool's `WaitingRoom`, and each request that had to wait is counted once, by its outcome.
+
+use std::{pin::pin, sync::Arc, time::Duration};
+
+use tokio::time::{Instant, sleep_until};
+
+use crate::{
+    client::Client,
+    error::Error,
+    metrics::PoolMetrics,
+    picker::{error::PickError, replica::Replicas},
+    upload::Upload,
+};
+
+/// The wait of one request, which may have several parts.
+pub(super) struct Wait<'a> {
+    /// `None` if the request may not wait.
+    limit: Option<Duration>,
+    replicas: &'a Arc<Replicas>,
+    metrics: &'a PoolMetrics,
+    until: Option<Instant>,
+    /// The metric's label. `None` if the request has not waited.
+    outcome: Option<&'static str>,
+}
+
+impl<'a> Wait<'a> {
+    pub(super) fn new(limit: Option<Duration>, replicas: &'a Arc<Replicas>, metrics: &'a PoolMetrics) -> Self {
+        Self { limit, replicas, metrics, until: None, outcome: None }
+    }
+
+    /// Whether a request that failed like this may be asked about again once a replica is reachable. `lost` is the number of its
+    /// streams that were lost: the request may be what makes the EPP fail, so no more are lost than without waiting.
+    pub(super) fn may_help(&self, error: &PickError, lost: usize) -> bool {
+        let replicas = self.replicas.snapshot().replicas;
+        let refused = matches!(error, PickError::NotTaken(_)) && replicas.iter().any(|one| !one.is_unreachable());
+        self.limit.is_some()
+            && self.replicas.is_tended()
+            && error.is_unreachable()
+            && !refused
+            && lost <= replicas.len().max(1)
+    }
+
+    /// Waits until a replica is reachable, at most until `deadline`. Returns false if none is in time, or if too many requests
+    /// wait already.
+    pub(super) async fn wait(
+        &mut self,
+        deadline: Option<Instant>,
+        client: &mut Client,
+        upload: &mut Upload,
+    ) -> Result<bool, Error> {
+        let until = *self.until.get_or_insert_with(|| Instant::now() + self.limit.unwrap_or_default());
+        let until = deadline.map_or(until, |deadline| deadline.min(until));
+        // Holds if the client leaves, which may drop this future.
+        self.outcome = Some("left");
+        let Some(mut place) = self.replicas.waiting_room.enter() else {
+            self.outcome = Some("full");
+            return Ok(false);
+        };
+        let _waiting = self.metrics.epp_waiting();
+        let mut reachable = pin!(self.replicas.reachable());
+        loop {
+            if !place.holds(upload.kept.len()) {
+                self.outcome = Some("full");
+                return Ok(false);
+            }
+            let read = tokio::select! {
+                biased;
+                () = &mut reachable => return Ok(true),
+                () = sleep_until(until) => {
+                    self.outcome = Some("in_vain");
+                    return Ok(false);
+                }
+                read = upload.read_or_gone(client) => read?,
+            };
+            upload.take(read).await?;
+        }
+    }
+
+    /// The request, which may have waited, was served or failed otherwise.
+    pub(super) fn ended(&mut self, served: bool) {
+        if self.outcome.is_some() {
+            self.outcome = Some(if served { "served" } else { "in_vain" });
+        }
+    }
+}
+
+impl Drop for Wait<'_> {
+    fn drop(&mut self) {
+        if let Some(outcome) = self.outcome {
+            self.metrics.epp_waited(outcome);
+        }
+    }
+}

@@ -1,0 +1,265 @@
+//! An EPP without a reachable replica: requests of a pool that fails closed wait for one to come back, within bounds, and one task
+//! connects again for all of them.
+
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+use penstock_agent::config::{Config, FailureMode};
+use penstock_tests::{
+    Client, Refusing, Request, ScriptedEpp, Stage,
+    agent::TestAgent,
+    content::Fnv,
+    eventually,
+    scripted_epp::{Fault, Faulty, Harm, Moment, Production, Setup},
+    stage::{echo, epp, json},
+};
+use tokio::{
+    task::JoinSet,
+    time::{interval, sleep},
+};
+
+use crate::SOON;
+
+/// Longer than any replica is away here.
+const LONG: Duration = Duration::from_secs(60);
+
+fn waits(config: &mut Config) {
+    epp(config).unreachable_wait = Some(Some(LONG));
+}
+
+/// Requests that had to wait and ended like this.
+fn waited(agent: &TestAgent, outcome: &str) -> u64 {
+    agent.count("penstock_epp_waits_total", &[&format!("reason=\"{outcome}\"")])
+}
+
+fn waiting(agent: &TestAgent) -> u64 {
+    agent.count("penstock_epp_waiting", &[])
+}
+
+async fn status(agent: &TestAgent, request: Request) -> u16 {
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    client.patience = LONG;
+    client.request(&request).await.unwrap().status()
+}
+
+/// A stage whose only replica is gone.
+async fn away(adjust: impl FnOnce(&mut Config)) -> Stage {
+    let mut stage = Stage::with(Production::new, |config| {
+        waits(config);
+        adjust(config);
+    })
+    .await;
+    stage.epp.stop();
+    stage
+}
+
+/// 400 requests a second, while the only replica drains, is killed, and is away for 1.5 s.
+async fn lose_nothing(mode: FailureMode) {
+    const REQUESTS: usize = 1200;
+    const BEFORE: usize = 200;
+    let Stage { mut epp, agent, one, two, .. } = Stage::with(Production::new, |config| {
+        config.pools[0].failure_mode = mode;
+        if mode == FailureMode::Closed {
+            waits(config);
+        }
+    })
+    .await;
+    let (addr, body) = (agent.addr, json("m", 500));
+    let request = async move || {
+        let mut client = Client::connect(addr).await.unwrap();
+        client.patience = LONG;
+        let response = client.request(&echo(body.clone())).await.unwrap();
+        assert_eq!(response.status(), 200, "{}", response.text());
+        assert_eq!(response.echoed().body_hash, Fnv::of(&body).value());
+    };
+    let (mut requests, mut pace) = (JoinSet::new(), interval(Duration::from_micros(2500)));
+    let mut begin = async |count| {
+        for _ in 0..count {
+            pace.tick().await;
+            let request = request.clone();
+            requests.spawn(async move { request().await });
+        }
+    };
+    begin(BEFORE).await;
+    epp.go_away();
+    epp.stop();
+    let restart = tokio::spawn(async move {
+        sleep(Duration::from_millis(1500)).await;
+        epp.restart().await.unwrap();
+        epp
+    });
+    begin(REQUESTS - BEFORE).await;
+    requests.join_all().await;
+    let epp = restart.await.unwrap();
+    assert_eq!(one.requests() + two.requests(), REQUESTS as u64);
+    let (asked, begun) = (epp.streams_started(), Instant::now());
+    while epp.streams_started() == asked {
+        request().await;
+        assert!(begun.elapsed() < SOON, "the EPP is not asked again");
+    }
+    let failed_open = agent.count("penstock_epp_exchange_seconds_count", &[r#"outcome="fail_open""#]);
+    let outcomes = ["served", "in_vain", "full", "left"].map(|outcome| waited(&agent, outcome));
+    match mode {
+        FailureMode::Closed => assert!(outcomes[0] > 0 && outcomes[1..] == [0, 0, 0], "{outcomes:?}"),
+        FailureMode::Open => assert!(failed_open > 0 && outcomes == [0; 4], "{failed_open}, {outcomes:?}"),
+    }
+    assert_eq!(waiting(&agent), 0);
+}
+
+#[tokio::test]
+async fn restart_of_the_only_replica_loses_no_request_of_a_closed_pool() {
+    lose_nothing(FailureMode::Closed).await;
+}
+
+#[tokio::test]
+async fn restart_of_the_only_replica_loses_no_request_of_an_open_pool() {
+    lose_nothing(FailureMode::Open).await;
+}
+
+/// A pool that fails open waits if it is told to, and then fails open.
+#[tokio::test]
+async fn wait_without_a_replica_ends_in_the_failure_mode() {
+    for (mode, expected) in [(FailureMode::Closed, 503), (FailureMode::Open, 200)] {
+        let stage = away(|config| {
+            config.pools[0].failure_mode = mode;
+            epp(config).unreachable_wait = Some(Some(Duration::from_millis(300)));
+        })
+        .await;
+        let begin = Instant::now();
+        assert_eq!(status(&stage.agent, echo(json("m", 1000))).await, expected, "{mode:?}");
+        assert!(begin.elapsed() >= Duration::from_millis(300), "{mode:?}: {:?}", begin.elapsed());
+        assert_eq!((waited(&stage.agent, "in_vain"), waiting(&stage.agent)), (1, 0), "{mode:?}");
+    }
+}
+
+#[tokio::test]
+async fn decision_timeout_ends_a_wait() {
+    let stage = away(|config| epp(config).decision_timeout = Some(Duration::from_millis(200))).await;
+    assert_eq!(status(&stage.agent, echo(json("m", 1000))).await, 503);
+    assert_eq!(waited(&stage.agent, "in_vain"), 1);
+}
+
+#[tokio::test]
+async fn waiting_requests_are_bounded_in_number() {
+    let mut stage = away(|config| epp(config).unreachable_wait_requests = 2).await;
+    let all = async {
+        let two = [echo(json("m", 1000)), echo(json("m", 1000))].map(|request| status(&stage.agent, request));
+        join_all(two).await
+    };
+    let third = async {
+        eventually(SOON, || waiting(&stage.agent) == 2).await;
+        let refused = status(&stage.agent, echo(json("m", 1000))).await;
+        stage.epp.restart().await.unwrap();
+        refused
+    };
+    let (two, refused) = tokio::join!(all, third);
+    assert_eq!((two, refused), (vec![200, 200], 503));
+    assert_eq!(["served", "full", "in_vain"].map(|outcome| waited(&stage.agent, outcome)), [2, 1, 0]);
+}
+
+/// The bytes that arrive while a request waits count, too.
+#[tokio::test]
+async fn waiting_requests_are_bounded_in_bytes() {
+    let mut stage = away(|config| epp(config).unreachable_wait_bytes = 10_000).await;
+    let wire = echo(json("m", 20_000)).wire("agent");
+    let (first, rest) = wire.split_at(wire.len() / 4);
+    stage.client.send_raw(first).await.unwrap();
+    eventually(SOON, || waiting(&stage.agent) == 1).await;
+    stage.client.send_raw(rest).await.unwrap();
+    assert_eq!(stage.client.response().await.unwrap().status(), 503);
+    assert_eq!((waited(&stage.agent, "full"), waiting(&stage.agent)), (1, 0));
+}
+
+#[tokio::test]
+async fn client_that_leaves_while_waiting_is_noticed() {
+    let stage = away(|_| {}).await;
+    let Stage { mut client, agent, .. } = stage;
+    client.send(&echo(json("m", 1000))).await.unwrap();
+    eventually(SOON, || waiting(&agent) == 1).await;
+    drop(client);
+    eventually(SOON, || waiting(&agent) == 0).await;
+    assert_eq!(waited(&agent, "left"), 1);
+}
+
+/// The number of connections depends on the time that the replica is away and not on the number of requests.
+#[tokio::test]
+async fn unreachable_replica_is_connected_by_one_task() {
+    let stage = Stage::with(
+        |all| Faulty::new(Production::new(all), Fault::ResetAtAccept),
+        |config| {
+            epp(config).unreachable_wait = Some(Some(Duration::from_millis(500)));
+        },
+    )
+    .await;
+    let begin = Instant::now();
+    for _ in 0..2 {
+        let all = (0..100).map(|_| status(&stage.agent, Request::get("/test/echo")));
+        assert_eq!(join_all(all).await, [503; 100]);
+    }
+    // Two workers, each of which tries twice, and the first short pauses of the task.
+    let most = 10 + 5 * begin.elapsed().as_secs_f64().ceil() as u64;
+    assert!(stage.epp.connections_accepted() <= most, "{} > {most}", stage.epp.connections_accepted());
+    assert_eq!(waited(&stage.agent, "in_vain"), 200);
+}
+
+/// A replica that accepts connections and says nothing is not reachable.
+#[tokio::test]
+async fn replica_that_completes_no_handshake_is_waited_for() {
+    let stage = Stage::with(
+        |all| Faulty::new(Production::new(all), Fault::Deaf).times(3),
+        |config| {
+            waits(config);
+            config.listen.workers = 1;
+            epp(config).connect_timeout = Duration::from_millis(200);
+        },
+    )
+    .await;
+    assert_eq!(status(&stage.agent, echo(json("m", 1000))).await, 200);
+    assert_eq!((waited(&stage.agent, "served"), stage.epp.streams_started()), (1, 1));
+}
+
+/// The other replica serves meanwhile, and requests return to the first one once it is back.
+#[tokio::test]
+async fn replica_that_refuses_delays_no_request() {
+    let refusing = Refusing::new().unwrap();
+    let address = refusing.addr;
+    let stage = Stage::with(Production::new, |config| {
+        waits(config);
+        let other = epp(config).addresses[0].clone();
+        epp(config).addresses = vec![address.to_string(), other];
+    })
+    .await;
+    for _ in 0..10 {
+        assert_eq!(status(&stage.agent, echo(json("m", 1000))).await, 200);
+    }
+    assert_eq!(waited(&stage.agent, "served"), 0);
+    drop(refusing);
+    let setup = Setup { address, ..Setup::default() };
+    let first = ScriptedEpp::start_with(setup, Production::new(&[stage.one.addr])).await.unwrap();
+    let begin = Instant::now();
+    while first.streams_started() == 0 {
+        assert_eq!(status(&stage.agent, echo(json("m", 1000))).await, 200);
+        assert!(begin.elapsed() < SOON, "the first replica is not asked again");
+    }
+    assert_eq!(stage.agent.count("penstock_epp_failures_total", &[]), 0);
+}
+
+/// A request may be what makes the EPP fail, so waiting does not ask more often about one whose stream was lost.
+#[tokio::test]
+async fn request_that_breaks_connections_is_asked_twice() {
+    let fault = Fault::At(Moment::RequestHeaders, Harm::ResetConnection);
+    let stage = Stage::with(|all| Faulty::new(Production::new(all), fault), waits).await;
+    assert_eq!(status(&stage.agent, echo(json("m", 1000))).await, 503);
+    assert_eq!(stage.epp.streams_started(), 2);
+}
+
+/// A server whose refusal is its answer is reachable: nothing waits.
+#[tokio::test]
+async fn failure_of_a_reachable_replica_is_not_waited_for() {
+    for harm in [Harm::Status(tonic::Code::Unavailable), Harm::Status(tonic::Code::Internal), Harm::Close] {
+        let fault = Fault::At(Moment::RequestHeaders, harm);
+        let stage = Stage::with(|all| Faulty::new(Production::new(all), fault), waits).await;
+        assert_eq!(status(&stage.agent, echo(json("m", 1000))).await, 503, "{harm:?}");
+        assert_eq!(stage.agent.count("penstock_epp_waits_total", &[]), 0, "{harm:?}");
+    }
+}
