@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use crate::{
     admin::{self, AdminHandle},
     capability,
-    config::Config,
+    config::{Config, FailureMode, Picker, Pool},
     control::{self, Control},
     dns::Dns,
     endpoint::discovery::Discovery,
@@ -24,7 +24,10 @@ use crate::{
     listeners::Listeners,
     metrics::Metrics,
     panics::Watch,
-    picker::tend::{Means, tend},
+    picker::{
+        keep::Start,
+        tend::{Means, tend},
+    },
     probe::Probe,
     readiness::{Gate, Readiness},
     reload::{self, ReloadError},
@@ -82,7 +85,11 @@ impl Agent {
         let metrics = Metrics::new(&names(&config));
         let readiness = Readiness::new();
         let watch = Watch::new(&readiness, probe);
-        let gates: Vec<Gate> = (0..count).map(|number| readiness.gate(format!("worker {number}"))).collect();
+        let gate = |number| WorkerGates {
+            worker: readiness.gate(format!("worker {number}")),
+            epps: config.pools.iter().map(|pool| epp_gate(pool, &readiness)).collect(),
+        };
+        let gates: Vec<WorkerGates> = (0..count).map(gate).collect();
 
         let ladder = Ladder::climb(&config.steering);
         ladder.announce(&metrics);
@@ -142,14 +149,14 @@ impl Agent {
 
         let (updates, _) = watch::channel(Arc::clone(&shared));
         let mut workers = Vec::with_capacity(count);
-        for (number, (listeners, gate)) in listeners.into_iter().zip(gates).enumerate() {
+        for (number, (listeners, gates)) in listeners.into_iter().zip(gates).enumerate() {
             let (updates, steering) = (updates.subscribe(), steering.clone());
             let (room, watch, name) = (Arc::clone(&room), watch.clone(), format!("penstock-{number}"));
             let thread = std::thread::Builder::new().name(name.clone());
             let run = move || {
                 let idle = Idle::new(room, number);
                 watch.run(&name, || {
-                    if let Err(error) = work(updates, &steering, idle, listeners, gate) {
+                    if let Err(error) = work(updates, &steering, idle, listeners, gates) {
                         watch.fail(&name, &format!("{error:#}"));
                     }
                 });
@@ -359,22 +366,36 @@ fn start_background(
     Ok(BackgroundTasks { _discovery: discovery, _control: control })
 }
 
+/// What readiness waits for in one worker.
+struct WorkerGates {
+    worker: Gate,
+    /// One per pool; None if the pool's EPP does not hold back readiness.
+    epps: Vec<Option<Start>>,
+}
+
+/// The gate of a pool that cannot serve a request without its EPP.
+fn epp_gate(pool: &Pool, readiness: &Readiness) -> Option<Start> {
+    let Picker::Epp(epp) = &pool.picker else { return None };
+    let wait = epp.start_wait.filter(|_| pool.failure_mode == FailureMode::Closed)?;
+    Some(Start { gate: readiness.gate(format!("EPP of pool {}", pool.name)), wait, pool: pool.name.clone() })
+}
+
 /// Runs a worker on the current thread until it has drained.
 fn work(
     updates: watch::Receiver<Arc<Shared>>,
     steering: &Steering,
     idle: Rc<Idle>,
     listeners: Vec<(std::net::TcpListener, Option<Acceptor>)>,
-    gate: Gate,
+    gates: WorkerGates,
 ) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     tokio::task::LocalSet::new().block_on(&runtime, async {
         let steering = steering.worker()?;
         let shared = Arc::clone(&updates.borrow());
-        let worker = Worker::new(shared, steering);
+        let worker = Worker::new(shared, steering, gates.epps);
         let listener = |(socket, tls)| Ok(Listener { socket: tokio::net::TcpListener::from_std(socket)?, tls });
         let listeners = listeners.into_iter().map(listener).collect::<io::Result<_>>()?;
-        gate.open();
+        gates.worker.open();
         server::serve(worker, listeners, idle, updates).await;
         Ok(())
     })

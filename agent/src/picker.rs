@@ -1,7 +1,7 @@
 //! Picks endpoints, through an EPP (ext_proc) or with the built-in picker.
 //!
 //! `replica` holds an EPP's replicas, `tend` keeps them up to date and `reach` connects again to those that were lost; `attempts`
-//! selects the replica to ask; `client` has the connections and one stream per request; `exchange` is the protocol on a stream; `mutation` applies the returned headers;
+//! selects the replica to ask; `client` has the connections, which `keep` keeps open, and one stream per request; `exchange` is the protocol on a stream; `mutation` applies the returned headers;
 //! `builtin` picks in this process.
 
 pub mod attempts;
@@ -13,6 +13,7 @@ pub mod error;
 pub mod exchange;
 pub mod handshake;
 mod health;
+pub mod keep;
 pub mod message;
 pub mod mutation;
 pub mod names;

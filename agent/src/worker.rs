@@ -6,7 +6,7 @@ use std::{cell::RefCell, rc::Rc, sync::Arc};
 use crate::{
     config::Config,
     endpoint::{http2::Http2Pool, pool::Http1Pool, timeouts::ConnectionTimeouts},
-    picker::{client::EppClient, replica::Replicas},
+    picker::{client::EppClient, keep::Start, replica::Replicas},
     room::Idle,
     shared::Shared,
     steer::WorkerSteering,
@@ -26,13 +26,16 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Must be called on the worker's runtime.
-    pub fn new(shared: Arc<Shared>, steering: Option<Rc<WorkerSteering>>) -> Self {
+    /// Must be called on the worker's runtime. `starts` are the pools' gates that open once their EPP is connected.
+    pub fn new(shared: Arc<Shared>, steering: Option<Rc<WorkerSteering>>, starts: Vec<Option<Start>>) -> Self {
         let config = &shared.config;
         let receive_buffer = config.steering.endpoint_receive_buffer;
         let endpoints = Http1Pool::new(Arc::clone(&shared.metrics), steering, times(config), receive_buffer);
         let http2_endpoints = Http2Pool::new(times(config));
-        let epps = shared.replicas.iter().map(|replicas| Some(Rc::new(EppClient::new(replicas.clone()?)))).collect();
+        let epp = |(replicas, start): (&Option<Arc<Replicas>>, _)| {
+            Some(Rc::new(EppClient::connected(replicas.clone()?, start)))
+        };
+        let epps = shared.replicas.iter().zip(starts).map(epp).collect();
         Self { epps, endpoints: Rc::new(endpoints), http2_endpoints, handshakes: Rc::default(), shared }
     }
 
@@ -45,7 +48,7 @@ impl Worker {
         let epp = |replicas: &Option<Arc<Replicas>>| {
             let replicas = replicas.as_ref()?;
             let kept = self.epps.iter().flatten().find(|epp| epp.asks(replicas));
-            Some(kept.map_or_else(|| Rc::new(EppClient::new(Arc::clone(replicas))), Rc::clone))
+            Some(kept.map_or_else(|| Rc::new(EppClient::connected(Arc::clone(replicas), None)), Rc::clone))
         };
         let epps = shared.replicas.iter().map(epp).collect();
         Self { epps, endpoints, http2_endpoints, handshakes: Rc::clone(&self.handshakes), shared }

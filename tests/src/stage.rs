@@ -40,6 +40,11 @@ impl Stage {
         self.client.request(request).await.expect("the request failed")
     }
 
+    /// The agent's workers, each of which has a connection to the picker.
+    pub fn workers(&self) -> u64 {
+        self.agent.config().listen.workers as u64
+    }
+
     /// Requests that the endpoints have read.
     pub fn requests(&self) -> (u64, u64) {
         (self.one.requests(), self.two.requests())

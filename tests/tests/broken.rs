@@ -275,6 +275,8 @@ async fn picker_death_cuts_no_response() {
             let read = Reader::Fast.take(&mut client, &mut checker).await.unwrap();
             assert_eq!((read.end, read.len), (BodyEnd::Complete, plan.size), "{mode:?} {framing:?}");
             epp.restart().await.unwrap();
+            let workers = agent.config().listen.workers as u64;
+            eventually(SOON, || epp.connections_open() == workers).await;
         }
         eventually(SOON, || agent.count("penstock_requests_total", &["reason=\"ok\""]) == 3).await;
         assert_eq!(steered(&agent) > 0, mode != SteeringMode::Off);

@@ -35,6 +35,9 @@ settings! {
         /// How long connecting to the EPP (TCP, TLS and the server's HTTP/2 SETTINGS) may take, and how long a request waits for the
         /// first DNS answer.
         pub connect_timeout: Duration = Duration::from_secs(1) => duration(),
+        /// With `failure_mode = "closed"` only: how long `/readyz` waits after the start until each worker has connected to the EPP
+        /// once. After that the agent counts as ready without it. `"off"` does not wait.
+        pub start_wait: Option<Duration> = Some(Duration::from_secs(10)) => duration_or_off(),
         /// How long a request waits for a replica if none can be connected, as while an EPP with one replica restarts. After that,
         /// `failure_mode` applies. Unset: `"2s"` with `failure_mode = "closed"` and `"off"` with `"open"`. The wait counts against
         /// `decision_timeout`.

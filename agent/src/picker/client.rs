@@ -20,9 +20,15 @@ use parking_lot::Mutex;
 use penstock_proto::ext_proc::{
     HeaderMutation, ProcessingRequest, ProcessingResponse, external_processor_client::ExternalProcessorClient,
 };
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::timeout,
+};
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::{sync::PollSender, task::TaskTracker};
+use tokio_util::{
+    sync::PollSender,
+    task::{AbortOnDropHandle, TaskTracker},
+};
 use tonic::{CancellationHandle, Streaming};
 
 use crate::endpoint::set::Snapshot;
@@ -32,6 +38,7 @@ use super::{
     connection::{Connection, Http2, Loss},
     error::PickError,
     exchange::{Event, Exchange, ExchangeLimits, ImmediateReply, Outcome},
+    keep::{self, Start},
     replica::{Replica, Replicas},
     silence::{HeadReply, Silence, Waiting},
 };
@@ -49,16 +56,23 @@ const MESSAGE: usize = 1 << 20;
 /// A worker's client of one EPP.
 pub struct EppClient {
     replicas: Arc<Replicas>,
-    links: Mutex<Links>,
+    links: Arc<Links>,
     endings: TaskTracker,
+    _keeper: Option<AbortOnDropHandle<()>>,
+}
+
+/// A worker's connections to the replicas of an EPP.
+pub(super) struct Links {
+    pub(super) replicas: Arc<Replicas>,
+    known: Mutex<Known>,
 }
 
 /// Connections to the replicas that have been asked and still exist.
 #[derive(Default)]
-struct Links {
+struct Known {
     links: Vec<Link>,
     /// The replicas when `links` was last updated.
-    known: Arc<[Arc<Replica>]>,
+    replicas: Arc<[Arc<Replica>]>,
 }
 
 /// A worker's connection to one replica. Clones share it.
@@ -72,7 +86,20 @@ struct Link {
 impl EppClient {
     /// Creates the client. It connects with the first request.
     pub fn new(replicas: Arc<Replicas>) -> Self {
-        Self { replicas, links: Mutex::default(), endings: TaskTracker::new() }
+        let links = Arc::new(Links { replicas: Arc::clone(&replicas), known: Mutex::default() });
+        Self { replicas, links, endings: TaskTracker::new(), _keeper: None }
+    }
+
+    /// Creates the client, which connects now and whenever its connection is lost. The agent's start waits for the first connection
+    /// if `start` is set. Must be called on a tokio runtime.
+    pub fn connected(replicas: Arc<Replicas>, start: Option<Start>) -> Self {
+        let client = Self::new(replicas);
+        let (connected, is_connected) = oneshot::channel();
+        if let Some(start) = start {
+            tokio::spawn(start.open(is_connected));
+        }
+        let keeper = AbortOnDropHandle::new(tokio::spawn(keep::keep(Arc::clone(&client.links), connected)));
+        Self { _keeper: Some(keeper), ..client }
     }
 
     /// Resolves when all streams that were [finished](PickStream::finish) have sent their rest or timed out. Call it when nothing
@@ -112,7 +139,7 @@ impl EppClient {
         limits: ExchangeLimits,
         members: Option<Arc<Snapshot>>,
     ) -> PickStream {
-        let link = self.link(replica);
+        let link = self.links.link(replica);
         let (out, messages) = mpsc::channel(QUEUE);
         let mut request_stream = tonic::Request::new(ReceiverStream::new(messages));
         let cancel = CancelOnDrop(Some(request_stream.cancellation_handle()));
@@ -137,21 +164,27 @@ impl EppClient {
         let _ = stream.poll_incoming(&mut noop);
         stream
     }
+}
+
+impl Links {
+    pub(super) fn connection(&self, replica: &Arc<Replica>) -> Connection {
+        self.link(replica).connection
+    }
 
     fn link(&self, replica: &Arc<Replica>) -> Link {
-        let known = self.replicas.snapshot().replicas;
-        let mut all = self.links.lock();
-        if !Arc::ptr_eq(&all.known, &known) {
+        let replicas = self.replicas.snapshot().replicas;
+        let mut known = self.known.lock();
+        if !Arc::ptr_eq(&known.replicas, &replicas) {
             // Connections to removed replicas close when their streams end.
-            all.links.retain(|link| known.iter().any(|replica| Arc::ptr_eq(replica, &link.replica)));
-            all.known = known;
+            known.links.retain(|link| replicas.iter().any(|replica| Arc::ptr_eq(replica, &link.replica)));
+            known.replicas = replicas;
         }
-        if let Some(link) = all.links.iter().find(|link| Arc::ptr_eq(&link.replica, replica)) {
+        if let Some(link) = known.links.iter().find(|link| Arc::ptr_eq(&link.replica, replica)) {
             return link.clone();
         }
         let connection = Connection::new(&self.replicas, replica);
         let link = Link { replica: Arc::clone(replica), connection, silence: Arc::default() };
-        all.links.push(link.clone());
+        known.links.push(link.clone());
         link
     }
 }

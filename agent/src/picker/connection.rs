@@ -19,6 +19,7 @@ use std::{
 use futures_util::future::{BoxFuture, FutureExt, Shared};
 use hyper::{body::Incoming, client::conn::http2};
 use parking_lot::Mutex;
+use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 
 use super::{
@@ -139,33 +140,41 @@ pub(super) async fn connect(
 ) -> io::Result<Http2> {
     let tls = replicas.tls.as_ref().filter(|_| tls).map(|tls| (tls.connector(), replica.name.clone()));
     let timeout = io::Error::new(ErrorKind::TimedOut, "connect timeout");
-    let went_away = Arc::new(AtomicBool::new(false));
-    let ended = Arc::clone(&went_away);
-    // Waiting requests notice the end of the connection after this flag is set.
-    let ended = move |orderly| ended.store(orderly, Ordering::Relaxed);
+    let (went_away, retired) = (Arc::new(AtomicBool::new(false)), CancellationToken::new());
+    let (flag, end) = (Arc::clone(&went_away), retired.clone());
+    let ended = move |orderly| {
+        // Waiting requests notice the end of the connection after this flag is set.
+        flag.store(orderly, Ordering::Relaxed);
+        end.cancel();
+    };
     let connect = handshake::connect(address, tls, ended);
     let send = tokio::time::timeout(replicas.settings.connect_timeout, connect).await.unwrap_or(Err(timeout))?;
-    Ok(Http2 { send, retired: Arc::default(), went_away })
+    Ok(Http2 { send, retired, went_away })
 }
 
 /// An open connection. Clones share it.
 #[derive(Clone)]
 pub struct Http2 {
     send: http2::SendRequest<Body>,
-    /// Whether the connection must not be used for new streams.
-    retired: Arc<AtomicBool>,
+    /// Cancelled when the connection must not be used for new streams.
+    retired: CancellationToken,
     /// Whether the connection ended by GOAWAY.
     went_away: Arc<AtomicBool>,
 }
 
 impl Http2 {
     fn is_usable(&self) -> bool {
-        !self.retired.load(Ordering::Relaxed) && !self.send.is_closed()
+        !self.retired.is_cancelled() && !self.send.is_closed()
     }
 
     /// Takes the connection out of use for new streams. Open streams continue.
     pub fn retire(&self) {
-        self.retired.store(true, Ordering::Relaxed);
+        self.retired.cancel();
+    }
+
+    /// Resolves when the connection has ended or is not used for new streams any more. Cancel-safe.
+    pub async fn ended(&self) {
+        self.retired.cancelled().await;
     }
 
     /// How the transport lost a stream that ended with this status. Returns `None` if the server ended it. A loss that is not

@@ -74,13 +74,13 @@ pub struct Replica {
     /// Whether the last attempt to connect failed.
     is_unreachable: AtomicBool,
     why_unreachable: Mutex<Option<Arc<io::Error>>>,
-    /// Told when the replica becomes reachable or unreachable.
+    /// Told when the replica's health or reachability changes.
     news: News,
     /// Notified to check the replica's health now.
     pub(super) look: Notify,
 }
 
-/// Tells that the replicas, or whether they can be connected, changed.
+/// Tells that the replicas, their health or their reachability changed.
 pub type News = Arc<watch::Sender<()>>;
 
 impl Replica {
@@ -109,7 +109,11 @@ impl Replica {
 
     /// Sets the state. Returns the previous one.
     pub fn set_state(&self, state: ReplicaState) -> ReplicaState {
-        ReplicaState::ALL[usize::from(self.state.swap(state as u8, Relaxed))]
+        let before = ReplicaState::ALL[usize::from(self.state.swap(state as u8, Relaxed))];
+        if before != state {
+            self.news.send_replace(());
+        }
+        before
     }
 
     /// Connecting failed. Until [`Self::reached`], no request connects.
@@ -331,7 +335,7 @@ impl Replicas {
         self.current.subscribe()
     }
 
-    /// Is told every change of the replicas and of their reachability.
+    /// Is told every change of the replicas, their health and their reachability.
     pub fn news(&self) -> watch::Receiver<()> {
         self.news.subscribe()
     }

@@ -157,7 +157,7 @@ pub(crate) async fn picker_trace_context_reaches_endpoint<P: Personality>() {
     assert_eq!(all(&seen, "traceparent"), [picker]);
 }
 
-/// E7: requests on one connection are picked one by one, over one connection to the picker.
+/// E7: requests on one connection are picked one by one, over the worker's connection to the picker.
 pub(crate) async fn each_request_of_a_connection_is_picked<P: Personality>() {
     let mut stage = stage::<P>().await;
     let mut served = Vec::new();
@@ -167,7 +167,8 @@ pub(crate) async fn each_request_of_a_connection_is_picked<P: Personality>() {
         assert_told::<P>(&stage, stream, &response).await;
     }
     assert_eq!(served, [stage.one.addr, stage.two.addr].repeat(2));
-    assert_eq!((stage.epp.streams_started(), stage.epp.connections_accepted()), (4, 1));
+    assert_eq!(stage.epp.streams_started(), 4);
+    assert!(stage.epp.connections_accepted() <= stage.workers(), "{}", stage.epp.connections_accepted());
 }
 
 /// E8, E10: the next endpoint of the list gets the same body, and is reported as the served one.

@@ -65,6 +65,7 @@ pub(crate) async fn picker_death_cuts_no_response<P: Personality>() {
         let read = client.read_body(Pace::Fast, |bytes| Ok(checker.feed(bytes)?)).await.unwrap();
         assert_eq!((read.end, read.len, checker.offset()), (BodyEnd::Complete, plan.size, plan.size), "{mode:?}");
         stage.epp.restart().await.unwrap();
+        eventually(SOON, || stage.epp.connections_open() == stage.workers()).await;
         assert_eq!(client.request(&Request::get("/test/echo")).await.unwrap().status(), 200, "{mode:?}");
     }
 }
@@ -82,7 +83,8 @@ pub(crate) async fn client_disconnect_ends_picker_stream<P: Personality>() {
         client.reset().unwrap();
         eventually(SOON, || (stage.one.aborted(), stage.one.connections_open()) == (1, 0)).await;
         eventually(SOON, || stage.epp.streams_ended(StreamEnd::Cancelled) == 1).await;
-        // The connection to the picker stays open.
-        assert_eq!(stage.epp.connections_open(), 1, "{mode:?}");
+        // The connections to the picker stay open.
+        eventually(SOON, || stage.epp.connections_open() == stage.workers()).await;
+        assert_eq!(stage.epp.connections_accepted(), stage.workers(), "{mode:?}");
     }
 }

@@ -145,7 +145,7 @@ async fn picker_closing_before_response_is_no_failure() {
         assert_eq!(stage.request(&echo(json("m", 1000))).await.status(), 200);
     }
     assert_eq!(stage.epp.streams_ended(StreamEnd::Script), 3);
-    assert_eq!(stage.epp.connections_accepted(), 1);
+    assert!(stage.epp.connections_accepted() <= stage.workers(), "{}", stage.epp.connections_accepted());
 }
 
 /// E20: the picker's death cuts no running response.
@@ -161,5 +161,6 @@ async fn picker_death_during_response_cuts_nothing() {
     client.read_body(Pace::Fast, |bytes| Ok(checker.feed(bytes)?)).await.unwrap();
     assert_eq!(checker.offset(), plan.size);
     stage.epp.restart().await.unwrap();
+    eventually(SOON, || stage.epp.connections_open() == stage.workers()).await;
     assert_eq!(stage.request(&echo(r#"{"model":"m"}"#)).await.status(), 200);
 }

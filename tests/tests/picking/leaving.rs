@@ -28,8 +28,9 @@ async fn client_disconnect_before_pick_cancels_stream() {
     eventually(SOON, || stage.epp.streams_ended(StreamEnd::Cancelled) == 1).await;
     assert_eq!(stage.requests(), (0, 0));
     eventually(SOON, || stage.agent.metric("penstock_client_aborts_total", &[]) == 1.0).await;
-    // The connection to the picker stays open.
-    assert_eq!(stage.epp.connections_open(), 1);
+    // The connections to the picker stay open.
+    eventually(SOON, || stage.epp.connections_open() == stage.workers()).await;
+    assert_eq!(stage.epp.connections_accepted(), stage.workers());
 }
 
 /// Sends `request` and resets the connection once `then` holds.

@@ -5,6 +5,7 @@ mod abrupt;
 mod away;
 mod bodies;
 mod coded;
+mod connected;
 mod conversation;
 mod crossed;
 mod early;

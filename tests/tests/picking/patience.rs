@@ -131,7 +131,8 @@ async fn fail_open_uses_default_upstream() {
 
 /// Fails closed, so that only a second attempt can save the request.
 async fn asked_again_after(fault: Fault, connections: u64) {
-    let mut stage = Stage::new(|all| Faulty::new(Production::new(all), fault).times(1)).await;
+    let script = |all: &[_]| Faulty::new(Production::new(all), fault).times(1);
+    let mut stage = Stage::with(script, |config| config.listen.workers = 1).await;
     let body = json("m", 1 << 20);
     for _ in 0..2 {
         let seen = stage.request(&echo(body.clone())).await.echoed();

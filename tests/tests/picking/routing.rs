@@ -15,7 +15,7 @@ async fn each_request_of_a_connection_follows_its_own_pick() {
     }
     assert_eq!(served, [stage.one.addr, stage.two.addr].repeat(3));
     assert_eq!(stage.epp.streams_started(), 6);
-    assert_eq!(stage.epp.connections_accepted(), 1);
+    assert!(stage.epp.connections_accepted() <= stage.workers(), "{}", stage.epp.connections_accepted());
 }
 
 #[tokio::test]

@@ -205,7 +205,9 @@ async fn changed_tls_files_are_reloaded() {
     until(&agent_of_new, &mut new_picker, 200).await;
     assert!(begin.elapsed() < SOON / 2, "{:?}", begin.elapsed());
     // The existing connection is unaffected; the next one uses the new CA.
-    assert_eq!((status(&agent_of_old).await, old_picker.connections_accepted()), (200, 1));
+    let workers = agent_of_old.config().listen.workers as u64;
+    penstock_tests::eventually(SOON, || old_picker.connections_open() == workers).await;
+    assert_eq!((status(&agent_of_old).await, old_picker.connections_accepted()), (200, workers));
     until(&agent_of_old, &mut old_picker, 503).await;
 }
 

@@ -147,6 +147,7 @@ const ROWS: &[Row] = &[
     ("[pools.picker]", r#"client_cert_file = "/c.pem""#, |c| shown(c).certificate == Path::new("/c.pem")),
     ("[pools.picker]", r#"client_key_file = "/c.key""#, |c| shown(c).key == Path::new("/c.key")),
     ("[pools.picker]", r#"connect_timeout = "2s""#, |c| epp(c).connect_timeout == seconds(2)),
+    ("[pools.picker]", r#"start_wait = "3s""#, |c| epp(c).start_wait == Some(seconds(3))),
     ("[pools.picker]", r#"unreachable_wait = "3s""#, |c| epp(c).unreachable_wait == Some(Some(seconds(3)))),
     ("[pools.picker]", "unreachable_wait_requests = 5", |c| epp(c).unreachable_wait_requests == 5),
     ("[pools.picker]", "unreachable_wait_bytes = 6", |c| epp(c).unreachable_wait_bytes == 6),
