@@ -15,6 +15,7 @@ pub mod local_fault;
 pub mod member;
 mod names;
 pub mod pool;
+mod seen;
 pub mod sending;
 pub mod set;
 mod subset;

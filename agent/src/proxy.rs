@@ -8,6 +8,7 @@ mod receive;
 mod picked;
 mod pick;
 mod dispatch;
+mod repick;
 mod respond;
 mod reply;
 mod record;
@@ -26,6 +27,7 @@ use self::{
     picked::PickOutcome,
     receive::receive,
     record::Record,
+    repick::Dispatched,
     reply::{answer_last_forward, send_error, send_immediate},
     request::{Request, with_deadline},
 };
@@ -154,7 +156,7 @@ async fn pick_and_respond(
     let (deadline, asked) = (request.deadline.zip(request.timeouts.request), Instant::now());
     let outcome = with_deadline(deadline, pick::pick(worker, client, request, upload, lease)).await;
     request.record.pick(worker, request.pool, asked, &outcome);
-    let mut picked = match outcome? {
+    let picked = match outcome? {
         PickOutcome::Forward(picked) => picked,
         PickOutcome::Reply(reply) => {
             let keep_alive = request.keeps_alive(worker) && upload.is_done();
@@ -163,9 +165,15 @@ async fn pick_and_respond(
             return Ok(if keep_alive { After::Next } else { After::Close });
         }
     };
-    dispatch::prepare(worker, client, request, upload, &picked).await?;
-    let response = with_deadline(deadline, dispatch::dispatch(worker, client, request, upload, &mut picked)).await;
-    let response = match response {
+    let dispatched = repick::dispatch(worker, client, request, upload, picked, lease, deadline).await;
+    let (response, picked) = match dispatched {
+        Ok(Dispatched::Response(response, picked)) => (*response, picked),
+        Ok(Dispatched::Reply(reply)) => {
+            let keep_alive = request.keeps_alive(worker) && upload.is_done();
+            send_immediate(worker, client, &request.parts, &reply, keep_alive).await?;
+            request.record.status(reply.status, "picker_reply");
+            return Ok(if keep_alive { After::Next } else { After::Close });
+        }
         Err(Error::Evicted(reply)) => {
             worker.shared.metrics.pool(request.pool).evicted();
             let keep_alive = request.keeps_alive(worker);
@@ -173,7 +181,7 @@ async fn pick_and_respond(
             request.record.status(reply.status, "evicted");
             return Ok(if keep_alive { After::Next } else { After::Close });
         }
-        response => response?,
+        Err(error) => return Err(error),
     };
     // The rest of the request is sent while the response is delivered.
     let sending = response.body.sending();

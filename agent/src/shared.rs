@@ -140,7 +140,7 @@ impl Shared {
         if status.is_server_error() && self.endpoints[pool].counts_server_errors() {
             self.endpoint_failed(pool, address);
         } else {
-            self.endpoints[pool].succeeded(address);
+            self.endpoints[pool].succeeded(address, Instant::now());
         }
     }
 

@@ -10,6 +10,7 @@ use parking_lot::{Mutex, RwLock};
 use super::{
     in_flight::InFlight,
     member::{Endpoint, KeptState},
+    seen::Seen,
     subset::{Rule, Subsets},
 };
 use crate::{
@@ -42,6 +43,8 @@ pub struct EndpointSet {
     rules: Ejection,
     subset: Rule,
     snapshot: RwLock<Arc<Snapshot>>,
+    /// Endpoints outside of the set that have answered.
+    seen: Arc<Seen>,
     /// Held while the set changes and while an endpoint is ejected, so that the limit on ejections holds.
     changing: Mutex<Parts>,
 }
@@ -84,6 +87,7 @@ impl EndpointSet {
             rules: pool.ejection.clone(),
             subset: Rule::new(pool, node),
             snapshot: RwLock::new(before.snapshot()),
+            seen: Arc::clone(&before.seen),
             changing: Mutex::new(Parts { listed, next_id: parts.next_id }),
         };
         set.rebuild(&mut set.changing.lock(), EndpointSource::Config, pool.endpoints.clone());
@@ -96,7 +100,7 @@ impl EndpointSet {
     }
 
     fn with(endpoints: Vec<config::Endpoint>, rules: Ejection, subset: Rule) -> Self {
-        let set = Self { rules, subset, snapshot: RwLock::default(), changing: Mutex::default() };
+        let set = Self { rules, subset, snapshot: RwLock::default(), seen: Arc::default(), changing: Mutex::default() };
         set.replace(EndpointSource::Config, endpoints);
         set
     }
@@ -132,9 +136,11 @@ impl EndpointSet {
     }
 
     /// A request to `address` succeeded.
-    pub fn succeeded(&self, address: SocketAddr) {
-        if let Some(endpoint) = self.snapshot().get(address) {
-            endpoint.state.health.succeeded();
+    pub fn succeeded(&self, address: SocketAddr, now: Instant) {
+        match self.snapshot().get(address) {
+            Some(endpoint) => endpoint.state.health.succeeded(),
+            None if self.subset.admits(address) => self.seen.answered(address, now),
+            None => {}
         }
     }
 
@@ -142,7 +148,10 @@ impl EndpointSet {
     pub fn failed(&self, address: SocketAddr, now: Instant) -> bool {
         let _changing = self.changing.lock();
         let snapshot = self.snapshot();
-        let Some(endpoint) = snapshot.get(address) else { return false };
+        let Some(endpoint) = snapshot.get(address) else {
+            self.seen.failed(address);
+            return false;
+        };
         endpoint.state.health.failed(&self.rules, now, snapshot.may_eject_one_more(self.rules.max_percent))
     }
 
@@ -155,6 +164,51 @@ impl EndpointSet {
     pub fn subset(&self, now: Instant) -> Option<Arc<[SocketAddr]>> {
         let snapshot = self.snapshot();
         self.subset.choose(&snapshot.subsets, |address| snapshot.get(address), now)
+    }
+
+    /// The subset hint for an EPP: the subset without avoided endpoints, or all of it if no other is left. Without a subset, the
+    /// pool's other endpoints if some are avoided and `passthrough` adds none that the agent does not know.
+    pub fn hint(&self, now: Instant) -> Option<Arc<[SocketAddr]>> {
+        let snapshot = self.snapshot();
+        let is_avoided = |address| snapshot.get(address).is_some_and(|endpoint| endpoint.is_avoided(now));
+        if let Some(subset) = self.subset(now) {
+            if !subset.iter().any(|&address| is_avoided(address)) {
+                return Some(subset);
+            }
+            let left: Vec<_> = subset.iter().copied().filter(|&address| !is_avoided(address)).collect();
+            return Some(if left.is_empty() { subset } else { left.into() });
+        }
+        if !self.subset.knows_all() || !snapshot.ready().any(|endpoint| endpoint.is_avoided(now)) {
+            return None;
+        }
+        let left = snapshot.ready().filter(|endpoint| !endpoint.is_avoided(now)).map(|endpoint| endpoint.address);
+        let left: Vec<_> = left.collect();
+        (!left.is_empty()).then(|| left.into())
+    }
+
+    /// The subset hint for an EPP that has to pick another endpoint than those in `dead`: the subset, or else all endpoints that
+    /// the agent knows, without avoided ones as long as another is left. `None` if nothing is left.
+    pub fn hint_without(&self, dead: &[SocketAddr], now: Instant) -> Option<Arc<[SocketAddr]>> {
+        let snapshot = self.snapshot();
+        let known = match self.subset(now) {
+            Some(subset) => subset.to_vec(),
+            None => {
+                let mut known: Vec<_> = snapshot.ready().map(|endpoint| endpoint.address).collect();
+                known.extend(
+                    self.seen
+                        .recent(now)
+                        .into_iter()
+                        .filter(|&address| snapshot.get(address).is_none() && self.subset.admits(address)),
+                );
+                known
+            }
+        };
+        let mut left: Vec<_> = known.into_iter().filter(|address| !dead.contains(address)).collect();
+        let is_avoided = |address| snapshot.get(address).is_some_and(|endpoint| endpoint.is_avoided(now));
+        if left.iter().any(|&address| !is_avoided(address)) {
+            left.retain(|&address| !is_avoided(address));
+        }
+        (!left.is_empty()).then(|| left.into())
     }
 
     /// The number of endpoints in each [`EndpointState`].
@@ -218,6 +272,8 @@ impl Snapshot {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn address(n: u8) -> SocketAddr {
@@ -294,12 +350,67 @@ mod tests {
         assert_eq!(list, [9, 2, 1, 3].map(address));
     }
 
+    #[track_caller]
+    fn assert_hint(hint: Option<Arc<[SocketAddr]>>, expected: Option<&[u8]>) {
+        let expected = expected.map(|numbers| numbers.iter().map(|&n| address(n)).collect::<Vec<_>>());
+        assert_eq!(hint.map(|hint| hint.to_vec()), expected);
+    }
+
+    #[test]
+    fn avoided_endpoints_are_left_out_of_hints_while_others_are_left() {
+        let mut pool = config::Pool::new("p", [1, 2, 3].map(address));
+        pool.ejection = Ejection { failures: 1, max_percent: 100, ..Ejection::default() };
+        let new = |pool: &config::Pool| (EndpointSet::new(pool, &Node::default()), Instant::now());
+        let (set, now) = new(&pool);
+        assert_hint(set.hint(now), None);
+        set.failed(address(2), now);
+        assert_hint(set.hint(now), Some(&[1, 3]));
+        set.failed(address(1), now);
+        assert_hint(set.hint(now), Some(&[3]));
+        assert_hint(set.hint(now + Duration::from_secs(3600)), None);
+
+        pool.subset.endpoints = [1, 2].map(address).into();
+        let (set, now) = new(&pool);
+        assert_hint(set.hint(now), Some(&[1, 2]));
+        set.failed(address(1), now);
+        assert_hint(set.hint(now), Some(&[2]));
+        set.failed(address(2), now);
+        assert_hint(set.hint(now), Some(&[1, 2]));
+
+        // The EPP may know endpoints that the agent does not.
+        (pool.subset.endpoints, pool.passthrough) = (Vec::new(), config::Passthrough::On);
+        let (set, now) = new(&pool);
+        set.failed(address(1), now);
+        assert_hint(set.hint(now), None);
+    }
+
+    #[test]
+    fn second_hint_lacks_the_dead_endpoints() {
+        let mut pool = config::Pool::new("p", [1, 2, 3].map(address));
+        pool.ejection = Ejection { failures: 1, max_percent: 100, ..Ejection::default() };
+        let (set, now) = (EndpointSet::new(&pool, &Node::default()), Instant::now());
+        assert_hint(set.hint_without(&[address(1)], now), Some(&[2, 3]));
+        set.failed(address(2), now);
+        assert_hint(set.hint_without(&[address(1)], now), Some(&[3]));
+        assert_hint(set.hint_without(&[1, 3].map(address), now), Some(&[2]));
+        assert_hint(set.hint_without(&[1, 2, 3].map(address), now), None);
+
+        pool.passthrough = config::Passthrough::On;
+        let (set, now) = (EndpointSet::new(&pool, &Node::default()), Instant::now());
+        for n in [8, 9, 1] {
+            set.succeeded(address(n), now);
+        }
+        assert_hint(set.hint_without(&[address(1)], now), Some(&[2, 3, 8, 9]));
+        set.failed(address(9), now);
+        assert_hint(set.hint_without(&[1, 2].map(address), now), Some(&[3, 8]));
+    }
+
     #[test]
     fn unknown_address_is_not_counted() {
         let (set, now) = (set(1), Instant::now());
         let _unknown = set.begin(address(9), now);
         assert!(!set.failed(address(9), now));
-        set.succeeded(address(9));
+        set.succeeded(address(9), now);
         assert_eq!(addresses(&set), [address(1)]);
     }
 

@@ -26,6 +26,16 @@ impl Rule {
         Self { subset: pool.subset.clone(), node: node.clone(), passthrough: pool.passthrough.clone() }
     }
 
+    /// Whether requests may go to this address although it is not in the pool.
+    pub(super) fn admits(&self, address: SocketAddr) -> bool {
+        self.passthrough.admits(address.ip())
+    }
+
+    /// Whether requests go to no endpoint outside of the pool.
+    pub(super) fn knows_all(&self) -> bool {
+        self.passthrough.is_off()
+    }
+
     /// Computes the subsets. `find` returns the endpoint of the set at an address.
     pub(super) fn subsets<'e>(
         &self,
@@ -147,7 +157,7 @@ mod tests {
         assert_subset(&set, Some(&[1, 2, 3]));
         fail(&set, [3]);
         assert_subset(&set, None);
-        set.succeeded(address(2));
+        set.succeeded(address(2), Instant::now());
         assert_subset(&set, Some(&[1, 2]));
     }
 

@@ -255,7 +255,7 @@ impl Session {
 
     /// Counts the request at the endpoint that served it. The earlier endpoints of the pick have failed.
     fn served_by(&mut self, served: SocketAddr, now: Instant) {
-        self.picker.endpoints().succeeded(served);
+        self.picker.endpoints().succeeded(served, now);
         let Some(pick) = &self.pick else { return };
         let Some(at) = pick.endpoints.iter().position(|&endpoint| endpoint == served) else { return };
         if at > 0 && self.in_flight.is_some() {

@@ -130,6 +130,10 @@ families! {
     /// Requests that had to wait for a replica of their EPP, by outcome: served, in_vain (none came in time, or the EPP failed
     /// otherwise), full (too many waited already), or left (the client left, or its body failed).
     epp_waits: Family<ByPoolAndReason, Counter> = "epp_waits";
+    /// Requests that no picked endpoint took, for which the EPP was to pick once more, by outcome: served, failed (the second
+    /// pick's endpoints did not take the request either), replied (the EPP answered it), ignored (the EPP picked the same
+    /// endpoints again), none_left (the agent knows no other endpoint), or picker_failed.
+    epp_repicks: Family<ByPoolAndReason, Counter> = "epp_repicks";
     /// Replicas of EPPs by the state their health checks report; always 1.
     epp_replicas: Family<ByReplica, Gauge> = "epp_replicas";
     /// Open streams to EPPs; a stream lasts as long as the response of its request.

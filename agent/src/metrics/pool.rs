@@ -173,6 +173,11 @@ impl PoolMetrics {
         self.families.epp_waits.get_or_create(&self.and_reason(outcome)).inc();
     }
 
+    /// Counts a request about which the EPP was asked once more, because no picked endpoint took it, by the outcome.
+    pub fn epp_repicked(&self, outcome: &'static str) {
+        self.families.epp_repicks.get_or_create(&self.and_reason(outcome)).inc();
+    }
+
     /// Changes the state of an EPP replica; None before it appears and after it is gone.
     pub fn epp_replica(&self, replica: SocketAddr, before: Option<&'static str>, now: Option<&'static str>) {
         let labels = |state| ByReplica { pool: self.name.clone(), replica: replica.to_string(), state };

@@ -50,6 +50,8 @@ const REST: Duration = Duration::from_secs(5);
 /// How long a stream is read after that, so that it ends by the EPP's close and not by a reset. Meanwhile the stream counts
 /// against the EPP's limit.
 const CLOSE: Duration = Duration::from_secs(2);
+/// How long the EPP has to close the stream of a request that got no response.
+const END: Duration = Duration::from_secs(1);
 /// How much longer an EPP's message may be than the body in it.
 const MESSAGE: usize = 1 << 20;
 
@@ -378,6 +380,18 @@ impl PickStream {
             }
         })
         .await
+    }
+
+    /// Ends the stream of a request that got no response, and waits for at most `END` until the EPP has closed it: by then the EPP
+    /// does not count the request any more. Cancel-safe: a stream that is dropped is cancelled.
+    pub async fn end(mut self) {
+        let ended = async {
+            poll_fn(|cx| if self.poll_replies(cx).is_ready() { Poll::Ready(()) } else { self.poll_send(cx) }).await;
+            self.out = None;
+            poll_fn(|cx| self.poll_replies(cx)).await;
+        };
+        // Otherwise the stream is cancelled.
+        let _ = timeout(END, ended).await;
     }
 
     /// Ends the stream after the response: sends the `rest` of its body and the end, closes the sending side, and waits in the

@@ -36,7 +36,7 @@ struct Inner {
     replica: Arc<Replica>,
     address: SocketAddr,
     tls: bool,
-    /// Whether this is the service that requests are sent to, whose reachability the replica keeps.
+    /// Whether requests are sent to this address, whose reachability the replica keeps.
     is_asked: bool,
     current: Mutex<Option<Attempt>>,
 }
@@ -54,7 +54,9 @@ impl Connection {
         let settings = &replicas.settings;
         let port = settings.health_port.unwrap_or(replica.address.port());
         let tls = replicas.tls.is_some() && (settings.health_port.is_none() || settings.health_tls);
-        Self::to(replicas, replica, SocketAddr::new(replica.address.ip(), port), tls, false)
+        // At the same port the checks tell whether requests can connect.
+        let is_asked = settings.health_port.is_none_or(|port| port == replica.address.port());
+        Self::to(replicas, replica, SocketAddr::new(replica.address.ip(), port), tls, is_asked)
     }
 
     fn to(replicas: &Arc<Replicas>, replica: &Arc<Replica>, address: SocketAddr, tls: bool, is_asked: bool) -> Self {

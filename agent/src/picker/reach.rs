@@ -54,6 +54,8 @@ async fn follow(replicas: &Replicas, replica: &Arc<Replica>) {
                 }
             }
             replica.reached();
+            // Its health is that of before.
+            replica.look.notify_one();
             pauses.recovered(Instant::now());
             tracing::info!(%address, %authority, after = ?since.elapsed(), "EPP replica reachable again");
         }

@@ -38,7 +38,7 @@ use crate::{
         headers,
         response::{ResponseError, ResponseHead},
     },
-    picker::builtin::NoEndpoint,
+    picker::{builtin::NoEndpoint, client::PickStream},
     upload::Upload,
     worker::Worker,
 };
@@ -59,20 +59,37 @@ pub(super) async fn dispatch(
     request: &mut Request,
     upload: &mut Upload,
     picked: &mut Picked,
-) -> Result<EndpointResponse, Error> {
+) -> Result<EndpointResponse, Failed> {
     let mut list = std::mem::take(&mut picked.endpoints);
     // Never dial the agent itself, whichever picker named the address.
     if let Some(own) = list.iter().copied().find(|&address| worker.shared.own.accept(address)) {
         list.retain(|&address| !worker.shared.own.accept(address));
         tracing::warn!(address = %own, "endpoint is one of the agent's own listeners, skipping it");
         if list.is_empty() {
-            return Err(Error::OwnListener(own));
+            return Err(Error::OwnListener(own).into());
         }
     }
     let content = Content::new(upload, &mut picked.body);
-    let (heads, mut interim) = mpsc::channel(1);
+    let (heads, interim) = mpsc::channel(1);
     let interim_heads = takes_interim(client, request).then_some(heads);
     let job = Job { worker, request, content, interim_heads };
+    let mut result = attempts(&job, client, interim, &mut picked.stream, list).await;
+    if let Err(Failed { dead: dead @ Some(_), .. }) = &mut result
+        && !job.content.give_back(upload)
+    {
+        *dead = None;
+    }
+    result
+}
+
+/// Tries the endpoints, and forwards interim responses meanwhile, until there is a response, an eviction, or the client has left.
+async fn attempts(
+    job: &Job<'_>,
+    client: &mut Client,
+    mut interim: mpsc::Receiver<ResponseHead>,
+    stream: &mut Option<PickStream>,
+    list: Vec<SocketAddr>,
+) -> Result<EndpointResponse, Failed> {
     // Runs during the attempts, so that a slow client does not keep them from reading what the endpoint sends.
     let is_writing = Cell::new(false);
     let mut to_client = pin!(async {
@@ -81,7 +98,7 @@ pub(super) async fn dispatch(
                 biased;
                 Some(head) = interim.recv() => {
                     is_writing.set(true);
-                    forward_interim(client, &job, head).await?;
+                    forward_interim(client, job, head).await?;
                     is_writing.set(false);
                 }
                 () = client.gone() => return Err(Error::ClientGone),
@@ -90,9 +107,9 @@ pub(super) async fn dispatch(
     });
     let response = tokio::select! {
         biased;
-        response = try_in_turn(&job, list) => response,
-        reply = evicted(&mut picked.stream) => Err(Error::Evicted(Box::new(reply))),
-        gone = &mut to_client => return gone,
+        response = try_in_turn(job, list) => response,
+        reply = evicted(stream) => Err(Error::Evicted(Box::new(reply)).into()),
+        gone = &mut to_client => return gone.map_err(Failed::from),
     };
     // A head is written whole, also the last one, which may have arrived together with the response.
     poll_fn(|cx| match to_client.as_mut().poll(cx) {
@@ -184,12 +201,26 @@ struct Turn {
     fresh: bool,
 }
 
-async fn try_in_turn(job: &Job<'_>, list: Vec<SocketAddr>) -> Result<EndpointResponse, Error> {
+/// Why a request got no response.
+pub(super) struct Failed {
+    pub(super) error: Error,
+    /// The endpoints that were tried, if none of them can have processed the request; `None` otherwise.
+    pub(super) dead: Option<Vec<SocketAddr>>,
+}
+
+impl From<Error> for Failed {
+    fn from(error: Error) -> Self {
+        Self { error, dead: None }
+    }
+}
+
+async fn try_in_turn(job: &Job<'_>, list: Vec<SocketAddr>) -> Result<EndpointResponse, Failed> {
     let (shared, pool) = (&job.worker.shared, job.request.pool);
     let metrics = shared.metrics.pool(pool);
     shared.retries[pool].request(now());
     let mut last = Error::NoEndpoint(NoEndpoint::NoneEligible);
     let mut executions = 0;
+    let mut dead = Some(list.clone());
     let turns = list.into_iter().enumerate().map(|(index, address)| Turn { index, address, fresh: false });
     let mut turns: VecDeque<Turn> = turns.collect();
     while let Some(Turn { index, address, fresh }) = turns.pop_front() {
@@ -208,12 +239,13 @@ async fn try_in_turn(job: &Job<'_>, list: Vec<SocketAddr>) -> Result<EndpointRes
             shared.endpoint_failed(pool, address);
         }
         let reason = match failed {
-            AttemptError::Final(error) => return Err(error),
+            AttemptError::Final(error) => return Err(error.into()),
             AttemptError::Connect(error) => match local_fault(&error) {
                 Some(fault) => {
                     tracing::warn!(%address, %error, "connecting to the endpoint failed, local fault");
                     shared.metrics.local_fault(fault);
                     last = Error::LocalFault { address, error };
+                    dead = None;
                     "local_fault"
                 }
                 None => {
@@ -229,6 +261,7 @@ async fn try_in_turn(job: &Job<'_>, list: Vec<SocketAddr>) -> Result<EndpointRes
             AttemptError::ClosedEarly { executed: true, kept } => {
                 last = Error::EndpointClosed(address);
                 executions += 1;
+                dead = None;
                 // A kept connection may have been closed for its age. A new connection to the same endpoint shows that.
                 if kept {
                     turns.push_front(Turn { index, address, fresh: true });
@@ -246,7 +279,7 @@ async fn try_in_turn(job: &Job<'_>, list: Vec<SocketAddr>) -> Result<EndpointRes
             shared.metrics.endpoint_retried(reason);
         }
     }
-    Err(last)
+    Err(Failed { error: last, dead })
 }
 
 fn now() -> std::time::Instant {

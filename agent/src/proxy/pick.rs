@@ -7,7 +7,10 @@ mod epp;
 mod failure_mode;
 mod wait;
 
+use std::net::SocketAddr;
+
 use http::{Method, header, request};
+use tokio::time::Instant;
 
 use self::{
     builtin::{builtin, without_epp},
@@ -29,7 +32,8 @@ pub(super) async fn pick(
 ) -> Result<PickOutcome, Error> {
     if let Some(endpoints) = held.as_mut().and_then(|lease| lease.take(worker, request.pool)) {
         upload.rest(client).await?;
-        return Ok(PickOutcome::Forward(Box::new(without_epp(endpoints))));
+        let by_epp = worker.epps[request.pool].is_some();
+        return Ok(PickOutcome::Forward(Box::new(Picked { by_epp, ..without_epp(endpoints) })));
     }
     let pool = &worker.shared.config.pools[request.pool];
     let (Some(epp), config::Picker::Epp(settings)) = (&worker.epps[request.pool], &pool.picker) else {
@@ -44,10 +48,55 @@ pub(super) async fn pick(
         return Ok(PickOutcome::Forward(Box::new(Picked { reusable: false, ..picked })));
     }
     *held = None;
-    let attempt = Attempt::new(worker, request.pool, epp, settings);
+    let hint = worker.shared.endpoints[request.pool].hint(Instant::now().into_std());
+    let attempt = Attempt::new(worker, request.pool, epp, settings, hint);
     match attempt.pick(client, request, upload, held).await? {
         Ok(outcome) => Ok(outcome),
         Err(failure) => failure_mode::apply(&attempt, failure, client, request, upload).await,
+    }
+}
+
+/// Asks the EPP once more about a request that none of the endpoints in `dead` has taken, with a hint that lacks them. Returns
+/// `None` if there is no other endpoint, or if the EPP picks only those again. The EPP must have closed its earlier stream.
+pub(super) async fn pick_again(
+    worker: &Worker,
+    client: &mut Client,
+    request: &mut Request,
+    upload: &mut Upload,
+    held: &mut Option<Lease>,
+    dead: &[SocketAddr],
+) -> Result<Option<PickOutcome>, Error> {
+    *held = None;
+    let pool = &worker.shared.config.pools[request.pool];
+    let (Some(epp), config::Picker::Epp(settings)) = (&worker.epps[request.pool], &pool.picker) else {
+        return Ok(None);
+    };
+    let metrics = worker.shared.metrics.pool(request.pool);
+    let hint = worker.shared.endpoints[request.pool].hint_without(dead, Instant::now().into_std());
+    if hint.is_none() {
+        metrics.epp_repicked("none_left");
+        return Ok(None);
+    }
+    let attempt = Attempt::new(worker, request.pool, epp, settings, hint);
+    match attempt.pick(client, request, upload, held).await? {
+        Ok(PickOutcome::Forward(mut picked)) => {
+            picked.endpoints.retain(|address| !dead.contains(address));
+            if !picked.endpoints.is_empty() {
+                return Ok(Some(PickOutcome::Forward(picked)));
+            }
+            *held = None;
+            metrics.epp_repicked("ignored");
+            upload.during(client, picked.end()).await?;
+            Ok(None)
+        }
+        Ok(reply) => {
+            metrics.epp_repicked("replied");
+            Ok(Some(reply))
+        }
+        Err(failure) => {
+            metrics.epp_repicked("picker_failed");
+            failure_mode::apply(&attempt, failure, client, request, upload).await.map(Some)
+        }
     }
 }
 

@@ -20,6 +20,8 @@ pub(super) struct Picked {
     pub(super) body: Body,
     /// Whether the pick may also be used for later requests of the connection, if the pool allows that.
     pub(super) reusable: bool,
+    /// Whether the endpoints are those of an EPP, of this request or of the one that gave its lease.
+    pub(super) by_epp: bool,
     /// The EPP's stream, which lives as long as the response.
     pub(super) stream: Option<PickStream>,
     /// Counts the stream in the metrics while it is open.
@@ -33,6 +35,14 @@ pub(super) enum PickOutcome {
 }
 
 impl Picked {
+    /// Ends the EPP's stream, if there is one, and waits for the EPP to close it, so that it does not count the request any more.
+    pub(super) async fn end(&mut self) {
+        if let Some(stream) = self.stream.take() {
+            stream.end().await;
+        }
+        self._open = None;
+    }
+
     /// Ends the EPP's stream, if there is one, after sending it the `rest` of the response body.
     pub(super) fn finish(&mut self, rest: Vec<Bytes>) {
         if let Some(stream) = self.stream.take() {

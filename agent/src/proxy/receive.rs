@@ -75,7 +75,7 @@ pub(super) async fn receive(
             let read = upload.read(client).await?;
             upload.take(read).await?;
         }
-        Ok(())
+        Ok::<_, Error>(())
     };
     with_deadline(request.deadline.zip(request.timeouts.request), beginning).await?;
     set_model(worker, &mut request.parts, &upload);

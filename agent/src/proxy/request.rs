@@ -57,12 +57,14 @@ impl Request {
 }
 
 /// Runs a phase before the response. Returns `RequestTimeout` at the request's deadline, which comes with the configured limit.
-pub(super) async fn with_deadline<T>(
+pub(super) async fn with_deadline<T, E: From<Error>>(
     deadline: Option<(Instant, Duration)>,
-    work: impl Future<Output = Result<T, Error>>,
-) -> Result<T, Error> {
+    work: impl Future<Output = Result<T, E>>,
+) -> Result<T, E> {
     match deadline {
-        Some((deadline, limit)) => timeout_at(deadline, work).await.unwrap_or(Err(Error::RequestTimeout(limit))),
+        Some((deadline, limit)) => {
+            timeout_at(deadline, work).await.unwrap_or_else(|_| Err(Error::RequestTimeout(limit).into()))
+        }
         None => work.await,
     }
 }

@@ -13,6 +13,7 @@ mod endpoints;
 mod excess;
 mod failure;
 mod flow_control;
+mod gone;
 mod headers;
 mod health;
 mod immediate;

@@ -130,7 +130,7 @@ fn ejected_endpoint_is_last_and_its_prefixes_move() {
             "the ejected endpoint is last"
         );
     }
-    picker.endpoints().succeeded(endpoint(1));
+    picker.endpoints().succeeded(endpoint(1), now);
     picker.endpoints().failed(endpoint(2), now);
     assert_eq!(picker.pick(&hash, None, now).unwrap().endpoints, [1, 2].map(endpoint));
 }
@@ -271,7 +271,7 @@ fn sessions_return_to_an_endpoint_that_recovers() {
     let order = in_order(&picker, 7, now);
     picker.endpoints().failed(order[0], now);
     assert_eq!(in_order(&picker, 7, now), [order[1], order[2], order[0]]);
-    picker.endpoints().succeeded(order[0]);
+    picker.endpoints().succeeded(order[0], Instant::now());
     assert_eq!(in_order(&picker, 7, now), order);
     let listed = |drains: bool| {
         let draining =

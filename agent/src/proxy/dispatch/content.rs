@@ -40,6 +40,22 @@ impl Content {
         Self { body, trailers: Rc::new(upload.take_trailers()) }
     }
 
+    /// Moves the content back into the upload, so that the request can be picked and sent anew. Returns false if the body is still
+    /// in use.
+    pub(super) fn give_back(self, upload: &mut Upload) -> bool {
+        match self.body {
+            // The client's body has stayed in the upload.
+            ContentBody::Replaced(_) => return true,
+            ContentBody::None => {}
+            ContentBody::Kept(kept) => match Rc::try_unwrap(kept) {
+                Ok(kept) => upload.kept = kept,
+                Err(_) => return false,
+            },
+        }
+        *upload.trailers_mut() = Rc::unwrap_or_clone(self.trailers);
+        true
+    }
+
     /// Bytes of the body. Returns `None` if the request has no body.
     pub(super) fn length(&self) -> Option<u64> {
         match &self.body {

@@ -68,7 +68,7 @@ impl Question<'_> {
                 wait.ended(false);
                 return Asked::Failed(error);
             }
-            match wait.wait(timer.until, client, upload).await {
+            match wait.wait(timer.next_deadline(), client, upload).await {
                 Ok(true) => tracing::debug!(%error, "asking the EPP again, a replica is reachable"),
                 Ok(false) => return Asked::Failed(error),
                 Err(error) => return Asked::Client(error),
@@ -238,11 +238,15 @@ impl DecisionTimer {
         if ended { self.until } else { Some(self.stalled? + self.timeout?) }
     }
 
+    /// When a wait that begins now has to end.
+    fn next_deadline(&self) -> Option<Instant> {
+        self.until.or_else(|| self.timeout.map(|timeout| Instant::now() + timeout))
+    }
+
     async fn limit<T>(&self, what: impl Future<Output = T>) -> Result<T, Elapsed> {
-        match (self.until, self.timeout) {
-            (Some(until), _) => timeout_at(until, what).await,
-            (None, Some(limit)) => timeout(limit, what).await,
-            (None, None) => Ok(what.await),
+        match self.next_deadline() {
+            Some(until) => timeout_at(until, what).await,
+            None => Ok(what.await),
         }
     }
 }

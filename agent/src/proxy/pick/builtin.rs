@@ -32,5 +32,5 @@ fn session(names: &[HeaderName], headers: &HeaderMap) -> Option<SessionHash> {
 
 pub(super) fn without_epp(endpoints: Vec<SocketAddr>) -> Picked {
     let (mutation, body) = (HeaderMutation::default(), Body::Original);
-    Picked { endpoints, mutation, body, reusable: true, stream: None, _open: None }
+    Picked { endpoints, mutation, body, reusable: true, by_epp: false, stream: None, _open: None }
 }

@@ -32,14 +32,20 @@ pub(super) struct Attempt<'a> {
 }
 
 impl<'a> Attempt<'a> {
-    pub(super) fn new(worker: &'a Worker, pool: usize, epp: &'a EppClient, settings: &'a config::Epp) -> Self {
+    /// `subset` is the subset hint.
+    pub(super) fn new(
+        worker: &'a Worker,
+        pool: usize,
+        epp: &'a EppClient,
+        settings: &'a config::Epp,
+        subset: Option<Arc<[SocketAddr]>>,
+    ) -> Self {
         let limits = ExchangeLimits {
             replaced_body: worker.shared.config.limits.body_bytes.try_into().unwrap_or(usize::MAX),
             memory: Arc::clone(&worker.shared.bodies.memory),
             epp: settings.limits,
         };
         let started = Instant::now();
-        let subset = worker.shared.endpoints[pool].subset(started.into_std());
         let members = worker.shared.endpoints[pool].snapshot();
         let metrics = worker.shared.metrics.pool(pool);
         let wait = settings.unreachable_wait(worker.shared.config.pools[pool].failure_mode);
@@ -99,7 +105,7 @@ impl<'a> Attempt<'a> {
             *held = Lease::new(worker, request.pool, &endpoints);
         }
         let Decision { mutation, body, .. } = decision;
-        Ok(Picked { endpoints, mutation, body, reusable, stream: None, _open: None })
+        Ok(Picked { endpoints, mutation, body, reusable, by_epp: true, stream: None, _open: None })
     }
 }
 
