@@ -19,6 +19,7 @@ use tonic::transport::ServerTlsConfig;
 use crate::own_runtime::OwnRuntime;
 
 mod answering;
+mod books;
 mod elected;
 mod evicting;
 mod exchange;
@@ -32,6 +33,7 @@ mod tests;
 mod transport;
 
 pub use answering::Answering;
+pub use books::{Books, Tokens};
 pub use elected::{Elected, Election, Follower};
 pub use evicting::{After as EvictAfter, Evicting};
 pub use exchange::{Exchange, reply};
@@ -196,6 +198,12 @@ impl ScriptedEpp {
     #[must_use]
     pub fn streams_open(&self) -> usize {
         self.record.streams.lock().iter().filter(|stream| stream.end.is_none()).count()
+    }
+
+    /// What the picker has learned from each stream, in order of their start.
+    #[must_use]
+    pub fn books(&self) -> Vec<Books> {
+        self.record.streams.lock().iter().map(Books::of).collect()
     }
 
     /// Streams with this end.
