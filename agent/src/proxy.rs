@@ -97,6 +97,7 @@ async fn run(
         keep_alive: head.keep_alive,
         upgrade,
         pool: 0,
+        streams: false,
         record,
         target: None,
         names: None,

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use http::{HeaderMap, header};
 
 use super::{
-    Model, ModelScanner, NamingError,
+    Model, ModelScanner, NamingError, Summary,
     lead::{Encoding, Lead},
 };
 use crate::{
@@ -24,6 +24,8 @@ pub struct Naming {
     /// The first bytes, until the encoding is known.
     lead: Option<Lead>,
     named: Named,
+    /// `"stream": true` was found in the complete body.
+    streams: bool,
     rejects: bool,
     metrics: Arc<Metrics>,
 }
@@ -42,6 +44,7 @@ impl Naming {
             scanner: (bbr.enabled && has_body && is_json(headers)).then(ModelScanner::new),
             lead: Some(Lead::default()),
             named: Named::Unknown,
+            streams: false,
             rejects: bbr.missing_model == MissingModel::Reject,
             metrics: Arc::clone(metrics),
         }
@@ -63,6 +66,11 @@ impl Naming {
             (Named::Model(model), _) | (Named::Missing, MissingModel::Default(model)) => Some(model),
             (Named::Unknown | Named::Missing, _) => None,
         }
+    }
+
+    /// Whether the body, which was read to its end, asks for a stream.
+    pub fn streams(&self) -> bool {
+        self.streams
     }
 
     /// Reads the next bytes of the body.
@@ -112,7 +120,8 @@ impl Naming {
     pub fn end(&mut self) -> Result<(), NamingError> {
         self.begin()?;
         let Some(scanner) = self.scanner.take() else { return Ok(()) };
-        let model = scanner.finish()?.model;
+        let Summary { model, stream } = scanner.finish()?;
+        self.streams = stream == Some(true);
         if matches!(self.named, Named::Unknown) { self.settle(model) } else { Ok(()) }
     }
 

@@ -83,10 +83,13 @@ settings! {
 choice! {
     /// What the EPP sees of response bodies.
     pub enum ResponseToPicker {
-        /// Only the end of the body.
+        /// Nothing of the response, not even its head. The EPP's stream stays open until the response has ended, and then closes.
+        Off = "off",
+        /// The head, the first event of an event stream, and the end. An EPP learns when the first token came and when the request
+        /// ended.
         Headers = "headers",
-        /// What is needed to count tokens: the last events of an event stream (it is still steered, for 8 KiB of kernel memory for
-        /// each endpoint connection), or a JSON document of up to 256 KiB (it is relayed).
+        /// The same and what is needed to count tokens: the last events of an event stream (it is still steered, for 8 KiB of kernel
+        /// memory for each endpoint connection), or a JSON document of up to 256 KiB (it is relayed).
         Usage = "usage",
         /// Every byte. Such responses are relayed.
         Body = "body",

@@ -31,7 +31,7 @@ use tokio_util::{
 };
 use tonic::{CancellationHandle, Streaming};
 
-use crate::endpoint::set::Snapshot;
+use crate::{endpoint::set::Snapshot, tee::Rest};
 
 use super::{
     attempts::Attempts,
@@ -394,14 +394,16 @@ impl PickStream {
         let _ = timeout(END, ended).await;
     }
 
-    /// Ends the stream after the response: sends the `rest` of its body and the end, closes the sending side, and waits in the
-    /// background for the EPP to close the other, for at most `REST` and `CLOSE`.
-    pub fn finish(mut self, rest: Vec<Bytes>) {
-        let last = rest.len();
-        for (number, piece) in (1..).zip(rest) {
-            self.exchange.response_body(piece, number == last);
+    /// Ends the stream after the response: sends the `rest` of its body and, if that is complete, the end. Closes the sending side,
+    /// and waits in the background for the EPP to close the other, for at most `REST` and `CLOSE`.
+    pub fn finish(mut self, rest: Rest) {
+        let last = rest.pieces.len();
+        for (number, piece) in (1..).zip(rest.pieces) {
+            self.exchange.response_body(piece, rest.complete && number == last);
         }
-        self.exchange.response_end();
+        if rest.complete {
+            self.exchange.response_end();
+        }
         let endings = self.endings.clone();
         endings.spawn(async move {
             // The EPP may stop reading until its replies are read.

@@ -2,7 +2,6 @@
 
 use std::net::SocketAddr;
 
-use bytes::Bytes;
 use penstock_proto::ext_proc::HeaderMutation;
 
 use crate::{
@@ -11,6 +10,7 @@ use crate::{
         client::PickStream,
         exchange::{Body, ImmediateReply},
     },
+    tee::Rest,
 };
 
 pub(super) struct Picked {
@@ -44,7 +44,7 @@ impl Picked {
     }
 
     /// Ends the EPP's stream, if there is one, after sending it the `rest` of the response body.
-    pub(super) fn finish(&mut self, rest: Vec<Bytes>) {
+    pub(super) fn finish(&mut self, rest: Rest) {
         if let Some(stream) = self.stream.take() {
             stream.finish(rest);
         }

@@ -29,6 +29,8 @@ pub(super) struct Request {
     /// The protocol that the client wants to switch to.
     pub(super) upgrade: Option<HeaderValue>,
     pub(super) pool: usize,
+    /// Its body asks for a stream.
+    pub(super) streams: bool,
     pub(super) record: Record,
     /// The client socket's key in the kernel's map, if path `local` is possible.
     pub(super) target: Option<u64>,

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     client::Client, config, deliver::End, endpoint::body::ResponseBody, error::Error, http::headers, probe::Point,
-    worker::Worker,
+    tee::Rest, worker::Worker,
 };
 
 pub(super) async fn respond(
@@ -53,7 +53,7 @@ pub(super) async fn respond(
     let carried = carry(worker, client, request, &head, &mut body, &mut picked, tee.as_ref(), rename).await;
     drop(in_flight);
     request.record.delivered(worker, request.pool, carried.path, carried.reason, carried.account);
-    let rest = tee.map_or_else(Vec::new, |tee| account_for(worker, request.pool, tee.into_inner()));
+    let rest = tee.map_or_else(Rest::default, |tee| account_for(worker, request.pool, tee.into_inner()));
     match carried.end {
         Ok(End::Complete { reusable }) => {
             picked.finish(rest);

@@ -180,10 +180,11 @@ impl<'a> Session<'a> {
         let _ = self.take(from, to);
     }
 
-    /// Whether everything passed has been read, and the receiver has caught up since the last stop for lack of room. A stream that
-    /// never pauses stays in user space, which carries bulk equally well.
+    /// Whether everything passed has been read, the tee needs none of the next bytes, and the receiver has caught up since the last
+    /// stop for lack of room. A stream that never pauses stays in user space, which carries bulk equally well.
     fn may_arm(&mut self, from: &mut impl Inlet, to: &impl Outlet) -> bool {
-        let relays = self.path == Path::Relay || self.rest > 0;
+        let relays =
+            self.path == Path::Relay || self.rest > 0 || self.tee.is_some_and(|tee| tee.borrow().wants_begin());
         if relays || from.reader().is_ok_and(|reader| reader.is_behind()) {
             return false;
         }
@@ -201,7 +202,8 @@ impl<'a> Session<'a> {
             payload: self.framing.payload,
             since: monotonic_ns(),
         });
-        source.slot().arm(self.path, self.target.key, self.framing, consumed, self.tee.is_some());
+        let keep = self.tee.is_some_and(|tee| tee.borrow().wants_end());
+        source.slot().arm(self.path, self.target.key, self.framing, consumed, keep);
         Ok(())
     }
 
@@ -341,8 +343,7 @@ impl<'a> Session<'a> {
 
     /// Gives the tee the end of what the kernel redirected: `steered` bytes with their framing, from payload byte `begin` on.
     fn read_ring(&self, source: &Source, begin: u32, steered: u64) {
-        let Some(tee) = self.tee else { return };
-        let mut tee = tee.borrow_mut();
+        let Some(mut tee) = self.tee.map(RefCell::borrow_mut).filter(|tee| tee.wants_end()) else { return };
         let end = self.framing.payload;
         // Payload numbers wrap, so those of a long span do not give its length.
         let length = if steered > u64::from(u32::MAX) { u32::MAX } else { end.wrapping_sub(begin) };

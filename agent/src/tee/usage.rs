@@ -1,9 +1,12 @@
-//! The token counts of a response in the format of OpenAI's APIs: from the last event of a stream that has a `usage`,
-//! or from the document.
+//! The token counts that a response reports, in the formats of OpenAI's chat completions, completions, embeddings and responses, and
+//! of Anthropic's messages: from a document, or from the events of a stream.
 
 use std::borrow::Cow;
 
 use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use super::events;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Usage {
@@ -11,6 +14,16 @@ pub struct Usage {
     pub model: String,
     pub input_tokens: u64,
     pub output_tokens: u64,
+}
+
+/// What some of a response's events report.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Found {
+    model: Option<String>,
+    /// Whether there was a usage, with or without counts.
+    usage: bool,
+    input: Option<u64>,
+    output: Option<u64>,
 }
 
 #[derive(Deserialize)]
@@ -21,26 +34,103 @@ struct Message<'a> {
     usage: Option<Tokens>,
 }
 
+/// An event whose response is in a member.
+#[derive(Deserialize)]
+struct Event<'a> {
+    /// Of the responses API.
+    #[serde(borrow, default)]
+    response: Option<Message<'a>>,
+    /// Of Anthropic's `message_start`.
+    #[serde(borrow, default)]
+    message: Option<Message<'a>>,
+}
+
 #[derive(Deserialize)]
 struct Tokens {
-    /// Aliases: chat and text completions and embeddings; the responses API.
-    #[serde(alias = "input_tokens", default)]
-    prompt_tokens: u64,
-    #[serde(alias = "output_tokens", default)]
-    completion_tokens: u64,
+    #[serde(default)]
+    prompt_tokens: Option<u64>,
+    #[serde(default)]
+    input_tokens: Option<u64>,
+    #[serde(default)]
+    completion_tokens: Option<u64>,
+    #[serde(default)]
+    output_tokens: Option<u64>,
 }
 
-pub(super) fn of_document(text: &[u8]) -> Option<Usage> {
-    let message: Message<'_> = serde_json::from_slice(text).ok()?;
-    let tokens = message.usage?;
-    Some(Usage {
-        model: message.model.map(Cow::into_owned).unwrap_or_default(),
-        input_tokens: tokens.prompt_tokens,
-        output_tokens: tokens.completion_tokens,
-    })
+/// The names of the counts.
+const COUNTS: [&str; 4] = ["prompt_tokens", "input_tokens", "completion_tokens", "output_tokens"];
+
+/// Whether the usage has a count.
+pub(super) fn has_counts(usage: &Map<String, Value>) -> bool {
+    COUNTS.iter().any(|name| usage.get(*name).is_some_and(Value::is_u64))
 }
 
-pub(super) fn of_events(text: &[u8]) -> Option<Usage> {
-    let lines = text.rsplit(|&byte| byte == b'\n' || byte == b'\r');
-    lines.filter_map(|line| line.strip_prefix(b"data:")).find_map(of_document)
+/// Reads a document.
+pub(super) fn of_document(text: &[u8]) -> Found {
+    let message: Option<Message<'_>> = serde_json::from_slice(text).ok();
+    message.map_or_else(Found::default, Found::from)
+}
+
+/// Reads events. Of several counts, the last one counts.
+pub(super) fn of_events(text: &[u8]) -> Found {
+    let mut found = Found::default();
+    for data in events::data_from_last(text) {
+        found = found.or(of_event(&data));
+        if found.is_complete() {
+            break;
+        }
+    }
+    found
+}
+
+/// Reads the data of one event.
+pub(super) fn of_event(data: &[u8]) -> Found {
+    let found = of_document(data);
+    if found.usage {
+        return found;
+    }
+    let event: Option<Event<'_>> = serde_json::from_slice(data).ok();
+    found.or(event.and_then(|event| event.response.or(event.message)).map_or_else(Found::default, Found::from))
+}
+
+impl From<Message<'_>> for Found {
+    fn from(message: Message<'_>) -> Self {
+        let (usage, tokens) = (message.usage.is_some(), message.usage);
+        Self {
+            model: message.model.filter(|model| !model.is_empty()).map(Cow::into_owned),
+            usage,
+            input: tokens.as_ref().and_then(|tokens| tokens.prompt_tokens.or(tokens.input_tokens)),
+            output: tokens.as_ref().and_then(|tokens| tokens.completion_tokens.or(tokens.output_tokens)),
+        }
+    }
+}
+
+impl Found {
+    /// Adds what only the other one has.
+    pub(super) fn or(self, other: Self) -> Self {
+        Self {
+            model: self.model.or(other.model),
+            usage: self.usage || other.usage,
+            input: self.input.or(other.input),
+            output: self.output.or(other.output),
+        }
+    }
+
+    fn is_complete(&self) -> bool {
+        self.model.is_some() && self.input.is_some() && self.output.is_some()
+    }
+
+    /// `None` if there was no usage.
+    pub(super) fn usage(self) -> Option<Usage> {
+        self.usage.then(|| Usage {
+            model: self.model.unwrap_or_default(),
+            input_tokens: self.input.unwrap_or_default(),
+            output_tokens: self.output.unwrap_or_default(),
+        })
+    }
+
+    /// Whether there was a usage.
+    pub(super) fn has_usage(&self) -> bool {
+        self.usage
+    }
 }

@@ -233,6 +233,10 @@ impl Exchange {
                     FaultKind::UntilTold => self.until_told(out).await?,
                     FaultKind::StallMs(ms) => self.pause(Some(out), Duration::from_millis(ms)).await?,
                     FaultKind::Reset => return Err(Stop::Reset),
+                    FaultKind::ResetWhenTold => {
+                        self.until_told(out).await?;
+                        return Err(Stop::Reset);
+                    }
                     FaultKind::Close => return Err(Stop::Close),
                 }
             }

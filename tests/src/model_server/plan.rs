@@ -18,6 +18,8 @@ pub struct Plan {
     pub framing: Framing,
     /// Bytes of payload.
     pub size: u64,
+    /// The payload is the text in `x-test-says` of the request's JSON body, for a target of the completions API.
+    pub says: bool,
     pub stream_id: u64,
     pub alphabet: Alphabet,
     /// Added to the size in `content-length`. If it is too large, the body ends with the connection, provided that `after` closes
@@ -51,6 +53,7 @@ impl Default for Plan {
             interim: Vec::new(),
             framing: Framing::ContentLength,
             size: 0,
+            says: false,
             stream_id: 0,
             alphabet: Alphabet::Binary,
             length_error: 0,
@@ -176,6 +179,9 @@ pub enum FaultKind {
     UntilTold,
     /// A reset. Bytes that did not fit the peer's window are lost.
     Reset,
+    /// A reset once [`super::ModelServer::resume`] or [`crate::Http2Server::resume`] is called; after an upgrade, acts like
+    /// [`FaultKind::Stall`].
+    ResetWhenTold,
     /// An orderly close.
     Close,
 }

@@ -17,7 +17,9 @@ pub(super) async fn respond(connection: &mut Connection, request: &Request, plan
         connection.write(format!("HTTP/1.1 {status} {reason}\r\nx-interim: {status}\r\n\r\n").as_bytes()).await?;
     }
     let bodiless = (request.echo.method == "HEAD" || plan.framing == Framing::None) && plan.upgraded.is_none();
-    let mut wire = Wire::new(plan);
+    let said = said(plan, request);
+    let plan = &Plan { size: said.as_ref().map_or(plan.size, |said| said.len() as u64), ..plan.clone() };
+    let mut wire = Wire::new(plan, said.as_deref());
     let mut first = head(connection, plan).into_bytes();
     let pause = Some(Duration::from_micros(plan.head.pause_us));
     if let Some(at) = plan.head.split_at {
@@ -47,6 +49,12 @@ pub(super) async fn respond(connection: &mut Connection, request: &Request, plan
     }
     let closes = plan.framing == Framing::UntilClose && plan.after == After::KeepAlive;
     Ok(if closes { After::SilentClose } else { plan.after })
+}
+
+/// The payload that the request brings along, if the plan says so.
+fn said(plan: &Plan, request: &Request) -> Option<Vec<u8>> {
+    let body: serde_json::Value = plan.says.then(|| serde_json::from_slice(&request.body).ok())??;
+    Some(body["x-test-says"].as_str()?.as_bytes().to_vec())
 }
 
 fn head(connection: &Connection, plan: &Plan) -> String {
@@ -91,6 +99,10 @@ async fn body(connection: &mut Connection, plan: &Plan, wire: &mut Wire<'_>, fir
                 FaultKind::UntilTold => connection.until_told().await?,
                 FaultKind::StallMs(ms) => connection.pause(Some(Duration::from_millis(ms))).await?,
                 FaultKind::Reset => return Err(Stop::Reset),
+                FaultKind::ResetWhenTold => {
+                    connection.until_told().await?;
+                    return Err(Stop::Reset);
+                }
                 FaultKind::Close => return Err(Stop::Close),
             }
         }
@@ -116,6 +128,8 @@ async fn body(connection: &mut Connection, plan: &Plan, wire: &mut Wire<'_>, fir
 /// The bytes after the head, framing included.
 struct Wire<'a> {
     plan: &'a Plan,
+    /// The payload, if it is not the plan's alphabet.
+    said: Option<&'a [u8]>,
     chunks: Sequence,
     /// Framing to be sent before any more payload.
     pending: Vec<u8>,
@@ -127,10 +141,11 @@ struct Wire<'a> {
 }
 
 impl<'a> Wire<'a> {
-    fn new(plan: &'a Plan) -> Self {
+    fn new(plan: &'a Plan, said: Option<&'a [u8]>) -> Self {
         let chunked = plan.framing == Framing::Chunked;
         Self {
             plan,
+            said,
             chunks: Sequence::new(plan.chunks),
             pending: Vec::new(),
             offset: 0,
@@ -152,7 +167,11 @@ impl<'a> Wire<'a> {
                 let n = left.min(self.open);
                 let at = out.len();
                 out.resize(at + usize::try_from(n).expect("the write exceeds memory"), 0);
-                self.plan.alphabet.fill(self.plan.stream_id, self.offset, &mut out[at..]);
+                let (begin, out) = (usize::try_from(self.offset).expect("the body exceeds memory"), &mut out[at..]);
+                match self.said {
+                    Some(said) => out.copy_from_slice(&said[begin..begin + out.len()]),
+                    None => self.plan.alphabet.fill(self.plan.stream_id, self.offset, out),
+                }
                 self.offset += n;
                 self.open -= n;
                 taken += n;

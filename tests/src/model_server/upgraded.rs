@@ -148,7 +148,7 @@ async fn send(to: &mut WriteHalf<'_>, plan: &Plan, first: Vec<u8>) -> Result<(),
             to.write_all(&buffer).await.map_err(|_| Stop::PeerGone)?;
             buffer.clear();
             match due.kind {
-                FaultKind::Stall | FaultKind::UntilTold => pending::<()>().await,
+                FaultKind::Stall | FaultKind::UntilTold | FaultKind::ResetWhenTold => pending::<()>().await,
                 FaultKind::StallMs(ms) => sleep(Duration::from_millis(ms)).await,
                 FaultKind::Reset => return Err(Stop::Reset),
                 FaultKind::Close => return Err(Stop::Close),

@@ -1,6 +1,7 @@
 //! Every kind of request through an agent with an EPP, against each known picker: the same scenarios and expectations, whatever
 //! the picker's message pattern. Also what a picker is told about responses.
 
+mod counted;
 mod requests;
 mod responses;
 mod told;

@@ -35,7 +35,10 @@ async fn a_stream<P: Personality>(mode: SteeringMode) {
     }
     eventually(SOON, || stage.epp.streams_ended(StreamEnd::HalfClosed) == 2).await;
     for stream in stage.epp.streams() {
-        assert_eq!(stream.response_body(), (Vec::new(), 1));
+        let (told, ends) = stream.response_body();
+        let told = String::from_utf8(told).unwrap();
+        assert!(told.starts_with("data: ") && told.find("\n\n") == Some(told.len() - 2), "the first event: {told}");
+        assert_eq!(ends, 1);
     }
     let steered = stage.agent.steered();
     assert_eq!(steered > 0, mode != SteeringMode::Off, "{steered}");

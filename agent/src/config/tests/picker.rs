@@ -44,7 +44,10 @@ fn wrong_epps_are_rejected() {
         ("health_tls = true", "health_tls: found a setting without effect, expected health_port in the same section"),
         ("health_port = 1\nhealth_tls = true", r#"health_tls: found tls = "off", expected a tls other than "off""#),
         ("health_service = \"\"", r#"health_service: found "", expected a string that is not empty"#),
-        ("response_to_picker = \"all\"", r#"response_to_picker: found "all", expected "headers" or "usage" or "body""#),
+        (
+            "response_to_picker = \"all\"",
+            r#"response_to_picker: found "all", expected "off" or "headers" or "usage" or "body""#,
+        ),
         ("response_queue_bytes = 1", "response_queue_bytes: found 1, expected an integer from 65536 to 1073741824"),
         (
             "destination_header = \"a b\"",

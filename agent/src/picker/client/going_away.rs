@@ -126,7 +126,7 @@ async fn goaway_finishes_earlier_streams_and_retries_later_ones() {
     // The response's head and end, and the half-close, also arrive on the old connection.
     let served = A.parse().unwrap();
     taken.response_headers(StatusCode::OK, &HeaderMap::new(), served, false, None).await;
-    taken.finish(Vec::new());
+    taken.finish(Rest::default());
     let ended = async {
         while let Some((kind, flags, stream)) = old.next().await {
             if kind == DATA && flags & END_STREAM != 0 {

@@ -334,7 +334,7 @@ async fn response_head_and_end_reach_the_epp() {
     let reply = stream.response_headers(StatusCode::OK, &HeaderMap::new(), A.parse().unwrap(), false, wait).await;
     let ResponseReply::Mutation(Some(mutation)) = reply else { panic!("{reply:?}") };
     assert_eq!(mutation.set_headers[0].header.as_ref().unwrap().raw_value, "t");
-    stream.finish(Vec::new());
+    stream.finish(Rest::default());
 
     let (last, close) = soon(end.recv()).await.unwrap();
     let last = last.unwrap().expect("a last message");
@@ -381,7 +381,7 @@ async fn response_body_is_sent_as_the_epp_takes_it() {
         () = soon(async { while told.len() < usize::from(PIECES / 2) { tokio::task::yield_now().await } }) => {}
     }
     left.reverse();
-    stream.finish(left);
+    stream.finish(Rest { pieces: left, complete: true });
     let mut all = Vec::new();
     while let Some((piece, end)) = soon(told.recv()).await {
         all.push(piece);
@@ -412,7 +412,7 @@ async fn immediate_reply_after_the_pick_evicts() {
         let reply = stream.response_headers(StatusCode::OK, &HeaderMap::new(), served, false, wait).await;
         assert_eq!(matches!(reply, ResponseReply::Mutation(Some(_))), wait.is_some());
         assert_eq!(soon(stream.evicted()).await.status, StatusCode::TOO_MANY_REQUESTS);
-        stream.finish(Vec::new());
+        stream.finish(Rest::default());
     }
 }
 
@@ -474,7 +474,7 @@ async fn dropped_stream_is_reset_and_finished_stream_half_closed() {
             started = soon(events.recv()) => assert!(started.unwrap().unwrap()),
         }
         if finish {
-            stream.finish(Vec::new());
+            stream.finish(Rest::default());
         } else {
             drop(stream);
         }

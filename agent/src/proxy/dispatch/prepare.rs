@@ -21,6 +21,7 @@ pub(in crate::proxy) async fn prepare(
 ) -> Result<(), Error> {
     // The model may have been found only after the pick. The endpoint gets the header in any case.
     set_model(worker, &mut request.parts, upload);
+    request.streams = upload.naming().streams();
     let client_headers = matches!(picked.body, Body::Replaced(_)).then(|| request.parts.headers.clone());
     mutation::apply(&picked.mutation, &mut request.parts.headers);
     if let (Some(client_headers), Body::Replaced(pieces)) = (client_headers, &picked.body) {

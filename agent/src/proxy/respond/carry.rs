@@ -2,7 +2,7 @@
 
 use std::{cell::RefCell, convert::Infallible, future::poll_fn, task::Poll};
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use penstock_common::{framing::Framing, path::Path};
 use tokio::time::Instant;
 
@@ -24,7 +24,7 @@ use crate::{
         reason::SteerReason,
         session::Session,
     },
-    tee::Tee,
+    tee::{Rest, Tee},
     worker::Worker,
 };
 
@@ -234,8 +234,8 @@ async fn evicted_while_sending(stream: &mut Option<PickStream>, tee: Option<&Ref
     }
 }
 
-/// Adds the tee's result to the metrics. Returns the pieces that the EPP has not been sent yet.
-pub(super) fn account_for(worker: &Worker, pool: usize, mut tee: Tee) -> Vec<Bytes> {
+/// Adds the tee's result to the metrics. Returns what the EPP has not been sent yet.
+pub(super) fn account_for(worker: &Worker, pool: usize, mut tee: Tee) -> Rest {
     let metrics = worker.shared.metrics.pool(pool);
     if tee.given_up() {
         metrics.epp_body_given_up();
@@ -244,6 +244,15 @@ pub(super) fn account_for(worker: &Worker, pool: usize, mut tee: Tee) -> Vec<Byt
         metrics.tokens(&usage.model, usage.input_tokens, usage.output_tokens);
     }
     tee.rest()
+}
+
+/// What of the body the kernel must not take from user space, or has to keep.
+fn wanted(tee: &Tee) -> Option<ToPicker> {
+    match () {
+        () if tee.wants_all() => Some(ToPicker::All),
+        () if tee.wants_end() => Some(ToPicker::End),
+        () => None,
+    }
 }
 
 /// Opens the session that carries the body, of which `pending` has been read.
@@ -265,7 +274,7 @@ fn open<'a>(
         tls: client.is_tls(),
         half_closed: client.is_half_closed(),
         decoded: head.needs_dechunk(request.parts.version),
-        to_picker: tee.map(|tee| if tee.borrow().wants_all() { ToPicker::All } else { ToPicker::End }),
+        to_picker: tee.and_then(|tee| wanted(&tee.borrow())),
     };
     let eligibility = eligibility(worker, endpoint, request.target);
     let make_target = |steering: &_, send_buffer| client.make_target(steering, send_buffer);

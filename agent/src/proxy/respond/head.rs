@@ -6,13 +6,13 @@ use http::StatusCode;
 
 use crate::{
     client::Client,
-    config,
+    config::{self, ResponseToPicker},
     error::Error,
     http::response::{BodyKind, ResponseHead},
     picker::{client::ResponseReply, exchange::ImmediateReply, mutation},
     proxy::{picked::Picked, request::Request},
     rename::{Kind, Rename},
-    tee::Tee,
+    tee::{Facts, Tee},
     worker::Worker,
 };
 
@@ -38,9 +38,11 @@ pub(super) async fn apply_epp(
         config::Picker::Builtin => None,
     };
     let mut tee = None;
-    if let (Some(stream), Some(settings)) = (&mut picked.stream, settings) {
+    if let (Some(stream), Some(settings)) = (&mut picked.stream, settings)
+        && settings.response_to_picker != ResponseToPicker::Off
+    {
         let wait = settings.response_timeout;
-        tee = tee_of(settings, head, ended);
+        tee = tee_of(settings, head, request.streams).filter(|_| !ended).map(RefCell::new);
         let reply = tokio::select! {
             biased;
             reply = stream.response_headers(head.status, &head.headers, address, ended, wait) => reply,
@@ -76,9 +78,9 @@ pub(super) fn rename(request: &Request, head: &mut ResponseHead) -> Option<Renam
     Some(Rename::new(names, kind))
 }
 
-/// The tee for this response's body. Returns `None` if the EPP wants nothing of the body or there is no body.
-fn tee_of(settings: &config::Epp, head: &ResponseHead, ended: bool) -> Option<RefCell<Tee>> {
+/// The tee for this response's body. Returns `None` if the EPP wants nothing of the body. `streams`: the request asked for a stream.
+fn tee_of(settings: &config::Epp, head: &ResponseHead, streams: bool) -> Option<Tee> {
     let length = if let BodyKind::Length(length) = head.body { Some(length) } else { None };
-    let tee = Tee::new(settings.response_to_picker, &head.headers, length, settings.response_queue_bytes);
-    tee.filter(|_| !ended).map(RefCell::new)
+    let facts = Facts { headers: &head.headers, length, streams };
+    Tee::new(settings.response_to_picker, &facts, settings.response_queue_bytes)
 }

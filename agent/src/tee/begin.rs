@@ -1,0 +1,124 @@
+//! Keeps the beginning of an event stream until its first event is complete.
+
+use bytes::{Bytes, BytesMut};
+
+use super::events::EventScanner;
+
+/// Longest beginning that is kept, in bytes.
+pub(super) const BEGIN: usize = 16 << 10;
+/// Tells that a stream has begun whose first event is too long or cannot be read: a comment, which is no event.
+const UNREADABLE: &[u8] = b":\n\n";
+
+#[derive(Debug)]
+pub(super) struct Begin {
+    scanner: EventScanner,
+    kept: BytesMut,
+    state: State,
+    /// Bytes of the payload up to the end of the first event.
+    told: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// The first event is not complete.
+    Waiting,
+    /// It is in `kept`.
+    Ready,
+    Taken,
+}
+
+impl Begin {
+    pub(super) fn new() -> Self {
+        Self { scanner: EventScanner::new(), kept: BytesMut::new(), state: State::Waiting, told: 0 }
+    }
+
+    /// Takes the next payload bytes.
+    pub(super) fn take(&mut self, payload: &[u8]) {
+        if self.state != State::Waiting || payload.is_empty() {
+            return;
+        }
+        let end = self.scanner.find(payload);
+        let length = self.kept.len() + end.unwrap_or(payload.len());
+        if length > BEGIN {
+            self.unreadable();
+            return;
+        }
+        self.kept.extend_from_slice(&payload[..end.unwrap_or(payload.len())]);
+        if end.is_some() {
+            (self.state, self.told) = (State::Ready, length as u64);
+        }
+    }
+
+    /// The stream has begun with bytes that cannot be read.
+    pub(super) fn unreadable(&mut self) {
+        if self.state == State::Waiting {
+            self.kept = BytesMut::from(UNREADABLE);
+            self.state = State::Ready;
+        }
+    }
+
+    /// Whether the first event has not arrived.
+    pub(super) fn is_waiting(&self) -> bool {
+        self.state == State::Waiting
+    }
+
+    /// The first event, once it is complete, until it is taken.
+    pub(super) fn event(&self) -> &[u8] {
+        if self.state == State::Ready { &self.kept } else { &[] }
+    }
+
+    /// Returns the beginning, once.
+    pub(super) fn piece(&mut self) -> Option<Bytes> {
+        if self.state != State::Ready {
+            return None;
+        }
+        self.state = State::Taken;
+        Some(std::mem::take(&mut self.kept).freeze())
+    }
+
+    /// Bytes of the payload that [`piece`](Self::piece) returns.
+    pub(super) fn told(&self) -> u64 {
+        self.told
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn told(pieces: &[&[u8]]) -> (Option<Bytes>, u64) {
+        let mut begin = Begin::new();
+        for piece in pieces {
+            begin.take(piece);
+        }
+        let piece = begin.piece();
+        assert_eq!(begin.piece(), None, "told twice");
+        assert_eq!(begin.is_waiting(), piece.is_none());
+        (piece, begin.told())
+    }
+
+    #[test]
+    fn beginning_ends_with_first_event_at_every_cut() {
+        let text = b": hello\r\n\r\nevent: a\r\ndata: 1\r\n\r\ndata: 2\r\n\r\n";
+        let first = b": hello\r\n\r\nevent: a\r\ndata: 1\r\n\r\n".len();
+        for cut in 0..text.len() {
+            let (one, two) = text.split_at(cut);
+            let expected = Bytes::copy_from_slice(&text[..first]);
+            assert_eq!(told(&[one, two]), (Some(expected), first as u64), "{cut}");
+        }
+        assert_eq!(told(&[&text[..first - 1]]), (None, 0));
+    }
+
+    #[test]
+    fn long_or_unreadable_beginning_is_told_as_comment() {
+        let comment = (Some(Bytes::from_static(UNREADABLE)), 0);
+        let event = |len: usize| format!("data: {}\n\n", "x".repeat(len - 8)).into_bytes();
+        assert_eq!(told(&[&event(BEGIN)]), (Some(event(BEGIN).into()), BEGIN as u64));
+        assert_eq!(told(&[&event(BEGIN + 1)]), comment);
+        assert_eq!(told(&event(BEGIN + 1).chunks(1000).collect::<Vec<_>>()), comment);
+        let mut begin = Begin::new();
+        begin.unreadable();
+        begin.unreadable();
+        assert_eq!((begin.piece(), begin.piece()), (comment.0, None));
+    }
+}
