@@ -19,6 +19,7 @@ mod verdict;
 
 mod maps;
 mod memory;
+mod ring;
 mod walk;
 
 #[cfg(not(test))]

@@ -15,6 +15,7 @@ use penstock_common::{
 use crate::{
     maps::{FOUND, LOCAL_INDEX, LOCAL_SLOTS, OFFSETS, TARGETS},
     memory::{self, read_u32, read_u64, same_for_all, send_buffer, zero},
+    ring::{copy, ring_of},
     walk::{Bytes, walk},
 };
 
@@ -47,19 +48,21 @@ struct Send<'a> {
 impl Kernel for Send<'_> {
     same_for_all!();
 
-    /// Reads syntax only in the message's first piece: a helper would have to move memory to show more.
+    /// Reads syntax, and payload that is kept, only in the message's first piece: a helper would have to move memory to show more.
     #[inline(always)]
-    fn parse(&mut self, framing: &mut Framing, len: u32, _: bool) -> bool {
+    fn parse(&mut self, framing: &mut Framing, len: u32, keep: bool) -> bool {
+        let position = framing.payload;
         let taken = framing.skip(u64::from(len)) as u32;
-        if taken == len {
+        if taken == len && !keep {
             return true;
         }
         let offsets = OFFSETS.load();
         let msg = self.ctx.as_ptr().cast::<u8>().cast_const();
         // SAFETY: `bpf_probe_read_kernel` tolerates bad addresses.
         let (begin, end) = unsafe { (read_u64(msg, offsets.msg_data), read_u64(msg, offsets.msg_data_end)) };
-        let piece = Piece { data: begin, readable: end.saturating_sub(begin) ^ zero(len) };
-        walk(framing, piece, taken, len)
+        let readable = end.saturating_sub(begin) ^ zero(len);
+        let piece = Piece { data: begin, readable, ring: ring_of(self.index, keep) };
+        piece.payload(position, 0, taken) && (taken == len || walk(framing, piece, taken, len))
     }
 
     /// Uses the address that the verdict has found, because this program cannot look a socket up (it could not release it).
@@ -96,10 +99,12 @@ impl Message for Send<'_> {
     }
 }
 
-/// The first piece of a message: its address and its length.
+/// The first piece of a message: its address and its length, and where copies of the payload go.
 struct Piece {
     data: u64,
     readable: u64,
+    /// Null: nowhere.
+    ring: *mut u8,
 }
 
 impl Bytes for Piece {
@@ -113,5 +118,21 @@ impl Bytes for Piece {
         // SAFETY: the helper checks the address itself.
         let failed = unsafe { bpf_probe_read_kernel((&raw mut byte).cast(), 1, address) } != 0;
         (!failed).then_some(byte)
+    }
+
+    #[inline(always)]
+    fn payload(&self, position: u32, at: u32, len: u32) -> bool {
+        if self.ring.is_null() {
+            return true;
+        }
+        if u64::from(at) + u64::from(len) > self.readable {
+            return false;
+        }
+        copy(self.ring, position, len, |place, to, len| {
+            let from = (self.data + u64::from(at) + u64::from(place)) as *const c_void;
+            // SAFETY: the helper checks the address itself, and writes as many bytes as it is told.
+            unsafe { bpf_probe_read_kernel(to, len, from) };
+        });
+        true
     }
 }

@@ -1,6 +1,6 @@
 //! `sk_skb/stream_verdict`: runs on each segment that arrives on a connection, before user space sees it.
 
-use core::{arch::asm, ffi::c_void, ptr};
+use core::ffi::c_void;
 
 use aya_ebpf::{
     EbpfContext as _,
@@ -18,13 +18,13 @@ use aya_ebpf::{
 use aya_log_ebpf::error;
 use penstock_common::{
     framing::Framing,
-    tail,
     verdict::{Kernel, Segment, SendBuffer, verdict},
 };
 
 use crate::{
-    maps::{FOUND, INDEX, LOCAL_SLOTS, OFFSETS, SLOTS, TAILS, TARGETS},
+    maps::{FOUND, INDEX, LOCAL_SLOTS, OFFSETS, SLOTS, TARGETS},
     memory::{read_u32, same_for_all, send_buffer},
+    ring::{copy, ring_of},
     shared::is_shared,
     walk::{Bytes, walk},
 };
@@ -101,12 +101,7 @@ impl Kernel for Skb<'_> {
 
     #[inline(always)]
     fn parse(&mut self, framing: &mut Framing, len: u32, keep: bool) -> bool {
-        let ring = if keep {
-            TAILS.get_ptr_mut(self.index).map_or(ptr::null_mut(), |ring| ring.cast())
-        } else {
-            ptr::null_mut()
-        };
-        let segment = Readable { skb: self.ctx.as_ptr(), ring };
+        let segment = Readable { skb: self.ctx.as_ptr(), ring: ring_of(self.index, keep) };
         let position = framing.payload;
         let taken = framing.skip(u64::from(len)) as u32;
         segment.payload(position, 0, taken);
@@ -189,39 +184,11 @@ impl Bytes for Readable {
     }
 
     #[inline(always)]
-    fn payload(&self, position: u32, at: u32, len: u32) {
-        copy(self.skb, self.ring, position, at, len);
+    fn payload(&self, position: u32, at: u32, len: u32) -> bool {
+        // SAFETY: the helper writes as many bytes as it is told; it fails if the segment does not have them.
+        copy(self.ring, position, len, |place, to, len| unsafe {
+            bpf_skb_load_bytes(self.skb, at + place, to, len);
+        });
+        true
     }
-}
-
-/// Copies the end of a run of payload to the ring, unless it is null. `position` is the number of the run's first byte.
-#[inline(always)]
-fn copy(skb: *mut c_void, ring: *mut u8, position: u32, at: u32, len: u32) {
-    if ring.is_null() || len == 0 {
-        return;
-    }
-    let copies = tail::place(position, len);
-    let at = at + copies.skip;
-    let offset = u64::from(copies.offset);
-    // SAFETY: writes at most RING - 1 + TAIL bytes from the start of the ring's memory, which the verifier checks. The helper fails
-    // if the segment does not have these bytes.
-    unsafe {
-        if let Some(first) = bounded(copies.first) {
-            bpf_skb_load_bytes(skb, at, ring.add((offset & u64::from(tail::RING - 1)) as usize).cast(), first);
-        }
-        if let Some(second) = bounded(copies.second) {
-            bpf_skb_load_bytes(skb, at + copies.first, ring.cast(), second);
-        }
-    }
-}
-
-/// The same length if it is from 1 to TAIL, in a form that the verifier understands; otherwise `None`. Before 6.8 the verifier
-/// learns nothing from a comparison with 0, so the lower bound comes from an addition.
-#[inline(always)]
-fn bounded(len: u32) -> Option<u32> {
-    let mut less = u64::from(len);
-    // SAFETY: subtracts 1 in a way that the compiler cannot see, so it can neither omit the comparison nor replace the sum by the
-    // length.
-    unsafe { asm!("{0} += -1", inout(reg) less) };
-    if less < u64::from(tail::TAIL) { Some(less as u32 + 1) } else { None }
 }

@@ -18,8 +18,9 @@ pub(crate) trait Bytes {
     /// The byte at this place; `None`: it cannot be read here.
     fn read(&self, at: u32) -> Option<u8>;
 
-    /// Learns of a run of `len` bytes of payload at this place, of which the first has the number `position` in the message.
-    fn payload(&self, _position: u32, _at: u32, _len: u32) {}
+    /// Learns of a run of `len` bytes of payload at this place, of which the first has the number `position` in the message. Returns
+    /// false if it had to read them and could not.
+    fn payload(&self, position: u32, at: u32, len: u32) -> bool;
 }
 
 struct Walk<B> {
@@ -53,7 +54,9 @@ extern "C" fn step<B: Bytes>(_: u64, walk: *mut Walk<B>) -> u64 {
     let position = framing.payload;
     let payload = framing.skip(u64::from(walk.len - walk.at)) as u32;
     if payload > 0 {
-        walk.bytes.payload(position, walk.at, payload);
+        if !walk.bytes.payload(position, walk.at, payload) {
+            return 1;
+        }
         walk.framing = forgotten(framing, zero);
         walk.at += payload;
         return 0;

@@ -25,8 +25,11 @@ pub trait Message: Kernel {
 ///   with,
 /// - everything redirected before has arrived: the target's `write_seq` shows it, because a transfer may fail after the program
 ///   ran,
-/// - the bytes lie inside the message, and
-/// - the client's send buffer has room.
+/// - the client's send buffer has room, and
+/// - the bytes lie inside the message.
+///
+/// The message is parsed last: parsing copies its payload to the connection's ring, and a message that is sent again after a transfer
+/// failed must not be copied over what the ring holds of it already.
 ///
 /// Otherwise the slot is disarmed, and only the agent arms it again. The kernel serialises calls for one connection by its socket
 /// lock (`tcp_bpf_sendmsg`), and releases that lock between the call and the transfer.
@@ -55,10 +58,6 @@ fn try_redirect(slot: &mut LocalSlot, armed: u64, len: u32, kernel: &mut impl Me
     if kernel.keeps_account() {
         return Err(stop::ACCOUNT);
     }
-    let mut framing: Framing = slot.span.framing;
-    if !kernel.parse(&mut framing, len, false) {
-        return Err(stop::FRAMING);
-    }
     let key = slot.span.target.get();
     let Some(buffer) = kernel.target(key) else { return Err(stop::TARGET) };
     if slot.expected >> 32 != 0 && slot.expected as u32 != buffer.write_seq {
@@ -68,6 +67,10 @@ fn try_redirect(slot: &mut LocalSlot, armed: u64, len: u32, kernel: &mut impl Me
     // writable, and would never be woken.
     if !buffer.has_room(len) {
         return Err(stop::ROOM);
+    }
+    let mut framing: Framing = slot.span.framing;
+    if !kernel.parse(&mut framing, len, slot.span.keep != 0) {
+        return Err(stop::FRAMING);
     }
     if !kernel.redirect(key) {
         return Err(stop::TARGET);

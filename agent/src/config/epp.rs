@@ -57,7 +57,7 @@ settings! {
         /// How long a response head waits for the mutation that the EPP may make of it.
         pub response_timeout: Option<Duration> = Some(Duration::from_millis(100)) => duration_or_off(),
         /// What the EPP sees of response bodies.
-        pub response_to_picker: ResponseToPicker = ResponseToPicker::Headers => value::choice(),
+        pub response_to_picker: ResponseToPicker = ResponseToPicker::Usage => value::choice(),
         /// With `response_to_picker = "body"`: bytes of one response that may wait for the EPP. Beyond it, the EPP gets no more of
         /// that response, and the response continues to the client.
         pub response_queue_bytes: usize = 1 << 20 => integer(64 << 10..=1 << 30),

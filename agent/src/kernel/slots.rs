@@ -199,8 +199,7 @@ impl<'a> SlotRef<'a> {
     }
 
     /// Hands the rest of the message over to the kernel: it redirects to `target` as long as exactly `consumed` bytes
-    /// have reached user space, and with `keep` (path ingress only) copies the payload into the connection's ring. Only
-    /// while released.
+    /// have reached user space, and with `keep` copies the payload into the connection's ring. Only while released.
     pub fn arm(&self, path: Path, target: u64, framing: Framing, consumed: u64, keep: bool) {
         let Some(span) = self.span(path) else { return };
         debug_assert!(span.is_released());

@@ -3,16 +3,25 @@
 //! The cases are the same on each path. What a path does not take goes to the next, so bytes are summed over all paths,
 //! and each case checks that its own path has carried some.
 
-use std::{cell::Cell, fs::File, io::Write as _, net::Ipv4Addr, os::unix::fs::FileExt as _, rc::Rc, time::Duration};
+use std::{
+    cell::{Cell, RefCell},
+    fs::File,
+    io::Write as _,
+    net::Ipv4Addr,
+    os::unix::fs::FileExt as _,
+    rc::Rc,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use bytes::BytesMut;
 use futures_util::FutureExt as _;
+use http::{HeaderValue, header::CONTENT_TYPE};
 use nix::sys::{
     memfd::{MFdFlags, memfd_create},
     sendfile::sendfile,
 };
-use penstock_common::{framing::Framing, path::Path, slot::stop};
+use penstock_common::{framing::Framing, path::Path, slot::stop, tail::TAIL};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _, Interest},
     net::{TcpListener, TcpSocket},
@@ -23,7 +32,13 @@ use super::{
     Case,
     rig::{BUFFER, Rig, compare, pattern},
 };
-use crate::{client::close::Linger, deliver::End, steer::WorkerSteering};
+use crate::{
+    client::close::Linger,
+    config::ResponseToPicker,
+    deliver::End,
+    steer::WorkerSteering,
+    tee::{Facts, Tee},
+};
 
 pub(super) const CASES: &[Case] = &[
     Case {
@@ -31,6 +46,10 @@ pub(super) const CASES: &[Case] = &[
         run: |steering, path| stalled_reader(steering, path).boxed_local(),
     },
     Case { name: "a chunked stream in small pieces", run: |steering, path| small_chunks(steering, path).boxed_local() },
+    Case {
+        name: "the last events of a stream are kept",
+        run: |steering, path| last_events(steering, path).boxed_local(),
+    },
     Case {
         name: "bytes passed before the kernel takes over",
         run: |steering, path| passed_then_redirected(steering, path).boxed_local(),
@@ -130,6 +149,36 @@ async fn small_chunks(steering: &Rc<WorkerSteering>, path: Path) -> Result<()> {
     ensure!(end == End::Complete { reusable: true }, "the delivery ended as {end:?}");
     ensure!(account.carried(path) > 0, "the kernel redirected nothing");
     compare(&got, &wire)
+}
+
+/// The kernel keeps the end of what it redirects, in a ring that the stream fills several times.
+async fn last_events(steering: &Rc<WorkerSteering>, path: Path) -> Result<()> {
+    const EVENTS: usize = 200;
+    let (mut rig, mut server, mut reader) = Rig::new(steering, path).await?;
+    let events: Vec<_> = (0..EVENTS).map(|n| format!("data: {n:0>width$}\n\n", width = 1 + n % 97)).collect();
+    let mut wire: Vec<_> = events.iter().map(|event| format!("{:x}\r\n{event}\r\n", event.len())).collect();
+    wire.push("0\r\n\r\n".to_owned());
+    let headers = [(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"))].into_iter().collect();
+    let facts = Facts { headers: &headers, length: None, streams: true };
+    let tee = RefCell::new(Tee::new(ResponseToPicker::Usage, &facts, 0).context("no end is kept")?);
+    let mut got = vec![0; wire.iter().map(String::len).sum()];
+    let write = async {
+        for piece in &wire {
+            server.write_all(piece.as_bytes()).await?;
+            tokio::task::yield_now().await;
+        }
+        std::io::Result::Ok(())
+    };
+    let ((end, account), written, read) =
+        tokio::join!(rig.deliver_to(Framing::chunked(), Some(&tee)), write, reader.read_exact(&mut got));
+    written?;
+    read?;
+    ensure!(end == End::Complete { reusable: true }, "the delivery ended as {end:?}");
+    ensure!(account.carried(path) > 0, "the kernel redirected nothing");
+    compare(&got, wire.concat().as_bytes())?;
+    let body = events.concat();
+    let (_, last) = body[body.len() - TAIL as usize..].split_once("\n\n").context("no event end")?;
+    compare(&tee.into_inner().rest().pieces.concat(), [&events[0], last].concat().as_bytes()).context("what was kept")
 }
 
 /// Responses on a kept connection, one after the other: user space reads the passed head, the body begins while nothing

@@ -2,6 +2,7 @@
 //! from their position.
 
 use std::{
+    cell::RefCell,
     net::{Ipv4Addr, SocketAddr},
     rc::Rc,
     time::Duration,
@@ -24,6 +25,7 @@ use crate::{
         account::Account,
         session::{Session, Target},
     },
+    tee::Tee,
 };
 
 /// Longer than any case may take; the self-test as a whole is limited.
@@ -71,7 +73,17 @@ impl Rig {
 
     /// Delivers a body, through the kernel as far as it takes it.
     pub(super) async fn deliver(&mut self, framing: Framing) -> (End, Account) {
-        let mut session = Session::new(self.path, self.target, framing, self.endpoint.source());
+        self.deliver_to(framing, None).await
+    }
+
+    /// Like [`deliver`](Self::deliver), with a copy of what `tee` wants.
+    pub(super) async fn deliver_to(&mut self, framing: Framing, tee: Option<&RefCell<Tee>>) -> (End, Account) {
+        let source = self.endpoint.source();
+        let mut session = Session::new(self.path, self.target, framing, source);
+        // Without a ring nothing is kept, which the case then finds.
+        if tee.is_some() && source.is_some_and(|source| source.make_ring().is_ok()) {
+            session.tee = tee;
+        }
         session.idle = Some(PATIENCE);
         let mut delivery = Delivery::new(&mut self.client, &mut self.endpoint, session, BytesMut::new());
         (delivery.run().await, delivery.session.account)

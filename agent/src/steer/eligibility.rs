@@ -112,12 +112,7 @@ impl Eligibility<'_> {
     ) -> (Session<'t>, SteerReason) {
         let known = match self.source {
             None => Known::Nothing,
-            // Only path `ingress` keeps the end of a response.
-            Some(source)
-                if response.to_picker.is_none() && self.announced.is_some_and(|key| source.is_local_to(key)) =>
-            {
-                Known::OwnSocket
-            }
+            Some(source) if self.announced.is_some_and(|key| source.is_local_to(key)) => Known::OwnSocket,
             Some(_) => Known::Connection,
         };
         let (mut path, mut reason) = choose(self.config, response, known);
@@ -239,6 +234,7 @@ mod tests {
             (Auto, Response { half_closed: true, ..base }, OwnSocket, (Relay, R::HalfClose)),
             (Auto, Response { to_picker: Some(ToPicker::All), ..base }, Connection, (Relay, R::ResponseToPicker)),
             (Auto, Response { to_picker: Some(ToPicker::End), ..base }, Connection, (Ingress, R::Chunked)),
+            (Auto, Response { to_picker: Some(ToPicker::End), ..base }, OwnSocket, (Local, R::Chunked)),
             (Forced, length(1), Connection, (Ingress, R::Forced)),
             (Forced, base, OwnSocket, (Ingress, R::Forced)),
             (ForcedLocal, length(1), OwnSocket, (Local, R::Forced)),

@@ -116,6 +116,14 @@ struct Armed {
     since: u64,
 }
 
+/// What was reclaimed.
+struct Taken {
+    /// Redirected bytes.
+    steered: u64,
+    /// The payload's count at the arming.
+    payload: u32,
+}
+
 pub struct Session<'a> {
     /// The path that the flow takes now.
     pub path: Path,
@@ -177,7 +185,9 @@ impl<'a> Session<'a> {
 
     /// Reclaims the flow after [`carry`](Self::carry) was dropped, so that the account is complete.
     pub fn abandon(&mut self, from: &impl Inlet, to: &mut impl Outlet) {
-        let _ = self.take(from, to);
+        if let Some(Taken { steered, payload }) = self.take(from, to) {
+            self.read_ring(from, payload, steered, 0);
+        }
     }
 
     /// Whether everything passed has been read, the tee needs none of the next bytes, and the receiver has caught up since the last
@@ -270,15 +280,14 @@ impl<'a> Session<'a> {
         pending: &BytesMut,
     ) -> Result<bool, Ended> {
         let path = self.path;
-        let steered = self.take(from, to).ok_or(Ended::From)?;
-        if path == Path::Local && steered > 0 {
-            self.arrived(from, to, pending).await?;
-        }
-        Ok(steered > 0)
+        let Taken { steered, payload } = self.take(from, to).ok_or(Ended::From)?;
+        let arrived = if path == Path::Local && steered > 0 { self.arrived(from, to, pending).await } else { Ok(0) };
+        self.read_ring(from, payload, steered, arrived.as_ref().copied().unwrap_or(0));
+        arrived.map(|_| steered > 0)
     }
 
-    /// Disarms and enters what the kernel carried into the account. Returns the redirected bytes.
-    fn take(&mut self, from: &impl Inlet, to: &mut impl Outlet) -> Option<u64> {
+    /// Disarms and enters what the kernel carried into the account.
+    fn take(&mut self, from: &impl Inlet, to: &mut impl Outlet) -> Option<Taken> {
         let before = self.armed.take()?;
         let source = from.source()?;
         let span = source.span(self.path)?;
@@ -296,11 +305,10 @@ impl<'a> Session<'a> {
         if steered > 0 {
             let (first, last) = span.stamps();
             self.account.stamp(first, last);
-            self.read_ring(source, before.payload, steered);
         }
         let short = monotonic_ns().saturating_sub(before.since) < SHORT_SPAN.as_nanos() as u64;
         self.judge(stop, steered > 0 && !short);
-        Some(steered)
+        Some(Taken { steered, payload: before.payload })
     }
 
     /// Decides by the end of a span when and on which path the next one may begin. `worthwhile`: the span carried something, and
@@ -316,8 +324,9 @@ impl<'a> Session<'a> {
 
     /// Waits until the bytes that the endpoint's `sendmsg` redirected have reached the receiver's send queue. A non-blocking
     /// `sendmsg` may have taken only a part (the queue can fill while a message is put into it), and then the endpoint sends the
-    /// rest over its connection: those bytes come next, and the framing has counted them already.
-    async fn arrived(&mut self, from: &mut impl Inlet, to: &mut impl Outlet, pending: &BytesMut) -> Result<(), Ended> {
+    /// rest over its connection: those bytes come next, and the framing has counted them already. Returns how many of them will be
+    /// counted again.
+    async fn arrived(&mut self, from: &mut impl Inlet, to: &mut impl Outlet, pending: &BytesMut) -> Result<u64, Ended> {
         let mut broken = false;
         let come = || {
             if !pending.is_empty() {
@@ -329,30 +338,41 @@ impl<'a> Session<'a> {
             more.unwrap_or(true)
         };
         if to.settle_unless(come).await.map_err(Ended::To)? {
-            return Ok(());
+            return Ok(0);
         }
         if broken {
             return Err(Ended::From);
         }
         let missing = to.write_off_unsettled().map_err(Ended::To)?;
         self.account.local -= missing;
-        // A body until close has no count.
-        self.rest = if self.framing.is_until_close() { 0 } else { missing };
-        Ok(())
+        if self.framing.is_until_close() {
+            // Every byte is payload: they are relayed as the next ones.
+            self.framing.payload = self.framing.payload.wrapping_sub(missing as u32);
+            return Ok(missing);
+        }
+        self.rest = missing;
+        Ok(0)
     }
 
-    /// Gives the tee the end of what the kernel redirected: `steered` bytes with their framing, from payload byte `begin` on.
-    fn read_ring(&self, source: &Source, begin: u32, steered: u64) {
-        let Some(mut tee) = self.tee.map(RefCell::borrow_mut).filter(|tee| tee.wants_end()) else { return };
+    /// Gives the tee the end of what the kernel redirected: `steered` bytes with their framing, from payload byte `begin` on, without
+    /// the last `again` ones, which the tee will get when they are relayed.
+    fn read_ring(&self, from: &impl Inlet, begin: u32, steered: u64, again: u64) {
+        let (Some(tee), Some(source)) = (self.tee, from.source()) else { return };
+        let mut tee = tee.borrow_mut();
+        if steered == 0 || !tee.wants_end() {
+            return;
+        }
         let end = self.framing.payload;
         // Payload numbers wrap, so those of a long span do not give its length.
         let length = if steered > u64::from(u32::MAX) { u32::MAX } else { end.wrapping_sub(begin) };
-        if length > tail::TAIL {
+        // The bytes that come again were copied after the others.
+        let kept = tail::TAIL.saturating_sub(again.try_into().unwrap_or(u32::MAX));
+        if length > kept {
             tee.skipped();
         }
         match source.ring() {
             Ok(ring) => {
-                let (older, newer) = tail::last(&ring, end, length);
+                let (older, newer) = tail::last(&ring, end, length.min(kept));
                 tee.take(older);
                 tee.take(newer);
             }

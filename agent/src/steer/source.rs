@@ -97,7 +97,7 @@ impl Source {
     }
 
     /// Allocates the ring for copies of the last payload bytes, once. Fails if kernel memory or the map is exhausted.
-    pub(super) fn make_ring(&self) -> Result<(), RegisterError> {
+    pub fn make_ring(&self) -> Result<(), RegisterError> {
         if !self.ring.get() {
             self.steering.maps.borrow_mut().tails.insert(self.index, [0; size_of::<Ring>()], 0)?;
             self.ring.set(true);

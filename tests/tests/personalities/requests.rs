@@ -39,7 +39,7 @@ async fn assert_told<P: Personality>(stage: &Stage, stream: usize, response: &Re
     eventually(SOON, || stage.epp.streams()[stream].end == Some(StreamEnd::HalfClosed)).await;
     let told = &stage.epp.streams()[stream];
     assert_eq!(told.served(), Some(served.to_string()));
-    assert_eq!(told.response_body(), (Vec::new(), 1));
+    assert_eq!(told.response_body(), (response.body.clone(), 1));
 }
 
 /// E7, E8: a GET ends with its head; the pick is followed, and the picker is told about the response.

@@ -4,7 +4,7 @@ use penstock_agent::config::{ResponseToPicker, SteeringMode};
 use penstock_common::tail::TAIL;
 use penstock_proto::ext_proc::processing_request::Request as Told;
 use penstock_tests::{
-    BodyEnd, Client, Plan, Request, Response, Stage,
+    BodyEnd, Client, Plan, Random, Request, Response, Stage,
     client::Pace,
     eventually,
     model_server::{Fault as ServerFault, FaultKind, Framing, Lengths, Pauses},
@@ -38,13 +38,17 @@ fn completion(tokens: u32, interval_us: u32) -> Request {
 
 /// The first event, and the complete events within the last bytes of the client's body.
 fn first_and_last_events(body: &[u8]) -> Vec<u8> {
-    let text = std::str::from_utf8(body).unwrap();
+    first_and_last(std::str::from_utf8(body).unwrap()).into_bytes()
+}
+
+/// The same of a text.
+pub(crate) fn first_and_last(text: &str) -> String {
     let first = text.find("\n\n").unwrap() + 2;
-    let cut = body.len().saturating_sub(TAIL as usize);
+    let cut = text.len().saturating_sub(TAIL as usize);
     if cut <= first {
-        return body.to_vec();
+        return text.to_owned();
     }
-    [&text[..first], text[cut..].split_once("\n\n").unwrap().1].concat().into_bytes()
+    [&text[..first], text[cut..].split_once("\n\n").unwrap().1].concat()
 }
 
 /// The streams, after all have closed orderly.
@@ -125,6 +129,52 @@ async fn usage_of_streams_to_slow_clients_is_reported() {
     assert!(steered(&stage) > 0);
     assert!(stage.agent.count("penstock_steer_stops_total", &[]) > 0);
     assert_eq!(tokens(&stage, "output"), 60_000);
+}
+
+/// Many streams at once, each several times longer than what the kernel keeps, with events of all lengths.
+#[tokio::test]
+async fn ends_of_many_streams_are_told_exactly() {
+    for mode in [SteeringMode::Local, SteeringMode::Ingress] {
+        let stage = stage(LlmdRouter::new, ResponseToPicker::Usage, mode).await;
+        let framings = [Framing::Chunked, Framing::ContentLength, Framing::UntilClose];
+        let streams = (0..60_u64).map(|id| {
+            let mut random = Random::new(id);
+            let mut event = |n| {
+                format!(
+                    "event: e\ndata: {{\"stream\":{id},\"event\":{n},\"text\":\"{}\"}}\n\n",
+                    "x".repeat(random.below(600) as usize)
+                )
+            };
+            let says: String = (0..150).map(&mut event).collect();
+            let plan = Plan {
+                framing: framings[id as usize % framings.len()],
+                says: true,
+                headers: vec![("content-type".to_owned(), "text/event-stream".to_owned())],
+                chunks: Lengths::Random { seed: id, max: 900 },
+                writes: Lengths::Random { seed: id, max: 1000 },
+                pauses: Some(Pauses { seed: id, every: 2, up_to_us: 1500 }),
+                ..Plan::default()
+            };
+            let body = serde_json::json!({"model": "m", "stream": true, "x-test-says": says}).to_string();
+            let request = Request::post("/v1/completions", body).header("content-type", "application/json");
+            let (request, address) = (request.header("x-test-plan", plan.header()), stage.agent.addr);
+            async move {
+                let mut client = Client::connect(address).await.unwrap();
+                let response = client.request(&request).await.unwrap();
+                assert_eq!((response.text(), response.read.end), (says, BodyEnd::Complete));
+            }
+        });
+        futures_util::future::join_all(streams).await;
+        for stream in ended(&stage, 60).await {
+            let request: serde_json::Value = serde_json::from_slice(&stream.request_body().0).unwrap();
+            let says = request["x-test-says"].as_str().unwrap();
+            let told = stream.response_body();
+            assert_eq!(String::from_utf8_lossy(&told.0), first_and_last(says), "{mode:?}");
+            assert_eq!(told.1, 1);
+        }
+        let path = if mode == SteeringMode::Local { "path=\"local\"" } else { "path=\"ingress\"" };
+        assert!(stage.agent.count("penstock_body_bytes_total", &[path]) > 500_000, "{mode:?}");
+    }
 }
 
 /// Chunk sizes, extensions and trailers are not part of what is reported.

@@ -27,7 +27,7 @@ async fn silent(times: u64) -> Stage {
         |config| {
             config.listen.workers = 1;
             epp(config).response_timeout = Some(WAIT);
-            assert_eq!(epp(config).response_to_picker, ResponseToPicker::Headers);
+            assert_eq!(epp(config).response_to_picker, ResponseToPicker::Usage);
         },
     )
     .await
