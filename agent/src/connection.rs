@@ -7,10 +7,11 @@ use std::{net::SocketAddr, rc::Rc, time::Duration};
 
 use bytes::BytesMut;
 use tokio::net::TcpStream;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 
 use crate::{
     client::{Client, ClientSocket, Wire, close::Linger},
+    deadline::{self, with_deadline},
     error::Error,
     http::{
         head::HeadLimits,
@@ -53,14 +54,14 @@ pub async fn serve_tls(current: &Rc<Current>, tls: &Acceptor, stream: TcpStream,
     let worker = current.worker();
     // Fails only if the client has already closed.
     let Ok(()) = stream.set_nodelay(true) else { return };
-    let until = worker.shared.config.timeouts.head.map(|limit| Instant::now() + limit);
+    let until = deadline::after(worker.shared.config.timeouts.head);
     let failed = |reason| worker.shared.metrics.tls_handshake_failed(reason);
-    if within(until, stream.peek(&mut [0])).await.is_none() {
+    if with_deadline(until, stream.peek(&mut [0])).await.is_none() {
         return failed("timeout");
     }
-    let Some(place) = within(until, tls.place()).await else { return failed("busy") };
+    let Some(place) = with_deadline(until, tls.place()).await else { return failed("busy") };
     let in_progress = worker.shared.metrics.tls_handshake();
-    let stream = match within(until, worker.handshakes.take(tls.accept(stream))).await {
+    let stream = match with_deadline(until, worker.handshakes.take(tls.accept(stream))).await {
         Some(Ok(stream)) => stream,
         Some(Err(error)) => {
             tracing::debug!(%peer, %error, "TLS handshake failed");
@@ -141,7 +142,7 @@ async fn read_head(
     let mut begun: Option<Instant> = has_begun(&client.buf).then(Instant::now);
     // The head counts as part of the request.
     let head_limit = config.timeouts.head.into_iter().chain(config.timeouts.request).min();
-    let idle = config.timeouts.keep_alive.map(|limit| Instant::now() + limit);
+    let idle = deadline::after(config.timeouts.keep_alive);
     let mut parser = RequestParser::default();
     loop {
         if let Some((head, length)) = parser.parse(&client.buf, &limits)? {
@@ -156,7 +157,7 @@ async fn read_head(
         let until = begun.map_or(idle, |begun| head_limit.map(|limit| begun + limit));
         let read = tokio::select! {
             biased;
-            read = within(until, client.read(FIRST_READ)) => read,
+            read = with_deadline(until, client.read(FIRST_READ)) => read,
             () = drained(worker, idle_state), if begun.is_none() => {
                 // Bytes already in the socket were sent before the drain.
                 match client.read_now(FIRST_READ) {
@@ -193,14 +194,6 @@ async fn drained(worker: &Worker, idle_state: &IdleState) {
     worker.shared.draining.cancelled().await;
     if !idle_state.is_used() {
         tokio::time::sleep(FIRST_REQUEST).await;
-    }
-}
-
-/// Returns `None` if `work` did not finish by `until`.
-async fn within<T>(until: Option<Instant>, work: impl Future<Output = T>) -> Option<T> {
-    match until {
-        Some(until) => timeout_at(until, work).await.ok(),
-        None => Some(work.await),
     }
 }
 

@@ -7,6 +7,7 @@ pub mod listeners;
 pub mod config;
 pub mod capability;
 pub mod text;
+pub mod deadline;
 pub mod logging;
 pub mod readiness;
 pub mod probe;

@@ -29,7 +29,7 @@ use self::{
     record::Record,
     repick::Dispatched,
     reply::{answer_last_forward, send_error, send_immediate},
-    request::{Request, with_deadline},
+    request::{Deadline, Request},
 };
 pub use self::{
     guarded::Panicked,
@@ -103,7 +103,7 @@ async fn run(
         names: None,
         begun,
         timeouts: RequestTimeouts::from(&config.timeouts),
-        deadline: None,
+        deadline: Deadline::default(),
     };
     let received = receive(worker, client, &mut request, head.body, head.expect_continue, peer).await;
     client.set_idle(request.timeouts.idle);
@@ -154,8 +154,9 @@ async fn pick_and_respond(
     if headers::is_last_forward(&request.parts.method, &mut request.parts.headers) {
         return answer_last_forward(worker, client, request, upload).await;
     }
-    let (deadline, asked) = (request.deadline.zip(request.timeouts.request), Instant::now());
-    let outcome = with_deadline(deadline, pick::pick(worker, client, request, upload, lease)).await;
+    let deadline = request.deadline;
+    let asked = Instant::now();
+    let outcome = deadline.limit(pick::pick(worker, client, request, upload, lease)).await;
     request.record.pick(worker, request.pool, asked, &outcome);
     let picked = match outcome? {
         PickOutcome::Forward(picked) => picked,

@@ -13,10 +13,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 
 use super::{reach::Reach, wire::Wire};
-use crate::kernel::socket;
+use crate::{deadline::with_deadline, kernel::socket};
 
 /// Checks per limit.
 const CHECKS: u32 = 4;
@@ -64,11 +64,7 @@ impl Patience {
         self.begin(wire.tcp())?;
         loop {
             let work = poll_fn(|cx| poll(Pin::new(wire), cx));
-            let done = match &self.waiting {
-                Some(waiting) => timeout_at(waiting.next_check, work).await.ok(),
-                None => Some(work.await),
-            };
-            match done {
+            match with_deadline(self.waiting.as_ref().map(|waiting| waiting.next_check), work).await {
                 Some(done) => return done,
                 None => self.look(wire.tcp())?,
             }

@@ -19,13 +19,13 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::io::CountedIo;
-use super::within;
 use crate::{
     client::{
         Client, ClientStream, Traffic, Wire,
         close::{Linger, discard},
         reach::Watch,
     },
+    deadline::{self, with_deadline},
     http::{head::HeadLimits, request::from_http2},
     kernel::socket,
     proxy::{self, Panicked},
@@ -183,8 +183,8 @@ async fn run(
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_send_buffer_size(SEND_BUFFER)
         .handshake::<_, Bytes>(CountedIo::new(Rc::clone(traffic), read));
-    let until = config.timeouts.head.map(|limit| Instant::now() + limit);
-    let mut connection = match within(until, handshake).await {
+    let until = deadline::after(config.timeouts.head);
+    let mut connection = match with_deadline(until, handshake).await {
         Some(Ok(connection)) => connection,
         Some(Err(error)) => {
             tracing::debug!(%peer, %error, "HTTP/2 handshake failed");

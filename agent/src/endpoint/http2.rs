@@ -28,7 +28,10 @@ use super::{
     timeouts::ConnectionTimeouts,
     wire::{Link, Wire},
 };
-use crate::kernel::socket;
+use crate::{
+    deadline::{self, with_deadline},
+    kernel::socket,
+};
 
 /// Most connections to one endpoint. Beyond that, requests queue for a stream.
 const MAX_CONNECTIONS: usize = 64;
@@ -205,13 +208,8 @@ impl Endpoint {
 impl Inner {
     async fn dial(self: Rc<Self>, address: SocketAddr) -> Result<(), Arc<io::Error>> {
         let times = self.times.get();
-        let connection = match times.connect {
-            Some(limit) => {
-                let dialled = tokio::time::timeout(limit, connect(address, times)).await;
-                dialled.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
-            }
-            None => connect(address, times).await,
-        };
+        let connection = with_deadline(deadline::after(times.connect), connect(address, times)).await;
+        let connection = connection.unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into()));
         let mut endpoints = self.endpoints.borrow_mut();
         let endpoint = endpoints.entry(address).or_default();
         endpoint.dialling = None;

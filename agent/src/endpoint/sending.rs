@@ -15,7 +15,10 @@ use futures_util::future::{FutureExt as _, LocalBoxFuture};
 use h2::Reason;
 use tokio::time::Instant;
 
-use crate::http::body::BodyError;
+use crate::{
+    deadline::{self, with_deadline},
+    http::body::BodyError,
+};
 
 /// Why a request was not sent to its end.
 #[derive(Debug)]
@@ -152,11 +155,8 @@ pub async fn with_idle_timeout<T, E>(
     idle: Option<Duration>,
     part: impl Future<Output = Result<T, E>>,
 ) -> Result<T, SendError> {
-    let result = match idle {
-        Some(idle) => tokio::time::timeout(idle, part).await.map_err(|_| SendError::Stalled(idle))?,
-        None => part.await,
-    };
-    result.map_err(|_| SendError::Refused)
+    let taken = with_deadline(deadline::after(idle), part).await;
+    taken.ok_or(SendError::Stalled(idle.unwrap_or_default()))?.map_err(|_| SendError::Refused)
 }
 
 #[cfg(test)]

@@ -26,6 +26,7 @@ use super::{
 use crate::{
     client::Client,
     config::AppProtocol,
+    deadline::{self, with_deadline},
     endpoint::{
         body::ResponseBody,
         in_flight::InFlight,
@@ -133,7 +134,7 @@ async fn forward_interim(client: &mut Client, job: &Job<'_>, mut head: ResponseH
         Client::Http1(socket) => {
             let mut out = BytesMut::new();
             head.write_head(&mut out, true, job.request.parts.version);
-            with_timeout(job.idle(), socket.write_all(&out)).await
+            with_deadline(deadline::after(job.idle()), socket.write_all(&out)).await
         }
         Client::Http2(stream) => Some(stream.interim(head.interim_frames()).await),
     };
@@ -354,12 +355,5 @@ async fn send_failure(sending: &Sending, address: SocketAddr) -> Error {
         Err(SendError::Stalled(limit)) => Error::RequestStalled { address, limit },
         // The endpoint may have responded and closed. Reading the response decides.
         Ok(()) | Err(SendError::Refused) => std::future::pending().await,
-    }
-}
-
-async fn with_timeout<T>(limit: Option<Duration>, work: impl Future<Output = T>) -> Option<T> {
-    match limit {
-        Some(limit) => tokio::time::timeout(limit, work).await.ok(),
-        None => Some(work.await),
     }
 }

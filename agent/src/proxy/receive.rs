@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use http::{request, uri::Scheme};
 
-use super::request::{Request, with_deadline};
+use super::request::Request;
 use crate::{
     bbr::Naming,
     client::Client,
@@ -77,7 +77,7 @@ pub(super) async fn receive(
         }
         Ok::<_, Error>(())
     };
-    with_deadline(request.deadline.zip(request.timeouts.request), beginning).await?;
+    request.deadline.limit(beginning).await?;
     set_model(worker, &mut request.parts, &upload);
     if needs_model {
         upload.set_timeout(route(request)?);

@@ -1,16 +1,12 @@
 //! Dispatches a pick. If none of its endpoints took the request, the EPP is asked once more, for others: it may know an endpoint
 //! for some time after it has gone. A request that may have been processed is not asked about again.
 
-use std::time::Duration;
-
-use tokio::time::Instant;
-
 use super::{
     dispatch::{self, EndpointResponse, Failed},
     lease::Lease,
     pick,
     picked::{PickOutcome, Picked},
-    request::{Request, with_deadline},
+    request::{Deadline, Request},
 };
 use crate::{client::Client, error::Error, picker::exchange::ImmediateReply, upload::Upload, worker::Worker};
 
@@ -29,7 +25,7 @@ pub(super) async fn dispatch(
     upload: &mut Upload,
     mut picked: Box<Picked>,
     lease: &mut Option<Lease>,
-    deadline: Option<(Instant, Duration)>,
+    deadline: Deadline,
 ) -> Result<Dispatched, Error> {
     let fields = picked.by_epp.then(|| request.parts.headers.clone());
     let first = attempt(worker, client, request, upload, &mut picked, deadline).await;
@@ -44,7 +40,7 @@ pub(super) async fn dispatch(
     upload.during(client, picked.end()).await?;
     request.parts.headers = fields;
     let again = pick::pick_again(worker, client, request, upload, lease, &dead);
-    let mut picked = match with_deadline(deadline, again).await? {
+    let mut picked = match deadline.limit(again).await? {
         Some(PickOutcome::Forward(picked)) => picked,
         Some(PickOutcome::Reply(reply)) => return Ok(Dispatched::Reply(reply)),
         None => return Err(error),
@@ -64,8 +60,8 @@ async fn attempt(
     request: &mut Request,
     upload: &mut Upload,
     picked: &mut Picked,
-    deadline: Option<(Instant, Duration)>,
+    deadline: Deadline,
 ) -> Result<EndpointResponse, Failed> {
     dispatch::prepare(worker, client, request, upload, picked).await?;
-    with_deadline(deadline, dispatch::dispatch(worker, client, request, upload, picked)).await
+    deadline.limit(dispatch::dispatch(worker, client, request, upload, picked)).await
 }

@@ -3,11 +3,12 @@
 use std::time::Duration;
 
 use http::{HeaderValue, request};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 
 use super::record::Record;
 use crate::{
-    endpoint::connection::EndpointConnection, error::Error, rename::Names, route::RequestTimeouts, worker::Worker,
+    deadline::with_deadline, endpoint::connection::EndpointConnection, error::Error, rename::Names,
+    route::RequestTimeouts, worker::Worker,
 };
 
 /// What happens to the client's connection after a request.
@@ -20,6 +21,24 @@ pub enum After {
     Close,
     /// Close in the middle of a message.
     Abort,
+}
+
+/// When a request, including its response, has to be complete.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Deadline {
+    pub(super) at: Option<Instant>,
+    limit: Duration,
+}
+
+impl Deadline {
+    fn new(begun: Instant, limit: Option<Duration>) -> Self {
+        Self { at: limit.map(|limit| begun + limit), limit: limit.unwrap_or_default() }
+    }
+
+    /// Runs a phase before the response. Returns `RequestTimeout` at the deadline.
+    pub(super) async fn limit<T, E: From<Error>>(self, phase: impl Future<Output = Result<T, E>>) -> Result<T, E> {
+        with_deadline(self.at, phase).await.unwrap_or_else(|_| Err(Error::RequestTimeout(self.limit).into()))
+    }
 }
 
 /// A request in progress, passed from phase to phase.
@@ -39,35 +58,19 @@ pub(super) struct Request {
     /// When its first byte arrived.
     pub(super) begun: Instant,
     pub(super) timeouts: RequestTimeouts,
-    /// When the request, including its response, has to be complete.
-    pub(super) deadline: Option<Instant>,
+    pub(super) deadline: Deadline,
 }
 
 impl Request {
     /// Applies these timeouts from now on.
     pub(super) fn set_timeouts(&mut self, timeouts: RequestTimeouts) {
         self.timeouts = timeouts;
-        self.deadline = timeouts.request.map(|limit| self.begun + limit);
+        self.deadline = Deadline::new(self.begun, timeouts.request);
     }
-}
 
-impl Request {
     /// Whether the connection stays open after a response whose head is written now.
     pub(super) fn keeps_alive(&self, worker: &Worker) -> bool {
         self.keep_alive && !worker.shared.leaving.is_cancelled()
-    }
-}
-
-/// Runs a phase before the response. Returns `RequestTimeout` at the request's deadline, which comes with the configured limit.
-pub(super) async fn with_deadline<T, E: From<Error>>(
-    deadline: Option<(Instant, Duration)>,
-    work: impl Future<Output = Result<T, E>>,
-) -> Result<T, E> {
-    match deadline {
-        Some((deadline, limit)) => {
-            timeout_at(deadline, work).await.unwrap_or_else(|_| Err(Error::RequestTimeout(limit).into()))
-        }
-        None => work.await,
     }
 }
 

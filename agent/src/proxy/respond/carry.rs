@@ -8,6 +8,7 @@ use tokio::time::Instant;
 
 use crate::{
     client::{Client, ClientSocket},
+    deadline,
     deliver::{Coding, Delivery, End, Frames, Tunnel},
     endpoint::{body::ResponseBody, connection::EndpointConnection},
     http::response::{BodyKind, ResponseHead},
@@ -93,7 +94,7 @@ async fn bytes(
     let end = tokio::select! {
         biased;
         end = delivery.run() => Ok(end),
-        reason = aborted(worker, request, request.deadline, &mut picked.stream, tee) => Err(reason),
+        reason = aborted(worker, request, request.deadline.at, &mut picked.stream, tee) => Err(reason),
     };
     if end.is_err() {
         delivery.abandon();
@@ -192,7 +193,7 @@ async fn frames(
         Ok(()) => tokio::select! {
             biased;
             end = delivery.run() => Ok(end),
-            reason = aborted(worker, request, request.deadline, &mut picked.stream, tee) => Err(reason),
+            reason = aborted(worker, request, request.deadline.at, &mut picked.stream, tee) => Err(reason),
         },
     };
     Carried { end, account: delivery.account, path: Path::Relay, reason, keep_alive }
@@ -207,12 +208,6 @@ async fn aborted(
     stream: &mut Option<PickStream>,
     tee: Option<&RefCell<Tee>>,
 ) -> &'static str {
-    let late = async {
-        match deadline {
-            Some(deadline) => tokio::time::sleep_until(deadline).await,
-            None => std::future::pending().await,
-        }
-    };
     let probed = poll_fn(|_| {
         worker.shared.probe.at(Point::Body(&request.parts));
         Poll::<Infallible>::Pending
@@ -221,7 +216,7 @@ async fn aborted(
         biased;
         never = probed => match never {},
         _ = evicted_while_sending(stream, tee) => EVICTED,
-        () = late => "request_timeout",
+        () = deadline::passed(deadline) => "request_timeout",
     }
 }
 
