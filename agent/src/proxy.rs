@@ -12,6 +12,7 @@ mod repick;
 mod respond;
 mod reply;
 mod record;
+mod access_log;
 mod renamed;
 mod lease;
 mod pinned;

@@ -7,14 +7,17 @@ use std::{net::SocketAddr, rc::Rc, time::Duration};
 
 use bytes::BytesMut;
 use tokio::time::Instant;
+use tracing::field::display;
 
 use super::{
+    access_log::Line,
     record::count,
     request::{After, Pin},
     respond::open_tunnel,
 };
 use crate::{
     client::ClientSocket,
+    deadline,
     deliver::{End, Tunnel},
     worker::Current,
 };
@@ -39,7 +42,7 @@ pub async fn pinned(current: &Rc<Current>, client: &mut ClientSocket, pin: Pin, 
     let over = async {
         tokio::select! {
             () = worker.shared.draining.cancelled() => {}
-            () = aged(config.pin.age) => {}
+            () = deadline::passed(deadline::after(config.pin.age)) => {}
             () = drains(current, address) => {}
         }
     };
@@ -48,20 +51,21 @@ pub async fn pinned(current: &Rc<Current>, client: &mut ClientSocket, pin: Pin, 
     drop(open);
     metrics.pin_ended(end.reason(), began.elapsed());
     count(&worker.shared.metrics, &account);
-    tracing::info!(
-        target: "penstock::access",
-        pinned = true,
-        client = %peer,
-        pool = config.name,
-        endpoint = %address,
-        reason = end.reason(),
-        carried_by = path.label(),
-        bytes_kernel = account.steered + account.local,
-        bytes_user = account.relayed,
-        bytes_up = account.upstream,
-        bytes_up_kernel = account.upstream_steered,
-        took_us = began.elapsed().as_micros() as u64,
-    );
+    Line {
+        pinned: Some(true),
+        client: Some(display(peer)),
+        pool: Some(&config.name),
+        endpoint: Some(&address.to_string()),
+        reason: Some(end.reason()),
+        carried_by: Some(path.label()),
+        bytes_kernel: Some(account.steered + account.local),
+        bytes_user: Some(account.relayed),
+        bytes_up: Some(account.upstream),
+        bytes_up_kernel: Some(account.upstream_steered),
+        took_us: Some(began.elapsed().as_micros() as u64),
+        ..Line::default()
+    }
+    .write();
     match end {
         End::Complete { .. } => {
             endpoint.set_resting(true);
@@ -72,13 +76,6 @@ pub async fn pinned(current: &Rc<Current>, client: &mut ClientSocket, pin: Pin, 
             After::Abort
         }
         End::ClientGone | End::Broken | End::Idle => After::Abort,
-    }
-}
-
-async fn aged(age: Option<Duration>) {
-    match age {
-        Some(age) => tokio::time::sleep(age).await,
-        None => std::future::pending().await,
     }
 }
 

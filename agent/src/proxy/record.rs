@@ -5,8 +5,9 @@ use std::{net::SocketAddr, time::Duration};
 use http::{StatusCode, request};
 use penstock_common::{path::Path, slot::stop};
 use tokio::time::Instant;
+use tracing::field::display;
 
-use super::picked::PickOutcome;
+use super::{access_log::Line, picked::PickOutcome};
 use crate::{
     config::Picker,
     error::Error,
@@ -156,27 +157,7 @@ impl Record {
             let stream = Streamed { first: Duration::from_nanos(first_ns), rest: Duration::from_nanos(rest), messages };
             worker.shared.metrics.pool(pool).streamed(model.unwrap_or_default(), &stream);
         }
-        let request_id = parts.headers.get("x-request-id").and_then(|id| id.to_str().ok()).unwrap_or_default();
-        tracing::info!(
-            target: "penstock::access",
-            request_id = &*cut(request_id, text::NAME),
-            method = %cut(parts.method.as_str(), text::NAME),
-            path = &*cut(parts.uri.path(), text::PHRASE),
-            pool = worker.shared.config.pools[pool].name,
-            status = self.status.as_u16(),
-            reason = self.reason,
-            endpoint = self.endpoint.map(|endpoint| endpoint.to_string()).unwrap_or_default(),
-            carried_by = self.path,
-            carried_why = self.path_reason,
-            bytes_kernel = self.account.steered + self.account.local,
-            bytes_user = self.account.relayed,
-            bytes_up = (self.account.upstream > 0).then_some(self.account.upstream),
-            bytes_up_kernel = (self.account.upstream > 0).then_some(self.account.upstream_steered),
-            pick_us = self.picked_in.as_micros() as u64,
-            ttft_us = if self.account.first_ns > 0 { first_ns / 1000 } else { 0 },
-            took_us = took.as_micros() as u64,
-            error = error.map(logged),
-        );
+        self.log(worker, pool, parts, took, error);
         let Some(span) = self.span else { return };
         span.end(&Ended {
             status: self.status.as_u16(),
@@ -190,6 +171,34 @@ impl Record {
             carried_why: self.path_reason,
             first_byte: (self.account.first_ns > 0).then(|| Duration::from_nanos(first_ns)),
         });
+    }
+
+    fn log(&self, worker: &Worker, pool: usize, parts: &request::Parts, took: Duration, error: Option<&Error>) {
+        let request_id = parts.headers.get("x-request-id").and_then(|id| id.to_str().ok()).unwrap_or_default();
+        let account = &self.account;
+        let up = account.upstream > 0;
+        let first_ns = account.first_ns.saturating_sub(self.started_ns);
+        Line {
+            request_id: Some(&cut(request_id, text::NAME)),
+            method: Some(display(&cut(parts.method.as_str(), text::NAME))),
+            path: Some(&cut(parts.uri.path(), text::PHRASE)),
+            pool: Some(&worker.shared.config.pools[pool].name),
+            status: Some(self.status.as_u16()),
+            reason: Some(self.reason),
+            endpoint: Some(&self.endpoint.map(|endpoint| endpoint.to_string()).unwrap_or_default()),
+            carried_by: Some(self.path),
+            carried_why: Some(self.path_reason),
+            bytes_kernel: Some(account.steered + account.local),
+            bytes_user: Some(account.relayed),
+            bytes_up: up.then_some(account.upstream),
+            bytes_up_kernel: up.then_some(account.upstream_steered),
+            pick_us: Some(self.picked_in.as_micros() as u64),
+            ttft_us: Some(if account.first_ns > 0 { first_ns / 1000 } else { 0 }),
+            took_us: Some(took.as_micros() as u64),
+            error: error.map(logged).as_deref(),
+            ..Line::default()
+        }
+        .write();
     }
 
     /// Writes the record of a request that failed before it was routed to a pool.
@@ -213,13 +222,14 @@ impl Record {
         if matches!(error, Error::ClientGone) {
             return;
         }
-        tracing::info!(
-            target: "penstock::access",
-            status = error.status().as_u16(),
-            reason = error.reason(),
-            took_us = took.as_micros() as u64,
-            error = logged(error),
-        );
+        Line {
+            status: Some(error.status().as_u16()),
+            reason: Some(error.reason()),
+            took_us: Some(took.as_micros() as u64),
+            error: Some(&logged(error)),
+            ..Line::default()
+        }
+        .write();
     }
 }
 
