@@ -16,6 +16,7 @@ use penstock_proto::ext_proc::{
 
 use prost::Message as _;
 
+pub use super::replacement::Body;
 use super::{
     error::PickError,
     message,
@@ -48,17 +49,6 @@ pub struct Decision {
     /// The mutation of the request's head, without the pick.
     pub mutation: HeaderMutation,
     pub body: Body,
-}
-
-/// The body to send to the endpoint.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Body {
-    /// The client's body.
-    Original,
-    /// These pieces, in order.
-    Replaced(Vec<Bytes>),
-    /// The SHA-256 of a replacement for which there was no memory. The request can be sent only if it equals the client's body.
-    DigestOnly(Box<[u8]>),
 }
 
 /// The EPP's immediate reply to the client. After a decision it is an eviction.

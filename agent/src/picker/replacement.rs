@@ -9,8 +9,19 @@ use bytes::Bytes;
 use penstock_proto::ext_proc::body_mutation::Mutation;
 use ring::digest;
 
-use super::{error::PickError, exchange::Body};
+use super::error::PickError;
 use crate::budget::Budget;
+
+/// The body to send to the endpoint.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Body {
+    /// The client's body.
+    Original,
+    /// These pieces, in order.
+    Replaced(Vec<Bytes>),
+    /// The SHA-256 of a replacement for which there was no memory. The request can be sent only if it equals the client's body.
+    DigestOnly(Box<[u8]>),
+}
 
 /// The EPP's replies to one request body.
 pub struct Replacement {
