@@ -1,6 +1,7 @@
 //! The access log: one line for each request, and one for each pinned connection, with the target `penstock::access`.
 //!
-//! [`fields!`] declares each field once, with its documentation. A test compares the declarations with docs/access-log.md.
+//! `fields!` declares each field once, with its documentation. `cargo xtask settings` writes docs/access-log.md from
+//! it.
 
 use std::net::SocketAddr;
 
@@ -46,7 +47,8 @@ fields! {
     reason: &'a str,
     /// The endpoint that responded, as `ip:port`. Empty if none did.
     endpoint: &'a str,
-    /// The path that carried the response body: `local`, `ingress`, `relay`, or `none` without a response of an endpoint.
+    /// The path that carried the response body: `local`, `ingress`, `relay`, or `none` without a response of an
+    /// endpoint.
     carried_by: &'a str,
     /// The steer reason of steering.md, or `none`.
     carried_why: &'a str,
@@ -54,7 +56,8 @@ fields! {
     bytes_kernel: u64,
     /// Bytes from the endpoint that user space carried.
     bytes_user: u64,
-    /// Bytes that the client sent after an upgrade, or on a pinned connection. Only if there were any, or the connection is pinned.
+    /// Bytes that the client sent after an upgrade, or on a pinned connection. Only if there were any, or the
+    /// connection is pinned.
     bytes_up: u64,
     /// How many of `bytes_up` the kernel carried.
     bytes_up_kernel: u64,
@@ -62,7 +65,8 @@ fields! {
     pick_us: u64,
     /// Time from the first byte of the request to the first byte of the response body, in microseconds. 0 without one.
     ttft_us: u64,
-    /// Time from the first byte of the request to the last byte of the response, in microseconds; for a pinned connection, how long it was pinned.
+    /// Time from the first byte of the request to the last byte of the response, in microseconds; for a pinned
+    /// connection, how long it was pinned.
     took_us: u64,
     /// The error that the agent answered with, or that the client disconnected.
     error: &'a str,
