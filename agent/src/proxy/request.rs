@@ -37,7 +37,7 @@ impl Deadline {
 
     /// Runs a phase before the response. Returns `RequestTimeout` at the deadline.
     pub(super) async fn limit<T, E: From<Error>>(self, phase: impl Future<Output = Result<T, E>>) -> Result<T, E> {
-        with_deadline(self.at, phase).await.unwrap_or_else(|_| Err(Error::RequestTimeout(self.limit).into()))
+        with_deadline(self.at, phase).await.unwrap_or_else(|| Err(Error::RequestTimeout(self.limit).into()))
     }
 }
 

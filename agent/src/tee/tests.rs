@@ -235,3 +235,12 @@ proptest! {
         prop_assert_eq!(tee.rest().pieces.concat(), payload);
     }
 }
+
+#[test]
+fn array_in_place_of_an_object_is_no_usage() {
+    for text in [r#"{"usage":[1,2,3,4]}"#, r#"{"usage":[]}"#, r#"["m",{"prompt_tokens":1}]"#] {
+        let mut tee = tee(Tokens, "application/json").expect("a document is kept");
+        tee.take(text.as_bytes());
+        assert_eq!(tee.usage(), None, "{text}");
+    }
+}

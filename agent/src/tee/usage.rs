@@ -1,9 +1,12 @@
 //! The token counts that a response reports, in the formats of OpenAI's chat completions, completions, embeddings and responses, and
 //! of Anthropic's messages: from a document, or from the events of a stream.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, fmt, marker::PhantomData};
 
-use serde::Deserialize;
+use serde::{
+    Deserialize, Deserializer,
+    de::{MapAccess, Visitor, value::MapAccessDeserializer},
+};
 use serde_json::{Map, Value};
 
 use super::events;
@@ -31,7 +34,7 @@ struct Message<'a> {
     #[serde(borrow, default)]
     model: Option<Cow<'a, str>>,
     #[serde(default)]
-    usage: Option<Tokens>,
+    usage: Option<Object<Tokens>>,
 }
 
 /// An event whose response is in a member.
@@ -39,10 +42,10 @@ struct Message<'a> {
 struct Event<'a> {
     /// Of the responses API.
     #[serde(borrow, default)]
-    response: Option<Message<'a>>,
+    response: Option<Object<Message<'a>>>,
     /// Of Anthropic's `message_start`.
     #[serde(borrow, default)]
-    message: Option<Message<'a>>,
+    message: Option<Object<Message<'a>>>,
 }
 
 #[derive(Deserialize)]
@@ -57,6 +60,29 @@ struct Tokens {
     output_tokens: Option<u64>,
 }
 
+/// A JSON object. The structs alone would take an array for their members in order.
+struct Object<T>(T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct OfObject<T>(PhantomData<T>);
+
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for OfObject<T> {
+            type Value = Object<T>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Object<T>, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(map)).map(Object)
+            }
+        }
+
+        deserializer.deserialize_map(OfObject(PhantomData))
+    }
+}
+
 /// The names of the counts.
 const COUNTS: [&str; 4] = ["prompt_tokens", "input_tokens", "completion_tokens", "output_tokens"];
 
@@ -67,8 +93,8 @@ pub(super) fn has_counts(usage: &Map<String, Value>) -> bool {
 
 /// Reads a document.
 pub(super) fn of_document(text: &[u8]) -> Found {
-    let message: Option<Message<'_>> = serde_json::from_slice(text).ok();
-    message.map_or_else(Found::default, Found::from)
+    let message: Option<Object<Message<'_>>> = serde_json::from_slice(text).ok();
+    message.map_or_else(Found::default, |Object(message)| message.into())
 }
 
 /// Reads events. Of several counts, the last one counts.
@@ -89,13 +115,14 @@ pub(super) fn of_event(data: &[u8]) -> Found {
     if found.usage {
         return found;
     }
-    let event: Option<Event<'_>> = serde_json::from_slice(data).ok();
-    found.or(event.and_then(|event| event.response.or(event.message)).map_or_else(Found::default, Found::from))
+    let event: Option<Object<Event<'_>>> = serde_json::from_slice(data).ok();
+    let message = event.and_then(|Object(event)| event.response.or(event.message));
+    found.or(message.map_or_else(Found::default, |Object(message)| message.into()))
 }
 
 impl From<Message<'_>> for Found {
     fn from(message: Message<'_>) -> Self {
-        let (usage, tokens) = (message.usage.is_some(), message.usage);
+        let (usage, tokens) = (message.usage.is_some(), message.usage.map(|Object(tokens)| tokens));
         Self {
             model: message.model.filter(|model| !model.is_empty()).map(Cow::into_owned),
             usage,
