@@ -57,7 +57,7 @@ pub async fn refuse(worker: &Worker, client: &mut Client, error: &Error, path: &
     record.finish_unrouted(worker, error);
 }
 
-/// As [`run`], but catches a panic. The panic hook has already logged and counted it.
+/// As `run`, but catches a panic. The panic hook has already logged and counted it.
 pub async fn guarded(
     worker: &Worker,
     client: &mut Client,

@@ -6,6 +6,8 @@ use super::events::EventScanner;
 
 /// Longest beginning that is kept, in bytes.
 pub(super) const BEGIN: usize = 16 << 10;
+/// The field names of an event stream. A comment has the empty one.
+const NAMES: [&[u8]; 5] = [b"data", b"event", b"id", b"retry", b""];
 /// Tells that a stream has begun whose first event is too long or cannot be read: a comment, which is no event.
 const UNREADABLE: &[u8] = b":\n\n";
 
@@ -44,6 +46,10 @@ impl Begin {
             return;
         }
         self.kept.extend_from_slice(&payload[..end.unwrap_or(payload.len())]);
+        if !may_be_events(&self.kept) {
+            self.unreadable();
+            return;
+        }
         if end.is_some() {
             (self.state, self.told) = (State::Ready, length as u64);
         }
@@ -82,6 +88,17 @@ impl Begin {
     }
 }
 
+/// Whether an event stream may begin like this: its first line has a known name. What is something else under the type of an event
+/// stream has no first event to wait for.
+fn may_be_events(begin: &[u8]) -> bool {
+    let begin = begin.strip_prefix("\u{feff}".as_bytes()).unwrap_or(begin);
+    let line = begin.trim_ascii_start();
+    match line.iter().position(|byte| matches!(byte, b':' | b'\n' | b'\r')) {
+        Some(end) => NAMES.contains(&&line[..end]),
+        None => NAMES.iter().any(|name| name.starts_with(line)) || "\u{feff}".as_bytes().starts_with(line),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -107,6 +124,19 @@ mod tests {
             assert_eq!(told(&[one, two]), (Some(expected), first as u64), "{cut}");
         }
         assert_eq!(told(&[&text[..first - 1]]), (None, 0));
+    }
+
+    #[test]
+    fn beginning_of_something_else_is_not_waited_for() {
+        let comment = (Some(Bytes::from_static(UNREADABLE)), 0);
+        for text in ["x", "dat\n", "database: 1\n", "{\"a\":1}", "\n\nhello", "\u{0}\u{1}", "\u{feff}x", "id-7:"] {
+            assert_eq!(told(&[text.as_bytes()]), comment, "{text:?}");
+        }
+        for text in ["", "d", "data", "data:", "event: x\n", "\u{feff}", "\u{feff}id", "\n", "\r\nretry:1", ":", "id\n"]
+        {
+            assert_eq!(told(&[text.as_bytes()]), (None, 0), "{text:?}");
+        }
+        assert_eq!(told(&[b"\xef"]), (None, 0));
     }
 
     #[test]
