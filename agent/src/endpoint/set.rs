@@ -163,7 +163,7 @@ impl EndpointSet {
     /// The subset to pick from; `None` means the whole pool.
     pub fn subset(&self, now: Instant) -> Option<Arc<[SocketAddr]>> {
         let snapshot = self.snapshot();
-        self.subset.choose(&snapshot.subsets, |address| snapshot.get(address), now)
+        self.subset.choose(&snapshot.subsets, |address| snapshot.get(address), now, &[])
     }
 
     /// The subset hint for an EPP: the subset without avoided endpoints, or all of it if no other is left. Without a subset, the
@@ -190,7 +190,7 @@ impl EndpointSet {
     /// the agent knows, without avoided ones as long as another is left. `None` if nothing is left.
     pub fn hint_without(&self, dead: &[SocketAddr], now: Instant) -> Option<Arc<[SocketAddr]>> {
         let snapshot = self.snapshot();
-        let known = match self.subset(now) {
+        let known = match self.subset.choose(&snapshot.subsets, |address| snapshot.get(address), now, dead) {
             Some(subset) => subset.to_vec(),
             None => {
                 let mut known: Vec<_> = snapshot.ready().map(|endpoint| endpoint.address).collect();

@@ -65,15 +65,19 @@ impl Rule {
         }
     }
 
-    /// The subset for a request; `None` means the whole pool.
+    /// The subset for a request that cannot go to the endpoints in `dead`; `None` means the whole pool. If all of its endpoints are
+    /// avoided or dead, the subset still contains them.
     pub(super) fn choose<'e>(
         &self,
         subsets: &Subsets,
         find: impl Fn(SocketAddr) -> Option<&'e Endpoint>,
         now: Instant,
+        dead: &[SocketAddr],
     ) -> Option<Arc<[SocketAddr]>> {
         let subsets = subsets.0.as_ref()?;
-        let is_healthy = |&address: &SocketAddr| find(address).is_none_or(|endpoint| !endpoint.is_avoided(now));
+        let is_healthy = |address: &SocketAddr| {
+            !dead.contains(address) && find(*address).is_none_or(|endpoint| !endpoint.is_avoided(now))
+        };
         if let Some(healthy) = subsets.iter().find(|subset| subset.iter().any(is_healthy)) {
             return Some(Arc::clone(healthy));
         }

@@ -108,10 +108,13 @@ async fn request_that_no_endpoint_took_is_picked_once_more() {
     let mut world =
         World::new(|gone, live| Books { inner: obeying(gone, live), open: books.0, most: books.1 }, |_| {}).await;
     let bodies = [json("m", 1000), json("m", 3 << 20)];
+    let settled = || eventually(SOON, || open.load(Relaxed) == 0);
     for _ in 0..10 {
+        settled().await;
         let seen = world.request(&Request::get("/test/echo")).await.echoed();
         assert_eq!(seen.body_length, 0);
         for body in &bodies {
+            settled().await;
             let response = world.request(&echo(body.clone())).await;
             assert_eq!(response.served_by(), Some(world.live.addr));
             assert_eq!(response.echoed().body_hash, Fnv::of(body).value());
