@@ -4,10 +4,10 @@
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use penstock_agent::config::{Config, FailureMode};
+use penstock_agent::config::{Config, FailureMode, SteeringMode};
 use penstock_tests::{
-    Client, Refusing, Request, ScriptedEpp, Stage,
-    agent::TestAgent,
+    Client, ModelServer, Refusing, Request, ScriptedEpp, Stage,
+    agent::{TestAgent, epp_pool},
     content::Fnv,
     eventually,
     scripted_epp::{Fault, Faulty, Harm, Moment, Production, Setup},
@@ -27,6 +27,10 @@ fn waits(config: &mut Config) {
     epp(config).unreachable_wait = Some(Some(LONG));
 }
 
+async fn endpoint() -> ModelServer {
+    ModelServer::start(Default::default()).await.unwrap()
+}
+
 /// Requests that had to wait and ended like this.
 fn waited(agent: &TestAgent, outcome: &str) -> u64 {
     agent.count("penstock_epp_waits_total", &[&format!("reason=\"{outcome}\"")])
@@ -42,28 +46,32 @@ async fn status(agent: &TestAgent, request: Request) -> u16 {
     client.request(&request).await.unwrap().status()
 }
 
-/// A stage whose only replica is gone.
-async fn away(adjust: impl FnOnce(&mut Config)) -> Stage {
-    let mut stage = Stage::with(Production::new, |config| {
+/// A stage whose only replica refuses connections while the second value exists.
+async fn away(adjust: impl FnOnce(&mut Config)) -> (Stage, Refusing) {
+    let refusing = Refusing::new().unwrap();
+    let stage = Stage::with(Production::new, |config| {
         waits(config);
+        epp(config).addresses = vec![refusing.addr.to_string()];
         adjust(config);
     })
     .await;
-    stage.epp.stop();
-    stage
+    (stage, refusing)
 }
 
 /// 400 requests a second, while the only replica drains, is killed, and is away for 1.5 s.
 async fn lose_nothing(mode: FailureMode) {
     const REQUESTS: usize = 1200;
     const BEFORE: usize = 200;
-    let Stage { mut epp, agent, one, two, .. } = Stage::with(Production::new, |config| {
-        config.pools[0].failure_mode = mode;
+    // On addresses of their own, because another test may take a port that is free for long.
+    let number = if mode == FailureMode::Closed { 1 } else { 2 };
+    let setup = Setup { address: ([127, 77, 0, number], 0).into(), ..Setup::default() };
+    let (one, two) = (endpoint().await, endpoint().await);
+    let mut epp = ScriptedEpp::start_with(setup, Production::new(&[one.addr, two.addr])).await.unwrap();
+    let agent = TestAgent::start(epp_pool(&[one.addr, two.addr], epp.addr, mode), SteeringMode::Off, |config| {
         if mode == FailureMode::Closed {
             waits(config);
         }
-    })
-    .await;
+    });
     let (addr, body) = (agent.addr, json("m", 500));
     let request = async move || {
         let mut client = Client::connect(addr).await.unwrap();
@@ -120,7 +128,7 @@ async fn restart_of_the_only_replica_loses_no_request_of_an_open_pool() {
 #[tokio::test]
 async fn wait_without_a_replica_ends_in_the_failure_mode() {
     for (mode, expected) in [(FailureMode::Closed, 503), (FailureMode::Open, 200)] {
-        let stage = away(|config| {
+        let (stage, _away) = away(|config| {
             config.pools[0].failure_mode = mode;
             epp(config).unreachable_wait = Some(Some(Duration::from_millis(300)));
         })
@@ -134,14 +142,14 @@ async fn wait_without_a_replica_ends_in_the_failure_mode() {
 
 #[tokio::test]
 async fn decision_timeout_ends_a_wait() {
-    let stage = away(|config| epp(config).decision_timeout = Some(Duration::from_millis(200))).await;
+    let (stage, _away) = away(|config| epp(config).decision_timeout = Some(Duration::from_millis(200))).await;
     assert_eq!(status(&stage.agent, echo(json("m", 1000))).await, 503);
     assert_eq!(waited(&stage.agent, "in_vain"), 1);
 }
 
 #[tokio::test]
 async fn waiting_requests_are_bounded_in_number() {
-    let mut stage = away(|config| epp(config).unreachable_wait_requests = 2).await;
+    let (stage, away) = away(|config| epp(config).unreachable_wait_requests = 2).await;
     let all = async {
         let two = [echo(json("m", 1000)), echo(json("m", 1000))].map(|request| status(&stage.agent, request));
         join_all(two).await
@@ -149,10 +157,12 @@ async fn waiting_requests_are_bounded_in_number() {
     let third = async {
         eventually(SOON, || waiting(&stage.agent) == 2).await;
         let refused = status(&stage.agent, echo(json("m", 1000))).await;
-        stage.epp.restart().await.unwrap();
-        refused
+        let setup = Setup { address: away.addr, ..Setup::default() };
+        drop(away);
+        let back = ScriptedEpp::start_with(setup, Production::new(&[stage.one.addr])).await.unwrap();
+        (refused, back)
     };
-    let (two, refused) = tokio::join!(all, third);
+    let (two, (refused, _back)) = tokio::join!(all, third);
     assert_eq!((two, refused), (vec![200, 200], 503));
     assert_eq!(["served", "full", "in_vain"].map(|outcome| waited(&stage.agent, outcome)), [2, 1, 0]);
 }
@@ -160,7 +170,7 @@ async fn waiting_requests_are_bounded_in_number() {
 /// The bytes that arrive while a request waits count, too.
 #[tokio::test]
 async fn waiting_requests_are_bounded_in_bytes() {
-    let mut stage = away(|config| epp(config).unreachable_wait_bytes = 10_000).await;
+    let (mut stage, _away) = away(|config| epp(config).unreachable_wait_bytes = 10_000).await;
     let wire = echo(json("m", 20_000)).wire("agent");
     let (first, rest) = wire.split_at(wire.len() / 4);
     stage.client.send_raw(first).await.unwrap();
@@ -172,7 +182,7 @@ async fn waiting_requests_are_bounded_in_bytes() {
 
 #[tokio::test]
 async fn client_that_leaves_while_waiting_is_noticed() {
-    let stage = away(|_| {}).await;
+    let (stage, _away) = away(|_| {}).await;
     let Stage { mut client, agent, .. } = stage;
     client.send(&echo(json("m", 1000))).await.unwrap();
     eventually(SOON, || waiting(&agent) == 1).await;
