@@ -3,6 +3,7 @@
 //! Up to its version of August 2026, the suite's fail-open test took down the EPP of another pool, so it passed whatever the
 //! gateway did. Here the EPP that goes away is the one that picked before.
 
+use futures_util::future::join_all;
 use penstock_agent::config::SteeringMode;
 use penstock_tests::Refusing;
 use tokio::time::timeout;
@@ -62,8 +63,7 @@ pub(crate) async fn epp_unavailable_fail_closed(mode: SteeringMode) {
     secondary.epp.stop();
     let before = secondary.reached();
     for request in [&request, &get("/v1/models").header("host", SECONDARY)] {
-        for _ in 0..10 {
-            let response = send(&gateway, request).await;
+        for response in join_all((0..10).map(|_| send(&gateway, request))).await {
             assert_eq!((response.status(), response.error_code().as_str()), (503, "picker_failed"));
         }
     }
@@ -80,13 +80,17 @@ pub(crate) async fn inference_pool_invalid_epp_service(mode: SteeringMode) {
     let broken = InferencePool::start("primary", 2).await.with_epp_at(refusing.addr);
     let secondary = InferencePool::start("secondary", 2).await;
     let gateway = gateway(mode, &[&broken, &secondary], ROUTES);
-    for _ in 0..10 {
-        for request in [post("/v1/completions"), get("/v1/models")] {
-            let response = send(&gateway, &request.header("host", PRIMARY)).await;
-            assert_eq!((response.status(), response.error_code().as_str()), (503, "picker_failed"));
+    let requests = [post("/v1/completions"), get("/v1/models")].map(|request| request.header("host", PRIMARY));
+    let failing = join_all(requests.iter().cycle().take(20).map(|request| send(&gateway, request)));
+    let working = async {
+        for _ in 0..10 {
+            let other = choosing(post("/v1/completions").header("host", SECONDARY), &[secondary.pod(1)]);
+            assert_eq!(served(&send(&gateway, &other).await), secondary.pod(1));
         }
-        let other = choosing(post("/v1/completions").header("host", SECONDARY), &[secondary.pod(1)]);
-        assert_eq!(served(&send(&gateway, &other).await), secondary.pod(1));
+    };
+    let (responses, ()) = tokio::join!(failing, working);
+    for response in responses {
+        assert_eq!((response.status(), response.error_code().as_str()), (503, "picker_failed"));
     }
     assert_eq!((broken.reached(), broken.epp.streams_started()), ((0, 0), 0));
     assert!(!gateway.agent.has_failed());
