@@ -1,5 +1,5 @@
 //! The subcommands and their flags. Exit codes: 0 success, 1 failure, 64 invalid configuration or command line
-//! (EX_USAGE); `doctor` also uses 2.
+//! (EX_USAGE); `doctor` also uses 2 and 3.
 
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
@@ -50,7 +50,8 @@ enum Verb {
     /// Report what this machine lets the agent do, and how to fix what is missing.
     #[command(
         after_help = "Exit codes:\n  0   every path is ready\n  1   no path is ready: the agent relays every byte in user space\n  \
-                      2   some path is off; the output says which\n  64  the configuration or the command line is wrong"
+                      2   some path is off; the output says which\n  \
+                      3   an EPP or an endpoint of the configuration does not work; the output says which setting mends it\n  64  the configuration or the command line is wrong"
     )]
     Doctor(Doctor),
     /// Serve the built-in picker over ext_proc, for Envoy or another Penstock.
@@ -86,7 +87,8 @@ struct Configured {
 
 #[derive(Args)]
 struct Doctor {
-    /// Read `[steering]` from this file, as `penstock run` would; without it, use the defaults
+    /// Read `[steering]` from this file, as `penstock run` would, and try each EPP and endpoint that it names; without it, use
+    /// the defaults
     #[arg(long, env = "PENSTOCK_CONFIG")]
     config: Option<PathBuf>,
     /// Try the kernel program even on a kernel that is known to lose or repeat bytes in sockmap
@@ -211,17 +213,17 @@ impl Cli {
 impl Doctor {
     fn run(self) -> ExitCode {
         let overrides = Overrides { force: self.force, ..Overrides::default() };
-        let mut steering = config::Steering { force: self.force, ..config::Steering::default() };
-        if let Some(path) = &self.config {
-            match Config::load_with(path, &overrides) {
-                Ok(config) => steering = config.steering,
-                Err(errors) => {
-                    eprintln!("{errors}");
-                    return ExitCode::from(USAGE);
-                }
+        let config = self.config.as_ref().map(|path| Config::load_with(path, &overrides)).transpose();
+        let config = match config {
+            Ok(config) => config,
+            Err(errors) => {
+                eprintln!("{errors}");
+                return ExitCode::from(USAGE);
             }
-        }
-        doctor::run(steering, self.json)
+        };
+        let defaults = || config::Steering { force: self.force, ..config::Steering::default() };
+        let steering = config.as_ref().map_or_else(defaults, |config| config.steering.clone());
+        doctor::run(steering, config.as_ref(), self.json)
     }
 }
 

@@ -1,4 +1,5 @@
-//! `penstock doctor`: reports what this machine lets the agent do, and how to fix what is missing.
+//! `penstock doctor`: reports what this machine lets the agent do, whether what the configuration names works, and how to fix
+//! what is missing.
 //!
 //! The text, the JSON document and the exit code show the same findings. The findings about paths come from the code
 //! that `penstock run` uses at start.
@@ -7,7 +8,7 @@ use std::{path::Path, process::ExitCode, time::Duration};
 
 use penstock_agent::{
     capability,
-    config::{self, SteeringMode},
+    config::{self, Config, SteeringMode},
     kernel::{
         Kernel,
         cgroup::{self, CgroupError},
@@ -15,6 +16,7 @@ use penstock_agent::{
     },
     ladder::{Ladder, Program, Rung, State},
     selftest::Check,
+    trial::{self, Trial},
 };
 use serde_json::{Value, json};
 
@@ -22,6 +24,8 @@ use serde_json::{Value, json};
 const RELAY_ONLY: u8 = 1;
 /// Exit code if some path is off.
 const SOME_OFF: u8 = 2;
+/// Exit code if an EPP or an endpoint of the configuration does not work, whatever the paths.
+const NOT_AS_CONFIGURED: u8 = 3;
 
 /// The result of one check.
 struct Finding {
@@ -32,24 +36,50 @@ struct Finding {
     advice: Option<String>,
 }
 
-/// Runs all checks and prints the result.
-pub(crate) fn run(mut steering: config::Steering, as_json: bool) -> ExitCode {
+/// Runs all checks and prints the result. With a configuration, tries also what it names.
+pub(crate) fn run(mut steering: config::Steering, config: Option<&Config>, as_json: bool) -> ExitCode {
     // Checks all paths, even if the settings do not enable them.
     steering.mode = SteeringMode::Auto;
     let ladder = Ladder::climb(&steering);
     let findings = machine(&steering, &ladder);
-    let (code, verdict) = verdict(&ladder);
+    let trials = config.map(trials).unwrap_or_default();
+    let (code, verdict) = verdict(&ladder, &trials);
     if as_json {
-        println!("{:#}", document(&findings, &ladder, code, &verdict));
+        println!("{:#}", document(&findings, &ladder, &trials, code, &verdict));
     } else {
         findings.iter().for_each(Finding::print);
         ladder.rungs.iter().for_each(print_path);
+        print_trials(&trials);
         println!("{:<15}{verdict}", "result");
     }
     ExitCode::from(code)
 }
 
-fn verdict(ladder: &Ladder) -> (u8, String) {
+/// Tries the EPPs and endpoints of the configuration.
+fn trials(config: &Config) -> Vec<Trial> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    match runtime {
+        Ok(runtime) => runtime.block_on(trial::try_all(config)),
+        Err(error) => vec![Trial {
+            name: "runtime".to_owned(),
+            ok: false,
+            found: error.to_string(),
+            advice: Some("raise the limit of open files".to_owned()),
+        }],
+    }
+}
+
+fn verdict(ladder: &Ladder, trials: &[Trial]) -> (u8, String) {
+    let (code, verdict) = machine_verdict(ladder);
+    match trials.iter().filter(|trial| !trial.ok).count() {
+        0 => (code, verdict),
+        failed => {
+            (NOT_AS_CONFIGURED, format!("{verdict}; failed trials of the configuration: {failed} of {}", trials.len()))
+        }
+    }
+}
+
+fn machine_verdict(ladder: &Ladder) -> (u8, String) {
     let off = ladder.rungs.iter().filter(|rung| rung.state != State::Ready).map(|rung| rung.path.label());
     let off: Vec<_> = off.collect();
     match off.len() {
@@ -175,6 +205,17 @@ fn print_path(rung: &Rung) {
     print_advice(advice(rung));
 }
 
+fn print_trials(trials: &[Trial]) {
+    if !trials.is_empty() {
+        println!("configuration");
+    }
+    for Trial { name, ok, found, advice } in trials {
+        let result = if *ok { "ok    " } else { "FAILED" };
+        println!("{:<15}  {result}  {name}: {found}", "");
+        print_advice(advice.as_deref());
+    }
+}
+
 /// Advice for failed checks; other causes are explained by the findings above.
 fn advice(rung: &Rung) -> Option<&'static str> {
     let failed = rung.checks.iter().any(|check| check.failure.is_some());
@@ -185,7 +226,10 @@ fn milliseconds(took: Duration) -> String {
     format!("{:.1} ms", took.as_secs_f64() * 1000.0)
 }
 
-fn document(findings: &[Finding], ladder: &Ladder, code: u8, verdict: &str) -> Value {
+fn document(findings: &[Finding], ladder: &Ladder, trials: &[Trial], code: u8, verdict: &str) -> Value {
+    let configuration = trials
+        .iter()
+        .map(|Trial { name, ok, found, advice }| json!({ "name": name, "ok": ok, "found": found, "advice": advice }));
     let machine = findings.iter().map(|finding| {
         let Finding { name, ok, found, advice } = finding;
         json!({ "name": name, "ok": ok, "found": found, "advice": advice })
@@ -213,5 +257,6 @@ fn document(findings: &[Finding], ladder: &Ladder, code: u8, verdict: &str) -> V
         "result": verdict,
         "machine": machine.collect::<Vec<_>>(),
         "paths": paths.collect::<Vec<_>>(),
+        "configuration": configuration.collect::<Vec<_>>(),
     })
 }

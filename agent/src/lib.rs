@@ -37,6 +37,7 @@ pub mod room;
 pub mod worker;
 pub mod upload;
 pub mod proxy;
+pub mod trial;
 pub mod turns;
 pub mod tls;
 pub mod connection;

@@ -23,4 +23,5 @@ pub mod replica;
 pub mod silence;
 pub mod tend;
 pub mod tls;
+pub mod trial;
 pub mod waiting_room;

@@ -45,7 +45,7 @@ pub use namespace::Namespace;
 pub use process::Process;
 pub use random::Random;
 pub use reader::Reader;
-pub use refusing::{Deaf, Refusing};
+pub use refusing::{Deaf, Refusing, tls_only};
 pub use scripted_epp::ScriptedEpp;
 pub use sender::Sender;
 pub use stage::Stage;

@@ -26,18 +26,12 @@ const GONE: Duration = Duration::from_secs(15);
 
 /// The server speaks another protocol than the settings say. The inner error of an [`io::Error`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{}; {}", self.answer(), self.advice())]
 pub enum Mismatch {
-    #[error("the server answered with TLS; set `tls` in the pool's `picker` section")]
     Tls,
-    #[error("the server answered without TLS; set `tls = \"off\"` in the pool's `picker` section")]
     NoTls,
-    #[error("the server answered with HTTP/1.1; set `address` in the pool's `picker` section to the EPP's gRPC port")]
     Http1,
-    #[error(
-        "the server answered with neither HTTP/2 nor TLS; set `address` in the pool's `picker` section to the EPP's gRPC port"
-    )]
     Unknown,
-    #[error("the server closed the connection before the HTTP/2 handshake")]
     Closed,
 }
 
@@ -47,7 +41,29 @@ impl Mismatch {
         error.get_ref()?.downcast_ref().copied()
     }
 
-    fn error(self) -> io::Error {
+    /// What the server did.
+    pub fn answer(self) -> &'static str {
+        match self {
+            Self::Tls => "the server answered with TLS",
+            Self::NoTls => "the server answered without TLS",
+            Self::Http1 => "the server answered with HTTP/1.1",
+            Self::Unknown => "the server answered with neither HTTP/2 nor TLS",
+            Self::Closed => "the server closed the connection before the HTTP/2 handshake",
+        }
+    }
+
+    /// Which setting of the pool's EPP mends it.
+    pub fn advice(self) -> &'static str {
+        match self {
+            Self::Tls => "set `tls` in the pool's `picker` section",
+            Self::NoTls => "set `tls = \"off\"` in the pool's `picker` section",
+            Self::Http1 | Self::Unknown => "set `address` in the pool's `picker` section to the EPP's gRPC port",
+            Self::Closed => "check `address` and `tls` in the pool's `picker` section",
+        }
+    }
+
+    /// An error with this cause.
+    pub fn error(self) -> io::Error {
         // A lost connection may be repeated, another protocol may not.
         let kind = if self == Self::Closed { io::ErrorKind::ConnectionAborted } else { io::ErrorKind::InvalidData };
         io::Error::new(kind, self)

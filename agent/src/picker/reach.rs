@@ -1,7 +1,7 @@
 //! Connects again to a replica that could not be connected. There is one such task per replica for all workers and requests; it
 //! pauses longer after each failure. A success wakes the requests that wait.
 
-use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{io, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use futures_util::future::FutureExt as _;
 use tokio::time::{Instant, sleep, timeout};
@@ -41,16 +41,17 @@ async fn follow(replicas: &Replicas, replica: &Arc<Replica>) {
     loop {
         if let Some(why) = replica.why_unreachable() {
             let (address, authority) = (replica.address, &replica.authority);
-            let cause = cause(replicas, replica, &why).await.map(tracing::field::display);
-            tracing::warn!(%address, %authority, error = %why, cause, "EPP replica unreachable, connecting again");
+            tracing::warn!(%address, %authority, error = %why, "EPP replica unreachable, connecting again");
             let since = Instant::now();
+            let mut explanation = Explanation::default();
             loop {
                 // The replica may have another address by now.
                 replicas.recheck();
                 sleep(jittered(pauses.next(since.elapsed()))).await;
                 match connect().await {
                     Ok(()) => break,
-                    Err(why) => replica.unreachable(&why),
+                    // Requests that fail meanwhile name the cause, too.
+                    Err(why) => replica.unreachable(&explanation.of(replicas, replica, why).await),
                 }
             }
             replica.reached();
@@ -66,15 +67,40 @@ async fn follow(replicas: &Replicas, replica: &Arc<Replica>) {
     }
 }
 
+/// The likely cause of failed connections to one replica, which is looked for once.
+#[derive(Default)]
+struct Explanation(Option<Option<Mismatch>>);
+
+impl Explanation {
+    /// The error that names the cause, if it is known.
+    async fn of(&mut self, replicas: &Replicas, replica: &Replica, why: Arc<io::Error>) -> Arc<io::Error> {
+        if !is_unexplained(&why) {
+            return why;
+        }
+        if self.0.is_none() {
+            let cause = cause(replicas, replica, &why).await;
+            if let Some(cause) = cause {
+                tracing::warn!(address = %replica.address, authority = %replica.authority, %cause, "EPP replica unreachable");
+            }
+            self.0 = Some(cause);
+        }
+        self.0.flatten().map_or(why, |cause| Arc::new(cause.error()))
+    }
+}
+
 /// The likely cause of a failed connection, if the error does not say it. A server that expects TLS may close the connection
 /// without an answer, so it is asked with TLS.
-async fn cause(replicas: &Replicas, replica: &Replica, why: &std::io::Error) -> Option<Mismatch> {
-    let lost = Mismatch::of(why) == Some(Mismatch::Closed) || connection::is_loss(why.kind());
-    if replicas.tls.is_some() || !lost {
+pub(super) async fn cause(replicas: &Replicas, replica: &Replica, why: &io::Error) -> Option<Mismatch> {
+    if replicas.tls.is_some() || !is_unexplained(why) {
         return None;
     }
     let asked = handshake::answers_tls(replica.address, tls::unverified()?, replica.name.clone());
     timeout(replicas.settings.connect_timeout, asked).await.unwrap_or(false).then_some(Mismatch::Tls)
+}
+
+/// Whether the server accepted the connection and closed it without an answer.
+fn is_unexplained(why: &io::Error) -> bool {
+    Mismatch::of(why) == Some(Mismatch::Closed) || connection::is_loss(why.kind())
 }
 
 /// The pauses between attempts.

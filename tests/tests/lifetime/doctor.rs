@@ -1,9 +1,21 @@
 //! `penstock doctor` on this machine and on machines with something missing, and the agent on a kernel known to lose bytes.
 
-use std::process::{Command, Output};
+use std::{
+    net::SocketAddr,
+    process::{Command, Output},
+};
 
-use penstock_tests::{ModelServer, Process, agent_process::AgentProcess, model_server::Options};
+use penstock_tests::{
+    Collector, CollectorBehaviour, Http2Options, Http2Server, ModelServer, Process, Refusing, ScriptedEpp,
+    agent_process::AgentProcess,
+    eventually,
+    model_server::Options,
+    scripted_epp::{Production, Setup},
+    tls_only,
+};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use serde_json::Value;
+use tonic::transport::{Identity, ServerTlsConfig};
 
 use crate::{ANY_PORT, SOON};
 
@@ -60,7 +72,8 @@ fn doctor_on_capable_machine_reports_every_path_ready() {
 #[test]
 fn doctor_with_missing_path_exits_2() {
     let config = tempfile::NamedTempFile::new().unwrap();
-    let pool = "[[pools]]\nname = \"a\"\nendpoints = [\"127.0.0.1:1\"]\n";
+    let endpoint = std::net::TcpListener::bind(ANY_PORT).unwrap();
+    let pool = format!("[[pools]]\nname = \"a\"\nendpoints = [\"{}\"]\n", endpoint.local_addr().unwrap());
     std::fs::write(config.path(), format!("[steering]\ncgroup = \"/nowhere/cgroup\"\n{pool}")).unwrap();
     let output = doctor(&[], &["--json", "--config", config.path().to_str().unwrap()]);
     let document = document(&output);
@@ -170,4 +183,139 @@ fn private_cgroup_namespace_disables_local_path() {
         "{local:#}"
     );
     assert_eq!((output.status.code(), &document["result"]), (Some(2), &"the agent steers, except on: local".into()));
+}
+
+/// A certificate for these names by a new authority: the authority's certificate, and the server's with its key.
+fn signed(names: &[&str]) -> (String, ServerTlsConfig) {
+    let mut params = CertificateParams::default();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let ca = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
+    let names: Vec<_> = names.iter().map(ToString::to_string).collect();
+    let key = KeyPair::generate().unwrap();
+    let certificate = CertificateParams::new(names).unwrap().signed_by(&key, &*ca).unwrap().pem();
+    (ca.pem(), ServerTlsConfig::new().identity(Identity::from_pem(certificate, key.serialize_pem())))
+}
+
+async fn epp(endpoints: &[SocketAddr], tls: Option<ServerTlsConfig>) -> ScriptedEpp {
+    let setup = Setup { tls, ..Setup::default() };
+    ScriptedEpp::start_with(setup, Production::new(endpoints)).await.unwrap()
+}
+
+/// Every EPP and endpoint of the configuration is tried, and the advice names the setting that mends it.
+#[tokio::test]
+async fn doctor_names_the_setting_that_mends_each_epp_and_endpoint() {
+    let endpoint = ModelServer::start(Options::default()).await.unwrap();
+    let all = [endpoint.addr];
+    let (ca, server) = signed(&["127.0.0.1"]);
+    let (other_ca, named) = signed(&["epp.example"]);
+    let folder = tempfile::tempdir().unwrap();
+    for (name, text) in [("ca.pem", &ca), ("other.pem", &other_ca)] {
+        std::fs::write(folder.path().join(name), text).unwrap();
+    }
+    let (plain, empty, elsewhere) =
+        (epp(&all, None).await, epp(&[], None).await, epp(&["127.0.0.9:9".parse().unwrap()], None).await);
+    let (secured, named) = (epp(&all, Some(server)).await, epp(&all, Some(named)).await);
+    let (silent, refusing) = (tls_only().unwrap(), Refusing::new().unwrap());
+    let no_epp = Collector::start(CollectorBehaviour::Keeps).await.unwrap();
+    let h2c = Http2Server::start(Http2Options::default()).await.unwrap();
+    let insecure = "tls = \"insecure\"";
+    // Name, EPP, its further settings, whether it works, what is found, and what the advice names.
+    let pools: [(&str, SocketAddr, &str, bool, &str, &str); 15] = [
+        ("good", plain.addr, "", true, "picks 127.0.0.1:", ""),
+        ("good-tls", secured.addr, "tls = \"ca\"\nca_file = \"ca.pem\"", true, "picks 127.0.0.1:", ""),
+        ("needs-tls", secured.addr, "", false, "answered with TLS", "set `tls`"),
+        ("needs-tls-silent", silent, "", false, "answered with TLS", "set `tls`"),
+        ("has-no-tls", plain.addr, insecure, false, "answered without TLS", "`tls = \"off\"`"),
+        ("http1", endpoint.addr, "", false, "answered with HTTP/1.1", "set `address`"),
+        ("http1-tls", endpoint.addr, insecure, false, "answered with HTTP/1.1", "set `address`"),
+        ("other-service", no_epp.addr, "", false, "unimplemented", "ext_proc port"),
+        ("no-endpoint", empty.addr, "", false, "answers a request with 5", "InferencePool"),
+        ("wrong-pool", elsewhere.addr, "", false, "picks 127.0.0.9:9, which the pool does not admit", "passthrough"),
+        (
+            "unknown-ca",
+            secured.addr,
+            "tls = \"ca\"\nca_file = \"other.pem\"",
+            false,
+            "invalid peer certificate",
+            "`ca_file`",
+        ),
+        ("wrong-name", named.addr, "tls = \"ca\"\nca_file = \"other.pem\"", false, "not valid for", "`server_name`"),
+        (
+            "right-name",
+            named.addr,
+            "tls = \"ca\"\nca_file = \"other.pem\"\nserver_name = \"epp.example\"",
+            true,
+            "picks 127.0.0.1:",
+            "",
+        ),
+        (
+            "not-pinned",
+            secured.addr,
+            "tls = \"pinned\"\npins = [\"0000000000000000000000000000000000000000000000000000000000000000\"]",
+            false,
+            "is not pinned",
+            "`pins`",
+        ),
+        ("refused", refusing.addr, "", false, "Connection refused", "start the EPP"),
+    ];
+    let mut text = String::new();
+    for (name, address, more, ..) in &pools {
+        text += &format!(
+            "[[pools]]\nname = \"{name}\"\nendpoints = [\"{}\"]\n[pools.picker]\nkind = \"epp\"\naddress = \"{address}\"\n{more}\n",
+            endpoint.addr
+        );
+    }
+    let gone = refusing.addr;
+    text += &format!("[[pools]]\nname = \"builtin\"\nendpoints = [\"{}\", \"{gone}\"]\n", endpoint.addr);
+    text += &format!(
+        "[[pools]]\nname = \"h2c\"\napp_protocol = \"h2c\"\nendpoints = [\"{}\", \"{}\"]\n",
+        h2c.addr, endpoint.addr
+    );
+    text += "[[routes]]\npool = \"good\"\n";
+    let config = folder.path().join("penstock.toml");
+    std::fs::write(&config, text).unwrap();
+    let arguments = ["--json", "--config", config.to_str().unwrap()];
+    let output = doctor(&[], &arguments);
+    let document = document(&output);
+    assert_eq!((output.status.code(), &document["exit_code"]), (Some(3), &Value::from(3)), "{document:#}");
+    let trial = |name: &str| {
+        let trials = document["configuration"].as_array().unwrap();
+        trials.iter().find(|trial| trial["name"] == name).unwrap_or_else(|| panic!("no {name} in {document:#}"))
+    };
+    let check = |name: &str, ok: bool, found: &str, advice: &str| {
+        let trial = trial(name);
+        assert_eq!(trial["ok"], ok, "{trial:#}");
+        assert!(trial["found"].as_str().unwrap().contains(found), "{trial:#}");
+        assert!(trial["advice"].as_str().unwrap_or_default().contains(advice), "{trial:#}");
+        assert_eq!(trial["advice"].is_null(), ok, "{trial:#}");
+    };
+    for (name, address, _, ok, found, advice) in pools {
+        check(&format!("pool {name}, EPP {address}"), ok, found, advice);
+    }
+    check(&format!("pool builtin, endpoint {}", endpoint.addr), true, "accepts connections", "");
+    check(&format!("pool builtin, endpoint {gone}"), false, "Connection refused", "start the model server");
+    check(&format!("pool h2c, endpoint {}", h2c.addr), true, "accepts connections", "");
+    check(&format!("pool h2c, endpoint {}", endpoint.addr), false, "HTTP/1.1", "app_protocol");
+    // The EPPs do not count the trial as load.
+    eventually(SOON, || plain.streams_open() == 0).await;
+    let text = String::from_utf8(doctor(&[], &arguments[1..]).stdout).unwrap();
+    assert!(text.contains("ok      pool good, EPP") && text.contains("FAILED  pool needs-tls, EPP"), "{text}");
+    assert!(text.contains("-> set `tls` in the pool's `picker` section"), "{text}");
+}
+
+/// With a configuration that works, the exit code is that of the machine.
+#[tokio::test]
+async fn doctor_with_working_configuration_exits_0() {
+    let endpoint = ModelServer::start(Options::default()).await.unwrap();
+    let epp = epp(&[endpoint.addr], None).await;
+    let config = tempfile::NamedTempFile::new().unwrap();
+    let text = format!(
+        "[[pools]]\nname = \"a\"\nendpoints = [\"{}\"]\n[pools.picker]\nkind = \"epp\"\naddress = \"{}\"\n",
+        endpoint.addr, epp.addr
+    );
+    std::fs::write(config.path(), text).unwrap();
+    let output = doctor(&[], &["--json", "--config", config.path().to_str().unwrap()]);
+    let document = document(&output);
+    assert_eq!(output.status.code(), Some(0), "{document:#}");
+    assert_eq!(document["configuration"].as_array().unwrap().len(), 2);
 }

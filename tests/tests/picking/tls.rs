@@ -226,3 +226,39 @@ async fn health_checks_use_same_tls() {
         penstock_tests::eventually(SOON, || agent.count("penstock_epp_replicas", &[&state]) == 1).await;
     }
 }
+
+/// The agent's error for a request, once it contains `cause`.
+async fn names_cause(agent: &TestAgent, cause: &str) {
+    let (mut client, begin) = (Client::connect(agent.addr).await.unwrap(), Instant::now());
+    loop {
+        let response = client.request(&penstock_tests::Request::get("/test/echo")).await.unwrap();
+        assert_eq!(response.error_code(), "picker_failed");
+        if response.text().contains(cause) {
+            return;
+        }
+        assert!(begin.elapsed() < SOON, "{}", response.text());
+    }
+}
+
+/// Each mistake in the pool's settings is named, with the setting.
+#[tokio::test]
+async fn error_names_the_protocol_that_the_picker_speaks() {
+    let endpoint = endpoint().await;
+    let with_tls = picker(&endpoint, Signed::self_signed_identity().server_config()).await;
+    names_cause(&agent(&endpoint, with_tls.addr, |_| {}), "the server answered with TLS; set `tls`").await;
+    let plain = ScriptedEpp::start(Production::new(&[endpoint.addr])).await.unwrap();
+    let without = agent(&endpoint, plain.addr, |epp| epp.tls = EppTls::Insecure);
+    names_cause(&without, "the server answered without TLS; set `tls = \\\"off\\\"`").await;
+    for tls in [EppTls::Off, EppTls::Insecure] {
+        let http1 = agent(&endpoint, endpoint.addr, |epp| epp.tls = tls.clone());
+        names_cause(&http1, "the server answered with HTTP/1.1; set `address`").await;
+    }
+}
+
+/// A server that expects TLS and closes other connections without a word, as those written in Go do.
+#[tokio::test]
+async fn error_names_tls_although_the_picker_closes_silently() {
+    let server = penstock_tests::tls_only().unwrap();
+    let endpoint = endpoint().await;
+    names_cause(&agent(&endpoint, server, |_| {}), "the server answered with TLS; set `tls`").await;
+}
