@@ -367,9 +367,15 @@ mod tests {
         assert!(shown(&unasked, "local").contains(r#"reason="configured""#));
     }
 
+    /// Climbs with these capabilities alone. aya asks the kernel what it can do once for the whole process: here, with all of them.
+    fn climb_with(kept: &[Capability]) -> Ladder {
+        drop(Kernel::load(64));
+        capability::with(kept, || Ladder::climb(&config()))
+    }
+
     #[test]
     fn missing_capabilities_are_named() {
-        let ladder = capability::with(&[Capability::CAP_BPF], || Ladder::climb(&config()));
+        let ladder = climb_with(&[Capability::CAP_BPF]);
         let said = ladder.describe();
         let lacks = "steering: unavailable: this process lacks CAP_NET_ADMIN, CAP_PERFMON: ";
         assert!(said.starts_with(lacks) && said.contains("Operation not permitted"), "{said}");
@@ -389,8 +395,7 @@ mod tests {
 
     #[test]
     fn reason_leaves_out_the_verifier_output() {
-        let kept = [Capability::CAP_BPF, Capability::CAP_NET_ADMIN];
-        let said = capability::with(&kept, || Ladder::climb(&config())).describe();
+        let said = climb_with(&[Capability::CAP_BPF, Capability::CAP_NET_ADMIN]).describe();
         let why = "this process lacks CAP_PERFMON: the kernel refused the program: the BPF_PROG_LOAD syscall returned \
                    Permission denied (os error 13)";
         assert_eq!(said, format!("steering: unavailable: {why}"));
