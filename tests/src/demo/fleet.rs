@@ -123,9 +123,9 @@ impl AgentProcess {
         let started = process.0.line("\"workers\"", SOON).await?;
         let (address, admin) = (field(&started, "address")?, field(&started, "admin")?);
         let steering = field(&process.0.line("steering: ", SOON).await?, "message")?;
-        let mut client = Client::connect(admin).await?;
         loop {
-            let ready = client.request(&Request::get("/readyz")).await?;
+            // The admin server closes the connection after each response.
+            let ready = Client::connect(admin).await?.request(&Request::get("/readyz")).await?;
             if ready.status() == 200 {
                 break;
             }
