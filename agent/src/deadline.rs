@@ -25,6 +25,11 @@ pub async fn passed(deadline: Option<Instant>) {
     }
 }
 
+/// Resolves when `limit` has passed since the first poll. Never resolves without one.
+pub async fn elapsed(limit: Option<Duration>) {
+    passed(after(limit)).await;
+}
+
 #[cfg(test)]
 mod tests {
     use tokio::time::sleep;
@@ -39,7 +44,7 @@ mod tests {
         assert_eq!(with_deadline(after(Some(LIMIT)), sleep(LIMIT / 2)).await, Some(()));
         assert_eq!(with_deadline(after(Some(LIMIT)), sleep(LIMIT * 2)).await, None);
         assert_eq!(begin.elapsed(), LIMIT / 2 + LIMIT);
-        passed(after(Some(LIMIT))).await;
+        elapsed(Some(LIMIT)).await;
         assert_eq!(begin.elapsed(), LIMIT / 2 + LIMIT * 2);
     }
 

@@ -9,6 +9,7 @@ pub mod request;
 pub mod accept;
 pub mod body;
 pub mod coding;
+pub mod media;
 pub mod trailers;
 pub mod headers;
 pub mod digest;

@@ -29,7 +29,7 @@ use self::{
     receive::receive,
     record::Record,
     repick::Dispatched,
-    reply::{answer_last_forward, send_error, send_immediate},
+    reply::{answer_last_forward, evict, send_error, send_immediate},
     request::{Deadline, Request},
 };
 pub use self::{
@@ -163,9 +163,7 @@ async fn pick_and_respond(
         PickOutcome::Forward(picked) => picked,
         PickOutcome::Reply(reply) => {
             let keep_alive = request.keeps_alive(worker) && upload.is_done();
-            send_immediate(worker, client, &request.parts, &reply, keep_alive).await?;
-            request.record.status(reply.status, "picker_reply");
-            return Ok(if keep_alive { After::Next } else { After::Close });
+            return send_immediate(worker, client, request, &reply, "picker_reply", keep_alive).await;
         }
     };
     let dispatched = repick::dispatch(worker, client, request, upload, picked, lease, deadline).await;
@@ -173,17 +171,9 @@ async fn pick_and_respond(
         Ok(Dispatched::Response(response, picked)) => (*response, picked),
         Ok(Dispatched::Reply(reply)) => {
             let keep_alive = request.keeps_alive(worker) && upload.is_done();
-            send_immediate(worker, client, &request.parts, &reply, keep_alive).await?;
-            request.record.status(reply.status, "picker_reply");
-            return Ok(if keep_alive { After::Next } else { After::Close });
+            return send_immediate(worker, client, request, &reply, "picker_reply", keep_alive).await;
         }
-        Err(Error::Evicted(reply)) => {
-            worker.shared.metrics.pool(request.pool).evicted();
-            let keep_alive = request.keeps_alive(worker);
-            send_immediate(worker, client, &request.parts, &reply, keep_alive).await?;
-            request.record.status(reply.status, "evicted");
-            return Ok(if keep_alive { After::Next } else { After::Close });
-        }
+        Err(Error::Evicted(reply)) => return evict(worker, client, request, &reply).await,
         Err(error) => return Err(error),
     };
     // The rest of the request is sent while the response is delivered.

@@ -4,19 +4,22 @@
 //! events), if it is a string with the picker's name. Everything else passes byte for byte. In an event stream each event's data is
 //! a document. Takes pieces of any size; between two of them it keeps at most one string as long as the name.
 //!
-//! The documents are not validated: in text that is no JSON nothing matches, and it passes.
+//! The documents are not validated: text that is not JSON passes unchanged.
 
 mod json;
 mod lines;
 
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, header};
+use http::HeaderMap;
 
 use self::{
     json::Document,
     lines::{Lines, Part},
 };
-use crate::bbr::{Model, ModelScanner};
+use crate::{
+    bbr::{Model, ModelScanner},
+    http::media::{EVENTS, is_coded, is_json, media_type},
+};
 
 /// The answers that can be read, by their Content-Type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,16 +33,11 @@ pub enum Kind {
 impl Kind {
     /// `None` for other types, and under a content coding.
     pub fn of(headers: &HeaderMap) -> Option<Self> {
-        let text = |name| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
-        if !matches!(text(header::CONTENT_ENCODING), "" | "identity") {
-            return None;
-        }
-        let kind = text(header::CONTENT_TYPE).split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
-        match kind.as_str() {
-            "text/event-stream" => Some(Self::Events),
-            "application/json" | "application/x-ndjson" => Some(Self::Documents),
-            other if other.ends_with("+json") => Some(Self::Documents),
-            _ => None,
+        match media_type(headers).as_str() {
+            _ if is_coded(headers) => None,
+            EVENTS => Some(Self::Events),
+            "application/x-ndjson" => Some(Self::Documents),
+            other => is_json(other).then_some(Self::Documents),
         }
     }
 }
@@ -56,7 +54,7 @@ pub struct Names {
 pub struct ModelOf {
     scanner: ModelScanner,
     begun: bool,
-    /// The body is no JSON.
+    /// The body is not JSON.
     ended: bool,
 }
 
@@ -120,6 +118,7 @@ impl Rename {
 
 #[cfg(test)]
 mod tests {
+    use http::header;
     use proptest::prelude::*;
 
     use super::*;
@@ -252,7 +251,9 @@ mod tests {
         assert_eq!(kind("Text/Event-Stream; charset=utf-8", ""), Some(Kind::Events));
         assert_eq!(kind("application/json", "identity"), Some(Kind::Documents));
         assert_eq!(kind("application/problem+json", ""), Some(Kind::Documents));
+        assert_eq!(kind("application/json", "Identity, "), Some(Kind::Documents));
         assert_eq!(kind("application/json", "gzip"), None);
+        assert_eq!(kind("application/json", "unheard-of"), None);
         assert_eq!(kind("text/plain", ""), None);
     }
 

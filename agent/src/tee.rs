@@ -11,14 +11,20 @@ mod queue;
 mod tail;
 mod usage;
 
+use std::sync::Arc;
+
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, header};
+use http::HeaderMap;
 use penstock_common::framing::Framing;
 
 pub use usage::Usage;
 
 use self::{begin::Begin, queue::Queue, tail::Tail, usage::Found};
-use crate::config::ResponseToPicker;
+use crate::{
+    budget::{Budget, Share},
+    config::ResponseToPicker,
+    http::media::{EVENTS, JSON, is_coded, media_type},
+};
 
 /// Maximum size of a JSON document that is kept, in bytes; it has to be complete to be parsed.
 const DOCUMENT: usize = 256 << 10;
@@ -49,8 +55,10 @@ enum Body {
     Events(Begin, Option<Tail>),
     /// That a stream has begun which cannot be read.
     Coded(Begin),
-    /// A complete JSON document.
-    Document(BytesMut),
+    /// A complete JSON document, and its share of the memory budget.
+    Document(BytesMut, Share),
+    /// There was no memory for the document.
+    Refused,
     Nothing,
 }
 
@@ -70,12 +78,12 @@ impl Default for Rest {
 }
 
 impl Tee {
-    /// Returns `None` if the picker only needs to know that the body ended.
-    pub fn new(mode: ResponseToPicker, facts: &Facts<'_>, queue_limit: usize) -> Option<Self> {
-        let body = match (Body::of(facts), mode) {
+    /// Returns `None` if the picker only needs to know that the body ended. A document counts against `memory`.
+    pub fn new(mode: ResponseToPicker, facts: &Facts<'_>, queue_limit: usize, memory: &Arc<Budget>) -> Option<Self> {
+        let body = match (Body::of(facts, memory), mode) {
             (_, ResponseToPicker::Off) => return None,
             (Body::Events(begin, _), ResponseToPicker::Headers) => Body::Events(begin, None),
-            (Body::Document(_), ResponseToPicker::Headers) => return None,
+            (Body::Document(..), ResponseToPicker::Headers) => return None,
             (Body::Nothing, ResponseToPicker::Headers | ResponseToPicker::Usage) => return None,
             (body, _) => body,
         };
@@ -86,7 +94,7 @@ impl Tee {
 
     /// Whether user space has to see every byte.
     pub fn wants_all(&self) -> bool {
-        self.queue.is_some() || matches!(self.body, Body::Document(_))
+        self.queue.is_some() || matches!(self.body, Body::Document(..))
     }
 
     /// Whether user space has to see the next bytes, because the picker has not been told the beginning.
@@ -135,9 +143,15 @@ impl Tee {
             }
             Body::Coded(begin) if !payload.is_empty() => begin.unreadable(),
             // A truncated JSON document cannot be parsed.
-            Body::Document(kept) if kept.len() + payload.len() > DOCUMENT => self.body = Body::Nothing,
-            Body::Document(kept) => kept.extend_from_slice(payload),
-            Body::Coded(_) | Body::Nothing => {}
+            Body::Document(kept, _) if kept.len() + payload.len() > DOCUMENT => self.body = Body::Nothing,
+            Body::Document(kept, share) => {
+                if share.grow(payload.len() as u64) {
+                    kept.extend_from_slice(payload);
+                } else {
+                    self.body = Body::Refused;
+                }
+            }
+            Body::Coded(_) | Body::Refused | Body::Nothing => {}
         }
     }
 
@@ -153,13 +167,13 @@ impl Tee {
         match (&mut self.queue, &mut self.body) {
             (Some(queue), _) => queue.next_piece(),
             (None, Body::Events(begin, _) | Body::Coded(begin)) => begin.piece(),
-            (None, Body::Document(_) | Body::Nothing) => None,
+            (None, Body::Document(..) | Body::Refused | Body::Nothing) => None,
         }
     }
 
-    /// Whether the picker did not take its pieces in time.
+    /// Whether the picker did not take its pieces in time, or there was no memory for what it was to get.
     pub fn given_up(&self) -> bool {
-        self.queue.as_ref().is_some_and(Queue::given_up)
+        matches!(self.body, Body::Refused) || self.queue.as_ref().is_some_and(Queue::given_up)
     }
 
     /// Returns what the picker still gets at the end of the body.
@@ -168,10 +182,12 @@ impl Tee {
             return Rest { pieces: queue.rest(), complete: !queue.given_up() };
         }
         let mut pieces: Vec<Bytes> = self.next_piece().into_iter().collect();
-        let end = match &mut self.body {
-            Body::Events(begin, Some(tail)) => tail.end(begin.told()),
-            Body::Document(kept) => std::mem::take(kept).freeze(),
-            Body::Events(_, None) | Body::Coded(_) | Body::Nothing => Bytes::new(),
+        let end = match std::mem::replace(&mut self.body, Body::Nothing) {
+            Body::Document(kept, share) => share.hold(kept.freeze()),
+            body => {
+                self.body = body;
+                self.last_events()
+            }
         };
         if !end.is_empty() {
             pieces.push(end);
@@ -179,29 +195,36 @@ impl Tee {
         Rest { pieces, complete: true }
     }
 
+    /// The end of an event stream, if it is wanted.
+    fn last_events(&self) -> Bytes {
+        match &self.body {
+            Body::Events(begin, Some(tail)) => tail.end(begin.told()),
+            _ => Bytes::new(),
+        }
+    }
+
     /// The tokens that the body reports, if it does. Call it before [`rest`](Self::rest).
     pub fn usage(&self) -> Option<Usage> {
         match &self.body {
             Body::Events(begin, Some(tail)) => tail.usage(begin.told()).or(self.first.clone()).usage(),
-            Body::Document(kept) => usage::of_document(kept).usage(),
-            Body::Events(_, None) | Body::Coded(_) | Body::Nothing => None,
+            Body::Document(kept, _) => usage::of_document(kept).usage(),
+            Body::Events(_, None) | Body::Coded(_) | Body::Refused | Body::Nothing => None,
         }
     }
 }
 
 impl Body {
-    fn of(facts: &Facts<'_>) -> Self {
-        let text = |name| facts.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default();
-        let kind = text(header::CONTENT_TYPE).split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
-        let plain = matches!(text(header::CONTENT_ENCODING), "" | "identity");
+    fn of(facts: &Facts<'_>, memory: &Arc<Budget>) -> Self {
+        let kind = media_type(facts.headers);
+        let plain = !is_coded(facts.headers);
         let too_long = facts.length.is_some_and(|length| length > DOCUMENT as u64);
         let is_grpc = kind.starts_with("application/grpc");
         let is_text = kind.is_empty() || kind.starts_with("text/");
         match kind.as_str() {
-            "application/json" if plain && !too_long => Self::Document(BytesMut::new()),
-            "application/json" => Self::Nothing,
-            "text/event-stream" if plain => Self::Events(Begin::new(), Some(Tail::default())),
-            "text/event-stream" => Self::Coded(Begin::new()),
+            JSON if plain && !too_long => Self::Document(BytesMut::new(), memory.share()),
+            JSON => Self::Nothing,
+            EVENTS if plain => Self::Events(Begin::new(), Some(Tail::default())),
+            EVENTS => Self::Coded(Begin::new()),
             _ if !facts.streams || is_grpc => Self::Nothing,
             _ if plain && is_text => Self::Events(Begin::new(), Some(Tail::default())),
             _ => Self::Coded(Begin::new()),

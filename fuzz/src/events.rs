@@ -3,6 +3,7 @@
 
 use http::{HeaderMap, HeaderValue, header};
 use penstock_agent::{
+    budget::Budget,
     config::ResponseToPicker,
     tee::{Facts, Tee},
 };
@@ -24,7 +25,7 @@ pub fn run(data: &[u8]) {
     let headers: HeaderMap = [(header::CONTENT_TYPE, HeaderValue::from_static(kind))].into_iter().collect();
     let tee = |mode| {
         let facts = Facts { headers: &headers, length: None, streams: false };
-        Tee::new(mode, &facts, QUEUE).expect("this content type is supported")
+        Tee::new(mode, &facts, QUEUE, &Budget::unlimited()).expect("this content type is supported")
     };
 
     let mut whole = tee(ResponseToPicker::Usage);

@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use http::{HeaderMap, header};
+use http::HeaderMap;
 
 use super::{
     Model, ModelScanner, NamingError, Summary,
@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     config::{Bbr, MissingModel},
+    http::media::{is_json, media_type},
     metrics::{BodyModel, Metrics},
 };
 
@@ -41,7 +42,7 @@ impl Naming {
     /// Creates the reader for a request with these headers.
     pub fn new(bbr: &Bbr, headers: &HeaderMap, has_body: bool, metrics: &Arc<Metrics>) -> Self {
         Self {
-            scanner: (bbr.enabled && has_body && is_json(headers)).then(ModelScanner::new),
+            scanner: (bbr.enabled && has_body && is_json(&media_type(headers))).then(ModelScanner::new),
             lead: Some(Lead::default()),
             named: Named::Unknown,
             streams: false,
@@ -146,13 +147,6 @@ impl Naming {
 /// Whether the JSON text of a non-string value is a number, `true` or `false`. Text that was cut is not.
 fn is_scalar(text: &str) -> bool {
     !text.starts_with(['[', '{']) && text != "null" && !text.ends_with('…')
-}
-
-fn is_json(headers: &HeaderMap) -> bool {
-    let Some(kind) = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()) else { return false };
-    let kind = kind.split(';').next().unwrap_or_default().trim();
-    kind.eq_ignore_ascii_case("application/json")
-        || kind.len() > 5 && kind.as_bytes()[kind.len() - 5..].eq_ignore_ascii_case(b"+json")
 }
 
 #[cfg(test)]

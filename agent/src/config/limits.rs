@@ -13,7 +13,8 @@ settings! {
         pub body_bytes: u64 = 32 << 20 => integer(1..=1 << 40),
         /// Maximum size of one request body in memory. The rest is spilled to an unlinked file.
         pub body_memory_bytes: usize = 1 << 20 => integer(0..=1 << 30),
-        /// Maximum memory of all request bodies together. Beyond it, bodies are spilled to files.
+        /// Maximum memory of all request bodies together. Beyond it, bodies are spilled to files. JSON responses that are kept for an
+        /// EPP count, too; beyond it the EPP gets their end alone.
         pub total_body_bytes: u64 = 256 << 20
             => integer(0..=1 << 50).named("total_body_memory_bytes").was("total_body_bytes"),
         /// Maximum size of all spilled request bodies together. Beyond it, requests are answered with 503. 0 disables spilling;

@@ -8,9 +8,10 @@ use std::{cell::RefCell, time::Duration};
 use bytes::{BufMut as _, Bytes, BytesMut};
 use http::HeaderMap;
 
-use super::{End, response::after, written};
+use super::{End, written};
 use crate::{
     client::Client,
+    deadline,
     endpoint::body::{Piece, ResponseBody},
     http::trailers,
     kernel::socket::monotonic_ns,
@@ -57,7 +58,7 @@ impl Frames<'_> {
                 biased;
                 piece = self.body.next(&mut trailers) => piece,
                 () = self.client.gone() => return End::ClientGone,
-                () = after(self.idle) => return End::Idle,
+                () = deadline::elapsed(self.idle) => return End::Idle,
             };
             let step = match piece {
                 Ok(Piece::Data(data)) => self.received(data).await,

@@ -2,14 +2,11 @@
 //!
 //! Whenever user space holds no bytes, the session may arm the kernel; what the kernel passes is relayed.
 
-use std::time::Duration;
-
 use bytes::BytesMut;
-use tokio::time::Instant;
 
 use super::{End, written};
 use crate::{
-    client::ClientSocket, endpoint::connection::EndpointConnection, kernel::socket::monotonic_ns,
+    client::ClientSocket, deadline, endpoint::connection::EndpointConnection, kernel::socket::monotonic_ns,
     steer::session::Session,
 };
 
@@ -131,7 +128,7 @@ impl<'a> Delivery<'a> {
     async fn read(&mut self) -> Result<(), End> {
         self.make_room();
         let (client, endpoint, pending) = (&mut *self.client, &mut *self.endpoint, &mut self.pending);
-        let idle = after(self.session.idle);
+        let idle = deadline::elapsed(self.session.idle);
         let received = tokio::select! {
             biased;
             received = endpoint.read(pending) => received,
@@ -163,13 +160,5 @@ impl<'a> Delivery<'a> {
         if n >= self.buffer {
             self.buffer = (self.buffer * 4).min(MAX_BUFFER);
         }
-    }
-}
-
-/// Resolves after the idle time, if there is one.
-pub(super) async fn after(idle: Option<Duration>) {
-    match idle {
-        Some(idle) => tokio::time::sleep_until(Instant::now() + idle).await,
-        None => std::future::pending().await,
     }
 }

@@ -33,7 +33,7 @@ impl Seen {
         self.0.lock().remove(&address);
     }
 
-    /// The endpoints, in order of their addresses.
+    /// The endpoints, sorted by address.
     pub(super) fn recent(&self, now: Instant) -> Vec<SocketAddr> {
         let mut seen = self.0.lock();
         seen.retain(|_, at| now.saturating_duration_since(*at) < KEPT);

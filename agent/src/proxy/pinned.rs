@@ -42,7 +42,7 @@ pub async fn pinned(current: &Rc<Current>, client: &mut ClientSocket, pin: Pin, 
     let over = async {
         tokio::select! {
             () = worker.shared.draining.cancelled() => {}
-            () = deadline::passed(deadline::after(config.pin.age)) => {}
+            () = deadline::elapsed(config.pin.age) => {}
             () = drains(current, address) => {}
         }
     };

@@ -1,7 +1,7 @@
 //! Replies that do not come from an endpoint: the agent's errors, its answer to `Max-Forwards: 0`, and the EPP's immediate replies.
 
 use bytes::Bytes;
-use http::{HeaderValue, Method, StatusCode, request};
+use http::{HeaderValue, Method, StatusCode};
 
 use super::request::{After, Request};
 use crate::{
@@ -39,25 +39,40 @@ pub(super) async fn answer_last_forward(
     Ok(if keep_alive { After::Next } else { After::Close })
 }
 
-/// Sends the EPP's immediate reply to the client.
+/// Sends the EPP's immediate reply to the client. `reason` is that of the access log.
 pub(super) async fn send_immediate(
     worker: &Worker,
     client: &mut Client,
-    request: &request::Parts,
+    request: &mut Request,
     reply: &ImmediateReply,
+    reason: &'static str,
     keep_alive: bool,
-) -> Result<(), Error> {
+) -> Result<After, Error> {
     let mut headers = http::HeaderMap::new();
     mutation::apply(&reply.headers, &mut headers);
     if !reply.body.is_empty() {
         headers.entry(http::header::CONTENT_TYPE).or_insert(HeaderValue::from_static("text/plain"));
     }
-    let manner = Manner::of(&request.headers, &worker.shared.config).at(request.uri.path());
+    let manner = Manner::of(&request.parts.headers, &worker.shared.config).at(request.parts.uri.path());
     manner.mark(&mut headers);
-    let mut reply = Reply { status: reply.status, headers, body: reply.body.clone() };
+    let mut sent = Reply { status: reply.status, headers, body: reply.body.clone() };
     if manner.grpc {
         let message = String::from_utf8_lossy(&reply.body).into_owned();
-        reply = reply.grpc(&message);
+        sent = sent.grpc(&message);
     }
-    client.reply(&request.method, &reply, keep_alive).await.map_err(|_| Error::ClientGone)
+    client.reply(&request.parts.method, &sent, keep_alive).await.map_err(|_| Error::ClientGone)?;
+    request.record.status(reply.status, reason);
+    Ok(if keep_alive { After::Next } else { After::Close })
+}
+
+/// Answers a request that the EPP evicted before its response began.
+pub(super) async fn evict(
+    worker: &Worker,
+    client: &mut Client,
+    request: &mut Request,
+    reply: &ImmediateReply,
+) -> Result<After, Error> {
+    worker.shared.metrics.pool(request.pool).evicted();
+    let keep_alive = request.keeps_alive(worker);
+    send_immediate(worker, client, request, reply, "evicted", keep_alive).await
 }

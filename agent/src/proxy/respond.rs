@@ -12,7 +12,7 @@ use self::{
 use super::{
     dispatch::EndpointResponse,
     picked::Picked,
-    reply::send_immediate,
+    reply::evict,
     request::{After, Pin, Request},
 };
 use crate::{
@@ -35,15 +35,11 @@ pub(super) async fn respond(
     let tee = match apply_epp(worker, client, request, &mut picked, address, &mut head, ended).await? {
         Applied::Respond(tee) => tee,
         Applied::Evicted(reply) => {
-            worker.shared.metrics.pool(request.pool).evicted();
             if let Some(sending) = body.sending() {
                 sending.stop();
             }
             drop(body);
-            let keep_alive = request.keeps_alive(worker);
-            send_immediate(worker, client, &request.parts, &reply, keep_alive).await?;
-            request.record.status(reply.status, "evicted");
-            return Ok(if keep_alive { After::Next } else { After::Close });
+            return evict(worker, client, request, &reply).await;
         }
     };
     let rename = rename(request, &mut head);

@@ -8,7 +8,7 @@ use super::events::EventScanner;
 pub(super) const BEGIN: usize = 16 << 10;
 /// The field names of an event stream. A comment has the empty one.
 const NAMES: [&[u8]; 5] = [b"data", b"event", b"id", b"retry", b""];
-/// Tells that a stream has begun whose first event is too long or cannot be read: a comment, which is no event.
+/// Tells that a stream has begun whose first event is too long or cannot be read: a comment, because that is not an event.
 const UNREADABLE: &[u8] = b":\n\n";
 
 #[derive(Debug)]

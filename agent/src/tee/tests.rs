@@ -1,7 +1,7 @@
 //! Tests what a picker gets of a response body.
 
 use ResponseToPicker::{Body as Whole, Headers, Off, Usage as Tokens};
-use http::{HeaderMap, HeaderValue};
+use http::{HeaderMap, HeaderValue, header};
 use penstock_common::tail::TAIL;
 use proptest::prelude::*;
 
@@ -12,7 +12,7 @@ fn headers(kind: &'static str) -> HeaderMap {
 }
 
 fn tee(mode: ResponseToPicker, kind: &'static str) -> Option<Tee> {
-    Tee::new(mode, &Facts { headers: &headers(kind), length: None, streams: false }, 100_000)
+    Tee::new(mode, &Facts { headers: &headers(kind), length: None, streams: false }, 100_000, &Budget::unlimited())
 }
 
 /// What the picker is told of a body that arrives in pieces: the pieces before its end, and those at its end.
@@ -65,7 +65,7 @@ fn mode_and_kind_of_body_say_what_is_wanted() {
     }
     let asked = |kind| {
         let facts = Facts { headers: &headers(kind), length: None, streams: true };
-        Tee::new(Tokens, &facts, 1).as_ref().map(wants)
+        Tee::new(Tokens, &facts, 1, &Budget::unlimited()).as_ref().map(wants)
     };
     assert_eq!(asked("text/plain"), Some((true, true, false)), "the request asked for a stream");
     assert_eq!(asked("audio/mpeg"), Some((true, false, false)));
@@ -78,7 +78,7 @@ fn coded_and_long_bodies_are_not_kept() {
     let new = |kind, coding: &'static str, length| {
         let mut headers = headers(kind);
         headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static(coding));
-        Tee::new(Tokens, &Facts { headers: &headers, length, streams: false }, 1)
+        Tee::new(Tokens, &Facts { headers: &headers, length, streams: false }, 1, &Budget::unlimited())
     };
     let document = |length: usize| new("application/json", "identity", Some(length as u64)).is_some();
     assert!(document(DOCUMENT) && !document(DOCUMENT + 1));
@@ -243,4 +243,31 @@ fn array_in_place_of_an_object_is_no_usage() {
         tee.take(text.as_bytes());
         assert_eq!(tee.usage(), None, "{text}");
     }
+}
+
+#[test]
+fn documents_share_a_memory_budget() {
+    let memory = Budget::new(1000, Default::default());
+    let headers = headers("application/json");
+    let new = || {
+        let facts = Facts { headers: &headers, length: None, streams: false };
+        Tee::new(Tokens, &facts, 1, &memory).expect("a document is kept")
+    };
+    let (mut one, mut two) = (new(), new());
+    one.take(&[b' '; 600]);
+    two.take(&[b' '; 400]);
+    two.take(b" ");
+    assert!(two.given_up() && !one.given_up());
+    assert_eq!(two.rest(), Rest::default());
+    // The bytes of the second one were given back.
+    one.take(&[b' '; 400]);
+    let told = one.rest();
+    assert_eq!(told.pieces.concat().len(), 1000);
+    let mut three = new();
+    three.take(b" ");
+    assert!(three.given_up(), "what is being told still counts");
+    drop(told);
+    let mut four = new();
+    four.take(b" ");
+    assert!(!four.given_up());
 }

@@ -60,7 +60,7 @@ struct Tokens {
     output_tokens: Option<u64>,
 }
 
-/// A JSON object. The structs alone would take an array for their members in order.
+/// A JSON object. The structs alone would also accept an array with the values of their members.
 struct Object<T>(T);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {

@@ -1,6 +1,6 @@
 //! Tests `Naming` with a table of bodies and against serde_json.
 
-use http::HeaderValue;
+use http::{HeaderValue, header};
 use proptest::prelude::*;
 use serde_json::{Value, json};
 

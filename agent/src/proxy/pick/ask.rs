@@ -7,12 +7,13 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use tokio::time::{Instant, error::Elapsed, sleep_until, timeout, timeout_at};
+use tokio::time::{Instant, timeout};
 
 use super::wait::Wait;
 use crate::{
     client::Client,
     config,
+    deadline::{self, with_deadline},
     endpoint::set::Snapshot,
     error::Error,
     metrics::PoolMetrics,
@@ -87,8 +88,7 @@ impl Question<'_> {
     ) -> Asked {
         let mut attempts = match upload.during(client, timer.limit(self.epp.attempts())).await {
             Ok(Ok(Ok(attempts))) => attempts,
-            Ok(Ok(Err(error))) => return Asked::Failed(error),
-            Ok(Err(_)) => return Asked::Failed(PickError::Deadline),
+            Ok(Ok(Err(error)) | Err(error)) => return Asked::Failed(error),
             Err(error) => return Asked::Client(error),
         };
         loop {
@@ -240,14 +240,11 @@ impl DecisionTimer {
 
     /// When a wait that begins now has to end.
     fn next_deadline(&self) -> Option<Instant> {
-        self.until.or_else(|| self.timeout.map(|timeout| Instant::now() + timeout))
+        self.until.or_else(|| deadline::after(self.timeout))
     }
 
-    async fn limit<T>(&self, what: impl Future<Output = T>) -> Result<T, Elapsed> {
-        match self.next_deadline() {
-            Some(until) => timeout_at(until, what).await,
-            None => Ok(what.await),
-        }
+    async fn limit<T>(&self, what: impl Future<Output = T>) -> Result<T, PickError> {
+        with_deadline(self.next_deadline(), what).await.ok_or(PickError::Deadline)
     }
 }
 
@@ -284,17 +281,10 @@ async fn converse(
                     continue;
                 }
             },
-            () = at(deadline) => return stream.at_deadline().map_err(Asked::Failed),
+            () = deadline::passed(deadline) => return stream.at_deadline().map_err(Asked::Failed),
             read = upload.read_or_gone(client) => read.map_err(Asked::Client)?,
         };
         upload.take(read).await.map_err(Asked::Client)?;
-    }
-}
-
-async fn at(deadline: Option<Instant>) {
-    match deadline {
-        Some(deadline) => sleep_until(deadline).await,
-        None => std::future::pending().await,
     }
 }
 

@@ -1,10 +1,11 @@
 //! Sends the head of a response to the EPP and applies the EPP's mutation to it.
 
-use std::{cell::RefCell, net::SocketAddr};
+use std::{cell::RefCell, net::SocketAddr, sync::Arc};
 
 use http::StatusCode;
 
 use crate::{
+    budget::Budget,
     client::Client,
     config::{self, ResponseToPicker},
     error::Error,
@@ -42,7 +43,8 @@ pub(super) async fn apply_epp(
         && settings.response_to_picker != ResponseToPicker::Off
     {
         let wait = settings.response_timeout;
-        tee = tee_of(settings, head, request.streams).filter(|_| !ended).map(RefCell::new);
+        tee =
+            tee_of(settings, head, request.streams, &worker.shared.bodies.memory).filter(|_| !ended).map(RefCell::new);
         let reply = tokio::select! {
             biased;
             reply = stream.response_headers(head.status, &head.headers, address, ended, wait) => reply,
@@ -79,8 +81,8 @@ pub(super) fn rename(request: &Request, head: &mut ResponseHead) -> Option<Renam
 }
 
 /// The tee for this response's body. Returns `None` if the EPP wants nothing of the body. `streams`: the request asked for a stream.
-fn tee_of(settings: &config::Epp, head: &ResponseHead, streams: bool) -> Option<Tee> {
+fn tee_of(settings: &config::Epp, head: &ResponseHead, streams: bool, memory: &Arc<Budget>) -> Option<Tee> {
     let length = if let BodyKind::Length(length) = head.body { Some(length) } else { None };
     let facts = Facts { headers: &head.headers, length, streams };
-    Tee::new(settings.response_to_picker, &facts, settings.response_queue_bytes)
+    Tee::new(settings.response_to_picker, &facts, settings.response_queue_bytes, memory)
 }

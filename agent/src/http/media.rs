@@ -1,0 +1,24 @@
+//! What the head of a message says of its body's format.
+
+use http::{HeaderMap, header};
+
+use super::coding::Codings;
+
+pub const EVENTS: &str = "text/event-stream";
+pub const JSON: &str = "application/json";
+
+/// The media type (RFC 9110 §8.3.1) in lower case, without parameters; empty if there is none.
+pub fn media_type(headers: &HeaderMap) -> String {
+    let field = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    field.split(';').next().unwrap_or_default().trim().to_ascii_lowercase()
+}
+
+/// Whether a media type in lower case is JSON, or a format based on it (RFC 6839 §3.1).
+pub fn is_json(media_type: &str) -> bool {
+    media_type == JSON || media_type.len() > "+json".len() && media_type.ends_with("+json")
+}
+
+/// Whether the body has a content coding.
+pub fn is_coded(headers: &HeaderMap) -> bool {
+    Codings::of(headers) != Codings::Known(Vec::new())
+}
