@@ -1,8 +1,9 @@
 //! Picks endpoints, through an EPP (ext_proc) or with the built-in picker.
 //!
 //! `replica` holds an EPP's replicas, `tend` keeps them up to date and `reach` connects again to those that were lost; `attempts`
-//! selects the replica to ask; `client` has the connections, which `keep` keeps open, and one stream per request; `exchange` is the protocol on a stream; `mutation` applies the returned headers;
-//! `builtin` picks in this process.
+//! selects the replica to ask; `client` has the connections, which `keep` keeps open, and one stream per request; `exchange` is the
+//! protocol on a stream; `mutation` applies the returned headers, `metadata` collects what the EPP says for the log; `builtin` picks
+//! in this process.
 
 pub mod attempts;
 pub mod builtin;
@@ -15,6 +16,7 @@ pub mod handshake;
 mod health;
 pub mod keep;
 pub mod message;
+pub mod metadata;
 pub mod mutation;
 pub mod names;
 mod reach;

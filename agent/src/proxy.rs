@@ -12,6 +12,7 @@ mod repick;
 mod respond;
 mod reply;
 mod record;
+mod last;
 mod access_log;
 mod renamed;
 mod lease;
@@ -124,7 +125,7 @@ async fn run(
     client.set_unread(!upload.is_done());
     let after = match result {
         Ok(after) => {
-            request.record.finish(worker, request.pool, &request.parts, None);
+            request.record.finish(worker, request.pool, request.parts, None);
             return after;
         }
         Err(ref error) => {
@@ -135,7 +136,7 @@ async fn run(
             if keep_alive && answered { After::Next } else { close_after(answered) }
         }
     };
-    request.record.finish(worker, request.pool, &request.parts, result.as_ref().err());
+    request.record.finish(worker, request.pool, request.parts, result.as_ref().err());
     after
 }
 

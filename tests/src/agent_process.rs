@@ -67,6 +67,11 @@ impl AgentProcess {
         Self::start_text(&[], text).await
     }
 
+    /// Like [`start_with_text`](Self::start_with_text), with the access log.
+    pub async fn start_logging(text: &str) -> Result<Self> {
+        Self::start_text(&["env", "PENSTOCK_LOG=info"], text).await
+    }
+
     async fn start_text(through: &[&str], text: &str) -> Result<Self> {
         let config = NamedTempFile::new()?;
         std::fs::write(config.path(), text)?;

@@ -10,6 +10,7 @@ use super::{
     FailureMode,
     document::Section,
     files,
+    metadata::EppMetadata,
     settings::{Group, choice, keys, section, settings},
     value::{self, OneOrMore, Value, boolean, duration, duration_or_off, integer},
 };
@@ -77,6 +78,8 @@ settings! {
         /// Limits of what the EPP may send for one request. If it exceeds them before its decision, it has failed; if it exceeds
         /// them for a response, its mutation of the response is not applied.
         pub limits: EppLimits = EppLimits::default() => section(),
+        /// What becomes of the dynamic metadata of the EPP's replies.
+        pub metadata: EppMetadata = EppMetadata::default() => section(),
     }
 }
 
@@ -260,6 +263,7 @@ impl Epp {
             }
         }
         self.check_tls(section);
+        self.metadata.check(&section.at("metadata"));
     }
 
     fn check_tls(&self, section: &Section<'_>) {

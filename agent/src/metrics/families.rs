@@ -1,13 +1,16 @@
 //! Every exported metric with its name, labels and help. The doc comment is the HELP text.
 
+use std::sync::atomic::AtomicU64;
+
 use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram, info::Info},
     registry::Registry,
 };
 
 use super::labels::{
-    Build, ByAnswer, ByFlow, ByListener, ByModel, ByOutcome, ByPath, ByPool, ByPoolAndIndex, ByPoolAndReason,
-    ByPoolAndState, ByReason, ByReplica, ByRequestModel, ByResult, BySource, BySourceAndReason, PathState,
+    Build, ByAnswer, ByAttribute, ByFlow, ByListener, ByModel, ByOutcome, ByPath, ByPool, ByPoolAndIndex,
+    ByPoolAndReason, ByPoolAndState, ByReason, ByReplica, ByRequestModel, ByResult, BySource, BySourceAndReason,
+    PathState,
 };
 
 type Histograms<Labels> = Family<Labels, Histogram, fn() -> Histogram>;
@@ -144,6 +147,12 @@ families! {
     epp_bodies_given_up: Family<ByPool, Counter> = "epp_bodies_given_up";
     /// Tokens that responses report, if the EPP's settings ask the agent to read them: gen_ai.client.inference.tokens.
     gen_ai_tokens: Family<ByModel, Counter> = "gen_ai_client_inference_tokens";
+    /// Numbers in the dynamic metadata of EPP replies that `metadata.counters` names, added at the end of each request.
+    epp_attributes: Family<ByAttribute, Counter<f64, AtomicU64>> = "epp_attributes";
+    /// Values of `metadata.counters` that were not added: negative, not finite, or not a number.
+    epp_attributes_refused: Family<ByPoolAndReason, Counter> = "epp_attributes_refused";
+    /// Values in the dynamic metadata of EPP replies that the access log and the span do not have, by the limit.
+    epp_metadata_dropped: Family<ByPoolAndReason, Counter> = "epp_metadata_dropped";
     /// Requests that the EPP evicted while they were being answered.
     evictions: Family<ByPool, Counter> = "evictions";
 

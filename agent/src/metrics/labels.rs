@@ -150,6 +150,14 @@ pub(super) struct ByRequestModel {
     pub(super) gen_ai_request_model: Arc<str>,
 }
 
+/// The attribute is one that the configuration names.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct ByAttribute {
+    pub(super) pool: PoolName,
+    pub(super) gen_ai_request_model: Arc<str>,
+    pub(super) attribute: String,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(super) struct ByReason {
     pub(super) reason: &'static str,

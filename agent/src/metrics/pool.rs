@@ -12,7 +12,7 @@ use super::{
     InFlight, OK,
     families::Families,
     labels::{
-        ByAnswer, ByModel, ByOutcome, ByPool, ByPoolAndIndex, ByPoolAndReason, ByPoolAndState, ByReplica,
+        ByAnswer, ByAttribute, ByModel, ByOutcome, ByPool, ByPoolAndIndex, ByPoolAndReason, ByPoolAndState, ByReplica,
         ByRequestModel, BySource, BySourceAndReason, EndpointState, EppOutcome, PoolName,
     },
     models::Models,
@@ -207,6 +207,25 @@ impl PoolMetrics {
             let labels =
                 ByModel { pool: self.name.clone(), gen_ai_response_model: Arc::clone(&model), gen_ai_token_type: kind };
             self.families.gen_ai_tokens.get_or_create(&labels).inc_by(tokens);
+        }
+    }
+
+    /// Adds a number that the EPP attributes to a request. It must be finite and not negative.
+    pub fn epp_attribute(&self, model: &str, attribute: String, number: f64) {
+        let model = self.models.bounded(model);
+        let labels = ByAttribute { pool: self.name.clone(), gen_ai_request_model: model, attribute };
+        self.families.epp_attributes.get_or_create(&labels).inc_by(number);
+    }
+
+    /// Counts an attribute that cannot be added.
+    pub fn epp_attribute_refused(&self, reason: &'static str) {
+        self.families.epp_attributes_refused.get_or_create(&self.and_reason(reason)).inc();
+    }
+
+    /// Counts values of an EPP's metadata that were dropped.
+    pub fn epp_metadata_dropped(&self, reason: &'static str, values: u64) {
+        if values > 0 {
+            self.families.epp_metadata_dropped.get_or_create(&self.and_reason(reason)).inc_by(values);
         }
     }
 

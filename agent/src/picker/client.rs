@@ -39,6 +39,7 @@ use super::{
     error::PickError,
     exchange::{Event, Exchange, ExchangeLimits, ImmediateReply, Outcome},
     keep::{self, Start},
+    metadata,
     replica::{Replica, Replicas},
     silence::{HeadReply, Silence, Waiting},
 };
@@ -249,6 +250,11 @@ impl PickStream {
         self.replica.authority.as_str()
     }
 
+    /// Collects the dynamic metadata of the EPP's replies.
+    pub fn collect(&mut self, metadata: metadata::Shared) {
+        self.exchange.collect(metadata);
+    }
+
     /// Whether the stream is open and all earlier messages have left, so that a piece of the body may be given.
     pub fn takes_body(&self) -> bool {
         self.out.is_some() && !self.exchange.has_message()
@@ -396,7 +402,7 @@ impl PickStream {
 
     /// Ends the stream after the response: sends the `rest` of its body and, if that is complete, the end. Closes the sending side,
     /// and waits in the background for the EPP to close the other, for at most `REST` and `CLOSE`.
-    pub fn finish(mut self, rest: Rest) {
+    pub fn finish(mut self, rest: Rest) -> Ending {
         let last = rest.pieces.len();
         for (number, piece) in (1..).zip(rest.pieces) {
             self.exchange.response_body(piece, rest.complete && number == last);
@@ -405,6 +411,7 @@ impl PickStream {
             self.exchange.response_end();
         }
         let endings = self.endings.clone();
+        let (ending, last) = oneshot::channel();
         endings.spawn(async move {
             // The EPP may stop reading until its replies are read.
             let sent =
@@ -413,7 +420,10 @@ impl PickStream {
                 self.out = None;
                 let _ = timeout(CLOSE, poll_fn(|cx| self.poll_replies(cx))).await;
             }
+            drop(self);
+            drop(last.await);
         });
+        Ending(ending)
     }
 
     /// Reads and discards the EPP's replies until its stream ends.
@@ -489,6 +499,16 @@ impl PickStream {
             }
         }
         Poll::Ready(())
+    }
+}
+
+/// The end of a stream that was [finished](PickStream::finish).
+pub struct Ending(oneshot::Sender<Box<dyn Send>>);
+
+impl Ending {
+    /// Drops `last` after the EPP's last reply, or at once if that has come.
+    pub fn hold(self, last: impl Send + 'static) {
+        drop(self.0.send(Box::new(last)));
     }
 }
 

@@ -19,7 +19,7 @@ use prost::Message as _;
 pub use super::replacement::Body;
 use super::{
     error::PickError,
-    message,
+    message, metadata,
     names::{InvalidEntries, Names},
     replacement::Replacement,
 };
@@ -59,6 +59,18 @@ pub struct ImmediateReply {
     pub body: Bytes,
     /// For the log.
     pub details: String,
+}
+
+/// The header in which an EPP says why it does not serve a request.
+const DROPPED_REASON: &str = "x-llm-d-request-dropped-reason";
+
+impl ImmediateReply {
+    /// Why the EPP does not serve the request, in its own words.
+    pub fn dropped_reason(&self) -> Option<String> {
+        let set = self.headers.set_headers.iter().filter_map(|set| set.header.as_ref());
+        let reason = set.rev().find(|header| header.key.eq_ignore_ascii_case(DROPPED_REASON))?;
+        Some(String::from_utf8_lossy(message::value(reason)).into_owned())
+    }
 }
 
 /// The EPP's answer about a request.
@@ -106,6 +118,8 @@ pub struct Exchange {
     /// Messages from the EPP so far.
     messages: usize,
     replacement: Replacement,
+    /// Takes the dynamic metadata of every reply.
+    metadata: Option<metadata::Shared>,
     /// Whether a decision, an immediate reply or a failure was returned.
     finished: bool,
     events: VecDeque<Result<Event, PickError>>,
@@ -176,6 +190,7 @@ impl Exchange {
             messages: 0,
             replacement: Replacement::new(limits.replaced_body, Arc::clone(&limits.memory)),
             limits,
+            metadata: None,
             finished: false,
             events: VecDeque::new(),
         };
@@ -188,6 +203,11 @@ impl Exchange {
     #[must_use]
     pub fn with_members(self, members: Arc<Snapshot>) -> Self {
         Self { members: Some(members), ..self }
+    }
+
+    /// Collects the dynamic metadata of further replies.
+    pub fn collect(&mut self, metadata: metadata::Shared) {
+        self.metadata = Some(metadata);
     }
 
     /// Queues a piece of the request's body, of any size. Pieces after the end are dropped.
@@ -264,6 +284,7 @@ impl Exchange {
         if let Err(error) = self.check(&reply) {
             return self.finish(Err(error));
         }
+        self.collect_from(&reply);
         if !self.finished
             && let Some(list) = reply.dynamic_metadata.as_ref().and_then(message::metadata_destination)
         {
@@ -346,6 +367,15 @@ impl Exchange {
             }
             _ => Ok(()),
         }
+    }
+
+    fn collect_from(&self, reply: &ProcessingResponse) {
+        let (Some(metadata), Some(collected)) = (&reply.dynamic_metadata, &self.metadata) else { return };
+        if metadata.encoded_len() > self.limits.epp.metadata_bytes {
+            // Before the decision the exchange has failed.
+            return collected.lock().refused();
+        }
+        collected.lock().take(metadata);
     }
 
     fn immediate(&mut self, mut reply: ImmediateResponse) {

@@ -20,7 +20,7 @@ pub const PIECE: usize = 62_000;
 pub const DESTINATION: &str = "x-gateway-destination-endpoint";
 const SERVED: &str = "x-gateway-destination-endpoint-served";
 const SUBSET: &str = "x-gateway-destination-endpoint-subset";
-const LB: &str = "envoy.lb";
+pub const LB: &str = "envoy.lb";
 const LB_SUBSET: &str = "envoy.lb.subset_hint";
 
 /// The head of a request. `:authority` replaces `host`, as in HTTP/2. `:scheme` comes from the extensions and defaults to `http`.

@@ -240,6 +240,8 @@ pub struct Entry {
 /// The replicas of one pool's EPP.
 pub struct Replicas {
     pub settings: config::Epp,
+    /// Its own copy, because requests outlive the replicas.
+    pub metadata: Arc<config::EppMetadata>,
     pub tls: Option<Tls>,
     entries: Vec<Entry>,
     /// The addresses of each entry.
@@ -264,6 +266,7 @@ impl Replicas {
         let found = entries.iter().map(|entry| entry.host.parse().into_iter().collect()).collect();
         let replicas = Self {
             settings: settings.clone(),
+            metadata: Arc::new(settings.metadata.clone()),
             tls: Tls::new(settings)?,
             entries,
             found: Mutex::new(found),

@@ -45,6 +45,9 @@ fields! {
     status: u16,
     /// How the request ended: `ok`, `picker_reply`, `max_forwards`, or a reason of errors.md.
     reason: &'a str,
+    /// The EPP's own reason, if it replied to the client or evicted the request: `x-llm-d-request-dropped-reason` of
+    /// its reply.
+    reason_detail: &'a str,
     /// The endpoint that responded, as `ip:port`. Empty if none did.
     endpoint: &'a str,
     /// The path that carried the response body: `local`, `ingress`, `relay`, or `none` without a response of an
@@ -68,6 +71,8 @@ fields! {
     /// Time from the first byte of the request to the last byte of the response, in microseconds; for a pinned
     /// connection, how long it was pinned.
     took_us: u64,
+    /// The dynamic metadata of the EPP's replies, a JSON object with an object for each namespace. Without the pick.
+    metadata: &'a str,
     /// The error that the agent answered with, or that the client disconnected.
     error: &'a str,
 }

@@ -7,7 +7,7 @@ use penstock_proto::ext_proc::HeaderMutation;
 use crate::{
     metrics::InFlight,
     picker::{
-        client::PickStream,
+        client::{Ending, PickStream},
         exchange::{Body, ImmediateReply},
     },
     tee::Rest,
@@ -44,10 +44,8 @@ impl Picked {
     }
 
     /// Ends the EPP's stream, if there is one, after sending it the `rest` of the response body.
-    pub(super) fn finish(&mut self, rest: Rest) {
-        if let Some(stream) = self.stream.take() {
-            stream.finish(rest);
-        }
+    pub(super) fn finish(&mut self, rest: Rest) -> Option<Ending> {
+        Some(self.stream.take()?.finish(rest))
     }
 }
 

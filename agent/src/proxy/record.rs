@@ -1,20 +1,25 @@
 //! Records a request: metrics, one line in the access log (target `penstock::access`) and, if tracing is enabled, a span.
+//!
+//! The line, the span and what the EPP's metadata count wait for the EPP's last reply, which may come after the response.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use http::{StatusCode, request};
 use penstock_common::{path::Path, slot::stop};
 use tokio::time::Instant;
-use tracing::field::display;
 
-use super::{access_log::Line, picked::PickOutcome};
+use super::{access_log::Line, last::Last, picked::PickOutcome};
 use crate::{
-    config::Picker,
+    config::{Config, EppMetadata, Picker},
     error::Error,
     http::{headers::Arrival, trace_context},
     kernel::socket::monotonic_ns,
     metrics::{Metrics, Streamed},
-    picker::client::PickStream,
+    picker::{
+        client::{Ending, PickStream},
+        exchange::ImmediateReply,
+        metadata::{Collected, Shared as SharedMetadata},
+    },
     steer::{account::Account, reason::SteerReason},
     telemetry::{Ended, Pick, RequestSpan},
     text::{self, cut},
@@ -24,17 +29,23 @@ use crate::{
 pub(super) struct Record {
     /// When the first byte of the request arrived.
     started: Instant,
-    started_ns: u64,
-    status: StatusCode,
-    reason: &'static str,
-    broken: bool,
-    picked_in: Duration,
-    endpoint: Option<SocketAddr>,
-    path: &'static str,
-    path_reason: &'static str,
+    pub(super) started_ns: u64,
+    pub(super) status: StatusCode,
+    pub(super) reason: &'static str,
+    /// The EPP's own reason for its immediate reply.
+    pub(super) detail: Option<String>,
+    pub(super) broken: bool,
+    pub(super) picked_in: Duration,
+    pub(super) endpoint: Option<SocketAddr>,
+    pub(super) path: &'static str,
+    pub(super) path_reason: &'static str,
     event_stream: bool,
-    account: Account,
-    span: Option<Box<RequestSpan>>,
+    pub(super) account: Account,
+    /// The metadata of the EPP's replies, if an EPP was asked.
+    metadata: Option<SharedMetadata>,
+    /// The end of the EPP's stream, if the response was complete.
+    ending: Option<Ending>,
+    pub(super) span: Option<Box<RequestSpan>>,
 }
 
 impl Record {
@@ -45,6 +56,7 @@ impl Record {
             started_ns: monotonic_ns().saturating_sub(started.elapsed().as_nanos() as u64),
             status: StatusCode::INTERNAL_SERVER_ERROR,
             reason: "none",
+            detail: None,
             broken: false,
             picked_in: Duration::ZERO,
             endpoint: None,
@@ -52,6 +64,8 @@ impl Record {
             path_reason: "none",
             event_stream: false,
             account: Account::default(),
+            metadata: None,
+            ending: None,
             span: None,
         }
     }
@@ -83,6 +97,25 @@ impl Record {
             Err(error) => (if epp.is_some() { "epp" } else { "builtin" }, &[][..], Some(error.reason())),
         };
         span.pick(began, &Pick { by, epp, endpoints, error });
+    }
+
+    /// An EPP is asked: its metadata is collected from now on, also if it is asked again.
+    pub(super) fn collect(&mut self, rules: &Arc<EppMetadata>) {
+        self.metadata.get_or_insert_with(|| Arc::new(Collected::new(rules).into()));
+    }
+
+    pub(super) fn metadata(&self) -> Option<SharedMetadata> {
+        self.metadata.clone()
+    }
+
+    /// The EPP's stream ends in the background.
+    pub(super) fn ending(&mut self, ending: Option<Ending>) {
+        self.ending = ending;
+    }
+
+    /// The EPP replied to the client, or evicted the request.
+    pub(super) fn immediate(&mut self, reply: &ImmediateReply) {
+        self.detail = reply.dropped_reason().map(|reason| cut(&reason, text::NAME).into_owned());
     }
 
     pub(super) fn picked_in(&mut self, took: Duration) {
@@ -139,8 +172,8 @@ impl Record {
         (self.path, self.path_reason, self.account) = (path.label(), reason.label(), account);
     }
 
-    /// Writes the record of a request that was routed. `error` is the reason if the agent answered it or aborted it.
-    pub(super) fn finish(mut self, worker: &Worker, pool: usize, parts: &request::Parts, error: Option<&Error>) {
+    /// Records a request that was routed. `error` is the reason if the agent answered it or aborted it.
+    pub(super) fn finish(mut self, worker: &Worker, pool: usize, parts: request::Parts, error: Option<&Error>) {
         if let Some(error) = error {
             (self.status, self.reason) = (error.status(), error.reason());
         }
@@ -149,56 +182,28 @@ impl Record {
         if matches!(self.reason, "client_gone") {
             worker.shared.metrics.client_aborted();
         }
-        let first_ns = self.account.first_ns.saturating_sub(self.started_ns);
-        let model = parts.headers.get(&worker.shared.config.bbr.header).and_then(|model| model.to_str().ok());
+        let model = model(&parts, &worker.shared.config);
         if self.event_stream && self.status.is_success() && self.account.first_ns > 0 {
             let rest = self.account.last_ns.saturating_sub(self.account.first_ns);
             let messages = self.account.pieces + self.account.segments;
-            let stream = Streamed { first: Duration::from_nanos(first_ns), rest: Duration::from_nanos(rest), messages };
+            let stream = Streamed { first: self.first_byte(), rest: Duration::from_nanos(rest), messages };
             worker.shared.metrics.pool(pool).streamed(model.unwrap_or_default(), &stream);
         }
-        self.log(worker, pool, parts, took, error);
-        let Some(span) = self.span else { return };
-        span.end(&Ended {
-            status: self.status.as_u16(),
-            reason: self.reason,
-            refused: error.is_some(),
-            broken: self.broken,
-            pool: &worker.shared.config.pools[pool].name,
-            endpoint: self.endpoint,
-            model,
-            carried_by: self.path,
-            carried_why: self.path_reason,
-            first_byte: (self.account.first_ns > 0).then(|| Duration::from_nanos(first_ns)),
-        });
+        let (metadata, ending) = (self.metadata.take(), self.ending.take());
+        let shared = Arc::clone(&worker.shared);
+        let last = Last { record: self, metadata, shared, pool, parts, took, error: error.map(logged) };
+        match ending {
+            Some(ending) => ending.hold(last),
+            None => drop(last),
+        }
     }
 
-    fn log(&self, worker: &Worker, pool: usize, parts: &request::Parts, took: Duration, error: Option<&Error>) {
-        let request_id = parts.headers.get("x-request-id").and_then(|id| id.to_str().ok()).unwrap_or_default();
-        let account = &self.account;
-        let up = account.upstream > 0;
-        let first_ns = account.first_ns.saturating_sub(self.started_ns);
-        Line {
-            request_id: Some(&cut(request_id, text::NAME)),
-            method: Some(display(&cut(parts.method.as_str(), text::NAME))),
-            path: Some(&cut(parts.uri.path(), text::PHRASE)),
-            pool: Some(&worker.shared.config.pools[pool].name),
-            status: Some(self.status.as_u16()),
-            reason: Some(self.reason),
-            endpoint: Some(&self.endpoint.map(|endpoint| endpoint.to_string()).unwrap_or_default()),
-            carried_by: Some(self.path),
-            carried_why: Some(self.path_reason),
-            bytes_kernel: Some(account.steered + account.local),
-            bytes_user: Some(account.relayed),
-            bytes_up: up.then_some(account.upstream),
-            bytes_up_kernel: up.then_some(account.upstream_steered),
-            pick_us: Some(self.picked_in.as_micros() as u64),
-            ttft_us: Some(if account.first_ns > 0 { first_ns / 1000 } else { 0 }),
-            took_us: Some(took.as_micros() as u64),
-            error: error.map(logged).as_deref(),
-            ..Line::default()
+    /// From the first byte of the request to the first byte of the response body; 0 without one.
+    pub(super) fn first_byte(&self) -> Duration {
+        if self.account.first_ns == 0 {
+            return Duration::ZERO;
         }
-        .write();
+        Duration::from_nanos(self.account.first_ns.saturating_sub(self.started_ns))
     }
 
     /// Writes the record of a request that failed before it was routed to a pool.
@@ -207,8 +212,10 @@ impl Record {
         worker.shared.metrics.unrouted().request(error.status().as_u16(), error.reason(), took);
         if let Some(span) = self.span {
             span.end(&Ended {
+                took,
                 status: error.status().as_u16(),
                 reason: error.reason(),
+                detail: None,
                 refused: true,
                 broken: false,
                 pool: "",
@@ -217,6 +224,7 @@ impl Record {
                 carried_by: self.path,
                 carried_why: self.path_reason,
                 first_byte: None,
+                metadata: None,
             });
         }
         if matches!(error, Error::ClientGone) {
@@ -231,6 +239,11 @@ impl Record {
         }
         .write();
     }
+}
+
+/// The model that the request names.
+pub(super) fn model<'p>(parts: &'p request::Parts, config: &Config) -> Option<&'p str> {
+    parts.headers.get(&config.bbr.header).and_then(|model| model.to_str().ok())
 }
 
 /// The error's text, cut, because it may quote input from a client, an endpoint or an EPP.

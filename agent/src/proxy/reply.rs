@@ -48,6 +48,7 @@ pub(super) async fn send_immediate(
     reason: &'static str,
     keep_alive: bool,
 ) -> Result<After, Error> {
+    request.record.immediate(reply);
     let mut headers = http::HeaderMap::new();
     mutation::apply(&reply.headers, &mut headers);
     if !reply.body.is_empty() {

@@ -6,7 +6,7 @@ mod head;
 
 pub(super) use self::carry::open_tunnel;
 use self::{
-    carry::{EVICTED, account_for, carry},
+    carry::{Aborted, account_for, carry},
     head::{Applied, apply_epp, rename},
 };
 use super::{
@@ -52,7 +52,7 @@ pub(super) async fn respond(
     let rest = tee.map_or_else(Rest::default, |tee| account_for(worker, request.pool, tee.into_inner()));
     match carried.end {
         Ok(End::Complete { reusable }) => {
-            picked.finish(rest);
+            request.record.ending(picked.finish(rest));
             if let ResponseBody::Http1 { mut connection, .. } = body {
                 connection.set_resting(true);
                 // If the response ends before the request is sent, the connection is closed: the endpoint would take the rest
@@ -76,10 +76,15 @@ pub(super) async fn respond(
         }
         // Dropping the stream tells the EPP that the request was aborted.
         end => {
-            let reason = end.map_or_else(|reason| reason, End::reason);
-            if reason == EVICTED {
-                worker.shared.metrics.pool(request.pool).evicted();
-            }
+            let reason = match end {
+                Ok(end) => end.reason(),
+                Err(Aborted::Deadline) => "request_timeout",
+                Err(Aborted::Evicted(reply)) => {
+                    worker.shared.metrics.pool(request.pool).evicted();
+                    request.record.immediate(&reply);
+                    "evicted"
+                }
+            };
             request.record.broken(reason);
             Ok(After::Abort)
         }

@@ -11,7 +11,7 @@ use std::{
 
 use http::{HeaderMap, Version, header, request};
 use opentelemetry::{
-    Context, KeyValue,
+    Context, KeyValue, Value,
     trace::{
         Span as _, SpanContext, SpanId, SpanKind, Status, TraceContextExt as _, TraceFlags, TraceId, TraceState,
         Tracer as _,
@@ -26,6 +26,7 @@ use crate::{
         headers::Arrival,
         trace_context::{self, TraceParent},
     },
+    picker::metadata::Collected,
     text::{self, cut},
 };
 
@@ -48,8 +49,12 @@ pub struct Pick<'p> {
 
 /// The result of a request.
 pub struct Ended<'e> {
+    /// From the start of the request to the end of the response.
+    pub took: Duration,
     pub status: u16,
     pub reason: &'static str,
+    /// The EPP's own reason.
+    pub detail: Option<&'e str>,
     /// Whether the agent answered with its own error.
     pub refused: bool,
     /// Whether the response began and was aborted.
@@ -61,6 +66,8 @@ pub struct Ended<'e> {
     pub carried_why: &'static str,
     /// From the start of the request to the first byte of the response body.
     pub first_byte: Option<Duration>,
+    /// The metadata of the EPP's replies.
+    pub metadata: Option<&'e Collected>,
 }
 
 impl Telemetry {
@@ -179,6 +186,10 @@ impl RequestSpan {
         ];
         all.extend(Some(ended.pool).filter(|pool| !pool.is_empty()).map(|pool| text("penstock.pool", pool)));
         all.extend(ended.endpoint.map(|endpoint| text("penstock.endpoint", &endpoint.to_string())));
+        all.extend(ended.detail.map(|detail| text("penstock.reason_detail", detail)));
+        for (namespace, key, value) in ended.metadata.into_iter().flat_map(Collected::values) {
+            all.push(KeyValue::new(format!("penstock.metadata.{namespace}.{key}"), as_value(value)));
+        }
         all.extend(ended.model.map(|model| text("gen_ai.request.model", model)));
         if ended.carried_by != "none" {
             all.push(KeyValue::new("penstock.carried_by", ended.carried_by));
@@ -198,7 +209,17 @@ impl RequestSpan {
             let seconds = KeyValue::new("gen_ai.server.time_to_first_token", after.as_secs_f64());
             self.span.add_event_with_timestamp("first_token", self.began.0 + after, vec![seconds]);
         }
-        let end = self.at(Instant::now());
-        self.span.end_with_timestamp(end);
+        self.span.end_with_timestamp(self.began.0 + ended.took);
+    }
+}
+
+/// A number, a truth value or a text; of others the JSON.
+fn as_value(value: &serde_json::Value) -> Value {
+    use serde_json::Value as Json;
+    match value {
+        Json::Bool(truth) => (*truth).into(),
+        Json::String(text) => text.clone().into(),
+        Json::Number(number) => number.as_f64().unwrap_or_default().into(),
+        Json::Null | Json::Array(_) | Json::Object(_) => value.to_string().into(),
     }
 }

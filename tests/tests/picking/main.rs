@@ -24,6 +24,7 @@ mod load;
 mod local_faults;
 mod loops;
 mod measured;
+mod metadata;
 mod model;
 mod mutations;
 mod named;

@@ -38,6 +38,7 @@ fn commented_settings_of_default_file_give_defaults() {
         "client_key_file",
         "health_port",
         "health_tls",
+        "counters",
         "prefer",
         "pools",
     ];

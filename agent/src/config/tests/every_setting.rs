@@ -165,6 +165,12 @@ const ROWS: &[Row] = &[
     ("[pools.picker.limits]", "field_bytes = 1024", |c| epp(c).limits.bytes == 1024),
     ("[pools.picker.limits]", "messages = 17", |c| epp(c).limits.messages == 17),
     ("[pools.picker.limits]", "metadata_bytes = 1025", |c| epp(c).limits.metadata_bytes == 1025),
+    ("[pools.picker.metadata]", "log_bytes = 7", |c| epp(c).metadata.log_bytes == 7),
+    ("[pools.picker.metadata]", "log_entries = 8", |c| epp(c).metadata.log_entries == 8),
+    ("[pools.picker.metadata]", "log_depth = 9", |c| epp(c).metadata.log_depth == 9),
+    ("[pools.picker.metadata]", r#"counters = ["envoy.lb/a/b"]"#, |c| {
+        epp(c).metadata.counters == [Attribute { namespace: "envoy.lb".into(), key: "a/b".into() }]
+    }),
     ("[pools.subset]", r#"prefer = ["zone", "node"]"#, |c| {
         c.pools[0].subset.prefer == [Locality::Zone, Locality::Node]
     }),

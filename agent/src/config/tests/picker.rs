@@ -89,3 +89,22 @@ fn closed_pool_waits_for_an_unreachable_epp_by_default() {
         assert_eq!((wait(more, FailureMode::Closed), wait(more, FailureMode::Open)), (closed, open), "{more}");
     }
 }
+
+#[test]
+fn wrong_counters_are_rejected() {
+    const NAME: &str = r#"expected namespace/key, such as "envoy.lb/cost""#;
+    let many = (0..65).map(|n| format!("\"a/{n}\"")).collect::<Vec<_>>().join(",");
+    for (counters, error) in [
+        (r#""cost""#, format!(r#"counters[0]: found "cost", {NAME}"#)),
+        (r#""a/b", "/b""#, format!(r#"counters[1]: found "/b", {NAME}"#)),
+        (r#""a/""#, format!(r#"counters[0]: found "a/", {NAME}"#)),
+        (r#""a/b", "a/b""#, r#"counters[1]: found "a/b" again, expected each attribute once"#.to_owned()),
+        (&many, "counters: found 65 attributes, expected at most 64".to_owned()),
+    ] {
+        let text = format!(
+            "{POOL}[pools.picker]\nkind = \"epp\"\naddress = \"e:1\"\n[pools.picker.metadata]\ncounters = [{counters}]"
+        );
+        let messages = messages(&text);
+        assert!(messages.len() == 1 && messages[0].ends_with(&format!("metadata.{error}")), "{messages:?}");
+    }
+}

@@ -105,6 +105,9 @@ impl Question<'_> {
                 self.limits.clone(),
                 Some(Arc::clone(&self.members)),
             ));
+            if let Some(metadata) = request.record.metadata() {
+                stream.collect(metadata);
+            }
             match converse(&mut stream, timer, client, upload).await {
                 Ok(outcome) => {
                     attempts.answered(&outcome);

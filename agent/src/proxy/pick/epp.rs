@@ -60,6 +60,7 @@ impl<'a> Attempt<'a> {
         upload: &mut Upload,
         held: &mut Option<Lease>,
     ) -> Result<Result<PickOutcome, Error>, Error> {
+        request.record.collect(&self.question.epp.replicas().metadata);
         let open = self.worker.shared.metrics.epp_stream();
         let metrics = self.question.metrics;
         match self.question.ask(client, request, upload).await {

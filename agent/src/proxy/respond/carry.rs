@@ -29,13 +29,15 @@ use crate::{
     worker::Worker,
 };
 
-/// The reason label of a response that the EPP aborted.
-pub(super) const EVICTED: &str = "evicted";
+/// Why the agent aborted a response.
+pub(super) enum Aborted {
+    Evicted(ImmediateReply),
+    Deadline,
+}
 
 /// The result of delivering a body.
 pub(super) struct Carried {
-    /// The error is the reason for which the agent aborted the body.
-    pub(super) end: Result<End, &'static str>,
+    pub(super) end: Result<End, Aborted>,
     pub(super) account: Account,
     pub(super) path: Path,
     pub(super) reason: SteerReason,
@@ -199,7 +201,7 @@ async fn frames(
     Carried { end, account: delivery.account, path: Path::Relay, reason, keep_alive }
 }
 
-/// Resolves with the reason when the deadline or an eviction ends the response. Poll it after the delivery, as
+/// Resolves when the deadline or an eviction ends the response. Poll it after the delivery, as
 /// [`evicted_while_sending`].
 async fn aborted(
     worker: &Worker,
@@ -207,7 +209,7 @@ async fn aborted(
     deadline: Option<Instant>,
     stream: &mut Option<PickStream>,
     tee: Option<&RefCell<Tee>>,
-) -> &'static str {
+) -> Aborted {
     let probed = poll_fn(|_| {
         worker.shared.probe.at(Point::Body(&request.parts));
         Poll::<Infallible>::Pending
@@ -215,8 +217,8 @@ async fn aborted(
     tokio::select! {
         biased;
         never = probed => match never {},
-        _ = evicted_while_sending(stream, tee) => EVICTED,
-        () = deadline::passed(deadline) => "request_timeout",
+        reply = evicted_while_sending(stream, tee) => Aborted::Evicted(reply),
+        () = deadline::passed(deadline) => Aborted::Deadline,
     }
 }
 
