@@ -2,13 +2,14 @@
 //! until both sides have ended theirs; the kernel carries what it can.
 //!
 //! The end of one direction is passed on and leaves the other open. An error on either side ends both; the caller has made sure
-//! that each peer sees a reset. Asked to stop, a tunnel waits until nothing moves.
+//! that each peer sees a reset. Asked to stop, a tunnel waits until nothing moves; cut, it ends at once. The account is right however it
+//! ended.
 
 use std::{
     cell::{Cell, RefCell},
     future::poll_fn,
     io,
-    pin::Pin,
+    pin::{Pin, pin},
     task::{Context, Poll},
     time::Duration,
 };
@@ -57,25 +58,36 @@ pub struct Tunnel<'a> {
 }
 
 impl Tunnel<'_> {
-    /// Runs until both sides have ended, one broke, nothing moved for the idle time, or `over` resolved and nothing moves.
-    pub async fn run(&mut self, over: impl Future<Output = ()>) -> End {
-        self.lead.extend_from_slice(&self.pending);
-        let first = monotonic_ns();
-        if let Err(end) = written(self.client.write_all(&self.lead).await) {
+    /// Runs until both sides have ended, one broke, nothing moved for the idle time, `over` resolved and nothing moves, or `cut`
+    /// resolved.
+    pub async fn run(&mut self, over: impl Future<Output = ()>, cut: impl Future<Output = ()>) -> End {
+        let (first, mut cut) = (monotonic_ns(), pin!(cut));
+        let begun = tokio::select! {
+            biased;
+            begun = self.begin() => begun,
+            () = cut.as_mut() => Err(End::Over),
+        };
+        if let Err(end) = begun {
             return end;
         }
         self.down.account.relayed += self.pending.len() as u64;
-        // The times are those of the tunnel, also if it is cut.
         self.down.account.first_ns = first;
-        let end = if self.client.is_tls() { self.relay().await } else { self.plain(over).await };
+        let end = if self.client.is_tls() { self.relay(cut).await } else { self.plain(over, cut).await };
         self.down.account.last_ns = monotonic_ns();
         end.unwrap_or(End::Broken)
     }
 
-    async fn plain(&mut self, over: impl Future<Output = ()>) -> io::Result<End> {
-        if self.client.settle().await.is_err() {
-            return Ok(End::ClientGone);
+    /// Sends the head and what was read after it.
+    async fn begin(&mut self) -> Result<(), End> {
+        self.lead.extend_from_slice(&self.pending);
+        written(self.client.write_all(&self.lead).await)?;
+        if !self.client.is_tls() && self.client.settle().await.is_err() {
+            return Err(End::ClientGone);
         }
+        Ok(())
+    }
+
+    async fn plain(&mut self, over: impl Future<Output = ()>, cut: impl Future<Output = ()>) -> io::Result<End> {
         let watch = Watch::new(self.client.unreachable());
         let (moved, stop, idle) = (Cell::new(monotonic_ns()), CancellationToken::new(), self.idle);
         let steering = self.up.as_ref().map(|up| &up.steering);
@@ -121,6 +133,7 @@ impl Tunnel<'_> {
             () = unmoved(&last, &taken, idle) => End::Idle,
             () = poll_fn(|cx| watch.poll_gone(client, cx)) => End::ClientGone,
             () = quiet => End::Over,
+            () = cut => End::Over,
         };
         // The kernel may still have a flow: nothing more may reach either side.
         down.session.abandon(&down.from, &mut down.to);
@@ -131,7 +144,7 @@ impl Tunnel<'_> {
     }
 
     /// Relays both directions for a client that speaks TLS.
-    async fn relay(&mut self) -> io::Result<End> {
+    async fn relay(&mut self, cut: impl Future<Output = ()>) -> io::Result<End> {
         let (up, down, moved) = (Cell::new(0), Cell::new(0), Cell::new(monotonic_ns()));
         let watch = Watch::new(self.client.unreachable());
         let (wire, early) = self.client.raw();
@@ -154,6 +167,7 @@ impl Tunnel<'_> {
             ended = both => ended.map_or_else(|end| end, |_| End::Complete { reusable: false }),
             () = unmoved(&last, &taken, self.idle) => End::Idle,
             () = poll_fn(|cx| watch.poll_gone(wire.borrow().tcp(), cx)) => End::ClientGone,
+            () = cut => End::Over,
         };
         self.down.account.relayed += down.get();
         self.down.account.upstream = up.get();

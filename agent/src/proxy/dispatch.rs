@@ -108,8 +108,9 @@ async fn attempts(
     });
     let response = tokio::select! {
         biased;
-        response = try_in_turn(job, list) => response,
+        // First: until the response has begun, an eviction is the response.
         reply = evicted(stream) => Err(Error::Evicted(Box::new(reply)).into()),
+        response = try_in_turn(job, list) => response,
         gone = &mut to_client => return gone.map_err(Failed::from),
     };
     // A head is written whole, also the last one, which may have arrived together with the response.

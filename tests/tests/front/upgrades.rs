@@ -463,22 +463,34 @@ async fn http2_endpoint_gets_no_upgrade() {
     assert_eq!(upgrade_fields(&seen), (None, None));
 }
 
-/// The eviction breaks off both sides.
+/// The eviction breaks off both sides, and what had passed until then is booked.
 #[tokio::test]
 async fn eviction_breaks_off_both_sides() {
-    let now = Arc::new(Notify::new());
-    let script =
-        |all: &[_]| Evicting { inner: LlmdRouter::new(all), after: EvictAfter::ResponseHead, now: Arc::clone(&now) };
-    let scene = Scene::with(Front::Http1, Back::Http1, script, |_| {}).await;
-    let plan = Plan::switching("websocket", Upgraded::Echo);
-    let (mut client, _) = Switched::new(&scene, &switch(&plan), b"").await;
-    client.send(b"still here").await;
-    assert_eq!(client.read(10).await, b"still here");
-    now.notify_one();
-    assert_eq!(client.rest().await.1, ConnectionEnd::Reset);
-    eventually(SOON, || server(&scene).received().len() == 1).await;
-    assert_eq!(server(&scene).received()[0].end, ConnectionEnd::Reset);
-    assert_eq!(scene.agent.metric("penstock_evictions_total", &[]), 1.0);
+    for way in WAYS {
+        let now = Arc::new(Notify::new());
+        let script = |all: &[_]| Evicting {
+            inner: LlmdRouter::new(all),
+            after: EvictAfter::ResponseHead,
+            now: Arc::clone(&now),
+        };
+        let scene = Scene::with(way.0, Back::Http1, script, |config| config.steering.mode = way.1).await;
+        let plan = Plan::switching("websocket", Upgraded::Echo);
+        let (mut client, _) = Switched::new(&scene, &switch(&plan), b"").await;
+        for number in 0..50 {
+            let bytes = Alphabet::Binary.bytes(number, 0, 1000);
+            client.send(&bytes).await;
+            assert_eq!(client.read(1000).await, bytes);
+        }
+        now.notify_one();
+        let end = client.rest().await.1;
+        assert!(end == ConnectionEnd::Reset || way.0 == Front::Tls1, "{way:?}: {end:?}");
+        eventually(SOON, || server(&scene).received().len() == 1).await;
+        assert_eq!(server(&scene).received()[0].end, ConnectionEnd::Reset, "{way:?}");
+        assert_eq!(scene.agent.metric("penstock_evictions_total", &[]), 1.0);
+        eventually(SOON, || scene.agent.count("penstock_requests_total", &["reason=\"evicted\""]) == 1).await;
+        assert_eq!(scene.agent.count("penstock_upstream_bytes_total", &[]), 50_000, "{way:?}");
+        assert_eq!(scene.agent.count("penstock_body_bytes_total", &[]), 50_000, "{way:?}");
+    }
 }
 
 /// The idle timeout covers both directions; the total timeout does not apply.

@@ -1,7 +1,7 @@
 //! Dynamic metadata of an EPP's replies: in the access log and the span under the EPP's names, and counted for billing, on every
 //! path and in every phase of the exchange.
 
-use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use penstock_agent::config::Attribute;
 use penstock_proto::{
@@ -11,13 +11,15 @@ use penstock_proto::{
 use penstock_tests::{
     BodyEnd, Client, Collector, CollectorBehaviour, ModelServer, Plan, Request, Stage,
     agent_process::AgentProcess,
+    client::Pace,
     eventually,
     http2_client::Http2Client,
     model_server::{Framing, Lengths, Options, Pauses},
-    scripted_epp::{Answer, Answering, End, Exchange, Script, ScriptedEpp, header, reply},
+    scripted_epp::{Answer, Answering, End, EvictAfter, Evicting, Exchange, Script, ScriptedEpp, header, reply},
     stage::{echo, epp, json},
 };
 use serde_json::json;
+use tokio::sync::Notify;
 
 use crate::SOON;
 
@@ -109,10 +111,15 @@ fn stream() -> Plan {
 }
 
 fn billed(n: usize) -> Request {
+    planned(n, &stream())
+}
+
+/// A request with this response, and what the picker is to say about it.
+fn planned(n: usize, plan: &Plan) -> Request {
     let body = json!({"model": "m", "stream": true, "prompt": "x"}).to_string();
     Request::post("/test/body", body)
         .header("content-type", "application/json")
-        .header("x-test-plan", stream().header())
+        .header("x-test-plan", plan.header())
         .header("x-request-id", format!("id-{n}"))
         .header("x-tenant", format!("tenant-{n}"))
         .header("x-cost", format!("{n}.5"))
@@ -248,6 +255,32 @@ async fn metadata_and_reason_of_immediate_reply_reach_log() {
     );
     assert_eq!(metadata(&line), json!({"envoy.lb": {"cost": 2}}));
     assert_eq!(agent.metric(COUNTER, &[]).await.unwrap(), 2.0);
+}
+
+/// In the middle of a response, which may be steered.
+#[tokio::test]
+async fn reason_of_eviction_reaches_log_on_every_path() {
+    for mode in ["off", "ingress", "local", "auto"] {
+        let endpoint = ModelServer::start(Options::default()).await.unwrap();
+        let now = Arc::new(Notify::new());
+        let inner = Reporting { endpoint: endpoint.addr };
+        let script = Evicting { inner, after: EvictAfter::ResponseHead, now: Arc::clone(&now) };
+        let epp = ScriptedEpp::start(script).await.unwrap();
+        let text = agent_text(endpoint.addr, epp.addr, mode, "", "");
+        let mut agent = AgentProcess::start_logging(&text).await.unwrap();
+        let mut client = Client::connect(agent.addr).await.unwrap();
+        let plan = Plan { size: 1 << 30, ..stream() };
+        client.send(&planned(1, &plan)).await.unwrap();
+        assert_eq!(client.head().await.unwrap().status, 200);
+        now.notify_one();
+        let mut checker = plan.checker();
+        let read = client.read_body(Pace::Fast, |bytes| Ok(checker.feed(bytes)?)).await.unwrap();
+        assert_ne!(read.end, BodyEnd::Complete, "{mode}");
+        let line = line(&mut agent, 1).await;
+        assert_eq!((line["reason"].as_str(), line["reason_detail"].as_str()), (Some("evicted"), Some("evicted")));
+        assert_eq!(line["status"].as_u64(), Some(200), "{mode}");
+        assert_eq!(metadata(&line)["phases"]["response_head"], 1, "{mode}: {line}");
+    }
 }
 
 /// An EPP that says too much, or something that cannot be billed.

@@ -124,13 +124,14 @@ async fn tunnel(
     let (down, up) = open_tunnel(worker, client, request.target, endpoint);
     let path = down.path;
     let mut tunnel = Tunnel { client, endpoint, lead, pending, idle, down, up };
-    let end = tokio::select! {
-        biased;
-        end = tunnel.run(std::future::pending()) => Ok(end),
+    let mut why = None;
+    let cut = async {
         // The 101 is the whole response, so the request's deadline no longer applies.
-        reason = aborted(worker, request, None, &mut picked.stream, None) => Err(reason),
+        why = Some(aborted(worker, request, None, &mut picked.stream, None).await);
     };
-    Carried { end, account: tunnel.down.account, path, reason: SteerReason::Upgrade, keep_alive: false }
+    let end = tunnel.run(std::future::pending(), cut).await;
+    let account = tunnel.down.account;
+    Carried { end: why.map_or(Ok(end), Err), account, path, reason: SteerReason::Upgrade, keep_alive: false }
 }
 
 /// What carries either direction of a tunnel.
@@ -181,9 +182,10 @@ async fn frames(
             let wish = request.keeps_alive(worker);
             keep_alive = head.write_head(&mut lead, wish, request.parts.version);
             match head.body {
-                BodyKind::Chunked if head.needs_dechunk(request.parts.version) => socket.reset_on_close(),
-                BodyKind::Chunked => coding = Coding::Chunked,
-                _ => {}
+                BodyKind::Chunked if !head.needs_dechunk(request.parts.version) => coding = Coding::Chunked,
+                // Only an orderly close ends the body.
+                BodyKind::Chunked | BodyKind::UntilClose => socket.reset_on_close(),
+                BodyKind::Length(_) | BodyKind::None => {}
             }
             Ok(())
         }
