@@ -6,12 +6,11 @@ use aya_ebpf::{
     macros::map,
     maps::{Array, HashMap, LruHashMap, RingBuf, SockHash},
 };
+use penstock_atomics::fetch_add;
 use penstock_common::{
     slot::{LocalSlot, Offsets, Slot},
     tail,
 };
-
-use crate::memory::fetch_add;
 
 /// Connections on which the verdict runs, by cookie.
 #[map]

@@ -1,48 +1,26 @@
-//! Ordered accesses to words of a map, reads of the kernel's structures, and numbers that are hidden from the verifier.
+//! Reads of the kernel's structures, and numbers that are hidden from the verifier.
 
 use core::{arch::asm, ptr};
 
 use aya_ebpf::helpers::generated::bpf_probe_read_kernel;
 use penstock_common::{
     framing::{Framing, state},
-    slot::Word,
     verdict::SendBuffer,
 };
 
 use crate::maps::OFFSETS;
-
-#[inline(always)]
-pub(crate) fn fetch_add(word: *mut u64, n: u64) -> u64 {
-    let mut value = n;
-    // SAFETY: the pointer is to a word of a map's value; the verifier checks it.
-    unsafe { asm!("{0} = atomic_fetch_add((u64 *)({1} + 0), {0})", inout(reg) value, in(reg) word) };
-    value
-}
-
-/// A fetch-and-add of 0: eBPF has no load-acquire on the supported kernels, and read-modify-writes that return the old value are
-/// fully ordered (Documentation/bpf/standardization/instruction-set.rst, JITs of x86-64 and arm64).
-#[inline(always)]
-pub(crate) fn load_acquire(word: &Word) -> u64 {
-    fetch_add(word.as_ptr(), 0)
-}
-
-#[inline(always)]
-pub(crate) fn clear_release(word: &Word) {
-    // SAFETY: exchanges the word behind a valid reference.
-    unsafe { asm!("{0} = xchg_64({1} + 0, {0})", inout(reg) 0u64 => _, in(reg) word.as_ptr()) };
-}
 
 /// The methods of `penstock_common::verdict::Kernel` that are the same for every program with an `index`.
 macro_rules! same_for_all {
     () => {
         #[inline(always)]
         fn load_acquire(&mut self, word: &::penstock_common::slot::Word) -> u64 {
-            $crate::memory::load_acquire(word)
+            ::penstock_atomics::load_acquire(word)
         }
 
         #[inline(always)]
         fn clear_release(&mut self, word: &::penstock_common::slot::Word) {
-            $crate::memory::clear_release(word);
+            ::penstock_atomics::store_release(word, 0);
         }
 
         #[inline(always)]

@@ -1,7 +1,8 @@
 //! Copies the last payload bytes of what is redirected into the ring of its connection (`penstock_common::tail`).
 
-use core::{arch::asm, ffi::c_void, ptr};
+use core::{ffi::c_void, ptr};
 
+use penstock_atomics::bounded;
 use penstock_common::tail;
 
 use crate::maps::TAILS;
@@ -21,23 +22,12 @@ pub(crate) fn copy(ring: *mut u8, position: u32, len: u32, read: impl Fn(u32, *m
     }
     let copies = tail::place(position, len);
     let offset = u64::from(copies.offset);
-    if let Some(first) = bounded(copies.first) {
+    if let Some(first) = bounded(copies.first, tail::TAIL) {
         // SAFETY: at most RING - 1 bytes from the start of the ring's memory, which has TAIL bytes more. The verifier checks both.
         let to = unsafe { ring.add((offset & u64::from(tail::RING - 1)) as usize) };
         read(copies.skip, to.cast(), first);
     }
-    if let Some(second) = bounded(copies.second) {
+    if let Some(second) = bounded(copies.second, tail::TAIL) {
         read(copies.skip + copies.first, ring.cast(), second);
     }
-}
-
-/// The same length if it is from 1 to TAIL, in a form that the verifier understands; otherwise `None`. Before 6.8 the verifier
-/// learns nothing from a comparison with 0, so the lower bound comes from an addition.
-#[inline(always)]
-fn bounded(len: u32) -> Option<u32> {
-    let mut less = u64::from(len);
-    // SAFETY: subtracts 1 in a way that the compiler cannot see, so it can neither omit the comparison nor replace the sum by the
-    // length.
-    unsafe { asm!("{0} += -1", inout(reg) less) };
-    if less < u64::from(tail::TAIL) { Some(less as u32 + 1) } else { None }
 }

@@ -16,6 +16,7 @@ mod transparent;
 #[cfg(test)]
 pub mod tun;
 pub mod version;
+pub mod wire;
 
 use std::{error::Error as _, fs::File, os::fd::AsFd, path::Path, sync::Arc};
 

@@ -1,6 +1,7 @@
 //! The code that the agent and its kernel programs share: message framing ([`framing`]), the shared memory of a connection
 //! ([`slot`]), the rules by which the kernel passes or redirects received segments ([`verdict`]) and messages of a local endpoint
-//! ([`local`]), the ways that bytes take ([`path`]), and the copy of a message's last bytes ([`tail`]).
+//! ([`local`]), the ways that bytes take ([`path`]), the copy of a message's last bytes ([`tail`]), and the rewriting of packets
+//! ([`wire`]).
 //!
 //! Nothing here allocates, blocks or knows a socket. Tests on the host run the same code as the kernel.
 
@@ -13,4 +14,5 @@ pub mod path;
 pub mod slot;
 pub mod tail;
 pub mod verdict;
+pub mod wire;
 mod word;

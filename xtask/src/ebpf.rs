@@ -1,6 +1,6 @@
-//! `cargo xtask build-ebpf`: builds the kernel program into `target/bpf/penstock.bpf.o`, which the agent's build embeds.
+//! `cargo xtask build-ebpf`: builds the kernel programs into `target/bpf/`, from where the agent's build embeds them.
 //!
-//! The object is replaced only if its content changed, so that the agent is not rebuilt needlessly.
+//! An object is replaced only if its content changed, so that the agent is not rebuilt needlessly.
 
 use std::{fs, path::Path};
 
@@ -54,11 +54,13 @@ pub(crate) fn build(warnings: Warnings) -> Result<()> {
     }
     run(&mut cargo)?;
 
-    install(&target.join("bpfel-unknown-none/release/penstock-ebpf"))
+    let built = target.join("bpfel-unknown-none/release");
+    install(&built.join("penstock-ebpf"), "penstock.bpf.o")?;
+    install(&built.join("penstock-wire"), "penstock-wire.bpf.o")
 }
 
-fn install(built: &Path) -> Result<()> {
-    let object = root().join("target/bpf/penstock.bpf.o");
+fn install(built: &Path, name: &str) -> Result<()> {
+    let object = root().join("target/bpf").join(name);
     let content = fs::read(built).with_context(|| format!("reading {}", built.display()))?;
     if !content.windows(5).any(|name| name == b".BTF\0") {
         bail!("{} has no BTF, which the kernel requires: was it linked by bpf-linker with --btf?", built.display());
@@ -72,6 +74,6 @@ fn install(built: &Path) -> Result<()> {
         fs::rename(&new, &object)?;
     }
     let state = if unchanged { "unchanged" } else { "new" };
-    eprintln!("build-ebpf: target/bpf/penstock.bpf.o, {} bytes, {state}", content.len());
+    eprintln!("build-ebpf: target/bpf/{name}, {} bytes, {state}", content.len());
     Ok(())
 }

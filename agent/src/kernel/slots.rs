@@ -100,7 +100,7 @@ impl Slots {
 }
 
 /// The values of an array map, mapped into the agent's memory.
-struct Mapping<T> {
+pub(super) struct Mapping<T> {
     base: NonNull<T>,
     count: u32,
 }
@@ -112,7 +112,7 @@ unsafe impl<T> Send for Mapping<T> {}
 unsafe impl<T> Sync for Mapping<T> {}
 
 impl<T> Mapping<T> {
-    fn new(map: BorrowedFd<'_>, count: u32) -> std::io::Result<Self> {
+    pub(super) fn new(map: BorrowedFd<'_>, count: u32) -> std::io::Result<Self> {
         let bytes = NonZeroUsize::new(count as usize * size_of::<T>()).ok_or(std::io::ErrorKind::InvalidInput)?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: a new mapping at an address that the kernel chooses; the map has BPF_F_MMAPABLE.
@@ -120,7 +120,7 @@ impl<T> Mapping<T> {
         Ok(Self { base: base.cast(), count })
     }
 
-    fn at(&self, index: u32) -> NonNull<T> {
+    pub(super) fn at(&self, index: u32) -> NonNull<T> {
         assert!(index < self.count, "slot {index} of {}", self.count);
         // SAFETY: inside the mapping, which lives as long as `self`.
         unsafe { self.base.add(index as usize) }

@@ -85,7 +85,7 @@ fn open_tcp_info(fd: BorrowedFd<'_>) -> io::Result<libc::tcp_info> {
     if info.tcpi_state == TCP_CLOSE { Err(io::ErrorKind::NotConnected.into()) } else { Ok(info) }
 }
 
-fn tcp_info(fd: BorrowedFd<'_>) -> io::Result<libc::tcp_info> {
+pub(super) fn tcp_info(fd: BorrowedFd<'_>) -> io::Result<libc::tcp_info> {
     // SAFETY: tcp_info consists of integers; the kernel fills at most `len` bytes of it.
     let mut info: libc::tcp_info = unsafe { std::mem::zeroed() };
     let mut len = size_of::<libc::tcp_info>() as libc::socklen_t;

@@ -27,7 +27,7 @@ const RING: [Ring; 4] = [
         kind: "lib",
         names: &["kernel::", "selftest::", "endpoint::connection"],
         threads: 1,
-        limit: 300,
+        limit: 900,
     },
     Ring { binary: "broken", kind: "test", names: &[], threads: 1, limit: 900 },
     Ring { binary: "steering", kind: "test", names: &[], threads: 1, limit: 900 },

@@ -17,8 +17,10 @@ use crate::command::{command, find, output, root, run};
 
 /// The first process of the machine.
 const INIT: &str = include_str!("init.sh");
-/// For `/dev/net/tun`, with which a test simulates a network.
-const MODULES: [&str; 1] = ["tun"];
+/// For `/dev/net/tun`, with which a test simulates a network; for pairs of interfaces, and for programs attached to them by tc.
+const MODULES: [&str; 4] = ["tun", "veth", "sch_ingress", "cls_bpf"];
+/// A program of this machine instead of busybox's.
+const TOOL: &str = "ip";
 /// Mount points.
 const FOLDERS: [&str; 4] = ["/proc", "/sys", "/dev", "/tmp"];
 
@@ -30,6 +32,9 @@ impl Payload {
     pub(crate) fn new(agent: &Path, tests: &[(&str, PathBuf)]) -> Result<Self> {
         let mut files = vec![("/tests/penstock".to_owned(), agent.to_owned())];
         files.extend(tests.iter().map(|(name, path)| (format!("/tests/deps/{name}"), path.clone())));
+        if let Some(path) = find(TOOL) {
+            files.push((format!("/tools/{TOOL}"), path));
+        }
         let mut libraries = Vec::new();
         for (_, path) in &files {
             let list = output(command("ldd").arg(path)).with_context(|| format!("ldd {}", path.display()))?;

@@ -4,7 +4,7 @@
 
 /bin/busybox mkdir -p /sbin /usr/bin /usr/sbin
 /bin/busybox --install -s
-export PATH=/bin:/sbin:/usr/bin:/usr/sbin
+export PATH=/tools:/bin:/sbin:/usr/bin:/usr/sbin
 
 mount -t proc none /proc
 mount -t sysfs none /sys

@@ -1,0 +1,161 @@
+//! The memory that the agent and the kernel program share about one flow of path `wire`: 512 bytes in an array map.
+//!
+//! The agent fills in a record before it makes both connections' addresses known to the program, and stores [`Flow::state`] last.
+//! From then on fields change by whole words. Numbers of a leg are those that the peer of this leg uses.
+
+use super::header::Shift;
+use crate::word::Word;
+
+/// The index of a leg.
+pub const CLIENT: usize = 0;
+pub const ENDPOINT: usize = 1;
+
+/// The low byte of [`Flow::state`]; above it is the number of the arming.
+pub mod state {
+    /// No flow.
+    pub const FREE: u64 = 0;
+    /// The program watches packets, and passes them all.
+    pub const WATCHED: u64 = 1;
+    /// The agent waits: at a packet that fits, the program begins to carry the flow.
+    pub const ARMED: u64 = 2;
+    /// A program on some CPU is about to begin.
+    pub const BEGINNING: u64 = 3;
+    /// Packets are rewritten; the agent's sockets are silent.
+    pub const ACTIVE: u64 = 4;
+    /// Both peers have closed, or one has reset. Late packets are still rewritten.
+    pub const ENDED: u64 = 5;
+    /// Addresses are in use by another connection; the program has forgotten the flow.
+    pub const REPLACED: u64 = 6;
+
+    pub const MASK: u64 = 0xff;
+
+    #[inline(always)]
+    pub const fn of(word: u64) -> u64 {
+        word & MASK
+    }
+
+    /// The same arming in another state.
+    #[inline(always)]
+    pub const fn with(word: u64, state: u64) -> u64 {
+        word & !MASK | state
+    }
+}
+
+/// Bits of [`Flow::marks`].
+pub mod mark {
+    /// The client sent payload after the flow began. It was dropped.
+    pub const CLIENT_SENT: u64 = 1;
+    /// The flow ended by a reset of the client, or of the endpoint.
+    pub const CLIENT_RESET: u64 = 2;
+    pub const ENDPOINT_RESET: u64 = 4;
+}
+
+/// Both ends of one of the agent's connections. IPv4 addresses are mapped (RFC 4291 §2.5.5.2); words are in packet order.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "user", derive(zerocopy::IntoBytes, zerocopy::FromBytes, zerocopy::Immutable))]
+pub struct Ends {
+    pub peer: [u32; 4],
+    pub own: [u32; 4],
+    /// The peer's port, then the own port.
+    pub ports: u32,
+}
+
+impl Ends {
+    /// The first words of an IPv4-mapped address.
+    pub const MAPPED: [u32; 3] = [0, 0, 0xffff_u32.to_be()];
+
+    #[inline(always)]
+    pub fn is_ipv4(&self) -> bool {
+        self.peer[0] == 0 && self.peer[1] == 0 && self.peer[2] == Self::MAPPED[2]
+    }
+}
+
+/// What user space knows about one connection, and the agent's condition for the beginning.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "user", derive(zerocopy::IntoBytes))]
+pub struct Facts {
+    /// Cookie of the agent's socket.
+    pub cookie: u64,
+    /// Value that the socket's `bytes_received` and `bytes_acked` must have: the agent has read everything, and all that it wrote is
+    /// acknowledged.
+    pub received: u64,
+    pub acked: u64,
+    pub ends: Ends,
+    /// The agent's TCP timestamp clock minus CLOCK_MONOTONIC in ms, at most one too low.
+    pub clock: u32,
+    /// Window scale that the peer announced, and that the agent announced to it.
+    pub peer_scale: u32,
+    pub own_scale: u32,
+    /// Not 0: both connections use timestamps.
+    pub timestamps: u32,
+    /// Largest payload of a segment that the peer accepts.
+    pub largest: u32,
+    pub unused: [u32; 2],
+}
+
+/// One connection of a flow.
+#[repr(C)]
+#[derive(Default)]
+pub struct Leg {
+    pub facts: Facts,
+    /// [`Shift::pack`]: changes of packets that arrive on this leg.
+    pub shift: [Word; 3],
+    /// Interface on which a packet of the peer arrived, and interface by which one of the agent's own left; 0: none yet.
+    pub arrives_on: Word,
+    pub leaves_on: Word,
+    /// The peer's latest TSval.
+    pub tsval: Word,
+    /// `1 << 32 |` the sequence number after the last payload byte that arrived.
+    pub highest: Word,
+    /// `1 << 32 |` the highest sequence number that the peer has acknowledged.
+    pub told: Word,
+    /// The end of the peer's receive window, as a sequence number of what it receives.
+    pub offered: Word,
+    /// `1 << 32 |` the sequence number after the peer's FIN; 0: none arrived.
+    pub fin: Word,
+    /// Not 0: the other peer has acknowledged that FIN.
+    pub closed: Word,
+    /// Payload bytes passed on, each counted once; segments with new payload; all packets.
+    pub bytes: Word,
+    pub segments: Word,
+    pub packets: Word,
+    /// Packets with payload that were dropped, because nobody routed it.
+    pub refused: Word,
+    /// Packets of the agent's own socket that were not let out.
+    pub silenced: Word,
+}
+
+/// One flow.
+#[repr(C)]
+#[derive(Default)]
+pub struct Flow {
+    pub state: Word,
+    pub marks: Word,
+    /// Times of the first and last segment with payload for the client, and of the last packet; CLOCK_MONOTONIC ns.
+    pub first_ns: Word,
+    pub last_ns: Word,
+    pub packet_ns: Word,
+    /// Why the flow did not begin at a packet that the program considered: [`judge::refusal`](super::judge::refusal).
+    pub refusal: Word,
+    pub legs: [Leg; 2],
+}
+
+const _: () = assert!(size_of::<Ends>() == 36 && size_of::<Facts>() == 88);
+const _: () = assert!(size_of::<Leg>() == 88 + 16 * 8 && size_of::<Flow>() == 480);
+
+impl Leg {
+    #[inline(always)]
+    pub fn shift(&self) -> Shift {
+        Shift::unpack([self.shift[0].get(), self.shift[1].get(), self.shift[2].get()])
+    }
+
+    #[inline(always)]
+    pub fn set_shift(&self, shift: Shift) {
+        let [first, second, third] = shift.pack();
+        self.shift[0].set(first);
+        self.shift[1].set(second);
+        self.shift[2].set(third);
+    }
+}

@@ -1,0 +1,391 @@
+//! The rule of path `wire`: when a flow begins, which packets pass, and when it ends.
+
+use penstock_common::{
+    slot::Word,
+    wire::{
+        flow::{CLIENT, ENDPOINT, Facts, Flow, mark, state},
+        header::{ACK, FIN, RST, SYN, Shift},
+        judge::{Kernel, Leaving, Packet, Socket, Verdict, arrive, leave, refusal},
+    },
+};
+use proptest::prelude::*;
+
+const MS: u64 = 1_000_000;
+
+/// The agent's two sockets, and what the rule told it.
+struct Sockets {
+    sockets: [Option<Socket>; 2],
+    events: u32,
+}
+
+impl Kernel for Sockets {
+    fn socket(&mut self, _: &Flow, leg: usize) -> Option<Socket> {
+        self.sockets[leg]
+    }
+
+    fn load_acquire(&mut self, word: &Word) -> u64 {
+        word.get()
+    }
+
+    fn store_release(&mut self, word: &Word, value: u64) {
+        word.set(value);
+    }
+
+    fn compare_exchange(&mut self, word: &Word, old: u64, new: u64) -> bool {
+        let same = word.get() == old;
+        if same {
+            word.set(new);
+        }
+        same
+    }
+
+    fn event(&mut self) {
+        self.events += 1;
+    }
+}
+
+/// The numbers at which a flow begins: what each peer sends next, and what the agent sends next to each.
+#[derive(Clone, Copy, Debug)]
+struct Numbers {
+    client: u32,
+    to_client: u32,
+    endpoint: u32,
+    to_endpoint: u32,
+}
+
+const NUMBERS: Numbers = Numbers { client: 1000, to_client: 2000, endpoint: 5000, to_endpoint: 7000 };
+
+struct Scene {
+    flow: Flow,
+    kernel: Sockets,
+    numbers: Numbers,
+}
+
+impl Scene {
+    /// An armed flow that has seen every direction.
+    fn armed(numbers: Numbers) -> Self {
+        let mut flow = Flow::default();
+        flow.legs[CLIENT].facts = Facts {
+            cookie: 1,
+            received: 100,
+            acked: 50,
+            timestamps: 1,
+            peer_scale: 7,
+            own_scale: 3,
+            largest: 1448,
+            clock: 10,
+            ..Facts::default()
+        };
+        flow.legs[ENDPOINT].facts = Facts {
+            cookie: 2,
+            received: 50,
+            acked: 100,
+            timestamps: 1,
+            peer_scale: 2,
+            own_scale: 9,
+            clock: 77,
+            ..Facts::default()
+        };
+        let Numbers { client, to_client, endpoint, to_endpoint } = numbers;
+        let socket =
+            |rcv_nxt, snd_nxt, received, acked| Some(Socket { rcv_nxt, snd_nxt, snd_una: snd_nxt, received, acked });
+        let sockets = [socket(client, to_client, 100, 50), socket(endpoint, to_endpoint, 50, 100)];
+        let mut scene = Self { flow, kernel: Sockets { sockets, events: 0 }, numbers };
+        scene.flow.state.set(state::WATCHED);
+        assert_eq!(scene.leave(CLIENT, 1, ACK), Leaving::Pass);
+        assert_eq!(scene.leave(ENDPOINT, 2, ACK), Leaving::Pass);
+        assert_eq!(scene.client_sends(scene.ack(0, 0)), Verdict::Pass);
+        scene.flow.state.set(1 << 8 | state::ARMED);
+        scene
+    }
+
+    fn begun(numbers: Numbers) -> Self {
+        let mut scene = Self::armed(numbers);
+        assert_eq!(scene.endpoint_sends(scene.data(0, 10)), scene.forward(numbers.endpoint));
+        assert_eq!((state::of(scene.flow.state.get()), scene.kernel.events), (state::ACTIVE, 1));
+        scene
+    }
+
+    fn packet(seq: u32, ack: u32, flags: u8, payload: u32) -> Packet {
+        Packet {
+            seq,
+            ack,
+            window: 1000,
+            flags,
+            payload,
+            largest: payload,
+            timestamped: 1,
+            tsval: 123,
+            interface: 4,
+            now_ns: 500 * MS,
+        }
+    }
+
+    /// A packet of the endpoint's with payload; `at` counts from where the flow begins.
+    fn data(&self, at: u32, payload: u32) -> Packet {
+        Self::packet(self.numbers.endpoint.wrapping_add(at), self.numbers.to_endpoint, ACK, payload)
+    }
+
+    /// An acknowledgement by the client of what the endpoint sent up to `up_to`; the client has sent `sent` bytes since.
+    fn ack(&self, sent: u32, up_to: u32) -> Packet {
+        Self::packet(self.numbers.client.wrapping_add(sent), self.numbers.to_client.wrapping_add(up_to), ACK, 0)
+    }
+
+    fn forward(&self, seq: u32) -> Verdict {
+        Verdict::Forward { seq, reset: false }
+    }
+
+    fn client_sends(&mut self, packet: Packet) -> Verdict {
+        arrive(&self.flow, CLIENT, &packet, &mut self.kernel)
+    }
+
+    fn endpoint_sends(&mut self, packet: Packet) -> Verdict {
+        arrive(&self.flow, ENDPOINT, &packet, &mut self.kernel)
+    }
+
+    fn leave(&mut self, leg: usize, cookie: u64, flags: u8) -> Leaving {
+        leave(&self.flow, leg, cookie, flags, 9, &mut self.kernel)
+    }
+
+    fn state(&self) -> u64 {
+        state::of(self.flow.state.get())
+    }
+}
+
+#[test]
+fn each_refusal_leaves_the_packet_to_the_relay() {
+    type Change = fn(&mut Scene, &mut Packet);
+    let rows: [(u64, Change); 13] = [
+        (refusal::UNSEEN, |scene, _| scene.flow.legs[CLIENT].arrives_on.set(0)),
+        (refusal::UNSEEN, |scene, _| scene.flow.legs[CLIENT].leaves_on.set(0)),
+        (refusal::UNSEEN, |scene, _| scene.flow.legs[ENDPOINT].leaves_on.set(0)),
+        (refusal::NOT_NEXT, |_, packet| packet.seq += 1),
+        (refusal::NOT_NEXT, |_, packet| packet.seq -= 1),
+        (refusal::UNREAD, |scene, _| scene.kernel.sockets[ENDPOINT].as_mut().unwrap().received += 1),
+        (refusal::UNREAD, |scene, _| scene.kernel.sockets[CLIENT].as_mut().unwrap().received += 1),
+        (refusal::UNACKNOWLEDGED, |scene, _| scene.kernel.sockets[CLIENT].as_mut().unwrap().snd_nxt += 1),
+        (refusal::UNACKNOWLEDGED, |scene, _| scene.kernel.sockets[CLIENT].as_mut().unwrap().acked -= 1),
+        (refusal::UNACKNOWLEDGED, |scene, _| scene.kernel.sockets[ENDPOINT].as_mut().unwrap().acked += 1),
+        (refusal::OPTIONS, |_, packet| packet.timestamped = 0),
+        (refusal::LARGE, |_, packet| packet.largest = 1449),
+        (refusal::SOCKET, |scene, _| scene.kernel.sockets[CLIENT] = None),
+    ];
+    for (row, (expected, change)) in rows.into_iter().enumerate() {
+        let mut scene = Scene::armed(NUMBERS);
+        let mut packet = scene.data(0, 10);
+        change(&mut scene, &mut packet);
+        let word = scene.flow.state.get();
+        assert_eq!(scene.endpoint_sends(packet), Verdict::Pass, "row {row}");
+        assert_eq!((scene.flow.refusal.get(), scene.flow.state.get()), (expected, word), "row {row}");
+        assert_eq!(scene.kernel.events, 0, "row {row}");
+    }
+}
+
+#[test]
+fn only_payload_of_the_endpoint_begins_a_flow() {
+    for flags in [FIN | ACK, RST | ACK, SYN | ACK] {
+        let mut scene = Scene::armed(NUMBERS);
+        let packet = Packet { flags, ..scene.data(0, 10) };
+        assert_eq!((scene.endpoint_sends(packet), scene.state()), (Verdict::Pass, state::ARMED));
+    }
+    let mut scene = Scene::armed(NUMBERS);
+    assert_eq!((scene.endpoint_sends(scene.data(0, 0)), scene.state()), (Verdict::Pass, state::ARMED));
+    assert_eq!(
+        (scene.client_sends(Packet { payload: 9, ..scene.ack(0, 0) }), scene.state()),
+        (Verdict::Pass, state::ARMED)
+    );
+    // A segment beyond a gap waits in the agent's socket: the one before it must not begin the flow.
+    let mut scene = Scene::armed(NUMBERS);
+    assert_eq!(scene.endpoint_sends(scene.data(10, 10)), Verdict::Pass);
+    assert_eq!((scene.endpoint_sends(scene.data(0, 10)), scene.flow.refusal.get()), (Verdict::Pass, refusal::NOT_NEXT));
+}
+
+#[test]
+fn beginning_on_another_cpu_drops_packets() {
+    let mut scene = Scene::armed(NUMBERS);
+    scene.flow.state.set(1 << 8 | state::BEGINNING);
+    assert_eq!(scene.endpoint_sends(scene.data(0, 10)), Verdict::Drop);
+    assert_eq!(scene.client_sends(scene.ack(0, 0)), Verdict::Drop);
+    assert_eq!((scene.leave(CLIENT, 1, ACK), scene.leave(CLIENT, 3, ACK)), (Leaving::Drop, Leaving::Pass));
+}
+
+#[test]
+fn differences_of_the_two_connections() {
+    let scene = Scene::begun(NUMBERS);
+    let [client, endpoint] = &scene.flow.legs;
+    // 500 ms, each clock's offset, and the margin, minus the peer's value.
+    let (to_endpoint, to_client) = (500 + 77 + 2 - 123, 500 + 10 + 2 - 123);
+    let seq = 7000u32.wrapping_sub(1000);
+    let back = 2000u32.wrapping_sub(5000);
+    assert_eq!(
+        client.shift(),
+        Shift {
+            seq,
+            ack: back.wrapping_neg(),
+            tsval: to_endpoint,
+            tsecr: 0u32.wrapping_sub(to_client),
+            scale_in: 7,
+            scale_out: 9
+        }
+    );
+    assert_eq!(
+        endpoint.shift(),
+        Shift {
+            seq: back,
+            ack: seq.wrapping_neg(),
+            tsval: to_client,
+            tsecr: 0u32.wrapping_sub(to_endpoint),
+            scale_in: 2,
+            scale_out: 3
+        }
+    );
+}
+
+#[test]
+fn payload_is_counted_once() {
+    let mut scene = Scene::begun(NUMBERS);
+    for (at, payload) in [(10, 20), (10, 20), (20, 15), (50, 5), (35, 15)] {
+        let packet = scene.data(at, payload);
+        assert_eq!(scene.endpoint_sends(packet), scene.forward(packet.seq));
+    }
+    let endpoint = &scene.flow.legs[ENDPOINT];
+    // 10 to begin with, 20, 5 new of 15, and 20 with the gap, which the last one fills.
+    assert_eq!((endpoint.bytes.get(), endpoint.segments.get(), endpoint.packets.get()), (55, 4, 6));
+    // Outside of the window, which the client has not opened that far.
+    let far = scene.data(1000 << 7, 10);
+    assert_eq!(scene.endpoint_sends(far), scene.forward(far.seq));
+    assert_eq!(scene.flow.legs[ENDPOINT].bytes.get(), 55);
+}
+
+#[test]
+fn flow_ends_after_both_fins_are_acknowledged() {
+    let mut scene = Scene::begun(NUMBERS);
+    let Numbers { client, to_client, endpoint, to_endpoint } = NUMBERS;
+    let fin = Packet { flags: FIN | ACK, ..scene.data(10, 5) };
+    scene.endpoint_sends(fin);
+    scene.client_sends(scene.ack(0, 15));
+    assert_eq!(scene.flow.legs[ENDPOINT].closed.get(), 0, "the FIN is not acknowledged yet");
+    scene.client_sends(Scene::packet(client, to_client + 16, FIN | ACK, 0));
+    assert_eq!((scene.flow.legs[ENDPOINT].closed.get(), scene.state()), (1, state::ACTIVE));
+    scene.endpoint_sends(Scene::packet(endpoint + 16, to_endpoint + 1, ACK, 0));
+    assert_eq!((scene.state(), scene.kernel.events, scene.flow.marks.get()), (state::ENDED, 2, 0));
+    // Late repetitions still pass, and silence lasts.
+    assert_eq!(scene.endpoint_sends(fin), scene.forward(endpoint + 10));
+    assert_eq!(scene.leave(ENDPOINT, 2, FIN | ACK), Leaving::Drop);
+    assert_eq!(scene.flow.legs[ENDPOINT].bytes.get(), 15);
+}
+
+#[test]
+fn acknowledgements_of_a_client_that_has_closed_count() {
+    let mut scene = Scene::begun(NUMBERS);
+    let Numbers { client, to_client, endpoint, to_endpoint } = NUMBERS;
+    scene.client_sends(Scene::packet(client, to_client + 10, FIN | ACK, 0));
+    scene.endpoint_sends(Scene::packet(endpoint + 10, to_endpoint + 1, FIN | ACK, 5));
+    assert_eq!(scene.state(), state::ACTIVE);
+    let last = Scene::packet(client + 1, to_client + 16, ACK, 0);
+    assert_eq!(scene.client_sends(last), scene.forward(client + 1));
+    assert_eq!(scene.state(), state::ENDED);
+}
+
+#[test]
+fn forged_ends_change_nothing() {
+    let Numbers { client, to_client, endpoint, to_endpoint } = NUMBERS;
+    let mut scene = Scene::begun(NUMBERS);
+    for packet in [
+        Scene::packet(endpoint + 11, to_endpoint, RST, 0),
+        Scene::packet(endpoint + 9, to_endpoint, RST | ACK, 0),
+        Scene::packet(endpoint.wrapping_sub(1 << 30), to_endpoint, FIN | ACK, 0),
+        Scene::packet(endpoint, to_endpoint, SYN, 0),
+    ] {
+        assert_eq!(scene.endpoint_sends(packet), scene.forward(packet.seq));
+        assert_eq!(scene.state(), state::ACTIVE);
+    }
+    let reset = Scene::packet(client.wrapping_sub(7), to_client, RST, 0);
+    assert_eq!(scene.client_sends(reset), scene.forward(reset.seq));
+    // An acknowledgement of what was never sent does not move the window.
+    scene.client_sends(scene.ack(0, 1 << 20));
+    assert_eq!((scene.state(), scene.flow.legs[CLIENT].told.get() as u32), (state::ACTIVE, to_client));
+    // Payload beyond the endpoint's window is not the client's.
+    let far = Scene::packet(client + (1000 << 2) + 1, to_client, ACK, 5);
+    assert_eq!((scene.client_sends(far), scene.flow.marks.get()), (Verdict::Drop, 0));
+}
+
+#[test]
+fn reset_with_the_next_number_ends_the_flow() {
+    let Numbers { client, to_client, endpoint, to_endpoint } = NUMBERS;
+    for (from, seq, ack, by) in
+        [(CLIENT, client, to_client, mark::CLIENT_RESET), (ENDPOINT, endpoint + 10, to_endpoint, mark::ENDPOINT_RESET)]
+    {
+        let mut scene = Scene::begun(NUMBERS);
+        let reset = Scene::packet(seq, ack, RST, 0);
+        assert_eq!(arrive(&scene.flow, from, &reset, &mut scene.kernel), scene.forward(seq));
+        assert_eq!((scene.state(), scene.flow.marks.get(), scene.kernel.events), (state::ENDED, by, 2));
+    }
+}
+
+#[test]
+fn payload_of_the_client_is_dropped_and_its_end_becomes_a_reset() {
+    let Numbers { client, to_client, .. } = NUMBERS;
+    for end in [FIN | ACK, RST] {
+        let mut scene = Scene::begun(NUMBERS);
+        // Old bytes pass: a repetition, or a probe.
+        let old = Scene::packet(client - 5, to_client, ACK, 5);
+        assert_eq!(scene.client_sends(old), scene.forward(client - 5));
+        assert_eq!(scene.flow.marks.get(), 0);
+        for payload in [8, 3] {
+            let new = Scene::packet(client - 2, to_client, ACK, payload);
+            assert_eq!((scene.client_sends(new), scene.flow.marks.get()), (Verdict::Drop, mark::CLIENT_SENT));
+        }
+        assert_eq!((scene.kernel.events, scene.flow.legs[CLIENT].refused.get()), (2, 2), "told once");
+        // Its acknowledgements pass with the number that the endpoint knows, and open the window.
+        let ack = Scene::packet(client + 6, to_client + 10, ACK, 0);
+        assert_eq!(scene.client_sends(ack), scene.forward(client));
+        assert_eq!(scene.flow.legs[CLIENT].told.get() as u32, to_client + 10);
+        let ended = Scene::packet(client + 6, to_client + 10, end, 0);
+        assert_eq!(scene.client_sends(ended), Verdict::Forward { seq: client, reset: true });
+        assert_eq!(scene.state(), state::ENDED);
+    }
+}
+
+#[test]
+fn syn_forgets_what_has_ended() {
+    let mut scene = Scene::begun(NUMBERS);
+    scene.endpoint_sends(Scene::packet(NUMBERS.endpoint + 10, NUMBERS.to_endpoint, RST, 0));
+    let syn = Scene::packet(1, 0, SYN, 0);
+    assert_eq!((scene.client_sends(syn), scene.endpoint_sends(syn)), (Verdict::Forget, Verdict::Forget));
+    assert_eq!(scene.client_sends(Packet { flags: SYN | ACK, ..syn }), scene.forward(1));
+    // The agent's kernel uses the addresses again: at any time, because it knows its own sockets.
+    assert_eq!(scene.leave(ENDPOINT, 9, SYN), Leaving::Forget);
+    let mut active = Scene::begun(NUMBERS);
+    assert_eq!((active.leave(ENDPOINT, 9, SYN), active.leave(ENDPOINT, 9, ACK)), (Leaving::Forget, Leaving::Pass));
+    active.flow.state.set(state::REPLACED);
+    assert_eq!((active.client_sends(syn), active.leave(CLIENT, 1, FIN)), (Verdict::Pass, Leaving::Pass));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Wherever the sequence numbers begin, they may wrap within the stream.
+    #[test]
+    fn numbers_wrap(client: u32, to_client: u32, endpoint: u32, to_endpoint: u32, pieces in proptest::collection::vec(1u32..3000, 1..40)) {
+        let numbers = Numbers { client, to_client, endpoint, to_endpoint };
+        let mut scene = Scene::begun(numbers);
+        let mut sent = 10;
+        for piece in pieces {
+            let packet = scene.data(sent, piece);
+            prop_assert_eq!(scene.endpoint_sends(packet), scene.forward(packet.seq));
+            sent += piece;
+            // What the client then acknowledges is, shifted, what the endpoint sent.
+            let ack = scene.ack(0, sent);
+            let shifted = ack.ack.wrapping_add(scene.flow.legs[CLIENT].shift().ack);
+            prop_assert_eq!(shifted, endpoint.wrapping_add(sent));
+            prop_assert_eq!(scene.client_sends(ack), scene.forward(ack.seq));
+        }
+        prop_assert_eq!(scene.flow.legs[ENDPOINT].bytes.get(), u64::from(sent));
+        scene.endpoint_sends(Packet { flags: FIN | ACK, ..scene.data(sent, 0) });
+        scene.client_sends(Packet { flags: FIN | ACK, ..scene.ack(0, sent + 1) });
+        let last = Packet { ack: to_endpoint.wrapping_add(1), ..scene.data(sent + 1, 0) };
+        scene.endpoint_sends(last);
+        prop_assert_eq!(scene.state(), state::ENDED);
+    }
+}
