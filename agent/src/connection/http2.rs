@@ -43,6 +43,8 @@ const SHED_TIMEOUT: Duration = Duration::from_millis(100);
 /// How long a client may be silent before it gets a PING, and how long it may take to answer it.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
 const PONG_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long a client without requests may take to acknowledge that the agent is leaving (RFC 9113 section 6.8).
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a final GOAWAY may take to be sent.
 const GOAWAY_TIMEOUT: Duration = Duration::from_secs(1);
 /// Checks of a stalled client within its time limit.
@@ -198,7 +200,10 @@ async fn run(
         tokio::select! {
             reason = traffic.ended() => reason,
             () = unresponsive(traffic, ping) => "silent",
-            () = stalled(traffic, config.timeouts.idle) => "stalled",
+            () = stalled(traffic, config.timeouts.idle) => {
+                shared.metrics.client_stalled();
+                "stalled"
+            }
             () = poll_fn(|cx| watch.poll_gone(traffic.wire().borrow().tcp(), cx)) => "unreachable",
         }
     });
@@ -234,8 +239,10 @@ async fn run(
                 }
                 None => return Ending::Reading,
             },
+            () = activity.idle(Some(LEAVE_TIMEOUT)), if leaving => break "silent",
             shed = leave.as_mut(), if !leaving => {
                 leaving = true;
+                activity.idle_since.set(Instant::now());
                 connection.graceful_shutdown();
                 if shed {
                     // An idle client needs no time to finish.

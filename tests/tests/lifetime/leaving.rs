@@ -53,6 +53,14 @@ async fn lame_duck_after_sigterm_serves_and_closes_connections() {
     assert_eq!(http2.request(&Request::get(MODELS)).await.unwrap().status(), 200);
     http2.end().await.unwrap();
 
+    // The old client has not read the PING after its GOAWAY, so it does not acknowledge that the agent is leaving.
+    let begun = std::time::Instant::now();
+    while agent.metric("penstock_http2_connections_ended_total", &[r#"reason="silent""#]).await.unwrap() == 0.0 {
+        assert!(begun.elapsed() < SOON, "the connection does not end");
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    assert!(old.find(|frame| frame.kind == kind::GOAWAY).await.unwrap().is_some());
+
     agent.process.signal(Signal::SIGINT).unwrap();
     assert_eq!(agent.process.ended(SOON).await.unwrap().code(), Some(0));
 }
