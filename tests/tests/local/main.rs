@@ -1,6 +1,7 @@
 //! The path `local`, on which an endpoint's own `sendmsg` reaches the client: for every endpoint and way of sending, every
 //! location on this machine and every end.
 
+mod owned;
 mod posts;
 mod pressure;
 mod scope;

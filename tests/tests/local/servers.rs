@@ -17,11 +17,11 @@ use tempfile::TempDir;
 use crate::carried;
 
 const SOON: Duration = Duration::from_secs(20);
-const STREAM_ID: u64 = 11;
-const SIZE: usize = 2_000_000;
+pub(crate) const STREAM_ID: u64 = 11;
+pub(crate) const SIZE: usize = 2_000_000;
 
 /// The bytes that every server serves, in this test's folder.
-fn content() -> TempDir {
+pub(crate) fn content() -> TempDir {
     let folder = TempDir::new().unwrap();
     std::fs::write(folder.path().join("content"), Alphabet::Text.bytes(STREAM_ID, 0, SIZE)).unwrap();
     folder
@@ -31,11 +31,11 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
 }
 
-fn script(name: &str) -> PathBuf {
+pub(crate) fn script(name: &str) -> PathBuf {
     root().join("tests/tests/local/servers").join(name)
 }
 
-fn python() -> PathBuf {
+pub(crate) fn python() -> PathBuf {
     let python = root().join("target/venv/bin/python");
     assert!(python.is_file(), "no {}: run `cargo xtask setup --tests`", python.display());
     python
