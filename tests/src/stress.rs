@@ -1,4 +1,5 @@
-//! Random cases: framings, sizes, pauses, buffers, slow and impatient clients, protocol switches, and endpoints that break off.
+//! Random cases: framings, sizes, pauses, buffers, slow and impatient clients, protocol switches, endpoints that break off, and
+//! endpoints that overwrite what they have sent.
 //! Bytes depend on their position, so a lost, repeated or swapped one is located.
 //!
 //! A run consists of rounds, each with its own agent in one steering mode; in one of three, connections are pinned. A seed
@@ -7,6 +8,7 @@
 mod counters;
 mod case;
 mod exchange;
+mod mutating;
 mod switch;
 mod tally;
 #[cfg(test)]
@@ -25,6 +27,7 @@ use futures_util::future::join_all;
 use penstock_agent::config::{PickPer, SteeringMode};
 
 use exchange::{Done, Outcome};
+use mutating::Mutating;
 
 use crate::agent::{TestAgent, builtin_pool};
 use crate::eventually::within;
@@ -33,6 +36,8 @@ use crate::{Client, Random};
 
 const CLIENTS: usize = 24;
 const SERVERS: usize = 2;
+/// Clients of the endpoint that overwrites what it has sent.
+const MUTATED: usize = 2;
 /// Longest time with one agent.
 const ROUND: Duration = Duration::from_secs(10);
 /// A client gives up if its response takes longer.
@@ -100,21 +105,41 @@ async fn round(mode: SteeringMode, seed: u64, time: Duration) -> Result<Tally> {
         config.steering.client_send_buffer = random.pick(&[64 << 10, 1 << 20, 1 << 20]);
         config.steering.endpoint_receive_buffer = random.pick(&[32 << 10, 512 << 10, 4 << 20]);
     })?;
+    let mutating = Mutating::start(random.below(u64::MAX))?;
+    let its_agent = TestAgent::try_start(builtin_pool(&[mutating.addr]), mode, |config| config.listen.workers = 1)?;
     let until = Instant::now() + time;
+    let seeds = [(); MUTATED].map(|()| random.below(u64::MAX));
+    let its_clients = seeds.map(|of_client| mutated(its_agent.addr, Random::new(of_client), mode, seed, until));
     let clients = (0..CLIENTS).map(|number| {
         let random = Random::new(random.below(u64::MAX));
         let client = Caller { addr: agent.addr, servers: &servers, random, pinned, number };
         client.run(mode, seed, until)
     });
+    let (of_clients, of_mutated) = tokio::join!(join_all(clients), join_all(its_clients));
     let mut tally = Tally::new(mode);
-    for of_one in join_all(clients).await {
+    for of_one in of_clients {
         tally.add(&of_one);
     }
     if let Err(error) = settle(&agent, &servers, &tally).await {
         tally.fail(&reproduce(mode, seed), &error);
     }
+    for of_one in of_mutated {
+        tally.add(&of_one);
+    }
     tally.counters = Counters::read(&agent.agent.metrics().encode());
+    tally.counters.add(&Counters::read(&its_agent.agent.metrics().encode()));
     Ok(tally)
+}
+
+/// One client of the endpoint that overwrites what it has sent.
+async fn mutated(addr: SocketAddr, random: Random, mode: SteeringMode, seed: u64, until: Instant) -> Tally {
+    let mut tally = Tally::new(mode);
+    mutating::calls(addr, random, until, |result| match result {
+        Ok((complete, bytes)) => tally.overwritten(complete, bytes),
+        Err(error) => tally.fail(&reproduce(mode, seed), &error),
+    })
+    .await;
+    tally
 }
 
 /// Asserts that no resources are held for finished requests, and that the paths account for all complete responses.

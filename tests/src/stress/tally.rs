@@ -25,6 +25,8 @@ pub struct Tally {
     pub left: u64,
     /// How many of these connections switched protocols.
     pub switched: u64,
+    /// Responses of the endpoint that overwrites what it has sent: complete and exact, and visibly broken.
+    pub overwritten: [u64; 2],
     /// Response bytes read by clients, framing included.
     pub read: u64,
     /// The part of them in complete responses.
@@ -48,6 +50,7 @@ impl Tally {
             broken: 0,
             left: 0,
             switched: 0,
+            overwritten: [0; 2],
             read: 0,
             whole: 0,
             wrong: 0,
@@ -65,7 +68,7 @@ impl Tally {
 
     #[must_use]
     pub fn requests(&self) -> u64 {
-        self.complete + self.broken + self.left + self.failed()
+        self.complete + self.broken + self.left + self.overwritten.iter().sum::<u64>() + self.failed()
     }
 
     #[must_use]
@@ -83,6 +86,12 @@ impl Tally {
         self.switched += u64::from(matches!(case.exchange, Exchange::Switch { .. }));
         self.read += bytes;
         self.whole += if outcome == Outcome::Complete { bytes } else { 0 };
+    }
+
+    /// A response of the endpoint that overwrites what it has sent.
+    pub(super) fn overwritten(&mut self, complete: bool, bytes: u64) {
+        self.overwritten[usize::from(!complete)] += 1;
+        self.read += bytes;
     }
 
     /// `what` says where it happened.
@@ -105,6 +114,9 @@ impl Tally {
         self.broken += other.broken;
         self.left += other.left;
         self.switched += other.switched;
+        for (sum, one) in self.overwritten.iter_mut().zip(other.overwritten) {
+            *sum += one;
+        }
         self.read += other.read;
         self.whole += other.whole;
         self.wrong += other.wrong;
@@ -122,6 +134,9 @@ impl Tally {
         if self.failed() > self.failures.len() as u64 {
             complaints.push(format!("{mode}: {} more", self.failed() - self.failures.len() as u64));
         }
+        if self.overwritten[0] == 0 {
+            complaints.push(format!("{mode}: no response of the endpoint that overwrites its pages was complete"));
+        }
         if self.complete == 0 {
             complaints.push(format!("{mode}: no response was complete"));
         }
@@ -134,7 +149,7 @@ impl Tally {
 
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { complete, broken, left, switched, read, wrong, short, odd, counters, .. } = self;
+        let Self { complete, broken, left, switched, overwritten, read, wrong, short, odd, counters, .. } = self;
         writeln!(
             f,
             "{:<8} {} requests, {switched} of them switches of protocol: {complete} complete, {broken} broken off by \
@@ -142,6 +157,8 @@ impl fmt::Display for Tally {
             self.name(),
             self.requests(),
         )?;
+        let [exact, visible] = overwritten;
+        writeln!(f, "  pages overwritten after sending: {exact} responses exact, {visible} visibly broken")?;
         writeln!(f, "  bytes  {}", counters.bytes)?;
         writeln!(f, "  flows  {}: {}", counters.flows.sum(), counters.flows)?;
         writeln!(f, "  stops  {}", counters.stops)?;

@@ -151,6 +151,7 @@ fn unused_path_is_reported() {
     for mode in SteeringMode::value_variants() {
         let mut tally = Tally::new(*mode);
         tally.complete = 1;
+        tally.overwritten = [1, 0];
         assert_eq!(tally.complaints().len(), paths(*mode).len());
         for path in paths(*mode) {
             tally.counters.add(&Counters::read(&format!("penstock_body_bytes_total{{path=\"{path}\"}} 1\n")));
