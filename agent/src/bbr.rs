@@ -86,6 +86,24 @@ enum Member {
     Other,
 }
 
+/// What a part of a document is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Token {
+    /// Anything outside of string values. Keys belong to it.
+    Structure,
+    /// The opening quote of a string value.
+    Open {
+        /// Whether it is the top-level `model`.
+        model: bool,
+    },
+    /// Whole characters of a string value, none of which is escaped.
+    Plain,
+    /// Part of an escape, or of a character that a slice cut. `ends` with the last part.
+    Part { ends: bool },
+    /// The closing quote of a string value.
+    Close,
+}
+
 /// What is copied into the capture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Keep {
@@ -123,13 +141,20 @@ impl ModelScanner {
     }
 
     /// Reads the next bytes of the body. After an error every call returns the same error.
-    pub fn feed(&mut self, mut bytes: &[u8]) -> Result<(), JsonError> {
+    pub fn feed(&mut self, bytes: &[u8]) -> Result<(), JsonError> {
+        self.walk(bytes, |_, _| {})
+    }
+
+    /// As [`feed`](Self::feed), and calls `each` with every part of `bytes` in turn.
+    pub fn walk(&mut self, mut bytes: &[u8], mut each: impl FnMut(Token, &[u8])) -> Result<(), JsonError> {
         if let Some(error) = &self.failed {
             return Err(error.clone());
         }
         while !bytes.is_empty() {
+            let before = self.state;
             let used = self.step(bytes).inspect_err(|error| self.failed = Some(error.clone()))?;
             let (read, rest) = bytes.split_at(used);
+            each(self.token(before), read);
             if self.keep == Keep::Raw {
                 self.capture.push(read);
                 if self.nesting.depth() == 1 && self.state == State::CommaOrClose {
@@ -229,6 +254,17 @@ impl ModelScanner {
             _ => return Err(self.error(Found::Byte(byte))),
         }
         Ok(1)
+    }
+
+    /// What was read since the state was `before`.
+    fn token(&self, before: State) -> Token {
+        match (before, self.state) {
+            (State::ValueText(Text::Plain), State::ValueText(Text::Plain)) => Token::Plain,
+            (State::ValueText(_), State::ValueText(text)) => Token::Part { ends: text == Text::Plain },
+            (State::ValueText(_), _) => Token::Close,
+            (_, State::ValueText(_)) => Token::Open { model: self.value_of() == Member::Model },
+            _ => Token::Structure,
+        }
     }
 
     fn read_text(&mut self, text: &mut Text, bytes: &[u8]) -> Result<(usize, bool), JsonError> {

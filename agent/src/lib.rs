@@ -20,6 +20,7 @@ pub mod admin;
 pub mod http;
 pub mod telemetry;
 pub mod bbr;
+pub mod abridge;
 pub mod route;
 pub mod picker;
 pub mod kernel;

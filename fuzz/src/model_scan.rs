@@ -1,5 +1,6 @@
-//! The scan of a JSON body for its model, cut anywhere, compared with serde_json.
+//! The scan of a JSON body for its model, and its abridgement for an EPP, cut anywhere, compared with serde_json.
 
+use penstock_agent::abridge::{Abridged, Abridger, Difference, Whole, difference};
 use penstock_agent::bbr::{Found, JsonError, Model, ModelScanner, Summary};
 use serde_json::Value;
 
@@ -10,6 +11,7 @@ pub fn run(data: &[u8]) {
     let lengths = [choices.byte(), choices.byte(), choices.byte()];
     let ours = scan(std::iter::once(body));
     assert_eq!(scan(input::pieces(body, lengths)), ours, "the result depends on the cut");
+    abridge(body, lengths, ours.is_ok());
 
     // `Value` refuses some valid JSON: lone surrogates, and numbers beyond f64. The scanner does not check those.
     let theirs = serde_json::from_slice::<Value>(body);
@@ -45,4 +47,36 @@ fn scan<'d>(pieces: impl Iterator<Item = &'d [u8]>) -> Result<Summary, JsonError
         scanner.feed(piece)?;
     }
     scanner.finish()
+}
+
+/// Abridges the body as if its texts were long.
+fn abridge(body: &[u8], lengths: [u8; 3], is_json: bool) {
+    let limit = body.len() / 3;
+    let ours = abridged(limit, std::iter::once(body));
+    // Of two reasons to send the body whole, the cut decides which is found first.
+    assert_eq!(
+        abridged(limit, input::pieces(body, lengths)).ok(),
+        ours.clone().ok(),
+        "the abridgement depends on the cut"
+    );
+    let Abridged { body: short, model } = match ours {
+        Ok(abridged) => abridged,
+        Err(Whole::NotJson) => return assert!(!is_json, "a document is refused"),
+        Err(Whole::Structure | Whole::Short) => return,
+    };
+    assert!(is_json && short.len() < body.len() && short.len() <= 2 * limit);
+    assert!(scan(std::iter::once(&*short)).is_ok(), "the abridged body is not JSON");
+    assert_eq!(difference(&short, body), Difference::Other);
+    if let Some(model) = model {
+        let at = &body[model.at.start as usize..model.at.end as usize];
+        assert_eq!(serde_json::from_slice::<String>(at).ok(), Some(model.name));
+    }
+}
+
+fn abridged<'d>(limit: usize, pieces: impl Iterator<Item = &'d [u8]>) -> Result<Abridged, Whole> {
+    let mut abridger = Abridger::new(limit);
+    for piece in pieces {
+        abridger.feed(piece)?;
+    }
+    abridger.finish()
 }
