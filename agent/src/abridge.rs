@@ -8,9 +8,13 @@ mod compare;
 #[cfg(test)]
 mod tests;
 
-use std::ops::Range;
+use std::{
+    ops::Range,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 
 pub use self::compare::{Difference, difference};
 use crate::bbr::{Model, ModelScanner, Token};
@@ -56,6 +60,41 @@ pub struct ModelValue {
     pub name: String,
     /// Where its JSON text is in the original body, with its quotes.
     pub at: Range<u64>,
+}
+
+/// A model that an EPP changed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Renamed {
+    /// Where the client's body has its JSON text.
+    pub at: Range<u64>,
+    pub client: String,
+    pub picker: String,
+}
+
+impl Renamed {
+    /// The JSON text of the picker's name.
+    pub fn text(&self) -> Bytes {
+        serde_json::Value::from(self.picker.as_str()).to_string().into()
+    }
+}
+
+/// Remembers for a time that the EPP of a pool rewrites bodies, so that it gets them whole.
+#[derive(Debug, Default)]
+pub struct Rewriter {
+    until: Mutex<Option<Instant>>,
+}
+
+impl Rewriter {
+    const TIME: Duration = Duration::from_secs(60);
+
+    /// The EPP has rewritten a body.
+    pub fn found(&self, now: Instant) {
+        *self.until.lock() = Some(now + Self::TIME);
+    }
+
+    pub fn is_known(&self, now: Instant) -> bool {
+        self.until.lock().is_some_and(|until| now < until)
+    }
 }
 
 /// Abridges one body.

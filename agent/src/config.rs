@@ -48,7 +48,7 @@ pub use default_file::default_toml;
 pub use dns::Dns;
 pub use ejection::Ejection;
 pub use endpoints::{Endpoint, EndpointsError, EndpointsFormat, NamedEndpoints, is_own, parse_endpoints};
-pub use epp::{ClientCertificate, Epp, EppLimits, EppTls, Pin, ResponseToPicker};
+pub use epp::{BodyToPicker, ClientCertificate, Epp, EppLimits, EppTls, Pin, ResponseToPicker};
 pub use error::{ConfigError, ConfigErrors, ConfigWarning, Position};
 pub use errors::{ErrorFormat, Errors};
 pub(crate) use headers::ALL_HINTS;

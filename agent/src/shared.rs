@@ -8,6 +8,7 @@ use http::{HeaderName, HeaderValue, StatusCode};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    abridge::Rewriter,
     bbr::ModelHeaders,
     budget::Bodies,
     config::{self, Config, Picker},
@@ -34,6 +35,8 @@ pub struct Shared {
     pub pickers: Vec<BuiltinPicker>,
     /// One per pool; None if the pool does not use an EPP.
     pub replicas: Vec<Option<Arc<Replicas>>>,
+    /// One per pool.
+    pub rewriters: Vec<Rewriter>,
     /// The headers in which EPPs return their picks: `picker.header` of every pool, and the protocol's own.
     pub pick_headers: Vec<HeaderName>,
     pub model_headers: ModelHeaders,
@@ -106,6 +109,7 @@ impl Shared {
             router: Router::new(&config),
             pickers: endpoints.iter().map(|endpoints| BuiltinPicker::new(Arc::clone(endpoints))).collect(),
             retries: config.pools.iter().map(|pool| RetryBudget::new(&pool.retry, Instant::now())).collect(),
+            rewriters: config.pools.iter().map(|_| Rewriter::default()).collect(),
             pick_headers: pick_headers(&config),
             model_headers: ModelHeaders::new(&config.bbr),
             bodies: Bodies::new(&config.limits, &metrics),

@@ -180,7 +180,7 @@ fn check_decision(decision: &Decision, headers: &HeaderMap, body: Option<&[u8]>)
     assert!(!endpoints.is_empty(), "a decision without endpoints");
     assert!(endpoints.iter().enumerate().all(|(at, endpoint)| !endpoints[..at].contains(endpoint)), "{endpoints:?}");
     let length = match fate {
-        Body::Original | Body::DigestOnly(_) => body.map_or(0, <[u8]>::len),
+        Body::Original | Body::Renamed(_) | Body::DigestOnly(_) => body.map_or(0, <[u8]>::len),
         Body::Replaced(pieces) => pieces.iter().map(Bytes::len).sum(),
     };
     assert!(matches!(fate, Body::Original) || length <= REPLACED_BODY, "a replacement of {length} bytes");

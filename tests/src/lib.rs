@@ -29,6 +29,7 @@ pub mod soak;
 pub mod servers;
 pub mod stage;
 pub mod stress;
+pub mod thread_cpu;
 pub mod tls;
 
 pub use agent::TestAgent;

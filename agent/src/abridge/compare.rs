@@ -181,7 +181,8 @@ impl<'d> Parser<'d> {
             Some(character) => text.extend_from_slice(character.encode_utf8(&mut [0; 4]).as_bytes()),
             // A lone surrogate, encoded like a character of three bytes.
             None => {
-                text.extend([0xe0 | unit >> 12, 0x80 | unit >> 6 & 0x3f, 0x80 | unit & 0x3f].map(|byte| byte as u8))
+                let bytes = [0xe0 | unit >> 12, 0x80 | unit >> 6 & 0x3f, 0x80 | unit & 0x3f];
+                text.extend(bytes.iter().flat_map(|&byte| u8::try_from(byte)));
             }
         }
         Some(())

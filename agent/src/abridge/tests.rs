@@ -33,9 +33,9 @@ fn taken_apart(document: &str) -> (Vec<&str>, String) {
         let (text, after) = string.split_at(end.expect("a closing quote"));
         structure.push_str(before);
         if after[1..].trim_start().starts_with(':') {
-            structure.push_str(text)
+            structure.push_str(text);
         } else {
-            strings.push(text)
+            strings.push(text);
         }
         structure.push('"');
         rest = &after[1..];
@@ -116,7 +116,7 @@ fn bodies_that_cannot_be_abridged_are_sent_whole() {
     let cases = [
         (format!("[\"{long}\""), Whole::NotJson),
         (format!("\"{long}\"x"), Whole::NotJson),
-        (format!("{long}"), Whole::NotJson),
+        (long.clone(), Whole::NotJson),
         (format!("\"{long}\u{1}\""), Whole::NotJson),
         (format!("{{\"model\":\"a\",\"model\":\"b\",\"x\":\"{long}\"}}"), Whole::NotJson),
         (format!("{}\"{long}\"{}", "[".repeat(128), "]".repeat(128)), Whole::NotJson),
@@ -168,6 +168,15 @@ fn documents_are_compared_as_values() {
     let deep = |count: usize| format!("{}{}", "[".repeat(count), "]".repeat(count));
     assert_eq!(difference("[]", &deep(1_000_000)), Difference::Other);
     assert_eq!(difference(&deep(127), &format!(" {}", deep(127))), Difference::None);
+}
+
+#[test]
+fn rewriter_is_remembered_for_a_time() {
+    let (rewriter, begin) = (Rewriter::default(), Instant::now());
+    assert!(!rewriter.is_known(begin));
+    rewriter.found(begin);
+    assert!(rewriter.is_known(begin + Duration::from_secs(59)));
+    assert!(!rewriter.is_known(begin + Duration::from_secs(60)));
 }
 
 fn difference(sent: &str, returned: &str) -> Difference {

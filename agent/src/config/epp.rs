@@ -57,6 +57,10 @@ settings! {
         pub open_on_deadline: bool = false => boolean(),
         /// How long a response head waits for the mutation that the EPP may make of it.
         pub response_timeout: Option<Duration> = Some(Duration::from_millis(100)) => duration_or_off(),
+        /// What the EPP sees of request bodies.
+        pub body_to_picker: BodyToPicker = BodyToPicker::Whole => value::choice(),
+        /// With `body_to_picker = "abridged"`: bytes of strings that the EPP gets of a body. Shorter bodies are sent whole.
+        pub body_to_picker_bytes: usize = 64 << 10 => integer(1024..=64 << 20),
         /// What the EPP sees of response bodies.
         pub response_to_picker: ResponseToPicker = ResponseToPicker::Usage => value::choice(),
         /// With `response_to_picker = "body"`: bytes of one response that may wait for the EPP. Beyond it, the EPP gets no more of
@@ -80,6 +84,22 @@ settings! {
         pub limits: EppLimits = EppLimits::default() => section(),
         /// What becomes of the dynamic metadata of the EPP's replies.
         pub metadata: EppMetadata = EppMetadata::default() => section(),
+    }
+}
+
+choice! {
+    /// What the EPP sees of request bodies.
+    pub enum BodyToPicker {
+        /// Every byte, while the client uploads.
+        Whole = "whole",
+        /// Of a JSON body that is longer than `body_to_picker_bytes`: the same document, in which strings end early. Each string
+        /// keeps its first 64 bytes and the model's name is whole; what is longer is cut once `body_to_picker_bytes` of it were sent.
+        /// The field `x-penstock-body-length` has the length of the client's body, Content-Length that of the abridged one. The
+        /// endpoint gets the client's body; a model that the EPP changes is changed in it. If the EPP changes anything else, it is
+        /// asked again with the whole body, and the pool's next long bodies are sent whole for one minute. The EPP is asked when the
+        /// body is complete. Bodies with a content coding, those that are not JSON, and those of which more than
+        /// `body_to_picker_bytes` cannot be cut are sent whole.
+        Abridged = "abridged",
     }
 }
 

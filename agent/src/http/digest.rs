@@ -33,9 +33,14 @@ pub fn remove_stale(headers: &mut HeaderMap, client: &HeaderMap, body: &[Bytes])
     }
 }
 
+/// Removes the digests of a body.
+pub fn remove(headers: &mut HeaderMap) {
+    DIGESTS.iter().for_each(|name| drop(headers.remove(name)));
+}
+
 /// Removes from a response's `headers` what does not fit a body that the agent has changed, and weakens its ETag (RFC 9110 §8.8.1).
 pub fn remove_from_changed(headers: &mut HeaderMap) {
-    DIGESTS.iter().for_each(|name| drop(headers.remove(name)));
+    remove(headers);
     if let Some(tag) = headers.get(header::ETAG).filter(|tag| !tag.as_bytes().starts_with(b"W/"))
         && let Ok(weak) = HeaderValue::from_bytes(&[b"W/", tag.as_bytes()].concat())
     {

@@ -32,7 +32,9 @@ const END_TO_END: [HeaderName; 4] =
 const FRAMING: [&str; 4] = ["content-length", "transfer-encoding", "host", "connection"];
 
 /// Headers between gateway, picker and endpoint. From a client they would bypass the picker.
-pub(super) const CONTROL: [&str; 12] = [
+pub(super) const CONTROL: [&str; 13] = [
+    // The agent's own, for EPPs.
+    "x-penstock-body-length",
     // Tells clients why the EPP dropped a request.
     "x-llm-d-request-dropped-reason",
     "x-prefiller-host-port",
@@ -60,6 +62,9 @@ const X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port")
 pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Set only on the agent's own answers: the reason why no endpoint answered.
 pub const X_PENSTOCK_REASON: HeaderName = HeaderName::from_static("x-penstock-reason");
+
+/// Set only for EPPs: the length of a body that is abridged.
+pub const X_PENSTOCK_BODY_LENGTH: HeaderName = HeaderName::from_static("x-penstock-body-length");
 
 /// The ids of the agents that have forwarded a request.
 pub const X_PENSTOCK_HOP: HeaderName = HeaderName::from_static("x-penstock-hop");
@@ -171,11 +176,12 @@ pub fn remove_hints(headers: &mut HeaderMap, settings: &Headers) {
     }
 }
 
-/// Removes the pick itself, which is meant for the agent only. What the picker says about other endpoints (prefill and
-/// the like) stays.
+/// Removes the pick itself, which is meant for the agent only, and what an EPP repeats of what was meant for it. What the picker
+/// says about other endpoints (prefill and the like) stays.
 pub fn remove_pick(headers: &mut HeaderMap, destination: &HeaderName) {
     let picks = &CONTROL_PREFIXES[..2];
-    remove_if(headers, |name| picks.iter().any(|pick| begins(name, pick)) || same(name, destination.as_str()));
+    let is_other = |name: &str| [destination, &X_PENSTOCK_BODY_LENGTH].iter().any(|other| same(name, other.as_str()));
+    remove_if(headers, |name| picks.iter().any(|pick| begins(name, pick)) || is_other(name));
 }
 
 pub(super) fn remove_if(headers: &mut HeaderMap, unwanted: impl Fn(&str) -> bool) {

@@ -128,6 +128,11 @@ families! {
     /// Requests sent to the EPP again, on another connection or to another replica, by the outcome of the previous
     /// attempt.
     epp_asked_again: Family<ByPoolAndReason, Counter> = "epp_asked_again";
+    /// Requests with a long body in pools with body_to_picker = "abridged": unchanged (the EPP left the abridged body as it was),
+    /// renamed (it changed the model), rewritten (it changed something else, and was asked again with the whole body), undecided
+    /// (there was no pick), or why the body was sent whole: coded, not_json, structure (too much of it cannot be cut), short (no
+    /// string is long enough), memory (no room for the abridged body), rewriter (the EPP has rewritten a body in the last minute).
+    epp_long_bodies: Family<ByPoolAndReason, Counter> = "epp_long_bodies";
     /// Requests that wait for a replica of their EPP, none of which can be connected.
     epp_waiting: Family<ByPool, Gauge> = "epp_waiting";
     /// Requests that had to wait for a replica of their EPP, by outcome: served, in_vain (none came in time, or the EPP failed

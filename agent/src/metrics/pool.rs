@@ -163,6 +163,11 @@ impl PoolMetrics {
         self.families.epp_asked_again.get_or_create(&ByPoolAndReason { pool: self.name.clone(), reason }).inc();
     }
 
+    /// Counts a request with a long body in a pool whose EPP gets abridged bodies, by what became of the body.
+    pub fn epp_abridged(&self, outcome: &'static str) {
+        self.families.epp_long_bodies.get_or_create(&self.and_reason(outcome)).inc();
+    }
+
     /// Counts a request as waiting for a replica of its EPP until the guard is dropped.
     pub fn epp_waiting(&self) -> InFlight {
         InFlight::new(&self.families.epp_waiting.get_or_create_owned(&ByPool { pool: self.name.clone() }))

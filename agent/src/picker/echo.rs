@@ -13,6 +13,7 @@ use super::{
     message::{self, DESTINATION},
     mutation::{Field, action, classify},
 };
+use crate::http::headers::X_PENSTOCK_BODY_LENGTH;
 
 /// Fields that carry trace context, W3C's and older ones.
 const TRACE: [&str; 9] = [
@@ -28,14 +29,14 @@ const TRACE: [&str; 9] = [
 ];
 const TRACE_PREFIXES: [&str; 3] = ["x-b3-", "x-ot-span-", "x-datadog-"];
 
-/// Whether the mutation changes the request. `length` is the body's length in bytes. A removed field counts as a change even if
-/// this request does not have it, because later requests of the connection may.
-pub fn changes(mutation: &HeaderMutation, request: &request::Parts, length: u64) -> bool {
+/// Whether the mutation changes the request. `length` is the body's length in bytes, `None` if the EPP got an abridged body. A
+/// removed field counts as a change even if this request does not have it, because later requests of the connection may.
+pub fn changes(mutation: &HeaderMutation, request: &request::Parts, length: Option<u64>) -> bool {
     let removes = mutation.remove_headers.iter().any(|name| !is_exempt(name));
     removes || mutation.set_headers.iter().any(|option| !is_echo(option, request, length))
 }
 
-fn is_echo(option: &HeaderValueOption, request: &request::Parts, length: u64) -> bool {
+fn is_echo(option: &HeaderValueOption, request: &request::Parts, length: Option<u64>) -> bool {
     let Some(field) = &option.header else { return true };
     if is_exempt(&field.key) {
         return true;
@@ -48,17 +49,18 @@ fn is_echo(option: &HeaderValueOption, request: &request::Parts, length: u64) ->
         }
         // Never applied, but a different length means that the EPP decided about another body.
         Field::Protected if header::CONTENT_LENGTH.as_str().eq_ignore_ascii_case(&field.key) => {
-            value.trim_ascii() == length.to_string().as_bytes()
+            length.is_none_or(|length| value.trim_ascii() == length.to_string().as_bytes())
         }
         Field::Protected | Field::Invalid => true,
     }
 }
 
-/// Whether the field carries the pick or trace context.
+/// Whether the field carries the pick or trace context, or is meant for the EPP.
 fn is_exempt(name: &str) -> bool {
     let Ok(name) = HeaderName::from_bytes(name.as_bytes()) else { return false };
     let name = name.as_str();
     name.starts_with(DESTINATION)
+        || name == X_PENSTOCK_BODY_LENGTH
         || TRACE.contains(&name)
         || TRACE_PREFIXES.iter().any(|prefix| name.starts_with(prefix))
 }
@@ -83,7 +85,7 @@ mod tests {
 
     fn changed(set_headers: Vec<HeaderValueOption>, removed: &[&str]) -> bool {
         let remove_headers = removed.iter().map(ToString::to_string).collect();
-        changes(&HeaderMutation { set_headers, remove_headers }, &request(), 10)
+        changes(&HeaderMutation { set_headers, remove_headers }, &request(), Some(10))
     }
 
     #[test]
@@ -99,6 +101,7 @@ mod tests {
             ("x-gateway-destination-endpoint-subset", "10.0.0.1:8000"),
             ("traceparent", "00-1-2-01"),
             ("X-B3-TraceId", "1"),
+            ("x-penstock-body-length", "70000"),
         ];
         for (key, value) in echoes {
             assert!(!changed(vec![set(key, value)], &[]), "{key}: {value}");
@@ -120,6 +123,8 @@ mod tests {
         }
         assert!(changed(vec![], &["authorization"]));
         assert!(changed(vec![], &["x-absent"]));
+        let other_length = HeaderMutation { set_headers: vec![set("content-length", "11")], remove_headers: vec![] };
+        assert!(!super::changes(&other_length, &request(), None), "the length of an abridged body");
         let appended = HeaderValueOption { append: Some(true), ..set("x-a", "1") };
         assert!(changed(vec![appended], &[]));
     }

@@ -10,7 +10,7 @@ use penstock_proto::ext_proc::body_mutation::Mutation;
 use ring::digest;
 
 use super::error::PickError;
-use crate::budget::Budget;
+use crate::{abridge::Renamed, budget::Budget};
 
 /// The body to send to the endpoint.
 #[derive(Debug, Clone, PartialEq)]
@@ -19,6 +19,8 @@ pub enum Body {
     Original,
     /// These pieces, in order.
     Replaced(Vec<Bytes>),
+    /// The client's body under another model name.
+    Renamed(Box<Renamed>),
     /// The SHA-256 of a replacement for which there was no memory. The request can be sent only if it equals the client's body.
     DigestOnly(Box<[u8]>),
 }

@@ -65,13 +65,13 @@ impl Lease {
 
 /// Whether the decision may be reused for later requests of the connection: the EPP changed only the destination. A body that was
 /// replaced with the same bytes does not count as a change. Always true for pools with `pick_per = "request"`. `length` is the
-/// length of the client's body.
+/// length of the client's body, `None` if the EPP got an abridged one.
 pub(super) fn is_reusable(
     worker: &Worker,
     pool: usize,
     decision: &Decision,
     request: &request::Parts,
-    length: u64,
+    length: Option<u64>,
 ) -> bool {
     if worker.shared.config.pools[pool].pick_per == PickPer::Request {
         return true;

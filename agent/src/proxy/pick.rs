@@ -1,6 +1,7 @@
 //! Picks endpoints for a request: from a lease, from the EPP while the body uploads, or from the built-in picker. If the EPP
 //! fails, the pool's failure mode decides. Invariant: the whole body is received before dispatch, so failing open loses nothing.
 
+mod short;
 mod ask;
 mod builtin;
 mod epp;

@@ -11,7 +11,14 @@ use crate::{
 
 /// The model's names before and after the EPP; `None` if it left the name as it was, or one of the bodies has none.
 pub(super) async fn names(body: &Body, upload: &Upload) -> Result<Option<Names>, Error> {
-    let Body::Replaced(pieces) = body else { return Ok(None) };
+    let pieces = match body {
+        Body::Replaced(pieces) => pieces,
+        Body::Renamed(renamed) => {
+            let names = Names { client: renamed.client.clone(), picker: renamed.picker.clone() };
+            return Ok(Some(names).filter(|names| !names.client.is_empty() && !names.picker.is_empty()));
+        }
+        Body::Original | Body::DigestOnly(_) => return Ok(None),
+    };
     let (mut picker, mut client) = (ModelOf::default(), ModelOf::default());
     let _ = pieces.iter().all(|piece| picker.feed(piece));
     let mut offset = 0;

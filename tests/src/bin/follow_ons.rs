@@ -12,6 +12,7 @@ use penstock_tests::{
     agent::{TestAgent, builtin_pool, epp_pool},
     model_server::{Framing, HeadWrites, Options},
     scripted_epp::{Answering, reply},
+    thread_cpu::thread_cpu,
 };
 
 /// Measures follow-on requests: p50 and total CPU time of each.
@@ -94,13 +95,13 @@ async fn measure(way: &Way, size: u64, requests: u32) -> Result<(Duration, Durat
     for _ in 0..requests / 10 {
         one(&mut client, &request, size).await?;
     }
-    let (before, agents_before) = (cpu()?, agents_cpu()?);
+    let (before, agents_before) = (cpu()?, thread_cpu("penstock-")?);
     for _ in 0..requests {
         let begin = Instant::now();
         one(&mut client, &request, size).await?;
         times.push(begin.elapsed());
     }
-    let (spent, agents) = (cpu()? - before, agents_cpu()? - agents_before);
+    let (spent, agents) = (cpu()? - before, thread_cpu("penstock-")? - agents_before);
     times.sort_unstable();
     Ok((times[times.len() / 2], spent / requests, agents / requests))
 }
@@ -117,20 +118,6 @@ fn cpu() -> Result<Duration> {
     let (user, system) = (usage.user_time(), usage.system_time());
     let micros = user.tv_sec() * 1_000_000 + user.tv_usec() + system.tv_sec() * 1_000_000 + system.tv_usec();
     Ok(Duration::from_micros(micros.try_into()?))
-}
-
-/// CPU time of the agent's threads, which are named after it, as is the process (`/proc/self/task/ID/schedstat`).
-fn agents_cpu() -> Result<Duration> {
-    let mut nanos = 0;
-    for task in std::fs::read_dir("/proc/self/task")? {
-        let task = task?.path();
-        let is_main = task.ends_with(std::process::id().to_string());
-        if !is_main && std::fs::read_to_string(task.join("comm"))?.starts_with("penstock-") {
-            let text = std::fs::read_to_string(task.join("schedstat"))?;
-            nanos += text.split(' ').next().unwrap_or_default().parse::<u64>()?;
-        }
-    }
-    Ok(Duration::from_nanos(nanos))
 }
 
 fn micros(time: Duration) -> f64 {

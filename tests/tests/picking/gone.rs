@@ -71,10 +71,10 @@ fn stubborn(endpoint: SocketAddr) -> Answering {
 }
 
 /// Counts the requests that it has open, as EPPs count load.
-struct Books<S> {
-    inner: S,
-    open: Arc<AtomicI64>,
-    most: Arc<AtomicI64>,
+pub(crate) struct Books<S> {
+    pub(crate) inner: S,
+    pub(crate) open: Arc<AtomicI64>,
+    pub(crate) most: Arc<AtomicI64>,
 }
 
 #[tonic::async_trait]

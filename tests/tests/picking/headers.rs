@@ -11,7 +11,8 @@ use penstock_tests::{
 };
 
 /// The fields with which a client could pose as the gateway or picker, including the configured ones.
-const CONTROL: [&str; 20] = [
+const CONTROL: [&str; 21] = [
+    "x-penstock-body-length",
     "x-gateway-destination-endpoint",
     "x-gateway-destination-endpoint-subset",
     "x-gateway-destination-endpoint-served",

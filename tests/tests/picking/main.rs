@@ -1,6 +1,7 @@
 //! Requests through an agent with an EPP, in this process and with steering off: routing, the picker's messages and changes, and
 //! its failures.
 
+mod abridged;
 mod abrupt;
 mod away;
 mod bodies;

@@ -154,6 +154,8 @@ const ROWS: &[Row] = &[
     ("[pools.picker]", r#"decision_timeout = "3s""#, |c| epp(c).decision_timeout == Some(seconds(3))),
     ("[pools.picker]", "open_on_deadline = true", |c| epp(c).open_on_deadline),
     ("[pools.picker]", r#"response_timeout = "off""#, |c| epp(c).response_timeout.is_none()),
+    ("[pools.picker]", r#"body_to_picker = "abridged""#, |c| epp(c).body_to_picker == BodyToPicker::Abridged),
+    ("[pools.picker]", "body_to_picker_bytes = 1024", |c| epp(c).body_to_picker_bytes == 1024),
     ("[pools.picker]", r#"response_to_picker = "usage""#, |c| epp(c).response_to_picker == ResponseToPicker::Usage),
     ("[pools.picker]", "response_queue_bytes = 65536", |c| epp(c).response_queue_bytes == 65_536),
     ("[pools.picker]", r#"destination_header = "x-pick""#, |c| epp(c).header == header("x-pick")),

@@ -141,6 +141,7 @@ fn run(exchange: &mut Exchange, steps: Vec<Step>) -> (Vec<String>, usize) {
                     let body = match decision.body {
                         Body::Original => "original".to_owned(),
                         Body::DigestOnly(_) => "digest only".to_owned(),
+                        Body::Renamed(renamed) => format!("renamed to {}", renamed.picker),
                         Body::Replaced(pieces) => format!("replaced {}", String::from_utf8_lossy(&pieces.concat())),
                     };
                     format!("{} {body}", endpoints.join(","))
@@ -428,7 +429,7 @@ fn replacement_without_memory_is_known_by_its_digest() {
                 assert!(!held && *digest == *ring::digest::digest(&ring::digest::SHA256, &all).as_ref());
                 assert_eq!(gauge.get(), 0, "held pieces are released");
             }
-            Body::Original => panic!("{room}"),
+            Body::Original | Body::Renamed(_) => panic!("{room}"),
         }
     }
 }

@@ -1,7 +1,7 @@
-//! The content of a request: the client's kept body or the EPP's replacement, and the trailers. It is shared, because the request
+//! The content of a request: the client's kept body, the same under another model name, or the EPP's replacement, and the trailers. It is shared, because the request
 //! may still be sent when the response arrives.
 
-use std::rc::Rc;
+use std::{ops::Range, rc::Rc};
 
 use bytes::Bytes;
 use http::HeaderMap;
@@ -24,6 +24,13 @@ enum ContentBody {
     None,
     Kept(Rc<ReplayBody>),
     Replaced(Rc<[Bytes]>),
+    Renamed(Rc<ReplayBody>, Rc<Splice>),
+}
+
+/// A text in the place of a part of a body. Neither is empty.
+pub(super) struct Splice {
+    at: Range<u64>,
+    text: Bytes,
 }
 
 impl Content {
@@ -36,6 +43,11 @@ impl Content {
             Body::Replaced(pieces) => {
                 return Self { body: ContentBody::Replaced(pieces.into()), trailers: Rc::default() };
             }
+            Body::Renamed(renamed) => {
+                let splice = Splice { at: renamed.at.clone(), text: renamed.text() };
+                let body = ContentBody::Renamed(Rc::new(upload.take_kept()), Rc::new(splice));
+                return Self { body, trailers: Rc::default() };
+            }
         };
         Self { body, trailers: Rc::new(upload.take_trailers()) }
     }
@@ -43,16 +55,21 @@ impl Content {
     /// Moves the content back into the upload, so that the request can be picked and sent anew. Returns false if the body is still
     /// in use.
     pub(super) fn give_back(self, upload: &mut Upload) -> bool {
-        match self.body {
-            // The client's body has stayed in the upload.
+        let (kept, has_trailers) = match self.body {
+            // The client's body has stayed in the upload, and so have its trailers.
             ContentBody::Replaced(_) => return true,
-            ContentBody::None => {}
-            ContentBody::Kept(kept) => match Rc::try_unwrap(kept) {
-                Ok(kept) => upload.kept = kept,
-                Err(_) => return false,
-            },
+            ContentBody::None => (None, true),
+            ContentBody::Kept(kept) => (Some(kept), true),
+            ContentBody::Renamed(kept, _) => (Some(kept), false),
+        };
+        match kept.map(Rc::try_unwrap) {
+            Some(Ok(kept)) => upload.kept = kept,
+            Some(Err(_)) => return false,
+            None => {}
         }
-        *upload.trailers_mut() = Rc::unwrap_or_clone(self.trailers);
+        if has_trailers {
+            *upload.trailers_mut() = Rc::unwrap_or_clone(self.trailers);
+        }
         true
     }
 
@@ -62,6 +79,9 @@ impl Content {
             ContentBody::None => None,
             ContentBody::Kept(kept) => Some(kept.len()),
             ContentBody::Replaced(pieces) => Some(pieces.iter().map(|piece| piece.len() as u64).sum()),
+            ContentBody::Renamed(kept, splice) => {
+                Some(kept.len() - (splice.at.end - splice.at.start) + splice.text.len() as u64)
+            }
         }
     }
 
@@ -75,6 +95,9 @@ impl Content {
             ContentBody::None => Pieces::Replaced(Rc::default(), 0),
             ContentBody::Kept(kept) => Pieces::Kept(Kept::of(Rc::clone(kept))),
             ContentBody::Replaced(pieces) => Pieces::Replaced(Rc::clone(pieces), 0),
+            ContentBody::Renamed(kept, splice) => {
+                Pieces::Renamed { kept: Rc::clone(kept), splice: Rc::clone(splice), at: 0 }
+            }
         }
     }
 }
@@ -83,6 +106,12 @@ pub(super) enum Pieces {
     Kept(Kept<Rc<ReplayBody>>),
     /// The pieces and the index of the next one.
     Replaced(Rc<[Bytes]>, usize),
+    Renamed {
+        kept: Rc<ReplayBody>,
+        splice: Rc<Splice>,
+        /// Offset of the next piece in the client's body. At the begin of the splice its text is next.
+        at: u64,
+    },
 }
 
 impl Pieces {
@@ -94,6 +123,18 @@ impl Pieces {
                 let piece = pieces.get(*next).cloned();
                 *next += 1;
                 Ok(piece)
+            }
+            Self::Renamed { splice, at, .. } if *at == splice.at.start => {
+                *at = splice.at.end;
+                Ok(Some(splice.text.clone()))
+            }
+            Self::Renamed { kept, splice, at } => {
+                let Some(mut piece) = kept.piece_at(*at).await? else { return Ok(None) };
+                if *at < splice.at.start {
+                    piece.truncate(usize::try_from(splice.at.start - *at).unwrap_or(usize::MAX));
+                }
+                *at += piece.len() as u64;
+                Ok(Some(piece))
             }
         }
     }

@@ -22,9 +22,15 @@ pub(in crate::proxy) async fn prepare(
     // The model may have been found only after the pick. The endpoint gets the header in any case.
     set_model(worker, &mut request.parts, upload);
     request.streams = upload.naming().streams();
-    let client_headers = matches!(picked.body, Body::Replaced(_)).then(|| request.parts.headers.clone());
+    let changed = match &picked.body {
+        Body::Replaced(pieces) => Some(pieces.as_slice()),
+        // Only bodies without a content coding are renamed.
+        Body::Renamed(_) => Some(&[][..]),
+        Body::Original | Body::DigestOnly(_) => None,
+    };
+    let changed = changed.map(|pieces| (pieces, request.parts.headers.clone()));
     mutation::apply(&picked.mutation, &mut request.parts.headers);
-    if let (Some(client_headers), Body::Replaced(pieces)) = (client_headers, &picked.body) {
+    if let Some((pieces, client_headers)) = changed {
         digest::remove_stale(&mut request.parts.headers, &client_headers, pieces);
     }
     request.names = renamed::names(&picked.body, upload).await?;

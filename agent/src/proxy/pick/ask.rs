@@ -9,7 +9,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use bytes::Bytes;
 use tokio::time::{Instant, timeout};
 
-use super::wait::Wait;
+use super::{short::ShortRequest, wait::Wait};
 use crate::{
     client::Client,
     config,
@@ -51,12 +51,19 @@ pub(super) struct Question<'a> {
 
 impl Question<'_> {
     /// Asks until there is an outcome. If no replica can be connected, waits for one for up to `wait` and asks anew.
-    pub(super) async fn ask(&self, client: &mut Client, request: &Request, upload: &mut Upload) -> Asked {
+    /// The EPP gets `short` instead of the request, if that is given.
+    pub(super) async fn ask(
+        &self,
+        client: &mut Client,
+        request: &Request,
+        upload: &mut Upload,
+        short: Option<&ShortRequest>,
+    ) -> Asked {
         let mut timer = DecisionTimer::new(self.settings.decision_timeout, upload.has_body());
         let mut wait = Wait::new(self.wait, self.epp.replicas(), self.metrics);
         let mut lost = 0;
         loop {
-            let asked = self.ask_replicas(client, request, upload, &mut timer, &mut lost).await;
+            let asked = self.ask_replicas(client, request, upload, short, &mut timer, &mut lost).await;
             let error = match asked {
                 Asked::Failed(error) => error,
                 Asked::Answered(..) => {
@@ -83,6 +90,7 @@ impl Question<'_> {
         client: &mut Client,
         request: &Request,
         upload: &mut Upload,
+        short: Option<&ShortRequest>,
         timer: &mut DecisionTimer,
         lost: &mut usize,
     ) -> Asked {
@@ -96,7 +104,7 @@ impl Question<'_> {
                 return Asked::Failed(PickError::Stalled);
             }
             let decisions = attempts.replica().decisions();
-            let (parts, has_body) = (&request.parts, upload.has_body());
+            let (parts, has_body) = (short.map_or(&request.parts, |short| &short.parts), upload.has_body());
             let mut stream = Box::new(self.epp.open(
                 attempts.replica(),
                 parts,
@@ -108,7 +116,7 @@ impl Question<'_> {
             if let Some(metadata) = request.record.metadata() {
                 stream.collect(metadata);
             }
-            match converse(&mut stream, timer, client, upload).await {
+            match converse(&mut stream, timer, client, upload, short).await {
                 Ok(outcome) => {
                     attempts.answered(&outcome);
                     return Asked::Answered(outcome, stream);
@@ -251,21 +259,26 @@ impl DecisionTimer {
     }
 }
 
-/// Sends the kept body to the EPP and keeps what the client uploads meanwhile, until the EPP decides or the deadline passes.
+/// Sends the kept body, or the abridged one of a complete upload, to the EPP and keeps what the client uploads meanwhile, until the
+/// EPP decides or the deadline passes.
 async fn converse(
     stream: &mut PickStream,
     timer: &mut DecisionTimer,
     client: &mut Client,
     upload: &mut Upload,
+    short: Option<&ShortRequest>,
 ) -> Result<Outcome, Asked> {
     timer.waits_for_epp(false);
     let (mut sent, mut ended, mut deadline_set) = (0, !upload.has_body(), !upload.has_body());
     let begun = Instant::now();
     loop {
         if !ended && stream.takes_body() {
-            let piece = upload.kept.piece_at(sent).await.map_err(|error| Asked::Client(error.into()))?;
+            let piece = match short {
+                Some(short) => Some(short.body.clone()),
+                None => upload.kept.piece_at(sent).await.map_err(|error| Asked::Client(error.into()))?,
+            };
             sent += piece.as_ref().map_or(0, |piece| piece.len() as u64);
-            ended = upload.is_done() && sent == upload.kept.len();
+            ended = short.is_some() || (upload.is_done() && sent == upload.kept.len());
             if piece.is_some() || ended {
                 stream.give_body(piece.unwrap_or_default(), ended);
             }

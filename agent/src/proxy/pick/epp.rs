@@ -4,7 +4,10 @@ use std::{net::SocketAddr, sync::Arc};
 
 use tokio::time::Instant;
 
-use super::ask::{Asked, Question};
+use super::{
+    ask::{Asked, Question},
+    short::{ShortRequest, short_request},
+};
 use crate::{
     client::Client,
     config,
@@ -29,6 +32,15 @@ pub(super) struct Attempt<'a> {
     pub(super) worker: &'a Worker,
     pub(super) question: Question<'a>,
     pub(super) started: Instant,
+}
+
+/// A decision that can be followed.
+struct Accepted {
+    /// The admitted ones.
+    endpoints: Vec<SocketAddr>,
+    decision: Decision,
+    /// Whether the EPP got the whole body.
+    is_whole: bool,
 }
 
 impl<'a> Attempt<'a> {
@@ -63,17 +75,23 @@ impl<'a> Attempt<'a> {
         request.record.collect(&self.question.epp.replicas().metadata);
         let open = self.worker.shared.metrics.epp_stream();
         let metrics = self.question.metrics;
-        match self.question.ask(client, request, upload).await {
+        let short = short_request(self.worker, self.question.settings, client, request, upload).await?;
+        let (asked, is_whole) = match &short {
+            Some(short) => self.ask_shortly(short, client, request, upload).await?,
+            None => (self.question.ask(client, request, upload, None).await, true),
+        };
+        drop(short);
+        match asked {
             Asked::Answered(Outcome::Immediate(reply), _) => {
                 metrics.epp_exchange(EppOutcome::Immediate, self.started.elapsed());
                 Ok(Ok(PickOutcome::Reply(reply)))
             }
             Asked::Answered(Outcome::Picked(decision), stream) => {
-                let (endpoints, decision) = match admitted(self.worker, request.pool, decision) {
-                    Ok(admitted) => admitted,
+                let accepted = match admitted(self.worker, request.pool, decision) {
+                    Ok((endpoints, decision)) => Accepted { endpoints, decision, is_whole },
                     Err(stranger) => return Ok(Err(Error::Stranger(stranger))),
                 };
-                let mut picked = self.accept(client, request, upload, endpoints, decision, held).await?;
+                let mut picked = self.accept(client, request, upload, accepted, held).await?;
                 (picked.stream, picked._open) = (Some(*stream), Some(open));
                 Ok(Ok(PickOutcome::Forward(Box::new(picked))))
             }
@@ -82,17 +100,46 @@ impl<'a> Attempt<'a> {
         }
     }
 
+    /// Asks the EPP with an abridged request. If it changes more of the body than the model, asks again with the whole body. Returns
+    /// whether the EPP decided about that.
+    async fn ask_shortly(
+        &self,
+        short: &ShortRequest,
+        client: &mut Client,
+        request: &Request,
+        upload: &mut Upload,
+    ) -> Result<(Asked, bool), Error> {
+        let metrics = self.question.metrics;
+        let (mut decision, stream) = match self.question.ask(client, request, upload, Some(short)).await {
+            Asked::Answered(Outcome::Picked(decision), stream) => (decision, stream),
+            asked => {
+                metrics.epp_abridged("undecided");
+                return Ok((asked, false));
+            }
+        };
+        if let Some(body) = short.body_for(&decision.body) {
+            metrics.epp_abridged(if body == Body::Original { "unchanged" } else { "renamed" });
+            decision.body = body;
+            return Ok((Asked::Answered(Outcome::Picked(decision), stream), false));
+        }
+        metrics.epp_abridged("rewritten");
+        self.worker.shared.rewriters[request.pool].found(Instant::now().into_std());
+        // Ended before the second exchange begins, so that the EPP never counts the request twice.
+        upload.during(client, stream.end()).await?;
+        Ok((self.question.ask(client, request, upload, None).await, true))
+    }
+
     /// Completes the body and turns the EPP's decision into a pick.
     async fn accept(
         &self,
         client: &mut Client,
         request: &mut Request,
         upload: &mut Upload,
-        endpoints: Vec<SocketAddr>,
-        mut decision: Decision,
+        accepted: Accepted,
         held: &mut Option<Lease>,
     ) -> Result<Picked, Error> {
         let Self { worker, question, started } = self;
+        let Accepted { endpoints, mut decision, is_whole } = accepted;
         question.metrics.epp_exchange(EppOutcome::Picked, started.elapsed());
         if question.subset.as_deref().is_some_and(|subset| !subset.contains(&decision.endpoints[0])) {
             question.metrics.epp_outside_subset();
@@ -101,7 +148,8 @@ impl<'a> Attempt<'a> {
         upload.rest(client).await?;
         question.probe(question.probes(), request, upload).await?;
         decision.body = final_body(worker, upload, decision.body).await?;
-        let reusable = lease::is_reusable(worker, request.pool, &decision, &request.parts, upload.kept.len());
+        let length = is_whole.then(|| upload.kept.len());
+        let reusable = lease::is_reusable(worker, request.pool, &decision, &request.parts, length);
         if reusable {
             *held = Lease::new(worker, request.pool, &endpoints);
         }
@@ -116,6 +164,7 @@ impl<'a> Attempt<'a> {
 async fn final_body(worker: &Worker, upload: &Upload, body: Body) -> Result<Body, Error> {
     let same = match &body {
         Body::Original => true,
+        Body::Renamed(_) => false,
         Body::Replaced(pieces) => upload.kept.is_same(pieces).await?,
         Body::DigestOnly(digest) => upload.kept.sha256().await? == *digest,
     };
