@@ -13,8 +13,11 @@ use penstock_proto::{
 };
 use prost_types::{ListValue, Struct, Value, value::Kind};
 
-/// Largest piece of a body in bytes. EPPs cut their own replies to the same size.
+/// Largest piece of a response body, and of a body in the replies of `penstock epp`, in bytes. EPPs cut their own replies to the same
+/// size.
 pub const PIECE: usize = 62_000;
+/// Largest piece of a request body in bytes: an abridged body is one message with the default limit. gRPC servers take 4 MiB.
+pub const REQUEST_PIECE: usize = 256 * 1024;
 
 /// The header and the metadata key of the pick.
 pub const DESTINATION: &str = "x-gateway-destination-endpoint";
@@ -52,22 +55,22 @@ pub fn response_head(status: http::StatusCode, headers: &HeaderMap, end_of_strea
 
 /// The messages for a piece of a request body.
 pub fn request_body(body: Bytes, end: bool) -> impl Iterator<Item = Request> {
-    pieces(body, end).map(Request::RequestBody)
+    pieces(body, end, REQUEST_PIECE).map(Request::RequestBody)
 }
 
 /// The messages for a piece of a response body.
 pub fn response_body(body: Bytes, end: bool) -> impl Iterator<Item = Request> {
-    pieces(body, end).map(Request::ResponseBody)
+    pieces(body, end, PIECE).map(Request::ResponseBody)
 }
 
-/// One message per piece of `body`. A message is empty only if it carries just the end.
-fn pieces(mut body: Bytes, end: bool) -> impl Iterator<Item = HttpBody> {
+/// One message per piece of `body`, of at most `most` bytes. A message is empty only if it carries just the end.
+fn pieces(mut body: Bytes, end: bool, most: usize) -> impl Iterator<Item = HttpBody> {
     let mut done = body.is_empty() && !end;
     std::iter::from_fn(move || {
         if done {
             return None;
         }
-        let piece = body.split_to(body.len().min(PIECE));
+        let piece = body.split_to(body.len().min(most));
         done = body.is_empty();
         Some(HttpBody { body: piece, end_of_stream: end && done })
     })

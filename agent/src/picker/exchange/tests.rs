@@ -316,7 +316,7 @@ fn mutations_of_head_and_body_replies_are_joined_without_the_pick() {
 fn messages_carry_head_body_and_metadata() {
     let subset: Vec<SocketAddr> = vec![A.parse().unwrap(), "[::1]:2".parse().unwrap()];
     let mut exchange = exchange(true, Some(&subset));
-    let large = Bytes::from(vec![b'x'; 2 * message::PIECE + 1]);
+    let large = Bytes::from(vec![b'x'; 2 * message::REQUEST_PIECE + 1]);
     exchange.request_body(large, false);
     exchange.request_body(Bytes::new(), false);
     exchange.request_body(Bytes::new(), true);
@@ -344,7 +344,7 @@ fn messages_carry_head_body_and_metadata() {
         .collect();
     let head = r#"head [(":method", "POST"), (":path", "/v1/completions?x=1"), (":scheme", "http"), (":authority", "llm.example"), ("x-id", "7")] false"#;
     let response = r#"response [(":status", "200"), ("content-type", "text/event-stream")] false"#;
-    let body = ["body 62000 false", "body 62000 false", "body 1 false", "body 0 true"];
+    let body = ["body 262144 false", "body 262144 false", "body 1 false", "body 0 true"];
     assert_eq!(short, [&[head][..], &body, &[response, "answer 0 true"]].concat());
 
     let configs: Vec<_> = messages.iter().map(|message| message.protocol_config).collect();
@@ -363,7 +363,7 @@ fn messages_carry_head_body_and_metadata() {
 #[test]
 fn end_of_stream_is_on_the_last_piece_or_the_response_head() {
     let mut exchange = exchange(true, None);
-    exchange.request_body(vec![b'x'; message::PIECE + 1].into(), true);
+    exchange.request_body(vec![b'x'; message::REQUEST_PIECE + 1].into(), true);
     exchange.response_headers(http::StatusCode::NO_CONTENT, &HeaderMap::new(), A.parse().unwrap(), true);
     exchange.response_end();
     let ends: Vec<_> = std::iter::from_fn(|| exchange.next_message())
