@@ -6,6 +6,7 @@ use parking_lot::RwLock;
 use rustls::{
     ServerConfig,
     crypto::ring,
+    pki_types::CertificateDer,
     server::{ClientHello, ResolvesServerCert},
     sign::CertifiedKey,
 };
@@ -49,6 +50,11 @@ impl Certificate {
         let files = contents(settings)?;
         let key = parse(settings, &files)?;
         Ok(Arc::new(Self { settings: settings.clone(), read: RwLock::new(files), current: RwLock::new(Arc::new(key)) }))
+    }
+
+    /// The certificate and its intermediate certificates.
+    pub fn chain(&self) -> Vec<CertificateDer<'static>> {
+        self.current.read().cert.clone()
     }
 
     /// Reads the files again; returns true if they changed. On an error the current certificate stays. Blocks.

@@ -1,6 +1,11 @@
-//! Tries what a configuration names, for `penstock doctor`: each EPP and each endpoint.
+//! Tries what a configuration names, for `penstock doctor`: the certificate for clients, each EPP and each endpoint.
 
-use std::{net::SocketAddr, time::Duration};
+mod certificate;
+
+use std::{
+    net::SocketAddr,
+    time::{Duration, SystemTime},
+};
 
 use futures_util::{StreamExt as _, future::join_all, stream};
 use tokio::{net::TcpStream, time::timeout};
@@ -43,7 +48,8 @@ impl Trial {
 pub async fn try_all(config: &Config) -> Vec<Trial> {
     let dns = Dns::new(&config.dns);
     let pools = config.pools.iter().map(|pool| try_pool(config, pool, &dns));
-    join_all(pools).await.into_iter().flatten().collect()
+    let pools = join_all(pools).await.into_iter().flatten();
+    certificate::try_certificate(config, SystemTime::now()).into_iter().chain(pools).collect()
 }
 
 async fn try_pool(config: &Config, pool: &Pool, dns: &Dns) -> Vec<Trial> {

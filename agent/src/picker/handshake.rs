@@ -56,8 +56,15 @@ impl Mismatch {
     pub fn advice(self) -> &'static str {
         match self {
             Self::Tls => "set `tls` in the pool's `picker` section",
-            Self::NoTls => "set `tls = \"off\"` in the pool's `picker` section",
-            Self::Http1 | Self::Unknown => "set `address` in the pool's `picker` section to the EPP's gRPC port",
+            Self::NoTls => {
+                "set `tls = \"off\"` in the pool's `picker` section; or, if this is the EPP's port for health checks, set `address` \
+                 to its ext_proc port (9002 by default)"
+            }
+            Self::Http1 => {
+                "set `address` in the pool's `picker` section to the EPP's ext_proc port (9002 by default); this port speaks HTTP, \
+                 like an EPP's port for metrics"
+            }
+            Self::Unknown => "set `address` in the pool's `picker` section to the EPP's gRPC port",
             Self::Closed => "check `address` and `tls` in the pool's `picker` section",
         }
     }

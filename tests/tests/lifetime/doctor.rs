@@ -219,8 +219,11 @@ async fn doctor_names_the_setting_that_mends_each_epp_and_endpoint() {
     let no_epp = Collector::start(CollectorBehaviour::Keeps).await.unwrap();
     let h2c = Http2Server::start(Http2Options::default()).await.unwrap();
     let insecure = "tls = \"insecure\"";
-    // Name, EPP, its further settings, whether it works, what is found, and what the advice names.
-    let pools: [(&str, SocketAddr, &str, bool, &str, &str); 15] = [
+    // Name, EPP, its further settings, whether it works, what is found, and what the advice names. Models of an EPP's other ports: of
+    // health checks another gRPC service, without TLS also if ext_proc has it; of metrics an HTTP/1.1 server.
+    let pools: [(&str, SocketAddr, &str, bool, &str, &str); 17] = [
+        ("health-port-of-tls", no_epp.addr, insecure, false, "answered without TLS", "to its ext_proc port"),
+        ("metrics-port", endpoint.addr, "", false, "answered with HTTP/1.1", "like an EPP's port for metrics"),
         ("good", plain.addr, "", true, "picks 127.0.0.1:", ""),
         ("good-tls", secured.addr, "tls = \"ca\"\nca_file = \"ca.pem\"", true, "picks 127.0.0.1:", ""),
         ("needs-tls", secured.addr, "", false, "answered with TLS", "set `tls`"),
@@ -301,6 +304,43 @@ async fn doctor_names_the_setting_that_mends_each_epp_and_endpoint() {
     let text = String::from_utf8(doctor(&[], &arguments[1..]).stdout).unwrap();
     assert!(text.contains("ok      pool good, EPP") && text.contains("FAILED  pool needs-tls, EPP"), "{text}");
     assert!(text.contains("-> set `tls` in the pool's `picker` section"), "{text}");
+}
+
+/// The certificate for clients is tried; one whose key does not fit is an error of the configuration.
+#[tokio::test]
+async fn doctor_tries_the_certificate_for_clients() {
+    let endpoint = ModelServer::start(Options::default()).await.unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let write = |name: &str, text: &str| std::fs::write(path(name), text).unwrap();
+    let mut params = CertificateParams::new(vec!["a.example".to_owned()]).unwrap();
+    let key = KeyPair::generate().unwrap();
+    write("tls.key", &key.serialize_pem());
+    write("other.key", &KeyPair::generate().unwrap().serialize_pem());
+    write("good.crt", &params.self_signed(&key).unwrap().pem());
+    params.not_after = rcgen::date_time_ymd(2020, 1, 1);
+    write("expired.crt", &params.self_signed(&key).unwrap().pem());
+    let doctored = |certificate: &str, key: &str| {
+        let text = format!(
+            "[listen.tls]\naddress = \"127.0.0.1:8443\"\ncert_file = \"{certificate}\"\nkey_file = \"{key}\"\n\
+             [[pools]]\nname = \"a\"\nendpoints = [\"{}\"]\n",
+            endpoint.addr
+        );
+        write("penstock.toml", &text);
+        doctor(&[], &["--json", "--config", path("penstock.toml").to_str().unwrap()])
+    };
+    for (certificate, code, found) in [("good.crt", 0, "certificate for a.example"), ("expired.crt", 3, "expired at")] {
+        let output = doctored(certificate, "tls.key");
+        let document = document(&output);
+        assert_eq!(output.status.code(), Some(code), "{document:#}");
+        let trial = &document["configuration"][0];
+        assert_eq!((&trial["name"], &trial["ok"]), (&"listen.tls 127.0.0.1:8443".into(), &(code == 0).into()));
+        assert!(trial["found"].as_str().unwrap().contains(found), "{trial:#}");
+    }
+    let output = doctored("good.crt", "other.key");
+    assert_eq!(output.status.code(), Some(64));
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(text.contains("key_file") && text.contains("does not match the certificate"), "{text}");
 }
 
 /// With a configuration that works, the exit code is that of the machine.
