@@ -39,7 +39,8 @@ settings! {
         /// With `failure_mode = "closed"` only: how long `/readyz` waits after the start until each worker has connected to the EPP
         /// once. After that the agent counts as ready without it. `"off"` does not wait.
         pub start_wait: Option<Duration> = Some(Duration::from_secs(10)) => duration_or_off(),
-        /// How long a request waits for a replica if none can be connected, as while an EPP with one replica restarts. After that,
+        /// How long a request waits for a replica if none can be connected, as while an EPP with one replica restarts, or if the last
+        /// one that was asked answers with the gRPC status UNAVAILABLE, as one that drains does. After that,
         /// `failure_mode` applies. Unset: `"2s"` with `failure_mode = "closed"` and `"off"` with `"open"`. The wait counts against
         /// `decision_timeout`.
         pub unreachable_wait: Option<Option<Duration>> = None => duration_or_off().optional("2s"),

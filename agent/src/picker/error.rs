@@ -88,6 +88,11 @@ impl PickError {
         }
     }
 
+    /// Whether a server that can be reached says that it cannot serve now, as an EPP that drains or a proxy in front of one does.
+    pub fn is_unavailable(&self) -> bool {
+        matches!(self, PickError::Status { code: tonic::Code::Unavailable, .. })
+    }
+
     /// Whether no replica could be asked, or the connection to the one that was asked was lost.
     pub fn is_unreachable(&self) -> bool {
         matches!(

@@ -2,6 +2,7 @@
 //! connects again for all of them.
 
 use std::{
+    net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -10,7 +11,7 @@ use futures_util::future::join_all;
 use parking_lot::Mutex;
 use penstock_agent::config::{Config, FailureMode, SteeringMode};
 use penstock_tests::{
-    Client, ModelServer, Refusing, Request, ScriptedEpp, Stage,
+    Client, DnsServer, ModelServer, Refusing, Request, ScriptedEpp, Stage,
     agent::{TestAgent, epp_pool},
     content::Fnv,
     eventually,
@@ -279,10 +280,80 @@ async fn request_that_breaks_connections_is_asked_twice() {
     assert_eq!(stage.epp.streams_started(), 2);
 }
 
+/// An EPP that drains, or a proxy in front of one, says that it is unavailable. The pool waits for that, too.
+#[tokio::test]
+async fn unavailable_replica_is_asked_again_until_it_serves() {
+    let fault = Fault::At(Moment::RequestHeaders, Harm::Status(tonic::Code::Unavailable));
+    let stage = Stage::with(|all| Faulty::new(Production::new(all), fault).times(3), waits).await;
+    let body = json("m", 100_000);
+    let mut client = Client::connect(stage.agent.addr).await.unwrap();
+    client.patience = LONG;
+    let seen = client.request(&echo(body.clone())).await.unwrap().echoed();
+    assert_eq!(seen.body_hash, Fnv::of(&body).value());
+    assert_eq!((waited(&stage.agent, "served"), waiting(&stage.agent), stage.epp.streams_started()), (1, 0, 4));
+}
+
+/// It is asked in pauses, and no longer than the configured time.
+#[tokio::test]
+async fn wait_for_an_unavailable_replica_ends() {
+    let fault = Fault::At(Moment::RequestHeaders, Harm::Status(tonic::Code::Unavailable));
+    let limit = Duration::from_millis(500);
+    for (mode, expected) in [(FailureMode::Closed, 503), (FailureMode::Open, 200)] {
+        let stage = Stage::with(
+            |all| Faulty::new(Production::new(all), fault),
+            |config| {
+                config.pools[0].failure_mode = mode;
+                epp(config).unreachable_wait = Some(Some(limit));
+            },
+        )
+        .await;
+        let begin = Instant::now();
+        assert_eq!(status(&stage.agent, echo(json("m", 1000))).await, expected, "{mode:?}");
+        assert!(begin.elapsed() >= limit, "{mode:?}: {:?}", begin.elapsed());
+        assert!((2..=5).contains(&stage.epp.streams_started()), "{}", stage.epp.streams_started());
+        assert_eq!((waited(&stage.agent, "in_vain"), waiting(&stage.agent)), (1, 0), "{mode:?}");
+    }
+}
+
+/// The EPP comes back under another address, which DNS gives while requests wait.
+#[tokio::test]
+async fn requests_wait_for_a_replica_at_a_new_address() {
+    const NAME: &str = "epp.test";
+    let (endpoint, dns) = (endpoint().await, DnsServer::start().await.unwrap());
+    let (before, after): (IpAddr, IpAddr) = ("127.77.1.1".parse().unwrap(), "127.77.1.2".parse().unwrap());
+    let start = async |address| {
+        let setup = Setup { address, ..Setup::default() };
+        ScriptedEpp::start_with(setup, Production::new(&[endpoint.addr])).await.unwrap()
+    };
+    let mut old = start((before, 0).into()).await;
+    let port = old.addr.port();
+    dns.set(NAME, &[before], Duration::from_secs(3600));
+    let agent =
+        TestAgent::start(epp_pool(&[endpoint.addr], old.addr, FailureMode::Closed), SteeringMode::Off, |config| {
+            config.dns.servers = vec![dns.addr];
+            config.dns.min_ttl = Duration::from_millis(20);
+            epp(config).addresses = vec![format!("{NAME}:{port}")];
+            waits(config);
+        });
+    assert_eq!(status(&agent, echo(json("m", 1000))).await, 200);
+    old.stop();
+    let requests = join_all((0..20).map(|_| status(&agent, echo(json("m", 1000)))));
+    let moved = async {
+        eventually(SOON, || waiting(&agent) == 20).await;
+        let new = start((after, port).into()).await;
+        dns.set(NAME, &[after], Duration::from_secs(3600));
+        new
+    };
+    let (answers, new) = tokio::join!(requests, moved);
+    assert_eq!(answers, [200; 20]);
+    assert_eq!(new.streams_started(), 20);
+    assert_eq!((waited(&agent, "served"), waiting(&agent)), (20, 0));
+}
+
 /// A server whose refusal is its answer is reachable: nothing waits.
 #[tokio::test]
 async fn failure_of_a_reachable_replica_is_not_waited_for() {
-    for harm in [Harm::Status(tonic::Code::Unavailable), Harm::Status(tonic::Code::Internal), Harm::Close] {
+    for harm in [Harm::Status(tonic::Code::Internal), Harm::Close] {
         let fault = Fault::At(Moment::RequestHeaders, harm);
         let stage = Stage::with(|all| Faulty::new(Production::new(all), fault), waits).await;
         assert_eq!(status(&stage.agent, echo(json("m", 1000))).await, 503, "{harm:?}");

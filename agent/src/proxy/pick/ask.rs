@@ -50,7 +50,7 @@ pub(super) struct Question<'a> {
 }
 
 impl Question<'_> {
-    /// Asks until there is an outcome. If no replica can be connected, waits for one for up to `wait` and asks anew.
+    /// Asks until there is an outcome. If no replica can be connected or is available, waits for one for up to `wait` and asks anew.
     /// The EPP gets `short` instead of the request, if that is given.
     pub(super) async fn ask(
         &self,
@@ -76,8 +76,8 @@ impl Question<'_> {
                 wait.ended(false);
                 return Asked::Failed(error);
             }
-            match wait.wait(timer.next_deadline(), client, upload).await {
-                Ok(true) => tracing::debug!(%error, "asking the EPP again, a replica is reachable"),
+            match wait.wait(&error, timer.next_deadline(), client, upload).await {
+                Ok(true) => tracing::debug!(%error, "asking the EPP again, a replica may serve"),
                 Ok(false) => return Asked::Failed(error),
                 Err(error) => return Asked::Client(error),
             }

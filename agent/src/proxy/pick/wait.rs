@@ -1,9 +1,10 @@
-//! Lets a request wait for a replica of its EPP while none can be connected. The client is read meanwhile. What waits is bounded
-//! by the pool's `WaitingRoom`, and each request that had to wait is counted once, by its outcome.
+//! Lets a request wait for a replica of its EPP while none can be connected, or while those that can be say that they are
+//! unavailable. The client is read meanwhile. What waits is bounded by the pool's `WaitingRoom`, and each request that had to wait is
+//! counted once, by its outcome.
 
 use std::{pin::pin, sync::Arc, time::Duration};
 
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::{
     client::Client,
@@ -13,6 +14,10 @@ use crate::{
     upload::Upload,
 };
 
+/// The first and the longest pause before an unavailable EPP is asked again. In the default time a request asks it nine times.
+const FIRST: Duration = Duration::from_millis(50);
+const MOST: Duration = Duration::from_millis(250);
+
 /// The wait of one request, which may have several parts.
 pub(super) struct Wait<'a> {
     /// `None` if the request may not wait.
@@ -20,18 +25,23 @@ pub(super) struct Wait<'a> {
     replicas: &'a Arc<Replicas>,
     metrics: &'a PoolMetrics,
     until: Option<Instant>,
+    /// How long an EPP that is unavailable now is not asked.
+    pause: Duration,
     /// The metric's label. `None` if the request has not waited.
     outcome: Option<&'static str>,
 }
 
 impl<'a> Wait<'a> {
     pub(super) fn new(limit: Option<Duration>, replicas: &'a Arc<Replicas>, metrics: &'a PoolMetrics) -> Self {
-        Self { limit, replicas, metrics, until: None, outcome: None }
+        Self { limit, replicas, metrics, until: None, pause: FIRST, outcome: None }
     }
 
-    /// Whether a request that failed like this may be asked about again once a replica is reachable. `lost` is the number of its
-    /// streams that were lost: the request may be what makes the EPP fail, so no more are lost than without waiting.
+    /// Whether a request that failed like this may be asked about again once a replica serves. `lost` is the number of its streams
+    /// that were lost: the request may be what makes the EPP fail, so no more are lost than without waiting.
     pub(super) fn may_help(&self, error: &PickError, lost: usize) -> bool {
+        if error.is_unavailable() {
+            return self.limit.is_some();
+        }
         let replicas = self.replicas.snapshot().replicas;
         let refused = matches!(error, PickError::NotTaken(_)) && replicas.iter().any(|one| !one.is_unreachable());
         self.limit.is_some()
@@ -41,10 +51,11 @@ impl<'a> Wait<'a> {
             && lost <= replicas.len().max(1)
     }
 
-    /// Waits until a replica is reachable, at most until `deadline`. Returns false if none is in time, or if too many requests
-    /// wait already.
+    /// Waits until a replica may serve, at most until `deadline`: until one is reachable, or for a pause if `error` came from one
+    /// that is. Returns false if none is in time, or if too many requests wait already.
     pub(super) async fn wait(
         &mut self,
+        error: &PickError,
         deadline: Option<Instant>,
         client: &mut Client,
         upload: &mut Upload,
@@ -58,7 +69,14 @@ impl<'a> Wait<'a> {
             return Ok(false);
         };
         let _waiting = self.metrics.epp_waiting();
-        let mut reachable = pin!(self.replicas.reachable());
+        let pause = error.is_unavailable().then(|| self.next_pause());
+        let replicas = self.replicas;
+        let mut may_serve = pin!(async {
+            if let Some(pause) = pause {
+                sleep(pause).await;
+            }
+            replicas.reachable().await;
+        });
         loop {
             if !place.holds(upload.kept.len()) {
                 self.outcome = Some("full");
@@ -66,7 +84,7 @@ impl<'a> Wait<'a> {
             }
             let read = tokio::select! {
                 biased;
-                () = &mut reachable => return Ok(true),
+                () = &mut may_serve => return Ok(true),
                 () = sleep_until(until) => {
                     self.outcome = Some("in_vain");
                     return Ok(false);
@@ -75,6 +93,13 @@ impl<'a> Wait<'a> {
             };
             upload.take(read).await?;
         }
+    }
+
+    /// Up to a fifth more, so that requests do not ask in step.
+    fn next_pause(&mut self) -> Duration {
+        let pause = self.pause.mul_f64(1.0 + fastrand::f64() / 5.0);
+        self.pause = (2 * self.pause).min(MOST);
+        pause
     }
 
     /// The request, which may have waited, was served or failed otherwise.
