@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use penstock_agent::config::{PathPattern, Route};
+use penstock_agent::config::{BodyToPicker, PathPattern, Route};
 use penstock_tests::{
     Alphabet, BodyEnd, Plan, Request,
     client::Piece,
@@ -13,7 +13,7 @@ use penstock_tests::{
     eventually,
     model_server::{Echo, Fault, FaultKind, Framing, Lengths},
     scripted_epp::{Answering, EvictAfter, Evicting, LlmdRouter, StreamEnd, header, reply},
-    stage::{echo, json},
+    stage::{echo, epp, json},
 };
 use tokio::sync::Notify;
 
@@ -73,6 +73,29 @@ pub(crate) async fn json_changed_by_picker_reaches_endpoint(front: Front, back: 
         eventually(SOON, || scene.epp.streams_ended(StreamEnd::HalfClosed) == stream + 1).await;
         assert_eq!(scene.epp.streams()[stream].served(), Some(scene.endpoint.addr().to_string()));
     }
+}
+
+/// The picker gets the beginning of a long body; the endpoint gets all of it, under the picker's model.
+pub(crate) async fn model_is_changed_in_body_that_picker_got_abridged(front: Front, back: Back) {
+    const LIMIT: usize = 64 << 10;
+    let rewriting = |all: &[_]| LlmdRouter::new(all).rewriting("a-model-with-a-much-longer-name");
+    let scene = Scene::with(front, back, rewriting, |config| epp(config).body_to_picker = BodyToPicker::Abridged).await;
+    let mut client = scene.client().await;
+    for (stream, length) in [10, 300_000, 3_000_000].into_iter().enumerate() {
+        let body = json("llama", length);
+        let seen = client.request(&echo(body.clone())).await.unwrap().echoed();
+        let expected = json_of(&body, "a-model-with-a-much-longer-name");
+        assert_eq!((seen.body_length, seen.body_hash), (expected.len() as u64, Fnv::of(&expected).value()));
+        assert_eq!(seen.header("content-length"), Some(expected.len().to_string().as_str()));
+        assert_eq!(seen.header("x-penstock-body-length"), None);
+        let told = &scene.epp.streams()[stream];
+        let (text, ends) = told.request_body();
+        assert!(body.starts_with(&text[..text.len() - 2]) && ends == 1, "{length}");
+        assert!(text.len() == body.len() || (LIMIT..LIMIT + 200).contains(&text.len()), "{}", text.len());
+        let whole = header(&told.request_headers(), "x-penstock-body-length").map(str::to_owned);
+        assert_eq!(whole, (body.len() > LIMIT).then(|| body.len().to_string()));
+    }
+    assert_eq!(scene.epp.streams_started(), 3);
 }
 
 fn json_of(body: &[u8], model: &str) -> Vec<u8> {

@@ -41,6 +41,7 @@ macro_rules! between_every_pair {
 between_every_pair! {
     request_without_body_is_served
     json_changed_by_picker_reaches_endpoint
+    model_is_changed_in_body_that_picker_got_abridged
     twenty_mebibytes_pass_each_way
     upload_in_pieces_arrives_with_length
     events_arrive_as_they_are_sent
