@@ -136,6 +136,9 @@ impl Agent {
             // that agent knows from the start that its endpoint is an agent.
             plain.iter().try_for_each(socket::keep_account)?;
         }
+        if let Some(wire) = steering.wire() {
+            wire.supervise(watch.clone());
+        }
         let address = plain[0].local_addr()?;
         let mut listeners: Vec<Vec<_>> = plain.into_iter().map(|socket| vec![(socket, None)]).collect();
         let mut tls_address = None;
@@ -390,9 +393,9 @@ fn work(
 ) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     tokio::task::LocalSet::new().block_on(&runtime, async {
-        let steering = steering.worker()?;
+        let (steering, wire) = (steering.worker()?, steering.wire());
         let shared = Arc::clone(&updates.borrow());
-        let worker = Worker::new(shared, steering, gates.epps);
+        let worker = Worker::new(shared, steering, wire, gates.epps);
         let listener = |(socket, tls)| Ok(Listener { socket: tokio::net::TcpListener::from_std(socket)?, tls });
         let listeners = listeners.into_iter().map(listener).collect::<io::Result<_>>()?;
         gates.worker.open();

@@ -5,6 +5,7 @@
 
 mod frames;
 mod response;
+mod splice;
 mod tunnel;
 
 use std::io;

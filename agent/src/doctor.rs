@@ -13,6 +13,7 @@ use penstock_agent::{
         Kernel,
         cgroup::{self, CgroupError},
         version,
+        wire::Wire,
     },
     ladder::{Ladder, Program, Rung, State},
     selftest::Check,
@@ -117,6 +118,7 @@ fn machine(steering: &config::Steering, ladder: &Ladder) -> Vec<Finding> {
     });
     findings.push(cgroup(steering));
     findings.push(program(ladder, missing.is_empty()));
+    findings.push(wire());
     if let Program::Loaded(kernel) = &ladder.program {
         findings.push(kept());
         if ladder.is_ready(penstock_common::path::Path::Local) {
@@ -124,6 +126,15 @@ fn machine(steering: &config::Steering, ladder: &Ladder) -> Vec<Finding> {
         }
     }
     findings
+}
+
+/// Whether the programs of path `wire` can be loaded. The path is on trial, so the verdict does not depend on it.
+fn wire() -> Finding {
+    let found = match Wire::load(1) {
+        Ok(_) => "loaded, on trial: used only with steering.mode = \"wire\"".to_owned(),
+        Err(error) => format!("cannot be used: {}", error.reason()),
+    };
+    Finding { name: "wire programs".to_owned(), ok: true, found, advice: None }
 }
 
 /// Whether an endpoint can observe that its socket is in a map.
@@ -159,7 +170,7 @@ fn kept() -> Finding {
 
 fn program(ladder: &Ladder, capable: bool) -> Finding {
     let (ok, found, advice) = match &ladder.program {
-        Program::Loaded(_) | Program::Unproven => (true, "loaded".to_owned(), None),
+        Program::Loaded(_) | Program::Wire(_) | Program::Unproven => (true, "loaded".to_owned(), None),
         Program::Off => (true, "not requested".to_owned(), None),
         Program::Refused(why) => (false, format!("NOT TRIED: {why}"), None),
         Program::Failed(why) => {

@@ -11,8 +11,11 @@ use penstock_common::path::Path;
 
 use crate::{
     capability,
-    config::{self, SteeringMode},
-    kernel::{Kernel, LoadError, socket, version},
+    config::{self, Interfaces, SteeringMode},
+    kernel::{
+        Kernel, LoadError, socket, version,
+        wire::{Wire, WireError, interfaces},
+    },
     metrics::Metrics,
     selftest::{self, Case, Check},
     steer::Steering,
@@ -42,6 +45,8 @@ pub struct Ladder {
 /// The state of the kernel programs.
 pub enum Program {
     Loaded(Arc<Kernel>),
+    /// The programs of path `wire` alone.
+    Wire(Arc<Wire>),
     /// Loaded, and unloaded again because no path is ready.
     Unproven,
     /// Not requested: the settings turn steering off.
@@ -79,6 +84,9 @@ impl Ladder {
     fn climb_on(release: &str, config: &config::Steering) -> Self {
         if config.mode == SteeringMode::Off {
             return Self::without(Program::Off, &State::Unasked);
+        }
+        if config.mode == SteeringMode::Wire {
+            return Self::wire(config);
         }
         let sound = version::is_sound(release);
         if !sound && !config.force {
@@ -142,6 +150,35 @@ impl Ladder {
         Ok(Self { program, rungs: vec![first, second], forced: None, forces_buffers })
     }
 
+    /// Loads the programs of path `wire` alone, and attaches them.
+    fn wire(config: &config::Steering) -> Self {
+        let attached = Wire::load(config.max_flows).and_then(|mut wire| {
+            match &config.interfaces {
+                Interfaces::Named(names) => names.iter().try_for_each(|name| wire.attach(name))?,
+                Interfaces::Auto => {
+                    let names = interfaces()?;
+                    if names.is_empty() {
+                        return Err(WireError::Attach("auto".to_owned(), "there is no Ethernet interface".to_owned()));
+                    }
+                    names.iter().try_for_each(|name| wire.attach(name))?;
+                }
+            }
+            Ok(wire)
+        });
+        let rung = |path, state| Rung { path, checks: Vec::new(), state, endpoint_visible: None };
+        let (program, state) = match attached {
+            Ok(wire) => (Program::Wire(Arc::new(wire)), State::Ready),
+            Err(error) => {
+                tracing::debug!("{error}");
+                let why: Arc<str> = error.reason().into();
+                (Program::Failed(Arc::clone(&why)), State::Off(why))
+            }
+        };
+        let others = PATHS.iter().map(|entry| rung(entry.path, State::Unasked));
+        let rungs = others.chain([rung(Path::Wire, state)]).collect();
+        Self { program, rungs, forced: None, forces_buffers: false }
+    }
+
     /// A ladder with every path off for the same reason.
     fn without(program: Program, state: &State) -> Self {
         let off =
@@ -158,6 +195,7 @@ impl Ladder {
         match &self.program {
             Program::Off => Steering::Off,
             Program::Loaded(kernel) => Steering::Active(Arc::clone(kernel)),
+            Program::Wire(wire) => Steering::Wire(Arc::clone(wire)),
             _ => Steering::Unavailable(self.why().into()),
         }
     }

@@ -102,6 +102,7 @@ async fn run(
         streams: false,
         record,
         target: None,
+        wire: None,
         names: None,
         begun,
         timeouts: RequestTimeouts::from(&config.timeouts),

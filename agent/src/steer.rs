@@ -11,6 +11,7 @@ pub mod reader;
 pub mod reason;
 pub mod session;
 pub mod source;
+pub mod wire;
 
 use std::{
     cell::{Cell, RefCell},
@@ -24,22 +25,28 @@ use thiserror::Error;
 
 pub use source::Source;
 
-use crate::kernel::{Kernel, LoadError, Maps, socket};
+use crate::kernel::{Kernel, LoadError, Maps, socket, wire::Wire};
 
 /// Whether the kernel can steer, and if not, the reason.
 #[derive(Clone)]
 pub enum Steering {
     Active(Arc<Kernel>),
+    /// Path `wire` alone.
+    Wire(Arc<Wire>),
     /// Switched off in the configuration.
     Off,
     Unavailable(Arc<str>),
 }
 
 impl Steering {
-    /// The handles for a worker; `None` if it only relays.
+    /// The handles of the socket maps for a worker; `None` if it uses none.
     pub fn worker(&self) -> Result<Option<Rc<WorkerSteering>>, LoadError> {
         let Self::Active(kernel) = self else { return Ok(None) };
         WorkerSteering::new(kernel).map(Some)
+    }
+
+    pub fn wire(&self) -> Option<Arc<Wire>> {
+        if let Self::Wire(wire) = self { Some(Arc::clone(wire)) } else { None }
     }
 }
 

@@ -6,6 +6,7 @@ use std::{cell::RefCell, rc::Rc, sync::Arc};
 use crate::{
     config::Config,
     endpoint::{http2::Http2Pool, pool::Http1Pool, timeouts::ConnectionTimeouts},
+    kernel::wire::Wire,
     picker::{client::EppClient, keep::Start, replica::Replicas},
     room::Idle,
     shared::Shared,
@@ -19,6 +20,8 @@ pub struct Worker {
     /// One per pool; None if the pool does not use an EPP.
     pub epps: Vec<Option<Rc<EppClient>>>,
     pub endpoints: Rc<Http1Pool>,
+    /// With `steering.mode = "wire"`, if it is ready.
+    pub wire: Option<Arc<Wire>>,
     /// For pools whose endpoints speak HTTP/2.
     pub http2_endpoints: Http2Pool,
     /// TLS handshakes with clients.
@@ -27,7 +30,12 @@ pub struct Worker {
 
 impl Worker {
     /// Must be called on the worker's runtime. `starts` are the pools' gates that open once their EPP is connected.
-    pub fn new(shared: Arc<Shared>, steering: Option<Rc<WorkerSteering>>, starts: Vec<Option<Start>>) -> Self {
+    pub fn new(
+        shared: Arc<Shared>,
+        steering: Option<Rc<WorkerSteering>>,
+        wire: Option<Arc<Wire>>,
+        starts: Vec<Option<Start>>,
+    ) -> Self {
         let config = &shared.config;
         let receive_buffer = config.steering.endpoint_receive_buffer;
         let endpoints = Http1Pool::new(Arc::clone(&shared.metrics), steering, times(config), receive_buffer);
@@ -36,7 +44,7 @@ impl Worker {
             Some(Rc::new(EppClient::connected(replicas.clone()?, start)))
         };
         let epps = shared.replicas.iter().zip(starts).map(epp).collect();
-        Self { epps, endpoints: Rc::new(endpoints), http2_endpoints, handshakes: Rc::default(), shared }
+        Self { epps, endpoints: Rc::new(endpoints), wire, http2_endpoints, handshakes: Rc::default(), shared }
     }
 
     /// The same worker under another configuration. Keeps its connections.
@@ -51,7 +59,8 @@ impl Worker {
             Some(kept.map_or_else(|| Rc::new(EppClient::connected(Arc::clone(replicas), None)), Rc::clone))
         };
         let epps = shared.replicas.iter().map(epp).collect();
-        Self { epps, endpoints, http2_endpoints, handshakes: Rc::clone(&self.handshakes), shared }
+        let wire = self.wire.clone();
+        Self { epps, endpoints, wire, http2_endpoints, handshakes: Rc::clone(&self.handshakes), shared }
     }
 
     /// Closes connections that are no longer needed. Called about once a second.
@@ -61,6 +70,9 @@ impl Worker {
         self.http2_endpoints.sweep(self.shared.config.timeouts.endpoint_keep_alive, is_dialled);
         if let Some(steering) = self.endpoints.steering() {
             self.shared.metrics.steer_events_missed(steering.take_missed_events());
+        }
+        if let Some(wire) = &self.wire {
+            self.shared.metrics.steer_events_missed(wire.take_missed_events());
         }
     }
 }

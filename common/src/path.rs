@@ -7,19 +7,22 @@ pub enum Path {
     Local,
     /// The kernel: the verdict redirects what has arrived on the source's connection.
     Ingress,
+    /// The kernel: packets are rewritten between the endpoint and the client.
+    Wire,
     /// User space receives and sends them.
     Relay,
 }
 
 impl Path {
     /// Best first; `path as usize` is the index.
-    pub const ALL: [Self; 3] = [Self::Local, Self::Ingress, Self::Relay];
+    pub const ALL: [Self; 4] = [Self::Local, Self::Ingress, Self::Wire, Self::Relay];
 
     /// Metric label.
     pub const fn label(self) -> &'static str {
         match self {
             Self::Local => "local",
             Self::Ingress => "ingress",
+            Self::Wire => "wire",
             Self::Relay => "relay",
         }
     }
@@ -28,7 +31,7 @@ impl Path {
     pub const fn next(self) -> Self {
         match self {
             Self::Local => Self::Ingress,
-            Self::Ingress | Self::Relay => Self::Relay,
+            Self::Ingress | Self::Wire | Self::Relay => Self::Relay,
         }
     }
 }

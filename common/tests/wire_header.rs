@@ -2,7 +2,9 @@
 
 use penstock_common::wire::{
     after,
+    flow::Ends,
     header::{ACK, FIN, Header, MAX_LEN, RST, Shift, address_sum, changed, fold, hop_sum, window},
+    inject::{MAX_LEN as MAX_FRAME, acknowledgement},
 };
 use proptest::{collection::vec, prelude::*};
 
@@ -226,4 +228,29 @@ fn length_outside_of_the_range_is_refused() {
     let mut header = Header::EMPTY;
     header.bytes[12] = 0xf0;
     assert_eq!(header.begin(), Some(MAX_LEN));
+}
+
+/// The sum over a whole packet with its pseudo-header, or over an IPv4 header, is 0 if the checksum is right (RFC 1071 §1).
+fn is_right(parts: &[&[u8]]) -> bool {
+    same(checksum(&parts.concat()), 0)
+}
+
+#[test]
+fn injected_packet_has_right_checksums() {
+    let words = |address: [u8; 16]| -> [u32; 4] {
+        std::array::from_fn(|word| u32::from_ne_bytes(address[word * 4..][..4].try_into().unwrap()))
+    };
+    let mapped = |last: [u8; 4]| words([[0; 10].as_slice(), &[0xff; 2], &last].concat().try_into().unwrap());
+    let ports = u32::from_ne_bytes([0x1f, 0x90, 0xc3, 0x50]);
+    let four = Ends { peer: mapped([10, 1, 0, 2]), own: mapped([10, 1, 0, 1]), ports };
+    let six = Ends { peer: words([0xfd; 16]), own: words([0xab; 16]), ports };
+    for (ends, ip, addresses) in [(four, 20, 26..34), (six, 40, 22..54)] {
+        let mut frame = [0xee; MAX_FRAME];
+        let len = acknowledgement(&mut frame, [1, 2, 3, 4, 5, 6], 7, &ends, 0xfedc_ba98, 0x1234_5678);
+        assert_eq!((len, &frame[..6], &frame[8..12]), (14 + ip + 20, &[1, 2, 3, 4, 5, 6][..], &7u32.to_ne_bytes()[..]));
+        let tcp = &frame[14 + ip..len];
+        assert!(is_right(&[&frame[addresses], &[0, 6, 0, 20], tcp]), "{frame:02x?}");
+        assert!(ip == 40 || is_right(&[&frame[14..34]]));
+        assert_eq!((&tcp[..4], word(tcp, 4), word(tcp, 8)), (&[0x1f, 0x90, 0xc3, 0x50][..], 0xfedc_ba98, 0x1234_5678));
+    }
 }

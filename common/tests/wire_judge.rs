@@ -116,6 +116,7 @@ impl Scene {
             largest: payload,
             timestamped: 1,
             tsval: 123,
+            last: 0,
             interface: 4,
             now_ns: 500 * MS,
         }
@@ -268,7 +269,7 @@ fn flow_ends_after_both_fins_are_acknowledged() {
     scene.client_sends(Scene::packet(client, to_client + 16, FIN | ACK, 0));
     assert_eq!((scene.flow.legs[ENDPOINT].closed.get(), scene.state()), (1, state::ACTIVE));
     scene.endpoint_sends(Scene::packet(endpoint + 16, to_endpoint + 1, ACK, 0));
-    assert_eq!((scene.state(), scene.kernel.events, scene.flow.marks.get()), (state::ENDED, 2, 0));
+    assert_eq!((scene.state(), scene.kernel.events, scene.flow.marks.get()), (state::ENDED, 3, 0));
     // Late repetitions still pass, and silence lasts.
     assert_eq!(scene.endpoint_sends(fin), scene.forward(endpoint + 10));
     assert_eq!(scene.leave(ENDPOINT, 2, FIN | ACK), Leaving::Drop);
@@ -282,6 +283,7 @@ fn acknowledgements_of_a_client_that_has_closed_count() {
     scene.client_sends(Scene::packet(client, to_client + 10, FIN | ACK, 0));
     scene.endpoint_sends(Scene::packet(endpoint + 10, to_endpoint + 1, FIN | ACK, 5));
     assert_eq!(scene.state(), state::ACTIVE);
+    assert_eq!(scene.flow.marks.get(), mark::CLIENT_CLOSED_FIRST);
     let last = Scene::packet(client + 1, to_client + 16, ACK, 0);
     assert_eq!(scene.client_sends(last), scene.forward(client + 1));
     assert_eq!(scene.state(), state::ENDED);

@@ -12,7 +12,7 @@ use penstock_agent::{
     http::{
         head::HeadLimits,
         request::{RequestBody, parse_request},
-        response::{RequestFraming, write_request},
+        response::{After, RequestFraming, write_request},
     },
     picker::{
         error::PickError,
@@ -191,7 +191,7 @@ fn check_decision(decision: &Decision, headers: &HeaderMap, body: Option<&[u8]>)
     assert_eq!(parts.headers.get_all("host").iter().collect::<Vec<_>>(), [HeaderValue::from_static("a")]);
     let mut out = BytesMut::new();
     let endpoint = endpoints[0];
-    write_request(&parts, endpoint, RequestFraming::Length(length as u64), None, &mut out);
+    write_request(&parts, endpoint, RequestFraming::Length(length as u64), After::Keep, &mut out);
     let limits = HeadLimits { bytes: usize::MAX, headers: 4096 };
     match parse_request(&out, &limits) {
         Ok(Some((head, taken))) => {

@@ -12,7 +12,7 @@ use penstock_agent::{
         head::HeadLimits,
         headers::{Arrival, prepare_request},
         request::{RequestBody, from_http2, parse_request},
-        response::{RequestFraming, write_request},
+        response::{After, RequestFraming, write_request},
     },
 };
 
@@ -57,7 +57,7 @@ pub fn run(data: &[u8]) {
     let mut out = BytesMut::new();
     let framing = if ended { RequestFraming::None } else { RequestFraming::Length(body.len() as u64) };
     let endpoint = ([10, 0, 0, 1], 8000).into();
-    write_request(&head.parts, endpoint, framing, head.upgrade.as_ref(), &mut out);
+    write_request(&head.parts, endpoint, framing, head.upgrade.as_ref().map_or(After::Keep, After::Upgrade), &mut out);
 
     let limits = HeadLimits { bytes: usize::MAX, headers: 128 };
     let shown = out.escape_ascii().to_string();

@@ -12,7 +12,7 @@ use penstock_agent::{
         head::HeadLimits,
         headers::{Arrival, prepare_request},
         request::{RequestBody, RequestHead, RequestParser, parse_request},
-        response::{RequestFraming, write_request},
+        response::{After, RequestFraming, write_request},
         trace_context,
     },
 };
@@ -107,7 +107,7 @@ fn check_accepted(mut head: RequestHead, wire: &[u8]) {
         _ => RequestFraming::Length(body.len() as u64),
     };
     let endpoint = ([10, 0, 0, 1], 8000).into();
-    write_request(&head.parts, endpoint, framing, head.upgrade.as_ref(), &mut out);
+    write_request(&head.parts, endpoint, framing, head.upgrade.as_ref().map_or(After::Keep, After::Upgrade), &mut out);
     let limits = HeadLimits { bytes: usize::MAX, headers: 128 };
     let (again, taken) =
         parse_request(&out, &limits).expect("the forwarded head is valid").expect("the forwarded head is complete");

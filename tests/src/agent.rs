@@ -70,6 +70,7 @@ impl TestAgent {
             SteeringMode::Off => None,
             SteeringMode::Local => Some(Path::Local),
             SteeringMode::Auto | SteeringMode::Ingress => Some(Path::Ingress),
+            SteeringMode::Wire => Some(Path::Wire),
         };
         // The self-test starts its own runtime, which cannot be nested in the test's.
         let begun = config.clone();
@@ -93,7 +94,7 @@ impl TestAgent {
 
     /// Steered body bytes on any path.
     pub fn steered(&self) -> u64 {
-        ["ingress", "local"]
+        ["ingress", "local", "wire"]
             .map(|path| self.count("penstock_body_bytes_total", &[&format!("path=\"{path}\"")]))
             .iter()
             .sum()

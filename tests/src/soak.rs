@@ -21,11 +21,10 @@ pub use ledger::Ledger;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use clap::ValueEnum;
 use futures_util::future::{join, join_all};
 use penstock_agent::config::SteeringMode;
 
-use crate::Random;
+use crate::{Random, stress::local_modes};
 use footprint::Footprint;
 use subject::Subject;
 use world::World;
@@ -55,7 +54,7 @@ pub struct Report {
 /// Runs for `options.time` and until the agents are idle. Passes progress to `note`. Returns an error only for causes other than
 /// the agents.
 pub async fn run(options: Options, note: impl Fn(&str)) -> Result<Report> {
-    let modes = options.mode.map_or_else(|| SteeringMode::value_variants().to_vec(), |mode| vec![mode]);
+    let modes = options.mode.map_or_else(local_modes, |mode| vec![mode]);
     let world = World::start().await.context("could not start the servers of the soak run")?;
     let mut subjects = Vec::new();
     for mode in modes {

@@ -45,16 +45,22 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Finished requests are counted within this time.
 const SOON: Duration = Duration::from_secs(10);
 
-/// The paths that must carry something in this mode. Every mode is stressed.
+/// The paths that must carry something in this mode. Every mode is stressed, except `wire`, which needs networks between the parts.
 #[must_use]
 pub fn paths(mode: SteeringMode) -> &'static [&'static str] {
     match mode {
-        SteeringMode::Off => &["relay"],
+        SteeringMode::Off | SteeringMode::Wire => &["relay"],
         // Endpoints are on this machine.
         SteeringMode::Auto => &["local", "relay"],
         SteeringMode::Local => &["local"],
         SteeringMode::Ingress => &["ingress"],
     }
+}
+
+/// The modes that carry something on one machine without further networks.
+pub(crate) fn local_modes() -> Vec<SteeringMode> {
+    let all = SteeringMode::value_variants().iter().copied();
+    all.filter(|mode| *mode != SteeringMode::Wire).collect()
 }
 
 pub(crate) fn mode_name(mode: SteeringMode) -> String {
@@ -71,7 +77,7 @@ pub struct Options {
 
 /// One tally per mode. Passes each finished round to `note`. Returns an error only for causes other than the agent.
 pub async fn run(options: Options, mut note: impl FnMut(&Tally)) -> Result<Vec<Tally>> {
-    let modes = options.mode.map_or_else(|| SteeringMode::value_variants().to_vec(), |mode| vec![mode]);
+    let modes = options.mode.map_or_else(local_modes, |mode| vec![mode]);
     let turns = options.time.div_duration_f64(ROUND * modes.len() as u32).ceil().max(1.0) as u32;
     let time = options.time / (turns * modes.len() as u32);
     let mut tallies: Vec<Tally> = modes.iter().map(|mode| Tally::new(*mode)).collect();

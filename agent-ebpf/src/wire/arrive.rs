@@ -26,6 +26,8 @@ use crate::{
 };
 
 const OPTIONS: u32 = MAX_LEN - MIN_LEN;
+/// Bytes of payload that show whether a chunked body is complete.
+const LAST: usize = 5;
 /// The first position of an option after two bytes of padding and a timestamp, which is where Linux and others write one.
 const USUAL_TIMESTAMP: u32 = 22;
 const AFTER_TIMESTAMP: u32 = 32;
@@ -82,6 +84,14 @@ fn packet(skb: *mut __sk_buff, scratch: &mut Scratch, route: &Route) -> Option<P
         // SAFETY: `find` has the signature that `bpf_loop` calls.
         unsafe { bpf_loop(OPTIONS, find as *mut c_void, ptr::null_mut(), 0) };
     }
+    let mut end = [0u8; LAST];
+    let last = match payload.checked_sub(LAST as u32) {
+        Some(before) => {
+            load(skb, route.tcp + len + before, &raw mut end, LAST as u32)?;
+            end.iter().fold(0, |last, byte| last << 8 | u64::from(*byte))
+        }
+        None => 0,
+    };
     // SAFETY: fields of the context, each read by itself, and a helper without arguments.
     let (segment, interface, now_ns) = unsafe {
         ((&raw const (*skb).gso_size).read_volatile(), (&raw const (*skb).ifindex).read_volatile(), bpf_ktime_get_ns())
@@ -95,6 +105,7 @@ fn packet(skb: *mut __sk_buff, scratch: &mut Scratch, route: &Route) -> Option<P
         largest: if segment == 0 { payload } else { segment },
         timestamped: scratch.timestamped,
         tsval: scratch.tsval,
+        last,
         interface,
         now_ns,
     })
@@ -214,4 +225,4 @@ fn addresses(skb: *mut __sk_buff, route: &Route, ends: &Ends) -> Option<()> {
     if errors == 0 { Some(()) } else { None }
 }
 
-const _: () = assert!(size_of::<Flow>() == 480);
+const _: () = assert!(size_of::<Flow>() == 496);

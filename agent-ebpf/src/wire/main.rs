@@ -10,6 +10,7 @@
 #![allow(unsafe_code)] // helpers and maps
 
 mod arrive;
+mod inject;
 mod leave;
 
 mod maps;

@@ -135,6 +135,11 @@ impl ClientSocket {
         self.half_close == HalfClose::Answer && socket::is_half_closed(self.stream())
     }
 
+    /// Whether clients that close their side are answered.
+    pub fn answers_half_closed(&self) -> bool {
+        self.half_close == HalfClose::Answer
+    }
+
     /// Sets how long the client may go without acknowledging data.
     pub fn set_idle(&mut self, idle: Option<Duration>) {
         self.idle = idle;

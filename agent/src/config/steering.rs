@@ -30,6 +30,9 @@ settings! {
         pub endpoint_receive_buffer: u32 = 512 << 10 => integer(16_384..=64 * MIB),
         /// Maximum number of endpoint connections that can be steered at once. Determines the size of the kernel maps.
         pub max_flows: u32 = 16_384 => integer(1..=1_048_576),
+        /// With `mode = "wire"`: names of the network interfaces towards clients and endpoints, separated by commas. `"auto"` means
+        /// every Ethernet interface that exists at the start.
+        pub interfaces: Interfaces = Interfaces::Auto => interfaces(),
         /// Whether to steer on a kernel version that is known to lose or repeat bytes in sockmap. `--force` and
         /// `PENSTOCK_FORCE=true` enable it, too.
         pub force: bool = false => value::boolean(),
@@ -48,7 +51,33 @@ choice! {
         Ingress = "ingress",
         /// All bodies are relayed in user space.
         Off = "off",
+        /// The `wire` path for streams from endpoints on other machines: packets are rewritten between the endpoint and the client.
+        /// All others are relayed. On trial: `"auto"` does not use it, and docs/limits.md says what it lacks.
+        Wire = "wire",
     }
+}
+
+/// The interfaces of path `wire`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Interfaces {
+    Auto,
+    Named(Vec<String>),
+}
+
+fn interfaces() -> Value<Interfaces> {
+    let parse = |text: &str| match text {
+        "auto" => Some(Interfaces::Auto),
+        names => {
+            let names: Vec<_> = names.split(',').map(|name| name.trim().to_owned()).collect();
+            // The kernel's limit is 15 bytes (IFNAMSIZ).
+            names.iter().all(|name| (1..16).contains(&name.len())).then_some(Interfaces::Named(names))
+        }
+    };
+    let show = |interfaces: &Interfaces| match interfaces {
+        Interfaces::Auto => "auto".to_owned(),
+        Interfaces::Named(names) => names.join(","),
+    };
+    Value::text("\"auto\" or names of interfaces, separated by commas", parse, show)
 }
 
 fn cgroup() -> Value<Option<PathBuf>> {

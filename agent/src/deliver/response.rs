@@ -2,11 +2,16 @@
 //!
 //! Whenever user space holds no bytes, the session may arm the kernel; what the kernel passes is relayed.
 
+use std::rc::Rc;
+
 use bytes::BytesMut;
 
 use super::{End, written};
 use crate::{
-    client::ClientSocket, deadline, endpoint::connection::EndpointConnection, kernel::socket::monotonic_ns,
+    client::ClientSocket,
+    deadline,
+    endpoint::connection::EndpointConnection,
+    kernel::{socket::monotonic_ns, wire::Watched},
     steer::session::Session,
 };
 
@@ -24,6 +29,8 @@ pub struct Delivery<'a> {
     pending: BytesMut,
     /// Decode chunked for a client that does not support it.
     pub decode: bool,
+    /// The flow on path `wire`, until its end.
+    pub wire: Option<Rc<Watched>>,
     /// Size of the next read.
     buffer: usize,
 }
@@ -36,7 +43,16 @@ impl<'a> Delivery<'a> {
         session: Session<'a>,
         pending: BytesMut,
     ) -> Self {
-        Self { client, endpoint, session, lead: BytesMut::new(), pending, decode: false, buffer: MIN_BUFFER }
+        Self {
+            client,
+            endpoint,
+            session,
+            lead: BytesMut::new(),
+            pending,
+            decode: false,
+            wire: None,
+            buffer: MIN_BUFFER,
+        }
     }
 
     /// Delivers the whole body.
@@ -56,6 +72,9 @@ impl<'a> Delivery<'a> {
 
     /// Reclaims the flow after [`run`](Self::run) was dropped. Both connections can then only be closed.
     pub fn abandon(&mut self) {
+        if self.wire.as_ref().is_some_and(|watched| !watched.disarm()) {
+            self.conclude(Some(End::Over));
+        }
         self.session.abandon(self.endpoint, self.client);
     }
 
@@ -110,6 +129,9 @@ impl<'a> Delivery<'a> {
     async fn more(&mut self) -> Result<(), End> {
         self.make_room();
         // A request that is still being sent needs the connection as it is.
+        if self.endpoint.is_sent() && self.wire.is_some() {
+            return self.splice().await;
+        }
         if self.endpoint.is_sent() {
             let carried = self.session.carry(self.endpoint, self.client, &mut self.pending).await?;
             if self.pending.capacity() == 0 {
@@ -125,7 +147,7 @@ impl<'a> Delivery<'a> {
     }
 
     /// Reads more of the body.
-    async fn read(&mut self) -> Result<(), End> {
+    pub(super) async fn read(&mut self) -> Result<(), End> {
         self.make_room();
         let (client, endpoint, pending) = (&mut *self.client, &mut *self.endpoint, &mut self.pending);
         let idle = deadline::elapsed(self.session.idle);

@@ -14,9 +14,9 @@ use tokio::{
 
 use super::{crossing, sending::Sending, timeouts::ConnectionTimeouts};
 use crate::{
-    kernel::socket,
+    kernel::{socket, wire::Watched},
     metrics::InFlight,
-    steer::{RegisterError, Source, WorkerSteering, reader::Reader, session::Inlet},
+    steer::{RegisterError, Source, WorkerSteering, reader::Reader, reason::SteerReason, session::Inlet},
 };
 
 /// An HTTP/1.1 connection to an endpoint.
@@ -24,6 +24,8 @@ pub struct EndpointConnection {
     // Declared before `source`, so that the socket is closed before the slot is freed.
     io: Io,
     source: Option<Source>,
+    /// The flow of the current response on path `wire`, or why there is none.
+    watched: Option<Result<Watched, SteerReason>>,
     pub address: SocketAddr,
     /// Whether the endpoint's address is on this machine.
     pub local: bool,
@@ -79,8 +81,8 @@ impl EndpointConnection {
             socket::set_reset_on_close(&stream, true);
         }
         let (io, consumed, idle_since) = (Io::Ready(Rc::new(stream)), 0, Instant::now());
-        let (counted, resting, sending) = (None, false, None);
-        Ok(Self { io, source, address, local, consumed, idle_since, counted, resting, sending })
+        let (counted, resting, sending, watched) = (None, false, None, None);
+        Ok(Self { io, source, watched, address, local, consumed, idle_since, counted, resting, sending })
     }
 
     /// The connection as a source of steered bytes; `None` if it cannot be steered.
@@ -93,6 +95,20 @@ impl EndpointConnection {
         if let (Some(source), Some(target)) = (&self.source, target) {
             source.announce(target);
         }
+    }
+
+    /// Sets the flow of the next response on path `wire`, or why there is none.
+    pub fn set_watched(&mut self, watched: Option<Result<Watched, SteerReason>>) {
+        self.watched = watched;
+    }
+
+    /// Whether the next response may take path `wire`.
+    pub fn is_watched(&self) -> bool {
+        matches!(self.watched, Some(Ok(_)))
+    }
+
+    pub fn take_watched(&mut self) -> Option<Result<Watched, SteerReason>> {
+        self.watched.take()
     }
 
     fn ready(&self) -> io::Result<&TcpStream> {

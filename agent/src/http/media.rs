@@ -18,6 +18,14 @@ pub fn is_json(media_type: &str) -> bool {
     media_type == JSON || media_type.len() > "+json".len() && media_type.ends_with("+json")
 }
 
+/// Whether a request names event streams among what it accepts (RFC 9110 §12.5.1).
+pub fn accepts_events(headers: &HeaderMap) -> bool {
+    let fields = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    fields
+        .flat_map(|field| field.split(','))
+        .any(|range| range.split(';').next().is_some_and(|range| range.trim().eq_ignore_ascii_case(EVENTS)))
+}
+
 /// Whether the body has a content coding.
 pub fn is_coded(headers: &HeaderMap) -> bool {
     Codings::of(headers) != Codings::Known(Vec::new())

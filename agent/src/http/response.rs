@@ -320,6 +320,15 @@ impl ResponseHead {
     }
 }
 
+/// What happens to the connection to an endpoint after its response.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum After<'a> {
+    Keep,
+    Close,
+    /// It switches to this protocol, if the endpoint agrees.
+    Upgrade(&'a HeaderValue),
+}
+
 /// The framing of a request body toward an endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RequestFraming<'a> {
@@ -335,7 +344,7 @@ pub fn write_request(
     parts: &request::Parts,
     endpoint: SocketAddr,
     framing: RequestFraming<'_>,
-    upgrade: Option<&HeaderValue>,
+    after: After<'_>,
     out: &mut BytesMut,
 ) {
     out.put_slice(parts.method.as_str().as_bytes());
@@ -369,7 +378,11 @@ pub fn write_request(
         }
         RequestFraming::None => {}
     }
-    write_upgrade(upgrade, out);
+    match after {
+        After::Keep => {}
+        After::Close => out.put_slice(b"connection: close\r\n"),
+        After::Upgrade(protocol) => write_upgrade(Some(protocol), out),
+    }
     out.put_slice(b"\r\n");
 }
 

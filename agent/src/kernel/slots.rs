@@ -178,7 +178,7 @@ impl<'a> SlotRef<'a> {
         match path {
             Path::Local => Some(self.local()),
             Path::Ingress => Some(self.ingress()),
-            Path::Relay => None,
+            Path::Wire | Path::Relay => None,
         }
     }
 

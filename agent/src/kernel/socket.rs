@@ -224,6 +224,17 @@ pub fn watch_errors(stream: std::net::TcpStream) -> io::Result<AsyncFd<std::net:
     Ok(unsafe { AsyncFd::register_with_interest(stream, Interest::PRIORITY) }?)
 }
 
+/// Ends a connection by reset and leaves the descriptor open (`tcp_disconnect`).
+pub fn disconnect(socket: impl AsFd) -> io::Result<()> {
+    // SAFETY: a sockaddr consists of integers, for which zero is valid.
+    let mut nowhere: libc::sockaddr = unsafe { std::mem::zeroed() };
+    nowhere.sa_family = libc::AF_UNSPEC as libc::sa_family_t;
+    let len = size_of::<libc::sockaddr>() as libc::socklen_t;
+    // SAFETY: a pointer to a local of the given size.
+    let result = unsafe { libc::connect(socket.as_fd().as_raw_fd(), &raw const nowhere, len) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Sets whether close sends RST, so that the peer cannot mistake it for the end of a message.
 pub fn set_reset_on_close(socket: impl AsFd, reset: bool) {
     // A socket that is already dead cannot be reset.

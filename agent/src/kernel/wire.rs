@@ -3,49 +3,42 @@
 //! A flow is watched from before its request is sent, so that the programs have seen both connections in both directions under their
 //! own addresses before it can begin; where an address is translated inside this network namespace they see nothing, and it never
 //! begins. The agent arms it whenever it has read everything and written its last byte. When the flow has begun, the agent's sockets
-//! are silent: the program at egress drops what they send, so they are closed by reset while the flow's record still exists.
+//! are silent: the program at egress drops what they send.
 //!
 //! Needs CAP_BPF and CAP_NET_ADMIN, no type information of the kernel, and nothing of the host.
 
 mod connection;
+mod inject;
 mod interface;
+mod records;
 #[cfg(test)]
 mod tests;
+mod watched;
 
-use std::{
-    io,
-    os::fd::AsFd,
-    path::Path,
-    ptr::NonNull,
-    sync::{Arc, atomic::Ordering},
-    time::Duration,
-};
+use std::{io, os::fd::AsFd as _, path::Path, sync::Arc};
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, HashMap, Map, MapData, RingBuf},
+    maps::Map,
     programs::{
         LinkOrder, ProgramError, SchedClassifier, TcAttachType,
         links::FdLink,
         tc::{NlOptions, SchedClassifierLinkId, TcAttachOptions, TcError, qdisc_add_clsact},
     },
 };
-use nix::poll::{PollFd, PollFlags, PollTimeout};
-use parking_lot::Mutex;
-use penstock_common::{
-    slot::Word,
-    wire::flow::{CLIENT, ENDPOINT, Ends, Facts, Flow, Leg, state},
-};
 use thiserror::Error;
 
 pub use connection::{Connection, Unfit, agree};
+pub use interface::all as interfaces;
+pub use watched::{Seen, Watched};
 
-use super::{LoadError, grace::Grace, object, slots::Mapping, socket};
+use self::records::{Events, Records};
+use super::{LoadError, object, slots::Mapping};
+use crate::panics::Watch;
 
 const WIRE_PROGRAM: &str = "penstock_wire";
 const GUARD_PROGRAM: &str = "penstock_guard";
-/// An IPv4 or IPv6 address takes five or more words; see `Ends`.
-type Key = [u32; size_of::<Ends>() / size_of::<u32>()];
+const INJECT_PROGRAM: &str = "penstock_inject";
 
 #[derive(Debug, Error)]
 pub enum WireError {
@@ -65,16 +58,20 @@ pub enum WireError {
     Io(#[from] io::Error),
 }
 
+impl WireError {
+    /// The error and its root cause in one line, without the verifier's output.
+    pub fn reason(&self) -> String {
+        match self {
+            Self::Load(error) => error.reason(),
+            other => other.to_string(),
+        }
+    }
+}
+
 /// The loaded programs. Unless they were pinned, they and all flows end when this is dropped.
 pub struct Wire {
-    flows: Mapping<Flow>,
-    legs: Mutex<HashMap<MapData, Key, u32>>,
-    events: Mutex<RingBuf<MapData>>,
-    missed: Array<MapData, u64>,
-    free: Mutex<Vec<u32>>,
-    /// Records that a running program may still use.
-    retired: Mutex<Vec<u32>>,
-    grace: Grace,
+    records: Arc<Records>,
+    _events: Events,
     links: Vec<(&'static str, SchedClassifierLinkId)>,
     ebpf: Ebpf,
 }
@@ -90,7 +87,7 @@ impl Wire {
         let mut loader = EbpfLoader::new();
         loader.map_max_entries("FLOWS", max_flows).map_max_entries("LEGS", max_flows.saturating_mul(2));
         let mut ebpf = loader.load(object).map_err(LoadError::from)?;
-        for name in [WIRE_PROGRAM, GUARD_PROGRAM] {
+        for name in [WIRE_PROGRAM, GUARD_PROGRAM, INJECT_PROGRAM] {
             program(&mut ebpf, name)?.load().map_err(LoadError::from)?;
         }
         let flows = match ebpf.map("FLOWS") {
@@ -98,18 +95,10 @@ impl Wire {
             _ => return Err(LoadError::Missing("map FLOWS").into()),
         };
         let mut take = |name| ebpf.take_map(name).ok_or(LoadError::Missing(name));
-        let (legs, events, missed) = (take("LEGS")?, take("WIRE_EVENTS")?, take("WIRE_MISSED")?);
-        Ok(Self {
-            flows,
-            legs: Mutex::new(legs.try_into()?),
-            events: Mutex::new(events.try_into()?),
-            missed: missed.try_into()?,
-            free: Mutex::new((0..max_flows).rev().collect()),
-            retired: Mutex::default(),
-            grace: Grace::new()?,
-            links: Vec::new(),
-            ebpf,
-        })
+        let (legs, ring, missed) = (take("LEGS")?, take("WIRE_EVENTS")?, take("WIRE_MISSED")?);
+        let records = Arc::new(Records::new(flows, legs.try_into()?, max_flows)?);
+        let events = Events::start(ring.try_into()?, missed.try_into()?, Arc::clone(&records))?;
+        Ok(Self { records, _events: events, links: Vec::new(), ebpf })
     }
 
     /// Attaches to an interface of this thread's network namespace: before other programs at ingress, after them at egress. Uses TCX
@@ -153,60 +142,18 @@ impl Wire {
     }
 
     /// Watches two connections of the agent, before the request is sent to the endpoint.
-    pub fn watch(self: &Arc<Self>, client: impl AsFd, endpoint: impl AsFd) -> Result<Watched, WireError> {
-        let connections = [Connection::of(client)?, Connection::of(endpoint)?];
-        agree(&connections[CLIENT], &connections[ENDPOINT])?;
-        let index = self.take().ok_or(WireError::Full)?;
-        let watched = Watched { index, wire: Arc::clone(self) };
-        let record = self.flows.at(index);
-        // SAFETY: no key leads to the record, so no program uses it; zero is a valid value.
-        unsafe { record.as_ptr().write_bytes(0, 1) };
-        for (leg, connection) in connections.iter().enumerate() {
-            watched.set_facts(leg, connection.facts);
-        }
-        watched.flow().state.atomic().store(state::WATCHED, Ordering::Release);
-        for (leg, connection) in connections.iter().enumerate() {
-            let key: Key = zerocopy::transmute!(connection.facts.ends);
-            self.legs.lock().insert(key, index * 2 + leg as u32, 0)?;
-        }
-        Ok(watched)
+    pub fn watch(self: &Arc<Self>, client: Connection, endpoint: Connection) -> Result<Watched, WireError> {
+        Watched::begin(self, client, endpoint)
     }
 
-    /// Waits until the state of a flow changes, and returns the indices of flows that did; empty after the time.
-    pub fn events(&self, wait: Duration) -> io::Result<Vec<u32>> {
-        let mut events = self.events.lock();
-        let timeout = PollTimeout::try_from(wait).unwrap_or(PollTimeout::MAX);
-        let ring = socket::borrow(&*events);
-        nix::poll::poll(&mut [PollFd::new(ring, PollFlags::POLLIN)], timeout)?;
-        let mut changed = Vec::new();
-        while let Some(event) = events.next() {
-            if let Ok(index) = <[u8; 8]>::try_from(&*event) {
-                changed.push(u64::from_ne_bytes(index) as u32);
-            }
-        }
-        Ok(changed)
+    /// Notifies `watch` if the thread that waits for events ends.
+    pub fn supervise(&self, watch: Watch) {
+        self.records.watch(watch);
     }
 
-    /// Events that found no room.
-    pub fn missed(&self) -> u64 {
-        self.missed.get(&0, 0).unwrap_or(0)
-    }
-
-    fn take(&self) -> Option<u32> {
-        if let Some(index) = self.free.lock().pop() {
-            return Some(index);
-        }
-        let mut retired = self.retired.lock();
-        if retired.is_empty() || self.grace.wait().is_err() {
-            return None;
-        }
-        let mut free = self.free.lock();
-        free.append(&mut retired);
-        free.pop()
-    }
-
-    fn flow(&self, index: u32) -> NonNull<Flow> {
-        self.flows.at(index)
+    /// Events that found no room, since the last call.
+    pub fn take_missed_events(&self) -> u64 {
+        self.records.take_missed()
     }
 }
 
@@ -227,151 +174,4 @@ fn attach_to_qdisc(
     }
     let options = NlOptions { priority, ..NlOptions::default() };
     program.attach_with_options(name, place, TcAttachOptions::Netlink(options))
-}
-
-/// The record of a flow. Dropping it makes the programs forget the flow: the agent's sockets must be closed before.
-pub struct Watched {
-    index: u32,
-    wire: Arc<Wire>,
-}
-
-/// What the programs have seen of a flow.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Seen {
-    /// One of `penstock_common::wire::flow::state`, and bits of `mark`.
-    pub state: u64,
-    pub marks: u64,
-    /// Why the flow has not begun at the last packet that the program considered (`judge::refusal`).
-    pub refusal: u64,
-    /// Payload bytes to the client, and the segments that they came in.
-    pub bytes: u64,
-    pub segments: u64,
-    /// All packets, in both directions.
-    pub packets: u64,
-    /// Packets with payload of the client that were dropped, and packets of the agent's sockets.
-    pub refused: u64,
-    pub silenced: u64,
-    /// CLOCK_MONOTONIC ns of the first and last payload, and of the last packet; 0: none.
-    pub first_ns: u64,
-    pub last_ns: u64,
-    pub packet_ns: u64,
-}
-
-impl Watched {
-    /// Lets the flow begin at the endpoint's next packet. Returns false if a byte waits to be read on either socket. Until
-    /// [`disarm`](Self::disarm), or until a byte can be read, nothing may be written to either socket.
-    pub fn arm(&self, client: impl AsFd, endpoint: impl AsFd) -> io::Result<bool> {
-        let word = self.flow().state.atomic().load(Ordering::Acquire);
-        if state::of(word) != state::WATCHED && !self.disarm() {
-            return Ok(true);
-        }
-        let read = [read_everything(&client)?, read_everything(&endpoint)?];
-        let [Some(from_client), Some(from_endpoint)] = read else { return Ok(false) };
-        let written = [socket::bytes_written(&client)?, socket::bytes_written(&endpoint)?];
-        for (leg, received) in [(CLIENT, from_client), (ENDPOINT, from_endpoint)] {
-            self.set_facts(leg, Facts { received, acked: written[leg], ..self.facts(leg) });
-        }
-        let next = (word & !state::MASK).wrapping_add(state::MASK + 1) | state::ARMED;
-        self.flow().state.atomic().store(next, Ordering::Release);
-        Ok(true)
-    }
-
-    /// Takes the flow back before it has begun. Returns false if it has begun.
-    pub fn disarm(&self) -> bool {
-        let state = self.flow().state.atomic();
-        loop {
-            let word = state.load(Ordering::Acquire);
-            match state::of(word) {
-                state::WATCHED => return true,
-                state::ARMED => {
-                    let watched = state::with(word, state::WATCHED);
-                    if state.compare_exchange(word, watched, Ordering::AcqRel, Ordering::Acquire).is_ok() {
-                        return true;
-                    }
-                }
-                // A program on another CPU decides within microseconds.
-                state::BEGINNING => std::thread::yield_now(),
-                _ => return false,
-            }
-        }
-    }
-
-    /// Whether the programs carry the flow, or have carried it to its end.
-    pub fn has_begun(&self) -> bool {
-        state::of(self.flow().state.atomic().load(Ordering::Acquire)) >= state::ACTIVE
-    }
-
-    /// Whether both peers have closed, one has reset, or another connection has taken the addresses.
-    pub fn has_ended(&self) -> bool {
-        state::of(self.flow().state.atomic().load(Ordering::Acquire)) >= state::ENDED
-    }
-
-    pub fn seen(&self) -> Seen {
-        let flow = self.flow();
-        let sum = |word: fn(&Leg) -> &Word| word(&flow.legs[CLIENT]).get() + word(&flow.legs[ENDPOINT]).get();
-        Seen {
-            state: state::of(flow.state.atomic().load(Ordering::Acquire)),
-            marks: flow.marks.get(),
-            refusal: flow.refusal.get(),
-            bytes: flow.legs[ENDPOINT].bytes.get(),
-            segments: flow.legs[ENDPOINT].segments.get(),
-            packets: sum(|leg| &leg.packets),
-            refused: flow.legs[CLIENT].refused.get(),
-            silenced: sum(|leg| &leg.silenced),
-            first_ns: flow.first_ns.get(),
-            last_ns: flow.last_ns.get(),
-            packet_ns: flow.packet_ns.get(),
-        }
-    }
-
-    /// The index that [`Wire::events`] names.
-    pub fn index(&self) -> u32 {
-        self.index
-    }
-
-    fn flow(&self) -> &Flow {
-        // SAFETY: inside the mapping, which `wire` keeps. Fields that change while a program knows the record are words; only
-        // `set_facts` writes others, and only while no program reads them.
-        unsafe { self.wire.flow(self.index).as_ref() }
-    }
-
-    fn facts(&self, leg: usize) -> Facts {
-        // SAFETY: a field of a live record, which only this handle writes.
-        unsafe { (&raw const (*self.wire.flow(self.index).as_ptr()).legs[leg].facts).read_volatile() }
-    }
-
-    /// Only while no program reads them: before the record is known, or while the flow is not armed.
-    fn set_facts(&self, leg: usize, facts: Facts) {
-        // SAFETY: a field of a live record.
-        unsafe { (&raw mut (*self.wire.flow(self.index).as_ptr()).legs[leg].facts).write_volatile(facts) }
-    }
-}
-
-impl Drop for Watched {
-    fn drop(&mut self) {
-        let replaced = state::of(self.flow().state.get()) == state::REPLACED;
-        for leg in [CLIENT, ENDPOINT] {
-            let key: Key = zerocopy::transmute!(self.facts(leg).ends);
-            let mut legs = self.wire.legs.lock();
-            // Another flow may have the addresses of one that was replaced.
-            if !replaced || legs.get(&key, 0).is_ok_and(|value| value >> 1 == self.index) {
-                let _ = legs.remove(&key);
-            }
-        }
-        self.wire.retired.lock().push(self.index);
-    }
-}
-
-/// Bytes that have arrived, if the owner of the socket has read all of them. The count is taken first, so that a byte that arrives
-/// in between is either in neither or is found waiting.
-fn read_everything(socket: impl AsFd) -> io::Result<Option<u64>> {
-    let received = socket::tcp_info(socket.as_fd())?.tcpi_bytes_received;
-    Ok((!socket::has_more(&socket)?).then_some(received))
-}
-
-/// Closes a socket of a flow that has begun, at once and unheard: its reset is dropped at egress. It ends the connection's entry in
-/// this namespace's conntrack, too. The flow's record must still exist.
-pub fn close_unheard(socket: impl AsFd + Into<std::os::fd::OwnedFd>) {
-    socket::set_reset_on_close(&socket, true);
-    drop(socket.into());
 }

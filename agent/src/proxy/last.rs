@@ -76,7 +76,7 @@ impl Last {
             endpoint: Some(&record.endpoint.map(|endpoint| endpoint.to_string()).unwrap_or_default()),
             carried_by: Some(record.path),
             carried_why: Some(record.path_reason),
-            bytes_kernel: Some(account.steered + account.local),
+            bytes_kernel: Some(account.steered + account.local + account.wire),
             bytes_user: Some(account.relayed),
             bytes_up: up.then_some(account.upstream),
             bytes_up_kernel: up.then_some(account.upstream_steered),

@@ -150,7 +150,7 @@ impl Record {
     ) {
         let all = &worker.shared.metrics;
         // The kernel's path was chosen, but the whole body arrived before the flow could be armed.
-        let (path, reason) = if account.steered + account.local == 0
+        let (path, reason) = if account.steered + account.local + account.wire == 0
             && account.stops.iter().all(|&stops| stops == 0)
             && path != Path::Relay
         {
@@ -256,6 +256,7 @@ pub(super) fn count(metrics: &Metrics, account: &Account) {
     metrics.body_bytes(Path::Relay, account.relayed);
     metrics.body_bytes(Path::Ingress, account.steered);
     metrics.body_bytes(Path::Local, account.local);
+    metrics.body_bytes(Path::Wire, account.wire);
     metrics.upstream_bytes(Path::Relay, account.upstream - account.upstream_steered);
     metrics.upstream_bytes(Path::Ingress, account.upstream_steered);
     for (reason, &times) in (0..).zip(&account.stops) {

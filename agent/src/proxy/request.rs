@@ -7,8 +7,8 @@ use tokio::time::Instant;
 
 use super::record::Record;
 use crate::{
-    deadline::with_deadline, endpoint::connection::EndpointConnection, error::Error, rename::Names,
-    route::RequestTimeouts, worker::Worker,
+    deadline::with_deadline, endpoint::connection::EndpointConnection, error::Error, kernel::wire::Connection,
+    rename::Names, route::RequestTimeouts, steer::reason::SteerReason, worker::Worker,
 };
 
 /// What happens to the client's connection after a request.
@@ -53,6 +53,8 @@ pub(super) struct Request {
     pub(super) record: Record,
     /// The client socket's key in the kernel's map, if path `local` is possible.
     pub(super) target: Option<u64>,
+    /// The client's connection, if the response may take path `wire`, or why not; `None` if the path is not in use.
+    pub(super) wire: Option<Result<Connection, SteerReason>>,
     /// Set if the EPP changed the model.
     pub(super) names: Option<Names>,
     /// When its first byte arrived.

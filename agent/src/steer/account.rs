@@ -9,6 +9,8 @@ pub struct Account {
     /// Bytes that path `ingress` and path `local` carried.
     pub steered: u64,
     pub local: u64,
+    /// Bytes that path `wire` carried.
+    pub wire: u64,
     /// Bytes from the client to the endpoint after a switch of protocols.
     pub upstream: u64,
     /// Those of `upstream` that the kernel carried.
@@ -29,6 +31,7 @@ impl Account {
         match path {
             Path::Local => self.local,
             Path::Ingress => self.steered,
+            Path::Wire => self.wire,
             Path::Relay => self.relayed,
         }
     }
@@ -44,7 +47,7 @@ impl Account {
         match path {
             Path::Local => self.local += bytes,
             Path::Ingress => self.steered += bytes,
-            Path::Relay => {}
+            Path::Wire | Path::Relay => {}
         }
         self.segments += segments;
         if stop != 0

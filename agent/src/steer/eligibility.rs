@@ -56,7 +56,8 @@ pub fn choose(config: &Steering, response: &Response, known: Known) -> (Path, St
     let framing = &response.framing;
     match () {
         () if framing.is_done() => return relay(SteerReason::Complete),
-        () if config.mode == SteeringMode::Off => return relay(SteerReason::Off),
+        // Path `wire` has rules of its own, see `wire`.
+        () if matches!(config.mode, SteeringMode::Off | SteeringMode::Wire) => return relay(SteerReason::Off),
         () if response.tls => return relay(SteerReason::Tls),
         () if response.half_closed => return relay(SteerReason::HalfClose),
         () if response.decoded => return relay(SteerReason::Http10),
@@ -69,7 +70,7 @@ pub fn choose(config: &Steering, response: &Response, known: Known) -> (Path, St
         SteeringMode::Ingress => return (Path::Ingress, SteerReason::Forced),
         SteeringMode::Local if own_socket => return (Path::Local, SteerReason::Forced),
         SteeringMode::Local => return relay(SteerReason::NotLocal),
-        SteeringMode::Auto | SteeringMode::Off => {}
+        SteeringMode::Auto | SteeringMode::Wire | SteeringMode::Off => {}
     }
     // Bytes of an endpoint on this machine are not cut into small fragments.
     let path = if own_socket { Path::Local } else { Path::Ingress };
@@ -148,7 +149,7 @@ impl Eligibility<'_> {
         let (framing, mode, send_buffer) = (Framing::until_close(), self.config.mode, self.config.client_send_buffer);
         let relay = (Session::relayed(framing), None);
         let (Some(steering), Some(source)) = (self.steering, self.source) else { return relay };
-        if mode == SteeringMode::Off {
+        if matches!(mode, SteeringMode::Off | SteeringMode::Wire) {
             return relay;
         }
         let Ok(key) = make_target(steering, send_buffer) else { return relay };
@@ -158,7 +159,7 @@ impl Eligibility<'_> {
         let path = match mode {
             SteeringMode::Auto | SteeringMode::Local if is_local => Path::Local,
             SteeringMode::Auto | SteeringMode::Ingress => Path::Ingress,
-            SteeringMode::Local | SteeringMode::Off => Path::Relay,
+            SteeringMode::Local | SteeringMode::Wire | SteeringMode::Off => Path::Relay,
         };
         // Mode `local` steers only what the endpoint's own `sendmsg` sends.
         let up = (mode != SteeringMode::Local).then(|| Upstream { steering: Rc::clone(steering), send_buffer });
@@ -189,6 +190,7 @@ impl Upstream {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Interfaces;
 
     fn config(mode: SteeringMode) -> Steering {
         Steering {
@@ -199,6 +201,7 @@ mod tests {
             client_send_buffer: 1,
             endpoint_receive_buffer: 1,
             max_flows: 1,
+            interfaces: Interfaces::Auto,
             force: false,
         }
     }

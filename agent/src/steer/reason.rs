@@ -72,6 +72,14 @@ reasons! {
     ResponseToPicker = "response_to_picker",
     /// The EPP sent the request under another model name, and the agent restores the client's name in the response.
     ModelRenamed = "model_renamed",
+    /// With `mode = "wire"`: the request does not ask for a stream.
+    NotStreamed = "not_streamed",
+    /// With `mode = "wire"`: the pool's `pick_per` is not `request`.
+    PickPer = "pick_per",
+    /// With `mode = "wire"`: the client has sent the beginning of its next request.
+    Pipelined = "pipelined",
+    /// With `mode = "wire"`: the connections of client and endpoint cannot become one.
+    Unfit = "unfit",
     /// The kernel refused the client's socket as a target.
     TargetRefused = "target_refused",
 }

@@ -241,7 +241,7 @@ impl<'a> Session<'a> {
                 }
                 from.quiet().map_err(broken)?
             }
-            Path::Local | Path::Relay => false,
+            Path::Local | Path::Wire | Path::Relay => false,
         };
         if quiet {
             // Nothing is read before the kernel disarms, so the memory is not needed.

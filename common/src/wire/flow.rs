@@ -1,4 +1,4 @@
-//! The memory that the agent and the kernel program share about one flow of path `wire`: 512 bytes in an array map.
+//! The memory that the agent and the kernel program share about one flow of path `wire`: 496 bytes in an array map.
 //!
 //! The agent fills in a record before it makes both connections' addresses known to the program, and stores [`Flow::state`] last.
 //! From then on fields change by whole words. Numbers of a leg are those that the peer of this leg uses.
@@ -48,6 +48,8 @@ pub mod mark {
     /// The flow ended by a reset of the client, or of the endpoint.
     pub const CLIENT_RESET: u64 = 2;
     pub const ENDPOINT_RESET: u64 = 4;
+    /// The client's FIN arrived before the endpoint's.
+    pub const CLIENT_CLOSED_FIRST: u64 = 8;
 }
 
 /// Both ends of one of the agent's connections. IPv4 addresses are mapped (RFC 4291 §2.5.5.2); words are in packet order.
@@ -121,6 +123,8 @@ pub struct Leg {
     pub bytes: Word,
     pub segments: Word,
     pub packets: Word,
+    /// The last five bytes of the payload passed on, the last in the lowest byte; 0: unknown.
+    pub last: Word,
     /// Packets with payload that were dropped, because nobody routed it.
     pub refused: Word,
     /// Packets of the agent's own socket that were not let out.
@@ -143,9 +147,16 @@ pub struct Flow {
 }
 
 const _: () = assert!(size_of::<Ends>() == 36 && size_of::<Facts>() == 88);
-const _: () = assert!(size_of::<Leg>() == 88 + 16 * 8 && size_of::<Flow>() == 480);
+const _: () = assert!(size_of::<Leg>() == 88 + 17 * 8 && size_of::<Flow>() == 496);
 
 impl Leg {
+    /// The sequence number after everything that the peer has sent, with its FIN.
+    #[inline(always)]
+    pub fn sent(&self) -> u32 {
+        let fin = self.fin.get();
+        if fin != 0 { fin as u32 } else { self.highest.get() as u32 }
+    }
+
     #[inline(always)]
     pub fn shift(&self) -> Shift {
         Shift::unpack([self.shift[0].get(), self.shift[1].get(), self.shift[2].get()])

@@ -64,6 +64,8 @@ pub struct Packet {
     /// Not 0: it has a timestamp.
     pub timestamped: u32,
     pub tsval: u32,
+    /// The last five bytes of its payload, the last in the lowest byte; 0: it has fewer.
+    pub last: u64,
     /// The interface on which it arrived.
     pub interface: u32,
     /// CLOCK_MONOTONIC.
@@ -287,7 +289,7 @@ fn carry<K: Kernel>(flow: &Flow, from: usize, packet: &Packet, kernel: &mut K) -
     flow.packet_ns.set(packet.now_ns);
     let end = packet.seq.wrapping_add(packet.payload);
     let acceptable = !after(end.wrapping_add(shift.seq), other.offered.get() as u32);
-    if from == CLIENT && after(end, sent(mine)) {
+    if from == CLIENT && after(end, mine.sent()) {
         return beyond(flow, packet, acceptable, kernel);
     }
     if packet.flags & ACK != 0 {
@@ -297,6 +299,7 @@ fn carry<K: Kernel>(flow: &Flow, from: usize, packet: &Packet, kernel: &mut K) -
         add(&mine.bytes, u64::from(end.wrapping_sub(mine.highest.get() as u32)));
         add(&mine.segments, 1);
         mine.highest.set(KNOWN | u64::from(end));
+        mine.last.set(packet.last);
         if flow.first_ns.get() == 0 {
             flow.first_ns.set(packet.now_ns);
         }
@@ -304,10 +307,13 @@ fn carry<K: Kernel>(flow: &Flow, from: usize, packet: &Packet, kernel: &mut K) -
     }
     if packet.flags & FIN != 0 && acceptable {
         mine.fin.set(KNOWN | u64::from(end.wrapping_add(1)));
+        if from == CLIENT && other.fin.get() == 0 {
+            flow.marks.set(flow.marks.get() | mark::CLIENT_CLOSED_FIRST);
+        }
     }
     if packet.flags & RST != 0 {
         let at_receiver = packet.seq.wrapping_add(shift.seq) == other.told.get() as u32;
-        if at_receiver || packet.seq == sent(mine) {
+        if at_receiver || packet.seq == mine.sent() {
             reset(flow, from, kernel);
         }
     }
@@ -358,10 +364,13 @@ fn acknowledge<K: Kernel>(flow: &Flow, mine: &Leg, other: &Leg, packet: &Packet,
     }
     raise(&mine.told, packet.ack);
     raise(&mine.offered, edge(packet, shift.scale_in));
-    if fin & KNOWN != 0 && acked == fin as u32 && highest.wrapping_add(1) == fin as u32 {
+    let is_fin = fin & KNOWN != 0 && acked == fin as u32 && highest.wrapping_add(1) == fin as u32;
+    if is_fin && other.closed.get() == 0 {
         other.closed.set(1);
         if mine.closed.get() != 0 {
             end(flow, kernel);
+        } else {
+            kernel.event();
         }
     }
 }
@@ -380,13 +389,6 @@ fn end<K: Kernel>(flow: &Flow, kernel: &mut K) {
         kernel.store_release(&flow.state, state::with(word, state::ENDED));
         kernel.event();
     }
-}
-
-/// The sequence number after everything that the peer of a leg has sent, with its FIN.
-#[inline(always)]
-fn sent(leg: &Leg) -> u32 {
-    let fin = leg.fin.get();
-    if fin != 0 { fin as u32 } else { leg.highest.get() as u32 }
 }
 
 #[inline(always)]

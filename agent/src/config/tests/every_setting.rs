@@ -78,6 +78,9 @@ const ROWS: &[Row] = &[
     ("[bbr]", r#"base_models = { "l 1" = "b", b = "b" }"#, |c| {
         c.bbr.base_models == ["l 1", "b"].map(|model| (model.to_owned(), "b".to_owned())).into()
     }),
+    ("[steering]", r#"interfaces = "eth0, c0""#, |c| {
+        c.steering.interfaces == Interfaces::Named(vec!["eth0".to_owned(), "c0".to_owned()])
+    }),
     ("[steering]", r#"mode = "ingress""#, |c| c.steering.mode == SteeringMode::Ingress),
     ("[steering]", r#"cgroup = "/cgroup""#, |c| c.steering.cgroup.as_deref() == Some(Path::new("/cgroup"))),
     ("[steering]", "min_bytes = 1", |c| c.steering.min_bytes == 1),

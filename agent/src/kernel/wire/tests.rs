@@ -17,9 +17,9 @@ use penstock_common::wire::{
 
 use self::{
     net::{Family, TO_CLIENT},
-    scene::{Joined, Scene, relay},
+    scene::{Joined, Scene, read, relay},
 };
-use super::{Unfit, WireError, close_unheard};
+use super::{Unfit, WireError};
 use crate::kernel::socket;
 
 const BOTH: [Family; 2] = [Family::Four, Family::Six];
@@ -52,7 +52,7 @@ fn stream_is_exact_and_ends_with_fin() {
         let scene = Scene::new(family);
         let joined = scene.join();
         finish(&scene, joined, 4 * MIB);
-        assert_eq!(scene.wire.missed(), 0);
+        assert_eq!(scene.wire.take_missed_events(), 0);
     }
 }
 
@@ -90,7 +90,7 @@ fn client_that_closes_its_side_gets_the_whole_stream() {
             endpoint.stream.shutdown(Shutdown::Write).expect("shutdown");
         });
         scene.await_end(&agent);
-        assert_eq!(agent.watched.seen().marks, 0);
+        assert_eq!(agent.watched.seen().marks, mark::CLIENT_CLOSED_FIRST);
         agent.release();
     }
 }
@@ -132,7 +132,7 @@ fn what_a_client_sends_never_reaches_the_endpoint() {
         assert!(!socket::has_more(&endpoint.stream).expect("open"), "the endpoint got bytes that nobody routed");
         // Its FIN cannot be passed on, because bytes before it are missing.
         drop(client);
-        let error = endpoint.stream.read(&mut [0]).expect_err("a reset");
+        let error = read(&mut endpoint.stream, &mut [0]).expect_err("a reset");
         assert_eq!(error.kind(), ErrorKind::ConnectionReset);
         scene.await_end(&agent);
         assert!(!socket::has_more(&agent.client).expect("open"));
@@ -154,11 +154,12 @@ fn slow_client_closes_the_window_and_gets_every_byte() {
             });
             // The buffers on the way hold less, so the window closes.
             let deadline = std::time::Instant::now() + scene::SOON;
+            let (_nothing, never) = std::sync::mpsc::channel::<()>();
             let mut before = u64::MAX;
             while agent.watched.seen().bytes != before {
                 assert!(std::time::Instant::now() < deadline, "the endpoint does not stop");
                 before = agent.watched.seen().bytes;
-                scene.wire.events(Duration::from_millis(300)).expect("events");
+                assert!(never.recv_timeout(Duration::from_millis(300)).is_err());
             }
             assert!(!sender.is_finished(), "the window did not close");
             client.read_to_end_at(total);
@@ -177,8 +178,7 @@ fn sockets_of_a_flow_are_closed_unheard() {
         let scene = Scene::new(family);
         let Joined { mut client, mut endpoint, agent } = scene.join();
         endpoint.take_request();
-        close_unheard(agent.client);
-        close_unheard(agent.endpoint);
+        agent.watched.close(&agent.client, &agent.endpoint);
         let total = endpoint.position + MIB;
         scope(|scope| {
             scope.spawn(|| client.read_to_end_at(total));
@@ -189,6 +189,24 @@ fn sockets_of_a_flow_are_closed_unheard() {
         assert_eq!(endpoint.read_to_end(), b"");
         let seen = agent.watched.seen();
         assert!(seen.silenced >= 2 && seen.marks == 0, "{seen:?}");
+    }
+}
+
+#[test]
+fn agent_resets_both_peers() {
+    for family in BOTH {
+        let scene = Scene::new(family);
+        let Joined { mut client, mut endpoint, agent } = scene.join();
+        endpoint.take_request();
+        endpoint.send(1000);
+        client.read_up_to(endpoint.position);
+        agent.watched.close(&agent.client, &agent.endpoint);
+        // The agent's threads are in the namespace of its interfaces.
+        scene.net.agent.run(|| agent.watched.reset());
+        let error = read(&mut client.stream, &mut [0]).expect_err("a reset");
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{family:?}");
+        let error = read(&mut endpoint.stream, &mut [0]).expect_err("a reset");
+        assert_eq!(error.kind(), ErrorKind::ConnectionReset, "{family:?}");
     }
 }
 
@@ -268,7 +286,7 @@ fn streams_outlive_the_agent() {
 fn flow_whose_packets_are_not_seen_stays_with_the_relay() {
     let scene = Scene::attached(Family::Four, &[TO_CLIENT]);
     let (client, endpoint, (near, far)) = scene.connect(None);
-    let watched = scene.wire.watch(&near, &far).expect("watch");
+    let watched = scene.watch(&near, &far).expect("watch");
     let (mut client, mut endpoint) =
         (scene::Reader { stream: client, position: 0 }, scene::Sender { stream: endpoint, position: 0 });
     let total = 50 * 300;
@@ -336,7 +354,7 @@ fn client_of_small_segments_is_unfit() {
     let scene = Scene::new(Family::Four);
     scene.net.client.ip(&format!("link set {TO_CLIENT} mtu 1400"));
     let (_client, _endpoint, (near, far)) = scene.connect(None);
-    let refused = scene.wire.watch(&near, &far).err().expect("unfit");
+    let refused = scene.watch(&near, &far).err().expect("unfit");
     let WireError::Unfit(Unfit::Segments { client, endpoint }) = refused else { panic!("{refused}") };
     assert!(client < endpoint, "{client} {endpoint}");
 }

@@ -14,9 +14,10 @@ use crate::{
         sending::{Progress, SendError, Sending, with_idle_timeout},
     },
     error::Error,
-    http::response::{RequestFraming, ResponseError, ResponseHead, ResponseParser, write_request},
+    http::response::{After, RequestFraming, ResponseError, ResponseHead, ResponseParser, write_request},
+    kernel::wire::{self, Watched, WireError},
     metrics::Connection,
-    steer::reader::Reader,
+    steer::{reader::Reader, reason::SteerReason},
 };
 
 /// Read buffer for a response head and the bytes that arrive with it.
@@ -62,6 +63,7 @@ async fn attempt(
 ) -> Result<(ResponseHead, ResponseBody), AttemptError> {
     let address = endpoint.address;
     endpoint.announce(job.request.target);
+    endpoint.set_watched(watch(job, &endpoint));
     let before = endpoint.acknowledged();
     let lost = async |endpoint: &EndpointConnection| {
         // If the kernel does not report acknowledged bytes, assume that the request arrived.
@@ -71,7 +73,14 @@ async fn attempt(
     let progress = Progress::begin();
     let Ok(stream) = endpoint.stream() else { return Err(lost(&endpoint).await) };
     let prompt = kept && !job.may_be_repeated();
-    let work = send(stream, head_of(job, address), job.content.clone(), prompt, progress.clone(), job.idle());
+    let work = send(
+        stream,
+        head_of(job, address, endpoint.is_watched()),
+        job.content.clone(),
+        prompt,
+        progress.clone(),
+        job.idle(),
+    );
     let sending = Sending::new(work);
     endpoint.set_sending(sending.clone());
     let head = tokio::select! {
@@ -101,9 +110,31 @@ fn framing(content: &Content) -> RequestFraming<'_> {
     }
 }
 
-fn head_of(job: &Job<'_>, address: SocketAddr) -> BytesMut {
+/// Watches the connections for path `wire`, or says why not; `None` if the path is not in use.
+fn watch(job: &Job<'_>, endpoint: &EndpointConnection) -> Option<Result<Watched, SteerReason>> {
+    let wire = job.worker.wire.as_ref()?;
+    let watch = |client| {
+        let watched = endpoint
+            .stream()
+            .map_err(WireError::from)
+            .and_then(|endpoint| wire.watch(client, wire::Connection::of(&*endpoint)?));
+        watched.map_err(|error| {
+            tracing::debug!(address = %endpoint.address, %error, "connections cannot be watched, relaying the response");
+            SteerReason::Unfit
+        })
+    };
+    Some(job.request.wire?.and_then(watch))
+}
+
+/// `closes`: the endpoint shall close the connection after its response.
+fn head_of(job: &Job<'_>, address: SocketAddr, closes: bool) -> BytesMut {
     let mut out = BytesMut::with_capacity(1024);
-    write_request(&job.request.parts, address, framing(&job.content), job.request.upgrade.as_ref(), &mut out);
+    let after = match &job.request.upgrade {
+        Some(protocol) => After::Upgrade(protocol),
+        None if closes => After::Close,
+        None => After::Keep,
+    };
+    write_request(&job.request.parts, address, framing(&job.content), after, &mut out);
     out
 }
 

@@ -1,13 +1,19 @@
 //! Prepares a picked request for its endpoint: the model header, the EPP's mutation, the agent's own fields and the trailers.
 
-use http::header;
+use http::{Version, header};
 
 use crate::{
-    client::Client,
+    client::{Client, ClientSocket},
+    config::PickPer,
     error::Error,
-    http::{digest, headers, trailers},
+    http::{digest, headers, media, trailers},
+    kernel::wire::Connection,
     picker::{exchange::Body, mutation},
     proxy::{picked::Picked, receive::set_model, renamed, request::Request},
+    steer::{
+        reason::SteerReason,
+        wire::{Asked, may_watch},
+    },
     upload::Upload,
     worker::Worker,
 };
@@ -43,6 +49,7 @@ pub(in crate::proxy) async fn prepare(
         headers::remove_pick(&mut request.parts.headers, pick);
     }
     request.target = local_target(worker, client);
+    request.wire = worker.wire.is_some().then(|| client_leg(worker, client, request));
     prepare_trailers(worker, upload);
     Ok(())
 }
@@ -55,6 +62,26 @@ fn prepare_trailers(worker: &Worker, upload: &mut Upload) {
     for control in worker.shared.pick_headers.iter().chain([&config.bbr.base_model_header]) {
         headers::remove_control(upload.trailers_mut(), control, &config.bbr.header);
     }
+}
+
+/// The client's connection for path `wire`, or why the response cannot take that path.
+fn client_leg(worker: &Worker, client: &Client, request: &Request) -> Result<Connection, SteerReason> {
+    let socket = if let Client::Http1(socket) = client { Some(socket) } else { None };
+    may_watch(&Asked {
+        http2: socket.is_none(),
+        tls: socket.is_some_and(ClientSocket::is_tls),
+        http10: request.parts.version == Version::HTTP_10,
+        half_close: socket.is_some_and(ClientSocket::answers_half_closed),
+        per_request: worker.shared.config.pools[request.pool].pick_per == PickPer::Request,
+        pipelined: socket.is_some_and(|socket| !socket.buf.is_empty()),
+        upgrade: request.upgrade.is_some(),
+        streams: request.streams || media::accepts_events(&request.parts.headers),
+    })?;
+    let socket = socket.ok_or(SteerReason::Http2)?;
+    Connection::of(socket.stream()).map_err(|error| {
+        tracing::debug!(%error, "client connection cannot be read, relaying the response");
+        SteerReason::Unfit
+    })
 }
 
 /// The client socket's key for path `local`, which has to be known before the endpoint responds.

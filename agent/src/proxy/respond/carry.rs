@@ -1,6 +1,6 @@
 //! Carries the body of a response to the client: as the endpoint's bytes, as a tunnel or as frames.
 
-use std::{cell::RefCell, convert::Infallible, future::poll_fn, task::Poll};
+use std::{cell::RefCell, convert::Infallible, future::poll_fn, rc::Rc, task::Poll};
 
 use bytes::BytesMut;
 use penstock_common::{framing::Framing, path::Path};
@@ -8,10 +8,12 @@ use tokio::time::Instant;
 
 use crate::{
     client::{Client, ClientSocket},
+    config::SteeringMode,
     deadline,
     deliver::{Coding, Delivery, End, Frames, Tunnel},
     endpoint::{body::ResponseBody, connection::EndpointConnection},
     http::response::{BodyKind, ResponseHead},
+    kernel::wire::Watched,
     picker::{client::PickStream, exchange::ImmediateReply},
     probe::Point,
     proxy::{
@@ -24,6 +26,7 @@ use crate::{
         eligibility::{Eligibility, Response, ToPicker, Upstream},
         reason::SteerReason,
         session::Session,
+        wire::may_begin,
     },
     tee::{Rest, Tee},
     worker::Worker,
@@ -80,19 +83,27 @@ async fn bytes(
     picked: &mut Picked,
     tee: Option<&RefCell<Tee>>,
 ) -> Carried {
-    let wish = request.keeps_alive(worker);
+    let spliced = spliced(worker, client, request, head, endpoint, pending, tee);
+    // The last byte of a flow on path `wire` passes no socket of the agent.
+    let wish = request.keeps_alive(worker) && !matches!(spliced, Some(Ok(_)));
     let mut lead = BytesMut::with_capacity(1024);
     let keep_alive = head.write_head(&mut lead, wish, request.parts.version);
     let decode = head.needs_dechunk(request.parts.version);
     if head.body == BodyKind::UntilClose || decode {
         client.reset_on_close();
     }
-    let (session, reason) = open(worker, client, request, head, endpoint, pending, tee);
-    let path = session.path;
+    let (session, wire, reason) = match spliced {
+        None => {
+            let (session, reason) = open(worker, client, request, head, endpoint, pending, tee);
+            (session, None, reason)
+        }
+        Some(Ok(watched)) => (relayed(request, head, tee), Some(Rc::new(watched)), SteerReason::Forced),
+        Some(Err(reason)) => (relayed(request, head, tee), None, reason),
+    };
+    let path = if wire.is_some() { Path::Wire } else { session.path };
 
     let mut delivery = Delivery::new(client, endpoint, session, std::mem::take(pending));
-    delivery.lead = lead;
-    delivery.decode = decode;
+    (delivery.lead, delivery.decode, delivery.wire) = (lead, decode, wire);
     let end = tokio::select! {
         biased;
         end = delivery.run() => Ok(end),
@@ -254,6 +265,33 @@ fn wanted(tee: &Tee) -> Option<ToPicker> {
     }
 }
 
+/// With `steering.mode = "wire"`: the flow that carries the body, or why user space does.
+fn spliced(
+    worker: &Worker,
+    client: &ClientSocket,
+    request: &Request,
+    head: &ResponseHead,
+    endpoint: &mut EndpointConnection,
+    pending: &BytesMut,
+    tee: Option<&RefCell<Tee>>,
+) -> Option<Result<Watched, SteerReason>> {
+    let config = &worker.shared.config.steering;
+    if config.mode != SteeringMode::Wire {
+        return None;
+    }
+    let watched = endpoint.take_watched().unwrap_or(Err(SteerReason::Unavailable));
+    let response = response(client, request, head, endpoint, pending, tee);
+    let pipelined = !client.buf.is_empty();
+    Some(watched.and_then(|watched| may_begin(&response, config.min_bytes, pipelined).map(|()| watched)))
+}
+
+/// The session of a body that takes no path of socket maps.
+fn relayed<'a>(request: &Request, head: &ResponseHead, tee: Option<&'a RefCell<Tee>>) -> Session<'a> {
+    let mut session = Session::relayed(head.framing);
+    (session.tee, session.idle) = (tee, request.timeouts.idle);
+    session
+}
+
 /// Opens the session that carries the body, of which `pending` has been read.
 fn open<'a>(
     worker: &Worker,
@@ -264,9 +302,26 @@ fn open<'a>(
     pending: &BytesMut,
     tee: Option<&'a RefCell<Tee>>,
 ) -> (Session<'a>, SteerReason) {
+    let response = response(client, request, head, endpoint, pending, tee);
+    let eligibility = eligibility(worker, endpoint, request.target);
+    let make_target = |steering: &_, send_buffer| client.make_target(steering, send_buffer);
+    let (mut session, reason) = eligibility.response(&response, head.framing, make_target);
+    (session.tee, session.idle) = (tee, request.timeouts.idle);
+    (session, reason)
+}
+
+/// The facts about a response, of whose body `pending` has been read.
+fn response(
+    client: &ClientSocket,
+    request: &Request,
+    head: &ResponseHead,
+    endpoint: &EndpointConnection,
+    pending: &BytesMut,
+    tee: Option<&RefCell<Tee>>,
+) -> Response {
     let mut framing = head.framing;
     framing.feed(pending);
-    let response = Response {
+    Response {
         framing,
         event_stream: head.is_event_stream(),
         local_endpoint: endpoint.local,
@@ -274,10 +329,5 @@ fn open<'a>(
         half_closed: client.is_half_closed(),
         decoded: head.needs_dechunk(request.parts.version),
         to_picker: tee.and_then(|tee| wanted(&tee.borrow())),
-    };
-    let eligibility = eligibility(worker, endpoint, request.target);
-    let make_target = |steering: &_, send_buffer| client.make_target(steering, send_buffer);
-    let (mut session, reason) = eligibility.response(&response, head.framing, make_target);
-    (session.tee, session.idle) = (tee, request.timeouts.idle);
-    (session, reason)
+    }
 }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{
-    super::{Watched, Wire, close_unheard},
+    super::{Connection, Watched, Wire, WireError},
     net::{Family, Net, TO_CLIENT, TO_ENDPOINT},
 };
 
@@ -17,6 +17,7 @@ use super::{
 pub(super) const SOON: Duration = Duration::from_secs(30);
 const REQUEST: &[u8] = b"go";
 const PIECE: usize = 300;
+const PACE: Duration = Duration::from_millis(5);
 
 /// A position in the stream tells the byte.
 pub(super) fn byte(position: usize) -> u8 {
@@ -45,11 +46,9 @@ pub(super) struct Agent {
 }
 
 impl Agent {
-    /// Closes the sockets, then forgets the flow.
+    /// Closes the sockets, then leaves the flow to linger.
     pub(super) fn release(self) {
-        close_unheard(self.client);
-        close_unheard(self.endpoint);
-        drop(self.watched);
+        self.watched.close(&self.client, &self.endpoint);
     }
 }
 
@@ -88,7 +87,7 @@ impl Scene {
         let (agent, endpoint) = std::thread::scope(|scope| {
             let sender = scope.spawn(move || {
                 let mut sender = Sender { stream: endpoint, position: 0 };
-                while has_begun.recv_timeout(Duration::from_millis(5)).is_err() {
+                while has_begun.recv_timeout(PACE).is_err() {
                     sender.send(PIECE);
                 }
                 sender
@@ -121,18 +120,30 @@ impl Scene {
 
     /// Relays until the flow has begun.
     fn join_agent(&self, (client, endpoint): (TcpStream, TcpStream)) -> Agent {
-        let watched = self.wire.watch(&client, &endpoint).expect("watch");
+        let deadline = Instant::now() + SOON;
+        let (_nothing, never) = mpsc::channel::<()>();
+        // Records of flows that have ended become free after a time.
+        let watched = loop {
+            match self.watch(&client, &endpoint) {
+                Err(WireError::Full) => assert!(never.recv_timeout(PACE).is_err() && Instant::now() < deadline),
+                watched => break watched.expect("watch"),
+            }
+        };
         let relayed = relay(&watched, &client, &endpoint, Watched::has_begun);
         Agent { watched, client, endpoint, relayed }
     }
 
+    pub(super) fn watch(&self, client: &TcpStream, endpoint: &TcpStream) -> Result<Watched, WireError> {
+        let connection = |stream: &TcpStream| Connection::of(stream).expect("connected");
+        self.wire.watch(connection(client), connection(endpoint))
+    }
+
     /// Waits until a flow has ended.
     pub(super) fn await_end(&self, agent: &Agent) {
-        let deadline = Instant::now() + SOON;
-        while !agent.watched.has_ended() {
-            assert!(Instant::now() < deadline, "the flow did not end: {:?}", agent.watched.seen());
-            self.wire.events(Duration::from_millis(100)).expect("events");
-        }
+        let ended = agent.watched.changed(Watched::has_ended);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
+        let in_time = runtime.block_on(async { tokio::time::timeout(SOON, ended).await });
+        assert!(in_time.is_ok(), "the flow did not end: {:?}", agent.watched.seen());
     }
 }
 
@@ -171,7 +182,7 @@ pub(super) fn relay(
                 client.write_all(&buffer[..n]).expect("write");
                 relayed += n;
             }
-            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
             Err(error) => panic!("{error}"),
         }
     }
@@ -205,6 +216,16 @@ impl Sender {
     }
 }
 
+/// A read that signals of other tests in this process do not interrupt.
+pub(super) fn read(stream: &mut TcpStream, buffer: &mut [u8]) -> std::io::Result<usize> {
+    loop {
+        match stream.read(buffer) {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            read => return read,
+        }
+    }
+}
+
 /// The client: compares bytes by position.
 pub(super) struct Reader {
     pub(super) stream: TcpStream,
@@ -217,7 +238,7 @@ impl Reader {
         let mut buffer = vec![0; 1 << 16];
         while self.position < position {
             let most = buffer.len().min(position - self.position);
-            let n = self.stream.read(&mut buffer[..most]).expect("more of the stream");
+            let n = read(&mut self.stream, &mut buffer[..most]).expect("more of the stream");
             assert!(n > 0, "the stream ended at {} of {position}", self.position);
             self.compare(&buffer[..n]);
         }
@@ -227,7 +248,7 @@ impl Reader {
     pub(super) fn read_to_end_at(&mut self, position: usize) {
         self.read_up_to(position);
         assert_eq!(
-            self.stream.read(&mut [0]).expect("the end of the stream"),
+            read(&mut self.stream, &mut [0]).expect("the end of the stream"),
             0,
             "the stream did not end at {position}"
         );

@@ -1,0 +1,113 @@
+//! Path `wire` in the delivery of a response: relays until the flow begins, then waits for its end.
+//!
+//! Between [`Watched::arm`] and the next byte that is read nothing is written to either side. Once the flow has begun, the bytes pass
+//! neither socket, so nothing is read or written any more.
+
+use std::time::Duration;
+
+use penstock_common::{
+    framing::state,
+    wire::flow::{mark, state as flow},
+};
+
+use super::{Delivery, End};
+use crate::kernel::{
+    socket::monotonic_ns,
+    wire::{Seen, Watched},
+};
+
+impl Delivery<'_> {
+    /// Lets the flow begin, or reads more of the body. The error is the end of the delivery.
+    pub(super) async fn splice(&mut self) -> Result<(), End> {
+        let Some(watched) = self.wire.clone() else { return self.read().await };
+        let armed = match self.endpoint.stream() {
+            Ok(endpoint) => watched.arm(self.client.stream(), &*endpoint).unwrap_or(false),
+            Err(_) => false,
+        };
+        if !armed {
+            return self.read().await;
+        }
+        let read = tokio::select! {
+            biased;
+            () = watched.begun() => None,
+            read = self.read() => Some(read),
+        };
+        match read {
+            Some(Ok(())) => Ok(()),
+            Some(Err(end)) if watched.disarm() => Err(end),
+            Some(Err(end)) => Err(self.conclude(Some(end))),
+            None => Err(self.follow(&watched).await),
+        }
+    }
+
+    /// Waits for the end of a flow that has begun.
+    async fn follow(&mut self, watched: &Watched) -> End {
+        if let Ok(endpoint) = self.endpoint.stream() {
+            watched.freeze(self.client.stream(), &*endpoint);
+        }
+        let is_over = |watched: &Watched| {
+            let seen = watched.seen();
+            // A client that has sent what nobody routed gets no orderly close.
+            watched.has_ended() || seen.finished && seen.marks & mark::CLIENT_SENT != 0
+        };
+        let end = tokio::select! {
+            biased;
+            () = watched.changed(is_over) => None,
+            () = silent(watched, self.session.idle) => Some(End::Idle),
+        };
+        self.conclude(end)
+    }
+
+    /// Closes the agent's part of a flow that has begun and takes the books. `end`: why the flow is ended, if it has not ended by
+    /// itself. Must run before the connections are closed.
+    pub(super) fn conclude(&mut self, end: Option<End>) -> End {
+        let Some(watched) = self.wire.take() else { return end.unwrap_or(End::Broken) };
+        if let Ok(endpoint) = self.endpoint.stream() {
+            watched.close(self.client.stream(), &*endpoint);
+        }
+        let seen = watched.seen();
+        if end.is_some() || seen.state != flow::ENDED {
+            watched.reset();
+        }
+        let account = &mut self.session.account;
+        account.wire += seen.bytes;
+        account.segments += seen.segments;
+        if seen.first_ns > 0 {
+            account.stamp(seen.first_ns, seen.last_ns);
+        }
+        end.unwrap_or_else(|| self.judge(&seen))
+    }
+
+    /// What the end of the flow means for the response. User space has not seen the bytes: a chunked body is complete if its last
+    /// bytes are those of the last chunk, or end its trailers and the endpoint has closed first.
+    fn judge(&self, seen: &Seen) -> End {
+        const LAST_CHUNK: u64 = u64::from_be_bytes(*b"\0\0\x000\r\n\r\n");
+        const EMPTY_LINE: u64 = u64::from_be_bytes(*b"\0\0\0\0\r\n\r\n");
+        let framing = &self.session.framing;
+        let client_closed = seen.marks & (mark::CLIENT_CLOSED_FIRST | mark::CLIENT_RESET) != 0;
+        let endpoint_closed = seen.finished && seen.marks & mark::CLIENT_CLOSED_FIRST == 0;
+        let is_whole = match framing.state {
+            state::LENGTH => seen.bytes == framing.left,
+            state::UNTIL_CLOSE => endpoint_closed,
+            _ => seen.last == LAST_CHUNK || endpoint_closed && seen.last & 0xffff_ffff == EMPTY_LINE,
+        };
+        match () {
+            () if is_whole => End::Complete { reusable: false },
+            () if client_closed => End::ClientGone,
+            () => End::Broken,
+        }
+    }
+}
+
+/// Resolves when no payload has passed for the idle time.
+async fn silent(watched: &Watched, idle: Option<Duration>) {
+    let Some(idle) = idle else { return std::future::pending().await };
+    let (idle, begin) = (idle.as_nanos() as u64, monotonic_ns());
+    loop {
+        let passed = monotonic_ns().saturating_sub(watched.seen().last_ns.max(begin));
+        if passed >= idle {
+            return;
+        }
+        tokio::time::sleep(Duration::from_nanos(idle - passed)).await;
+    }
+}

@@ -1,0 +1,234 @@
+//! The records of flows, and a thread that wakes the tasks whose flows have changed and frees records that nobody uses.
+//!
+//! An event is only a hint: the record holds the state. If the ring was full, every waiting task is woken.
+
+use std::{
+    collections::VecDeque,
+    io,
+    ops::ControlFlow,
+    os::fd::AsFd as _,
+    ptr::NonNull,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    task::Context,
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use aya::maps::{Array, HashMap, MapData, RingBuf};
+use futures_util::task::AtomicWaker;
+use nix::{
+    poll::{PollFd, PollFlags, poll},
+    sys::eventfd::{EfdFlags, EventFd},
+};
+use parking_lot::Mutex;
+use penstock_common::wire::flow::{Ends, Flow};
+
+use crate::{
+    capability,
+    kernel::{grace::Grace, slots::Mapping, socket},
+    panics::Watch,
+};
+
+const THREAD: &str = "penstock-wire";
+/// Time between two attempts to free records.
+const RECLAIM: Duration = Duration::from_secs(1);
+/// How long the programs know a flow that has ended, for what its peers repeat.
+const LINGER: Duration = Duration::from_secs(10);
+
+/// The key of a leg: `Ends` as words.
+pub(super) type Key = [u32; size_of::<Ends>() / size_of::<u32>()];
+
+pub(super) struct Records {
+    flows: Mapping<Flow>,
+    legs: Mutex<HashMap<MapData, Key, u32>>,
+    free: Mutex<Vec<u32>>,
+    /// Records that no key leads to any more, and that a running program may still use.
+    retired: Mutex<Vec<u32>>,
+    /// Records of flows that have ended, oldest first.
+    lingering: Mutex<VecDeque<(Instant, u32)>>,
+    most_lingering: usize,
+    grace: Grace,
+    wakers: Box<[AtomicWaker]>,
+    missed: AtomicU64,
+    /// Notified if the thread ends before it is asked to.
+    watch: OnceLock<Watch>,
+}
+
+impl Records {
+    pub(super) fn new(flows: Mapping<Flow>, legs: HashMap<MapData, Key, u32>, count: u32) -> io::Result<Self> {
+        Ok(Self {
+            flows,
+            legs: Mutex::new(legs),
+            free: Mutex::new((0..count).rev().collect()),
+            retired: Mutex::default(),
+            lingering: Mutex::default(),
+            most_lingering: count as usize / 4,
+            grace: Grace::new()?,
+            wakers: (0..count).map(|_| AtomicWaker::new()).collect(),
+            missed: AtomicU64::new(0),
+            watch: OnceLock::new(),
+        })
+    }
+
+    /// A free record; `None` if all are in use.
+    pub(super) fn take(&self) -> Option<u32> {
+        self.free.lock().pop()
+    }
+
+    pub(super) fn flow(&self, index: u32) -> NonNull<Flow> {
+        self.flows.at(index)
+    }
+
+    /// Lets the programs know a leg of the flow.
+    pub(super) fn announce(&self, index: u32, leg: usize, ends: Ends) -> Result<(), aya::maps::MapError> {
+        self.legs.lock().insert(key(ends), index * 2 + leg as u32, 0)
+    }
+
+    /// Makes the programs forget the flow with these legs. Leaves alone what another flow has announced since.
+    pub(super) fn forget(&self, index: u32, ends: [Ends; 2]) {
+        let mut legs = self.legs.lock();
+        for key in ends.map(key) {
+            if legs.get(&key, 0).is_ok_and(|value| value >> 1 == index) {
+                let _ = legs.remove(&key);
+            }
+        }
+    }
+
+    /// Frees the record of a flow that the programs have forgotten, after a time in which they end.
+    pub(super) fn retire(&self, index: u32) {
+        self.retired.lock().push(index);
+    }
+
+    /// Keeps the record of a flow that has ended, for a time.
+    pub(super) fn linger(&self, index: u32) {
+        self.lingering.lock().push_back((Instant::now(), index));
+    }
+
+    /// Wakes the task of `cx` when the flow changes.
+    pub(super) fn register(&self, index: u32, cx: &Context<'_>) {
+        self.wakers[index as usize].register(cx.waker());
+    }
+
+    /// Events that found no room, since the last call.
+    pub(super) fn take_missed(&self) -> u64 {
+        self.missed.swap(0, Relaxed)
+    }
+
+    pub(super) fn watch(&self, watch: Watch) {
+        let _ = self.watch.set(watch);
+    }
+
+    /// Forgets what has lingered for long enough, then frees retired records. Takes some milliseconds if there are any.
+    fn reclaim(&self) {
+        while let Some(index) = self.over() {
+            self.forget(index, self.ends(index));
+            self.retire(index);
+        }
+        let retired = std::mem::take(&mut *self.retired.lock());
+        if retired.is_empty() {
+            return;
+        }
+        match self.grace.wait() {
+            Ok(()) => self.free.lock().extend(retired),
+            Err(error) => {
+                tracing::warn!(%error, records = retired.len(), "could not wait for kernel programs, keeping records");
+                self.retired.lock().extend(retired);
+            }
+        }
+    }
+
+    /// Takes a flow that has lingered for long enough, or the oldest of too many.
+    fn over(&self) -> Option<u32> {
+        let mut lingering = self.lingering.lock();
+        let (since, _) = lingering.front()?;
+        let is_over = since.elapsed() >= LINGER || lingering.len() > self.most_lingering;
+        if is_over { lingering.pop_front().map(|(_, index)| index) } else { None }
+    }
+
+    /// The addresses of a flow's legs.
+    pub(super) fn ends(&self, index: u32) -> [Ends; 2] {
+        let flow = self.flow(index).as_ptr();
+        // SAFETY: fields of a live record, which only its owner writes, before the programs know it.
+        [0, 1].map(|leg| unsafe { (&raw const (*flow).legs[leg].facts.ends).read_volatile() })
+    }
+}
+
+fn key(ends: Ends) -> Key {
+    zerocopy::transmute!(ends)
+}
+
+/// The thread.
+pub(super) struct Events {
+    stop: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Events {
+    pub(super) fn start(
+        ring: RingBuf<MapData>,
+        missed: Array<MapData, u64>,
+        records: Arc<Records>,
+    ) -> io::Result<Self> {
+        let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
+        let until = Arc::clone(&stop);
+        let thread = std::thread::Builder::new().name(THREAD.into()).spawn(move || {
+            // Open descriptors need no capability.
+            let _ = capability::keep(&[]);
+            if let Err(error) = run(ring, &missed, &records, &until) {
+                tracing::error!(%error, "cannot wait for events of path wire");
+                if let Some(watch) = records.watch.get() {
+                    watch.fail(THREAD, &format!("cannot wait for events: {error}"));
+                }
+            }
+        })?;
+        Ok(Self { stop, thread: Some(thread) })
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        let _ = self.stop.write(1);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn run(mut ring: RingBuf<MapData>, missed: &Array<MapData, u64>, records: &Records, stop: &EventFd) -> nix::Result<()> {
+    let (mut seen, mut reclaimed) = (0, Instant::now());
+    loop {
+        while let Some(item) = ring.next() {
+            let index = item.get(..8).and_then(|bytes| bytes.try_into().ok()).map_or(u64::MAX, u64::from_ne_bytes);
+            if let Some(waker) = usize::try_from(index).ok().and_then(|index| records.wakers.get(index)) {
+                waker.wake();
+            }
+        }
+        let total = missed.get(&0, 0).unwrap_or(seen);
+        if total != seen {
+            records.missed.fetch_add(total.wrapping_sub(seen), Relaxed);
+            seen = total;
+            records.wakers.iter().for_each(AtomicWaker::wake);
+        }
+        if reclaimed.elapsed() >= RECLAIM {
+            records.reclaim();
+            reclaimed = Instant::now();
+        }
+        if wait(&ring, stop)?.is_break() {
+            return Ok(());
+        }
+    }
+}
+
+/// Waits until the ring has data or some time has passed. Breaks when the thread has to stop.
+fn wait(ring: &RingBuf<MapData>, stop: &EventFd) -> nix::Result<ControlFlow<()>> {
+    let mut fds = [socket::borrow(ring), stop.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+    match poll(&mut fds, 1000u16) {
+        Err(nix::errno::Errno::EINTR) => Ok(ControlFlow::Continue(())),
+        Ok(_) if fds[1].any() == Some(true) => Ok(ControlFlow::Break(())),
+        Ok(_) => Ok(ControlFlow::Continue(())),
+        Err(error) => Err(error),
+    }
+}

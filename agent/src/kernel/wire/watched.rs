@@ -1,0 +1,218 @@
+//! One flow of path `wire`, from before its request is sent to its end.
+
+use std::{future::poll_fn, io, os::fd::AsFd, sync::Arc, sync::atomic::Ordering, task::Poll};
+
+use penstock_common::{
+    slot::Word,
+    wire::flow::{CLIENT, ENDPOINT, Facts, Flow, Leg, state},
+};
+
+use super::{Connection, Wire, WireError, agree, inject::inject};
+use crate::kernel::socket;
+
+/// The record of a flow. Dropping it makes the programs forget the flow, unless the flow has ended by itself.
+pub struct Watched {
+    index: u32,
+    wire: Arc<Wire>,
+}
+
+/// What the programs have seen of a flow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seen {
+    /// One of `penstock_common::wire::flow::state`, and bits of `mark`.
+    pub state: u64,
+    pub marks: u64,
+    /// Why the flow has not begun at the last packet that the program considered (`judge::refusal`).
+    pub refusal: u64,
+    /// The client has acknowledged the endpoint's FIN, and with it the whole stream.
+    pub finished: bool,
+    /// The last five bytes of the stream, the last in the lowest byte; 0: unknown.
+    pub last: u64,
+    /// Payload bytes to the client, and the segments that they came in.
+    pub bytes: u64,
+    pub segments: u64,
+    /// All packets, in both directions.
+    pub packets: u64,
+    /// Packets with payload of the client that were dropped, and packets of the agent's sockets.
+    pub refused: u64,
+    pub silenced: u64,
+    /// CLOCK_MONOTONIC ns of the first and last payload, and of the last packet; 0: none.
+    pub first_ns: u64,
+    pub last_ns: u64,
+    pub packet_ns: u64,
+}
+
+impl Watched {
+    /// Makes two connections known to the programs.
+    pub(super) fn begin(wire: &Arc<Wire>, client: Connection, endpoint: Connection) -> Result<Self, WireError> {
+        agree(&client, &endpoint)?;
+        let index = wire.records.take().ok_or(WireError::Full)?;
+        let watched = Self { index, wire: Arc::clone(wire) };
+        // SAFETY: no key leads to the record, so no program uses it; zero is a valid value.
+        unsafe { wire.records.flow(index).as_ptr().write_bytes(0, 1) };
+        for (leg, connection) in [client, endpoint].into_iter().enumerate() {
+            watched.set_facts(leg, connection.facts);
+        }
+        watched.flow().state.atomic().store(state::WATCHED, Ordering::Release);
+        for (leg, connection) in [client, endpoint].into_iter().enumerate() {
+            wire.records.announce(index, leg, connection.facts.ends)?;
+        }
+        Ok(watched)
+    }
+
+    /// Lets the flow begin at the endpoint's next packet. Returns false if a byte waits to be read on either socket. Until
+    /// [`disarm`](Self::disarm), or until a byte can be read, nothing may be written to either socket.
+    pub fn arm(&self, client: impl AsFd, endpoint: impl AsFd) -> io::Result<bool> {
+        let word = self.flow().state.atomic().load(Ordering::Acquire);
+        if state::of(word) != state::WATCHED && !self.disarm() {
+            return Ok(true);
+        }
+        let read = [read_everything(&client)?, read_everything(&endpoint)?];
+        let [Some(from_client), Some(from_endpoint)] = read else { return Ok(false) };
+        let written = [socket::bytes_written(&client)?, socket::bytes_written(&endpoint)?];
+        for (leg, received) in [(CLIENT, from_client), (ENDPOINT, from_endpoint)] {
+            self.set_facts(leg, Facts { received, acked: written[leg], ..self.facts(leg) });
+        }
+        let next = (word & !state::MASK).wrapping_add(state::MASK + 1) | state::ARMED;
+        self.flow().state.atomic().store(next, Ordering::Release);
+        Ok(true)
+    }
+
+    /// Takes the flow back before it has begun. Returns false if it has begun.
+    pub fn disarm(&self) -> bool {
+        let state = self.flow().state.atomic();
+        loop {
+            let word = state.load(Ordering::Acquire);
+            match state::of(word) {
+                state::WATCHED => return true,
+                state::ARMED => {
+                    let watched = state::with(word, state::WATCHED);
+                    if state.compare_exchange(word, watched, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+                        return true;
+                    }
+                }
+                // A program on another CPU decides within microseconds.
+                state::BEGINNING => std::thread::yield_now(),
+                _ => return false,
+            }
+        }
+    }
+
+    /// Whether the programs carry the flow, or have carried it to its end.
+    pub fn has_begun(&self) -> bool {
+        self.state() >= state::ACTIVE
+    }
+
+    /// Whether both peers have closed, one has reset, or another connection has taken the addresses.
+    pub fn has_ended(&self) -> bool {
+        self.state() >= state::ENDED
+    }
+
+    /// Resolves when [`has_begun`](Self::has_begun). Cancel-safe.
+    pub async fn begun(&self) {
+        self.changed(Self::has_begun).await;
+    }
+
+    /// Resolves when what the programs have seen fulfils the condition. It is checked at every event of the flow: when it begins or
+    /// ends, when either side has closed, and at the first payload of the client. Cancel-safe.
+    pub async fn changed(&self, is: impl Fn(&Self) -> bool) {
+        poll_fn(|cx| {
+            // Register before the check; otherwise an event between the two would be lost.
+            self.wire.records.register(self.index, cx);
+            if is(self) { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+
+    /// Stops keepalive probes of the sockets of a flow that has begun. Nobody would answer them, and a socket that they end gives its
+    /// port away.
+    pub fn freeze(&self, client: impl AsFd, endpoint: impl AsFd) {
+        for fd in [client.as_fd(), endpoint.as_fd()] {
+            let _ = socket2::SockRef::from(&fd).set_keepalive(false);
+        }
+    }
+
+    /// Ends the agent's part of a flow that has begun, at once and unheard: the sockets' resets are dropped at egress. They end the
+    /// connections' entries in this namespace's conntrack, too.
+    pub fn close(&self, client: impl AsFd, endpoint: impl AsFd) {
+        for fd in [client.as_fd(), endpoint.as_fd()] {
+            // A socket that is closed already has nothing to say.
+            let _ = socket::disconnect(fd);
+        }
+    }
+
+    /// Ends the flow itself after [`close`](Self::close): both peers get a reset.
+    pub fn reset(&self) {
+        let ends = self.wire.records.ends(self.index);
+        let sent = |leg: usize| self.flow().legs[leg].sent();
+        let shift = |leg: usize| self.flow().legs[leg].shift();
+        self.wire.records.forget(self.index, ends);
+        for (leg, other) in [(CLIENT, ENDPOINT), (ENDPOINT, CLIENT)] {
+            let interface = self.flow().legs[leg].arrives_on.get() as u32;
+            let ack = sent(other).wrapping_add(shift(other).seq);
+            if let Err(error) = inject(&self.wire, interface, &ends[leg], sent(leg), ack) {
+                tracing::debug!(%error, leg, "could not reset a peer of a flow");
+            }
+        }
+    }
+
+    pub fn seen(&self) -> Seen {
+        let flow = self.flow();
+        let sum = |word: fn(&Leg) -> &Word| word(&flow.legs[CLIENT]).get() + word(&flow.legs[ENDPOINT]).get();
+        Seen {
+            state: self.state(),
+            marks: flow.marks.get(),
+            refusal: flow.refusal.get(),
+            finished: flow.legs[ENDPOINT].closed.get() != 0,
+            last: flow.legs[ENDPOINT].last.get(),
+            bytes: flow.legs[ENDPOINT].bytes.get(),
+            segments: flow.legs[ENDPOINT].segments.get(),
+            packets: sum(|leg| &leg.packets),
+            refused: flow.legs[CLIENT].refused.get(),
+            silenced: sum(|leg| &leg.silenced),
+            first_ns: flow.first_ns.get(),
+            last_ns: flow.last_ns.get(),
+            packet_ns: flow.packet_ns.get(),
+        }
+    }
+
+    fn state(&self) -> u64 {
+        state::of(self.flow().state.atomic().load(Ordering::Acquire))
+    }
+
+    fn flow(&self) -> &Flow {
+        // SAFETY: inside the mapping, which `wire` keeps. Fields that change while a program knows the record are words; only
+        // `set_facts` writes others, and only while no program reads them.
+        unsafe { self.wire.records.flow(self.index).as_ref() }
+    }
+
+    fn facts(&self, leg: usize) -> Facts {
+        // SAFETY: a field of a live record, which only this handle writes.
+        unsafe { (&raw const (*self.wire.records.flow(self.index).as_ptr()).legs[leg].facts).read_volatile() }
+    }
+
+    /// Only while no program reads them: before the record is known, or while the flow is not armed.
+    fn set_facts(&self, leg: usize, facts: Facts) {
+        // SAFETY: a field of a live record.
+        unsafe { (&raw mut (*self.wire.records.flow(self.index).as_ptr()).legs[leg].facts).write_volatile(facts) }
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        let records = &self.wire.records;
+        if self.state() == state::ENDED {
+            records.linger(self.index);
+        } else {
+            records.forget(self.index, records.ends(self.index));
+            records.retire(self.index);
+        }
+    }
+}
+
+/// Bytes that have arrived, if the owner of the socket has read all of them. The count is taken first, so that a byte that arrives
+/// in between is either in neither or is found waiting.
+fn read_everything(socket: impl AsFd) -> io::Result<Option<u64>> {
+    let received = socket::tcp_info(socket.as_fd())?.tcpi_bytes_received;
+    Ok((!socket::has_more(&socket)?).then_some(received))
+}

@@ -1,0 +1,120 @@
+//! Which responses may take path `wire`: two pure rules with reasons, one before the request is sent, one before the response's head
+//! is written.
+
+use penstock_common::framing::state;
+
+use super::{eligibility::Response, reason::SteerReason};
+
+/// The facts about a request and its client.
+#[derive(Debug, Clone, Copy)]
+pub struct Asked {
+    /// The client speaks HTTP/2 to the agent.
+    pub http2: bool,
+    pub tls: bool,
+    /// The client's version is HTTP/1.0.
+    pub http10: bool,
+    /// Clients that close their side are answered all the same.
+    pub half_close: bool,
+    /// The pool picks for every request.
+    pub per_request: bool,
+    /// Bytes of the client's next request have been read.
+    pub pipelined: bool,
+    /// The request asks for another protocol.
+    pub upgrade: bool,
+    /// The request asks for a stream.
+    pub streams: bool,
+}
+
+/// Whether the connections are watched, and the endpoint is asked to close its connection after the response.
+pub fn may_watch(asked: &Asked) -> Result<(), SteerReason> {
+    match () {
+        () if asked.http2 => Err(SteerReason::Http2),
+        () if asked.tls => Err(SteerReason::Tls),
+        () if asked.http10 => Err(SteerReason::Http10),
+        () if asked.half_close => Err(SteerReason::HalfClose),
+        () if !asked.per_request => Err(SteerReason::PickPer),
+        () if asked.pipelined => Err(SteerReason::Pipelined),
+        () if asked.upgrade || !asked.streams => Err(SteerReason::NotStreamed),
+        () => Ok(()),
+    }
+}
+
+/// Whether the response may be handed over. Only then is the client told that its connection closes.
+pub fn may_begin(response: &Response, min_bytes: u64, pipelined: bool) -> Result<(), SteerReason> {
+    let framing = &response.framing;
+    match () {
+        () if framing.is_done() => Err(SteerReason::Complete),
+        () if response.tls => Err(SteerReason::Tls),
+        () if response.half_closed => Err(SteerReason::HalfClose),
+        () if response.decoded => Err(SteerReason::Http10),
+        () if response.to_picker.is_some() => Err(SteerReason::ResponseToPicker),
+        () if pipelined => Err(SteerReason::Pipelined),
+        () if framing.state == state::LENGTH && framing.left < min_bytes => Err(SteerReason::Small),
+        () => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use penstock_common::framing::Framing;
+
+    use super::{super::eligibility::ToPicker, *};
+
+    #[test]
+    fn each_reason_not_to_watch_has_its_case() {
+        use SteerReason as R;
+        let base = Asked {
+            http2: false,
+            tls: false,
+            http10: false,
+            half_close: false,
+            per_request: true,
+            pipelined: false,
+            upgrade: false,
+            streams: true,
+        };
+        let rows = [
+            (base, Ok(())),
+            (Asked { http2: true, ..base }, Err(R::Http2)),
+            (Asked { tls: true, ..base }, Err(R::Tls)),
+            (Asked { http10: true, ..base }, Err(R::Http10)),
+            (Asked { half_close: true, ..base }, Err(R::HalfClose)),
+            (Asked { per_request: false, ..base }, Err(R::PickPer)),
+            (Asked { pipelined: true, ..base }, Err(R::Pipelined)),
+            (Asked { upgrade: true, ..base }, Err(R::NotStreamed)),
+            (Asked { streams: false, ..base }, Err(R::NotStreamed)),
+        ];
+        for (asked, expected) in rows {
+            assert_eq!(may_watch(&asked), expected, "{asked:?}");
+        }
+    }
+
+    #[test]
+    fn each_reason_not_to_begin_has_its_case() {
+        use SteerReason as R;
+        let base = Response {
+            framing: Framing::chunked(),
+            event_stream: true,
+            local_endpoint: false,
+            tls: false,
+            half_closed: false,
+            decoded: false,
+            to_picker: None,
+        };
+        let rows = [
+            (base, Ok(())),
+            (Response { framing: Framing::until_close(), ..base }, Ok(())),
+            (Response { framing: Framing::length(1000), ..base }, Ok(())),
+            (Response { framing: Framing::length(999), ..base }, Err(R::Small)),
+            (Response { framing: Framing::none(), ..base }, Err(R::Complete)),
+            (Response { tls: true, ..base }, Err(R::Tls)),
+            (Response { half_closed: true, ..base }, Err(R::HalfClose)),
+            (Response { decoded: true, ..base }, Err(R::Http10)),
+            (Response { to_picker: Some(ToPicker::End), ..base }, Err(R::ResponseToPicker)),
+        ];
+        for (response, expected) in rows {
+            assert_eq!(may_begin(&response, 1000, false), expected, "{response:?}");
+        }
+        assert_eq!(may_begin(&base, 1000, true), Err(R::Pipelined));
+    }
+}
