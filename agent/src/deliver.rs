@@ -10,7 +10,7 @@ mod tunnel;
 
 use std::io;
 
-pub use frames::{Coding, Frames};
+pub use frames::{Coding, Frames, Sink};
 pub use response::Delivery;
 pub use tunnel::Tunnel;
 

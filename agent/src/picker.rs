@@ -2,7 +2,8 @@
 //!
 //! `replica` holds an EPP's replicas, `tend` keeps them up to date and `reach` connects again to those that were lost; `attempts`
 //! selects the replica to ask; `client` has the connections, which `keep` keeps open, and one stream per request; `exchange` is the
-//! protocol on a stream; `mutation` applies the returned headers, `metadata` collects what the EPP says for the log; `builtin` picks
+//! protocol on a stream; `mutation` applies the returned headers, `returned` says what
+//! goes out of a response's body, `metadata` collects what the EPP says for the log; `builtin` picks
 //! in this process.
 
 pub mod attempts;
@@ -22,6 +23,7 @@ pub mod names;
 mod reach;
 pub mod replacement;
 pub mod replica;
+pub mod returned;
 pub mod silence;
 pub mod tend;
 pub mod tls;

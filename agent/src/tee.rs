@@ -1,8 +1,7 @@
 //! Copies what a picker wants of a response body: its beginning, and its end with the token counts or every byte.
 //!
 //! Takes the payload in order, whichever path carries it. Returns pieces for the picker's stream and, at the end of the body, the
-//! rest. The client never waits for it: pieces wait in a bounded queue, and a picker that does not take them gets no more of this
-//! response. A `Tee` exists only if a pool's picker wants one.
+//! rest. The client waits only for a picker that answers for the body. A `Tee` exists only if a pool's picker wants one.
 
 mod begin;
 mod cut;
@@ -63,23 +62,14 @@ enum Body {
 }
 
 /// What the picker still gets at the end of a body.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub struct Rest {
     pub pieces: Vec<Bytes>,
-    /// Whether the picker has then got what it was to get. If not, it must not take the end for the end of the body.
-    pub complete: bool,
-}
-
-/// For a body of which nothing is told.
-impl Default for Rest {
-    fn default() -> Self {
-        Self { pieces: Vec::new(), complete: true }
-    }
 }
 
 impl Tee {
     /// Returns `None` if the picker only needs to know that the body ended. A document counts against `memory`.
-    pub fn new(mode: ResponseToPicker, facts: &Facts<'_>, queue_limit: usize, memory: &Arc<Budget>) -> Option<Self> {
+    pub fn new(mode: ResponseToPicker, facts: &Facts<'_>, memory: &Arc<Budget>) -> Option<Self> {
         let body = match (Body::of(facts, memory), mode) {
             (_, ResponseToPicker::Off) => return None,
             (Body::Events(begin, _), ResponseToPicker::Headers) => Body::Events(begin, None),
@@ -88,8 +78,13 @@ impl Tee {
             (body, _) => body,
         };
         let events = matches!(body, Body::Events(..));
-        let queue = (mode == ResponseToPicker::Body).then(|| Queue::new(queue_limit, events));
+        let queue = (mode == ResponseToPicker::Body).then(|| Queue::new(events));
         Some(Self { body, first: Found::default(), queue })
+    }
+
+    /// The picker is told nothing more; tokens are still counted.
+    pub fn untold(&mut self) {
+        self.queue = None;
     }
 
     /// Whether user space has to see every byte.
@@ -171,15 +166,15 @@ impl Tee {
         }
     }
 
-    /// Whether the picker did not take its pieces in time, or there was no memory for what it was to get.
+    /// Whether there was no memory for what the picker was to get.
     pub fn given_up(&self) -> bool {
-        matches!(self.body, Body::Refused) || self.queue.as_ref().is_some_and(Queue::given_up)
+        matches!(self.body, Body::Refused)
     }
 
     /// Returns what the picker still gets at the end of the body.
     pub fn rest(&mut self) -> Rest {
         if let Some(queue) = &mut self.queue {
-            return Rest { pieces: queue.rest(), complete: !queue.given_up() };
+            return Rest { pieces: queue.rest() };
         }
         let mut pieces: Vec<Bytes> = self.next_piece().into_iter().collect();
         let end = match std::mem::replace(&mut self.body, Body::Nothing) {
@@ -192,7 +187,7 @@ impl Tee {
         if !end.is_empty() {
             pieces.push(end);
         }
-        Rest { pieces, complete: true }
+        Rest { pieces }
     }
 
     /// The end of an event stream, if it is wanted.

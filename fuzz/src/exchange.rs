@@ -167,6 +167,7 @@ fn check_messages(exchange: &mut Exchange, seen: &mut Seen, headers: &HeaderMap,
             }
             Ok(Event::Outcome(Outcome::Immediate(reply))) => assert!(reply.status.as_u16() >= 200),
             Ok(Event::Excessive) => {}
+            Ok(Event::ResponseBody(_)) => panic!("an answer that nobody wants"),
             Ok(Event::ResponseHead(mutation)) => {
                 mutation::apply(&mutation, &mut HeaderMap::new());
             }

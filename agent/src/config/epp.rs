@@ -62,10 +62,11 @@ settings! {
         pub body_to_picker: BodyToPicker = BodyToPicker::Whole => value::choice(),
         /// With `body_to_picker = "abridged"`: bytes of strings that the EPP gets of a body. Shorter bodies are sent whole.
         pub body_to_picker_bytes: usize = 64 << 10 => integer(1024..=64 << 20),
-        /// What the EPP sees of response bodies.
+        /// What the EPP sees of response bodies, and whether it answers for them.
         pub response_to_picker: ResponseToPicker = ResponseToPicker::Usage => value::choice(),
-        /// With `response_to_picker = "body"`: bytes of one response that may wait for the EPP. Beyond it, the EPP gets no more of
-        /// that response, and the response continues to the client.
+        /// With `response_to_picker = "body"`: bytes of one response that are kept until the EPP has answered for them, so that they
+        /// can be sent as they are if it fails. Beyond it, what is kept is dropped, and the response continues. Also the size up to
+        /// which a response with a length is held back until it is complete. Counts against `limits.total_body_memory_bytes`.
         pub response_queue_bytes: usize = 1 << 20 => integer(64 << 10..=1 << 30),
         /// Header in which the EPP names the picked endpoints.
         pub header: HeaderName = HeaderName::from_static("x-gateway-destination-endpoint")
@@ -105,7 +106,7 @@ choice! {
 }
 
 choice! {
-    /// What the EPP sees of response bodies.
+    /// What the EPP sees of response bodies, and whether it answers for them.
     pub enum ResponseToPicker {
         /// Nothing of the response, not even its head. The EPP's stream stays open until the response has ended, and then closes.
         Off = "off",
@@ -115,7 +116,10 @@ choice! {
         /// The same and what is needed to count tokens: the last events of an event stream (it is still steered, for 8 KiB of kernel
         /// memory for each endpoint connection), or a JSON document of up to 256 KiB (it is relayed).
         Usage = "usage",
-        /// Every byte. Such responses are relayed.
+        /// Every byte, and the client gets what the EPP returns, as ext_proc says for bodies in full duplex: an EPP has to answer. If
+        /// it fails or does not answer for `timeouts.idle`, a pool with `failure_mode = "open"` continues with the endpoint's own
+        /// bytes if it is known which of them the EPP has not answered for; otherwise the response is broken off. Such responses are
+        /// relayed.
         Body = "body",
     }
 }

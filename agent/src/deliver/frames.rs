@@ -28,12 +28,70 @@ pub enum Coding {
     Chunked,
 }
 
-pub struct Frames<'a> {
+/// The client's side: where the payload and the trailers of a response go.
+pub struct Sink<'a> {
     pub client: &'a mut Client,
-    pub body: &'a mut ResponseBody,
     /// The response head for an HTTP/1.1 client. It is written at once, because the body's first byte may take long.
     pub lead: BytesMut,
     pub coding: Coding,
+}
+
+impl Sink<'_> {
+    /// Writes the head for an HTTP/1.1 client.
+    pub async fn begin(&mut self) -> Result<(), End> {
+        let Client::Http1(socket) = &mut *self.client else { return Ok(()) };
+        let head = std::mem::take(&mut self.lead);
+        written(socket.write_all(&head).await)
+    }
+
+    /// Sends payload to the client. An empty chunk would end the body.
+    pub async fn data(&mut self, data: Bytes) -> Result<(), End> {
+        if data.is_empty() {
+            return Ok(());
+        }
+        match self.client {
+            Client::Http2(stream) => written(stream.data(data).await),
+            Client::Http1(socket) => {
+                let mut out = BytesMut::new();
+                match self.coding {
+                    Coding::Plain => out.put_slice(&data),
+                    Coding::Chunked => {
+                        out.put_slice(format!("{:x}\r\n", data.len()).as_bytes());
+                        out.put_slice(&data);
+                        out.put_slice(b"\r\n");
+                    }
+                }
+                written(socket.write_all(&out).await)
+            }
+        }
+    }
+
+    /// Ends the body.
+    pub async fn end(&mut self, mut trailers: HeaderMap) -> Result<(), End> {
+        trailers::filter(&mut trailers);
+        match self.client {
+            Client::Http2(stream) => written(stream.end(trailers).await),
+            Client::Http1(socket) => {
+                let mut out = std::mem::take(&mut self.lead);
+                if self.coding == Coding::Chunked {
+                    out.put_slice(b"0\r\n");
+                    for (name, value) in &trailers {
+                        out.put_slice(name.as_str().as_bytes());
+                        out.put_slice(b": ");
+                        out.put_slice(value.as_bytes());
+                        out.put_slice(b"\r\n");
+                    }
+                    out.put_slice(b"\r\n");
+                }
+                if out.is_empty() { Ok(()) } else { written(socket.write_all(&out).await) }
+            }
+        }
+    }
+}
+
+pub struct Frames<'a> {
+    pub to: Sink<'a>,
+    pub body: &'a mut ResponseBody,
     pub tee: Option<&'a RefCell<Tee>>,
     pub idle: Option<Duration>,
     pub account: Account,
@@ -45,25 +103,23 @@ impl Frames<'_> {
     /// Delivers the whole body.
     pub async fn run(&mut self) -> End {
         let mut trailers = BytesMut::new();
-        if let Client::Http1(socket) = &mut *self.client
-            && !self.body.is_done()
+        // Together with the end of a response without a body.
+        if !self.body.is_done()
+            && let Err(end) = self.to.begin().await
         {
-            let head = std::mem::take(&mut self.lead);
-            if let Err(end) = written(socket.write_all(&head).await) {
-                return end;
-            }
+            return end;
         }
         loop {
             let piece = tokio::select! {
                 biased;
                 piece = self.body.next(&mut trailers) => piece,
-                () = self.client.gone() => return End::ClientGone,
+                () = self.to.client.gone() => return End::ClientGone,
                 () = deadline::elapsed(self.idle) => return End::Idle,
             };
             let step = match piece {
                 Ok(Piece::Data(data)) => self.received(data).await,
                 Ok(Piece::End(trailers)) => match self.end(trailers).await {
-                    Ok(()) => return End::Complete { reusable: self.is_reusable() },
+                    Ok(()) => return End::Complete { reusable: self.body.is_reusable() },
                     Err(end) => Err(end),
                 },
                 Err(error) => {
@@ -86,66 +142,19 @@ impl Frames<'_> {
         self.account.stamp(now, now);
         self.account.add_relayed(data.len());
         match &mut self.rename {
-            None => self.data(data).await,
+            None => self.to.data(data).await,
             Some(rename) => {
                 let renamed = rename.feed(&data);
-                self.data(renamed).await
+                self.to.data(renamed).await
             }
         }
     }
 
-    /// Sends payload to the client. An empty chunk would end the body.
-    async fn data(&mut self, data: Bytes) -> Result<(), End> {
-        if data.is_empty() {
-            return Ok(());
-        }
-        match self.client {
-            Client::Http2(stream) => written(stream.data(data).await),
-            Client::Http1(socket) => {
-                let mut out = BytesMut::new();
-                match self.coding {
-                    Coding::Plain => out.put_slice(&data),
-                    Coding::Chunked => {
-                        out.put_slice(format!("{:x}\r\n", data.len()).as_bytes());
-                        out.put_slice(&data);
-                        out.put_slice(b"\r\n");
-                    }
-                }
-                written(socket.write_all(&out).await)
-            }
-        }
-    }
-
-    async fn end(&mut self, mut trailers: HeaderMap) -> Result<(), End> {
+    async fn end(&mut self, trailers: HeaderMap) -> Result<(), End> {
         if let Some(rename) = &mut self.rename {
             let rest = rename.end();
-            self.data(rest).await?;
+            self.to.data(rest).await?;
         }
-        trailers::filter(&mut trailers);
-        match self.client {
-            Client::Http2(stream) => written(stream.end(trailers).await),
-            Client::Http1(socket) => {
-                let mut out = std::mem::take(&mut self.lead);
-                if self.coding == Coding::Chunked {
-                    out.put_slice(b"0\r\n");
-                    for (name, value) in &trailers {
-                        out.put_slice(name.as_str().as_bytes());
-                        out.put_slice(b": ");
-                        out.put_slice(value.as_bytes());
-                        out.put_slice(b"\r\n");
-                    }
-                    out.put_slice(b"\r\n");
-                }
-                if out.is_empty() { Ok(()) } else { written(socket.write_all(&out).await) }
-            }
-        }
-    }
-
-    /// The endpoint's connection may take another request.
-    fn is_reusable(&self) -> bool {
-        match &*self.body {
-            ResponseBody::Http1 { framing, pending, .. } => framing.is_done() && pending.is_empty(),
-            ResponseBody::Http2 { .. } => false,
-        }
+        self.to.end(trailers).await
     }
 }

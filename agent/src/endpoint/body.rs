@@ -72,6 +72,14 @@ impl ResponseBody {
         }
     }
 
+    /// Whether the endpoint's connection may take another request after the end.
+    pub fn is_reusable(&self) -> bool {
+        match self {
+            Self::Http1 { framing, pending, .. } => framing.is_done() && pending.is_empty(),
+            Self::Http2 { .. } => false,
+        }
+    }
+
     /// Returns the next piece. Fails if the endpoint closes inside the message or sends invalid framing. Must not be called after
     /// the end. `section` holds the trailers read so far; the caller keeps it between calls. Cancel-safe.
     pub async fn next(&mut self, section: &mut BytesMut) -> io::Result<Piece> {

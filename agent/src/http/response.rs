@@ -253,6 +253,12 @@ impl ResponseHead {
         }
     }
 
+    /// Sets the length of a body that was changed before the head is sent.
+    pub fn set_length(&mut self, length: u64) {
+        self.body = BodyKind::Length(length);
+        self.content_length = Some(length);
+    }
+
     /// Whether a chunked body has to be decoded for an HTTP/1.0 client and ended by close.
     pub fn needs_dechunk(&self, client: Version) -> bool {
         self.body == BodyKind::Chunked && client == Version::HTTP_10

@@ -148,8 +148,13 @@ families! {
     epp_streams_inflight: Gauge = "epp_streams_inflight";
     /// Responses by the outcome of the EPP's reply about their head: answered in time, given up, or not waited for.
     epp_head_replies: Family<ByPoolAndReason, Counter> = "epp_head_replies";
-    /// Responses whose body was not sent to the EPP completely, because the EPP did not read it.
+    /// Responses of which the EPP was told no token counts, because there was no memory to keep a document.
     epp_bodies_given_up: Family<ByPool, Counter> = "epp_bodies_given_up";
+    /// Response bodies of which the copy was dropped that the agent keeps until the EPP has answered, by the limit: the body of
+    /// such a response cannot go out without the EPP.
+    epp_body_copies_dropped: Family<ByPoolAndReason, Counter> = "epp_body_copies_dropped";
+    /// Response bodies for which the EPP failed to answer, by what became of them.
+    epp_bodies_unanswered: Family<ByPoolAndReason, Counter> = "epp_bodies_unanswered";
     /// Tokens that responses report, if the EPP's settings ask the agent to read them: gen_ai.client.inference.tokens.
     gen_ai_tokens: Family<ByModel, Counter> = "gen_ai_client_inference_tokens";
     /// Numbers in the dynamic metadata of EPP replies that `metadata.counters` names, added at the end of each request.

@@ -200,9 +200,19 @@ impl PoolMetrics {
         self.families.epp_head_replies.get_or_create(&labels).inc();
     }
 
-    /// Counts a response body that the EPP did not read to its end.
+    /// Counts a document for which there was no memory.
     pub fn epp_body_given_up(&self) {
         self.families.epp_bodies_given_up.get_or_create(&ByPool { pool: self.name.clone() }).inc();
+    }
+
+    /// Counts a response body whose copy was dropped.
+    pub fn epp_body_copy_dropped(&self, reason: &'static str) {
+        self.families.epp_body_copies_dropped.get_or_create(&self.and_reason(reason)).inc();
+    }
+
+    /// Counts a response body for which the EPP failed to answer: `continued` without it, or `broken_off`.
+    pub fn epp_body_unanswered(&self, outcome: &'static str) {
+        self.families.epp_bodies_unanswered.get_or_create(&self.and_reason(outcome)).inc();
     }
 
     /// Adds the tokens that a response reports.

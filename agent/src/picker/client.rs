@@ -41,6 +41,7 @@ use super::{
     keep::{self, Start},
     metadata,
     replica::{Replica, Replicas},
+    returned::Answer,
     silence::{HeadReply, Silence, Waiting},
 };
 
@@ -157,6 +158,7 @@ impl EppClient {
             exchange,
             out: Some(PollSender::new(out)),
             incoming: Incoming::Opening(call.boxed()),
+            failed: false,
             silence: Waiting::new(&link.silence),
             replica: link.replica,
             endings: self.endings.clone(),
@@ -225,6 +227,19 @@ pub enum ResponseReply {
     Evicted(ImmediateReply),
 }
 
+/// What happens on a stream whose answers about a response's body are obeyed.
+#[derive(Debug)]
+pub enum Heard {
+    /// Every message has left.
+    Sent,
+    Answer(Answer),
+    Evicted(ImmediateReply),
+    /// The EPP ended the stream with status OK.
+    Closed,
+    /// The stream was lost, or the EPP ended it with an error.
+    Failed,
+}
+
 /// One request's stream to its EPP.
 pub struct PickStream {
     /// Declared first, so that the stream is cancelled before the drop of `out` could look like an orderly close.
@@ -232,6 +247,8 @@ pub struct PickStream {
     exchange: Exchange,
     out: Option<PollSender<ProcessingRequest>>,
     incoming: Incoming,
+    /// Whether the stream was lost, or ended with an error.
+    failed: bool,
     silence: Waiting,
     replica: Arc<Replica>,
     endings: TaskTracker,
@@ -388,6 +405,49 @@ impl PickStream {
         .await
     }
 
+    /// Whether the EPP has ended the stream with status OK.
+    pub fn is_closed(&self) -> bool {
+        matches!(self.incoming, Incoming::Over) && !self.failed
+    }
+
+    /// Whether the stream was lost, or the EPP ended it with an error.
+    pub fn has_failed(&self) -> bool {
+        self.failed
+    }
+
+    /// From now on [`heard`](Self::heard) returns the EPP's answers about the response's body.
+    pub fn obey(&mut self) {
+        self.exchange.obey();
+    }
+
+    /// Queues a message with a piece of the response's body, which must not be longer than a message.
+    pub fn give_response(&mut self, piece: Bytes, end: bool) {
+        if self.out.is_some() {
+            self.exchange.response_body(piece, end);
+        }
+    }
+
+    /// Sends what is queued, and returns what the EPP says about the response. Returns `Sent` once, when everything that was
+    /// queued has left. Cancel-safe.
+    pub async fn heard(&mut self) -> Heard {
+        let unsent = self.has_unsent();
+        poll_fn(|cx| {
+            while let Poll::Ready(event) = self.poll_event(cx) {
+                match event {
+                    Some(Ok(Event::ResponseBody(answer))) => return Poll::Ready(Heard::Answer(answer)),
+                    Some(Ok(Event::Outcome(Outcome::Immediate(reply)))) => return Poll::Ready(Heard::Evicted(reply)),
+                    Some(Ok(Event::ResponseHead(_))) => self.silence.late(Instant::now()),
+                    Some(_) => {}
+                    None if self.failed => return Poll::Ready(Heard::Failed),
+                    None => return Poll::Ready(Heard::Closed),
+                }
+            }
+            let sent = self.poll_send(cx);
+            if unsent { sent.map(|()| Heard::Sent) } else { Poll::Pending }
+        })
+        .await
+    }
+
     /// Ends the stream of a request that got no response, and waits for at most `END` until the EPP has closed it: by then the EPP
     /// does not count the request any more. Cancel-safe: a stream that is dropped is cancelled.
     pub async fn end(mut self) {
@@ -400,16 +460,14 @@ impl PickStream {
         let _ = timeout(END, ended).await;
     }
 
-    /// Ends the stream after the response: sends the `rest` of its body and, if that is complete, the end. Closes the sending side,
+    /// Ends the stream after the response: sends the `rest` of its body and the end. Closes the sending side,
     /// and waits in the background for the EPP to close the other, for at most `REST` and `CLOSE`.
     pub fn finish(mut self, rest: Rest) -> Ending {
         let last = rest.pieces.len();
         for (number, piece) in (1..).zip(rest.pieces) {
-            self.exchange.response_body(piece, rest.complete && number == last);
+            self.exchange.response_body(piece, number == last);
         }
-        if rest.complete {
-            self.exchange.response_end();
-        }
+        self.exchange.response_end();
         let endings = self.endings.clone();
         let (ending, last) = oneshot::channel();
         endings.spawn(async move {
@@ -441,7 +499,7 @@ impl PickStream {
         loop {
             match ready!(self.poll_event(cx)) {
                 Some(Ok(Event::Outcome(outcome))) => return Poll::Ready(Ok(Some(outcome))),
-                Some(Ok(Event::ResponseHead(_) | Event::Excessive)) => {}
+                Some(Ok(Event::ResponseHead(_) | Event::Excessive | Event::ResponseBody(_))) => {}
                 Some(Err(error)) => return Poll::Ready(Err(error)),
                 None => return Poll::Ready(Ok(None)),
             }
@@ -465,12 +523,16 @@ impl PickStream {
         match &mut self.incoming {
             Incoming::Opening(call) => match ready!(call.poll_unpin(cx)) {
                 Ok((replies, http2)) => self.incoming = Incoming::Open(Box::new(replies), http2),
-                Err(error) => self.over(|exchange| exchange.failed(error)),
+                Err(error) => {
+                    self.failed = true;
+                    self.over(|exchange| exchange.failed(error));
+                }
             },
             Incoming::Open(replies, http2) => match ready!(replies.poll_next_unpin(cx)) {
                 Some(Ok(reply)) => self.exchange.receive(reply),
                 Some(Err(status)) => {
                     let error = failure(&status, http2, self.exchange.answered());
+                    self.failed = true;
                     self.over(|exchange| exchange.failed(error));
                 }
                 None => self.over(Exchange::closed),

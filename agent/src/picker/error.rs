@@ -46,6 +46,8 @@ pub enum PickError {
     #[error("the EPP decided other requests but not this one in time")]
     Held,
     /// The EPP was not asked, because every replica has stalled: a request timed out and no replica has decided one since.
+    #[error("the EPP failed before it had answered for the response's body")]
+    ResponseUnanswered,
     #[error("the EPP is stalled and gets only probes until it decides a request")]
     Stalled,
 }
@@ -70,6 +72,7 @@ impl PickError {
             PickError::ReplyTooLarge => "reply_too_large",
             PickError::Deadline => "deadline",
             PickError::Held => "held",
+            PickError::ResponseUnanswered => "response_unanswered",
             PickError::Stalled => "stalled",
         }
     }

@@ -22,6 +22,7 @@ use super::{
     message, metadata,
     names::{InvalidEntries, Names},
     replacement::Replacement,
+    returned::Answer,
 };
 use crate::{budget::Budget, config::EppLimits, endpoint::set::Snapshot};
 
@@ -88,6 +89,8 @@ pub enum Event {
     ResponseHead(HeaderMutation),
     /// The EPP's reply to the head of the response exceeds the limits and is not applied.
     Excessive,
+    /// The EPP's answer about the response's body, if it is wanted.
+    ResponseBody(Answer),
 }
 
 /// The state of one EPP stream.
@@ -118,6 +121,8 @@ pub struct Exchange {
     /// Messages from the EPP so far.
     messages: usize,
     replacement: Replacement,
+    /// Whether the EPP's answers about the response's body are obeyed.
+    is_obeyed: bool,
     /// Takes the dynamic metadata of every reply.
     metadata: Option<metadata::Shared>,
     /// Whether a decision, an immediate reply or a failure was returned.
@@ -190,6 +195,7 @@ impl Exchange {
             messages: 0,
             replacement: Replacement::new(limits.replaced_body, Arc::clone(&limits.memory)),
             limits,
+            is_obeyed: false,
             metadata: None,
             finished: false,
             events: VecDeque::new(),
@@ -203,6 +209,11 @@ impl Exchange {
     #[must_use]
     pub fn with_members(self, members: Arc<Snapshot>) -> Self {
         Self { members: Some(members), ..self }
+    }
+
+    /// Returns the EPP's answers about the response's body from now on.
+    pub fn obey(&mut self) {
+        self.is_obeyed = true;
     }
 
     /// Collects the dynamic metadata of further replies.
@@ -301,7 +312,10 @@ impl Exchange {
                 self.request_head(head.response.unwrap_or_default());
             }
             Some(Response::RequestBody(body)) if !self.finished => self.body_reply(body),
-            // Replies to the response's body and to trailers, and late replies to the request, change nothing.
+            Some(Response::ResponseBody(body)) if self.is_obeyed => {
+                self.events.push_back(Ok(Event::ResponseBody(Answer::of(body))));
+            }
+            // Other replies to the response's body and to trailers, and late replies to the request, change nothing.
             _ => {}
         }
         self.decide_if_complete();

@@ -1,6 +1,7 @@
 //! Responds: sends the response's head to the EPP and, with the EPP's mutation, to the client. Delivers the body over the chosen
 //! path. Then both connections are reused, pinned or closed.
 
+mod by_picker;
 mod carry;
 mod head;
 
@@ -16,8 +17,8 @@ use super::{
     request::{After, Pin, Request},
 };
 use crate::{
-    client::Client, config, deliver::End, endpoint::body::ResponseBody, error::Error, http::headers, probe::Point,
-    tee::Rest, worker::Worker,
+    client::Client, config, deliver::End, endpoint::body::ResponseBody, error::Error, http::headers,
+    picker::error::PickError, probe::Point, tee::Rest, worker::Worker,
 };
 
 pub(super) async fn respond(
@@ -42,12 +43,26 @@ pub(super) async fn respond(
             return evict(worker, client, request, &reply).await;
         }
     };
-    let rename = rename(request, &mut head);
+    let rename = rename(request, &head);
     request.record.status(head.status, "ok");
     request.record.event_stream(head.is_event_stream());
     worker.shared.probe.at(Point::Response(&request.parts));
-    let carried = carry(worker, client, request, &head, &mut body, &mut picked, tee.as_ref(), rename).await;
+    let carried = carry(worker, client, request, &mut head, &mut body, &mut picked, tee.as_ref(), rename).await;
     drop(in_flight);
+    if !carried.begun {
+        match carried.end {
+            // Nothing of the endpoint's response was sent.
+            Err(Aborted::Evicted(reply)) => {
+                if let Some(sending) = body.sending() {
+                    sending.stop();
+                }
+                drop(body);
+                return evict(worker, client, request, &reply).await;
+            }
+            Err(Aborted::PickerFailed) => return Err(Error::Picker(PickError::ResponseUnanswered)),
+            _ => {}
+        }
+    }
     request.record.delivered(worker, request.pool, carried.path, carried.reason, carried.account);
     let rest = tee.map_or_else(Rest::default, |tee| account_for(worker, request.pool, tee.into_inner()));
     match carried.end {
@@ -79,6 +94,7 @@ pub(super) async fn respond(
             let reason = match end {
                 Ok(end) => end.reason(),
                 Err(Aborted::Deadline) => "request_timeout",
+                Err(Aborted::PickerFailed) => "picker_failed",
                 Err(Aborted::Evicted(reply)) => {
                     worker.shared.metrics.pool(request.pool).evicted();
                     request.record.immediate(&reply);

@@ -161,8 +161,7 @@ async fn last_events(steering: &Rc<WorkerSteering>, path: Path) -> Result<()> {
     wire.push("0\r\n\r\n".to_owned());
     let headers = [(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"))].into_iter().collect();
     let facts = Facts { headers: &headers, length: None, streams: true };
-    let tee =
-        RefCell::new(Tee::new(ResponseToPicker::Usage, &facts, 0, &Budget::unlimited()).context("no end is kept")?);
+    let tee = RefCell::new(Tee::new(ResponseToPicker::Usage, &facts, &Budget::unlimited()).context("no end is kept")?);
     let mut got = vec![0; wire.iter().map(String::len).sum()];
     let write = async {
         for piece in &wire {

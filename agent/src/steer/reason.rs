@@ -80,6 +80,8 @@ reasons! {
     Pipelined = "pipelined",
     /// With `mode = "wire"`: the connections of client and endpoint cannot become one.
     Unfit = "unfit",
+    /// The EPP answers for the response's body (`response_to_picker = "body"`).
+    PickerBody = "picker_body",
     /// The kernel refused the client's socket as a target.
     TargetRefused = "target_refused",
 }

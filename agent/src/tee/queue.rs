@@ -1,5 +1,5 @@
-//! A bounded copy of a body for a picker that wants every byte. An event stream is cut between events, so that each piece consists of
-//! whole lines.
+//! A body on its way to a picker that answers for it. An event stream is cut between events, so that each piece consists of whole
+//! lines. The caller takes the pieces before it reads more.
 
 use std::collections::VecDeque;
 
@@ -15,10 +15,6 @@ const PIECE: usize = 60_000;
 #[derive(Debug)]
 pub(super) struct Queue {
     pieces: VecDeque<Bytes>,
-    /// Bytes in `pieces`.
-    bytes: usize,
-    limit: usize,
-    given_up: bool,
     /// For an event stream.
     scanner: Option<EventScanner>,
     /// The end of an event stream that is not in a piece yet.
@@ -26,21 +22,12 @@ pub(super) struct Queue {
 }
 
 impl Queue {
-    /// Holds at most `limit` bytes.
-    pub(super) fn new(limit: usize, events: bool) -> Self {
+    pub(super) fn new(events: bool) -> Self {
         let scanner = events.then(EventScanner::new);
-        Self { pieces: VecDeque::new(), bytes: 0, limit, given_up: false, scanner, held: BytesMut::new() }
+        Self { pieces: VecDeque::new(), scanner, held: BytesMut::new() }
     }
 
     pub(super) fn push(&mut self, payload: &[u8]) {
-        if self.given_up {
-            return;
-        }
-        if self.bytes + self.held.len() + payload.len() > self.limit {
-            // A body with a gap would be a different body.
-            *self = Self { given_up: true, ..Self::new(self.limit, false) };
-            return;
-        }
         let before = self.held.len();
         self.held.extend_from_slice(payload);
         let Some(scanner) = &mut self.scanner else { return self.cut(self.held.len()) };
@@ -64,27 +51,18 @@ impl Queue {
     /// Makes a piece of the first held bytes.
     fn cut(&mut self, bytes: usize) {
         if bytes > 0 {
-            self.bytes += bytes;
             self.pieces.push_back(self.held.split_to(bytes).freeze());
         }
     }
 
     pub(super) fn next_piece(&mut self) -> Option<Bytes> {
-        let piece = self.pieces.pop_front()?;
-        self.bytes -= piece.len();
-        Some(piece)
+        self.pieces.pop_front()
     }
 
     /// Returns the remaining pieces of a body that has ended.
     pub(super) fn rest(&mut self) -> Vec<Bytes> {
         self.cut(self.held.len());
-        self.bytes = 0;
         std::mem::take(&mut self.pieces).into()
-    }
-
-    /// Whether the pieces were not taken in time, so that there are no more.
-    pub(super) fn given_up(&self) -> bool {
-        self.given_up
     }
 }
 
@@ -93,7 +71,7 @@ mod tests {
     use super::*;
 
     fn pieces(text: &[u8], cut: usize) -> Vec<Bytes> {
-        let (mut queue, mut all) = (Queue::new(1 << 20, true), Vec::new());
+        let (mut queue, mut all) = (Queue::new(true), Vec::new());
         for piece in text.chunks(cut) {
             queue.push(piece);
             all.extend(std::iter::from_fn(|| queue.next_piece()));
@@ -117,23 +95,5 @@ mod tests {
         let event = format!("data: {}\n\n", "x".repeat(3 * HELD));
         let all = pieces(event.as_bytes(), 1000);
         assert_eq!((all.len(), all.concat()), (3, event.into_bytes()));
-    }
-
-    #[test]
-    fn queue_that_is_not_emptied_gives_up() {
-        for events in [false, true] {
-            let mut queue = Queue::new(100_000, events);
-            for _ in 0..10 {
-                queue.push(&[1; 10_000]);
-            }
-            assert!(!queue.given_up());
-            let taken = queue.next_piece().map(|piece| piece.len()).unwrap();
-            queue.push(&vec![1; taken]);
-            assert!(!queue.given_up());
-            queue.push(&[1]);
-            assert!(queue.given_up());
-            queue.push(&[1]);
-            assert_eq!((queue.next_piece(), queue.rest()), (None, vec![]));
-        }
     }
 }

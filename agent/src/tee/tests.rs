@@ -12,7 +12,7 @@ fn headers(kind: &'static str) -> HeaderMap {
 }
 
 fn tee(mode: ResponseToPicker, kind: &'static str) -> Option<Tee> {
-    Tee::new(mode, &Facts { headers: &headers(kind), length: None, streams: false }, 100_000, &Budget::unlimited())
+    Tee::new(mode, &Facts { headers: &headers(kind), length: None, streams: false }, &Budget::unlimited())
 }
 
 /// What the picker is told of a body that arrives in pieces: the pieces before its end, and those at its end.
@@ -65,7 +65,7 @@ fn mode_and_kind_of_body_say_what_is_wanted() {
     }
     let asked = |kind| {
         let facts = Facts { headers: &headers(kind), length: None, streams: true };
-        Tee::new(Tokens, &facts, 1, &Budget::unlimited()).as_ref().map(wants)
+        Tee::new(Tokens, &facts, &Budget::unlimited()).as_ref().map(wants)
     };
     assert_eq!(asked("text/plain"), Some((true, true, false)), "the request asked for a stream");
     assert_eq!(asked("audio/mpeg"), Some((true, false, false)));
@@ -78,7 +78,7 @@ fn coded_and_long_bodies_are_not_kept() {
     let new = |kind, coding: &'static str, length| {
         let mut headers = headers(kind);
         headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static(coding));
-        Tee::new(Tokens, &Facts { headers: &headers, length, streams: false }, 1, &Budget::unlimited())
+        Tee::new(Tokens, &Facts { headers: &headers, length, streams: false }, &Budget::unlimited())
     };
     let document = |length: usize| new("application/json", "identity", Some(length as u64)).is_some();
     assert!(document(DOCUMENT) && !document(DOCUMENT + 1));
@@ -98,7 +98,7 @@ fn first_event_is_told_at_once_and_last_ones_at_the_end() {
             let mut tee = tee(mode, "text/event-stream").unwrap();
             let (before, rest) = told(&mut tee, text.as_bytes(), piece);
             assert_eq!(before, [&text.as_bytes()[..first]], "{mode:?} {end:?} {piece}");
-            assert!(!tee.wants_begin() && rest.complete);
+            assert!(!tee.wants_begin());
             if mode == Headers {
                 assert_eq!((tee.usage(), rest), (None, Rest::default()));
                 continue;
@@ -202,16 +202,6 @@ fn usage_is_read_from_documents_and_events() {
     }
 }
 
-#[test]
-fn picker_that_takes_no_pieces_gets_no_more() {
-    let mut tee = tee(Whole, "audio/mpeg").unwrap();
-    tee.take(&[1; 100_000]);
-    assert!(!tee.given_up());
-    tee.take(&[1; 1]);
-    assert!(tee.given_up());
-    assert_eq!((tee.next_piece(), tee.rest()), (None, Rest { pieces: vec![], complete: false }));
-}
-
 proptest! {
     #[test]
     fn chunk_syntax_is_left_out_in_any_cuts(chunks in prop::collection::vec(1usize..3000, 1..20), cut in 1usize..500) {
@@ -251,7 +241,7 @@ fn documents_share_a_memory_budget() {
     let headers = headers("application/json");
     let new = || {
         let facts = Facts { headers: &headers, length: None, streams: false };
-        Tee::new(Tokens, &facts, 1, &memory).expect("a document is kept")
+        Tee::new(Tokens, &facts, &memory).expect("a document is kept")
     };
     let (mut one, mut two) = (new(), new());
     one.take(&[b' '; 600]);

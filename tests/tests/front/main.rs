@@ -10,6 +10,7 @@ mod http2_clients;
 mod http2_endpoints;
 mod http2_limits;
 mod scene;
+mod returned;
 mod slow_readers;
 mod smuggling;
 mod tls;

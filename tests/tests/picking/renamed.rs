@@ -4,7 +4,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use penstock_agent::config::FailureMode;
-use penstock_agent::config::SteeringMode;
+use penstock_agent::config::{ResponseToPicker, SteeringMode};
 use penstock_tests::{
     agent::{TestAgent, epp_pool},
     client::{Client, Request, Response},
@@ -135,6 +135,10 @@ struct Rig {
 
 impl Rig {
     async fn start(answer: Answer, mode: SteeringMode) -> Self {
+        Self::start_told(answer, mode, ResponseToPicker::Usage).await
+    }
+
+    async fn start_told(answer: Answer, mode: SteeringMode, told: ResponseToPicker) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let endpoint = listener.local_addr().unwrap();
         tokio::spawn(async move {
@@ -143,7 +147,9 @@ impl Rig {
             }
         });
         let epp = ScriptedEpp::start(renaming(endpoint)).await.unwrap();
-        let agent = TestAgent::start(epp_pool(&[endpoint], epp.addr, FailureMode::Closed), mode, |_| {});
+        let agent = TestAgent::start(epp_pool(&[endpoint], epp.addr, FailureMode::Closed), mode, |config| {
+            penstock_tests::stage::epp(config).response_to_picker = told;
+        });
         Self { agent, _epp: epp }
     }
 
@@ -193,6 +199,20 @@ async fn renamed_model_has_the_clients_name_in_every_answer_on_every_path() {
             check(&client.request(&ask()).await.unwrap(), &answer, &format!("HTTP/2, {what}"));
             eventually(super::SOON, || rig.renamed() == 3).await;
         }
+    }
+}
+
+/// An EPP that also returns the body, under the name that it gave the model. The length is that of what goes out.
+#[tokio::test]
+async fn renamed_model_has_the_clients_name_in_a_body_that_the_picker_returns() {
+    for answer in [DOCUMENT, CHAT] {
+        let rig = Rig::start_told(answer, SteeringMode::Auto, ResponseToPicker::Body).await;
+        let mut client = Client::connect(rig.agent.addr).await.unwrap();
+        let response = client.request(&ask()).await.unwrap();
+        assert_eq!((response.status(), response.text()), (200, answer.expected()));
+        let length = (!answer.chunked).then(|| answer.expected().len().to_string());
+        assert_eq!(response.header("content-length"), length.as_deref());
+        assert_eq!(response.header("content-digest"), None);
     }
 }
 

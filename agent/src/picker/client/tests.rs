@@ -381,7 +381,7 @@ async fn response_body_is_sent_as_the_epp_takes_it() {
         () = soon(async { while told.len() < usize::from(PIECES / 2) { tokio::task::yield_now().await } }) => {}
     }
     left.reverse();
-    stream.finish(Rest { pieces: left, complete: true });
+    stream.finish(Rest { pieces: left });
     let mut all = Vec::new();
     while let Some((piece, end)) = soon(told.recv()).await {
         all.push(piece);

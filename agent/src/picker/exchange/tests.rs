@@ -135,6 +135,7 @@ fn run(exchange: &mut Exchange, steps: Vec<Step>) -> (Vec<String>, usize) {
                 Err(error) => format!("error {}", error.reason()),
                 Ok(Event::ResponseHead(mutation)) => format!("response head {}", mutation.set_headers.len()),
                 Ok(Event::Excessive) => "excessive".to_owned(),
+                Ok(Event::ResponseBody(answer)) => format!("{answer:?}"),
                 Ok(Event::Outcome(Outcome::Immediate(reply))) => format!("immediate {}", reply.status.as_u16()),
                 Ok(Event::Outcome(Outcome::Picked(decision))) => {
                     let endpoints: Vec<_> = decision.endpoints.iter().map(ToString::to_string).collect();

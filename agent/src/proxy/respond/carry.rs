@@ -1,16 +1,18 @@
 //! Carries the body of a response to the client: as the endpoint's bytes, as a tunnel or as frames.
 
-use std::{cell::RefCell, convert::Infallible, future::poll_fn, rc::Rc, task::Poll};
+use std::{cell::RefCell, convert::Infallible, future::poll_fn, io, rc::Rc, task::Poll};
 
 use bytes::BytesMut;
 use penstock_common::{framing::Framing, path::Path};
 use tokio::time::Instant;
 
+use super::by_picker::{self, Delivered, Limits};
+
 use crate::{
     client::{Client, ClientSocket},
-    config::SteeringMode,
+    config::{self, ResponseToPicker, SteeringMode},
     deadline,
-    deliver::{Coding, Delivery, End, Frames, Tunnel},
+    deliver::{Coding, Delivery, End, Frames, Sink, Tunnel},
     endpoint::{body::ResponseBody, connection::EndpointConnection},
     http::response::{BodyKind, ResponseHead},
     kernel::wire::Watched,
@@ -36,6 +38,8 @@ use crate::{
 pub(super) enum Aborted {
     Evicted(ImmediateReply),
     Deadline,
+    /// The EPP failed while it was to answer for the body.
+    PickerFailed,
 }
 
 /// The result of delivering a body.
@@ -46,6 +50,8 @@ pub(super) struct Carried {
     pub(super) reason: SteerReason,
     /// Whether the client's connection stays open.
     pub(super) keep_alive: bool,
+    /// Whether the response's head was sent.
+    pub(super) begun: bool,
 }
 
 /// Carries the body of which `head` is the head. `rename` changes what the client gets.
@@ -54,12 +60,20 @@ pub(super) async fn carry(
     worker: &Worker,
     client: &mut Client,
     request: &Request,
-    head: &ResponseHead,
+    head: &mut ResponseHead,
     body: &mut ResponseBody,
     picked: &mut Picked,
     tee: Option<&RefCell<Tee>>,
     rename: Option<Rename>,
 ) -> Carried {
+    if let Some(tee) = tee
+        && let Some(limit) = answers_for_body(worker, request, head, picked)
+    {
+        return by_picker(worker, client, request, head, body, &mut picked.stream, tee, rename, limit).await;
+    }
+    if rename.is_some() {
+        head.change_body();
+    }
     match (&mut *client, &mut *body) {
         (Client::Http1(socket), ResponseBody::Http1 { connection, pending, .. }) if head.upgrade.is_some() => {
             tunnel(worker, socket, request, head, connection, pending, picked).await
@@ -112,7 +126,7 @@ async fn bytes(
     if end.is_err() {
         delivery.abandon();
     }
-    Carried { end, account: delivery.session.account, path, reason, keep_alive }
+    Carried { end, account: delivery.session.account, path, reason, keep_alive, begun: true }
 }
 
 /// Relays the connection after `101 Switching Protocols`.
@@ -142,7 +156,8 @@ async fn tunnel(
     };
     let end = tunnel.run(std::future::pending(), cut).await;
     let account = tunnel.down.account;
-    Carried { end: why.map_or(Ok(end), Err), account, path, reason: SteerReason::Upgrade, keep_alive: false }
+    let end = why.map_or(Ok(end), Err);
+    Carried { end, account, path, reason: SteerReason::Upgrade, keep_alive: false, begun: true }
 }
 
 /// What carries either direction of a tunnel.
@@ -169,6 +184,38 @@ fn eligibility<'a>(worker: &'a Worker, endpoint: &'a EndpointConnection, announc
     }
 }
 
+/// What an HTTP/1.1 client gets first, the framing of the body, and whether its connection stays open.
+pub(super) type Framed = (BytesMut, Coding, bool);
+
+/// Sends the head to a client of HTTP/2, and makes the one for a client of HTTP/1.1. `ends`: the response has no body.
+pub(super) fn frame(
+    worker: &Worker,
+    client: &mut Client,
+    request: &Request,
+    head: &ResponseHead,
+    ends: bool,
+) -> io::Result<Framed> {
+    let (mut lead, mut coding, mut keep_alive) = (BytesMut::new(), Coding::Plain, true);
+    match client {
+        Client::Http2(stream) => {
+            let head = head.frames();
+            // A gRPC trailers-only response has to end with its head.
+            if ends { stream.begin_and_end(head)? } else { stream.begin(head)? }
+        }
+        Client::Http1(socket) => {
+            let wish = request.keeps_alive(worker);
+            keep_alive = head.write_head(&mut lead, wish, request.parts.version);
+            match head.body {
+                BodyKind::Chunked if !head.needs_dechunk(request.parts.version) => coding = Coding::Chunked,
+                // Only an orderly close ends the body.
+                BodyKind::Chunked | BodyKind::UntilClose => socket.reset_on_close(),
+                BodyKind::Length(_) | BodyKind::None => {}
+            }
+        }
+    }
+    Ok((lead, coding, keep_alive))
+}
+
 /// Delivers the body as payload and trailers, if one side or both speak HTTP/2 or the body is changed.
 #[expect(clippy::too_many_arguments, reason = "the parts of one response, each borrowed separately")]
 async fn frames(
@@ -182,41 +229,51 @@ async fn frames(
     rename: Option<Rename>,
 ) -> Carried {
     let reason = if rename.is_some() { SteerReason::ModelRenamed } else { SteerReason::Http2 };
-    let (mut lead, mut coding, mut keep_alive) = (BytesMut::new(), Coding::Plain, true);
-    let begun = match client {
-        Client::Http2(stream) => {
-            let head = head.frames();
-            // A gRPC trailers-only response has to end with its head.
-            if body.is_done() { stream.begin_and_end(head) } else { stream.begin(head) }
-        }
-        Client::Http1(socket) => {
-            let wish = request.keeps_alive(worker);
-            keep_alive = head.write_head(&mut lead, wish, request.parts.version);
-            match head.body {
-                BodyKind::Chunked if !head.needs_dechunk(request.parts.version) => coding = Coding::Chunked,
-                // Only an orderly close ends the body.
-                BodyKind::Chunked | BodyKind::UntilClose => socket.reset_on_close(),
-                BodyKind::Length(_) | BodyKind::None => {}
-            }
-            Ok(())
-        }
+    let (path, begun) = (Path::Relay, true);
+    let Ok((lead, coding, keep_alive)) = frame(worker, client, request, head, body.is_done()) else {
+        let account = Account::default();
+        return Carried { end: Ok(End::ClientGone), account, path, reason, keep_alive: false, begun };
     };
-    let idle = request.timeouts.idle;
-    let mut delivery = Frames { client, body, lead, coding, tee, idle, account: Account::default(), rename };
-    let end = match begun {
-        Err(_) => Ok(End::ClientGone),
-        Ok(()) => tokio::select! {
-            biased;
-            end = delivery.run() => Ok(end),
-            reason = aborted(worker, request, request.deadline.at, &mut picked.stream, tee) => Err(reason),
-        },
+    let (idle, to) = (request.timeouts.idle, Sink { client, lead, coding });
+    let mut delivery = Frames { to, body, tee, idle, account: Account::default(), rename };
+    let end = tokio::select! {
+        biased;
+        end = delivery.run() => Ok(end),
+        reason = aborted(worker, request, request.deadline.at, &mut picked.stream, tee) => Err(reason),
     };
-    Carried { end, account: delivery.account, path: Path::Relay, reason, keep_alive }
+    Carried { end, account: delivery.account, path, reason, keep_alive, begun }
+}
+
+/// Delivers the body that the EPP returns, of which at most `limit` bytes are kept.
+#[expect(clippy::too_many_arguments, reason = "the parts of one response, each borrowed separately")]
+async fn by_picker(
+    worker: &Worker,
+    client: &mut Client,
+    request: &Request,
+    head: &mut ResponseHead,
+    body: &mut ResponseBody,
+    stream: &mut Option<PickStream>,
+    tee: &RefCell<Tee>,
+    rename: Option<Rename>,
+    limit: usize,
+) -> Carried {
+    let limits = Limits { bytes: limit, memory: &worker.shared.bodies.memory };
+    let delivered = by_picker::deliver(worker, client, request, head, body, stream, tee, rename, &limits);
+    let Delivered { end, account, begun, keep_alive } = delivered.await;
+    Carried { end, account, path: Path::Relay, reason: SteerReason::PickerBody, keep_alive, begun }
+}
+
+/// The bytes of a response that may be kept, if the EPP answers for its body.
+fn answers_for_body(worker: &Worker, request: &Request, head: &ResponseHead, picked: &Picked) -> Option<usize> {
+    let config::Picker::Epp(settings) = &worker.shared.config.pools[request.pool].picker else { return None };
+    let stream = picked.stream.as_ref()?;
+    let is_wanted = settings.response_to_picker == ResponseToPicker::Body && head.upgrade.is_none();
+    (is_wanted && !stream.is_closed()).then_some(settings.response_queue_bytes)
 }
 
 /// Resolves when the deadline or an eviction ends the response. Poll it after the delivery, as
 /// [`evicted_while_sending`].
-async fn aborted(
+pub(super) async fn aborted(
     worker: &Worker,
     request: &Request,
     deadline: Option<Instant>,

@@ -67,16 +67,21 @@ pub(super) async fn apply_epp(
                 return Ok(Applied::Evicted(reply));
             }
         }
+        if let Some(tee) = &tee
+            && stream.is_closed()
+        {
+            // The EPP wants no more of this response.
+            tee.borrow_mut().untold();
+        }
     }
     Ok(Applied::Respond(tee))
 }
 
 /// What restores the client's model name in the body; `None` if the EPP did not change it or the body cannot be read.
-pub(super) fn rename(request: &Request, head: &mut ResponseHead) -> Option<Rename> {
+pub(super) fn rename(request: &Request, head: &ResponseHead) -> Option<Rename> {
     let names = request.names.as_ref().filter(|_| head.upgrade.is_none())?;
     // A part of a document begins anywhere in it.
     let kind = Kind::of(&head.headers).filter(|_| head.status != StatusCode::PARTIAL_CONTENT)?;
-    head.change_body();
     Some(Rename::new(names, kind))
 }
 
@@ -84,5 +89,5 @@ pub(super) fn rename(request: &Request, head: &mut ResponseHead) -> Option<Renam
 fn tee_of(settings: &config::Epp, head: &ResponseHead, streams: bool, memory: &Arc<Budget>) -> Option<Tee> {
     let length = if let BodyKind::Length(length) = head.body { Some(length) } else { None };
     let facts = Facts { headers: &head.headers, length, streams };
-    Tee::new(settings.response_to_picker, &facts, settings.response_queue_bytes, memory)
+    Tee::new(settings.response_to_picker, &facts, memory)
 }

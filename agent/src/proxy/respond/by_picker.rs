@@ -1,0 +1,424 @@
+//! Delivers a response whose body the EPP answers for (`response_to_picker = "body"`): the client gets what the EPP returns.
+//!
+//! The endpoint is read as fast as the EPP takes its body and the client takes the answers. A body with a length is held within a
+//! limit until it is complete, so that it goes out with its right length, and as it was if the EPP left it unchanged. If the EPP
+//! fails, a pool that fails open continues with what the EPP has not answered, if that is known; otherwise the response is broken off.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::VecDeque,
+    sync::Arc,
+};
+
+use bytes::{Bytes, BytesMut};
+use http::HeaderMap;
+use tokio::sync::Notify;
+
+use super::carry::{Aborted, aborted, frame};
+use crate::{
+    budget::{Budget, Share},
+    client::Client,
+    config::FailureMode,
+    deadline,
+    deliver::{End, Sink},
+    endpoint::body::{Piece, ResponseBody},
+    http::response::{BodyKind, ResponseHead},
+    kernel::socket::monotonic_ns,
+    metrics::PoolMetrics,
+    picker::{
+        client::{Heard, PickStream},
+        message,
+        returned::{Dropped, Returned, Unusable},
+    },
+    proxy::request::Request,
+    rename::Rename,
+    steer::account::Account,
+    tee::Tee,
+    worker::Worker,
+};
+
+/// While more bytes than this wait for the client, the endpoint is not read.
+const WAITING: usize = 64 << 10;
+/// While more bytes than this wait for the client, the EPP is not read, and an eviction has to wait, too.
+const WAITING_MOST: usize = 256 << 10;
+
+/// What waits for the client.
+#[derive(Default)]
+struct Out {
+    pieces: RefCell<VecDeque<Bytes>>,
+    bytes: Cell<usize>,
+    /// Set at the end of the body.
+    trailers: RefCell<Option<HeaderMap>>,
+    /// Something was added, or taken.
+    added: Notify,
+    taken: Notify,
+}
+
+/// A body on its way from the endpoint over the EPP to the client.
+struct Passage<'a> {
+    body: &'a mut ResponseBody,
+    /// `None` if the EPP answers no more: what comes goes out as it is.
+    stream: &'a mut Option<PickStream>,
+    tee: &'a RefCell<Tee>,
+    returned: Returned,
+    rename: Option<Rename>,
+    out: &'a Out,
+    /// The trailers read so far, and all of them at the end of the endpoint's body.
+    section: BytesMut,
+    trailers: Option<HeaderMap>,
+    /// The end has been put into `out`.
+    ended: bool,
+    /// What the endpoint sent, while the response is held.
+    held: Option<Held>,
+    failure_mode: FailureMode,
+    metrics: &'a PoolMetrics,
+    idle: Option<std::time::Duration>,
+    account: Account,
+}
+
+struct Held {
+    original: Vec<Bytes>,
+    /// For `original` and what waits for the client.
+    share: Share,
+    limit: usize,
+}
+
+/// Why a passage ended before its end.
+enum Stop {
+    End(End),
+    Aborted(Aborted),
+}
+
+/// The result of a delivery.
+pub(super) struct Delivered {
+    pub(super) end: Result<End, Aborted>,
+    pub(super) account: Account,
+    /// Whether the head was sent.
+    pub(super) begun: bool,
+    pub(super) keep_alive: bool,
+}
+
+/// Limits of what is kept of one response.
+pub(super) struct Limits<'a> {
+    pub(super) bytes: usize,
+    pub(super) memory: &'a Arc<Budget>,
+}
+
+/// Delivers the response.
+#[expect(clippy::too_many_arguments, reason = "the parts of one response, each borrowed separately")]
+pub(super) async fn deliver(
+    worker: &Worker,
+    client: &mut Client,
+    request: &Request,
+    head: &mut ResponseHead,
+    body: &mut ResponseBody,
+    stream: &mut Option<PickStream>,
+    tee: &RefCell<Tee>,
+    rename: Option<Rename>,
+    limits: &Limits<'_>,
+) -> Delivered {
+    let out = Out::default();
+    let pool = &worker.shared.config.pools[request.pool];
+    let held = holds(head, limits);
+    let mut passage = Passage {
+        body,
+        stream,
+        tee,
+        returned: Returned::new(limits.bytes, limits.memory),
+        rename,
+        out: &out,
+        section: BytesMut::new(),
+        trailers: None,
+        ended: false,
+        held,
+        failure_mode: pool.failure_mode,
+        metrics: worker.shared.metrics.pool(request.pool),
+        idle: request.timeouts.idle,
+        account: Account::default(),
+    };
+    let (mut begun, mut keep_alive) = (false, false);
+    let end = async {
+        passage.hold(client).await?;
+        passage.release(head);
+        begun = true;
+        let (lead, coding, keeps) =
+            frame(worker, client, request, head, false).map_err(|_| Stop::End(End::ClientGone))?;
+        keep_alive = keeps;
+        let mut to = Sink { client, lead, coding };
+        let write = write(&mut to, &out);
+        tokio::select! {
+            biased;
+            end = write => end.map_err(Stop::End),
+            stop = passage.run() => Err(stop),
+        }
+    };
+    // The passage hears of an eviction.
+    let mut no_stream = None;
+    let end = tokio::select! {
+        biased;
+        end = end => end,
+        why = aborted(worker, request, request.deadline.at, &mut no_stream, None) => Err(Stop::Aborted(why)),
+    };
+    let end = match end {
+        Ok(()) => Ok(End::Complete { reusable: passage.trailers.is_some() && passage.body.is_reusable() }),
+        Err(Stop::End(end)) => Ok(end),
+        Err(Stop::Aborted(why)) => Err(why),
+    };
+    Delivered { end, account: passage.account, begun, keep_alive }
+}
+
+/// A body with a length within the limit is held, except for an event stream.
+fn holds(head: &ResponseHead, limits: &Limits<'_>) -> Option<Held> {
+    let BodyKind::Length(length) = head.body else { return None };
+    let fits = !head.is_event_stream() && length <= limits.bytes as u64;
+    fits.then(|| Held { original: Vec::new(), share: limits.memory.share(), limit: limits.bytes })
+}
+
+/// What the EPP says; nothing any more without a stream.
+async fn heard(stream: &mut Option<PickStream>) -> Heard {
+    match stream {
+        Some(stream) => stream.heard().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Writes what the passage puts out, to its end.
+async fn write(to: &mut Sink<'_>, out: &Out) -> Result<(), End> {
+    to.begin().await?;
+    loop {
+        let next = out.pieces.borrow_mut().pop_front();
+        if let Some(piece) = next {
+            out.bytes.set(out.bytes.get() - piece.len());
+            out.taken.notify_one();
+            to.data(piece).await?;
+            continue;
+        }
+        let trailers = out.trailers.borrow_mut().take();
+        if let Some(trailers) = trailers {
+            return to.end(trailers).await;
+        }
+        tokio::select! {
+            biased;
+            () = out.added.notified() => {}
+            () = to.client.gone() => return Err(End::ClientGone),
+        }
+    }
+}
+
+impl Out {
+    fn add(&self, piece: Bytes) {
+        if !piece.is_empty() {
+            self.bytes.set(self.bytes.get() + piece.len());
+            self.pieces.borrow_mut().push_back(piece);
+            self.added.notify_one();
+        }
+    }
+
+    fn end(&self, trailers: HeaderMap) {
+        self.trailers.replace(Some(trailers));
+        self.added.notify_one();
+    }
+}
+
+impl Passage<'_> {
+    /// Runs while the response is held, until it is complete or exceeds the limit.
+    async fn hold(&mut self, client: &mut Client) -> Result<(), Stop> {
+        if let Some(stream) = self.stream {
+            stream.obey();
+            if stream.has_failed() {
+                self.lost(false)?;
+            }
+        }
+        while self.held.is_some() && !self.ended {
+            tokio::select! {
+                biased;
+                step = self.step() => step?,
+                () = client.gone() => return Err(Stop::End(End::ClientGone)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the head fit what goes out.
+    fn release(&mut self, head: &mut ResponseHead) {
+        let Some(held) = self.held.take() else { return head.change_body() };
+        let pieces = self.out.pieces.borrow();
+        if !pieces.iter().flatten().eq(held.original.iter().flatten()) {
+            head.change_body();
+            head.set_length(self.out.bytes.get() as u64);
+        }
+    }
+
+    /// Runs until something ends the response early.
+    async fn run(&mut self) -> Stop {
+        loop {
+            if self.ended {
+                return std::future::pending().await;
+            }
+            if let Err(stop) = self.step().await {
+                return stop;
+            }
+        }
+    }
+
+    /// Takes the next event of the endpoint, the EPP or the client. Cancel-safe.
+    async fn step(&mut self) -> Result<(), Stop> {
+        let waiting = if self.held.is_some() { 0 } else { self.out.bytes.get() };
+        let unsent = self.stream.as_ref().is_some_and(PickStream::has_unsent);
+        let reads = self.trailers.is_none() && waiting < WAITING && !unsent;
+        let listens = waiting < WAITING_MOST;
+        tokio::select! {
+            biased;
+            heard = heard(self.stream), if listens => self.heard(heard),
+            piece = self.body.next(&mut self.section), if reads => match piece {
+                Ok(piece) => self.read(piece),
+                Err(error) => {
+                    tracing::debug!(%error, "endpoint aborted its response");
+                    Err(Stop::End(End::Broken))
+                }
+            },
+            () = self.out.taken.notified(), if waiting > 0 => Ok(()),
+            // A client that takes nothing has its own limit.
+            () = deadline::elapsed(self.idle), if waiting == 0 && reads => Err(Stop::End(End::Idle)),
+            () = deadline::elapsed(self.idle), if waiting == 0 && !reads => {
+                tracing::warn!("EPP did not answer for a response body in time");
+                self.lost(false)
+            }
+        }
+    }
+
+    fn heard(&mut self, heard: Heard) -> Result<(), Stop> {
+        match heard {
+            Heard::Sent => Ok(()),
+            Heard::Evicted(reply) => Err(Stop::Aborted(Aborted::Evicted(reply))),
+            Heard::Closed => self.lost(true),
+            Heard::Failed => self.lost(false),
+            Heard::Answer(answer) => {
+                let out = self.returned.answer(answer).map_err(|why| self.unusable(why))?;
+                self.put(&out);
+                if self.returned.is_done() {
+                    self.end();
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Takes a piece of the endpoint's body.
+    fn read(&mut self, piece: Piece) -> Result<(), Stop> {
+        let rest = match piece {
+            Piece::Data(data) => {
+                let now = monotonic_ns();
+                self.account.stamp(now, now);
+                self.account.add_relayed(data.len());
+                self.hold_original(&data);
+                self.tee.borrow_mut().take(&data);
+                loop {
+                    let next = self.tee.borrow_mut().next_piece();
+                    let Some(next) = next else { return Ok(()) };
+                    self.send(next, false);
+                }
+            }
+            Piece::End(trailers) => {
+                self.trailers = Some(trailers);
+                self.tee.borrow_mut().rest().pieces
+            }
+        };
+        let last = rest.len();
+        for (number, piece) in (1..).zip(rest) {
+            self.send(piece, number == last);
+        }
+        if last == 0 {
+            self.send(Bytes::new(), true);
+        }
+        if self.stream.is_none() {
+            self.end();
+        }
+        Ok(())
+    }
+
+    /// Sends a piece to the EPP, or past it.
+    fn send(&mut self, mut piece: Bytes, end: bool) {
+        let Some(stream) = self.stream else { return self.put(&piece) };
+        loop {
+            let message = piece.split_to(piece.len().min(message::PIECE));
+            let last = piece.is_empty();
+            match self.returned.sent(&message, end && last) {
+                Some(Dropped::Limit) => self.metrics.epp_body_copy_dropped("limit"),
+                Some(Dropped::Memory) => self.metrics.epp_body_copy_dropped("memory"),
+                None => {}
+            }
+            stream.give_response(message, end && last);
+            if last {
+                return;
+            }
+        }
+    }
+
+    /// Keeps what the endpoint sent, while the response is held.
+    fn hold_original(&mut self, data: &Bytes) {
+        if let Some(held) = &mut self.held {
+            held.original.push(data.clone());
+        }
+        self.grow_held(data.len());
+    }
+
+    /// What goes out.
+    fn put(&mut self, piece: &Bytes) {
+        let piece = match &mut self.rename {
+            Some(rename) => rename.feed(piece),
+            None => piece.clone(),
+        };
+        self.grow_held(piece.len());
+        self.out.add(piece);
+    }
+
+    /// Counts more held bytes. Beyond the limit the response is not held any more.
+    fn grow_held(&mut self, bytes: usize) {
+        if let Some(held) = &mut self.held
+            && (self.out.bytes.get() + bytes > held.limit || !held.share.grow(bytes as u64))
+        {
+            self.held = None;
+        }
+    }
+
+    /// The EPP ended the stream, with status OK (`clean`) or not, or does not answer.
+    fn lost(&mut self, clean: bool) -> Result<(), Stop> {
+        if !clean {
+            self.metrics.epp_failed("response_unanswered");
+        }
+        let rest = if clean || self.failure_mode == FailureMode::Open { self.returned.rest() } else { None };
+        let Some(rest) = rest else { return Err(self.broken_off()) };
+        self.metrics.epp_body_unanswered("continued");
+        // Its stream must not end as if it had got the whole body.
+        *self.stream = None;
+        for piece in rest {
+            self.put(&piece);
+        }
+        if self.trailers.is_some() {
+            self.end();
+        }
+        Ok(())
+    }
+
+    fn unusable(&self, why: Unusable) -> Stop {
+        tracing::warn!(?why, "EPP's answers for a response body cannot be obeyed, breaking the response off");
+        self.broken_off()
+    }
+
+    fn broken_off(&self) -> Stop {
+        self.metrics.epp_body_unanswered("broken_off");
+        Stop::Aborted(Aborted::PickerFailed)
+    }
+
+    fn end(&mut self) {
+        if let Some(rename) = &mut self.rename {
+            let rest = rename.end();
+            self.grow_held(rest.len());
+            self.out.add(rest);
+        }
+        self.ended = true;
+        // The EPP may end the body before the endpoint does.
+        self.out.end(self.trailers.clone().unwrap_or_default());
+    }
+}
