@@ -251,7 +251,8 @@ fn every_reason_is_documented_with_its_status() {
 fn every_reason_after_the_response_began_is_documented() {
     let ends = [End::ClientGone, End::Broken, End::Idle].map(|end| end.reason().to_owned());
     let documented = rows("After the response has begun");
-    let mut expected: Vec<_> = ends.into_iter().chain(["evicted".to_owned(), "request_timeout".to_owned()]).collect();
+    let aborted = ["evicted", "picker_failed", "request_timeout"].map(str::to_owned);
+    let mut expected: Vec<_> = ends.into_iter().chain(aborted).collect();
     expected.sort_unstable();
     assert_eq!(documented.into_keys().collect::<Vec<_>>(), expected);
     let mut in_source = labels(include_str!("../deliver.rs"));
