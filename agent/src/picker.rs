@@ -15,6 +15,7 @@ pub mod error;
 pub mod exchange;
 pub mod handshake;
 mod health;
+mod immediate;
 pub mod keep;
 pub mod message;
 pub mod metadata;

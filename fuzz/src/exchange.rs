@@ -24,7 +24,7 @@ use penstock_agent::{
 use penstock_proto::{
     core::{HeaderValue as ProtoValue, HeaderValueOption},
     ext_proc::{
-        BodyMutation, BodyResponse, CommonResponse, HeaderMutation, HeadersResponse, ImmediateResponse,
+        BodyMutation, BodyResponse, CommonResponse, GrpcStatus, HeaderMutation, HeadersResponse, ImmediateResponse,
         ProcessingRequest, ProcessingResponse, StreamedBodyResponse, TrailersResponse, body_mutation::Mutation,
         processing_request, processing_response::Response,
     },
@@ -215,10 +215,11 @@ fn reply(data: &mut Unstructured<'_>) -> arbitrary::Result<ProcessingResponse> {
             headers: Some(mutation(data)?),
             body: Bytes::copy_from_slice(bytes(data, 64)?),
             details: String::new(),
+            grpc_status: data.arbitrary::<bool>()?.then_some(GrpcStatus { status: data.arbitrary()? }),
         }),
     };
     let dynamic_metadata = if data.arbitrary()? { Some(metadata(data)?) } else { None };
-    Ok(ProcessingResponse { response: Some(response), dynamic_metadata })
+    Ok(ProcessingResponse { response: Some(response), dynamic_metadata, ..Default::default() })
 }
 
 fn common(data: &mut Unstructured<'_>) -> arbitrary::Result<CommonResponse> {

@@ -159,14 +159,15 @@ fn responses() {
             status: Some(http_type::HttpStatus { code: 429 }),
             headers: Some(our_mutation()),
             body: b"busy"[..].into(),
+            grpc_status: Some(ext_proc::GrpcStatus { status: 8 }),
             details: "shed".into(),
         };
         let their_immediate = theirs::ImmediateResponse {
             status: Some(HttpStatus { code: 429 }),
             headers: Some(their_mutation()),
             body: b"busy".to_vec(),
+            grpc_status: Some(theirs::GrpcStatus { status: 8 }),
             details: "shed".into(),
-            ..Default::default()
         };
         let rows = [
             (Ours::RequestHeaders(head()), Theirs::RequestHeaders(their_head())),
@@ -179,10 +180,15 @@ fn responses() {
         ];
         for (ours, their_response) in rows {
             same(
-                &ext_proc::ProcessingResponse { response: Some(ours), dynamic_metadata: Some(our_struct()) },
+                &ext_proc::ProcessingResponse {
+                    response: Some(ours),
+                    dynamic_metadata: Some(our_struct()),
+                    override_message_timeout: Some(prost_types::Duration { seconds: 3, nanos: 5 }),
+                },
                 &theirs::ProcessingResponse {
                     response: Some(their_response),
                     dynamic_metadata: Some(their_struct()),
+                    override_message_timeout: Some(well_known::Duration { seconds: 3, nanos: 5 }),
                     ..Default::default()
                 },
             );
@@ -193,14 +199,13 @@ fn responses() {
 #[test]
 fn what_we_leave_out_is_skipped() {
     let bytes = theirs::ProcessingResponse {
-        override_message_timeout: Some(well_known::Duration { seconds: 3, nanos: 0 }),
         mode_override: Some(Default::default()),
         dynamic_metadata: Some(their_struct()),
         ..Default::default()
     }
     .encode_to_vec();
     let ours = ext_proc::ProcessingResponse::decode(bytes.as_slice()).expect("unknown fields are no error");
-    assert_eq!(ours, ext_proc::ProcessingResponse { response: None, dynamic_metadata: Some(our_struct()) });
+    assert_eq!(ours, ext_proc::ProcessingResponse { dynamic_metadata: Some(our_struct()), ..Default::default() });
 }
 
 /// A binding of the health protocol is not at hand; its two messages have one field each.

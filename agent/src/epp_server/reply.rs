@@ -53,6 +53,7 @@ pub(super) fn picked(pick: &Pick, headers: Option<&HeaderMap>, body: Option<usiz
     ProcessingResponse {
         response: Some(Response::RequestHeaders(HeadersResponse { response: Some(response) })),
         dynamic_metadata: Some(Struct { fields: [("envoy.lb".to_owned(), lb)].into() }),
+        ..Default::default()
     }
 }
 
@@ -96,12 +97,12 @@ pub(super) fn refused(refusal: &Refusal) -> ProcessingResponse {
         status: Some(HttpStatus { code }),
         headers: dropped.and_then(|reason| mutation(vec![header(DROPPED, reason)])),
         body: format!("inference error: {name} - {refusal}").into(),
-        details: String::new(),
+        ..Default::default()
     }))
 }
 
 fn message(response: Response) -> ProcessingResponse {
-    ProcessingResponse { response: Some(response), dynamic_metadata: None }
+    ProcessingResponse { response: Some(response), ..Default::default() }
 }
 
 fn streamed(body: Bytes, end_of_stream: bool) -> BodyResponse {

@@ -157,6 +157,7 @@ fn every_error() -> Vec<Error> {
         status: StatusCode::TOO_MANY_REQUESTS,
         headers: HeaderMutation::default(),
         body: bytes::Bytes::new(),
+        grpc_status: None,
         details: found(),
     };
     let others = [

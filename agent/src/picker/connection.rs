@@ -38,6 +38,8 @@ struct Inner {
     tls: bool,
     /// Whether requests are sent to this address, whose reachability the replica keeps.
     is_asked: bool,
+    /// Whether requests are sent over this connection.
+    carries_requests: bool,
     current: Mutex<Option<Attempt>>,
 }
 
@@ -46,7 +48,7 @@ type Attempt = Shared<BoxFuture<'static, Result<Http2, Arc<io::Error>>>>;
 impl Connection {
     /// A connection to the replica's ext_proc service. Does not connect yet.
     pub fn new(replicas: &Arc<Replicas>, replica: &Arc<Replica>) -> Self {
-        Self::to(replicas, replica, replica.address, replicas.tls.is_some(), true)
+        Self::to(replicas, replica, replica.address, replicas.tls.is_some(), [true; 2])
     }
 
     /// A connection to the replica's health service. Does not connect yet.
@@ -56,12 +58,18 @@ impl Connection {
         let tls = replicas.tls.is_some() && (settings.health_port.is_none() || settings.health_tls);
         // At the same port the checks tell whether requests can connect.
         let is_asked = settings.health_port.is_none_or(|port| port == replica.address.port());
-        Self::to(replicas, replica, SocketAddr::new(replica.address.ip(), port), tls, is_asked)
+        Self::to(replicas, replica, SocketAddr::new(replica.address.ip(), port), tls, [is_asked, false])
     }
 
-    fn to(replicas: &Arc<Replicas>, replica: &Arc<Replica>, address: SocketAddr, tls: bool, is_asked: bool) -> Self {
+    fn to(
+        replicas: &Arc<Replicas>,
+        replica: &Arc<Replica>,
+        address: SocketAddr,
+        tls: bool,
+        [is_asked, carries_requests]: [bool; 2],
+    ) -> Self {
         let (replicas, replica) = (Arc::clone(replicas), Arc::clone(replica));
-        Self(Arc::new(Inner { replicas, replica, address, tls, is_asked, current: Mutex::new(None) }))
+        Self(Arc::new(Inner { replicas, replica, address, tls, is_asked, carries_requests, current: Mutex::new(None) }))
     }
 
     /// The URI under which streams are opened.
@@ -89,20 +97,30 @@ impl Connection {
                 Some(attempt) => attempt.clone(),
                 None => match self.0.unreachable() {
                     Some(error) => return Err(error),
-                    None => current.insert(self.attempt()).clone(),
+                    None => {
+                        let lost = current.as_ref().is_some_and(|attempt| matches!(attempt.peek(), Some(Ok(_))));
+                        current.insert(self.attempt(lost)).clone()
+                    }
                 },
             }
         };
         attempt.await
     }
 
-    fn attempt(&self) -> Attempt {
+    /// `lost`: there was a connection before.
+    fn attempt(&self, lost: bool) -> Attempt {
         let inner = Arc::clone(&self.0);
         let connect = tokio::spawn(async move {
             let connected = inner.connect().await.map_err(Arc::new);
             if inner.is_asked {
                 match &connected {
-                    Ok(_) => inner.replica.reached(),
+                    Ok(_) => {
+                        inner.replica.reached();
+                        // Health checks also give up a connection on which a stuck server does not answer.
+                        if lost && inner.carries_requests {
+                            inner.replica.renewed();
+                        }
+                    }
                     Err(error) => inner.replica.unreachable(error),
                 }
             }

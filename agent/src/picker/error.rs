@@ -38,6 +38,9 @@ pub enum PickError {
     TooManyMessages { limit: usize },
     #[error("the EPP sent more than {limit} bytes of dynamic metadata in one message")]
     MetadataTooLarge { limit: usize },
+    /// A kind of ext_proc reply that the agent does not have, or a message without any.
+    #[error("the EPP sent a reply of an unknown kind")]
+    UnknownReply,
     #[error("the EPP's immediate reply exceeds the limits")]
     ReplyTooLarge,
     /// The EPP decided no other request meanwhile, or no replica was known.
@@ -69,6 +72,7 @@ impl PickError {
             PickError::MutationTooLarge { .. } => "mutation_too_large",
             PickError::TooManyMessages { .. } => "too_many_messages",
             PickError::MetadataTooLarge { .. } => "metadata_too_large",
+            PickError::UnknownReply => "unknown_reply",
             PickError::ReplyTooLarge => "reply_too_large",
             PickError::Deadline => "deadline",
             PickError::Held => "held",

@@ -8,22 +8,26 @@ use std::{collections::VecDeque, net::SocketAddr, sync::Arc};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName};
-use penstock_proto::ext_proc::{
-    BodyResponse, CommonResponse, HeaderMutation, ImmediateResponse, ProcessingRequest, ProcessingResponse,
-    body_mutation::Mutation, common_response::ResponseStatus, processing_request::Request,
-    processing_response::Response,
+use penstock_proto::{
+    core::HeaderValueOption,
+    ext_proc::{
+        BodyResponse, CommonResponse, HeaderMutation, ImmediateResponse, ProcessingRequest, ProcessingResponse,
+        body_mutation::Mutation, common_response::ResponseStatus, processing_request::Request,
+        processing_response::Response,
+    },
 };
 
 use prost::Message as _;
 
-pub use super::replacement::Body;
 use super::{
     error::PickError,
     message, metadata,
+    mutation::{self, Field},
     names::{InvalidEntries, Names},
     replacement::Replacement,
     returned::Answer,
 };
+pub use super::{immediate::ImmediateReply, replacement::Body};
 use crate::{budget::Budget, config::EppLimits, endpoint::set::Snapshot};
 
 /// Bytes of a replaced body for which the EPP may send one more message.
@@ -50,28 +54,6 @@ pub struct Decision {
     /// The mutation of the request's head, without the pick.
     pub mutation: HeaderMutation,
     pub body: Body,
-}
-
-/// The EPP's immediate reply to the client. After a decision it is an eviction.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ImmediateReply {
-    pub status: http::StatusCode,
-    pub headers: HeaderMutation,
-    pub body: Bytes,
-    /// For the log.
-    pub details: String,
-}
-
-/// The header in which an EPP says why it does not serve a request.
-const DROPPED_REASON: &str = "x-llm-d-request-dropped-reason";
-
-impl ImmediateReply {
-    /// Why the EPP does not serve the request, in its own words.
-    pub fn dropped_reason(&self) -> Option<String> {
-        let set = self.headers.set_headers.iter().filter_map(|set| set.header.as_ref());
-        let reason = set.rev().find(|header| header.key.eq_ignore_ascii_case(DROPPED_REASON))?;
-        Some(String::from_utf8_lossy(message::value(reason)).into_owned())
-    }
 }
 
 /// The EPP's answer about a request.
@@ -315,6 +297,9 @@ impl Exchange {
             Some(Response::ResponseBody(body)) if self.is_obeyed => {
                 self.events.push_back(Ok(Event::ResponseBody(Answer::of(body))));
             }
+            // An EPP that asks for more time has not replied. The deadline stays.
+            None if reply.override_message_timeout.is_some() => {}
+            None => self.finish(Err(PickError::UnknownReply)),
             // Other replies to the response's body and to trailers, and late replies to the request, change nothing.
             _ => {}
         }
@@ -403,17 +388,7 @@ impl Exchange {
             reply = ImmediateResponse { details: reply.details, ..ImmediateResponse::default() };
         }
         self.finished = true;
-        let code = reply.status.and_then(|status| u16::try_from(status.code).ok());
-        // Only a final status is accepted; otherwise 500. (Envoy sends 200 or an invalid status then.)
-        let status = code
-            .and_then(|code| http::StatusCode::from_u16(code).ok())
-            .filter(|status| (200..600).contains(&status.as_u16()));
-        self.events.push_back(Ok(Event::Outcome(Outcome::Immediate(ImmediateReply {
-            status: status.unwrap_or(http::StatusCode::INTERNAL_SERVER_ERROR),
-            headers: reply.headers.unwrap_or_default(),
-            body: reply.body,
-            details: reply.details,
-        }))));
+        self.events.push_back(Ok(Event::Outcome(Outcome::Immediate(reply.into()))));
     }
 
     fn request_head(&mut self, mut reply: CommonResponse) {
@@ -443,6 +418,12 @@ impl Exchange {
     fn mutate(&mut self, mutation: Option<HeaderMutation>) {
         if mutation.as_ref().is_some_and(|mutation| !self.request_allowance.take(mutation)) {
             return self.finish(Err(PickError::MutationTooLarge { limits: self.limits.epp }));
+        }
+        let removed = mutation.iter().flat_map(|mutation| &mutation.remove_headers);
+        for name in removed.filter(|name| matches!(mutation::classify(name), Field::Header(_))) {
+            // Removals are applied before what earlier messages set, so that must not bring the field back.
+            let sets = |set: &HeaderValueOption| set.header.as_ref().is_some_and(|h| h.key.eq_ignore_ascii_case(name));
+            self.mutation.set_headers.retain(|set| !sets(set));
         }
         for set in mutation.iter().flat_map(|mutation| &mutation.set_headers) {
             match &set.header {

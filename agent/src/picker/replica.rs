@@ -132,8 +132,21 @@ impl Replica {
         }
         let mut kept = self.why_unreachable.lock();
         *kept = None;
+        self.renewed();
         if self.is_unreachable.swap(false, Relaxed) {
             self.news.send_replace(());
+        }
+    }
+
+    /// The replica is connected again after its connection was lost or refused. Its process may be another one, so a stall of the
+    /// previous one tells nothing. A probe in progress continues.
+    pub fn renewed(&self) {
+        if self.stalled.swap(false, Relaxed) {
+            tracing::info!(
+                address = %self.address,
+                authority = %self.authority,
+                "EPP replica connected again, no longer taken for stalled"
+            );
         }
     }
 

@@ -51,15 +51,20 @@ pub(super) async fn send_immediate(
     request.record.immediate(reply);
     let mut headers = http::HeaderMap::new();
     mutation::apply(&reply.headers, &mut headers);
-    if !reply.body.is_empty() {
+    // 205 has no content (RFC 9110 §15.3.6).
+    let body = if reply.status == StatusCode::RESET_CONTENT { Bytes::new() } else { reply.body.clone() };
+    if !body.is_empty() {
         headers.entry(http::header::CONTENT_TYPE).or_insert(HeaderValue::from_static("text/plain"));
     }
     let manner = Manner::of(&request.parts.headers, &worker.shared.config).at(request.parts.uri.path());
     manner.mark(&mut headers);
-    let mut sent = Reply { status: reply.status, headers, body: reply.body.clone() };
+    let mut sent = Reply { status: reply.status, headers, body };
     if manner.grpc {
         let message = String::from_utf8_lossy(&reply.body).into_owned();
         sent = sent.grpc(&message);
+        if let Some(code) = reply.grpc_status {
+            sent.headers.insert("grpc-status", HeaderValue::from(code));
+        }
     }
     client.reply(&request.parts.method, &sent, keep_alive).await.map_err(|_| Error::ClientGone)?;
     request.record.status(reply.status, reason);

@@ -2,7 +2,10 @@
 
 use penstock_agent::config::{AppProtocol, FailureMode, PathPattern, Pool, Route, SteeringMode};
 use penstock_proto::{
-    ext_proc::{ProcessingRequest, external_processor_client::ExternalProcessorClient, processing_request},
+    ext_proc::{
+        GrpcStatus, ProcessingRequest, external_processor_client::ExternalProcessorClient, processing_request,
+        processing_response::Response as Reply,
+    },
     health::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient},
 };
 use penstock_tests::{
@@ -149,6 +152,24 @@ async fn immediate_reply_becomes_grpc_status() {
     let response = scene.request(&call("/test.Model/Unary", b"x")).await;
     assert_failed(&response, Code::Unavailable, "later");
     assert_eq!(response.header("x-why"), Some("queue full"));
+}
+
+#[tokio::test]
+async fn immediate_reply_may_name_its_grpc_status() {
+    let refusing = |_: &[_]| {
+        Answering::new(|_| {
+            let mut message = reply::immediate(429, &[], "over quota");
+            if let Some(Reply::ImmediateResponse(immediate)) = &mut message.response {
+                immediate.grpc_status = Some(GrpcStatus { status: Code::ResourceExhausted as u32 });
+            }
+            vec![message]
+        })
+    };
+    let scene = Scene::with(Front::Http2, Back::Http2, refusing, |_| {}).await;
+    assert_failed(&scene.request(&call("/test.Model/Unary", b"x")).await, Code::ResourceExhausted, "over quota");
+    // Clients without gRPC get the HTTP status.
+    let mut client = scene.client().await;
+    assert_eq!(client.request(&Request::post("/test.Model/Unary", "x")).await.unwrap().status(), 429);
 }
 
 /// An agent in front of a picker as its endpoint: a gRPC server based on tonic.

@@ -44,8 +44,8 @@ fn large_field(picked: &str) -> Vec<ProcessingResponse> {
 
 /// Replies with nothing in them.
 fn many_messages(picked: &str) -> Vec<ProcessingResponse> {
-    let empty = ProcessingResponse::default;
-    (0..6000).map(|_| empty()).chain([reply::pick(picked, &[])]).collect()
+    let changes_nothing = |_| reply::response_trailers();
+    (0..6000).map(changes_nothing).chain([reply::pick(picked, &[])]).collect()
 }
 
 fn large_metadata(picked: &str) -> Vec<ProcessingResponse> {

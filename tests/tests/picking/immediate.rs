@@ -119,3 +119,15 @@ async fn eviction_after_dispatch_reaches_client_as_response() {
     assert_eq!((response.status(), response.text().as_str()), (429, "request evicted by flow control"));
     eventually(SOON, || stage.one.connections_open() == 0).await;
 }
+
+/// RFC 9110 §15.3.6. The connection stays in step.
+#[tokio::test]
+async fn immediate_reply_205_has_no_content() {
+    let mut stage = Stage::new(|_| Answering::new(|_| vec![reply::immediate(205, &[("x-why", "reset")], "no")])).await;
+    for _ in 0..2 {
+        let response = stage.request(&echo(json("m", 1000))).await;
+        assert_eq!((response.status(), response.text().as_str()), (205, ""));
+        assert_eq!((response.header("content-length"), response.header("content-type")), (Some("0"), None));
+        assert_eq!(response.header("x-why"), Some("reset"));
+    }
+}

@@ -3,7 +3,9 @@
 use bytes::Bytes;
 use penstock_proto::{
     core::{HeaderValue, HeaderValueOption, header_value_option::HeaderAppendAction},
-    ext_proc::{HeaderMutation, HttpHeaders},
+    ext_proc::{
+        BodyResponse, CommonResponse, HeaderMutation, HttpHeaders, ProcessingResponse, processing_response::Response,
+    },
 };
 use penstock_tests::{
     Plan, Stage,
@@ -252,4 +254,27 @@ async fn picker_changes_to_response_framing_are_ignored() {
         }
         assert_eq!(stage.agent.count("penstock_endpoint_connections_total", &[r#"result="new""#]), 1);
     }
+}
+
+/// E4: replies are applied one after the other; within one, removals come first.
+#[tokio::test]
+async fn field_that_a_later_reply_removes_is_not_sent() {
+    let mut stage = Stage::new(|all| {
+        let picked = all[0].to_string();
+        Answering::new(move |_| {
+            let common = CommonResponse {
+                header_mutation: Some(HeaderMutation {
+                    remove_headers: vec!["x-tmp".to_owned(), "x-late".to_owned()],
+                    ..reply::mutation(&[("x-late", "2")])
+                }),
+                ..CommonResponse::default()
+            };
+            let removal = Response::RequestBody(BodyResponse { response: Some(common) });
+            let removal = ProcessingResponse { response: Some(removal), ..ProcessingResponse::default() };
+            vec![reply::pick(&picked, &[("x-tmp", "1"), ("x-late", "1"), ("x-kept", "1")]), removal]
+        })
+    })
+    .await;
+    let seen = stage.request(&echo(json("m", 100)).header("x-tmp", "client")).await.echoed();
+    assert_eq!((seen.header("x-tmp"), seen.header("x-late"), seen.header("x-kept")), (None, Some("2"), Some("1")));
 }

@@ -170,6 +170,25 @@ async fn stalled_picker_is_not_awaited() {
     }
 }
 
+/// A restarted picker is asked at once, and not only after it has decided a probe.
+#[tokio::test]
+async fn stalled_picker_that_restarts_is_asked() {
+    let mut scene = scene(FailureMode::Closed, false).await;
+    scene.stuck.store(true, Relaxed);
+    assert_eq!(scene.stage.request(&echo(json("m", 100))).await.status(), 503);
+    assert_eq!(scene.stage.agent.count("penstock_epp_stalls_total", &[]), 1);
+    scene.stage.epp.stop();
+    let is = |scene: &Scene, state: &str| {
+        scene.stage.agent.count("penstock_epp_replicas", &[&format!("state=\"{state}\"")]) == 1
+    };
+    eventually(SOON, || is(&scene, "unreachable")).await;
+    scene.stuck.store(false, Relaxed);
+    scene.stage.epp.restart().await.unwrap();
+    eventually(SOON, || is(&scene, "serving")).await;
+    let response = scene.client().await.request(&echo(json("m", 100))).await.unwrap();
+    assert_eq!((response.status(), scene.failures("stalled")), (200, 0));
+}
+
 /// What the background keeps of a request counts after the request has ended; where there is no room, another request is put to
 /// the replica.
 #[tokio::test]

@@ -63,7 +63,7 @@ impl Call {
     }
 
     pub(super) async fn send(&self, response: Response) {
-        self.reply(Ok(ProcessingResponse { response: Some(response), dynamic_metadata: None })).await;
+        self.reply(Ok(ProcessingResponse { response: Some(response), ..Default::default() })).await;
     }
 
     pub(super) async fn reply(&self, reply: Reply) {
@@ -82,7 +82,7 @@ impl Call {
         let pick = one(crate::picker::message::DESTINATION, Kind::StringValue(list.to_owned()));
         let response = Some(Response::RequestHeaders(HeadersResponse::default()));
         let dynamic_metadata = Some(one("envoy.lb", Kind::StructValue(pick)));
-        self.reply(Ok(ProcessingResponse { response, dynamic_metadata })).await;
+        self.reply(Ok(ProcessingResponse { response, dynamic_metadata, ..Default::default() })).await;
     }
 
     pub(super) async fn keep_piece(&self) {

@@ -69,7 +69,7 @@ impl Frames {
         head.extend_from_slice(b"application/grpc");
         self.send(HEADERS, END_HEADERS, stream, &head).await;
         let response = Some(Response::RequestHeaders(epp::head(&[(message::DESTINATION, A)])));
-        let message = ProcessingResponse { response, dynamic_metadata: None }.encode_to_vec();
+        let message = ProcessingResponse { response, ..Default::default() }.encode_to_vec();
         let mut data = BytesMut::new();
         data.put_u8(0);
         data.put_u32(message.len() as u32);

@@ -28,7 +28,7 @@ enum Step {
 use Step::*;
 
 fn reply(response: Response) -> Step {
-    Reply(Box::new(ProcessingResponse { response: Some(response), dynamic_metadata: None }))
+    Reply(Box::new(ProcessingResponse { response: Some(response), ..Default::default() }))
 }
 
 fn option(name: &str, value: &str) -> HeaderValueOption {
@@ -84,6 +84,16 @@ fn kept() -> Step {
 fn immediate(code: i32) -> Step {
     let status = Some(HttpStatus { code });
     reply(Response::ImmediateResponse(ImmediateResponse { status, body: "no".into(), ..Default::default() }))
+}
+
+/// Field 11 of ProcessingResponse, which holds a message.
+fn unknown() -> Step {
+    Reply(Box::new(ProcessingResponse::decode(&[0x5a, 0][..]).unwrap()))
+}
+
+fn more_time() -> Step {
+    let override_message_timeout = Some(prost_types::Duration { seconds: 1, nanos: 0 });
+    Reply(Box::new(ProcessingResponse { override_message_timeout, ..Default::default() }))
 }
 
 fn trailers() -> Step {
@@ -204,6 +214,10 @@ fn replies_in_any_order_lead_to_one_outcome() {
         ("eviction", vec![End, head(A), kept(), immediate(429)], &["10.0.0.1:1 original", "immediate 429"], 4),
         ("without a status", vec![immediate(0)], &["immediate 500"], 1),
         ("with an interim status", vec![immediate(103)], &["immediate 500"], 1),
+        // Replies of an unknown kind.
+        ("of an unknown kind", vec![Piece, unknown(), End, head(A)], &["error unknown_reply"], 2),
+        ("of an unknown kind after the decision", vec![End, head(A), kept(), unknown()], &["10.0.0.1:1 original"], 3),
+        ("more time", vec![End, more_time(), head(A), kept()], &["10.0.0.1:1 original"], 4),
         // Clean close.
         ("before anything", vec![Piece, Closed], &["error closed_without_pick"], 2),
         ("after empty replies", vec![End, kept(), Closed], &["error closed_without_pick"], 3),
@@ -302,15 +316,50 @@ fn mutations_of_head_and_body_replies_are_joined_without_the_pick() {
     exchange.request_body(Bytes::new(), true);
     exchange.receive(ProcessingResponse {
         response: Some(Response::RequestHeaders(HeadersResponse { response: common(first) })),
-        dynamic_metadata: None,
+        ..Default::default()
     });
     exchange.receive(ProcessingResponse {
         response: Some(Response::RequestBody(BodyResponse { response: common(second) })),
-        dynamic_metadata: None,
+        ..Default::default()
     });
     let Some(Ok(Event::Outcome(Outcome::Picked(decision)))) = exchange.next_event() else { panic!("no decision") };
     assert_eq!(decision.mutation.set_headers, [option("traceparent", "t"), option("x-model", "m")]);
     assert_eq!(decision.mutation.remove_headers, ["x-token"]);
+}
+
+/// What a reply removes is gone, even if an earlier reply set it.
+#[test]
+fn mutations_are_applied_in_the_order_of_the_replies() {
+    let mut exchange = exchange(true, None);
+    let removes = |names: &[&str], set: &[(&str, &str)]| {
+        let mut mutation = mutation(set).unwrap();
+        mutation.remove_headers = names.iter().map(ToString::to_string).collect();
+        Some(CommonResponse { header_mutation: Some(mutation), ..Default::default() })
+    };
+    let head = removes(&["x-id"], &[(message::DESTINATION, A), ("x-tmp", "1"), ("x-id", "new"), ("x-kept", "1")]);
+    let body = removes(&["X-Tmp", "x-later"], &[("x-later", "2")]);
+    exchange.request_body(Bytes::new(), true);
+    step(&mut exchange, reply(Response::RequestHeaders(HeadersResponse { response: head })));
+    step(&mut exchange, reply(Response::RequestBody(BodyResponse { response: body })));
+    let Some(Ok(Event::Outcome(Outcome::Picked(decision)))) = exchange.next_event() else { panic!("no decision") };
+    let mut headers = request().headers;
+    headers.insert("x-tmp", http::HeaderValue::from_static("client's"));
+    assert_eq!(mutation::apply(&decision.mutation, &mut headers), 0);
+    assert_eq!((headers.get("x-tmp"), headers["x-id"].as_bytes()), (None, &b"new"[..]));
+    assert_eq!((headers["x-kept"].as_bytes(), headers["x-later"].as_bytes()), (&b"1"[..], &b"2"[..]));
+}
+
+#[test]
+fn grpc_status_of_an_immediate_reply_is_kept_if_grpc_defines_it() {
+    for (given, kept) in [(None, None), (Some(0), Some(0)), (Some(8), Some(8)), (Some(17), None), (Some(65_544), None)]
+    {
+        let mut exchange = exchange(true, None);
+        let grpc_status = given.map(|status| penstock_proto::ext_proc::GrpcStatus { status });
+        let message = ImmediateResponse { grpc_status, ..Default::default() };
+        step(&mut exchange, reply(Response::ImmediateResponse(message)));
+        let Some(Ok(Event::Outcome(Outcome::Immediate(reply)))) = exchange.next_event() else { panic!("no reply") };
+        assert_eq!(reply.grpc_status, kept, "{given:?}");
+    }
 }
 
 #[test]

@@ -108,3 +108,21 @@ fn invalid_settings_are_rejected() {
     let tls = config::EppTls::Ca("no/such/file".into());
     assert!(Replicas::new(&Epp { tls, ..Epp::new("epp:9002") }).is_err());
 }
+
+/// A new process has no history.
+#[test]
+fn replica_that_is_reached_again_is_not_stalled() {
+    let replicas = replicas(&["10.0.0.1:1"]);
+    let replica = Arc::clone(&replicas.snapshot().replicas[0]);
+    assert!(replica.stall());
+    replica.reached();
+    assert!(replica.is_stalled(), "another connection to the same process");
+    assert!(replica.begin_probe());
+    replica.unreachable(&Arc::new(io::ErrorKind::ConnectionRefused.into()));
+    assert!(replica.is_stalled());
+    replica.reached();
+    assert!(!replica.is_stalled() && !replica.begin_probe());
+    assert!(replica.stall() && !replica.begin_probe(), "the first probe is in progress");
+    replica.probe_ended();
+    assert!(replica.begin_probe());
+}
