@@ -1,4 +1,4 @@
-//! Asks an EPP: one `EppClient` per worker and EPP, with a connection to each replica in use, and one `PickStream` per request.
+//! Asks an EPP: one `EppClient` per worker and EPP, with a connections to each replica in use, and one `PickStream` per request.
 //!
 //! A stream takes the request's head and body and returns the EPP's outcome; later it sends the response's head and end. It has no
 //! task and no deadline of its own. Sending never waits for the EPP's headers, which may come only with its first message. After
@@ -6,7 +6,10 @@
 
 use std::{
     net::SocketAddr,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     task::{Context, Poll, Waker, ready},
     time::{Duration, Instant},
 };
@@ -35,7 +38,7 @@ use crate::{endpoint::set::Snapshot, tee::Rest};
 
 use super::{
     attempts::Attempts,
-    connection::{Connection, Http2, Loss},
+    connection::{Connection, Http2, Loss, Stream},
     error::PickError,
     exchange::{Event, Exchange, ExchangeLimits, ImmediateReply, Outcome},
     keep::{self, Start},
@@ -79,7 +82,7 @@ struct Known {
     replicas: Arc<[Arc<Replica>]>,
 }
 
-/// A worker's connection to one replica. Clones share it.
+/// A worker's connections to one replica. Clones share it.
 #[derive(Clone)]
 struct Link {
     replica: Arc<Replica>,
@@ -147,7 +150,8 @@ impl EppClient {
         let (out, messages) = mpsc::channel(QUEUE);
         let mut request_stream = tonic::Request::new(ReceiverStream::new(messages));
         let cancel = CancelOnDrop(Some(request_stream.cancellation_handle()));
-        let call = call(link.connection, request_stream, limits.replaced_body + MESSAGE);
+        let sent = Arc::<AtomicBool>::default();
+        let call = call(link.connection, request_stream, limits.replaced_body + MESSAGE, Arc::clone(&sent));
         let header = self.replicas.settings.header.clone();
         let mut exchange = Exchange::new(header, request, has_body, subset, limits);
         if let Some(members) = members {
@@ -159,6 +163,7 @@ impl EppClient {
             out: Some(PollSender::new(out)),
             incoming: Incoming::Opening(call.boxed()),
             failed: false,
+            sent,
             silence: Waiting::new(&link.silence),
             replica: link.replica,
             endings: self.endings.clone(),
@@ -198,13 +203,15 @@ async fn call(
     connection: Connection,
     request: tonic::Request<ReceiverStream<ProcessingRequest>>,
     message_limit: usize,
-) -> Result<(Streaming<ProcessingResponse>, Http2), PickError> {
-    let http2 = connection.get().await.map_err(PickError::Connect)?;
-    let client = ExternalProcessorClient::with_origin(http2.clone(), connection.origin());
+    sent: Arc<AtomicBool>,
+) -> Result<(Streaming<ProcessingResponse>, Stream), PickError> {
+    let stream = connection.stream().await.map_err(PickError::Connect)?;
+    sent.store(!stream.is_queued, Relaxed);
+    let client = ExternalProcessorClient::with_origin(stream.http2.clone(), connection.origin());
     let mut client = client.max_decoding_message_size(message_limit);
     match client.process(request).await {
-        Ok(response) => Ok((response.into_inner(), http2)),
-        Err(status) => Err(failure(&status, &http2, false)),
+        Ok(response) => Ok((response.into_inner(), stream)),
+        Err(status) => Err(failure(&status, &stream.http2, false)),
     }
 }
 
@@ -249,6 +256,8 @@ pub struct PickStream {
     incoming: Incoming,
     /// Whether the stream was lost, or ended with an error.
     failed: bool,
+    /// Whether the request has left for the server.
+    sent: Arc<AtomicBool>,
     silence: Waiting,
     replica: Arc<Replica>,
     endings: TaskTracker,
@@ -256,8 +265,8 @@ pub struct PickStream {
 
 /// The EPP's side of the stream.
 enum Incoming {
-    Opening(BoxFuture<'static, Result<(Streaming<ProcessingResponse>, Http2), PickError>>),
-    Open(Box<Streaming<ProcessingResponse>>, Http2),
+    Opening(BoxFuture<'static, Result<(Streaming<ProcessingResponse>, Stream), PickError>>),
+    Open(Box<Streaming<ProcessingResponse>>, Stream),
     Over,
 }
 
@@ -265,6 +274,11 @@ impl PickStream {
     /// The authority of the EPP that is asked, `host:port` as configured.
     pub fn authority(&self) -> &str {
         self.replica.authority.as_str()
+    }
+
+    /// Whether the request was sent to the EPP, and not queued for a connection or for the end of another stream.
+    pub fn was_sent(&self) -> bool {
+        self.sent.load(Relaxed)
     }
 
     /// Collects the dynamic metadata of the EPP's replies.
@@ -522,16 +536,16 @@ impl PickStream {
     fn poll_incoming(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         match &mut self.incoming {
             Incoming::Opening(call) => match ready!(call.poll_unpin(cx)) {
-                Ok((replies, http2)) => self.incoming = Incoming::Open(Box::new(replies), http2),
+                Ok((replies, stream)) => self.incoming = Incoming::Open(Box::new(replies), stream),
                 Err(error) => {
                     self.failed = true;
                     self.over(|exchange| exchange.failed(error));
                 }
             },
-            Incoming::Open(replies, http2) => match ready!(replies.poll_next_unpin(cx)) {
+            Incoming::Open(replies, stream) => match ready!(replies.poll_next_unpin(cx)) {
                 Some(Ok(reply)) => self.exchange.receive(reply),
                 Some(Err(status)) => {
-                    let error = failure(&status, http2, self.exchange.answered());
+                    let error = failure(&status, &stream.http2, self.exchange.answered());
                     self.failed = true;
                     self.over(|exchange| exchange.failed(error));
                 }

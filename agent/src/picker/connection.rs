@@ -1,4 +1,5 @@
-//! The HTTP/2 connection to an EPP replica, shared by all requests of a worker and opened on demand. `get` returns the open
+//! The HTTP/2 connections to an EPP replica, shared by all requests of a worker and opened on demand: one, and more while those that
+//! are open have as many streams as the server takes, since a stream lasts as long as its response. `get` returns an open
 //! connection or the result of the running attempt: all requests that wait for it fail together. While the replica is
 //! unreachable, `get` fails at once: `reach` connects again for all.
 //! A connection that failed a stream, or whose server sent GOAWAY, is not used for new streams; its open streams finish.
@@ -10,24 +11,31 @@ use std::{
     net::SocketAddr,
     pin::Pin,
     sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
+        Arc, Weak,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     task::{Context, Poll},
+    time::Duration,
 };
 
 use futures_util::future::{BoxFuture, FutureExt, Shared};
 use hyper::{body::Incoming, client::conn::http2};
 use parking_lot::Mutex;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tonic::body::Body;
 
 use super::{
-    handshake,
+    handshake::{self, Opened},
     replica::{Replica, Replicas},
 };
 
-/// A shared connection to one replica. Clones share it.
+/// Most connections of a worker to one replica. Beyond that, streams are queued.
+pub(super) const MAX_CONNECTIONS: usize = 64;
+/// How long a connection that is not the only one may be idle.
+const IDLE: Duration = Duration::from_secs(60);
+
+/// The shared connections to one replica. Clones share them.
 #[derive(Clone)]
 pub struct Connection(Arc<Inner>);
 
@@ -40,7 +48,17 @@ struct Inner {
     is_asked: bool,
     /// Whether requests are sent over this connection.
     carries_requests: bool,
-    current: Mutex<Option<Attempt>>,
+    open: Mutex<Open>,
+}
+
+#[derive(Default)]
+struct Open {
+    /// Streams go to the first one with room, so that the others become idle.
+    connections: Vec<Http2>,
+    /// The connection that is being made.
+    dialling: Option<Attempt>,
+    /// Whether a connection was lost since the first one was made.
+    lost: bool,
 }
 
 type Attempt = Shared<BoxFuture<'static, Result<Http2, Arc<io::Error>>>>;
@@ -69,7 +87,7 @@ impl Connection {
         [is_asked, carries_requests]: [bool; 2],
     ) -> Self {
         let (replicas, replica) = (Arc::clone(replicas), Arc::clone(replica));
-        Self(Arc::new(Inner { replicas, replica, address, tls, is_asked, carries_requests, current: Mutex::new(None) }))
+        Self(Arc::new(Inner { replicas, replica, address, tls, is_asked, carries_requests, open: Mutex::default() }))
     }
 
     /// The URI under which streams are opened.
@@ -83,36 +101,73 @@ impl Connection {
         http::Uri::from_parts(parts).unwrap_or_default()
     }
 
-    /// Returns the open connection or connects, unless the replica is known to be unreachable. Cancel-safe: an attempt continues
-    /// in the background.
+    /// Returns an open connection or connects, unless the replica is known to be unreachable. Cancel-safe: an attempt continues in
+    /// the background.
     pub async fn get(&self) -> Result<Http2, Arc<io::Error>> {
         let attempt = {
-            let mut current = self.0.current.lock();
-            let usable = current.as_ref().filter(|attempt| match attempt.peek() {
-                None => true,
-                Some(Ok(http2)) => http2.is_usable(),
-                Some(Err(_)) => false,
-            });
-            match usable {
-                Some(attempt) => attempt.clone(),
-                None => match self.0.unreachable() {
-                    Some(error) => return Err(error),
-                    None => {
-                        let lost = current.as_ref().is_some_and(|attempt| matches!(attempt.peek(), Some(Ok(_))));
-                        current.insert(self.attempt(lost)).clone()
-                    }
-                },
+            let mut open = self.0.open.lock();
+            open.prune();
+            match open.connections.first() {
+                Some(http2) => return Ok(http2.clone()),
+                None => self.dial(&mut open)?,
             }
         };
         attempt.await
     }
 
-    /// `lost`: there was a connection before.
-    fn attempt(&self, lost: bool) -> Attempt {
+    /// As [`get`](Self::get), for one stream. If the open connections have as many streams as the server takes, makes another one,
+    /// up to a bound; if that is reached or the attempt fails, the stream is queued.
+    pub async fn stream(&self) -> Result<Stream, Arc<io::Error>> {
+        loop {
+            let attempt = {
+                let mut open = self.0.open.lock();
+                open.prune();
+                match open.stream() {
+                    Some(stream) => return Ok(stream),
+                    None => self.dial(&mut open)?,
+                }
+            };
+            match attempt.await {
+                // The stream fails as others on the connection do.
+                Ok(http2) if !http2.is_usable() => return Ok(Stream::queued(http2)),
+                Ok(http2) => {
+                    if let Some(stream) = Stream::begin(&http2) {
+                        return Ok(stream);
+                    }
+                }
+                Err(error) => return self.0.open.lock().least_loaded().ok_or(error),
+            }
+        }
+    }
+
+    /// The attempt in progress, or a new one.
+    fn dial(&self, open: &mut Open) -> Result<Attempt, Arc<io::Error>> {
+        if let Some(dialling) = open.dialling.as_ref().filter(|dialling| dialling.peek().is_none()) {
+            return Ok(dialling.clone());
+        }
+        let is_first = open.connections.is_empty();
+        if is_first && let Some(error) = self.0.unreachable() {
+            return Err(error);
+        }
+        Ok(open.dialling.insert(self.attempt(is_first)).clone())
+    }
+
+    /// Only the first of several connections tells whether the replica is reachable.
+    fn attempt(&self, is_first: bool) -> Attempt {
         let inner = Arc::clone(&self.0);
         let connect = tokio::spawn(async move {
             let connected = inner.connect().await.map_err(Arc::new);
-            if inner.is_asked {
+            let mut open = inner.open.lock();
+            open.dialling = None;
+            if let Ok(http2) = &connected {
+                open.connections.push(http2.clone());
+                if !is_first {
+                    tokio::spawn(close_idle(Arc::downgrade(&inner), http2.clone().load, http2.retired.clone()));
+                }
+            }
+            let lost = is_first && std::mem::take(&mut open.lost);
+            drop(open);
+            if is_first && inner.is_asked {
                 match &connected {
                     Ok(_) => {
                         inner.replica.reached();
@@ -127,6 +182,41 @@ impl Connection {
             connected
         });
         async move { connect.await.unwrap_or_else(|error| Err(Arc::new(io::Error::other(error)))) }.boxed().shared()
+    }
+}
+
+impl Open {
+    /// Removes connections that take no more streams.
+    fn prune(&mut self) {
+        let before = self.connections.len();
+        self.connections.retain(Http2::is_usable);
+        self.lost |= self.connections.len() < before;
+    }
+
+    /// A stream on a connection with room, or a queued one if there may be no more connections.
+    fn stream(&self) -> Option<Stream> {
+        let free = self.connections.iter().find_map(Stream::begin);
+        free.or_else(|| self.least_loaded().filter(|_| self.connections.len() >= MAX_CONNECTIONS))
+    }
+
+    fn least_loaded(&self) -> Option<Stream> {
+        let least = self.connections.iter().min_by_key(|http2| http2.load.streams.load(Ordering::Relaxed));
+        least.cloned().map(Stream::queued)
+    }
+}
+
+/// Closes a connection that is not the only one after it was idle for [`IDLE`].
+async fn close_idle(inner: Weak<Inner>, load: Arc<Load>, retired: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = retired.cancelled() => return,
+            () = sleep(IDLE) => {}
+        }
+        let Some(inner) = inner.upgrade() else { return };
+        let mut open = inner.open.lock();
+        if open.connections.len() > 1 && load.is_idle() {
+            return open.connections.retain(|http2| !Arc::ptr_eq(&http2.load, &load));
+        }
     }
 }
 
@@ -168,8 +258,9 @@ pub(super) async fn connect(
         end.cancel();
     };
     let connect = handshake::connect(address, tls, ended);
-    let send = tokio::time::timeout(replicas.settings.connect_timeout, connect).await.unwrap_or(Err(timeout))?;
-    Ok(Http2 { send, retired, went_away })
+    let Opened { send, limit } =
+        tokio::time::timeout(replicas.settings.connect_timeout, connect).await.unwrap_or(Err(timeout))?;
+    Ok(Http2 { send, retired, went_away, load: Arc::new(Load::new(limit)) })
 }
 
 /// An open connection. Clones share it.
@@ -180,6 +271,54 @@ pub struct Http2 {
     retired: CancellationToken,
     /// Whether the connection ended by GOAWAY.
     went_away: Arc<AtomicBool>,
+    load: Arc<Load>,
+}
+
+/// The streams of one connection.
+struct Load {
+    streams: AtomicUsize,
+    /// The server's limit.
+    limit: Arc<AtomicUsize>,
+    idle_since: Mutex<Instant>,
+}
+
+impl Load {
+    fn new(limit: Arc<AtomicUsize>) -> Self {
+        Self { streams: AtomicUsize::new(0), limit, idle_since: Mutex::new(Instant::now()) }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.streams.load(Ordering::Relaxed) == 0 && self.idle_since.lock().elapsed() >= IDLE
+    }
+}
+
+/// One stream of a connection. Dropping it frees the stream.
+pub struct Stream {
+    pub http2: Http2,
+    /// Whether the connection had as many streams as the server takes. Then this one may not have been sent.
+    pub is_queued: bool,
+}
+
+impl Stream {
+    /// Returns `None` if the connection has as many streams as the server takes.
+    fn begin(http2: &Http2) -> Option<Self> {
+        let most = http2.load.limit.load(Ordering::Relaxed);
+        let more = |streams| (streams < most).then_some(streams + 1);
+        http2.load.streams.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
+        Some(Self { http2: http2.clone(), is_queued: false })
+    }
+
+    fn queued(http2: Http2) -> Self {
+        http2.load.streams.fetch_add(1, Ordering::Relaxed);
+        Self { http2, is_queued: true }
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        *self.http2.load.idle_since.lock() = Instant::now();
+        self.http2.load.streams.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Http2 {

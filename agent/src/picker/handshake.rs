@@ -1,7 +1,19 @@
 //! Connects to a gRPC server: TCP, TLS if set, and HTTP/2 up to the server's SETTINGS. A server that accepts connections without
 //! serving them is found here and not by requests. If the server speaks another protocol, the error says which setting is wrong.
 
-use std::{error::Error, io, net::SocketAddr, pin::Pin, task::Poll, time::Duration};
+use std::{
+    error::Error,
+    future::poll_fn,
+    io,
+    net::SocketAddr,
+    pin::{Pin, pin},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::Poll,
+    time::Duration,
+};
 
 use hyper::client::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -77,13 +89,20 @@ impl Mismatch {
     }
 }
 
+/// An open connection.
+pub struct Opened {
+    pub send: http2::SendRequest<Body>,
+    /// The server's limit of concurrent streams.
+    pub limit: Arc<AtomicUsize>,
+}
+
 /// Connects to a server, with TLS if `tls` has the connector and the server's name. Must be called on a tokio runtime, which
 /// drives the connection. `ended` is called at the end of the connection, with whether it ended without an error.
 pub async fn connect(
     address: SocketAddr,
     tls: Option<(TlsConnector, ServerName<'static>)>,
     ended: impl FnOnce(bool) + Send + 'static,
-) -> io::Result<http2::SendRequest<Body>> {
+) -> io::Result<Opened> {
     let tcp = TcpStream::connect(address).await?;
     tcp.set_nodelay(true)?;
     let socket = socket2::SockRef::from(&tcp);
@@ -113,7 +132,7 @@ pub async fn answers_tls(address: SocketAddr, connector: TlsConnector, name: Ser
 async fn open(
     io: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     ended: impl FnOnce(bool) + Send + 'static,
-) -> io::Result<http2::SendRequest<Body>> {
+) -> io::Result<Opened> {
     let (io, first) = Sniffed::new(io);
     let (send, connection) = http2::Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
@@ -124,15 +143,24 @@ async fn open(
         .handshake(TokioIo::new(io))
         .await
         .map_err(with_kind)?;
+    let limit = Arc::new(AtomicUsize::new(connection.current_max_send_streams()));
+    let current = Arc::clone(&limit);
     tokio::spawn(async move {
-        let result = connection.await;
+        let mut connection = pin!(connection);
+        let result = poll_fn(|cx| {
+            let ended = connection.as_mut().poll(cx);
+            // The server's settings may have come.
+            current.store(connection.current_max_send_streams(), Ordering::Relaxed);
+            ended
+        });
+        let result = result.await;
         if let Err(error) = &result {
             tracing::debug!(?error, "connection to the EPP ended");
         }
         ended(result.is_ok());
     });
     match first.await {
-        Ok(Ok(first)) if is_settings(&first) => Ok(send),
+        Ok(Ok(first)) if is_settings(&first) => Ok(Opened { send, limit }),
         Ok(Ok(first)) if first.is_empty() => Err(Mismatch::Closed.error()),
         Ok(Ok(first)) if is_tls(&first) => Err(Mismatch::Tls.error()),
         Ok(Ok(first)) if first.starts_with(b"HTTP/") => Err(Mismatch::Http1.error()),

@@ -1,15 +1,22 @@
 //! A thousand and more concurrent requests with a slow picker, on one worker.
 
-use std::time::{Duration, Instant};
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
 use futures_util::future::join_all;
 use penstock_agent::config::{FailureMode, SteeringMode};
 use penstock_tests::{
-    Client, ModelServer, ScriptedEpp, Stage,
+    Client, ModelServer, Plan, ScriptedEpp, Stage,
     agent::{TestAgent, epp_pool},
-    scripted_epp::{Fault, Faulty, Gathering, Harm, Moment, Production, Setup},
+    eventually,
+    model_server::{Fault as ServerFault, FaultKind},
+    scripted_epp::{Fault, Faulty, Gathering, Harm, Moment, Production, Script, Setup},
     stage::{echo, json},
 };
+
+use crate::SOON;
 
 const THINKS: Duration = Duration::from_millis(50);
 const REQUESTS: u32 = 1000;
@@ -74,21 +81,54 @@ async fn more_than_1024_requests_are_picked_concurrently() {
     assert_eq!((stage.epp.streams_started(), stage.epp.connections_accepted()), (AT_ONCE, 1));
 }
 
-/// E15: requests above the picker's limit wait their turn on the one connection and do not fail.
+/// E15: requests above the picker's limit of streams do not fail.
 #[tokio::test]
-async fn picker_stream_limit_makes_requests_wait() {
+async fn picker_stream_limit_fails_no_request() {
     const LIMIT: usize = 10;
-    let endpoint = ModelServer::start(Default::default()).await.unwrap();
     // Answers no request before the limit is reached.
-    let script = Gathering::new(Production::new(&[endpoint.addr]), LIMIT);
-    let setup = Setup { max_streams: Some(LIMIT as u32), ..Setup::default() };
-    let epp = ScriptedEpp::start_with(setup, script).await.unwrap();
-    let pool = epp_pool(&[endpoint.addr], epp.addr, FailureMode::Closed);
-    let agent = TestAgent::start(pool, SteeringMode::Off, |config| config.listen.workers = 1);
+    let (_endpoint, epp, agent) = limited(LIMIT, |all| Gathering::new(Production::new(all), LIMIT)).await;
     let one = || async {
         let mut client = Client::connect(agent.addr).await.unwrap();
         client.request(&echo(json("m", 100))).await.unwrap().status()
     };
     assert_eq!(join_all((0..200).map(|_| one())).await, [200; 200]);
-    assert_eq!((epp.streams_started(), epp.connections_accepted()), (200, 1));
+    assert_eq!(epp.streams_started(), 200);
+    assert!(epp.connections_accepted() <= 20, "{}", epp.connections_accepted());
+}
+
+/// Each stream lasts as long as its response, so a request that waited for one could wait for minutes.
+#[tokio::test]
+async fn picker_at_its_stream_limit_gets_another_connection() {
+    const LIMIT: usize = 2;
+    let (endpoint, epp, agent) = limited(LIMIT, Production::new).await;
+    let stall = ServerFault { after: 5000, kind: FaultKind::Stall };
+    let plan = Plan { size: 10_000, fault: Some(stall), ..Plan::default() };
+    let mut clients = Vec::new();
+    for number in 1..=6 {
+        let mut client = Client::connect(agent.addr).await.unwrap();
+        client.send(&plan.request()).await.unwrap();
+        assert_eq!(client.head().await.unwrap().status, 200, "{number}");
+        clients.push(client);
+    }
+    assert_eq!((endpoint.requests(), epp.streams_open(), epp.connections_accepted()), (6, 6, 3));
+    // A stream that has ended leaves room on its connection.
+    clients.remove(0);
+    eventually(SOON, || epp.streams_open() == 5).await;
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    assert_eq!(client.request(&echo(json("m", 100))).await.unwrap().status(), 200);
+    assert_eq!(epp.connections_accepted(), 3);
+    assert_eq!(agent.count("penstock_epp_stalls_total", &[]), 0);
+}
+
+/// One worker with a picker that takes this many streams on a connection.
+async fn limited<S: Script>(
+    streams: usize,
+    script: impl FnOnce(&[SocketAddr]) -> S,
+) -> (ModelServer, ScriptedEpp, TestAgent) {
+    let endpoint = ModelServer::start(Default::default()).await.unwrap();
+    let setup = Setup { max_streams: Some(streams as u32), ..Setup::default() };
+    let epp = ScriptedEpp::start_with(setup, script(&[endpoint.addr])).await.unwrap();
+    let pool = epp_pool(&[endpoint.addr], epp.addr, FailureMode::Closed);
+    let agent = TestAgent::start(pool, SteeringMode::Off, |config| config.listen.workers = 1);
+    (endpoint, epp, agent)
 }

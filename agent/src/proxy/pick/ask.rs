@@ -122,7 +122,7 @@ impl Question<'_> {
                     return Asked::Answered(outcome, stream);
                 }
                 Err(Asked::Failed(PickError::Deadline)) => {
-                    return Asked::Failed(self.late(attempts.replica(), decisions));
+                    return Asked::Failed(self.late(attempts.replica(), decisions, stream.was_sent()));
                 }
                 Err(Asked::Failed(error)) => {
                     *lost += usize::from(matches!(error, PickError::Reset { .. }));
@@ -141,12 +141,13 @@ impl Question<'_> {
 
 impl Question<'_> {
     /// The error for a request that the replica did not decide in time: `Held` if the replica decided others since, and otherwise
-    /// `Deadline`, with the replica marked as stalled. `decisions` is the replica's count when the request was sent.
-    fn late(&self, replica: &Replica, decisions: u64) -> PickError {
+    /// `Deadline`, with the replica marked as stalled. A request that was not sent says nothing
+    /// about the replica. `decisions` is the replica's count when the stream was opened.
+    fn late(&self, replica: &Replica, decisions: u64, sent: bool) -> PickError {
         if replica.decisions() > decisions {
             return PickError::Held;
         }
-        if replica.stall() {
+        if sent && replica.stall() {
             self.metrics.epp_stalled();
             tracing::warn!(
                 address = %replica.address,
