@@ -96,6 +96,7 @@ async fn run(
         .filter(|wanted| allowed.iter().any(|allowed| wanted.as_bytes().eq_ignore_ascii_case(allowed.as_bytes())));
     let mut request = Request {
         parts: head.parts,
+        client_target: None,
         keep_alive: head.keep_alive,
         upgrade,
         pool: 0,
@@ -123,6 +124,7 @@ async fn run(
     let active = worker.shared.metrics.pool(request.pool).active_request();
     let result = pick_and_respond(worker, client, &mut request, &mut upload, lease).await;
     drop(active);
+    request.restore_target();
     client.set_unread(!upload.is_done());
     let after = match result {
         Ok(after) => {
@@ -161,9 +163,16 @@ async fn pick_and_respond(
     let asked = Instant::now();
     let outcome = deadline.limit(pick::pick(worker, client, request, upload, lease)).await;
     request.record.pick(worker, request.pool, asked, &outcome);
-    let picked = match outcome? {
-        PickOutcome::Forward(picked) => picked,
-        PickOutcome::Reply(reply) => {
+    let picked = match outcome {
+        Ok(PickOutcome::Forward(picked)) => picked,
+        // Evicted while the client still uploads.
+        Err(Error::Evicted(reply)) => {
+            worker.shared.metrics.pool(request.pool).evicted();
+            let keep_alive = request.keeps_alive(worker) && upload.is_done();
+            return send_immediate(worker, client, request, &reply, "evicted", keep_alive).await;
+        }
+        Err(error) => return Err(error),
+        Ok(PickOutcome::Reply(reply)) => {
             let keep_alive = request.keeps_alive(worker) && upload.is_done();
             return send_immediate(worker, client, request, &reply, "picker_reply", keep_alive).await;
         }

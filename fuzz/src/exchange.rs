@@ -169,7 +169,9 @@ fn check_messages(exchange: &mut Exchange, seen: &mut Seen, headers: &HeaderMap,
             Ok(Event::Excessive) => {}
             Ok(Event::ResponseBody(_)) => panic!("an answer that nobody wants"),
             Ok(Event::ResponseHead(mutation)) => {
-                mutation::apply(&mutation, &mut HeaderMap::new());
+                let mut status = StatusCode::OK;
+                mutation::apply_to_response(&mutation, &mut status, &mut HeaderMap::new());
+                assert!((200..600).contains(&status.as_u16()));
             }
         }
         assert!(seen.verdicts <= 1, "a second decision");
@@ -188,7 +190,7 @@ fn check_decision(decision: &Decision, headers: &HeaderMap, body: Option<&[u8]>)
 
     let (mut parts, ()) = Request::post("/v1/chat/completions").body(()).expect("a request").into_parts();
     parts.headers = headers.clone();
-    mutation::apply(mutation, &mut parts.headers);
+    mutation::apply_to_request(mutation, &mut parts);
     assert_eq!(parts.headers.get_all("host").iter().collect::<Vec<_>>(), [HeaderValue::from_static("a")]);
     let mut out = BytesMut::new();
     let endpoint = endpoints[0];

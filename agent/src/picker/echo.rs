@@ -11,7 +11,7 @@ use penstock_proto::{
 
 use super::{
     message::{self, DESTINATION},
-    mutation::{Field, action, classify},
+    mutation::{Field, action, classify, new_path},
 };
 use crate::http::headers::X_PENSTOCK_BODY_LENGTH;
 
@@ -42,6 +42,10 @@ fn is_echo(option: &HeaderValueOption, request: &request::Parts, length: Option<
         return true;
     }
     let value = message::value(field);
+    if let Some(path) = new_path(option, &request.uri) {
+        // An invalid one is not applied.
+        return path.is_err();
+    }
     match classify(&field.key) {
         Field::Header(name) => {
             let present = request.headers.get_all(&name).iter().any(|present| present == value);
@@ -96,6 +100,7 @@ mod tests {
             ("authorization", "Bearer alice"),
             ("Content-Length", "10"),
             (":path", "/v1/completions"),
+            (":path", "no path"),
             ("host", "h"),
             ("x-gateway-destination-endpoint", "10.0.0.1:8000"),
             ("x-gateway-destination-endpoint-subset", "10.0.0.1:8000"),
@@ -117,6 +122,7 @@ mod tests {
             ("x-a", "3"),
             ("content-length", "11"),
             ("x-request-id", "1"),
+            (":path", "/v1/completions?x=1"),
         ];
         for (key, value) in changes {
             assert!(changed(vec![set(key, value)], &[]), "{key}: {value}");

@@ -39,6 +39,7 @@ pub(super) async fn dispatch(
     // Ended before the second exchange begins, so that the EPP never counts the request twice.
     upload.during(client, picked.end()).await?;
     request.parts.headers = fields;
+    request.restore_target();
     let again = pick::pick_again(worker, client, request, upload, lease, &dead);
     let mut picked = match deadline.limit(again).await? {
         Some(PickOutcome::Forward(picked)) => picked,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use http::{HeaderValue, request};
+use http::{HeaderValue, Uri, request};
 use tokio::time::Instant;
 
 use super::record::Record;
@@ -44,6 +44,8 @@ impl Deadline {
 /// A request in progress, passed from phase to phase.
 pub(super) struct Request {
     pub(super) parts: request::Parts,
+    /// The client's target, while `parts` has the one for the endpoint.
+    pub(super) client_target: Option<Uri>,
     pub(super) keep_alive: bool,
     /// The protocol that the client wants to switch to.
     pub(super) upgrade: Option<HeaderValue>,
@@ -68,6 +70,13 @@ impl Request {
     pub(super) fn set_timeouts(&mut self, timeouts: RequestTimeouts) {
         self.timeouts = timeouts;
         self.deadline = Deadline::new(self.begun, timeouts.request);
+    }
+
+    /// Sets the client's target again.
+    pub(super) fn restore_target(&mut self) {
+        if let Some(target) = self.client_target.take() {
+            self.parts.uri = target;
+        }
     }
 
     /// Whether the connection stays open after a response whose head is written now.

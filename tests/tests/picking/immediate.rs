@@ -3,12 +3,18 @@
 use std::sync::Arc;
 
 use penstock_agent::config::FailureMode;
+use penstock_proto::ext_proc::{
+    BodyMutation, HttpHeaders, body_mutation::Mutation, common_response::ResponseStatus, processing_response::Response,
+};
 use penstock_tests::{
     BodyEnd, Plan, Stage,
     client::Pace,
     eventually,
     model_server::{Fault as ServerFault, FaultKind},
-    scripted_epp::{Answering, EvictAfter, Evicting, Fault, Faulty, Harm, Moment, Production, StreamEnd, reply},
+    scripted_epp::{
+        Answer, Answering, End, EvictAfter, Evicting, Exchange, Fault, Faulty, Harm, Moment, Production, Script,
+        StreamEnd, reply,
+    },
     stage::{echo, epp, json},
 };
 use tokio::sync::Notify;
@@ -130,4 +136,34 @@ async fn immediate_reply_205_has_no_content() {
         assert_eq!((response.header("content-length"), response.header("content-type")), (Some("0"), None));
         assert_eq!(response.header("x-why"), Some("reset"));
     }
+}
+
+/// Replaces the body and evicts the request while the client still uploads.
+struct Hasty(String);
+
+#[tonic::async_trait]
+impl Script for Hasty {
+    async fn request_headers(&self, exchange: &mut Exchange, _: &HttpHeaders) -> Answer {
+        let mut message = reply::pick(&self.0, &[]);
+        if let Some(Response::RequestHeaders(head)) = &mut message.response {
+            let common = head.response.get_or_insert_default();
+            common.set_status(ResponseStatus::ContinueAndReplace);
+            common.body_mutation = Some(BodyMutation { mutation: Some(Mutation::Body("whole".into())) });
+        }
+        exchange.send(message).await?;
+        exchange.send(reply::immediate(429, &[], "evicted")).await?;
+        Err(End::Close)
+    }
+}
+
+/// E6: not only after the upload.
+#[tokio::test]
+async fn eviction_after_an_early_decision_stops_upload() {
+    let mut stage = Stage::new(|all| Hasty(all[0].to_string())).await;
+    let wire = echo(json("m", 300_000)).wire("agent");
+    stage.client.send_raw(&wire[..150_000]).await.unwrap();
+    let response = stage.client.response().await.unwrap();
+    assert_eq!((response.status(), response.header("connection")), (429, Some("close")));
+    stage.client.until_end().await.unwrap();
+    assert_eq!((stage.requests(), stage.agent.metric("penstock_evictions_total", &[])), ((0, 0), 1.0));
 }

@@ -193,3 +193,19 @@ async fn lease_for_endpoint_outside_pool_is_kept() {
     assert_eq!([served(&mut stage).await, served(&mut stage).await], [home, home]);
     assert_eq!(stage.epp.streams_started(), 1);
 }
+
+/// A path is a change beyond the destination; the echo of the request's own is none.
+#[tokio::test]
+async fn changed_path_gives_no_lease() {
+    for (path, asked) in [("/test/echo?by=epp", 2), ("/test/echo", 1)] {
+        let script = |all: &[SocketAddr]| {
+            let picked = all[0].to_string();
+            Answering::new(move |_| vec![reply::pick(&picked, &[(":path", path)])])
+        };
+        let mut stage = Stage::with(script, lease(Duration::from_secs(60), 10)).await;
+        for _ in 0..2 {
+            assert_eq!(stage.request(&echo(json("m", 100))).await.echoed().target, path);
+        }
+        assert_eq!(stage.epp.streams_started(), asked, "{path}");
+    }
+}

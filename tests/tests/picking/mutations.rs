@@ -8,7 +8,7 @@ use penstock_proto::{
     },
 };
 use penstock_tests::{
-    Plan, Stage,
+    Plan, Request, Stage,
     client::Head,
     content::Fnv,
     model_server::{Echo, Framing},
@@ -54,12 +54,11 @@ async fn request_fields_are_set_appended_and_removed() {
     assert!(all(&seen, reply::DESTINATION).is_empty());
 }
 
-/// E4: the target is not changed either.
 #[tokio::test]
 async fn picker_changes_to_framing_and_host_are_ignored() {
     let mut stage = Stage::new(|all| {
         let picked = all[0].to_string();
-        let odd = [("content-length", "3"), ("transfer-encoding", "gzip"), ("host", "evil"), (":path", "/v1/evil")];
+        let odd = [("content-length", "3"), ("transfer-encoding", "gzip"), ("host", "evil"), (":authority", "evil")];
         Answering::new(move |_| vec![reply::pick(&picked, &odd)])
     })
     .await;
@@ -229,7 +228,7 @@ async fn picker_changes_to_response_framing_are_ignored() {
         ("keep-alive", "timeout=1"),
         ("trailer", "x-sum"),
         ("upgrade", "websocket"),
-        (":status", "500"),
+        (":status", "204"),
     ];
     let names: Vec<_> = fields.iter().map(|(name, _)| *name).collect();
     let each = |append, action| fields.iter().map(|(name, value)| set(name, value, append, action)).collect();
@@ -277,4 +276,31 @@ async fn field_that_a_later_reply_removes_is_not_sent() {
     .await;
     let seen = stage.request(&echo(json("m", 100)).header("x-tmp", "client")).await.echoed();
     assert_eq!((seen.header("x-tmp"), seen.header("x-late"), seen.header("x-kept")), (None, Some("2"), Some("1")));
+}
+
+/// E4: as with Envoy's default rules for mutations. The client's target stays in the log.
+#[tokio::test]
+async fn path_and_status_are_changed() {
+    let with = |set_headers: &[(&str, &str)], remove: &[&str]| HeaderMutation {
+        remove_headers: remove.iter().map(|name| (*name).to_owned()).collect(),
+        ..reply::mutation(set_headers)
+    };
+    for (path, target) in
+        [("/test/echo?by=epp", "/test/echo?by=epp"), ("no path", "/test/echo"), ("/a#b", "/test/echo")]
+    {
+        let mutation = with(&[(":path", path)], &[":path", ":method"]);
+        let mut stage = Stage::new(|all| Mutating { picked: all[0].to_string(), mutation }).await;
+        let response = stage.request(&Request::get("/test/echo")).await;
+        assert_eq!((response.status(), response.echoed().target.as_str()), (200, target));
+    }
+    for framing in [Framing::ContentLength, Framing::Chunked] {
+        let mutation = with(&[(":status", "503")], &[":status"]);
+        let mut stage = Stage::new(|all| Mutating { picked: all[0].to_string(), mutation }).await;
+        let plan = Plan { size: 50_000, framing, ..Plan::default() };
+        for _ in 0..2 {
+            let response = stage.request(&plan.request()).await;
+            plan.checker().feed(&response.body).unwrap();
+            assert_eq!((response.status(), response.body.len()), (503, 50_000));
+        }
+    }
 }

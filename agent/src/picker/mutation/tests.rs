@@ -1,7 +1,7 @@
 //! Tests of header mutations.
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use penstock_proto::{
     core::{self, HeaderValueOption, header_value_option::HeaderAppendAction},
     ext_proc::HeaderMutation,
@@ -9,7 +9,7 @@ use penstock_proto::{
 
 use prost::Message as _;
 
-use super::apply;
+use super::{apply, apply_to_request, apply_to_response};
 
 const APPEND: i32 = HeaderAppendAction::AppendIfExistsOrAdd as i32;
 const ABSENT: i32 = HeaderAppendAction::AddIfAbsent as i32;
@@ -109,4 +109,52 @@ fn value_is_raw_or_text_and_may_be_invalid_utf8() {
     assert_eq!(apply(&HeaderMutation { set_headers, remove_headers: vec![] }, &mut map), 1);
     assert_eq!((map["text"].as_bytes(), map["both"].as_bytes()), (&b"t"[..], &b"raw"[..]));
     assert_eq!(map["bytes"].as_bytes(), b"\xff\xfe");
+}
+
+#[test]
+fn path_is_set_if_it_is_a_path() {
+    const OWN: &str = "/v1/completions?x=1";
+    #[rustfmt::skip]
+    let rows: &[(&str, Option<bool>, i32, &str, usize)] = &[
+        ("/v1/other?y=%20", None, OVERWRITE, "/v1/other?y=%20", 0),
+        ("/v1/other", None, APPEND, "/v1/other", 0),
+        ("/v1/other", None, EXISTING, "/v1/other", 0),
+        ("/v1/other", None, ABSENT, OWN, 0),
+        ("/v1/other", Some(true), OVERWRITE, OWN, 0),
+        (OWN, None, OVERWRITE, OWN, 0),
+        ("", None, OVERWRITE, OWN, 1),
+        ("*", None, OVERWRITE, OWN, 1),
+        ("http://evil/", None, OVERWRITE, OWN, 1),
+        ("/a b", None, OVERWRITE, OWN, 1),
+        ("/a\r\nx: y", None, OVERWRITE, OWN, 1),
+        ("/a#b", None, OVERWRITE, OWN, 1),
+        ("/\u{e4}", None, OVERWRITE, OWN, 1),
+    ];
+    for row @ (value, append, action, expected, invalid) in rows {
+        for origin in ["", "http://models.example"] {
+            let (mut parts, ()) = http::Request::post(format!("{origin}{OWN}")).body(()).unwrap().into_parts();
+            let set_headers = vec![set(":path", value.as_bytes(), *append, *action)];
+            let mutation = HeaderMutation { set_headers, remove_headers: vec![":path".to_owned()] };
+            assert_eq!(apply_to_request(&mutation, &mut parts), *invalid, "{row:?}");
+            assert_eq!(parts.uri.to_string(), format!("{origin}{expected}"), "{row:?}");
+        }
+    }
+}
+
+#[test]
+fn status_is_set_if_the_framing_stays() {
+    #[rustfmt::skip]
+    let rows = [
+        (200, "503", 503, 0), (200, "599", 599, 0), (404, "200", 200, 0), (200, "200", 200, 0), (304, "304", 304, 0),
+        (200, "199", 200, 1), (200, "600", 200, 1), (200, "101", 200, 1), (200, "20", 200, 1), (200, "2000", 200, 1),
+        (200, "", 200, 1), (200, "204", 200, 1), (200, "205", 200, 1), (200, "304", 200, 1), (204, "200", 204, 1),
+        (304, "200", 304, 1), (101, "200", 101, 1),
+    ];
+    for row @ (own, value, expected, invalid) in rows {
+        let mut status = StatusCode::from_u16(own).unwrap();
+        let set_headers = vec![set(":status", value.as_bytes(), None, OVERWRITE)];
+        let mutation = HeaderMutation { set_headers, remove_headers: vec![":status".to_owned()] };
+        assert_eq!(apply_to_response(&mutation, &mut status, &mut HeaderMap::new()), invalid, "{row:?}");
+        assert_eq!(status.as_u16(), expected, "{row:?}");
+    }
 }

@@ -35,7 +35,9 @@ pub(in crate::proxy) async fn prepare(
         Body::Original | Body::DigestOnly(_) => None,
     };
     let changed = changed.map(|pieces| (pieces, request.parts.headers.clone()));
-    mutation::apply(&picked.mutation, &mut request.parts.headers);
+    let target = request.parts.uri.clone();
+    mutation::apply_to_request(&picked.mutation, &mut request.parts);
+    request.client_target = Some(target);
     if let Some((pieces, client_headers)) = changed {
         digest::remove_stale(&mut request.parts.headers, &client_headers, pieces);
     }

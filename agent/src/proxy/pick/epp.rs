@@ -15,7 +15,7 @@ use crate::{
     http::body::BodyError,
     metrics::EppOutcome,
     picker::{
-        client::EppClient,
+        client::{EppClient, PickStream},
         exchange::{Body, Decision, ExchangeLimits, Outcome},
     },
     proxy::{
@@ -86,12 +86,12 @@ impl<'a> Attempt<'a> {
                 metrics.epp_exchange(EppOutcome::Immediate, self.started.elapsed());
                 Ok(Ok(PickOutcome::Reply(reply)))
             }
-            Asked::Answered(Outcome::Picked(decision), stream) => {
+            Asked::Answered(Outcome::Picked(decision), mut stream) => {
                 let accepted = match admitted(self.worker, request.pool, decision) {
                     Ok((endpoints, decision)) => Accepted { endpoints, decision, is_whole },
                     Err(stranger) => return Ok(Err(Error::Stranger(stranger))),
                 };
-                let mut picked = self.accept(client, request, upload, accepted, held).await?;
+                let mut picked = self.accept(client, request, upload, accepted, held, &mut stream).await?;
                 (picked.stream, picked._open) = (Some(*stream), Some(open));
                 Ok(Ok(PickOutcome::Forward(Box::new(picked))))
             }
@@ -129,7 +129,7 @@ impl<'a> Attempt<'a> {
         Ok((self.question.ask(client, request, upload, None).await, true))
     }
 
-    /// Completes the body and turns the EPP's decision into a pick.
+    /// Completes the body and turns the EPP's decision into a pick. Fails with `Evicted` if the EPP evicts the request meanwhile.
     async fn accept(
         &self,
         client: &mut Client,
@@ -137,6 +137,7 @@ impl<'a> Attempt<'a> {
         upload: &mut Upload,
         accepted: Accepted,
         held: &mut Option<Lease>,
+        stream: &mut PickStream,
     ) -> Result<Picked, Error> {
         let Self { worker, question, started } = self;
         let Accepted { endpoints, mut decision, is_whole } = accepted;
@@ -145,7 +146,11 @@ impl<'a> Attempt<'a> {
             question.metrics.epp_outside_subset();
         }
         request.record.picked_in(started.elapsed());
-        upload.rest(client).await?;
+        tokio::select! {
+            biased;
+            reply = stream.evicted() => return Err(Error::Evicted(Box::new(reply))),
+            rest = upload.rest(client) => rest?,
+        }
         question.probe(question.probes(), request, upload).await?;
         decision.body = final_body(worker, upload, decision.body).await?;
         let length = is_whole.then(|| upload.kept.len());

@@ -54,7 +54,13 @@ pub(super) async fn apply_epp(
             worker.shared.metrics.pool(request.pool).epp_head_reply(reply.label());
         }
         match reply {
-            ResponseReply::Mutation(Some(change)) => drop(mutation::apply(&change, &mut head.headers)),
+            ResponseReply::Mutation(Some(change)) => {
+                let status = head.status;
+                mutation::apply_to_response(&change, &mut head.status, &mut head.headers);
+                if head.status != status {
+                    head.status.canonical_reason().unwrap_or_default().clone_into(&mut head.reason);
+                }
+            }
             ResponseReply::Mutation(None) => {}
             ResponseReply::Excessive => {
                 worker.shared.metrics.pool(request.pool).epp_failed("mutation_too_large");
