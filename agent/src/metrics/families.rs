@@ -1,4 +1,5 @@
-//! Every exported metric with its name, labels and help. The doc comment is the HELP text.
+//! Every exported metric with its name, labels and help. The doc comment is the HELP text. `cargo xtask settings` writes
+//! docs/metrics.md from it.
 
 use std::sync::atomic::AtomicU64;
 
@@ -31,6 +32,10 @@ macro_rules! families {
                 families
             }
         }
+
+        /// The name, type and help of each metric.
+        #[cfg(test)]
+        const DECLARED: &[(&str, &str, &str)] = &[$(($name, stringify!($type), concat!($($help),+)),)+];
     };
     (@new) => { Default::default() };
     (@new $buckets:expr) => { Family::new_with_constructor(|| Histogram::new($buckets)) };
@@ -241,3 +246,49 @@ const EPP_SECONDS: [f64; 19] = [
     0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0,
     10.0, 30.0, 60.0,
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every metric has a row with its type and help, in this order, and every row has a metric.
+    #[test]
+    fn every_metric_is_documented() {
+        let text = include_str!("../../../docs/metrics.md");
+        let rows: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("| `penstock_")).collect();
+        assert_eq!(rows.len(), DECLARED.len());
+        for (row, (name, declared, help)) in rows.iter().zip(DECLARED) {
+            let kinds = [("Counter", "_total` | counter"), ("Gauge", "` | gauge"), ("Histogram", "` | histogram")];
+            let kind = kinds.iter().find(|(kind, _)| declared.contains(kind)).expect("a type").1;
+            assert!(row.starts_with(&format!("{name}{kind} | ")), "{name}: {row}");
+            assert!(row.ends_with(&format!(" | {} |", help.trim())), "{name}: {row}");
+        }
+    }
+
+    /// The labels of a row are those of the exported metric.
+    #[test]
+    fn documented_labels_are_exported() {
+        let text = include_str!("../../../docs/metrics.md");
+        let labels = |name: &str| {
+            let row = text.lines().find(|line| line.starts_with(&format!("| `{name}` |"))).expect("a row");
+            row.split(" | ").nth(2).expect("labels").replace('`', "")
+        };
+        let mut registry = Registry::with_prefix("penstock");
+        let families = Families::register(&mut registry);
+        let pool = || super::super::labels::PoolName("p".into());
+        families.requests.get_or_create(&ByAnswer { pool: pool(), status: 200, reason: "ok" }).inc();
+        families
+            .epp_attributes
+            .get_or_create(&ByAttribute { pool: pool(), gen_ai_request_model: "m".into(), attribute: "n/k".to_owned() })
+            .inc_by(1.0);
+        families.flows.get_or_create(&ByFlow { path: "relay", reason: "off" }).inc();
+        let mut exported = String::new();
+        prometheus_client::encoding::text::encode(&mut exported, &registry).unwrap();
+        for name in ["penstock_requests_total", "penstock_epp_attributes_total", "penstock_flows_total"] {
+            let line = exported.lines().find(|line| line.starts_with(&format!("{name}{{"))).expect("a sample");
+            let names: Vec<_> =
+                line[name.len() + 1..].split("\",").map(|pair| pair.split('=').next().unwrap()).collect();
+            assert_eq!(names.join(", "), labels(name));
+        }
+    }
+}
