@@ -262,7 +262,8 @@ mod tests {
             ("POST /nowhere", 404),
             ("POST /metrics", 405),
             ("DELETE /livez", 405),
-            ("HEAD /readyz", 405),
+            ("OPTIONS /readyz", 405),
+            ("HEAD /readyz", 200),
         ] {
             let (found, head, _) = ask(&server, request);
             assert_eq!(found, status, "{request}");

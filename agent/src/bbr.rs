@@ -365,6 +365,7 @@ impl ModelScanner {
             Found::SecondModel => (self.text_start, "one model"),
             Found::LongModel => (self.text_start, "at most 256 bytes"),
             Found::LoneSurrogate => (self.text_start, "Unicode characters"),
+            Found::ControlCharacter => (self.text_start, "visible characters and blanks"),
         };
         JsonError { offset, found, expected }
     }

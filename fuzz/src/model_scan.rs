@@ -26,7 +26,7 @@ pub fn run(data: &[u8]) {
             return assert!(theirs.is_err(), "serde_json accepts what the scanner refuses");
         }
         // Refused although it is valid JSON.
-        (Err(JsonError { found: Found::SecondModel | Found::LongModel, .. }), _) => return,
+        (Err(JsonError { found: Found::SecondModel | Found::LongModel | Found::ControlCharacter, .. }), _) => return,
     };
     let Ok(document) = theirs else {
         let grammatical =

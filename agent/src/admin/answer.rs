@@ -46,9 +46,9 @@ impl Answers {
         if !matches!(path, "/livez" | "/readyz" | "/metrics") {
             return text(StatusCode::NOT_FOUND, "not found\n".to_owned());
         }
-        if request.method() != Method::GET {
-            let mut answer = text(StatusCode::METHOD_NOT_ALLOWED, "only GET\n".to_owned());
-            answer.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"));
+        if !matches!(*request.method(), Method::GET | Method::HEAD) {
+            let mut answer = text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n".to_owned());
+            answer.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
             return answer;
         }
         match path {

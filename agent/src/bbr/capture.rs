@@ -41,12 +41,14 @@ impl Capture {
         }
     }
 
-    /// The whole string in UTF-8, or an error if it is too long or has a lone surrogate.
+    /// The whole string in UTF-8, or an error if it is too long, or has a lone surrogate or a control character.
     pub(super) fn decoded(&self) -> Result<&[u8], Found> {
         if self.lone || self.high.is_some() {
             Err(Found::LoneSurrogate)
         } else if self.over {
             Err(Found::LongModel)
+        } else if self.bytes.iter().any(|&byte| byte.is_ascii_control() && byte != b'\t') {
+            Err(Found::ControlCharacter)
         } else {
             Ok(&self.bytes)
         }

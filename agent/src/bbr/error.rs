@@ -59,6 +59,8 @@ pub enum Found {
     LongModel,
     /// In the model's name only; elsewhere a lone surrogate passes.
     LoneSurrogate,
+    /// In the model's name only: no header field can carry it.
+    ControlCharacter,
 }
 
 impl fmt::Display for Found {
@@ -71,6 +73,7 @@ impl fmt::Display for Found {
             Found::SecondModel => f.write_str("a second top-level key \"model\""),
             Found::LongModel => f.write_str("a longer model"),
             Found::LoneSurrogate => f.write_str("a model with a lone surrogate"),
+            Found::ControlCharacter => f.write_str("a model with a control character"),
         }
     }
 }

@@ -22,9 +22,9 @@ const PIECE: usize = 64 << 10;
 /// Limits for reading and discarding what a client still sends.
 #[derive(Debug, Clone, Copy)]
 pub struct Linger {
-    time: Duration,
-    quiet: Duration,
-    bytes: u64,
+    pub(super) time: Duration,
+    pub(super) quiet: Duration,
+    pub(super) bytes: u64,
 }
 
 impl Linger {

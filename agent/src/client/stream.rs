@@ -10,9 +10,12 @@ use futures_util::future::FutureExt as _;
 use h2::{Reason, RecvStream, SendStream, server::SendResponse};
 use http::{HeaderMap, Response, header, request};
 use hyper::body::Frame;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
-use super::traffic::{Stall, Traffic};
+use super::{
+    close::{Cut, Linger},
+    traffic::{Stall, Traffic},
+};
 use crate::http::date;
 
 /// Checks of a waiting stream within its limit.
@@ -90,6 +93,28 @@ impl ClientStream {
     /// Whether the request body has been read to its end.
     pub fn is_read(&self) -> bool {
         self.body.is_end_stream()
+    }
+
+    /// After the whole answer: reads and discards what the client still sends. Many clients lose an answer that comes together with
+    /// the reset of their upload, though RFC 9113 §8.1 forbids that. `Err` if a limit was reached before the end of the request.
+    pub async fn discard(&mut self, linger: Linger) -> Result<(), Cut> {
+        if !matches!(self.state, State::Answered) {
+            return Ok(());
+        }
+        let until = Instant::now() + linger.time;
+        let mut taken = 0;
+        while !self.is_read() {
+            match timeout_at(until, timeout(linger.quiet, self.frame())).await {
+                Err(_) => return Err("time"),
+                Ok(Err(_)) => return Err("quiet"),
+                Ok(Ok(None | Some(Err(_)))) => return Ok(()),
+                Ok(Ok(Some(Ok(frame)))) => taken += frame.data_ref().map_or(0, |data| data.len() as u64),
+            }
+            if taken > linger.bytes {
+                return Err("bytes");
+            }
+        }
+        Ok(())
     }
 
     /// Whether the client has stalled.

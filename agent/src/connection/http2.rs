@@ -25,6 +25,7 @@ use crate::{
         close::{Linger, discard},
         reach::Watch,
     },
+    config::Limits,
     deadline::{self, with_deadline},
     http::{head::HeadLimits, request::from_http2},
     kernel::socket,
@@ -180,7 +181,7 @@ async fn run(
     activity.idle_state.set_idle();
     let handshake = Builder::new()
         .max_concurrent_streams(config.listen.http2_max_streams)
-        .max_header_list_size(config.limits.head_bytes as u32)
+        .max_header_list_size(header_list(&config.limits))
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_send_buffer_size(SEND_BUFFER)
@@ -267,6 +268,13 @@ async fn run(
     }
 }
 
+/// Largest header list that h2 accepts. It has room for a head beyond the limits, so that the agent answers that with its own
+/// reason; h2 refuses a larger one with a bare 431.
+fn header_list(limits: &Limits) -> u32 {
+    // RFC 9113 §6.5.2: 32 more for each field.
+    (2 * limits.head_bytes + 2 * 32 * limits.headers).try_into().unwrap_or(u32::MAX)
+}
+
 /// Resolves when the connection has sent everything and ended.
 async fn closed(connection: &mut Connection<CountedIo, Bytes>) {
     while let Some(Ok(_)) = poll_fn(|cx| connection.poll_accept(cx)).await {}
@@ -339,7 +347,7 @@ async fn serve_request(
         }
         Err(error) => proxy::refuse(&worker, &mut client, &error.into(), &path).await,
     }
-    let Client::Http2(stream) = client else { return };
+    let Client::Http2(mut stream) = client else { return };
     if !stream.is_answered() {
         traffic.reset();
     }
@@ -349,6 +357,9 @@ async fn serve_request(
     // The stream's head may have been sent somewhat after the wait began.
     let still = stream.idle().is_some_and(|idle| traffic.last_content().elapsed() >= idle / 2);
     let ends = stream.has_stalled() && active.is_only() && still;
+    if let Err(cut) = stream.discard(Linger::new(config, true)).await {
+        worker.shared.metrics.client_linger_cut(cut);
+    }
     drop(stream);
     if ends {
         traffic.end("stalled");

@@ -147,6 +147,7 @@ fn every_error() -> Vec<Error> {
     let bodies = [
         BodyError::TooLarge { limit: 1 },
         BodyError::Chunk { found: found() },
+        BodyError::Trailers,
         BodyError::Overhead { found: 1, payload: 0 },
         BodyError::File(io::ErrorKind::StorageFull.into()),
         BodyError::Full { at: "" },

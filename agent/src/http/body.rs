@@ -12,7 +12,11 @@ use http::{HeaderMap, StatusCode};
 use penstock_common::framing::Framing;
 use ring::digest;
 
-use super::{head::shown, request::RequestBody, trailers};
+use super::{
+    head::shown,
+    request::RequestBody,
+    trailers::{self, TRAILERS, TrailerError},
+};
 use crate::budget::{Bodies, Share};
 
 /// Largest piece that a replay returns, and the unit of file writes while memory is available, in bytes.
@@ -28,6 +32,8 @@ pub enum BodyError {
     TooLarge { limit: u64 },
     #[error("found \"{found}\" in a chunked body, expected a chunk (RFC 9112 §7.1)")]
     Chunk { found: String },
+    #[error("found more than {TRAILERS} trailers")]
+    Trailers,
     #[error("chunk sizes, extensions and trailers take {found} bytes for {payload} bytes of payload")]
     Overhead { found: u64, payload: u64 },
     #[error("could not store the body in a temporary file: {0}")]
@@ -40,6 +46,7 @@ impl BodyError {
     pub fn status(&self) -> StatusCode {
         match self {
             Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::Trailers => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             Self::Chunk { .. } | Self::Overhead { .. } => StatusCode::BAD_REQUEST,
             Self::File(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Full { .. } => StatusCode::SERVICE_UNAVAILABLE,
@@ -51,6 +58,7 @@ impl BodyError {
         match self {
             Self::TooLarge { .. } => "body_too_large",
             Self::Chunk { .. } => "chunk",
+            Self::Trailers => "too_many_trailers",
             Self::Overhead { .. } => "chunk_overhead",
             Self::File(_) => "body_file",
             Self::Full { .. } => "bodies_full",
@@ -75,8 +83,9 @@ pub struct BodyReader {
     limit: u64,
     payload: u64,
     overhead: u64,
-    /// The raw trailer section after the last chunk.
-    trailers: BytesMut,
+    /// The raw trailer section after the last chunk, and its fields once it is complete.
+    section: BytesMut,
+    trailers: HeaderMap,
 }
 
 impl BodyReader {
@@ -91,17 +100,16 @@ impl BodyReader {
             RequestBody::Chunked => Framing::chunked(),
             RequestBody::Frames(_) => Framing::until_close(),
         };
-        Ok(Self { framing, limit, payload: 0, overhead: 0, trailers: BytesMut::new() })
+        Ok(Self { framing, limit, payload: 0, overhead: 0, section: BytesMut::new(), trailers: HeaderMap::new() })
     }
 
     pub fn is_done(&self) -> bool {
         self.framing.is_done()
     }
 
-    /// The trailers of a complete body. A malformed trailer section yields none, because trailers are optional (RFC
-    /// 9110 §6.5.1).
+    /// The trailers of a complete body.
     pub fn trailers(&self) -> HeaderMap {
-        trailers::parse(&self.trailers).unwrap_or_default()
+        self.trailers.clone()
     }
 
     /// Counts a frame of `bytes` against the limit.
@@ -131,7 +139,7 @@ impl BodyReader {
                 }
                 return Ok(Decoded::Piece(buf.split_to(taken).freeze()));
             }
-            trailers::keep(begin, &buf[..taken], &mut self.trailers);
+            trailers::keep(begin, &buf[..taken], &mut self.section);
             buf.advance(taken);
             self.overhead += taken as u64;
             // One-byte chunks are wasteful but legal; extensions that outweigh the payload are an attack.
@@ -139,7 +147,24 @@ impl BodyReader {
                 return Err(BodyError::Overhead { found: self.overhead, payload: self.payload });
             }
         }
-        Ok(if self.framing.is_done() { Decoded::Done } else { Decoded::Incomplete })
+        if !self.framing.is_done() {
+            return Ok(Decoded::Incomplete);
+        }
+        if !self.section.is_empty() {
+            self.trailers = match trailers::parse(&self.section) {
+                Ok(trailers) => trailers,
+                Err(error) => {
+                    // What follows the body of such a client is not to be trusted: the body never ends.
+                    self.framing = Framing::until_close();
+                    return Err(match error {
+                        TrailerError::Malformed => BodyError::Chunk { found: shown(&self.section) },
+                        TrailerError::TooMany => BodyError::Trailers,
+                    });
+                }
+            };
+            self.section.clear();
+        }
+        Ok(Decoded::Done)
     }
 }
 

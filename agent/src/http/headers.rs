@@ -228,12 +228,16 @@ fn add_x_forwarded(headers: &mut HeaderMap, arrival: &Arrival, forwarding: Forwa
     let scheme = HeaderValue::from_static(arrival.scheme());
     headers.entry(X_FORWARDED_PROTO).or_insert(scheme);
     let Some(host) = headers.get(header::HOST).cloned() else { return };
-    if !headers.contains_key(X_FORWARDED_PORT)
-        && let Ok(port) = HeaderValue::from_str(port(&host).unwrap_or(if arrival.tls { "443" } else { "80" }))
-    {
-        headers.insert(X_FORWARDED_PORT, port);
+    // The port fits the host and scheme that the fields name, which may be those of a proxy before this one.
+    let host = headers.entry(X_FORWARDED_HOST).or_insert(host).clone();
+    if !headers.contains_key(X_FORWARDED_PORT) {
+        let secure = headers.get(X_FORWARDED_PROTO).is_some_and(|proto| {
+            [&b"https"[..], b"wss"].iter().any(|scheme| proto.as_bytes().eq_ignore_ascii_case(scheme))
+        });
+        if let Ok(port) = HeaderValue::from_str(port(&host).unwrap_or(if secure { "443" } else { "80" })) {
+            headers.insert(X_FORWARDED_PORT, port);
+        }
     }
-    headers.entry(X_FORWARDED_HOST).or_insert(host);
 }
 
 /// The port of a valid Host, as written.

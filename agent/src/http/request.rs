@@ -151,9 +151,6 @@ pub fn from_http2(mut parts: request::Parts, ended: bool, limits: &HeadLimits) -
     if matches!(parts.method, Method::CONNECT | Method::TRACE) {
         return Err(RequestError::Method { found: parts.method.to_string() });
     }
-    if parts.headers.len() > limits.headers {
-        return Err(HeadError::TooManyFields { limit: limits.headers }.into());
-    }
     // RFC 9113 §8.2.3: cookies may arrive in several fields.
     let cookies: Vec<&[u8]> = parts.headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect();
     if cookies.len() > 1 {
@@ -161,6 +158,14 @@ pub fn from_http2(mut parts: request::Parts, ended: bool, limits: &HeadLimits) -
         if let Ok(joined) = HeaderValue::from_maybe_shared(bytes::Bytes::from(joined)) {
             parts.headers.insert(header::COOKIE, joined);
         }
+    }
+    if parts.headers.len() > limits.headers {
+        return Err(HeadError::TooManyFields { limit: limits.headers }.into());
+    }
+    // As the head would be in HTTP/1.1.
+    let fields: usize = parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
+    if fields > limits.bytes {
+        return Err(HeadError::TooLong { limit: limits.bytes }.into());
     }
     let target = parts.uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
     let authority = match parts.uri.authority() {
@@ -181,7 +186,8 @@ pub fn from_http2(mut parts: request::Parts, ended: bool, limits: &HeadLimits) -
         Declared::Length(bytes) => RequestBody::Frames(Some(bytes)),
         Declared::Nothing | Declared::Chunked => RequestBody::Frames(None),
     };
-    // h2 leaves Expect to the agent, which reads the body anyway.
+    // The agent reads the body anyway.
+    expects_continue(&parts.headers)?;
     parts.headers.remove(header::EXPECT);
     Ok(RequestHead { parts, body, keep_alive: true, expect_continue: false, upgrade: None })
 }
@@ -349,11 +355,16 @@ fn expects_continue(headers: &HeaderMap) -> Result<bool, RequestError> {
         return Ok(false);
     }
     let value = head::joined(headers, &header::EXPECT);
-    if value.eq_ignore_ascii_case(b"100-continue") {
-        Ok(true)
-    } else {
-        Err(RequestError::Expectation { found: shown(&value) })
+    // RFC 9110 §5.6.1: empty elements of a list mean nothing.
+    let elements = value.split(|&byte| byte == b',').map(<[u8]>::trim_ascii).filter(|element| !element.is_empty());
+    let mut waits = false;
+    for element in elements {
+        if !element.eq_ignore_ascii_case(b"100-continue") {
+            return Err(RequestError::Expectation { found: shown(&value) });
+        }
+        waits = true;
     }
+    Ok(waits)
 }
 
 #[cfg(test)]

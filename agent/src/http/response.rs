@@ -54,6 +54,8 @@ pub enum ResponseError {
     Interim { limit: usize, what: &'static str },
     #[error("the endpoint switched protocols, which the request did not ask for")]
     SwitchingProtocols,
+    #[error("the endpoint violated HTTP/2: {error}")]
+    Http2 { error: String },
 }
 
 impl ResponseError {
@@ -68,6 +70,7 @@ impl ResponseError {
             Self::StatusLine { .. } => "status_line",
             Self::Interim { .. } => "interim_responses",
             Self::SwitchingProtocols => "switching_protocols",
+            Self::Http2 { .. } => "http2",
         }
     }
 }

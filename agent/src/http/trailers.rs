@@ -7,8 +7,8 @@ use penstock_common::framing::{Framing, state};
 
 use super::headers;
 
-/// Maximum number of trailers per message.
-const TRAILERS: usize = 64;
+/// Maximum number of trailers per message. [`Framing`] bounds their bytes.
+pub const TRAILERS: usize = 128;
 
 /// Fields not allowed in trailers: they frame a message, describe its content, route or authenticate it, or control its
 /// handling.
@@ -57,10 +57,14 @@ const FORBIDDEN: [&str; 42] = [
     "x-request-id",
 ];
 
-/// The section is not a valid list of fields.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the trailers are malformed")]
-pub struct Malformed;
+pub enum TrailerError {
+    /// The section is not a valid list of fields.
+    #[error("the trailers are malformed")]
+    Malformed,
+    #[error("there are more than {TRAILERS} trailers")]
+    TooMany,
+}
 
 /// Appends to `section` the bytes of a run of chunked syntax that belong to the trailer section; `framing` is the state
 /// at the start of the run.
@@ -74,14 +78,16 @@ pub fn keep(mut framing: Framing, syntax: &[u8], section: &mut BytesMut) {
 }
 
 /// Parses a complete section, which may be empty.
-pub fn parse(section: &[u8]) -> Result<HeaderMap, Malformed> {
+pub fn parse(section: &[u8]) -> Result<HeaderMap, TrailerError> {
     let mut fields = [httparse::EMPTY_HEADER; TRAILERS];
     let mut trailers = HeaderMap::new();
     if section.is_empty() {
         return Ok(trailers);
     }
-    let Ok(httparse::Status::Complete((_, fields))) = httparse::parse_headers(section, &mut fields) else {
-        return Err(Malformed);
+    let fields = match httparse::parse_headers(section, &mut fields) {
+        Ok(httparse::Status::Complete((_, fields))) => fields,
+        Err(httparse::Error::TooManyHeaders) => return Err(TrailerError::TooMany),
+        Ok(httparse::Status::Partial) | Err(_) => return Err(TrailerError::Malformed),
     };
     for field in fields {
         let name = HeaderName::from_bytes(field.name.as_bytes());
@@ -129,10 +135,17 @@ mod tests {
 
     #[test]
     fn invalid_trailer_section_is_malformed() {
-        for section in [&b"a b: 1\r\n\r\n"[..], b": 1\r\n\r\n"] {
-            assert_eq!(parse(section), Err(Malformed), "{section:?}");
+        for section in [&b"a b: 1\r\n\r\n"[..], b": 1\r\n\r\n", b"a: 1\r\n b\r\n\r\n", b"a : 1\r\n\r\n"] {
+            assert_eq!(parse(section), Err(TrailerError::Malformed), "{section:?}");
         }
         assert!(parse(b"\r\n").unwrap().is_empty());
+    }
+
+    #[test]
+    fn excess_trailers_are_refused() {
+        let section = |trailers| format!("{}\r\n", "a: 1\r\n".repeat(trailers));
+        assert_eq!(parse(section(TRAILERS).as_bytes()).unwrap().len(), TRAILERS);
+        assert_eq!(parse(section(TRAILERS + 1).as_bytes()), Err(TrailerError::TooMany));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use penstock_tests::{
     content::Fnv,
     eventually,
     http2_client::Stream,
-    http2_frames::{Frame, Http2Frames, PREFACE, kind},
+    http2_frames::{END_STREAM, Frame, Http2Frames, PREFACE, kind},
     model_server::{Fault, FaultKind, Framing, Lengths, Pauses},
     scripted_epp::{LlmdRouter, StreamEnd},
     stage::{echo, json},
@@ -173,6 +173,25 @@ async fn early_response_does_not_wait_for_upload() {
     assert_eq!(client.request(&Request::get("/test/echo")).await.unwrap().status(), 200);
 }
 
+/// Clients lose an answer whose stream is reset in the same moment, so the agent reads the rest of the upload.
+#[tokio::test]
+async fn answered_upload_is_read_and_not_reset() {
+    let scene = Scene::with(Front::Http2, Back::Http1, first, |config| config.limits.body_bytes = 100).await;
+    let mut client = Http2Frames::connect(scene.agent.addr).await.unwrap();
+    let fields = [(":method", "POST"), (":scheme", "http"), (":path", "/test/echo"), (":authority", "x")];
+    client.send(&Frame::headers(1, false, &fields)).await.unwrap();
+    client.send(&Frame::new(kind::DATA, 0, 1, vec![b'x'; 1000])).await.unwrap();
+    assert!(client.find(|frame| frame.kind == kind::HEADERS).await.unwrap().is_some());
+    assert!(client.find(|frame| frame.kind == kind::DATA && frame.flags & END_STREAM != 0).await.unwrap().is_some());
+    for more in [0, END_STREAM] {
+        client.send(&Frame::new(kind::DATA, more, 1, vec![b'x'; 10_000])).await.unwrap();
+        client.send(&Frame::new(kind::PING, 0, 0, *b"are you?")).await.unwrap();
+        let next =
+            client.find(|frame| matches!(frame.kind, kind::PING | kind::RST_STREAM | kind::GOAWAY)).await.unwrap();
+        assert_eq!(next.map(|frame| frame.kind), Some(kind::PING));
+    }
+}
+
 #[tokio::test]
 async fn oversized_head_returns_431() {
     let scene = Scene::with(Front::Http2, Back::Http1, first, |config| {
@@ -183,12 +202,18 @@ async fn oversized_head_returns_431() {
     let mut client = connect(&scene).await;
     let large = Request::get("/test/echo").header("x-large", "x".repeat(10_000));
     let many = (0..40).fold(Request::get("/test/echo"), |request, n| request.header(&format!("x-{n}"), "1"));
-    for request in [large, many] {
-        assert_eq!(client.request(&request).await.unwrap().status(), 431);
+    for (request, code) in [(large, "head_too_long"), (many, "too_many_fields")] {
+        let response = client.request(&request).await.unwrap();
+        assert_eq!((response.status(), response.error_code().as_str()), (431, code));
     }
+    let odd = Request::post("/test/echo", "x").header("expect", "a");
+    assert_eq!(client.request(&odd).await.unwrap().error_code(), "expectation");
+    // RFC 9113 §8.2.3: cookies in several fields are one.
+    let cookies = (0..40).fold(Request::get("/test/echo"), |request, n| request.header("cookie", format!("a{n}=b")));
+    assert_eq!(client.request(&cookies).await.unwrap().status(), 200);
     let right = Request::get("/test/echo").header("x-large", "x".repeat(4000));
     assert_eq!(client.request(&right).await.unwrap().status(), 200);
-    assert_eq!(scene.endpoint.requests(), 1);
+    assert_eq!(scene.endpoint.requests(), 2);
 }
 
 /// Streams over the limit wait in the client, which knows the limit.

@@ -254,8 +254,11 @@ async fn malformed_responses_return_502() {
     for block in wrong {
         let mut client = Client::connect(agent.addr).await.unwrap();
         let response = client.request(&Request::get("/")).await.unwrap();
-        assert_eq!(response.status(), 502, "{block:?}: {}", response.text());
+        let found = (response.status(), response.error_code());
+        assert_eq!(found, (502, "bad_response".to_owned()), "{block:?}: {}", response.text());
     }
+    // What an endpoint has begun to answer is not sent again.
+    assert_eq!(agent.count("penstock_endpoint_retries_total", &[]), 0);
     let mut client = Client::connect(agent.addr).await.unwrap();
     assert_eq!(client.request(&Request::get("/")).await.unwrap().status(), 200);
 }

@@ -158,7 +158,7 @@ fn forwarding_mode_decides_what_the_endpoint_may_trust() {
     // x-forwarded-for, -proto, -host, -port, forwarded
     #[rustfmt::skip]
     let table = [
-        (said, Append, ["10.0.0.1, 192.0.2.7", "https", "front.example", "8443", r#"for=10.0.0.1, for=192.0.2.7;host="llm.example:8443";proto=https"#]),
+        (said, Append, ["10.0.0.1, 192.0.2.7", "https", "front.example", "443", r#"for=10.0.0.1, for=192.0.2.7;host="llm.example:8443";proto=https"#]),
         (own, Append, ["192.0.2.7", "https", "llm.example:8443", "8443", r#"for=192.0.2.7;host="llm.example:8443";proto=https"#]),
         (said, Replace, ["192.0.2.7", "https", "llm.example:8443", "8443", r#"for=192.0.2.7;host="llm.example:8443";proto=https"#]),
         (said, Off, ["10.0.0.1", "https", "front.example", "", "for=10.0.0.1"]),
@@ -193,6 +193,12 @@ fn forwarded_ports_and_addresses_are_formatted() {
         let shown = arrival.client.to_canonical().to_string();
         assert_eq!(headers["x-forwarded-for"], shown.as_str());
     }
+    // Behind another proxy, the port is that of the host and scheme that it names.
+    let behind = |fields: &[(&str, &str)]| prepared_by(fields, &ARRIVAL, &settings)["x-forwarded-port"].clone();
+    assert_eq!(behind(&[("host", "x"), ("x-forwarded-proto", "HTTPS")]), "443");
+    assert_eq!(behind(&[("host", "p:8080"), ("x-forwarded-host", "x"), ("x-forwarded-proto", "https")]), "443");
+    assert_eq!(behind(&[("host", "p:8080"), ("x-forwarded-host", "x:81")]), "81");
+    assert_eq!(behind(&[("host", "p:8080"), ("x-forwarded-proto", "https")]), "8080");
     // HTTP/1.0 without a Host.
     let headers = prepared_by(&[], &ARRIVAL, &settings);
     assert_eq!(headers["forwarded"], "for=192.0.2.7;proto=http");

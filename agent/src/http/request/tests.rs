@@ -188,6 +188,8 @@ fn continue_is_expected_only_if_the_client_waits() {
     let expects = |input: &str| parse(input).unwrap().unwrap().0.expect_continue;
     assert!(expects(&with("Expect: 100-Continue\r\nContent-Length: 5\r\n")));
     assert!(expects(&with("Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n")));
+    assert!(expects(&with("Expect: , 100-continue,100-Continue\r\nContent-Length: 5\r\n")));
+    assert!(!expects(&with("Expect:\r\nContent-Length: 5\r\n")));
     assert!(!expects(&with("Expect: 100-continue\r\n")));
     assert!(!expects(&with("Content-Length: 5\r\n")));
     assert!(!expects("POST / HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n"));

@@ -16,7 +16,7 @@ use crate::{
     error::Error,
     http::{
         headers,
-        response::{BodyKind, ResponseHead, from_http2, interim_from_http2},
+        response::{BodyKind, ResponseError, ResponseHead, from_http2, interim_from_http2},
     },
     metrics::Connection,
 };
@@ -93,6 +93,11 @@ async fn attempt(
     let (head, body) = match head {
         Ok(read) => read,
         Err(ReadError::Http2(error)) if is_refused(&error) => return Err(StreamError::Refused),
+        // What another stream of a kept connection did ends that connection, too.
+        Err(ReadError::Http2(error)) if error.is_library() && (error.is_reset() || !stream.reused) => {
+            let error = ResponseError::Http2 { error: error.to_string() };
+            return Err(Error::Response { address, error }.into());
+        }
         Err(ReadError::Http2(_)) => {
             // Acknowledged bytes may belong to any stream of the connection, so assume this one's.
             let executed = stream.acknowledged_more(before).await.unwrap_or(true);
