@@ -168,7 +168,7 @@ async fn forwarded_fields_follow_configuration() {
     #[rustfmt::skip]
     let rows = [
         (Some("penstock"), Forwarding::Append, Forwarding::Off,
-         [Some("1.1 front, 1.1 penstock"), Some("10.0.0.1, 127.0.0.1"), Some("https"), Some("front.example"), port, Some("for=10.0.0.1")]),
+         [Some("1.1 front, 1.1 penstock"), Some("10.0.0.1, 127.0.0.1"), Some("https"), Some("front.example"), Some("443"), Some("for=10.0.0.1")]),
         (Some("edge"), Forwarding::Replace, Forwarding::Replace,
          [Some("1.1 front, 1.1 edge"), Some("127.0.0.1"), Some("http"), host, port, Some(own)]),
         (None, Forwarding::Off, Forwarding::Append,
