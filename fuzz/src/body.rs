@@ -41,10 +41,15 @@ pub fn run(data: &[u8]) {
 
     let (payload, end) = framed(framing, std::iter::once(wire));
     assert_eq!(framed(framing, input::pieces(wire, lengths)), (payload.clone(), end), "cut into {lengths:?}");
+    let mut trailers: &[u8] = &[];
     if body == RequestBody::Chunked {
-        assert_eq!(by_lines(wire), (payload.clone(), end), "read in lines");
+        let (of_lines, ends, at) = by_lines(wire);
+        assert_eq!((of_lines, ends), (payload.clone(), end), "read in lines");
+        if let End::Complete(length) = end {
+            trailers = &wire[at..length];
+        }
     }
-    read(body, limit, input::pieces(wire, lengths), wire.len(), &payload, end);
+    read(body, limit, input::pieces(wire, lengths), wire.len(), &payload, (end, are_fields(trailers)));
 }
 
 /// Reads the pieces with [`Framing`].
@@ -68,27 +73,28 @@ fn framed<'d>(mut framing: Framing, pieces: impl Iterator<Item = &'d [u8]>) -> (
 }
 
 /// Reads a chunked body in whole lines (RFC 9112 §7.1). Written independently of the parser.
-fn by_lines(wire: &[u8]) -> (Vec<u8>, End) {
+/// Also returns where the trailer section begins.
+fn by_lines(wire: &[u8]) -> (Vec<u8>, End, usize) {
     let (mut payload, mut at) = (Vec::new(), 0);
     loop {
         let (size, next) = match size_line(&wire[at..]) {
             Ok((size, length)) => (size, at + length),
-            Err(end) => return (payload, end),
+            Err(end) => return (payload, end, at),
         };
         at = next;
         if size == 0 {
             let end = trailers(&wire[at..]).map_or_else(|end| end, |length| End::Complete(at + length));
-            return (payload, end);
+            return (payload, end, at);
         }
         let data = &wire[at..];
         let here = usize::try_from(size).unwrap_or(usize::MAX).min(data.len());
         payload.extend_from_slice(&data[..here]);
         at += here;
         match &wire[at..] {
-            _ if (here as u64) < size => return (payload, End::Incomplete),
-            [] | [b'\r'] => return (payload, End::Incomplete),
+            _ if (here as u64) < size => return (payload, End::Incomplete, at),
+            [] | [b'\r'] => return (payload, End::Incomplete, at),
             [b'\r', b'\n', ..] => at += 2,
-            _ => return (payload, End::Invalid),
+            _ => return (payload, End::Invalid, at),
         }
     }
 }
@@ -120,6 +126,19 @@ fn size_line(wire: &[u8]) -> Result<(u64, usize), End> {
     }
 }
 
+/// Whether a trailer section consists of field lines (RFC 9112 §5).
+fn are_fields(section: &[u8]) -> bool {
+    let is_token = |byte: &u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(byte);
+    let is_text = |byte: &u8| matches!(byte, b'\t' | 0x20..=0x7e | 0x80..);
+    section.split(|&byte| byte == b'\n').map(|line| line.strip_suffix(b"\r").unwrap_or(line)).all(|line| {
+        let colon = line.iter().position(|&byte| byte == b':');
+        line.is_empty()
+            || colon.is_some_and(|colon| {
+                colon > 0 && line[..colon].iter().all(is_token) && line[colon + 1..].iter().all(is_text)
+            })
+    })
+}
+
 /// The length of the trailer section in bytes, including the empty line that ends it.
 fn trailers(wire: &[u8]) -> Result<usize, End> {
     let limit = MAX_TRAILERS as usize;
@@ -145,7 +164,7 @@ fn read<'d>(
     pieces: impl Iterator<Item = &'d [u8]>,
     sent: usize,
     payload: &[u8],
-    end: End,
+    (end, with_fields): (End, bool),
 ) {
     let mut reader = match BodyReader::new(body, limit) {
         Ok(reader) => reader,
@@ -169,7 +188,8 @@ fn read<'d>(
                 Err(BodyError::TooLarge { .. }) => {
                     return assert!(payload.len() as u64 > limit, "the limit applied too early");
                 }
-                Err(BodyError::Chunk { .. }) => return assert_eq!(end, End::Invalid),
+                Err(BodyError::Chunk { .. }) => return assert!(end == End::Invalid || !with_fields),
+                Err(BodyError::Trailers) => return assert!(sent > 128 * b"a:\r\n".len()),
                 Err(BodyError::Overhead { .. }) => return,
                 Err(error) => panic!("{error}"),
             }
@@ -180,6 +200,7 @@ fn read<'d>(
     match end {
         End::Complete(length) => {
             assert!(reader.is_done());
+            assert!(with_fields, "malformed trailers were accepted");
             assert_eq!(buf.len(), sent - length, "the body has another length");
         }
         End::Incomplete => assert!(!reader.is_done()),
