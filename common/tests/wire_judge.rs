@@ -101,7 +101,7 @@ impl Scene {
 
     fn begun(numbers: Numbers) -> Self {
         let mut scene = Self::armed(numbers);
-        assert_eq!(scene.endpoint_sends(scene.data(0, 10)), scene.forward(numbers.endpoint));
+        assert_eq!(scene.endpoint_sends(scene.data(0, 10)), Verdict::Forward);
         assert_eq!((state::of(scene.flow.state.get()), scene.kernel.events), (state::ACTIVE, 1));
         scene
     }
@@ -130,10 +130,6 @@ impl Scene {
     /// An acknowledgement by the client of what the endpoint sent up to `up_to`; the client has sent `sent` bytes since.
     fn ack(&self, sent: u32, up_to: u32) -> Packet {
         Self::packet(self.numbers.client.wrapping_add(sent), self.numbers.to_client.wrapping_add(up_to), ACK, 0)
-    }
-
-    fn forward(&self, seq: u32) -> Verdict {
-        Verdict::Forward { seq, reset: false }
     }
 
     fn client_sends(&mut self, packet: Packet) -> Verdict {
@@ -247,14 +243,14 @@ fn payload_is_counted_once() {
     let mut scene = Scene::begun(NUMBERS);
     for (at, payload) in [(10, 20), (10, 20), (20, 15), (50, 5), (35, 15)] {
         let packet = scene.data(at, payload);
-        assert_eq!(scene.endpoint_sends(packet), scene.forward(packet.seq));
+        assert_eq!(scene.endpoint_sends(packet), Verdict::Forward);
     }
     let endpoint = &scene.flow.legs[ENDPOINT];
     // 10 to begin with, 20, 5 new of 15, and 20 with the gap, which the last one fills.
     assert_eq!((endpoint.bytes.get(), endpoint.segments.get(), endpoint.packets.get()), (55, 4, 6));
     // Outside of the window, which the client has not opened that far.
     let far = scene.data(1000 << 7, 10);
-    assert_eq!(scene.endpoint_sends(far), scene.forward(far.seq));
+    assert_eq!(scene.endpoint_sends(far), Verdict::Forward);
     assert_eq!(scene.flow.legs[ENDPOINT].bytes.get(), 55);
 }
 
@@ -271,7 +267,7 @@ fn flow_ends_after_both_fins_are_acknowledged() {
     scene.endpoint_sends(Scene::packet(endpoint + 16, to_endpoint + 1, ACK, 0));
     assert_eq!((scene.state(), scene.kernel.events, scene.flow.marks.get()), (state::ENDED, 3, 0));
     // Late repetitions still pass, and silence lasts.
-    assert_eq!(scene.endpoint_sends(fin), scene.forward(endpoint + 10));
+    assert_eq!(scene.endpoint_sends(fin), Verdict::Forward);
     assert_eq!(scene.leave(ENDPOINT, 2, FIN | ACK), Leaving::Drop);
     assert_eq!(scene.flow.legs[ENDPOINT].bytes.get(), 15);
 }
@@ -285,7 +281,7 @@ fn acknowledgements_of_a_client_that_has_closed_count() {
     assert_eq!(scene.state(), state::ACTIVE);
     assert_eq!(scene.flow.marks.get(), mark::CLIENT_CLOSED_FIRST);
     let last = Scene::packet(client + 1, to_client + 16, ACK, 0);
-    assert_eq!(scene.client_sends(last), scene.forward(client + 1));
+    assert_eq!(scene.client_sends(last), Verdict::Forward);
     assert_eq!(scene.state(), state::ENDED);
 }
 
@@ -299,11 +295,15 @@ fn forged_ends_change_nothing() {
         Scene::packet(endpoint.wrapping_sub(1 << 30), to_endpoint, FIN | ACK, 0),
         Scene::packet(endpoint, to_endpoint, SYN, 0),
     ] {
-        assert_eq!(scene.endpoint_sends(packet), scene.forward(packet.seq));
+        assert_eq!(scene.endpoint_sends(packet), Verdict::Forward);
         assert_eq!(scene.state(), state::ACTIVE);
     }
     let reset = Scene::packet(client.wrapping_sub(7), to_client, RST, 0);
-    assert_eq!(scene.client_sends(reset), scene.forward(reset.seq));
+    assert_eq!(scene.client_sends(reset), Verdict::Forward);
+    // A FIN before bytes that have passed; its sender goes on.
+    let forged = Scene::packet(client.wrapping_sub(7), to_client, FIN | ACK, 0);
+    assert_eq!(scene.client_sends(forged), Verdict::Forward);
+    assert_eq!((scene.flow.legs[CLIENT].fin.get(), scene.flow.marks.get()), (0, 0));
     // An acknowledgement of what was never sent does not move the window.
     scene.client_sends(scene.ack(0, 1 << 20));
     assert_eq!((scene.state(), scene.flow.legs[CLIENT].told.get() as u32), (state::ACTIVE, to_client));
@@ -320,7 +320,7 @@ fn reset_with_the_next_number_ends_the_flow() {
     {
         let mut scene = Scene::begun(NUMBERS);
         let reset = Scene::packet(seq, ack, RST, 0);
-        assert_eq!(arrive(&scene.flow, from, &reset, &mut scene.kernel), scene.forward(seq));
+        assert_eq!(arrive(&scene.flow, from, &reset, &mut scene.kernel), Verdict::Forward);
         assert_eq!((scene.state(), scene.flow.marks.get(), scene.kernel.events), (state::ENDED, by, 2));
     }
 }
@@ -332,7 +332,7 @@ fn payload_of_the_client_is_dropped_and_its_end_becomes_a_reset() {
         let mut scene = Scene::begun(NUMBERS);
         // Old bytes pass: a repetition, or a probe.
         let old = Scene::packet(client - 5, to_client, ACK, 5);
-        assert_eq!(scene.client_sends(old), scene.forward(client - 5));
+        assert_eq!(scene.client_sends(old), Verdict::Forward);
         assert_eq!(scene.flow.marks.get(), 0);
         for payload in [8, 3] {
             let new = Scene::packet(client - 2, to_client, ACK, payload);
@@ -341,10 +341,10 @@ fn payload_of_the_client_is_dropped_and_its_end_becomes_a_reset() {
         assert_eq!((scene.kernel.events, scene.flow.legs[CLIENT].refused.get()), (2, 2), "told once");
         // Its acknowledgements pass with the number that the endpoint knows, and open the window.
         let ack = Scene::packet(client + 6, to_client + 10, ACK, 0);
-        assert_eq!(scene.client_sends(ack), scene.forward(client));
+        assert_eq!(scene.client_sends(ack), Verdict::Acknowledge);
         assert_eq!(scene.flow.legs[CLIENT].told.get() as u32, to_client + 10);
         let ended = Scene::packet(client + 6, to_client + 10, end, 0);
-        assert_eq!(scene.client_sends(ended), Verdict::Forward { seq: client, reset: true });
+        assert_eq!(scene.client_sends(ended), Verdict::Reset);
         assert_eq!(scene.state(), state::ENDED);
     }
 }
@@ -355,7 +355,7 @@ fn syn_forgets_what_has_ended() {
     scene.endpoint_sends(Scene::packet(NUMBERS.endpoint + 10, NUMBERS.to_endpoint, RST, 0));
     let syn = Scene::packet(1, 0, SYN, 0);
     assert_eq!((scene.client_sends(syn), scene.endpoint_sends(syn)), (Verdict::Forget, Verdict::Forget));
-    assert_eq!(scene.client_sends(Packet { flags: SYN | ACK, ..syn }), scene.forward(1));
+    assert_eq!(scene.client_sends(Packet { flags: SYN | ACK, ..syn }), Verdict::Forward);
     // The agent's kernel uses the addresses again: at any time, because it knows its own sockets.
     assert_eq!(scene.leave(ENDPOINT, 9, SYN), Leaving::Forget);
     let mut active = Scene::begun(NUMBERS);
@@ -375,13 +375,13 @@ proptest! {
         let mut sent = 10;
         for piece in pieces {
             let packet = scene.data(sent, piece);
-            prop_assert_eq!(scene.endpoint_sends(packet), scene.forward(packet.seq));
+            prop_assert_eq!(scene.endpoint_sends(packet), Verdict::Forward);
             sent += piece;
             // What the client then acknowledges is, shifted, what the endpoint sent.
             let ack = scene.ack(0, sent);
             let shifted = ack.ack.wrapping_add(scene.flow.legs[CLIENT].shift().ack);
             prop_assert_eq!(shifted, endpoint.wrapping_add(sent));
-            prop_assert_eq!(scene.client_sends(ack), scene.forward(ack.seq));
+            prop_assert_eq!(scene.client_sends(ack), Verdict::Forward);
         }
         prop_assert_eq!(scene.flow.legs[ENDPOINT].bytes.get(), u64::from(sent));
         scene.endpoint_sends(Packet { flags: FIN | ACK, ..scene.data(sent, 0) });
@@ -390,4 +390,30 @@ proptest! {
         scene.endpoint_sends(last);
         prop_assert_eq!(scene.state(), state::ENDED);
     }
+}
+
+#[test]
+fn last_bytes_are_kept_across_segments() {
+    let mut scene = Scene::begun(NUMBERS);
+    for (at, payload, last, kept) in [
+        (10, 5, 0x11_2233_4455, 0x11_2233_4455),
+        (15, 2, 0x99_9999_6677, 0x33_4455_6677),
+        (17, 9, 0xaa_bbcc_ddee, 0xaa_bbcc_ddee),
+        // Bytes before it are missing.
+        (30, 1, 0x99_9999_9988, 0x88),
+    ] {
+        scene.endpoint_sends(Packet { last, ..scene.data(at, payload) });
+        assert_eq!(scene.flow.legs[ENDPOINT].last.get(), kept, "{at}");
+    }
+}
+
+/// Before the flow began, the endpoint had the larger window of the agent.
+#[test]
+fn segment_that_begins_in_the_window_counts() {
+    let mut scene = Scene::begun(NUMBERS);
+    let large = 1 << 20;
+    scene.endpoint_sends(scene.data(10, large));
+    assert_eq!(scene.flow.legs[ENDPOINT].bytes.get(), u64::from(10 + large));
+    scene.client_sends(scene.ack(0, 10 + large));
+    assert_eq!(scene.flow.legs[CLIENT].told.get() as u32, NUMBERS.to_client.wrapping_add(10 + large));
 }

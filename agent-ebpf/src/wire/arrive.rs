@@ -57,10 +57,12 @@ fn run(skb: *mut __sk_buff) -> Option<i32> {
             forget(flow, &mut programs);
             None
         }
-        Verdict::Forward { seq, reset } => {
+        verdict @ (Verdict::Forward | Verdict::Acknowledge | Verdict::Reset) => {
             let (mine, other) = (&flow.legs[from & 1], &flow.legs[from & 1 ^ 1]);
-            scratch.header.set_seq(seq);
-            if reset {
+            if verdict != Verdict::Forward {
+                scratch.header.set_seq(mine.highest.get() as u32);
+            }
+            if verdict == Verdict::Reset {
                 scratch.header.make_reset();
             }
             Some(forward(skb, scratch, &route, mine, other).unwrap_or(TCX_DROP))
@@ -85,13 +87,10 @@ fn packet(skb: *mut __sk_buff, scratch: &mut Scratch, route: &Route) -> Option<P
         unsafe { bpf_loop(OPTIONS, find as *mut c_void, ptr::null_mut(), 0) };
     }
     let mut end = [0u8; LAST];
-    let last = match payload.checked_sub(LAST as u32) {
-        Some(before) => {
-            load(skb, route.tcp + len + before, &raw mut end, LAST as u32)?;
-            end.iter().fold(0, |last, byte| last << 8 | u64::from(*byte))
-        }
-        None => 0,
-    };
+    if payload > 0 {
+        load(skb, route.tcp + len + payload - LAST as u32, &raw mut end, LAST as u32)?;
+    }
+    let last = end.iter().fold(0, |last, byte| last << 8 | u64::from(*byte));
     // SAFETY: fields of the context, each read by itself, and a helper without arguments.
     let (segment, interface, now_ns) = unsafe {
         ((&raw const (*skb).gso_size).read_volatile(), (&raw const (*skb).ifindex).read_volatile(), bpf_ktime_get_ns())

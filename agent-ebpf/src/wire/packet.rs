@@ -29,12 +29,22 @@ pub(crate) struct Route {
     pub(crate) rest: u32,
 }
 
-/// Reads the IP header, and the TCP header without options. `None`: it is no TCP packet, is a fragment, or has IP options.
+/// Reads the IP header, and the TCP header without options. Returns `None` for packets
+/// other than TCP, fragments, and packets with IP options or a VLAN tag.
 #[inline(always)]
 pub(crate) fn read(skb: *mut __sk_buff, scratch: &mut Scratch) -> Option<Route> {
     // SAFETY: the kernel passed this context.
-    let (protocol, len) =
-        unsafe { ((&raw const (*skb).protocol).read_volatile(), (&raw const (*skb).len).read_volatile()) };
+    let (protocol, len, tagged) = unsafe {
+        (
+            (&raw const (*skb).protocol).read_volatile(),
+            (&raw const (*skb).len).read_volatile(),
+            (&raw const (*skb).vlan_present).read_volatile(),
+        )
+    };
+    // The VLAN's own device sees the packet again, without its tag.
+    if tagged != 0 {
+        return None;
+    }
     let route = match u16::from_be(protocol as u16) {
         ETH_P_IP => ipv4(skb, scratch)?,
         ETH_P_IPV6 => ipv6(skb, scratch)?,

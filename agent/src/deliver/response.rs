@@ -35,6 +35,13 @@ pub struct Delivery<'a> {
     buffer: usize,
 }
 
+impl Drop for Delivery<'_> {
+    /// A forced stop and a panic drop the delivery before its end: the peers must learn it.
+    fn drop(&mut self) {
+        self.cut_splice();
+    }
+}
+
 impl<'a> Delivery<'a> {
     /// `pending` was read after the head; the session's framing begins with it.
     pub fn new(
@@ -72,10 +79,15 @@ impl<'a> Delivery<'a> {
 
     /// Reclaims the flow after [`run`](Self::run) was dropped. Both connections can then only be closed.
     pub fn abandon(&mut self) {
+        self.cut_splice();
+        self.session.abandon(self.endpoint, self.client);
+    }
+
+    /// Resets both peers of a flow on path `wire` that has begun and not ended.
+    fn cut_splice(&mut self) {
         if self.wire.as_ref().is_some_and(|watched| !watched.disarm()) {
             self.conclude(Some(End::Over));
         }
-        self.session.abandon(self.endpoint, self.client);
     }
 
     /// Whether the last byte of the message is written or redirected.

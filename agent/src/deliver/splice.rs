@@ -20,6 +20,10 @@ impl Delivery<'_> {
     /// Lets the flow begin, or reads more of the body. The error is the end of the delivery.
     pub(super) async fn splice(&mut self) -> Result<(), End> {
         let Some(watched) = self.wire.clone() else { return self.read().await };
+        // The EPP has yet to learn that the body has begun.
+        if self.session.tee.is_some_and(|tee| tee.borrow().wants_begin()) {
+            return self.read().await;
+        }
         let armed = match self.endpoint.stream() {
             Ok(endpoint) => watched.arm(self.client.stream(), &*endpoint).unwrap_or(false),
             Err(_) => false,
@@ -45,11 +49,8 @@ impl Delivery<'_> {
         if let Ok(endpoint) = self.endpoint.stream() {
             watched.freeze(self.client.stream(), &*endpoint);
         }
-        let is_over = |watched: &Watched| {
-            let seen = watched.seen();
-            // A client that has sent what nobody routed gets no orderly close.
-            watched.has_ended() || seen.finished && seen.marks & mark::CLIENT_SENT != 0
-        };
+        // The client's own close is between the peers.
+        let is_over = |watched: &Watched| watched.has_ended() || watched.seen().finished;
         let end = tokio::select! {
             biased;
             () = watched.changed(is_over) => None,
@@ -58,7 +59,7 @@ impl Delivery<'_> {
         self.conclude(end)
     }
 
-    /// Closes the agent's part of a flow that has begun and takes the books. `end`: why the flow is ended, if it has not ended by
+    /// Closes the agent's part of a flow that has begun and records the bytes. `end`: why the flow is ended, if it has not ended by
     /// itself. Must run before the connections are closed.
     pub(super) fn conclude(&mut self, end: Option<End>) -> End {
         let Some(watched) = self.wire.take() else { return end.unwrap_or(End::Broken) };
@@ -66,7 +67,9 @@ impl Delivery<'_> {
             watched.close(self.client.stream(), &*endpoint);
         }
         let seen = watched.seen();
-        if end.is_some() || seen.state != flow::ENDED {
+        // A client that has sent what nobody routed gets no orderly close.
+        let is_orderly = seen.state == flow::ENDED || seen.finished && seen.marks & mark::CLIENT_SENT == 0;
+        if end.is_some() || !is_orderly {
             watched.reset();
         }
         let account = &mut self.session.account;
@@ -79,17 +82,16 @@ impl Delivery<'_> {
     }
 
     /// What the end of the flow means for the response. User space has not seen the bytes: a chunked body is complete if its last
-    /// bytes are those of the last chunk, or end its trailers and the endpoint has closed first.
+    /// bytes are those of the last chunk.
     fn judge(&self, seen: &Seen) -> End {
         const LAST_CHUNK: u64 = u64::from_be_bytes(*b"\0\0\x000\r\n\r\n");
-        const EMPTY_LINE: u64 = u64::from_be_bytes(*b"\0\0\0\0\r\n\r\n");
         let framing = &self.session.framing;
         let client_closed = seen.marks & (mark::CLIENT_CLOSED_FIRST | mark::CLIENT_RESET) != 0;
         let endpoint_closed = seen.finished && seen.marks & mark::CLIENT_CLOSED_FIRST == 0;
         let is_whole = match framing.state {
-            state::LENGTH => seen.bytes == framing.left,
+            state::LENGTH => seen.told_all && seen.bytes == framing.left,
             state::UNTIL_CLOSE => endpoint_closed,
-            _ => seen.last == LAST_CHUNK || endpoint_closed && seen.last & 0xffff_ffff == EMPTY_LINE,
+            _ => seen.told_all && seen.last == LAST_CHUNK,
         };
         match () {
             () if is_whole => End::Complete { reusable: false },

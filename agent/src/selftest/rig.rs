@@ -86,7 +86,7 @@ impl Rig {
         }
         session.idle = Some(PATIENCE);
         let mut delivery = Delivery::new(&mut self.client, &mut self.endpoint, session, BytesMut::new());
-        (delivery.run().await, delivery.session.account)
+        (delivery.run().await, std::mem::take(&mut delivery.session.account))
     }
 
     /// Bytes that the kernel has passed to user space.

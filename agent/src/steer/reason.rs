@@ -46,7 +46,7 @@ reasons! {
     Upgrade = "upgrade",
     /// The whole body was read together with the head, or there is no body.
     Complete = "complete",
-    /// The whole body arrived before the kernel could be armed.
+    /// The whole body arrived before the kernel could be armed, or a flow on path `wire` did not begin.
     Arrived = "arrived",
     /// `steering.mode` is `off`.
     Off = "off",

@@ -23,6 +23,10 @@ pub struct Asked {
     pub upgrade: bool,
     /// The request asks for a stream.
     pub streams: bool,
+    /// The EPP gets more of the response's body than its beginning.
+    pub told: bool,
+    /// The model's name in the response is changed.
+    pub renamed: bool,
 }
 
 /// Whether the connections are watched, and the endpoint is asked to close its connection after the response.
@@ -35,6 +39,8 @@ pub fn may_watch(asked: &Asked) -> Result<(), SteerReason> {
         () if !asked.per_request => Err(SteerReason::PickPer),
         () if asked.pipelined => Err(SteerReason::Pipelined),
         () if asked.upgrade || !asked.streams => Err(SteerReason::NotStreamed),
+        () if asked.told => Err(SteerReason::ResponseToPicker),
+        () if asked.renamed => Err(SteerReason::ModelRenamed),
         () => Ok(()),
     }
 }
@@ -72,6 +78,8 @@ mod tests {
             pipelined: false,
             upgrade: false,
             streams: true,
+            told: false,
+            renamed: false,
         };
         let rows = [
             (base, Ok(())),
@@ -83,6 +91,8 @@ mod tests {
             (Asked { pipelined: true, ..base }, Err(R::Pipelined)),
             (Asked { upgrade: true, ..base }, Err(R::NotStreamed)),
             (Asked { streams: false, ..base }, Err(R::NotStreamed)),
+            (Asked { told: true, ..base }, Err(R::ResponseToPicker)),
+            (Asked { renamed: true, ..base }, Err(R::ModelRenamed)),
         ];
         for (asked, expected) in rows {
             assert_eq!(may_watch(&asked), expected, "{asked:?}");

@@ -64,7 +64,7 @@ pub struct Packet {
     /// Not 0: it has a timestamp.
     pub timestamped: u32,
     pub tsval: u32,
-    /// The last five bytes of its payload, the last in the lowest byte; 0: it has fewer.
+    /// The five bytes before its end, the last in the lowest byte. With less payload, the first of them are of its header.
     pub last: u64,
     /// The interface on which it arrived.
     pub interface: u32,
@@ -78,11 +78,12 @@ pub enum Verdict {
     /// Leave it to the kernel's own TCP.
     Pass,
     Drop,
-    /// Rewrite it, beginning with this sequence number, and send it to the other peer.
-    Forward {
-        seq: u32,
-        reset: bool,
-    },
+    /// Rewrite it and send it to the other peer.
+    Forward,
+    /// Forward it with the last sequence number of the client that the endpoint knows.
+    Acknowledge,
+    /// Forward it so, as a reset.
+    Reset,
     /// Another connection uses the addresses: forget the flow, and pass the packet.
     Forget,
 }
@@ -161,7 +162,8 @@ pub fn leave<K: Kernel>(flow: &Flow, leg: usize, cookie: u64, flags: u8, interfa
     let own = cookie == leg.facts.cookie;
     match state::of(word) {
         state::WATCHED | state::ARMED => {
-            if own {
+            // A packet passes an upper device, such as a bond or a VLAN, before the one below it, and routes name the upper one.
+            if own && leg.leaves_on.get() == 0 {
                 leg.leaves_on.set(u64::from(interface));
             }
             Leaving::Pass
@@ -288,7 +290,9 @@ fn carry<K: Kernel>(flow: &Flow, from: usize, packet: &Packet, kernel: &mut K) -
     add(&mine.packets, 1);
     flow.packet_ns.set(packet.now_ns);
     let end = packet.seq.wrapping_add(packet.payload);
-    let acceptable = !after(end.wrapping_add(shift.seq), other.offered.get() as u32);
+    // A receiver takes a segment that begins in its window (RFC 9293 §3.10.7.4), Linux also what of it is beyond.
+    let (begins, offered) = (packet.seq.wrapping_add(shift.seq), other.offered.get() as u32);
+    let acceptable = offered.wrapping_sub(begins) as i32 >= i32::from(packet.payload > 0);
     if from == CLIENT && after(end, mine.sent()) {
         return beyond(flow, packet, acceptable, kernel);
     }
@@ -298,14 +302,16 @@ fn carry<K: Kernel>(flow: &Flow, from: usize, packet: &Packet, kernel: &mut K) -
     if packet.payload > 0 && acceptable && after(end, mine.highest.get() as u32) {
         add(&mine.bytes, u64::from(end.wrapping_sub(mine.highest.get() as u32)));
         add(&mine.segments, 1);
+        let is_next = packet.seq == mine.highest.get() as u32;
+        mine.last.set(ending(mine.last.get(), is_next, packet.last, packet.payload));
         mine.highest.set(KNOWN | u64::from(end));
-        mine.last.set(packet.last);
         if flow.first_ns.get() == 0 {
             flow.first_ns.set(packet.now_ns);
         }
         flow.last_ns.set(packet.now_ns);
     }
-    if packet.flags & FIN != 0 && acceptable {
+    // A FIN before bytes that have passed is forged.
+    if packet.flags & FIN != 0 && acceptable && !after(mine.highest.get() as u32, end) {
         mine.fin.set(KNOWN | u64::from(end.wrapping_add(1)));
         if from == CLIENT && other.fin.get() == 0 {
             flow.marks.set(flow.marks.get() | mark::CLIENT_CLOSED_FIRST);
@@ -317,16 +323,24 @@ fn carry<K: Kernel>(flow: &Flow, from: usize, packet: &Packet, kernel: &mut K) -
             reset(flow, from, kernel);
         }
     }
-    Verdict::Forward { seq: packet.seq, reset: false }
+    Verdict::Forward
+}
+
+/// The last five bytes of the stream after `payload` bytes that end with `last`. Missing bytes count as 0.
+#[inline(always)]
+fn ending(before: u64, is_next: bool, last: u64, payload: u32) -> u64 {
+    const BYTES: u64 = (1 << 40) - 1;
+    let bits = if payload < 5 { payload * 8 } else { 40 };
+    let before = if is_next { before } else { 0 };
+    (before << bits | last & ((1 << bits) - 1)) & BYTES
 }
 
 /// A packet of the client at or beyond what the agent's socket had received: nobody has routed such payload.
 #[inline(always)]
 fn beyond<K: Kernel>(flow: &Flow, packet: &Packet, acceptable: bool, kernel: &mut K) -> Verdict {
     let client = &flow.legs[CLIENT];
-    let limit = client.highest.get() as u32;
     if !acceptable {
-        return if packet.payload > 0 { Verdict::Drop } else { Verdict::Forward { seq: packet.seq, reset: false } };
+        return if packet.payload > 0 { Verdict::Drop } else { Verdict::Forward };
     }
     let marks = flow.marks.get();
     if packet.payload > 0 {
@@ -336,21 +350,21 @@ fn beyond<K: Kernel>(flow: &Flow, packet: &Packet, acceptable: bool, kernel: &mu
             kernel.event();
         }
     } else if marks & mark::CLIENT_SENT == 0 {
-        return Verdict::Forward { seq: packet.seq, reset: false };
+        return Verdict::Forward;
     }
     if packet.flags & (FIN | RST) != 0 {
         reset(flow, CLIENT, kernel);
-        return Verdict::Forward { seq: limit, reset: true };
+        return Verdict::Reset;
     }
     // What the client acknowledges counts, with the last sequence number that the endpoint knows.
-    if packet.payload > 0 { Verdict::Drop } else { acknowledged_only(flow, packet, limit, kernel) }
+    if packet.payload > 0 { Verdict::Drop } else { acknowledged_only(flow, packet, kernel) }
 }
 
 #[inline(always)]
-fn acknowledged_only<K: Kernel>(flow: &Flow, packet: &Packet, limit: u32, kernel: &mut K) -> Verdict {
+fn acknowledged_only<K: Kernel>(flow: &Flow, packet: &Packet, kernel: &mut K) -> Verdict {
     let (mine, other) = (&flow.legs[CLIENT], &flow.legs[ENDPOINT]);
     acknowledge(flow, mine, other, packet, &mine.shift(), kernel);
-    Verdict::Forward { seq: limit, reset: false }
+    Verdict::Acknowledge
 }
 
 /// Learns what the peer of `mine` has acknowledged, and whether that ends the flow.

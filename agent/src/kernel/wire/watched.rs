@@ -4,13 +4,16 @@ use std::{future::poll_fn, io, os::fd::AsFd, sync::Arc, sync::atomic::Ordering, 
 
 use penstock_common::{
     slot::Word,
-    wire::flow::{CLIENT, ENDPOINT, Facts, Flow, Leg, state},
+    wire::{
+        after,
+        flow::{CLIENT, ENDPOINT, Facts, Flow, Leg, state},
+    },
 };
 
 use super::{Connection, Wire, WireError, agree, inject::inject};
 use crate::kernel::socket;
 
-/// The record of a flow. Dropping it makes the programs forget the flow, unless the flow has ended by itself.
+/// The record of a flow. Dropping it makes the programs forget the flow, after a time if the client has all of the stream.
 pub struct Watched {
     index: u32,
     wire: Arc<Wire>,
@@ -26,6 +29,8 @@ pub struct Seen {
     pub refusal: u64,
     /// The client has acknowledged the endpoint's FIN, and with it the whole stream.
     pub finished: bool,
+    /// The client has acknowledged every byte that has passed.
+    pub told_all: bool,
     /// The last five bytes of the stream, the last in the lowest byte; 0: unknown.
     pub last: u64,
     /// Payload bytes to the client, and the segments that they came in.
@@ -125,14 +130,15 @@ impl Watched {
     }
 
     /// Stops keepalive probes of the sockets of a flow that has begun. Nobody would answer them, and a socket that they end gives its
-    /// port away.
+    /// port away. If the agent dies, the sockets are closed by a reset, so that the kernel keeps none of them.
     pub fn freeze(&self, client: impl AsFd, endpoint: impl AsFd) {
         for fd in [client.as_fd(), endpoint.as_fd()] {
             let _ = socket2::SockRef::from(&fd).set_keepalive(false);
+            socket::set_reset_on_close(fd, true);
         }
     }
 
-    /// Ends the agent's part of a flow that has begun, at once and unheard: the sockets' resets are dropped at egress. They end the
+    /// Ends the agent's part of a flow that has begun, at once: the sockets' resets are dropped at egress. They end the
     /// connections' entries in this namespace's conntrack, too.
     pub fn close(&self, client: impl AsFd, endpoint: impl AsFd) {
         for fd in [client.as_fd(), endpoint.as_fd()] {
@@ -164,6 +170,10 @@ impl Watched {
             marks: flow.marks.get(),
             refusal: flow.refusal.get(),
             finished: flow.legs[ENDPOINT].closed.get() != 0,
+            told_all: {
+                let told = (flow.legs[CLIENT].told.get() as u32).wrapping_add(flow.legs[CLIENT].shift().ack);
+                !after(flow.legs[ENDPOINT].highest.get() as u32, told)
+            },
             last: flow.legs[ENDPOINT].last.get(),
             bytes: flow.legs[ENDPOINT].bytes.get(),
             segments: flow.legs[ENDPOINT].segments.get(),
@@ -201,7 +211,7 @@ impl Watched {
 impl Drop for Watched {
     fn drop(&mut self) {
         let records = &self.wire.records;
-        if self.state() == state::ENDED {
+        if self.state() == state::ENDED || self.seen().finished {
             records.linger(self.index);
         } else {
             records.forget(self.index, records.ends(self.index));
