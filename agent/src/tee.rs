@@ -16,6 +16,7 @@ use bytes::{Bytes, BytesMut};
 use http::HeaderMap;
 use penstock_common::framing::Framing;
 
+pub(crate) use events::data;
 pub use usage::Usage;
 
 use self::{begin::Begin, queue::Queue, tail::Tail, usage::Found};
@@ -168,7 +169,7 @@ impl Tee {
 
     /// Whether there was no memory for what the picker was to get.
     pub fn given_up(&self) -> bool {
-        matches!(self.body, Body::Refused)
+        self.queue.is_none() && matches!(self.body, Body::Refused)
     }
 
     /// Returns what the picker still gets at the end of the body.

@@ -24,7 +24,7 @@ pub struct EndpointConnection {
     // Declared before `source`, so that the socket is closed before the slot is freed.
     io: Io,
     source: Option<Source>,
-    /// The flow of the current response on path `wire`, or why there is none.
+    /// The flow of the current response on path `wire`, or the reason why the response takes another path.
     watched: Option<Result<Watched, SteerReason>>,
     pub address: SocketAddr,
     /// Whether the endpoint's address is on this machine.
@@ -97,7 +97,7 @@ impl EndpointConnection {
         }
     }
 
-    /// Sets the flow of the next response on path `wire`, or why there is none.
+    /// Sets the flow of the next response on path `wire`, or the reason why the response takes another path.
     pub fn set_watched(&mut self, watched: Option<Result<Watched, SteerReason>>) {
         self.watched = watched;
     }

@@ -7,10 +7,20 @@ use super::coding::Codings;
 pub const EVENTS: &str = "text/event-stream";
 pub const JSON: &str = "application/json";
 
-/// The media type (RFC 9110 §8.3.1) in lower case, without parameters; empty if there is none.
-pub fn media_type(headers: &HeaderMap) -> String {
+/// The media type (RFC 9110 §8.3.1) as written, without parameters; empty if there is none.
+fn essence(headers: &HeaderMap) -> &str {
     let field = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    field.split(';').next().unwrap_or_default().trim().to_ascii_lowercase()
+    field.split(';').next().unwrap_or_default().trim()
+}
+
+/// The media type in lower case, without parameters; empty if there is none.
+pub fn media_type(headers: &HeaderMap) -> String {
+    essence(headers).to_ascii_lowercase()
+}
+
+/// Whether the body is an event stream.
+pub fn is_events(headers: &HeaderMap) -> bool {
+    essence(headers).eq_ignore_ascii_case(EVENTS)
 }
 
 /// Whether a media type in lower case is JSON, or a format based on it (RFC 6839 §3.1).
@@ -28,5 +38,5 @@ pub fn accepts_events(headers: &HeaderMap) -> bool {
 
 /// Whether the body has a content coding.
 pub fn is_coded(headers: &HeaderMap) -> bool {
-    Codings::of(headers) != Codings::Known(Vec::new())
+    !Codings::of(headers).is_plain()
 }

@@ -162,9 +162,10 @@ pub fn from_http2(mut parts: request::Parts, ended: bool, limits: &HeadLimits) -
     if parts.headers.len() > limits.headers {
         return Err(HeadError::TooManyFields { limit: limits.headers }.into());
     }
-    // As the head would be in HTTP/1.1.
+    // About what the head would take in HTTP/1.1.
     let fields: usize = parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
-    if fields > limits.bytes {
+    let target = parts.uri.path_and_query().map_or(0, |path| path.as_str().len());
+    if target + fields > limits.bytes {
         return Err(HeadError::TooLong { limit: limits.bytes }.into());
     }
     let target = parts.uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();

@@ -12,7 +12,7 @@ use penstock_common::framing::Framing;
 use super::{
     digest,
     head::{self, Declared, HeadEnd, HeadError, HeadLimits, shown},
-    headers,
+    headers, media,
 };
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -240,11 +240,8 @@ fn body_of(status: StatusCode, request_method: &Method, declared: Declared) -> B
 }
 
 impl ResponseHead {
-    /// Whether the content type is `text/event-stream`, with any parameters.
     pub fn is_event_stream(&self) -> bool {
-        const KIND: &[u8] = b"text/event-stream";
-        let kind = self.headers.get(header::CONTENT_TYPE).and_then(|kind| kind.as_bytes().get(..KIND.len()));
-        kind.is_some_and(|kind| kind.eq_ignore_ascii_case(KIND))
+        media::is_events(&self.headers)
     }
 
     /// Prepares the head for a body that is changed on its way: its length and digests are not known.

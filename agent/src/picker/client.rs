@@ -1,4 +1,4 @@
-//! Asks an EPP: one `EppClient` per worker and EPP, with a connections to each replica in use, and one `PickStream` per request.
+//! Asks an EPP: one `EppClient` per worker and EPP, with connections to each replica in use, and one `PickStream` per request.
 //!
 //! A stream takes the request's head and body and returns the EPP's outcome; later it sends the response's head and end. It has no
 //! task and no deadline of its own. Sending never waits for the EPP's headers, which may come only with its first message. After

@@ -34,6 +34,8 @@ use super::{
 pub(super) const MAX_CONNECTIONS: usize = 64;
 /// How long a connection that is not the only one may be idle.
 const IDLE: Duration = Duration::from_secs(60);
+/// How long streams are queued after another connection could not be made, before the next attempt.
+const REFUSED: Duration = Duration::from_secs(1);
 
 /// The shared connections to one replica. Clones share them.
 #[derive(Clone)]
@@ -59,6 +61,8 @@ struct Open {
     dialling: Option<Attempt>,
     /// Whether a connection was lost since the first one was made.
     lost: bool,
+    /// Until then no connection is made beside those that are open.
+    refused_until: Option<Instant>,
 }
 
 type Attempt = Shared<BoxFuture<'static, Result<Http2, Arc<io::Error>>>>;
@@ -145,25 +149,35 @@ impl Connection {
         if let Some(dialling) = open.dialling.as_ref().filter(|dialling| dialling.peek().is_none()) {
             return Ok(dialling.clone());
         }
-        let is_first = open.connections.is_empty();
-        if is_first && let Some(error) = self.0.unreachable() {
+        if open.connections.is_empty()
+            && let Some(error) = self.0.unreachable()
+        {
             return Err(error);
         }
-        Ok(open.dialling.insert(self.attempt(is_first)).clone())
+        Ok(open.dialling.insert(self.attempt()).clone())
     }
 
-    /// Only the first of several connections tells whether the replica is reachable.
-    fn attempt(&self, is_first: bool) -> Attempt {
+    /// Only an attempt that ends while no connection is open tells whether the replica is reachable.
+    fn attempt(&self) -> Attempt {
         let inner = Arc::clone(&self.0);
         let connect = tokio::spawn(async move {
             let connected = inner.connect().await.map_err(Arc::new);
             let mut open = inner.open.lock();
             open.dialling = None;
-            if let Ok(http2) = &connected {
-                open.connections.push(http2.clone());
-                if !is_first {
-                    tokio::spawn(close_idle(Arc::downgrade(&inner), http2.clone().load, http2.retired.clone()));
+            open.prune();
+            let is_first = open.connections.is_empty();
+            match &connected {
+                Ok(http2) => {
+                    open.connections.push(http2.clone());
+                    if !is_first {
+                        tokio::spawn(close_idle(
+                            Arc::downgrade(&inner),
+                            Arc::clone(&http2.load),
+                            http2.retired.clone(),
+                        ));
+                    }
                 }
+                Err(_) => open.refused_until = (!is_first).then(|| Instant::now() + REFUSED),
             }
             let lost = is_first && std::mem::take(&mut open.lost);
             drop(open);
@@ -196,7 +210,11 @@ impl Open {
     /// A stream on a connection with room, or a queued one if there may be no more connections.
     fn stream(&self) -> Option<Stream> {
         let free = self.connections.iter().find_map(Stream::begin);
-        free.or_else(|| self.least_loaded().filter(|_| self.connections.len() >= MAX_CONNECTIONS))
+        free.or_else(|| self.least_loaded().filter(|_| self.connections.len() >= MAX_CONNECTIONS || self.is_refused()))
+    }
+
+    fn is_refused(&self) -> bool {
+        self.refused_until.is_some_and(|until| Instant::now() < until)
     }
 
     fn least_loaded(&self) -> Option<Stream> {
@@ -215,7 +233,9 @@ async fn close_idle(inner: Weak<Inner>, load: Arc<Load>, retired: CancellationTo
         let Some(inner) = inner.upgrade() else { return };
         let mut open = inner.open.lock();
         if open.connections.len() > 1 && load.is_idle() {
-            return open.connections.retain(|http2| !Arc::ptr_eq(&http2.load, &load));
+            open.connections.retain(|http2| !Arc::ptr_eq(&http2.load, &load));
+            // Whoever else has it learns that it is out of use.
+            return retired.cancel();
         }
     }
 }

@@ -48,9 +48,9 @@ pub enum PickError {
     Deadline,
     #[error("the EPP decided other requests but not this one in time")]
     Held,
-    /// The EPP was not asked, because every replica has stalled: a request timed out and no replica has decided one since.
     #[error("the EPP failed before it had answered for the response's body")]
     ResponseUnanswered,
+    /// The EPP was not asked, because every replica has stalled: a request timed out and no replica has decided one since.
     #[error("the EPP is stalled and gets only probes until it decides a request")]
     Stalled,
 }

@@ -26,9 +26,12 @@ use tokio::{
 use tokio_rustls::TlsConnector;
 use tonic::body::Body;
 
-/// Replies are at most a few pieces per stream. The window has room for a replaced body in one round trip.
-const STREAM_WINDOW: u32 = 2 << 20;
-const CONNECTION_WINDOW: u32 = 16 << 20;
+/// Bytes of replies that a stream may send before they are read. A replaced body of the common sizes waits for no window update.
+const STREAM_WINDOW: u32 = 1 << 20;
+/// Room for every stream's window: replies that wait for a slow client must not hold up other streams.
+const CONNECTION_WINDOW: u32 = STREAM_WINDOW * MOST_STREAMS;
+/// Most streams on a connection, whatever the server's limit is.
+const MOST_STREAMS: u32 = 2000;
 /// gRPC servers written in Go close connections that ping more often than every five minutes. So pings only detect a stuck peer;
 /// TCP detects an unreachable one.
 const PING: Duration = Duration::from_secs(310);
@@ -92,7 +95,7 @@ impl Mismatch {
 /// An open connection.
 pub struct Opened {
     pub send: http2::SendRequest<Body>,
-    /// The server's limit of concurrent streams.
+    /// The limit of concurrent streams: the server's, or [`MOST_STREAMS`].
     pub limit: Arc<AtomicUsize>,
 }
 
@@ -143,14 +146,15 @@ async fn open(
         .handshake(TokioIo::new(io))
         .await
         .map_err(with_kind)?;
-    let limit = Arc::new(AtomicUsize::new(connection.current_max_send_streams()));
+    let bounded = |streams: usize| streams.min(MOST_STREAMS as usize);
+    let limit = Arc::new(AtomicUsize::new(bounded(connection.current_max_send_streams())));
     let current = Arc::clone(&limit);
     tokio::spawn(async move {
         let mut connection = pin!(connection);
         let result = poll_fn(|cx| {
             let ended = connection.as_mut().poll(cx);
             // The server's settings may have come.
-            current.store(connection.current_max_send_streams(), Ordering::Relaxed);
+            current.store(bounded(connection.current_max_send_streams()), Ordering::Relaxed);
             ended
         });
         let result = result.await;

@@ -27,7 +27,7 @@ pub enum After {
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Deadline {
     pub(super) at: Option<Instant>,
-    limit: Duration,
+    pub(super) limit: Duration,
 }
 
 impl Deadline {

@@ -17,8 +17,16 @@ use super::{
     request::{After, Pin, Request},
 };
 use crate::{
-    client::Client, config, deliver::End, endpoint::body::ResponseBody, error::Error, http::headers,
-    picker::error::PickError, probe::Point, tee::Rest, worker::Worker,
+    client::Client,
+    config,
+    deliver::End,
+    endpoint::body::ResponseBody,
+    error::Error,
+    http::headers,
+    picker::{error::PickError, exchange::ImmediateReply},
+    probe::Point,
+    tee::Rest,
+    worker::Worker,
 };
 
 pub(super) async fn respond(
@@ -35,13 +43,7 @@ pub(super) async fn respond(
     let ended = body.is_done() && head.upgrade.is_none();
     let tee = match apply_epp(worker, client, request, &mut picked, address, &mut head, ended).await? {
         Applied::Respond(tee) => tee,
-        Applied::Evicted(reply) => {
-            if let Some(sending) = body.sending() {
-                sending.stop();
-            }
-            drop(body);
-            return evict(worker, client, request, &reply).await;
-        }
+        Applied::Evicted(reply) => return evict_response(worker, client, request, body, &reply).await,
     };
     let rename = rename(request, &head);
     request.record.status(head.status, "ok");
@@ -50,18 +52,15 @@ pub(super) async fn respond(
     let carried = carry(worker, client, request, &mut head, &mut body, &mut picked, tee.as_ref(), rename).await;
     drop(in_flight);
     if !carried.begun {
-        match carried.end {
-            // Nothing of the endpoint's response was sent.
-            Err(Aborted::Evicted(reply)) => {
-                if let Some(sending) = body.sending() {
-                    sending.stop();
-                }
-                drop(body);
-                return evict(worker, client, request, &reply).await;
-            }
-            Err(Aborted::PickerFailed) => return Err(Error::Picker(PickError::ResponseUnanswered)),
-            _ => {}
-        }
+        // Nothing of the endpoint's response was sent.
+        return match carried.end {
+            Err(Aborted::Evicted(reply)) => evict_response(worker, client, request, body, &reply).await,
+            Err(Aborted::PickerFailed) => Err(Error::Picker(PickError::ResponseUnanswered)),
+            Err(Aborted::Deadline) => Err(Error::RequestTimeout(request.deadline.limit)),
+            Ok(End::ClientGone) => Err(Error::ClientGone),
+            Ok(End::Idle) => Err(Error::FirstByte(address)),
+            Ok(End::Broken | End::Over | End::Complete { .. }) => Err(Error::EndpointClosed(address)),
+        };
     }
     request.record.delivered(worker, request.pool, carried.path, carried.reason, carried.account);
     let rest = tee.map_or_else(Rest::default, |tee| account_for(worker, request.pool, tee.into_inner()));
@@ -105,4 +104,19 @@ pub(super) async fn respond(
             Ok(After::Abort)
         }
     }
+}
+
+/// Ends the endpoint's request and answers with the EPP's reply.
+async fn evict_response(
+    worker: &Worker,
+    client: &mut Client,
+    request: &mut Request,
+    body: ResponseBody,
+    reply: &ImmediateReply,
+) -> Result<After, Error> {
+    if let Some(sending) = body.sending() {
+        sending.stop();
+    }
+    drop(body);
+    evict(worker, client, request, reply).await
 }

@@ -134,7 +134,7 @@ pub(super) fn lines(text: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> {
 }
 
 /// The value of a line's `data` field.
-pub(super) fn data(line: &[u8]) -> Option<&[u8]> {
+pub(crate) fn data(line: &[u8]) -> Option<&[u8]> {
     match line.strip_prefix(DATA)? {
         [] => Some(&[]),
         [b':', b' ', value @ ..] | [b':', value @ ..] => Some(value),

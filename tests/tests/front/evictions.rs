@@ -21,21 +21,8 @@ use tokio::{
 
 use crate::{
     SOON,
-    scene::{Asker, Back, Front, Scene},
+    scene::{Asker, Back, FRAMINGS, Front, Scene, WAYS},
 };
-
-const FRAMINGS: [Framing; 3] = [Framing::ContentLength, Framing::Chunked, Framing::UntilClose];
-
-/// Clients of HTTP/1.1 on each path, and those whose responses are relayed.
-const WAYS: [(Front, SteeringMode); 7] = [
-    (Front::Http1, SteeringMode::Off),
-    (Front::Http1, SteeringMode::Ingress),
-    (Front::Http1, SteeringMode::Local),
-    (Front::Http1, SteeringMode::Auto),
-    (Front::Http2, SteeringMode::Auto),
-    (Front::Tls1, SteeringMode::Auto),
-    (Front::Tls2, SteeringMode::Auto),
-];
 
 /// A body in small pieces that does not end before it is evicted.
 fn endless(framing: Framing) -> Plan {

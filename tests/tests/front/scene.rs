@@ -9,7 +9,7 @@ use penstock_tests::{
     agent::{TestAgent, epp_pool},
     client::{BodyRead, Head, Pace, Piece},
     http2_client::Stream,
-    model_server::{Echo, Options},
+    model_server::{Echo, Framing, Options},
     scripted_epp::{Answering, LlmdRouter, Script, reply},
     tls::{Certificate, TlsStream},
 };
@@ -24,6 +24,18 @@ pub(crate) enum Front {
     Tls1,
     Tls2,
 }
+
+/// Clients of HTTP/1.1 in each steering mode, and of the other protocols.
+pub(crate) const WAYS: [(Front, SteeringMode); 7] = [
+    (Front::Http1, SteeringMode::Off),
+    (Front::Http1, SteeringMode::Ingress),
+    (Front::Http1, SteeringMode::Local),
+    (Front::Http1, SteeringMode::Auto),
+    (Front::Http2, SteeringMode::Auto),
+    (Front::Tls1, SteeringMode::Auto),
+    (Front::Tls2, SteeringMode::Auto),
+];
+pub(crate) const FRAMINGS: [Framing; 3] = [Framing::ContentLength, Framing::Chunked, Framing::UntilClose];
 
 /// The endpoint's protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

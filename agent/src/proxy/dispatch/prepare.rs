@@ -4,7 +4,7 @@ use http::{Version, header};
 
 use crate::{
     client::{Client, ClientSocket},
-    config::PickPer,
+    config::{PickPer, Picker, ResponseToPicker},
     error::Error,
     http::{digest, headers, media, trailers},
     kernel::wire::Connection,
@@ -69,15 +69,20 @@ fn prepare_trailers(worker: &Worker, upload: &mut Upload) {
 /// The client's connection for path `wire`, or why the response cannot take that path.
 fn client_leg(worker: &Worker, client: &Client, request: &Request) -> Result<Connection, SteerReason> {
     let socket = if let Client::Http1(socket) = client { Some(socket) } else { None };
+    let pool = &worker.shared.config.pools[request.pool];
+    let told = matches!(&pool.picker, Picker::Epp(epp) if
+        matches!(epp.response_to_picker, ResponseToPicker::Usage | ResponseToPicker::Body));
     may_watch(&Asked {
         http2: socket.is_none(),
         tls: socket.is_some_and(ClientSocket::is_tls),
         http10: request.parts.version == Version::HTTP_10,
         half_close: socket.is_some_and(ClientSocket::answers_half_closed),
-        per_request: worker.shared.config.pools[request.pool].pick_per == PickPer::Request,
+        per_request: pool.pick_per == PickPer::Request,
         pipelined: socket.is_some_and(|socket| !socket.buf.is_empty()),
         upgrade: request.upgrade.is_some(),
         streams: request.streams || media::accepts_events(&request.parts.headers),
+        told,
+        renamed: request.names.is_some(),
     })?;
     let socket = socket.ok_or(SteerReason::Http2)?;
     Connection::of(socket.stream()).map_err(|error| {

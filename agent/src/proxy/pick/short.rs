@@ -12,7 +12,7 @@ use crate::{
     client::Client,
     config::{self, BodyToPicker},
     error::Error,
-    http::{coding::Codings, digest as digests, headers::X_PENSTOCK_BODY_LENGTH},
+    http::{digest as digests, headers::X_PENSTOCK_BODY_LENGTH, media::is_coded},
     picker::exchange::Body,
     proxy::request::Request,
     upload::Upload,
@@ -40,12 +40,15 @@ pub(super) async fn short_request(
 ) -> Result<Option<ShortRequest>, Error> {
     let limit = settings.body_to_picker_bytes;
     let is_short = |length: u64| length <= limit as u64;
-    let headers = &request.parts.headers;
-    let length = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
-    if settings.body_to_picker == BodyToPicker::Whole || !upload.has_body() || length.is_some_and(is_short) {
+    if settings.body_to_picker == BodyToPicker::Whole {
         return Ok(None);
     }
-    let whole = if !Codings::of(headers).is_plain() {
+    let headers = &request.parts.headers;
+    let length = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
+    if !upload.has_body() || length.is_some_and(is_short) {
+        return Ok(None);
+    }
+    let whole = if is_coded(headers) {
         "coded"
     } else if worker.shared.rewriters[request.pool].is_known(Instant::now().into_std()) {
         "rewriter"

@@ -12,11 +12,13 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use http::HeaderMap;
+use penstock_common::path::Path;
+use ring::digest;
 use tokio::sync::Notify;
 
-use super::carry::{Aborted, aborted, frame};
+use super::carry::{Aborted, Carried, aborted, frame};
 use crate::{
-    budget::{Budget, Share},
+    budget::Budget,
     client::Client,
     config::FailureMode,
     deadline,
@@ -32,7 +34,7 @@ use crate::{
     },
     proxy::request::Request,
     rename::Rename,
-    steer::account::Account,
+    steer::{account::Account, reason::SteerReason},
     tee::Tee,
     worker::Worker,
 };
@@ -68,18 +70,19 @@ struct Passage<'a> {
     trailers: Option<HeaderMap>,
     /// The end has been put into `out`.
     ended: bool,
-    /// What the endpoint sent, while the response is held.
+    /// While the response is held.
     held: Option<Held>,
+    memory: &'a Arc<Budget>,
     failure_mode: FailureMode,
     metrics: &'a PoolMetrics,
     idle: Option<std::time::Duration>,
     account: Account,
 }
 
+/// What tells whether the EPP left the body as it was.
 struct Held {
-    original: Vec<Bytes>,
-    /// For `original` and what waits for the client.
-    share: Share,
+    original: digest::Context,
+    returned: digest::Context,
     limit: usize,
 }
 
@@ -89,22 +92,7 @@ enum Stop {
     Aborted(Aborted),
 }
 
-/// The result of a delivery.
-pub(super) struct Delivered {
-    pub(super) end: Result<End, Aborted>,
-    pub(super) account: Account,
-    /// Whether the head was sent.
-    pub(super) begun: bool,
-    pub(super) keep_alive: bool,
-}
-
-/// Limits of what is kept of one response.
-pub(super) struct Limits<'a> {
-    pub(super) bytes: usize,
-    pub(super) memory: &'a Arc<Budget>,
-}
-
-/// Delivers the response.
+/// Delivers the response, of which at most `limit` bytes are kept.
 #[expect(clippy::too_many_arguments, reason = "the parts of one response, each borrowed separately")]
 pub(super) async fn deliver(
     worker: &Worker,
@@ -115,22 +103,23 @@ pub(super) async fn deliver(
     stream: &mut Option<PickStream>,
     tee: &RefCell<Tee>,
     rename: Option<Rename>,
-    limits: &Limits<'_>,
-) -> Delivered {
+    limit: usize,
+) -> Carried {
     let out = Out::default();
     let pool = &worker.shared.config.pools[request.pool];
-    let held = holds(head, limits);
+    let memory = &worker.shared.bodies.memory;
     let mut passage = Passage {
         body,
         stream,
         tee,
-        returned: Returned::new(limits.bytes, limits.memory),
+        returned: Returned::new(limit, memory),
         rename,
         out: &out,
         section: BytesMut::new(),
         trailers: None,
         ended: false,
-        held,
+        held: holds(head, limit),
+        memory,
         failure_mode: pool.failure_mode,
         metrics: worker.shared.metrics.pool(request.pool),
         idle: request.timeouts.idle,
@@ -164,14 +153,15 @@ pub(super) async fn deliver(
         Err(Stop::End(end)) => Ok(end),
         Err(Stop::Aborted(why)) => Err(why),
     };
-    Delivered { end, account: passage.account, begun, keep_alive }
+    Carried { end, account: passage.account, path: Path::Relay, reason: SteerReason::PickerBody, keep_alive, begun }
 }
 
 /// A body with a length within the limit is held, except for an event stream.
-fn holds(head: &ResponseHead, limits: &Limits<'_>) -> Option<Held> {
+fn holds(head: &ResponseHead, limit: usize) -> Option<Held> {
     let BodyKind::Length(length) = head.body else { return None };
-    let fits = !head.is_event_stream() && length <= limits.bytes as u64;
-    fits.then(|| Held { original: Vec::new(), share: limits.memory.share(), limit: limits.bytes })
+    let fits = !head.is_event_stream() && length <= limit as u64;
+    let digest = || digest::Context::new(&digest::SHA256);
+    fits.then(|| Held { original: digest(), returned: digest(), limit })
 }
 
 /// What the EPP says; nothing any more without a stream.
@@ -242,8 +232,7 @@ impl Passage<'_> {
     /// Makes the head fit what goes out.
     fn release(&mut self, head: &mut ResponseHead) {
         let Some(held) = self.held.take() else { return head.change_body() };
-        let pieces = self.out.pieces.borrow();
-        if !pieces.iter().flatten().eq(held.original.iter().flatten()) {
+        if held.original.finish().as_ref() != held.returned.finish().as_ref() {
             head.change_body();
             head.set_length(self.out.bytes.get() as u64);
         }
@@ -311,7 +300,9 @@ impl Passage<'_> {
                 let now = monotonic_ns();
                 self.account.stamp(now, now);
                 self.account.add_relayed(data.len());
-                self.hold_original(&data);
+                if let Some(held) = &mut self.held {
+                    held.original.update(&data);
+                }
                 self.tee.borrow_mut().take(&data);
                 loop {
                     let next = self.tee.borrow_mut().next_piece();
@@ -355,31 +346,27 @@ impl Passage<'_> {
         }
     }
 
-    /// Keeps what the endpoint sent, while the response is held.
-    fn hold_original(&mut self, data: &Bytes) {
-        if let Some(held) = &mut self.held {
-            held.original.push(data.clone());
-        }
-        self.grow_held(data.len());
-    }
-
     /// What goes out.
     fn put(&mut self, piece: &Bytes) {
         let piece = match &mut self.rename {
             Some(rename) => rename.feed(piece),
             None => piece.clone(),
         };
-        self.grow_held(piece.len());
-        self.out.add(piece);
+        self.add(piece);
     }
 
-    /// Counts more held bytes. Beyond the limit the response is not held any more.
-    fn grow_held(&mut self, bytes: usize) {
-        if let Some(held) = &mut self.held
-            && (self.out.bytes.get() + bytes > held.limit || !held.share.grow(bytes as u64))
-        {
+    /// Counts the piece until it is written. Beyond the limit, or without memory for more, the response is not held any more.
+    fn add(&mut self, piece: Bytes) {
+        let fits = self.held.as_ref().is_none_or(|held| self.out.bytes.get() + piece.len() <= held.limit);
+        let counted = self.memory.hold(piece);
+        if !fits || counted.is_err() {
             self.held = None;
         }
+        let piece = counted.unwrap_or_else(|uncounted| uncounted);
+        if let Some(held) = &mut self.held {
+            held.returned.update(&piece);
+        }
+        self.out.add(piece);
     }
 
     /// The EPP ended the stream, with status OK (`clean`) or not, or does not answer.
@@ -414,8 +401,7 @@ impl Passage<'_> {
     fn end(&mut self) {
         if let Some(rename) = &mut self.rename {
             let rest = rename.end();
-            self.grow_held(rest.len());
-            self.out.add(rest);
+            self.add(rest);
         }
         self.ended = true;
         // The EPP may end the body before the endpoint does.

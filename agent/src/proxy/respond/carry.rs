@@ -6,8 +6,7 @@ use bytes::BytesMut;
 use penstock_common::{framing::Framing, path::Path};
 use tokio::time::Instant;
 
-use super::by_picker::{self, Delivered, Limits};
-
+use super::by_picker;
 use crate::{
     client::{Client, ClientSocket},
     config::{self, ResponseToPicker, SteeringMode},
@@ -69,7 +68,7 @@ pub(super) async fn carry(
     if let Some(tee) = tee
         && let Some(limit) = answers_for_body(worker, request, head, picked)
     {
-        return by_picker(worker, client, request, head, body, &mut picked.stream, tee, rename, limit).await;
+        return by_picker::deliver(worker, client, request, head, body, &mut picked.stream, tee, rename, limit).await;
     }
     if rename.is_some() {
         head.change_body();
@@ -126,7 +125,8 @@ async fn bytes(
     if end.is_err() {
         delivery.abandon();
     }
-    Carried { end, account: delivery.session.account, path, reason, keep_alive, begun: true }
+    let account = std::mem::take(&mut delivery.session.account);
+    Carried { end, account, path, reason, keep_alive, begun: true }
 }
 
 /// Relays the connection after `101 Switching Protocols`.
@@ -242,25 +242,6 @@ async fn frames(
         reason = aborted(worker, request, request.deadline.at, &mut picked.stream, tee) => Err(reason),
     };
     Carried { end, account: delivery.account, path, reason, keep_alive, begun }
-}
-
-/// Delivers the body that the EPP returns, of which at most `limit` bytes are kept.
-#[expect(clippy::too_many_arguments, reason = "the parts of one response, each borrowed separately")]
-async fn by_picker(
-    worker: &Worker,
-    client: &mut Client,
-    request: &Request,
-    head: &mut ResponseHead,
-    body: &mut ResponseBody,
-    stream: &mut Option<PickStream>,
-    tee: &RefCell<Tee>,
-    rename: Option<Rename>,
-    limit: usize,
-) -> Carried {
-    let limits = Limits { bytes: limit, memory: &worker.shared.bodies.memory };
-    let delivered = by_picker::deliver(worker, client, request, head, body, stream, tee, rename, &limits);
-    let Delivered { end, account, begun, keep_alive } = delivered.await;
-    Carried { end, account, path: Path::Relay, reason: SteerReason::PickerBody, keep_alive, begun }
 }
 
 /// The bytes of a response that may be kept, if the EPP answers for its body.
