@@ -31,13 +31,13 @@ use crate::{
 use answer::Answers;
 use places::{Place, Places};
 
-/// A running admin server. Dropping it stops the server; [`AdminHandle::stop`] also waits for its thread.
+/// A running admin server. Dropping it stops the server and closes its connections; the address is free afterwards.
 #[derive(Debug)]
 pub struct AdminHandle {
     local_addr: SocketAddr,
     /// The server stops when this sender is dropped.
-    stop: oneshot::Sender<Infallible>,
-    thread: JoinHandle<()>,
+    stop: Option<oneshot::Sender<Infallible>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl AdminHandle {
@@ -45,11 +45,15 @@ impl AdminHandle {
     pub fn local_addr(&self) -> SocketAddr {
         self.local_addr
     }
+}
 
-    /// Stops the server and closes its connections. The address is free when this returns.
-    pub fn stop(self) {
-        drop(self.stop);
-        let _ = self.thread.join();
+impl Drop for AdminHandle {
+    fn drop(&mut self) {
+        self.stop = None;
+        if let Some(thread) = self.thread.take() {
+            // Its panic has been counted.
+            let _ = thread.join();
+        }
     }
 }
 
@@ -102,7 +106,7 @@ fn serve(listener: TcpListener, answers: Answers, bounds: Bounds, watch: &Watch)
         });
     };
     let thread = thread::Builder::new().name(THREAD.to_owned()).spawn(move || watch.run(THREAD, work))?;
-    Ok(AdminHandle { local_addr, stop, thread })
+    Ok(AdminHandle { local_addr, stop: Some(stop), thread: Some(thread) })
 }
 
 /// Accepts every connection; one beyond the bounds replaces an older one.
@@ -329,7 +333,7 @@ mod tests {
         let server = server(patient());
         let addr = server.handle.local_addr();
         let open = connect(&server);
-        server.handle.stop();
+        drop(server.handle);
         assert!(TcpStream::connect(addr).is_err());
         // RST or FIN, depending on whether the connection had been accepted.
         let _ = (&open).read(&mut [0; 1]);

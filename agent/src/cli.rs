@@ -6,8 +6,7 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use penstock_agent::{
-    app::Agent,
-    capability,
+    Agent, capability,
     config::{self, Config, ConfigErrors, Overrides},
     epp_server::{self, EppServerConfig, EppServerLimits, EppServerTls},
     logging, panics,

@@ -8,15 +8,8 @@ use std::{path::Path, process::ExitCode, time::Duration};
 
 use penstock_agent::{
     capability,
+    command::{CgroupError, Check, Kernel, Ladder, Program, Rung, State, Wire, cgroup, version},
     config::{self, Config, SteeringMode},
-    kernel::{
-        Kernel,
-        cgroup::{self, CgroupError},
-        version,
-        wire::Wire,
-    },
-    ladder::{Ladder, Program, Rung, State},
-    selftest::Check,
     trial::{self, Trial},
 };
 use serde_json::{Value, json};

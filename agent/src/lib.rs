@@ -1,50 +1,103 @@
 //! Penstock: routes each inference request to the endpoint its picker chooses, then lets the kernel carry the response.
 //!
-//! Modules are listed in the order in which a request passes through them; a module never imports from its callers.
+//! Modules are listed in the order in which a request passes through them; a module never imports from its callers. What other
+//! crates use is public here, and nothing else is, so that the compiler finds what nobody uses.
 
-pub mod pem;
-pub mod listeners;
+#![allow(unreachable_pub, reason = "`pub` within a private module says what the module offers to the others")]
+
+mod pem;
+mod listeners;
 pub mod config;
 pub mod capability;
-pub mod text;
-pub mod deadline;
+mod text;
+mod deadline;
 pub mod logging;
-pub mod readiness;
-pub mod probe;
+mod readiness;
+mod probe;
 pub mod panics;
-pub mod metrics;
-pub mod budget;
-pub mod reserve;
-pub mod dns;
-pub mod admin;
-pub mod http;
-pub mod telemetry;
-pub mod bbr;
-pub mod abridge;
-pub mod route;
-pub mod picker;
-pub mod kernel;
-pub mod tee;
-pub mod rename;
-pub mod steer;
-pub mod client;
-pub mod endpoint;
-pub mod deliver;
-pub mod selftest;
-pub mod ladder;
-pub mod error;
-pub mod shared;
-pub mod room;
-pub mod worker;
-pub mod upload;
-pub mod proxy;
+mod metrics;
+mod budget;
+mod reserve;
+mod dns;
+mod admin;
+mod http;
+mod telemetry;
+mod bbr;
+mod abridge;
+mod route;
+mod picker;
+mod kernel;
+mod tee;
+mod rename;
+mod steer;
+mod client;
+mod endpoint;
+mod deliver;
+mod selftest;
+mod ladder;
+mod error;
+mod shared;
+mod room;
+mod worker;
+mod upload;
+mod proxy;
 pub mod trial;
-pub mod turns;
-pub mod tls;
-pub mod connection;
-pub mod server;
-pub mod reload;
-pub mod control;
-pub mod app;
+mod turns;
+mod tls;
+mod connection;
+mod server;
+mod reload;
+mod control;
+mod app;
 pub mod run;
 pub mod epp_server;
+
+pub use app::Agent;
+
+/// What `penstock doctor` needs besides.
+pub mod command {
+    pub use crate::{
+        kernel::{
+            Kernel,
+            cgroup::{self, CgroupError},
+            version,
+            wire::Wire,
+        },
+        ladder::{Ladder, Program, Rung, State},
+        selftest::Check,
+    };
+}
+
+/// Parts of the agent that fuzz targets and tests drive by themselves. They change with the agent.
+pub mod parts {
+    pub use crate::{
+        abridge::{Abridged, Abridger, Difference, Whole, difference},
+        bbr::{Found, JsonError, Model, ModelScanner, Summary},
+        budget::{Bodies, Budget},
+        client::{ClientSocket, close::Linger},
+        deliver::{Delivery, End},
+        dns::Dns,
+        endpoint::{connection::EndpointConnection, timeouts::ConnectionTimeouts},
+        http::{
+            body::{BodyError, BodyReader, Decoded, ReplayBody},
+            head::HeadLimits,
+            headers::{Arrival, prepare_request},
+            request::{RequestBody, RequestHead, RequestParser, from_http2, parse_request},
+            response::{After, BodyKind, RequestFraming, ResponseHead, ResponseParser, parse_response, write_request},
+            trace_context,
+        },
+        metrics::Metrics,
+        picker::{
+            error::PickError,
+            exchange::{Body, Decision, Event, Exchange, ExchangeLimits, Outcome},
+            message::DESTINATION,
+            mutation,
+        },
+        probe::{Point, Probe},
+        steer::{
+            Source, WorkerSteering,
+            session::{Session, Target},
+        },
+        tee::{Facts, Tee},
+    };
+}

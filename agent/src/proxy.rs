@@ -33,12 +33,7 @@ use self::{
     reply::{answer_last_forward, evict, send_error, send_immediate},
     request::{Deadline, Request},
 };
-pub use self::{
-    guarded::Panicked,
-    lease::Lease,
-    pinned::pinned,
-    request::{After, Pin},
-};
+pub use self::{guarded::Panicked, lease::Lease, pinned::pinned, request::After};
 use crate::{
     client::Client,
     error::{Error, Manner},

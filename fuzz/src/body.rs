@@ -4,13 +4,8 @@
 use bytes::{Bytes, BytesMut};
 use futures_util::FutureExt as _;
 use penstock_agent::{
-    budget::Bodies,
     config::Limits,
-    http::{
-        body::{BodyError, BodyReader, Decoded, ReplayBody},
-        request::RequestBody,
-    },
-    metrics::Metrics,
+    parts::{Bodies, BodyError, BodyReader, Decoded, Metrics, ReplayBody, RequestBody},
 };
 use penstock_common::framing::{Framing, MAX_CHUNK_LINE, MAX_TRAILERS};
 

@@ -3,9 +3,8 @@
 
 use http::{HeaderMap, HeaderValue, header};
 use penstock_agent::{
-    budget::Budget,
     config::ResponseToPicker,
-    tee::{Facts, Tee},
+    parts::{Budget, Facts, Tee},
 };
 use penstock_common::{framing::Framing, tail};
 use serde_json::Value;

@@ -7,18 +7,10 @@ use arbitrary::Unstructured;
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, Request, StatusCode};
 use penstock_agent::{
-    budget::Budget,
     config::EppLimits,
-    http::{
-        head::HeadLimits,
-        request::{RequestBody, parse_request},
-        response::{After, RequestFraming, write_request},
-    },
-    picker::{
-        error::PickError,
-        exchange::{Body, Decision, Event, Exchange, ExchangeLimits, Outcome},
-        message::DESTINATION,
-        mutation,
+    parts::{
+        After, Body, Budget, DESTINATION, Decision, Event, Exchange, ExchangeLimits, HeadLimits, Outcome, PickError,
+        RequestBody, RequestFraming, mutation, parse_request, write_request,
     },
 };
 use penstock_proto::{

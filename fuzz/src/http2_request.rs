@@ -8,11 +8,9 @@ use bytes::BytesMut;
 use http::{HeaderName, HeaderValue, Method, Request, Uri, Version, request};
 use penstock_agent::{
     config::Headers,
-    http::{
-        head::HeadLimits,
-        headers::{Arrival, prepare_request},
-        request::{RequestBody, from_http2, parse_request},
-        response::{After, RequestFraming, write_request},
+    parts::{
+        After, Arrival, HeadLimits, RequestBody, RequestFraming, from_http2, parse_request, prepare_request,
+        write_request,
     },
 };
 

@@ -1,7 +1,8 @@
 //! The scan of a JSON body for its model, and its abridgement for an EPP, cut anywhere, compared with serde_json.
 
-use penstock_agent::abridge::{Abridged, Abridger, Difference, Whole, difference};
-use penstock_agent::bbr::{Found, JsonError, Model, ModelScanner, Summary};
+use penstock_agent::parts::{
+    Abridged, Abridger, Difference, Found, JsonError, Model, ModelScanner, Summary, Whole, difference,
+};
 use serde_json::Value;
 
 use crate::input;

@@ -8,12 +8,9 @@ use bytes::BytesMut;
 use http::{HeaderName, Version};
 use penstock_agent::{
     config::Headers,
-    http::{
-        head::HeadLimits,
-        headers::{Arrival, prepare_request},
-        request::{RequestBody, RequestHead, RequestParser, parse_request},
-        response::{After, RequestFraming, write_request},
-        trace_context,
+    parts::{
+        After, Arrival, HeadLimits, RequestBody, RequestFraming, RequestHead, RequestParser, parse_request,
+        prepare_request, trace_context, write_request,
     },
 };
 

@@ -5,10 +5,7 @@
 
 use bytes::BytesMut;
 use http::{Method, Version};
-use penstock_agent::http::{
-    head::HeadLimits,
-    response::{BodyKind, ResponseHead, ResponseParser, parse_response},
-};
+use penstock_agent::parts::{BodyKind, HeadLimits, ResponseHead, ResponseParser, parse_response};
 
 use crate::{
     input,

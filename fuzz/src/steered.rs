@@ -9,13 +9,10 @@ use std::{net::Ipv4Addr, rc::Rc, sync::Arc, time::Duration};
 use anyhow::{Context as _, Result, ensure};
 use bytes::BytesMut;
 use penstock_agent::{
-    client::{ClientSocket, close::Linger},
-    deliver::{Delivery, End},
-    endpoint::{connection::EndpointConnection, timeouts::ConnectionTimeouts},
-    kernel::Kernel,
-    steer::{
-        Source, WorkerSteering,
-        session::{Session, Target},
+    command::Kernel,
+    parts::{
+        ClientSocket, ConnectionTimeouts, Delivery, End, EndpointConnection, Linger, Session, Source, Target,
+        WorkerSteering,
     },
 };
 use penstock_common::{framing::Framing, path::Path};

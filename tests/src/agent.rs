@@ -6,9 +6,9 @@ use std::{net::SocketAddr, sync::Once, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use penstock_agent::{
-    app::Agent,
+    Agent,
     config::{Config, Epp, FailureMode, Picker, Pool, SteeringMode},
-    probe::Probe,
+    parts::Probe,
 };
 use penstock_common::path::Path;
 use tracing_subscriber::EnvFilter;

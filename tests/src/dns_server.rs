@@ -120,7 +120,7 @@ impl Zone {
 
 #[cfg(test)]
 mod tests {
-    use penstock_agent::{config, dns::Dns};
+    use penstock_agent::{config, parts::Dns};
 
     use super::*;
 

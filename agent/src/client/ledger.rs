@@ -43,12 +43,8 @@ impl Ledger {
 
     /// Waits until the socket has taken all redirected bytes. Returns `TimedOut` if the client acknowledges nothing for
     /// too long. Cancel-safe.
-    pub async fn settle(&mut self, stream: &TcpStream, patience: Patience) -> io::Result<()> {
-        self.settle_unless(stream, patience, || false).await.map(drop)
-    }
-
-    /// Like [`settle`](Self::settle). Returns false if the bytes have not arrived and `unless`, called each time that a `sendmsg`
-    /// in progress would have ended, returned true. Cancel-safe.
+    /// Returns false if the bytes have not arrived and `unless`, called each time that a `sendmsg` in progress would have ended,
+    /// returned true.
     pub async fn settle_unless(
         &mut self,
         stream: &TcpStream,

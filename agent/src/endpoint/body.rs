@@ -32,13 +32,13 @@ pub enum ResponseBody {
         /// `None` if the response has no body, whatever the endpoint sends.
         body: Option<RecvStream>,
         /// Kept as long as the body.
-        stream: Stream,
+        _stream: Stream,
         /// The request, which may still be sent.
         sending: Sending,
         /// Tells the request's body why it is cut; `None` if the request has no body.
         cut: Option<CutReason>,
         /// The sending side of a request that could not be sent whole. Dropping it resets the stream.
-        unfinished: Unfinished,
+        _unfinished: Unfinished,
     },
 }
 

@@ -53,7 +53,8 @@ pub enum Number {
     Valid(f64),
     Negative,
     NotFinite,
-    NotANumber,
+    /// The value is of another type.
+    Absent,
 }
 
 /// Why a value is not kept.
@@ -155,7 +156,7 @@ impl Number {
             Some(Kind::NumberValue(number)) if !number.is_finite() => Self::NotFinite,
             Some(Kind::NumberValue(number)) if number < 0.0 => Self::Negative,
             Some(Kind::NumberValue(number)) => Self::Valid(number),
-            _ => Self::NotANumber,
+            _ => Self::Absent,
         }
     }
 }

@@ -98,7 +98,7 @@ fn count(metadata: &Collected, metrics: &PoolMetrics, model: &str) {
             Number::Valid(number) => metrics.epp_attribute(model, attribute, number),
             Number::Negative => metrics.epp_attribute_refused("negative"),
             Number::NotFinite => metrics.epp_attribute_refused("not_finite"),
-            Number::NotANumber => metrics.epp_attribute_refused("not_a_number"),
+            Number::Absent => metrics.epp_attribute_refused("not_a_number"),
         }
     }
     let dropped = metadata.dropped();

@@ -166,7 +166,7 @@ impl Drop for Group {
 /// As in an unprivileged container: this process's cgroup looks like the root, and it contains no endpoint.
 #[test]
 fn private_cgroup_namespace_disables_local_path() {
-    let root = penstock_agent::kernel::cgroup::root().unwrap();
+    let root = penstock_agent::command::cgroup::root().unwrap();
     let group = Group(root.join(format!("penstock-doctor-{}", std::process::id())));
     std::fs::create_dir(&group.0).unwrap();
     let (enter, root) = (group.0.join("cgroup.procs"), root.display());

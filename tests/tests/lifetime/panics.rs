@@ -10,10 +10,10 @@ use std::{
 
 use http::request::Parts;
 use penstock_agent::{
-    app::Agent,
+    Agent,
     config::{Config, Epp, FailureMode, HealthCheck, Picker, SteeringMode},
     panics,
-    probe::{Point, Probe},
+    parts::{Point, Probe},
     run::{Signals, until_ended},
 };
 use penstock_tests::{

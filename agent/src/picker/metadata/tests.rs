@@ -100,9 +100,9 @@ fn numbers_that_cannot_be_added_are_refused() {
         (number(f64::INFINITY), Number::NotFinite),
         (number(f64::NEG_INFINITY), Number::NotFinite),
         (number(-0.5), Number::Negative),
-        (text("7"), Number::NotANumber),
-        (list([number(1.0)]), Number::NotANumber),
-        (Value { kind: None }, Number::NotANumber),
+        (text("7"), Number::Absent),
+        (list([number(1.0)]), Number::Absent),
+        (Value { kind: None }, Number::Absent),
         (number(-0.0), Number::Valid(0.0)),
     ] {
         let mut all = collected(counting(&["n/k"]));
