@@ -48,6 +48,8 @@ pub(crate) fn build(warnings: Warnings) -> Result<()> {
     let mut cargo = compiler.cargo_build();
     cargo.args(["--release", "--package", "penstock-ebpf", "--target-dir"]).arg(&target);
     cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
+    // The profile is made for the agent. bpf-linker links and optimises the program as a whole itself.
+    cargo.env("CARGO_PROFILE_RELEASE_LTO", "false").env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16");
     if let Warnings::Deny = warnings {
         // Unlike `-D warnings` among the flags, this rebuilds nothing.
         cargo.args(["-Z", "warnings", "--config", "build.warnings='deny'"]);

@@ -95,7 +95,7 @@ impl Mismatch {
 /// An open connection.
 pub struct Opened {
     pub send: http2::SendRequest<Body>,
-    /// The limit of concurrent streams: the server's, or [`MOST_STREAMS`].
+    /// The limit of concurrent streams: the server's, or `MOST_STREAMS`.
     pub limit: Arc<AtomicUsize>,
 }
 
