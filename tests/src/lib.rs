@@ -5,6 +5,8 @@
 
 pub mod agent;
 pub mod agent_process;
+pub mod bench;
+mod chat;
 pub mod client;
 pub mod collector;
 pub mod content;

@@ -29,6 +29,7 @@ mod upgraded;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use openai::word;
 pub use plan::{After, Echo, Fault, FaultKind, Framing, HeadWrites, Lengths, Pauses, Plan, Upgraded};
 pub use sent::Sent;
 pub(crate) use sequence::Sequence;

@@ -125,11 +125,13 @@ pub struct Setup {
     pub tls: Option<ServerTlsConfig>,
     /// Concurrent streams per connection; default: no limit.
     pub max_streams: Option<u32>,
+    /// Whether streams and their messages are recorded, which costs time and memory for each. Default: true.
+    pub records: bool,
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { address: (Ipv4Addr::LOCALHOST, 0).into(), tls: None, max_streams: None }
+        Self { address: (Ipv4Addr::LOCALHOST, 0).into(), tls: None, max_streams: None, records: true }
     }
 }
 

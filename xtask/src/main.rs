@@ -3,6 +3,7 @@
 //! Each command has a file. Shared parts: `toolchain` finds the compiler of the kernel program, `command` makes and runs processes,
 //! `optimised` builds fast programs, `progress` shows long work, `repeat` repeats tests.
 
+mod bench;
 mod demo;
 mod fuzz;
 mod lint;
@@ -39,6 +40,8 @@ enum Verb {
     Run(run::Args),
     /// Build and start the demo: cargo xtask demo -- ARGUMENTS
     Demo(demo::Args),
+    /// Measure the agent, Envoy and nginx under the same loads: cargo xtask bench --quick
+    Bench(bench::Args),
     /// Build and start the stress run: cargo xtask stress --seconds 600
     Stress(stress::Args),
     /// Build and start the soak run: cargo xtask soak --minutes 30
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
         Verb::BuildEbpf(args) => ebpf::main(&args),
         Verb::Run(args) => run::main(&args),
         Verb::Demo(args) => demo::main(&args),
+        Verb::Bench(args) => bench::main(&args),
         Verb::Stress(args) => stress::main(&args),
         Verb::Soak(args) => soak::main(&args),
         Verb::Fuzz(args) => fuzz::main(&args),

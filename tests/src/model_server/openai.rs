@@ -16,6 +16,11 @@ use super::{Gauge, Shared};
 const WORDS: [&str; 12] =
     ["Water ", "turns ", "the ", "wheel ", "while ", "the ", "gate ", "decides ", "how ", "much ", "of ", "it. "];
 
+/// The text of a completion's token.
+pub(crate) fn word(token: usize) -> &'static str {
+    WORDS[token % WORDS.len()]
+}
+
 /// The model's arbitrary creation time.
 static CREATED: LazyLock<u64> =
     LazyLock::new(|| SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()));
@@ -155,8 +160,8 @@ async fn stream(connection: &mut Connection, job: &Job, interval: Duration) -> R
             let due = begin + interval * (token + 1);
             connection.pause(Some(due.saturating_duration_since(Instant::now()))).await?;
         }
-        let word = WORDS[token as usize % WORDS.len()];
-        event(connection, &job.part(json!({"content": word}), None).to_string()).await?;
+        let content = word(token as usize);
+        event(connection, &job.part(json!({"content": content}), None).to_string()).await?;
     }
     event(connection, &job.part(json!({}), Some(job.finish_reason)).to_string()).await?;
     if job.include_usage {

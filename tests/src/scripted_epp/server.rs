@@ -79,11 +79,11 @@ impl ExternalProcessor for Server {
     ) -> Result<tonic::Response<Self::ProcessStream>, Status> {
         let connection = request.extensions().get::<Cutter>().cloned();
         let connection = connection.ok_or_else(|| Status::internal("stream without a connection"))?;
-        let index = {
+        let index = self.setup.records.then(|| {
             let mut streams = self.record.streams.lock();
             streams.push(StreamRecord::new(connection.number));
             streams.len() - 1
-        };
+        });
         let (replies, mut replied) = mpsc::channel(REPLIES);
         tokio::spawn(self.clone().stream(request.into_inner(), Exchange::new(replies), index, connection));
         // HTTP/2 headers are sent with the first message; a failure without one sends only trailers.
@@ -157,7 +157,7 @@ impl Server {
         self,
         mut messages: Streaming<ProcessingRequest>,
         mut exchange: Exchange,
-        index: usize,
+        index: Option<usize>,
         connection: Cutter,
     ) {
         let replies = exchange.replies();
@@ -168,7 +168,9 @@ impl Server {
             () = replies.closed() => (StreamEnd::Cancelled, Ok(())),
         };
         // Recorded first, so that a test that sees the stream's end finds it in the record.
-        self.record.streams.lock()[index].end.get_or_insert(end);
+        if let Some(index) = index {
+            self.record.streams.lock()[index].end.get_or_insert(end);
+        }
         match outcome {
             Ok(()) | Err(End::Close) => {}
             Err(End::Status(status)) => {
@@ -190,12 +192,14 @@ impl Server {
         &self,
         messages: &mut Streaming<ProcessingRequest>,
         exchange: &mut Exchange,
-        index: usize,
+        index: Option<usize>,
     ) -> (StreamEnd, Answer) {
         loop {
             let outcome = match messages.message().await {
                 Ok(Some(message)) => {
-                    self.record.streams.lock()[index].took(message.clone(), Instant::now());
+                    if let Some(index) = index {
+                        self.record.streams.lock()[index].took(message.clone(), Instant::now());
+                    }
                     self.message(exchange, message).await
                 }
                 Ok(None) => {
