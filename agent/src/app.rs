@@ -8,7 +8,6 @@ use std::{io, net::SocketAddr, rc::Rc, sync::Arc, thread::JoinHandle};
 
 use anyhow::{Context as _, Result};
 use caps::errors::CapsError;
-use futures_util::FutureExt as _;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 
@@ -16,21 +15,18 @@ use crate::{
     admin::{self, AdminHandle},
     capability,
     config::{Config, FailureMode, Picker, Pool},
-    control::{self, Control},
-    dns::Dns,
-    endpoint::discovery::Discovery,
+    inference_pools::{self, Known},
     kernel::socket,
+    kubernetes::{self, Kubernetes},
     ladder::Ladder,
     listeners::Listeners,
+    live::Live,
     metrics::Metrics,
     panics::Watch,
-    picker::{
-        keep::Start,
-        tend::{Means, tend},
-    },
+    picker::keep::Start,
     probe::Probe,
     readiness::{Gate, Readiness},
-    reload::{self, ReloadError},
+    reload::ReloadError,
     room::{Idle, Room},
     server::{self, Listener},
     shared::{Shared, names},
@@ -45,26 +41,18 @@ const BACKLOG: i32 = 4096;
 
 /// A running agent. Dropping it aborts running requests.
 pub struct Agent {
-    /// The current shared state; a new value is sent to the workers.
-    shared: watch::Sender<Arc<Shared>>,
+    live: Arc<Live>,
+    /// None without pools that are InferencePools.
+    kubernetes: Mutex<Option<Kubernetes>>,
     readiness: Readiness,
     admin: AdminHandle,
     workers: Vec<JoinHandle<()>>,
     watch: Watch,
-    /// Stopped after the workers.
-    background: Mutex<Option<BackgroundTasks>>,
-    certificate: Option<Arc<Certificate>>,
     address: SocketAddr,
     tls_address: Option<SocketAddr>,
     ladder: Ladder,
     /// Outlives the workers, because it exports their last spans.
     exporter: Option<Exporter>,
-}
-
-/// The tasks that run in the background under one configuration.
-struct BackgroundTasks {
-    _discovery: Discovery,
-    _control: Control,
 }
 
 impl Agent {
@@ -76,7 +64,9 @@ impl Agent {
     }
 
     /// Like [`start`](Self::start), with a probe that makes the agent fail; for tests.
-    pub fn start_with(config: Config, probe: Probe) -> Result<Self> {
+    pub fn start_with(file: Config, probe: Probe) -> Result<Self> {
+        let known = kubernetes::last_known(&file);
+        let config = inference_pools::merged(&file, &known);
         let count = match config.listen.workers {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             count => count,
@@ -114,8 +104,9 @@ impl Agent {
         }
         let dropped = capability::keep(&[]);
         let capabilities = capabilities(&dropped);
-        let services = capability::with(&[], || Services::start(config, metrics, &readiness, own, &watch))?;
-        let Services { shared, exporter, certificate, background } = services;
+        let services = capability::with(&[], || Services::start(file, known, metrics, &readiness, own, &watch))?;
+        let Services { live, kubernetes, exporter, certificate } = services;
+        let shared = live.shared();
         let (config, metrics) = (&shared.config, &shared.metrics);
         let mut status = ladder.lines();
         let user = capability::user();
@@ -150,10 +141,9 @@ impl Agent {
             }
         }
 
-        let (updates, _) = watch::channel(Arc::clone(&shared));
         let mut workers = Vec::with_capacity(count);
         for (number, (listeners, gates)) in listeners.into_iter().zip(gates).enumerate() {
-            let (updates, steering) = (updates.subscribe(), steering.clone());
+            let (updates, steering) = (live.updates(), steering.clone());
             let (room, watch, name) = (Arc::clone(&room), watch.clone(), format!("penstock-{number}"));
             let thread = std::thread::Builder::new().name(name.clone());
             let run = move || {
@@ -176,13 +166,12 @@ impl Agent {
         let admin_address = admin.local_addr();
         tracing::info!(%address, tls, admin = %admin_address, workers = count, "penstock {}", env!("CARGO_PKG_VERSION"));
         Ok(Self {
-            shared: updates,
+            live,
+            kubernetes: Mutex::new(kubernetes),
             readiness,
             admin,
             workers,
             watch,
-            background: Mutex::new(Some(background)),
-            certificate,
             address,
             tls_address,
             ladder,
@@ -214,59 +203,52 @@ impl Agent {
     }
 
     pub fn metrics(&self) -> Arc<Metrics> {
-        Arc::clone(&self.shared.borrow().metrics)
+        Arc::clone(&self.live.shared().metrics)
     }
 
     pub fn readiness(&self) -> &Readiness {
         &self.readiness
     }
 
-    /// The current configuration.
+    /// The current configuration, as in the file.
     pub fn config(&self) -> Config {
-        self.shared.borrow().config.clone()
+        self.live.file()
     }
 
     /// Serves requests that begin from now on under `config`. Connections stay open, and running requests keep the
     /// configuration they began with. Returns an error and changes nothing if `config` changes a setting that needs a
     /// restart. Blocks until the previous background threads have ended.
     pub fn reload(&self, config: Config) -> Result<(), ReloadError> {
-        let before = Arc::clone(&self.shared.borrow());
-        let outcome = self.reloaded(&before, config);
-        before.metrics.reloaded(if outcome.is_ok() { "applied" } else { "refused" });
-        outcome
-    }
-
-    fn reloaded(&self, before: &Shared, config: Config) -> Result<(), ReloadError> {
-        let fixed = reload::needs_restart(&before.config, &config);
-        if !fixed.is_empty() {
-            return Err(ReloadError::NeedsRestart(fixed));
+        let pools = inference_pools::named(&config);
+        self.live.reload(config)?;
+        let mut kubernetes = self.kubernetes.lock();
+        match &*kubernetes {
+            Some(running) => running.follow(pools),
+            None if pools.is_empty() => {}
+            None => {
+                let started = Kubernetes::start(&self.live, pools, Vec::new(), &self.watch);
+                *kubernetes = Some(started.map_err(ReloadError::Background)?);
+            }
         }
-        let shared = Arc::new(before.after(config).map_err(ReloadError::Pools)?);
-        let mut running = self.background.lock();
-        // The previous tasks stop first, because both would report the same metrics of the same replicas.
-        *running = None;
-        let next = start_background(&shared, self.certificate.as_ref(), None, &self.watch);
-        self.shared.send_replace(shared);
-        *running = Some(next.map_err(ReloadError::Background)?);
         Ok(())
     }
 
     /// Makes the agent unready. It still accepts connections, and asks each of them to end after its current request.
     pub fn leave(&self) {
         self.readiness.draining();
-        self.shared.borrow().leaving.cancel();
+        self.live.shared().leaving.cancel();
     }
 
     /// Stops accepting connections; running requests may finish.
     pub fn drain(&self) {
         self.leave();
-        self.shared.borrow().draining.cancel();
+        self.live.shared().draining.cancel();
     }
 
     /// Aborts running requests.
     pub fn force(&self) {
         self.drain();
-        self.shared.borrow().force.cancel();
+        self.live.shared().force.cancel();
     }
 
     /// Whether every worker has ended.
@@ -294,7 +276,8 @@ impl Agent {
             // A worker's panic has been logged already.
             let _ = worker.join();
         }
-        *self.background.lock() = None;
+        *self.kubernetes.lock() = None;
+        self.live.stop();
         self.exporter = None;
     }
 }
@@ -308,26 +291,31 @@ impl Drop for Agent {
 
 /// The parts of an agent other than its workers.
 struct Services {
-    shared: Arc<Shared>,
+    live: Arc<Live>,
+    kubernetes: Option<Kubernetes>,
     exporter: Option<Exporter>,
     certificate: Option<Arc<Certificate>>,
-    background: BackgroundTasks,
 }
 
 impl Services {
     fn start(
-        config: Config,
+        file: Config,
+        known: Known,
         metrics: Arc<Metrics>,
         readiness: &Readiness,
         own: Listeners,
         watch: &Watch,
     ) -> Result<Self> {
+        let config = inference_pools::merged(&file, &known);
         let (telemetry, exporter) = Telemetry::start(&config.tracing, &metrics, watch)?.unzip();
         let shared = Shared::new(config, metrics, telemetry)?.listening(own);
         let shared = Arc::new(Shared { probe: watch.probe.clone(), ..shared });
         let certificate = shared.config.listen.tls.as_ref().map(Certificate::read).transpose()?;
-        let background = start_background(&shared, certificate.as_ref(), Some(readiness), watch)?;
-        Ok(Self { shared, exporter, certificate, background })
+        let pools = inference_pools::named(&file);
+        let gates = pools.iter().map(|pool| readiness.gate(format!("InferencePool {pool}"))).collect();
+        let live = Live::start(shared, file, known, certificate.clone(), readiness, watch)?;
+        let kubernetes = (!pools.is_empty()).then(|| Kubernetes::start(&live, pools, gates, watch)).transpose()?;
+        Ok(Self { live, kubernetes, exporter, certificate })
     }
 }
 
@@ -339,34 +327,6 @@ fn capabilities(dropped: &Result<(), CapsError>) -> String {
         Ok(()) if held.is_empty() => "capabilities: none kept".to_owned(),
         Ok(()) => format!("capabilities: kept {held}"),
     }
-}
-
-/// Starts the background tasks: endpoint discovery, endpoint counts, EPP replica checks and certificate reloads. With
-/// `readiness`, the agent becomes ready only after discovery has its first result.
-fn start_background(
-    shared: &Shared,
-    certificate: Option<&Arc<Certificate>>,
-    readiness: Option<&Readiness>,
-    watch: &Watch,
-) -> Result<BackgroundTasks> {
-    let counts = shared.endpoints.iter().cloned().map(|set| Box::new(move || set.states()) as _);
-    shared.metrics.count_endpoints(counts);
-    let Shared { config, endpoints, metrics, own, .. } = shared;
-    let discovery = Discovery::start(config, endpoints, metrics, own, readiness, watch)?;
-
-    let dns = Dns::new(&shared.config.dns);
-    let epps = shared.replicas.iter().enumerate().filter_map(|(pool, replicas)| Some((pool, replicas.clone()?)));
-    let means = |pool| Means {
-        dns: dns.clone(),
-        own: shared.own.clone(),
-        metrics: Arc::clone(&shared.metrics),
-        probe: shared.probe.clone(),
-        pool,
-    };
-    let mut tasks: Vec<control::Task> = epps.map(|(pool, replicas)| tend(replicas, means(pool)).boxed()).collect();
-    tasks.extend(certificate.map(|certificate| Arc::clone(certificate).follow().boxed()));
-    let control = Control::start(tasks, watch).context("cannot start the control thread")?;
-    Ok(BackgroundTasks { _discovery: discovery, _control: control })
 }
 
 /// What readiness waits for in one worker.

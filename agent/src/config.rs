@@ -18,6 +18,7 @@ mod errors;
 mod files;
 mod headers;
 mod health;
+mod kubernetes;
 mod limits;
 mod listen;
 mod metadata;
@@ -54,6 +55,7 @@ pub use errors::{ErrorFormat, Errors};
 pub(crate) use headers::ALL_HINTS;
 pub use headers::{ClientHint, Forwarding, Headers};
 pub use health::HealthCheck;
+pub use kubernetes::{InferencePoolRef, InferencePoolVersion, Kubernetes};
 pub use limits::Limits;
 pub use listen::{HalfClose, Listen, ListenTls};
 pub use metadata::{Attribute, EppMetadata};
@@ -61,7 +63,7 @@ pub use node::Node;
 pub use overrides::Overrides;
 pub use passthrough::{Network, Passthrough};
 pub use picker::Picker;
-pub use pools::{AppProtocol, FailureMode, LeaseLimits, PickPer, PinLimits, Pool};
+pub use pools::{AppProtocol, FailureMode, LeaseLimits, PickPer, PinLimits, Pool, Unusable};
 pub use process::{Process, User, parse_user};
 pub use reference::reference;
 pub use retry::Retry;
@@ -104,6 +106,8 @@ settings! {
         pub node: Node = Node::default() => section(),
         /// How names are resolved.
         pub dns: Dns = Dns::default() => section(),
+        /// The Kubernetes API server, which tells the endpoints and the EPP of pools with `inference_pool`. See docs/kubernetes.md.
+        pub kubernetes: Kubernetes = Kubernetes::default() => section(),
         /// The pools: at least one, each with a unique name.
         pub pools: Vec<Pool> = Vec::new() => sections(),
         /// The first route whose conditions all match is used. Without routes, every request goes to the first pool. `host`,
@@ -196,6 +200,7 @@ impl Config {
     /// Checks the contents of the files that settings name.
     fn check_files(&self, root: &Section<'_>) {
         self.listen.check_files(&root.at("listen"));
+        self.kubernetes.check_files(&root.at("kubernetes"));
         pools::check_files(&self.pools, root);
     }
 }

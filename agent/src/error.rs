@@ -13,7 +13,7 @@ use thiserror::Error;
 
 use crate::{
     bbr::NamingError,
-    config::{Config, ErrorFormat},
+    config::{Config, ErrorFormat, Unusable},
     http::{
         accept,
         body::BodyError,
@@ -47,6 +47,8 @@ pub enum Error {
     RequestTimeout(Duration),
     #[error("no route matches this request")]
     NoRoute,
+    #[error("{0}")]
+    Pool(#[from] Unusable),
     #[error("the endpoint picker failed: {0}")]
     Picker(#[from] PickError),
     #[error("the endpoint picker chose {0}, which is not in the pool or takes no new requests")]
@@ -90,7 +92,9 @@ impl Error {
             Self::BodyCut { .. } | Self::HeadCut => StatusCode::BAD_REQUEST,
             Self::HeadTimeout(_) | Self::BodyTimeout(_) | Self::BodySlow(_) => StatusCode::REQUEST_TIMEOUT,
             Self::NoRoute => StatusCode::NOT_FOUND,
-            Self::Picker(_) | Self::NoEndpoint(_) | Self::LocalFault { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Pool(_) | Self::Picker(_) | Self::NoEndpoint(_) | Self::LocalFault { .. } => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Self::Connect { error, .. } if error.kind() == io::ErrorKind::TimedOut => StatusCode::GATEWAY_TIMEOUT,
             Self::Stranger(_) | Self::Connect { .. } | Self::EndpointClosed(_) | Self::Response { .. } => {
                 StatusCode::BAD_GATEWAY
@@ -117,6 +121,9 @@ impl Error {
             Self::BodyTimeout(_) | Self::BodySlow(_) => "body_timeout",
             Self::RequestTimeout(_) => "request_timeout",
             Self::NoRoute => "no_route",
+            Self::Pool(Unusable::Unread(_)) => "pool_unread",
+            Self::Pool(Unusable::Absent(_)) => "pool_absent",
+            Self::Pool(Unusable::Invalid(..)) => "pool_invalid",
             Self::Picker(_) => "picker_failed",
             Self::Stranger(_) => "endpoint_not_in_pool",
             Self::NoEndpoint(NoEndpoint::NoneEligible) => "no_endpoint",

@@ -37,6 +37,7 @@ mod selftest;
 mod ladder;
 mod error;
 mod shared;
+mod inference_pools;
 mod room;
 mod worker;
 mod upload;
@@ -48,6 +49,12 @@ mod connection;
 mod server;
 mod reload;
 mod control;
+mod live;
+#[cfg(feature = "kubernetes")]
+mod kubernetes;
+#[cfg(not(feature = "kubernetes"))]
+#[path = "no_kubernetes.rs"]
+mod kubernetes;
 mod app;
 pub mod run;
 pub mod epp_server;

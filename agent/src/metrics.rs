@@ -4,11 +4,13 @@
 //! and help are in `families`. Recording waits for a scrape at most as long as encoding one metric takes.
 
 mod families;
+mod kubernetes;
 mod labels;
 mod models;
 mod pool;
 mod process;
 
+pub use kubernetes::WatchMetrics;
 pub use labels::{Connection, EndpointState, EppOutcome};
 pub use pool::{PoolMetrics, Streamed};
 
@@ -171,6 +173,11 @@ impl Metrics {
             BodyModel::Empty => &self.core.families.bbr_body_field_empty,
         };
         counter.inc();
+    }
+
+    /// The metrics of one watch for an InferencePool.
+    pub fn kubernetes_watch(&self, inference_pool: &str, resource: &'static str) -> WatchMetrics {
+        WatchMetrics::new(&self.core.families, inference_pool, resource)
     }
 
     /// The bytes of request bodies in memory and in files.

@@ -43,6 +43,7 @@ pub fn needs_restart(before: &Config, after: &Config) -> Vec<&'static str> {
         process,
         node: _,
         dns: _,
+        kubernetes,
         pools: _,
         routes: _,
         warnings: _,
@@ -57,6 +58,7 @@ pub fn needs_restart(before: &Config, after: &Config) -> Vec<&'static str> {
         ("steering", *steering != after.steering),
         ("tracing", *tracing != after.tracing),
         ("process", *process != after.process),
+        ("kubernetes", *kubernetes != after.kubernetes),
     ]
     .into_iter()
     .filter_map(|(setting, differs)| differs.then_some(setting))

@@ -13,6 +13,7 @@ use tokio::{net::TcpStream, time::timeout};
 use crate::{
     config::{AppProtocol, Config, EndpointsFormat, Picker, Pool, parse_endpoints},
     dns::Dns,
+    inference_pools, kubernetes,
     picker::{
         handshake::{self, Mismatch},
         trial::try_epp,
@@ -47,9 +48,11 @@ impl Trial {
 /// Tries everything, and takes some seconds if something does not answer.
 pub async fn try_all(config: &Config) -> Vec<Trial> {
     let dns = Dns::new(&config.dns);
+    let (known, kubernetes) = kubernetes::try_pools(config).await;
+    let config = &inference_pools::spelled_out(config, &known);
     let pools = config.pools.iter().map(|pool| try_pool(config, pool, &dns));
     let pools = join_all(pools).await.into_iter().flatten();
-    certificate::try_certificate(config, SystemTime::now()).into_iter().chain(pools).collect()
+    certificate::try_certificate(config, SystemTime::now()).into_iter().chain(kubernetes).chain(pools).collect()
 }
 
 async fn try_pool(config: &Config, pool: &Pool, dns: &Dns) -> Vec<Trial> {

@@ -40,8 +40,15 @@ impl Worker {
         let receive_buffer = config.steering.endpoint_receive_buffer;
         let endpoints = Http1Pool::new(Arc::clone(&shared.metrics), steering, times(config), receive_buffer);
         let http2_endpoints = Http2Pool::new(times(config));
-        let epp = |(replicas, start): (&Option<Arc<Replicas>>, _)| {
-            Some(Rc::new(EppClient::connected(replicas.clone()?, start)))
+        let epp = |(replicas, start): (&Option<Arc<Replicas>>, Option<Start>)| match replicas {
+            Some(replicas) => Some(Rc::new(EppClient::connected(Arc::clone(replicas), start))),
+            None => {
+                // Kubernetes has taken the EPP away since the gate was made.
+                if let Some(start) = start {
+                    start.gate.open();
+                }
+                None
+            }
         };
         let epps = shared.replicas.iter().zip(starts).map(epp).collect();
         Self { epps, endpoints: Rc::new(endpoints), wire, http2_endpoints, handshakes: Rc::default(), shared }

@@ -5,6 +5,7 @@
 
 pub mod agent;
 pub mod agent_process;
+pub mod api_server;
 pub mod bench;
 mod chat;
 pub mod client;
@@ -35,6 +36,7 @@ pub mod thread_cpu;
 pub mod tls;
 
 pub use agent::TestAgent;
+pub use api_server::ApiServer;
 pub use client::{BodyEnd, Client, Request, Response};
 pub use collector::{CollectedSpan, Collector, CollectorBehaviour};
 pub use content::{Alphabet, Checker};

@@ -8,6 +8,7 @@ use k8s_openapi::{
     api::{
         apps::v1::DaemonSet,
         core::v1::{ConfigMap, Container, HTTPGetAction, Namespace, PodSpec, Probe, SecurityContext, ServiceAccount},
+        rbac::v1::{ClusterRole, ClusterRoleBinding},
     },
     apimachinery::pkg::util::intstr::IntOrString,
     serde::{Serialize, de::DeserializeOwned},
@@ -85,10 +86,12 @@ fn assert_known<T: Resource + DeserializeOwned + Serialize>() {
 #[test]
 fn manifest_fields_are_known_to_kubernetes() {
     let kinds: BTreeSet<String> = documents().iter().map(|document| document["kind"].to_string()).collect();
-    assert_eq!(kinds.len(), 4, "the manifests have kinds without a check below: {kinds:?}");
+    assert_eq!(kinds.len(), 6, "the manifests have kinds without a check below: {kinds:?}");
     assert_known::<Namespace>();
     assert_known::<ServiceAccount>();
     assert_known::<ConfigMap>();
+    assert_known::<ClusterRole>();
+    assert_known::<ClusterRoleBinding>();
     assert_known::<DaemonSet>();
 }
 
@@ -123,6 +126,45 @@ fn manifests_share_namespace_and_references_resolve() {
 
     let labels = set.spec.template.metadata.and_then(|metadata| metadata.labels);
     assert_eq!(set.spec.selector.match_labels, labels, "the selector differs from the pods' labels");
+}
+
+/// The agent reads what describes a pool, and writes nothing.
+#[test]
+fn role_permits_reading_what_describes_pools() {
+    let (role, binding) = (manifest::<ClusterRole>(), manifest::<ClusterRoleBinding>());
+    let mut readable = BTreeSet::new();
+    for rule in role.rules.expect("rules") {
+        assert_eq!(rule.verbs, ["get", "list", "watch"]);
+        for group in rule.api_groups.expect("groups") {
+            readable.extend(rule.resources.iter().flatten().map(|resource| format!("{resource}.{group}")));
+        }
+    }
+    let expected = [
+        "endpointslices.discovery.k8s.io",
+        "inferencepools.inference.networking.k8s.io",
+        "inferencepools.inference.networking.x-k8s.io",
+        "pods.",
+        "services.",
+    ];
+    assert_eq!(readable, expected.map(str::to_owned).into());
+    assert_eq!(Some(&binding.role_ref.name), role.metadata.name.as_ref());
+    let [subject] = &binding.subjects.expect("subjects")[..] else { panic!("expected one subject") };
+    let account = manifest::<ServiceAccount>().metadata;
+    assert_eq!((Some(&subject.name), &subject.namespace), (account.name.as_ref(), &account.namespace));
+    assert_eq!(pod().automount_service_account_token, Some(true));
+}
+
+/// The alternative at the end of the example, uncommented.
+#[test]
+fn commented_inference_pool_is_valid_and_its_state_is_mounted() {
+    let text = read("deploy/penstock.toml");
+    let settings = text.lines().filter_map(|line| line.strip_prefix('#')).filter(|line| !line.starts_with(' '));
+    let text: String = settings.map(|line| format!("{line}\n")).collect();
+    let config = Config::parse(&text, "deploy/penstock.toml").unwrap_or_else(|errors| panic!("{errors}\n{text}"));
+    assert!(config.pools[0].inference_pool.is_some());
+    let folder = config.kubernetes.state_dir.expect("a state_dir");
+    let mounts = container().volume_mounts.expect("mounts");
+    assert!(mounts.iter().any(|mount| Path::new(&mount.mount_path) == folder && mount.read_only.is_none()));
 }
 
 #[test]
@@ -270,8 +312,12 @@ fn deployed_flags_and_configuration_are_valid() {
     assert!(penstock(&["run", "--config", CONFIG_PATH, "--help"]).contains(CONFIG_PATH));
     assert!(penstock(&["run", "--help"]).contains("PENSTOCK_LOG_FORMAT"));
     let env = container().env.expect("environment");
-    let [log_format] = &env[..] else { panic!("expected one variable, found {env:?}") };
+    let [log_format, node] = &env[..] else { panic!("expected two variables, found {env:?}") };
     assert_eq!((log_format.name.as_str(), log_format.value.as_deref()), ("PENSTOCK_LOG_FORMAT", Some("json")));
+    let field =
+        node.value_from.as_ref().and_then(|source| source.field_ref.as_ref()).map(|field| field.field_path.as_str());
+    assert_eq!((node.name.as_str(), field), ("PENSTOCK_NODE", Some("spec.nodeName")));
+    assert!(penstock(&["run", "--help"]).contains("PENSTOCK_NODE"));
 }
 
 #[test]

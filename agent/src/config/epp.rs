@@ -11,7 +11,7 @@ use super::{
     document::Section,
     files,
     metadata::EppMetadata,
-    settings::{Group, choice, keys, section, settings},
+    settings::{Elsewhere, Group, choice, keys, section, settings},
     value::{self, OneOrMore, Value, boolean, duration, duration_or_off, integer},
 };
 
@@ -26,6 +26,8 @@ settings! {
         /// agents therefore ask the same replica, whose state covers all requests.
         pub addresses: Vec<String> = Vec::new()
             => value::host_port().one_or_more().named("address").example("127.0.0.1:9002"),
+        /// Whether the replicas are those of a Kubernetes Service instead of the addresses in DNS.
+        pub is_service: bool = false => Elsewhere(|_| None),
         /// How the agent connects to the EPP.
         pub tls: EppTls = EppTls::Off => keys::<EppTlsKeys>(),
         /// With TLS only: server name to send (SNI), instead of the host of `address`. With `tls = "ca"`, the certificate must be
@@ -278,9 +280,14 @@ impl Epp {
         Self { addresses: vec![address.into()], ..Self::default() }
     }
 
-    pub(super) fn check(&self, section: &Section<'_>) {
-        if !section.has("address") {
-            section.reject("address", "nothing", "host:port of the EPP");
+    pub(super) fn check(&self, section: &Section<'_>, is_discovered: bool) {
+        match (section.has("address"), is_discovered) {
+            (false, false) => section.reject("address", "nothing", "host:port of the EPP"),
+            (true, true) => {
+                let expected = "no address: the endpointPickerRef of the InferencePool names the EPP";
+                section.reject("address", "an address in a pool with inference_pool", expected);
+            }
+            (true, false) | (false, true) => {}
         }
         for (index, address) in self.addresses.iter().enumerate() {
             if self.addresses[..index].contains(address) {

@@ -72,9 +72,10 @@ impl Settings for Picker {
 }
 
 impl Picker {
-    pub(super) fn check(&self, section: &Section<'_>) {
+    /// `is_discovered` tells that the pool is an InferencePool, which names the EPP.
+    pub(super) fn check(&self, section: &Section<'_>, is_discovered: bool) {
         if let Self::Epp(epp) = self {
-            epp.check(section);
+            epp.check(section, is_discovered);
         }
     }
 }

@@ -4,6 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use http::HeaderName;
 use serde_json::json;
+use thiserror::Error;
 
 use super::{
     Endpoint, NamedEndpoints,
@@ -11,6 +12,7 @@ use super::{
     ejection::Ejection,
     endpoints,
     health::HealthCheck,
+    kubernetes::InferencePoolRef,
     node::Node,
     passthrough::{Passthrough, passthrough},
     picker::{self, Picker},
@@ -39,6 +41,13 @@ settings! {
         pub endpoints_file: Option<PathBuf> = None => value::file().example("endpoints.toml"),
         /// Up to 8 ports for addresses without a port: each address with each port is an endpoint.
         pub ports: Vec<u16> = Vec::new() => endpoints::ports().example(json!([8000])),
+        /// The InferencePool that this pool is, if the section is present. Its Pods are the endpoints, and its `endpointPickerRef`
+        /// names the EPP, to which the settings of `picker` apply; without it, the built-in picker chooses. Excludes `endpoints`,
+        /// `endpoints_dns`, `endpoints_file`, `ports`, `app_protocol`, `failure_mode` and `picker.address`, which the InferencePool
+        /// determines. See docs/kubernetes.md.
+        pub inference_pool: Option<InferencePoolRef> = None => optional_section(),
+        /// Why requests of an InferencePool cannot be served. Not a setting: what Kubernetes says.
+        pub unusable: Option<Unusable> = None => Elsewhere(|_| None),
         /// Protocol of the endpoints, as `appProtocol` of InferencePool v1.
         pub app_protocol: AppProtocol = AppProtocol::Http1 => value::choice(),
         /// How long a pick is used. `connection` and `lease` apply only to HTTP/1.1 clients and endpoints, and only if the EPP
@@ -76,6 +85,17 @@ settings! {
         /// Timeouts of requests to this pool. Unset keys use `[timeouts]`.
         pub timeouts: TimeoutOverrides = TimeoutOverrides::default() => section(),
     }
+}
+
+/// Why requests of a pool that is an InferencePool cannot be served.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum Unusable {
+    #[error("the InferencePool {0} has not been read from the Kubernetes API yet")]
+    Unread(InferencePoolRef),
+    #[error("the InferencePool {0} does not exist")]
+    Absent(InferencePoolRef),
+    #[error("the InferencePool {0} is invalid: {1}")]
+    Invalid(InferencePoolRef, String),
 }
 
 choice! {
@@ -145,10 +165,14 @@ impl Pool {
 
     fn check(&self, section: &Section<'_>, listen: SocketAddr, own: &Listeners, node: &Node) {
         endpoints::check_listed(section, &self.ports, listen);
-        self.check_endpoints(section);
         self.check_own(section, own);
-        self.check_failure_mode(section);
-        self.picker.check(&section.at("picker"));
+        if self.inference_pool.is_some() {
+            check_discovered(section);
+        } else {
+            self.check_endpoints(section);
+            self.check_failure_mode(section);
+        }
+        self.picker.check(&section.at("picker"), self.inference_pool.is_some());
         self.subset.check(&section.at("subset"), node);
         self.ejection.check(&section.at("ejection"));
     }
@@ -191,6 +215,19 @@ impl Pool {
                 section.reject("failure_mode", r#""open" without a destination"#, "endpoints or default_upstream");
             }
             FailureMode::Closed | FailureMode::Open => {}
+        }
+    }
+}
+
+/// Rejects settings that the InferencePool determines.
+fn check_discovered(section: &Section<'_>) {
+    if cfg!(not(feature = "kubernetes")) {
+        let found = "a setting of the feature `kubernetes`, which this build lacks";
+        section.reject("inference_pool", found, "a build with that feature");
+    }
+    for key in ["endpoints", "endpoints_dns", "endpoints_file", "ports", "app_protocol", "failure_mode"] {
+        if section.has(key) {
+            section.reject(key, "a setting that the InferencePool determines", "inference_pool alone");
         }
     }
 }

@@ -431,6 +431,11 @@ pub(super) fn file() -> Custom<Option<PathBuf>> {
     }
 }
 
+/// The path of a folder. A relative path is resolved against the folder of the configuration file.
+pub(super) fn folder() -> Custom<Option<PathBuf>> {
+    Custom { words: "the path of a folder", ..file() }
+}
+
 /// As [`file()`]; absence is an error, and `words` name what is missing.
 pub(super) fn required_file(words: &'static str, example: &'static str) -> RequiredFile {
     RequiredFile(path().required(words, example))

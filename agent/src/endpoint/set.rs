@@ -24,6 +24,7 @@ pub enum EndpointSource {
     Config,
     File,
     Dns,
+    Kubernetes,
 }
 
 impl EndpointSource {
@@ -33,6 +34,7 @@ impl EndpointSource {
             Self::Config => "config",
             Self::File => "file",
             Self::Dns => "dns",
+            Self::Kubernetes => "kubernetes",
         }
     }
 }
@@ -52,7 +54,7 @@ pub struct EndpointSet {
 #[derive(Debug, Default)]
 struct Parts {
     /// By [`EndpointSource`].
-    listed: [Vec<config::Endpoint>; 3],
+    listed: [Vec<config::Endpoint>; 4],
     next_id: u32,
 }
 
@@ -70,14 +72,16 @@ impl EndpointSet {
         Self::with(pool.endpoints.clone(), pool.ejection.clone(), Rule::new(pool, node))
     }
 
-    /// The set of a pool after a reload. Endpoints that stay keep their health and their request count, and endpoints from DNS
-    /// or a file are kept until that source changes them.
+    /// The set of a pool after a reload. Endpoints that stay keep their health and their request count, and endpoints from a
+    /// source that stays are kept until that source changes them.
     pub fn after(before: &Self, pool: &config::Pool, node: &Node) -> Self {
         let parts = before.changing.lock();
         let mut listed = parts.listed.clone();
-        for (source, followed) in
-            [(EndpointSource::File, pool.endpoints_file.is_some()), (EndpointSource::Dns, pool.endpoints_dns.is_some())]
-        {
+        for (source, followed) in [
+            (EndpointSource::File, pool.endpoints_file.is_some()),
+            (EndpointSource::Dns, pool.endpoints_dns.is_some()),
+            (EndpointSource::Kubernetes, pool.inference_pool.is_some()),
+        ] {
             if !followed {
                 listed[source as usize].clear();
             }

@@ -9,6 +9,7 @@ use penstock_proto::ext_proc::HeaderMutation;
 use super::*;
 use crate::{
     bbr::{Found, JsonError},
+    config::InferencePoolRef,
     deliver::End,
     http::{coding::CodingError, head::HeadError, response::ResponseError},
 };
@@ -176,6 +177,9 @@ fn every_error() -> Vec<Error> {
         Error::BodySlow(1),
         Error::RequestTimeout(second),
         Error::NoRoute,
+        Error::Pool(Unusable::Unread(InferencePoolRef::default())),
+        Error::Pool(Unusable::Absent(InferencePoolRef::default())),
+        Error::Pool(Unusable::Invalid(InferencePoolRef::default(), String::new())),
         Error::Picker(PickError::Deadline),
         Error::Stranger(address),
         Error::NoEndpoint(NoEndpoint::NoneEligible),

@@ -11,7 +11,7 @@ use prometheus_client::{
 use super::labels::{
     Build, ByAnswer, ByAttribute, ByFlow, ByListener, ByModel, ByOutcome, ByPath, ByPool, ByPoolAndIndex,
     ByPoolAndReason, ByPoolAndState, ByReason, ByReplica, ByRequestModel, ByResult, BySource, BySourceAndReason,
-    PathState,
+    ByWatch, ByWatchAndReason, PathState,
 };
 
 type Histograms<Labels> = Family<Labels, Histogram, fn() -> Histogram>;
@@ -78,6 +78,17 @@ families! {
 
     /// Configuration reloads, by result.
     reloads: Family<ByReason, Counter> = "config_reloads";
+
+    /// Whether the watch of a resource for an InferencePool runs; if not, what was known last is used.
+    kubernetes_watch_up: Family<ByWatch, Gauge> = "kubernetes_watch_up";
+    /// When the API server was last heard of on the watch: a list, an event or a bookmark (Unix time).
+    kubernetes_last_sync: Family<ByWatch, Gauge> = "kubernetes_last_sync_timestamp_seconds";
+    /// Objects that the agent knows.
+    kubernetes_objects: Family<ByWatch, Gauge> = "kubernetes_objects";
+    /// Lists after the first, which were needed because the watch could not continue where it had ended.
+    kubernetes_relists: Family<ByWatch, Counter> = "kubernetes_relists";
+    /// Lists and watches that failed.
+    kubernetes_failures: Family<ByWatchAndReason, Counter> = "kubernetes_failures";
 
     /// Client connections that are open.
     client_connections: Gauge = "client_connections";

@@ -129,6 +129,20 @@ pub(super) struct BySourceAndReason {
     pub(super) reason: &'static str,
 }
 
+/// One per InferencePool that the configuration names and resource that describes it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct ByWatch {
+    pub(super) inference_pool: String,
+    pub(super) resource: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct ByWatchAndReason {
+    pub(super) inference_pool: String,
+    pub(super) resource: &'static str,
+    pub(super) reason: &'static str,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(super) struct ByPoolAndIndex {
     pub(super) pool: PoolName,

@@ -11,6 +11,8 @@ use crate::config::EppLimits;
 pub enum PickError {
     #[error("cannot resolve the EPP's name: {0}")]
     Unresolved(Arc<str>),
+    #[error("{0}")]
+    NoReplica(Arc<str>),
     #[error("cannot connect to the EPP: {0}")]
     Connect(Arc<std::io::Error>),
     /// The server sent GOAWAY or refused the stream.
@@ -60,6 +62,7 @@ impl PickError {
     pub fn reason(&self) -> &'static str {
         match self {
             PickError::Unresolved(_) => "unresolved",
+            PickError::NoReplica(_) => "no_replica",
             PickError::Connect(_) => "connect",
             PickError::NotTaken(_) => "not_taken",
             PickError::Reset { .. } => "reset",
@@ -104,7 +107,11 @@ impl PickError {
     pub fn is_unreachable(&self) -> bool {
         matches!(
             self,
-            PickError::Unresolved(_) | PickError::Connect(_) | PickError::NotTaken(_) | PickError::Reset { .. }
+            PickError::Unresolved(_)
+                | PickError::NoReplica(_)
+                | PickError::Connect(_)
+                | PickError::NotTaken(_)
+                | PickError::Reset { .. }
         )
     }
 }

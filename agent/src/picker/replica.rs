@@ -258,7 +258,7 @@ pub struct Replicas {
     pub tls: Option<Tls>,
     entries: Vec<Entry>,
     /// The addresses of each entry.
-    found: Mutex<Vec<Vec<IpAddr>>>,
+    found: Mutex<Vec<Vec<SocketAddr>>>,
     current: watch::Sender<Snapshot>,
     news: News,
     /// How many tasks connect again to unreachable replicas.
@@ -276,7 +276,8 @@ impl Replicas {
         let entry = |address: &String| entry(address, settings.server_name.as_deref());
         let entries = settings.addresses.iter().map(entry).collect::<anyhow::Result<Vec<_>>>()?;
         anyhow::ensure!(!entries.is_empty(), "the EPP has no address");
-        let found = entries.iter().map(|entry| entry.host.parse().into_iter().collect()).collect();
+        let at = |entry: &Entry| entry.host.parse().map(|ip: IpAddr| SocketAddr::new(ip, entry.port));
+        let found = entries.iter().map(|entry| at(entry).into_iter().collect()).collect();
         let replicas = Self {
             settings: settings.clone(),
             metadata: Arc::new(settings.metadata.clone()),
@@ -293,10 +294,10 @@ impl Replicas {
         Ok(replicas)
     }
 
-    /// The names to resolve, with the indices of their entries.
+    /// The names to resolve, with the indices of their entries. None if the replicas are those of a Service.
     pub fn names(&self) -> impl Iterator<Item = (usize, &str)> {
         let names = self.entries.iter().enumerate().map(|(place, entry)| (place, entry.host.as_str()));
-        names.filter(|(_, host)| host.parse::<IpAddr>().is_err())
+        names.filter(|(_, host)| !self.settings.is_service && host.parse::<IpAddr>().is_err())
     }
 
     /// The port of the entry with this index.
@@ -307,8 +308,30 @@ impl Replicas {
     /// A name was resolved to these addresses. Replicas that stay keep their state.
     pub fn resolved(&self, place: usize, mut addresses: Vec<IpAddr>) {
         addresses.sort_unstable();
-        self.found.lock()[place] = addresses;
+        let port = self.port(place);
+        self.found.lock()[place] = addresses.into_iter().map(|ip| SocketAddr::new(ip, port)).collect();
         self.merge();
+    }
+
+    /// The Service has these ready replicas. Replicas that stay keep their state and their connections. Returns true if they
+    /// changed.
+    pub fn listed(&self, mut addresses: Vec<SocketAddr>) -> bool {
+        addresses.sort_unstable();
+        let is_empty = addresses.is_empty();
+        let changed = match self.found.lock().first_mut() {
+            Some(found) if *found != addresses => {
+                *found = addresses;
+                true
+            }
+            Some(_) | None => false,
+        };
+        if changed {
+            self.merge();
+        }
+        if is_empty {
+            self.unresolved(&format!("the EPP's Service {} has no ready endpoint", self.settings.addresses.join(", ")));
+        }
+        changed
     }
 
     /// A name could not be resolved. Its previous addresses are kept.
@@ -326,7 +349,6 @@ impl Replicas {
         let mut replicas: Vec<Arc<Replica>> = Vec::new();
         for (entry, addresses) in self.entries.iter().zip(&*found) {
             for &address in addresses {
-                let address = SocketAddr::new(address, entry.port);
                 if replicas.iter().any(|replica| replica.address == address) {
                     continue;
                 }
@@ -384,7 +406,8 @@ impl Replicas {
         Tended(self)
     }
 
-    /// Waits for at most `connect_timeout` until a replica is known. Fails with `Unresolved` and the reason. Cancel-safe.
+    /// Waits for at most `connect_timeout` until a replica is known. Fails with `Unresolved` or `NoReplica`
+    /// and the reason. Cancel-safe.
     pub async fn known(&self) -> Result<Snapshot, PickError> {
         let mut changes = self.changes();
         let known = changes.wait_for(|snapshot| !snapshot.replicas.is_empty() || snapshot.unresolved.is_some());
@@ -394,6 +417,7 @@ impl Replicas {
             Ok(Err(_)) | Err(_) => Snapshot { unresolved: Some("no DNS answer yet".into()), ..Snapshot::default() },
         };
         match &snapshot.unresolved {
+            Some(why) if self.settings.is_service => Err(PickError::NoReplica(Arc::clone(why))),
             Some(why) => Err(PickError::Unresolved(Arc::clone(why))),
             None => Ok(snapshot),
         }

@@ -54,6 +54,9 @@ pub(super) async fn receive(
         let routed = router.route(&request.parts, |below| fastrand::u64(..below)).map_err(|_| Error::NoRoute)?;
         request.pool = routed.pool;
         request.set_timeouts(routed.timeouts);
+        if let Some(why) = &config.pools[routed.pool].unusable {
+            return Err(Error::Pool(why.clone()));
+        }
         Ok::<_, Error>(routed.timeouts.body)
     };
     if needs_model {

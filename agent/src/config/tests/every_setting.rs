@@ -104,6 +104,11 @@ const ROWS: &[Row] = &[
     ("[dns]", r#"timeout = "1s""#, |c| c.dns.timeout == seconds(1)),
     ("[dns]", r#"min_ttl = "2s""#, |c| c.dns.min_ttl == seconds(2)),
     ("[dns]", r#"max_ttl = "3s""#, |c| c.dns.max_ttl == seconds(3)),
+    ("[kubernetes]", r#"kubeconfig = "/k""#, |c| c.kubernetes.kubeconfig.as_deref() == Some(Path::new("/k"))),
+    ("[kubernetes]", r#"state_dir = "/s""#, |c| c.kubernetes.state_dir.as_deref() == Some(Path::new("/s"))),
+    ("[kubernetes]", r#"start_wait = "off""#, |c| c.kubernetes.start_wait.is_none()),
+    ("[kubernetes]", r#"coalesce = "1s""#, |c| c.kubernetes.coalesce == seconds(1)),
+    ("[kubernetes]", r#"watch_timeout = "2s""#, |c| c.kubernetes.watch_timeout == seconds(2)),
     ("[[pools]]", r#"name = "team/gpu""#, |c| c.pools[0].name == "team/gpu"),
     (
         "[[pools]]",
@@ -226,6 +231,13 @@ const EXCLUSIVE: &[Row] = &[
     }),
 ];
 
+/// Those of a pool without endpoints of its own.
+const DISCOVERED: &[Row] =
+    &[("[pools.inference_pool]", "namespace = \"n\"\nname = \"p\"\nversion = \"v1alpha2\"", |c| {
+        let (namespace, name) = ("n".to_owned(), "p".to_owned());
+        c.pools[0].inference_pool == Some(InferencePoolRef { namespace, name, version: InferencePoolVersion::V1Alpha2 })
+    })];
+
 fn tls(config: &Config) -> &ListenTls {
     config.listen.tls.as_ref().unwrap()
 }
@@ -257,6 +269,10 @@ fn every_setting_is_read() {
         let config = Config::parse(&format!("{POOL}{section}\n{setting}"), "p.toml").unwrap();
         assert!(is_read(&config), "{section} {setting}: {config:?}");
     }
+    for (section, setting, is_read) in DISCOVERED {
+        let config = Config::parse(&format!("[[pools]]\nname = \"a\"\n{section}\n{setting}"), "p.toml").unwrap();
+        assert!(is_read(&config), "{section} {setting}: {config:?}");
+    }
 }
 
 #[test]
@@ -272,7 +288,7 @@ fn every_setting_has_a_row() {
                         setting.lines().any(|line| line.starts_with(&format!("{} = ", key.name)))
                             && format!("{section}.") == *path
                     };
-                    if !ROWS.iter().chain(EXCLUSIVE).any(is_row) {
+                    if !ROWS.iter().chain(EXCLUSIVE).chain(DISCOVERED).any(is_row) {
                         missing.push(below);
                     }
                 }

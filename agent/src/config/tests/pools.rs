@@ -73,6 +73,30 @@ fn wrong_pools_are_rejected() {
 }
 
 #[test]
+fn settings_that_an_inference_pool_determines_are_rejected() {
+    const DISCOVERED: &str =
+        "[[pools]]\nname = \"a\"\ninference_pool = { namespace = \"n\", name = \"p\" }\nfailure_mode = \"open\"\n";
+    assert_message(
+        DISCOVERED,
+        "p.toml:4:1: pools[0].failure_mode: found a setting that the InferencePool determines, expected inference_pool alone",
+    );
+    let closed = DISCOVERED.replace("failure_mode = \"open\"", "picker = { kind = \"epp\", address = \"e:1\" }");
+    assert_message(
+        &closed,
+        "p.toml:4:26: pools[0].picker.address: found an address in a pool with inference_pool, expected no address: the \
+         endpointPickerRef of the InferencePool names the EPP",
+    );
+    assert_message(
+        "[[pools]]\nname = \"a\"\ninference_pool = { namespace = \"n\", name = \"P\" }",
+        "p.toml:3:44: pools[0].inference_pool.name: found \"P\", expected the name of a Kubernetes object: lower-case \
+         letters, digits, - and .",
+    );
+    let with_settings = DISCOVERED.replace("failure_mode = \"open\"", "default_upstream = \"10.0.0.1:80\"");
+    let config = Config::parse(&with_settings, "p.toml").unwrap();
+    assert_eq!(config.pools[0].inference_pool.as_ref().unwrap().to_string(), "n/p");
+}
+
+#[test]
 fn wrong_sources_of_endpoints_are_rejected() {
     const ENTRY: &str =
         r#"expected { address = "ip:port", node = "n1", zone = "a", draining = false }, all but address optional"#;

@@ -1,0 +1,248 @@
+//! What Kubernetes says about the pools with `inference_pool`, and how it is applied: the settings that an InferencePool determines
+//! become part of the configuration, its endpoints and the replicas of its EPP go where those of DNS names go.
+//!
+//! Takes facts that were already translated from API objects, so it is independent of Kubernetes' types.
+
+use std::{collections::BTreeMap, net::SocketAddr};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    config::{self, AppProtocol, Config, Epp, FailureMode, InferencePoolRef, Picker, Pool, Unusable},
+    endpoint::set::EndpointSource,
+    shared::Shared,
+};
+
+/// What is known about each InferencePool. One without an entry has not been read yet.
+pub type Known = BTreeMap<InferencePoolRef, InferencePool>;
+
+/// What the Kubernetes API says about one InferencePool.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum InferencePool {
+    Absent,
+    /// It exists, and this in it cannot be used.
+    Invalid(String),
+    Usable(Usable),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Usable {
+    pub endpoints: Vec<Member>,
+    /// None without `endpointPickerRef`.
+    pub epp: Option<EppService>,
+    pub fails_open: bool,
+    /// Whether the endpoints speak HTTP/2 without TLS.
+    pub is_h2c: bool,
+}
+
+/// One port of a Pod.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Member {
+    pub address: SocketAddr,
+    pub node: Option<String>,
+    pub zone: Option<String>,
+    /// It gets no new requests.
+    pub draining: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EppService {
+    /// `service.namespace.svc:port`, which names the EPP in requests to it and in TLS.
+    pub address: String,
+    /// The ready ones, in order.
+    pub replicas: Vec<SocketAddr>,
+}
+
+impl From<&Member> for config::Endpoint {
+    fn from(member: &Member) -> Self {
+        let Member { address, node, zone, draining } = member.clone();
+        Self { address, node, zone, draining }
+    }
+}
+
+/// The configuration of the file with what is known about its InferencePools.
+pub fn merged(file: &Config, known: &Known) -> Config {
+    let merged = |pool: &Pool| match &pool.inference_pool {
+        Some(named) => discovered(pool, named, known.get(named)),
+        None => pool.clone(),
+    };
+    Config { pools: file.pools.iter().map(merged).collect(), ..file.clone() }
+}
+
+fn discovered(pool: &Pool, named: &InferencePoolRef, known: Option<&InferencePool>) -> Pool {
+    let unusable = match known {
+        None => Unusable::Unread(named.clone()),
+        Some(InferencePool::Absent) => Unusable::Absent(named.clone()),
+        Some(InferencePool::Invalid(why)) => Unusable::Invalid(named.clone(), why.clone()),
+        Some(InferencePool::Usable(usable)) => {
+            return Pool {
+                picker: picker(pool, usable.epp.as_ref()),
+                failure_mode: if usable.fails_open { FailureMode::Open } else { FailureMode::Closed },
+                app_protocol: if usable.is_h2c { AppProtocol::H2c } else { AppProtocol::Http1 },
+                ..pool.clone()
+            };
+        }
+    };
+    Pool { picker: Picker::Builtin, unusable: Some(unusable), ..pool.clone() }
+}
+
+/// The picker with the settings of the file and the address of the InferencePool's EPP.
+fn picker(pool: &Pool, epp: Option<&EppService>) -> Picker {
+    let Some(service) = epp else { return Picker::Builtin };
+    let settings = match &pool.picker {
+        Picker::Epp(settings) => settings.clone(),
+        Picker::Builtin => Epp::default(),
+    };
+    Picker::Epp(Epp { addresses: vec![service.address.clone()], is_service: true, ..settings })
+}
+
+/// Gives the pools their endpoints and the replicas of their EPP. Leaves out addresses at which this agent listens.
+pub fn fill(shared: &Shared, known: &Known) {
+    for (index, pool) in shared.config.pools.iter().enumerate() {
+        let Some(named) = &pool.inference_pool else { continue };
+        let usable = match known.get(named) {
+            Some(InferencePool::Usable(usable)) => Some(usable),
+            Some(InferencePool::Absent | InferencePool::Invalid(_)) | None => None,
+        };
+        let is_other = |address: &SocketAddr| !shared.own.accept(*address);
+        let members = usable.map_or_else(Vec::new, |usable| {
+            usable.endpoints.iter().filter(|member| is_other(&member.address)).map(Into::into).collect()
+        });
+        let (endpoints, pool) = (members.len(), &pool.name);
+        if shared.endpoints[index].replace(EndpointSource::Kubernetes, members) {
+            tracing::info!(pool, inference_pool = %named, endpoints, "endpoints updated");
+        }
+        if let (Some(replicas), Some(service)) =
+            (&shared.replicas[index], usable.and_then(|usable| usable.epp.as_ref()))
+        {
+            let listed: Vec<_> = service.replicas.iter().copied().filter(is_other).collect();
+            if replicas.listed(listed) {
+                let replicas = service.replicas.len();
+                tracing::info!(pool, inference_pool = %named, epp = service.address, replicas, "EPP replicas updated");
+            }
+        }
+    }
+}
+
+/// The configuration as if the file had listed the endpoints and the replicas, without pools that are not usable.
+pub fn spelled_out(file: &Config, known: &Known) -> Config {
+    let mut config = merged(file, known);
+    config.pools.retain(|pool| pool.unusable.is_none());
+    for pool in &mut config.pools {
+        let Some(InferencePool::Usable(usable)) = pool.inference_pool.as_ref().and_then(|named| known.get(named))
+        else {
+            continue;
+        };
+        pool.endpoints = usable.endpoints.iter().map(Into::into).collect();
+        if let (Picker::Epp(epp), Some(service)) = (&mut pool.picker, &usable.epp) {
+            let host = service.address.split(':').next().unwrap_or_default();
+            epp.is_service = false;
+            epp.addresses = service.replicas.iter().map(ToString::to_string).collect();
+            epp.server_name.get_or_insert_with(|| host.to_owned());
+        }
+    }
+    config
+}
+
+/// The InferencePools of a configuration, each once.
+pub fn named(config: &Config) -> Vec<InferencePoolRef> {
+    let mut named: Vec<_> = config.pools.iter().filter_map(|pool| pool.inference_pool.clone()).collect();
+    named.sort();
+    named.dedup();
+    named
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::metrics::Metrics;
+
+    fn file(more: &str) -> Config {
+        let text = format!(
+            "[[pools]]\nname = \"a\"\ninference_pool = {{ namespace = \"n\", name = \"p\" }}\n{more}\n[pools.timeouts]\nidle = \"7s\"\n"
+        );
+        Config::parse(&text, "p.toml").unwrap_or_else(|errors| panic!("{errors}"))
+    }
+
+    fn usable(epp: Option<&str>) -> Usable {
+        let member =
+            |n: u8, draining| Member { address: ([10, 0, 0, n], 8000).into(), node: None, zone: None, draining };
+        let service =
+            |address: &str| EppService { address: address.into(), replicas: vec![([10, 0, 1, 1], 9002).into()] };
+        Usable {
+            endpoints: vec![member(1, false), member(2, true)],
+            epp: epp.map(service),
+            fails_open: true,
+            is_h2c: true,
+        }
+    }
+
+    fn known(pool: &InferencePool) -> Known {
+        named(&file("")).into_iter().map(|named| (named, pool.clone())).collect()
+    }
+
+    fn only(config: &Config) -> &Pool {
+        &config.pools[0]
+    }
+
+    #[test]
+    fn unall_knownabsent_and_invalid_pools_are_unusable() {
+        let (file, named) = (file(""), named(&file("")).remove(0));
+        let of = |known: &Known| only(&merged(&file, known)).unusable.clone();
+        assert_eq!(of(&Known::new()), Some(Unusable::Unread(named.clone())));
+        assert_eq!(of(&known(&InferencePool::Absent)), Some(Unusable::Absent(named.clone())));
+        let invalid = known(&InferencePool::Invalid("no port".into()));
+        assert_eq!(of(&invalid), Some(Unusable::Invalid(named, "no port".into())));
+        assert_eq!(of(&known(&InferencePool::Usable(usable(None)))), None);
+    }
+
+    #[test]
+    fn inference_pool_determines_picker_failure_mode_and_protocol() {
+        let epp = Some("epp.n.svc:9002");
+        let cases = [
+            ("", epp, Some("75s")),
+            ("picker = { kind = \"epp\", decision_timeout = \"9s\" }", epp, Some("9s")),
+            ("picker = { kind = \"epp\" }", None, None),
+        ];
+        for (settings, epp, decision) in cases {
+            let config = merged(&file(settings), &known(&InferencePool::Usable(usable(epp))));
+            let pool = only(&config);
+            assert_eq!((pool.failure_mode, pool.app_protocol), (FailureMode::Open, AppProtocol::H2c), "{settings}");
+            assert_eq!(pool.timeouts, only(&file("")).timeouts, "{settings}");
+            let found = match &pool.picker {
+                Picker::Epp(epp) => {
+                    assert!(epp.is_service && epp.addresses == ["epp.n.svc:9002"], "{settings}");
+                    epp.decision_timeout.map(|timeout| format!("{}s", timeout.as_secs()))
+                }
+                Picker::Builtin => None,
+            };
+            assert_eq!(found.as_deref(), decision, "{settings}");
+        }
+    }
+
+    #[test]
+    fn endpoints_and_replicas_are_filled_and_emptied() {
+        let all_known = known(&InferencePool::Usable(usable(Some("epp.n.svc:9002"))));
+        let config = merged(&file(""), &all_known);
+        let shared = Shared::new(config.clone(), Metrics::new(&["a".to_owned()]), None).unwrap();
+        fill(&shared, &all_known);
+        let endpoints = |shared: &Shared| shared.endpoints[0].snapshot().endpoints().len();
+        assert_eq!((endpoints(&shared), shared.endpoints[0].snapshot().ready().count()), (2, 1));
+        let replicas = Arc::clone(shared.replicas[0].as_ref().unwrap());
+        let first = Arc::clone(&replicas.snapshot().replicas[0]);
+        assert_eq!(first.address, ([10, 0, 1, 1], 9002).into());
+        // A change of the endpoints alone keeps the replica, and with it the connections to it.
+        let shared =
+            shared.after(Config { limits: config::Limits { body_bytes: 1, ..config.limits }, ..config }).unwrap();
+        fill(&shared, &all_known);
+        let kept = shared.replicas[0].as_ref().unwrap().snapshot().replicas[0].clone();
+        assert!(Arc::ptr_eq(&kept, &first) && endpoints(&shared) == 2);
+        let absent = known(&InferencePool::Absent);
+        let shared = shared.after(merged(&file(""), &absent)).unwrap();
+        fill(&shared, &absent);
+        assert_eq!(endpoints(&shared), 0);
+    }
+}

@@ -1,0 +1,142 @@
+//! What was last known about the pools, in a file, so that an agent can start while the API server is away.
+//!
+//! The file is replaced as a whole by a rename. One that cannot be read, is too large or has another version is ignored, and the log
+//! says why.
+
+use std::{
+    fs::{self, File},
+    io::{self, Read as _, Write as _},
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    config::InferencePoolRef,
+    inference_pools::{InferencePool, Known},
+};
+
+const NAME: &str = "inference-pools.json";
+const VERSION: u32 = 1;
+/// Largest file in bytes.
+const MAX: u64 = 16 << 20;
+
+#[derive(Debug, thiserror::Error)]
+pub(super) enum StateError {
+    #[error("{path}: {error}", path = .0.display(), error = .1)]
+    Io(PathBuf, io::Error),
+    #[error("{path}: larger than {MAX} bytes", path = .0.display())]
+    TooLarge(PathBuf),
+    #[error("{path}: {error}", path = .0.display(), error = .1)]
+    Malformed(PathBuf, serde_json::Error),
+    #[error("{path}: found version {found}, expected {VERSION}", path = .0.display(), found = .1)]
+    Version(PathBuf, u32),
+}
+
+#[derive(Serialize, Deserialize)]
+struct Document {
+    version: u32,
+    #[serde(default)]
+    pools: Vec<Entry>,
+}
+
+#[derive(Deserialize)]
+struct Versioned {
+    version: u32,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Entry {
+    #[serde(flatten)]
+    named: InferencePoolRef,
+    pool: InferencePool,
+}
+
+/// Reads the file in `folder`. Nothing is known if there is none.
+pub(super) fn load(folder: &Path) -> Result<Known, StateError> {
+    let path = folder.join(NAME);
+    let io = |error| StateError::Io(path.clone(), error);
+    let file = match File::open(&path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Known::new()),
+        Err(error) => return Err(io(error)),
+    };
+    let mut text = Vec::new();
+    file.take(MAX + 1).read_to_end(&mut text).map_err(io)?;
+    if text.len() as u64 > MAX {
+        return Err(StateError::TooLarge(path));
+    }
+    let malformed = |error| StateError::Malformed(path.clone(), error);
+    let Versioned { version } = serde_json::from_slice(&text).map_err(malformed)?;
+    if version != VERSION {
+        return Err(StateError::Version(path, version));
+    }
+    let document: Document = serde_json::from_slice(&text).map_err(malformed)?;
+    Ok(document.pools.into_iter().map(|Entry { named, pool }| (named, pool)).collect())
+}
+
+/// Replaces the file in `folder`.
+pub(super) fn save(folder: &Path, known: &Known) -> Result<(), StateError> {
+    let path = folder.join(NAME);
+    let entry = |(named, pool): (&InferencePoolRef, &InferencePool)| Entry { named: named.clone(), pool: pool.clone() };
+    let document = Document { version: VERSION, pools: known.iter().map(entry).collect() };
+    let text = serde_json::to_vec(&document).map_err(|error| StateError::Malformed(path.clone(), error))?;
+    if text.len() as u64 > MAX {
+        return Err(StateError::TooLarge(path));
+    }
+    let write = || {
+        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        file.write_all(&text)?;
+        file.as_file().sync_all()?;
+        file.persist(&path).map_err(|error| error.error)?;
+        fs::File::open(folder)?.sync_all()
+    };
+    write().map_err(|error| StateError::Io(path.clone(), error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::inference_pools::{EppService, Member, Usable};
+
+    fn known() -> Known {
+        let named = |name: &str| InferencePoolRef { namespace: "n".into(), name: name.into(), ..Default::default() };
+        let address = "[fd00::1]:8000".parse().unwrap();
+        let endpoints = vec![Member { address, node: Some("n1".into()), zone: None, draining: true }];
+        let epp = Some(EppService { address: "epp.n.svc:9002".into(), replicas: vec![address] });
+        let usable = InferencePool::Usable(Usable { endpoints, epp, fails_open: true, is_h2c: false });
+        let (absent, invalid) = (InferencePool::Absent, InferencePool::Invalid("no port".into()));
+        [(named("a"), usable), (named("b"), absent), (named("c"), invalid)].into()
+    }
+
+    #[test]
+    fn saved_state_is_loaded() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(load(folder.path()).unwrap(), Known::new(), "there is no file yet");
+        save(folder.path(), &Known::new()).unwrap();
+        save(folder.path(), &known()).unwrap();
+        assert_eq!(load(folder.path()).unwrap(), known());
+        let files: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|file| file.unwrap().file_name()).collect();
+        assert_eq!(files, [NAME], "nothing else is left behind");
+    }
+
+    #[test]
+    fn unusable_file_is_an_error_that_says_why() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(NAME);
+        for (text, expected) in [
+            (r#"{"version":2,"pools":"other"}"#, "found version 2, expected 1"),
+            (r#"{"version":1,"pools":[{"namesp"#, "EOF while parsing"),
+            (r#"{"version":1,"pools":[{"namespace":"n"}]}"#, "missing field"),
+            ("", "EOF while parsing"),
+        ] {
+            fs::write(&path, text).unwrap();
+            let error = load(folder.path()).unwrap_err().to_string();
+            assert!(error.contains(expected) && error.contains(NAME), "{text}: {error}");
+        }
+        File::create(&path).unwrap().set_len(MAX + 1).unwrap();
+        assert!(matches!(load(folder.path()), Err(StateError::TooLarge(_))));
+        let missing = folder.path().join("missing");
+        assert!(matches!(save(&missing, &known()), Err(StateError::Io(..))));
+    }
+}

@@ -1,0 +1,260 @@
+//! Keeps a [`Store`] equal to what a query selects: a list, then a watch from the list's version, again from the last version that
+//! an event or a bookmark named, and another list if that version is gone. The store keeps its objects until a new list is whole.
+//!
+//! kube's own watcher says neither that a watch runs again nor that a bookmark came, so neither `up` nor the time of the last sign
+//! of life could be known with it.
+
+use std::{panic::AssertUnwindSafe, pin::pin, sync::Arc, time::Duration};
+
+use futures_util::{FutureExt as _, TryStreamExt as _};
+use kube::{Client, core::WatchEvent};
+use serde::Deserialize;
+use tokio::time::{Instant, sleep, timeout};
+
+use super::{
+    failure::Failure,
+    objects::Object,
+    query::Query,
+    store::{MAX_OBJECTS, Store},
+};
+use crate::metrics::WatchMetrics;
+
+/// How long one page of a list, and the beginning of a watch, may take.
+const ANSWER: Duration = Duration::from_secs(30);
+/// How much longer than a watch may last its connection may be silent.
+const SILENCE: Duration = Duration::from_secs(5);
+/// Pauses after failures: the first, and the longest.
+const FIRST: Duration = Duration::from_millis(200);
+const MOST: Duration = Duration::from_secs(15);
+/// A watch that lasts this long is renewed at once.
+const STABLE: Duration = Duration::from_secs(1);
+/// Failures in a row after which the version may be what is wrong, so that a list is needed.
+const MOST_FAILURES: u32 = 3;
+
+/// What a watch asks, and with what.
+pub(super) struct Source {
+    pub(super) client: Client,
+    pub(super) query: Query,
+    /// How long one watch request lasts.
+    pub(super) lasts: Duration,
+}
+
+/// How a watch ended.
+enum Ended {
+    /// In order, as after its time.
+    Closed,
+    /// Only a list can tell what has changed.
+    Stale(Failure),
+    Failed(Failure),
+}
+
+/// Watches until the future is dropped. Restarts after a panic, which the panic hook has counted.
+pub(super) async fn keep_watching<K: Object + PartialEq>(source: Source, store: Arc<Store<K>>, metrics: WatchMetrics) {
+    while AssertUnwindSafe(keep(&source, &store, &metrics)).catch_unwind().await.is_err() {
+        sleep(MOST).await;
+    }
+}
+
+async fn keep<K: Object + PartialEq>(source: &Source, store: &Store<K>, metrics: &WatchMetrics) {
+    let mut report = Report { metrics, resource: source.query.resource.plural, failing: None, is_full: false };
+    let mut pause = Pause::default();
+    let mut is_first = true;
+    loop {
+        match source.list::<K>().await {
+            Ok((objects, version)) => {
+                if !std::mem::take(&mut is_first) {
+                    report.metrics.relisted();
+                }
+                let (count, left_out) = store.replace(objects);
+                report.counted(count, left_out > 0);
+                report.works();
+                watch_from(version, source, store, &mut report, &mut pause).await;
+            }
+            Err(failure) => report.failed(&failure),
+        }
+        sleep(pause.next()).await;
+    }
+}
+
+/// Watches until a list is needed.
+async fn watch_from<K: Object + PartialEq>(
+    mut version: String,
+    source: &Source,
+    store: &Store<K>,
+    report: &mut Report<'_>,
+    pause: &mut Pause,
+) {
+    let mut failures = 0;
+    loop {
+        let begun = Instant::now();
+        let ended = source.watch(&mut version, store, report).await.unwrap_or_else(Ended::Failed);
+        let is_stable = begun.elapsed() >= STABLE;
+        if is_stable {
+            pause.reset();
+            failures = 0;
+        }
+        match ended {
+            Ended::Closed if is_stable => continue,
+            Ended::Closed => {}
+            Ended::Stale(failure) => {
+                report.failed(&failure);
+                return;
+            }
+            Ended::Failed(failure) => {
+                report.failed(&failure);
+                failures += 1;
+                if failures == MOST_FAILURES {
+                    return;
+                }
+            }
+        }
+        sleep(pause.next()).await;
+    }
+}
+
+#[derive(Deserialize)]
+struct Page<K> {
+    metadata: PageMetadata,
+    /// Null if there are none.
+    items: Option<Vec<K>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct PageMetadata {
+    resource_version: String,
+    /// The token for the next page; empty on the last one.
+    #[serde(default)]
+    r#continue: String,
+}
+
+impl Source {
+    /// All objects, and the version of the list.
+    async fn list<K: Object>(&self) -> Result<(Vec<K>, String), Failure> {
+        let failed = |error: &kube::Error| Failure::new(error, "list", &self.query);
+        let (mut objects, mut next) = (Vec::new(), None);
+        loop {
+            let request =
+                self.query.list(next.as_deref()).map_err(|error| failed(&kube::Error::BuildRequest(error)))?;
+            let page = timeout(ANSWER, self.client.request::<Page<K>>(request)).await;
+            let page = page.map_err(|_| Failure::timed_out("list", &self.query))?.map_err(|error| failed(&error))?;
+            // What exceeds the limit is only counted, so that no list fills the memory.
+            let room = (2 * MAX_OBJECTS).saturating_sub(objects.len());
+            objects.extend(page.items.into_iter().flatten().take(room).map(|mut object| {
+                object.take_version();
+                object
+            }));
+            if page.metadata.r#continue.is_empty() {
+                return Ok((objects, page.metadata.resource_version));
+            }
+            next = Some(page.metadata.r#continue);
+        }
+    }
+
+    /// Applies changes to the store until the watch ends. `version` is then that of the last change.
+    async fn watch<K: Object + PartialEq>(
+        &self,
+        version: &mut String,
+        store: &Store<K>,
+        report: &mut Report<'_>,
+    ) -> Result<Ended, Failure> {
+        let failed = |error: &kube::Error| Failure::new(error, "watch", &self.query);
+        let request = self.query.watch(version, self.lasts);
+        let request = request.map_err(|error| failed(&kube::Error::BuildRequest(error)))?;
+        let events = timeout(ANSWER, self.client.request_events::<K>(request)).await;
+        let events = match events.map_err(|_| Failure::timed_out("watch", &self.query))? {
+            Ok(events) => events,
+            Err(error) => return Ok(self.broken(&error)),
+        };
+        report.works();
+        let mut events = pin!(events);
+        loop {
+            let event = timeout(self.lasts + SILENCE, events.try_next()).await;
+            let event = match event.map_err(|_| Failure::timed_out("watch", &self.query))? {
+                Ok(Some(event)) => event,
+                Ok(None) => return Ok(Ended::Closed),
+                Err(error) => return Ok(self.broken(&error)),
+            };
+            report.metrics.synced();
+            match event {
+                WatchEvent::Added(mut object) | WatchEvent::Modified(mut object) => {
+                    *version = object.take_version();
+                    let (count, is_left_out) = store.apply(object);
+                    report.counted(count, is_left_out);
+                }
+                WatchEvent::Deleted(mut object) => {
+                    *version = object.take_version();
+                    report.counted(store.remove(object.name()), false);
+                }
+                WatchEvent::Bookmark(bookmark) => *version = bookmark.metadata.resource_version,
+                WatchEvent::Error(status) => return Ok(Ended::Stale(Failure::status(&status, "watch", &self.query))),
+            }
+        }
+    }
+
+    fn broken(&self, error: &kube::Error) -> Ended {
+        let failure = Failure::new(error, "watch", &self.query);
+        if failure.is_gone { Ended::Stale(failure) } else { Ended::Failed(failure) }
+    }
+}
+
+/// Tells the log and the metrics, each thing once.
+struct Report<'a> {
+    metrics: &'a WatchMetrics,
+    resource: &'static str,
+    /// What failed last, until something works.
+    failing: Option<Failure>,
+    is_full: bool,
+}
+
+impl Report<'_> {
+    fn works(&mut self) {
+        self.metrics.up(true);
+        self.metrics.synced();
+        if self.failing.take().is_some_and(|failure| !failure.is_gone) {
+            tracing::info!(resource = self.resource, "the Kubernetes API answers again");
+        }
+    }
+
+    fn failed(&mut self, failure: &Failure) {
+        self.metrics.failed(failure.reason);
+        self.metrics.up(false);
+        if self.failing.as_ref() == Some(failure) {
+            tracing::debug!(resource = self.resource, error = %failure, "the Kubernetes API still fails");
+        } else if failure.is_gone {
+            tracing::info!(resource = self.resource, error = %failure, "listing again");
+        } else {
+            tracing::warn!(resource = self.resource, error = %failure, "the Kubernetes API failed, keeping what was known");
+        }
+        self.failing = Some(failure.clone());
+    }
+
+    fn counted(&mut self, count: usize, some_left_out: bool) {
+        self.metrics.objects(count);
+        if some_left_out && !self.is_full {
+            tracing::error!(
+                resource = self.resource,
+                limit = MAX_OBJECTS,
+                "too many objects, leaving out further ones"
+            );
+        }
+        self.is_full |= some_left_out;
+    }
+}
+
+/// The pauses between attempts: each twice as long as the one before, and up to a half shorter, so that agents do not ask in step.
+#[derive(Default)]
+struct Pause {
+    last: Duration,
+}
+
+impl Pause {
+    fn next(&mut self) -> Duration {
+        self.last = (2 * self.last).clamp(FIRST, MOST);
+        self.last.mul_f64(1.0 - fastrand::f64() / 2.0)
+    }
+
+    fn reset(&mut self) {
+        self.last = Duration::ZERO;
+    }
+}

@@ -1,0 +1,171 @@
+//! The configuration in force, and the only place that replaces it: after a reload of the file, and after Kubernetes has said
+//! something else about a pool.
+//!
+//! Endpoints and EPP replicas that Kubernetes names go into the present state; only a change of a pool's settings makes a new one.
+//! Either way requests keep the state that they began with, and endpoints and replicas that stay keep their connections.
+
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result};
+use futures_util::FutureExt as _;
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+use crate::{
+    config::{Config, InferencePoolRef},
+    control::{self, Control},
+    dns::Dns,
+    endpoint::discovery::Discovery,
+    inference_pools::{self, InferencePool, Known},
+    panics::Watch,
+    picker::tend::{Means, tend},
+    readiness::Readiness,
+    reload::{self, ReloadError},
+    shared::Shared,
+    tls::Certificate,
+};
+
+pub struct Live {
+    /// Sent to the workers.
+    shared: watch::Sender<Arc<Shared>>,
+    certificate: Option<Arc<Certificate>>,
+    watch: Watch,
+    /// Held while the configuration changes.
+    parts: Mutex<Parts>,
+}
+
+/// What the configuration is made from, and what runs under it.
+struct Parts {
+    file: Config,
+    known: Known,
+    background: Option<BackgroundTasks>,
+}
+
+/// The tasks that run in the background under one configuration.
+struct BackgroundTasks {
+    _discovery: Discovery,
+    _control: Control,
+}
+
+impl Live {
+    /// Starts the background tasks of the first configuration, which `shared` has. With `readiness`, the agent becomes ready only
+    /// after they have their first result. `file` is the configuration without what is `known` about InferencePools.
+    pub fn start(
+        shared: Arc<Shared>,
+        file: Config,
+        known: Known,
+        certificate: Option<Arc<Certificate>>,
+        readiness: &Readiness,
+        watch: &Watch,
+    ) -> Result<Arc<Self>> {
+        inference_pools::fill(&shared, &known);
+        let background = start_background(&shared, certificate.as_ref(), Some(readiness), watch)?;
+        let parts = Mutex::new(Parts { file, known, background: Some(background) });
+        Ok(Arc::new(Self { shared: watch::Sender::new(shared), certificate, watch: watch.clone(), parts }))
+    }
+
+    /// Receives every new state.
+    pub fn updates(&self) -> watch::Receiver<Arc<Shared>> {
+        self.shared.subscribe()
+    }
+
+    pub fn shared(&self) -> Arc<Shared> {
+        Arc::clone(&self.shared.borrow())
+    }
+
+    /// The configuration of the file.
+    pub fn file(&self) -> Config {
+        self.parts.lock().file.clone()
+    }
+
+    /// What is known about the InferencePools of the configuration.
+    pub fn known(&self) -> Known {
+        self.parts.lock().known.clone()
+    }
+
+    /// Puts another configuration of the file in force. Changes nothing if that needs a restart. Blocks until the previous
+    /// background threads have ended.
+    pub fn reload(&self, file: Config) -> Result<(), ReloadError> {
+        let mut parts = self.parts.lock();
+        let outcome = self.reload_parts(&mut parts, file);
+        self.shared().metrics.reloaded(if outcome.is_ok() { "applied" } else { "refused" });
+        outcome
+    }
+
+    fn reload_parts(&self, parts: &mut Parts, file: Config) -> Result<(), ReloadError> {
+        let fixed = reload::needs_restart(&parts.file, &file);
+        if !fixed.is_empty() {
+            return Err(ReloadError::NeedsRestart(fixed));
+        }
+        let named = inference_pools::named(&file);
+        let known: Known = parts.known.clone().into_iter().filter(|(pool, _)| named.contains(pool)).collect();
+        self.put(parts, inference_pools::merged(&file, &known), &known)?;
+        (parts.file, parts.known) = (file, known);
+        Ok(())
+    }
+
+    /// Applies what Kubernetes says about a pool. Blocks as [`reload`](Self::reload) does if settings of the pool change.
+    pub fn discovered(&self, named: &InferencePoolRef, pool: InferencePool) -> Result<(), ReloadError> {
+        let mut parts = self.parts.lock();
+        if parts.known.get(named) == Some(&pool) || !inference_pools::named(&parts.file).contains(named) {
+            return Ok(());
+        }
+        let mut known = parts.known.clone();
+        known.insert(named.clone(), pool);
+        let config = inference_pools::merged(&parts.file, &known);
+        let shared = self.shared();
+        if config == shared.config {
+            inference_pools::fill(&shared, &known);
+        } else {
+            let outcome = self.put(&mut parts, config, &known);
+            shared.metrics.reloaded(if outcome.is_ok() { "discovered" } else { "refused" });
+            outcome?;
+        }
+        parts.known = known;
+        Ok(())
+    }
+
+    fn put(&self, parts: &mut Parts, config: Config, known: &Known) -> Result<(), ReloadError> {
+        let shared = Arc::new(self.shared().after(config).map_err(ReloadError::Pools)?);
+        inference_pools::fill(&shared, known);
+        // The previous tasks stop first, because both would report the same metrics of the same replicas.
+        parts.background = None;
+        let next = start_background(&shared, self.certificate.as_ref(), None, &self.watch);
+        self.shared.send_replace(shared);
+        parts.background = Some(next.map_err(ReloadError::Background)?);
+        Ok(())
+    }
+
+    /// Ends the background tasks. Called when no worker needs them any more.
+    pub fn stop(&self) {
+        self.parts.lock().background = None;
+    }
+}
+
+/// Starts the background tasks: endpoint discovery, endpoint counts, EPP replica checks and certificate reloads. With
+/// `readiness`, the agent becomes ready only after discovery has its first result.
+fn start_background(
+    shared: &Shared,
+    certificate: Option<&Arc<Certificate>>,
+    readiness: Option<&Readiness>,
+    watch: &Watch,
+) -> Result<BackgroundTasks> {
+    let counts = shared.endpoints.iter().cloned().map(|set| Box::new(move || set.states()) as _);
+    shared.metrics.count_endpoints(counts);
+    let Shared { config, endpoints, metrics, own, .. } = shared;
+    let discovery = Discovery::start(config, endpoints, metrics, own, readiness, watch)?;
+
+    let dns = Dns::new(&shared.config.dns);
+    let epps = shared.replicas.iter().enumerate().filter_map(|(pool, replicas)| Some((pool, replicas.clone()?)));
+    let means = |pool| Means {
+        dns: dns.clone(),
+        own: shared.own.clone(),
+        metrics: Arc::clone(&shared.metrics),
+        probe: shared.probe.clone(),
+        pool,
+    };
+    let mut tasks: Vec<control::Task> = epps.map(|(pool, replicas)| tend(replicas, means(pool)).boxed()).collect();
+    tasks.extend(certificate.map(|certificate| Arc::clone(certificate).follow().boxed()));
+    let control = Control::start(tasks, watch).context("cannot start the control thread")?;
+    Ok(BackgroundTasks { _discovery: discovery, _control: control })
+}

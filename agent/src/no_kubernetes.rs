@@ -1,0 +1,35 @@
+//! Takes the place of `kubernetes` in a build without that feature, whose configuration accepts no `inference_pool`.
+
+use std::sync::Arc;
+
+use crate::{
+    config::{Config, InferencePoolRef},
+    inference_pools::Known,
+    live::Live,
+    panics::Watch,
+    readiness::Gate,
+    trial::Trial,
+};
+
+/// Never exists.
+pub enum Kubernetes {}
+
+impl Kubernetes {
+    pub fn start(_: &Arc<Live>, _: Vec<InferencePoolRef>, _: Vec<Gate>, _: &Watch) -> anyhow::Result<Self> {
+        anyhow::bail!("this build of penstock lacks the feature kubernetes")
+    }
+
+    pub fn follow(&self, _: Vec<InferencePoolRef>) {
+        match *self {}
+    }
+}
+
+/// Nothing is known.
+pub fn last_known(_: &Config) -> Known {
+    Known::new()
+}
+
+/// There is nothing to try.
+pub async fn try_pools(_: &Config) -> (Known, Vec<Trial>) {
+    (Known::new(), Vec::new())
+}
