@@ -263,7 +263,9 @@ fn report(result: anyhow::Result<ExitCode>) -> ExitCode {
 
 /// Logs to stderr through a separate thread, so that a slow log reader never blocks a worker.
 fn start_logging(filter: &str, format: LogFormat, queue_bytes: usize) -> anyhow::Result<logging::Guard> {
-    let filter = EnvFilter::try_new(filter).unwrap_or_else(|error| {
+    // What the client of the Kubernetes API says about a failure, the discovery says with the pool's name.
+    let whole = if filter.contains("kube_client") { filter.to_owned() } else { format!("{filter},kube_client=off") };
+    let filter = EnvFilter::try_new(whole).unwrap_or_else(|error| {
         eprintln!("penstock: --log {filter}: {error}; logging at level info");
         EnvFilter::new("info")
     });

@@ -79,6 +79,7 @@ impl Live {
     }
 
     /// What is known about the InferencePools of the configuration.
+    #[cfg_attr(not(feature = "kubernetes"), expect(dead_code, reason = "only the discovery calls it"))]
     pub fn known(&self) -> Known {
         self.parts.lock().known.clone()
     }
@@ -105,6 +106,7 @@ impl Live {
     }
 
     /// Applies what Kubernetes says about a pool. Blocks as [`reload`](Self::reload) does if settings of the pool change.
+    #[cfg_attr(not(feature = "kubernetes"), expect(dead_code, reason = "only the discovery calls it"))]
     pub fn discovered(&self, named: &InferencePoolRef, pool: InferencePool) -> Result<(), ReloadError> {
         let mut parts = self.parts.lock();
         if parts.known.get(named) == Some(&pool) || !inference_pools::named(&parts.file).contains(named) {

@@ -28,8 +28,8 @@ use cluster::Cluster;
 pub struct Faults {
     /// Answers every request with this status.
     pub status: Option<u16>,
-    /// Answers requests for this resource, such as `pods`, with 403.
-    pub forbidden: Option<&'static str>,
+    /// Answers requests for these resources, such as `pods`, with 403.
+    pub forbidden: &'static [&'static str],
     /// Says that a version is gone by an event of the watch instead of by the status.
     pub gone_as_event: bool,
     /// Ends watches in the middle of a line instead of between events.

@@ -56,6 +56,10 @@ pub(crate) fn main() -> Result<()> {
         steps.step("kernel program without warnings", || ebpf::build(ebpf::Warnings::Deny)),
         steps.step("documentation", documentation),
         steps.step("clippy", || run(cargo().args(["clippy", "--all-targets", "--", "-D", "warnings"]))),
+        steps.step("clippy without features", || {
+            let agent = ["--package", "penstock-agent", "--no-default-features", "--lib", "--bins"];
+            run(cargo().arg("clippy").args(agent).args(["--", "-D", "warnings"]))
+        }),
     ];
     let errors: Vec<String> = results.into_iter().filter_map(|result| Some(format!("{:#}", result.err()?))).collect();
     if !errors.is_empty() {

@@ -9,8 +9,9 @@ use tokio::time::timeout;
 
 use super::{
     client,
+    failure::Failure,
     follow::Follower,
-    query::{ENDPOINT_SLICES, PODS, Resource, SERVICES, pools},
+    query::{ENDPOINT_SLICES, PODS, Query, SERVICES, pools},
 };
 use crate::{
     config::{Config, InferencePoolRef},
@@ -51,30 +52,39 @@ pub async fn try_pools(config: &Config) -> (Known, Vec<Trial>) {
     (known, trials)
 }
 
-/// What the agent needs for a pool and may not do.
+/// What the agent needs for a pool and cannot do.
 async fn denied(client: &Client, named: &InferencePoolRef) -> Vec<String> {
     let mut denied = Vec::new();
     for resource in [pools(named.version), PODS, SERVICES, ENDPOINT_SLICES] {
+        let query = Query::labelled(resource, &named.namespace, []);
         for verb in ["list", "watch"] {
-            match timeout(ANSWER, review(client, &named.namespace, resource, verb)).await {
-                Ok(Ok(true)) => {}
-                Ok(Ok(false)) => {
-                    denied.push(format!("not permitted to {verb} {resource} in namespace {}", named.namespace));
-                }
-                Ok(Err(error)) => return vec![format!("the API server does not answer: {error}")],
-                Err(_) => return vec![format!("the API server did not answer within {ANSWER:?}")],
+            match timeout(ANSWER, is_permitted(client, &query, verb)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(failure)) if failure.reason == "unreachable" => return vec![failure.to_string()],
+                Ok(Err(failure)) => denied.push(failure.to_string()),
+                Err(_) => return vec![Failure::timed_out(verb, &query).to_string()],
             }
         }
     }
     denied
 }
 
+/// Asks the API server, and if that is not permitted either, tries.
+async fn is_permitted(client: &Client, query: &Query, verb: &'static str) -> Result<(), Failure> {
+    match review(client, query, verb).await {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Failure::forbidden(verb, query)),
+        Err(kube::Error::Api(status)) if status.code == 403 => attempt(client, query, verb).await,
+        Err(error) => Err(Failure::new(&error, verb, query)),
+    }
+}
+
 /// Whether the agent may do this, in the words of the API server.
-async fn review(client: &Client, namespace: &str, resource: Resource, verb: &str) -> Result<bool, kube::Error> {
+async fn review(client: &Client, query: &Query, verb: &str) -> Result<bool, kube::Error> {
     let resource_attributes = Some(ResourceAttributes {
-        group: Some(resource.group.to_owned()),
-        namespace: Some(namespace.to_owned()),
-        resource: Some(resource.plural.to_owned()),
+        group: Some(query.resource.group.to_owned()),
+        namespace: Some(query.namespace.clone()),
+        resource: Some(query.resource.plural.to_owned()),
         verb: Some(verb.to_owned()),
         ..ResourceAttributes::default()
     });
@@ -82,6 +92,17 @@ async fn review(client: &Client, namespace: &str, resource: Resource, verb: &str
     let question = SelfSubjectAccessReview { spec, ..SelfSubjectAccessReview::default() };
     let answer = Api::all(client.clone()).create(&PostParams::default(), &question).await?;
     Ok(answer.status.is_some_and(|status| status.allowed))
+}
+
+async fn attempt(client: &Client, query: &Query, verb: &'static str) -> Result<(), Failure> {
+    let failed = |error: &kube::Error| Failure::new(error, verb, query);
+    let built = if verb == "list" { query.list(None) } else { query.watch("0", Duration::from_secs(1)) };
+    let request = built.map_err(|error| failed(&kube::Error::BuildRequest(error)))?;
+    if verb == "list" {
+        client.request::<serde_json::Value>(request).await.map(drop).map_err(|error| failed(&error))
+    } else {
+        client.request_events::<serde_json::Value>(request).await.map(drop).map_err(|error| failed(&error))
+    }
 }
 
 async fn try_pool(config: &Config, client: &Client, named: &InferencePoolRef) -> (Option<InferencePool>, Trial) {

@@ -23,29 +23,36 @@ impl Failure {
             kube::Error::SerdeError(error) => {
                 Self::other("malformed", format!("cannot read the reply to {verb} {}: {error}", query.resource))
             }
-            error => Self::other("unreachable", format!("cannot {verb} {}: {}", query.resource, chain(error))),
+            error => {
+                // The outer error says only in which part of the client it occurred.
+                let cause = std::error::Error::source(error).map_or_else(|| error.to_string(), chain);
+                Self::other("unreachable", format!("cannot {verb} {}: {cause}", query.resource))
+            }
         }
     }
 
     pub(super) fn status(status: &Status, verb: &str, query: &Query) -> Self {
         let (resource, namespace) = (query.resource, &query.namespace);
-        let said = &status.message;
+        // What the server says about it, if anything.
+        let said = if status.message.is_empty() { String::new() } else { format!(": {}", status.message) };
         let (reason, text) = match status.code {
-            401 => ("unauthorized", format!("the API server does not accept the agent's credentials: {said}")),
-            403 => (
-                "forbidden",
-                format!(
-                    "not permitted to {verb} {resource} in namespace {namespace}: grant get, list and watch ({said})"
-                ),
-            ),
-            404 => (
-                "not_found",
-                format!("the API server has no {resource} of version {}: install the CRD ({said})", resource.version),
-            ),
+            401 => ("unauthorized", format!("the API server does not accept the agent's credentials{said}")),
+            403 => {
+                let found = format!("not permitted to {verb} {resource} in namespace {namespace}");
+                ("forbidden", format!("{found}, expected get, list and watch{said}"))
+            }
+            404 => {
+                let found = format!("the API server has no {resource} of version {}", resource.version);
+                ("not_found", format!("{found}, expected the CRD to be installed{said}"))
+            }
             410 => ("gone", format!("cannot {verb} {resource}: the version is too old")),
-            code => ("refused", format!("cannot {verb} {resource}: the API server answered {code} ({said})")),
+            code => ("refused", format!("cannot {verb} {resource}: the API server answered {code}{said}")),
         };
         Self { reason, text, is_gone: status.code == 410 }
+    }
+
+    pub(super) fn forbidden(verb: &str, query: &Query) -> Self {
+        Self::status(&Status { code: 403, ..Status::success() }, verb, query)
     }
 
     pub(super) fn timed_out(verb: &str, query: &Query) -> Self {

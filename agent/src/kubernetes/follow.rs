@@ -95,8 +95,10 @@ impl Follower {
     /// Begins a watch.
     fn begin<K: Object + PartialEq>(&self, query: Query) -> Watched<K> {
         let store = Arc::new(Store::new(Arc::clone(&self.changed)));
-        let metrics = self.metrics.kubernetes_watch(&self.named.to_string(), query.resource.plural);
-        let source = Source { client: self.client.clone(), query: query.clone(), lasts: self.watch_timeout };
+        let inference_pool = self.named.to_string();
+        let metrics = self.metrics.kubernetes_watch(&inference_pool, query.resource.plural);
+        let (client, lasts) = (self.client.clone(), self.watch_timeout);
+        let source = Source { client, inference_pool, query: query.clone(), lasts };
         let task = AbortOnDropHandle::new(tokio::spawn(watch::keep_watching(source, Arc::clone(&store), metrics)));
         Watched { query, store, _task: task }
     }

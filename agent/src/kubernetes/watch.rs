@@ -34,6 +34,8 @@ const MOST_FAILURES: u32 = 3;
 /// What a watch asks, and with what.
 pub(super) struct Source {
     pub(super) client: Client,
+    /// For the log.
+    pub(super) inference_pool: String,
     pub(super) query: Query,
     /// How long one watch request lasts.
     pub(super) lasts: Duration,
@@ -56,7 +58,7 @@ pub(super) async fn keep_watching<K: Object + PartialEq>(source: Source, store: 
 }
 
 async fn keep<K: Object + PartialEq>(source: &Source, store: &Store<K>, metrics: &WatchMetrics) {
-    let mut report = Report { metrics, resource: source.query.resource.plural, failing: None, is_full: false };
+    let mut report = Report { metrics, source, failing: None, is_full: false };
     let mut pause = Pause::default();
     let mut is_first = true;
     loop {
@@ -201,7 +203,7 @@ impl Source {
 /// Tells the log and the metrics, each thing once.
 struct Report<'a> {
     metrics: &'a WatchMetrics,
-    resource: &'static str,
+    source: &'a Source,
     /// What failed last, until something works.
     failing: Option<Failure>,
     is_full: bool,
@@ -212,19 +214,21 @@ impl Report<'_> {
         self.metrics.up(true);
         self.metrics.synced();
         if self.failing.take().is_some_and(|failure| !failure.is_gone) {
-            tracing::info!(resource = self.resource, "the Kubernetes API answers again");
+            let (inference_pool, resource) = self.subject();
+            tracing::info!(inference_pool, resource, "Kubernetes watch recovered");
         }
     }
 
     fn failed(&mut self, failure: &Failure) {
         self.metrics.failed(failure.reason);
         self.metrics.up(false);
+        let (inference_pool, resource) = self.subject();
         if self.failing.as_ref() == Some(failure) {
-            tracing::debug!(resource = self.resource, error = %failure, "the Kubernetes API still fails");
+            tracing::debug!(inference_pool, resource, error = %failure, "Kubernetes watch still fails");
         } else if failure.is_gone {
-            tracing::info!(resource = self.resource, error = %failure, "listing again");
+            tracing::info!(inference_pool, resource, "Kubernetes watch cannot continue, listing again");
         } else {
-            tracing::warn!(resource = self.resource, error = %failure, "the Kubernetes API failed, keeping what was known");
+            tracing::warn!(inference_pool, resource, error = %failure, "Kubernetes watch failed, keeping the last known objects");
         }
         self.failing = Some(failure.clone());
     }
@@ -232,13 +236,19 @@ impl Report<'_> {
     fn counted(&mut self, count: usize, some_left_out: bool) {
         self.metrics.objects(count);
         if some_left_out && !self.is_full {
+            let (inference_pool, resource) = self.subject();
             tracing::error!(
-                resource = self.resource,
+                inference_pool,
+                resource,
                 limit = MAX_OBJECTS,
                 "too many objects, leaving out further ones"
             );
         }
         self.is_full |= some_left_out;
+    }
+
+    fn subject(&self) -> (&str, &'static str) {
+        (&self.source.inference_pool, self.source.query.resource.plural)
     }
 }
 

@@ -48,11 +48,11 @@ impl State {
         if let Some(code) = faults.status {
             return failure(code, "InternalError", "the server fails");
         }
+        if faults.forbidden.contains(&plural) {
+            return failure(403, "Forbidden", &format!("{plural} is forbidden: User \"u\" cannot get it"));
+        }
         if request.method == "POST" && plural == "selfsubjectaccessreviews" {
             return review(&request.body, faults.forbidden);
-        }
-        if faults.forbidden == Some(plural) {
-            return failure(403, "Forbidden", &format!("{plural} is forbidden: User \"u\" cannot get it"));
         }
         let served = ["pods", "services", "endpointslices", "inferencepools"];
         if request.method != "GET" || !path.contains("/namespaces/") || !served.contains(&plural) {
@@ -102,10 +102,11 @@ impl State {
 }
 
 /// Answers whether the client may do something.
-fn review(body: &[u8], forbidden: Option<&str>) -> Answer {
+fn review(body: &[u8], forbidden: &[&str]) -> Answer {
     let mut review: Value = serde_json::from_slice(body).unwrap_or_default();
     let resource = review["spec"]["resourceAttributes"]["resource"].as_str().map(ToOwned::to_owned);
-    review["status"] = json!({ "allowed": resource.is_some() && resource.as_deref() != forbidden });
+    let is_allowed = resource.is_some_and(|resource| !forbidden.contains(&&*resource));
+    review["status"] = json!({ "allowed": is_allowed });
     Answer::Whole(201, review)
 }
 

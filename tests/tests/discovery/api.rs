@@ -149,7 +149,7 @@ async fn errors_of_the_server_keep_the_pool() {
 #[tokio::test]
 async fn missing_permission_keeps_the_agent_unready() {
     let scene = Scene::new().await;
-    scene.api.fail(Faults { forbidden: Some(PODS), ..Faults::default() });
+    scene.api.fail(Faults { forbidden: &[PODS], ..Faults::default() });
     let agent = scene.agent_with(|_| {});
     eventually(SOON, || failures(&agent, PODS, "forbidden") >= 2).await;
     assert_eq!(agent.agent.readiness().pending(), ["InferencePool models/llama"]);

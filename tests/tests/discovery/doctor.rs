@@ -32,10 +32,15 @@ async fn working_pool_is_tried_with_its_epp_and_its_endpoints() {
 #[tokio::test]
 async fn missing_permission_is_named_with_verb_and_resource() {
     let scene = Scene::new().await;
-    scene.api.fail(Faults { forbidden: Some("endpointslices"), ..Faults::default() });
+    scene.api.fail(Faults { forbidden: &["endpointslices"], ..Faults::default() });
     let access = "InferencePool models/llama, access: not permitted to";
-    let of = "endpointslices.discovery.k8s.io in namespace models";
+    let of = "endpointslices.discovery.k8s.io in namespace models, expected get, list and watch";
     assert_eq!(failed(&trials(&scene).await), [format!("{access} list {of}"), format!("{access} watch {of}")]);
+    // The same is found where the agent may not ask what it may do.
+    scene.api.fail(Faults { forbidden: &["pods", "selfsubjectaccessreviews"], ..Faults::default() });
+    let failed = failed(&trials(&scene).await);
+    let expected = ["list", "watch"].map(|verb| format!("{access} {verb} pods in namespace models"));
+    assert!(failed.len() == 2 && failed.iter().zip(&expected).all(|(found, part)| found.contains(part)), "{failed:?}");
 }
 
 #[tokio::test]
@@ -44,5 +49,5 @@ async fn missing_pool_and_missing_server_are_named() {
     assert_eq!(failed(&trials(&scene).await), ["InferencePool models/llama: does not exist"]);
     scene.api.stop();
     let failed = failed(&trials(&scene).await);
-    assert!(failed.len() == 1 && failed[0].contains("the API server does not answer"), "{failed:?}");
+    assert!(failed.len() == 1 && failed[0].contains("cannot list inferencepools"), "{failed:?}");
 }
