@@ -32,6 +32,8 @@ pub struct Faults {
     pub forbidden: &'static [&'static str],
     /// Says that a version is gone by an event of the watch instead of by the status.
     pub gone_as_event: bool,
+    /// Watches are silent and never end, as if their connection had died without a sign.
+    pub silent: bool,
     /// Ends watches in the middle of a line instead of between events.
     pub cut_in_line: bool,
     /// Sends answers in pieces of seven bytes with this pause.
@@ -148,6 +150,7 @@ impl ApiServer {
     /// Fails differently from now on.
     pub fn fail(&self, faults: Faults) {
         *self.state.faults.lock() = faults;
+        self.tell(|_| {});
     }
 
     /// How many requests there were whose target contains each of `parts`.

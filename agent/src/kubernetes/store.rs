@@ -64,3 +64,51 @@ impl<K: Object + PartialEq> Store<K> {
         self.objects.lock().as_ref().map(|objects| objects.values().cloned().collect())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{super::objects::Service, *};
+
+    fn service(number: usize) -> Service {
+        Service { name: format!("s{number}"), version: String::new(), is_external: false, ports: Vec::new() }
+    }
+
+    fn store() -> Store<Service> {
+        Store::new(Arc::default())
+    }
+
+    #[test]
+    fn objects_are_unknown_until_a_list_is_complete() {
+        let store = store();
+        assert_eq!(store.all(), None);
+        assert_eq!(store.replace(Vec::new()), (0, 0));
+        assert_eq!(store.all(), Some(Vec::new()));
+        assert_eq!(store.apply(service(1)), (1, false));
+        assert_eq!((store.remove("s2"), store.remove("s1")), (1, 0));
+    }
+
+    #[test]
+    fn objects_beyond_the_limit_are_left_out() {
+        let store = store();
+        assert_eq!(store.replace((0..MAX_OBJECTS + 2).map(service).collect()), (MAX_OBJECTS, 2));
+        assert_eq!(store.apply(service(MAX_OBJECTS + 3)), (MAX_OBJECTS, true));
+        assert_eq!(store.apply(service(0)), (MAX_OBJECTS, false), "a known object is replaced");
+        assert_eq!(store.remove("s0"), MAX_OBJECTS - 1);
+        assert_eq!(store.apply(service(MAX_OBJECTS + 3)), (MAX_OBJECTS, false));
+    }
+
+    #[tokio::test]
+    async fn only_changes_are_told() {
+        let changed = Arc::new(Notify::new());
+        let store = Store::new(Arc::clone(&changed));
+        let is_told = async || tokio::time::timeout(std::time::Duration::ZERO, changed.notified()).await.is_ok();
+        store.replace(vec![service(1)]);
+        assert!(is_told().await);
+        store.replace(vec![service(1)]);
+        store.apply(service(1));
+        store.remove("s2");
+        assert!(!is_told().await);
+        store.remove("s1");
+        assert!(is_told().await);
+    }
+}

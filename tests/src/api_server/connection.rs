@@ -98,6 +98,9 @@ impl Writer<'_> {
             return self.bytes(b"0\r\n\r\n").await;
         }
         loop {
+            if state.faults.lock().silent {
+                std::future::pending::<()>().await;
+            }
             let (events, version) = state.cluster.lock().events(&watch.selection, watch.version);
             for event in &events {
                 self.event(event).await?;

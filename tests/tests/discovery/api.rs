@@ -133,6 +133,20 @@ async fn watch_that_has_lasted_its_time_is_renewed_without_a_list() {
 }
 
 #[tokio::test]
+async fn watch_whose_connection_died_without_a_sign_is_replaced() {
+    let scene = Scene::new().await;
+    let agent = scene.agent_with(|config| config.kubernetes.watch_timeout = Duration::from_secs(1));
+    eventually(SOON, || scene.api.watches(PODS) >= 1).await;
+    scene.api.fail(Faults { silent: true, ..Faults::default() });
+    scene.api.delete(PODS, objects::NAMESPACE, "one");
+    eventually(SOON, || failures(&agent, PODS, "timeout") >= 1).await;
+    assert_eq!(endpoints(&agent, "ready"), 2);
+    scene.api.fail(Faults::default());
+    until_endpoints(&agent, 1).await;
+    assert_eq!((watch(&agent, "relists_total", PODS), scene.api.lists(PODS)), (0, 1));
+}
+
+#[tokio::test]
 async fn errors_of_the_server_keep_the_pool() {
     let scene = Scene::new().await;
     let agent = scene.agent().await;
