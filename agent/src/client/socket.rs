@@ -257,7 +257,7 @@ impl ClientSocket {
         (&mut self.wire, std::mem::take(&mut self.buf))
     }
 
-    /// Like [`Ledger::settle`], with this client's time limits.
+    /// Like [`Ledger::settle_unless`], with this client's time limits and without a condition.
     pub async fn settle(&mut self) -> io::Result<()> {
         self.settle_unless(|| false).await.map(drop)
     }
