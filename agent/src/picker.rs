@@ -1,8 +1,8 @@
 //! Picks endpoints, through an EPP (ext_proc) or with the built-in picker.
 //!
 //! `replica` holds an EPP's replicas, `tend` keeps them up to date and `reach` connects again to those that were lost; `attempts`
-//! selects the replica to ask; `client` has the connections, which `keep` keeps open, and one stream per request; `exchange` is the
-//! protocol on a stream; `mutation` applies the returned headers, `returned` says what
+//! selects the replica to ask; `client` has the connections, which `keep` keeps open, and one stream per request (`grpc`); `exchange` is
+//! the protocol on a stream; `mutation` applies the returned headers, `returned` says what
 //! goes out of a response's body, `metadata` collects what the EPP says for the log; `builtin` picks
 //! in this process.
 
@@ -13,6 +13,7 @@ pub mod connection;
 pub mod echo;
 pub mod error;
 pub mod exchange;
+mod grpc;
 pub mod handshake;
 mod health;
 mod immediate;

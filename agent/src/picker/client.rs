@@ -6,41 +6,26 @@
 
 use std::{
     net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
+    sync::Arc,
     task::{Context, Poll, Waker, ready},
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
-use futures_util::{
-    StreamExt,
-    future::{BoxFuture, FutureExt, poll_fn},
-};
+use bytes::{Bytes, BytesMut};
+use futures_util::future::{BoxFuture, FutureExt, poll_fn};
 use parking_lot::Mutex;
-use penstock_proto::ext_proc::{
-    HeaderMutation, ProcessingRequest, ProcessingResponse, external_processor_client::ExternalProcessorClient,
-};
-use tokio::{
-    sync::{mpsc, oneshot},
-    time::timeout,
-};
-use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::{
-    sync::PollSender,
-    task::{AbortOnDropHandle, TaskTracker},
-};
-use tonic::{CancellationHandle, Streaming};
+use penstock_proto::ext_proc::HeaderMutation;
+use tokio::{sync::oneshot, time::timeout};
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
 use crate::{endpoint::set::Snapshot, tee::Rest};
 
 use super::{
     attempts::Attempts,
-    connection::{Connection, Http2, Loss, Stream},
+    connection::{Connection, Loss, Stream},
     error::PickError,
     exchange::{Event, Exchange, ExchangeLimits, ImmediateReply, Outcome},
+    grpc::{self, End, GrpcStream},
     keep::{self, Start},
     metadata,
     replica::{Replica, Replicas},
@@ -48,8 +33,10 @@ use super::{
     silence::{HeadReply, Silence, Waiting},
 };
 
-/// Messages queued in the connection. More messages wait in the exchange until the EPP takes them.
-const QUEUE: usize = 2;
+/// The method that an EPP serves.
+const PROCESS: &str = "/envoy.service.ext_proc.v3.ExternalProcessor/Process";
+/// Messages that are encoded together, in bytes. The others wait in the exchange until the EPP takes them.
+const TOGETHER: usize = 64 << 10;
 /// How long an EPP has to read the remaining messages after the response has ended.
 const REST: Duration = Duration::from_secs(5);
 /// How long a stream is read after that, so that it ends by the EPP's close and not by a reset. Meanwhile the stream counts
@@ -147,31 +134,33 @@ impl EppClient {
         members: Option<Arc<Snapshot>>,
     ) -> PickStream {
         let link = self.links.link(replica);
-        let (out, messages) = mpsc::channel(QUEUE);
-        let mut request_stream = tonic::Request::new(ReceiverStream::new(messages));
-        let cancel = CancelOnDrop(Some(request_stream.cancellation_handle()));
-        let sent = Arc::<AtomicBool>::default();
-        let call = call(link.connection, request_stream, limits.replaced_body + MESSAGE, Arc::clone(&sent));
         let header = self.replicas.settings.header.clone();
+        let message_limit = limits.replaced_body + MESSAGE;
         let mut exchange = Exchange::new(header, request, has_body, subset, limits);
         if let Some(members) = members {
             exchange = exchange.with_members(members);
         }
         let mut stream = PickStream {
-            _cancel: cancel,
             exchange,
-            out: Some(PollSender::new(out)),
-            incoming: Incoming::Opening(call.boxed()),
+            channel: Channel::Connecting(connecting(link.connection.clone()).boxed()),
+            method: link.connection.method(PROCESS),
+            message_limit,
+            sends: true,
+            begun: false,
             failed: false,
-            sent,
+            sent: false,
             silence: Waiting::new(&link.silence),
             replica: link.replica,
             endings: self.endings.clone(),
         };
-        // Send the head now instead of with the first piece of the body. Later calls register their own waker.
-        let mut noop = Context::from_waker(Waker::noop());
-        let _ = stream.poll_send(&mut noop);
-        let _ = stream.poll_incoming(&mut noop);
+        if let Some(open) = link.connection.try_stream() {
+            stream.begin(open);
+        }
+        if !has_body {
+            // The head leaves now. With a body it leaves with the first piece. Later calls register their own waker.
+            let mut noop = Context::from_waker(Waker::noop());
+            let _ = stream.poll_send(&mut noop);
+        }
         stream
     }
 }
@@ -199,28 +188,15 @@ impl Links {
     }
 }
 
-async fn call(
-    connection: Connection,
-    request: tonic::Request<ReceiverStream<ProcessingRequest>>,
-    message_limit: usize,
-    sent: Arc<AtomicBool>,
-) -> Result<(Streaming<ProcessingResponse>, Stream), PickError> {
-    let stream = connection.stream().await.map_err(PickError::Connect)?;
-    sent.store(!stream.is_queued, Relaxed);
-    let client = ExternalProcessorClient::with_origin(stream.http2.clone(), connection.origin());
-    let mut client = client.max_decoding_message_size(message_limit);
-    match client.process(request).await {
-        Ok(response) => Ok((response.into_inner(), stream)),
-        Err(status) => Err(failure(&status, &stream.http2, false)),
-    }
+async fn connecting(connection: Connection) -> Result<Stream, PickError> {
+    connection.stream().await.map_err(PickError::Connect)
 }
 
-fn failure(status: &tonic::Status, http2: &Http2, answered: bool) -> PickError {
-    let message = status.message().to_owned();
-    match http2.loss(status) {
-        Some(Loss::NotTaken) => PickError::NotTaken(message),
-        Some(Loss::Broken) => PickError::Reset { message, answered },
-        None => PickError::Status { code: status.code(), message },
+fn lost(error: &h2::Error, loss: Loss, answered: bool) -> PickError {
+    let message = error.to_string();
+    match loss {
+        Loss::NotTaken => PickError::NotTaken(message),
+        Loss::Broken => PickError::Reset { message, answered },
     }
 }
 
@@ -249,24 +225,30 @@ pub enum Heard {
 
 /// One request's stream to its EPP.
 pub struct PickStream {
-    /// Declared first, so that the stream is cancelled before the drop of `out` could look like an orderly close.
-    _cancel: CancelOnDrop,
     exchange: Exchange,
-    out: Option<PollSender<ProcessingRequest>>,
-    incoming: Incoming,
+    channel: Channel,
+    /// The URI of the EPP's method.
+    method: http::Uri,
+    /// Longest message from the EPP in bytes.
+    message_limit: usize,
+    /// Whether messages may still be sent.
+    sends: bool,
+    /// Whether sending was tried.
+    begun: bool,
     /// Whether the stream was lost, or ended with an error.
     failed: bool,
     /// Whether the request has left for the server.
-    sent: Arc<AtomicBool>,
+    sent: bool,
     silence: Waiting,
     replica: Arc<Replica>,
     endings: TaskTracker,
 }
 
-/// The EPP's side of the stream.
-enum Incoming {
-    Opening(BoxFuture<'static, Result<(Streaming<ProcessingResponse>, Stream), PickError>>),
-    Open(Box<Streaming<ProcessingResponse>>, Stream),
+/// Where messages go and come from.
+enum Channel {
+    Connecting(BoxFuture<'static, Result<Stream, PickError>>),
+    /// Declared in this order, so that a stream is reset before it is free for another request.
+    Open(Box<GrpcStream>, Stream),
     Over,
 }
 
@@ -278,7 +260,7 @@ impl PickStream {
 
     /// Whether the request was sent to the EPP, and not queued for a connection or for the end of another stream.
     pub fn was_sent(&self) -> bool {
-        self.sent.load(Relaxed)
+        self.sent
     }
 
     /// Collects the dynamic metadata of the EPP's replies.
@@ -286,14 +268,15 @@ impl PickStream {
         self.exchange.collect(metadata);
     }
 
-    /// Whether the stream is open and all earlier messages have left, so that a piece of the body may be given.
+    /// Whether the stream is open and all earlier messages have left, so that a piece of the body may be given. The first piece may
+    /// leave with the head.
     pub fn takes_body(&self) -> bool {
-        self.out.is_some() && !self.exchange.has_message()
+        self.sends && !(self.begun && self.exchange.has_message())
     }
 
     /// Whether messages wait for the EPP to take them.
     pub fn has_unsent(&self) -> bool {
-        self.out.is_some() && self.exchange.has_message()
+        self.sends && self.exchange.has_message()
     }
 
     /// Queues a piece of the body, of any size. The next call of a method that waits sends it.
@@ -403,7 +386,7 @@ impl PickStream {
                 && let Some(piece) = more()
             {
                 // If the stream has ended, the piece is dropped.
-                if self.out.is_some() {
+                if self.sends {
                     self.exchange.response_body(piece, false);
                 }
             }
@@ -421,7 +404,7 @@ impl PickStream {
 
     /// Whether the EPP has ended the stream with status OK.
     pub fn is_closed(&self) -> bool {
-        matches!(self.incoming, Incoming::Over) && !self.failed
+        matches!(self.channel, Channel::Over) && !self.failed
     }
 
     /// Whether the stream was lost, or the EPP ended it with an error.
@@ -436,7 +419,7 @@ impl PickStream {
 
     /// Queues a message with a piece of the response's body, which must not be longer than a message.
     pub fn give_response(&mut self, piece: Bytes, end: bool) {
-        if self.out.is_some() {
+        if self.sends {
             self.exchange.response_body(piece, end);
         }
     }
@@ -467,7 +450,7 @@ impl PickStream {
     pub async fn end(mut self) {
         let ended = async {
             poll_fn(|cx| if self.poll_replies(cx).is_ready() { Poll::Ready(()) } else { self.poll_send(cx) }).await;
-            self.out = None;
+            self.end_sending();
             poll_fn(|cx| self.poll_replies(cx)).await;
         };
         // Otherwise the stream is cancelled.
@@ -489,7 +472,7 @@ impl PickStream {
             let sent =
                 poll_fn(|cx| if self.poll_replies(cx).is_ready() { Poll::Ready(()) } else { self.poll_send(cx) });
             if timeout(REST, sent).await.is_ok() {
-                self.out = None;
+                self.end_sending();
                 let _ = timeout(CLOSE, poll_fn(|cx| self.poll_replies(cx))).await;
             }
             drop(self);
@@ -525,7 +508,7 @@ impl PickStream {
             if let Some(event) = self.exchange.next_event() {
                 return Poll::Ready(Some(event));
             }
-            if matches!(self.incoming, Incoming::Over) {
+            if matches!(self.channel, Channel::Over) {
                 return Poll::Ready(None);
             }
             ready!(self.poll_incoming(cx));
@@ -534,47 +517,89 @@ impl PickStream {
 
     /// Passes one reply, or the end of the stream, from the EPP to the exchange.
     fn poll_incoming(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        match &mut self.incoming {
-            Incoming::Opening(call) => match ready!(call.poll_unpin(cx)) {
-                Ok((replies, stream)) => self.incoming = Incoming::Open(Box::new(replies), stream),
-                Err(error) => {
-                    self.failed = true;
-                    self.over(|exchange| exchange.failed(error));
+        match &mut self.channel {
+            Channel::Connecting(_) => return self.poll_connect(cx),
+            Channel::Open(grpc, stream) => match ready!(grpc.poll_message(cx)) {
+                Ok(reply) => self.exchange.receive(reply),
+                Err(End::Closed) => self.over(Exchange::closed),
+                Err(End::Status(status)) => {
+                    let (code, message) = (status.code(), status.message().to_owned());
+                    self.fail(PickError::Status { code, message });
+                }
+                Err(End::Lost(error)) => {
+                    let error = lost(&error, stream.http2.loss(&error), self.exchange.answered());
+                    self.fail(error);
                 }
             },
-            Incoming::Open(replies, stream) => match ready!(replies.poll_next_unpin(cx)) {
-                Some(Ok(reply)) => self.exchange.receive(reply),
-                Some(Err(status)) => {
-                    let error = failure(&status, &stream.http2, self.exchange.answered());
-                    self.failed = true;
-                    self.over(|exchange| exchange.failed(error));
-                }
-                None => self.over(Exchange::closed),
-            },
-            Incoming::Over => {}
+            Channel::Over => {}
         }
         Poll::Ready(())
     }
 
+    fn poll_connect(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if let Channel::Connecting(connecting) = &mut self.channel {
+            match ready!(connecting.poll_unpin(cx)) {
+                Ok(stream) => self.begin(stream),
+                Err(error) => self.fail(error),
+            }
+        }
+        Poll::Ready(())
+    }
+
+    /// Opens the stream on its connection.
+    fn begin(&mut self, stream: Stream) {
+        match GrpcStream::open(&mut stream.http2.sender(), self.method.clone(), self.message_limit) {
+            Ok(grpc) => {
+                self.sent = !stream.is_queued;
+                self.channel = Channel::Open(Box::new(grpc), stream);
+            }
+            Err(error) => self.fail(lost(&error, stream.http2.loss_at_open(&error), false)),
+        }
+    }
+
+    fn fail(&mut self, error: PickError) {
+        self.failed = true;
+        self.over(|exchange| exchange.failed(error));
+    }
+
     fn over(&mut self, end: impl FnOnce(&mut Exchange)) {
-        self.incoming = Incoming::Over;
-        self.out = None;
+        self.channel = Channel::Over;
+        self.sends = false;
         end(&mut self.exchange);
     }
 
     /// Ready when every message has left or the stream has ended.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        while let Some(out) = &mut self.out
-            && self.exchange.has_message()
-        {
-            // The channel has no receiver if the stream has ended; `incoming` has the reason.
-            let sent = ready!(out.poll_reserve(cx)).is_ok()
-                && self.exchange.next_message().is_none_or(|message| out.send_item(message).is_ok());
-            if !sent {
-                self.out = None;
+        self.begun = true;
+        while self.sends && self.exchange.has_message() {
+            match &mut self.channel {
+                Channel::Connecting(_) => ready!(self.poll_connect(cx)),
+                Channel::Open(grpc, _) => {
+                    if !ready!(grpc.poll_ready(cx)) {
+                        // `poll_incoming` has the reason.
+                        self.sends = false;
+                        break;
+                    }
+                    let mut messages = BytesMut::new();
+                    while messages.len() < TOGETHER
+                        && let Some(message) = self.exchange.next_message()
+                    {
+                        grpc::encode(&message, &mut messages);
+                    }
+                    grpc.send(messages.freeze(), false);
+                }
+                Channel::Over => break,
             }
         }
         Poll::Ready(())
+    }
+
+    /// Ends this side of the stream.
+    fn end_sending(&mut self) {
+        self.sends = false;
+        if let Channel::Open(grpc, _) = &mut self.channel {
+            grpc.send(Bytes::new(), true);
+        }
     }
 }
 
@@ -585,16 +610,6 @@ impl Ending {
     /// Drops `last` after the EPP's last reply, or at once if that has come.
     pub fn hold(self, last: impl Send + 'static) {
         drop(self.0.send(Box::new(last)));
-    }
-}
-
-struct CancelOnDrop(Option<CancellationHandle>);
-
-impl Drop for CancelOnDrop {
-    fn drop(&mut self) {
-        if let Some(handle) = self.0.take() {
-            handle.cancel();
-        }
     }
 }
 

@@ -6,24 +6,21 @@
 //! (tonic's own channel fails queued requests one after the other, each after its own timeout, and may return a broken connection.)
 
 use std::{
-    error::Error,
     io::{self, ErrorKind},
     net::SocketAddr,
-    pin::Pin,
     sync::{
         Arc, Weak,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
-    task::{Context, Poll},
     time::Duration,
 };
 
+use bytes::Bytes;
 use futures_util::future::{BoxFuture, FutureExt, Shared};
-use hyper::{body::Incoming, client::conn::http2};
+use h2::client::SendRequest;
 use parking_lot::Mutex;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
-use tonic::body::Body;
 
 use super::{
     handshake::{self, Opened},
@@ -94,13 +91,13 @@ impl Connection {
         Self(Arc::new(Inner { replicas, replica, address, tls, is_asked, carries_requests, open: Mutex::default() }))
     }
 
-    /// The URI under which streams are opened.
-    pub fn origin(&self) -> http::Uri {
+    /// The URI of a method.
+    pub fn method(&self, path: &'static str) -> http::Uri {
         let scheme = if self.0.tls { http::uri::Scheme::HTTPS } else { http::uri::Scheme::HTTP };
         let mut parts = http::uri::Parts::default();
         parts.scheme = Some(scheme);
         parts.authority = Some(self.0.replica.authority.clone());
-        parts.path_and_query = Some(http::uri::PathAndQuery::from_static("/"));
+        parts.path_and_query = Some(http::uri::PathAndQuery::from_static(path));
         // The parts are complete, so this cannot fail.
         http::Uri::from_parts(parts).unwrap_or_default()
     }
@@ -117,6 +114,13 @@ impl Connection {
             }
         };
         attempt.await
+    }
+
+    /// A stream on an open connection; `None` if [`stream`](Self::stream) has to connect.
+    pub fn try_stream(&self) -> Option<Stream> {
+        let mut open = self.0.open.lock();
+        open.prune();
+        open.stream()
     }
 
     /// As [`get`](Self::get), for one stream. If the open connections have as many streams as the server takes, makes another one,
@@ -278,15 +282,15 @@ pub(super) async fn connect(
         end.cancel();
     };
     let connect = handshake::connect(address, tls, ended);
-    let Opened { send, limit } =
+    let Opened { send, limit, streams } =
         tokio::time::timeout(replicas.settings.connect_timeout, connect).await.unwrap_or(Err(timeout))?;
-    Ok(Http2 { send, retired, went_away, load: Arc::new(Load::new(limit)) })
+    Ok(Http2 { send, retired, went_away, load: Arc::new(Load::new(limit, streams)) })
 }
 
 /// An open connection. Clones share it.
 #[derive(Clone)]
 pub struct Http2 {
-    send: http2::SendRequest<Body>,
+    send: SendRequest<Bytes>,
     /// Cancelled when the connection must not be used for new streams.
     retired: CancellationToken,
     /// Whether the connection ended by GOAWAY.
@@ -296,15 +300,15 @@ pub struct Http2 {
 
 /// The streams of one connection.
 struct Load {
-    streams: AtomicUsize,
+    streams: Arc<AtomicUsize>,
     /// The server's limit.
     limit: Arc<AtomicUsize>,
     idle_since: Mutex<Instant>,
 }
 
 impl Load {
-    fn new(limit: Arc<AtomicUsize>) -> Self {
-        Self { streams: AtomicUsize::new(0), limit, idle_since: Mutex::new(Instant::now()) }
+    fn new(limit: Arc<AtomicUsize>, streams: Arc<AtomicUsize>) -> Self {
+        Self { streams, limit, idle_since: Mutex::new(Instant::now()) }
     }
 
     fn is_idle(&self) -> bool {
@@ -343,7 +347,7 @@ impl Drop for Stream {
 
 impl Http2 {
     fn is_usable(&self) -> bool {
-        !self.retired.is_cancelled() && !self.send.is_closed()
+        !self.retired.is_cancelled()
     }
 
     /// Takes the connection out of use for new streams. Open streams continue.
@@ -356,33 +360,29 @@ impl Http2 {
         self.retired.cancelled().await;
     }
 
-    /// How the transport lost a stream that ended with this status. Returns `None` if the server ended it. A loss that is not
-    /// limited to the stream retires the connection at once, because hyper may notice it later.
-    pub fn loss(&self, status: &tonic::Status) -> Option<Loss> {
-        let mut error = status.source()?;
-        let (mut stream_only, mut not_taken) = (false, false);
-        loop {
-            if let Some(error) = error.downcast_ref::<h2::Error>() {
-                stream_only |= error.is_reset();
-                not_taken |= match error.reason() {
-                    // GOAWAY ends the streams that the server did not process with this error.
-                    Some(h2::Reason::NO_ERROR) => error.is_remote() && error.is_go_away(),
-                    Some(h2::Reason::REFUSED_STREAM) => error.is_remote(),
-                    _ => false,
-                };
-            }
-            // hyper cancels requests that are still in its queue.
-            let canceled = error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_canceled);
-            not_taken |= canceled && self.went_away.load(Ordering::Relaxed);
-            match error.source() {
-                Some(source) => error = source,
-                None => break,
-            }
-        }
-        if !stream_only {
+    /// What opens streams.
+    pub(super) fn sender(&self) -> SendRequest<Bytes> {
+        self.send.clone()
+    }
+
+    /// How a stream was lost that could not be opened.
+    pub fn loss_at_open(&self, error: &h2::Error) -> Loss {
+        let loss = self.loss(error);
+        if self.went_away.load(Ordering::Relaxed) { Loss::NotTaken } else { loss }
+    }
+
+    /// How the transport lost a stream. A loss that is not limited to the stream retires the connection.
+    pub fn loss(&self, error: &h2::Error) -> Loss {
+        if !error.is_reset() {
             self.retire();
         }
-        Some(if not_taken { Loss::NotTaken } else { Loss::Broken })
+        let not_taken = match error.reason() {
+            // GOAWAY ends the streams that the server did not process with this error.
+            Some(h2::Reason::NO_ERROR) => error.is_remote() && error.is_go_away(),
+            Some(h2::Reason::REFUSED_STREAM) => error.is_remote(),
+            _ => false,
+        };
+        if not_taken { Loss::NotTaken } else { Loss::Broken }
     }
 }
 
@@ -392,19 +392,4 @@ pub enum Loss {
     /// The server did not process the stream.
     NotTaken,
     Broken,
-}
-
-impl tonic::codegen::Service<http::Request<Body>> for Http2 {
-    type Response = http::Response<Incoming>;
-    type Error = hyper::Error;
-    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
-
-    /// Always ready: hyper queues requests above the server's limit of streams.
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        Box::pin(self.send.send_request(request))
-    }
 }

@@ -2,7 +2,6 @@
 //! serving them is found here and not by requests. If the server speaks another protocol, the error says which setting is wrong.
 
 use std::{
-    error::Error,
     future::poll_fn,
     io,
     net::SocketAddr,
@@ -15,16 +14,16 @@ use std::{
     time::Duration,
 };
 
-use hyper::client::conn::http2;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use bytes::Bytes;
+use h2::{Ping, PingPong, client::SendRequest};
 use rustls::pki_types::ServerName;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
     sync::oneshot,
+    time::{sleep, timeout},
 };
 use tokio_rustls::TlsConnector;
-use tonic::body::Body;
 
 /// Bytes of replies that a stream may send before they are read. A replaced body of the common sizes waits for no window update.
 const STREAM_WINDOW: u32 = 1 << 20;
@@ -32,6 +31,12 @@ const STREAM_WINDOW: u32 = 1 << 20;
 const CONNECTION_WINDOW: u32 = STREAM_WINDOW * MOST_STREAMS;
 /// Most streams on a connection, whatever the server's limit is.
 const MOST_STREAMS: u32 = 2000;
+/// Streams until the server has told its limit.
+const INITIAL_STREAMS: usize = 100;
+/// Longest head or trailers of a response, in bytes.
+const HEAD: u32 = 16 << 10;
+/// Bytes of a stream that wait for the server's window.
+const SEND_BUFFER: usize = 1 << 20;
 /// gRPC servers written in Go close connections that ping more often than every five minutes. So pings only detect a stuck peer;
 /// TCP detects an unreachable one.
 const PING: Duration = Duration::from_secs(310);
@@ -94,9 +99,11 @@ impl Mismatch {
 
 /// An open connection.
 pub struct Opened {
-    pub send: http2::SendRequest<Body>,
+    pub send: SendRequest<Bytes>,
     /// The limit of concurrent streams: the server's, or `MOST_STREAMS`.
     pub limit: Arc<AtomicUsize>,
+    /// The caller counts its streams here. A connection without any is not pinged.
+    pub streams: Arc<AtomicUsize>,
 }
 
 /// Connects to a server, with TLS if `tls` has the connector and the server's name. Must be called on a tokio runtime, which
@@ -137,34 +144,44 @@ async fn open(
     ended: impl FnOnce(bool) + Send + 'static,
 ) -> io::Result<Opened> {
     let (io, first) = Sniffed::new(io);
-    let (send, connection) = http2::Builder::new(TokioExecutor::new())
-        .timer(TokioTimer::new())
-        .initial_stream_window_size(STREAM_WINDOW)
+    let (send, mut connection) = h2::client::Builder::new()
+        .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
-        .keep_alive_interval(PING)
-        .keep_alive_timeout(PING_TIMEOUT)
-        .handshake(TokioIo::new(io))
+        .max_header_list_size(HEAD)
+        .max_send_buffer_size(SEND_BUFFER)
+        .enable_push(false)
+        .handshake(io)
         .await
         .map_err(with_kind)?;
     let bounded = |streams: usize| streams.min(MOST_STREAMS as usize);
-    let limit = Arc::new(AtomicUsize::new(bounded(connection.current_max_send_streams())));
+    let (limit, streams) = (Arc::new(AtomicUsize::new(INITIAL_STREAMS)), Arc::default());
     let current = Arc::clone(&limit);
+    let pings = connection.ping_pong();
+    let stuck = stuck(pings, Arc::clone(&streams));
     tokio::spawn(async move {
         let mut connection = pin!(connection);
-        let result = poll_fn(|cx| {
+        let over = poll_fn(|cx| {
             let ended = connection.as_mut().poll(cx);
             // The server's settings may have come.
-            current.store(bounded(connection.current_max_send_streams()), Ordering::Relaxed);
+            current.store(bounded(connection.max_concurrent_send_streams()), Ordering::Relaxed);
             ended
         });
-        let result = result.await;
-        if let Err(error) = &result {
-            tracing::debug!(?error, "connection to the EPP ended");
-        }
-        ended(result.is_ok());
+        let orderly = tokio::select! {
+            over = over => {
+                if let Err(error) = &over {
+                    tracing::debug!(?error, "connection to the EPP ended");
+                }
+                over.is_ok()
+            }
+            () = stuck => {
+                tracing::debug!("the EPP did not answer a ping, closing the connection");
+                false
+            }
+        };
+        ended(orderly);
     });
     match first.await {
-        Ok(Ok(first)) if is_settings(&first) => Ok(Opened { send, limit }),
+        Ok(Ok(first)) if is_settings(&first) => Ok(Opened { send, limit, streams }),
         Ok(Ok(first)) if first.is_empty() => Err(Mismatch::Closed.error()),
         Ok(Ok(first)) if is_tls(&first) => Err(Mismatch::Tls.error()),
         Ok(Ok(first)) if first.starts_with(b"HTTP/") => Err(Mismatch::Http1.error()),
@@ -174,12 +191,22 @@ async fn open(
     }
 }
 
-/// Keeps the kind of the I/O error, which is wrapped by h2, or bare if h2 had not begun. A reset is retried.
-fn with_kind(error: hyper::Error) -> io::Error {
-    let io = error
-        .source()
-        .and_then(|source| source.downcast_ref::<io::Error>().or_else(|| source.downcast_ref::<h2::Error>()?.get_io()));
-    let kind = io.map_or(io::ErrorKind::Other, io::Error::kind);
+/// Resolves when the server has not answered a ping in time.
+async fn stuck(pings: Option<PingPong>, streams: Arc<AtomicUsize>) {
+    let Some(mut pings) = pings else { return std::future::pending().await };
+    loop {
+        sleep(PING).await;
+        if streams.load(Ordering::Relaxed) > 0
+            && !matches!(timeout(PING_TIMEOUT, pings.ping(Ping::opaque())).await, Ok(Ok(_)))
+        {
+            return;
+        }
+    }
+}
+
+/// Keeps the kind of the I/O error, which is wrapped by h2. A reset is retried.
+fn with_kind(error: h2::Error) -> io::Error {
+    let kind = error.get_io().map_or(io::ErrorKind::Other, io::Error::kind);
     io::Error::new(kind, error)
 }
 

@@ -3,15 +3,17 @@
 use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use futures_util::future::FutureExt as _;
-use penstock_proto::health::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+use penstock_proto::health::{HealthCheckRequest, HealthCheckResponse, health_check_response::ServingStatus};
 use tokio::time::{sleep, timeout};
 use tonic::Code;
 
 use super::{
     connection::Connection,
+    grpc::{self, End},
     replica::{Replica, ReplicaState, Replicas},
 };
 
+const CHECK: &str = "/grpc.health.v1.Health/Check";
 /// Least time between two checks. Failing requests ask for checks before the interval has passed.
 const GAP: Duration = Duration::from_millis(100);
 
@@ -78,12 +80,17 @@ impl Checker {
     /// Returns `None` if the connection was lost.
     async fn once(&self) -> Option<ReplicaState> {
         let Ok(http2) = self.connection.get().await else { return Some(ReplicaState::Unreachable) };
-        let mut client = HealthClient::with_origin(http2.clone(), self.connection.origin());
         let request = HealthCheckRequest { service: self.service.clone() };
-        match timeout(self.timeout, client.check(request)).await {
-            Ok(Ok(response)) => Some(state(response.get_ref().status())),
-            Ok(Err(status)) if http2.loss(&status).is_some() => None,
-            Ok(Err(status)) => Some(failed(status.code())),
+        let (mut sender, method) = (http2.sender(), self.connection.method(CHECK));
+        match timeout(self.timeout, grpc::unary::<HealthCheckResponse>(&mut sender, method, &request)).await {
+            Ok(Ok(response)) => Some(state(response.status())),
+            Ok(Err(End::Lost(error))) => {
+                http2.loss(&error);
+                None
+            }
+            Ok(Err(End::Status(status))) => Some(failed(status.code())),
+            // Without an answer.
+            Ok(Err(End::Closed)) => Some(ReplicaState::NotServing),
             Err(_) => {
                 http2.retire();
                 Some(ReplicaState::Unreachable)
