@@ -13,6 +13,7 @@ pub mod connection;
 pub mod echo;
 pub mod error;
 pub mod exchange;
+mod gathered;
 mod grpc;
 pub mod handshake;
 mod health;

@@ -147,6 +147,7 @@ impl EppClient {
             message_limit,
             sends: true,
             begun: false,
+            ends: false,
             failed: false,
             sent: false,
             silence: Waiting::new(&link.silence),
@@ -235,6 +236,8 @@ pub struct PickStream {
     sends: bool,
     /// Whether sending was tried.
     begun: bool,
+    /// Whether the last message ends this side of the stream.
+    ends: bool,
     /// Whether the stream was lost, or ended with an error.
     failed: bool,
     /// Whether the request has left for the server.
@@ -465,6 +468,7 @@ impl PickStream {
             self.exchange.response_body(piece, number == last);
         }
         self.exchange.response_end();
+        self.ends = true;
         let endings = self.endings.clone();
         let (ending, last) = oneshot::channel();
         endings.spawn(async move {
@@ -586,7 +590,9 @@ impl PickStream {
                     {
                         grpc::encode(&message, &mut messages);
                     }
-                    grpc.send(messages.freeze(), false);
+                    let end = self.ends && !self.exchange.has_message();
+                    grpc.send(messages.freeze(), end);
+                    self.sends = !end;
                 }
                 Channel::Over => break,
             }
@@ -594,7 +600,7 @@ impl PickStream {
         Poll::Ready(())
     }
 
-    /// Ends this side of the stream.
+    /// Ends this side of the stream, if the last message has not.
     fn end_sending(&mut self) {
         self.sends = false;
         if let Channel::Open(grpc, _) = &mut self.channel {

@@ -18,12 +18,14 @@ use bytes::Bytes;
 use h2::{Ping, PingPong, client::SendRequest};
 use rustls::pki_types::ServerName;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncWrite, BufReader, ReadBuf},
     net::TcpStream,
     sync::oneshot,
     time::{sleep, timeout},
 };
 use tokio_rustls::TlsConnector;
+
+use super::gathered::gathered;
 
 /// Bytes of replies that a stream may send before they are read. A replaced body of the common sizes waits for no window update.
 const STREAM_WINDOW: u32 = 1 << 20;
@@ -35,6 +37,8 @@ const MOST_STREAMS: u32 = 2000;
 const INITIAL_STREAMS: usize = 100;
 /// Longest head or trailers of a response, in bytes.
 const HEAD: u32 = 16 << 10;
+/// Bytes that are read from a connection at once: a replaced body comes in frames of 16 KiB.
+const READ: usize = 64 << 10;
 /// Bytes of a stream that wait for the server's window.
 const SEND_BUFFER: usize = 1 << 20;
 /// gRPC servers written in Go close connections that ping more often than every five minutes. So pings only detect a stuck peer;
@@ -144,6 +148,7 @@ async fn open(
     ended: impl FnOnce(bool) + Send + 'static,
 ) -> io::Result<Opened> {
     let (io, first) = Sniffed::new(io);
+    let (io, outgoing) = gathered(BufReader::with_capacity(READ, io));
     let (send, mut connection) = h2::client::Builder::new()
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
@@ -164,20 +169,19 @@ async fn open(
             let ended = connection.as_mut().poll(cx);
             // The server's settings may have come.
             current.store(bounded(connection.max_concurrent_send_streams()), Ordering::Relaxed);
-            ended
+            match outgoing.poll_flush(cx) {
+                Poll::Ready(Err(error)) if ended.is_pending() => Poll::Ready(Err(error)),
+                _ => ended.map_err(with_kind),
+            }
         });
-        let orderly = tokio::select! {
-            over = over => {
-                if let Err(error) = &over {
-                    tracing::debug!(?error, "connection to the EPP ended");
-                }
-                over.is_ok()
-            }
-            () = stuck => {
-                tracing::debug!("the EPP did not answer a ping, closing the connection");
-                false
-            }
+        let over = tokio::select! {
+            over = over => over,
+            () = stuck => Err(io::Error::new(io::ErrorKind::TimedOut, "no answer to a ping")),
         };
+        if let Err(error) = &over {
+            tracing::debug!(?error, "connection to the EPP ended");
+        }
+        let orderly = over.is_ok();
         ended(orderly);
     });
     match first.await {
