@@ -4,14 +4,11 @@
 //! received, and the body's length, again: such echoes are not changes. Fields that carry the pick or the trace are not either.
 
 use http::{HeaderName, header, request};
-use penstock_proto::{
-    core::{HeaderValueOption, header_value_option::HeaderAppendAction},
-    ext_proc::HeaderMutation,
-};
+use penstock_proto::{core::HeaderValueOption, ext_proc::HeaderMutation};
 
 use super::{
     message::{self, DESTINATION},
-    mutation::{Field, action, classify, new_path},
+    mutation::{self, Field, classify, new_path},
 };
 use crate::http::headers::X_PENSTOCK_BODY_LENGTH;
 
@@ -38,7 +35,7 @@ pub fn changes(mutation: &HeaderMutation, request: &request::Parts, length: Opti
 
 fn is_echo(option: &HeaderValueOption, request: &request::Parts, length: Option<u64>) -> bool {
     let Some(field) = &option.header else { return true };
-    if is_exempt(&field.key) {
+    if mutation::is_echo(field, option, &request.headers) || is_exempt(&field.key) {
         return true;
     }
     let value = message::value(field);
@@ -47,10 +44,7 @@ fn is_echo(option: &HeaderValueOption, request: &request::Parts, length: Option<
         return path.is_err();
     }
     match classify(&field.key) {
-        Field::Header(name) => {
-            let present = request.headers.get_all(&name).iter().any(|present| present == value);
-            present && action(option) != HeaderAppendAction::AppendIfExistsOrAdd
-        }
+        Field::Header(_) => false,
         // Never applied, but a different length means that the EPP decided about another body.
         Field::Protected if header::CONTENT_LENGTH.as_str().eq_ignore_ascii_case(&field.key) => {
             length.is_none_or(|length| value.trim_ascii() == length.to_string().as_bytes())

@@ -416,26 +416,27 @@ impl Exchange {
     }
 
     fn mutate(&mut self, mutation: Option<HeaderMutation>) {
-        if mutation.as_ref().is_some_and(|mutation| !self.request_allowance.take(mutation)) {
+        let Some(mutation) = mutation else { return };
+        if !self.request_allowance.take(&mutation) {
             return self.finish(Err(PickError::MutationTooLarge { limits: self.limits.epp }));
         }
-        let removed = mutation.iter().flat_map(|mutation| &mutation.remove_headers);
-        for name in removed.filter(|name| matches!(mutation::classify(name), Field::Header(_))) {
+        let HeaderMutation { set_headers, remove_headers } = mutation;
+        for name in remove_headers.iter().filter(|name| matches!(mutation::classify(name), Field::Header(_))) {
             // Removals are applied before what earlier messages set, so that must not bring the field back.
             let sets = |set: &HeaderValueOption| set.header.as_ref().is_some_and(|h| h.key.eq_ignore_ascii_case(name));
             self.mutation.set_headers.retain(|set| !sets(set));
         }
-        for set in mutation.iter().flat_map(|mutation| &mutation.set_headers) {
+        for set in set_headers {
             match &set.header {
                 Some(header) if header.key.eq_ignore_ascii_case(self.header.as_str()) => {
                     // The first one wins: production EPPs set the pick and then echo the request's own headers.
                     let pick = || String::from_utf8_lossy(message::value(header)).into_owned();
                     self.by_header.get_or_insert_with(pick);
                 }
-                _ => self.mutation.set_headers.push(set.clone()),
+                _ => self.mutation.set_headers.push(set),
             }
         }
-        self.mutation.remove_headers.extend(mutation.into_iter().flat_map(|mutation| mutation.remove_headers));
+        self.mutation.remove_headers.extend(remove_headers);
     }
 
     /// Decides as soon as all replies have arrived.

@@ -6,7 +6,7 @@
 
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header, request, uri::PathAndQuery};
 use penstock_proto::{
-    core::{HeaderValueOption, header_value_option::HeaderAppendAction},
+    core::{self, HeaderValueOption, header_value_option::HeaderAppendAction},
     ext_proc::HeaderMutation,
 };
 
@@ -94,6 +94,9 @@ pub fn apply(mutation: &HeaderMutation, headers: &mut HeaderMap) -> usize {
             invalid += 1;
             continue;
         };
+        if is_echo(header, option, headers) {
+            continue;
+        }
         let value = HeaderValue::from_bytes(message::value(header));
         match (classify(&header.key), value) {
             (Field::Protected, _) => {}
@@ -102,6 +105,14 @@ pub fn apply(mutation: &HeaderMutation, headers: &mut HeaderMap) -> usize {
         }
     }
     invalid
+}
+
+/// Whether the entry sets a field to a value that it has. EPPs send every header back, of a repeated one only the last value: such an
+/// echo must not remove the other values.
+pub(super) fn is_echo(header: &core::HeaderValue, option: &HeaderValueOption, headers: &HeaderMap) -> bool {
+    let value = message::value(header);
+    headers.get_all(header.key.as_str()).iter().any(|present| present == value)
+        && action(option) != HeaderAppendAction::AppendIfExistsOrAdd
 }
 
 pub(super) enum Field {
@@ -156,9 +167,7 @@ fn set(headers: &mut HeaderMap, name: HeaderName, value: HeaderValue, action: He
         HeaderAppendAction::OverwriteIfExists => headers.contains_key(&name),
         HeaderAppendAction::OverwriteIfExistsOrAdd => true,
     };
-    // EPPs send every header back, of a repeated one only the last value. Such an echo must not remove the other values.
-    let echo = headers.get_all(&name).iter().any(|present| present == value);
-    if overwrites && !echo {
+    if overwrites {
         let _ = headers.try_insert(name, value);
     }
 }
