@@ -212,19 +212,7 @@ impl ModelScanner {
                 }
                 return Ok(used);
             }
-            State::Number(number) => {
-                return match number.next(byte) {
-                    Some(number) => {
-                        self.state = State::Number(number);
-                        Ok(1)
-                    }
-                    None if number.is_complete() => {
-                        self.end_value();
-                        Ok(0)
-                    }
-                    None => Err(self.error(Found::Byte(byte))),
-                };
-            }
+            State::Number(number) => return self.read_number(number, byte),
             State::Literal([first, rest @ ..], boolean) if *first == byte => {
                 self.state = State::Literal(rest, boolean);
                 if rest.is_empty() {
@@ -254,6 +242,21 @@ impl ModelScanner {
             _ => return Err(self.error(Found::Byte(byte))),
         }
         Ok(1)
+    }
+
+    /// Takes a byte of a number, or ends the number before it.
+    fn read_number(&mut self, number: Number, byte: u8) -> Result<usize, JsonError> {
+        match number.next(byte) {
+            Some(number) => {
+                self.state = State::Number(number);
+                Ok(1)
+            }
+            None if number.is_complete() => {
+                self.end_value();
+                Ok(0)
+            }
+            None => Err(self.error(Found::Byte(byte))),
+        }
     }
 
     /// What was read since the state was `before`.

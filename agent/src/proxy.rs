@@ -31,7 +31,7 @@ use self::{
     record::Record,
     repick::Dispatched,
     reply::{answer_last_forward, evict, send_error, send_immediate},
-    request::{Deadline, Request},
+    request::Request,
 };
 pub use self::{guarded::Panicked, lease::Lease, pinned::pinned, request::After};
 use crate::{
@@ -81,7 +81,6 @@ async fn run(
     peer: SocketAddr,
     lease: &mut Option<Lease>,
 ) -> After {
-    let record = Record::new(begun);
     let config = &worker.shared.config;
     client.set_idle(config.timeouts.idle);
     client.set_leaving(config.listen.half_close, config.timeouts.client_unreachable);
@@ -89,21 +88,8 @@ async fn run(
     let upgrade = head
         .upgrade
         .filter(|wanted| allowed.iter().any(|allowed| wanted.as_bytes().eq_ignore_ascii_case(allowed.as_bytes())));
-    let mut request = Request {
-        parts: head.parts,
-        client_target: None,
-        keep_alive: head.keep_alive,
-        upgrade,
-        pool: 0,
-        streams: false,
-        record,
-        target: None,
-        wire: None,
-        names: None,
-        begun,
-        timeouts: RequestTimeouts::from(&config.timeouts),
-        deadline: Deadline::default(),
-    };
+    let mut request = Request::new(head.parts, head.keep_alive, begun, RequestTimeouts::from(&config.timeouts));
+    request.upgrade = upgrade;
     let received = receive(worker, client, &mut request, head.body, head.expect_continue, peer).await;
     client.set_idle(request.timeouts.idle);
     let mut upload = match received {

@@ -25,12 +25,13 @@ use crate::{
         close::{Linger, discard},
         reach::Watch,
     },
-    config::Limits,
+    config::{Config, Limits},
     deadline::{self, with_deadline},
     http::{head::HeadLimits, request::from_http2},
     kernel::socket,
     proxy::{self, Panicked},
     room::IdleState,
+    shared::Shared,
     worker::{Current, Worker},
 };
 
@@ -66,6 +67,19 @@ struct Activity {
 struct Active(Rc<Activity>);
 
 impl Activity {
+    fn new(idle_state: IdleState) -> Self {
+        idle_state.set_idle();
+        let idle_since = Cell::new(Instant::now());
+        Self {
+            requests: Cell::new(0),
+            idle_since,
+            used: Cell::new(false),
+            first: Notify::new(),
+            faulty: Notify::new(),
+            idle_state,
+        }
+    }
+
     fn begin(self: &Rc<Self>) -> Active {
         self.requests.set(self.requests.get() + 1);
         self.idle_state.set_busy();
@@ -89,6 +103,23 @@ impl Activity {
             self.idle_state.shed().await;
             if self.requests.get() == 0 {
                 return;
+            }
+        }
+    }
+
+    /// Resolves when the connection takes no further requests. True if it is shed in favour of another one.
+    async fn leave(&self, shared: &Shared) -> bool {
+        tokio::select! {
+            () = shared.draining.cancelled() => false,
+            () = self.must_leave(&shared.leaving) => false,
+            () = self.faulty.notified() => false,
+            () = self.idle(shared.config.timeouts.keep_alive) => {
+                shared.metrics.client_idle_closed();
+                false
+            }
+            () = self.shed() => {
+                shared.metrics.client_shed();
+                true
             }
         }
     }
@@ -160,6 +191,18 @@ enum Ending {
     Stuck,
 }
 
+/// `None` if the client did not complete the handshake in time.
+async fn handshake(config: &Config, io: CountedIo) -> Option<Result<Connection<CountedIo, Bytes>, h2::Error>> {
+    let handshake = Builder::new()
+        .max_concurrent_streams(config.listen.http2_max_streams)
+        .max_header_list_size(header_list(&config.limits))
+        .initial_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_send_buffer_size(SEND_BUFFER)
+        .handshake(io);
+    with_deadline(deadline::after(config.timeouts.head), handshake).await
+}
+
 /// Runs the whole connection.
 async fn run(
     current: &Rc<Current>,
@@ -170,24 +213,8 @@ async fn run(
     requests: &TaskTracker,
 ) -> Ending {
     let (shared, config) = (&worker.shared, &worker.shared.config);
-    let activity = Rc::new(Activity {
-        requests: Cell::new(0),
-        idle_since: Cell::new(Instant::now()),
-        used: Cell::new(false),
-        first: Notify::new(),
-        faulty: Notify::new(),
-        idle_state: IdleState::new(&current.idle),
-    });
-    activity.idle_state.set_idle();
-    let handshake = Builder::new()
-        .max_concurrent_streams(config.listen.http2_max_streams)
-        .max_header_list_size(header_list(&config.limits))
-        .initial_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_send_buffer_size(SEND_BUFFER)
-        .handshake::<_, Bytes>(CountedIo::new(Rc::clone(traffic), read));
-    let until = deadline::after(config.timeouts.head);
-    let mut connection = match with_deadline(until, handshake).await {
+    let activity = Rc::new(Activity::new(IdleState::new(&current.idle)));
+    let mut connection = match handshake(config, CountedIo::new(Rc::clone(traffic), read)).await {
         Some(Ok(connection)) => connection,
         Some(Err(error)) => {
             tracing::debug!(%peer, %error, "HTTP/2 handshake failed");
@@ -208,22 +235,7 @@ async fn run(
             () = poll_fn(|cx| watch.poll_gone(traffic.wire().borrow().tcp(), cx)) => "unreachable",
         }
     });
-    // True if the connection is shed in favour of another one.
-    let mut leave = pin!(async {
-        tokio::select! {
-            () = shared.draining.cancelled() => false,
-            () = activity.must_leave(&shared.leaving) => false,
-            () = activity.faulty.notified() => false,
-            () = activity.idle(config.timeouts.keep_alive) => {
-                shared.metrics.client_idle_closed();
-                false
-            }
-            () = activity.shed() => {
-                shared.metrics.client_shed();
-                true
-            }
-        }
-    });
+    let mut leave = pin!(activity.leave(shared));
     let mut leaving = false;
     let reason = loop {
         tokio::select! {

@@ -40,6 +40,7 @@ use crate::{
         response::{ResponseError, ResponseHead},
     },
     picker::{builtin::NoEndpoint, client::PickStream},
+    shared::Shared,
     upload::Upload,
     worker::Worker,
 };
@@ -242,20 +243,14 @@ async fn try_in_turn(job: &Job<'_>, list: Vec<SocketAddr>) -> Result<EndpointRes
         }
         let reason = match failed {
             AttemptError::Final(error) => return Err(error.into()),
-            AttemptError::Connect(error) => match local_fault(&error) {
-                Some(fault) => {
-                    tracing::warn!(%address, %error, "connecting to the endpoint failed, local fault");
-                    shared.metrics.local_fault(fault);
-                    last = Error::LocalFault { address, error };
+            AttemptError::Connect(error) => {
+                let is_local = local_fault(&error).is_some();
+                if is_local {
                     dead = None;
-                    "local_fault"
                 }
-                None => {
-                    tracing::info!(%address, %error, "connecting to the endpoint failed");
-                    last = Error::Connect { address, error };
-                    "connect"
-                }
-            },
+                last = not_connected(shared, address, error);
+                if is_local { "local_fault" } else { "connect" }
+            }
             AttemptError::ClosedEarly { executed: false, .. } => {
                 last = Error::EndpointClosed(address);
                 "not_acknowledged"
@@ -282,6 +277,21 @@ async fn try_in_turn(job: &Job<'_>, list: Vec<SocketAddr>) -> Result<EndpointRes
         }
     }
     Err(Failed { error: last, dead })
+}
+
+/// Reports a failed connection, and whose fault it is.
+fn not_connected(shared: &Shared, address: SocketAddr, error: io::Error) -> Error {
+    match local_fault(&error) {
+        Some(fault) => {
+            tracing::warn!(%address, %error, "connecting to the endpoint failed, local fault");
+            shared.metrics.local_fault(fault);
+            Error::LocalFault { address, error }
+        }
+        None => {
+            tracing::info!(%address, %error, "connecting to the endpoint failed");
+            Error::Connect { address, error }
+        }
+    }
 }
 
 fn now() -> std::time::Instant {

@@ -35,19 +35,7 @@ pub(super) async fn receive(
     let naming = |has_body| Naming::new(&config.bbr, &request.parts.headers, has_body, &worker.shared.metrics);
     let mut upload = Upload::new(body, &request.parts.headers, &config.limits, &worker.shared.bodies, naming)?;
     let arrival = Arrival { client: peer.ip(), version: request.parts.version, tls: client.is_tls() };
-    if arrival.tls {
-        request.parts.extensions.insert(Scheme::HTTPS);
-    }
-    let headers = &mut request.parts.headers;
-    for control in worker.shared.pick_headers.iter().chain([&config.bbr.base_model_header]) {
-        // Removed from the client's request whichever pool it goes to.
-        headers::remove_control(headers, control, &config.bbr.header);
-    }
-    if headers::is_marked(headers, &worker.shared.mark) {
-        return Err(Error::Loop);
-    }
-    headers::prepare_request(headers, &arrival, &config.bbr.header, &config.headers);
-    request.record.trace(worker, &mut request.parts, &arrival);
+    prepare(worker, request, &arrival)?;
     let router = &worker.shared.router;
     let needs_model = router.needs_model(&request.parts);
     let route = |request: &mut Request| {
@@ -86,6 +74,25 @@ pub(super) async fn receive(
         upload.set_timeout(route(request)?);
     }
     Ok(upload)
+}
+
+/// Prepares the head.
+fn prepare(worker: &Worker, request: &mut Request, arrival: &Arrival) -> Result<(), Error> {
+    let config = &worker.shared.config;
+    if arrival.tls {
+        request.parts.extensions.insert(Scheme::HTTPS);
+    }
+    let headers = &mut request.parts.headers;
+    for control in worker.shared.pick_headers.iter().chain([&config.bbr.base_model_header]) {
+        // Removed from the client's request whichever pool it goes to.
+        headers::remove_control(headers, control, &config.bbr.header);
+    }
+    if headers::is_marked(headers, &worker.shared.mark) {
+        return Err(Error::Loop);
+    }
+    headers::prepare_request(headers, arrival, &config.bbr.header, &config.headers);
+    request.record.trace(worker, &mut request.parts, arrival);
+    Ok(())
 }
 
 pub(super) fn set_model(worker: &Worker, parts: &mut request::Parts, upload: &Upload) {

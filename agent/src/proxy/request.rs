@@ -66,6 +66,25 @@ pub(super) struct Request {
 }
 
 impl Request {
+    /// The request with this head, whose first byte arrived at `begun`. Its pool is set by routing.
+    pub(super) fn new(parts: request::Parts, keep_alive: bool, begun: Instant, timeouts: RequestTimeouts) -> Self {
+        Self {
+            parts,
+            client_target: None,
+            keep_alive,
+            upgrade: None,
+            pool: 0,
+            streams: false,
+            record: Record::new(begun),
+            target: None,
+            wire: None,
+            names: None,
+            begun,
+            timeouts,
+            deadline: Deadline::default(),
+        }
+    }
+
     /// Applies these timeouts from now on.
     pub(super) fn set_timeouts(&mut self, timeouts: RequestTimeouts) {
         self.timeouts = timeouts;

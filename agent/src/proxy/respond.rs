@@ -5,6 +5,8 @@ mod by_picker;
 mod carry;
 mod head;
 
+use std::net::SocketAddr;
+
 pub(super) use self::carry::open_tunnel;
 use self::{
     carry::{Aborted, account_for, carry},
@@ -20,7 +22,7 @@ use crate::{
     client::Client,
     config,
     deliver::End,
-    endpoint::body::ResponseBody,
+    endpoint::{body::ResponseBody, connection::EndpointConnection},
     error::Error,
     http::headers,
     picker::{error::PickError, exchange::ImmediateReply},
@@ -55,11 +57,7 @@ pub(super) async fn respond(
         // Nothing of the endpoint's response was sent.
         return match carried.end {
             Err(Aborted::Evicted(reply)) => evict_response(worker, client, request, body, &reply).await,
-            Err(Aborted::PickerFailed) => Err(Error::Picker(PickError::ResponseUnanswered)),
-            Err(Aborted::Deadline) => Err(Error::RequestTimeout(request.deadline.limit)),
-            Ok(End::ClientGone) => Err(Error::ClientGone),
-            Ok(End::Idle) => Err(Error::FirstByte(address)),
-            Ok(End::Broken | End::Over | End::Complete { .. }) => Err(Error::EndpointClosed(address)),
+            end => Err(not_begun(request, address, &end)),
         };
     }
     request.record.delivered(worker, request.pool, carried.path, carried.reason, carried.account);
@@ -67,23 +65,15 @@ pub(super) async fn respond(
     match carried.end {
         Ok(End::Complete { reusable }) => {
             request.record.ending(picked.finish(rest));
+            let pins = config.pools[request.pool].pick_per == config::PickPer::Connection;
+            let may_pin = pins && picked.reusable && carried.keep_alive && matches!(client, Client::Http1(_));
             if let ResponseBody::Http1 { mut connection, .. } = body {
                 connection.set_resting(true);
-                // If the response ends before the request is sent, the connection is closed: the endpoint would take the rest
-                // of the request for the next one.
-                let kept = reusable && head.keep_alive && connection.is_sent() && connection.dismiss();
-                let pins = worker.shared.config.pools[request.pool].pick_per == config::PickPer::Connection;
-                if kept && pins && picked.reusable && carried.keep_alive && matches!(client, Client::Http1(_)) {
-                    let pin = Pin {
-                        endpoint: connection,
-                        pool: request.pool,
-                        target: request.target,
-                        idle: request.timeouts.idle,
-                    };
+                if reusable
+                    && head.keep_alive
+                    && let Some(pin) = keep(worker, request, connection, may_pin)
+                {
                     return Ok(After::Pinned(Box::new(pin)));
-                }
-                if kept {
-                    worker.endpoints.put(connection);
                 }
             }
             Ok(if carried.keep_alive { After::Next } else { After::Close })
@@ -104,6 +94,32 @@ pub(super) async fn respond(
             Ok(After::Abort)
         }
     }
+}
+
+/// Why nothing of the endpoint's response was sent.
+fn not_begun(request: &Request, address: SocketAddr, end: &Result<End, Aborted>) -> Error {
+    match end {
+        Err(Aborted::Evicted(_) | Aborted::PickerFailed) => Error::Picker(PickError::ResponseUnanswered),
+        Err(Aborted::Deadline) => Error::RequestTimeout(request.deadline.limit),
+        Ok(End::ClientGone) => Error::ClientGone,
+        Ok(End::Idle) => Error::FirstByte(address),
+        Ok(End::Broken | End::Over | End::Complete { .. }) => Error::EndpointClosed(address),
+    }
+}
+
+/// Keeps the endpoint's connection for a later request: of this client (`may_pin`), or of any.
+fn keep(worker: &Worker, request: &Request, connection: EndpointConnection, may_pin: bool) -> Option<Pin> {
+    // If the response ends before the request is sent, the connection is closed: the endpoint would take the rest of the request
+    // for the next one.
+    if !connection.is_sent() || !connection.dismiss() {
+        return None;
+    }
+    if may_pin {
+        let (pool, target, idle) = (request.pool, request.target, request.timeouts.idle);
+        return Some(Pin { endpoint: connection, pool, target, idle });
+    }
+    worker.endpoints.put(connection);
+    None
 }
 
 /// Ends the endpoint's request and answers with the EPP's reply.
