@@ -21,7 +21,7 @@ use penstock_common::slot::{Admission, admission};
 
 use crate::{
     maps::{Ends, INDEX, LOCAL_SLOTS, LOCALS, NAMESPACES, NEIGHBOURS, Neighbour, OFFSETS, SOURCES},
-    memory::{keeps_account, read_u32, read_u64, stamps_what_it_sends, zero},
+    memory::{keeps_account, may_block, read_u32, read_u64, stamps_what_it_sends, zero},
 };
 
 /// The network namespace of the process that runs the program (BPF_F_CURRENT_NETNS).
@@ -38,8 +38,12 @@ fn penstock_admit(ctx: XdpContext) -> u32 {
     }
     let request = data as *const Admission;
     // SAFETY: the request lies inside the packet, as just checked.
-    let (connection, leave) = unsafe {
-        ((&raw const (*request).connection).read_unaligned(), (&raw const (*request).leave).read_unaligned())
+    let (connection, leave, blocking) = unsafe {
+        (
+            (&raw const (*request).connection).read_unaligned(),
+            (&raw const (*request).leave).read_unaligned(),
+            (&raw const (*request).blocking).read_unaligned(),
+        )
     };
     // SAFETY: the agent removes the entry only after it has closed the connection.
     let Some(index) = (unsafe { INDEX.get(&connection) }) else { return admission::UNKNOWN };
@@ -71,7 +75,7 @@ fn penstock_admit(ctx: XdpContext) -> u32 {
         }
     } else {
         // SAFETY: `socket` is the socket that `find` returned with a reference.
-        match unsafe { refusal(connection, socket) } {
+        match unsafe { refusal(connection, socket, blocking != 0) } {
             admission::DONE => {
                 // SAFETY: the key has the map's key type, and `find` took a reference to the socket.
                 let entered = unsafe {
@@ -89,7 +93,7 @@ fn penstock_admit(ctx: XdpContext) -> u32 {
 
 /// Why the endpoint's socket must not enter the map now; `DONE` if it may.
 #[inline(always)]
-unsafe fn refusal(connection: u64, socket: *mut c_void) -> u32 {
+unsafe fn refusal(connection: u64, socket: *mut c_void, blocking: bool) -> u32 {
     let offsets = OFFSETS.load();
     // SAFETY: the caller passes a socket that it holds.
     let tcp = unsafe { bpf_skc_to_tcp_sock(socket) }.cast_const().cast::<u8>();
@@ -99,6 +103,10 @@ unsafe fn refusal(connection: u64, socket: *mut c_void) -> u32 {
     // SAFETY: `bpf_probe_read_kernel` tolerates bad addresses.
     if unsafe { keeps_account(tcp) || stamps_what_it_sends(tcp) } {
         return admission::ACCOUNT;
+    }
+    // SAFETY: as before.
+    if !blocking && unsafe { may_block(tcp) } {
+        return admission::BLOCKING;
     }
     let sources = (&raw const SOURCES).cast_mut().cast::<c_void>();
     // SAFETY: the lookup takes a reference, which is released below.

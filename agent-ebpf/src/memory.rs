@@ -55,6 +55,19 @@ pub(crate) unsafe fn stamps_what_it_sends(socket: *const u8) -> bool {
     unsafe { read_u32(socket, OFFSETS.load().sk_tsflags) & SENDING != 0 }
 }
 
+/// Whether calls on a socket may block. A blocking `recv` on a socket in a map fails with EAGAIN at any wake-up without data, such as
+/// that of a writer for whom there is room again (`tcp_bpf_recvmsg`).
+#[inline(always)]
+pub(crate) unsafe fn may_block(socket: *const u8) -> bool {
+    const O_NONBLOCK: u32 = 0o4000;
+    let offsets = OFFSETS.load();
+    // SAFETY: `bpf_probe_read_kernel` tolerates bad addresses.
+    unsafe {
+        let file = read_u64(read_u64(socket, offsets.sk_socket) as *const u8, offsets.socket_file);
+        read_u32(file as *const u8, offsets.file_flags) & O_NONBLOCK == 0
+    }
+}
+
 /// Fill of a socket's send buffer, at the offsets that the agent found in the kernel's BTF.
 #[inline(always)]
 pub(crate) unsafe fn send_buffer(tcp: *const u8) -> SendBuffer {

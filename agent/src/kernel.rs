@@ -18,7 +18,16 @@ pub mod tun;
 pub mod version;
 pub mod wire;
 
-use std::{error::Error as _, fs::File, os::fd::AsFd, path::Path, sync::Arc};
+use std::{
+    error::Error as _,
+    fs::File,
+    os::fd::AsFd,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use aya::{
     Ebpf, EbpfLoader,
@@ -90,6 +99,8 @@ pub struct Kernel {
     locals: MapData,
     local: Result<(), Arc<str>>,
     endpoint_visible: Option<Arc<str>>,
+    /// Sockets on which calls of the endpoint block are admitted, too.
+    admits_blocking: AtomicBool,
     ebpf: Ebpf,
 }
 
@@ -138,7 +149,19 @@ impl Kernel {
         let (sources, targets) = (take("SOURCES")?, take("TARGETS")?);
         let (index, tails, locals) = (take("INDEX")?, take("TAILS")?, take("LOCAL_INDEX")?);
         let local = Err("not requested".into());
-        Ok(Self { slots, events, sources, targets, index, tails, locals, local, endpoint_visible: None, ebpf })
+        Ok(Self {
+            slots,
+            events,
+            sources,
+            targets,
+            index,
+            tails,
+            locals,
+            local,
+            endpoint_visible: None,
+            admits_blocking: AtomicBool::new(true),
+            ebpf,
+        })
     }
 
     /// Whether endpoints on this machine are recognised; the error says why not.
@@ -164,6 +187,11 @@ impl Kernel {
     /// it cannot.
     pub fn endpoint_visible(&self) -> Option<Arc<str>> {
         self.endpoint_visible.clone()
+    }
+
+    /// Sets whether sockets on which calls of the endpoint block are admitted: such a call could tell that its socket is in a map.
+    pub fn set_admits_blocking(&self, admits: bool) {
+        self.admits_blocking.store(admits, Ordering::Relaxed);
     }
 
     pub fn set_endpoint_visible(&mut self, how: Option<Arc<str>>) {
@@ -215,7 +243,8 @@ impl Kernel {
     pub fn admit(&self, connection: u64, leave: bool) -> Result<u32, LoadError> {
         let program: &Xdp =
             self.ebpf.program(ADMIT_PROGRAM).ok_or(LoadError::Missing("admission program"))?.try_into()?;
-        let admission = Admission { connection, leave: u64::from(leave) };
+        let blocking = u64::from(self.admits_blocking.load(Ordering::Relaxed));
+        let admission = Admission { connection, leave: u64::from(leave), blocking };
         let options = TestRunOptions { data_in: Some(admission.as_bytes()), ..TestRunOptions::default() };
         Ok(program.test_run(options)?.return_value)
     }

@@ -137,11 +137,16 @@ impl Ladder {
         let second = Rung::prove(ingress, &kernel);
         first.endpoint_visible = kernel.endpoint_visible();
         if let (SteeringMode::Local, Some(how)) = (config.mode, &first.endpoint_visible) {
-            tracing::warn!(%how, "mode local also carries upgraded and pinned connections, whose endpoints may then hang");
+            tracing::warn!(
+                %how,
+                "mode local also carries upgraded and pinned connections and endpoints with blocking sockets, whose calls may then hang or fail"
+            );
         }
         if first.state == State::Ready && second.state != State::Ready {
             first.state = State::Off("it needs path ingress as fallback, which is off".into());
         }
+        // After the self-tests, whose sockets block.
+        kernel.set_admits_blocking(config.mode == SteeringMode::Local);
         // If nothing is steered, no program may run and no client gets a larger buffer.
         let (program, forces_buffers) = match second.state {
             State::Ready => (Program::Loaded(kernel), forces(config.client_send_buffer)),

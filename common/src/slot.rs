@@ -113,6 +113,8 @@ pub struct Admission {
     pub connection: u64,
     /// 0: insert the endpoint's socket into the map. Otherwise: remove it.
     pub leave: u64,
+    /// 0: do not insert a socket on which calls may block.
+    pub blocking: u64,
 }
 
 /// The result of an [`Admission`].
@@ -130,6 +132,8 @@ pub mod admission {
     pub const REFUSED: u32 = 5;
     /// The socket has left the map, but a call of the endpoint still uses the map's state.
     pub const IN_USE: u32 = 6;
+    /// The endpoint's calls on its socket block.
+    pub const BLOCKING: u32 = 7;
 
     /// The name of a result in logs.
     pub const fn label(outcome: u32) -> &'static str {
@@ -141,6 +145,7 @@ pub mod admission {
             ACCOUNT => "account",
             REFUSED => "refused",
             IN_USE => "in_use",
+            BLOCKING => "blocking",
             _ => "failed",
         }
     }
@@ -178,6 +183,10 @@ pub struct Offsets {
     pub copied_seq: u32,
     /// `struct sock::sk_user_data`: not null while the socket is in a socket map.
     pub sk_user_data: u32,
+    /// `struct sock::sk_socket`, `struct socket::file` and `struct file::f_flags`: whether calls on the socket block.
+    pub sk_socket: u32,
+    pub socket_file: u32,
+    pub file_flags: u32,
     /// `struct sock::sk_tsflags`: the time stamps that the owner asks for (SO_TIMESTAMPING).
     pub sk_tsflags: u32,
     /// `struct sk_buff::head` and `end`: where its `struct skb_shared_info` begins.

@@ -257,6 +257,23 @@ fn endpoint_that_tracks_its_sends_is_not_admitted() {
     }
 }
 
+/// On a socket in a map, `recv` in one thread fails with EAGAIN when another one waits for room to send.
+#[test]
+fn endpoint_whose_calls_block_is_admitted_only_if_asked() {
+    let mut kernel = Kernel::load(64).expect("load");
+    kernel.attach_local(&cgroup::root().expect("a cgroup v2 hierarchy")).expect("attach");
+    let kernel = Arc::new(kernel);
+    let steering = WorkerSteering::new(&kernel).expect("maps");
+    for (asked, nonblocking, expected) in [(true, false, true), (false, false, false), (false, true, true)] {
+        kernel.set_admits_blocking(asked);
+        let mut pair = Pair::new(&steering, Mapped::Responses);
+        pair.send(REQUEST);
+        pair.server.receive(REQUEST, 0);
+        calls::set_nonblocking(&pair.server, nonblocking);
+        assert_eq!(pair.source.as_ref().unwrap().admit(), expected, "{asked} {nonblocking}");
+    }
+}
+
 #[test]
 fn endpoint_with_unread_request_is_not_admitted() {
     let (steering, _) = steering();

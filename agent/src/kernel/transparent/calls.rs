@@ -64,6 +64,10 @@ pub(super) fn zerocopy(server: &Server) {
     assert_eq!(option(server.socket(), libc::SOL_SOCKET, libc::SO_ZEROCOPY, 1), 0);
 }
 
+pub(super) fn set_nonblocking(server: &Server, nonblocking: bool) {
+    socket2::SockRef::from(&server.socket()).set_nonblocking(nonblocking).unwrap();
+}
+
 pub(super) fn stamps(server: &Server) {
     let flags = libc::SOF_TIMESTAMPING_TX_ACK | libc::SOF_TIMESTAMPING_SOFTWARE;
     assert_eq!(option(server.socket(), libc::SOL_SOCKET, libc::SO_TIMESTAMPING, flags as c_int), 0);
