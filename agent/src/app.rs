@@ -83,11 +83,11 @@ impl Agent {
 
         let ladder = Ladder::climb(&config.steering);
         ladder.announce(&metrics);
-        let listening = |address| listen(address, count).with_context(|| format!("cannot listen on {address}"));
-        let plain = listening(config.listen.address)?;
-        let secured = config.listen.tls.as_ref().map(|tls| listening(tls.address)).transpose()?;
         let admin = std::net::TcpListener::bind(config.admin.address);
         let admin = admin.with_context(|| format!("cannot start the admin server on {}", config.admin.address))?;
+        let binding = |address| bind(address, count).with_context(|| format!("cannot listen on {address}"));
+        let plain = binding(config.listen.address)?;
+        let secured = config.listen.tls.as_ref().map(|tls| binding(tls.address)).transpose()?;
 
         let mut bound = vec![plain[0].local_addr()?, admin.local_addr()?];
         if let Some(secured) = &secured {
@@ -141,6 +141,10 @@ impl Agent {
             }
         }
 
+        // Nothing can fail any more but a thread.
+        for (socket, _) in listeners.iter().flatten() {
+            socket2::SockRef::from(socket).listen(BACKLOG)?;
+        }
         let mut workers = Vec::with_capacity(count);
         for (number, (listeners, gates)) in listeners.into_iter().zip(gates).enumerate() {
             let (updates, steering) = (live.updates(), steering.clone());
@@ -364,8 +368,12 @@ fn work(
     })
 }
 
-/// Opens one listener per worker on the same address (SO_REUSEPORT).
-fn listen(address: SocketAddr, count: usize) -> io::Result<Vec<std::net::TcpListener>> {
+/// Binds a socket for each worker to the same address (SO_REUSEPORT). They do not listen yet: a listening socket gets a share of the connections, and resets them if the
+/// start fails afterwards.
+fn bind(address: SocketAddr, count: usize) -> io::Result<Vec<std::net::TcpListener>> {
+    if is_shared(address) {
+        tracing::warn!(%address, "another process listens on this address, too, and gets a share of the connections");
+    }
     let mut listeners: Vec<std::net::TcpListener> = Vec::with_capacity(count);
     for _ in 0..count {
         // Port 0 is resolved by the first listener.
@@ -375,10 +383,19 @@ fn listen(address: SocketAddr, count: usize) -> io::Result<Vec<std::net::TcpList
         socket.set_reuse_port(true)?;
         socket.set_nonblocking(true)?;
         socket.bind(&address.into())?;
-        socket.listen(BACKLOG)?;
         listeners.push(socket.into());
     }
     Ok(listeners)
+}
+
+/// Whether another process listens on the address.
+fn is_shared(address: SocketAddr) -> bool {
+    let alone = || {
+        let socket = socket2::Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&address.into())
+    };
+    address.port() != 0 && alone().is_err_and(|error: io::Error| error.kind() == io::ErrorKind::AddrInUse)
 }
 
 /// Raises RLIMIT_NOFILE to its hard limit, because each request may hold two descriptors.

@@ -1,7 +1,7 @@
 //! The subcommands and their flags. Exit codes: 0 success, 1 failure, 64 invalid configuration or command line
 //! (EX_USAGE); `doctor` also uses 2 and 3.
 
-use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+use std::{net::SocketAddr, num::NonZeroUsize, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -16,7 +16,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::doctor;
 
-const USAGE: u8 = 64;
+pub(crate) const USAGE: u8 = 64;
 
 /// Routes each inference request to the endpoint its picker chooses, and steers the response in the kernel.
 #[derive(Parser)]
@@ -30,8 +30,8 @@ pub(crate) struct Cli {
     #[arg(long, global = true, env = "PENSTOCK_LOG_FORMAT", value_enum, default_value = "text")]
     log_format: LogFormat,
     /// Maximum bytes of log lines that wait to be written. Further lines are dropped and counted.
-    #[arg(long, global = true, env = "PENSTOCK_LOG_QUEUE_BYTES", default_value_t = 8 << 20, value_name = "BYTES")]
-    log_queue_bytes: usize,
+    #[arg(long, global = true, env = "PENSTOCK_LOG_QUEUE_BYTES", default_value_t = NonZeroUsize::MIN.saturating_add((8 << 20) - 1), value_name = "BYTES")]
+    log_queue_bytes: NonZeroUsize,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -176,7 +176,7 @@ impl Cli {
         };
         let became = process.map_or(Ok(()), |process| capability::become_user(&process));
         // Flushes the queued lines when it is dropped.
-        let writer = capability::with(&[], || start_logging(&self.log, self.log_format, self.log_queue_bytes));
+        let writer = capability::with(&[], || start_logging(&self.log, self.log_format, self.log_queue_bytes.get()));
         let _writer = match writer {
             Ok(writer) => writer,
             Err(error) => return report(Err(error)),

@@ -83,7 +83,9 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
     let mut lease = None;
     let idle_state = IdleState::new(&current.idle);
     loop {
-        let head = read_head(&current.worker(), &mut socket, &idle_state).await;
+        let mut begun = None;
+        let head = read_head(&current.worker(), &mut socket, &idle_state, &mut begun).await;
+        let begun = begun.unwrap_or_else(Instant::now);
         // Whatever the result, the connection no longer waits for a request.
         idle_state.set_busy();
         // The configuration may have been reloaded while the connection was idle.
@@ -96,14 +98,14 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
         let path = if head.is_err() { path(&socket.buf) } else { String::new() };
         let mut client = Client::Http1(socket);
         let after = match head {
-            Ok(Some((head, begun))) => {
+            Ok(Some(head)) => {
                 let answered = proxy::guarded(worker, &mut client, head, begun, peer, &mut lease).await;
                 answered.unwrap_or_else(|Panicked(after)| after)
             }
             Ok(None) if idle_state.is_shed() => After::Abort,
             Ok(None) => After::Close,
             Err(error) => {
-                proxy::refuse(worker, &mut client, &error, &path).await;
+                proxy::refuse(worker, &mut client, &error, &path, begun).await;
                 After::Close
             }
         };
@@ -130,16 +132,17 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
     }
 }
 
-/// Reads the next request head and returns it with the time of its first byte. Returns `None` if the client closed or
-/// was idle for too long, or if no request has begun and the agent drains or the connection is shed.
+/// Reads the next request head; `begun` is set at its first byte. Returns `None` if the client closed or was idle for too long, or
+/// if no request has begun and the agent drains or the connection is shed.
 async fn read_head(
     worker: &Worker,
     client: &mut ClientSocket,
     idle_state: &IdleState,
-) -> Result<Option<(RequestHead, Instant)>, Error> {
+    begun: &mut Option<Instant>,
+) -> Result<Option<RequestHead>, Error> {
     let config = &worker.shared.config;
-    let limits = HeadLimits { bytes: config.limits.head_bytes, headers: config.limits.headers };
-    let mut begun: Option<Instant> = has_begun(&client.buf).then(Instant::now);
+    let limits = HeadLimits::of(&config.limits);
+    *begun = has_begun(&client.buf).then(Instant::now);
     // The head counts as part of the request.
     let head_limit = config.timeouts.head.into_iter().chain(config.timeouts.request).min();
     let idle = deadline::after(config.timeouts.keep_alive);
@@ -147,7 +150,7 @@ async fn read_head(
     loop {
         if let Some((head, length)) = parser.parse(&client.buf, &limits)? {
             let _ = client.buf.split_to(length);
-            return Ok(Some((head, begun.unwrap_or_else(Instant::now))));
+            return Ok(Some(head));
         }
         if begun.is_none() {
             idle_state.set_idle();
@@ -183,7 +186,7 @@ async fn read_head(
                 return Ok(None);
             }
             Some(Ok(0) | Err(_)) => return Ok(None),
-            Some(Ok(_)) => begun = begun.or_else(|| has_begun(&client.buf).then(Instant::now)),
+            Some(Ok(_)) => *begun = begun.or_else(|| has_begun(&client.buf).then(Instant::now)),
         }
     }
 }

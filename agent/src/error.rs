@@ -76,6 +76,8 @@ pub enum Error {
     Evicted(Box<ImmediateReply>),
     #[error("the agent has reached its limit of connections")]
     TooManyConnections,
+    #[error("the agent stopped before the request was answered")]
+    Stopped,
     #[error("internal error while processing the request")]
     Panicked,
     /// Not sent, because the client is gone.
@@ -102,7 +104,7 @@ impl Error {
             Self::FirstByte(_) | Self::RequestStalled { .. } | Self::RequestTimeout(_) => StatusCode::GATEWAY_TIMEOUT,
             Self::Loop | Self::OwnListener(_) => StatusCode::LOOP_DETECTED,
             Self::Evicted(reply) => reply.status,
-            Self::TooManyConnections => StatusCode::SERVICE_UNAVAILABLE,
+            Self::TooManyConnections | Self::Stopped => StatusCode::SERVICE_UNAVAILABLE,
             Self::Panicked => StatusCode::INTERNAL_SERVER_ERROR,
             // Never sent. nginx's status for this case, so that the metric shows it.
             Self::ClientGone => StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST),
@@ -139,6 +141,7 @@ impl Error {
             Self::OwnListener(_) => "own_listener",
             Self::Evicted(_) => "evicted",
             Self::TooManyConnections => "too_many_connections",
+            Self::Stopped => "agent_stopped",
             Self::Panicked => "internal_error",
             Self::ClientGone => "client_gone",
         }

@@ -25,15 +25,18 @@ const FLUSH: Duration = Duration::from_secs(1);
 pub enum Dropped {
     QueueFull,
     TooLong,
+    /// The output refused it.
+    NotWritten,
 }
 
 impl Dropped {
-    pub const ALL: [Self; 2] = [Self::QueueFull, Self::TooLong];
+    pub const ALL: [Self; 3] = [Self::QueueFull, Self::TooLong, Self::NotWritten];
 
     pub fn label(self) -> &'static str {
         match self {
             Self::QueueFull => "queue_full",
             Self::TooLong => "too_long",
+            Self::NotWritten => "not_written",
         }
     }
 
@@ -94,8 +97,10 @@ fn run(output: impl Write, queue: &mpsc::Receiver<Message>, queued: &AtomicUsize
         while let Some(message) = next {
             match message {
                 Message::Line(line) => {
-                    // A closed stderr cannot be reported anywhere.
-                    let _ = output.write_all(&line);
+                    // A closed stderr cannot be reported anywhere else.
+                    if output.write_all(&line).is_err() {
+                        Dropped::NotWritten.count();
+                    }
                     queued.fetch_sub(line.len(), Relaxed);
                 }
                 Message::End(written) => {

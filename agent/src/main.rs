@@ -12,5 +12,12 @@ use clap::Parser as _;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
-    cli::Cli::parse().run()
+    match cli::Cli::try_parse() {
+        Ok(cli) => cli.run(),
+        Err(error) => {
+            // Fails if the output is closed.
+            let _ = error.print();
+            ExitCode::from(if error.use_stderr() { cli::USAGE } else { 0 })
+        }
+    }
 }

@@ -43,9 +43,9 @@ use crate::{
     worker::Worker,
 };
 
-/// Answers a request whose head could not be read. `path` is as much of the path as was read.
-pub async fn refuse(worker: &Worker, client: &mut Client, error: &Error, path: &str) {
-    let record = Record::new(Instant::now());
+/// Answers a request whose head could not be read. Its first byte arrived at `begun`; `path` is as much of the path as was read.
+pub async fn refuse(worker: &Worker, client: &mut Client, error: &Error, path: &str, begun: Instant) {
+    let record = Record::new(begun);
     client.set_idle(worker.shared.config.timeouts.idle);
     client.set_unread(true);
     // The method is unknown. A response body is right for every method but HEAD, and the connection closes anyway.
@@ -64,7 +64,7 @@ pub async fn guarded(
 ) -> Result<After, Panicked> {
     let guard = Guard::new(&head, begun);
     client.begin_answer();
-    if let Some(after) = guard.run(run(worker, client, head, begun, peer, lease)).await {
+    if let Some(after) = guard.run(Box::pin(run(worker, client, head, begun, peer, lease))).await {
         return Ok(after);
     }
     *lease = None;
@@ -90,7 +90,10 @@ async fn run(
         .filter(|wanted| allowed.iter().any(|allowed| wanted.as_bytes().eq_ignore_ascii_case(allowed.as_bytes())));
     let mut request = Request::new(head.parts, head.keep_alive, begun, RequestTimeouts::from(&config.timeouts));
     request.upgrade = upgrade;
-    let received = receive(worker, client, &mut request, head.body, head.expect_continue, peer).await;
+    let received = {
+        let receive = receive(worker, client, &mut request, head.body, head.expect_continue, peer);
+        unless_stopped(worker, Box::pin(receive)).await
+    };
     client.set_idle(request.timeouts.idle);
     let mut upload = match received {
         Ok(upload) => upload,
@@ -129,6 +132,15 @@ fn close_after(answered: bool) -> After {
     if answered { After::Close } else { After::Abort }
 }
 
+/// Runs a phase before the response, until the agent stops.
+async fn unless_stopped<T>(worker: &Worker, phase: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    tokio::select! {
+        biased;
+        result = phase => result,
+        () = worker.shared.force.cancelled() => Err(Error::Stopped),
+    }
+}
+
 /// The phases after routing: pick, dispatch and respond.
 async fn pick_and_respond(
     worker: &Worker,
@@ -140,30 +152,19 @@ async fn pick_and_respond(
     if headers::is_last_forward(&request.parts.method, &mut request.parts.headers) {
         return answer_last_forward(worker, client, request, upload).await;
     }
-    let deadline = request.deadline;
-    let asked = Instant::now();
-    let outcome = deadline.limit(pick::pick(worker, client, request, upload, lease)).await;
-    request.record.pick(worker, request.pool, asked, &outcome);
-    let picked = match outcome {
-        Ok(PickOutcome::Forward(picked)) => picked,
-        // Evicted while the client still uploads.
-        Err(Error::Evicted(reply)) => {
-            worker.shared.metrics.pool(request.pool).evicted();
-            let keep_alive = request.keeps_alive(worker) && upload.is_done();
-            return send_immediate(worker, client, request, &reply, "evicted", keep_alive).await;
-        }
-        Err(error) => return Err(error),
-        Ok(PickOutcome::Reply(reply)) => {
-            let keep_alive = request.keeps_alive(worker) && upload.is_done();
-            return send_immediate(worker, client, request, &reply, "picker_reply", keep_alive).await;
-        }
-    };
-    let dispatched = repick::dispatch(worker, client, request, upload, picked, lease, deadline).await;
+    let mut picking = true;
+    let phases = pick_and_dispatch(worker, client, request, upload, lease, &mut picking);
+    let dispatched = unless_stopped(worker, Box::pin(phases)).await;
+    let keep_alive = request.keeps_alive(worker) && upload.is_done();
     let (response, picked) = match dispatched {
         Ok(Dispatched::Response(response, picked)) => (*response, picked),
         Ok(Dispatched::Reply(reply)) => {
-            let keep_alive = request.keeps_alive(worker) && upload.is_done();
             return send_immediate(worker, client, request, &reply, "picker_reply", keep_alive).await;
+        }
+        // Evicted while the client still uploads.
+        Err(Error::Evicted(reply)) if picking => {
+            worker.shared.metrics.pool(request.pool).evicted();
+            return send_immediate(worker, client, request, &reply, "evicted", keep_alive).await;
         }
         Err(Error::Evicted(reply)) => return evict(worker, client, request, &reply).await,
         Err(error) => return Err(error),
@@ -175,4 +176,25 @@ async fn pick_and_respond(
         Some(sending) => sending.run_during(respond).await,
         None => respond.await,
     }
+}
+
+/// The phases before the response. `picking` becomes false when the picker has decided.
+async fn pick_and_dispatch(
+    worker: &Worker,
+    client: &mut Client,
+    request: &mut Request,
+    upload: &mut Upload,
+    lease: &mut Option<Lease>,
+    picking: &mut bool,
+) -> Result<Dispatched, Error> {
+    let deadline = request.deadline;
+    let asked = Instant::now();
+    let outcome = deadline.limit(pick::pick(worker, client, request, upload, lease)).await;
+    request.record.pick(worker, request.pool, asked, &outcome);
+    let picked = match outcome? {
+        PickOutcome::Forward(picked) => picked,
+        PickOutcome::Reply(reply) => return Ok(Dispatched::Reply(reply)),
+    };
+    *picking = false;
+    repick::dispatch(worker, client, request, upload, picked, lease, deadline).await
 }

@@ -22,7 +22,7 @@ pub fn needs_restart(before: &Config, after: &Config) -> Vec<&'static str> {
         address,
         workers,
         max_connections,
-        http2_max_streams: _,
+        http2_max_streams,
         upgrades: _,
         tls,
         http2_resets: _,
@@ -52,6 +52,11 @@ pub fn needs_restart(before: &Config, after: &Config) -> Vec<&'static str> {
         ("listen.address", *address != after.listen.address),
         ("listen.workers", *workers != after.listen.workers),
         ("listen.max_connections", *max_connections != after.listen.max_connections),
+        // Whether HTTP/2 is offered in the TLS handshake is fixed at the start.
+        (
+            "listen.http2_max_streams (from or to 0)",
+            tls.is_some() && (*http2_max_streams == 0) != (after.listen.http2_max_streams == 0),
+        ),
         ("listen.tls", *tls != after.listen.tls),
         ("listen.tls_handshakes", *tls_handshakes != after.listen.tls_handshakes),
         ("admin", *admin != after.admin),

@@ -3,7 +3,7 @@
 
 mod refusal;
 
-use std::{cell::Cell, io, net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
+use std::{cell::Cell, io, net::SocketAddr, pin::pin, rc::Rc, sync::Arc, time::Duration};
 
 use futures_util::{FutureExt as _, future::join_all};
 use tokio::{
@@ -31,6 +31,8 @@ const REFUSALS: usize = 128;
 /// Pause after a connection that was closed immediately, and after a failed `accept`.
 const PAUSE: Duration = Duration::from_millis(1);
 const EXHAUSTED: Duration = Duration::from_millis(10);
+/// How long the requests of a connection may take to end when the agent stops.
+const FORCED: Duration = Duration::from_secs(1);
 /// Time limit for handshakes in progress once new ones are refused.
 const HANDSHAKES: Duration = Duration::from_millis(200);
 
@@ -189,7 +191,11 @@ impl AcceptLoop {
                         tokio::time::sleep(EXHAUSTED).await;
                     }
                 }
-                Err(error) if is_exhausted(&error) => tokio::time::sleep(EXHAUSTED).await,
+                // The descriptor in reserve is in use: the next attempt gets that of an idle connection.
+                Err(error) if is_exhausted(&error) => {
+                    self.current.idle.make_room();
+                    tokio::time::sleep(EXHAUSTED).await;
+                }
                 // The client or its network is gone already: accept(2), "Error handling".
                 Err(error) if is_of_the_connection(&error) => {}
                 Err(error) => {
@@ -231,16 +237,19 @@ impl Drop for Refusal {
 async fn connection(current: &Rc<Current>, stream: TcpStream, peer: SocketAddr, tls: Option<Acceptor>) {
     let shared = Arc::clone(&current.worker().shared);
     let _open = shared.metrics.client_connection();
-    let serve = async {
+    let mut serve = pin!(async {
         match &tls {
             None => connection::serve(current, stream, peer).await,
             Some(tls) => connection::serve_tls(current, tls, stream, peer).await,
         }
-    };
+    });
     tokio::select! {
         biased;
-        () = shared.force.cancelled() => {}
-        () = serve => {}
+        () = serve.as_mut() => {}
+        () = shared.force.cancelled() => {
+            // Its requests end by themselves, and are accounted for.
+            let _ = tokio::time::timeout(FORCED, serve).await;
+        }
     }
 }
 

@@ -23,7 +23,7 @@ use self::{begin::Begin, queue::Queue, tail::Tail, usage::Found};
 use crate::{
     budget::{Budget, Share},
     config::ResponseToPicker,
-    http::media::{EVENTS, JSON, is_coded, media_type},
+    http::media::{EVENTS, JSON, is_coded, is_events, media_type},
 };
 
 /// Maximum size of a JSON document that is kept, in bytes; it has to be complete to be parsed.
@@ -78,7 +78,8 @@ impl Tee {
             (Body::Nothing, ResponseToPicker::Headers | ResponseToPicker::Usage) => return None,
             (body, _) => body,
         };
-        let events = matches!(body, Body::Events(..));
+        // Text that only may be events passes as it comes.
+        let events = matches!(body, Body::Events(..)) && is_events(facts.headers);
         let queue = (mode == ResponseToPicker::Body).then(|| Queue::new(events));
         Some(Self { body, first: Found::default(), queue })
     }

@@ -6,6 +6,7 @@ use std::{cell::RefCell, rc::Rc, sync::Arc};
 use crate::{
     config::Config,
     endpoint::{http2::Http2Pool, pool::Http1Pool, timeouts::ConnectionTimeouts},
+    http::head::HeadLimits,
     kernel::wire::Wire,
     picker::{client::EppClient, keep::Start, replica::Replicas},
     room::Idle,
@@ -39,7 +40,7 @@ impl Worker {
         let config = &shared.config;
         let receive_buffer = config.steering.endpoint_receive_buffer;
         let endpoints = Http1Pool::new(Arc::clone(&shared.metrics), steering, times(config), receive_buffer);
-        let http2_endpoints = Http2Pool::new(times(config));
+        let http2_endpoints = Http2Pool::new(times(config), HeadLimits::of(&config.limits));
         let epp = |(replicas, start): (&Option<Arc<Replicas>>, Option<Start>)| match replicas {
             Some(replicas) => Some(Rc::new(EppClient::connected(Arc::clone(replicas), start))),
             None => {
@@ -59,7 +60,7 @@ impl Worker {
         let config = &shared.config;
         let (endpoints, http2_endpoints) = (Rc::clone(&self.endpoints), self.http2_endpoints.clone());
         endpoints.set_times(times(config));
-        http2_endpoints.set_times(times(config));
+        http2_endpoints.set(times(config), HeadLimits::of(&config.limits));
         let epp = |replicas: &Option<Arc<Replicas>>| {
             let replicas = replicas.as_ref()?;
             let kept = self.epps.iter().flatten().find(|epp| epp.asks(replicas));

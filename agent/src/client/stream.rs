@@ -149,7 +149,7 @@ impl ClientStream {
         self.interim += 1;
         let written = async {
             tokio::select! {
-                () = self.traffic.heads_written(self.id, self.interim) => Ok(()),
+                () = self.traffic.written(self.id, self.interim, 0) => Ok(()),
                 _ = poll_fn(|cx| answer.poll_reset(cx)) => Err(gone()),
             }
         };
@@ -193,6 +193,27 @@ impl ClientStream {
             State::Ended => Ok(()),
             _ => Err(gone()),
         }
+    }
+
+    /// Before a reset, which discards what h2 has queued: waits until that has been written, as long as the client takes something.
+    pub async fn settle(&mut self) {
+        let State::Flowing(out) = &mut self.state else { return };
+        if self.stalled {
+            return;
+        }
+        let written = async {
+            tokio::select! {
+                () = self.traffic.written(self.id, self.interim + 1, self.sent) => Ok(()),
+                _ = poll_fn(|cx| out.poll_reset(cx)) => Err(gone()),
+            }
+        };
+        let stalls = || self.traffic.watch(self.id, self.sent, self.idle.unwrap_or_default());
+        let _ = patiently(written, self.idle, stalls, &self.traffic).await;
+    }
+
+    /// Whether trailers that the client sent may lack fields.
+    pub fn lacks_trailers(&self) -> bool {
+        self.traffic.lacks_fields(self.id)
     }
 
     /// Passes on only what fits into the windows, so that nothing piles up for a stalled client.

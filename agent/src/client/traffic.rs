@@ -15,7 +15,7 @@ use tokio::{sync::Notify, time::Instant};
 use self::budget::Budget;
 use super::wire::Wire;
 use crate::{
-    http::frame_heads::{END_STREAM, FrameHead, kind},
+    http::frame_heads::{END_STREAM, FrameHead, LargeBlocks, kind},
     kernel::socket,
 };
 
@@ -38,8 +38,10 @@ pub struct Traffic {
     wire: RefCell<Wire>,
     /// What has been written, by stream.
     written: RefCell<HashMap<u32, Written>>,
-    /// Notified when a head has been written.
-    head_written: Notify,
+    /// Notified when a frame of a response has been written.
+    response_written: Notify,
+    /// Received heads and trailers that are too large.
+    large: RefCell<LargeBlocks>,
     /// Requests that the client may reset before they are answered.
     resets: RefCell<Budget>,
     /// Frames without message content.
@@ -53,13 +55,14 @@ pub struct Traffic {
 }
 
 impl Traffic {
-    /// `resets` and `frames` are the sizes of the two budgets.
-    pub fn new(wire: Wire, resets: u32, frames: u32) -> Self {
+    /// `resets` and `frames` are the sizes of the two budgets, `block` the most bytes of received trailers in frames.
+    pub fn new(wire: Wire, resets: u32, frames: u32, block: usize) -> Self {
         let now = Instant::now();
         Self {
             wire: RefCell::new(wire),
             written: RefCell::default(),
-            head_written: Notify::new(),
+            response_written: Notify::new(),
+            large: RefCell::new(LargeBlocks::new(block)),
             resets: RefCell::new(Budget::new(resets, RESETS, now)),
             frames: RefCell::new(Budget::new(frames, FRAMES, now)),
             last_content: Cell::new(now),
@@ -81,6 +84,7 @@ impl Traffic {
     /// Records a received frame. Returns false if the budget is exceeded and the connection has to end.
     pub fn received(&self, frame: FrameHead, now: Instant) -> bool {
         self.last_received.set(now);
+        self.large.borrow_mut().note(frame);
         let carries = match frame.kind {
             kind::HEADERS => true,
             kind::DATA => frame.length > 0 || frame.flags & END_STREAM != 0,
@@ -104,13 +108,14 @@ impl Traffic {
                 if let Some(written) = self.written.borrow_mut().get_mut(&frame.stream) {
                     written.bytes += frame.length as u64;
                 }
+                self.response_written.notify_waiters();
             }
             kind::HEADERS => {
                 self.last_content.set(now);
                 if let Some(written) = self.written.borrow_mut().get_mut(&frame.stream) {
                     written.heads += 1;
                 }
-                self.head_written.notify_waiters();
+                self.response_written.notify_waiters();
             }
             _ => {}
         }
@@ -188,15 +193,21 @@ impl Traffic {
         self.written.borrow().get(&stream).copied().unwrap_or_default().bytes
     }
 
-    /// Resolves when so many heads of this stream have been written. Cancel-safe.
-    pub async fn heads_written(&self, stream: u32, heads: u64) {
+    /// Resolves when so many heads and bytes of this stream's response have been written. Cancel-safe.
+    pub async fn written(&self, stream: u32, heads: u64, bytes: u64) {
+        let is_written = |written: &Written| written.heads >= heads && written.bytes >= bytes;
         loop {
-            let written = self.head_written.notified();
-            if self.written.borrow().get(&stream).is_some_and(|written| written.heads >= heads) {
+            let more = self.response_written.notified();
+            if self.written.borrow().get(&stream).is_some_and(is_written) {
                 return;
             }
-            written.await;
+            more.await;
         }
+    }
+
+    /// Whether fields may be missing from the head or the trailers that this stream received.
+    pub fn lacks_fields(&self, stream: u32) -> bool {
+        self.large.borrow().contains(stream)
     }
 }
 

@@ -105,6 +105,11 @@ impl Group for MissingModelKeys {
 
 impl Bbr {
     pub(super) fn check(&self, section: &Section<'_>) {
+        for (setting, header) in [("model_header", &self.header), ("base_model_header", &self.base_model_header)] {
+            if header.as_str().starts_with("x-gateway-destination-endpoint") {
+                section.reject(setting, header, "another header than those in which the picker names endpoints");
+            }
+        }
         if self.base_model_header == self.header {
             let expected = format_args!("another header than bbr.model_header ({})", self.header);
             section.reject("base_model_header", &self.base_model_header, expected);

@@ -25,7 +25,7 @@ use crate::{
         close::{Linger, discard},
         reach::Watch,
     },
-    config::{Config, Limits},
+    config::Config,
     deadline::{self, with_deadline},
     http::{head::HeadLimits, request::from_http2},
     kernel::socket,
@@ -159,8 +159,8 @@ impl Drop for Active {
 /// Serves the connection to its end; `read` holds bytes already read from it.
 pub(super) async fn serve(current: &Rc<Current>, read: BytesMut, wire: Wire, peer: SocketAddr) {
     let worker = current.worker();
-    let listen = &worker.shared.config.listen;
-    let traffic = Rc::new(Traffic::new(wire, listen.http2_resets, listen.http2_control_frames));
+    let (listen, heads) = (&worker.shared.config.listen, HeadLimits::of(&worker.shared.config.limits));
+    let traffic = Rc::new(Traffic::new(wire, listen.http2_resets, listen.http2_control_frames, heads.header_block()));
     let requests = TaskTracker::new();
     let ending = run(current, &worker, &traffic, read, peer, &requests).await;
     // Requests still running end with the connection; waits until they are accounted for.
@@ -195,7 +195,7 @@ enum Ending {
 async fn handshake(config: &Config, io: CountedIo) -> Option<Result<Connection<CountedIo, Bytes>, h2::Error>> {
     let handshake = Builder::new()
         .max_concurrent_streams(config.listen.http2_max_streams)
-        .max_header_list_size(header_list(&config.limits))
+        .max_header_list_size(HeadLimits::of(&config.limits).header_list())
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_send_buffer_size(SEND_BUFFER)
@@ -280,13 +280,6 @@ async fn run(
     }
 }
 
-/// Largest header list that h2 accepts. It has room for a head beyond the limits, so that the agent answers that with its own
-/// reason; h2 refuses a larger one with a bare 431.
-fn header_list(limits: &Limits) -> u32 {
-    // RFC 9113 §6.5.2: 32 more for each field.
-    (2 * limits.head_bytes + 2 * 32 * limits.headers).try_into().unwrap_or(u32::MAX)
-}
-
 /// Resolves when the connection has sent everything and ended.
 async fn closed(connection: &mut Connection<CountedIo, Bytes>) {
     while let Some(Ok(_)) = poll_fn(|cx| connection.poll_accept(cx)).await {}
@@ -346,7 +339,7 @@ async fn serve_request(
     active: Active,
 ) {
     let config = &worker.shared.config;
-    let limits = HeadLimits { bytes: config.limits.head_bytes, headers: config.limits.headers };
+    let limits = HeadLimits::of(&config.limits);
     let (parts, stream) = ClientStream::new(request, answer, Rc::clone(&traffic));
     let (begun, ended) = (Instant::now(), stream.is_read());
     let mut client = Client::Http2(stream);
@@ -357,7 +350,7 @@ async fn serve_request(
                 active.0.faulty.notify_one();
             }
         }
-        Err(error) => proxy::refuse(&worker, &mut client, &error.into(), &path).await,
+        Err(error) => proxy::refuse(&worker, &mut client, &error.into(), &path, begun).await,
     }
     let Client::Http2(mut stream) = client else { return };
     if !stream.is_answered() {
@@ -372,6 +365,7 @@ async fn serve_request(
     if let Err(cut) = stream.discard(Linger::new(config, true)).await {
         worker.shared.metrics.client_linger_cut(cut);
     }
+    stream.settle().await;
     drop(stream);
     if ends {
         traffic.end("stalled");

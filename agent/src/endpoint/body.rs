@@ -32,7 +32,7 @@ pub enum ResponseBody {
         /// `None` if the response has no body, whatever the endpoint sends.
         body: Option<RecvStream>,
         /// Kept as long as the body.
-        _stream: Stream,
+        stream: Stream,
         /// The request, which may still be sent.
         sending: Sending,
         /// Tells the request's body why it is cut; `None` if the request has no body.
@@ -113,9 +113,9 @@ impl ResponseBody {
                     };
                 }
             },
-            Self::Http2 { body, cut, .. } => {
+            Self::Http2 { body, stream, cut, .. } => {
                 let piece = match body {
-                    Some(body) => next_frame(body).await?,
+                    Some(body) => next_frame(body, stream).await?,
                     None => Piece::End(HeaderMap::new()),
                 };
                 if let (Piece::End(_), Some(cut)) = (&piece, cut) {
@@ -127,12 +127,11 @@ impl ResponseBody {
     }
 }
 
-async fn next_frame(body: &mut RecvStream) -> io::Result<Piece> {
+async fn next_frame(body: &mut RecvStream, stream: &Stream) -> io::Result<Piece> {
     while let Some(data) = http2::data(body).await.map_err(io::Error::other)? {
         if !data.is_empty() {
             return Ok(Piece::Data(data));
         }
     }
-    let trailers = http2::trailers(body).await.map_err(io::Error::other)?;
-    Ok(Piece::End(trailers.unwrap_or_default()))
+    stream.trailers(body).await.map(Piece::End)
 }

@@ -30,6 +30,7 @@ use super::{
 };
 use crate::{
     deadline::{self, with_deadline},
+    http::{head::HeadLimits, trailers},
     kernel::socket,
 };
 
@@ -42,8 +43,6 @@ const STREAM_WINDOW: u32 = 128 << 10;
 const CONNECTION_WINDOW: u32 = 1 << 30;
 /// Bytes of a request's body that are buffered beyond the endpoint's window.
 const SEND_BUFFER: usize = 64 << 10;
-/// Most bytes of the fields of a head or of trailers.
-const HEAD: u32 = 16 << 10;
 
 /// Streams that h2 remembers for a second after their reset. Frames that arrive for others count as the endpoint's fault, and h2 closes
 /// a connection after 1024 of them: the clients of many streams may leave at the same time.
@@ -56,6 +55,7 @@ pub struct Http2Pool(Rc<Inner>);
 struct Inner {
     endpoints: RefCell<HashMap<SocketAddr, Endpoint>>,
     times: Cell<ConnectionTimeouts>,
+    heads: Cell<HeadLimits>,
 }
 
 #[derive(Default)]
@@ -100,6 +100,14 @@ impl Stream {
         self.send.send_request(head, ends)
     }
 
+    /// Reads the trailers after the end of the stream's body. An error if they are too large. Cancel-safe.
+    pub async fn trailers(&self, body: &mut RecvStream) -> io::Result<http::HeaderMap> {
+        let trailers = body.trailers().await.map_err(io::Error::other)?.unwrap_or_default();
+        let incomplete = self.link.lacks_fields(body.stream_id().as_u32());
+        trailers::check(&trailers, incomplete).map_err(io::Error::other)?;
+        Ok(trailers)
+    }
+
     /// Bytes of the whole connection that the endpoint's kernel has acknowledged. Returns `None` if that is unknown.
     pub fn acknowledged(&self) -> Option<u64> {
         self.link.acknowledged()
@@ -124,11 +132,6 @@ pub async fn data(body: &mut RecvStream) -> Result<Option<Bytes>, h2::Error> {
     Ok(data)
 }
 
-/// Reads the trailers after the end of a body. Cancel-safe.
-pub async fn trailers(body: &mut RecvStream) -> Result<Option<http::HeaderMap>, h2::Error> {
-    body.trailers().await
-}
-
 impl Drop for Stream {
     fn drop(&mut self) {
         self.load.streams.set(self.load.streams.get() - 1);
@@ -138,13 +141,15 @@ impl Drop for Stream {
 
 impl Http2Pool {
     /// An empty pool.
-    pub fn new(times: ConnectionTimeouts) -> Self {
-        Self(Rc::new(Inner { endpoints: RefCell::default(), times: Cell::new(times) }))
+    pub fn new(times: ConnectionTimeouts, heads: HeadLimits) -> Self {
+        let (times, heads) = (Cell::new(times), Cell::new(heads));
+        Self(Rc::new(Inner { endpoints: RefCell::default(), times, heads }))
     }
 
-    /// Sets the timeouts of new connections.
-    pub fn set_times(&self, times: ConnectionTimeouts) {
+    /// Sets the timeouts and limits of new connections.
+    pub fn set(&self, times: ConnectionTimeouts, heads: HeadLimits) {
         self.0.times.set(times);
+        self.0.heads.set(heads);
     }
 
     /// Returns a stream for a request. The error kinds are those of `connect(2)` and `TimedOut`. Cancel-safe.
@@ -208,7 +213,7 @@ impl Endpoint {
 impl Inner {
     async fn dial(self: Rc<Self>, address: SocketAddr) -> Result<(), Arc<io::Error>> {
         let times = self.times.get();
-        let connection = with_deadline(deadline::after(times.connect), connect(address, times)).await;
+        let connection = with_deadline(deadline::after(times.connect), connect(address, times, self.heads.get())).await;
         let connection = connection.unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into()));
         let mut endpoints = self.endpoints.borrow_mut();
         let endpoint = endpoints.entry(address).or_default();
@@ -219,18 +224,18 @@ impl Inner {
 }
 
 /// Connects, and waits for the endpoint's limit of streams.
-async fn connect(address: SocketAddr, times: ConnectionTimeouts) -> io::Result<Connection> {
+async fn connect(address: SocketAddr, times: ConnectionTimeouts, heads: HeadLimits) -> io::Result<Connection> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     socket::detect_unreachable(&socket, times.unreachable)?;
     let tcp = socket.connect(address).await?;
     tcp.set_nodelay(true)?;
-    let (wire, link) = Wire::new(tcp);
+    let (wire, link) = Wire::new(tcp, heads.header_block());
     let (send, connection) = Builder::new()
         .enable_push(false)
         .initial_max_send_streams(0)
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
-        .max_header_list_size(HEAD)
+        .max_header_list_size(heads.header_list())
         .max_concurrent_reset_streams(RESET_STREAMS)
         .max_send_buffer_size(SEND_BUFFER)
         .handshake(wire)

@@ -15,7 +15,10 @@ use tokio::{
 };
 
 use super::crossing;
-use crate::kernel::socket;
+use crate::{
+    http::frame_heads::{FrameHeads, LargeBlocks},
+    kernel::socket,
+};
 
 /// h2's side. Dropping it closes the connection, or leaves that to its link if the endpoint may still acknowledge bytes.
 pub(super) struct Wire(Rc<Link>);
@@ -25,11 +28,20 @@ pub(super) struct Link {
     stream: RefCell<Option<TcpStream>>,
     /// Acknowledged bytes when the socket was closed.
     last: Cell<Option<u64>>,
+    /// What was received.
+    frames: RefCell<FrameHeads>,
+    large: RefCell<LargeBlocks>,
 }
 
 impl Wire {
-    pub(super) fn new(stream: TcpStream) -> (Self, Rc<Link>) {
-        let link = Rc::new(Link { stream: RefCell::new(Some(stream)), last: Cell::new(None) });
+    /// `block` is the most bytes of received trailers in frames.
+    pub(super) fn new(stream: TcpStream, block: usize) -> (Self, Rc<Link>) {
+        let link = Rc::new(Link {
+            stream: RefCell::new(Some(stream)),
+            last: Cell::new(None),
+            frames: RefCell::new(FrameHeads::after(0)),
+            large: RefCell::new(LargeBlocks::new(block)),
+        });
         (Self(Rc::clone(&link)), link)
     }
 
@@ -52,6 +64,11 @@ impl Link {
 }
 
 impl Link {
+    /// Whether fields may be missing from the head or the trailers of this stream.
+    pub(super) fn lacks_fields(&self, stream: u32) -> bool {
+        self.large.borrow().contains(stream)
+    }
+
     /// As [`EndpointConnection::acknowledged_more`](super::connection::EndpointConnection::acknowledged_more).
     pub(super) async fn acknowledged_more(&self, before: u64) -> Option<bool> {
         if let Some(last) = self.last.get() {
@@ -73,7 +90,11 @@ impl Drop for Wire {
 
 impl AsyncRead for Wire {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        self.with(|stream| stream.poll_read(cx, buf))
+        let before = buf.filled().len();
+        let read = self.with(|stream| stream.poll_read(cx, buf));
+        let mut large = self.0.large.borrow_mut();
+        self.0.frames.borrow_mut().feed(&buf.filled()[before..], |frame| large.note(frame));
+        read
     }
 }
 

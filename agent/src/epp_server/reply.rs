@@ -57,13 +57,13 @@ pub(super) fn picked(pick: &Pick, headers: Option<&HeaderMap>, body: Option<usiz
     }
 }
 
-/// The whole request body, unchanged, in pieces. An empty body is one empty piece.
-pub(super) fn request_body(mut body: Bytes) -> impl Iterator<Item = ProcessingResponse> {
+/// The whole request body, unchanged, in pieces; the last one ends the request, unless trailers do. An empty body is one empty piece.
+pub(super) fn request_body(mut body: Bytes, trailers: bool) -> impl Iterator<Item = ProcessingResponse> {
     let mut ended = false;
     std::iter::from_fn(move || {
         let piece = (!ended).then(|| body.split_to(body.len().min(PIECE)))?;
         ended = body.is_empty();
-        Some(message(Response::RequestBody(streamed(piece, ended))))
+        Some(message(Response::RequestBody(streamed(piece, ended && !trailers))))
     })
 }
 

@@ -212,7 +212,7 @@ impl Session {
             Ok(((pick, in_flight), body)) => {
                 let length = body.as_ref().map(bytes::Bytes::len);
                 replies.push_back(reply::picked(&pick, self.headers.take().as_ref(), length));
-                replies.extend(body.into_iter().flat_map(reply::request_body));
+                replies.extend(body.into_iter().flat_map(|body| reply::request_body(body, trailers)));
                 if trailers {
                     replies.push_back(reply::request_trailers());
                 }

@@ -13,7 +13,7 @@ use penstock_proto::{
     core::{HeaderValueOption, Metadata},
     ext_proc::{
         BodySendMode, CommonResponse, HttpBody, HttpTrailers, ImmediateResponse, ProtocolConfiguration,
-        body_mutation::Mutation, external_processor_client::ExternalProcessorClient,
+        StreamedBodyResponse, body_mutation::Mutation, external_processor_client::ExternalProcessorClient,
         processing_request::Request as Ask, processing_response::Response as Reply,
     },
     health::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient},
@@ -267,7 +267,12 @@ async fn trailers_end_the_body() {
     exchange.send(head("POST", false)).await;
     exchange.send(Ask::RequestBody(HttpBody { body: Bytes::from_static(BODY), end_of_stream: false })).await;
     exchange.send(Ask::RequestTrailers(HttpTrailers::default())).await;
-    exchange.picked().await;
+    exchange.header_reply().await;
+    // No piece of the body may end the request.
+    let Reply::RequestBody(reply) = exchange.reply().await else { panic!("not a body reply") };
+    let mutation = reply.response.unwrap().body_mutation.unwrap().mutation.unwrap();
+    let whole = StreamedBodyResponse { body: Bytes::from_static(BODY), end_of_stream: false };
+    assert_eq!(mutation, Mutation::StreamedResponse(whole));
     assert!(matches!(exchange.reply().await, Reply::RequestTrailers(_)));
 }
 

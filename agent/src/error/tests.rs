@@ -195,6 +195,7 @@ fn every_error() -> Vec<Error> {
         Error::Response { address, error: ResponseError::SwitchingProtocols },
         Error::Evicted(Box::new(reply)),
         Error::TooManyConnections,
+        Error::Stopped,
         Error::Panicked,
         Error::ClientGone,
     ];
@@ -257,7 +258,7 @@ fn every_reason_is_documented_with_its_status() {
 fn every_reason_after_the_response_began_is_documented() {
     let ends = [End::ClientGone, End::Broken, End::Idle].map(|end| end.reason().to_owned());
     let documented = rows("After the response has begun");
-    let aborted = ["evicted", "picker_failed", "request_timeout"].map(str::to_owned);
+    let aborted = ["agent_stopped", "evicted", "picker_failed", "request_timeout"].map(str::to_owned);
     let mut expected: Vec<_> = ends.into_iter().chain(aborted).collect();
     expected.sort_unstable();
     assert_eq!(documented.into_keys().collect::<Vec<_>>(), expected);

@@ -9,7 +9,7 @@ use std::{borrow::Borrow, fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
 use bytes::{Buf, Bytes, BytesMut};
 use http::{HeaderMap, StatusCode};
-use penstock_common::framing::Framing;
+use penstock_common::framing::{Framing, MAX_TRAILERS};
 use ring::digest;
 
 use super::{
@@ -32,7 +32,7 @@ pub enum BodyError {
     TooLarge { limit: u64 },
     #[error("found \"{found}\" in a chunked body, expected a chunk (RFC 9112 §7.1)")]
     Chunk { found: String },
-    #[error("found more than {TRAILERS} trailers")]
+    #[error("found more than {TRAILERS} trailers, or more than {MAX_TRAILERS} bytes of them")]
     Trailers,
     #[error("chunk sizes, extensions and trailers take {found} bytes for {payload} bytes of payload")]
     Overhead { found: u64, payload: u64 },

@@ -1,12 +1,15 @@
 //! Reads the heads of HTTP/2 frames (RFC 9113 §4.1) from a byte stream that may be cut anywhere. Ignores the payload of
 //! frames.
 
+use std::collections::VecDeque;
+
 /// Length of the client's connection preface (RFC 9113 §3.4), in bytes.
 pub const PREFACE: usize = 24;
 
 pub mod kind {
     pub const DATA: u8 = 0;
     pub const HEADERS: u8 = 1;
+    pub const CONTINUATION: u8 = 9;
 }
 
 /// Flag of DATA and HEADERS frames.
@@ -54,9 +57,65 @@ impl FrameHeads {
     }
 }
 
+/// The streams whose head or trailers took more than a number of bytes in frames. h2 leaves out the fields beyond its own limit,
+/// and says so of heads only.
+#[derive(Debug)]
+pub struct LargeBlocks {
+    limit: usize,
+    /// Bytes of the last block so far.
+    bytes: usize,
+    streams: VecDeque<u32>,
+}
+
+impl LargeBlocks {
+    /// Most streams that are remembered.
+    const MOST: usize = 1024;
+
+    pub fn new(limit: usize) -> Self {
+        Self { limit, bytes: 0, streams: VecDeque::new() }
+    }
+
+    /// Notes a received frame.
+    pub fn note(&mut self, frame: FrameHead) {
+        match frame.kind {
+            kind::HEADERS => self.bytes = frame.length,
+            kind::CONTINUATION => self.bytes += frame.length,
+            _ => return,
+        }
+        if self.bytes > self.limit && self.streams.back() != Some(&frame.stream) {
+            if self.streams.len() == Self::MOST {
+                self.streams.pop_front();
+            }
+            self.streams.push_back(frame.stream);
+        }
+    }
+
+    pub fn contains(&self, stream: u32) -> bool {
+        self.streams.contains(&stream)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn large_blocks_are_found_by_the_sum_of_their_frames() {
+        let mut blocks = LargeBlocks::new(100);
+        let mut note = |stream, kind, length| {
+            blocks.note(FrameHead { length, kind, flags: 0, stream });
+            blocks.contains(stream)
+        };
+        assert!(!note(1, kind::HEADERS, 100));
+        assert!(!note(1, kind::DATA, 1000));
+        assert!(!note(3, kind::HEADERS, 60));
+        assert!(note(3, kind::CONTINUATION, 41));
+        assert!(!note(5, kind::HEADERS, 60));
+        for stream in 10..3000 {
+            assert!(note(stream, kind::HEADERS, 101));
+        }
+        assert!(blocks.streams.len() <= LargeBlocks::MOST);
+    }
 
     #[test]
     fn frame_heads_cut_anywhere_are_the_same() {

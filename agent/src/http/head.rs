@@ -6,6 +6,9 @@
 //! does not depend on how the bytes were cut into reads.
 
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Version, header};
+use penstock_common::framing::MAX_TRAILERS;
+
+use crate::config::Limits;
 
 /// Size limits of a head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,6 +17,53 @@ pub struct HeadLimits {
     pub bytes: usize,
     /// Maximum number of field lines.
     pub headers: usize,
+}
+
+impl HeadLimits {
+    pub fn of(limits: &Limits) -> Self {
+        Self { bytes: limits.head_bytes, headers: limits.headers }
+    }
+
+    fn most(&self) -> usize {
+        self.bytes.max(MAX_TRAILERS as usize)
+    }
+
+    /// The largest header list that h2 takes (RFC 9113 §6.5.2). It has room for heads and trailers beyond the limits, so that these
+    /// get an error that names the limit, and no other stream of the connection suffers.
+    pub fn header_list(&self) -> u32 {
+        (4 * self.most() + 2 * 32 * self.headers).try_into().unwrap_or(u32::MAX)
+    }
+
+    /// The most bytes of one head or trailers in frames. What is compressed to fewer is within [`header_list`](Self::header_list),
+    /// since Huffman codes save less than half.
+    pub fn header_block(&self) -> usize {
+        2 * self.most()
+    }
+
+    /// Checks the fields of a head that came over HTTP/2, besides `start` bytes of a start line.
+    pub fn check(&self, fields: &HeaderMap, start: usize) -> Result<(), HeadError> {
+        if fields.len() > self.headers {
+            return Err(HeadError::TooManyFields { limit: self.headers });
+        }
+        if start + fields_len(fields) > self.bytes {
+            return Err(HeadError::TooLong { limit: self.bytes });
+        }
+        // RFC 9113 §8.2.1
+        let is_blank = |byte: Option<&u8>| matches!(byte, Some(b' ' | b'\t'));
+        let mut padded =
+            fields.iter().filter(|(_, value)| is_blank(value.as_bytes().first()) || is_blank(value.as_bytes().last()));
+        match padded.next() {
+            Some((name, value)) => {
+                Err(HeadError::FieldLine { line: shown(&[name.as_str().as_bytes(), b": ", value.as_bytes()].concat()) })
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// About the bytes that fields would take in HTTP/1.1.
+pub fn fields_len(fields: &HeaderMap) -> usize {
+    fields.iter().map(|(name, value)| name.as_str().len() + value.len() + ": \r\n".len()).sum()
 }
 
 /// A head that cannot be read unambiguously as HTTP/1.1, from either side.

@@ -252,6 +252,10 @@ fn port(host: &HeaderValue) -> Option<&str> {
 fn add_forwarded(headers: &mut HeaderMap, arrival: &Arrival, forwarding: Forwarding) {
     match forwarding {
         Forwarding::Off => return,
+        // After an open quote, this hop's element would be a part of the client's.
+        Forwarding::Append if is_quote_open(&joined(headers, &header::FORWARDED)) => {
+            drop(headers.remove(header::FORWARDED));
+        }
         Forwarding::Append => {}
         Forwarding::Replace => drop(headers.remove(header::FORWARDED)),
     }
@@ -265,6 +269,20 @@ fn add_forwarded(headers: &mut HeaderMap, arrival: &Arrival, forwarding: Forward
     }
     element += &format!(";proto={}", arrival.scheme());
     append(headers, header::FORWARDED, &element);
+}
+
+/// Whether a list ends within a quoted string (RFC 9110 §5.6.4).
+fn is_quote_open(list: &[u8]) -> bool {
+    let (mut open, mut escaped) = (false, false);
+    for byte in list {
+        (open, escaped) = match byte {
+            _ if escaped => (open, false),
+            b'"' => (!open, false),
+            b'\\' => (open, open),
+            _ => (open, false),
+        };
+    }
+    open
 }
 
 /// Appends this hop to `via`, with the version of the received message (RFC 9110 §7.6.3).

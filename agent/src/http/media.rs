@@ -23,9 +23,13 @@ pub fn is_events(headers: &HeaderMap) -> bool {
     essence(headers).eq_ignore_ascii_case(EVENTS)
 }
 
-/// Whether a media type in lower case is JSON, or a format based on it (RFC 6839 §3.1).
+/// Whether a body of this media type, in lower case, is a JSON document (RFC 6839 §3.1). Bodies that consist of several documents, or
+/// of messages with a length before each, are not, though the names of their types end as JSON's do.
 pub fn is_json(media_type: &str) -> bool {
-    media_type == JSON || media_type.len() > "+json".len() && media_type.ends_with("+json")
+    const FRAMED: [&str; 4] =
+        ["application/grpc", "application/connect+", "application/stream+", "application/jsonlines+"];
+    let is_based = media_type.len() > "+json".len() && media_type.ends_with("+json");
+    media_type == JSON || is_based && !FRAMED.iter().any(|framed| media_type.starts_with(framed))
 }
 
 /// Whether a request names event streams among what it accepts (RFC 9110 §12.5.1).

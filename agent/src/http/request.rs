@@ -159,15 +159,7 @@ pub fn from_http2(mut parts: request::Parts, ended: bool, limits: &HeadLimits) -
             parts.headers.insert(header::COOKIE, joined);
         }
     }
-    if parts.headers.len() > limits.headers {
-        return Err(HeadError::TooManyFields { limit: limits.headers }.into());
-    }
-    // About what the head would take in HTTP/1.1.
-    let fields: usize = parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
-    let target = parts.uri.path_and_query().map_or(0, |path| path.as_str().len());
-    if target + fields > limits.bytes {
-        return Err(HeadError::TooLong { limit: limits.bytes }.into());
-    }
+    limits.check(&parts.headers, parts.uri.path_and_query().map_or(0, |path| path.as_str().len()))?;
     let target = parts.uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
     let authority = match parts.uri.authority() {
         Some(text) => {

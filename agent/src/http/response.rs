@@ -186,9 +186,7 @@ pub fn from_http2(
     request_method: &Method,
     limits: &HeadLimits,
 ) -> Result<ResponseHead, ResponseError> {
-    if parts.headers.len() > limits.headers {
-        return Err(HeadError::TooManyFields { limit: limits.headers }.into());
-    }
+    limits.check(&parts.headers, 0)?;
     let bodiless = never_has_body(parts.status, request_method);
     let (declared, _) = declared(&mut parts.headers, Version::HTTP_2, bodiless)?;
     let content_length = if let Declared::Length(bytes) = declared { Some(bytes) } else { None };

@@ -3,9 +3,9 @@
 
 use bytes::BytesMut;
 use http::{HeaderMap, HeaderName, HeaderValue};
-use penstock_common::framing::{Framing, state};
+use penstock_common::framing::{Framing, MAX_TRAILERS, state};
 
-use super::headers;
+use super::{head::fields_len, headers};
 
 /// Maximum number of trailers per message. [`Framing`] bounds their bytes.
 pub const TRAILERS: usize = 128;
@@ -62,8 +62,14 @@ pub enum TrailerError {
     /// The section is not a valid list of fields.
     #[error("the trailers are malformed")]
     Malformed,
-    #[error("there are more than {TRAILERS} trailers")]
+    #[error("there are more than {TRAILERS} trailers, or more than {MAX_TRAILERS} bytes of them")]
     TooMany,
+}
+
+/// Checks trailers that came over HTTP/2, from which fields may be missing (`incomplete`) because they were too large.
+pub fn check(trailers: &HeaderMap, incomplete: bool) -> Result<(), TrailerError> {
+    let is_large = trailers.len() > TRAILERS || fields_len(trailers) > MAX_TRAILERS as usize;
+    if is_large || incomplete { Err(TrailerError::TooMany) } else { Ok(()) }
 }
 
 /// Appends to `section` the bytes of a run of chunked syntax that belong to the trailer section; `framing` is the state

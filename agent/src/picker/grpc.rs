@@ -47,7 +47,7 @@ pub(super) struct GrpcStream {
 
 enum Receiving {
     Head(ResponseFuture),
-    Messages(RecvStream, StatusCode),
+    Messages(RecvStream),
     Over,
 }
 
@@ -151,12 +151,17 @@ impl GrpcStream {
                     if let Some(status) = Status::from_header_map(&head.headers) {
                         return Poll::Ready(Some(ended(status)));
                     }
-                    self.receiving = Receiving::Messages(body, head.status);
+                    // Such as the error page of a proxy in front of the peer.
+                    let kind = head.headers.get(header::CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
+                    if head.status != StatusCode::OK || !kind.starts_with(b"application/grpc") {
+                        return Poll::Ready(Some(End::Status(not_grpc(head.status, kind))));
+                    }
+                    self.receiving = Receiving::Messages(body);
                     Poll::Ready(None)
                 }
                 Err(error) => Poll::Ready(Some(End::Lost(error))),
             },
-            Receiving::Messages(body, status) => match ready!(body.poll_data(cx)) {
+            Receiving::Messages(body) => match ready!(body.poll_data(cx)) {
                 Some(Ok(data)) => {
                     // Fails if the stream is closed, which the next call tells.
                     let _ = body.flow_control().release_capacity(data.len());
@@ -167,11 +172,11 @@ impl GrpcStream {
                 Some(Err(error))
                     if matches!(error.reason(), Some(Reason::NO_ERROR | Reason::CANCEL)) && error.is_reset() =>
                 {
-                    Poll::Ready(Some(without_status(*status)))
+                    Poll::Ready(Some(End::Closed))
                 }
                 Some(Err(error)) => Poll::Ready(Some(End::Lost(error))),
                 None => match ready!(body.poll_trailers(cx)) {
-                    Ok(trailers) => Poll::Ready(Some(end_of(trailers.as_ref(), *status))),
+                    Ok(trailers) => Poll::Ready(Some(end_of(trailers.as_ref()))),
                     Err(error) => Poll::Ready(Some(End::Lost(error))),
                 },
             },
@@ -224,14 +229,13 @@ fn ended(status: Status) -> End {
 }
 
 /// How a stream ended by its trailers.
-fn end_of(trailers: Option<&HeaderMap>, head: StatusCode) -> End {
-    trailers.and_then(Status::from_header_map).map_or_else(|| without_status(head), ended)
+fn end_of(trailers: Option<&HeaderMap>) -> End {
+    trailers.and_then(Status::from_header_map).map_or(End::Closed, ended)
 }
 
-/// How a stream ended without a gRPC status, by the HTTP status (gRPC's "HTTP to gRPC Status Code Mapping").
-fn without_status(head: StatusCode) -> End {
+/// The status of a response that is not gRPC's, by its HTTP status (gRPC's "HTTP to gRPC Status Code Mapping").
+fn not_grpc(head: StatusCode, kind: &[u8]) -> Status {
     let code = match head {
-        StatusCode::OK => return End::Closed,
         StatusCode::BAD_REQUEST => Code::Internal,
         StatusCode::UNAUTHORIZED => Code::Unauthenticated,
         StatusCode::FORBIDDEN => Code::PermissionDenied,
@@ -242,5 +246,6 @@ fn without_status(head: StatusCode) -> End {
         | StatusCode::GATEWAY_TIMEOUT => Code::Unavailable,
         _ => Code::Unknown,
     };
-    End::Status(Status::new(code, format!("the server answered with HTTP status {head}")))
+    let kind = String::from_utf8_lossy(kind);
+    Status::new(code, format!("found HTTP status {head} with content-type \"{kind}\", expected a gRPC response"))
 }

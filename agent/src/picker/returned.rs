@@ -147,6 +147,11 @@ impl Returned {
         Ok(out)
     }
 
+    /// Whether each message so far has an answer.
+    pub fn is_answered(&self) -> bool {
+        self.answered >= self.sent
+    }
+
     /// Whether everything that is to go out has been returned.
     pub fn is_done(&self) -> bool {
         self.done

@@ -161,8 +161,7 @@ impl Job<'_> {
     }
 
     fn head_limits(&self) -> HeadLimits {
-        let limits = &self.worker.shared.config.limits;
-        HeadLimits { bytes: limits.head_bytes, headers: limits.headers }
+        HeadLimits::of(&self.worker.shared.config.limits)
     }
 
     /// Queues an interim head for the client. `100 Continue` is dropped, because the whole body has been received.

@@ -46,7 +46,7 @@ pub async fn pinned(current: &Rc<Current>, client: &mut ClientSocket, pin: Pin, 
             () = drains(current, address) => {}
         }
     };
-    let end = tunnel.run(over, std::future::pending()).await;
+    let end = tunnel.run(over, worker.shared.force.cancelled()).await;
     let account = tunnel.down.account;
     drop(open);
     metrics.pin_ended(end.reason(), began.elapsed());

@@ -83,6 +83,7 @@ pub(super) async fn respond(
             let reason = match end {
                 Ok(end) => end.reason(),
                 Err(Aborted::Deadline) => "request_timeout",
+                Err(Aborted::Stopped) => Error::Stopped.reason(),
                 Err(Aborted::PickerFailed) => "picker_failed",
                 Err(Aborted::Evicted(reply)) => {
                     worker.shared.metrics.pool(request.pool).evicted();
@@ -101,6 +102,7 @@ fn not_begun(request: &Request, address: SocketAddr, end: &Result<End, Aborted>)
     match end {
         Err(Aborted::Evicted(_) | Aborted::PickerFailed) => Error::Picker(PickError::ResponseUnanswered),
         Err(Aborted::Deadline) => Error::RequestTimeout(request.deadline.limit),
+        Err(Aborted::Stopped) => Error::Stopped,
         Ok(End::ClientGone) => Error::ClientGone,
         Ok(End::Idle) => Error::FirstByte(address),
         Ok(End::Broken | End::Over | End::Complete { .. }) => Error::EndpointClosed(address),

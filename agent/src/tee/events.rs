@@ -6,6 +6,8 @@
 use std::borrow::Cow;
 
 const DATA: &[u8] = b"data";
+/// May come before the first line.
+const BOM: &[u8] = b"\xef\xbb\xbf";
 
 /// Finds the end of each event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,6 +29,8 @@ enum Blocks {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
+    /// At the start of the stream, after so many bytes of a byte order mark.
+    Bom(usize),
     /// At the start of a line. `crlf`: the line before ended with CRLF.
     Start { crlf: bool },
     /// In a line whose first bytes are this many of `data`.
@@ -42,7 +46,12 @@ enum State {
 impl EventScanner {
     /// For the start of a stream.
     pub(super) fn new() -> Self {
-        Self { state: State::Start { crlf: false }, has_data: false, blocks: Blocks::WithData }
+        Self { state: State::Bom(0), has_data: false, blocks: Blocks::WithData }
+    }
+
+    /// For the start of a stream, whose blocks without data count, too.
+    pub(super) fn of_blocks() -> Self {
+        Self { blocks: Blocks::All, ..Self::new() }
     }
 
     /// For a piece that begins inside an event.
@@ -70,6 +79,13 @@ impl EventScanner {
 
     fn step(&mut self, byte: u8) -> Step {
         match (self.state, byte) {
+            (State::Bom(n), _) if byte == BOM[n] => {
+                self.state = if n + 1 < BOM.len() { State::Bom(n + 1) } else { State::Start { crlf: false } };
+            }
+            (State::Bom(n), _) => {
+                self.state = if n == 0 { State::Start { crlf: false } } else { State::Rest };
+                return Step::Again;
+            }
             (State::Start { .. }, b'\n') => return self.end(Step::EndHere),
             (State::Start { crlf: true }, b'\r') => self.state = State::BlankCr,
             (State::Start { crlf: false }, b'\r') => return self.end(Step::EndHere),
@@ -133,9 +149,14 @@ pub(super) fn lines(text: &[u8]) -> impl DoubleEndedIterator<Item = &[u8]> {
     text.split(|&byte| byte == b'\n' || byte == b'\r')
 }
 
+/// The text without a byte order mark at its start.
+pub(super) fn without_bom(text: &[u8]) -> &[u8] {
+    text.strip_prefix(BOM).unwrap_or(text)
+}
+
 /// The value of a line's `data` field.
 pub(crate) fn data(line: &[u8]) -> Option<&[u8]> {
-    match line.strip_prefix(DATA)? {
+    match without_bom(line).strip_prefix(DATA)? {
         [] => Some(&[]),
         [b':', b' ', value @ ..] | [b':', value @ ..] => Some(value),
         _ => None,
@@ -192,6 +213,8 @@ mod tests {
             ("data: a\n\ndata: b\n\nda", &["data: a\n\n", "data: b\n\n", "da"]),
             ("data: a\r\n\r\ndata: b\r\n\r\n", &["data: a\r\n\r\n", "data: b\r\n\r\n", ""]),
             ("data: a\r\rdata: b\r\r", &["data: a\r\r", "data: b\r\r", ""]),
+            ("\u{feff}data: a\n\ndata: b\n\n", &["\u{feff}data: a\n\n", "data: b\n\n", ""]),
+            ("\u{fe80}data: a\n\ndata: b\n\n", &["\u{fe80}data: a\n\ndata: b\n\n", ""]),
             ("event: e\ndata:a\ndata:b\n\nx", &["event: e\ndata:a\ndata:b\n\n", "x"]),
             (": comment\n\n: more\n\ndata: a\n\n", &[": comment\n\n: more\n\ndata: a\n\n", ""]),
             ("data\n\ndatax: 1\n\ndata: a\n\n", &["data\n\n", "datax: 1\n\ndata: a\n\n", ""]),

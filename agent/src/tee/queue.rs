@@ -1,5 +1,5 @@
-//! A body on its way to a picker that answers for it. An event stream is cut between events, so that each piece consists of whole
-//! lines. The caller takes the pieces before it reads more.
+//! A body on its way to a picker that answers for it. An event stream is cut at its blank lines, so that each piece consists of whole
+//! lines, and comments that keep the connection alive wait for no event. The caller takes the pieces before it reads more.
 
 use std::collections::VecDeque;
 
@@ -23,7 +23,7 @@ pub(super) struct Queue {
 
 impl Queue {
     pub(super) fn new(events: bool) -> Self {
-        let scanner = events.then(EventScanner::new);
+        let scanner = events.then(EventScanner::of_blocks);
         Self { pieces: VecDeque::new(), scanner, held: BytesMut::new() }
     }
 
@@ -87,6 +87,16 @@ mod tests {
             let all = pieces(events.as_bytes(), cut);
             assert_eq!(all.concat(), events.as_bytes());
             assert!(all.iter().all(|piece| piece.ends_with(b"\n\n") && piece.len() <= PIECE), "{cut}");
+        }
+    }
+
+    #[test]
+    fn comment_is_a_piece_of_its_own() {
+        for (text, expected) in [
+            (": ping\n\ndata: 1\n\n", [": ping\n\n", "data: 1\n\n"]),
+            ("retry: 5\r\n\r\n:\r\n\r\n", ["retry: 5\r\n\r\n", ":\r\n\r\n"]),
+        ] {
+            assert_eq!(pieces(text.as_bytes(), 1), expected);
         }
     }
 

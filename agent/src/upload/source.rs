@@ -7,7 +7,10 @@ use hyper::body::Frame;
 use crate::{
     client::Client,
     error::Error,
-    http::body::{BodyReader, Decoded},
+    http::{
+        body::{BodyError, BodyReader, Decoded},
+        trailers,
+    },
 };
 
 /// Size of the first read of a body, in bytes; most bodies are small.
@@ -60,7 +63,11 @@ impl Source {
                         self.reader.frame(data.len())?;
                         break Some(data);
                     }
-                    Some(Err(trailers)) => self.trailers = trailers.into_trailers().unwrap_or_default(),
+                    Some(Err(trailers)) => {
+                        let trailers = trailers.into_trailers().unwrap_or_default();
+                        trailers::check(&trailers, stream.lacks_trailers()).map_err(|_| BodyError::Trailers)?;
+                        self.trailers = trailers;
+                    }
                     Some(Ok(_)) | None => {}
                 }
             },

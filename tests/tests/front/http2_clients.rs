@@ -155,6 +155,52 @@ async fn request_trailers_are_dropped_and_length_mismatch_resets_stream() {
     assert_eq!(client.request(&Request::get("/test/echo")).await.unwrap().status(), 200);
 }
 
+#[tokio::test]
+async fn large_request_trailers_are_refused() {
+    let scene = Scene::with(Front::Http2, Back::Http1, first, |_| {}).await;
+    let mut client = connect(&scene).await;
+    for (size, status) in [(15_000, 200), (20_000, 431), (140_000, 431), (250_000, 431)] {
+        let before = scene.endpoint.requests();
+        let head = client.head(&Request::new("POST", "/test/echo")).unwrap();
+        let mut stream = client.open(head, false).await.unwrap();
+        stream.data("abc").await.unwrap();
+        let mut trailers = HeaderMap::new();
+        trailers.insert("x-checksum", "t".repeat(size).parse().unwrap());
+        stream.finish(trailers).unwrap();
+        assert_eq!(stream.response().await.unwrap().status(), status, "{size}");
+        assert_eq!(scene.endpoint.requests() - before, u64::from(status == 200), "{size}");
+    }
+}
+
+/// RFC 9113 §8.2.1: a value with blanks around it is malformed.
+#[tokio::test]
+async fn field_value_with_blanks_around_it_is_refused() {
+    let scene = Scene::with(Front::Http2, Back::Http1, first, |_| {}).await;
+    let mut client = connect(&scene).await;
+    for (value, status) in [("a b", 200), (" a", 400), ("a ", 400), ("\ta", 400)] {
+        let response = client.request(&Request::get("/test/echo").header("x-l", value)).await.unwrap();
+        assert_eq!(response.status(), status, "{value:?}");
+    }
+}
+
+/// The reset of a stream discards what h2 has queued.
+#[tokio::test]
+async fn everything_before_a_break_reaches_the_client() {
+    for front in [Front::Http1, Front::Http2, Front::Tls2] {
+        let scene = Scene::with(front, Back::Http1, first, |_| {}).await;
+        for after in [1, 50_000, 300_000] {
+            for number in 0..10 {
+                let fault = Some(Fault { after, kind: FaultKind::Close });
+                let plan = Plan { size: 1 << 20, stream_id: number, fault, ..Plan::default() };
+                let response = scene.request(&plan.request()).await;
+                assert_ne!(response.read.end, BodyEnd::Complete);
+                plan.checker().feed(&response.body).unwrap();
+                assert_eq!((response.status(), response.read.len), (200, after), "{front:?} {number}");
+            }
+        }
+    }
+}
+
 /// A response before the end of the body is complete, and the rest of the body is not awaited.
 #[tokio::test]
 async fn early_response_does_not_wait_for_upload() {

@@ -21,7 +21,7 @@ use penstock_tests::{
     content::Fnv,
     eventually,
     http2_client::Stream,
-    http2_frames::{END_STREAM, Frame, Http2Frames, kind},
+    http2_frames::{END_HEADERS, END_STREAM, Frame, Http2Frames, kind},
     model_server::{Fault, FaultKind, Framing, Lengths, Options},
     scripted_epp::{Endpoints, LlmdRouter},
     stage::{echo, json},
@@ -187,6 +187,20 @@ fn ok_head(stream: u32) -> Frame {
     Frame::new(kind::HEADERS, 5, stream, [0x88])
 }
 
+/// Fields that need several frames.
+fn in_frames(stream: u32, ends: bool, fields: &[(&str, &str)]) -> Vec<Frame> {
+    let whole = Frame::headers(stream, ends, fields);
+    let pieces: Vec<&[u8]> = whole.payload.chunks(16 << 10).collect();
+    let frame = |(number, piece): (usize, &&[u8])| {
+        let (kind, mut flags) = if number == 0 { (kind::HEADERS, u8::from(ends)) } else { (kind::CONTINUATION, 0) };
+        if number + 1 == pieces.len() {
+            flags |= END_HEADERS;
+        }
+        Frame::new(kind, flags, stream, *piece)
+    };
+    pieces.iter().enumerate().map(frame).collect()
+}
+
 /// GOAWAY names the unprocessed requests, which are retried.
 #[tokio::test]
 async fn streams_unprocessed_at_goaway_are_retried() {
@@ -338,6 +352,72 @@ async fn stalled_clients_do_not_block_others() {
     eventually(SOON, || server.aborted() == 24).await;
     assert_eq!(other.request(&plain("x")).await.unwrap().status(), 200);
     assert_eq!(server.connections_accepted(), 1);
+}
+
+/// h2 leaves out fields beyond its limit without an error; a response that lacks them must not look complete.
+#[tokio::test]
+async fn trailers_are_whole_or_the_response_is_broken() {
+    for size in [15_000, 20_000, 100_000, 250_000] {
+        let addr = scripted_endpoint(move |_, mut frames| async move {
+            while let Some(head) = frames.find(|frame| frame.kind == kind::HEADERS).await? {
+                frames.send(&ok_head(head.stream)).await?;
+                frames.send(&Frame::new(kind::DATA, 0, head.stream, *b"abc")).await?;
+                for frame in in_frames(head.stream, true, &[("grpc-status", "5"), ("x-t", &"t".repeat(size))]) {
+                    frames.send(&frame).await?;
+                }
+            }
+            Ok(())
+        })
+        .await;
+        let agent = agent(addr, |_| {});
+        let mut http1 = Client::connect(agent.addr).await.unwrap();
+        let mut http2 = Http2Client::connect(agent.addr).await.unwrap();
+        let request = Request::get("/");
+        let passed = usize::from(size == 15_000);
+        // A client of HTTP/1.1 that did not ask for trailers gets none.
+        for (response, trailers) in
+            [(http1.request(&request).await.unwrap(), 0), (http2.request(&request).await.unwrap(), 2 * passed)]
+        {
+            assert_eq!((response.status(), response.read.trailers.len()), (200, trailers), "{size}");
+            assert_eq!(response.read.end == BodyEnd::Complete, passed == 1, "{size}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn head_up_to_the_limit_passes_and_a_larger_one_harms_no_other_stream() {
+    const SIZES: [(usize, u16); 4] = [(40_000, 200), (60_000, 200), (70_000, 502), (200_000, 502)];
+    let connections = Arc::new(AtomicU64::new(0));
+    let seen = Arc::clone(&connections);
+    let addr = scripted_endpoint(move |_, mut frames| {
+        seen.fetch_add(1, Relaxed);
+        async move {
+            let first = frames.find(|frame| frame.kind == kind::HEADERS).await?.unwrap().stream;
+            frames.send(&ok_head(first)).await?;
+            for (size, _) in SIZES {
+                let head = frames.find(|frame| frame.kind == kind::HEADERS).await?.unwrap();
+                for frame in in_frames(head.stream, true, &[(":status", "200"), ("x-h", &"h".repeat(size))]) {
+                    frames.send(&frame).await?;
+                }
+            }
+            frames.find(|frame| frame.kind == kind::HEADERS).await?;
+            frames.send(&Frame::new(kind::DATA, END_STREAM, first, *b"abc")).await?;
+            frames.find(|_| false).await?;
+            Ok(())
+        }
+    })
+    .await;
+    let agent = agent(addr, |_| {});
+    let mut client = Http2Client::connect(agent.addr).await.unwrap();
+    let mut running = client.send(&Request::get("/")).await.unwrap();
+    assert_eq!(running.head().await.unwrap().status, 200);
+    for (size, status) in SIZES {
+        let response = client.request(&Request::get("/")).await.unwrap();
+        assert_eq!(response.status(), status, "{size}: {}", response.text());
+    }
+    let _last = client.send(&Request::get("/")).await.unwrap();
+    assert_eq!(running.read_body(|_| Ok(())).await.unwrap().end, BodyEnd::Complete);
+    assert_eq!(connections.load(Relaxed), 1);
 }
 
 /// Client trailers reach the endpoint for every protocol pair, except those not allowed after a body.

@@ -13,10 +13,10 @@ use penstock_proto::ext_proc::{
     processing_response::Response as Reply,
 };
 use penstock_tests::{
-    Alphabet, BodyEnd, Plan, Request, Response,
+    Alphabet, BodyEnd, Client, Plan, Request, Response,
     client::Piece,
     eventually,
-    model_server::{Framing, Lengths, Pauses},
+    model_server::{Fault, FaultKind, Framing, Lengths, Pauses},
     scripted_epp::{Answer, End, Exchange, Script, StreamEnd, reply},
     stage::epp,
 };
@@ -335,6 +335,34 @@ async fn death_of_the_picker_in_the_middle_follows_failure_mode() {
                         eventually(SOON, || reason() == 1).await;
                     }
                 }
+            }
+        }
+    }
+}
+
+/// The client of an endpoint that breaks off gets what came before, as the EPP answers for it.
+#[tokio::test]
+async fn everything_before_a_break_is_answered_and_delivered() {
+    for way in WAYS {
+        for does in [Does::Keeps, Does::Shouts] {
+            for after in [100, 30_000] {
+                let scene = scene(way, does.clone(), |_| {}).await;
+                let fault = Some(Fault { after, kind: FaultKind::Close });
+                let plan = Plan {
+                    size: 1 << 20,
+                    framing: Framing::Chunked,
+                    alphabet: Alphabet::Text,
+                    fault,
+                    ..Plan::default()
+                };
+                let response = scene.request(&plan.request()).await;
+                // A part of them is chunk syntax.
+                let mut direct = Client::connect(scene.endpoint.addr()).await.unwrap();
+                let sent = direct.request(&plan.request()).await.unwrap().body.to_vec();
+                assert!(sent.len() as u64 > after / 2);
+                let expected = if matches!(does, Does::Shouts) { shouted(&sent).to_vec() } else { sent };
+                assert_ne!(response.read.end, BodyEnd::Complete, "{way:?}");
+                assert!(response.body == expected, "{way:?} {after}: {} bytes", response.body.len());
             }
         }
     }

@@ -162,6 +162,25 @@ async fn idle_http2_connection_makes_room_but_active_one_does_not() {
     assert_eq!(agent.count("penstock_client_connections_shed_total", &[]), 1);
 }
 
+/// Idle connections take every descriptor; each new client gets that of an idle one.
+#[tokio::test]
+async fn idle_connections_make_room_when_descriptors_run_out() {
+    let server = server().await;
+    let through = ["prlimit", "--nofile=110:110"];
+    let agent = AgentProcess::start_through(&through, ANY_PORT, server.addr, "off", "").await.unwrap();
+    let mut held = Vec::new();
+    for number in 0..120 {
+        let mut client = Client::connect(agent.addr).await.unwrap();
+        let begin = Instant::now();
+        // The agent's own answer needs no connection to the endpoint.
+        let wrong = Request::get("/").header("content-length", "x");
+        let response = tokio::time::timeout(SOON, client.request(&wrong)).await.expect("no answer");
+        let took = begin.elapsed();
+        assert!(took < Duration::from_secs(3), "client {number} waited {took:?}: {response:?}");
+        held.push(TcpStream::connect(agent.addr).await.unwrap());
+    }
+}
+
 /// Two hundred connections with started requests, to an agent limited to 128 descriptors.
 #[tokio::test]
 async fn exhausted_descriptors_refuse_clients_but_not_probes() {

@@ -131,6 +131,20 @@ fn doctor_with_invalid_configuration_exits_64() {
     assert!(output.stdout.is_empty());
 }
 
+/// 2 would mean that a path is off.
+#[test]
+fn wrong_command_line_exits_64() {
+    for line in
+        [&["doctor", "--bogus"][..], &["run", "--listen", "foo"], &["nope"], &["--log-queue-bytes", "0", "version"]]
+    {
+        let output = Command::new(Process::binary("penstock").unwrap()).args(line).output().unwrap();
+        assert_eq!(output.status.code(), Some(64), "{line:?}");
+        assert!(output.stdout.is_empty() && !output.stderr.is_empty(), "{line:?}");
+    }
+    let output = Command::new(Process::binary("penstock").unwrap()).arg("--help").output().unwrap();
+    assert_eq!((output.status.code(), output.stdout.is_empty()), (Some(0), false));
+}
+
 #[tokio::test]
 async fn agent_on_faulty_kernel_relays_unless_forced() {
     let server = ModelServer::start(Options { idle_close: None, ..Options::default() }).await.unwrap();

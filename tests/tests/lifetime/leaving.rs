@@ -65,6 +65,40 @@ async fn lame_duck_after_sigterm_serves_and_closes_connections() {
     assert_eq!(agent.process.ended(SOON).await.unwrap().code(), Some(0));
 }
 
+/// A second agent with the same configuration fails at its admin port, and must not have taken a connection by then.
+#[tokio::test]
+async fn failed_second_start_takes_no_connection() {
+    let server = server().await;
+    let agent = AgentProcess::start(ANY_PORT, server.addr, "off", "").await.unwrap();
+    let text = format!(
+        "[listen]\naddress = \"{}\"\n[admin]\naddress = \"{}\"\n[steering]\nmode = \"off\"\n\
+         [[pools]]\nname = \"default\"\nendpoints = [\"{}\"]\n",
+        agent.addr, agent.admin, server.addr
+    );
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(&file, text).unwrap();
+    let done = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let (seen, addr) = (std::sync::Arc::clone(&done), agent.addr);
+    let asking = tokio::spawn(async move {
+        let mut asked = 0;
+        while !seen.load(std::sync::atomic::Ordering::Relaxed) {
+            let mut client = Client::connect(addr).await.unwrap();
+            assert_eq!(client.request(&Request::get(MODELS)).await.unwrap().status(), 200);
+            asked += 1;
+        }
+        asked
+    });
+    for _ in 0..10 {
+        let mut command = std::process::Command::new(penstock_tests::Process::binary("penstock").unwrap());
+        command.args(["run", "--config"]).arg(file.path());
+        let output = tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        assert!(String::from_utf8_lossy(&output.stderr).contains("cannot start the admin server"));
+    }
+    done.store(true, std::sync::atomic::Ordering::Relaxed);
+    assert!(asking.await.unwrap() > 0);
+}
+
 fn get(stream: u32) -> Frame {
     let fields = [(":method", "GET"), (":scheme", "http"), (":authority", "a"), (":path", MODELS)];
     Frame::headers(stream, true, &fields)

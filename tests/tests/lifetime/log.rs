@@ -1,6 +1,10 @@
 //! The log of an agent whose clients control what is written.
 
-use penstock_tests::{Client, ModelServer, Process, Request, agent_process::AgentProcess, model_server::Options};
+use penstock_tests::{
+    Client, Http2Client, ModelServer, Plan, Process, Request,
+    agent_process::AgentProcess,
+    model_server::{Fault, FaultKind, Options},
+};
 use tokio::io::AsyncWriteExt as _;
 
 use crate::{ANY_PORT, SOON};
@@ -31,6 +35,53 @@ async fn access_line_of_long_request_is_truncated_and_marked() {
     raw.write_all(format!("{method} /v1/models HTTP/1.1\r\nHost: a\r\n\r\n").as_bytes()).await.unwrap();
     let line = agent.process.line("\"MMMM", SOON).await.unwrap();
     assert!(line.len() < 4096 && line.contains("bytes)"), "{} bytes", line.len());
+}
+
+/// The time of a request counts from its first byte, also if its head is refused.
+#[tokio::test]
+async fn refused_head_is_timed_from_its_first_byte() {
+    let settings = "[timeouts]\nhead = \"500ms\"\n";
+    let through = ["env", "PENSTOCK_LOG=info", "PENSTOCK_LOG_FORMAT=json"];
+    let endpoint = "127.0.0.1:1".parse().unwrap();
+    let mut agent = AgentProcess::start_through(&through, ANY_PORT, endpoint, "off", settings).await.unwrap();
+    let mut raw = tokio::net::TcpStream::connect(agent.addr).await.unwrap();
+    raw.write_all(b"GET /late HTTP/1.1\r\nHo").await.unwrap();
+    let line = agent.process.line("head_timeout", SOON).await.unwrap();
+    let line: serde_json::Value = serde_json::from_str(&line).unwrap();
+    assert!(line["took_us"].as_u64().unwrap() >= 500_000, "{line}");
+}
+
+/// Requests that a second signal ends have their lines.
+#[tokio::test]
+async fn requests_of_a_stopped_agent_are_logged() {
+    let server = ModelServer::start(Options::default()).await.unwrap();
+    let held = |after| {
+        let fault = Some(Fault { after, kind: FaultKind::Stall });
+        Plan { size: 100_000, fault, ..Plan::default() }.request()
+    };
+    for steering in ["off", "ingress", "auto"] {
+        let through = ["env", "PENSTOCK_LOG=info", "PENSTOCK_LOG_FORMAT=json"];
+        let mut agent = AgentProcess::start_through(&through, ANY_PORT, server.addr, steering, "").await.unwrap();
+        let mut stream = Client::connect(agent.addr).await.unwrap();
+        stream.send(&held(50_000)).await.unwrap();
+        assert_eq!(stream.head().await.unwrap().status, 200);
+        let mut http2 = Http2Client::connect(agent.addr).await.unwrap();
+        let mut over_http2 = http2.send(&held(50_000)).await.unwrap();
+        assert_eq!(over_http2.head().await.unwrap().status, 200);
+        let mut waiting = Client::connect(agent.addr).await.unwrap();
+        waiting.send(&Request::new("POST", "/waiting").header("content-length", "10")).await.unwrap();
+        tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+        agent.process.terminate().unwrap();
+        agent.process.line("draining", SOON).await.unwrap();
+        agent.process.terminate().unwrap();
+        assert_eq!(agent.process.ended(SOON).await.unwrap().code(), Some(0));
+        let output = agent.process.output();
+        let lines = output.iter().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+        let mut ended: Vec<_> =
+            lines.filter(|line| line["reason"] == "agent_stopped").map(|line| line["status"].as_u64()).collect();
+        ended.sort_unstable();
+        assert_eq!(ended, [Some(200), Some(200), Some(503)], "{steering}: {output:#?}");
+    }
 }
 
 /// An unread log queues lines up to its limit and drops the rest; requests continue, and a metric counts the lost lines.

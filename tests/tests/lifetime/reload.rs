@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use nix::sys::signal::Signal;
-use penstock_agent::config::{FailureMode, SteeringMode};
+use penstock_agent::config::{FailureMode, ListenTls, SteeringMode};
 use penstock_tests::{
     BodyEnd, Client, ModelServer, Plan, Reader, Request, ScriptedEpp,
     agent::{TestAgent, builtin_pool, epp_pool},
@@ -12,6 +12,7 @@ use penstock_tests::{
     model_server::{Framing, Lengths, Options, Pauses},
     reader::at_least,
     scripted_epp::{Endpoints, LlmdRouter, StreamEnd},
+    tls::Certificate,
 };
 
 use crate::{ANY_PORT, SOON};
@@ -128,6 +129,21 @@ async fn reload_changing_startup_settings_is_rejected_whole() {
     let mut client = Client::connect(agent.addr).await.unwrap();
     assert_eq!(served_by(&mut client).await, Some(one.addr));
     assert_eq!(agent.count("penstock_config_reloads_total", &["refused"]), 1);
+}
+
+/// TLS clients agree on HTTP/2 in the handshake, which is configured once.
+#[test]
+fn http2_cannot_be_switched_off_under_tls() {
+    let folder = tempfile::tempdir().unwrap();
+    let (cert_file, key_file) = Certificate::new("agent.example").unwrap().write(folder.path()).unwrap();
+    let agent = TestAgent::start(builtin_pool(&["127.0.0.1:1".parse().unwrap()]), SteeringMode::Off, |config| {
+        config.listen.tls = Some(ListenTls { address: "127.0.0.1:0".parse().unwrap(), cert_file, key_file });
+    });
+    for (streams, is_refused) in [(100, false), (0, true)] {
+        let mut config = agent.agent.config();
+        config.listen.http2_max_streams = streams;
+        assert_eq!(agent.agent.reload(config).is_err(), is_refused, "{streams}");
+    }
 }
 
 #[tokio::test]

@@ -15,6 +15,7 @@ use penstock_tests::{
     agent::{TestAgent, epp_pool},
     content::Fnv,
     eventually,
+    http2_frames::{END_STREAM, Frame, Http2Frames, kind},
     model_server::Options,
     scripted_epp::{Fault, Faulty, Harm, Moment, Production, Setup},
     stage::{echo, epp, json},
@@ -291,6 +292,37 @@ async fn unavailable_replica_is_asked_again_until_it_serves() {
     let seen = client.request(&echo(body.clone())).await.unwrap().echoed();
     assert_eq!(seen.body_hash, Fnv::of(&body).value());
     assert_eq!((waited(&stage.agent, "served"), waiting(&stage.agent), stage.epp.streams_started()), (1, 0, 4));
+}
+
+/// A proxy in front of an EPP that is away answers with a page of its own: a 503 that is no gRPC.
+#[tokio::test]
+async fn error_page_of_a_proxy_is_waited_for_by_its_status() {
+    for (status, is_waited_for) in [("502", true), ("503", true), ("429", true), ("404", false), ("200", false)] {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            while let Ok((tcp, _)) = listener.accept().await {
+                let Ok(mut frames) = Http2Frames::accept(tcp).await else { continue };
+                tokio::spawn(async move {
+                    while let Ok(Some(head)) = frames.find(|frame| frame.kind == kind::HEADERS).await {
+                        let page = [(":status", status), ("content-type", "text/html")];
+                        let _ = frames.send(&Frame::headers(head.stream, false, &page)).await;
+                        let _ = frames.send(&Frame::new(kind::DATA, END_STREAM, head.stream, *b"<html></html>")).await;
+                    }
+                });
+            }
+        });
+        let limit = Duration::from_millis(500);
+        let stage = Stage::with(Production::new, |config| {
+            epp(config).addresses = vec![address.to_string()];
+            epp(config).unreachable_wait = Some(Some(limit));
+        })
+        .await;
+        let begin = Instant::now();
+        assert_eq!(self::status(&stage.agent, echo(json("m", 1000))).await, 503, "{status}");
+        assert_eq!(begin.elapsed() >= limit, is_waited_for, "{status}");
+        assert_eq!(waited(&stage.agent, "in_vain"), u64::from(is_waited_for), "{status}");
+    }
 }
 
 /// It is asked in pauses, and no longer than the configured time.

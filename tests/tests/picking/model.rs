@@ -46,6 +46,23 @@ async fn model_header_from_client_is_replaced() {
     assert_eq!(seen.header(MODEL), Some("llama"));
 }
 
+/// Bodies with a length before each message, or with several documents.
+#[tokio::test]
+async fn json_in_frames_is_no_document() {
+    let mut stage = Stage::new(first).await;
+    for kind in
+        ["application/grpc+json", "application/grpc-web+json", "application/connect+json", "application/stream+json"]
+    {
+        let request = Request::post("/test/echo", &b"\0\0\0\0\x0d{\"model\":\"m\"}"[..]).header("content-type", kind);
+        let seen = stage.request(&request).await.echoed();
+        assert_eq!((seen.header(MODEL), seen.body_length), (None, 18), "{kind}");
+    }
+    let seen = stage
+        .request(&Request::post("/test/echo", r#"{"model":"m"}"#).header("content-type", "application/ld+json"))
+        .await;
+    assert_eq!(seen.echoed().header(MODEL), Some("m"));
+}
+
 fn missing(rule: MissingModel) -> impl FnOnce(&mut Config) {
     |config| config.bbr.missing_model = rule
 }

@@ -38,7 +38,8 @@ async fn silent_endpoint_gets_no_ping() {
     let times = ConnectionTimeouts { keep_alive: Duration::MAX, connect: None, unreachable: None };
     local
         .run_until(async {
-            let mut stream = Http2Pool::new(times).stream(address).await.expect("a stream");
+            let mut stream =
+                Http2Pool::new(times, HeadLimits { bytes: 1000, headers: 10 }).stream(address).await.expect("a stream");
             let request = http::Request::get("http://a/").body(()).expect("a request");
             let (response, _) = stream.open(request, true).expect("the stream is opened");
             assert!(tokio::time::timeout(Duration::from_secs(3600), response).await.is_err());

@@ -141,6 +141,24 @@ fn forwarding_headers_are_added() {
     assert_eq!(headers.get_all("x-forwarded-for").iter().collect::<Vec<_>>(), ["10.0.0.1, 10.0.0.2, 192.0.2.7"]);
 }
 
+/// The agent's element of a list is one of its own, whatever the client began.
+#[test]
+fn open_quote_of_the_client_does_not_swallow_the_agents_element() {
+    for (said, kept) in [
+        ("for=1.1.1.1", true),
+        ("for=\"[::1]\"", true),
+        ("for=1.1.1.1;a=\"x\\\"\"", true),
+        ("for=6.6.6.6;a=\"", false),
+        ("for=6.6.6.6;a=\"x\\\"", false),
+    ] {
+        let mut headers = map(&[("host", "a"), ("forwarded", said)]);
+        add_forwarded(&mut headers, &ARRIVAL, Forwarding::Append);
+        let own = "for=192.0.2.7;host=\"a\";proto=http";
+        let expected = if kept { format!("{said}, {own}") } else { own.to_owned() };
+        assert_eq!(headers["forwarded"], expected);
+    }
+}
+
 #[test]
 fn forwarding_mode_decides_what_the_endpoint_may_trust() {
     let said: Fields<'_> = &[

@@ -109,7 +109,7 @@ async fn attempt(
         cut.set_answered();
     }
     let body = Some(body).filter(|_| head.body != BodyKind::None);
-    Ok((head, ResponseBody::Http2 { body, _stream: stream, sending, cut, _unfinished: unfinished }))
+    Ok((head, ResponseBody::Http2 { body, stream, sending, cut, _unfinished: unfinished }))
 }
 
 /// Why no head was read.

@@ -44,13 +44,16 @@ const WAITING: usize = 64 << 10;
 /// While more bytes than this wait for the client, the EPP is not read, and an eviction has to wait, too.
 const WAITING_MOST: usize = 256 << 10;
 
+/// How long the EPP may take for each answer after the endpoint broke off.
+const LAST_ANSWERS: std::time::Duration = std::time::Duration::from_secs(1);
+
 /// What waits for the client.
 #[derive(Default)]
 struct Out {
     pieces: RefCell<VecDeque<Bytes>>,
     bytes: Cell<usize>,
     /// Set at the end of the body.
-    trailers: RefCell<Option<HeaderMap>>,
+    end: RefCell<Option<Result<HeaderMap, End>>>,
     /// Something was added, or taken.
     added: Notify,
     taken: Notify,
@@ -68,6 +71,8 @@ struct Passage<'a> {
     /// The trailers read so far, and all of them at the end of the endpoint's body.
     section: BytesMut,
     trailers: Option<HeaderMap>,
+    /// The endpoint broke its response off.
+    broken: bool,
     /// The end has been put into `out`.
     ended: bool,
     /// While the response is held.
@@ -117,6 +122,7 @@ pub(super) async fn deliver(
         out: &out,
         section: BytesMut::new(),
         trailers: None,
+        broken: false,
         ended: false,
         held: holds(head, limit),
         memory,
@@ -183,9 +189,11 @@ async fn write(to: &mut Sink<'_>, out: &Out) -> Result<(), End> {
             to.data(piece).await?;
             continue;
         }
-        let trailers = out.trailers.borrow_mut().take();
-        if let Some(trailers) = trailers {
-            return to.end(trailers).await;
+        let end = out.end.borrow_mut().take();
+        match end {
+            Some(Ok(trailers)) => return to.end(trailers).await,
+            Some(Err(end)) => return Err(end),
+            None => {}
         }
         tokio::select! {
             biased;
@@ -204,8 +212,8 @@ impl Out {
         }
     }
 
-    fn end(&self, trailers: HeaderMap) {
-        self.trailers.replace(Some(trailers));
+    fn end(&self, end: Result<HeaderMap, End>) {
+        self.end.replace(Some(end));
         self.added.notify_one();
     }
 }
@@ -241,6 +249,9 @@ impl Passage<'_> {
     /// Runs until something ends the response early.
     async fn run(&mut self) -> Stop {
         loop {
+            if self.broken && (self.stream.is_none() || self.returned.is_answered()) {
+                self.break_off();
+            }
             if self.ended {
                 return std::future::pending().await;
             }
@@ -254,7 +265,7 @@ impl Passage<'_> {
     async fn step(&mut self) -> Result<(), Stop> {
         let waiting = if self.held.is_some() { 0 } else { self.out.bytes.get() };
         let unsent = self.stream.as_ref().is_some_and(PickStream::has_unsent);
-        let reads = self.trailers.is_none() && waiting < WAITING && !unsent;
+        let reads = self.trailers.is_none() && !self.broken && waiting < WAITING && !unsent;
         let listens = waiting < WAITING_MOST;
         tokio::select! {
             biased;
@@ -263,9 +274,15 @@ impl Passage<'_> {
                 Ok(piece) => self.read(piece),
                 Err(error) => {
                     tracing::debug!(%error, "endpoint aborted its response");
-                    Err(Stop::End(End::Broken))
+                    // The client gets what came before.
+                    self.broken = self.held.is_none();
+                    if self.broken { Ok(()) } else { Err(Stop::End(End::Broken)) }
                 }
             },
+            () = deadline::elapsed(Some(LAST_ANSWERS)), if self.broken && waiting < WAITING_MOST => {
+                self.break_off();
+                Ok(())
+            }
             () = self.out.taken.notified(), if waiting > 0 => Ok(()),
             // A client that takes nothing has its own limit.
             () = deadline::elapsed(self.idle), if waiting == 0 && reads => Err(Stop::End(End::Idle)),
@@ -405,6 +422,11 @@ impl Passage<'_> {
         }
         self.ended = true;
         // The EPP may end the body before the endpoint does.
-        self.out.end(self.trailers.clone().unwrap_or_default());
+        self.out.end(Ok(self.trailers.clone().unwrap_or_default()));
+    }
+
+    fn break_off(&mut self) {
+        self.ended = true;
+        self.out.end(Err(End::Broken));
     }
 }

@@ -37,6 +37,8 @@ use crate::{
 pub(super) enum Aborted {
     Evicted(ImmediateReply),
     Deadline,
+    /// The agent stops.
+    Stopped,
     /// The EPP failed while it was to answer for the body.
     PickerFailed,
 }
@@ -252,7 +254,7 @@ fn answers_for_body(worker: &Worker, request: &Request, head: &ResponseHead, pic
     (is_wanted && !stream.is_closed()).then_some(settings.response_queue_bytes)
 }
 
-/// Resolves when the deadline or an eviction ends the response. Poll it after the delivery, as
+/// Resolves when the deadline, an eviction or the end of the agent ends the response. Poll it after the delivery, as
 /// [`evicted_while_sending`].
 pub(super) async fn aborted(
     worker: &Worker,
@@ -270,6 +272,7 @@ pub(super) async fn aborted(
         never = probed => match never {},
         reply = evicted_while_sending(stream, tee) => Aborted::Evicted(reply),
         () = deadline::passed(deadline) => Aborted::Deadline,
+        () = worker.shared.force.cancelled() => Aborted::Stopped,
     }
 }
 
