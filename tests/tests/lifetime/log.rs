@@ -37,6 +37,18 @@ async fn access_line_of_long_request_is_truncated_and_marked() {
     assert!(line.len() < 4096 && line.contains("bytes)"), "{} bytes", line.len());
 }
 
+/// Otherwise the first large body would show it.
+#[tokio::test]
+async fn missing_folder_for_large_bodies_is_reported_at_start() {
+    let endpoint = "127.0.0.1:1".parse().unwrap();
+    let through = ["env", "TMPDIR=/nonexistent"];
+    let mut agent = AgentProcess::start_through(&through, ANY_PORT, endpoint, "off", "").await.unwrap();
+    let line = agent.process.line("no file can be made for request bodies", SOON).await.unwrap();
+    assert!(line.contains("/nonexistent"), "{line}");
+    let (status, lines) = agent.ask_admin("/readyz?verbose").await.unwrap();
+    assert!(status == 200 && lines.contains("bodies of more than 1048576 bytes: failing, /nonexistent"), "{lines}");
+}
+
 /// The time of a request counts from its first byte, also if its head is refused.
 #[tokio::test]
 async fn refused_head_is_timed_from_its_first_byte() {
