@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use crate::{
     admin::{self, AdminHandle},
     capability,
-    config::{Config, FailureMode, Picker, Pool},
+    config::{Config, FailureMode, Limits, Picker, Pool},
     inference_pools::{self, Known},
     kernel::socket,
     kubernetes::{self, Kubernetes},
@@ -109,6 +109,7 @@ impl Agent {
         let shared = live.shared();
         let (config, metrics) = (&shared.config, &shared.metrics);
         let mut status = ladder.lines();
+        status.extend(no_spill(&config.limits));
         let user = capability::user();
         status.extend([capabilities.clone(), user.clone()]);
         let room = Room::new(config.listen.max_connections, count);
@@ -396,6 +397,15 @@ fn is_shared(address: SocketAddr) -> bool {
         socket.bind(&address.into())
     };
     address.port() != 0 && alone().is_err_and(|error: io::Error| error.kind() == io::ErrorKind::AddrInUse)
+}
+
+/// Why large request bodies cannot be stored, if they cannot. It is logged, too.
+fn no_spill(limits: &Limits) -> Option<String> {
+    let error = (limits.total_spill_bytes > 0).then(tempfile::tempfile)?.err()?;
+    let (folder, kept) = (std::env::temp_dir(), limits.body_memory_bytes);
+    let folder = folder.display();
+    tracing::warn!(%folder, %error, "no file can be made for request bodies: those of more than limits.body_memory_bytes get 500");
+    Some(format!("bodies of more than {kept} bytes: failing, {folder}: {error}"))
 }
 
 /// Raises RLIMIT_NOFILE to its hard limit, because each request may hold two descriptors.
