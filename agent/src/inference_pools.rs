@@ -50,7 +50,7 @@ pub struct Member {
 pub struct EppService {
     /// `service.namespace.svc:port`, which names the EPP in requests to it and in TLS.
     pub address: String,
-    /// The ready ones, in order.
+    /// Those that are ready, sorted.
     pub replicas: Vec<SocketAddr>,
 }
 

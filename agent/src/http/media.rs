@@ -7,13 +7,13 @@ use super::coding::Codings;
 pub const EVENTS: &str = "text/event-stream";
 pub const JSON: &str = "application/json";
 
-/// The media type (RFC 9110 §8.3.1) as written, without parameters; empty if there is none.
+/// The media type (RFC 9110 §8.3.1) as written, without parameters; empty if the message has no such field.
 fn essence(headers: &HeaderMap) -> &str {
     let field = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     field.split(';').next().unwrap_or_default().trim()
 }
 
-/// The media type in lower case, without parameters; empty if there is none.
+/// The media type in lower case, without parameters; empty if the message names no type.
 pub fn media_type(headers: &HeaderMap) -> String {
     essence(headers).to_ascii_lowercase()
 }

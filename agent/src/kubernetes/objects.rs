@@ -294,7 +294,7 @@ pub(super) struct SlicePort {
 #[derive(Deserialize)]
 struct RawSlice {
     metadata: Metadata,
-    /// Null if there are none.
+    /// Null in an empty list.
     endpoints: Option<Vec<RawEndpoint>>,
     ports: Option<Vec<SlicePort>>,
 }

@@ -52,7 +52,7 @@ struct Entry {
     pool: InferencePool,
 }
 
-/// Reads the file in `folder`. Nothing is known if there is none.
+/// Reads the file in `folder`. Without a file nothing is known.
 pub(super) fn load(folder: &Path) -> Result<Known, StateError> {
     let path = folder.join(NAME);
     let io = |error| StateError::Io(path.clone(), error);
@@ -112,12 +112,12 @@ mod tests {
     #[test]
     fn saved_state_is_loaded() {
         let folder = tempfile::tempdir().unwrap();
-        assert_eq!(load(folder.path()).unwrap(), Known::new(), "there is no file yet");
+        assert_eq!(load(folder.path()).unwrap(), Known::new(), "no file has been written");
         save(folder.path(), &Known::new()).unwrap();
         save(folder.path(), &known()).unwrap();
         assert_eq!(load(folder.path()).unwrap(), known());
         let files: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|file| file.unwrap().file_name()).collect();
-        assert_eq!(files, [NAME], "nothing else is left behind");
+        assert_eq!(files, [NAME], "no other file remains");
     }
 
     #[test]

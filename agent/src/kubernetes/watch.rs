@@ -43,7 +43,7 @@ pub(super) struct Source {
 
 /// How a watch ended.
 enum Ended {
-    /// In order, as after its time.
+    /// Orderly, such as after its time.
     Closed,
     /// Only a list can tell what has changed.
     Stale(Failure),
@@ -117,7 +117,7 @@ async fn watch_from<K: Object + PartialEq>(
 #[derive(Deserialize)]
 struct Page<K> {
     metadata: PageMetadata,
-    /// Null if there are none.
+    /// Null in an empty list.
     items: Option<Vec<K>>,
 }
 

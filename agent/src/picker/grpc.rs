@@ -201,7 +201,7 @@ pub(super) fn encode(message: &impl Message, out: &mut BytesMut) {
     out.put_u8(0);
     // Bodies are sent in pieces, so that no message is longer.
     out.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
-    // Fails only if there is no room.
+    // Cannot fail: the buffer grows.
     let _ = message.encode(out);
 }
 
