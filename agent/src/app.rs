@@ -369,8 +369,8 @@ fn work(
     })
 }
 
-/// Binds a socket for each worker to the same address (SO_REUSEPORT). They do not listen yet: a listening socket gets a share of the connections, and resets them if the
-/// start fails afterwards.
+/// Binds a socket for each worker to the same address (SO_REUSEPORT). They do not listen yet: a listening socket gets a share of
+/// the connections, and resets them if the start fails afterwards.
 fn bind(address: SocketAddr, count: usize) -> io::Result<Vec<std::net::TcpListener>> {
     if is_shared(address) {
         tracing::warn!(%address, "another process listens on this address, too, and gets a share of the connections");

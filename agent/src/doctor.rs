@@ -93,7 +93,7 @@ fn machine(steering: &config::Steering, ladder: &Ladder) -> Vec<Finding> {
         found: if sound { release } else { format!("{release}: KNOWN to lose or repeat bytes in sockmap") },
         advice: (!sound).then(|| {
             let forced = if steering.force { "tried anyway, because it was forced" } else { "or use --force" };
-            format!("upgrade to 6.1.142, 6.6.94, 6.12.34, 6.16 or newer in these series; {forced}")
+            format!("upgrade to 6.16 or later, or to 6.1.142+, 6.6.94+, 6.12.34+ or 6.15.3+; {forced}")
         }),
     }];
     let missing = capability::missing();

@@ -102,7 +102,7 @@ impl WorkerSteering {
         Ok(cookie)
     }
 
-    /// Kernel events of all workers that found no room since the last call.
+    /// Events of the kernel, for all workers, that were lost since the last call because the ring buffer was full.
     pub fn take_missed_events(&self) -> u64 {
         self.kernel.events().take_missed()
     }

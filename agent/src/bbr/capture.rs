@@ -1,4 +1,4 @@
-//! The bounded copy of the string that is being kept: a top-level key or the model.
+//! A bounded copy of the string that is being read: a top-level key or the model.
 
 use super::Found;
 

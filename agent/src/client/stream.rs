@@ -153,7 +153,7 @@ impl ClientStream {
                 _ = poll_fn(|cx| answer.poll_reset(cx)) => Err(gone()),
             }
         };
-        // Whatever the client acknowledges brings the head nearer.
+        // Every acknowledged byte is progress towards the head.
         let stalls = || self.traffic.watch(self.id, u64::MAX, self.idle.unwrap_or_default());
         let done = patiently(written, self.idle, stalls, &self.traffic).await;
         self.stalled = done.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::TimedOut);
@@ -195,7 +195,8 @@ impl ClientStream {
         }
     }
 
-    /// Before a reset, which discards what h2 has queued: waits until that has been written, as long as the client takes something.
+    /// Waits until everything that h2 has queued is written, while the client makes progress. Called before a reset, which would
+    /// discard the queue.
     pub async fn settle(&mut self) {
         let State::Flowing(out) = &mut self.state else { return };
         if self.stalled {
@@ -216,7 +217,7 @@ impl ClientStream {
         self.traffic.lacks_fields(self.id)
     }
 
-    /// Passes on only what fits into the windows, so that nothing piles up for a stalled client.
+    /// Gives h2 only what fits into the windows, so that nothing is queued for a stalled client.
     async fn write(&mut self, mut piece: Bytes, ends: bool) -> io::Result<()> {
         while !piece.is_empty() {
             let room = self.room(piece.len()).await?;
@@ -241,7 +242,7 @@ impl ClientStream {
             return Ok(out.capacity());
         }
         let room = async {
-            // Also Ready where what there was has gone to another stream meanwhile.
+            // Also ready if another stream has taken the capacity meanwhile.
             while out.capacity() == 0 {
                 let Some(Ok(_)) = poll_fn(|cx| out.poll_capacity(cx)).await else { return Err(gone()) };
             }
@@ -254,7 +255,7 @@ impl ClientStream {
     }
 }
 
-/// Waits for `work` as long as `stall`, which is asked several times in `idle`, sees the client take something.
+/// Waits for `work` while the client makes progress, which `stall` checks several times within `idle`.
 async fn patiently<T>(
     work: impl Future<Output = io::Result<T>>,
     idle: Option<Duration>,

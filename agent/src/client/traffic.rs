@@ -181,7 +181,7 @@ impl Traffic {
         socket::send_queue(self.wire.borrow().tcp())
     }
 
-    /// Starts to watch a wait of this stream, which has been given `sent` bytes of its response.
+    /// Starts to watch this stream, which waits for its client and has been given `sent` bytes of its response.
     pub fn watch(&self, stream: u32, sent: u64, limit: Duration) -> io::Result<Stall> {
         let acked = self.acknowledged()?;
         let position = acked + u64::from(self.queued()?);
@@ -193,7 +193,7 @@ impl Traffic {
         self.written.borrow().get(&stream).copied().unwrap_or_default().bytes
     }
 
-    /// Resolves when so many heads and bytes of this stream's response have been written. Cancel-safe.
+    /// Resolves when this many heads and bytes of this stream's response have been written. Cancel-safe.
     pub async fn written(&self, stream: u32, heads: u64, bytes: u64) {
         let is_written = |written: &Written| written.heads >= heads && written.bytes >= bytes;
         loop {

@@ -164,7 +164,7 @@ families! {
     epp_streams_inflight: Gauge = "epp_streams_inflight";
     /// Responses by the outcome of the EPP's reply about their head: answered in time, given up, or not waited for.
     epp_head_replies: Family<ByPoolAndReason, Counter> = "epp_head_replies";
-    /// Responses of which the EPP was told no token counts, because there was no memory to keep a document.
+    /// Responses whose token counts the EPP was not told, because there was no memory to keep the document.
     epp_bodies_given_up: Family<ByPool, Counter> = "epp_bodies_given_up";
     /// Response bodies of which the copy was dropped that the agent keeps until the EPP has answered, by the limit: the body of
     /// such a response cannot go out without the EPP.

@@ -50,7 +50,7 @@ fields! {
     reason_detail: &'a str,
     /// The endpoint that responded, as `ip:port`. Empty if none did.
     endpoint: &'a str,
-    /// The path that carried the response body: `local`, `ingress`, `relay`, or `none` without a response of an
+    /// The path that carried the response body: `local`, `ingress`, `wire`, `relay`, or `none` without a response of an
     /// endpoint.
     carried_by: &'a str,
     /// The steer reason of steering.md, or `none`.
@@ -71,7 +71,7 @@ fields! {
     /// Time from the first byte of the request to the last byte of the response, in microseconds; for a pinned
     /// connection, how long it was pinned.
     took_us: u64,
-    /// The dynamic metadata of the EPP's replies, a JSON object with an object for each namespace. Without the pick.
+    /// The dynamic metadata of the EPP's replies except the pick: a JSON object with an object for each namespace.
     metadata: &'a str,
     /// The error that the agent answered with, or that the client disconnected.
     error: &'a str,

@@ -1,5 +1,5 @@
-//! What is written about a routed request at its very end: the line in the access log, the span, and what the metadata of the EPP's
-//! replies count. Written when it is dropped, which an EPP's stream does after the last reply.
+//! Ends the record of a routed request: writes its line in the access log, ends its span, and adds the numbers in the metadata of
+//! the EPP's replies to the counters. A [`Last`] does so when it is dropped, which an EPP's stream does after the last reply.
 
 use std::{sync::Arc, time::Duration};
 

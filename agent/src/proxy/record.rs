@@ -1,6 +1,6 @@
 //! Records a request: metrics, one line in the access log (target `penstock::access`) and, if tracing is enabled, a span.
 //!
-//! The line, the span and what the EPP's metadata count wait for the EPP's last reply, which may come after the response.
+//! The line, the span and the counters from the EPP's metadata wait for the EPP's last reply, which may come after the response.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 

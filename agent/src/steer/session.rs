@@ -11,10 +11,10 @@
 //! - *Armed*: the kernel has the flow. Nobody writes to the receiver, and the slot belongs to the kernel.
 //! - *Stopped*: the kernel writes nothing of the slot any more, so user space may read it.
 //!
-//! [`carry`](Session::carry) goes around once. Its order keeps the bytes in order. It settles first, because the kernel's account of
-//! the receiver begins with the arming. It arms, then reads once more: the read waits for any verdict in progress, so if it finds
-//! nothing, every later verdict sees the arming and every stop sends an event. If it finds bytes, the kernel refuses the arming by
-//! itself (they count as passed) or has stopped already.
+//! [`carry`](Session::carry) makes one round of this diagram. Its steps keep the bytes in order. It settles first, because the
+//! kernel's account of the receiver begins with the arming. It arms, then reads once more: the read waits for any verdict in
+//! progress, so if it finds nothing, every later verdict sees the arming and every stop sends an event. If it finds bytes, the
+//! kernel refuses the arming by itself (they count as passed) or has stopped already.
 //!
 //! `deliver` calls `carry` and `abandon`, and relays in between; nothing outside `steer` accesses a slot. A path without sockets in
 //! a map differs in `arm`, `wait` and `take`, which match on the path, and nowhere else.
@@ -59,11 +59,11 @@ pub trait Inlet {
 
 /// The connection that bytes go to, with the account of what has been written to it.
 pub trait Outlet {
-    /// Waits until all redirected bytes have reached the send queue. Returns false if they have not and `unless`, called now and
-    /// then, returned true.
+    /// Waits until all redirected bytes have reached the send queue. Calls `unless` repeatedly; returns false if it returned true
+    /// before that.
     fn settle_unless(&mut self, unless: impl FnMut() -> bool) -> impl Future<Output = io::Result<bool>>;
 
-    /// Books bytes that the kernel has redirected here.
+    /// Adds bytes that the kernel has redirected here to the account.
     fn add_redirected(&mut self, bytes: u64);
 
     /// Removes redirected bytes that have not arrived from the account and returns their number.

@@ -78,6 +78,8 @@ pub(super) async fn apply(
         }
     }
 }
+
+/// Picks without the EPP: `default_upstream` unless it drains, otherwise an endpoint by the built-in picker.
 fn open_pick(worker: &Worker, pool: &config::Pool, request: &Request, upload: &mut Upload) -> Result<Picked, Error> {
     let endpoints = worker.shared.endpoints[request.pool].snapshot();
     let takes_requests = |upstream: &SocketAddr| endpoints.get(*upstream).is_none_or(|endpoint| !endpoint.draining);
