@@ -192,7 +192,7 @@ async fn pick_and_dispatch(
     let outcome = deadline.limit(pick::pick(worker, client, request, upload, lease)).await;
     request.record.pick(worker, request.pool, asked, &outcome);
     let picked = match outcome? {
-        PickOutcome::Forward(picked) => picked,
+        PickOutcome::Forward(picked, body) => (picked, body),
         PickOutcome::Reply(reply) => return Ok(Dispatched::Reply(reply)),
     };
     *picking = false;

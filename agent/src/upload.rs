@@ -5,6 +5,7 @@
 //! awaited.
 
 mod clock;
+mod complete;
 mod scan;
 mod source;
 
@@ -13,6 +14,7 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use http::HeaderMap;
 
+pub use self::complete::CompleteBody;
 use self::{clock::Clock, scan::Scan, source::Source};
 use crate::{
     bbr::Naming,
@@ -108,13 +110,18 @@ impl Upload {
         if self.is_done() { Ok(self.scan.end().await?) } else { Ok(()) }
     }
 
-    /// Reads and keeps the rest of the body.
-    pub async fn rest(&mut self, client: &mut Client) -> Result<(), Error> {
+    /// Reads and keeps the rest of the body, and moves the whole out.
+    pub async fn complete(&mut self, client: &mut Client) -> Result<CompleteBody, Error> {
         while !self.is_done() {
             let read = self.read(client).await?;
             self.take(read).await?;
         }
-        Ok(())
+        Ok(CompleteBody::new(self.has_body, self.kept.take(), std::mem::take(&mut self.source.trailers)))
+    }
+
+    /// Takes the body back, so that the request can be picked anew.
+    pub fn give_back(&mut self, body: CompleteBody) {
+        (self.kept, self.source.trailers) = body.into_parts();
     }
 
     /// Runs `work`, and reads and keeps the body meanwhile. Fails if reading fails or the client disconnects.
@@ -128,21 +135,6 @@ impl Upload {
             };
             self.take(read).await?;
         }
-    }
-
-    /// Moves the kept body out.
-    pub fn take_kept(&mut self) -> ReplayBody {
-        self.kept.take()
-    }
-
-    /// The trailers of the body received so far.
-    pub fn trailers_mut(&mut self) -> &mut HeaderMap {
-        &mut self.source.trailers
-    }
-
-    /// Moves the trailers out.
-    pub fn take_trailers(&mut self) -> HeaderMap {
-        std::mem::take(&mut self.source.trailers)
     }
 
     /// The prompt hash for the built-in picker.

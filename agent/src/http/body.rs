@@ -5,7 +5,7 @@
 //! memory to an unlinked temporary file, which only blocking threads access. Both count against the budgets of all
 //! bodies ([`Bodies`]).
 
-use std::{borrow::Borrow, fs::File, io, os::unix::fs::FileExt, sync::Arc};
+use std::{fs::File, io, os::unix::fs::FileExt, sync::Arc};
 
 use bytes::{Buf, Bytes, BytesMut};
 use http::{HeaderMap, StatusCode};
@@ -352,8 +352,8 @@ impl ReplayBody {
     }
 
     /// Reads the body from the beginning.
-    pub fn pieces(&self) -> Pieces<&Self> {
-        Pieces::of(self)
+    pub fn pieces(&self) -> Pieces<'_> {
+        Pieces { body: self, at: 0 }
     }
 
     /// All of it, counted once more for as long as the pieces live; `None` if the budget has no room for that.
@@ -430,21 +430,16 @@ impl Drop for ReplayBody {
 
 /// One reading of a [`ReplayBody`].
 #[derive(Debug)]
-pub struct Pieces<B> {
-    body: B,
+pub struct Pieces<'a> {
+    body: &'a ReplayBody,
     at: u64,
 }
 
-impl<B: Borrow<ReplayBody>> Pieces<B> {
-    /// Starts at the beginning of `body`.
-    pub fn of(body: B) -> Self {
-        Self { body, at: 0 }
-    }
-
+impl Pieces<'_> {
     /// Returns the next piece of 1 to [`PIECE`] bytes; `None` at the end. Cancel-safe: a dropped call yields the same
     /// piece again.
     pub async fn next(&mut self) -> Result<Option<Bytes>, BodyError> {
-        let piece = self.body.borrow().piece_at(self.at).await?;
+        let piece = self.body.piece_at(self.at).await?;
         self.at += piece.as_ref().map_or(0, |piece| piece.len() as u64);
         Ok(piece)
     }

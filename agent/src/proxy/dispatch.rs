@@ -41,7 +41,7 @@ use crate::{
     },
     picker::{builtin::NoEndpoint, client::PickStream},
     shared::Shared,
-    upload::Upload,
+    upload::CompleteBody,
     worker::Worker,
 };
 
@@ -53,14 +53,13 @@ pub(super) struct EndpointResponse {
     pub(super) in_flight: InFlight,
 }
 
-/// Dispatches a request to the endpoints of the pick; no other pool is tried. The body is moved out of the upload and is freed as
-/// soon as it has been sent.
+/// Dispatches a request to the endpoints of the pick; no other pool is tried. The body is freed as soon as it has been sent.
 pub(super) async fn dispatch(
     worker: &Worker,
     client: &mut Client,
     request: &mut Request,
-    upload: &mut Upload,
     picked: &mut Picked,
+    body: CompleteBody,
 ) -> Result<EndpointResponse, Failed> {
     let mut list = std::mem::take(&mut picked.endpoints);
     // Never dial the agent itself, whichever picker named the address.
@@ -71,17 +70,15 @@ pub(super) async fn dispatch(
             return Err(Error::OwnListener(own).into());
         }
     }
-    let content = Content::new(upload, &mut picked.body);
+    let content = Content::new(body, &mut picked.body);
     let (heads, interim) = mpsc::channel(1);
     let interim_heads = takes_interim(client, request).then_some(heads);
     let job = Job { worker, request, content, interim_heads };
-    let mut result = attempts(&job, client, interim, &mut picked.stream, list).await;
-    if let Err(Failed { dead: dead @ Some(_), .. }) = &mut result
-        && !job.content.give_back(upload)
-    {
-        *dead = None;
-    }
-    result
+    let result = attempts(&job, client, interim, &mut picked.stream, list).await;
+    result.map_err(|AttemptsFailed { error, dead }| {
+        let untaken = dead.and_then(|dead| Some(Untaken { dead, body: job.content.give_back()? }));
+        Failed { error, untaken }
+    })
 }
 
 /// Tries the endpoints, and forwards interim responses meanwhile, until there is a response, an eviction, or the client has left.
@@ -91,7 +88,7 @@ async fn attempts(
     mut interim: mpsc::Receiver<ResponseHead>,
     stream: &mut Option<PickStream>,
     list: Vec<SocketAddr>,
-) -> Result<EndpointResponse, Failed> {
+) -> Result<EndpointResponse, AttemptsFailed> {
     // Runs during the attempts, so that a slow client does not keep them from reading what the endpoint sends.
     let is_writing = Cell::new(false);
     let mut to_client = pin!(async {
@@ -112,7 +109,7 @@ async fn attempts(
         // First: until the response has begun, an eviction is the response.
         reply = evicted(stream) => Err(Error::Evicted(Box::new(reply)).into()),
         response = try_in_turn(job, list) => response,
-        gone = &mut to_client => return gone.map_err(Failed::from),
+        gone = &mut to_client => return gone.map_err(AttemptsFailed::from),
     };
     // A head is written whole, also the last one, which may have arrived together with the response.
     poll_fn(|cx| match to_client.as_mut().poll(cx) {
@@ -206,17 +203,37 @@ struct Turn {
 /// Why a request got no response.
 pub(super) struct Failed {
     pub(super) error: Error,
-    /// The endpoints that were tried, if none of them can have processed the request; `None` otherwise.
-    pub(super) dead: Option<Vec<SocketAddr>>,
+    /// Set if none of the endpoints can have processed the request.
+    pub(super) untaken: Option<Untaken>,
+}
+
+/// A request that no endpoint took, so that it may be picked anew.
+pub(super) struct Untaken {
+    /// The endpoints that were tried.
+    pub(super) dead: Vec<SocketAddr>,
+    pub(super) body: CompleteBody,
 }
 
 impl From<Error> for Failed {
+    fn from(error: Error) -> Self {
+        Self { error, untaken: None }
+    }
+}
+
+/// Why the attempts with the endpoints of one pick failed.
+struct AttemptsFailed {
+    error: Error,
+    /// The endpoints that were tried, if none of them can have processed the request.
+    dead: Option<Vec<SocketAddr>>,
+}
+
+impl From<Error> for AttemptsFailed {
     fn from(error: Error) -> Self {
         Self { error, dead: None }
     }
 }
 
-async fn try_in_turn(job: &Job<'_>, list: Vec<SocketAddr>) -> Result<EndpointResponse, Failed> {
+async fn try_in_turn(job: &Job<'_>, list: Vec<SocketAddr>) -> Result<EndpointResponse, AttemptsFailed> {
     let (shared, pool) = (&job.worker.shared, job.request.pool);
     let metrics = shared.metrics.pool(pool);
     shared.retries[pool].request(now());
@@ -275,7 +292,7 @@ async fn try_in_turn(job: &Job<'_>, list: Vec<SocketAddr>) -> Result<EndpointRes
             shared.metrics.endpoint_retried(reason);
         }
     }
-    Err(Failed { error: last, dead })
+    Err(AttemptsFailed { error: last, dead })
 }
 
 /// Reports a failed connection, and whose fault it is.

@@ -1,5 +1,5 @@
 //! Picks endpoints for a request: from a lease, from the EPP while the body uploads, or from the built-in picker. If the EPP
-//! fails, the pool's failure mode decides. Invariant: the whole body is received before dispatch, so failing open loses nothing.
+//! fails, the pool's failure mode decides. Invariant: a pick comes with the whole body ([`CompleteBody`](crate::upload::CompleteBody)), so failing open loses nothing.
 
 mod short;
 mod ask;
@@ -32,21 +32,21 @@ pub(super) async fn pick(
     held: &mut Option<Lease>,
 ) -> Result<PickOutcome, Error> {
     if let Some(endpoints) = held.as_mut().and_then(|lease| lease.take(worker, request.pool)) {
-        upload.rest(client).await?;
+        let body = upload.complete(client).await?;
         let by_epp = worker.epps[request.pool].is_some();
-        return Ok(PickOutcome::Forward(Box::new(Picked { by_epp, ..without_epp(endpoints) })));
+        return Ok(PickOutcome::Forward(Box::new(Picked { by_epp, ..without_epp(endpoints) }), body));
     }
     let pool = &worker.shared.config.pools[request.pool];
     let (Some(epp), config::Picker::Epp(settings)) = (&worker.epps[request.pool], &pool.picker) else {
         *held = None;
-        upload.rest(client).await?;
-        return builtin(worker, request, upload).map(|picked| PickOutcome::Forward(Box::new(picked)));
+        let body = upload.complete(client).await?;
+        return builtin(worker, request, upload).map(|picked| PickOutcome::Forward(Box::new(picked), body));
     };
     if is_preflight(&request.parts)
         && let Ok(picked) = builtin(worker, request, upload)
     {
-        upload.rest(client).await?;
-        return Ok(PickOutcome::Forward(Box::new(Picked { reusable: false, ..picked })));
+        let body = upload.complete(client).await?;
+        return Ok(PickOutcome::Forward(Box::new(Picked { reusable: false, ..picked }), body));
     }
     *held = None;
     let hint = worker.shared.endpoints[request.pool].hint(Instant::now().into_std());
@@ -80,10 +80,10 @@ pub(super) async fn pick_again(
     }
     let attempt = Attempt::new(worker, request.pool, epp, settings, hint);
     match attempt.pick(client, request, upload, held).await? {
-        Ok(PickOutcome::Forward(mut picked)) => {
+        Ok(PickOutcome::Forward(mut picked, body)) => {
             picked.endpoints.retain(|address| !dead.contains(address));
             if !picked.endpoints.is_empty() {
-                return Ok(Some(PickOutcome::Forward(picked)));
+                return Ok(Some(PickOutcome::Forward(picked, body)));
             }
             *held = None;
             metrics.epp_repicked("ignored");

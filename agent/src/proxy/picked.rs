@@ -11,6 +11,7 @@ use crate::{
         exchange::{Body, ImmediateReply},
     },
     tee::Rest,
+    upload::CompleteBody,
 };
 
 pub(super) struct Picked {
@@ -29,7 +30,8 @@ pub(super) struct Picked {
 }
 
 pub(super) enum PickOutcome {
-    Forward(Box<Picked>),
+    /// Send the request, whose whole body is here.
+    Forward(Box<Picked>, CompleteBody),
     /// The EPP's immediate reply.
     Reply(ImmediateReply),
 }

@@ -69,7 +69,7 @@ pub(super) async fn receive(
         Ok::<_, Error>(())
     };
     request.deadline.limit(beginning).await?;
-    set_model(worker, &mut request.parts, &upload);
+    set_model(worker, &mut request.parts, upload.naming());
     if needs_model {
         upload.set_timeout(route(request)?);
     }
@@ -95,8 +95,8 @@ fn prepare(worker: &Worker, request: &mut Request, arrival: &Arrival) -> Result<
     Ok(())
 }
 
-pub(super) fn set_model(worker: &Worker, parts: &mut request::Parts, upload: &Upload) {
-    if let Some(model) = upload.naming().model(&worker.shared.config.bbr) {
+pub(super) fn set_model(worker: &Worker, parts: &mut request::Parts, naming: &Naming) {
+    if let Some(model) = naming.model(&worker.shared.config.bbr) {
         worker.shared.model_headers.set(&mut parts.headers, model);
     }
 }

@@ -80,17 +80,17 @@ impl Record {
     /// Records the result of the pick that began at `began` in the span.
     pub(super) fn pick(&self, worker: &Worker, pool: usize, began: Instant, outcome: &Result<PickOutcome, Error>) {
         let Some(span) = &self.span else { return };
-        let stream = if let Ok(PickOutcome::Forward(picked)) = outcome { picked.stream.as_ref() } else { None };
+        let stream = if let Ok(PickOutcome::Forward(picked, _)) = outcome { picked.stream.as_ref() } else { None };
         let epp = match &worker.shared.config.pools[pool].picker {
             // The EPP that was asked. If several failed, the first one configured is named.
             Picker::Epp(epp) => stream.map(PickStream::authority).or(epp.addresses.first().map(String::as_str)),
             Picker::Builtin => None,
         };
         let (by, endpoints, error) = match outcome {
-            Ok(PickOutcome::Forward(picked)) if epp.is_some() && picked.stream.is_none() => {
+            Ok(PickOutcome::Forward(picked, _)) if epp.is_some() && picked.stream.is_none() => {
                 ("fail_open", picked.endpoints.as_slice(), None)
             }
-            Ok(PickOutcome::Forward(picked)) => {
+            Ok(PickOutcome::Forward(picked, _)) => {
                 (if epp.is_some() { "epp" } else { "builtin" }, picked.endpoints.as_slice(), None)
             }
             Ok(PickOutcome::Reply(_)) => ("epp", &[][..], None),

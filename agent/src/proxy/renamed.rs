@@ -4,13 +4,13 @@ use bytes::Bytes;
 
 use crate::{
     error::Error,
+    http::body::ReplayBody,
     picker::exchange::Body,
     rename::{ModelOf, Names},
-    upload::Upload,
 };
 
 /// The model's names before and after the EPP; `None` if it left the name as it was, or one of the bodies has none.
-pub(super) async fn names(body: &Body, upload: &Upload) -> Result<Option<Names>, Error> {
+pub(super) async fn names(body: &Body, client_body: &ReplayBody) -> Result<Option<Names>, Error> {
     let pieces = match body {
         Body::Replaced(pieces) => pieces,
         Body::Renamed(renamed) => {
@@ -22,7 +22,7 @@ pub(super) async fn names(body: &Body, upload: &Upload) -> Result<Option<Names>,
     let (mut picker, mut client) = (ModelOf::default(), ModelOf::default());
     let _ = pieces.iter().all(|piece| picker.feed(piece));
     let mut offset = 0;
-    while let Some(piece) = upload.kept.piece_at(offset).await? {
+    while let Some(piece) = client_body.piece_at(offset).await? {
         offset += Bytes::len(&piece) as u64;
         if !client.feed(&piece) {
             break;

@@ -2,13 +2,20 @@
 //! for some time after it has gone. A request that may have been processed is not asked about again.
 
 use super::{
-    dispatch::{self, EndpointResponse, Failed},
+    dispatch::{self, EndpointResponse, Failed, Untaken},
     lease::Lease,
     pick,
     picked::{PickOutcome, Picked},
     request::{Deadline, Request},
 };
-use crate::{client::Client, error::Error, picker::exchange::ImmediateReply, upload::Upload, worker::Worker};
+use crate::{
+    bbr::Naming,
+    client::Client,
+    error::Error,
+    picker::exchange::ImmediateReply,
+    upload::{CompleteBody, Upload},
+    worker::Worker,
+};
 
 pub(super) enum Dispatched {
     /// An endpoint of this pick responded.
@@ -23,31 +30,32 @@ pub(super) async fn dispatch(
     client: &mut Client,
     request: &mut Request,
     upload: &mut Upload,
-    mut picked: Box<Picked>,
+    (mut picked, body): (Box<Picked>, CompleteBody),
     lease: &mut Option<Lease>,
     deadline: Deadline,
 ) -> Result<Dispatched, Error> {
     let fields = picked.by_epp.then(|| request.parts.headers.clone());
-    let first = attempt(worker, client, request, upload, &mut picked, deadline).await;
-    let (error, fields, dead) = match first {
+    let first = attempt(worker, client, request, upload.naming(), &mut picked, body, deadline).await;
+    let (error, fields, Untaken { dead, body }) = match first {
         Ok(response) => return Ok(Dispatched::Response(Box::new(response), picked)),
-        Err(Failed { error, dead }) => match (fields, dead) {
-            (Some(fields), Some(dead)) => (error, fields, dead),
+        Err(Failed { error, untaken }) => match (fields, untaken) {
+            (Some(fields), Some(untaken)) => (error, fields, untaken),
             _ => return Err(error),
         },
     };
+    upload.give_back(body);
     // Ended before the second exchange begins, so that the EPP never counts the request twice.
     upload.during(client, picked.end()).await?;
     request.parts.headers = fields;
     request.restore_target();
     let again = pick::pick_again(worker, client, request, upload, lease, &dead);
-    let mut picked = match deadline.limit(again).await? {
-        Some(PickOutcome::Forward(picked)) => picked,
+    let (mut picked, body) = match deadline.limit(again).await? {
+        Some(PickOutcome::Forward(picked, body)) => (picked, body),
         Some(PickOutcome::Reply(reply)) => return Ok(Dispatched::Reply(reply)),
         None => return Err(error),
     };
     tracing::info!(?dead, endpoints = ?picked.endpoints, "no picked endpoint took the request, trying those of a second pick");
-    let second = attempt(worker, client, request, upload, &mut picked, deadline).await;
+    let second = attempt(worker, client, request, upload.naming(), &mut picked, body, deadline).await;
     worker.shared.metrics.pool(request.pool).epp_repicked(if second.is_ok() { "served" } else { "failed" });
     match second {
         Ok(response) => Ok(Dispatched::Response(Box::new(response), picked)),
@@ -59,10 +67,11 @@ async fn attempt(
     worker: &Worker,
     client: &mut Client,
     request: &mut Request,
-    upload: &mut Upload,
+    naming: &Naming,
     picked: &mut Picked,
+    mut body: CompleteBody,
     deadline: Deadline,
 ) -> Result<EndpointResponse, Failed> {
-    dispatch::prepare(worker, client, request, upload, picked).await?;
-    deadline.limit(dispatch::dispatch(worker, client, request, upload, picked)).await
+    dispatch::prepare(worker, client, request, naming, picked, &mut body).await?;
+    deadline.limit(dispatch::dispatch(worker, client, request, picked, body)).await
 }

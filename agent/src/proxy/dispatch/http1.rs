@@ -105,8 +105,7 @@ async fn attempt(
 fn framing(content: &Content) -> RequestFraming<'_> {
     match content.length() {
         None => RequestFraming::None,
-        Some(_) if !content.trailers().is_empty() => RequestFraming::Chunked(content.trailers()),
-        Some(length) => RequestFraming::Length(length),
+        Some(length) => content.trailers().map_or(RequestFraming::Length(length), RequestFraming::Chunked),
     }
 }
 
@@ -174,7 +173,7 @@ async fn send(
     }
     if chunked {
         out.put_slice(b"0\r\n");
-        for (name, value) in content.trailers() {
+        for (name, value) in content.trailers().into_iter().flatten() {
             out.put_slice(name.as_str().as_bytes());
             out.put_slice(b": ");
             out.put_slice(value.as_bytes());

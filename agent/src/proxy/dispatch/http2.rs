@@ -72,7 +72,7 @@ async fn attempt(
 ) -> Result<(ResponseHead, ResponseBody), StreamError> {
     let before = stream.acknowledged();
     let progress = Progress::begin();
-    let has_body = job.content.length().is_some_and(|length| length > 0) || !job.content.trailers().is_empty();
+    let has_body = job.content.length().is_some_and(|length| length > 0) || job.content.trailers().is_some();
     // Opening fails only if the connection has ended since it was chosen; nothing was sent.
     let (response, out) = stream.open(head(job, address), !has_body).map_err(|_| StreamError::Refused)?;
     let unfinished = Unfinished::default();
@@ -205,12 +205,11 @@ impl Out {
         Ok(self.stream.capacity())
     }
 
-    fn end(&mut self, trailers: HeaderMap) -> Result<(), h2::Error> {
+    fn end(&mut self, trailers: Option<HeaderMap>) -> Result<(), h2::Error> {
         self.ended = true;
-        if trailers.is_empty() {
-            self.stream.send_data(Bytes::new(), true)
-        } else {
-            self.stream.send_trailers(trailers)
+        match trailers {
+            None => self.stream.send_data(Bytes::new(), true),
+            Some(trailers) => self.stream.send_trailers(trailers),
         }
     }
 }
@@ -247,7 +246,7 @@ async fn send_body(
     progress: Progress,
     idle: Option<Duration>,
 ) -> Result<(), SendError> {
-    let mut left = content.length().filter(|_| content.trailers().is_empty());
+    let mut left = content.length().filter(|_| content.trailers().is_none());
     let mut pieces = content.pieces();
     while let Some(mut piece) = pieces.next().await.map_err(SendError::Body)? {
         while !piece.is_empty() {
@@ -261,7 +260,7 @@ async fn send_body(
         }
     }
     if !out.ended {
-        out.end(content.trailers().clone()).map_err(|_| SendError::Refused)?;
+        out.end(content.trailers().cloned()).map_err(|_| SendError::Refused)?;
         progress.made();
     }
     Ok(())

@@ -1,8 +1,9 @@
 //! Prepares a picked request for its endpoint: the model header, the EPP's mutation, the agent's own fields and the trailers.
 
-use http::{Version, header};
+use http::{HeaderMap, Version, header};
 
 use crate::{
+    bbr::Naming,
     client::{Client, ClientSocket},
     config::{PickPer, Picker, ResponseToPicker},
     error::Error,
@@ -14,7 +15,7 @@ use crate::{
         reason::SteerReason,
         wire::{Asked, may_watch},
     },
-    upload::Upload,
+    upload::CompleteBody,
     worker::Worker,
 };
 
@@ -22,12 +23,13 @@ pub(in crate::proxy) async fn prepare(
     worker: &Worker,
     client: &mut Client,
     request: &mut Request,
-    upload: &mut Upload,
+    naming: &Naming,
     picked: &Picked,
+    body: &mut CompleteBody,
 ) -> Result<(), Error> {
     // The model may have been found only after the pick. The endpoint gets the header in any case.
-    set_model(worker, &mut request.parts, upload);
-    request.streams = upload.naming().streams();
+    set_model(worker, &mut request.parts, naming);
+    request.streams = naming.streams();
     let changed = match &picked.body {
         Body::Replaced(pieces) => Some(pieces.as_slice()),
         // Only bodies without a content coding are renamed.
@@ -41,7 +43,7 @@ pub(in crate::proxy) async fn prepare(
     if let Some((pieces, client_headers)) = changed {
         digest::remove_stale(&mut request.parts.headers, &client_headers, pieces);
     }
-    request.names = renamed::names(&picked.body, upload).await?;
+    request.names = renamed::names(&picked.body, body.kept()).await?;
     if request.names.is_some() {
         // The response has to be readable.
         request.parts.headers.remove(header::ACCEPT_ENCODING);
@@ -52,17 +54,17 @@ pub(in crate::proxy) async fn prepare(
     }
     request.target = local_target(worker, client);
     request.wire = worker.wire.is_some().then(|| client_leg(worker, client, request));
-    prepare_trailers(worker, upload);
+    prepare_trailers(worker, body.trailers_mut());
     Ok(())
 }
 
 /// Filters the client's trailers by the same rules as its head: it may not set fields that belong to the agent or the EPP.
-fn prepare_trailers(worker: &Worker, upload: &mut Upload) {
+fn prepare_trailers(worker: &Worker, trailers: &mut HeaderMap) {
     let config = &worker.shared.config;
-    trailers::filter(upload.trailers_mut());
-    headers::remove_hints(upload.trailers_mut(), &config.headers);
+    trailers::filter(trailers);
+    headers::remove_hints(trailers, &config.headers);
     for control in worker.shared.pick_headers.iter().chain([&config.bbr.base_model_header]) {
-        headers::remove_control(upload.trailers_mut(), control, &config.bbr.header);
+        headers::remove_control(trailers, control, &config.bbr.header);
     }
 }
 

@@ -24,7 +24,7 @@ use crate::{
         replica::Replica,
     },
     proxy::request::Request,
-    upload::Upload,
+    upload::{CompleteBody, Upload},
 };
 
 pub(super) enum Asked {
@@ -163,17 +163,22 @@ impl Question<'_> {
         self.epp.stalled().into_iter().filter(|replica| replica.begin_probe()).map(Probe).collect()
     }
 
-    /// Sends the request, whose body is complete, to stalled replicas in the background. The decision itself is ignored: a replica
+    /// Sends the request to stalled replicas in the background. The decision itself is ignored: a replica
     /// that decides within the decision timeout has recovered. The probes share one copy of the body, which counts against the
     /// memory budget; if that has no room, no probe is sent.
-    pub(super) async fn probe(&self, probes: Vec<Probe>, request: &Request, upload: &Upload) -> Result<(), Error> {
+    pub(super) async fn probe(
+        &self,
+        probes: Vec<Probe>,
+        request: &Request,
+        complete: &CompleteBody,
+    ) -> Result<(), Error> {
         if probes.is_empty() {
             return Ok(());
         }
-        let Some(body) = upload.kept.in_memory().await? else { return Ok(()) };
+        let Some(body) = complete.kept().in_memory().await? else { return Ok(()) };
         for probe in probes {
             let body = body.clone();
-            let (parts, has_body) = (&request.parts, upload.has_body());
+            let (parts, has_body) = (&request.parts, complete.has_body());
             let members = Some(Arc::clone(&self.members));
             let mut stream =
                 self.epp.open(&probe.0, parts, has_body, self.subset.as_deref(), self.limits.clone(), members);

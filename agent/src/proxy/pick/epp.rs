@@ -12,7 +12,7 @@ use crate::{
     client::Client,
     config,
     error::Error,
-    http::body::BodyError,
+    http::body::{BodyError, ReplayBody},
     metrics::EppOutcome,
     picker::{
         client::{EppClient, PickStream},
@@ -23,7 +23,7 @@ use crate::{
         picked::{PickOutcome, Picked},
         request::Request,
     },
-    upload::Upload,
+    upload::{CompleteBody, Upload},
     worker::Worker,
 };
 
@@ -91,9 +91,9 @@ impl<'a> Attempt<'a> {
                     Ok((endpoints, decision)) => Accepted { endpoints, decision, is_whole },
                     Err(stranger) => return Ok(Err(Error::Stranger(stranger))),
                 };
-                let mut picked = self.accept(client, request, upload, accepted, held, &mut stream).await?;
+                let (mut picked, body) = self.accept(client, request, upload, accepted, held, &mut stream).await?;
                 (picked.stream, picked._open) = (Some(*stream), Some(open));
-                Ok(Ok(PickOutcome::Forward(Box::new(picked))))
+                Ok(Ok(PickOutcome::Forward(Box::new(picked), body)))
             }
             Asked::Failed(error) => Ok(Err(Error::Picker(error))),
             Asked::Client(error) => Err(error),
@@ -138,7 +138,7 @@ impl<'a> Attempt<'a> {
         accepted: Accepted,
         held: &mut Option<Lease>,
         stream: &mut PickStream,
-    ) -> Result<Picked, Error> {
+    ) -> Result<(Picked, CompleteBody), Error> {
         let Self { worker, question, started } = self;
         let Accepted { endpoints, mut decision, is_whole } = accepted;
         question.metrics.epp_exchange(EppOutcome::Picked, started.elapsed());
@@ -146,32 +146,32 @@ impl<'a> Attempt<'a> {
             question.metrics.epp_outside_subset();
         }
         request.record.picked_in(started.elapsed());
-        tokio::select! {
+        let complete = tokio::select! {
             biased;
             reply = stream.evicted() => return Err(Error::Evicted(Box::new(reply))),
-            rest = upload.rest(client) => rest?,
-        }
-        question.probe(question.probes(), request, upload).await?;
-        decision.body = final_body(worker, upload, decision.body).await?;
-        let length = is_whole.then(|| upload.kept.len());
+            complete = upload.complete(client) => complete?,
+        };
+        question.probe(question.probes(), request, &complete).await?;
+        decision.body = final_body(worker, complete.kept(), decision.body).await?;
+        let length = is_whole.then(|| complete.kept().len());
         let reusable = lease::is_reusable(worker, request.pool, &decision, &request.parts, length);
         if reusable {
             *held = Lease::new(worker, request.pool, &endpoints);
         }
         let Decision { mutation, body, .. } = decision;
-        Ok(Picked { endpoints, mutation, body, reusable, by_epp: true, stream: None, _open: None })
+        Ok((Picked { endpoints, mutation, body, reusable, by_epp: true, stream: None, _open: None }, complete))
     }
 }
 
 /// The body to send to the endpoint. If the EPP returned the client's body unchanged, as most do, the client's is used and the
 /// copy is dropped. A replacement for which there was no memory does not count as a failure of the EPP: failing open with the
 /// client's body would send a different request.
-async fn final_body(worker: &Worker, upload: &Upload, body: Body) -> Result<Body, Error> {
+async fn final_body(worker: &Worker, client: &ReplayBody, body: Body) -> Result<Body, Error> {
     let same = match &body {
         Body::Original => true,
         Body::Renamed(_) => false,
-        Body::Replaced(pieces) => upload.kept.is_same(pieces).await?,
-        Body::DigestOnly(digest) => upload.kept.sha256().await? == *digest,
+        Body::Replaced(pieces) => client.is_same(pieces).await?,
+        Body::DigestOnly(digest) => client.sha256().await? == *digest,
     };
     match body {
         _ if same => Ok(Body::Original),

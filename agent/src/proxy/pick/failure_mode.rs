@@ -60,21 +60,23 @@ pub(super) async fn apply(
             Err(failure)
         }
         FailureMode::Closed => {
-            if !probes.is_empty() && matches!(timeout(PROBE_BODY, upload.rest(client)).await, Ok(Ok(()))) {
-                question.probe(probes, request, upload).await?;
+            if !probes.is_empty()
+                && let Ok(Ok(body)) = timeout(PROBE_BODY, upload.complete(client)).await
+            {
+                question.probe(probes, request, &body).await?;
             }
             metrics.epp_exchange(EppOutcome::FailClosed, started.elapsed());
             Err(failure)
         }
         FailureMode::Open => {
             metrics.epp_exchange(EppOutcome::FailOpen, started.elapsed());
-            upload.rest(client).await?;
-            question.probe(probes, request, upload).await?;
+            let body = upload.complete(client).await?;
+            question.probe(probes, request, &body).await?;
             let picked = open_pick(worker, pool, request, upload)?;
             if pool.pick_per != PickPer::Request {
                 metrics.pick_not_held("fail_open");
             }
-            Ok(PickOutcome::Forward(Box::new(Picked { reusable: false, ..picked })))
+            Ok(PickOutcome::Forward(Box::new(Picked { reusable: false, ..picked }), body))
         }
     }
 }
