@@ -4,40 +4,41 @@
 //! [`Agent::start`], before a request is accepted. Workers, the admin server and the kernel events run on their own
 //! threads.
 
-use std::{io, net::SocketAddr, rc::Rc, sync::Arc, thread::JoinHandle};
+mod sockets;
+mod workers;
+
+use std::{
+    io,
+    net::{SocketAddr, TcpListener},
+    sync::Arc,
+    thread::JoinHandle,
+};
 
 use anyhow::{Context as _, Result};
 use caps::errors::CapsError;
 use parking_lot::Mutex;
-use tokio::sync::watch;
 
+use self::{sockets::Sockets, workers::WorkerGates};
 use crate::{
     admin::{self, AdminHandle},
     capability,
-    config::{Config, FailureMode, Limits, Picker, Pool},
+    config::{Config, Limits},
     inference_pools::{self, Known},
-    kernel::socket,
     kubernetes::{self, Kubernetes},
     ladder::Ladder,
     listeners::Listeners,
     live::Live,
     metrics::Metrics,
     panics::Watch,
-    picker::keep::Start,
     probe::Probe,
-    readiness::{Gate, Readiness},
+    readiness::Readiness,
     reload::ReloadError,
-    room::{Idle, Room},
-    server::{self, Listener},
+    room::Room,
     shared::{Shared, names},
     steer::Steering,
     telemetry::{Exporter, Telemetry},
-    tls::{Acceptor, Certificate},
-    worker::Worker,
+    tls::Certificate,
 };
-
-/// Accept backlog of each listener, in connections.
-const BACKLOG: i32 = 4096;
 
 /// A running agent. Dropping it aborts running requests.
 pub struct Agent {
@@ -75,98 +76,39 @@ impl Agent {
         let metrics = Metrics::new(&names(&config));
         let readiness = Readiness::new();
         let watch = Watch::new(&readiness, probe);
-        let gate = |number| WorkerGates {
-            worker: readiness.gate(format!("worker {number}")),
-            epps: config.pools.iter().map(|pool| epp_gate(pool, &readiness)).collect(),
-        };
-        let gates: Vec<WorkerGates> = (0..count).map(gate).collect();
+        let gates = WorkerGates::of(&config, count, &readiness);
 
         let ladder = Ladder::climb(&config.steering);
         ladder.announce(&metrics);
-        let admin = std::net::TcpListener::bind(config.admin.address);
-        let admin = admin.with_context(|| format!("cannot start the admin server on {}", config.admin.address))?;
-        let binding = |address| bind(address, count).with_context(|| format!("cannot listen on {address}"));
-        let plain = binding(config.listen.address)?;
-        let secured = config.listen.tls.as_ref().map(|tls| binding(tls.address)).transpose()?;
-
-        let mut bound = vec![plain[0].local_addr()?, admin.local_addr()?];
-        if let Some(secured) = &secured {
-            bound.push(secured[0].local_addr()?);
-        }
-        let own = Listeners::new(bound);
+        let admin = sockets::bind_admin(config.admin.address)?;
+        let sockets = Sockets::bind(&config.listen, count)?;
+        let own = sockets.own(&admin)?;
 
         // Everything is loaded and bound. From here on only the workers, and this thread until it has started them,
         // keep capabilities.
         if ladder.forces_buffers {
-            // Accepted connections inherit the buffer size, so that workers do not need a capability to set it.
-            let buffer = config.steering.client_send_buffer;
-            plain.iter().try_for_each(|listener| socket::set_send_buffer(listener, buffer))?;
+            sockets.set_send_buffer(config.steering.client_send_buffer)?;
         }
-        let dropped = capability::keep(&[]);
-        let capabilities = capabilities(&dropped);
+        let privileges = Privileges::drop();
         let services = capability::with(&[], || Services::start(file, known, metrics, &readiness, own, &watch))?;
         let Services { live, kubernetes, exporter, certificate } = services;
         let shared = live.shared();
-        let (config, metrics) = (&shared.config, &shared.metrics);
-        let mut status = ladder.lines();
-        status.extend(no_spill(&config.limits));
-        let user = capability::user();
-        status.extend([capabilities.clone(), user.clone()]);
         let room = Room::new(config.listen.max_connections, count);
-        metrics.set_connections_limit(config.listen.max_connections);
-        let admin = {
-            let (metrics, readiness, room) = (Arc::clone(metrics), readiness.clone(), Arc::clone(&room));
-            let verbose = move || status.iter().cloned().chain([room.describe()]).collect();
-            capability::with(&[], || admin::start(admin, metrics, readiness, verbose, &watch))
-        };
-        let admin = admin.context("cannot start the admin server")?;
+        shared.metrics.set_connections_limit(config.listen.max_connections);
+        let status = ladder.lines().into_iter().chain(no_spill(&config.limits)).chain(privileges.lines()).collect();
+        let admin = capability::with(&[], || start_admin(admin, &shared, &readiness, &room, status, &watch))?;
 
         let steering = ladder.steering();
-        if let Steering::Active(kernel) = &steering {
-            kernel.events().watch(watch.clone());
-            // Accepted connections inherit this option. If such a connection comes from another agent on this machine,
-            // that agent knows from the start that its endpoint is an agent.
-            plain.iter().try_for_each(socket::keep_account)?;
-        }
-        if let Some(wire) = steering.wire() {
-            wire.supervise(watch.clone());
-        }
-        let address = plain[0].local_addr()?;
-        let mut listeners: Vec<Vec<_>> = plain.into_iter().map(|socket| vec![(socket, None)]).collect();
-        let mut tls_address = None;
-        if let (Some(sockets), Some(certificate)) = (secured, &certificate) {
-            let acceptor = certificate.acceptor(config.listen.http2_max_streams > 0, config.listen.tls_handshakes)?;
-            tls_address = Some(sockets[0].local_addr()?);
-            for (worker, socket) in listeners.iter_mut().zip(sockets) {
-                worker.push((socket, Some(acceptor.clone())));
-            }
-        }
-
-        // Nothing can fail any more but a thread.
-        for (socket, _) in listeners.iter().flatten() {
-            socket2::SockRef::from(socket).listen(BACKLOG)?;
-        }
-        let mut workers = Vec::with_capacity(count);
-        for (number, (listeners, gates)) in listeners.into_iter().zip(gates).enumerate() {
-            let (updates, steering) = (live.updates(), steering.clone());
-            let (room, watch, name) = (Arc::clone(&room), watch.clone(), format!("penstock-{number}"));
-            let thread = std::thread::Builder::new().name(name.clone());
-            let run = move || {
-                let idle = Idle::new(room, number);
-                watch.run(&name, || {
-                    if let Err(error) = work(updates, &steering, idle, listeners, gates) {
-                        watch.fail(&name, &format!("{error:#}"));
-                    }
-                });
-            };
-            workers.push(thread.spawn(run)?);
-        }
+        supervise(&steering, &sockets, &watch)?;
+        let acceptor = certificate
+            .map(|certificate| certificate.acceptor(config.listen.http2_max_streams > 0, config.listen.tls_handshakes));
+        let (address, tls_address) = (sockets.address()?, sockets.tls_address()?);
+        // Nothing can fail after this but a thread.
+        let listeners = sockets.listen(acceptor.transpose()?.as_ref())?;
+        let workers = workers::start(listeners, gates, &live, &steering, &room, &watch)?;
         // Threads that this one starts at a later reload have no capabilities either.
         let _ = capability::keep(&[]);
-        match dropped {
-            Ok(()) => tracing::info!("{capabilities}; {user}"),
-            Err(_) => tracing::warn!("{capabilities}; {user}"),
-        }
+        privileges.log();
         let tls = tls_address.map(tracing::field::display);
         let admin_address = admin.local_addr();
         tracing::info!(%address, tls, admin = %admin_address, workers = count, "penstock {}", env!("CARGO_PKG_VERSION"));
@@ -324,6 +266,60 @@ impl Services {
     }
 }
 
+/// Starts the admin server. `status` are lines of `/readyz?verbose`.
+fn start_admin(
+    listener: TcpListener,
+    shared: &Shared,
+    readiness: &Readiness,
+    room: &Arc<Room>,
+    status: Vec<String>,
+    watch: &Watch,
+) -> Result<AdminHandle> {
+    let room = Arc::clone(room);
+    let verbose = move || status.iter().cloned().chain([room.describe()]).collect();
+    let admin = admin::start(listener, Arc::clone(&shared.metrics), readiness.clone(), verbose, watch);
+    admin.context("cannot start the admin server")
+}
+
+/// Lets `watch` see the threads that steering has started, and prepares the sockets for steered connections.
+fn supervise(steering: &Steering, sockets: &Sockets, watch: &Watch) -> io::Result<()> {
+    if let Steering::Active(kernel) = steering {
+        kernel.events().watch(watch.clone());
+        sockets.keep_account()?;
+    }
+    if let Some(wire) = steering.wire() {
+        wire.supervise(watch.clone());
+    }
+    Ok(())
+}
+
+/// The capabilities that the agent has kept, and its user.
+struct Privileges {
+    dropped: Result<(), CapsError>,
+    capabilities: String,
+    user: String,
+}
+
+impl Privileges {
+    /// Drops what no thread needs from here on.
+    fn drop() -> Self {
+        let dropped = capability::keep(&[]);
+        Self { capabilities: capabilities(&dropped), user: capability::user(), dropped }
+    }
+
+    fn lines(&self) -> [String; 2] {
+        [self.capabilities.clone(), self.user.clone()]
+    }
+
+    fn log(&self) {
+        let Self { capabilities, user, .. } = self;
+        match self.dropped {
+            Ok(()) => tracing::info!("{capabilities}; {user}"),
+            Err(_) => tracing::warn!("{capabilities}; {user}"),
+        }
+    }
+}
+
 /// Describes the capabilities that this thread has kept and all others will have, for the log and `/readyz?verbose`.
 fn capabilities(dropped: &Result<(), CapsError>) -> String {
     let held = capability::held().join(", ");
@@ -332,71 +328,6 @@ fn capabilities(dropped: &Result<(), CapsError>) -> String {
         Ok(()) if held.is_empty() => "capabilities: none kept".to_owned(),
         Ok(()) => format!("capabilities: kept {held}"),
     }
-}
-
-/// What readiness waits for in one worker.
-struct WorkerGates {
-    worker: Gate,
-    /// One per pool; None if the pool's EPP does not hold back readiness.
-    epps: Vec<Option<Start>>,
-}
-
-/// The gate of a pool that cannot serve a request without its EPP.
-fn epp_gate(pool: &Pool, readiness: &Readiness) -> Option<Start> {
-    let Picker::Epp(epp) = &pool.picker else { return None };
-    let wait = epp.start_wait.filter(|_| pool.failure_mode == FailureMode::Closed)?;
-    Some(Start { gate: readiness.gate(format!("EPP of pool {}", pool.name)), wait, pool: pool.name.clone() })
-}
-
-/// Runs a worker on the current thread until it has drained.
-fn work(
-    updates: watch::Receiver<Arc<Shared>>,
-    steering: &Steering,
-    idle: Rc<Idle>,
-    listeners: Vec<(std::net::TcpListener, Option<Acceptor>)>,
-    gates: WorkerGates,
-) -> Result<()> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    tokio::task::LocalSet::new().block_on(&runtime, async {
-        let (steering, wire) = (steering.worker()?, steering.wire());
-        let shared = Arc::clone(&updates.borrow());
-        let worker = Worker::new(shared, steering, wire, gates.epps);
-        let listener = |(socket, tls)| Ok(Listener { socket: tokio::net::TcpListener::from_std(socket)?, tls });
-        let listeners = listeners.into_iter().map(listener).collect::<io::Result<_>>()?;
-        gates.worker.open();
-        server::serve(worker, listeners, idle, updates).await;
-        Ok(())
-    })
-}
-
-/// Binds a socket for each worker to the same address (SO_REUSEPORT). They do not listen yet: a listening socket gets a share of
-/// the connections, and resets them if the start fails afterwards.
-fn bind(address: SocketAddr, count: usize) -> io::Result<Vec<std::net::TcpListener>> {
-    if is_shared(address) {
-        tracing::warn!(%address, "another process listens on this address, too, and gets a share of the connections");
-    }
-    let mut listeners: Vec<std::net::TcpListener> = Vec::with_capacity(count);
-    for _ in 0..count {
-        // Port 0 is resolved by the first listener.
-        let address = listeners.first().map_or(Ok(address), std::net::TcpListener::local_addr)?;
-        let socket = socket2::Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
-        socket.set_reuse_address(true)?;
-        socket.set_reuse_port(true)?;
-        socket.set_nonblocking(true)?;
-        socket.bind(&address.into())?;
-        listeners.push(socket.into());
-    }
-    Ok(listeners)
-}
-
-/// Whether another process listens on the address.
-fn is_shared(address: SocketAddr) -> bool {
-    let alone = || {
-        let socket = socket2::Socket::new(socket2::Domain::for_address(address), socket2::Type::STREAM, None)?;
-        socket.set_reuse_address(true)?;
-        socket.bind(&address.into())
-    };
-    address.port() != 0 && alone().is_err_and(|error: io::Error| error.kind() == io::ErrorKind::AddrInUse)
 }
 
 /// Why large request bodies cannot be stored, if they cannot. It is logged, too.

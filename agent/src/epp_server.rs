@@ -88,45 +88,12 @@ pub async fn serve(
     listener: TcpListener,
     shutdown: impl Future<Output = ()> + Send,
 ) -> anyhow::Result<()> {
-    // Eject after one failure, because a proxy reports a failed endpoint only through the endpoint that served the request.
-    let rules = Ejection {
-        failures: 1,
-        base: Duration::from_secs(1),
-        max: Duration::from_secs(30),
-        max_percent: 100,
-        server_errors: false,
-    };
-    let mut picker = BuiltinPicker::new(Arc::new(EndpointSet::of(config.endpoints, rules)));
-    if let Some(limit) = config.max_inflight {
-        picker = picker.with_max_in_flight(limit);
-    }
-    let limits = config.limits;
-    let refusals = Arc::<Refusals>::default();
-    let processor = Processor {
-        limits,
-        refusals: Arc::clone(&refusals),
-        streams: Quota::new(limits.streams),
-        held: Quota::new(limits.held_bytes),
-        picker: Arc::new(picker),
-        max_body: config.max_body,
-        session_headers: config.session_headers.into(),
-        delay: config.delay,
-    };
-
-    let mut server = Server::builder()
-        // One stream per request. `streams` also limits all connections together.
-        .max_concurrent_streams(u32::try_from(limits.streams).unwrap_or(u32::MAX))
-        // Envoy ends its streams with RST_STREAM, so bursts of those are normal and not an attack.
-        .http2_max_pending_accept_reset_streams(Some(65_536))
-        .http2_max_local_error_reset_streams(None)
-        // Prompts are long, and each time that the window is full costs a round trip.
-        .initial_stream_window_size(1 << 20)
-        .initial_connection_window_size(16 << 20)
-        // Detects unreachable proxies, whose requests must not stay counted.
-        .http2_keepalive_interval(Some(Duration::from_secs(30)));
+    let (limits, refusals) = (config.limits, Arc::<Refusals>::default());
+    let mut server = server(&limits);
     if config.tls == EppServerTls::SelfSigned {
         server = server.tls_config(tls::self_signed(config.client_ca.as_deref())?)?;
     }
+    let processor = processor(config, Arc::clone(&refusals));
 
     let (stopping, stopped) = oneshot::channel();
     let shutdown = async move {
@@ -149,6 +116,47 @@ pub async fn serve(
         () = drained => tracing::warn!("drain timed out after {DRAIN:?}, resetting open streams"),
     }
     Ok(())
+}
+
+/// What answers the streams.
+fn processor(config: EppServerConfig, refusals: Arc<Refusals>) -> Processor {
+    // Eject after one failure, because a proxy reports a failed endpoint only through the endpoint that served the request.
+    let rules = Ejection {
+        failures: 1,
+        base: Duration::from_secs(1),
+        max: Duration::from_secs(30),
+        max_percent: 100,
+        server_errors: false,
+    };
+    let mut picker = BuiltinPicker::new(Arc::new(EndpointSet::of(config.endpoints, rules)));
+    if let Some(limit) = config.max_inflight {
+        picker = picker.with_max_in_flight(limit);
+    }
+    let limits = config.limits;
+    Processor {
+        limits,
+        refusals,
+        streams: Quota::new(limits.streams),
+        held: Quota::new(limits.held_bytes),
+        picker: Arc::new(picker),
+        max_body: config.max_body,
+        session_headers: config.session_headers.into(),
+        delay: config.delay,
+    }
+}
+
+fn server(limits: &EppServerLimits) -> Server {
+    Server::builder()
+        // One stream per request. `streams` also limits all connections together.
+        .max_concurrent_streams(u32::try_from(limits.streams).unwrap_or(u32::MAX))
+        // Envoy ends its streams with RST_STREAM, so bursts of those are normal and not an attack.
+        .http2_max_pending_accept_reset_streams(Some(65_536))
+        .http2_max_local_error_reset_streams(None)
+        // Prompts are long, and each time that the window is full costs a round trip.
+        .initial_stream_window_size(1 << 20)
+        .initial_connection_window_size(16 << 20)
+        // Detects unreachable proxies, whose requests must not stay counted.
+        .http2_keepalive_interval(Some(Duration::from_secs(30)))
 }
 
 /// Accepted connections. Those above the limit are closed at once.

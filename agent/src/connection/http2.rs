@@ -223,18 +223,7 @@ async fn run(
         None => return Ending::Stuck,
     };
     let ping = connection.ping_pong();
-    let watch = Watch::new(config.timeouts.client_unreachable);
-    let mut over = pin!(async {
-        tokio::select! {
-            reason = traffic.ended() => reason,
-            () = unresponsive(traffic, ping) => "silent",
-            () = stalled(traffic, config.timeouts.idle) => {
-                shared.metrics.client_stalled();
-                "stalled"
-            }
-            () = poll_fn(|cx| watch.poll_gone(traffic.wire().borrow().tcp(), cx)) => "unreachable",
-        }
-    });
+    let mut over = pin!(over(shared, traffic, ping));
     let mut leave = pin!(activity.leave(shared));
     let mut leaving = false;
     let reason = loop {
@@ -267,6 +256,26 @@ async fn run(
     };
     tracing::debug!(%peer, reason, "closing HTTP/2 connection");
     shared.metrics.http2_ended(reason);
+    close(connection, traffic, reason).await
+}
+
+/// Resolves when the client broke a limit or is not reachable any more. Returns the reason.
+async fn over(shared: &Shared, traffic: &Traffic, ping: Option<PingPong>) -> &'static str {
+    let timeouts = &shared.config.timeouts;
+    let watch = Watch::new(timeouts.client_unreachable);
+    tokio::select! {
+        reason = traffic.ended() => reason,
+        () = unresponsive(traffic, ping) => "silent",
+        () = stalled(traffic, timeouts.idle) => {
+            shared.metrics.client_stalled();
+            "stalled"
+        }
+        () = poll_fn(|cx| watch.poll_gone(traffic.wire().borrow().tcp(), cx)) => "unreachable",
+    }
+}
+
+/// Closes the connection with GOAWAY.
+async fn close(mut connection: Connection<CountedIo, Bytes>, traffic: &Traffic, reason: &'static str) -> Ending {
     traffic.end(reason);
     // Bytes queued for streams have to be sent before GOAWAY; h2 sends nothing after it.
     let _ = poll_fn(|cx| Poll::Ready(connection.poll_accept(cx).is_ready())).await;
