@@ -65,6 +65,8 @@ struct Seen {
     request_ends: usize,
     response_ends: usize,
     verdicts: usize,
+    /// Answers about the response's body and trailers are wanted.
+    obeyed: bool,
 }
 
 pub fn run(data: &[u8]) {
@@ -86,7 +88,7 @@ fn walk(data: &mut Unstructured<'_>) -> arbitrary::Result<()> {
         if data.is_empty() {
             break;
         }
-        match data.int_in_range(0..=9)? {
+        match data.int_in_range(0..=11)? {
             0 | 1 => {
                 let (piece, end) = (bytes(data, 64)?, data.arbitrary()?);
                 if !ended {
@@ -105,6 +107,11 @@ fn walk(data: &mut Unstructured<'_>) -> arbitrary::Result<()> {
                 data.arbitrary()?,
             ),
             6 => exchange.response_body(Bytes::copy_from_slice(bytes(data, 64)?), data.arbitrary()?),
+            10 => exchange.response_trailers(&parts.headers),
+            11 => {
+                exchange.obey();
+                seen.obeyed = true;
+            }
             7 => {
                 let wire = bytes(data, 256)?;
                 if let Ok(reply) = ProcessingResponse::decode(wire) {
@@ -144,7 +151,11 @@ fn check_messages(exchange: &mut Exchange, seen: &mut Seen, headers: &HeaderMap,
                 assert_eq!(seen.response_ends, 0, "a piece of the response after its end");
                 seen.response_ends += usize::from(piece.end_of_stream);
             }
-            other => panic!("{other:?} was sent"),
+            processing_request::Request::ResponseTrailers(_) => {
+                assert_eq!(seen.response_ends, 0, "trailers after the end of the response");
+                seen.response_ends += 1;
+            }
+            other @ processing_request::Request::RequestTrailers(_) => panic!("{other:?} was sent"),
         }
     }
     while let Some(event) = exchange.next_event() {
@@ -159,7 +170,9 @@ fn check_messages(exchange: &mut Exchange, seen: &mut Seen, headers: &HeaderMap,
             }
             Ok(Event::Outcome(Outcome::Immediate(reply))) => assert!(reply.status.as_u16() >= 200),
             Ok(Event::Excessive) => {}
-            Ok(Event::ResponseBody(_)) => panic!("an answer that nobody wants"),
+            Ok(Event::ResponseBody(_) | Event::ResponseTrailers(_)) => {
+                assert!(seen.obeyed, "an answer that nobody wants");
+            }
             Ok(Event::ResponseHead(mutation)) => {
                 let mut status = StatusCode::OK;
                 mutation::apply_to_response(&mutation, &mut status, &mut HeaderMap::new());

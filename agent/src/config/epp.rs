@@ -120,8 +120,10 @@ choice! {
         Usage = "usage",
         /// Every byte, and the client gets what the EPP returns, as ext_proc says for bodies in full duplex: an EPP has to answer. If
         /// it fails or does not answer for `timeouts.idle`, a pool with `failure_mode = "open"` continues with the endpoint's own
-        /// bytes if it is known which of them the EPP has not answered for; otherwise the response is broken off. Such responses are
-        /// relayed.
+        /// bytes if it is known which of them the EPP has not answered for; otherwise the response is broken off. Trailers are sent
+        /// after the body, whose last message then does not end the response; the EPP's reply to them does. A body in the reply to
+        /// the head (`CONTINUE_AND_REPLACE`) is the whole body. Header mutations in replies to the body have no effect. Such
+        /// responses are relayed.
         Body = "body",
     }
 }

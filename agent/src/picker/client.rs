@@ -211,12 +211,14 @@ pub enum ResponseReply {
     Evicted(ImmediateReply),
 }
 
-/// What happens on a stream whose answers about a response's body are obeyed.
+/// What happens on a stream whose answers about a response's body and trailers are obeyed.
 #[derive(Debug)]
 pub enum Heard {
     /// Every message has left.
     Sent,
     Answer(Answer),
+    /// The EPP replied to the trailers. `None` if its mutation exceeds the limits and is not applied.
+    Trailers(Option<HeaderMutation>),
     Evicted(ImmediateReply),
     /// The EPP ended the stream with status OK.
     Closed,
@@ -415,7 +417,7 @@ impl PickStream {
         self.failed
     }
 
-    /// From now on [`heard`](Self::heard) returns the EPP's answers about the response's body.
+    /// From now on [`heard`](Self::heard) returns the EPP's answers about the response's body and trailers.
     pub fn obey(&mut self) {
         self.exchange.obey();
     }
@@ -427,6 +429,18 @@ impl PickStream {
         }
     }
 
+    /// Queues the trailers, which end the response.
+    pub fn give_trailers(&mut self, trailers: &http::HeaderMap) {
+        if self.sends {
+            self.exchange.response_trailers(trailers);
+        }
+    }
+
+    /// Whether the EPP has replaced the response's body with its reply to the head. [`heard`](Self::heard) returns it.
+    pub fn replaces_body(&self) -> bool {
+        self.exchange.replaces_body()
+    }
+
     /// Sends what is queued, and returns what the EPP says about the response. Returns `Sent` once, when everything that was
     /// queued has left. Cancel-safe.
     pub async fn heard(&mut self) -> Heard {
@@ -435,6 +449,7 @@ impl PickStream {
             while let Poll::Ready(event) = self.poll_event(cx) {
                 match event {
                     Some(Ok(Event::ResponseBody(answer))) => return Poll::Ready(Heard::Answer(answer)),
+                    Some(Ok(Event::ResponseTrailers(change))) => return Poll::Ready(Heard::Trailers(change)),
                     Some(Ok(Event::Outcome(Outcome::Immediate(reply)))) => return Poll::Ready(Heard::Evicted(reply)),
                     Some(Ok(Event::ResponseHead(_))) => self.silence.late(Instant::now()),
                     Some(_) => {}
@@ -500,7 +515,7 @@ impl PickStream {
         loop {
             match ready!(self.poll_event(cx)) {
                 Some(Ok(Event::Outcome(outcome))) => return Poll::Ready(Ok(Some(outcome))),
-                Some(Ok(Event::ResponseHead(_) | Event::Excessive | Event::ResponseBody(_))) => {}
+                Some(Ok(_)) => {}
                 Some(Err(error)) => return Poll::Ready(Err(error)),
                 None => return Poll::Ready(Ok(None)),
             }

@@ -20,6 +20,7 @@ use penstock_proto::{
 use prost::Message as _;
 
 use super::{
+    allowance::Allowance,
     error::PickError,
     message, metadata,
     mutation::{self, Field},
@@ -73,6 +74,8 @@ pub enum Event {
     Excessive,
     /// The EPP's answer about the response's body, if it is wanted.
     ResponseBody(Answer),
+    /// The EPP's reply to the trailers of the response, if it is wanted. `None` if it exceeds the limits and is not applied.
+    ResponseTrailers(Option<HeaderMutation>),
 }
 
 /// The state of one EPP stream.
@@ -100,47 +103,20 @@ pub struct Exchange {
     request_allowance: Allowance,
     /// How much the EPP may still change in the response's head.
     response_allowance: Allowance,
+    /// How much it may change in the response's trailers.
+    trailer_allowance: Allowance,
     /// Messages from the EPP so far.
     messages: usize,
     replacement: Replacement,
-    /// Whether the EPP's answers about the response's body are obeyed.
+    /// Whether the EPP's answers about the response's body and trailers are obeyed.
     is_obeyed: bool,
+    /// Whether the EPP has replaced the response's body with its reply to the head.
+    replaces_body: bool,
     /// Takes the dynamic metadata of every reply.
     metadata: Option<metadata::Shared>,
     /// Whether a decision, an immediate reply or a failure was returned.
     finished: bool,
     events: VecDeque<Result<Event, PickError>>,
-}
-
-/// How large a mutation of a head may still be: enough to echo the head, plus the configured limits.
-#[derive(Debug, Clone, Copy)]
-struct Allowance {
-    fields: usize,
-    bytes: usize,
-}
-
-impl Allowance {
-    /// Pseudo-headers that are sent with a head.
-    const PSEUDO: usize = 4;
-
-    fn of(head: &HeaderMap, limits: &EppLimits) -> Self {
-        let bytes: usize = head.iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
-        Self { fields: head.len() + Self::PSEUDO + limits.fields, bytes: bytes + limits.bytes }
-    }
-
-    /// Subtracts the mutation. Returns false if it does not fit.
-    fn take(&mut self, mutation: &HeaderMutation) -> bool {
-        let set = mutation.set_headers.iter().filter_map(|set| set.header.as_ref());
-        let set: usize = set.map(|header| header.key.len() + message::value(header).len()).sum();
-        let removed: usize = mutation.remove_headers.iter().map(String::len).sum();
-        let fields = mutation.set_headers.len() + mutation.remove_headers.len();
-        let fits = fields <= self.fields && set + removed <= self.bytes;
-        if fits {
-            self.fields -= fields;
-            self.bytes -= set + removed;
-        }
-        fits
-    }
 }
 
 #[derive(Debug, PartialEq)]
@@ -173,11 +149,13 @@ impl Exchange {
             by_header: None,
             mutation: HeaderMutation::default(),
             request_allowance: Allowance::of(&request.headers, &limits.epp),
-            response_allowance: Allowance { fields: limits.epp.fields, bytes: limits.epp.bytes },
+            response_allowance: Allowance::plain(&limits.epp),
+            trailer_allowance: Allowance::plain(&limits.epp),
             messages: 0,
             replacement: Replacement::new(limits.replaced_body, Arc::clone(&limits.memory)),
             limits,
             is_obeyed: false,
+            replaces_body: false,
             metadata: None,
             finished: false,
             events: VecDeque::new(),
@@ -193,7 +171,7 @@ impl Exchange {
         Self { members: Some(members), ..self }
     }
 
-    /// Returns the EPP's answers about the response's body from now on.
+    /// Returns the EPP's answers about the response's body and trailers from now on.
     pub fn obey(&mut self) {
         self.is_obeyed = true;
     }
@@ -246,6 +224,20 @@ impl Exchange {
         }
     }
 
+    /// Queues the trailers of the response, which end it. Before the head and after the end they are dropped.
+    pub fn response_trailers(&mut self, trailers: &HeaderMap) {
+        if self.response == ResponsePhase::Body {
+            self.response = ResponsePhase::Ended;
+            self.trailer_allowance = Allowance::of(trailers, &self.limits.epp);
+            self.queue(message::response_trailers(trailers));
+        }
+    }
+
+    /// Whether the EPP has replaced the response's body with its reply to the head.
+    pub fn replaces_body(&self) -> bool {
+        self.replaces_body
+    }
+
     /// Queues the end of the response.
     pub fn response_end(&mut self) {
         self.response_body(Bytes::new(), true);
@@ -285,11 +277,7 @@ impl Exchange {
         }
         match reply.response {
             Some(Response::ImmediateResponse(immediate)) => self.immediate(immediate),
-            Some(Response::ResponseHeaders(head)) => {
-                let mutation = head.response.and_then(|common| common.header_mutation).unwrap_or_default();
-                let fits = self.response_allowance.take(&mutation);
-                self.events.push_back(Ok(if fits { Event::ResponseHead(mutation) } else { Event::Excessive }));
-            }
+            Some(Response::ResponseHeaders(head)) => self.response_head(head.response.unwrap_or_default()),
             Some(Response::RequestHeaders(head)) if !self.finished => {
                 self.request_head(head.response.unwrap_or_default());
             }
@@ -297,10 +285,15 @@ impl Exchange {
             Some(Response::ResponseBody(body)) if self.is_obeyed => {
                 self.events.push_back(Ok(Event::ResponseBody(Answer::of(body))));
             }
+            Some(Response::ResponseTrailers(reply)) if self.is_obeyed => {
+                let mutation = reply.header_mutation.unwrap_or_default();
+                let fits = self.trailer_allowance.take(&mutation);
+                self.events.push_back(Ok(Event::ResponseTrailers(fits.then_some(mutation))));
+            }
             // An EPP that asks for more time has not replied. The deadline stays.
             None if reply.override_message_timeout.is_some() => {}
             None => self.finish(Err(PickError::UnknownReply)),
-            // Other replies to the response's body and to trailers, and late replies to the request, change nothing.
+            // Other replies to bodies and trailers, and late replies to the request, change nothing.
             _ => {}
         }
         self.decide_if_complete();
@@ -378,7 +371,7 @@ impl Exchange {
     }
 
     fn immediate(&mut self, mut reply: ImmediateResponse) {
-        let mut allowance = Allowance { fields: self.limits.epp.fields, bytes: self.limits.epp.bytes };
+        let mut allowance = Allowance::plain(&self.limits.epp);
         let fits = reply.headers.as_ref().is_none_or(|headers| allowance.take(headers));
         if !fits || reply.body.len() > self.limits.replaced_body {
             if !self.finished {
@@ -395,11 +388,20 @@ impl Exchange {
         self.head_answered = true;
         self.mutate(reply.header_mutation.take());
         if reply.status() == ResponseStatus::ContinueAndReplace {
-            let body = match reply.body_mutation.and_then(|mutation| mutation.mutation) {
-                Some(Mutation::Body(body)) => body,
-                _ => Bytes::new(),
-            };
-            self.replace(|replacement| replacement.whole(body));
+            self.replace(|replacement| replacement.whole(whole_body(reply)));
+        }
+    }
+
+    fn response_head(&mut self, mut reply: CommonResponse) {
+        let mutation = reply.header_mutation.take().unwrap_or_default();
+        let fits = self.response_allowance.take(&mutation);
+        self.events.push_back(Ok(if fits { Event::ResponseHead(mutation) } else { Event::Excessive }));
+        let replaces = reply.status() == ResponseStatus::ContinueAndReplace && reply.body_mutation.is_some();
+        if replaces && self.is_obeyed {
+            // As Envoy does: the EPP is sent nothing more of this response.
+            self.response = ResponsePhase::Ended;
+            self.replaces_body = true;
+            self.events.push_back(Ok(Event::ResponseBody(Answer::Whole(whole_body(reply)))));
         }
     }
 
@@ -481,6 +483,14 @@ impl Exchange {
 
     fn has_destination(&self) -> bool {
         [&self.by_metadata, &self.by_header].into_iter().flatten().any(|list| !list.trim().is_empty())
+    }
+}
+
+/// The body that replaces the message's own, in a reply to a head.
+fn whole_body(reply: CommonResponse) -> Bytes {
+    match reply.body_mutation.and_then(|mutation| mutation.mutation) {
+        Some(Mutation::Body(body)) => body,
+        _ => Bytes::new(),
     }
 }
 

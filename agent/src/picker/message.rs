@@ -9,7 +9,7 @@ use bytes::Bytes;
 use http::{HeaderMap, uri::Scheme};
 use penstock_proto::{
     core::{self, HeaderValue, Metadata},
-    ext_proc::{BodySendMode, HttpBody, HttpHeaders, ProtocolConfiguration, processing_request::Request},
+    ext_proc::{BodySendMode, HttpBody, HttpHeaders, HttpTrailers, ProtocolConfiguration, processing_request::Request},
 };
 use prost_types::{ListValue, Struct, Value, value::Kind};
 
@@ -51,6 +51,12 @@ pub fn response_head(status: http::StatusCode, headers: &HeaderMap, end_of_strea
     let mut all = vec![header(":status", Bytes::copy_from_slice(status.as_str().as_bytes()))];
     all.extend(fields(headers));
     Request::ResponseHeaders(HttpHeaders { headers: Some(core::HeaderMap { headers: all }), end_of_stream })
+}
+
+/// The trailers of a response.
+pub fn response_trailers(trailers: &HeaderMap) -> Request {
+    let headers = fields(trailers).collect();
+    Request::ResponseTrailers(HttpTrailers { trailers: Some(core::HeaderMap { headers }) })
 }
 
 /// The messages for a piece of a request body.

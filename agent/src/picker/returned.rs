@@ -24,6 +24,8 @@ pub enum Answer {
     Replace(Bytes),
     /// The next piece of the body, and whether it is the last one.
     Streamed(Bytes, bool),
+    /// The whole body, in a reply to the head.
+    Whole(Bytes),
 }
 
 impl Answer {
@@ -43,8 +45,10 @@ impl Answer {
 pub enum Unusable {
     /// A message is to go out unchanged, and its copy was dropped.
     CopyDropped,
-    /// A piece of a body after messages were left unchanged to their end.
+    /// A piece of a body after messages were left unchanged to their end, or a whole body after an answer.
     Mixed,
+    /// The EPP replied to the trailers, and messages without an answer are not known.
+    Unanswered,
 }
 
 /// Why the copy was dropped.
@@ -71,6 +75,8 @@ pub struct Returned {
     matched: bool,
     /// Some message went out because of an answer of its own, and not of a stream of pieces.
     by_message: bool,
+    /// A stream of pieces has begun.
+    streamed: bool,
     done: bool,
 }
 
@@ -87,6 +93,7 @@ impl Returned {
             all_sent: false,
             matched: true,
             by_message: false,
+            streamed: false,
             done: false,
         }
     }
@@ -105,9 +112,7 @@ impl Returned {
         } else {
             Dropped::Memory
         };
-        self.copy = None;
-        self.share.shrink(self.bytes as u64);
-        self.bytes = 0;
+        self.drop_copy();
         Some(dropped)
     }
 
@@ -133,7 +138,14 @@ impl Returned {
                 self.next();
                 body
             }
+            Answer::Whole(_) if self.answered > 0 => return Err(Unusable::Mixed),
+            Answer::Whole(body) => {
+                self.drop_copy();
+                self.done = true;
+                return Ok(body);
+            }
             Answer::Streamed(body, end) => {
+                self.streamed = true;
                 if self.by_message && !is_owed && !body.is_empty() {
                     return Err(Unusable::Mixed);
                 }
@@ -157,10 +169,23 @@ impl Returned {
         self.done
     }
 
+    /// The EPP replied to the trailers, so it says nothing more about the body. Returns what goes out unchanged.
+    pub fn end(&mut self) -> Result<Vec<Bytes>, Unusable> {
+        let is_whole = self.done || self.streamed || self.is_answered();
+        self.done = true;
+        if is_whole { Ok(Vec::new()) } else { self.rest().ok_or(Unusable::Unanswered) }
+    }
+
     /// What has no answer, if it is known. The EPP answers no more.
     pub fn rest(&mut self) -> Option<Vec<Bytes>> {
         let copy = self.copy.take().filter(|_| self.matched)?;
         Some(copy.into())
+    }
+
+    fn drop_copy(&mut self) {
+        self.copy = None;
+        self.share.shrink(self.bytes as u64);
+        self.bytes = 0;
     }
 
     /// The oldest message without an answer, which has one now. `None` if the copy was dropped.
@@ -276,6 +301,38 @@ mod tests {
         // More pieces than messages.
         let (_, mut returned) = out(&["a"], vec![streamed("a", false), streamed("b", false)]);
         assert_eq!(returned.rest(), None);
+    }
+
+    /// The EPP has replied to the trailers.
+    #[test]
+    fn end_without_an_end_of_the_body_leaves_nothing_unanswered() {
+        for (answers, rest) in [
+            // Answers for each message: the others stay as they are.
+            (vec![], Ok("abc")),
+            (vec![Keep], Ok("bc")),
+            (vec![Keep, Keep, Replace(text("x"))], Ok("")),
+            // A stream of pieces is the whole body.
+            (vec![streamed("x", false)], Ok("")),
+            (vec![streamed("x", true)], Ok("")),
+        ] {
+            let (_, mut returned) = out(&["a", "b", "c"], answers.clone());
+            let found = returned.end().map(|rest| String::from_utf8(rest.concat()).unwrap());
+            assert_eq!(found.as_deref(), rest.as_ref().map(|rest| *rest), "{answers:?}");
+            assert!(returned.is_done());
+        }
+        let mut returned = returned();
+        returned.sent(&Bytes::from(vec![b'x'; 101]), false);
+        assert_eq!(returned.end(), Err(Unusable::Unanswered));
+    }
+
+    #[test]
+    fn whole_body_is_the_first_answer_or_none() {
+        let (found, mut returned) = out(&["a"], vec![Answer::Whole(text("xyz")), streamed("b", true), Keep]);
+        assert_eq!((found.as_deref(), returned.is_done(), returned.rest()), (Ok("xyz"), true, None));
+        let (found, _) = out(&["a"], vec![Keep, Answer::Whole(text("xyz"))]);
+        assert_eq!(found.as_deref(), Ok("a"), "the only message was answered");
+        let (found, _) = out(&["a", "b"], vec![Keep, Answer::Whole(text("xyz"))]);
+        assert_eq!(found, Err(Unusable::Mixed));
     }
 
     #[test]

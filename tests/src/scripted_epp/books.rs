@@ -63,6 +63,7 @@ impl Books {
                     books.messages += 1;
                     books.end_if(body.end_of_stream);
                 }
+                Some(Request::ResponseTrailers(_)) => books.end_if(true),
                 _ => {}
             }
         }

@@ -9,6 +9,8 @@ mod half_close;
 mod http2_clients;
 mod http2_endpoints;
 mod http2_limits;
+mod picker_trailers;
+mod replaced;
 mod scene;
 mod returned;
 mod slow_readers;

@@ -145,6 +145,7 @@ fn run(exchange: &mut Exchange, steps: Vec<Step>) -> (Vec<String>, usize) {
                 Err(error) => format!("error {}", error.reason()),
                 Ok(Event::ResponseHead(mutation)) => format!("response head {}", mutation.set_headers.len()),
                 Ok(Event::Excessive) => "excessive".to_owned(),
+                Ok(Event::ResponseTrailers(_)) => "trailers".to_owned(),
                 Ok(Event::ResponseBody(answer)) => format!("{answer:?}"),
                 Ok(Event::Outcome(Outcome::Immediate(reply))) => format!("immediate {}", reply.status.as_u16()),
                 Ok(Event::Outcome(Outcome::Picked(decision))) => {
@@ -451,6 +452,30 @@ fn empty_subset_is_sent_and_no_subset_sends_no_metadata() {
     let metadata = exchange(true, Some(&[])).next_message().unwrap().metadata_context.unwrap();
     let hint = &metadata.filter_metadata["envoy.lb.subset_hint"].fields["x-gateway-destination-endpoint-subset"];
     assert_eq!(hint.kind, Some(Kind::ListValue(ListValue { values: vec![] })));
+}
+
+#[test]
+fn trailers_end_the_response_and_the_reply_to_them_is_an_event() {
+    let mut exchange = exchange(false, None);
+    exchange.obey();
+    exchange.response_headers(http::StatusCode::OK, &HeaderMap::new(), "10.0.0.1:1".parse().unwrap(), false);
+    exchange.response_body(Bytes::from_static(b"piece"), false);
+    let trailers: HeaderMap = [(http::header::ETAG, http::HeaderValue::from_static("1"))].into_iter().collect();
+    exchange.response_trailers(&trailers);
+    exchange.response_end();
+    exchange.response_trailers(&trailers);
+    let sent: Vec<_> = std::iter::from_fn(|| exchange.next_message()).filter_map(|message| message.request).collect();
+    let [.., Request::ResponseBody(last), Request::ResponseTrailers(end)] = &sent[..] else { panic!("{sent:?}") };
+    assert_eq!((last.end_of_stream, sent.len()), (false, 4));
+    assert_eq!(end.trailers.as_ref().unwrap().headers[0].key, "etag");
+    for (fields, applied) in [(1, true), (10_000, false)] {
+        let names: Vec<String> = (0..fields).map(|n| format!("x-{n}")).collect();
+        let change = mutation(&names.iter().map(|name| (name.as_str(), "1")).collect::<Vec<_>>());
+        let response = Response::ResponseTrailers(TrailersResponse { header_mutation: change.clone() });
+        step(&mut exchange, reply(response));
+        let Some(Ok(found)) = exchange.next_event() else { panic!("no event") };
+        assert_eq!(found, Event::ResponseTrailers(change.filter(|_| applied)), "{fields} fields");
+    }
 }
 
 #[test]

@@ -4,18 +4,17 @@
 //! limit until it is complete, so that it goes out with its right length, and as it was if the EPP left it unchanged. If the EPP
 //! fails, a pool that fails open continues with what the EPP has not answered, if that is known; otherwise the response is broken off.
 
-use std::{
-    cell::{Cell, RefCell},
-    collections::VecDeque,
-    sync::Arc,
-};
+mod out;
+
+use std::{cell::RefCell, sync::Arc};
 
 use bytes::{Bytes, BytesMut};
 use http::HeaderMap;
 use penstock_common::path::Path;
+use penstock_proto::ext_proc::HeaderMutation;
 use ring::digest;
-use tokio::sync::Notify;
 
+use self::out::{Out, write};
 use super::carry::{Aborted, Carried, aborted, frame};
 use crate::{
     budget::Budget,
@@ -24,13 +23,16 @@ use crate::{
     deadline,
     deliver::{End, Sink},
     endpoint::body::{Piece, ResponseBody},
-    http::response::{BodyKind, ResponseHead},
+    http::{
+        response::{BodyKind, ResponseHead},
+        trailers,
+    },
     kernel::socket::monotonic_ns,
     metrics::PoolMetrics,
     picker::{
         client::{Heard, PickStream},
-        message,
-        returned::{Dropped, Returned, Unusable},
+        message, mutation,
+        returned::{Answer, Dropped, Returned, Unusable},
     },
     proxy::request::Request,
     rename::Rename,
@@ -47,18 +49,6 @@ const WAITING_MOST: usize = 256 << 10;
 /// How long the EPP may take for each answer after the endpoint broke off.
 const LAST_ANSWERS: std::time::Duration = std::time::Duration::from_secs(1);
 
-/// What waits for the client.
-#[derive(Default)]
-struct Out {
-    pieces: RefCell<VecDeque<Bytes>>,
-    bytes: Cell<usize>,
-    /// Set at the end of the body.
-    end: RefCell<Option<Result<HeaderMap, End>>>,
-    /// Something was added, or taken.
-    added: Notify,
-    taken: Notify,
-}
-
 /// A body on its way from the endpoint over the EPP to the client.
 struct Passage<'a> {
     body: &'a mut ResponseBody,
@@ -71,6 +61,10 @@ struct Passage<'a> {
     /// The trailers read so far, and all of them at the end of the endpoint's body.
     section: BytesMut,
     trailers: Option<HeaderMap>,
+    /// The EPP was sent the trailers, and its reply ends the response.
+    shown: bool,
+    /// The EPP replaced the body with its reply to the head. The endpoint's is read for its trailers alone.
+    replaced: bool,
     /// The endpoint broke its response off.
     broken: bool,
     /// The end has been put into `out`.
@@ -122,6 +116,8 @@ pub(super) async fn deliver(
         out: &out,
         section: BytesMut::new(),
         trailers: None,
+        shown: false,
+        replaced: false,
         broken: false,
         ended: false,
         held: holds(head, limit),
@@ -178,54 +174,12 @@ async fn heard(stream: &mut Option<PickStream>) -> Heard {
     }
 }
 
-/// Writes what the passage puts out, to its end.
-async fn write(to: &mut Sink<'_>, out: &Out) -> Result<(), End> {
-    to.begin().await?;
-    loop {
-        let next = out.pieces.borrow_mut().pop_front();
-        if let Some(piece) = next {
-            out.bytes.set(out.bytes.get() - piece.len());
-            out.taken.notify_one();
-            to.data(piece).await?;
-            continue;
-        }
-        let end = out.end.borrow_mut().take();
-        match end {
-            Some(Ok(trailers)) => return to.end(trailers).await,
-            Some(Err(end)) => return Err(end),
-            None => {}
-        }
-        tokio::select! {
-            biased;
-            () = out.added.notified() => {}
-            () = to.client.gone() => return Err(End::ClientGone),
-        }
-    }
-}
-
-impl Out {
-    fn add(&self, piece: Bytes) {
-        if !piece.is_empty() {
-            self.bytes.set(self.bytes.get() + piece.len());
-            self.pieces.borrow_mut().push_back(piece);
-            self.added.notify_one();
-        }
-    }
-
-    fn end(&self, end: Result<HeaderMap, End>) {
-        self.end.replace(Some(end));
-        self.added.notify_one();
-    }
-}
-
 impl Passage<'_> {
     /// Runs while the response is held, until it is complete or exceeds the limit.
     async fn hold(&mut self, client: &mut Client) -> Result<(), Stop> {
-        if let Some(stream) = self.stream {
-            stream.obey();
-            if stream.has_failed() {
-                self.lost(false)?;
-            }
+        let owes = |stream: &PickStream| stream.has_failed() && !stream.replaces_body();
+        if self.stream.as_ref().is_some_and(owes) {
+            self.lost(false)?;
         }
         while self.held.is_some() && !self.ended {
             tokio::select! {
@@ -240,7 +194,7 @@ impl Passage<'_> {
     /// Makes the head fit what goes out.
     fn release(&mut self, head: &mut ResponseHead) {
         let Some(held) = self.held.take() else { return head.change_body() };
-        if held.original.finish().as_ref() != held.returned.finish().as_ref() {
+        if self.replaced || held.original.finish().as_ref() != held.returned.finish().as_ref() {
             head.change_body();
             head.set_length(self.out.bytes.get() as u64);
         }
@@ -300,12 +254,22 @@ impl Passage<'_> {
             Heard::Closed => self.lost(true),
             Heard::Failed => self.lost(false),
             Heard::Answer(answer) => {
+                self.replaced |= matches!(answer, Answer::Whole(_));
                 let out = self.returned.answer(answer).map_err(|why| self.unusable(why))?;
                 self.put(&out);
-                if self.returned.is_done() {
+                let waits = self.shown || self.replaced && self.trailers.is_none();
+                if self.returned.is_done() && !waits {
                     self.end();
                 }
                 Ok(())
+            }
+            // Replies to nothing, too.
+            Heard::Trailers(change) => {
+                if self.shown {
+                    self.change_trailers(change.as_ref())
+                } else {
+                    Ok(())
+                }
             }
         }
     }
@@ -317,6 +281,9 @@ impl Passage<'_> {
                 let now = monotonic_ns();
                 self.account.stamp(now, now);
                 self.account.add_relayed(data.len());
+                if self.replaced {
+                    return Ok(());
+                }
                 if let Some(held) = &mut self.held {
                     held.original.update(&data);
                 }
@@ -327,21 +294,52 @@ impl Passage<'_> {
                     self.send(next, false);
                 }
             }
-            Piece::End(trailers) => {
+            Piece::End(mut trailers) => {
+                trailers::filter(&mut trailers);
                 self.trailers = Some(trailers);
+                if self.replaced {
+                    self.end();
+                    return Ok(());
+                }
                 self.tee.borrow_mut().rest().pieces
             }
         };
+        self.send_last(rest);
+        Ok(())
+    }
+
+    /// Sends the rest of the body and the trailers.
+    fn send_last(&mut self, rest: Vec<Bytes>) {
+        let trailers = self.trailers.as_ref().filter(|trailers| !trailers.is_empty() && self.stream.is_some()).cloned();
         let last = rest.len();
         for (number, piece) in (1..).zip(rest) {
-            self.send(piece, number == last);
+            self.send(piece, number == last && trailers.is_none());
         }
-        if last == 0 {
-            self.send(Bytes::new(), true);
+        match (&mut *self.stream, trailers) {
+            (None, _) => self.end(),
+            (Some(stream), Some(trailers)) => {
+                stream.give_trailers(&trailers);
+                self.shown = true;
+            }
+            (Some(_), None) if last == 0 => self.send(Bytes::new(), true),
+            (Some(_), None) => {}
         }
-        if self.stream.is_none() {
-            self.end();
+    }
+
+    /// Applies what the EPP changes in the trailers, and ends the response. `None` if that exceeds the limits.
+    fn change_trailers(&mut self, change: Option<&HeaderMutation>) -> Result<(), Stop> {
+        for piece in self.returned.end().map_err(|why| self.unusable(why))? {
+            self.put(&piece);
         }
+        let mut changed = self.trailers.clone().unwrap_or_default();
+        let invalid = change.map(|change| mutation::apply(change, &mut changed));
+        if invalid.is_some() && trailers::check(&changed, false).is_ok() {
+            self.trailers = Some(changed);
+        } else {
+            self.metrics.epp_failed("mutation_too_large");
+            tracing::warn!("EPP's mutation of trailers exceeds the limits, not applied");
+        }
+        self.end();
         Ok(())
     }
 
@@ -388,6 +386,11 @@ impl Passage<'_> {
 
     /// The EPP ended the stream, with status OK (`clean`) or not, or does not answer.
     fn lost(&mut self, clean: bool) -> Result<(), Stop> {
+        if self.replaced {
+            // It owes nothing.
+            *self.stream = None;
+            return Ok(());
+        }
         if !clean {
             self.metrics.epp_failed("response_unanswered");
         }

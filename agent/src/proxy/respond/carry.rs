@@ -251,7 +251,8 @@ fn answers_for_body(worker: &Worker, request: &Request, head: &ResponseHead, pic
     let config::Picker::Epp(settings) = &worker.shared.config.pools[request.pool].picker else { return None };
     let stream = picked.stream.as_ref()?;
     let is_wanted = settings.response_to_picker == ResponseToPicker::Body && head.upgrade.is_none();
-    (is_wanted && !stream.is_closed()).then_some(settings.response_queue_bytes)
+    let answers = !stream.is_closed() || stream.replaces_body();
+    (is_wanted && answers).then_some(settings.response_queue_bytes)
 }
 
 /// Resolves when the deadline, an eviction or the end of the agent ends the response. Poll it after the delivery, as

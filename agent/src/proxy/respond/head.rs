@@ -43,8 +43,10 @@ pub(super) async fn apply_epp(
         && settings.response_to_picker != ResponseToPicker::Off
     {
         let wait = settings.response_timeout;
-        tee =
-            tee_of(settings, head, request.streams, &worker.shared.bodies.memory).filter(|_| !ended).map(RefCell::new);
+        let wanted = tee_of(settings, head, request.streams, &worker.shared.bodies.memory);
+        if settings.response_to_picker == ResponseToPicker::Body && head.upgrade.is_none() {
+            stream.obey();
+        }
         let reply = tokio::select! {
             biased;
             reply = stream.response_headers(head.status, &head.headers, address, ended, wait) => reply,
@@ -73,6 +75,9 @@ pub(super) async fn apply_epp(
                 return Ok(Applied::Evicted(reply));
             }
         }
+        // An empty body can be replaced, if the response may have one.
+        let replaced = stream.replaces_body() && head.body != BodyKind::None;
+        tee = wanted.filter(|_| !ended || replaced).map(RefCell::new);
         if let Some(tee) = &tee
             && stream.is_closed()
         {
