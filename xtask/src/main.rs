@@ -7,6 +7,7 @@ mod bench;
 mod demo;
 mod fuzz;
 mod lint;
+mod manifests;
 mod posts;
 mod release;
 mod run;
@@ -56,6 +57,8 @@ enum Verb {
     VmTest(vm::Args),
     /// Write the reference and the JSON Schema in docs from the declarations of the settings
     Settings,
+    /// Render deploy/kubernetes and the schema of the chart's values
+    Manifests(manifests::Args),
     /// Check formatting, project rules, dependencies, warnings, documentation links and clippy
     Lint,
     /// Prepare the commit of a release: cargo xtask release 0.2.0 --dry-run
@@ -80,6 +83,7 @@ fn main() -> ExitCode {
         Verb::Test(args) => test::main(&args),
         Verb::VmTest(args) => vm::main(&args),
         Verb::Settings => settings::main(),
+        Verb::Manifests(args) => manifests::main(&args),
         Verb::Lint => lint::main(),
         Verb::Release(args) => release::main(&args),
     };

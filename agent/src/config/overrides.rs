@@ -33,9 +33,14 @@ impl Overrides {
         config.admin.address = self.admin.unwrap_or(config.admin.address);
         config.steering.mode = self.steering.unwrap_or(config.steering.mode);
         config.steering.force |= self.force;
-        config.node.name = self.node.clone().or(config.node.name.take());
-        config.node.zone = self.zone.clone().or(config.node.zone.take());
+        config.node.name = given(&self.node).or(config.node.name.take());
+        config.node.zone = given(&self.zone).or(config.node.zone.take());
     }
+}
+
+/// Kubernetes gives a variable the value of a label that the Pod lacks as an empty string.
+fn given(name: &Option<String>) -> Option<String> {
+    name.clone().filter(|name| !name.is_empty())
 }
 
 #[cfg(test)]
@@ -56,6 +61,15 @@ mod tests {
         assert_eq!(overrides.steering, Some(SteeringMode::Ingress));
         assert!(overrides.force);
         assert!(command().try_get_matches_from(["penstock", "--steering", "on"]).is_err());
+    }
+
+    #[test]
+    fn empty_name_leaves_the_setting() {
+        let mut config = Config::default();
+        config.node.zone = Some("a".to_owned());
+        let overrides = Overrides { zone: Some(String::new()), node: Some("n".to_owned()), ..Overrides::default() };
+        overrides.apply(&mut config);
+        assert_eq!((config.node.name.as_deref(), config.node.zone.as_deref()), (Some("n"), Some("a")));
     }
 
     #[test]

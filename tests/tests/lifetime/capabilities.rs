@@ -107,7 +107,7 @@ async fn agent_without_capabilities_relays_and_logs_reason() {
     assert_eq!(carried(&agent, "ingress").await, 0.0);
 }
 
-/// The capabilities that `deploy/daemonset.yaml` requests.
+/// The capabilities that the manifests in `deploy/kubernetes` request.
 const FIVE: &str = "-all,+bpf,+net_admin,+perfmon,+setuid,+setgid";
 
 /// Root limited to a container runtime's capabilities, without ambient ones.
