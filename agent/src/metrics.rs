@@ -12,7 +12,7 @@ mod process;
 
 pub use kubernetes::WatchMetrics;
 pub use labels::{Connection, EndpointState, EppOutcome};
-pub use pool::{PoolMetrics, Streamed};
+pub use pool::{EppConnections, PoolMetrics, Streamed};
 
 use std::{fmt, sync::Arc};
 

@@ -14,7 +14,7 @@ use crate::{
     config::{self, Config, Picker},
     endpoint::{budget::RetryBudget, set::EndpointSet},
     listeners::Listeners,
-    metrics::Metrics,
+    metrics::{Metrics, PoolMetrics},
     picker::{builtin::BuiltinPicker, replica::Replicas},
     probe::Probe,
     route::Router,
@@ -58,7 +58,8 @@ pub struct Shared {
 impl Shared {
     pub fn new(config: Config, metrics: Arc<Metrics>, telemetry: Option<Telemetry>) -> anyhow::Result<Self> {
         let endpoints = config.pools.iter().map(|pool| EndpointSet::new(pool, &config.node)).collect();
-        let replicas = config.pools.iter().map(replicas).collect::<anyhow::Result<_>>()?;
+        let replicas = config.pools.iter().enumerate().map(|(at, pool)| replicas(pool, metrics.pool(at)));
+        let replicas = replicas.collect::<anyhow::Result<_>>()?;
         Ok(Self::with(config, endpoints, replicas, metrics, telemetry))
     }
 
@@ -76,12 +77,12 @@ impl Shared {
             None => EndpointSet::new(pool, &config.node),
         });
         let endpoints = endpoints.collect();
-        let replicas = config.pools.iter().map(|pool| match self.pool_named(&pool.name) {
+        let metrics = self.metrics.for_pools(&names(&config));
+        let replicas = config.pools.iter().enumerate().map(|(at, pool)| match self.pool_named(&pool.name) {
             Some(before) if self.config.pools[before].picker == pool.picker => Ok(self.replicas[before].clone()),
-            _ => replicas(pool),
+            _ => replicas(pool, metrics.pool(at)),
         });
         let replicas = replicas.collect::<anyhow::Result<_>>()?;
-        let metrics = self.metrics.for_pools(&names(&config));
         let bodies = Arc::clone(&self.bodies);
         bodies.set_limits(&config.limits);
         Ok(Self {
@@ -166,13 +167,13 @@ impl Shared {
     }
 }
 
-fn replicas(pool: &config::Pool) -> anyhow::Result<Option<Arc<Replicas>>> {
+fn replicas(pool: &config::Pool, metrics: &PoolMetrics) -> anyhow::Result<Option<Arc<Replicas>>> {
     match &pool.picker {
         Picker::Builtin => Ok(None),
         Picker::Epp(epp) => {
             let replicas =
                 Replicas::new(epp).with_context(|| format!("cannot set up the EPP of pool {}", pool.name))?;
-            Ok(Some(Arc::new(replicas)))
+            Ok(Some(Arc::new(replicas.counted(metrics.epp_connections()))))
         }
     }
 }

@@ -160,6 +160,11 @@ families! {
     epp_repicks: Family<ByPoolAndReason, Counter> = "epp_repicks";
     /// Replicas of EPPs by the state their health checks report; always 1.
     epp_replicas: Family<ByReplica, Gauge> = "epp_replicas";
+    /// Open connections to replicas of EPPs over which requests are sent: one for each worker and replica in use, and more if the
+    /// replica takes few streams on each.
+    epp_connections: Family<ByPool, Gauge> = "epp_connections";
+    /// Connections to replicas of EPPs that were opened for requests.
+    epp_connections_opened: Family<ByPool, Counter> = "epp_connections_opened";
     /// Open streams to EPPs; a stream lasts as long as the response of its request.
     epp_streams_inflight: Gauge = "epp_streams_inflight";
     /// Responses by the outcome of the EPP's reply about their head: answered in time, given up, or not waited for.

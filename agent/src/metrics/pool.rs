@@ -36,6 +36,21 @@ impl Streamed {
     }
 }
 
+/// Counts connections to the replicas of one EPP.
+#[derive(Debug, Default)]
+pub struct EppConnections {
+    open: Gauge,
+    opened: Counter,
+}
+
+impl EppConnections {
+    /// Counts a connection as open until the guard is dropped.
+    pub fn opened(&self) -> InFlight {
+        self.opened.inc();
+        InFlight::new(&self.open)
+    }
+}
+
 #[derive(Debug)]
 pub struct PoolMetrics {
     name: PoolName,
@@ -181,6 +196,15 @@ impl PoolMetrics {
     /// Counts a request about which the EPP was asked once more, because no picked endpoint took it, by the outcome.
     pub fn epp_repicked(&self, outcome: &'static str) {
         self.families.epp_repicks.get_or_create(&self.and_reason(outcome)).inc();
+    }
+
+    /// Counts the connections to the replicas of the pool's EPP.
+    pub fn epp_connections(&self) -> EppConnections {
+        let pool = ByPool { pool: self.name.clone() };
+        EppConnections {
+            open: self.families.epp_connections.get_or_create_owned(&pool),
+            opened: self.families.epp_connections_opened.get_or_create_owned(&pool),
+        }
     }
 
     /// Changes the state of an EPP replica; None before it appears and after it is gone.

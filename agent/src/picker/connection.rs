@@ -9,7 +9,7 @@ use std::{
     io::{self, ErrorKind},
     net::SocketAddr,
     sync::{
-        Arc, Weak,
+        Arc, OnceLock, Weak,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
@@ -26,10 +26,11 @@ use super::{
     handshake::{self, Opened},
     replica::{Replica, Replicas},
 };
+use crate::metrics::EppConnections;
 
 /// Most connections of a worker to one replica. Beyond that, streams are queued.
 pub(super) const MAX_CONNECTIONS: usize = 64;
-/// How long a connection that is not the only one may be idle.
+/// `Inner::idle`, except in tests.
 const IDLE: Duration = Duration::from_secs(60);
 /// How long streams are queued after another connection could not be made, before the next attempt.
 const REFUSED: Duration = Duration::from_secs(1);
@@ -47,6 +48,8 @@ struct Inner {
     is_asked: bool,
     /// Whether requests are sent over this connection.
     carries_requests: bool,
+    /// How long a connection that is not the only one may be idle.
+    idle: Duration,
     open: Mutex<Open>,
 }
 
@@ -88,7 +91,8 @@ impl Connection {
         [is_asked, carries_requests]: [bool; 2],
     ) -> Self {
         let (replicas, replica) = (Arc::clone(replicas), Arc::clone(replica));
-        Self(Arc::new(Inner { replicas, replica, address, tls, is_asked, carries_requests, open: Mutex::default() }))
+        let (idle, open) = (IDLE, Mutex::default());
+        Self(Arc::new(Inner { replicas, replica, address, tls, is_asked, carries_requests, idle, open }))
     }
 
     /// The URI of a method.
@@ -163,7 +167,7 @@ impl Connection {
 
     /// Only an attempt that ends while no connection is open tells whether the replica is reachable.
     fn attempt(&self) -> Attempt {
-        let inner = Arc::clone(&self.0);
+        let (inner, idle) = (Arc::clone(&self.0), self.0.idle);
         let connect = tokio::spawn(async move {
             let connected = inner.connect().await.map_err(Arc::new);
             let mut open = inner.open.lock();
@@ -174,11 +178,8 @@ impl Connection {
                 Ok(http2) => {
                     open.connections.push(http2.clone());
                     if !is_first {
-                        tokio::spawn(close_idle(
-                            Arc::downgrade(&inner),
-                            Arc::clone(&http2.load),
-                            http2.retired.clone(),
-                        ));
+                        let (inner, load, retired) = (Arc::downgrade(&inner), &http2.load, http2.retired.clone());
+                        tokio::spawn(close_idle(inner, Arc::clone(load), retired, idle));
                     }
                 }
                 Err(_) => open.refused_until = (!is_first).then(|| Instant::now() + REFUSED),
@@ -227,16 +228,16 @@ impl Open {
     }
 }
 
-/// Closes a connection that is not the only one after it was idle for [`IDLE`].
-async fn close_idle(inner: Weak<Inner>, load: Arc<Load>, retired: CancellationToken) {
+/// Closes a connection that is not the only one after it was idle for this time.
+async fn close_idle(inner: Weak<Inner>, load: Arc<Load>, retired: CancellationToken, idle: Duration) {
     loop {
         tokio::select! {
             () = retired.cancelled() => return,
-            () = sleep(IDLE) => {}
+            () = sleep(idle) => {}
         }
         let Some(inner) = inner.upgrade() else { return };
         let mut open = inner.open.lock();
-        if open.connections.len() > 1 && load.is_idle() {
+        if open.connections.len() > 1 && load.is_idle(idle) {
             open.connections.retain(|http2| !Arc::ptr_eq(&http2.load, &load));
             // Whoever else has it learns that it is out of use.
             return retired.cancel();
@@ -252,9 +253,10 @@ impl Inner {
 
     /// Connects. A connection that breaks meanwhile may have reached a server that was ending, so a second one is tried.
     async fn connect(&self) -> io::Result<Http2> {
-        let tls = self.tls;
-        match connect(&self.replicas, &self.replica, self.address, tls).await {
-            Err(error) if is_loss(error.kind()) => connect(&self.replicas, &self.replica, self.address, tls).await,
+        let counts = self.carries_requests.then_some(&self.replicas.connections);
+        let connect = || connect(&self.replicas, &self.replica, self.address, self.tls, counts);
+        match connect().await {
+            Err(error) if is_loss(error.kind()) => connect().await,
             result => result,
         }
     }
@@ -265,18 +267,22 @@ pub fn is_loss(kind: ErrorKind) -> bool {
     matches!(kind, ErrorKind::ConnectionReset | ErrorKind::ConnectionAborted | ErrorKind::BrokenPipe)
 }
 
-/// Connects to a replica within `connect_timeout`.
+/// Connects to a replica within `connect_timeout`. `counts` counts the connection as long as it is open.
 pub(super) async fn connect(
     replicas: &Replicas,
     replica: &Replica,
     address: SocketAddr,
     tls: bool,
+    counts: Option<&EppConnections>,
 ) -> io::Result<Http2> {
     let tls = replicas.tls.as_ref().filter(|_| tls).map(|tls| (tls.connector(), replica.name.clone()));
     let timeout = io::Error::new(ErrorKind::TimedOut, "connect timeout");
     let (went_away, retired) = (Arc::new(AtomicBool::new(false)), CancellationToken::new());
     let (flag, end) = (Arc::clone(&went_away), retired.clone());
+    let open = Arc::new(OnceLock::new());
+    let counted = Arc::clone(&open);
     let ended = move |orderly| {
+        drop(counted);
         // Waiting requests notice the end of the connection after this flag is set.
         flag.store(orderly, Ordering::Relaxed);
         end.cancel();
@@ -284,6 +290,8 @@ pub(super) async fn connect(
     let connect = handshake::connect(address, tls, ended);
     let Opened { send, limit, streams } =
         tokio::time::timeout(replicas.settings.connect_timeout, connect).await.unwrap_or(Err(timeout))?;
+    // If the connection has ended by now, this is the last reference.
+    let _ = open.set(counts.map(EppConnections::opened));
     Ok(Http2 { send, retired, went_away, load: Arc::new(Load::new(limit, streams)) })
 }
 
@@ -311,8 +319,8 @@ impl Load {
         Self { streams, limit, idle_since: Mutex::new(Instant::now()) }
     }
 
-    fn is_idle(&self) -> bool {
-        self.streams.load(Ordering::Relaxed) == 0 && self.idle_since.lock().elapsed() >= IDLE
+    fn is_idle(&self, time: Duration) -> bool {
+        self.streams.load(Ordering::Relaxed) == 0 && self.idle_since.lock().elapsed() >= time
     }
 }
 
@@ -393,3 +401,6 @@ pub enum Loss {
     NotTaken,
     Broken,
 }
+
+#[cfg(test)]
+mod tests;

@@ -34,7 +34,7 @@ pub(super) async fn keep_following(replicas: &Replicas, replica: &Arc<Replica>) 
 async fn follow(replicas: &Replicas, replica: &Arc<Replica>) {
     let connect = async || {
         let tls = replicas.tls.is_some();
-        connection::connect(replicas, replica, replica.address, tls).await.map(drop).map_err(Arc::new)
+        connection::connect(replicas, replica, replica.address, tls, None).await.map(drop).map_err(Arc::new)
     };
     let mut pauses = Pauses::default();
     let mut news = replicas.news();

@@ -21,7 +21,7 @@ use rustls::pki_types::ServerName;
 use tokio::sync::{Notify, watch};
 
 use super::{error::PickError, tls::Tls, waiting_room::WaitingRoom};
-use crate::config;
+use crate::{config, metrics::EppConnections};
 
 /// How long a replica that failed a request ranks below other serving ones.
 const PENALTY: Duration = Duration::from_secs(5);
@@ -263,6 +263,8 @@ pub struct Replicas {
     news: News,
     /// How many tasks connect again to unreachable replicas.
     tended: AtomicUsize,
+    /// Counts connections that carry requests.
+    pub(super) connections: EppConnections,
     /// Requests that wait for a replica.
     pub waiting_room: Arc<WaitingRoom>,
     /// Notified to resolve the names now.
@@ -287,11 +289,18 @@ impl Replicas {
             current: watch::Sender::default(),
             news: News::default(),
             tended: AtomicUsize::new(0),
+            connections: EppConnections::default(),
             waiting_room: WaitingRoom::new(settings.unreachable_wait_requests, settings.unreachable_wait_bytes),
             look: Notify::new(),
         };
         replicas.merge();
         Ok(replicas)
+    }
+
+    /// Counts connections to these replicas here.
+    #[must_use]
+    pub fn counted(self, connections: EppConnections) -> Self {
+        Self { connections, ..self }
     }
 
     /// The names to resolve, with the indices of their entries. None if the replicas are those of a Service.
