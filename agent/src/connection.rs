@@ -127,7 +127,13 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
                 }
                 return;
             }
-            After::Abort => return socket.abort().await,
+            After::Abort => {
+                tokio::select! {
+                    () = worker.shared.force.cancelled() => {}
+                    () = socket.abort() => {}
+                }
+                return;
+            }
         }
     }
 }

@@ -10,6 +10,7 @@ use penstock_agent::config::{FailureMode, SteeringMode};
 use penstock_tests::{
     BodyEnd, Client, ModelServer, Plan, Reader, ScriptedEpp,
     agent::{TestAgent, builtin_pool, epp_pool},
+    client::Pace,
     eventually,
     model_server::{After, Fault, FaultKind, Framing, HeadWrites, Lengths, Options, Pauses},
     reader::at_least,
@@ -93,6 +94,50 @@ async fn endpoint_break_reaches_client() {
         }
         eventually(SOON, || server.connections_open() == 0).await;
         assert_eq!(steered(&agent) > 0, mode != SteeringMode::Off);
+    }
+}
+
+/// Only a reset tells that such a body is incomplete, and it would drop what the agent has queued for a slow client.
+#[tokio::test]
+async fn bytes_before_a_break_reach_slow_client_of_a_body_until_close() {
+    const SENT: u64 = 60_000;
+    for mode in MODES {
+        let server = server().await;
+        let agent = TestAgent::start(builtin_pool(&[server.addr]), mode, |_| {});
+        let fault = Some(Fault { after: SENT, kind: FaultKind::ResetWhenTold });
+        let plan = Plan { fault, ..trickle(Framing::UntilClose, 100_000) };
+        let mut client = Client::connect_with(agent.addr, Some(2048)).await.unwrap();
+        client.send(&plan.request()).await.unwrap();
+        // The client reads nothing, so that most of it is queued.
+        eventually(SOON, || server.written() >= SENT).await;
+        let aborted = server.aborted();
+        server.resume();
+        eventually(SOON, || server.connections_open() == 0).await;
+        assert_eq!(client.head().await.unwrap().status, 200, "{mode:?}");
+        let read = Reader::Fast.take(&mut client, &mut plan.checker()).await.unwrap();
+        assert_eq!((read.end, read.len), (BodyEnd::Reset, SENT), "{mode:?}");
+        assert_eq!(server.aborted(), aborted, "{mode:?}");
+    }
+}
+
+/// It is reset when it has acknowledged nothing for its time limit.
+#[tokio::test]
+async fn client_that_reads_nothing_after_a_break_is_reset_after_the_idle_time() {
+    for mode in MODES {
+        let server = server().await;
+        let agent = TestAgent::start(builtin_pool(&[server.addr]), mode, |config| {
+            config.timeouts.idle = Some(Duration::from_secs(1));
+        });
+        let fault = Some(Fault { after: 60_000, kind: FaultKind::ResetWhenTold });
+        let mut client = Client::connect_with(agent.addr, Some(2048)).await.unwrap();
+        client.send(&Plan { fault, ..trickle(Framing::UntilClose, 100_000) }.request()).await.unwrap();
+        eventually(SOON, || server.written() >= 60_000).await;
+        server.resume();
+        let open = || agent.metric("penstock_client_connections", &[]);
+        eventually(SOON, || open() == 0.0).await;
+        client.head().await.unwrap();
+        let end = client.read_body(Pace::Fast, |_| Ok(())).await.unwrap().end;
+        assert_eq!(end, BodyEnd::Reset, "{mode:?}");
     }
 }
 

@@ -28,6 +28,10 @@ use crate::{
 
 /// How long redirected bytes may stay unacknowledged before a close becomes a reset.
 const SETTLE: Duration = Duration::from_secs(30);
+/// How long an aborted connection whose client takes queued bytes is kept.
+const DRAIN: Duration = Duration::from_secs(60);
+/// Longest pause between two looks at the queue of such a connection.
+const LOOK: Duration = Duration::from_millis(10);
 /// A tunnel's client side is steered only if fewer bytes than this were waiting when the tunnel began.
 const EARLY: usize = 256 * 1024;
 /// Bytes per read ahead of time.
@@ -324,12 +328,37 @@ impl ClientSocket {
         socket::set_reset_on_close(self.stream(), true);
     }
 
-    /// Aborts the connection in the middle of a message. Bytes already sent still arrive, unless only a reset tells the
-    /// client that the message is incomplete.
+    /// Aborts the connection in the middle of a message. Bytes already sent still arrive. If only a reset tells the client that the
+    /// message is incomplete, it follows when the client has acknowledged them, acknowledges nothing more for its time limit, or
+    /// after [`DRAIN`]: a reset drops what is queued.
     pub async fn abort(mut self) {
-        if !self.resets {
-            let _ = tokio::time::timeout(Duration::from_secs(1), self.settle()).await;
+        self.idle = Some(self.idle.map_or(SETTLE, |idle| idle.min(SETTLE)));
+        let limit = match (self.resets, self.stalled) {
+            (false, _) => Duration::from_secs(1),
+            (true, false) => DRAIN,
+            (true, true) => return,
+        };
+        // In any case the connection is closed now.
+        let _ = tokio::time::timeout(limit, self.sent()).await;
+    }
+
+    /// Waits until the socket has taken everything and, if the close is a reset, until the client has acknowledged it. Fails if the
+    /// client is gone or stalls.
+    async fn sent(&mut self) -> io::Result<()> {
+        self.settle().await?;
+        let (mut patience, mut wait) = (self.patience(), Duration::ZERO);
+        while self.resets && socket::send_queue(self.stream())? > 0 {
+            socket::has_more(self.stream())?;
+            patience.begin(self.stream())?;
+            patience.look(self.stream())?;
+            // Nothing wakes a task when the queue is empty.
+            wait = (wait + Duration::from_millis(1)).min(LOOK);
+            tokio::select! {
+                () = self.left() => return Ok(()),
+                () = tokio::time::sleep(wait) => {}
+            }
         }
+        Ok(())
     }
 }
 
