@@ -4,7 +4,7 @@
 //! Takes the settings, loads the kernel programs and runs each path's self-test. User space carries whatever no path
 //! carries, so nothing here fails the start: a path that is missing or fails is off, with a reason.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Instant};
 
 use caps::Capability;
 use penstock_common::path::Path;
@@ -94,6 +94,10 @@ impl Ladder {
                 format!("kernel {release} may lose or repeat bytes in sockmap; use --force to steer anyway").into();
             return Self::without(Program::Refused(Arc::clone(&why)), &State::Off(why));
         }
+        if let Err(error) = selftest::check_loopback() {
+            let why: Arc<str> = format!("the self-test needs loopback connections: {error:#}").into();
+            return Self::without(Program::Failed(Arc::clone(&why)), &State::Off(why));
+        }
         match Self::load(config, &PATHS) {
             Ok(ladder) => Self { forced: (!sound).then(|| release.to_owned()), ..ladder },
             Err(error) => {
@@ -106,6 +110,7 @@ impl Ladder {
 
     /// Loads the programs and runs the self-tests of both paths.
     fn load(config: &config::Steering, [local, ingress]: &[Entry; 2]) -> Result<Self, LoadError> {
+        let deadline = Instant::now() + selftest::LIMIT;
         let mut kernel = Kernel::load(config.max_flows)?;
         let asked = config.mode != SteeringMode::Ingress;
         if asked {
@@ -119,7 +124,7 @@ impl Ladder {
         }
         let mut kernel = Arc::new(kernel);
         let mut first = match kernel.local() {
-            Ok(()) => Rung::prove(local, &kernel),
+            Ok(()) => Rung::prove(local, &kernel, deadline),
             Err(why) => Rung { path: local.path, checks: Vec::new(), state: State::Off(why), endpoint_visible: None },
         };
         match &first.state {
@@ -134,7 +139,7 @@ impl Ladder {
             }
             _ => {}
         }
-        let second = Rung::prove(ingress, &kernel);
+        let second = Rung::prove(ingress, &kernel, deadline);
         first.endpoint_visible = kernel.endpoint_visible();
         if let (SteeringMode::Local, Some(how)) = (config.mode, &first.endpoint_visible) {
             tracing::warn!(
@@ -260,9 +265,9 @@ impl Ladder {
 
 impl Rung {
     /// Runs the self-test without capabilities, as workers run.
-    fn prove(entry: &Entry, kernel: &Arc<Kernel>) -> Self {
+    fn prove(entry: &Entry, kernel: &Arc<Kernel>, deadline: Instant) -> Self {
         let mut rung = Self { path: entry.path, checks: Vec::new(), state: State::Ready, endpoint_visible: None };
-        match capability::with(&[], || selftest::prove(kernel, entry.path, entry.cases)) {
+        match capability::with(&[], || selftest::prove(kernel, entry.path, entry.cases, deadline)) {
             Ok(checks) => rung.checks = checks,
             Err(error) => rung.state = State::Off(format!("the self-test could not run: {error:#}").into()),
         }
@@ -424,6 +429,21 @@ mod tests {
         assert!(said.starts_with(lacks) && said.contains("Operation not permitted"), "{said}");
         assert_eq!(ladder.lines()[2], said.replace("steering: unavailable", "path ingress: off"));
         assert!(matches!(ladder.program, Program::Failed(_)));
+    }
+
+    /// A new network namespace, whose loopback interface is down.
+    #[test]
+    fn node_without_loopback_starts_at_once_without_steering() {
+        let climbed = std::thread::spawn(|| {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).expect("root");
+            let begun = Instant::now();
+            let ladder = Ladder::climb(&config());
+            (ladder.lines(), begun.elapsed())
+        });
+        let (lines, took) = climbed.join().expect("no panic");
+        assert!(took < std::time::Duration::from_secs(4), "{took:?}");
+        let why = "path local: off: the self-test needs loopback connections: ";
+        assert!(lines[1].starts_with(why), "{lines:?}");
     }
 
     #[test]

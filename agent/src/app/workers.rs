@@ -1,6 +1,11 @@
 //! Starts the workers, each on a thread of its own.
 
-use std::{io, rc::Rc, sync::Arc, thread::JoinHandle};
+use std::{
+    io,
+    rc::Rc,
+    sync::{Arc, atomic::AtomicBool},
+    thread::JoinHandle,
+};
 
 use anyhow::Result;
 use tokio::sync::watch;
@@ -29,19 +34,19 @@ pub(super) struct WorkerGates {
 impl WorkerGates {
     /// The gates of `count` workers.
     pub(super) fn of(config: &Config, count: usize, readiness: &Readiness) -> Vec<Self> {
-        let gates = |number| Self {
-            worker: readiness.gate(format!("worker {number}")),
-            epps: config.pools.iter().map(|pool| epp_gate(pool, readiness)).collect(),
-        };
+        let reported: Vec<_> = config.pools.iter().map(|_| Arc::new(AtomicBool::new(false))).collect();
+        let epps = || config.pools.iter().zip(&reported).map(|(pool, reported)| epp_gate(pool, readiness, reported));
+        let gates = |number| Self { worker: readiness.gate(format!("worker {number}")), epps: epps().collect() };
         (0..count).map(gates).collect()
     }
 }
 
 /// The gate of a pool that cannot serve a request without its EPP.
-fn epp_gate(pool: &Pool, readiness: &Readiness) -> Option<Start> {
+fn epp_gate(pool: &Pool, readiness: &Readiness, reported: &Arc<AtomicBool>) -> Option<Start> {
     let Picker::Epp(epp) = &pool.picker else { return None };
     let wait = epp.start_wait.filter(|_| pool.failure_mode == FailureMode::Closed)?;
-    Some(Start { gate: readiness.gate(format!("EPP of pool {}", pool.name)), wait, pool: pool.name.clone() })
+    let gate = readiness.gate(format!("EPP of pool {}", pool.name));
+    Some(Start { gate, wait, pool: pool.name.clone(), reported: Arc::clone(reported) })
 }
 
 /// Starts a worker for each of `listeners`.

@@ -242,6 +242,16 @@ impl<'d> Section<'d> {
         self.table.is_some_and(|table| table.contains_key(key))
     }
 
+    pub(super) fn is_empty_array(&self, key: &str) -> bool {
+        let array = self.table.and_then(|table| table.get(key)).and_then(|value| value.get_ref().as_array());
+        array.is_some_and(|array| array.is_empty())
+    }
+
+    /// Whether the value of `key` is an array.
+    pub(super) fn has_array(&self, key: &str) -> bool {
+        self.table.and_then(|table| table.get(key)).is_some_and(|value| value.get_ref().is_array())
+    }
+
     /// Reports an error about `key`, which may be absent or an element such as `endpoints[1]`.
     pub(super) fn reject(&self, key: &str, found: impl Display, expected: impl Display) {
         let span = self.span_of(key);

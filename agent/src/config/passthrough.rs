@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use serde_json::json;
 use toml::de::DeValue;
 
-use super::value::{self, Value};
+use super::value::{Custom, Expected, Value};
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Passthrough {
@@ -107,23 +107,38 @@ fn bits_of(ip: IpAddr) -> u128 {
     }
 }
 
-pub(super) fn passthrough() -> Value<Passthrough> {
-    let network = |value: &toml::Spanned<DeValue<'_>>| value::text(value.get_ref()).and_then(Network::parse);
-    let parse = move |value: &DeValue<'_>| match value {
-        DeValue::Boolean(true) => Some(Passthrough::On),
-        DeValue::Boolean(false) => Some(Passthrough::Off),
-        DeValue::Array(networks) if !networks.is_empty() => {
-            networks.iter().map(network).collect::<Option<_>>().map(Passthrough::Networks)
-        }
-        _ => None,
-    };
-    let schema = json!({ "anyOf": [
-        { "type": "boolean" },
-        { "type": "array", "items": { "type": "string" }, "minItems": 1 },
-    ] });
-    // The default is never an array of networks.
-    let show = |passthrough: &Passthrough| (*passthrough == Passthrough::On).into();
-    Value::new(r#"true, false, or an array of networks such as ["10.0.0.0/8"]"#, schema, parse, show)
+const WORDS: &str = r#"true, false, or an array of networks such as ["10.0.0.0/8"]"#;
+
+fn network() -> Value<Network> {
+    let words = r#"a network such as "10.0.0.0/8", whose address has no bits after the prefix, or an IP address"#;
+    Value::text(words, Network::parse, |network| format!("{}/{}", network.address, network.prefix))
+}
+
+pub(super) fn passthrough() -> Custom<Passthrough> {
+    Custom {
+        words: WORDS,
+        schema: json!({ "anyOf": [
+            { "type": "boolean" },
+            { "type": "array", "items": { "type": "string" }, "minItems": 1 },
+        ] }),
+        read: |section, key| {
+            if section.has_array(key) {
+                let networks = section.list(key, WORDS, |value| network().parse(value));
+                if section.is_empty_array(key) {
+                    section.reject(key, "an empty array", WORDS);
+                }
+                return Some(Passthrough::Networks(networks));
+            }
+            let parse = |value: &DeValue<'_>| match value {
+                DeValue::Boolean(true) => Ok(Passthrough::On),
+                DeValue::Boolean(false) => Ok(Passthrough::Off),
+                _ => Err(Expected(WORDS.into())),
+            };
+            section.read(key, parse)
+        },
+        // The default is never an array of networks.
+        show: |passthrough| Some((*passthrough == Passthrough::On).into()),
+    }
 }
 
 #[cfg(test)]

@@ -149,8 +149,9 @@ fn header_value() -> Value<String> {
 }
 
 fn model() -> Value<ModelPattern> {
+    // In the middle `*` would match only itself, which no one means.
     let parse = |text: &str| match text.strip_suffix('*') {
-        _ if text.is_empty() => None,
+        _ if text.is_empty() || text.strip_suffix('*').unwrap_or(text).contains('*') => None,
         Some(prefix) => Some(ModelPattern::Prefix(prefix.to_owned())),
         None => Some(ModelPattern::Exact(text.to_owned())),
     };
@@ -158,7 +159,7 @@ fn model() -> Value<ModelPattern> {
         ModelPattern::Exact(model) => model.clone(),
         ModelPattern::Prefix(prefix) => format!("{prefix}*"),
     };
-    Value::text("a string that is not empty", parse, show)
+    Value::text("a model's name that is not empty, in which only the last character may be `*`", parse, show)
 }
 
 impl Group for PathKeys {

@@ -2,7 +2,10 @@
 //! a loss, and when another replica is asked first. Does not connect to a replica that is unreachable; `reach` does.
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -56,12 +59,14 @@ pub struct Start {
     pub gate: Gate,
     pub wait: Duration,
     pub pool: String,
+    /// Whether the pool's missing connection was reported; shared by the workers.
+    pub reported: Arc<AtomicBool>,
 }
 
 impl Start {
     /// Opens the gate at the latest after `wait`, and also if no connection is kept any more.
     pub(super) async fn open(self, connected: oneshot::Receiver<()>) {
-        if timeout(self.wait, connected).await.is_err() {
+        if timeout(self.wait, connected).await.is_err() && !self.reported.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 pool = self.pool,
                 "no connection to the EPP in the start time, counting as ready without it"

@@ -175,6 +175,18 @@ fn wrong_subsets_and_checks_are_rejected() {
             "[dns]\nmin_ttl = \"1h\"",
             "p.toml:5:1: dns.min_ttl: found a min_ttl above max_ttl, expected min_ttl up to max_ttl",
         ),
+        (
+            "passthrough = [\"10.0.0.0/8\", \"10.0.0.1/8\"]",
+            r#"p.toml:4:30: pools[0].passthrough[1]: found "10.0.0.1/8", expected a network such as "10.0.0.0/8", whose address has no bits after the prefix, or an IP address"#,
+        ),
+        (
+            "passthrough = \"10.0.0.0/8\"",
+            r#"p.toml:4:15: pools[0].passthrough: found "10.0.0.0/8", expected true, false, or an array of networks such as ["10.0.0.0/8"]"#,
+        ),
+        (
+            "passthrough = []",
+            r#"p.toml:4:1: pools[0].passthrough: found an empty array, expected true, false, or an array of networks such as ["10.0.0.0/8"]"#,
+        ),
     ];
     for (more, expected) in cases {
         assert_message(&format!("{POOL}{more}"), expected);

@@ -42,7 +42,21 @@ fn wrong_routes_are_rejected() {
             34,
             "headers[0].value: found \" b\", expected a header value without surrounding white space",
         ),
-        ("model = \"\"", 9, r#"model: found "", expected a string that is not empty"#),
+        (
+            "model = \"\"",
+            9,
+            r#"model: found "", expected a model's name that is not empty, in which only the last character may be `*`"#,
+        ),
+        (
+            "model = [\"a\", \"a*b\"]",
+            15,
+            r#"model[1]: found "a*b", expected a model's name that is not empty, in which only the last character may be `*`"#,
+        ),
+        (
+            "model = \"é*é*\"",
+            9,
+            r#"model: found "é*é*", expected a model's name that is not empty, in which only the last character may be `*`"#,
+        ),
         ("base_model = \"b\"", 1, "base_model: found \"b\", expected a base model of bbr.base_models"),
     ];
     for (conditions, column, expected) in conditions {
