@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use crate::config::Bbr;
+use crate::{config::Bbr, http::head::trimmed};
 
 #[derive(Debug)]
 pub struct ModelHeaders {
@@ -25,8 +25,8 @@ impl ModelHeaders {
         }
     }
 
-    /// Sets the headers for `model`. A name with control characters is not a valid header value, so no model header is
-    /// set for it.
+    /// Sets the headers for `model`. No header can hold a name with control characters or with white space at its beginning or end,
+    /// so none is set for it.
     pub fn set(&self, headers: &mut HeaderMap, model: &str) {
         if let Some(base) = self.base_models.get(model) {
             headers.insert(self.base_model.clone(), base.clone());
@@ -38,5 +38,5 @@ impl ModelHeaders {
 }
 
 fn value(name: &str) -> Option<HeaderValue> {
-    HeaderValue::from_bytes(name.as_bytes()).ok()
+    HeaderValue::from_bytes(name.as_bytes()).ok().filter(|value| trimmed(value.as_bytes()).len() == value.len())
 }

@@ -97,6 +97,11 @@ impl Naming {
         }
     }
 
+    /// Stops reading a body that has turned out to be empty: it is none (RFC 9112 §6.3), whatever announced it.
+    pub fn skip(&mut self) {
+        self.scanner = None;
+    }
+
     /// Stops reading a body that cannot be read. Unless a model was found before, it counts as missing.
     pub fn give_up(&mut self) -> Result<(), NamingError> {
         if self.scanner.take().is_some() && matches!(self.named, Named::Unknown) {

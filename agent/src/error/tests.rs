@@ -149,6 +149,7 @@ fn every_error() -> Vec<Error> {
         BodyError::TooLarge { limit: 1 },
         BodyError::Chunk { found: found() },
         BodyError::Trailers,
+        BodyError::Trailer,
         BodyError::Overhead { found: 1, payload: 0 },
         BodyError::File(io::ErrorKind::StorageFull.into()),
         BodyError::Full { at: "" },

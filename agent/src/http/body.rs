@@ -34,6 +34,8 @@ pub enum BodyError {
     Chunk { found: String },
     #[error("found more than {TRAILERS} trailers, or more than {MAX_TRAILERS} bytes of them")]
     Trailers,
+    #[error("found a trailer with white space around its value (RFC 9113 §8.2.1)")]
+    Trailer,
     #[error("chunk sizes, extensions and trailers take {found} bytes for {payload} bytes of payload")]
     Overhead { found: u64, payload: u64 },
     #[error("could not store the body in a temporary file: {0}")]
@@ -47,7 +49,7 @@ impl BodyError {
         match self {
             Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Trailers => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
-            Self::Chunk { .. } | Self::Overhead { .. } => StatusCode::BAD_REQUEST,
+            Self::Chunk { .. } | Self::Trailer | Self::Overhead { .. } => StatusCode::BAD_REQUEST,
             Self::File(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Full { .. } => StatusCode::SERVICE_UNAVAILABLE,
         }
@@ -59,6 +61,7 @@ impl BodyError {
             Self::TooLarge { .. } => "body_too_large",
             Self::Chunk { .. } => "chunk",
             Self::Trailers => "too_many_trailers",
+            Self::Trailer => "trailer",
             Self::Overhead { .. } => "chunk_overhead",
             Self::File(_) => "body_file",
             Self::Full { .. } => "bodies_full",

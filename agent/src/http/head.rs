@@ -48,17 +48,27 @@ impl HeadLimits {
         if start + fields_len(fields) > self.bytes {
             return Err(HeadError::TooLong { limit: self.bytes });
         }
-        // RFC 9113 §8.2.1
-        let is_blank = |byte: Option<&u8>| matches!(byte, Some(b' ' | b'\t'));
-        let mut padded =
-            fields.iter().filter(|(_, value)| is_blank(value.as_bytes().first()) || is_blank(value.as_bytes().last()));
-        match padded.next() {
+        match padded(fields) {
             Some((name, value)) => {
                 Err(HeadError::FieldLine { line: shown(&[name.as_str().as_bytes(), b": ", value.as_bytes()].concat()) })
             }
             None => Ok(()),
         }
     }
+}
+
+/// A field whose value begins or ends with white space. HTTP/2 forbids it, and HTTP/1.1 does not carry it (RFC 9113 §8.2.1, RFC 9110
+/// §5.5).
+pub fn padded(fields: &HeaderMap) -> Option<(&HeaderName, &HeaderValue)> {
+    fields.iter().find(|(_, value)| trimmed(value.as_bytes()).len() != value.len())
+}
+
+/// A field's value without the white space around it, which is not part of it (RFC 9110 §5.5).
+pub fn trimmed(value: &[u8]) -> &[u8] {
+    let is_text = |byte: &u8| !matches!(byte, b' ' | b'\t');
+    let start = value.iter().position(is_text).unwrap_or(value.len());
+    let end = value.iter().rposition(is_text).map_or(start, |last| last + 1);
+    &value[start..end]
 }
 
 /// About the bytes that fields would take in HTTP/1.1.

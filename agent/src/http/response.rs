@@ -308,7 +308,10 @@ impl ResponseHead {
         match (self.body, self.content_length) {
             (BodyKind::Chunked, _) if !ends_by_close => out.put_slice(b"transfer-encoding: chunked\r\n"),
             (BodyKind::Length(bytes), _) => write_length(bytes, out),
-            (BodyKind::None, Some(bytes)) if !self.interim && self.status != StatusCode::NO_CONTENT => {
+            // RFC 9110 §8.6: neither in 1xx, 101 among them, nor in 204.
+            (BodyKind::None, Some(bytes))
+                if !self.status.is_informational() && self.status != StatusCode::NO_CONTENT =>
+            {
                 write_length(bytes, out);
             }
             _ => {}

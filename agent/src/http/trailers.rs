@@ -5,7 +5,10 @@ use bytes::BytesMut;
 use http::{HeaderMap, HeaderName, HeaderValue};
 use penstock_common::framing::{Framing, MAX_TRAILERS, state};
 
-use super::{head::fields_len, headers};
+use super::{
+    head::{fields_len, padded},
+    headers,
+};
 
 /// Maximum number of trailers per message. [`Framing`] bounds their bytes.
 pub const TRAILERS: usize = 128;
@@ -69,7 +72,11 @@ pub enum TrailerError {
 /// Checks trailers that came over HTTP/2, from which fields may be missing (`incomplete`) because they were too large.
 pub fn check(trailers: &HeaderMap, incomplete: bool) -> Result<(), TrailerError> {
     let is_large = trailers.len() > TRAILERS || fields_len(trailers) > MAX_TRAILERS as usize;
-    if is_large || incomplete { Err(TrailerError::TooMany) } else { Ok(()) }
+    match () {
+        () if is_large || incomplete => Err(TrailerError::TooMany),
+        () if padded(trailers).is_some() => Err(TrailerError::Malformed),
+        () => Ok(()),
+    }
 }
 
 /// Appends to `section` the bytes of a run of chunked syntax that belong to the trailer section; `framing` is the state

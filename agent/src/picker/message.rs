@@ -13,6 +13,8 @@ use penstock_proto::{
 };
 use prost_types::{ListValue, Struct, Value, value::Kind};
 
+use crate::http::head::trimmed;
+
 /// Largest piece of a response body, and of a body in the replies of `penstock epp`, in bytes. EPPs cut their own replies to the same
 /// size.
 pub const PIECE: usize = 62_000;
@@ -120,9 +122,9 @@ pub fn metadata_destination(metadata: &Struct) -> Option<String> {
     }
 }
 
-/// The bytes of a header value. EPPs use either field.
+/// The bytes of a header value, without white space around them (RFC 9110 §5.5). EPPs use either field.
 pub fn value(header: &HeaderValue) -> &[u8] {
-    if header.raw_value.is_empty() { header.value.as_bytes() } else { &header.raw_value }
+    trimmed(if header.raw_value.is_empty() { header.value.as_bytes() } else { &header.raw_value })
 }
 
 fn fields(headers: &HeaderMap) -> impl Iterator<Item = HeaderValue> {

@@ -23,6 +23,8 @@ pub(super) struct Scan {
     form: Form,
     /// Whether the request is refused if its body cannot be decoded.
     needed: bool,
+    /// No byte has come yet.
+    empty: bool,
     bodies: Arc<Bodies>,
 }
 
@@ -47,7 +49,7 @@ impl Scan {
             Codings::Unknown(field) => Form::Unknown(field),
         };
         let needed = naming.rejects();
-        Self { naming, hasher: PromptHasher::new(), form, needed, bodies: Arc::clone(bodies) }
+        Self { naming, hasher: PromptHasher::new(), form, needed, empty: true, bodies: Arc::clone(bodies) }
     }
 
     /// Must be called before the first piece: whether the request's route needs the model.
@@ -66,6 +68,7 @@ impl Scan {
 
     /// Scans the next piece of the body. Not cancel-safe.
     pub(super) async fn take(&mut self, piece: &Bytes) -> Result<(), NamingError> {
+        self.empty &= piece.is_empty();
         match &mut self.form {
             Form::Plain => {
                 self.hasher.update(piece);
@@ -84,6 +87,11 @@ impl Scan {
 
     /// Finishes a complete body; a JSON body must be valid to its end. Not cancel-safe.
     pub(super) async fn end(&mut self) -> Result<(), NamingError> {
+        if self.empty {
+            self.form = Form::Opaque;
+            self.naming.skip();
+            return Ok(());
+        }
         if let Form::Coded(decoder) = &mut self.form {
             decoder.end();
             self.decode().await?;

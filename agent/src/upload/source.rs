@@ -9,7 +9,7 @@ use crate::{
     error::Error,
     http::{
         body::{BodyError, BodyReader, Decoded},
-        trailers,
+        trailers::{self, TrailerError},
     },
 };
 
@@ -65,7 +65,10 @@ impl Source {
                     }
                     Some(Err(trailers)) => {
                         let trailers = trailers.into_trailers().unwrap_or_default();
-                        trailers::check(&trailers, stream.lacks_trailers()).map_err(|_| BodyError::Trailers)?;
+                        trailers::check(&trailers, stream.lacks_trailers()).map_err(|error| match error {
+                            TrailerError::TooMany => BodyError::Trailers,
+                            TrailerError::Malformed => BodyError::Trailer,
+                        })?;
                         self.trailers = trailers;
                     }
                     Some(Ok(_)) | None => {}

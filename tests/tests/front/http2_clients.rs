@@ -183,6 +183,38 @@ async fn field_value_with_blanks_around_it_is_refused() {
     }
 }
 
+/// The same of a trailer: an endpoint that speaks HTTP/2 may end its whole connection for it.
+#[tokio::test]
+async fn trailer_with_blanks_around_it_is_refused() {
+    for back in [Back::Http1, Back::Http2] {
+        let scene = Scene::with(Front::Http2, back, first, |_| {}).await;
+        let mut client = connect(&scene).await;
+        for (value, status) in [("a b", 200), (" a", 400), ("a\t", 400)] {
+            let before = scene.endpoint.requests();
+            let head = client.head(&Request::new("POST", "/test/echo")).unwrap();
+            let mut stream = client.open(head, false).await.unwrap();
+            stream.data("abc").await.unwrap();
+            let mut trailers = HeaderMap::new();
+            trailers.insert("x-checksum", value.parse().unwrap());
+            stream.finish(trailers).unwrap();
+            assert_eq!(stream.response().await.unwrap().status(), status, "{value:?}");
+            assert_eq!(scene.endpoint.requests() - before, u64::from(status == 200), "{value:?}");
+        }
+    }
+}
+
+/// Node sends the end of an empty body in a frame of its own.
+#[tokio::test]
+async fn empty_data_frame_with_json_type_is_no_body() {
+    let scene = Scene::with(Front::Http2, Back::Http1, first, |_| {}).await;
+    let mut client = connect(&scene).await;
+    let request = Request::new("POST", "/test/echo").header("content-type", "application/json");
+    let head = client.head(&request).unwrap();
+    let mut stream = client.open(head, false).await.unwrap();
+    stream.finish(HeaderMap::new()).unwrap();
+    assert_eq!(stream.response().await.unwrap().status(), 200);
+}
+
 /// The reset of a stream discards what h2 has queued.
 #[tokio::test]
 async fn everything_before_a_break_reaches_the_client() {

@@ -381,6 +381,27 @@ async fn trailers_are_whole_or_the_response_is_broken() {
     }
 }
 
+/// A client must not get what it would have to refuse (RFC 9113 §8.2.1).
+#[tokio::test]
+async fn trailer_with_blanks_around_it_breaks_the_response() {
+    let addr = scripted_endpoint(|_, mut frames| async move {
+        while let Some(head) = frames.find(|frame| frame.kind == kind::HEADERS).await? {
+            frames.send(&Frame::headers(head.stream, false, &[(":status", "200")])).await?;
+            frames.send(&Frame::new(kind::DATA, 0, head.stream, *b"abc")).await?;
+            frames.send(&Frame::headers(head.stream, true, &[("x-t", " v ")])).await?;
+        }
+        Ok(())
+    })
+    .await;
+    let agent = agent(addr, |_| {});
+    let http1 = Client::connect(agent.addr).await.unwrap().request(&Request::get("/")).await.unwrap();
+    let http2 = Http2Client::connect(agent.addr).await.unwrap().request(&Request::get("/")).await.unwrap();
+    for response in [http1, http2] {
+        assert_eq!((response.status(), response.read.trailers.len()), (200, 0));
+        assert_ne!(response.read.end, BodyEnd::Complete);
+    }
+}
+
 #[tokio::test]
 async fn head_up_to_the_limit_passes_and_a_larger_one_harms_no_other_stream() {
     const SIZES: [(usize, u16); 4] = [(40_000, 200), (60_000, 200), (70_000, 502), (200_000, 502)];

@@ -11,6 +11,7 @@ use penstock_tests::{
 
 use crate::SOON;
 
+const JSON: &str = "application/json";
 const MODEL: &str = "x-gateway-model-name";
 
 /// Accepts any body, JSON or not.
@@ -61,6 +62,35 @@ async fn json_in_frames_is_no_document() {
         .request(&Request::post("/test/echo", r#"{"model":"m"}"#).header("content-type", "application/ld+json"))
         .await;
     assert_eq!(seen.echoed().header(MODEL), Some("m"));
+}
+
+/// A header would name another model: white space around a value is not part of it.
+#[tokio::test]
+async fn model_with_white_space_around_it_has_no_header() {
+    let mut stage = Stage::new(first).await;
+    for body in [r#"{"model":" m"}"#, r#"{"model":"m "}"#, r#"{"model":"\tm"}"#, r#"{"model":" "}"#] {
+        let request = Request::post("/test/echo", body).header("content-type", JSON);
+        assert_eq!(stage.request(&request).await.echoed().header(MODEL), None, "{body}");
+    }
+    let request = Request::post("/test/echo", r#"{"model":"a m"}"#).header("content-type", JSON);
+    assert_eq!(stage.request(&request).await.echoed().header(MODEL), Some("a m"));
+}
+
+/// It has the same meaning whether its length is announced or not.
+#[tokio::test]
+async fn empty_json_body_is_none() {
+    for rule in [MissingModel::Pass, MissingModel::Reject] {
+        let mut stage = Stage::with(first, missing(rule)).await;
+        for method in ["POST", "GET", "DELETE"] {
+            for request in
+                [Request::new(method, "/test/echo").body(""), Request::new(method, "/test/echo").chunked("", 1)]
+            {
+                let response = stage.request(&request.header("content-type", JSON)).await;
+                assert_eq!((response.status(), response.echoed().body_length), (200, 0), "{method}");
+            }
+        }
+        assert_eq!(counted(&stage), [0, 0, 0]);
+    }
 }
 
 fn missing(rule: MissingModel) -> impl FnOnce(&mut Config) {

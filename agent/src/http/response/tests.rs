@@ -159,6 +159,9 @@ fn bodiless_response_with_ambiguous_framing_is_forwarded_without_it() {
     let switch = "HTTP/1.1 101 A\r\nUpgrade: a\r\nContent-Length: 5\r\n\r\n";
     let (head, _) = parse(switch, &Method::GET).unwrap().unwrap();
     assert!(head.upgrade.is_some() && head.body == BodyKind::None);
+    let mut out = BytesMut::new();
+    head.write_head(&mut out, true, Version::HTTP_11);
+    assert_eq!(out, "HTTP/1.1 101 A\r\nconnection: upgrade\r\nupgrade: a\r\n\r\n".as_bytes());
 }
 
 #[test]

@@ -111,6 +111,16 @@ fn value_is_raw_or_text_and_may_be_invalid_utf8() {
     assert_eq!(map["bytes"].as_bytes(), b"\xff\xfe");
 }
 
+/// It is not part of the value, and an HTTP/2 endpoint may end its connection for it.
+#[test]
+fn white_space_around_a_value_is_removed() {
+    let mut fields = headers(&[("e", "same")]);
+    let set_headers =
+        vec![set("x", b" \tv w ", None, APPEND), set("y", b"  ", None, APPEND), set("e", b"same ", None, APPEND)];
+    assert_eq!(apply(&HeaderMutation { set_headers, ..HeaderMutation::default() }, &mut fields), 0);
+    assert_eq!(fields, headers(&[("e", "same"), ("x", "v w"), ("y", "")]));
+}
+
 #[test]
 fn path_is_set_if_it_is_a_path() {
     const OWN: &str = "/v1/completions?x=1";
