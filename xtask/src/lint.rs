@@ -2,6 +2,7 @@
 //!
 //! The rules read tracked files. Every finding is printed as `file:line: what`, then the command fails.
 
+mod aarch64;
 mod dependencies;
 mod links;
 mod words;
@@ -60,6 +61,7 @@ pub(crate) fn main() -> Result<()> {
             let agent = ["--package", "penstock-agent", "--no-default-features", "--lib", "--bins"];
             run(cargo().arg("clippy").args(agent).args(["--", "-D", "warnings"]))
         }),
+        steps.step("agent on aarch64", aarch64::check),
     ];
     let errors: Vec<String> = results.into_iter().filter_map(|result| Some(format!("{:#}", result.err()?))).collect();
     if !errors.is_empty() {

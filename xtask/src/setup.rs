@@ -34,6 +34,11 @@ const TEST_PROGRAMS: [(&str, &str); 5] = [
     ("java", "openjdk-17-jdk-headless"),
 ];
 
+/// The other processor that the agent is for.
+pub(crate) const AARCH64: &str = "aarch64-unknown-linux-gnu";
+/// Compile the C code of crates for it, with the headers of the C library.
+const AARCH64_PACKAGES: [&str; 2] = ["gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross"];
+
 /// Runs the virtual machines of `cargo xtask vm-test`.
 pub(crate) const QEMU: &str = "qemu-system-x86_64";
 
@@ -222,6 +227,18 @@ pub(crate) fn vm_needs() -> Result<()> {
         apt_install(&["qemu-system-x86"])?;
     }
     Ok(())
+}
+
+/// Installs the standard library and the C compiler for aarch64.
+pub(crate) fn aarch64_needs() -> Result<()> {
+    if find("aarch64-linux-gnu-gcc").is_none() {
+        apt_install(&AARCH64_PACKAGES)?;
+    }
+    let installed = output(command("rustup").args(["target", "list", "--installed"]));
+    if installed.is_some_and(|targets| targets.lines().any(|target| target == AARCH64)) {
+        return Ok(());
+    }
+    quietly("setup: standard library for aarch64", command("rustup").args(["target", "add", AARCH64]))
 }
 
 fn venv() -> PathBuf {
