@@ -136,7 +136,11 @@ async fn deliver(
         (got, orderly)
     };
     let (end, (), (got, orderly)) = tokio::join!(carry, write, read);
+    check(framing, wire, end, &got, orderly)
+}
 
+/// Checks what the client got of the message in `wire`, and how its connection ended.
+fn check(framing: Framing, wire: &[u8], end: End, got: &[u8], orderly: bool) -> Result<()> {
     let mut expected = framing;
     let taken = expected.feed(wire);
     let message = &wire[..taken];
@@ -147,7 +151,7 @@ async fn deliver(
         ensure!(end == End::Broken, "an incomplete message ended as {end:?}");
     }
     if expected.is_invalid() {
-        ensure!(message.starts_with(&got), "the client got bytes that are not in the message");
+        ensure!(message.starts_with(got), "the client got bytes that are not in the message");
     } else {
         ensure!(got == message, "{} bytes of {} arrived", got.len(), message.len());
     }

@@ -113,13 +113,63 @@ fn requests() {
     }
 }
 
-#[test]
-fn responses() {
-    use ext_proc::body_mutation::Mutation;
+/// A response of each kind, ours and theirs, with this mutation of the body.
+fn replies(
+    mutation: &ext_proc::body_mutation::Mutation,
+    their_body_mutation: &theirs::body_mutation::Mutation,
+) -> [(ext_proc::processing_response::Response, theirs::processing_response::Response); 7] {
     use ext_proc::{
         BodyResponse, CommonResponse, HeadersResponse, TrailersResponse, processing_response::Response as Ours,
     };
-    use theirs::{body_mutation::Mutation as TheirMutation, processing_response::Response as Theirs};
+    use theirs::processing_response::Response as Theirs;
+    let common = || CommonResponse {
+        status: ext_proc::common_response::ResponseStatus::ContinueAndReplace.into(),
+        header_mutation: Some(our_mutation()),
+        body_mutation: Some(ext_proc::BodyMutation { mutation: Some(mutation.clone()) }),
+        clear_route_cache: true,
+    };
+    let their_common = || theirs::CommonResponse {
+        status: 1,
+        header_mutation: Some(their_mutation()),
+        body_mutation: Some(theirs::BodyMutation { mutation: Some(their_body_mutation.clone()) }),
+        clear_route_cache: true,
+        ..Default::default()
+    };
+    let head = || HeadersResponse { response: Some(common()) };
+    let their_head = || theirs::HeadersResponse { response: Some(their_common()) };
+    let body = || BodyResponse { response: Some(common()) };
+    let their_body = || theirs::BodyResponse { response: Some(their_common()) };
+    let trailers = || TrailersResponse { header_mutation: Some(our_mutation()) };
+    let their_trailers = || theirs::TrailersResponse { header_mutation: Some(their_mutation()) };
+    let immediate = ext_proc::ImmediateResponse {
+        status: Some(http_type::HttpStatus { code: 429 }),
+        headers: Some(our_mutation()),
+        body: b"busy"[..].into(),
+        grpc_status: Some(ext_proc::GrpcStatus { status: 8 }),
+        details: "shed".into(),
+    };
+    let their_immediate = theirs::ImmediateResponse {
+        status: Some(HttpStatus { code: 429 }),
+        headers: Some(their_mutation()),
+        body: b"busy".to_vec(),
+        grpc_status: Some(theirs::GrpcStatus { status: 8 }),
+        details: "shed".into(),
+    };
+    [
+        (Ours::RequestHeaders(head()), Theirs::RequestHeaders(their_head())),
+        (Ours::ResponseHeaders(head()), Theirs::ResponseHeaders(their_head())),
+        (Ours::RequestBody(body()), Theirs::RequestBody(their_body())),
+        (Ours::ResponseBody(body()), Theirs::ResponseBody(their_body())),
+        (Ours::RequestTrailers(trailers()), Theirs::RequestTrailers(their_trailers())),
+        (Ours::ResponseTrailers(trailers()), Theirs::ResponseTrailers(their_trailers())),
+        (Ours::ImmediateResponse(immediate), Theirs::ImmediateResponse(their_immediate)),
+    ]
+}
+
+#[test]
+fn responses() {
+    use ext_proc::body_mutation::Mutation;
+    use theirs::body_mutation::Mutation as TheirMutation;
     let mutations = [
         (Mutation::Body(b"all"[..].into()), TheirMutation::Body(b"all".to_vec())),
         (Mutation::ClearBody(true), TheirMutation::ClearBody(true)),
@@ -136,48 +186,7 @@ fn responses() {
         ),
     ];
     for (mutation, their_body_mutation) in mutations {
-        let common = || CommonResponse {
-            status: ext_proc::common_response::ResponseStatus::ContinueAndReplace.into(),
-            header_mutation: Some(our_mutation()),
-            body_mutation: Some(ext_proc::BodyMutation { mutation: Some(mutation.clone()) }),
-            clear_route_cache: true,
-        };
-        let their_common = || theirs::CommonResponse {
-            status: 1,
-            header_mutation: Some(their_mutation()),
-            body_mutation: Some(theirs::BodyMutation { mutation: Some(their_body_mutation.clone()) }),
-            clear_route_cache: true,
-            ..Default::default()
-        };
-        let head = || HeadersResponse { response: Some(common()) };
-        let their_head = || theirs::HeadersResponse { response: Some(their_common()) };
-        let body = || BodyResponse { response: Some(common()) };
-        let their_body = || theirs::BodyResponse { response: Some(their_common()) };
-        let trailers = || TrailersResponse { header_mutation: Some(our_mutation()) };
-        let their_trailers = || theirs::TrailersResponse { header_mutation: Some(their_mutation()) };
-        let immediate = ext_proc::ImmediateResponse {
-            status: Some(http_type::HttpStatus { code: 429 }),
-            headers: Some(our_mutation()),
-            body: b"busy"[..].into(),
-            grpc_status: Some(ext_proc::GrpcStatus { status: 8 }),
-            details: "shed".into(),
-        };
-        let their_immediate = theirs::ImmediateResponse {
-            status: Some(HttpStatus { code: 429 }),
-            headers: Some(their_mutation()),
-            body: b"busy".to_vec(),
-            grpc_status: Some(theirs::GrpcStatus { status: 8 }),
-            details: "shed".into(),
-        };
-        let rows = [
-            (Ours::RequestHeaders(head()), Theirs::RequestHeaders(their_head())),
-            (Ours::ResponseHeaders(head()), Theirs::ResponseHeaders(their_head())),
-            (Ours::RequestBody(body()), Theirs::RequestBody(their_body())),
-            (Ours::ResponseBody(body()), Theirs::ResponseBody(their_body())),
-            (Ours::RequestTrailers(trailers()), Theirs::RequestTrailers(their_trailers())),
-            (Ours::ResponseTrailers(trailers()), Theirs::ResponseTrailers(their_trailers())),
-            (Ours::ImmediateResponse(immediate), Theirs::ImmediateResponse(their_immediate)),
-        ];
+        let rows = replies(&mutation, &their_body_mutation);
         for (ours, their_response) in rows {
             same(
                 &ext_proc::ProcessingResponse {

@@ -103,13 +103,9 @@ impl Kind {
             command
         };
         fs::write(folder.join("content"), Alphabet::Text.bytes(1, 0, CONTENT))?;
-        let config = |name: &str, text: String| -> Result<PathBuf> {
-            let path = folder.join(name);
-            fs::write(&path, text)?;
-            Ok(path)
-        };
-        let python = venv("python");
-        let python = python.to_str().context("the path of the Python environment is not UTF-8")?;
+        let config = |name: &str, text: String| written(folder.join(name), &text);
+        let python = venv("python").into_os_string().into_string();
+        let python = &*python.ok().context("the path of the Python environment is not UTF-8")?;
         let short_java = ["-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"];
         Ok(match self {
             Self::Nginx => {
@@ -138,8 +134,8 @@ impl Kind {
             Self::Node => script("node", &[], "node.js"),
             Self::JdkServer => script("java", &short_java, "JdkServer.java"),
             Self::JavaNio => {
-                let [first, second] = short_java;
-                script("java", &[first, second, "--add-opens", "java.base/sun.nio.ch=ALL-UNNAMED"], "NioServer.java")
+                let arguments = [&short_java[..], &["--add-opens", "java.base/sun.nio.ch=ALL-UNNAMED"]].concat();
+                script("java", &arguments, "NioServer.java")
             }
             Self::Haproxy => {
                 let mut command = Command::new("haproxy");
@@ -153,17 +149,25 @@ impl Kind {
                 command
             }
             Self::Penstock => {
-                let text = format!(
-                    "[listen]\naddress = \"{addr}\"\n[admin]\naddress = \"127.0.0.1:0\"\n[limits]\nbody_bytes = {}\n\
-                     [[pools]]\nname = \"a\"\nendpoints = [\"{origin}\"]\n",
-                    64 << 20
-                );
                 let mut command = Command::new(Process::binary("penstock")?);
-                command.arg("run").arg("--config").arg(config("penstock.toml", text)?);
+                command.arg("run").arg("--config").arg(config("penstock.toml", penstock(addr, origin))?);
                 command
             }
         })
     }
+}
+
+fn written(path: PathBuf, text: &str) -> Result<PathBuf> {
+    fs::write(&path, text)?;
+    Ok(path)
+}
+
+fn penstock(addr: SocketAddr, origin: SocketAddr) -> String {
+    format!(
+        "[listen]\naddress = \"{addr}\"\n[admin]\naddress = \"127.0.0.1:0\"\n[limits]\nbody_bytes = {}\n\
+         [[pools]]\nname = \"a\"\nendpoints = [\"{origin}\"]\n",
+        64 << 20
+    )
 }
 
 fn root() -> &'static Path {

@@ -35,6 +35,9 @@ use crate::{
 };
 
 mod bounded;
+mod client;
+
+use client::{DialTls, Epp, Exchange};
 
 /// Limit for events that have to happen. No passing test waits for it.
 const SOON: Duration = Duration::from_secs(10);
@@ -59,122 +62,6 @@ fn config(endpoints: u8) -> EppServerConfig {
         session_headers: Vec::new(),
         client_ca: None,
         limits: EppServerLimits::default(),
-    }
-}
-
-struct Epp {
-    address: SocketAddr,
-    channel: Channel,
-    stop: oneshot::Sender<()>,
-    served: JoinHandle<anyhow::Result<()>>,
-}
-
-impl Epp {
-    async fn start(config: EppServerConfig) -> Self {
-        let listener = TcpListener::bind(config.listen).await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let (stop, stopped) = oneshot::channel::<()>();
-        let served = tokio::spawn(serve(config, listener, async {
-            if stopped.await.is_err() {
-                pending::<()>().await;
-            }
-        }));
-        let channel = Endpoint::from_shared(format!("http://{address}")).unwrap().connect_lazy();
-        Self { address, channel, stop, served }
-    }
-
-    async fn open(&self) -> Exchange {
-        let (asks, outbound) = mpsc::channel(64);
-        let mut client = ExternalProcessorClient::new(self.channel.clone());
-        let replies = timeout(SOON, client.process(ReceiverStream::new(outbound))).await.unwrap().unwrap().into_inner();
-        Exchange { asks, replies, metadata: None }
-    }
-
-    async fn with_subset(&self, subset: Kind) -> Exchange {
-        let hint = [("x-gateway-destination-endpoint-subset".to_owned(), Value { kind: Some(subset) })].into();
-        let filter_metadata = [("envoy.lb.subset_hint".to_owned(), Struct { fields: hint })].into();
-        Exchange { metadata: Some(Metadata { filter_metadata }), ..self.open().await }
-    }
-
-    /// Picks for a request with a body. Its stream stays open.
-    async fn pick(&self) -> (String, Exchange) {
-        let mut exchange = self.open().await;
-        exchange.post(BODY).await;
-        (exchange.picked().await, exchange)
-    }
-}
-
-/// The proxy's side of one stream.
-struct Exchange {
-    asks: mpsc::Sender<ProcessingRequest>,
-    replies: Streaming<ProcessingResponse>,
-    metadata: Option<Metadata>,
-}
-
-impl Exchange {
-    async fn send(&self, request: Ask) {
-        let metadata_context = self.metadata.clone();
-        let ask = ProcessingRequest { request: Some(request), metadata_context, protocol_config: None };
-        self.asks.send(ask).await.unwrap();
-    }
-
-    async fn post(&self, body: &[u8]) {
-        self.send(head("POST", false)).await;
-        for piece in message::request_body(Bytes::copy_from_slice(body), true) {
-            self.send(piece).await;
-        }
-    }
-
-    async fn next(&mut self) -> Option<ProcessingResponse> {
-        timeout(SOON, self.replies.message()).await.expect("an answer").unwrap()
-    }
-
-    async fn reply(&mut self) -> Reply {
-        self.next().await.expect("one more message").response.unwrap()
-    }
-
-    async fn header_reply(&mut self) -> (CommonResponse, String) {
-        let message = self.next().await.expect("a header reply");
-        let in_metadata = message::metadata_destination(message.dynamic_metadata.as_ref().unwrap()).unwrap();
-        match message.response.unwrap() {
-            Reply::RequestHeaders(reply) => (reply.response.unwrap(), in_metadata),
-            other => panic!("not a header reply: {other:?}"),
-        }
-    }
-
-    /// Reads the header reply and the body. Returns the destination.
-    async fn picked(&mut self) -> String {
-        let (_, destination) = self.header_reply().await;
-        self.request_pieces().await;
-        destination
-    }
-
-    async fn request_pieces(&mut self) -> Vec<Bytes> {
-        let mut pieces = Vec::new();
-        loop {
-            let Reply::RequestBody(reply) = self.reply().await else { panic!("not a body reply") };
-            let Mutation::StreamedResponse(piece) = reply.response.unwrap().body_mutation.unwrap().mutation.unwrap()
-            else {
-                panic!("not a streamed piece")
-            };
-            pieces.push(piece.body);
-            if piece.end_of_stream {
-                return pieces;
-            }
-        }
-    }
-
-    /// Reads the immediate reply, after which the stream has to end.
-    async fn refused(mut self) -> ImmediateResponse {
-        let Reply::ImmediateResponse(reply) = self.reply().await else { panic!("not refused") };
-        assert!(self.next().await.is_none(), "the stream ends with status OK");
-        reply
-    }
-
-    async fn respond(&mut self, served: SocketAddr) {
-        self.metadata = message::metadata(None, Some(served));
-        self.send(message::response_head(http::StatusCode::OK, &http::HeaderMap::new(), false)).await;
-        assert!(matches!(self.reply().await, Reply::ResponseHeaders(_)));
     }
 }
 
@@ -512,33 +399,4 @@ async fn tls_is_served_with_a_self_signed_certificate() {
         .unwrap();
     let epp = Epp { channel, ..epp };
     assert_eq!(epp.pick().await.0, "10.0.0.1:8000");
-}
-
-/// Dials with TLS and, as proxies do, without verification. The server has to negotiate HTTP/2.
-struct DialTls {
-    address: SocketAddr,
-    client_certificate: Option<config::ClientCertificate>,
-}
-
-impl Service<Uri> for DialTls {
-    type Response = TokioIo<TlsStream<TcpStream>>;
-    type Error = std::io::Error;
-    type Future = BoxFuture<'static, std::io::Result<Self::Response>>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, _: Uri) -> Self::Future {
-        let (address, client_certificate) = (self.address, self.client_certificate.clone());
-        Box::pin(async move {
-            let epp =
-                config::Epp { tls: EppTls::Insecure, client_certificate, ..config::Epp::new(address.to_string()) };
-            let connector = tls::Tls::new(&epp).unwrap().unwrap().connector();
-            let name = rustls::pki_types::ServerName::try_from("localhost").unwrap();
-            let stream = connector.connect(name, TcpStream::connect(address).await?).await?;
-            assert_eq!(stream.get_ref().1.alpn_protocol(), Some(&b"h2"[..]));
-            Ok(TokioIo::new(stream))
-        })
-    }
 }

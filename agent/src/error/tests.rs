@@ -110,6 +110,7 @@ fn accept_header_and_configuration_choose_the_format() {
 }
 
 /// One error of each kind.
+#[expect(clippy::too_many_lines, reason = "a list of all errors")]
 fn every_error() -> Vec<Error> {
     let found = String::new;
     let address = SocketAddr::from(([127, 0, 0, 1], 1));

@@ -3,7 +3,7 @@
 //!
 //! The rules are the files of the crate, compiled with loom's atomic as the word. The agent takes the same steps in the same order
 //! as `deliver`, `steer` and `kernel/slots.rs` in `agent/src/`. Bytes that the kernel moves later than it decides are in
-//! `tests/verdict.rs`. Each rule is also checked with one order weakened, and the model must find the fault.
+//! `tests/verdict`. Each rule is also checked with one order weakened, and the model must find the fault.
 #![allow(unsafe_code)] // the slot is memory that two programs write
 
 #[path = "../../src/framing.rs"]

@@ -16,7 +16,7 @@ use super::exchange::{Done, Outcome, Short, refused};
 use crate::client::ConnectionEnd;
 use crate::content::Checker;
 use crate::eventually::within;
-use crate::model_server::{FaultKind, ModelServer, Plan, Sequence, Upgraded};
+use crate::model_server::{Fault, FaultKind, ModelServer, Plan, Sequence, Upgraded};
 use crate::{Client, Random, Reader};
 
 /// Longest wait for a byte, or for room to send one.
@@ -46,10 +46,8 @@ pub(super) async fn run(
         return Err(refused(&mut client, head.status).await);
     }
     let served = head.header("x-served-by").context("the response names no server")?;
-    let server = servers
-        .iter()
-        .find(|server| server.addr.to_string() == served)
-        .context("the response names an unknown server")?;
+    let server = servers.iter().find(|server| server.addr.to_string() == served);
+    let server = server.context("the response names an unknown server")?;
 
     let (mut stream, early) = client.into_parts();
     let echo = plan.upgraded == Some(Upgraded::Echo);
@@ -83,24 +81,35 @@ pub(super) async fn run(
     };
     let short = Short { bytes, of: fault.map_or(size, |fault| fault.after) };
     if let Some(fault) = fault {
-        match (fault.kind, end) {
-            // With unread bytes of ours, a close becomes a reset.
-            (FaultKind::Close, ConnectionEnd::Reset) => {}
-            (FaultKind::Close, ConnectionEnd::Fin) => ensure!(bytes == fault.after, short),
-            _ => ensure!(end == ConnectionEnd::Reset, short),
-        }
+        ensure!(is_due(fault, end, bytes), short);
         right(server, upload.stream_id)?;
         return Ok(Done::new(Outcome::Broken, bytes));
     }
     ensure!(end == ConnectionEnd::Fin, "{end:?} after {bytes} bytes of {size}");
     ensure!(bytes == size, short);
     ensure!(sent, "the upload was cut off");
+    arrived(server, upload).await?;
+    Ok(Done::new(Outcome::Complete, bytes))
+}
+
+/// Whether a connection with this fault may end like this after so many bytes.
+fn is_due(fault: Fault, end: ConnectionEnd, bytes: u64) -> bool {
+    match (fault.kind, end) {
+        // With unread bytes of ours, a close becomes a reset.
+        (FaultKind::Close, ConnectionEnd::Reset) => true,
+        (FaultKind::Close, ConnectionEnd::Fin) => bytes == fault.after,
+        _ => end == ConnectionEnd::Reset,
+    }
+}
+
+/// Asserts that the endpoint received the whole upload and its end.
+async fn arrived(server: &ModelServer, upload: &Upload) -> Result<()> {
     let ended = || server.upload(upload.stream_id).is_some_and(|upload| upload.end.is_some());
     ensure!(within(PATIENCE, ended).await, "the endpoint did not see the end of the upload");
     let (arrived, end) = right(server, upload.stream_id)?;
     ensure!(end == Some(ConnectionEnd::Fin), "the upload ended with {end:?} after {arrived} bytes");
     ensure!(arrived == upload.size, Short { bytes: arrived, of: upload.size });
-    Ok(Done::new(Outcome::Complete, bytes))
+    Ok(())
 }
 
 /// Asserts that the endpoint received a prefix of the upload.

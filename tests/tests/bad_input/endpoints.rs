@@ -97,6 +97,7 @@ pub(crate) async fn before(endpoint: SocketAddr) -> (TestAgent, Client) {
 }
 
 #[tokio::test]
+#[expect(clippy::too_many_lines, reason = "a table of cases")]
 async fn malformed_responses_return_502() {
     let ok = |fields: &str, body: &str| format!("HTTP/1.1 200 OK\r\n{fields}\r\n{body}");
     let chunked = "5\r\nhello\r\n0\r\n\r\n";

@@ -139,6 +139,7 @@ async fn conflicting_lengths_are_rejected() {
 
 /// TE.TE: a coding that only one of two parsers takes for chunked.
 #[tokio::test]
+#[expect(clippy::too_many_lines, reason = "a table of cases")]
 async fn obfuscated_chunked_codings_are_rejected() {
     let rows = [
         ("transfer-encoding: xchunked", 400, "transfer_encoding"),
@@ -252,6 +253,7 @@ async fn nonnumeric_lengths_are_rejected() {
 
 /// Chunk sizes, extensions, line ends and trailers.
 #[tokio::test]
+#[expect(clippy::too_many_lines, reason = "a table of cases")]
 async fn malformed_chunks_are_rejected() {
     let n = HIDDEN.len();
     let mut rows = Vec::new();

@@ -1,5 +1,8 @@
 //! HTTP/2 endpoints: shared connections, their stream limits, and requests that they refuse unprocessed.
 
+mod retried;
+mod uploads;
+
 use std::{
     collections::BTreeSet,
     future::Future,
@@ -104,67 +107,6 @@ async fn endpoint_stream_limit_is_respected() {
     assert_eq!((server.connections_accepted(), server.requests()), (5, 40));
 }
 
-/// Running streams on a connection after GOAWAY may finish; new requests use another connection.
-#[tokio::test]
-async fn connection_after_goaway_gets_no_requests() {
-    let server = server(Http2Options::default()).await;
-    let agent = agent(server.addr, |_| {});
-    let mut client = Http2Client::connect(agent.addr).await.unwrap();
-    let plan = Plan { size: 8 << 20, ..Plan::default() };
-    let mut running = client.send(&plan.request()).await.unwrap();
-    assert_eq!(running.head().await.unwrap().status, 200);
-    let mut other = Http2Client::connect(agent.addr).await.unwrap();
-    for round in 2..5 {
-        server.leave();
-        for _ in 0..5 {
-            assert_eq!(other.request(&plain("x")).await.unwrap().status(), 200);
-        }
-        eventually(SOON, || server.connections_accepted() >= round).await;
-    }
-    let mut checker = plan.checker();
-    let read = running.read_body(|bytes| Ok(checker.feed(bytes)?)).await.unwrap();
-    assert_eq!((read.end, read.len), (BodyEnd::Complete, plan.size));
-}
-
-/// Whether or not the agent has noticed that the endpoint stopped.
-#[tokio::test]
-async fn restarted_endpoint_is_dialled_again() {
-    let mut first = server(Http2Options::default()).await;
-    let addr = first.addr;
-    let agent = agent(addr, |config| config.pools[0].ejection.failures = 0);
-    let mut client = Http2Client::connect(agent.addr).await.unwrap();
-    assert_eq!(client.request(&plain("x")).await.unwrap().status(), 200);
-    for _ in 0..10 {
-        first.stop();
-        first = server(Http2Options { listen: addr, ..Http2Options::default() }).await;
-        assert_eq!(client.request(&plain("x")).await.unwrap().echoed().count, 1);
-    }
-}
-
-/// A request that was refused unprocessed is sent again, with its body.
-#[tokio::test]
-async fn refused_stream_is_retried() {
-    let server = server(Http2Options { refuses: 2, ..Http2Options::default() }).await;
-    let agent = agent(server.addr, |_| {});
-    let mut client = Client::connect(agent.addr).await.unwrap();
-    let body = json("m", 200_000);
-    let seen = client.request(&echo(body.clone())).await.unwrap().echoed();
-    assert_eq!((seen.body_length, seen.body_hash), (body.len() as u64, Fnv::of(&body).value()));
-    assert_eq!((server.refused(), server.requests()), (2, 1));
-    assert_eq!(agent.count("penstock_endpoint_retries_total", &["reason=\"stream_refused\""]), 2);
-}
-
-/// The number of attempts is limited.
-#[tokio::test]
-async fn endpoint_refusing_every_stream_counts_as_failed() {
-    let server = server(Http2Options { refuses: u64::MAX, ..Http2Options::default() }).await;
-    let agent = agent(server.addr, |_| {});
-    let mut client = Client::connect(agent.addr).await.unwrap();
-    let response = client.request(&echo(json("m", 10))).await.unwrap();
-    assert_eq!((response.status(), response.error_code().as_str()), (502, "endpoint_closed"));
-    assert!(server.refused() < 20, "{}", server.refused());
-}
-
 /// A scripted endpoint: `serve` gets each of its connections, numbered from 0.
 async fn scripted_endpoint<F>(serve: impl Fn(usize, Http2Frames) -> F + Send + 'static) -> std::net::SocketAddr
 where
@@ -199,45 +141,6 @@ fn in_frames(stream: u32, ends: bool, fields: &[(&str, &str)]) -> Vec<Frame> {
         Frame::new(kind, flags, stream, *piece)
     };
     pieces.iter().enumerate().map(frame).collect()
-}
-
-/// GOAWAY names the unprocessed requests, which are retried.
-#[tokio::test]
-async fn streams_unprocessed_at_goaway_are_retried() {
-    let addr = scripted_endpoint(|number, mut frames| async move {
-        let head = frames.find(|frame| frame.kind == kind::HEADERS).await?.unwrap();
-        if number == 0 {
-            frames.send(&Frame::new(kind::GOAWAY, 0, 0, [0; 8])).await?;
-        } else {
-            frames.send(&ok_head(head.stream)).await?;
-        }
-        frames.find(|_| false).await?;
-        Ok(())
-    })
-    .await;
-    let agent = agent(addr, |_| {});
-    let mut client = Client::connect(agent.addr).await.unwrap();
-    assert_eq!(client.request(&echo(json("m", 50_000))).await.unwrap().status(), 200);
-    assert_eq!(agent.count("penstock_endpoint_retries_total", &["reason=\"stream_refused\""]), 1);
-}
-
-/// A request that GOAWAY declares processed is not retried.
-#[tokio::test]
-async fn stream_processed_at_goaway_is_not_retried() {
-    let addr = scripted_endpoint(|_, mut frames| async move {
-        let head = frames.find(|frame| frame.kind == kind::HEADERS).await?.unwrap();
-        frames.send(&Frame::new(kind::GOAWAY, 0, 0, [0, 0, 0, 1, 0, 0, 0, 0])).await?;
-        frames.send(&ok_head(head.stream)).await?;
-        frames.find(|_| false).await?;
-        Ok(())
-    })
-    .await;
-    let agent = agent(addr, |_| {});
-    let mut client = Client::connect(agent.addr).await.unwrap();
-    for _ in 0..3 {
-        assert_eq!(client.request(&echo(json("m", 50_000))).await.unwrap().status(), 200);
-    }
-    assert_eq!(agent.count("penstock_endpoint_retries_total", &[]), 0);
 }
 
 /// Malformed heads and frames return an error, and the next request is served.
@@ -275,21 +178,6 @@ async fn malformed_responses_return_502() {
     assert_eq!(agent.count("penstock_endpoint_retries_total", &[]), 0);
     let mut client = Client::connect(agent.addr).await.unwrap();
     assert_eq!(client.request(&Request::get("/")).await.unwrap().status(), 200);
-}
-
-#[tokio::test]
-async fn unreachable_endpoint_is_followed_by_next_in_list() {
-    let (dead, alive) = (Refusing::new().unwrap(), server(Http2Options::default()).await);
-    let both = [dead.addr, alive.addr];
-    let epp = ScriptedEpp::start(LlmdRouter::over(Endpoints::new(&both).offering(2))).await.unwrap();
-    let pool = Pool { app_protocol: AppProtocol::H2c, ..epp_pool(&both, epp.addr, FailureMode::Closed) };
-    let agent = TestAgent::start(pool, SteeringMode::Off, |_| {});
-    for mut client in [Client::connect(agent.addr).await.unwrap(), Client::connect(agent.addr).await.unwrap()] {
-        let body = json("m", 100_000);
-        let response = client.request(&echo(body.clone())).await.unwrap();
-        assert_eq!(response.served_by(), Some(alive.addr));
-        assert_eq!(response.echoed().body_hash, Fnv::of(&body).value());
-    }
 }
 
 /// An endpoint that speaks HTTP/1.1, and a silent one.
@@ -439,79 +327,6 @@ async fn head_up_to_the_limit_passes_and_a_larger_one_harms_no_other_stream() {
     assert_eq!(connections.load(Relaxed), 1);
 }
 
-/// Client trailers reach the endpoint for every protocol pair, except those not allowed after a body.
-#[tokio::test]
-async fn request_trailers_reach_endpoint() {
-    let fields = [("x-checksum", "1"), ("authorization", "evil"), ("x-gateway-destination-endpoint", "6.6.6.6:6")];
-    for back in [Back::Http1, Back::Http2] {
-        let scene = Scene::with(Front::Http2, back, first, |_| {}).await;
-        let mut client = Http2Client::connect(scene.agent.addr).await.unwrap();
-        for length in [3, 200_000] {
-            let head = client.head(&Request::new("POST", "/test/echo")).unwrap();
-            let mut stream = client.open(head, false).await.unwrap();
-            let body = vec![b'a'; length];
-            stream.data(body.clone()).await.unwrap();
-            let trailers = fields.map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()));
-            stream.finish(HeaderMap::from_iter(trailers)).unwrap();
-            let seen = stream.response().await.unwrap().echoed();
-            assert_eq!((seen.body_length, seen.body_hash), (length as u64, Fnv::of(&body).value()));
-            assert_eq!(seen.trailers, [("x-checksum".to_owned(), "1".to_owned())]);
-        }
-    }
-    let scene = Scene::with(Front::Http1, Back::Http2, first, |_| {}).await;
-    let mut client = Client::connect(scene.agent.addr).await.unwrap();
-    let head = "POST /test/echo HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n";
-    let trailers: String = fields.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
-    client.send_raw(format!("{head}{trailers}\r\n").as_bytes()).await.unwrap();
-    let seen = client.response().await.unwrap().echoed();
-    assert_eq!((seen.body_length, seen.trailers), (3, vec![("x-checksum".to_owned(), "1".to_owned())]));
-}
-
-/// GOAWAY counts the request as processed, then the connection ends: it may have been executed.
-#[tokio::test]
-async fn request_below_goaway_last_stream_is_executed_once() {
-    let requests = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
-    let counted = std::sync::Arc::clone(&requests);
-    let addr = scripted_endpoint(move |_, mut frames| {
-        let counted = std::sync::Arc::clone(&counted);
-        async move {
-            let head = frames.find(|frame| frame.kind == kind::HEADERS).await?.unwrap();
-            counted.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-            // ENHANCE_YOUR_CALM, as gRPC servers respond to too many PINGs.
-            let [a, b, c, d] = head.stream.to_be_bytes();
-            frames.send(&Frame::new(kind::GOAWAY, 0, 0, [a, b, c, d, 0, 0, 0, 11])).await
-        }
-    })
-    .await;
-    let agent = agent(addr, |config| config.pools[0].retry.attempts = 2);
-    let mut client = Client::connect(agent.addr).await.unwrap();
-    for executed in 1..=3 {
-        let response = client.request(&echo(json("m", 50_000))).await.unwrap();
-        assert_eq!((response.status(), response.error_code().as_str()), (502, "endpoint_closed"));
-        assert_eq!(requests.load(std::sync::atomic::Ordering::Relaxed), executed);
-    }
-}
-
-/// The response is complete before the request: the rest of the request is not awaited.
-#[tokio::test]
-async fn early_response_does_not_wait_for_upload() {
-    let addr = scripted_endpoint(|_, mut frames| async move {
-        while let Some(head) = frames.find(|frame| frame.kind == kind::HEADERS).await? {
-            frames.send(&ok_head(head.stream)).await?;
-            frames.send(&Frame::new(kind::RST_STREAM, 0, head.stream, [0; 4])).await?;
-        }
-        Ok(())
-    })
-    .await;
-    let agent = agent(addr, |_| {});
-    let mut client = Client::connect(agent.addr).await.unwrap();
-    for _ in 0..3 {
-        // Larger than the endpoint's window.
-        let response = client.request(&plain(vec![b'x'; 1 << 20])).await.unwrap();
-        assert_eq!((response.status(), response.read.end), (200, BodyEnd::Complete));
-    }
-}
-
 /// Responses with HTTP/2 on either side are relayed in every steering mode.
 #[tokio::test]
 async fn http2_responses_are_relayed() {
@@ -568,71 +383,6 @@ async fn http10_client_is_served() {
     assert_eq!(server.seen()[0].header(":authority"), Some(server.addr.to_string().as_str()));
 }
 
-/// What an endpoint sees of the streams of its one connection: which are open, and with what error others were reset.
-#[derive(Default)]
-struct Seen {
-    open: BTreeSet<u32>,
-    resets: Vec<(u32, Option<u32>)>,
-}
-
-/// Whatever becomes of its request, a stream ends: the endpoint need not make room for it.
-#[tokio::test]
-async fn upload_that_gets_no_window_is_reset() {
-    const NO_ERROR: u32 = 0;
-    const CANCEL: u32 = 8;
-    let seen = Arc::<Mutex<Seen>>::default();
-    let shared = Arc::clone(&seen);
-    let accepted = Arc::<AtomicU64>::default();
-    let connections = Arc::clone(&accepted);
-    // Opens no window. Answers what has no body, and the fourth upload at once.
-    let addr = scripted_endpoint(move |_, mut frames| {
-        let seen = Arc::clone(&shared);
-        connections.fetch_add(1, Relaxed);
-        async move {
-            while let Some(frame) = frames.next().await? {
-                match frame.kind {
-                    kind::HEADERS if frame.flags & END_STREAM != 0 => frames.send(&ok_head(frame.stream)).await?,
-                    kind::HEADERS => {
-                        seen.lock().open.insert(frame.stream);
-                        if frame.stream == 7 {
-                            frames.send(&ok_head(frame.stream)).await?;
-                        }
-                    }
-                    kind::RST_STREAM => {
-                        let mut seen = seen.lock();
-                        seen.open.remove(&frame.stream);
-                        seen.resets.push((frame.stream, frame.error()));
-                    }
-                    _ => {}
-                }
-            }
-            Ok(())
-        }
-    })
-    .await;
-    let agent = agent(addr, |config| {
-        config.listen.workers = 1;
-        config.timeouts.idle = Some(Duration::from_millis(400));
-        config.pools[0].ejection.failures = 0;
-    });
-    let mut client = Client::connect(agent.addr).await.unwrap();
-    // More than the windows of stream and connection take.
-    let upload = echo(json("m", 200_000));
-    for streams in 1..=3 {
-        let response = client.request(&upload).await.unwrap();
-        assert_eq!((response.status(), response.error_code().as_str()), (504, "request_stalled"));
-        eventually(SOON, || seen.lock().resets.len() == streams).await;
-    }
-    assert_eq!(client.request(&upload).await.unwrap().status(), 200);
-    eventually(SOON, || seen.lock().resets.len() == 4).await;
-    assert_eq!(client.request(&Request::get("/test/echo")).await.unwrap().status(), 200);
-    let seen = seen.lock();
-    let resets = [1, 3, 5].map(|stream| (stream, Some(CANCEL)));
-    assert_eq!(seen.resets, [&resets[..], &[(7, Some(NO_ERROR))]].concat());
-    assert!(seen.open.is_empty(), "{:?}", seen.open);
-    assert_eq!(accepted.load(Relaxed), 1);
-}
-
 /// However slowly the client takes them: a client that reads nothing does not make the agent hold what an endpoint sends.
 #[tokio::test]
 async fn endless_interim_responses_reset_the_stream() {
@@ -658,57 +408,6 @@ async fn endless_interim_responses_reset_the_stream() {
     let mut client = Client::connect_with(agent.addr, Some(2048)).await.unwrap();
     client.send(&Request::get("/test/echo")).await.unwrap();
     eventually(SOON, || reset.load(Relaxed) == 1).await;
-}
-
-/// RST_STREAM with NO_ERROR ends a request whose response is complete (RFC 9113 §8.1). Before the end of the response it cuts it, like
-/// any reset.
-#[tokio::test]
-async fn response_reset_without_error_before_its_end_is_broken() {
-    const NO_ERROR: u32 = 0;
-    for length in [None, Some("10")] {
-        let addr = scripted_endpoint(move |_, mut frames| async move {
-            while let Some(head) = frames.find(|frame| frame.kind == kind::HEADERS).await? {
-                let mut fields = vec![(":status", "200")];
-                fields.extend(length.map(|length| ("content-length", length)));
-                frames.send(&Frame::headers(head.stream, false, &fields)).await?;
-                frames.send(&Frame::new(kind::DATA, 0, head.stream, *b"hello")).await?;
-                frames.send(&Frame::reset(head.stream, NO_ERROR)).await?;
-            }
-            Ok(())
-        })
-        .await;
-        let agent = agent(addr, |_| {});
-        let mut client = Client::connect(agent.addr).await.unwrap();
-        let end = client.request(&Request::get("/test/echo")).await.map(|response| response.read.end);
-        assert!(!matches!(end, Ok(BodyEnd::Complete)), "HTTP/1.1, {length:?}");
-        let mut client = Http2Client::connect(agent.addr).await.unwrap();
-        let end = client.request(&Request::get("/test/echo")).await.map(|response| response.read.end);
-        assert!(!matches!(end, Ok(BodyEnd::Complete)), "HTTP/2, {length:?}");
-    }
-}
-
-/// The request is not sent whole, and the response is: as over HTTP/1.1.
-#[tokio::test]
-async fn response_continues_when_its_upload_stalls() {
-    const PIECES: u8 = 8;
-    let addr = scripted_endpoint(|_, mut frames| async move {
-        // Opens no window for the upload.
-        while let Some(head) = frames.find(|frame| frame.kind == kind::HEADERS).await? {
-            frames.send(&Frame::headers(head.stream, false, &[(":status", "200")])).await?;
-            for number in 1..=PIECES {
-                tokio::time::sleep(Duration::from_millis(150)).await;
-                let flags = if number == PIECES { END_STREAM } else { 0 };
-                frames.send(&Frame::new(kind::DATA, flags, head.stream, [number])).await?;
-            }
-        }
-        Ok(())
-    })
-    .await;
-    let agent = agent(addr, |config| config.timeouts.idle = Some(Duration::from_millis(400)));
-    let mut client = Client::connect(agent.addr).await.unwrap();
-    let response = client.request(&echo(json("m", 200_000))).await.unwrap();
-    assert_eq!((response.status(), response.read.end), (200, BodyEnd::Complete));
-    assert_eq!(response.body, (1..=PIECES).collect::<Vec<_>>());
 }
 
 /// As those of HTTP/1.1 endpoints, to clients of either version.

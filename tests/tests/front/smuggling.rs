@@ -39,6 +39,7 @@ async fn answer(scene: &Scene, fields: &[(&str, &str)], body: &[u8]) -> Option<u
 
 /// Fields and pseudo-fields that HTTP/2 forbids, or that would become more than one line of HTTP/1.1.
 #[tokio::test]
+#[expect(clippy::too_many_lines, reason = "a table of cases")]
 async fn http2_smuggling_is_rejected() {
     let scene = Scene::with(Front::Http2, Back::Http1, first, |_| {}).await;
     let path = format!("/test/echo HTTP/1.1\r\nhost: x\r\n\r\n{HIDDEN}");

@@ -215,8 +215,20 @@ async fn epp(endpoints: &[SocketAddr], tls: Option<ServerTlsConfig>) -> Scripted
     ScriptedEpp::start_with(setup, Production::new(endpoints)).await.unwrap()
 }
 
+/// Asserts what doctor says about one EPP, endpoint or certificate of the configuration.
+fn assert_trial(document: &Value, name: &str, ok: bool, found: &str, advice: &str) {
+    let trials = document["configuration"].as_array().unwrap();
+    let trial = trials.iter().find(|trial| trial["name"] == name);
+    let trial = trial.unwrap_or_else(|| panic!("no {name} in {document:#}"));
+    assert_eq!(trial["ok"], ok, "{trial:#}");
+    assert!(trial["found"].as_str().unwrap().contains(found), "{trial:#}");
+    assert!(trial["advice"].as_str().unwrap_or_default().contains(advice), "{trial:#}");
+    assert_eq!(trial["advice"].is_null(), ok, "{trial:#}");
+}
+
 /// Every EPP and endpoint of the configuration is tried, and the advice names the setting that mends it.
 #[tokio::test]
+#[expect(clippy::too_many_lines, reason = "a table of cases")]
 async fn doctor_names_the_setting_that_mends_each_epp_and_endpoint() {
     let endpoint = ModelServer::start(Options::default()).await.unwrap();
     let all = [endpoint.addr];
@@ -295,17 +307,7 @@ async fn doctor_names_the_setting_that_mends_each_epp_and_endpoint() {
     let output = doctor(&[], &arguments);
     let document = document(&output);
     assert_eq!((output.status.code(), &document["exit_code"]), (Some(3), &Value::from(3)), "{document:#}");
-    let trial = |name: &str| {
-        let trials = document["configuration"].as_array().unwrap();
-        trials.iter().find(|trial| trial["name"] == name).unwrap_or_else(|| panic!("no {name} in {document:#}"))
-    };
-    let check = |name: &str, ok: bool, found: &str, advice: &str| {
-        let trial = trial(name);
-        assert_eq!(trial["ok"], ok, "{trial:#}");
-        assert!(trial["found"].as_str().unwrap().contains(found), "{trial:#}");
-        assert!(trial["advice"].as_str().unwrap_or_default().contains(advice), "{trial:#}");
-        assert_eq!(trial["advice"].is_null(), ok, "{trial:#}");
-    };
+    let check = |name: &str, ok, found, advice| assert_trial(&document, name, ok, found, advice);
     for (name, address, _, ok, found, advice) in pools {
         check(&format!("pool {name}, EPP {address}"), ok, found, advice);
     }

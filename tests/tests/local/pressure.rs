@@ -83,6 +83,44 @@ async fn responses_under_memory_pressure_are_whole_or_broken() {
     }
 }
 
+/// Whether the client's response is complete. An incomplete one has to be broken visibly.
+async fn is_whole(addr: SocketAddr, id: u64) -> bool {
+    let framing = FRAMINGS[id as usize % 3];
+    let plan = Plan {
+        framing,
+        size: 1 << 20,
+        stream_id: id,
+        writes: Lengths::Random { seed: id, max: 30_000 },
+        pauses: Some(Pauses { seed: id, every: 8, up_to_us: 1000 }),
+        ..Plan::default()
+    };
+    let reader = match id % 2 {
+        0 => Reader::Slow { bytes: 16 << 10, tick: Duration::from_millis(2) },
+        _ => Reader::Stalled { after: 50_000, pause: Duration::from_millis(700) },
+    };
+    let Ok(mut client) = Client::connect_with(addr, Some(16 << 10)).await else { return false };
+    if client.send(&plan.request()).await.is_err() {
+        return false;
+    }
+    let Ok(head) = client.head().await else { return false };
+    if head.status != 200 {
+        return false;
+    }
+    let mut checker = plan.checker();
+    match reader.take(&mut client, &mut checker).await {
+        Ok(read) if read.end == BodyEnd::Complete => {
+            assert_eq!(read.len, plan.size, "a clean end that is short: {plan:?}");
+            true
+        }
+        Ok(read) => {
+            // A truncated body delimited by close must end with a reset.
+            assert!(framing != Framing::UntilClose || read.end == BodyEnd::Reset, "{read:?}");
+            false
+        }
+        Err(error) => panic!("{error:#}: {plan:?}"),
+    }
+}
+
 async fn under_pressure(steering: &str) {
     let server = ModelServer::start(Options { idle_close: None, ..Options::default() }).await.unwrap();
     let listen = SocketAddr::from(([127, 0, 0, 1], 0));
@@ -101,47 +139,7 @@ async fn under_pressure(steering: &str) {
     // From now on, pages and sockets are charged to the group.
     group.write("cgroup.procs", u64::from(agent.process.id()));
 
-    let clients: Vec<_> = (0..CLIENTS)
-        .map(|id| {
-            let framing = FRAMINGS[id as usize % 3];
-            let plan = Plan {
-                framing,
-                size: 1 << 20,
-                stream_id: id,
-                writes: Lengths::Random { seed: id, max: 30_000 },
-                pauses: Some(Pauses { seed: id, every: 8, up_to_us: 1000 }),
-                ..Plan::default()
-            };
-            let reader = match id % 2 {
-                0 => Reader::Slow { bytes: 16 << 10, tick: Duration::from_millis(2) },
-                _ => Reader::Stalled { after: 50_000, pause: Duration::from_millis(700) },
-            };
-            let addr = agent.addr;
-            tokio::spawn(async move {
-                let Ok(mut client) = Client::connect_with(addr, Some(16 << 10)).await else { return false };
-                if client.send(&plan.request()).await.is_err() {
-                    return false;
-                }
-                let Ok(head) = client.head().await else { return false };
-                if head.status != 200 {
-                    return false;
-                }
-                let mut checker = plan.checker();
-                match reader.take(&mut client, &mut checker).await {
-                    Ok(read) if read.end == BodyEnd::Complete => {
-                        assert_eq!(read.len, plan.size, "a clean end that is short: {plan:?}");
-                        true
-                    }
-                    Ok(read) => {
-                        // A truncated body delimited by close must end with a reset.
-                        assert!(framing != Framing::UntilClose || read.end == BodyEnd::Reset, "{read:?}");
-                        false
-                    }
-                    Err(error) => panic!("{error:#}: {plan:?}"),
-                }
-            })
-        })
-        .collect();
+    let clients: Vec<_> = (0..CLIENTS).map(|id| tokio::spawn(is_whole(agent.addr, id))).collect();
     let mut complete = 0;
     for client in clients {
         complete += u64::from(client.await.unwrap());

@@ -91,13 +91,11 @@ enum Expected {
     Either,
 }
 
-/// Sends this body through a pool with this failure mode and picker fault, then one more request.
-async fn check(wrong: PickerFault, mode: FailureMode, body: Body, expected: Expected) {
-    let _large = if body == Body::Large { Some(LARGE.acquire().await) } else { None };
-    let refusing = Refusing::new().unwrap();
+/// A pool with this failure mode and picker fault. `refusing` is the address of the absent picker.
+async fn stage(wrong: PickerFault, mode: FailureMode, expected: Expected, refusing: &Refusing) -> Stage {
     let fault = if let PickerFault::Faulty(fault) = wrong { Some(fault) } else { None };
     let never = Fault::At(Moment::ResponseBody, Harm::Close);
-    let mut stage = Stage::with(
+    Stage::with(
         |all| Faulty::new(Production::new(all), fault.unwrap_or(never)),
         |config| {
             config.listen.workers = 1;
@@ -116,7 +114,14 @@ async fn check(wrong: PickerFault, mode: FailureMode, body: Body, expected: Expe
             }
         },
     )
-    .await;
+    .await
+}
+
+/// Sends this body through a pool with this failure mode and picker fault, then one more request.
+async fn check(wrong: PickerFault, mode: FailureMode, body: Body, expected: Expected) {
+    let _large = if body == Body::Large { Some(LARGE.acquire().await) } else { None };
+    let refusing = Refusing::new().unwrap();
+    let mut stage = stage(wrong, mode, expected, &refusing).await;
     stage.client.patience = LONG;
     let (bytes, hash) = body.content();
     let response = if body == Body::Paused {

@@ -76,21 +76,12 @@ async fn stall(steering: &str) {
     let (before, sent) = (Memory::now(&agent), server.written());
 
     server.resume();
-    let mut last = (Instant::now(), sent);
-    eventually(SOON, || {
-        if server.written() != last.1 {
-            last = (Instant::now(), server.written());
-        }
-        last.0.elapsed() >= QUIET
-    })
-    .await;
+    until_blocked(&server).await;
     let held = Memory::now(&agent);
     // The agent's ends.
     let to_clients = TcpSocket::all(&format!("sport = :{}", agent.addr.port()));
     let to_endpoints = TcpSocket::all(&format!("dport = :{}", server.addr.port()));
     assert_eq!((to_clients.len() as u64, to_endpoints.len() as u64), (CLIENTS, CLIENTS));
-    let most = |sockets: &[TcpSocket], of: fn(&TcpSocket) -> u64| sockets.iter().map(of).max().unwrap_or(0);
-    let all = |sockets: &[TcpSocket], of: fn(&TcpSocket) -> u64| sockets.iter().map(of).sum::<u64>();
     let (sends, receives) = (most(&to_clients, |one| one.send), most(&to_endpoints, |one| one.receive));
     let send_limit = most(&to_clients, |one| one.send_limit);
     let receive_limit = most(&to_endpoints, |one| one.receive_limit);
@@ -137,6 +128,31 @@ async fn stall(steering: &str) {
         // Bytes are counted before the connection's next request is answered.
         assert_eq!(client.request(&Request::get("/v1/models")).await.unwrap().status(), 200);
     }
+    check_counters(steering, &agent).await;
+}
+
+/// Waits until the server cannot send any more.
+async fn until_blocked(server: &ModelServer) {
+    let mut last = (Instant::now(), server.written());
+    eventually(SOON, || {
+        if server.written() != last.1 {
+            last = (Instant::now(), server.written());
+        }
+        last.0.elapsed() >= QUIET
+    })
+    .await;
+}
+
+fn most(sockets: &[TcpSocket], of: fn(&TcpSocket) -> u64) -> u64 {
+    sockets.iter().map(of).max().unwrap_or(0)
+}
+
+fn all(sockets: &[TcpSocket], of: fn(&TcpSocket) -> u64) -> u64 {
+    sockets.iter().map(of).sum()
+}
+
+/// Asserts which path carried the bytes, and that it was disarmed for lack of room.
+async fn check_counters(steering: &str, agent: &AgentProcess) {
     let count = async |name, label: &str| agent.metric(name, &[label]).await.unwrap() as u64;
     let (ingress, local) = (r#"path="ingress""#, r#"path="local""#);
     let bytes = (count("penstock_body_bytes_total", ingress).await, count("penstock_body_bytes_total", local).await);

@@ -3,6 +3,7 @@
 use super::*;
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table of cases")]
 fn wrong_pools_are_rejected() {
     let cases = [
         ("", "p.toml:1:1: pools: found none, expected at least one [[pools]] section"),

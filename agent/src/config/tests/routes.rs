@@ -3,6 +3,7 @@
 use super::*;
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table of cases")]
 fn wrong_routes_are_rejected() {
     const HOST: &str = r#"expected a host without port, such as "llm.example.com" or "*.example.com""#;
     let mut cases = vec![

@@ -20,6 +20,7 @@ fn with(fields: &str) -> String {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table of cases")]
 fn malformed_requests_are_refused_by_reason() {
     let long_target = format!("GET /{} HTTP/1.1\r\n", "x".repeat(LIMITS.bytes));
     let long_field = format!("GET / HTTP/1.1\r\nHost: h\r\na: {}\r\n\r\n", "x".repeat(LIMITS.bytes));

@@ -168,6 +168,7 @@ const A: &str = "10.0.0.1:1";
 
 /// Each row: the steps, the events, and the step after which the last event occurs.
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table of cases")]
 fn replies_in_any_order_lead_to_one_outcome() {
     #[rustfmt::skip]
     let rows: Vec<(&str, Vec<Step>, &[&str], usize)> = vec![

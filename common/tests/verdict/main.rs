@@ -7,9 +7,12 @@
 //! Resets, idle timeouts and leaving clients are not modelled, because they end the delivery.
 #![allow(unsafe_code)] // the slot is memory that two programs write
 
-#[path = "support/random.rs"]
+mod agent;
+mod messages;
+#[path = "../support/random.rs"]
 mod random;
-#[path = "support/walk.rs"]
+mod segment;
+#[path = "../support/walk.rs"]
 mod walk;
 
 use std::{cell::UnsafeCell, collections::VecDeque, mem::MaybeUninit, ops::Range, sync::atomic::Ordering::SeqCst};
@@ -20,7 +23,9 @@ use penstock_common::{
     verdict::{Kernel, SendBuffer, verdict},
 };
 
+use messages::{Message, some_messages};
 use random::Random;
+use segment::Segment;
 
 const SCHEDULES: u64 = 25_000;
 const KEY: u64 = 7;
@@ -82,11 +87,6 @@ struct Agent {
     unsettled: bool,
     registered: bool,
     woken: bool,
-}
-
-struct Message {
-    start: usize,
-    framing: Framing,
 }
 
 /// Counters of what happened over all schedules. The test is meaningful only if each case occurs.
@@ -159,25 +159,7 @@ enum Step {
 
 impl<'a> World<'a> {
     fn new(slot: &'a Shared, seen: &'a mut Seen, mut random: Random) -> Self {
-        let (mut wire, mut messages) = (Vec::new(), Vec::new());
-        let count = random.within(1, 3);
-        for n in 1..=count {
-            let start = wire.len();
-            let mut framing = append_message(&mut wire, &mut random);
-            if n == count {
-                match random.within(0, 7) {
-                    0 => framing = Framing::until_close(),
-                    1 => wire.truncate(random.within(start, wire.len())),
-                    2 => wire.extend_from_slice(b"after the end"),
-                    3 => {
-                        let at = random.within(start, wire.len() - 1);
-                        wire[at] ^= 1 << random.within(0, 7);
-                    }
-                    _ => {}
-                }
-            }
-            messages.push(Message { start, framing });
-        }
+        let (wire, messages) = some_messages(&mut random);
         // Counters that wrap where those of the kernel do.
         let redir = random.pick(&[0, u64::from(u32::MAX) - 50]);
         slot.words().span.redir.set(redir);
@@ -446,161 +428,6 @@ impl<'a> World<'a> {
         !self.agent.unsettled || self.written as u64 == self.agent.account
     }
 
-    /// Reads as user space does. Returns 0 at the end of the stream.
-    fn receive(&mut self) -> Option<usize> {
-        let Some(front) = self.receive.front_mut() else {
-            return (self.fin && self.late.is_empty()).then_some(0);
-        };
-        let taken = self.random.within(1, front.len());
-        let range = front.start..front.start + taken;
-        front.start += taken;
-        if front.start == front.end {
-            self.receive.pop_front();
-        }
-        let pending = &mut self.agent.pending;
-        assert!(pending.start == pending.end || pending.end == range.start, "out of order at the agent");
-        *pending = if pending.start == pending.end { range } else { pending.start..range.end };
-        self.agent.consumed += taken as u64;
-        Some(taken)
-    }
-
-    fn agent(&mut self) {
-        let slot = self.slot.words();
-        let raw = self.slot.0.get();
-        self.agent.at = match self.agent.at {
-            At::Head => match self.receive() {
-                Some(0) => At::Finished(Done::Broken),
-                _ => {
-                    slot.span.first_ns.set(0);
-                    slot.span.last_ns.set(0);
-                    At::Forward
-                }
-            },
-            At::Forward => {
-                let pending = self.agent.pending.clone();
-                if !pending.is_empty() && !self.agent.framing.is_done() && !self.agent.framing.is_invalid() {
-                    let taken = self.agent.framing.feed(&self.wire[pending.clone()]);
-                    self.reference.feed(&self.wire[pending.start..pending.start + taken]);
-                    self.agent.writing = pending.start..pending.start + taken;
-                    self.agent.pending.start += taken;
-                    At::SettleToWrite
-                } else if self.agent.framing.is_invalid() {
-                    At::Finished(Done::Broken)
-                } else if self.agent.framing.is_done() {
-                    self.next_message()
-                } else {
-                    At::Armable
-                }
-            }
-            At::SettleToWrite => {
-                self.agent.unsettled = false;
-                At::Write
-            }
-            At::Write => {
-                let range = self.agent.writing.clone();
-                let taken = range.len().min(self.random.within(1, self.send_limit - self.queued()));
-                self.client_gets(range.start..range.start + taken);
-                self.agent.writing.start += taken;
-                self.agent.account += taken as u64;
-                self.seen.relayed += taken as u64;
-                if self.agent.writing.is_empty() { At::Forward } else { At::Write }
-            }
-            At::Armable => {
-                let caught_up = !self.agent.hold || self.queued() <= self.send_limit / 4;
-                if self.agent.target && slot.passed.get() == self.agent.consumed && caught_up {
-                    self.agent.hold = false;
-                    At::SettleToArm
-                } else {
-                    At::Read
-                }
-            }
-            At::Read => match self.receive() {
-                Some(0) if self.agent.framing.may_close() => At::Finished(Done::Complete),
-                Some(0) => At::Finished(Done::Broken),
-                _ => At::Forward,
-            },
-            At::SettleToArm => {
-                self.agent.unsettled = false;
-                At::Fill
-            }
-            At::Fill => {
-                self.agent.before = slot.span.redir.get();
-                // SAFETY: released, so these fields are the agent's.
-                unsafe {
-                    (&raw mut (*raw).span.framing).write_volatile(self.agent.framing);
-                    (&raw mut (*raw).wbase).write_volatile(0);
-                    (&raw mut (*raw).span.stop).write_volatile(0);
-                }
-                slot.span.target.set(KEY);
-                At::Arm
-            }
-            At::Arm => {
-                self.armed = true;
-                slot.span.armed.atomic().store(self.agent.consumed + 1, SeqCst);
-                At::ReadNow
-            }
-            At::ReadNow => match self.receive() {
-                None => At::Recheck,
-                Some(n) => At::Disarm { then_read: n == 0 },
-            },
-            // Passed, but not readable yet: the verdict would refuse the arming, but may never run.
-            At::Recheck if slot.passed.get() != self.agent.consumed => At::Disarm { then_read: false },
-            At::Recheck => At::Register,
-            At::Register => {
-                // An earlier wake-up does not count for the sleep that follows.
-                self.agent.woken = false;
-                self.agent.registered = true;
-                At::Look
-            }
-            At::Look if slot.span.is_released() => At::Reclaim { then_read: false },
-            At::Look => {
-                self.seen.slept += 1;
-                At::Asleep
-            }
-            At::Asleep => At::Register,
-            At::Disarm { then_read } => {
-                if !slot.span.is_released() {
-                    self.seen.disarmed += 1;
-                    slot.span.armed.atomic().store(0, SeqCst);
-                    self.armed = false;
-                }
-                At::Reclaim { then_read }
-            }
-            At::Reclaim { then_read } => {
-                // SAFETY: released, so the kernel does not write it.
-                let framing = unsafe { (&raw const (*raw).span.framing).read_volatile() };
-                let stop = self.slot_stop();
-                let steered = slot.span.redir.get() - self.agent.before;
-                assert_eq!(framing, self.reference, "the slot's framing");
-                self.agent.framing = framing;
-                self.agent.account += steered;
-                self.agent.unsettled |= steered > 0;
-                self.seen.stops[stop as usize] += 1;
-                if stop != 0 {
-                    self.agent.hold = stop == stop::ROOM;
-                }
-                if stop == stop::TARGET || stop == stop::SHARED {
-                    self.agent.target = false;
-                }
-                if then_read { At::Read } else { At::Forward }
-            }
-            At::Finished(done) => At::Finished(done),
-        };
-    }
-
-    /// Starts the next message after a complete one, if the connection can carry it.
-    fn next_message(&mut self) -> At {
-        if !self.agent.pending.is_empty() || self.is_last() {
-            return At::Finished(Done::Complete);
-        }
-        self.message += 1;
-        self.agent.framing = self.messages[self.message].framing;
-        self.reference = self.agent.framing;
-        self.agent.target = !self.random.one_in(8);
-        self.agent.hold = false;
-        At::Head
-    }
-
     /// Everything but the endpoint is idle and the client reads, so the agent must be waiting for the endpoint.
     fn check_quiet(&self) {
         let at = self.agent.at;
@@ -636,134 +463,8 @@ fn bytes(queue: &VecDeque<Range<usize>>) -> usize {
     queue.iter().map(Range::len).sum()
 }
 
-fn append_message(wire: &mut Vec<u8>, random: &mut Random) -> Framing {
-    if random.one_in(3) {
-        let len = random.within(1, 300);
-        wire.extend((0..len).map(|_| random.next() as u8));
-        return Framing::length(len as u64);
-    }
-    for _ in 0..random.within(0, 8) {
-        let len = random.within(1, 60);
-        let extension = random.pick(&["", "", ";a", " ; b=\"c\""]);
-        wire.extend_from_slice(format!("{len:x}{extension}\r\n").as_bytes());
-        wire.extend((0..len).map(|_| random.next() as u8));
-        wire.extend_from_slice(b"\r\n");
-    }
-    wire.extend_from_slice(b"0\r\n");
-    for _ in 0..random.pick(&[0, 0, 2]) {
-        wire.extend_from_slice(b"x: y\r\n");
-    }
-    wire.extend_from_slice(b"\r\n");
-    Framing::chunked()
-}
-
 /// The sequence number of the first byte. It wraps early in every stream.
 const FIRST_SEQUENCE: u32 = 0xffff_ffc0;
-
-/// The verdict on one segment. At each call others may take steps.
-struct Segment<'w, 'a> {
-    world: &'w mut World<'a>,
-    segment: Range<usize>,
-    /// Leading bytes that had arrived before.
-    overlap: usize,
-    /// The sender can still write the segment's memory.
-    shared: bool,
-    redirected: bool,
-    /// The target was looked up.
-    asked: bool,
-}
-
-impl Kernel for Segment<'_, '_> {
-    fn load_acquire(&mut self, word: &Word) -> u64 {
-        self.world.interleave();
-        let value = word.atomic().load(SeqCst);
-        self.world.interleave();
-        value
-    }
-
-    fn clear_release(&mut self, word: &Word) {
-        self.world.interleave();
-        self.world.armed = false;
-        word.atomic().store(0, SeqCst);
-        self.world.interleave();
-    }
-
-    fn parse(&mut self, framing: &mut Framing, _: u32, _: bool) -> bool {
-        walk::parse(framing, &self.world.wire[self.segment.clone()], self.world.max_steps)
-    }
-
-    fn target(&mut self, key: u64) -> Option<SendBuffer> {
-        assert_eq!(key, KEY);
-        if self.world.random.one_in(50) {
-            return None;
-        }
-        self.asked = true;
-        // In the program's order: bytes that move in between count twice rather than not at all.
-        let write_seq = self.world.sequence.wrapping_add(self.world.written as u32);
-        self.world.interleave();
-        let queued = self.world.queued() as i32;
-        // In this model bytes cost no extra memory, but the rule keeps 16 KiB free.
-        Some(SendBuffer { write_seq, queued, limit: self.world.send_limit as i32 + (16 << 10), piece: u32::MAX })
-    }
-
-    fn redirect(&mut self, _: u64) -> bool {
-        self.world.interleave();
-        if self.world.random.one_in(50) {
-            return false;
-        }
-        let world = &mut *self.world;
-        assert!(world.armed, "a redirect after a stop");
-        assert!(world.receive.is_empty() && world.late.is_empty(), "a redirect overtakes passed bytes");
-        assert!(world.agent.pending.is_empty() && world.agent.writing.is_empty(), "a redirect overtakes the agent");
-        assert_eq!(self.segment.start, world.written + world.backlogged());
-        let full = world.queued() + world.backlogged() + self.segment.len();
-        assert!(full <= world.send_limit, "a redirect without room");
-        let mut reference = world.reference;
-        assert_eq!(reference.feed(&world.wire[self.segment.clone()]), self.segment.len(), "a redirect after the end");
-        assert!(!reference.is_invalid(), "a redirect of an invalid message");
-        let mut before = world.reference;
-        let payload = before.skip(self.segment.len() as u64) as usize;
-        assert!(
-            !self.shared || payload == self.segment.len(),
-            "a redirect of syntax in memory that the sender can still write"
-        );
-        world.seen.shared_payload += u64::from(self.shared);
-        world.reference = reference;
-        world.seen.redirects += 1;
-        self.redirected = true;
-        true
-    }
-
-    fn now(&mut self) -> u64 {
-        self.world.interleave();
-        1
-    }
-
-    fn event(&mut self) {
-        self.world.interleave();
-        self.world.events = true;
-    }
-}
-
-impl penstock_common::verdict::Segment for Segment<'_, '_> {
-    fn sequence(&mut self) -> u32 {
-        FIRST_SEQUENCE.wrapping_add((self.segment.start - self.overlap) as u32)
-    }
-
-    fn trim(&mut self, bytes: u32) -> bool {
-        assert_eq!(bytes as usize, self.overlap);
-        self.overlap = 0;
-        true
-    }
-
-    fn closed(&mut self) -> bool {
-        self.world.fin
-    }
-
-    fn is_shared(&mut self) -> bool {
-        self.shared
-    }
-}
 
 /// Prints the seed of a failing schedule.
 struct Seed(u64);
