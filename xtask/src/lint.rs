@@ -17,7 +17,7 @@ use crate::{
     progress::Steps,
 };
 
-/// Files with more lines usually hold two topics: a warning, not a failure.
+/// Files with more lines usually hold two topics.
 const LONG_FILE: usize = 500;
 
 /// Split, so that this file does not violate its own rules.
@@ -130,7 +130,7 @@ fn check_text(file: &str, text: &str, findings: &mut Vec<String>) {
     }
     let lines = text.lines().count();
     if rust && lines > LONG_FILE {
-        eprintln!("warning: {file} has {lines} lines: does it hold two topics?");
+        findings.push(format!("{file}: {lines} lines, expected at most {LONG_FILE}: split it by topic"));
     }
 }
 
@@ -184,6 +184,7 @@ mod tests {
     fn violation_of_each_rule_is_found() {
         assert_eq!(findings("a.rs", concat!("#![allow(un", "safe_code)]\n")).len(), 1);
         assert_eq!(findings("a.rs", concat!("#[", "ignore = \"slow\"]\n")).len(), 1);
+        assert_eq!(findings("a.rs", &"// a\n".repeat(LONG_FILE + 1)).len(), 1);
         assert_eq!(findings("a.md", "text \n").len(), 1);
         assert_eq!(findings("a.md", concat!("see /ro", "ot/x\n")).len(), 1);
     }
@@ -191,6 +192,7 @@ mod tests {
     #[test]
     fn permitted_text_is_not_found() {
         assert!(findings("common/src/slot.rs", concat!("#![allow(un", "safe_code)]\n")).is_empty());
+        assert!(findings("a.rs", &"// a\n".repeat(LONG_FILE)).is_empty());
         assert!(findings("a.md", concat!("src/ro", "ot/x and ./wo", "rk/y\n")).is_empty());
     }
 }

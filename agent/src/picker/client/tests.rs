@@ -1,7 +1,9 @@
 //! Tests of the EPP client against scripted EPPs.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use bytes::Bytes;
+use futures_util::future::{FutureExt as _, poll_fn};
 use http::{HeaderMap, StatusCode, request::Parts};
 use penstock_proto::ext_proc::{processing_request::Request, processing_response::Response};
 use tokio::{
@@ -17,9 +19,10 @@ use crate::{
     config::{Epp, EppTls},
     picker::{
         error::Retry,
-        exchange::{Body, Decision},
+        exchange::{Body, Decision, Event, Outcome},
         message,
     },
+    tee::Rest,
 };
 
 #[path = "epp.rs"]
