@@ -4,6 +4,7 @@
 //! [`Agent::start`], before a request is accepted. Workers, the admin server and the kernel events run on their own
 //! threads.
 
+mod outlive;
 mod sockets;
 mod workers;
 
@@ -52,6 +53,8 @@ pub struct Agent {
     address: SocketAddr,
     tls_address: Option<SocketAddr>,
     ladder: Ladder,
+    /// Flows of path `wire` are left to the next agent at the stop.
+    leaves: bool,
     /// Outlives the workers, because it exports their last spans.
     exporter: Option<Exporter>,
 }
@@ -78,7 +81,9 @@ impl Agent {
         let watch = Watch::new(&readiness, probe);
         let gates = WorkerGates::of(&config, count, &readiness);
 
-        let ladder = Ladder::climb(&config.steering);
+        let mut ladder = Ladder::climb(&config.steering);
+        let leaves = outlive::leaves(&ladder, &config.steering);
+        let keeper = outlive::adopt(&mut ladder, leaves);
         ladder.announce(&metrics);
         let admin = sockets::bind_admin(config.admin.address)?;
         let sockets = Sockets::bind(&config.listen, count)?;
@@ -105,7 +110,10 @@ impl Agent {
         let (address, tls_address) = (sockets.address()?, sockets.tls_address()?);
         // Nothing can fail after this but a thread.
         let listeners = sockets.listen(acceptor.transpose()?.as_ref())?;
-        let workers = workers::start(listeners, gates, &live, &steering, &room, &watch)?;
+        let mut workers = workers::start(listeners, gates, &live, &steering, &room, &watch)?;
+        if let Some(keeper) = keeper {
+            workers.push(outlive::keep(keeper, live.updates(), watch.clone())?);
+        }
         // Threads that this one starts at a later reload have no capabilities either.
         let _ = capability::keep(&[]);
         privileges.log();
@@ -122,6 +130,7 @@ impl Agent {
             address,
             tls_address,
             ladder,
+            leaves,
             exporter,
         })
     }
@@ -190,6 +199,9 @@ impl Agent {
     pub fn drain(&self) {
         self.leave();
         self.live.shared().draining.cancel();
+        if let Some(wire) = self.steering().wire().filter(|_| self.leaves) {
+            wire.leave();
+        }
     }
 
     /// Aborts running requests.

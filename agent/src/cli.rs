@@ -7,7 +7,8 @@ use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use penstock_agent::{
     Agent, capability,
-    config::{self, Config, ConfigErrors, Overrides},
+    command::{detach, prepare},
+    config::{self, Bpffs, Config, ConfigErrors, Overrides, SteeringMode},
     epp_server::{self, EppServerConfig, EppServerLimits, EppServerTls},
     logging, panics,
     run::{self, Signals},
@@ -53,6 +54,12 @@ enum Verb {
                       3   an EPP or an endpoint of the configuration does not work; the output says which setting mends it\n  64  the configuration or the command line is wrong"
     )]
     Doctor(Doctor),
+    /// End the flows of path `wire` whose agents are gone, and remove the kernel programs that carry them.
+    #[command(
+        after_help = "Looks at this network namespace. Leaves agents alone that are running.\n\nExit codes:\n  0   nothing is left\n  \
+                      1   an agent is running, or something could not be removed\n  64  the configuration is wrong"
+    )]
+    Detach(Detach),
     /// Serve the built-in picker over ext_proc, for Envoy or another Penstock.
     Epp(Epp),
     /// Print the version.
@@ -96,6 +103,13 @@ struct Doctor {
     /// Print one JSON document
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Args)]
+struct Detach {
+    /// Read `steering.bpffs` and `process.user` from this file; without it, use the defaults
+    #[arg(long, env = "PENSTOCK_CONFIG")]
+    config: Option<PathBuf>,
 }
 
 #[derive(Args)]
@@ -174,6 +188,11 @@ impl Cli {
             Verb::Epp(epp) => Some(config::Process { user: epp.user.0, groups: Vec::new() }),
             _ => config.as_ref().map(|config| config.process.clone()),
         };
+        if let Some(config) = config.as_ref().filter(|config| config.steering.mode == SteeringMode::Wire)
+            && let Some(user) = config.process.user
+        {
+            prepare(&config.steering.bpffs, user.gid);
+        }
         let became = process.map_or(Ok(()), |process| capability::become_user(&process));
         // Flushes the queued lines when it is dropped.
         let writer = capability::with(&[], || start_logging(&self.log, self.log_format, self.log_queue_bytes.get()));
@@ -197,6 +216,7 @@ impl Cli {
             })),
             Verb::Check(configured) | Verb::Config { verb: ConfigVerb::Check(configured) } => check(&configured),
             Verb::Doctor(doctor) => doctor.run(),
+            Verb::Detach(detach) => report(detach.run()),
             Verb::Epp(epp) => report(epp.serve()),
             Verb::Version => {
                 println!("penstock {}", env!("CARGO_PKG_VERSION"));
@@ -223,6 +243,26 @@ impl Doctor {
         let defaults = || config::Steering { force: self.force, ..config::Steering::default() };
         let steering = config.as_ref().map_or_else(defaults, |config| config.steering.clone());
         doctor::run(steering, config.as_ref(), self.json)
+    }
+}
+
+impl Detach {
+    fn run(self) -> anyhow::Result<ExitCode> {
+        let config = self.config.as_ref().map(|path| Config::load_with(path, &Overrides::default())).transpose();
+        let config = match config {
+            Ok(config) => config,
+            Err(errors) => {
+                eprintln!("{errors}");
+                return Ok(ExitCode::from(USAGE));
+            }
+        };
+        let place = config.map_or(Bpffs::Auto, |config| config.steering.bpffs);
+        let done = detach(&place).map_err(|error| anyhow::anyhow!("cannot detach: {}", error.reason()))?;
+        println!("flows ended: {}, agents' folders removed: {}", done.flows, done.instances);
+        for folder in &done.alive {
+            println!("left alone: {folder}: its agent is running");
+        }
+        Ok(if done.alive.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }
 

@@ -69,7 +69,7 @@ pub use reference::reference;
 pub use retry::Retry;
 pub use routes::{HeaderCondition, HostPattern, ModelPattern, PathPattern, Route, WeightedPool};
 pub use schema::json_schema;
-pub use steering::{Interfaces, Steering, SteeringMode};
+pub use steering::{AtStop, Bpffs, Interfaces, Steering, SteeringMode};
 pub use subset::{EmptySubset, Locality, Subset};
 pub use timeouts::{TimeoutOverrides, Timeouts};
 pub use tracing::{Ratio, Tracing};

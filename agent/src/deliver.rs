@@ -12,6 +12,7 @@ use std::io;
 
 pub use frames::{Coding, Frames, Sink};
 pub use response::Delivery;
+pub use splice::judge;
 pub use tunnel::Tunnel;
 
 use crate::{client::patience, steer::session::Ended};
@@ -29,6 +30,8 @@ pub enum End {
     Idle,
     /// A tunnel was asked to stop, and nothing was in transit.
     Over,
+    /// The agent stops, and the kernel carries the rest.
+    Left,
 }
 
 impl End {
@@ -40,6 +43,7 @@ impl End {
             Self::Broken => "endpoint_broke",
             Self::Idle => "idle_timeout",
             Self::Over => "over",
+            Self::Left => "left",
         }
     }
 }

@@ -8,8 +8,8 @@ use std::{path::Path, process::ExitCode, time::Duration};
 
 use penstock_agent::{
     capability,
-    command::{CgroupError, Check, Kernel, Ladder, Program, Rung, State, Wire, cgroup, version},
-    config::{self, Config, SteeringMode},
+    command::{CgroupError, Check, Kernel, Ladder, Pinned, Program, Rung, State, Wire, cgroup, pinned, version},
+    config::{self, Bpffs, Config, SteeringMode},
     trial::{self, Trial},
 };
 use serde_json::{Value, json};
@@ -112,6 +112,7 @@ fn machine(steering: &config::Steering, ladder: &Ladder) -> Vec<Finding> {
     findings.push(cgroup(steering));
     findings.push(program(ladder, missing.is_empty()));
     findings.push(wire());
+    findings.push(flows(&steering.bpffs));
     if let Program::Loaded(kernel) = &ladder.program {
         findings.push(kept());
         if ladder.is_ready(penstock_common::path::Path::Local) {
@@ -128,6 +129,37 @@ fn wire() -> Finding {
         Err(error) => format!("cannot be used: {}", error.reason()),
     };
     Finding { name: "wire programs".to_owned(), ok: true, found, advice: None }
+}
+
+/// The flows of path `wire` in this network namespace.
+fn flows(place: &Bpffs) -> Finding {
+    const MOST: usize = 20;
+    let name = "wire flows".to_owned();
+    let agents = match pinned(place) {
+        Ok(agents) => agents,
+        Err(error) => {
+            return Finding { name, ok: true, found: format!("cannot be read: {}", error.reason()), advice: None };
+        }
+    };
+    let mut lines = Vec::new();
+    for Pinned { folder, is_alive, flows } in &agents {
+        let owner = if *is_alive { "its agent is running" } else { "its agent is gone" };
+        match flows {
+            Err(error) => lines.push(format!("{folder}: {owner}, flows cannot be read: {error}")),
+            Ok(flows) => {
+                lines.push(format!("{folder}: {owner}, flows: {}", flows.len()));
+                lines.extend(flows.iter().take(MOST).map(|flow| {
+                    let (client, endpoint, bytes) = (flow.client, flow.endpoint, flow.bytes);
+                    format!("  {client} <- {endpoint}: {bytes} bytes, quiet for {}", milliseconds(flow.quiet))
+                }));
+                lines.extend((flows.len() > MOST).then(|| format!("  and {} more", flows.len() - MOST)));
+            }
+        }
+    }
+    let orphans = agents.iter().any(|agent| !agent.is_alive);
+    let advice = orphans.then(|| "the next agent adopts them; `penstock detach` ends them".to_owned());
+    let found = if lines.is_empty() { "none".to_owned() } else { lines.join(&format!("\n{:<15}", "")) };
+    Finding { name, ok: true, found, advice }
 }
 
 /// Whether an endpoint can observe that its socket is in a map.

@@ -4,6 +4,7 @@
 //! `steer` decides when to insert a socket, arm a slot or reclaim a flow; this module only executes it.
 #![allow(unsafe_code)]
 
+mod bpf;
 mod btf;
 pub mod cgroup;
 pub mod events;

@@ -14,7 +14,7 @@ use crate::{
     config::{self, Interfaces, SteeringMode},
     kernel::{
         Kernel, LoadError, socket, version,
-        wire::{Wire, WireError, interfaces},
+        wire::{Adoption, Namespace, Wire, WireError, interfaces},
     },
     metrics::Metrics,
     selftest::{self, Case, Check},
@@ -40,6 +40,10 @@ pub struct Ladder {
     pub forced: Option<String>,
     /// Whether clients' send buffers exceed `net.core.wmem_max`, which needs a capability that only the start has.
     pub forces_buffers: bool,
+    /// Flows of agents that are gone.
+    pub adoption: Option<Adoption>,
+    /// What else `/readyz?verbose` says about the paths.
+    pub notes: Vec<String>,
 }
 
 /// The state of the kernel programs.
@@ -157,43 +161,60 @@ impl Ladder {
             State::Ready => (Program::Loaded(kernel), forces(config.client_send_buffer)),
             _ => (Program::Unproven, false),
         };
-        Ok(Self { program, rungs: vec![first, second], forced: None, forces_buffers })
+        let rungs = vec![first, second];
+        Ok(Self { program, rungs, forced: None, forces_buffers, adoption: None, notes: Vec::new() })
     }
 
-    /// Loads the programs of path `wire` alone, and attaches them.
+    /// Loads the programs of path `wire` alone, pins and attaches them.
     fn wire(config: &config::Steering) -> Self {
-        let attached = Wire::load(config.max_flows).and_then(|mut wire| {
-            match &config.interfaces {
-                Interfaces::Named(names) => names.iter().try_for_each(|name| wire.attach(name))?,
-                Interfaces::Auto => {
-                    let names = interfaces()?;
-                    if names.is_empty() {
-                        return Err(WireError::Attach("auto".to_owned(), "there is no Ethernet interface".to_owned()));
-                    }
-                    names.iter().try_for_each(|name| wire.attach(name))?;
-                }
-            }
-            Ok(wire)
-        });
         let rung = |path, state| Rung { path, checks: Vec::new(), state, endpoint_visible: None };
-        let (program, state) = match attached {
-            Ok(wire) => (Program::Wire(Arc::new(wire)), State::Ready),
+        let mut notes = Vec::new();
+        let (program, state, adoption) = match Self::attach_wire(config, &mut notes) {
+            Ok((wire, adoption)) => (Program::Wire(wire), State::Ready, adoption),
             Err(error) => {
                 tracing::debug!("{error}");
                 let why: Arc<str> = error.reason().into();
-                (Program::Failed(Arc::clone(&why)), State::Off(why))
+                (Program::Failed(Arc::clone(&why)), State::Off(why), None)
             }
         };
         let others = PATHS.iter().map(|entry| rung(entry.path, State::Unasked));
         let rungs = others.chain([rung(Path::Wire, state)]).collect();
-        Self { program, rungs, forced: None, forces_buffers: false }
+        Self { program, rungs, forced: None, forces_buffers: false, adoption, notes }
+    }
+
+    fn attach_wire(
+        config: &config::Steering,
+        notes: &mut Vec<String>,
+    ) -> Result<(Arc<Wire>, Option<Adoption>), WireError> {
+        let mut wire = Wire::load(config.max_flows)?;
+        let mut pinned = None;
+        match Namespace::open(&config.bpffs).map_err(WireError::from) {
+            Ok(None) => {}
+            Ok(Some(namespace)) => match wire.pin(&namespace) {
+                Ok(()) => pinned = Some(namespace),
+                Err(error) => notes.push(format!("flows end with the agent: {}", error.reason())),
+            },
+            Err(error) => notes.push(format!("flows end with the agent: {}", error.reason())),
+        }
+        let names = match &config.interfaces {
+            Interfaces::Named(names) => names.clone(),
+            Interfaces::Auto => interfaces()?,
+        };
+        if names.is_empty() {
+            return Err(WireError::Attach("auto".to_owned(), "there is no Ethernet interface".to_owned()));
+        }
+        names.iter().try_for_each(|name| wire.attach(name))?;
+        let wire = Arc::new(wire);
+        let adoption = pinned.map(|namespace| wire.adoption(namespace));
+        Ok((wire, adoption))
     }
 
     /// A ladder with every path off for the same reason.
     fn without(program: Program, state: &State) -> Self {
         let off =
             |entry: &Entry| Rung { path: entry.path, checks: Vec::new(), state: state.clone(), endpoint_visible: None };
-        Self { program, rungs: PATHS.iter().map(off).collect(), forced: None, forces_buffers: false }
+        let rungs = PATHS.iter().map(off).collect();
+        Self { program, rungs, forced: None, forces_buffers: false, adoption: None, notes: Vec::new() }
     }
 
     pub fn is_ready(&self, path: Path) -> bool {
@@ -237,7 +258,8 @@ impl Ladder {
     /// The lines of `/readyz?verbose`: the summary, then each path.
     pub fn lines(&self) -> Vec<String> {
         let paths = self.rungs.iter().map(|rung| format!("path {}", rung.describe()));
-        std::iter::once(self.describe()).chain(paths).collect()
+        let notes = self.notes.iter().map(|note| format!("path wire: {note}"));
+        std::iter::once(self.describe()).chain(paths).chain(notes).collect()
     }
 
     /// Reports the result in the log and the metrics.
@@ -246,6 +268,9 @@ impl Ladder {
             tracing::warn!("{}", self.describe());
         } else {
             tracing::info!("{}", self.describe());
+        }
+        for note in &self.notes {
+            tracing::warn!("path wire: {note}");
         }
         for rung in &self.rungs {
             let reason = match (&rung.state, &self.forced) {

@@ -68,7 +68,7 @@ pub mod command {
             Kernel,
             cgroup::{self, CgroupError},
             version,
-            wire::Wire,
+            wire::{Pinned, Wire, detach, pinned, prepare},
         },
         ladder::{Ladder, Program, Rung, State},
         selftest::Check,

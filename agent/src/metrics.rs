@@ -246,6 +246,16 @@ impl Metrics {
         self.core.families.steer_stops.get_or_create(&ByReason { reason }).inc();
     }
 
+    /// Sets how many adopted flows have not ended.
+    pub fn set_adopted_flows(&self, flows: usize) {
+        self.core.families.adopted_flows.set(flows as i64);
+    }
+
+    /// Counts an adopted flow that has ended.
+    pub fn adopted_flow_ended(&self, reason: &'static str) {
+        self.core.families.adopted_flows_ended.get_or_create(&ByReason { reason }).inc();
+    }
+
     /// Counts lost events of the kernel programs.
     pub fn steer_events_missed(&self, events: u64) {
         self.core.families.steer_events_missed.inc_by(events);

@@ -18,12 +18,14 @@ mod renamed;
 mod lease;
 mod pinned;
 mod guarded;
+mod adopted;
 
 use std::net::SocketAddr;
 
 use http::Method;
 use tokio::time::Instant;
 
+pub use self::{adopted::Keeper, guarded::Panicked, lease::Lease, pinned::pinned, request::After};
 use self::{
     guarded::Guard,
     picked::PickOutcome,
@@ -33,7 +35,6 @@ use self::{
     reply::{answer_last_forward, evict, send_error, send_immediate},
     request::Request,
 };
-pub use self::{guarded::Panicked, lease::Lease, pinned::pinned, request::After};
 use crate::{
     client::Client,
     error::{Error, Manner},

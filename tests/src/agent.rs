@@ -7,7 +7,7 @@ use std::{net::SocketAddr, sync::Once, time::Duration};
 use anyhow::{Context as _, Result, bail};
 use penstock_agent::{
     Agent,
-    config::{Config, Epp, FailureMode, Picker, Pool, SteeringMode},
+    config::{Bpffs, Config, Epp, FailureMode, Picker, Pool, SteeringMode},
     parts::Probe,
 };
 use penstock_common::path::Path;
@@ -64,6 +64,8 @@ impl TestAgent {
         config.admin.address = SocketAddr::from(([127, 0, 0, 1], 0));
         config.steering.mode = steering;
         config.steering.max_flows = 4096;
+        // Tests do not find what others have left.
+        config.steering.bpffs = Bpffs::Off;
         config.timeouts.drain = Duration::from_secs(5);
         adjust(&mut config);
         let wanted = match config.steering.mode {

@@ -224,4 +224,4 @@ fn addresses(skb: *mut __sk_buff, route: &Route, ends: &Ends) -> Option<()> {
     if errors == 0 { Some(()) } else { None }
 }
 
-const _: () = assert!(size_of::<Flow>() == 496);
+const _: () = assert!(size_of::<Flow>() == 544);

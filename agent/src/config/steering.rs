@@ -33,6 +33,12 @@ settings! {
         /// With `mode = "wire"`: names of the network interfaces towards clients and endpoints, separated by commas. `"auto"` means
         /// every Ethernet interface that exists at the start.
         pub interfaces: Interfaces = Interfaces::Auto => interfaces(),
+        /// With `mode = "wire"`: mount point of a bpffs, where the agent pins its programs and maps, so that flows outlive it and the
+        /// next agent adopts them. `"auto"` is `/run/penstock/bpf` or `/sys/fs/bpf`, the first of them that is a bpffs; without one,
+        /// flows end with the agent. `"off"`: flows end with the agent.
+        pub bpffs: Bpffs = Bpffs::Auto => bpffs(),
+        /// With `mode = "wire"` and a bpffs: what happens to flows that have begun when the agent is told to stop.
+        pub at_stop: AtStop = AtStop::Auto => value::choice(),
         /// Whether to steer on a kernel version that is known to lose or repeat bytes in sockmap. `--force` and
         /// `PENSTOCK_FORCE=true` enable it, too.
         pub force: bool = false => value::boolean(),
@@ -55,6 +61,40 @@ choice! {
         /// All others are relayed. On trial: `"auto"` does not use it, and docs/limits.md says what it lacks.
         Wire = "wire",
     }
+}
+
+choice! {
+    /// What happens to flows of path `wire` when the agent stops.
+    pub enum AtStop {
+        /// `"leave"` in the network namespace that the machine started with, which outlives the agent, otherwise `"finish"`.
+        Auto = "auto",
+        /// The kernel carries them on, and the next agent adopts them.
+        Leave = "leave",
+        /// They may end within `timeouts.drain`, then they are reset.
+        Finish = "finish",
+    }
+}
+
+/// Where path `wire` pins its programs and maps.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Bpffs {
+    Auto,
+    Off,
+    At(PathBuf),
+}
+
+fn bpffs() -> Value<Bpffs> {
+    let parse = |text: &str| match text {
+        "auto" => Some(Bpffs::Auto),
+        "off" => Some(Bpffs::Off),
+        path => path.starts_with('/').then(|| Bpffs::At(path.into())),
+    };
+    let show = |place: &Bpffs| match place {
+        Bpffs::Auto => "auto".to_owned(),
+        Bpffs::Off => "off".to_owned(),
+        Bpffs::At(path) => path.display().to_string(),
+    };
+    Value::text("\"auto\", \"off\" or an absolute path", parse, show)
 }
 
 /// The interfaces of path `wire`.

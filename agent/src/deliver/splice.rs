@@ -5,10 +5,7 @@
 
 use std::time::Duration;
 
-use penstock_common::{
-    framing::state,
-    wire::flow::{mark, state as flow},
-};
+use penstock_common::{framing::state, wire::flow::mark};
 
 use super::{Delivery, End};
 use crate::kernel::{
@@ -24,6 +21,7 @@ impl Delivery<'_> {
         if self.session.tee.is_some_and(|tee| tee.borrow().wants_begin()) {
             return self.read().await;
         }
+        watched.advance(self.session.account.relayed, &self.session.framing);
         let armed = match self.endpoint.stream() {
             Ok(endpoint) => watched.arm(self.client.stream(), &*endpoint).unwrap_or(false),
             Err(_) => false,
@@ -50,13 +48,25 @@ impl Delivery<'_> {
             watched.freeze(self.client.stream(), &*endpoint);
         }
         // The client's own close is between the peers.
-        let is_over = |watched: &Watched| watched.has_ended() || watched.seen().finished;
+        let is_over = |watched: &Watched| watched.seen().has_ended() || watched.is_to_be_left();
         let end = tokio::select! {
             biased;
             () = watched.changed(is_over) => None,
             () = silent(watched, self.session.idle) => Some(End::Idle),
         };
-        self.conclude(end)
+        let is_left = end.is_none() && watched.is_to_be_left() && !watched.seen().has_ended();
+        if is_left { self.leave() } else { self.conclude(end) }
+    }
+
+    /// Leaves a flow that has begun to the next agent, which counts what the kernel has carried.
+    fn leave(&mut self) -> End {
+        if let Some(watched) = self.wire.take() {
+            if let Ok(endpoint) = self.endpoint.stream() {
+                watched.close(self.client.stream(), &*endpoint);
+            }
+            watched.leave();
+        }
+        End::Left
     }
 
     /// Closes the agent's part of a flow that has begun and records the bytes. `end`: why the flow is ended, if it has not ended by
@@ -67,37 +77,35 @@ impl Delivery<'_> {
             watched.close(self.client.stream(), &*endpoint);
         }
         let seen = watched.seen();
-        // A client that has sent what nobody routed gets no orderly close.
-        let is_orderly = seen.state == flow::ENDED || seen.finished && seen.marks & mark::CLIENT_SENT == 0;
-        if end.is_some() || !is_orderly {
+        if end.is_some() || !seen.is_orderly() {
             watched.reset();
         }
+        watched.counted();
         let account = &mut self.session.account;
         account.wire += seen.bytes;
         account.segments += seen.segments;
         if seen.first_ns > 0 {
             account.stamp(seen.first_ns, seen.last_ns);
         }
-        end.unwrap_or_else(|| self.judge(&seen))
+        end.unwrap_or_else(|| judge(&seen, self.session.framing.state, self.session.framing.left))
     }
+}
 
-    /// What the end of the flow means for the response. User space has not seen the bytes: a chunked body is complete if its last
-    /// bytes are those of the last chunk.
-    fn judge(&self, seen: &Seen) -> End {
-        const LAST_CHUNK: u64 = u64::from_be_bytes(*b"\0\0\x000\r\n\r\n");
-        let framing = &self.session.framing;
-        let client_closed = seen.marks & (mark::CLIENT_CLOSED_FIRST | mark::CLIENT_RESET) != 0;
-        let endpoint_closed = seen.finished && seen.marks & mark::CLIENT_CLOSED_FIRST == 0;
-        let is_whole = match framing.state {
-            state::LENGTH => seen.told_all && seen.bytes == framing.left,
-            state::UNTIL_CLOSE => endpoint_closed,
-            _ => seen.told_all && seen.last == LAST_CHUNK,
-        };
-        match () {
-            () if is_whole => End::Complete { reusable: false },
-            () if client_closed => End::ClientGone,
-            () => End::Broken,
-        }
+/// What the end of a flow means for the response, given state and rest of the body's framing when the flow began. User space has not
+/// seen the bytes: a chunked body is complete if its last bytes are those of the last chunk.
+pub fn judge(seen: &Seen, framing: u32, left: u64) -> End {
+    const LAST_CHUNK: u64 = u64::from_be_bytes(*b"\0\0\x000\r\n\r\n");
+    let client_closed = seen.marks & (mark::CLIENT_CLOSED_FIRST | mark::CLIENT_RESET) != 0;
+    let endpoint_closed = seen.finished && seen.marks & mark::CLIENT_CLOSED_FIRST == 0;
+    let is_whole = match framing {
+        state::LENGTH => seen.told_all && seen.bytes == left,
+        state::UNTIL_CLOSE => endpoint_closed,
+        _ => seen.told_all && seen.last == LAST_CHUNK,
+    };
+    match () {
+        () if is_whole => End::Complete { reusable: false },
+        () if client_closed => End::ClientGone,
+        () => End::Broken,
     }
 }
 

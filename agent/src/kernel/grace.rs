@@ -9,8 +9,8 @@ use std::{
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
 };
 
-const BPF_MAP_CREATE: libc::c_int = 0;
-const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
+use super::bpf::{MAP_CREATE, MAP_UPDATE_ELEM, bpf};
+
 const BPF_MAP_TYPE_ARRAY: u32 = 2;
 const BPF_MAP_TYPE_ARRAY_OF_MAPS: u32 = 12;
 
@@ -53,22 +53,15 @@ impl Grace {
     pub(super) fn wait(&self) -> io::Result<()> {
         let (key, value) = (0u32, self.inner.as_raw_fd() as u32);
         let (map_fd, key, value) = (self.outer.as_raw_fd() as u32, (&raw const key) as u64, (&raw const value) as u64);
-        bpf(BPF_MAP_UPDATE_ELEM, &Update { map_fd, padding: 0, key, value, flags: 0 }).map(drop)
+        bpf(MAP_UPDATE_ELEM, &Update { map_fd, padding: 0, key, value, flags: 0 }).map(drop)
     }
 }
 
 fn create(map_type: u32, inner_map_fd: u32) -> io::Result<OwnedFd> {
     let attributes = Create { map_type, key_size: 4, value_size: 4, max_entries: 1, map_flags: 0, inner_map_fd };
-    let fd = bpf(BPF_MAP_CREATE, &attributes)?;
+    let fd = bpf(MAP_CREATE, &attributes)?;
     // SAFETY: the call has just created this descriptor, and nothing else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-fn bpf<T>(command: libc::c_int, attributes: &T) -> io::Result<libc::c_int> {
-    // SAFETY: the kernel reads `size_of::<T>()` bytes of the attributes and the words that they point to, which outlive
-    // the call.
-    let result = unsafe { libc::syscall(libc::SYS_bpf, command, &raw const *attributes, size_of::<T>()) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as libc::c_int) }
 }
 
 #[cfg(test)]

@@ -7,38 +7,63 @@
 //!
 //! Needs CAP_BPF and CAP_NET_ADMIN, no type information of the kernel, and nothing of the host.
 
+mod adopted;
+mod attach;
 mod connection;
 mod inject;
 mod interface;
+mod inventory;
+mod netns;
+mod pins;
+mod qdisc;
 mod records;
+mod seen;
+mod table;
 #[cfg(test)]
 mod tests;
 mod watched;
 
-use std::{io, os::fd::AsFd as _, path::Path, sync::Arc};
+use std::{
+    io,
+    os::fd::AsFd as _,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::Map,
-    programs::{
-        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
-        links::FdLink,
-        tc::{NlOptions, SchedClassifierLinkId, TcAttachOptions, TcError, qdisc_add_clsact},
-    },
+    maps::{Map, MapData, RingBuf},
 };
+use penstock_common::wire::flow::state;
 use thiserror::Error;
 
+pub use adopted::{Adopted, AdoptedFlow, Adoption, Story, silence};
 pub use connection::{Connection, Unfit, agree};
 pub use interface::all as interfaces;
-pub use watched::{Seen, Watched};
+pub use inventory::{Pinned, detach, pinned};
+pub use netns::is_initial as is_initial_namespace;
+pub use pins::{Namespace, PinError, prepare};
+pub use seen::Seen;
+pub use watched::Watched;
 
-use self::records::{Events, Records};
-use super::{LoadError, object, slots::Mapping};
+use self::{
+    attach::{Attached, program},
+    pins::Instance,
+    records::{Events, Records},
+    seen::state_of,
+    table::{FLOWS, LEGS, Table},
+};
+use super::{LoadError, object};
 use crate::panics::Watch;
 
 const WIRE_PROGRAM: &str = "penstock_wire";
 const GUARD_PROGRAM: &str = "penstock_guard";
 const INJECT_PROGRAM: &str = "penstock_inject";
+/// How long the programs know a flow that has ended, for what its peers repeat.
+const LINGER: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Error)]
 pub enum WireError {
@@ -46,8 +71,12 @@ pub enum WireError {
     Load(#[from] LoadError),
     #[error("cannot attach to interface {0}: {1}")]
     Attach(String, String),
-    #[error("cannot pin a link: {0}")]
+    #[error("cannot pin: {0}")]
     Pin(String),
+    #[error(transparent)]
+    Place(#[from] PinError),
+    #[error("the maps are of another version")]
+    Foreign,
     #[error("no record is free")]
     Full,
     #[error("the connections cannot be joined: {0}")]
@@ -68,11 +97,18 @@ impl WireError {
     }
 }
 
-/// The loaded programs. Unless they were pinned, they and all flows end when this is dropped.
+/// The loaded programs. Dropping this detaches them, except those that have an instance and flows of which this agent has not seen
+/// the end.
 pub struct Wire {
     records: Arc<Records>,
     _events: Events,
-    links: Vec<(&'static str, SchedClassifierLinkId)>,
+    attached: Attached,
+    flows: MapData,
+    legs: MapData,
+    /// Where programs and maps are pinned.
+    instance: Option<Instance>,
+    /// This agent stops, and leaves its flows to the next one.
+    is_leaving: AtomicBool,
     ebpf: Ebpf,
 }
 
@@ -90,55 +126,55 @@ impl Wire {
         for name in [WIRE_PROGRAM, GUARD_PROGRAM, INJECT_PROGRAM] {
             program(&mut ebpf, name)?.load().map_err(LoadError::from)?;
         }
-        let flows = match ebpf.map("FLOWS") {
-            Some(Map::Array(flows)) => Mapping::new(flows.fd().as_fd(), max_flows)?,
-            _ => return Err(LoadError::Missing("map FLOWS").into()),
-        };
         let mut take = |name| ebpf.take_map(name).ok_or(LoadError::Missing(name));
-        let (legs, ring, missed) = (take("LEGS")?, take("WIRE_EVENTS")?, take("WIRE_MISSED")?);
-        let records = Arc::new(Records::new(flows, legs.try_into()?, max_flows)?);
-        let events = Events::start(ring.try_into()?, missed.try_into()?, Arc::clone(&records))?;
-        Ok(Self { records, _events: events, links: Vec::new(), ebpf })
+        let (flows, legs) = (data(take("FLOWS")?)?, data(take("LEGS")?)?);
+        let (ring, missed): (RingBuf<_>, _) = (take("WIRE_EVENTS")?.try_into()?, take("WIRE_MISSED")?.try_into()?);
+        let again = MapData::from_fd(legs.fd().as_fd().try_clone_to_owned()?)?;
+        let records = Arc::new(Records::new(Table::new(&flows, again)?)?);
+        let events = Events::start(ring, missed, Arc::clone(&records))?;
+        let (attached, is_leaving) = (Attached::none(), AtomicBool::new(false));
+        Ok(Self { records, _events: events, attached, flows, legs, instance: None, is_leaving, ebpf })
     }
 
-    /// Attaches to an interface of this thread's network namespace: before other programs at ingress, after them at egress. Uses TCX
-    /// if the kernel has it (Linux 6.6), otherwise the clsact qdisc, which is created if it is missing.
+    /// Lets maps, and programs that are attached from now on, outlive the process.
+    pub fn pin(&mut self, namespace: &Namespace) -> Result<(), WireError> {
+        let instance = namespace.claim()?;
+        let pin =
+            |map: &MapData, name| map.pin(instance.folder.at(name)).map_err(|error| WireError::Pin(error.to_string()));
+        let pinned = pin(&self.flows, FLOWS).and_then(|()| pin(&self.legs, LEGS));
+        if pinned.is_err() {
+            let _ = attach::remove(&instance, None);
+        }
+        pinned.map(|()| self.instance = Some(instance))
+    }
+
+    /// Attaches to an interface of this thread's network namespace: before other programs at ingress, after them at egress.
     pub fn attach(&mut self, name: &str) -> Result<(), WireError> {
-        let failed = |why: &dyn std::fmt::Display| WireError::Attach(name.to_owned(), why.to_string());
-        if !interface::is_ethernet(name).map_err(|error| failed(&error))? {
-            return Err(failed(&"its packets have no Ethernet header"));
-        }
-        let places = [
-            // At egress first: a flow must not begin while its sockets can still be heard.
-            (GUARD_PROGRAM, TcAttachType::Egress, LinkOrder::last(), u16::MAX),
-            (WIRE_PROGRAM, TcAttachType::Ingress, LinkOrder::first(), 1),
-        ];
-        for (which, place, order, priority) in places {
-            let classifier = program(&mut self.ebpf, which)?;
-            let link = match classifier.attach_with_options(name, place, TcAttachOptions::TcxOrder(order)) {
-                Err(ProgramError::SyscallError(_)) => attach_to_qdisc(classifier, name, place, priority),
-                attached => attached,
-            };
-            self.links.push((which, link.map_err(|error| failed(&error))?));
-        }
-        Ok(())
+        self.attached.attach(&mut self.ebpf, name, self.instance.as_ref())
     }
 
-    /// Lets programs and flows outlive this process: pins the links of TCX into a folder of a bpffs. Programs in a clsact qdisc stay
-    /// by themselves.
-    pub fn pin(&mut self, folder: &Path) -> Result<(), WireError> {
-        for (number, (which, link)) in self.links.drain(..).enumerate() {
-            let pin = |error: &dyn std::fmt::Display| WireError::Pin(error.to_string());
-            let link = program(&mut self.ebpf, which)?.take_link(link).map_err(|error| pin(&error))?;
-            if <&FdLink>::try_from(&link).is_err() {
-                // Dropping it would detach the program.
-                std::mem::forget(link);
-                continue;
-            }
-            let link = FdLink::try_from(link).map_err(|error| pin(&error))?;
-            link.pin(folder.join(format!("{which}_{number}"))).map_err(|error| pin(&error))?;
-        }
-        Ok(())
+    fn instance(&self) -> Option<&Instance> {
+        self.instance.as_ref()
+    }
+
+    /// Whether flows outlive the process.
+    pub fn is_pinned(&self) -> bool {
+        self.instance.is_some()
+    }
+
+    /// Tells every task to leave its flow to the next agent.
+    pub fn leave(&self) {
+        self.is_leaving.store(true, Ordering::Release);
+        self.records.wake_all();
+    }
+
+    fn is_leaving(&self) -> bool {
+        self.is_leaving.load(Ordering::Acquire)
+    }
+
+    /// Adopts flows of other agents in the namespace.
+    pub fn adoption(self: &Arc<Self>, namespace: Namespace) -> Adoption {
+        Adoption::new(namespace, Arc::clone(self))
     }
 
     /// Watches two connections of the agent, before the request is sent to the endpoint.
@@ -157,21 +193,25 @@ impl Wire {
     }
 }
 
-fn program<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut SchedClassifier, LoadError> {
-    Ok(ebpf.program_mut(name).ok_or(LoadError::Missing(name))?.try_into()?)
+impl Drop for Wire {
+    fn drop(&mut self) {
+        let table = &self.records.table;
+        let is_running = |&index: &u32| state_of(table.words(index)) == state::ACTIVE && table.is_known(index);
+        if let Some(instance) = self.instance.take() {
+            let running = (0..table.len()).filter(is_running).count();
+            if running > 0 {
+                tracing::info!(flows = running, folder = instance.describe(), "flows left to the next agent");
+            } else if let Err(error) = attach::remove(&instance, None) {
+                tracing::warn!(folder = instance.describe(), %error, "could not remove the pins of path wire");
+            }
+        }
+        self.attached.detach(&mut self.ebpf);
+    }
 }
 
-fn attach_to_qdisc(
-    program: &mut SchedClassifier,
-    name: &str,
-    place: TcAttachType,
-    priority: u16,
-) -> Result<SchedClassifierLinkId, ProgramError> {
-    match qdisc_add_clsact(name) {
-        Ok(()) | Err(TcError::AlreadyAttached) => {}
-        // The kernel says so with EEXIST; any other failure shows when the program is attached.
-        Err(error) => tracing::debug!(interface = name, %error, "clsact qdisc not created"),
+fn data(map: Map) -> Result<MapData, LoadError> {
+    match map {
+        Map::Array(data) | Map::HashMap(data) => Ok(data),
+        _ => Err(LoadError::Missing("a map")),
     }
-    let options = NlOptions { priority, ..NlOptions::default() };
-    program.attach_with_options(name, place, TcAttachOptions::Netlink(options))
 }

@@ -219,6 +219,10 @@ families! {
     body_bytes: Family<ByPath, Counter> = "body_bytes";
     /// Steered flows that the kernel disarmed before the end of their message.
     steer_stops: Family<ByReason, Counter> = "steer_stops";
+    /// Flows on path `wire` that another agent began and this one adopted, and that have not ended.
+    adopted_flows: Gauge = "adopted_flows";
+    /// Adopted flows that have ended, by reason.
+    adopted_flows_ended: Family<ByReason, Counter> = "adopted_flows_ended";
     /// Events of the kernel programs lost because the ring buffer was full.
     steer_events_missed: Counter = "steer_events_missed";
     /// Endpoint connections that hold a slot of the kernel maps.

@@ -31,6 +31,9 @@ macro_rules! fields {
 fields! {
     /// `true` in the line of a pinned connection.
     pinned: bool,
+    /// `true` in the line of a flow on path `wire` that another agent began, and this one adopted. It has no request fields; `took_us`
+    /// ends with the last payload.
+    adopted: bool,
     /// The client's address and port.
     client: DisplayValue<SocketAddr>,
     /// The value of the request's `x-request-id`, the client's or the agent's.

@@ -75,7 +75,7 @@ pub async fn pinned(current: &Rc<Current>, client: &mut ClientSocket, pin: Pin, 
             endpoint.set_resting(true);
             After::Abort
         }
-        End::ClientGone | End::Broken | End::Idle => After::Abort,
+        End::ClientGone | End::Broken | End::Idle | End::Left => After::Abort,
     }
 }
 

@@ -190,7 +190,7 @@ impl Upstream {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Interfaces;
+    use crate::config::{AtStop, Bpffs, Interfaces};
 
     fn config(mode: SteeringMode) -> Steering {
         Steering {
@@ -202,6 +202,8 @@ mod tests {
             endpoint_receive_buffer: 1,
             max_flows: 1,
             interfaces: Interfaces::Auto,
+            bpffs: Bpffs::Off,
+            at_stop: AtStop::Auto,
             force: false,
         }
     }

@@ -1,10 +1,14 @@
-//! The memory that the agent and the kernel program share about one flow of path `wire`: 496 bytes in an array map.
+//! The memory that the agent and the kernel program share about one flow of path `wire`: 544 bytes in an array map.
 //!
 //! The agent fills in a record before it makes both connections' addresses known to the program, and stores [`Flow::state`] last.
 //! From then on fields change by whole words. Numbers of a leg are those that the peer of this leg uses.
 
 use super::header::Shift;
 use crate::word::Word;
+
+/// Version of what agents leave to each other: the layout of [`Flow`], and the keys and values of the maps. Increase it with every
+/// change, so that no agent reads a record as what it is not.
+pub const VERSION: u32 = 1;
 
 /// The index of a leg.
 pub const CLIENT: usize = 0;
@@ -131,6 +135,22 @@ pub struct Leg {
     pub silenced: Word,
 }
 
+/// What another agent has to know about a flow if this one dies.
+#[repr(C)]
+#[derive(Default)]
+pub struct Response {
+    /// When the request began; CLOCK_MONOTONIC ns.
+    pub started_ns: Word,
+    pub status: Word,
+    /// Bytes of the body that user space has carried before the flow began.
+    pub relayed: Word,
+    /// `state` and `left` of the body's [`Framing`](crate::framing::Framing) when the flow began.
+    pub framing: Word,
+    pub left: Word,
+    /// Not 0: an agent has counted the flow.
+    pub counted: Word,
+}
+
 /// One flow.
 #[repr(C)]
 #[derive(Default)]
@@ -143,11 +163,12 @@ pub struct Flow {
     pub packet_ns: Word,
     /// Why the flow did not begin at a packet that the program considered: [`judge::refusal`](super::judge::refusal).
     pub refusal: Word,
+    pub response: Response,
     pub legs: [Leg; 2],
 }
 
 const _: () = assert!(size_of::<Ends>() == 36 && size_of::<Facts>() == 88);
-const _: () = assert!(size_of::<Leg>() == 88 + 17 * 8 && size_of::<Flow>() == 496);
+const _: () = assert!(size_of::<Leg>() == 88 + 17 * 8 && size_of::<Flow>() == 544);
 
 impl Leg {
     /// The sequence number after everything that the peer has sent, with its FIN.

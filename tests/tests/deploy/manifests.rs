@@ -321,6 +321,9 @@ fn only_the_host_network_variant_needs_the_node() {
     {
         assert_eq!(mount.read_only, Some(true), "{}", mount.mount_path);
     }
+    let mounts = host.container().volume_mounts.expect("mounts");
+    let bpffs = mounts.iter().find(|mount| mount.name == "bpffs").expect("no bpffs");
+    assert_eq!((&*bpffs.mount_path, bpffs.read_only), ("/run/penstock/bpf", None), "steering.bpffs finds it there");
 }
 
 #[test]

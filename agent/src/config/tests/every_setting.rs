@@ -81,6 +81,8 @@ const ROWS: &[Row] = &[
     ("[steering]", r#"interfaces = "eth0, c0""#, |c| {
         c.steering.interfaces == Interfaces::Named(vec!["eth0".to_owned(), "c0".to_owned()])
     }),
+    ("[steering]", r#"bpffs = "/b""#, |c| c.steering.bpffs == Bpffs::At("/b".into())),
+    ("[steering]", r#"at_stop = "leave""#, |c| c.steering.at_stop == AtStop::Leave),
     ("[steering]", r#"mode = "ingress""#, |c| c.steering.mode == SteeringMode::Ingress),
     ("[steering]", r#"cgroup = "/cgroup""#, |c| c.steering.cgroup.as_deref() == Some(Path::new("/cgroup"))),
     ("[steering]", "min_bytes = 1", |c| c.steering.min_bytes == 1),

@@ -7,7 +7,6 @@ use std::{
     io,
     ops::ControlFlow,
     os::fd::AsFd as _,
-    ptr::NonNull,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -17,33 +16,27 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aya::maps::{Array, HashMap, MapData, RingBuf};
+use aya::maps::{Array, MapData, RingBuf};
 use futures_util::task::AtomicWaker;
 use nix::{
     poll::{PollFd, PollFlags, poll},
     sys::eventfd::{EfdFlags, EventFd},
 };
 use parking_lot::Mutex;
-use penstock_common::wire::flow::{Ends, Flow};
 
+use super::{LINGER, table::Table};
 use crate::{
     capability,
-    kernel::{grace::Grace, slots::Mapping, socket},
+    kernel::{grace::Grace, socket},
     panics::Watch,
 };
 
 const THREAD: &str = "penstock-wire";
 /// Time between two attempts to free records.
 const RECLAIM: Duration = Duration::from_secs(1);
-/// How long the programs know a flow that has ended, for what its peers repeat.
-const LINGER: Duration = Duration::from_secs(10);
-
-/// The key of a leg: `Ends` as words.
-pub(super) type Key = [u32; size_of::<Ends>() / size_of::<u32>()];
 
 pub(super) struct Records {
-    flows: Mapping<Flow>,
-    legs: Mutex<HashMap<MapData, Key, u32>>,
+    pub(super) table: Table,
     free: Mutex<Vec<u32>>,
     /// Records that no key leads to any more, and that a running program may still use.
     retired: Mutex<Vec<u32>>,
@@ -58,10 +51,10 @@ pub(super) struct Records {
 }
 
 impl Records {
-    pub(super) fn new(flows: Mapping<Flow>, legs: HashMap<MapData, Key, u32>, count: u32) -> io::Result<Self> {
+    pub(super) fn new(table: Table) -> io::Result<Self> {
+        let count = table.len();
         Ok(Self {
-            flows,
-            legs: Mutex::new(legs),
+            table,
             free: Mutex::new((0..count).rev().collect()),
             retired: Mutex::default(),
             lingering: Mutex::default(),
@@ -76,25 +69,6 @@ impl Records {
     /// A free record; `None` if all are in use.
     pub(super) fn take(&self) -> Option<u32> {
         self.free.lock().pop()
-    }
-
-    pub(super) fn flow(&self, index: u32) -> NonNull<Flow> {
-        self.flows.at(index)
-    }
-
-    /// Lets the programs know a leg of the flow.
-    pub(super) fn announce(&self, index: u32, leg: usize, ends: Ends) -> Result<(), aya::maps::MapError> {
-        self.legs.lock().insert(key(ends), index * 2 + leg as u32, 0)
-    }
-
-    /// Makes the programs forget the flow with these legs. Leaves alone what another flow has announced since.
-    pub(super) fn forget(&self, index: u32, ends: [Ends; 2]) {
-        let mut legs = self.legs.lock();
-        for key in ends.map(key) {
-            if legs.get(&key, 0).is_ok_and(|value| value >> 1 == index) {
-                let _ = legs.remove(&key);
-            }
-        }
     }
 
     /// Frees the record of a flow that the programs have forgotten, after a time in which they end.
@@ -112,6 +86,10 @@ impl Records {
         self.wakers[index as usize].register(cx.waker());
     }
 
+    pub(super) fn wake_all(&self) {
+        self.wakers.iter().for_each(AtomicWaker::wake);
+    }
+
     /// Events that found no room, since the last call.
     pub(super) fn take_missed(&self) -> u64 {
         self.missed.swap(0, Relaxed)
@@ -124,7 +102,7 @@ impl Records {
     /// Forgets what has lingered for long enough, then frees retired records. Takes some milliseconds if there are any.
     fn reclaim(&self) {
         while let Some(index) = self.over() {
-            self.forget(index, self.ends(index));
+            self.table.forget(index, self.table.ends(index));
             self.retire(index);
         }
         let retired = std::mem::take(&mut *self.retired.lock());
@@ -147,17 +125,6 @@ impl Records {
         let is_over = since.elapsed() >= LINGER || lingering.len() > self.most_lingering;
         if is_over { lingering.pop_front().map(|(_, index)| index) } else { None }
     }
-
-    /// The addresses of a flow's legs.
-    pub(super) fn ends(&self, index: u32) -> [Ends; 2] {
-        let flow = self.flow(index).as_ptr();
-        // SAFETY: fields of a live record, which only its owner writes, before the programs know it.
-        [0, 1].map(|leg| unsafe { (&raw const (*flow).legs[leg].facts.ends).read_volatile() })
-    }
-}
-
-fn key(ends: Ends) -> Key {
-    zerocopy::transmute!(ends)
 }
 
 /// The thread.
@@ -210,7 +177,7 @@ fn run(mut ring: RingBuf<MapData>, missed: &Array<MapData, u64>, records: &Recor
         if total != seen {
             records.missed.fetch_add(total.wrapping_sub(seen), Relaxed);
             seen = total;
-            records.wakers.iter().for_each(AtomicWaker::wake);
+            records.wake_all();
         }
         if reclaimed.elapsed() >= RECLAIM {
             records.reclaim();

@@ -1,5 +1,6 @@
 //! Flows of path `wire` between three network namespaces, every byte compared by position.
 
+mod adoption;
 mod net;
 mod scene;
 
@@ -235,51 +236,6 @@ fn lost_packets_are_repeated_between_the_peers() {
         lose(&joined.endpoint.stream, 30);
         finish(&scene, joined, MIB);
     }
-}
-
-#[test]
-fn streams_outlive_the_agent() {
-    let folder = tempfile::tempdir().expect("a folder");
-    // A bpffs in a mount namespace of its own, which ends with the thread.
-    let run = move || {
-        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).expect("root");
-        for arguments in
-            [&["--make-rprivate", "/"][..], &["-t", "bpf", "none", folder.path().to_str().expect("a path")]]
-        {
-            let status = std::process::Command::new("mount").args(arguments).status().expect("mount");
-            assert!(status.success(), "mount {arguments:?}");
-        }
-        for family in BOTH {
-            let place = folder.path().join(format!("{family:?}"));
-            std::fs::create_dir(&place).expect("a folder");
-            let scene = Scene::pinned(family, &place);
-            let joined: Vec<_> = (0..5).map(|_| scene.join()).collect();
-            // What the kernel does to a killed process: it closes the sockets, maps and programs. Nobody resets or forgets.
-            let Scene { net, wire, .. } = scene;
-            let streams: Vec<_> = joined
-                .into_iter()
-                .map(|Joined { client, endpoint, agent }| {
-                    drop((agent.client, agent.endpoint));
-                    std::mem::forget(agent.watched);
-                    (client, endpoint)
-                })
-                .collect();
-            drop(wire);
-            for (mut client, mut endpoint) in streams {
-                endpoint.take_request();
-                let total = endpoint.position + MIB;
-                scope(|scope| {
-                    scope.spawn(|| client.read_to_end_at(total));
-                    endpoint.send(MIB);
-                    endpoint.stream.shutdown(Shutdown::Write).expect("shutdown");
-                });
-                drop(client);
-                assert_eq!(endpoint.read_to_end(), b"");
-            }
-            drop(net);
-        }
-    };
-    std::thread::spawn(run).join().expect("no panic");
 }
 
 #[test]

@@ -1,50 +1,30 @@
 //! One flow of path `wire`, from before its request is sent to its end.
 
-use std::{future::poll_fn, io, os::fd::AsFd, sync::Arc, sync::atomic::Ordering, task::Poll};
-
-use penstock_common::{
-    slot::Word,
-    wire::{
-        after,
-        flow::{CLIENT, ENDPOINT, Facts, Flow, Leg, state},
+use std::{
+    future::poll_fn,
+    io,
+    os::fd::AsFd,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
     },
+    task::Poll,
 };
 
-use super::{Connection, Wire, WireError, agree, inject::inject};
+use penstock_common::{
+    framing::Framing,
+    wire::flow::{CLIENT, ENDPOINT, Facts, Flow, state},
+};
+
+use super::{Connection, Seen, Wire, WireError, agree, inject::reset, seen::state_of};
 use crate::kernel::socket;
 
 /// The record of a flow. Dropping it makes the programs forget the flow, after a time if the client has all of the stream.
 pub struct Watched {
     index: u32,
     wire: Arc<Wire>,
-}
-
-/// What the programs have seen of a flow.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Seen {
-    /// One of `penstock_common::wire::flow::state`, and bits of `mark`.
-    pub state: u64,
-    pub marks: u64,
-    /// Why the flow has not begun at the last packet that the program considered (`judge::refusal`).
-    pub refusal: u64,
-    /// The client has acknowledged the endpoint's FIN, and with it the whole stream.
-    pub finished: bool,
-    /// The client has acknowledged every byte that has passed.
-    pub told_all: bool,
-    /// The last five bytes of the stream, the last in the lowest byte; 0: unknown.
-    pub last: u64,
-    /// Payload bytes to the client, and the segments that they came in.
-    pub bytes: u64,
-    pub segments: u64,
-    /// All packets, in both directions.
-    pub packets: u64,
-    /// Packets with payload of the client that were dropped, and packets of the agent's sockets.
-    pub refused: u64,
-    pub silenced: u64,
-    /// CLOCK_MONOTONIC ns of the first and last payload, and of the last packet; 0: none.
-    pub first_ns: u64,
-    pub last_ns: u64,
-    pub packet_ns: u64,
+    /// The next agent takes the flow over.
+    is_left: AtomicBool,
 }
 
 impl Watched {
@@ -52,15 +32,15 @@ impl Watched {
     pub(super) fn begin(wire: &Arc<Wire>, client: Connection, endpoint: Connection) -> Result<Self, WireError> {
         agree(&client, &endpoint)?;
         let index = wire.records.take().ok_or(WireError::Full)?;
-        let watched = Self { index, wire: Arc::clone(wire) };
+        let watched = Self { index, wire: Arc::clone(wire), is_left: AtomicBool::new(false) };
         // SAFETY: no key leads to the record, so no program uses it; zero is a valid value.
-        unsafe { wire.records.flow(index).as_ptr().write_bytes(0, 1) };
+        unsafe { wire.records.table.flow(index).as_ptr().write_bytes(0, 1) };
         for (leg, connection) in [client, endpoint].into_iter().enumerate() {
             watched.set_facts(leg, connection.facts);
         }
         watched.flow().state.atomic().store(state::WATCHED, Ordering::Release);
         for (leg, connection) in [client, endpoint].into_iter().enumerate() {
-            wire.records.announce(index, leg, connection.facts.ends)?;
+            wire.records.table.announce(index, leg, connection.facts.ends)?;
         }
         Ok(watched)
     }
@@ -149,72 +129,75 @@ impl Watched {
 
     /// Ends the flow itself after [`close`](Self::close): both peers get a reset.
     pub fn reset(&self) {
-        let ends = self.wire.records.ends(self.index);
-        let sent = |leg: usize| self.flow().legs[leg].sent();
-        let shift = |leg: usize| self.flow().legs[leg].shift();
-        self.wire.records.forget(self.index, ends);
-        for (leg, other) in [(CLIENT, ENDPOINT), (ENDPOINT, CLIENT)] {
-            let interface = self.flow().legs[leg].arrives_on.get() as u32;
-            let ack = sent(other).wrapping_add(shift(other).seq);
-            if let Err(error) = inject(&self.wire, interface, &ends[leg], sent(leg), ack) {
-                tracing::debug!(%error, leg, "could not reset a peer of a flow");
-            }
-        }
+        reset(&self.wire, &self.wire.records.table, self.index);
+    }
+
+    /// Leaves the flow to the next agent, after [`close`](Self::close).
+    pub fn leave(&self) {
+        // This agent counts what it has relayed.
+        self.flow().response.relayed.set(0);
+        self.is_left.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether this agent stops, and leaves its flows to the next one.
+    pub fn is_to_be_left(&self) -> bool {
+        self.wire.is_leaving()
+    }
+
+    /// Stores what another agent has to know if this one dies.
+    pub fn describe(&self, started_ns: u64, status: u16) {
+        let response = &self.flow().response;
+        response.started_ns.set(started_ns);
+        response.status.set(status.into());
+    }
+
+    /// Stores how far user space has come with the body, before the flow is armed.
+    pub fn advance(&self, relayed: u64, framing: &Framing) {
+        let response = &self.flow().response;
+        response.relayed.set(relayed);
+        response.framing.set(framing.state.into());
+        response.left.set(framing.left);
+    }
+
+    /// The agent has counted the flow, so that no other agent does.
+    pub fn counted(&self) {
+        self.flow().response.counted.set(1);
     }
 
     pub fn seen(&self) -> Seen {
-        let flow = self.flow();
-        let sum = |word: fn(&Leg) -> &Word| word(&flow.legs[CLIENT]).get() + word(&flow.legs[ENDPOINT]).get();
-        Seen {
-            state: self.state(),
-            marks: flow.marks.get(),
-            refusal: flow.refusal.get(),
-            finished: flow.legs[ENDPOINT].closed.get() != 0,
-            told_all: {
-                let told = (flow.legs[CLIENT].told.get() as u32).wrapping_add(flow.legs[CLIENT].shift().ack);
-                !after(flow.legs[ENDPOINT].highest.get() as u32, told)
-            },
-            last: flow.legs[ENDPOINT].last.get(),
-            bytes: flow.legs[ENDPOINT].bytes.get(),
-            segments: flow.legs[ENDPOINT].segments.get(),
-            packets: sum(|leg| &leg.packets),
-            refused: flow.legs[CLIENT].refused.get(),
-            silenced: sum(|leg| &leg.silenced),
-            first_ns: flow.first_ns.get(),
-            last_ns: flow.last_ns.get(),
-            packet_ns: flow.packet_ns.get(),
-        }
+        Seen::of(self.flow())
     }
 
     fn state(&self) -> u64 {
-        state::of(self.flow().state.atomic().load(Ordering::Acquire))
+        state_of(self.flow())
     }
 
     fn flow(&self) -> &Flow {
-        // SAFETY: inside the mapping, which `wire` keeps. Fields that change while a program knows the record are words; only
-        // `set_facts` writes others, and only while no program reads them.
-        unsafe { self.wire.records.flow(self.index).as_ref() }
+        self.wire.records.table.words(self.index)
     }
 
     fn facts(&self, leg: usize) -> Facts {
         // SAFETY: a field of a live record, which only this handle writes.
-        unsafe { (&raw const (*self.wire.records.flow(self.index).as_ptr()).legs[leg].facts).read_volatile() }
+        unsafe { (&raw const (*self.wire.records.table.flow(self.index).as_ptr()).legs[leg].facts).read_volatile() }
     }
 
     /// Only while no program reads them: before the record is known, or while the flow is not armed.
     fn set_facts(&self, leg: usize, facts: Facts) {
         // SAFETY: a field of a live record.
-        unsafe { (&raw mut (*self.wire.records.flow(self.index).as_ptr()).legs[leg].facts).write_volatile(facts) }
+        unsafe { (&raw mut (*self.wire.records.table.flow(self.index).as_ptr()).legs[leg].facts).write_volatile(facts) }
     }
 }
 
 impl Drop for Watched {
     fn drop(&mut self) {
         let records = &self.wire.records;
+        if self.is_left.load(Ordering::Relaxed) {
+            return;
+        }
         if self.state() == state::ENDED || self.seen().finished {
             records.linger(self.index);
         } else {
-            records.forget(self.index, records.ends(self.index));
+            records.table.forget(self.index, records.table.ends(self.index));
             records.retire(self.index);
         }
     }

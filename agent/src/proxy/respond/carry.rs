@@ -112,7 +112,10 @@ async fn bytes(
             let (session, reason) = open(worker, client, request, head, endpoint, pending, tee);
             (session, None, reason)
         }
-        Some(Ok(watched)) => (relayed(request, head, tee), Some(Rc::new(watched)), SteerReason::Forced),
+        Some(Ok(watched)) => {
+            watched.describe(request.record.started_ns, head.status.as_u16());
+            (relayed(request, head, tee), Some(Rc::new(watched)), SteerReason::Forced)
+        }
         Some(Err(reason)) => (relayed(request, head, tee), None, reason),
     };
     let path = if wire.is_some() { Path::Wire } else { session.path };

@@ -108,16 +108,22 @@ seccompProfile:
 {{- end }}
 {{- end }}
 
-{{- /* What path `local` needs of the node. */ -}}
+{{- /* What path `local` needs of the node, and where streams on path `wire` outlive the agent: outside of /sys, which is read-only. */ -}}
 {{- define "penstock.nodeMounts" -}}
 - name: cgroup
   mountPath: /sys/fs/cgroup
   readOnly: true
+- name: bpffs
+  mountPath: /run/penstock/bpf
 {{- end }}
 
 {{- define "penstock.nodeVolumes" -}}
 - name: cgroup
   hostPath:
     path: /sys/fs/cgroup
+    type: Directory
+- name: bpffs
+  hostPath:
+    path: /sys/fs/bpf
     type: Directory
 {{- end }}

@@ -3,7 +3,6 @@
 use std::{
     io::{ErrorKind, Read as _, Write as _},
     net::{SocketAddr, TcpListener, TcpStream},
-    path::Path,
     sync::{Arc, mpsc},
     time::{Duration, Instant},
 };
@@ -66,13 +65,6 @@ impl Scene {
             wire
         });
         Self { net, wire: Arc::new(wire), family }
-    }
-
-    /// The same, with links that outlive the agent in a bpffs.
-    pub(super) fn pinned(family: Family, folder: &Path) -> Self {
-        let mut scene = Self::new(family);
-        Arc::get_mut(&mut scene.wire).expect("nobody else has it").pin(folder).expect("pin");
-        scene
     }
 
     /// Connects a client through the agent to an endpoint that sends pieces until the flow has begun.

@@ -1,0 +1,87 @@
+//! The maps of one set of programs: the records of flows, and the addresses by which the programs find them.
+
+use std::{os::fd::AsFd as _, path::Path, ptr::NonNull};
+
+use aya::maps::{HashMap, Map, MapData, MapError};
+use parking_lot::Mutex;
+use penstock_common::wire::flow::{Ends, Flow};
+
+use super::WireError;
+use crate::kernel::slots::Mapping;
+
+/// Names of the maps' pins.
+pub(super) const FLOWS: &str = "flows";
+pub(super) const LEGS: &str = "legs";
+
+/// The key of a leg: `Ends` as words.
+type Key = [u32; size_of::<Ends>() / size_of::<u32>()];
+
+pub(super) struct Table {
+    flows: Mapping<Flow>,
+    legs: Mutex<HashMap<MapData, Key, u32>>,
+    count: u32,
+}
+
+impl Table {
+    pub(super) fn new(flows: &MapData, legs: MapData) -> Result<Self, WireError> {
+        let info = flows.info()?;
+        if info.value_size() as usize != size_of::<Flow>() {
+            return Err(WireError::Foreign);
+        }
+        let count = info.max_entries();
+        let flows = Mapping::new(flows.fd().as_fd(), count)?;
+        Ok(Self { flows, legs: Mutex::new(Map::HashMap(legs).try_into()?), count })
+    }
+
+    /// The table whose maps are pinned in this folder.
+    pub(super) fn pinned(folder: &Path) -> Result<Self, WireError> {
+        Self::new(&MapData::from_pin(folder.join(FLOWS))?, MapData::from_pin(folder.join(LEGS))?)
+    }
+
+    pub(super) fn len(&self) -> u32 {
+        self.count
+    }
+
+    pub(super) fn flow(&self, index: u32) -> NonNull<Flow> {
+        self.flows.at(index)
+    }
+
+    /// Lets the programs know a leg of the flow.
+    pub(super) fn announce(&self, index: u32, leg: usize, ends: Ends) -> Result<(), MapError> {
+        self.legs.lock().insert(key(ends), index * 2 + leg as u32, 0)
+    }
+
+    /// Makes the programs forget the flow with these legs. Leaves alone what another flow has announced since.
+    pub(super) fn forget(&self, index: u32, ends: [Ends; 2]) {
+        let mut legs = self.legs.lock();
+        for key in ends.map(key) {
+            if legs.get(&key, 0).is_ok_and(|value| value >> 1 == index) {
+                let _ = legs.remove(&key);
+            }
+        }
+    }
+
+    /// Whether a leg of the flow is known to the programs.
+    pub(super) fn is_known(&self, index: u32) -> bool {
+        let legs = self.legs.lock();
+        self.ends(index).map(key).iter().any(|key| legs.get(key, 0).is_ok_and(|value| value >> 1 == index))
+    }
+
+    /// The addresses of a flow's legs.
+    pub(super) fn ends(&self, index: u32) -> [Ends; 2] {
+        let flow = self.flow(index).as_ptr();
+        // SAFETY: fields of a live record, which only its owner writes, before the programs know it.
+        [0, 1].map(|leg| unsafe { (&raw const (*flow).legs[leg].facts.ends).read_volatile() })
+    }
+
+    /// The record of a flow, without the facts that its owner may write.
+    pub(super) fn words(&self, index: u32) -> &Flow {
+        // SAFETY: inside the mapping, which lives as long as `self`. Fields that change while a program knows the record are words;
+        // others are written only while the flow is not armed, and not read through this reference.
+        unsafe { self.flow(index).as_ref() }
+    }
+}
+
+fn key(ends: Ends) -> Key {
+    zerocopy::transmute!(ends)
+}

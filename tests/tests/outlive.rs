@@ -1,0 +1,211 @@
+//! Streams on path `wire` that outlive the agent: it is killed or told to stop, the streams run on, and the next agent adopts them.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    process::{Command, Output},
+    sync::Arc,
+    time::Duration,
+};
+
+use penstock_tests::{
+    BodyEnd, Client, Plan, Process,
+    agent_process::AgentProcess,
+    client::{Pace, Piece},
+    content::Checker,
+    eventually,
+    model_server::{After, Fault, FaultKind, Framing, Lengths, ModelServer, Options},
+    namespace::Namespace,
+};
+use tempfile::TempDir;
+use tokio::net::TcpStream;
+
+const SOON: Duration = Duration::from_secs(30);
+const MIB: u64 = 1 << 20;
+const STREAMS: usize = 4;
+
+/// A bpffs of its own.
+struct Bpffs(TempDir);
+
+impl Bpffs {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(Command::new("mount").args(["-t", "bpf", "none"]).arg(folder.path()).status().unwrap().success());
+        Self(folder)
+    }
+
+    /// Names of the agents' folders.
+    fn agents(&self) -> Vec<String> {
+        let namespaces = std::fs::read_dir(self.0.path().join("penstock")).into_iter().flatten();
+        let agents = namespaces.flat_map(|namespace| std::fs::read_dir(namespace.unwrap().path()).unwrap());
+        agents.map(|agent| agent.unwrap().file_name().into_string().unwrap()).collect()
+    }
+}
+
+impl Drop for Bpffs {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(self.0.path()).status();
+    }
+}
+
+struct Stage {
+    bpffs: Bpffs,
+    server: ModelServer,
+    clients: Arc<Namespace>,
+    front: SocketAddr,
+    settings: String,
+    _endpoints: Namespace,
+}
+
+impl Stage {
+    /// `number` tells the addresses of this process's stages apart.
+    fn new(number: u32, settings: &str) -> Self {
+        let bpffs = Bpffs::new();
+        // Benchmark addresses (RFC 2544), which hide no real host.
+        let pair = (1 << 13) + std::process::id() % (1 << 10) * 2 + number;
+        let [front, client, back, endpoint] = [1, 2, 5, 6].map(|host| Ipv4Addr::from(0xc612_0000 + pair * 8 + host));
+        let (near, far) = (format!("oc{pair}"), format!("oe{pair}"));
+        let clients = Namespace::connected(&near, &format!("{front}/30"), &format!("{client}/30")).unwrap();
+        let endpoints = Namespace::connected(&far, &format!("{back}/30"), &format!("{endpoint}/30")).unwrap();
+        let options = Options { listen: SocketAddr::from((endpoint, 0)), idle_close: None, ..Options::default() };
+        let server = endpoints.run(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(ModelServer::start(options)).unwrap()
+        });
+        let place = bpffs.0.path().display();
+        let settings = format!("interfaces = \"{near},{far}\"\nbpffs = \"{place}\"\n{settings}");
+        let front = SocketAddr::from((front, 8080));
+        let clients = Arc::new(clients);
+        Self { bpffs, server: server.unwrap(), clients, front, settings, _endpoints: endpoints }
+    }
+
+    async fn agent(&self) -> AgentProcess {
+        let through = ["env", "PENSTOCK_LOG=info", "PENSTOCK_LOG_FORMAT=json"];
+        let agent = AgentProcess::start_through(&through, self.front, self.server.addr, "wire", &self.settings);
+        let agent = agent.await.unwrap();
+        let (_, said) = agent.ask_admin("/readyz?verbose").await.unwrap();
+        assert!(said.contains("path wire: ready") && !said.contains("end with the agent"), "{said}");
+        agent
+    }
+
+    /// A stream whose client has read its beginning, and then reads nothing: the endpoint waits in the middle.
+    async fn begin(&self) -> Stream {
+        let (clients, front) = (Arc::clone(&self.clients), self.front);
+        let connect = move || clients.run(|| std::net::TcpStream::connect(front)).unwrap().unwrap();
+        let socket = tokio::task::spawn_blocking(connect).await.unwrap();
+        socket.set_nonblocking(true).unwrap();
+        let mut client = Client::over(TcpStream::from_std(socket).unwrap(), front);
+        client.patience = SOON;
+        let plan = plan();
+        client.send(&plan.request().header("accept", "text/event-stream")).await.unwrap();
+        assert_eq!(client.head().await.unwrap().status, 200);
+        let mut checker = plan.checker();
+        while checker.offset() < MIB {
+            let Piece::Data(data) = client.piece(64 << 10).await.unwrap() else { panic!("an end") };
+            checker.feed(&data).unwrap();
+        }
+        Stream { client, checker }
+    }
+
+    async fn begin_all(&self) -> Vec<Stream> {
+        let mut streams = Vec::new();
+        for _ in 0..STREAMS {
+            streams.push(self.begin().await);
+        }
+        streams
+    }
+
+    fn penstock(&self, verb: &str, agent: &AgentProcess) -> Output {
+        let mut command = Command::new(Process::binary("penstock").unwrap());
+        command.arg(verb).arg("--config").arg(agent.config_path()).output().unwrap()
+    }
+}
+
+struct Stream {
+    client: Client<TcpStream>,
+    checker: Checker,
+}
+
+impl Stream {
+    async fn finish(mut self) {
+        let read = self.client.read_body(Pace::Fast, |bytes| Ok(self.checker.feed(bytes)?)).await.unwrap();
+        assert_eq!((read.end, self.checker.offset()), (BodyEnd::Complete, plan().size));
+    }
+}
+
+/// Longer than what the buffers on the way hold, with a pause after its beginning in which the flow begins.
+fn plan() -> Plan {
+    Plan {
+        framing: Framing::Chunked,
+        size: 16 * MIB,
+        stream_id: 7,
+        chunks: Lengths::Fixed(4000),
+        writes: Lengths::Fixed(16_000),
+        fault: Some(Fault { after: 20_000, kind: FaultKind::StallMs(400) }),
+        after: After::Close,
+        ..Plan::default()
+    }
+}
+
+#[tokio::test]
+async fn killed_agent_leaves_its_streams_to_the_next() {
+    let stage = Stage::new(0, "at_stop = \"finish\"\n");
+    let mut first = stage.agent().await;
+    let streams = stage.begin_all().await;
+    first.process.kill().unwrap();
+    let said = stage.penstock("doctor", &first);
+    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    assert!(said.contains(&format!("its agent is gone, flows: {STREAMS}")), "{said}");
+
+    let mut second = stage.agent().await;
+    second.process.line(&format!("adopted {STREAMS} flows of"), SOON).await.unwrap();
+    assert_eq!(second.metric("penstock_adopted_flows", &[]).await.unwrap() as usize, STREAMS);
+    for stream in streams {
+        stream.finish().await;
+    }
+    let ended = async || second.metric("penstock_adopted_flows_ended_total", &["reason=\"ok\""]).await.unwrap();
+    let deadline = std::time::Instant::now() + SOON;
+    while ended().await as usize != STREAMS {
+        assert!(std::time::Instant::now() < deadline, "{:#?}", second.process.output());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let lines = second.process.output().into_iter().filter(|line| line.contains("\"adopted\":true"));
+    let lines: Vec<serde_json::Value> = lines.map(|line| serde_json::from_str(&line).unwrap()).collect();
+    assert_eq!(lines.len(), STREAMS);
+    for line in &lines {
+        let bytes = line["bytes_kernel"].as_u64().unwrap() + line["bytes_user"].as_u64().unwrap();
+        assert!(line["status"] == 200 && line["reason"] == "ok" && line["carried_by"] == "wire", "{line}");
+        assert!(bytes > 16 * MIB && bytes < 17 * MIB, "{line}");
+    }
+    let carried = second.metric("penstock_body_bytes_total", &["path=\"wire\""]).await.unwrap();
+    assert!(carried > (STREAMS as u64 * 15 * MIB) as f64, "{carried}");
+    assert_eq!(stage.server.aborted(), 0);
+
+    // In a namespace that ends with it, an agent waits for its flows.
+    let last = stage.begin().await;
+    second.process.terminate().unwrap();
+    second.process.line("\"draining\"", SOON).await.unwrap();
+    last.finish().await;
+    assert!(second.process.ended(SOON).await.unwrap().success());
+    assert_eq!(stage.bpffs.agents(), [""; 0]);
+}
+
+#[tokio::test]
+async fn stopped_agent_leaves_its_streams_until_they_are_detached() {
+    let stage = Stage::new(1, "at_stop = \"leave\"\n[timeouts]\ndrain = \"60s\"\n");
+    let mut agent = stage.agent().await;
+    let kept = stage.begin().await;
+    let mut cut = stage.begin().await;
+    agent.process.terminate().unwrap();
+    assert!(agent.process.ended(Duration::from_secs(20)).await.unwrap().success(), "it waits for its flows");
+    let left = agent.process.output().iter().filter(|line| line.contains("\"reason\":\"left\"")).count();
+    assert_eq!((left, stage.bpffs.agents().len()), (2, 1));
+    kept.finish().await;
+
+    let done = stage.penstock("detach", &agent);
+    let said = String::from_utf8_lossy(&done.stdout).into_owned();
+    assert!(done.status.success() && said.contains("flows ended: 1, agents' folders removed: 1"), "{said}");
+    let read = cut.client.read_body(Pace::Fast, |bytes| Ok(cut.checker.feed(bytes)?)).await;
+    assert!(read.is_err() || read.is_ok_and(|read| read.end == BodyEnd::Reset), "the body looks complete");
+    eventually(SOON, || stage.server.connections_open() == 0).await;
+    assert!(!stage.bpffs.0.path().join("penstock").exists());
+}
