@@ -94,6 +94,11 @@ impl penstock_common::wire::judge::Kernel for Programs {
     }
 
     #[inline(always)]
+    fn add(&mut self, word: &Word, n: u64) {
+        fetch_add(word.as_ptr(), n);
+    }
+
+    #[inline(always)]
     fn event(&mut self) {
         if WIRE_EVENTS.output::<u64>(u64::from(self.index), 0).is_err()
             && let Some(missed) = WIRE_MISSED.get_ptr_mut(0)

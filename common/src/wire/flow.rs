@@ -127,7 +127,8 @@ pub struct Leg {
     pub bytes: Word,
     pub segments: Word,
     pub packets: Word,
-    /// The last five bytes of the payload passed on, the last in the lowest byte; 0: unknown.
+    /// The last five bytes of the payload passed on, the last in the lowest byte; 0: unknown. The upper 24 bits are those of the sequence
+    /// number after them.
     pub last: Word,
     /// Packets with payload that were dropped, because nobody routed it.
     pub refused: Word,

@@ -106,6 +106,8 @@ pub trait Kernel {
     fn store_release(&mut self, word: &Word, value: u64);
     /// Stores `new` if the word is `old`; fully ordered. Whether it was.
     fn compare_exchange(&mut self, word: &Word, old: u64, new: u64) -> bool;
+    /// Adds to a word that other CPUs may change, too.
+    fn add(&mut self, word: &Word, n: u64);
     /// Tells the agent that the flow's state or marks have changed.
     fn event(&mut self);
 }
@@ -299,12 +301,13 @@ fn carry<K: Kernel>(flow: &Flow, from: usize, packet: &Packet, kernel: &mut K) -
     if packet.flags & ACK != 0 {
         acknowledge(flow, mine, other, packet, &shift, kernel);
     }
-    if packet.payload > 0 && acceptable && after(end, mine.highest.get() as u32) {
-        add(&mine.bytes, u64::from(end.wrapping_sub(mine.highest.get() as u32)));
-        add(&mine.segments, 1);
-        let is_next = packet.seq == mine.highest.get() as u32;
-        mine.last.set(ending(mine.last.get(), is_next, packet.last, packet.payload));
-        mine.highest.set(KNOWN | u64::from(end));
+    if packet.payload > 0
+        && acceptable
+        && let Some(before) = advance(&mine.highest, end, kernel)
+    {
+        kernel.add(&mine.bytes, u64::from(end.wrapping_sub(before)));
+        kernel.add(&mine.segments, 1);
+        keep_last(&mine.last, packet, before, kernel);
         if flow.first_ns.get() == 0 {
             flow.first_ns.set(packet.now_ns);
         }
@@ -326,13 +329,43 @@ fn carry<K: Kernel>(flow: &Flow, from: usize, packet: &Packet, kernel: &mut K) -
     Verdict::Forward
 }
 
-/// The last five bytes of the stream after `payload` bytes that end with `last`. Missing bytes count as 0.
+/// Moves a known sequence number forward to `end`, and returns the one before. `None` if it is not before `end`: the bytes have been
+/// counted. Packets of a flow may pass on several CPUs at once, and each byte is to be counted once.
 #[inline(always)]
-fn ending(before: u64, is_next: bool, last: u64, payload: u32) -> u64 {
+fn advance<K: Kernel>(word: &Word, end: u32, kernel: &mut K) -> Option<u32> {
+    // Another CPU has moved it each time.
+    for _ in 0..4 {
+        let old = word.get();
+        if !after(end, old as u32) {
+            return None;
+        }
+        if kernel.compare_exchange(word, old, KNOWN | u64::from(end)) {
+            return Some(old as u32);
+        }
+    }
+    None
+}
+
+/// Keeps the last five bytes of the stream, with the lower 24 bits of the sequence number after them: programs on several CPUs may pass
+/// packets in another order. Missing bytes count as 0.
+#[inline(always)]
+fn keep_last<K: Kernel>(word: &Word, packet: &Packet, before: u32, kernel: &mut K) {
     const BYTES: u64 = (1 << 40) - 1;
-    let bits = if payload < 5 { payload * 8 } else { 40 };
-    let before = if is_next { before } else { 0 };
-    (before << bits | last & ((1 << bits) - 1)) & BYTES
+    let end = packet.seq.wrapping_add(packet.payload);
+    let bits = if packet.payload < 5 { packet.payload * 8 } else { 40 };
+    for _ in 0..4 {
+        let old = word.get();
+        let at = (old >> 40) as u32;
+        if old != 0 && after(at << 8, end << 8) {
+            return;
+        }
+        let is_next = packet.seq == before && at == before & 0xff_ffff;
+        let earlier = if is_next { old << bits } else { 0 };
+        let bytes = earlier | packet.last & ((1 << bits) - 1);
+        if kernel.compare_exchange(word, old, u64::from(end) << 40 | bytes & BYTES) {
+            return;
+        }
+    }
 }
 
 /// A packet of the client at or beyond what the agent's socket had received: nobody has routed such payload.

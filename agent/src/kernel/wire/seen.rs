@@ -40,6 +40,7 @@ pub struct Seen {
 impl Seen {
     pub(super) fn of(flow: &Flow) -> Self {
         let sum = |word: fn(&Leg) -> &Word| word(&flow.legs[CLIENT]).get() + word(&flow.legs[ENDPOINT]).get();
+        let last = flow.legs[ENDPOINT].last.get();
         let told = (flow.legs[CLIENT].told.get() as u32).wrapping_add(flow.legs[CLIENT].shift().ack);
         Self {
             state: state_of(flow),
@@ -47,7 +48,7 @@ impl Seen {
             refusal: flow.refusal.get(),
             finished: flow.legs[ENDPOINT].closed.get() != 0,
             told_all: !after(flow.legs[ENDPOINT].highest.get() as u32, told),
-            last: flow.legs[ENDPOINT].last.get(),
+            last: last & ((1 << 40) - 1),
             bytes: flow.legs[ENDPOINT].bytes.get(),
             segments: flow.legs[ENDPOINT].segments.get(),
             packets: sum(|leg| &leg.packets),
