@@ -121,9 +121,10 @@ choice! {
         /// Every byte, and the client gets what the EPP returns, as ext_proc says for bodies in full duplex: an EPP has to answer. If
         /// it fails or does not answer for `timeouts.idle`, a pool with `failure_mode = "open"` continues with the endpoint's own
         /// bytes if it is known which of them the EPP has not answered for; otherwise the response is broken off. Trailers are sent
-        /// after the body, whose last message then does not end the response; the EPP's reply to them does. A body in the reply to
-        /// the head (`CONTINUE_AND_REPLACE`) is the whole body. Header mutations in replies to the body have no effect. Such
-        /// responses are relayed.
+        /// after the body, whose last message then does not end the response; the EPP's reply to them does. An EPP that has answered
+        /// for the body and does not reply to the trailers within a second is sent the end of the body instead for ten minutes, and
+        /// clients get the endpoint's trailers. A body in the reply to the head (`CONTINUE_AND_REPLACE`) is the whole body. Header
+        /// mutations in replies to the body have no effect. Such responses are relayed.
         Body = "body",
     }
 }

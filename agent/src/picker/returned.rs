@@ -164,6 +164,11 @@ impl Returned {
         self.answered >= self.sent
     }
 
+    /// Whether each message so far has an answer that is for it alone, or the EPP has ended the body.
+    pub fn is_whole(&self) -> bool {
+        self.done || self.matched && self.is_answered()
+    }
+
     /// Whether everything that is to go out has been returned.
     pub fn is_done(&self) -> bool {
         self.done
@@ -257,6 +262,7 @@ mod tests {
         ] {
             let (found, returned) = out(messages, answers);
             assert_eq!((found.as_deref(), returned.is_done()), (Ok(expected), true), "{messages:?}");
+            assert!(returned.is_whole(), "{messages:?}");
         }
     }
 
@@ -289,6 +295,7 @@ mod tests {
             let (_, mut returned) = out(&["a\n", "b\n", "c\n"], answers.clone());
             let found = returned.rest().map(|rest| rest.concat());
             assert_eq!(found.as_deref(), rest.map(str::as_bytes), "{answers:?}");
+            assert!(!returned.is_whole(), "{answers:?}");
         }
         // The model's name was replaced, and the document written anew.
         let event = "data: {\"n\": 1, \"model\": \"a\"}\n\n";

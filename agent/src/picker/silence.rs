@@ -1,7 +1,7 @@
-//! Detects EPPs that never reply to response heads, which would delay each response by `response_timeout`. After
-//! `PATIENCE` timeouts in a row responses stop waiting, until a reply arrives that would have been in time. Replies are read even
-//! if nothing waits for them, so no retry timer is needed. One [`Silence`] per replica and worker, one [`Waiting`] per stream. Time
-//! is passed in.
+//! Detects EPPs that never reply to response heads or trailers, which would delay each response. After `PATIENCE` timeouts in a row
+//! responses do not wait for replies to heads, until a reply arrives that would have been in time: replies are read even if nothing
+//! waits for them. After one missing reply to trailers the EPP is sent no trailers for `TRAILERS_AGAIN`. One [`Silence`] per replica
+//! and worker, one [`Waiting`] per stream. Time is passed in.
 
 use std::{
     sync::{
@@ -11,13 +11,20 @@ use std::{
     time::{Duration, Instant},
 };
 
+use parking_lot::Mutex;
+
 /// Timeouts in a row after which responses stop waiting.
 const PATIENCE: u32 = 3;
+/// How long an EPP that did not reply to trailers is sent none.
+const TRAILERS_AGAIN: Duration = Duration::from_secs(600);
 
-/// The timeouts in a row of one replica.
+/// The replies that one replica did not send.
 #[derive(Debug, Default)]
 pub struct Silence {
+    /// Timeouts in a row of replies to heads.
     missed: AtomicU32,
+    /// Until when the replica is sent no trailers.
+    no_trailers: Mutex<Option<Instant>>,
 }
 
 /// How an EPP replied to a response's head. A metric label.
@@ -83,6 +90,21 @@ impl Waiting {
         }
     }
 
+    /// Whether the EPP may be sent trailers, to which it replies.
+    pub fn replies_to_trailers(&self, now: Instant) -> bool {
+        self.shared.no_trailers.lock().is_none_or(|until| until <= now)
+    }
+
+    /// The EPP did not reply to trailers in time.
+    pub fn trailers_unanswered(&self, now: Instant) {
+        *self.shared.no_trailers.lock() = Some(now + TRAILERS_AGAIN);
+    }
+
+    /// The EPP replied to trailers in time.
+    pub fn trailers_answered(&self) {
+        *self.shared.no_trailers.lock() = None;
+    }
+
     /// How the EPP replied. Returns `None` before the head was sent.
     pub fn reply(&self) -> Option<HeadReply> {
         self.reply
@@ -127,6 +149,19 @@ mod tests {
             waiting.answered();
             assert_eq!(waiting.reply(), Some(HeadReply::InTime));
         }
+    }
+
+    #[test]
+    fn silence_about_trailers_lasts_until_a_reply_or_the_next_try() {
+        let (shared, now) = (Arc::default(), Instant::now());
+        let (first, second) = (Waiting::new(&shared), Waiting::new(&shared));
+        assert!(first.replies_to_trailers(now));
+        first.trailers_unanswered(now);
+        let soon = now + TRAILERS_AGAIN - Duration::from_millis(1);
+        assert!(!second.replies_to_trailers(now) && !second.replies_to_trailers(soon));
+        assert!(second.replies_to_trailers(now + TRAILERS_AGAIN));
+        second.trailers_answered();
+        assert!(first.replies_to_trailers(now));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! `response_to_picker = "body"`: the EPP sees the trailers of responses and changes them, over every protocol of client and endpoint;
 //! and what happens if it does not reply to them.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use penstock_agent::config::{Config, FailureMode, ResponseToPicker, SteeringMode};
 use penstock_proto::{
@@ -38,6 +38,12 @@ enum Does {
     Exceeds,
     /// Returns the body, and says nothing about trailers.
     IsSilent,
+    /// Returns the body when it has ended, and says nothing about trailers, as older EPPs do.
+    AwaitsTheEnd,
+    /// Returns the body, and replies to the trailers after this time.
+    RepliesAfter(Duration),
+    /// Returns body and trailers this time after the trailers.
+    CollectsFor(Duration),
     /// Replies to the trailers alone.
     SkipsTheBody,
     /// Returns the body, and ends the stream at the trailers.
@@ -88,15 +94,22 @@ impl Script for Picker {
         let ends = body.end_of_stream || self.does == Does::EndsTheBody && exchange.held.len() == SIZE;
         match self.does {
             Does::Collects if body.end_of_stream => panic!("the body has trailers"),
-            Does::Collects | Does::SkipsTheBody => Ok(()),
+            Does::AwaitsTheEnd if ends => {
+                let whole = std::mem::take(&mut exchange.held);
+                exchange.send(reply::response_body(whole.into(), true)).await
+            }
+            Does::Collects | Does::CollectsFor(_) | Does::AwaitsTheEnd | Does::SkipsTheBody => Ok(()),
             Does::Keeps => exchange.send(reply::response_body_unchanged()).await,
             _ => exchange.send(reply::response_body(piece, ends)).await,
         }
     }
 
     async fn response_trailers(&self, exchange: &mut Exchange, _trailers: &HttpTrailers) -> Answer {
+        if let Does::RepliesAfter(time) | Does::CollectsFor(time) = self.does {
+            tokio::time::sleep(time).await;
+        }
         match self.does {
-            Does::IsSilent => return Ok(()),
+            Does::IsSilent | Does::AwaitsTheEnd => return Ok(()),
             Does::Closes => return Err(End::Close),
             Does::Fails => return Err(End::Status(tonic::Status::internal("gone"))),
             Does::Evicts => return exchange.send(reply::immediate(429, &[], "evicted")).await,
@@ -105,7 +118,7 @@ impl Script for Picker {
                 let many: Vec<(&str, &str)> = many.iter().map(|name| (name.as_str(), "1")).collect();
                 return exchange.send(replied(Some(reply::mutation(&many)))).await;
             }
-            Does::Collects => {
+            Does::Collects | Does::CollectsFor(_) => {
                 let whole = std::mem::take(&mut exchange.held);
                 for piece in whole.chunks(50_000) {
                     exchange.send(reply::response_body(piece.to_vec().into(), false)).await?;
@@ -174,9 +187,12 @@ fn shown(scene: &Scene) -> Vec<(String, String)> {
     headers.iter().map(|field| (field.key.clone(), text(&field.raw_value))).collect()
 }
 
+/// What the client gets if the picker's change applies.
+const CHANGED: [(&str, &str); 4] = [("x-added", "1"), ("x-sum", "new"), ("x-twice", "1"), ("x-twice", "2")];
+
 #[tokio::test]
 async fn picker_sees_trailers_and_its_changes_apply_everywhere() {
-    let changed = pairs(&[("x-added", "1"), ("x-sum", "new"), ("x-twice", "1"), ("x-twice", "2")]);
+    let changed = pairs(&CHANGED);
     for back in [Back::Http1, Back::Http2] {
         for way in WAYS {
             for does in [Does::Streams, Does::Collects, Does::Keeps, Does::EndsTheBody] {
@@ -224,12 +240,13 @@ async fn missing_reply_to_trailers_follows_failure_mode() {
                     Ok(())
                 });
                 let read = read.await.unwrap();
-                let own = [Does::Closes, Does::SkipsTheBody].contains(&does) || failure_mode == FailureMode::Open;
+                let own = [Does::Closes, Does::IsSilent, Does::SkipsTheBody].contains(&does)
+                    || failure_mode == FailureMode::Open;
                 assert_eq!(read.end == BodyEnd::Complete, own, "{what}");
                 if own {
                     assert_eq!(body.len(), SIZE, "{what}");
                     let left = match does {
-                        Does::SkipsTheBody => &[("x-added", "1"), ("x-sum", "new"), ("x-twice", "1"), ("x-twice", "2")],
+                        Does::SkipsTheBody => &CHANGED,
                         _ => &TRAILERS,
                     };
                     assert_eq!(sorted(&read.trailers), sorted(&pairs(left)), "{what}");
@@ -237,6 +254,69 @@ async fn missing_reply_to_trailers_follows_failure_mode() {
                 eventually(SOON, || scene.epp.streams_open() == 0).await;
             }
         }
+    }
+}
+
+/// Sends a request after another. Each gets the whole body, and these trailers. Returns how long each took.
+async fn in_turn<const N: usize>(scene: &Scene, trailers: [&[(&str, &str)]; N]) -> [Duration; N] {
+    let mut took = [Duration::ZERO; N];
+    for (number, (took, trailers)) in took.iter_mut().zip(trailers).enumerate() {
+        let begin = Instant::now();
+        let response = scene.request(&request()).await;
+        *took = begin.elapsed();
+        assert_body(&response, &format!("response {number}"));
+        assert_eq!(sorted(&response.read.trailers), sorted(&pairs(trailers)), "response {number}");
+    }
+    took
+}
+
+/// Ends of the body and messages with trailers that the picker was sent, by stream.
+fn ends(scene: &Scene) -> Vec<(usize, usize)> {
+    let streams = scene.epp.streams();
+    let trailers = |kinds: Vec<&str>| kinds.iter().filter(|kind| **kind == "response_trailers").count();
+    streams.iter().map(|stream| (stream.response_body().1, trailers(stream.kinds()))).collect()
+}
+
+#[tokio::test]
+async fn picker_that_never_replies_to_trailers_delays_one_response() {
+    for (back, way) in [(Back::Http1, WAYS[3]), (Back::Http2, WAYS[4])] {
+        // The pool fails closed, and the idle time is the default of minutes.
+        let scene = scene(back, way, Does::IsSilent, |config| config.listen.workers = 1).await;
+        let [first, second, third] = in_turn(&scene, [&TRAILERS; 3]).await;
+        assert!(first >= Duration::from_secs(1) && first < Duration::from_secs(20), "{first:?}");
+        assert!(second < first && third < first, "{first:?} {second:?} {third:?}");
+        assert_eq!(ends(&scene), [(0, 1), (1, 0), (1, 0)], "{back:?}: only the first saw trailers");
+        eventually(SOON, || scene.epp.streams_ended(StreamEnd::HalfClosed) == 3).await;
+        assert_eq!(scene.agent.count("penstock_epp_failures_total", &[]), 0);
+    }
+}
+
+#[tokio::test]
+async fn picker_that_awaits_the_end_of_the_body_gets_it_after_one_response() {
+    let scene = scene(Back::Http1, WAYS[3], Does::AwaitsTheEnd, |config| {
+        config.listen.workers = 1;
+        config.pools[0].failure_mode = FailureMode::Open;
+        config.timeouts.idle = Some(Duration::from_secs(2));
+    })
+    .await;
+    let [first, second] = in_turn(&scene, [&TRAILERS; 2]).await;
+    assert!(first >= Duration::from_secs(2) && second < first, "{first:?} {second:?}");
+    assert_eq!(ends(&scene), [(0, 1), (1, 0)]);
+}
+
+#[tokio::test]
+async fn late_reply_to_trailers_applies_unless_the_response_has_ended() {
+    for (does, expected) in [
+        (Does::RepliesAfter(Duration::from_millis(300)), [&CHANGED, &CHANGED]),
+        // A picker that has not answered for the body has the idle time.
+        (Does::CollectsFor(Duration::from_millis(1500)), [&CHANGED, &CHANGED]),
+        (Does::RepliesAfter(Duration::from_millis(2500)), [&TRAILERS, &TRAILERS]),
+    ] {
+        let scene = scene(Back::Http2, WAYS[4], does, |config| config.listen.workers = 1).await;
+        in_turn(&scene, expected.map(|trailers| &trailers[..])).await;
+        let second = if expected[1] == &CHANGED { (0, 1) } else { (1, 0) };
+        assert_eq!(ends(&scene), [(0, 1), second], "{does:?}");
+        eventually(SOON, || scene.epp.streams_open() == 0).await;
     }
 }
 

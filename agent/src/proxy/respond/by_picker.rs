@@ -48,6 +48,8 @@ const WAITING_MOST: usize = 256 << 10;
 
 /// How long the EPP may take for each answer after the endpoint broke off.
 const LAST_ANSWERS: std::time::Duration = std::time::Duration::from_secs(1);
+/// How long the EPP may take for the reply to the trailers after it has answered for the whole body. EPPs that never reply exist.
+const TRAILERS_REPLY: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// A body on its way from the endpoint over the EPP to the client.
 struct Passage<'a> {
@@ -221,6 +223,7 @@ impl Passage<'_> {
         let unsent = self.stream.as_ref().is_some_and(PickStream::has_unsent);
         let reads = self.trailers.is_none() && !self.broken && waiting < WAITING && !unsent;
         let listens = waiting < WAITING_MOST;
+        let trailers_reply = self.idle.map_or(TRAILERS_REPLY, |idle| idle.min(TRAILERS_REPLY));
         tokio::select! {
             biased;
             heard = heard(self.stream), if listens => self.heard(heard),
@@ -238,10 +241,17 @@ impl Passage<'_> {
                 Ok(())
             }
             () = self.out.taken.notified(), if waiting > 0 => Ok(()),
+            () = deadline::elapsed(Some(trailers_reply)), if listens && !unsent && self.owes_trailers_alone() => {
+                tracing::warn!("EPP did not reply to trailers in time, it is sent none for a while");
+                self.note_trailers(false);
+                self.end();
+                Ok(())
+            }
             // A client that takes nothing has its own limit.
             () = deadline::elapsed(self.idle), if waiting == 0 && reads => Err(Stop::End(End::Idle)),
             () = deadline::elapsed(self.idle), if waiting == 0 && !reads => {
                 tracing::warn!("EPP did not answer for a response body in time");
+                self.note_trailers(false);
                 self.lost(false)
             }
         }
@@ -266,6 +276,7 @@ impl Passage<'_> {
             // Replies to nothing, too.
             Heard::Trailers(change) => {
                 if self.shown {
+                    self.note_trailers(true);
                     self.change_trailers(change.as_ref())
                 } else {
                     Ok(())
@@ -308,9 +319,10 @@ impl Passage<'_> {
         Ok(())
     }
 
-    /// Sends the rest of the body and the trailers.
+    /// Sends the rest of the body and the trailers. An EPP that does not reply to trailers is sent the body's end alone.
     fn send_last(&mut self, rest: Vec<Bytes>) {
-        let trailers = self.trailers.as_ref().filter(|trailers| !trailers.is_empty() && self.stream.is_some()).cloned();
+        let replies = self.stream.as_ref().is_some_and(PickStream::replies_to_trailers);
+        let trailers = self.trailers.as_ref().filter(|trailers| !trailers.is_empty() && replies).cloned();
         let last = rest.len();
         for (number, piece) in (1..).zip(rest) {
             self.send(piece, number == last && trailers.is_none());
@@ -323,6 +335,18 @@ impl Passage<'_> {
             }
             (Some(_), None) if last == 0 => self.send(Bytes::new(), true),
             (Some(_), None) => {}
+        }
+    }
+
+    /// Whether the reply to the trailers is all that is missing.
+    fn owes_trailers_alone(&self) -> bool {
+        self.shown && self.stream.is_some() && self.returned.is_whole()
+    }
+
+    /// Remembers whether the EPP replies to trailers, if it was sent them.
+    fn note_trailers(&self, answered: bool) {
+        if let Some(stream) = self.stream.as_ref().filter(|_| self.shown) {
+            stream.note_trailers(answered);
         }
     }
 

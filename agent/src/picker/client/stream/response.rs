@@ -145,6 +145,20 @@ impl PickStream {
         }
     }
 
+    /// Whether the EPP replies to trailers, as far as is known.
+    pub fn replies_to_trailers(&self) -> bool {
+        self.silence.replies_to_trailers(Instant::now())
+    }
+
+    /// Whether the EPP replied to the trailers in time.
+    pub fn note_trailers(&self, answered: bool) {
+        if answered {
+            self.silence.trailers_answered();
+        } else {
+            self.silence.trailers_unanswered(Instant::now());
+        }
+    }
+
     /// Queues the trailers, which end the response.
     pub fn give_trailers(&mut self, trailers: &http::HeaderMap) {
         if self.sends {
