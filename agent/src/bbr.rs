@@ -6,6 +6,7 @@
 
 mod capture;
 mod error;
+pub(crate) mod form;
 mod headers;
 mod lead;
 mod naming;

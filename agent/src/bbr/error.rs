@@ -4,6 +4,7 @@ use std::fmt;
 
 use http::StatusCode;
 
+use super::form::SecondModel;
 use crate::http::coding::CodingError;
 
 /// Why a request is refused because of its body.
@@ -13,6 +14,8 @@ pub enum NamingError {
     Json(#[from] JsonError),
     #[error("the body names no model: found {found}, expected the name of a model")]
     Missing { found: &'static str },
+    #[error("cannot read the model from the form: {0}")]
+    Form(#[from] SecondModel),
     #[error("{0}")]
     Coding(#[from] CodingError),
 }
@@ -23,7 +26,7 @@ impl NamingError {
             Self::Coding(CodingError::Unsupported { .. }) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::Coding(CodingError::TooLarge { .. }) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Coding(CodingError::NoRoom) => StatusCode::SERVICE_UNAVAILABLE,
-            Self::Json(_) | Self::Missing { .. } | Self::Coding(_) => StatusCode::BAD_REQUEST,
+            Self::Json(_) | Self::Form(_) | Self::Missing { .. } | Self::Coding(_) => StatusCode::BAD_REQUEST,
         }
     }
 
@@ -31,6 +34,7 @@ impl NamingError {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Json(_) => "json",
+            Self::Form(_) => "form",
             Self::Missing { .. } => "model_missing",
             Self::Coding(CodingError::Unsupported { .. }) => "content_coding",
             Self::Coding(CodingError::TooLarge { .. }) => "decoded_body_too_large",

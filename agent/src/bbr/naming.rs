@@ -2,7 +2,8 @@
 //!
 //! Takes the body in pieces, without content coding; returns the model as soon as it is known, and counts each outcome
 //! once. Only bodies with a JSON Content-Type are read: GIE's BBR answers others with 400, which would break every file
-//! upload. A number, `true` or `false` counts as a model by its text; null, an array, an object and an empty string do
+//! upload. Of a form (`multipart/form-data`), the field `model` is read; a form without one is forwarded like any other
+//! body. Of a request without a body, the query's `model` counts. A number, `true` or `false` counts as a model by its text; null, an array, an object and an empty string do
 //! not. A body in UTF-16 or UTF-32 names no model.
 
 use std::sync::Arc;
@@ -11,17 +12,20 @@ use http::HeaderMap;
 
 use super::{
     Model, ModelScanner, NamingError, Summary,
+    form::{FormScanner, model_in_query},
     lead::{Encoding, Lead},
 };
 use crate::{
     config::{Bbr, MissingModel},
-    http::media::{is_json, media_type},
+    http::media::{content_type, is_json, media_type},
     metrics::{BodyModel, Metrics},
 };
 
 pub struct Naming {
-    /// None if the body is not read, or no longer read.
+    /// None if the body is not read as JSON, or no longer read.
     scanner: Option<ModelScanner>,
+    /// None if the body is not read as a form, or no longer read.
+    form: Option<FormScanner>,
     /// The first bytes, until the encoding is known.
     lead: Option<Lead>,
     named: Named,
@@ -39,12 +43,15 @@ enum Named {
 }
 
 impl Naming {
-    /// Creates the reader for a request with these headers.
-    pub fn new(bbr: &Bbr, headers: &HeaderMap, has_body: bool, metrics: &Arc<Metrics>) -> Self {
+    /// Creates the reader for a request with these headers and this query.
+    pub fn new(bbr: &Bbr, headers: &HeaderMap, query: Option<&str>, has_body: bool, metrics: &Arc<Metrics>) -> Self {
+        let reads = bbr.enabled && has_body;
+        let queried = query.filter(|_| bbr.enabled && !has_body).and_then(model_in_query);
         Self {
-            scanner: (bbr.enabled && has_body && is_json(&media_type(headers))).then(ModelScanner::new),
+            scanner: (reads && is_json(&media_type(headers))).then(ModelScanner::new),
+            form: reads.then(|| FormScanner::new(content_type(headers))).flatten(),
             lead: Some(Lead::default()),
-            named: Named::Unknown,
+            named: queried.map_or(Named::Unknown, Named::Model),
             streams: false,
             rejects: bbr.missing_model == MissingModel::Reject,
             metrics: Arc::clone(metrics),
@@ -53,7 +60,7 @@ impl Naming {
 
     /// Whether the model is known, or known to be missing.
     pub fn is_settled(&self) -> bool {
-        self.scanner.is_none() || !matches!(self.named, Named::Unknown)
+        self.scanner.is_none() && self.form.is_none() || !matches!(self.named, Named::Unknown)
     }
 
     /// Whether a request without a model is refused.
@@ -76,6 +83,7 @@ impl Naming {
 
     /// Reads the next bytes of the body.
     pub fn feed(&mut self, mut bytes: &[u8]) -> Result<(), NamingError> {
+        self.read_form(bytes)?;
         if let Some(lead) = &mut self.lead {
             if !lead.take(&mut bytes) {
                 return Ok(());
@@ -83,6 +91,18 @@ impl Naming {
             self.begin()?;
         }
         self.scan(bytes)
+    }
+
+    fn read_form(&mut self, bytes: &[u8]) -> Result<(), NamingError> {
+        let Some(form) = &mut self.form else { return Ok(()) };
+        form.feed(bytes)?;
+        match (&self.named, form.model()) {
+            (Named::Unknown, Some(model)) if !model.is_empty() => {
+                let model = model.to_owned();
+                self.settle(Model::Found(model))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Detects the encoding once the first bytes have arrived or the body has ended, and starts the scan.
@@ -99,11 +119,12 @@ impl Naming {
 
     /// Stops reading a body that has turned out to be empty: it is none (RFC 9112 §6.3), whatever announced it.
     pub fn skip(&mut self) {
-        self.scanner = None;
+        (self.scanner, self.form) = (None, None);
     }
 
     /// Stops reading a body that cannot be read. Unless a model was found before, it counts as missing.
     pub fn give_up(&mut self) -> Result<(), NamingError> {
+        self.form = None;
         if self.scanner.take().is_some() && matches!(self.named, Named::Unknown) {
             return self.settle(Model::NotYet);
         }
@@ -124,6 +145,7 @@ impl Naming {
 
     /// Finishes a complete body; a JSON body must be valid to its end.
     pub fn end(&mut self) -> Result<(), NamingError> {
+        self.form = None;
         self.begin()?;
         let Some(scanner) = self.scanner.take() else { return Ok(()) };
         let Summary { model, stream } = scanner.finish()?;

@@ -16,8 +16,9 @@ const BASE_MODELS: &str = r#"a table of adapters and base models, such as { "sql
 settings! {
     /// Reading the model from request bodies (body-based routing).
     pub struct Bbr {
-        /// Whether the model is read from bodies whose Content-Type is JSON (`application/json` or ending in `+json`). All other
-        /// bodies, and those without a Content-Type, are forwarded unread.
+        /// Whether the model is read: from bodies whose Content-Type is JSON (`application/json` or ending in `+json`), from the field
+        /// `model` of forms (`multipart/form-data`), and from the query of requests without a body (`?model=`). All other bodies, and
+        /// those without a Content-Type, are forwarded unread.
         pub enabled: bool = true => value::boolean(),
         /// Request header that carries the model to the picker and the endpoint.
         pub header: HeaderName = HeaderName::from_static("x-gateway-model-name")

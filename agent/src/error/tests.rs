@@ -167,6 +167,7 @@ fn every_error() -> Vec<Error> {
     let others = [
         Error::Naming(NamingError::Json(json)),
         Error::Naming(NamingError::Missing { found: "nothing" }),
+        Error::Naming(NamingError::Form(crate::bbr::form::SecondModel)),
         Error::Naming(NamingError::Coding(CodingError::Unsupported { found: found() })),
         Error::Naming(NamingError::Coding(CodingError::Corrupt { coding: "br", reason: found() })),
         Error::Naming(NamingError::Coding(CodingError::Truncated { coding: "br" })),

@@ -7,10 +7,14 @@ use super::coding::Codings;
 pub const EVENTS: &str = "text/event-stream";
 pub const JSON: &str = "application/json";
 
+/// The field Content-Type; empty if the message has none.
+pub fn content_type(headers: &HeaderMap) -> &str {
+    headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default()
+}
+
 /// The media type (RFC 9110 §8.3.1) as written, without parameters; empty if the message has no such field.
 fn essence(headers: &HeaderMap) -> &str {
-    let field = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    field.split(';').next().unwrap_or_default().trim()
+    content_type(headers).split(';').next().unwrap_or_default().trim()
 }
 
 /// The media type in lower case, without parameters; empty if the message names no type.

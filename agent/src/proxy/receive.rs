@@ -32,7 +32,8 @@ pub(super) async fn receive(
 ) -> Result<Upload, Error> {
     worker.shared.probe.at(Point::Request(&request.parts));
     let config = &worker.shared.config;
-    let naming = |has_body| Naming::new(&config.bbr, &request.parts.headers, has_body, &worker.shared.metrics);
+    let request::Parts { uri, headers, .. } = &request.parts;
+    let naming = |has_body| Naming::new(&config.bbr, headers, uri.query(), has_body, &worker.shared.metrics);
     let mut upload = Upload::new(body, &request.parts.headers, &config.limits, &worker.shared.bodies, naming)?;
     let arrival = Arrival { client: peer.ip(), version: request.parts.version, tls: client.is_tls() };
     prepare(worker, request, &arrival)?;

@@ -64,6 +64,25 @@ async fn json_in_frames_is_no_document() {
     assert_eq!(seen.echoed().header(MODEL), Some("m"));
 }
 
+/// Transcriptions are forms whose file may come before the model's name.
+#[tokio::test]
+async fn model_of_a_form_and_of_a_query_reaches_picker_and_endpoint() {
+    let mut stage = Stage::new(first).await;
+    let audio = String::from_utf8(Alphabet::Text.bytes(3, 0, 200_000)).unwrap();
+    let form = format!(
+        "--b\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a.wav\"\r\n\r\n{audio}\r\n\
+         --b\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\nwhisper-1\r\n--b--\r\n"
+    );
+    let request = Request::post("/test/echo", form.clone()).header("content-type", "multipart/form-data; boundary=b");
+    let seen = stage.request(&request).await.echoed();
+    assert_eq!((seen.header(MODEL), seen.body_length), (Some("whisper-1"), form.len() as u64));
+
+    let seen = stage.request(&Request::get("/test/echo?model=gpt%2Drealtime")).await.echoed();
+    assert_eq!(seen.header(MODEL), Some("gpt-realtime"));
+    let streams = stage.epp.streams();
+    assert_eq!(header(&streams.last().unwrap().request_headers(), MODEL), Some("gpt-realtime"));
+}
+
 /// A header would name another model: white space around a value is not part of it.
 #[tokio::test]
 async fn model_with_white_space_around_it_has_no_header() {
@@ -206,7 +225,7 @@ async fn adapter_reports_its_base_model() {
 async fn body_without_json_passes_unchanged() {
     let mut stage = Stage::with(first, missing(MissingModel::Reject)).await;
     let form = [
-        b"--x\r\ncontent-disposition: form-data; name=\"model\"\r\n\r\nwhisper\r\n--x\r\n\
+        b"--x\r\ncontent-disposition: form-data; name=\"prompt\"\r\n\r\nwhisper\r\n--x\r\n\
           content-disposition: form-data; name=\"file\"; filename=\"a.wav\"\r\n\r\n",
         Alphabet::Binary.bytes(3, 0, 200_000).as_slice(),
         b"\r\n--x--\r\n",

@@ -24,7 +24,7 @@ fn named(
     piece: usize,
 ) -> (Result<Option<String>, String>, [u64; 3]) {
     let metrics = Metrics::new(&[]);
-    let mut naming = Naming::new(bbr, &headers(content_type), !body.is_empty(), &metrics);
+    let mut naming = Naming::new(bbr, &headers(content_type), None, !body.is_empty(), &metrics);
     let read = body.chunks(piece).try_for_each(|piece| naming.feed(piece)).and_then(|()| naming.end());
     let read = read.map(|()| naming.model(bbr).map(str::to_owned)).map_err(|error| error.to_string());
     assert!(read.is_err() || naming.is_settled());
@@ -106,7 +106,7 @@ fn only_json_bodies_are_read() {
 #[test]
 fn missing_model_is_reported_before_the_end_of_the_body() {
     let metrics = Metrics::new(&[]);
-    let mut naming = Naming::new(&rule(MissingModel::Reject), &headers(Some("application/json")), true, &metrics);
+    let mut naming = Naming::new(&rule(MissingModel::Reject), &headers(Some("application/json")), None, true, &metrics);
     assert!(naming.feed(br#"{"model":""#).is_ok());
     assert!(!naming.is_settled());
     assert_eq!(naming.feed(br#"","prompt":""#), Err(NamingError::Missing { found: "an empty one" }));
@@ -163,6 +163,35 @@ fn document() -> impl Strategy<Value = Value> {
         }
         if array { json!([document]) } else { document }
     })
+}
+
+#[test]
+fn form_names_its_model_and_a_form_without_one_is_unread() {
+    let kind = Some("multipart/form-data; boundary=b");
+    let part =
+        |name: &str, value: &str| format!("--b\r\nContent-Disposition: form-data; name=\"{name}\"\r\n\r\n{value}\r\n");
+    let rule = rule(MissingModel::Reject);
+    let whole = format!("{}{}--b--\r\n", part("file", "{\"model\":\"no\"}"), part("model", "whisper-1"));
+    assert_eq!(named(&rule, kind, whole.as_bytes(), 5), (Ok(Some("whisper-1".to_owned())), FOUND));
+    for none in [part("file", "x") + "--b--", part("model", "") + "--b--", "x".to_owned()] {
+        assert_eq!(named(&rule, kind, none.as_bytes(), 5), (Ok(None), UNREAD), "{none}");
+    }
+    let twice = part("model", "a") + &part("model", "b") + "--b--";
+    let (refused, _) = named(&rule, kind, twice.as_bytes(), 5);
+    assert!(refused.unwrap_err().contains("a second field `model`"));
+}
+
+#[test]
+fn query_names_the_model_of_a_request_without_a_body() {
+    let metrics = Metrics::new(&[]);
+    let model = |bbr: &Bbr, has_body| {
+        let naming = Naming::new(bbr, &headers(None), Some("model=m"), has_body, &metrics);
+        assert!(naming.is_settled());
+        naming.model(bbr).map(str::to_owned)
+    };
+    assert_eq!(model(&Bbr::default(), false).as_deref(), Some("m"));
+    assert_eq!(model(&Bbr::default(), true), None);
+    assert_eq!(model(&Bbr { enabled: false, ..Bbr::default() }, false), None);
 }
 
 proptest! {

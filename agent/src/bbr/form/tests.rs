@@ -1,0 +1,126 @@
+//! Tests of forms, whole and at every cut.
+
+use proptest::prelude::*;
+
+use super::*;
+
+const TYPE: &str = "multipart/form-data; boundary=b-1";
+
+/// What a form with these parts looks like, as fields and content.
+fn form(parts: &[(&str, &str)]) -> String {
+    let parts = parts.iter().map(|(fields, content)| format!("--b-1\r\n{fields}\r\n\r\n{content}\r\n"));
+    parts.collect::<String>() + "--b-1--\r\n"
+}
+
+fn scanned(content_type: &str, body: &[u8], piece: usize) -> Result<Option<String>, SecondModel> {
+    let mut scanner = FormScanner::new(content_type).expect("a form");
+    body.chunks(piece).try_for_each(|piece| scanner.feed(piece))?;
+    Ok(scanner.model().map(str::to_owned))
+}
+
+/// The same at every cut.
+fn model(body: &str) -> Result<Option<String>, SecondModel> {
+    let whole = scanned(TYPE, body.as_bytes(), body.len());
+    for piece in 1..body.len() {
+        assert_eq!(scanned(TYPE, body.as_bytes(), piece), whole, "in pieces of {piece}: {body}");
+    }
+    whole
+}
+
+const FILE: (&str, &str) = (
+    "Content-Disposition: form-data; name=\"file\"; filename=\"a.wav\"\r\nContent-Type: audio/wav",
+    "\r\n--b-\r\n--b-1x\r\n\r\n\0",
+);
+
+#[test]
+fn field_is_found_wherever_it_is_and_however_it_is_written() {
+    let name = "Content-Disposition: form-data; name=\"model\"";
+    let rows = [
+        (form(&[(name, "whisper-1")]), Some("whisper-1")),
+        (form(&[FILE, (name, "whisper-1")]), Some("whisper-1")),
+        (form(&[(name, "whisper-1"), FILE]), Some("whisper-1")),
+        (form(&[("content-disposition:form-data;name=model", "w")]), Some("w")),
+        (
+            form(&[(
+                "Content-Type: text/plain\r\nCONTENT-DISPOSITION: Form-Data; x=\"a;name=b\"; name=\"mo\\del\"",
+                "w",
+            )]),
+            Some("w"),
+        ),
+        (
+            format!("a preamble\r\n{}an epilogue\r\n--b-1\r\n{name}\r\n\r\nx\r\n--b-1--", form(&[(name, "w")])),
+            Some("w"),
+        ),
+        (form(&[(name, "w")]).replace("--b-1\r\n", "--b-1 \t\r\n"), Some("w")),
+        (form(&[(name, "a b/é")]), Some("a b/é")),
+        (form(&[(name, "")]), Some("")),
+        // Not the field.
+        (form(&[("Content-Disposition: form-data; name=\"model\"; filename=\"m\"", "w")]), None),
+        (form(&[("Content-Disposition: form-data; name=\"models\"", "w")]), None),
+        (form(&[("Content-Disposition: attachment; name=\"model\"", "w")]), None),
+        (form(&[("X: form-data; name=\"model\"", "w")]), None),
+        (form(&[FILE, ("Content-Disposition: form-data; name=\"prompt\"", "name=\"model\"\r\n\r\nw")]), None),
+        // Malformed, or not a name.
+        (form(&[(name, "a\nb")]), None),
+        (form(&[(name, &"x".repeat(MAX_MODEL + 1))]), None),
+        (form(&[(name, &"x".repeat(MAX_MODEL))]), Some(&*"x".repeat(MAX_MODEL).leak())),
+        (format!("--b-1\r\n{name}\r\n\r\nw"), None),
+        (form(&[(&"x".repeat(2 * MAX_FIELDS), ""), (name, "w")]), None),
+        (String::new() + "x", None),
+    ];
+    for (body, expected) in rows {
+        let long = body.len() > 2000;
+        let found = if long { scanned(TYPE, body.as_bytes(), 7) } else { model(&body) };
+        assert_eq!(found, Ok(expected.map(str::to_owned)), "{body:?}");
+    }
+}
+
+#[test]
+fn second_field_is_an_error() {
+    let name = "Content-Disposition: form-data; name=\"model\"";
+    assert_eq!(model(&form(&[(name, "a"), (name, "a")])), Err(SecondModel));
+}
+
+#[test]
+fn content_type_has_to_be_a_form_with_a_boundary() {
+    for wrong in [
+        "multipart/form-data",
+        "multipart/form-data; boundary=",
+        "multipart/mixed; boundary=b",
+        "application/json; boundary=b",
+        &format!("multipart/form-data; boundary={}", "b".repeat(71)),
+    ] {
+        assert!(FormScanner::new(wrong).is_none(), "{wrong}");
+    }
+    let body = form(&[("Content-Disposition: form-data; name=\"model\"", "w")]);
+    for right in ["Multipart/Form-Data;Boundary=\"b-1\"", "multipart/form-data; charset=utf-8; boundary=b-1 ; a=b"] {
+        assert_eq!(scanned(right, body.as_bytes(), 5), Ok(Some("w".to_owned())), "{right}");
+    }
+}
+
+#[test]
+fn query_names_one_model() {
+    for (query, expected) in [
+        ("model=gpt-4o-realtime", Some("gpt-4o-realtime")),
+        ("a=b&model=org%2Fm%20x+y&c", Some("org/m x y")),
+        ("models=a", None),
+        ("model", None),
+        ("model=", None),
+        ("model=a&model=b", None),
+        ("model=%ff", None),
+        ("model=a%0ab", None),
+    ] {
+        assert_eq!(model_in_query(query).as_deref(), expected, "{query}");
+    }
+}
+
+proptest! {
+    /// Bytes of any kind in a file neither hide nor make a field.
+    #[test]
+    fn file_content_changes_nothing(content in "[\r\n\\-b1 -~]{0,200}", piece in 1_usize..40) {
+        prop_assume!(!content.contains("\r\n--b-1") && !content.starts_with("--b-1"));
+        let fields = "Content-Disposition: form-data; name=\"file\"; filename=\"f\"";
+        let body = form(&[(fields, &content), ("Content-Disposition: form-data; name=\"model\"", "w")]);
+        prop_assert_eq!(scanned(TYPE, body.as_bytes(), piece), Ok(Some("w".to_owned())));
+    }
+}
