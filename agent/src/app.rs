@@ -104,7 +104,7 @@ impl Agent {
         let admin = capability::with(&[], || start_admin(admin, &shared, &readiness, &room, status, &watch))?;
 
         let steering = ladder.steering();
-        supervise(&steering, &sockets, &watch)?;
+        supervise(&steering, &sockets, &shared.metrics, &watch)?;
         let acceptor = certificate
             .map(|certificate| certificate.acceptor(config.listen.http2_max_streams > 0, config.listen.tls_handshakes));
         let (address, tls_address) = (sockets.address()?, sockets.tls_address()?);
@@ -293,10 +293,12 @@ fn start_admin(
     admin.context("cannot start the admin server")
 }
 
-/// Lets `watch` see the threads that steering has started, and prepares the sockets for steered connections.
-fn supervise(steering: &Steering, sockets: &Sockets, watch: &Watch) -> io::Result<()> {
+/// Lets `watch` see the threads that steering has started and `metrics` its slots, and prepares the sockets for steered connections.
+fn supervise(steering: &Steering, sockets: &Sockets, metrics: &Metrics, watch: &Watch) -> io::Result<()> {
     if let Steering::Active(kernel) = steering {
         kernel.events().watch(watch.clone());
+        let slots = Arc::downgrade(kernel.slots());
+        metrics.count_slots(move || slots.upgrade().map(|slots| slots.in_use()).unwrap_or_default());
         sockets.keep_account()?;
     }
     if let Some(wire) = steering.wire() {

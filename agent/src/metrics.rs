@@ -24,7 +24,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-use crate::config::Limits;
+use crate::{config::Limits, kernel::slots::SlotsInUse};
 use families::Families;
 use labels::{ByFlow, ByListener, ByPath, ByReason, ByResult, PathState};
 use models::Models;
@@ -62,7 +62,11 @@ struct Core {
     path_states: Mutex<[Option<PathState>; Path::ALL.len()]>,
     /// Queried for the states of each pool's endpoints at every scrape.
     endpoints: Mutex<Vec<(Arc<PoolMetrics>, CountEndpoints)>>,
+    /// Queried for the slots in use at every scrape.
+    slots: Mutex<Option<CountSlots>>,
 }
+
+type CountSlots = Box<dyn Fn() -> SlotsInUse + Send>;
 
 /// Number of endpoints by [`EndpointState`].
 type CountEndpoints = Box<dyn Fn() -> [usize; EndpointState::ALL.len()] + Send>;
@@ -82,6 +86,7 @@ impl Metrics {
                 .map(|result| families.endpoint_connections.get_or_create_owned(&ByResult { result })),
             path_states: Mutex::default(),
             endpoints: Mutex::default(),
+            slots: Mutex::default(),
             registry,
             families,
             models,
@@ -261,9 +266,9 @@ impl Metrics {
         self.core.families.steer_events_missed.inc_by(events);
     }
 
-    /// Counts a slot of the kernel maps until the guard is dropped.
-    pub fn slot(&self) -> InFlight {
-        InFlight::new(&self.core.families.slots_in_use)
+    /// Counts the slots of the kernel maps at every scrape. `count` must not block.
+    pub fn count_slots(&self, count: impl Fn() -> SlotsInUse + Send + 'static) {
+        *self.core.slots.lock() = Some(Box::new(count));
     }
 
     /// Counts spans that the collector accepted.
@@ -306,6 +311,10 @@ impl Metrics {
     pub fn encode(&self) -> String {
         for (pool, count) in &*self.core.endpoints.lock() {
             pool.set_endpoints(count());
+        }
+        if let Some(SlotsInUse { all, retired }) = self.core.slots.lock().as_ref().map(|count| count()) {
+            self.core.families.slots_in_use.set(all as i64);
+            self.core.families.slots_retired.set(retired as i64);
         }
         let mut text = String::with_capacity(16 << 10);
         // Writing to a String cannot fail. If a metric ever failed to encode, the text before it would remain.

@@ -39,7 +39,7 @@ impl Worker {
     ) -> Self {
         let config = &shared.config;
         let receive_buffer = config.steering.endpoint_receive_buffer;
-        let endpoints = Http1Pool::new(Arc::clone(&shared.metrics), steering, times(config), receive_buffer);
+        let endpoints = Http1Pool::new(steering, times(config), receive_buffer);
         let http2_endpoints = Http2Pool::new(times(config), HeadLimits::of(&config.limits));
         let epp = |(replicas, start): (&Option<Arc<Replicas>>, Option<Start>)| match replicas {
             Some(replicas) => Some(Rc::new(EppClient::connected(Arc::clone(replicas), start))),

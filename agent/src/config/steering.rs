@@ -28,7 +28,9 @@ settings! {
         pub client_send_buffer: u32 = 1 << 20 => integer(32_768..=64 * MIB),
         /// Receive buffer (SO_RCVBUF) of an endpoint connection, in bytes.
         pub endpoint_receive_buffer: u32 = 512 << 10 => integer(16_384..=64 * MIB),
-        /// Maximum number of endpoint connections that can be steered at once. Determines the size of the kernel maps.
+        /// Maximum number of connections that can be steered at once: to endpoints, and the clients of upgraded and pinned ones. A
+        /// connection that has closed may count for two more seconds, so that few slots steer fewer. Determines the size of the
+        /// kernel maps.
         pub max_flows: u32 = 16_384 => integer(1..=1_048_576),
         /// With `mode = "wire"`: names of the network interfaces towards clients and endpoints, separated by commas. `"auto"` means
         /// every Ethernet interface that exists at the start.

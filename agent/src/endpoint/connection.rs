@@ -15,7 +15,6 @@ use tokio::{
 use super::{crossing, sending::Sending, timeouts::ConnectionTimeouts};
 use crate::{
     kernel::{socket, wire::Watched},
-    metrics::InFlight,
     steer::{RegisterError, Source, WorkerSteering, reader::Reader, reason::SteerReason, session::Inlet},
 };
 
@@ -32,8 +31,6 @@ pub struct EndpointConnection {
     /// Bytes that user space has read since the connection was made.
     pub consumed: u64,
     pub(super) idle_since: Instant,
-    /// Counts the slot in the metrics.
-    pub(super) counted: Option<InFlight>,
     /// Whether nothing is outstanding on the connection.
     resting: bool,
     /// The current request, which holds the stream until it is sent.
@@ -81,8 +78,8 @@ impl EndpointConnection {
             socket::set_reset_on_close(&stream, true);
         }
         let (io, consumed, idle_since) = (Io::Ready(Rc::new(stream)), 0, Instant::now());
-        let (counted, resting, sending, watched) = (None, false, None, None);
-        Ok(Self { io, source, watched, address, local, consumed, idle_since, counted, resting, sending })
+        let (resting, sending, watched) = (false, None, None);
+        Ok(Self { io, source, watched, address, local, consumed, idle_since, resting, sending })
     }
 
     /// The connection as a source of steered bytes; `None` if it cannot be steered.

@@ -9,16 +9,12 @@ use std::{
     io,
     net::SocketAddr,
     rc::Rc,
-    sync::Arc,
 };
 
 use tokio::time::Instant;
 
 use super::{connection::EndpointConnection, timeouts::ConnectionTimeouts};
-use crate::{
-    metrics::Metrics,
-    steer::{WorkerSteering, session::Inlet as _},
-};
+use crate::steer::{WorkerSteering, session::Inlet as _};
 
 /// Most idle connections per endpoint.
 const MAX_IDLE: usize = 256;
@@ -29,18 +25,12 @@ pub struct Http1Pool {
     steering: Option<Rc<WorkerSteering>>,
     times: Cell<ConnectionTimeouts>,
     receive_buffer: u32,
-    metrics: Arc<Metrics>,
 }
 
 impl Http1Pool {
     /// An empty pool. `receive_buffer` is the size of the sockets' receive buffers in bytes.
-    pub fn new(
-        metrics: Arc<Metrics>,
-        steering: Option<Rc<WorkerSteering>>,
-        times: ConnectionTimeouts,
-        receive_buffer: u32,
-    ) -> Self {
-        Self { idle: RefCell::default(), steering, times: Cell::new(times), receive_buffer, metrics }
+    pub fn new(steering: Option<Rc<WorkerSteering>>, times: ConnectionTimeouts, receive_buffer: u32) -> Self {
+        Self { idle: RefCell::default(), steering, times: Cell::new(times), receive_buffer }
     }
 
     /// Sets the timeouts of new and idle connections.
@@ -70,9 +60,7 @@ impl Http1Pool {
     /// Makes a new connection. The error kinds are those of `connect(2)` and `TimedOut`.
     pub async fn connect(&self, address: SocketAddr) -> io::Result<EndpointConnection> {
         let (times, steering) = (self.times.get(), self.steering.as_ref());
-        let mut connection = EndpointConnection::connect(address, times, steering, self.receive_buffer).await?;
-        connection.counted = connection.source().map(|_| self.metrics.slot());
-        Ok(connection)
+        EndpointConnection::connect(address, times, steering, self.receive_buffer).await
     }
 
     /// Keeps a connection on which nothing is outstanding.

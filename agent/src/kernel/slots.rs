@@ -31,6 +31,14 @@ pub struct Slots {
     grace: Grace,
 }
 
+/// Slots that are not free.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SlotsInUse {
+    pub all: usize,
+    /// Those of them whose connections have closed.
+    pub retired: usize,
+}
+
 impl Slots {
     pub(super) fn map(slots: BorrowedFd<'_>, locals: BorrowedFd<'_>, count: u32) -> std::io::Result<Self> {
         let (slots, locals) = (Mapping::new(slots, count)?, Mapping::new(locals, count)?);
@@ -66,6 +74,12 @@ impl Slots {
     /// Whether no slot is free.
     pub fn is_exhausted(&self) -> bool {
         self.free.lock().is_empty()
+    }
+
+    /// How many slots are not free.
+    pub fn in_use(&self) -> SlotsInUse {
+        let free = self.free.lock().len();
+        SlotsInUse { all: self.count as usize - free, retired: self.retired.lock().len() }
     }
 
     /// Frees the retired slots after every running program has ended. Takes some milliseconds. A concurrent second call
@@ -340,11 +354,15 @@ mod tests {
     fn retired_slot_is_freed_only_after_running_programs_ended() {
         let kernel = Kernel::load(1).expect("load");
         let slots = kernel.slots();
+        let in_use = || (slots.in_use().all, slots.in_use().retired);
+        assert_eq!(in_use(), (0, 0));
         let index = slots.take().expect("a slot");
+        assert_eq!(in_use(), (1, 0));
         slots.retire(index);
         slots.reclaim_after(|| Err(io::ErrorKind::InvalidInput.into()));
-        assert_eq!(slots.take(), None, "freed although the wait failed");
+        assert_eq!((slots.take(), in_use()), (None, (1, 1)), "freed although the wait failed");
         slots.reclaim();
+        assert_eq!(in_use(), (0, 0));
         assert_eq!(slots.take(), Some(index));
     }
 }

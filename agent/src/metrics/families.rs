@@ -225,8 +225,10 @@ families! {
     adopted_flows_ended: Family<ByReason, Counter> = "adopted_flows_ended";
     /// Events of the kernel programs lost because the ring buffer was full.
     steer_events_missed: Counter = "steer_events_missed";
-    /// Endpoint connections that hold a slot of the kernel maps.
+    /// Slots of the kernel maps that are not free, of `steering.max_flows`.
     slots_in_use: Gauge = "slots_in_use";
+    /// Those of `penstock_slots_in_use` whose connections have closed, and which kernel programs may still use for up to two seconds.
+    slots_retired: Gauge = "slots_retired";
     /// Spans that the collector accepted.
     trace_spans_exported: Counter = "trace_spans_exported";
     /// Spans that were lost: the queue was full, the collector did not accept them, or the agent stopped.

@@ -100,14 +100,12 @@ fn guards_count_while_they_are_held() {
     let guards = [
         metrics.client_connection(),
         metrics.epp_stream(),
-        metrics.slot(),
         metrics.pool(1).active_request(),
         metrics.pool(1).active_request(),
     ];
     let gauges = [
         ("penstock_client_connections", 1),
         ("penstock_epp_streams_inflight", 1),
-        ("penstock_slots_in_use", 1),
         (r#"penstock_active_requests{pool="cpu"}"#, 2),
     ];
     for (gauge, value) in gauges {
@@ -117,6 +115,15 @@ fn guards_count_while_they_are_held() {
     for (gauge, _) in gauges {
         assert_line(&metrics, &format!("{gauge} 0"));
     }
+}
+
+#[test]
+fn slots_are_counted_when_metrics_are_read() {
+    let metrics = metrics();
+    assert_line(&metrics, "penstock_slots_in_use 0");
+    metrics.count_slots(|| SlotsInUse { all: 3, retired: 2 });
+    assert_line(&metrics, "penstock_slots_in_use 3");
+    assert_line(&metrics, "penstock_slots_retired 2");
 }
 
 #[test]
