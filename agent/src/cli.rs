@@ -12,6 +12,7 @@ use penstock_agent::{
     epp_server::{self, EppServerConfig, EppServerLimits, EppServerTls},
     logging, panics,
     run::{self, Signals},
+    trial::{self, Trial},
 };
 use tracing_subscriber::EnvFilter;
 
@@ -277,6 +278,9 @@ fn check(configured: &Configured) -> ExitCode {
         Ok(config) => {
             for warning in &config.warnings {
                 eprintln!("{warning}");
+            }
+            for Trial { name, found, advice, .. } in trial::unreadable(&config) {
+                eprintln!("warning: {name}: {found}; {}", advice.unwrap_or_default());
             }
             let (file, pools, routes) = (configured.config.display(), config.pools.len(), config.routes.len());
             println!("{file} is valid: {pools} pools, {routes} routes");

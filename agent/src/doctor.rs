@@ -49,10 +49,10 @@ pub(crate) fn run(mut steering: config::Steering, config: Option<&Config>, as_js
     ExitCode::from(code)
 }
 
-/// Tries the EPPs and endpoints of the configuration.
+/// Tries the EPPs and endpoints of the configuration, and whether the agent could read its files.
 fn trials(config: &Config) -> Vec<Trial> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    match runtime {
+    let mut trials = match runtime {
         Ok(runtime) => runtime.block_on(trial::try_all(config)),
         Err(error) => vec![Trial {
             name: "runtime".to_owned(),
@@ -60,7 +60,11 @@ fn trials(config: &Config) -> Vec<Trial> {
             found: error.to_string(),
             advice: Some("raise the limit of open files".to_owned()),
         }],
-    }
+    };
+    let is_new = |new: &Trial| trials.iter().all(|trial| trial.name != new.name);
+    let unreadable: Vec<_> = trial::unreadable(config).into_iter().filter(is_new).collect();
+    trials.extend(unreadable);
+    trials
 }
 
 fn verdict(ladder: &Ladder, trials: &[Trial]) -> (u8, String) {

@@ -1,6 +1,7 @@
 //! Tries what a configuration names, for `penstock doctor`: the certificate for clients, each EPP and each endpoint.
 
 mod certificate;
+mod files;
 
 use std::{
     net::SocketAddr,
@@ -9,6 +10,8 @@ use std::{
 
 use futures_util::{StreamExt as _, future::join_all, stream};
 use tokio::{net::TcpStream, time::timeout};
+
+pub use files::unreadable;
 
 use crate::{
     config::{AppProtocol, Config, EndpointsFormat, Picker, Pool, parse_endpoints},

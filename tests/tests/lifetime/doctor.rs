@@ -1,7 +1,9 @@
 //! `penstock doctor` on this machine and on machines with something missing, and the agent on a kernel known to lose bytes.
 
 use std::{
+    fs::Permissions,
     net::SocketAddr,
+    os::unix::fs::PermissionsExt as _,
     process::{Command, Output},
 };
 
@@ -338,7 +340,7 @@ async fn doctor_tries_the_certificate_for_clients() {
     write("expired.crt", &params.self_signed(&key).unwrap().pem());
     let doctored = |certificate: &str, key: &str| {
         let text = format!(
-            "[listen.tls]\naddress = \"127.0.0.1:8443\"\ncert_file = \"{certificate}\"\nkey_file = \"{key}\"\n\
+            "[process]\nuser = \"keep\"\n[listen.tls]\naddress = \"127.0.0.1:8443\"\ncert_file = \"{certificate}\"\nkey_file = \"{key}\"\n\
              [[pools]]\nname = \"a\"\nendpoints = [\"{}\"]\n",
             endpoint.addr
         );
@@ -374,4 +376,63 @@ async fn doctor_with_working_configuration_exits_0() {
     let document = document(&output);
     assert_eq!(output.status.code(), Some(0), "{document:#}");
     assert_eq!(document["configuration"].as_array().unwrap().len(), 2);
+}
+
+/// The agent reads certificates, keys and files of endpoints again after it has left root.
+#[tokio::test]
+async fn doctor_and_config_check_name_files_that_the_user_cannot_read() {
+    let endpoint = ModelServer::start(Options::default()).await.unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let allow = |name: &str, mode| std::fs::set_permissions(path(name), Permissions::from_mode(mode)).unwrap();
+    allow("", 0o755);
+    let certificate = rcgen::generate_simple_self_signed(["a.example".to_owned()]).unwrap();
+    for (name, text, mode) in [
+        ("tls.crt", certificate.cert.pem(), 0o644),
+        ("tls.key", certificate.signing_key.serialize_pem(), 0o600),
+        ("closed.toml", format!("endpoints = [\"{}\"]", endpoint.addr), 0o600),
+        ("open.toml", format!("endpoints = [\"{}\"]", endpoint.addr), 0o644),
+    ] {
+        std::fs::write(path(name), text).unwrap();
+        allow(name, mode);
+    }
+    let write = |user: &str| {
+        let pools = ["closed", "open", "gone"]
+            .map(|name| format!("[[pools]]\nname = \"{name}\"\nendpoints_file = \"{name}.toml\"\n"))
+            .concat();
+        let tls = "[listen.tls]\naddress = \"127.0.0.1:8443\"\ncert_file = \"tls.crt\"\nkey_file = \"tls.key\"\n";
+        let text =
+            format!("[process]\nuser = \"{user}\"\n{tls}{pools}[[routes]]\nhost = \"a.example\"\npool = \"open\"\n");
+        std::fs::write(path("penstock.toml"), text).unwrap();
+    };
+    let config = path("penstock.toml");
+    let config = config.to_str().unwrap();
+    let check = || {
+        let mut command = Command::new(Process::binary("penstock").unwrap());
+        let output = command.args(["config", "check", "--config", config]).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let found =
+        |setting: &str, file: &str, user: &str| format!("{setting}: {} cannot be read by {user}", path(file).display());
+    let (key, closed) = (("listen.tls.key_file", "tls.key"), ("pool closed, endpoints_file", "closed.toml"));
+    let gone = "pool gone, endpoints_file";
+
+    write("65534:65533");
+    let (text, user) = (check(), "uid 65534, gid 65533, the user of `process.user`: ");
+    assert_eq!(text.lines().count(), 3, "{text}");
+    for (setting, file) in [key, closed, (gone, "gone.toml")] {
+        assert!(text.contains(&found(setting, file, user)), "{text}");
+    }
+    let output = doctor(&[], &["--json", "--config", config]);
+    let document = document(&output);
+    assert_eq!(output.status.code(), Some(3), "{document:#}");
+    let failed = document["configuration"].as_array().unwrap().iter().filter(|trial| trial["ok"] == false);
+    let failed: Vec<_> = failed.map(|trial| trial["name"].as_str().unwrap()).collect();
+    assert_eq!(failed, [gone, key.0, closed.0], "{document:#}");
+
+    write("keep");
+    let text = check();
+    assert_eq!(text.lines().count(), 1, "{text}");
+    assert!(text.contains(&found(gone, "gone.toml", "uid 0, gid 0: ")), "{text}");
 }
