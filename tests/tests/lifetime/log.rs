@@ -1,7 +1,9 @@
 //! The log of an agent whose clients control what is written.
 
+use std::time::{Duration, Instant};
+
 use penstock_tests::{
-    Client, Http2Client, ModelServer, Plan, Process, Request,
+    Client, Http2Client, ModelServer, Plan, Process, Refusing, Request,
     agent_process::AgentProcess,
     model_server::{Fault, FaultKind, Options},
 };
@@ -47,6 +49,36 @@ async fn missing_folder_for_large_bodies_is_reported_at_start() {
     assert!(line.contains("/nonexistent"), "{line}");
     let (status, lines) = agent.ask_admin("/readyz?verbose").await.unwrap();
     assert!(status == 200 && lines.contains("bodies of more than 1048576 bytes: failing, /nonexistent"), "{lines}");
+}
+
+/// Each of the two workers misses its connection to each of the two EPPs.
+#[tokio::test]
+async fn missing_connection_to_an_epp_is_logged_once_per_pool() {
+    const LINE: &str = "no connection to the EPP in the start time";
+    let refusing = Refusing::new().unwrap();
+    let pool = |name: &str| {
+        format!(
+            "[[pools]]\nname = \"{name}\"\nfailure_mode = \"closed\"\nendpoints = [\"127.0.0.1:1\"]\n\
+             [pools.picker]\nkind = \"epp\"\naddress = \"{}\"\nstart_wait = \"300ms\"\n",
+            refusing.addr
+        )
+    };
+    let (pools, endpoint) = (pool("one") + &pool("two"), "127.0.0.1:1".parse().unwrap());
+    let mut agent = AgentProcess::start_through(&[], ANY_PORT, endpoint, "off", &pools).await.unwrap();
+    // The agent is ready after each worker has waited.
+    let begin = Instant::now();
+    while agent.ask_admin("/readyz").await.unwrap().0 != 200 {
+        assert!(begin.elapsed() < SOON, "{:#?}", agent.process.output());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    agent.process.terminate().unwrap();
+    agent.process.line("stopped", SOON).await.unwrap();
+    let output = agent.process.output();
+    let lines: Vec<_> = output.iter().filter(|line| line.contains(LINE)).collect();
+    for pool in ["one", "two"] {
+        let count = lines.iter().filter(|line| line.contains(&format!("\"pool\":\"{pool}\""))).count();
+        assert_eq!((count, lines.len()), (1, 2), "{lines:#?}");
+    }
 }
 
 /// The time of a request counts from its first byte, also if its head is refused.
