@@ -55,7 +55,7 @@ enum Verb {
     Test(test::Args),
     /// Run the kernel tests on other kernels, in virtual machines
     VmTest(vm::Args),
-    /// Write the reference and the JSON Schema in docs from the declarations of the settings
+    /// Write the references of settings, log fields and metrics, and the JSON Schemas, from their declarations
     Settings,
     /// Render deploy/kubernetes and the schema of the chart's values
     Manifests(manifests::Args),

@@ -12,7 +12,7 @@ use crate::{
 };
 
 const CHART: &str = "deploy/helm/penstock";
-const VALUES_SCHEMA: &str = "deploy/helm/penstock/values.schema.json";
+pub(crate) const VALUES_SCHEMA: &str = "deploy/helm/penstock/values.schema.json";
 const SETTINGS_SCHEMA: &str = "docs/penstock.schema.json";
 const EXAMPLE: &str = "deploy/kubernetes/penstock.toml";
 /// Everything of the values' schema but `config`.
@@ -51,7 +51,7 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn values_schema() -> Result<String> {
+pub(crate) fn values_schema() -> Result<String> {
     let mut schema: Value = serde_json::from_str(VALUES)?;
     let settings =
         fs::read_to_string(root().join(SETTINGS_SCHEMA)).with_context(|| format!("reading {SETTINGS_SCHEMA}"))?;

@@ -1,11 +1,14 @@
-//! `cargo xtask settings`: writes the reference in docs/configuration.md and the JSON Schema from the declarations of the settings,
-//! and the tables in docs/access-log.md and docs/metrics.md from the declarations of the fields and metrics.
+//! `cargo xtask settings`: writes the reference in docs/configuration.md and the JSON Schemas, of a configuration and of the Helm
+//! chart's values, from the declarations of the settings, and the tables in docs/access-log.md and docs/metrics.md from the declarations of the fields and metrics.
 
 use std::fs;
 
 use anyhow::{Context as _, Result};
 
-use crate::command::{cargo, line, output, root};
+use crate::{
+    command::{cargo, line, output, root},
+    manifests::{VALUES_SCHEMA, values_schema},
+};
 
 const DOCUMENT: &str = "docs/configuration.md";
 const SCHEMA: &str = "docs/penstock.schema.json";
@@ -32,10 +35,11 @@ pub(crate) fn main() -> Result<()> {
     let reference = printed("reference")?;
     fs::write(&document, format!("{before}{BEGIN}\n\n{}\n\n{END}{after}", reference.trim()))?;
     fs::write(root.join(SCHEMA), printed("schema")? + "\n")?;
+    fs::write(root.join(VALUES_SCHEMA), values_schema()?)?;
     let read = |path: &str| fs::read_to_string(root.join(path)).with_context(|| format!("reading {path}"));
     fs::write(root.join(ACCESS_LOG), access_log(&read(ACCESS_LOG)?, &read(FIELDS)?)?)?;
     fs::write(root.join(METRICS), metrics(&read(METRICS)?, &read(FAMILIES)?, &read(LABELS)?)?)?;
-    println!("{DOCUMENT}, {SCHEMA}, {ACCESS_LOG} and {METRICS} are current");
+    println!("{DOCUMENT}, {SCHEMA}, {VALUES_SCHEMA}, {ACCESS_LOG} and {METRICS} are current");
     Ok(())
 }
 
