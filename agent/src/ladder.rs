@@ -114,7 +114,6 @@ impl Ladder {
 
     /// Loads the programs and runs the self-tests of both paths.
     fn load(config: &config::Steering, [local, ingress]: &[Entry; 2]) -> Result<Self, LoadError> {
-        let deadline = Instant::now() + selftest::LIMIT;
         let mut kernel = Kernel::load(config.max_flows)?;
         let asked = config.mode != SteeringMode::Ingress;
         if asked {
@@ -128,7 +127,7 @@ impl Ladder {
         }
         let mut kernel = Arc::new(kernel);
         let mut first = match kernel.local() {
-            Ok(()) => Rung::prove(local, &kernel, deadline),
+            Ok(()) => Rung::prove(local, &kernel),
             Err(why) => Rung { path: local.path, checks: Vec::new(), state: State::Off(why), endpoint_visible: None },
         };
         match &first.state {
@@ -143,7 +142,7 @@ impl Ladder {
             }
             _ => {}
         }
-        let second = Rung::prove(ingress, &kernel, deadline);
+        let second = Rung::prove(ingress, &kernel);
         first.endpoint_visible = kernel.endpoint_visible();
         if let (SteeringMode::Local, Some(how)) = (config.mode, &first.endpoint_visible) {
             tracing::warn!(
@@ -290,8 +289,9 @@ impl Ladder {
 
 impl Rung {
     /// Runs the self-test without capabilities, as workers run.
-    fn prove(entry: &Entry, kernel: &Arc<Kernel>, deadline: Instant) -> Self {
+    fn prove(entry: &Entry, kernel: &Arc<Kernel>) -> Self {
         let mut rung = Self { path: entry.path, checks: Vec::new(), state: State::Ready, endpoint_visible: None };
+        let deadline = Instant::now() + selftest::LIMIT;
         match capability::with(&[], || selftest::prove(kernel, entry.path, entry.cases, deadline)) {
             Ok(checks) => rung.checks = checks,
             Err(error) => rung.state = State::Off(format!("the self-test could not run: {error:#}").into()),

@@ -35,19 +35,23 @@ pub(crate) struct Args {
 
 pub(crate) fn main(args: &Args) -> Result<()> {
     helm_needs()?;
-    let mut files = vec![(VALUES_SCHEMA, values_schema()?)];
+    // Before the chart is rendered, because helm checks the values with it.
+    finish(args, VALUES_SCHEMA, &values_schema()?)?;
     for (file, values) in MANIFESTS {
-        files.push((file, rendered(values)?));
+        finish(args, file, &rendered(values)?)?;
     }
-    for (file, text) in &files {
-        let path = root().join(file);
-        if !args.check {
-            fs::write(&path, text).with_context(|| format!("writing {file}"))?;
-        } else if fs::read_to_string(&path).with_context(|| format!("reading {file}"))? != *text {
-            bail!("{file} is not current: run `cargo xtask manifests`");
-        }
-        println!("{file} is current");
+    Ok(())
+}
+
+/// Writes or compares the file.
+fn finish(args: &Args, file: &str, text: &str) -> Result<()> {
+    let path = root().join(file);
+    if !args.check {
+        fs::write(&path, text).with_context(|| format!("writing {file}"))?;
+    } else if fs::read_to_string(&path).with_context(|| format!("reading {file}"))? != text {
+        bail!("{file} is not current: run `cargo xtask manifests`");
     }
+    println!("{file} is current");
     Ok(())
 }
 

@@ -4,7 +4,7 @@ use std::fmt;
 
 use http::StatusCode;
 
-use super::form::SecondModel;
+use super::form::FormError;
 use crate::http::coding::CodingError;
 
 /// Why a request is refused because of its body.
@@ -15,7 +15,7 @@ pub enum NamingError {
     #[error("the body names no model: found {found}, expected the name of a model")]
     Missing { found: &'static str },
     #[error("cannot read the model from the form: {0}")]
-    Form(#[from] SecondModel),
+    Form(#[from] FormError),
     #[error("{0}")]
     Coding(#[from] CodingError),
 }

@@ -2,18 +2,20 @@
 //! name their model so.
 //!
 //! Takes slices of any size. Files are passed over: memory holds a slice and what may be the beginning of a boundary, of a part's
-//! fields, or of the model. A form that is malformed names no model; the model server decides about it. A second field `model` is an
-//! error, because the model server may read the other one.
+//! fields, or of the model. What the model server may read in another way (a second field `model`, two names of one part) is an error,
+//! so that no request is routed by a model that the server does not use. A form that ends early names no model.
 
 use bytes::{Buf as _, BytesMut};
 use memchr::memmem;
 
 use super::MAX_MODEL;
 
-/// Maximum length of a boundary (RFC 2046 §5.1.1), in bytes.
-const MAX_BOUNDARY: usize = 70;
+/// Maximum length of a boundary, in bytes. RFC 2046 §5.1.1 allows 70, and servers more.
+const MAX_BOUNDARY: usize = 256;
 /// Maximum size of the fields of a part, in bytes.
 const MAX_FIELDS: usize = 8192;
+/// Maximum white space after a delimiter, in bytes.
+const MAX_PADDING: usize = 64;
 
 #[derive(Debug)]
 pub struct FormScanner {
@@ -22,6 +24,8 @@ pub struct FormScanner {
     state: State,
     /// What the current state has not consumed.
     pending: BytesMut,
+    /// A field `model` has begun.
+    names_model: bool,
     model: Option<String>,
 }
 
@@ -35,14 +39,24 @@ enum State {
     Fields,
     /// In the value of a field `model`.
     Model,
-    /// After the last part, or the form is malformed.
+    /// After the last part.
     Ended,
 }
 
-/// A form with two fields `model`.
+/// Why the model of a form is in doubt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("found a second field `model` in the form, expected one")]
-pub struct SecondModel;
+pub enum FormError {
+    #[error("found a second field `model`, expected one")]
+    Second,
+    #[error("found a part whose Content-Disposition can be read in several ways, expected `form-data; name=\"model\"`")]
+    Ambiguous,
+    #[error("found a model that is longer than {MAX_MODEL} bytes, not UTF-8, or has control characters")]
+    NoName,
+    #[error(
+        "found a part with more than {MAX_FIELDS} bytes of fields, or a delimiter with more than {MAX_PADDING} bytes of white space"
+    )]
+    Long,
+}
 
 impl FormScanner {
     /// For a request with this Content-Type; `None` unless it is a form with a valid boundary.
@@ -51,13 +65,16 @@ impl FormScanner {
         if !essence.trim().eq_ignore_ascii_case("multipart/form-data") {
             return None;
         }
-        let boundary = parameter(parameters, "boundary")?;
+        let boundaries: Vec<String> =
+            all_parameters(parameters).filter(|(name, _)| name == "boundary").map(|(_, value)| value).collect();
+        let [boundary] = &boundaries[..] else { return None };
         let is_boundary = (1..=MAX_BOUNDARY).contains(&boundary.len()) && boundary.bytes().all(|byte| byte >= b' ');
         // The first delimiter has no CRLF before it.
         let start = || Self {
             delimiter: [b"\r\n--", boundary.as_bytes()].concat(),
             state: State::Content,
             pending: BytesMut::from(&b"\r\n"[..]),
+            names_model: false,
             model: None,
         };
         is_boundary.then(start)
@@ -68,7 +85,7 @@ impl FormScanner {
     }
 
     /// Scans the next bytes.
-    pub fn feed(&mut self, bytes: &[u8]) -> Result<(), SecondModel> {
+    pub fn feed(&mut self, bytes: &[u8]) -> Result<(), FormError> {
         if self.state == State::Ended {
             return Ok(());
         }
@@ -80,11 +97,11 @@ impl FormScanner {
     }
 
     /// Consumes what the state can. Returns the next state; `None` if that depends on bytes to come.
-    fn step(&mut self) -> Result<Option<State>, SecondModel> {
+    fn step(&mut self) -> Result<Option<State>, FormError> {
         match self.state {
             State::Content => Ok(self.content()),
-            State::Line => Ok(self.line()),
-            State::Fields => Ok(self.fields()),
+            State::Line => self.line(),
+            State::Fields => self.fields(),
             State::Model => self.value(),
             State::Ended => {
                 self.pending = BytesMut::new();
@@ -103,67 +120,88 @@ impl FormScanner {
     }
 
     /// The rest of a delimiter's line: nothing, white space, or two hyphens after the last part.
-    fn line(&mut self) -> Option<State> {
+    fn line(&mut self) -> Result<Option<State>, FormError> {
         let padding = self.pending.iter().take_while(|byte| matches!(byte, b' ' | b'\t')).count();
-        match self.pending[padding..] {
+        if padding > MAX_PADDING {
+            return Err(FormError::Long);
+        }
+        Ok(match self.pending[padding..] {
             [b'\r', b'\n', ..] => {
                 self.pending.advance(padding);
                 Some(State::Fields)
             }
-            [] | [b'\r'] if padding <= MAX_FIELDS => None,
+            [] | [b'\r'] => None,
             [b'-'] if padding == 0 => None,
-            // Of another delimiter that begins as this one does, or malformed.
-            _ if !self.pending.starts_with(b"--") => Some(State::Content),
-            _ => Some(State::Ended),
-        }
+            [b'-', b'-', ..] if padding == 0 => Some(State::Ended),
+            // Another delimiter, which begins as this one does.
+            _ => Some(State::Content),
+        })
     }
 
-    fn fields(&mut self) -> Option<State> {
-        let Some(end) = memmem::find(&self.pending, b"\r\n\r\n") else {
-            return (self.pending.len() > MAX_FIELDS).then_some(State::Ended);
-        };
+    fn fields(&mut self) -> Result<Option<State>, FormError> {
+        let end = memmem::find(&self.pending, b"\r\n\r\n");
+        let least = end.unwrap_or_else(|| self.pending.len().saturating_sub(b"\r\n\r".len()));
+        if least > MAX_FIELDS {
+            return Err(FormError::Long);
+        }
+        let Some(end) = end else { return Ok(None) };
         let fields = self.pending.split_to(end + b"\r\n\r\n".len());
-        Some(if names_model(&fields) { State::Model } else { State::Content })
+        if !names_model(&fields)? {
+            return Ok(Some(State::Content));
+        }
+        if self.names_model {
+            return Err(FormError::Second);
+        }
+        self.names_model = true;
+        Ok(Some(State::Model))
     }
 
-    fn value(&mut self) -> Result<Option<State>, SecondModel> {
-        let Some(end) = memmem::find(&self.pending, &self.delimiter) else {
-            let is_long = self.pending.len() > MAX_MODEL + self.delimiter.len();
-            return Ok(is_long.then_some(State::Ended));
-        };
-        if self.model.is_some() {
-            return Err(SecondModel);
+    fn value(&mut self) -> Result<Option<State>, FormError> {
+        let end = memmem::find(&self.pending, &self.delimiter);
+        let least = end.unwrap_or_else(|| (self.pending.len() + 1).saturating_sub(self.delimiter.len()));
+        if least > MAX_MODEL {
+            return Err(FormError::NoName);
         }
+        let Some(end) = end else { return Ok(None) };
         let value = self.pending.split_to(end);
-        match std::str::from_utf8(&value) {
-            Ok(text) if text.len() <= MAX_MODEL && !text.chars().any(char::is_control) => {
-                self.model = Some(text.to_owned());
-            }
-            _ => return Ok(Some(State::Ended)),
-        }
+        let text = std::str::from_utf8(&value).ok().filter(|text| !text.chars().any(char::is_control));
+        self.model = Some(text.ok_or(FormError::NoName)?.to_owned());
         Ok(Some(State::Content))
     }
 }
 
 /// Whether these are the fields of a part `model` that is no file.
-fn names_model(fields: &[u8]) -> bool {
-    let Ok(fields) = std::str::from_utf8(fields) else { return false };
-    let dispositions = fields.split("\r\n").filter_map(|line| line.split_once(':'));
-    let mut dispositions = dispositions.filter(|(name, _)| name.eq_ignore_ascii_case("content-disposition"));
-    let Some((_, disposition)) = dispositions.next() else { return false };
-    let Some((kind, parameters)) = disposition.split_once(';') else { return false };
-    let is_file = ["filename", "filename*"].iter().any(|name| parameter(parameters, name).is_some());
-    kind.trim().eq_ignore_ascii_case("form-data")
-        && parameter(parameters, "name").as_deref() == Some("model")
-        && !is_file
+fn names_model(fields: &[u8]) -> Result<bool, FormError> {
+    let text = String::from_utf8_lossy(fields).replace("\r\n ", " ").replace("\r\n\t", " ");
+    let lines = text.split("\r\n").filter_map(|line| line.split_once(':'));
+    let dispositions = lines.filter(|(name, _)| name.trim().eq_ignore_ascii_case("content-disposition"));
+    let dispositions: Vec<(&str, Vec<(String, String)>)> = dispositions
+        .map(|(_, value)| value.split_once(';').unwrap_or((value, "")))
+        .map(|(kind, parameters)| (kind.trim(), all_parameters(parameters).collect()))
+        .collect();
+    let is_name = |name: &str| name == "name" || name == "name*";
+    let mut names = dispositions.iter().flat_map(|(_, parameters)| parameters).filter(|(name, _)| is_name(name));
+    if !names.any(|(_, value)| value.ends_with("model")) {
+        return Ok(false);
+    }
+    let [(kind, parameters)] = &dispositions[..] else { return Err(FormError::Ambiguous) };
+    let count = |wanted: &str| parameters.iter().filter(|(name, _)| name.trim_end_matches('*') == wanted).count();
+    let has_star = parameters.iter().any(|(name, _)| name.ends_with('*'));
+    let is_model = parameters.iter().any(|(name, value)| name == "name" && value == "model");
+    match (count("name"), count("filename")) {
+        (1, _) if !is_model && !has_star => Ok(false),
+        (1, 0) if !has_star && kind.eq_ignore_ascii_case("form-data") => Ok(true),
+        (1, 1) if !has_star => Ok(false),
+        _ => Err(FormError::Ambiguous),
+    }
 }
 
-/// The value of a parameter, without quotes and backslashes before characters (RFC 9110 §5.6.6).
-fn parameter(mut parameters: &str, wanted: &str) -> Option<String> {
-    loop {
+/// The parameters, with names in lower case and values without quotes and backslashes before characters (RFC 9110 §5.6.6). A quote
+/// that is not closed ends the list.
+fn all_parameters(mut parameters: &str) -> impl Iterator<Item = (String, String)> {
+    std::iter::from_fn(move || {
         let (name, rest) = parameters.split_once('=')?;
-        let name = name.rsplit(';').next().unwrap_or_default();
-        let is_wanted = name.trim().eq_ignore_ascii_case(wanted);
+        let name = name.rsplit(';').next().unwrap_or_default().trim().to_ascii_lowercase();
         let rest = rest.trim_start();
         let (value, after) = match rest.strip_prefix('"') {
             Some(quoted) => unquoted(quoted)?,
@@ -172,11 +210,9 @@ fn parameter(mut parameters: &str, wanted: &str) -> Option<String> {
                 (value.trim().to_owned(), after)
             }
         };
-        if is_wanted {
-            return Some(value);
-        }
         parameters = after;
-    }
+        Some((name, value))
+    })
 }
 
 /// The text of a quoted string, and what follows its closing quote.
@@ -196,12 +232,16 @@ fn unquoted(quoted: &str) -> Option<(String, &str)> {
 /// The model that a query names (`?model=`), for requests without a body: a session over WebSocket begins so. `None` if it names none,
 /// or several.
 pub fn model_in_query(query: &str) -> Option<String> {
-    let pairs = query.split('&').filter_map(|pair| pair.split_once('='));
-    let mut models = pairs.filter(|(name, _)| *name == "model").map(|(_, value)| value.replace('+', " "));
-    let model = models.next().filter(|_| models.next().is_none())?;
-    let model = percent_encoding::percent_decode_str(&model).decode_utf8().ok()?.into_owned();
-    let is_name = !model.is_empty() && model.len() <= MAX_MODEL && !model.chars().any(char::is_control);
-    is_name.then_some(model)
+    let decoded = |text: &str| {
+        let text = text.replace('+', " ");
+        percent_encoding::percent_decode_str(&text).decode_utf8().ok().map(std::borrow::Cow::into_owned)
+    };
+    let pairs = query.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+    let mut models = pairs.filter(|(name, _)| decoded(name).as_deref() == Some("model"));
+    let (_, model) = models.next().filter(|_| models.next().is_none())?;
+    let is_name =
+        |model: &String| !model.is_empty() && model.len() <= MAX_MODEL && !model.chars().any(char::is_control);
+    decoded(model).filter(is_name)
 }
 
 #[cfg(test)]

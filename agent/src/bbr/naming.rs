@@ -29,6 +29,8 @@ pub struct Naming {
     /// The first bytes, until the encoding is known.
     lead: Option<Lead>,
     named: Named,
+    /// The model in the query, which counts if there is no body.
+    queried: Option<String>,
     /// `"stream": true` was found in the complete body.
     streams: bool,
     rejects: bool,
@@ -46,12 +48,15 @@ impl Naming {
     /// Creates the reader for a request with these headers and this query.
     pub fn new(bbr: &Bbr, headers: &HeaderMap, query: Option<&str>, has_body: bool, metrics: &Arc<Metrics>) -> Self {
         let reads = bbr.enabled && has_body;
-        let queried = query.filter(|_| bbr.enabled && !has_body).and_then(model_in_query);
+        let queried = query.filter(|_| bbr.enabled).and_then(model_in_query);
+        let (named, queried) =
+            if has_body { (Named::Unknown, queried) } else { (queried.map_or(Named::Unknown, Named::Model), None) };
         Self {
             scanner: (reads && is_json(&media_type(headers))).then(ModelScanner::new),
             form: reads.then(|| FormScanner::new(content_type(headers))).flatten(),
             lead: Some(Lead::default()),
-            named: queried.map_or(Named::Unknown, Named::Model),
+            named,
+            queried,
             streams: false,
             rejects: bbr.missing_model == MissingModel::Reject,
             metrics: Arc::clone(metrics),
@@ -120,6 +125,9 @@ impl Naming {
     /// Stops reading a body that has turned out to be empty: it is none (RFC 9112 §6.3), whatever announced it.
     pub fn skip(&mut self) {
         (self.scanner, self.form) = (None, None);
+        if let Some(model) = self.queried.take() {
+            self.named = Named::Model(model);
+        }
     }
 
     /// Stops reading a body that cannot be read. Unless a model was found before, it counts as missing.

@@ -167,7 +167,7 @@ fn every_error() -> Vec<Error> {
     let others = [
         Error::Naming(NamingError::Json(json)),
         Error::Naming(NamingError::Missing { found: "nothing" }),
-        Error::Naming(NamingError::Form(crate::bbr::form::SecondModel)),
+        Error::Naming(NamingError::Form(crate::bbr::form::FormError::Second)),
         Error::Naming(NamingError::Coding(CodingError::Unsupported { found: found() })),
         Error::Naming(NamingError::Coding(CodingError::Corrupt { coding: "br", reason: found() })),
         Error::Naming(NamingError::Coding(CodingError::Truncated { coding: "br" })),
@@ -259,7 +259,7 @@ fn every_reason_is_documented_with_its_status() {
 
 #[test]
 fn every_reason_after_the_response_began_is_documented() {
-    let ends = [End::ClientGone, End::Broken, End::Idle].map(|end| end.reason().to_owned());
+    let ends = [End::ClientGone, End::Broken, End::Idle, End::Left].map(|end| end.reason().to_owned());
     let documented = rows("After the response has begun");
     let aborted = ["agent_stopped", "evicted", "picker_failed", "request_timeout"].map(str::to_owned);
     let mut expected: Vec<_> = ends.into_iter().chain(aborted).collect();
@@ -268,5 +268,5 @@ fn every_reason_after_the_response_began_is_documented() {
     let mut in_source = labels(include_str!("../deliver.rs"));
     // A tunnel that was asked to stop is not a broken response.
     in_source.retain(|&label| label != crate::metrics::OK && label != End::Over.reason());
-    assert_eq!(in_source.len(), 3);
+    assert_eq!(in_source.len(), 4);
 }

@@ -116,6 +116,18 @@ fn optional_parts_are_valid() {
 }
 
 #[test]
+fn port_of_tls_is_reachable() {
+    let values = ["--set-json", r#"config.listen.tls={"address":"0.0.0.0:8443","cert_file":"/c","key_file":"/k"}"#];
+    let manifests = manifests(&[&values[..], &["--set", "networkPolicy.enabled=true"]].concat());
+    manifests.assert_known();
+    let ports = manifests.get::<Service>().spec.expect("a spec").ports.expect("ports");
+    assert_eq!(ports.iter().map(|port| port.port).collect::<Vec<_>>(), [80, 443]);
+    let rules = manifests.get::<NetworkPolicy>().spec.expect("a spec").ingress.expect("rules");
+    assert_eq!(rules[0].ports.as_ref().expect("ports").len(), 2);
+    assert_eq!(manifests.container().ports.expect("ports").len(), 3);
+}
+
+#[test]
 fn parts_for_operators_hold_the_files() {
     let values = ["--set", "podMonitor.enabled=true,alerts.enabled=true,dashboard.enabled=true"];
     for network in ["hostNetwork=false", "hostNetwork=true"] {

@@ -248,26 +248,30 @@ fn ports_match_configuration() {
             .expect("one port");
         assert_eq!(port.target_port, Some(IntOrString::Int(config.listen.address.port().into())));
     }
-    let ports = Manifests::pod_network().container().ports.expect("ports");
-    let declared: Vec<_> =
-        ports.iter().map(|port| (port.name.as_deref(), port.container_port, port.host_port)).collect();
-    assert_eq!(declared, [(Some("http"), 8080, None), (Some("admin"), 9901, None)]);
-    assert_eq!(
-        Manifests::host_network().container().ports,
-        None,
-        "a declared port leaves no room for a second Pod on a node"
-    );
+    for manifests in Manifests::both() {
+        let ports = manifests.container().ports.expect("ports");
+        let declared: Vec<_> =
+            ports.iter().map(|port| (port.name.as_deref(), port.container_port, port.host_port)).collect();
+        assert_eq!(declared, [(Some("http"), 8080, None), (Some("admin"), 9901, None)]);
+    }
+}
+
+/// Two agents on the node's network would need the same ports.
+#[test]
+fn new_pod_is_ready_before_the_old_one_stops_if_both_have_ports() {
+    let rolling = |manifests: &Manifests| {
+        let strategy = manifests.get::<DaemonSet>().spec.update_strategy.expect("an update strategy");
+        let rolling = strategy.rolling_update.expect("a rolling update");
+        (rolling.max_surge, rolling.max_unavailable)
+    };
+    let int = |number| Some(IntOrString::Int(number));
+    assert_eq!(rolling(&Manifests::pod_network()), (int(1), int(0)));
+    assert_eq!(rolling(&Manifests::host_network()), (None, int(1)));
 }
 
 #[test]
-fn new_pod_is_ready_before_the_old_one_stops() {
+fn service_prefers_the_node_and_pods_have_time_to_drain() {
     for manifests in Manifests::both() {
-        let strategy = manifests.get::<DaemonSet>().spec.update_strategy.expect("an update strategy");
-        let rolling = strategy.rolling_update.expect("a rolling update");
-        assert_eq!(
-            (rolling.max_surge, rolling.max_unavailable),
-            (Some(IntOrString::Int(1)), Some(IntOrString::Int(0)))
-        );
         let service = manifests.get::<Service>().spec.expect("a spec");
         assert_eq!(service.type_.as_deref(), Some("ClusterIP"));
         assert_eq!(service.traffic_distribution.as_deref(), Some("PreferSameNode"));

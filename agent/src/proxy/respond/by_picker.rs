@@ -6,7 +6,7 @@
 
 mod out;
 
-use std::{cell::RefCell, sync::Arc};
+use std::{cell::RefCell, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use http::HeaderMap;
@@ -47,9 +47,11 @@ const WAITING: usize = 64 << 10;
 const WAITING_MOST: usize = 256 << 10;
 
 /// How long the EPP may take for each answer after the endpoint broke off.
-const LAST_ANSWERS: std::time::Duration = std::time::Duration::from_secs(1);
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
 /// How long the EPP may take for the reply to the trailers after it has answered for the whole body. EPPs that never reply exist.
-const TRAILERS_REPLY: std::time::Duration = std::time::Duration::from_secs(1);
+const TRAILERS_REPLY: Duration = Duration::from_secs(1);
+/// How long an EPP that was sent trailers may owe replies to the body: one that ignores trailers does not learn that the body has ended.
+const LAST_REPLIES: Duration = Duration::from_secs(5);
 
 /// A body on its way from the endpoint over the EPP to the client.
 struct Passage<'a> {
@@ -76,7 +78,7 @@ struct Passage<'a> {
     memory: &'a Arc<Budget>,
     failure_mode: FailureMode,
     metrics: &'a PoolMetrics,
-    idle: Option<std::time::Duration>,
+    idle: Option<Duration>,
     account: Account,
 }
 
@@ -223,7 +225,9 @@ impl Passage<'_> {
         let unsent = self.stream.as_ref().is_some_and(PickStream::has_unsent);
         let reads = self.trailers.is_none() && !self.broken && waiting < WAITING && !unsent;
         let listens = waiting < WAITING_MOST;
-        let trailers_reply = self.idle.map_or(TRAILERS_REPLY, |idle| idle.min(TRAILERS_REPLY));
+        let at_most = |limit: Duration| self.idle.map_or(limit, |idle| idle.min(limit));
+        let trailers_reply = at_most(TRAILERS_REPLY);
+        let last_replies = if self.shown { Some(at_most(LAST_REPLIES)) } else { self.idle };
         tokio::select! {
             biased;
             heard = heard(self.stream), if listens => self.heard(heard),
@@ -249,7 +253,7 @@ impl Passage<'_> {
             }
             // A client that takes nothing has its own limit.
             () = deadline::elapsed(self.idle), if waiting == 0 && reads => Err(Stop::End(End::Idle)),
-            () = deadline::elapsed(self.idle), if waiting == 0 && !reads => {
+            () = deadline::elapsed(last_replies), if waiting == 0 && !reads => {
                 tracing::warn!("EPP did not answer for a response body in time");
                 self.note_trailers(false);
                 self.lost(false)

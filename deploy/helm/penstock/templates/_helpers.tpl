@@ -40,6 +40,12 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- dig "listen" "address" "0.0.0.0:8080" $settings | splitList ":" | last }}
 {{- end }}
 
+{{- /* Empty without listen.tls. */ -}}
+{{- define "penstock.tlsPort" -}}
+{{- $settings := include "penstock.settings" . | fromJson }}
+{{- dig "listen" "tls" "address" "" $settings | splitList ":" | last }}
+{{- end }}
+
 {{- define "penstock.adminPort" -}}
 {{- $settings := include "penstock.settings" . | fromJson }}
 {{- $address := dig "admin" "address" "127.0.0.1:9901" $settings }}
