@@ -51,7 +51,7 @@ const LAST_ANSWERS: Duration = Duration::from_secs(1);
 /// How long the EPP may take for the reply to the trailers after it has answered for the whole body. EPPs that never reply exist.
 const TRAILERS_REPLY: Duration = Duration::from_secs(1);
 /// How long an EPP that was sent trailers may owe replies to the body: one that ignores trailers does not learn that the body has ended.
-const LAST_REPLIES: Duration = Duration::from_secs(5);
+const LAST_REPLIES: Duration = Duration::from_secs(30);
 
 /// A body on its way from the endpoint over the EPP to the client.
 struct Passage<'a> {
