@@ -1,7 +1,8 @@
 //! Checks that the agent also compiles for aarch64, which the machines of CI are not.
 //!
 //! clippy checks the agent, and the C code of its crates (ring, mimalloc) is compiled. Nothing is linked or run.
-//! The feature `kubernetes` is left out, because its crates take long and nothing in them depends on the processor. The kernel programs need no check of their own: their object is for the BPF machine, the same on x86_64 and aarch64.
+//! The feature `kubernetes` is left out, because its crates take long and nothing in them depends on the processor. The kernel programs
+//! need no check of their own: their object is for the BPF machine, the same on x86_64 and aarch64.
 
 use anyhow::Result;
 

@@ -30,7 +30,8 @@ pub(super) fn hardware_address(interface: u32) -> io::Result<[u8; 6]> {
     let link = link(name.to_str().map_err(|_| io::ErrorKind::InvalidData)?)?;
     let mut address = [0; 6];
     for (to, from) in address.iter_mut().zip(link.sa_data) {
-        *to = from as u8;
+        // c_char is signed on x86_64 only.
+        [*to] = from.to_ne_bytes();
     }
     Ok(address)
 }
