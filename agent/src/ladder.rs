@@ -200,7 +200,7 @@ impl Ladder {
             Interfaces::Auto => interfaces()?,
         };
         if names.is_empty() {
-            return Err(WireError::Attach("auto".to_owned(), "there is no Ethernet interface".to_owned()));
+            return Err(WireError::Attach("auto".to_owned(), "found no Ethernet interface".to_owned()));
         }
         names.iter().try_for_each(|name| wire.attach(name))?;
         let wire = Arc::new(wire);

@@ -7,6 +7,7 @@ pub mod agent;
 pub mod agent_process;
 pub mod api_server;
 pub mod bench;
+mod between;
 mod chat;
 pub mod client;
 pub mod collector;
@@ -37,6 +38,7 @@ pub mod tls;
 
 pub use agent::TestAgent;
 pub use api_server::ApiServer;
+pub use between::Between;
 pub use client::{BodyEnd, Client, Request, Response};
 pub use collector::{CollectedSpan, Collector, CollectorBehaviour};
 pub use content::{Alphabet, Checker};

@@ -1,20 +1,18 @@
 //! Streams on path `wire` that outlive the agent: it is killed or told to stop, the streams run on, and the next agent adopts them.
 
 use std::{
-    net::{Ipv4Addr, SocketAddr},
+    net::SocketAddr,
     process::{Command, Output},
-    sync::Arc,
     time::Duration,
 };
 
 use penstock_tests::{
-    BodyEnd, Client, Plan, Process,
+    Between, BodyEnd, Client, Plan, Process,
     agent_process::AgentProcess,
     client::{Pace, Piece},
     content::Checker,
     eventually,
-    model_server::{After, Fault, FaultKind, Framing, Lengths, ModelServer, Options},
-    namespace::Namespace,
+    model_server::{After, Fault, FaultKind, Framing, Lengths},
 };
 use tempfile::TempDir;
 use tokio::net::TcpStream;
@@ -49,38 +47,26 @@ impl Drop for Bpffs {
 
 struct Stage {
     bpffs: Bpffs,
-    server: ModelServer,
-    clients: Arc<Namespace>,
-    front: SocketAddr,
+    between: Between,
     settings: String,
-    _endpoints: Namespace,
 }
 
 impl Stage {
-    /// `number` tells the addresses of this process's stages apart.
-    fn new(number: u32, settings: &str) -> Self {
-        let bpffs = Bpffs::new();
-        // Benchmark addresses (RFC 2544), which hide no real host.
-        let pair = (1 << 13) + std::process::id() % (1 << 10) * 2 + number;
-        let [front, client, back, endpoint] = [1, 2, 5, 6].map(|host| Ipv4Addr::from(0xc612_0000 + pair * 8 + host));
-        let (near, far) = (format!("oc{pair}"), format!("oe{pair}"));
-        let clients = Namespace::connected(&near, &format!("{front}/30"), &format!("{client}/30")).unwrap();
-        let endpoints = Namespace::connected(&far, &format!("{back}/30"), &format!("{endpoint}/30")).unwrap();
-        let options = Options { listen: SocketAddr::from((endpoint, 0)), idle_close: None, ..Options::default() };
-        let server = endpoints.run(|| {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(ModelServer::start(options)).unwrap()
-        });
-        let place = bpffs.0.path().display();
-        let settings = format!("interfaces = \"{near},{far}\"\nbpffs = \"{place}\"\n{settings}");
-        let front = SocketAddr::from((front, 8080));
-        let clients = Arc::new(clients);
-        Self { bpffs, server: server.unwrap(), clients, front, settings, _endpoints: endpoints }
+    fn new(settings: &str) -> Self {
+        let (bpffs, between) = (Bpffs::new(), Between::new().unwrap());
+        let (place, interfaces) = (bpffs.0.path().display(), between.interfaces.join(","));
+        let settings = format!("interfaces = \"{interfaces}\"\nbpffs = \"{place}\"\n{settings}");
+        Self { bpffs, between, settings }
+    }
+
+    fn front(&self) -> SocketAddr {
+        SocketAddr::from((self.between.front, 8080))
     }
 
     async fn agent(&self) -> AgentProcess {
         let through = ["env", "PENSTOCK_LOG=info", "PENSTOCK_LOG_FORMAT=json"];
-        let agent = AgentProcess::start_through(&through, self.front, self.server.addr, "wire", &self.settings);
+        let agent =
+            AgentProcess::start_through(&through, self.front(), self.between.server.addr, "wire", &self.settings);
         let agent = agent.await.unwrap();
         let (_, said) = agent.ask_admin("/readyz?verbose").await.unwrap();
         assert!(said.contains("path wire: ready") && !said.contains("end with the agent"), "{said}");
@@ -89,11 +75,7 @@ impl Stage {
 
     /// A stream whose client has read its beginning, and then reads nothing: the endpoint waits in the middle.
     async fn begin(&self) -> Stream {
-        let (clients, front) = (Arc::clone(&self.clients), self.front);
-        let connect = move || clients.run(|| std::net::TcpStream::connect(front)).unwrap().unwrap();
-        let socket = tokio::task::spawn_blocking(connect).await.unwrap();
-        socket.set_nonblocking(true).unwrap();
-        let mut client = Client::over(TcpStream::from_std(socket).unwrap(), front);
+        let mut client = self.between.connect(self.front()).await.unwrap();
         client.patience = SOON;
         let plan = plan();
         client.send(&plan.request().header("accept", "text/event-stream")).await.unwrap();
@@ -148,7 +130,7 @@ fn plan() -> Plan {
 
 #[tokio::test]
 async fn killed_agent_leaves_its_streams_to_the_next() {
-    let stage = Stage::new(0, "at_stop = \"finish\"\n");
+    let stage = Stage::new("at_stop = \"finish\"\n");
     let mut first = stage.agent().await;
     let streams = stage.begin_all().await;
     first.process.kill().unwrap();
@@ -178,7 +160,7 @@ async fn killed_agent_leaves_its_streams_to_the_next() {
     }
     let carried = second.metric("penstock_body_bytes_total", &["path=\"wire\""]).await.unwrap();
     assert!(carried > (STREAMS as u64 * 15 * MIB) as f64, "{carried}");
-    assert_eq!(stage.server.aborted(), 0);
+    assert_eq!(stage.between.server.aborted(), 0);
 
     // In a namespace that ends with it, an agent waits for its flows.
     let last = stage.begin().await;
@@ -191,7 +173,7 @@ async fn killed_agent_leaves_its_streams_to_the_next() {
 
 #[tokio::test]
 async fn stopped_agent_leaves_its_streams_until_they_are_detached() {
-    let stage = Stage::new(1, "at_stop = \"leave\"\n[timeouts]\ndrain = \"60s\"\n");
+    let stage = Stage::new("at_stop = \"leave\"\n[timeouts]\ndrain = \"60s\"\n");
     let mut agent = stage.agent().await;
     let kept = stage.begin().await;
     let mut cut = stage.begin().await;
@@ -206,6 +188,6 @@ async fn stopped_agent_leaves_its_streams_until_they_are_detached() {
     assert!(done.status.success() && said.contains("flows ended: 1, agents' folders removed: 1"), "{said}");
     let read = cut.client.read_body(Pace::Fast, |bytes| Ok(cut.checker.feed(bytes)?)).await;
     assert!(read.is_err() || read.is_ok_and(|read| read.end == BodyEnd::Reset), "the body looks complete");
-    eventually(SOON, || stage.server.connections_open() == 0).await;
+    eventually(SOON, || stage.between.server.connections_open() == 0).await;
     assert!(!stage.bpffs.0.path().join("penstock").exists());
 }

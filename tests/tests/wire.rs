@@ -1,24 +1,15 @@
 //! `steering.mode = "wire"`: clients and endpoints in network namespaces of their own, and an agent between them.
 
-use std::{
-    net::{Ipv4Addr, SocketAddr},
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering},
-    },
-    time::Duration,
-};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use penstock_agent::config::{Config, Interfaces, Steering, SteeringMode};
+use penstock_agent::config::{Config, Interfaces, SteeringMode};
 use penstock_tests::{
-    BodyEnd, Client, Plan, Request,
+    Between, BodyEnd, Client, Plan, Request,
     agent::{TestAgent, builtin_pool},
     client::{ConnectionEnd, Pace},
     eventually,
-    model_server::{After, Fault, FaultKind, Framing, Lengths, ModelServer, Options, Pauses},
-    namespace::Namespace,
+    model_server::{After, Fault, FaultKind, Framing, Lengths, Pauses},
 };
-use tokio::net::TcpStream;
 
 const SOON: Duration = Duration::from_secs(30);
 const KIB: u64 = 1 << 10;
@@ -28,40 +19,22 @@ const PAUSE: FaultKind = FaultKind::StallMs(400);
 
 struct Stage {
     agent: TestAgent,
-    server: ModelServer,
-    clients: Arc<Namespace>,
-    _endpoints: Namespace,
+    between: Between,
 }
 
 impl Stage {
     fn new(adjust: impl FnOnce(&mut Config)) -> Self {
-        // Benchmark addresses (RFC 2544), which hide no real host; several stages per process.
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let pair = std::process::id() % (1 << 9) * 16 + NUMBER.fetch_add(1, Ordering::Relaxed) % 16;
-        let [front, client, back, endpoint] = [1, 2, 5, 6].map(|host| Ipv4Addr::from(0xc612_0000 + pair * 8 + host));
-        let (near, far) = (format!("wc{pair}"), format!("we{pair}"));
-        let clients = Namespace::connected(&near, &format!("{front}/30"), &format!("{client}/30")).unwrap();
-        let endpoints = Namespace::connected(&far, &format!("{back}/30"), &format!("{endpoint}/30")).unwrap();
-        let options = Options { listen: SocketAddr::from((endpoint, 0)), idle_close: None, ..Options::default() };
-        let server = endpoints.run(|| {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(ModelServer::start(options)).unwrap()
-        });
-        let server = server.unwrap();
-        let agent = TestAgent::start(builtin_pool(&[server.addr]), SteeringMode::Wire, |config| {
-            config.listen.address = SocketAddr::from((front, 0));
-            config.steering = Steering { interfaces: Interfaces::Named(vec![near, far]), ..config.steering.clone() };
+        let between = Between::new().unwrap();
+        let agent = TestAgent::start(builtin_pool(&[between.server.addr]), SteeringMode::Wire, |config| {
+            config.listen.address = SocketAddr::from((between.front, 0));
+            config.steering.interfaces = Interfaces::Named(between.interfaces.to_vec());
             adjust(config);
         });
-        Self { agent, server, clients: Arc::new(clients), _endpoints: endpoints }
+        Self { agent, between }
     }
 
     async fn client(&self) -> Client {
-        let (clients, addr) = (Arc::clone(&self.clients), self.agent.addr);
-        let connect = move || clients.run(|| std::net::TcpStream::connect(addr)).unwrap().unwrap();
-        let socket = tokio::task::spawn_blocking(connect).await.unwrap();
-        socket.set_nonblocking(true).unwrap();
-        let mut client = Client::over(TcpStream::from_std(socket).unwrap(), addr);
+        let mut client = self.between.connect(self.agent.addr).await.unwrap();
         client.patience = SOON;
         client
     }
@@ -126,7 +99,7 @@ async fn streams_are_exact_in_any_framing() {
     assert!(stage.carried("relay") < total * 100 * KIB);
     // A request is counted after its flow.
     eventually(SOON, || stage.requests("ok") == total).await;
-    assert_eq!(stage.server.aborted(), 0);
+    assert_eq!(stage.between.server.aborted(), 0);
 }
 
 #[tokio::test]
@@ -177,7 +150,7 @@ async fn client_that_leaves_ends_the_response() {
         checker.feed(&data).unwrap();
     }
     drop(client);
-    eventually(SOON, || stage.server.aborted() == 1 && stage.requests("client_gone") == 1).await;
+    eventually(SOON, || stage.between.server.aborted() == 1 && stage.requests("client_gone") == 1).await;
     assert!(stage.carried("wire") >= MIB - 100 * KIB);
 }
 
@@ -215,6 +188,6 @@ async fn idle_stream_is_reset_on_both_sides() {
     let mut checker = silent.checker();
     let read = client.read_body(Pace::Fast, |bytes| Ok(checker.feed(bytes)?)).await;
     assert!(read.is_err() || read.is_ok_and(|read| read.end != BodyEnd::Complete), "the body looks complete");
-    eventually(SOON, || stage.requests("idle_timeout") == 1 && stage.server.connections_open() == 0).await;
+    eventually(SOON, || stage.requests("idle_timeout") == 1 && stage.between.server.connections_open() == 0).await;
     assert!(stage.carried("wire") > 0);
 }

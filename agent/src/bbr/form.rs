@@ -31,7 +31,7 @@ pub struct FormScanner {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// Before the first delimiter, or in a part that is no model.
+    /// Before the first delimiter, or in a part other than the model.
     Content,
     /// After a delimiter.
     Line,
@@ -170,7 +170,7 @@ impl FormScanner {
     }
 }
 
-/// Whether these are the fields of a part `model` that is no file.
+/// Whether these fields begin the part `model`. A file of that name is not the model.
 fn names_model(fields: &[u8]) -> Result<bool, FormError> {
     let text = String::from_utf8_lossy(fields).replace("\r\n ", " ").replace("\r\n\t", " ");
     let lines = text.split("\r\n").filter_map(|line| line.split_once(':'));
@@ -229,19 +229,14 @@ fn unquoted(quoted: &str) -> Option<(String, &str)> {
     None
 }
 
-/// The model that a query names (`?model=`), for requests without a body: a session over WebSocket begins so. `None` if it names none,
-/// or several.
+/// The model that a query names (`?model=`), for requests without a body: a session over WebSocket begins so. Returns `None` if the
+/// query names no model or several, or if the name is not UTF-8.
 pub fn model_in_query(query: &str) -> Option<String> {
-    let decoded = |text: &str| {
-        let text = text.replace('+', " ");
-        percent_encoding::percent_decode_str(&text).decode_utf8().ok().map(std::borrow::Cow::into_owned)
-    };
-    let pairs = query.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
-    let mut models = pairs.filter(|(name, _)| decoded(name).as_deref() == Some("model"));
+    let mut models = form_urlencoded::parse(query.as_bytes()).filter(|(name, _)| name == "model");
     let (_, model) = models.next().filter(|_| models.next().is_none())?;
-    let is_name =
-        |model: &String| !model.is_empty() && model.len() <= MAX_MODEL && !model.chars().any(char::is_control);
-    decoded(model).filter(is_name)
+    let is_name = |character: char| !character.is_control() && character != char::REPLACEMENT_CHARACTER;
+    let fits = (1..=MAX_MODEL).contains(&model.len()) && model.chars().all(is_name);
+    fits.then(|| model.into_owned())
 }
 
 #[cfg(test)]

@@ -29,7 +29,7 @@ pub struct Naming {
     /// The first bytes, until the encoding is known.
     lead: Option<Lead>,
     named: Named,
-    /// The model in the query, which counts if there is no body.
+    /// The model in the query, used if the body turns out to be empty.
     queried: Option<String>,
     /// `"stream": true` was found in the complete body.
     streams: bool,
@@ -122,7 +122,7 @@ impl Naming {
         }
     }
 
-    /// Stops reading a body that has turned out to be empty: it is none (RFC 9112 §6.3), whatever announced it.
+    /// Stops reading a body that has turned out to be empty. The request counts as one without a body (RFC 9112 §6.3).
     pub fn skip(&mut self) {
         (self.scanner, self.form) = (None, None);
         if let Some(model) = self.queried.take() {

@@ -40,7 +40,7 @@ const MOST_INSTANCES: u32 = 1000;
 pub enum PinError {
     #[error("{} is not a bpffs", .0.display())]
     NotBpffs(PathBuf),
-    #[error("there is no bpffs at {}", PLACES.join(" or "))]
+    #[error("found no bpffs at {}", PLACES.join(" or "))]
     NoBpffs,
     #[error("{}: {}", .0.display(), .1)]
     Folder(PathBuf, io::Error),
@@ -182,7 +182,7 @@ impl Namespace {
         Ok(Some(Self { folder: ours.child(&cookie)?, ours, cookie }))
     }
 
-    /// The same folders, without creating any. `None` if there are none.
+    /// The same folders, without creating any. Returns `None` if no agent has created them.
     pub fn existing(place: &Bpffs) -> Result<Option<Self>, PinError> {
         let bpffs = match find(place) {
             Ok(Some(bpffs)) => bpffs,

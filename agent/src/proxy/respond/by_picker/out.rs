@@ -1,4 +1,4 @@
-//! What waits for the client while the EPP answers for a response's body: pieces in order, and the end.
+//! Queue of the pieces for the client, in order, and the end, while the EPP answers for a response's body.
 
 use std::{
     cell::{Cell, RefCell},
@@ -11,7 +11,7 @@ use tokio::sync::Notify;
 
 use crate::deliver::{End, Sink};
 
-/// What waits for the client.
+/// The queue.
 #[derive(Default)]
 pub(super) struct Out {
     pieces: RefCell<VecDeque<Bytes>>,
