@@ -27,12 +27,10 @@ pub(crate) fn main(args: &Args) -> Result<()> {
         setup::test_needs()
     })?;
     steps.step("kernel program", || ebpf::build(ebpf::Warnings::Allow))?;
-    // The tests start the agent and the model servers as processes.
-    steps.step("build", || run(cargo().args(["build", "--bins"])))?;
-
     let nextest = find("cargo-nextest").is_some();
     let runner: &[&str] = if nextest { &["nextest", "run"] } else { &["test", "--all-targets"] };
-    steps.step("build of the tests", || run(cargo().args(runner).arg("--no-run")))?;
+    // The tests start the agent and the model servers as processes. Built in one go with them, each crate is compiled once.
+    steps.step("build", || run(cargo().args(["build", "--all-targets"])))?;
     let tests = |more: &[&str]| {
         let mut tests = cargo();
         tests.args(runner).args(more);

@@ -1,4 +1,4 @@
-//! Checks that the agent also compiles for aarch64, which the machines of CI are not.
+//! Checks that the agent also compiles for aarch64, which the machines of CI are not, and without its features.
 //!
 //! clippy checks the agent, and the C code of its crates (ring, mimalloc) is compiled. Nothing is linked or run.
 //! The feature `kubernetes` is left out, because its crates take long and nothing in them depends on the processor. The kernel programs

@@ -58,13 +58,13 @@ pub(crate) fn plan(filter: &[String]) -> Vec<Run> {
 
 /// Builds the agent's binary.
 pub(crate) fn agent() -> Result<PathBuf> {
-    let messages = built(&["build", "--bins"])?;
+    let messages = built()?;
     executable(&messages, "bin", "penstock").context("cargo built no binary penstock")
 }
 
 /// Builds the tests; returns the binaries of `RING` by name.
 pub(crate) fn tests() -> Result<Vec<(&'static str, PathBuf)>> {
-    let messages = built(&["test", "--no-run"])?;
+    let messages = built()?;
     let find = |ring: &Ring| {
         let path = executable(&messages, ring.kind, ring.binary);
         Ok((ring.binary, path.with_context(|| format!("cargo built no test binary {}", ring.binary))?))
@@ -72,9 +72,10 @@ pub(crate) fn tests() -> Result<Vec<(&'static str, PathBuf)>> {
     RING.iter().map(find).collect()
 }
 
-fn built(args: &[&str]) -> Result<String> {
+/// What cargo says of each target. Everything is built with the features that `cargo xtask test` builds with, so nothing is built twice.
+fn built() -> Result<String> {
     let mut cargo = cargo();
-    cargo.args(args).arg("--message-format=json-render-diagnostics").stdin(Stdio::null()).stderr(Stdio::inherit());
+    cargo.args(["build", "--all-targets"]).arg("--message-format=json-render-diagnostics").stdin(Stdio::null()).stderr(Stdio::inherit());
     let output = cargo.output().with_context(|| format!("starting {}", line(&cargo)))?;
     if !output.status.success() {
         bail!("{} ended with {}", line(&cargo), output.status);
