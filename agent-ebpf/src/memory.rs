@@ -10,7 +10,7 @@ use penstock_common::{
 
 use crate::maps::OFFSETS;
 
-/// The methods of `penstock_common::verdict::Kernel` that are the same for every program with an `index`.
+/// The methods of `penstock_common::verdict::VerdictKernel` that are the same for every program with an `index`.
 macro_rules! same_for_all {
     () => {
         #[inline(always)]

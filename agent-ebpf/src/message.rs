@@ -9,7 +9,7 @@ use aya_ebpf::{
 use penstock_common::{
     framing::Framing,
     local::{Message, message},
-    verdict::{Kernel, SendBuffer},
+    verdict::{SendBuffer, VerdictKernel},
 };
 
 use crate::{
@@ -45,7 +45,7 @@ struct Send<'a> {
     index: u32,
 }
 
-impl Kernel for Send<'_> {
+impl VerdictKernel for Send<'_> {
     same_for_all!();
 
     /// Reads syntax, and payload that is kept, only in the message's first piece: a helper would have to move memory to show more.

@@ -18,7 +18,7 @@ use aya_ebpf::{
 use aya_log_ebpf::error;
 use penstock_common::{
     framing::Framing,
-    verdict::{Kernel, Segment, SendBuffer, verdict},
+    verdict::{Segment, SendBuffer, VerdictKernel, verdict},
 };
 
 use crate::{
@@ -96,7 +96,7 @@ struct Skb<'a> {
     index: u32,
 }
 
-impl Kernel for Skb<'_> {
+impl VerdictKernel for Skb<'_> {
     same_for_all!();
 
     #[inline(always)]

@@ -24,12 +24,12 @@ use tokio::{net::TcpStream, sync::oneshot, task::LocalSet};
 
 use crate::{
     metrics::Metrics,
-    panics::Watch,
+    panics::PanicWatch,
     readiness::Readiness,
     reserve::{Reserve, is_exhausted},
 };
 use answer::Answers;
-use places::{Place, Places};
+use places::{AdminPlace, Places};
 
 /// A running admin server. Dropping it stops the server and closes its connections; the address is free afterwards.
 #[derive(Debug)]
@@ -64,7 +64,7 @@ pub fn start(
     metrics: Arc<Metrics>,
     readiness: Readiness,
     verbose: impl Fn() -> Vec<String> + Send + Sync + 'static,
-    watch: &Watch,
+    watch: &PanicWatch,
 ) -> io::Result<AdminHandle> {
     let answers = Answers::new(metrics, readiness, Box::new(verbose));
     let bounds = Bounds { connections: 128, head: Duration::from_secs(5), whole: Duration::from_secs(30) };
@@ -87,7 +87,7 @@ const RESERVE: usize = 4;
 /// Pause after an `accept` that failed.
 const PAUSE: Duration = Duration::from_millis(10);
 
-fn serve(listener: TcpListener, answers: Answers, bounds: Bounds, watch: &Watch) -> io::Result<AdminHandle> {
+fn serve(listener: TcpListener, answers: Answers, bounds: Bounds, watch: &PanicWatch) -> io::Result<AdminHandle> {
     listener.set_nonblocking(true)?;
     let local_addr = listener.local_addr()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -144,7 +144,13 @@ async fn accept(listener: tokio::net::TcpListener, answers: Rc<Answers>, bounds:
     }
 }
 
-async fn connection(mut stream: TcpStream, place: Place, answers: Rc<Answers>, reserve: Rc<Reserve>, bounds: Bounds) {
+async fn connection(
+    mut stream: TcpStream,
+    place: AdminPlace,
+    answers: Rc<Answers>,
+    reserve: Rc<Reserve>,
+    bounds: Bounds,
+) {
     let service = service_fn(|request| {
         place.answering();
         let answer = answers.answer(&request);
@@ -192,7 +198,7 @@ mod tests {
         let verbose = || vec!["steering: active (ingress)".to_owned(), "pools: 1".to_owned()];
         let answers = Answers::new(Arc::clone(&metrics), readiness.clone(), Box::new(verbose));
         let listener = TcpListener::bind(ANY_PORT).unwrap();
-        let watch = Watch::new(&readiness, Probe::default());
+        let watch = PanicWatch::new(&readiness, Probe::default());
         Server { metrics, readiness, handle: serve(listener, answers, bounds, &watch).unwrap() }
     }
 

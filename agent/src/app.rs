@@ -24,19 +24,19 @@ use crate::{
     admin::{self, AdminHandle},
     capability,
     config::{Config, Limits},
-    inference_pools::{self, Known},
-    kubernetes::{self, Kubernetes},
+    inference_pools::{self, KnownPools},
+    kubernetes::{self, KubernetesDiscovery},
     ladder::Ladder,
     listeners::Listeners,
     live::Live,
     metrics::Metrics,
-    panics::Watch,
+    panics::PanicWatch,
     probe::Probe,
     readiness::Readiness,
     reload::ReloadError,
     room::Room,
     shared::{Shared, names},
-    steer::Steering,
+    steer::SteeringSupport,
     telemetry::{Exporter, Telemetry},
     tls::Certificate,
 };
@@ -45,11 +45,11 @@ use crate::{
 pub struct Agent {
     live: Arc<Live>,
     /// None without pools that are InferencePools.
-    kubernetes: Mutex<Option<Kubernetes>>,
+    kubernetes: Mutex<Option<KubernetesDiscovery>>,
     readiness: Readiness,
     admin: AdminHandle,
     workers: Vec<JoinHandle<()>>,
-    watch: Watch,
+    watch: PanicWatch,
     address: SocketAddr,
     tls_address: Option<SocketAddr>,
     ladder: Ladder,
@@ -78,7 +78,7 @@ impl Agent {
         raise_descriptor_limit();
         let metrics = Metrics::new(&names(&config));
         let readiness = Readiness::new();
-        let watch = Watch::new(&readiness, probe);
+        let watch = PanicWatch::new(&readiness, probe);
         let gates = WorkerGates::of(&config, count, &readiness);
 
         let mut ladder = Ladder::climb(&config.steering);
@@ -149,7 +149,7 @@ impl Agent {
         self.admin.local_addr()
     }
 
-    pub fn steering(&self) -> Steering {
+    pub fn steering(&self) -> SteeringSupport {
         self.ladder.steering()
     }
 
@@ -182,7 +182,7 @@ impl Agent {
             Some(running) => running.follow(pools),
             None if pools.is_empty() => {}
             None => {
-                let started = Kubernetes::start(&self.live, pools, Vec::new(), &self.watch);
+                let started = KubernetesDiscovery::start(&self.live, pools, Vec::new(), &self.watch);
                 *kubernetes = Some(started.map_err(ReloadError::Background)?);
             }
         }
@@ -251,7 +251,7 @@ impl Drop for Agent {
 /// The parts of an agent other than its workers.
 struct Services {
     live: Arc<Live>,
-    kubernetes: Option<Kubernetes>,
+    kubernetes: Option<KubernetesDiscovery>,
     exporter: Option<Exporter>,
     certificate: Option<Arc<Certificate>>,
 }
@@ -259,11 +259,11 @@ struct Services {
 impl Services {
     fn start(
         file: Config,
-        known: Known,
+        known: KnownPools,
         metrics: Arc<Metrics>,
         readiness: &Readiness,
         own: Listeners,
-        watch: &Watch,
+        watch: &PanicWatch,
     ) -> Result<Self> {
         let config = inference_pools::merged(&file, &known);
         let (telemetry, exporter) = Telemetry::start(&config.tracing, &metrics, watch)?.unzip();
@@ -273,7 +273,8 @@ impl Services {
         let pools = inference_pools::named(&file);
         let gates = pools.iter().map(|pool| readiness.gate(format!("InferencePool {pool}"))).collect();
         let live = Live::start(shared, file, known, certificate.clone(), readiness, watch)?;
-        let kubernetes = (!pools.is_empty()).then(|| Kubernetes::start(&live, pools, gates, watch)).transpose()?;
+        let kubernetes =
+            (!pools.is_empty()).then(|| KubernetesDiscovery::start(&live, pools, gates, watch)).transpose()?;
         Ok(Self { live, kubernetes, exporter, certificate })
     }
 }
@@ -285,7 +286,7 @@ fn start_admin(
     readiness: &Readiness,
     room: &Arc<Room>,
     status: Vec<String>,
-    watch: &Watch,
+    watch: &PanicWatch,
 ) -> Result<AdminHandle> {
     let room = Arc::clone(room);
     let verbose = move || status.iter().cloned().chain([room.describe()]).collect();
@@ -294,8 +295,8 @@ fn start_admin(
 }
 
 /// Lets `watch` see the threads that steering has started and `metrics` its slots, and prepares the sockets for steered connections.
-fn supervise(steering: &Steering, sockets: &Sockets, metrics: &Metrics, watch: &Watch) -> io::Result<()> {
-    if let Steering::Active(kernel) = steering {
+fn supervise(steering: &SteeringSupport, sockets: &Sockets, metrics: &Metrics, watch: &PanicWatch) -> io::Result<()> {
+    if let SteeringSupport::Active(kernel) = steering {
         kernel.events().watch(watch.clone());
         let slots = Arc::downgrade(kernel.slots());
         metrics.count_slots(move || slots.upgrade().map(|slots| slots.in_use()).unwrap_or_default());

@@ -22,8 +22,8 @@ pub use naming::Naming;
 
 use capture::Capture;
 use nesting::Nesting;
-use number::Number;
-use text::{Piece, Text};
+use number::NumberPart;
+use text::{Text, TextPiece};
 
 /// Maximum length of a model name, in bytes.
 pub const MAX_MODEL: usize = 256;
@@ -52,7 +52,7 @@ pub struct Summary {
 pub struct ModelScanner {
     /// Bytes of the body consumed.
     offset: u64,
-    state: State,
+    state: ScanState,
     nesting: Nesting,
     /// The top-level member whose value is being read.
     member: Member,
@@ -65,7 +65,7 @@ pub struct ModelScanner {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
+enum ScanState {
     Value,
     ElementOrClose,
     KeyOrClose,
@@ -75,7 +75,7 @@ enum State {
     End,
     KeyText(Text),
     ValueText(Text),
-    Number(Number),
+    Number(NumberPart),
     /// The remaining bytes of `true`, `false` or `null`, and its boolean value.
     Literal(&'static [u8], Option<bool>),
 }
@@ -125,7 +125,7 @@ impl ModelScanner {
     pub fn new() -> Self {
         Self {
             offset: 0,
-            state: State::Value,
+            state: ScanState::Value,
             nesting: Nesting::default(),
             member: Member::Other,
             keep: Keep::Nothing,
@@ -158,7 +158,7 @@ impl ModelScanner {
             each(self.token(before), read);
             if self.keep == Keep::Raw {
                 self.capture.push(read);
-                if self.nesting.depth() == 1 && self.state == State::CommaOrClose {
+                if self.nesting.depth() == 1 && self.state == ScanState::CommaOrClose {
                     self.keep = Keep::Nothing;
                     self.found.model = Model::NotAString(self.capture.cut_text());
                 }
@@ -183,8 +183,8 @@ impl ModelScanner {
             return Err(error);
         }
         let complete = match self.state {
-            State::End => true,
-            State::Number(number) => number.is_complete() && self.nesting.depth() == 0,
+            ScanState::End => true,
+            ScanState::Number(number) => number.is_complete() && self.nesting.depth() == 0,
             _ => false,
         };
         if complete { Ok(self.found) } else { Err(self.error(Found::EndOfInput)) }
@@ -195,27 +195,27 @@ impl ModelScanner {
     fn step(&mut self, bytes: &[u8]) -> Result<usize, JsonError> {
         let byte = bytes[0];
         match self.state {
-            State::KeyText(mut text) => {
+            ScanState::KeyText(mut text) => {
                 let (used, closed) = self.read_text(&mut text, bytes)?;
                 if closed {
                     self.end_key()?;
                 } else {
-                    self.state = State::KeyText(text);
+                    self.state = ScanState::KeyText(text);
                 }
                 return Ok(used);
             }
-            State::ValueText(mut text) => {
+            ScanState::ValueText(mut text) => {
                 let (used, closed) = self.read_text(&mut text, bytes)?;
                 if closed {
                     self.end_text()?;
                 } else {
-                    self.state = State::ValueText(text);
+                    self.state = ScanState::ValueText(text);
                 }
                 return Ok(used);
             }
-            State::Number(number) => return self.read_number(number, byte),
-            State::Literal([first, rest @ ..], boolean) if *first == byte => {
-                self.state = State::Literal(rest, boolean);
+            ScanState::Number(number) => return self.read_number(number, byte),
+            ScanState::Literal([first, rest @ ..], boolean) if *first == byte => {
+                self.state = ScanState::Literal(rest, boolean);
                 if rest.is_empty() {
                     if self.value_of() == Member::Stream {
                         self.found.stream = boolean;
@@ -224,32 +224,32 @@ impl ModelScanner {
                 }
                 return Ok(1);
             }
-            State::Literal(..) => return Err(self.error(Found::Byte(byte))),
+            ScanState::Literal(..) => return Err(self.error(Found::Byte(byte))),
             _ => {}
         }
         if is_white(byte) {
             return Ok(bytes.iter().position(|&byte| !is_white(byte)).unwrap_or(bytes.len()));
         }
         match (self.state, byte) {
-            (State::ElementOrClose, b']') | (State::KeyOrClose, b'}') => self.close(),
-            (State::CommaOrClose, b'}') if self.nesting.in_object() => self.close(),
-            (State::CommaOrClose, b']') if !self.nesting.in_object() => self.close(),
-            (State::CommaOrClose, b',') => {
-                self.state = if self.nesting.in_object() { State::Key } else { State::Value };
+            (ScanState::ElementOrClose, b']') | (ScanState::KeyOrClose, b'}') => self.close(),
+            (ScanState::CommaOrClose, b'}') if self.nesting.in_object() => self.close(),
+            (ScanState::CommaOrClose, b']') if !self.nesting.in_object() => self.close(),
+            (ScanState::CommaOrClose, b',') => {
+                self.state = if self.nesting.in_object() { ScanState::Key } else { ScanState::Value };
             }
-            (State::Key | State::KeyOrClose, b'"') => self.begin_key(),
-            (State::Colon, b':') => self.state = State::Value,
-            (State::Value | State::ElementOrClose, _) => self.begin_value(byte)?,
+            (ScanState::Key | ScanState::KeyOrClose, b'"') => self.begin_key(),
+            (ScanState::Colon, b':') => self.state = ScanState::Value,
+            (ScanState::Value | ScanState::ElementOrClose, _) => self.begin_value(byte)?,
             _ => return Err(self.error(Found::Byte(byte))),
         }
         Ok(1)
     }
 
     /// Takes a byte of a number, or ends the number before it.
-    fn read_number(&mut self, number: Number, byte: u8) -> Result<usize, JsonError> {
+    fn read_number(&mut self, number: NumberPart, byte: u8) -> Result<usize, JsonError> {
         match number.next(byte) {
             Some(number) => {
-                self.state = State::Number(number);
+                self.state = ScanState::Number(number);
                 Ok(1)
             }
             None if number.is_complete() => {
@@ -261,12 +261,12 @@ impl ModelScanner {
     }
 
     /// What was read since the state was `before`.
-    fn token(&self, before: State) -> Token {
+    fn token(&self, before: ScanState) -> Token {
         match (before, self.state) {
-            (State::ValueText(Text::Plain), State::ValueText(Text::Plain)) => Token::Plain,
-            (State::ValueText(_), State::ValueText(text)) => Token::Part { ends: text == Text::Plain },
-            (State::ValueText(_), _) => Token::Close,
-            (_, State::ValueText(_)) => Token::Open { model: self.value_of() == Member::Model },
+            (ScanState::ValueText(Text::Plain), ScanState::ValueText(Text::Plain)) => Token::Plain,
+            (ScanState::ValueText(_), ScanState::ValueText(text)) => Token::Part { ends: text == Text::Plain },
+            (ScanState::ValueText(_), _) => Token::Close,
+            (_, ScanState::ValueText(_)) => Token::Open { model: self.value_of() == Member::Model },
             _ => Token::Structure,
         }
     }
@@ -277,12 +277,12 @@ impl ModelScanner {
         };
         if self.keep == Keep::Text {
             match piece {
-                Piece::Bytes(bytes) => self.capture.push(bytes),
-                Piece::Unit(unit) => self.capture.push_unit(unit),
-                Piece::Part | Piece::Close => {}
+                TextPiece::Bytes(bytes) => self.capture.push(bytes),
+                TextPiece::Unit(unit) => self.capture.push_unit(unit),
+                TextPiece::Part | TextPiece::Close => {}
             }
         }
-        Ok((used, piece == Piece::Close))
+        Ok((used, piece == TextPiece::Close))
     }
 
     fn begin_key(&mut self) {
@@ -291,7 +291,7 @@ impl ModelScanner {
             self.keep = Keep::Text;
             self.capture.start(MAX_KEY);
         }
-        self.state = State::KeyText(Text::Plain);
+        self.state = ScanState::KeyText(Text::Plain);
     }
 
     fn end_key(&mut self) -> Result<(), JsonError> {
@@ -306,7 +306,7 @@ impl ModelScanner {
                 return Err(self.error(Found::SecondModel));
             }
         }
-        self.state = State::Colon;
+        self.state = ScanState::Colon;
         Ok(())
     }
 
@@ -318,13 +318,13 @@ impl ModelScanner {
     fn begin_value(&mut self, byte: u8) -> Result<(), JsonError> {
         let member = self.value_of();
         let state = match byte {
-            b'"' => State::ValueText(Text::Plain),
-            b'{' => State::KeyOrClose,
-            b'[' => State::ElementOrClose,
-            b't' => State::Literal(b"rue", Some(true)),
-            b'f' => State::Literal(b"alse", Some(false)),
-            b'n' => State::Literal(b"ull", None),
-            _ => State::Number(Number::start(byte).ok_or_else(|| self.error(Found::Byte(byte)))?),
+            b'"' => ScanState::ValueText(Text::Plain),
+            b'{' => ScanState::KeyOrClose,
+            b'[' => ScanState::ElementOrClose,
+            b't' => ScanState::Literal(b"rue", Some(true)),
+            b'f' => ScanState::Literal(b"alse", Some(false)),
+            b'n' => ScanState::Literal(b"ull", None),
+            _ => ScanState::Number(NumberPart::start(byte).ok_or_else(|| self.error(Found::Byte(byte)))?),
         };
         match member {
             Member::Model => {
@@ -358,7 +358,7 @@ impl ModelScanner {
     }
 
     fn end_value(&mut self) {
-        self.state = if self.nesting.depth() == 0 { State::End } else { State::CommaOrClose };
+        self.state = if self.nesting.depth() == 0 { ScanState::End } else { ScanState::CommaOrClose };
     }
 
     /// An error at this point. If a whole string is refused, the offset is that of its opening quote.
@@ -376,17 +376,17 @@ impl ModelScanner {
 
     fn expected(&self) -> &'static str {
         match self.state {
-            State::Value => "a value",
-            State::ElementOrClose => "a value or `]`",
-            State::KeyOrClose => "`\"` of a key, or `}`",
-            State::Key => "`\"` of a key",
-            State::Colon => "`:`",
-            State::CommaOrClose if self.nesting.in_object() => "`,` or `}`",
-            State::CommaOrClose => "`,` or `]`",
-            State::End => "the end of the document",
-            State::KeyText(text) | State::ValueText(text) => text.expected(),
-            State::Number(number) => number.expected(),
-            State::Literal(..) => "`true`, `false` or `null`",
+            ScanState::Value => "a value",
+            ScanState::ElementOrClose => "a value or `]`",
+            ScanState::KeyOrClose => "`\"` of a key, or `}`",
+            ScanState::Key => "`\"` of a key",
+            ScanState::Colon => "`:`",
+            ScanState::CommaOrClose if self.nesting.in_object() => "`,` or `}`",
+            ScanState::CommaOrClose => "`,` or `]`",
+            ScanState::End => "the end of the document",
+            ScanState::KeyText(text) | ScanState::ValueText(text) => text.expected(),
+            ScanState::Number(number) => number.expected(),
+            ScanState::Literal(..) => "`true`, `false` or `null`",
         }
     }
 }

@@ -88,7 +88,7 @@ impl Share {
 
     /// Returns the same bytes, which keep this share until their last clone is dropped.
     pub fn hold(self, bytes: Bytes) -> Bytes {
-        Bytes::from_owner(Held { bytes, _share: self })
+        Bytes::from_owner(HeldBytes { bytes, _share: self })
     }
 
     /// Returns up to `bytes` of this share to the budget.
@@ -105,12 +105,12 @@ impl Drop for Share {
     }
 }
 
-struct Held {
+struct HeldBytes {
     bytes: Bytes,
     _share: Share,
 }
 
-impl AsRef<[u8]> for Held {
+impl AsRef<[u8]> for HeldBytes {
     fn as_ref(&self) -> &[u8] {
         &self.bytes
     }

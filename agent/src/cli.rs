@@ -62,7 +62,7 @@ enum Verb {
     )]
     Detach(Detach),
     /// Serve the built-in picker over ext_proc, for Envoy or another Penstock.
-    Epp(Epp),
+    Epp(EppArgs),
     /// Print the version.
     Version,
     /// Help with the configuration.
@@ -114,7 +114,7 @@ struct Detach {
 }
 
 #[derive(Args)]
-struct Epp {
+struct EppArgs {
     /// The address to listen on; the default port is that of the production EPP.
     #[arg(long, default_value = "0.0.0.0:9002")]
     listen: SocketAddr,
@@ -122,7 +122,7 @@ struct Epp {
     #[arg(long = "endpoint", required = true)]
     endpoints: Vec<SocketAddr>,
     #[arg(long, value_enum, default_value = "self-signed")]
-    tls: Tls,
+    tls: TlsArgs,
     /// Answer 429 if every eligible endpoint has this many requests in flight.
     #[arg(long)]
     max_inflight: Option<usize>,
@@ -163,7 +163,7 @@ fn user(text: &str) -> Result<UserOrKeep, String> {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum Tls {
+enum TlsArgs {
     Off,
     SelfSigned,
 }
@@ -306,7 +306,7 @@ fn report(result: anyhow::Result<ExitCode>) -> ExitCode {
 }
 
 /// Logs to stderr through a separate thread, so that a slow log reader never blocks a worker.
-fn start_logging(filter: &str, format: LogFormat, queue_bytes: usize) -> anyhow::Result<logging::Guard> {
+fn start_logging(filter: &str, format: LogFormat, queue_bytes: usize) -> anyhow::Result<logging::LogGuard> {
     // What the client of the Kubernetes API says about a failure, the discovery says with the pool's name.
     let whole = if filter.contains("kube_client") { filter.to_owned() } else { format!("{filter},kube_client=off") };
     let filter = EnvFilter::try_new(whole).unwrap_or_else(|error| {
@@ -324,10 +324,10 @@ fn start_logging(filter: &str, format: LogFormat, queue_bytes: usize) -> anyhow:
     Ok(guard)
 }
 
-impl Epp {
+impl EppArgs {
     fn serve(self) -> anyhow::Result<ExitCode> {
         anyhow::ensure!(
-            self.client_ca.is_none() || matches!(self.tls, Tls::SelfSigned),
+            self.client_ca.is_none() || matches!(self.tls, TlsArgs::SelfSigned),
             "--client-ca needs --tls self-signed"
         );
         let read = |file: PathBuf| std::fs::read(&file).with_context(|| format!("cannot read {}", file.display()));
@@ -336,8 +336,8 @@ impl Epp {
             listen: self.listen,
             endpoints: self.endpoints,
             tls: match self.tls {
-                Tls::Off => EppServerTls::Off,
-                Tls::SelfSigned => EppServerTls::SelfSigned,
+                TlsArgs::Off => EppServerTls::Off,
+                TlsArgs::SelfSigned => EppServerTls::SelfSigned,
             },
             max_inflight: self.max_inflight,
             delay: (self.delay_ms > 0).then(|| Duration::from_millis(self.delay_ms)),

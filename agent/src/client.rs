@@ -17,7 +17,7 @@ use http::Method;
 pub use socket::ClientSocket;
 pub use stream::ClientStream;
 pub use traffic::Traffic;
-pub use wire::Wire;
+pub use wire::ClientIo;
 
 use crate::{config::HalfClose, http::reply::Reply};
 

@@ -10,7 +10,7 @@ use tokio::net::TcpStream;
 use tokio::time::Instant;
 
 use crate::{
-    client::{Client, ClientSocket, Wire, close::Linger},
+    client::{Client, ClientIo, ClientSocket, close::Linger},
     deadline::{self, with_deadline},
     error::Error,
     http::{
@@ -18,7 +18,7 @@ use crate::{
         request::{RequestError, RequestHead, RequestParser},
     },
     kernel::socket,
-    proxy::{self, After, Panicked},
+    proxy::{self, AfterRequest, Panicked},
     room::IdleState,
     tls::{self, Acceptor},
     worker::{Current, Worker},
@@ -71,7 +71,7 @@ pub async fn serve_tls(current: &Rc<Current>, tls: &Acceptor, stream: TcpStream,
     };
     drop((place, in_progress));
     if stream.get_ref().1.alpn_protocol() == Some(tls::H2) {
-        return http2::serve(current, BytesMut::new(), Wire::Tls(Box::new(stream)), peer).await;
+        return http2::serve(current, BytesMut::new(), ClientIo::Tls(Box::new(stream)), peer).await;
     }
     let Ok(socket) = ClientSocket::tls(stream) else { return };
     requests(current, socket, peer).await;
@@ -102,11 +102,11 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
                 let answered = proxy::guarded(worker, &mut client, head, begun, peer, &mut lease).await;
                 answered.unwrap_or_else(|Panicked(after)| after)
             }
-            Ok(None) if idle_state.is_shed() => After::Abort,
-            Ok(None) => After::Close,
+            Ok(None) if idle_state.is_shed() => AfterRequest::Abort,
+            Ok(None) => AfterRequest::Close,
             Err(error) => {
                 proxy::refuse(worker, &mut client, &error, &path, begun).await;
-                After::Close
+                AfterRequest::Close
             }
         };
         let Client::Http1(back) = client else { return };
@@ -115,19 +115,19 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
             worker.shared.metrics.client_stalled();
         }
         let after = match after {
-            After::Pinned(pin) => proxy::pinned(current, &mut socket, *pin, peer).await,
+            AfterRequest::Pinned(pin) => proxy::pinned(current, &mut socket, *pin, peer).await,
             after => after,
         };
         match after {
-            After::Next if !worker.shared.draining.is_cancelled() => {}
-            After::Next | After::Close | After::Pinned(_) => {
+            AfterRequest::Next if !worker.shared.draining.is_cancelled() => {}
+            AfterRequest::Next | AfterRequest::Close | AfterRequest::Pinned(_) => {
                 let linger = Linger::new(&worker.shared.config, socket.unread);
                 if let Err(cut) = socket.close(linger).await {
                     worker.shared.metrics.client_linger_cut(cut);
                 }
                 return;
             }
-            After::Abort => {
+            AfterRequest::Abort => {
                 tokio::select! {
                     () = worker.shared.force.cancelled() => {}
                     () = socket.abort() => {}

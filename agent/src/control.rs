@@ -6,7 +6,7 @@ use std::{convert::Infallible, io, thread::JoinHandle};
 use futures_util::future::{BoxFuture, join_all};
 use tokio::sync::oneshot;
 
-use crate::panics::Watch;
+use crate::panics::PanicWatch;
 
 const THREAD: &str = "penstock-control";
 
@@ -14,9 +14,9 @@ const THREAD: &str = "penstock-control";
 pub type Task = BoxFuture<'static, ()>;
 
 /// The running control thread. Dropping it cancels its tasks and joins the thread.
-pub struct Control(Option<Running>);
+pub struct Control(Option<ControlThread>);
 
-struct Running {
+struct ControlThread {
     /// The thread stops when this sender is dropped.
     stop: oneshot::Sender<Infallible>,
     thread: JoinHandle<()>,
@@ -24,7 +24,7 @@ struct Running {
 
 impl Control {
     /// Starts the thread, unless there are no tasks.
-    pub fn start(tasks: Vec<Task>, watch: &Watch) -> io::Result<Self> {
+    pub fn start(tasks: Vec<Task>, watch: &PanicWatch) -> io::Result<Self> {
         if tasks.is_empty() {
             return Ok(Self(None));
         }
@@ -46,13 +46,13 @@ impl Control {
             runtime.shutdown_background();
         };
         let thread = std::thread::Builder::new().name(THREAD.to_owned()).spawn(move || watch.run(THREAD, work))?;
-        Ok(Self(Some(Running { stop, thread })))
+        Ok(Self(Some(ControlThread { stop, thread })))
     }
 }
 
 impl Drop for Control {
     fn drop(&mut self) {
-        if let Some(Running { stop, thread }) = self.0.take() {
+        if let Some(ControlThread { stop, thread }) = self.0.take() {
             drop(stop);
             let _ = thread.join();
         }

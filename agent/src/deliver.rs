@@ -10,7 +10,7 @@ mod tunnel;
 
 use std::io;
 
-pub use frames::{Coding, Frames, Sink};
+pub use frames::{FrameCoding, Frames, Sink};
 pub use response::Delivery;
 pub use splice::judge;
 pub use tunnel::Tunnel;

@@ -24,13 +24,13 @@ const RETRY: Duration = Duration::from_secs(5);
 
 /// The resolver. Cheap to clone.
 #[derive(Clone)]
-pub struct Dns {
+pub struct DnsResolver {
     resolver: Result<Arc<TokioResolver>, DnsError>,
     settings: config::Dns,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Answer {
+pub struct DnsAnswer {
     /// Sorted, without duplicates, not empty. If a name has both families, only IPv4 addresses, so that a server counts
     /// once.
     pub addresses: Vec<IpAddr>,
@@ -62,7 +62,7 @@ impl DnsError {
     }
 }
 
-impl Dns {
+impl DnsResolver {
     /// Reads the system's settings, unless `[dns]` names servers. If the settings are invalid, every lookup returns
     /// that error.
     pub fn new(settings: &config::Dns) -> Self {
@@ -71,7 +71,7 @@ impl Dns {
     }
 
     /// Resolves `host`, which may be an IP address. Takes at most `dns.timeout`.
-    pub async fn resolve(&self, host: &str) -> Result<Answer, DnsError> {
+    pub async fn resolve(&self, host: &str) -> Result<DnsAnswer, DnsError> {
         let resolver = self.resolver.as_ref().map_err(Clone::clone)?;
         let timeout = self.settings.timeout;
         let found = tokio::time::timeout(timeout, resolver.lookup_ip(host))
@@ -92,7 +92,7 @@ impl Dns {
             return Err(DnsError::NoAddress { name: host.to_owned() });
         }
         let ttl = found.valid_until().saturating_duration_since(Instant::now());
-        Ok(Answer { addresses, holds: ttl.clamp(self.settings.min_ttl, self.settings.max_ttl) })
+        Ok(DnsAnswer { addresses, holds: ttl.clamp(self.settings.min_ttl, self.settings.max_ttl) })
     }
 
     /// The minimum time between two lookups of one name.
@@ -138,7 +138,8 @@ mod tests {
 
     #[tokio::test]
     async fn ip_address_resolves_to_itself() {
-        let dns = Dns::new(&config::Dns { servers: vec!["127.0.0.1:9".parse().unwrap()], ..config::Dns::default() });
+        let dns =
+            DnsResolver::new(&config::Dns { servers: vec!["127.0.0.1:9".parse().unwrap()], ..config::Dns::default() });
         for (text, address) in [("10.0.0.7", "10.0.0.7"), ("fd00::7", "fd00::7")] {
             let answer = dns.resolve(text).await.unwrap();
             assert_eq!(answer.addresses, [address.parse::<IpAddr>().unwrap()]);
@@ -155,7 +156,7 @@ mod tests {
             timeout: Duration::from_millis(300),
             ..config::Dns::default()
         };
-        let error = Dns::new(&settings).resolve("models.test").await.unwrap_err();
+        let error = DnsResolver::new(&settings).resolve("models.test").await.unwrap_err();
         assert!(error.to_string().starts_with("models.test: "), "{error}");
     }
 }

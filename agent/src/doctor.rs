@@ -8,7 +8,7 @@ use std::{path::Path, process::ExitCode, time::Duration};
 
 use penstock_agent::{
     capability,
-    command::{CgroupError, Check, Kernel, Ladder, Pinned, Program, Rung, State, Wire, cgroup, pinned, version},
+    command::{CgroupError, Check, Kernel, Ladder, Pinned, Program, Rung, RungState, Wire, cgroup, pinned, version},
     config::{self, Bpffs, Config, SteeringMode},
     trial::{self, Trial},
 };
@@ -78,7 +78,7 @@ fn verdict(ladder: &Ladder, trials: &[Trial]) -> (u8, String) {
 }
 
 fn machine_verdict(ladder: &Ladder) -> (u8, String) {
-    let off = ladder.rungs.iter().filter(|rung| rung.state != State::Ready).map(|rung| rung.path.label());
+    let off = ladder.rungs.iter().filter(|rung| rung.state != RungState::Ready).map(|rung| rung.path.label());
     let off: Vec<_> = off.collect();
     match off.len() {
         0 => (0, "every path is ready".to_owned()),
@@ -230,9 +230,9 @@ fn print_advice(advice: Option<&str>) {
 
 fn print_path(rung: &Rung) {
     let state = match &rung.state {
-        State::Ready => "ready".to_owned(),
-        State::Unasked => "not requested".to_owned(),
-        State::Off(why) => format!("OFF: {why}"),
+        RungState::Ready => "ready".to_owned(),
+        RungState::Unasked => "not requested".to_owned(),
+        RungState::Off(why) => format!("OFF: {why}"),
     };
     println!("{:<15}{state}", format!("path {}", rung.path.label()));
     for check in &rung.checks {
@@ -276,8 +276,8 @@ fn document(findings: &[Finding], ladder: &Ladder, trials: &[Trial], code: u8, v
     });
     let paths = ladder.rungs.iter().map(|rung| {
         let why = match &rung.state {
-            State::Ready | State::Unasked => None,
-            State::Off(why) => Some(&**why),
+            RungState::Ready | RungState::Unasked => None,
+            RungState::Off(why) => Some(&**why),
         };
         let checks = rung.checks.iter().map(|check| {
             json!({
@@ -289,7 +289,7 @@ fn document(findings: &[Finding], ladder: &Ladder, trials: &[Trial], code: u8, v
         });
         let checks: Vec<Value> = checks.collect();
         json!({
-            "path": rung.path.label(), "ready": rung.state == State::Ready, "why": why, "checks": checks, "advice": advice(rung)
+            "path": rung.path.label(), "ready": rung.state == RungState::Ready, "why": why, "checks": checks, "advice": advice(rung)
         })
     });
     json!({

@@ -44,9 +44,9 @@ use crate::{config::Ejection, endpoint::set::EndpointSet, picker::builtin::Built
 pub use bounds::EppServerLimits;
 
 use bounds::{CountedConnection, Quota, Reservation};
-use health::Health;
+use health::HealthService;
 use refusals::Refusals;
-use session::{Session, Step};
+use session::{ExchangeSession, Step};
 
 /// How long open streams may take to end after a shutdown.
 const DRAIN: Duration = Duration::from_secs(30);
@@ -103,7 +103,7 @@ pub async fn serve(
     };
     let served = server
         .add_service(ExternalProcessorServer::new(processor))
-        .add_service(HealthServer::new(Health))
+        .add_service(HealthServer::new(HealthService))
         .serve_with_incoming_shutdown(incoming(listener, limits.connections, refusals), shutdown);
     let drained = async {
         if stopped.await.is_ok() {
@@ -205,33 +205,33 @@ impl ExternalProcessor for Processor {
             return Err(Status::resource_exhausted("too many streams are open"));
         };
         let (picker, held, refusals) = (Arc::clone(&self.picker), self.held.reservation(), Arc::clone(&self.refusals));
-        let exchange = Exchange {
+        let exchange = ExchangeStream {
             _stream: stream,
             limits: self.limits,
             refusals: Arc::clone(&refusals),
             messages: 0,
             inbound: request.into_inner(),
-            session: Session::new(picker, self.max_body, Arc::clone(&self.session_headers), held, refusals),
+            session: ExchangeSession::new(picker, self.max_body, Arc::clone(&self.session_headers), held, refusals),
             replies: VecDeque::new(),
             delay: self.delay,
         };
-        Ok(Response::new(Box::pin(stream::try_unfold(exchange, Exchange::next))))
+        Ok(Response::new(Box::pin(stream::try_unfold(exchange, ExchangeStream::next))))
     }
 }
 
 /// One stream, without a task of its own. When the client leaves, tonic drops it, which ends the count of the request.
-struct Exchange {
+struct ExchangeStream {
     _stream: Reservation,
     limits: EppServerLimits,
     refusals: Arc<Refusals>,
     messages: usize,
     inbound: Streaming<ProcessingRequest>,
-    session: Session,
+    session: ExchangeSession,
     replies: VecDeque<ProcessingResponse>,
     delay: Option<Duration>,
 }
 
-impl Exchange {
+impl ExchangeStream {
     fn check(&mut self, message: &ProcessingRequest) -> Result<(), Status> {
         self.messages += 1;
         if !self.session.is_decided() && self.messages > self.limits.messages {

@@ -13,7 +13,7 @@ use thiserror::Error;
 
 use crate::{
     bbr::NamingError,
-    config::{Config, ErrorFormat, Unusable},
+    config::{Config, ErrorFormat, UnusablePool},
     http::{
         accept,
         body::BodyError,
@@ -48,7 +48,7 @@ pub enum Error {
     #[error("no route matches this request")]
     NoRoute,
     #[error("{0}")]
-    Pool(#[from] Unusable),
+    Pool(#[from] UnusablePool),
     #[error("the endpoint picker failed: {0}")]
     Picker(#[from] PickError),
     #[error("the endpoint picker chose {0}, which is not in the pool or takes no new requests")]
@@ -123,9 +123,9 @@ impl Error {
             Self::BodyTimeout(_) | Self::BodySlow(_) => "body_timeout",
             Self::RequestTimeout(_) => "request_timeout",
             Self::NoRoute => "no_route",
-            Self::Pool(Unusable::Unread(_)) => "pool_unread",
-            Self::Pool(Unusable::Absent(_)) => "pool_absent",
-            Self::Pool(Unusable::Invalid(..)) => "pool_invalid",
+            Self::Pool(UnusablePool::Unread(_)) => "pool_unread",
+            Self::Pool(UnusablePool::Absent(_)) => "pool_absent",
+            Self::Pool(UnusablePool::Invalid(..)) => "pool_invalid",
             Self::Picker(_) => "picker_failed",
             Self::Stranger(_) => "endpoint_not_in_pool",
             Self::NoEndpoint(NoEndpoint::NoneEligible) => "no_endpoint",

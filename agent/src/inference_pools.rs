@@ -8,13 +8,13 @@ use std::{collections::BTreeMap, net::SocketAddr};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    config::{self, AppProtocol, Config, Epp, FailureMode, InferencePoolRef, Picker, Pool, Unusable},
+    config::{self, AppProtocol, Config, Epp, FailureMode, InferencePoolRef, Picker, Pool, UnusablePool},
     endpoint::set::EndpointSource,
     shared::Shared,
 };
 
 /// What is known about each InferencePool. One without an entry has not been read yet.
-pub type Known = BTreeMap<InferencePoolRef, InferencePool>;
+pub type KnownPools = BTreeMap<InferencePoolRef, InferencePool>;
 
 /// What the Kubernetes API says about one InferencePool.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,7 +28,7 @@ pub enum InferencePool {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usable {
-    pub endpoints: Vec<Member>,
+    pub endpoints: Vec<PodPort>,
     /// None without `endpointPickerRef`.
     pub epp: Option<EppService>,
     pub fails_open: bool,
@@ -38,7 +38,7 @@ pub struct Usable {
 
 /// One port of a Pod.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Member {
+pub struct PodPort {
     pub address: SocketAddr,
     pub node: Option<String>,
     pub zone: Option<String>,
@@ -54,15 +54,15 @@ pub struct EppService {
     pub replicas: Vec<SocketAddr>,
 }
 
-impl From<&Member> for config::Endpoint {
-    fn from(member: &Member) -> Self {
-        let Member { address, node, zone, draining } = member.clone();
+impl From<&PodPort> for config::ListedEndpoint {
+    fn from(member: &PodPort) -> Self {
+        let PodPort { address, node, zone, draining } = member.clone();
         Self { address, node, zone, draining }
     }
 }
 
 /// The configuration of the file with what is known about its InferencePools.
-pub fn merged(file: &Config, known: &Known) -> Config {
+pub fn merged(file: &Config, known: &KnownPools) -> Config {
     let merged = |pool: &Pool| match &pool.inference_pool {
         Some(named) => discovered(pool, named, known.get(named)),
         None => pool.clone(),
@@ -72,9 +72,9 @@ pub fn merged(file: &Config, known: &Known) -> Config {
 
 fn discovered(pool: &Pool, named: &InferencePoolRef, known: Option<&InferencePool>) -> Pool {
     let unusable = match known {
-        None => Unusable::Unread(named.clone()),
-        Some(InferencePool::Absent) => Unusable::Absent(named.clone()),
-        Some(InferencePool::Invalid(why)) => Unusable::Invalid(named.clone(), why.clone()),
+        None => UnusablePool::Unread(named.clone()),
+        Some(InferencePool::Absent) => UnusablePool::Absent(named.clone()),
+        Some(InferencePool::Invalid(why)) => UnusablePool::Invalid(named.clone(), why.clone()),
         Some(InferencePool::Usable(usable)) => {
             return Pool {
                 picker: picker(pool, usable.epp.as_ref()),
@@ -98,7 +98,7 @@ fn picker(pool: &Pool, epp: Option<&EppService>) -> Picker {
 }
 
 /// Gives the pools their endpoints and the replicas of their EPP. Leaves out addresses at which this agent listens.
-pub fn fill(shared: &Shared, known: &Known) {
+pub fn fill(shared: &Shared, known: &KnownPools) {
     for (index, pool) in shared.config.pools.iter().enumerate() {
         let Some(named) = &pool.inference_pool else { continue };
         let usable = match known.get(named) {
@@ -126,7 +126,7 @@ pub fn fill(shared: &Shared, known: &Known) {
 }
 
 /// The configuration as if the file had listed the endpoints and the replicas, without pools that are not usable.
-pub fn spelled_out(file: &Config, known: &Known) -> Config {
+pub fn spelled_out(file: &Config, known: &KnownPools) -> Config {
     let mut config = merged(file, known);
     config.pools.retain(|pool| pool.unusable.is_none());
     for pool in &mut config.pools {
@@ -169,7 +169,7 @@ mod tests {
 
     fn usable(epp: Option<&str>) -> Usable {
         let member =
-            |n: u8, draining| Member { address: ([10, 0, 0, n], 8000).into(), node: None, zone: None, draining };
+            |n: u8, draining| PodPort { address: ([10, 0, 0, n], 8000).into(), node: None, zone: None, draining };
         let service =
             |address: &str| EppService { address: address.into(), replicas: vec![([10, 0, 1, 1], 9002).into()] };
         Usable {
@@ -180,7 +180,7 @@ mod tests {
         }
     }
 
-    fn known(pool: &InferencePool) -> Known {
+    fn known(pool: &InferencePool) -> KnownPools {
         named(&file("")).into_iter().map(|named| (named, pool.clone())).collect()
     }
 
@@ -191,11 +191,11 @@ mod tests {
     #[test]
     fn unall_knownabsent_and_invalid_pools_are_unusable() {
         let (file, named) = (file(""), named(&file("")).remove(0));
-        let of = |known: &Known| only(&merged(&file, known)).unusable.clone();
-        assert_eq!(of(&Known::new()), Some(Unusable::Unread(named.clone())));
-        assert_eq!(of(&known(&InferencePool::Absent)), Some(Unusable::Absent(named.clone())));
+        let of = |known: &KnownPools| only(&merged(&file, known)).unusable.clone();
+        assert_eq!(of(&KnownPools::new()), Some(UnusablePool::Unread(named.clone())));
+        assert_eq!(of(&known(&InferencePool::Absent)), Some(UnusablePool::Absent(named.clone())));
         let invalid = known(&InferencePool::Invalid("no port".into()));
-        assert_eq!(of(&invalid), Some(Unusable::Invalid(named, "no port".into())));
+        assert_eq!(of(&invalid), Some(UnusablePool::Invalid(named, "no port".into())));
         assert_eq!(of(&known(&InferencePool::Usable(usable(None)))), None);
     }
 

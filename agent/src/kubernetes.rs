@@ -31,9 +31,9 @@ pub use access::try_pools;
 use self::follow::Follower;
 use crate::{
     config::{self, Config, InferencePoolRef},
-    inference_pools::{self, InferencePool, Known},
+    inference_pools::{self, InferencePool, KnownPools},
     live::Live,
-    panics::Watch,
+    panics::PanicWatch,
     readiness::Gate,
 };
 
@@ -44,26 +44,26 @@ const CREDENTIALS_RETRY: Duration = Duration::from_secs(2);
 const QUEUE: usize = 16;
 
 /// The running discovery. Dropping it ends its tasks and joins the thread.
-pub struct Kubernetes {
+pub struct KubernetesDiscovery {
     followed: channel::Sender<Vec<InferencePoolRef>>,
-    running: Option<Running>,
+    running: Option<KubernetesThread>,
 }
 
-struct Running {
+struct KubernetesThread {
     /// The thread stops when this sender is dropped.
     stop: oneshot::Sender<Infallible>,
     thread: JoinHandle<()>,
 }
 
-impl Kubernetes {
+impl KubernetesDiscovery {
     /// Follows `pools`. Each gate belongs to the pool at its index and opens when the pool has been read.
-    pub fn start(live: &Arc<Live>, pools: Vec<InferencePoolRef>, gates: Vec<Gate>, watch: &Watch) -> Result<Self> {
+    pub fn start(live: &Arc<Live>, pools: Vec<InferencePoolRef>, gates: Vec<Gate>, watch: &PanicWatch) -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (stop, stopped) = oneshot::channel();
         let gates = pools.iter().cloned().zip(gates).collect();
         let (followed, changes) = channel::channel(pools);
         let settings = live.file().kubernetes;
-        let discovery = Discovery { live: Arc::clone(live), settings, gates, read: Known::new(), saver: None };
+        let discovery = DiscoveryTask { live: Arc::clone(live), settings, gates, read: KnownPools::new(), saver: None };
         let work = move || {
             runtime.block_on(async {
                 tokio::select! {
@@ -77,7 +77,7 @@ impl Kubernetes {
         let watch = watch.clone();
         let thread = std::thread::Builder::new().name(THREAD.to_owned()).spawn(move || watch.run(THREAD, work));
         let thread = thread.context("cannot start the thread of the Kubernetes discovery")?;
-        Ok(Self { followed, running: Some(Running { stop, thread }) })
+        Ok(Self { followed, running: Some(KubernetesThread { stop, thread }) })
     }
 
     /// Follows these pools instead. Pools that stay are not read again.
@@ -86,9 +86,9 @@ impl Kubernetes {
     }
 }
 
-impl Drop for Kubernetes {
+impl Drop for KubernetesDiscovery {
     fn drop(&mut self) {
-        if let Some(Running { stop, thread }) = self.running.take() {
+        if let Some(KubernetesThread { stop, thread }) = self.running.take() {
             drop(stop);
             let _ = thread.join();
         }
@@ -96,29 +96,31 @@ impl Drop for Kubernetes {
 }
 
 /// What is known about the pools of the configuration from an earlier run.
-pub fn last_known(config: &Config) -> Known {
+pub fn last_known(config: &Config) -> KnownPools {
     let named = inference_pools::named(config);
-    let Some(folder) = config.kubernetes.state_dir.as_ref().filter(|_| !named.is_empty()) else { return Known::new() };
+    let Some(folder) = config.kubernetes.state_dir.as_ref().filter(|_| !named.is_empty()) else {
+        return KnownPools::new();
+    };
     match state::load(folder) {
         Ok(known) => known.into_iter().filter(|(pool, _)| named.contains(pool)).collect(),
         Err(error) => {
             tracing::warn!(%error, "the last known state of the pools cannot be used");
-            Known::new()
+            KnownPools::new()
         }
     }
 }
 
-struct Discovery {
+struct DiscoveryTask {
     live: Arc<Live>,
     settings: config::Kubernetes,
     /// Of the pools that have not been read.
     gates: BTreeMap<InferencePoolRef, Gate>,
     /// What was read of each followed pool. A reload may drop a pool and another one bring it back meanwhile.
-    read: Known,
+    read: KnownPools,
     saver: Option<Saver>,
 }
 
-impl Discovery {
+impl DiscoveryTask {
     async fn run(mut self, mut pools: channel::Receiver<Vec<InferencePoolRef>>) -> Infallible {
         self.saver = self.settings.state_dir.clone().map(Saver::start);
         let (sender, mut results) = mpsc::channel(QUEUE);
@@ -239,13 +241,13 @@ async fn connected(settings: config::Kubernetes) -> Client {
 
 /// Writes the state to the disk, apart from everything that must not wait for the disk. States in between may be left out.
 struct Saver {
-    latest: channel::Sender<Known>,
+    latest: channel::Sender<KnownPools>,
     _task: AbortOnDropHandle<()>,
 }
 
 impl Saver {
     fn start(folder: PathBuf) -> Self {
-        let (latest, mut changes) = channel::channel(Known::new());
+        let (latest, mut changes) = channel::channel(KnownPools::new());
         let write = async move {
             while changes.changed().await.is_ok() {
                 let (known, folder) = (changes.borrow_and_update().clone(), folder.clone());
@@ -258,7 +260,7 @@ impl Saver {
         Self { latest, _task: AbortOnDropHandle::new(tokio::spawn(write)) }
     }
 
-    fn save(&self, known: Known) {
+    fn save(&self, known: KnownPools) {
         self.latest.send_replace(known);
     }
 }

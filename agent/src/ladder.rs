@@ -18,19 +18,19 @@ use crate::{
     },
     metrics::Metrics,
     selftest::{self, Case, Check},
-    steer::Steering,
+    steer::SteeringSupport,
 };
 
 /// A path and its self-test.
-struct Entry {
+struct PathTest {
     path: Path,
     cases: &'static [Case],
 }
 
 /// Best first. Path `local` falls back on path `ingress`, which therefore has to work without it.
-const LOCAL: Entry = Entry { path: Path::Local, cases: selftest::CASES };
-const INGRESS: Entry = Entry { path: Path::Ingress, cases: selftest::CASES };
-const PATHS: [Entry; 2] = [LOCAL, INGRESS];
+const LOCAL: PathTest = PathTest { path: Path::Local, cases: selftest::CASES };
+const INGRESS: PathTest = PathTest { path: Path::Ingress, cases: selftest::CASES };
+const PATHS: [PathTest; 2] = [LOCAL, INGRESS];
 
 pub struct Ladder {
     pub program: Program,
@@ -64,14 +64,14 @@ pub struct Rung {
     pub path: Path,
     /// The checks that ran; empty if none did.
     pub checks: Vec<Check>,
-    pub state: State,
+    pub state: RungState,
     /// How an endpoint can observe that its socket is in a map while bytes for it wait there. If it can, upgraded and
     /// pinned connections do not use the path unless the settings demand it.
     pub endpoint_visible: Option<Arc<str>>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum State {
+pub enum RungState {
     Ready,
     /// The settings do not ask for it.
     Unasked,
@@ -87,7 +87,7 @@ impl Ladder {
 
     fn climb_on(release: &str, config: &config::Steering) -> Self {
         if config.mode == SteeringMode::Off {
-            return Self::without(Program::Off, &State::Unasked);
+            return Self::without(Program::Off, &RungState::Unasked);
         }
         if config.mode == SteeringMode::Wire {
             return Self::wire(config);
@@ -96,24 +96,24 @@ impl Ladder {
         if !sound && !config.force {
             let why: Arc<str> =
                 format!("kernel {release} may lose or repeat bytes in sockmap; use --force to steer anyway").into();
-            return Self::without(Program::Refused(Arc::clone(&why)), &State::Off(why));
+            return Self::without(Program::Refused(Arc::clone(&why)), &RungState::Off(why));
         }
         if let Err(error) = selftest::check_loopback() {
             let why: Arc<str> = format!("the self-test needs loopback connections: {error:#}").into();
-            return Self::without(Program::Failed(Arc::clone(&why)), &State::Off(why));
+            return Self::without(Program::Failed(Arc::clone(&why)), &RungState::Off(why));
         }
         match Self::load(config, &PATHS) {
             Ok(ladder) => Self { forced: (!sound).then(|| release.to_owned()), ..ladder },
             Err(error) => {
                 tracing::debug!("{error}");
                 let why: Arc<str> = failure(&error, &capability::missing()).into();
-                Self::without(Program::Failed(Arc::clone(&why)), &State::Off(why))
+                Self::without(Program::Failed(Arc::clone(&why)), &RungState::Off(why))
             }
         }
     }
 
     /// Loads the programs and runs the self-tests of both paths.
-    fn load(config: &config::Steering, [local, ingress]: &[Entry; 2]) -> Result<Self, LoadError> {
+    fn load(config: &config::Steering, [local, ingress]: &[PathTest; 2]) -> Result<Self, LoadError> {
         let mut kernel = Kernel::load(config.max_flows)?;
         let asked = config.mode != SteeringMode::Ingress;
         if asked {
@@ -128,11 +128,13 @@ impl Ladder {
         let mut kernel = Arc::new(kernel);
         let mut first = match kernel.local() {
             Ok(()) => Rung::prove(local, &kernel),
-            Err(why) => Rung { path: local.path, checks: Vec::new(), state: State::Off(why), endpoint_visible: None },
+            Err(why) => {
+                Rung { path: local.path, checks: Vec::new(), state: RungState::Off(why), endpoint_visible: None }
+            }
         };
         match &first.state {
-            _ if !asked => first.state = State::Unasked,
-            State::Off(why) if kernel.local().is_ok() => {
+            _ if !asked => first.state = RungState::Unasked,
+            RungState::Off(why) if kernel.local().is_ok() => {
                 // Reload without the programs of path `local`, which would inspect every endpoint's messages for
                 // nothing.
                 drop(kernel);
@@ -150,14 +152,14 @@ impl Ladder {
                 "mode local also carries upgraded and pinned connections and endpoints with blocking sockets, whose calls may then hang or fail"
             );
         }
-        if first.state == State::Ready && second.state != State::Ready {
-            first.state = State::Off("it needs path ingress as fallback, which is off".into());
+        if first.state == RungState::Ready && second.state != RungState::Ready {
+            first.state = RungState::Off("it needs path ingress as fallback, which is off".into());
         }
         // After the self-tests, whose sockets block.
         kernel.set_admits_blocking(config.mode == SteeringMode::Local);
         // If nothing is steered, no program may run and no client gets a larger buffer.
         let (program, forces_buffers) = match second.state {
-            State::Ready => (Program::Loaded(kernel), forces(config.client_send_buffer)),
+            RungState::Ready => (Program::Loaded(kernel), forces(config.client_send_buffer)),
             _ => (Program::Unproven, false),
         };
         let rungs = vec![first, second];
@@ -169,14 +171,14 @@ impl Ladder {
         let rung = |path, state| Rung { path, checks: Vec::new(), state, endpoint_visible: None };
         let mut notes = Vec::new();
         let (program, state, adoption) = match Self::attach_wire(config, &mut notes) {
-            Ok((wire, adoption)) => (Program::Wire(wire), State::Ready, adoption),
+            Ok((wire, adoption)) => (Program::Wire(wire), RungState::Ready, adoption),
             Err(error) => {
                 tracing::debug!("{error}");
                 let why: Arc<str> = error.reason().into();
-                (Program::Failed(Arc::clone(&why)), State::Off(why), None)
+                (Program::Failed(Arc::clone(&why)), RungState::Off(why), None)
             }
         };
-        let others = PATHS.iter().map(|entry| rung(entry.path, State::Unasked));
+        let others = PATHS.iter().map(|entry| rung(entry.path, RungState::Unasked));
         let rungs = others.chain([rung(Path::Wire, state)]).collect();
         Self { program, rungs, forced: None, forces_buffers: false, adoption, notes }
     }
@@ -209,24 +211,28 @@ impl Ladder {
     }
 
     /// A ladder with every path off for the same reason.
-    fn without(program: Program, state: &State) -> Self {
-        let off =
-            |entry: &Entry| Rung { path: entry.path, checks: Vec::new(), state: state.clone(), endpoint_visible: None };
+    fn without(program: Program, state: &RungState) -> Self {
+        let off = |entry: &PathTest| Rung {
+            path: entry.path,
+            checks: Vec::new(),
+            state: state.clone(),
+            endpoint_visible: None,
+        };
         let rungs = PATHS.iter().map(off).collect();
         Self { program, rungs, forced: None, forces_buffers: false, adoption: None, notes: Vec::new() }
     }
 
     pub fn is_ready(&self, path: Path) -> bool {
-        self.rungs.iter().any(|rung| rung.path == path && rung.state == State::Ready)
+        self.rungs.iter().any(|rung| rung.path == path && rung.state == RungState::Ready)
     }
 
     /// The steering that workers use.
-    pub fn steering(&self) -> Steering {
+    pub fn steering(&self) -> SteeringSupport {
         match &self.program {
-            Program::Off => Steering::Off,
-            Program::Loaded(kernel) => Steering::Active(Arc::clone(kernel)),
-            Program::Wire(wire) => Steering::Wire(Arc::clone(wire)),
-            _ => Steering::Unavailable(self.why().into()),
+            Program::Off => SteeringSupport::Off,
+            Program::Loaded(kernel) => SteeringSupport::Active(Arc::clone(kernel)),
+            Program::Wire(wire) => SteeringSupport::Wire(Arc::clone(wire)),
+            _ => SteeringSupport::Unavailable(self.why().into()),
         }
     }
 
@@ -243,7 +249,7 @@ impl Ladder {
         if let Program::Off = self.program {
             return "steering: off (configured)".to_owned();
         }
-        let ready = self.rungs.iter().filter(|rung| rung.state == State::Ready).map(|rung| rung.path.label());
+        let ready = self.rungs.iter().filter(|rung| rung.state == RungState::Ready).map(|rung| rung.path.label());
         let ready = ready.collect::<Vec<_>>().join(", ");
         match &self.forced {
             _ if ready.is_empty() => format!("steering: unavailable: {}", self.why()),
@@ -263,7 +269,7 @@ impl Ladder {
 
     /// Reports the result in the log and the metrics.
     pub fn announce(&self, metrics: &Metrics) {
-        if self.forced.is_some() || matches!(self.steering(), Steering::Unavailable(_)) {
+        if self.forced.is_some() || matches!(self.steering(), SteeringSupport::Unavailable(_)) {
             tracing::warn!("{}", self.describe());
         } else {
             tracing::info!("{}", self.describe());
@@ -273,32 +279,32 @@ impl Ladder {
         }
         for rung in &self.rungs {
             let reason = match (&rung.state, &self.forced) {
-                (State::Off(why), _) => why.to_string(),
-                (State::Unasked, _) => "configured".to_owned(),
-                (State::Ready, None) => format!("passed{}", rung.visible()),
-                (State::Ready, Some(release)) => format!("passed, forced on kernel {release}{}", rung.visible()),
+                (RungState::Off(why), _) => why.to_string(),
+                (RungState::Unasked, _) => "configured".to_owned(),
+                (RungState::Ready, None) => format!("passed{}", rung.visible()),
+                (RungState::Ready, Some(release)) => format!("passed, forced on kernel {release}{}", rung.visible()),
             };
             // If all paths are off for the same reason, the summary includes it already.
-            if matches!(rung.state, State::Off(_)) && matches!(self.steering(), Steering::Active(_)) {
+            if matches!(rung.state, RungState::Off(_)) && matches!(self.steering(), SteeringSupport::Active(_)) {
                 tracing::warn!("path {}", rung.describe());
             }
-            metrics.set_steering_path(rung.path, rung.state == State::Ready, &reason);
+            metrics.set_steering_path(rung.path, rung.state == RungState::Ready, &reason);
         }
     }
 }
 
 impl Rung {
     /// Runs the self-test without capabilities, as workers run.
-    fn prove(entry: &Entry, kernel: &Arc<Kernel>) -> Self {
-        let mut rung = Self { path: entry.path, checks: Vec::new(), state: State::Ready, endpoint_visible: None };
+    fn prove(entry: &PathTest, kernel: &Arc<Kernel>) -> Self {
+        let mut rung = Self { path: entry.path, checks: Vec::new(), state: RungState::Ready, endpoint_visible: None };
         let deadline = Instant::now() + selftest::LIMIT;
         match capability::with(&[], || selftest::prove(kernel, entry.path, entry.cases, deadline)) {
             Ok(checks) => rung.checks = checks,
-            Err(error) => rung.state = State::Off(format!("the self-test could not run: {error:#}").into()),
+            Err(error) => rung.state = RungState::Off(format!("the self-test could not run: {error:#}").into()),
         }
         let failed = rung.checks.iter().find_map(|check| Some((check.case, check.failure.as_ref()?)));
         if let Some((case, failure)) = failed {
-            rung.state = State::Off(format!("self-test: {case}: {failure}").into());
+            rung.state = RungState::Off(format!("self-test: {case}: {failure}").into());
         }
         rung
     }
@@ -312,9 +318,9 @@ impl Rung {
 
     pub fn describe(&self) -> String {
         match &self.state {
-            State::Ready => format!("{}: ready{}", self.path.label(), self.visible()),
-            State::Unasked => format!("{}: off (configured)", self.path.label()),
-            State::Off(why) => format!("{}: off: {why}", self.path.label()),
+            RungState::Ready => format!("{}: ready{}", self.path.label(), self.visible()),
+            RungState::Unasked => format!("{}: off (configured)", self.path.label()),
+            RungState::Off(why) => format!("{}: off: {why}", self.path.label()),
         }
     }
 }
@@ -348,7 +354,7 @@ mod tests {
         assert_eq!(ladder.describe(), "steering: active (local, ingress)");
         let [_, local, ingress] = &ladder.lines()[..] else { panic!("{:?}", ladder.lines()) };
         assert_eq!(ingress, "path ingress: ready");
-        let Steering::Active(kernel) = ladder.steering() else { panic!("not active") };
+        let SteeringSupport::Active(kernel) = ladder.steering() else { panic!("not active") };
         assert_eq!(kernel.local(), Ok(()));
         // If an endpoint can observe the map, the line includes how, and for which connections.
         match kernel.endpoint_visible() {
@@ -372,7 +378,7 @@ mod tests {
         assert_eq!(refused.lines(), [format!("steering: unavailable: {why}"), off[0].clone(), off[1].clone()]);
 
         let forced = Ladder::climb_on("6.1.0-9-amd64", &config::Steering { force: true, ..config() });
-        assert!(forced.is_ready(Path::Ingress) && matches!(forced.steering(), Steering::Active(_)));
+        assert!(forced.is_ready(Path::Ingress) && matches!(forced.steering(), SteeringSupport::Active(_)));
         let said = "steering: active (local, ingress), forced on kernel 6.1.0-9-amd64, which may lose or repeat bytes";
         assert_eq!(forced.describe(), said);
 
@@ -387,7 +393,7 @@ mod tests {
         assert_eq!(sound.describe(), "steering: active (local, ingress)");
     }
 
-    fn climb(config: &config::Steering, entries: &[Entry; 2]) -> Ladder {
+    fn climb(config: &config::Steering, entries: &[PathTest; 2]) -> Ladder {
         Ladder::load(config, entries).expect("load")
     }
 
@@ -401,11 +407,11 @@ mod tests {
 
     #[test]
     fn failed_local_path_is_off_and_its_programs_are_unloaded() {
-        let ladder = climb(&config(), &[Entry { cases: selftest::FAILING, ..LOCAL }, INGRESS]);
+        let ladder = climb(&config(), &[PathTest { cases: selftest::FAILING, ..LOCAL }, INGRESS]);
         assert_eq!(ladder.describe(), "steering: active (ingress)");
         let why = "self-test: bad: a hole at 7";
         assert_eq!(ladder.lines()[1..], [format!("path local: off: {why}"), "path ingress: ready".to_owned()]);
-        let Steering::Active(kernel) = ladder.steering() else { panic!("not active") };
+        let SteeringSupport::Active(kernel) = ladder.steering() else { panic!("not active") };
         assert_eq!(kernel.local(), Err(why.into()));
         let metrics = shown(&ladder, "local");
         assert!(metrics.contains(r#"penstock_steering_path_active{path="local"} 0"#), "{metrics}");
@@ -416,8 +422,8 @@ mod tests {
 
     #[test]
     fn failed_ingress_path_disables_steering() {
-        let ladder = climb(&config(), &[LOCAL, Entry { cases: selftest::FAILING, ..INGRESS }]);
-        let Steering::Unavailable(why) = ladder.steering() else { panic!("not unavailable") };
+        let ladder = climb(&config(), &[LOCAL, PathTest { cases: selftest::FAILING, ..INGRESS }]);
+        let SteeringSupport::Unavailable(why) = ladder.steering() else { panic!("not unavailable") };
         assert!(matches!(ladder.program, Program::Unproven) && !ladder.forces_buffers);
         assert!(why.contains("ingress: off: self-test: bad: a hole at 7"), "{why}");
         assert_eq!(ladder.lines()[1], "path local: off: it needs path ingress as fallback, which is off");
@@ -492,7 +498,7 @@ mod tests {
     #[test]
     fn mode_off_turns_every_path_off() {
         let ladder = Ladder::climb(&config::Steering { mode: SteeringMode::Off, force: true, ..config() });
-        assert!(matches!(ladder.steering(), Steering::Off));
+        assert!(matches!(ladder.steering(), SteeringSupport::Off));
         let lines = ["steering: off (configured)", "path local: off (configured)", "path ingress: off (configured)"];
         assert_eq!(ladder.lines(), lines);
     }

@@ -70,7 +70,7 @@ pub mod command {
             version,
             wire::{Pinned, Wire, detach, pinned, prepare},
         },
-        ladder::{Ladder, Program, Rung, State},
+        ladder::{Ladder, Program, Rung, RungState},
         selftest::Check,
     };
 }
@@ -83,14 +83,16 @@ pub mod parts {
         budget::{Bodies, Budget},
         client::{ClientSocket, close::Linger},
         deliver::{Delivery, End},
-        dns::Dns,
+        dns::DnsResolver,
         endpoint::{connection::EndpointConnection, timeouts::ConnectionTimeouts},
         http::{
             body::{BodyError, BodyReader, Decoded, ReplayBody},
             head::HeadLimits,
             headers::{Arrival, prepare_request},
             request::{RequestBody, RequestHead, RequestParser, from_http2, parse_request},
-            response::{After, BodyKind, RequestFraming, ResponseHead, ResponseParser, parse_response, write_request},
+            response::{
+                AfterResponse, BodyKind, RequestFraming, ResponseHead, ResponseParser, parse_response, write_request,
+            },
             trace_context,
         },
         metrics::Metrics,
@@ -105,6 +107,6 @@ pub mod parts {
             Source, WorkerSteering,
             session::{Session, Target},
         },
-        tee::{Facts, Tee},
+        tee::{BodyFacts, Tee},
     };
 }

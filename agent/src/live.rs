@@ -14,10 +14,10 @@ use tokio::sync::watch;
 use crate::{
     config::{Config, InferencePoolRef},
     control::{self, Control},
-    dns::Dns,
+    dns::DnsResolver,
     endpoint::discovery::Discovery,
-    inference_pools::{self, InferencePool, Known},
-    panics::Watch,
+    inference_pools::{self, InferencePool, KnownPools},
+    panics::PanicWatch,
     picker::tend::{Means, tend},
     readiness::Readiness,
     reload::{self, ReloadError},
@@ -29,15 +29,15 @@ pub struct Live {
     /// Sent to the workers.
     shared: watch::Sender<Arc<Shared>>,
     certificate: Option<Arc<Certificate>>,
-    watch: Watch,
+    watch: PanicWatch,
     /// Held while the configuration changes.
-    parts: Mutex<Parts>,
+    parts: Mutex<LiveParts>,
 }
 
 /// What the configuration is made from, and what runs under it.
-struct Parts {
+struct LiveParts {
     file: Config,
-    known: Known,
+    known: KnownPools,
     background: Option<BackgroundTasks>,
 }
 
@@ -53,14 +53,14 @@ impl Live {
     pub fn start(
         shared: Arc<Shared>,
         file: Config,
-        known: Known,
+        known: KnownPools,
         certificate: Option<Arc<Certificate>>,
         readiness: &Readiness,
-        watch: &Watch,
+        watch: &PanicWatch,
     ) -> Result<Arc<Self>> {
         inference_pools::fill(&shared, &known);
         let background = start_background(&shared, certificate.as_ref(), Some(readiness), watch)?;
-        let parts = Mutex::new(Parts { file, known, background: Some(background) });
+        let parts = Mutex::new(LiveParts { file, known, background: Some(background) });
         Ok(Arc::new(Self { shared: watch::Sender::new(shared), certificate, watch: watch.clone(), parts }))
     }
 
@@ -80,7 +80,7 @@ impl Live {
 
     /// What is known about the InferencePools of the configuration.
     #[cfg_attr(not(feature = "kubernetes"), expect(dead_code, reason = "only the discovery calls it"))]
-    pub fn known(&self) -> Known {
+    pub fn known(&self) -> KnownPools {
         self.parts.lock().known.clone()
     }
 
@@ -93,13 +93,13 @@ impl Live {
         outcome
     }
 
-    fn reload_parts(&self, parts: &mut Parts, file: Config) -> Result<(), ReloadError> {
+    fn reload_parts(&self, parts: &mut LiveParts, file: Config) -> Result<(), ReloadError> {
         let fixed = reload::needs_restart(&parts.file, &file);
         if !fixed.is_empty() {
             return Err(ReloadError::NeedsRestart(fixed));
         }
         let named = inference_pools::named(&file);
-        let known: Known = parts.known.clone().into_iter().filter(|(pool, _)| named.contains(pool)).collect();
+        let known: KnownPools = parts.known.clone().into_iter().filter(|(pool, _)| named.contains(pool)).collect();
         self.put(parts, inference_pools::merged(&file, &known), &known)?;
         (parts.file, parts.known) = (file, known);
         Ok(())
@@ -127,7 +127,7 @@ impl Live {
         Ok(())
     }
 
-    fn put(&self, parts: &mut Parts, config: Config, known: &Known) -> Result<(), ReloadError> {
+    fn put(&self, parts: &mut LiveParts, config: Config, known: &KnownPools) -> Result<(), ReloadError> {
         let shared = Arc::new(self.shared().after(config).map_err(ReloadError::Pools)?);
         inference_pools::fill(&shared, known);
         // The previous tasks stop first, because both would report the same metrics of the same replicas.
@@ -150,14 +150,14 @@ fn start_background(
     shared: &Shared,
     certificate: Option<&Arc<Certificate>>,
     readiness: Option<&Readiness>,
-    watch: &Watch,
+    watch: &PanicWatch,
 ) -> Result<BackgroundTasks> {
     let counts = shared.endpoints.iter().cloned().map(|set| Box::new(move || set.states()) as _);
     shared.metrics.count_endpoints(counts);
     let Shared { config, endpoints, metrics, own, .. } = shared;
     let discovery = Discovery::start(config, endpoints, metrics, own, readiness, watch)?;
 
-    let dns = Dns::new(&shared.config.dns);
+    let dns = DnsResolver::new(&shared.config.dns);
     let epps = shared.replicas.iter().enumerate().filter_map(|(pool, replicas)| Some((pool, replicas.clone()?)));
     let means = |pool| Means {
         dns: dns.clone(),

@@ -22,14 +22,14 @@ const FLUSH: Duration = Duration::from_secs(1);
 
 /// Why a line was dropped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Dropped {
+pub enum DropReason {
     QueueFull,
     TooLong,
     /// The output refused it.
     NotWritten,
 }
 
-impl Dropped {
+impl DropReason {
     pub const ALL: [Self; 3] = [Self::QueueFull, Self::TooLong, Self::NotWritten];
 
     pub fn label(self) -> &'static str {
@@ -50,9 +50,9 @@ impl Dropped {
     }
 }
 
-static DROPPED: [AtomicU64; Dropped::ALL.len()] = [const { AtomicU64::new(0) }; Dropped::ALL.len()];
+static DROPPED: [AtomicU64; DropReason::ALL.len()] = [const { AtomicU64::new(0) }; DropReason::ALL.len()];
 
-enum Message {
+enum LogMessage {
     Line(Vec<u8>),
     /// Acknowledged once everything before it has been written.
     End(mpsc::Sender<()>),
@@ -60,8 +60,8 @@ enum Message {
 
 /// The sending side of the queue. Clones share it.
 #[derive(Clone)]
-pub struct Queue {
-    messages: mpsc::Sender<Message>,
+pub struct LogQueue {
+    messages: mpsc::Sender<LogMessage>,
     /// Bytes in the queue.
     queued: Arc<AtomicUsize>,
     limit: usize,
@@ -70,40 +70,40 @@ pub struct Queue {
 }
 
 /// Writes what is queued when dropped; waits at most `FLUSH`.
-pub struct Guard(mpsc::Sender<Message>);
+pub struct LogGuard(mpsc::Sender<LogMessage>);
 
-impl Drop for Guard {
+impl Drop for LogGuard {
     fn drop(&mut self) {
         let (written, end) = mpsc::channel();
-        if self.0.send(Message::End(written)).is_ok() {
+        if self.0.send(LogMessage::End(written)).is_ok() {
             let _ = end.recv_timeout(FLUSH);
         }
     }
 }
 
 /// Starts the thread that writes to `output`. At most `limit` bytes are queued.
-pub fn start(output: impl Write + Send + 'static, limit: usize, colours: bool) -> io::Result<(Queue, Guard)> {
+pub fn start(output: impl Write + Send + 'static, limit: usize, colours: bool) -> io::Result<(LogQueue, LogGuard)> {
     let (messages, queue) = mpsc::channel();
     let queued = Arc::new(AtomicUsize::new(0));
     let theirs = Arc::clone(&queued);
     std::thread::Builder::new().name("penstock-log".to_owned()).spawn(move || run(output, &queue, &theirs))?;
-    Ok((Queue { messages: messages.clone(), queued, limit, colours }, Guard(messages)))
+    Ok((LogQueue { messages: messages.clone(), queued, limit, colours }, LogGuard(messages)))
 }
 
-fn run(output: impl Write, queue: &mpsc::Receiver<Message>, queued: &AtomicUsize) {
+fn run(output: impl Write, queue: &mpsc::Receiver<LogMessage>, queued: &AtomicUsize) {
     let mut output = io::BufWriter::with_capacity(LINE, output);
     while let Ok(first) = queue.recv() {
         let mut next = Some(first);
         while let Some(message) = next {
             match message {
-                Message::Line(line) => {
+                LogMessage::Line(line) => {
                     // A closed stderr cannot be reported anywhere else.
                     if output.write_all(&line).is_err() {
-                        Dropped::NotWritten.count();
+                        DropReason::NotWritten.count();
                     }
                     queued.fetch_sub(line.len(), Relaxed);
                 }
-                Message::End(written) => {
+                LogMessage::End(written) => {
                     let _ = output.flush();
                     let _ = written.send(());
                 }
@@ -114,33 +114,33 @@ fn run(output: impl Write, queue: &mpsc::Receiver<Message>, queued: &AtomicUsize
     }
 }
 
-impl Queue {
+impl LogQueue {
     fn put(&self, line: Vec<u8>) {
         let length = line.len();
         if self.queued.fetch_add(length, Relaxed) + length > self.limit {
             self.queued.fetch_sub(length, Relaxed);
-            return Dropped::QueueFull.count();
+            return DropReason::QueueFull.count();
         }
-        let _ = self.messages.send(Message::Line(line));
+        let _ = self.messages.send(LogMessage::Line(line));
     }
 }
 
-impl<'q> MakeWriter<'q> for Queue {
-    type Writer = Event<'q>;
+impl<'q> MakeWriter<'q> for LogQueue {
+    type Writer = LogEvent<'q>;
 
-    fn make_writer(&'q self) -> Event<'q> {
-        Event(self)
+    fn make_writer(&'q self) -> LogEvent<'q> {
+        LogEvent(self)
     }
 }
 
 /// Takes one event, which the formatter writes in one call.
-pub struct Event<'q>(&'q Queue);
+pub struct LogEvent<'q>(&'q LogQueue);
 
-impl Write for Event<'_> {
+impl Write for LogEvent<'_> {
     fn write(&mut self, event: &[u8]) -> io::Result<usize> {
         match line(event, self.0.colours) {
             Some(line) => self.0.put(line),
-            None => Dropped::TooLong.count(),
+            None => DropReason::TooLong.count(),
         }
         Ok(event.len())
     }
@@ -223,13 +223,13 @@ mod tests {
 
     #[test]
     fn lines_beyond_the_queue_limit_are_dropped_and_counted() {
-        let before = Dropped::QueueFull.lines();
+        let before = DropReason::QueueFull.lines();
         let line = "x".repeat(1000);
         let written = written(10_000, true, || (0..100).for_each(|_| tracing::info!(line)));
         // The writer may have taken some lines before the gate stopped it.
         assert!(written.len() <= 10_000 + LINE && written.lines().all(|one| one.contains(&line)), "{}", written.len());
         let lines = written.lines().count() as u64;
-        assert!(lines < 100 && Dropped::QueueFull.lines() - before >= 100 - lines);
+        assert!(lines < 100 && DropReason::QueueFull.lines() - before >= 100 - lines);
     }
 
     #[test]
@@ -248,12 +248,12 @@ mod tests {
 
     #[test]
     fn event_longer_than_a_line_is_dropped_and_counted() {
-        let before = Dropped::TooLong.lines();
+        let before = DropReason::TooLong.lines();
         let written = written(1 << 20, true, || {
             tracing::info!(text = "y".repeat(LINE));
             tracing::info!("next");
         });
         assert!(written.lines().count() == 1 && written.contains("next"), "{written}");
-        assert_eq!(Dropped::TooLong.lines() - before, 1);
+        assert_eq!(DropReason::TooLong.lines() - before, 1);
     }
 }

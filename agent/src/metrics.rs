@@ -76,7 +76,7 @@ impl Metrics {
     pub fn new(pool_names: &[String]) -> Arc<Self> {
         let mut registry = Registry::with_prefix("penstock");
         let families = Arc::new(Families::register(&mut registry));
-        registry.register_collector(Box::new(process::Process));
+        registry.register_collector(Box::new(process::ProcessCollector));
         let default = Limits::default().metric_models;
         let models = Arc::new(Models::new(default, families.metric_models_overflow.clone()));
         let core = Arc::new(Core {
@@ -121,8 +121,8 @@ impl Metrics {
     }
 
     /// Counts a client connection until the guard is dropped.
-    pub fn client_connection(&self) -> InFlight {
-        InFlight::new(&self.core.families.client_connections)
+    pub fn client_connection(&self) -> InFlightGauge {
+        InFlightGauge::new(&self.core.families.client_connections)
     }
 
     /// Counts a client that disconnected before its answer was complete.
@@ -201,8 +201,8 @@ impl Metrics {
     }
 
     /// Counts a stream to an EPP until the guard is dropped.
-    pub fn epp_stream(&self) -> InFlight {
-        InFlight::new(&self.core.families.epp_streams_inflight)
+    pub fn epp_stream(&self) -> InFlightGauge {
+        InFlightGauge::new(&self.core.families.epp_streams_inflight)
     }
 
     /// Counts a request for a connection to an endpoint.
@@ -211,8 +211,8 @@ impl Metrics {
     }
 
     /// Counts a TLS handshake until the guard is dropped.
-    pub fn tls_handshake(&self) -> InFlight {
-        InFlight::new(&self.core.families.tls_handshakes_active)
+    pub fn tls_handshake(&self) -> InFlightGauge {
+        InFlightGauge::new(&self.core.families.tls_handshakes_active)
     }
 
     pub fn tls_handshake_failed(&self, reason: &'static str) {
@@ -332,16 +332,16 @@ impl fmt::Debug for Metrics {
 /// Adds one to a gauge until dropped.
 #[derive(Debug)]
 #[must_use = "counts only while it is held"]
-pub struct InFlight(Gauge);
+pub struct InFlightGauge(Gauge);
 
-impl InFlight {
+impl InFlightGauge {
     fn new(gauge: &Gauge) -> Self {
         gauge.inc();
         Self(gauge.clone())
     }
 }
 
-impl Drop for InFlight {
+impl Drop for InFlightGauge {
     fn drop(&mut self) {
         self.0.dec();
     }

@@ -4,18 +4,18 @@ use std::sync::Arc;
 
 use crate::{
     config::{Config, InferencePoolRef},
-    inference_pools::Known,
+    inference_pools::KnownPools,
     live::Live,
-    panics::Watch,
+    panics::PanicWatch,
     readiness::Gate,
     trial::Trial,
 };
 
 /// Never exists.
-pub enum Kubernetes {}
+pub enum KubernetesDiscovery {}
 
-impl Kubernetes {
-    pub fn start(_: &Arc<Live>, _: Vec<InferencePoolRef>, _: Vec<Gate>, _: &Watch) -> anyhow::Result<Self> {
+impl KubernetesDiscovery {
+    pub fn start(_: &Arc<Live>, _: Vec<InferencePoolRef>, _: Vec<Gate>, _: &PanicWatch) -> anyhow::Result<Self> {
         anyhow::bail!("this build of penstock lacks the feature kubernetes")
     }
 
@@ -25,11 +25,11 @@ impl Kubernetes {
 }
 
 /// Nothing is known.
-pub fn last_known(_: &Config) -> Known {
-    Known::new()
+pub fn last_known(_: &Config) -> KnownPools {
+    KnownPools::new()
 }
 
 /// There is nothing to try.
-pub async fn try_pools(_: &Config) -> (Known, Vec<Trial>) {
-    (Known::new(), Vec::new())
+pub async fn try_pools(_: &Config) -> (KnownPools, Vec<Trial>) {
+    (KnownPools::new(), Vec::new())
 }

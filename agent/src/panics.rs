@@ -1,6 +1,6 @@
 //! Logs and counts panics, and makes the agent unready if a panic ends one of its threads.
 //!
-//! [`install`] sets the process's panic hook, which sees every panic, caught or not. [`Watch`] runs the threads that
+//! [`install`] sets the process's panic hook, which sees every panic, caught or not. [`PanicWatch`] runs the threads that
 //! the agent cannot do without.
 
 use std::{
@@ -22,10 +22,10 @@ use crate::{
 const PLACES: usize = 64;
 
 /// Panics of this process by thread and location. A process has a single hook, so the count is global.
-static SEEN: Mutex<BTreeMap<Place, u64>> = Mutex::new(BTreeMap::new());
+static SEEN: Mutex<BTreeMap<PanicLocation, u64>> = Mutex::new(BTreeMap::new());
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Place {
+pub struct PanicLocation {
     /// The kind of thread; all workers are `worker`.
     pub thread: String,
     /// `file:line`.
@@ -38,7 +38,7 @@ pub fn install() {
 }
 
 /// The number of panics at each location.
-pub fn seen() -> Vec<(Place, u64)> {
+pub fn seen() -> Vec<(PanicLocation, u64)> {
     SEEN.lock().iter().map(|(place, &count)| (place.clone(), count)).collect()
 }
 
@@ -48,15 +48,15 @@ pub fn record(panic: &PanicHookInfo<'_>) {
     let thread = current.name().unwrap_or("unnamed");
     let at = panic.location().map_or_else(|| "unknown".to_owned(), |at| format!("{}:{}", at.file(), at.line()));
     let message = cut(message(panic.payload()), text::PHRASE);
-    count(Place { thread: kind(thread).to_owned(), at: at.clone() });
+    count(PanicLocation { thread: kind(thread).to_owned(), at: at.clone() });
     // No backtrace: resolving its symbols takes seconds of the worker's time.
     tracing::error!(thread, at, panic = &*message, "panicked");
 }
 
-fn count(place: Place) {
+fn count(place: PanicLocation) {
     let mut seen = SEEN.lock();
     let known = seen.len() < PLACES || seen.contains_key(&place);
-    let place = if known { place } else { Place { thread: "other".to_owned(), at: "other".to_owned() } };
+    let place = if known { place } else { PanicLocation { thread: "other".to_owned(), at: "other".to_owned() } };
     *seen.entry(place).or_default() += 1;
 }
 
@@ -76,14 +76,14 @@ pub fn message(payload: &(dyn Any + Send)) -> &str {
 
 /// Handles the end of a part that the agent cannot do without: the agent becomes unready for good and has to stop.
 #[derive(Clone)]
-pub struct Watch {
+pub struct PanicWatch {
     readiness: Readiness,
     /// Cancelled when a part has failed.
     failed: CancellationToken,
     pub probe: Probe,
 }
 
-impl Watch {
+impl PanicWatch {
     pub fn new(readiness: &Readiness, probe: Probe) -> Self {
         Self { readiness: readiness.clone(), failed: CancellationToken::new(), probe }
     }
@@ -125,7 +125,7 @@ mod tests {
     #[test]
     fn panic_of_a_part_makes_the_agent_unready() {
         let readiness = Readiness::new();
-        let watch = Watch::new(&readiness, Probe::default());
+        let watch = PanicWatch::new(&readiness, Probe::default());
         watch.run("events", || {});
         assert!(readiness.is_ready() && !watch.has_failed());
         watch.run("events", || panic!("a panic of this test"));

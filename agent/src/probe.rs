@@ -23,11 +23,11 @@ pub enum Point<'p> {
     Body(&'p request::Parts),
 }
 
-type Call = dyn Fn(Point<'_>) + Send + Sync;
+type ProbeCall = dyn Fn(Point<'_>) + Send + Sync;
 
 /// Called at each [`Point`].
 #[derive(Clone, Default)]
-pub struct Probe(Option<Arc<Call>>);
+pub struct Probe(Option<Arc<ProbeCall>>);
 
 impl Probe {
     pub fn new(call: impl Fn(Point<'_>) + Send + Sync + 'static) -> Self {

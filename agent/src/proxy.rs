@@ -25,9 +25,9 @@ use std::net::SocketAddr;
 use http::Method;
 use tokio::time::Instant;
 
-pub use self::{adopted::Keeper, guarded::Panicked, lease::Lease, pinned::pinned, request::After};
+pub use self::{adopted::Keeper, guarded::Panicked, lease::Lease, pinned::pinned, request::AfterRequest};
 use self::{
-    guarded::Guard,
+    guarded::ReplyGuard,
     picked::PickOutcome,
     receive::receive,
     record::Record,
@@ -62,8 +62,8 @@ pub async fn guarded(
     begun: Instant,
     peer: SocketAddr,
     lease: &mut Option<Lease>,
-) -> Result<After, Panicked> {
-    let guard = Guard::new(&head, begun);
+) -> Result<AfterRequest, Panicked> {
+    let guard = ReplyGuard::new(&head, begun);
     client.begin_answer();
     if let Some(after) = guard.run(Box::pin(run(worker, client, head, begun, peer, lease))).await {
         return Ok(after);
@@ -81,7 +81,7 @@ async fn run(
     begun: Instant,
     peer: SocketAddr,
     lease: &mut Option<Lease>,
-) -> After {
+) -> AfterRequest {
     let config = &worker.shared.config;
     client.set_idle(config.timeouts.idle);
     client.set_leaving(config.listen.half_close, config.timeouts.client_unreachable);
@@ -121,7 +121,7 @@ async fn run(
             let keep_alive = upload.is_done() && request.keeps_alive(worker) && !matches!(error, Error::ClientGone);
             let manner = Manner::of(&request.parts.headers, config).at(request.parts.uri.path());
             let answered = send_error(client, &request.parts.method, &manner, error, keep_alive).await;
-            if keep_alive && answered { After::Next } else { close_after(answered) }
+            if keep_alive && answered { AfterRequest::Next } else { close_after(answered) }
         }
     };
     request.record.finish(worker, request.pool, request.parts, result.as_ref().err());
@@ -129,8 +129,8 @@ async fn run(
 }
 
 /// An orderly close if the client took the response, otherwise an abort.
-fn close_after(answered: bool) -> After {
-    if answered { After::Close } else { After::Abort }
+fn close_after(answered: bool) -> AfterRequest {
+    if answered { AfterRequest::Close } else { AfterRequest::Abort }
 }
 
 /// Runs a phase before the response, until the agent stops.
@@ -149,7 +149,7 @@ async fn pick_and_respond(
     request: &mut Request,
     upload: &mut Upload,
     lease: &mut Option<Lease>,
-) -> Result<After, Error> {
+) -> Result<AfterRequest, Error> {
     if headers::is_last_forward(&request.parts.method, &mut request.parts.headers) {
         return answer_last_forward(worker, client, request, upload).await;
     }

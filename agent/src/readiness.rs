@@ -11,11 +11,11 @@ use parking_lot::Mutex;
 /// The readiness of one agent. Clones share it.
 #[derive(Debug, Clone, Default)]
 pub struct Readiness {
-    state: Arc<Mutex<State>>,
+    state: Arc<Mutex<ReadinessState>>,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct ReadinessState {
     closed: Vec<String>,
     failed: Vec<String>,
     draining: bool,
@@ -73,7 +73,7 @@ impl Readiness {
 #[must_use = "a gate that is dropped stays closed for good"]
 pub struct Gate {
     name: String,
-    state: Arc<Mutex<State>>,
+    state: Arc<Mutex<ReadinessState>>,
 }
 
 impl Gate {

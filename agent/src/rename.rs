@@ -13,7 +13,7 @@ use bytes::{Bytes, BytesMut};
 use http::HeaderMap;
 
 use self::{
-    json::Document,
+    json::JsonDocument,
     lines::{Lines, Part},
 };
 use crate::{
@@ -23,14 +23,14 @@ use crate::{
 
 /// The answers that can be read, by their Content-Type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum BodyFormat {
     /// JSON documents: one, or one in each line.
     Documents,
     /// `text/event-stream`.
     Events,
 }
 
-impl Kind {
+impl BodyFormat {
     /// `None` for other types, and under a content coding.
     pub fn of(headers: &HeaderMap) -> Option<Self> {
         match media_type(headers).as_str() {
@@ -44,7 +44,7 @@ impl Kind {
 
 /// The two names of one request's model.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Names {
+pub struct ModelNames {
     pub client: String,
     pub picker: String,
 }
@@ -78,14 +78,14 @@ impl ModelOf {
 
 #[derive(Debug)]
 pub struct Rename {
-    document: Document,
+    document: JsonDocument,
     /// For event streams.
     lines: Option<Lines>,
 }
 
 impl Rename {
-    pub fn new(names: &Names, kind: Kind) -> Self {
-        Self { document: Document::new(names), lines: (kind == Kind::Events).then(Lines::default) }
+    pub fn new(names: &ModelNames, kind: BodyFormat) -> Self {
+        Self { document: JsonDocument::new(names), lines: (kind == BodyFormat::Events).then(Lines::default) }
     }
 
     /// Takes the next bytes of the body and returns what can be sent.
@@ -128,12 +128,12 @@ mod tests {
     const OPENAI_RENAMED: &str = "data: {\"id\":\"1\",\"model\":\"my-alias\",\"choices\":[{\"delta\":{\"content\":\"\\\"model\\\":\\\"inner\\\"\"}}]}\n\n\
          data: {\"id\":\"1\", \"model\" : \"my-alias\" ,\"choices\":[]}\r\n\r\ndata: [DONE]\n\n";
 
-    fn names() -> Names {
-        Names { client: "my-alias".to_owned(), picker: "inner".to_owned() }
+    fn names() -> ModelNames {
+        ModelNames { client: "my-alias".to_owned(), picker: "inner".to_owned() }
     }
 
     /// The body after renaming; the same for every cut into two, and byte by byte.
-    fn renamed(kind: Kind, body: &str) -> String {
+    fn renamed(kind: BodyFormat, body: &str) -> String {
         let whole = in_pieces(kind, [body.as_bytes()]);
         for cut in 0..=body.len() {
             let (one, two) = body.as_bytes().split_at(cut);
@@ -143,7 +143,7 @@ mod tests {
         whole
     }
 
-    fn in_pieces<'p>(kind: Kind, pieces: impl IntoIterator<Item = &'p [u8]>) -> String {
+    fn in_pieces<'p>(kind: BodyFormat, pieces: impl IntoIterator<Item = &'p [u8]>) -> String {
         let mut rename = Rename::new(&names(), kind);
         let mut out: Vec<u8> = pieces.into_iter().flat_map(|piece| rename.feed(piece)).collect();
         out.extend(rename.end());
@@ -167,7 +167,7 @@ mod tests {
             (r#"{"mo\u0064el":"inn\u0065r"}"#, r#"{"mo\u0064el":"my-alias"}"#),
             ("{\"model\":\"inner\"}\n{\"model\":\"inner\"}\n", "{\"model\":\"my-alias\"}\n{\"model\":\"my-alias\"}\n"),
         ] {
-            assert_eq!(renamed(Kind::Documents, body), expected);
+            assert_eq!(renamed(BodyFormat::Documents, body), expected);
         }
     }
 
@@ -192,13 +192,13 @@ mod tests {
             "}}]]\"\\",
             "",
         ] {
-            assert_eq!(renamed(Kind::Documents, body), body);
+            assert_eq!(renamed(BodyFormat::Documents, body), body);
         }
     }
 
     #[test]
     fn model_of_each_event_is_renamed_wherever_it_is_cut() {
-        assert_eq!(renamed(Kind::Events, OPENAI), OPENAI_RENAMED);
+        assert_eq!(renamed(BodyFormat::Events, OPENAI), OPENAI_RENAMED);
         for (body, expected) in [
             // A byte order mark, carriage returns, several data lines, no space, comments and other fields.
             ("\u{feff}data:{\"model\":\"inner\"}\r\r", "\u{feff}data:{\"model\":\"my-alias\"}\r\r"),
@@ -217,20 +217,20 @@ mod tests {
             ("database: {\"model\":\"inner\"}\n\n", "database: {\"model\":\"inner\"}\n\n"),
             ("data\n\ndata: {\"model\":\"inner\"}", "data\n\ndata: {\"model\":\"my-alias\"}"),
         ] {
-            assert_eq!(renamed(Kind::Events, body), expected);
+            assert_eq!(renamed(BodyFormat::Events, body), expected);
         }
     }
 
     #[test]
     fn name_is_escaped_as_json() {
-        let names = Names { client: "a\"b\\c\u{1}".to_owned(), picker: "inner".to_owned() };
-        let out = Rename::new(&names, Kind::Documents).feed(br#"{"model":"inner"}"#);
+        let names = ModelNames { client: "a\"b\\c\u{1}".to_owned(), picker: "inner".to_owned() };
+        let out = Rename::new(&names, BodyFormat::Documents).feed(br#"{"model":"inner"}"#);
         assert_eq!(serde_json::from_slice::<serde_json::Value>(&out).expect("JSON")["model"], names.client);
     }
 
     #[test]
     fn long_string_is_not_kept() {
-        let mut rename = Rename::new(&names(), Kind::Documents);
+        let mut rename = Rename::new(&names(), BodyFormat::Documents);
         let begin = rename.feed(b"{\"model\":\"");
         assert_eq!(&begin[..], b"{\"model\":");
         let long = [b'x'; 64];
@@ -246,12 +246,12 @@ mod tests {
             if !coding.is_empty() {
                 headers.insert(header::CONTENT_ENCODING, coding.parse().expect("a value"));
             }
-            Kind::of(&headers)
+            BodyFormat::of(&headers)
         };
-        assert_eq!(kind("Text/Event-Stream; charset=utf-8", ""), Some(Kind::Events));
-        assert_eq!(kind("application/json", "identity"), Some(Kind::Documents));
-        assert_eq!(kind("application/problem+json", ""), Some(Kind::Documents));
-        assert_eq!(kind("application/json", "Identity, "), Some(Kind::Documents));
+        assert_eq!(kind("Text/Event-Stream; charset=utf-8", ""), Some(BodyFormat::Events));
+        assert_eq!(kind("application/json", "identity"), Some(BodyFormat::Documents));
+        assert_eq!(kind("application/problem+json", ""), Some(BodyFormat::Documents));
+        assert_eq!(kind("application/json", "Identity, "), Some(BodyFormat::Documents));
         assert_eq!(kind("application/json", "gzip"), None);
         assert_eq!(kind("application/json", "unheard-of"), None);
         assert_eq!(kind("text/plain", ""), None);
@@ -298,11 +298,11 @@ mod tests {
                     }
                 }
             }
-            let renamed = in_pieces(Kind::Documents, text.as_bytes().chunks(cut));
+            let renamed = in_pieces(BodyFormat::Documents, text.as_bytes().chunks(cut));
             prop_assert_eq!(serde_json::from_str::<serde_json::Value>(&renamed).expect("JSON"), expected.clone());
             // As one event, with each line of the text in a data line.
             let event: String = text.lines().map(|line| format!("data: {line}\n")).collect();
-            let renamed = in_pieces(Kind::Events, format!("{event}\n").as_bytes().chunks(cut));
+            let renamed = in_pieces(BodyFormat::Events, format!("{event}\n").as_bytes().chunks(cut));
             let data: String = renamed.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
             prop_assert_eq!(serde_json::from_str::<serde_json::Value>(&data).expect("JSON"), expected);
         }

@@ -18,7 +18,7 @@ pub use timeouts::RequestTimeouts;
 /// The configured routes.
 #[derive(Debug, Clone)]
 pub struct Router {
-    routes: Vec<Route>,
+    routes: Vec<CompiledRoute>,
     /// By pool, without the overrides of routes.
     timeouts: Vec<RequestTimeouts>,
 }
@@ -37,7 +37,7 @@ pub struct Routed {
 pub struct NoRoute;
 
 #[derive(Debug, Clone)]
-struct Route {
+struct CompiledRoute {
     hosts: Vec<HostPattern>,
     path: Option<PathPattern>,
     methods: Vec<Method>,
@@ -62,9 +62,9 @@ impl Router {
         let timeouts = config.pools.iter().map(|pool| all.with(&pool.timeouts)).collect();
         if config.routes.is_empty() {
             let first = config.pools.first().map(|pool| config::Route::to(pool.name.clone()));
-            return Self { routes: first.iter().map(|route| Route::new(route, config)).collect(), timeouts };
+            return Self { routes: first.iter().map(|route| CompiledRoute::new(route, config)).collect(), timeouts };
         }
-        Self { routes: config.routes.iter().map(|route| Route::new(route, config)).collect(), timeouts }
+        Self { routes: config.routes.iter().map(|route| CompiledRoute::new(route, config)).collect(), timeouts }
     }
 
     /// Whether the pool of this request depends on its body. Ignores the headers that are set from the body.
@@ -81,14 +81,14 @@ impl Router {
 
     /// Routes the request. If the route has several pools, `roll` returns a uniformly distributed number below its argument.
     pub fn route(&self, request: &request::Parts, roll: impl FnOnce(u64) -> u64) -> Result<Routed, NoRoute> {
-        let holds = |route: &&Route| route.head_matches(request) && route.body_matches(&request.headers);
+        let holds = |route: &&CompiledRoute| route.head_matches(request) && route.body_matches(&request.headers);
         let route = self.routes.iter().find(holds).ok_or(NoRoute)?;
         let pool = route.pools.draw(roll).ok_or(NoRoute)?;
         Ok(Routed { pool, timeouts: self.timeouts[pool].with(&route.timeouts) })
     }
 }
 
-impl Route {
+impl CompiledRoute {
     fn new(route: &config::Route, config: &Config) -> Self {
         let bbr = &config.bbr;
         let is_named = |condition: &&HeaderCondition| [&bbr.header, &bbr.base_model_header].contains(&&condition.name);

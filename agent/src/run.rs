@@ -62,7 +62,7 @@ pub fn until_ended(
     read: impl Fn() -> Result<Config, ConfigErrors>,
 ) -> anyhow::Result<()> {
     let Signals { runtime, terminate, interrupt, hangup } = signals;
-    runtime.block_on(live(&agent, Stop { terminate, interrupt }, hangup, read));
+    runtime.block_on(live(&agent, StopSignals { terminate, interrupt }, hangup, read));
     let failed = agent.has_failed();
     agent.join();
     tracing::info!("stopped");
@@ -70,12 +70,12 @@ pub fn until_ended(
     Ok(())
 }
 
-struct Stop {
+struct StopSignals {
     terminate: Signal,
     interrupt: Signal,
 }
 
-impl Stop {
+impl StopSignals {
     /// Resolves at the next SIGTERM or SIGINT. Cancel-safe.
     async fn requested(&mut self) {
         tokio::select! {
@@ -85,7 +85,12 @@ impl Stop {
     }
 }
 
-async fn live(agent: &Agent, mut stop: Stop, mut hangup: Signal, read: impl Fn() -> Result<Config, ConfigErrors>) {
+async fn live(
+    agent: &Agent,
+    mut stop: StopSignals,
+    mut hangup: Signal,
+    read: impl Fn() -> Result<Config, ConfigErrors>,
+) {
     let mut leave = Leave::from(&agent.config().timeouts);
     loop {
         tokio::select! {

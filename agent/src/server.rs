@@ -146,7 +146,7 @@ impl AcceptLoop {
             refusal::count(&current.worker(), "max_connections");
             return false;
         }
-        let refusal = Refusal::new(&self.refusals);
+        let refusal = RefusalInProgress::new(&self.refusals);
         let may_log = self.log_limit.allows();
         self.connections.spawn_local(async move {
             if let Some(place) = current.idle.enter().await {
@@ -219,16 +219,16 @@ impl AcceptLoop {
 }
 
 /// A refusal in progress, counted until dropped.
-struct Refusal(Rc<Cell<usize>>);
+struct RefusalInProgress(Rc<Cell<usize>>);
 
-impl Refusal {
+impl RefusalInProgress {
     fn new(count: &Rc<Cell<usize>>) -> Self {
         count.set(count.get() + 1);
         Self(Rc::clone(count))
     }
 }
 
-impl Drop for Refusal {
+impl Drop for RefusalInProgress {
     fn drop(&mut self) {
         self.0.set(self.0.get() - 1);
     }

@@ -29,7 +29,7 @@ use crate::kernel::{Kernel, LoadError, Maps, socket, wire::Wire};
 
 /// Whether the kernel can steer, and if not, the reason.
 #[derive(Clone)]
-pub enum Steering {
+pub enum SteeringSupport {
     Active(Arc<Kernel>),
     /// Path `wire` alone.
     Wire(Arc<Wire>),
@@ -38,7 +38,7 @@ pub enum Steering {
     Unavailable(Arc<str>),
 }
 
-impl Steering {
+impl SteeringSupport {
     /// The handles of the socket maps for a worker; `None` if it uses none.
     pub fn worker(&self) -> Result<Option<Rc<WorkerSteering>>, LoadError> {
         let Self::Active(kernel) = self else { return Ok(None) };

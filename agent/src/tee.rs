@@ -19,7 +19,7 @@ use penstock_common::framing::Framing;
 pub(crate) use events::data;
 pub use usage::Usage;
 
-use self::{begin::Begin, queue::Queue, tail::Tail, usage::Found};
+use self::{begin::Begin, queue::PieceQueue, tail::Tail, usage::FoundUsage};
 use crate::{
     budget::{Budget, Share},
     config::ResponseToPicker,
@@ -31,16 +31,16 @@ const DOCUMENT: usize = 256 << 10;
 
 #[derive(Debug)]
 pub struct Tee {
-    body: Body,
+    body: KeptBody,
     /// What the first event of a stream reports.
-    first: Found,
+    first: FoundUsage,
     /// In mode `body`: pieces that the picker has not taken yet.
-    queue: Option<Queue>,
+    queue: Option<PieceQueue>,
 }
 
 /// The facts about a response that say how its body is read.
 #[derive(Debug, Clone, Copy)]
-pub struct Facts<'a> {
+pub struct BodyFacts<'a> {
     pub headers: &'a HeaderMap,
     /// The declared length of the body, in bytes.
     pub length: Option<u64>,
@@ -50,7 +50,7 @@ pub struct Facts<'a> {
 
 /// What is kept of a body.
 #[derive(Debug)]
-enum Body {
+enum KeptBody {
     /// The first event of an event stream, and the last ones unless only the beginning is wanted.
     Events(Begin, Option<Tail>),
     /// That a stream has begun which cannot be read.
@@ -70,18 +70,18 @@ pub struct Rest {
 
 impl Tee {
     /// Returns `None` if the picker only needs to know that the body ended. A document counts against `memory`.
-    pub fn new(mode: ResponseToPicker, facts: &Facts<'_>, memory: &Arc<Budget>) -> Option<Self> {
-        let body = match (Body::of(facts, memory), mode) {
+    pub fn new(mode: ResponseToPicker, facts: &BodyFacts<'_>, memory: &Arc<Budget>) -> Option<Self> {
+        let body = match (KeptBody::of(facts, memory), mode) {
             (_, ResponseToPicker::Off) => return None,
-            (Body::Events(begin, _), ResponseToPicker::Headers) => Body::Events(begin, None),
-            (Body::Document(..), ResponseToPicker::Headers) => return None,
-            (Body::Nothing, ResponseToPicker::Headers | ResponseToPicker::Usage) => return None,
+            (KeptBody::Events(begin, _), ResponseToPicker::Headers) => KeptBody::Events(begin, None),
+            (KeptBody::Document(..), ResponseToPicker::Headers) => return None,
+            (KeptBody::Nothing, ResponseToPicker::Headers | ResponseToPicker::Usage) => return None,
             (body, _) => body,
         };
         // Text that only may be events passes as it comes.
-        let events = matches!(body, Body::Events(..)) && is_events(facts.headers);
-        let queue = (mode == ResponseToPicker::Body).then(|| Queue::new(events));
-        Some(Self { body, first: Found::default(), queue })
+        let events = matches!(body, KeptBody::Events(..)) && is_events(facts.headers);
+        let queue = (mode == ResponseToPicker::Body).then(|| PieceQueue::new(events));
+        Some(Self { body, first: FoundUsage::default(), queue })
     }
 
     /// The picker is told nothing more; tokens are still counted.
@@ -91,17 +91,17 @@ impl Tee {
 
     /// Whether user space has to see every byte.
     pub fn wants_all(&self) -> bool {
-        self.queue.is_some() || matches!(self.body, Body::Document(..))
+        self.queue.is_some() || matches!(self.body, KeptBody::Document(..))
     }
 
     /// Whether user space has to see the next bytes, because the picker has not been told the beginning.
     pub fn wants_begin(&self) -> bool {
-        matches!(&self.body, Body::Events(begin, _) | Body::Coded(begin) if begin.is_waiting())
+        matches!(&self.body, KeptBody::Events(begin, _) | KeptBody::Coded(begin) if begin.is_waiting())
     }
 
     /// Whether the last bytes are wanted, which the kernel can keep.
     pub fn wants_end(&self) -> bool {
-        matches!(self.body, Body::Events(_, Some(_)))
+        matches!(self.body, KeptBody::Events(_, Some(_)))
     }
 
     /// Takes wire bytes of the body. `framing` is the state at their start; they must not exceed the message.
@@ -124,7 +124,7 @@ impl Tee {
             queue.push(payload);
         }
         match &mut self.body {
-            Body::Events(begin, tail) => {
+            KeptBody::Events(begin, tail) => {
                 if begin.is_waiting() {
                     begin.take(payload);
                     if tail.is_some() {
@@ -138,23 +138,23 @@ impl Tee {
                     tail.take(payload);
                 }
             }
-            Body::Coded(begin) if !payload.is_empty() => begin.unreadable(),
+            KeptBody::Coded(begin) if !payload.is_empty() => begin.unreadable(),
             // A truncated JSON document cannot be parsed.
-            Body::Document(kept, _) if kept.len() + payload.len() > DOCUMENT => self.body = Body::Nothing,
-            Body::Document(kept, share) => {
+            KeptBody::Document(kept, _) if kept.len() + payload.len() > DOCUMENT => self.body = KeptBody::Nothing,
+            KeptBody::Document(kept, share) => {
                 if share.grow(payload.len() as u64) {
                     kept.extend_from_slice(payload);
                 } else {
-                    self.body = Body::Refused;
+                    self.body = KeptBody::Refused;
                 }
             }
-            Body::Coded(_) | Body::Refused | Body::Nothing => {}
+            KeptBody::Coded(_) | KeptBody::Refused | KeptBody::Nothing => {}
         }
     }
 
     /// Notes a gap of unseen bytes, longer than what the kernel keeps.
     pub fn skipped(&mut self) {
-        if let Body::Events(_, Some(tail)) = &mut self.body {
+        if let KeptBody::Events(_, Some(tail)) = &mut self.body {
             tail.skipped();
         }
     }
@@ -163,14 +163,14 @@ impl Tee {
     pub fn next_piece(&mut self) -> Option<Bytes> {
         match (&mut self.queue, &mut self.body) {
             (Some(queue), _) => queue.next_piece(),
-            (None, Body::Events(begin, _) | Body::Coded(begin)) => begin.piece(),
-            (None, Body::Document(..) | Body::Refused | Body::Nothing) => None,
+            (None, KeptBody::Events(begin, _) | KeptBody::Coded(begin)) => begin.piece(),
+            (None, KeptBody::Document(..) | KeptBody::Refused | KeptBody::Nothing) => None,
         }
     }
 
     /// Whether there was no memory for what the picker was to get.
     pub fn given_up(&self) -> bool {
-        self.queue.is_none() && matches!(self.body, Body::Refused)
+        self.queue.is_none() && matches!(self.body, KeptBody::Refused)
     }
 
     /// Returns what the picker still gets at the end of the body.
@@ -179,8 +179,8 @@ impl Tee {
             return Rest { pieces: queue.rest() };
         }
         let mut pieces: Vec<Bytes> = self.next_piece().into_iter().collect();
-        let end = match std::mem::replace(&mut self.body, Body::Nothing) {
-            Body::Document(kept, share) => share.hold(kept.freeze()),
+        let end = match std::mem::replace(&mut self.body, KeptBody::Nothing) {
+            KeptBody::Document(kept, share) => share.hold(kept.freeze()),
             body => {
                 self.body = body;
                 self.last_events()
@@ -195,7 +195,7 @@ impl Tee {
     /// The end of an event stream, if it is wanted.
     fn last_events(&self) -> Bytes {
         match &self.body {
-            Body::Events(begin, Some(tail)) => tail.end(begin.told()),
+            KeptBody::Events(begin, Some(tail)) => tail.end(begin.told()),
             _ => Bytes::new(),
         }
     }
@@ -203,15 +203,15 @@ impl Tee {
     /// The tokens that the body reports, if it does. Call it before [`rest`](Self::rest).
     pub fn usage(&self) -> Option<Usage> {
         match &self.body {
-            Body::Events(begin, Some(tail)) => tail.usage(begin.told()).or(self.first.clone()).usage(),
-            Body::Document(kept, _) => usage::of_document(kept).usage(),
-            Body::Events(_, None) | Body::Coded(_) | Body::Refused | Body::Nothing => None,
+            KeptBody::Events(begin, Some(tail)) => tail.usage(begin.told()).or(self.first.clone()).usage(),
+            KeptBody::Document(kept, _) => usage::of_document(kept).usage(),
+            KeptBody::Events(_, None) | KeptBody::Coded(_) | KeptBody::Refused | KeptBody::Nothing => None,
         }
     }
 }
 
-impl Body {
-    fn of(facts: &Facts<'_>, memory: &Arc<Budget>) -> Self {
+impl KeptBody {
+    fn of(facts: &BodyFacts<'_>, memory: &Arc<Budget>) -> Self {
         let kind = media_type(facts.headers);
         let plain = !is_coded(facts.headers);
         let too_long = facts.length.is_some_and(|length| length > DOCUMENT as u64);

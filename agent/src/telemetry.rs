@@ -8,7 +8,7 @@ mod export;
 mod span;
 
 pub use export::Exporter;
-pub use span::{Ended, Pick, RequestSpan};
+pub use span::{EndedRequest, PickResult, RequestSpan};
 
 use std::sync::Arc;
 
@@ -19,7 +19,7 @@ use opentelemetry_sdk::{
     trace::{Sampler, SdkTracer, SdkTracerProvider},
 };
 
-use crate::{config, metrics::Metrics, panics::Watch};
+use crate::{config, metrics::Metrics, panics::PanicWatch};
 
 /// Creates spans. Clones use the same exporter.
 #[derive(Clone)]
@@ -33,7 +33,7 @@ impl Telemetry {
     pub fn start(
         config: &config::Tracing,
         metrics: &Arc<Metrics>,
-        watch: &Watch,
+        watch: &PanicWatch,
     ) -> anyhow::Result<Option<(Self, Exporter)>> {
         let Some(endpoint) = &config.otlp_endpoint else { return Ok(None) };
         let (queue, exporter) = export::start(endpoint, config, &resource(config), Arc::clone(metrics), watch)

@@ -15,7 +15,7 @@ pub use files::unreadable;
 
 use crate::{
     config::{AppProtocol, Config, EndpointsFormat, Picker, Pool, parse_endpoints},
-    dns::Dns,
+    dns::DnsResolver,
     inference_pools, kubernetes,
     picker::{
         handshake::{self, Mismatch},
@@ -50,7 +50,7 @@ impl Trial {
 
 /// Tries everything, and takes some seconds if something does not answer.
 pub async fn try_all(config: &Config) -> Vec<Trial> {
-    let dns = Dns::new(&config.dns);
+    let dns = DnsResolver::new(&config.dns);
     let (known, kubernetes) = kubernetes::try_pools(config).await;
     let config = &inference_pools::spelled_out(config, &known);
     let pools = config.pools.iter().map(|pool| try_pool(config, pool, &dns));
@@ -58,7 +58,7 @@ pub async fn try_all(config: &Config) -> Vec<Trial> {
     certificate::try_certificate(config, SystemTime::now()).into_iter().chain(kubernetes).chain(pools).collect()
 }
 
-async fn try_pool(config: &Config, pool: &Pool, dns: &Dns) -> Vec<Trial> {
+async fn try_pool(config: &Config, pool: &Pool, dns: &DnsResolver) -> Vec<Trial> {
     let (members, mut trials) = members(config, pool, dns).await;
     if let Picker::Epp(epp) = &pool.picker {
         trials.extend(try_epp(pool, epp, &members, dns).await);
@@ -70,7 +70,7 @@ async fn try_pool(config: &Config, pool: &Pool, dns: &Dns) -> Vec<Trial> {
 }
 
 /// The endpoints of the pool's sources that take requests, and the sources that failed.
-async fn members(config: &Config, pool: &Pool, dns: &Dns) -> (Vec<SocketAddr>, Vec<Trial>) {
+async fn members(config: &Config, pool: &Pool, dns: &DnsResolver) -> (Vec<SocketAddr>, Vec<Trial>) {
     let (mut endpoints, mut trials) = (pool.endpoints.clone(), Vec::new());
     if let Some(file) = &pool.endpoints_file {
         let name = format!("pool {}, endpoints_file", pool.name);

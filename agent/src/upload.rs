@@ -15,7 +15,7 @@ use bytes::Bytes;
 use http::HeaderMap;
 
 pub use self::complete::CompleteBody;
-use self::{clock::Clock, scan::Scan, source::Source};
+use self::{clock::Clock, scan::Scan, source::BodySource};
 use crate::{
     bbr::Naming,
     budget::Bodies,
@@ -30,7 +30,7 @@ use crate::{
 };
 
 pub struct Upload {
-    source: Source,
+    source: BodySource,
     clock: Clock,
     pub kept: ReplayBody,
     scan: Scan,
@@ -56,7 +56,7 @@ impl Upload {
             kept: ReplayBody::new(memory, limits.body_bytes, bodies),
             scan: Scan::new(naming(has_body), headers, limits, bodies),
             has_body,
-            source: Source::new(reader),
+            source: BodySource::new(reader),
             clock: Clock::new(limits.body_min_rate),
         })
     }

@@ -7,18 +7,18 @@
 use crate::{
     framing::Framing,
     slot::{LocalSlot, stop},
-    verdict::Kernel,
+    verdict::VerdictKernel,
 };
 
 /// What the rule needs to know about a message.
-pub trait Message: Kernel {
+pub trait Message: VerdictKernel {
     /// The sender's `write_seq`: the sequence number after the last byte that it sent over its own connection.
     fn write_seq(&mut self) -> u32;
     /// The sender tracks its own send queue, which a redirect would bypass.
     fn keeps_account(&mut self) -> bool;
 }
 
-/// Decides on a message of `len` bytes. The endpoint's own connection carries the message unless [`Kernel::redirect`] took it.
+/// Decides on a message of `len` bytes. The endpoint's own connection carries the message unless [`VerdictKernel::redirect`] took it.
 ///
 /// A redirect happens only if
 /// - user space has consumed every byte that the endpoint sent over its connection: `write_seq` is the value that the agent armed

@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// What both rules need from the kernel. Tests implement it with a model.
-pub trait Kernel {
+pub trait VerdictKernel {
     /// Loads with acquire order. Rust's core library has no such load for the kernel's target, so each side has its own.
     fn load_acquire(&mut self, word: &Word) -> u64;
     /// Stores 0 with release order.
@@ -31,7 +31,7 @@ pub trait Kernel {
 }
 
 /// What the verdict needs to know about a segment.
-pub trait Segment: Kernel {
+pub trait Segment: VerdictKernel {
     /// TCP sequence number of the segment's first byte.
     fn sequence(&mut self) -> u32;
     /// Removes bytes from the segment's front. Returns whether they were removed.
@@ -64,7 +64,7 @@ impl SendBuffer {
     }
 }
 
-/// Decides on a segment of `len` bytes; `len` 0 is the endpoint's FIN. The segment passes to user space unless [`Kernel::redirect`]
+/// Decides on a segment of `len` bytes; `len` 0 is the endpoint's FIN. The segment passes to user space unless [`VerdictKernel::redirect`]
 /// took it.
 ///
 /// A redirect happens only if user space has consumed every passed byte, the segment lies inside the message, and the client's send
@@ -174,7 +174,7 @@ impl Span {
 
     /// Disarms: at the end of the message (0), or for a reason of [`stop`].
     #[inline(always)]
-    pub(crate) fn end(&mut self, reason: u32, kernel: &mut impl Kernel) {
+    pub(crate) fn end(&mut self, reason: u32, kernel: &mut impl VerdictKernel) {
         self.stop = reason;
         kernel.clear_release(&self.armed);
         kernel.event();

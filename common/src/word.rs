@@ -5,7 +5,7 @@ use core::{cell::UnsafeCell, sync::atomic::AtomicU64};
 
 /// A word that both sides read while one of them may write. `get` and `set` are single, unordered accesses, because the eBPF back
 /// end has no atomic loads and stores. Ordered accesses are [`atomic`](Self::atomic) on the host and the methods of
-/// [`Kernel`](crate::verdict::Kernel) in the program.
+/// [`VerdictKernel`](crate::verdict::VerdictKernel) in the program.
 #[repr(transparent)]
 #[derive(Default)]
 #[cfg_attr(feature = "user", derive(zerocopy::IntoBytes, zerocopy::FromBytes, zerocopy::KnownLayout))]

@@ -5,7 +5,7 @@ use penstock_common::{
     wire::{
         flow::{CLIENT, ENDPOINT, Facts, Flow, mark, state},
         header::{ACK, FIN, RST, SYN, Shift},
-        judge::{Kernel, Leaving, Packet, Socket, Verdict, arrive, leave, refusal},
+        judge::{Leaving, Packet, Socket, Verdict, WireKernel, arrive, leave, refusal},
     },
 };
 use proptest::prelude::*;
@@ -20,7 +20,7 @@ struct Sockets {
     meanwhile: Vec<Option<u64>>,
 }
 
-impl Kernel for Sockets {
+impl WireKernel for Sockets {
     fn socket(&mut self, _: &Flow, leg: usize) -> Option<Socket> {
         self.sockets[leg]
     }

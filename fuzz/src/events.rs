@@ -4,7 +4,7 @@
 use http::{HeaderMap, HeaderValue, header};
 use penstock_agent::{
     config::ResponseToPicker,
-    parts::{Budget, Facts, Tee},
+    parts::{BodyFacts, Budget, Tee},
 };
 use penstock_common::{framing::Framing, tail};
 use serde_json::Value;
@@ -22,7 +22,7 @@ pub fn run(data: &[u8]) {
     let kind = if document { "application/json" } else { "text/event-stream" };
     let headers: HeaderMap = [(header::CONTENT_TYPE, HeaderValue::from_static(kind))].into_iter().collect();
     let tee = |mode| {
-        let facts = Facts { headers: &headers, length: None, streams: false };
+        let facts = BodyFacts { headers: &headers, length: None, streams: false };
         Tee::new(mode, &facts, &Budget::unlimited()).expect("this content type is supported")
     };
 

@@ -9,8 +9,8 @@ use http::{HeaderMap, HeaderName, HeaderValue, Request, StatusCode};
 use penstock_agent::{
     config::EppLimits,
     parts::{
-        After, Body, Budget, DESTINATION, Decision, Event, Exchange, ExchangeLimits, HeadLimits, Outcome, PickError,
-        RequestBody, RequestFraming, mutation, parse_request, write_request,
+        AfterResponse, Body, Budget, DESTINATION, Decision, Event, Exchange, ExchangeLimits, HeadLimits, Outcome,
+        PickError, RequestBody, RequestFraming, mutation, parse_request, write_request,
     },
 };
 use penstock_proto::{
@@ -199,7 +199,7 @@ fn check_decision(decision: &Decision, headers: &HeaderMap, body: Option<&[u8]>)
     assert_eq!(parts.headers.get_all("host").iter().collect::<Vec<_>>(), [HeaderValue::from_static("a")]);
     let mut out = BytesMut::new();
     let endpoint = endpoints[0];
-    write_request(&parts, endpoint, RequestFraming::Length(length as u64), After::Keep, &mut out);
+    write_request(&parts, endpoint, RequestFraming::Length(length as u64), AfterResponse::Keep, &mut out);
     let limits = HeadLimits { bytes: usize::MAX, headers: 4096 };
     match parse_request(&out, &limits) {
         Ok(Some((head, taken))) => {

@@ -9,7 +9,7 @@ use http::{HeaderName, HeaderValue, Method, Request, Uri, Version, request};
 use penstock_agent::{
     config::Headers,
     parts::{
-        After, Arrival, HeadLimits, RequestBody, RequestFraming, from_http2, parse_request, prepare_request,
+        AfterResponse, Arrival, HeadLimits, RequestBody, RequestFraming, from_http2, parse_request, prepare_request,
         write_request,
     },
 };
@@ -55,7 +55,13 @@ pub fn run(data: &[u8]) {
     let mut out = BytesMut::new();
     let framing = if ended { RequestFraming::None } else { RequestFraming::Length(body.len() as u64) };
     let endpoint = ([10, 0, 0, 1], 8000).into();
-    write_request(&head.parts, endpoint, framing, head.upgrade.as_ref().map_or(After::Keep, After::Upgrade), &mut out);
+    write_request(
+        &head.parts,
+        endpoint,
+        framing,
+        head.upgrade.as_ref().map_or(AfterResponse::Keep, AfterResponse::Upgrade),
+        &mut out,
+    );
 
     let limits = HeadLimits { bytes: usize::MAX, headers: 128 };
     let shown = out.escape_ascii().to_string();

@@ -9,7 +9,7 @@ use http::{HeaderName, Version};
 use penstock_agent::{
     config::Headers,
     parts::{
-        After, Arrival, HeadLimits, RequestBody, RequestFraming, RequestHead, RequestParser, parse_request,
+        AfterResponse, Arrival, HeadLimits, RequestBody, RequestFraming, RequestHead, RequestParser, parse_request,
         prepare_request, trace_context, write_request,
     },
 };
@@ -104,7 +104,13 @@ fn check_accepted(mut head: RequestHead, wire: &[u8]) {
         _ => RequestFraming::Length(body.len() as u64),
     };
     let endpoint = ([10, 0, 0, 1], 8000).into();
-    write_request(&head.parts, endpoint, framing, head.upgrade.as_ref().map_or(After::Keep, After::Upgrade), &mut out);
+    write_request(
+        &head.parts,
+        endpoint,
+        framing,
+        head.upgrade.as_ref().map_or(AfterResponse::Keep, AfterResponse::Upgrade),
+        &mut out,
+    );
     let limits = HeadLimits { bytes: usize::MAX, headers: 128 };
     let (again, taken) =
         parse_request(&out, &limits).expect("the forwarded head is valid").expect("the forwarded head is complete");

@@ -120,14 +120,14 @@ impl Zone {
 
 #[cfg(test)]
 mod tests {
-    use penstock_agent::{config, parts::Dns};
+    use penstock_agent::{config, parts::DnsResolver};
 
     use super::*;
 
-    fn dns(server: &DnsServer) -> Dns {
+    fn dns(server: &DnsServer) -> DnsResolver {
         let bounds = (Duration::from_secs(1), Duration::from_secs(60));
         let timeout = Duration::from_millis(500);
-        Dns::new(&config::Dns { servers: vec![server.addr], timeout, min_ttl: bounds.0, max_ttl: bounds.1 })
+        DnsResolver::new(&config::Dns { servers: vec![server.addr], timeout, min_ttl: bounds.0, max_ttl: bounds.1 })
     }
 
     fn addresses(list: &[&str]) -> Vec<IpAddr> {

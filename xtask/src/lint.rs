@@ -5,6 +5,7 @@
 mod aarch64;
 mod dependencies;
 mod links;
+mod types;
 mod words;
 
 use std::fs;
@@ -84,11 +85,14 @@ fn documentation() -> Result<()> {
 
 fn rules() -> Result<()> {
     let files = output(command("git").args(["ls-files"])).context("listing the tracked files with git")?;
-    let mut findings = Vec::new();
+    let (mut findings, mut type_names) = (Vec::new(), types::TypeNames::default());
     for file in files.lines().filter(|file| *file != "Cargo.lock" && !file.starts_with("fuzz/corpus/")) {
         // Skips binary files, and files that are deleted but not yet committed.
         let Ok(text) = fs::read_to_string(root().join(file)) else { continue };
         check_text(file, &text, &mut findings);
+        if file.ends_with(".rs") {
+            type_names.check(file, &text, &mut findings);
+        }
         if file.ends_with(".md") {
             links::check(root(), file, &text, &mut findings);
         }

@@ -63,7 +63,7 @@ pub(crate) fn forget(flow: &Flow, programs: &mut Programs) {
     for leg in &flow.legs {
         let _ = LEGS.remove(leg.facts.ends);
     }
-    penstock_common::wire::judge::Kernel::event(programs);
+    penstock_common::wire::judge::WireKernel::event(programs);
 }
 
 /// The helpers of the rule.
@@ -72,7 +72,7 @@ pub(crate) struct Programs {
     pub(crate) index: u32,
 }
 
-impl penstock_common::wire::judge::Kernel for Programs {
+impl penstock_common::wire::judge::WireKernel for Programs {
     #[inline(always)]
     fn socket(&mut self, flow: &Flow, leg: usize) -> Option<Socket> {
         look_up(self.skb, &flow.legs[leg & 1].facts.ends)

@@ -24,7 +24,7 @@ pub fn difference(sent: &[u8], returned: &[u8]) -> Difference {
         return Difference::None;
     }
     match (sent, returned) {
-        (Value::Object(mut sent), Value::Object(mut returned)) => {
+        (JsonValue::Object(mut sent), JsonValue::Object(mut returned)) => {
             let (Some(_), Some(model)) = (take_model(&mut sent), take_model(&mut returned)) else {
                 return Difference::Other;
             };
@@ -35,10 +35,10 @@ pub fn difference(sent: &[u8], returned: &[u8]) -> Difference {
 }
 
 /// Takes `model` out of these members, if it is there once and a string.
-fn take_model(members: &mut Vec<(Cow<'_, [u8]>, Value<'_>)>) -> Option<String> {
-    let is_model = |(key, _): &(Cow<'_, [u8]>, Value<'_>)| **key == *b"model";
+fn take_model(members: &mut Vec<(Cow<'_, [u8]>, JsonValue<'_>)>) -> Option<String> {
+    let is_model = |(key, _): &(Cow<'_, [u8]>, JsonValue<'_>)| **key == *b"model";
     let at = members.iter().position(is_model)?;
-    let (_, Value::Text(name)) = members.remove(at) else { return None };
+    let (_, JsonValue::Text(name)) = members.remove(at) else { return None };
     if members.iter().any(is_model) {
         return None;
     }
@@ -46,17 +46,17 @@ fn take_model(members: &mut Vec<(Cow<'_, [u8]>, Value<'_>)>) -> Option<String> {
 }
 
 #[derive(Debug, PartialEq)]
-enum Value<'d> {
+enum JsonValue<'d> {
     /// A number, `true`, `false` or `null`, by its text.
     Scalar(&'d [u8]),
     /// The characters in UTF-8. A lone surrogate takes three bytes, too.
     Text(Cow<'d, [u8]>),
-    Array(Vec<Value<'d>>),
+    Array(Vec<JsonValue<'d>>),
     /// By key. Equal keys stay in the order of the document.
-    Object(Vec<(Cow<'d, [u8]>, Value<'d>)>),
+    Object(Vec<(Cow<'d, [u8]>, JsonValue<'d>)>),
 }
 
-fn document(bytes: &[u8]) -> Option<Value<'_>> {
+fn document(bytes: &[u8]) -> Option<JsonValue<'_>> {
     let mut parser = Parser { rest: bytes, depth: 0 };
     let value = parser.value()?;
     parser.skip_white();
@@ -69,20 +69,20 @@ struct Parser<'d> {
 }
 
 impl<'d> Parser<'d> {
-    fn value(&mut self) -> Option<Value<'d>> {
+    fn value(&mut self) -> Option<JsonValue<'d>> {
         self.skip_white();
         match self.rest.first()? {
-            b'"' => self.text().map(Value::Text),
+            b'"' => self.text().map(JsonValue::Text),
             b'{' => self.list(b'}', Self::member).map(|mut members| {
                 members.sort_by(|(one, _), (other, _)| one.cmp(other));
-                Value::Object(members)
+                JsonValue::Object(members)
             }),
-            b'[' => self.list(b']', Self::value).map(Value::Array),
+            b'[' => self.list(b']', Self::value).map(JsonValue::Array),
             _ => self.scalar(),
         }
     }
 
-    fn member(&mut self) -> Option<(Cow<'d, [u8]>, Value<'d>)> {
+    fn member(&mut self) -> Option<(Cow<'d, [u8]>, JsonValue<'d>)> {
         self.skip_white();
         let key = self.text()?;
         self.skip_white();
@@ -114,12 +114,12 @@ impl<'d> Parser<'d> {
         Some(elements)
     }
 
-    fn scalar(&mut self) -> Option<Value<'d>> {
+    fn scalar(&mut self) -> Option<JsonValue<'d>> {
         let is_scalar = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'+' | b'.');
         let length = self.rest.iter().position(|byte| !is_scalar(byte)).unwrap_or(self.rest.len());
         let (scalar, rest) = self.rest.split_at(length);
         self.rest = rest;
-        (!scalar.is_empty()).then_some(Value::Scalar(scalar))
+        (!scalar.is_empty()).then_some(JsonValue::Scalar(scalar))
     }
 
     fn text(&mut self) -> Option<Cow<'d, [u8]>> {

@@ -23,15 +23,15 @@ pub(super) struct Places {
 }
 
 /// By age, oldest first.
-type Class = BTreeMap<u64, Held>;
+type Class = BTreeMap<u64, HeldPlace>;
 
-struct Held {
+struct HeldPlace {
     address: IpAddr,
     shed: Rc<Notify>,
 }
 
 /// A connection's place in a class; dropping it frees the place.
-pub(super) struct Place {
+pub(super) struct AdminPlace {
     number: u64,
     shed: Rc<Notify>,
     places: Rc<Places>,
@@ -43,11 +43,11 @@ impl Places {
     }
 
     /// Registers a connection from `address` that has sent nothing yet.
-    pub(super) fn enter(places: &Rc<Self>, address: IpAddr) -> Place {
+    pub(super) fn enter(places: &Rc<Self>, address: IpAddr) -> AdminPlace {
         let number = places.next.replace(places.next.get() + 1);
         let shed = Rc::new(Notify::new());
-        places.insert(&places.waiting, number, Held { address, shed: Rc::clone(&shed) });
-        Place { number, shed, places: Rc::clone(places) }
+        places.insert(&places.waiting, number, HeldPlace { address, shed: Rc::clone(&shed) });
+        AdminPlace { number, shed, places: Rc::clone(places) }
     }
 
     /// Sheds one connection, if there is one; waiting connections first.
@@ -59,7 +59,7 @@ impl Places {
         }
     }
 
-    fn insert(&self, class: &RefCell<Class>, number: u64, held: Held) {
+    fn insert(&self, class: &RefCell<Class>, number: u64, held: HeldPlace) {
         let mut class = class.borrow_mut();
         if class.len() >= self.bound {
             shed_oldest(&mut class);
@@ -83,7 +83,7 @@ fn shed_oldest(class: &mut Class) -> bool {
     true
 }
 
-impl Place {
+impl AdminPlace {
     /// Moves the connection to the answering class, because its request has arrived.
     pub(super) fn answering(&self) {
         let held = self.places.waiting.borrow_mut().remove(&self.number);
@@ -98,7 +98,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for AdminPlace {
     fn drop(&mut self) {
         self.places.waiting.borrow_mut().remove(&self.number);
         self.places.answering.borrow_mut().remove(&self.number);
@@ -115,7 +115,7 @@ mod tests {
         IpAddr::from([10, 0, 0, last])
     }
 
-    fn is_shed(place: &Place) -> bool {
+    fn is_shed(place: &AdminPlace) -> bool {
         place.shed().now_or_never().is_some()
     }
 
@@ -123,7 +123,7 @@ mod tests {
     fn full_class_sheds_the_oldest_of_the_address_that_has_the_most() {
         let places = Rc::new(Places::new(3));
         let probe = Places::enter(&places, address(1));
-        let flood: Vec<Place> = (0..10).map(|_| Places::enter(&places, address(2))).collect();
+        let flood: Vec<AdminPlace> = (0..10).map(|_| Places::enter(&places, address(2))).collect();
         assert!(!is_shed(&probe));
         assert_eq!(flood.iter().map(is_shed).collect::<Vec<_>>(), [[true; 8].as_slice(), &[false; 2]].concat());
     }
@@ -131,9 +131,9 @@ mod tests {
     #[test]
     fn waiting_connections_do_not_displace_answers() {
         let places = Rc::new(Places::new(2));
-        let answers: Vec<Place> = (0..2).map(|_| Places::enter(&places, address(1))).collect();
-        answers.iter().for_each(Place::answering);
-        let waiting: Vec<Place> = (0..10).map(|_| Places::enter(&places, address(1))).collect();
+        let answers: Vec<AdminPlace> = (0..2).map(|_| Places::enter(&places, address(1))).collect();
+        answers.iter().for_each(AdminPlace::answering);
+        let waiting: Vec<AdminPlace> = (0..10).map(|_| Places::enter(&places, address(1))).collect();
         assert!(!answers.iter().any(is_shed) && !is_shed(&waiting[9]));
         // A third answer displaces the first.
         waiting[9].answering();

@@ -8,7 +8,7 @@ use crate::{
     config::{self, AtStop},
     kernel::wire::is_initial_namespace,
     ladder::{Ladder, Program},
-    panics::Watch,
+    panics::PanicWatch,
     proxy::Keeper,
     shared::Shared,
 };
@@ -32,7 +32,11 @@ pub(super) fn adopt(ladder: &mut Ladder, leaves: bool) -> Option<Keeper> {
 }
 
 /// Starts the thread that keeps adopted flows.
-pub(super) fn keep(keeper: Keeper, updates: watch::Receiver<Arc<Shared>>, watch: Watch) -> io::Result<JoinHandle<()>> {
+pub(super) fn keep(
+    keeper: Keeper,
+    updates: watch::Receiver<Arc<Shared>>,
+    watch: PanicWatch,
+) -> io::Result<JoinHandle<()>> {
     const NAME: &str = "penstock-adopt";
     std::thread::Builder::new().name(NAME.into()).spawn(move || {
         watch.run(NAME, || {

@@ -14,13 +14,13 @@ use super::sockets::WorkerListener;
 use crate::{
     config::{Config, FailureMode, Picker, Pool},
     live::Live,
-    panics::Watch,
+    panics::PanicWatch,
     picker::keep::Start,
     readiness::{Gate, Readiness},
     room::{Idle, Room},
     server::{self, Listener},
     shared::Shared,
-    steer::Steering,
+    steer::SteeringSupport,
     worker::Worker,
 };
 
@@ -54,9 +54,9 @@ pub(super) fn start(
     listeners: Vec<Vec<WorkerListener>>,
     gates: Vec<WorkerGates>,
     live: &Live,
-    steering: &Steering,
+    steering: &SteeringSupport,
     room: &Arc<Room>,
-    watch: &Watch,
+    watch: &PanicWatch,
 ) -> io::Result<Vec<JoinHandle<()>>> {
     let start = |(number, (listeners, gates))| {
         let (updates, steering) = (live.updates(), steering.clone());
@@ -77,7 +77,7 @@ pub(super) fn start(
 /// Runs a worker on the current thread until it has drained.
 fn work(
     updates: watch::Receiver<Arc<Shared>>,
-    steering: &Steering,
+    steering: &SteeringSupport,
     idle: Rc<Idle>,
     listeners: Vec<WorkerListener>,
     gates: WorkerGates,

@@ -21,7 +21,7 @@ const MAX_PADDING: usize = 64;
 pub struct FormScanner {
     /// CRLF, two hyphens and the boundary.
     delimiter: Vec<u8>,
-    state: State,
+    state: FormState,
     /// What the current state has not consumed.
     pending: BytesMut,
     /// A field `model` has begun.
@@ -30,7 +30,7 @@ pub struct FormScanner {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
+enum FormState {
     /// Before the first delimiter, or in a part other than the model.
     Content,
     /// After a delimiter.
@@ -72,7 +72,7 @@ impl FormScanner {
         // The first delimiter has no CRLF before it.
         let start = || Self {
             delimiter: [b"\r\n--", boundary.as_bytes()].concat(),
-            state: State::Content,
+            state: FormState::Content,
             pending: BytesMut::from(&b"\r\n"[..]),
             names_model: false,
             model: None,
@@ -86,7 +86,7 @@ impl FormScanner {
 
     /// Scans the next bytes.
     pub fn feed(&mut self, bytes: &[u8]) -> Result<(), FormError> {
-        if self.state == State::Ended {
+        if self.state == FormState::Ended {
             return Ok(());
         }
         self.pending.extend_from_slice(bytes);
@@ -97,30 +97,30 @@ impl FormScanner {
     }
 
     /// Consumes what the state can. Returns the next state; `None` if that depends on bytes to come.
-    fn step(&mut self) -> Result<Option<State>, FormError> {
+    fn step(&mut self) -> Result<Option<FormState>, FormError> {
         match self.state {
-            State::Content => Ok(self.content()),
-            State::Line => self.line(),
-            State::Fields => self.fields(),
-            State::Model => self.value(),
-            State::Ended => {
+            FormState::Content => Ok(self.content()),
+            FormState::Line => self.line(),
+            FormState::Fields => self.fields(),
+            FormState::Model => self.value(),
+            FormState::Ended => {
                 self.pending = BytesMut::new();
                 Ok(None)
             }
         }
     }
 
-    fn content(&mut self) -> Option<State> {
+    fn content(&mut self) -> Option<FormState> {
         if let Some(at) = memmem::find(&self.pending, &self.delimiter) {
             self.pending.advance(at + self.delimiter.len());
-            return Some(State::Line);
+            return Some(FormState::Line);
         }
         self.pending.advance((self.pending.len() + 1).saturating_sub(self.delimiter.len()));
         None
     }
 
     /// The rest of a delimiter's line: nothing, white space, or two hyphens after the last part.
-    fn line(&mut self) -> Result<Option<State>, FormError> {
+    fn line(&mut self) -> Result<Option<FormState>, FormError> {
         let padding = self.pending.iter().take_while(|byte| matches!(byte, b' ' | b'\t')).count();
         if padding > MAX_PADDING {
             return Err(FormError::Long);
@@ -128,17 +128,17 @@ impl FormScanner {
         Ok(match self.pending[padding..] {
             [b'\r', b'\n', ..] => {
                 self.pending.advance(padding);
-                Some(State::Fields)
+                Some(FormState::Fields)
             }
             [] | [b'\r'] => None,
             [b'-'] if padding == 0 => None,
-            [b'-', b'-', ..] if padding == 0 => Some(State::Ended),
+            [b'-', b'-', ..] if padding == 0 => Some(FormState::Ended),
             // Another delimiter, which begins as this one does.
-            _ => Some(State::Content),
+            _ => Some(FormState::Content),
         })
     }
 
-    fn fields(&mut self) -> Result<Option<State>, FormError> {
+    fn fields(&mut self) -> Result<Option<FormState>, FormError> {
         let end = memmem::find(&self.pending, b"\r\n\r\n");
         let least = end.unwrap_or_else(|| self.pending.len().saturating_sub(b"\r\n\r".len()));
         if least > MAX_FIELDS {
@@ -147,16 +147,16 @@ impl FormScanner {
         let Some(end) = end else { return Ok(None) };
         let fields = self.pending.split_to(end + b"\r\n\r\n".len());
         if !names_model(&fields)? {
-            return Ok(Some(State::Content));
+            return Ok(Some(FormState::Content));
         }
         if self.names_model {
             return Err(FormError::Second);
         }
         self.names_model = true;
-        Ok(Some(State::Model))
+        Ok(Some(FormState::Model))
     }
 
-    fn value(&mut self) -> Result<Option<State>, FormError> {
+    fn value(&mut self) -> Result<Option<FormState>, FormError> {
         let end = memmem::find(&self.pending, &self.delimiter);
         let least = end.unwrap_or_else(|| (self.pending.len() + 1).saturating_sub(self.delimiter.len()));
         if least > MAX_MODEL {
@@ -166,7 +166,7 @@ impl FormScanner {
         let value = self.pending.split_to(end);
         let text = std::str::from_utf8(&value).ok().filter(|text| !text.chars().any(char::is_control));
         self.model = Some(text.ok_or(FormError::NoName)?.to_owned());
-        Ok(Some(State::Content))
+        Ok(Some(FormState::Content))
     }
 }
 

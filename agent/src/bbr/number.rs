@@ -2,7 +2,7 @@
 
 /// The part that was read last.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Number {
+pub(super) enum NumberPart {
     Minus,
     Zero,
     Integer,
@@ -13,38 +13,38 @@ pub(super) enum Number {
     Exponent,
 }
 
-impl Number {
+impl NumberPart {
     pub(super) fn start(byte: u8) -> Option<Self> {
         match byte {
-            b'-' => Some(Number::Minus),
-            b'0' => Some(Number::Zero),
-            b'1'..=b'9' => Some(Number::Integer),
+            b'-' => Some(NumberPart::Minus),
+            b'0' => Some(NumberPart::Zero),
+            b'1'..=b'9' => Some(NumberPart::Integer),
             _ => None,
         }
     }
 
     pub(super) fn next(self, byte: u8) -> Option<Self> {
         match (self, byte) {
-            (Number::Minus, b'0') => Some(Number::Zero),
-            (Number::Minus | Number::Integer, b'0'..=b'9') => Some(Number::Integer),
-            (Number::Zero | Number::Integer, b'.') => Some(Number::Point),
-            (Number::Point | Number::Fraction, b'0'..=b'9') => Some(Number::Fraction),
-            (Number::Zero | Number::Integer | Number::Fraction, b'e' | b'E') => Some(Number::E),
-            (Number::E, b'+' | b'-') => Some(Number::ESign),
-            (Number::E | Number::ESign | Number::Exponent, b'0'..=b'9') => Some(Number::Exponent),
+            (NumberPart::Minus, b'0') => Some(NumberPart::Zero),
+            (NumberPart::Minus | NumberPart::Integer, b'0'..=b'9') => Some(NumberPart::Integer),
+            (NumberPart::Zero | NumberPart::Integer, b'.') => Some(NumberPart::Point),
+            (NumberPart::Point | NumberPart::Fraction, b'0'..=b'9') => Some(NumberPart::Fraction),
+            (NumberPart::Zero | NumberPart::Integer | NumberPart::Fraction, b'e' | b'E') => Some(NumberPart::E),
+            (NumberPart::E, b'+' | b'-') => Some(NumberPart::ESign),
+            (NumberPart::E | NumberPart::ESign | NumberPart::Exponent, b'0'..=b'9') => Some(NumberPart::Exponent),
             _ => None,
         }
     }
 
     pub(super) fn is_complete(self) -> bool {
-        matches!(self, Number::Zero | Number::Integer | Number::Fraction | Number::Exponent)
+        matches!(self, NumberPart::Zero | NumberPart::Integer | NumberPart::Fraction | NumberPart::Exponent)
     }
 
     pub(super) fn expected(self) -> &'static str {
         match self {
-            Number::E => "a digit, `+` or `-`",
-            Number::Minus | Number::Point | Number::ESign => "a digit",
-            Number::Zero | Number::Integer | Number::Fraction | Number::Exponent => {
+            NumberPart::E => "a digit, `+` or `-`",
+            NumberPart::Minus | NumberPart::Point | NumberPart::ESign => "a digit",
+            NumberPart::Zero | NumberPart::Integer | NumberPart::Fraction | NumberPart::Exponent => {
                 "the rest of a number, or what follows it"
             }
         }

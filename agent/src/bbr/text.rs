@@ -25,7 +25,7 @@ pub(super) enum Text {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Piece<'a> {
+pub(super) enum TextPiece<'a> {
     /// Literal bytes. The bytes of one character may arrive in several pieces.
     Bytes(&'a [u8]),
     /// One UTF-16 code unit from an escape.
@@ -39,29 +39,29 @@ pub(super) enum Piece<'a> {
 impl Text {
     /// Reads a prefix of `bytes`, which must not be empty. Returns its length and meaning, or None if the first byte is
     /// not allowed.
-    pub(super) fn step<'a>(&mut self, bytes: &'a [u8]) -> Option<(usize, Piece<'a>)> {
+    pub(super) fn step<'a>(&mut self, bytes: &'a [u8]) -> Option<(usize, TextPiece<'a>)> {
         let byte = bytes[0];
         let piece = match *self {
             Text::Plain => {
                 let plain = plain_prefix(bytes);
                 if plain > 0 {
-                    return Some((plain, Piece::Bytes(&bytes[..plain])));
+                    return Some((plain, TextPiece::Bytes(&bytes[..plain])));
                 }
                 match byte {
-                    b'"' => Piece::Close,
+                    b'"' => TextPiece::Close,
                     b'\\' => {
                         *self = Text::Escape;
-                        Piece::Part
+                        TextPiece::Part
                     }
                     _ => {
                         *self = after_lead(byte)?;
-                        Piece::Bytes(&bytes[..1])
+                        TextPiece::Bytes(&bytes[..1])
                     }
                 }
             }
             Text::Escape if byte == b'u' => {
                 *self = Text::Hex { left: 4, unit: 0 };
-                Piece::Part
+                TextPiece::Part
             }
             Text::Escape => {
                 let character = match byte {
@@ -74,17 +74,17 @@ impl Text {
                     _ => return None,
                 };
                 *self = Text::Plain;
-                Piece::Unit(u16::from(character))
+                TextPiece::Unit(u16::from(character))
             }
             Text::Hex { left, unit } => {
                 let digit = char::from(byte).to_digit(16)?;
                 let unit = unit << 4 | digit as u16;
                 if left > 1 {
                     *self = Text::Hex { left: left - 1, unit };
-                    Piece::Part
+                    TextPiece::Part
                 } else {
                     *self = Text::Plain;
-                    Piece::Unit(unit)
+                    TextPiece::Unit(unit)
                 }
             }
             Text::Utf8 { left, low, high } => {
@@ -92,7 +92,7 @@ impl Text {
                     return None;
                 }
                 *self = if left > 1 { Text::Utf8 { left: left - 1, low: 0x80, high: 0xbf } } else { Text::Plain };
-                Piece::Bytes(&bytes[..1])
+                TextPiece::Bytes(&bytes[..1])
             }
         };
         Some((1, piece))

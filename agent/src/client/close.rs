@@ -10,7 +10,7 @@ use tokio::{
     time::{Instant, timeout, timeout_at},
 };
 
-use super::wire::Wire;
+use super::wire::ClientIo;
 use crate::config::Config;
 
 /// How long a client must be silent before it counts as finished. A slow, lossy link can pause for seconds.
@@ -46,7 +46,7 @@ impl Default for Linger {
 pub type Cut = &'static str;
 
 /// Closes the connection. `Err` if a limit was reached before the client closed its side.
-pub async fn discard(mut wire: Wire, mut buf: BytesMut, linger: Linger) -> Result<(), Cut> {
+pub async fn discard(mut wire: ClientIo, mut buf: BytesMut, linger: Linger) -> Result<(), Cut> {
     let until = Instant::now() + linger.time;
     // Waits only to send TLS's close_notify. If the connection is broken, nothing remains to be done.
     match timeout_at(until, wire.shutdown()).await {

@@ -15,7 +15,7 @@ use std::{
 
 use tokio::time::Instant;
 
-use super::{reach::Reach, wire::Wire};
+use super::{reach::Reach, wire::ClientIo};
 use crate::{deadline::with_deadline, kernel::socket};
 
 /// Checks per limit.
@@ -24,10 +24,10 @@ const CHECKS: u32 = 4;
 pub struct Patience {
     limit: Option<Duration>,
     reach: Reach,
-    waiting: Option<Waiting>,
+    waiting: Option<PatienceTimer>,
 }
 
-struct Waiting {
+struct PatienceTimer {
     acked: u64,
     /// Time of the last acknowledgement, or the start of the wait.
     since: Instant,
@@ -50,8 +50,8 @@ impl Patience {
     /// nothing between two calls.
     pub async fn step<T>(
         &mut self,
-        wire: &mut Wire,
-        mut poll: impl FnMut(Pin<&mut Wire>, &mut Context<'_>) -> Poll<io::Result<T>>,
+        wire: &mut ClientIo,
+        mut poll: impl FnMut(Pin<&mut ClientIo>, &mut Context<'_>) -> Poll<io::Result<T>>,
     ) -> io::Result<T> {
         // Usually `poll` is ready immediately.
         let at_once = poll_fn(|cx| match poll(Pin::new(wire), cx) {
@@ -76,7 +76,7 @@ impl Patience {
         if let (Some(interval), None) = (self.interval(), &self.waiting) {
             let now = Instant::now();
             let acked = socket::bytes_acked(socket.as_fd())?;
-            self.waiting = Some(Waiting { acked, since: now, next_check: now + interval });
+            self.waiting = Some(PatienceTimer { acked, since: now, next_check: now + interval });
         }
         Ok(())
     }

@@ -61,9 +61,9 @@ impl Reach {
 }
 
 /// A [`Reach`] with its timer, which keeps running from one wait to the next.
-pub struct Watch(RefCell<Option<(Reach, Pin<Box<Sleep>>)>>);
+pub struct ReachWatch(RefCell<Option<(Reach, Pin<Box<Sleep>>)>>);
 
-impl Watch {
+impl ReachWatch {
     pub fn new(after: Option<Duration>) -> Self {
         let reach = Reach::new(after);
         let watched = reach.interval().map(|interval| Box::pin(sleep_until(Instant::now() + interval)));

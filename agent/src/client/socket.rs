@@ -14,8 +14,8 @@ use super::{
     close::{self, Cut, Linger},
     ledger::Ledger,
     patience::{self, Patience},
-    reach::Watch,
-    wire::Wire,
+    reach::ReachWatch,
+    wire::ClientIo,
 };
 use crate::{
     config::HalfClose,
@@ -38,7 +38,7 @@ const EARLY: usize = 256 * 1024;
 const AHEAD: usize = 4096;
 
 pub struct ClientSocket {
-    wire: Wire,
+    wire: ClientIo,
     /// Bytes read but not used: the rest of a request, or the beginning of the next.
     pub buf: BytesMut,
     ledger: Ledger,
@@ -56,7 +56,7 @@ pub struct ClientSocket {
     half_close: HalfClose,
     /// How long a due acknowledgement may be missing before the client's machine counts as gone.
     unreachable: Option<Duration>,
-    watch: Watch,
+    watch: ReachWatch,
     /// The kernel's slot for what the client sends. Declared after `wire`, because a slot must outlive its socket.
     source: Option<Source>,
 }
@@ -66,14 +66,14 @@ pub(super) type TunnelEnd<'a> = (&'a TcpStream, BytesMut, Option<&'a Source>);
 
 impl ClientSocket {
     pub fn new(stream: TcpStream) -> io::Result<Self> {
-        Self::of(Wire::Plain(stream))
+        Self::of(ClientIo::Plain(stream))
     }
 
     pub fn tls(stream: TlsStream<TcpStream>) -> io::Result<Self> {
-        Self::of(Wire::Tls(Box::new(stream)))
+        Self::of(ClientIo::Tls(Box::new(stream)))
     }
 
-    fn of(wire: Wire) -> io::Result<Self> {
+    fn of(wire: ClientIo) -> io::Result<Self> {
         wire.tcp().set_nodelay(true)?;
         let ledger = Ledger::begin(wire.tcp())?;
         Ok(Self {
@@ -89,13 +89,13 @@ impl ClientSocket {
             idle: None,
             half_close: HalfClose::Cancel,
             unreachable: None,
-            watch: Watch::new(None),
+            watch: ReachWatch::new(None),
             source: None,
         })
     }
 
     /// The connection and the bytes already read from it.
-    pub fn into_parts(self) -> (Wire, BytesMut) {
+    pub fn into_parts(self) -> (ClientIo, BytesMut) {
         (self.wire, self.buf)
     }
 
@@ -121,7 +121,7 @@ impl ClientSocket {
         self.half_close = half_close;
         if self.unreachable != unreachable {
             self.unreachable = unreachable;
-            self.watch = Watch::new(unreachable);
+            self.watch = ReachWatch::new(unreachable);
         }
     }
 
@@ -170,8 +170,8 @@ impl ClientSocket {
     pub fn read_now(&mut self, room: usize) -> io::Result<usize> {
         self.make_room(room);
         match &mut self.wire {
-            Wire::Plain(stream) => socket::receive_into(&*stream, &mut self.buf),
-            Wire::Tls(stream) => {
+            ClientIo::Plain(stream) => socket::receive_into(&*stream, &mut self.buf),
+            ClientIo::Tls(stream) => {
                 stream.read_buf(&mut self.buf).now_or_never().unwrap_or(Err(io::ErrorKind::WouldBlock.into()))
             }
         }
@@ -257,7 +257,7 @@ impl ClientSocket {
 
     /// The connection for both directions, and the bytes already read. The ledger ends here: nothing may be redirected
     /// afterwards.
-    pub fn raw(&mut self) -> (&mut Wire, BytesMut) {
+    pub fn raw(&mut self) -> (&mut ClientIo, BytesMut) {
         (&mut self.wire, std::mem::take(&mut self.buf))
     }
 

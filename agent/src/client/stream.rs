@@ -23,7 +23,7 @@ const CHECKS: u32 = 4;
 
 pub struct ClientStream {
     body: RecvStream,
-    state: State,
+    state: StreamState,
     tls: bool,
     id: u32,
     traffic: Rc<Traffic>,
@@ -36,7 +36,7 @@ pub struct ClientStream {
     stalled: bool,
 }
 
-enum State {
+enum StreamState {
     Unanswered(SendResponse<Bytes>),
     Flowing(SendStream<Bytes>),
     /// The head ended the stream; [`ClientStream::end`] is still to be called.
@@ -57,7 +57,7 @@ impl ClientStream {
         let (parts, body) = request.into_parts();
         let (id, tls) = (answer.stream_id().as_u32(), traffic.wire().borrow().is_tls());
         traffic.open(id);
-        let state = State::Unanswered(answer);
+        let state = StreamState::Unanswered(answer);
         (parts, Self { body, state, tls, id, traffic, sent: 0, interim: 0, idle: None, stalled: false })
     }
 
@@ -67,7 +67,7 @@ impl ClientStream {
 
     /// Whether the answer's head has been sent.
     pub fn is_answered(&self) -> bool {
-        !matches!(self.state, State::Unanswered(_))
+        !matches!(self.state, StreamState::Unanswered(_))
     }
 
     /// Sets how long the client may go without opening its window.
@@ -98,7 +98,7 @@ impl ClientStream {
     /// After the whole answer: reads and discards what the client still sends. Many clients lose an answer that comes together with
     /// the reset of their upload, though RFC 9113 §8.1 forbids that. `Err` if a limit was reached before the end of the request.
     pub async fn discard(&mut self, linger: Linger) -> Result<(), Cut> {
-        if !matches!(self.state, State::Answered) {
+        if !matches!(self.state, StreamState::Answered) {
             return Ok(());
         }
         let until = Instant::now() + linger.time;
@@ -126,9 +126,9 @@ impl ClientStream {
     pub async fn gone(&mut self) {
         // A reset and an error both mean that the client is gone.
         match &mut self.state {
-            State::Unanswered(answer) => drop(poll_fn(|cx| answer.poll_reset(cx)).await),
-            State::Flowing(out) => drop(poll_fn(|cx| out.poll_reset(cx)).await),
-            State::Ended | State::Answered => std::future::pending().await,
+            StreamState::Unanswered(answer) => drop(poll_fn(|cx| answer.poll_reset(cx)).await),
+            StreamState::Flowing(out) => drop(poll_fn(|cx| out.poll_reset(cx)).await),
+            StreamState::Ended | StreamState::Answered => std::future::pending().await,
         }
     }
 
@@ -144,7 +144,7 @@ impl ClientStream {
     /// Sends an interim head, and waits until it has been written: an endpoint that sends many is not read faster than the
     /// client is written to. `TimedOut` when the client took nothing for too long.
     pub async fn interim(&mut self, head: Response<()>) -> io::Result<()> {
-        let State::Unanswered(answer) = &mut self.state else { return Err(gone()) };
+        let StreamState::Unanswered(answer) = &mut self.state else { return Err(gone()) };
         answer.send_informational(head).map_err(io::Error::other)?;
         self.interim += 1;
         let written = async {
@@ -168,15 +168,15 @@ impl ClientStream {
     /// Sends the head of an answer without a body; [`end`](Self::end) must still be called.
     pub fn begin_and_end(&mut self, head: Response<()>) -> io::Result<()> {
         self.head(head, true)?;
-        self.state = State::Ended;
+        self.state = StreamState::Ended;
         Ok(())
     }
 
     fn head(&mut self, mut head: Response<()>, ends: bool) -> io::Result<()> {
         head.headers_mut().entry(header::DATE).or_insert_with(date::now);
-        let State::Unanswered(answer) = &mut self.state else { return Err(gone()) };
+        let StreamState::Unanswered(answer) = &mut self.state else { return Err(gone()) };
         let out = answer.send_response(head, ends).map_err(io::Error::other)?;
-        self.state = if ends { State::Answered } else { State::Flowing(out) };
+        self.state = if ends { StreamState::Answered } else { StreamState::Flowing(out) };
         Ok(())
     }
 
@@ -187,10 +187,12 @@ impl ClientStream {
     }
 
     pub async fn end(&mut self, trailers: HeaderMap) -> io::Result<()> {
-        match std::mem::replace(&mut self.state, State::Answered) {
-            State::Flowing(mut out) if trailers.is_empty() => out.send_data(Bytes::new(), true).map_err(|_| gone()),
-            State::Flowing(mut out) => out.send_trailers(trailers).map_err(|_| gone()),
-            State::Ended => Ok(()),
+        match std::mem::replace(&mut self.state, StreamState::Answered) {
+            StreamState::Flowing(mut out) if trailers.is_empty() => {
+                out.send_data(Bytes::new(), true).map_err(|_| gone())
+            }
+            StreamState::Flowing(mut out) => out.send_trailers(trailers).map_err(|_| gone()),
+            StreamState::Ended => Ok(()),
             _ => Err(gone()),
         }
     }
@@ -198,7 +200,7 @@ impl ClientStream {
     /// Waits until everything that h2 has queued is written, while the client makes progress. Called before a reset, which would
     /// discard the queue.
     pub async fn settle(&mut self) {
-        let State::Flowing(out) = &mut self.state else { return };
+        let StreamState::Flowing(out) = &mut self.state else { return };
         if self.stalled {
             return;
         }
@@ -221,20 +223,20 @@ impl ClientStream {
     async fn write(&mut self, mut piece: Bytes, ends: bool) -> io::Result<()> {
         while !piece.is_empty() {
             let room = self.room(piece.len()).await?;
-            let State::Flowing(out) = &mut self.state else { return Err(gone()) };
+            let StreamState::Flowing(out) = &mut self.state else { return Err(gone()) };
             let now = piece.split_to(room.min(piece.len()));
             self.sent += now.len() as u64;
             out.send_data(now, ends && piece.is_empty()).map_err(|_| gone())?;
         }
         if ends {
-            self.state = State::Answered;
+            self.state = StreamState::Answered;
         }
         Ok(())
     }
 
     /// Waits for room for up to `wanted` bytes. Returns `TimedOut` if the client made no room for too long.
     async fn room(&mut self, wanted: usize) -> io::Result<usize> {
-        let State::Flowing(out) = &mut self.state else { return Err(gone()) };
+        let StreamState::Flowing(out) = &mut self.state else { return Err(gone()) };
         // Reserves only when there is something to send: what one stream reserves of the connection's window is lost to
         // the others.
         out.reserve_capacity(wanted);
@@ -282,9 +284,9 @@ impl Drop for ClientStream {
         self.traffic.close(self.id);
         let reason = if self.stalled { Reason::CANCEL } else { Reason::INTERNAL_ERROR };
         match &mut self.state {
-            State::Unanswered(answer) => answer.send_reset(reason),
-            State::Flowing(out) => out.send_reset(reason),
-            State::Ended | State::Answered => {}
+            StreamState::Unanswered(answer) => answer.send_reset(reason),
+            StreamState::Flowing(out) => out.send_reset(reason),
+            StreamState::Ended | StreamState::Answered => {}
         }
     }
 }

@@ -12,8 +12,8 @@ use std::{
 
 use tokio::{sync::Notify, time::Instant};
 
-use self::budget::Budget;
-use super::wire::Wire;
+use self::budget::FrameBudget;
+use super::wire::ClientIo;
 use crate::{
     http::frame_heads::{END_STREAM, FrameHead, LargeBlocks, kind},
     kernel::socket,
@@ -35,7 +35,7 @@ struct Written {
 }
 
 pub struct Traffic {
-    wire: RefCell<Wire>,
+    wire: RefCell<ClientIo>,
     /// What has been written, by stream.
     written: RefCell<HashMap<u32, Written>>,
     /// Notified when a frame of a response has been written.
@@ -43,9 +43,9 @@ pub struct Traffic {
     /// Received heads and trailers that are too large.
     large: RefCell<LargeBlocks>,
     /// Requests that the client may reset before they are answered.
-    resets: RefCell<Budget>,
+    resets: RefCell<FrameBudget>,
     /// Frames without message content.
-    frames: RefCell<Budget>,
+    frames: RefCell<FrameBudget>,
     /// Time of the last frame with message content, in either direction.
     last_content: Cell<Instant>,
     /// Time of the last frame received.
@@ -56,15 +56,15 @@ pub struct Traffic {
 
 impl Traffic {
     /// `resets` and `frames` are the sizes of the two budgets, `block` the most bytes of received trailers in frames.
-    pub fn new(wire: Wire, resets: u32, frames: u32, block: usize) -> Self {
+    pub fn new(wire: ClientIo, resets: u32, frames: u32, block: usize) -> Self {
         let now = Instant::now();
         Self {
             wire: RefCell::new(wire),
             written: RefCell::default(),
             response_written: Notify::new(),
             large: RefCell::new(LargeBlocks::new(block)),
-            resets: RefCell::new(Budget::new(resets, RESETS, now)),
-            frames: RefCell::new(Budget::new(frames, FRAMES, now)),
+            resets: RefCell::new(FrameBudget::new(resets, RESETS, now)),
+            frames: RefCell::new(FrameBudget::new(frames, FRAMES, now)),
             last_content: Cell::new(now),
             last_received: Cell::new(now),
             over: Cell::new(None),
@@ -73,11 +73,11 @@ impl Traffic {
     }
 
     /// The connection itself; the caller must release the borrow before anyone else needs it.
-    pub fn wire(&self) -> &RefCell<Wire> {
+    pub fn wire(&self) -> &RefCell<ClientIo> {
         &self.wire
     }
 
-    pub fn into_wire(self) -> Wire {
+    pub fn into_wire(self) -> ClientIo {
         self.wire.into_inner()
     }
 

@@ -12,13 +12,13 @@ use tokio::{
 };
 use tokio_rustls::server::TlsStream;
 
-pub enum Wire {
+pub enum ClientIo {
     Plain(TcpStream),
     /// Cannot be a target, because the kernel would send plain bytes.
     Tls(Box<TlsStream<TcpStream>>),
 }
 
-impl Wire {
+impl ClientIo {
     pub fn tcp(&self) -> &TcpStream {
         match self {
             Self::Plain(stream) => stream,
@@ -35,11 +35,11 @@ impl Wire {
 macro_rules! on_stream {
     ($wire:expr, $stream:ident => $call:expr) => {
         match $wire.get_mut() {
-            Wire::Plain(stream) => {
+            ClientIo::Plain(stream) => {
                 let $stream = Pin::new(stream);
                 $call
             }
-            Wire::Tls(stream) => {
+            ClientIo::Tls(stream) => {
                 let $stream = Pin::new(stream.as_mut());
                 $call
             }
@@ -47,13 +47,13 @@ macro_rules! on_stream {
     };
 }
 
-impl AsyncRead for Wire {
+impl AsyncRead for ClientIo {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         on_stream!(self, stream => stream.poll_read(cx, buf))
     }
 }
 
-impl AsyncWrite for Wire {
+impl AsyncWrite for ClientIo {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         on_stream!(self, stream => stream.poll_write(cx, buf))
     }

@@ -4,7 +4,7 @@ use serde_json::Value as Json;
 
 use super::{
     Config,
-    settings::{Key, Settings as _, Shape},
+    settings::{SettingKey, Settings as _, Shape},
 };
 
 /// Maximum width of a comment, in columns.
@@ -22,7 +22,7 @@ pub fn default_toml() -> String {
 }
 
 /// Prints the values of a section, and after them its sub-sections, as TOML requires.
-fn section(text: &mut String, path: &str, keys: &[Key]) {
+fn section(text: &mut String, path: &str, keys: &[SettingKey]) {
     for key in keys {
         if let Shape::Value { choices, default, example, .. } = &key.shape {
             for paragraph in &key.doc {

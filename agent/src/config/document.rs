@@ -15,7 +15,7 @@ use toml::{
 
 use super::{
     error::{ConfigError, ConfigErrors, ConfigWarning, Position},
-    settings::Key,
+    settings::SettingKey,
     value::{self, Parsed},
 };
 
@@ -27,10 +27,10 @@ const ALIKE: f64 = 0.7;
 pub(super) fn read<T>(
     text: &str,
     file: &str,
-    keys: &[Key],
+    keys: &[SettingKey],
     read: impl FnOnce(&mut Section<'_>) -> T,
 ) -> Result<(T, Vec<ConfigWarning>), ConfigErrors> {
-    let place = Place { text, file, errors: RefCell::default() };
+    let place = DocumentContext { text, file, errors: RefCell::default() };
     let (mut tree, syntax) = DeTable::parse_recoverable(text);
     for error in syntax {
         let position = place.position(error.span().map_or(0, |span| span.start));
@@ -49,13 +49,13 @@ pub(super) fn read<T>(
     Ok((value, warnings))
 }
 
-struct Place<'d> {
+struct DocumentContext<'d> {
     text: &'d str,
     file: &'d str,
     errors: RefCell<Vec<ConfigError>>,
 }
 
-impl Place<'_> {
+impl DocumentContext<'_> {
     fn position(&self, offset: usize) -> Position {
         let before = self.text.char_indices().take_while(|(at, _)| *at < offset);
         before.fold(Position { line: 1, column: 1 }, |position, (_, character)| match character {
@@ -75,7 +75,7 @@ impl Place<'_> {
 
 /// One table of the file, or an absent table, in which every key has its default.
 pub(super) struct Section<'d> {
-    place: &'d Place<'d>,
+    place: &'d DocumentContext<'d>,
     path: String,
     /// Byte offset of its first line, for errors about missing keys.
     start: usize,
@@ -84,7 +84,7 @@ pub(super) struct Section<'d> {
 }
 
 impl<'d> Section<'d> {
-    fn new(place: &'d Place<'d>, path: String, start: usize, table: Option<&'d DeTable<'d>>) -> Self {
+    fn new(place: &'d DocumentContext<'d>, path: String, start: usize, table: Option<&'d DeTable<'d>>) -> Self {
         Self { place, path, start, table, known: Vec::new() }
     }
 

@@ -12,7 +12,7 @@ use toml::de::DeValue;
 
 use super::{
     document::Section,
-    settings::Kind as _,
+    settings::SettingKind as _,
     value::{self, Custom, Expected, List, Parsed, host, integer},
 };
 
@@ -22,7 +22,7 @@ const MAX_PORTS: usize = 8;
 const LISTED: &str = "an array of ip:port";
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Endpoint {
+pub struct ListedEndpoint {
     pub address: SocketAddr,
     /// Name of the node that it runs on.
     pub node: Option<String>,
@@ -31,7 +31,7 @@ pub struct Endpoint {
     pub draining: bool,
 }
 
-impl From<SocketAddr> for Endpoint {
+impl From<SocketAddr> for ListedEndpoint {
     fn from(address: SocketAddr) -> Self {
         Self { address, node: None, zone: None, draining: false }
     }
@@ -72,7 +72,7 @@ pub(super) fn ports() -> Custom<Vec<u16>> {
 }
 
 /// An address without a port is one endpoint at each of `ports`.
-pub(super) fn listed() -> Custom<Vec<Endpoint>> {
+pub(super) fn listed() -> Custom<Vec<ListedEndpoint>> {
     let address = json!({ "type": "string" });
     let table = json!({
         "type": "object",
@@ -91,7 +91,7 @@ pub(super) fn listed() -> Custom<Vec<Endpoint>> {
         read: |section, key| {
             let ports = port().read(section, "ports").unwrap_or_default();
             let elements = section.list(key, LISTED, |value| listed_element(value, &ports));
-            let mut endpoints: Vec<Endpoint> = Vec::new();
+            let mut endpoints: Vec<ListedEndpoint> = Vec::new();
             for (index, element) in elements.into_iter().enumerate() {
                 for endpoint in element {
                     if endpoints.iter().any(|other| other.address == endpoint.address) {
@@ -143,12 +143,12 @@ pub(super) fn named() -> Custom<Option<NamedEndpoints>> {
 )]
 enum Listed {
     Address(String),
-    Entry(Entry),
+    Entry(EndpointEntry),
 }
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Entry {
+struct EndpointEntry {
     address: String,
     node: Option<String>,
     zone: Option<String>,
@@ -156,18 +156,18 @@ struct Entry {
     draining: bool,
 }
 
-impl Entry {
+impl EndpointEntry {
     /// The endpoints at each of `ports`. The error is an address that cannot be parsed.
-    fn endpoints(self, ports: &[u16]) -> Result<Vec<Endpoint>, String> {
+    fn endpoints(self, ports: &[u16]) -> Result<Vec<ListedEndpoint>, String> {
         let Self { address, node, zone, draining } = self;
         // A template without a value produces an empty string.
         let (node, zone) = (node.filter(|node| !node.is_empty()), zone.filter(|zone| !zone.is_empty()));
-        let endpoint = |address| Endpoint { address, node: node.clone(), zone: zone.clone(), draining };
+        let endpoint = |address| ListedEndpoint { address, node: node.clone(), zone: zone.clone(), draining };
         expand(&address, ports).map(|all| all.into_iter().map(endpoint).collect()).ok_or(address)
     }
 }
 
-impl From<Listed> for Entry {
+impl From<Listed> for EndpointEntry {
     fn from(listed: Listed) -> Self {
         match listed {
             Listed::Address(address) => Self { address, node: None, zone: None, draining: false },
@@ -176,12 +176,12 @@ impl From<Listed> for Entry {
     }
 }
 
-fn listed_element(value: &DeValue<'_>, ports: &[u16]) -> Parsed<Vec<Endpoint>> {
+fn listed_element(value: &DeValue<'_>, ports: &[u16]) -> Parsed<Vec<ListedEndpoint>> {
     const EXPECTED: &str =
         r#"{ address = "ip:port", node = "n1", zone = "a", draining = false }, all but address optional"#;
     let deserializer = toml::de::ValueDeserializer::from(toml::Spanned::new(0..0, value.clone()));
     let entry = match Listed::deserialize(deserializer) {
-        Ok(listed) => Entry::from(listed),
+        Ok(listed) => EndpointEntry::from(listed),
         Err(_) if matches!(value, DeValue::Table(_)) => return Err(Expected(EXPECTED.into())),
         Err(_) => return Err(Expected(value::ENDPOINT.into())),
     };
@@ -225,7 +225,7 @@ pub fn parse_endpoints(
     format: EndpointsFormat,
     ports: &[u16],
     listen: SocketAddr,
-) -> Result<Vec<Endpoint>, EndpointsError> {
+) -> Result<Vec<ListedEndpoint>, EndpointsError> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
     struct File {
@@ -240,7 +240,8 @@ pub fn parse_endpoints(
     };
     let mut endpoints = Vec::with_capacity(file.endpoints.len());
     for (index, listed) in file.endpoints.into_iter().enumerate() {
-        let listed = Entry::from(listed).endpoints(ports).map_err(|found| EndpointsError::Address { index, found })?;
+        let listed =
+            EndpointEntry::from(listed).endpoints(ports).map_err(|found| EndpointsError::Address { index, found })?;
         if let Some(own) = listed.iter().find(|endpoint| is_own(endpoint.address, listen)) {
             return Err(EndpointsError::Own { index, found: own.address, listen });
         }

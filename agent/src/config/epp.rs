@@ -156,7 +156,7 @@ pub enum EppTls {
     /// TLS, verified against this PEM file of CA certificates, which is reloaded when it changes.
     Ca(PathBuf),
     /// TLS with a certificate that has one of these public keys; nothing else in it is verified. At least one.
-    Pinned(Vec<Pin>),
+    Pinned(Vec<KeyPin>),
 }
 
 settings! {
@@ -169,7 +169,7 @@ settings! {
         ca_file: Option<PathBuf> = None => value::file().example("ca.pem"),
         /// With `tls = "pinned"` only: SHA-256 of each accepted public key, in hexadecimal:
         /// `openssl x509 -in epp.pem -noout -pubkey | openssl pkey -pubin -outform der | openssl dgst -sha256`
-        pins: Vec<Pin> = Vec::new()
+        pins: Vec<KeyPin> = Vec::new()
             => pins().example(json!(["0000000000000000000000000000000000000000000000000000000000000000"])),
     }
 }
@@ -191,22 +191,22 @@ choice! {
 /// SHA-256 of a public key (the SubjectPublicKeyInfo, DER), 64 hexadecimal digits:
 /// `openssl x509 -in epp.pem -noout -pubkey | openssl pkey -pubin -outform der | openssl dgst -sha256`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Pin(pub [u8; 32]);
+pub struct KeyPin(pub [u8; 32]);
 
-impl fmt::Display for Pin {
+impl fmt::Display for KeyPin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
     }
 }
 
-fn pins() -> OneOrMore<Pin> {
+fn pins() -> OneOrMore<KeyPin> {
     let parse = |text: &str| {
         let mut pin = [0; 32];
         for (byte, digits) in pin.iter_mut().zip(Some(text).filter(|text| text.len() == 64)?.as_bytes().chunks(2)) {
             let digit = |at: usize| char::from(digits[at]).to_digit(16).map(|digit| digit as u8);
             *byte = digit(0)? << 4 | digit(1)?;
         }
-        Some(Pin(pin))
+        Some(KeyPin(pin))
     };
     let value = Value::text("the SHA-256 of a public key, 64 hexadecimal digits", parse, ToString::to_string);
     value.schema(json!({ "type": "string", "pattern": "^[0-9A-Fa-f]{64}$" })).one_or_more()

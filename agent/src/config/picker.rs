@@ -5,7 +5,7 @@ use http::HeaderName;
 use super::{
     document::Section,
     epp::Epp,
-    settings::{Key, Kind as _, Settings, choice, settings},
+    settings::{SettingKey, SettingKind as _, Settings, choice, settings},
     value::{self, OneOrMore},
 };
 
@@ -66,8 +66,8 @@ impl Settings for Picker {
         Self::Builtin
     }
 
-    fn describe() -> Vec<Key> {
-        PickerKeys::describe().into_iter().chain(Epp::describe().into_iter().map(Key::unset)).collect()
+    fn describe() -> Vec<SettingKey> {
+        PickerKeys::describe().into_iter().chain(Epp::describe().into_iter().map(SettingKey::unset)).collect()
     }
 }
 

@@ -7,7 +7,7 @@ use serde_json::json;
 use thiserror::Error;
 
 use super::{
-    Endpoint, NamedEndpoints,
+    ListedEndpoint, NamedEndpoints,
     document::Section,
     ejection::Ejection,
     endpoints,
@@ -31,7 +31,7 @@ settings! {
         pub name: String = String::new() => value::pool_name().required("the name of the pool", "default"),
         /// The endpoints, each `"ip:port"` or `{ address = "ip:port", node = "node-1", zone = "zone-a", draining = false }`.
         /// Optional with `endpoints_dns` or `endpoints_file`, and with an EPP and `passthrough`. Several sources are combined.
-        pub endpoints: Vec<Endpoint> = Vec::new() => endpoints::listed().shown(json!(["127.0.0.1:8000"])),
+        pub endpoints: Vec<ListedEndpoint> = Vec::new() => endpoints::listed().shown(json!(["127.0.0.1:8000"])),
         /// DNS name whose addresses are endpoints, at each of `ports`. It is looked up again when its TTL expires. A lookup that
         /// fails or returns no address keeps the previous endpoints.
         pub endpoints_dns: Option<NamedEndpoints> = None => endpoints::named().example("models.default.svc.cluster.local"),
@@ -47,7 +47,7 @@ settings! {
         /// determines. See docs/kubernetes.md.
         pub inference_pool: Option<InferencePoolRef> = None => optional_section(),
         /// Why requests of an InferencePool cannot be served. Not a setting: what Kubernetes says.
-        pub unusable: Option<Unusable> = None => Elsewhere(|_| None),
+        pub unusable: Option<UnusablePool> = None => Elsewhere(|_| None),
         /// Protocol of the endpoints, as `appProtocol` of InferencePool v1.
         pub app_protocol: AppProtocol = AppProtocol::Http1 => value::choice(),
         /// How long a pick is used. `connection` and `lease` apply only to HTTP/1.1 clients and endpoints, and only if the EPP
@@ -89,7 +89,7 @@ settings! {
 
 /// Why requests of a pool that is an InferencePool cannot be served.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-pub enum Unusable {
+pub enum UnusablePool {
     #[error("the InferencePool {0} has not been read from the Kubernetes API yet")]
     Unread(InferencePoolRef),
     #[error("the InferencePool {0} does not exist")]

@@ -3,7 +3,7 @@
 use super::{
     Config,
     default_file::toml,
-    settings::{Key, Settings as _, Shape},
+    settings::{SettingKey, Settings as _, Shape},
 };
 
 /// Returns Markdown: one table for each section.
@@ -15,7 +15,7 @@ pub fn reference() -> String {
     text
 }
 
-fn section(text: &mut String, key: &Key, path: &str) {
+fn section(text: &mut String, key: &SettingKey, path: &str) {
     let (header, keys) = match &key.shape {
         Shape::Value { .. } => return,
         Shape::Section(keys) => (format!("[{path}]"), keys),

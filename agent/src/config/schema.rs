@@ -4,7 +4,7 @@ use serde_json::{Map, Value as Json, json};
 
 use super::{
     Config,
-    settings::{Key, Settings as _, Shape},
+    settings::{SettingKey, Settings as _, Shape},
 };
 
 /// Returns a JSON document. It accepts every valid file and rejects most invalid ones; only `penstock config check` knows the rules
@@ -17,7 +17,7 @@ pub fn json_schema() -> String {
 }
 
 /// A table that has only these keys.
-pub(super) fn object(keys: &[Key]) -> Json {
+pub(super) fn object(keys: &[SettingKey]) -> Json {
     let mut properties = Map::new();
     for key in keys {
         let schema = property(key);
@@ -31,7 +31,7 @@ pub(super) fn object(keys: &[Key]) -> Json {
     json!({ "type": "object", "properties": properties, "required": required, "additionalProperties": false })
 }
 
-fn property(key: &Key) -> Json {
+fn property(key: &SettingKey) -> Json {
     let schema = match &key.shape {
         Shape::Section(keys) => object(keys),
         Shape::Sections(keys) => json!({ "type": "array", "items": object(keys) }),

@@ -1,7 +1,7 @@
 //! Declares settings: each once, as a field of the struct of its section.
 //!
 //! [`settings!`] turns the declaration into the struct, its `Default`, the reader and the description. A field has its
-//! documentation, its default and its [`Kind`], which determines the accepted values. The default file ([`super::default_file`]),
+//! documentation, its default and its [`SettingKind`], which determines the accepted values. The default file ([`super::default_file`]),
 //! the reference (`reference.rs`) and the JSON Schema (`schema.rs`) are printed from the description. `CONTRIBUTING.md`
 //! has the recipe for a new setting.
 
@@ -15,18 +15,18 @@ use super::document::Section;
 pub(super) trait Settings: Sized {
     fn read(section: &mut Section<'_>) -> Self;
     /// Its keys, in the order of the declaration.
-    fn describe() -> Vec<Key>;
+    fn describe() -> Vec<SettingKey>;
 }
 
 /// The kind of a setting: how it is read and described.
-pub(super) trait Kind: Sized {
+pub(super) trait SettingKind: Sized {
     type Value;
 
     /// Returns `None` if the file has no value, or an invalid one, which it reports.
     fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<Self::Value>;
 
     /// Its keys in the file; most settings have one.
-    fn describe(&self, name: &'static str, doc: &[&'static str], default: &Self::Value) -> Vec<Key>;
+    fn describe(&self, name: &'static str, doc: &[&'static str], default: &Self::Value) -> Vec<SettingKey>;
 
     /// Sets the name of the key in the file, instead of the field's name.
     fn named(self, name: &'static str) -> Adjusted<Self> {
@@ -48,7 +48,7 @@ pub(super) trait Kind: Sized {
         Adjusted { is_set: Some(false), ..Adjusted::new(self) }
     }
 
-    /// As [`Kind::example`], but without `#`, because the default file would be invalid without it.
+    /// As [`SettingKind::example`], but without `#`, because the default file would be invalid without it.
     fn shown(self, example: impl Into<Json>) -> Adjusted<Self> {
         Adjusted { example: Some(example.into()), is_set: Some(true), ..Adjusted::new(self) }
     }
@@ -56,7 +56,7 @@ pub(super) trait Kind: Sized {
 
 /// The description of one key of a section.
 #[derive(Debug, Clone)]
-pub(super) struct Key {
+pub(super) struct SettingKey {
     pub(super) name: &'static str,
     pub(super) old_name: Option<&'static str>,
     /// Paragraphs.
@@ -80,13 +80,13 @@ pub(super) enum Shape {
         example: Option<Json>,
     },
     /// `[name]`
-    Section(Vec<Key>),
+    Section(Vec<SettingKey>),
     /// `[[name]]`
-    Sections(Vec<Key>),
+    Sections(Vec<SettingKey>),
 }
 
-impl Key {
-    pub(super) fn section(name: &'static str, doc: &[&'static str], keys: Vec<Key>) -> Self {
+impl SettingKey {
+    pub(super) fn section(name: &'static str, doc: &[&'static str], keys: Vec<SettingKey>) -> Self {
         let shape = Shape::Section(keys);
         Self { name, old_name: None, doc: paragraphs(doc), shape, is_set: true, required: false }
     }
@@ -95,7 +95,7 @@ impl Key {
     pub(super) fn unset(mut self) -> Self {
         self.is_set = false;
         if let Shape::Section(keys) | Shape::Sections(keys) = &mut self.shape {
-            *keys = std::mem::take(keys).into_iter().map(Key::unset).collect();
+            *keys = std::mem::take(keys).into_iter().map(SettingKey::unset).collect();
         }
         self
     }
@@ -122,21 +122,21 @@ impl<K> Adjusted<K> {
     }
 }
 
-impl<K: Kind> Kind for Adjusted<K> {
+impl<K: SettingKind> SettingKind for Adjusted<K> {
     type Value = K::Value;
 
     fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<K::Value> {
         self.kind.read(section, self.name.unwrap_or(key))
     }
 
-    fn describe(&self, name: &'static str, doc: &[&'static str], default: &K::Value) -> Vec<Key> {
-        let adjusted = |mut key: Key| {
+    fn describe(&self, name: &'static str, doc: &[&'static str], default: &K::Value) -> Vec<SettingKey> {
+        let adjusted = |mut key: SettingKey| {
             key.old_name = self.old_name.or(key.old_name);
             if let (Shape::Value { example, .. }, Some(adjusted)) = (&mut key.shape, &self.example) {
                 *example = Some(adjusted.clone());
             }
             match self.is_set {
-                Some(true) => Key { is_set: true, ..key },
+                Some(true) => SettingKey { is_set: true, ..key },
                 Some(false) => key.unset(),
                 None => key,
             }
@@ -159,14 +159,14 @@ pub(super) fn keys<G: Group>() -> Keys<G> {
     Keys(PhantomData)
 }
 
-impl<G: Group> Kind for Keys<G> {
+impl<G: Group> SettingKind for Keys<G> {
     type Value = G::Value;
 
     fn read(&self, section: &mut Section<'_>, _: &'static str) -> Option<G::Value> {
         Some(G::read(section).resolve(section))
     }
 
-    fn describe(&self, _: &'static str, _: &[&'static str], _: &G::Value) -> Vec<Key> {
+    fn describe(&self, _: &'static str, _: &[&'static str], _: &G::Value) -> Vec<SettingKey> {
         G::describe()
     }
 }
@@ -174,14 +174,14 @@ impl<G: Group> Kind for Keys<G> {
 /// A field that is not a key of its section and is read by a function.
 pub(super) struct Elsewhere<T>(pub(super) fn(&Section<'_>) -> Option<T>);
 
-impl<T> Kind for Elsewhere<T> {
+impl<T> SettingKind for Elsewhere<T> {
     type Value = T;
 
     fn read(&self, section: &mut Section<'_>, _: &'static str) -> Option<T> {
         (self.0)(section)
     }
 
-    fn describe(&self, _: &'static str, _: &[&'static str], _: &T) -> Vec<Key> {
+    fn describe(&self, _: &'static str, _: &[&'static str], _: &T) -> Vec<SettingKey> {
         Vec::new()
     }
 }
@@ -193,15 +193,15 @@ pub(super) fn section<S: Settings>() -> Nested<S> {
     Nested(PhantomData)
 }
 
-impl<S: Settings> Kind for Nested<S> {
+impl<S: Settings> SettingKind for Nested<S> {
     type Value = S;
 
     fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<S> {
         Some(section.section(key, S::read))
     }
 
-    fn describe(&self, name: &'static str, doc: &[&'static str], _: &S) -> Vec<Key> {
-        vec![Key::section(name, doc, S::describe())]
+    fn describe(&self, name: &'static str, doc: &[&'static str], _: &S) -> Vec<SettingKey> {
+        vec![SettingKey::section(name, doc, S::describe())]
     }
 }
 
@@ -212,15 +212,15 @@ pub(super) fn optional_section<S: Settings>() -> OptionalSection<S> {
     OptionalSection(PhantomData)
 }
 
-impl<S: Settings> Kind for OptionalSection<S> {
+impl<S: Settings> SettingKind for OptionalSection<S> {
     type Value = Option<S>;
 
     fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<Option<S>> {
         Some(section.optional_section(key, S::read))
     }
 
-    fn describe(&self, name: &'static str, doc: &[&'static str], _: &Option<S>) -> Vec<Key> {
-        vec![Key::section(name, doc, S::describe()).unset()]
+    fn describe(&self, name: &'static str, doc: &[&'static str], _: &Option<S>) -> Vec<SettingKey> {
+        vec![SettingKey::section(name, doc, S::describe()).unset()]
     }
 }
 
@@ -231,15 +231,15 @@ pub(super) fn sections<S: Settings>() -> Repeated<S> {
     Repeated(PhantomData)
 }
 
-impl<S: Settings> Kind for Repeated<S> {
+impl<S: Settings> SettingKind for Repeated<S> {
     type Value = Vec<S>;
 
     fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<Vec<S>> {
         Some(section.sections(key, S::read))
     }
 
-    fn describe(&self, name: &'static str, doc: &[&'static str], _: &Vec<S>) -> Vec<Key> {
-        vec![Key { shape: Shape::Sections(S::describe()), ..Key::section(name, doc, Vec::new()) }]
+    fn describe(&self, name: &'static str, doc: &[&'static str], _: &Vec<S>) -> Vec<SettingKey> {
+        vec![SettingKey { shape: Shape::Sections(S::describe()), ..SettingKey::section(name, doc, Vec::new()) }]
     }
 }
 
@@ -254,18 +254,18 @@ pub(super) fn tables<S: Settings>(words: &'static str) -> Tables<S> {
     Tables { words, section: PhantomData }
 }
 
-impl<S: Settings> Kind for Tables<S> {
+impl<S: Settings> SettingKind for Tables<S> {
     type Value = Vec<S>;
 
     fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<Vec<S>> {
         Some(section.tables(key, self.words, S::read))
     }
 
-    fn describe(&self, name: &'static str, doc: &[&'static str], _: &Vec<S>) -> Vec<Key> {
+    fn describe(&self, name: &'static str, doc: &[&'static str], _: &Vec<S>) -> Vec<SettingKey> {
         let schema = json!({ "type": "array", "items": super::schema::object(&S::describe()) });
         let shape =
             Shape::Value { words: self.words.to_owned(), choices: Vec::new(), schema, default: None, example: None };
-        vec![Key { name, old_name: None, doc: paragraphs(doc), shape, is_set: false, required: false }]
+        vec![SettingKey { name, old_name: None, doc: paragraphs(doc), shape, is_set: false, required: false }]
     }
 }
 
@@ -295,13 +295,13 @@ macro_rules! settings {
 
         impl $crate::config::settings::Settings for $name {
             fn read(section: &mut $crate::config::document::Section<'_>) -> Self {
-                use $crate::config::settings::Kind as _;
+                use $crate::config::settings::SettingKind as _;
                 let default = Self::default();
                 Self { $($field: $kind.read(section, stringify!($field)).unwrap_or(default.$field),)* }
             }
 
-            fn describe() -> Vec<$crate::config::settings::Key> {
-                use $crate::config::settings::Kind as _;
+            fn describe() -> Vec<$crate::config::settings::SettingKey> {
+                use $crate::config::settings::SettingKind as _;
                 let default = Self::default();
                 let mut keys = Vec::new();
                 $(keys.extend($kind.describe(stringify!($field), &[$($field_doc),*], &default.$field));)*

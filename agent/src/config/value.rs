@@ -14,7 +14,7 @@ use toml::de::DeValue;
 
 use super::{
     document::Section,
-    settings::{Key, Kind, Shape, paragraphs},
+    settings::{SettingKey, SettingKind, Shape, paragraphs},
 };
 
 /// Completes "expected …".
@@ -107,18 +107,18 @@ impl<T: 'static> Value<T> {
 }
 
 /// A key with a value.
-fn key(name: &'static str, doc: &[&'static str], shape: Shape) -> Key {
-    Key { name, old_name: None, doc: paragraphs(doc), shape, is_set: true, required: false }
+fn key(name: &'static str, doc: &[&'static str], shape: Shape) -> SettingKey {
+    SettingKey { name, old_name: None, doc: paragraphs(doc), shape, is_set: true, required: false }
 }
 
-impl<T: 'static> Kind for Value<T> {
+impl<T: 'static> SettingKind for Value<T> {
     type Value = T;
 
     fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<T> {
         section.read(key, |value| self.parse(value))
     }
 
-    fn describe(&self, name: &'static str, doc: &[&'static str], default: &T) -> Vec<Key> {
+    fn describe(&self, name: &'static str, doc: &[&'static str], default: &T) -> Vec<SettingKey> {
         vec![key(name, doc, self.shape(Some((self.show)(default))))]
     }
 }
@@ -128,16 +128,16 @@ pub(super) struct Optional<T> {
     example: Json,
 }
 
-impl<T: 'static> Kind for Optional<T> {
+impl<T: 'static> SettingKind for Optional<T> {
     type Value = Option<T>;
 
     fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<Option<T>> {
         Some(self.value.read(section, key))
     }
 
-    fn describe(&self, name: &'static str, doc: &[&'static str], _: &Option<T>) -> Vec<Key> {
+    fn describe(&self, name: &'static str, doc: &[&'static str], _: &Option<T>) -> Vec<SettingKey> {
         let shape = with_example(self.value.shape(None), &self.example);
-        vec![Key { is_set: false, ..key(name, doc, shape) }]
+        vec![SettingKey { is_set: false, ..key(name, doc, shape) }]
     }
 }
 
@@ -147,16 +147,16 @@ pub(super) struct Required<T> {
     example: Json,
 }
 
-impl<T: 'static> Kind for Required<T> {
+impl<T: 'static> SettingKind for Required<T> {
     type Value = T;
 
     fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<T> {
         section.require(key, self.words, |value| self.value.parse(value))
     }
 
-    fn describe(&self, name: &'static str, doc: &[&'static str], _: &T) -> Vec<Key> {
+    fn describe(&self, name: &'static str, doc: &[&'static str], _: &T) -> Vec<SettingKey> {
         let shape = with_example(self.value.shape(None), &self.example);
-        vec![Key { required: true, ..key(name, doc, shape) }]
+        vec![SettingKey { required: true, ..key(name, doc, shape) }]
     }
 }
 
@@ -174,7 +174,7 @@ pub(super) struct List<T> {
     words: &'static str,
 }
 
-impl<T: 'static> Kind for List<T> {
+impl<T: 'static> SettingKind for List<T> {
     type Value = Vec<T>;
 
     fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<Vec<T>> {
@@ -183,7 +183,7 @@ impl<T: 'static> Kind for List<T> {
         is_given.then_some(listed)
     }
 
-    fn describe(&self, name: &'static str, doc: &[&'static str], default: &Vec<T>) -> Vec<Key> {
+    fn describe(&self, name: &'static str, doc: &[&'static str], default: &Vec<T>) -> Vec<SettingKey> {
         let default = default.iter().map(&self.element.show).collect();
         let shape = Shape::Value {
             words: self.words.to_owned(),
@@ -199,14 +199,14 @@ impl<T: 'static> Kind for List<T> {
 /// Empty if the file does not set the key.
 pub(super) struct OneOrMore<T>(Value<T>);
 
-impl<T: 'static> Kind for OneOrMore<T> {
+impl<T: 'static> SettingKind for OneOrMore<T> {
     type Value = Vec<T>;
 
     fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<Vec<T>> {
         Some(section.one_or_more(key, |value| self.0.parse(value)))
     }
 
-    fn describe(&self, name: &'static str, doc: &[&'static str], _: &Vec<T>) -> Vec<Key> {
+    fn describe(&self, name: &'static str, doc: &[&'static str], _: &Vec<T>) -> Vec<SettingKey> {
         let array = json!({ "type": "array", "items": self.0.schema, "minItems": 1 });
         let shape = Shape::Value {
             words: format!("{}, or an array of them", self.0.words),
@@ -215,7 +215,7 @@ impl<T: 'static> Kind for OneOrMore<T> {
             default: None,
             example: None,
         };
-        vec![Key { is_set: false, ..key(name, doc, shape) }]
+        vec![SettingKey { is_set: false, ..key(name, doc, shape) }]
     }
 }
 
@@ -228,18 +228,18 @@ pub(super) struct Custom<T> {
     pub(super) show: fn(&T) -> Option<Json>,
 }
 
-impl<T> Kind for Custom<T> {
+impl<T> SettingKind for Custom<T> {
     type Value = T;
 
     fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<T> {
         (self.read)(section, key)
     }
 
-    fn describe(&self, name: &'static str, doc: &[&'static str], default: &T) -> Vec<Key> {
+    fn describe(&self, name: &'static str, doc: &[&'static str], default: &T) -> Vec<SettingKey> {
         let (words, schema, default) = (self.words.to_owned(), self.schema.clone(), (self.show)(default));
         let is_set = default.is_some();
         let shape = Shape::Value { words, choices: Vec::new(), schema, default, example: None };
-        vec![Key { is_set, ..key(name, doc, shape) }]
+        vec![SettingKey { is_set, ..key(name, doc, shape) }]
     }
 }
 
@@ -283,7 +283,7 @@ pub(super) fn text<'v>(value: &'v DeValue<'_>) -> Option<&'v str> {
 
 pub(super) fn integer<T>(range: RangeInclusive<T>) -> Value<T>
 where
-    T: TryFrom<u64> + PartialOrd + Display + Copy + Into<Number> + 'static,
+    T: TryFrom<u64> + PartialOrd + Display + Copy + Into<WideInteger> + 'static,
 {
     let (least, most) = (*range.start(), *range.end());
     let schema = json!({ "type": "integer", "minimum": least.into().0, "maximum": most.into().0 });
@@ -298,27 +298,27 @@ where
 }
 
 /// An integer of any width.
-pub(super) struct Number(u64);
+pub(super) struct WideInteger(u64);
 
-impl From<u16> for Number {
+impl From<u16> for WideInteger {
     fn from(number: u16) -> Self {
         Self(number.into())
     }
 }
 
-impl From<u32> for Number {
+impl From<u32> for WideInteger {
     fn from(number: u32) -> Self {
         Self(number.into())
     }
 }
 
-impl From<u64> for Number {
+impl From<u64> for WideInteger {
     fn from(number: u64) -> Self {
         Self(number)
     }
 }
 
-impl From<usize> for Number {
+impl From<usize> for WideInteger {
     fn from(number: usize) -> Self {
         Self(number as u64)
     }
@@ -443,14 +443,14 @@ pub(super) fn required_file(words: &'static str, example: &'static str) -> Requi
 
 pub(super) struct RequiredFile(Required<String>);
 
-impl Kind for RequiredFile {
+impl SettingKind for RequiredFile {
     type Value = PathBuf;
 
     fn read(&self, section: &mut Section<'_>, key: &'static str) -> Option<PathBuf> {
         self.0.read(section, key).map(|file| section.folder().join(file))
     }
 
-    fn describe(&self, name: &'static str, doc: &[&'static str], _: &PathBuf) -> Vec<Key> {
+    fn describe(&self, name: &'static str, doc: &[&'static str], _: &PathBuf) -> Vec<SettingKey> {
         self.0.describe(name, doc, &String::new())
     }
 }

@@ -21,9 +21,9 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use self::io::CountedIo;
 use crate::{
     client::{
-        Client, ClientStream, Traffic, Wire,
+        Client, ClientIo, ClientStream, Traffic,
         close::{Linger, discard},
-        reach::Watch,
+        reach::ReachWatch,
     },
     config::Config,
     deadline::{self, with_deadline},
@@ -157,7 +157,7 @@ impl Drop for Active {
 }
 
 /// Serves the connection to its end; `read` holds bytes already read from it.
-pub(super) async fn serve(current: &Rc<Current>, read: BytesMut, wire: Wire, peer: SocketAddr) {
+pub(super) async fn serve(current: &Rc<Current>, read: BytesMut, wire: ClientIo, peer: SocketAddr) {
     let worker = current.worker();
     let (listen, heads) = (&worker.shared.config.listen, HeadLimits::of(&worker.shared.config.limits));
     let traffic = Rc::new(Traffic::new(wire, listen.http2_resets, listen.http2_control_frames, heads.header_block()));
@@ -262,7 +262,7 @@ async fn run(
 /// Resolves when the client broke a limit or is not reachable any more. Returns the reason.
 async fn over(shared: &Shared, traffic: &Traffic, ping: Option<PingPong>) -> &'static str {
     let timeouts = &shared.config.timeouts;
-    let watch = Watch::new(timeouts.client_unreachable);
+    let watch = ReachWatch::new(timeouts.client_unreachable);
     tokio::select! {
         reason = traffic.ended() => reason,
         () = unresponsive(traffic, ping) => "silent",

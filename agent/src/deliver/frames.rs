@@ -22,7 +22,7 @@ use crate::{
 
 /// The framing of the body for an HTTP/1.1 client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Coding {
+pub enum FrameCoding {
     /// Without framing: Content-Length or the close ends the body.
     Plain,
     Chunked,
@@ -33,7 +33,7 @@ pub struct Sink<'a> {
     pub client: &'a mut Client,
     /// The response head for an HTTP/1.1 client. It is written at once, because the body's first byte may take long.
     pub lead: BytesMut,
-    pub coding: Coding,
+    pub coding: FrameCoding,
 }
 
 impl Sink<'_> {
@@ -54,8 +54,8 @@ impl Sink<'_> {
             Client::Http1(socket) => {
                 let mut out = BytesMut::new();
                 match self.coding {
-                    Coding::Plain => out.put_slice(&data),
-                    Coding::Chunked => {
+                    FrameCoding::Plain => out.put_slice(&data),
+                    FrameCoding::Chunked => {
                         out.put_slice(format!("{:x}\r\n", data.len()).as_bytes());
                         out.put_slice(&data);
                         out.put_slice(b"\r\n");
@@ -73,7 +73,7 @@ impl Sink<'_> {
             Client::Http2(stream) => written(stream.end(trailers).await),
             Client::Http1(socket) => {
                 let mut out = std::mem::take(&mut self.lead);
-                if self.coding == Coding::Chunked {
+                if self.coding == FrameCoding::Chunked {
                     out.put_slice(b"0\r\n");
                     for (name, value) in &trailers {
                         out.put_slice(name.as_str().as_bytes());

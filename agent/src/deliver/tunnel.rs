@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{End, written};
 use crate::{
-    client::{ClientSocket, Wire, ledger::Ledger, patience::Patience, reach::Watch},
+    client::{ClientIo, ClientSocket, ledger::Ledger, patience::Patience, reach::ReachWatch},
     endpoint::connection::EndpointConnection,
     kernel::socket::{self, monotonic_ns},
     steer::{
@@ -88,7 +88,7 @@ impl Tunnel<'_> {
     }
 
     async fn plain(&mut self, over: impl Future<Output = ()>, cut: impl Future<Output = ()>) -> io::Result<End> {
-        let watch = Watch::new(self.client.unreachable());
+        let watch = ReachWatch::new(self.client.unreachable());
         let (moved, stop, idle) = (Cell::new(monotonic_ns()), CancellationToken::new(), self.idle);
         let steering = self.up.as_ref().map(|up| &up.steering);
         let Ok((client, early, source)) = self.client.tunnel(steering) else { return Ok(End::ClientGone) };
@@ -146,7 +146,7 @@ impl Tunnel<'_> {
     /// Relays both directions for a client that speaks TLS.
     async fn relay(&mut self, cut: impl Future<Output = ()>) -> io::Result<End> {
         let (up, down, moved) = (Cell::new(0), Cell::new(0), Cell::new(monotonic_ns()));
-        let watch = Watch::new(self.client.unreachable());
+        let watch = ReachWatch::new(self.client.unreachable());
         let (wire, early) = self.client.raw();
         let wire = RefCell::new(wire);
         let (mut read, mut write) = (Half(&wire), Half(&wire));
@@ -325,7 +325,7 @@ async fn endpoint_to_client(
 }
 
 /// One direction of a client's connection; both are used in one task.
-struct Half<'a>(&'a RefCell<&'a mut Wire>);
+struct Half<'a>(&'a RefCell<&'a mut ClientIo>);
 
 impl AsyncRead for Half<'_> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {

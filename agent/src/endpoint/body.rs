@@ -11,7 +11,7 @@ use penstock_common::framing::Framing;
 
 use super::{
     connection::EndpointConnection,
-    http2::{self, Stream},
+    http2::{self, Http2Stream},
     sending::{CutReason, Sending, Unfinished},
 };
 use crate::http::trailers;
@@ -32,7 +32,7 @@ pub enum ResponseBody {
         /// `None` if the response has no body, whatever the endpoint sends.
         body: Option<RecvStream>,
         /// Kept as long as the body.
-        stream: Stream,
+        stream: Http2Stream,
         /// The request, which may still be sent.
         sending: Sending,
         /// Tells the request's body why it is cut; `None` if the request has no body.
@@ -127,7 +127,7 @@ impl ResponseBody {
     }
 }
 
-async fn next_frame(body: &mut RecvStream, stream: &Stream) -> io::Result<Piece> {
+async fn next_frame(body: &mut RecvStream, stream: &Http2Stream) -> io::Result<Piece> {
     while let Some(data) = http2::data(body).await.map_err(io::Error::other)? {
         if !data.is_empty() {
             return Ok(Piece::Data(data));

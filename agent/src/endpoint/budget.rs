@@ -18,11 +18,11 @@ pub struct RetryBudget {
     percent: u64,
     per_second: u64,
     begin: Instant,
-    slots: Mutex<[Slot; WINDOW]>,
+    slots: Mutex<[BudgetSecond; WINDOW]>,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
-struct Slot {
+struct BudgetSecond {
     /// The second since `begin` that this slot counts. A slot is reset when it is reused for another second.
     second: u64,
     requests: u64,
@@ -65,10 +65,10 @@ impl RetryBudget {
     }
 }
 
-fn slot(slots: &mut [Slot; WINDOW], second: u64) -> &mut Slot {
+fn slot(slots: &mut [BudgetSecond; WINDOW], second: u64) -> &mut BudgetSecond {
     let slot = &mut slots[second as usize % WINDOW];
     if slot.second != second {
-        *slot = Slot { second, ..Slot::default() };
+        *slot = BudgetSecond { second, ..BudgetSecond::default() };
     }
     slot
 }

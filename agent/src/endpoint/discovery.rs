@@ -17,10 +17,10 @@ use super::{
 };
 use crate::{
     config::{Config, Pool},
-    dns::Dns,
+    dns::DnsResolver,
     listeners::Listeners,
     metrics::Metrics,
-    panics::Watch,
+    panics::PanicWatch,
     readiness::{Gate, Readiness},
 };
 
@@ -31,17 +31,17 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Runs the discovery. Dropping it ends the tasks and the thread.
 #[derive(Debug)]
-pub struct Discovery(Option<Running>);
+pub struct Discovery(Option<DiscoveryThread>);
 
 #[derive(Debug)]
-struct Running {
+struct DiscoveryThread {
     /// Dropping it stops the thread.
     stop: oneshot::Sender<Infallible>,
     thread: JoinHandle<()>,
 }
 
 /// The discovery of one pool.
-struct Job {
+struct DiscoveryJob {
     pool: Pool,
     index: usize,
     set: Arc<EndpointSet>,
@@ -59,7 +59,7 @@ impl Discovery {
         metrics: &Arc<Metrics>,
         own: &Listeners,
         readiness: Option<&Readiness>,
-        watch: &Watch,
+        watch: &PanicWatch,
     ) -> io::Result<Self> {
         let job = |(index, (pool, set)): (usize, (&Pool, &Arc<EndpointSet>))| {
             let followed = pool.endpoints_dns.is_some() || pool.endpoints_file.is_some();
@@ -67,9 +67,9 @@ impl Discovery {
                 .filter(|_| followed)
                 .map(|readiness| readiness.gate(format!("endpoints of pool {}", pool.name)));
             let needed = followed || pool.health.is_some();
-            needed.then(|| Job { pool: pool.clone(), index, set: Arc::clone(set), gate })
+            needed.then(|| DiscoveryJob { pool: pool.clone(), index, set: Arc::clone(set), gate })
         };
-        let jobs: Vec<Job> = config.pools.iter().zip(sets).enumerate().filter_map(job).collect();
+        let jobs: Vec<DiscoveryJob> = config.pools.iter().zip(sets).enumerate().filter_map(job).collect();
         if jobs.is_empty() {
             return Ok(Self(None));
         }
@@ -97,13 +97,13 @@ impl Discovery {
             runtime.shutdown_background();
         };
         let thread = std::thread::Builder::new().name(THREAD.to_owned()).spawn(move || watch.run(THREAD, work))?;
-        Ok(Self(Some(Running { stop, thread })))
+        Ok(Self(Some(DiscoveryThread { stop, thread })))
     }
 }
 
 impl Drop for Discovery {
     fn drop(&mut self) {
-        if let Some(Running { stop, thread }) = self.0.take() {
+        if let Some(DiscoveryThread { stop, thread }) = self.0.take() {
             drop(stop);
             let _ = thread.join();
         }
@@ -111,10 +111,10 @@ impl Drop for Discovery {
 }
 
 /// Starts the tasks of all pools. They end when the returned set is dropped.
-fn tasks(jobs: Vec<Job>, config: &Config, metrics: &Arc<Metrics>, own: &Listeners) -> JoinSet<()> {
+fn tasks(jobs: Vec<DiscoveryJob>, config: &Config, metrics: &Arc<Metrics>, own: &Listeners) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
-    let dns = Dns::new(&config.dns);
-    for Job { pool, index, set, gate } in jobs {
+    let dns = DnsResolver::new(&config.dns);
+    for DiscoveryJob { pool, index, set, gate } in jobs {
         let first_answers = FuturesUnordered::new();
         let feed = |source| {
             let (unanswered, first_answer) = oneshot::channel();

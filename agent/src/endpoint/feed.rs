@@ -25,7 +25,7 @@ pub(super) struct Feed {
 
 impl Feed {
     /// The source gave its endpoints.
-    pub(super) fn update(&mut self, endpoints: Vec<config::Endpoint>) {
+    pub(super) fn update(&mut self, endpoints: Vec<config::ListedEndpoint>) {
         let (pool, source, count) = (&self.pool, self.source.name(), endpoints.len());
         let changed = self.set.replace(self.source, endpoints);
         if changed || self.failing {

@@ -9,7 +9,7 @@ use thiserror::Error;
 use tokio::io::AsyncReadExt as _;
 
 use super::feed::Feed;
-use crate::config::{Endpoint, EndpointsError, EndpointsFormat, parse_endpoints};
+use crate::config::{EndpointsError, EndpointsFormat, ListedEndpoint, parse_endpoints};
 
 const READ_INTERVAL: Duration = Duration::from_millis(250);
 /// Largest file in bytes.
@@ -40,12 +40,12 @@ impl FileError {
     }
 }
 
-type Content = Result<Vec<u8>, FileError>;
+type FileContent = Result<Vec<u8>, FileError>;
 
 /// Follows the file until the future is dropped.
 pub(super) async fn follow(path: PathBuf, ports: Vec<u16>, mut feed: Feed) {
     let format = EndpointsFormat::of(&path);
-    let mut watch = Watch::default();
+    let mut watch = FileChanges::default();
     loop {
         if let Some(content) = watch.changed(read(&path).await) {
             let endpoints = content.clone().and_then(|content| {
@@ -58,14 +58,14 @@ pub(super) async fn follow(path: PathBuf, ports: Vec<u16>, mut feed: Feed) {
     }
 }
 
-fn take(endpoints: Result<Vec<Endpoint>, FileError>, path: &std::path::Path, feed: &mut Feed) {
+fn take(endpoints: Result<Vec<ListedEndpoint>, FileError>, path: &std::path::Path, feed: &mut Feed) {
     match endpoints {
         Ok(endpoints) => feed.update(endpoints),
         Err(error) => feed.failed(error.reason(), &format_args!("{}: {error}", path.display()), true),
     }
 }
 
-async fn read(path: &std::path::Path) -> Content {
+async fn read(path: &std::path::Path) -> FileContent {
     let content = async {
         let file = tokio::fs::File::open(path).await?;
         let mut content = Vec::new();
@@ -82,16 +82,16 @@ async fn read(path: &std::path::Path) -> Content {
 
 /// Detects changes of the content.
 #[derive(Debug, Default)]
-struct Watch {
+struct FileChanges {
     /// The content that was applied last.
-    applied: Option<Content>,
+    applied: Option<FileContent>,
     /// The content that was read last, if it differs from `applied`.
-    changing: Option<Content>,
+    changing: Option<FileContent>,
 }
 
-impl Watch {
+impl FileChanges {
     /// Takes what was read. Returns the content if it is to be applied: the first one, or a change that was read twice.
-    fn changed(&mut self, content: Content) -> Option<&Content> {
+    fn changed(&mut self, content: FileContent) -> Option<&FileContent> {
         if self.applied.as_ref() == Some(&content) {
             self.changing = None;
             return None;
@@ -109,13 +109,13 @@ impl Watch {
 mod tests {
     use super::*;
 
-    fn text(text: &str) -> Content {
+    fn text(text: &str) -> FileContent {
         Ok(text.into())
     }
 
     #[test]
     fn first_content_is_applied_at_once_and_a_change_when_read_twice() {
-        let mut watch = Watch::default();
+        let mut watch = FileChanges::default();
         assert_eq!(watch.changed(text("a")), Some(&text("a")));
         assert_eq!(watch.changed(text("a")), None);
         assert_eq!(watch.changed(text("")), None, "being written");
@@ -126,7 +126,7 @@ mod tests {
 
     #[test]
     fn change_that_is_undone_before_the_second_read_is_ignored() {
-        let mut watch = Watch::default();
+        let mut watch = FileChanges::default();
         watch.changed(text("a"));
         for content in [text(""), text("a"), text(""), text("a")] {
             assert_eq!(watch.changed(content), None);
@@ -135,7 +135,7 @@ mod tests {
 
     #[test]
     fn missing_file_is_a_change() {
-        let mut watch = Watch::default();
+        let mut watch = FileChanges::default();
         let missing = || Err(FileError::Missing);
         assert_eq!(watch.changed(missing()), Some(&missing()));
         assert_eq!(watch.changed(missing()), None);

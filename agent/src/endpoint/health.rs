@@ -23,7 +23,7 @@ pub(super) struct Health {
 #[derive(Debug, Default)]
 struct HealthState {
     passive: Passive,
-    active: Active,
+    active: ActiveChecks,
 }
 
 /// Results of requests.
@@ -40,7 +40,7 @@ struct Passive {
 
 /// Results of health checks.
 #[derive(Debug, Default)]
-struct Active {
+struct ActiveChecks {
     down: bool,
     /// Consecutive results that contradict `down`.
     against: u32,
@@ -94,7 +94,7 @@ impl Health {
     fn change<T>(&self, f: impl FnOnce(&mut HealthState) -> T) -> T {
         let mut state = self.state.lock();
         let value = f(&mut state);
-        let (Passive { failures, until, .. }, Active { down, against }) = (&state.passive, &state.active);
+        let (Passive { failures, until, .. }, ActiveChecks { down, against }) = (&state.passive, &state.active);
         let troubled = *failures > 0 || until.is_some() || *down || *against > 0;
         // Stored under the lock, so that the flag always matches the latest state.
         self.troubled.store(troubled, Ordering::Relaxed);
@@ -127,7 +127,7 @@ impl Passive {
     }
 }
 
-impl Active {
+impl ActiveChecks {
     fn checked(&mut self, healthy: bool, rules: &HealthCheck) -> bool {
         if healthy != self.down {
             self.against = 0;

@@ -26,7 +26,7 @@ use tokio::{net::TcpSocket, sync::watch, time::Instant};
 
 use super::{
     timeouts::ConnectionTimeouts,
-    wire::{Link, Wire},
+    wire::{EndpointIo, Link},
 };
 use crate::{
     deadline::{self, with_deadline},
@@ -50,24 +50,24 @@ const RESET_STREAMS: usize = 4096;
 
 /// A worker's HTTP/2 connections to endpoints. Clones share them.
 #[derive(Clone)]
-pub struct Http2Pool(Rc<Inner>);
+pub struct Http2Pool(Rc<Http2PoolInner>);
 
-struct Inner {
-    endpoints: RefCell<HashMap<SocketAddr, Endpoint>>,
+struct Http2PoolInner {
+    endpoints: RefCell<HashMap<SocketAddr, EndpointConnections>>,
     times: Cell<ConnectionTimeouts>,
     heads: Cell<HeadLimits>,
 }
 
 #[derive(Default)]
-struct Endpoint {
-    connections: Vec<Connection>,
+struct EndpointConnections {
+    connections: Vec<Http2Connection>,
     /// The connection that is being made.
     dialling: Option<Dial>,
 }
 
 type Dial = Shared<LocalBoxFuture<'static, Result<(), Arc<io::Error>>>>;
 
-struct Connection {
+struct Http2Connection {
     send: SendRequest<Bytes>,
     /// The endpoint's limit of concurrent streams; 0 until it has sent its settings.
     limit: watch::Receiver<usize>,
@@ -82,7 +82,7 @@ struct Load {
 }
 
 /// One stream of a connection. Dropping it frees the stream.
-pub struct Stream {
+pub struct Http2Stream {
     send: SendRequest<Bytes>,
     /// Whether the connection has carried requests before.
     pub reused: bool,
@@ -90,7 +90,7 @@ pub struct Stream {
     link: Rc<Link>,
 }
 
-impl Stream {
+impl Http2Stream {
     /// Sends the request's head. The body follows, unless the head `ends` the request.
     pub fn open(
         &mut self,
@@ -132,7 +132,7 @@ pub async fn data(body: &mut RecvStream) -> Result<Option<Bytes>, h2::Error> {
     Ok(data)
 }
 
-impl Drop for Stream {
+impl Drop for Http2Stream {
     fn drop(&mut self) {
         self.load.streams.set(self.load.streams.get() - 1);
         self.load.idle_since.set(Instant::now());
@@ -143,7 +143,7 @@ impl Http2Pool {
     /// An empty pool.
     pub fn new(times: ConnectionTimeouts, heads: HeadLimits) -> Self {
         let (times, heads) = (Cell::new(times), Cell::new(heads));
-        Self(Rc::new(Inner { endpoints: RefCell::default(), times, heads }))
+        Self(Rc::new(Http2PoolInner { endpoints: RefCell::default(), times, heads }))
     }
 
     /// Sets the timeouts and limits of new connections.
@@ -153,7 +153,7 @@ impl Http2Pool {
     }
 
     /// Returns a stream for a request. The error kinds are those of `connect(2)` and `TimedOut`. Cancel-safe.
-    pub async fn stream(&self, address: SocketAddr) -> io::Result<Stream> {
+    pub async fn stream(&self, address: SocketAddr) -> io::Result<Http2Stream> {
         loop {
             let dial = {
                 let mut endpoints = self.0.endpoints.borrow_mut();
@@ -186,7 +186,7 @@ impl Http2Pool {
     }
 }
 
-impl Connection {
+impl Http2Connection {
     /// Whether the connection has ended or the endpoint has sent GOAWAY.
     fn is_closed(&self) -> bool {
         let mut noop = Context::from_waker(Waker::noop());
@@ -194,10 +194,10 @@ impl Connection {
     }
 }
 
-impl Endpoint {
-    fn stream(&mut self) -> Option<Stream> {
+impl EndpointConnections {
+    fn stream(&mut self) -> Option<Http2Stream> {
         self.connections.retain(|connection| !connection.is_closed());
-        let room = |connection: &&Connection| connection.load.streams.get() < *connection.limit.borrow();
+        let room = |connection: &&Http2Connection| connection.load.streams.get() < *connection.limit.borrow();
         let connection = match self.connections.iter().find(room) {
             Some(connection) => connection,
             None if self.connections.len() < MAX_CONNECTIONS => return None,
@@ -206,11 +206,11 @@ impl Endpoint {
         connection.load.streams.set(connection.load.streams.get() + 1);
         let reused = connection.load.used.replace(true);
         let (load, link) = (Rc::clone(&connection.load), Rc::clone(&connection.link));
-        Some(Stream { send: connection.send.clone(), reused, load, link })
+        Some(Http2Stream { send: connection.send.clone(), reused, load, link })
     }
 }
 
-impl Inner {
+impl Http2PoolInner {
     async fn dial(self: Rc<Self>, address: SocketAddr) -> Result<(), Arc<io::Error>> {
         let times = self.times.get();
         let connection = with_deadline(deadline::after(times.connect), connect(address, times, self.heads.get())).await;
@@ -224,12 +224,12 @@ impl Inner {
 }
 
 /// Connects, and waits for the endpoint's limit of streams.
-async fn connect(address: SocketAddr, times: ConnectionTimeouts, heads: HeadLimits) -> io::Result<Connection> {
+async fn connect(address: SocketAddr, times: ConnectionTimeouts, heads: HeadLimits) -> io::Result<Http2Connection> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     socket::detect_unreachable(&socket, times.unreachable)?;
     let tcp = socket.connect(address).await?;
     tcp.set_nodelay(true)?;
-    let (wire, link) = Wire::new(tcp, heads.header_block());
+    let (wire, link) = EndpointIo::new(tcp, heads.header_block());
     let (send, connection) = Builder::new()
         .enable_push(false)
         .initial_max_send_streams(0)
@@ -256,7 +256,7 @@ async fn connect(address: SocketAddr, times: ConnectionTimeouts, heads: HeadLimi
     });
     limit.wait_for(|&limit| limit > 0).await.map_err(|_| io::Error::from(io::ErrorKind::ConnectionReset))?;
     let load = Load { streams: Cell::new(0), used: Cell::new(false), idle_since: Cell::new(Instant::now()) };
-    Ok(Connection { send, limit, load: Rc::new(load), link })
+    Ok(Http2Connection { send, limit, load: Rc::new(load), link })
 }
 
 #[cfg(test)]

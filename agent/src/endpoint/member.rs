@@ -37,8 +37,8 @@ impl KeptState {
 }
 
 impl Endpoint {
-    pub(super) fn new(listed: config::Endpoint, state: Arc<KeptState>) -> Self {
-        let config::Endpoint { address, node, zone, draining } = listed;
+    pub(super) fn new(listed: config::ListedEndpoint, state: Arc<KeptState>) -> Self {
+        let config::ListedEndpoint { address, node, zone, draining } = listed;
         Self { address, node, zone, draining, state }
     }
 

@@ -8,13 +8,13 @@ use std::{
 
 use super::feed::Feed;
 use crate::{
-    config::{Endpoint, NamedEndpoints},
-    dns::{Answer, Dns, DnsError},
+    config::{ListedEndpoint, NamedEndpoints},
+    dns::{DnsAnswer, DnsError, DnsResolver},
     listeners::Listeners,
 };
 
 /// Follows the name until the future is dropped.
-pub(super) async fn follow(named: NamedEndpoints, dns: Dns, own: Listeners, mut feed: Feed) {
+pub(super) async fn follow(named: NamedEndpoints, dns: DnsResolver, own: Listeners, mut feed: Feed) {
     let mut skipped = Vec::new();
     loop {
         let answer = dns.resolve(&named.name).await;
@@ -26,7 +26,7 @@ pub(super) async fn follow(named: NamedEndpoints, dns: Dns, own: Listeners, mut 
                 tracing::warn!(name = named.name, addresses = ?ours, "endpoint is one of the agent's own listeners, skipping it");
             }
             skipped = ours;
-            others.into_iter().map(Endpoint::from).collect()
+            others.into_iter().map(ListedEndpoint::from).collect()
         };
         tokio::time::sleep(take(answer, dns.retry_after(), &mut feed, endpoints)).await;
     }
@@ -34,10 +34,10 @@ pub(super) async fn follow(named: NamedEndpoints, dns: Dns, own: Listeners, mut 
 
 /// Feeds an answer into the set. `endpoints` makes endpoints of its addresses. Returns the time until the next lookup.
 fn take(
-    answer: Result<Answer, DnsError>,
+    answer: Result<DnsAnswer, DnsError>,
     retry_after: Duration,
     feed: &mut Feed,
-    endpoints: impl FnOnce(&[IpAddr]) -> Vec<Endpoint>,
+    endpoints: impl FnOnce(&[IpAddr]) -> Vec<ListedEndpoint>,
 ) -> Duration {
     match answer {
         Ok(answer) => {

@@ -15,9 +15,9 @@ const MOST: usize = 1024;
 const KEPT: Duration = Duration::from_secs(600);
 
 #[derive(Debug, Default)]
-pub(super) struct Seen(Mutex<HashMap<SocketAddr, Instant>>);
+pub(super) struct SeenAddresses(Mutex<HashMap<SocketAddr, Instant>>);
 
-impl Seen {
+impl SeenAddresses {
     /// The endpoint answered a request.
     pub(super) fn answered(&self, address: SocketAddr, now: Instant) {
         let mut seen = self.0.lock();
@@ -53,7 +53,7 @@ mod tests {
 
     #[test]
     fn endpoints_are_kept_until_they_fail_or_are_silent_for_long() {
-        let (seen, now) = (Seen::default(), Instant::now());
+        let (seen, now) = (SeenAddresses::default(), Instant::now());
         for n in [3, 1, 2, 3] {
             seen.answered(address(n), now);
         }
@@ -66,7 +66,7 @@ mod tests {
 
     #[test]
     fn oldest_endpoint_makes_room() {
-        let (seen, now) = (Seen::default(), Instant::now());
+        let (seen, now) = (SeenAddresses::default(), Instant::now());
         for n in 0..MOST as u16 + 2 {
             seen.answered(address(n), now + Duration::from_millis(n.into()));
         }

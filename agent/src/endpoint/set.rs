@@ -10,7 +10,7 @@ use parking_lot::{Mutex, RwLock};
 use super::{
     in_flight::InFlight,
     member::{Endpoint, KeptState},
-    seen::Seen,
+    seen::SeenAddresses,
     subset::{Rule, Subsets},
 };
 use crate::{
@@ -46,15 +46,15 @@ pub struct EndpointSet {
     subset: Rule,
     snapshot: RwLock<Arc<Snapshot>>,
     /// Endpoints outside of the set that have answered.
-    seen: Arc<Seen>,
+    seen: Arc<SeenAddresses>,
     /// Held while the set changes and while an endpoint is ejected, so that the limit on ejections holds.
-    changing: Mutex<Parts>,
+    changing: Mutex<SetContents>,
 }
 
 #[derive(Debug, Default)]
-struct Parts {
+struct SetContents {
     /// By [`EndpointSource`].
-    listed: [Vec<config::Endpoint>; 4],
+    listed: [Vec<config::ListedEndpoint>; 4],
     next_id: u32,
 }
 
@@ -92,18 +92,18 @@ impl EndpointSet {
             subset: Rule::new(pool, node),
             snapshot: RwLock::new(before.snapshot()),
             seen: Arc::clone(&before.seen),
-            changing: Mutex::new(Parts { listed, next_id: parts.next_id }),
+            changing: Mutex::new(SetContents { listed, next_id: parts.next_id }),
         };
         set.rebuild(&mut set.changing.lock(), EndpointSource::Config, pool.endpoints.clone());
         set
     }
 
     /// A set of these endpoints, without a subset.
-    pub fn of(endpoints: impl IntoIterator<Item = impl Into<config::Endpoint>>, rules: Ejection) -> Self {
+    pub fn of(endpoints: impl IntoIterator<Item = impl Into<config::ListedEndpoint>>, rules: Ejection) -> Self {
         Self::with(endpoints.into_iter().map(Into::into).collect(), rules, Rule::default())
     }
 
-    fn with(endpoints: Vec<config::Endpoint>, rules: Ejection, subset: Rule) -> Self {
+    fn with(endpoints: Vec<config::ListedEndpoint>, rules: Ejection, subset: Rule) -> Self {
         let set = Self { rules, subset, snapshot: RwLock::default(), seen: Arc::default(), changing: Mutex::default() };
         set.replace(EndpointSource::Config, endpoints);
         set
@@ -115,7 +115,7 @@ impl EndpointSet {
     }
 
     /// Replaces the endpoints of `source`. Returns true if the set changed.
-    pub fn replace(&self, source: EndpointSource, endpoints: Vec<config::Endpoint>) -> bool {
+    pub fn replace(&self, source: EndpointSource, endpoints: Vec<config::ListedEndpoint>) -> bool {
         let mut parts = self.changing.lock();
         if parts.listed[source as usize] == endpoints {
             return false;
@@ -124,7 +124,7 @@ impl EndpointSet {
         true
     }
 
-    fn rebuild(&self, parts: &mut Parts, source: EndpointSource, endpoints: Vec<config::Endpoint>) {
+    fn rebuild(&self, parts: &mut SetContents, source: EndpointSource, endpoints: Vec<config::ListedEndpoint>) {
         parts.listed[source as usize] = endpoints;
         let mut snapshot = parts.merged(&self.snapshot());
         snapshot.subsets = self.subset.subsets(&snapshot.endpoints, |address| snapshot.get(address));
@@ -231,7 +231,7 @@ impl EndpointSet {
     }
 }
 
-impl Parts {
+impl SetContents {
     fn merged(&mut self, before: &Snapshot) -> Snapshot {
         let mut merged = Snapshot::default();
         for listed in self.listed.iter().flatten() {
@@ -284,7 +284,7 @@ mod tests {
         SocketAddr::from(([10, 0, 0, n], 8000))
     }
 
-    fn listed(numbers: impl IntoIterator<Item = u8>) -> Vec<config::Endpoint> {
+    fn listed(numbers: impl IntoIterator<Item = u8>) -> Vec<config::ListedEndpoint> {
         numbers.into_iter().map(|n| address(n).into()).collect()
     }
 
@@ -299,7 +299,7 @@ mod tests {
     #[test]
     fn set_is_the_union_and_the_first_source_wins() {
         let set = set(2);
-        let named = config::Endpoint { zone: Some("a".into()), ..address(2).into() };
+        let named = config::ListedEndpoint { zone: Some("a".into()), ..address(2).into() };
         assert!(set.replace(EndpointSource::Dns, vec![address(3).into(), address(3).into()]));
         assert!(set.replace(EndpointSource::File, vec![named, address(4).into()]));
         assert_eq!(addresses(&set), [1, 2, 4, 3].map(address));
@@ -316,7 +316,7 @@ mod tests {
         set.failed(address(1), now);
         set.replace(
             EndpointSource::Config,
-            vec![config::Endpoint { draining: true, ..address(1).into() }, address(2).into()],
+            vec![config::ListedEndpoint { draining: true, ..address(1).into() }, address(2).into()],
         );
         let one = |set: &EndpointSet| {
             let snapshot = set.snapshot();

@@ -103,8 +103,8 @@ mod tests {
         SocketAddr::from(([10, 0, 0, n], 8000))
     }
 
-    fn at(n: u8, node: &str, zone: &str) -> config::Endpoint {
-        config::Endpoint { node: Some(node.into()), zone: Some(zone.into()), ..address(n).into() }
+    fn at(n: u8, node: &str, zone: &str) -> config::ListedEndpoint {
+        config::ListedEndpoint { node: Some(node.into()), zone: Some(zone.into()), ..address(n).into() }
     }
 
     /// Endpoints 1 and 2 are on this node, 1 to 3 in this zone, 4 in another zone, and 5 has no locality.
@@ -168,7 +168,7 @@ mod tests {
     #[test]
     fn draining_and_removed_endpoints_are_in_no_subset() {
         let set = prefer(&[Locality::Node, Locality::Zone], EmptySubset::All);
-        let draining = config::Endpoint { draining: true, ..at(1, "n1", "a") };
+        let draining = config::ListedEndpoint { draining: true, ..at(1, "n1", "a") };
         set.replace(EndpointSource::Config, vec![draining.clone(), at(2, "n1", "a"), at(3, "n2", "a")]);
         assert_subset(&set, Some(&[2]));
         set.replace(EndpointSource::Config, vec![draining.clone(), at(3, "n2", "a")]);

@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// h2's side. Dropping it closes the connection, or leaves that to its link if the endpoint may still acknowledge bytes.
-pub(super) struct Wire(Rc<Link>);
+pub(super) struct EndpointIo(Rc<Link>);
 
 /// The agent's view of the socket.
 pub(super) struct Link {
@@ -33,7 +33,7 @@ pub(super) struct Link {
     large: RefCell<LargeBlocks>,
 }
 
-impl Wire {
+impl EndpointIo {
     /// `block` is the most bytes of received trailers in frames.
     pub(super) fn new(stream: TcpStream, block: usize) -> (Self, Rc<Link>) {
         let link = Rc::new(Link {
@@ -78,7 +78,7 @@ impl Link {
     }
 }
 
-impl Drop for Wire {
+impl Drop for EndpointIo {
     fn drop(&mut self) {
         if self.0.stream.borrow().as_ref().is_some_and(crossing::may_follow) {
             return;
@@ -88,7 +88,7 @@ impl Drop for Wire {
     }
 }
 
-impl AsyncRead for Wire {
+impl AsyncRead for EndpointIo {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         let read = self.with(|stream| stream.poll_read(cx, buf));
@@ -98,7 +98,7 @@ impl AsyncRead for Wire {
     }
 }
 
-impl AsyncWrite for Wire {
+impl AsyncWrite for EndpointIo {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         self.with(|stream| stream.poll_write(cx, buf))
     }

@@ -7,10 +7,10 @@ use tonic::{Request, Response, Status};
 
 const SERVICES: [&str; 4] = ["", "liveness", "readiness", "envoy.service.ext_proc.v3.ExternalProcessor"];
 
-pub(super) struct Health;
+pub(super) struct HealthService;
 
 #[tonic::async_trait]
-impl health_server::Health for Health {
+impl health_server::Health for HealthService {
     async fn check(&self, request: Request<HealthCheckRequest>) -> Result<Response<HealthCheckResponse>, Status> {
         let service = &request.get_ref().service;
         if SERVICES.contains(&service.as_str()) {

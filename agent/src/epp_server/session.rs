@@ -15,7 +15,7 @@ use penstock_proto::{
 };
 use tonic::Status;
 
-use super::{bounds::Reservation, refusal::Refusal, refusals::Refusals, reply, subset, upload::Upload};
+use super::{bounds::Reservation, refusal::Refusal, refusals::Refusals, reply, subset, upload::ExchangeUpload};
 use crate::{
     endpoint::in_flight::InFlight,
     picker::{
@@ -26,7 +26,7 @@ use crate::{
 
 type Replies = VecDeque<ProcessingResponse>;
 
-pub(super) struct Session {
+pub(super) struct ExchangeSession {
     refusals: Arc<Refusals>,
     picker: Arc<BuiltinPicker>,
     max_body: usize,
@@ -47,10 +47,10 @@ pub(super) struct Session {
 
 enum Phase {
     Headers,
-    Body(Upload),
+    Body(ExchangeUpload),
     /// The request is complete. `trailers`: trailers ended it.
     Deciding {
-        body: Option<Upload>,
+        body: Option<ExchangeUpload>,
         trailers: bool,
     },
     Decided,
@@ -62,11 +62,11 @@ enum Phase {
 pub(super) enum Step {
     /// Read the next message.
     Read,
-    /// Call [`Session::decide`].
+    /// Call [`ExchangeSession::decide`].
     Decide,
 }
 
-impl Session {
+impl ExchangeSession {
     pub(super) fn new(
         picker: Arc<BuiltinPicker>,
         max_body: usize,
@@ -162,7 +162,7 @@ impl Session {
             self.phase = Phase::Deciding { body: None, trailers: false };
             return Step::Decide;
         }
-        self.phase = Phase::Body(Upload::new(self.max_body));
+        self.phase = Phase::Body(ExchangeUpload::new(self.max_body));
         Step::Read
     }
 
@@ -202,7 +202,7 @@ impl Session {
     /// Answers the request. Call it once, when [`receive`](Self::receive) returns [`Step::Decide`].
     pub(super) fn decide(&mut self, now: Instant, replies: &mut Replies) {
         let Phase::Deciding { body, trailers } = std::mem::replace(&mut self.phase, Phase::Decided) else { return };
-        let decided = body.map(Upload::finish).transpose().and_then(|upload| {
+        let decided = body.map(ExchangeUpload::finish).transpose().and_then(|upload| {
             let (prompt, body) = upload.map_or((PromptHash::none(), None), |(prompt, body)| (prompt, Some(body)));
             let prompt = prompt.with_session(self.session());
             let picked = self.picker.pick_and_begin(&prompt, self.subset.as_deref(), now)?;

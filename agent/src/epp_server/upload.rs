@@ -9,7 +9,7 @@ use crate::{
 };
 
 #[derive(Debug)]
-pub(super) struct Upload {
+pub(super) struct ExchangeUpload {
     limit: usize,
     body: BytesMut,
     scanner: ModelScanner,
@@ -17,7 +17,7 @@ pub(super) struct Upload {
     hasher: PromptHasher,
 }
 
-impl Upload {
+impl ExchangeUpload {
     pub(super) fn new(limit: usize) -> Self {
         let (scanner, hasher) = (ModelScanner::new(), PromptHasher::new());
         Self { limit, body: BytesMut::new(), scanner, json: Ok(()), hasher }

@@ -355,8 +355,8 @@ impl ReplayBody {
     }
 
     /// Reads the body from the beginning.
-    pub fn pieces(&self) -> Pieces<'_> {
-        Pieces { body: self, at: 0 }
+    pub fn pieces(&self) -> ReplayPieces<'_> {
+        ReplayPieces { body: self, at: 0 }
     }
 
     /// All of it, counted once more for as long as the pieces live; `None` if the budget has no room for that.
@@ -433,12 +433,12 @@ impl Drop for ReplayBody {
 
 /// One reading of a [`ReplayBody`].
 #[derive(Debug)]
-pub struct Pieces<'a> {
+pub struct ReplayPieces<'a> {
     body: &'a ReplayBody,
     at: u64,
 }
 
-impl Pieces<'_> {
+impl ReplayPieces<'_> {
     /// Returns the next piece of 1 to [`PIECE`] bytes; `None` at the end. Cancel-safe: a dropped call yields the same
     /// piece again.
     pub async fn next(&mut self) -> Result<Option<Bytes>, BodyError> {

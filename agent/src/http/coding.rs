@@ -99,7 +99,7 @@ impl Coding {
 
 /// The result of one call of a stage.
 #[derive(Debug, PartialEq, Eq)]
-enum Step {
+enum StageStep {
     /// Number of bytes written to the output, more than 0.
     Output(usize),
     /// All input is consumed and the stream continues.
@@ -128,7 +128,7 @@ trait Stage {
     /// Marks the end of the input.
     fn end(&mut self);
     /// `out` is [`PIECE`] bytes long. Takes the memory for its window from `share` once the size is known.
-    fn step(&mut self, out: &mut [u8], share: &mut Share) -> Result<Step, Fault>;
+    fn step(&mut self, out: &mut [u8], share: &mut Share) -> Result<StageStep, Fault>;
 }
 
 pub struct Decoder {
@@ -197,7 +197,7 @@ impl Decoder {
                 Fault::NoRoom => CodingError::NoRoom,
             })?;
             match step {
-                Step::Output(length) => {
+                StageStep::Output(length) => {
                     self.decoded += length as u64;
                     if self.decoded > self.limit {
                         return Err(CodingError::TooLarge { limit: self.limit });
@@ -208,16 +208,16 @@ impl Decoder {
                     self.stages[at + 1].1.push(&self.out[..length]);
                     at += 1;
                 }
-                Step::End if at == last => return Ok(None),
-                Step::End => {
+                StageStep::End if at == last => return Ok(None),
+                StageStep::End => {
                     at += 1;
                     if self.ended == at {
                         self.stages[at].1.end();
                         self.ended += 1;
                     }
                 }
-                Step::Input if at > 0 && self.ended <= at => at -= 1,
-                Step::Input => return Ok(None),
+                StageStep::Input if at > 0 && self.ended <= at => at -= 1,
+                StageStep::Input => return Ok(None),
             }
         }
     }

@@ -247,7 +247,7 @@ fn is_version(word: &[u8]) -> bool {
     matches!(word, [b'H', b'T', b'T', b'P', b'/', major, b'.', minor] if major.is_ascii_digit() && minor.is_ascii_digit())
 }
 
-struct Target {
+struct RequestTarget {
     /// Origin form, or `*`.
     uri: Uri,
     /// The authority of an absolute target: host, port, and the default port of the scheme.
@@ -255,7 +255,7 @@ struct Target {
 }
 
 /// Parses origin form, absolute form or `*` (RFC 9112 §3.2). Authority form belongs to CONNECT.
-fn parse_target(method: &Method, target: &str) -> Result<Target, RequestError> {
+fn parse_target(method: &Method, target: &str) -> Result<RequestTarget, RequestError> {
     let wrong = || RequestError::Target { found: shown(target.as_bytes()) };
     // A fragment is never sent, and bytes beyond ASCII have no agreed meaning; `http` would cut the former and accept
     // the latter.
@@ -267,7 +267,7 @@ fn parse_target(method: &Method, target: &str) -> Result<Target, RequestError> {
     }
     if target == "*" || target.starts_with('/') {
         let uri = target.parse().map_err(|_| wrong())?;
-        return Ok(Target { uri, authority: None });
+        return Ok(RequestTarget { uri, authority: None });
     }
     let (scheme, rest) = target.split_once("://").ok_or_else(wrong)?;
     let default_port = match scheme.to_ascii_lowercase().as_str() {
@@ -284,7 +284,7 @@ fn parse_target(method: &Method, target: &str) -> Result<Target, RequestError> {
         _ => format!("/{path}"),
     };
     let authority = Authority { text: authority.to_owned(), host, port, default_port };
-    Ok(Target { uri: origin.parse().map_err(|_| wrong())?, authority: Some(authority) })
+    Ok(RequestTarget { uri: origin.parse().map_err(|_| wrong())?, authority: Some(authority) })
 }
 
 struct Authority {

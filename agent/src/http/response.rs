@@ -329,7 +329,7 @@ impl ResponseHead {
 
 /// What happens to the connection to an endpoint after its response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum After<'a> {
+pub enum AfterResponse<'a> {
     Keep,
     Close,
     /// It switches to this protocol, if the endpoint agrees.
@@ -351,7 +351,7 @@ pub fn write_request(
     parts: &request::Parts,
     endpoint: SocketAddr,
     framing: RequestFraming<'_>,
-    after: After<'_>,
+    after: AfterResponse<'_>,
     out: &mut BytesMut,
 ) {
     out.put_slice(parts.method.as_str().as_bytes());
@@ -386,9 +386,9 @@ pub fn write_request(
         RequestFraming::None => {}
     }
     match after {
-        After::Keep => {}
-        After::Close => out.put_slice(b"connection: close\r\n"),
-        After::Upgrade(protocol) => write_upgrade(Some(protocol), out),
+        AfterResponse::Keep => {}
+        AfterResponse::Close => out.put_slice(b"connection: close\r\n"),
+        AfterResponse::Upgrade(protocol) => write_upgrade(Some(protocol), out),
     }
     out.put_slice(b"\r\n");
 }

@@ -28,7 +28,7 @@ use nix::{
 use super::slots::{Slots, SpanRef};
 use crate::{
     capability,
-    panics::{self, Watch},
+    panics::{self, PanicWatch},
     probe::Point,
 };
 
@@ -40,16 +40,16 @@ const RECLAIM: Duration = Duration::from_secs(1);
 type ProgramLog = EbpfLogger<&'static dyn log::Log>;
 
 pub struct Events {
-    shared: Arc<Shared>,
+    shared: Arc<SharedEvents>,
     stop: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
 }
 
-struct Shared {
+struct SharedEvents {
     wakers: Box<[AtomicWaker]>,
     missed: AtomicU64,
     /// Notified if the thread ends before it is asked to.
-    watch: OnceLock<Watch>,
+    watch: OnceLock<PanicWatch>,
     failure: OnceLock<String>,
 }
 
@@ -63,7 +63,7 @@ impl Events {
     ) -> io::Result<Self> {
         let wakers = (0..slots.len()).map(|_| AtomicWaker::new()).collect();
         let (missed_so_far, watch, failure) = (AtomicU64::new(0), OnceLock::new(), OnceLock::new());
-        let shared = Arc::new(Shared { wakers, missed: missed_so_far, watch, failure });
+        let shared = Arc::new(SharedEvents { wakers, missed: missed_so_far, watch, failure });
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
         let (theirs, until) = (Arc::clone(&shared), Arc::clone(&stop));
         let thread = std::thread::Builder::new().name(THREAD.into()).spawn(move || {
@@ -81,7 +81,7 @@ impl Events {
     }
 
     /// Notifies `watch` if the thread ends before it is asked to.
-    pub fn watch(&self, watch: Watch) {
+    pub fn watch(&self, watch: PanicWatch) {
         let _ = self.shared.watch.set(watch);
         self.shared.tell();
     }
@@ -99,7 +99,7 @@ impl Events {
     }
 }
 
-impl Shared {
+impl SharedEvents {
     fn fail(&self, why: String) {
         let _ = self.failure.set(why);
         self.tell();
@@ -125,7 +125,7 @@ fn run(
     mut ring: RingBuf<MapData>,
     missed: &Array<MapData, u64>,
     mut log: ProgramLog,
-    shared: &Shared,
+    shared: &SharedEvents,
     slots: &Slots,
     stop: &EventFd,
 ) -> nix::Result<()> {

@@ -41,7 +41,7 @@ use penstock_common::wire::flow::state;
 use thiserror::Error;
 
 pub use adopted::{Adopted, AdoptedFlow, Adoption, Story, silence};
-pub use connection::{Connection, Unfit, agree};
+pub use connection::{TcpConnection, Unfit, agree};
 pub use interface::all as interfaces;
 pub use inventory::{Pinned, detach, pinned};
 pub use netns::is_initial as is_initial_namespace;
@@ -52,12 +52,12 @@ pub use watched::Watched;
 use self::{
     attach::{Attached, program},
     pins::Instance,
-    records::{Events, Records},
+    records::{RecordEvents, Records},
     seen::state_of,
     table::{FLOWS, LEGS, Table},
 };
 use super::{LoadError, object};
-use crate::panics::Watch;
+use crate::panics::PanicWatch;
 
 const WIRE_PROGRAM: &str = "penstock_wire";
 const GUARD_PROGRAM: &str = "penstock_guard";
@@ -101,7 +101,7 @@ impl WireError {
 /// the end.
 pub struct Wire {
     records: Arc<Records>,
-    _events: Events,
+    _events: RecordEvents,
     attached: Attached,
     flows: MapData,
     legs: MapData,
@@ -131,7 +131,7 @@ impl Wire {
         let (ring, missed): (RingBuf<_>, _) = (take("WIRE_EVENTS")?.try_into()?, take("WIRE_MISSED")?.try_into()?);
         let again = MapData::from_fd(legs.fd().as_fd().try_clone_to_owned()?)?;
         let records = Arc::new(Records::new(Table::new(&flows, again)?)?);
-        let events = Events::start(ring, missed, Arc::clone(&records))?;
+        let events = RecordEvents::start(ring, missed, Arc::clone(&records))?;
         let (attached, is_leaving) = (Attached::none(), AtomicBool::new(false));
         Ok(Self { records, _events: events, attached, flows, legs, instance: None, is_leaving, ebpf })
     }
@@ -178,12 +178,12 @@ impl Wire {
     }
 
     /// Watches two connections of the agent, before the request is sent to the endpoint.
-    pub fn watch(self: &Arc<Self>, client: Connection, endpoint: Connection) -> Result<Watched, WireError> {
+    pub fn watch(self: &Arc<Self>, client: TcpConnection, endpoint: TcpConnection) -> Result<Watched, WireError> {
         Watched::begin(self, client, endpoint)
     }
 
     /// Notifies `watch` if the thread that waits for events ends.
-    pub fn supervise(&self, watch: Watch) {
+    pub fn supervise(&self, watch: PanicWatch) {
         self.records.watch(watch);
     }
 

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     config::{Config, InferencePoolRef},
-    inference_pools::{self, InferencePool, Known},
+    inference_pools::{self, InferencePool, KnownPools},
     metrics::Metrics,
     trial::Trial,
 };
@@ -24,8 +24,8 @@ use crate::{
 const ANSWER: Duration = Duration::from_secs(5);
 
 /// Tries all of them. Returns what could be read.
-pub async fn try_pools(config: &Config) -> (Known, Vec<Trial>) {
-    let (named, mut known, mut trials) = (inference_pools::named(config), Known::new(), Vec::new());
+pub async fn try_pools(config: &Config) -> (KnownPools, Vec<Trial>) {
+    let (named, mut known, mut trials) = (inference_pools::named(config), KnownPools::new(), Vec::new());
     if named.is_empty() {
         return (known, trials);
     }

@@ -14,11 +14,11 @@ use tokio::{
 use tokio_util::task::AbortOnDropHandle;
 
 use super::{
-    objects::{EndpointSlice, Object, Pod, Pool, PoolSpec, Service},
+    objects::{EndpointSlice, InferencePoolObject, Object, Pod, PoolSpec, Service},
     query::{self, Query},
     store::Store,
     translate::{Objects, translate},
-    watch::{self, Source},
+    watch::{self, WatchParameters},
 };
 use crate::{
     config::{InferencePoolRef, Kubernetes},
@@ -62,8 +62,8 @@ impl Follower {
     /// Sends the pool when everything about it has been read, and after each change. Changes within `coalesce` are sent together.
     pub(super) async fn run(&self, results: mpsc::Sender<(InferencePoolRef, InferencePool)>) -> Infallible {
         let (namespace, name) = (&self.named.namespace, &self.named.name);
-        let pools = self.begin::<Pool>(Query::one(query::pools(self.named.version), namespace, name));
-        let mut parts = Parts::default();
+        let pools = self.begin::<InferencePoolObject>(Query::one(query::pools(self.named.version), namespace, name));
+        let mut parts = ReferredObjects::default();
         let (mut published, mut was_left_out) = (None, 0);
         loop {
             self.changed.notified().await;
@@ -71,7 +71,7 @@ impl Follower {
             let Some(found) = pools.store.all() else { continue };
             let (pool, left_out) = match found.iter().find(|pool| pool.name == *name) {
                 None => {
-                    parts = Parts::default();
+                    parts = ReferredObjects::default();
                     (InferencePool::Absent, 0)
                 }
                 Some(pool) => {
@@ -93,19 +93,19 @@ impl Follower {
     }
 
     /// Begins a watch.
-    fn begin<K: Object + PartialEq>(&self, query: Query) -> Watched<K> {
+    fn begin<K: Object + PartialEq>(&self, query: Query) -> ObjectWatch<K> {
         let store = Arc::new(Store::new(Arc::clone(&self.changed)));
         let inference_pool = self.named.to_string();
         let metrics = self.metrics.kubernetes_watch(&inference_pool, query.resource.plural);
         let (client, lasts) = (self.client.clone(), self.watch_timeout);
-        let source = Source { client, inference_pool, query: query.clone(), lasts };
+        let source = WatchParameters { client, inference_pool, query: query.clone(), lasts };
         let task = AbortOnDropHandle::new(tokio::spawn(watch::keep_watching(source, Arc::clone(&store), metrics)));
-        Watched { query, store, _task: task }
+        ObjectWatch { query, store, _task: task }
     }
 }
 
 /// A watch and its objects.
-struct Watched<K> {
+struct ObjectWatch<K> {
     query: Query,
     store: Arc<Store<K>>,
     _task: AbortOnDropHandle<()>,
@@ -114,9 +114,9 @@ struct Watched<K> {
 /// A watch whose query may change.
 struct Aimed<K> {
     /// The last one whose objects are known.
-    current: Option<Watched<K>>,
+    current: Option<ObjectWatch<K>>,
     /// The one that will replace it.
-    next: Option<Watched<K>>,
+    next: Option<ObjectWatch<K>>,
 }
 
 impl<K> Default for Aimed<K> {
@@ -149,13 +149,13 @@ impl<K: Object + PartialEq> Aimed<K> {
 
 /// What an InferencePool refers to.
 #[derive(Default)]
-struct Parts {
+struct ReferredObjects {
     pods: Aimed<Pod>,
     service: Aimed<Service>,
     slices: Aimed<EndpointSlice>,
 }
 
-impl Parts {
+impl ReferredObjects {
     /// Watches what `spec` refers to. Nothing if it is invalid.
     fn aim(&mut self, follower: &Follower, spec: Option<&PoolSpec>) {
         let namespace = &follower.named.namespace;
@@ -173,7 +173,7 @@ impl Parts {
     }
 
     /// The pool and the number of its endpoints that were left out. None until everything has been read.
-    fn translate(&self, namespace: &str, pool: &Pool) -> Option<(InferencePool, usize)> {
+    fn translate(&self, namespace: &str, pool: &InferencePoolObject) -> Option<(InferencePool, usize)> {
         let needs = |of: fn(&PoolSpec) -> bool| pool.spec.as_ref().is_ok_and(of);
         let pods = if needs(|_| true) { self.pods.objects()? } else { Vec::new() };
         let has_epp = needs(|spec| spec.epp.is_some());

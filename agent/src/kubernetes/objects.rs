@@ -33,7 +33,7 @@ macro_rules! named {
     };
 }
 
-named!(Pool, Pod, Service, EndpointSlice);
+named!(InferencePoolObject, Pod, Service, EndpointSlice);
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -49,7 +49,7 @@ struct Metadata {
 /// An InferencePool of either version.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(from = "RawPool")]
-pub(super) struct Pool {
+pub(super) struct InferencePoolObject {
     pub(super) name: String,
     pub(super) version: String,
     /// The error says what in the object was wrong and what was expected.
@@ -110,7 +110,7 @@ struct RawRef {
     failure_mode: Option<String>,
 }
 
-impl From<RawPool> for Pool {
+impl From<RawPool> for InferencePoolObject {
     fn from(raw: RawPool) -> Self {
         Self { name: raw.metadata.name, version: raw.metadata.resource_version, spec: raw.spec.try_into() }
     }

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     config::InferencePoolRef,
-    inference_pools::{InferencePool, Known},
+    inference_pools::{InferencePool, KnownPools},
 };
 
 const NAME: &str = "inference-pools.json";
@@ -34,10 +34,10 @@ pub(super) enum StateError {
 }
 
 #[derive(Serialize, Deserialize)]
-struct Document {
+struct SavedPools {
     version: u32,
     #[serde(default)]
-    pools: Vec<Entry>,
+    pools: Vec<SavedPool>,
 }
 
 #[derive(Deserialize)]
@@ -46,19 +46,19 @@ struct Versioned {
 }
 
 #[derive(Serialize, Deserialize)]
-struct Entry {
+struct SavedPool {
     #[serde(flatten)]
     named: InferencePoolRef,
     pool: InferencePool,
 }
 
 /// Reads the file in `folder`. Without a file nothing is known.
-pub(super) fn load(folder: &Path) -> Result<Known, StateError> {
+pub(super) fn load(folder: &Path) -> Result<KnownPools, StateError> {
     let path = folder.join(NAME);
     let io = |error| StateError::Io(path.clone(), error);
     let file = match File::open(&path) {
         Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Known::new()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(KnownPools::new()),
         Err(error) => return Err(io(error)),
     };
     let mut text = Vec::new();
@@ -71,15 +71,16 @@ pub(super) fn load(folder: &Path) -> Result<Known, StateError> {
     if version != VERSION {
         return Err(StateError::Version(path, version));
     }
-    let document: Document = serde_json::from_slice(&text).map_err(malformed)?;
-    Ok(document.pools.into_iter().map(|Entry { named, pool }| (named, pool)).collect())
+    let document: SavedPools = serde_json::from_slice(&text).map_err(malformed)?;
+    Ok(document.pools.into_iter().map(|SavedPool { named, pool }| (named, pool)).collect())
 }
 
 /// Replaces the file in `folder`.
-pub(super) fn save(folder: &Path, known: &Known) -> Result<(), StateError> {
+pub(super) fn save(folder: &Path, known: &KnownPools) -> Result<(), StateError> {
     let path = folder.join(NAME);
-    let entry = |(named, pool): (&InferencePoolRef, &InferencePool)| Entry { named: named.clone(), pool: pool.clone() };
-    let document = Document { version: VERSION, pools: known.iter().map(entry).collect() };
+    let entry =
+        |(named, pool): (&InferencePoolRef, &InferencePool)| SavedPool { named: named.clone(), pool: pool.clone() };
+    let document = SavedPools { version: VERSION, pools: known.iter().map(entry).collect() };
     let text = serde_json::to_vec(&document).map_err(|error| StateError::Malformed(path.clone(), error))?;
     if text.len() as u64 > MAX {
         return Err(StateError::TooLarge(path));
@@ -97,12 +98,12 @@ pub(super) fn save(folder: &Path, known: &Known) -> Result<(), StateError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::inference_pools::{EppService, Member, Usable};
+    use crate::inference_pools::{EppService, PodPort, Usable};
 
-    fn known() -> Known {
+    fn known() -> KnownPools {
         let named = |name: &str| InferencePoolRef { namespace: "n".into(), name: name.into(), ..Default::default() };
         let address = "[fd00::1]:8000".parse().unwrap();
-        let endpoints = vec![Member { address, node: Some("n1".into()), zone: None, draining: true }];
+        let endpoints = vec![PodPort { address, node: Some("n1".into()), zone: None, draining: true }];
         let epp = Some(EppService { address: "epp.n.svc:9002".into(), replicas: vec![address] });
         let usable = InferencePool::Usable(Usable { endpoints, epp, fails_open: true, is_h2c: false });
         let (absent, invalid) = (InferencePool::Absent, InferencePool::Invalid("no port".into()));
@@ -112,8 +113,8 @@ mod tests {
     #[test]
     fn saved_state_is_loaded() {
         let folder = tempfile::tempdir().unwrap();
-        assert_eq!(load(folder.path()).unwrap(), Known::new(), "no file has been written");
-        save(folder.path(), &Known::new()).unwrap();
+        assert_eq!(load(folder.path()).unwrap(), KnownPools::new(), "no file has been written");
+        save(folder.path(), &KnownPools::new()).unwrap();
         save(folder.path(), &known()).unwrap();
         assert_eq!(load(folder.path()).unwrap(), known());
         let files: Vec<_> = fs::read_dir(folder.path()).unwrap().map(|file| file.unwrap().file_name()).collect();

@@ -2,8 +2,8 @@
 
 use std::net::SocketAddr;
 
-use super::objects::{EndpointSlice, EppRef, Pod, Pool, Service};
-use crate::inference_pools::{EppService, InferencePool, Member, Usable};
+use super::objects::{EndpointSlice, EppRef, InferencePoolObject, Pod, Service};
+use crate::inference_pools::{EppService, InferencePool, PodPort, Usable};
 
 /// Most endpoints of a pool. Every snapshot of a pool and every hint to an EPP lists them.
 const MAX_ENDPOINTS: usize = 4096;
@@ -13,7 +13,7 @@ const MAX_REPLICAS: usize = 64;
 /// The objects of one InferencePool that exists.
 pub(super) struct Objects<'a> {
     pub(super) namespace: &'a str,
-    pub(super) pool: &'a Pool,
+    pub(super) pool: &'a InferencePoolObject,
     pub(super) pods: &'a [Pod],
     /// The Service that the pool refers to, if it exists.
     pub(super) service: Option<&'a Service>,
@@ -40,10 +40,10 @@ pub(super) fn translate(objects: &Objects<'_>) -> (InferencePool, usize) {
 }
 
 /// The endpoints of a Pod: none until it is ready, and draining ones while it is deleted.
-fn members<'a>(pod: &'a Pod, ports: &'a [u16]) -> impl Iterator<Item = Member> + 'a {
+fn members<'a>(pod: &'a Pod, ports: &'a [u16]) -> impl Iterator<Item = PodPort> + 'a {
     let ip = pod.ip.filter(|ip| !ip.is_unspecified() && (pod.is_ready || pod.is_terminating));
     let at = move |ip| {
-        ports.iter().map(move |&port| Member {
+        ports.iter().map(move |&port| PodPort {
             address: SocketAddr::new(ip, port),
             node: pod.node.clone(),
             zone: pod.zone.clone(),

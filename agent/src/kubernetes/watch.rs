@@ -32,7 +32,7 @@ const STABLE: Duration = Duration::from_secs(1);
 const MOST_FAILURES: u32 = 3;
 
 /// What a watch asks, and with what.
-pub(super) struct Source {
+pub(super) struct WatchParameters {
     pub(super) client: Client,
     /// For the log.
     pub(super) inference_pool: String,
@@ -42,7 +42,7 @@ pub(super) struct Source {
 }
 
 /// How a watch ended.
-enum Ended {
+enum WatchEnded {
     /// Orderly, such as after its time.
     Closed,
     /// Only a list can tell what has changed.
@@ -51,13 +51,17 @@ enum Ended {
 }
 
 /// Watches until the future is dropped. Restarts after a panic, which the panic hook has counted.
-pub(super) async fn keep_watching<K: Object + PartialEq>(source: Source, store: Arc<Store<K>>, metrics: WatchMetrics) {
+pub(super) async fn keep_watching<K: Object + PartialEq>(
+    source: WatchParameters,
+    store: Arc<Store<K>>,
+    metrics: WatchMetrics,
+) {
     while AssertUnwindSafe(keep(&source, &store, &metrics)).catch_unwind().await.is_err() {
         sleep(MOST).await;
     }
 }
 
-async fn keep<K: Object + PartialEq>(source: &Source, store: &Store<K>, metrics: &WatchMetrics) {
+async fn keep<K: Object + PartialEq>(source: &WatchParameters, store: &Store<K>, metrics: &WatchMetrics) {
     let mut report = Report { metrics, source, failing: None, is_full: false };
     let mut pause = Pause::default();
     let mut is_first = true;
@@ -81,7 +85,7 @@ async fn keep<K: Object + PartialEq>(source: &Source, store: &Store<K>, metrics:
 /// Watches until a list is needed.
 async fn watch_from<K: Object + PartialEq>(
     mut version: String,
-    source: &Source,
+    source: &WatchParameters,
     store: &Store<K>,
     report: &mut Report<'_>,
     pause: &mut Pause,
@@ -89,20 +93,20 @@ async fn watch_from<K: Object + PartialEq>(
     let mut failures = 0;
     loop {
         let begun = Instant::now();
-        let ended = source.watch(&mut version, store, report).await.unwrap_or_else(Ended::Failed);
+        let ended = source.watch(&mut version, store, report).await.unwrap_or_else(WatchEnded::Failed);
         let is_stable = begun.elapsed() >= STABLE;
         if is_stable {
             pause.reset();
             failures = 0;
         }
         match ended {
-            Ended::Closed if is_stable => continue,
-            Ended::Closed => {}
-            Ended::Stale(failure) => {
+            WatchEnded::Closed if is_stable => continue,
+            WatchEnded::Closed => {}
+            WatchEnded::Stale(failure) => {
                 report.failed(&failure);
                 return;
             }
-            Ended::Failed(failure) => {
+            WatchEnded::Failed(failure) => {
                 report.failed(&failure);
                 failures += 1;
                 if failures == MOST_FAILURES {
@@ -130,7 +134,7 @@ struct PageMetadata {
     r#continue: String,
 }
 
-impl Source {
+impl WatchParameters {
     /// All objects, and the version of the list.
     async fn list<K: Object>(&self) -> Result<(Vec<K>, String), Failure> {
         let failed = |error: &kube::Error| Failure::new(error, "list", &self.query);
@@ -159,7 +163,7 @@ impl Source {
         version: &mut String,
         store: &Store<K>,
         report: &mut Report<'_>,
-    ) -> Result<Ended, Failure> {
+    ) -> Result<WatchEnded, Failure> {
         let failed = |error: &kube::Error| Failure::new(error, "watch", &self.query);
         let request = self.query.watch(version, self.lasts);
         let request = request.map_err(|error| failed(&kube::Error::BuildRequest(error)))?;
@@ -174,7 +178,7 @@ impl Source {
             let event = timeout(self.lasts + SILENCE, events.try_next()).await;
             let event = match event.map_err(|_| Failure::timed_out("watch", &self.query))? {
                 Ok(Some(event)) => event,
-                Ok(None) => return Ok(Ended::Closed),
+                Ok(None) => return Ok(WatchEnded::Closed),
                 Err(error) => return Ok(self.broken(&error)),
             };
             report.metrics.synced();
@@ -189,21 +193,23 @@ impl Source {
                     report.counted(store.remove(object.name()), false);
                 }
                 WatchEvent::Bookmark(bookmark) => *version = bookmark.metadata.resource_version,
-                WatchEvent::Error(status) => return Ok(Ended::Stale(Failure::status(&status, "watch", &self.query))),
+                WatchEvent::Error(status) => {
+                    return Ok(WatchEnded::Stale(Failure::status(&status, "watch", &self.query)));
+                }
             }
         }
     }
 
-    fn broken(&self, error: &kube::Error) -> Ended {
+    fn broken(&self, error: &kube::Error) -> WatchEnded {
         let failure = Failure::new(error, "watch", &self.query);
-        if failure.is_gone { Ended::Stale(failure) } else { Ended::Failed(failure) }
+        if failure.is_gone { WatchEnded::Stale(failure) } else { WatchEnded::Failed(failure) }
     }
 }
 
 /// Tells the log and the metrics, each thing once.
 struct Report<'a> {
     metrics: &'a WatchMetrics,
-    source: &'a Source,
+    source: &'a WatchParameters,
     /// What failed last, until something works.
     failing: Option<Failure>,
     is_full: bool,

@@ -9,7 +9,7 @@ use std::{
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Histogram};
 
 use super::{
-    InFlight, OK,
+    InFlightGauge, OK,
     families::Families,
     labels::{
         ByAnswer, ByAttribute, ByModel, ByOutcome, ByPool, ByPoolAndIndex, ByPoolAndReason, ByPoolAndState, ByReplica,
@@ -45,9 +45,9 @@ pub struct EppConnections {
 
 impl EppConnections {
     /// Counts a connection as open until the guard is dropped.
-    pub fn opened(&self) -> InFlight {
+    pub fn opened(&self) -> InFlightGauge {
         self.opened.inc();
-        InFlight::new(&self.open)
+        InFlightGauge::new(&self.open)
     }
 }
 
@@ -102,13 +102,13 @@ impl PoolMetrics {
     }
 
     /// Counts a request as active until the guard is dropped.
-    pub fn active_request(&self) -> InFlight {
-        InFlight::new(&self.active_requests)
+    pub fn active_request(&self) -> InFlightGauge {
+        InFlightGauge::new(&self.active_requests)
     }
 
     /// Counts a client connection as pinned until the guard is dropped.
-    pub fn pinned_connection(&self) -> InFlight {
-        InFlight::new(&self.families.pinned_connections.get_or_create_owned(&ByPool { pool: self.name.clone() }))
+    pub fn pinned_connection(&self) -> InFlightGauge {
+        InFlightGauge::new(&self.families.pinned_connections.get_or_create_owned(&ByPool { pool: self.name.clone() }))
     }
 
     /// Counts the end of a pin.
@@ -184,8 +184,8 @@ impl PoolMetrics {
     }
 
     /// Counts a request as waiting for a replica of its EPP until the guard is dropped.
-    pub fn epp_waiting(&self) -> InFlight {
-        InFlight::new(&self.families.epp_waiting.get_or_create_owned(&ByPool { pool: self.name.clone() }))
+    pub fn epp_waiting(&self) -> InFlightGauge {
+        InFlightGauge::new(&self.families.epp_waiting.get_or_create_owned(&ByPool { pool: self.name.clone() }))
     }
 
     /// Counts a request that had to wait for a replica, by the outcome.

@@ -8,10 +8,10 @@ use prometheus_client::{
     metrics::{MetricType, counter::ConstCounter},
 };
 
-use crate::{logging::Dropped, panics};
+use crate::{logging::DropReason, panics};
 
 #[derive(Debug)]
-pub(super) struct Process;
+pub(super) struct ProcessCollector;
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ByThreadAndPlace {
@@ -19,11 +19,11 @@ struct ByThreadAndPlace {
     place: String,
 }
 
-impl Collector for Process {
+impl Collector for ProcessCollector {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
         let help = "Log lines that were dropped because the queue was full or they were too long.";
         let mut family = encoder.encode_descriptor("log_lines_dropped", help, None, MetricType::Counter)?;
-        for reason in Dropped::ALL {
+        for reason in DropReason::ALL {
             let labels = [("reason", reason.label())];
             ConstCounter::new(reason.lines()).encode(family.encode_family(&labels)?)?;
         }

@@ -7,7 +7,7 @@ use std::{net::SocketAddr, sync::Arc, time::Instant};
 use http::StatusCode;
 
 use super::{
-    error::{PickError, Retry},
+    error::{AskAgain, PickError},
     exchange::Outcome,
     replica::{Replica, Replicas},
 };
@@ -57,16 +57,16 @@ impl Attempts {
     /// The current replica failed. Returns true if there is another attempt, with the new [`Self::replica`].
     pub fn next_attempt(&mut self, error: &PickError, now: Instant) -> bool {
         match error.retry() {
-            Retry::SameReplica if self.not_taken > 0 => {
+            AskAgain::SameReplica if self.not_taken > 0 => {
                 self.not_taken -= 1;
                 return true;
             }
-            Retry::SameReplicaOnce if self.fresh => {
+            AskAgain::SameReplicaOnce if self.fresh => {
                 self.fresh = false;
                 return true;
             }
-            Retry::SameReplica | Retry::SameReplicaOnce | Retry::OtherReplica => {}
-            Retry::Never => return false,
+            AskAgain::SameReplica | AskAgain::SameReplicaOnce | AskAgain::OtherReplica => {}
+            AskAgain::Never => return false,
         }
         self.current.failed(now);
         self.replicas.recheck();

@@ -10,10 +10,10 @@ use parking_lot::Mutex;
 use tokio::sync::oneshot;
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 
-pub use self::stream::{Ending, Heard, PickStream, ResponseReply};
+pub use self::stream::{Heard, PickStream, ResponseReply, StreamEnding};
 use super::{
     attempts::Attempts,
-    connection::Connection,
+    connection::ReplicaConnections,
     error::PickError,
     exchange::{Exchange, ExchangeLimits},
     keep::{self, Start},
@@ -38,22 +38,22 @@ pub struct EppClient {
 /// A worker's connections to the replicas of an EPP.
 pub(super) struct Links {
     pub(super) replicas: Arc<Replicas>,
-    known: Mutex<Known>,
+    known: Mutex<KnownReplicas>,
 }
 
 /// Connections to the replicas that have been asked and still exist.
 #[derive(Default)]
-struct Known {
-    links: Vec<Link>,
+struct KnownReplicas {
+    links: Vec<ReplicaLink>,
     /// The replicas when `links` was last updated.
     replicas: Arc<[Arc<Replica>]>,
 }
 
 /// A worker's connections to one replica. Clones share it.
 #[derive(Clone)]
-struct Link {
+struct ReplicaLink {
     replica: Arc<Replica>,
-    connection: Connection,
+    connection: ReplicaConnections,
     silence: Arc<Silence>,
 }
 
@@ -133,11 +133,11 @@ impl EppClient {
 }
 
 impl Links {
-    pub(super) fn connection(&self, replica: &Arc<Replica>) -> Connection {
+    pub(super) fn connection(&self, replica: &Arc<Replica>) -> ReplicaConnections {
         self.link(replica).connection
     }
 
-    fn link(&self, replica: &Arc<Replica>) -> Link {
+    fn link(&self, replica: &Arc<Replica>) -> ReplicaLink {
         let replicas = self.replicas.snapshot().replicas;
         let mut known = self.known.lock();
         if !Arc::ptr_eq(&known.replicas, &replicas) {
@@ -148,8 +148,8 @@ impl Links {
         if let Some(link) = known.links.iter().find(|link| Arc::ptr_eq(&link.replica, replica)) {
             return link.clone();
         }
-        let connection = Connection::new(&self.replicas, replica);
-        let link = Link { replica: Arc::clone(replica), connection, silence: Arc::default() };
+        let connection = ReplicaConnections::new(&self.replicas, replica);
+        let link = ReplicaLink { replica: Arc::clone(replica), connection, silence: Arc::default() };
         known.links.push(link.clone());
         link
     }

@@ -30,16 +30,16 @@ use crate::metrics::EppConnections;
 
 /// Most connections of a worker to one replica. Beyond that, streams are queued.
 pub(super) const MAX_CONNECTIONS: usize = 64;
-/// `Inner::idle`, except in tests.
+/// `ConnectionsInner::idle`, except in tests.
 const IDLE: Duration = Duration::from_secs(60);
 /// How long streams are queued after another connection could not be made, before the next attempt.
 const REFUSED: Duration = Duration::from_secs(1);
 
 /// The shared connections to one replica. Clones share them.
 #[derive(Clone)]
-pub struct Connection(Arc<Inner>);
+pub struct ReplicaConnections(Arc<ConnectionsInner>);
 
-struct Inner {
+struct ConnectionsInner {
     replicas: Arc<Replicas>,
     replica: Arc<Replica>,
     address: SocketAddr,
@@ -58,16 +58,16 @@ struct Open {
     /// Streams go to the first one with room, so that the others become idle.
     connections: Vec<Http2>,
     /// The connection that is being made.
-    dialling: Option<Attempt>,
+    dialling: Option<ConnectAttempt>,
     /// Whether a connection was lost since the first one was made.
     lost: bool,
     /// Until then no connection is made beside those that are open.
     refused_until: Option<Instant>,
 }
 
-type Attempt = Shared<BoxFuture<'static, Result<Http2, Arc<io::Error>>>>;
+type ConnectAttempt = Shared<BoxFuture<'static, Result<Http2, Arc<io::Error>>>>;
 
-impl Connection {
+impl ReplicaConnections {
     /// A connection to the replica's ext_proc service. Does not connect yet.
     pub fn new(replicas: &Arc<Replicas>, replica: &Arc<Replica>) -> Self {
         Self::to(replicas, replica, replica.address, replicas.tls.is_some(), [true; 2])
@@ -92,7 +92,7 @@ impl Connection {
     ) -> Self {
         let (replicas, replica) = (Arc::clone(replicas), Arc::clone(replica));
         let (idle, open) = (IDLE, Mutex::default());
-        Self(Arc::new(Inner { replicas, replica, address, tls, is_asked, carries_requests, idle, open }))
+        Self(Arc::new(ConnectionsInner { replicas, replica, address, tls, is_asked, carries_requests, idle, open }))
     }
 
     /// The URI of a method.
@@ -121,7 +121,7 @@ impl Connection {
     }
 
     /// A stream on an open connection; `None` if [`stream`](Self::stream) has to connect.
-    pub fn try_stream(&self) -> Option<Stream> {
+    pub fn try_stream(&self) -> Option<ReplicaStream> {
         let mut open = self.0.open.lock();
         open.prune();
         open.stream()
@@ -129,7 +129,7 @@ impl Connection {
 
     /// As [`get`](Self::get), for one stream. If the open connections have as many streams as the server takes, makes another one,
     /// up to a bound; if that is reached or the attempt fails, the stream is queued.
-    pub async fn stream(&self) -> Result<Stream, Arc<io::Error>> {
+    pub async fn stream(&self) -> Result<ReplicaStream, Arc<io::Error>> {
         loop {
             let attempt = {
                 let mut open = self.0.open.lock();
@@ -141,9 +141,9 @@ impl Connection {
             };
             match attempt.await {
                 // The stream fails as others on the connection do.
-                Ok(http2) if !http2.is_usable() => return Ok(Stream::queued(http2)),
+                Ok(http2) if !http2.is_usable() => return Ok(ReplicaStream::queued(http2)),
                 Ok(http2) => {
-                    if let Some(stream) = Stream::begin(&http2) {
+                    if let Some(stream) = ReplicaStream::begin(&http2) {
                         return Ok(stream);
                     }
                 }
@@ -153,7 +153,7 @@ impl Connection {
     }
 
     /// The attempt in progress, or a new one.
-    fn dial(&self, open: &mut Open) -> Result<Attempt, Arc<io::Error>> {
+    fn dial(&self, open: &mut Open) -> Result<ConnectAttempt, Arc<io::Error>> {
         if let Some(dialling) = open.dialling.as_ref().filter(|dialling| dialling.peek().is_none()) {
             return Ok(dialling.clone());
         }
@@ -166,7 +166,7 @@ impl Connection {
     }
 
     /// Only an attempt that ends while no connection is open tells whether the replica is reachable.
-    fn attempt(&self) -> Attempt {
+    fn attempt(&self) -> ConnectAttempt {
         let (inner, idle) = (Arc::clone(&self.0), self.0.idle);
         let connect = tokio::spawn(async move {
             let connected = inner.connect().await.map_err(Arc::new);
@@ -213,8 +213,8 @@ impl Open {
     }
 
     /// A stream on a connection with room, or a queued one if there may be no more connections.
-    fn stream(&self) -> Option<Stream> {
-        let free = self.connections.iter().find_map(Stream::begin);
+    fn stream(&self) -> Option<ReplicaStream> {
+        let free = self.connections.iter().find_map(ReplicaStream::begin);
         free.or_else(|| self.least_loaded().filter(|_| self.connections.len() >= MAX_CONNECTIONS || self.is_refused()))
     }
 
@@ -222,14 +222,19 @@ impl Open {
         self.refused_until.is_some_and(|until| Instant::now() < until)
     }
 
-    fn least_loaded(&self) -> Option<Stream> {
+    fn least_loaded(&self) -> Option<ReplicaStream> {
         let least = self.connections.iter().min_by_key(|http2| http2.load.streams.load(Ordering::Relaxed));
-        least.cloned().map(Stream::queued)
+        least.cloned().map(ReplicaStream::queued)
     }
 }
 
 /// Closes a connection that is not the only one after it was idle for this time.
-async fn close_idle(inner: Weak<Inner>, load: Arc<Load>, retired: CancellationToken, idle: Duration) {
+async fn close_idle(
+    inner: Weak<ConnectionsInner>,
+    load: Arc<ConnectionLoad>,
+    retired: CancellationToken,
+    idle: Duration,
+) {
     loop {
         tokio::select! {
             () = retired.cancelled() => return,
@@ -245,7 +250,7 @@ async fn close_idle(inner: Weak<Inner>, load: Arc<Load>, retired: CancellationTo
     }
 }
 
-impl Inner {
+impl ConnectionsInner {
     /// Why the replica is not connected now.
     fn unreachable(&self) -> Option<Arc<io::Error>> {
         if self.is_asked && self.replicas.is_tended() { self.replica.why_unreachable() } else { None }
@@ -292,7 +297,7 @@ pub(super) async fn connect(
         tokio::time::timeout(replicas.settings.connect_timeout, connect).await.unwrap_or(Err(timeout))?;
     // If the connection has ended by now, this is the last reference.
     let _ = open.set(counts.map(EppConnections::opened));
-    Ok(Http2 { send, retired, went_away, load: Arc::new(Load::new(limit, streams)) })
+    Ok(Http2 { send, retired, went_away, load: Arc::new(ConnectionLoad::new(limit, streams)) })
 }
 
 /// An open connection. Clones share it.
@@ -303,18 +308,18 @@ pub struct Http2 {
     retired: CancellationToken,
     /// Whether the connection ended by GOAWAY.
     went_away: Arc<AtomicBool>,
-    load: Arc<Load>,
+    load: Arc<ConnectionLoad>,
 }
 
 /// The streams of one connection.
-struct Load {
+struct ConnectionLoad {
     streams: Arc<AtomicUsize>,
     /// The server's limit.
     limit: Arc<AtomicUsize>,
     idle_since: Mutex<Instant>,
 }
 
-impl Load {
+impl ConnectionLoad {
     fn new(limit: Arc<AtomicUsize>, streams: Arc<AtomicUsize>) -> Self {
         Self { streams, limit, idle_since: Mutex::new(Instant::now()) }
     }
@@ -325,13 +330,13 @@ impl Load {
 }
 
 /// One stream of a connection. Dropping it frees the stream.
-pub struct Stream {
+pub struct ReplicaStream {
     pub http2: Http2,
     /// Whether the connection had as many streams as the server takes. Then this one may not have been sent.
     pub is_queued: bool,
 }
 
-impl Stream {
+impl ReplicaStream {
     /// Returns `None` if the connection has as many streams as the server takes.
     fn begin(http2: &Http2) -> Option<Self> {
         let most = http2.load.limit.load(Ordering::Relaxed);
@@ -346,7 +351,7 @@ impl Stream {
     }
 }
 
-impl Drop for Stream {
+impl Drop for ReplicaStream {
     fn drop(&mut self) {
         *self.http2.load.idle_since.lock() = Instant::now();
         self.http2.load.streams.fetch_sub(1, Ordering::Relaxed);

@@ -85,16 +85,16 @@ impl PickError {
     }
 
     /// Whether and where to ask again about the request. No variant is a decision, so a request never gets two.
-    pub fn retry(&self) -> Retry {
+    pub fn retry(&self) -> AskAgain {
         match self {
-            PickError::NotTaken(_) => Retry::SameReplica,
-            PickError::Reset { answered: false, .. } => Retry::SameReplicaOnce,
+            PickError::NotTaken(_) => AskAgain::SameReplica,
+            PickError::Reset { answered: false, .. } => AskAgain::SameReplicaOnce,
             // The same loss, noticed while connecting.
-            PickError::Connect(error) if is_loss(error.kind()) => Retry::SameReplicaOnce,
+            PickError::Connect(error) if is_loss(error.kind()) => AskAgain::SameReplicaOnce,
             PickError::Connect(_)
             | PickError::Reset { .. }
-            | PickError::Status { code: tonic::Code::Unavailable, .. } => Retry::OtherReplica,
-            _ => Retry::Never,
+            | PickError::Status { code: tonic::Code::Unavailable, .. } => AskAgain::OtherReplica,
+            _ => AskAgain::Never,
         }
     }
 
@@ -118,7 +118,7 @@ impl PickError {
 
 /// Where to ask again about a request that got no decision.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Retry {
+pub enum AskAgain {
     /// The same replica, which did not process the request. The next stream does not use a connection that is going away.
     SameReplica,
     /// The same replica over a new connection, which the next stream gets. Only once, because the request itself may have caused

@@ -24,7 +24,7 @@ use super::{
     error::PickError,
     message, metadata,
     mutation::{self, Field},
-    names::{InvalidEntries, Names},
+    names::{EndpointNames, InvalidEntries},
     replacement::Replacement,
     returned::Answer,
 };
@@ -113,7 +113,7 @@ pub struct Exchange {
     /// Whether the EPP has replaced the response's body with its reply to the head.
     replaces_body: bool,
     /// Takes the dynamic metadata of every reply.
-    metadata: Option<metadata::Shared>,
+    metadata: Option<metadata::SharedMetadata>,
     /// Whether a decision, an immediate reply or a failure was returned.
     finished: bool,
     events: VecDeque<Result<Event, PickError>>,
@@ -177,7 +177,7 @@ impl Exchange {
     }
 
     /// Collects the dynamic metadata of further replies.
-    pub fn collect(&mut self, metadata: metadata::Shared) {
+    pub fn collect(&mut self, metadata: metadata::SharedMetadata) {
         self.metadata = Some(metadata);
     }
 
@@ -460,17 +460,17 @@ impl Exchange {
     }
 
     fn decide(&mut self) -> Result<Decision, PickError> {
-        let Names { endpoints, invalid } = self.named()?;
+        let EndpointNames { endpoints, invalid } = self.named()?;
         let body = self.replacement.take()?;
         Ok(Decision { endpoints, invalid, mutation: std::mem::take(&mut self.mutation), body })
     }
 
     /// The pick. Metadata takes precedence over the header, because a client cannot set it.
-    fn named(&self) -> Result<Names, PickError> {
+    fn named(&self) -> Result<EndpointNames, PickError> {
         let is_member = |address| self.members.as_ref().is_some_and(|members| members.get(address).is_some());
         let mut invalid = InvalidEntries::default();
         for list in [&self.by_metadata, &self.by_header].into_iter().flatten() {
-            let names = Names::parse(list, is_member);
+            let names = EndpointNames::parse(list, is_member);
             if !names.endpoints.is_empty() {
                 return Ok(names);
             }

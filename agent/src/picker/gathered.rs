@@ -17,19 +17,19 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 /// Bytes in the buffer above which it is emptied before more is taken.
 const MOST: usize = 128 << 10;
 
-struct State<S> {
+struct GatheredState<S> {
     io: S,
     buffer: BytesMut,
 }
 
 /// The connection as h2 sees it.
-pub(super) struct Gathered<S>(Arc<Mutex<State<S>>>);
+pub(super) struct Gathered<S>(Arc<Mutex<GatheredState<S>>>);
 
 /// The buffer as the connection's task sees it.
-pub(super) struct Outgoing<S>(Arc<Mutex<State<S>>>);
+pub(super) struct Outgoing<S>(Arc<Mutex<GatheredState<S>>>);
 
 pub(super) fn gathered<S>(io: S) -> (Gathered<S>, Outgoing<S>) {
-    let state = Arc::new(Mutex::new(State { io, buffer: BytesMut::new() }));
+    let state = Arc::new(Mutex::new(GatheredState { io, buffer: BytesMut::new() }));
     (Gathered(Arc::clone(&state)), Outgoing(state))
 }
 
@@ -40,7 +40,7 @@ impl<S: AsyncWrite + Unpin> Outgoing<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> State<S> {
+impl<S: AsyncWrite + Unpin> GatheredState<S> {
     fn poll_empty(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         while !self.buffer.is_empty() {
             let written = ready!(Pin::new(&mut self.io).poll_write(cx, &self.buffer))?;

@@ -26,7 +26,7 @@ const UNARY: usize = 1 << 16;
 
 /// How the peer's side of a stream ended.
 #[derive(Debug)]
-pub(super) enum End {
+pub(super) enum PeerEnd {
     /// With status OK.
     Closed,
     /// With another status, or with bytes that are not gRPC.
@@ -99,12 +99,12 @@ impl GrpcStream {
     }
 
     /// The next message, or how the peer's side ended. Must not be called after the end.
-    pub(super) fn poll_message<M: Message + Default>(&mut self, cx: &mut Context<'_>) -> Poll<Result<M, End>> {
+    pub(super) fn poll_message<M: Message + Default>(&mut self, cx: &mut Context<'_>) -> Poll<Result<M, PeerEnd>> {
         loop {
             match self.take_message() {
                 Ok(Some(message)) => return Poll::Ready(Ok(message)),
                 Ok(None) => {}
-                Err(status) => return Poll::Ready(Err(self.over(End::Status(status)))),
+                Err(status) => return Poll::Ready(Err(self.over(PeerEnd::Status(status)))),
             }
             if let Some(end) = ready!(self.poll_bytes(cx)) {
                 return Poll::Ready(Err(self.over(end)));
@@ -113,13 +113,13 @@ impl GrpcStream {
     }
 
     /// Ends this side orderly, too, unless the stream is gone.
-    fn over(&mut self, end: End) -> End {
+    fn over(&mut self, end: PeerEnd) -> PeerEnd {
         self.receiving = Receiving::Over;
         match end {
-            End::Closed => self.send(Bytes::new(), true),
-            End::Lost(_) => self.sending = None,
+            PeerEnd::Closed => self.send(Bytes::new(), true),
+            PeerEnd::Lost(_) => self.sending = None,
             // The rest of the peer's side is not read.
-            End::Status(_) => {}
+            PeerEnd::Status(_) => {}
         }
         end
     }
@@ -142,7 +142,7 @@ impl GrpcStream {
     }
 
     /// Receives the head or more bytes, or the end.
-    fn poll_bytes(&mut self, cx: &mut Context<'_>) -> Poll<Option<End>> {
+    fn poll_bytes(&mut self, cx: &mut Context<'_>) -> Poll<Option<PeerEnd>> {
         match &mut self.receiving {
             Receiving::Head(response) => match ready!(Pin::new(response).poll(cx)) {
                 Ok(response) => {
@@ -154,12 +154,12 @@ impl GrpcStream {
                     // Such as the error page of a proxy in front of the peer.
                     let kind = head.headers.get(header::CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
                     if head.status != StatusCode::OK || !kind.starts_with(b"application/grpc") {
-                        return Poll::Ready(Some(End::Status(not_grpc(head.status, kind))));
+                        return Poll::Ready(Some(PeerEnd::Status(not_grpc(head.status, kind))));
                     }
                     self.receiving = Receiving::Messages(body);
                     Poll::Ready(None)
                 }
-                Err(error) => Poll::Ready(Some(End::Lost(error))),
+                Err(error) => Poll::Ready(Some(PeerEnd::Lost(error))),
             },
             Receiving::Messages(body) => match ready!(body.poll_data(cx)) {
                 Some(Ok(data)) => {
@@ -172,15 +172,15 @@ impl GrpcStream {
                 Some(Err(error))
                     if matches!(error.reason(), Some(Reason::NO_ERROR | Reason::CANCEL)) && error.is_reset() =>
                 {
-                    Poll::Ready(Some(End::Closed))
+                    Poll::Ready(Some(PeerEnd::Closed))
                 }
-                Some(Err(error)) => Poll::Ready(Some(End::Lost(error))),
+                Some(Err(error)) => Poll::Ready(Some(PeerEnd::Lost(error))),
                 None => match ready!(body.poll_trailers(cx)) {
                     Ok(trailers) => Poll::Ready(Some(end_of(trailers.as_ref()))),
-                    Err(error) => Poll::Ready(Some(End::Lost(error))),
+                    Err(error) => Poll::Ready(Some(PeerEnd::Lost(error))),
                 },
             },
-            Receiving::Over => Poll::Ready(Some(End::Closed)),
+            Receiving::Over => Poll::Ready(Some(PeerEnd::Closed)),
         }
     }
 }
@@ -210,8 +210,8 @@ pub(super) async fn unary<M: Message + Default>(
     http2: &mut SendRequest<Bytes>,
     uri: Uri,
     request: &impl Message,
-) -> Result<M, End> {
-    let mut stream = GrpcStream::open(http2, uri, UNARY).map_err(End::Lost)?;
+) -> Result<M, PeerEnd> {
+    let mut stream = GrpcStream::open(http2, uri, UNARY).map_err(PeerEnd::Lost)?;
     let mut encoded = BytesMut::new();
     encode(request, &mut encoded);
     // If the stream is lost, the answer tells why.
@@ -219,18 +219,18 @@ pub(super) async fn unary<M: Message + Default>(
     stream.send(encoded.freeze(), true);
     let answer = poll_fn(|cx| stream.poll_message(cx)).await?;
     match poll_fn(|cx| stream.poll_message::<M>(cx)).await {
-        Err(End::Closed) | Ok(_) => Ok(answer),
+        Err(PeerEnd::Closed) | Ok(_) => Ok(answer),
         Err(end) => Err(end),
     }
 }
 
-fn ended(status: Status) -> End {
-    if status.code() == Code::Ok { End::Closed } else { End::Status(status) }
+fn ended(status: Status) -> PeerEnd {
+    if status.code() == Code::Ok { PeerEnd::Closed } else { PeerEnd::Status(status) }
 }
 
 /// How a stream ended by its trailers.
-fn end_of(trailers: Option<&HeaderMap>) -> End {
-    trailers.and_then(Status::from_header_map).map_or(End::Closed, ended)
+fn end_of(trailers: Option<&HeaderMap>) -> PeerEnd {
+    trailers.and_then(Status::from_header_map).map_or(PeerEnd::Closed, ended)
 }
 
 /// The status of a response that is not gRPC's, by its HTTP status (gRPC's "HTTP to gRPC Status Code Mapping").

@@ -8,8 +8,8 @@ use tokio::time::{sleep, timeout};
 use tonic::Code;
 
 use super::{
-    connection::Connection,
-    grpc::{self, End},
+    connection::ReplicaConnections,
+    grpc::{self, PeerEnd},
     replica::{Replica, ReplicaState, Replicas},
 };
 
@@ -54,7 +54,7 @@ pub(super) async fn watch<F: Future<Output = ReplicaState>>(
 
 /// Checks one replica over a connection that is kept for the next check.
 pub(super) struct Checker {
-    connection: Connection,
+    connection: ReplicaConnections,
     service: String,
     timeout: Duration,
 }
@@ -63,7 +63,7 @@ impl Checker {
     pub(super) fn new(replicas: &Arc<Replicas>, replica: &Arc<Replica>) -> Self {
         let settings = &replicas.settings;
         Self {
-            connection: Connection::to_health(replicas, replica),
+            connection: ReplicaConnections::to_health(replicas, replica),
             service: settings.health_service.clone(),
             timeout: settings.connect_timeout,
         }
@@ -84,13 +84,13 @@ impl Checker {
         let (mut sender, method) = (http2.sender(), self.connection.method(CHECK));
         match timeout(self.timeout, grpc::unary::<HealthCheckResponse>(&mut sender, method, &request)).await {
             Ok(Ok(response)) => Some(state(response.status())),
-            Ok(Err(End::Lost(error))) => {
+            Ok(Err(PeerEnd::Lost(error))) => {
                 http2.loss(&error);
                 None
             }
-            Ok(Err(End::Status(status))) => Some(failed(status.code())),
+            Ok(Err(PeerEnd::Status(status))) => Some(failed(status.code())),
             // Without an answer.
-            Ok(Err(End::Closed)) => Some(ReplicaState::NotServing),
+            Ok(Err(PeerEnd::Closed)) => Some(ReplicaState::NotServing),
             Err(_) => {
                 http2.retire();
                 Some(ReplicaState::Unreachable)

@@ -13,7 +13,7 @@ use super::message::{DESTINATION, LB};
 use crate::config::EppMetadata;
 
 /// The metadata of one request: shared by its exchanges and its record.
-pub type Shared = Arc<Mutex<Collected>>;
+pub type SharedMetadata = Arc<Mutex<Collected>>;
 
 /// Everything that EPPs said about one request.
 #[derive(Debug)]
@@ -22,9 +22,9 @@ pub struct Collected {
     values: BTreeMap<Name, Kept>,
     /// Bytes of the names and values.
     bytes: usize,
-    dropped: Dropped,
+    dropped: DroppedValues,
     /// The last value of each counter of the rules.
-    numbers: Vec<Option<Number>>,
+    numbers: Vec<Option<CountedValue>>,
 }
 
 /// Namespace and key.
@@ -38,7 +38,7 @@ struct Kept {
 
 /// How many values were dropped, by reason.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub struct Dropped {
+pub struct DroppedValues {
     pub bytes: u64,
     pub depth: u64,
     pub entries: u64,
@@ -48,7 +48,7 @@ pub struct Dropped {
 
 /// A value that is to be counted.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Number {
+pub enum CountedValue {
     /// Finite and not negative.
     Valid(f64),
     Negative,
@@ -69,7 +69,7 @@ impl Collected {
             rules: Arc::clone(rules),
             values: BTreeMap::new(),
             bytes: 0,
-            dropped: Dropped::default(),
+            dropped: DroppedValues::default(),
             numbers: vec![None; rules.counters.len()],
         }
     }
@@ -110,12 +110,12 @@ impl Collected {
         self.values.iter().map(|((namespace, key), kept)| (namespace.as_str(), key.as_str(), &kept.value))
     }
 
-    pub fn dropped(&self) -> Dropped {
+    pub fn dropped(&self) -> DroppedValues {
         self.dropped
     }
 
     /// The last value of each counter that occurred, with its name.
-    pub fn numbers(&self) -> impl Iterator<Item = (String, Number)> {
+    pub fn numbers(&self) -> impl Iterator<Item = (String, CountedValue)> {
         let named = self.rules.counters.iter().zip(&self.numbers);
         named.filter_map(|(name, number)| Some((name.to_string(), (*number)?)))
     }
@@ -123,7 +123,7 @@ impl Collected {
     fn note(&mut self, namespace: &str, key: &str, value: &Value) {
         for (counter, number) in self.rules.counters.iter().zip(&mut self.numbers) {
             if counter.namespace == namespace && counter.key == key {
-                *number = Some(Number::of(value));
+                *number = Some(CountedValue::of(value));
             }
         }
     }
@@ -150,7 +150,7 @@ impl Collected {
     }
 }
 
-impl Number {
+impl CountedValue {
     fn of(value: &Value) -> Self {
         match value.kind {
             Some(Kind::NumberValue(number)) if !number.is_finite() => Self::NotFinite,

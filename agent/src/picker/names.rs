@@ -12,7 +12,7 @@ const SHOWN: usize = 200;
 
 /// A parsed list of endpoints.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
-pub struct Names {
+pub struct EndpointNames {
     /// The valid endpoints, without duplicates.
     pub endpoints: Vec<SocketAddr>,
     pub invalid: InvalidEntries,
@@ -26,7 +26,7 @@ pub struct InvalidEntries {
     pub shown: String,
 }
 
-impl Names {
+impl EndpointNames {
     /// Parses `list`. `is_member` tells whether the pool has an endpoint. Empty entries are ignored.
     pub fn parse(list: &str, is_member: impl Fn(SocketAddr) -> bool) -> Self {
         let mut names = Self::default();
@@ -95,7 +95,7 @@ mod tests {
 
     fn named(list: &str) -> (Vec<String>, usize) {
         let members: Vec<SocketAddr> = MEMBERS.iter().map(|member| member.parse().unwrap()).collect();
-        let names = Names::parse(list, |address| members.contains(&address));
+        let names = EndpointNames::parse(list, |address| members.contains(&address));
         (names.endpoints.iter().map(ToString::to_string).collect(), names.invalid.count)
     }
 
@@ -142,7 +142,7 @@ mod tests {
     fn long_lists_are_cut() {
         let list: Vec<String> = (0..1000).map(|n| format!("10.0.{}.{}:80", n / 250, n % 250 + 1)).collect();
         assert_eq!(named(&list.join(",")).0.len(), MAX_ENDPOINTS);
-        let names = Names::parse(&"é\n".repeat(10_000), |_| false);
+        let names = EndpointNames::parse(&"é\n".repeat(10_000), |_| false);
         assert!(names.invalid.count == 1 && names.invalid.shown.len() < 1000);
     }
 }

@@ -226,13 +226,13 @@ impl Replica {
 
 /// The replicas at one moment, in order.
 #[derive(Debug, Clone, Default)]
-pub struct Snapshot {
+pub struct ReplicaSnapshot {
     pub replicas: Arc<[Arc<Replica>]>,
     /// Why there are no replicas, once that is known.
     unresolved: Option<Arc<str>>,
 }
 
-impl Snapshot {
+impl ReplicaSnapshot {
     /// The replica to ask next, without those in `asked`.
     pub fn best(&self, asked: &[SocketAddr], now: Instant) -> Option<&Arc<Replica>> {
         let left = self.replicas.iter().filter(|replica| !asked.contains(&replica.address));
@@ -243,7 +243,7 @@ impl Snapshot {
 
 /// A configured `host:port`.
 #[derive(Debug)]
-pub struct Entry {
+pub struct ReplicaEntry {
     pub host: String,
     port: u16,
     authority: Authority,
@@ -256,10 +256,10 @@ pub struct Replicas {
     /// Its own copy, because requests outlive the replicas.
     pub metadata: Arc<config::EppMetadata>,
     pub tls: Option<Tls>,
-    entries: Vec<Entry>,
+    entries: Vec<ReplicaEntry>,
     /// The addresses of each entry.
     found: Mutex<Vec<Vec<SocketAddr>>>,
-    current: watch::Sender<Snapshot>,
+    current: watch::Sender<ReplicaSnapshot>,
     news: News,
     /// How many tasks connect again to unreachable replicas.
     tended: AtomicUsize,
@@ -278,7 +278,7 @@ impl Replicas {
         let entry = |address: &String| entry(address, settings.server_name.as_deref());
         let entries = settings.addresses.iter().map(entry).collect::<anyhow::Result<Vec<_>>>()?;
         anyhow::ensure!(!entries.is_empty(), "the EPP has no address");
-        let at = |entry: &Entry| entry.host.parse().map(|ip: IpAddr| SocketAddr::new(ip, entry.port));
+        let at = |entry: &ReplicaEntry| entry.host.parse().map(|ip: IpAddr| SocketAddr::new(ip, entry.port));
         let found = entries.iter().map(|entry| at(entry).into_iter().collect()).collect();
         let replicas = Self {
             settings: settings.clone(),
@@ -368,17 +368,17 @@ impl Replicas {
             }
         }
         // If there are no replicas, waiting requests continue to wait for the first answer.
-        self.current.send_replace(Snapshot { replicas: replicas.into(), unresolved: None });
+        self.current.send_replace(ReplicaSnapshot { replicas: replicas.into(), unresolved: None });
         self.news.send_replace(());
     }
 
     /// The current replicas.
-    pub fn snapshot(&self) -> Snapshot {
+    pub fn snapshot(&self) -> ReplicaSnapshot {
         self.current.borrow().clone()
     }
 
     /// Receives every change of the replicas.
-    pub fn changes(&self) -> watch::Receiver<Snapshot> {
+    pub fn changes(&self) -> watch::Receiver<ReplicaSnapshot> {
         self.current.subscribe()
     }
 
@@ -417,13 +417,15 @@ impl Replicas {
 
     /// Waits for at most `connect_timeout` until a replica is known. Fails with `Unresolved` or `NoReplica`
     /// and the reason. Cancel-safe.
-    pub async fn known(&self) -> Result<Snapshot, PickError> {
+    pub async fn known(&self) -> Result<ReplicaSnapshot, PickError> {
         let mut changes = self.changes();
         let known = changes.wait_for(|snapshot| !snapshot.replicas.is_empty() || snapshot.unresolved.is_some());
         let snapshot = match tokio::time::timeout(self.settings.connect_timeout, known).await {
             // The channel cannot close, because the sender is in `self`.
             Ok(Ok(snapshot)) => snapshot.clone(),
-            Ok(Err(_)) | Err(_) => Snapshot { unresolved: Some("no DNS answer yet".into()), ..Snapshot::default() },
+            Ok(Err(_)) | Err(_) => {
+                ReplicaSnapshot { unresolved: Some("no DNS answer yet".into()), ..ReplicaSnapshot::default() }
+            }
         };
         match &snapshot.unresolved {
             Some(why) if self.settings.is_service => Err(PickError::NoReplica(Arc::clone(why))),
@@ -441,13 +443,13 @@ impl Replicas {
     }
 }
 
-fn entry(address: &str, server_name: Option<&str>) -> anyhow::Result<Entry> {
+fn entry(address: &str, server_name: Option<&str>) -> anyhow::Result<ReplicaEntry> {
     let authority: Authority = address.parse().with_context(|| format!("the EPP's address {address:?}"))?;
     let port = authority.port_u16().with_context(|| format!("the EPP's address {address} has no port"))?;
     let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
     let name = ServerName::try_from(server_name.unwrap_or(&host).to_owned())
         .with_context(|| format!("the name of the EPP at {address}"))?;
-    Ok(Entry { host, port, authority, name })
+    Ok(ReplicaEntry { host, port, authority, name })
 }
 
 #[cfg(test)]

@@ -42,7 +42,7 @@ impl Answer {
 
 /// An answer that cannot be obeyed: what goes out would not be the body that the EPP means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Unusable {
+pub enum UnusableAnswer {
     /// A message is to go out unchanged, and its copy was dropped.
     CopyDropped,
     /// A piece of a body after messages were left unchanged to their end, or a whole body after an answer.
@@ -53,7 +53,7 @@ pub enum Unusable {
 
 /// Why the copy was dropped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Dropped {
+pub enum DroppedCopy {
     Limit,
     Memory,
 }
@@ -99,25 +99,25 @@ impl Returned {
     }
 
     /// A message is sent. Returns why the copy was dropped, if it was dropped now.
-    pub fn sent(&mut self, message: &Bytes, end: bool) -> Option<Dropped> {
+    pub fn sent(&mut self, message: &Bytes, end: bool) -> Option<DroppedCopy> {
         self.sent += 1;
         self.all_sent |= end;
         let copy = self.copy.as_mut()?;
         let dropped = if self.bytes + message.len() > self.limit {
-            Dropped::Limit
+            DroppedCopy::Limit
         } else if self.share.grow(message.len() as u64) {
             self.bytes += message.len();
             copy.push_back(message.clone());
             return None;
         } else {
-            Dropped::Memory
+            DroppedCopy::Memory
         };
         self.drop_copy();
         Some(dropped)
     }
 
     /// Takes an answer. Returns what goes out, which may be empty.
-    pub fn answer(&mut self, answer: Answer) -> Result<Bytes, Unusable> {
+    pub fn answer(&mut self, answer: Answer) -> Result<Bytes, UnusableAnswer> {
         // Envoy repeats the end of a large body, and EPPs may do the same.
         if self.done {
             return Ok(Bytes::new());
@@ -129,7 +129,7 @@ impl Returned {
             Answer::Keep => {
                 self.by_message = true;
                 if self.copy.is_none() {
-                    return Err(Unusable::CopyDropped);
+                    return Err(UnusableAnswer::CopyDropped);
                 }
                 self.next().unwrap_or_default()
             }
@@ -138,7 +138,7 @@ impl Returned {
                 self.next();
                 body
             }
-            Answer::Whole(_) if self.answered > 0 => return Err(Unusable::Mixed),
+            Answer::Whole(_) if self.answered > 0 => return Err(UnusableAnswer::Mixed),
             Answer::Whole(body) => {
                 self.drop_copy();
                 self.done = true;
@@ -147,7 +147,7 @@ impl Returned {
             Answer::Streamed(body, end) => {
                 self.streamed = true;
                 if self.by_message && !is_owed && !body.is_empty() {
-                    return Err(Unusable::Mixed);
+                    return Err(UnusableAnswer::Mixed);
                 }
                 let message = if is_owed { self.next() } else { None };
                 self.matched &= message.is_some_and(|message| is_answer_to(&message, &body));
@@ -175,10 +175,10 @@ impl Returned {
     }
 
     /// The EPP replied to the trailers, so it says nothing more about the body. Returns what goes out unchanged.
-    pub fn end(&mut self) -> Result<Vec<Bytes>, Unusable> {
+    pub fn end(&mut self) -> Result<Vec<Bytes>, UnusableAnswer> {
         let is_whole = self.done || self.streamed || self.is_answered();
         self.done = true;
-        if is_whole { Ok(Vec::new()) } else { self.rest().ok_or(Unusable::Unanswered) }
+        if is_whole { Ok(Vec::new()) } else { self.rest().ok_or(UnusableAnswer::Unanswered) }
     }
 
     /// What has no answer, if it is known. The EPP answers no more.
@@ -233,7 +233,7 @@ mod tests {
     }
 
     /// Sends the messages, the last of which ends the body, and returns what goes out for the answers.
-    fn out(messages: &[&'static str], answers: Vec<Answer>) -> (Result<String, Unusable>, Returned) {
+    fn out(messages: &[&'static str], answers: Vec<Answer>) -> (Result<String, UnusableAnswer>, Returned) {
         let mut returned = returned();
         for (number, message) in (1..).zip(messages) {
             assert_eq!(returned.sent(&text(message), number == messages.len()), None);
@@ -273,7 +273,7 @@ mod tests {
         let mut returned = returned();
         returned.sent(&text("a"), false);
         returned.answer(Keep).unwrap();
-        assert_eq!(returned.answer(streamed("a", false)), Err(Unusable::Mixed));
+        assert_eq!(returned.answer(streamed("a", false)), Err(UnusableAnswer::Mixed));
     }
 
     #[test]
@@ -329,7 +329,7 @@ mod tests {
         }
         let mut returned = returned();
         returned.sent(&Bytes::from(vec![b'x'; 101]), false);
-        assert_eq!(returned.end(), Err(Unusable::Unanswered));
+        assert_eq!(returned.end(), Err(UnusableAnswer::Unanswered));
     }
 
     #[test]
@@ -339,13 +339,13 @@ mod tests {
         let (found, _) = out(&["a"], vec![Keep, Answer::Whole(text("xyz"))]);
         assert_eq!(found.as_deref(), Ok("a"), "the only message was answered");
         let (found, _) = out(&["a", "b"], vec![Keep, Answer::Whole(text("xyz"))]);
-        assert_eq!(found, Err(Unusable::Mixed));
+        assert_eq!(found, Err(UnusableAnswer::Mixed));
     }
 
     #[test]
     fn copy_beyond_a_bound_is_dropped_and_the_body_is_not() {
         let budget = Budget::new(60, prometheus_client::metrics::gauge::Gauge::default());
-        for (limit, dropped) in [(50, Dropped::Limit), (100, Dropped::Memory)] {
+        for (limit, dropped) in [(50, DroppedCopy::Limit), (100, DroppedCopy::Memory)] {
             let mut returned = Returned::new(limit, &budget);
             assert_eq!(returned.sent(&Bytes::from(vec![b'x'; 40]), false), None);
             assert_eq!(returned.sent(&Bytes::from(vec![b'x'; 30]), false), Some(dropped));
@@ -356,8 +356,8 @@ mod tests {
             assert_eq!((returned.is_done(), returned.rest()), (true, None));
         }
         let mut returned = Returned::new(5, &budget);
-        assert_eq!(returned.sent(&text("too long"), true), Some(Dropped::Limit));
-        assert_eq!(returned.answer(Keep), Err(Unusable::CopyDropped));
+        assert_eq!(returned.sent(&text("too long"), true), Some(DroppedCopy::Limit));
+        assert_eq!(returned.answer(Keep), Err(UnusableAnswer::CopyDropped));
         // What is answered makes room.
         let mut returned = Returned::new(50, &budget);
         for _ in 0..10 {

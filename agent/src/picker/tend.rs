@@ -18,7 +18,7 @@ use super::{
     replica::{Replica, ReplicaState, Replicas},
 };
 use crate::{
-    dns::Dns,
+    dns::DnsResolver,
     listeners::Listeners,
     metrics::Metrics,
     probe::{Point, Probe},
@@ -26,7 +26,7 @@ use crate::{
 
 /// What the background work for one pool's EPP uses.
 pub struct Means {
-    pub dns: Dns,
+    pub dns: DnsResolver,
     /// The agent's own listeners, which are never used as an EPP.
     pub own: Listeners,
     pub metrics: Arc<Metrics>,

@@ -18,7 +18,7 @@ use super::{
 use crate::{
     budget::Budget,
     config::{Epp, EppTls, Pool},
-    dns::Dns,
+    dns::DnsResolver,
     trial::Trial,
 };
 
@@ -30,7 +30,7 @@ const NO_ENDPOINT: &str =
     "check which pods the EPP's InferencePool or its file of endpoints selects, and that they are ready";
 
 /// Tries all replicas. `members` are the pool's endpoints.
-pub async fn try_epp(pool: &Pool, epp: &Epp, members: &[SocketAddr], dns: &Dns) -> Vec<Trial> {
+pub async fn try_epp(pool: &Pool, epp: &Epp, members: &[SocketAddr], dns: &DnsResolver) -> Vec<Trial> {
     let name = |address: &str| format!("pool {}, EPP {address}", pool.name);
     let replicas = match Replicas::new(epp) {
         Ok(replicas) => Arc::new(replicas),

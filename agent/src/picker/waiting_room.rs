@@ -1,5 +1,5 @@
 //! Bounds the requests of one pool that wait for a replica of its EPP, over all workers: their number, and the bytes of their
-//! bodies. Dropping a [`Place`] frees it.
+//! bodies. Dropping a [`WaitingPlace`] frees it.
 
 use std::sync::{
     Arc,
@@ -24,22 +24,22 @@ impl WaitingRoom {
     }
 
     /// A place for one request; `None` if all are taken.
-    pub fn enter(self: &Arc<Self>) -> Option<Place> {
+    pub fn enter(self: &Arc<Self>) -> Option<WaitingPlace> {
         let more = |waiting: usize| (waiting < self.limit).then_some(waiting + 1);
         self.waiting.fetch_update(Relaxed, Relaxed, more).ok()?;
-        Some(Place { room: Arc::clone(self), share: self.bytes.share(), bytes: 0 })
+        Some(WaitingPlace { room: Arc::clone(self), share: self.bytes.share(), bytes: 0 })
     }
 }
 
 /// The place of one waiting request.
 #[derive(Debug)]
-pub struct Place {
+pub struct WaitingPlace {
     room: Arc<WaitingRoom>,
     share: Share,
     bytes: u64,
 }
 
-impl Place {
+impl WaitingPlace {
     /// Sets how many bytes the request has by now. Returns false if they do not fit.
     #[must_use]
     pub fn holds(&mut self, bytes: u64) -> bool {
@@ -51,7 +51,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for WaitingPlace {
     fn drop(&mut self) {
         self.room.waiting.fetch_sub(1, Relaxed);
     }

@@ -6,7 +6,7 @@ use futures_util::FutureExt as _;
 use http::{Method, Uri};
 use tokio::time::Instant;
 
-use super::{record::Record, reply::send_error, request::After};
+use super::{record::Record, reply::send_error, request::AfterRequest};
 use crate::{
     client::Client,
     error::{Error, Manner},
@@ -15,17 +15,17 @@ use crate::{
 };
 
 /// The request panicked, and what happens to the client's connection.
-pub struct Panicked(pub After);
+pub struct Panicked(pub AfterRequest);
 
 /// What the answer to a request needs if its processing panics.
-pub(super) struct Guard {
+pub(super) struct ReplyGuard {
     method: Method,
     uri: Uri,
     grpc: bool,
     begun: Instant,
 }
 
-impl Guard {
+impl ReplyGuard {
     pub(super) fn new(head: &RequestHead, begun: Instant) -> Self {
         let parts = &head.parts;
         Self { method: parts.method.clone(), uri: parts.uri.clone(), grpc: is_grpc(&parts.headers), begun }
@@ -41,11 +41,11 @@ impl Guard {
     pub(super) async fn answer(self, worker: &Worker, client: &mut Client) -> Panicked {
         Record::new(self.begun).finish_unrouted(worker, &Error::Panicked);
         if client.is_answered() {
-            return Panicked(After::Abort);
+            return Panicked(AfterRequest::Abort);
         }
         let mut manner = Manner::unknown(&worker.shared.config).at(self.uri.path());
         manner.grpc = self.grpc;
         send_error(client, &self.method, &manner, &Error::Panicked, false).await;
-        Panicked(After::Close)
+        Panicked(AfterRequest::Close)
     }
 }

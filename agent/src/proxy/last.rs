@@ -12,9 +12,9 @@ use super::{
 };
 use crate::{
     metrics::PoolMetrics,
-    picker::metadata::{Collected, Number, Shared as SharedMetadata},
+    picker::metadata::{Collected, CountedValue, SharedMetadata},
     shared::Shared,
-    telemetry::Ended,
+    telemetry::EndedRequest,
     text::{self, cut},
 };
 
@@ -41,7 +41,7 @@ impl Drop for Last {
         }
         self.log(metadata.as_deref());
         let (Some(span), record) = (span, &self.record) else { return };
-        span.end(&Ended {
+        span.end(&EndedRequest {
             took: self.took,
             status: record.status.as_u16(),
             reason: record.reason,
@@ -95,10 +95,10 @@ impl Last {
 fn count(metadata: &Collected, metrics: &PoolMetrics, model: &str) {
     for (attribute, number) in metadata.numbers() {
         match number {
-            Number::Valid(number) => metrics.epp_attribute(model, attribute, number),
-            Number::Negative => metrics.epp_attribute_refused("negative"),
-            Number::NotFinite => metrics.epp_attribute_refused("not_finite"),
-            Number::Absent => metrics.epp_attribute_refused("not_a_number"),
+            CountedValue::Valid(number) => metrics.epp_attribute(model, attribute, number),
+            CountedValue::Negative => metrics.epp_attribute_refused("negative"),
+            CountedValue::NotFinite => metrics.epp_attribute_refused("not_finite"),
+            CountedValue::Absent => metrics.epp_attribute_refused("not_a_number"),
         }
     }
     let dropped = metadata.dropped();

@@ -5,9 +5,9 @@ use std::net::SocketAddr;
 use penstock_proto::ext_proc::HeaderMutation;
 
 use crate::{
-    metrics::InFlight,
+    metrics::InFlightGauge,
     picker::{
-        client::{Ending, PickStream},
+        client::{PickStream, StreamEnding},
         exchange::{Body, ImmediateReply},
     },
     tee::Rest,
@@ -26,7 +26,7 @@ pub(super) struct Picked {
     /// The EPP's stream, which lives as long as the response.
     pub(super) stream: Option<PickStream>,
     /// Counts the stream in the metrics while it is open.
-    pub(super) _open: Option<InFlight>,
+    pub(super) _open: Option<InFlightGauge>,
 }
 
 pub(super) enum PickOutcome {
@@ -46,7 +46,7 @@ impl Picked {
     }
 
     /// Ends the EPP's stream, if there is one, after sending it the `rest` of the response body.
-    pub(super) fn finish(&mut self, rest: Rest) -> Option<Ending> {
+    pub(super) fn finish(&mut self, rest: Rest) -> Option<StreamEnding> {
         Some(self.stream.take()?.finish(rest))
     }
 }

@@ -12,7 +12,7 @@ use tracing::field::display;
 use super::{
     access_log::Line,
     record::count,
-    request::{After, Pin},
+    request::{AfterRequest, Pin},
     respond::open_tunnel,
 };
 use crate::{
@@ -26,7 +26,7 @@ use crate::{
 const DRAIN_CHECK: Duration = Duration::from_secs(1);
 
 /// Relays the connection until the pin ends.
-pub async fn pinned(current: &Rc<Current>, client: &mut ClientSocket, pin: Pin, peer: SocketAddr) -> After {
+pub async fn pinned(current: &Rc<Current>, client: &mut ClientSocket, pin: Pin, peer: SocketAddr) -> AfterRequest {
     let worker = &current.worker();
     let Pin { mut endpoint, pool, target, idle } = pin;
     let (address, began) = (endpoint.address, Instant::now());
@@ -69,13 +69,13 @@ pub async fn pinned(current: &Rc<Current>, client: &mut ClientSocket, pin: Pin, 
     match end {
         End::Complete { .. } => {
             endpoint.set_resting(true);
-            After::Close
+            AfterRequest::Close
         }
         End::Over => {
             endpoint.set_resting(true);
-            After::Abort
+            AfterRequest::Abort
         }
-        End::ClientGone | End::Broken | End::Idle | End::Left => After::Abort,
+        End::ClientGone | End::Broken | End::Idle | End::Left => AfterRequest::Abort,
     }
 }
 

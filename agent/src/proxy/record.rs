@@ -16,12 +16,12 @@ use crate::{
     kernel::socket::monotonic_ns,
     metrics::{Metrics, Streamed},
     picker::{
-        client::{Ending, PickStream},
+        client::{PickStream, StreamEnding},
         exchange::ImmediateReply,
-        metadata::{Collected, Shared as SharedMetadata},
+        metadata::{Collected, SharedMetadata},
     },
     steer::{account::Account, reason::SteerReason},
-    telemetry::{Ended, Pick, RequestSpan},
+    telemetry::{EndedRequest, PickResult, RequestSpan},
     text::{self, cut},
     worker::Worker,
 };
@@ -44,7 +44,7 @@ pub(super) struct Record {
     /// The metadata of the EPP's replies, if an EPP was asked.
     metadata: Option<SharedMetadata>,
     /// The end of the EPP's stream, if the response was complete.
-    ending: Option<Ending>,
+    ending: Option<StreamEnding>,
     pub(super) span: Option<Box<RequestSpan>>,
 }
 
@@ -96,7 +96,7 @@ impl Record {
             Ok(PickOutcome::Reply(_)) => ("epp", &[][..], None),
             Err(error) => (if epp.is_some() { "epp" } else { "builtin" }, &[][..], Some(error.reason())),
         };
-        span.pick(began, &Pick { by, epp, endpoints, error });
+        span.pick(began, &PickResult { by, epp, endpoints, error });
     }
 
     /// An EPP is asked: its metadata is collected from now on, also if it is asked again.
@@ -109,7 +109,7 @@ impl Record {
     }
 
     /// The EPP's stream ends in the background.
-    pub(super) fn ending(&mut self, ending: Option<Ending>) {
+    pub(super) fn ending(&mut self, ending: Option<StreamEnding>) {
         self.ending = ending;
     }
 
@@ -211,7 +211,7 @@ impl Record {
         let took = self.started.elapsed();
         worker.shared.metrics.unrouted().request(error.status().as_u16(), error.reason(), took);
         if let Some(span) = self.span {
-            span.end(&Ended {
+            span.end(&EndedRequest {
                 took,
                 status: error.status().as_u16(),
                 reason: error.reason(),

@@ -6,15 +6,15 @@ use crate::{
     error::Error,
     http::body::ReplayBody,
     picker::exchange::Body,
-    rename::{ModelOf, Names},
+    rename::{ModelNames, ModelOf},
 };
 
 /// The model's names before and after the EPP; `None` if it left the name as it was, or one of the bodies has none.
-pub(super) async fn names(body: &Body, client_body: &ReplayBody) -> Result<Option<Names>, Error> {
+pub(super) async fn names(body: &Body, client_body: &ReplayBody) -> Result<Option<ModelNames>, Error> {
     let pieces = match body {
         Body::Replaced(pieces) => pieces,
         Body::Renamed(renamed) => {
-            let names = Names { client: renamed.client.clone(), picker: renamed.picker.clone() };
+            let names = ModelNames { client: renamed.client.clone(), picker: renamed.picker.clone() };
             return Ok(Some(names).filter(|names| !names.client.is_empty() && !names.picker.is_empty()));
         }
         Body::Original | Body::DigestOnly(_) => return Ok(None),
@@ -29,5 +29,5 @@ pub(super) async fn names(body: &Body, client_body: &ReplayBody) -> Result<Optio
         }
     }
     let (Some(picker), Some(client)) = (picker.name(), client.name()) else { return Ok(None) };
-    Ok((picker != client).then(|| Names { client: client.to_owned(), picker: picker.to_owned() }))
+    Ok((picker != client).then(|| ModelNames { client: client.to_owned(), picker: picker.to_owned() }))
 }

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use http::{HeaderValue, Method, StatusCode};
 
-use super::request::{After, Request};
+use super::request::{AfterRequest, Request};
 use crate::{
     client::Client,
     error::{Error, Manner},
@@ -30,13 +30,13 @@ pub(super) async fn answer_last_forward(
     client: &mut Client,
     request: &mut Request,
     upload: &Upload,
-) -> Result<After, Error> {
+) -> Result<AfterRequest, Error> {
     let keep_alive = request.keeps_alive(worker) && upload.is_done();
     let mut reply = Reply { status: StatusCode::OK, headers: http::HeaderMap::new(), body: Bytes::new() };
     Manner::of(&request.parts.headers, &worker.shared.config).mark(&mut reply.headers);
     client.reply(&request.parts.method, &reply, keep_alive).await.map_err(|_| Error::ClientGone)?;
     request.record.status(reply.status, "max_forwards");
-    Ok(if keep_alive { After::Next } else { After::Close })
+    Ok(if keep_alive { AfterRequest::Next } else { AfterRequest::Close })
 }
 
 /// Sends the EPP's immediate reply to the client. `reason` is that of the access log.
@@ -47,7 +47,7 @@ pub(super) async fn send_immediate(
     reply: &ImmediateReply,
     reason: &'static str,
     keep_alive: bool,
-) -> Result<After, Error> {
+) -> Result<AfterRequest, Error> {
     request.record.immediate(reply);
     let mut headers = http::HeaderMap::new();
     mutation::apply(&reply.headers, &mut headers);
@@ -68,7 +68,7 @@ pub(super) async fn send_immediate(
     }
     client.reply(&request.parts.method, &sent, keep_alive).await.map_err(|_| Error::ClientGone)?;
     request.record.status(reply.status, reason);
-    Ok(if keep_alive { After::Next } else { After::Close })
+    Ok(if keep_alive { AfterRequest::Next } else { AfterRequest::Close })
 }
 
 /// Answers a request that the EPP evicted before its response began.
@@ -77,7 +77,7 @@ pub(super) async fn evict(
     client: &mut Client,
     request: &mut Request,
     reply: &ImmediateReply,
-) -> Result<After, Error> {
+) -> Result<AfterRequest, Error> {
     worker.shared.metrics.pool(request.pool).evicted();
     let keep_alive = request.keeps_alive(worker);
     send_immediate(worker, client, request, reply, "evicted", keep_alive).await

@@ -7,12 +7,12 @@ use tokio::time::Instant;
 
 use super::record::Record;
 use crate::{
-    deadline::with_deadline, endpoint::connection::EndpointConnection, error::Error, kernel::wire::Connection,
-    rename::Names, route::RequestTimeouts, steer::reason::SteerReason, worker::Worker,
+    deadline::with_deadline, endpoint::connection::EndpointConnection, error::Error, kernel::wire::TcpConnection,
+    rename::ModelNames, route::RequestTimeouts, steer::reason::SteerReason, worker::Worker,
 };
 
 /// What happens to the client's connection after a request.
-pub enum After {
+pub enum AfterRequest {
     /// Read the next request.
     Next,
     /// Relay to this endpoint from now on.
@@ -56,9 +56,9 @@ pub(super) struct Request {
     /// The client socket's key in the kernel's map, if path `local` is possible.
     pub(super) target: Option<u64>,
     /// The client's connection, if the response may take path `wire`, or why not; `None` if the path is not in use.
-    pub(super) wire: Option<Result<Connection, SteerReason>>,
+    pub(super) wire: Option<Result<TcpConnection, SteerReason>>,
     /// Set if the EPP changed the model.
-    pub(super) names: Option<Names>,
+    pub(super) names: Option<ModelNames>,
     /// When its first byte arrived.
     pub(super) begun: Instant,
     pub(super) timeouts: RequestTimeouts,

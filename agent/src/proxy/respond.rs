@@ -16,7 +16,7 @@ use super::{
     dispatch::EndpointResponse,
     picked::Picked,
     reply::evict,
-    request::{After, Pin, Request},
+    request::{AfterRequest, Pin, Request},
 };
 use crate::{
     client::Client,
@@ -37,7 +37,7 @@ pub(super) async fn respond(
     request: &mut Request,
     mut picked: Picked,
     response: EndpointResponse,
-) -> Result<After, Error> {
+) -> Result<AfterRequest, Error> {
     let EndpointResponse { address, mut head, mut body, in_flight } = response;
     request.record.served(address);
     let config = &worker.shared.config;
@@ -73,10 +73,10 @@ pub(super) async fn respond(
                     && head.keep_alive
                     && let Some(pin) = keep(worker, request, connection, may_pin)
                 {
-                    return Ok(After::Pinned(Box::new(pin)));
+                    return Ok(AfterRequest::Pinned(Box::new(pin)));
                 }
             }
-            Ok(if carried.keep_alive { After::Next } else { After::Close })
+            Ok(if carried.keep_alive { AfterRequest::Next } else { AfterRequest::Close })
         }
         // Dropping the stream tells the EPP that the request was aborted.
         end => {
@@ -92,7 +92,7 @@ pub(super) async fn respond(
                 }
             };
             request.record.broken(reason);
-            Ok(After::Abort)
+            Ok(AfterRequest::Abort)
         }
     }
 }
@@ -131,7 +131,7 @@ async fn evict_response(
     request: &mut Request,
     body: ResponseBody,
     reply: &ImmediateReply,
-) -> Result<After, Error> {
+) -> Result<AfterRequest, Error> {
     if let Some(sending) = body.sending() {
         sending.stop();
     }

@@ -2,7 +2,7 @@
 
 use bytes::{BufMut as _, BytesMut};
 
-use super::Names;
+use super::ModelNames;
 
 /// The longest key that is compared, as JSON text: `response` with every character escaped.
 const MAX_KEY: usize = 6 * "response".len();
@@ -10,12 +10,12 @@ const MAX_KEY: usize = 6 * "response".len();
 const DEEPEST: usize = 2;
 
 #[derive(Debug)]
-pub(super) struct Document {
+pub(super) struct JsonDocument {
     /// The picker's name.
     from: String,
     /// The client's name as JSON text.
     to: Vec<u8>,
-    state: State,
+    state: JsonState,
     /// Open objects and arrays.
     depth: usize,
     /// The outer levels.
@@ -25,7 +25,7 @@ pub(super) struct Document {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
+enum JsonState {
     Between,
     /// In a string; the flag is set after a backslash.
     Skipped(bool),
@@ -39,11 +39,11 @@ struct Level {
     is_object: bool,
     /// A key comes next.
     at_key: bool,
-    key: Key,
+    key: MemberKey,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-enum Key {
+enum MemberKey {
     Model,
     /// `message` or `response`.
     Envelope,
@@ -51,12 +51,12 @@ enum Key {
     Other,
 }
 
-impl Document {
-    pub(super) fn new(names: &Names) -> Self {
+impl JsonDocument {
+    pub(super) fn new(names: &ModelNames) -> Self {
         Self {
             from: names.picker.clone(),
             to: serde_json::Value::from(names.client.as_str()).to_string().into_bytes(),
-            state: State::Between,
+            state: JsonState::Between,
             depth: 0,
             levels: [Level::default(); DEEPEST],
             text: Vec::new(),
@@ -66,41 +66,41 @@ impl Document {
     /// Begins a new document; the rest of the last one passes unchanged.
     pub(super) fn reset(&mut self, out: &mut BytesMut) {
         self.release(out);
-        (self.state, self.depth) = (State::Between, 0);
+        (self.state, self.depth) = (JsonState::Between, 0);
     }
 
     pub(super) fn feed(&mut self, mut bytes: &[u8], out: &mut BytesMut) {
         while let Some(&first) = bytes.first() {
             let length = match self.state {
-                State::Between => {
+                JsonState::Between => {
                     let length = bytes.iter().position(|&byte| self.structure(byte)).map_or(bytes.len(), |at| at + 1);
                     // The quote of a name is kept back with it.
-                    let kept = usize::from(matches!(self.state, State::Name(_)));
+                    let kept = usize::from(matches!(self.state, JsonState::Name(_)));
                     out.put_slice(&bytes[..length - kept]);
                     length
                 }
-                State::Skipped(false) => {
+                JsonState::Skipped(false) => {
                     let length = bytes.iter().position(|byte| matches!(byte, b'"' | b'\\')).unwrap_or(bytes.len());
                     match bytes.get(length) {
-                        Some(b'"') => self.state = State::Between,
-                        Some(_) => self.state = State::Skipped(true),
+                        Some(b'"') => self.state = JsonState::Between,
+                        Some(_) => self.state = JsonState::Skipped(true),
                         None => {}
                     }
                     let length = bytes.len().min(length + 1);
                     out.put_slice(&bytes[..length]);
                     length
                 }
-                State::Skipped(true) => {
-                    self.state = State::Skipped(false);
+                JsonState::Skipped(true) => {
+                    self.state = JsonState::Skipped(false);
                     out.put_u8(first);
                     1
                 }
-                State::Key(escaped) => {
+                JsonState::Key(escaped) => {
                     out.put_u8(first);
                     self.key(escaped, first);
                     1
                 }
-                State::Name(escaped) => {
+                JsonState::Name(escaped) => {
                     self.name(escaped, first, out);
                     1
                 }
@@ -116,7 +116,7 @@ impl Document {
                 self.depth += 1;
                 let is_object = byte == b'{';
                 if let Some(level) = self.level_mut() {
-                    *level = Level { is_object, at_key: is_object, key: Key::Other };
+                    *level = Level { is_object, at_key: is_object, key: MemberKey::Other };
                 }
             }
             b'}' | b']' => self.depth = self.depth.saturating_sub(1),
@@ -134,9 +134,9 @@ impl Document {
                 self.text.clear();
                 let at_key = self.level_mut().is_some_and(|level| level.at_key);
                 self.state = match () {
-                    () if at_key => State::Key(false),
-                    () if self.at_model() => State::Name(false),
-                    () => State::Skipped(false),
+                    () if at_key => JsonState::Key(false),
+                    () if self.at_model() => JsonState::Name(false),
+                    () => JsonState::Skipped(false),
                 };
                 return true;
             }
@@ -154,8 +154,8 @@ impl Document {
     fn at_model(&self) -> bool {
         let is = |level: Level, key| level.is_object && level.key == key;
         match self.depth {
-            1 => is(self.levels[0], Key::Model),
-            2 => is(self.levels[0], Key::Envelope) && is(self.levels[1], Key::Model),
+            1 => is(self.levels[0], MemberKey::Model),
+            2 => is(self.levels[0], MemberKey::Envelope) && is(self.levels[1], MemberKey::Model),
             _ => false,
         }
     }
@@ -164,21 +164,21 @@ impl Document {
         match byte {
             b'"' if !escaped => {
                 let key = match decoded(&self.text).as_deref() {
-                    Some("model") => Key::Model,
-                    Some("message" | "response") => Key::Envelope,
-                    _ => Key::Other,
+                    Some("model") => MemberKey::Model,
+                    Some("message" | "response") => MemberKey::Envelope,
+                    _ => MemberKey::Other,
                 };
                 if let Some(level) = self.level_mut() {
                     level.key = key;
                 }
-                self.state = State::Between;
+                self.state = JsonState::Between;
             }
             _ => {
                 // One byte more than the longest key, so that a longer one is not taken for it.
                 if self.text.len() <= MAX_KEY {
                     self.text.push(byte);
                 }
-                self.state = State::Key(byte == b'\\' && !escaped);
+                self.state = JsonState::Key(byte == b'\\' && !escaped);
             }
         }
     }
@@ -191,22 +191,22 @@ impl Document {
                 self.release(out);
                 out.put_u8(byte);
             }
-            self.state = State::Between;
+            self.state = JsonState::Between;
             return;
         }
         self.text.push(byte);
         let escaped = byte == b'\\' && !escaped;
-        self.state = State::Name(escaped);
+        self.state = JsonState::Name(escaped);
         // Longer than the name with every character escaped, or no JSON: then what follows must not overtake it.
         if self.text.len() > 6 * self.from.len() || byte < b' ' {
             self.release(out);
-            self.state = State::Skipped(escaped);
+            self.state = JsonState::Skipped(escaped);
         }
     }
 
     /// Passes on a string that was kept back.
     fn release(&mut self, out: &mut BytesMut) {
-        if matches!(self.state, State::Name(_)) {
+        if matches!(self.state, JsonState::Name(_)) {
             out.put_u8(b'"');
             out.put_slice(&self.text);
         }

@@ -17,7 +17,7 @@ pub(super) enum Part {
 }
 
 #[derive(Debug, Clone, Copy)]
-enum State {
+enum LineState {
     /// At the start of the stream, after this many bytes of a byte order mark.
     Start(usize),
     /// After this many bytes of `data` at the start of a line.
@@ -30,14 +30,14 @@ enum State {
 
 #[derive(Debug)]
 pub(super) struct Lines {
-    state: State,
+    state: LineState,
     /// The last byte was a carriage return.
     after_return: bool,
 }
 
 impl Default for Lines {
     fn default() -> Self {
-        Self { state: State::Start(0), after_return: false }
+        Self { state: LineState::Start(0), after_return: false }
     }
 }
 
@@ -60,32 +60,32 @@ impl Lines {
                 return (1, Part::LineEnd);
             }
             self.after_return = first == b'\r';
-            let empty = matches!(self.state, State::Start(0 | 3) | State::Name(0));
-            self.state = State::Name(0);
+            let empty = matches!(self.state, LineState::Start(0 | 3) | LineState::Name(0));
+            self.state = LineState::Name(0);
             return (1, if empty { Part::EventEnd } else { Part::LineEnd });
         }
         let run = || bytes.iter().position(|byte| matches!(byte, b'\r' | b'\n')).unwrap_or(bytes.len());
         match self.state {
-            State::Start(known) if BYTE_ORDER_MARK.get(known) == Some(&first) => {
-                self.state = State::Start(known + 1);
+            LineState::Start(known) if BYTE_ORDER_MARK.get(known) == Some(&first) => {
+                self.state = LineState::Start(known + 1);
                 (1, Part::Other)
             }
-            State::Start(0 | 3) | State::Name(_) => {
-                let known = if let State::Name(known) = self.state { known } else { 0 };
+            LineState::Start(0 | 3) | LineState::Name(_) => {
+                let known = if let LineState::Name(known) = self.state { known } else { 0 };
                 self.state = match (DATA.get(known), first) {
-                    (Some(&expected), _) if expected == first => State::Name(known + 1),
-                    (None, b':') => State::Colon,
-                    _ => State::Other,
+                    (Some(&expected), _) if expected == first => LineState::Name(known + 1),
+                    (None, b':') => LineState::Colon,
+                    _ => LineState::Other,
                 };
                 (1, Part::Other)
             }
-            State::Colon => {
-                self.state = State::Data;
+            LineState::Colon => {
+                self.state = LineState::Data;
                 (1, if first == b' ' { Part::Other } else { Part::Data })
             }
-            State::Data => (run(), Part::Data),
-            State::Start(_) | State::Other => {
-                self.state = State::Other;
+            LineState::Data => (run(), Part::Data),
+            LineState::Start(_) | LineState::Other => {
+                self.state = LineState::Other;
                 (run(), Part::Other)
             }
         }

@@ -6,12 +6,12 @@ use crate::config::{Config, WeightedPool};
 #[derive(Debug, Clone)]
 pub(super) struct Split {
     /// The pools with a weight above zero.
-    shares: Vec<Share>,
+    shares: Vec<WeightedShare>,
     total: u64,
 }
 
 #[derive(Debug, Clone)]
-struct Share {
+struct WeightedShare {
     /// `None` if the named pool does not exist, which configuration parsing rules out.
     pool: Option<usize>,
     /// Rolls from the previous share's `below` up to this number, exclusive, select this pool.
@@ -25,7 +25,7 @@ impl Split {
         for weighted in pools.iter().filter(|weighted| weighted.weight > 0) {
             total += u64::from(weighted.weight);
             let pool = config.pools.iter().position(|pool| pool.name == weighted.name);
-            shares.push(Share { pool, below: total });
+            shares.push(WeightedShare { pool, below: total });
         }
         Self { shares, total }
     }

@@ -38,7 +38,7 @@ use crate::{
     config::ResponseToPicker,
     deliver::End,
     steer::WorkerSteering,
-    tee::{Facts, Tee},
+    tee::{BodyFacts, Tee},
 };
 
 pub(super) const CASES: &[Case] = &[
@@ -160,7 +160,7 @@ async fn last_events(steering: &Rc<WorkerSteering>, path: Path) -> Result<()> {
     let mut wire: Vec<_> = events.iter().map(|event| format!("{:x}\r\n{event}\r\n", event.len())).collect();
     wire.push("0\r\n\r\n".to_owned());
     let headers = [(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"))].into_iter().collect();
-    let facts = Facts { headers: &headers, length: None, streams: true };
+    let facts = BodyFacts { headers: &headers, length: None, streams: true };
     let tee = RefCell::new(Tee::new(ResponseToPicker::Usage, &facts, &Budget::unlimited()).context("no end is kept")?);
     let mut got = vec![0; wire.iter().map(String::len).sum()];
     let write = async {

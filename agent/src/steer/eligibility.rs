@@ -17,7 +17,7 @@ use crate::config::{Steering, SteeringMode};
 
 /// The facts about a response after its head was read.
 #[derive(Debug, Clone, Copy)]
-pub struct Response {
+pub struct ResponseFacts {
     /// The part of the body that is still to come.
     pub framing: Framing,
     /// `Content-Type: text/event-stream`.
@@ -42,7 +42,7 @@ pub enum ToPicker {
 
 /// What the kernel knows of the connection to the endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Known {
+pub enum KernelView {
     Nothing,
     /// The agent's socket.
     Connection,
@@ -51,7 +51,7 @@ pub enum Known {
 }
 
 /// The path, and why.
-pub fn choose(config: &Steering, response: &Response, known: Known) -> (Path, SteerReason) {
+pub fn choose(config: &Steering, response: &ResponseFacts, known: KernelView) -> (Path, SteerReason) {
     let relay = |reason| (Path::Relay, reason);
     let framing = &response.framing;
     match () {
@@ -62,10 +62,10 @@ pub fn choose(config: &Steering, response: &Response, known: Known) -> (Path, St
         () if response.half_closed => return relay(SteerReason::HalfClose),
         () if response.decoded => return relay(SteerReason::Http10),
         () if response.to_picker == Some(ToPicker::All) => return relay(SteerReason::ResponseToPicker),
-        () if known == Known::Nothing => return relay(SteerReason::Unavailable),
+        () if known == KernelView::Nothing => return relay(SteerReason::Unavailable),
         () => {}
     }
-    let own_socket = known == Known::OwnSocket;
+    let own_socket = known == KernelView::OwnSocket;
     match config.mode {
         SteeringMode::Ingress => return (Path::Ingress, SteerReason::Forced),
         SteeringMode::Local if own_socket => return (Path::Local, SteerReason::Forced),
@@ -107,18 +107,18 @@ impl Eligibility<'_> {
     /// Opens the session of a response with the body `framing`: chooses the path and prepares both sockets for it.
     pub fn response<'t>(
         &self,
-        response: &Response,
+        response: &ResponseFacts,
         framing: Framing,
         make_target: impl FnOnce(&WorkerSteering, u32) -> Result<u64, RegisterError>,
     ) -> (Session<'t>, SteerReason) {
         let known = match self.source {
-            None => Known::Nothing,
-            Some(source) if self.announced.is_some_and(|key| source.is_local_to(key)) => Known::OwnSocket,
-            Some(_) => Known::Connection,
+            None => KernelView::Nothing,
+            Some(source) if self.announced.is_some_and(|key| source.is_local_to(key)) => KernelView::OwnSocket,
+            Some(_) => KernelView::Connection,
         };
         let (mut path, mut reason) = choose(self.config, response, known);
         if path == Path::Local && !self.admit() {
-            (path, reason) = choose(self.config, response, Known::Connection);
+            (path, reason) = choose(self.config, response, KernelView::Connection);
         }
         let relay = |reason| (Session::relayed(framing), reason);
         let (Path::Local | Path::Ingress, Some(steering), Some(source)) = (path, self.steering, self.source) else {
@@ -210,11 +210,11 @@ mod tests {
 
     #[test]
     fn each_reason_has_its_case() {
-        use Known::{Connection, Nothing, OwnSocket};
+        use KernelView::{Connection, Nothing, OwnSocket};
         use Path::{Ingress, Local, Relay};
         use SteerReason as R;
         use SteeringMode::{Auto, Ingress as Forced, Local as ForcedLocal, Off};
-        let base = Response {
+        let base = ResponseFacts {
             framing: Framing::chunked(),
             event_stream: false,
             local_endpoint: true,
@@ -223,23 +223,23 @@ mod tests {
             decoded: false,
             to_picker: None,
         };
-        let length = |n| Response { framing: Framing::length(n), ..base };
-        let remote = |r: Response| Response { local_endpoint: false, ..r };
-        let events = Response { event_stream: true, ..base };
-        let (tls, decoded) = (Response { tls: true, ..base }, Response { decoded: true, ..base });
+        let length = |n| ResponseFacts { framing: Framing::length(n), ..base };
+        let remote = |r: ResponseFacts| ResponseFacts { local_endpoint: false, ..r };
+        let events = ResponseFacts { event_stream: true, ..base };
+        let (tls, decoded) = (ResponseFacts { tls: true, ..base }, ResponseFacts { decoded: true, ..base });
         let rows = [
             (Auto, base, Connection, (Ingress, R::Chunked)),
-            (Auto, Response { framing: Framing::none(), ..base }, Connection, (Relay, R::Complete)),
+            (Auto, ResponseFacts { framing: Framing::none(), ..base }, Connection, (Relay, R::Complete)),
             (Off, base, Connection, (Relay, R::Off)),
             (Auto, base, Nothing, (Relay, R::Unavailable)),
             (Auto, decoded, Connection, (Relay, R::Http10)),
             (Forced, decoded, Connection, (Relay, R::Http10)),
             (Off, tls, Connection, (Relay, R::Off)),
             (Auto, tls, Nothing, (Relay, R::Tls)),
-            (Auto, Response { half_closed: true, ..base }, OwnSocket, (Relay, R::HalfClose)),
-            (Auto, Response { to_picker: Some(ToPicker::All), ..base }, Connection, (Relay, R::ResponseToPicker)),
-            (Auto, Response { to_picker: Some(ToPicker::End), ..base }, Connection, (Ingress, R::Chunked)),
-            (Auto, Response { to_picker: Some(ToPicker::End), ..base }, OwnSocket, (Local, R::Chunked)),
+            (Auto, ResponseFacts { half_closed: true, ..base }, OwnSocket, (Relay, R::HalfClose)),
+            (Auto, ResponseFacts { to_picker: Some(ToPicker::All), ..base }, Connection, (Relay, R::ResponseToPicker)),
+            (Auto, ResponseFacts { to_picker: Some(ToPicker::End), ..base }, Connection, (Ingress, R::Chunked)),
+            (Auto, ResponseFacts { to_picker: Some(ToPicker::End), ..base }, OwnSocket, (Local, R::Chunked)),
             (Forced, length(1), Connection, (Ingress, R::Forced)),
             (Forced, base, OwnSocket, (Ingress, R::Forced)),
             (ForcedLocal, length(1), OwnSocket, (Local, R::Forced)),
@@ -258,7 +258,7 @@ mod tests {
             (Auto, remote(length(5001)), Connection, (Relay, R::LargeRemote)),
             (Auto, remote(base), Connection, (Relay, R::UnsizedRemote)),
             (Auto, remote(events), Connection, (Ingress, R::EventStream)),
-            (Auto, Response { framing: Framing::until_close(), ..base }, Connection, (Ingress, R::UntilClose)),
+            (Auto, ResponseFacts { framing: Framing::until_close(), ..base }, Connection, (Ingress, R::UntilClose)),
         ];
         for (mode, response, known, expected) in rows {
             assert_eq!(choose(&config(mode), &response, known), expected, "{mode:?} {response:?} {known:?}");

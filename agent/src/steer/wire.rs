@@ -3,11 +3,11 @@
 
 use penstock_common::framing::state;
 
-use super::{eligibility::Response, reason::SteerReason};
+use super::{eligibility::ResponseFacts, reason::SteerReason};
 
 /// The facts about a request and its client.
 #[derive(Debug, Clone, Copy)]
-pub struct Asked {
+pub struct RequestFacts {
     /// The client speaks HTTP/2 to the agent.
     pub http2: bool,
     pub tls: bool,
@@ -30,7 +30,7 @@ pub struct Asked {
 }
 
 /// Whether the connections are watched, and the endpoint is asked to close its connection after the response.
-pub fn may_watch(asked: &Asked) -> Result<(), SteerReason> {
+pub fn may_watch(asked: &RequestFacts) -> Result<(), SteerReason> {
     match () {
         () if asked.http2 => Err(SteerReason::Http2),
         () if asked.tls => Err(SteerReason::Tls),
@@ -46,7 +46,7 @@ pub fn may_watch(asked: &Asked) -> Result<(), SteerReason> {
 }
 
 /// Whether the response may be handed over. Only then is the client told that its connection closes.
-pub fn may_begin(response: &Response, min_bytes: u64, pipelined: bool) -> Result<(), SteerReason> {
+pub fn may_begin(response: &ResponseFacts, min_bytes: u64, pipelined: bool) -> Result<(), SteerReason> {
     let framing = &response.framing;
     match () {
         () if framing.is_done() => Err(SteerReason::Complete),
@@ -69,7 +69,7 @@ mod tests {
     #[test]
     fn each_reason_not_to_watch_has_its_case() {
         use SteerReason as R;
-        let base = Asked {
+        let base = RequestFacts {
             http2: false,
             tls: false,
             http10: false,
@@ -83,16 +83,16 @@ mod tests {
         };
         let rows = [
             (base, Ok(())),
-            (Asked { http2: true, ..base }, Err(R::Http2)),
-            (Asked { tls: true, ..base }, Err(R::Tls)),
-            (Asked { http10: true, ..base }, Err(R::Http10)),
-            (Asked { half_close: true, ..base }, Err(R::HalfClose)),
-            (Asked { per_request: false, ..base }, Err(R::PickPer)),
-            (Asked { pipelined: true, ..base }, Err(R::Pipelined)),
-            (Asked { upgrade: true, ..base }, Err(R::NotStreamed)),
-            (Asked { streams: false, ..base }, Err(R::NotStreamed)),
-            (Asked { told: true, ..base }, Err(R::ResponseToPicker)),
-            (Asked { renamed: true, ..base }, Err(R::ModelRenamed)),
+            (RequestFacts { http2: true, ..base }, Err(R::Http2)),
+            (RequestFacts { tls: true, ..base }, Err(R::Tls)),
+            (RequestFacts { http10: true, ..base }, Err(R::Http10)),
+            (RequestFacts { half_close: true, ..base }, Err(R::HalfClose)),
+            (RequestFacts { per_request: false, ..base }, Err(R::PickPer)),
+            (RequestFacts { pipelined: true, ..base }, Err(R::Pipelined)),
+            (RequestFacts { upgrade: true, ..base }, Err(R::NotStreamed)),
+            (RequestFacts { streams: false, ..base }, Err(R::NotStreamed)),
+            (RequestFacts { told: true, ..base }, Err(R::ResponseToPicker)),
+            (RequestFacts { renamed: true, ..base }, Err(R::ModelRenamed)),
         ];
         for (asked, expected) in rows {
             assert_eq!(may_watch(&asked), expected, "{asked:?}");
@@ -102,7 +102,7 @@ mod tests {
     #[test]
     fn each_reason_not_to_begin_has_its_case() {
         use SteerReason as R;
-        let base = Response {
+        let base = ResponseFacts {
             framing: Framing::chunked(),
             event_stream: true,
             local_endpoint: false,
@@ -113,14 +113,14 @@ mod tests {
         };
         let rows = [
             (base, Ok(())),
-            (Response { framing: Framing::until_close(), ..base }, Ok(())),
-            (Response { framing: Framing::length(1000), ..base }, Ok(())),
-            (Response { framing: Framing::length(999), ..base }, Err(R::Small)),
-            (Response { framing: Framing::none(), ..base }, Err(R::Complete)),
-            (Response { tls: true, ..base }, Err(R::Tls)),
-            (Response { half_closed: true, ..base }, Err(R::HalfClose)),
-            (Response { decoded: true, ..base }, Err(R::Http10)),
-            (Response { to_picker: Some(ToPicker::End), ..base }, Err(R::ResponseToPicker)),
+            (ResponseFacts { framing: Framing::until_close(), ..base }, Ok(())),
+            (ResponseFacts { framing: Framing::length(1000), ..base }, Ok(())),
+            (ResponseFacts { framing: Framing::length(999), ..base }, Err(R::Small)),
+            (ResponseFacts { framing: Framing::none(), ..base }, Err(R::Complete)),
+            (ResponseFacts { tls: true, ..base }, Err(R::Tls)),
+            (ResponseFacts { half_closed: true, ..base }, Err(R::HalfClose)),
+            (ResponseFacts { decoded: true, ..base }, Err(R::Http10)),
+            (ResponseFacts { to_picker: Some(ToPicker::End), ..base }, Err(R::ResponseToPicker)),
         ];
         for (response, expected) in rows {
             assert_eq!(may_begin(&response, 1000, false), expected, "{response:?}");

@@ -15,13 +15,13 @@ const UNREADABLE: &[u8] = b":\n\n";
 pub(super) struct Begin {
     scanner: EventScanner,
     kept: BytesMut,
-    state: State,
+    state: BeginState,
     /// Bytes of the payload up to the end of the first event.
     told: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
+enum BeginState {
     /// The first event is not complete.
     Waiting,
     /// It is in `kept`.
@@ -31,12 +31,12 @@ enum State {
 
 impl Begin {
     pub(super) fn new() -> Self {
-        Self { scanner: EventScanner::new(), kept: BytesMut::new(), state: State::Waiting, told: 0 }
+        Self { scanner: EventScanner::new(), kept: BytesMut::new(), state: BeginState::Waiting, told: 0 }
     }
 
     /// Takes the next payload bytes.
     pub(super) fn take(&mut self, payload: &[u8]) {
-        if self.state != State::Waiting || payload.is_empty() {
+        if self.state != BeginState::Waiting || payload.is_empty() {
             return;
         }
         let end = self.scanner.find(payload);
@@ -51,34 +51,34 @@ impl Begin {
             return;
         }
         if end.is_some() {
-            (self.state, self.told) = (State::Ready, length as u64);
+            (self.state, self.told) = (BeginState::Ready, length as u64);
         }
     }
 
     /// The stream has begun with bytes that cannot be read.
     pub(super) fn unreadable(&mut self) {
-        if self.state == State::Waiting {
+        if self.state == BeginState::Waiting {
             self.kept = BytesMut::from(UNREADABLE);
-            self.state = State::Ready;
+            self.state = BeginState::Ready;
         }
     }
 
     /// Whether the first event has not arrived.
     pub(super) fn is_waiting(&self) -> bool {
-        self.state == State::Waiting
+        self.state == BeginState::Waiting
     }
 
     /// The first event, once it is complete, until it is taken.
     pub(super) fn event(&self) -> &[u8] {
-        if self.state == State::Ready { &self.kept } else { &[] }
+        if self.state == BeginState::Ready { &self.kept } else { &[] }
     }
 
     /// Returns the beginning, once.
     pub(super) fn piece(&mut self) -> Option<Bytes> {
-        if self.state != State::Ready {
+        if self.state != BeginState::Ready {
             return None;
         }
-        self.state = State::Taken;
+        self.state = BeginState::Taken;
         Some(std::mem::take(&mut self.kept).freeze())
     }
 

@@ -20,7 +20,7 @@ pub(super) fn with_usage_only(end: &[u8]) -> Option<String> {
 }
 
 fn built(after_key: &[u8]) -> Option<String> {
-    let mut rest = Rest(after_key);
+    let mut rest = JsonRest(after_key);
     rest.punctuation(b':')?;
     let usage: Map<String, Value> = rest.value()?;
     usage::has_counts(&usage).then_some(())?;
@@ -60,9 +60,9 @@ fn built(after_key: &[u8]) -> Option<String> {
 }
 
 /// What follows in the JSON text.
-struct Rest<'a>(&'a [u8]);
+struct JsonRest<'a>(&'a [u8]);
 
-impl Rest<'_> {
+impl JsonRest<'_> {
     fn is_empty(&mut self) -> bool {
         self.0 = self.0.trim_ascii_start();
         self.0.is_empty()

@@ -12,7 +12,7 @@ const BOM: &[u8] = b"\xef\xbb\xbf";
 /// Finds the end of each event.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct EventScanner {
-    state: State,
+    state: EventState,
     /// The event has data.
     has_data: bool,
     /// What counts as an event.
@@ -28,7 +28,7 @@ enum Blocks {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
+enum EventState {
     /// At the start of the stream, after so many bytes of a byte order mark.
     Bom(usize),
     /// At the start of a line. `crlf`: the line before ended with CRLF.
@@ -46,7 +46,7 @@ enum State {
 impl EventScanner {
     /// For the start of a stream.
     pub(super) fn new() -> Self {
-        Self { state: State::Bom(0), has_data: false, blocks: Blocks::WithData }
+        Self { state: EventState::Bom(0), has_data: false, blocks: Blocks::WithData }
     }
 
     /// For the start of a stream, whose blocks without data count, too.
@@ -56,7 +56,7 @@ impl EventScanner {
 
     /// For a piece that begins inside an event.
     fn inside() -> Self {
-        Self { state: State::Rest, has_data: true, blocks: Blocks::All }
+        Self { state: EventState::Rest, has_data: true, blocks: Blocks::All }
     }
 
     /// Reads up to the end of the next event. Returns the number of bytes up to there, and `None` after all of `bytes` if the event
@@ -64,67 +64,67 @@ impl EventScanner {
     pub(super) fn find(&mut self, bytes: &[u8]) -> Option<usize> {
         let mut at = 0;
         while at < bytes.len() {
-            if self.state == State::Rest {
+            if self.state == EventState::Rest {
                 at += bytes[at..].iter().position(|byte| matches!(byte, b'\n' | b'\r'))?;
             }
             match self.step(bytes[at]) {
-                Step::On => at += 1,
-                Step::Again => {}
-                Step::EndHere => return Some(at + 1),
-                Step::EndBefore => return Some(at),
+                ScanStep::On => at += 1,
+                ScanStep::Again => {}
+                ScanStep::EndHere => return Some(at + 1),
+                ScanStep::EndBefore => return Some(at),
             }
         }
         None
     }
 
-    fn step(&mut self, byte: u8) -> Step {
+    fn step(&mut self, byte: u8) -> ScanStep {
         match (self.state, byte) {
-            (State::Bom(n), _) if byte == BOM[n] => {
-                self.state = if n + 1 < BOM.len() { State::Bom(n + 1) } else { State::Start { crlf: false } };
+            (EventState::Bom(n), _) if byte == BOM[n] => {
+                self.state = if n + 1 < BOM.len() { EventState::Bom(n + 1) } else { EventState::Start { crlf: false } };
             }
-            (State::Bom(n), _) => {
-                self.state = if n == 0 { State::Start { crlf: false } } else { State::Rest };
-                return Step::Again;
+            (EventState::Bom(n), _) => {
+                self.state = if n == 0 { EventState::Start { crlf: false } } else { EventState::Rest };
+                return ScanStep::Again;
             }
-            (State::Start { .. }, b'\n') => return self.end(Step::EndHere),
-            (State::Start { crlf: true }, b'\r') => self.state = State::BlankCr,
-            (State::Start { crlf: false }, b'\r') => return self.end(Step::EndHere),
-            (State::Start { .. }, _) => {
-                self.state = State::Name(0);
-                return Step::Again;
+            (EventState::Start { .. }, b'\n') => return self.end(ScanStep::EndHere),
+            (EventState::Start { crlf: true }, b'\r') => self.state = EventState::BlankCr,
+            (EventState::Start { crlf: false }, b'\r') => return self.end(ScanStep::EndHere),
+            (EventState::Start { .. }, _) => {
+                self.state = EventState::Name(0);
+                return ScanStep::Again;
             }
-            (State::Name(_) | State::Rest, b'\n' | b'\r') => {
-                self.has_data |= self.state == State::Name(DATA.len());
-                self.state = if byte == b'\n' { State::Start { crlf: false } } else { State::Cr };
+            (EventState::Name(_) | EventState::Rest, b'\n' | b'\r') => {
+                self.has_data |= self.state == EventState::Name(DATA.len());
+                self.state = if byte == b'\n' { EventState::Start { crlf: false } } else { EventState::Cr };
             }
-            (State::Name(n), _) if n < DATA.len() && byte == DATA[n] => self.state = State::Name(n + 1),
-            (State::Name(n), _) => {
+            (EventState::Name(n), _) if n < DATA.len() && byte == DATA[n] => self.state = EventState::Name(n + 1),
+            (EventState::Name(n), _) => {
                 self.has_data |= n == DATA.len() && byte == b':';
-                self.state = State::Rest;
+                self.state = EventState::Rest;
             }
-            (State::Rest, _) => {}
-            (State::Cr, b'\n') => self.state = State::Start { crlf: true },
-            (State::Cr, _) => {
-                self.state = State::Start { crlf: false };
-                return Step::Again;
+            (EventState::Rest, _) => {}
+            (EventState::Cr, b'\n') => self.state = EventState::Start { crlf: true },
+            (EventState::Cr, _) => {
+                self.state = EventState::Start { crlf: false };
+                return ScanStep::Again;
             }
-            (State::BlankCr, b'\n') => return self.end(Step::EndHere),
-            (State::BlankCr, _) => return self.end(Step::EndBefore),
+            (EventState::BlankCr, b'\n') => return self.end(ScanStep::EndHere),
+            (EventState::BlankCr, _) => return self.end(ScanStep::EndBefore),
         }
-        Step::On
+        ScanStep::On
     }
 
     /// A blank line has ended.
-    fn end(&mut self, step: Step) -> Step {
-        self.state = State::Start { crlf: false };
+    fn end(&mut self, step: ScanStep) -> ScanStep {
+        self.state = EventState::Start { crlf: false };
         if self.blocks == Blocks::All || std::mem::take(&mut self.has_data) {
             return step;
         }
-        if matches!(step, Step::EndBefore) { Step::Again } else { Step::On }
+        if matches!(step, ScanStep::EndBefore) { ScanStep::Again } else { ScanStep::On }
     }
 }
 
-enum Step {
+enum ScanStep {
     /// The byte was read.
     On,
     /// The byte is still to be read.

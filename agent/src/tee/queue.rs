@@ -13,7 +13,7 @@ const HELD: usize = 16 << 10;
 const PIECE: usize = 60_000;
 
 #[derive(Debug)]
-pub(super) struct Queue {
+pub(super) struct PieceQueue {
     pieces: VecDeque<Bytes>,
     /// For an event stream.
     scanner: Option<EventScanner>,
@@ -21,7 +21,7 @@ pub(super) struct Queue {
     held: BytesMut,
 }
 
-impl Queue {
+impl PieceQueue {
     pub(super) fn new(events: bool) -> Self {
         let scanner = events.then(EventScanner::of_blocks);
         Self { pieces: VecDeque::new(), scanner, held: BytesMut::new() }
@@ -71,7 +71,7 @@ mod tests {
     use super::*;
 
     fn pieces(text: &[u8], cut: usize) -> Vec<Bytes> {
-        let (mut queue, mut all) = (Queue::new(true), Vec::new());
+        let (mut queue, mut all) = (PieceQueue::new(true), Vec::new());
         for piece in text.chunks(cut) {
             queue.push(piece);
             all.extend(std::iter::from_fn(|| queue.next_piece()));

@@ -5,7 +5,7 @@ use penstock_common::tail::TAIL;
 
 use super::{
     cut, events,
-    usage::{self, Found},
+    usage::{self, FoundUsage},
 };
 
 #[derive(Debug, Default)]
@@ -49,7 +49,7 @@ impl Tail {
     }
 
     /// What the tail reports after the first `told` bytes.
-    pub(super) fn usage(&self, told: u64) -> Found {
+    pub(super) fn usage(&self, told: u64) -> FoundUsage {
         usage::of_events(&self.end(told))
     }
 }

@@ -12,7 +12,7 @@ fn headers(kind: &'static str) -> HeaderMap {
 }
 
 fn tee(mode: ResponseToPicker, kind: &'static str) -> Option<Tee> {
-    Tee::new(mode, &Facts { headers: &headers(kind), length: None, streams: false }, &Budget::unlimited())
+    Tee::new(mode, &BodyFacts { headers: &headers(kind), length: None, streams: false }, &Budget::unlimited())
 }
 
 /// What the picker is told of a body that arrives in pieces: the pieces before its end, and those at its end.
@@ -64,7 +64,7 @@ fn mode_and_kind_of_body_say_what_is_wanted() {
         assert_eq!(tee(mode, kind).as_ref().map(wants), expected, "{mode:?} {kind}");
     }
     let asked = |kind| {
-        let facts = Facts { headers: &headers(kind), length: None, streams: true };
+        let facts = BodyFacts { headers: &headers(kind), length: None, streams: true };
         Tee::new(Tokens, &facts, &Budget::unlimited()).as_ref().map(wants)
     };
     assert_eq!(asked("text/plain"), Some((true, true, false)), "the request asked for a stream");
@@ -78,7 +78,7 @@ fn coded_and_long_bodies_are_not_kept() {
     let new = |kind, coding: &'static str, length| {
         let mut headers = headers(kind);
         headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static(coding));
-        Tee::new(Tokens, &Facts { headers: &headers, length, streams: false }, &Budget::unlimited())
+        Tee::new(Tokens, &BodyFacts { headers: &headers, length, streams: false }, &Budget::unlimited())
     };
     let document = |length: usize| new("application/json", "identity", Some(length as u64)).is_some();
     assert!(document(DOCUMENT) && !document(DOCUMENT + 1));
@@ -240,7 +240,7 @@ fn documents_share_a_memory_budget() {
     let memory = Budget::new(1000, Default::default());
     let headers = headers("application/json");
     let new = || {
-        let facts = Facts { headers: &headers, length: None, streams: false };
+        let facts = BodyFacts { headers: &headers, length: None, streams: false };
         Tee::new(Tokens, &facts, &memory).expect("a document is kept")
     };
     let (mut one, mut two) = (new(), new());

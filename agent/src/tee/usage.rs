@@ -21,7 +21,7 @@ pub struct Usage {
 
 /// What some of a response's events report.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Found {
+pub(super) struct FoundUsage {
     model: Option<String>,
     /// Whether there was a usage, with or without counts.
     usage: bool,
@@ -30,22 +30,22 @@ pub(super) struct Found {
 }
 
 #[derive(Deserialize)]
-struct Message<'a> {
+struct UsageReport<'a> {
     #[serde(borrow, default)]
     model: Option<Cow<'a, str>>,
     #[serde(default)]
-    usage: Option<Object<Tokens>>,
+    usage: Option<JsonObject<Tokens>>,
 }
 
 /// An event whose response is in a member.
 #[derive(Deserialize)]
-struct Event<'a> {
+struct UsageEvent<'a> {
     /// Of the responses API.
     #[serde(borrow, default)]
-    response: Option<Object<Message<'a>>>,
+    response: Option<JsonObject<UsageReport<'a>>>,
     /// Of Anthropic's `message_start`.
     #[serde(borrow, default)]
-    message: Option<Object<Message<'a>>>,
+    message: Option<JsonObject<UsageReport<'a>>>,
 }
 
 #[derive(Deserialize)]
@@ -61,21 +61,21 @@ struct Tokens {
 }
 
 /// A JSON object. The structs alone would also accept an array with the values of their members.
-struct Object<T>(T);
+struct JsonObject<T>(T);
 
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for JsonObject<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct OfObject<T>(PhantomData<T>);
 
         impl<'de, T: Deserialize<'de>> Visitor<'de> for OfObject<T> {
-            type Value = Object<T>;
+            type Value = JsonObject<T>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("an object")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Object<T>, A::Error> {
-                T::deserialize(MapAccessDeserializer::new(map)).map(Object)
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<JsonObject<T>, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(map)).map(JsonObject)
             }
         }
 
@@ -92,14 +92,14 @@ pub(super) fn has_counts(usage: &Map<String, Value>) -> bool {
 }
 
 /// Reads a document.
-pub(super) fn of_document(text: &[u8]) -> Found {
-    let message: Option<Object<Message<'_>>> = serde_json::from_slice(text).ok();
-    message.map_or_else(Found::default, |Object(message)| message.into())
+pub(super) fn of_document(text: &[u8]) -> FoundUsage {
+    let message: Option<JsonObject<UsageReport<'_>>> = serde_json::from_slice(text).ok();
+    message.map_or_else(FoundUsage::default, |JsonObject(message)| message.into())
 }
 
 /// Reads events. Of several counts, the last one counts.
-pub(super) fn of_events(text: &[u8]) -> Found {
-    let mut found = Found::default();
+pub(super) fn of_events(text: &[u8]) -> FoundUsage {
+    let mut found = FoundUsage::default();
     for data in events::data_from_last(text) {
         found = found.or(of_event(&data));
         if found.is_complete() {
@@ -110,19 +110,19 @@ pub(super) fn of_events(text: &[u8]) -> Found {
 }
 
 /// Reads the data of one event.
-pub(super) fn of_event(data: &[u8]) -> Found {
+pub(super) fn of_event(data: &[u8]) -> FoundUsage {
     let found = of_document(data);
     if found.usage {
         return found;
     }
-    let event: Option<Object<Event<'_>>> = serde_json::from_slice(data).ok();
-    let message = event.and_then(|Object(event)| event.response.or(event.message));
-    found.or(message.map_or_else(Found::default, |Object(message)| message.into()))
+    let event: Option<JsonObject<UsageEvent<'_>>> = serde_json::from_slice(data).ok();
+    let message = event.and_then(|JsonObject(event)| event.response.or(event.message));
+    found.or(message.map_or_else(FoundUsage::default, |JsonObject(message)| message.into()))
 }
 
-impl From<Message<'_>> for Found {
-    fn from(message: Message<'_>) -> Self {
-        let (usage, tokens) = (message.usage.is_some(), message.usage.map(|Object(tokens)| tokens));
+impl From<UsageReport<'_>> for FoundUsage {
+    fn from(message: UsageReport<'_>) -> Self {
+        let (usage, tokens) = (message.usage.is_some(), message.usage.map(|JsonObject(tokens)| tokens));
         Self {
             model: message.model.filter(|model| !model.is_empty()).map(Cow::into_owned),
             usage,
@@ -132,7 +132,7 @@ impl From<Message<'_>> for Found {
     }
 }
 
-impl Found {
+impl FoundUsage {
     /// Adds what only the other one has.
     pub(super) fn or(self, other: Self) -> Self {
         Self {

@@ -15,7 +15,7 @@ use opentelemetry_sdk::{
 use tokio::sync::mpsc::{self, error::TrySendError};
 use tokio_util::sync::CancellationToken;
 
-use crate::{config, metrics::Metrics, panics::Watch};
+use crate::{config, metrics::Metrics, panics::PanicWatch};
 
 const THREAD: &str = "penstock-spans";
 
@@ -28,12 +28,12 @@ const FLUSH: Duration = Duration::from_secs(1);
 
 /// The sending side of the queue.
 #[derive(Debug)]
-pub(super) struct Queue {
+pub(super) struct SpanQueue {
     spans: mpsc::Sender<SpanData>,
     metrics: Arc<Metrics>,
 }
 
-impl SpanProcessor for Queue {
+impl SpanProcessor for SpanQueue {
     fn on_start(&self, _: &mut Span, _: &Context) {}
 
     fn on_end(&self, span: SpanData) {
@@ -76,8 +76,8 @@ pub(super) fn start(
     config: &config::Tracing,
     resource: &Resource,
     metrics: Arc<Metrics>,
-    watch: &Watch,
-) -> anyhow::Result<(Queue, Exporter)> {
+    watch: &PanicWatch,
+) -> anyhow::Result<(SpanQueue, Exporter)> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let mut exporter = {
         let _guard = runtime.enter();
@@ -91,7 +91,7 @@ pub(super) fn start(
     let watch = watch.clone();
     let work = move || runtime.block_on(sender.run(queue, interval, stopped));
     let thread = std::thread::Builder::new().name(THREAD.to_owned()).spawn(move || watch.run(THREAD, work))?;
-    Ok((Queue { spans, metrics }, Exporter { stop, thread: Some(thread) }))
+    Ok((SpanQueue { spans, metrics }, Exporter { stop, thread: Some(thread) }))
 }
 
 struct Sender {

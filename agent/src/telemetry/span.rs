@@ -37,7 +37,7 @@ pub struct RequestSpan {
 }
 
 /// The result of a pick.
-pub struct Pick<'p> {
+pub struct PickResult<'p> {
     /// `epp`, `builtin`, or `fail_open` if the built-in picker replaced a failed EPP.
     pub by: &'static str,
     pub epp: Option<&'p str>,
@@ -48,7 +48,7 @@ pub struct Pick<'p> {
 }
 
 /// The result of a request.
-pub struct Ended<'e> {
+pub struct EndedRequest<'e> {
     /// From the start of the request to the end of the response.
     pub took: Duration,
     pub status: u16,
@@ -150,7 +150,7 @@ impl RequestSpan {
     }
 
     /// Records a finished pick that began at `began`.
-    pub fn pick(&self, began: Instant, pick: &Pick<'_>) {
+    pub fn pick(&self, began: Instant, pick: &PickResult<'_>) {
         if !self.span.is_recording() {
             return;
         }
@@ -175,7 +175,7 @@ impl RequestSpan {
         span.end_with_timestamp(self.at(Instant::now()));
     }
 
-    pub fn end(mut self, ended: &Ended<'_>) {
+    pub fn end(mut self, ended: &EndedRequest<'_>) {
         if !self.span.is_recording() {
             return;
         }

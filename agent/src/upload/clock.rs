@@ -42,7 +42,7 @@ impl Clock {
     /// Waits for the client within its time limit. Cancel-safe: the time of a dropped call counts.
     pub(super) async fn limit<T>(&mut self, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
         let Some((left, late)) = self.left() else { return work.await };
-        let running = Running { since: Instant::now(), clock: self };
+        let running = RunningClock { since: Instant::now(), clock: self };
         let result = timeout(left, work).await;
         drop(running);
         result.unwrap_or(Err(late))
@@ -62,12 +62,12 @@ impl Clock {
 }
 
 /// Counts waiting time until dropped.
-struct Running<'a> {
+struct RunningClock<'a> {
     since: Instant,
     clock: &'a mut Clock,
 }
 
-impl Drop for Running<'_> {
+impl Drop for RunningClock<'_> {
     fn drop(&mut self) {
         self.clock.quiet += self.since.elapsed();
     }

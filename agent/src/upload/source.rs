@@ -16,14 +16,14 @@ use crate::{
 /// Size of the first read of a body, in bytes; most bodies are small.
 const READ: usize = 16 * 1024;
 
-pub(super) struct Source {
+pub(super) struct BodySource {
     reader: BodyReader,
     received: u64,
     /// The trailers after the body.
     pub(super) trailers: HeaderMap,
 }
 
-impl Source {
+impl BodySource {
     pub(super) fn new(reader: BodyReader) -> Self {
         Self { reader, received: 0, trailers: HeaderMap::new() }
     }

@@ -99,7 +99,7 @@ pub struct Socket {
 }
 
 /// What the rule needs from the program.
-pub trait Kernel {
+pub trait WireKernel {
     /// The agent's socket of a leg; `None` if there is none.
     fn socket(&mut self, flow: &Flow, leg: usize) -> Option<Socket>;
     fn load_acquire(&mut self, word: &Word) -> u64;
@@ -114,7 +114,7 @@ pub trait Kernel {
 
 /// Decides on a packet of the peer of leg `from`.
 #[inline(always)]
-pub fn arrive<K: Kernel>(flow: &Flow, from: usize, packet: &Packet, kernel: &mut K) -> Verdict {
+pub fn arrive<K: WireKernel>(flow: &Flow, from: usize, packet: &Packet, kernel: &mut K) -> Verdict {
     let word = kernel.load_acquire(&flow.state);
     match state::of(word) {
         state::WATCHED => {
@@ -158,7 +158,14 @@ pub enum Leaving {
 /// Decides on a packet of this machine that leaves under a leg's addresses by `interface`. `cookie` is that of the socket that sends
 /// it. Rewritten packets are not asked about.
 #[inline(always)]
-pub fn leave<K: Kernel>(flow: &Flow, leg: usize, cookie: u64, flags: u8, interface: u32, kernel: &mut K) -> Leaving {
+pub fn leave<K: WireKernel>(
+    flow: &Flow,
+    leg: usize,
+    cookie: u64,
+    flags: u8,
+    interface: u32,
+    kernel: &mut K,
+) -> Leaving {
     let word = kernel.load_acquire(&flow.state);
     let leg = &flow.legs[leg & 1];
     let own = cookie == leg.facts.cookie;
@@ -211,7 +218,7 @@ fn raise(word: &Word, seq: u32) {
 
 /// Begins the flow at this packet. Returns a [`refusal`].
 #[inline(always)]
-fn begin<K: Kernel>(flow: &Flow, packet: &Packet, word: u64, kernel: &mut K) -> u64 {
+fn begin<K: WireKernel>(flow: &Flow, packet: &Packet, word: u64, kernel: &mut K) -> u64 {
     let [client, endpoint] = &flow.legs;
     // The endpoint's packet is the one that its leg still has to see.
     if client.arrives_on.get() == 0 || client.leaves_on.get() == 0 || endpoint.leaves_on.get() == 0 {
@@ -243,7 +250,7 @@ fn begin<K: Kernel>(flow: &Flow, packet: &Packet, word: u64, kernel: &mut K) -> 
 
 /// Checks the sockets, and fixes how the numbers of the two connections differ.
 #[inline(always)]
-fn agree<K: Kernel>(flow: &Flow, packet: &Packet, kernel: &mut K) -> u64 {
+fn agree<K: WireKernel>(flow: &Flow, packet: &Packet, kernel: &mut K) -> u64 {
     let [client, endpoint] = &flow.legs;
     let Some(to_endpoint) = kernel.socket(flow, ENDPOINT) else { return refusal::SOCKET };
     let Some(to_client) = kernel.socket(flow, CLIENT) else { return refusal::SOCKET };
@@ -286,7 +293,7 @@ fn agree<K: Kernel>(flow: &Flow, packet: &Packet, kernel: &mut K) -> u64 {
 
 /// Decides on a packet of a flow that the program carries.
 #[inline(always)]
-fn carry<K: Kernel>(flow: &Flow, from: usize, packet: &Packet, kernel: &mut K) -> Verdict {
+fn carry<K: WireKernel>(flow: &Flow, from: usize, packet: &Packet, kernel: &mut K) -> Verdict {
     let (mine, other) = (&flow.legs[from & 1], &flow.legs[from & 1 ^ 1]);
     let shift = mine.shift();
     add(&mine.packets, 1);
@@ -332,7 +339,7 @@ fn carry<K: Kernel>(flow: &Flow, from: usize, packet: &Packet, kernel: &mut K) -
 /// Moves a known sequence number forward to `end`, and returns the one before. `None` if it is not before `end`: the bytes have been
 /// counted. Packets of a flow may pass on several CPUs at once, and each byte is to be counted once.
 #[inline(always)]
-fn advance<K: Kernel>(word: &Word, end: u32, kernel: &mut K) -> Option<u32> {
+fn advance<K: WireKernel>(word: &Word, end: u32, kernel: &mut K) -> Option<u32> {
     // Another CPU has moved it each time.
     for _ in 0..4 {
         let old = word.get();
@@ -349,7 +356,7 @@ fn advance<K: Kernel>(word: &Word, end: u32, kernel: &mut K) -> Option<u32> {
 /// Keeps the last five bytes of the stream, with the lower 24 bits of the sequence number after them: programs on several CPUs may pass
 /// packets in another order. Missing bytes count as 0.
 #[inline(always)]
-fn keep_last<K: Kernel>(word: &Word, packet: &Packet, before: u32, kernel: &mut K) {
+fn keep_last<K: WireKernel>(word: &Word, packet: &Packet, before: u32, kernel: &mut K) {
     const BYTES: u64 = (1 << 40) - 1;
     let end = packet.seq.wrapping_add(packet.payload);
     let bits = if packet.payload < 5 { packet.payload * 8 } else { 40 };
@@ -370,7 +377,7 @@ fn keep_last<K: Kernel>(word: &Word, packet: &Packet, before: u32, kernel: &mut 
 
 /// A packet of the client at or beyond what the agent's socket had received: nobody has routed such payload.
 #[inline(always)]
-fn beyond<K: Kernel>(flow: &Flow, packet: &Packet, acceptable: bool, kernel: &mut K) -> Verdict {
+fn beyond<K: WireKernel>(flow: &Flow, packet: &Packet, acceptable: bool, kernel: &mut K) -> Verdict {
     let client = &flow.legs[CLIENT];
     if !acceptable {
         return if packet.payload > 0 { Verdict::Drop } else { Verdict::Forward };
@@ -394,7 +401,7 @@ fn beyond<K: Kernel>(flow: &Flow, packet: &Packet, acceptable: bool, kernel: &mu
 }
 
 #[inline(always)]
-fn acknowledged_only<K: Kernel>(flow: &Flow, packet: &Packet, kernel: &mut K) -> Verdict {
+fn acknowledged_only<K: WireKernel>(flow: &Flow, packet: &Packet, kernel: &mut K) -> Verdict {
     let (mine, other) = (&flow.legs[CLIENT], &flow.legs[ENDPOINT]);
     acknowledge(flow, mine, other, packet, &mine.shift(), kernel);
     Verdict::Acknowledge
@@ -402,7 +409,7 @@ fn acknowledged_only<K: Kernel>(flow: &Flow, packet: &Packet, kernel: &mut K) ->
 
 /// Learns what the peer of `mine` has acknowledged, and whether that ends the flow.
 #[inline(always)]
-fn acknowledge<K: Kernel>(flow: &Flow, mine: &Leg, other: &Leg, packet: &Packet, shift: &Shift, kernel: &mut K) {
+fn acknowledge<K: WireKernel>(flow: &Flow, mine: &Leg, other: &Leg, packet: &Packet, shift: &Shift, kernel: &mut K) {
     let acked = packet.ack.wrapping_add(shift.ack);
     let highest = other.highest.get() as u32;
     let fin = other.fin.get();
@@ -423,14 +430,14 @@ fn acknowledge<K: Kernel>(flow: &Flow, mine: &Leg, other: &Leg, packet: &Packet,
 }
 
 #[inline(always)]
-fn reset<K: Kernel>(flow: &Flow, by: usize, kernel: &mut K) {
+fn reset<K: WireKernel>(flow: &Flow, by: usize, kernel: &mut K) {
     let by = if by == CLIENT { mark::CLIENT_RESET } else { mark::ENDPOINT_RESET };
     flow.marks.set(flow.marks.get() | by);
     end(flow, kernel);
 }
 
 #[inline(always)]
-fn end<K: Kernel>(flow: &Flow, kernel: &mut K) {
+fn end<K: WireKernel>(flow: &Flow, kernel: &mut K) {
     let word = flow.state.get();
     if state::of(word) == state::ACTIVE {
         kernel.store_release(&flow.state, state::with(word, state::ENDED));

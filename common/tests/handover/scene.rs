@@ -16,7 +16,7 @@ use loom::sync::{Mutex, Notify};
 use crate::{
     framing::Framing,
     slot::{Span, Word},
-    verdict::{Kernel, SendBuffer},
+    verdict::{SendBuffer, VerdictKernel},
 };
 
 pub(crate) const KEY: u64 = 7;
@@ -222,7 +222,7 @@ impl<'a, S> Program<'a, S> {
     }
 }
 
-impl<S> Kernel for Program<'_, S> {
+impl<S> VerdictKernel for Program<'_, S> {
     /// A read-modify-write, as in `agent-ebpf/src/memory.rs`.
     fn load_acquire(&mut self, word: &Word) -> u64 {
         word.atomic().fetch_add(0, self.scene.order(Weakened::Armed, AcqRel))

@@ -20,7 +20,7 @@ use std::{cell::UnsafeCell, collections::VecDeque, mem::MaybeUninit, ops::Range,
 use penstock_common::{
     framing::Framing,
     slot::{Slot, Word, stop},
-    verdict::{Kernel, SendBuffer, verdict},
+    verdict::{SendBuffer, VerdictKernel, verdict},
 };
 
 use messages::{Message, some_messages};

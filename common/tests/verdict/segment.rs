@@ -15,7 +15,7 @@ pub(super) struct Segment<'w, 'a> {
     pub(super) asked: bool,
 }
 
-impl Kernel for Segment<'_, '_> {
+impl VerdictKernel for Segment<'_, '_> {
     fn load_acquire(&mut self, word: &Word) -> u64 {
         self.world.interleave();
         let value = word.atomic().load(SeqCst);

@@ -3,7 +3,9 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-use penstock_agent::config::{self, Config, EmptySubset, Endpoint, FailureMode, Locality, Pool, SteeringMode, Subset};
+use penstock_agent::config::{
+    self, Config, EmptySubset, FailureMode, ListedEndpoint, Locality, Pool, SteeringMode, Subset,
+};
 use penstock_agent::epp_server::{self, EppServerConfig, EppServerLimits, EppServerTls};
 use penstock_proto::prost_types::value::Kind;
 use penstock_tests::agent::{TestAgent, builtin_pool, epp_pool};
@@ -33,8 +35,8 @@ impl World {
         [self.near.addr, self.zone.addr, self.far.addr]
     }
 
-    fn endpoints(&self) -> Vec<Endpoint> {
-        let at = |address: SocketAddr, node: &str, zone: &str| Endpoint {
+    fn endpoints(&self) -> Vec<ListedEndpoint> {
+        let at = |address: SocketAddr, node: &str, zone: &str| ListedEndpoint {
             node: Some(node.to_owned()),
             zone: Some(zone.to_owned()),
             ..address.into()
@@ -53,7 +55,7 @@ fn prefer(localities: &[Locality], empty: EmptySubset) -> Subset {
 
 const NODE_THEN_ZONE: [Locality; 2] = [Locality::Node, Locality::Zone];
 
-async fn agent(pool: Pool, endpoints: Vec<Endpoint>, subset: Subset) -> (TestAgent, Client) {
+async fn agent(pool: Pool, endpoints: Vec<ListedEndpoint>, subset: Subset) -> (TestAgent, Client) {
     let pool = Pool { endpoints, subset, ..pool };
     let agent = TestAgent::start(pool, SteeringMode::Off, |config: &mut Config| {
         config.node = config::Node { name: Some("n1".into()), zone: Some("a".into()) };
@@ -62,7 +64,11 @@ async fn agent(pool: Pool, endpoints: Vec<Endpoint>, subset: Subset) -> (TestAge
     (agent, client)
 }
 
-async fn with_epp(script: impl Script, endpoints: Vec<Endpoint>, subset: Subset) -> (ScriptedEpp, TestAgent, Client) {
+async fn with_epp(
+    script: impl Script,
+    endpoints: Vec<ListedEndpoint>,
+    subset: Subset,
+) -> (ScriptedEpp, TestAgent, Client) {
     let epp = ScriptedEpp::start(script).await.unwrap();
     let (agent, client) = agent(epp_pool(&[], epp.addr, FailureMode::Closed), endpoints, subset).await;
     (epp, agent, client)
@@ -101,15 +107,15 @@ async fn subset_hint_is_a_list_on_every_message() {
 }
 
 /// The endpoints, the preference, the hint, and the server that responds.
-type Row<'a> = (Vec<Endpoint>, &'a [Locality], Option<Vec<SocketAddr>>, SocketAddr);
+type Row<'a> = (Vec<ListedEndpoint>, &'a [Locality], Option<Vec<SocketAddr>>, SocketAddr);
 
 #[tokio::test]
 async fn subset_hint_is_nearest_nonempty_group() {
     let world = World::new().await;
     let [near, zone, far] = world.addresses();
     let all = world.endpoints();
-    let drained: Vec<Endpoint> =
-        all.iter().map(|endpoint| Endpoint { draining: endpoint.address == near, ..endpoint.clone() }).collect();
+    let drained: Vec<ListedEndpoint> =
+        all.iter().map(|endpoint| ListedEndpoint { draining: endpoint.address == near, ..endpoint.clone() }).collect();
     let rows: [Row<'_>; 5] = [
         (all.clone(), &NODE_THEN_ZONE, Some(vec![near]), near),
         (all.clone(), &[Locality::Zone], Some(vec![near, zone]), near),
@@ -249,7 +255,7 @@ async fn builtin_epp_server_stays_within_subset() {
 async fn subset_of_thousand_endpoints_does_not_delay_requests() {
     let world = World::new().await;
     let mut endpoints = world.endpoints();
-    let many = (0..1000_u16).map(|n| Endpoint {
+    let many = (0..1000_u16).map(|n| ListedEndpoint {
         zone: Some("a".into()),
         ..SocketAddr::from((Ipv4Addr::new(10, 1, (n >> 8) as u8, n as u8), 8000)).into()
     });

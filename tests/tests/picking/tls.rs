@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use penstock_agent::config::{ClientCertificate, Config, Epp, EppTls, FailureMode, Pin, SteeringMode};
+use penstock_agent::config::{ClientCertificate, Config, Epp, EppTls, FailureMode, KeyPin, SteeringMode};
 use penstock_tests::{
     Client, DnsServer, ModelServer, ScriptedEpp,
     agent::{TestAgent, epps_pool},
@@ -54,9 +54,9 @@ impl Signed {
         ServerTlsConfig::new().identity(Identity::from_pem(&self.certificate, self.key.serialize_pem()))
     }
 
-    fn pin(&self) -> Pin {
+    fn pin(&self) -> KeyPin {
         let key = self.key.subject_public_key_info();
-        Pin(ring::digest::digest(&ring::digest::SHA256, &key).as_ref().try_into().unwrap())
+        KeyPin(ring::digest::digest(&ring::digest::SHA256, &key).as_ref().try_into().unwrap())
     }
 }
 

@@ -75,7 +75,11 @@ pub(crate) fn tests() -> Result<Vec<(&'static str, PathBuf)>> {
 /// What cargo says of each target. Everything is built with the features that `cargo xtask test` builds with, so nothing is built twice.
 fn built() -> Result<String> {
     let mut cargo = cargo();
-    cargo.args(["build", "--all-targets"]).arg("--message-format=json-render-diagnostics").stdin(Stdio::null()).stderr(Stdio::inherit());
+    cargo
+        .args(["build", "--all-targets"])
+        .arg("--message-format=json-render-diagnostics")
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit());
     let output = cargo.output().with_context(|| format!("starting {}", line(&cargo)))?;
     if !output.status.success() {
         bail!("{} ended with {}", line(&cargo), output.status);

@@ -4,14 +4,14 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-pub(super) struct Budget {
+pub(super) struct FrameBudget {
     most: f64,
     left: f64,
     per_second: f64,
     at: Instant,
 }
 
-impl Budget {
+impl FrameBudget {
     /// Allows `most` events at once and refills completely within `time`.
     pub(super) fn new(most: u32, time: Duration, now: Instant) -> Self {
         let most = f64::from(most);
@@ -44,7 +44,7 @@ mod tests {
     fn budget_refills_with_time_up_to_its_maximum() {
         let begin = Instant::now();
         let at = |seconds| begin + Duration::from_secs(seconds);
-        let mut budget = Budget::new(100, Duration::from_secs(10), begin);
+        let mut budget = FrameBudget::new(100, Duration::from_secs(10), begin);
         assert_eq!((0..150).filter(|_| budget.spend(begin)).count(), 100);
         assert_eq!((0..150).filter(|_| budget.spend(at(1))).count(), 10);
         assert_eq!((0..150).filter(|_| budget.spend(at(1000))).count(), 100);
@@ -55,7 +55,7 @@ mod tests {
     #[test]
     fn budget_is_never_exhausted_at_an_even_rate() {
         let begin = Instant::now();
-        let mut budget = Budget::new(1000, Duration::from_secs(600), begin);
+        let mut budget = FrameBudget::new(1000, Duration::from_secs(600), begin);
         for event in 0..10_000 {
             assert!(budget.spend(begin + Duration::from_millis(event * 600)), "{event}");
         }

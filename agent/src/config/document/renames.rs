@@ -8,18 +8,18 @@ use toml::{
     de::{DeTable, DeValue},
 };
 
-use super::{Place, join};
+use super::{DocumentContext, join};
 use crate::config::{
     error::ConfigWarning,
-    settings::{Key, Shape},
+    settings::{SettingKey, Shape},
 };
 
 /// Renames the old keys in `table`, which is the section `path` with these keys, and in its sub-sections.
 pub(super) fn apply(
-    place: &Place<'_>,
+    place: &DocumentContext<'_>,
     table: &mut DeTable<'_>,
     path: &str,
-    keys: &[Key],
+    keys: &[SettingKey],
     warnings: &mut Vec<ConfigWarning>,
 ) {
     for key in keys {

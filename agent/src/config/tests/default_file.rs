@@ -5,7 +5,7 @@ use std::time::Duration;
 use http::uri::PathAndQuery;
 
 use super::{
-    super::settings::{Key, Settings as _, Shape},
+    super::settings::{SettingKey, Settings as _, Shape},
     *,
 };
 
@@ -87,7 +87,7 @@ fn times(body: u64, first_byte: u64, idle: u64) -> TimeoutOverrides {
 /// Every key is in its section, with a comment and a value.
 #[test]
 fn default_file_has_every_key() {
-    fn check(text: &str, path: &str, keys: &[Key]) {
+    fn check(text: &str, path: &str, keys: &[SettingKey]) {
         let start = text.find(&format!("\n{path}\n")).unwrap_or_else(|| panic!("{path} is missing"));
         let section = &text[start + path.len() + 2..];
         let section = &section[..section.find("\n[").unwrap_or(section.len())];

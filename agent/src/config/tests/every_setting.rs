@@ -5,7 +5,7 @@ use std::{path::Path, time::Duration};
 use http::{HeaderName, Method};
 
 use super::{
-    super::settings::{Key, Settings as _, Shape},
+    super::settings::{SettingKey, Settings as _, Shape},
     *,
 };
 
@@ -117,8 +117,8 @@ const ROWS: &[Row] = &[
         r#"endpoints = ["10.0.0.1", { address = "10.0.0.3:80", node = "n1", zone = "a", draining = true }]"#,
         |c| {
             let (node, zone) = (Some("n1".into()), Some("a".into()));
-            let listed = Endpoint { address: address("10.0.0.3:80"), node, zone, draining: true };
-            let [first, second] = ["10.0.0.1:8000", "10.0.0.1:8001"].map(|text| Endpoint::from(address(text)));
+            let listed = ListedEndpoint { address: address("10.0.0.3:80"), node, zone, draining: true };
+            let [first, second] = ["10.0.0.1:8000", "10.0.0.1:8001"].map(|text| ListedEndpoint::from(address(text)));
             c.pools[0].endpoints == [first, second, listed]
         },
     ),
@@ -151,7 +151,7 @@ const ROWS: &[Row] = &[
     }),
     ("[pools.picker]", r#"tls = "pinned""#, |c| matches!(epp(c).tls, EppTls::Pinned(_))),
     ("[pools.picker]", PIN, |c| {
-        epp(c).tls == EppTls::Pinned(vec![Pin(std::array::from_fn(|at| if at == 31 { 0xff } else { 0 }))])
+        epp(c).tls == EppTls::Pinned(vec![KeyPin(std::array::from_fn(|at| if at == 31 { 0xff } else { 0 }))])
     }),
     ("[pools.picker]", r#"server_name = "epp.example""#, |c| epp(c).server_name.as_deref() == Some("epp.example")),
     ("[pools.picker]", r#"client_cert_file = "/c.pem""#, |c| shown(c).certificate == Path::new("/c.pem")),
@@ -279,7 +279,7 @@ fn every_setting_is_read() {
 
 #[test]
 fn every_setting_has_a_row() {
-    fn collect(path: &str, keys: &[Key], missing: &mut Vec<String>) {
+    fn collect(path: &str, keys: &[SettingKey], missing: &mut Vec<String>) {
         for key in keys {
             let below = format!("{path}{}", key.name);
             match &key.shape {

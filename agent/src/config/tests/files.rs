@@ -87,7 +87,7 @@ fn relative_files_are_found_next_to_the_configuration() {
     assert!(error.starts_with(&format!("{}: cannot be read: ", missing.display())), "{error}");
 }
 
-fn endpoints_file(text: &str, name: &str) -> Result<Vec<Endpoint>, String> {
+fn endpoints_file(text: &str, name: &str) -> Result<Vec<ListedEndpoint>, String> {
     let (format, listen) = (EndpointsFormat::of(Path::new(name)), address("10.0.0.9:8080"));
     parse_endpoints(text, format, &[8000, 8001], listen).map_err(|error| error.to_string())
 }
@@ -100,8 +100,8 @@ fn endpoints_files_in_toml_and_json_give_the_same() {
                   [[endpoints]]\naddress = \"10.0.0.2:80\"\nnode = \"n1\"\ndraining = true";
     let json = r#"{"endpoints": ["10.0.0.1", "[fd00::1]:80",
         {"address": "10.0.0.2:80", "node": "n1", "zone": null, "draining": true}]}"#;
-    let last = Endpoint { node: Some("n1".into()), draining: true, ..address("10.0.0.2:80").into() };
-    let mut expected: Vec<Endpoint> =
+    let last = ListedEndpoint { node: Some("n1".into()), draining: true, ..address("10.0.0.2:80").into() };
+    let mut expected: Vec<ListedEndpoint> =
         ["10.0.0.1:8000", "10.0.0.1:8001", "[fd00::1]:80"].map(|a| address(a).into()).into();
     expected.push(last);
     for (text, name) in [(toml, "e.toml"), (tables, "endpoints"), (json, "e.JSON")] {

@@ -3,15 +3,15 @@
 use brotli_decompressor::{BrotliDecompressStream, BrotliResult, BrotliState, StandardAlloc};
 use bytes::{Buf as _, BytesMut};
 
-use super::{Fault, Share, Stage, Step};
+use super::{Fault, Share, Stage, StageStep};
 
-type State = BrotliState<StandardAlloc, StandardAlloc, StandardAlloc>;
+type DecoderState = BrotliState<StandardAlloc, StandardAlloc, StandardAlloc>;
 
 pub(super) struct Brotli {
     input: BytesMut,
     over: bool,
     /// Created once the window size is known.
-    state: Option<Box<State>>,
+    state: Option<Box<DecoderState>>,
     total: usize,
     complete: bool,
 }
@@ -42,25 +42,25 @@ impl Stage for Brotli {
         self.over = true;
     }
 
-    fn step(&mut self, out: &mut [u8], share: &mut Share) -> Result<Step, Fault> {
+    fn step(&mut self, out: &mut [u8], share: &mut Share) -> Result<StageStep, Fault> {
         if self.complete {
             return match (self.input.is_empty(), self.over) {
-                (true, true) => Ok(Step::End),
-                (true, false) => Ok(Step::Input),
+                (true, true) => Ok(StageStep::End),
+                (true, false) => Ok(StageStep::Input),
                 (false, _) => Err(Fault::corrupt("data after the end of the stream")),
             };
         }
         if self.state.is_none() {
             let Some(&first) = self.input.first() else {
-                return if self.over { Err(Fault::Truncated) } else { Ok(Step::Input) };
+                return if self.over { Err(Fault::Truncated) } else { Ok(StageStep::Input) };
             };
             if !share.grow(window(first)) {
                 return Err(Fault::NoRoom);
             }
             let alloc = StandardAlloc::default;
-            self.state = Some(Box::new(State::new_strict(alloc(), alloc(), alloc())));
+            self.state = Some(Box::new(DecoderState::new_strict(alloc(), alloc(), alloc())));
         }
-        let Some(state) = &mut self.state else { return Ok(Step::Input) };
+        let Some(state) = &mut self.state else { return Ok(StageStep::Input) };
         let (mut left, mut used, mut room, mut given) = (self.input.len(), 0, out.len(), 0);
         let result = BrotliDecompressStream(
             &mut left,
@@ -76,10 +76,10 @@ impl Stage for Brotli {
         self.complete = matches!(result, BrotliResult::ResultSuccess);
         match result {
             BrotliResult::ResultFailure => Err(Fault::corrupt("invalid brotli data")),
-            _ if given > 0 => Ok(Step::Output(given)),
+            _ if given > 0 => Ok(StageStep::Output(given)),
             BrotliResult::ResultSuccess => self.step(out, share),
             BrotliResult::NeedsMoreInput if self.over => Err(Fault::Truncated),
-            BrotliResult::NeedsMoreInput => Ok(Step::Input),
+            BrotliResult::NeedsMoreInput => Ok(StageStep::Input),
             BrotliResult::NeedsMoreOutput => Err(Fault::corrupt("the decoder made no progress")),
         }
     }

@@ -5,7 +5,7 @@ use std::io::{self, BufRead, Read};
 use bytes::{Buf as _, BytesMut};
 use flate2::bufread::MultiGzDecoder;
 
-use super::{Fault, Share, Stage, Step};
+use super::{Fault, Share, Stage, StageStep};
 
 pub(super) struct Gzip(MultiGzDecoder<Input>);
 
@@ -31,11 +31,11 @@ impl Stage for Gzip {
         self.0.get_mut().ended = true;
     }
 
-    fn step(&mut self, out: &mut [u8], _share: &mut Share) -> Result<Step, Fault> {
+    fn step(&mut self, out: &mut [u8], _share: &mut Share) -> Result<StageStep, Fault> {
         match self.0.read(out) {
-            Ok(0) => Ok(Step::End),
-            Ok(length) => Ok(Step::Output(length)),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Step::Input),
+            Ok(0) => Ok(StageStep::End),
+            Ok(length) => Ok(StageStep::Output(length)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(StageStep::Input),
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(Fault::Truncated),
             Err(error) => Err(Fault::corrupt(error)),
         }

@@ -6,7 +6,7 @@ use std::io::Read as _;
 use bytes::{Buf as _, BytesMut};
 use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
 
-use super::{Fault, LARGEST_WINDOW, Share, Stage, Step};
+use super::{Fault, LARGEST_WINDOW, Share, Stage, StageStep};
 
 const MAGIC: u32 = 0xfd2f_b528;
 /// The last four bits are arbitrary.
@@ -17,13 +17,13 @@ pub(super) struct Zstd {
     input: BytesMut,
     over: bool,
     decoder: FrameDecoder,
-    state: State,
+    state: ZstdState,
     /// Memory taken for the window, in bytes.
     window: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum State {
+enum ZstdState {
     /// Before a frame.
     Between {
         any: bool,
@@ -41,7 +41,7 @@ enum State {
 
 impl Zstd {
     pub(super) fn new() -> Self {
-        let state = State::Between { any: false };
+        let state = ZstdState::Between { any: false };
         Self { input: BytesMut::new(), over: false, decoder: FrameDecoder::new(), state, window: 0 }
     }
 
@@ -52,7 +52,7 @@ impl Zstd {
         if magic & !0xf == SKIPPABLE {
             let Some(&[.., a, b, c, d]) = self.input.first_chunk::<8>() else { return Ok(false) };
             self.input.advance(8);
-            self.state = State::Skipping(u32::from_le_bytes([a, b, c, d]).into());
+            self.state = ZstdState::Skipping(u32::from_le_bytes([a, b, c, d]).into());
             return Ok(true);
         }
         if magic != MAGIC {
@@ -90,7 +90,7 @@ impl Zstd {
         }
         self.decoder.reset(&self.input[..length]).map_err(Fault::corrupt)?;
         self.input.advance(length);
-        self.state = State::Blocks { checksum };
+        self.state = ZstdState::Blocks { checksum };
         Ok(true)
     }
 
@@ -109,7 +109,7 @@ impl Zstd {
         self.decoder.decode_blocks(&mut block, BlockDecodingStrategy::UptoBlocks(1)).map_err(Fault::corrupt)?;
         self.input.advance(whole);
         if last {
-            self.state = State::Draining { checksum };
+            self.state = ZstdState::Draining { checksum };
         }
         Ok(true)
     }
@@ -124,37 +124,37 @@ impl Stage for Zstd {
         self.over = true;
     }
 
-    fn step(&mut self, out: &mut [u8], share: &mut Share) -> Result<Step, Fault> {
+    fn step(&mut self, out: &mut [u8], share: &mut Share) -> Result<StageStep, Fault> {
         loop {
             let goes_on = match self.state {
-                State::Between { any } if self.input.is_empty() => {
-                    return if self.over && any { Ok(Step::End) } else { self.starved() };
+                ZstdState::Between { any } if self.input.is_empty() => {
+                    return if self.over && any { Ok(StageStep::End) } else { self.starved() };
                 }
-                State::Between { .. } => self.begin(share)?,
-                State::Skipping(left) => {
+                ZstdState::Between { .. } => self.begin(share)?,
+                ZstdState::Skipping(left) => {
                     let skipped = left.min(self.input.len() as u64);
                     self.input.advance(skipped as usize);
                     let left = left - skipped;
-                    self.state = if left == 0 { State::Between { any: true } } else { State::Skipping(left) };
+                    self.state = if left == 0 { ZstdState::Between { any: true } } else { ZstdState::Skipping(left) };
                     left == 0
                 }
-                State::Blocks { checksum } => {
+                ZstdState::Blocks { checksum } => {
                     // Returns bytes older than the window first, so that at most one block is held in addition to it.
                     let given = self.decoder.read(out).map_err(Fault::corrupt)?;
                     if given > 0 {
-                        return Ok(Step::Output(given));
+                        return Ok(StageStep::Output(given));
                     }
                     self.block(checksum)?
                 }
-                State::Draining { checksum } => {
+                ZstdState::Draining { checksum } => {
                     let given = self.decoder.read(out).map_err(Fault::corrupt)?;
                     if given > 0 {
-                        return Ok(Step::Output(given));
+                        return Ok(StageStep::Output(given));
                     }
                     if checksum && self.decoder.get_checksum_from_data() != self.decoder.get_calculated_checksum() {
                         return Err(Fault::corrupt("wrong checksum"));
                     }
-                    self.state = State::Between { any: true };
+                    self.state = ZstdState::Between { any: true };
                     true
                 }
             };
@@ -166,7 +166,7 @@ impl Stage for Zstd {
 }
 
 impl Zstd {
-    fn starved(&self) -> Result<Step, Fault> {
-        if self.over { Err(Fault::Truncated) } else { Ok(Step::Input) }
+    fn starved(&self) -> Result<StageStep, Fault> {
+        if self.over { Err(Fault::Truncated) } else { Ok(StageStep::Input) }
     }
 }

@@ -4,7 +4,7 @@ use http::StatusCode;
 use proptest::prelude::*;
 
 use super::*;
-use crate::http::response::{After, RequestFraming, write_request};
+use crate::http::response::{AfterResponse, RequestFraming, write_request};
 
 const LIMITS: HeadLimits = HeadLimits { bytes: 4096, headers: 32 };
 /// Small limits for generated heads.
@@ -268,7 +268,7 @@ proptest! {
         };
         let mut out = bytes::BytesMut::new();
         let framing = body_len.map_or(RequestFraming::None, RequestFraming::Length);
-        write_request(&head.parts, "10.0.0.1:8000".parse().unwrap(), framing, After::Keep, &mut out);
+        write_request(&head.parts, "10.0.0.1:8000".parse().unwrap(), framing, AfterResponse::Keep, &mut out);
 
         let mut fields = [httparse::EMPTY_HEADER; 64];
         let mut again = httparse::Request::new(&mut fields);

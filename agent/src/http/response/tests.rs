@@ -187,7 +187,7 @@ fn request_without_host_gets_the_endpoint_address() {
         let request = host.into_iter().fold(request, |request, host| request.header("host", host));
         let parts = request.body(()).unwrap().into_parts().0;
         let mut out = BytesMut::new();
-        write_request(&parts, endpoint.parse().unwrap(), RequestFraming::None, After::Keep, &mut out);
+        write_request(&parts, endpoint.parse().unwrap(), RequestFraming::None, AfterResponse::Keep, &mut out);
         assert_eq!(out, format!("GET /a HTTP/1.1\r\nhost: {expected}\r\n\r\n").as_bytes());
     }
 }
@@ -222,7 +222,7 @@ fn requests_are_sent_in_origin_form() {
     let endpoint = "10.0.0.1:8000".parse().unwrap();
     for (method, target, framing, expected) in table {
         let mut out = BytesMut::new();
-        write_request(&request(method, target), endpoint, framing, After::Keep, &mut out);
+        write_request(&request(method, target), endpoint, framing, AfterResponse::Keep, &mut out);
         assert_eq!(out, expected.as_bytes());
     }
 }

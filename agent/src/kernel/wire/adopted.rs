@@ -13,7 +13,7 @@ use penstock_common::wire::flow::{CLIENT, ENDPOINT, Ends, state};
 
 use super::{
     LINGER, Seen, Wire, WireError, attach, inject,
-    pins::{Found, Instance, Namespace},
+    pins::{FoundFolder, Instance, Namespace},
     seen::state_of,
     table::Table,
 };
@@ -69,8 +69,8 @@ impl Adoption {
         match self.namespace.instances() {
             Ok(found) => {
                 let dead = found.into_iter().filter_map(|one| match one {
-                    Found::Dead(instance) => Some(instance),
-                    Found::Alive(_) => None,
+                    FoundFolder::Dead(instance) => Some(instance),
+                    FoundFolder::Alive(_) => None,
                 });
                 dead.for_each(|instance| self.take(instance, &mut adopted, &mut notes));
             }

@@ -22,7 +22,7 @@ const TIMESTAMP_LEN: u32 = 12;
 
 /// One established TCP connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Connection {
+pub struct TcpConnection {
     pub facts: Facts,
     options: u8,
     /// The largest segment, without options, that the agent has announced to the peer.
@@ -49,9 +49,9 @@ pub enum Unfit {
 }
 
 /// Whether packets of the endpoint's connection can be rewritten into packets of the client's, and the reverse.
-pub fn agree(client: &Connection, endpoint: &Connection) -> Result<(), Unfit> {
+pub fn agree(client: &TcpConnection, endpoint: &TcpConnection) -> Result<(), Unfit> {
     let differ = |option: u8| (client.options ^ endpoint.options) & option != 0;
-    let loopback = |connection: &Connection| connection.facts.ends.peer == connection.facts.ends.own;
+    let loopback = |connection: &TcpConnection| connection.facts.ends.peer == connection.facts.ends.own;
     let is_timestamped = client.options & TIMESTAMPS != 0;
     let most = endpoint.announced.saturating_sub(if is_timestamped { TIMESTAMP_LEN } else { 0 });
     match () {
@@ -66,7 +66,7 @@ pub fn agree(client: &Connection, endpoint: &Connection) -> Result<(), Unfit> {
     }
 }
 
-impl Connection {
+impl TcpConnection {
     /// Reads a connection's numbers.
     pub fn of(connection: impl AsFd) -> io::Result<Self> {
         let fd = connection.as_fd();
@@ -155,18 +155,18 @@ pub(super) fn has_own_clock() -> io::Result<bool> {
 mod tests {
     use super::*;
 
-    fn connection(peer: &str, own: &str) -> Connection {
+    fn connection(peer: &str, own: &str) -> TcpConnection {
         let facts =
             Facts { ends: ends(peer.parse().unwrap(), own.parse().unwrap()), largest: 1448, ..Facts::default() };
-        Connection { facts, options: TIMESTAMPS | SACK | SCALES, announced: 1460 }
+        TcpConnection { facts, options: TIMESTAMPS | SACK | SCALES, announced: 1460 }
     }
 
     #[test]
     fn each_difference_has_its_reason() {
         let four = connection("192.0.2.1:4000", "192.0.2.2:80");
         let six = connection("[2001:db8::1]:4000", "[2001:db8::2]:80");
-        let with = |options| Connection { options, ..four };
-        let largest = |largest| Connection { facts: Facts { largest, ..four.facts }, ..four };
+        let with = |options| TcpConnection { options, ..four };
+        let largest = |largest| TcpConnection { facts: Facts { largest, ..four.facts }, ..four };
         let rows = [
             (four, four, Ok(())),
             (six, six, Ok(())),

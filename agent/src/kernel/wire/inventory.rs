@@ -8,7 +8,7 @@ use super::{
     Wire, WireError,
     adopted::peer,
     attach, inject,
-    pins::{Found, Namespace},
+    pins::{FoundFolder, Namespace},
     seen::{Seen, state_of},
     table::Table,
 };
@@ -45,8 +45,8 @@ pub struct Detached {
 pub fn pinned(place: &Bpffs) -> Result<Vec<Pinned>, WireError> {
     let Some(namespace) = Namespace::existing(place)? else { return Ok(Vec::new()) };
     let list = namespace.instances()?.into_iter().map(|one| match one {
-        Found::Alive(folder) => Pinned { is_alive: true, flows: flows(Path::new(&folder)), folder },
-        Found::Dead(instance) => {
+        FoundFolder::Alive(folder) => Pinned { is_alive: true, flows: flows(Path::new(&folder)), folder },
+        FoundFolder::Dead(instance) => {
             let flows = if instance.is_of_this_version() {
                 flows(&instance.folder.at("."))
             } else {
@@ -79,8 +79,8 @@ pub fn detach(place: &Bpffs) -> Result<Detached, WireError> {
     let Some(namespace) = Namespace::existing(place)? else { return Ok(done) };
     for one in namespace.instances()? {
         match one {
-            Found::Alive(folder) => done.alive.push(folder),
-            Found::Dead(instance) => {
+            FoundFolder::Alive(folder) => done.alive.push(folder),
+            FoundFolder::Dead(instance) => {
                 // Without its programs, this machine's TCP resets the peers of a flow that cannot be read.
                 if instance.is_of_this_version()
                     && let Ok(table) = Table::pinned(&instance.folder.at("."))

@@ -158,7 +158,7 @@ pub(super) struct Instance {
 }
 
 /// What the folder of another agent is.
-pub(super) enum Found {
+pub(super) enum FoundFolder {
     /// Its agent is alive.
     Alive(String),
     /// It has no owner, and this process holds its lock now.
@@ -212,13 +212,13 @@ impl Namespace {
         let name = format!("{number}_v{VERSION}");
         self.folder.create(&name).map_err(|error| self.folder.failed(error))?;
         match instance(&self.folder, &name, VERSION)? {
-            Found::Dead(instance) => Ok(instance),
-            Found::Alive(_) => Err(PinError::Locked(self.folder.path.join(name))),
+            FoundFolder::Dead(instance) => Ok(instance),
+            FoundFolder::Alive(_) => Err(PinError::Locked(self.folder.path.join(name))),
         }
     }
 
     /// The folders of all agents of the namespace. Claims those without an owner.
-    pub(super) fn instances(&self) -> Result<Vec<Found>, PinError> {
+    pub(super) fn instances(&self) -> Result<Vec<FoundFolder>, PinError> {
         let _lock = lock(&self.folder)?;
         instances(&self.folder)
     }
@@ -232,7 +232,7 @@ impl Namespace {
             }
             let Ok(folder) = self.ours.child(&name) else { continue };
             let Ok(_lock) = lock(&folder) else { continue };
-            let dead = |one| if let Found::Dead(instance) = one { Some(instance) } else { None };
+            let dead = |one| if let FoundFolder::Dead(instance) = one { Some(instance) } else { None };
             found.extend(instances(&folder).unwrap_or_default().into_iter().filter_map(dead));
         }
         Ok(found)
@@ -268,7 +268,7 @@ impl Instance {
     }
 }
 
-fn instances(folder: &Folder) -> Result<Vec<Found>, PinError> {
+fn instances(folder: &Folder) -> Result<Vec<FoundFolder>, PinError> {
     let mut found = Vec::new();
     for name in folder.names().map_err(|error| folder.failed(error))? {
         if let Some((_, version)) = parse(&name) {
@@ -278,13 +278,16 @@ fn instances(folder: &Folder) -> Result<Vec<Found>, PinError> {
     Ok(found)
 }
 
-fn instance(namespace: &Folder, name: &str, version: u32) -> Result<Found, PinError> {
+fn instance(namespace: &Folder, name: &str, version: u32) -> Result<FoundFolder, PinError> {
     let folder = namespace.child(name)?;
     match folder.file.try_lock() {
-        Ok(()) => {
-            Ok(Found::Dead(Instance { folder, namespace: namespace.try_clone()?, name: name.to_owned(), version }))
-        }
-        Err(TryLockError::WouldBlock) => Ok(Found::Alive(folder.path.display().to_string())),
+        Ok(()) => Ok(FoundFolder::Dead(Instance {
+            folder,
+            namespace: namespace.try_clone()?,
+            name: name.to_owned(),
+            version,
+        })),
+        Err(TryLockError::WouldBlock) => Ok(FoundFolder::Alive(folder.path.display().to_string())),
         Err(TryLockError::Error(error)) => Err(folder.failed(error)),
     }
 }

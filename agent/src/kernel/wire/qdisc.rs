@@ -8,7 +8,7 @@ use std::{
 /// `struct nlmsghdr`, then `struct tcmsg`.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Message {
+struct NetlinkMessage {
     len: u32,
     kind: u16,
     flags: u16,
@@ -22,7 +22,7 @@ struct Message {
 }
 
 const HEADER: usize = 16;
-const LEN: usize = size_of::<Message>();
+const LEN: usize = size_of::<NetlinkMessage>();
 const RTM_DELQDISC: u16 = 37;
 const RTM_DELTFILTER: u16 = 45;
 const RTM_GETTFILTER: u16 = 46;
@@ -35,7 +35,7 @@ const TCA_BPF_ID: u16 = 11;
 
 /// A filter, and the id of the program that it runs; 0: it runs none.
 struct Filter {
-    message: Message,
+    message: NetlinkMessage,
     program: u32,
     is_bpf: bool,
 }
@@ -44,7 +44,7 @@ struct Filter {
 pub(super) fn remove_program(interface: u32, program: u32) -> io::Result<()> {
     for filter in filters(interface)? {
         if filter.program == program && filter.is_bpf {
-            acknowledged(Message { kind: RTM_DELTFILTER, ..filter.message }, &kind(b"bpf\0"))?;
+            acknowledged(NetlinkMessage { kind: RTM_DELTFILTER, ..filter.message }, &kind(b"bpf\0"))?;
         }
     }
     Ok(())
@@ -55,12 +55,12 @@ pub(super) fn remove_if_empty(interface: u32) -> io::Result<bool> {
     if !filters(interface)?.is_empty() {
         return Ok(false);
     }
-    let message = Message { kind: RTM_DELQDISC, parent: CLSACT, handle: 0xffff_0000, ..request(interface) };
+    let message = NetlinkMessage { kind: RTM_DELQDISC, parent: CLSACT, handle: 0xffff_0000, ..request(interface) };
     acknowledged(message, &[]).map(|()| true)
 }
 
-fn request(interface: u32) -> Message {
-    Message {
+fn request(interface: u32) -> NetlinkMessage {
+    NetlinkMessage {
         len: 0,
         kind: 0,
         flags: 0,
@@ -87,15 +87,19 @@ fn filters(interface: u32) -> io::Result<Vec<Filter>> {
     let mut found = Vec::new();
     for parent in PARENTS {
         let flags = (libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16;
-        exchange(Message { kind: RTM_GETTFILTER, flags, parent, ..request(interface) }, &[], |message, rest| {
-            // The first message about a priority describes the classifier, not a filter.
-            if message.handle != 0 {
-                let program = attribute(rest, TCA_OPTIONS).and_then(|options| attribute(options, TCA_BPF_ID));
-                let program = program.and_then(|id| id.get(..4)?.try_into().ok()).map_or(0, u32::from_ne_bytes);
-                let is_bpf = attribute(rest, TCA_KIND) == Some(b"bpf\0");
-                found.push(Filter { message, program, is_bpf });
-            }
-        })?;
+        exchange(
+            NetlinkMessage { kind: RTM_GETTFILTER, flags, parent, ..request(interface) },
+            &[],
+            |message, rest| {
+                // The first message about a priority describes the classifier, not a filter.
+                if message.handle != 0 {
+                    let program = attribute(rest, TCA_OPTIONS).and_then(|options| attribute(options, TCA_BPF_ID));
+                    let program = program.and_then(|id| id.get(..4)?.try_into().ok()).map_or(0, u32::from_ne_bytes);
+                    let is_bpf = attribute(rest, TCA_KIND) == Some(b"bpf\0");
+                    found.push(Filter { message, program, is_bpf });
+                }
+            },
+        )?;
     }
     Ok(found)
 }
@@ -113,15 +117,15 @@ fn attribute(mut rest: &[u8], wanted: u16) -> Option<&[u8]> {
     }
 }
 
-fn acknowledged(message: Message, attributes: &[u8]) -> io::Result<()> {
+fn acknowledged(message: NetlinkMessage, attributes: &[u8]) -> io::Result<()> {
     let flags = (libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16;
-    exchange(Message { flags, ..message }, attributes, |_, _| {})
+    exchange(NetlinkMessage { flags, ..message }, attributes, |_, _| {})
 }
 
 /// Sends a request, and passes each message of the answer with its attributes to `take`.
-fn exchange(message: Message, attributes: &[u8], mut take: impl FnMut(Message, &[u8])) -> io::Result<()> {
+fn exchange(message: NetlinkMessage, attributes: &[u8], mut take: impl FnMut(NetlinkMessage, &[u8])) -> io::Result<()> {
     let socket = open()?;
-    let message = Message { len: (LEN + attributes.len()) as u32, seq: 1, ..message };
+    let message = NetlinkMessage { len: (LEN + attributes.len()) as u32, seq: 1, ..message };
     // SAFETY: a struct of integers without padding.
     let bytes: [u8; LEN] = unsafe { std::mem::transmute(message) };
     nix::unistd::write(&socket, &[&bytes[..], attributes].concat())?;
@@ -140,7 +144,7 @@ fn exchange(message: Message, attributes: &[u8], mut take: impl FnMut(Message, &
             }
             if let Some(head) = one.first_chunk::<LEN>() {
                 // SAFETY: every value of its bytes is valid.
-                take(unsafe { std::mem::transmute::<[u8; LEN], Message>(*head) }, &one[LEN..]);
+                take(unsafe { std::mem::transmute::<[u8; LEN], NetlinkMessage>(*head) }, &one[LEN..]);
             }
             rest = rest.get(len.max(HEADER).next_multiple_of(4)..).unwrap_or_default();
         }

@@ -28,7 +28,7 @@ use super::{LINGER, table::Table};
 use crate::{
     capability,
     kernel::{grace::Grace, socket},
-    panics::Watch,
+    panics::PanicWatch,
 };
 
 const THREAD: &str = "penstock-wire";
@@ -47,7 +47,7 @@ pub(super) struct Records {
     wakers: Box<[AtomicWaker]>,
     missed: AtomicU64,
     /// Notified if the thread ends before it is asked to.
-    watch: OnceLock<Watch>,
+    watch: OnceLock<PanicWatch>,
 }
 
 impl Records {
@@ -95,7 +95,7 @@ impl Records {
         self.missed.swap(0, Relaxed)
     }
 
-    pub(super) fn watch(&self, watch: Watch) {
+    pub(super) fn watch(&self, watch: PanicWatch) {
         let _ = self.watch.set(watch);
     }
 
@@ -128,12 +128,12 @@ impl Records {
 }
 
 /// The thread.
-pub(super) struct Events {
+pub(super) struct RecordEvents {
     stop: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Events {
+impl RecordEvents {
     pub(super) fn start(
         ring: RingBuf<MapData>,
         missed: Array<MapData, u64>,
@@ -155,7 +155,7 @@ impl Events {
     }
 }
 
-impl Drop for Events {
+impl Drop for RecordEvents {
     fn drop(&mut self) {
         let _ = self.stop.write(1);
         if let Some(thread) = self.thread.take() {

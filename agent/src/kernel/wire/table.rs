@@ -14,11 +14,11 @@ pub(super) const FLOWS: &str = "flows";
 pub(super) const LEGS: &str = "legs";
 
 /// The key of a leg: `Ends` as words.
-type Key = [u32; size_of::<Ends>() / size_of::<u32>()];
+type LegKey = [u32; size_of::<Ends>() / size_of::<u32>()];
 
 pub(super) struct Table {
     flows: Mapping<Flow>,
-    legs: Mutex<HashMap<MapData, Key, u32>>,
+    legs: Mutex<HashMap<MapData, LegKey, u32>>,
     count: u32,
 }
 
@@ -82,6 +82,6 @@ impl Table {
     }
 }
 
-fn key(ends: Ends) -> Key {
+fn key(ends: Ends) -> LegKey {
     zerocopy::transmute!(ends)
 }

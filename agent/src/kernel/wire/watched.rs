@@ -16,7 +16,7 @@ use penstock_common::{
     wire::flow::{CLIENT, ENDPOINT, Facts, Flow, state},
 };
 
-use super::{Connection, Seen, Wire, WireError, agree, inject::reset, seen::state_of};
+use super::{Seen, TcpConnection, Wire, WireError, agree, inject::reset, seen::state_of};
 use crate::kernel::socket;
 
 /// The record of a flow. Dropping it makes the programs forget the flow, after a time if the client has all of the stream.
@@ -29,7 +29,7 @@ pub struct Watched {
 
 impl Watched {
     /// Makes two connections known to the programs.
-    pub(super) fn begin(wire: &Arc<Wire>, client: Connection, endpoint: Connection) -> Result<Self, WireError> {
+    pub(super) fn begin(wire: &Arc<Wire>, client: TcpConnection, endpoint: TcpConnection) -> Result<Self, WireError> {
         agree(&client, &endpoint)?;
         let index = wire.records.take().ok_or(WireError::Full)?;
         let watched = Self { index, wire: Arc::clone(wire), is_left: AtomicBool::new(false) };

@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::*;
 
-fn pool(spec: &Value) -> Pool {
+fn pool(spec: &Value) -> InferencePoolObject {
     serde_json::from_value(json!({
         "apiVersion": "inference.networking.k8s.io/v1",
         "kind": "InferencePool",

@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::*;
 
-fn pool(spec: &serde_json::Value) -> Pool {
+fn pool(spec: &serde_json::Value) -> InferencePoolObject {
     let mut whole = json!({ "selector": { "matchLabels": { "app": "vllm" } }, "targetPorts": [{ "number": 8000 }] });
     whole.as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
     serde_json::from_value(json!({ "metadata": { "name": "p" }, "spec": whole })).unwrap()
@@ -34,7 +34,7 @@ fn slice(name: &str, port: &str, number: u16, addresses: &[&str]) -> EndpointSli
 }
 
 fn translated(
-    pool: &Pool,
+    pool: &InferencePoolObject,
     pods: &[Pod],
     service: Option<&Service>,
     slices: &[EndpointSlice],
@@ -42,14 +42,14 @@ fn translated(
     translate(&Objects { namespace: "n", pool, pods, service, slices })
 }
 
-fn usable(pool: &Pool, pods: &[Pod], service: Option<&Service>, slices: &[EndpointSlice]) -> Usable {
+fn usable(pool: &InferencePoolObject, pods: &[Pod], service: Option<&Service>, slices: &[EndpointSlice]) -> Usable {
     match translated(pool, pods, service, slices) {
         (InferencePool::Usable(usable), 0) => usable,
         other => panic!("{other:?}"),
     }
 }
 
-fn invalid(pool: &Pool, service: Option<&Service>) -> String {
+fn invalid(pool: &InferencePoolObject, service: Option<&Service>) -> String {
     match translated(pool, &[], service, &[]) {
         (InferencePool::Invalid(why), _) => why,
         other => panic!("{other:?}"),

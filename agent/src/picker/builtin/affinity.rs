@@ -7,7 +7,7 @@ const SETS: usize = 16384;
 const WAYS: usize = 4;
 
 #[derive(Debug, Clone, Copy, Default)]
-struct Entry {
+struct PrefixEntry {
     hash: u64,
     /// The endpoint's id in its set.
     endpoint: u32,
@@ -18,13 +18,13 @@ struct Entry {
 #[derive(Debug)]
 pub(super) struct Affinity {
     /// 1 MiB.
-    sets: Box<[[Entry; WAYS]]>,
+    sets: Box<[[PrefixEntry; WAYS]]>,
     clock: u32,
 }
 
 impl Affinity {
     pub(super) fn new() -> Self {
-        Self { sets: vec![[Entry::default(); WAYS]; SETS].into_boxed_slice(), clock: 0 }
+        Self { sets: vec![[PrefixEntry::default(); WAYS]; SETS].into_boxed_slice(), clock: 0 }
     }
 
     /// The endpoint that knows the longest prefix of `prompt`, among those for which `suits` is true.
@@ -41,7 +41,7 @@ impl Affinity {
             let known = set.iter().position(|entry| entry.used != 0 && entry.hash == hash);
             let oldest = || (0..WAYS).min_by_key(|&way| set[way].used).unwrap_or(0);
             let way = known.unwrap_or_else(oldest);
-            set[way] = Entry { hash, endpoint, used: self.clock };
+            set[way] = PrefixEntry { hash, endpoint, used: self.clock };
         }
     }
 

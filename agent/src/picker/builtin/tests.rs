@@ -147,7 +147,7 @@ fn draining_or_removed_endpoint_is_not_picked() {
     let (picker, now) = (picker(2), Instant::now());
     let hash = hash(&prompt(b'a', 4));
     assert_eq!(best(&picker, &hash, now), endpoint(1));
-    let draining = config::Endpoint { draining: true, ..endpoint(1).into() };
+    let draining = config::ListedEndpoint { draining: true, ..endpoint(1).into() };
     picker.endpoints().replace(EndpointSource::Config, vec![draining.clone(), endpoint(3).into()]);
     assert_eq!(picker.pick(&hash, None, now).unwrap().endpoints, [endpoint(3)]);
     picker.endpoints().replace(EndpointSource::Config, vec![draining]);
@@ -275,7 +275,7 @@ fn sessions_return_to_an_endpoint_that_recovers() {
     assert_eq!(in_order(&picker, 7, now), order);
     let listed = |drains: bool| {
         let draining =
-            |address: SocketAddr| config::Endpoint { draining: drains && address == order[0], ..address.into() };
+            |address: SocketAddr| config::ListedEndpoint { draining: drains && address == order[0], ..address.into() };
         (1..=3).map(endpoint).map(draining).collect()
     };
     picker.endpoints().replace(EndpointSource::Config, listed(true));

@@ -27,12 +27,12 @@ use tokio::{net::TcpListener, sync::mpsc};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Status, Streaming, transport::Server};
 
-type Reply = Result<ProcessingResponse, Status>;
+type ProcessingReply = Result<ProcessingResponse, Status>;
 
 /// The EPP's side of one stream.
 pub(super) struct Call {
     requests: Streaming<ProcessingRequest>,
-    replies: mpsc::Sender<Reply>,
+    replies: mpsc::Sender<ProcessingReply>,
 }
 
 impl Call {
@@ -66,7 +66,7 @@ impl Call {
         self.reply(Ok(ProcessingResponse { response: Some(response), ..Default::default() })).await;
     }
 
-    pub(super) async fn reply(&self, reply: Reply) {
+    pub(super) async fn reply(&self, reply: ProcessingReply) {
         // Fails if the agent has left, which scripts notice in their requests.
         let _ = self.replies.send(reply).await;
     }
@@ -119,7 +119,7 @@ struct Scripted(Script);
 
 #[tonic::async_trait]
 impl ExternalProcessor for Scripted {
-    type ProcessStream = BoxStream<'static, Reply>;
+    type ProcessStream = BoxStream<'static, ProcessingReply>;
 
     async fn process(
         &self,

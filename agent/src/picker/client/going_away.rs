@@ -18,9 +18,9 @@ const END_STREAM: u8 = 1;
 const END_HEADERS: u8 = 4;
 
 /// The server's side of one connection.
-struct Frames(TcpStream);
+struct ServerFrames(TcpStream);
 
-impl Frames {
+impl ServerFrames {
     async fn accept(listener: &TcpListener) -> Self {
         let (mut tcp, _) = listener.accept().await.unwrap();
         tcp.read_exact(&mut [0; 24]).await.unwrap();
@@ -79,10 +79,10 @@ impl Frames {
 }
 
 /// Opens the connection's first stream, which stays open.
-async fn picked_once(client: &EppClient, listener: &TcpListener) -> (PickStream, Frames) {
+async fn picked_once(client: &EppClient, listener: &TcpListener) -> (PickStream, ServerFrames) {
     let mut stream = open(client, false);
     let server = async {
-        let mut frames = Frames::accept(listener).await;
+        let mut frames = ServerFrames::accept(listener).await;
         let opened = frames.opened().await;
         frames.pick(opened).await;
         frames
@@ -107,10 +107,10 @@ async fn goaway_finishes_earlier_streams_and_retries_later_ones() {
     };
     let (error, first) = soon(async { tokio::join!(left.outcome(), server) }).await;
     let error = error.unwrap_err();
-    assert_eq!((error.reason(), error.retry()), ("not_taken", Retry::SameReplica), "{error}");
+    assert_eq!((error.reason(), error.retry()), ("not_taken", AskAgain::SameReplica), "{error}");
 
     // Meanwhile the earlier stream waits for its pick, and gets it.
-    let (mut again, new) = (open(&client, false), Frames::accept(&listener));
+    let (mut again, new) = (open(&client, false), ServerFrames::accept(&listener));
     let answered = async {
         let mut new = new.await;
         let stream = new.opened().await;
@@ -154,7 +154,7 @@ async fn idle_connection_that_went_away_fails_no_request() {
     soon(async { while old.next().await.is_some() {} }).await;
 
     let serve = async {
-        let mut new = Frames::accept(&listener).await;
+        let mut new = ServerFrames::accept(&listener).await;
         let stream = new.opened().await;
         new.pick(stream).await;
         new
@@ -162,7 +162,7 @@ async fn idle_connection_that_went_away_fails_no_request() {
     let ask = async {
         loop {
             match open(&client, false).outcome().await {
-                Err(error) => assert_eq!(error.retry(), Retry::SameReplica, "{error}"),
+                Err(error) => assert_eq!(error.retry(), AskAgain::SameReplica, "{error}"),
                 outcome => return outcome,
             }
         }

@@ -17,13 +17,13 @@ use tokio::{sync::oneshot, time::timeout};
 use tokio_util::task::TaskTracker;
 
 pub use self::response::{Heard, ResponseReply};
-use super::Link;
+use super::ReplicaLink;
 use crate::{
     picker::{
-        connection::{Connection, Loss, Stream},
+        connection::{Loss, ReplicaConnections, ReplicaStream},
         error::PickError,
         exchange::{Event, Exchange, Outcome},
-        grpc::{self, End, GrpcStream},
+        grpc::{self, GrpcStream, PeerEnd},
         metadata,
         replica::Replica,
         silence::Waiting,
@@ -41,7 +41,7 @@ const CLOSE: Duration = Duration::from_secs(2);
 /// How long the EPP has to close the stream of a request that got no response.
 const END: Duration = Duration::from_secs(1);
 
-async fn connecting(connection: Connection) -> Result<Stream, PickError> {
+async fn connecting(connection: ReplicaConnections) -> Result<ReplicaStream, PickError> {
     connection.stream().await.map_err(PickError::Connect)
 }
 
@@ -78,9 +78,9 @@ pub struct PickStream {
 
 /// Where messages go and come from.
 enum Channel {
-    Connecting(BoxFuture<'static, Result<Stream, PickError>>),
+    Connecting(BoxFuture<'static, Result<ReplicaStream, PickError>>),
     /// Declared in this order, so that a stream is reset before it is free for another request.
-    Open(Box<GrpcStream>, Stream),
+    Open(Box<GrpcStream>, ReplicaStream),
     Over,
 }
 
@@ -88,7 +88,7 @@ impl PickStream {
     /// A stream that connects first. `message_limit` bounds a message from the EPP in bytes.
     pub(super) fn new(
         exchange: Exchange,
-        link: &Link,
+        link: &ReplicaLink,
         method: http::Uri,
         message_limit: usize,
         endings: TaskTracker,
@@ -127,7 +127,7 @@ impl PickStream {
     }
 
     /// Collects the dynamic metadata of the EPP's replies.
-    pub fn collect(&mut self, metadata: metadata::Shared) {
+    pub fn collect(&mut self, metadata: metadata::SharedMetadata) {
         self.exchange.collect(metadata);
     }
 
@@ -200,7 +200,7 @@ impl PickStream {
 
     /// Ends the stream after the response: sends the `rest` of its body and the end. Closes the sending side,
     /// and waits in the background for the EPP to close the other, for at most `REST` and `CLOSE`.
-    pub fn finish(mut self, rest: Rest) -> Ending {
+    pub fn finish(mut self, rest: Rest) -> StreamEnding {
         let last = rest.pieces.len();
         for (number, piece) in (1..).zip(rest.pieces) {
             self.exchange.response_body(piece, number == last);
@@ -220,7 +220,7 @@ impl PickStream {
             drop(self);
             drop(last.await);
         });
-        Ending(ending)
+        StreamEnding(ending)
     }
 
     /// Reads and discards the EPP's replies until its stream ends.
@@ -263,12 +263,12 @@ impl PickStream {
             Channel::Connecting(_) => return self.poll_connect(cx),
             Channel::Open(grpc, stream) => match ready!(grpc.poll_message(cx)) {
                 Ok(reply) => self.exchange.receive(reply),
-                Err(End::Closed) => self.over(Exchange::closed),
-                Err(End::Status(status)) => {
+                Err(PeerEnd::Closed) => self.over(Exchange::closed),
+                Err(PeerEnd::Status(status)) => {
                     let (code, message) = (status.code(), status.message().to_owned());
                     self.fail(PickError::Status { code, message });
                 }
-                Err(End::Lost(error)) => {
+                Err(PeerEnd::Lost(error)) => {
                     let error = lost(&error, stream.http2.loss(&error), self.exchange.answered());
                     self.fail(error);
                 }
@@ -289,7 +289,7 @@ impl PickStream {
     }
 
     /// Opens the stream on its connection.
-    pub(super) fn begin(&mut self, stream: Stream) {
+    pub(super) fn begin(&mut self, stream: ReplicaStream) {
         match GrpcStream::open(&mut stream.http2.sender(), self.method.clone(), self.message_limit) {
             Ok(grpc) => {
                 self.sent = !stream.is_queued;
@@ -348,9 +348,9 @@ impl PickStream {
 }
 
 /// The end of a stream that was [finished](PickStream::finish).
-pub struct Ending(oneshot::Sender<Box<dyn Send>>);
+pub struct StreamEnding(oneshot::Sender<Box<dyn Send>>);
 
-impl Ending {
+impl StreamEnding {
     /// Drops `last` after the EPP's last reply, or at once if that has come.
     pub fn hold(self, last: impl Send + 'static) {
         drop(self.0.send(Box::new(last)));

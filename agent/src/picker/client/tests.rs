@@ -18,7 +18,7 @@ use crate::{
     budget::Budget,
     config::{Epp, EppTls},
     picker::{
-        error::Retry,
+        error::AskAgain,
         exchange::{Body, Decision, Event, Outcome},
         message,
     },
@@ -209,9 +209,9 @@ async fn stream_that_ends_without_a_pick_is_an_error() {
     .await;
     let answers = serve(Server::builder(), async |call| call.immediate(503).await).await;
     for (address, reason, again) in [
-        (closes, "closed_without_pick", Retry::Never),
-        (fails, "failed_precondition", Retry::Never),
-        (fails_late, "unavailable", Retry::OtherReplica),
+        (closes, "closed_without_pick", AskAgain::Never),
+        (fails, "failed_precondition", AskAgain::Never),
+        (fails_late, "unavailable", AskAgain::OtherReplica),
     ] {
         let mut stream = open(&client(address), true);
         let error = soon(stream.outcome()).await.unwrap_err();
@@ -249,7 +249,7 @@ async fn connection_to_a_dead_epp_fails_at_once_and_is_retried() {
     let client = client(address);
     for _ in 0..2 {
         let error = ask(&client).await.unwrap_err();
-        assert_eq!((error.reason(), error.retry()), ("connect", Retry::OtherReplica), "{error}");
+        assert_eq!((error.reason(), error.retry()), ("connect", AskAgain::OtherReplica), "{error}");
     }
     let listener = TcpListener::bind(address).await.unwrap();
     serve_on(listener, Server::builder(), async |call| call.pick(A).await);
@@ -285,7 +285,7 @@ async fn lost_connection_is_not_reused() {
     let (outcomes, ()) = soon(async { tokio::join!(outcomes, lose) }).await;
     for outcome in outcomes {
         let error = outcome.unwrap_err();
-        assert_eq!((error.reason(), error.retry()), ("reset", Retry::SameReplicaOnce), "{error}");
+        assert_eq!((error.reason(), error.retry()), ("reset", AskAgain::SameReplicaOnce), "{error}");
     }
     serve_on(listener, Server::builder(), async |call| call.pick(A).await);
     assert_eq!(picked(ask(&client).await).endpoints, addresses(&[A]));
@@ -304,7 +304,7 @@ async fn connection_lost_before_its_settings_is_made_again_once() {
     };
     let (outcome, ()) = soon(async { tokio::join!(ask(&client), lose) }).await;
     let error = outcome.unwrap_err();
-    assert_eq!((error.reason(), error.retry()), ("connect", Retry::SameReplicaOnce), "{error}");
+    assert_eq!((error.reason(), error.retry()), ("connect", AskAgain::SameReplicaOnce), "{error}");
     let (outcome, ()) = soon(async {
         tokio::join!(ask(&client), async {
             let (mut connection, _) = listener.accept().await.unwrap();

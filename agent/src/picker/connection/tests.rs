@@ -40,14 +40,14 @@ async fn server(streams: u32) -> SocketAddr {
 }
 
 /// Connections to this server, and the metrics that count them.
-fn connections_to(server: SocketAddr, idle: Duration) -> (Connection, Arc<Metrics>) {
+fn connections_to(server: SocketAddr, idle: Duration) -> (ReplicaConnections, Arc<Metrics>) {
     let metrics = Metrics::new(&["gpu".to_owned()]);
     let epp = Epp { tls: EppTls::Off, ..Epp::new(server.to_string()) };
     let replicas = Arc::new(Replicas::new(&epp).unwrap().counted(metrics.pool(0).epp_connections()));
     let replica = Arc::clone(&replicas.snapshot().replicas[0]);
-    let Connection(inner) = Connection::new(&replicas, &replica);
+    let ReplicaConnections(inner) = ReplicaConnections::new(&replicas, &replica);
     let inner = Arc::into_inner(inner).unwrap();
-    (Connection(Arc::new(Inner { idle, ..inner })), metrics)
+    (ReplicaConnections(Arc::new(ConnectionsInner { idle, ..inner })), metrics)
 }
 
 /// Open now, and opened in all.
@@ -59,7 +59,7 @@ fn counted(metrics: &Metrics) -> [u64; 2] {
     })
 }
 
-impl Connection {
+impl ReplicaConnections {
     fn count(&self) -> usize {
         self.0.open.lock().connections.len()
     }

@@ -52,7 +52,7 @@ fn values_keep_their_names_and_later_ones_replace_earlier_ones() {
     all.take(&within("envoy.lb", DESTINATION, text("10.0.0.1:80")));
     let expected = r#"{"b":{"x":"é\""},"envoy.lb":{"cost":0.25,"scores":{"10.0.0.1:80":[1,true]}}}"#;
     assert_eq!(all.json().as_deref(), Some(expected));
-    assert_eq!(all.dropped(), Dropped::default());
+    assert_eq!(all.dropped(), DroppedValues::default());
 }
 
 #[test]
@@ -66,7 +66,7 @@ fn values_beyond_a_bound_are_dropped_and_counted() {
     all.take(&within("n", &"k".repeat(100), number(1.0)));
     all.take(&within("n", "many", list(vec![number(1.0); 1000])));
     assert_eq!(all.json(), None);
-    assert_eq!(all.dropped(), Dropped { bytes: 4, depth: 1, entries: 0, form: 1 });
+    assert_eq!(all.dropped(), DroppedValues { bytes: 4, depth: 1, entries: 0, form: 1 });
     for key in ["a", "b", "c", "d"] {
         all.take(&within("n", key, number(1.0)));
     }
@@ -77,7 +77,7 @@ fn values_beyond_a_bound_are_dropped_and_counted() {
     all.take(&within("n", "a", text(&"x".repeat(60))));
     all.refused();
     assert!(all.json().unwrap().len() <= 100);
-    assert_eq!(all.dropped(), Dropped { bytes: 6, depth: 1, entries: 1, form: 1 });
+    assert_eq!(all.dropped(), DroppedValues { bytes: 6, depth: 1, entries: 1, form: 1 });
 }
 
 #[test]
@@ -89,21 +89,24 @@ fn last_value_of_each_counter_is_counted_even_without_room() {
     all.take(&within("a", "b/c", number(5.0)));
     all.take(&within("envoy.lb", "cost", number(0.5)));
     let numbers: Vec<_> = all.numbers().collect();
-    assert_eq!(numbers, [("envoy.lb/cost".to_owned(), Number::Valid(0.5)), ("a/b/c".to_owned(), Number::Valid(5.0))]);
+    assert_eq!(
+        numbers,
+        [("envoy.lb/cost".to_owned(), CountedValue::Valid(0.5)), ("a/b/c".to_owned(), CountedValue::Valid(5.0))]
+    );
     assert_eq!(all.json(), None);
 }
 
 #[test]
 fn numbers_that_cannot_be_added_are_refused() {
     for (value, expected) in [
-        (number(f64::NAN), Number::NotFinite),
-        (number(f64::INFINITY), Number::NotFinite),
-        (number(f64::NEG_INFINITY), Number::NotFinite),
-        (number(-0.5), Number::Negative),
-        (text("7"), Number::Absent),
-        (list([number(1.0)]), Number::Absent),
-        (Value { kind: None }, Number::Absent),
-        (number(-0.0), Number::Valid(0.0)),
+        (number(f64::NAN), CountedValue::NotFinite),
+        (number(f64::INFINITY), CountedValue::NotFinite),
+        (number(f64::NEG_INFINITY), CountedValue::NotFinite),
+        (number(-0.5), CountedValue::Negative),
+        (text("7"), CountedValue::Absent),
+        (list([number(1.0)]), CountedValue::Absent),
+        (Value { kind: None }, CountedValue::Absent),
+        (number(-0.0), CountedValue::Valid(0.0)),
     ] {
         let mut all = collected(counting(&["n/k"]));
         all.take(&within("n", "k", number(1.0)));

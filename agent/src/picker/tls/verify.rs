@@ -12,21 +12,21 @@ use rustls::{
     server::ParsedCertificate,
 };
 
-use crate::config::Pin;
+use crate::config::KeyPin;
 
 #[derive(Debug)]
 pub(super) struct ByKey {
     /// `None` accepts any key.
-    pub(super) pins: Option<Vec<Pin>>,
+    pub(super) pins: Option<Vec<KeyPin>>,
     pub(super) provider: Arc<CryptoProvider>,
 }
 
 /// The pin of a certificate's key.
-fn pin(certificate: &CertificateDer<'_>) -> Result<Pin, Error> {
+fn pin(certificate: &CertificateDer<'_>) -> Result<KeyPin, Error> {
     let key = ParsedCertificate::try_from(certificate)?.subject_public_key_info();
     let mut pin = [0; 32];
     pin.copy_from_slice(digest(&SHA256, &key).as_ref());
-    Ok(Pin(pin))
+    Ok(KeyPin(pin))
 }
 
 impl ServerCertVerifier for ByKey {
@@ -75,7 +75,7 @@ mod tests {
     use super::*;
     use crate::pem;
 
-    /// Made with openssl; the pin was computed with the command in the documentation of [`Pin`].
+    /// Made with openssl; the pin was computed with the command in the documentation of [`KeyPin`].
     const CERTIFICATE: &str = "-----BEGIN CERTIFICATE-----
 MIIBhjCCAS2gAwIBAgIUWecwmSX/BbPFD4UQtTyYWJXGDm8wCgYIKoZIzj0EAwIw
 GDEWMBQGA1UECgwNSW5mZXJlbmNlIEV4dDAgFw0yNjExMjUxODAxMjRaGA8yMTI2
@@ -94,12 +94,12 @@ ISairr5U02YKnw==
         let certificates = pem::certificates(CERTIFICATE.as_bytes()).unwrap();
         let pin = pin(&certificates[0]).unwrap();
         assert_eq!(pin.to_string(), PIN);
-        let verify = |pins: Option<Vec<Pin>>| {
+        let verify = |pins: Option<Vec<KeyPin>>| {
             let verifier = ByKey { pins, provider: Arc::new(rustls::crypto::ring::default_provider()) };
             let name = ServerName::try_from("whatever").unwrap();
             verifier.verify_server_cert(&certificates[0], &[], &name, &[], UnixTime::now())
         };
-        let other = Pin([7; 32]);
+        let other = KeyPin([7; 32]);
         assert!(verify(None).is_ok() && verify(Some(vec![other, pin])).is_ok());
         let error = verify(Some(vec![other])).unwrap_err();
         assert!(error.to_string().contains(PIN), "{error}");

@@ -62,17 +62,17 @@ impl Content {
     }
 
     /// Reads the body from its start.
-    pub(super) fn pieces(&self) -> Pieces {
+    pub(super) fn pieces(&self) -> ContentPieces {
         let client = Rc::clone(&self.client);
         match &self.change {
-            Change::None => Pieces::Client { client, splice: None, at: 0 },
-            Change::Renamed(splice) => Pieces::Client { client, splice: Some(Rc::clone(splice)), at: 0 },
-            Change::Replaced(pieces) => Pieces::Replaced(Rc::clone(pieces), 0),
+            Change::None => ContentPieces::Client { client, splice: None, at: 0 },
+            Change::Renamed(splice) => ContentPieces::Client { client, splice: Some(Rc::clone(splice)), at: 0 },
+            Change::Replaced(pieces) => ContentPieces::Replaced(Rc::clone(pieces), 0),
         }
     }
 }
 
-pub(super) enum Pieces {
+pub(super) enum ContentPieces {
     Client {
         client: Rc<CompleteBody>,
         splice: Option<Rc<Splice>>,
@@ -83,7 +83,7 @@ pub(super) enum Pieces {
     Replaced(Rc<[Bytes]>, usize),
 }
 
-impl Pieces {
+impl ContentPieces {
     /// Returns `None` at the end. Cancel-safe.
     pub(super) async fn next(&mut self) -> Result<Option<Bytes>, BodyError> {
         match self {

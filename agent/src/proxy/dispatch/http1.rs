@@ -14,7 +14,7 @@ use crate::{
         sending::{Progress, SendError, Sending, with_idle_timeout},
     },
     error::Error,
-    http::response::{After, RequestFraming, ResponseError, ResponseHead, ResponseParser, write_request},
+    http::response::{AfterResponse, RequestFraming, ResponseError, ResponseHead, ResponseParser, write_request},
     kernel::wire::{self, Watched, WireError},
     metrics::Connection,
     steer::{reader::Reader, reason::SteerReason},
@@ -91,8 +91,8 @@ async fn attempt(
     };
     let (head, pending) = match head {
         Ok(read) => read,
-        Err(ReadError::Nothing) => return Err(lost(&endpoint).await),
-        Err(ReadError::Error(error)) => return Err(error.into()),
+        Err(Http1ReadError::Nothing) => return Err(lost(&endpoint).await),
+        Err(Http1ReadError::Error(error)) => return Err(error.into()),
     };
     // The upgraded protocol begins after the request, so the request has to be sent to its end.
     if head.upgrade.is_some() && (sending.run().await.is_err() || !sending.is_sent()) {
@@ -116,7 +116,7 @@ fn watch(job: &Job<'_>, endpoint: &EndpointConnection) -> Option<Result<Watched,
         let watched = endpoint
             .stream()
             .map_err(WireError::from)
-            .and_then(|endpoint| wire.watch(client, wire::Connection::of(&*endpoint)?));
+            .and_then(|endpoint| wire.watch(client, wire::TcpConnection::of(&*endpoint)?));
         watched.map_err(|error| {
             tracing::debug!(address = %endpoint.address, %error, "connections cannot be watched, relaying the response");
             SteerReason::Unfit
@@ -129,9 +129,9 @@ fn watch(job: &Job<'_>, endpoint: &EndpointConnection) -> Option<Result<Watched,
 fn head_of(job: &Job<'_>, address: SocketAddr, closes: bool) -> BytesMut {
     let mut out = BytesMut::with_capacity(1024);
     let after = match &job.request.upgrade {
-        Some(protocol) => After::Upgrade(protocol),
-        None if closes => After::Close,
-        None => After::Keep,
+        Some(protocol) => AfterResponse::Upgrade(protocol),
+        None if closes => AfterResponse::Close,
+        None => AfterResponse::Keep,
     };
     write_request(&job.request.parts, address, framing(&job.content), after, &mut out);
     out
@@ -207,13 +207,13 @@ async fn write(
 }
 
 /// Why no head was read.
-enum ReadError {
+enum Http1ReadError {
     /// The connection ended before the first byte.
     Nothing,
     Error(Error),
 }
 
-impl From<Error> for ReadError {
+impl From<Error> for Http1ReadError {
     fn from(error: Error) -> Self {
         Self::Error(error)
     }
@@ -224,11 +224,11 @@ async fn read_head(
     job: &Job<'_>,
     endpoint: &mut EndpointConnection,
     address: SocketAddr,
-) -> Result<(ResponseHead, BytesMut), ReadError> {
+) -> Result<(ResponseHead, BytesMut), Http1ReadError> {
     let limits = job.head_limits();
     let method = &job.request.parts.method;
-    let bad = |error| ReadError::Error(Error::Response { address, error });
-    let Ok((mut reader, _)) = endpoint.split() else { return Err(ReadError::Nothing) };
+    let bad = |error| Http1ReadError::Error(Error::Response { address, error });
+    let Ok((mut reader, _)) = endpoint.split() else { return Err(Http1ReadError::Nothing) };
     let mut buf = BytesMut::with_capacity(READ);
     let (mut answered, mut reusable, mut interim) = (false, true, Interim::default());
     let mut parser = ResponseParser::default();
@@ -236,7 +236,7 @@ async fn read_head(
         match read(&mut reader, &mut buf).await {
             Some(()) => answered = true,
             None if answered => return Err(Error::EndpointClosed(address).into()),
-            None => return Err(ReadError::Nothing),
+            None => return Err(Http1ReadError::Nothing),
         }
         while let Some((mut head, length)) = parser.parse(&buf, &limits, method).map_err(bad)? {
             let _ = buf.split_to(length);

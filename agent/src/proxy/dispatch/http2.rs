@@ -10,7 +10,7 @@ use super::{AttemptError, Interim, Job, content::Content, send_failure};
 use crate::{
     endpoint::{
         body::ResponseBody,
-        http2::Stream,
+        http2::Http2Stream,
         sending::{CutReason, Progress, SendError, Sending, Unfinished, with_idle_timeout},
     },
     error::Error,
@@ -68,7 +68,7 @@ impl From<Error> for StreamError {
 async fn attempt(
     job: &Job<'_>,
     address: SocketAddr,
-    mut stream: Stream,
+    mut stream: Http2Stream,
 ) -> Result<(ResponseHead, ResponseBody), StreamError> {
     let before = stream.acknowledged();
     let progress = Progress::begin();
@@ -78,7 +78,7 @@ async fn attempt(
     let unfinished = Unfinished::default();
     let (sending, cut) = if has_body {
         let cut = CutReason::default();
-        let out = Out { stream: out, ended: false, cut: cut.clone() };
+        let out = BodySender { stream: out, ended: false, cut: cut.clone() };
         let sending = Sending::new(send(out, job.content.clone(), progress.clone(), job.idle(), unfinished.clone()));
         (sending, Some(cut))
     } else {
@@ -92,18 +92,18 @@ async fn attempt(
     };
     let (head, body) = match head {
         Ok(read) => read,
-        Err(ReadError::Http2(error)) if is_refused(&error) => return Err(StreamError::Refused),
+        Err(Http2ReadError::Http2(error)) if is_refused(&error) => return Err(StreamError::Refused),
         // What another stream of a kept connection did ends that connection, too.
-        Err(ReadError::Http2(error)) if error.is_library() && (error.is_reset() || !stream.reused) => {
+        Err(Http2ReadError::Http2(error)) if error.is_library() && (error.is_reset() || !stream.reused) => {
             let error = ResponseError::Http2 { error: error.to_string() };
             return Err(Error::Response { address, error }.into());
         }
-        Err(ReadError::Http2(_)) => {
+        Err(Http2ReadError::Http2(_)) => {
             // Acknowledged bytes may belong to any stream of the connection, so assume this one's.
             let executed = stream.acknowledged_more(before).await.unwrap_or(true);
             return Err(StreamError::Failed(AttemptError::ClosedEarly { executed, kept: false }));
         }
-        Err(ReadError::Error(error)) => return Err(error.into()),
+        Err(Http2ReadError::Error(error)) => return Err(error.into()),
     };
     if let (true, Some(cut)) = (body.is_end_stream(), &cut) {
         cut.set_answered();
@@ -113,7 +113,7 @@ async fn attempt(
 }
 
 /// Why no head was read.
-enum ReadError {
+enum Http2ReadError {
     /// The stream ended before the head.
     Http2(h2::Error),
     Error(Error),
@@ -124,9 +124,9 @@ async fn read_head(
     job: &Job<'_>,
     address: SocketAddr,
     mut response: ResponseFuture,
-) -> Result<(ResponseHead, RecvStream), ReadError> {
+) -> Result<(ResponseHead, RecvStream), Http2ReadError> {
     let (method, limits) = (&job.request.parts.method, job.head_limits());
-    let bad = |error| ReadError::Error(Error::Response { address, error });
+    let bad = |error| Http2ReadError::Error(Error::Response { address, error });
     let mut interim = Interim::default();
     // h2 queues interim heads without a limit. They are taken as they arrive and counted, however slowly the client takes them.
     let mut queue = VecDeque::new();
@@ -153,7 +153,7 @@ async fn read_head(
     for head in queue {
         job.queue_interim(head).await;
     }
-    let (parts, body) = response.await.map_err(ReadError::Http2)?.into_parts();
+    let (parts, body) = response.await.map_err(Http2ReadError::Http2)?.into_parts();
     Ok((from_http2(parts, body.is_end_stream(), method, &limits).map_err(bad)?, body))
 }
 
@@ -187,13 +187,13 @@ fn head(job: &Job<'_>, address: SocketAddr) -> http::Request<()> {
 }
 
 /// Sends a request body. Dropping it before the end resets the stream, even if the endpoint's window is full.
-struct Out {
+struct BodySender {
     stream: SendStream<Bytes>,
     ended: bool,
     cut: CutReason,
 }
 
-impl Out {
+impl BodySender {
     /// Waits until the endpoint's window has room. Returns the number of bytes, at most `wanted`.
     async fn room(&mut self, wanted: usize) -> Result<usize, h2::Error> {
         // Reserve only when there is something to send: other streams cannot use what this one reserves of the connection's window.
@@ -214,7 +214,7 @@ impl Out {
     }
 }
 
-impl Drop for Out {
+impl Drop for BodySender {
     fn drop(&mut self) {
         if !self.ended {
             self.stream.send_reset(self.cut.get());
@@ -224,7 +224,7 @@ impl Drop for Out {
 
 /// Sends the request's body. After a failure the stream stays open in `unfinished`, because the response may continue.
 async fn send(
-    mut out: Out,
+    mut out: BodySender,
     content: Content,
     progress: Progress,
     idle: Option<Duration>,
@@ -241,7 +241,7 @@ async fn send(
 
 /// The last byte of a body without trailers carries the end of the stream, so that a small request is sent at once.
 async fn send_body(
-    out: &mut Out,
+    out: &mut BodySender,
     content: Content,
     progress: Progress,
     idle: Option<Duration>,

@@ -8,12 +8,12 @@ use crate::{
     config::{PickPer, Picker, ResponseToPicker},
     error::Error,
     http::{digest, headers, media, trailers},
-    kernel::wire::Connection,
+    kernel::wire::TcpConnection,
     picker::{exchange::Body, mutation},
     proxy::{picked::Picked, receive::set_model, renamed, request::Request},
     steer::{
         reason::SteerReason,
-        wire::{Asked, may_watch},
+        wire::{RequestFacts, may_watch},
     },
     upload::CompleteBody,
     worker::Worker,
@@ -69,12 +69,12 @@ fn prepare_trailers(worker: &Worker, trailers: &mut HeaderMap) {
 }
 
 /// The client's connection for path `wire`, or why the response cannot take that path.
-fn client_leg(worker: &Worker, client: &Client, request: &Request) -> Result<Connection, SteerReason> {
+fn client_leg(worker: &Worker, client: &Client, request: &Request) -> Result<TcpConnection, SteerReason> {
     let socket = if let Client::Http1(socket) = client { Some(socket) } else { None };
     let pool = &worker.shared.config.pools[request.pool];
     let told = matches!(&pool.picker, Picker::Epp(epp) if
         matches!(epp.response_to_picker, ResponseToPicker::Usage | ResponseToPicker::Body));
-    may_watch(&Asked {
+    may_watch(&RequestFacts {
         http2: socket.is_none(),
         tls: socket.is_some_and(ClientSocket::is_tls),
         http10: request.parts.version == Version::HTTP_10,
@@ -87,7 +87,7 @@ fn client_leg(worker: &Worker, client: &Client, request: &Request) -> Result<Con
         renamed: request.names.is_some(),
     })?;
     let socket = socket.ok_or(SteerReason::Http2)?;
-    Connection::of(socket.stream()).map_err(|error| {
+    TcpConnection::of(socket.stream()).map_err(|error| {
         tracing::debug!(%error, "client connection cannot be read, relaying the response");
         SteerReason::Unfit
     })

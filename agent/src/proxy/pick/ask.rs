@@ -159,8 +159,8 @@ impl Question<'_> {
     }
 
     /// Begins to probe the stalled replicas that no other request is probing. A probe ends when it is dropped.
-    pub(super) fn probes(&self) -> Vec<Probe> {
-        self.epp.stalled().into_iter().filter(|replica| replica.begin_probe()).map(Probe).collect()
+    pub(super) fn probes(&self) -> Vec<ReplicaProbe> {
+        self.epp.stalled().into_iter().filter(|replica| replica.begin_probe()).map(ReplicaProbe).collect()
     }
 
     /// Sends the request to stalled replicas in the background. The decision itself is ignored: a replica
@@ -168,7 +168,7 @@ impl Question<'_> {
     /// memory budget; if that has no room, no probe is sent.
     pub(super) async fn probe(
         &self,
-        probes: Vec<Probe>,
+        probes: Vec<ReplicaProbe>,
         request: &Request,
         complete: &CompleteBody,
     ) -> Result<(), Error> {
@@ -206,9 +206,9 @@ impl Question<'_> {
 }
 
 /// A replica that is being probed.
-pub(super) struct Probe(Arc<Replica>);
+pub(super) struct ReplicaProbe(Arc<Replica>);
 
-impl Drop for Probe {
+impl Drop for ReplicaProbe {
     fn drop(&mut self) {
         self.0.probe_ended();
     }

@@ -14,7 +14,7 @@ use penstock_common::path::Path;
 use penstock_proto::ext_proc::HeaderMutation;
 use ring::digest;
 
-use self::out::{Out, write};
+use self::out::{OutQueue, write};
 use super::carry::{Aborted, Carried, aborted, frame};
 use crate::{
     budget::Budget,
@@ -32,7 +32,7 @@ use crate::{
     picker::{
         client::{Heard, PickStream},
         message, mutation,
-        returned::{Answer, Dropped, Returned, Unusable},
+        returned::{Answer, DroppedCopy, Returned, UnusableAnswer},
     },
     proxy::request::Request,
     rename::Rename,
@@ -61,7 +61,7 @@ struct Passage<'a> {
     tee: &'a RefCell<Tee>,
     returned: Returned,
     rename: Option<Rename>,
-    out: &'a Out,
+    out: &'a OutQueue,
     /// The trailers read so far, and all of them at the end of the endpoint's body.
     section: BytesMut,
     trailers: Option<HeaderMap>,
@@ -74,7 +74,7 @@ struct Passage<'a> {
     /// The end has been put into `out`.
     ended: bool,
     /// While the response is held.
-    held: Option<Held>,
+    held: Option<HeldBody>,
     memory: &'a Arc<Budget>,
     failure_mode: FailureMode,
     metrics: &'a PoolMetrics,
@@ -83,14 +83,14 @@ struct Passage<'a> {
 }
 
 /// What tells whether the EPP left the body as it was.
-struct Held {
+struct HeldBody {
     original: digest::Context,
     returned: digest::Context,
     limit: usize,
 }
 
 /// Why a passage ended before its end.
-enum Stop {
+enum PassageStop {
     End(End),
     Aborted(Aborted),
 }
@@ -108,7 +108,7 @@ pub(super) async fn deliver(
     rename: Option<Rename>,
     limit: usize,
 ) -> Carried {
-    let out = Out::default();
+    let out = OutQueue::default();
     let pool = &worker.shared.config.pools[request.pool];
     let memory = &worker.shared.bodies.memory;
     let mut passage = Passage {
@@ -137,13 +137,13 @@ pub(super) async fn deliver(
         passage.release(head);
         begun = true;
         let (lead, coding, keeps) =
-            frame(worker, client, request, head, false).map_err(|_| Stop::End(End::ClientGone))?;
+            frame(worker, client, request, head, false).map_err(|_| PassageStop::End(End::ClientGone))?;
         keep_alive = keeps;
         let mut to = Sink { client, lead, coding };
         let write = write(&mut to, &out);
         tokio::select! {
             biased;
-            end = write => end.map_err(Stop::End),
+            end = write => end.map_err(PassageStop::End),
             stop = passage.run() => Err(stop),
         }
     };
@@ -152,22 +152,22 @@ pub(super) async fn deliver(
     let end = tokio::select! {
         biased;
         end = end => end,
-        why = aborted(worker, request, request.deadline.at, &mut no_stream, None) => Err(Stop::Aborted(why)),
+        why = aborted(worker, request, request.deadline.at, &mut no_stream, None) => Err(PassageStop::Aborted(why)),
     };
     let end = match end {
         Ok(()) => Ok(End::Complete { reusable: passage.trailers.is_some() && passage.body.is_reusable() }),
-        Err(Stop::End(end)) => Ok(end),
-        Err(Stop::Aborted(why)) => Err(why),
+        Err(PassageStop::End(end)) => Ok(end),
+        Err(PassageStop::Aborted(why)) => Err(why),
     };
     Carried { end, account: passage.account, path: Path::Relay, reason: SteerReason::PickerBody, keep_alive, begun }
 }
 
 /// A body with a length within the limit is held, except for an event stream.
-fn holds(head: &ResponseHead, limit: usize) -> Option<Held> {
+fn holds(head: &ResponseHead, limit: usize) -> Option<HeldBody> {
     let BodyKind::Length(length) = head.body else { return None };
     let fits = !head.is_event_stream() && length <= limit as u64;
     let digest = || digest::Context::new(&digest::SHA256);
-    fits.then(|| Held { original: digest(), returned: digest(), limit })
+    fits.then(|| HeldBody { original: digest(), returned: digest(), limit })
 }
 
 /// What the EPP says; nothing any more without a stream.
@@ -180,7 +180,7 @@ async fn heard(stream: &mut Option<PickStream>) -> Heard {
 
 impl Passage<'_> {
     /// Runs while the response is held, until it is complete or exceeds the limit.
-    async fn hold(&mut self, client: &mut Client) -> Result<(), Stop> {
+    async fn hold(&mut self, client: &mut Client) -> Result<(), PassageStop> {
         let owes = |stream: &PickStream| stream.has_failed() && !stream.replaces_body();
         if self.stream.as_ref().is_some_and(owes) {
             self.lost(false)?;
@@ -189,7 +189,7 @@ impl Passage<'_> {
             tokio::select! {
                 biased;
                 step = self.step() => step?,
-                () = client.gone() => return Err(Stop::End(End::ClientGone)),
+                () = client.gone() => return Err(PassageStop::End(End::ClientGone)),
             }
         }
         Ok(())
@@ -205,7 +205,7 @@ impl Passage<'_> {
     }
 
     /// Runs until something ends the response early.
-    async fn run(&mut self) -> Stop {
+    async fn run(&mut self) -> PassageStop {
         loop {
             if self.broken && (self.stream.is_none() || self.returned.is_answered()) {
                 self.break_off();
@@ -220,7 +220,7 @@ impl Passage<'_> {
     }
 
     /// Takes the next event of the endpoint, the EPP or the client. Cancel-safe.
-    async fn step(&mut self) -> Result<(), Stop> {
+    async fn step(&mut self) -> Result<(), PassageStop> {
         let waiting = if self.held.is_some() { 0 } else { self.out.bytes.get() };
         let unsent = self.stream.as_ref().is_some_and(PickStream::has_unsent);
         let reads = self.trailers.is_none() && !self.broken && waiting < WAITING && !unsent;
@@ -237,7 +237,7 @@ impl Passage<'_> {
                     tracing::debug!(%error, "endpoint aborted its response");
                     // The client gets what came before.
                     self.broken = self.held.is_none();
-                    if self.broken { Ok(()) } else { Err(Stop::End(End::Broken)) }
+                    if self.broken { Ok(()) } else { Err(PassageStop::End(End::Broken)) }
                 }
             },
             () = deadline::elapsed(Some(LAST_ANSWERS)), if self.broken && waiting < WAITING_MOST => {
@@ -252,7 +252,7 @@ impl Passage<'_> {
                 Ok(())
             }
             // A client that takes nothing has its own limit.
-            () = deadline::elapsed(self.idle), if waiting == 0 && reads => Err(Stop::End(End::Idle)),
+            () = deadline::elapsed(self.idle), if waiting == 0 && reads => Err(PassageStop::End(End::Idle)),
             () = deadline::elapsed(last_replies), if waiting == 0 && !reads => {
                 tracing::warn!("EPP did not answer for a response body in time");
                 self.note_trailers(false);
@@ -261,10 +261,10 @@ impl Passage<'_> {
         }
     }
 
-    fn heard(&mut self, heard: Heard) -> Result<(), Stop> {
+    fn heard(&mut self, heard: Heard) -> Result<(), PassageStop> {
         match heard {
             Heard::Sent => Ok(()),
-            Heard::Evicted(reply) => Err(Stop::Aborted(Aborted::Evicted(reply))),
+            Heard::Evicted(reply) => Err(PassageStop::Aborted(Aborted::Evicted(reply))),
             Heard::Closed => self.lost(true),
             Heard::Failed => self.lost(false),
             Heard::Answer(answer) => {
@@ -290,7 +290,7 @@ impl Passage<'_> {
     }
 
     /// Takes a piece of the endpoint's body.
-    fn read(&mut self, piece: Piece) -> Result<(), Stop> {
+    fn read(&mut self, piece: Piece) -> Result<(), PassageStop> {
         let rest = match piece {
             Piece::Data(data) => {
                 let now = monotonic_ns();
@@ -355,7 +355,7 @@ impl Passage<'_> {
     }
 
     /// Applies what the EPP changes in the trailers, and ends the response. `None` if that exceeds the limits.
-    fn change_trailers(&mut self, change: Option<&HeaderMutation>) -> Result<(), Stop> {
+    fn change_trailers(&mut self, change: Option<&HeaderMutation>) -> Result<(), PassageStop> {
         for piece in self.returned.end().map_err(|why| self.unusable(why))? {
             self.put(&piece);
         }
@@ -378,8 +378,8 @@ impl Passage<'_> {
             let message = piece.split_to(piece.len().min(message::PIECE));
             let last = piece.is_empty();
             match self.returned.sent(&message, end && last) {
-                Some(Dropped::Limit) => self.metrics.epp_body_copy_dropped("limit"),
-                Some(Dropped::Memory) => self.metrics.epp_body_copy_dropped("memory"),
+                Some(DroppedCopy::Limit) => self.metrics.epp_body_copy_dropped("limit"),
+                Some(DroppedCopy::Memory) => self.metrics.epp_body_copy_dropped("memory"),
                 None => {}
             }
             stream.give_response(message, end && last);
@@ -413,7 +413,7 @@ impl Passage<'_> {
     }
 
     /// The EPP ended the stream, with status OK (`clean`) or not, or does not answer.
-    fn lost(&mut self, clean: bool) -> Result<(), Stop> {
+    fn lost(&mut self, clean: bool) -> Result<(), PassageStop> {
         if self.replaced {
             // It owes nothing.
             *self.stream = None;
@@ -436,14 +436,14 @@ impl Passage<'_> {
         Ok(())
     }
 
-    fn unusable(&self, why: Unusable) -> Stop {
+    fn unusable(&self, why: UnusableAnswer) -> PassageStop {
         tracing::warn!(?why, "EPP's answers for a response body cannot be obeyed, breaking the response off");
         self.broken_off()
     }
 
-    fn broken_off(&self) -> Stop {
+    fn broken_off(&self) -> PassageStop {
         self.metrics.epp_body_unanswered("broken_off");
-        Stop::Aborted(Aborted::PickerFailed)
+        PassageStop::Aborted(Aborted::PickerFailed)
     }
 
     fn end(&mut self) {

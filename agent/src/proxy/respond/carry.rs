@@ -11,7 +11,7 @@ use crate::{
     client::{Client, ClientSocket},
     config::{self, ResponseToPicker, SteeringMode},
     deadline,
-    deliver::{Coding, Delivery, End, Frames, Sink, Tunnel},
+    deliver::{Delivery, End, FrameCoding, Frames, Sink, Tunnel},
     endpoint::{body::ResponseBody, connection::EndpointConnection},
     http::response::{BodyKind, ResponseHead},
     kernel::wire::Watched,
@@ -24,7 +24,7 @@ use crate::{
     rename::Rename,
     steer::{
         account::Account,
-        eligibility::{Eligibility, Response, ToPicker, Upstream},
+        eligibility::{Eligibility, ResponseFacts, ToPicker, Upstream},
         reason::SteerReason,
         session::Session,
         wire::may_begin,
@@ -190,7 +190,7 @@ fn eligibility<'a>(worker: &'a Worker, endpoint: &'a EndpointConnection, announc
 }
 
 /// What an HTTP/1.1 client gets first, the framing of the body, and whether its connection stays open.
-pub(super) type Framed = (BytesMut, Coding, bool);
+pub(super) type Framed = (BytesMut, FrameCoding, bool);
 
 /// Sends the head to a client of HTTP/2, and makes the one for a client of HTTP/1.1. `ends`: the response has no body.
 pub(super) fn frame(
@@ -200,7 +200,7 @@ pub(super) fn frame(
     head: &ResponseHead,
     ends: bool,
 ) -> io::Result<Framed> {
-    let (mut lead, mut coding, mut keep_alive) = (BytesMut::new(), Coding::Plain, true);
+    let (mut lead, mut coding, mut keep_alive) = (BytesMut::new(), FrameCoding::Plain, true);
     match client {
         Client::Http2(stream) => {
             let head = head.frames();
@@ -211,7 +211,7 @@ pub(super) fn frame(
             let wish = request.keeps_alive(worker);
             keep_alive = head.write_head(&mut lead, wish, request.parts.version);
             match head.body {
-                BodyKind::Chunked if !head.needs_dechunk(request.parts.version) => coding = Coding::Chunked,
+                BodyKind::Chunked if !head.needs_dechunk(request.parts.version) => coding = FrameCoding::Chunked,
                 // Only an orderly close ends the body.
                 BodyKind::Chunked | BodyKind::UntilClose => socket.reset_on_close(),
                 BodyKind::Length(_) | BodyKind::None => {}
@@ -363,10 +363,10 @@ fn response(
     endpoint: &EndpointConnection,
     pending: &BytesMut,
     tee: Option<&RefCell<Tee>>,
-) -> Response {
+) -> ResponseFacts {
     let mut framing = head.framing;
     framing.feed(pending);
-    Response {
+    ResponseFacts {
         framing,
         event_stream: head.is_event_stream(),
         local_endpoint: endpoint.local,

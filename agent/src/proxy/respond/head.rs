@@ -12,8 +12,8 @@ use crate::{
     http::response::{BodyKind, ResponseHead},
     picker::{client::ResponseReply, exchange::ImmediateReply, mutation},
     proxy::{picked::Picked, request::Request},
-    rename::{Kind, Rename},
-    tee::{Facts, Tee},
+    rename::{BodyFormat, Rename},
+    tee::{BodyFacts, Tee},
     worker::Worker,
 };
 
@@ -92,13 +92,13 @@ pub(super) async fn apply_epp(
 pub(super) fn rename(request: &Request, head: &ResponseHead) -> Option<Rename> {
     let names = request.names.as_ref().filter(|_| head.upgrade.is_none())?;
     // A part of a document begins anywhere in it.
-    let kind = Kind::of(&head.headers).filter(|_| head.status != StatusCode::PARTIAL_CONTENT)?;
+    let kind = BodyFormat::of(&head.headers).filter(|_| head.status != StatusCode::PARTIAL_CONTENT)?;
     Some(Rename::new(names, kind))
 }
 
 /// The tee for this response's body. Returns `None` if the EPP wants nothing of the body. `streams`: the request asked for a stream.
 fn tee_of(settings: &config::Epp, head: &ResponseHead, streams: bool, memory: &Arc<Budget>) -> Option<Tee> {
     let length = if let BodyKind::Length(length) = head.body { Some(length) } else { None };
-    let facts = Facts { headers: &head.headers, length, streams };
+    let facts = BodyFacts { headers: &head.headers, length, streams };
     Tee::new(settings.response_to_picker, &facts, memory)
 }

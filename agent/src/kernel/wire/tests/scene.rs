@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{
-    super::{Connection, Watched, Wire, WireError},
+    super::{TcpConnection, Watched, Wire, WireError},
     net::{Family, Net, TO_CLIENT, TO_ENDPOINT},
 };
 
@@ -126,7 +126,7 @@ impl Scene {
     }
 
     pub(super) fn watch(&self, client: &TcpStream, endpoint: &TcpStream) -> Result<Watched, WireError> {
-        let connection = |stream: &TcpStream| Connection::of(stream).expect("connected");
+        let connection = |stream: &TcpStream| TcpConnection::of(stream).expect("connected");
         self.wire.watch(connection(client), connection(endpoint))
     }
 

@@ -13,7 +13,7 @@ use crate::deliver::{End, Sink};
 
 /// The queue.
 #[derive(Default)]
-pub(super) struct Out {
+pub(super) struct OutQueue {
     pieces: RefCell<VecDeque<Bytes>>,
     /// Bytes in `pieces`.
     pub(super) bytes: Cell<usize>,
@@ -25,7 +25,7 @@ pub(super) struct Out {
 }
 
 /// Writes what the passage puts out, to its end.
-pub(super) async fn write(to: &mut Sink<'_>, out: &Out) -> Result<(), End> {
+pub(super) async fn write(to: &mut Sink<'_>, out: &OutQueue) -> Result<(), End> {
     to.begin().await?;
     loop {
         let next = out.pieces.borrow_mut().pop_front();
@@ -49,7 +49,7 @@ pub(super) async fn write(to: &mut Sink<'_>, out: &Out) -> Result<(), End> {
     }
 }
 
-impl Out {
+impl OutQueue {
     pub(super) fn add(&self, piece: Bytes) {
         if !piece.is_empty() {
             self.bytes.set(self.bytes.get() + piece.len());
