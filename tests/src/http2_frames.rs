@@ -166,6 +166,12 @@ impl Http2Frames {
         self.send_raw(&frame.wire()).await
     }
 
+    /// Closes with a reset.
+    pub fn reset(self) -> Result<()> {
+        socket2::SockRef::from(&self.stream).set_linger(Some(Duration::ZERO))?;
+        Ok(())
+    }
+
     /// The next frame; `None` at the end of the connection. Acknowledges SETTINGS and PING.
     pub async fn next(&mut self) -> Result<Option<Frame>> {
         let mut head = [0; 9];

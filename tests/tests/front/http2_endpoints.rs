@@ -26,7 +26,7 @@ use penstock_tests::{
     http2_client::Stream,
     http2_frames::{END_HEADERS, END_STREAM, Frame, Http2Frames, kind},
     model_server::{Fault, FaultKind, Framing, Lengths, Options},
-    scripted_epp::{Endpoints, LlmdRouter},
+    scripted_epp::{Answering, Endpoints, LlmdRouter, reply},
     stage::{echo, json},
 };
 use tokio::net::TcpListener;
@@ -433,4 +433,44 @@ async fn interim_responses_of_http2_endpoints_are_passed_on() {
         let expected = [103, 102].map(|status| (status, Some("</a>"), Some("2 penstock")));
         assert_eq!(heads.collect::<Vec<_>>(), expected);
     }
+}
+
+/// As with HTTP/1.1 endpoints, the time runs to the head of the final response.
+#[tokio::test]
+async fn interim_responses_of_http2_endpoints_do_not_extend_first_byte_timeout() {
+    let reset = Arc::<AtomicU64>::default();
+    let seen = Arc::clone(&reset);
+    let addr = scripted_endpoint(move |_, mut frames| {
+        let seen = Arc::clone(&seen);
+        async move {
+            let Some(head) = frames.find(|frame| frame.kind == kind::HEADERS).await? else { return Ok(()) };
+            let interim = Frame::headers(head.stream, false, &[(":status", "103"), ("link", "</a>")]);
+            // Beyond the timeout, then forgotten.
+            for _ in 0..100 {
+                frames.send(&interim).await?;
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            if frames.find(|frame| frame.kind == kind::RST_STREAM).await?.is_some() {
+                seen.fetch_add(1, Relaxed);
+            }
+            Ok(())
+        }
+    })
+    .await;
+    let start = || {
+        agent(addr, |config| {
+            config.timeouts.first_byte = Some(Duration::from_millis(500));
+            config.pools[0].ejection.failures = 0;
+        })
+    };
+    let (one, two) = (start(), start());
+    let of_http1 = Client::connect(one.addr).await.unwrap().request(&Request::get("/test/echo")).await.unwrap();
+    let of_http2 = Http2Client::connect(two.addr).await.unwrap().request(&Request::get("/test/echo")).await.unwrap();
+    for response in [of_http1, of_http2] {
+        assert_eq!((response.status(), response.error_code().as_str()), (504, "first_byte_timeout"));
+        assert!(!response.interim.is_empty());
+        assert!(response.interim.iter().all(|head| head.status == 103 && head.header("link") == Some("</a>")));
+    }
+    // The endpoint is told.
+    eventually(SOON, || reset.load(Relaxed) == 2).await;
 }

@@ -41,8 +41,8 @@ pub(super) async fn turn(job: &Job<'_>, address: SocketAddr) -> Result<(Response
             Err(StreamError::Failed(AttemptError::ClosedEarly { executed: false, .. })) if reused => {
                 metrics.endpoint_retried("kept_connection_closed");
             }
-            Err(StreamError::Failed(AttemptError::ClosedEarly { executed, .. })) => {
-                failed = AttemptError::ClosedEarly { executed, kept: reused };
+            Err(StreamError::Failed(error @ AttemptError::ClosedEarly { .. })) => {
+                failed = error;
                 break;
             }
             Err(StreamError::Failed(failed)) => return Err(failed),
@@ -98,10 +98,12 @@ async fn attempt(
             let error = ResponseError::Http2 { error: error.to_string() };
             return Err(Error::Response { address, error }.into());
         }
-        Err(Http2ReadError::Http2(_)) => {
+        Err(Http2ReadError::Http2(error)) => {
             // Acknowledged bytes may belong to any stream of the connection, so assume this one's.
             let executed = stream.acknowledged_more(before).await.unwrap_or(true);
-            return Err(StreamError::Failed(AttemptError::ClosedEarly { executed, kept: false }));
+            // The reset of one stream says nothing about the age of the connection.
+            let kept = stream.reused && !error.is_reset();
+            return Err(StreamError::Failed(AttemptError::ClosedEarly { executed, kept }));
         }
         Err(Http2ReadError::Error(error)) => return Err(error.into()),
     };

@@ -1,4 +1,9 @@
-//! Streams that an endpoint refuses, closed connections, and endpoints that cannot be reached.
+//! Streams that an endpoint refuses or ends early, closed connections, and endpoints that cannot be reached.
+
+use std::net::SocketAddr;
+
+use h2::Reason;
+use penstock_tests::stage::put;
 
 use super::*;
 
@@ -139,5 +144,93 @@ async fn request_below_goaway_last_stream_is_executed_once() {
         let response = client.request(&echo(json("m", 50_000))).await.unwrap();
         assert_eq!((response.status(), response.error_code().as_str()), (502, "endpoint_closed"));
         assert_eq!(requests.load(std::sync::atomic::Ordering::Relaxed), executed);
+    }
+}
+
+/// How an endpoint ends a request that it has read whole, without a response.
+#[derive(Clone, Copy, Debug)]
+enum End {
+    /// Closes the connection, without GOAWAY.
+    Close,
+    /// Resets the connection.
+    Reset,
+    Stream(Reason),
+}
+
+const ENDS: [End; 6] = [
+    End::Close,
+    End::Reset,
+    End::Stream(Reason::NO_ERROR),
+    End::Stream(Reason::INTERNAL_ERROR),
+    End::Stream(Reason::CANCEL),
+    End::Stream(Reason::ENHANCE_YOUR_CALM),
+];
+
+/// Ends each request like this, but answers the first of the first connection if `kept`. Returns also the number of ended requests.
+async fn ending(end: End, kept: bool) -> (SocketAddr, Arc<AtomicU64>) {
+    let taken = Arc::<AtomicU64>::default();
+    let counted = Arc::clone(&taken);
+    let is_last = |frame: &Frame| matches!(frame.kind, kind::HEADERS | kind::DATA) && frame.flags & END_STREAM != 0;
+    let addr = scripted_endpoint(move |number, mut frames| {
+        let taken = Arc::clone(&counted);
+        async move {
+            if let Some(first) = if kept && number == 0 { frames.find(is_last).await? } else { None } {
+                frames.send(&ok_head(first.stream)).await?;
+            }
+            while let Some(last) = frames.find(is_last).await? {
+                taken.fetch_add(1, Relaxed);
+                match end {
+                    End::Close => return Ok(()),
+                    End::Reset => return frames.reset(),
+                    End::Stream(reason) => frames.send(&Frame::reset(last.stream, reason.into())).await?,
+                }
+            }
+            Ok(())
+        }
+    })
+    .await;
+    (addr, taken)
+}
+
+/// On a new and on a reused connection, with a short body and one of several frames.
+#[tokio::test]
+async fn request_ended_without_response_is_executed_again_only_if_idempotent() {
+    for (end, kept, length) in ENDS.into_iter().flat_map(|end| {
+        [(false, 100), (false, 50_000), (true, 100), (true, 50_000)].map(|(kept, length)| (end, kept, length))
+    }) {
+        for idempotent in [false, true] {
+            let case = format!("{end:?}, kept: {kept}, {length} bytes, idempotent: {idempotent}");
+            let ((bad, taken), good) = (ending(end, kept).await, server(Http2Options::default()).await);
+            let both = [bad, good.addr];
+            let named = both.map(|addr| addr.to_string()).join(",");
+            let epp = ScriptedEpp::start(Answering::new(move |_| vec![reply::pick(&named, &[])])).await.unwrap();
+            let pool = Pool { app_protocol: AppProtocol::H2c, ..epp_pool(&both, epp.addr, FailureMode::Closed) };
+            let agent = TestAgent::start(pool, SteeringMode::Off, |config| {
+                config.listen.workers = 1;
+                config.pools[0].ejection.failures = 0;
+            });
+            let mut client = Client::connect(agent.addr).await.unwrap();
+            if kept {
+                assert_eq!(client.request(&Request::get("/test/echo")).await.unwrap().status(), 200, "{case}");
+            }
+            let body = json("m", length);
+            let retries = || agent.count("penstock_endpoint_retries_total", &["reason=\"closed_before_response\""]);
+            let refused = || agent.count("penstock_endpoint_retries_refused_total", &["reason=\"method\""]);
+            if idempotent {
+                let response = client.request(&put(body.clone())).await.unwrap();
+                assert_eq!(response.served_by(), Some(good.addr), "{case}: {}", response.text());
+                assert_eq!(response.echoed().body_hash, Fnv::of(&body).value(), "{case}");
+                // A connection that ends may have been too old, so the same endpoint is tried on another one.
+                let tries = if kept && !matches!(end, End::Stream(_)) { 2 } else { 1 };
+                assert_eq!((taken.load(Relaxed), good.requests()), (tries, 1), "{case}");
+                assert_eq!((retries(), refused()), (tries, 0), "{case}");
+            } else {
+                let response = client.request(&echo(body)).await.unwrap();
+                let found = (response.status(), response.error_code());
+                assert_eq!(found, (502, "endpoint_closed".to_owned()), "{case}: {}", response.text());
+                assert_eq!((taken.load(Relaxed), good.requests()), (1, 0), "{case}");
+                assert_eq!((retries(), refused()), (0, 1), "{case}");
+            }
+        }
     }
 }
