@@ -107,6 +107,21 @@ impl TestAgent {
         self.count("penstock_upstream_bytes_total", &[r#"path="ingress""#])
     }
 
+    /// Whether an endpoint could notice that its socket is in a map, so that mode `auto` keeps tunnels and pinned connections off the
+    /// path `local`.
+    pub fn is_endpoint_visible(&self) -> bool {
+        self.agent.ladder().lines().iter().any(|line| line.contains("endpoint_visible"))
+    }
+
+    /// Whether the path `local` carries tunnels and pinned connections in this mode, if both ends are on this machine.
+    pub fn carries_tunnels_locally(&self) -> bool {
+        match self.config.steering.mode {
+            SteeringMode::Local => true,
+            SteeringMode::Auto => !self.is_endpoint_visible(),
+            SteeringMode::Off | SteeringMode::Ingress | SteeringMode::Wire => false,
+        }
+    }
+
     /// Like [`Self::metric`], for a counter.
     pub fn count(&self, name: &str, labels: &[&str]) -> u64 {
         self.metric(name, labels) as u64

@@ -10,16 +10,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use penstock_agent::config::{Config, Epp, ListenTls, PathPattern, PickPer, Picker, Pool, Route, SteeringMode};
+use penstock_agent::config::{
+    Config, Epp, HalfClose, ListenTls, PathPattern, PickPer, Picker, Pool, Route, SteeringMode,
+};
 use penstock_proto::ext_proc::{HttpBody, HttpHeaders};
 use penstock_tests::{
-    BodyEnd, Client, Plan, Request, ScriptedEpp,
+    BodyEnd, Client, Http2Client, Plan, Request, ScriptedEpp,
     agent::{TestAgent, builtin_pool},
     client::{ConnectionEnd, Response},
     eventually,
     model_server::{Fault, FaultKind, Framing, HeadWrites, Lengths, ModelServer, Options, Pauses, Upgraded},
     namespace::Namespace,
-    scripted_epp::{Answer, Exchange, Script, reply},
+    scripted_epp::{Answer, Answering, Exchange, Script, StreamEnd, reply},
     tls::Certificate,
 };
 use tokio::{
@@ -285,6 +287,123 @@ async fn vanished_client_is_noticed_on_ingress() {
 #[tokio::test]
 async fn vanished_client_is_noticed_on_local() {
     vanishes(SteeringMode::Local).await;
+}
+
+/// A client of HTTP/2, of TLS, of both, one of a pinned connection, and one that has half-closed. The EPP is told, too.
+#[tokio::test]
+async fn vanished_client_of_any_protocol_is_noticed() {
+    let server = ModelServer::start(Options { idle_close: None, ..Options::default() }).await.unwrap();
+    let picked = server.addr.to_string();
+    let epp = ScriptedEpp::start(Answering::new(move |_| vec![reply::pick(&picked, &[])])).await.unwrap();
+    for protocol in [Protocol::Http2, Protocol::Tls1, Protocol::Tls2, Protocol::Pinned, Protocol::HalfClosed] {
+        let far = FarClients::new(
+            SteeringMode::Off,
+            |pool| {
+                pool.endpoints = vec![server.addr.into()];
+                pool.picker = Picker::Epp(Epp { health_interval: None, ..Epp::new(epp.addr.to_string()) });
+                if protocol == Protocol::Pinned {
+                    pool.pick_per = PickPer::Connection;
+                }
+            },
+            |config| {
+                unreachable(config);
+                if protocol == Protocol::HalfClosed {
+                    config.listen.half_close = HalfClose::Answer;
+                }
+            },
+        )
+        .await;
+        let (requests, aborted, cancelled) =
+            (server.requests(), server.aborted(), epp.streams_ended(StreamEnd::Cancelled));
+        let clients = far.clients_of(protocol).await;
+        let all = clients.len() as u64;
+        eventually(SOON, || server.requests() == requests + all).await;
+        eventually(SOON, || epp.streams_open() == clients.len()).await;
+        far.vanish();
+        let begin = Instant::now();
+        eventually(SOON, || far.agent.metric("penstock_client_connections", &[]) == 0.0).await;
+        let took = begin.elapsed();
+        assert!(took >= UNREACHABLE / 2 && took < 4 * UNREACHABLE, "{protocol:?}: {took:?}");
+        eventually(SOON, || server.aborted() == aborted + all).await;
+        eventually(SOON, || epp.streams_ended(StreamEnd::Cancelled) == cancelled + clients.len()).await;
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Protocol {
+    Http2,
+    Tls1,
+    Tls2,
+    /// HTTP/1.1, as the following.
+    Pinned,
+    HalfClosed,
+}
+
+/// Keeps a client's connection open.
+type Held = Box<dyn std::any::Any>;
+
+impl FarClients {
+    /// A client that waits for a head, one that waits for the next piece, and one that reads nothing; each on its own connection.
+    async fn clients_of(&self, protocol: Protocol) -> Vec<Held> {
+        let head = HeadWrites { split_at: Some(0), pause_us: 600_000_000, ..HeadWrites::default() };
+        let fault = Some(Fault { after: 1000, kind: FaultKind::StallMs(600_000) });
+        let rows = [
+            (false, Plan { head, ..Plan::default() }),
+            (true, Plan { framing: Framing::Chunked, size: 1 << 30, fault, ..Plan::default() }),
+            (true, Plan { size: 1 << 30, ..Plan::default() }),
+        ];
+        let mut clients = Vec::new();
+        for (answers, plan) in rows {
+            clients.push(self.client_of(protocol, &plan, answers).await);
+        }
+        clients
+    }
+
+    /// A client after its request, and after the head of the response if it `answers`.
+    async fn client_of(&self, protocol: Protocol, plan: &Plan, answers: bool) -> Held {
+        let (plain, secure) = (self.agent.addr, self.agent.agent.tls_address().unwrap());
+        let request = plan.request();
+        match protocol {
+            Protocol::Http2 => {
+                let stream = self.connect(plain).await;
+                let client = Http2Client::over(stream, "http", "agent", &mut h2::client::Builder::new()).await;
+                ask_http2(client.unwrap(), &request, answers).await
+            }
+            Protocol::Tls2 => {
+                let tls = self.certificate.over(self.connect(secure).await, &["h2"]).await.unwrap();
+                let client = Http2Client::over(tls, "https", "agent.example", &mut h2::client::Builder::new()).await;
+                ask_http2(client.unwrap(), &request, answers).await
+            }
+            Protocol::Tls1 => {
+                let tls = self.certificate.over(self.connect(secure).await, &["http/1.1"]).await.unwrap();
+                let mut client = Client::over(tls, secure);
+                client.send(&request).await.unwrap();
+                if answers {
+                    assert_eq!(client.head().await.unwrap().status, 200);
+                }
+                Box::new(client)
+            }
+            Protocol::Pinned | Protocol::HalfClosed => {
+                let mut client = self.client().await;
+                client.send(&request).await.unwrap();
+                if protocol == Protocol::HalfClosed {
+                    client.finish().await.unwrap();
+                }
+                if answers {
+                    assert_eq!(client.head().await.unwrap().status, 200);
+                }
+                Box::new(client)
+            }
+        }
+    }
+}
+
+async fn ask_http2(mut client: Http2Client, request: &Request, answers: bool) -> Held {
+    let mut stream = client.send(request).await.unwrap();
+    if answers {
+        assert_eq!(stream.head().await.unwrap().status, 200);
+    }
+    Box::new((client, stream))
 }
 
 /// Between two probes of its window the kernel would wait longer than the client may be unreachable: 0.2 s, 0.4 s, … 6.4 s. Linux

@@ -4,6 +4,7 @@
 mod evictions;
 mod exchanges;
 mod far_clients;
+mod fields;
 mod grpc;
 mod half_close;
 mod http2_clients;

@@ -11,7 +11,7 @@ use penstock_tests::{
     model_server::{Framing, ModelServer, Options, Upgraded},
     tls::Certificate,
 };
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
 use crate::SOON;
 
@@ -93,13 +93,11 @@ async fn slow_reader_of_response_is_served_on_every_path() {
 
 #[tokio::test]
 async fn slow_reader_over_tls_is_served() {
-    let certificate = Certificate::new("agent.example").unwrap();
-    let folder = tempfile::tempdir().unwrap();
-    let (cert_file, key_file) = certificate.write(folder.path()).unwrap();
-    let tls = ListenTls { address: "127.0.0.1:0".parse().unwrap(), cert_file, key_file };
-    let (_server, agent) = start(SteeringMode::Auto, |_| {}, |config| config.listen.tls = Some(tls)).await;
+    let tls = Tls::new();
+    let listen = tls.listen.clone();
+    let (_server, agent) = start(SteeringMode::Auto, |_| {}, |config| config.listen.tls = Some(listen)).await;
     let addr = agent.agent.tls_address().unwrap();
-    let stream = certificate.connect(addr, &["http/1.1"]).await.unwrap();
+    let stream = tls.certificate.connect(addr, &["http/1.1"]).await.unwrap();
     let mut client = Client::over(stream, addr);
     let plan = Plan { size: SIZE, stream_id: 2, ..Plan::default() };
     client.send(&plan.request()).await.unwrap();
@@ -147,10 +145,31 @@ async fn slow_reader_of_pinned_connection_is_served_on_every_path() {
     .await;
 }
 
+/// With TLS beside the plain listener.
+struct Tls {
+    certificate: Certificate,
+    listen: ListenTls,
+    _folder: tempfile::TempDir,
+}
+
+impl Tls {
+    fn new() -> Self {
+        let certificate = Certificate::new("agent.example").unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let (cert_file, key_file) = certificate.write(folder.path()).unwrap();
+        let listen = ListenTls { address: "127.0.0.1:0".parse().unwrap(), cert_file, key_file };
+        Self { certificate, listen, _folder: folder }
+    }
+}
+
 /// Sends requests until the agent accepts no more, and reads nothing.
-async fn flood(agent: &TestAgent, wire: &[u8]) {
-    let client = Client::connect_with(agent.addr, Some(RECEIVE_BUFFER)).await.unwrap();
-    let (mut stream, _) = client.into_parts();
+async fn flood(agent: &TestAgent, tls: Option<&Certificate>, wire: &[u8]) {
+    let addr = if tls.is_some() { agent.agent.tls_address().unwrap() } else { agent.addr };
+    let (stream, _) = Client::connect_with(addr, Some(RECEIVE_BUFFER)).await.unwrap().into_parts();
+    let mut stream: Box<dyn AsyncWrite + Unpin> = match tls {
+        Some(certificate) => Box::new(certificate.over(stream, &["http/1.1"]).await.unwrap()),
+        None => Box::new(stream),
+    };
     let wire = wire.repeat(100);
     let sent = async {
         loop {
@@ -165,24 +184,62 @@ async fn flood(agent: &TestAgent, wire: &[u8]) {
     eventually(SOON, || agent.metric("penstock_client_connections", &[]) == 0.0).await;
 }
 
+/// Shorter than for slow readers, whose progress these clients do not make.
+const SHORT_IDLE: Duration = Duration::from_millis(500);
+
 #[tokio::test]
 async fn pipelining_client_that_never_reads_is_closed() {
-    for mode in [SteeringMode::Off, SteeringMode::Auto] {
+    let tls = Tls::new();
+    let ways = MODES.map(|mode| (mode, None)).into_iter().chain([(SteeringMode::Auto, Some(&tls.certificate))]);
+    for (mode, certificate) in ways {
         let soon = |config: &mut Config| {
-            config.timeouts.idle = Some(IDLE / 4);
+            config.timeouts.idle = Some(SHORT_IDLE);
             config.headers.request_id_to_client = true;
+            config.listen.tls = Some(tls.listen.clone());
         };
         let (server, agent) = start(mode, |_| {}, soon).await;
         let plan = Plan { size: 100_000, ..Plan::default() };
-        flood(&agent, &plan.request().wire("agent")).await;
+        flood(&agent, certificate, &plan.request().wire("agent")).await;
         eventually(SOON, || server.connections_open() <= 1).await;
-        assert_eq!(agent.count("penstock_client_stalls_total", &[]), 1);
+        assert_eq!(agent.count("penstock_client_stalls_total", &[]), 1, "{mode:?}");
         // The endpoint is unreachable, so the agent's own errors, which keep the connection open, fill the queue.
         drop(server);
         let refusing = Refusing::new().unwrap();
         let agent = TestAgent::start(builtin_pool(&[refusing.addr]), mode, soon);
         let id = "x".repeat(8000);
-        flood(&agent, &Request::get("/nowhere").header("x-request-id", id).wire("agent")).await;
-        assert_eq!(agent.count("penstock_client_stalls_total", &[]), 1);
+        flood(&agent, certificate, &Request::get("/nowhere").header("x-request-id", id).wire("agent")).await;
+        assert_eq!(agent.count("penstock_client_stalls_total", &[]), 1, "{mode:?}");
+    }
+}
+
+/// Reads the head and nothing more; returns once both ends are closed.
+async fn take_nothing(
+    mode: SteeringMode,
+    server: &ModelServer,
+    agent: &TestAgent,
+    mut client: Client,
+    request: &Request,
+    status: u16,
+) {
+    client.send(request).await.unwrap();
+    assert_eq!(client.head().await.unwrap().status, status, "{mode:?}");
+    eventually(SOON, || agent.metric("penstock_client_connections", &[]) == 0.0).await;
+    eventually(SOON, || server.connections_open() == 0).await;
+    // Not the end of the bytes: most of them are missing.
+    let (mut stream, _) = client.into_parts();
+    let mut rest = Vec::new();
+    let error = stream.read_to_end(&mut rest).await.expect_err("the end looks orderly");
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "{mode:?}");
+}
+
+#[tokio::test]
+async fn client_of_tunnel_that_reads_nothing_is_reset() {
+    for mode in MODES {
+        let (server, agent) = start(mode, |_| {}, |config| config.timeouts.idle = Some(SHORT_IDLE)).await;
+        let plan = Plan { size: 1 << 30, stream_id: 5, ..Plan::switching("websocket", Upgraded::Send) };
+        let request = plan.request().header("connection", "Upgrade").header("upgrade", "websocket");
+        let client = Client::connect_with(agent.addr, Some(RECEIVE_BUFFER)).await.unwrap();
+        take_nothing(mode, &server, &agent, client, &request, 101).await;
+        assert_eq!(agent.count("penstock_requests_total", &[r#"reason="idle_timeout""#]), 1, "{mode:?}");
     }
 }

@@ -204,6 +204,9 @@ async fn both_directions_are_steered() {
             _ => (false, false),
         };
         assert_eq!((down > 0, up > 0), expected, "{way:?}: {down} down, {up} up");
+        let local = scene.agent.count("penstock_body_bytes_total", &["path=\"local\""]);
+        let is_local = way.0 == Front::Http1 && scene.agent.carries_tunnels_locally();
+        assert_eq!(local > 0, is_local, "{way:?}: {local} bytes");
         assert_eq!(scene.agent.count("penstock_upstream_bytes_total", &[]), 600_000, "{way:?}");
     }
 }

@@ -99,6 +99,8 @@ async fn connection_stays_with_its_endpoint() {
         let (down, up) = (rig.agent.steered(), rig.agent.steered_up());
         assert_eq!(down > 0, mode != SteeringMode::Off, "{mode:?} {down}");
         assert_eq!(up > 0, matches!(mode, SteeringMode::Ingress | SteeringMode::Auto), "{mode:?} {up}");
+        let local = rig.agent.count("penstock_body_bytes_total", &["path=\"local\""]);
+        assert_eq!(local > 0, rig.agent.carries_tunnels_locally(), "{mode:?}: {local} bytes");
         assert!(rig.agent.count("penstock_upstream_bytes_total", &[]) > 1 << 20, "{mode:?}");
 
         let mut second = Client::connect(rig.agent.addr).await.unwrap();
