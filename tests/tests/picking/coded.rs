@@ -158,14 +158,39 @@ async fn unreadable_coded_body_without_model_route_passes() {
     assert_eq!((response.status(), response.error_code().as_str()), (415, "content_coding"));
 }
 
+/// A body that names [`MODEL`], in UTF-16 with a byte order mark.
+fn utf16(order: fn(u16) -> [u8; 2]) -> Vec<u8> {
+    format!("\u{feff}{{\"model\":\"{MODEL}\"}}").encode_utf16().flat_map(order).collect()
+}
+
+/// It names no model that the agent reads, whatever the rule for such bodies.
+#[tokio::test]
+async fn utf16_body_follows_the_rule_for_a_missing_model() {
+    let bodies = [utf16(u16::to_le_bytes), utf16(u16::to_be_bytes)];
+    let (agent, servers) = routed(true, |config| config.bbr.missing_model = MissingModel::Reject).await;
+    for body in &bodies {
+        let response = ask(&agent, &coded("", body.clone())).await;
+        assert_eq!((response.status(), response.error_code().as_str()), (400, "model_missing"), "{}", response.text());
+    }
+    assert_eq!((servers[0].requests(), servers[1].requests()), (0, 0));
+    let fallback = |model: &str| MissingModel::Default(model.to_owned());
+    for (model, first) in [(MODEL, true), ("another", false)] {
+        let (agent, servers) = routed(true, |config| config.bbr.missing_model = fallback(model)).await;
+        for body in &bodies {
+            let response = ask(&agent, &coded("", body.clone())).await;
+            assert_eq!(response.served_by(), Some(servers[usize::from(!first)].addr), "{model}");
+            unchanged(&response, "", body);
+            assert_eq!(response.echoed().header("x-gateway-model-name"), Some(model));
+        }
+    }
+}
+
 /// D13: marks and encodings that JSON forbids but clients send.
 #[tokio::test]
 async fn byte_order_mark_and_utf16_are_accepted() {
     let (agent, servers) = routed(true, |_| {}).await;
     let marked = [b"\xef\xbb\xbf", &json(MODEL, 100)[..]].concat();
-    let text = format!("\u{feff}{{\"model\":\"{MODEL}\"}}");
-    let utf16: Vec<u8> = text.encode_utf16().flat_map(u16::to_le_bytes).collect();
-    for (body, first) in [(marked.clone(), true), (utf16, false)] {
+    for (body, first) in [(marked, true), (utf16(u16::to_le_bytes), false), (utf16(u16::to_be_bytes), false)] {
         let response = ask(&agent, &coded("", body.clone())).await;
         assert_eq!(response.served_by(), Some(servers[usize::from(!first)].addr));
         unchanged(&response, "", &body);

@@ -6,21 +6,26 @@ use std::{net::SocketAddr, sync::Arc};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use penstock_agent::config::{FailureMode, PickPer, SteeringMode};
+use penstock_agent::config::{AppProtocol, FailureMode, ListenTls, PickPer, SteeringMode};
 use penstock_proto::ext_proc::{HttpBody, HttpHeaders};
 use penstock_tests::{
-    Client, Http2Client, ModelServer, Random, Refusing, Request, Response, ScriptedEpp, TestAgent,
+    Client, Http2Client, Http2Options, Http2Server, ModelServer, Random, Refusing, Request, Response, ScriptedEpp,
+    TestAgent,
     agent::{builtin_pool, epps_pool},
     content::Fnv,
+    eventually,
     model_server::{Echo, Options},
     scripted_epp::{
         Answer, Dynamo, Endpoints, Exchange, Fault, Faulty, Gie, Harm, LlmdRouter, Lwepp, Moment, Personality, Script,
         header, reply,
     },
     stage::json,
+    tls::Certificate,
 };
 use tokio::{io::AsyncReadExt as _, net::TcpListener};
 use tonic::Code;
+
+use crate::SOON;
 
 /// How a picker treats requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -170,6 +175,15 @@ struct Case {
     mode: SteeringMode,
     /// What the first endpoint of the list does.
     first: First,
+    protocol: AppProtocol,
+}
+
+/// What the cases of a run have used.
+#[derive(Debug, Default)]
+struct Used {
+    leased: u64,
+    pinned: u64,
+    http2_endpoints: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -180,21 +194,27 @@ enum First {
 }
 
 impl Case {
+    /// In any 24 cases in a row, each style occurs with each `pick_per`, and with each of three modes.
     fn new(number: u64, random: &mut Random, mode: SteeringMode) -> Self {
+        let pick_per = [PickPer::Lease, PickPer::Connection, PickPer::Request][(number / 8 % 3) as usize];
+        let first = [First::Serves, First::RefusesConnections, First::DiesOfRequests][(number / 3 % 3) as usize];
+        // Only HTTP/1.1 connections are pinned, and the dying endpoint reads only HTTP/1.1.
+        let both = pick_per != PickPer::Connection && first != First::DiesOfRequests;
         Self {
             number,
             style: STYLES[(number % STYLES.len() as u64) as usize],
-            pick_per: random.pick(&[PickPer::Request, PickPer::Lease, PickPer::Lease, PickPer::Connection]),
+            pick_per,
             fault: random.pick(&FAULTS),
             failure_mode: random.pick(&[FailureMode::Open, FailureMode::Closed]),
             mode,
-            first: random.pick(&[First::Serves, First::RefusesConnections, First::DiesOfRequests]),
+            first,
+            protocol: if both && number % 2 == 1 { AppProtocol::H2c } else { AppProtocol::Http1 },
         }
     }
 
     fn name(&self) -> String {
-        let Self { number, style, pick_per, fault, failure_mode, mode, first } = self;
-        format!("case {number}: {style:?} {pick_per:?} {fault:?} {failure_mode:?} {mode:?} {first:?}")
+        let Self { number, style, pick_per, fault, failure_mode, mode, first, protocol } = self;
+        format!("case {number}: {style:?} {pick_per:?} {fault:?} {failure_mode:?} {mode:?} {first:?} {protocol:?}")
     }
 
     /// The `n`th request, with its mark in every field.
@@ -256,10 +276,14 @@ impl Case {
         }
     }
 
-    async fn run(&self) {
-        let servers = [server().await, server().await];
+    async fn run(&self, certificate: &Certificate, tls: &ListenTls) -> Used {
+        let http1 = [server().await, server().await];
+        let http2 = [http2_server().await, http2_server().await];
         let refusing = Refusing::new().unwrap();
-        let mut endpoints = vec![servers[0].addr, servers[1].addr];
+        let mut endpoints = match self.protocol {
+            AppProtocol::Http1 => vec![http1[0].addr, http1[1].addr],
+            AppProtocol::H2c => vec![http2[0].addr, http2[1].addr],
+        };
         let dying = Dying::start().await;
         match self.first {
             First::Serves => {}
@@ -272,8 +296,11 @@ impl Case {
             Style::Builtin => builtin_pool(&endpoints),
             _ => epps_pool(&endpoints, &[epps[0].addr, epps[1].addr], self.failure_mode),
         };
-        pool.pick_per = self.pick_per;
-        let agent = TestAgent::start(pool, self.mode, |config| config.listen.workers = 1);
+        (pool.pick_per, pool.app_protocol) = (self.pick_per, self.protocol);
+        let agent = TestAgent::start(pool, self.mode, |config| {
+            config.listen.workers = 1;
+            config.listen.tls = Some(tls.clone());
+        });
         let mut clients = [Client::connect(agent.addr).await.unwrap(), Client::connect(agent.addr).await.unwrap()];
         for n in 0..10 {
             let (request, body) = self.request(n);
@@ -285,11 +312,31 @@ impl Case {
                 *client = Client::connect(agent.addr).await.unwrap();
             }
         }
-        let mut http2 = Http2Client::connect(agent.addr).await.unwrap();
+        let mut client = Http2Client::connect(agent.addr).await.unwrap();
         for n in 10..13 {
             let (request, body) = self.request(n);
-            self.check(n, &body, &http2.request(&request).await.unwrap());
+            self.check(n, &body, &client.request(&request).await.unwrap());
         }
+        let addr = agent.agent.tls_address().unwrap();
+        for n in 13..17 {
+            let (request, body) = self.request(n);
+            let tls = certificate.connect(addr, &["http/1.1"]).await.unwrap();
+            let mut client = Client::over(tls, addr);
+            let response = client.request(&request).await.unwrap_or_else(|error| panic!("{}: {error:#}", self.name()));
+            self.check(n, &body, &response);
+        }
+        self.check_dying(&dying);
+        self.check_epps(&epps);
+        drop(clients);
+        eventually(SOON, || agent.metric("penstock_pinned_connections", &[]) == 0.0).await;
+        Used {
+            leased: agent.count("penstock_leased_requests_total", &[]),
+            pinned: agent.count("penstock_pins_ended_total", &[]),
+            http2_endpoints: http2.iter().map(Http2Server::requests).sum(),
+        }
+    }
+
+    fn check_dying(&self, dying: &Dying) {
         // Each connection that the dying endpoint closed carried one request, once.
         let taken = dying.taken.lock().clone();
         for request in &taken {
@@ -304,6 +351,9 @@ impl Case {
             let again = taken.iter().filter(|other| other.contains(&format!("mark-{own}-end"))).count();
             assert!(again == 1 || !request.starts_with("POST "), "{}: {own} was taken {again} times", self.name());
         }
+    }
+
+    fn check_epps(&self, epps: &[ScriptedEpp]) {
         // A picker stream concerns one request.
         for stream in epps.iter().flat_map(ScriptedEpp::streams) {
             let (fields, body) = (stream.request_headers(), stream.request_body().0);
@@ -324,14 +374,34 @@ async fn server() -> ModelServer {
     ModelServer::start(Options::default()).await.unwrap()
 }
 
+async fn http2_server() -> Http2Server {
+    Http2Server::start(Http2Options::default()).await.unwrap()
+}
+
+/// A certificate, a listener's setting with it, and the folder of its files.
+fn tls() -> (Certificate, ListenTls, tempfile::TempDir) {
+    let certificate = Certificate::new("agent.example").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let (cert_file, key_file) = certificate.write(folder.path()).unwrap();
+    let listen = ListenTls { address: SocketAddr::from(([127, 0, 0, 1], 0)), cert_file, key_file };
+    (certificate, listen, folder)
+}
+
 async fn run(cases: std::ops::Range<u64>, modes: &[SteeringMode]) {
     let seed = Random::fresh_seed();
     println!("seed {seed}");
     let mut random = Random::new(seed);
+    let (certificate, listen, _folder) = tls();
+    let mut used = Used::default();
     for number in cases {
         let mode = modes[(number % modes.len() as u64) as usize];
-        Case::new(number, &mut random, mode).run().await;
+        let case = Case::new(number, &mut random, mode).run(&certificate, &listen).await;
+        used.leased += case.leased;
+        used.pinned += case.pinned;
+        used.http2_endpoints += case.http2_endpoints;
     }
+    // Otherwise the run has shown nothing about them.
+    assert!(used.leased > 0 && used.pinned > 0 && used.http2_endpoints > 0, "{used:?}");
 }
 
 #[tokio::test]
@@ -341,7 +411,7 @@ async fn relayed_requests_share_no_byte() {
 
 #[tokio::test]
 async fn steered_requests_share_no_byte() {
-    run(100..109, &[SteeringMode::Ingress, SteeringMode::Local, SteeringMode::Auto]).await;
+    run(96..120, &[SteeringMode::Ingress, SteeringMode::Local, SteeringMode::Auto]).await;
 }
 
 /// A regression test: a lease, pickers that echo, and three clients of one connection.
@@ -356,7 +426,10 @@ async fn leased_requests_keep_their_own_fields() {
             failure_mode: FailureMode::Closed,
             mode: SteeringMode::Off,
             first: First::Serves,
+            protocol: AppProtocol::Http1,
         };
-        case.run().await;
+        let (certificate, listen, _folder) = tls();
+        let used = case.run(&certificate, &listen).await;
+        assert!(used.leased > 0, "{style:?}: {used:?}");
     }
 }

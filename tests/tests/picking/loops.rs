@@ -8,7 +8,7 @@ use std::{
 
 use penstock_agent::config::{FailureMode, NamedEndpoints, Network, Passthrough, Picker, Pool, SteeringMode};
 use penstock_tests::{
-    Client, DnsServer, ModelServer, Request, ScriptedEpp, TestAgent,
+    Client, DnsServer, ModelServer, Namespace, Request, ScriptedEpp, TestAgent,
     agent::{builtin_pool, epp_pool},
     eventually,
     model_server::Options,
@@ -69,6 +69,11 @@ async fn own_listeners_as_endpoints_are_rejected() {
         async move { ScriptedEpp::start(Production::new(&addresses)).await.unwrap() }
     };
     let server = ModelServer::start(Options::default()).await.unwrap();
+    // An address of this node that is no loopback address: one for documentation (RFC 5737), which hides no real host.
+    let base = 0xcb00_7100 + std::process::id() % (1 << 6) * 4;
+    let [node, peer] = [1, 2].map(|host| Ipv4Addr::from(base + host));
+    let link = format!("lp{}", std::process::id());
+    let _link = Namespace::connected(&link, &format!("{node}/30"), &format!("{peer}/30")).unwrap();
     for listen in [Ipv4Addr::LOCALHOST, Ipv4Addr::UNSPECIFIED] {
         let agent = TestAgent::start(builtin_pool(&[server.addr]), SteeringMode::Off, |config| {
             config.listen.workers = 1;
@@ -78,7 +83,13 @@ async fn own_listeners_as_endpoints_are_rejected() {
         let mut own = vec![SocketAddr::from((Ipv4Addr::LOCALHOST, port)), agent.agent.admin_address()];
         if listen.is_unspecified() {
             own.push(SocketAddr::from(([127, 3, 2, 1], port)));
+            own.push(SocketAddr::from((node, port)));
         }
+        // Another server at the same address is somebody else.
+        let listen = SocketAddr::from((node, 0));
+        let other = ModelServer::start(Options { listen, ..Options::default() }).await.unwrap();
+        change(&agent, |pool| pool.endpoints = vec![other.addr.into()]);
+        settled(&agent, (200, "")).await;
         for own in own {
             // Listed in the pool.
             change(&agent, |pool| pool.endpoints = vec![own.into()]);

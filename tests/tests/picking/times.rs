@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use penstock_agent::config::{Config, SteeringMode};
 use penstock_tests::{
     BodyEnd, Client, ModelServer, Plan, Request,
@@ -17,6 +18,10 @@ const LATE_MS: u64 = 900;
 /// The pool `patient` has the timeouts `pool`. Requests with `x-way: pool` go directly to it, those with `route` through a route
 /// with the timeouts `route`, and all others to a pool without its own timeouts. `body` is the model's.
 async fn start(global: &str, pool: &str, route: &str) -> (TestAgent, ModelServer) {
+    start_in(SteeringMode::Off, global, pool, route).await
+}
+
+async fn start_in(mode: SteeringMode, global: &str, pool: &str, route: &str) -> (TestAgent, ModelServer) {
     let server = ModelServer::start(Default::default()).await.unwrap();
     let endpoints = format!("endpoints = [\"{}\"]", server.addr);
     let text = format!(
@@ -45,7 +50,7 @@ async fn start(global: &str, pool: &str, route: &str) -> (TestAgent, ModelServer
         "#
     );
     let Config { pools, routes, timeouts, .. } = Config::parse(&text, "test.toml").unwrap();
-    let agent = TestAgent::start(builtin_pool(&[]), SteeringMode::Off, |config| {
+    let agent = TestAgent::start(builtin_pool(&[]), mode, |config| {
         (config.pools, config.routes, config.timeouts) = (pools, routes, timeouts);
     });
     (agent, server)
@@ -82,16 +87,29 @@ async fn first_byte_timeout_of_route_overrides_pool() {
     assert_eq!(ask(&agent, &late.clone().header("x-way", "route")).await, "ok");
 }
 
+/// Also where the kernel carries the response.
 #[tokio::test]
 async fn response_idle_timeout_of_route_overrides_pool() {
-    let fault = Some(Fault { after: 1000, kind: FaultKind::StallMs(LATE_MS) });
-    for framing in [Framing::Chunked, Framing::ContentLength] {
-        let plan = Plan { size: 3000, framing, writes: Lengths::Fixed(500), fault, ..Plan::default() };
-        let (agent, _server) = start("idle = \"300ms\"", "idle = \"1m\"", "idle = \"200ms\"").await;
-        assert_eq!(by_way(&agent, &plan.request()).await, ["cut", "ok", "cut"]);
-        let (agent, _server) = start("idle = \"1m\"", "idle = \"300ms\"", "idle = \"off\"").await;
-        assert_eq!(by_way(&agent, &plan.request()).await, ["ok", "cut", "ok"]);
+    let mut all = Vec::new();
+    for mode in [SteeringMode::Off, SteeringMode::Ingress, SteeringMode::Local, SteeringMode::Auto] {
+        let all_but_pool = start_in(mode, "idle = \"300ms\"", "idle = \"1m\"", "idle = \"200ms\"").await;
+        let only_pool = start_in(mode, "idle = \"1m\"", "idle = \"300ms\"", "idle = \"off\"").await;
+        all.push((mode, all_but_pool, ["cut", "ok", "cut"]));
+        all.push((mode, only_pool, ["ok", "cut", "ok"]));
     }
+    let fault = Some(Fault { after: 1000, kind: FaultKind::StallMs(LATE_MS) });
+    let asked = all.iter().map(|(mode, (agent, _server), expected)| async move {
+        for framing in [Framing::Chunked, Framing::ContentLength] {
+            let plan = Plan { size: 3000, framing, writes: Lengths::Fixed(500), fault, ..Plan::default() };
+            assert_eq!(by_way(agent, &plan.request()).await, *expected, "{mode:?} {framing:?}");
+        }
+        assert_eq!(agent.steered() > 0, *mode != SteeringMode::Off, "{mode:?}");
+        if matches!(mode, SteeringMode::Ingress | SteeringMode::Local) {
+            let path = if *mode == SteeringMode::Local { r#"path="local""# } else { r#"path="ingress""# };
+            assert_eq!(agent.steered(), agent.count("penstock_body_bytes_total", &[path]), "{mode:?}");
+        }
+    });
+    join_all(asked).await;
 }
 
 #[tokio::test]

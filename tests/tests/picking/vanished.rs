@@ -1,6 +1,8 @@
 //! Endpoints whose machine vanishes: no FIN, no RST, no response. Each has a network namespace whose link goes down.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use penstock_agent::config::{AppProtocol, Config, FailureMode, Pool, SteeringMode};
@@ -20,6 +22,8 @@ struct Machine {
     link: String,
     listener: Option<TcpListener>,
     addr: SocketAddr,
+    /// Requests for `/wait` that were read whole.
+    waiting: Arc<AtomicU64>,
 }
 
 impl Machine {
@@ -33,17 +37,18 @@ impl Machine {
         let listener = namespace.run(|| std::net::TcpListener::bind((there, 0)).unwrap()).unwrap();
         listener.set_nonblocking(true).unwrap();
         let addr = listener.local_addr().unwrap();
-        Self { namespace, link, listener: Some(TcpListener::from_std(listener).unwrap()), addr }
+        let listener = Some(TcpListener::from_std(listener).unwrap());
+        Self { namespace, link, listener, addr, waiting: Arc::default() }
     }
 
-    /// Serves `/stream` with an endless body, and anything else with `ok`.
+    /// Serves `/stream` with an endless body, `/wait` never, and anything else with `ok`.
     fn serve(&mut self, protocol: AppProtocol) {
-        let listener = self.listener.take().unwrap();
+        let (listener, waiting) = (self.listener.take().unwrap(), Arc::clone(&self.waiting));
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
                 match protocol {
-                    AppProtocol::Http1 => drop(tokio::spawn(http1(stream))),
-                    AppProtocol::H2c => drop(tokio::spawn(http2(stream))),
+                    AppProtocol::Http1 => drop(tokio::spawn(http1(stream, Arc::clone(&waiting)))),
+                    AppProtocol::H2c => drop(tokio::spawn(http2(stream, Arc::clone(&waiting)))),
                 }
             }
         });
@@ -54,7 +59,7 @@ impl Machine {
     }
 }
 
-async fn http1(mut stream: TcpStream) -> std::io::Result<()> {
+async fn http1(mut stream: TcpStream, waiting: Arc<AtomicU64>) -> std::io::Result<()> {
     let mut bytes = Vec::new();
     loop {
         if stream.read_buf(&mut bytes).await? == 0 {
@@ -67,16 +72,30 @@ async fn http1(mut stream: TcpStream) -> std::io::Result<()> {
         }
         // The JSON ends with its only closing brace.
         if bytes.ends_with(b"}") {
+            if bytes.windows(7).any(|part| part == b" /wait ") {
+                waiting.fetch_add(1, Ordering::Relaxed);
+                return std::future::pending().await;
+            }
             bytes.clear();
             stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await?;
         }
     }
 }
 
-async fn http2(stream: TcpStream) -> Result<(), h2::Error> {
+async fn http2(stream: TcpStream, waiting: Arc<AtomicU64>) -> Result<(), h2::Error> {
     let mut connection = h2::server::handshake(stream).await?;
     while let Some(accepted) = connection.accept().await {
-        let (request, mut respond) = accepted?;
+        let (mut request, mut respond) = accepted?;
+        if request.uri().path() == "/wait" {
+            let waiting = Arc::clone(&waiting);
+            tokio::spawn(async move {
+                while let Some(Ok(_)) = request.body_mut().data().await {}
+                waiting.fetch_add(1, Ordering::Relaxed);
+                let _open = (respond, request);
+                std::future::pending::<()>().await;
+            });
+            continue;
+        }
         let mut out = respond.send_response(http::Response::new(()), false)?;
         if request.uri().path() == "/stream" {
             out.send_data("begin".into(), false)?;
@@ -132,6 +151,37 @@ async fn vanished_machine_on_kept_connection_is_followed_by_next() {
         assert_eq!(response.served_by(), Some(near), "{}", response.text());
         assert_eq!(http1.requests() + http2.requests(), 1);
         assert!(begin.elapsed() < SOON, "{:?}", begin.elapsed());
+    }
+}
+
+/// The request was acknowledged, so it may have been executed.
+#[tokio::test]
+async fn vanished_machine_before_response_is_followed_by_next_only_if_idempotent() {
+    let both = [AppProtocol::Http1, AppProtocol::H2c];
+    let rows = both.into_iter().flat_map(|protocol| ["POST", "PUT"].map(|method| (protocol, method)));
+    for (number, (protocol, method)) in (5..).zip(rows) {
+        let mut far = Machine::new(number);
+        far.serve(protocol);
+        let http1 = ModelServer::start(Options::default()).await.unwrap();
+        let http2 = Http2Server::start(Http2Options::default()).await.unwrap();
+        let near = if protocol == AppProtocol::Http1 { http1.addr } else { http2.addr };
+        let (agent, epp) = agent(&[far.addr, near], protocol, SteeringMode::Off, |_| {}).await;
+        let mut client = Client::connect(agent.addr).await.unwrap();
+        let request = Request::new(method, "/wait").header("content-type", "application/json").body(json("m", 1000));
+        client.send(&request).await.unwrap();
+        eventually(SOON, || far.waiting.load(Ordering::Relaxed) == 1).await;
+        far.vanish();
+        let begin = Instant::now();
+        let response = client.response().await.unwrap();
+        assert!(begin.elapsed() < SOON, "{:?}", begin.elapsed());
+        let (near_requests, text) = (http1.requests() + http2.requests(), response.text());
+        if method == "PUT" {
+            assert_eq!((response.served_by(), near_requests), (Some(near), 1), "{protocol:?}: {text}");
+        } else {
+            let found = (response.status(), response.error_code(), near_requests);
+            assert_eq!(found, (502, "endpoint_closed".to_owned(), 0), "{protocol:?}: {text}");
+        }
+        eventually(SOON, || epp.streams_open() == 0).await;
     }
 }
 
