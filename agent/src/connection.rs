@@ -6,6 +6,7 @@ mod http2;
 use std::{net::SocketAddr, rc::Rc, time::Duration};
 
 use bytes::BytesMut;
+use http::{HeaderMap, Method};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
@@ -18,7 +19,7 @@ use crate::{
         request::{RequestError, RequestHead, RequestParser},
     },
     kernel::socket,
-    proxy::{self, AfterRequest, Panicked},
+    proxy::{self, AfterRequest, Origin, Panicked, Refused},
     room::IdleState,
     tls::{self, Acceptor},
     worker::{Current, Worker},
@@ -85,7 +86,7 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
     loop {
         let mut begun = None;
         let head = read_head(&current.worker(), &mut socket, &idle_state, &mut begun).await;
-        let begun = begun.unwrap_or_else(Instant::now);
+        let origin = Origin { client: peer, begun: begun.unwrap_or_else(Instant::now) };
         // Whatever the result, the connection no longer waits for a request.
         idle_state.set_busy();
         // The configuration may have been reloaded while the connection was idle.
@@ -95,17 +96,17 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
             let (wire, read) = socket.into_parts();
             return http2::serve(current, read, wire, peer).await;
         }
-        let path = if head.is_err() { path(&socket.buf) } else { String::new() };
+        let refused = head.is_err().then(|| refused(&socket.buf));
         let mut client = Client::Http1(socket);
         let after = match head {
             Ok(Some(head)) => {
-                let answered = proxy::guarded(worker, &mut client, head, begun, peer, &mut lease).await;
+                let answered = proxy::guarded(worker, &mut client, head, origin, &mut lease).await;
                 answered.unwrap_or_else(|Panicked(after)| after)
             }
             Ok(None) if idle_state.is_shed() => AfterRequest::Abort,
             Ok(None) => AfterRequest::Close,
             Err(error) => {
-                proxy::refuse(worker, &mut client, &error, &path, begun).await;
+                proxy::refuse(worker, &mut client, &error, refused.unwrap_or_default(), origin).await;
                 AfterRequest::Close
             }
         };
@@ -206,11 +207,13 @@ async fn drained(worker: &Worker, idle_state: &IdleState) {
     }
 }
 
-/// The target in the request line of a refused head, as far as it was read; may be empty.
-fn path(buf: &[u8]) -> String {
+/// What the request line of a refused head says, as far as it was read.
+fn refused(buf: &[u8]) -> Refused {
     let line = buf.split(|&byte| byte == b'\r' || byte == b'\n').find(|line| !line.is_empty()).unwrap_or_default();
-    let target = line.split(|&byte| byte == b' ').nth(1).unwrap_or_default();
-    String::from_utf8_lossy(target).into_owned()
+    let mut words = line.split(|&byte| byte == b' ');
+    let method = words.next().and_then(|method| Method::from_bytes(method).ok()).unwrap_or_default();
+    let path = String::from_utf8_lossy(words.next().unwrap_or_default()).into_owned();
+    Refused { method, path, headers: HeaderMap::new() }
 }
 
 /// Empty lines before a request (RFC 9112 §2.2) do not begin it: some clients end a body with one and then wait.

@@ -20,12 +20,10 @@ mod pinned;
 mod guarded;
 mod adopted;
 
-use std::net::SocketAddr;
-
-use http::Method;
+use http::{HeaderMap, Method};
 use tokio::time::Instant;
 
-pub use self::{adopted::Keeper, guarded::Panicked, lease::Lease, pinned::pinned, request::AfterRequest};
+pub use self::{adopted::Keeper, guarded::Panicked, lease::Lease, pinned::pinned, record::Origin, request::AfterRequest};
 use self::{
     guarded::ReplyGuard,
     picked::PickOutcome,
@@ -44,13 +42,22 @@ use crate::{
     worker::Worker,
 };
 
-/// Answers a request whose head could not be read. Its first byte arrived at `begun`; `path` is as much of the path as was read.
-pub async fn refuse(worker: &Worker, client: &mut Client, error: &Error, path: &str, begun: Instant) {
-    let record = Record::new(begun);
-    client.set_idle(worker.shared.config.timeouts.idle);
+/// As much of a head as was read before it was refused.
+#[derive(Default)]
+pub struct Refused {
+    pub method: Method,
+    pub path: String,
+    pub headers: HeaderMap,
+}
+
+/// Answers a request whose head was refused.
+pub async fn refuse(worker: &Worker, client: &mut Client, error: &Error, mut refused: Refused, origin: Origin) {
+    let (record, config) = (Record::new(origin), &worker.shared.config);
+    client.set_idle(config.timeouts.idle);
     client.set_unread(true);
-    // The method is unknown. A response body is right for every method but HEAD, and the connection closes anyway.
-    let _ = send_error(client, &Method::GET, &Manner::unknown(&worker.shared.config).at(path), error, false).await;
+    headers::add_request_id(&mut refused.headers);
+    let manner = Manner::of(&refused.headers, config).at(&refused.path);
+    let _ = send_error(client, &refused.method, &manner, error, false).await;
     record.finish_unrouted(worker, error);
 }
 
@@ -59,27 +66,25 @@ pub async fn guarded(
     worker: &Worker,
     client: &mut Client,
     head: RequestHead,
-    begun: Instant,
-    peer: SocketAddr,
+    origin: Origin,
     lease: &mut Option<Lease>,
 ) -> Result<AfterRequest, Panicked> {
-    let guard = ReplyGuard::new(&head, begun);
+    let guard = ReplyGuard::new(&head, origin);
     client.begin_answer();
-    if let Some(after) = guard.run(Box::pin(run(worker, client, head, begun, peer, lease))).await {
+    if let Some(after) = guard.run(Box::pin(run(worker, client, head, origin, lease))).await {
         return Ok(after);
     }
     *lease = None;
     Err(guard.answer(worker, client).await)
 }
 
-/// Takes one request through all phases. Its first byte arrived at `begun`. `lease` is read and replaced: it carries a pick from
+/// Takes one request through all phases. `lease` is read and replaced: it carries a pick from
 /// one request of the connection to the next.
 async fn run(
     worker: &Worker,
     client: &mut Client,
     head: RequestHead,
-    begun: Instant,
-    peer: SocketAddr,
+    origin: Origin,
     lease: &mut Option<Lease>,
 ) -> AfterRequest {
     let config = &worker.shared.config;
@@ -89,10 +94,10 @@ async fn run(
     let upgrade = head
         .upgrade
         .filter(|wanted| allowed.iter().any(|allowed| wanted.as_bytes().eq_ignore_ascii_case(allowed.as_bytes())));
-    let mut request = Request::new(head.parts, head.keep_alive, begun, RequestTimeouts::from(&config.timeouts));
+    let mut request = Request::new(head.parts, head.keep_alive, origin, RequestTimeouts::from(&config.timeouts));
     request.upgrade = upgrade;
     let received = {
-        let receive = receive(worker, client, &mut request, head.body, head.expect_continue, peer);
+        let receive = receive(worker, client, &mut request, head.body, head.expect_continue);
         unless_stopped(worker, Box::pin(receive)).await
     };
     client.set_idle(request.timeouts.idle);

@@ -45,9 +45,9 @@ const NAMES: [&str; 22] = [
 
 pub fn run(data: &[u8]) {
     let mut data = Unstructured::new(data);
-    let Ok(Some((parts, body))) = request(&mut data) else { return };
+    let Ok(Some((mut parts, body))) = request(&mut data) else { return };
     let ended = body.is_empty();
-    let Ok(mut head) = from_http2(parts, ended, &LIMITS) else { return };
+    let Ok(mut head) = from_http2(&mut parts, ended, &LIMITS) else { return };
     assert!(matches!(head.body, RequestBody::None | RequestBody::Frames(_)));
 
     let arrival = Arrival { client: [127, 0, 0, 1].into(), version: Version::HTTP_2, tls: true };

@@ -5,6 +5,7 @@
 
 pub mod agent;
 pub mod agent_process;
+mod alone;
 pub mod api_server;
 pub mod bench;
 mod between;
@@ -37,6 +38,7 @@ pub mod thread_cpu;
 pub mod tls;
 
 pub use agent::TestAgent;
+pub use alone::alone;
 pub use api_server::ApiServer;
 pub use between::Between;
 pub use client::{BodyEnd, Client, Request, Response};

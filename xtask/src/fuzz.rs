@@ -1,4 +1,4 @@
-//! `cargo xtask fuzz --seconds N`: builds the fuzz targets for libFuzzer with the agent's compiler, and runs them in sequence.
+//! `cargo xtask fuzz --seconds N`: builds the fuzz targets for libFuzzer with the agent's compiler, and runs them, one on each core.
 //!
 //! Only the workspace's crates are instrumented, so dependencies are shared with other debug builds: cargo calls this program
 //! instead of rustc for those crates. Inputs come from `fuzz/corpus/TARGET`; a run adds new ones to `target/fuzz`, from where
@@ -11,6 +11,8 @@ use std::{
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::Command,
+    sync::atomic::{AtomicUsize, Ordering},
+    thread,
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -18,7 +20,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::{
     command::{cargo, root, run},
     ebpf,
-    progress::Steps,
+    progress::{Steps, quietly, watch},
 };
 
 /// The flags of cargo-fuzz, without a sanitizer: the code under test is safe Rust. All of them are stable.
@@ -54,6 +56,9 @@ pub(crate) struct Args {
     /// Instead of a time, a number of inputs for each target, the same ones in each run of the same build
     #[arg(long, conflicts_with = "seconds")]
     inputs: Option<u64>,
+    /// How many targets run at once; as many as there are cores by default
+    #[arg(long)]
+    jobs: Option<usize>,
     /// Run only these targets; all by default
     #[arg(long)]
     target: Vec<String>,
@@ -79,18 +84,36 @@ pub(crate) fn main(args: &Args) -> Result<()> {
     }
     let mut steps = Steps::default();
     let folder = steps.step("build", build)?;
-    let mut failed = Vec::new();
-    for target in all.iter().filter(|target| args.target.is_empty() || args.target.contains(target)) {
-        eprintln!("== {target}");
+    let targets: Vec<String> =
+        all.into_iter().filter(|target| args.target.is_empty() || args.target.contains(target)).collect();
+    let jobs = args.jobs.unwrap_or_else(|| thread::available_parallelism().map_or(1, usize::from));
+    let failed = each(&targets, jobs, |target| {
         let program = folder.join(target);
-        let done = if args.merge { merge(&program, target) } else { fuzz(&program, target, args.length()) };
-        // The other targets run after a finding too.
-        if let Err(error) = done {
-            failed.push(format!("{target}: {error:#}"));
-        }
-    }
+        if args.merge { merge(&program, target) } else { fuzz(&program, target, args.length()) }
+    });
     ensure!(failed.is_empty(), "{}", failed.join("; "));
     Ok(())
+}
+
+/// Does `work` for each target, for `jobs` of them at once, and returns what failed. The others run after a failure too.
+fn each(targets: &[String], jobs: usize, work: impl Fn(&str) -> Result<()> + Sync) -> Vec<String> {
+    let next = AtomicUsize::new(0);
+    let worker = || {
+        let mut failed = Vec::new();
+        while let Some(target) = targets.get(next.fetch_add(1, Ordering::Relaxed)) {
+            if let Err(error) = work(target) {
+                failed.push(format!("{target}: {error:#}"));
+            }
+        }
+        failed
+    };
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..jobs.max(1)).map(|_| scope.spawn(worker)).collect();
+        workers
+            .into_iter()
+            .flat_map(|worker| worker.join().expect("a worker panics with its target's output"))
+            .collect()
+    })
 }
 
 /// The names of the programs in `fuzz/fuzz_targets`.
@@ -144,11 +167,14 @@ fn fuzz(program: &Path, target: &str, length: Vec<String>) -> Result<()> {
     command.args(length).args(["-print_final_stats=1", PATIENCE, MEMORY]);
     // libFuzzer writes new inputs to the first folder.
     command.arg(format!("-artifact_prefix={}/", findings.display())).arg(new).arg(corpus(target));
-    run(&mut command)
+    let lines = watch(target, &mut command)?;
+    let inputs = lines.iter().find_map(|line| line.strip_prefix("stat::number_of_executed_units:"));
+    eprintln!("{target}: {} inputs", inputs.context("libFuzzer printed no number of inputs")?.trim());
+    Ok(())
 }
 
 fn merge(program: &Path, target: &str) -> Result<()> {
-    run(libfuzzer(program).arg("-set_cover_merge=1").arg(corpus(target)).arg(folder("corpus", target)?))
+    quietly(target, libfuzzer(program).arg("-set_cover_merge=1").arg(corpus(target)).arg(folder("corpus", target)?))
 }
 
 fn libfuzzer(program: &Path) -> std::process::Command {
@@ -167,4 +193,23 @@ fn folder(of: &str, target: &str) -> Result<PathBuf> {
     let folder = root().join("target/fuzz").join(of).join(target);
     fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
     Ok(folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_target_is_run_once_and_failures_do_not_stop_others() {
+        let targets: Vec<String> = (0..7).map(|number| format!("target{number}")).collect();
+        let runs = AtomicUsize::new(0);
+        let mut failed = each(&targets, 3, |target| {
+            runs.fetch_add(1, Ordering::Relaxed);
+            ensure!(!target.ends_with(['2', '5']), "a finding");
+            Ok(())
+        });
+        failed.sort();
+        assert_eq!(runs.into_inner(), 7);
+        assert_eq!(failed, ["target2: a finding", "target5: a finding"]);
+    }
 }

@@ -21,6 +21,11 @@ const TAIL: usize = 40;
 /// Runs a command whose output matters only if it fails. Prints the command, every ten seconds the time it has taken and its last
 /// line, and its last lines if it fails.
 pub(crate) fn quietly(what: &str, command: &mut Command) -> Result<()> {
+    watch(what, command).map(drop)
+}
+
+/// Like [`quietly`]; returns the command's last lines.
+pub(crate) fn watch(what: &str, command: &mut Command) -> Result<VecDeque<String>> {
     let started = Instant::now();
     eprintln!("{what}: {}", line(command));
     let mut child = command
@@ -46,7 +51,7 @@ pub(crate) fn quietly(what: &str, command: &mut Command) -> Result<()> {
             }
             Err(RecvTimeoutError::Timeout) => {
                 let last = tail.back().map_or("", String::as_str);
-                eprintln!("  {:>4} s  {}", started.elapsed().as_secs(), last.trim());
+                eprintln!("  {:>4} s  {what}: {}", started.elapsed().as_secs(), last.trim());
                 beat += HEARTBEAT;
             }
             Err(RecvTimeoutError::Disconnected) => break,
@@ -55,13 +60,13 @@ pub(crate) fn quietly(what: &str, command: &mut Command) -> Result<()> {
 
     let status = child.wait()?;
     if !status.success() {
-        for line in tail {
+        for line in &tail {
             eprintln!("  | {line}");
         }
         bail!("{what}: {} ended with {status} after {}", line(command), seconds(started.elapsed()));
     }
     eprintln!("{what}: done in {}", seconds(started.elapsed()));
-    Ok(())
+    Ok(tail)
 }
 
 /// Sends each line of a child's output until the child closes it.

@@ -1,7 +1,7 @@
 //! `cargo xtask test --repeat N`: runs the tests N times on a loaded machine.
 //!
-//! A thread for each core spins meanwhile, so that tests which depend on timing fail. Every run is completed; then each failure is
-//! printed with its runs. Fails if any test failed in any run.
+//! A thread for each core spins meanwhile, unless other commands load the machine, so that tests which depend on timing fail. Every
+//! run is completed; then each failure is printed with its runs. Fails if any test failed in any run.
 
 use std::{
     collections::BTreeMap,
@@ -17,14 +17,22 @@ use anyhow::{Context, Result, bail};
 
 use crate::{command::line, progress::seconds};
 
+/// Who keeps the cores busy meanwhile.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Load {
+    Ours,
+    OtherCommands,
+}
+
 /// Runs the command that `command` makes `times` times. It must not stop at the first failed test.
-pub(crate) fn tests(times: u32, command: impl Fn() -> Command) -> Result<()> {
+pub(crate) fn tests(times: u32, load: Load, command: impl Fn() -> Command) -> Result<()> {
     // The test, and the runs in which it failed.
     let mut failures: BTreeMap<String, Vec<u32>> = BTreeMap::new();
     for number in 1..=times {
         eprintln!("== run {number} of {times}");
         let started = Instant::now();
-        let Run { passed, failed, ended_well } = loaded(|| run(&mut command()))?;
+        let Run { passed, failed, ended_well } =
+            if load == Load::Ours { loaded(|| run(&mut command())) } else { run(&mut command()) }?;
         eprintln!("== run {number}: {passed} passed, {} failed, {}", failed.len(), seconds(started.elapsed()));
         if failed.is_empty() && !ended_well {
             failures.entry("the run itself".to_owned()).or_default().push(number);

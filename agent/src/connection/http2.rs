@@ -29,7 +29,7 @@ use crate::{
     deadline::{self, with_deadline},
     http::{head::HeadLimits, request::from_http2},
     kernel::socket,
-    proxy::{self, Panicked},
+    proxy::{self, Origin, Panicked, Refused},
     room::IdleState,
     shared::Shared,
     worker::{Current, Worker},
@@ -349,17 +349,21 @@ async fn serve_request(
 ) {
     let config = &worker.shared.config;
     let limits = HeadLimits::of(&config.limits);
-    let (parts, stream) = ClientStream::new(request, answer, Rc::clone(&traffic));
-    let (begun, ended) = (Instant::now(), stream.is_read());
+    let (mut parts, stream) = ClientStream::new(request, answer, Rc::clone(&traffic));
+    let origin = Origin { client: peer, begun: Instant::now() };
+    let ended = stream.is_read();
     let mut client = Client::Http2(stream);
-    let path = parts.uri.path().to_owned();
-    match from_http2(parts, ended, &limits) {
+    match from_http2(&mut parts, ended, &limits) {
         Ok(head) => {
-            if let Err(Panicked(_)) = proxy::guarded(&worker, &mut client, head, begun, peer, &mut None).await {
+            if let Err(Panicked(_)) = proxy::guarded(&worker, &mut client, head, origin, &mut None).await {
                 active.0.faulty.notify_one();
             }
         }
-        Err(error) => proxy::refuse(&worker, &mut client, &error.into(), &path, begun).await,
+        Err(error) => {
+            let path = parts.uri.path().to_owned();
+            let refused = Refused { method: parts.method, path, headers: parts.headers };
+            proxy::refuse(&worker, &mut client, &error.into(), refused, origin).await;
+        }
     }
     let Client::Http2(mut stream) = client else { return };
     if !stream.is_answered() {

@@ -203,7 +203,7 @@ pub(super) fn begins(name: &str, prefix: &str) -> bool {
 }
 
 /// Sets `x-request-id` to a random UUID unless the client sent one.
-fn add_request_id(headers: &mut HeaderMap) {
+pub fn add_request_id(headers: &mut HeaderMap) {
     if headers.get(X_REQUEST_ID).is_some_and(|id| !id.is_empty()) {
         return;
     }

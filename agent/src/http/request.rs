@@ -146,14 +146,16 @@ impl RequestParser {
 }
 
 /// Converts the head of an HTTP/2 request to the form of HTTP/1.1. h2 has refused what RFC 9113 §8.2 forbids.
-/// `ended`: no body follows.
-pub fn from_http2(mut parts: request::Parts, ended: bool, limits: &HeadLimits) -> Result<RequestHead, RequestError> {
+/// `ended`: no body follows. Takes `parts` unless the head is refused.
+pub fn from_http2(parts: &mut request::Parts, ended: bool, limits: &HeadLimits) -> Result<RequestHead, RequestError> {
     if matches!(parts.method, Method::CONNECT | Method::TRACE) {
         return Err(RequestError::Method { found: parts.method.to_string() });
     }
     // RFC 9113 §8.2.3: cookies may arrive in several fields.
-    let cookies: Vec<&[u8]> = parts.headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect();
-    if cookies.len() > 1 {
+    let cookies = || parts.headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes);
+    if cookies().nth(1).is_some() {
+        // A value that ends in white space would be refused.
+        let cookies: Vec<&[u8]> = cookies().filter(|cookie| !cookie.is_empty()).collect();
         let joined = cookies.join(&b"; "[..]);
         if let Ok(joined) = HeaderValue::from_maybe_shared(bytes::Bytes::from(joined)) {
             parts.headers.insert(header::COOKIE, joined);
@@ -182,6 +184,8 @@ pub fn from_http2(mut parts: request::Parts, ended: bool, limits: &HeadLimits) -
     // The agent reads the body anyway.
     expects_continue(&parts.headers)?;
     parts.headers.remove(header::EXPECT);
+    let (empty, ()) = http::Request::new(()).into_parts();
+    let parts = std::mem::replace(parts, empty);
     Ok(RequestHead { parts, body, keep_alive: true, expect_continue: false, upgrade: None })
 }
 

@@ -4,9 +4,12 @@ use std::panic::AssertUnwindSafe;
 
 use futures_util::FutureExt as _;
 use http::{Method, Uri};
-use tokio::time::Instant;
 
-use super::{record::Record, reply::send_error, request::AfterRequest};
+use super::{
+    record::{Origin, Record},
+    reply::send_error,
+    request::AfterRequest,
+};
 use crate::{
     client::Client,
     error::{Error, Manner},
@@ -22,13 +25,13 @@ pub(super) struct ReplyGuard {
     method: Method,
     uri: Uri,
     grpc: bool,
-    begun: Instant,
+    origin: Origin,
 }
 
 impl ReplyGuard {
-    pub(super) fn new(head: &RequestHead, begun: Instant) -> Self {
+    pub(super) fn new(head: &RequestHead, origin: Origin) -> Self {
         let parts = &head.parts;
-        Self { method: parts.method.clone(), uri: parts.uri.clone(), grpc: is_grpc(&parts.headers), begun }
+        Self { method: parts.method.clone(), uri: parts.uri.clone(), grpc: is_grpc(&parts.headers), origin }
     }
 
     /// Processes the request. Returns `None` if that panicked.
@@ -39,7 +42,7 @@ impl ReplyGuard {
 
     /// Answers and records a request that panicked.
     pub(super) async fn answer(self, worker: &Worker, client: &mut Client) -> Panicked {
-        Record::new(self.begun).finish_unrouted(worker, &Error::Panicked);
+        Record::new(self.origin).finish_unrouted(worker, &Error::Panicked);
         if client.is_answered() {
             return Panicked(AfterRequest::Abort);
         }

@@ -66,6 +66,7 @@ impl Last {
         let account = &record.account;
         let up = account.upstream > 0;
         Line {
+            client: Some(display(record.client)),
             request_id: Some(&cut(request_id, text::NAME)),
             method: Some(display(&cut(parts.method.as_str(), text::NAME))),
             path: Some(&cut(parts.uri.path(), text::PHRASE)),

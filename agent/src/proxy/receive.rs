@@ -1,7 +1,5 @@
 //! Receives a request: prepares its head, finds its route, and reads the body until the pool and the model are known.
 
-use std::net::SocketAddr;
-
 use http::{request, uri::Scheme};
 
 use super::request::Request;
@@ -28,14 +26,13 @@ pub(super) async fn receive(
     request: &mut Request,
     body: RequestBody,
     expect_continue: bool,
-    peer: SocketAddr,
 ) -> Result<Upload, Error> {
     worker.shared.probe.at(Point::Request(&request.parts));
     let config = &worker.shared.config;
     let request::Parts { uri, headers, .. } = &request.parts;
     let naming = |has_body| Naming::new(&config.bbr, headers, uri.query(), has_body, &worker.shared.metrics);
     let mut upload = Upload::new(body, &request.parts.headers, &config.limits, &worker.shared.bodies, naming)?;
-    let arrival = Arrival { client: peer.ip(), version: request.parts.version, tls: client.is_tls() };
+    let arrival = Arrival { client: request.record.client.ip(), version: request.parts.version, tls: client.is_tls() };
     prepare(worker, request, &arrival)?;
     let router = &worker.shared.router;
     let needs_model = router.needs_model(&request.parts);

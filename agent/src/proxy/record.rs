@@ -7,6 +7,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use http::{StatusCode, request};
 use penstock_common::{path::Path, slot::stop};
 use tokio::time::Instant;
+use tracing::field::display;
 
 use super::{access_log::Line, last::Last, picked::PickOutcome};
 use crate::{
@@ -26,7 +27,16 @@ use crate::{
     worker::Worker,
 };
 
+/// Where a request came from, and when.
+#[derive(Clone, Copy)]
+pub struct Origin {
+    pub client: SocketAddr,
+    /// When the first byte of the request arrived.
+    pub begun: Instant,
+}
+
 pub(super) struct Record {
+    pub(super) client: SocketAddr,
     /// When the first byte of the request arrived.
     started: Instant,
     pub(super) started_ns: u64,
@@ -49,9 +59,9 @@ pub(super) struct Record {
 }
 
 impl Record {
-    /// A record of a request whose first byte arrived at `started`.
-    pub(super) fn new(started: Instant) -> Self {
+    pub(super) fn new(Origin { client, begun: started }: Origin) -> Self {
         Self {
+            client,
             started,
             started_ns: monotonic_ns().saturating_sub(started.elapsed().as_nanos() as u64),
             status: StatusCode::INTERNAL_SERVER_ERROR,
@@ -231,6 +241,7 @@ impl Record {
             return;
         }
         Line {
+            client: Some(display(self.client)),
             status: Some(error.status().as_u16()),
             reason: Some(error.reason()),
             took_us: Some(took.as_micros() as u64),

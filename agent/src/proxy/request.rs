@@ -5,7 +5,7 @@ use std::time::Duration;
 use http::{HeaderValue, Uri, request};
 use tokio::time::Instant;
 
-use super::record::Record;
+use super::record::{Origin, Record};
 use crate::{
     deadline::with_deadline, endpoint::connection::EndpointConnection, error::Error, kernel::wire::TcpConnection,
     rename::ModelNames, route::RequestTimeouts, steer::reason::SteerReason, worker::Worker,
@@ -66,8 +66,8 @@ pub(super) struct Request {
 }
 
 impl Request {
-    /// The request with this head, whose first byte arrived at `begun`. Its pool is set by routing.
-    pub(super) fn new(parts: request::Parts, keep_alive: bool, begun: Instant, timeouts: RequestTimeouts) -> Self {
+    /// The request with this head. Its pool is set by routing.
+    pub(super) fn new(parts: request::Parts, keep_alive: bool, origin: Origin, timeouts: RequestTimeouts) -> Self {
         Self {
             parts,
             client_target: None,
@@ -75,11 +75,11 @@ impl Request {
             upgrade: None,
             pool: 0,
             streams: false,
-            record: Record::new(begun),
+            record: Record::new(origin),
             target: None,
             wire: None,
             names: None,
-            begun,
+            begun: origin.begun,
             timeouts,
             deadline: Deadline::default(),
         }

@@ -6,6 +6,7 @@ mod endpoints;
 mod formats;
 mod heads;
 mod interim;
+mod refused_heads;
 mod setting;
 mod smuggling;
 mod timeouts;

@@ -23,12 +23,14 @@ async fn access_line_of_long_request_is_truncated_and_marked() {
     let mut agent = logging_agent(server.addr, "json").await;
     let mut client = Client::connect(agent.addr).await.unwrap();
     let path = format!("/v1/{}", "p".repeat(20_000));
+    let address = client.local_addr().unwrap().to_string();
     let id = "i".repeat(9_000);
     client.request(&Request::get(&path).header("x-request-id", &id)).await.unwrap();
     let line = agent.process.line("\"path\":\"/v1/ppp", SOON).await.unwrap();
     assert!(line.len() < 4096, "{} bytes", line.len());
     let line: serde_json::Value = serde_json::from_str(&line).unwrap();
     assert_eq!(line["path"], format!("{}…(+{} bytes)", &path[..1024], path.len() - 1024));
+    assert_eq!(line["client"], address);
     assert_eq!(line["request_id"], format!("{}…(+{} bytes)", &id[..256], id.len() - 256));
 
     // A method may be any token.
@@ -89,10 +91,12 @@ async fn refused_head_is_timed_from_its_first_byte() {
     let endpoint = "127.0.0.1:1".parse().unwrap();
     let mut agent = AgentProcess::start_through(&through, ANY_PORT, endpoint, "off", settings).await.unwrap();
     let mut raw = tokio::net::TcpStream::connect(agent.addr).await.unwrap();
+    let address = raw.local_addr().unwrap().to_string();
     raw.write_all(b"GET /late HTTP/1.1\r\nHo").await.unwrap();
     let line = agent.process.line("head_timeout", SOON).await.unwrap();
     let line: serde_json::Value = serde_json::from_str(&line).unwrap();
     assert!(line["took_us"].as_u64().unwrap() >= 500_000, "{line}");
+    assert_eq!(line["client"], address);
 }
 
 /// Requests that a second signal ends have their lines.

@@ -21,7 +21,6 @@ mod immediate;
 mod isolation;
 mod leases;
 mod leaving;
-mod load;
 mod local_faults;
 mod loops;
 mod measured;

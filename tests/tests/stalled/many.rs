@@ -10,7 +10,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use penstock_tests::{
     BodyEnd, Checker, Client, ModelServer, Plan, Reader, Request,
     agent_process::AgentProcess,
-    eventually,
+    alone, eventually,
     model_server::{Fault, FaultKind, Framing, Lengths, Options},
     reader::at_least,
 };
@@ -62,6 +62,7 @@ async fn many_stalled_clients_on_relay_stay_bounded() {
 }
 
 async fn stall(steering: &str) {
+    let _alone = alone().await;
     allow_descriptors();
     let options =
         Options { send_buffer: Some(SERVER as usize), idle_close: None, keep_requests: false, ..Options::default() };

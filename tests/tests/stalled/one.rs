@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use penstock_tests::{
     BodyEnd, Client, ModelServer, Plan, Reader, Request,
     agent_process::AgentProcess,
-    eventually,
+    alone, eventually,
     model_server::{Fault, FaultKind, Framing, Options},
     reader::at_least,
 };
@@ -40,6 +40,7 @@ async fn stalled_client_on_relay_stays_bounded() {
 }
 
 async fn stall(steering: &str, time: Duration) {
+    let _alone = alone().await;
     let server = ModelServer::start(Options::default()).await.unwrap();
     let agent = AgentProcess::start("127.0.0.1:0".parse().unwrap(), server.addr, steering, "").await.unwrap();
     let fault = Some(Fault { after: FIRST, kind: FaultKind::UntilTold });

@@ -10,14 +10,13 @@ use penstock_agent::config::{FailureMode, SteeringMode};
 use penstock_tests::{
     Client, ModelServer, Plan, ScriptedEpp, Stage,
     agent::{TestAgent, epp_pool},
-    eventually,
+    alone, eventually,
     model_server::{Fault as ServerFault, FaultKind},
     scripted_epp::{Fault, Faulty, Gathering, Harm, Moment, Production, Script, Setup},
     stage::{echo, json},
 };
 
-use crate::SOON;
-
+const SOON: Duration = Duration::from_secs(10);
 const THINKS: Duration = Duration::from_millis(50);
 const REQUESTS: u32 = 1000;
 
@@ -39,6 +38,7 @@ async fn timed(client: &mut Client) -> Duration {
 /// machine, which still detects serial waiting: that would take 50 s.
 #[tokio::test]
 async fn thousand_requests_wait_for_picks_concurrently() {
+    let _alone = alone().await;
     let thinks = Fault::At(Moment::RequestBody(usize::MAX), Harm::Delay(THINKS));
     let mut stage =
         Stage::with(|all| Faulty::new(Production::new(all), thinks), |config| config.listen.workers = 1).await;
@@ -50,7 +50,9 @@ async fn thousand_requests_wait_for_picks_concurrently() {
 
     let mut clients = Vec::new();
     for _ in 0..REQUESTS {
-        clients.push(Client::connect(stage.agent.addr).await.unwrap());
+        let mut client = Client::connect(stage.agent.addr).await.unwrap();
+        client.patience = Duration::from_secs(60);
+        clients.push(client);
     }
     let begin = Instant::now();
     let mut times = join_all(clients.iter_mut().map(timed)).await;
@@ -69,6 +71,7 @@ async fn thousand_requests_wait_for_picks_concurrently() {
 /// before all of them wait, over one connection.
 #[tokio::test]
 async fn more_than_1024_requests_are_picked_concurrently() {
+    let _alone = alone().await;
     const AT_ONCE: usize = 1100;
     let stage =
         Stage::with(|all| Gathering::new(Production::new(all), AT_ONCE), |config| config.listen.workers = 1).await;
@@ -84,6 +87,7 @@ async fn more_than_1024_requests_are_picked_concurrently() {
 /// E15: requests above the picker's limit of streams do not fail.
 #[tokio::test]
 async fn picker_stream_limit_fails_no_request() {
+    let _alone = alone().await;
     const LIMIT: usize = 10;
     // Answers no request before the limit is reached.
     let (_endpoint, epp, agent) = limited(LIMIT, |all| Gathering::new(Production::new(all), LIMIT)).await;
@@ -99,6 +103,7 @@ async fn picker_stream_limit_fails_no_request() {
 /// Each stream lasts as long as its response, so a request that waited for one could wait for minutes.
 #[tokio::test]
 async fn picker_at_its_stream_limit_gets_another_connection() {
+    let _alone = alone().await;
     const LIMIT: usize = 2;
     let (endpoint, epp, agent) = limited(LIMIT, Production::new).await;
     let stall = ServerFault { after: 5000, kind: FaultKind::Stall };
