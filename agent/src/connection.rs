@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use crate::{
     client::{Client, ClientIo, ClientSocket, close::Linger},
+    config::Config,
     deadline::{self, with_deadline},
     error::Error,
     http::{
@@ -72,7 +73,7 @@ pub async fn serve_tls(current: &Rc<Current>, tls: &Acceptor, stream: TcpStream,
     };
     drop((place, in_progress));
     if stream.get_ref().1.alpn_protocol() == Some(tls::H2) {
-        return http2::serve(current, BytesMut::new(), ClientIo::Tls(Box::new(stream)), peer).await;
+        return http2::serve(current, BytesMut::new(), ClientIo::Tls(Box::new(stream)), Instant::now(), peer).await;
     }
     let Ok(socket) = ClientSocket::tls(stream) else { return };
     requests(current, socket, peer).await;
@@ -94,7 +95,7 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
         let http2 = worker.shared.config.listen.http2_max_streams > 0;
         if std::mem::take(&mut first) && http2 && matches!(head, Err(Error::Request(RequestError::Http2Preface))) {
             let (wire, read) = socket.into_parts();
-            return http2::serve(current, read, wire, peer).await;
+            return http2::serve(current, read, wire, begun, peer).await;
         }
         let refused = head.is_err().then(|| refused(&socket.buf));
         let mut client = Client::Http1(socket);
@@ -139,6 +140,11 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
     }
 }
 
+/// How long a request head may take. It counts as part of the request.
+fn head_limit(config: &Config) -> Option<Duration> {
+    config.timeouts.head.into_iter().chain(config.timeouts.request).min()
+}
+
 /// Reads the next request head; `begun` is set at its first byte. Returns `None` if the client closed or was idle for too long, or
 /// if no request has begun and the agent drains or the connection is shed.
 async fn read_head(
@@ -150,8 +156,7 @@ async fn read_head(
     let config = &worker.shared.config;
     let limits = HeadLimits::of(&config.limits);
     *begun = has_begun(&client.buf).then(Instant::now);
-    // The head counts as part of the request.
-    let head_limit = config.timeouts.head.into_iter().chain(config.timeouts.request).min();
+    let head_limit = head_limit(config);
     let idle = deadline::after(config.timeouts.keep_alive);
     let mut parser = RequestParser::default();
     loop {

@@ -2,6 +2,7 @@
 //! against abuse. The connection (`connection::http2`) records them, its streams read them.
 
 mod budget;
+mod unfinished;
 
 use std::{
     cell::{Cell, RefCell},
@@ -12,7 +13,7 @@ use std::{
 
 use tokio::{sync::Notify, time::Instant};
 
-use self::budget::FrameBudget;
+use self::{budget::FrameBudget, unfinished::Unfinished};
 use super::wire::ClientIo;
 use crate::{
     http::frame_heads::{END_STREAM, FrameHead, LargeBlocks, kind},
@@ -50,13 +51,16 @@ pub struct Traffic {
     last_content: Cell<Instant>,
     /// Time of the last frame received.
     last_received: Cell<Instant>,
+    /// What the client has begun to send and must complete before anything else.
+    unfinished: Unfinished,
     over: Cell<Option<&'static str>>,
     ended_notify: Notify,
 }
 
 impl Traffic {
-    /// `resets` and `frames` are the sizes of the two budgets, `block` the most bytes of received trailers in frames.
-    pub fn new(wire: ClientIo, resets: u32, frames: u32, block: usize) -> Self {
+    /// The connection's first byte arrived at `begun`. `resets` and `frames` are the sizes of the two budgets, `block` the most bytes
+    /// of received trailers in frames.
+    pub fn new(wire: ClientIo, begun: Instant, resets: u32, frames: u32, block: usize) -> Self {
         let now = Instant::now();
         Self {
             wire: RefCell::new(wire),
@@ -67,6 +71,7 @@ impl Traffic {
             frames: RefCell::new(FrameBudget::new(frames, FRAMES, now)),
             last_content: Cell::new(now),
             last_received: Cell::new(now),
+            unfinished: Unfinished::new(begun),
             over: Cell::new(None),
             ended_notify: Notify::new(),
         }
@@ -97,6 +102,22 @@ impl Traffic {
             return true;
         }
         frames.spend(now) || self.end("frames")
+    }
+
+    /// Everything that has arrived has been read.
+    pub fn all_read(&self) {
+        self.unfinished.all_read();
+    }
+
+    /// Something has been read. Records which part the client has begun and not completed.
+    pub fn note_unfinished(&self, part: Option<u64>, now: Instant) {
+        self.unfinished.note(part, now);
+    }
+
+    /// Resolves when the client has taken this long for a head or another part that nothing may interrupt. Cancel-safe.
+    pub async fn overdue(&self, limit: Duration) {
+        let has_unread = || socket::receive_queue(self.wire.borrow().tcp()).is_ok_and(|bytes| bytes > 0);
+        self.unfinished.overdue(limit, has_unread).await;
     }
 
     /// Records a written frame.

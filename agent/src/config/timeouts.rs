@@ -11,7 +11,8 @@ settings! {
     /// Timeouts of requests and connections.
     pub struct Timeouts {
         /// How long a request head may take, from its first byte. After it, the request is answered with 408. Over HTTP/2 it applies
-        /// to the connection's preface; an incomplete head is bounded by `keep_alive`.
+        /// to the connection's preface with its SETTINGS, to each head, trailers included, and to each other frame except DATA. As
+        /// nothing can follow an incomplete one, the connection is closed with GOAWAY.
         pub head: Option<Duration> = Some(Duration::from_secs(10)) => duration_or_off(),
         /// How long the agent waits for the next byte of a request body. After it, the request is answered with 408. See also
         /// `limits.body_min_rate`.

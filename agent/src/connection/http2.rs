@@ -1,7 +1,7 @@
 //! A client's HTTP/2 connection. h2 implements the protocol; each stream is served as a request.
 //!
-//! Bounded by: concurrent streams, bytes of their heads, windows, time without a request, time without
-//! acknowledgements, and the budgets of [`Traffic`] for resets and for frames without content.
+//! Bounded by: concurrent streams, bytes of their heads and the time for each, windows, time without a request, time
+//! without acknowledgements, and the budgets of [`Traffic`] for resets and for frames without content.
 
 mod io;
 
@@ -19,6 +19,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::io::CountedIo;
+use super::head_limit;
 use crate::{
     client::{
         Client, ClientIo, ClientStream, Traffic,
@@ -26,7 +27,7 @@ use crate::{
         reach::ReachWatch,
     },
     config::Config,
-    deadline::{self, with_deadline},
+    deadline::with_deadline,
     http::{head::HeadLimits, request::from_http2},
     kernel::socket,
     proxy::{self, Origin, Panicked, Refused},
@@ -156,13 +157,22 @@ impl Drop for Active {
     }
 }
 
-/// Serves the connection to its end; `read` holds bytes already read from it.
-pub(super) async fn serve(current: &Rc<Current>, read: BytesMut, wire: ClientIo, peer: SocketAddr) {
+/// Serves the connection to its end; `read` holds bytes already read from it, the first at `begun`.
+pub(super) async fn serve(current: &Rc<Current>, read: BytesMut, wire: ClientIo, begun: Instant, peer: SocketAddr) {
     let worker = current.worker();
     let (listen, heads) = (&worker.shared.config.listen, HeadLimits::of(&worker.shared.config.limits));
-    let traffic = Rc::new(Traffic::new(wire, listen.http2_resets, listen.http2_control_frames, heads.header_block()));
+    let traffic = Traffic::new(wire, begun, listen.http2_resets, listen.http2_control_frames, heads.header_block());
+    let traffic = Rc::new(traffic);
     let requests = TaskTracker::new();
-    let ending = run(current, &worker, &traffic, read, peer, &requests).await;
+    let io = CountedIo::new(Rc::clone(&traffic), read);
+    let ending = match handshake(&worker.shared.config, io, begun).await {
+        Some(Ok(connection)) => run(current, &worker, connection, &traffic, peer, &requests).await,
+        Some(Err(error)) => {
+            tracing::debug!(%peer, %error, "HTTP/2 handshake failed");
+            Ending::Reading
+        }
+        None => Ending::Stuck,
+    };
     // Requests still running end with the connection; waits until they are accounted for.
     requests.close();
     requests.wait().await;
@@ -192,7 +202,11 @@ enum Ending {
 }
 
 /// `None` if the client did not complete the handshake in time.
-async fn handshake(config: &Config, io: CountedIo) -> Option<Result<Connection<CountedIo, Bytes>, h2::Error>> {
+async fn handshake(
+    config: &Config,
+    io: CountedIo,
+    begun: Instant,
+) -> Option<Result<Connection<CountedIo, Bytes>, h2::Error>> {
     let handshake = Builder::new()
         .max_concurrent_streams(config.listen.http2_max_streams)
         .max_header_list_size(HeadLimits::of(&config.limits).header_list())
@@ -200,28 +214,20 @@ async fn handshake(config: &Config, io: CountedIo) -> Option<Result<Connection<C
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_send_buffer_size(SEND_BUFFER)
         .handshake(io);
-    with_deadline(deadline::after(config.timeouts.head), handshake).await
+    with_deadline(head_limit(config).map(|limit| begun + limit), handshake).await
 }
 
 /// Runs the whole connection.
 async fn run(
     current: &Rc<Current>,
     worker: &Worker,
+    mut connection: Connection<CountedIo, Bytes>,
     traffic: &Rc<Traffic>,
-    read: BytesMut,
     peer: SocketAddr,
     requests: &TaskTracker,
 ) -> Ending {
-    let (shared, config) = (&worker.shared, &worker.shared.config);
+    let shared = &worker.shared;
     let activity = Rc::new(Activity::new(IdleState::new(&current.idle)));
-    let mut connection = match handshake(config, CountedIo::new(Rc::clone(traffic), read)).await {
-        Some(Ok(connection)) => connection,
-        Some(Err(error)) => {
-            tracing::debug!(%peer, %error, "HTTP/2 handshake failed");
-            return Ending::Reading;
-        }
-        None => return Ending::Stuck,
-    };
     let ping = connection.ping_pong();
     let mut over = pin!(over(shared, traffic, ping));
     let mut leave = pin!(activity.leave(shared));
@@ -265,12 +271,21 @@ async fn over(shared: &Shared, traffic: &Traffic, ping: Option<PingPong>) -> &'s
     let watch = ReachWatch::new(timeouts.client_unreachable);
     tokio::select! {
         reason = traffic.ended() => reason,
+        () = overdue(traffic, head_limit(&shared.config)) => "head",
         () = unresponsive(traffic, ping) => "silent",
         () = stalled(traffic, timeouts.idle) => {
             shared.metrics.client_stalled();
             "stalled"
         }
         () = poll_fn(|cx| watch.poll_gone(traffic.wire().borrow().tcp(), cx)) => "unreachable",
+    }
+}
+
+/// Resolves when the client has taken too long for a head. It blocks the connection's other frames, so nothing is lost by the end.
+async fn overdue(traffic: &Traffic, limit: Option<Duration>) {
+    match limit {
+        Some(limit) => traffic.overdue(limit).await,
+        None => std::future::pending().await,
     }
 }
 

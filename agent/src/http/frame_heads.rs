@@ -14,6 +14,8 @@ pub mod kind {
 
 /// Flag of DATA and HEADERS frames.
 pub const END_STREAM: u8 = 1;
+/// Flag of HEADERS and CONTINUATION frames: the header block ends.
+pub const END_HEADERS: u8 = 4;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FrameHead {
@@ -29,12 +31,25 @@ pub struct FrameHeads {
     have: usize,
     /// Bytes left before the next head.
     skip: usize,
+    /// The frame before the next head is DATA.
+    is_data: bool,
+    /// Whether the next frame belongs to what has begun: a header block, or the connection preface.
+    continues: bool,
+    /// Number of the last part that has begun.
+    part: u64,
 }
 
 impl FrameHeads {
     /// The first frame begins after `skip` bytes.
     pub fn after(skip: usize) -> Self {
-        Self { head: [0; 9], have: 0, skip }
+        Self { head: [0; 9], have: 0, skip, is_data: false, continues: skip > 0, part: 0 }
+    }
+
+    /// The number of the part that has begun and is not complete. A part is a header block, or a frame other than DATA; the
+    /// client's first frame is one with the preface. Nothing else of the connection can follow before its end.
+    pub fn unfinished(&self) -> Option<u64> {
+        let is_open = self.continues || self.have > 0 || (self.skip > 0 && !self.is_data);
+        is_open.then_some(self.part)
     }
 
     /// Calls `seen` for each head that ends in `bytes`.
@@ -44,13 +59,17 @@ impl FrameHeads {
             self.skip -= skipped;
             bytes = &bytes[skipped..];
             let taken = (self.head.len() - self.have).min(bytes.len());
+            if self.have == 0 && taken > 0 && !self.continues {
+                self.part += 1;
+            }
             self.head[self.have..self.have + taken].copy_from_slice(&bytes[..taken]);
             self.have += taken;
             bytes = &bytes[taken..];
             if self.have == self.head.len() {
                 let [a, b, c, kind, flags, stream @ ..] = self.head;
                 let length = u32::from_be_bytes([0, a, b, c]) as usize;
-                (self.have, self.skip) = (0, length);
+                (self.have, self.skip, self.is_data) = (0, length, kind == kind::DATA);
+                self.continues = matches!(kind, kind::HEADERS | kind::CONTINUATION) && flags & END_HEADERS == 0;
                 seen(FrameHead { length, kind, flags, stream: u32::from_be_bytes(stream) & 0x7fff_ffff });
             }
         }
@@ -115,6 +134,38 @@ mod tests {
             assert!(note(stream, kind::HEADERS, 101));
         }
         assert!(blocks.streams.len() <= LargeBlocks::MOST);
+    }
+
+    #[test]
+    fn parts_are_unfinished_until_their_last_byte() {
+        let frame = |kind: u8, flags: u8, length: u8| {
+            let mut bytes = vec![0, 0, length, kind, flags, 0, 0, 0, 1];
+            bytes.extend((0..length).map(|at| at ^ 0xa5));
+            bytes
+        };
+        let mut heads = FrameHeads::after(PREFACE);
+        assert_eq!(heads.unfinished(), Some(0));
+        let preface = [vec![b'P'; PREFACE], frame(4, 0, 6)].concat();
+        let parts = [
+            (0, preface, true),
+            (1, frame(kind::HEADERS, END_HEADERS | END_STREAM, 20), true),
+            (2, [frame(kind::HEADERS, END_STREAM, 5), frame(9, 0, 0), frame(9, END_HEADERS, 3)].concat(), true),
+            // DATA may take as long as the body's own limits allow, but not its frame head.
+            (3, frame(kind::DATA, 0, 40), false),
+            (4, frame(6, 0, 8), true),
+            (5, frame(4, 1, 0), true),
+        ];
+        for (number, part, is_whole) in &parts {
+            for (at, byte) in part.iter().enumerate() {
+                heads.feed(&[*byte], |_| {});
+                let is_open = at + 1 < if *is_whole { part.len() } else { 9 };
+                assert_eq!(heads.unfinished(), is_open.then_some(*number), "byte {at} of part {number}");
+            }
+        }
+        // The end of one and the beginning of the next come in one read.
+        heads.feed(&frame(kind::HEADERS, 0, 4), |_| {});
+        heads.feed(&[frame(9, END_HEADERS, 4), frame(kind::HEADERS, 0, 4)].concat(), |_| {});
+        assert_eq!(heads.unfinished(), Some(7));
     }
 
     #[test]

@@ -112,8 +112,8 @@ families! {
     client_stalls: Counter = "client_stalls";
     /// Client connections closed while the client was still sending, by the limit that was reached.
     client_lingers_cut: Family<ByReason, Counter> = "client_lingers_cut";
-    /// HTTP/2 connections closed by the agent, by reason: too many resets, too many control frames, no answer to PING,
-    /// stalled client.
+    /// HTTP/2 connections closed by the agent, by reason: too many resets, too many control frames, a head that took longer than
+    /// `timeouts.head`, no answer to PING, stalled client.
     http2_ended: Family<ByReason, Counter> = "http2_connections_ended";
 
     /// Bytes of memory used by request bodies, including replacements by EPPs; at most limits.total_body_memory_bytes.

@@ -1,7 +1,10 @@
 //! Limits on the cost of one HTTP/2 client connection: unread streams, cancelled requests, empty frames. Clients below the
 //! limits are unaffected.
 
-use std::time::{Duration, Instant};
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
 use h2::client::Builder;
 use penstock_agent::config::{Config, SteeringMode};
@@ -222,6 +225,80 @@ async fn client_with_incomplete_preface_is_closed_after_head_timeout() {
     }
     assert!(begin.elapsed() >= 3 * IDLE, "{:?}", begin.elapsed());
     eventually(SOON, || scene.connections() == 0.0).await;
+}
+
+/// Whatever blocks the other frames of its connection until it is complete: the preface, heads, trailers, short frames. Each with what
+/// is sent of it at first, and then again and again.
+fn unfinished() -> Vec<(&'static str, Vec<Vec<u8>>)> {
+    let settings = Frame::new(kind::SETTINGS, 0, 0, []).wire();
+    let begin = [PREFACE, &settings].concat();
+    let whole = get(1, "/test/echo", None);
+    let open = Frame { flags: END_STREAM, ..whole.clone() }.wire();
+    let post = [(":method", "POST"), (":scheme", "http"), (":path", "/test/echo"), (":authority", "x")];
+    let post = Frame::headers(1, false, &post).wire();
+    let trailers = Frame::new(kind::HEADERS, END_STREAM, 1, []).wire();
+    let drop = Frame::new(kind::CONTINUATION, 0, 1, []).wire();
+    let after = |bytes: &[u8]| [&begin, bytes].concat();
+    vec![
+        ("preface alone", vec![PREFACE.to_vec()]),
+        ("part of SETTINGS", vec![[PREFACE, &Frame::initial_window(1).wire()[..12]].concat()]),
+        ("HEADERS without END_HEADERS", vec![after(&open)]),
+        ("HEADERS, then CONTINUATION drop by drop", vec![after(&open), drop.clone()]),
+        ("head in part of a frame", vec![after(&whole.wire()[..20])]),
+        ("head byte by byte", vec![after(&whole.wire()[..12]), vec![whole.payload[3]]]),
+        ("part of a frame head", vec![after(&whole.wire()[..5])]),
+        ("part of a PING", vec![after(&Frame::new(kind::PING, 0, 0, [0; 8]).wire()[..12])]),
+        ("trailers", vec![after(&[post, trailers].concat()), drop]),
+    ]
+}
+
+#[tokio::test]
+async fn unfinished_head_ends_its_connection_after_head_timeout() {
+    let scene = Scene::patient(|config| {
+        config.timeouts.head = Some(IDLE);
+        config.timeouts.keep_alive = None;
+        config.timeouts.body = Some(LONG);
+    })
+    .await;
+    // A body may take its time, also within one frame.
+    let mut slow = scene.client(1 << 20).await;
+    let post = [(":method", "POST"), (":scheme", "http"), (":path", "/test/echo"), (":authority", "x")];
+    slow.send(&Frame::headers(1, false, &post)).await.unwrap();
+    let data = Frame::new(kind::DATA, END_STREAM, 1, [b'x'; 40]).wire();
+    slow.send_raw(&data[..15]).await.unwrap();
+    let clients = unfinished().into_iter().map(|(name, pieces)| ends_in_time(scene.agent.addr, name, pieces));
+    futures_util::future::join_all(clients).await;
+    assert_eq!(scene.agent.count("penstock_http2_connections_ended_total", &["reason=\"head\""]), 9);
+    slow.send_raw(&data[15..]).await.unwrap();
+    let head = slow.find(|frame| frame.stream == 1).await.unwrap().expect("no response");
+    assert_eq!(head.status(), Some(200));
+    assert_eq!(scene.connections(), 1.0);
+}
+
+async fn ends_in_time(agent: SocketAddr, name: &str, pieces: Vec<Vec<u8>>) {
+    let (mut from, mut to) = TcpStream::connect(agent).await.unwrap().into_split();
+    let begin = Instant::now();
+    let sending = async {
+        for piece in pieces.iter().chain(pieces[1..].iter().cycle()) {
+            // Fails when the agent has closed the connection.
+            if to.write_all(piece).await.is_err() {
+                break;
+            }
+            tokio::time::sleep(IDLE / 8).await;
+        }
+        std::future::pending::<()>().await;
+    };
+    let mut received = Vec::new();
+    tokio::select! {
+        end = tokio::time::timeout(SOON, from.read_to_end(&mut received)) => {
+            assert!(end.is_ok(), "{name}: still open after {:?}", begin.elapsed());
+        }
+        () = sending => {}
+    }
+    assert!(begin.elapsed() >= IDLE, "{name}: ended after {:?}", begin.elapsed());
+    // The length of a GOAWAY, its type, its flags, its stream.
+    let goaway = [0, 0, 8, kind::GOAWAY, 0, 0, 0, 0, 0];
+    assert!(received.windows(9).any(|bytes| bytes == goaway), "{name}: {:?}", received.escape_ascii().to_string());
 }
 
 /// Reads 50 KB a second through small buffers with all windows open: the intervals at which the connection's socket becomes

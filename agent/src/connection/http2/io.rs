@@ -47,7 +47,11 @@ impl AsyncRead for CountedIo {
         }
         let before = buf.filled().len();
         if this.read.is_empty() {
-            ready!(Pin::new(&mut *this.traffic.wire().borrow_mut()).poll_read(cx, buf))?;
+            let read = Pin::new(&mut *this.traffic.wire().borrow_mut()).poll_read(cx, buf);
+            if read.is_pending() {
+                this.traffic.all_read();
+            }
+            ready!(read)?;
         } else {
             let some = this.read.len().min(buf.remaining());
             buf.put_slice(&this.read[..some]);
@@ -57,6 +61,7 @@ impl AsyncRead for CountedIo {
         this.incoming.feed(&buf.filled()[before..], |frame| {
             traffic.received(frame, now);
         });
+        traffic.note_unfinished(this.incoming.unfinished(), now);
         Poll::Ready(Ok(()))
     }
 }
