@@ -31,7 +31,7 @@ const SETTLE: Duration = Duration::from_secs(30);
 /// How long an aborted connection whose client takes queued bytes is kept.
 const DRAIN: Duration = Duration::from_secs(60);
 /// Longest pause between two looks at the queue of such a connection.
-const LOOK: Duration = Duration::from_millis(10);
+const LOOK: Duration = Duration::from_millis(250);
 /// A tunnel's client side is steered only if fewer bytes than this were waiting when the tunnel began.
 const EARLY: usize = 256 * 1024;
 /// Bytes per read ahead of time.
@@ -351,8 +351,7 @@ impl ClientSocket {
             socket::has_more(self.stream())?;
             patience.begin(self.stream())?;
             patience.look(self.stream())?;
-            // Nothing wakes a task when the queue is empty.
-            wait = (wait + Duration::from_millis(1)).min(LOOK);
+            wait = pause_after(wait);
             tokio::select! {
                 () = self.left() => return Ok(()),
                 () = tokio::time::sleep(wait) => {}
@@ -360,6 +359,11 @@ impl ClientSocket {
         }
         Ok(())
     }
+}
+
+/// The pause before the next look at a queue, as nothing wakes a task when the queue is empty. It grows with the time waited.
+fn pause_after(last: Duration) -> Duration {
+    (last * 2).clamp(Duration::from_millis(1), LOOK)
 }
 
 impl Outlet for ClientSocket {
@@ -384,5 +388,25 @@ impl Outlet for ClientSocket {
     async fn interrupted(&self) -> Ended {
         self.left().await;
         Ended::To(io::ErrorKind::NotConnected.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn empty_queue_is_noticed_soon_with_few_looks() {
+        let pauses = std::iter::successors(Some(pause_after(Duration::ZERO)), |&last| Some(pause_after(last)));
+        let (mut waited, mut looks) = (Duration::ZERO, 0);
+        for pause in pauses {
+            // Never longer than what has been waited already, and never longer than a quarter of a second.
+            assert!(pause <= (waited + Duration::from_millis(1)).min(LOOK), "{pause:?} after {waited:?}");
+            (waited, looks) = (waited + pause, looks + 1);
+            if waited >= DRAIN {
+                break;
+            }
+        }
+        assert!(looks < 260, "{looks}");
     }
 }
