@@ -243,7 +243,7 @@ impl Doctor {
         };
         let defaults = || config::Steering { force: self.force, ..config::Steering::default() };
         let steering = config.as_ref().map_or_else(defaults, |config| config.steering.clone());
-        doctor::run(steering, config.as_ref(), self.json)
+        doctor::run(steering, config.as_ref().zip(self.config.as_deref()), self.json)
     }
 }
 
@@ -279,7 +279,7 @@ fn check(configured: &Configured) -> ExitCode {
             for warning in &config.warnings {
                 eprintln!("{warning}");
             }
-            for Trial { name, found, advice, .. } in trial::unreadable(&config) {
+            for Trial { name, found, advice, .. } in trial::unreadable(&config, &configured.config) {
                 eprintln!("warning: {name}: {found}; {}", advice.unwrap_or_default());
             }
             let (file, pools, routes) = (configured.config.display(), config.pools.len(), config.routes.len());

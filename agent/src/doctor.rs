@@ -30,13 +30,13 @@ struct Finding {
     advice: Option<String>,
 }
 
-/// Runs all checks and prints the result. With a configuration, tries also what it names.
-pub(crate) fn run(mut steering: config::Steering, config: Option<&Config>, as_json: bool) -> ExitCode {
+/// Runs all checks and prints the result. With a configuration and its file, tries also what it names.
+pub(crate) fn run(mut steering: config::Steering, config: Option<(&Config, &Path)>, as_json: bool) -> ExitCode {
     // Checks all paths, even if the settings do not enable them.
     steering.mode = SteeringMode::Auto;
     let ladder = Ladder::climb(&steering);
     let findings = machine(&steering, &ladder);
-    let trials = config.map(trials).unwrap_or_default();
+    let trials = config.map(|(config, file)| trials(config, file)).unwrap_or_default();
     let (code, verdict) = verdict(&ladder, &trials);
     if as_json {
         println!("{:#}", document(&findings, &ladder, &trials, code, &verdict));
@@ -50,7 +50,7 @@ pub(crate) fn run(mut steering: config::Steering, config: Option<&Config>, as_js
 }
 
 /// Tries the EPPs and endpoints of the configuration, and whether the agent could read its files.
-fn trials(config: &Config) -> Vec<Trial> {
+fn trials(config: &Config, file: &Path) -> Vec<Trial> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let mut trials = match runtime {
         Ok(runtime) => runtime.block_on(trial::try_all(config)),
@@ -62,7 +62,7 @@ fn trials(config: &Config) -> Vec<Trial> {
         }],
     };
     let is_new = |new: &Trial| trials.iter().all(|trial| trial.name != new.name);
-    let unreadable: Vec<_> = trial::unreadable(config).into_iter().filter(is_new).collect();
+    let unreadable: Vec<_> = trial::unreadable(config, file).into_iter().filter(is_new).collect();
     trials.extend(unreadable);
     trials
 }

@@ -10,8 +10,8 @@ settings! {
     pub struct Process {
         /// User and group (`uid:gid`) that an agent started as root (uid 0) switches to after reading this file. It keeps only the
         /// capabilities listed in docs/capabilities.md. The user must be able to read whatever is reloaded: this file, keys,
-        /// certificates, files of endpoints. `penstock config check`, started as root, names the last three if it cannot read them.
-        /// `"keep"`: the agent stays root.
+        /// certificates, files of endpoints, the kubeconfig. `penstock config check`, started as root, names those that this
+        /// user cannot read. `"keep"`: the agent stays root.
         // `nobody` and its group in most distributions.
         pub user: Option<User> = Some(User { uid: 65_534, gid: 65_534 }) => user_or_keep(),
         /// Numbers of the supplementary groups of that user.

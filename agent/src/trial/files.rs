@@ -1,6 +1,7 @@
-//! Finds the files of a configuration that the agent could not read: certificates and keys are read again when they are renewed, and
-//! files of endpoints when they change, after an agent started as root has become `process.user`. Whether that user may read a file
-//! is told by owners and mode bits, without ACLs.
+//! Finds the files of a configuration that the agent could not read after one started as root has become `process.user`: the
+//! configuration itself is read again at SIGHUP, certificates and keys when they are renewed, files of endpoints when they change,
+//! the kubeconfig when the agent connects to the API server. Whether that user may read a file is told by owners and mode bits,
+//! without ACLs.
 
 use std::{
     fs::{self, File, Metadata},
@@ -18,8 +19,8 @@ use crate::config::{ClientCertificate, Config, EppTls, ListenTls, Picker, Proces
 const READ: u32 = 4;
 const ENTER: u32 = 1;
 
-/// The files that the agent could not read if it was started by this user.
-pub fn unreadable(config: &Config) -> Vec<Trial> {
+/// The files that the agent could not read if it was started by this user, `file` among them, which has the configuration.
+pub fn unreadable(config: &Config, file: &Path) -> Vec<Trial> {
     let becomes = config.process.user.filter(|_| Uid::effective().is_root());
     let name = match becomes {
         Some(User { uid, gid }) => format!("uid {uid}, gid {gid}, the user of `process.user`"),
@@ -34,7 +35,7 @@ pub fn unreadable(config: &Config) -> Vec<Trial> {
         };
         Some(Trial::failed(setting, format!("{} cannot be read by {name}: {error}", file.display()), advice))
     };
-    named(config).into_iter().filter_map(failed).collect()
+    named(config, file).into_iter().filter_map(failed).collect()
 }
 
 /// A folder can be opened, but not read.
@@ -66,9 +67,13 @@ fn may_read(file: &Path, user: User, process: &Process) -> io::Result<()> {
 }
 
 /// The files that are read while the agent runs, with their settings.
-fn named(config: &Config) -> Vec<(String, PathBuf)> {
+fn named(config: &Config, file: &Path) -> Vec<(String, PathBuf)> {
     let mut files = Vec::new();
     let mut add = |setting: String, file: &Path| files.push((setting, file.to_owned()));
+    add("configuration".to_owned(), file);
+    if let Some(file) = &config.kubernetes.kubeconfig {
+        add("kubernetes.kubeconfig".to_owned(), file);
+    }
     if let Some(ListenTls { cert_file, key_file, .. }) = &config.listen.tls {
         add("listen.tls.cert_file".to_owned(), cert_file);
         add("listen.tls.key_file".to_owned(), key_file);
@@ -104,7 +109,8 @@ mod tests {
         let pool = |name: &str, file: &Path| format!("[[pools]]\nname = {name:?}\nendpoints_file = {file:?}\n");
         let text = pool("a", &path("gone.toml")) + &pool("b", &path("there.toml")) + &pool("c", folder.path());
         let config = Config::parse(&text, "p.toml").unwrap();
-        let found: Vec<_> = unreadable(&config).into_iter().map(|trial| (trial.name, trial.found)).collect();
+        let found: Vec<_> =
+            unreadable(&config, &path("there.toml")).into_iter().map(|trial| (trial.name, trial.found)).collect();
         let [(one, gone), (other, is_folder)] = &found[..] else { panic!("{found:?}") };
         assert_eq!((one.as_str(), other.as_str()), ("pool a, endpoints_file", "pool c, endpoints_file"));
         assert!(gone.starts_with(&format!("{} cannot be read by uid ", path("gone.toml").display())), "{gone}");
@@ -149,11 +155,11 @@ mod tests {
 
     #[test]
     fn every_file_is_named() {
-        let text = "[listen.tls]\naddress = \"127.0.0.1:1\"\ncert_file = \"/c\"\nkey_file = \"/k\"\n\
+        let text = "[kubernetes]\nkubeconfig = \"/kc\"\n[listen.tls]\naddress = \"127.0.0.1:1\"\ncert_file = \"/c\"\nkey_file = \"/k\"\n\
              [[pools]]\nname = \"a\"\nendpoints_file = \"/e\"\n[pools.picker]\nkind = \"epp\"\naddress = \"e:1\"\n\
              tls = \"ca\"\nca_file = \"/ca\"\nclient_cert_file = \"/cc\"\nclient_key_file = \"/ck\"\n";
-        let named = named(&Config::parse(text, "p.toml").unwrap());
+        let named = named(&Config::parse(text, "p.toml").unwrap(), Path::new("p.toml"));
         let files: Vec<_> = named.iter().map(|(_, file)| file.to_str().unwrap()).collect();
-        assert_eq!(files, ["/c", "/k", "/e", "/ca", "/cc", "/ck"]);
+        assert_eq!(files, ["p.toml", "/kc", "/c", "/k", "/e", "/ca", "/cc", "/ck"]);
     }
 }

@@ -77,6 +77,7 @@ fn doctor_with_missing_path_exits_2() {
     let endpoint = std::net::TcpListener::bind(ANY_PORT).unwrap();
     let pool = format!("[[pools]]\nname = \"a\"\nendpoints = [\"{}\"]\n", endpoint.local_addr().unwrap());
     std::fs::write(config.path(), format!("[steering]\ncgroup = \"/nowhere/cgroup\"\n{pool}")).unwrap();
+    std::fs::set_permissions(config.path(), Permissions::from_mode(0o644)).unwrap();
     let output = doctor(&[], &["--json", "--config", config.path().to_str().unwrap()]);
     let document = document(&output);
     assert_eq!(output.status.code(), Some(2), "{document:#}");
@@ -372,13 +373,14 @@ async fn doctor_with_working_configuration_exits_0() {
         endpoint.addr, epp.addr
     );
     std::fs::write(config.path(), text).unwrap();
+    std::fs::set_permissions(config.path(), Permissions::from_mode(0o644)).unwrap();
     let output = doctor(&[], &["--json", "--config", config.path().to_str().unwrap()]);
     let document = document(&output);
     assert_eq!(output.status.code(), Some(0), "{document:#}");
     assert_eq!(document["configuration"].as_array().unwrap().len(), 2);
 }
 
-/// The agent reads certificates, keys and files of endpoints again after it has left root.
+/// The agent reads its configuration, certificates, keys and files of endpoints again after it has left root.
 #[tokio::test]
 async fn doctor_and_config_check_name_files_that_the_user_cannot_read() {
     let endpoint = ModelServer::start(Options::default()).await.unwrap();
@@ -392,6 +394,8 @@ async fn doctor_and_config_check_name_files_that_the_user_cannot_read() {
         ("tls.key", certificate.signing_key.serialize_pem(), 0o600),
         ("closed.toml", format!("endpoints = [\"{}\"]", endpoint.addr), 0o600),
         ("open.toml", format!("endpoints = [\"{}\"]", endpoint.addr), 0o644),
+        ("kubeconfig", "{}".to_owned(), 0o600),
+        ("penstock.toml", String::new(), 0o600),
     ] {
         std::fs::write(path(name), text).unwrap();
         allow(name, mode);
@@ -400,7 +404,7 @@ async fn doctor_and_config_check_name_files_that_the_user_cannot_read() {
         let pools = ["closed", "open", "gone"]
             .map(|name| format!("[[pools]]\nname = \"{name}\"\nendpoints_file = \"{name}.toml\"\n"))
             .concat();
-        let tls = "[listen.tls]\naddress = \"127.0.0.1:8443\"\ncert_file = \"tls.crt\"\nkey_file = \"tls.key\"\n";
+        let tls = "[kubernetes]\nkubeconfig = \"kubeconfig\"\n[listen.tls]\naddress = \"127.0.0.1:8443\"\ncert_file = \"tls.crt\"\nkey_file = \"tls.key\"\n";
         let text =
             format!("[process]\nuser = \"{user}\"\n{tls}{pools}[[routes]]\nhost = \"a.example\"\npool = \"open\"\n");
         std::fs::write(path("penstock.toml"), text).unwrap();
@@ -420,8 +424,9 @@ async fn doctor_and_config_check_name_files_that_the_user_cannot_read() {
 
     write("65534:65533");
     let (text, user) = (check(), "uid 65534, gid 65533, the user of `process.user`: ");
-    assert_eq!(text.lines().count(), 3, "{text}");
-    for (setting, file) in [key, closed, (gone, "gone.toml")] {
+    let (own, kubeconfig) = (("configuration", "penstock.toml"), ("kubernetes.kubeconfig", "kubeconfig"));
+    assert_eq!(text.lines().count(), 5, "{text}");
+    for (setting, file) in [own, kubeconfig, key, closed, (gone, "gone.toml")] {
         assert!(text.contains(&found(setting, file, user)), "{text}");
     }
     let output = doctor(&[], &["--json", "--config", config]);
@@ -429,7 +434,7 @@ async fn doctor_and_config_check_name_files_that_the_user_cannot_read() {
     assert_eq!(output.status.code(), Some(3), "{document:#}");
     let failed = document["configuration"].as_array().unwrap().iter().filter(|trial| trial["ok"] == false);
     let failed: Vec<_> = failed.map(|trial| trial["name"].as_str().unwrap()).collect();
-    assert_eq!(failed, [gone, key.0, closed.0], "{document:#}");
+    assert_eq!(failed, [gone, own.0, kubeconfig.0, key.0, closed.0], "{document:#}");
 
     write("keep");
     let text = check();
