@@ -20,7 +20,7 @@ mod pinned;
 mod guarded;
 mod adopted;
 
-use http::{HeaderMap, Method};
+use http::{HeaderMap, HeaderValue, Method};
 use tokio::time::Instant;
 
 pub use self::{adopted::Keeper, guarded::Panicked, lease::Lease, pinned::pinned, record::Origin, request::AfterRequest};
@@ -36,7 +36,7 @@ use self::{
 use crate::{
     client::Client,
     error::{Error, Manner},
-    http::{headers, request::RequestHead},
+    http::{head::elements, headers, request::RequestHead},
     route::RequestTimeouts,
     upload::Upload,
     worker::Worker,
@@ -78,6 +78,13 @@ pub async fn guarded(
     Err(guard.answer(worker, client).await)
 }
 
+/// The protocols of this list that the agent allows, in the client's order (RFC 9110 §7.8). `None` if there are none.
+fn allowed_of(wanted: &HeaderValue, allowed: &[String]) -> Option<HeaderValue> {
+    let is_allowed = |name: &&[u8]| allowed.iter().any(|allowed| name.eq_ignore_ascii_case(allowed.as_bytes()));
+    let kept: Vec<&[u8]> = elements(wanted.as_bytes()).filter(is_allowed).collect();
+    (!kept.is_empty()).then(|| HeaderValue::from_bytes(&kept.join(&b", "[..])).ok()).flatten()
+}
+
 /// Takes one request through all phases. `lease` is read and replaced: it carries a pick from
 /// one request of the connection to the next.
 async fn run(
@@ -90,10 +97,7 @@ async fn run(
     let config = &worker.shared.config;
     client.set_idle(config.timeouts.idle);
     client.set_leaving(config.listen.half_close, config.timeouts.client_unreachable);
-    let allowed = &config.listen.upgrades;
-    let upgrade = head
-        .upgrade
-        .filter(|wanted| allowed.iter().any(|allowed| wanted.as_bytes().eq_ignore_ascii_case(allowed.as_bytes())));
+    let upgrade = head.upgrade.and_then(|wanted| allowed_of(&wanted, &config.listen.upgrades));
     let mut request = Request::new(head.parts, head.keep_alive, origin, RequestTimeouts::from(&config.timeouts));
     request.upgrade = upgrade;
     let received = {

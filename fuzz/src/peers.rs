@@ -23,6 +23,19 @@ pub fn fields(headers: &http::HeaderMap) -> Vec<(String, Vec<u8>)> {
     headers.iter().map(|(name, value)| (name.as_str().to_owned(), value.as_bytes().trim_ascii().to_vec())).collect()
 }
 
+/// The bytes with HTTP/1.1 instead of a higher minor version, which counts as it (RFC 9110 §2.5), but which the parsers refuse. The
+/// version is the last word of a request's first line, and the first of a response's.
+pub fn as_http11(wire: &[u8], kind: llhttp::Kind) -> Vec<u8> {
+    let mut known = wire.to_vec();
+    let begin = wire.iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count();
+    let line = wire[begin..].iter().position(|&byte| byte == b'\r').unwrap_or_default();
+    let minor = begin + if matches!(kind, llhttp::Kind::Request) { line.saturating_sub(1) } else { b"HTTP/1.".len() };
+    if let Some(minor @ b'2'..=b'9') = known.get_mut(minor) {
+        *minor = b'1';
+    }
+    known
+}
+
 #[cfg(test)]
 mod tests {
     use http::Method;

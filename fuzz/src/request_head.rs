@@ -91,6 +91,7 @@ fn check_accepted(mut head: RequestHead, wire: &[u8]) {
     let _ = trace_context::received(&mut head.parts.headers.clone());
     let Some((body, coded)) = body_of(head.body) else { return };
     let ours = message(&head, &body);
+    let wire = &peers::as_http11(wire, Kind::Request)[..];
     check_one_reading(&[wire, &coded, SECOND].concat(), &ours, &head);
 
     // The head that the endpoint gets.

@@ -63,6 +63,7 @@ fn check_one_reading(head: &ResponseHead, wire: &[u8], body: &[u8], coded: &[u8]
         fields: peers::fields(&head.headers),
         body: body.to_vec(),
     };
+    let wire = &peers::as_http11(wire, Kind::Response)[..];
     let found = peers::hyper::response(method, &[wire, coded].concat());
     assert_same("hyper", found.as_ref(), &ours);
 

@@ -182,6 +182,19 @@ pub(super) fn start_line(head: &[u8]) -> &[u8] {
     lines(head).next().unwrap_or_default()
 }
 
+/// The head as HTTP/1.1, if its version, at this offset, is HTTP/1 with a higher minor version (RFC 9110 §2.5). httparse does not read
+/// those.
+pub(super) fn as_http11(head: &[u8], version: usize) -> Option<Vec<u8>> {
+    let minor = version + b"HTTP/1.".len();
+    let is_higher =
+        head.get(version..=minor)?.strip_prefix(b"HTTP/1.").is_some_and(|minor| matches!(minor, [b'2'..=b'9']));
+    is_higher.then(|| {
+        let mut known = head.to_vec();
+        known[minor] = b'1';
+        known
+    })
+}
+
 /// The first malformed field line of a complete head; `None` if all are well formed.
 pub(super) fn field_fault(head: &[u8]) -> Option<HeadError> {
     lines(head).skip(1).take_while(|line| !line.is_empty()).find_map(|line| {
@@ -302,12 +315,23 @@ pub(super) fn joined(headers: &HeaderMap, name: &HeaderName) -> Vec<u8> {
     values.join(&b", "[..])
 }
 
-/// The protocol that the sender wants to switch to (RFC 9110 §7.8), if it is the only one and Connection names it too.
-/// None in HTTP/1.0.
+/// The protocols that the sender wants to switch to (RFC 9110 §7.8), as one list, if Connection names the field. None in
+/// HTTP/1.0.
 pub(super) fn upgrade(headers: &HeaderMap, version: Version) -> Option<HeaderValue> {
-    let mut wanted = headers.get_all(header::UPGRADE).iter();
-    let only = wanted.next().filter(|_| wanted.next().is_none())?;
-    (version == Version::HTTP_11 && has_option(headers, "upgrade")).then(|| only.clone())
+    let offers = version == Version::HTTP_11 && has_option(headers, "upgrade");
+    offers.then(|| protocols(headers)).flatten()
+}
+
+/// All values of Upgrade as one list; `None` if it names nothing.
+pub(super) fn protocols(headers: &HeaderMap) -> Option<HeaderValue> {
+    let list = joined(headers, &header::UPGRADE);
+    elements(&list).next()?;
+    HeaderValue::from_bytes(&list).ok()
+}
+
+/// The elements of a list. Empty ones mean nothing (RFC 9110 §5.6.1).
+pub fn elements(list: &[u8]) -> impl Iterator<Item = &[u8]> {
+    list.split(|&byte| byte == b',').map(<[u8]>::trim_ascii).filter(|element| !element.is_empty())
 }
 
 /// Whether the sender allows the connection to be reused (RFC 9112 §9.3).
@@ -316,8 +340,7 @@ pub(super) fn keep_alive(headers: &HeaderMap, version: Version) -> bool {
 }
 
 fn has_option(headers: &HeaderMap, option: &str) -> bool {
-    let options = joined(headers, &header::CONNECTION);
-    options.split(|&b| b == b',').any(|o| o.trim_ascii().eq_ignore_ascii_case(option.as_bytes()))
+    elements(&joined(headers, &header::CONNECTION)).any(|found| found.eq_ignore_ascii_case(option.as_bytes()))
 }
 
 /// Wire bytes for a log line or an error body: escaped, and cut after 80 bytes.

@@ -30,7 +30,7 @@ pub struct RequestHead {
     pub keep_alive: bool,
     /// Whether the client waits for `100 Continue` before it sends the body.
     pub expect_continue: bool,
-    /// The protocol that the client wants to switch to.
+    /// The protocols that the client wants to switch to, as a list.
     pub upgrade: Option<HeaderValue>,
 }
 
@@ -198,7 +198,10 @@ fn parse(bytes: &[u8], limits: &HeadLimits) -> Result<RequestHead, RequestError>
     let (Ok(httparse::Status::Complete(_)), Some(method), Some(target), Some(minor)) =
         (read, raw.method, raw.path, raw.version)
     else {
-        return Err(fault(bytes, read.err(), limits));
+        // A method, a target and a version, if httparse came as far as the version.
+        let version = head::start_line(bytes).len().checked_sub("HTTP/1.1".len());
+        let known = version.filter(|_| read == Err(httparse::Error::Version)).and_then(|at| head::as_http11(bytes, at));
+        return known.map_or_else(|| Err(fault(bytes, read.err(), limits)), |known| parse(&known, limits));
     };
 
     let line = || RequestError::RequestLine { found: shown(head::start_line(bytes)) };
@@ -352,10 +355,8 @@ fn expects_continue(headers: &HeaderMap) -> Result<bool, RequestError> {
         return Ok(false);
     }
     let value = head::joined(headers, &header::EXPECT);
-    // RFC 9110 §5.6.1: empty elements of a list mean nothing.
-    let elements = value.split(|&byte| byte == b',').map(<[u8]>::trim_ascii).filter(|element| !element.is_empty());
     let mut waits = false;
-    for element in elements {
+    for element in head::elements(&value) {
         if !element.eq_ignore_ascii_case(b"100-continue") {
             return Err(RequestError::Expectation { found: shown(&value) });
         }

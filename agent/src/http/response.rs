@@ -39,6 +39,8 @@ pub struct ResponseHead {
     pub interim: bool,
     /// 101: the new protocol of the connection.
     pub upgrade: Option<HeaderValue>,
+    /// 426: the protocols that the endpoint requires (RFC 9110 §15.5.22).
+    required: Option<HeaderValue>,
     /// Content-Length as sent. Without a body (HEAD, 304) it describes the body that a GET would get.
     content_length: Option<u64>,
 }
@@ -124,6 +126,9 @@ fn parse(bytes: &[u8], limits: &HeadLimits, request_method: &Method) -> Result<R
     let config = httparse::ParserConfig::default();
     let read = config.parse_response_with_uninit_headers(&mut raw, bytes, fields);
     let (Ok(httparse::Status::Complete(_)), Some(code), Some(minor)) = (read, raw.code, raw.version) else {
+        if let (Err(httparse::Error::Version), Some(known)) = (read, head::as_http11(bytes, 0)) {
+            return parse(&known, limits, request_method);
+        }
         return Err(match read.err() {
             Some(httparse::Error::TooManyHeaders) => HeadError::TooManyFields { limit: limits.headers }.into(),
             Some(httparse::Error::HeaderName | httparse::Error::HeaderValue) => {
@@ -137,7 +142,8 @@ fn parse(bytes: &[u8], limits: &HeadLimits, request_method: &Method) -> Result<R
     let mut headers = head::fields(raw.headers, limits.headers)?;
     let (declared, clear) = declared(&mut headers, version, never_has_body(status, request_method))?;
     let switches = status == StatusCode::SWITCHING_PROTOCOLS;
-    let upgrade = headers.get(header::UPGRADE).filter(|_| switches).cloned();
+    let named = |applies: bool| applies.then(|| head::protocols(&headers)).flatten();
+    let (upgrade, required) = (named(switches), named(status == StatusCode::UPGRADE_REQUIRED));
     if switches && upgrade.is_none() {
         return Err(ResponseError::SwitchingProtocols);
     }
@@ -157,7 +163,19 @@ fn parse(bytes: &[u8], limits: &HeadLimits, request_method: &Method) -> Result<R
     let keep_alive = head::keep_alive(&headers, version) && body != BodyKind::UntilClose && !stray_body && !switches;
     let content_length = if let Declared::Length(bytes) = declared { Some(bytes) } else { None };
     let reason = raw.reason.unwrap_or_default().to_owned();
-    Ok(ResponseHead { status, version, reason, headers, framing, body, keep_alive, interim, upgrade, content_length })
+    Ok(ResponseHead {
+        status,
+        version,
+        reason,
+        headers,
+        framing,
+        body,
+        keep_alive,
+        interim,
+        upgrade,
+        required,
+        content_length,
+    })
 }
 
 /// The declared length, and whether it is unambiguous. If the message never has a body, contradictory or invalid fields
@@ -207,6 +225,7 @@ pub fn from_http2(
         keep_alive: true,
         interim: false,
         upgrade: None,
+        required: None,
         content_length,
     })
 }
@@ -322,6 +341,9 @@ impl ResponseHead {
             (false, true) if client == Version::HTTP_10 => out.put_slice(b"connection: keep-alive\r\n"),
             _ => {}
         }
+        if self.status == StatusCode::UPGRADE_REQUIRED && client == Version::HTTP_11 {
+            write_upgrade(self.required.as_ref(), out);
+        }
         out.put_slice(b"\r\n");
         keep_alive
     }
@@ -332,7 +354,7 @@ impl ResponseHead {
 pub enum AfterResponse<'a> {
     Keep,
     Close,
-    /// It switches to this protocol, if the endpoint agrees.
+    /// It switches to one of these protocols, if the endpoint agrees.
     Upgrade(&'a HeaderValue),
 }
 

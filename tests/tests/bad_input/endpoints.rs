@@ -252,6 +252,21 @@ async fn repeated_equal_content_lengths_are_accepted() {
     }
 }
 
+/// RFC 9110 §2.5: it is read as HTTP/1.1, and its connection is kept.
+#[tokio::test]
+async fn newer_minor_version_counts_as_http11() {
+    let chunked = "transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n";
+    for (version, rest) in [("HTTP/1.2", "content-length: 5\r\n\r\nhello"), ("HTTP/1.9", chunked)] {
+        let endpoint = Endpoint::start(format!("{version} 200 OK\r\n{rest}").as_bytes(), Then::Keep).await;
+        let (_agent, mut client) = before(endpoint.addr).await;
+        for _ in 0..2 {
+            let response = client.request(&echo()).await.unwrap();
+            assert_eq!((response.status(), response.text().as_str()), (200, "hello"), "{version}");
+        }
+        assert_eq!(endpoint.accepted(), 1, "{version}");
+    }
+}
+
 /// RFC 9112 §6.3, rule 1: a response without a body needs no framing, so invalid framing fields are dropped.
 #[tokio::test]
 async fn bodiless_response_with_unclear_framing_is_forwarded() {

@@ -17,6 +17,9 @@ async fn malformed_request_lines_are_rejected() {
         "GET / http/1.1",
         "GET / HTTP/11",
         "GET / HTTP/1.1x",
+        "GET / HTTP/1.2x",
+        "GET / HTTP/1.10",
+        "GET / x HTTP/1.2",
         "/ HTTP/1.1",
         "GET",
         "{\"model\": \"m\"}",
@@ -26,7 +29,7 @@ async fn malformed_request_lines_are_rejected() {
     for bad in ["GET x HTTP/1.1", "GET /#x HTTP/1.1", "GET ftp://x/ HTTP/1.1", "GET http://u@x/ HTTP/1.1"] {
         rows.push(refused(400, "target", line(bad)));
     }
-    for version in ["HTTP/1.2", "HTTP/2.0", "HTTP/0.9", "HTTP/3.0"] {
+    for version in ["HTTP/2.0", "HTTP/2.1", "HTTP/0.9", "HTTP/3.0"] {
         rows.push(refused(505, "version", line(&format!("GET / {version}"))).says(version));
     }
     rows.extend([

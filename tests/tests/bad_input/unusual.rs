@@ -73,6 +73,9 @@ async fn unusual_request_lines_are_accepted() {
         ("\r\n\r\nGET /test/echo HTTP/1.1", "/test/echo"),
         ("GET http://X/test/echo?a=http://y HTTP/1.1", "/test/echo?a=http://y"),
         ("GET http://x:80/test/echo HTTP/1.1", "/test/echo"),
+        // RFC 9110 §2.5: a newer minor version counts as the newest known one, keep-alive included.
+        ("GET /test/echo HTTP/1.2", "/test/echo"),
+        ("GET /test/echo HTTP/1.9", "/test/echo"),
     ] {
         let (response, mut client) = setting.answer(format!("{line}\r\nhost: x\r\n\r\n").as_bytes()).await;
         assert_eq!(response.json::<Echo>().unwrap().target, target);

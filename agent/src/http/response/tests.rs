@@ -41,6 +41,8 @@ fn malformed_responses_are_refused_by_reason() {
         ("status 099", "HTTP/1.1 099 OK\r\n\r\n", "status_line"),
         ("status 20", "HTTP/1.1 20 OK\r\n\r\n", "status_line"),
         ("HTTP/2", "HTTP/2.0 200 OK\r\n\r\n", "status_line"),
+        ("two-digit version", "HTTP/1.21 200 OK\r\n\r\n", "status_line"),
+        ("HTTP/1.2 with bad status", "HTTP/1.2 20 OK\r\n\r\n", "status_line"),
         ("not HTTP", "220 mail ready\r\n\r\n", "status_line"),
         ("a chunk", "5\r\nhello\r\n\r\n", "status_line"),
         ("switches to nothing", "HTTP/1.1 101 Switching Protocols\r\n\r\n", "switching_protocols"),
@@ -162,6 +164,12 @@ fn bodiless_response_with_ambiguous_framing_is_forwarded_without_it() {
     let mut out = BytesMut::new();
     head.write_head(&mut out, true, Version::HTTP_11);
     assert_eq!(out, "HTTP/1.1 101 A\r\nconnection: upgrade\r\nupgrade: a\r\n\r\n".as_bytes());
+    let required = ok("HTTP/1.1 426 A\r\nUpgrade: a\r\nContent-Length: 5\r\nUpgrade: b\r\n\r\n");
+    let mut out = BytesMut::new();
+    required.write_head(&mut out, false, Version::HTTP_11);
+    let head =
+        "HTTP/1.1 426 A\r\ncontent-length: 5\r\nconnection: close\r\nconnection: upgrade\r\nupgrade: a, b\r\n\r\n";
+    assert_eq!(out, head.as_bytes());
 }
 
 #[test]

@@ -14,7 +14,10 @@ use crate::{
         sending::{Progress, SendError, Sending, with_idle_timeout},
     },
     error::Error,
-    http::response::{AfterResponse, RequestFraming, ResponseError, ResponseHead, ResponseParser, write_request},
+    http::{
+        head::elements,
+        response::{AfterResponse, RequestFraming, ResponseError, ResponseHead, ResponseParser, write_request},
+    },
     kernel::wire::{self, Watched, WireError},
     metrics::Connection,
     steer::{reader::Reader, reason::SteerReason},
@@ -265,8 +268,10 @@ async fn read(reader: &mut Reader<'_>, buf: &mut BytesMut) -> Option<()> {
     matches!(reader.read(buf).await, Ok(1..)).then_some(())
 }
 
-/// Whether the endpoint may switch to `protocol`: only if the client asked for it (RFC 9110 §7.8).
-fn is_wanted(protocol: Option<&HeaderValue>, asked: Option<&HeaderValue>) -> bool {
-    protocol
-        .is_none_or(|protocol| asked.is_some_and(|asked| asked.as_bytes().eq_ignore_ascii_case(protocol.as_bytes())))
+/// Whether the endpoint may switch to `protocols`: only to such as the client asked for (RFC 9110 §7.8).
+fn is_wanted(protocols: Option<&HeaderValue>, asked: Option<&HeaderValue>) -> bool {
+    let is_asked = |protocol: &[u8]| {
+        asked.is_some_and(|asked| elements(asked.as_bytes()).any(|asked| asked.eq_ignore_ascii_case(protocol)))
+    };
+    protocols.is_none_or(|protocols| elements(protocols.as_bytes()).all(is_asked))
 }

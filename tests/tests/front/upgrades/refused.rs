@@ -54,9 +54,9 @@ async fn disallowed_upgrades_are_not_forwarded() {
         "GET /test/echo HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\n\r\n",
         "GET /test/echo HTTP/1.1\r\nhost: x\r\nconnection: upgrade, http2-settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n\r\n",
         "GET /test/echo HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: TLS/1.0\r\n\r\n",
-        "GET /test/echo HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket, h2c\r\n\r\n",
-        "GET /test/echo HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\nupgrade: h2c\r\n\r\n",
+        "GET /test/echo HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: TLS/1.0, h2c\r\nupgrade: websocket/13\r\n\r\n",
         "GET /test/echo HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: \r\n\r\n",
+        "GET /test/echo HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: , ,\r\n\r\n",
     ];
     for wire in rows {
         let mut client = Client::connect(scene.agent.addr).await.unwrap();
@@ -70,6 +70,78 @@ async fn disallowed_upgrades_are_not_forwarded() {
         let request = Request::get("/test/echo").header("connection", connection).header("upgrade", upgrade);
         let seen = scene.request(&request).await.echoed();
         assert_eq!(upgrade_fields(&seen), (Some("upgrade"), Some(upgrade)));
+    }
+}
+
+/// A client may offer several protocols (RFC 9110 §7.8): the endpoint gets those that are allowed, in the client's order, and may
+/// switch to any of them, and to no other.
+#[tokio::test]
+async fn allowed_protocols_of_a_list_are_offered() {
+    let allowed = |config: &mut Config| config.listen.upgrades = vec!["x-own".to_owned(), "websocket".to_owned()];
+    let scene = Scene::with(Front::Http1, Back::Http1, first, allowed).await;
+    let offers = |path: &str, lines: &[&str]| {
+        let offers = Request::get(path).header("connection", "keep-alive").header("connection", "upgrade");
+        lines.iter().fold(offers, |request, line| request.header("upgrade", *line))
+    };
+    let rows: [(&[&str], &str); 5] = [
+        (&["websocket, h2c"], "websocket"),
+        (&["websocket", "h2c"], "websocket"),
+        (&["TLS/1.0,, X-Own ,websocket"], "X-Own, websocket"),
+        (&["websocket", "h2c, x-own", "websocket/13"], "websocket, x-own"),
+        (&["", "websocket,"], "websocket"),
+    ];
+    for (lines, expected) in rows {
+        let seen = scene.request(&offers("/test/echo", lines)).await.echoed();
+        assert_eq!(upgrade_fields(&seen), (Some("upgrade"), Some(expected)), "{lines:?}");
+    }
+    let lines = ["h2c, websocket", "x-own"];
+    for (switched, status) in [("websocket", 101), ("X-OWN", 101), ("websocket, x-own", 101), ("h2c", 502)] {
+        let plan = Plan::switching(switched, Upgraded::Echo);
+        let mut client = Client::connect(scene.agent.addr).await.unwrap();
+        let request = offers("/test/upgrade", &lines).header("x-test-plan", plan.header());
+        client.send_raw(&request.wire("agent")).await.unwrap();
+        let head = client.head().await.unwrap();
+        let named = (status == 101).then_some(switched);
+        assert_eq!((head.status, head.header("upgrade")), (status, named), "{head:?}");
+    }
+}
+
+/// 426 names the protocols that the endpoint requires (RFC 9110 §15.5.22). Other responses name none, and neither does one over
+/// HTTP/2 or to HTTP/1.0.
+#[tokio::test]
+async fn upgrade_required_names_its_protocols() {
+    let upgrade = |status, lines: &[&str]| Plan {
+        status,
+        size: 100,
+        headers: lines.iter().map(|line| ("upgrade".to_owned(), (*line).to_owned())).collect(),
+        ..Plan::default()
+    };
+    let echo = |plan: &Plan| Request::get("/test/echo").header("x-test-plan", plan.header());
+    for front in [Front::Http1, Front::Tls1, Front::Http2] {
+        let scene = Scene::with(front, Back::Http1, first, |_| {}).await;
+        for (status, lines, expected) in [
+            (426, &["websocket"][..], Some("websocket")),
+            (426, &["TLS/1.2", "websocket, x-own"], Some("TLS/1.2, websocket, x-own")),
+            (426, &[], None),
+            (200, &["websocket"], None),
+        ] {
+            let plan = upgrade(status, lines);
+            let response = scene.request(&echo(&plan)).await;
+            let named = (response.header("connection"), response.header("upgrade"));
+            let expected = expected.filter(|_| front != Front::Http2);
+            assert_eq!((response.status(), named), (status, (expected.map(|_| "upgrade"), expected)), "{lines:?}");
+            plan.checker().feed(&response.body).unwrap();
+        }
+        if front == Front::Http1 {
+            let plan = upgrade(426, &["websocket"]).header();
+            let mut client = Client::connect(scene.agent.addr).await.unwrap();
+            client
+                .send_raw(format!("GET /test/echo HTTP/1.0\r\nx-test-plan: {plan}\r\n\r\n").as_bytes())
+                .await
+                .unwrap();
+            let response = client.response().await.unwrap();
+            assert_eq!((response.status(), response.header("upgrade")), (426, None));
+        }
     }
 }
 
