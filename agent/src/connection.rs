@@ -95,7 +95,7 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
         let http2 = worker.shared.config.listen.http2_max_streams > 0;
         if std::mem::take(&mut first) && http2 && matches!(head, Err(Error::Request(RequestError::Http2Preface))) {
             let (wire, read) = socket.into_parts();
-            return http2::serve(current, read, wire, begun, peer).await;
+            return http2::serve(current, read, wire, origin.begun, peer).await;
         }
         let refused = head.is_err().then(|| refused(&socket.buf));
         let mut client = Client::Http1(socket);

@@ -23,7 +23,9 @@ mod adopted;
 use http::{HeaderMap, HeaderValue, Method};
 use tokio::time::Instant;
 
-pub use self::{adopted::Keeper, guarded::Panicked, lease::Lease, pinned::pinned, record::Origin, request::AfterRequest};
+pub use self::{
+    adopted::Keeper, guarded::Panicked, lease::Lease, pinned::pinned, record::Origin, request::AfterRequest,
+};
 use self::{
     guarded::ReplyGuard,
     picked::PickOutcome,
