@@ -33,9 +33,10 @@ pub async fn pinned(current: &Rc<Current>, client: &mut ClientSocket, pin: Pin, 
     let config = &worker.shared.config.pools[pool];
     let metrics = worker.shared.metrics.pool(pool);
     let open = metrics.pinned_connection();
-    // Only an orderly close in both directions is passed on as one.
+    // Only an orderly close in both directions is passed on as one. The response before this was complete; what follows need not be.
     client.reset_on_close();
     endpoint.reset_on_close();
+    endpoint.set_resting(false);
     let (down, up) = open_tunnel(worker, client, target, &endpoint);
     let (path, lead, pending) = (down.path, BytesMut::new(), BytesMut::new());
     let mut tunnel = Tunnel { client, endpoint: &mut endpoint, lead, pending, idle, down, up };

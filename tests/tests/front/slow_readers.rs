@@ -243,3 +243,17 @@ async fn client_of_tunnel_that_reads_nothing_is_reset() {
         assert_eq!(agent.count("penstock_requests_total", &[r#"reason="idle_timeout""#]), 1, "{mode:?}");
     }
 }
+
+#[tokio::test]
+async fn pinned_client_that_reads_nothing_is_reset() {
+    for mode in MODES {
+        let pinned = |pool: &mut Pool| pool.pick_per = PickPer::Connection;
+        let (server, agent) = start(mode, pinned, |config| config.timeouts.idle = Some(SHORT_IDLE)).await;
+        let mut client = Client::connect_with(agent.addr, Some(RECEIVE_BUFFER)).await.unwrap();
+        assert_eq!(client.request(&Request::get("/v1/models")).await.unwrap().status(), 200);
+        eventually(SOON, || agent.metric("penstock_pinned_connections", &[]) == 1.0).await;
+        let plan = Plan { size: 1 << 30, stream_id: 6, ..Plan::default() };
+        take_nothing(mode, &server, &agent, client, &plan.request(), 200).await;
+        assert_eq!(agent.count("penstock_pins_ended_total", &[r#"reason="idle_timeout""#]), 1, "{mode:?}");
+    }
+}
