@@ -176,6 +176,9 @@ mod tests {
         let error = tests(2, Load::OtherCommands, failing).unwrap_err().to_string();
         assert_eq!(error, "1 tests failed in 2 runs");
         assert!(tests(1, Load::OtherCommands, || Command::new("true")).is_ok());
-        assert!(tests(1, Load::OtherCommands, || Command::new("false")).is_err(), "a run that fails without a failed test");
+        assert!(
+            tests(1, Load::OtherCommands, || Command::new("false")).is_err(),
+            "a run that fails without a failed test"
+        );
     }
 }
