@@ -6,7 +6,9 @@
 use std::{
     any::Any,
     collections::BTreeMap,
+    fmt::Display,
     panic::{AssertUnwindSafe, PanicHookInfo, catch_unwind},
+    sync::OnceLock,
 };
 
 use parking_lot::Mutex;
@@ -118,6 +120,50 @@ impl PanicWatch {
     }
 }
 
+/// A [`Watch`] for a thread that starts before the agent has one. It learns of an earlier failure when it is set.
+pub struct LateWatch {
+    part: &'static str,
+    watch: OnceLock<Watch>,
+    failure: OnceLock<String>,
+}
+
+impl LateWatch {
+    pub fn new(part: &'static str) -> Self {
+        Self { part, watch: OnceLock::new(), failure: OnceLock::new() }
+    }
+
+    /// Notifies `watch` if the part has failed or fails later.
+    pub fn set(&self, watch: Watch) {
+        let _ = self.watch.set(watch);
+        self.tell();
+    }
+
+    /// Runs the thread's work. An error or a panic of it fails the part.
+    pub fn run<E: Display>(&self, work: impl FnOnce() -> Result<(), E>) {
+        // The state that the work leaves behind is not used again.
+        let why = match catch_unwind(AssertUnwindSafe(work)) {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => error.to_string(),
+            Err(panic) => message(&*panic).to_owned(),
+        };
+        let _ = self.failure.set(why);
+        self.tell();
+    }
+
+    /// To be called in the thread's loop.
+    pub fn probe(&self) {
+        if let Some(watch) = self.watch.get() {
+            watch.probe.at(Point::Events(self.part));
+        }
+    }
+
+    fn tell(&self) {
+        if let (Some(watch), Some(why)) = (self.watch.get(), self.failure.get()) {
+            watch.fail(self.part, why);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -131,6 +177,26 @@ mod tests {
         watch.run("events", || panic!("a panic of this test"));
         assert!(watch.has_failed());
         assert_eq!(readiness.pending(), ["failed: events"]);
+    }
+
+    #[test]
+    fn watch_that_comes_late_learns_of_earlier_and_later_failures() {
+        for comes_first in [false, true] {
+            for (panics, why) in [(false, "an error"), (true, "a panic")] {
+                let readiness = Readiness::new();
+                let (late, watch) = (LateWatch::new("events"), Watch::new(&readiness, Probe::default()));
+                late.run(|| Ok::<_, String>(()));
+                if comes_first {
+                    late.set(watch.clone());
+                    assert!(!watch.has_failed());
+                }
+                late.run(|| if panics { panic!("{why}") } else { Err(why) });
+                assert_eq!(watch.has_failed(), comes_first);
+                late.set(watch.clone());
+                assert!(watch.has_failed(), "{why}");
+                assert_eq!(readiness.pending(), ["failed: events"]);
+            }
+        }
     }
 
     #[test]

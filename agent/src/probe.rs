@@ -11,8 +11,8 @@ pub enum Point<'p> {
     Thread(&'p str),
     /// In a worker's own loop, about once a second.
     Worker,
-    /// In the kernel events thread, about once a second.
-    Events,
+    /// In the thread with this name that waits for events of kernel programs, at least once a second.
+    Events(&'p str),
     /// Before the health check of the EPP replica at this address.
     HealthCheck(SocketAddr),
     /// Before a request's body and pool are known.

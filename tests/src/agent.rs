@@ -129,7 +129,7 @@ impl TestAgent {
 }
 
 /// Sum of the samples of a metric in `text` whose labels contain all of `labels`.
-pub(crate) fn sum(text: &str, name: &str, labels: &[&str]) -> f64 {
+pub fn sum(text: &str, name: &str, labels: &[&str]) -> f64 {
     let samples = text.lines().filter(|line| {
         line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' ']))
             && labels.iter().all(|label| line.contains(label))

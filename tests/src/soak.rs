@@ -87,7 +87,7 @@ pub async fn run(options: Options, note: impl Fn(&str)) -> Result<Report> {
         complaints.extend(subject.complaints());
         report.complaints.extend(complaints.into_iter().map(|complaint| format!("{name}: {complaint}")));
     }
-    report.complaints.extend(world.complaints());
+    report.complaints.extend(world.complaints(options.time));
     Ok(report)
 }
 

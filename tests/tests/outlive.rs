@@ -7,54 +7,36 @@ use std::{
 };
 
 use penstock_tests::{
-    Between, BodyEnd, Client, Plan, Process,
+    Between, BodyEnd, Client, Mounted, Plan, Process,
     agent_process::AgentProcess,
     client::{Pace, Piece},
     content::Checker,
     eventually,
     model_server::{After, Fault, FaultKind, Framing, Lengths},
 };
-use tempfile::TempDir;
 use tokio::net::TcpStream;
 
 const SOON: Duration = Duration::from_secs(30);
 const MIB: u64 = 1 << 20;
 const STREAMS: usize = 4;
 
-/// A bpffs of its own.
-struct Bpffs(TempDir);
-
-impl Bpffs {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        assert!(Command::new("mount").args(["-t", "bpf", "none"]).arg(folder.path()).status().unwrap().success());
-        Self(folder)
-    }
-
-    /// Names of the agents' folders.
-    fn agents(&self) -> Vec<String> {
-        let namespaces = std::fs::read_dir(self.0.path().join("penstock")).into_iter().flatten();
-        let agents = namespaces.flat_map(|namespace| std::fs::read_dir(namespace.unwrap().path()).unwrap());
-        agents.map(|agent| agent.unwrap().file_name().into_string().unwrap()).collect()
-    }
-}
-
-impl Drop for Bpffs {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(self.0.path()).status();
-    }
+/// Names of the agents' folders.
+fn agents(bpffs: &Mounted) -> Vec<String> {
+    let namespaces = std::fs::read_dir(bpffs.path().join("penstock")).into_iter().flatten();
+    let agents = namespaces.flat_map(|namespace| std::fs::read_dir(namespace.unwrap().path()).unwrap());
+    agents.map(|agent| agent.unwrap().file_name().into_string().unwrap()).collect()
 }
 
 struct Stage {
-    bpffs: Bpffs,
+    bpffs: Mounted,
     between: Between,
     settings: String,
 }
 
 impl Stage {
     fn new(settings: &str) -> Self {
-        let (bpffs, between) = (Bpffs::new(), Between::new().unwrap());
-        let (place, interfaces) = (bpffs.0.path().display(), between.interfaces.join(","));
+        let (bpffs, between) = (Mounted::bpffs().unwrap(), Between::new().unwrap());
+        let (place, interfaces) = (bpffs.path().display(), between.interfaces.join(","));
         let settings = format!("interfaces = \"{interfaces}\"\nbpffs = \"{place}\"\n{settings}");
         Self { bpffs, between, settings }
     }
@@ -168,7 +150,7 @@ async fn killed_agent_leaves_its_streams_to_the_next() {
     second.process.line("\"draining\"", SOON).await.unwrap();
     last.finish().await;
     assert!(second.process.ended(SOON).await.unwrap().success());
-    assert_eq!(stage.bpffs.agents(), [""; 0]);
+    assert_eq!(agents(&stage.bpffs), [""; 0]);
 }
 
 #[tokio::test]
@@ -180,7 +162,7 @@ async fn stopped_agent_leaves_its_streams_until_they_are_detached() {
     agent.process.terminate().unwrap();
     assert!(agent.process.ended(Duration::from_secs(20)).await.unwrap().success(), "it waits for its flows");
     let left = agent.process.output().iter().filter(|line| line.contains("\"reason\":\"left\"")).count();
-    assert_eq!((left, stage.bpffs.agents().len()), (2, 1));
+    assert_eq!((left, agents(&stage.bpffs).len()), (2, 1));
     kept.finish().await;
 
     let done = stage.penstock("detach", &agent);
@@ -189,5 +171,5 @@ async fn stopped_agent_leaves_its_streams_until_they_are_detached() {
     let read = cut.client.read_body(Pace::Fast, |bytes| Ok(cut.checker.feed(bytes)?)).await;
     assert!(read.is_err() || read.is_ok_and(|read| read.end == BodyEnd::Reset), "the body looks complete");
     eventually(SOON, || stage.between.server.connections_open() == 0).await;
-    assert!(!stage.bpffs.0.path().join("penstock").exists());
+    assert!(!stage.bpffs.path().join("penstock").exists());
 }

@@ -7,9 +7,8 @@ use std::{
     io,
     ops::ControlFlow,
     os::fd::{AsFd, BorrowedFd},
-    panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc, OnceLock,
+        Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     task::{Context, Poll},
@@ -28,8 +27,7 @@ use nix::{
 use super::slots::{Slots, SpanRef};
 use crate::{
     capability,
-    panics::{self, PanicWatch},
-    probe::Point,
+    panics::{LateWatch, PanicWatch},
 };
 
 const THREAD: &str = "penstock-events";
@@ -49,8 +47,7 @@ struct SharedEvents {
     wakers: Box<[AtomicWaker]>,
     missed: AtomicU64,
     /// Notified if the thread ends before it is asked to.
-    watch: OnceLock<PanicWatch>,
-    failure: OnceLock<String>,
+    watch: LateWatch,
 }
 
 impl Events {
@@ -62,28 +59,21 @@ impl Events {
         slots: Arc<Slots>,
     ) -> io::Result<Self> {
         let wakers = (0..slots.len()).map(|_| AtomicWaker::new()).collect();
-        let (missed_so_far, watch, failure) = (AtomicU64::new(0), OnceLock::new(), OnceLock::new());
-        let shared = Arc::new(SharedEvents { wakers, missed: missed_so_far, watch, failure });
+        let shared = Arc::new(SharedEvents { wakers, missed: AtomicU64::new(0), watch: LateWatch::new(THREAD) });
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
         let (theirs, until) = (Arc::clone(&shared), Arc::clone(&stop));
         let thread = std::thread::Builder::new().name(THREAD.into()).spawn(move || {
             // Reading mapped memory and open descriptors needs no capability. A failure to drop them is reported at the
             // start.
             let _ = capability::keep(&[]);
-            let ended = catch_unwind(AssertUnwindSafe(|| run(ring, &missed, log, &theirs, &slots, &until)));
-            theirs.fail(match ended {
-                Ok(Ok(())) => return,
-                Ok(Err(error)) => format!("cannot wait for events: {error}"),
-                Err(panic) => panics::message(&*panic).to_owned(),
-            });
+            theirs.watch.run(|| run(ring, &missed, log, &theirs, &slots, &until));
         })?;
         Ok(Self { shared, stop, thread: Some(thread) })
     }
 
     /// Notifies `watch` if the thread ends before it is asked to.
     pub fn watch(&self, watch: PanicWatch) {
-        let _ = self.shared.watch.set(watch);
-        self.shared.tell();
+        self.shared.watch.set(watch);
     }
 
     /// Ready when the span of the slot at `index` is released. Otherwise wakes the task at the next event for the slot.
@@ -96,19 +86,6 @@ impl Events {
     /// Number of events lost because the ring was full, since the last call.
     pub fn take_missed(&self) -> u64 {
         self.shared.missed.swap(0, Relaxed)
-    }
-}
-
-impl SharedEvents {
-    fn fail(&self, why: String) {
-        let _ = self.failure.set(why);
-        self.tell();
-    }
-
-    fn tell(&self) {
-        if let (Some(watch), Some(why)) = (self.watch.get(), self.failure.get()) {
-            watch.fail(THREAD, why);
-        }
     }
 }
 
@@ -128,7 +105,7 @@ fn run(
     shared: &SharedEvents,
     slots: &Slots,
     stop: &EventFd,
-) -> nix::Result<()> {
+) -> Result<(), String> {
     let mut reclaimed = Instant::now();
     let mut seen = 0;
     loop {
@@ -149,10 +126,8 @@ fn run(
             reclaimed = Instant::now();
         }
         log.flush();
-        if let Some(watch) = shared.watch.get() {
-            watch.probe.at(Point::Events);
-        }
-        if wait(&ring, &log, stop.as_fd())?.is_break() {
+        shared.watch.probe();
+        if wait(&ring, &log, stop.as_fd()).map_err(|error| format!("cannot wait for events: {error}"))?.is_break() {
             return Ok(());
         }
     }

@@ -184,7 +184,7 @@ impl Wire {
 
     /// Notifies `watch` if the thread that waits for events ends.
     pub fn supervise(&self, watch: PanicWatch) {
-        self.records.watch(watch);
+        self.records.watch.set(watch);
     }
 
     /// Events that found no room, since the last call.

@@ -315,3 +315,6 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Sniffed<S> {
         Pin::new(&mut self.inner).poll_shutdown(cx)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,8 +1,8 @@
 //! Checks whether the owner of a socket in the message program's map can observe that: makes the calls that query
 //! waiting bytes on such a socket.
 //!
-//! `tests/tests/local/transparent.rs` compares many more calls. These are the ones that known kernels answer wrongly:
-//! from 929e30f93125 until 04af4efde58a, FIONREAD reports 0.
+//! The tests of `agent/src/kernel/transparent.rs` compare many more calls. These are the ones that known kernels answer
+//! wrongly: from 929e30f93125 until 04af4efde58a, FIONREAD reports 0.
 
 use std::{
     io::{Read as _, Write as _},

@@ -16,6 +16,8 @@ const QUIET: Duration = Duration::from_millis(1500);
 const AWAY: Duration = Duration::from_millis(1500);
 /// Failures caused by a fault occur within this time: the longest wait is a client's for bytes of a dead connection.
 const SETTLE: Duration = Duration::from_secs(12);
+/// A run of this length has every kind of fault.
+const LONG: Duration = Duration::from_secs(60);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Fault {
@@ -53,6 +55,10 @@ impl Faults {
         *self.counts.borrow_mut().entry(fault).or_default() += 1;
     }
 
+    fn failed(&self, fault: Fault, error: &anyhow::Error) {
+        self.failures.borrow_mut().push(format!("fault {fault:?} was not made: {error:#}"));
+    }
+
     fn end(&self) {
         if let Some((_, _, end)) = self.windows.borrow_mut().last_mut() {
             *end = Some(Instant::now());
@@ -69,9 +75,16 @@ impl Faults {
     pub(super) fn summary(&self) -> String {
         let counts = self.counts.borrow();
         let counts: Vec<String> = counts.iter().map(|(fault, count)| format!("{fault:?} {count}")).collect();
-        let failures = self.failures.borrow();
-        let failed = failures.first().map_or(String::new(), |first| format!("; not made: {first}"));
-        format!("faults: {}{failed}", counts.join(", "))
+        format!("faults: {}", counts.join(", "))
+    }
+
+    /// Faults that were not made, of a run of length `time`: their windows have excused failures, or nothing was tested.
+    pub(super) fn complaints(&self, time: Duration) -> Vec<String> {
+        let mut complaints = self.failures.borrow().clone();
+        let counts = self.counts.borrow();
+        let missing = ALL.iter().filter(|fault| time >= LONG && !counts.contains_key(fault));
+        complaints.extend(missing.map(|fault| format!("fault {fault:?} was never made")));
+        complaints
     }
 }
 
@@ -90,7 +103,7 @@ pub(super) async fn run(world: &World, subjects: &[Subject], mut random: Random,
         let fault = left.swap_remove(random.below(left.len() as u64) as usize);
         world.faults.begin(fault);
         if let Err(error) = make(fault, world, subjects).await {
-            world.faults.failures.borrow_mut().push(format!("{fault:?}: {error:#}"));
+            world.faults.failed(fault, &error);
         }
         world.faults.end();
     }
@@ -141,5 +154,19 @@ mod tests {
         faults.end();
         assert!(faults.explain(Fault::EndpointDies, begin));
         assert!(!faults.explain(Fault::EndpointDies, Instant::now() + SETTLE));
+    }
+
+    #[test]
+    fn faults_that_were_not_made_are_complaints() {
+        let faults = Faults::default();
+        let short = LONG / 2;
+        assert!(faults.complaints(short).is_empty());
+        assert_eq!(faults.complaints(LONG).len(), ALL.len());
+        ALL.iter().for_each(|fault| faults.begin(*fault));
+        assert!(faults.complaints(LONG).is_empty());
+        faults.failed(Fault::MemoryPressure, &anyhow::anyhow!("no cgroup is mounted"));
+        for time in [short, LONG] {
+            assert_eq!(faults.complaints(time), ["fault MemoryPressure was not made: no cgroup is mounted"]);
+        }
     }
 }

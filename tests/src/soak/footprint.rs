@@ -9,13 +9,21 @@ use aya::maps::{HashMap, Map, MapData, MapInfo};
 
 use super::subject::Subject;
 use super::world::World;
+use crate::agent;
 
 /// The agent is idle within this time: endpoint connections are kept for two seconds, and retired resources are freed afterwards.
 const IDLE_WITHIN: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(100);
 /// Maps with an entry per connection, by key size.
 const MAPS: [&str; 3] = ["INDEX", "LOCAL_INDEX", "TAILS"];
-const GAUGES: [&str; 2] = ["penstock_active_requests", "penstock_client_connections"];
+const GAUGES: [&str; 6] = [
+    "penstock_active_requests",
+    "penstock_client_connections",
+    "penstock_slots_in_use",
+    "penstock_request_body_memory_bytes",
+    "penstock_request_body_spill_bytes",
+    "penstock_epp_waiting",
+];
 
 #[derive(Clone, Debug)]
 pub(super) struct Footprint {
@@ -43,8 +51,10 @@ impl Footprint {
 
     async fn now(world: &World, subject: &Subject) -> Result<Self> {
         let mut entries = Vec::new();
+        let (_, metrics) = subject.agent.ask_admin("/metrics").await?;
         for gauge in GAUGES {
-            entries.push((gauge.to_owned(), subject.agent.metric(gauge, &[]).await? as u64));
+            ensure!(metrics.lines().any(|line| line.starts_with(gauge)), "the agent has no metric {gauge}");
+            entries.push((gauge.to_owned(), agent::sum(&metrics, gauge, &[]) as u64));
         }
         entries.push(("connections at the servers".to_owned(), world.connections_open()));
         entries.push(("streams at the EPP".to_owned(), world.streams_open() as u64));

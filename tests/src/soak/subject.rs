@@ -93,7 +93,7 @@ impl Subject {
         ledger
     }
 
-    /// Lines of the agent's log to ignore.
+    /// Lines of the agent's log that no fault explains.
     pub(super) fn complaints(&self) -> Vec<String> {
         let output = self.agent.process.output();
         let bad = output.iter().filter(|line| line.contains("panicked") || line.contains("\"level\":\"ERROR\""));

@@ -3,6 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use tempfile::TempDir;
@@ -123,9 +124,14 @@ impl World {
         servers.map(ModelServer::connections_open).sum()
     }
 
-    pub(super) fn complaints(&self) -> Vec<String> {
+    /// What is wrong after a run of this length.
+    pub(super) fn complaints(&self, time: Duration) -> Vec<String> {
+        let mut complaints = self.faults.complaints(time);
         let left = self.streams_left.get();
-        if left == 0 { Vec::new() } else { vec![format!("{left} streams at the EPP were not closed")] }
+        if left > 0 {
+            complaints.push(format!("{left} streams at the EPP were not closed"));
+        }
+        complaints
     }
 }
 

@@ -4,8 +4,9 @@
 use std::{collections::BTreeMap, fs};
 
 use penstock_tests::{
-    BodyEnd, Client, ModelServer, Plan, Reader, Request,
+    ApiServer, Between, BodyEnd, Client, ModelServer, Mounted, Plan, Reader, Request,
     agent_process::AgentProcess,
+    api_server::objects::NAMESPACE,
     eventually,
     model_server::{Framing, Lengths, Options, Pauses},
     process::Process,
@@ -201,6 +202,28 @@ async fn startup_capabilities_are_dropped_by_every_thread() {
     agent.process.signal(nix::sys::signal::Signal::SIGHUP).unwrap();
     agent.process.line("configuration reloaded", SOON).await.unwrap();
     assert_no_capabilities(agent.process.id(), USER, "").await;
+}
+
+#[tokio::test]
+async fn threads_of_wire_and_kubernetes_hold_no_capabilities() {
+    let (between, api) = (Between::new().unwrap(), ApiServer::start().await.unwrap());
+    let (bpffs, kubeconfig) = (Mounted::bpffs().unwrap(), api.kubeconfig());
+    fs::set_permissions(kubeconfig.path(), std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
+    let settings = format!(
+        "interfaces = \"{}\"\nbpffs = \"{}\"\n[kubernetes]\nkubeconfig = \"{}\"\n[[routes]]\npool = \"default\"\n\
+         [[pools]]\nname = \"found\"\n[pools.inference_pool]\nnamespace = \"{NAMESPACE}\"\nname = \"llama\"\n",
+        between.interfaces.join(","),
+        bpffs.path().display(),
+        kubeconfig.path().display(),
+    );
+    let listen = (between.front, 8080).into();
+    let agent = AgentProcess::start(listen, between.server.addr, "wire", &settings).await.unwrap();
+    let all = ["penstock-wire", "penstock-adopt", "kubernetes"];
+    let named = |name: &&str| threads(agent.process.id()).iter().any(|thread| thread["Name"] == **name);
+    eventually(SOON, || all.iter().all(named)).await;
+    eventually(SOON, || api.requests(&["inferencepools"]) > 0).await;
+    assert_no_capabilities(agent.process.id(), USER, "").await;
+    assert!(threads(agent.process.id()).iter().all(|thread| set(thread, "CapBnd") == 0));
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 
 mod capabilities;
 mod connections;
+mod disk;
 mod doctor;
 mod killed;
 mod leaving;

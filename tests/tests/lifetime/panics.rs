@@ -1,6 +1,7 @@
 //! A panic ends only the request it occurs in; a panic in a shared part makes the agent exit.
 
 use std::{
+    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering::Relaxed},
@@ -11,14 +12,18 @@ use std::{
 use http::request::Parts;
 use penstock_agent::{
     Agent,
-    config::{Config, Epp, FailureMode, HealthCheck, Picker, SteeringMode},
+    config::{
+        Bpffs, Config, Epp, FailureMode, HealthCheck, InferencePoolRef, InferencePoolVersion, Interfaces, Picker, Pool,
+        SteeringMode,
+    },
     panics,
     parts::{Point, Probe},
     run::{Signals, until_ended},
 };
 use penstock_tests::{
-    BodyEnd, Client, Http2Client, ModelServer, Plan, Reader, Request, ScriptedEpp,
+    ApiServer, Between, BodyEnd, Client, Http2Client, ModelServer, Mounted, Plan, Reader, Request, ScriptedEpp,
     agent::{TestAgent, builtin_pool, epp_pool},
+    api_server::objects::NAMESPACE,
     client::{ConnectionEnd, Piece},
     eventually,
     model_server::{Fault, FaultKind, Framing, Options},
@@ -191,7 +196,7 @@ fn config(server: &ModelServer) -> Config {
 }
 
 /// Starts an agent and runs it to its end, as `penstock run` does; sends the agent's address first.
-fn run_agent(config: Config, probe: Probe) -> (std::net::SocketAddr, std::net::SocketAddr, Life) {
+fn run_agent(config: Config, probe: Probe) -> (SocketAddr, SocketAddr, Life) {
     let (told, started) = std::sync::mpsc::channel();
     let life = std::thread::spawn(move || {
         let signals = Signals::install()?;
@@ -276,12 +281,35 @@ async fn panic_in_thread_ends_agent() {
     count_panics();
     let server = server().await;
     for part in ["penstock-control", "endpoints", "penstock-spans", "penstock-events", "admin", "penstock-0"] {
-        let probe = Probe::new(move |point| match point {
-            Point::Thread(thread) if thread == part => panic!("{FAULT}"),
-            Point::Events if part == "penstock-events" => panic!("{FAULT}"),
-            _ => {}
-        });
-        let (_, _, life) = run_agent(everything(&server), probe);
+        let (_, _, life) = run_agent(everything(&server), panics_in(part));
+        assert_fails(life).await;
+    }
+}
+
+fn panics_in(part: &'static str) -> Probe {
+    Probe::new(move |point| match point {
+        Point::Thread(thread) | Point::Events(thread) if thread == part => panic!("{FAULT}"),
+        _ => {}
+    })
+}
+
+#[tokio::test]
+async fn panic_in_thread_of_wire_or_kubernetes_ends_agent() {
+    count_panics();
+    let (between, api) = (Between::new().unwrap(), ApiServer::start().await.unwrap());
+    let (bpffs, kubeconfig) = (Mounted::bpffs().unwrap(), api.kubeconfig());
+    for part in ["penstock-wire", "penstock-adopt", "kubernetes"] {
+        let mut config = config(&between.server);
+        config.listen.address = SocketAddr::from((between.front, 0));
+        config.steering.mode = SteeringMode::Wire;
+        config.steering.max_flows = 64;
+        config.steering.interfaces = Interfaces::Named(between.interfaces.to_vec());
+        config.steering.bpffs = Bpffs::At(bpffs.path().to_owned());
+        config.kubernetes.kubeconfig = Some(kubeconfig.path().to_owned());
+        let (namespace, name) = (NAMESPACE.to_owned(), "llama".to_owned());
+        let pool = InferencePoolRef { namespace, name, version: InferencePoolVersion::V1 };
+        config.pools.push(Pool { inference_pool: Some(pool), ..Pool::new("found", []) });
+        let (_, _, life) = run_agent(config, panics_in(part));
         assert_fails(life).await;
     }
 }

@@ -8,7 +8,7 @@ use std::{
     ops::ControlFlow,
     os::fd::AsFd as _,
     sync::{
-        Arc, OnceLock,
+        Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     task::Context,
@@ -28,7 +28,7 @@ use super::{LINGER, table::Table};
 use crate::{
     capability,
     kernel::{grace::Grace, socket},
-    panics::PanicWatch,
+    panics::LateWatch,
 };
 
 const THREAD: &str = "penstock-wire";
@@ -47,7 +47,7 @@ pub(super) struct Records {
     wakers: Box<[AtomicWaker]>,
     missed: AtomicU64,
     /// Notified if the thread ends before it is asked to.
-    watch: OnceLock<PanicWatch>,
+    pub(super) watch: LateWatch,
 }
 
 impl Records {
@@ -62,7 +62,7 @@ impl Records {
             grace: Grace::new()?,
             wakers: (0..count).map(|_| AtomicWaker::new()).collect(),
             missed: AtomicU64::new(0),
-            watch: OnceLock::new(),
+            watch: LateWatch::new(THREAD),
         })
     }
 
@@ -93,10 +93,6 @@ impl Records {
     /// Events that found no room, since the last call.
     pub(super) fn take_missed(&self) -> u64 {
         self.missed.swap(0, Relaxed)
-    }
-
-    pub(super) fn watch(&self, watch: PanicWatch) {
-        let _ = self.watch.set(watch);
     }
 
     /// Forgets what has lingered for long enough, then frees retired records. Takes some milliseconds if there are any.
@@ -144,12 +140,7 @@ impl RecordEvents {
         let thread = std::thread::Builder::new().name(THREAD.into()).spawn(move || {
             // Open descriptors need no capability.
             let _ = capability::keep(&[]);
-            if let Err(error) = run(ring, &missed, &records, &until) {
-                tracing::error!(%error, "cannot wait for events of path wire");
-                if let Some(watch) = records.watch.get() {
-                    watch.fail(THREAD, &format!("cannot wait for events: {error}"));
-                }
-            }
+            records.watch.run(|| run(ring, &missed, &records, &until));
         })?;
         Ok(Self { stop, thread: Some(thread) })
     }
@@ -164,7 +155,12 @@ impl Drop for RecordEvents {
     }
 }
 
-fn run(mut ring: RingBuf<MapData>, missed: &Array<MapData, u64>, records: &Records, stop: &EventFd) -> nix::Result<()> {
+fn run(
+    mut ring: RingBuf<MapData>,
+    missed: &Array<MapData, u64>,
+    records: &Records,
+    stop: &EventFd,
+) -> Result<(), String> {
     let (mut seen, mut reclaimed) = (0, Instant::now());
     loop {
         while let Some(item) = ring.next() {
@@ -183,7 +179,8 @@ fn run(mut ring: RingBuf<MapData>, missed: &Array<MapData, u64>, records: &Recor
             records.reclaim();
             reclaimed = Instant::now();
         }
-        if wait(&ring, stop)?.is_break() {
+        records.watch.probe();
+        if wait(&ring, stop).map_err(|error| format!("cannot wait for events: {error}"))?.is_break() {
             return Ok(());
         }
     }
