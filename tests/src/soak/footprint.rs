@@ -16,14 +16,15 @@ const IDLE_WITHIN: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(100);
 /// Maps with an entry per connection, by key size.
 const MAPS: [&str; 3] = ["INDEX", "LOCAL_INDEX", "TAILS"];
-const GAUGES: [&str; 6] = [
+const GAUGES: [&str; 5] = [
     "penstock_active_requests",
     "penstock_client_connections",
     "penstock_slots_in_use",
     "penstock_request_body_memory_bytes",
     "penstock_request_body_spill_bytes",
-    "penstock_epp_waiting",
 ];
+/// Has no line before the first wait.
+const WAITING: &str = "penstock_epp_waiting";
 
 #[derive(Clone, Debug)]
 pub(super) struct Footprint {
@@ -56,6 +57,7 @@ impl Footprint {
             ensure!(metrics.lines().any(|line| line.starts_with(gauge)), "the agent has no metric {gauge}");
             entries.push((gauge.to_owned(), agent::sum(&metrics, gauge, &[]) as u64));
         }
+        entries.push((WAITING.to_owned(), agent::sum(&metrics, WAITING, &[]) as u64));
         entries.push(("connections at the servers".to_owned(), world.connections_open()));
         entries.push(("streams at the EPP".to_owned(), world.streams_open() as u64));
         entries.extend(maps(subject)?);

@@ -1,5 +1,7 @@
 //! A full disk refuses the request bodies that do not fit on it, and harms no other request.
 
+use std::time::Instant;
+
 use penstock_tests::{
     BodyEnd, Client, ModelServer, Mounted, Plan, Reader, Request,
     agent_process::AgentProcess,
@@ -8,13 +10,20 @@ use penstock_tests::{
     reader::at_least,
 };
 
-use crate::ANY_PORT;
+use crate::{ANY_PORT, SOON};
 
 const DISK: u64 = 1 << 20;
 const FITS: usize = 1_000_000;
 
 fn upload(length: usize) -> Request {
     Request::post("/test/echo", Alphabet::Text.bytes(5, 0, length))
+}
+
+async fn freed(agent: &AgentProcess) {
+    let begin = Instant::now();
+    while agent.metric("penstock_request_body_spill_bytes", &[]).await.unwrap() > 0.0 {
+        assert!(begin.elapsed() < SOON, "the files of bodies were not freed");
+    }
 }
 
 #[tokio::test]
@@ -39,7 +48,7 @@ async fn full_disk_refuses_bodies_and_harms_no_other_request() {
         let count = agent.metric("penstock_request_bodies_refused_total", &["reason=\"disk\""]).await.unwrap();
         assert_eq!(count, f64::from(round));
         // A file is freed on a thread of its own.
-        while agent.metric("penstock_request_body_spill_bytes", &[]).await.unwrap() > 0.0 {}
+        freed(&agent).await;
         // So it fits only if nothing of the refused body is left.
         for length in [FITS, 10] {
             let mut client = Client::connect(agent.addr).await.unwrap();
@@ -47,7 +56,7 @@ async fn full_disk_refuses_bodies_and_harms_no_other_request() {
             let sent = Alphabet::Text.bytes(5, 0, length);
             assert_eq!((echo.body_length, echo.body_hash), (length as u64, Fnv::of(&sent).value()));
         }
-        while agent.metric("penstock_request_body_spill_bytes", &[]).await.unwrap() > 0.0 {}
+        freed(&agent).await;
         assert_eq!(std::fs::read_dir(disk.path()).unwrap().count(), 0);
     }
     let spilled = agent.metric("penstock_request_bodies_spilled_total", &[]).await.unwrap();

@@ -81,8 +81,8 @@ async fn port_exhaustion_does_not_count_against_endpoints() {
 /// Sets the limit of the process's descriptors, and leaves the hard limit as it is.
 fn allow_descriptors(process: u32, most: u32) {
     let arguments = [format!("--pid={process}"), format!("--nofile={most}:")];
-    let status = std::process::Command::new("prlimit").args(arguments).status().unwrap();
-    assert!(status.success(), "prlimit: {status}");
+    let output = std::process::Command::new("prlimit").args(arguments).output().unwrap();
+    assert!(output.status.success(), "prlimit: {}", String::from_utf8_lossy(&output.stderr));
 }
 
 /// The agent can open no more descriptors, and what is open goes on.
@@ -93,7 +93,7 @@ async fn exhausted_descriptors_do_not_count_against_endpoints() {
     let [one, two] = servers.each_ref().map(|server| server.addr);
     let text = format!(
         "[listen]\naddress = \"127.0.0.1:0\"\nworkers = 1\n[admin]\naddress = \"127.0.0.1:0\"\n\
-         [timeouts]\nendpoint_keep_alive = \"1ms\"\n[steering]\nmode = \"off\"\n\
+         [timeouts]\nendpoint_keep_alive = \"1ms\"\n[steering]\nmode = \"off\"\n[process]\nuser = \"keep\"\n\
          [[pools]]\nname = \"default\"\nendpoints = [\"{one}\", \"{two}\"]\n[pools.ejection]\nfailures = 1\n\
          [pools.health]\npath = \"/health\"\ninterval = \"50ms\"\nunhealthy_after = 1\n"
     );
