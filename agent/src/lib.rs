@@ -43,6 +43,7 @@ mod worker;
 mod upload;
 mod proxy;
 pub mod trial;
+mod tried;
 mod turns;
 mod tls;
 mod connection;

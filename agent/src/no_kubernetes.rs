@@ -8,7 +8,7 @@ use crate::{
     live::Live,
     panics::PanicWatch,
     readiness::Gate,
-    trial::Trial,
+    tried::Trial,
 };
 
 /// Never exists.

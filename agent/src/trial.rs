@@ -13,6 +13,8 @@ use tokio::{net::TcpStream, time::timeout};
 
 pub use files::unreadable;
 
+pub use crate::tried::Trial;
+
 use crate::{
     config::{AppProtocol, Config, EndpointsFormat, Picker, Pool, parse_endpoints},
     dns::DnsResolver,
@@ -27,26 +29,6 @@ use crate::{
 const AT_ONCE: usize = 32;
 /// How long connecting may take if the configuration does not limit it.
 const CONNECT: Duration = Duration::from_secs(5);
-
-/// The result of one trial.
-#[derive(Debug)]
-pub struct Trial {
-    pub name: String,
-    pub ok: bool,
-    pub found: String,
-    /// Which setting mends it.
-    pub advice: Option<String>,
-}
-
-impl Trial {
-    pub(crate) fn ok(name: String, found: String) -> Self {
-        Self { name, ok: true, found, advice: None }
-    }
-
-    pub(crate) fn failed(name: String, found: String, advice: impl Into<String>) -> Self {
-        Self { name, ok: false, found, advice: Some(advice.into()) }
-    }
-}
 
 /// Tries everything, and takes some seconds if something does not answer.
 pub async fn try_all(config: &Config) -> Vec<Trial> {

@@ -47,7 +47,7 @@ impl Delivery<'_> {
         if let Ok(endpoint) = self.endpoint.stream() {
             watched.freeze(self.client.stream(), &*endpoint);
         }
-        // The client's own close is between the peers.
+        // The flow carries the client's FIN to the endpoint, so it does not end the wait.
         let is_over = |watched: &Watched| watched.seen().has_ended() || watched.is_to_be_left();
         let end = tokio::select! {
             biased;

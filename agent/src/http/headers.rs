@@ -176,8 +176,8 @@ pub fn remove_hints(headers: &mut HeaderMap, settings: &Headers) {
     }
 }
 
-/// Removes the pick itself, which is meant for the agent only, and what an EPP repeats of what was meant for it. What the picker
-/// says about other endpoints (prefill and the like) stays.
+/// Removes the pick, which is meant for the agent only, and `x-penstock-body-length` if the EPP echoed it. What the EPP says about
+/// other endpoints (prefill and the like) stays.
 pub fn remove_pick(headers: &mut HeaderMap, destination: &HeaderName) {
     let picks = &CONTROL_PREFIXES[..2];
     let is_other = |name: &str| [destination, &X_PENSTOCK_BODY_LENGTH].iter().any(|other| same(name, other.as_str()));

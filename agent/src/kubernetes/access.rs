@@ -17,7 +17,7 @@ use crate::{
     config::{Config, InferencePoolRef},
     inference_pools::{self, InferencePool, KnownPools},
     metrics::Metrics,
-    trial::Trial,
+    tried::Trial,
 };
 
 /// How long one question to the API server may take, and how long reading a pool.

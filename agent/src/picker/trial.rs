@@ -19,7 +19,7 @@ use crate::{
     budget::Budget,
     config::{Epp, EppTls, Pool},
     dns::DnsResolver,
-    trial::Trial,
+    tried::Trial,
 };
 
 /// How long an EPP may take to decide. It may queue requests for longer; then it is in use.

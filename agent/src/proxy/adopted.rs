@@ -1,8 +1,8 @@
-//! Keeps the flows of path `wire` that agents before this one have begun: looks at them once a second, ends those that are idle or
+//! Keeps the flows of path `wire` that agents before this one have begun: looks at them twice a second, ends those that are idle or
 //! late, and counts and logs those that have ended.
 //!
-//! Runs on a thread of its own until the agent drains. By then it leaves them to the next agent, or waits for their end, as the
-//! settings say.
+//! Runs on a thread of its own until the agent drains. Then it leaves them to the next agent, or waits for their end
+//! (`steering.at_stop`).
 
 use std::{
     sync::Arc,

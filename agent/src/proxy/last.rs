@@ -1,5 +1,5 @@
 //! Ends the record of a routed request: writes its line in the access log, ends its span, and adds the numbers in the metadata of
-//! the EPP's replies to the counters. A [`Last`] does so when it is dropped, which an EPP's stream does after the last reply.
+//! the EPP's replies to the counters. Dropping a [`Last`] does this. An EPP's stream drops it after the last reply.
 
 use std::{sync::Arc, time::Duration};
 

@@ -54,7 +54,7 @@ pub(super) async fn dispatch(
         Some(PickOutcome::Reply(reply)) => return Ok(Dispatched::Reply(reply)),
         None => return Err(error),
     };
-    tracing::info!(?dead, endpoints = ?picked.endpoints, "no picked endpoint took the request, trying those of a second pick");
+    tracing::info!(?dead, endpoints = ?picked.endpoints, "no picked endpoint took the request, dispatching a second pick");
     let second = attempt(worker, client, request, upload.naming(), &mut picked, body, deadline).await;
     worker.shared.metrics.pool(request.pool).epp_repicked(if second.is_ok() { "served" } else { "failed" });
     match second {

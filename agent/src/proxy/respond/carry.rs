@@ -55,7 +55,7 @@ pub(super) struct Carried {
     pub(super) begun: bool,
 }
 
-/// Carries the body of which `head` is the head. `rename` changes what the client gets.
+/// Delivers the body of the response `head`. `rename` changes what the client gets.
 #[expect(clippy::too_many_arguments, reason = "the parts of one response, each borrowed separately")]
 pub(super) async fn carry(
     worker: &Worker,
@@ -301,7 +301,7 @@ pub(super) fn account_for(worker: &Worker, pool: usize, mut tee: Tee) -> Rest {
     tee.rest()
 }
 
-/// What of the body the kernel must not take from user space, or has to keep.
+/// What the EPP needs of the body: all of it, its end, or nothing.
 fn wanted(tee: &Tee) -> Option<ToPicker> {
     match () {
         () if tee.wants_all() => Some(ToPicker::All),
