@@ -10,7 +10,7 @@ fn faults(method: &str) -> Vec<(u16, Request)> {
     let many = (0..200).fold(request(), |request, number| request.header(&format!("x-{number}"), "1"));
     vec![
         (417, request().header("expect", "the unexpected")),
-        (400, request().header("content-length", "+1")),
+        (400, request().header("host", "user@host")),
         (414, Request::new(method, &format!("/{}", "p".repeat(20_000)))),
         (431, many),
     ]
