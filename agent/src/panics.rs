@@ -123,7 +123,7 @@ impl PanicWatch {
 /// A [`Watch`] for a thread that starts before the agent has one. It learns of an earlier failure when it is set.
 pub struct LateWatch {
     part: &'static str,
-    watch: OnceLock<Watch>,
+    watch: OnceLock<PanicWatch>,
     failure: OnceLock<String>,
 }
 
@@ -133,7 +133,7 @@ impl LateWatch {
     }
 
     /// Notifies `watch` if the part has failed or fails later.
-    pub fn set(&self, watch: Watch) {
+    pub fn set(&self, watch: PanicWatch) {
         let _ = self.watch.set(watch);
         self.tell();
     }
