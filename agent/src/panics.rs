@@ -120,7 +120,7 @@ impl PanicWatch {
     }
 }
 
-/// A [`Watch`] for a thread that starts before the agent has one. It learns of an earlier failure when it is set.
+/// A [`PanicWatch`] for a thread that starts before the agent has one. It learns of an earlier failure when it is set.
 pub struct LateWatch {
     part: &'static str,
     watch: OnceLock<PanicWatch>,
@@ -171,7 +171,7 @@ mod tests {
     #[test]
     fn panic_of_a_part_makes_the_agent_unready() {
         let readiness = Readiness::new();
-        let watch = PanicWatch::new(&readiness, Probe::default());
+        let watch = PanicPanicWatch::new(&readiness, Probe::default());
         watch.run("events", || {});
         assert!(readiness.is_ready() && !watch.has_failed());
         watch.run("events", || panic!("a panic of this test"));
@@ -184,7 +184,7 @@ mod tests {
         for comes_first in [false, true] {
             for (panics, why) in [(false, "an error"), (true, "a panic")] {
                 let readiness = Readiness::new();
-                let (late, watch) = (LateWatch::new("events"), Watch::new(&readiness, Probe::default()));
+                let (late, watch) = (LateWatch::new("events"), PanicWatch::new(&readiness, Probe::default()));
                 late.run(|| Ok::<_, String>(()));
                 if comes_first {
                     late.set(watch.clone());
