@@ -171,7 +171,7 @@ mod tests {
     #[test]
     fn panic_of_a_part_makes_the_agent_unready() {
         let readiness = Readiness::new();
-        let watch = PanicPanicWatch::new(&readiness, Probe::default());
+        let watch = PanicWatch::new(&readiness, Probe::default());
         watch.run("events", || {});
         assert!(readiness.is_ready() && !watch.has_failed());
         watch.run("events", || panic!("a panic of this test"));

@@ -104,7 +104,7 @@ fn plan() -> Plan {
         stream_id: 7,
         chunks: Lengths::Fixed(4000),
         writes: Lengths::Fixed(16_000),
-        fault: Some(Fault { after: 20_000, kind: FaultKind::StallMs(400) }),
+        fault: Some(Fault { after: 20_000, kind: FaultKind::StallMs(1200) }),
         after: After::Close,
         ..Plan::default()
     }

@@ -15,9 +15,9 @@ use crate::{
 /// Each runner's own variable for how many tests run at once.
 const THREADS: [&str; 2] = ["RUST_TEST_THREADS", "NEXTEST_TEST_THREADS"];
 
-/// How many tests run at once: most of them wait for most of their time.
+/// How many tests run at once: most of them wait for most of their time, and some measure what a busy machine spoils.
 fn threads() -> usize {
-    4 * thread::available_parallelism().map_or(2, usize::from)
+    2 * thread::available_parallelism().map_or(2, usize::from)
 }
 
 #[derive(clap::Args)]

@@ -94,10 +94,7 @@ fn missing_cgroup_disables_the_local_path() {
     let ladder = Ladder::climb(&nowhere);
     assert_eq!(ladder.describe(), "steering: active (ingress)");
     let said = &ladder.lines()[1];
-    assert!(
-        said.starts_with("path local: off: cgroup /nowhere/cgroup: ") && said.contains("No such file"),
-        "{said}"
-    );
+    assert!(said.starts_with("path local: off: cgroup /nowhere/cgroup: ") && said.contains("No such file"), "{said}");
 
     let unasked = Ladder::climb(&config::Steering { mode: SteeringMode::Ingress, ..config() });
     assert_eq!(unasked.lines()[1..], ["path local: off (configured)", "path ingress: ready"]);

@@ -11,7 +11,7 @@ fn faults(method: &str) -> Vec<(u16, Request)> {
     vec![
         (417, request().header("expect", "the unexpected")),
         (400, request().header("host", "user@host")),
-        (414, Request::new(method, &format!("/{}", "p".repeat(20_000)))),
+        (414, Request::new(method, &format!("/{}", "p".repeat(70_000)))),
         (431, many),
     ]
 }

@@ -1,12 +1,10 @@
 //! Faults of the agent's own machine return their own error and never count against endpoints.
 
 use std::net::{Ipv4Addr, SocketAddr};
-use std::time::{Duration, Instant};
 
 use penstock_agent::config::{HealthCheck, Pool, SteeringMode};
-use penstock_tests::agent::{TestAgent, builtin_pool, sum};
-use penstock_tests::agent_process::AgentProcess;
-use penstock_tests::client::{Client, Request};
+use penstock_tests::agent::{TestAgent, builtin_pool};
+use penstock_tests::client::Client;
 use penstock_tests::model_server::Options;
 use penstock_tests::stage::put;
 use penstock_tests::{ModelServer, Namespace, eventually};
@@ -34,7 +32,7 @@ async fn port_exhaustion_does_not_count_against_endpoints() {
     };
     let servers = [namespace.run(start).unwrap(), namespace.run(start).unwrap()];
     let addresses = servers.each_ref().map(|server| server.addr);
-    let every = Duration::from_millis(50);
+    let every = std::time::Duration::from_millis(50);
     let check = HealthCheck { interval: every, unhealthy_after: 1, ..HealthCheck::new("/health".parse().unwrap()) };
     let mut pool = Pool { health: Some(check), ..builtin_pool(&addresses) };
     pool.ejection.failures = 1;
@@ -42,7 +40,7 @@ async fn port_exhaustion_does_not_count_against_endpoints() {
         .run(|| {
             TestAgent::start(pool, SteeringMode::Off, |config| {
                 config.listen.workers = 1;
-                config.timeouts.endpoint_keep_alive = Duration::from_millis(1);
+                config.timeouts.endpoint_keep_alive = std::time::Duration::from_millis(1);
             })
         })
         .unwrap();
@@ -76,62 +74,4 @@ async fn port_exhaustion_does_not_count_against_endpoints() {
     ports("32768 60999".to_owned());
     let response = client.request(&put("{}")).await.unwrap();
     assert!(addresses.contains(&response.served_by().unwrap()));
-}
-
-/// Sets the limit of the process's descriptors, and leaves the hard limit as it is.
-fn allow_descriptors(process: u32, most: u32) {
-    let arguments = [format!("--pid={process}"), format!("--nofile={most}:")];
-    let output = std::process::Command::new("prlimit").args(arguments).output().unwrap();
-    assert!(output.status.success(), "prlimit: {}", String::from_utf8_lossy(&output.stderr));
-}
-
-/// The agent can open no more descriptors, and what is open goes on.
-#[tokio::test]
-async fn exhausted_descriptors_do_not_count_against_endpoints() {
-    let servers =
-        [ModelServer::start(Options::default()).await.unwrap(), ModelServer::start(Options::default()).await.unwrap()];
-    let [one, two] = servers.each_ref().map(|server| server.addr);
-    let text = format!(
-        "[listen]\naddress = \"127.0.0.1:0\"\nworkers = 1\n[admin]\naddress = \"127.0.0.1:0\"\n\
-         [timeouts]\nendpoint_keep_alive = \"1ms\"\n[steering]\nmode = \"off\"\n[process]\nuser = \"keep\"\n\
-         [[pools]]\nname = \"default\"\nendpoints = [\"{one}\", \"{two}\"]\n[pools.ejection]\nfailures = 1\n\
-         [pools.health]\npath = \"/health\"\ninterval = \"50ms\"\nunhealthy_after = 1\n"
-    );
-    let agent = AgentProcess::start_with_text(&text).await.unwrap();
-    let mut client = Client::connect(agent.addr).await.unwrap();
-    assert_eq!(client.request(&put("{}")).await.unwrap().status(), 200);
-    // Connected while there is room.
-    let mut admin = Client::connect(agent.admin).await.unwrap();
-    let mut metric = async |name: &str, label: &str| {
-        sum(&admin.request(&Request::get("/metrics")).await.unwrap().text(), name, &[label]) as u64
-    };
-    let faults = r#"reason="open_files""#;
-    assert_eq!(metric("penstock_local_faults_total", faults).await, 0);
-
-    // Those up to 2 are in use.
-    allow_descriptors(agent.process.id(), 3);
-    for _ in 0..5 {
-        let response = client.request(&put("{}")).await.unwrap();
-        assert_eq!((response.status(), response.error_code().as_str()), (503, "local_fault"));
-        assert_eq!(response.header("retry-after"), Some("1"));
-    }
-    // The failures of requests, then those of checks.
-    let before = metric("penstock_local_faults_total", faults).await;
-    assert!(before >= 10, "{before}");
-    let begin = Instant::now();
-    while metric("penstock_local_faults_total", faults).await < before + 4 {
-        assert!(begin.elapsed() < SOON, "no check failed");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    for state in ["ejected", "unhealthy"] {
-        assert_eq!(metric("penstock_endpoints", &format!("state=\"{state}\"")).await, 0, "{state}");
-    }
-    assert_eq!(metric("penstock_ejections_total", "").await, 0);
-    assert_eq!(metric("penstock_endpoint_check_failures_total", "").await, 0);
-
-    allow_descriptors(agent.process.id(), 256);
-    let response = client.request(&put("{}")).await.unwrap();
-    assert!([one, two].contains(&response.served_by().unwrap()));
-    let mut newcomer = Client::connect(agent.addr).await.unwrap();
-    assert_eq!(newcomer.request(&put("{}")).await.unwrap().status(), 200);
 }
