@@ -1,5 +1,6 @@
 //! The form of the answer to a refused head: it depends on the method and on fields that were read before the fault was found.
 
+use penstock_agent::config::Config;
 use penstock_tests::{Client, Http2Client, Request};
 
 use crate::setting::{Setting, closed};
@@ -11,15 +12,23 @@ fn faults(method: &str) -> Vec<(u16, Request)> {
     vec![
         (417, request().header("expect", "the unexpected")),
         (400, request().header("host", "user@host")),
-        (414, Request::new(method, &format!("/{}", "p".repeat(70_000)))),
+        (431, request().header("x-large", "x".repeat(10_000))),
         (431, many),
     ]
+}
+
+async fn start(configure: impl FnOnce(&mut Config)) -> Setting {
+    Setting::start(|config| {
+        config.limits.head_bytes = 8192;
+        configure(config);
+    })
+    .await
 }
 
 /// RFC 9110 §9.3.2: otherwise HTTP/2 clients see a malformed response, and HTTP/1.1 clients bytes after it.
 #[tokio::test]
 async fn refused_head_of_head_request_is_answered_without_content() {
-    let mut setting = Setting::start(|_| {}).await;
+    let mut setting = start(|_| {}).await;
     for method in ["HEAD", "GET"] {
         for (status, request) in faults(method) {
             let mut http2 = Http2Client::connect(setting.agent.addr).await.unwrap();
@@ -41,7 +50,7 @@ async fn refused_head_of_head_request_is_answered_without_content() {
 
 #[tokio::test]
 async fn refused_head_is_answered_with_request_id() {
-    let mut setting = Setting::start(|config| config.headers.request_id_to_client = true).await;
+    let mut setting = start(|config| config.headers.request_id_to_client = true).await;
     for (status, request) in faults("POST") {
         let mut http2 = Http2Client::connect(setting.agent.addr).await.unwrap();
         let response = http2.request(&request).await.unwrap();
@@ -57,7 +66,7 @@ async fn refused_head_is_answered_with_request_id() {
 
 #[tokio::test]
 async fn refused_head_of_grpc_request_is_answered_in_grpc() {
-    let mut setting = Setting::start(|_| {}).await;
+    let mut setting = start(|_| {}).await;
     let mut http2 = Http2Client::connect(setting.agent.addr).await.unwrap();
     for (_, request) in faults("POST") {
         let response = http2.request(&request.header("content-type", "application/grpc")).await.unwrap();
