@@ -20,7 +20,7 @@ use crate::{
         request::{RequestError, RequestHead, RequestParser},
     },
     kernel::socket,
-    proxy::{self, AfterRequest, Origin, Panicked, Refused},
+    proxy::{self, AfterRequest, Origin, Panicked, RefusedHead},
     room::IdleState,
     tls::{self, Acceptor},
     worker::{Current, Worker},
@@ -213,12 +213,12 @@ async fn drained(worker: &Worker, idle_state: &IdleState) {
 }
 
 /// What the request line of a refused head says, as far as it was read.
-fn refused(buf: &[u8]) -> Refused {
+fn refused(buf: &[u8]) -> RefusedHead {
     let line = buf.split(|&byte| byte == b'\r' || byte == b'\n').find(|line| !line.is_empty()).unwrap_or_default();
     let mut words = line.split(|&byte| byte == b' ');
     let method = words.next().and_then(|method| Method::from_bytes(method).ok()).unwrap_or_default();
     let path = String::from_utf8_lossy(words.next().unwrap_or_default()).into_owned();
-    Refused { method, path, headers: HeaderMap::new() }
+    RefusedHead { method, path, headers: HeaderMap::new() }
 }
 
 /// Empty lines before a request (RFC 9112 §2.2) do not begin it: some clients end a body with one and then wait.

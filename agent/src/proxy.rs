@@ -46,14 +46,14 @@ use crate::{
 
 /// As much of a head as was read before it was refused.
 #[derive(Default)]
-pub struct Refused {
+pub struct RefusedHead {
     pub method: Method,
     pub path: String,
     pub headers: HeaderMap,
 }
 
 /// Answers a request whose head was refused.
-pub async fn refuse(worker: &Worker, client: &mut Client, error: &Error, mut refused: Refused, origin: Origin) {
+pub async fn refuse(worker: &Worker, client: &mut Client, error: &Error, mut refused: RefusedHead, origin: Origin) {
     let (record, config) = (Record::new(origin), &worker.shared.config);
     client.set_idle(config.timeouts.idle);
     client.set_unread(true);

@@ -13,7 +13,7 @@ use std::{
 
 use tokio::{sync::Notify, time::Instant};
 
-use self::{budget::FrameBudget, unfinished::Unfinished};
+use self::{budget::FrameBudget, unfinished::UnfinishedHead};
 use super::wire::ClientIo;
 use crate::{
     http::frame_heads::{END_STREAM, FrameHead, LargeBlocks, kind},
@@ -52,7 +52,7 @@ pub struct Traffic {
     /// Time of the last frame received.
     last_received: Cell<Instant>,
     /// What the client has begun to send and must complete before anything else.
-    unfinished: Unfinished,
+    unfinished: UnfinishedHead,
     over: Cell<Option<&'static str>>,
     ended_notify: Notify,
 }
@@ -71,7 +71,7 @@ impl Traffic {
             frames: RefCell::new(FrameBudget::new(frames, FRAMES, now)),
             last_content: Cell::new(now),
             last_received: Cell::new(now),
-            unfinished: Unfinished::new(begun),
+            unfinished: UnfinishedHead::new(begun),
             over: Cell::new(None),
             ended_notify: Notify::new(),
         }

@@ -30,7 +30,7 @@ use crate::{
     deadline::with_deadline,
     http::{head::HeadLimits, request::from_http2},
     kernel::socket,
-    proxy::{self, Origin, Panicked, Refused},
+    proxy::{self, Origin, Panicked, RefusedHead},
     room::IdleState,
     shared::Shared,
     worker::{Current, Worker},
@@ -376,7 +376,7 @@ async fn serve_request(
         }
         Err(error) => {
             let path = parts.uri.path().to_owned();
-            let refused = Refused { method: parts.method, path, headers: parts.headers };
+            let refused = RefusedHead { method: parts.method, path, headers: parts.headers };
             proxy::refuse(&worker, &mut client, &error.into(), refused, origin).await;
         }
     }

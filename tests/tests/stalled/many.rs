@@ -43,26 +43,29 @@ const QUIET: Duration = Duration::from_millis(500);
 
 #[tokio::test]
 async fn many_stalled_clients_on_ingress_stay_bounded() {
+    let _alone = alone().await;
     stall("ingress").await;
 }
 
 #[tokio::test]
 async fn many_stalled_clients_on_local_stay_bounded() {
+    let _alone = alone().await;
     stall("local").await;
 }
 
 #[tokio::test]
 async fn many_stalled_clients_on_auto_stay_bounded() {
+    let _alone = alone().await;
     stall("auto").await;
 }
 
 #[tokio::test]
 async fn many_stalled_clients_on_relay_stay_bounded() {
+    let _alone = alone().await;
     stall("off").await;
 }
 
 async fn stall(steering: &str) {
-    let _alone = alone().await;
     allow_descriptors();
     let options =
         Options { send_buffer: Some(SERVER as usize), idle_close: None, keep_requests: false, ..Options::default() };

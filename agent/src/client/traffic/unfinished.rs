@@ -7,7 +7,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-pub(super) struct Unfinished {
+pub(super) struct UnfinishedHead {
     /// The number of the part, and since when its rest has been awaited.
     part: Cell<Option<(u64, Instant)>>,
     /// Whether everything that had arrived when it was last looked for has been read.
@@ -15,7 +15,7 @@ pub(super) struct Unfinished {
     begun: Notify,
 }
 
-impl Unfinished {
+impl UnfinishedHead {
     /// The preface, part 0, has begun.
     pub(super) fn new(begun: Instant) -> Self {
         Self { part: Cell::new(Some((0, begun))), all_read: Cell::new(true), begun: Notify::new() }
@@ -63,7 +63,7 @@ mod tests {
     /// gets the time.
     async fn overdue(reads: &[(u64, Option<u64>)], has_unread: impl Fn(u64) -> bool) -> u64 {
         let start = Instant::now();
-        let unfinished = Unfinished::new(start);
+        let unfinished = UnfinishedHead::new(start);
         let client = async {
             for &(seconds, part) in reads {
                 sleep_until(start + Duration::from_secs(seconds)).await;
@@ -89,7 +89,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn client_has_the_limit_anew_while_the_agent_does_not_read() {
         assert_eq!(overdue(&[(9, None), (30, Some(1))], |seconds| seconds < 60).await, 60);
-        let unfinished = Unfinished::new(Instant::now());
+        let unfinished = UnfinishedHead::new(Instant::now());
         unfinished.note(Some(1), Instant::now());
         let read = tokio::time::timeout(100 * LIMIT, unfinished.overdue(LIMIT, || false)).await;
         assert!(read.is_err(), "the client was blamed for what had not been read");
