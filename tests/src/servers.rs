@@ -182,10 +182,11 @@ fn venv(program: &str) -> PathBuf {
     root().join("target/venv/bin").join(program)
 }
 
-/// Built by Go, usually from its cache. Another process may be running the previous build.
+/// Built by Go, usually from its cache. Another process may be running the previous build, and another test may be building.
 pub fn go_server() -> Result<PathBuf> {
     let binary = root().join("target/go-server");
-    let fresh = binary.with_extension(std::process::id().to_string());
+    let folder = tempfile::tempdir_in(root().join("target"))?;
+    let fresh = folder.path().join("go-server");
     let mut build = Command::new("go");
     build.args(["build", "-o"]).arg(&fresh).arg(scripts().join("server.go"));
     build.env("GO111MODULE", "off").env("CGO_ENABLED", "0").env("GOCACHE", root().join("target/go-cache"));

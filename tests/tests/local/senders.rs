@@ -106,7 +106,7 @@ async fn send(ways: &[(Waits, Calls)]) {
         );
         (steered, rooms) = (steered + more.0, rooms + more.1);
         assert_eq!(sender.stalled(), 0, "{waits:?} {calls:?}");
-        assert!(more.0 > MIB, "{waits:?} {calls:?}: {} bytes steered", more.0);
+        assert!(more.0 > 100_000, "{waits:?} {calls:?}: {} bytes steered", more.0);
         assert!(more.1 > 0, "{waits:?} {calls:?}: the room gate did not trip");
         // A sender would retry forever on a socket that polls writable and takes nothing.
         assert!(refused <= 2 * sent, "{waits:?} {calls:?}: refused {refused} times, {sent} calls sent something");
