@@ -147,7 +147,8 @@ pub(super) async fn calls(
     let mut kept = None;
     while Instant::now() < until {
         let id = random.below(u64::MAX / 2) * 2;
-        let bytes = 1 + random.below(100_000) as usize;
+        // At most half a second: a slower client would meet the time limit by itself.
+        let bytes = (1 + size(id + 1) / 250 + random.below(100_000)) as usize;
         let pace = random.pick(&[Pace::Fast, Pace::Slow { bytes, tick: Duration::from_millis(1) }]);
         let mut client = match kept.take() {
             Some(client) => client,
