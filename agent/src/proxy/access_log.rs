@@ -1,23 +1,35 @@
-//! The access log: one line for each request, and one for each pinned connection, with the target `penstock::access`.
+//! The access log: one line for each request, pinned connection and adopted flow, with the target `penstock::access`.
 //!
-//! `fields!` declares each field once, with its documentation. `cargo xtask settings` writes docs/access-log.md from
-//! it.
+//! A new field takes two lines, both here: `fields!` declares it with its documentation, and [`routed`] fills it from what the request
+//! has recorded ([`Record`]). The other three functions write the lines that have fewer fields. `cargo xtask settings` writes
+//! docs/access-log.md from the declarations.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
-use tracing::field::DisplayValue;
+use http::request;
+use penstock_common::path::Path;
+use tracing::field::{DisplayValue, display};
+
+use super::record::Record;
+use crate::{
+    error::Error,
+    kernel::wire::{AdoptedFlow, Seen, Story},
+    picker::metadata::Collected,
+    steer::account::Account,
+    text::{self, cut},
+};
 
 /// Declares the fields in the order in which they are written. A field that is `None` is not written.
 macro_rules! fields {
     ($($(#[doc = $doc:literal])+ $name:ident: $type:ty,)+) => {
         /// The fields of one line.
         #[derive(Default)]
-        pub(super) struct Line<'a> {
-            $($(#[doc = $doc])+ pub(super) $name: Option<$type>,)+
+        struct Line<'a> {
+            $($(#[doc = $doc])+ $name: Option<$type>,)+
         }
 
         impl Line<'_> {
-            pub(super) fn write(&self) {
+            fn write(&self) {
                 tracing::info!(target: "penstock::access", $($name = self.$name.as_ref(),)+);
             }
         }
@@ -78,6 +90,106 @@ fields! {
     metadata: &'a str,
     /// The error that the agent answered with, or that the client disconnected.
     error: &'a str,
+}
+
+/// The line of a request that was routed to `pool`. All of its fields are named, so that none is forgotten. `took`: from the first byte
+/// of the request to the last one of the response. `metadata`: what an EPP replied. `error`: the text of the agent's own answer.
+pub(super) fn routed(
+    record: &Record,
+    parts: &request::Parts,
+    pool: &str,
+    took: Duration,
+    metadata: Option<&Collected>,
+    error: Option<&str>,
+) {
+    let request_id = parts.headers.get("x-request-id").and_then(|id| id.to_str().ok()).unwrap_or_default();
+    let account = &record.account;
+    let up = account.upstream > 0;
+    Line {
+        pinned: None,
+        adopted: None,
+        client: Some(display(record.client)),
+        request_id: Some(&cut(request_id, text::NAME)),
+        method: Some(display(&cut(parts.method.as_str(), text::NAME))),
+        path: Some(&cut(parts.uri.path(), text::PHRASE)),
+        pool: Some(pool),
+        status: Some(record.status.as_u16()),
+        reason: Some(record.reason),
+        reason_detail: record.detail.as_deref(),
+        endpoint: Some(&record.endpoint.map(|endpoint| endpoint.to_string()).unwrap_or_default()),
+        carried_by: Some(record.path),
+        carried_why: Some(record.path_reason),
+        bytes_kernel: Some(account.steered + account.local + account.wire),
+        bytes_user: Some(account.relayed),
+        bytes_up: up.then_some(account.upstream),
+        bytes_up_kernel: up.then_some(account.upstream_steered),
+        pick_us: Some(record.picked_in.as_micros() as u64),
+        ttft_us: Some(record.first_byte().as_micros() as u64),
+        took_us: Some(took.as_micros() as u64),
+        metadata: metadata.and_then(Collected::json).as_deref(),
+        error,
+    }
+    .write();
+}
+
+/// The line of a request that failed before it was routed to a pool. A client that disconnected gets none.
+pub(super) fn unrouted(client: SocketAddr, error: &Error, text: &str, took: Duration) {
+    if matches!(error, Error::ClientGone) {
+        return;
+    }
+    Line {
+        client: Some(display(client)),
+        status: Some(error.status().as_u16()),
+        reason: Some(error.reason()),
+        took_us: Some(took.as_micros() as u64),
+        error: Some(text),
+        ..Line::default()
+    }
+    .write();
+}
+
+/// The line of a pinned connection, whose bytes from the endpoint took `path`. `reason`: how it ended.
+pub(super) fn pinned(
+    client: SocketAddr,
+    pool: &str,
+    endpoint: SocketAddr,
+    path: Path,
+    reason: &str,
+    account: &Account,
+    took: Duration,
+) {
+    Line {
+        pinned: Some(true),
+        client: Some(display(client)),
+        pool: Some(pool),
+        endpoint: Some(&endpoint.to_string()),
+        reason: Some(reason),
+        carried_by: Some(path.label()),
+        bytes_kernel: Some(account.steered + account.local),
+        bytes_user: Some(account.relayed),
+        bytes_up: Some(account.upstream),
+        bytes_up_kernel: Some(account.upstream_steered),
+        took_us: Some(took.as_micros() as u64),
+        ..Line::default()
+    }
+    .write();
+}
+
+/// The line of a flow that another agent began. `reason`: how it ended.
+pub(super) fn adopted(flow: &AdoptedFlow, seen: &Seen, story: &Story, reason: &str) {
+    Line {
+        adopted: Some(true),
+        client: Some(display(flow.client)),
+        status: Some(story.status),
+        reason: Some(reason),
+        endpoint: Some(&flow.endpoint.to_string()),
+        carried_by: Some(Path::Wire.label()),
+        bytes_kernel: Some(seen.bytes),
+        bytes_user: Some(story.relayed),
+        took_us: Some(seen.last_ns.saturating_sub(story.started_ns) / 1000),
+        ..Line::default()
+    }
+    .write();
 }
 
 #[cfg(test)]

@@ -11,9 +11,8 @@ use std::{
 
 use penstock_common::path::Path;
 use tokio::sync::watch;
-use tracing::field::display;
 
-use super::access_log::Line;
+use super::access_log;
 use crate::{
     deliver::{End, judge},
     kernel::{
@@ -143,17 +142,5 @@ fn record(flow: &AdoptedFlow, seen: &Seen, story: &Story, reason: &'static str, 
     shared.metrics.body_bytes(Path::Wire, seen.bytes);
     shared.metrics.body_bytes(Path::Relay, story.relayed);
     shared.metrics.adopted_flow_ended(reason);
-    Line {
-        adopted: Some(true),
-        client: Some(display(flow.client)),
-        status: Some(story.status),
-        reason: Some(reason),
-        endpoint: Some(&flow.endpoint.to_string()),
-        carried_by: Some(Path::Wire.label()),
-        bytes_kernel: Some(seen.bytes),
-        bytes_user: Some(story.relayed),
-        took_us: Some(seen.last_ns.saturating_sub(story.started_ns) / 1000),
-        ..Line::default()
-    }
-    .write();
+    access_log::adopted(flow, seen, story, reason);
 }

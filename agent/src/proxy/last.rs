@@ -1,33 +1,97 @@
-//! Ends the record of a routed request: writes its line in the access log, ends its span, and adds the numbers in the metadata of
-//! the EPP's replies to the counters. Dropping a [`Last`] does this. An EPP's stream drops it after the last reply.
+//! Ends the record of a request: counts it, has its line in the access log written and ends its span.
+//!
+//! The line, the span and the counters from the EPP's metadata wait for the EPP's last reply, which may come after the response:
+//! dropping a [`Last`] writes them, and an EPP's stream drops it after that reply.
 
 use std::{sync::Arc, time::Duration};
 
 use http::request;
-use tracing::field::display;
 
-use super::{
-    access_log::Line,
-    record::{Record, model},
-};
+use super::{access_log, record::Record};
 use crate::{
-    metrics::PoolMetrics,
+    config::Config,
+    error::Error,
+    metrics::{PoolMetrics, Streamed},
     picker::metadata::{Collected, CountedValue, SharedMetadata},
     shared::Shared,
     telemetry::EndedRequest,
     text::{self, cut},
+    worker::Worker,
 };
 
-pub(super) struct Last {
-    pub(super) record: Record,
-    pub(super) metadata: Option<SharedMetadata>,
-    pub(super) shared: Arc<Shared>,
-    pub(super) pool: usize,
-    pub(super) parts: request::Parts,
+impl Record {
+    /// Records a request that was routed. `error` is the reason if the agent answered it or aborted it.
+    pub(super) fn finish(mut self, worker: &Worker, pool: usize, parts: request::Parts, error: Option<&Error>) {
+        if let Some(error) = error {
+            (self.status, self.reason) = (error.status(), error.reason());
+        }
+        let took = self.started.elapsed();
+        worker.shared.metrics.pool(pool).request(self.status.as_u16(), self.reason, took);
+        if matches!(self.reason, "client_gone") {
+            worker.shared.metrics.client_aborted();
+        }
+        let model = model(&parts, &worker.shared.config);
+        if self.event_stream && self.status.is_success() && self.account.first_ns > 0 {
+            let rest = self.account.last_ns.saturating_sub(self.account.first_ns);
+            let messages = self.account.pieces + self.account.segments;
+            let stream = Streamed { first: self.first_byte(), rest: Duration::from_nanos(rest), messages };
+            worker.shared.metrics.pool(pool).streamed(model.unwrap_or_default(), &stream);
+        }
+        let (metadata, ending) = (self.metadata.take(), self.ending.take());
+        let shared = Arc::clone(&worker.shared);
+        let last = Last { record: self, metadata, shared, pool, parts, took, error: error.map(logged) };
+        match ending {
+            Some(ending) => ending.hold(last),
+            None => drop(last),
+        }
+    }
+
+    /// Writes the record of a request that failed before it was routed to a pool.
+    pub(super) fn finish_unrouted(self, worker: &Worker, error: &Error) {
+        let took = self.started.elapsed();
+        worker.shared.metrics.unrouted().request(error.status().as_u16(), error.reason(), took);
+        if let Some(span) = self.span {
+            span.end(&EndedRequest {
+                took,
+                status: error.status().as_u16(),
+                reason: error.reason(),
+                detail: None,
+                refused: true,
+                broken: false,
+                pool: "",
+                endpoint: None,
+                model: None,
+                carried_by: self.path,
+                carried_why: self.path_reason,
+                first_byte: None,
+                metadata: None,
+            });
+        }
+        access_log::unrouted(self.client, error, &logged(error), took);
+    }
+}
+
+/// The model that the request names.
+fn model<'p>(parts: &'p request::Parts, config: &Config) -> Option<&'p str> {
+    parts.headers.get(&config.bbr.header).and_then(|model| model.to_str().ok())
+}
+
+/// The error's text, cut, because it may quote input from a client, an endpoint or an EPP.
+fn logged(error: &Error) -> String {
+    cut(&error.to_string(), text::PHRASE).into_owned()
+}
+
+/// A routed request whose line and span are still to be written.
+struct Last {
+    record: Record,
+    metadata: Option<SharedMetadata>,
+    shared: Arc<Shared>,
+    pool: usize,
+    parts: request::Parts,
     /// How long the request took.
-    pub(super) took: Duration,
+    took: Duration,
     /// The text of the error that the agent answered with.
-    pub(super) error: Option<String>,
+    error: Option<String>,
 }
 
 impl Drop for Last {
@@ -39,7 +103,8 @@ impl Drop for Last {
             let model = model(&self.parts, &self.shared.config).unwrap_or_default();
             count(metadata, self.shared.metrics.pool(self.pool), model);
         }
-        self.log(metadata.as_deref());
+        let pool = &self.shared.config.pools[self.pool].name;
+        access_log::routed(&self.record, &self.parts, pool, self.took, metadata.as_deref(), self.error.as_deref());
         let (Some(span), record) = (span, &self.record) else { return };
         span.end(&EndedRequest {
             took: self.took,
@@ -48,7 +113,7 @@ impl Drop for Last {
             detail: record.detail.as_deref(),
             refused: self.error.is_some(),
             broken: record.broken,
-            pool: &self.shared.config.pools[self.pool].name,
+            pool,
             endpoint: record.endpoint,
             model: model(&self.parts, &self.shared.config),
             carried_by: record.path,
@@ -56,39 +121,6 @@ impl Drop for Last {
             first_byte: (record.account.first_ns > 0).then(|| record.first_byte()),
             metadata: metadata.as_deref(),
         });
-    }
-}
-
-impl Last {
-    fn log(&self, metadata: Option<&Collected>) {
-        let (record, parts) = (&self.record, &self.parts);
-        let request_id = parts.headers.get("x-request-id").and_then(|id| id.to_str().ok()).unwrap_or_default();
-        let account = &record.account;
-        let up = account.upstream > 0;
-        Line {
-            client: Some(display(record.client)),
-            request_id: Some(&cut(request_id, text::NAME)),
-            method: Some(display(&cut(parts.method.as_str(), text::NAME))),
-            path: Some(&cut(parts.uri.path(), text::PHRASE)),
-            pool: Some(&self.shared.config.pools[self.pool].name),
-            status: Some(record.status.as_u16()),
-            reason: Some(record.reason),
-            reason_detail: record.detail.as_deref(),
-            endpoint: Some(&record.endpoint.map(|endpoint| endpoint.to_string()).unwrap_or_default()),
-            carried_by: Some(record.path),
-            carried_why: Some(record.path_reason),
-            bytes_kernel: Some(account.steered + account.local + account.wire),
-            bytes_user: Some(account.relayed),
-            bytes_up: up.then_some(account.upstream),
-            bytes_up_kernel: up.then_some(account.upstream_steered),
-            pick_us: Some(record.picked_in.as_micros() as u64),
-            ttft_us: Some(record.first_byte().as_micros() as u64),
-            took_us: Some(self.took.as_micros() as u64),
-            metadata: metadata.and_then(Collected::json).as_deref(),
-            error: self.error.as_deref(),
-            ..Line::default()
-        }
-        .write();
     }
 }
 

@@ -7,10 +7,9 @@ use std::{net::SocketAddr, rc::Rc, time::Duration};
 
 use bytes::BytesMut;
 use tokio::time::Instant;
-use tracing::field::display;
 
 use super::{
-    access_log::Line,
+    access_log,
     record::count,
     request::{AfterRequest, Pin},
     respond::open_tunnel,
@@ -52,21 +51,7 @@ pub async fn pinned(current: &Rc<Current>, client: &mut ClientSocket, pin: Pin, 
     drop(open);
     metrics.pin_ended(end.reason(), began.elapsed());
     count(&worker.shared.metrics, &account);
-    Line {
-        pinned: Some(true),
-        client: Some(display(peer)),
-        pool: Some(&config.name),
-        endpoint: Some(&address.to_string()),
-        reason: Some(end.reason()),
-        carried_by: Some(path.label()),
-        bytes_kernel: Some(account.steered + account.local),
-        bytes_user: Some(account.relayed),
-        bytes_up: Some(account.upstream),
-        bytes_up_kernel: Some(account.upstream_steered),
-        took_us: Some(began.elapsed().as_micros() as u64),
-        ..Line::default()
-    }
-    .write();
+    access_log::pinned(peer, &config.name, address, path, end.reason(), &account, began.elapsed());
     match end {
         End::Complete { .. } => {
             endpoint.set_resting(true);

@@ -1,28 +1,26 @@
-//! Records a request: metrics, one line in the access log (target `penstock::access`) and, if tracing is enabled, a span.
-//!
-//! The line, the span and the counters from the EPP's metadata wait for the EPP's last reply, which may come after the response.
+//! What is recorded of a request while it passes through its phases, for the access log (`access_log.rs`) and the span. `last.rs` ends
+//! the record.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use http::{StatusCode, request};
 use penstock_common::{path::Path, slot::stop};
 use tokio::time::Instant;
-use tracing::field::display;
 
-use super::{access_log::Line, last::Last, picked::PickOutcome};
+use super::picked::PickOutcome;
 use crate::{
-    config::{Config, EppMetadata, Picker},
+    config::{EppMetadata, Picker},
     error::Error,
     http::{headers::Arrival, trace_context},
     kernel::socket::monotonic_ns,
-    metrics::{Metrics, Streamed},
+    metrics::Metrics,
     picker::{
         client::{PickStream, StreamEnding},
         exchange::ImmediateReply,
         metadata::{Collected, SharedMetadata},
     },
     steer::{account::Account, reason::SteerReason},
-    telemetry::{EndedRequest, PickResult, RequestSpan},
+    telemetry::{PickResult, RequestSpan},
     text::{self, cut},
     worker::Worker,
 };
@@ -38,7 +36,7 @@ pub struct Origin {
 pub(super) struct Record {
     pub(super) client: SocketAddr,
     /// When the first byte of the request arrived.
-    started: Instant,
+    pub(super) started: Instant,
     pub(super) started_ns: u64,
     pub(super) status: StatusCode,
     pub(super) reason: &'static str,
@@ -49,12 +47,12 @@ pub(super) struct Record {
     pub(super) endpoint: Option<SocketAddr>,
     pub(super) path: &'static str,
     pub(super) path_reason: &'static str,
-    event_stream: bool,
+    pub(super) event_stream: bool,
     pub(super) account: Account,
     /// The metadata of the EPP's replies, if an EPP was asked.
-    metadata: Option<SharedMetadata>,
+    pub(super) metadata: Option<SharedMetadata>,
     /// The end of the EPP's stream, if the response was complete.
-    ending: Option<StreamEnding>,
+    pub(super) ending: Option<StreamEnding>,
     pub(super) span: Option<Box<RequestSpan>>,
 }
 
@@ -182,32 +180,6 @@ impl Record {
         (self.path, self.path_reason, self.account) = (path.label(), reason.label(), account);
     }
 
-    /// Records a request that was routed. `error` is the reason if the agent answered it or aborted it.
-    pub(super) fn finish(mut self, worker: &Worker, pool: usize, parts: request::Parts, error: Option<&Error>) {
-        if let Some(error) = error {
-            (self.status, self.reason) = (error.status(), error.reason());
-        }
-        let took = self.started.elapsed();
-        worker.shared.metrics.pool(pool).request(self.status.as_u16(), self.reason, took);
-        if matches!(self.reason, "client_gone") {
-            worker.shared.metrics.client_aborted();
-        }
-        let model = model(&parts, &worker.shared.config);
-        if self.event_stream && self.status.is_success() && self.account.first_ns > 0 {
-            let rest = self.account.last_ns.saturating_sub(self.account.first_ns);
-            let messages = self.account.pieces + self.account.segments;
-            let stream = Streamed { first: self.first_byte(), rest: Duration::from_nanos(rest), messages };
-            worker.shared.metrics.pool(pool).streamed(model.unwrap_or_default(), &stream);
-        }
-        let (metadata, ending) = (self.metadata.take(), self.ending.take());
-        let shared = Arc::clone(&worker.shared);
-        let last = Last { record: self, metadata, shared, pool, parts, took, error: error.map(logged) };
-        match ending {
-            Some(ending) => ending.hold(last),
-            None => drop(last),
-        }
-    }
-
     /// From the first byte of the request to the first byte of the response body; 0 without one.
     pub(super) fn first_byte(&self) -> Duration {
         if self.account.first_ns == 0 {
@@ -215,51 +187,6 @@ impl Record {
         }
         Duration::from_nanos(self.account.first_ns.saturating_sub(self.started_ns))
     }
-
-    /// Writes the record of a request that failed before it was routed to a pool.
-    pub(super) fn finish_unrouted(self, worker: &Worker, error: &Error) {
-        let took = self.started.elapsed();
-        worker.shared.metrics.unrouted().request(error.status().as_u16(), error.reason(), took);
-        if let Some(span) = self.span {
-            span.end(&EndedRequest {
-                took,
-                status: error.status().as_u16(),
-                reason: error.reason(),
-                detail: None,
-                refused: true,
-                broken: false,
-                pool: "",
-                endpoint: None,
-                model: None,
-                carried_by: self.path,
-                carried_why: self.path_reason,
-                first_byte: None,
-                metadata: None,
-            });
-        }
-        if matches!(error, Error::ClientGone) {
-            return;
-        }
-        Line {
-            client: Some(display(self.client)),
-            status: Some(error.status().as_u16()),
-            reason: Some(error.reason()),
-            took_us: Some(took.as_micros() as u64),
-            error: Some(&logged(error)),
-            ..Line::default()
-        }
-        .write();
-    }
-}
-
-/// The model that the request names.
-pub(super) fn model<'p>(parts: &'p request::Parts, config: &Config) -> Option<&'p str> {
-    parts.headers.get(&config.bbr.header).and_then(|model| model.to_str().ok())
-}
-
-/// The error's text, cut, because it may quote input from a client, an endpoint or an EPP.
-fn logged(error: &Error) -> String {
-    cut(&error.to_string(), text::PHRASE).into_owned()
 }
 
 /// Adds the bytes of a flow to the metrics.
