@@ -6,6 +6,7 @@ use tokio::time::Instant;
 
 use super::{
     ask::{Asked, Question},
+    failure_mode::PickFailure,
     short::{ShortRequest, short_request},
 };
 use crate::{
@@ -64,14 +65,14 @@ impl<'a> Attempt<'a> {
         Self { worker, started, question: Question { epp, settings, wait, subset, limits, members, metrics } }
     }
 
-    /// Asks the EPP. The inner error is a failure of the EPP, to which the pool's failure mode applies.
+    /// Asks the EPP. The inner error is what the pool's failure mode applies to ([`failure_mode`](super::failure_mode)).
     pub(super) async fn pick(
         &self,
         client: &mut Client,
         request: &mut Request,
         upload: &mut Upload,
         held: &mut Option<Lease>,
-    ) -> Result<Result<PickOutcome, Error>, Error> {
+    ) -> Result<Result<PickOutcome, PickFailure>, Error> {
         request.record.collect(&self.question.epp.replicas().metadata);
         let open = self.worker.shared.metrics.epp_stream();
         let metrics = self.question.metrics;
@@ -89,13 +90,13 @@ impl<'a> Attempt<'a> {
             Asked::Answered(Outcome::Picked(decision), mut stream) => {
                 let accepted = match admitted(self.worker, request.pool, decision) {
                     Ok((endpoints, decision)) => Accepted { endpoints, decision, is_whole },
-                    Err(stranger) => return Ok(Err(Error::Stranger(stranger))),
+                    Err(stranger) => return Ok(Err(PickFailure::Stranger(stranger))),
                 };
                 let (mut picked, body) = self.accept(client, request, upload, accepted, held, &mut stream).await?;
                 (picked.stream, picked._open) = (Some(*stream), Some(open));
                 Ok(Ok(PickOutcome::Forward(Box::new(picked), body)))
             }
-            Asked::Failed(error) => Ok(Err(Error::Picker(error))),
+            Asked::Failed(error) => Ok(Err(PickFailure::Epp(error))),
             Asked::Client(error) => Err(error),
         }
     }

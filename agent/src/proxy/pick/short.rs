@@ -12,7 +12,7 @@ use crate::{
     client::Client,
     config::{self, BodyToPicker},
     error::Error,
-    http::{digest as digests, headers::X_PENSTOCK_BODY_LENGTH, media::is_coded},
+    http::{digest as digests, fields::X_PENSTOCK_BODY_LENGTH, media::is_coded},
     picker::exchange::Body,
     proxy::request::Request,
     upload::Upload,
