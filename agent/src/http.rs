@@ -11,6 +11,7 @@ pub mod body;
 pub mod coding;
 pub mod media;
 pub mod trailers;
+pub mod fields;
 pub mod headers;
 pub mod digest;
 pub mod date;

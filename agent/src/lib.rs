@@ -88,6 +88,7 @@ pub mod parts {
         endpoint::{connection::EndpointConnection, timeouts::ConnectionTimeouts},
         http::{
             body::{BodyError, BodyReader, Decoded, ReplayBody},
+            fields::FieldPolicy,
             head::HeadLimits,
             headers::{Arrival, prepare_request},
             request::{RequestBody, RequestHead, RequestParser, from_http2, parse_request},

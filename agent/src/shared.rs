@@ -4,7 +4,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 use anyhow::Context as _;
-use http::{HeaderName, HeaderValue, StatusCode};
+use http::{HeaderValue, StatusCode};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -13,6 +13,7 @@ use crate::{
     budget::Bodies,
     config::{self, Config, Picker},
     endpoint::{budget::RetryBudget, set::EndpointSet},
+    http::fields::FieldPolicy,
     listeners::Listeners,
     metrics::{Metrics, PoolMetrics},
     picker::{builtin::BuiltinPicker, replica::Replicas},
@@ -37,8 +38,7 @@ pub struct Shared {
     pub replicas: Vec<Option<Arc<Replicas>>>,
     /// One per pool.
     pub rewriters: Vec<Rewriter>,
-    /// The headers in which EPPs return their picks: `picker.header` of every pool, and the protocol's own.
-    pub pick_headers: Vec<HeaderName>,
+    pub fields: FieldPolicy,
     pub model_headers: ModelHeaders,
     /// The addresses at which this agent listens.
     pub own: Listeners,
@@ -111,7 +111,7 @@ impl Shared {
             pickers: endpoints.iter().map(|endpoints| BuiltinPicker::new(Arc::clone(endpoints))).collect(),
             retries: config.pools.iter().map(|pool| RetryBudget::new(&pool.retry, Instant::now())).collect(),
             rewriters: config.pools.iter().map(|_| Rewriter::default()).collect(),
-            pick_headers: pick_headers(&config),
+            fields: FieldPolicy::new(&config),
             model_headers: ModelHeaders::new(&config.bbr),
             bodies: Bodies::new(&config.limits, &metrics),
             endpoints,
@@ -188,15 +188,4 @@ fn mark() -> HeaderValue {
     let mut text = uuid::Uuid::encode_buffer();
     let id = uuid::Uuid::new_v4().simple().encode_lower(&mut text);
     HeaderValue::from_str(id).unwrap_or(HeaderValue::from_static("penstock"))
-}
-
-fn pick_headers(config: &Config) -> Vec<HeaderName> {
-    let configured = config.pools.iter().filter_map(|pool| match &pool.picker {
-        Picker::Epp(epp) => Some(epp.header.clone()),
-        Picker::Builtin => None,
-    });
-    let mut headers: Vec<_> = configured.chain([HeaderName::from_static("x-gateway-destination-endpoint")]).collect();
-    headers.sort_unstable_by(|a, b| a.as_str().cmp(b.as_str()));
-    headers.dedup();
-    headers
 }

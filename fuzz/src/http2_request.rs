@@ -14,7 +14,10 @@ use penstock_agent::{
     },
 };
 
-use crate::{peers, request_head::LIMITS};
+use crate::{
+    peers,
+    request_head::{LIMITS, POLICY},
+};
 
 const MOST_BODY: usize = 64;
 /// Fields about framing, the connection or the host, and variants of their names.
@@ -40,7 +43,7 @@ const NAMES: [&str; 22] = [
     "forwarded",
     "traceparent",
     "x-gateway-destination-endpoint",
-    "x-model",
+    "x-gateway-model-name",
 ];
 
 pub fn run(data: &[u8]) {
@@ -51,7 +54,7 @@ pub fn run(data: &[u8]) {
     assert!(matches!(head.body, RequestBody::None | RequestBody::Frames(_)));
 
     let arrival = Arrival { client: [127, 0, 0, 1].into(), version: Version::HTTP_2, tls: true };
-    prepare_request(&mut head.parts.headers, &arrival, &HeaderName::from_static("x-model"), &Headers::default());
+    prepare_request(&mut head.parts.headers, &arrival, &POLICY, &Headers::default());
     let mut out = BytesMut::new();
     let framing = if ended { RequestFraming::None } else { RequestFraming::Length(body.len() as u64) };
     let endpoint = ([10, 0, 0, 1], 8000).into();

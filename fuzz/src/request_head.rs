@@ -4,13 +4,15 @@
 //! request, must find the same two requests or refuse. All three must accept the head that the agent writes for the endpoint, and
 //! read it the same way. hyper may accept a head that the agent refuses only for the reasons in [`STRICTER`].
 
+use std::sync::LazyLock;
+
 use bytes::BytesMut;
-use http::{HeaderName, Version};
+use http::Version;
 use penstock_agent::{
-    config::Headers,
+    config::{Config, Headers},
     parts::{
-        AfterResponse, Arrival, HeadLimits, RequestBody, RequestFraming, RequestHead, RequestParser, parse_request,
-        prepare_request, trace_context, write_request,
+        AfterResponse, Arrival, FieldPolicy, HeadLimits, RequestBody, RequestFraming, RequestHead, RequestParser,
+        parse_request, prepare_request, trace_context, write_request,
     },
 };
 
@@ -24,6 +26,9 @@ pub(crate) const LIMITS: HeadLimits = HeadLimits { bytes: 2048, headers: 32 };
 const SECOND: &[u8] = b"GET /second HTTP/1.1\r\nhost: second\r\n\r\n";
 /// Bodies up to this length are sent in full; of a request with a longer body only the head is tested.
 const MOST_BODY: u64 = 4096;
+
+/// What the default configuration lets pass.
+pub(crate) static POLICY: LazyLock<FieldPolicy> = LazyLock::new(|| FieldPolicy::new(&Config::default()));
 
 /// Reasons for which the agent may refuse what hyper accepts. The agent must accept everything else that hyper accepts.
 const STRICTER: [&str; 22] = [
@@ -97,8 +102,7 @@ fn check_accepted(mut head: RequestHead, wire: &[u8]) {
     // The head that the endpoint gets.
     let version = head.parts.version;
     let arrival = Arrival { client: [127, 0, 0, 1].into(), version, tls: false };
-    let model = HeaderName::from_static("x-model");
-    prepare_request(&mut head.parts.headers, &arrival, &model, &Headers::default());
+    prepare_request(&mut head.parts.headers, &arrival, &POLICY, &Headers::default());
     let mut out = BytesMut::new();
     let framing = match head.body {
         RequestBody::None => RequestFraming::None,

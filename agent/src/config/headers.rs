@@ -56,18 +56,6 @@ choice! {
 pub(crate) const ALL_HINTS: [ClientHint; 4] =
     [ClientHint::Objective, ClientHint::FairnessId, ClientHint::ModelRewrite, ClientHint::Latency];
 
-impl ClientHint {
-    /// The names of its fields, or prefixes of them.
-    pub(crate) fn fields(self) -> &'static [&'static str] {
-        match self {
-            Self::Objective => &["x-gateway-inference-objective", "x-llm-d-inference-objective"],
-            Self::FairnessId => &["x-gateway-inference-fairness-id", "x-llm-d-inference-fairness-id"],
-            Self::ModelRewrite => &["x-gateway-model-name-rewrite", "x-llm-d-model-name-rewrite"],
-            Self::Latency => &["x-slo-ttft-ms", "x-slo-tpot-ms", "x-llm-d-slo-"],
-        }
-    }
-}
-
 /// RFC 9110 §7.6.3: a pseudonym, or a host with an optional port.
 fn via() -> value::Value<String> {
     let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~:[]".contains(&byte);

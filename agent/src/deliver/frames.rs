@@ -13,7 +13,7 @@ use crate::{
     client::Client,
     deadline,
     endpoint::body::{Piece, ResponseBody},
-    http::trailers,
+    http::fields,
     kernel::socket::monotonic_ns,
     rename::Rename,
     steer::account::Account,
@@ -68,7 +68,7 @@ impl Sink<'_> {
 
     /// Ends the body.
     pub async fn end(&mut self, mut trailers: HeaderMap) -> Result<(), End> {
-        trailers::filter(&mut trailers);
+        fields::filter_trailers(&mut trailers);
         match self.client {
             Client::Http2(stream) => written(stream.end(trailers).await),
             Client::Http1(socket) => {

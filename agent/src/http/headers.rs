@@ -1,59 +1,18 @@
-//! Removes hop-by-hop headers and headers that only the agent may set, and adds those that forwarding needs.
+//! Prepares heads for forwarding: removes what [`fields`](super::fields) does not let pass, and adds the agent's own fields.
 //!
-//! Pure functions over a `HeaderMap`. Names are compared with `_` equal to `-`, because servers that map names to
-//! variables do the same. What the endpoint may trust about the client depends on [`Forwarding`]: with `append` the
-//! last element of `X-Forwarded-For` and `Forwarded` is the agent's, with `replace` everything, with `off` nothing.
+//! Pure functions over a `HeaderMap`. What the endpoint may trust about the client depends on [`Forwarding`]: with `append` the last
+//! element of `X-Forwarded-For` and `Forwarded` is the agent's, with `replace` everything, with `off` nothing.
 
 use std::net::IpAddr;
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Version, header};
 
-use super::{date, head::joined};
-use crate::config::{ALL_HINTS, Forwarding, Headers};
-
-/// Hop-by-hop headers: RFC 9110 §7.6.1, and those of proxy authentication (§11.7), which concern the next hop only.
-const HOP_BY_HOP: [&str; 8] = [
-    "connection",
-    "keep-alive",
-    "proxy-authenticate",
-    "proxy-authorization",
-    "proxy-connection",
-    "te",
-    "transfer-encoding",
-    "upgrade",
-];
-
-/// Headers that Connection cannot remove, because removing them changes the message's meaning for the next hop.
-const END_TO_END: [HeaderName; 4] =
-    [header::HOST, header::CONTENT_LENGTH, header::CONTENT_TYPE, header::CONTENT_ENCODING];
-
-/// Framing headers. Their underscore variants are removed too, because a `content_length` could only contradict the
-/// agent's.
-const FRAMING: [&str; 4] = ["content-length", "transfer-encoding", "host", "connection"];
-
-/// Headers between gateway, picker and endpoint. From a client they would bypass the picker.
-pub(super) const CONTROL: [&str; 13] = [
-    // The agent's own, for EPPs.
-    "x-penstock-body-length",
-    // Tells clients why the EPP dropped a request.
-    "x-llm-d-request-dropped-reason",
-    "x-prefiller-host-port",
-    "x-encoder-hosts-ports",
-    "x-data-parallel-host-port",
-    "x-kv-cache-source-host-port",
-    // Dynamo's headers, by which its frontend selects workers.
-    "x-worker-instance-id",
-    "x-dynamo-routing-mode",
-    "x-dynamo-prefill-worker-id",
-    "x-dynamo-decode-worker-id",
-    "x-dynamo-dp-rank",
-    "x-dynamo-token-data",
-    "x-dynamo-backend-instance-id",
-];
-
-/// Prefixes of control headers.
-pub(super) const CONTROL_PREFIXES: [&str; 3] =
-    ["x-gateway-destination-endpoint", "x-llm-d-destination-endpoint", "x-envoy-"];
+use super::{
+    date,
+    fields::{FieldPolicy, remove_hop_by_hop, remove_if, same},
+    head::joined,
+};
+use crate::config::{Forwarding, Headers};
 
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
@@ -62,9 +21,6 @@ const X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port")
 pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Set only on the agent's own answers: the reason why no endpoint answered.
 pub const X_PENSTOCK_REASON: HeaderName = HeaderName::from_static("x-penstock-reason");
-
-/// Set only for EPPs: the length of a body that is abridged.
-pub const X_PENSTOCK_BODY_LENGTH: HeaderName = HeaderName::from_static("x-penstock-body-length");
 
 /// The ids of the agents that have forwarded a request.
 pub const X_PENSTOCK_HOP: HeaderName = HeaderName::from_static("x-penstock-hop");
@@ -89,15 +45,10 @@ impl Arrival {
     }
 }
 
-/// Prepares a client's headers for forwarding: removes hop-by-hop and control headers, adds forwarding headers.
-///
-/// `model` is the configured header that carries the model; only the agent may set it.
-pub fn prepare_request(headers: &mut HeaderMap, arrival: &Arrival, model: &HeaderName, settings: &Headers) {
-    // Headers named by Connection are removed first, so that the client cannot remove one that is added below.
-    remove_hop_by_hop(headers);
-    remove_if(headers, |name| name.contains('_') && FRAMING.iter().any(|field| same(name, field)));
-    remove_control(headers, model, model);
-    remove_hints(headers, settings);
+/// Prepares a client's headers for forwarding: removes what clients may not set, adds forwarding headers.
+pub fn prepare_request(headers: &mut HeaderMap, arrival: &Arrival, policy: &FieldPolicy, settings: &Headers) {
+    // First, so that the client's Connection cannot remove a field that is added below.
+    policy.filter_client_head(headers);
     add_request_id(headers);
     add_x_forwarded(headers, arrival, settings.x_forwarded);
     add_forwarded(headers, arrival, settings.forwarded);
@@ -138,68 +89,6 @@ pub fn is_last_forward(method: &Method, headers: &mut HeaderMap) -> bool {
 /// The request id, if the client gets it.
 pub fn request_id<'h>(request: &'h HeaderMap, settings: &Headers) -> Option<&'h HeaderValue> {
     request.get(X_REQUEST_ID).filter(|_| settings.request_id_to_client)
-}
-
-/// Whether the header concerns a single connection.
-pub fn is_hop_by_hop(name: &HeaderName) -> bool {
-    HOP_BY_HOP.contains(&name.as_str())
-}
-
-/// Removes hop-by-hop headers and those that Connection names, from a request or a response.
-pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
-    let options = joined(headers, &header::CONNECTION);
-    for option in options.split(|&b| b == b',').map(<[u8]>::trim_ascii) {
-        match HeaderName::from_bytes(option) {
-            Ok(name) if !END_TO_END.contains(&name) => drop(headers.remove(name)),
-            _ => {}
-        }
-    }
-    for name in HOP_BY_HOP {
-        headers.remove(name);
-    }
-}
-
-/// Removes every header by which a client could impersonate the gateway or the picker.
-pub fn remove_control(headers: &mut HeaderMap, destination: &HeaderName, model: &HeaderName) {
-    remove_if(headers, |name| {
-        CONTROL_PREFIXES.iter().any(|prefix| begins(name, prefix))
-            || CONTROL.iter().chain(&[destination.as_str(), model.as_str()]).any(|control| same(name, control))
-    });
-}
-
-/// Removes what clients may not ask of the EPP.
-pub fn remove_hints(headers: &mut HeaderMap, settings: &Headers) {
-    let refused = ALL_HINTS.iter().filter(|hint| !settings.client_hints.contains(hint));
-    let fields: Vec<&str> = refused.flat_map(|hint| hint.fields()).copied().collect();
-    if !fields.is_empty() {
-        remove_if(headers, |name| fields.iter().any(|field| begins(name, field)));
-    }
-}
-
-/// Removes the pick, which is meant for the agent only, and `x-penstock-body-length` if the EPP echoed it. What the EPP says about
-/// other endpoints (prefill and the like) stays.
-pub fn remove_pick(headers: &mut HeaderMap, destination: &HeaderName) {
-    let picks = &CONTROL_PREFIXES[..2];
-    let is_other = |name: &str| [destination, &X_PENSTOCK_BODY_LENGTH].iter().any(|other| same(name, other.as_str()));
-    remove_if(headers, |name| picks.iter().any(|pick| begins(name, pick)) || is_other(name));
-}
-
-pub(super) fn remove_if(headers: &mut HeaderMap, unwanted: impl Fn(&str) -> bool) {
-    let found: Vec<HeaderName> = headers.keys().filter(|name| unwanted(name.as_str())).cloned().collect();
-    for name in found {
-        headers.remove(name);
-    }
-}
-
-/// Whether the names are equal, treating `_` as `-`.
-pub(super) fn same(name: &str, other: &str) -> bool {
-    name.len() == other.len() && begins(name, other)
-}
-
-/// Whether `name` begins with `prefix`, treating `_` as `-`.
-pub(super) fn begins(name: &str, prefix: &str) -> bool {
-    let dashed = |b: u8| if b == b'_' { b'-' } else { b };
-    name.len() >= prefix.len() && name.bytes().zip(prefix.bytes()).all(|(a, b)| dashed(a) == dashed(b))
 }
 
 /// Sets `x-request-id` to a random UUID unless the client sent one.

@@ -3,7 +3,7 @@
 use bytes::{BufMut as _, Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, header};
 
-use super::{date, headers};
+use super::{date, fields};
 
 #[derive(Debug, Clone)]
 pub struct Reply {
@@ -72,7 +72,7 @@ impl Reply {
     }
 
     fn fields(&self) -> impl Iterator<Item = (&HeaderName, &HeaderValue)> {
-        let own = |name: &HeaderName| name == header::CONTENT_LENGTH || headers::is_hop_by_hop(name);
+        let own = |name: &HeaderName| name == header::CONTENT_LENGTH || fields::is_hop_by_hop(name);
         self.headers.iter().filter(move |(name, _)| !own(name))
     }
 

@@ -10,9 +10,9 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, Ver
 use penstock_common::framing::Framing;
 
 use super::{
-    digest,
+    digest, fields,
     head::{self, Declared, HeadEnd, HeadError, HeadLimits, shown},
-    headers, media,
+    media,
 };
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -285,7 +285,7 @@ impl ResponseHead {
     pub fn interim_frames(&self) -> Response<()> {
         let mut head = Response::new(());
         *head.status_mut() = self.status;
-        let own = |name: &HeaderName| headers::is_hop_by_hop(name) || name == header::CONTENT_LENGTH;
+        let own = |name: &HeaderName| fields::is_hop_by_hop(name) || name == header::CONTENT_LENGTH;
         let fields = self.headers.iter().filter(|(name, _)| !own(name));
         head.headers_mut().extend(fields.map(|(name, value)| (name.clone(), value.clone())));
         head
@@ -322,7 +322,7 @@ impl ResponseHead {
         out.put_u8(b' ');
         out.put_slice(self.reason.as_bytes());
         out.put_slice(b"\r\n");
-        let own = |name: &HeaderName| headers::is_hop_by_hop(name) || name == header::CONTENT_LENGTH;
+        let own = |name: &HeaderName| fields::is_hop_by_hop(name) || name == header::CONTENT_LENGTH;
         write_fields(&self.headers, own, out);
         match (self.body, self.content_length) {
             (BodyKind::Chunked, _) if !ends_by_close => out.put_slice(b"transfer-encoding: chunked\r\n"),
@@ -389,7 +389,7 @@ pub fn write_request(
     }
     out.put_slice(b"\r\n");
     let own = |name: &HeaderName| {
-        headers::is_hop_by_hop(name)
+        fields::is_hop_by_hop(name)
             || [header::HOST, header::CONTENT_LENGTH, header::EXPECT, header::TRAILER].contains(name)
     };
     write_fields(&parts.headers, own, out);

@@ -1,64 +1,13 @@
-//! Trailer sections: extracts them from chunked syntax, parses them, and removes fields that have no meaning in
-//! trailers or would mislead a recipient that merges them into the head (RFC 9110 §6.5.1).
+//! Trailer sections: extracts them from chunked syntax and parses them. Which trailers pass is in [`fields`](super::fields).
 
 use bytes::BytesMut;
 use http::{HeaderMap, HeaderName, HeaderValue};
 use penstock_common::framing::{Framing, MAX_TRAILERS, state};
 
-use super::{
-    head::{fields_len, padded},
-    headers,
-};
+use super::head::{fields_len, padded};
 
 /// Maximum number of trailers per message. [`Framing`] bounds their bytes.
 pub const TRAILERS: usize = 128;
-
-/// Fields not allowed in trailers: they frame a message, describe its content, route or authenticate it, or control its
-/// handling.
-const FORBIDDEN: [&str; 42] = [
-    "accept-ranges",
-    "age",
-    "allow",
-    "authorization",
-    "cache-control",
-    "content-disposition",
-    "content-encoding",
-    "content-language",
-    "content-length",
-    "content-location",
-    "content-range",
-    "content-type",
-    "cookie",
-    "date",
-    "expect",
-    "expires",
-    "forwarded",
-    "host",
-    "if-match",
-    "if-modified-since",
-    "if-none-match",
-    "if-range",
-    "if-unmodified-since",
-    "location",
-    "max-forwards",
-    "origin",
-    "pragma",
-    "range",
-    "referer",
-    "retry-after",
-    "set-cookie",
-    "trailer",
-    "traceparent",
-    "tracestate",
-    "user-agent",
-    "vary",
-    "via",
-    "warning",
-    "www-authenticate",
-    "x-penstock-reason",
-    "x-real-ip",
-    "x-request-id",
-];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum TrailerError {
@@ -111,14 +60,6 @@ pub fn parse(section: &[u8]) -> Result<HeaderMap, TrailerError> {
     Ok(trailers)
 }
 
-/// Removes forbidden trailers; keeps others such as digests and the gRPC status.
-pub fn filter(trailers: &mut HeaderMap) {
-    headers::remove_hop_by_hop(trailers);
-    headers::remove_if(trailers, |name| {
-        headers::begins(name, "x-forwarded-") || FORBIDDEN.iter().any(|field| headers::same(name, field))
-    });
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -159,40 +100,5 @@ mod tests {
         let section = |trailers| format!("{}\r\n", "a: 1\r\n".repeat(trailers));
         assert_eq!(parse(section(TRAILERS).as_bytes()).unwrap().len(), TRAILERS);
         assert_eq!(parse(section(TRAILERS + 1).as_bytes()), Err(TrailerError::TooMany));
-    }
-
-    #[test]
-    fn forbidden_trailers_are_removed() {
-        let allowed =
-            ["digest", "content-digest", "grpc-status", "grpc-message", "x-checksum", "server-timing", "etag"];
-        let denied = [
-            "content-length",
-            "content_length",
-            "transfer-encoding",
-            "trailer",
-            "te",
-            "host",
-            "connection",
-            "proxy-authorization",
-            "authorization",
-            "set-cookie",
-            "content-type",
-            "content_encoding",
-            "max-forwards",
-            "cache-control",
-            "x-forwarded-for",
-            "x_forwarded_host",
-            "if-none-match",
-        ];
-        let names = allowed.iter().chain(&denied).map(|name| HeaderName::from_bytes(name.as_bytes()).unwrap());
-        let mut trailers: HeaderMap = names.map(|name| (name, HeaderValue::from_static("1"))).collect();
-        trailers.insert("connection", HeaderValue::from_static("x-hop"));
-        trailers.insert("x-hop", HeaderValue::from_static("1"));
-        filter(&mut trailers);
-        let mut left: Vec<&str> = trailers.keys().map(HeaderName::as_str).collect();
-        left.sort_unstable();
-        let mut allowed = allowed.to_vec();
-        allowed.sort_unstable();
-        assert_eq!(left, allowed);
     }
 }

@@ -10,7 +10,7 @@ use super::{
     message::{self, DESTINATION},
     mutation::{self, Field, classify, new_path},
 };
-use crate::http::headers::X_PENSTOCK_BODY_LENGTH;
+use crate::http::fields::X_PENSTOCK_BODY_LENGTH;
 
 /// Fields that carry trace context, W3C's and older ones.
 const TRACE: [&str; 9] = [

@@ -1,16 +1,17 @@
 //! Applies an EPP's header mutation to the headers of a request or a response, as Envoy does, removals first.
 //!
 //! Sets `:path` of a request and `:status` of a response; other pseudo-headers are never changed, and none is removed.
-//! Never changes `host`, framing and hop-by-hop fields, and `x-envoy-*`. Invalid names and values are skipped and
+//! Never changes the fields that [`may_be_mutated`] names. Invalid names and values are skipped and
 //! counted. Empty values are set whatever `keep_empty_value` says, because Envoy's ext_proc filter ignores that field, too.
 
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header, request, uri::PathAndQuery};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, request, uri::PathAndQuery};
 use penstock_proto::{
     core::{self, HeaderValueOption, header_value_option::HeaderAppendAction},
     ext_proc::HeaderMutation,
 };
 
 use super::message;
+use crate::http::fields::may_be_mutated;
 
 /// Applies the mutation of a request, with its path. Returns the number of entries that were skipped because they are invalid.
 pub fn apply_to_request(mutation: &HeaderMutation, request: &mut request::Parts) -> usize {
@@ -127,23 +128,7 @@ pub(super) fn classify(name: &str) -> Field {
         return Field::Protected;
     }
     let Ok(name) = HeaderName::from_bytes(name.as_bytes()) else { return Field::Invalid };
-    let protected = [
-        header::HOST,
-        header::CONTENT_LENGTH,
-        header::TRANSFER_ENCODING,
-        header::CONNECTION,
-        header::UPGRADE,
-        header::TE,
-        header::TRAILER,
-        HeaderName::from_static("keep-alive"),
-        HeaderName::from_static("proxy-connection"),
-        HeaderName::from_static("http2-settings"),
-    ];
-    if name.as_str().starts_with("x-envoy-") || protected.contains(&name) {
-        Field::Protected
-    } else {
-        Field::Header(name)
-    }
+    if may_be_mutated(&name) { Field::Header(name) } else { Field::Protected }
 }
 
 /// The action of an entry. `append` takes precedence. Without it, action 0 is the default of an EPP that sets no action, and

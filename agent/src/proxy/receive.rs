@@ -81,14 +81,10 @@ fn prepare(worker: &Worker, request: &mut Request, arrival: &Arrival) -> Result<
         request.parts.extensions.insert(Scheme::HTTPS);
     }
     let headers = &mut request.parts.headers;
-    for control in worker.shared.pick_headers.iter().chain([&config.bbr.base_model_header]) {
-        // Removed from the client's request whichever pool it goes to.
-        headers::remove_control(headers, control, &config.bbr.header);
-    }
     if headers::is_marked(headers, &worker.shared.mark) {
         return Err(Error::Loop);
     }
-    headers::prepare_request(headers, arrival, &config.bbr.header, &config.headers);
+    headers::prepare_request(headers, arrival, &worker.shared.fields, &config.headers);
     request.record.trace(worker, &mut request.parts, arrival);
     Ok(())
 }

@@ -15,7 +15,7 @@ use crate::{
     },
     error::Error,
     http::{
-        headers,
+        fields,
         response::{BodyKind, ResponseError, ResponseHead, from_http2, interim_from_http2},
     },
     metrics::Connection,
@@ -168,7 +168,7 @@ fn is_refused(error: &h2::Error) -> bool {
 fn head(job: &Job<'_>, address: SocketAddr) -> http::Request<()> {
     let parts = &job.request.parts;
     let own = [header::HOST, header::CONTENT_LENGTH, header::EXPECT, header::TRAILER];
-    let fields = parts.headers.iter().filter(|(name, _)| !headers::is_hop_by_hop(name) && !own.contains(name));
+    let fields = parts.headers.iter().filter(|(name, _)| !fields::is_hop_by_hop(name) && !own.contains(name));
     let mut head = http::Request::new(());
     *head.method_mut() = parts.method.clone();
     *head.version_mut() = Version::HTTP_2;

@@ -1,13 +1,13 @@
 //! Prepares a picked request for its endpoint: the model header, the EPP's mutation, the agent's own fields and the trailers.
 
-use http::{HeaderMap, Version, header};
+use http::{Version, header};
 
 use crate::{
     bbr::Naming,
     client::{Client, ClientSocket},
     config::{PickPer, Picker, ResponseToPicker},
     error::Error,
-    http::{digest, headers, media, trailers},
+    http::{digest, headers, media},
     kernel::wire::TcpConnection,
     picker::{exchange::Body, mutation},
     proxy::{picked::Picked, receive::set_model, renamed, request::Request},
@@ -49,23 +49,11 @@ pub(in crate::proxy) async fn prepare(
         request.parts.headers.remove(header::ACCEPT_ENCODING);
     }
     let _ = request.parts.headers.try_append(headers::X_PENSTOCK_HOP, worker.shared.mark.clone());
-    for pick in &worker.shared.pick_headers {
-        headers::remove_pick(&mut request.parts.headers, pick);
-    }
+    worker.shared.fields.filter_picked_head(&mut request.parts.headers);
     request.target = local_target(worker, client);
     request.wire = worker.wire.is_some().then(|| client_leg(worker, client, request));
-    prepare_trailers(worker, body.trailers_mut());
+    worker.shared.fields.filter_client_trailers(body.trailers_mut());
     Ok(())
-}
-
-/// Filters the client's trailers by the same rules as its head: it may not set fields that belong to the agent or the EPP.
-fn prepare_trailers(worker: &Worker, trailers: &mut HeaderMap) {
-    let config = &worker.shared.config;
-    trailers::filter(trailers);
-    headers::remove_hints(trailers, &config.headers);
-    for control in worker.shared.pick_headers.iter().chain([&config.bbr.base_model_header]) {
-        headers::remove_control(trailers, control, &config.bbr.header);
-    }
 }
 
 /// The client's connection for path `wire`, or why the response cannot take that path.

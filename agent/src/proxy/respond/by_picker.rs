@@ -24,6 +24,7 @@ use crate::{
     deliver::{End, Sink},
     endpoint::body::{Piece, ResponseBody},
     http::{
+        fields,
         response::{BodyKind, ResponseHead},
         trailers,
     },
@@ -310,7 +311,7 @@ impl Passage<'_> {
                 }
             }
             Piece::End(mut trailers) => {
-                trailers::filter(&mut trailers);
+                fields::filter_trailers(&mut trailers);
                 self.trailers = Some(trailers);
                 if self.replaced {
                     self.end();
