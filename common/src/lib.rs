@@ -6,6 +6,7 @@
 //! Nothing here allocates, blocks or knows a socket. Tests on the host run the same code as the kernel.
 
 #![no_std]
+#![warn(missing_docs)]
 #![allow(unsafe_code)] // the slot is memory that two programs write
 
 pub mod framing;

@@ -57,8 +57,9 @@ pub struct Span {
     pub target: Word,
     /// The position in the message after the last redirected byte.
     pub framing: Framing,
-    /// First and last redirect since `first_ns` was last zeroed.
+    /// First redirect since the agent last zeroed this; 0: none.
     pub first_ns: Word,
+    /// Last redirect since then.
     pub last_ns: Word,
     /// Segments or messages redirected since the connection was made.
     pub segments: u64,
@@ -82,6 +83,7 @@ pub struct Slot {
     pub origin: u64,
     /// Not 0: the kernel's count differs from the stream. Bytes read from the connection cannot be trusted.
     pub astray: Word,
+    /// Unused, so that a slot takes two cache lines.
     pub reserved: [u64; 2],
 }
 
@@ -99,6 +101,7 @@ pub struct LocalSlot {
     pub peer: Word,
     /// Cookie of the client whose socket the verdict has found; 0: none. Only the verdict writes it.
     pub found: Word,
+    /// Unused, so that a slot takes two cache lines.
     pub reserved: [u64; 2],
 }
 
@@ -119,6 +122,7 @@ pub struct Admission {
 
 /// The result of an [`Admission`].
 pub mod admission {
+    /// The endpoint's socket is in the map, or has left it if that was asked for.
     pub const DONE: u32 = 0;
     /// The endpoint's socket is not recognised, or is closed.
     pub const UNKNOWN: u32 = 1;
@@ -162,19 +166,23 @@ pub struct Offsets {
     pub sk_sndbuf: u32,
     /// `struct tcp_sock::write_seq`: sequence number after the last written byte.
     pub write_seq: u32,
-    /// `struct tcp_sock::max_window`, the largest window that the peer has offered, and `mss_cache`.
+    /// `struct tcp_sock::max_window`, the largest window that the peer has offered.
     pub max_window: u32,
+    /// `struct tcp_sock::mss_cache`, the payload bytes of a full segment.
     pub mss_cache: u32,
     /// `struct sk_buff::cb`, which begins with `struct tcp_skb_cb::seq` in a receive queue.
     pub skb_cb: u32,
-    /// `struct sk_msg::sk`, `data` and `data_end`: the sender's socket, and the first contiguous piece of the message.
+    /// `struct sk_msg::sk`: the sender's socket.
     pub msg_sk: u32,
+    /// `struct sk_msg::data`: the start of the first contiguous piece of the message.
     pub msg_data: u32,
+    /// `struct sk_msg::data_end`: the end of that piece.
     pub msg_data_end: u32,
     /// `struct bpf_sock_ops_kern::sk`: the socket.
     pub ops_sk: u32,
-    /// `struct sock_common::skc_cookie` and `skc_flags`.
+    /// `struct sock_common::skc_cookie`.
     pub skc_cookie: u32,
+    /// `struct sock_common::skc_flags`, some of which are in `accounts`.
     pub skc_flags: u32,
     /// Bits of `skc_flags` of sockets whose owner tracks the send queue: SOCK_ZEROCOPY (the owner waits for completions), and
     /// SOCK_RXQ_OVFL, which means nothing to TCP and marks Penstock's own sockets.
@@ -183,21 +191,28 @@ pub struct Offsets {
     pub copied_seq: u32,
     /// `struct sock::sk_user_data`: not null while the socket is in a socket map.
     pub sk_user_data: u32,
-    /// `struct sock::sk_socket`, `struct socket::file` and `struct file::f_flags`: whether calls on the socket block.
+    /// `struct sock::sk_socket`: the way to `file_flags`.
     pub sk_socket: u32,
+    /// `struct socket::file`, the next step of it.
     pub socket_file: u32,
+    /// `struct file::f_flags`: whether calls on the socket block.
     pub file_flags: u32,
     /// `struct sock::sk_tsflags`: the time stamps that the owner asks for (SO_TIMESTAMPING).
     pub sk_tsflags: u32,
-    /// `struct sk_buff::head` and `end`: where its `struct skb_shared_info` begins.
+    /// `struct sk_buff::head`: the start of its memory.
     pub skb_head: u32,
+    /// `struct sk_buff::end`: where its `struct skb_shared_info` begins.
     pub skb_end: u32,
-    /// `struct skb_shared_info::flags`, `nr_frags`, `frag_list` and `frags`.
+    /// `struct skb_shared_info::flags`.
     pub shared_flags: u32,
+    /// `struct skb_shared_info::nr_frags`: how many of `frags` are in use.
     pub shared_nr_frags: u32,
+    /// `struct skb_shared_info::frag_list`: further buffers of the same segment.
     pub shared_frag_list: u32,
+    /// `struct skb_shared_info::frags`: the pages.
     pub shared_frags: u32,
-    /// `struct page::compound_head` and `mapping`.
+    /// `struct page::compound_head`: the first page of a larger one.
     pub page_compound_head: u32,
+    /// `struct page::mapping`: what the page belongs to.
     pub page_mapping: u32,
 }

@@ -19,9 +19,13 @@ const _: () = assert!(RING.is_power_of_two() && MEMORY + 256 <= 8192);
 /// start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Copies {
+    /// Bytes at the run's beginning that are not copied.
     pub skip: u32,
+    /// Place in the ring, less than [`RING`].
     pub offset: u32,
+    /// Bytes up to the ring's end at most.
     pub first: u32,
+    /// Bytes from the ring's start on; 0 if all fit before its end.
     pub second: u32,
 }
 

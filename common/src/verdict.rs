@@ -45,8 +45,11 @@ pub trait Segment: VerdictKernel {
 /// Fields of the target's `struct tcp_sock`.
 #[derive(Clone, Copy)]
 pub struct SendBuffer {
+    /// Sequence number after the last byte that was put into the queue.
     pub write_seq: u32,
+    /// Bytes of memory in the queue (`sk_wmem_queued`).
     pub queued: i32,
+    /// Bytes of memory that it may have (`sk_sndbuf`).
     pub limit: i32,
     /// The smallest buffer of the queue, in bytes to be sent: half of a small window, otherwise a segment.
     pub piece: u32,

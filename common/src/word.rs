@@ -15,18 +15,21 @@ pub struct Word(UnsafeCell<u64>);
 unsafe impl Sync for Word {}
 
 impl Word {
+    /// Reads the word. Orders nothing.
     #[inline(always)]
     pub fn get(&self) -> u64 {
         // SAFETY: the pointer is valid and aligned for as long as `self` is.
         unsafe { self.0.get().read_volatile() }
     }
 
+    /// Writes the word. Orders nothing.
     #[inline(always)]
     pub fn set(&self, value: u64) {
         // SAFETY: the pointer is valid and aligned for as long as `self` is.
         unsafe { self.0.get().write_volatile(value) }
     }
 
+    /// Where it is, for the program's ordered accesses.
     pub const fn as_ptr(&self) -> *mut u64 {
         self.0.get()
     }

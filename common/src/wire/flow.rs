@@ -10,8 +10,9 @@ use crate::word::Word;
 /// change, so that no agent reads a record as what it is not.
 pub const VERSION: u32 = 1;
 
-/// The index of a leg.
+/// The index of the leg to the client.
 pub const CLIENT: usize = 0;
+/// The index of the leg to the endpoint.
 pub const ENDPOINT: usize = 1;
 
 /// The low byte of [`Flow::state`]; above it is the number of the arming.
@@ -31,8 +32,10 @@ pub mod state {
     /// Addresses are in use by another connection; the program has forgotten the flow.
     pub const REPLACED: u64 = 6;
 
+    /// The bits of the state.
     pub const MASK: u64 = 0xff;
 
+    /// The state in this word, without the arming.
     #[inline(always)]
     pub const fn of(word: u64) -> u64 {
         word & MASK
@@ -49,8 +52,9 @@ pub mod state {
 pub mod mark {
     /// The client sent payload after the flow began. It was dropped.
     pub const CLIENT_SENT: u64 = 1;
-    /// The flow ended by a reset of the client, or of the endpoint.
+    /// The flow ended by a reset of the client.
     pub const CLIENT_RESET: u64 = 2;
+    /// The flow ended by a reset of the endpoint.
     pub const ENDPOINT_RESET: u64 = 4;
     /// The client's FIN arrived before the endpoint's.
     pub const CLIENT_CLOSED_FIRST: u64 = 8;
@@ -61,7 +65,9 @@ pub mod mark {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "user", derive(zerocopy::IntoBytes, zerocopy::FromBytes, zerocopy::Immutable))]
 pub struct Ends {
+    /// The address of the client or the endpoint.
     pub peer: [u32; 4],
+    /// The agent's address.
     pub own: [u32; 4],
     /// The peer's port, then the own port.
     pub ports: u32,
@@ -71,6 +77,7 @@ impl Ends {
     /// The first words of an IPv4-mapped address.
     pub const MAPPED: [u32; 3] = [0, 0, 0xffff_u32.to_be()];
 
+    /// Whether the addresses are mapped ones, so that the packets are those of IPv4.
     #[inline(always)]
     pub fn is_ipv4(&self) -> bool {
         self.peer[0] == 0 && self.peer[1] == 0 && self.peer[2] == Self::MAPPED[2]
@@ -84,20 +91,23 @@ impl Ends {
 pub struct Facts {
     /// Cookie of the agent's socket.
     pub cookie: u64,
-    /// Value that the socket's `bytes_received` and `bytes_acked` must have: the agent has read everything, and all that it wrote is
-    /// acknowledged.
+    /// Value that the socket's `bytes_received` must have: the agent has read everything.
     pub received: u64,
+    /// Value that the socket's `bytes_acked` must have: all that the agent wrote is acknowledged.
     pub acked: u64,
+    /// Its addresses and ports.
     pub ends: Ends,
     /// The agent's TCP timestamp clock minus CLOCK_MONOTONIC in ms, at most one too low.
     pub clock: u32,
-    /// Window scale that the peer announced, and that the agent announced to it.
+    /// Window scale that the peer announced.
     pub peer_scale: u32,
+    /// Window scale that the agent announced to the peer.
     pub own_scale: u32,
     /// Not 0: both connections use timestamps.
     pub timestamps: u32,
     /// Largest payload of a segment that the peer accepts.
     pub largest: u32,
+    /// Fills up the last word.
     pub unused: [u32; 2],
 }
 
@@ -105,11 +115,13 @@ pub struct Facts {
 #[repr(C)]
 #[derive(Default)]
 pub struct Leg {
+    /// Set by the agent before the connection is announced, and before each arming.
     pub facts: Facts,
     /// [`Shift::pack`]: changes of packets that arrive on this leg.
     pub shift: [Word; 3],
-    /// Interface on which a packet of the peer arrived, and interface by which one of the agent's own left; 0: none yet.
+    /// Interface on which a packet of the peer arrived; 0: none yet.
     pub arrives_on: Word,
+    /// Interface by which a packet of the agent's own left; 0: none yet.
     pub leaves_on: Word,
     /// The peer's latest TSval.
     pub tsval: Word,
@@ -123,9 +135,11 @@ pub struct Leg {
     pub fin: Word,
     /// Not 0: the other peer has acknowledged that FIN.
     pub closed: Word,
-    /// Payload bytes passed on, each counted once; segments with new payload; all packets.
+    /// Payload bytes passed on, each counted once.
     pub bytes: Word,
+    /// Segments with new payload that were passed on.
     pub segments: Word,
+    /// All packets that were passed on.
     pub packets: Word,
     /// The last five bytes of the payload passed on, the last in the lowest byte; 0: unknown. The upper 24 bits are those of the sequence
     /// number after them.
@@ -142,11 +156,13 @@ pub struct Leg {
 pub struct Response {
     /// When the request began; CLOCK_MONOTONIC ns.
     pub started_ns: Word,
+    /// HTTP status of the response.
     pub status: Word,
     /// Bytes of the body that user space has carried before the flow began.
     pub relayed: Word,
-    /// `state` and `left` of the body's [`Framing`](crate::framing::Framing) when the flow began.
+    /// `state` of the body's [`Framing`](crate::framing::Framing) when the flow began.
     pub framing: Word,
+    /// `left` of it.
     pub left: Word,
     /// Not 0: an agent has counted the flow.
     pub counted: Word,
@@ -156,15 +172,21 @@ pub struct Response {
 #[repr(C)]
 #[derive(Default)]
 pub struct Flow {
+    /// One of [`state`], and above it the number of the arming.
     pub state: Word,
+    /// Bits of [`mark`].
     pub marks: Word,
-    /// Times of the first and last segment with payload for the client, and of the last packet; CLOCK_MONOTONIC ns.
+    /// Time of the first segment with payload for the client; CLOCK_MONOTONIC ns.
     pub first_ns: Word,
+    /// Time of the last segment with payload for the client.
     pub last_ns: Word,
+    /// Time of the last packet of either peer.
     pub packet_ns: Word,
     /// Why the flow did not begin at a packet that the program considered: [`judge::refusal`](super::judge::refusal).
     pub refusal: Word,
+    /// Written by the agent; the program does not read it.
     pub response: Response,
+    /// By [`CLIENT`] and [`ENDPOINT`].
     pub legs: [Leg; 2],
 }
 
@@ -179,11 +201,13 @@ impl Leg {
         if fin != 0 { fin as u32 } else { self.highest.get() as u32 }
     }
 
+    /// The changes of packets that arrive on this leg.
     #[inline(always)]
     pub fn shift(&self) -> Shift {
         Shift::unpack([self.shift[0].get(), self.shift[1].get(), self.shift[2].get()])
     }
 
+    /// Sets them, word by word: only while no program reads them.
     #[inline(always)]
     pub fn set_shift(&self, shift: Shift) {
         let [first, second, third] = shift.pack();

@@ -6,15 +6,20 @@
 
 /// Size of the memory for one TCP header. Twice the largest header, so that an option at any position can be accessed.
 pub const MEMORY: usize = 128;
-/// Sizes of a TCP header without options, and with the most options.
+/// Size of a TCP header without options.
 pub const MIN_LEN: u32 = 20;
+/// Size of a TCP header with the most options.
 pub const MAX_LEN: u32 = 60;
 /// The part of the header before the checksum, which holds every field that changes, except options.
 pub const FIELDS: usize = 16;
 
+/// The sender has no more payload (RFC 9293 §3.1, as the other flags).
 pub const FIN: u8 = 1;
+/// A connection begins.
 pub const SYN: u8 = 2;
+/// The connection is reset.
 pub const RST: u8 = 4;
+/// The acknowledgement number counts.
 pub const ACK: u8 = 16;
 
 const END_OF_OPTIONS: u8 = 0;
@@ -25,13 +30,17 @@ const TIMESTAMPS: u8 = 8;
 /// What is added to the numbers of packets that arrive on one connection, so that they fit the other connection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Shift {
+    /// Added to the sequence number.
     pub seq: u32,
+    /// Added to the acknowledgement number, and to both edges of SACK blocks.
     pub ack: u32,
-    /// RFC 7323: TSval and TSecr.
+    /// Added to TSval (RFC 7323).
     pub tsval: u32,
+    /// Added to TSecr.
     pub tsecr: u32,
-    /// The scale of the window field as it arrives, and the scale that the receiver expects.
+    /// The scale of the window field as it arrives, at most 14.
     pub scale_in: u8,
+    /// The scale of the window field that the receiver expects, at most 14.
     pub scale_out: u8,
 }
 
@@ -46,6 +55,7 @@ impl Shift {
         ]
     }
 
+    /// From the words of [`pack`](Self::pack).
     #[inline(always)]
     pub const fn unpack(words: [u64; 3]) -> Self {
         Self {
@@ -62,6 +72,7 @@ impl Shift {
 /// A TCP header, and the sum of its changes.
 #[repr(C)]
 pub struct Header {
+    /// The header, in packet order.
     pub bytes: [u8; MEMORY],
     /// How the sum of the header's 16-bit words has changed, see [`fold`].
     pub sum: u32,
@@ -70,6 +81,7 @@ pub struct Header {
 }
 
 impl Header {
+    /// No header: memory to read one into.
     pub const EMPTY: Self = Self { bytes: [0; MEMORY], sum: 0, len: 0 };
 
     /// Reads the header's length from its first [`MIN_LEN`] bytes. `None`: it is not from 20 to 60.
@@ -81,21 +93,25 @@ impl Header {
         if len < MIN_LEN { None } else { Some(len) }
     }
 
+    /// The sequence number.
     #[inline(always)]
     pub fn seq(&self) -> u32 {
         self.word(4)
     }
 
+    /// The acknowledgement number, which counts with [`ACK`].
     #[inline(always)]
     pub fn ack(&self) -> u32 {
         self.word(8)
     }
 
+    /// [`FIN`], [`SYN`], [`RST`], [`ACK`] and others.
     #[inline(always)]
     pub fn flags(&self) -> u8 {
         self.bytes[13]
     }
 
+    /// The window field as it is, not scaled.
     #[inline(always)]
     pub fn window(&self) -> u16 {
         u16::from_be_bytes([self.bytes[14], self.bytes[15]])

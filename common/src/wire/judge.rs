@@ -19,6 +19,7 @@ const KNOWN: u64 = 1 << 32;
 
 /// Why a flow did not begin at a packet.
 pub mod refusal {
+    /// It began, or no packet was considered.
     pub const NONE: u64 = 0;
     /// Not both directions of both connections were seen under the registered addresses.
     pub const UNSEEN: u64 = 1;
@@ -34,6 +35,7 @@ pub mod refusal {
     pub const LARGE: u64 = 6;
     /// A socket of the agent does not exist under its addresses.
     pub const SOCKET: u64 = 7;
+    /// How many values there are.
     pub const COUNT: usize = 8;
 
     /// The name in logs.
@@ -54,15 +56,21 @@ pub mod refusal {
 /// A packet as it arrived.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Packet {
+    /// Its sequence number.
     pub seq: u32,
+    /// Its acknowledgement number, which counts with [`ACK`].
     pub ack: u32,
+    /// The window field, not scaled.
     pub window: u16,
+    /// [`FIN`], [`SYN`], [`RST`], [`ACK`] and others.
     pub flags: u8,
-    /// Bytes of payload, and how many of them the largest segment has that the packet stands for.
+    /// Bytes of payload.
     pub payload: u32,
+    /// Bytes of payload of the largest segment that the packet stands for.
     pub largest: u32,
     /// Not 0: it has a timestamp.
     pub timestamped: u32,
+    /// Its TSval (RFC 7323), if it has a timestamp.
     pub tsval: u32,
     /// The five bytes before its end, the last in the lowest byte. With less payload, the first of them are of its header.
     pub last: u64,
@@ -77,6 +85,7 @@ pub struct Packet {
 pub enum Verdict {
     /// Leave it to the kernel's own TCP.
     Pass,
+    /// Discard it. If it matters, its sender repeats it.
     Drop,
     /// Rewrite it and send it to the other peer.
     Forward,
@@ -91,10 +100,15 @@ pub enum Verdict {
 /// The kernel's view of one of the agent's sockets (`struct bpf_tcp_sock`).
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Socket {
+    /// The sequence number that it expects next.
     pub rcv_nxt: u32,
+    /// The sequence number that it sends next.
     pub snd_nxt: u32,
+    /// The first sequence number that is not acknowledged.
     pub snd_una: u32,
+    /// `bytes_received`: bytes that arrived in sequence, read or not.
     pub received: u64,
+    /// `bytes_acked`: bytes that the peer has acknowledged.
     pub acked: u64,
 }
 
@@ -102,7 +116,9 @@ pub struct Socket {
 pub trait WireKernel {
     /// The agent's socket of a leg; `None` if there is none.
     fn socket(&mut self, flow: &Flow, leg: usize) -> Option<Socket>;
+    /// Loads with acquire order.
     fn load_acquire(&mut self, word: &Word) -> u64;
+    /// Stores with release order.
     fn store_release(&mut self, word: &Word, value: u64);
     /// Stores `new` if the word is `old`; fully ordered. Whether it was.
     fn compare_exchange(&mut self, word: &Word, old: u64, new: u64) -> bool;
@@ -150,8 +166,11 @@ pub fn arrive<K: WireKernel>(flow: &Flow, from: usize, packet: &Packet, kernel: 
 /// What happens to a packet that leaves on a leg.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Leaving {
+    /// Let it out.
     Pass,
+    /// Discard it: the peers talk to each other, so the agent's socket has to be silent.
     Drop,
+    /// Another connection uses the addresses: forget the flow, and let the packet out.
     Forget,
 }
 
