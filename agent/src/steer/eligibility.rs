@@ -1,7 +1,12 @@
 //! Chooses the path of a flow, by one pure rule that also gives the reason, and opens a session on it.
+//!
+//! [`ResponseFacts`] are the facts about a response, [`choose`] is the rule, [`Eligibility`] applies it to a response or a tunnel. Two
+//! things are decided elsewhere: path `wire` in [`wire`](super::wire), and that a client of HTTP/2, a renamed model or an EPP that
+//! answers for the body leaves nothing to steer, in `carry` of `proxy/respond/carry.rs`.
 
 use std::{os::fd::AsFd, rc::Rc};
 
+use http::Version;
 use penstock_common::{
     framing::{Framing, state},
     path::Path,
@@ -13,7 +18,11 @@ use super::{
     session::{Session, Target},
     source::Source,
 };
-use crate::config::{Steering, SteeringMode};
+use crate::{
+    config::{Steering, SteeringMode},
+    http::{media, response::ResponseHead},
+    tee::Tee,
+};
 
 /// The facts about a response after its head was read.
 #[derive(Debug, Clone, Copy)]
@@ -34,10 +43,44 @@ pub struct ResponseFacts {
     pub to_picker: Option<ToPicker>,
 }
 
+/// The part of a body that the EPP gets a copy of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ToPicker {
     All,
+    /// Its last bytes, which the kernel can keep.
     End,
+}
+
+/// What counts of the two connections that a response passes.
+#[derive(Debug, Clone, Copy)]
+pub struct BothEnds {
+    pub local_endpoint: bool,
+    pub tls: bool,
+    pub half_closed: bool,
+    /// The client's version of HTTP.
+    pub client: Version,
+}
+
+impl ResponseFacts {
+    /// The facts about the response `head`, of whose body `pending` has been read. `tee`: what keeps the body for the EPP.
+    pub fn new(head: &ResponseHead, pending: &[u8], both: BothEnds, tee: Option<&Tee>) -> Self {
+        let BothEnds { local_endpoint, tls, half_closed, client } = both;
+        let mut framing = head.framing;
+        framing.feed(pending);
+        Self {
+            framing,
+            event_stream: media::is_events(&head.headers),
+            local_endpoint,
+            tls,
+            half_closed,
+            decoded: head.needs_dechunk(client),
+            to_picker: tee.and_then(|tee| match () {
+                () if tee.wants_all() => Some(ToPicker::All),
+                () if tee.wants_end() => Some(ToPicker::End),
+                () => None,
+            }),
+        }
+    }
 }
 
 /// What the kernel knows of the connection to the endpoint.

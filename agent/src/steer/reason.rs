@@ -1,6 +1,7 @@
 //! Why a flow is steered or relayed: one label for each reason, in metrics, access log and spans.
 //!
-//! `docs/steering.md` lists every reason with the sentence that stands here; a test compares the two.
+//! The comments say where a reason is given. `docs/steering.md` lists every reason with the sentence that stands here; a test compares
+//! the two.
 
 /// Declares the reasons: the doc comment of each is its description.
 macro_rules! reasons {
@@ -32,6 +33,7 @@ macro_rules! reasons {
 }
 
 reasons! {
+    // `choose` in `eligibility.rs`: the kernel gets the flow.
     /// The body has a Content-Length within the limits.
     Length = "length",
     /// The response is an event stream.
@@ -42,14 +44,20 @@ reasons! {
     UntilClose = "until_close",
     /// `steering.mode` names the path.
     Forced = "forced",
-    /// The protocol was switched: bytes go both ways until both sides have closed.
-    Upgrade = "upgrade",
+
+    // `choose` in `eligibility.rs`: user space relays it.
     /// The whole body was read together with the head, or there is no body.
     Complete = "complete",
-    /// The whole body arrived before the kernel could be armed, or a flow on path `wire` did not begin.
-    Arrived = "arrived",
     /// `steering.mode` is `off`.
     Off = "off",
+    /// The client speaks TLS.
+    Tls = "tls",
+    /// The client has closed its sending side and is answered all the same (`listen.half_close`).
+    HalfClose = "half_close",
+    /// The client speaks HTTP/1.0 and the body is chunked, so the agent decodes it.
+    Http10 = "http10",
+    /// The EPP needs the whole body, or the kernel cannot keep its end.
+    ResponseToPicker = "response_to_picker",
     /// The connection to the endpoint has no slot: no path passed its self-test, or no slot was free.
     Unavailable = "unavailable",
     /// `steering.mode` is `local`, and the endpoint's own socket cannot be used.
@@ -60,18 +68,12 @@ reasons! {
     LargeRemote = "large_remote",
     /// The endpoint is on another node, and the length of the body is not known.
     UnsizedRemote = "unsized_remote",
-    /// The client speaks TLS.
-    Tls = "tls",
-    /// The client or the endpoint speaks HTTP/2.
-    Http2 = "http2",
-    /// The client speaks HTTP/1.0 and the body is chunked, so the agent decodes it.
-    Http10 = "http10",
-    /// The client has closed its sending side and is answered all the same (`listen.half_close`).
-    HalfClose = "half_close",
-    /// The EPP needs the whole body, or the kernel cannot keep its end.
-    ResponseToPicker = "response_to_picker",
-    /// The EPP sent the request under another model name, and the agent restores the client's name in the response.
-    ModelRenamed = "model_renamed",
+
+    // `Eligibility::response` in `eligibility.rs`, after the choice.
+    /// The kernel refused the client's socket as a target.
+    TargetRefused = "target_refused",
+
+    // `may_watch` and `may_begin` in `wire.rs`, besides some of the above.
     /// With `mode = "wire"`: the request does not ask for a stream.
     NotStreamed = "not_streamed",
     /// With `mode = "wire"`: the pool's `pick_per` is not `request`.
@@ -80,10 +82,20 @@ reasons! {
     Pipelined = "pipelined",
     /// With `mode = "wire"`: the connections of client and endpoint cannot become one.
     Unfit = "unfit",
+
+    // `carry` in `proxy/respond/carry.rs`: the client does not get the endpoint's bytes, or gets a tunnel.
+    /// The client or the endpoint speaks HTTP/2.
+    Http2 = "http2",
+    /// The EPP sent the request under another model name, and the agent restores the client's name in the response.
+    ModelRenamed = "model_renamed",
     /// The EPP answers for the response's body (`response_to_picker = "body"`).
     PickerBody = "picker_body",
-    /// The kernel refused the client's socket as a target.
-    TargetRefused = "target_refused",
+    /// The protocol was switched: bytes go both ways until both sides have closed.
+    Upgrade = "upgrade",
+
+    // `delivered` in `proxy/record.rs`, in place of the chosen reason.
+    /// The whole body arrived before the kernel could be armed, or a flow on path `wire` did not begin.
+    Arrived = "arrived",
 }
 
 #[cfg(test)]

@@ -124,6 +124,7 @@ struct Taken {
     payload: u32,
 }
 
+/// Owns one flow, from the choice of its path to the last byte: arms the slot, waits for the kernel and reclaims the flow.
 pub struct Session<'a> {
     /// The path that the flow takes now.
     pub path: Path,
@@ -132,6 +133,7 @@ pub struct Session<'a> {
     pub framing: Framing,
     /// Bytes that come next and that the framing has counted already.
     pub rest: u64,
+    /// Which path carried how many bytes so far.
     pub account: Account,
     /// Gets a copy of the payload, on every path.
     pub tee: Option<&'a RefCell<Tee>>,

@@ -24,7 +24,7 @@ use crate::{
     rename::Rename,
     steer::{
         account::Account,
-        eligibility::{Eligibility, ResponseFacts, ToPicker, Upstream},
+        eligibility::{BothEnds, Eligibility, ResponseFacts, Upstream},
         reason::SteerReason,
         session::Session,
         wire::may_begin,
@@ -301,15 +301,6 @@ pub(super) fn account_for(worker: &Worker, pool: usize, mut tee: Tee) -> Rest {
     tee.rest()
 }
 
-/// What the EPP needs of the body: all of it, its end, or nothing.
-fn wanted(tee: &Tee) -> Option<ToPicker> {
-    match () {
-        () if tee.wants_all() => Some(ToPicker::All),
-        () if tee.wants_end() => Some(ToPicker::End),
-        () => None,
-    }
-}
-
 /// With `steering.mode = "wire"`: the flow that carries the body, or why user space does.
 fn spliced(
     worker: &Worker,
@@ -364,15 +355,11 @@ fn response(
     pending: &BytesMut,
     tee: Option<&RefCell<Tee>>,
 ) -> ResponseFacts {
-    let mut framing = head.framing;
-    framing.feed(pending);
-    ResponseFacts {
-        framing,
-        event_stream: head.is_event_stream(),
+    let both = BothEnds {
         local_endpoint: endpoint.local,
         tls: client.is_tls(),
         half_closed: client.is_half_closed(),
-        decoded: head.needs_dechunk(request.parts.version),
-        to_picker: tee.and_then(|tee| wanted(&tee.borrow())),
-    }
+        client: request.parts.version,
+    };
+    ResponseFacts::new(head, pending, both, tee.map(RefCell::borrow).as_deref())
 }
