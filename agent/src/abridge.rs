@@ -49,6 +49,7 @@ impl Whole {
 /// A body that was abridged.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Abridged {
+    /// The JSON document with its long strings shortened: what the EPP gets in place of the body.
     pub body: Bytes,
     /// The top-level `model`, if it is a string.
     pub model: Option<ModelValue>,

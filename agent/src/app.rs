@@ -145,12 +145,9 @@ impl Agent {
         self.tls_address
     }
 
+    /// The address of the admin listener, with the port that was bound.
     pub fn admin_address(&self) -> SocketAddr {
         self.admin.local_addr()
-    }
-
-    pub fn steering(&self) -> SteeringSupport {
-        self.ladder.steering()
     }
 
     /// What the self-test has proven about the kernel.
@@ -158,10 +155,12 @@ impl Agent {
         &self.ladder
     }
 
+    /// The metrics that `/metrics` shows, of all workers.
     pub fn metrics(&self) -> Arc<Metrics> {
         Arc::clone(&self.live.shared().metrics)
     }
 
+    /// What `/readyz` answers from.
     pub fn readiness(&self) -> &Readiness {
         &self.readiness
     }
@@ -199,7 +198,7 @@ impl Agent {
     pub fn drain(&self) {
         self.leave();
         self.live.shared().draining.cancel();
-        if let Some(wire) = self.steering().wire().filter(|_| self.leaves) {
+        if let Some(wire) = self.ladder.steering().wire().filter(|_| self.leaves) {
             wire.leave();
         }
     }

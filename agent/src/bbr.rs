@@ -32,22 +32,28 @@ pub const MAX_DEPTH: u8 = 127;
 /// Longest key of interest, in bytes: `stream`.
 const MAX_KEY: usize = 6;
 
+/// What a body says of its model: the value of the top-level key `model`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Model {
     /// Not seen so far; in a [`Summary`], the body has no model.
     NotYet,
+    /// A string, with its escapes decoded: at most [`MAX_MODEL`] bytes.
     Found(String),
     /// The value's JSON text, cut after [`MAX_MODEL`] bytes.
     NotAString(String),
 }
 
+/// What a scan has found in a complete body.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Summary {
+    /// `NotYet` if the body has no top-level `model`.
     pub model: Model,
     /// The top-level `stream` if it is a boolean; the last one counts.
     pub stream: Option<bool>,
 }
 
+/// Scans a JSON document for its top-level `model` and `stream` (RFC 8259) as the bytes come, cut anywhere. Keeps at most [`MAX_MODEL`]
+/// bytes of it.
 #[derive(Debug)]
 pub struct ModelScanner {
     /// Bytes of the body consumed.
@@ -122,6 +128,7 @@ impl Default for ModelScanner {
 }
 
 impl ModelScanner {
+    /// Starts at the first byte of a body.
     pub fn new() -> Self {
         Self {
             offset: 0,
@@ -169,12 +176,9 @@ impl ModelScanner {
         Ok(())
     }
 
-    pub fn model(&self) -> &Model {
+    /// The model as far as it has been read.
+    pub(crate) fn model(&self) -> &Model {
         &self.found.model
-    }
-
-    pub fn stream(&self) -> Option<bool> {
-        self.found.stream
     }
 
     /// Finishes a complete body.

@@ -13,6 +13,7 @@ use prometheus_client::metrics::gauge::Gauge;
 
 use crate::{config::Limits, metrics::Metrics};
 
+/// A limit in bytes, and how many of them are taken.
 #[derive(Debug)]
 pub struct Budget {
     limit: AtomicU64,
@@ -36,7 +37,8 @@ impl Budget {
         self.limit.store(limit, Ordering::Relaxed);
     }
 
-    pub fn limit(&self) -> u64 {
+    /// The limit in bytes.
+    pub(crate) fn limit(&self) -> u64 {
         self.limit.load(Ordering::Relaxed)
     }
 
@@ -119,12 +121,15 @@ impl AsRef<[u8]> for HeldBytes {
 /// The budgets of request bodies, shared by all workers and kept across reloads.
 #[derive(Debug)]
 pub struct Bodies {
-    pub memory: Arc<Budget>,
-    pub spill: Arc<Budget>,
+    /// Bytes of bodies in memory.
+    pub(crate) memory: Arc<Budget>,
+    /// Bytes of bodies in temporary files.
+    pub(crate) spill: Arc<Budget>,
     metrics: Arc<Metrics>,
 }
 
 impl Bodies {
+    /// Budgets of `limits.total_body_bytes` and `limits.total_spill_bytes`. `metrics` shows what is taken.
     pub fn new(limits: &Limits, metrics: &Arc<Metrics>) -> Arc<Self> {
         let [memory, spill] = metrics.body_gauges();
         let metrics = Arc::clone(metrics);

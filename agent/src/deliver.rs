@@ -20,8 +20,11 @@ use crate::{client::patience, steer::session::Ended};
 /// How a delivery ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
-    /// Every byte of the message is written or redirected. `reusable`: the endpoint connection may take another request.
-    Complete { reusable: bool },
+    /// Every byte of the message is written or redirected.
+    Complete {
+        /// The endpoint connection may take another request.
+        reusable: bool,
+    },
     /// The client has left, or its connection broke.
     ClientGone,
     /// The endpoint closed or reset inside the message, or sent invalid framing.

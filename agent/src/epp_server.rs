@@ -58,6 +58,7 @@ pub struct EppServerConfig {
     pub listen: SocketAddr,
     /// The endpoints to pick from.
     pub endpoints: Vec<SocketAddr>,
+    /// Whether clients connect by TLS. Default: self-signed.
     pub tls: EppServerTls,
     /// Most requests in flight per endpoint. If all endpoints are at the limit, requests are refused with 429. Default: no limit.
     pub max_inflight: Option<usize>,
@@ -69,6 +70,7 @@ pub struct EppServerConfig {
     pub session_headers: Vec<HeaderName>,
     /// With TLS: PEM of the CAs that may sign client certificates. Default: no client certificate is required.
     pub client_ca: Option<Vec<u8>>,
+    /// Bounds of what clients may hold.
     pub limits: EppServerLimits,
 }
 

@@ -195,7 +195,8 @@ impl Kernel {
         self.admits_blocking.store(admits, Ordering::Relaxed);
     }
 
-    pub fn set_endpoint_visible(&mut self, how: Option<Arc<str>>) {
+    /// Sets what [`endpoint_visible`](Self::endpoint_visible) returns.
+    pub(crate) fn set_endpoint_visible(&mut self, how: Option<Arc<str>>) {
         self.endpoint_visible = how;
     }
 
@@ -264,11 +265,13 @@ impl Kernel {
         })
     }
 
+    /// The slots of all connections that can be steered.
     pub fn slots(&self) -> &Arc<Slots> {
         &self.slots
     }
 
-    pub fn events(&self) -> &Events {
+    /// What wakes the tasks that wait for slots.
+    pub(crate) fn events(&self) -> &Events {
         &self.events
     }
 }

@@ -32,7 +32,9 @@ const LOCAL: PathTest = PathTest { path: Path::Local, cases: selftest::CASES };
 const INGRESS: PathTest = PathTest { path: Path::Ingress, cases: selftest::CASES };
 const PATHS: [PathTest; 2] = [LOCAL, INGRESS];
 
+/// What the start has found out about the paths.
 pub struct Ladder {
+    /// The kernel programs, which serve the ready paths.
     pub program: Program,
     /// One per path, best first.
     pub rungs: Vec<Rung>,
@@ -48,6 +50,7 @@ pub struct Ladder {
 
 /// The state of the kernel programs.
 pub enum Program {
+    /// Those of the paths `local` and `ingress`, of which one is ready.
     Loaded(Arc<Kernel>),
     /// The programs of path `wire` alone.
     Wire(Arc<Wire>),
@@ -57,24 +60,31 @@ pub enum Program {
     Off,
     /// Not tried on this kernel.
     Refused(Arc<str>),
+    /// They could not be loaded, for this reason.
     Failed(Arc<str>),
 }
 
+/// One path, and what its self-test has shown.
 pub struct Rung {
+    /// The path that was tried.
     pub path: Path,
     /// The checks that ran; empty if none did.
     pub checks: Vec<Check>,
+    /// Whether flows can take the path.
     pub state: RungState,
     /// How an endpoint can observe that its socket is in a map while bytes for it wait there. If it can, upgraded and
     /// pinned connections do not use the path unless the settings demand it.
     pub endpoint_visible: Option<Arc<str>>,
 }
 
+/// Whether flows can take a path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RungState {
+    /// It has passed every case of its self-test.
     Ready,
     /// The settings do not ask for it.
     Unasked,
+    /// It is not used, for this reason.
     Off(Arc<str>),
 }
 
@@ -222,6 +232,7 @@ impl Ladder {
         Self { program, rungs, forced: None, forces_buffers: false, adoption: None, notes: Vec::new() }
     }
 
+    /// Whether flows can take this path.
     pub fn is_ready(&self, path: Path) -> bool {
         self.rungs.iter().any(|rung| rung.path == path && rung.state == RungState::Ready)
     }
@@ -316,7 +327,8 @@ impl Rung {
         }
     }
 
-    pub fn describe(&self) -> String {
+    /// The path and its state, as in a line of `/readyz?verbose`.
+    fn describe(&self) -> String {
         match &self.state {
             RungState::Ready => format!("{}: ready{}", self.path.label(), self.visible()),
             RungState::Unasked => format!("{}: off (configured)", self.path.label()),

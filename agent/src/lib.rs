@@ -3,6 +3,7 @@
 //! Modules are listed in the order in which a request passes through them; a module never imports from its callers. What other
 //! crates use is public here, and nothing else is, so that the compiler finds what nobody uses.
 
+#![warn(missing_docs)]
 #![allow(unreachable_pub, reason = "`pub` within a private module says what the module offers to the others")]
 
 mod pem;

@@ -22,8 +22,10 @@ const FLUSH: Duration = Duration::from_secs(1);
 
 /// Why a line was dropped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DropReason {
+pub(crate) enum DropReason {
+    /// `--log-queue-bytes` of lines waited to be written.
     QueueFull,
+    /// The line is longer than [`LINE`].
     TooLong,
     /// The output refused it.
     NotWritten,

@@ -215,6 +215,7 @@ impl Metrics {
         InFlightGauge::new(&self.core.families.tls_handshakes_active)
     }
 
+    /// Counts a TLS handshake that failed for this reason, a label of the metric.
     pub fn tls_handshake_failed(&self, reason: &'static str) {
         self.core.families.tls_handshakes_failed.get_or_create(&ByReason { reason }).inc();
     }

@@ -26,8 +26,9 @@ const PLACES: usize = 64;
 /// Panics of this process by thread and location. A process has a single hook, so the count is global.
 static SEEN: Mutex<BTreeMap<PanicLocation, u64>> = Mutex::new(BTreeMap::new());
 
+/// Where a panic happened.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct PanicLocation {
+pub(crate) struct PanicLocation {
     /// The kind of thread; all workers are `worker`.
     pub thread: String,
     /// `file:line`.
@@ -40,7 +41,7 @@ pub fn install() {
 }
 
 /// The number of panics at each location.
-pub fn seen() -> Vec<(PanicLocation, u64)> {
+pub(crate) fn seen() -> Vec<(PanicLocation, u64)> {
     SEEN.lock().iter().map(|(place, &count)| (place.clone(), count)).collect()
 }
 
@@ -78,7 +79,7 @@ pub fn message(payload: &(dyn Any + Send)) -> &str {
 
 /// Handles the end of a part that the agent cannot do without: the agent becomes unready for good and has to stop.
 #[derive(Clone)]
-pub struct PanicWatch {
+pub(crate) struct PanicWatch {
     readiness: Readiness,
     /// Cancelled when a part has failed.
     failed: CancellationToken,
@@ -121,7 +122,7 @@ impl PanicWatch {
 }
 
 /// A [`PanicWatch`] for a thread that starts before the agent has one. It learns of an earlier failure when it is set.
-pub struct LateWatch {
+pub(crate) struct LateWatch {
     part: &'static str,
     watch: OnceLock<PanicWatch>,
     failure: OnceLock<String>,

@@ -30,11 +30,13 @@ type ProbeCall = dyn Fn(Point<'_>) + Send + Sync;
 pub struct Probe(Option<Arc<ProbeCall>>);
 
 impl Probe {
+    /// A probe that calls `call`, from whichever thread reaches a point.
     pub fn new(call: impl Fn(Point<'_>) + Send + Sync + 'static) -> Self {
         Self(Some(Arc::new(call)))
     }
 
-    pub fn at(&self, point: Point<'_>) {
+    /// Calls the probe, if one is set.
+    pub(crate) fn at(&self, point: Point<'_>) {
         if let Some(call) = &self.0 {
             call(point);
         }

@@ -42,7 +42,9 @@ pub struct Case {
 /// The result of a case.
 #[derive(Debug, Clone)]
 pub struct Check {
+    /// Name of the case, as `penstock doctor` prints it.
     pub case: &'static str,
+    /// How long it ran.
     pub took: Duration,
     /// Why the case failed, if it did.
     pub failure: Option<String>,

@@ -67,6 +67,7 @@ pub struct WorkerSteering {
 }
 
 impl WorkerSteering {
+    /// Duplicates the descriptors of the kernel's maps. Fails if that does, as at the limit of open files.
     pub fn new(kernel: &Arc<Kernel>) -> Result<Rc<Self>, LoadError> {
         Ok(Rc::new(Self { kernel: Arc::clone(kernel), maps: RefCell::new(kernel.maps()?) }))
     }

@@ -29,6 +29,7 @@ use crate::{
 /// Maximum size of a JSON document that is kept, in bytes; it has to be complete to be parsed.
 const DOCUMENT: usize = 256 << 10;
 
+/// The part of a response's body that the EPP needs, kept while the body passes.
 #[derive(Debug)]
 pub struct Tee {
     body: KeptBody,
@@ -41,6 +42,7 @@ pub struct Tee {
 /// The facts about a response that say how its body is read.
 #[derive(Debug, Clone, Copy)]
 pub struct BodyFacts<'a> {
+    /// The fields of the response's head.
     pub headers: &'a HeaderMap,
     /// The declared length of the body, in bytes.
     pub length: Option<u64>,

@@ -8,9 +8,11 @@ use crate::bbr::MAX_DEPTH;
 /// What an EPP changed in a body.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Difference {
+    /// Nothing that counts: the documents are equal as values.
     None,
     /// Only the top-level `model`, which is this now.
     Model(String),
+    /// Anything else, or one of the two is not a JSON document.
     Other,
 }
 

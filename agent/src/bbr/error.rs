@@ -44,22 +44,30 @@ impl NamingError {
     }
 }
 
+/// Why a body cannot be read as a JSON document with one model.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("byte {offset}: found {found}, expected {expected}")]
 pub struct JsonError {
     /// Offset in the body, from 0.
     pub offset: u64,
+    /// What is at this offset.
     pub found: Found,
+    /// What may be there, as the message names it.
     pub expected: &'static str,
 }
 
+/// What was found where something else was expected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Found {
     /// A byte that the grammar (or UTF-8) does not allow here.
     Byte(u8),
+    /// The body ends inside the document.
     EndOfInput,
+    /// An object or array within [`MAX_DEPTH`](super::MAX_DEPTH) others.
     TooDeep,
+    /// A second top-level `model`, of which parsers use either.
     SecondModel,
+    /// A model of more than [`MAX_MODEL`](super::MAX_MODEL) bytes.
     LongModel,
     /// In the model's name only; elsewhere a lone surrogate passes.
     LoneSurrogate,

@@ -106,9 +106,9 @@ fn model_is_known_as_soon_as_its_value_is_complete() {
     scanner.feed(br#"ma""#).unwrap();
     assert_eq!(scanner.model(), &found("llama"));
     scanner.feed(br#","stream":tru"#).unwrap();
-    assert_eq!(scanner.stream(), None);
+    assert_eq!(scanner.found.stream, None);
     scanner.feed(b"e").unwrap();
-    assert_eq!(scanner.stream(), Some(true));
+    assert_eq!(scanner.found.stream, Some(true));
 }
 
 #[test]

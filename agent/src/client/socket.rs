@@ -37,6 +37,8 @@ const EARLY: usize = 256 * 1024;
 /// Bytes per read ahead of time.
 const AHEAD: usize = 4096;
 
+/// A client's HTTP/1.1 connection, with or without TLS. Keeps account of what was written and redirected to it, so that it is never
+/// closed before both have arrived ([`settle`](Self::settle)).
 pub struct ClientSocket {
     wire: ClientIo,
     /// Bytes read but not used: the rest of a request, or the beginning of the next.
@@ -65,11 +67,13 @@ pub struct ClientSocket {
 pub(super) type TunnelEnd<'a> = (&'a TcpStream, BytesMut, Option<&'a Source>);
 
 impl ClientSocket {
+    /// A connection without TLS. Fails if an option of the socket cannot be set or read.
     pub fn new(stream: TcpStream) -> io::Result<Self> {
         Self::of(ClientIo::Plain(stream))
     }
 
-    pub fn tls(stream: TlsStream<TcpStream>) -> io::Result<Self> {
+    /// A connection after its TLS handshake.
+    pub(crate) fn tls(stream: TlsStream<TcpStream>) -> io::Result<Self> {
         Self::of(ClientIo::Tls(Box::new(stream)))
     }
 
@@ -99,7 +103,8 @@ impl ClientSocket {
         (self.wire, self.buf)
     }
 
-    pub fn stream(&self) -> &TcpStream {
+    /// The TCP connection, below TLS if there is any.
+    pub(crate) fn stream(&self) -> &TcpStream {
         self.wire.tcp()
     }
 
@@ -108,11 +113,12 @@ impl ClientSocket {
         self.answered = false;
     }
 
-    pub fn is_answered(&self) -> bool {
+    /// Whether a byte of the response was written since [`begin_answer`](Self::begin_answer).
+    pub(crate) fn is_answered(&self) -> bool {
         self.answered
     }
 
-    pub fn is_tls(&self) -> bool {
+    pub(crate) fn is_tls(&self) -> bool {
         self.wire.is_tls()
     }
 
@@ -130,7 +136,8 @@ impl ClientSocket {
         Patience::new(self.idle, self.unreachable)
     }
 
-    pub fn unreachable(&self) -> Option<Duration> {
+    /// How long a due acknowledgement may be missing; `None` without a limit.
+    pub(crate) fn unreachable(&self) -> Option<Duration> {
         self.unreachable
     }
 

@@ -21,11 +21,14 @@ const MAX_PORTS: usize = 8;
 
 const LISTED: &str = "an array of ip:port";
 
+/// An endpoint that is listed in a pool or in a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ListedEndpoint {
+    /// Where it accepts connections.
     pub address: SocketAddr,
     /// Name of the node that it runs on.
     pub node: Option<String>,
+    /// Name of the zone that it runs in.
     pub zone: Option<String>,
     /// It gets no new requests; running ones may finish.
     pub draining: bool,
@@ -37,8 +40,10 @@ impl From<SocketAddr> for ListedEndpoint {
     }
 }
 
+/// Endpoints that DNS knows: each address of the name, with each of the ports.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NamedEndpoints {
+    /// A host name, which is looked up again when its records expire.
     pub name: String,
     /// At least one.
     pub ports: Vec<u16>,
@@ -191,19 +196,43 @@ fn listed_element(value: &DeValue<'_>, ports: &[u16]) -> Parsed<Vec<ListedEndpoi
 /// An error in a file of endpoints.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum EndpointsError {
+    /// Not TOML, or not an array `endpoints`.
     #[error("line {line}: {message}")]
-    Toml { line: usize, message: String },
+    Toml {
+        /// From 1.
+        line: usize,
+        /// The parser's text.
+        message: String,
+    },
+    /// Not JSON, or not an object with `endpoints`: the parser's text, with line and column.
     #[error("{0}")]
     Json(String),
+    /// An entry that is not the address of a server.
     #[error("endpoints[{index}]: found {found:?}, expected ip:port of a server, or ip where the pool has ports")]
-    Address { index: usize, found: String },
+    Address {
+        /// The entry's, from 0.
+        index: usize,
+        /// Its text.
+        found: String,
+    },
+    /// An entry that reaches the agent itself, so that requests would loop.
     #[error("endpoints[{index}]: found \"{found}\", expected another server than listen.address ({listen})")]
-    Own { index: usize, found: SocketAddr, listen: SocketAddr },
+    Own {
+        /// The entry's, from 0.
+        index: usize,
+        /// The entry.
+        found: SocketAddr,
+        /// The agent's own address that the entry reaches.
+        listen: SocketAddr,
+    },
 }
 
+/// The syntax of a file of endpoints.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum EndpointsFormat {
+    /// `endpoints = [...]`, as in a pool of the configuration.
     Toml,
+    /// `{"endpoints": [...]}`, with the same elements.
     Json,
 }
 

@@ -246,6 +246,7 @@ impl Group for EppTlsKeys {
 pub struct ClientCertificate {
     /// The certificate, followed by the intermediate certificates up to the EPP's CA.
     pub certificate: PathBuf,
+    /// The private key of `certificate`.
     pub key: PathBuf,
 }
 

@@ -2,21 +2,39 @@
 
 use std::fmt;
 
+/// Why a configuration is not accepted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
+    /// The file cannot be read, or is not UTF-8.
     #[error("{file}: cannot be read: {reason}")]
-    Unreadable { file: String, reason: String },
+    Unreadable {
+        /// Its path, as it was given.
+        file: String,
+        /// The operating system's text.
+        reason: String,
+    },
     /// The text is not TOML. Only the syntax is checked then, because text after a broken line cannot be interpreted.
     #[error("{file}:{position}: not valid TOML: {message}")]
-    Syntax { file: String, position: Position, message: String },
+    Syntax {
+        /// Path of the configuration.
+        file: String,
+        /// Where the parser stopped.
+        position: Position,
+        /// The parser's text.
+        message: String,
+    },
+    /// A key that does not exist, is missing, or has a value that it cannot have.
     #[error("{file}:{position}: {key}: found {found}, expected {expected}")]
     Value {
+        /// Path of the configuration.
         file: String,
         /// A key that is missing has the position of its section.
         position: Position,
         /// Dotted, as in `pools[1].picker.address`.
         key: String,
+        /// The value as written, or what is the matter with it.
         found: String,
+        /// What the key accepts.
         expected: String,
     },
 }
@@ -24,7 +42,9 @@ pub enum ConfigError {
 /// A position in a file. Line and column start at 1; the column counts characters.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Position {
+    /// From 1; 0 stands for the whole file.
     pub line: usize,
+    /// In characters, from 1.
     pub column: usize,
 }
 
@@ -38,10 +58,13 @@ impl fmt::Display for Position {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{file}:{position}: {old_key} is now {key}; the next version does not accept the old name")]
 pub struct ConfigWarning {
+    /// Path of the configuration.
     pub file: String,
+    /// Where the old name stands.
     pub position: Position,
     /// Dotted, as in `limits.headers`.
     pub old_key: String,
+    /// Its name from now on, dotted.
     pub key: String,
 }
 
@@ -70,6 +93,7 @@ impl ConfigErrors {
         if errors.is_empty() { Ok(()) } else { Err(Self(errors)) }
     }
 
+    /// The errors in file order.
     pub fn iter(&self) -> impl Iterator<Item = &ConfigError> {
         self.0.iter()
     }

@@ -39,7 +39,9 @@ settings! {
 /// The name of a value in dynamic metadata.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Attribute {
+    /// A namespace of the dynamic metadata, such as `envoy.lb`.
     pub namespace: String,
+    /// A key of the namespace's top level. It may contain slashes.
     pub key: String,
 }
 

@@ -7,8 +7,10 @@ use toml::de::DeValue;
 
 use super::value::{Custom, Expected, Value};
 
+/// Which addresses outside of the pool an EPP may pick.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Passthrough {
+    /// None.
     #[default]
     Off,
     /// All addresses except loopback, link-local, unspecified, multicast and broadcast ones, also as IPv6 forms of IPv4 addresses.
@@ -28,11 +30,13 @@ pub struct Network {
 const METADATA: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254);
 
 impl Passthrough {
-    pub fn is_off(&self) -> bool {
+    /// Whether only endpoints of the pool may be picked.
+    pub(crate) fn is_off(&self) -> bool {
         *self == Self::Off
     }
 
-    pub fn admits(&self, ip: IpAddr) -> bool {
+    /// Whether the EPP may pick this address outside of the pool. IPv4-mapped addresses count as IPv4.
+    pub(crate) fn admits(&self, ip: IpAddr) -> bool {
         let ip = ip.to_canonical();
         match self {
             Self::Off => false,
@@ -87,7 +91,8 @@ impl Network {
         (network.masked(address) == Some(bits_of(address))).then_some(network)
     }
 
-    pub fn contains(&self, ip: IpAddr) -> bool {
+    /// Whether the address has the prefix. IPv4 and IPv6 are not mapped to each other.
+    pub(crate) fn contains(&self, ip: IpAddr) -> bool {
         self.address.is_ipv4() == ip.is_ipv4() && self.masked(ip) == Some(bits_of(self.address))
     }
 

@@ -15,6 +15,7 @@ use super::{
 pub enum Picker {
     /// The built-in picker: least requests in flight, with session and prefix affinity.
     Builtin,
+    /// An EPP, over ext_proc.
     Epp(Epp),
 }
 

@@ -90,10 +90,13 @@ settings! {
 /// Why requests of a pool that is an InferencePool cannot be served.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum UnusablePool {
+    /// The API server has not answered so far.
     #[error("the InferencePool {0} has not been read from the Kubernetes API yet")]
     Unread(InferencePoolRef),
+    /// It was deleted, or never created.
     #[error("the InferencePool {0} does not exist")]
     Absent(InferencePoolRef),
+    /// It cannot be followed, for the reason in the second part.
     #[error("the InferencePool {0} is invalid: {1}")]
     Invalid(InferencePoolRef, String),
 }

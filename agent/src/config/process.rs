@@ -19,9 +19,12 @@ settings! {
     }
 }
 
+/// The user and group that the agent switches to. Neither is root.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct User {
+    /// Number of the user, not 0.
     pub uid: u32,
+    /// Number of the primary group, not 0.
     pub gid: u32,
 }
 

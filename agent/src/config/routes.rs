@@ -46,13 +46,16 @@ settings! {
 /// A host without port. Case-insensitive.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum HostPattern {
+    /// This host, in lower case.
     Exact(String),
     /// `*.example.com`: names with at least one label before the suffix `.example.com`, which this holds.
     Below(String),
 }
 
+/// A condition on the path of a request as the client sent it, without query.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PathPattern {
+    /// The whole path, byte for byte.
     Exact(String),
     /// Whole segments: `/v1` holds for `/v1` and `/v1/models`, not for `/v10`. Without slash at the end, so `/` is empty.
     Prefix(String),
@@ -79,8 +82,10 @@ settings! {
     }
 }
 
+/// A condition on the model that the request names. Case-sensitive.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ModelPattern {
+    /// This model.
     Exact(String),
     /// `llama-*`; of `*` nothing is left, and any model will do.
     Prefix(String),
@@ -242,6 +247,7 @@ impl Route {
 }
 
 impl WeightedPool {
+    /// The pool with this name, with `weight` of the sum of a route's weights.
     pub fn new(name: impl Into<String>, weight: u32) -> Self {
         Self { name: name.into(), weight }
     }

@@ -80,8 +80,11 @@ choice! {
 /// Where path `wire` pins its programs and maps.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Bpffs {
+    /// In `/run/penstock/bpf` or `/sys/fs/bpf`, the first of them that is a bpffs; nowhere if neither is.
     Auto,
+    /// Nowhere: flows end with the agent.
     Off,
+    /// In the bpffs that is mounted here, an absolute path.
     At(PathBuf),
 }
 
@@ -102,7 +105,9 @@ fn bpffs() -> Value<Bpffs> {
 /// The interfaces of path `wire`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Interfaces {
+    /// Every Ethernet interface that exists at the start.
     Auto,
+    /// These, each with a name of 1 to 15 bytes.
     Named(Vec<String>),
 }
 

@@ -36,6 +36,7 @@ pub struct Ratio(f64);
 impl Eq for Ratio {}
 
 impl Ratio {
+    /// 1: everything.
     pub const ALL: Self = Self(1.0);
 
     /// Returns `None` outside of 0 to 1.
@@ -43,7 +44,8 @@ impl Ratio {
         (0.0..=1.0).contains(&ratio).then_some(Self(ratio))
     }
 
-    pub fn get(self) -> f64 {
+    /// From 0 to 1.
+    pub(crate) fn get(self) -> f64 {
         self.0
     }
 }

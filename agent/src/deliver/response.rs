@@ -19,9 +19,13 @@ use crate::{
 const MIN_BUFFER: usize = 16 * 1024;
 const MAX_BUFFER: usize = 256 * 1024;
 
+/// The delivery of one response. Set the public fields before [`run`](Self::run).
 pub struct Delivery<'a> {
+    /// Where the response goes.
     pub client: &'a mut ClientSocket,
+    /// Where the body comes from.
     pub endpoint: &'a mut EndpointConnection,
+    /// What carries the body; afterwards it has the account of it.
     pub session: Session<'a>,
     /// The response head or nothing. It is written before the body, together with the body's first bytes if there are any.
     pub lead: BytesMut,

@@ -25,6 +25,7 @@ pub struct EndpointConnection {
     source: Option<Source>,
     /// The flow of the current response on path `wire`, or the reason why the response takes another path.
     watched: Option<Result<Watched, SteerReason>>,
+    /// The address that was dialled.
     pub address: SocketAddr,
     /// Whether the endpoint's address is on this machine.
     pub local: bool,
@@ -104,7 +105,8 @@ impl EndpointConnection {
         matches!(self.watched, Some(Ok(_)))
     }
 
-    pub fn take_watched(&mut self) -> Option<Result<Watched, SteerReason>> {
+    /// The flow of the next response on path `wire`, or why it takes another path. `None` if the request did not ask for either.
+    pub(crate) fn take_watched(&mut self) -> Option<Result<Watched, SteerReason>> {
         self.watched.take()
     }
 

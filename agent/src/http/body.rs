@@ -26,26 +26,49 @@ const UNCOUNTED: usize = 16 * 1024;
 /// Smallest memory allocation of a non-empty body, in bytes.
 const LEAST: usize = 1024;
 
+/// Why a request body was not taken.
 #[derive(Debug, thiserror::Error)]
 pub enum BodyError {
+    /// More payload than allowed, or a declared length above that.
     #[error("the body is larger than {limit} bytes")]
-    TooLarge { limit: u64 },
+    TooLarge {
+        /// `limits.body_bytes`.
+        limit: u64,
+    },
+    /// Chunked syntax that is invalid.
     #[error("found \"{found}\" in a chunked body, expected a chunk (RFC 9112 §7.1)")]
-    Chunk { found: String },
+    Chunk {
+        /// The invalid bytes, escaped and cut.
+        found: String,
+    },
+    /// A trailer section that is too large.
     #[error("found more than {TRAILERS} trailers, or more than {MAX_TRAILERS} bytes of them")]
     Trailers,
+    /// A trailer of HTTP/2 that is malformed.
     #[error("found a trailer with white space around its value (RFC 9113 §8.2.1)")]
     Trailer,
+    /// Chunk extensions or trailers that outweigh the payload.
     #[error("chunk sizes, extensions and trailers take {found} bytes for {payload} bytes of payload")]
-    Overhead { found: u64, payload: u64 },
+    Overhead {
+        /// Bytes of chunked syntax.
+        found: u64,
+        /// Bytes of payload so far.
+        payload: u64,
+    },
+    /// The temporary file failed.
     #[error("could not store the body in a temporary file: {0}")]
     File(#[from] io::Error),
+    /// The bodies of all requests take as much as they may.
     #[error("no space left for request bodies {at}")]
-    Full { at: &'static str },
+    Full {
+        /// Which budget is exhausted, as the end of the message.
+        at: &'static str,
+    },
 }
 
 impl BodyError {
-    pub fn status(&self) -> StatusCode {
+    /// The status that the client gets.
+    pub(crate) fn status(&self) -> StatusCode {
         match self {
             Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Trailers => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
@@ -69,6 +92,7 @@ impl BodyError {
     }
 }
 
+/// What a call of [`BodyReader::decode`] has found.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Decoded {
     /// Payload; never empty.
@@ -106,6 +130,7 @@ impl BodyReader {
         Ok(Self { framing, limit, payload: 0, overhead: 0, section: BytesMut::new(), trailers: HeaderMap::new() })
     }
 
+    /// Whether the body is complete. Also true from the start if there is none.
     pub fn is_done(&self) -> bool {
         self.framing.is_done()
     }
@@ -213,12 +238,9 @@ impl ReplayBody {
         }
     }
 
-    pub fn len(&self) -> u64 {
+    /// Bytes kept so far, in memory and in the file.
+    pub(crate) fn len(&self) -> u64 {
         self.length
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.length == 0
     }
 
     /// Moves the body out. The body left behind accepts nothing.
@@ -256,7 +278,8 @@ impl ReplayBody {
         Ok(true)
     }
 
-    pub async fn sha256(&self) -> Result<Box<[u8]>, BodyError> {
+    /// The SHA-256 of what is kept. Fails if the file cannot be read.
+    pub(crate) async fn sha256(&self) -> Result<Box<[u8]>, BodyError> {
         let (mut digest, mut pieces) = (digest::Context::new(&digest::SHA256), self.pieces());
         while let Some(piece) = pieces.next().await? {
             digest.update(&piece);

@@ -145,6 +145,7 @@ pub struct FieldPolicy {
 }
 
 impl FieldPolicy {
+    /// The rules of this configuration, for all of its pools.
     pub fn new(config: &Config) -> Self {
         let configured = config.pools.iter().filter_map(|pool| match &pool.picker {
             Picker::Epp(epp) => Some(epp.header.clone()),

@@ -20,7 +20,8 @@ pub struct HeadLimits {
 }
 
 impl HeadLimits {
-    pub fn of(limits: &Limits) -> Self {
+    /// `limits.head_bytes` and the limit on the number of fields.
+    pub(crate) fn of(limits: &Limits) -> Self {
         Self { bytes: limits.head_bytes, headers: limits.headers }
     }
 

@@ -34,8 +34,11 @@ pub fn is_marked(headers: &HeaderMap, mark: &HeaderValue) -> bool {
 /// How a request reached the agent.
 #[derive(Debug, Clone, Copy)]
 pub struct Arrival {
+    /// The client's address, as the endpoint is told.
     pub client: IpAddr,
+    /// The version in which the client sent it, for `Via`.
     pub version: Version,
+    /// Whether it came by TLS, so that its scheme is https.
     pub tls: bool,
 }
 

@@ -12,19 +12,25 @@ use super::head::{self, Declared, HeadEnd, HeadError, HeadLimits, shown};
 /// Empty lines accepted before a request (RFC 9112 §2.2: some clients end a body with an extra CR LF).
 const LEADING_BLANK_LINES: usize = 4;
 
+/// How a request's head frames its body (RFC 9112 §6.3).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RequestBody {
+    /// The head is the whole request.
     None,
+    /// Content-Length, in bytes.
     Length(u64),
+    /// Transfer-Encoding: chunked.
     Chunked,
     /// HTTP/2 frames, with the declared length if there is one.
     Frames(Option<u64>),
 }
 
+/// A request without its body.
 #[derive(Debug, Clone)]
 pub struct RequestHead {
     /// The headers as sent; [`super::headers::prepare_request`] prepares them for forwarding.
     pub parts: request::Parts,
+    /// The framing of the body that follows.
     pub body: RequestBody,
     /// Whether the client allows the connection to be reused.
     pub keep_alive: bool,

@@ -15,23 +15,33 @@ use super::{
     media,
 };
 
+/// How a response's head frames its body (RFC 9112 §6.3), which also depends on the request's method.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BodyKind {
+    /// The head is the whole response.
     None,
+    /// Content-Length, in bytes.
     Length(u64),
+    /// Transfer-Encoding: chunked.
     Chunked,
+    /// The close of the connection ends the body.
     UntilClose,
 }
 
+/// An endpoint's response without its body.
 #[derive(Debug, Clone)]
 pub struct ResponseHead {
+    /// The endpoint's, until an EPP sets another one.
     pub status: StatusCode,
+    /// The version in which the endpoint sent it.
     pub version: Version,
     /// The reason phrase as sent; may be empty.
     pub reason: String,
+    /// The fields as sent; [`prepare_response`](super::headers::prepare_response) prepares them for the client.
     pub headers: HeaderMap,
     /// The framing of the body, at its first byte.
     pub framing: Framing,
+    /// How the client's head frames the body.
     pub body: BodyKind,
     /// Whether the endpoint connection can be reused after this response.
     pub keep_alive: bool,
@@ -257,7 +267,8 @@ fn body_of(status: StatusCode, request_method: &Method, declared: Declared) -> B
 }
 
 impl ResponseHead {
-    pub fn is_event_stream(&self) -> bool {
+    /// Whether the Content-Type is `text/event-stream`.
+    pub(crate) fn is_event_stream(&self) -> bool {
         media::is_events(&self.headers)
     }
 
@@ -352,7 +363,9 @@ impl ResponseHead {
 /// What happens to the connection to an endpoint after its response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AfterResponse<'a> {
+    /// It stays open for the next request.
     Keep,
+    /// The endpoint is asked to close it (`Connection: close`).
     Close,
     /// It switches to one of these protocols, if the endpoint agrees.
     Upgrade(&'a HeaderValue),
@@ -361,7 +374,9 @@ pub enum AfterResponse<'a> {
 /// The framing of a request body toward an endpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RequestFraming<'a> {
+    /// No body, and no field about one.
     None,
+    /// Content-Length, in bytes.
     Length(u64),
     /// Chunked, followed by these trailers.
     Chunked(&'a HeaderMap),

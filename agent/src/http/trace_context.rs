@@ -10,7 +10,9 @@ use opentelemetry::trace::TraceState;
 
 use super::head::joined;
 
+/// The position in the trace (§3.2).
 pub const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+/// What tracing systems add to it (§3.3).
 pub const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 /// Maximum length of a `tracestate`, in bytes; each span keeps a copy. The specification asks for at least 512.
 const LONGEST: usize = 4096;
@@ -22,6 +24,7 @@ pub struct TraceParent {
     pub trace_id: [u8; 16],
     /// Never zero.
     pub span_id: [u8; 8],
+    /// The caller records its span (§3.2.2.5.1).
     pub sampled: bool,
 }
 

@@ -4,12 +4,16 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+/// Why there is no root of the hierarchy to attach to.
 #[derive(Debug, Error)]
 pub enum CgroupError {
+    /// The mounts are unknown.
     #[error("cannot read /proc/mounts: {0}")]
     Read(#[from] std::io::Error),
+    /// `/proc/mounts` has no `cgroup2`.
     #[error("no cgroup v2 hierarchy is mounted; run `mount -t cgroup2 none DIRECTORY` and set `steering.cgroup`")]
     NotMounted,
+    /// Every mounted hierarchy is a part of the machine's; the first one's mount point.
     #[error(
         "{0} is the root of a private cgroup namespace, so endpoints outside of this container cannot be recognised; \
          mount the node's hierarchy and set steering.cgroup"

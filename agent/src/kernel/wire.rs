@@ -183,7 +183,7 @@ impl Wire {
     }
 
     /// Notifies `watch` if the thread that waits for events ends.
-    pub fn supervise(&self, watch: PanicWatch) {
+    pub(crate) fn supervise(&self, watch: PanicWatch) {
         self.records.watch.set(watch);
     }
 

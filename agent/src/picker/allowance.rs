@@ -1,10 +1,23 @@
-//! Bounds how much an EPP may change in the fields of a message.
+//! Bounds what an EPP sends, and how much it may change in the fields of a message.
+
+use std::sync::Arc;
 
 use http::HeaderMap;
 use penstock_proto::ext_proc::HeaderMutation;
 
 use super::message;
-use crate::config::EppLimits;
+use crate::{budget::Budget, config::EppLimits};
+
+/// Limits on what an EPP sends.
+#[derive(Debug, Clone)]
+pub struct ExchangeLimits {
+    /// Most bytes of a replaced body or of an immediate reply's body.
+    pub replaced_body: usize,
+    /// The budget against which the bytes of a replaced body count.
+    pub memory: Arc<Budget>,
+    /// The configured limits on the EPP's messages.
+    pub epp: EppLimits,
+}
 
 /// How large a mutation may still be.
 #[derive(Debug, Clone, Copy)]

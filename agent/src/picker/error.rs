@@ -9,47 +9,83 @@ use crate::config::EppLimits;
 /// Why an EPP did not pick.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum PickError {
+    /// No address of the EPP is known so far, or its names cannot be resolved; the reason.
     #[error("cannot resolve the EPP's name: {0}")]
     Unresolved(Arc<str>),
+    /// The Kubernetes Service of the EPP has no replica that is ready; the reason.
     #[error("{0}")]
     NoReplica(Arc<str>),
+    /// No connection was made: TCP, TLS or HTTP/2 failed or timed out.
     #[error("cannot connect to the EPP: {0}")]
     Connect(Arc<std::io::Error>),
     /// The server sent GOAWAY or refused the stream.
     #[error("the EPP did not process the stream: {0}")]
     NotTaken(String),
-    /// The connection or the stream was lost. `answered`: the EPP had already said something about the request.
+    /// The connection or the stream was lost.
     #[error("lost the stream to the EPP: {message}")]
-    Reset { message: String, answered: bool },
+    Reset {
+        /// The transport's text.
+        message: String,
+        /// The EPP had already said something about the request.
+        answered: bool,
+    },
+    /// The stream ended with an error of the EPP, or of a proxy in front of it.
     #[error("the EPP answered with gRPC status {}: {message}", label(*.code))]
-    Status { code: tonic::Code, message: String },
+    Status {
+        /// `grpc-status`, or the code of the HTTP status if the response is not gRPC's.
+        code: tonic::Code,
+        /// `grpc-message`, or a text of the client's.
+        message: String,
+    },
+    /// The stream ended with `OK` before there was a decision.
     #[error("the EPP closed the stream without a pick")]
     ClosedWithoutPick,
+    /// The decision names no endpoint, neither as header nor as metadata.
     #[error("the EPP replied without an endpoint")]
     NoDestination,
     /// The invalid entries.
     #[error("the EPP returned an invalid ip:port: {0}")]
     BadDestination(String),
+    /// A body of the EPP for the endpoint is too large.
     #[error("the EPP's replacement of the body is larger than {limit} bytes")]
-    BodyTooLarge { limit: usize },
+    BodyTooLarge {
+        /// `limits.body_bytes`.
+        limit: usize,
+    },
+    /// The EPP ended its replacement early, or replaced some pieces of the body and kept others.
     #[error("the EPP replaced only part of the body")]
     BodyPartial,
+    /// The mutation of the request's head has too many fields or bytes.
     #[error("the EPP's mutation exceeds the head's own fields by more than {} fields or {} bytes", limits.fields, limits.bytes)]
-    MutationTooLarge { limits: EppLimits },
+    MutationTooLarge {
+        /// The limits of the pool's EPP.
+        limits: EppLimits,
+    },
+    /// The EPP keeps sending without deciding.
     #[error("the EPP sent more than {limit} messages without a decision")]
-    TooManyMessages { limit: usize },
+    TooManyMessages {
+        /// What is allowed for a request with as much body.
+        limit: usize,
+    },
+    /// A message has more dynamic metadata than is read.
     #[error("the EPP sent more than {limit} bytes of dynamic metadata in one message")]
-    MetadataTooLarge { limit: usize },
+    MetadataTooLarge {
+        /// The limit of the pool's EPP on the metadata of one message.
+        limit: usize,
+    },
     /// A kind of ext_proc reply that the agent does not have, or a message without any.
     #[error("the EPP sent a reply of an unknown kind")]
     UnknownReply,
+    /// The head or the body of its own response for the client is too large.
     #[error("the EPP's immediate reply exceeds the limits")]
     ReplyTooLarge,
     /// The EPP decided no other request meanwhile, or no replica was known.
     #[error("the EPP did not decide in time")]
     Deadline,
+    /// As `Deadline`, from an EPP that works: it holds the request back.
     #[error("the EPP decided other requests but not this one in time")]
     Held,
+    /// With `response_to_picker = "body"`, after the pick: the response cannot be completed without the EPP.
     #[error("the EPP failed before it had answered for the response's body")]
     ResponseUnanswered,
     /// The EPP was not asked, because every replica has stalled: a request timed out and no replica has decided one since.

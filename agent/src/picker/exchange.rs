@@ -28,22 +28,11 @@ use super::{
     replacement::Replacement,
     returned::Answer,
 };
-pub use super::{immediate::ImmediateReply, replacement::Body};
-use crate::{budget::Budget, config::EppLimits, endpoint::set::Snapshot};
+pub use super::{allowance::ExchangeLimits, immediate::ImmediateReply, replacement::Body};
+use crate::{config::EppLimits, endpoint::set::Snapshot};
 
 /// Bytes of a replaced body for which the EPP may send one more message.
 const BYTES_PER_MESSAGE: usize = 256;
-
-/// ExchangeLimits on what an EPP sends.
-#[derive(Debug, Clone)]
-pub struct ExchangeLimits {
-    /// Most bytes of a replaced body or of an immediate reply's body.
-    pub replaced_body: usize,
-    /// The budget against which the bytes of a replaced body count.
-    pub memory: Arc<Budget>,
-    /// The configured limits on the EPP's messages.
-    pub epp: EppLimits,
-}
 
 /// The EPP's pick and its mutations of the request.
 #[derive(Debug, Clone, PartialEq)]
@@ -54,19 +43,23 @@ pub struct Decision {
     pub invalid: InvalidEntries,
     /// The mutation of the request's head, without the pick.
     pub mutation: HeaderMutation,
+    /// What the endpoint gets as the body.
     pub body: Body,
 }
 
 /// The EPP's answer about a request.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Outcome {
+    /// Forward the request.
     Picked(Decision),
+    /// Answer the client with the EPP's own response (ext_proc's ImmediateResponse).
     Immediate(ImmediateReply),
 }
 
 /// An event from the EPP.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
+    /// The EPP has decided, or evicts a request that it has picked for.
     Outcome(Outcome),
     /// The EPP's reply to the head of the response.
     ResponseHead(HeaderMutation),

@@ -16,6 +16,7 @@ use crate::{config::Bpffs, kernel::socket::monotonic_ns};
 
 /// The folder of an agent.
 pub struct Pinned {
+    /// Its path in the bpffs.
     pub folder: String,
     /// Its agent is alive.
     pub is_alive: bool,
