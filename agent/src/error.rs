@@ -17,7 +17,7 @@ use crate::{
     http::{
         accept,
         body::BodyError,
-        coding, headers,
+        coding, fields, headers,
         reply::{Reply, is_grpc},
         request::RequestError,
         response::ResponseError,
@@ -167,7 +167,7 @@ impl Error {
         };
         let mut headers = HeaderMap::new();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
-        headers.insert(headers::X_PENSTOCK_REASON, HeaderValue::from_static(reason));
+        headers.insert(fields::X_PENSTOCK_REASON, HeaderValue::from_static(reason));
         if status == StatusCode::SERVICE_UNAVAILABLE {
             headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }

@@ -52,7 +52,7 @@ pub fn run(data: &[u8]) {
     let (begin, end) = (first.map_or(0, |first| first.len()), rest.pieces.concat());
     assert!(begin <= BEGIN && (document || end.len() <= tail::TAIL as usize), "{} bytes were kept", end.len());
     if payload.len() < tail::TAIL as usize {
-        // A beginning that is no event is told as a comment, and the body at the end.
+        // A beginning other than an event is told as a comment, and the body at the end.
         let told = if unreadable && end == payload { 0 } else { begin };
         assert!(end == payload[told..], "a short body is told whole");
     }

@@ -130,7 +130,7 @@ impl BodyReader {
         Ok(Self { framing, limit, payload: 0, overhead: 0, section: BytesMut::new(), trailers: HeaderMap::new() })
     }
 
-    /// Whether the body is complete. Also true from the start if there is none.
+    /// Whether the body is complete. Also true from the start without a body.
     pub fn is_done(&self) -> bool {
         self.framing.is_done()
     }

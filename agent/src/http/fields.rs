@@ -2,7 +2,7 @@
 //! else; the agent's own fields that forwarding adds are in [`headers`](super::headers).
 //!
 //! [`FieldPolicy`] is applied to a client's head when it is received, and to its trailers and the EPP's fields before the request goes
-//! to an endpoint. Names are compared with `_` equal to `-`, because servers that map names to variables do the same.
+//! to an endpoint; [`filter_response_head`] and [`filter_trailers`] to what the endpoint sends. Names are compared with `_` equal to `-`, because servers that map names to variables do the same.
 
 use http::{HeaderMap, HeaderName, header};
 
@@ -54,6 +54,9 @@ const PICK_PREFIXES: [&str; 2] = ["x-gateway-destination-endpoint", "x-llm-d-des
 
 /// Prefix of the control headers by which an Envoy talks to its upstreams. The EPP cannot set them either.
 const ENVOY_PREFIX: &str = "x-envoy-";
+
+/// Set only on the agent's own answers: the reason why no endpoint answered.
+pub const X_PENSTOCK_REASON: HeaderName = HeaderName::from_static("x-penstock-reason");
 
 /// Set only for EPPs: the length of a body that is abridged.
 pub const X_PENSTOCK_BODY_LENGTH: HeaderName = HeaderName::from_static("x-penstock-body-length");
@@ -193,6 +196,12 @@ impl FieldPolicy {
                 || self.picks.iter().chain(&self.models).any(|own| same(name, own.as_str()))
         });
     }
+}
+
+/// Removes from an endpoint's head what concerns its connection alone, and the field by which it could pose as the agent.
+pub fn filter_response_head(head: &mut HeaderMap) {
+    remove_hop_by_hop(head);
+    head.remove(X_PENSTOCK_REASON);
 }
 
 /// Removes forbidden trailers of either side; keeps others such as digests and the gRPC status.

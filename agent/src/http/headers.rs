@@ -9,7 +9,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Version, header};
 
 use super::{
     date,
-    fields::{FieldPolicy, remove_hop_by_hop, remove_if, same},
+    fields::{FieldPolicy, filter_response_head, remove_if, same},
     head::joined,
 };
 use crate::config::{Forwarding, Headers};
@@ -19,9 +19,6 @@ const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
 pub const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// Set only on the agent's own answers: the reason why no endpoint answered.
-pub const X_PENSTOCK_REASON: HeaderName = HeaderName::from_static("x-penstock-reason");
-
 /// The ids of the agents that have forwarded a request.
 pub const X_PENSTOCK_HOP: HeaderName = HeaderName::from_static("x-penstock-hop");
 
@@ -70,8 +67,7 @@ pub fn prepare_response(headers: &mut HeaderMap, version: Version, request: &Hea
 
 /// Prepares the headers of an interim response (1xx) for the client.
 pub fn prepare_interim(headers: &mut HeaderMap, version: Version, settings: &Headers) {
-    remove_hop_by_hop(headers);
-    headers.remove(X_PENSTOCK_REASON);
+    filter_response_head(headers);
     add_via(headers, version, settings.via.as_deref());
 }
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-/// Why there is no root of the hierarchy to attach to.
+/// Why the root of the hierarchy was not found.
 #[derive(Debug, Error)]
 pub enum CgroupError {
     /// The mounts are unknown.

@@ -294,7 +294,7 @@ async fn unavailable_replica_is_asked_again_until_it_serves() {
     assert_eq!((waited(&stage.agent, "served"), waiting(&stage.agent), stage.epp.streams_started()), (1, 0, 4));
 }
 
-/// A proxy in front of an EPP that is away answers with a page of its own: a 503 that is no gRPC.
+/// A proxy in front of an EPP that is away answers with a page of its own: a 503 other than gRPC's.
 #[tokio::test]
 async fn error_page_of_a_proxy_is_waited_for_by_its_status() {
     for (status, is_waited_for) in [("502", true), ("503", true), ("429", true), ("404", false), ("200", false)] {

@@ -194,7 +194,7 @@ async fn lease_for_endpoint_outside_pool_is_kept() {
     assert_eq!(stage.epp.streams_started(), 1);
 }
 
-/// A path is a change beyond the destination; the echo of the request's own is none.
+/// Another path is a change beyond the destination; the echo of the request's own is not.
 #[tokio::test]
 async fn changed_path_gives_no_lease() {
     for (path, asked) in [("/test/echo?by=epp", 2), ("/test/echo", 1)] {

@@ -69,7 +69,7 @@ async fn own_listeners_as_endpoints_are_rejected() {
         async move { ScriptedEpp::start(Production::new(&addresses)).await.unwrap() }
     };
     let server = ModelServer::start(Options::default()).await.unwrap();
-    // An address of this node that is no loopback address: one for documentation (RFC 5737), which hides no real host.
+    // An address of this node other than loopback: one for documentation (RFC 5737), which hides no real host.
     let base = 0xcb00_7100 + std::process::id() % (1 << 6) * 4;
     let [node, peer] = [1, 2].map(|host| Ipv4Addr::from(base + host));
     let link = format!("lp{}", std::process::id());

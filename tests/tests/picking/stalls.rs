@@ -125,7 +125,7 @@ async fn picker_deciding_other_requests_may_hold_one() {
     }
 }
 
-/// A serving health status is no evidence.
+/// A health status of serving does not count as a decision.
 #[tokio::test]
 async fn stalled_picker_is_not_awaited() {
     for (mode, status) in [(FailureMode::Open, 200), (FailureMode::Closed, 503)] {
