@@ -176,6 +176,33 @@ async fn endpoint_that_breaks_is_seen_by_the_client() {
     }
 }
 
+/// Only the reset tells that such a body is incomplete, whenever it arrives.
+#[tokio::test]
+async fn body_until_close_that_breaks_never_ends_orderly() {
+    let stage = Arc::new(Stage::new(|_| {}));
+    let streams = (0..40).map(|number| {
+        let stage = Arc::clone(&stage);
+        tokio::spawn(async move {
+            let broken = Plan {
+                pauses: Some(Pauses { seed: number, every: 1, up_to_us: 2000 }),
+                fault: Some(Fault { after: 1000 * number, kind: FaultKind::Reset }),
+                ..plan(Framing::UntilClose, number, 200 * KIB)
+            };
+            let mut client = stage.client().await;
+            client.send(&streamed(&broken)).await.unwrap();
+            // The reset may discard the head.
+            if client.head().await.is_ok_and(|head| head.status == 200) {
+                let mut checker = broken.checker();
+                let read = client.read_body(Pace::Fast, |bytes| Ok(checker.feed(bytes)?)).await.unwrap();
+                assert_eq!(read.end, BodyEnd::Reset, "stream {number} after {} bytes", checker.offset());
+            }
+        })
+    });
+    for stream in streams.collect::<Vec<_>>() {
+        stream.await.unwrap();
+    }
+}
+
 #[tokio::test]
 async fn idle_stream_is_reset_on_both_sides() {
     let stage = Stage::new(|config| config.timeouts.idle = Some(Duration::from_millis(1500)));

@@ -22,8 +22,9 @@ impl Delivery<'_> {
             return self.read().await;
         }
         watched.advance(self.session.account.relayed, &self.session.framing);
-        let armed = match self.endpoint.stream() {
-            Ok(endpoint) => watched.arm(self.client.stream(), &*endpoint).unwrap_or(false),
+        let armed = match self.endpoint.stream().map(|endpoint| watched.arm(self.client.stream(), &*endpoint)) {
+            Ok(Ok(armed)) => armed,
+            Ok(Err(broken)) => return Err(if broken.is_client() { End::ClientGone } else { End::Broken }),
             Err(_) => false,
         };
         if !armed {

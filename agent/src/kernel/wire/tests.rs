@@ -7,10 +7,12 @@ mod scene;
 use std::{
     io::{ErrorKind, Read as _, Write as _},
     net::Shutdown,
+    os::fd::AsFd as _,
     thread::scope,
     time::Duration,
 };
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use penstock_common::wire::{
     flow::{mark, state},
     judge::refusal,
@@ -113,6 +115,27 @@ fn reset_of_either_peer_reaches_the_other_at_once() {
         let by = if by_client { mark::CLIENT_RESET } else { mark::ENDPOINT_RESET };
         assert_eq!(agent.watched.seen().marks, by);
         agent.release();
+    }
+}
+
+#[test]
+fn connection_that_breaks_before_the_flow_says_so_once() {
+    for (family, by_client) in BOTH.into_iter().flat_map(|family| [(family, true), (family, false)]) {
+        let scene = Scene::new(family);
+        let (client, endpoint, (near, far)) = scene.connect(None);
+        let watched = scene.watch(&near, &far).expect("watch");
+        read(&mut near.try_clone().expect("a socket"), &mut [0; 2]).expect("the request");
+        assert!(watched.arm(&near, &far).expect("both are well"));
+        let (breaks, broken) = if by_client { (client, &near) } else { (endpoint, &far) };
+        socket::set_reset_on_close(&breaks, true);
+        drop(breaks);
+        let mut wait = [PollFd::new(broken.as_fd(), PollFlags::empty())];
+        assert_eq!(poll(&mut wait, PollTimeout::from(30_000u16)).expect("poll"), 1, "no reset arrived");
+        assert!(watched.disarm());
+        let error = watched.arm(&near, &far).expect_err("a reset");
+        assert_eq!(error.is_client(), by_client, "{error}");
+        // The error is no longer there.
+        assert!(!watched.arm(&near, &far).expect("an end that looks orderly"));
     }
 }
 

@@ -15,6 +15,7 @@ use penstock_common::{
     framing::Framing,
     wire::flow::{CLIENT, ENDPOINT, Facts, Flow, state},
 };
+use thiserror::Error;
 
 use super::{Seen, TcpConnection, Wire, WireError, agree, inject::reset, seen::state_of};
 use crate::kernel::socket;
@@ -46,15 +47,20 @@ impl Watched {
     }
 
     /// Lets the flow begin at the endpoint's next packet. Returns false if a byte waits to be read on either socket. Until
-    /// [`disarm`](Self::disarm), or until a byte can be read, nothing may be written to either socket.
-    pub fn arm(&self, client: impl AsFd, endpoint: impl AsFd) -> io::Result<bool> {
+    /// [`disarm`](Self::disarm), or until a byte can be read, nothing may be written to either socket. An error of a connection is
+    /// cleared by being returned: a later read would find an orderly end.
+    pub fn arm(&self, client: impl AsFd, endpoint: impl AsFd) -> Result<bool, BrokenLeg> {
         let word = self.flow().state.atomic().load(Ordering::Acquire);
         if state::of(word) != state::WATCHED && !self.disarm() {
             return Ok(true);
         }
-        let read = [read_everything(&client)?, read_everything(&endpoint)?];
+        let on = |leg| move |error| BrokenLeg { leg, error };
+        let read = [read_everything(&client).map_err(on(CLIENT))?, read_everything(&endpoint).map_err(on(ENDPOINT))?];
         let [Some(from_client), Some(from_endpoint)] = read else { return Ok(false) };
-        let written = [socket::bytes_written(&client)?, socket::bytes_written(&endpoint)?];
+        let written = [
+            socket::bytes_written(&client).map_err(on(CLIENT))?,
+            socket::bytes_written(&endpoint).map_err(on(ENDPOINT))?,
+        ];
         for (leg, received) in [(CLIENT, from_client), (ENDPOINT, from_endpoint)] {
             self.set_facts(leg, Facts { received, acked: written[leg], ..self.facts(leg) });
         }
@@ -185,6 +191,20 @@ impl Watched {
     fn set_facts(&self, leg: usize, facts: Facts) {
         // SAFETY: a field of a live record.
         unsafe { (&raw mut (*self.wire.records.table.flow(self.index).as_ptr()).legs[leg].facts).write_volatile(facts) }
+    }
+}
+
+/// A connection broke before its flow began.
+#[derive(Debug, Error)]
+#[error("the {} connection broke: {error}", if *.leg == CLIENT { "client's" } else { "endpoint's" })]
+pub struct BrokenLeg {
+    leg: usize,
+    error: io::Error,
+}
+
+impl BrokenLeg {
+    pub fn is_client(&self) -> bool {
+        self.leg == CLIENT
     }
 }
 
