@@ -9,6 +9,7 @@ mod alone;
 pub mod api_server;
 pub mod bench;
 mod between;
+pub mod cable;
 mod chat;
 pub mod client;
 pub mod collector;
@@ -35,6 +36,7 @@ pub mod soak;
 pub mod servers;
 pub mod stage;
 pub mod stress;
+mod tap;
 pub mod thread_cpu;
 pub mod tls;
 

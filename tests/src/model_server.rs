@@ -79,6 +79,7 @@ struct Shared {
     aborted: AtomicU64,
     written: AtomicU64,
     uploads_broken: AtomicU64,
+    malformed: AtomicU64,
     running: AtomicU64,
     waiting: AtomicU64,
     kv_cache_usage: Mutex<f64>,
@@ -154,6 +155,12 @@ impl ModelServer {
     #[must_use]
     pub fn uploads_broken(&self) -> u64 {
         self.shared.uploads_broken.load(Ordering::Relaxed)
+    }
+
+    /// Requests whose bytes did not parse.
+    #[must_use]
+    pub fn malformed(&self) -> u64 {
+        self.shared.malformed.load(Ordering::Relaxed)
     }
 
     /// Completions in progress, as in `/metrics`.
@@ -233,6 +240,7 @@ async fn listen(options: Options) -> Result<Arc<Shared>> {
         aborted: AtomicU64::default(),
         written: AtomicU64::default(),
         uploads_broken: AtomicU64::default(),
+        malformed: AtomicU64::default(),
         running: AtomicU64::default(),
         waiting: AtomicU64::default(),
         kv_cache_usage: Mutex::default(),

@@ -36,6 +36,32 @@ impl Namespace {
         Ok(namespace)
     }
 
+    /// Connects two namespaces by a pair of interfaces, each with this name in its namespace and this address with its prefix length.
+    pub fn join(ends: [(&Self, &str, &str); 2]) -> Result<()> {
+        let [(near, name, _), (far, far_name, _)] = ends;
+        near.ip(&format!("link add {name} type veth peer name {far_name} netns {}", far.path()))?;
+        for (place, name, address) in ends {
+            let no_dad = if address.contains(':') { " nodad" } else { "" };
+            place.ip(&format!("addr add {address} dev {name}{no_dad}"))?;
+            place.ip(&format!("link set {name} up"))?;
+        }
+        Ok(())
+    }
+
+    /// Writes a setting below `/proc/sys`; the kernel shows each thread those of its own namespace.
+    pub fn set(&self, name: &str, value: &str) -> Result<()> {
+        let path = format!("/proc/sys/{name}");
+        self.run(|| std::fs::write(&path, value))
+            .and_then(|written| written.with_context(|| format!("writing {value} to {path}")))
+    }
+
+    /// Loads rules of nftables, and returns what `nft` prints.
+    pub fn nft(&self, rules: &str) -> Result<String> {
+        let output = self.run(|| Command::new("nft").arg(rules).output())?.context("starting nft")?;
+        ensure!(output.status.success(), "nft {rules}: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
     /// Runs on a thread in the namespace. Sockets that it creates stay in the namespace.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
         std::thread::scope(|scope| {

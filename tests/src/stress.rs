@@ -11,12 +11,13 @@ mod exchange;
 mod mutating;
 mod switch;
 mod tally;
+mod wire;
 #[cfg(test)]
 mod tests;
 
 pub use case::Case;
 pub use counters::{Counters, Counts};
-pub use tally::Tally;
+pub use tally::{Network, Tally};
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -45,10 +46,11 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Finished requests are counted within this time.
 const SOON: Duration = Duration::from_secs(10);
 
-/// The paths that must carry something in this mode. Every mode is stressed, except `wire`, which needs networks between the parts.
+/// The paths that must carry something in this mode.
 #[must_use]
 pub fn paths(mode: SteeringMode) -> &'static [&'static str] {
     match mode {
+        // Whether path `wire` has to carry something depends on the conditions of a round.
         SteeringMode::Off | SteeringMode::Wire => &["relay"],
         // Endpoints are on this machine.
         SteeringMode::Auto => &["local", "relay"],
@@ -71,7 +73,7 @@ pub(crate) fn mode_name(mode: SteeringMode) -> String {
 pub struct Options {
     pub time: Duration,
     pub seed: u64,
-    /// Only this mode; otherwise all in turn.
+    /// Only this mode; otherwise all in turn, except `wire`, which has networks of its own.
     pub mode: Option<SteeringMode>,
 }
 
@@ -84,7 +86,11 @@ pub async fn run(options: Options, mut note: impl FnMut(&Tally)) -> Result<Vec<T
     for turn in 0..turns {
         for (number, total) in tallies.iter_mut().enumerate() {
             let seed = options.seed.wrapping_add(u64::from(turn) * modes.len() as u64 + number as u64);
-            let round = round(total.mode, seed, time).await.with_context(|| reproduce(total.mode, seed))?;
+            let round = match total.mode {
+                SteeringMode::Wire => wire::round(seed, time).await,
+                mode => round(mode, seed, time).await,
+            };
+            let round = round.with_context(|| reproduce(total.mode, seed))?;
             note(&round);
             total.add(&round);
         }

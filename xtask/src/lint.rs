@@ -26,12 +26,14 @@ const NEVER_IN_RUST: [&str; 4] =
     [concat!("#[", "ignore"), concat!("#[", "should_panic"), concat!("to", "do!("), concat!("unimple", "mented!(")];
 /// The attribute that permits unsafe code; rustc denies unsafe code without it.
 const UNSAFE_ALLOWED: &str = concat!("(un", "safe_code)");
-const UNSAFE_PLACES: [&str; 4] = [
+const UNSAFE_PLACES: [&str; 5] = [
     "agent-ebpf/",
     "common/",
     "agent/src/kernel.rs",
     // tokio has no safe way to register a timer.
     "tests/src/model_server/pacer.rs",
+    // A TAP interface is made by ioctl.
+    "tests/src/tap.rs",
 ];
 /// The code that accesses slots. Anything else would have to keep the order of steps in `steer/session.rs`.
 const SLOT_PLACES: [&str; 3] = ["agent/src/kernel/", "agent/src/steer.rs", "agent/src/steer/"];

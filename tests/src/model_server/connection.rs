@@ -94,6 +94,7 @@ impl Connection {
         if let Err(why) = &request {
             self.shared.uploads_broken.fetch_add(1, Ordering::Relaxed);
             if let Some(why) = why {
+                self.shared.malformed.fetch_add(1, Ordering::Relaxed);
                 let _ = self.answer(400, "text/plain", why.as_bytes(), After::Close).await;
             }
         }

@@ -25,14 +25,12 @@ pub enum Exchange {
         plan: Plan,
         head_only: bool,
         body: Option<RequestBody>,
+        /// The request asks for a stream.
+        streamed: bool,
         taking: Taking,
     },
     /// The connection switches protocols: bytes in both directions.
-    Switch {
-        plan: Plan,
-        upload: Upload,
-        taking: Taking,
-    },
+    Switch { plan: Plan, upload: Upload, taking: Taking },
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -82,7 +80,7 @@ impl Case {
     }
 }
 
-fn response(random: &mut Random) -> Exchange {
+pub(super) fn response(random: &mut Random) -> Exchange {
     let framing = random.pick(&[Framing::ContentLength, Framing::Chunked, Framing::UntilClose]);
     let chunked = framing == Framing::Chunked;
     let mut plan = stream(random);
@@ -112,7 +110,7 @@ fn response(random: &mut Random) -> Exchange {
         pieces: random.one_in(3).then_some(20_000),
     });
     let taking = if head_only { Taking::All(Reader::Fast) } else { taking(random, size) };
-    Exchange::Response { plan, head_only, body, taking }
+    Exchange::Response { plan, head_only, body, streamed: false, taking }
 }
 
 fn switch(random: &mut Random) -> Exchange {

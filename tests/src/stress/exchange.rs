@@ -73,16 +73,24 @@ impl std::error::Error for Garbled {}
 pub(super) async fn run(client: Client, case: &Case, name: &str, servers: &[ModelServer]) -> Result<Done> {
     match &case.exchange {
         Exchange::Switch { plan, upload, taking } => switch::run(client, plan, upload, *taking, servers).await,
-        Exchange::Response { plan, head_only, body, taking } => {
+        Exchange::Response { plan, head_only, body, streamed, taking } => {
             let checked = body.as_ref().map(|body| (body, name));
-            let request = request(plan, *head_only, checked);
+            let request = request(plan, *head_only, *streamed, checked);
             response(client, plan, &request, *head_only, *taking, servers, checked).await
         }
     }
 }
 
-fn request(plan: &Plan, head_only: bool, body: Option<(&RequestBody, &str)>) -> crate::Request {
+pub(super) fn request(
+    plan: &Plan,
+    head_only: bool,
+    streamed: bool,
+    body: Option<(&RequestBody, &str)>,
+) -> crate::Request {
     let mut request = plan.request();
+    if streamed {
+        request = request.header("accept", "text/event-stream");
+    }
     if let Some((body, name)) = body {
         let bytes = Alphabet::Binary.bytes(body.stream_id, 0, body.size as usize);
         request.method = "POST".to_owned();

@@ -9,7 +9,7 @@ use super::case::{Case, Exchange};
 use super::counters::Counters;
 use super::exchange::{Garbled, Outcome, Short};
 use super::{mode_name, paths};
-use crate::content::Mismatch;
+use crate::{cable::Carried, content::Mismatch};
 
 /// Number of failures kept in detail; all are counted.
 const KEPT: usize = 10;
@@ -23,6 +23,8 @@ pub struct Tally {
     pub broken: u64,
     /// The client left.
     pub left: u64,
+    /// The agent was killed or stopped.
+    pub cut: u64,
     /// How many of these connections switched protocols.
     pub switched: u64,
     /// Responses of the endpoint that overwrites what it has sent: complete and exact, and visibly broken.
@@ -40,6 +42,17 @@ pub struct Tally {
     /// The first failures of these three kinds.
     pub failures: Vec<String>,
     pub counters: Counters,
+    /// What happened between the places of mode `wire`.
+    pub network: Option<Network>,
+}
+
+/// What cables did to packets, and how agents succeeded each other.
+#[derive(Clone, Debug, Default)]
+pub struct Network {
+    pub carried: Carried,
+    /// Agents that were killed or stopped, and their flows that ran on and were adopted.
+    pub replaced: u64,
+    pub adopted: u64,
 }
 
 impl Tally {
@@ -49,6 +62,7 @@ impl Tally {
             complete: 0,
             broken: 0,
             left: 0,
+            cut: 0,
             switched: 0,
             overwritten: [0; 2],
             read: 0,
@@ -58,6 +72,7 @@ impl Tally {
             odd: 0,
             failures: Vec::new(),
             counters: Counters::default(),
+            network: None,
         }
     }
 
@@ -68,7 +83,7 @@ impl Tally {
 
     #[must_use]
     pub fn requests(&self) -> u64 {
-        self.complete + self.broken + self.left + self.overwritten.iter().sum::<u64>() + self.failed()
+        self.complete + self.broken + self.left + self.cut + self.overwritten.iter().sum::<u64>() + self.failed()
     }
 
     #[must_use]
@@ -113,6 +128,7 @@ impl Tally {
         self.complete += other.complete;
         self.broken += other.broken;
         self.left += other.left;
+        self.cut += other.cut;
         self.switched += other.switched;
         for (sum, one) in self.overwritten.iter_mut().zip(other.overwritten) {
             *sum += one;
@@ -124,6 +140,12 @@ impl Tally {
         self.odd += other.odd;
         self.failures.extend_from_slice(&other.failures[..other.failures.len().min(KEPT - self.failures.len())]);
         self.counters.add(&other.counters);
+        if let Some(other) = &other.network {
+            let network = self.network.get_or_insert_default();
+            network.carried.add(&other.carried);
+            network.replaced += other.replaced;
+            network.adopted += other.adopted;
+        }
     }
 
     /// Everything that is wrong, including paths that carried nothing; empty if all is well.
@@ -134,7 +156,8 @@ impl Tally {
         if self.failed() > self.failures.len() as u64 {
             complaints.push(format!("{mode}: {} more", self.failed() - self.failures.len() as u64));
         }
-        if self.overwritten[0] == 0 {
+        // An endpoint's pages are not shared between machines.
+        if self.overwritten[0] == 0 && self.mode != SteeringMode::Wire {
             complaints.push(format!("{mode}: no response of the endpoint that overwrites its pages was complete"));
         }
         if self.complete == 0 {
@@ -149,7 +172,7 @@ impl Tally {
 
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { complete, broken, left, switched, overwritten, read, wrong, short, odd, counters, .. } = self;
+        let Self { complete, broken, left, switched, overwritten, read, wrong, short, odd, counters, cut, .. } = self;
         writeln!(
             f,
             "{:<8} {} requests, {switched} of them switches of protocol: {complete} complete, {broken} broken off by \
@@ -158,13 +181,20 @@ impl fmt::Display for Tally {
             self.requests(),
         )?;
         let [exact, visible] = overwritten;
-        writeln!(f, "  pages overwritten after sending: {exact} responses exact, {visible} visibly broken")?;
+        if self.mode != SteeringMode::Wire {
+            writeln!(f, "  pages overwritten after sending: {exact} responses exact, {visible} visibly broken")?;
+        }
         writeln!(f, "  bytes  {}", counters.bytes)?;
         writeln!(f, "  flows  {}: {}", counters.flows.sum(), counters.flows)?;
         writeln!(f, "  stops  {}", counters.stops)?;
         writeln!(
             f,
             "  wrong  {wrong} streams with a wrong byte, {short} closed orderly too early, {odd} other failures"
-        )
+        )?;
+        if let Some(Network { carried, replaced, adopted }) = &self.network {
+            writeln!(f, "  cables {carried}")?;
+            writeln!(f, "  agents {replaced} replaced, {cut} requests cut by that; {adopted} flows adopted")?;
+        }
+        Ok(())
     }
 }

@@ -77,7 +77,7 @@ fn case(exchange: Exchange) -> Case {
 
 fn response() -> Case {
     let plan = Plan { framing: Framing::UntilClose, size: 100_000, stream_id: 3, ..Plan::default() };
-    case(Exchange::Response { plan, head_only: false, body: None, taking: Taking::All(Reader::Fast) })
+    case(Exchange::Response { plan, head_only: false, body: None, streamed: false, taking: Taking::All(Reader::Fast) })
 }
 
 fn switch() -> Case {
