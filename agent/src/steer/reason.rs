@@ -93,6 +93,10 @@ reasons! {
     /// The protocol was switched: bytes go both ways until both sides have closed.
     Upgrade = "upgrade",
 
+    // `bytes` in `proxy/respond/carry.rs`, in place of the chosen reason.
+    /// With `mode = "wire"`: packets of the connections do not pass the agent's interfaces under the addresses of its sockets.
+    Nat = "nat",
+
     // `delivered` in `proxy/record.rs`, in place of the chosen reason.
     /// The whole body arrived before the kernel could be armed, or a flow on path `wire` did not begin.
     Arrived = "arrived",

@@ -94,6 +94,13 @@ impl Watched {
         self.state() >= state::ACTIVE
     }
 
+    /// Whether the programs have missed packets that must have passed by the end of a response: another tuple than the sockets' is on the
+    /// wire, or another interface is used. Such a flow never begins.
+    pub fn is_unseen(&self) -> bool {
+        let [client, endpoint] = &self.flow().legs;
+        [&client.leaves_on, &endpoint.leaves_on, &endpoint.arrives_on].iter().any(|seen| seen.get() == 0)
+    }
+
     /// Whether both peers have closed, one has reset, or another connection has taken the addresses.
     pub fn has_ended(&self) -> bool {
         self.state() >= state::ENDED

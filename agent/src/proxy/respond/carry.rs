@@ -130,6 +130,10 @@ async fn bytes(
     if end.is_err() {
         delivery.abandon();
     }
+    let (path, reason) = match &delivery.wire {
+        Some(watched) if watched.is_unseen() => (Path::Relay, SteerReason::Nat),
+        _ => (path, reason),
+    };
     let account = std::mem::take(&mut delivery.session.account);
     Carried { end, account, path, reason, keep_alive, begun: true }
 }
