@@ -372,6 +372,16 @@ fn payload_of_the_client_is_dropped_and_its_end_becomes_a_reset() {
 }
 
 #[test]
+fn byte_with_the_number_of_the_clients_fin_is_refused() {
+    let mut scene = Scene::begun(NUMBERS);
+    let fin = Packet { flags: FIN | ACK, ..scene.ack(0, 10) };
+    assert_eq!((scene.client_sends(fin), scene.client_sends(fin)), (Verdict::Forward, Verdict::Forward));
+    assert_eq!(scene.client_sends(scene.ack(1, 10)), Verdict::Forward, "the acknowledgement after it");
+    assert_eq!(scene.client_sends(Packet { payload: 1, ..scene.ack(0, 10) }), Verdict::Drop);
+    assert_eq!(scene.flow.legs[CLIENT].refused.get(), 1);
+}
+
+#[test]
 fn syn_forgets_what_has_ended() {
     let mut scene = Scene::begun(NUMBERS);
     scene.endpoint_sends(Scene::packet(NUMBERS.endpoint + 10, NUMBERS.to_endpoint, RST, 0));

@@ -16,12 +16,13 @@ pub mod exchange;
 pub mod configuration;
 pub mod model_scan;
 pub mod events;
+pub mod wire;
 
 /// The function of a fuzz target, which tests one input.
 pub type Run = fn(&[u8]);
 
 /// Every target, by the name of its program and of its folder in `corpus/`.
-pub const TARGETS: [(&str, Run); 9] = [
+pub const TARGETS: [(&str, Run); 10] = [
     ("request_head", request_head::run),
     ("response_head", response_head::run),
     ("http2_request", http2_request::run),
@@ -31,4 +32,5 @@ pub const TARGETS: [(&str, Run); 9] = [
     ("configuration", configuration::run),
     ("model_scan", model_scan::run),
     ("events", events::run),
+    ("wire", wire::run),
 ];

@@ -79,4 +79,5 @@ targets! {
     configuration_corpus_is_parsed_or_rejected_with_lines: "configuration",
     model_scan_corpus_agrees_with_serde_json: "model_scan",
     events_corpus_yields_usage: "events",
+    wire_corpus_is_rewritten_there_and_back: "wire",
 }

@@ -321,7 +321,9 @@ fn carry<K: WireKernel>(flow: &Flow, from: usize, packet: &Packet, kernel: &mut 
     // A receiver takes a segment that begins in its window (RFC 9293 §3.10.7.4), Linux also what of it is beyond.
     let (begins, offered) = (packet.seq.wrapping_add(shift.seq), other.offered.get() as u32);
     let acceptable = offered.wrapping_sub(begins) as i32 >= i32::from(packet.payload > 0);
-    if from == CLIENT && after(end, mine.sent()) {
+    // A FIN has a number, but it is not a byte's.
+    let known = if packet.payload > 0 { mine.highest.get() as u32 } else { mine.sent() };
+    if from == CLIENT && after(end, known) {
         return beyond(flow, packet, acceptable, kernel);
     }
     if packet.flags & ACK != 0 {
