@@ -21,7 +21,7 @@ struct Ring {
 }
 
 /// Unit tests first: their failures explain later ones.
-const RING: [Ring; 4] = [
+const RING: [Ring; 6] = [
     Ring {
         binary: "penstock_agent",
         kind: "lib",
@@ -33,6 +33,8 @@ const RING: [Ring; 4] = [
     Ring { binary: "steering", kind: "test", names: &[], threads: 1, limit: 900 },
     // Without the tests with five hundred clients, which overload the machine.
     Ring { binary: "stalled", kind: "test", names: &["one::"], threads: 2, limit: 900 },
+    Ring { binary: "wire", kind: "test", names: &[], threads: 1, limit: 900 },
+    Ring { binary: "outlive", kind: "test", names: &[], threads: 1, limit: 900 },
 ];
 
 /// One command for the machine.
