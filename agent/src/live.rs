@@ -128,10 +128,12 @@ impl Live {
     }
 
     fn put(&self, parts: &mut LiveParts, config: Config, known: &KnownPools) -> Result<(), ReloadError> {
-        let shared = Arc::new(self.shared().after(config).map_err(ReloadError::Pools)?);
-        inference_pools::fill(&shared, known);
-        // The previous tasks stop first, because both would report the same metrics of the same replicas.
+        let before = self.shared();
+        let shared = Arc::new(before.after(config).map_err(ReloadError::Pools)?);
+        // The previous tasks stop first, because both would feed the same endpoints, and report the same metrics.
         parts.background = None;
+        shared.take_effect(&before.config);
+        inference_pools::fill(&shared, known);
         let next = start_background(&shared, self.certificate.as_ref(), None, &self.watch);
         self.shared.send_replace(shared);
         parts.background = Some(next.map_err(ReloadError::Background)?);

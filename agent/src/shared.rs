@@ -70,7 +70,7 @@ impl Shared {
     }
 
     /// The state under another configuration. A pool with the same name keeps its endpoints, and its EPP if the picker
-    /// settings are equal.
+    /// settings are equal. Call [`take_effect`](Self::take_effect) before requests use it.
     pub fn after(&self, config: Config) -> anyhow::Result<Self> {
         let endpoints = config.pools.iter().map(|pool| match self.pool_named(&pool.name) {
             Some(before) => EndpointSet::after(&self.endpoints[before], pool, &config.node),
@@ -85,7 +85,7 @@ impl Shared {
         let replicas = replicas.collect::<anyhow::Result<_>>()?;
         let bodies = Arc::clone(&self.bodies);
         bodies.set_limits(&config.limits);
-        Ok(Self {
+        let mut after = Self {
             leaving: self.leaving.clone(),
             draining: self.draining.clone(),
             force: self.force.clone(),
@@ -94,7 +94,23 @@ impl Shared {
             probe: self.probe.clone(),
             bodies,
             ..Self::with(config, endpoints, replicas, metrics, self.telemetry.clone())
-        })
+        };
+        for (at, pool) in after.config.pools.iter().enumerate() {
+            if let Some(before) = self.pool_named(&pool.name) {
+                after.pickers[at] = BuiltinPicker::after(&self.pickers[before], Arc::clone(&after.endpoints[at]));
+                after.retries[at] = RetryBudget::after(&self.retries[before], &pool.retry);
+            }
+        }
+        Ok(after)
+    }
+
+    /// Applies this configuration to what pools share with those of the same name in `before`. No source of endpoints may run.
+    pub fn take_effect(&self, before: &Config) {
+        for (pool, endpoints) in self.config.pools.iter().zip(&self.endpoints) {
+            if let Some(before) = before.pools.iter().find(|before| before.name == pool.name) {
+                endpoints.configure(before, pool, Instant::now());
+            }
+        }
     }
 
     fn with(
@@ -128,7 +144,8 @@ impl Shared {
         }
     }
 
-    fn pool_named(&self, name: &str) -> Option<usize> {
+    /// The index of the pool with this name.
+    pub fn pool_named(&self, name: &str) -> Option<usize> {
         self.config.pools.iter().position(|pool| pool.name == name)
     }
 

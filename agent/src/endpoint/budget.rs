@@ -3,7 +3,7 @@
 //! Over the last ten seconds, counted in one slot per second, retries may be a percentage of the requests plus a fixed number per
 //! second. All workers share the budget. Time is passed in.
 
-use std::time::Instant;
+use std::{sync::Arc, time::Instant};
 
 use parking_lot::Mutex;
 
@@ -18,7 +18,7 @@ pub struct RetryBudget {
     percent: u64,
     per_second: u64,
     begin: Instant,
-    slots: Mutex<[BudgetSecond; WINDOW]>,
+    slots: Arc<Mutex<[BudgetSecond; WINDOW]>>,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -36,8 +36,13 @@ impl RetryBudget {
             percent: rules.budget_percent.into(),
             per_second: rules.budget_min_per_second.into(),
             begin: now,
-            slots: Mutex::default(),
+            slots: Arc::default(),
         }
+    }
+
+    /// A budget with other rules that continues the counts of `before`.
+    pub fn after(before: &Self, rules: &Retry) -> Self {
+        Self { slots: Arc::clone(&before.slots), ..Self::new(rules, before.begin) }
     }
 
     /// Counts a request.
@@ -121,5 +126,15 @@ mod tests {
         assert!(!budget.retry(at(13)));
         budget.request(at(13));
         assert!(budget.retry(at(22)) && !budget.retry(at(22)));
+    }
+
+    #[test]
+    fn reloaded_budget_continues_the_counts() {
+        let (before, at) = budget(100, 0);
+        before.request(at(3));
+        before.request(at(3));
+        assert!(before.retry(at(3)));
+        let after = RetryBudget::after(&before, &Retry { budget_percent: 200, ..Retry::default() });
+        assert_eq!((granted(&after, at(4)), granted(&before, at(4))), (3 + 10 * after.per_second as usize, 0));
     }
 }

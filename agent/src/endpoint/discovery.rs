@@ -26,7 +26,8 @@ use crate::{
 
 const THREAD: &str = "endpoints";
 
-/// How long readiness waits for a source if the pool already has endpoints.
+/// How long readiness waits for a source if the pool already has endpoints, and how long a pool keeps the endpoints of a name or
+/// file that is not configured any more while the new one has not given any.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Runs the discovery. Dropping it ends the tasks and the thread.
@@ -147,12 +148,32 @@ fn tasks(jobs: Vec<DiscoveryJob>, config: &Config, metrics: &Arc<Metrics>, own: 
             };
             tasks.spawn(checks.run());
         }
+        for source in [EndpointSource::File, EndpointSource::Dns] {
+            if let Some(since) = set.outdated_since(source) {
+                let patience = tokio::time::sleep(PATIENCE.saturating_sub(since.elapsed()));
+                let (pool, set) = (pool.name.clone(), Arc::clone(&set));
+                tasks.spawn(async move { remove_outdated(source, patience, &pool, &set).await });
+            }
+        }
         if let Some(gate) = gate {
             let patience = tokio::time::sleep(PATIENCE);
             tasks.spawn(async move { open_when_answered(first_answers, patience, &set, gate).await });
         }
     }
     tasks
+}
+
+async fn remove_outdated(source: EndpointSource, patience: impl Future<Output = ()>, pool: &str, set: &EndpointSet) {
+    patience.await;
+    let (endpoints, source) = (set.remove_outdated(source), source.name());
+    if endpoints > 0 {
+        tracing::warn!(
+            pool,
+            source,
+            endpoints,
+            "endpoint source failed since its setting changed, removing the previous endpoints"
+        );
+    }
 }
 
 async fn open_when_answered(
@@ -177,7 +198,7 @@ mod tests {
     use futures_util::FutureExt as _;
 
     use super::*;
-    use crate::config::Ejection;
+    use crate::config::{Ejection, Node};
 
     fn address() -> SocketAddr {
         SocketAddr::from(([10, 0, 0, 1], 8000))
@@ -221,5 +242,24 @@ mod tests {
         set.replace(EndpointSource::File, vec![address().into()]);
         drop(one);
         assert!(wait.as_mut().now_or_never().is_some() && readiness.is_ready());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn endpoints_of_another_file_are_kept_for_the_patience() {
+        let (before, metrics) = (Pool::new("p", []), Metrics::new(&["p".to_owned()]));
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| Pool { endpoints_file: Some(folder.path().join(name)), ..before.clone() };
+        let (first, missing) = (at("first"), at("missing"));
+        let set = Arc::new(EndpointSet::new(&first, &Node::default()));
+        set.replace(EndpointSource::File, vec![address().into()]);
+        set.configure(&first, &missing, std::time::Instant::now());
+        let config = Config::new(vec![missing.clone()]);
+        let job = DiscoveryJob { pool: missing, index: 0, set: Arc::clone(&set), gate: None };
+        let _tasks = tasks(vec![job], &config, &metrics, &Listeners::default());
+        let count = || set.snapshot().endpoints().len();
+        tokio::time::sleep(PATIENCE - Duration::from_millis(500)).await;
+        assert_eq!(count(), 1);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(count(), 0);
     }
 }

@@ -86,6 +86,18 @@ impl Health {
         self.change(|state| state.active.checked(healthy, rules))
     }
 
+    /// Forgets the results of health checks, of requests, or of both.
+    pub(super) fn forget(&self, checks: bool, requests: bool) {
+        self.with(|state| {
+            if checks {
+                state.active = ActiveChecks::default();
+            }
+            if requests {
+                state.passive = Passive::default();
+            }
+        });
+    }
+
     /// Calls `f` only if the state differs from the initial state.
     fn with<T>(&self, f: impl FnOnce(&mut HealthState) -> T) -> Option<T> {
         self.troubled.load(Ordering::Relaxed).then(|| self.change(f))

@@ -1,5 +1,8 @@
 //! The current endpoints of one pool. Sources replace their part; requests read a [`Snapshot`], which costs one pointer copy.
 //!
+//! After a reload, the sets of both configurations have the same contents: requests that began before see every later change. Only
+//! the rules are those of each configuration.
+//!
 //! An endpoint that stays in the set keeps its health and its request count. A draining or removed endpoint gets no new requests
 //! and finishes the running ones. An avoided endpoint (ejected or down) gets requests only if no other is left.
 
@@ -39,22 +42,32 @@ impl EndpointSource {
     }
 }
 
-/// The endpoints of one pool.
+/// The endpoints of one pool, with the rules of one configuration.
 #[derive(Debug)]
 pub struct EndpointSet {
     rules: Ejection,
     subset: Rule,
+    /// The subsets of the snapshot for which they were computed last.
+    subsets: RwLock<(Arc<Snapshot>, Arc<Subsets>)>,
+    contents: Arc<SetContents>,
+}
+
+/// What the sets of all configurations share.
+#[derive(Debug, Default)]
+struct SetContents {
     snapshot: RwLock<Arc<Snapshot>>,
     /// Endpoints outside of the set that have answered.
-    seen: Arc<SeenAddresses>,
+    seen: SeenAddresses,
     /// Held while the set changes and while an endpoint is ejected, so that the limit on ejections holds.
-    changing: Mutex<SetContents>,
+    changing: Mutex<SourceLists>,
 }
 
 #[derive(Debug, Default)]
-struct SetContents {
+struct SourceLists {
     /// By [`EndpointSource`].
     listed: [Vec<config::ListedEndpoint>; 4],
+    /// By [`EndpointSource`]: since when the endpoints are those of a name or file that is not configured any more.
+    outdated: [Option<Instant>; 4],
     next_id: u32,
 }
 
@@ -63,7 +76,6 @@ struct SetContents {
 pub struct Snapshot {
     endpoints: Vec<Endpoint>,
     index: HashMap<SocketAddr, usize>,
-    subsets: Subsets,
 }
 
 impl EndpointSet {
@@ -72,30 +84,11 @@ impl EndpointSet {
         Self::with(pool.endpoints.clone(), pool.ejection.clone(), Rule::new(pool, node))
     }
 
-    /// The set of a pool after a reload. Endpoints that stay keep their health and their request count, and endpoints from a
-    /// source that stays are kept until that source changes them.
+    /// The set of the same pool under another configuration, with the same contents. Call [`configure`](Self::configure) when the
+    /// configuration comes into force.
     pub fn after(before: &Self, pool: &config::Pool, node: &Node) -> Self {
-        let parts = before.changing.lock();
-        let mut listed = parts.listed.clone();
-        for (source, followed) in [
-            (EndpointSource::File, pool.endpoints_file.is_some()),
-            (EndpointSource::Dns, pool.endpoints_dns.is_some()),
-            (EndpointSource::Kubernetes, pool.inference_pool.is_some()),
-        ] {
-            if !followed {
-                listed[source as usize].clear();
-            }
-        }
-        listed[EndpointSource::Config as usize].clear();
-        let set = Self {
-            rules: pool.ejection.clone(),
-            subset: Rule::new(pool, node),
-            snapshot: RwLock::new(before.snapshot()),
-            seen: Arc::clone(&before.seen),
-            changing: Mutex::new(SetContents { listed, next_id: parts.next_id }),
-        };
-        set.rebuild(&mut set.changing.lock(), EndpointSource::Config, pool.endpoints.clone());
-        set
+        let contents = Arc::clone(&before.contents);
+        Self { rules: pool.ejection.clone(), subset: Rule::new(pool, node), subsets: RwLock::default(), contents }
     }
 
     /// A set of these endpoints, without a subset.
@@ -104,31 +97,89 @@ impl EndpointSet {
     }
 
     fn with(endpoints: Vec<config::ListedEndpoint>, rules: Ejection, subset: Rule) -> Self {
-        let set = Self { rules, subset, snapshot: RwLock::default(), seen: Arc::default(), changing: Mutex::default() };
+        let set = Self { rules, subset, subsets: RwLock::default(), contents: Arc::default() };
         set.replace(EndpointSource::Config, endpoints);
         set
     }
 
+    /// Applies the settings `pool` to contents that had those of `before`. Endpoints that stay keep their health and their request
+    /// count. Endpoints from a source that is configured otherwise are [outdated](Self::outdated_since). No source may replace its
+    /// part meanwhile.
+    pub fn configure(&self, before: &config::Pool, pool: &config::Pool, now: Instant) {
+        let mut lists = self.contents.changing.lock();
+        let is_same_file = before.endpoints_file == pool.endpoints_file && before.ports == pool.ports;
+        for (source, is_followed, is_same) in [
+            (EndpointSource::File, pool.endpoints_file.is_some(), is_same_file),
+            (EndpointSource::Dns, pool.endpoints_dns.is_some(), before.endpoints_dns == pool.endpoints_dns),
+            // What is known about another InferencePool replaces this part at once.
+            (EndpointSource::Kubernetes, pool.inference_pool.is_some(), true),
+        ] {
+            let (listed, outdated) = lists.of(source);
+            if !is_followed {
+                listed.clear();
+            }
+            *outdated = match *outdated {
+                _ if listed.is_empty() => None,
+                None if !is_same => Some(now),
+                since => since,
+            };
+        }
+        self.rebuild(&mut lists, EndpointSource::Config, pool.endpoints.clone());
+        for endpoint in self.snapshot().endpoints() {
+            endpoint.state.health.forget(pool.health.is_none(), pool.ejection.failures == 0);
+        }
+    }
+
+    /// Since when the endpoints of `source` are those of a name or file that is not configured any more. `None` if they are
+    /// current, or there are none.
+    pub fn outdated_since(&self, source: EndpointSource) -> Option<Instant> {
+        *self.contents.changing.lock().of(source).1
+    }
+
+    /// Removes the endpoints of `source` if they are [outdated](Self::outdated_since). Returns their number.
+    pub fn remove_outdated(&self, source: EndpointSource) -> usize {
+        let mut lists = self.contents.changing.lock();
+        let (listed, outdated) = lists.of(source);
+        if outdated.is_none() {
+            return 0;
+        }
+        let count = listed.len();
+        self.rebuild(&mut lists, source, Vec::new());
+        count
+    }
+
     /// The current endpoints. In a snapshot only the endpoints' health and request counts change.
     pub fn snapshot(&self) -> Arc<Snapshot> {
-        Arc::clone(&self.snapshot.read())
+        Arc::clone(&self.contents.snapshot.read())
     }
 
     /// Replaces the endpoints of `source`. Returns true if the set changed.
     pub fn replace(&self, source: EndpointSource, endpoints: Vec<config::ListedEndpoint>) -> bool {
-        let mut parts = self.changing.lock();
-        if parts.listed[source as usize] == endpoints {
+        let mut lists = self.contents.changing.lock();
+        let (listed, outdated) = lists.of(source);
+        *outdated = None;
+        if *listed == endpoints {
             return false;
         }
-        self.rebuild(&mut parts, source, endpoints);
+        self.rebuild(&mut lists, source, endpoints);
         true
     }
 
-    fn rebuild(&self, parts: &mut SetContents, source: EndpointSource, endpoints: Vec<config::ListedEndpoint>) {
-        parts.listed[source as usize] = endpoints;
-        let mut snapshot = parts.merged(&self.snapshot());
-        snapshot.subsets = self.subset.subsets(&snapshot.endpoints, |address| snapshot.get(address));
-        *self.snapshot.write() = Arc::new(snapshot);
+    fn rebuild(&self, lists: &mut SourceLists, source: EndpointSource, endpoints: Vec<config::ListedEndpoint>) {
+        (lists.listed[source as usize], lists.outdated[source as usize]) = (endpoints, None);
+        let snapshot = lists.merged(&self.snapshot());
+        *self.contents.snapshot.write() = Arc::new(snapshot);
+    }
+
+    /// The subsets of a snapshot, computed once for each.
+    fn subsets(&self, snapshot: &Arc<Snapshot>) -> Arc<Subsets> {
+        let known = self.subsets.read().clone();
+        if Arc::ptr_eq(&known.0, snapshot) {
+            return known.1;
+        }
+        let subsets = Arc::new(self.subset.subsets(&snapshot.endpoints, |address| snapshot.get(address)));
+        *self.subsets.write() = (Arc::clone(snapshot), Arc::clone(&subsets));
+        subsets
     }
 
     /// Counts a request to `address` until the guard is dropped. An address that is not in the set is not counted.
@@ -143,17 +194,17 @@ impl EndpointSet {
     pub fn succeeded(&self, address: SocketAddr, now: Instant) {
         match self.snapshot().get(address) {
             Some(endpoint) => endpoint.state.health.succeeded(),
-            None if self.subset.admits(address) => self.seen.answered(address, now),
+            None if self.subset.admits(address) => self.contents.seen.answered(address, now),
             None => {}
         }
     }
 
     /// A request to `address` failed. Returns true if that ejects the endpoint.
     pub fn failed(&self, address: SocketAddr, now: Instant) -> bool {
-        let _changing = self.changing.lock();
+        let _changing = self.contents.changing.lock();
         let snapshot = self.snapshot();
         let Some(endpoint) = snapshot.get(address) else {
-            self.seen.failed(address);
+            self.contents.seen.failed(address);
             return false;
         };
         endpoint.state.health.failed(&self.rules, now, snapshot.may_eject_one_more(self.rules.max_percent))
@@ -167,7 +218,7 @@ impl EndpointSet {
     /// The subset to pick from; `None` means the whole pool.
     pub fn subset(&self, now: Instant) -> Option<Arc<[SocketAddr]>> {
         let snapshot = self.snapshot();
-        self.subset.choose(&snapshot.subsets, |address| snapshot.get(address), now, &[])
+        self.subset.choose(&self.subsets(&snapshot), |address| snapshot.get(address), now, &[])
     }
 
     /// The subset hint for an EPP: the subset without avoided endpoints, or all of it if no other is left. Without a subset, the
@@ -194,12 +245,13 @@ impl EndpointSet {
     /// the agent knows, without avoided ones as long as another is left. `None` if nothing is left.
     pub fn hint_without(&self, dead: &[SocketAddr], now: Instant) -> Option<Arc<[SocketAddr]>> {
         let snapshot = self.snapshot();
-        let known = match self.subset.choose(&snapshot.subsets, |address| snapshot.get(address), now, dead) {
+        let known = match self.subset.choose(&self.subsets(&snapshot), |address| snapshot.get(address), now, dead) {
             Some(subset) => subset.to_vec(),
             None => {
                 let mut known: Vec<_> = snapshot.ready().map(|endpoint| endpoint.address).collect();
                 known.extend(
-                    self.seen
+                    self.contents
+                        .seen
                         .recent(now)
                         .into_iter()
                         .filter(|&address| snapshot.get(address).is_none() && self.subset.admits(address)),
@@ -231,7 +283,12 @@ impl EndpointSet {
     }
 }
 
-impl SetContents {
+impl SourceLists {
+    /// The endpoints of `source`, and since when they are outdated.
+    fn of(&mut self, source: EndpointSource) -> (&mut Vec<config::ListedEndpoint>, &mut Option<Instant>) {
+        (&mut self.listed[source as usize], &mut self.outdated[source as usize])
+    }
+
     fn merged(&mut self, before: &Snapshot) -> Snapshot {
         let mut merged = Snapshot::default();
         for listed in self.listed.iter().flatten() {
@@ -275,166 +332,4 @@ impl Snapshot {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use super::*;
-
-    fn address(n: u8) -> SocketAddr {
-        SocketAddr::from(([10, 0, 0, n], 8000))
-    }
-
-    fn listed(numbers: impl IntoIterator<Item = u8>) -> Vec<config::ListedEndpoint> {
-        numbers.into_iter().map(|n| address(n).into()).collect()
-    }
-
-    fn set(endpoints: u8) -> EndpointSet {
-        EndpointSet::of(listed(1..=endpoints), Ejection { failures: 1, ..Ejection::default() })
-    }
-
-    fn addresses(set: &EndpointSet) -> Vec<SocketAddr> {
-        set.snapshot().endpoints().iter().map(|endpoint| endpoint.address).collect()
-    }
-
-    #[test]
-    fn set_is_the_union_and_the_first_source_wins() {
-        let set = set(2);
-        let named = config::ListedEndpoint { zone: Some("a".into()), ..address(2).into() };
-        assert!(set.replace(EndpointSource::Dns, vec![address(3).into(), address(3).into()]));
-        assert!(set.replace(EndpointSource::File, vec![named, address(4).into()]));
-        assert_eq!(addresses(&set), [1, 2, 4, 3].map(address));
-        assert_eq!(set.snapshot().get(address(2)).unwrap().zone, None);
-        assert!(set.replace(EndpointSource::File, vec![]));
-        assert!(!set.replace(EndpointSource::File, vec![]), "unchanged");
-        assert_eq!(addresses(&set), [1, 2, 3].map(address));
-    }
-
-    #[test]
-    fn endpoint_that_stays_keeps_its_state_and_one_that_returns_is_new() {
-        let (set, now) = (set(3), Instant::now());
-        let running = [set.begin(address(1), now), set.begin(address(1), now)];
-        set.failed(address(1), now);
-        set.replace(
-            EndpointSource::Config,
-            vec![config::ListedEndpoint { draining: true, ..address(1).into() }, address(2).into()],
-        );
-        let one = |set: &EndpointSet| {
-            let snapshot = set.snapshot();
-            let endpoint = snapshot.get(address(1)).unwrap();
-            (endpoint.id(), endpoint.in_flight(), endpoint.is_avoided(now), endpoint.state())
-        };
-        let (id, ..) = one(&set);
-        assert_eq!(one(&set), (id, 2, true, EndpointState::Draining));
-        assert_eq!(set.states(), [1, 0, 0, 1]);
-        assert_eq!(set.snapshot().ready().count(), 1);
-        set.replace(EndpointSource::Config, listed([2]));
-        set.replace(EndpointSource::Config, listed([1, 2]));
-        assert_eq!(one(&set), (4, 0, false, EndpointState::Ready));
-        drop(running);
-        assert_eq!(one(&set), (4, 0, false, EndpointState::Ready));
-    }
-
-    #[test]
-    fn ejections_are_limited_and_spare_the_last_endpoint() {
-        for (endpoints, percent, most) in [(1, 100, 0), (2, 50, 1), (3, 50, 1), (4, 50, 2), (4, 100, 3), (4, 24, 0)] {
-            let rules = Ejection { failures: 1, max_percent: percent, ..Ejection::default() };
-            let (set, now) = (EndpointSet::of(listed(1..=endpoints), rules), Instant::now());
-            let ejected = (1..=endpoints).filter(|&n| set.failed(address(n), now)).count();
-            assert_eq!(ejected, most, "{endpoints} endpoints, {percent} %");
-        }
-    }
-
-    #[test]
-    fn avoided_endpoints_move_to_the_end() {
-        let (set, now) = (set(4), Instant::now());
-        set.failed(address(1), now);
-        set.failed(address(3), now);
-        let mut list = [1, 9, 3, 2].map(address);
-        set.avoided_last(&mut list, now);
-        assert_eq!(list, [9, 2, 1, 3].map(address));
-    }
-
-    #[track_caller]
-    fn assert_hint(hint: Option<Arc<[SocketAddr]>>, expected: Option<&[u8]>) {
-        let expected = expected.map(|numbers| numbers.iter().map(|&n| address(n)).collect::<Vec<_>>());
-        assert_eq!(hint.map(|hint| hint.to_vec()), expected);
-    }
-
-    #[test]
-    fn avoided_endpoints_are_left_out_of_hints_while_others_are_left() {
-        let mut pool = config::Pool::new("p", [1, 2, 3].map(address));
-        pool.ejection = Ejection { failures: 1, max_percent: 100, ..Ejection::default() };
-        let new = |pool: &config::Pool| (EndpointSet::new(pool, &Node::default()), Instant::now());
-        let (set, now) = new(&pool);
-        assert_hint(set.hint(now), None);
-        set.failed(address(2), now);
-        assert_hint(set.hint(now), Some(&[1, 3]));
-        set.failed(address(1), now);
-        assert_hint(set.hint(now), Some(&[3]));
-        assert_hint(set.hint(now + Duration::from_secs(3600)), None);
-
-        pool.subset.endpoints = [1, 2].map(address).into();
-        let (set, now) = new(&pool);
-        assert_hint(set.hint(now), Some(&[1, 2]));
-        set.failed(address(1), now);
-        assert_hint(set.hint(now), Some(&[2]));
-        set.failed(address(2), now);
-        assert_hint(set.hint(now), Some(&[1, 2]));
-
-        // The EPP may know endpoints that the agent does not.
-        (pool.subset.endpoints, pool.passthrough) = (Vec::new(), config::Passthrough::On);
-        let (set, now) = new(&pool);
-        set.failed(address(1), now);
-        assert_hint(set.hint(now), None);
-    }
-
-    #[test]
-    fn second_hint_lacks_the_dead_endpoints() {
-        let mut pool = config::Pool::new("p", [1, 2, 3].map(address));
-        pool.ejection = Ejection { failures: 1, max_percent: 100, ..Ejection::default() };
-        let (set, now) = (EndpointSet::new(&pool, &Node::default()), Instant::now());
-        assert_hint(set.hint_without(&[address(1)], now), Some(&[2, 3]));
-        set.failed(address(2), now);
-        assert_hint(set.hint_without(&[address(1)], now), Some(&[3]));
-        assert_hint(set.hint_without(&[1, 3].map(address), now), Some(&[2]));
-        assert_hint(set.hint_without(&[1, 2, 3].map(address), now), None);
-
-        pool.passthrough = config::Passthrough::On;
-        let (set, now) = (EndpointSet::new(&pool, &Node::default()), Instant::now());
-        for n in [8, 9, 1] {
-            set.succeeded(address(n), now);
-        }
-        assert_hint(set.hint_without(&[address(1)], now), Some(&[2, 3, 8, 9]));
-        set.failed(address(9), now);
-        assert_hint(set.hint_without(&[1, 2].map(address), now), Some(&[3, 8]));
-    }
-
-    #[test]
-    fn unknown_address_is_not_counted() {
-        let (set, now) = (set(1), Instant::now());
-        let _unknown = set.begin(address(9), now);
-        assert!(!set.failed(address(9), now));
-        set.succeeded(address(9), now);
-        assert_eq!(addresses(&set), [address(1)]);
-    }
-
-    #[test]
-    fn reloaded_set_keeps_endpoints_and_their_state() {
-        let (before, now) = (set(3), Instant::now());
-        before.replace(EndpointSource::Dns, listed([7]));
-        before.replace(EndpointSource::File, listed([8]));
-        let _running = before.begin(address(1), now);
-        before.failed(address(1), now);
-        let pool = config::Pool {
-            endpoints_dns: Some(config::NamedEndpoints { name: "a".into(), ports: vec![1] }),
-            ..config::Pool::new("p", vec![address(1), address(4)])
-        };
-        let after = EndpointSet::after(&before, &pool, &Node::default());
-        assert_eq!(addresses(&after), [1, 4, 7].map(address), "the file is no longer configured");
-        let snapshot = after.snapshot();
-        let one = snapshot.get(address(1)).unwrap();
-        assert!(one.in_flight() == 1 && one.is_avoided(now));
-        let ids: std::collections::HashSet<_> = snapshot.endpoints().iter().map(Endpoint::id).collect();
-        assert_eq!(ids.len(), 3);
-    }
-}
+mod tests;

@@ -46,7 +46,7 @@ pub enum NoEndpoint {
 pub struct BuiltinPicker {
     endpoints: Arc<EndpointSet>,
     max_in_flight: usize,
-    state: Mutex<PickerState>,
+    state: Arc<Mutex<PickerState>>,
 }
 
 #[derive(Debug)]
@@ -60,7 +60,12 @@ impl BuiltinPicker {
     /// A picker for these endpoints, without a limit of requests in flight.
     pub fn new(endpoints: Arc<EndpointSet>) -> Self {
         let state = PickerState { affinity: Affinity::new(), turn: 0 };
-        Self { endpoints, max_in_flight: usize::MAX, state: Mutex::new(state) }
+        Self { endpoints, max_in_flight: usize::MAX, state: Arc::new(Mutex::new(state)) }
+    }
+
+    /// The picker of the same pool under another configuration, which knows the same prefixes.
+    pub fn after(before: &Self, endpoints: Arc<EndpointSet>) -> Self {
+        Self { endpoints, max_in_flight: before.max_in_flight, state: Arc::clone(&before.state) }
     }
 
     /// Sets the number of requests in flight from which an endpoint is not picked.

@@ -20,7 +20,7 @@ use super::{
     replica::{Replica, Replicas},
     silence::Silence,
 };
-use crate::endpoint::set::Snapshot;
+use crate::endpoint::set::EndpointSet;
 
 /// The method that an EPP serves.
 const PROCESS: &str = "/envoy.service.ext_proc.v3.ExternalProcessor/Process";
@@ -111,7 +111,7 @@ impl EppClient {
         has_body: bool,
         subset: Option<&[SocketAddr]>,
         limits: ExchangeLimits,
-        members: Option<Arc<Snapshot>>,
+        members: Option<Arc<EndpointSet>>,
     ) -> PickStream {
         let link = self.links.link(replica);
         let header = self.replicas.settings.header.clone();

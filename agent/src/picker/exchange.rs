@@ -29,7 +29,7 @@ use super::{
     returned::Answer,
 };
 pub use super::{allowance::ExchangeLimits, immediate::ImmediateReply, replacement::Body};
-use crate::{config::EppLimits, endpoint::set::Snapshot};
+use crate::{config::EppLimits, endpoint::set::EndpointSet};
 
 /// Bytes of a replaced body for which the EPP may send one more message.
 const BYTES_PER_MESSAGE: usize = 256;
@@ -78,7 +78,7 @@ pub struct Exchange {
     header: HeaderName,
     limits: ExchangeLimits,
     /// The pool's endpoints, if known.
-    members: Option<Arc<Snapshot>>,
+    members: Option<Arc<EndpointSet>>,
     subset: Option<Vec<SocketAddr>>,
     served: Option<SocketAddr>,
     outbox: VecDeque<ProcessingRequest>,
@@ -160,7 +160,7 @@ impl Exchange {
 
     /// Sets the pool's endpoints, against which picks are parsed.
     #[must_use]
-    pub fn with_members(self, members: Arc<Snapshot>) -> Self {
+    pub fn with_members(self, members: Arc<EndpointSet>) -> Self {
         Self { members: Some(members), ..self }
     }
 
@@ -460,7 +460,8 @@ impl Exchange {
 
     /// The pick. Metadata takes precedence over the header, because a client cannot set it.
     fn named(&self) -> Result<EndpointNames, PickError> {
-        let is_member = |address| self.members.as_ref().is_some_and(|members| members.get(address).is_some());
+        let members = self.members.as_ref().map(|members| members.snapshot());
+        let is_member = |address| members.as_ref().is_some_and(|members| members.get(address).is_some());
         let mut invalid = InvalidEntries::default();
         for list in [&self.by_metadata, &self.by_header].into_iter().flatten() {
             let names = EndpointNames::parse(list, is_member);

@@ -49,8 +49,7 @@ pub(super) async fn pick(
         return Ok(PickOutcome::Forward(Box::new(Picked { reusable: false, ..picked }), body));
     }
     *held = None;
-    let hint = worker.shared.endpoints[request.pool].hint(Instant::now().into_std());
-    let attempt = Attempt::new(worker, request.pool, epp, settings, hint);
+    let attempt = Attempt::new(worker, request.pool, epp, settings, &[]);
     match attempt.pick(client, request, upload, held).await? {
         Ok(outcome) => Ok(outcome),
         Err(failure) => failure_mode::apply(&attempt, failure, client, request, upload).await,
@@ -73,12 +72,11 @@ pub(super) async fn pick_again(
         return Ok(None);
     };
     let metrics = worker.shared.metrics.pool(request.pool);
-    let hint = worker.shared.endpoints[request.pool].hint_without(dead, Instant::now().into_std());
-    if hint.is_none() {
+    if worker.shared.endpoints[request.pool].hint_without(dead, Instant::now().into_std()).is_none() {
         metrics.epp_repicked("none_left");
         return Ok(None);
     }
-    let attempt = Attempt::new(worker, request.pool, epp, settings, hint);
+    let attempt = Attempt::new(worker, request.pool, epp, settings, dead);
     match attempt.pick(client, request, upload, held).await? {
         Ok(PickOutcome::Forward(mut picked, body)) => {
             picked.endpoints.retain(|address| !dead.contains(address));

@@ -9,6 +9,7 @@ mod leaving;
 mod log;
 mod panics;
 mod reload;
+mod reload_waiting;
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},

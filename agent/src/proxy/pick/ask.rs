@@ -4,7 +4,7 @@
 //! The client is read even while the EPP takes nothing, so that a client that leaves is noticed and, on HTTP/2, a body that waits
 //! for its EPP does not block the flow-control window of other streams.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{cell::RefCell, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use tokio::time::{Instant, timeout};
@@ -14,7 +14,7 @@ use crate::{
     client::Client,
     config,
     deadline::{self, with_deadline},
-    endpoint::set::Snapshot,
+    endpoint::set::EndpointSet,
     error::Error,
     metrics::PoolMetrics,
     picker::{
@@ -41,15 +41,26 @@ pub(super) struct Question<'a> {
     pub(super) settings: &'a config::Epp,
     /// How long the request may wait for a replica.
     pub(super) wait: Option<Duration>,
-    /// The subset hint.
-    pub(super) subset: Option<Arc<[SocketAddr]>>,
+    /// Endpoints that did not take the request; the EPP has to pick another one.
+    pub(super) dead: &'a [SocketAddr],
+    /// The latest subset hint.
+    pub(super) hint: RefCell<Option<Arc<[SocketAddr]>>>,
     pub(super) limits: ExchangeLimits,
     /// The pool's endpoints.
-    pub(super) members: Arc<Snapshot>,
+    pub(super) members: &'a Arc<EndpointSet>,
     pub(super) metrics: &'a PoolMetrics,
 }
 
 impl Question<'_> {
+    /// The subset hint for the endpoints as they are now.
+    fn new_hint(&self) -> Option<Arc<[SocketAddr]>> {
+        let now = Instant::now().into_std();
+        let hint =
+            if self.dead.is_empty() { self.members.hint(now) } else { self.members.hint_without(self.dead, now) };
+        self.hint.borrow_mut().clone_from(&hint);
+        hint
+    }
+
     /// Asks until there is an outcome. If no replica can be connected or is available, waits for one for up to `wait` and asks anew.
     /// The EPP gets `short` instead of the request, if that is given.
     pub(super) async fn ask(
@@ -99,6 +110,7 @@ impl Question<'_> {
             Ok(Ok(Err(error)) | Err(error)) => return Asked::Failed(error),
             Err(error) => return Asked::Client(error),
         };
+        let hint = self.new_hint();
         loop {
             if attempts.replica().is_stalled() {
                 return Asked::Failed(PickError::Stalled);
@@ -109,9 +121,9 @@ impl Question<'_> {
                 attempts.replica(),
                 parts,
                 has_body,
-                self.subset.as_deref(),
+                hint.as_deref(),
                 self.limits.clone(),
-                Some(Arc::clone(&self.members)),
+                Some(Arc::clone(self.members)),
             ));
             if let Some(metadata) = request.record.metadata() {
                 stream.collect(metadata);
@@ -179,9 +191,8 @@ impl Question<'_> {
         for probe in probes {
             let body = body.clone();
             let (parts, has_body) = (&request.parts, complete.has_body());
-            let members = Some(Arc::clone(&self.members));
-            let mut stream =
-                self.epp.open(&probe.0, parts, has_body, self.subset.as_deref(), self.limits.clone(), members);
+            let (members, hint) = (Some(Arc::clone(self.members)), self.new_hint());
+            let mut stream = self.epp.open(&probe.0, parts, has_body, hint.as_deref(), self.limits.clone(), members);
             let wait = self.settings.decision_timeout.unwrap_or(PROBE);
             tokio::spawn(async move {
                 let decision = async {

@@ -1,6 +1,6 @@
 //! Picks by the EPP, and checks what it picked.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{cell::RefCell, net::SocketAddr, sync::Arc};
 
 use tokio::time::Instant;
 
@@ -45,13 +45,13 @@ struct Accepted {
 }
 
 impl<'a> Attempt<'a> {
-    /// `subset` is the subset hint.
+    /// The endpoints in `dead` did not take the request.
     pub(super) fn new(
         worker: &'a Worker,
         pool: usize,
         epp: &'a EppClient,
         settings: &'a config::Epp,
-        subset: Option<Arc<[SocketAddr]>>,
+        dead: &'a [SocketAddr],
     ) -> Self {
         let limits = ExchangeLimits {
             replaced_body: worker.shared.config.limits.body_bytes.try_into().unwrap_or(usize::MAX),
@@ -59,10 +59,10 @@ impl<'a> Attempt<'a> {
             epp: settings.limits,
         };
         let started = Instant::now();
-        let members = worker.shared.endpoints[pool].snapshot();
+        let (members, hint) = (&worker.shared.endpoints[pool], RefCell::default());
         let metrics = worker.shared.metrics.pool(pool);
         let wait = settings.unreachable_wait(worker.shared.config.pools[pool].failure_mode);
-        Self { worker, started, question: Question { epp, settings, wait, subset, limits, members, metrics } }
+        Self { worker, started, question: Question { epp, settings, wait, dead, hint, limits, members, metrics } }
     }
 
     /// Asks the EPP. The inner error is what the pool's failure mode applies to ([`failure_mode`](super::failure_mode)).
@@ -143,7 +143,7 @@ impl<'a> Attempt<'a> {
         let Self { worker, question, started } = self;
         let Accepted { endpoints, mut decision, is_whole } = accepted;
         question.metrics.epp_exchange(EppOutcome::Picked, started.elapsed());
-        if question.subset.as_deref().is_some_and(|subset| !subset.contains(&decision.endpoints[0])) {
+        if question.hint.borrow().as_deref().is_some_and(|hint| !hint.contains(&decision.endpoints[0])) {
             question.metrics.epp_outside_subset();
         }
         request.record.picked_in(started.elapsed());
