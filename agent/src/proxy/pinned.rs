@@ -18,6 +18,7 @@ use crate::{
     client::ClientSocket,
     deadline,
     deliver::{End, Tunnel},
+    shared::Shared,
     worker::Current,
 };
 
@@ -43,7 +44,7 @@ pub async fn pinned(current: &Rc<Current>, client: &mut ClientSocket, pin: Pin, 
         tokio::select! {
             () = worker.shared.draining.cancelled() => {}
             () = deadline::elapsed(config.pin.age) => {}
-            () = drains(current, address) => {}
+            () = drains(current, &config.name, address) => {}
         }
     };
     let end = tunnel.run(over, worker.shared.force.cancelled()).await;
@@ -65,9 +66,10 @@ pub async fn pinned(current: &Rc<Current>, client: &mut ClientSocket, pin: Pin, 
     }
 }
 
-/// Resolves when the endpoint gets no new requests under the current configuration.
-async fn drains(current: &Rc<Current>, address: SocketAddr) {
-    while current.worker().shared.is_dialled(address) {
+/// Resolves when the pool's requests may not go to the endpoint any more under the current configuration.
+async fn drains(current: &Rc<Current>, pool: &str, address: SocketAddr) {
+    let admits = |shared: &Shared| shared.pool_named(pool).is_some_and(|pool| shared.admits(pool, address));
+    while admits(&current.worker().shared) {
         tokio::time::sleep(DRAIN_CHECK).await;
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use penstock_agent::config::{Config, FailureMode, PickPer, Pool, SteeringMode};
+use penstock_agent::config::{Config, FailureMode, Network, Passthrough, PickPer, Pool, Route, SteeringMode};
 use penstock_tests::{
     Alphabet, BodyEnd, Checker, Client, ModelServer, Plan, Request, ScriptedEpp,
     agent::{TestAgent, epp_pool},
@@ -12,6 +12,8 @@ use penstock_tests::{
     model_server::{After, Fault, FaultKind, Framing, Lengths, Options, Pauses},
     scripted_epp::{Answering, reply},
 };
+
+use tokio::time::timeout;
 
 use crate::SOON;
 
@@ -203,6 +205,51 @@ async fn pin_ends_when_endpoint_or_agent_drains() {
         assert_eq!(client.until_end().await.unwrap(), ConnectionEnd::Reset, "{mode:?}");
         eventually(SOON, || rig.agent.agent.is_done()).await;
     }
+}
+
+/// Admits every endpoint of the tests.
+fn local() -> Passthrough {
+    Passthrough::Networks(vec![Network::parse("127.0.0.0/8").unwrap()])
+}
+
+/// Another pool that would send its requests there does not keep the pin.
+#[tokio::test]
+async fn pin_ends_when_its_own_pool_loses_the_endpoint() {
+    for keep in [None, Some(Passthrough::Off), Some(local())] {
+        let rig = Rig::new(SteeringMode::Off, |config| {
+            let mut other = Pool::new("other", config.pools[0].endpoints.iter().map(|endpoint| endpoint.address));
+            other.passthrough = keep.clone().unwrap_or_default();
+            config.pools.extend(keep.is_some().then_some(other));
+            config.routes = vec![Route::to("default")];
+        })
+        .await;
+        let mut client = rig.pinned().await;
+        let home = exchange(&mut client, &plan(Framing::ContentLength, 10, 1)).await;
+        let mut config = rig.agent.agent.config();
+        config.pools[0].endpoints.retain(|endpoint| endpoint.address != home);
+        rig.agent.agent.reload(config).unwrap();
+        let end = timeout(SOON, client.until_end()).await.expect("the pin goes on").unwrap();
+        assert_eq!(end, ConnectionEnd::Reset);
+        rig.ended("over").await;
+    }
+}
+
+/// An address that the pool admits by passthrough, or that moves between its sources, stays in use.
+#[tokio::test]
+async fn pin_stays_while_its_pool_admits_the_endpoint() {
+    let rig = Rig::new(SteeringMode::Off, |_| {}).await;
+    let mut client = rig.pinned().await;
+    let home = exchange(&mut client, &plan(Framing::ContentLength, 10, 1)).await;
+    let mut config = rig.agent.agent.config();
+    // At another place.
+    config.pools.insert(0, Pool::new("first", ["127.0.0.1:1".parse().unwrap()]));
+    config.routes = vec![Route::to("default")];
+    config.pools[1].endpoints.retain(|endpoint| endpoint.address != home);
+    config.pools[1].passthrough = local();
+    rig.agent.agent.reload(config).unwrap();
+    // The pin looks at its endpoint once a second.
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    assert_eq!(exchange(&mut client, &plan(Framing::ContentLength, 10, 2)).await, home);
 }
 
 /// A connection without traffic for the idle timeout is broken off.
