@@ -1,8 +1,10 @@
-//! For both objects: ordered accesses to words of a map, and lengths that the verifier understands.
+//! For both objects: ordered accesses to words of a map, lengths that the verifier understands, and the rings of last bytes.
 
 #![no_std]
 #![allow(unsafe_code)] // inline assembly
 #![feature(asm_experimental_arch)]
+
+pub mod ring;
 
 use core::arch::asm;
 

@@ -19,7 +19,6 @@ mod verdict;
 
 mod maps;
 mod memory;
-mod ring;
 mod walk;
 
 #[cfg(not(test))]

@@ -137,6 +137,16 @@ pub(crate) struct Found {
     pub(crate) cookie: u64,
 }
 
+/// The memory of the connection's ring; null if nothing is to be kept.
+#[inline(always)]
+pub(crate) fn ring_of(index: u32, keep: bool) -> *mut u8 {
+    if keep {
+        TAILS.get_ptr_mut(index).map_or(core::ptr::null_mut(), |ring| ring.cast())
+    } else {
+        core::ptr::null_mut()
+    }
+}
+
 /// Sends the agent an event for the slot at `index`.
 #[inline(always)]
 pub(crate) fn event(index: u32) {

@@ -6,6 +6,7 @@ use aya_ebpf::{
     EbpfContext as _, bindings::sk_action::SK_PASS, helpers::generated::bpf_probe_read_kernel, macros::sk_msg,
     programs::SkMsgContext,
 };
+use penstock_atomics::ring::copy;
 use penstock_common::{
     framing::Framing,
     local::{Message, message},
@@ -13,9 +14,8 @@ use penstock_common::{
 };
 
 use crate::{
-    maps::{FOUND, LOCAL_INDEX, LOCAL_SLOTS, OFFSETS, TARGETS},
+    maps::{FOUND, LOCAL_INDEX, LOCAL_SLOTS, OFFSETS, TARGETS, ring_of},
     memory::{self, read_u32, read_u64, same_for_all, send_buffer, zero},
-    ring::{copy, ring_of},
     walk::{Bytes, walk},
 };
 

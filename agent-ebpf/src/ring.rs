@@ -1,22 +1,15 @@
-//! Copies the last payload bytes of what is redirected into the ring of its connection (`penstock_common::tail`).
+//! Copies the last payload bytes of what passes into the ring of its flow (`penstock_common::tail`).
 
-use core::{ffi::c_void, ptr};
+use core::ffi::c_void;
 
-use penstock_atomics::bounded;
 use penstock_common::tail;
 
-use crate::maps::TAILS;
-
-/// The memory of the connection's ring; null if nothing is to be kept.
-#[inline(always)]
-pub(crate) fn ring_of(index: u32, keep: bool) -> *mut u8 {
-    if keep { TAILS.get_ptr_mut(index).map_or(ptr::null_mut(), |ring| ring.cast()) } else { ptr::null_mut() }
-}
+use crate::bounded;
 
 /// Copies the end of a run of payload to the ring, unless that is null. `position` is the number of the run's first byte. `read` gets
 /// a place in the run, a destination and a length.
 #[inline(always)]
-pub(crate) fn copy(ring: *mut u8, position: u32, len: u32, read: impl Fn(u32, *mut c_void, u32)) {
+pub fn copy(ring: *mut u8, position: u32, len: u32, read: impl Fn(u32, *mut c_void, u32)) {
     if ring.is_null() || len == 0 {
         return;
     }

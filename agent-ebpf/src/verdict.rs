@@ -16,15 +16,15 @@ use aya_ebpf::{
     programs::SkBuffContext,
 };
 use aya_log_ebpf::error;
+use penstock_atomics::ring::copy;
 use penstock_common::{
     framing::Framing,
     verdict::{Segment, SendBuffer, VerdictKernel, verdict},
 };
 
 use crate::{
-    maps::{FOUND, INDEX, LOCAL_SLOTS, OFFSETS, SLOTS, TARGETS},
+    maps::{FOUND, INDEX, LOCAL_SLOTS, OFFSETS, SLOTS, TARGETS, ring_of},
     memory::{read_u32, same_for_all, send_buffer},
-    ring::{copy, ring_of},
     shared::is_shared,
     walk::{Bytes, walk},
 };

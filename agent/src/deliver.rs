@@ -3,6 +3,7 @@
 //!
 //! A delivery ends with the message or with a failure. If its future is dropped, both connections can only be closed.
 
+mod ending;
 mod frames;
 mod response;
 mod splice;
@@ -10,9 +11,9 @@ mod tunnel;
 
 use std::io;
 
+pub use ending::judge;
 pub use frames::{FrameCoding, Frames, Sink};
 pub use response::Delivery;
-pub use splice::judge;
 pub use tunnel::Tunnel;
 
 use crate::{client::patience, steer::session::Ended};

@@ -3,6 +3,7 @@
 
 use penstock_common::{
     slot::Word,
+    tail::TAIL,
     wire::{
         after,
         flow::{CLIENT, ENDPOINT, Facts, Flow, state},
@@ -86,8 +87,8 @@ fn apply(header: &mut Header, ports: u32, shift: &Shift) {
     }
 }
 
-/// The agent's sockets: both have read and sent everything.
-struct Sockets([Socket; 2]);
+/// The agent's sockets, which have read and sent everything, and the packet in question.
+struct Sockets([Socket; 2], Packet);
 
 impl WireKernel for Sockets {
     fn socket(&mut self, _: &Flow, leg: usize) -> Option<Socket> {
@@ -114,6 +115,12 @@ impl WireKernel for Sockets {
         word.set(word.get() + n);
     }
 
+    fn keep(&mut self, position: u32, skip: u32, len: u32) {
+        assert!(len > 0 && len <= TAIL, "{len} bytes are kept");
+        assert_eq!(position, self.1.seq.wrapping_add(skip));
+        assert!(skip + len == self.1.payload, "what is kept is not the packet's end");
+    }
+
     fn event(&mut self) {}
 }
 
@@ -127,7 +134,7 @@ fn judge(choices: &mut Choices<'_>) {
         received: 10,
         acked: 10,
     };
-    let mut kernel = Sockets([numbers(CLIENT), numbers(ENDPOINT)]);
+    let mut kernel = Sockets([numbers(CLIENT), numbers(ENDPOINT)], Packet::default());
     let mut flow = Flow::default();
     for (leg, cookie) in [(CLIENT, 1), (ENDPOINT, 2)] {
         flow.legs[leg].facts = Facts {
@@ -163,6 +170,7 @@ fn judge(choices: &mut Choices<'_>) {
             ..Packet::default()
         };
         let before = state::of(flow.state.get());
+        kernel.1 = packet;
         let verdict = arrive(&flow, from, &packet, &mut kernel);
         check(&flow, from, &packet, (before, verdict), &kernel);
     }

@@ -2,14 +2,17 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use penstock_agent::config::{Config, Interfaces, SteeringMode};
+use penstock_agent::config::{Config, FailureMode, Interfaces, Pool, ResponseToPicker, SteeringMode};
 use penstock_tests::{
     Between, BodyEnd, Client, Plan, Request,
-    agent::{TestAgent, builtin_pool},
-    client::{ConnectionEnd, Pace},
+    agent::{TestAgent, builtin_pool, epp_pool},
+    client::{ConnectionEnd, Pace, Piece},
     eventually,
     model_server::{After, Fault, FaultKind, Framing, Lengths, Pauses},
+    scripted_epp::{LlmdRouter, ScriptedEpp, Tokens},
+    stage::epp,
 };
+use serde_json::json;
 
 const SOON: Duration = Duration::from_secs(30);
 const KIB: u64 = 1 << 10;
@@ -25,7 +28,11 @@ struct Stage {
 impl Stage {
     fn new(adjust: impl FnOnce(&mut Config)) -> Self {
         let between = Between::new().unwrap();
-        let agent = TestAgent::start(builtin_pool(&[between.server.addr]), SteeringMode::Wire, |config| {
+        Self::over(between, |server| builtin_pool(&[server]), adjust)
+    }
+
+    fn over(between: Between, pool: impl FnOnce(SocketAddr) -> Pool, adjust: impl FnOnce(&mut Config)) -> Self {
+        let agent = TestAgent::start(pool(between.server.addr), SteeringMode::Wire, |config| {
             config.listen.address = SocketAddr::from((between.front, 0));
             config.steering.interfaces = Interfaces::Named(between.interfaces.to_vec());
             adjust(config);
@@ -102,6 +109,102 @@ async fn streams_are_exact_in_any_framing() {
     assert_eq!(stage.between.server.aborted(), 0);
 }
 
+/// What follows the last chunk, and what the sizes of chunks say besides.
+#[tokio::test]
+async fn chunked_streams_are_whole_with_every_end() {
+    let stage = Stage::new(|_| {});
+    let mut total = 0;
+    for (trailers, extension) in [(0, None), (1, None), (40, None), (0, Some("a=b")), (3, Some("name=\"value\""))] {
+        for (rest, chunk) in [(0, 100), (600, 100), (50 * KIB, 300), (50 * KIB, 20_000)] {
+            let trailers = (0..trailers).map(|number| (format!("x-sum-{number}"), "0\t1 2 3".to_owned()));
+            let plan = Plan {
+                trailers: trailers.collect(),
+                chunk_extension: extension.map(str::to_owned),
+                chunks: Lengths::Fixed(chunk),
+                ..plan(Framing::Chunked, 20 * KIB, 1000 + rest)
+            };
+            let (end, connection) = exchange(&stage, &plan).await;
+            assert_eq!((end, connection), (BodyEnd::Complete, ConnectionEnd::Fin), "{plan:?}");
+            total += 1;
+            eventually(SOON, || stage.requests("ok") == total).await;
+            assert_eq!(stage.flows("wire", "forced"), total, "{plan:?}");
+        }
+    }
+}
+
+/// A stream of the completions API. `last`: bytes of its last event, which has the usage.
+fn events(count: usize, last: usize) -> String {
+    let part =
+        |n: usize| format!("data: {}\r\n\r\n", json!({"choices": [{"text": format!("word {n} ")}], "usage": null}));
+    let usage = json!({"prompt_tokens": 11, "completion_tokens": count, "prompt_tokens_details": {"cached_tokens": 3}});
+    let end = format!("{{\"text\":\"{}\",\"choices\":[],\"usage\":{usage}}}", "x".repeat(last));
+    (0..count).map(part).chain([format!("data: {end}\r\n\r\n"), "data: [DONE]\r\n\r\n".to_owned()]).collect()
+}
+
+/// A stage whose pool asks a picker that is told this of responses.
+async fn told(told: ResponseToPicker) -> (Stage, ScriptedEpp) {
+    let between = Between::new().unwrap();
+    let picker = ScriptedEpp::start(LlmdRouter::new(&[between.server.addr])).await.unwrap();
+    let pool = |server| epp_pool(&[server], picker.addr, FailureMode::Closed);
+    let adjust = |config: &mut Config| {
+        epp(config).response_to_picker = told;
+        config.steering.min_bytes = 0;
+    };
+    (Stage::over(between, pool, adjust), picker)
+}
+
+fn asked(plan: &Plan, text: &str) -> Request {
+    let body = json!({"model": "m", "stream": true, "prompt": "p", "x-test-says": text}).to_string();
+    let kind = ("content-type".to_owned(), "text/event-stream".to_owned());
+    let plan = Plan { says: true, headers: vec![kind], after: After::Close, ..plan.clone() };
+    Request::post("/v1/completions", body)
+        .header("content-type", "application/json")
+        .header("x-test-plan", plan.header())
+}
+
+#[tokio::test]
+async fn picker_is_told_the_usage_of_streams() {
+    let (stage, picker) = told(ResponseToPicker::Usage).await;
+    let mut total = 0;
+    for framing in [Framing::Chunked, Framing::UntilClose, Framing::ContentLength] {
+        // The flow carries all but the first event, or much more than what is kept; the last event fits what is kept, or not.
+        for (count, last, chunk) in [(3, 10, 50), (300, 10, 70), (300, 10, 5000), (300, 9000, 300)] {
+            let text = events(count, last);
+            let plan = Plan {
+                framing,
+                chunks: Lengths::Fixed(chunk),
+                writes: Lengths::Fixed(700),
+                trailers: if framing == Framing::Chunked { vec![("x-sum".to_owned(), "1".to_owned())] } else { vec![] },
+                pauses: Some(Pauses { seed: chunk, every: 5, up_to_us: 500 }),
+                fault: Some(Fault { after: 150, kind: PAUSE }),
+                ..Plan::default()
+            };
+            let mut client = stage.client().await;
+            let response = client.request(&asked(&plan, &text)).await.unwrap();
+            assert_eq!((response.read.end, response.text()), (BodyEnd::Complete, text), "{plan:?}");
+            total += 1;
+            eventually(SOON, || stage.requests("ok") == total && picker.books()[total as usize - 1].complete).await;
+            let books = &picker.books()[total as usize - 1];
+            let tokens = Tokens { prompt: Some(11), completion: Some(count as u64), cached: Some(3) };
+            assert_eq!((books.tokens, books.malformed.len(), books.messages), (tokens, 0, 2), "{plan:?} {books:?}");
+            assert_eq!(stage.flows("wire", "forced"), total, "{plan:?}");
+        }
+    }
+    let tokens = "penstock_gen_ai_client_inference_tokens_total";
+    assert_eq!(stage.agent.count(tokens, &[r#"gen_ai_token_type="output""#]), 3 * (3 + 3 * 300));
+}
+
+#[tokio::test]
+async fn response_of_which_the_picker_gets_every_byte_is_relayed() {
+    let (stage, picker) = told(ResponseToPicker::Body).await;
+    let text = events(300, 10);
+    let plan = Plan { fault: Some(Fault { after: 150, kind: PAUSE }), framing: Framing::Chunked, ..Plan::default() };
+    let response = stage.client().await.request(&asked(&plan, &text)).await.unwrap();
+    assert_eq!(response.text(), text);
+    eventually(SOON, || stage.requests("ok") == 1 && picker.books()[0].complete).await;
+    assert_eq!((stage.flows("relay", "picker_body"), stage.carried("wire")), (1, 0));
+}
+
 #[tokio::test]
 async fn many_streams_at_once_are_exact() {
     let stage = Arc::new(Stage::new(|_| {}));
@@ -146,7 +249,7 @@ async fn client_that_leaves_ends_the_response() {
     client.head().await.unwrap();
     let mut checker = endless.checker();
     while checker.offset() < MIB {
-        let penstock_tests::client::Piece::Data(data) = client.piece(64 << 10).await.unwrap() else { panic!("an end") };
+        let Piece::Data(data) = client.piece(64 << 10).await.unwrap() else { panic!("an end") };
         checker.feed(&data).unwrap();
     }
     drop(client);

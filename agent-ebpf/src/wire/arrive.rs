@@ -26,8 +26,6 @@ use crate::{
 };
 
 const OPTIONS: u32 = MAX_LEN - MIN_LEN;
-/// Bytes of payload that show whether a chunked body is complete.
-const LAST: usize = 5;
 /// The first position of an option after two bytes of padding and a timestamp, which is where Linux and others write one.
 const USUAL_TIMESTAMP: u32 = 22;
 const AFTER_TIMESTAMP: u32 = 32;
@@ -49,7 +47,7 @@ fn run(skb: *mut __sk_buff) -> Option<i32> {
     let (index, from) = (value >> 1, (value & 1) as usize);
     let flow = flow(index)?;
     let packet = packet(skb, scratch, &route)?;
-    let mut programs = Programs { skb, index };
+    let mut programs = Programs { skb, index, payload: route.tcp + scratch.header.len };
     match arrive(flow, from, &packet, &mut programs) {
         Verdict::Pass => None,
         Verdict::Drop => Some(TCX_DROP),
@@ -86,11 +84,6 @@ fn packet(skb: *mut __sk_buff, scratch: &mut Scratch, route: &Route) -> Option<P
         // SAFETY: `find` has the signature that `bpf_loop` calls.
         unsafe { bpf_loop(OPTIONS, find as *mut c_void, ptr::null_mut(), 0) };
     }
-    let mut end = [0u8; LAST];
-    if payload > 0 {
-        load(skb, route.tcp + len + payload - LAST as u32, &raw mut end, LAST as u32)?;
-    }
-    let last = end.iter().fold(0, |last, byte| last << 8 | u64::from(*byte));
     // SAFETY: fields of the context, each read by itself, and a helper without arguments.
     let (segment, interface, now_ns) = unsafe {
         ((&raw const (*skb).gso_size).read_volatile(), (&raw const (*skb).ifindex).read_volatile(), bpf_ktime_get_ns())
@@ -104,7 +97,6 @@ fn packet(skb: *mut __sk_buff, scratch: &mut Scratch, route: &Route) -> Option<P
         largest: if segment == 0 { payload } else { segment },
         timestamped: scratch.timestamped,
         tsval: scratch.tsval,
-        last,
         interface,
         now_ns,
     })

@@ -44,7 +44,7 @@ fn run(skb: *mut __sk_buff) -> Option<i32> {
     let flow = flow(index)?;
     // SAFETY: the kernel passed this context.
     let cookie = unsafe { bpf_get_socket_cookie(skb.cast()) };
-    let mut programs = Programs { skb, index };
+    let mut programs = Programs { skb, index, payload: 0 };
     match leave(flow, leg, cookie, scratch.header.flags(), interface, &mut programs) {
         Leaving::Pass => None,
         Leaving::Drop => Some(TCX_DROP),

@@ -1,13 +1,14 @@
 //! The maps of the programs. The agent inserts flows; the programs keep their state.
 
 use aya_ebpf::{
-    bindings::BPF_F_MMAPABLE,
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
     macros::map,
     maps::{Array, HashMap, PerCpuArray, RingBuf},
 };
-use penstock_atomics::{compare_exchange, fetch_add, load_acquire, store_release};
+use penstock_atomics::{compare_exchange, fetch_add, load_acquire, ring, store_release};
 use penstock_common::{
     slot::Word,
+    tail,
     wire::{
         flow::{Ends, Flow, state},
         header::{Header, Shift},
@@ -15,13 +16,16 @@ use penstock_common::{
     },
 };
 
-use crate::packet::look_up;
+use crate::packet::{load, look_up};
 
 /// The flow and leg of a connection: twice the index of the flow, plus the leg.
 #[map]
 pub(crate) static LEGS: HashMap<Ends, u32> = HashMap::with_max_entries(8192, 0);
 #[map]
 pub(crate) static FLOWS: Array<Flow> = Array::with_max_entries(4096, BPF_F_MMAPABLE);
+/// Rings of the last bytes of what endpoints send, by the index of the flow.
+#[map]
+pub(crate) static RINGS: HashMap<u32, [u8; tail::MEMORY]> = HashMap::with_max_entries(4096, BPF_F_NO_PREALLOC);
 /// Indices of flows whose state or marks have changed.
 #[map]
 pub(crate) static WIRE_EVENTS: RingBuf = RingBuf::with_byte_size(1 << 18, 0);
@@ -70,6 +74,8 @@ pub(crate) fn forget(flow: &Flow, programs: &mut Programs) {
 pub(crate) struct Programs {
     pub(crate) skb: *mut aya_ebpf::bindings::__sk_buff,
     pub(crate) index: u32,
+    /// Position of the packet's payload.
+    pub(crate) payload: u32,
 }
 
 impl penstock_common::wire::judge::WireKernel for Programs {
@@ -96,6 +102,15 @@ impl penstock_common::wire::judge::WireKernel for Programs {
     #[inline(always)]
     fn add(&mut self, word: &Word, n: u64) {
         fetch_add(word.as_ptr(), n);
+    }
+
+    #[inline(always)]
+    fn keep(&mut self, position: u32, skip: u32, len: u32) {
+        let Some(ring) = RINGS.get_ptr_mut(self.index) else { return };
+        ring::copy(ring.cast(), position, len, |place, to, len| {
+            // What cannot be read stays as it was.
+            let _ = load(self.skb, self.payload + skip + place, to, len);
+        });
     }
 
     #[inline(always)]

@@ -5,13 +5,8 @@
 
 use std::time::Duration;
 
-use penstock_common::{framing::state, wire::flow::mark};
-
-use super::{Delivery, End};
-use crate::kernel::{
-    socket::monotonic_ns,
-    wire::{Seen, Watched},
-};
+use super::{Delivery, End, ending::judge};
+use crate::kernel::{socket::monotonic_ns, wire::Watched};
 
 impl Delivery<'_> {
     /// Lets the flow begin, or reads more of the body. The error is the end of the delivery.
@@ -70,7 +65,7 @@ impl Delivery<'_> {
         End::Left
     }
 
-    /// Closes the agent's part of a flow that has begun and records the bytes. `end`: why the flow is ended, if it has not ended by
+    /// Closes the agent's part of a flow that has begun, records the bytes, and gives the tee the end of a whole body. `end`: why the flow is ended, if it has not ended by
     /// itself. Must run before the connections are closed.
     pub(super) fn conclude(&mut self, end: Option<End>) -> End {
         let Some(watched) = self.wire.take() else { return end.unwrap_or(End::Broken) };
@@ -88,25 +83,19 @@ impl Delivery<'_> {
         if seen.first_ns > 0 {
             account.stamp(seen.first_ns, seen.last_ns);
         }
-        end.unwrap_or_else(|| judge(&seen, self.session.framing.state, self.session.framing.left))
-    }
-}
-
-/// What the end of a flow means for the response, given state and rest of the body's framing when the flow began. User space has not
-/// seen the bytes: a chunked body is complete if its last bytes are those of the last chunk.
-pub fn judge(seen: &Seen, framing: u32, left: u64) -> End {
-    const LAST_CHUNK: u64 = u64::from_be_bytes(*b"\0\0\x000\r\n\r\n");
-    let client_closed = seen.marks & (mark::CLIENT_CLOSED_FIRST | mark::CLIENT_RESET) != 0;
-    let endpoint_closed = seen.finished && seen.marks & mark::CLIENT_CLOSED_FIRST == 0;
-    let is_whole = match framing {
-        state::LENGTH => seen.told_all && seen.bytes == left,
-        state::UNTIL_CLOSE => endpoint_closed,
-        _ => seen.told_all && seen.last == LAST_CHUNK,
-    };
-    match () {
-        () if is_whole => End::Complete { reusable: false },
-        () if client_closed => End::ClientGone,
-        () => End::Broken,
+        if let Some(end) = end {
+            return end;
+        }
+        let last = watched.last_bytes();
+        let (end, payload) = judge(&seen, self.session.framing.state, self.session.framing.left, &last);
+        if let Some(tee) = self.session.tee {
+            let mut tee = tee.borrow_mut();
+            if !last.are_all || payload.is_none() {
+                tee.skipped();
+            }
+            tee.take(&payload.unwrap_or_default());
+        }
+        end
     }
 }
 

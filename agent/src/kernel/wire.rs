@@ -47,6 +47,7 @@ pub use inventory::{Pinned, detach, pinned};
 pub use netns::is_initial as is_initial_namespace;
 pub use pins::{Namespace, PinError, prepare};
 pub use seen::Seen;
+pub use table::LastBytes;
 pub use watched::Watched;
 
 use self::{
@@ -54,7 +55,7 @@ use self::{
     pins::Instance,
     records::{RecordEvents, Records},
     seen::state_of,
-    table::{FLOWS, LEGS, Table},
+    table::{FLOWS, LEGS, RINGS, Table},
 };
 use super::{LoadError, object};
 use crate::panics::PanicWatch;
@@ -105,6 +106,7 @@ pub struct Wire {
     attached: Attached,
     flows: MapData,
     legs: MapData,
+    rings: MapData,
     /// Where programs and maps are pinned.
     instance: Option<Instance>,
     /// This agent stops, and leaves its flows to the next one.
@@ -122,18 +124,20 @@ impl Wire {
         }
         let mut loader = EbpfLoader::new();
         loader.map_max_entries("FLOWS", max_flows).map_max_entries("LEGS", max_flows.saturating_mul(2));
+        loader.map_max_entries("RINGS", max_flows);
         let mut ebpf = loader.load(object).map_err(LoadError::from)?;
         for name in [WIRE_PROGRAM, GUARD_PROGRAM, INJECT_PROGRAM] {
             program(&mut ebpf, name)?.load().map_err(LoadError::from)?;
         }
         let mut take = |name| ebpf.take_map(name).ok_or(LoadError::Missing(name));
-        let (flows, legs) = (data(take("FLOWS")?)?, data(take("LEGS")?)?);
+        let (flows, legs, rings) = (data(take("FLOWS")?)?, data(take("LEGS")?)?, data(take("RINGS")?)?);
         let (ring, missed): (RingBuf<_>, _) = (take("WIRE_EVENTS")?.try_into()?, take("WIRE_MISSED")?.try_into()?);
-        let again = MapData::from_fd(legs.fd().as_fd().try_clone_to_owned()?)?;
-        let records = Arc::new(Records::new(Table::new(&flows, again)?)?);
+        let again =
+            |map: &MapData| -> Result<_, WireError> { Ok(MapData::from_fd(map.fd().as_fd().try_clone_to_owned()?)?) };
+        let records = Arc::new(Records::new(Table::new(&flows, again(&legs)?, again(&rings)?)?)?);
         let events = RecordEvents::start(ring, missed, Arc::clone(&records))?;
         let (attached, is_leaving) = (Attached::none(), AtomicBool::new(false));
-        Ok(Self { records, _events: events, attached, flows, legs, instance: None, is_leaving, ebpf })
+        Ok(Self { records, _events: events, attached, flows, legs, rings, instance: None, is_leaving, ebpf })
     }
 
     /// Lets maps, and programs that are attached from now on, outlive the process.
@@ -141,7 +145,8 @@ impl Wire {
         let instance = namespace.claim()?;
         let pin =
             |map: &MapData, name| map.pin(instance.folder.at(name)).map_err(|error| WireError::Pin(error.to_string()));
-        let pinned = pin(&self.flows, FLOWS).and_then(|()| pin(&self.legs, LEGS));
+        let maps = [(&self.flows, FLOWS), (&self.legs, LEGS), (&self.rings, RINGS)];
+        let pinned = maps.into_iter().try_for_each(|(map, name)| pin(map, name));
         if pinned.is_err() {
             let _ = attach::remove(&instance, None);
         }

@@ -17,7 +17,7 @@ use crate::{
     deliver::{End, judge},
     kernel::{
         socket::monotonic_ns,
-        wire::{Adopted, AdoptedFlow, Adoption, Seen, Story, silence},
+        wire::{Adopted, AdoptedFlow, Adoption, LastBytes, Seen, Story, silence},
     },
     shared::Shared,
 };
@@ -89,7 +89,8 @@ impl Keeper {
         for mut one in self.adopted.drain(..) {
             one.count(|one, flow| {
                 let (seen, story) = (one.seen(flow), one.story(flow));
-                let Some(reason) = end(&seen, &story, shared, force) else { return false };
+                let last = || one.last_bytes(flow);
+                let Some(reason) = end(&seen, &story, last, shared, force) else { return false };
                 if !seen.is_orderly() || !matches!(reason, Reason::Ended(_)) {
                     one.reset(flow);
                 }
@@ -126,11 +127,11 @@ impl Reason {
     }
 }
 
-fn end(seen: &Seen, story: &Story, shared: &Shared, force: bool) -> Option<Reason> {
+fn end(seen: &Seen, story: &Story, last: impl FnOnce() -> LastBytes, shared: &Shared, force: bool) -> Option<Reason> {
     let (now, timeouts) = (monotonic_ns(), &shared.config.timeouts);
     let lasted = Duration::from_nanos(now.saturating_sub(story.started_ns));
     match () {
-        () if seen.has_ended() => Some(Reason::Ended(judge(seen, story.framing, story.left))),
+        () if seen.has_ended() => Some(Reason::Ended(judge(seen, story.framing, story.left, &last()).0)),
         () if force => Some(Reason::Stopped),
         () if timeouts.idle.is_some_and(|idle| silence(seen, now) >= idle) => Some(Reason::Idle),
         () if timeouts.request.is_some_and(|limit| lasted >= limit) => Some(Reason::Late),

@@ -3,7 +3,10 @@
 
 use penstock_common::framing::state;
 
-use super::{eligibility::ResponseFacts, reason::SteerReason};
+use super::{
+    eligibility::{ResponseFacts, ToPicker},
+    reason::SteerReason,
+};
 
 /// The facts about a request and its client.
 #[derive(Debug, Clone, Copy)]
@@ -23,7 +26,7 @@ pub struct RequestFacts {
     pub upgrade: bool,
     /// The request asks for a stream.
     pub streams: bool,
-    /// The EPP gets more of the response's body than its beginning.
+    /// The EPP gets every byte of the response's body.
     pub told: bool,
     /// The model's name in the response is changed.
     pub renamed: bool,
@@ -53,7 +56,7 @@ pub fn may_begin(response: &ResponseFacts, min_bytes: u64, pipelined: bool) -> R
         () if response.tls => Err(SteerReason::Tls),
         () if response.half_closed => Err(SteerReason::HalfClose),
         () if response.decoded => Err(SteerReason::Http10),
-        () if response.to_picker.is_some() => Err(SteerReason::ResponseToPicker),
+        () if response.to_picker == Some(ToPicker::All) => Err(SteerReason::ResponseToPicker),
         () if pipelined => Err(SteerReason::Pipelined),
         () if framing.state == state::LENGTH && framing.left < min_bytes => Err(SteerReason::Small),
         () => Ok(()),
@@ -64,7 +67,7 @@ pub fn may_begin(response: &ResponseFacts, min_bytes: u64, pipelined: bool) -> R
 mod tests {
     use penstock_common::framing::Framing;
 
-    use super::{super::eligibility::ToPicker, *};
+    use super::*;
 
     #[test]
     fn each_reason_not_to_watch_has_its_case() {
@@ -120,7 +123,8 @@ mod tests {
             (ResponseFacts { tls: true, ..base }, Err(R::Tls)),
             (ResponseFacts { half_closed: true, ..base }, Err(R::HalfClose)),
             (ResponseFacts { decoded: true, ..base }, Err(R::Http10)),
-            (ResponseFacts { to_picker: Some(ToPicker::End), ..base }, Err(R::ResponseToPicker)),
+            (ResponseFacts { to_picker: Some(ToPicker::End), ..base }, Ok(())),
+            (ResponseFacts { to_picker: Some(ToPicker::All), ..base }, Err(R::ResponseToPicker)),
         ];
         for (response, expected) in rows {
             assert_eq!(may_begin(&response, 1000, false), expected, "{response:?}");

@@ -3,12 +3,12 @@
 //! The agent fills in a record before it makes both connections' addresses known to the program, and stores [`Flow::state`] last.
 //! From then on fields change by whole words. Numbers of a leg are those that the peer of this leg uses.
 
-use super::header::Shift;
-use crate::word::Word;
+use super::{after, header::Shift};
+use crate::{tail::TAIL, word::Word};
 
 /// Version of what agents leave to each other: the layout of [`Flow`], and the keys and values of the maps. Increase it with every
 /// change, so that no agent reads a record as what it is not.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// The index of the leg to the client.
 pub const CLIENT: usize = 0;
@@ -141,9 +141,9 @@ pub struct Leg {
     pub segments: Word,
     /// All packets that were passed on.
     pub packets: Word,
-    /// The last five bytes of the payload passed on, the last in the lowest byte; 0: unknown. The upper 24 bits are those of the sequence
-    /// number after them.
-    pub last: Word,
+    /// `1 << 32 |` the sequence number before which bytes in the flow's ring may be wrong, because programs on two CPUs wrote to the
+    /// same places; 0: none.
+    pub torn: Word,
     /// Packets with payload that were dropped, because nobody routed it.
     pub refused: Word,
     /// Packets of the agent's own socket that were not let out.
@@ -199,6 +199,17 @@ impl Leg {
     pub fn sent(&self) -> u32 {
         let fin = self.fin.get();
         if fin != 0 { fin as u32 } else { self.highest.get() as u32 }
+    }
+
+    /// How many of the last payload bytes are in the flow's ring.
+    pub fn kept(&self) -> u32 {
+        let (end, torn) = (self.highest.get() as u32, self.torn.get());
+        let kept = self.bytes.get().min(u64::from(TAIL)) as u32;
+        match torn as u32 {
+            _ if torn == 0 => kept,
+            torn if !after(end, torn) => 0,
+            torn => kept.min(end.wrapping_sub(torn)),
+        }
     }
 
     /// The changes of packets that arrive on this leg.

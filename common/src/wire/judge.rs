@@ -10,7 +10,10 @@ use super::{
     flow::{CLIENT, ENDPOINT, Flow, Leg, mark, state},
     header::{ACK, FIN, RST, SYN, Shift},
 };
-use crate::word::Word;
+use crate::{
+    tail::{RING, TAIL},
+    word::Word,
+};
 
 /// Added to the agent's timestamp clock, which user space knows to within a millisecond, so that no value is older than the last one
 /// that the agent's socket sent (PAWS, RFC 7323 §5).
@@ -72,8 +75,6 @@ pub struct Packet {
     pub timestamped: u32,
     /// Its TSval (RFC 7323), if it has a timestamp.
     pub tsval: u32,
-    /// The five bytes before its end, the last in the lowest byte. With less payload, the first of them are of its header.
-    pub last: u64,
     /// The interface on which it arrived.
     pub interface: u32,
     /// CLOCK_MONOTONIC.
@@ -124,6 +125,9 @@ pub trait WireKernel {
     fn compare_exchange(&mut self, word: &Word, old: u64, new: u64) -> bool;
     /// Adds to a word that other CPUs may change, too.
     fn add(&mut self, word: &Word, n: u64);
+    /// Copies `len` bytes of the packet's payload, from its byte number `skip` on, to the flow's ring ([`crate::tail`]). `position` is
+    /// the sequence number of the first of them.
+    fn keep(&mut self, position: u32, skip: u32, len: u32);
     /// Tells the agent that the flow's state or marks have changed.
     fn event(&mut self);
 }
@@ -329,17 +333,18 @@ fn carry<K: WireKernel>(flow: &Flow, from: usize, packet: &Packet, kernel: &mut 
     if packet.flags & ACK != 0 {
         acknowledge(flow, mine, other, packet, &shift, kernel);
     }
-    if packet.payload > 0
-        && acceptable
-        && let Some(before) = advance(&mine.highest, end, kernel)
-    {
-        kernel.add(&mine.bytes, u64::from(end.wrapping_sub(before)));
-        kernel.add(&mine.segments, 1);
-        keep_last(&mine.last, packet, before, kernel);
-        if flow.first_ns.get() == 0 {
-            flow.first_ns.set(packet.now_ns);
+    if packet.payload > 0 && acceptable {
+        if let Some(before) = advance(&mine.highest, end, kernel) {
+            kernel.add(&mine.bytes, u64::from(end.wrapping_sub(before)));
+            kernel.add(&mine.segments, 1);
+            if flow.first_ns.get() == 0 {
+                flow.first_ns.set(packet.now_ns);
+            }
+            flow.last_ns.set(packet.now_ns);
         }
-        flow.last_ns.set(packet.now_ns);
+        if from == ENDPOINT {
+            keep(mine, packet, kernel);
+        }
     }
     // A FIN before bytes that have passed is forged.
     if packet.flags & FIN != 0 && acceptable && !after(mine.highest.get() as u32, end) {
@@ -374,25 +379,23 @@ fn advance<K: WireKernel>(word: &Word, end: u32, kernel: &mut K) -> Option<u32> 
     None
 }
 
-/// Keeps the last five bytes of the stream, with the lower 24 bits of the sequence number after them: programs on several CPUs may pass
-/// packets in another order. Missing bytes count as 0.
+/// Keeps what of the packet is among the last bytes of the stream. A byte's place is its sequence number modulo the ring's size, so a
+/// repetition writes the same byte again, and bytes that arrive late fill their gap.
 #[inline(always)]
-fn keep_last<K: WireKernel>(word: &Word, packet: &Packet, before: u32, kernel: &mut K) {
-    const BYTES: u64 = (1 << 40) - 1;
+fn keep<K: WireKernel>(leg: &Leg, packet: &Packet, kernel: &mut K) {
     let end = packet.seq.wrapping_add(packet.payload);
-    let bits = if packet.payload < 5 { packet.payload * 8 } else { 40 };
-    for _ in 0..4 {
-        let old = word.get();
-        let at = (old >> 40) as u32;
-        if old != 0 && after(at << 8, end << 8) {
-            return;
-        }
-        let is_next = packet.seq == before && at == before & 0xff_ffff;
-        let earlier = if is_next { old << bits } else { 0 };
-        let bytes = earlier | packet.last & ((1 << bits) - 1);
-        if kernel.compare_exchange(word, old, u64::from(end) << 40 | bytes & BYTES) {
-            return;
-        }
+    let later = (leg.highest.get() as u32).wrapping_sub(end);
+    if later >= TAIL {
+        return;
+    }
+    let room = TAIL - later;
+    let len = if packet.payload < room { packet.payload } else { room };
+    let position = end.wrapping_sub(len);
+    kernel.keep(position, packet.payload - len, len);
+    // Meanwhile another CPU may have written newer bytes to the same places. It stores the new number before it writes.
+    let newest = kernel.load_acquire(&leg.highest) as u32;
+    if newest.wrapping_sub(position) > RING {
+        raise(&leg.torn, end.wrapping_add(RING));
     }
 }
 

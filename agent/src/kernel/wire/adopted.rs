@@ -12,7 +12,7 @@ use std::{
 use penstock_common::wire::flow::{CLIENT, ENDPOINT, Ends, state};
 
 use super::{
-    LINGER, Seen, Wire, WireError, attach, inject,
+    LINGER, LastBytes, Seen, Wire, WireError, attach, inject,
     pins::{FoundFolder, Instance, Namespace},
     seen::state_of,
     table::Table,
@@ -144,6 +144,11 @@ impl Adopted {
 
     pub fn seen(&self, flow: &AdoptedFlow) -> Seen {
         Seen::of(self.table.words(flow.index))
+    }
+
+    /// The last bytes that a flow has carried. Only after its end.
+    pub fn last_bytes(&self, flow: &AdoptedFlow) -> LastBytes {
+        self.table.last_bytes(flow.index).unwrap_or_default()
     }
 
     pub fn story(&self, flow: &AdoptedFlow) -> Story {

@@ -106,7 +106,10 @@ impl Records {
             return;
         }
         match self.grace.wait() {
-            Ok(()) => self.free.lock().extend(retired),
+            Ok(()) => {
+                retired.iter().for_each(|&index| self.table.remove_ring(index));
+                self.free.lock().extend(retired);
+            }
             Err(error) => {
                 tracing::warn!(%error, records = retired.len(), "could not wait for kernel programs, keeping records");
                 self.retired.lock().extend(retired);

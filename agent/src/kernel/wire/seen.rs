@@ -10,7 +10,7 @@ use penstock_common::{
     },
 };
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Seen {
     /// One of `penstock_common::wire::flow::state`, and bits of `mark`.
     pub state: u64,
@@ -21,8 +21,6 @@ pub struct Seen {
     pub finished: bool,
     /// The client has acknowledged every byte that has passed.
     pub told_all: bool,
-    /// The last five bytes of the stream, the last in the lowest byte; 0: unknown.
-    pub last: u64,
     /// Payload bytes to the client, and the segments that they came in.
     pub bytes: u64,
     pub segments: u64,
@@ -40,7 +38,6 @@ pub struct Seen {
 impl Seen {
     pub(super) fn of(flow: &Flow) -> Self {
         let sum = |word: fn(&Leg) -> &Word| word(&flow.legs[CLIENT]).get() + word(&flow.legs[ENDPOINT]).get();
-        let last = flow.legs[ENDPOINT].last.get();
         let told = (flow.legs[CLIENT].told.get() as u32).wrapping_add(flow.legs[CLIENT].shift().ack);
         Self {
             state: state_of(flow),
@@ -48,7 +45,6 @@ impl Seen {
             refusal: flow.refusal.get(),
             finished: flow.legs[ENDPOINT].closed.get() != 0,
             told_all: !after(flow.legs[ENDPOINT].highest.get() as u32, told),
-            last: last & ((1 << 40) - 1),
             bytes: flow.legs[ENDPOINT].bytes.get(),
             segments: flow.legs[ENDPOINT].segments.get(),
             packets: sum(|leg| &leg.packets),

@@ -17,7 +17,7 @@ use penstock_common::{
 };
 use thiserror::Error;
 
-use super::{Seen, TcpConnection, Wire, WireError, agree, inject::reset, seen::state_of};
+use super::{LastBytes, Seen, TcpConnection, Wire, WireError, agree, inject::reset, seen::state_of};
 use crate::kernel::socket;
 
 /// The record of a flow. Dropping it makes the programs forget the flow, after a time if the client has all of the stream.
@@ -39,6 +39,7 @@ impl Watched {
         for (leg, connection) in [client, endpoint].into_iter().enumerate() {
             watched.set_facts(leg, connection.facts);
         }
+        wire.records.table.make_ring(index)?;
         watched.flow().state.atomic().store(state::WATCHED, Ordering::Release);
         for (leg, connection) in [client, endpoint].into_iter().enumerate() {
             wire.records.table.announce(index, leg, connection.facts.ends)?;
@@ -179,6 +180,14 @@ impl Watched {
 
     pub fn seen(&self) -> Seen {
         Seen::of(self.flow())
+    }
+
+    /// The last bytes that the flow has carried. Only after its end.
+    pub fn last_bytes(&self) -> LastBytes {
+        self.wire.records.table.last_bytes(self.index).unwrap_or_else(|error| {
+            tracing::warn!(%error, "could not read the last bytes of a flow");
+            LastBytes::default()
+        })
     }
 
     fn state(&self) -> u64 {

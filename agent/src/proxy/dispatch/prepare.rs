@@ -60,8 +60,7 @@ pub(in crate::proxy) async fn prepare(
 fn client_leg(worker: &Worker, client: &Client, request: &Request) -> Result<TcpConnection, SteerReason> {
     let socket = if let Client::Http1(socket) = client { Some(socket) } else { None };
     let pool = &worker.shared.config.pools[request.pool];
-    let told = matches!(&pool.picker, Picker::Epp(epp) if
-        matches!(epp.response_to_picker, ResponseToPicker::Usage | ResponseToPicker::Body));
+    let told = matches!(&pool.picker, Picker::Epp(epp) if epp.response_to_picker == ResponseToPicker::Body);
     may_watch(&RequestFacts {
         http2: socket.is_none(),
         tls: socket.is_some_and(ClientSocket::is_tls),

@@ -1,162 +1,16 @@
 //! The rule of path `wire`: when a flow begins, which packets pass, and when it ends.
 
-use penstock_common::{
-    slot::Word,
-    wire::{
-        flow::{CLIENT, ENDPOINT, Facts, Flow, mark, state},
-        header::{ACK, FIN, RST, SYN, Shift},
-        judge::{Leaving, Packet, Socket, Verdict, WireKernel, arrive, leave, refusal},
-    },
+mod ring;
+mod scene;
+
+use penstock_common::wire::{
+    flow::{CLIENT, ENDPOINT, mark, state},
+    header::{ACK, FIN, RST, SYN, Shift},
+    judge::{Leaving, Packet, Verdict, arrive, refusal},
 };
 use proptest::prelude::*;
 
-const MS: u64 = 1_000_000;
-
-/// The agent's two sockets, and what the rule told it.
-struct Sockets {
-    sockets: [Option<Socket>; 2],
-    events: u32,
-    /// What the program on another CPU stores before the next exchanges, the last first.
-    meanwhile: Vec<Option<u64>>,
-}
-
-impl WireKernel for Sockets {
-    fn socket(&mut self, _: &Flow, leg: usize) -> Option<Socket> {
-        self.sockets[leg]
-    }
-
-    fn load_acquire(&mut self, word: &Word) -> u64 {
-        word.get()
-    }
-
-    fn store_release(&mut self, word: &Word, value: u64) {
-        word.set(value);
-    }
-
-    fn compare_exchange(&mut self, word: &Word, old: u64, new: u64) -> bool {
-        if let Some(value) = self.meanwhile.pop().flatten() {
-            word.set(value);
-        }
-        let same = word.get() == old;
-        if same {
-            word.set(new);
-        }
-        same
-    }
-
-    fn add(&mut self, word: &Word, n: u64) {
-        word.set(word.get() + n);
-    }
-
-    fn event(&mut self) {
-        self.events += 1;
-    }
-}
-
-/// The numbers at which a flow begins: what each peer sends next, and what the agent sends next to each.
-#[derive(Clone, Copy, Debug)]
-struct Numbers {
-    client: u32,
-    to_client: u32,
-    endpoint: u32,
-    to_endpoint: u32,
-}
-
-const NUMBERS: Numbers = Numbers { client: 1000, to_client: 2000, endpoint: 5000, to_endpoint: 7000 };
-
-struct Scene {
-    flow: Flow,
-    kernel: Sockets,
-    numbers: Numbers,
-}
-
-impl Scene {
-    /// An armed flow that has seen every direction.
-    fn armed(numbers: Numbers) -> Self {
-        let mut flow = Flow::default();
-        flow.legs[CLIENT].facts = Facts {
-            cookie: 1,
-            received: 100,
-            acked: 50,
-            timestamps: 1,
-            peer_scale: 7,
-            own_scale: 3,
-            largest: 1448,
-            clock: 10,
-            ..Facts::default()
-        };
-        flow.legs[ENDPOINT].facts = Facts {
-            cookie: 2,
-            received: 50,
-            acked: 100,
-            timestamps: 1,
-            peer_scale: 2,
-            own_scale: 9,
-            clock: 77,
-            ..Facts::default()
-        };
-        let Numbers { client, to_client, endpoint, to_endpoint } = numbers;
-        let socket =
-            |rcv_nxt, snd_nxt, received, acked| Some(Socket { rcv_nxt, snd_nxt, snd_una: snd_nxt, received, acked });
-        let sockets = [socket(client, to_client, 100, 50), socket(endpoint, to_endpoint, 50, 100)];
-        let mut scene = Self { flow, kernel: Sockets { sockets, events: 0, meanwhile: Vec::new() }, numbers };
-        scene.flow.state.set(state::WATCHED);
-        assert_eq!(scene.leave(CLIENT, 1, ACK), Leaving::Pass);
-        assert_eq!(scene.leave(ENDPOINT, 2, ACK), Leaving::Pass);
-        assert_eq!(scene.client_sends(scene.ack(0, 0)), Verdict::Pass);
-        scene.flow.state.set(1 << 8 | state::ARMED);
-        scene
-    }
-
-    fn begun(numbers: Numbers) -> Self {
-        let mut scene = Self::armed(numbers);
-        assert_eq!(scene.endpoint_sends(scene.data(0, 10)), Verdict::Forward);
-        assert_eq!((state::of(scene.flow.state.get()), scene.kernel.events), (state::ACTIVE, 1));
-        scene
-    }
-
-    fn packet(seq: u32, ack: u32, flags: u8, payload: u32) -> Packet {
-        Packet {
-            seq,
-            ack,
-            window: 1000,
-            flags,
-            payload,
-            largest: payload,
-            timestamped: 1,
-            tsval: 123,
-            last: 0,
-            interface: 4,
-            now_ns: 500 * MS,
-        }
-    }
-
-    /// A packet of the endpoint's with payload; `at` counts from where the flow begins.
-    fn data(&self, at: u32, payload: u32) -> Packet {
-        Self::packet(self.numbers.endpoint.wrapping_add(at), self.numbers.to_endpoint, ACK, payload)
-    }
-
-    /// An acknowledgement by the client of what the endpoint sent up to `up_to`; the client has sent `sent` bytes since.
-    fn ack(&self, sent: u32, up_to: u32) -> Packet {
-        Self::packet(self.numbers.client.wrapping_add(sent), self.numbers.to_client.wrapping_add(up_to), ACK, 0)
-    }
-
-    fn client_sends(&mut self, packet: Packet) -> Verdict {
-        arrive(&self.flow, CLIENT, &packet, &mut self.kernel)
-    }
-
-    fn endpoint_sends(&mut self, packet: Packet) -> Verdict {
-        arrive(&self.flow, ENDPOINT, &packet, &mut self.kernel)
-    }
-
-    fn leave(&mut self, leg: usize, cookie: u64, flags: u8) -> Leaving {
-        leave(&self.flow, leg, cookie, flags, 9, &mut self.kernel)
-    }
-
-    fn state(&self) -> u64 {
-        state::of(self.flow.state.get())
-    }
-}
+use self::scene::{NUMBERS, Numbers, Scene};
 
 #[test]
 fn each_refusal_leaves_the_packet_to_the_relay() {
@@ -422,26 +276,6 @@ proptest! {
         scene.endpoint_sends(last);
         prop_assert_eq!(scene.state(), state::ENDED);
     }
-}
-
-#[test]
-fn last_bytes_are_kept_across_segments() {
-    let mut scene = Scene::begun(NUMBERS);
-    for (at, payload, last, kept) in [
-        (10, 5, 0x11_2233_4455, 0x11_2233_4455),
-        (15, 2, 0x99_9999_6677, 0x33_4455_6677),
-        (17, 9, 0xaa_bbcc_ddee, 0xaa_bbcc_ddee),
-        // Bytes before it are missing.
-        (30, 1, 0x99_9999_9988, 0x88),
-    ] {
-        scene.endpoint_sends(Packet { last, ..scene.data(at, payload) });
-        assert_eq!(scene.flow.legs[ENDPOINT].last.get() & ((1 << 40) - 1), kept, "{at}");
-    }
-    // Another CPU is done with the bytes after these.
-    let later = u64::from(NUMBERS.endpoint + 50) << 40 | 0x77;
-    scene.kernel.meanwhile = vec![Some(later), None];
-    scene.endpoint_sends(Packet { last: 0x66, ..scene.data(31, 9) });
-    assert_eq!((scene.flow.legs[ENDPOINT].last.get(), scene.kernel.meanwhile.len()), (later, 0));
 }
 
 /// Before the flow began, the endpoint had the larger window of the agent.
