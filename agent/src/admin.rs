@@ -1,10 +1,11 @@
-//! The admin server: `/livez`, `/readyz`, `/metrics`.
+//! The admin server: `/livez`, `/readyz`, `/metrics`, `/flows`.
 //!
 //! Runs on its own thread and runtime and holds data-plane locks only while copying, so it answers even if the data
 //! plane is stuck. Each connection carries one request and has a time limit. Probes are answered under overload: a new
 //! connection replaces the oldest one, and file descriptors are reserved for it.
 
 mod answer;
+mod flows;
 mod places;
 
 use std::{
@@ -23,6 +24,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{net::TcpStream, sync::oneshot, task::LocalSet};
 
 use crate::{
+    kernel::wire::Registry,
     metrics::Metrics,
     panics::PanicWatch,
     readiness::Readiness,
@@ -58,15 +60,16 @@ impl Drop for AdminHandle {
 }
 
 /// Serves requests on `listener`. `verbose` returns the lines that `/readyz?verbose` adds; it runs on the admin thread
-/// and must not block.
+/// and must not block. `flows` are those of path `wire`, if it is in use.
 pub fn start(
     listener: TcpListener,
     metrics: Arc<Metrics>,
     readiness: Readiness,
     verbose: impl Fn() -> Vec<String> + Send + Sync + 'static,
+    flows: Option<Arc<Registry>>,
     watch: &PanicWatch,
 ) -> io::Result<AdminHandle> {
-    let answers = Answers::new(metrics, readiness, Box::new(verbose));
+    let answers = Answers::new(metrics, readiness, Box::new(verbose), flows);
     let bounds = Bounds { connections: 128, head: Duration::from_secs(5), whole: Duration::from_secs(30) };
     serve(listener, answers, bounds, watch)
 }
@@ -151,9 +154,10 @@ async fn connection(
     reserve: Rc<Reserve>,
     bounds: Bounds,
 ) {
+    let is_local = stream.peer_addr().is_ok_and(|peer| peer.ip().to_canonical().is_loopback());
     let service = service_fn(|request| {
         place.answering();
-        let answer = answers.answer(&request);
+        let answer = answers.answer(&request, is_local);
         async { Ok::<_, Infallible>(answer) }
     });
     let connection = http1::Builder::new()
@@ -196,7 +200,7 @@ mod tests {
         let metrics = Metrics::new(&["a".to_owned()]);
         let readiness = Readiness::new();
         let verbose = || vec!["steering: active (ingress)".to_owned(), "pools: 1".to_owned()];
-        let answers = Answers::new(Arc::clone(&metrics), readiness.clone(), Box::new(verbose));
+        let answers = Answers::new(Arc::clone(&metrics), readiness.clone(), Box::new(verbose), None);
         let listener = TcpListener::bind(ANY_PORT).unwrap();
         let watch = PanicWatch::new(&readiness, Probe::default());
         Server { metrics, readiness, handle: serve(listener, answers, bounds, &watch).unwrap() }
@@ -272,12 +276,18 @@ mod tests {
             ("POST /nowhere", 404),
             ("POST /metrics", 405),
             ("DELETE /livez", 405),
+            ("POST /flows", 405),
+            ("GET /flows/10.0.0.1:1", 405),
+            ("DELETE /flows/10.0.0.1", 400),
+            ("DELETE /flows/10.0.0.1:1", 404),
+            ("DELETE /flowsandmore", 404),
+            ("DELETE /flows", 200),
             ("OPTIONS /readyz", 405),
             ("HEAD /readyz", 200),
         ] {
             let (found, head, _) = ask(&server, request);
             assert_eq!(found, status, "{request}");
-            assert_eq!(head.contains("allow: get"), status == 405, "{head}");
+            assert_eq!(head.contains("\r\nallow: "), status == 405, "{head}");
         }
     }
 

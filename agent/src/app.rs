@@ -25,6 +25,7 @@ use crate::{
     capability,
     config::{Config, Limits},
     inference_pools::{self, KnownPools},
+    kernel::wire::Registry,
     kubernetes::{self, KubernetesDiscovery},
     ladder::Ladder,
     listeners::Listeners,
@@ -101,9 +102,10 @@ impl Agent {
         let room = Room::new(config.listen.max_connections, count);
         shared.metrics.set_connections_limit(config.listen.max_connections);
         let status = ladder.lines().into_iter().chain(no_spill(&config.limits)).chain(privileges.lines()).collect();
-        let admin = capability::with(&[], || start_admin(admin, &shared, &readiness, &room, status, &watch))?;
-
         let steering = ladder.steering();
+        let flows = steering.wire().map(|wire| wire.flows());
+        let admin = capability::with(&[], || start_admin(admin, &shared, &readiness, &room, status, flows, &watch))?;
+
         supervise(&steering, &sockets, &shared.metrics, &watch)?;
         let acceptor = certificate
             .map(|certificate| certificate.acceptor(config.listen.http2_max_streams > 0, config.listen.tls_handshakes));
@@ -285,11 +287,12 @@ fn start_admin(
     readiness: &Readiness,
     room: &Arc<Room>,
     status: Vec<String>,
+    flows: Option<Arc<Registry>>,
     watch: &PanicWatch,
 ) -> Result<AdminHandle> {
     let room = Arc::clone(room);
     let verbose = move || status.iter().cloned().chain([room.describe()]).collect();
-    let admin = admin::start(listener, Arc::clone(&shared.metrics), readiness.clone(), verbose, watch);
+    let admin = admin::start(listener, Arc::clone(&shared.metrics), readiness.clone(), verbose, flows, watch);
     admin.context("cannot start the admin server")
 }
 

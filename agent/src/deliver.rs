@@ -16,7 +16,7 @@ pub use frames::{FrameCoding, Frames, Sink};
 pub use response::Delivery;
 pub use tunnel::Tunnel;
 
-use crate::{client::patience, steer::session::Ended};
+use crate::{client::patience, kernel::wire::FlowStop, steer::session::Ended};
 
 /// How a delivery ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,6 +36,8 @@ pub enum End {
     Over,
     /// The agent stops, and the kernel carries the rest.
     Left,
+    /// Something outside of a flow on path `wire` ended it.
+    Stopped(FlowStop),
 }
 
 impl End {
@@ -48,6 +50,7 @@ impl End {
             Self::Idle => "idle_timeout",
             Self::Over => "over",
             Self::Left => "left",
+            Self::Stopped(why) => why.reason(),
         }
     }
 }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use penstock_tests::{
-    Between, BodyEnd, Client, Mounted, Plan, Process,
+    Between, BodyEnd, Client, Mounted, Plan, Process, Request,
     agent_process::AgentProcess,
     client::{Pace, Piece},
     content::Checker,
@@ -151,6 +151,35 @@ async fn killed_agent_leaves_its_streams_to_the_next() {
     last.finish().await;
     assert!(second.process.ended(SOON).await.unwrap().success());
     assert_eq!(agents(&stage.bpffs), [""; 0]);
+}
+
+#[tokio::test]
+async fn adopted_flow_is_ended_by_the_admin_port() {
+    let stage = Stage::new("at_stop = \"finish\"\n");
+    let mut first = stage.agent().await;
+    let (kept, mut cut) = (stage.begin().await, stage.begin().await);
+    first.process.kill().unwrap();
+    let second = stage.agent().await;
+    let mut admin = Client::connect(second.admin).await.unwrap();
+    let list: Vec<serde_json::Value> = admin.request(&Request::get("/flows")).await.unwrap().json().unwrap();
+    assert!(list.len() == 2 && list.iter().all(|flow| flow["adopted"] == true), "{list:?}");
+    let path = format!("/flows/{}", cut.client.local_addr().unwrap());
+    let mut admin = Client::connect(second.admin).await.unwrap();
+    assert_eq!(admin.request(&Request::new("DELETE", &path)).await.unwrap().text(), "{\"ended\":1}\n");
+    let ended = async |reason: &str, count: f64| {
+        let deadline = std::time::Instant::now() + SOON;
+        let labels = [&*format!("reason=\"{reason}\"")];
+        while second.metric("penstock_adopted_flows_ended_total", &labels).await.unwrap() != count {
+            assert!(std::time::Instant::now() < deadline, "{:#?}", second.process.output());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    ended("deleted", 1.0).await;
+    let read = cut.client.read_body(Pace::Fast, |bytes| Ok(cut.checker.feed(bytes)?)).await.unwrap();
+    assert_eq!(read.end, BodyEnd::Reset);
+    eventually(SOON, || stage.between.server.aborted() == 1).await;
+    kept.finish().await;
+    ended("ok", 1.0).await;
 }
 
 #[tokio::test]

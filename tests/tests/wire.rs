@@ -4,7 +4,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use penstock_agent::config::{Config, FailureMode, Interfaces, Pool, ResponseToPicker, SteeringMode};
 use penstock_tests::{
-    Between, BodyEnd, Client, Plan, Request,
+    Between, BodyEnd, Checker, Client, Plan, Request,
     agent::{TestAgent, builtin_pool, epp_pool},
     client::{ConnectionEnd, Pace, Piece},
     eventually,
@@ -320,4 +320,68 @@ async fn idle_stream_is_reset_on_both_sides() {
     assert!(read.is_err() || read.is_ok_and(|read| read.end != BodyEnd::Complete), "the body looks complete");
     eventually(SOON, || stage.requests("idle_timeout") == 1 && stage.between.server.connections_open() == 0).await;
     assert!(stage.carried("wire") > 0);
+}
+
+/// A stream that has begun and does not end by itself, of which the client has read something that the kernel carried.
+async fn running(stage: &Stage) -> (Client, Checker) {
+    let plan = plan(Framing::Chunked, 20 * KIB, 1 << 40);
+    let mut client = stage.client().await;
+    client.send(&streamed(&plan)).await.unwrap();
+    client.head().await.unwrap();
+    let mut checker = plan.checker();
+    while checker.offset() < MIB {
+        read_some(&mut client, &mut checker).await;
+    }
+    (client, checker)
+}
+
+async fn read_some(client: &mut Client, checker: &mut Checker) {
+    let Piece::Data(data) = client.piece(64 << 10).await.unwrap() else { panic!("an end") };
+    checker.feed(&data).unwrap();
+}
+
+/// The status and document of the admin port.
+async fn flows(stage: &Stage, method: &str, rest: &str) -> (u16, serde_json::Value) {
+    let mut admin = Client::connect(stage.agent.agent.admin_address()).await.unwrap();
+    let response = admin.request(&Request::new(method, &format!("/flows{rest}"))).await.unwrap();
+    (response.status(), response.json().unwrap_or_default())
+}
+
+/// Reads to the end, which must be a reset.
+async fn expect_reset(mut client: Client, mut checker: Checker) {
+    let read = client.read_body(Pace::Fast, |bytes| Ok(checker.feed(bytes)?)).await.unwrap();
+    assert_eq!(read.end, BodyEnd::Reset);
+}
+
+#[tokio::test]
+async fn admin_port_lists_flows_and_ends_one_or_all() {
+    let stage = Stage::new(|_| {});
+    assert_eq!(flows(&stage, "GET", "").await, (200, json!([])));
+    let (one, mut other, third) = (running(&stage).await, running(&stage).await, running(&stage).await);
+    let (status, list) = flows(&stage, "GET", "").await;
+    let listed: Vec<_> = list.as_array().unwrap().iter().map(|flow| flow["client"].as_str().unwrap()).collect();
+    assert_eq!((status, listed.len()), (200, 3), "{list}");
+    for (client, _) in [&one, &other, &third] {
+        assert!(listed.contains(&client.local_addr().unwrap().to_string().as_str()), "{list}");
+    }
+    for flow in list.as_array().unwrap() {
+        assert_eq!((&flow["endpoint"], &flow["adopted"]), (&json!(stage.between.server.addr), &json!(false)), "{list}");
+        assert!(flow["bytes"].as_u64().unwrap() > MIB / 2, "{list}");
+    }
+
+    let address = one.0.local_addr().unwrap();
+    assert_eq!(flows(&stage, "DELETE", &format!("/{address}")).await, (200, json!({ "ended": 1 })));
+    expect_reset(one.0, one.1).await;
+    eventually(SOON, || stage.requests("deleted") == 1 && stage.between.server.aborted() == 1).await;
+    assert_eq!(flows(&stage, "DELETE", &format!("/{address}")).await, (404, json!({ "ended": 0 })));
+    // The others run on.
+    let before = other.1.offset();
+    while other.1.offset() < before + 8 * MIB {
+        read_some(&mut other.0, &mut other.1).await;
+    }
+    assert_eq!(flows(&stage, "DELETE", "").await, (200, json!({ "ended": 2 })));
+    expect_reset(other.0, other.1).await;
+    expect_reset(third.0, third.1).await;
+    eventually(SOON, || stage.requests("deleted") == 3 && stage.between.server.connections_open() == 0).await;
+    assert_eq!(flows(&stage, "GET", "").await, (200, json!([])));
 }

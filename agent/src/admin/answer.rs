@@ -7,7 +7,9 @@ use http_body_util::Full;
 use hyper::body::Bytes;
 use parking_lot::Mutex;
 
+use super::flows;
 use crate::{
+    kernel::wire::Registry,
     metrics::{self, Metrics},
     readiness::Readiness,
 };
@@ -15,6 +17,7 @@ use crate::{
 pub(super) struct Answers {
     pub(super) metrics: Arc<Metrics>,
     readiness: Readiness,
+    flows: Option<Arc<Registry>>,
     verbose: Box<dyn Fn() -> Vec<String> + Send + Sync>,
     scrape: Mutex<Scrape>,
 }
@@ -36,20 +39,27 @@ impl Answers {
         metrics: Arc<Metrics>,
         readiness: Readiness,
         verbose: Box<dyn Fn() -> Vec<String> + Send + Sync>,
+        flows: Option<Arc<Registry>>,
     ) -> Self {
         let scrape = Scrape { text: Bytes::new(), allowed: SCRAPES, at: Instant::now() };
-        Self { metrics, readiness, verbose, scrape: Mutex::new(scrape) }
+        Self { metrics, readiness, flows, verbose, scrape: Mutex::new(scrape) }
     }
 
-    pub(super) fn answer<B>(&self, request: &Request<B>) -> Response<Full<Bytes>> {
+    /// `is_local`: the request came over loopback.
+    pub(super) fn answer<B>(&self, request: &Request<B>, is_local: bool) -> Response<Full<Bytes>> {
         let path = request.uri().path();
+        if let Some(flow) = flows::asked(path) {
+            return if is_local {
+                flows::answer(self.flows.as_deref(), request.method(), flow)
+            } else {
+                text(StatusCode::FORBIDDEN, "only over loopback\n".to_owned())
+            };
+        }
         if !matches!(path, "/livez" | "/readyz" | "/metrics") {
             return text(StatusCode::NOT_FOUND, "not found\n".to_owned());
         }
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
-            let mut answer = text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n".to_owned());
-            answer.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
-            return answer;
+            return not_allowed("GET, HEAD");
         }
         match path {
             "/livez" => text(StatusCode::OK, "ok\n".to_owned()),
@@ -93,11 +103,18 @@ fn is_verbose(query: Option<&str>) -> bool {
     query.is_some_and(|query| query.split('&').any(|pair| pair.split('=').next() == Some("verbose")))
 }
 
-fn text(status: StatusCode, body: String) -> Response<Full<Bytes>> {
+/// `methods` are allowed.
+pub(super) fn not_allowed(methods: &'static str) -> Response<Full<Bytes>> {
+    let mut answer = text(StatusCode::METHOD_NOT_ALLOWED, format!("only {methods}\n"));
+    answer.headers_mut().insert(header::ALLOW, HeaderValue::from_static(methods));
+    answer
+}
+
+pub(super) fn text(status: StatusCode, body: String) -> Response<Full<Bytes>> {
     respond(status, "text/plain; charset=utf-8", body.into())
 }
 
-fn respond(status: StatusCode, content_type: &'static str, body: Bytes) -> Response<Full<Bytes>> {
+pub(super) fn respond(status: StatusCode, content_type: &'static str, body: Bytes) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(body));
     *response.status_mut() = status;
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));

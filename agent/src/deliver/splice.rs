@@ -48,6 +48,7 @@ impl Delivery<'_> {
         let end = tokio::select! {
             biased;
             () = watched.changed(is_over) => None,
+            why = watched.stopped() => Some(End::Stopped(why)),
             () = silent(watched, self.session.idle) => Some(End::Idle),
         };
         let is_left = end.is_none() && watched.is_to_be_left() && !watched.seen().has_ended();

@@ -12,6 +12,7 @@ use crate::{
     config::InferencePoolRef,
     deliver::End,
     http::{coding::CodingError, head::HeadError, response::ResponseError},
+    kernel::wire::FlowStop,
 };
 
 fn manner(format: ErrorFormat) -> Manner<'static> {
@@ -259,7 +260,8 @@ fn every_reason_is_documented_with_its_status() {
 
 #[test]
 fn every_reason_after_the_response_began_is_documented() {
-    let ends = [End::ClientGone, End::Broken, End::Idle, End::Left].map(|end| end.reason().to_owned());
+    let ends = [End::ClientGone, End::Broken, End::Idle, End::Left, End::Stopped(FlowStop::Deleted)]
+        .map(|end| end.reason().to_owned());
     let documented = rows("After the response has begun");
     let aborted = ["agent_stopped", "evicted", "picker_failed", "request_timeout"].map(str::to_owned);
     let mut expected: Vec<_> = ends.into_iter().chain(aborted).collect();

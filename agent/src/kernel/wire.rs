@@ -17,6 +17,7 @@ mod netns;
 mod pins;
 mod qdisc;
 mod records;
+mod registry;
 mod seen;
 mod table;
 #[cfg(test)]
@@ -46,6 +47,7 @@ pub use interface::all as interfaces;
 pub use inventory::{Pinned, detach, pinned};
 pub use netns::is_initial as is_initial_namespace;
 pub use pins::{Namespace, PinError, prepare};
+pub use registry::{FlowStop, ListedFlow, Registry};
 pub use seen::Seen;
 pub use table::LastBytes;
 pub use watched::Watched;
@@ -102,6 +104,7 @@ impl WireError {
 /// the end.
 pub struct Wire {
     records: Arc<Records>,
+    registry: Arc<Registry>,
     _events: RecordEvents,
     attached: Attached,
     flows: MapData,
@@ -134,10 +137,11 @@ impl Wire {
         let (ring, missed): (RingBuf<_>, _) = (take("WIRE_EVENTS")?.try_into()?, take("WIRE_MISSED")?.try_into()?);
         let again =
             |map: &MapData| -> Result<_, WireError> { Ok(MapData::from_fd(map.fd().as_fd().try_clone_to_owned()?)?) };
-        let records = Arc::new(Records::new(Table::new(&flows, again(&legs)?, again(&rings)?)?)?);
+        let records = Arc::new(Records::new(Arc::new(Table::new(&flows, again(&legs)?, again(&rings)?)?))?);
         let events = RecordEvents::start(ring, missed, Arc::clone(&records))?;
         let (attached, is_leaving) = (Attached::none(), AtomicBool::new(false));
-        Ok(Self { records, _events: events, attached, flows, legs, rings, instance: None, is_leaving, ebpf })
+        let registry = Arc::new(Registry::default());
+        Ok(Self { records, registry, _events: events, attached, flows, legs, rings, instance: None, is_leaving, ebpf })
     }
 
     /// Lets maps, and programs that are attached from now on, outlive the process.
@@ -185,6 +189,11 @@ impl Wire {
     /// Watches two connections of the agent, before the request is sent to the endpoint.
     pub fn watch(self: &Arc<Self>, client: TcpConnection, endpoint: TcpConnection) -> Result<Watched, WireError> {
         Watched::begin(self, client, endpoint)
+    }
+
+    /// The flows that have begun.
+    pub fn flows(&self) -> Arc<Registry> {
+        Arc::clone(&self.registry)
     }
 
     /// Notifies `watch` if the thread that waits for events ends.

@@ -17,7 +17,7 @@ use crate::{
     deliver::{End, judge},
     kernel::{
         socket::monotonic_ns,
-        wire::{Adopted, AdoptedFlow, Adoption, LastBytes, Seen, Story, silence},
+        wire::{Adopted, AdoptedFlow, Adoption, FlowStop, LastBytes, Seen, Story, silence},
     },
     shared::Shared,
 };
@@ -90,7 +90,7 @@ impl Keeper {
             one.count(|one, flow| {
                 let (seen, story) = (one.seen(flow), one.story(flow));
                 let last = || one.last_bytes(flow);
-                let Some(reason) = end(&seen, &story, last, shared, force) else { return false };
+                let Some(reason) = end(&seen, &story, flow.stop(), last, shared, force) else { return false };
                 if !seen.is_orderly() || !matches!(reason, Reason::Ended(_)) {
                     one.reset(flow);
                 }
@@ -111,6 +111,7 @@ impl Keeper {
 /// Why a flow is over.
 enum Reason {
     Ended(End),
+    Asked(FlowStop),
     Idle,
     Late,
     Stopped,
@@ -120,6 +121,7 @@ impl Reason {
     fn label(&self) -> &'static str {
         match self {
             Self::Ended(end) => end.reason(),
+            Self::Asked(why) => why.reason(),
             Self::Idle => End::Idle.reason(),
             Self::Late => "request_timeout",
             Self::Stopped => "agent_stopped",
@@ -127,11 +129,19 @@ impl Reason {
     }
 }
 
-fn end(seen: &Seen, story: &Story, last: impl FnOnce() -> LastBytes, shared: &Shared, force: bool) -> Option<Reason> {
+fn end(
+    seen: &Seen,
+    story: &Story,
+    stop: Option<FlowStop>,
+    last: impl FnOnce() -> LastBytes,
+    shared: &Shared,
+    force: bool,
+) -> Option<Reason> {
     let (now, timeouts) = (monotonic_ns(), &shared.config.timeouts);
     let lasted = Duration::from_nanos(now.saturating_sub(story.started_ns));
     match () {
         () if seen.has_ended() => Some(Reason::Ended(judge(seen, story.framing, story.left, &last()).0)),
+        () if stop.is_some() => stop.map(Reason::Asked),
         () if force => Some(Reason::Stopped),
         () if timeouts.idle.is_some_and(|idle| silence(seen, now) >= idle) => Some(Reason::Idle),
         () if timeouts.request.is_some_and(|limit| lasted >= limit) => Some(Reason::Late),

@@ -62,7 +62,7 @@ pub async fn pinned(current: &Rc<Current>, client: &mut ClientSocket, pin: Pin, 
             endpoint.set_resting(true);
             AfterRequest::Abort
         }
-        End::ClientGone | End::Broken | End::Idle | End::Left => AfterRequest::Abort,
+        End::ClientGone | End::Broken | End::Idle | End::Left | End::Stopped(_) => AfterRequest::Abort,
     }
 }
 

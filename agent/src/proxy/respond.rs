@@ -105,7 +105,9 @@ fn not_begun(request: &Request, address: SocketAddr, end: &Result<End, Aborted>)
         Err(Aborted::Stopped) => Error::Stopped,
         Ok(End::ClientGone) => Error::ClientGone,
         Ok(End::Idle) => Error::FirstByte(address),
-        Ok(End::Broken | End::Over | End::Left | End::Complete { .. }) => Error::EndpointClosed(address),
+        Ok(End::Broken | End::Over | End::Left | End::Stopped(_) | End::Complete { .. }) => {
+            Error::EndpointClosed(address)
+        }
     }
 }
 

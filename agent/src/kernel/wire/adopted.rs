@@ -12,8 +12,9 @@ use std::{
 use penstock_common::wire::flow::{CLIENT, ENDPOINT, Ends, state};
 
 use super::{
-    LINGER, LastBytes, Seen, Wire, WireError, attach, inject,
+    FlowStop, LINGER, LastBytes, Seen, Wire, WireError, attach, inject,
     pins::{FoundFolder, Instance, Namespace},
+    registry::Registered,
     seen::state_of,
     table::Table,
 };
@@ -30,7 +31,7 @@ pub struct Adoption {
 /// One instance without an owner.
 pub struct Adopted {
     instance: Instance,
-    table: Table,
+    table: Arc<Table>,
     wire: Arc<Wire>,
     flows: Vec<AdoptedFlow>,
     /// Flows that have been counted, and when.
@@ -44,6 +45,7 @@ pub struct AdoptedFlow {
     pub endpoint: SocketAddr,
     /// Keeps the port towards the endpoint, so that no new connection from it ends the flow.
     _port: Option<socket2::Socket>,
+    registered: Registered,
 }
 
 /// What the dead agent has left about the response.
@@ -111,7 +113,7 @@ impl Adoption {
 
 impl Adopted {
     fn open(instance: Instance, wire: &Arc<Wire>) -> Result<Self, WireError> {
-        let table = Table::pinned(&instance.folder.at("."))?;
+        let table = Arc::new(Table::pinned(&instance.folder.at("."))?);
         let mut one = Self { instance, table, wire: Arc::clone(wire), flows: Vec::new(), lingering: Vec::new() };
         for index in 0..one.table.len() {
             let flow = one.table.words(index);
@@ -121,11 +123,11 @@ impl Adopted {
                 // Its sockets are closed, and have told the peers.
                 state::WATCHED | state::ARMED if is_known => one.table.forget(index, one.table.ends(index)),
                 state::ACTIVE | state::ENDED if is_known && !is_counted => {
-                    one.flows.push(AdoptedFlow::of(&one.table, index));
+                    one.flows.push(AdoptedFlow::of(wire, &one.table, index));
                 }
-                state::REPLACED if !is_counted => one.flows.push(AdoptedFlow::of(&one.table, index)),
+                state::REPLACED if !is_counted => one.flows.push(AdoptedFlow::of(wire, &one.table, index)),
                 state::ACTIVE | state::ENDED if is_known => {
-                    one.lingering.push((Instant::now(), AdoptedFlow::of(&one.table, index)));
+                    one.lingering.push((Instant::now(), AdoptedFlow::of(wire, &one.table, index)));
                 }
                 _ => {}
             }
@@ -202,10 +204,16 @@ impl Adopted {
 }
 
 impl AdoptedFlow {
-    fn of(table: &Table, index: u32) -> Self {
+    fn of(wire: &Wire, table: &Arc<Table>, index: u32) -> Self {
         let ends = table.ends(index);
         let port = reserve(own(&ends[ENDPOINT])).ok();
-        Self { index, client: peer(&ends[CLIENT]), endpoint: peer(&ends[ENDPOINT]), _port: port }
+        let registered = wire.registry.enter(table, index, true);
+        Self { index, client: peer(&ends[CLIENT]), endpoint: peer(&ends[ENDPOINT]), _port: port, registered }
+    }
+
+    /// Why something outside of the flow wants it ended, if it does.
+    pub fn stop(&self) -> Option<FlowStop> {
+        self.registered.stop()
     }
 }
 

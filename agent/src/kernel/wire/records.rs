@@ -36,7 +36,7 @@ const THREAD: &str = "penstock-wire";
 const RECLAIM: Duration = Duration::from_secs(1);
 
 pub(super) struct Records {
-    pub(super) table: Table,
+    pub(super) table: Arc<Table>,
     free: Mutex<Vec<u32>>,
     /// Records that no key leads to any more, and that a running program may still use.
     retired: Mutex<Vec<u32>>,
@@ -51,7 +51,7 @@ pub(super) struct Records {
 }
 
 impl Records {
-    pub(super) fn new(table: Table) -> io::Result<Self> {
+    pub(super) fn new(table: Arc<Table>) -> io::Result<Self> {
         let count = table.len();
         Ok(Self {
             table,

@@ -17,7 +17,10 @@ use penstock_common::{
 };
 use thiserror::Error;
 
-use super::{LastBytes, Seen, TcpConnection, Wire, WireError, agree, inject::reset, seen::state_of};
+use super::{
+    FlowStop, LastBytes, Seen, TcpConnection, Wire, WireError, agree, inject::reset, registry::Registered,
+    seen::state_of,
+};
 use crate::kernel::socket;
 
 /// The record of a flow. Dropping it makes the programs forget the flow, after a time if the client has all of the stream.
@@ -26,6 +29,7 @@ pub struct Watched {
     wire: Arc<Wire>,
     /// The next agent takes the flow over.
     is_left: AtomicBool,
+    registered: Registered,
 }
 
 impl Watched {
@@ -33,9 +37,10 @@ impl Watched {
     pub(super) fn begin(wire: &Arc<Wire>, client: TcpConnection, endpoint: TcpConnection) -> Result<Self, WireError> {
         agree(&client, &endpoint)?;
         let index = wire.records.take().ok_or(WireError::Full)?;
-        let watched = Self { index, wire: Arc::clone(wire), is_left: AtomicBool::new(false) };
         // SAFETY: no key leads to the record, so no program uses it; zero is a valid value.
         unsafe { wire.records.table.flow(index).as_ptr().write_bytes(0, 1) };
+        let registered = wire.registry.enter(&wire.records.table, index, false);
+        let watched = Self { index, wire: Arc::clone(wire), is_left: AtomicBool::new(false), registered };
         for (leg, connection) in [client, endpoint].into_iter().enumerate() {
             watched.set_facts(leg, connection.facts);
         }
@@ -156,6 +161,11 @@ impl Watched {
     /// Whether this agent stops, and leaves its flows to the next one.
     pub fn is_to_be_left(&self) -> bool {
         self.wire.is_leaving()
+    }
+
+    /// Resolves when something outside of the flow wants it ended. Cancel-safe.
+    pub async fn stopped(&self) -> FlowStop {
+        self.registered.stopped().await
     }
 
     /// Stores what another agent has to know if this one dies.
