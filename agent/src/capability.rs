@@ -22,6 +22,9 @@ pub const BINDING: Capability = Capability::CAP_NET_BIND_SERVICE;
 /// Capabilities needed to become another user.
 pub const IDENTITY: [Capability; 2] = [Capability::CAP_SETUID, Capability::CAP_SETGID];
 
+/// Capability needed to make the network namespaces in which path `wire` proves itself.
+pub const PROVING: Capability = Capability::CAP_SYS_ADMIN;
+
 /// The capabilities of [`LOADING`] that this thread lacks.
 pub fn missing() -> Vec<Capability> {
     let held = caps::read(None, CapSet::Effective).unwrap_or_default();
@@ -46,13 +49,15 @@ pub fn begin() -> Result<(), CapsError> {
             caps::drop(None, CapSet::Bounding, capability)?;
         }
     }
-    keep(&[&LOADING[..], &IDENTITY, &[BINDING]].concat())
+    keep(&[&LOADING[..], &IDENTITY, &[BINDING, PROVING]].concat())
 }
 
 /// Switches from root to the configured user and groups and drops the capabilities that only this needed. For a
-/// single-threaded process. Keeps the user if the process is not root or no user is configured.
-pub fn become_user(process: &config::Process) -> anyhow::Result<()> {
-    let start = [&LOADING[..], &[BINDING]].concat();
+/// single-threaded process. Keeps the user if the process is not root or no user is configured. `proves`: path `wire` will prove
+/// itself.
+pub fn become_user(process: &config::Process, proves: bool) -> anyhow::Result<()> {
+    let proving = if proves { &[PROVING][..] } else { &[] };
+    let start = [&LOADING[..], &[BINDING], proving].concat();
     let Some(User { uid, gid }) = process.user.filter(|_| Uid::effective().is_root()) else { return Ok(keep(&start)?) };
     let held = caps::read(None, CapSet::Effective)?;
     let lacks: Vec<String> = IDENTITY.iter().filter(|one| !held.contains(one)).map(ToString::to_string).collect();
@@ -139,7 +144,7 @@ mod tests {
     fn begin_limits_capabilities_to_those_of_a_start() {
         std::thread::spawn(|| {
             begin().unwrap();
-            let most = [LOADING.to_vec(), IDENTITY.to_vec(), vec![BINDING]].concat();
+            let most = [LOADING.to_vec(), IDENTITY.to_vec(), vec![BINDING, PROVING]].concat();
             assert!(of_this_thread(CapSet::Permitted).iter().all(|one| most.contains(one)));
             assert_eq!(of_this_thread(CapSet::Bounding), HashSet::new());
             assert_eq!(nix::sys::prctl::get_no_new_privs(), Ok(true));

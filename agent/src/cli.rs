@@ -189,12 +189,13 @@ impl Cli {
             Verb::Epp(epp) => Some(config::Process { user: epp.user.0, groups: Vec::new() }),
             _ => config.as_ref().map(|config| config.process.clone()),
         };
-        if let Some(config) = config.as_ref().filter(|config| config.steering.mode == SteeringMode::Wire)
+        let wire = config.as_ref().filter(|config| config.steering.mode == SteeringMode::Wire);
+        if let Some(config) = wire
             && let Some(user) = config.process.user
         {
             prepare(&config.steering.bpffs, user.gid);
         }
-        let became = process.map_or(Ok(()), |process| capability::become_user(&process));
+        let became = process.map_or(Ok(()), |process| capability::become_user(&process, wire.is_some()));
         // Flushes the queued lines when it is dropped.
         let writer = capability::with(&[], || start_logging(&self.log, self.log_format, self.log_queue_bytes.get()));
         let _writer = match writer {

@@ -8,7 +8,9 @@ use std::{path::Path, process::ExitCode, time::Duration};
 
 use penstock_agent::{
     capability,
-    command::{CgroupError, Check, Kernel, Ladder, Pinned, Program, Rung, RungState, Wire, cgroup, pinned, version},
+    command::{
+        CgroupError, Check, Kernel, Ladder, Pinned, Program, Rung, RungState, WIRE_CASES, Wire, cgroup, pinned, version,
+    },
     config::{self, Bpffs, Config, SteeringMode},
     trial::{self, Trial},
 };
@@ -126,13 +128,20 @@ fn machine(steering: &config::Steering, ladder: &Ladder) -> Vec<Finding> {
     findings
 }
 
-/// Whether the programs of path `wire` can be loaded. The path is on trial, so the verdict does not depend on it.
+/// Whether the programs of path `wire` can be loaded, and pass their self-test. The path is on trial, so the verdict does not depend
+/// on it.
 fn wire() -> Finding {
-    let found = match Wire::load(1) {
-        Ok(_) => "loaded, on trial: used only with steering.mode = \"wire\"".to_owned(),
-        Err(error) => format!("cannot be used: {}", error.reason()),
+    let name = "wire programs".to_owned();
+    if let Err(error) = Wire::load(1) {
+        return Finding { name, ok: true, found: format!("cannot be used: {}", error.reason()), advice: None };
+    }
+    let rung = Rung::prove_wire(WIRE_CASES);
+    let (proven, advice) = match (&rung.state, &rung.unproven) {
+        (RungState::Off(why), _) => (format!("OFF: {why}"), None),
+        (_, Some(why)) => (format!("no self-test: {why}"), Some("start doctor with CAP_SYS_ADMIN".to_owned())),
+        (_, None) => (format!("self-test passed ({} cases)", rung.checks.len()), None),
     };
-    Finding { name: "wire programs".to_owned(), ok: true, found, advice: None }
+    Finding { name, ok: true, found: format!("{proven}; on trial: used only with steering.mode = \"wire\""), advice }
 }
 
 /// The flows of path `wire` in this network namespace.

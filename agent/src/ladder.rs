@@ -17,7 +17,7 @@ use crate::{
         wire::{Adoption, Namespace, Wire, WireError, interfaces},
     },
     metrics::Metrics,
-    selftest::{self, Case, Check},
+    selftest::{self, Case, Check, WIRE_CASES, WireCase},
     steer::SteeringSupport,
 };
 
@@ -72,6 +72,8 @@ pub struct Rung {
     pub checks: Vec<Check>,
     /// Whether flows can take the path.
     pub state: RungState,
+    /// Why no self-test has run, although the path is ready.
+    pub unproven: Option<Arc<str>>,
     /// How an endpoint can observe that its socket is in a map while bytes for it wait there. If it can, upgraded and
     /// pinned connections do not use the path unless the settings demand it.
     pub endpoint_visible: Option<Arc<str>>,
@@ -138,9 +140,13 @@ impl Ladder {
         let mut kernel = Arc::new(kernel);
         let mut first = match kernel.local() {
             Ok(()) => Rung::prove(local, &kernel),
-            Err(why) => {
-                Rung { path: local.path, checks: Vec::new(), state: RungState::Off(why), endpoint_visible: None }
-            }
+            Err(why) => Rung {
+                path: local.path,
+                checks: Vec::new(),
+                state: RungState::Off(why),
+                unproven: None,
+                endpoint_visible: None,
+            },
         };
         match &first.state {
             _ if !asked => first.state = RungState::Unasked,
@@ -178,18 +184,25 @@ impl Ladder {
 
     /// Loads the programs of path `wire` alone, pins and attaches them.
     fn wire(config: &config::Steering) -> Self {
-        let rung = |path, state| Rung { path, checks: Vec::new(), state, endpoint_visible: None };
+        let mut rung = Rung::prove_wire(WIRE_CASES);
         let mut notes = Vec::new();
-        let (program, state, adoption) = match Self::attach_wire(config, &mut notes) {
-            Ok((wire, adoption)) => (Program::Wire(wire), RungState::Ready, adoption),
-            Err(error) => {
+        let attached = match &rung.state {
+            RungState::Ready => Self::attach_wire(config, &mut notes).map_err(|error| {
                 tracing::debug!("{error}");
-                let why: Arc<str> = error.reason().into();
-                (Program::Failed(Arc::clone(&why)), RungState::Off(why), None)
+                error.reason().into()
+            }),
+            RungState::Off(why) => Err(Arc::clone(why)),
+            RungState::Unasked => Err("not requested".into()),
+        };
+        let (program, adoption) = match attached {
+            Ok((wire, adoption)) => (Program::Wire(wire), adoption),
+            Err(why) => {
+                rung.state = RungState::Off(Arc::clone(&why));
+                (Program::Failed(why), None)
             }
         };
-        let others = PATHS.iter().map(|entry| rung(entry.path, RungState::Unasked));
-        let rungs = others.chain([rung(Path::Wire, state)]).collect();
+        let others = PATHS.iter().map(|entry| Rung::new(entry.path, RungState::Unasked));
+        let rungs = others.chain([rung]).collect();
         Self { program, rungs, forced: None, forces_buffers: false, adoption, notes }
     }
 
@@ -222,12 +235,7 @@ impl Ladder {
 
     /// A ladder with every path off for the same reason.
     fn without(program: Program, state: &RungState) -> Self {
-        let off = |entry: &PathTest| Rung {
-            path: entry.path,
-            checks: Vec::new(),
-            state: state.clone(),
-            endpoint_visible: None,
-        };
+        let off = |entry: &PathTest| Rung::new(entry.path, state.clone());
         let rungs = PATHS.iter().map(off).collect();
         Self { program, rungs, forced: None, forces_buffers: false, adoption: None, notes: Vec::new() }
     }
@@ -292,11 +300,17 @@ impl Ladder {
             let reason = match (&rung.state, &self.forced) {
                 (RungState::Off(why), _) => why.to_string(),
                 (RungState::Unasked, _) => "configured".to_owned(),
-                (RungState::Ready, None) => format!("passed{}", rung.visible()),
-                (RungState::Ready, Some(release)) => format!("passed, forced on kernel {release}{}", rung.visible()),
+                (RungState::Ready, None) if rung.unproven.is_some() => {
+                    rung.besides().trim_start_matches(", ").to_owned()
+                }
+                (RungState::Ready, None) => format!("passed{}", rung.besides()),
+                (RungState::Ready, Some(release)) => format!("passed, forced on kernel {release}{}", rung.besides()),
             };
             // If all paths are off for the same reason, the summary includes it already.
             if matches!(rung.state, RungState::Off(_)) && matches!(self.steering(), SteeringSupport::Active(_)) {
+                tracing::warn!("path {}", rung.describe());
+            }
+            if rung.unproven.is_some() {
                 tracing::warn!("path {}", rung.describe());
             }
             metrics.set_steering_path(rung.path, rung.state == RungState::Ready, &reason);
@@ -305,32 +319,54 @@ impl Ladder {
 }
 
 impl Rung {
+    fn new(path: Path, state: RungState) -> Self {
+        Self { path, checks: Vec::new(), state, unproven: None, endpoint_visible: None }
+    }
+
+    /// Runs the self-test of path `wire` where this process may make network namespaces. Where it may not, the path is ready all the
+    /// same: only settings that name it use it.
+    pub fn prove_wire(cases: &[WireCase]) -> Self {
+        let mut rung = Self::new(Path::Wire, RungState::Ready);
+        match selftest::prove_wire(cases) {
+            Ok(checks) => rung.checks = checks,
+            Err(error) => rung.unproven = Some(format!("{error:#}").into()),
+        }
+        rung.judge();
+        rung
+    }
+
     /// Runs the self-test without capabilities, as workers run.
     fn prove(entry: &PathTest, kernel: &Arc<Kernel>) -> Self {
-        let mut rung = Self { path: entry.path, checks: Vec::new(), state: RungState::Ready, endpoint_visible: None };
+        let mut rung = Self::new(entry.path, RungState::Ready);
         let deadline = Instant::now() + selftest::LIMIT;
         match capability::with(&[], || selftest::prove(kernel, entry.path, entry.cases, deadline)) {
             Ok(checks) => rung.checks = checks,
             Err(error) => rung.state = RungState::Off(format!("the self-test could not run: {error:#}").into()),
         }
-        let failed = rung.checks.iter().find_map(|check| Some((check.case, check.failure.as_ref()?)));
-        if let Some((case, failure)) = failed {
-            rung.state = RungState::Off(format!("self-test: {case}: {failure}").into());
-        }
+        rung.judge();
         rung
     }
 
-    fn visible(&self) -> String {
-        match &self.endpoint_visible {
-            Some(how) => format!(", endpoint_visible for upgraded and pinned connections: {how}"),
-            None => String::new(),
+    /// Switches the path off if a check has failed.
+    fn judge(&mut self) {
+        let failed = self.checks.iter().find_map(|check| Some((check.case, check.failure.as_ref()?)));
+        if let Some((case, failure)) = failed {
+            self.state = RungState::Off(format!("self-test: {case}: {failure}").into());
         }
+    }
+
+    /// What else there is to say of a path that is ready.
+    fn besides(&self) -> String {
+        let visible = |how| format!(", endpoint_visible for upgraded and pinned connections: {how}");
+        let unproven = |why| format!(", without a self-test: {why}");
+        let (visible, unproven) = (self.endpoint_visible.as_ref().map(visible), self.unproven.as_ref().map(unproven));
+        visible.into_iter().chain(unproven).collect()
     }
 
     /// The path and its state, as in a line of `/readyz?verbose`.
     fn describe(&self) -> String {
         match &self.state {
-            RungState::Ready => format!("{}: ready{}", self.path.label(), self.visible()),
+            RungState::Ready => format!("{}: ready{}", self.path.label(), self.besides()),
             RungState::Unasked => format!("{}: off (configured)", self.path.label()),
             RungState::Off(why) => format!("{}: off: {why}", self.path.label()),
         }

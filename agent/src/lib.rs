@@ -73,7 +73,7 @@ pub mod command {
             wire::{Pinned, Wire, detach, pinned, prepare},
         },
         ladder::{Ladder, Program, Rung, RungState},
-        selftest::Check,
+        selftest::{Check, WIRE_CASES},
     };
 }
 

@@ -7,6 +7,7 @@
 mod cases;
 mod rig;
 mod visible;
+mod wire;
 
 use std::{
     io::{Read as _, Write as _},
@@ -32,6 +33,9 @@ const LOOPBACK: Duration = Duration::from_secs(2);
 pub const CASES: &[Case] = cases::CASES;
 
 pub use visible::how_visible;
+#[cfg(test)]
+pub(crate) use wire::WIRE_FAILING;
+pub use wire::{WIRE_CASES, WireCase, prove_wire};
 
 /// One requirement of a path.
 pub struct Case {

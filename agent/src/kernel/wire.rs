@@ -13,6 +13,7 @@ mod connection;
 mod inject;
 mod interface;
 mod inventory;
+mod netlink;
 mod netns;
 mod pins;
 mod qdisc;
@@ -22,6 +23,7 @@ mod seen;
 mod table;
 #[cfg(test)]
 mod tests;
+mod trial_net;
 mod watched;
 
 use std::{
@@ -50,6 +52,7 @@ pub use pins::{Namespace, PinError, prepare};
 pub use registry::{FlowStop, ListedFlow, Registry};
 pub use seen::Seen;
 pub use table::LastBytes;
+pub use trial_net::TrialNet;
 pub use watched::Watched;
 
 use self::{

@@ -51,6 +51,16 @@ fn kernel_that_may_lose_bytes_is_refused_unless_forced() {
     assert_eq!(sound.describe(), "steering: active (local, ingress)");
 }
 
+#[test]
+fn wire_is_off_if_a_case_fails_and_ready_if_none_can_run() {
+    let off = Rung::prove_wire(selftest::WIRE_FAILING);
+    assert_eq!(off.describe(), "wire: off: self-test: bad: a hole at 7");
+
+    let unproven = crate::capability::with(&crate::capability::LOADING, || Rung::prove_wire(selftest::WIRE_CASES));
+    let why = "without a self-test: cannot make network namespaces (needs CAP_SYS_ADMIN): Operation not permitted (os error 1)";
+    assert_eq!((unproven.describe(), unproven.checks.len()), (format!("wire: ready, {why}"), 0));
+}
+
 fn climb(config: &config::Steering, entries: &[PathTest; 2]) -> Ladder {
     Ladder::load(config, entries).expect("load")
 }

@@ -1,9 +1,8 @@
 //! Filters of the clsact qdisc, for kernels without TCX: which of them are a given program, and their removal (rtnetlink(7)).
 
-use std::{
-    io,
-    os::fd::{FromRawFd as _, OwnedFd},
-};
+use std::io;
+
+use super::netlink::{self, attribute};
 
 /// `struct nlmsghdr`, then `struct tcmsg`.
 #[repr(C)]
@@ -21,7 +20,6 @@ struct NetlinkMessage {
     info: u32,
 }
 
-const HEADER: usize = 16;
 const LEN: usize = size_of::<NetlinkMessage>();
 const RTM_DELQDISC: u16 = 37;
 const RTM_DELTFILTER: u16 = 45;
@@ -104,68 +102,25 @@ fn filters(interface: u32) -> io::Result<Vec<Filter>> {
     Ok(found)
 }
 
-/// The value of the first attribute of this type.
-fn attribute(mut rest: &[u8], wanted: u16) -> Option<&[u8]> {
-    loop {
-        let (len, kind) = (rest.get(..2)?, rest.get(2..4)?);
-        let len = usize::from(u16::from_ne_bytes([len[0], len[1]]));
-        // The highest bits are flags.
-        if u16::from_ne_bytes([kind[0], kind[1]]) & 0x3fff == wanted {
-            return rest.get(4..len);
-        }
-        rest = rest.get(len.max(4).next_multiple_of(4)..)?;
-    }
-}
-
 fn acknowledged(message: NetlinkMessage, attributes: &[u8]) -> io::Result<()> {
     let flags = (libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16;
     exchange(NetlinkMessage { flags, ..message }, attributes, |_, _| {})
 }
 
-/// Sends a request, and passes each message of the answer with its attributes to `take`.
+/// Sends a request, and passes each message of the answer with its attributes to `take`. An interface or a qdisc that is gone has no
+/// filters.
 fn exchange(message: NetlinkMessage, attributes: &[u8], mut take: impl FnMut(NetlinkMessage, &[u8])) -> io::Result<()> {
-    let socket = open()?;
     let message = NetlinkMessage { len: (LEN + attributes.len()) as u32, seq: 1, ..message };
     // SAFETY: a struct of integers without padding.
     let bytes: [u8; LEN] = unsafe { std::mem::transmute(message) };
-    nix::unistd::write(&socket, &[&bytes[..], attributes].concat())?;
-    let mut buffer = vec![0; 64 << 10];
-    loop {
-        let n = nix::unistd::read(&socket, &mut buffer)?;
-        let mut rest = &buffer[..n];
-        while rest.len() >= HEADER {
-            let len = u32::from_ne_bytes([rest[0], rest[1], rest[2], rest[3]]) as usize;
-            let kind = i32::from(u16::from_ne_bytes([rest[4], rest[5]]));
-            let Some(one) = rest.get(..len.max(HEADER)) else { return Err(io::ErrorKind::InvalidData.into()) };
-            match kind {
-                libc::NLMSG_DONE => return Ok(()),
-                libc::NLMSG_ERROR => return result(one),
-                _ => {}
-            }
-            if let Some(head) = one.first_chunk::<LEN>() {
-                // SAFETY: every value of its bytes is valid.
-                take(unsafe { std::mem::transmute::<[u8; LEN], NetlinkMessage>(*head) }, &one[LEN..]);
-            }
-            rest = rest.get(len.max(HEADER).next_multiple_of(4)..).unwrap_or_default();
+    let answered = netlink::exchange(&[&bytes[..], attributes].concat(), |one| {
+        if let Some(head) = one.first_chunk::<LEN>() {
+            // SAFETY: every value of its bytes is valid.
+            take(unsafe { std::mem::transmute::<[u8; LEN], NetlinkMessage>(*head) }, &one[LEN..]);
         }
-    }
-}
-
-/// The error of an answer; 0 is success. An interface or a qdisc that is gone has no filters.
-fn result(message: &[u8]) -> io::Result<()> {
-    let error = message.get(HEADER..HEADER + 4).and_then(|code| code.try_into().ok()).map_or(0, i32::from_ne_bytes);
-    match -error {
-        0 | libc::ENODEV | libc::ENOENT => Ok(()),
-        error => Err(io::Error::from_raw_os_error(error)),
-    }
-}
-
-fn open() -> io::Result<OwnedFd> {
-    // SAFETY: a system call without pointers.
-    let fd = unsafe { libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::NETLINK_ROUTE) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the call has just created this descriptor, and nothing else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    });
+    answered.or_else(|error| match error.raw_os_error() {
+        Some(libc::ENODEV | libc::ENOENT) => Ok(()),
+        _ => Err(error),
+    })
 }
