@@ -355,7 +355,10 @@ fn carry<K: WireKernel>(flow: &Flow, from: usize, packet: &Packet, kernel: &mut 
     }
     if packet.flags & RST != 0 {
         let at_receiver = packet.seq.wrapping_add(shift.seq) == other.told.get() as u32;
-        if at_receiver || packet.seq == mine.sent() {
+        // A closed socket answers bytes that crossed with its FIN by a reset with the FIN's own number, and Linux takes it
+        // (`tcp_reset_check`).
+        let at_fin = mine.fin.get() != 0 && packet.seq.wrapping_add(1) == mine.fin.get() as u32;
+        if at_receiver || at_fin || packet.seq == mine.sent() {
             reset(flow, from, kernel);
         }
     }

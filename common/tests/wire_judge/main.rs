@@ -202,6 +202,22 @@ fn reset_with_the_next_number_ends_the_flow() {
 }
 
 #[test]
+fn reset_for_bytes_that_crossed_with_a_fin_ends_the_flow() {
+    let Numbers { client, to_client, to_endpoint, .. } = NUMBERS;
+    let mut scene = Scene::begun(NUMBERS);
+    let fin = Packet { flags: FIN | ACK, ..scene.ack(0, 10) };
+    assert_eq!(scene.client_sends(fin), Verdict::Forward);
+    scene.endpoint_sends(Packet { ack: to_endpoint + 1, ..scene.data(10, 5) });
+    let reset = Scene::packet(client, to_client, RST, 0);
+    assert_eq!((scene.client_sends(reset), scene.state()), (Verdict::Forward, state::ENDED));
+    assert!(scene.flow.marks.get() & mark::CLIENT_RESET != 0);
+    // Without a FIN, such a number is one that was acknowledged long ago.
+    let mut scene = Scene::begun(NUMBERS);
+    assert_eq!(scene.client_sends(Scene::packet(client - 1, to_client, RST, 0)), Verdict::Forward);
+    assert_eq!(scene.state(), state::ACTIVE);
+}
+
+#[test]
 fn payload_of_the_client_is_dropped_and_its_end_becomes_a_reset() {
     let Numbers { client, to_client, .. } = NUMBERS;
     for end in [FIN | ACK, RST] {

@@ -37,6 +37,8 @@ async fn main() -> ExitCode {
             round.read,
             round.failed()
         );
+        // At once, for a run that is ended early.
+        round.failures.iter().for_each(|failure| println!("FAILED {failure}"));
     });
     let tallies = match tallies.await {
         Ok(tallies) => tallies,

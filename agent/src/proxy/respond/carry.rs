@@ -131,7 +131,9 @@ async fn bytes(
         delivery.abandon();
     }
     let (path, reason) = match &delivery.wire {
-        Some(watched) if watched.is_unseen() => (Path::Relay, SteerReason::Nat),
+        Some(watched) if matches!(end, Ok(End::Complete { .. })) && watched.is_unseen() => {
+            (Path::Relay, SteerReason::Nat)
+        }
         _ => (path, reason),
     };
     let account = std::mem::take(&mut delivery.session.account);

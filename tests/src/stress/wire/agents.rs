@@ -123,7 +123,9 @@ impl<'a> Agents<'a> {
         for place in [&self.world.client, &self.world.endpoint] {
             for table in ["tcp", "tcp6"] {
                 let read = || std::fs::read_to_string(format!("/proc/thread-self/net/{table}"));
-                all.extend(place.run(read)??.lines().skip(1).map(str::to_owned));
+                // Without those in TIME_WAIT.
+                let open = |line: &&str| line.split_whitespace().nth(3) != Some("06");
+                all.extend(place.run(read)??.lines().skip(1).filter(open).map(str::to_owned));
             }
         }
         Ok(all.join("\n    "))
