@@ -77,6 +77,12 @@ pub fn message(payload: &(dyn Any + Send)) -> &str {
     text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
 }
 
+/// The result of `work`, or the message of its panic.
+fn caught<T>(work: impl FnOnce() -> T) -> Result<T, String> {
+    // The state that a panic leaves behind is not used again.
+    catch_unwind(AssertUnwindSafe(work)).map_err(|panic| message(&*panic).to_owned())
+}
+
 /// Handles the end of a part that the agent cannot do without: the agent becomes unready for good and has to stop.
 #[derive(Clone)]
 pub(crate) struct PanicWatch {
@@ -93,13 +99,12 @@ impl PanicWatch {
 
     /// Runs a thread's work; `part` names it in `/readyz` and in the log. A panic of the work fails the part.
     pub fn run(&self, part: &str, work: impl FnOnce()) {
-        // The state that the work leaves behind is not used again.
         let work = || {
             self.probe.at(Point::Thread(part));
             work();
         };
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(work)) {
-            self.fail(part, message(&*panic));
+        if let Err(why) = caught(work) {
+            self.fail(part, &why);
         }
     }
 
@@ -141,14 +146,11 @@ impl LateWatch {
 
     /// Runs the thread's work. An error or a panic of it fails the part.
     pub fn run<E: Display>(&self, work: impl FnOnce() -> Result<(), E>) {
-        // The state that the work leaves behind is not used again.
-        let why = match catch_unwind(AssertUnwindSafe(work)) {
-            Ok(Ok(())) => return,
-            Ok(Err(error)) => error.to_string(),
-            Err(panic) => message(&*panic).to_owned(),
-        };
-        let _ = self.failure.set(why);
-        self.tell();
+        let result = caught(work).and_then(|result| result.map_err(|error| error.to_string()));
+        if let Err(why) = result {
+            let _ = self.failure.set(why);
+            self.tell();
+        }
     }
 
     /// To be called in the thread's loop.

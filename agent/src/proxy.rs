@@ -80,7 +80,7 @@ pub async fn guarded(
     Err(guard.answer(worker, client).await)
 }
 
-/// The protocols of this list that the agent allows, in the client's order (RFC 9110 §7.8). `None` if there are none.
+/// The protocols of this list that the agent allows, in the client's order (RFC 9110 §7.8). `None` without one.
 fn allowed_of(wanted: &HeaderValue, allowed: &[String]) -> Option<HeaderValue> {
     let is_allowed = |name: &&[u8]| allowed.iter().any(|allowed| name.eq_ignore_ascii_case(allowed.as_bytes()));
     let kept: Vec<&[u8]> = elements(wanted.as_bytes()).filter(is_allowed).collect();

@@ -58,13 +58,8 @@ pub fn run(data: &[u8]) {
     let mut out = BytesMut::new();
     let framing = if ended { RequestFraming::None } else { RequestFraming::Length(body.len() as u64) };
     let endpoint = ([10, 0, 0, 1], 8000).into();
-    write_request(
-        &head.parts,
-        endpoint,
-        framing,
-        head.upgrade.as_ref().map_or(AfterResponse::Keep, AfterResponse::Upgrade),
-        &mut out,
-    );
+    let after = head.upgrade.as_ref().map_or(AfterResponse::Keep, AfterResponse::Upgrade);
+    write_request(&head.parts, endpoint, framing, after, &mut out);
 
     let limits = HeadLimits { bytes: usize::MAX, headers: 128 };
     let shown = out.escape_ascii().to_string();

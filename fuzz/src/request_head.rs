@@ -109,13 +109,8 @@ fn check_accepted(mut head: RequestHead, wire: &[u8]) {
         _ => RequestFraming::Length(body.len() as u64),
     };
     let endpoint = ([10, 0, 0, 1], 8000).into();
-    write_request(
-        &head.parts,
-        endpoint,
-        framing,
-        head.upgrade.as_ref().map_or(AfterResponse::Keep, AfterResponse::Upgrade),
-        &mut out,
-    );
+    let after = head.upgrade.as_ref().map_or(AfterResponse::Keep, AfterResponse::Upgrade);
+    write_request(&head.parts, endpoint, framing, after, &mut out);
     let limits = HeadLimits { bytes: usize::MAX, headers: 128 };
     let (again, taken) =
         parse_request(&out, &limits).expect("the forwarded head is valid").expect("the forwarded head is complete");

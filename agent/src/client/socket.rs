@@ -1,6 +1,13 @@
 //! A client's HTTP/1.1 connection. Writes wait until bytes that the kernel redirected have reached the socket.
 
-use std::{future::poll_fn, io, rc::Rc, time::Duration};
+use std::{
+    future::{Future as _, poll_fn},
+    io,
+    pin::pin,
+    rc::Rc,
+    task::Poll,
+    time::Duration,
+};
 
 use bytes::BytesMut;
 use futures_util::FutureExt as _;
@@ -281,17 +288,31 @@ impl ClientSocket {
         }
         // The end may be visible earlier in the decrypted stream. Bytes read ahead are kept.
         while self.buf.is_empty() {
-            match self.read(AHEAD).await {
-                Ok(1..) => {}
-                Ok(0) if self.half_close == HalfClose::Answer => break,
+            match self.read_unless_unreachable(AHEAD).await {
+                Some(Ok(1..)) => {}
+                Some(Ok(0)) if self.half_close == HalfClose::Answer => break,
                 // The client did not send close_notify, but the request's own framing shows that it is complete.
-                Err(error) if self.half_close == HalfClose::Answer && error.kind() == io::ErrorKind::UnexpectedEof => {
+                Some(Err(error))
+                    if self.half_close == HalfClose::Answer && error.kind() == io::ErrorKind::UnexpectedEof =>
+                {
                     break;
                 }
-                Ok(0) | Err(_) => return,
+                Some(Ok(0) | Err(_)) | None => return,
             }
         }
         self.left().await;
+    }
+
+    /// Like [`read`](Self::read). `None` when the client has become unreachable.
+    async fn read_unless_unreachable(&mut self, room: usize) -> Option<io::Result<usize>> {
+        self.make_room(room);
+        let (wire, buf, watch) = (&mut self.wire, &mut self.buf, &self.watch);
+        poll_fn(|cx| match watch.poll_gone(wire.tcp(), cx) {
+            Poll::Ready(()) => Poll::Ready(None),
+            // Each poll may begin a new read: a pending one has taken nothing.
+            Poll::Pending => pin!(wire.read_buf(buf)).poll(cx).map(Some),
+        })
+        .await
     }
 
     /// Like [`gone`](Self::gone), using only the TCP stream.
