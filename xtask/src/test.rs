@@ -1,24 +1,21 @@
 //! `cargo xtask test`: installs what is missing, builds everything and runs every test. No test is skipped: if the kernel does not
 //! permit what a test needs, that test fails and says so.
 
-use std::{env, thread};
+use std::{env, process::Command, thread};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 use crate::{
-    command::{cargo, find, run},
+    command::{cargo, find, root, run},
     ebpf,
     progress::Steps,
     repeat, setup,
 };
 
-/// Each runner's own variable for how many tests run at once.
-const THREADS: [&str; 2] = ["RUST_TEST_THREADS", "NEXTEST_TEST_THREADS"];
+mod programs;
 
-/// How many tests run at once: most of them wait for most of their time, and some measure what a busy machine spoils.
-fn threads() -> usize {
-    2 * thread::available_parallelism().map_or(2, usize::from)
-}
+/// How many tests a program runs at once. Most of them wait for most of their time, and some measure what a busy machine spoils.
+const THREADS: usize = 4;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -40,31 +37,37 @@ pub(crate) fn main(args: &Args) -> Result<()> {
         setup::test_needs()
     })?;
     steps.step("kernel program", || ebpf::build(ebpf::Warnings::Allow))?;
-    let nextest = find("cargo-nextest").is_some();
-    let runner: &[&str] = if nextest { &["nextest", "run"] } else { &["test", "--tests"] };
     // The tests start the agent and the model servers as processes. Built in one go with them, each crate is compiled once.
     steps.step("build", || run(cargo().args(["build", "--all-targets"])))?;
-    let threads = threads().to_string();
-    let tests = |more: &[&str]| {
-        let mut tests = cargo();
-        tests.args(runner).args(more);
-        for variable in THREADS.into_iter().filter(|variable| env::var_os(variable).is_none()) {
-            tests.env(variable, &threads);
-        }
-        if !nextest && !args.runner.is_empty() {
-            tests.arg("--");
-        }
-        tests.args(&args.runner);
-        tests
-    };
     if let Some(times) = args.repeat {
         let load = if args.beside_other_load { repeat::Load::OtherCommands } else { repeat::Load::Ours };
-        return steps.step("tests, repeated", || repeat::tests(times, load, || tests(&["--no-fail-fast"])));
+        return steps.step("tests, repeated", || {
+            let this = env::current_exe().context("the path of xtask")?;
+            repeat::tests(times, load, || {
+                let mut tests = Command::new(&this);
+                tests.current_dir(root()).arg("test").arg("--").args(&args.runner);
+                tests
+            })
+        });
     }
-    steps.step("tests", || run(&mut tests(&["--no-fail-fast"])))?;
+    steps.step("tests", || tests(&args.runner))?;
     // Neither runner runs these, and the arguments are for the other tests.
     if args.runner.is_empty() {
         steps.step("tests in documentation", || run(cargo().args(["test", "--doc"])))?;
     }
     Ok(())
+}
+
+/// Runs every test: by nextest if it is installed, because it ends a test that hangs.
+fn tests(arguments: &[String]) -> Result<()> {
+    let cores = thread::available_parallelism().map_or(2, usize::from);
+    if find("cargo-nextest").is_none() {
+        return programs::run(programs::all()?, arguments, THREADS, cores);
+    }
+    let mut nextest = cargo();
+    nextest.args(["nextest", "run", "--no-fail-fast"]).args(arguments);
+    if env::var_os("NEXTEST_TEST_THREADS").is_none() {
+        nextest.env("NEXTEST_TEST_THREADS", (THREADS * cores).to_string());
+    }
+    run(&mut nextest)
 }
