@@ -1,7 +1,8 @@
 //! The access log: one line for each request, pinned connection and adopted flow, with the target `penstock::access`.
 //!
-//! A new field takes two lines, both here: `fields!` declares it with its documentation, and [`routed`] fills it from what the request
-//! has recorded ([`Record`]). The other three functions write the lines that have fewer fields. `cargo xtask settings` writes
+//! `fields!` declares a field with its documentation, and [`routed`] fills it from what the request has recorded ([`Record`], which
+//! has what is known of the client's connection from its `Origin`, made in connection.rs and connection/http2.rs). A value that
+//! neither has must be recorded first. The other three functions write the lines that have fewer fields. `cargo xtask settings` writes
 //! docs/access-log.md from the declarations.
 
 use std::{net::SocketAddr, time::Duration};
