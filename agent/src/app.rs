@@ -35,6 +35,7 @@ use crate::{
     probe::Probe,
     readiness::Readiness,
     reload::ReloadError,
+    reserve,
     room::Room,
     shared::{Shared, names},
     steer::SteeringSupport,
@@ -76,7 +77,7 @@ impl Agent {
             0 => std::thread::available_parallelism().map_or(1, usize::from),
             count => count,
         };
-        raise_descriptor_limit();
+        reserve::raise_limit();
         let metrics = Metrics::new(&names(&config));
         let readiness = Readiness::new();
         let watch = PanicWatch::new(&readiness, probe);
@@ -354,15 +355,4 @@ fn no_spill(limits: &Limits) -> Option<String> {
     let folder = folder.display();
     tracing::warn!(%folder, %error, "no file can be made for request bodies: those of more than limits.body_memory_bytes get 500");
     Some(format!("bodies of more than {kept} bytes: failing, {folder}: {error}"))
-}
-
-/// Raises RLIMIT_NOFILE to its hard limit, because each request may hold two descriptors.
-fn raise_descriptor_limit() {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
-        && soft < hard
-        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
-    {
-        tracing::warn!(%error, soft, "could not raise RLIMIT_NOFILE");
-    }
 }

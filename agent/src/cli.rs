@@ -4,7 +4,7 @@
 use std::{net::SocketAddr, num::NonZeroUsize, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::Context as _;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand, ValueEnum, builder::RangedU64ValueParser};
 use penstock_agent::{
     Agent, capability,
     command::{detach, prepare},
@@ -124,7 +124,7 @@ struct EppArgs {
     #[arg(long, value_enum, default_value = "self-signed")]
     tls: TlsArgs,
     /// Answer 429 if every eligible endpoint has this many requests in flight.
-    #[arg(long)]
+    #[arg(long, value_parser = at_least_one())]
     max_inflight: Option<usize>,
     /// Wait before each answer, in milliseconds; for tests.
     #[arg(long, default_value_t = 0)]
@@ -134,7 +134,7 @@ struct EppArgs {
     #[arg(long = "session-header")]
     session_headers: Vec<http::HeaderName>,
     /// Maximum size of a request body, in bytes.
-    #[arg(long, default_value_t = 10 << 20)]
+    #[arg(long, default_value_t = 10 << 20, value_parser = at_least_one())]
     max_body: usize,
     /// User and group to become if started as root, `uid:gid`, or `keep`. The file of --client-ca has to be
     /// readable for this user.
@@ -144,15 +144,19 @@ struct EppArgs {
     #[arg(long, value_name = "FILE")]
     client_ca: Option<PathBuf>,
     /// Maximum number of concurrent connections; further ones are closed.
-    #[arg(long, default_value_t = EppServerLimits::default().connections)]
+    #[arg(long, default_value_t = EppServerLimits::default().connections, value_parser = at_least_one())]
     max_connections: usize,
     /// Maximum number of concurrent streams, one per request until its response has ended; further ones get
     /// RESOURCE_EXHAUSTED.
-    #[arg(long, default_value_t = EppServerLimits::default().streams)]
+    #[arg(long, default_value_t = EppServerLimits::default().streams, value_parser = at_least_one())]
     max_streams: usize,
     /// Maximum bytes of request bodies held for all streams; further requests are answered with 503.
-    #[arg(long, default_value_t = EppServerLimits::default().held_bytes)]
+    #[arg(long, default_value_t = EppServerLimits::default().held_bytes, value_parser = at_least_one())]
     max_held: usize,
+}
+
+fn at_least_one() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..)
 }
 
 #[derive(Clone, Copy)]
@@ -214,7 +218,7 @@ impl Cli {
                 config.log_warnings();
                 let signals = Signals::install()?;
                 let agent = Agent::start(config)?;
-                run::until_ended(agent, signals, || configured.read()).map(|()| ExitCode::SUCCESS)
+                run::until_ended(agent, signals, move || configured.read()).map(|()| ExitCode::SUCCESS)
             })),
             Verb::Check(configured) | Verb::Config { verb: ConfigVerb::Check(configured) } => check(&configured),
             Verb::Doctor(doctor) => doctor.run(),
@@ -331,8 +335,11 @@ impl EppArgs {
             self.client_ca.is_none() || matches!(self.tls, TlsArgs::SelfSigned),
             "--client-ca needs --tls self-signed"
         );
-        let read = |file: PathBuf| std::fs::read(&file).with_context(|| format!("cannot read {}", file.display()));
-        let client_ca = self.client_ca.map(read).transpose()?;
+        let client_ca = self.client_ca.as_deref().map(epp_server::client_ca).transpose()?;
+        let twice = self.endpoints.iter().enumerate().find(|(index, one)| self.endpoints[..*index].contains(one));
+        if let Some((_, twice)) = twice {
+            anyhow::bail!("--endpoint {twice} is given twice, expected each endpoint once");
+        }
         let config = EppServerConfig {
             listen: self.listen,
             endpoints: self.endpoints,
@@ -354,7 +361,8 @@ impl EppArgs {
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
-            let listener = tokio::net::TcpListener::bind(config.listen).await?;
+            let listener = tokio::net::TcpListener::bind(config.listen).await;
+            let listener = listener.with_context(|| format!("cannot listen on {}", config.listen))?;
             if let Err(error) = capability::keep(&[]) {
                 tracing::warn!(%error, "failed to drop capabilities");
             }

@@ -4,6 +4,7 @@
 //! differences: response bodies are returned piece by piece and never held, and request trailers also end a body. Keeps no state
 //! besides the picker's and that of open streams.
 
+mod accept;
 mod bounds;
 mod health;
 mod refusal;
@@ -24,7 +25,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures_util::{Stream, StreamExt as _, stream};
+use futures_util::{Stream, stream};
 use http::HeaderName;
 use penstock_proto::{
     ext_proc::{
@@ -35,15 +36,13 @@ use penstock_proto::{
     health::health_server::HealthServer,
 };
 use tokio::{net::TcpListener, sync::oneshot, time::timeout};
-use tonic::{
-    Request, Response, Status, Streaming,
-    transport::{Server, server::TcpIncoming},
-};
+use tonic::{Request, Response, Status, Streaming, transport::Server};
 
-use crate::{config::Ejection, endpoint::set::EndpointSet, picker::builtin::BuiltinPicker};
+use crate::{config::Ejection, endpoint::set::EndpointSet, picker::builtin::BuiltinPicker, reserve};
 pub use bounds::EppServerLimits;
+pub use tls::client_ca;
 
-use bounds::{CountedConnection, Quota, Reservation};
+use bounds::{Quota, Reservation};
 use health::HealthService;
 use refusals::Refusals;
 use session::{ExchangeSession, Step};
@@ -90,11 +89,12 @@ pub async fn serve(
     listener: TcpListener,
     shutdown: impl Future<Output = ()> + Send,
 ) -> anyhow::Result<()> {
+    reserve::raise_limit();
     let (limits, refusals) = (config.limits, Arc::<Refusals>::default());
-    let mut server = server(&limits);
-    if config.tls == EppServerTls::SelfSigned {
-        server = server.tls_config(tls::self_signed(config.client_ca.as_deref())?)?;
-    }
+    let tls = match config.tls {
+        EppServerTls::Off => None,
+        EppServerTls::SelfSigned => Some(tls::self_signed(config.client_ca.as_deref())?),
+    };
     let processor = processor(config, Arc::clone(&refusals));
 
     let (stopping, stopped) = oneshot::channel();
@@ -103,10 +103,10 @@ pub async fn serve(
         // Fails only if the server has ended.
         let _ = stopping.send(());
     };
-    let served = server
+    let served = server(&limits)
         .add_service(ExternalProcessorServer::new(processor))
         .add_service(HealthServer::new(HealthService))
-        .serve_with_incoming_shutdown(incoming(listener, limits.connections, refusals), shutdown);
+        .serve_with_incoming_shutdown(accept::incoming(listener, tls, &limits, refusals), shutdown);
     let drained = async {
         if stopped.await.is_ok() {
             tokio::time::sleep(DRAIN).await;
@@ -159,28 +159,6 @@ fn server(limits: &EppServerLimits) -> Server {
         .initial_connection_window_size(16 << 20)
         // Detects unreachable proxies, whose requests must not stay counted.
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
-}
-
-/// Accepted connections. Those above the limit are closed at once.
-fn incoming(
-    listener: TcpListener,
-    connections: usize,
-    refusals: Arc<Refusals>,
-) -> impl Stream<Item = std::io::Result<CountedConnection>> {
-    let quota = Quota::new(connections);
-    TcpIncoming::from(listener).with_nodelay(Some(true)).filter_map(move |accepted| {
-        let counted = match accepted {
-            Ok(stream) => match quota.one() {
-                Some(one) => Some(Ok(CountedConnection::new(stream, one))),
-                None => {
-                    refusals.add("connections");
-                    None
-                }
-            },
-            Err(error) => Some(Err(error)),
-        };
-        std::future::ready(counted)
-    })
 }
 
 struct Processor {

@@ -62,6 +62,17 @@ pub fn is_exhausted(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(EMFILE | ENFILE | ENOBUFS | ENOMEM))
 }
 
+/// Raises RLIMIT_NOFILE to its hard limit, because a request may hold two descriptors, and a client of `penstock epp` one.
+pub fn raise_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    {
+        tracing::warn!(%error, soft, "could not raise RLIMIT_NOFILE");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::fd::AsRawFd as _;

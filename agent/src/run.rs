@@ -5,10 +5,11 @@
 //! elsewhere. Then the port closes, and running requests may finish within `timeouts.drain`. Then what still runs is
 //! aborted. A second signal aborts immediately.
 
-use std::{io, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
+    task::{JoinHandle, spawn_blocking},
     time::Instant,
 };
 
@@ -59,12 +60,18 @@ impl From<&Timeouts> for Leave {
 pub fn until_ended(
     agent: Agent,
     signals: Signals,
-    read: impl Fn() -> Result<Config, ConfigErrors>,
+    read: impl Fn() -> Result<Config, ConfigErrors> + Send + Sync + 'static,
 ) -> anyhow::Result<()> {
     let Signals { runtime, terminate, interrupt, hangup } = signals;
-    runtime.block_on(live(&agent, StopSignals { terminate, interrupt }, hangup, read));
+    let agent = Arc::new(agent);
+    let reloads = Reloads { agent: Arc::clone(&agent), read: Arc::new(read), running: None, again: false };
+    runtime.block_on(live(&agent, StopSignals { terminate, interrupt }, hangup, reloads));
+    runtime.shutdown_background();
     let failed = agent.has_failed();
-    agent.join();
+    match Arc::into_inner(agent) {
+        Some(agent) => agent.join(),
+        None => tracing::warn!("a reload still reads its files, stopping without it"),
+    }
     tracing::info!("stopped");
     anyhow::ensure!(!failed, "a part of the agent failed, see the log");
     Ok(())
@@ -85,18 +92,53 @@ impl StopSignals {
     }
 }
 
-async fn live(
+/// Reloads of the configuration, one at a time. Each runs on its own thread: reading a file may take as long as its filesystem
+/// likes, and the agent must answer signals meanwhile.
+struct Reloads<R> {
+    agent: Arc<Agent>,
+    read: Arc<R>,
+    running: Option<JoinHandle<Option<Leave>>>,
+    /// Another was asked for while one was running.
+    again: bool,
+}
+
+impl<R: Fn() -> Result<Config, ConfigErrors> + Send + Sync + 'static> Reloads<R> {
+    fn start(&mut self) {
+        if self.running.is_some() {
+            tracing::warn!("the previous reload still reads its files, reloading again after it");
+            self.again = true;
+            return;
+        }
+        let (agent, read) = (Arc::clone(&self.agent), Arc::clone(&self.read));
+        self.running = Some(spawn_blocking(move || reload(&agent, &*read)));
+    }
+
+    /// The result of the running reload; never resolves without one. Cancel-safe.
+    async fn done(&mut self) -> Option<Leave> {
+        let Some(running) = &mut self.running else { return std::future::pending().await };
+        let result = running.await;
+        self.running = None;
+        if std::mem::take(&mut self.again) {
+            self.start();
+        }
+        // A panic is logged and counted, and changes nothing.
+        result.ok().flatten()
+    }
+}
+
+async fn live<R: Fn() -> Result<Config, ConfigErrors> + Send + Sync + 'static>(
     agent: &Agent,
     mut stop: StopSignals,
     mut hangup: Signal,
-    read: impl Fn() -> Result<Config, ConfigErrors>,
+    mut reloads: Reloads<R>,
 ) {
     let mut leave = Leave::from(&agent.config().timeouts);
     loop {
         tokio::select! {
             () = stop.requested() => break,
             () = agent.failed() => break,
-            _ = hangup.recv() => leave = reload(agent, &read).unwrap_or(leave),
+            _ = hangup.recv() => reloads.start(),
+            done = reloads.done() => leave = done.unwrap_or(leave),
         }
     }
     tracing::info!(lame_duck = ?leave.lame_duck, deadline = ?leave.drain, "draining");

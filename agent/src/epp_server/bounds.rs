@@ -3,27 +3,20 @@
 //! Each is a quota. A reservation is returned when it is dropped.
 
 use std::{
-    io,
-    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
-    task::{Context, Poll},
     time::Duration,
 };
-
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::TcpStream,
-};
-use tonic::transport::server::{Connected, TcpConnectInfo};
 
 /// The limits of `penstock epp`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EppServerLimits {
     /// Open connections. Further ones are closed at once. Default 1024.
     pub connections: usize,
+    /// How long a new connection may take for its TLS handshake and HTTP/2's preface. Then it is closed. Default 10 s.
+    pub opening: Duration,
     /// Open streams. Further ones get RESOURCE_EXHAUSTED. Default 65536.
     pub streams: usize,
     /// Bytes of request bodies that are held for all streams. Further ones get 503. Default 1073741824.
@@ -45,6 +38,7 @@ impl Default for EppServerLimits {
     fn default() -> Self {
         Self {
             connections: 1024,
+            opening: Duration::from_secs(10),
             streams: 65_536,
             held_bytes: 1 << 30,
             fields: 1024,
@@ -106,46 +100,6 @@ impl Reservation {
 impl Drop for Reservation {
     fn drop(&mut self) {
         self.release();
-    }
-}
-
-/// A connection that is counted while it is open.
-pub(super) struct CountedConnection {
-    stream: TcpStream,
-    _reservation: Reservation,
-}
-
-impl CountedConnection {
-    pub(super) fn new(stream: TcpStream, reservation: Reservation) -> Self {
-        Self { stream, _reservation: reservation }
-    }
-}
-
-impl Connected for CountedConnection {
-    type ConnectInfo = TcpConnectInfo;
-
-    fn connect_info(&self) -> Self::ConnectInfo {
-        self.stream.connect_info()
-    }
-}
-
-impl AsyncRead for CountedConnection {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for CountedConnection {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 

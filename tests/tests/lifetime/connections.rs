@@ -77,6 +77,52 @@ async fn connection_over_limit_gets_503_at_once() {
     assert_eq!(client.request(&Request::get(MODELS)).await.unwrap().status(), 200);
 }
 
+/// Five hundred clients arrive at once at a full agent: each is answered or, beyond a rate, closed; none waits, and those that are
+/// served notice nothing.
+#[tokio::test]
+async fn burst_over_limit_is_refused_and_harms_no_connection() {
+    const BURST: usize = 500;
+    let server = server().await;
+    let agent = limited(&server);
+    let mut held = Vec::new();
+    for _ in 1..LIMIT {
+        held.push(busy(&agent).await);
+    }
+    // More than the buffers in between hold, so that its connection does not become idle.
+    let whole = Plan { size: 32 << 20, ..Plan::default() };
+    let mut served = Client::connect(agent.addr).await.unwrap();
+    served.send(&whole.request()).await.unwrap();
+    assert_eq!(served.head().await.unwrap().status, 200);
+    let clients: Vec<_> = (0..BURST)
+        .map(|_| {
+            let address = agent.addr;
+            tokio::spawn(async move {
+                let mut client = Client::connect(address).await.unwrap();
+                let Ok(refused) = client.request(&Request::get(MODELS)).await else { return false };
+                assert_eq!((refused.status(), refused.error_code().as_str()), (503, "too_many_connections"));
+                assert_eq!(client.until_end().await.unwrap(), ConnectionEnd::Fin);
+                true
+            })
+        })
+        .collect();
+    let mut answered = 0;
+    for client in clients {
+        answered +=
+            usize::from(tokio::time::timeout(SOON, client).await.expect("neither an answer nor a close").unwrap());
+    }
+    println!("{answered} of {BURST} answered");
+    assert!(answered > 0);
+    assert_eq!(agent.count("penstock_client_connections_refused_total", &[]), BURST as u64);
+    assert_eq!(agent.count("penstock_client_connections", &[]), LIMIT as u64);
+    let mut bytes = 0;
+    while bytes < whole.size {
+        match served.piece(usize::MAX).await.unwrap() {
+            Piece::Data(data) => bytes += data.len() as u64,
+            end => panic!("{end:?} after {bytes} bytes"),
+        }
+    }
+}
+
 #[tokio::test]
 async fn tls_connection_over_limit_is_closed() {
     let server = server().await;
@@ -223,4 +269,38 @@ async fn exhausted_descriptors_refuse_clients_but_not_probes() {
         }
         assert!(begin.elapsed() < SOON, "the agent did not recover");
     }
+}
+
+/// An agent whose clients hold every descriptor cannot connect to the endpoint: its own fault, not the endpoint's.
+#[tokio::test]
+async fn exhausted_descriptors_do_not_count_against_endpoints() {
+    let server = server().await;
+    let through = ["prlimit", "--nofile=128:128"];
+    let settings = "[timeouts]\nhead = \"10m\"\n";
+    let agent = AgentProcess::start_through(&through, ANY_PORT, server.addr, "off", settings).await.unwrap();
+    // Connections with a started request are not idle, so none makes room for another.
+    let mut waiting = Vec::new();
+    for _ in 0..200 {
+        let mut stream = TcpStream::connect(agent.addr).await.unwrap();
+        let _ = stream.write_all(b"GET /v1/models HTTP/1.1\r\n").await;
+        waiting.push(stream);
+    }
+    let begin = Instant::now();
+    while agent.metric("penstock_accept_failures_total", &["listener=\"listen\""]).await.unwrap() == 0.0 {
+        assert!(begin.elapsed() < SOON, "the descriptors never ran out");
+    }
+    let first = waiting.remove(0);
+    let mut client = Client::over(first, agent.addr);
+    client.send_raw(b"host: x\r\n\r\n").await.unwrap();
+    let response = tokio::time::timeout(SOON, client.response()).await.expect("no answer").unwrap();
+    assert_eq!((response.status(), response.error_code().as_str()), (503, "local_fault"));
+    assert_eq!(response.header("retry-after"), Some("1"));
+    drop(waiting);
+    let begin = Instant::now();
+    while client.request(&Request::get(MODELS)).await.unwrap().status() != 200 {
+        assert!(begin.elapsed() < SOON, "the agent did not recover");
+    }
+    let count = async |name: &str, labels: &[&str]| agent.metric(name, labels).await.unwrap();
+    assert!(count("penstock_local_faults_total", &["reason=\"open_files\""]).await >= 1.0);
+    assert_eq!(count("penstock_ejections_total", &[]).await, 0.0);
 }

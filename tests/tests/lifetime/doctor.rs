@@ -7,8 +7,10 @@ use std::{
     process::{Command, Output},
 };
 
+use penstock_agent::config::SteeringMode;
 use penstock_tests::{
-    Collector, CollectorBehaviour, Http2Options, Http2Server, ModelServer, Process, Refusing, ScriptedEpp,
+    Collector, CollectorBehaviour, Http2Options, Http2Server, ModelServer, Process, Refusing, ScriptedEpp, TestAgent,
+    agent::builtin_pool,
     agent_process::AgentProcess,
     eventually,
     model_server::Options,
@@ -47,8 +49,8 @@ fn finding<'a>(document: &'a Value, name: &str) -> (bool, &'a str, Option<&'a st
     (found["ok"] == true, found["found"].as_str().unwrap(), found["advice"].as_str())
 }
 
-#[test]
-fn doctor_on_capable_machine_reports_every_path_ready() {
+#[tokio::test]
+async fn doctor_on_capable_machine_reports_every_path_ready() {
     let output = doctor(&[], &["--json"]);
     let document = document(&output);
     assert_eq!((output.status.code(), &document["exit_code"]), (Some(0), &Value::from(0)), "{document:#}");
@@ -56,6 +58,13 @@ fn doctor_on_capable_machine_reports_every_path_ready() {
         let (ok, found, advice) = finding(&document, name);
         assert!(ok && !found.is_empty() && advice.is_none(), "{name}: {document:#}");
     }
+    // What the kernel tells about waiting bytes of a socket in a map, asked here as well.
+    let (ok, found, advice) = finding(&document, "sockets");
+    assert!(ok, "{document:#}");
+    let agent = TestAgent::start(builtin_pool(&[]), SteeringMode::Auto, |_| {});
+    assert_eq!(found.starts_with("endpoint_visible: in a map, "), agent.is_endpoint_visible(), "{found}");
+    assert_eq!(found == "same behaviour inside and outside of a map", !agent.is_endpoint_visible(), "{found}");
+    assert_eq!(advice.is_some_and(|advice| advice.contains("path ingress")), agent.is_endpoint_visible(), "{advice:?}");
     let paths = document["paths"].as_array().unwrap();
     assert_eq!(paths.iter().map(|path| &path["path"]).collect::<Vec<_>>(), ["local", "ingress"]);
     // The text output names the same checks.

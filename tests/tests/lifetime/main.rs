@@ -8,6 +8,7 @@ mod killed;
 mod leaving;
 mod log;
 mod panics;
+mod picker_process;
 mod reload;
 mod reload_waiting;
 

@@ -1,6 +1,6 @@
 //! Reloads: a new configuration applies to requests that begin afterwards, and cuts none that run.
 
-use std::net::SocketAddr;
+use std::{fs::Permissions, net::SocketAddr, os::unix::fs::PermissionsExt as _, time::Duration};
 
 use nix::sys::signal::Signal;
 use penstock_agent::config::{FailureMode, ListenTls, SteeringMode};
@@ -199,4 +199,28 @@ async fn old_name_of_setting_is_logged_at_start_and_reload() {
     let line = agent.process.line("bbr.model_header", SOON).await.unwrap();
     assert!(line.contains("old name"), "{line}");
     agent.process.line("configuration reloaded", SOON).await.unwrap();
+}
+
+/// A file on a filesystem that does not answer, here a named pipe that no one writes, keeps no signal waiting.
+#[tokio::test]
+async fn reload_that_cannot_read_its_file_does_not_delay_the_stop() {
+    let [one, _] = servers().await;
+    let mut agent = AgentProcess::start(ANY_PORT, one.addr, "off", "[timeouts]\nlame_duck = \"off\"").await.unwrap();
+    std::fs::remove_file(agent.config_path()).unwrap();
+    nix::unistd::mkfifo(agent.config_path(), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    std::fs::set_permissions(agent.config_path(), Permissions::from_mode(0o644)).unwrap();
+    // Signals that arrive together are one.
+    let begin = std::time::Instant::now();
+    loop {
+        agent.process.signal(Signal::SIGHUP).unwrap();
+        let told = agent.process.line("the previous reload still reads its files", Duration::from_millis(200)).await;
+        if told.is_ok() {
+            break;
+        }
+        assert!(begin.elapsed() < SOON, "{:#?}", agent.process.output());
+    }
+    let mut client = Client::connect(agent.addr).await.unwrap();
+    assert_eq!(served_by(&mut client).await, Some(one.addr));
+    let status = agent.process.stop(SOON).unwrap();
+    assert!(status.success(), "{status}");
 }

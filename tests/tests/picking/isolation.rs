@@ -6,7 +6,9 @@ use std::{net::SocketAddr, sync::Arc};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use penstock_agent::config::{AppProtocol, FailureMode, ListenTls, PickPer, SteeringMode};
+use penstock_agent::config::{
+    AppProtocol, BodyToPicker, FailureMode, ListenTls, PickPer, Picker, Pool, ResponseToPicker, SteeringMode,
+};
 use penstock_proto::ext_proc::{HttpBody, HttpHeaders};
 use penstock_tests::{
     Client, Http2Client, Http2Options, Http2Server, ModelServer, Random, Refusing, Request, Response, ScriptedEpp,
@@ -176,6 +178,8 @@ struct Case {
     /// What the first endpoint of the list does.
     first: First,
     protocol: AppProtocol,
+    body_to_picker: BodyToPicker,
+    response_to_picker: ResponseToPicker,
 }
 
 /// What the cases of a run have used.
@@ -209,12 +213,22 @@ impl Case {
             mode,
             first,
             protocol: if both && number % 2 == 1 { AppProtocol::H2c } else { AppProtocol::Http1 },
+            body_to_picker: random.pick(&[BodyToPicker::Whole, BodyToPicker::Abridged]),
+            response_to_picker: random.pick(&[
+                ResponseToPicker::Off,
+                ResponseToPicker::Headers,
+                ResponseToPicker::Usage,
+                ResponseToPicker::Body,
+            ]),
         }
     }
 
     fn name(&self) -> String {
-        let Self { number, style, pick_per, fault, failure_mode, mode, first, protocol } = self;
-        format!("case {number}: {style:?} {pick_per:?} {fault:?} {failure_mode:?} {mode:?} {first:?} {protocol:?}")
+        let Self { number, style, pick_per, fault, failure_mode, mode, first, protocol, .. } = self;
+        let told = (self.body_to_picker, self.response_to_picker);
+        format!(
+            "case {number}: {style:?} {pick_per:?} {fault:?} {failure_mode:?} {mode:?} {first:?} {protocol:?} {told:?}"
+        )
     }
 
     /// The `n`th request, with its mark in every field.
@@ -276,6 +290,20 @@ impl Case {
         }
     }
 
+    fn pool(&self, endpoints: &[SocketAddr], epps: &[ScriptedEpp; 2]) -> Pool {
+        let mut pool = match self.style {
+            Style::Builtin => builtin_pool(endpoints),
+            _ => epps_pool(endpoints, &[epps[0].addr, epps[1].addr], self.failure_mode),
+        };
+        (pool.pick_per, pool.app_protocol) = (self.pick_per, self.protocol);
+        if let Picker::Epp(epp) = &mut pool.picker {
+            (epp.body_to_picker, epp.response_to_picker) = (self.body_to_picker, self.response_to_picker);
+            // The longer bodies are abridged.
+            epp.body_to_picker_bytes = 1024;
+        }
+        pool
+    }
+
     async fn run(&self, certificate: &Certificate, tls: &ListenTls) -> Used {
         let http1 = [server().await, server().await];
         let http2 = [http2_server().await, http2_server().await];
@@ -292,11 +320,7 @@ impl Case {
         }
         // The second replica is asked if the first fails.
         let epps = [epp(self.style, &endpoints, self.fault).await, epp(self.style, &endpoints, None).await];
-        let mut pool = match self.style {
-            Style::Builtin => builtin_pool(&endpoints),
-            _ => epps_pool(&endpoints, &[epps[0].addr, epps[1].addr], self.failure_mode),
-        };
-        (pool.pick_per, pool.app_protocol) = (self.pick_per, self.protocol);
+        let pool = self.pool(&endpoints, &epps);
         let agent = TestAgent::start(pool, self.mode, |config| {
             config.listen.workers = 1;
             config.listen.tls = Some(tls.clone());
@@ -427,6 +451,8 @@ async fn leased_requests_keep_their_own_fields() {
             mode: SteeringMode::Off,
             first: First::Serves,
             protocol: AppProtocol::Http1,
+            body_to_picker: BodyToPicker::Whole,
+            response_to_picker: ResponseToPicker::Usage,
         };
         let (certificate, listen, _folder) = tls();
         let used = case.run(&certificate, &listen).await;

@@ -6,7 +6,9 @@ use std::{
     time::Duration,
 };
 
-use penstock_agent::config::{FailureMode, NamedEndpoints, Network, Passthrough, Picker, Pool, SteeringMode};
+use penstock_agent::config::{
+    FailureMode, ListenTls, NamedEndpoints, Network, Passthrough, Picker, Pool, SteeringMode,
+};
 use penstock_tests::{
     Client, DnsServer, ModelServer, Namespace, Request, ScriptedEpp, TestAgent,
     agent::{builtin_pool, epp_pool},
@@ -14,6 +16,7 @@ use penstock_tests::{
     model_server::Options,
     scripted_epp::{Production, Setup},
     stage::echo,
+    tls::Certificate,
 };
 
 use crate::SOON;
@@ -74,16 +77,26 @@ async fn own_listeners_as_endpoints_are_rejected() {
     let [node, peer] = [1, 2].map(|host| Ipv4Addr::from(base + host));
     let link = format!("lp{}", std::process::id());
     let _link = Namespace::connected(&link, &format!("{node}/30"), &format!("{peer}/30")).unwrap();
+    let (certificate, folder) = (Certificate::new("agent").unwrap(), tempfile::tempdir().unwrap());
+    let (cert_file, key_file) = certificate.write(folder.path()).unwrap();
     for listen in [Ipv4Addr::LOCALHOST, Ipv4Addr::UNSPECIFIED] {
+        let tls = SocketAddr::from((listen, 0));
+        let tls = ListenTls { address: tls, cert_file: cert_file.clone(), key_file: key_file.clone() };
         let agent = TestAgent::start(builtin_pool(&[server.addr]), SteeringMode::Off, |config| {
             config.listen.workers = 1;
             config.listen.address.set_ip(listen.into());
+            config.listen.tls = Some(tls);
         });
         let port = agent.addr.port();
-        let mut own = vec![SocketAddr::from((Ipv4Addr::LOCALHOST, port)), agent.agent.admin_address()];
+        let tls_port = agent.agent.tls_address().unwrap().port();
+        let mut own = vec![
+            SocketAddr::from((Ipv4Addr::LOCALHOST, port)),
+            SocketAddr::from((Ipv4Addr::LOCALHOST, tls_port)),
+            agent.agent.admin_address(),
+        ];
         if listen.is_unspecified() {
             own.push(SocketAddr::from(([127, 3, 2, 1], port)));
-            own.push(SocketAddr::from((node, port)));
+            own.extend([port, tls_port].map(|port| SocketAddr::from((node, port))));
         }
         // Another server at the same address is somebody else.
         let listen = SocketAddr::from((node, 0));

@@ -77,6 +77,7 @@ pub(super) fn check() -> Result<()> {
         licence(&deny.licenses, name, package["license"].as_str(), &mut findings);
     }
     oldest_compiler(&mut findings)?;
+    images("deploy/Dockerfile", &read("deploy/Dockerfile")?, &mut findings);
     report(&findings)
 }
 
@@ -139,6 +140,23 @@ fn oldest_compiler(findings: &mut Vec<String>) -> Result<()> {
     Ok(())
 }
 
+/// A base image names a version of at least two numbers, or a digest: a shorter tag moves to other versions.
+fn images(file: &str, text: &str, findings: &mut Vec<String>) {
+    let mut stages = BTreeSet::from(["scratch"]);
+    for words in text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()) {
+        let ["FROM", rest @ ..] = &words[..] else { continue };
+        let mut rest = rest.iter().copied().skip_while(|word| word.starts_with("--"));
+        let Some(image) = rest.next() else { continue };
+        let tag = image.rsplit('/').next().and_then(|name| name.split_once(':')).map_or("", |(_, tag)| tag);
+        let numbers = tag.split('-').next().unwrap_or_default().split('.').filter(|part| part.parse::<u32>().is_ok());
+        if !stages.contains(image) && !image.contains("@sha256:") && numbers.count() < 2 {
+            findings.push(format!("{file}: {image} names no full version, expected one such as rust:1.95.0-bookworm"));
+        }
+        // FROM image AS stage
+        stages.extend(rest.nth(1));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -149,6 +167,27 @@ mod tests {
             source: source.map(str::to_owned),
             dependencies: dependencies.iter().map(|&name| name.to_owned()).collect(),
         }
+    }
+
+    #[test]
+    fn image_without_a_full_version_is_found() {
+        let found = |text: &str| {
+            let mut findings = Vec::new();
+            images("Dockerfile", text, &mut findings);
+            findings.len()
+        };
+        for pinned in [
+            "rust:1.95.0-bookworm AS build",
+            "debian:12.12-slim",
+            "--platform=linux/amd64 a.example:5000/b:1.2",
+            "x@sha256:ab",
+        ] {
+            assert_eq!(found(&format!("FROM {pinned}\n")), 0, "{pinned}");
+        }
+        for moving in ["rust", "rust:latest", "debian:12-slim AS a", "debian:bookworm", "a.example:5000/b", "build"] {
+            assert_eq!(found(&format!("FROM {moving}\nRUN x\n")), 1, "{moving}");
+        }
+        assert_eq!(found("FROM rust:1.95.0 AS build\nFROM build\nFROM scratch\n"), 0);
     }
 
     #[test]

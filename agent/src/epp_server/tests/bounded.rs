@@ -1,7 +1,7 @@
 //! Tests the limits on single clients and on all clients together.
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
-use tokio::io::AsyncReadExt as _;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
 use super::*;
 
@@ -145,4 +145,32 @@ async fn client_without_a_valid_certificate_is_refused() {
         };
         assert_eq!(asked, admitted);
     }
+}
+
+/// Nothing, and a part of the preface: over TCP, and after the TLS handshake.
+#[tokio::test]
+async fn connection_that_does_not_speak_http2_is_closed_and_its_place_is_free() {
+    let limits = EppServerLimits { connections: 1, opening: Duration::from_millis(500), ..EppServerLimits::default() };
+    for tls in [EppServerTls::Off, EppServerTls::SelfSigned] {
+        let epp = Epp::start(EppServerConfig { tls, ..limited(limits) }).await;
+        for sent in [&b""[..], b"PRI * HTTP/2.0\r\n"] {
+            let begin = Instant::now();
+            let end = match tls {
+                EppServerTls::Off => end(TcpStream::connect(epp.address).await.unwrap(), sent).await,
+                EppServerTls::SelfSigned => {
+                    let mut dial = DialTls { address: epp.address, client_certificate: None };
+                    end(dial.call(Uri::from_static("http://epp")).await.unwrap().into_inner(), sent).await
+                }
+            };
+            assert_eq!(end.unwrap_or(0), 0);
+            // The handshake may have taken a part of the time.
+            assert!(begin.elapsed() >= limits.opening / 2, "closed after {:?}", begin.elapsed());
+        }
+    }
+}
+
+/// Sends and then only reads.
+async fn end(mut stream: impl AsyncRead + AsyncWrite + Unpin, sent: &[u8]) -> std::io::Result<usize> {
+    stream.write_all(sent).await.unwrap();
+    timeout(SOON, stream.read(&mut [0; 1])).await.expect("the connection is closed")
 }
