@@ -3,13 +3,14 @@
 //!
 //! Takes facts that were already translated from API objects, so it is independent of Kubernetes' types.
 
-use std::{collections::BTreeMap, net::SocketAddr};
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
     config::{self, AppProtocol, Config, Epp, FailureMode, InferencePoolRef, Picker, Pool, UnusablePool},
     endpoint::set::EndpointSource,
+    picker::replica::Replicas,
     shared::Shared,
 };
 
@@ -24,6 +25,15 @@ pub enum InferencePool {
     /// It exists, and this in it cannot be used.
     Invalid(String),
     Usable(Usable),
+}
+
+impl InferencePool {
+    fn epp(&self) -> Option<&EppService> {
+        match self {
+            Self::Usable(usable) => usable.epp.as_ref(),
+            Self::Absent | Self::Invalid(_) => None,
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -125,6 +135,19 @@ pub fn fill(shared: &Shared, known: &KnownPools) {
     }
 }
 
+/// Gives EPPs of previous configurations the current replicas of their Service, if a pool still names it.
+pub fn fill_retired(shared: &Shared, retired: &[Arc<Replicas>], known: &KnownPools) {
+    for service in known.values().filter_map(InferencePool::epp) {
+        let listed = service.replicas.iter().copied().filter(|address| !shared.own.accept(*address));
+        let listed: Vec<_> = listed.collect();
+        let of_it =
+            |one: &&Arc<Replicas>| one.settings.is_service && one.settings.addresses == [service.address.as_str()];
+        for replicas in retired.iter().filter(of_it) {
+            replicas.listed(listed.clone());
+        }
+    }
+}
+
 /// The configuration as if the file had listed the endpoints and the replicas, without pools that are not usable.
 pub fn spelled_out(file: &Config, known: &KnownPools) -> Config {
     let mut config = merged(file, known);
@@ -155,8 +178,6 @@ pub fn named(config: &Config) -> Vec<InferencePoolRef> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
     use crate::metrics::Metrics;
 

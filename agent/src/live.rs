@@ -4,7 +4,7 @@
 //! Endpoints and EPP replicas that Kubernetes names go into the present state; only a change of a pool's settings makes a new one.
 //! Either way requests keep the state that they began with, and endpoints and replicas that stay keep their connections.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use anyhow::{Context as _, Result};
 use futures_util::FutureExt as _;
@@ -18,7 +18,10 @@ use crate::{
     endpoint::discovery::Discovery,
     inference_pools::{self, InferencePool, KnownPools},
     panics::PanicWatch,
-    picker::tend::{Means, tend},
+    picker::{
+        replica::Replicas,
+        tend::{Means, tend, tend_while_used},
+    },
     readiness::Readiness,
     reload::{self, ReloadError},
     shared::Shared,
@@ -39,6 +42,8 @@ struct LiveParts {
     file: Config,
     known: KnownPools,
     background: Option<BackgroundTasks>,
+    /// The EPPs of previous configurations, which requests that began under them may still ask.
+    retired: Vec<Weak<Replicas>>,
 }
 
 /// The tasks that run in the background under one configuration.
@@ -59,8 +64,8 @@ impl Live {
         watch: &PanicWatch,
     ) -> Result<Arc<Self>> {
         inference_pools::fill(&shared, &known);
-        let background = start_background(&shared, certificate.as_ref(), Some(readiness), watch)?;
-        let parts = Mutex::new(LiveParts { file, known, background: Some(background) });
+        let background = start_background(&shared, &[], certificate.as_ref(), Some(readiness), watch)?;
+        let parts = Mutex::new(LiveParts { file, known, background: Some(background), retired: Vec::new() });
         Ok(Arc::new(Self { shared: watch::Sender::new(shared), certificate, watch: watch.clone(), parts }))
     }
 
@@ -118,6 +123,7 @@ impl Live {
         let shared = self.shared();
         if config == shared.config {
             inference_pools::fill(&shared, &known);
+            inference_pools::fill_retired(&shared, &in_use(&parts.retired), &known);
         } else {
             let outcome = self.put(&mut parts, config, &known);
             shared.metrics.reloaded(if outcome.is_ok() { "discovered" } else { "refused" });
@@ -130,11 +136,17 @@ impl Live {
     fn put(&self, parts: &mut LiveParts, config: Config, known: &KnownPools) -> Result<(), ReloadError> {
         let before = self.shared();
         let shared = Arc::new(before.after(config).map_err(ReloadError::Pools)?);
+        parts.retire(&before, &shared);
+        let retired = in_use(&parts.retired);
+        // Until the next tasks run, requests leave connecting to them.
+        let epps = before.replicas.iter().chain(&shared.replicas).flatten().chain(&retired);
+        let _tended: Vec<_> = epps.map(Replicas::tended).collect();
         // The previous tasks stop first, because both would feed the same endpoints, and report the same metrics.
         parts.background = None;
         shared.take_effect(&before.config);
         inference_pools::fill(&shared, known);
-        let next = start_background(&shared, self.certificate.as_ref(), None, &self.watch);
+        inference_pools::fill_retired(&shared, &retired, known);
+        let next = start_background(&shared, &retired, self.certificate.as_ref(), None, &self.watch);
         self.shared.send_replace(shared);
         parts.background = Some(next.map_err(ReloadError::Background)?);
         Ok(())
@@ -146,10 +158,26 @@ impl Live {
     }
 }
 
+impl LiveParts {
+    /// Remembers the EPPs of `before` that `after` does not have.
+    fn retire(&mut self, before: &Shared, after: &Shared) {
+        let is_kept = |one: &&Arc<Replicas>| after.replicas.iter().flatten().any(|kept| Arc::ptr_eq(kept, one));
+        let retired = before.replicas.iter().flatten().filter(|one| !is_kept(one));
+        self.retired.retain(|one| one.strong_count() > 0);
+        self.retired.extend(retired.map(Arc::downgrade));
+    }
+}
+
+/// Those of the retired EPPs that still exist.
+fn in_use(retired: &[Weak<Replicas>]) -> Vec<Arc<Replicas>> {
+    retired.iter().filter_map(Weak::upgrade).collect()
+}
+
 /// Starts the background tasks: endpoint discovery, endpoint counts, EPP replica checks and certificate reloads. With
 /// `readiness`, the agent becomes ready only after discovery has its first result.
 fn start_background(
     shared: &Shared,
+    retired: &[Arc<Replicas>],
     certificate: Option<&Arc<Certificate>>,
     readiness: Option<&Readiness>,
     watch: &PanicWatch,
@@ -161,14 +189,10 @@ fn start_background(
 
     let dns = DnsResolver::new(&shared.config.dns);
     let epps = shared.replicas.iter().enumerate().filter_map(|(pool, replicas)| Some((pool, replicas.clone()?)));
-    let means = |pool| Means {
-        dns: dns.clone(),
-        own: shared.own.clone(),
-        metrics: Arc::clone(&shared.metrics),
-        probe: shared.probe.clone(),
-        pool,
-    };
-    let mut tasks: Vec<control::Task> = epps.map(|(pool, replicas)| tend(replicas, means(pool)).boxed()).collect();
+    let means = |metrics| Means { dns: dns.clone(), own: shared.own.clone(), metrics, probe: shared.probe.clone() };
+    let counted = |pool| means(Some((Arc::clone(&shared.metrics), pool)));
+    let mut tasks: Vec<control::Task> = epps.map(|(pool, replicas)| tend(replicas, counted(pool)).boxed()).collect();
+    tasks.extend(retired.iter().map(|replicas| tend_while_used(Arc::clone(replicas), means(None)).boxed()));
     tasks.extend(certificate.map(|certificate| Arc::clone(certificate).follow().boxed()));
     let control = Control::start(tasks, watch).context("cannot start the control thread")?;
     Ok(BackgroundTasks { _discovery: discovery, _control: control })

@@ -58,7 +58,7 @@ pub struct Shared {
 impl Shared {
     pub fn new(config: Config, metrics: Arc<Metrics>, telemetry: Option<Telemetry>) -> anyhow::Result<Self> {
         let endpoints = config.pools.iter().map(|pool| EndpointSet::new(pool, &config.node)).collect();
-        let replicas = config.pools.iter().enumerate().map(|(at, pool)| replicas(pool, metrics.pool(at)));
+        let replicas = config.pools.iter().enumerate().map(|(at, pool)| replicas(pool, None, metrics.pool(at)));
         let replicas = replicas.collect::<anyhow::Result<_>>()?;
         Ok(Self::with(config, endpoints, replicas, metrics, telemetry))
     }
@@ -69,8 +69,8 @@ impl Shared {
         Self { own, ..self }
     }
 
-    /// The state under another configuration. A pool with the same name keeps its endpoints, and its EPP if the picker
-    /// settings are equal. Call [`take_effect`](Self::take_effect) before requests use it.
+    /// The state under another configuration. A pool with the same name keeps its endpoints, and its EPP if that has the
+    /// [same replicas](config::Epp::has_same_replicas). Call [`take_effect`](Self::take_effect) before requests use it.
     pub fn after(&self, config: Config) -> anyhow::Result<Self> {
         let endpoints = config.pools.iter().map(|pool| match self.pool_named(&pool.name) {
             Some(before) => EndpointSet::after(&self.endpoints[before], pool, &config.node),
@@ -78,9 +78,9 @@ impl Shared {
         });
         let endpoints = endpoints.collect();
         let metrics = self.metrics.for_pools(&names(&config));
-        let replicas = config.pools.iter().enumerate().map(|(at, pool)| match self.pool_named(&pool.name) {
-            Some(before) if self.config.pools[before].picker == pool.picker => Ok(self.replicas[before].clone()),
-            _ => replicas(pool, metrics.pool(at)),
+        let replicas = config.pools.iter().enumerate().map(|(at, pool)| {
+            let before = self.pool_named(&pool.name).and_then(|before| self.replicas[before].as_ref());
+            replicas(pool, before, metrics.pool(at))
         });
         let replicas = replicas.collect::<anyhow::Result<_>>()?;
         let bodies = Arc::clone(&self.bodies);
@@ -106,9 +106,12 @@ impl Shared {
 
     /// Applies this configuration to what pools share with those of the same name in `before`. No source of endpoints may run.
     pub fn take_effect(&self, before: &Config) {
-        for (pool, endpoints) in self.config.pools.iter().zip(&self.endpoints) {
+        for ((pool, endpoints), replicas) in self.config.pools.iter().zip(&self.endpoints).zip(&self.replicas) {
             if let Some(before) = before.pools.iter().find(|before| before.name == pool.name) {
                 endpoints.configure(before, pool, Instant::now());
+            }
+            if let (Some(replicas), Picker::Epp(epp)) = (replicas, &pool.picker) {
+                replicas.waiting_room.set_limits(epp.unreachable_wait_requests, epp.unreachable_wait_bytes);
             }
         }
     }
@@ -184,15 +187,22 @@ impl Shared {
     }
 }
 
-fn replicas(pool: &config::Pool, metrics: &PoolMetrics) -> anyhow::Result<Option<Arc<Replicas>>> {
-    match &pool.picker {
-        Picker::Builtin => Ok(None),
-        Picker::Epp(epp) => {
-            let replicas =
-                Replicas::new(epp).with_context(|| format!("cannot set up the EPP of pool {}", pool.name))?;
-            Ok(Some(Arc::new(replicas.counted(metrics.epp_connections()))))
-        }
+/// The replicas of the pool's EPP, which may be those of `before`.
+fn replicas(
+    pool: &config::Pool,
+    before: Option<&Arc<Replicas>>,
+    metrics: &PoolMetrics,
+) -> anyhow::Result<Option<Arc<Replicas>>> {
+    let Picker::Epp(epp) = &pool.picker else { return Ok(None) };
+    if let Some(same) = before.filter(|before| before.settings.has_same_replicas(epp)) {
+        return Ok(Some(Arc::clone(same)));
     }
+    let replicas = Replicas::new(epp).with_context(|| format!("cannot set up the EPP of pool {}", pool.name))?;
+    let replicas = replicas.counted(metrics.epp_connections());
+    Ok(Some(Arc::new(match before {
+        Some(before) => replicas.found_by(before),
+        None => replicas,
+    })))
 }
 
 /// The names of the pools, in configuration order.
@@ -205,4 +215,49 @@ fn mark() -> HeaderValue {
     let mut text = uuid::Uuid::encode_buffer();
     let id = uuid::Uuid::new_v4().simple().encode_lower(&mut text);
     HeaderValue::from_str(id).unwrap_or(HeaderValue::from_static("penstock"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::config::{Epp, Pool};
+
+    fn shared(epp: Epp) -> Shared {
+        let pool = Pool { picker: Picker::Epp(epp), ..Pool::new("p", []) };
+        Shared::new(Config::new(vec![pool]), Metrics::new(&["p".to_owned()]), None).unwrap()
+    }
+
+    #[test]
+    fn replicas_stay_unless_their_connections_or_checks_change() {
+        let before = shared(Epp::new("epp.example:9002"));
+        let first = before.replicas[0].as_ref().unwrap();
+        first.resolved(0, vec![[10, 0, 0, 1].into()]);
+        let time = Duration::from_secs(7);
+        type Change = fn(&mut Epp, Duration);
+        let changes: [(Change, bool, usize); 10] = [
+            (|_, _| {}, true, 1),
+            (|epp, time| epp.decision_timeout = Some(time), true, 1),
+            (|epp, time| epp.unreachable_wait = Some(Some(time)), true, 1),
+            (|epp, _| epp.unreachable_wait_requests = 1, true, 1),
+            (|epp, _| epp.limits.fields += 1, true, 1),
+            (|epp, time| epp.health_interval = Some(time), false, 1),
+            (|epp, time| epp.connect_timeout = time, false, 1),
+            (|epp, _| epp.tls = config::EppTls::Insecure, false, 1),
+            (|epp, _| epp.addresses = vec!["other.example:9002".to_owned()], false, 0),
+            (|epp, _| epp.addresses = vec!["epp.example:9003".to_owned()], false, 0),
+        ];
+        for (number, (change, stays, known)) in changes.into_iter().enumerate() {
+            let mut epp = Epp::new("epp.example:9002");
+            change(&mut epp, time);
+            let after = before.after(shared(epp).config).unwrap();
+            after.take_effect(&before.config);
+            let replicas = after.replicas[0].as_ref().unwrap();
+            assert_eq!((Arc::ptr_eq(replicas, first), replicas.snapshot().replicas.len()), (stays, known), "{number}");
+            let limit = if number == 3 { 1 } else { 2 };
+            let places: Vec<_> = (0..2).map_while(|_| replicas.waiting_room.enter()).collect();
+            assert_eq!(places.len(), limit, "{number}");
+        }
+    }
 }

@@ -66,7 +66,9 @@ impl Worker {
             let kept = self.epps.iter().flatten().find(|epp| epp.asks(replicas));
             Some(kept.map_or_else(|| Rc::new(EppClient::connected(Arc::clone(replicas), None)), Rc::clone))
         };
-        let epps = shared.replicas.iter().map(epp).collect();
+        let epps: Vec<_> = shared.replicas.iter().map(epp).collect();
+        let is_kept = |one: &Rc<EppClient>| epps.iter().flatten().any(|kept| Rc::ptr_eq(kept, one));
+        self.epps.iter().flatten().filter(|one| !is_kept(one)).for_each(|one| one.retire());
         let wire = self.wire.clone();
         Self { epps, endpoints, wire, http2_endpoints, handshakes: Rc::clone(&self.handshakes), shared }
     }

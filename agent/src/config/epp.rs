@@ -274,6 +274,28 @@ impl Group for ClientCertificateKeys {
 const UNREACHABLE_WAIT: Duration = Duration::from_secs(2);
 
 impl Epp {
+    /// Whether the replicas, the connections to them and the checks of their health are those of `other`. The settings that may
+    /// differ are looked up for each request.
+    pub fn has_same_replicas(&self, other: &Self) -> bool {
+        let per_request = other.clone();
+        let with_those_of_other = Self {
+            start_wait: per_request.start_wait,
+            unreachable_wait: per_request.unreachable_wait,
+            unreachable_wait_requests: per_request.unreachable_wait_requests,
+            unreachable_wait_bytes: per_request.unreachable_wait_bytes,
+            decision_timeout: per_request.decision_timeout,
+            open_on_deadline: per_request.open_on_deadline,
+            response_timeout: per_request.response_timeout,
+            body_to_picker: per_request.body_to_picker,
+            body_to_picker_bytes: per_request.body_to_picker_bytes,
+            response_to_picker: per_request.response_to_picker,
+            response_queue_bytes: per_request.response_queue_bytes,
+            limits: per_request.limits,
+            ..self.clone()
+        };
+        with_those_of_other == *other
+    }
+
     /// How long a request of a pool with this failure mode waits for a replica.
     pub fn unreachable_wait(&self, mode: FailureMode) -> Option<Duration> {
         self.unreachable_wait.unwrap_or((mode == FailureMode::Closed).then_some(UNREACHABLE_WAIT))

@@ -8,7 +8,7 @@ use std::{net::SocketAddr, sync::Arc};
 
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
-use tokio_util::task::{AbortOnDropHandle, TaskTracker};
+use tokio_util::task::{AbortOnDropHandle, TaskTracker, task_tracker::TaskTrackerToken};
 
 pub use self::stream::{Heard, PickStream, ResponseReply, StreamEnding};
 use super::{
@@ -32,7 +32,8 @@ pub struct EppClient {
     replicas: Arc<Replicas>,
     links: Arc<Links>,
     endings: TaskTracker,
-    _keeper: Option<AbortOnDropHandle<()>>,
+    keeper: Option<AbortOnDropHandle<()>>,
+    _user: TaskTrackerToken,
 }
 
 /// A worker's connections to the replicas of an EPP.
@@ -61,7 +62,8 @@ impl EppClient {
     /// Creates the client. It connects with the first request.
     pub fn new(replicas: Arc<Replicas>) -> Self {
         let links = Arc::new(Links { replicas: Arc::clone(&replicas), known: Mutex::default() });
-        Self { replicas, links, endings: TaskTracker::new(), _keeper: None }
+        let user = replicas.users.token();
+        Self { replicas, links, endings: TaskTracker::new(), keeper: None, _user: user }
     }
 
     /// Creates the client, which connects now and whenever its connection is lost. The agent's start waits for the first connection
@@ -73,7 +75,14 @@ impl EppClient {
             tokio::spawn(start.open(is_connected));
         }
         let keeper = AbortOnDropHandle::new(tokio::spawn(keep::keep(Arc::clone(&client.links), connected)));
-        Self { _keeper: Some(keeper), ..client }
+        Self { keeper: Some(keeper), ..client }
+    }
+
+    /// Connects no more without a request. Called when a reload has replaced the EPP.
+    pub fn retire(&self) {
+        if let Some(keeper) = &self.keeper {
+            keeper.abort();
+        }
     }
 
     /// Resolves when all streams that were [finished](PickStream::finish) have sent their rest or timed out. Call it when nothing

@@ -19,6 +19,7 @@ use http::uri::Authority;
 use parking_lot::Mutex;
 use rustls::pki_types::ServerName;
 use tokio::sync::{Notify, watch};
+use tokio_util::task::TaskTracker;
 
 use super::{error::PickError, tls::Tls, waiting_room::WaitingRoom};
 use crate::{config, metrics::EppConnections};
@@ -265,6 +266,8 @@ pub struct Replicas {
     tended: AtomicUsize,
     /// Counts connections that carry requests.
     pub(super) connections: EppConnections,
+    /// The clients of workers, some of which may belong to requests that began before a reload.
+    pub(super) users: TaskTracker,
     /// Requests that wait for a replica.
     pub waiting_room: Arc<WaitingRoom>,
     /// Notified to resolve the names now.
@@ -290,6 +293,7 @@ impl Replicas {
             news: News::default(),
             tended: AtomicUsize::new(0),
             connections: EppConnections::default(),
+            users: TaskTracker::new(),
             waiting_room: WaitingRoom::new(settings.unreachable_wait_requests, settings.unreachable_wait_bytes),
             look: Notify::new(),
         };
@@ -301,6 +305,18 @@ impl Replicas {
     #[must_use]
     pub fn counted(self, connections: EppConnections) -> Self {
         Self { connections, ..self }
+    }
+
+    /// Begins with the addresses that `before` has found, if these are replicas of the same names.
+    #[must_use]
+    pub fn found_by(self, before: &Self) -> Self {
+        if (&self.settings.addresses, self.settings.is_service)
+            == (&before.settings.addresses, before.settings.is_service)
+        {
+            self.found.lock().clone_from(&before.found.lock());
+            self.merge();
+        }
+        self
     }
 
     /// The names to resolve, with the indices of their entries. None if the replicas are those of a Service.
@@ -404,15 +420,9 @@ impl Replicas {
     }
 
     /// Makes requests leave connecting to the caller while the guard exists.
-    pub(super) fn tended(&self) -> impl Drop {
-        struct Tended<'a>(&'a Replicas);
-        impl Drop for Tended<'_> {
-            fn drop(&mut self) {
-                self.0.tended.fetch_sub(1, Relaxed);
-            }
-        }
+    pub fn tended(self: &Arc<Self>) -> Tended {
         self.tended.fetch_add(1, Relaxed);
-        Tended(self)
+        Tended(Arc::clone(self))
     }
 
     /// Waits for at most `connect_timeout` until a replica is known. Fails with `Unresolved` or `NoReplica`
@@ -440,6 +450,16 @@ impl Replicas {
         for replica in &*self.current.borrow().replicas {
             replica.look.notify_one();
         }
+    }
+}
+
+/// See [`Replicas::tended`].
+#[must_use = "holds while it exists"]
+pub struct Tended(Arc<Replicas>);
+
+impl Drop for Tended {
+    fn drop(&mut self) {
+        self.0.tended.fetch_sub(1, Relaxed);
     }
 }
 

@@ -29,23 +29,41 @@ pub struct Means {
     pub dns: DnsResolver,
     /// The agent's own listeners, which are never used as an EPP.
     pub own: Listeners,
-    pub metrics: Arc<Metrics>,
+    /// With the pool's index. `None` if other replicas of the pool are counted.
+    pub metrics: Option<(Arc<Metrics>, usize)>,
     pub probe: Probe,
-    /// The pool's index.
-    pub pool: usize,
 }
 
-/// Maintains the replicas of an EPP. Never returns. Must be called on a tokio runtime.
-pub async fn tend(replicas: Arc<Replicas>, means: Means) {
-    let _tended = replicas.tended();
-    let means = Arc::new(means);
-    let names = join_all(replicas.names().map(|(place, host)| look_up(&replicas, &means, place, host)));
+/// Maintains the replicas of an EPP, which count as [tended](Replicas::tended) from now on. The future never resolves. It must be
+/// polled on a tokio runtime.
+pub fn tend(replicas: Arc<Replicas>, means: Means) -> impl Future<Output = ()> + Send {
+    let tended = replicas.tended();
+    async move {
+        maintain(&replicas, Arc::new(means)).await;
+        drop(tended);
+    }
+}
+
+/// As [`tend`], for an EPP that a reload has replaced: resolves when no request that began before can ask it any more.
+pub fn tend_while_used(replicas: Arc<Replicas>, means: Means) -> impl Future<Output = ()> + Send {
+    let tending = tend(Arc::clone(&replicas), means);
+    async move {
+        replicas.users.close();
+        tokio::select! {
+            () = tending => {}
+            () = replicas.users.wait() => {}
+        }
+    }
+}
+
+async fn maintain(replicas: &Arc<Replicas>, means: Arc<Means>) {
+    let names = join_all(replicas.names().map(|(place, host)| look_up(replicas, &means, place, host)));
     let files = async {
         if let Some(tls) = &replicas.tls {
             tls.follow_files().await;
         }
     };
-    tokio::join!(names, files, monitor(&replicas, &means));
+    tokio::join!(names, files, monitor(replicas, &means));
 }
 
 /// Keeps the addresses of one name up to date. Skips addresses at which this agent listens. If no others are left, the name counts
@@ -137,8 +155,10 @@ struct ReplicaStatus {
 impl ReplicaStatus {
     /// Updates the metric from one state to another. `None` means that the replica did not, or does not, exist.
     fn count_state(&self, before: Option<ReplicaState>, now: Option<ReplicaState>) {
-        let metrics = self.means.metrics.pool(self.means.pool);
-        metrics.epp_replica(self.replica.address, before.map(ReplicaState::label), now.map(ReplicaState::label));
+        if let Some((metrics, pool)) = &self.means.metrics {
+            let (before, now) = (before.map(ReplicaState::label), now.map(ReplicaState::label));
+            metrics.pool(*pool).epp_replica(self.replica.address, before, now);
+        }
     }
 
     fn found(&self, state: ReplicaState) {

@@ -12,7 +12,7 @@ use crate::budget::{Budget, Share};
 
 #[derive(Debug)]
 pub struct WaitingRoom {
-    limit: usize,
+    limit: AtomicUsize,
     waiting: AtomicUsize,
     bytes: Arc<Budget>,
 }
@@ -20,12 +20,19 @@ pub struct WaitingRoom {
 impl WaitingRoom {
     pub fn new(requests: usize, bytes: u64) -> Arc<Self> {
         let bytes = Budget::new(bytes, Gauge::default());
-        Arc::new(Self { limit: requests, waiting: AtomicUsize::new(0), bytes })
+        Arc::new(Self { limit: AtomicUsize::new(requests), waiting: AtomicUsize::new(0), bytes })
+    }
+
+    /// Sets the bounds of later calls. Requests that wait keep their places.
+    pub fn set_limits(&self, requests: usize, bytes: u64) {
+        self.limit.store(requests, Relaxed);
+        self.bytes.set_limit(bytes);
     }
 
     /// A place for one request; `None` if all are taken.
     pub fn enter(self: &Arc<Self>) -> Option<WaitingPlace> {
-        let more = |waiting: usize| (waiting < self.limit).then_some(waiting + 1);
+        let limit = self.limit.load(Relaxed);
+        let more = |waiting: usize| (waiting < limit).then_some(waiting + 1);
         self.waiting.fetch_update(Relaxed, Relaxed, more).ok()?;
         Some(WaitingPlace { room: Arc::clone(self), share: self.bytes.share(), bytes: 0 })
     }
@@ -73,5 +80,8 @@ mod tests {
         assert!(three.holds(0) && !three.holds(1));
         drop(two);
         assert!(three.holds(100));
+        room.set_limits(3, 110);
+        let (mut four, _five) = (room.enter().unwrap(), room.enter().unwrap());
+        assert!(room.enter().is_none() && four.holds(10) && !four.holds(11));
     }
 }

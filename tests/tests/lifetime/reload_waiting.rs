@@ -9,7 +9,8 @@ use penstock_tests::{
     Client, ModelServer, Request, ScriptedEpp,
     agent::{TestAgent, epp_pool},
     eventually,
-    scripted_epp::{Answer, Exchange, Script, reply},
+    scripted_epp::{Answer, Exchange, Production, Script, Setup, reply},
+    stage::epp,
 };
 use tokio::{sync::watch, task::JoinHandle};
 
@@ -139,4 +140,98 @@ async fn waiting_request_goes_to_no_endpoint_that_was_removed_or_drains_after_a_
             assert_eq!(answer, (502, "endpoint_not_in_pool".to_owned(), None), "reload {number}, drains: {drains}");
         }
     }
+}
+
+fn epp_settings(change: impl FnOnce(&mut config::Epp)) -> impl FnOnce(&mut Config) {
+    |config| change(epp(config))
+}
+
+type Reload = Box<dyn FnOnce(&mut Config)>;
+
+/// Reloads of everything that names the EPP or says how it is asked.
+fn reloads_of_the_epp() -> Vec<(&'static str, Reload)> {
+    vec![
+        ("nothing", Box::new(|_| {})),
+        ("another pool before", Box::new(another_pool_before)),
+        ("decision timeout", Box::new(epp_settings(|epp| epp.decision_timeout = Some(Duration::from_secs(50))))),
+        ("fewer waiting", Box::new(epp_settings(|epp| epp.unreachable_wait_requests = 1))),
+        ("header", Box::new(epp_settings(|epp| epp.header = "x-other".parse().expect("a name")))),
+        ("connect timeout", Box::new(epp_settings(|epp| epp.connect_timeout += Duration::from_secs(1)))),
+        ("health checks", Box::new(epp_settings(|epp| epp.health_interval = Some(Duration::from_secs(1))))),
+        ("another EPP", Box::new(epp_settings(|epp| epp.addresses = vec!["127.0.0.1:1".to_owned()]))),
+        ("no EPP", Box::new(|config| config.pools[0].picker = config::Picker::Builtin)),
+        ("no such pool", Box::new(|config| config.pools = vec![Pool::new("other", ["127.0.0.1:1".parse().unwrap()])])),
+    ]
+}
+
+/// Requests of several configurations wait at once.
+#[tokio::test]
+async fn requests_that_wait_for_an_unreachable_picker_are_served_whatever_is_reloaded() {
+    for (number, (what, change)) in (1..).zip(reloads_of_the_epp()) {
+        // On addresses of their own, because another test may take a port that is free for a time.
+        let setup = Setup { address: ([127, 78, 0, number], 0).into(), ..Setup::default() };
+        let server = ModelServer::start(Default::default()).await.unwrap();
+        let mut picker = ScriptedEpp::start_with(setup, Production::new(&[server.addr])).await.unwrap();
+        let pool = epp_pool(&[server.addr], picker.addr, FailureMode::Closed);
+        let agent = TestAgent::start(pool, SteeringMode::Off, |config| {
+            epp(config).unreachable_wait = Some(Some(Duration::from_secs(60)));
+        });
+        picker.stop();
+        let waiting = async |count: u64| {
+            eventually(SOON, || agent.count("penstock_epp_waiting", &[]) == count).await;
+        };
+        let mut requests = Vec::new();
+        let request = || {
+            let address = agent.addr;
+            tokio::spawn(async move {
+                let mut client = Client::connect(address).await.unwrap();
+                client.request(&Request::get("/v1/models")).await.unwrap().status()
+            })
+        };
+        for count in 1..3 {
+            requests.push(request());
+            waiting(count).await;
+            // The first reload changes nothing of the pool, so that two configurations have waiting requests.
+            let mut config = agent.agent.config();
+            config.timeouts.idle = Some(Duration::from_secs(60 + count));
+            agent.agent.reload(config).unwrap();
+        }
+        let mut config = agent.agent.config();
+        change(&mut config);
+        agent.agent.reload(config).unwrap();
+        waiting(2).await;
+        picker.restart().await.unwrap();
+        for request in requests {
+            assert_eq!(request.await.unwrap(), 200, "{what}");
+        }
+        waiting(0).await;
+        // Without a request that could ask it, an EPP that is not configured any more is left alone.
+        let connections = if what.starts_with("no ") || what == "another EPP" { 0 } else { 2 };
+        eventually(SOON, || picker.connections_open() == connections).await;
+    }
+}
+
+/// The hint that an EPP gets names the endpoints at the time of the question.
+#[tokio::test]
+async fn request_that_waited_for_its_picker_gives_a_current_hint() {
+    let mut world = World::new().await;
+    let [one, two] = world.servers.each_ref().map(|server| server.addr);
+    world.reload(|config| {
+        epp(config).unreachable_wait = Some(Some(Duration::from_secs(60)));
+        config.pools[0].subset.endpoints = vec![one, two];
+    });
+    world.pick.send_replace(Some(two));
+    world.epp.stop();
+    let address = world.agent.addr;
+    let request = tokio::spawn(async move {
+        let mut client = Client::connect(address).await.unwrap();
+        client.request(&Request::get("/v1/models")).await.unwrap().served_by()
+    });
+    eventually(SOON, || world.agent.count("penstock_epp_waiting", &[]) == 1).await;
+    write(&world.file, &[one, two], "");
+    world.has_endpoints(2, 0).await;
+    world.epp.restart().await.unwrap();
+    assert_eq!(request.await.unwrap(), Some(two));
+    let hint = world.epp.streams().last().expect("a stream").subset();
+    assert_eq!(hint, Some(vec![one.to_string(), two.to_string()]));
 }
