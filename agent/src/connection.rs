@@ -9,6 +9,7 @@ use bytes::BytesMut;
 use http::{HeaderMap, Method};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
+use tokio_rustls::server::TlsStream;
 
 use crate::{
     client::{Client, ClientIo, ClientSocket, close::Linger},
@@ -53,30 +54,40 @@ fn probe(current: &Current, stream: &TcpStream) {
 /// handshake place from the client's first byte on, and its steps take turns with other handshakes of the worker.
 pub async fn serve_tls(current: &Rc<Current>, tls: &Acceptor, stream: TcpStream, peer: SocketAddr) {
     probe(current, &stream);
-    let worker = current.worker();
-    // Fails only if the client has already closed.
-    let Ok(()) = stream.set_nodelay(true) else { return };
-    let until = deadline::after(worker.shared.config.timeouts.head);
-    let failed = |reason| worker.shared.metrics.tls_handshake_failed(reason);
-    if with_deadline(until, stream.peek(&mut [0])).await.is_none() {
-        return failed("timeout");
-    }
-    let Some(place) = with_deadline(until, tls.place()).await else { return failed("busy") };
-    let in_progress = worker.shared.metrics.tls_handshake();
-    let stream = match with_deadline(until, worker.handshakes.take(tls.accept(stream))).await {
-        Some(Ok(stream)) => stream,
-        Some(Err(error)) => {
-            tracing::debug!(%peer, %error, "TLS handshake failed");
-            return failed("refused");
-        }
-        None => return failed("timeout"),
+    let stream = match handshake(&current.worker(), tls, stream, peer).await {
+        Ok(Some(stream)) => stream,
+        Ok(None) => return,
+        Err(reason) => return current.worker().shared.metrics.tls_handshake_failed(reason),
     };
-    drop((place, in_progress));
     if stream.get_ref().1.alpn_protocol() == Some(tls::H2) {
         return http2::serve(current, BytesMut::new(), ClientIo::Tls(Box::new(stream)), Instant::now(), peer).await;
     }
     let Ok(socket) = ClientSocket::tls(stream) else { return };
     requests(current, socket, peer).await;
+}
+
+/// Returns `None` if the client has already closed. The error is the metric's label.
+async fn handshake(
+    worker: &Worker,
+    tls: &Acceptor,
+    stream: TcpStream,
+    peer: SocketAddr,
+) -> Result<Option<TlsStream<TcpStream>>, &'static str> {
+    let Ok(()) = stream.set_nodelay(true) else { return Ok(None) };
+    let until = deadline::after(worker.shared.config.timeouts.head);
+    if with_deadline(until, stream.peek(&mut [0])).await.is_none() {
+        return Err("timeout");
+    }
+    let Some(_place) = with_deadline(until, tls.place()).await else { return Err("busy") };
+    let _in_progress = worker.shared.metrics.tls_handshake();
+    match with_deadline(until, worker.handshakes.take(tls.accept(stream))).await {
+        Some(Ok(stream)) => Ok(Some(stream)),
+        Some(Err(error)) => {
+            tracing::debug!(%peer, %error, "TLS handshake failed");
+            Err("refused")
+        }
+        None => Err("timeout"),
+    }
 }
 
 /// Serves HTTP/1.1 requests, one after the other.
@@ -86,14 +97,14 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
     let idle_state = IdleState::new(&current.idle);
     loop {
         let mut begun = None;
-        let head = read_head(&current.worker(), &mut socket, &idle_state, &mut begun).await;
+        let mut worker = current.worker();
+        let head = read_head(current, &mut worker, &mut socket, &idle_state, &mut begun).await;
         let origin = Origin { client: peer, begun: begun.unwrap_or_else(Instant::now) };
         // Whatever the result, the connection no longer waits for a request.
         idle_state.set_busy();
-        // The configuration may have been reloaded while the connection was idle.
-        let worker = &current.worker();
         let http2 = worker.shared.config.listen.http2_max_streams > 0;
         if std::mem::take(&mut first) && http2 && matches!(head, Err(Error::Request(RequestError::Http2Preface))) {
+            drop(worker);
             let (wire, read) = socket.into_parts();
             return http2::serve(current, read, wire, origin.begun, peer).await;
         }
@@ -101,13 +112,13 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
         let mut client = Client::Http1(socket);
         let after = match head {
             Ok(Some(head)) => {
-                let answered = proxy::guarded(worker, &mut client, head, origin, &mut lease).await;
+                let answered = proxy::guarded(&worker, &mut client, head, origin, &mut lease).await;
                 answered.unwrap_or_else(|Panicked(after)| after)
             }
             Ok(None) if idle_state.is_shed() => AfterRequest::Abort,
             Ok(None) => AfterRequest::Close,
             Err(error) => {
-                proxy::refuse(worker, &mut client, &error, refused.unwrap_or_default(), origin).await;
+                proxy::refuse(&worker, &mut client, &error, refused.unwrap_or_default(), origin).await;
                 AfterRequest::Close
             }
         };
@@ -117,17 +128,18 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
             worker.shared.metrics.client_stalled();
         }
         let after = match after {
-            AfterRequest::Pinned(pin) => proxy::pinned(current, &mut socket, *pin, peer).await,
+            AfterRequest::Pinned(pin) => {
+                drop(worker);
+                let after = proxy::pinned(current, &mut socket, *pin, peer).await;
+                worker = current.worker();
+                after
+            }
             after => after,
         };
         match after {
             AfterRequest::Next if !worker.shared.draining.is_cancelled() => {}
             AfterRequest::Next | AfterRequest::Close | AfterRequest::Pinned(_) => {
-                let linger = Linger::new(&worker.shared.config, socket.unread);
-                if let Err(cut) = socket.close(linger).await {
-                    worker.shared.metrics.client_linger_cut(cut);
-                }
-                return;
+                return close(&worker, socket).await;
             }
             AfterRequest::Abort => {
                 tokio::select! {
@@ -140,26 +152,37 @@ async fn requests(current: &Rc<Current>, mut socket: ClientSocket, peer: SocketA
     }
 }
 
+async fn close(worker: &Worker, socket: ClientSocket) {
+    let linger = Linger::new(&worker.shared.config, socket.unread);
+    if let Err(cut) = socket.close(linger).await {
+        worker.shared.metrics.client_linger_cut(cut);
+    }
+}
+
 /// How long a request head may take. It counts as part of the request.
 fn head_limit(config: &Config) -> Option<Duration> {
     config.timeouts.head.into_iter().chain(config.timeouts.request).min()
 }
 
 /// Reads the next request head; `begun` is set at its first byte. Returns `None` if the client closed or was idle for too long, or
-/// if no request has begun and the agent drains or the connection is shed.
+/// if no request has begun and the agent drains or the connection is shed. `worker` is set to the current one until the request
+/// begins.
 async fn read_head(
-    worker: &Worker,
+    current: &Current,
+    worker: &mut Rc<Worker>,
     client: &mut ClientSocket,
     idle_state: &IdleState,
     begun: &mut Option<Instant>,
 ) -> Result<Option<RequestHead>, Error> {
-    let config = &worker.shared.config;
-    let limits = HeadLimits::of(&config.limits);
     *begun = has_begun(&client.buf).then(Instant::now);
-    let head_limit = head_limit(config);
-    let idle = deadline::after(config.timeouts.keep_alive);
+    let idle_since = Instant::now();
     let mut parser = RequestParser::default();
     loop {
+        if begun.is_none() {
+            *worker = current.worker();
+        }
+        let config = &worker.shared.config;
+        let (limits, head_limit) = (HeadLimits::of(&config.limits), head_limit(config));
         if let Some((head, length)) = parser.parse(&client.buf, &limits)? {
             let _ = client.buf.split_to(length);
             return Ok(Some(head));
@@ -169,10 +192,12 @@ async fn read_head(
         } else {
             idle_state.set_busy();
         }
-        let until = begun.map_or(idle, |begun| head_limit.map(|limit| begun + limit));
+        let idle_until = || config.timeouts.keep_alive.map(|limit| idle_since + limit);
+        let until = begun.map_or_else(idle_until, |begun| head_limit.map(|limit| begun + limit));
         let read = tokio::select! {
             biased;
             read = with_deadline(until, client.read(FIRST_READ)) => read,
+            () = current.replaced(), if begun.is_none() => continue,
             () = drained(worker, idle_state), if begun.is_none() => {
                 // Bytes already in the socket were sent before the drain.
                 match client.read_now(FIRST_READ) {

@@ -115,6 +115,11 @@ impl Metrics {
         &self.pools[index]
     }
 
+    /// As [`pool`](Self::pool), for what outlives a configuration.
+    pub fn pool_handle(&self, index: usize) -> Arc<PoolMetrics> {
+        Arc::clone(&self.pools[index])
+    }
+
     /// The metrics of requests without a pool: invalid heads, and requests that no route matches.
     pub fn unrouted(&self) -> &PoolMetrics {
         &self.core.unrouted
@@ -298,7 +303,7 @@ impl Metrics {
     pub fn count_endpoints(&self, counts: impl IntoIterator<Item = CountEndpoints>) {
         let mut counted = self.core.endpoints.lock();
         for (pool, _) in counted.drain(..) {
-            pool.forget_endpoints();
+            pool.forget_states();
         }
         counted.extend(self.pools.iter().cloned().zip(counts));
     }

@@ -235,8 +235,10 @@ impl Drop for RefusalInProgress {
 }
 
 async fn connection(current: &Rc<Current>, stream: TcpStream, peer: SocketAddr, tls: Option<Acceptor>) {
-    let shared = Arc::clone(&current.worker().shared);
-    let _open = shared.metrics.client_connection();
+    let (_open, force) = {
+        let worker = current.worker();
+        (worker.shared.metrics.client_connection(), worker.shared.force.clone())
+    };
     let mut serve = pin!(async {
         match &tls {
             None => connection::serve(current, stream, peer).await,
@@ -246,7 +248,7 @@ async fn connection(current: &Rc<Current>, stream: TcpStream, peer: SocketAddr, 
     tokio::select! {
         biased;
         () = serve.as_mut() => {}
-        () = shared.force.cancelled() => {
+        () = force.cancelled() => {
             // Its requests end by themselves, and are accounted for.
             let _ = tokio::time::timeout(FORCED, serve).await;
         }

@@ -3,6 +3,8 @@
 
 use std::{cell::RefCell, rc::Rc, sync::Arc};
 
+use tokio::sync::Notify;
+
 use crate::{
     config::Config,
     endpoint::{http2::Http2Pool, pool::Http1Pool, timeouts::ConnectionTimeouts},
@@ -99,21 +101,29 @@ fn times(config: &Config) -> ConnectionTimeouts {
 /// The worker under the current configuration.
 pub struct Current {
     worker: RefCell<Rc<Worker>>,
+    replaced: Notify,
     /// The client connections of this worker that have no request.
     pub idle: Rc<Idle>,
 }
 
 impl Current {
     pub fn new(worker: Worker, idle: Rc<Idle>) -> Self {
-        Self { worker: RefCell::new(Rc::new(worker)), idle }
+        Self { worker: RefCell::new(Rc::new(worker)), replaced: Notify::new(), idle }
     }
 
-    /// The state for a request that begins now.
+    /// The state for a request that begins now. What lasts longer than a request does not hold it, because it keeps all that belongs
+    /// to its configuration, such as connections to EPPs.
     pub fn worker(&self) -> Rc<Worker> {
         Rc::clone(&self.worker.borrow())
     }
 
     pub fn replace(&self, worker: Worker) {
         self.worker.replace(Rc::new(worker));
+        self.replaced.notify_waiters();
+    }
+
+    /// Resolves at the next replacement after the first poll. Cancel-safe.
+    pub async fn replaced(&self) {
+        self.replaced.notified().await;
     }
 }

@@ -32,7 +32,6 @@ use crate::{
     kernel::socket,
     proxy::{self, Origin, Panicked, RefusedHead},
     room::IdleState,
-    shared::Shared,
     worker::{Current, Worker},
 };
 
@@ -109,25 +108,45 @@ impl Activity {
     }
 
     /// Resolves when the connection takes no further requests. True if it is shed in favour of another one.
-    async fn leave(&self, shared: &Shared) -> bool {
+    async fn leave(&self, current: &Current) -> bool {
+        let (draining, leaving) = {
+            let worker = current.worker();
+            (worker.shared.draining.clone(), worker.shared.leaving.clone())
+        };
         tokio::select! {
-            () = shared.draining.cancelled() => false,
-            () = self.must_leave(&shared.leaving) => false,
+            () = draining.cancelled() => false,
+            () = self.must_leave(&leaving) => false,
             () = self.faulty.notified() => false,
-            () = self.idle(shared.config.timeouts.keep_alive) => {
-                shared.metrics.client_idle_closed();
+            () = self.unused(current) => {
+                current.worker().shared.metrics.client_idle_closed();
                 false
             }
             () = self.shed() => {
-                shared.metrics.client_shed();
+                current.worker().shared.metrics.client_shed();
                 true
             }
         }
     }
 
+    /// Resolves when there has been no request for the current `timeouts.keep_alive`.
+    async fn unused(&self, current: &Current) {
+        loop {
+            let limit = current.worker().shared.config.timeouts.keep_alive;
+            let idle = async {
+                match limit {
+                    Some(limit) => self.idle(limit).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = idle => return,
+                () = current.replaced() => {}
+            }
+        }
+    }
+
     /// Resolves when there has been no request for `limit`.
-    async fn idle(&self, limit: Option<Duration>) {
-        let Some(limit) = limit else { return std::future::pending().await };
+    async fn idle(&self, limit: Duration) {
         loop {
             tokio::time::sleep_until(self.idle_since.get() + limit).await;
             if self.requests.get() == 0 && self.idle_since.get().elapsed() >= limit {
@@ -160,13 +179,16 @@ impl Drop for Active {
 /// Serves the connection to its end; `read` holds bytes already read from it, the first at `begun`.
 pub(super) async fn serve(current: &Rc<Current>, read: BytesMut, wire: ClientIo, begun: Instant, peer: SocketAddr) {
     let worker = current.worker();
-    let (listen, heads) = (&worker.shared.config.listen, HeadLimits::of(&worker.shared.config.limits));
+    let config = &worker.shared.config;
+    let (listen, heads) = (&config.listen, HeadLimits::of(&config.limits));
     let traffic = Traffic::new(wire, begun, listen.http2_resets, listen.http2_control_frames, heads.header_block());
     let traffic = Rc::new(traffic);
     let requests = TaskTracker::new();
     let io = CountedIo::new(Rc::clone(&traffic), read);
-    let ending = match handshake(&worker.shared.config, io, begun).await {
-        Some(Ok(connection)) => run(current, &worker, connection, &traffic, peer, &requests).await,
+    let shaken = handshake(config, io, begun).await;
+    drop(worker);
+    let ending = match shaken {
+        Some(Ok(connection)) => run(current, connection, &traffic, peer, &requests).await,
         Some(Err(error)) => {
             tracing::debug!(%peer, %error, "HTTP/2 handshake failed");
             Ending::Reading
@@ -180,9 +202,9 @@ pub(super) async fn serve(current: &Rc<Current>, read: BytesMut, wire: ClientIo,
     let wire = traffic.into_wire();
     match ending {
         Ending::Reading => {
-            let linger = Linger::new(&worker.shared.config, false);
+            let linger = Linger::new(&current.worker().shared.config, false);
             if let Err(cut) = discard(wire, BytesMut::new(), linger).await {
-                worker.shared.metrics.client_linger_cut(cut);
+                current.worker().shared.metrics.client_linger_cut(cut);
             }
         }
         Ending::Done => {}
@@ -220,17 +242,15 @@ async fn handshake(
 /// Runs the whole connection.
 async fn run(
     current: &Rc<Current>,
-    worker: &Worker,
     mut connection: Connection<CountedIo, Bytes>,
     traffic: &Rc<Traffic>,
     peer: SocketAddr,
     requests: &TaskTracker,
 ) -> Ending {
-    let shared = &worker.shared;
     let activity = Rc::new(Activity::new(IdleState::new(&current.idle)));
     let ping = connection.ping_pong();
-    let mut over = pin!(over(shared, traffic, ping));
-    let mut leave = pin!(activity.leave(shared));
+    let mut over = pin!(over(current, traffic, ping));
+    let mut leave = pin!(activity.leave(current));
     let mut leaving = false;
     let reason = loop {
         tokio::select! {
@@ -247,7 +267,7 @@ async fn run(
                 }
                 None => return Ending::Reading,
             },
-            () = activity.idle(Some(LEAVE_TIMEOUT)), if leaving => break "silent",
+            () = activity.idle(LEAVE_TIMEOUT), if leaving => break "silent",
             shed = leave.as_mut(), if !leaving => {
                 leaving = true;
                 activity.idle_since.set(Instant::now());
@@ -261,23 +281,30 @@ async fn run(
         }
     };
     tracing::debug!(%peer, reason, "closing HTTP/2 connection");
-    shared.metrics.http2_ended(reason);
+    current.worker().shared.metrics.http2_ended(reason);
     close(connection, traffic, reason).await
 }
 
 /// Resolves when the client broke a limit or is not reachable any more. Returns the reason.
-async fn over(shared: &Shared, traffic: &Traffic, ping: Option<PingPong>) -> &'static str {
-    let timeouts = &shared.config.timeouts;
-    let watch = ReachWatch::new(timeouts.client_unreachable);
-    tokio::select! {
-        reason = traffic.ended() => reason,
-        () = overdue(traffic, head_limit(&shared.config)) => "head",
-        () = unresponsive(traffic, ping) => "silent",
-        () = stalled(traffic, timeouts.idle) => {
-            shared.metrics.client_stalled();
-            "stalled"
+async fn over(current: &Current, traffic: &Traffic, ping: Option<PingPong>) -> &'static str {
+    let (mut unresponsive, mut stalled) = (pin!(unresponsive(traffic, ping)), pin!(stalled(current, traffic)));
+    loop {
+        let (head, unreachable) = {
+            let worker = current.worker();
+            (head_limit(&worker.shared.config), worker.shared.config.timeouts.client_unreachable)
+        };
+        let watch = ReachWatch::new(unreachable);
+        tokio::select! {
+            reason = traffic.ended() => return reason,
+            () = overdue(traffic, head) => return "head",
+            () = unresponsive.as_mut() => return "silent",
+            () = stalled.as_mut() => {
+                current.worker().shared.metrics.client_stalled();
+                return "stalled";
+            }
+            () = poll_fn(|cx| watch.poll_gone(traffic.wire().borrow().tcp(), cx)) => return "unreachable",
+            () = current.replaced() => {}
         }
-        () = poll_fn(|cx| watch.poll_gone(traffic.wire().borrow().tcp(), cx)) => "unreachable",
     }
 }
 
@@ -337,11 +364,16 @@ async fn unresponsive(traffic: &Traffic, ping: Option<PingPong>) {
     }
 }
 
-/// Resolves when the client's queued bytes have been unacknowledged for `idle`.
-async fn stalled(traffic: &Traffic, idle: Option<Duration>) {
-    let Some(idle) = idle else { return std::future::pending().await };
+/// Resolves when the client's queued bytes have been unacknowledged for `timeouts.idle`.
+async fn stalled(current: &Current, traffic: &Traffic) {
     let (mut acknowledged, mut since) = (traffic.acknowledged().unwrap_or_default(), Instant::now());
     loop {
+        let limit = current.worker().shared.config.timeouts.idle;
+        let Some(idle) = limit else {
+            current.replaced().await;
+            since = Instant::now();
+            continue;
+        };
         tokio::time::sleep(idle / CHECKS).await;
         let (now, queued) = (traffic.acknowledged(), traffic.queued().unwrap_or_default());
         // The reader reports the error.

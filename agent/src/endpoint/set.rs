@@ -31,6 +31,8 @@ pub enum EndpointSource {
 }
 
 impl EndpointSource {
+    pub const ALL: [Self; 4] = [Self::Config, Self::File, Self::Dns, Self::Kubernetes];
+
     /// The label in logs and metrics.
     pub fn name(self) -> &'static str {
         match self {
@@ -65,9 +67,9 @@ struct SetContents {
 #[derive(Debug, Default)]
 struct SourceLists {
     /// By [`EndpointSource`].
-    listed: [Vec<config::ListedEndpoint>; 4],
+    listed: [Vec<config::ListedEndpoint>; EndpointSource::ALL.len()],
     /// By [`EndpointSource`]: since when the endpoints are those of a name or file that is not configured any more.
-    outdated: [Option<Instant>; 4],
+    outdated: [Option<Instant>; EndpointSource::ALL.len()],
     next_id: u32,
 }
 

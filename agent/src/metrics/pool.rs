@@ -8,6 +8,8 @@ use std::{
 
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Histogram};
 
+use crate::endpoint::set::EndpointSource;
+
 use super::{
     InFlightGauge, OK,
     families::Families,
@@ -322,7 +324,11 @@ impl PoolMetrics {
         }
     }
 
-    pub(super) fn forget_endpoints(&self) {
+    /// Removes the series that say how endpoints and their sources are. Counters stay.
+    pub(super) fn forget_states(&self) {
+        for source in EndpointSource::ALL {
+            self.families.endpoint_source_up.remove(&BySource { pool: self.name.clone(), source: source.name() });
+        }
         for state in EndpointState::ALL {
             self.families.endpoints.remove(&ByPoolAndState { pool: self.name.clone(), state });
         }

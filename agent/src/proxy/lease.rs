@@ -2,7 +2,10 @@
 //!
 //! It holds only the list of endpoints. Each request keeps its own fields and body.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, Weak},
+};
 
 use http::request;
 use tokio::time::Instant;
@@ -20,7 +23,7 @@ use crate::{
 /// The endpoints that an EPP picked, for the connection's next requests to the same pool.
 pub struct Lease {
     /// The configuration under which the lease was given.
-    shared: Arc<Shared>,
+    shared: Weak<Shared>,
     pool: usize,
     endpoints: Vec<SocketAddr>,
     until: Instant,
@@ -32,7 +35,7 @@ impl Lease {
     pub(super) fn new(worker: &Worker, pool: usize, endpoints: &[SocketAddr]) -> Option<Self> {
         let config = &worker.shared.config.pools[pool];
         (config.pick_per == PickPer::Lease && config.lease.requests > 1).then(|| Self {
-            shared: Arc::clone(&worker.shared),
+            shared: Arc::downgrade(&worker.shared),
             pool,
             endpoints: endpoints.to_vec(),
             until: Instant::now() + config.lease.time,
@@ -48,7 +51,7 @@ impl Lease {
         let avoided = |first| {
             worker.shared.endpoints[pool].snapshot().get(first).is_some_and(|one| one.is_avoided(now.into_std()))
         };
-        let holds = Arc::ptr_eq(&self.shared, &worker.shared)
+        let holds = std::ptr::eq(self.shared.as_ptr(), Arc::as_ptr(&worker.shared))
             && self.pool == pool
             && now < self.until
             && self.left > 0

@@ -27,32 +27,33 @@ const DRAIN_CHECK: Duration = Duration::from_secs(1);
 
 /// Relays the connection until the pin ends.
 pub async fn pinned(current: &Rc<Current>, client: &mut ClientSocket, pin: Pin, peer: SocketAddr) -> AfterRequest {
-    let worker = &current.worker();
-    let Pin { mut endpoint, pool, target, idle } = pin;
+    let Pin { mut endpoint, pool, metrics, age, target, idle } = pin;
     let (address, began) = (endpoint.address, Instant::now());
-    let config = &worker.shared.config.pools[pool];
-    let metrics = worker.shared.metrics.pool(pool);
     let open = metrics.pinned_connection();
     // Only an orderly close in both directions is passed on as one. The response before this was complete; what follows need not be.
     client.reset_on_close();
     endpoint.reset_on_close();
     endpoint.set_resting(false);
-    let (down, up) = open_tunnel(worker, client, target, &endpoint);
+    let (down, up) = open_tunnel(&current.worker(), client, target, &endpoint);
     let (path, lead, pending) = (down.path, BytesMut::new(), BytesMut::new());
     let mut tunnel = Tunnel { client, endpoint: &mut endpoint, lead, pending, idle, down, up };
+    let (draining, force) = {
+        let worker = current.worker();
+        (worker.shared.draining.clone(), worker.shared.force.clone())
+    };
     let over = async {
         tokio::select! {
-            () = worker.shared.draining.cancelled() => {}
-            () = deadline::elapsed(config.pin.age) => {}
-            () = drains(current, &config.name, address) => {}
+            () = draining.cancelled() => {}
+            () = deadline::elapsed(age) => {}
+            () = drains(current, &pool, address) => {}
         }
     };
-    let end = tunnel.run(over, worker.shared.force.cancelled()).await;
+    let end = tunnel.run(over, force.cancelled()).await;
     let account = tunnel.down.account;
     drop(open);
     metrics.pin_ended(end.reason(), began.elapsed());
-    count(&worker.shared.metrics, &account);
-    access_log::pinned(peer, &config.name, address, path, end.reason(), &account, began.elapsed());
+    count(&current.worker().shared.metrics, &account);
+    access_log::pinned(peer, &pool, address, path, end.reason(), &account, began.elapsed());
     match end {
         End::Complete { .. } => {
             endpoint.set_resting(true);

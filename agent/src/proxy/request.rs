@@ -1,6 +1,6 @@
 //! A request in progress, and what happens to the client's connection after it.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use http::{HeaderValue, Uri, request};
 use tokio::time::Instant;
@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use super::record::{Origin, Record};
 use crate::{
     deadline::with_deadline, endpoint::connection::EndpointConnection, error::Error, kernel::wire::TcpConnection,
-    rename::ModelNames, route::RequestTimeouts, steer::reason::SteerReason, worker::Worker,
+    metrics::PoolMetrics, rename::ModelNames, route::RequestTimeouts, steer::reason::SteerReason, worker::Worker,
 };
 
 /// What happens to the client's connection after a request.
@@ -107,7 +107,11 @@ impl Request {
 /// The endpoint connection that a client connection is pinned to.
 pub struct Pin {
     pub(super) endpoint: EndpointConnection,
-    pub(super) pool: usize,
+    /// The name of the pool, and its metrics.
+    pub(super) pool: String,
+    pub(super) metrics: Arc<PoolMetrics>,
+    /// After this time the pin ends at the next quiet second.
+    pub(super) age: Option<Duration>,
     pub(super) target: Option<u64>,
     /// The idle timeout of the first request's route.
     pub(super) idle: Option<Duration>,

@@ -119,8 +119,10 @@ fn keep(worker: &Worker, request: &Request, connection: EndpointConnection, may_
         return None;
     }
     if may_pin {
-        let (pool, target, idle) = (request.pool, request.target, request.timeouts.idle);
-        return Some(Pin { endpoint: connection, pool, target, idle });
+        let (shared, target, idle) = (&worker.shared, request.target, request.timeouts.idle);
+        let config::Pool { name, pin, .. } = &shared.config.pools[request.pool];
+        let metrics = shared.metrics.pool_handle(request.pool);
+        return Some(Pin { endpoint: connection, pool: name.clone(), metrics, age: pin.age, target, idle });
     }
     worker.endpoints.put(connection);
     None

@@ -10,6 +10,7 @@ mod log;
 mod panics;
 mod picker_process;
 mod reload;
+mod reload_connections;
 mod reload_waiting;
 
 use std::{

@@ -3,7 +3,7 @@
 use std::{fs::Permissions, net::SocketAddr, os::unix::fs::PermissionsExt as _, time::Duration};
 
 use nix::sys::signal::Signal;
-use penstock_agent::config::{FailureMode, ListenTls, SteeringMode};
+use penstock_agent::config::{FailureMode, ListenTls, NamedEndpoints, SteeringMode};
 use penstock_tests::{
     BodyEnd, Client, ModelServer, Plan, Reader, Request, ScriptedEpp,
     agent::{TestAgent, builtin_pool, epp_pool},
@@ -65,11 +65,23 @@ async fn next_request_on_connection_uses_new_configuration() {
     assert_eq!(agent.count("penstock_config_reloads_total", &["applied"]), 1);
 }
 
+/// The samples of gauges of the pool "second" whose names begin like this.
+fn gauges(agent: &TestAgent, prefix: &str) -> Vec<String> {
+    let text = agent.agent.metrics().encode();
+    let gauges = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.strip_suffix(" gauge"));
+    let gauges: Vec<_> = gauges.filter(|name| name.starts_with(prefix)).collect();
+    let is_one = |line: &&str| line.split('{').next().is_some_and(|name| gauges.contains(&name));
+    text.lines().filter(is_one).filter(|line| line.contains(r#"pool="second""#)).map(str::to_owned).collect()
+}
+
 #[tokio::test]
 async fn removed_pool_returns_404_and_leaves_metrics() {
     let [one, two] = servers().await;
-    let mut second = builtin_pool(&[two.addr]);
+    let epp = ScriptedEpp::start(LlmdRouter::over(Endpoints::new(&[two.addr]))).await.unwrap();
+    let mut second = epp_pool(&[two.addr], epp.addr, FailureMode::Closed);
     second.name = "second".to_owned();
+    second.endpoints_file = Some("/nonexistent".into());
+    second.endpoints_dns = Some(NamedEndpoints { name: "localhost".to_owned(), ports: vec![two.addr.port()] });
     let agent = TestAgent::start(builtin_pool(&[one.addr]), SteeringMode::Off, |config| {
         config.pools.push(second);
         config.routes = vec![penstock_agent::config::Route::to("second")];
@@ -77,6 +89,10 @@ async fn removed_pool_returns_404_and_leaves_metrics() {
     let mut client = Client::connect(agent.addr).await.unwrap();
     assert_eq!(served_by(&mut client).await, Some(two.addr));
     assert_eq!(agent.count("penstock_endpoints", &["second", "ready"]), 1);
+    let states = ["penstock_endpoints", "penstock_endpoint_source_up", "penstock_epp_replicas"];
+    for state in states {
+        eventually(SOON, || !gauges(&agent, state).is_empty()).await;
+    }
     let mut config = agent.agent.config();
     config.pools.pop();
     let other = vec![penstock_agent::config::HostPattern::Exact("x".to_owned())];
@@ -87,7 +103,11 @@ async fn removed_pool_returns_404_and_leaves_metrics() {
     while client.request(&Request::get("/v1/models")).await.unwrap().status() != 404 {
         assert!(begin.elapsed() < SOON, "the route was not removed");
     }
-    assert_eq!(agent.metric("penstock_endpoints", &["second"]), 0.0);
+    // What counts requests and connections ends with them, what says how things are with the pool.
+    eventually(SOON, || gauges(&agent, "penstock_").iter().all(|line| line.ends_with(" 0"))).await;
+    for state in states {
+        assert_eq!(gauges(&agent, state), Vec::<String>::new());
+    }
     assert_eq!(agent.count("penstock_endpoints", &["default", "ready"]), 1);
 }
 
