@@ -218,6 +218,21 @@ fn reset_for_bytes_that_crossed_with_a_fin_ends_the_flow() {
 }
 
 #[test]
+fn segments_beyond_the_clients_window_are_counted_in_order_with_their_fin() {
+    let Numbers { client, to_client, endpoint, to_endpoint } = NUMBERS;
+    let mut scene = Scene::begun(NUMBERS);
+    // The client offers 128 000 bytes.
+    scene.endpoint_sends(scene.data(10, 130_000));
+    scene.endpoint_sends(scene.data(130_010, 5000));
+    let fin = Scene::packet(endpoint + 135_010, to_endpoint, FIN | ACK, 0);
+    scene.endpoint_sends(fin);
+    assert_eq!(scene.flow.legs[ENDPOINT].bytes.get(), 135_010);
+    scene.client_sends(Scene::packet(client, to_client + 135_011, FIN | ACK, 0));
+    scene.endpoint_sends(Scene::packet(endpoint + 135_011, to_endpoint + 1, ACK, 0));
+    assert_eq!(scene.state(), state::ENDED);
+}
+
+#[test]
 fn payload_of_the_client_is_dropped_and_its_end_becomes_a_reset() {
     let Numbers { client, to_client, .. } = NUMBERS;
     for end in [FIN | ACK, RST] {
