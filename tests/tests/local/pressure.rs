@@ -15,13 +15,14 @@ use penstock_tests::{
 
 const FRAMINGS: [Framing; 3] = [Framing::ContentLength, Framing::Chunked, Framing::UntilClose];
 const CLIENTS: u64 = 60;
-/// The limit on all socket buffers, in bytes: far below the clients' send buffers.
+/// The first limit on all socket buffers, in bytes: far below the clients' send buffers.
 const TCP: u64 = 3 << 20;
 
 /// A cgroup of the memory controller, in either hierarchy (cgroups(7)). Dropping it removes it, once it is empty.
 struct Group(PathBuf);
 
 /// The hierarchy's file that limits memory, and the one that counts hits of the limit.
+#[derive(Clone, Copy, PartialEq)]
 enum Files {
     Unified,
     /// The file that limits socket buffers.
@@ -127,30 +128,39 @@ async fn under_pressure(steering: &str) {
     // Declared first, so that the process ends before its group is removed.
     let (group, files) = Group::new();
     let agent = AgentProcess::start(listen, server.addr, steering, "[timeouts]\nidle = \"1500ms\"").await.unwrap();
-    match files {
-        // Pages of the process and buffers of its sockets together.
-        Files::Unified => group.write("memory.max", 48 << 20),
-        Files::Legacy => {
-            // The process has room: sockets are what is short.
-            group.write("memory.limit_in_bytes", 64 << 20);
-            group.write("memory.kmem.tcp.limit_in_bytes", TCP);
-        }
-    }
     // From now on, pages and sockets are charged to the group.
     group.write("cgroup.procs", u64::from(agent.process.id()));
-
-    let clients: Vec<_> = (0..CLIENTS).map(|id| tokio::spawn(is_whole(agent.addr, id))).collect();
-    let mut complete = 0;
-    for client in clients {
-        complete += u64::from(client.await.unwrap());
+    if files == Files::Unified {
+        // Pages of the process and buffers of its sockets together.
+        group.write("memory.max", 48 << 20);
+    } else {
+        // The process has room: sockets are what is short.
+        group.write("memory.limit_in_bytes", 64 << 20);
     }
-    let pressed = match files {
-        Files::Unified => group.count("memory.events", "max ") > 0,
-        // The kernel takes what it must and makes sockets wait for the rest; it does not count how often.
-        Files::Legacy => group.count("memory.kmem.tcp.max_usage_in_bytes", "") >= TCP,
-    };
-    println!("{steering}: {complete} of {CLIENTS} complete");
-    assert!(pressed, "{steering}: there was no pressure");
+    // How much is in buffers at once depends on how fast all sides are, so the limit falls until it is met.
+    let mut limit = TCP;
+    loop {
+        if files == Files::Legacy {
+            group.write("memory.kmem.tcp.max_usage_in_bytes", 0);
+            group.write("memory.kmem.tcp.limit_in_bytes", limit);
+        }
+        let clients: Vec<_> = (0..CLIENTS).map(|id| tokio::spawn(is_whole(agent.addr, id))).collect();
+        let mut complete = 0;
+        for client in clients {
+            complete += u64::from(client.await.unwrap());
+        }
+        println!("{steering}: {complete} of {CLIENTS} complete with at most {limit} bytes in socket buffers");
+        let pressed = match files {
+            Files::Unified => group.count("memory.events", "max ") > 0,
+            // The kernel takes what it must and makes sockets wait for the rest; it does not count how often.
+            Files::Legacy => group.count("memory.kmem.tcp.max_usage_in_bytes", "") >= limit,
+        };
+        if pressed {
+            break;
+        }
+        limit /= 2;
+        assert!(limit >= TCP / 16, "{steering}: there was no pressure");
+    }
 
     // The number of complete responses depends on the machine. A client that comes after the pressure ends is served.
     let plan = Plan { size: 1 << 20, ..Plan::default() };
