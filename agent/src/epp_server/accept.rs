@@ -36,7 +36,7 @@ pub(super) fn incoming(
     tls: Option<TlsAcceptor>,
     limits: &EppServerLimits,
     refusals: Arc<Refusals>,
-) -> impl Stream<Item = io::Result<Opened>> {
+) -> impl Stream<Item = io::Result<OpenedConnection>> {
     let EppServerLimits { connections, opening, .. } = *limits;
     let quota = Quota::new(connections);
     let accepting = (listener, Reserve::new(1), Arc::clone(&refusals));
@@ -51,7 +51,7 @@ pub(super) fn incoming(
                 refusals.add("connections");
                 return None;
             };
-            let opened = timeout(opening, Opened::over(stream, tls, place)).await;
+            let opened = timeout(opening, OpenedConnection::over(stream, tls, place)).await;
             if opened.is_err() {
                 refusals.add("opening");
             }
@@ -89,13 +89,13 @@ trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> ByteStream for T {}
 
 /// A connection that speaks HTTP/2. It is counted until it is dropped.
-pub(super) struct Opened {
+pub(super) struct OpenedConnection {
     stream: Box<dyn ByteStream>,
     info: TcpConnectInfo,
     _place: Reservation,
 }
 
-impl Opened {
+impl OpenedConnection {
     async fn over(stream: TcpStream, tls: Option<TlsAcceptor>, place: Reservation) -> io::Result<Self> {
         let info = stream.connect_info();
         stream.set_nodelay(true)?;
@@ -115,7 +115,7 @@ async fn prefaced(mut stream: impl ByteStream + 'static) -> io::Result<Box<dyn B
     Ok(Box::new(tokio::io::join(Cursor::new(preface).chain(rest), write)))
 }
 
-impl Connected for Opened {
+impl Connected for OpenedConnection {
     type ConnectInfo = TcpConnectInfo;
 
     fn connect_info(&self) -> Self::ConnectInfo {
@@ -123,13 +123,13 @@ impl Connected for Opened {
     }
 }
 
-impl AsyncRead for Opened {
+impl AsyncRead for OpenedConnection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }
 
-impl AsyncWrite for Opened {
+impl AsyncWrite for OpenedConnection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(cx, buf)
     }

@@ -32,7 +32,7 @@ pub struct WireCase {
     /// Its name in reports.
     pub name: &'static str,
     ipv6: bool,
-    run: fn(&Trial, Joined) -> Result<()>,
+    run: fn(&WireTrial, Joined) -> Result<()>,
 }
 
 /// The cases that path `wire` must pass.
@@ -49,7 +49,7 @@ pub(crate) const WIRE_FAILING: &[WireCase] =
     &[WireCase { name: "bad", ipv6: false, run: |_, _| bail!("a hole at {}", 7) }];
 
 /// The programs in namespaces of their own.
-pub struct Trial {
+pub struct WireTrial {
     net: TrialNet,
     wire: Arc<Wire>,
 }
@@ -67,7 +67,7 @@ struct Joined {
 
 /// Runs the cases. Fails if they cannot run at all, because there is no network namespace for them.
 pub fn prove_wire(cases: &[WireCase]) -> Result<Vec<Check>> {
-    let trial = Trial::new()?;
+    let trial = WireTrial::new()?;
     let has_ipv6 = trial.net.has_ipv6;
     let checks = cases.iter().filter(|case| has_ipv6 || !case.ipv6).map(|case| {
         let begin = Instant::now();
@@ -76,12 +76,12 @@ pub fn prove_wire(cases: &[WireCase]) -> Result<Vec<Check>> {
     });
     let checks = checks.collect();
     // The programs are attached in that namespace.
-    let Trial { net, wire } = trial;
+    let WireTrial { net, wire } = trial;
     net.agent.run(move || drop(wire))?;
     Ok(checks)
 }
 
-impl Trial {
+impl WireTrial {
     fn new() -> Result<Self> {
         let net = TrialNet::new().context("cannot make network namespaces (needs CAP_SYS_ADMIN)")?;
         let wire = net.agent.run(|| -> Result<Wire> {
@@ -188,7 +188,7 @@ fn byte(position: usize) -> u8 {
     (position % 251) as u8
 }
 
-fn content(_: &Trial, mut joined: Joined) -> Result<()> {
+fn content(_: &WireTrial, mut joined: Joined) -> Result<()> {
     joined.transfer()?;
     joined.endpoint.shutdown(Shutdown::Write)?;
     ensure!(read(&mut joined.client)? == 0, "the client got bytes beyond the end");
@@ -202,7 +202,7 @@ fn content(_: &Trial, mut joined: Joined) -> Result<()> {
     Ok(())
 }
 
-fn reset(_: &Trial, joined: Joined, by_client: bool) -> Result<()> {
+fn reset(_: &WireTrial, joined: Joined, by_client: bool) -> Result<()> {
     let Joined { client, endpoint, watched, agent, .. } = joined;
     let (from, mut to) = if by_client { (client, endpoint) } else { (endpoint, client) };
     socket::set_reset_on_close(&from, true);
@@ -212,7 +212,7 @@ fn reset(_: &Trial, joined: Joined, by_client: bool) -> Result<()> {
     Ok(())
 }
 
-fn sends(_: &Trial, mut joined: Joined) -> Result<()> {
+fn sends(_: &WireTrial, mut joined: Joined) -> Result<()> {
     joined.client.write_all(b"GET / HTTP/1.1\r\n\r\n")?;
     joined.transfer()?;
     ensure!(!socket::has_more(&joined.endpoint)?, "the endpoint got what the client sent");

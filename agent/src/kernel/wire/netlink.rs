@@ -9,11 +9,11 @@ use std::{
 pub(super) const HEADER: usize = 16;
 
 /// A request that is acknowledged.
-pub(super) struct Request {
+pub(super) struct NetlinkRequest {
     bytes: Vec<u8>,
 }
 
-impl Request {
+impl NetlinkRequest {
     /// `body` is what follows the header, such as `struct ifinfomsg`. NLM_F_REQUEST and NLM_F_ACK are added to `flags`.
     pub(super) fn new(kind: u16, flags: libc::c_int, body: &[u8]) -> Self {
         let flags = (flags | libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16;

@@ -13,7 +13,7 @@ use nix::{
     sched::{CloneFlags, setns, unshare},
 };
 
-use super::netlink::Request;
+use super::netlink::NetlinkRequest;
 
 /// The agent's interfaces; their peers have the same names.
 const TO_CLIENT: &str = "client0";
@@ -35,17 +35,17 @@ const IFA_F_NODAD: u8 = 2;
 /// The three namespaces.
 pub struct TrialNet {
     /// The client's namespace.
-    pub client: Place,
+    pub client: TrialNamespace,
     /// The namespace between the two others.
-    pub agent: Place,
+    pub agent: TrialNamespace,
     /// The endpoint's namespace.
-    pub endpoint: Place,
+    pub endpoint: TrialNamespace,
     /// Whether the interfaces have IPv6 addresses.
     pub has_ipv6: bool,
 }
 
 /// A network namespace.
-pub struct Place(File);
+pub struct TrialNamespace(File);
 
 impl TrialNet {
     /// The agent's interfaces.
@@ -53,7 +53,12 @@ impl TrialNet {
 
     /// Makes the namespaces and joins them.
     pub fn new() -> io::Result<Self> {
-        let mut net = Self { client: Place::new()?, agent: Place::new()?, endpoint: Place::new()?, has_ipv6: true };
+        let mut net = Self {
+            client: TrialNamespace::new()?,
+            agent: TrialNamespace::new()?,
+            endpoint: TrialNamespace::new()?,
+            has_ipv6: true,
+        };
         for (name, far, link) in [(TO_CLIENT, &net.client, 1), (TO_ENDPOINT, &net.endpoint, 2)] {
             net.agent.run(|| veth(name, far.0.as_fd()))??;
             for (place, host) in [(&net.agent, 1), (far, 2)] {
@@ -81,7 +86,7 @@ impl TrialNet {
     }
 }
 
-impl Place {
+impl TrialNamespace {
     fn new() -> io::Result<Self> {
         let make = || -> io::Result<File> {
             unshare(CloneFlags::CLONE_NEWNET)?;
@@ -128,7 +133,7 @@ fn link(index: u32, flags: u32) -> Vec<u8> {
 /// Makes a pair of interfaces of the same name: one in this thread's namespace, and one in `far`.
 fn veth(name: &str, far: BorrowedFd<'_>) -> io::Result<()> {
     let (name, far) = (c_string(name), far.as_raw_fd().to_ne_bytes());
-    Request::new(RTM_NEWLINK, libc::NLM_F_CREATE | libc::NLM_F_EXCL, &link(0, 0))
+    NetlinkRequest::new(RTM_NEWLINK, libc::NLM_F_CREATE | libc::NLM_F_EXCL, &link(0, 0))
         .attribute(IFLA_IFNAME, &name)
         .nested(IFLA_LINKINFO, &[], |info| {
             info.attribute(IFLA_INFO_KIND, b"veth").nested(IFLA_INFO_DATA, &[], |data| {
@@ -141,7 +146,7 @@ fn veth(name: &str, far: BorrowedFd<'_>) -> io::Result<()> {
 }
 
 fn bring_up(index: u32) -> io::Result<()> {
-    Request::new(RTM_NEWLINK, 0, &link(index, libc::IFF_UP as u32)).exchange(|_| {})
+    NetlinkRequest::new(RTM_NEWLINK, 0, &link(index, libc::IFF_UP as u32)).exchange(|_| {})
 }
 
 fn add_address(index: u32, address: IpAddr) -> io::Result<()> {
@@ -151,7 +156,7 @@ fn add_address(index: u32, address: IpAddr) -> io::Result<()> {
     };
     // `struct ifaddrmsg`.
     let body = [[family as u8, prefix, flags, 0], index.to_ne_bytes()].concat();
-    Request::new(RTM_NEWADDR, libc::NLM_F_CREATE | libc::NLM_F_EXCL, &body)
+    NetlinkRequest::new(RTM_NEWADDR, libc::NLM_F_CREATE | libc::NLM_F_EXCL, &body)
         .attribute(IFA_LOCAL, &octets)
         .attribute(IFA_ADDRESS, &octets)
         .exchange(|_| {})
