@@ -62,6 +62,16 @@ pub fn is_exhausted(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(EMFILE | ENFILE | ENOBUFS | ENOMEM))
 }
 
+/// Whether the error concerns the queued connection rather than the listener.
+pub fn is_of_the_connection(error: &io::Error) -> bool {
+    use nix::libc::{
+        ECONNABORTED, EHOSTDOWN, EHOSTUNREACH, EINTR, ENETDOWN, ENETUNREACH, ENONET, ENOPROTOOPT, EOPNOTSUPP, EPROTO,
+    };
+    let of_it =
+        [ECONNABORTED, EHOSTDOWN, EHOSTUNREACH, EINTR, ENETDOWN, ENETUNREACH, ENONET, ENOPROTOOPT, EOPNOTSUPP, EPROTO];
+    error.raw_os_error().is_some_and(|number| of_it.contains(&number))
+}
+
 /// Raises RLIMIT_NOFILE to its hard limit, because a request may hold two descriptors, and a client of `penstock epp` one.
 pub fn raise_limit() {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};

@@ -3,7 +3,7 @@
 
 mod refusal;
 
-use std::{cell::Cell, io, net::SocketAddr, pin::pin, rc::Rc, sync::Arc, time::Duration};
+use std::{cell::Cell, net::SocketAddr, pin::pin, rc::Rc, sync::Arc, time::Duration};
 
 use futures_util::{FutureExt as _, future::join_all};
 use tokio::{
@@ -18,7 +18,7 @@ use crate::{
     connection,
     kernel::socket,
     probe::Point,
-    reserve::{Reserve, is_exhausted},
+    reserve::{Reserve, is_exhausted, is_of_the_connection},
     room::Idle,
     shared::Shared,
     tls::Acceptor,
@@ -253,14 +253,4 @@ async fn connection(current: &Rc<Current>, stream: TcpStream, peer: SocketAddr, 
             let _ = tokio::time::timeout(FORCED, serve).await;
         }
     }
-}
-
-/// Whether the error concerns the queued connection rather than the listener.
-fn is_of_the_connection(error: &io::Error) -> bool {
-    use nix::libc::{
-        ECONNABORTED, EHOSTDOWN, EHOSTUNREACH, EINTR, ENETDOWN, ENETUNREACH, ENONET, ENOPROTOOPT, EOPNOTSUPP, EPROTO,
-    };
-    let of_it =
-        [ECONNABORTED, EHOSTDOWN, EHOSTUNREACH, EINTR, ENETDOWN, ENETUNREACH, ENONET, ENOPROTOOPT, EOPNOTSUPP, EPROTO];
-    error.raw_os_error().is_some_and(|number| of_it.contains(&number))
 }

@@ -58,7 +58,7 @@ mod tests {
 
     use super::*;
 
-    /// A flow that has ended in order, of which the client has everything.
+    /// A flow that the endpoint has closed orderly, of which the client has everything.
     fn seen(bytes: u64) -> Seen {
         Seen { state: flow::ENDED, finished: true, told_all: true, bytes, ..Seen::default() }
     }

@@ -66,8 +66,8 @@ impl Delivery<'_> {
         End::Left
     }
 
-    /// Closes the agent's part of a flow that has begun, records the bytes, and gives the tee the end of a whole body. `end`: why the flow is ended, if it has not ended by
-    /// itself. Must run before the connections are closed.
+    /// Closes the agent's part of a flow that has begun, records the bytes, and gives the tee the end of a whole body. `end`: why the
+    /// flow is ended, if it has not ended by itself. Must run before the connections are closed.
     pub(super) fn conclude(&mut self, end: Option<End>) -> End {
         let Some(watched) = self.wire.take() else { return end.unwrap_or(End::Broken) };
         if let Ok(endpoint) = self.endpoint.stream() {

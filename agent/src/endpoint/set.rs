@@ -133,7 +133,7 @@ impl EndpointSet {
     }
 
     /// Since when the endpoints of `source` are those of a name or file that is not configured any more. `None` if they are
-    /// current, or there are none.
+    /// current, or it has none.
     pub fn outdated_since(&self, source: EndpointSource) -> Option<Instant> {
         *self.contents.changing.lock().of(source).1
     }

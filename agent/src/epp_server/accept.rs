@@ -22,7 +22,7 @@ use super::{
     bounds::{EppServerLimits, Quota, Reservation},
     refusals::Refusals,
 };
-use crate::reserve::{Reserve, is_exhausted};
+use crate::reserve::{Reserve, is_exhausted, is_of_the_connection};
 
 /// Length of the client's connection preface (RFC 9113 §3.4).
 const PREFACE: usize = 24;
@@ -55,7 +55,7 @@ pub(super) fn incoming(
             if opened.is_err() {
                 refusals.add("opening");
             }
-            // A client that ends its connection, or does not accept the certificate, is no refusal of this server's.
+            // A client that closes its connection, or does not accept the certificate, was not refused.
             opened.ok()?.ok()
         }
     };
@@ -78,8 +78,13 @@ async fn accept(listener: &TcpListener, reserve: &mut Reserve, refusals: &Refusa
                 }
                 sleep(EXHAUSTED).await;
             }
-            // The error is about one client, which is gone: accept(2), "Error handling". Others would come again at once.
-            Err(_) => sleep(EXHAUSTED).await,
+            // The client or its network is gone already: accept(2), "Error handling".
+            Err(error) if is_of_the_connection(&error) => {}
+            Err(error) => {
+                tracing::debug!(%error, "accept failed");
+                refusals.add("accept");
+                sleep(EXHAUSTED).await;
+            }
         }
     }
 }

@@ -27,7 +27,7 @@ pub(super) fn self_signed(client_ca: Option<&[u8]>) -> anyhow::Result<TlsAccepto
         Some(pem) => {
             let mut roots = RootCertStore::empty();
             for certificate in pem::certificates(pem)? {
-                roots.add(certificate).context("a certificate that is no CA")?;
+                roots.add(certificate).context("a certificate of a CA was expected")?;
             }
             let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider).build()?;
             builder.with_client_cert_verifier(verifier)

@@ -65,7 +65,7 @@ struct Joined {
     got: usize,
 }
 
-/// Runs the cases. Fails if they cannot run at all, because there is no network namespace for them.
+/// Runs the cases. Fails if their network namespaces cannot be made.
 pub fn prove_wire(cases: &[WireCase]) -> Result<Vec<Check>> {
     let trial = WireTrial::new()?;
     let has_ipv6 = trial.net.has_ipv6;

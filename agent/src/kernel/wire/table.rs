@@ -85,7 +85,7 @@ impl Table {
 
     /// Frees it. No program may use the record any more, because the kernel gives the memory to another ring at once.
     pub(super) fn remove_ring(&self, index: u32) {
-        // There is none if the allocation failed.
+        // Fails if the ring could not be allocated.
         let _ = self.rings.lock().remove(&index);
     }
 
