@@ -2,12 +2,13 @@
 //!
 //! A kernel program rewrites the packets that arrive on one of the agent's two connections and sends them out on the other
 //! ([`header`]). [`inject`] writes a packet for this machine itself. [`flow`] is the memory that the agent and the program share about the two connections, [`judge`] the rule by
-//! which a flow begins, which packets pass, and when it ends. Sequence numbers are compared as in RFC 9293 §3.4.
+//! which a flow begins, which packets pass, and when it ends, [`quoted`] the one by which errors about its packets are passed on. Sequence numbers are compared as in RFC 9293 §3.4.
 
 pub mod flow;
 pub mod header;
 pub mod inject;
 pub mod judge;
+pub mod quoted;
 
 /// Whether sequence number `a` is after `b`.
 #[inline(always)]

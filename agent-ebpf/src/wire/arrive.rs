@@ -23,6 +23,7 @@ use penstock_common::wire::{
 use crate::{
     maps::{LEGS, Programs, Scratch, flow, forget, scratch},
     packet::{IP, Route, load, read},
+    quoted,
 };
 
 const OPTIONS: u32 = MAX_LEN - MIN_LEN;
@@ -34,7 +35,8 @@ const BPF_F_IPV6: u64 = 1 << 7;
 
 #[classifier]
 fn penstock_wire(ctx: TcContext) -> i32 {
-    run(ctx.skb.skb).unwrap_or(TCX_NEXT)
+    let skb = ctx.skb.skb;
+    run(skb).or_else(|| quoted::run(skb)).unwrap_or(TCX_NEXT)
 }
 
 #[inline(always)]
@@ -216,4 +218,4 @@ fn addresses(skb: *mut __sk_buff, route: &Route, ends: &Ends) -> Option<()> {
     if errors == 0 { Some(()) } else { None }
 }
 
-const _: () = assert!(size_of::<Flow>() == 544);
+const _: () = assert!(size_of::<Flow>() == 552);

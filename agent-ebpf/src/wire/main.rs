@@ -15,6 +15,7 @@ mod leave;
 
 mod maps;
 mod packet;
+mod quoted;
 
 #[cfg(not(test))]
 #[panic_handler]

@@ -12,9 +12,9 @@ use crate::maps::Scratch;
 
 /// Length of the link layer's header: the agent attaches the programs to interfaces with Ethernet's.
 pub(crate) const IP: u32 = 14;
-const ETH_P_IP: u16 = 0x0800;
-const ETH_P_IPV6: u16 = 0x86dd;
-const TCP: u8 = 6;
+pub(crate) const ETH_P_IP: u16 = 0x0800;
+pub(crate) const ETH_P_IPV6: u16 = 0x86dd;
+pub(crate) const TCP: u8 = 6;
 /// The network namespace of the interface (BPF_F_CURRENT_NETNS).
 const OWN: u64 = u64::MAX;
 
@@ -93,8 +93,8 @@ fn ipv6(skb: *mut __sk_buff, scratch: &mut Scratch) -> Option<Route> {
 }
 
 #[inline(always)]
-fn word(ip: &[u8; 40], at: usize) -> u32 {
-    u32::from_ne_bytes([ip[at], ip[at + 1], ip[at + 2], ip[at + 3]])
+pub(crate) fn word<const N: usize>(bytes: &[u8; N], at: usize) -> u32 {
+    u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
 /// Loads `len` bytes at `at`.

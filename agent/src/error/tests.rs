@@ -260,11 +260,12 @@ fn every_reason_is_documented_with_its_status() {
 
 #[test]
 fn every_reason_after_the_response_began_is_documented() {
-    let ends = [End::ClientGone, End::Broken, End::Idle, End::Left, End::Stopped(FlowStop::Deleted)]
-        .map(|end| end.reason().to_owned());
+    let stops = [FlowStop::Deleted, FlowStop::Unrouted].map(End::Stopped);
+    let ends = [End::ClientGone, End::Broken, End::Idle, End::Left].into_iter().chain(stops);
+    let ends = ends.map(|end| end.reason().to_owned());
     let documented = rows("After the response has begun");
     let aborted = ["agent_stopped", "evicted", "picker_failed", "request_timeout"].map(str::to_owned);
-    let mut expected: Vec<_> = ends.into_iter().chain(aborted).collect();
+    let mut expected: Vec<_> = ends.chain(aborted).collect();
     expected.sort_unstable();
     assert_eq!(documented.into_keys().collect::<Vec<_>>(), expected);
     let mut in_source = labels(include_str!("../deliver.rs"));

@@ -19,6 +19,7 @@ mod pins;
 mod qdisc;
 mod records;
 mod registry;
+mod routes;
 mod seen;
 mod table;
 #[cfg(test)]
@@ -40,6 +41,7 @@ use aya::{
     Ebpf, EbpfLoader,
     maps::{Map, MapData, RingBuf},
 };
+use nix::net::if_::if_nametoindex;
 use penstock_common::wire::flow::state;
 use thiserror::Error;
 
@@ -110,6 +112,8 @@ pub struct Wire {
     registry: Arc<Registry>,
     _events: RecordEvents,
     attached: Attached,
+    /// Where the programs are attached.
+    interfaces: registry::Interfaces,
     flows: MapData,
     legs: MapData,
     rings: MapData,
@@ -141,10 +145,23 @@ impl Wire {
         let again =
             |map: &MapData| -> Result<_, WireError> { Ok(MapData::from_fd(map.fd().as_fd().try_clone_to_owned()?)?) };
         let records = Arc::new(Records::new(Arc::new(Table::new(&flows, again(&legs)?, again(&rings)?)?))?);
-        let events = RecordEvents::start(ring, missed, Arc::clone(&records))?;
-        let (attached, is_leaving) = (Attached::none(), AtomicBool::new(false));
         let registry = Arc::new(Registry::default());
-        Ok(Self { records, registry, _events: events, attached, flows, legs, rings, instance: None, is_leaving, ebpf })
+        let events = RecordEvents::start(ring, missed, Arc::clone(&records), Arc::clone(&registry))?;
+        let (attached, is_leaving) = (Attached::none(), AtomicBool::new(false));
+        let interfaces = registry::Interfaces::default();
+        Ok(Self {
+            records,
+            registry,
+            _events: events,
+            attached,
+            interfaces,
+            flows,
+            legs,
+            rings,
+            instance: None,
+            is_leaving,
+            ebpf,
+        })
     }
 
     /// Lets maps, and programs that are attached from now on, outlive the process.
@@ -162,7 +179,9 @@ impl Wire {
 
     /// Attaches to an interface of this thread's network namespace: before other programs at ingress, after them at egress.
     pub fn attach(&mut self, name: &str) -> Result<(), WireError> {
-        self.attached.attach(&mut self.ebpf, name, self.instance.as_ref())
+        self.attached.attach(&mut self.ebpf, name, self.instance.as_ref())?;
+        self.interfaces.lock().push(if_nametoindex(name).map_err(io::Error::from)?);
+        Ok(())
     }
 
     fn instance(&self) -> Option<&Instance> {

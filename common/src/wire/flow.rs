@@ -1,4 +1,4 @@
-//! The memory that the agent and the kernel program share about one flow of path `wire`: 544 bytes in an array map.
+//! The memory that the agent and the kernel program share about one flow of path `wire`: 552 bytes in an array map.
 //!
 //! The agent fills in a record before it makes both connections' addresses known to the program, and stores [`Flow::state`] last.
 //! From then on fields change by whole words. Numbers of a leg are those that the peer of this leg uses.
@@ -8,7 +8,7 @@ use crate::{tail::TAIL, word::Word};
 
 /// Version of what agents leave to each other: the layout of [`Flow`], and the keys and values of the maps. Increase it with every
 /// change, so that no agent reads a record as what it is not.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// The index of the leg to the client.
 pub const CLIENT: usize = 0;
@@ -184,6 +184,8 @@ pub struct Flow {
     pub packet_ns: Word,
     /// Why the flow did not begin at a packet that the program considered: [`judge::refusal`](super::judge::refusal).
     pub refusal: Word,
+    /// ICMP errors of the client's side that were passed on to the endpoint.
+    pub too_big: Word,
     /// Written by the agent; the program does not read it.
     pub response: Response,
     /// By [`CLIENT`] and [`ENDPOINT`].
@@ -191,7 +193,7 @@ pub struct Flow {
 }
 
 const _: () = assert!(size_of::<Ends>() == 36 && size_of::<Facts>() == 88);
-const _: () = assert!(size_of::<Leg>() == 88 + 17 * 8 && size_of::<Flow>() == 544);
+const _: () = assert!(size_of::<Leg>() == 88 + 17 * 8 && size_of::<Flow>() == 552);
 
 impl Leg {
     /// The sequence number after everything that the peer has sent, with its FIN.

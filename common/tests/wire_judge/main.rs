@@ -4,9 +4,10 @@ mod ring;
 mod scene;
 
 use penstock_common::wire::{
-    flow::{CLIENT, ENDPOINT, mark, state},
+    flow::{CLIENT, ENDPOINT, Ends, mark, state},
     header::{ACK, FIN, RST, SYN, Shift},
     judge::{Leaving, Packet, Verdict, arrive, refusal},
+    quoted::{Quoted, as_sent},
 };
 use proptest::prelude::*;
 
@@ -318,4 +319,20 @@ fn segment_that_begins_in_the_window_counts() {
     assert_eq!(scene.flow.legs[ENDPOINT].bytes.get(), u64::from(10 + large));
     scene.client_sends(scene.ack(0, 10 + large));
     assert_eq!(scene.flow.legs[CLIENT].told.get() as u32, NUMBERS.to_client.wrapping_add(10 + large));
+}
+
+#[test]
+fn only_packets_in_flight_are_quoted() {
+    let mut scene = Scene::begun(NUMBERS);
+    let ends = |host: u32| Ends { peer: [0, 0, 0, host], own: [0, 0, 0, host + 1], ports: host };
+    scene.flow.legs[ENDPOINT].facts.ends = ends(7);
+    scene.endpoint_sends(scene.data(10, 2000));
+    scene.client_sends(scene.ack(0, 500));
+    // The client has the first 500 of 2010 bytes.
+    for (at, expected) in [(0, false), (499, false), (500, true), (2009, true), (2010, false), (1 << 31, false)] {
+        let quoted = Quoted { source: [1; 4], destination: [2; 4], ports: 3, seq: NUMBERS.to_client.wrapping_add(at) };
+        let (source, destination, seq) = ([0, 0, 0, 7], [0, 0, 0, 8], NUMBERS.endpoint.wrapping_add(at));
+        let sent = Quoted { source, destination, ports: 7, seq };
+        assert_eq!(as_sent(&scene.flow, &quoted), expected.then_some(sent), "{at}");
+    }
 }

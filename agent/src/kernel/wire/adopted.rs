@@ -9,12 +9,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use parking_lot::Mutex;
 use penstock_common::wire::flow::{CLIENT, ENDPOINT, Ends, state};
 
 use super::{
     FlowStop, LINGER, LastBytes, Seen, Wire, WireError, attach, inject,
     pins::{FoundFolder, Instance, Namespace},
-    registry::Registered,
+    registry::{Interfaces, Registered},
     seen::state_of,
     table::Table,
 };
@@ -115,6 +116,7 @@ impl Adopted {
     fn open(instance: Instance, wire: &Arc<Wire>) -> Result<Self, WireError> {
         let table = Arc::new(Table::pinned(&instance.folder.at("."))?);
         let mut one = Self { instance, table, wire: Arc::clone(wire), flows: Vec::new(), lingering: Vec::new() };
+        let interfaces = Arc::new(Mutex::new(attach::interfaces(&one.instance)));
         for index in 0..one.table.len() {
             let flow = one.table.words(index);
             let (state, is_counted) = (state_of(flow), flow.response.counted.get() != 0);
@@ -123,11 +125,11 @@ impl Adopted {
                 // Its sockets are closed, and have told the peers.
                 state::WATCHED | state::ARMED if is_known => one.table.forget(index, one.table.ends(index)),
                 state::ACTIVE | state::ENDED if is_known && !is_counted => {
-                    one.flows.push(AdoptedFlow::of(wire, &one.table, index));
+                    one.flows.push(AdoptedFlow::of(wire, &one.table, index, &interfaces));
                 }
-                state::REPLACED if !is_counted => one.flows.push(AdoptedFlow::of(wire, &one.table, index)),
+                state::REPLACED if !is_counted => one.flows.push(AdoptedFlow::of(wire, &one.table, index, &interfaces)),
                 state::ACTIVE | state::ENDED if is_known => {
-                    one.lingering.push((Instant::now(), AdoptedFlow::of(wire, &one.table, index)));
+                    one.lingering.push((Instant::now(), AdoptedFlow::of(wire, &one.table, index, &interfaces)));
                 }
                 _ => {}
             }
@@ -204,10 +206,10 @@ impl Adopted {
 }
 
 impl AdoptedFlow {
-    fn of(wire: &Wire, table: &Arc<Table>, index: u32) -> Self {
+    fn of(wire: &Wire, table: &Arc<Table>, index: u32, interfaces: &Interfaces) -> Self {
         let ends = table.ends(index);
         let port = reserve(own(&ends[ENDPOINT])).ok();
-        let registered = wire.registry.enter(table, index, true);
+        let registered = wire.registry.enter(table, index, interfaces, true);
         Self { index, client: peer(&ends[CLIENT]), endpoint: peer(&ends[ENDPOINT]), _port: port, registered }
     }
 

@@ -124,6 +124,16 @@ fn keep(
     Ok(())
 }
 
+/// The interfaces to which programs of an agent's folder are attached.
+pub(super) fn interfaces(instance: &Instance) -> Vec<u32> {
+    let names = instance.folder.names().unwrap_or_default();
+    let index = |name: &String| {
+        let rest = name.strip_prefix(LINK).or_else(|| name.strip_prefix(FILTER))?;
+        rest.split_once('_')?.0.parse().ok()
+    };
+    names.iter().filter_map(index).collect()
+}
+
 /// Whether the interfaces of all links in a folder are gone, so that nothing can be attached any more. A filter of a qdisc cannot tell.
 pub(super) fn is_defunct(instance: &Instance) -> bool {
     let Ok(names) = instance.folder.names() else { return false };

@@ -1,4 +1,5 @@
-//! The records of flows, and a thread that wakes the tasks whose flows have changed and frees records that nobody uses.
+//! The records of flows, and a thread that wakes the tasks whose flows have changed, frees records that nobody uses, and lets flows
+//! follow routes.
 //!
 //! An event is only a hint: the record holds the state. If the ring was full, every waiting task is woken.
 
@@ -24,7 +25,7 @@ use nix::{
 };
 use parking_lot::Mutex;
 
-use super::{LINGER, table::Table};
+use super::{LINGER, Registry, routes::Routes, table::Table};
 use crate::{
     capability,
     kernel::{grace::Grace, socket},
@@ -137,13 +138,15 @@ impl RecordEvents {
         ring: RingBuf<MapData>,
         missed: Array<MapData, u64>,
         records: Arc<Records>,
+        registry: Arc<Registry>,
     ) -> io::Result<Self> {
+        let routes = Routes::new()?;
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
         let until = Arc::clone(&stop);
         let thread = std::thread::Builder::new().name(THREAD.into()).spawn(move || {
             // Open descriptors need no capability.
             let _ = capability::keep(&[]);
-            records.watch.run(|| run(ring, &missed, &records, &until));
+            records.watch.run(|| run(ring, &missed, &records, routes, &registry, &until));
         })?;
         Ok(Self { stop, thread: Some(thread) })
     }
@@ -162,6 +165,8 @@ fn run(
     mut ring: RingBuf<MapData>,
     missed: &Array<MapData, u64>,
     records: &Records,
+    mut routes: Routes,
+    registry: &Registry,
     stop: &EventFd,
 ) -> Result<(), String> {
     let (mut seen, mut reclaimed) = (0, Instant::now());
@@ -180,19 +185,24 @@ fn run(
         }
         if reclaimed.elapsed() >= RECLAIM {
             records.reclaim();
+            routes.follow(registry);
             reclaimed = Instant::now();
         }
+        routes.read();
+        if routes.is_pending() {
+            routes.follow(registry);
+        }
         records.watch.probe();
-        if wait(&ring, stop).map_err(|error| format!("cannot wait for events: {error}"))?.is_break() {
+        if wait(&ring, &routes, stop).map_err(|error| format!("cannot wait for events: {error}"))?.is_break() {
             return Ok(());
         }
     }
 }
 
-/// Waits until the ring has data or some time has passed. Breaks when the thread has to stop.
-fn wait(ring: &RingBuf<MapData>, stop: &EventFd) -> nix::Result<ControlFlow<()>> {
-    let mut fds = [socket::borrow(ring), stop.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
-    match poll(&mut fds, 1000u16) {
+/// Waits until the ring has data, routes have changed, or some time has passed. Breaks when the thread has to stop.
+fn wait(ring: &RingBuf<MapData>, routes: &Routes, stop: &EventFd) -> nix::Result<ControlFlow<()>> {
+    let mut fds = [socket::borrow(ring), stop.as_fd(), routes.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+    match poll(&mut fds, if routes.is_pending() { 100u16 } else { 1000 }) {
         Err(nix::errno::Errno::EINTR) => Ok(ControlFlow::Continue(())),
         Ok(_) if fds[1].any() == Some(true) => Ok(ControlFlow::Break(())),
         Ok(_) => Ok(ControlFlow::Continue(())),

@@ -6,7 +6,7 @@ use parking_lot::Mutex;
 use penstock_common::wire::flow::{CLIENT, ENDPOINT, state};
 use tokio::sync::watch;
 
-use super::{Seen, adopted::peer, table::Table};
+use super::{Seen, adopted::peer, seen::state_of, table::Table};
 use crate::kernel::socket::monotonic_ns;
 
 /// Why a flow is ended from outside of it.
@@ -14,6 +14,8 @@ use crate::kernel::socket::monotonic_ns;
 pub enum FlowStop {
     /// The admin port was asked to.
     Deleted,
+    /// Its packets have no way to a peer any more.
+    Unrouted,
 }
 
 impl FlowStop {
@@ -21,6 +23,7 @@ impl FlowStop {
     pub fn reason(self) -> &'static str {
         match self {
             Self::Deleted => "deleted",
+            Self::Unrouted => "unrouted",
         }
     }
 }
@@ -41,6 +44,17 @@ pub struct ListedFlow {
 }
 
 /// The flows of one agent.
+/// Indices of the interfaces to which a flow's programs are attached.
+pub(super) type Interfaces = Arc<Mutex<Vec<u32>>>;
+
+/// A flow that the programs carry, and its table.
+pub(super) struct ActiveFlow {
+    pub(super) id: u64,
+    pub(super) table: Arc<Table>,
+    pub(super) index: u32,
+    pub(super) interfaces: Interfaces,
+}
+
 #[derive(Default)]
 pub struct Registry {
     entries: Mutex<Entries>,
@@ -56,6 +70,7 @@ struct Entry {
     table: Arc<Table>,
     index: u32,
     is_adopted: bool,
+    interfaces: Interfaces,
     stop: watch::Sender<Option<FlowStop>>,
 }
 
@@ -68,12 +83,19 @@ pub(super) struct Registered {
 
 impl Registry {
     /// Enters a flow. It is listed once it has begun.
-    pub(super) fn enter(self: &Arc<Self>, table: &Arc<Table>, index: u32, is_adopted: bool) -> Registered {
+    pub(super) fn enter(
+        self: &Arc<Self>,
+        table: &Arc<Table>,
+        index: u32,
+        interfaces: &Interfaces,
+        is_adopted: bool,
+    ) -> Registered {
         let (sender, stop) = watch::channel(None);
         let mut entries = self.entries.lock();
         let id = entries.next;
         entries.next += 1;
-        entries.by_id.insert(id, Entry { table: Arc::clone(table), index, is_adopted, stop: sender });
+        let (table, interfaces) = (Arc::clone(table), Arc::clone(interfaces));
+        entries.by_id.insert(id, Entry { table, index, is_adopted, interfaces, stop: sender });
         Registered { registry: Arc::clone(self), id, stop }
     }
 
@@ -83,6 +105,25 @@ impl Registry {
         let mut list: Vec<_> = self.entries.lock().by_id.values().filter_map(|entry| entry.listed(now)).collect();
         list.sort_by_key(|flow| (flow.client, flow.endpoint));
         list
+    }
+
+    /// The flows that the programs carry.
+    pub(super) fn active(&self) -> Vec<ActiveFlow> {
+        let entries = self.entries.lock();
+        let active =
+            entries.by_id.iter().filter(|(_, entry)| state_of(entry.table.words(entry.index)) == state::ACTIVE);
+        let flow = |(&id, entry): (&u64, &Entry)| {
+            let (table, interfaces) = (Arc::clone(&entry.table), Arc::clone(&entry.interfaces));
+            ActiveFlow { id, table, index: entry.index, interfaces }
+        };
+        active.map(flow).collect()
+    }
+
+    /// Asks the owner of a flow to end it.
+    pub(super) fn stop(&self, id: u64, why: FlowStop) {
+        if let Some(entry) = self.entries.lock().by_id.get(&id) {
+            entry.stop.send_replace(Some(why));
+        }
     }
 
     /// Asks the owners of flows that have begun to end them: those of this client's connection, or all. Returns their number.

@@ -29,6 +29,8 @@ pub struct Seen {
     /// Packets with payload of the client that were dropped, and packets of the agent's sockets.
     pub refused: u64,
     pub silenced: u64,
+    /// ICMP errors of the client's side that were passed on to the endpoint.
+    pub too_big: u64,
     /// CLOCK_MONOTONIC ns of the first and last payload, and of the last packet; 0: none.
     pub first_ns: u64,
     pub last_ns: u64,
@@ -49,6 +51,7 @@ impl Seen {
             segments: flow.legs[ENDPOINT].segments.get(),
             packets: sum(|leg| &leg.packets),
             refused: flow.legs[CLIENT].refused.get(),
+            too_big: flow.too_big.get(),
             silenced: sum(|leg| &leg.silenced),
             first_ns: flow.first_ns.get(),
             last_ns: flow.last_ns.get(),

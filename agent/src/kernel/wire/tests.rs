@@ -2,6 +2,7 @@
 
 mod adoption;
 mod net;
+mod paths;
 mod scene;
 
 use std::{

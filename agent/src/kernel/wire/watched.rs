@@ -39,7 +39,7 @@ impl Watched {
         let index = wire.records.take().ok_or(WireError::Full)?;
         // SAFETY: no key leads to the record, so no program uses it; zero is a valid value.
         unsafe { wire.records.table.flow(index).as_ptr().write_bytes(0, 1) };
-        let registered = wire.registry.enter(&wire.records.table, index, false);
+        let registered = wire.registry.enter(&wire.records.table, index, &wire.interfaces, false);
         let watched = Self { index, wire: Arc::clone(wire), is_left: AtomicBool::new(false), registered };
         for (leg, connection) in [client, endpoint].into_iter().enumerate() {
             watched.set_facts(leg, connection.facts);
@@ -62,13 +62,13 @@ impl Watched {
         }
         let on = |leg| move |error| BrokenLeg { leg, error };
         let read = [read_everything(&client).map_err(on(CLIENT))?, read_everything(&endpoint).map_err(on(ENDPOINT))?];
-        let [Some(from_client), Some(from_endpoint)] = read else { return Ok(false) };
+        let [Some(client_read), Some(endpoint_read)] = read else { return Ok(false) };
         let written = [
             socket::bytes_written(&client).map_err(on(CLIENT))?,
             socket::bytes_written(&endpoint).map_err(on(ENDPOINT))?,
         ];
-        for (leg, received) in [(CLIENT, from_client), (ENDPOINT, from_endpoint)] {
-            self.set_facts(leg, Facts { received, acked: written[leg], ..self.facts(leg) });
+        for (leg, (received, largest)) in [(CLIENT, client_read), (ENDPOINT, endpoint_read)] {
+            self.set_facts(leg, Facts { received, acked: written[leg], largest, ..self.facts(leg) });
         }
         let next = (word & !state::MASK).wrapping_add(state::MASK + 1) | state::ARMED;
         self.flow().state.atomic().store(next, Ordering::Release);
@@ -249,9 +249,10 @@ impl Drop for Watched {
     }
 }
 
-/// Bytes that have arrived, if the owner of the socket has read all of them. The count is taken first, so that a byte that arrives
+/// Bytes that have arrived, if the owner of the socket has read all of them, and the largest segment that its peer accepts, which the
+/// kernel may have learned meanwhile. The count is taken first, so that a byte that arrives
 /// in between is either in neither or is found waiting.
-fn read_everything(socket: impl AsFd) -> io::Result<Option<u64>> {
-    let received = socket::tcp_info(socket.as_fd())?.tcpi_bytes_received;
-    Ok((!socket::has_more(&socket)?).then_some(received))
+fn read_everything(socket: impl AsFd) -> io::Result<Option<(u64, u32)>> {
+    let info = socket::tcp_info(socket.as_fd())?;
+    Ok((!socket::has_more(&socket)?).then_some((info.tcpi_bytes_received, info.tcpi_snd_mss)))
 }

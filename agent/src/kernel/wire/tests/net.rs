@@ -57,16 +57,40 @@ impl Family {
 impl Net {
     pub(super) fn new() -> Self {
         let net = Self { client: Place::new(), agent: Place::new(), endpoint: Place::new() };
-        for (name, far, number) in [(TO_CLIENT, &net.client, 1), (TO_ENDPOINT, &net.endpoint, 2)] {
-            let path = format!("/proc/{}/fd/{}", std::process::id(), far.0.as_raw_fd());
-            net.agent.ip(&format!("link add {name} type veth peer name {name} netns {path}"));
-            for (place, host) in [(&net.agent, 1), (far, 2)] {
-                place.ip(&format!("addr add 10.{number}.0.{host}/24 dev {name}"));
-                place.ip(&format!("addr add fd00:{number}::{host}/64 dev {name} nodad"));
-                place.ip(&format!("link set {name} up"));
-            }
-        }
+        net.join(TO_CLIENT, &net.client, 1);
+        net.join(TO_ENDPOINT, &net.endpoint, 2);
         net
+    }
+
+    /// Joins the agent with another namespace, by interfaces of this name and the network with this number.
+    pub(super) fn join(&self, name: &str, far: &Place, number: u8) {
+        self.agent.ip(&format!("link add {name} type veth peer name {name} netns {}", far.path()));
+        self.agent.address(name, number, "1");
+        far.address(name, number, "2");
+    }
+
+    /// Puts a router between the client and the agent, whose link to the client takes packets of 1400 bytes at most. The client does not
+    /// know that. The router exists until it is dropped.
+    pub(super) fn narrow(&self) -> Place {
+        let router = Place::new();
+        router.run(|| {
+            for forwarding in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
+                std::fs::write(format!("/proc/sys/net/{forwarding}"), "1").expect("root");
+            }
+        });
+        self.agent.ip(&format!("link del {TO_CLIENT}"));
+        self.agent.ip(&format!("link add {TO_CLIENT} type veth peer name agent0 netns {}", router.path()));
+        router.ip(&format!("link add client0 type veth peer name {TO_CLIENT} netns {}", self.client.path()));
+        self.agent.address(TO_CLIENT, 1, "1");
+        router.address("agent0", 1, "fe");
+        router.address("client0", 4, "fe");
+        self.client.address(TO_CLIENT, 4, "2");
+        router.ip("link set client0 mtu 1400");
+        for (place, net, via) in [(&self.agent, 4, 1), (&self.client, 1, 4)] {
+            place.ip(&format!("route add 10.{net}.0.0/24 via 10.{via}.0.254"));
+            place.ip(&format!("-6 route add fd00:{net}::/64 via fd00:{via}::fe"));
+        }
+        router
     }
 
     /// Switches checksum and segmentation offloads of all interfaces off.
@@ -90,6 +114,19 @@ impl Place {
         let place = Self(std::thread::spawn(make).join().expect("no panic").expect("root"));
         place.ip("link set lo up");
         place
+    }
+
+    /// Where other processes find it.
+    fn path(&self) -> String {
+        format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
+    }
+
+    /// Gives an interface its addresses in the network with this number; `host` is hexadecimal.
+    fn address(&self, name: &str, number: u8, host: &str) {
+        let four = u8::from_str_radix(host, 16).expect("a number");
+        self.ip(&format!("addr add 10.{number}.0.{four}/24 dev {name}"));
+        self.ip(&format!("addr add fd00:{number}::{host}/64 dev {name} nodad"));
+        self.ip(&format!("link set {name} up"));
     }
 
     /// Runs on a thread in the namespace. Sockets that it creates stay there.

@@ -58,7 +58,11 @@ impl Scene {
 
     /// An agent whose programs are attached to these interfaces.
     pub(super) fn attached(family: Family, interfaces: &[&str]) -> Self {
-        let net = Net::new();
+        Self::on(Net::new(), family, interfaces)
+    }
+
+    /// The same in these namespaces.
+    pub(super) fn on(net: Net, family: Family, interfaces: &[&str]) -> Self {
         let wire = net.agent.run(|| {
             let mut wire = Wire::load(16).expect("load");
             interfaces.iter().for_each(|name| wire.attach(name).expect("attach"));
